@@ -1,0 +1,48 @@
+# Everything one does with this tree. `make run` and `make test` work on a fresh Debian with a Rust toolchain.
+
+CARGO ?= cargo
+TOOLS := conf/packaging/install-tools.sh
+# nginx and haproxy are in /usr/sbin, which a user's PATH may lack.
+export PATH := $(PATH):/usr/sbin:/sbin
+
+.DEFAULT_GOAL := help
+.PHONY: help run test check build fmt lint doc bench clean
+
+help: ## list these targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+run: build ## build with release settings and run the demo: gateway, origin, three lines to try
+	@exec $(CARGO) run --locked --release --quiet -- run --demo
+
+test: ## run all tests, against real servers too; installs them without starting them
+	@$(TOOLS) build test
+	@if $(CARGO) nextest --version >/dev/null 2>&1; then \
+		set -x; $(CARGO) nextest run --locked && $(CARGO) test --locked --doc; \
+	else \
+		set -x; $(CARGO) test --locked; \
+	fi
+
+check: lint test doc ## formatting, clippy, tests and documentation: all that must hold before a commit
+
+build: ## build target/release/forebay
+	@$(TOOLS) build
+	$(CARGO) build --locked --release
+
+fmt: ## format the code
+	$(CARGO) fmt
+
+lint: ## is the code formatted, and is clippy content
+	@$(TOOLS) build
+	$(CARGO) fmt --check
+	$(CARGO) clippy --locked --all-targets -- -D warnings
+
+doc: ## build the documentation; a broken link is an error
+	@$(TOOLS) build
+	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --locked --no-deps
+
+bench: build ## compare with nginx and haproxy, one worker each; ARGS picks cells and rounds, see tests/bench/README.md
+	@$(TOOLS) bench
+	$(CARGO) bench --locked --profile dev --bench compare -- $(ARGS)
+
+clean: ## remove what was built
+	$(CARGO) clean

@@ -1,0 +1,168 @@
+//! The configuration as it was written: YAML to typed values, with every error at its place.
+//!
+//! These types say nothing of how Forebay runs; `gateway` builds the runtime from them. The request path sees none of them.
+//!
+//! A file passes through `syntax` (YAML), `interpolate` (`${…}`), `decode` (types) and `check` (meaning). What they find
+//! goes through `place` (path to line and column) and `explain` (serde's words to ours) into a [`Report`].
+
+// What may be written, a file a section.
+pub mod address;
+pub mod filter;
+pub mod listener;
+pub mod route;
+pub mod server;
+pub mod units;
+pub mod upstream;
+
+// How it is read.
+mod check;
+mod decode;
+mod explain;
+mod interpolate;
+mod place;
+mod report;
+mod schema;
+mod syntax;
+
+use std::collections::BTreeMap;
+use std::env;
+use std::fmt;
+use std::fs::File;
+use std::io::{self, Read};
+use std::path::Path;
+use std::sync::Arc;
+
+use ipnet::IpNet;
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+pub use address::Address;
+pub use filter::FilterKind;
+pub use listener::Listener;
+pub use report::Report;
+pub use route::Route;
+pub use schema::schema;
+pub use upstream::Upstream;
+
+use crate::error::BuildError;
+use report::{Finding, Source, Spot};
+
+/// A configuration file may have so many bytes.
+const FILE_BYTES_MAX: u64 = 16 * 1024 * 1024;
+
+/// A whole configuration file.
+///
+/// Serialized, it shows what is in effect, secrets included.
+#[derive(Clone, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Config {
+    /// The version of this format: 1.
+    #[serde(default = "Config::version")]
+    pub version: u32,
+    /// How the process runs.
+    #[serde(default)]
+    pub server: server::Server,
+    /// Proxies in front of Forebay whose word on the client's address is believed (`X-Forwarded-For`, `Forwarded`).
+    #[serde(default, deserialize_with = "address::networks")]
+    #[schemars(with = "Vec<address::Network>")]
+    pub trusted_proxies: Vec<IpNet>,
+    /// Which headers tell the upstream who the client is.
+    #[serde(default)]
+    pub forwarded: server::Forwarded,
+    /// Whether `Via` is added to requests and responses (RFC 9110 §7.6.3).
+    #[serde(default)]
+    pub via: bool,
+    /// Where clients connect.
+    pub listeners: Vec<Listener>,
+    /// Named groups of endpoints.
+    #[serde(default)]
+    pub upstreams: BTreeMap<String, Upstream>,
+    /// Which request goes where.
+    pub routes: Vec<Route>,
+    /// The admin endpoint.
+    #[serde(default)]
+    pub admin: server::Admin,
+    /// What is logged and counted.
+    #[serde(default)]
+    pub observability: server::Observability,
+    /// Where it came from, for errors that are found later.
+    #[serde(skip)]
+    source: Arc<Source>,
+    #[serde(skip)]
+    warnings: Report,
+}
+
+impl Config {
+    /// Reads and checks a file.
+    ///
+    /// # Errors
+    ///
+    /// Everything that is wrong with it. Warnings alone are no error; see [`Config::warnings`].
+    pub fn load(path: &Path, kinds: &[FilterKind]) -> Result<Config, Report> {
+        let file = path.display().to_string();
+        let bytes = read(path).map_err(|error| {
+            let help = match error.kind() {
+                io::ErrorKind::NotFound => "name another file, or make this one",
+                io::ErrorKind::PermissionDenied => "let the user that Forebay runs as read it",
+                _ => "it must be a file of text",
+            };
+            Report::unreadable(&file, format!("the file cannot be read: {}", interpolate::reason(&error)), help)
+        })?;
+        if bytes.len() as u64 > FILE_BYTES_MAX {
+            return Err(Report::unreadable(
+                &file,
+                "the file is larger than 16MiB".to_owned(),
+                "is it a configuration?",
+            ));
+        }
+        match String::from_utf8(bytes) {
+            Ok(text) => Config::parse(&file, &text, kinds),
+            Err(error) => Err(syntax::no_text(file, &error)),
+        }
+    }
+
+    /// Checks the text of a file; `file` is its name in the report.
+    ///
+    /// # Errors
+    ///
+    /// Everything that is wrong with it.
+    pub fn parse(file: &str, text: &str, kinds: &[FilterKind]) -> Result<Config, Report> {
+        decode::parse(file, text, kinds, &|name| env::var(name).ok())
+    }
+
+    /// What works and is hardly meant: an upstream that nobody asks, a size in decimal units.
+    pub fn warnings(&self) -> &Report {
+        &self.warnings
+    }
+
+    /// Shows errors that were found when the configuration was built, at their places in its file.
+    pub fn report(&self, errors: &[BuildError]) -> Report {
+        let findings = errors.iter().map(|error| {
+            let (title, label) = explain::halves(&error.message);
+            Finding::error(Spot::Value(error.path.clone()), title).label(label).foreign()
+        });
+        Report::new(Arc::clone(&self.source), findings.collect())
+    }
+
+    fn version() -> u32 {
+        1
+    }
+}
+
+/// Names what it holds and shows no value, for any of them may be a secret.
+impl fmt::Debug for Config {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Config")
+            .field("file", &self.source.file)
+            .field("listeners", &self.listeners.len())
+            .field("upstreams", &self.upstreams.len())
+            .field("routes", &self.routes.len())
+            .finish_non_exhaustive()
+    }
+}
+
+fn read(path: &Path) -> io::Result<Vec<u8>> {
+    let mut bytes = Vec::new();
+    File::open(path)?.take(FILE_BYTES_MAX + 1).read_to_end(&mut bytes)?;
+    Ok(bytes)
+}

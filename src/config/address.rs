@@ -1,0 +1,210 @@
+//! Addresses and networks, checked for their form when they are read; nothing is resolved here.
+
+use std::borrow::Cow;
+use std::fmt;
+use std::net::{IpAddr, Ipv6Addr};
+use std::path::Path;
+use std::str::FromStr;
+
+use ipnet::IpNet;
+use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
+use serde::de::{self, Deserialize, Deserializer};
+use serde::{Serialize, Serializer};
+
+use super::units::Scalar;
+
+/// The path of a unix socket may have so many bytes: `sun_path` of unix(7), less its final zero.
+const UNIX_PATH_BYTES_MAX: usize = 107;
+
+/// `host:port`, `[v6]:port` or `unix:/path`, as written; checked for its form, not yet resolved.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[serde(transparent)]
+pub struct Address(pub String);
+
+/// The parts of an [`Address`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Target<'a> {
+    /// A host name or an IP address (IPv6 without its brackets), and a port. Port 0 is any free one.
+    Tcp(&'a str, u16),
+    /// A unix socket.
+    Unix(&'a Path),
+}
+
+impl Address {
+    /// The path, if this is a unix socket.
+    pub fn unix_path(&self) -> Option<&str> {
+        self.0.strip_prefix("unix:")
+    }
+
+    /// The parts.
+    ///
+    /// # Errors
+    ///
+    /// What is wrong with its form. An address that was read from a configuration has none.
+    pub fn target(&self) -> Result<Target<'_>, String> {
+        let text = self.0.as_str();
+        let wrong = |why: &str| Err(format!("`{text}` is not an address: {why}"));
+        if let Some(path) = self.unix_path() {
+            return match path {
+                _ if !path.starts_with('/') => {
+                    wrong("the path of a unix socket must be absolute, such as `unix:/run/app.sock`")
+                }
+                _ if path.len() > UNIX_PATH_BYTES_MAX => wrong("the path of a unix socket has at most 107 bytes"),
+                _ => Ok(Target::Unix(Path::new(path))),
+            };
+        }
+        if text.contains('/') {
+            return wrong("write the host and the port only, without scheme and path");
+        }
+        let Some((host, port)) = text.rsplit_once(':') else {
+            return wrong("write `host:port`, `[v6]:port` or `unix:/path`");
+        };
+        let (host, v6) = match host.strip_prefix('[').and_then(|host| host.strip_suffix(']')) {
+            Some(inside) => (inside, inside.parse::<Ipv6Addr>().is_ok()),
+            None => (host, false),
+        };
+        if host.is_empty() {
+            return wrong("the host is missing; `0.0.0.0` or `[::]` stands for every address of the machine");
+        }
+        if !v6 && host.contains([':', '[', ']']) {
+            return wrong("an IPv6 address stands in brackets, such as `[::1]:8080`");
+        }
+        if !v6 && !host.split('.').all(is_label) {
+            return wrong("the host must be a name or an IP address");
+        }
+        match port.parse() {
+            // `parse` would take `+80` as well.
+            Ok(number) if port.len() <= 5 && !port.starts_with('+') => Ok(Target::Tcp(host, number)),
+            _ => wrong("the port must be a number from 0 to 65535"),
+        }
+    }
+}
+
+/// Whether this may stand between the dots of a host name.
+pub(super) fn is_label(label: &str) -> bool {
+    (1..=63).contains(&label.len()) && label.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-' || b == b'_')
+}
+
+impl fmt::Display for Address {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl FromStr for Address {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let address = Address(text.to_owned());
+        address.target()?;
+        Ok(address)
+    }
+}
+
+impl<'de> Deserialize<'de> for Address {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        deserializer.deserialize_any(Scalar("an address such as `127.0.0.1:8080`"))?.parse().map_err(de::Error::custom)
+    }
+}
+
+impl JsonSchema for Address {
+    fn schema_name() -> Cow<'static, str> {
+        "Address".into()
+    }
+
+    fn json_schema(_: &mut SchemaGenerator) -> Schema {
+        json_schema!({
+            "type": "string",
+            "pattern": r"^(unix:/.+|.+:[0-9]{1,5})$|\$\{",
+            "description": "`host:port`, `[v6]:port` or `unix:/path`",
+            "examples": ["127.0.0.1:8080", "[::1]:8080", "unix:/run/forebay.sock"],
+        })
+    }
+}
+
+/// An IP address or a network: `10.1.2.3`, `10.0.0.0/8`, `fd00::/8`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Network(pub IpNet);
+
+impl FromStr for Network {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let net = text.parse::<IpNet>().or_else(|_| text.parse::<IpAddr>().map(IpNet::from));
+        net.map(Network).map_err(|_| {
+            format!("`{text}` is not a network: write an IP address, alone or with the length of its prefix, such as `10.0.0.0/8`")
+        })
+    }
+}
+
+impl<'de> Deserialize<'de> for Network {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        deserializer.deserialize_any(Scalar("a network such as `10.0.0.0/8`"))?.parse().map_err(de::Error::custom)
+    }
+}
+
+impl Serialize for Network {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(&self.0)
+    }
+}
+
+impl JsonSchema for Network {
+    fn schema_name() -> Cow<'static, str> {
+        "Network".into()
+    }
+
+    fn json_schema(_: &mut SchemaGenerator) -> Schema {
+        json_schema!({
+            "type": "string",
+            "pattern": r"^[0-9a-fA-F.:]+(/[0-9]{1,3})?$|\$\{",
+            "description": "an IP address or a network",
+            "examples": ["10.0.0.0/8", "fd00::/8", "127.0.0.1"],
+        })
+    }
+}
+
+/// Reads networks where the field holds them bare.
+pub(super) fn networks<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<IpNet>, D::Error> {
+    Ok(Vec::<Network>::deserialize(deserializer)?.into_iter().map(|Network(net)| net).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn why(text: &str) -> String {
+        text.parse::<Address>().unwrap_err()
+    }
+
+    #[test]
+    fn hosts_ports_and_sockets_are_told_apart() {
+        let target = |text: &'static str| Box::leak(Box::new(Address(text.to_owned()))).target();
+        assert_eq!(target("127.0.0.1:0"), Ok(Target::Tcp("127.0.0.1", 0)));
+        assert_eq!(target("[::1]:8080"), Ok(Target::Tcp("::1", 8080)));
+        assert_eq!(target("my_app.svc.local:80"), Ok(Target::Tcp("my_app.svc.local", 80)));
+        assert_eq!(target("unix:/run/app.sock"), Ok(Target::Unix(Path::new("/run/app.sock"))));
+    }
+
+    #[test]
+    fn what_is_no_address_says_why() {
+        assert!(why("localhost").contains("write `host:port`"));
+        assert!(why(":8080").contains("the host is missing"));
+        assert!(why("::1:8080").contains("in brackets"));
+        assert!(why("[::1:8080").contains("in brackets"));
+        assert!(why("http://a:80").contains("without scheme"));
+        assert!(why("a b:80").contains("a name or an IP address"));
+        for port in ["a:65536", "a:", "a:http", "a:-1", "a:+80", "a:000080"] {
+            assert!(why(port).contains("from 0 to 65535"), "{port}");
+        }
+        assert!(why("unix:app.sock").contains("absolute"));
+        assert!(why(&format!("unix:/{}", "a".repeat(107))).contains("107 bytes"));
+    }
+
+    #[test]
+    fn a_network_may_be_a_single_address() {
+        assert_eq!("10.0.0.0/8".parse(), Ok(Network("10.0.0.0/8".parse().unwrap())));
+        assert_eq!("::1".parse(), Ok(Network("::1/128".parse().unwrap())));
+        assert!("10.0.0.0/99".parse::<Network>().unwrap_err().contains("`10.0.0.0/99` is not a network"));
+    }
+}

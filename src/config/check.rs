@@ -1,0 +1,623 @@
+//! What is well-formed and yet cannot be meant: names that stand twice, names that lead nowhere, limits that are none,
+//! routes that no request can reach.
+//!
+//! It works on what could be decoded, however much is missing, and keeps silent where something is wrong already.
+
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::hash::Hash;
+use std::net::{IpAddr, Ipv6Addr};
+
+use http::{HeaderName, Method};
+use serde_yaml::{Mapping, Value as Yaml};
+
+use super::address::{Address, Target, is_label};
+use super::decode::Parts;
+use super::explain::{expected, join};
+use super::filter::FilterKind;
+use super::listener::{Limits, Listener};
+use super::report::{Finding, Spot};
+use super::route::{Match, PathMatch, Route, ValueMatch};
+use super::units::{Count, Size, Time};
+use super::upstream::Upstream;
+
+/// The name under which `/metrics` counts what is beyond a limit.
+const RESERVED_NAME: &str = "_other";
+/// The writer of the access log holds a place for each line that may wait.
+const LOG_QUEUE_MAX: u64 = 1_000_000;
+
+/// Everything that is wrong with `parts` beyond their form.
+pub(super) fn check(parts: &Parts, kinds: &[FilterKind]) -> Vec<Finding> {
+    let mut check = Check { parts, kinds, findings: Vec::new() };
+    check.globals();
+    check.listeners();
+    check.upstreams();
+    check.routes();
+    check.unreachable_routes();
+    check.findings
+}
+
+struct Check<'a> {
+    parts: &'a Parts,
+    kinds: &'a [FilterKind],
+    findings: Vec<Finding>,
+}
+
+fn value(path: impl Into<String>) -> Spot {
+    Spot::Value(path.into())
+}
+
+impl<'a> Check<'a> {
+    /// Notes a finding, unless something is wrong at its place already.
+    fn wrong(&mut self, finding: Finding) {
+        if !finding.path().is_some_and(|path| self.parts.broken.at(path)) {
+            self.findings.push(finding);
+        }
+    }
+
+    fn item(&self, list: &str, index: usize) -> String {
+        self.parts.broken.item(list, index)
+    }
+
+    fn globals(&mut self) {
+        let Some(rest) = &self.parts.rest else { return };
+        if rest.version != 1 {
+            let finding =
+                Finding::error(value("version"), "this version of the format is not known").label("expected 1");
+            self.wrong(finding.help("this Forebay reads version 1; a newer one may read the file"));
+        }
+        self.time("server.shutdown.deadline", rest.server.shutdown.deadline);
+        self.count("observability.access_log.queue", rest.observability.access_log.queue, 1, LOG_QUEUE_MAX);
+        self.count("observability.metrics.max_series", rest.observability.metrics.max_series, 1, u64::MAX);
+        if rest.admin.enabled && is_open(&rest.admin.address) {
+            let finding =
+                Finding::warning(value("admin.address"), "everyone who can reach this machine can reach `admin`")
+                    .label("not a loopback address");
+            self.wrong(
+                finding.help("it asks for no password: let it listen on 127.0.0.1, or keep others out by a firewall"),
+            );
+        }
+    }
+
+    fn listeners(&mut self) {
+        let missing = Finding::error(Spot::File, "there are no listeners, so no client could connect")
+            .help("add `listeners: [ { name: web, address: 127.0.0.1:8080 } ]`");
+        let Some(listeners) = &self.parts.listeners else {
+            if !self.parts.broken.at("listeners") {
+                self.findings.push(missing);
+            }
+            return;
+        };
+        if listeners.is_empty() {
+            self.wrong(
+                Finding::error(value("listeners"), "there are no listeners, so no client could connect")
+                    .label("expected at least one"),
+            );
+        }
+        let mut names = Seen::default();
+        let mut addresses = Seen::default();
+        for (index, listener) in listeners.iter().enumerate() {
+            let Some(listener) = listener else { continue };
+            let path = format!("listeners[{index}]");
+            self.name(&listener.name, value(format!("{path}.name")));
+            if let Some(first) = names.first(&listener.name, format!("{path}.name")) {
+                self.twice(format!("{path}.name"), first, format!("two listeners have the name `{}`", listener.name));
+            }
+            if let Some(first) = addresses.first_address(&listener.address, format!("{path}.address")) {
+                let title = format!("two listeners have the address `{}`", listener.address);
+                self.twice(format!("{path}.address"), first, title);
+            }
+            self.listener(listener, &path);
+        }
+        self.admin_address(&mut addresses);
+    }
+
+    fn admin_address(&mut self, addresses: &mut Seen<String>) {
+        let Some(admin) = self.parts.rest.as_ref().map(|rest| &rest.admin).filter(|admin| admin.enabled) else {
+            return;
+        };
+        if let Some(first) = addresses.first_address(&admin.address, "admin.address".to_owned()) {
+            // The admin endpoint may stand at its default, which is nowhere in the file.
+            let title = format!("the admin endpoint and a listener have the address `{}`", admin.address);
+            let finding = Finding::error(value(first), title).label("the listener's");
+            self.wrong(finding.help("choose another `admin: { address: … }`, or write `admin: { enabled: false }`"));
+        }
+    }
+
+    fn listener(&mut self, listener: &Listener, path: &str) {
+        let protocols = &listener.protocols;
+        if protocols.is_empty() && !self.parts.broken.within(&format!("{path}.protocols")) {
+            let finding = Finding::error(value(format!("{path}.protocols")), "a listener must speak some protocol");
+            self.wrong(finding.label("expected one or both of `http1` and `h2c`"));
+        }
+        for (index, protocol) in protocols.iter().enumerate() {
+            if let Some(first) = protocols[..index].iter().position(|earlier| earlier == protocol) {
+                let list = format!("{path}.protocols");
+                let (again, first) = (self.item(&list, index), self.item(&list, first));
+                self.twice(again, first, "a protocol is listed twice".to_owned());
+            }
+        }
+        let Limits { connections, connections_per_ip, headers, header_bytes, requests_per_connection, streams } =
+            &listener.limits;
+        let path = format!("{path}.limits");
+        self.count(&format!("{path}.connections"), *connections, 1, u64::MAX);
+        self.count(&format!("{path}.connections_per_ip"), *connections_per_ip, 1, u64::MAX);
+        self.count(&format!("{path}.headers"), *headers, 1, 256);
+        self.count(&format!("{path}.requests_per_connection"), *requests_per_connection, 1, u64::MAX);
+        self.count(&format!("{path}.streams"), *streams, 1, u64::MAX);
+        if !(Size::kib(1)..=Size::kib(1024)).contains(header_bytes) {
+            let path = format!("{path}.header_bytes");
+            let finding = Finding::error(value(&path), format!("`{path}` is out of range"));
+            self.wrong(finding.label("expected a size from 1KiB to 1MiB"));
+        }
+        let path = path.trim_end_matches("limits");
+        self.time(&format!("{path}timeouts.header"), listener.timeouts.header);
+        self.time(&format!("{path}timeouts.idle"), listener.timeouts.idle);
+    }
+
+    fn upstreams(&mut self) {
+        let used = self.used_upstreams();
+        for (name, upstream) in &self.parts.upstreams {
+            let path = format!("upstreams.{name}");
+            self.name(name, Spot::Key(path.clone()));
+            if used.as_ref().is_some_and(|used| !used.contains(name.as_str())) {
+                let finding = Finding::warning(Spot::Key(path.clone()), format!("no route uses the upstream `{name}`"));
+                self.wrong(finding.label("never asked"));
+            }
+            if let Some(upstream) = upstream {
+                self.upstream(upstream, &path);
+            }
+        }
+    }
+
+    /// The upstreams that routes ask; `None` if something about routes is unclear.
+    fn used_upstreams(&self) -> Option<HashSet<&'a str>> {
+        let written = self.parts.routes.as_ref().filter(|routes| !routes.is_empty())?;
+        let routes: Option<Vec<&Route>> = written.iter().map(Option::as_ref).collect();
+        let used: HashSet<&str> = routes?.into_iter().flat_map(asked).collect();
+        let all_exist = used.iter().all(|name| self.parts.upstreams.contains_key(*name));
+        (all_exist && !self.parts.broken.within("routes")).then_some(used)
+    }
+
+    fn upstream(&mut self, upstream: &Upstream, path: &str) {
+        let endpoints = format!("{path}.endpoints");
+        // Those that could not be decoded were told of already.
+        if upstream.endpoints.is_empty() && !self.parts.broken.within(&endpoints) {
+            let finding = Finding::error(value(endpoints), "an upstream needs at least one endpoint");
+            self.wrong(finding.label("expected `- address: host:port`"));
+        }
+        let mut addresses = Seen::default();
+        for (index, endpoint) in upstream.endpoints.iter().enumerate() {
+            let at = format!("{}.address", self.item(&format!("{path}.endpoints"), index));
+            if let Ok(Target::Tcp(_, 0)) = endpoint.address.target() {
+                let finding = Finding::error(value(&at), "nothing can be reached at port 0");
+                self.wrong(finding.label("expected a port from 1 to 65535"));
+            }
+            if let Some(first) = addresses.first_address(&endpoint.address, at.clone()) {
+                let title = format!("the endpoint `{}` is listed twice", endpoint.address);
+                let finding = Finding::error(value(at), title).label("again here").also(value(first), "first here");
+                self.wrong(finding.help("to give it more requests, give it a greater `weight`"));
+            }
+        }
+        self.time(&format!("{path}.keepalive.idle"), upstream.keepalive.idle);
+        self.time(&format!("{path}.timeouts.connect"), upstream.timeouts.connect);
+        self.time(&format!("{path}.timeouts.send"), upstream.timeouts.send);
+        self.time(&format!("{path}.timeouts.wait"), upstream.timeouts.wait);
+        self.time(&format!("{path}.timeouts.receive"), upstream.timeouts.receive);
+    }
+
+    fn routes(&mut self) {
+        let title = "there are no routes, so every request would be refused";
+        let Some(routes) = &self.parts.routes else {
+            if !self.parts.broken.at("routes") {
+                let finding = Finding::error(Spot::File, title);
+                self.findings.push(finding.help("add `routes: [ { name: all, upstream: app } ]`"));
+            }
+            return;
+        };
+        if routes.is_empty() {
+            self.wrong(Finding::error(value("routes"), title).label("expected at least one"));
+        }
+        let mut names = Seen::default();
+        for (index, route) in routes.iter().enumerate() {
+            let Some(route) = route else { continue };
+            let path = format!("routes[{index}]");
+            self.name(&route.name, value(format!("{path}.name")));
+            if let Some(first) = names.first(&route.name, format!("{path}.name")) {
+                self.twice(format!("{path}.name"), first, format!("two routes have the name `{}`", route.name));
+            }
+            self.destination(route, &path);
+            self.matches(&route.matches, &format!("{path}.match"));
+            self.time(&format!("{path}.client.body_idle"), route.client.body_idle);
+            self.time(&format!("{path}.client.write_idle"), route.client.write_idle);
+        }
+    }
+
+    /// Where a route leads to: one upstream, several, or a filter that answers.
+    fn destination(&mut self, route: &Route, path: &str) {
+        let answers = |key: &&str| self.kinds.iter().any(|kind| kind.answers && kind.key == *key);
+        let filters = route.filters.iter().filter_map(|filter| filter.decoded.as_ref());
+        let answering = filters.map(|decoded| decoded.key).find(answers);
+        let (one, several) = (format!("{path}.upstream"), format!("{path}.upstreams"));
+        match (&route.upstream, route.upstreams.is_empty()) {
+            (Some(_), false) => {
+                let finding =
+                    Finding::error(Spot::Key(several.clone()), "a route has either `upstream` or `upstreams`");
+                self.wrong(finding.label("both are written").also(Spot::Key(one.clone()), "the other one"));
+            }
+            (None, true) if answering.is_none() => self.leads_nowhere(path),
+            _ => {}
+        }
+        if let Some(name) = &route.upstream {
+            self.upstream_exists(name, one.clone());
+        }
+        let mut names = Seen::default();
+        for (index, side) in route.upstreams.iter().enumerate() {
+            let at = format!("{}.name", self.item(&several, index));
+            self.upstream_exists(&side.name, at.clone());
+            if let Some(first) = names.first(&side.name, at.clone()) {
+                self.twice(at, first, format!("the upstream `{}` is listed twice", side.name));
+            }
+        }
+        let key = if route.upstream.is_some() { "upstream" } else { "upstreams" };
+        if let Some(filter) = answering.filter(|_| route.upstream.is_some() || !route.upstreams.is_empty()) {
+            let title = format!("the filter `{filter}` answers every request of this route");
+            self.wrong(Finding::warning(Spot::Key(format!("{path}.{key}")), title).label("never asked"));
+        }
+    }
+
+    fn leads_nowhere(&mut self, path: &str) {
+        let broken = |key: &str| self.parts.broken.within(&format!("{path}.{key}"));
+        if ["upstream", "upstreams", "filters"].into_iter().any(broken) {
+            return;
+        }
+        let answering: Vec<&str> = self.kinds.iter().filter(|kind| kind.answers).map(|kind| kind.key).collect();
+        let mut finding =
+            Finding::error(value(path), "the route leads nowhere").label("expected `upstream` or `upstreams`");
+        if !answering.is_empty() {
+            finding = finding.help(format!("or a filter that answers: `{}`", answering.join("`, `")));
+        }
+        self.wrong(finding);
+    }
+
+    fn upstream_exists(&mut self, name: &str, path: String) {
+        let upstreams = &self.parts.upstreams;
+        if upstreams.contains_key(name) || self.parts.broken.at("upstreams") {
+            return;
+        }
+        let known: Vec<&str> = upstreams.keys().map(String::as_str).collect();
+        let label = match known.len() {
+            0 => "there are no upstreams at all".to_owned(),
+            1..=8 => expected(&known),
+            _ => "no upstream has this name".to_owned(),
+        };
+        let finding = Finding::error(value(path), format!("unknown upstream `{name}`")).label(label);
+        self.wrong(finding.nearest(name, known));
+    }
+
+    fn matches(&mut self, matches: &Match, path: &str) {
+        for (index, host) in matches.hosts.iter().enumerate() {
+            if let Err(why) = host_pattern(host) {
+                let finding = Finding::error(
+                    value(self.item(&format!("{path}.hosts"), index)),
+                    format!("`{host}` is not a host"),
+                );
+                self.wrong(finding.label(why));
+            }
+        }
+        match &matches.path {
+            Some(PathMatch::Exact(text)) => self.request_path(text, &format!("{path}.path.exact")),
+            Some(PathMatch::Prefix(text)) => self.request_path(text, &format!("{path}.path.prefix")),
+            Some(PathMatch::Regex(pattern)) => self.regex(pattern, &format!("{path}.path.regex")),
+            None => {}
+        }
+        for (index, method) in matches.methods.iter().enumerate() {
+            self.method(method, &self.item(&format!("{path}.methods"), index));
+        }
+        let mut names = Seen::default();
+        for (name, condition) in &matches.headers {
+            let at = format!("{path}.headers.{name}");
+            if HeaderName::from_bytes(name.as_bytes()).is_err() {
+                let finding = Finding::error(Spot::Key(at.clone()), format!("`{name}` is not the name of a header"));
+                self.wrong(finding.label("expected letters, digits and `-`"));
+            }
+            if let Some(first) = names.first(&name.to_ascii_lowercase(), at.clone()) {
+                let finding = Finding::error(Spot::Key(at.clone()), format!("the header `{name}` is listed twice"));
+                self.wrong(finding.label("again here").also(Spot::Key(first), "first here; case makes no difference"));
+            }
+            self.condition(condition, &at);
+        }
+        for (name, condition) in &matches.queries {
+            self.condition(condition, &format!("{path}.queries.{name}"));
+        }
+    }
+
+    fn condition(&mut self, condition: &ValueMatch, path: &str) {
+        if let ValueMatch::Regex { regex } = condition {
+            self.regex(regex, &format!("{path}.regex"));
+        }
+    }
+
+    fn request_path(&mut self, text: &str, path: &str) {
+        if !text.starts_with('/') {
+            let finding = Finding::error(value(path), format!("`{text}` is not a path"));
+            self.wrong(finding.label("a path begins with `/`"));
+        } else if text.contains(['?', '#']) {
+            let finding = Finding::error(value(path), format!("`{text}` is more than a path"));
+            self.wrong(finding.label("a path ends before `?` and `#`").help("match query arguments by `queries:`"));
+        }
+    }
+
+    fn regex(&mut self, pattern: &str, path: &str) {
+        let Err(error) = regex::Regex::new(pattern) else { return };
+        // The last line says what is wrong; those before draw the pattern, which is in view anyway.
+        let error = error.to_string();
+        let why = error.lines().last().unwrap_or_default().trim_start_matches("error: ");
+        self.wrong(Finding::error(value(path), format!("`{pattern}` is not a regular expression")).label(why));
+    }
+
+    fn method(&mut self, method: &str, path: &str) {
+        let finding = |title: String| Finding::error(value(path), title);
+        let standard = |text: &str| {
+            ["GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS", "PATCH", "CONNECT", "TRACE"].contains(&text)
+        };
+        let capitals = method.to_ascii_uppercase();
+        let finding = if matches!(method, "CONNECT" | "TRACE") {
+            finding(format!("`{method}` is always refused")).label("a route never sees it: take it out")
+        } else if Method::from_bytes(method.as_bytes()).is_err() {
+            finding(format!("`{method}` is not a method")).label("expected a word such as `GET`")
+        } else if method != capitals && standard(&capitals) {
+            finding(format!("`{method}` is not a method that clients send"))
+                .label(format!("write it in capitals: `{capitals}`"))
+        } else {
+            return;
+        };
+        self.wrong(finding);
+    }
+
+    /// A route that is never chosen, because for every request of it an earlier one has the same rank.
+    fn unreachable_routes(&mut self) {
+        let mut taken: HashMap<Claim<'_>, usize> = HashMap::new();
+        for (index, route) in self.parts.routes.iter().flatten().enumerate() {
+            let Some(route) = route else { continue };
+            let path = format!("routes[{index}]");
+            if self.parts.broken.within(&format!("{path}.match")) {
+                continue;
+            }
+            let claims = Claim::of(&route.matches);
+            let owners: Option<Vec<usize>> = claims.iter().map(|claim| taken.get(claim).copied()).collect();
+            if let Some(first) = owners.as_deref().and_then(|owners| owners.iter().copied().min()) {
+                let first_name =
+                    self.parts.routes.iter().flatten().nth(first).and_then(Option::as_ref).map(|route| &route.name);
+                let title = format!("no request reaches the route `{}`", route.name);
+                let label = format!("its requests go to `{}`", first_name.map_or("an earlier one", String::as_str));
+                let finding = Finding::error(value(format!("{path}.name")), title)
+                    .label(label)
+                    .also(value(format!("routes[{first}].name")), "this one matches the same and stands before it");
+                self.wrong(finding.help("take one of them out, or make what the later one matches more specific"));
+            }
+            for claim in claims {
+                taken.entry(claim).or_insert(index);
+            }
+        }
+    }
+
+    fn name(&mut self, name: &str, spot: Spot) {
+        let fine = |c: char| c.is_ascii_alphanumeric() || matches!(c, '_' | '-' | '.');
+        if name == RESERVED_NAME {
+            let finding = Finding::error(spot, format!("the name `{name}` is reserved"));
+            self.wrong(finding.label("metrics use it for what is beyond a limit"));
+        } else if name.is_empty() || !name.chars().all(fine) {
+            let title =
+                if name.is_empty() { "the name is empty".to_owned() } else { format!("`{name}` is not a name") };
+            let finding = Finding::error(spot, title);
+            self.wrong(finding.label("expected letters, digits, `-`, `_` and `.` only: it becomes a metric's label"));
+        }
+    }
+
+    fn twice(&mut self, again: String, first: String, title: String) {
+        self.wrong(Finding::error(value(again), title).label("again here").also(value(first), "first here"));
+    }
+
+    /// A number that is written may be a secret, so the words do not repeat it; the line is in view.
+    fn count(&mut self, path: &str, Count(count): Count, least: u64, most: u64) {
+        if (least..=most).contains(&count) {
+            return;
+        }
+        let range = if most == u64::MAX { format!("of at least {least}") } else { format!("from {least} to {most}") };
+        self.wrong(
+            Finding::error(value(path), format!("`{path}` is out of range")).label(format!("expected a count {range}")),
+        );
+    }
+
+    fn time(&mut self, path: &str, Time(time): Time) {
+        if time.is_zero() {
+            let finding = Finding::error(value(path), format!("`{path}` leaves no time at all"));
+            self.wrong(finding.label("expected more than `0s`"));
+        }
+    }
+}
+
+/// What was seen before, and where first.
+struct Seen<T>(HashMap<T, String>);
+
+impl<T> Default for Seen<T> {
+    fn default() -> Self {
+        Seen(HashMap::new())
+    }
+}
+
+impl<T: Hash + Eq + Clone> Seen<T> {
+    /// Where `thing` was seen first; `None` if it is new.
+    fn first(&mut self, thing: &T, path: String) -> Option<String> {
+        let first = self.0.get(thing).cloned();
+        self.0.entry(thing.clone()).or_insert(path);
+        first
+    }
+}
+
+impl Seen<String> {
+    /// The same for addresses. Port 0 is a new port each time.
+    fn first_address(&mut self, address: &Address, path: String) -> Option<String> {
+        match address.target() {
+            Ok(Target::Tcp(_, 0)) => None,
+            _ => self.first(&address.0.to_ascii_lowercase(), path),
+        }
+    }
+}
+
+/// A host, a path, a method and the conditions: two routes with the same one have the same rank for the same requests.
+#[derive(PartialEq, Eq, Hash)]
+struct Claim<'r> {
+    host: Option<&'r str>,
+    /// `None`: any path.
+    path: Option<PathMatch>,
+    method: Option<&'r str>,
+    headers: BTreeMap<String, &'r ValueMatch>,
+    queries: &'r BTreeMap<String, ValueMatch>,
+}
+
+impl<'r> Claim<'r> {
+    fn of(matches: &'r Match) -> Vec<Claim<'r>> {
+        fn each(list: &[String]) -> Vec<Option<&str>> {
+            if list.is_empty() { vec![None] } else { list.iter().map(|text| Some(text.as_str())).collect() }
+        }
+        let path = match &matches.path {
+            Some(PathMatch::Prefix(prefix)) => match prefix.trim_end_matches('/') {
+                "" => None,
+                prefix => Some(PathMatch::Prefix(prefix.to_owned())),
+            },
+            other => other.clone(),
+        };
+        let claim = |host, method| Claim {
+            host,
+            path: path.clone(),
+            method,
+            headers: matches.headers.iter().map(|(name, condition)| (name.to_ascii_lowercase(), condition)).collect(),
+            queries: &matches.queries,
+        };
+        let methods = each(&matches.methods);
+        each(&matches.hosts)
+            .into_iter()
+            .flat_map(|host| methods.iter().map(move |&method| (host, method)))
+            .map(|(host, method)| claim(host, method))
+            .collect()
+    }
+}
+
+/// The upstreams that a route asks.
+fn asked(route: &Route) -> impl Iterator<Item = &str> {
+    route.upstream.as_deref().into_iter().chain(route.upstreams.iter().map(|side| side.name.as_str()))
+}
+
+fn is_open(address: &Address) -> bool {
+    match address.target() {
+        Ok(Target::Tcp(host, _)) => host.parse().is_ok_and(|ip: IpAddr| !ip.is_loopback()),
+        _ => false,
+    }
+}
+
+fn host_pattern(host: &str) -> Result<(), &'static str> {
+    let name = host.strip_prefix("*.").unwrap_or(host);
+    if let Some(v6) = name.strip_prefix('[').and_then(|name| name.strip_suffix(']')) {
+        return if v6.parse::<Ipv6Addr>().is_ok() && host == name { Ok(()) } else { Err("this is no IPv6 address") };
+    }
+    match name {
+        "*" => Err("to match any host, leave `hosts` out"),
+        _ if name.contains('*') => Err("`*` may stand for the beginning only, as in `*.example.com`"),
+        _ if name.contains("/") => Err("write the name only, without scheme and path"),
+        _ if name.contains(':') => Err("write it without a port: a listener chooses the port"),
+        _ if name.ends_with('.') => Err("write it without the dot at its end"),
+        _ if name.len() <= 253 && name.split('.').all(is_label) => Ok(()),
+        _ => Err("expected a name such as `shop.example.com` or `*.example.com`"),
+    }
+}
+
+/// Sizes such as `64k`, which mean 64,000 bytes and hardly ever are meant to.
+///
+/// Which scalars are sizes only the schema knows.
+pub(super) fn decimal_sizes(schema: &serde_json::Value, written: &Mapping) -> Vec<Finding> {
+    let mut findings = Vec::new();
+    sizes(schema, schema, &Yaml::Mapping(written.clone()), String::new(), &mut |path, text| {
+        let Some((number, binary)) = decimal(text) else { return };
+        let (Ok(decimal), Ok(size)) = (text.parse::<Size>(), binary.parse::<Size>()) else { return };
+        let finding = Finding::warning(value(path), format!("`{text}` is {} bytes", decimal.0)).label("a decimal unit");
+        let help = format!("write `{binary}` for {} bytes, or `{number}B` if this is what is meant", size.0);
+        findings.push(finding.help(help));
+    });
+    findings
+}
+
+/// The number and unit of a size in a bare decimal unit, and the same number in the binary one.
+fn decimal(text: &str) -> Option<(String, String)> {
+    let digits = text.strip_suffix(['k', 'K', 'm', 'M', 'g', 'G', 't', 'T'])?.trim_end();
+    let unit = text.chars().last()?.to_ascii_uppercase();
+    digits.parse::<f64>().is_ok().then(|| (format!("{digits}{unit}"), format!("{digits}{unit}iB")))
+}
+
+/// Calls `found` for each scalar that `schema` says is a size.
+fn sizes(
+    root: &serde_json::Value,
+    schema: &serde_json::Value,
+    yaml: &Yaml,
+    path: String,
+    found: &mut impl FnMut(String, &str),
+) {
+    if let Some(name) = schema["$ref"].as_str().and_then(|name| name.strip_prefix("#/$defs/")) {
+        match yaml {
+            Yaml::String(text) if name == "Size" => found(path.clone(), text),
+            _ => sizes(root, &root["$defs"][name], yaml, path.clone(), found),
+        }
+    }
+    for alternatives in ["anyOf", "oneOf", "allOf"] {
+        for alternative in schema[alternatives].as_array().into_iter().flatten() {
+            sizes(root, alternative, yaml, path.clone(), found);
+        }
+    }
+    match yaml {
+        Yaml::Mapping(map) => {
+            for (key, inner) in map.iter().filter_map(|(key, inner)| Some((key.as_str()?, inner))) {
+                let property = schema["properties"].get(key).unwrap_or(&schema["additionalProperties"]);
+                sizes(root, property, inner, join(&path, key), found);
+            }
+        }
+        Yaml::Sequence(items) => {
+            for (index, item) in items.iter().enumerate() {
+                sizes(root, &schema["items"], item, format!("{path}[{index}]"), found);
+            }
+        }
+        _ => {}
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn hosts_are_names_or_begin_with_a_star() {
+        for host in ["shop.example.com", "*.example.com", "localhost", "10.0.0.1", "[::1]", "a_b"] {
+            assert_eq!(host_pattern(host), Ok(()), "{host}");
+        }
+        for host in
+            ["*", "a.*.com", "*a.com", "a.com:80", "http://a.com", "a..b", "a.com.", "", "[x]", "*.[::1]", "a b"]
+        {
+            assert!(host_pattern(host).is_err(), "{host}");
+        }
+    }
+
+    #[test]
+    fn only_a_bare_decimal_unit_is_doubtful() {
+        assert_eq!(decimal("64k"), Some(("64K".to_owned(), "64KiB".to_owned())));
+        assert_eq!(decimal("8 M"), Some(("8M".to_owned(), "8MiB".to_owned())));
+        for text in ["64KiB", "64kB", "64", "${SIZE}", "k"] {
+            assert_eq!(decimal(text), None, "{text}");
+        }
+    }
+
+    #[test]
+    fn an_address_of_the_loopback_is_not_open() {
+        let open = |text: &str| is_open(&Address(text.to_owned()));
+        assert!(open("0.0.0.0:9100") && open("[::]:9100") && open("10.0.0.1:9100"));
+        assert!(!open("127.0.0.1:9100") && !open("[::1]:9100") && !open("unix:/run/a.sock") && !open("localhost:9100"));
+    }
+}

@@ -1,0 +1,521 @@
+//! From text to typed values, without stopping at the first error.
+//!
+//! In this order: YAML to a [`Value`], merge keys, `${…}`, then each listener, upstream, route and filter on its own to
+//! its type. A value that does not fit is noted, taken out, and the rest is decoded again, so that one run finds all
+//! there is. What was taken out is remembered, for what follows from it is no error of its own.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::sync::Arc;
+
+use serde::de::DeserializeOwned;
+use serde_yaml::{Mapping, Value};
+
+use super::explain::{Complaint, expected, join};
+use super::filter::{DecodeError, Decoded, FilterEntry, FilterKind};
+use super::interpolate::{Variables, interpolate};
+use super::place::Places;
+use super::report::{Finding, Report, Secret, Source, Spot};
+use super::{Config, Listener, Route, Upstream, check, schema, syntax};
+
+/// What was decoded of a file; what could not be is `None`, so that the places of the others stay true.
+pub(super) struct Parts {
+    /// Every key but the three below.
+    pub rest: Option<Config>,
+    pub listeners: Option<Vec<Option<Listener>>>,
+    pub upstreams: BTreeMap<String, Option<Upstream>>,
+    pub routes: Option<Vec<Option<Route>>>,
+    pub broken: Broken,
+}
+
+/// Where something is wrong already.
+#[derive(Default)]
+pub(super) struct Broken {
+    paths: BTreeSet<String>,
+    /// The items that lists lost, by their places as written: what was behind them stands elsewhere now.
+    gone: HashMap<String, BTreeSet<usize>>,
+}
+
+impl Broken {
+    /// Whether the value at `path` is wrong.
+    pub fn at(&self, path: &str) -> bool {
+        self.paths.contains(path)
+    }
+
+    /// Whether anything is wrong at `path` or inside of it.
+    pub fn within(&self, path: &str) -> bool {
+        let begins = self.paths.range(path.to_owned()..).map_while(|broken| broken.strip_prefix(path));
+        path.is_empty() && !self.paths.is_empty()
+            || begins.into_iter().any(|rest| rest.is_empty() || rest.starts_with(['.', '[']))
+    }
+
+    /// The path, as it was written, of what is item `index` of `list` now.
+    pub fn item(&self, list: &str, index: usize) -> String {
+        format!("{list}[{}]", self.written_index(list, index))
+    }
+
+    fn written_index(&self, list: &str, index: usize) -> usize {
+        let gone = self.gone.get(list).into_iter().flatten();
+        gone.fold(index, |index, &gone| index + usize::from(gone <= index))
+    }
+
+    /// The path, as it was written, of what `steps` lead to from `at`.
+    fn path(&self, at: &str, steps: &[Step]) -> String {
+        steps.iter().fold(at.to_owned(), |path, step| match step {
+            Step::Key(name) => join(&path, name),
+            Step::Index(index) => self.item(&path, *index),
+        })
+    }
+}
+
+/// The whole pipeline.
+pub(super) fn parse(file: &str, text: &str, kinds: &[FilterKind], variables: Variables<'_>) -> Result<Config, Report> {
+    let text = text.strip_prefix('\u{feff}').unwrap_or(text);
+    let mut source =
+        Source { file: file.to_owned(), text: text.to_owned(), places: Places::of(text), secrets: Vec::new() };
+    let written = match syntax::read(&source) {
+        Ok(written) => written,
+        Err(findings) => return Err(Report::new(Arc::new(source), findings)),
+    };
+
+    let mut decoding = Decoding { kinds, ..Decoding::default() };
+    let parts = decoding.parts(&written, variables);
+    let mut findings = decoding.findings;
+    findings.extend(check::check(&parts, kinds));
+    findings.extend(check::decimal_sizes(&schema::schema(kinds), &written));
+    source.secrets = decoding.secrets;
+
+    let report = Report::new(Arc::new(source), findings);
+    match parts.config() {
+        Some(mut config) if report.errors() == 0 => {
+            config.source = report.source();
+            config.warnings = report;
+            Ok(config)
+        }
+        _ => Err(report),
+    }
+}
+
+/// Decodes a value as the configuration is decoded: enums are one-key maps, and an error knows its path.
+///
+/// # Errors
+///
+/// The first value that does not fit, with its path inside `value`.
+pub fn decode<T: DeserializeOwned>(value: &Value) -> Result<T, DecodeError> {
+    let mut track = serde_path_to_error::Track::new();
+    let tracked = serde_path_to_error::Deserializer::new(value, &mut track);
+    serde_yaml::with::singleton_map_recursive::deserialize(tracked).map_err(|error: serde_yaml::Error| {
+        let path = track.path().to_string();
+        DecodeError { path: path.trim_end_matches('?').trim_matches('.').to_owned(), message: error.to_string() }
+    })
+}
+
+impl Parts {
+    fn config(self) -> Option<Config> {
+        Some(Config {
+            listeners: self.listeners?.into_iter().collect::<Option<_>>()?,
+            upstreams: self
+                .upstreams
+                .into_iter()
+                .map(|(name, upstream)| Some((name, upstream?)))
+                .collect::<Option<_>>()?,
+            routes: self.routes?.into_iter().collect::<Option<_>>()?,
+            ..self.rest?
+        })
+    }
+}
+
+#[derive(Default)]
+struct Decoding<'k> {
+    kinds: &'k [FilterKind],
+    findings: Vec<Finding>,
+    secrets: Vec<Secret>,
+    broken: Broken,
+    /// Scalars that became numbers or booleans by interpolation, as the text that they are as well.
+    texts: HashMap<String, String>,
+}
+
+impl Decoding<'_> {
+    fn parts(&mut self, written: &Mapping, variables: Variables<'_>) -> Parts {
+        let mut root = written.clone();
+        self.interpolate_map(&mut root, "", variables);
+
+        let listeners = self.take_list(&mut root, "listeners");
+        let routes = self.take_list(&mut root, "routes");
+        let upstreams = self.take_map(&mut root, "upstreams");
+        let listeners = listeners.map(|listeners| {
+            let decoded = listeners.into_iter().enumerate();
+            decoded.map(|(index, listener)| self.all(listener, &format!("listeners[{index}]"), decode)).collect()
+        });
+        let upstreams = upstreams
+            .into_iter()
+            .map(|(name, upstream)| {
+                let upstream = self.all(upstream, &format!("upstreams.{name}"), decode);
+                (name, upstream)
+            })
+            .collect();
+        let written_routes = written.get("routes").and_then(Value::as_sequence);
+        let routes = routes.map(|routes| {
+            let decoded = routes.into_iter().enumerate();
+            decoded
+                .map(|(index, route)| self.route(route, index, written_routes.and_then(|routes| routes.get(index))))
+                .collect()
+        });
+        let rest = self.all(Value::Mapping(root), "", decode);
+        Parts { rest, listeners, upstreams, routes, broken: std::mem::take(&mut self.broken) }
+    }
+
+    /// Puts variables into every scalar below `value`, and refuses tags, which would choose types from outside.
+    fn interpolate(&mut self, value: &mut Value, path: String, variables: Variables<'_>) {
+        match value {
+            Value::Mapping(map) => self.interpolate_map(map, &path, variables),
+            Value::Sequence(items) => {
+                for (index, item) in items.iter_mut().enumerate() {
+                    self.interpolate(item, format!("{path}[{index}]"), variables);
+                }
+            }
+            Value::Tagged(tagged) => {
+                let tag = tagged.tag.to_string();
+                let title = format!("the YAML tag `{tag}` means nothing here");
+                let label = format!("write a key and its value instead: `{}: …`", tag.trim_start_matches('!'));
+                self.broken(path.clone(), Finding::error(Spot::Value(path), title).label(label));
+                *value = Value::Null;
+            }
+            Value::String(text) => match interpolate(text, variables) {
+                Ok(None) => {}
+                Err(problem) => {
+                    let finding = Finding::error(Spot::Value(path.clone()), problem.title).label(problem.label);
+                    self.broken(path, finding);
+                }
+                Ok(Some(done)) => {
+                    let read = Some(&done.text).filter(|_| done.whole).and_then(|text| scalar(text));
+                    if read.is_some() {
+                        self.texts.insert(path.clone(), done.text.clone());
+                    }
+                    let (written, whole) = (std::mem::take(text), done.text.clone());
+                    *value = read.unwrap_or(Value::String(done.text));
+                    self.secrets.push(Secret { path, written, whole, pieces: done.pieces });
+                }
+            },
+            Value::Null | Value::Bool(_) | Value::Number(_) => {}
+        }
+    }
+
+    fn interpolate_map(&mut self, map: &mut Mapping, path: &str, variables: Variables<'_>) {
+        for (key, inner) in map {
+            self.interpolate(inner, join(path, key.as_str().unwrap_or("?")), variables);
+        }
+    }
+
+    fn broken(&mut self, path: String, finding: Finding) {
+        self.broken.paths.insert(path);
+        self.findings.push(finding);
+    }
+
+    /// Takes a list out of a map and leaves an empty one. `None` if there was none.
+    fn take_list(&mut self, map: &mut Mapping, key: &str) -> Option<Vec<Value>> {
+        match map.insert(key.into(), Value::Sequence(Vec::new()))? {
+            Value::Sequence(items) => Some(items),
+            other => {
+                self.mismatch(key.to_owned(), &other, "a sequence");
+                Some(Vec::new())
+            }
+        }
+    }
+
+    /// Takes a map out of a map and leaves an empty one.
+    fn take_map(&mut self, map: &mut Mapping, key: &str) -> BTreeMap<String, Value> {
+        let entries = match map.insert(key.into(), Value::Mapping(Mapping::new())) {
+            Some(Value::Mapping(entries)) => entries,
+            Some(other) => {
+                self.mismatch(key.to_owned(), &other, "a map");
+                Mapping::new()
+            }
+            None => Mapping::new(),
+        };
+        let mut named = BTreeMap::new();
+        for (name, value) in entries {
+            match name {
+                Value::String(name) => _ = named.insert(name, value),
+                other => self.mismatch(key.to_owned(), &other, "a name in quotes"),
+            }
+        }
+        named
+    }
+
+    /// Notes that the value at `path` is of the wrong kind; nothing at all is left to `check`.
+    fn mismatch(&mut self, path: String, value: &Value, expected: &str) {
+        let found = match value {
+            Value::Null => return,
+            Value::Bool(value) => format!("boolean `{value}`"),
+            Value::Number(number) => format!("integer `{number}`"),
+            Value::String(text) => format!("string {text:?}"),
+            Value::Sequence(_) => "sequence".to_owned(),
+            Value::Mapping(_) | Value::Tagged(_) => "map".to_owned(),
+        };
+        if !self.broken.at(&path) {
+            let finding = Complaint::Mismatch { found: &found, expected }.finding(&path, None);
+            self.broken(path, finding);
+        }
+    }
+
+    fn route(&mut self, mut route: Value, index: usize, written: Option<&Value>) -> Option<Route> {
+        let path = format!("routes[{index}]");
+        let filters = route.as_mapping_mut().and_then(|route| route.remove("filters")).unwrap_or(Value::Null);
+        let written = written.and_then(|route| route.get("filters")).and_then(Value::as_sequence);
+        let mut entries = Some(Vec::new());
+        if let Value::Sequence(filters) = filters {
+            for (at, filter) in filters.into_iter().enumerate() {
+                let written = written.and_then(|filters| filters.get(at)).cloned().unwrap_or_default();
+                let decoded = self.filter(filter, &format!("{path}.filters[{at}]"));
+                entries = entries.zip(decoded).map(|(mut entries, decoded)| {
+                    entries.push(FilterEntry { written, decoded: Some(decoded) });
+                    entries
+                });
+            }
+        } else {
+            self.mismatch(format!("{path}.filters"), &filters, "a sequence");
+        }
+        let route: Route = self.all(route, &path, decode)?;
+        // A filter that could not be decoded is noted; the route is still checked without it.
+        Some(Route { filters: entries.unwrap_or_default(), ..route })
+    }
+
+    fn filter(&mut self, entry: Value, path: &str) -> Option<Decoded> {
+        let known: Vec<&str> = self.kinds.iter().map(|kind| kind.key).collect();
+        let unknown = |spot: Spot, key: &str| {
+            Finding::error(spot, format!("unknown filter `{key}`"))
+                .label(expected(&known))
+                .nearest(key, known.iter().copied())
+        };
+        let finding = match &entry {
+            Value::Mapping(map) if map.len() == 1 => match map.iter().next() {
+                Some((Value::String(key), settings)) => match self.kinds.iter().find(|kind| kind.key == key) {
+                    Some(kind) => return self.settings(kind, settings.clone(), &join(path, key)),
+                    None => unknown(Spot::Key(join(path, key)), key),
+                },
+                _ => Finding::error(Spot::Value(path.to_owned()), "the name of a filter must be text"),
+            },
+            Value::String(key) if known.contains(&key.as_str()) => {
+                Finding::error(Spot::Value(path.to_owned()), format!("the filter `{key}` has no settings"))
+                    .label(format!("write `{key}: {{}}`"))
+            }
+            Value::String(key) => unknown(Spot::Value(path.to_owned()), key),
+            Value::Null if self.broken.at(path) => return None,
+            _ => Finding::error(Spot::Value(path.to_owned()), "a filter must be a map of one key")
+                .label("expected the name of a filter and its settings")
+                .help("begin each filter with a `-` of its own and indent its settings below its name"),
+        };
+        self.broken(path.to_owned(), finding);
+        None
+    }
+
+    fn settings(&mut self, kind: &FilterKind, mut settings: Value, path: &str) -> Option<Decoded> {
+        if settings.is_null() {
+            settings = Value::Mapping(Mapping::new());
+        }
+        let settings = self.all(settings, path, |settings| (kind.decode)(settings.clone()))?;
+        Some(Decoded { key: kind.key, settings })
+    }
+
+    /// Decodes `value`, which stands at `at`, and notes every error in it. What does not fit is taken out and left to
+    /// its default; `None` if that leaves too little.
+    fn all<T>(&mut self, mut value: Value, at: &str, decode: impl Fn(&Value) -> Result<T, DecodeError>) -> Option<T> {
+        loop {
+            let error = match decode(&value) {
+                Ok(decoded) => return Some(decoded),
+                Err(error) => error,
+            };
+            let steps = Step::follow(&value, &error.path);
+            let path = self.broken.path(at, &steps);
+            if let Some(text) = self.texts.remove(&path) {
+                *Step::walk(&mut value, &steps)? = Value::String(text);
+                continue;
+            }
+            let message = with_choices(&mut value, &steps, error.message, &decode);
+            let found = Step::walk(&mut value, &steps).cloned();
+            self.note(&path, &message, found.as_ref());
+            Step::remove(&mut value, &steps)?;
+            if let Some((Step::Index(index), list)) = steps.split_last() {
+                let list = self.broken.path(at, list);
+                let index = self.broken.written_index(&list, *index);
+                self.broken.gone.entry(list).or_default().insert(index);
+            }
+        }
+    }
+
+    /// Notes a decode error, unless it follows from one that is noted already.
+    fn note(&mut self, path: &str, message: &str, value: Option<&Value>) {
+        let complaint = Complaint::of(message);
+        let known = match &complaint {
+            Complaint::MissingKey(key) => self.broken.at(&join(path, key)),
+            Complaint::UnknownKey { .. } => false,
+            _ => self.broken.within(path),
+        };
+        if !known {
+            let finding = complaint.finding(path, value);
+            self.findings.push(match complaint {
+                Complaint::Other(_) => finding.foreign(),
+                _ => finding,
+            });
+        }
+        self.broken.paths.extend(complaint.meant(path));
+        self.broken.paths.insert(path.to_owned());
+    }
+}
+
+/// A scalar that YAML would read as a number or a boolean.
+fn scalar(text: &str) -> Option<Value> {
+    serde_yaml::from_str(text).ok().filter(|value: &Value| value.is_number() || value.is_bool())
+}
+
+/// Serde does not say which choices an enum has if it finds no text at all: asks again with a text.
+fn with_choices<T>(
+    value: &mut Value,
+    steps: &[Step],
+    message: String,
+    decode: impl Fn(&Value) -> Result<T, DecodeError>,
+) -> String {
+    let Some((found, _)) = message.rsplit_once(", expected enum ") else { return message };
+    let Some(node) = Step::walk(value, steps) else { return message };
+    let original = std::mem::replace(node, Value::String(String::new()));
+    let choices = decode(value).err().map(|error| error.message);
+    if let Some(node) = Step::walk(value, steps) {
+        *node = original;
+    }
+    match choices.as_deref().and_then(|choices| choices.strip_prefix("unknown variant ``, expected ")) {
+        Some(choices) => format!("{found}, expected {choices}"),
+        None => message,
+    }
+}
+
+/// A step from a value into it.
+#[derive(Clone, Debug)]
+enum Step {
+    Key(String),
+    Index(usize),
+}
+
+impl Step {
+    /// The steps of `path`, as far as they exist. Names may hold dots, so the longest one that fits is meant.
+    fn follow(mut value: &Value, path: &str) -> Vec<Step> {
+        let mut steps = Vec::new();
+        let mut rest = path;
+        loop {
+            let step = match value {
+                Value::Sequence(items) => {
+                    rest.strip_prefix('[').and_then(|rest| rest.split_once(']')).and_then(|(index, rest)| {
+                        let index = index.parse().ok()?;
+                        Some((items.get(index)?, Step::Index(index), rest))
+                    })
+                }
+                Value::Mapping(map) => {
+                    let rest = rest.strip_prefix('.').unwrap_or(rest);
+                    let begins = |name: &str| {
+                        rest.strip_prefix(name).is_some_and(|after| after.is_empty() || after.starts_with(['.', '[']))
+                    };
+                    let entries = map.iter().filter_map(|(key, inner)| Some((key.as_str()?, inner)));
+                    let entry = entries.filter(|(name, _)| begins(name)).max_by_key(|(name, _)| name.len());
+                    entry.map(|(name, inner)| (inner, Step::Key(name.to_owned()), &rest[name.len()..]))
+                }
+                _ => None,
+            };
+            let Some((inner, step, after)) = step.filter(|_| !rest.is_empty()) else { return steps };
+            steps.push(step);
+            (value, rest) = (inner, after);
+        }
+    }
+
+    fn walk<'v>(value: &'v mut Value, steps: &[Step]) -> Option<&'v mut Value> {
+        steps.iter().try_fold(value, |value, step| match step {
+            Step::Key(name) => value.get_mut(name.as_str()),
+            Step::Index(index) => value.get_mut(*index),
+        })
+    }
+
+    /// Takes out what `steps` lead to; `None` if that is everything.
+    fn remove(value: &mut Value, steps: &[Step]) -> Option<()> {
+        let (last, outer) = steps.split_last()?;
+        match (last, Step::walk(value, outer)?) {
+            (Step::Key(name), Value::Mapping(map)) => _ = map.remove(name.as_str())?,
+            (Step::Index(index), Value::Sequence(items)) => _ = items.remove(*index),
+            _ => return None,
+        }
+        Some(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::route::ValueMatch;
+    use crate::config::server::Threads;
+
+    fn variable(name: &str) -> Option<String> {
+        let value = match name {
+            "NUMBER" => "123",
+            "FLAG" => "true",
+            "PORT" => "8080",
+            _ => return None,
+        };
+        Some(value.to_owned())
+    }
+
+    fn parsed(more: &str) -> Result<Config, Report> {
+        let text = format!(
+            "listeners: [{{ name: web, address: \"127.0.0.1:${{PORT}}\" }}]\nupstreams: {{ app: {{ endpoints: [{{ address: 127.0.0.1:3000 }}] }} }}\n{more}"
+        );
+        parse("f.yaml", &text, &[], &variable)
+    }
+
+    const ROUTE: &str = "routes: [{ name: all, upstream: app }]\n";
+
+    #[test]
+    fn a_variable_becomes_what_its_place_asks_for() {
+        let config = parsed(
+            "via: ${FLAG}\nserver: { threads: \"${NUMBER}\" }\nroutes: [{ name: \"${NUMBER}\", upstream: app, match: { headers: { x: \"${NUMBER}\", y: \"${FLAG}\" } } }]\n",
+        )
+        .unwrap();
+        assert!(config.via);
+        assert_eq!(config.server.threads, Threads::Fixed(123.try_into().unwrap()));
+        assert_eq!(config.listeners[0].address.0, "127.0.0.1:8080");
+        assert_eq!(config.routes[0].name, "123");
+        assert_eq!(config.routes[0].matches.headers["x"], ValueMatch::Exact("123".to_owned()));
+        assert_eq!(config.routes[0].matches.headers["y"], ValueMatch::Exact("true".to_owned()));
+    }
+
+    #[test]
+    fn a_byte_order_mark_is_no_part_of_the_first_key() {
+        assert!(
+            parse("f.yaml", &format!("\u{feff}version: 1\n{}", "listeners: []\nroutes: []\n"), &[], &variable)
+                .is_err_and(|report| report.errors() == 2)
+        );
+    }
+
+    #[test]
+    fn every_wrong_item_of_a_list_is_found_at_its_place() {
+        let report = parsed(&format!("trusted_proxies:\n  - a\n  - 10.0.0.0/8\n  - b\n  - 10.0.0.0/8\n  - c\n{ROUTE}"))
+            .unwrap_err();
+        let said = report.to_string();
+        for place in ["f.yaml:4:5", "f.yaml:6:5", "f.yaml:8:5"] {
+            assert!(said.contains(place), "{said}");
+        }
+        assert_eq!(report.errors(), 3);
+    }
+
+    #[test]
+    fn what_follows_from_an_error_is_no_error_of_its_own() {
+        let report = parsed("routes: [{ nmae: all, upstrem: app }]\n").unwrap_err();
+        assert_eq!(report.errors(), 2, "{report}");
+    }
+
+    #[test]
+    fn ten_thousand_routes_are_read_in_bearable_time() {
+        let routes: String = (0..10_000)
+            .map(|n| {
+                format!("  - {{ name: r{n}, upstream: app, match: {{ hosts: [h{n}.com], path: {{ prefix: /a }} }} }}\n")
+            })
+            .collect();
+        let config = parsed(&format!("routes:\n{routes}")).unwrap();
+        assert_eq!(config.routes.len(), 10_000);
+    }
+}

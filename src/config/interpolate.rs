@@ -1,0 +1,187 @@
+//! `${VAR}` in the scalars of a configuration: from the environment, with a default, or from a file.
+//!
+//! It happens after the parse and in values only, so what a variable holds can never become YAML, and lines stay
+//! true. What was put in is a secret from then on: `report` prints `${VAR}` in its place.
+
+use std::fs::File;
+use std::io::Read;
+use std::path::Path;
+
+/// A file that `${file:…}` names may have so many bytes.
+const FILE_BYTES_MAX: u64 = 1024 * 1024;
+
+/// Where variables come from; the environment, but for tests.
+pub(super) type Variables<'a> = &'a dyn Fn(&str) -> Option<String>;
+
+/// A scalar after something was put into it.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) struct Interpolated {
+    /// What it is now.
+    pub text: String,
+    /// What each `${…}` stood for.
+    pub pieces: Vec<String>,
+    /// Whether a single `${…}` is all there was, so that it may become a number or a boolean.
+    pub whole: bool,
+}
+
+/// Why a `${…}` stands for nothing.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) struct Problem {
+    /// What is wrong, in a sentence.
+    pub title: String,
+    /// What to do about it.
+    pub label: String,
+}
+
+impl Problem {
+    fn new(title: impl Into<String>, label: impl Into<String>) -> Self {
+        Problem { title: title.into(), label: label.into() }
+    }
+}
+
+/// Puts into `text` what its `${…}` stand for; `None` if there is nothing to do.
+pub(super) fn interpolate(text: &str, variables: Variables<'_>) -> Result<Option<Interpolated>, Problem> {
+    let Some(first) = text.find("${") else { return Ok(None) };
+    let mut result = Interpolated { text: String::with_capacity(text.len()), pieces: Vec::new(), whole: first == 0 };
+    let mut rest = text;
+    while let Some(at) = rest.find("${") {
+        let (before, from) = rest.split_at(at);
+        if let Some(before) = before.strip_suffix('$') {
+            result.text.push_str(before);
+            result.text.push_str("${");
+            rest = &from[2..];
+            continue;
+        }
+        result.text.push_str(before);
+        let (inside, after) = from[2..].split_once('}').ok_or_else(|| {
+            Problem::new("`${` without a `}`", "close it with `}`, or write `$${` for a literal `${`")
+        })?;
+        let piece = resolve(inside, variables)?;
+        result.text.push_str(&piece);
+        result.pieces.push(piece);
+        result.whole &= before.is_empty() && after.is_empty();
+        rest = after;
+    }
+    result.text.push_str(rest);
+    result.whole &= !result.pieces.is_empty();
+    Ok(Some(result))
+}
+
+/// What `inside`, the text between the braces, stands for.
+fn resolve(inside: &str, variables: Variables<'_>) -> Result<String, Problem> {
+    if inside.contains("${") {
+        return Err(Problem::new("`${` inside of `${…}`", "one cannot stand inside of another"));
+    }
+    if let Some(path) = inside.strip_prefix("file:") {
+        return read(path);
+    }
+    let name_end = inside.find(|c: char| c != '_' && !c.is_ascii_alphanumeric()).unwrap_or(inside.len());
+    let (name, operator) = inside.split_at(name_end);
+    if name.is_empty() || name.starts_with(|first: char| first.is_ascii_digit()) {
+        return Err(unknown(inside));
+    }
+    let set = variables(name);
+    let filled = || set.clone().filter(|value| !value.is_empty());
+    if operator.is_empty() {
+        let label = format!("set it, or write `${{{name}:-default}}`");
+        set.ok_or_else(|| Problem::new(format!("the variable `{name}` is not set"), label))
+    } else if let Some(default) = operator.strip_prefix(":-") {
+        Ok(filled().unwrap_or_else(|| default.to_owned()))
+    } else if let Some(why) = operator.strip_prefix(":?") {
+        filled().ok_or_else(|| Problem::new(format!("the variable `{name}` is not set or empty"), why))
+    } else {
+        Err(unknown(inside))
+    }
+}
+
+fn unknown(inside: &str) -> Problem {
+    Problem::new(
+        format!("`${{{inside}}}` is not understood"),
+        "write `${NAME}`, `${NAME:-default}`, `${NAME:?why}` or `${file:/path}`, or `$${` for a literal `${`",
+    )
+}
+
+/// The content of a file without the line ends that editors put behind it.
+fn read(path: &str) -> Result<String, Problem> {
+    if !Path::new(path).is_absolute() {
+        return Err(Problem::new(format!("`{path}` is not an absolute path"), "write `${file:/path}`"));
+    }
+    let failed = |why: &str| Problem::new(format!("the file `{path}` cannot be read"), why);
+    let mut bytes = Vec::new();
+    File::open(path)
+        .and_then(|file| file.take(FILE_BYTES_MAX + 1).read_to_end(&mut bytes))
+        .map_err(|error| failed(&reason(&error)))?;
+    if bytes.len() as u64 > FILE_BYTES_MAX {
+        return Err(failed("it is larger than 1MiB"));
+    }
+    let mut text = String::from_utf8(bytes).map_err(|_| failed("it is not UTF-8 text"))?;
+    text.truncate(text.trim_end_matches(['\n', '\r']).len());
+    Ok(text)
+}
+
+/// The system's words for an error, without its number.
+pub(super) fn reason(error: &std::io::Error) -> String {
+    let text = error.to_string();
+    text.split(" (os error").next().unwrap_or_default().to_lowercase()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn variable(name: &str) -> Option<String> {
+        match name {
+            "PORT" => Some("8080".to_owned()),
+            "EMPTY" => Some(String::new()),
+            "TRICKY" => Some("${PORT}: [".to_owned()),
+            _ => None,
+        }
+    }
+
+    fn text(from: &str) -> Result<String, Problem> {
+        interpolate(from, &variable).map(|done| done.map_or_else(|| from.to_owned(), |done| done.text))
+    }
+
+    #[test]
+    fn variables_defaults_and_escapes() {
+        assert_eq!(text("127.0.0.1:${PORT}"), Ok("127.0.0.1:8080".to_owned()));
+        assert_eq!(text("${NONE:-a:b}/${EMPTY:-c}/${EMPTY}/${PORT:?why}"), Ok("a:b/c//8080".to_owned()));
+        assert_eq!(text("$${PORT} $PORT $$ ${PORT}$"), Ok("${PORT} $PORT $$ 8080$".to_owned()));
+        assert_eq!(text("plain"), Ok("plain".to_owned()));
+    }
+
+    #[test]
+    fn what_was_put_in_is_not_read_again() {
+        assert_eq!(text("${TRICKY}"), Ok("${PORT}: [".to_owned()));
+    }
+
+    #[test]
+    fn only_a_lone_variable_is_the_whole_scalar() {
+        let whole = |from| interpolate(from, &variable).unwrap().unwrap().whole;
+        assert!(whole("${PORT}"));
+        assert!(!whole("${PORT}0"));
+        assert!(!whole("0${PORT}"));
+        assert!(!whole("${PORT}${PORT}"));
+        assert!(!whole("$${PORT}"));
+    }
+
+    #[test]
+    fn what_cannot_be_resolved_says_what_to_do() {
+        let problem = |from| text(from).map_err(|problem| (problem.title, problem.label)).unwrap_err();
+        assert_eq!(problem("${NONE}").0, "the variable `NONE` is not set");
+        assert_eq!(problem("${EMPTY:?set the port}").1, "set the port");
+        assert_eq!(problem("${1}").0, "`${1}` is not understood");
+        assert_eq!(problem("${PORT-1}").0, "`${PORT-1}` is not understood");
+        assert_eq!(problem("${PORT").0, "`${` without a `}`");
+        assert_eq!(problem("${A:-${PORT}}").0, "`${` inside of `${…}`");
+        assert_eq!(problem("${file:secret}").0, "`secret` is not an absolute path");
+        assert_eq!(problem("${file:/no/such}").1, "no such file or directory");
+    }
+
+    #[test]
+    fn a_file_loses_the_line_end_behind_its_text() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(file.path(), "two\nlines\n").unwrap();
+        assert_eq!(text(&format!("${{file:{}}}", file.path().display())), Ok("two\nlines".to_owned()));
+    }
+}

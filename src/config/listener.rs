@@ -1,0 +1,90 @@
+//! `listeners:`: where clients connect, what they may speak, and what they may cost.
+
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use super::Address;
+use super::units::{Count, Size, Time};
+
+/// A place where clients connect.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Listener {
+    /// Its name in metrics and logs.
+    pub name: String,
+    /// `host:port`, `[v6]:port` or `unix:/path`.
+    pub address: Address,
+    /// What clients may speak on it.
+    #[serde(default = "Listener::default_protocols")]
+    pub protocols: Vec<Protocol>,
+    /// What clients may cost.
+    #[serde(default)]
+    pub limits: Limits,
+    /// How long clients may take.
+    #[serde(default)]
+    pub timeouts: Timeouts,
+}
+
+impl Listener {
+    pub(crate) fn default_protocols() -> Vec<Protocol> {
+        vec![Protocol::Http1]
+    }
+}
+
+/// A protocol that a client may speak.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Protocol {
+    /// HTTP/1.0 and HTTP/1.1.
+    Http1,
+    /// HTTP/2 in clear text, by prior knowledge (RFC 9113 §3.3).
+    H2c,
+}
+
+/// What the clients of a listener may cost.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct Limits {
+    /// Open connections. One more is answered 503 and closed.
+    pub connections: Count,
+    /// Open connections of one client address. One more is answered 429 and closed. Unix sockets have none.
+    pub connections_per_ip: Count,
+    /// Header fields of a request, at most 256. One more is answered 431.
+    pub headers: Count,
+    /// Bytes of a request header, request line included. More is answered 431.
+    pub header_bytes: Size,
+    /// Requests on one connection; the last is answered with `Connection: close`, on HTTP/2 with GOAWAY.
+    pub requests_per_connection: Count,
+    /// Streams that an HTTP/2 client may have open at once.
+    pub streams: Count,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Limits {
+            connections: Count(50_000),
+            connections_per_ip: Count::UNLIMITED,
+            headers: Count(100),
+            header_bytes: Size::kib(32),
+            requests_per_connection: Count(10_000),
+            streams: Count(128),
+        }
+    }
+}
+
+/// How long the clients of a listener may take.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct Timeouts {
+    /// From the first byte of a request header to its last: the whole of it, however it trickles.
+    /// On HTTP/2: of the preface, of a frame other than DATA, of a header block over several frames.
+    pub header: Time,
+    /// Between requests, and from the connection to its first byte.
+    pub idle: Time,
+}
+
+impl Default for Timeouts {
+    fn default() -> Self {
+        Timeouts { header: Time::seconds(10), idle: Time::seconds(75) }
+    }
+}

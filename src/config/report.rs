@@ -1,0 +1,451 @@
+//! What is wrong with a configuration file, told as rustc tells it: the place, the line, the caret, the advice.
+//!
+//! The parts of the pipeline make findings, each at a path; a [`Report`] looks the paths up in the file's [`Places`],
+//! takes secrets out of the words, and draws.
+
+use std::collections::HashSet;
+use std::fmt;
+use std::ops::Range;
+use std::sync::Arc;
+
+use annotate_snippets::{AnnotationKind, Group, Level, Origin, Renderer, Snippet};
+
+use super::place::Places;
+
+/// The words of a finding are cut beyond so many characters; a value in them may be of any length.
+const WORDS_MAX: usize = 240;
+
+/// A file and what is known of its inside.
+#[derive(Default)]
+pub(super) struct Source {
+    /// The name to print.
+    pub file: String,
+    /// What stands in it.
+    pub text: String,
+    /// Where its values stand.
+    pub places: Places,
+    /// What was put into it from outside.
+    pub secrets: Vec<Secret>,
+}
+
+/// A scalar that holds a `${…}`.
+pub(super) struct Secret {
+    /// Where it stands.
+    pub path: String,
+    /// As it was written.
+    pub written: String,
+    /// What it is now.
+    pub whole: String,
+    /// What each `${…}` stood for.
+    pub pieces: Vec<String>,
+}
+
+/// Where a finding points to.
+#[derive(Clone, Debug)]
+pub(super) enum Spot {
+    /// The value at this path.
+    Value(String),
+    /// The key at this path.
+    Key(String),
+    /// These bytes.
+    Bytes(Range<usize>),
+    /// The file as a whole.
+    File,
+}
+
+impl Spot {
+    fn path(&self) -> Option<&str> {
+        match self {
+            Spot::Value(path) | Spot::Key(path) => Some(path),
+            Spot::Bytes(_) | Spot::File => None,
+        }
+    }
+}
+
+/// Something to be said of a file.
+#[derive(Clone, Debug)]
+pub(super) struct Finding {
+    spot: Spot,
+    title: String,
+    label: String,
+    also: Option<(Spot, String)>,
+    help: Option<String>,
+    warning: bool,
+    foreign: bool,
+}
+
+impl Finding {
+    /// An error at `spot`; the title says in a sentence what is wrong.
+    pub fn error(spot: Spot, title: impl Into<String>) -> Self {
+        let title = title.into();
+        Finding { spot, title, label: String::new(), also: None, help: None, warning: false, foreign: false }
+    }
+
+    /// Something that works and is hardly meant.
+    pub fn warning(spot: Spot, title: impl Into<String>) -> Self {
+        Finding { warning: true, ..Finding::error(spot, title) }
+    }
+
+    /// What stands beside the caret: what was expected there.
+    pub fn label(mut self, label: impl Into<String>) -> Self {
+        self.label = label.into();
+        self
+    }
+
+    /// A second place that belongs to it.
+    pub fn also(mut self, spot: Spot, label: impl Into<String>) -> Self {
+        self.also = Some((spot, label.into()));
+        self
+    }
+
+    /// What to do.
+    pub fn help(mut self, help: impl Into<String>) -> Self {
+        self.help = Some(help.into());
+        self
+    }
+
+    /// Advises the nearest of `known`, if one is near.
+    pub fn nearest<'k>(self, wrong: &str, known: impl IntoIterator<Item = &'k str>) -> Self {
+        match nearest(wrong, known) {
+            Some(near) => self.help(format!("did you mean `{near}`?")),
+            None => self,
+        }
+    }
+
+    /// Its words come from code that knows nothing of secrets, so they are searched for parts of them.
+    pub fn foreign(mut self) -> Self {
+        self.foreign = true;
+        self
+    }
+
+    /// The path it stands at, if it has one.
+    pub fn path(&self) -> Option<&str> {
+        self.spot.path()
+    }
+}
+
+/// The errors and warnings of one configuration file, in the order in which they stand there.
+///
+/// Prints as rustc prints, without colour; see [`Report::render`] for colours.
+#[derive(Clone, Default)]
+pub struct Report {
+    source: Arc<Source>,
+    findings: Vec<Drawn>,
+}
+
+/// A finding with its places looked up and its secrets taken out.
+#[derive(Clone)]
+struct Drawn {
+    spots: Vec<(Range<usize>, String)>,
+    title: String,
+    help: Option<String>,
+    warning: bool,
+}
+
+impl Report {
+    pub(super) fn new(source: Arc<Source>, findings: Vec<Finding>) -> Self {
+        let mut findings: Vec<Drawn> = findings.into_iter().map(|finding| source.place(finding)).collect();
+        // What an anchor brought to several places is wrong once only.
+        let mut seen = HashSet::new();
+        findings.retain(|finding| seen.insert((finding.start(), finding.title.clone())));
+        findings.sort_by_key(Drawn::start);
+        Report { source, findings }
+    }
+
+    /// A report with no place: the file could not be read.
+    pub(super) fn unreadable(file: &str, title: String, help: &str) -> Self {
+        let source = Source { file: file.to_owned(), ..Source::default() };
+        Report::new(Arc::new(source), vec![Finding::error(Spot::File, title).help(help)])
+    }
+
+    /// The file it is about.
+    pub(super) fn source(&self) -> Arc<Source> {
+        Arc::clone(&self.source)
+    }
+
+    /// How many errors and warnings there are.
+    pub fn len(&self) -> usize {
+        self.findings.len()
+    }
+
+    /// Whether nothing is wrong.
+    pub fn is_empty(&self) -> bool {
+        self.findings.is_empty()
+    }
+
+    /// How many errors there are.
+    pub fn errors(&self) -> usize {
+        self.findings.iter().filter(|finding| !finding.warning).count()
+    }
+
+    /// How many warnings there are; warnings alone refuse no file.
+    pub fn warnings(&self) -> usize {
+        self.len() - self.errors()
+    }
+
+    /// Draws everything, with the colours of a terminal or without, and ends with a line that counts.
+    /// Empty if nothing is wrong.
+    pub fn render(&self, color: bool) -> String {
+        if self.is_empty() {
+            return String::new();
+        }
+        let renderer = if color { Renderer::styled() } else { Renderer::plain() };
+        let line_ends: Vec<usize> = self.source.text.match_indices('\n').map(|(at, _)| at).collect();
+        let mut text = String::new();
+        for finding in &self.findings {
+            text.push_str(&finding.draw(&self.source, &line_ends, &renderer));
+            text.push_str("\n\n");
+        }
+        let level = if self.errors() > 0 { Level::ERROR } else { Level::WARNING };
+        text.push_str(&renderer.render(&[Group::with_title(level.primary_title(self.summary()))]));
+        text.push('\n');
+        text
+    }
+
+    fn summary(&self) -> String {
+        let count = |number: usize, noun: &str| match number {
+            0 => None,
+            1 => Some(format!("1 {noun}")),
+            _ => Some(format!("{number} {noun}s")),
+        };
+        let counts = [count(self.errors(), "error"), count(self.warnings(), "warning")];
+        let counts = counts.into_iter().flatten().collect::<Vec<_>>().join(" and ");
+        format!("{counts} in {}", self.source.file)
+    }
+}
+
+impl fmt::Display for Report {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.render(false))
+    }
+}
+
+/// The same as `Display`: a report that a test unwraps should be read.
+impl fmt::Debug for Report {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, f)
+    }
+}
+
+impl std::error::Error for Report {}
+
+impl Drawn {
+    fn start(&self) -> Option<usize> {
+        self.spots.first().map(|(range, _)| range.start)
+    }
+
+    fn draw(&self, source: &Source, line_ends: &[usize], renderer: &Renderer) -> String {
+        let level = if self.warning { Level::WARNING } else { Level::ERROR };
+        let title = level.primary_title(&self.title);
+        let mut group = match source.window(&self.spots) {
+            None => title.element(Origin::path(&source.file)),
+            Some(window) => {
+                let shown = Snippet::source(&source.text[window.clone()]).path(&source.file);
+                let mut kind = AnnotationKind::Primary;
+                let mut annotations = Vec::new();
+                for (range, label) in &self.spots {
+                    let label = Some(label.as_str()).filter(|label| !label.is_empty());
+                    annotations.push(kind.span(range.start - window.start..range.end - window.start).label(label));
+                    kind = AnnotationKind::Context;
+                }
+                let line = 1 + line_ends.partition_point(|&end| end < window.start);
+                title.element(shown.line_start(line).annotations(annotations))
+            }
+        };
+        if let Some(help) = &self.help {
+            group = group.element(Level::HELP.message(help));
+        }
+        renderer.render(&[group])
+    }
+}
+
+impl Source {
+    /// Looks up the places of a finding and takes secrets out of its words.
+    fn place(&self, finding: Finding) -> Drawn {
+        let Finding { spot, mut title, label, also, mut help, warning, foreign } = finding;
+        let mut spots = Vec::new();
+        let mut secrets = self.secrets_at(&spot);
+        match self.range(&spot) {
+            Some(range) => spots.push((range, label)),
+            // Without a caret there is nothing that the label could stand beside.
+            None => help = help.or(Some(label).filter(|label| !label.is_empty())),
+        }
+        if let Some(path) = self.unwritten(&spot) {
+            title = format!("`{path}`: {title}");
+        }
+        if let Some((spot, label)) = also {
+            secrets.extend(self.secrets_at(&spot));
+            spots.extend(self.range(&spot).map(|range| (range, label)));
+        }
+        let redact = |words: String| tidy(&redact(&words, &secrets, foreign));
+        let spots = spots.into_iter().map(|(range, label)| (range, redact(label))).collect();
+        Drawn { title: redact(title), help: help.map(redact), spots, warning }
+    }
+
+    /// The secrets that words about `spot` may hold.
+    fn secrets_at(&self, spot: &Spot) -> Vec<&Secret> {
+        let Some(path) = spot.path() else { return Vec::new() };
+        self.secrets.iter().filter(|secret| secret.concerns(path)).collect()
+    }
+
+    /// The path of a spot that does not stand in the file, such as a default's: the words must say where it would.
+    fn unwritten<'s>(&self, spot: &'s Spot) -> Option<&'s str> {
+        spot.path().filter(|path| self.places.find(path).is_none_or(|found| !found.whole))
+    }
+
+    /// The bytes to underline for a spot, none of them beyond its first line.
+    fn range(&self, spot: &Spot) -> Option<Range<usize>> {
+        let range = match spot {
+            Spot::Bytes(range) => range.clone(),
+            Spot::Value(path) => self.places.find(path)?.value,
+            Spot::Key(path) => {
+                let found = self.places.find(path)?;
+                found.key.filter(|_| found.whole).unwrap_or(found.value)
+            }
+            Spot::File => return None,
+        };
+        let start = range.start.min(self.text.len());
+        let line_end = self.text[start..].find(['\n', '\r']).map_or(self.text.len(), |at| start + at);
+        Some(start..range.end.clamp(start, line_end))
+    }
+
+    /// The whole lines that hold all of `spots`: what is drawn need not be the whole file.
+    fn window(&self, spots: &[(Range<usize>, String)]) -> Option<Range<usize>> {
+        let start = spots.iter().map(|(range, _)| range.start).min()?;
+        let end = spots.iter().map(|(range, _)| range.end).max()?;
+        let line_start = self.text[..start].rfind('\n').map_or(0, |at| at + 1);
+        let line_end = self.text[end..].find('\n').map_or(self.text.len(), |at| end + at);
+        Some(line_start..line_end)
+    }
+}
+
+impl Secret {
+    /// Whether words about `path` may hold this: it stands there, or somewhere inside.
+    fn concerns(&self, path: &str) -> bool {
+        self.path
+            .strip_prefix(path)
+            .is_some_and(|rest| path.is_empty() || rest.is_empty() || rest.starts_with(['.', '[']))
+    }
+}
+
+/// Puts what was written in the place of each secret that stands in quotes. If some of a secret is left, which only
+/// foreign words can do, the words go as a whole.
+fn redact(words: &str, secrets: &[&Secret], foreign: bool) -> String {
+    let mut known = words.to_owned();
+    let mut strange = words.to_owned();
+    for secret in secrets {
+        for (open, close) in [("`", "`"), ("\"", "\"")] {
+            let escaped = format!("{:?}", secret.whole);
+            for whole in [secret.whole.as_str(), escaped.trim_matches('"')] {
+                let quoted = format!("{open}{whole}{close}");
+                known = known.replace(&quoted, &format!("`{}`", secret.written));
+                strange = strange.replace(&quoted, "");
+            }
+        }
+    }
+    let left = |piece: &String| {
+        piece.len() >= 4 && strange.contains(piece.as_str())
+            || foreign
+                && strange.split(|c: char| !c.is_alphanumeric()).any(|word| word.len() >= 5 && piece.contains(word))
+    };
+    match secrets.iter().find(|secret| secret.pieces.iter().any(left)) {
+        Some(secret) => format!("what `{}` stands for does not fit here", secret.written),
+        None => known,
+    }
+}
+
+/// Keeps words on one line and at a bearable length.
+fn tidy(words: &str) -> String {
+    let mut tidy = String::with_capacity(words.len());
+    for (at, c) in words.chars().enumerate() {
+        if at == WORDS_MAX {
+            tidy.push('…');
+            break;
+        }
+        if c.is_control() { tidy.extend(c.escape_default()) } else { tidy.push(c) }
+    }
+    tidy
+}
+
+/// The one of `known` that `wrong` is most likely a misspelling of.
+pub(super) fn nearest<'k>(wrong: &str, known: impl IntoIterator<Item = &'k str>) -> Option<&'k str> {
+    let wrong = wrong.to_lowercase();
+    let distance = |name: &str| {
+        // A word that was left out or added, as in `hosts` for `host_names`, is near as well.
+        let begun = wrong.len() >= 3 && (name.starts_with(&wrong) || wrong.starts_with(name));
+        if begun { 1 } else { strsim::damerau_levenshtein(&wrong, &name.to_lowercase()) }
+    };
+    let (near, distance) =
+        known.into_iter().map(|name| (name, distance(name))).min_by_key(|&(_, distance)| distance)?;
+    (distance <= (wrong.chars().count() + 1) / 3).then_some(near)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn source(text: &str) -> Source {
+        Source { file: "f.yaml".to_owned(), text: text.to_owned(), places: Places::of(text), secrets: Vec::new() }
+    }
+
+    fn value(path: &str) -> Spot {
+        Spot::Value(path.to_owned())
+    }
+
+    #[test]
+    fn findings_come_in_the_order_of_the_file_and_once_each() {
+        let twice = Finding::error(value("b"), "second");
+        let findings = vec![twice.clone(), Finding::error(value("a"), "first"), twice];
+        let report = Report::new(Arc::new(source("a: 1\nb: 2\n")), findings);
+        assert_eq!(report.findings.iter().map(|f| f.title.as_str()).collect::<Vec<_>>(), ["first", "second"]);
+    }
+
+    #[test]
+    fn a_value_of_many_lines_is_underlined_on_its_first() {
+        let source = source("a: |\n  one\n  two\n");
+        assert_eq!(&source.text[source.range(&value("a")).unwrap()], "one");
+    }
+
+    #[test]
+    fn the_near_is_told_from_the_far() {
+        let known = ["address", "name", "timeouts"];
+        assert_eq!(nearest("adress", known), Some("address"));
+        assert_eq!(nearest("Timeout", known), Some("timeouts"));
+        assert_eq!(nearest("naem", known), Some("name"));
+        assert_eq!(nearest("adnim", ["version", "admin"]), Some("admin"));
+        assert_eq!(nearest("colour", known), None);
+        assert_eq!(nearest("x", []), None);
+    }
+
+    #[test]
+    fn colours_are_there_when_asked_for_only() {
+        let report = Report::new(Arc::new(source("a: 1\n")), vec![Finding::error(value("a"), "wrong")]);
+        assert!(report.render(true).contains('\u{1b}'));
+        assert!(!report.render(false).contains('\u{1b}'));
+    }
+
+    fn secret(whole: &str, piece: &str) -> Secret {
+        Secret {
+            path: "a".to_owned(),
+            written: "${S}".to_owned(),
+            whole: whole.to_owned(),
+            pieces: vec![piece.to_owned()],
+        }
+    }
+
+    #[test]
+    fn a_secret_gives_way_to_what_was_written() {
+        let secret = secret("12\n", "12\n");
+        assert_eq!(redact("`12\n` is none", &[&secret], false), "`${S}` is none");
+        assert_eq!(redact("invalid \"12\\n\"", &[&secret], false), "invalid `${S}`");
+        assert_eq!(redact("expected 1 to 256", &[&secret], false), "expected 1 to 256");
+    }
+
+    #[test]
+    fn words_that_still_hold_a_part_of_a_secret_go() {
+        let secret = secret("user:hunter2", "user:hunter2");
+        assert_eq!(redact("no host hunter2", &[&secret], true), "what `${S}` stands for does not fit here");
+        assert_eq!(redact("user:hunter2 is none", &[&secret], false), "what `${S}` stands for does not fit here");
+        assert_eq!(redact("`user:hunter2` has no port", &[&secret], true), "`${S}` has no port");
+    }
+}

@@ -1,0 +1,194 @@
+//! `server:` and the keys beside it that hold for the whole process.
+
+use std::borrow::Cow;
+use std::fmt;
+use std::num::NonZeroUsize;
+
+use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
+use serde::de::{self, Deserializer, Unexpected, Visitor};
+use serde::{Deserialize, Serialize, Serializer};
+
+use super::units::{Count, Time};
+
+/// How the process runs.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct Server {
+    /// Worker threads: `auto` is one per core.
+    pub threads: Threads,
+    /// Lets idle workers take tasks from busy ones. Off: a connection stays with its worker, which is cheaper and fairer.
+    pub work_stealing: bool,
+    /// Idle connections to upstreams that are kept, over all upstreams. Keep it above the concurrency you expect.
+    pub keepalive_pool: Count,
+    /// What happens on SIGTERM.
+    pub shutdown: Shutdown,
+}
+
+impl Default for Server {
+    fn default() -> Self {
+        Server {
+            threads: Threads::Auto,
+            work_stealing: false,
+            keepalive_pool: Count(4_000),
+            shutdown: Shutdown::default(),
+        }
+    }
+}
+
+/// A number of worker threads: `auto`, or from 1 to 1,024.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Threads {
+    /// So many.
+    Fixed(NonZeroUsize),
+    /// One per core that the process may use.
+    Auto,
+}
+
+impl Threads {
+    const MAX: usize = 1024;
+}
+
+impl<'de> Deserialize<'de> for Threads {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        deserializer.deserialize_any(ThreadsVisitor)
+    }
+}
+
+struct ThreadsVisitor;
+
+impl Visitor<'_> for ThreadsVisitor {
+    type Value = Threads;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "`auto` or a number from 1 to {}", Threads::MAX)
+    }
+
+    fn visit_str<E: de::Error>(self, text: &str) -> Result<Threads, E> {
+        if text == "auto" { Ok(Threads::Auto) } else { Err(E::invalid_value(Unexpected::Str(text), &self)) }
+    }
+
+    fn visit_u64<E: de::Error>(self, number: u64) -> Result<Threads, E> {
+        let threads =
+            usize::try_from(number).ok().filter(|&threads| threads <= Threads::MAX).and_then(NonZeroUsize::new);
+        threads.map(Threads::Fixed).ok_or_else(|| E::invalid_value(Unexpected::Unsigned(number), &self))
+    }
+}
+
+impl Serialize for Threads {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        match self {
+            Threads::Fixed(threads) => threads.serialize(serializer),
+            Threads::Auto => serializer.serialize_str("auto"),
+        }
+    }
+}
+
+impl JsonSchema for Threads {
+    fn schema_name() -> Cow<'static, str> {
+        "Threads".into()
+    }
+
+    fn json_schema(_: &mut SchemaGenerator) -> Schema {
+        json_schema!({
+            "description": "`auto` or a number of threads",
+            "anyOf": [{ "const": "auto" }, { "type": "integer", "minimum": 1, "maximum": Threads::MAX }],
+        })
+    }
+}
+
+/// The order of a graceful stop: not ready, pause, no new connections, in-flight exchanges end, exit.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct Shutdown {
+    /// Time between `/readyz` turning 503 and the listeners closing, for load balancers to notice.
+    pub pause: Time,
+    /// Time given to exchanges in flight, after which they are cut.
+    pub deadline: Time,
+}
+
+impl Default for Shutdown {
+    fn default() -> Self {
+        Shutdown { pause: Time::seconds(0), deadline: Time::seconds(30) }
+    }
+}
+
+/// Which headers tell the upstream who the client is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Forwarded {
+    /// `X-Forwarded-For`, `-Proto`, `-Host` and `-Port`.
+    #[default]
+    XForwarded,
+    /// `Forwarded` of RFC 7239.
+    Rfc7239,
+    /// Both.
+    Both,
+}
+
+/// The admin endpoint: `/metrics`, `/healthz`, `/readyz`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct Admin {
+    /// Whether there is one.
+    pub enabled: bool,
+    /// Where it listens: loopback unless told otherwise, for it has no authentication.
+    pub address: super::Address,
+}
+
+impl Default for Admin {
+    fn default() -> Self {
+        Admin { enabled: true, address: super::Address("127.0.0.1:9100".to_owned()) }
+    }
+}
+
+/// What is logged and counted.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct Observability {
+    /// One line per exchange.
+    pub access_log: AccessLog,
+    /// Limits of `/metrics`.
+    pub metrics: MetricsLimits,
+}
+
+/// The access log.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct AccessLog {
+    /// How a line looks.
+    pub format: LogFormat,
+    /// `stdout`, `stderr`, `off`, or a file, which is reopened on SIGUSR1.
+    pub path: String,
+    /// Lines that may wait for the writer; further ones are dropped and counted.
+    pub queue: Count,
+}
+
+impl Default for AccessLog {
+    fn default() -> Self {
+        AccessLog { format: LogFormat::Json, path: "stdout".to_owned(), queue: Count(8_000) }
+    }
+}
+
+/// How a line of the access log looks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum LogFormat {
+    /// One JSON object with every phase's milliseconds.
+    Json,
+    /// The combined format of Apache and nginx, with the phases behind it.
+    Combined,
+}
+
+/// Limits of `/metrics`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct MetricsLimits {
+    /// Series that routes may have between them; routes beyond it are counted together as `_other`.
+    pub max_series: Count,
+}
+
+impl Default for MetricsLimits {
+    fn default() -> Self {
+        MetricsLimits { max_series: Count(100_000) }
+    }
+}

@@ -1,0 +1,170 @@
+//! Text to YAML: what is no YAML at all, what stands twice, and what can be no configuration.
+
+use std::string::FromUtf8Error;
+use std::sync::Arc;
+
+use serde_yaml::{Mapping, Value};
+
+use super::place::Places;
+use super::report::{Finding, Report, Source, Spot};
+
+/// Reads the text of a file to a map, its merge keys followed.
+pub(super) fn read(source: &Source) -> Result<Mapping, Vec<Finding>> {
+    let places = &source.places;
+    let value: Result<Value, _> = serde_yaml::from_str(&source.text);
+    if let Some(second) = &places.second_document {
+        return Err(vec![
+            Finding::error(Spot::Bytes(second.clone()), "there is more than one YAML document in the file")
+                .label("a second document begins here")
+                .help("a configuration is one document: remove this line, or what is above or below it"),
+        ]);
+    }
+    let mut value = value.map_err(|error| match places.duplicates.is_empty() {
+        true => vec![invalid(&source.text, &error)],
+        false => duplicates(source),
+    })?;
+    let bad_merges: Vec<_> = places.bad_merges.iter().map(|range| bad_merge(Spot::Bytes(range.clone()))).collect();
+    if !bad_merges.is_empty() {
+        return Err(bad_merges);
+    }
+    value.apply_merge().map_err(|_| vec![bad_merge(Spot::File)])?;
+    match value {
+        Value::Mapping(map) => Ok(map),
+        Value::Null => Err(vec![Finding::error(Spot::File, "the file is empty").help(SMALLEST)]),
+        other => {
+            let found = match other {
+                Value::Sequence(_) => "a list",
+                Value::Tagged(_) => "a tagged value",
+                _ => "a lone value",
+            };
+            let title = format!("the file must be a map of keys such as `listeners:`, not {found}");
+            Err(vec![Finding::error(Spot::Value(String::new()), title).label("expected a key").help(SMALLEST)])
+        }
+    }
+}
+
+/// The report of a file that is not even text.
+pub(super) fn no_text(file: String, error: &FromUtf8Error) -> Report {
+    let at = error.utf8_error().valid_up_to();
+    let text = String::from_utf8_lossy(error.as_bytes()).into_owned();
+    let mark = at..at + char::REPLACEMENT_CHARACTER.len_utf8();
+    let finding = Finding::error(Spot::Bytes(mark), "the file is not UTF-8 text")
+        .label(format!("the byte 0x{:02x} belongs to no character", error.as_bytes()[at]))
+        .help("save the file in the encoding UTF-8");
+    Report::new(Arc::new(Source { file, text, places: Places::default(), secrets: Vec::new() }), vec![finding])
+}
+
+const SMALLEST: &str = "a configuration has at least `listeners:` and `routes:`, and mostly `upstreams:`";
+
+fn duplicates(source: &Source) -> Vec<Finding> {
+    let duplicates = source.places.duplicates.iter();
+    duplicates
+        .map(|duplicate| {
+            let again = Spot::Bytes(duplicate.again.clone());
+            Finding::error(again, format!("the key `{}` stands twice in one map", duplicate.key))
+                .label("again here")
+                .also(Spot::Bytes(duplicate.first.clone()), "first here")
+                .help("remove one of them, or join what they say")
+        })
+        .collect()
+}
+
+fn bad_merge(spot: Spot) -> Finding {
+    Finding::error(spot, "`<<` can merge maps only").label("expected an alias of a map, such as `*defaults`")
+}
+
+/// What libyaml says, in words that help.
+fn invalid(text: &str, error: &serde_yaml::Error) -> Finding {
+    let message = error.to_string();
+    let (problem, context) = message.split_once(", while ").unwrap_or((&message, ""));
+    let (problem, _) = position(problem);
+    let (context, context_at) = position(context);
+    let context = plain(context);
+    let Some(at) = error.location().map(|at| byte(text, at.line(), at.column())) else {
+        return Finding::error(Spot::File, format!("invalid YAML: {problem}"));
+    };
+    let spot = Spot::Bytes(at..at + text[at..].chars().next().map_or(0, char::len_utf8));
+    if text[at..].starts_with('\t') {
+        return Finding::error(spot, "invalid YAML: a tab cannot indent").label("use spaces");
+    }
+    if text[..at].ends_with('$') && text[at..].starts_with('{') {
+        return Finding::error(spot, "invalid YAML: a `${…}` inside of `{ }` or `[ ]` must stand in quotes")
+            .label("put the whole value in quotes, such as `\"${PORT}\"`");
+    }
+    let context_at = context_at.map(|(line, column)| byte(text, line, column));
+    // An end that never comes says less than the beginning that has none.
+    if let (true, Some(begin)) = (at >= text.trim_end().len(), context_at) {
+        let title = format!("invalid YAML: the file ends in the middle of {context}");
+        return Finding::error(Spot::Bytes(begin..begin + 1), title).label("this is never closed");
+    }
+    let (problem, advice) = known(problem);
+    let finding = Finding::error(spot, format!("invalid YAML: {problem}")).label(advice);
+    match context_at {
+        Some(begin) => finding.also(Spot::Bytes(begin..begin), format!("in {context} that begins here")),
+        None => finding,
+    }
+}
+
+/// The commonest of libyaml's problems, and what to do about them.
+fn known(problem: &str) -> (&str, &str) {
+    match problem {
+        "mapping values are not allowed in this context" => (
+            "a key cannot stand here",
+            "is this `: ` part of a value? Then put it in quotes; else indent the line as its neighbours",
+        ),
+        "found character that cannot start any token" => {
+            ("no value begins with this character", "put the value in quotes")
+        }
+        "did not find expected key" => ("expected a key", "the indentation fits none of the lines above"),
+        "did not find expected '-' indicator" => ("expected a `-`", "the indentation fits none of the lines above"),
+        "did not find expected node content" => ("expected a value", "put the value in quotes, if this is one"),
+        "did not find expected ',' or '}'" => ("expected `,` or `}`", "or is something not closed above?"),
+        "did not find expected ',' or ']'" => ("expected `,` or `]`", "or is something not closed above?"),
+        "unknown anchor" => ("unknown anchor", "no anchor of this name stands above"),
+        _ => (problem, ""),
+    }
+}
+
+/// What libyaml was at, without the terms of the YAML specification.
+fn plain(context: &str) -> &str {
+    match context {
+        "parsing a flow sequence" => "a list in `[ ]`",
+        "parsing a flow mapping" => "a map in `{ }`",
+        "parsing a block collection" => "a list",
+        "parsing a block mapping" => "a map",
+        "scanning a quoted scalar" => "a text in quotes",
+        _ => "something",
+    }
+}
+
+/// Splits `… at line 3 column 5` into its words and its numbers.
+fn position(message: &str) -> (&str, Option<(usize, usize)>) {
+    let Some((words, numbers)) = message.rsplit_once(" at line ") else { return (message, None) };
+    let numbers =
+        numbers.split_once(" column ").and_then(|(line, column)| Some((line.parse().ok()?, column.parse().ok()?)));
+    (words, numbers)
+}
+
+/// The byte at a line and a column, both counted from 1, the column in characters.
+fn byte(text: &str, line: usize, column: usize) -> usize {
+    let start: usize = text.split_inclusive('\n').take(line - 1).map(str::len).sum();
+    let rest = &text[start..];
+    start + rest.char_indices().nth(column - 1).map_or(rest.len(), |(at, _)| at)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_position_is_split_from_its_words() {
+        assert_eq!(position("unknown anchor at line 3 column 14"), ("unknown anchor", Some((3, 14))));
+        assert_eq!(position("scanning for the next token"), ("scanning for the next token", None));
+    }
+
+    #[test]
+    fn lines_and_columns_are_counted_in_characters() {
+        assert_eq!(byte("ä: 1\nbö: 2", 2, 3), 9);
+        assert_eq!(byte("a", 7, 9), 1);
+    }
+}

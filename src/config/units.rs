@@ -1,0 +1,273 @@
+//! The one grammar for sizes, times, counts and rates: strings such as `64KiB`, `1m30s`, `50k`, `10/s`.
+//!
+//! A bare number never means bytes or seconds, so nobody has to guess the unit of a key.
+
+use std::borrow::Cow;
+use std::fmt;
+use std::str::FromStr;
+use std::time::Duration;
+
+use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
+use serde::de::{self, Deserialize, Deserializer, Visitor};
+use serde::{Serialize, Serializer};
+
+/// A number of bytes: `512B`, `64KiB`, `8MiB`, `1GB`. Binary units count by 1,024, decimal ones by 1,000.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Size(pub u64);
+
+/// A span of time: `250ms`, `10s`, `1m30s`, `2h`; at most a year, so that adding it to a clock is safe.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Time(pub Duration);
+
+/// A number of things: `100`, `50k`, `1M`, or `unlimited` (which is [`Count::UNLIMITED`]).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Count(pub u64);
+
+/// Events per time: `10/s`, `600/m`, `5000/h`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Rate {
+    /// How many.
+    pub events: u64,
+    /// In which time: a second, a minute or an hour.
+    pub per: Duration,
+}
+
+impl Count {
+    /// What `unlimited` stands for.
+    pub const UNLIMITED: Count = Count(u64::MAX);
+}
+
+impl FromStr for Size {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let expected =
+            || format!("`{text}` is not a size: write a number and a unit, such as `512B`, `64KiB` or `8MiB`");
+        if !text.ends_with(|last: char| last.is_ascii_alphabetic()) {
+            return Err(expected());
+        }
+        text.parse::<bytesize::ByteSize>().map(|size| Size(size.as_u64())).map_err(|_| expected())
+    }
+}
+
+impl Time {
+    const MAX: Duration = Duration::from_secs(366 * 24 * 3600);
+
+    /// So many seconds.
+    pub const fn seconds(seconds: u64) -> Self {
+        Time(Duration::from_secs(seconds))
+    }
+}
+
+impl Size {
+    /// So many KiB.
+    pub const fn kib(kib: u64) -> Self {
+        Size(kib * 1024)
+    }
+}
+
+impl FromStr for Time {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let expected =
+            || format!("`{text}` is not a time: write a number and a unit, such as `250ms`, `10s` or `1m30s`");
+        if text == "0" {
+            return Err(expected());
+        }
+        let time = humantime::parse_duration(text).map_err(|_| expected())?;
+        if time > Time::MAX {
+            return Err(format!("`{text}` is too long: the longest time is a year"));
+        }
+        Ok(Time(time))
+    }
+}
+
+impl FromStr for Count {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        if text == "unlimited" {
+            return Ok(Count::UNLIMITED);
+        }
+        let (digits, factor) = match text.strip_suffix('k') {
+            Some(digits) => (digits, 1_000),
+            None => match text.strip_suffix('M') {
+                Some(digits) => (digits, 1_000_000),
+                None => (text, 1),
+            },
+        };
+        digits.parse::<u64>().ok().and_then(|number| number.checked_mul(factor)).map(Count).ok_or_else(|| {
+            format!("`{text}` is not a count: write a number such as `100`, `50k` or `1M`, or `unlimited`")
+        })
+    }
+}
+
+impl FromStr for Rate {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let expected =
+            || format!("`{text}` is not a rate: write a number per `s`, `m` or `h`, such as `10/s` or `600/m`");
+        let (events, unit) = text.split_once('/').ok_or_else(expected)?;
+        let per = match unit.trim() {
+            "s" => Duration::from_secs(1),
+            "m" => Duration::from_secs(60),
+            "h" => Duration::from_secs(3600),
+            _ => return Err(expected()),
+        };
+        let Count(events) = events.trim().parse().map_err(|_| expected())?;
+        if events == 0 || events == u64::MAX {
+            return Err(expected());
+        }
+        Ok(Rate { events, per })
+    }
+}
+
+impl fmt::Display for Size {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        const UNITS: [(&str, u64); 3] = [("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)];
+        match UNITS.iter().find(|(_, unit)| self.0 > 0 && self.0.is_multiple_of(*unit)) {
+            Some((name, unit)) => write!(f, "{}{name}", self.0 / unit),
+            None => write!(f, "{}B", self.0),
+        }
+    }
+}
+
+impl fmt::Display for Time {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        humantime::format_duration(self.0).to_string().replace(' ', "").fmt(f)
+    }
+}
+
+impl fmt::Display for Count {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.0 {
+            u64::MAX => f.write_str("unlimited"),
+            n if n > 0 && n % 1_000_000 == 0 => write!(f, "{}M", n / 1_000_000),
+            n if n > 0 && n % 1_000 == 0 => write!(f, "{}k", n / 1_000),
+            n => n.fmt(f),
+        }
+    }
+}
+
+impl fmt::Display for Rate {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let unit = match self.per.as_secs() {
+            1 => "s",
+            60 => "m",
+            _ => "h",
+        };
+        write!(f, "{}/{unit}", Count(self.events))
+    }
+}
+
+/// Reads a scalar as text first, so that `50k`, `100` and `10/s` share one path and one error.
+pub(super) struct Scalar(pub &'static str);
+
+impl Visitor<'_> for Scalar {
+    type Value = String;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.0)
+    }
+
+    fn visit_str<E: de::Error>(self, text: &str) -> Result<String, E> {
+        Ok(text.to_owned())
+    }
+
+    fn visit_u64<E: de::Error>(self, number: u64) -> Result<String, E> {
+        Ok(number.to_string())
+    }
+
+    fn visit_i64<E: de::Error>(self, number: i64) -> Result<String, E> {
+        Ok(number.to_string())
+    }
+
+    fn visit_f64<E: de::Error>(self, number: f64) -> Result<String, E> {
+        Ok(number.to_string())
+    }
+}
+
+macro_rules! unit {
+    ($name:ident, $expecting:literal, $pattern:literal, $examples:expr) => {
+        impl<'de> Deserialize<'de> for $name {
+            fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+                deserializer.deserialize_any(Scalar($expecting))?.parse().map_err(de::Error::custom)
+            }
+        }
+
+        impl Serialize for $name {
+            fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+                serializer.collect_str(self)
+            }
+        }
+
+        impl JsonSchema for $name {
+            fn schema_name() -> Cow<'static, str> {
+                stringify!($name).into()
+            }
+
+            fn json_schema(_: &mut SchemaGenerator) -> Schema {
+                json_schema!({
+                    "type": ["string", "integer"],
+                    "pattern": $pattern,
+                    "description": $expecting,
+                    "examples": $examples,
+                })
+            }
+        }
+    };
+}
+
+unit!(Size, "a size such as `64KiB`", r"^[0-9.]+ ?([KMGT]i?)?[Bb]?$|\$\{", ["64KiB", "8MiB"]);
+unit!(Time, "a time such as `10s`", r"^([0-9]+ ?[a-z]+ ?)+$|\$\{", ["250ms", "10s"]);
+unit!(Count, "a count such as `100` or `50k`", r"^([0-9]+[kM]?|unlimited)$|\$\{", ["100", "50k"]);
+unit!(Rate, "a rate such as `10/s`", r"^[0-9]+[kM]?/[smh]$|\$\{", ["10/s", "600/m"]);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes_times_counts_and_rates_read_as_they_are_written() {
+        assert_eq!("64KiB".parse(), Ok(Size(65_536)));
+        assert_eq!("64k".parse(), Ok(Size(64_000)));
+        assert_eq!("512B".parse(), Ok(Size(512)));
+        assert_eq!("1m30s".parse(), Ok(Time(Duration::from_secs(90))));
+        assert_eq!("50k".parse(), Ok(Count(50_000)));
+        assert_eq!("unlimited".parse(), Ok(Count::UNLIMITED));
+        assert_eq!("600/m".parse(), Ok(Rate { events: 600, per: Duration::from_secs(60) }));
+    }
+
+    #[test]
+    fn a_bare_number_is_neither_a_size_nor_a_time_nor_a_rate() {
+        assert!("64".parse::<Size>().is_err());
+        assert!("10".parse::<Time>().is_err());
+        assert!("0".parse::<Time>().is_err());
+        assert!("10".parse::<Rate>().is_err());
+        assert!("0/s".parse::<Rate>().is_err());
+    }
+
+    #[test]
+    fn a_time_of_more_than_a_year_is_refused() {
+        assert!("366d".parse::<Time>().is_ok());
+        assert!("367d".parse::<Time>().unwrap_err().contains("too long"));
+    }
+
+    #[test]
+    fn what_is_printed_reads_back_the_same() {
+        for text in ["64KiB", "8MiB", "1GiB", "0B", "1500B"] {
+            assert_eq!(text.parse::<Size>().map(|s| s.to_string()), Ok(text.to_owned()));
+        }
+        for text in ["250ms", "10s", "1m30s", "2h", "0s"] {
+            assert_eq!(text.parse::<Time>().map(|t| t.to_string()), Ok(text.to_owned()));
+        }
+        for text in ["100", "50k", "1M", "unlimited"] {
+            assert_eq!(text.parse::<Count>().map(|c| c.to_string()), Ok(text.to_owned()));
+        }
+        for text in ["10/s", "600/m", "5k/h"] {
+            assert_eq!(text.parse::<Rate>().map(|r| r.to_string()), Ok(text.to_owned()));
+        }
+    }
+}

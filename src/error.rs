@@ -1,0 +1,170 @@
+//! What can go wrong, told to whom it concerns.
+//!
+//! A [`Refusal`] is for the client: what Forebay itself answers, or why it cut an exchange short. A [`BuildError`]
+//! is for the operator: what in the configuration could not be built, with its path in the YAML.
+
+use std::fmt;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+/// Why Forebay itself ended an exchange or a connection.
+///
+/// One row is all there is to say about it: the reason (`phase.cause`) is the metric label and the log field, the
+/// status and the message are what the client gets. Once bytes of an answer have left, the connection is cut
+/// instead, and only the reason remains.
+pub struct Refusal {
+    /// `phase.cause`: the label of `forebay_refusals_total` and the `reason` of the access log.
+    pub reason: &'static str,
+    /// The status the client gets. 499 (client gone) is only ever logged.
+    pub status: u16,
+    /// One sentence for the client; no detail of the inside.
+    pub message: &'static str,
+    seen: AtomicU64,
+}
+
+impl Refusal {
+    /// Declares a refusal; meant for a `static`.
+    pub const fn new(reason: &'static str, status: u16, message: &'static str) -> Self {
+        Refusal { reason, status, message, seen: AtomicU64::new(0) }
+    }
+
+    /// Counts one occurrence; `forebay_refusals_total` reads it.
+    pub fn count(&self) {
+        self.seen.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// The body of its answer and the media type of it.
+    pub fn body(&self, json: bool) -> (&'static str, String) {
+        let Refusal { reason, status, message, .. } = self;
+        if json {
+            // Reasons and messages are literals without quotes or backslashes; a test holds them to it.
+            let body = format!(r#"{{"status":{status},"reason":"{reason}","message":"{message}"}}"#);
+            ("application/json", body + "\n")
+        } else {
+            ("text/plain; charset=utf-8", format!("{status} {reason}: {message}\n"))
+        }
+    }
+
+    /// The methods that would be allowed, which a 405 must tell (RFC 9110 §15.5.6).
+    pub fn allow(&self) -> Option<&'static str> {
+        (self.status == 405).then_some("GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS")
+    }
+
+    /// How often it occurred since the process started.
+    pub fn seen(&self) -> u64 {
+        self.seen.load(Ordering::Relaxed)
+    }
+}
+
+impl PartialEq for Refusal {
+    fn eq(&self, other: &Self) -> bool {
+        self.reason == other.reason
+    }
+}
+
+impl fmt::Debug for Refusal {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} ({})", self.reason, self.status)
+    }
+}
+
+macro_rules! refusals {
+    ($($name:ident: $reason:literal, $status:literal, $message:literal;)*) => {
+        /// The refusals of Forebay itself; a filter declares its own beside its code.
+        pub mod refusal {
+            use super::Refusal;
+            $(
+                #[doc = concat!("`", $reason, "`, ", $status, ": ", $message)]
+                pub static $name: Refusal = Refusal::new($reason, $status, $message);
+            )*
+            /// Every row above, in order.
+            pub static ALL: &[&Refusal] = &[$(&$name),*];
+        }
+    };
+}
+
+refusals! {
+    ACCEPT_CONNECTIONS: "accept.connections", 503, "The gateway has reached its limit of connections.";
+    ACCEPT_CONNECTIONS_PER_IP: "accept.connections_per_ip", 429, "Too many connections from this address.";
+    HEADER_TIMEOUT: "header.timeout", 408, "The request header did not arrive in time.";
+    HEADER_ABORTED: "header.aborted", 499, "The client went away in the middle of its request header.";
+    HEADER_TOO_LARGE: "header.too_large", 431, "The request header is too large.";
+    HEADER_TOO_MANY: "header.too_many", 431, "The request has too many header fields.";
+    HEADER_MALFORMED: "header.malformed", 400, "The request header could not be understood.";
+    HEADER_VERSION: "header.version", 505, "This HTTP version is not supported.";
+    HEADER_FRAMING: "header.framing", 400, "The length of the request body is ambiguous.";
+    HEADER_ENCODING: "header.encoding", 501, "This transfer coding is not supported.";
+    HEADER_HOST: "header.host", 400, "The Host of the request is missing, doubled or malformed.";
+    HEADER_METHOD: "header.method", 405, "This method is not allowed.";
+    ROUTE_NO_MATCH: "route.no_match", 404, "No route matches this request.";
+    SELECT_NO_ENDPOINT: "select.no_endpoint", 503, "No backend is available.";
+    CONNECT_REFUSED: "connect.refused", 502, "The backend refused the connection.";
+    CONNECT_TIMEOUT: "connect.timeout", 504, "The backend did not accept the connection in time.";
+    CONNECT_TLS: "connect.tls", 502, "No secure connection to the backend could be made.";
+    CONNECT_FAILED: "connect.failed", 502, "The backend could not be reached.";
+    SEND_TIMEOUT: "send.timeout", 504, "The backend did not take the request in time.";
+    SEND_RESET: "send.reset", 502, "The backend closed the connection while the request was sent.";
+    SEND_BODY_TIMEOUT: "send.body_timeout", 408, "The request body did not arrive in time.";
+    SEND_BODY_MALFORMED: "send.body_malformed", 400, "The request body is not framed as its header says.";
+    SEND_ABORTED: "send.aborted", 499, "The client went away while its request was being sent.";
+    WAIT_TIMEOUT: "wait.timeout", 504, "The backend did not answer in time.";
+    WAIT_RESET: "wait.reset", 502, "The backend closed the connection without an answer.";
+    WAIT_MALFORMED: "wait.malformed", 502, "The backend's answer could not be understood.";
+    WAIT_ABORTED: "wait.aborted", 499, "The client went away while the backend was working.";
+    RECEIVE_TIMEOUT: "receive.timeout", 504, "The backend stopped sending its answer.";
+    RECEIVE_RESET: "receive.reset", 502, "The backend closed the connection in the middle of its answer.";
+    RECEIVE_MALFORMED: "receive.malformed", 502, "The backend's answer is not framed as its header says.";
+    RECEIVE_ABORTED: "receive.aborted", 499, "The client went away while its answer was being sent.";
+    WRITE_TIMEOUT: "write.timeout", 408, "The client did not take its answer in time.";
+    FINISH_SHUTDOWN: "finish.shutdown", 503, "The gateway is shutting down.";
+    INTERNAL: "internal", 500, "The gateway failed.";
+}
+
+/// A configuration that is well-formed and yet cannot be built: an address that does not resolve, a regex that is none.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{path}: {message}")]
+pub struct BuildError {
+    /// Where it stands in the YAML, such as `routes[2].match.path.regex`.
+    pub path: String,
+    /// What was found and what would be right.
+    pub message: String,
+}
+
+impl BuildError {
+    /// An error at `path`.
+    pub fn new(path: impl Into<String>, message: impl Into<String>) -> Self {
+        BuildError { path: path.into(), message: message.into() }
+    }
+
+    /// The same error seen from a level further out: `path` is put before its own.
+    pub fn under(mut self, path: &str) -> Self {
+        let joint = if self.path.is_empty() || self.path.starts_with('[') { "" } else { "." };
+        self.path = format!("{path}{joint}{}", self.path);
+        self
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::phase::Phase;
+
+    #[test]
+    fn every_reason_begins_with_a_phase_and_is_declared_once() {
+        let mut reasons = std::collections::HashSet::new();
+        for row in refusal::ALL {
+            assert!(reasons.insert(row.reason), "{} is declared twice", row.reason);
+            let phase = row.reason.split('.').next().unwrap_or_default();
+            let known = Phase::ALL.iter().any(|p| p.name() == phase) || row.reason == "internal";
+            assert!(known, "{} begins with no phase", row.reason);
+            assert!((400..600).contains(&row.status), "{} has no error status", row.reason);
+            let (_, json) = row.body(true);
+            assert!(serde_json::from_str::<serde_json::Value>(&json).is_ok(), "{json} is no JSON");
+        }
+    }
+
+    #[test]
+    fn a_path_grows_outwards() {
+        let error = BuildError::new("regex", "unclosed group").under("path").under("routes[2].match");
+        assert_eq!(error.path, "routes[2].match.path.regex");
+    }
+}

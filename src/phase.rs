@@ -1,0 +1,195 @@
+//! The phases of an exchange and the clock that times them.
+//!
+//! An exchange is in exactly one phase at a time, so the phases add up to its total. The same word is the
+//! file in `src/proxy/`, the metric label, the access-log field, the first half of a refusal's reason and the
+//! test module. Everything above imports this; it imports nothing.
+
+use std::fmt;
+use std::time::{Duration, Instant};
+
+/// Where an exchange is, in the order of its life.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[repr(u8)]
+pub enum Phase {
+    /// The connection is taken from the kernel; its first byte is awaited (first exchange only).
+    Accept,
+    /// TLS is shaken hands (first exchange only).
+    Handshake,
+    /// The request header arrives, from its first byte to its last.
+    Header,
+    /// A route is found and the request filters run.
+    Route,
+    /// The request body is held back until it is complete.
+    Buffer,
+    /// The exchange waits for a free slot of its upstream.
+    Queue,
+    /// An endpoint is chosen.
+    Select,
+    /// A connection to the endpoint is made, or taken from the pool.
+    Connect,
+    /// The request is sent to the endpoint.
+    Send,
+    /// The request is out; the whole response header is awaited.
+    Wait,
+    /// The response comes from the endpoint.
+    Receive,
+    /// The endpoint is released; the rest of the response goes to the client.
+    Write,
+    /// The exchange is settled: connection kept or closed, metrics and log written.
+    Finish,
+}
+
+impl Phase {
+    /// How many phases there are.
+    pub const COUNT: usize = 13;
+
+    /// Every phase, in order.
+    pub const ALL: [Phase; Phase::COUNT] = [
+        Phase::Accept,
+        Phase::Handshake,
+        Phase::Header,
+        Phase::Route,
+        Phase::Buffer,
+        Phase::Queue,
+        Phase::Select,
+        Phase::Connect,
+        Phase::Send,
+        Phase::Wait,
+        Phase::Receive,
+        Phase::Write,
+        Phase::Finish,
+    ];
+
+    /// The one word for this phase, as it stands in metrics, log fields, reasons and file names.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Phase::Accept => "accept",
+            Phase::Handshake => "handshake",
+            Phase::Header => "header",
+            Phase::Route => "route",
+            Phase::Buffer => "buffer",
+            Phase::Queue => "queue",
+            Phase::Select => "select",
+            Phase::Connect => "connect",
+            Phase::Send => "send",
+            Phase::Wait => "wait",
+            Phase::Receive => "receive",
+            Phase::Write => "write",
+            Phase::Finish => "finish",
+        }
+    }
+
+    /// This phase's place in [`Phase::ALL`].
+    pub const fn index(self) -> usize {
+        self as usize
+    }
+}
+
+impl fmt::Display for Phase {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+/// Times one exchange: which phase it is in, and what it spent in those before.
+///
+/// Phases may come back (a retry goes from `wait` to `select` again); their times add up.
+#[derive(Clone, Debug)]
+pub struct Clock {
+    phase: Phase,
+    since: Instant,
+    spent: [Duration; Phase::COUNT],
+    visited: u16,
+}
+
+impl Clock {
+    /// A clock that entered `phase` at `since`.
+    pub fn start(phase: Phase, since: Instant) -> Self {
+        let mut clock = Clock { phase, since, spent: [Duration::ZERO; Phase::COUNT], visited: 0 };
+        clock.mark(phase);
+        clock
+    }
+
+    /// Leaves the current phase for `phase`, at `now`. A no-op if it is the current one.
+    pub fn enter(&mut self, phase: Phase, now: Instant) {
+        if phase == self.phase {
+            return;
+        }
+        self.settle(now);
+        self.phase = phase;
+        self.mark(phase);
+    }
+
+    /// Adds time that passed before the clock was started, such as `accept` of a first exchange.
+    pub fn credit(&mut self, phase: Phase, time: Duration) {
+        self.spent[phase.index()] += time;
+        self.mark(phase);
+    }
+
+    /// Counts the time of the current phase up to `now`.
+    pub fn settle(&mut self, now: Instant) {
+        self.spent[self.phase.index()] += now.saturating_duration_since(self.since);
+        self.since = self.since.max(now);
+    }
+
+    /// The phase the exchange is in.
+    pub fn phase(&self) -> Phase {
+        self.phase
+    }
+
+    /// What was spent in `phase` up to the last [`Clock::settle`] or [`Clock::enter`]; `None` if it was never entered.
+    pub fn spent(&self, phase: Phase) -> Option<Duration> {
+        (self.visited & 1 << phase.index() != 0).then(|| self.spent[phase.index()])
+    }
+
+    /// The sum of all phases: the exchange's total.
+    pub fn total(&self) -> Duration {
+        self.spent.iter().sum()
+    }
+
+    fn mark(&mut self, phase: Phase) {
+        self.visited |= 1 << phase.index();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn ms(n: u64) -> Duration {
+        Duration::from_millis(n)
+    }
+
+    #[test]
+    fn the_phases_add_up_to_the_total() {
+        let t0 = Instant::now();
+        let mut clock = Clock::start(Phase::Header, t0);
+        clock.credit(Phase::Accept, ms(3));
+        clock.enter(Phase::Route, t0 + ms(5));
+        clock.enter(Phase::Wait, t0 + ms(6));
+        clock.enter(Phase::Select, t0 + ms(9));
+        clock.enter(Phase::Wait, t0 + ms(10));
+        clock.settle(t0 + ms(20));
+
+        assert_eq!(clock.total(), ms(23));
+        assert_eq!(clock.spent(Phase::Wait), Some(ms(13)));
+        assert_eq!(clock.spent(Phase::Accept), Some(ms(3)));
+        assert_eq!(clock.spent(Phase::Queue), None);
+    }
+
+    #[test]
+    fn a_clock_that_is_told_of_the_past_does_not_run_backwards() {
+        let t0 = Instant::now();
+        let mut clock = Clock::start(Phase::Header, t0 + ms(5));
+        clock.enter(Phase::Route, t0);
+        clock.settle(t0 + ms(7));
+        assert_eq!(clock.total(), ms(2));
+    }
+
+    #[test]
+    fn every_phase_stands_at_its_index() {
+        for (index, phase) in Phase::ALL.into_iter().enumerate() {
+            assert_eq!(phase.index(), index);
+        }
+    }
+}
