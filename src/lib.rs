@@ -5,4 +5,5 @@
 
 pub mod config;
 pub mod error;
+pub mod filter;
 pub mod phase;

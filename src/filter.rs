@@ -1,0 +1,254 @@
+//! What can be done to an exchange: the [`Filter`] trait, what a filter sees, and the list of all filters.
+//!
+//! A filter is one file: its settings, a YAML example, its code and its tests. Copy `filter/request_id.rs` and
+//! change it. [`Catalog::builtin`] is the list of ours; a [`Chain`] is what the `filters:` of one route become.
+//!
+//! One from outside the crate registers in one line, `Gateway::builder().filter::<T>()`, and is then checked, listed
+//! in the schema and run like ours. A whole one:
+//!
+//! ```
+//! use async_trait::async_trait;
+//! use forebay::config::filter::FilterEntry;
+//! use forebay::error::{BuildError, Refusal};
+//! use forebay::filter::{Catalog, Filter, FilterType, Scope, Stages, Verdict, View};
+//! use pingora::http::RequestHeader;
+//!
+//! /// `badge: { header: X-Badge }`: refuses who shows none.
+//! struct Badge(http::HeaderName);
+//!
+//! static NO_BADGE: Refusal = Refusal::new("route.badge", 401, "Show your badge.");
+//!
+//! #[derive(serde::Deserialize, schemars::JsonSchema)]
+//! #[serde(deny_unknown_fields)]
+//! struct Settings {
+//!     /// Where the badge is shown.
+//!     header: String,
+//! }
+//!
+//! #[async_trait]
+//! impl Filter for Badge {
+//!     fn stages(&self) -> Stages {
+//!         Stages::REQUEST
+//!     }
+//!
+//!     async fn request(&self, scope: &mut Scope<'_>) -> Verdict {
+//!         if scope.request.headers.contains_key(&self.0) { Verdict::Continue } else { Verdict::from(&NO_BADGE) }
+//!     }
+//! }
+//!
+//! impl FilterType for Badge {
+//!     const KEY: &'static str = "badge";
+//!     const REFUSALS: &'static [&'static Refusal] = &[&NO_BADGE];
+//!     type Settings = Settings;
+//!
+//!     fn build(settings: &Settings) -> Result<Self, BuildError> {
+//!         let name = settings.header.parse();
+//!         name.map(Badge).map_err(|_| BuildError::new("header", format!("`{}` is no header name", settings.header)))
+//!     }
+//! }
+//!
+//! # #[tokio::main(flavor = "current_thread")]
+//! # async fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! // In a gateway its configuration does this; in a test of the filter, four lines do:
+//! let filters: Vec<FilterEntry> = serde_yaml::from_str("[ { badge: { header: X-Badge } } ]")?;
+//! let chain = Catalog::builtin().with::<Badge>().chain(&filters).map_err(|errors| errors[0].clone())?;
+//! let mut request = RequestHeader::build("GET", b"/", None)?;
+//! let view = View { client: None, scheme: "http", route: "all", request: &mut request };
+//! assert!(matches!(chain.request(&mut chain.states(), view).await, Verdict::Refuse(refused) if refused.refusal == &NO_BADGE));
+//! # Ok(())
+//! # }
+//! ```
+
+pub mod access;
+mod catalog;
+mod chain;
+mod field;
+pub mod headers;
+mod key;
+pub mod rate_limit;
+pub mod redirect;
+#[cfg(test)]
+mod rehearsal;
+pub mod request_id;
+pub mod respond;
+pub mod rewrite;
+
+use std::any::Any;
+use std::net::IpAddr;
+use std::ops::BitOr;
+
+use async_trait::async_trait;
+use bytes::Bytes;
+use http::{HeaderName, HeaderValue, StatusCode};
+use pingora::http::{RequestHeader, ResponseHeader};
+use schemars::JsonSchema;
+use serde::de::DeserializeOwned;
+
+use crate::error::{BuildError, Refusal};
+
+pub use catalog::Catalog;
+pub use chain::{Chain, States, View};
+pub use key::Key;
+
+/// What a filter decided at one stage.
+#[derive(Debug)]
+pub enum Verdict {
+    /// The exchange goes on.
+    Continue,
+    /// Forebay refuses it, for this reason. After the response has begun, the connection is cut instead.
+    Refuse(Refused),
+    /// The filter answers itself; no upstream is asked. Only in [`Filter::request`]; later it is an error of the filter,
+    /// and the exchange is refused as `internal`.
+    Answer(Answer),
+}
+
+impl From<&'static Refusal> for Verdict {
+    fn from(refusal: &'static Refusal) -> Self {
+        Verdict::Refuse(Refused { refusal, headers: Vec::new() })
+    }
+}
+
+/// A refusal, with headers of its own such as `Retry-After`.
+#[derive(Debug)]
+pub struct Refused {
+    /// Why, and with which status.
+    pub refusal: &'static Refusal,
+    /// Further response headers.
+    pub headers: Vec<(HeaderName, HeaderValue)>,
+}
+
+/// A complete answer made by a filter.
+#[derive(Debug)]
+pub struct Answer {
+    /// Its status.
+    pub status: StatusCode,
+    /// Its headers; `Content-Length` is added.
+    pub headers: Vec<(HeaderName, HeaderValue)>,
+    /// Its body.
+    pub body: Bytes,
+}
+
+/// What every filter of an exchange sees, whatever the stage.
+pub struct Scope<'a> {
+    /// The client's address: the peer's, or what a trusted proxy said. `None` on a unix socket.
+    pub client: Option<IpAddr>,
+    /// `http` or `https`, as the client spoke it.
+    pub scheme: &'static str,
+    /// The name of the route.
+    pub route: &'a str,
+    /// The request header. Changes made in [`Filter::request`] are what the upstream sees.
+    pub request: &'a mut RequestHeader,
+    /// What this filter keeps for this exchange, from stage to stage; see [`Scope::keep`].
+    pub state: &'a mut Option<Box<dyn Any + Send + Sync>>,
+}
+
+impl Scope<'_> {
+    /// Keeps `value` until the exchange is over, in place of what this filter kept before.
+    pub fn keep<T: Any + Send + Sync>(&mut self, value: T) {
+        *self.state = Some(Box::new(value));
+    }
+
+    /// What this filter kept at an earlier stage, if it kept a `T`.
+    pub fn kept<T: Any>(&mut self) -> Option<&mut T> {
+        self.state.as_mut()?.downcast_mut()
+    }
+}
+
+/// The stages at which a filter wants to be called; others cost nothing.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Stages(u8);
+
+impl Stages {
+    /// None of them.
+    pub const NONE: Stages = Stages(0);
+    /// [`Filter::request`].
+    pub const REQUEST: Stages = Stages(1);
+    /// [`Filter::request_body`].
+    pub const REQUEST_BODY: Stages = Stages(2);
+    /// [`Filter::response`].
+    pub const RESPONSE: Stages = Stages(4);
+    /// [`Filter::response_body`].
+    pub const RESPONSE_BODY: Stages = Stages(8);
+    /// [`Filter::end`].
+    pub const END: Stages = Stages(16);
+    /// Each of them.
+    pub const ALL: Stages = Stages(31);
+
+    /// Whether every stage of `other` is among these.
+    pub const fn contains(self, other: Stages) -> bool {
+        self.0 & other.0 == other.0
+    }
+
+    /// Whether at least one stage of `other` is among these.
+    pub const fn intersects(self, other: Stages) -> bool {
+        self.0 & other.0 != 0
+    }
+}
+
+impl BitOr for Stages {
+    type Output = Stages;
+
+    fn bitor(self, other: Stages) -> Stages {
+        Stages(self.0 | other.0)
+    }
+}
+
+/// How an exchange ended, as [`Filter::end`] sees it.
+#[derive(Clone, Copy, Debug)]
+pub struct Outcome {
+    /// The status the client got; 0 if none was sent.
+    pub status: u16,
+    /// Why Forebay ended it, if it did.
+    pub refusal: Option<&'static Refusal>,
+}
+
+/// Something done to the exchanges of a route, at one or more stages of their life.
+///
+/// Every stage but the last may wait for something and may refuse; waiting holds up this exchange only. The filters of
+/// a route are layers round its upstream, the first one outermost: requests pass them in the order of the list, responses
+/// and the end in the reverse. The first verdict other than [`Verdict::Continue`] ends a stage.
+#[async_trait]
+pub trait Filter: Send + Sync + 'static {
+    /// The stages this filter wants.
+    fn stages(&self) -> Stages;
+
+    /// The request header is here, nothing has been sent to an upstream.
+    async fn request(&self, _scope: &mut Scope<'_>) -> Verdict {
+        Verdict::Continue
+    }
+
+    /// A piece of the request body passes; `end` with the last one, which may be `None`.
+    /// To hold a piece back, leave `Some` empty piece in its place: `None` means the end. If the request is sent to
+    /// another endpoint, its pieces pass again from the first.
+    async fn request_body(&self, _scope: &mut Scope<'_>, _piece: &mut Option<Bytes>, _end: bool) -> Verdict {
+        Verdict::Continue
+    }
+
+    /// The response header is here, nothing of it has been sent to the client.
+    async fn response(&self, _scope: &mut Scope<'_>, _response: &mut ResponseHeader) -> Verdict {
+        Verdict::Continue
+    }
+
+    /// A piece of the response body passes; `end` with the last one, which may be `None`.
+    async fn response_body(&self, _scope: &mut Scope<'_>, _piece: &mut Option<Bytes>, _end: bool) -> Verdict {
+        Verdict::Continue
+    }
+
+    /// The exchange is over, whatever way it ended, and even if an earlier filter ended it before this one was asked.
+    fn end(&self, _scope: &mut Scope<'_>, _outcome: Outcome) {}
+}
+
+/// A filter that can be named in YAML.
+pub trait FilterType: Filter + Sized {
+    /// Its key under `filters:`.
+    const KEY: &'static str;
+    /// Whether it always answers itself, so that its route needs no upstream.
+    const ANSWERS: bool = false;
+    /// The refusals it may utter, so that they are counted from the start. No two may share a reason.
+    const REFUSALS: &'static [&'static Refusal] = &[];
+    /// What is written below its key. Use `deny_unknown_fields`, so that a typing error is found.
+    type Settings: DeserializeOwned + JsonSchema + Send + Sync + 'static;
+
+    /// Builds the filter of one route; errors carry the path inside the settings.
+    fn build(settings: &Self::Settings) -> Result<Self, BuildError>;
+}

@@ -1,0 +1,284 @@
+//! The registered filters: ours, listed here, and those of other crates.
+//!
+//! It hands `config` what it needs to check a file ([`Catalog::kinds`]) and builds chains from what was checked.
+
+use std::sync::Arc;
+
+use schemars::JsonSchema;
+use serde_path_to_error::Track;
+use serde_yaml::Value;
+use serde_yaml::with::singleton_map_recursive;
+
+use super::access::Access;
+use super::chain::Chain;
+use super::headers::Headers;
+use super::rate_limit::RateLimit;
+use super::redirect::Redirect;
+use super::request_id::RequestId;
+use super::respond::Respond;
+use super::rewrite::Rewrite;
+use super::{Filter, FilterType};
+use crate::config::filter::{DecodeError, Decoded, FilterEntry, FilterKind, Settings};
+use crate::error::{BuildError, Refusal, refusal};
+
+/// The filters that a configuration may name.
+#[derive(Clone, Default)]
+pub struct Catalog {
+    kinds: Vec<FilterKind>,
+    /// How each of `kinds` is built, at the same place.
+    builders: Vec<Build>,
+    refusals: Vec<&'static Refusal>,
+    conflicts: Vec<BuildError>,
+}
+
+type Build = fn(&Settings) -> Result<Box<dyn Filter>, BuildError>;
+
+impl Catalog {
+    /// The filters of Forebay.
+    pub fn builtin() -> Catalog {
+        Catalog::default()
+            .with::<RequestId>()
+            .with::<Headers>()
+            .with::<Rewrite>()
+            .with::<Redirect>()
+            .with::<Respond>()
+            .with::<RateLimit>()
+            .with::<Access>()
+    }
+
+    /// These filters and one more. A key or a reason that is taken is one of [`Catalog::conflicts`].
+    pub fn with<T: FilterType>(mut self) -> Catalog {
+        if self.kinds.iter().any(|kind| kind.key == T::KEY) {
+            let message = "two filters are registered under this key; one of them needs another `KEY`";
+            self.conflicts.push(BuildError::new(T::KEY, message));
+            return self;
+        }
+        self.declare(T::KEY, T::REFUSALS);
+        self.kinds.push(FilterKind {
+            key: T::KEY,
+            answers: T::ANSWERS,
+            decode: decode::<T>,
+            schema: T::Settings::json_schema,
+        });
+        self.builders.push(build::<T>);
+        self
+    }
+
+    /// What `config` must know of the filters, in the order in which they were registered.
+    pub fn kinds(&self) -> &[FilterKind] {
+        &self.kinds
+    }
+
+    /// The refusals of all filters, without those of Forebay itself ([`refusal::ALL`]).
+    pub fn refusals(&self) -> Vec<&'static Refusal> {
+        self.refusals.clone()
+    }
+
+    /// Filters that cannot stand side by side; each error's path is the key of a filter. A gateway refuses to start with any.
+    pub fn conflicts(&self) -> &[BuildError] {
+        &self.conflicts
+    }
+
+    /// Builds one filter.
+    ///
+    /// # Errors
+    /// What the filter says of its settings, with the path inside them.
+    pub fn build(&self, decoded: &Decoded) -> Result<Box<dyn Filter>, BuildError> {
+        match self.kinds.iter().position(|kind| kind.key == decoded.key) {
+            Some(index) => self.builders[index](&decoded.settings),
+            None => Err(unknown(decoded.key)),
+        }
+    }
+
+    /// Builds the chain of one route. Entries that no configuration has decoded yet are decoded here.
+    ///
+    /// # Errors
+    /// All of them, with paths such as `[1].rate_limit.rate`.
+    pub fn chain(&self, entries: &[FilterEntry]) -> Result<Chain, Vec<BuildError>> {
+        let (mut filters, mut errors) = (Vec::with_capacity(entries.len()), Vec::new());
+        for (index, entry) in entries.iter().enumerate() {
+            match self.link(entry) {
+                Ok(link) => filters.push(link),
+                Err(error) => errors.push(error.under(&format!("[{index}]"))),
+            }
+        }
+        if errors.is_empty() { Ok(Chain::new(filters)) } else { Err(errors) }
+    }
+
+    fn link(&self, entry: &FilterEntry) -> Result<(&'static str, Box<dyn Filter>), BuildError> {
+        let decoded = match &entry.decoded {
+            Some(decoded) => decoded.clone(),
+            None => self.decode(&entry.written)?,
+        };
+        let filter = self.build(&decoded).map_err(|error| error.under(decoded.key))?;
+        Ok((decoded.key, filter))
+    }
+
+    fn decode(&self, written: &Value) -> Result<Decoded, BuildError> {
+        let mut keys = written.as_mapping().into_iter().flatten();
+        let (Some((Value::String(key), settings)), None) = (keys.next(), keys.next()) else {
+            return Err(BuildError::new("", "expected one filter and its settings, such as `request_id: {}`"));
+        };
+        let kind = self.kinds.iter().find(|kind| kind.key == key).ok_or_else(|| unknown(key))?;
+        let settings = (kind.decode)(settings.clone())
+            .map_err(|error| BuildError::new(error.path, error.message).under(kind.key))?;
+        Ok(Decoded { key: kind.key, settings })
+    }
+
+    /// Two rows with one reason would be two time series with the same labels, which no Prometheus takes.
+    fn declare(&mut self, key: &'static str, refusals: &[&'static Refusal]) {
+        for &new in refusals {
+            match refusal::ALL.iter().chain(&self.refusals).find(|known| known.reason == new.reason) {
+                None => self.refusals.push(new),
+                Some(known) if std::ptr::eq(*known, new) => {}
+                Some(_) => {
+                    let message = format!("its refusal `{}` has a reason that is already taken", new.reason);
+                    self.conflicts.push(BuildError::new(key, message));
+                }
+            }
+        }
+    }
+}
+
+fn unknown(key: &str) -> BuildError {
+    BuildError::new(key, format!("no filter is registered as `{key}`"))
+}
+
+/// Decodes by way of a path tracker, so that the error names the exact place; enums are one-key maps at every depth.
+fn decode<T: FilterType>(written: Value) -> Result<Settings, DecodeError> {
+    let mut track = Track::new();
+    let settings = serde_path_to_error::Deserializer::new(written, &mut track);
+    match singleton_map_recursive::deserialize::<T::Settings, _>(settings) {
+        Ok(settings) => Ok(Arc::new(settings)),
+        Err(error) => {
+            let path = track.path().to_string();
+            Err(DecodeError { path: if path == "." { String::new() } else { path }, message: error.to_string() })
+        }
+    }
+}
+
+fn build<T: FilterType>(settings: &Settings) -> Result<Box<dyn Filter>, BuildError> {
+    match settings.downcast_ref() {
+        Some(settings) => Ok(Box::new(T::build(settings)?)),
+        None => Err(BuildError::new("", "these settings were decoded for another filter")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use async_trait::async_trait;
+    use serde_json::Value;
+
+    use super::super::Stages;
+    use super::super::rehearsal::{chain, error};
+    use super::{Arc, BuildError, Catalog, Decoded, Filter, FilterEntry, FilterType, Refusal, refusal};
+
+    struct Stranger<const TWIN: bool>;
+
+    static MINE: Refusal = Refusal::new("route.stranger", 403, "No.");
+    static TAKEN: Refusal = Refusal::new("route.no_match", 404, "No.");
+
+    #[async_trait]
+    impl<const TWIN: bool> Filter for Stranger<TWIN> {
+        fn stages(&self) -> Stages {
+            Stages::REQUEST
+        }
+    }
+
+    impl<const TWIN: bool> FilterType for Stranger<TWIN> {
+        const KEY: &'static str = if TWIN { "access" } else { "stranger" };
+        const REFUSALS: &'static [&'static Refusal] = if TWIN { &[] } else { &[&MINE, &TAKEN, &refusal::INTERNAL] };
+        type Settings = ();
+
+        fn build((): &()) -> Result<Self, BuildError> {
+            Ok(Stranger)
+        }
+    }
+
+    #[test]
+    fn the_builtin_filters_do_not_conflict() {
+        let catalog = Catalog::builtin();
+        assert_eq!(catalog.conflicts(), []);
+        let keys: Vec<&str> = catalog.kinds().iter().map(|kind| kind.key).collect();
+        assert_eq!(keys, ["request_id", "headers", "rewrite", "redirect", "respond", "rate_limit", "access"]);
+        let answering: Vec<&str> = catalog.kinds().iter().filter(|kind| kind.answers).map(|kind| kind.key).collect();
+        assert_eq!(answering, ["redirect", "respond"]);
+    }
+
+    #[test]
+    fn every_setting_has_a_description_and_a_default_in_the_schema() {
+        for kind in Catalog::builtin().kinds() {
+            let schema = (kind.schema)(&mut schemars::SchemaGenerator::default());
+            let required = schema.get("required").and_then(Value::as_array).cloned().unwrap_or_default();
+            let settings = schema.get("properties").and_then(Value::as_object).cloned().unwrap_or_default();
+            assert!(!settings.is_empty(), "{}", kind.key);
+            for (name, setting) in settings {
+                assert!(setting.get("description").is_some(), "{}.{name} has no description", kind.key);
+                let open = required.iter().any(|required| *required == name);
+                assert!(open != setting.get("default").is_some(), "{}.{name} has no default", kind.key);
+            }
+        }
+    }
+
+    #[test]
+    fn a_filter_from_outside_is_one_line() {
+        let entries: Vec<FilterEntry> = serde_yaml::from_str("- stranger:").unwrap();
+        assert!(Catalog::builtin().with::<Stranger<false>>().chain(&entries).is_ok());
+    }
+
+    #[test]
+    fn a_key_that_is_taken_is_a_conflict_and_replaces_nothing() {
+        let catalog = Catalog::builtin().with::<Stranger<true>>();
+        assert_eq!(catalog.kinds().len(), Catalog::builtin().kinds().len());
+        let told = "access: two filters are registered under this key; one of them needs another `KEY`";
+        assert_eq!(catalog.conflicts()[0].to_string(), told);
+    }
+
+    #[test]
+    fn a_reason_that_is_taken_is_a_conflict_and_a_shared_refusal_is_none() {
+        let catalog = Catalog::default().with::<Stranger<false>>();
+        let told: Vec<String> = catalog.conflicts().iter().map(ToString::to_string).collect();
+        assert_eq!(told, ["stranger: its refusal `route.no_match` has a reason that is already taken"]);
+        assert_eq!(catalog.refusals(), [&MINE], "those of Forebay itself are counted there");
+    }
+
+    #[test]
+    fn every_reason_of_a_filter_begins_with_a_phase() {
+        use crate::phase::Phase;
+        for row in Catalog::builtin().refusals() {
+            let phase = row.reason.split('.').next().unwrap_or_default();
+            assert!(Phase::ALL.iter().any(|known| known.name() == phase), "{}", row.reason);
+        }
+    }
+
+    #[test]
+    fn entries_that_are_no_filter_are_told_with_their_place() {
+        assert_eq!(error("- acess: {}"), "[0].acess: no filter is registered as `acess`");
+        let shape = "[0]: expected one filter and its settings, such as `request_id: {}`";
+        assert_eq!(error("- request_id"), shape);
+        assert_eq!(error("- { request_id: {}, access: {} }"), shape);
+    }
+
+    #[test]
+    fn a_key_with_nothing_behind_it_takes_every_default() {
+        assert!(chain("- request_id:").is_ok());
+        assert_eq!(error("- rate_limit:"), "[0].rate_limit: missing field `rate`");
+    }
+
+    #[test]
+    fn all_errors_of_a_chain_are_told_at_once() {
+        let entries: Vec<FilterEntry> =
+            serde_yaml::from_str("[ { acess: {} }, { request_id: {} }, { access: {} } ]").unwrap();
+        let errors = Catalog::builtin().chain(&entries).err().unwrap_or_default();
+        let paths: Vec<&str> = errors.iter().map(|error| error.path.as_str()).collect();
+        assert_eq!(paths, ["[0].acess", "[2].access"]);
+    }
+
+    #[test]
+    fn settings_of_one_filter_do_not_build_another() {
+        let catalog = Catalog::builtin();
+        let mixed = Decoded { key: "access", settings: Arc::new(()) };
+        let error = catalog.build(&mixed).err().map(|error| error.to_string());
+        assert_eq!(error.as_deref(), Some(": these settings were decoded for another filter"));
+    }
+}

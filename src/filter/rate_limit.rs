@@ -1,0 +1,397 @@
+//! `rate_limit`: lets each client, session or whatever the key tells apart do so much in a time, and no more.
+//!
+//! ```yaml
+//! - rate_limit:
+//!     key: client_ip             # or { header: X-Api-Key }, { cookie: sid }, { query: token }, path, route
+//!     rate: 10/s                 # what may come in the long run
+//!     burst: 20                  # what may come at once
+//!     max_keys: 100k             # how many keys are remembered
+//! ```
+//!
+//! The rule is GCRA, the token bucket without a bucket: one number per key, no timers. Keys are remembered by a 64-bit
+//! SipHash under a seed of this process, never as sent: clients choose them, and 100,000 cookies of 8 KiB would be
+//! 800 MB, where the hashes take about 8 MB. That two of 100,000 keys share a limit has a chance of one in four thousand
+//! million, and without the seed nobody can bring it about. When `max_keys` is reached, the key unseen for longest is
+//! forgotten and begins anew: too many keys can make the limit lenient, never the memory large.
+
+use std::hash::{BuildHasher, RandomState};
+use std::sync::{Mutex, Once, PoisonError};
+use std::time::{Duration, Instant};
+
+use async_trait::async_trait;
+use http::HeaderValue;
+use http::header::RETRY_AFTER;
+use lru::LruCache;
+use schemars::JsonSchema;
+use serde::Deserialize;
+
+use super::{Filter, FilterType, Key, Refused, Scope, Stages, Verdict};
+use crate::config::units::{Count, Rate};
+use crate::error::{BuildError, Refusal};
+
+/// So many requests in a time for each key; what comes above that is answered 429 with `Retry-After`. Each place where
+/// it is written counts for itself.
+#[derive(Clone, Debug, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Settings {
+    /// What is counted apart. Requests without the key (no such header, a client on a unix socket) share one limit.
+    #[serde(default = "Settings::key")]
+    pub key: Key,
+    /// What may come in the long run, such as `10/s`; at most one a microsecond.
+    pub rate: Rate,
+    /// What may come at once, after a pause. As many as `rate` names, if absent.
+    #[serde(default)]
+    pub burst: Option<Count>,
+    /// How many keys are remembered, at about 80 bytes each.
+    #[serde(default = "Settings::max_keys")]
+    pub max_keys: Count,
+}
+
+impl Settings {
+    fn key() -> Key {
+        Key::ClientIp
+    }
+
+    fn max_keys() -> Count {
+        Count(100_000)
+    }
+}
+
+static LIMITED: Refusal = Refusal::new("route.rate_limit", 429, "Too many requests; try again later.");
+
+/// Refuses what comes too fast.
+pub struct RateLimit {
+    key: Key,
+    limit: Gcra,
+    started: Instant,
+    seed: RandomState,
+    keys: Keys,
+    full: Once,
+}
+
+#[async_trait]
+impl Filter for RateLimit {
+    fn stages(&self) -> Stages {
+        Stages::REQUEST
+    }
+
+    async fn request(&self, scope: &mut Scope<'_>) -> Verdict {
+        match self.admit(&self.key.of(scope), self.started.elapsed()) {
+            Ok(()) => Verdict::Continue,
+            Err(wait) => {
+                let seconds = wait.as_secs() + u64::from(wait.subsec_nanos() > 0);
+                let headers = vec![(RETRY_AFTER, HeaderValue::from(seconds.max(1)))];
+                Verdict::Refuse(Refused { refusal: &LIMITED, headers })
+            }
+        }
+    }
+}
+
+impl FilterType for RateLimit {
+    const KEY: &'static str = "rate_limit";
+    const REFUSALS: &'static [&'static Refusal] = &[&LIMITED];
+    type Settings = Settings;
+
+    fn build(settings: &Settings) -> Result<Self, BuildError> {
+        settings.key.check().map_err(|error| error.under("key"))?;
+        let Count(burst) = settings.burst.unwrap_or(Count(settings.rate.events));
+        if burst == 0 || burst == Count::UNLIMITED.0 {
+            return Err(BuildError::new("burst", "a limit needs a number here, of at least 1"));
+        }
+        let limit = Gcra::new(settings.rate, burst)
+            .ok_or_else(|| BuildError::new("rate", format!("`{}` is more than one a microsecond", settings.rate)))?;
+        let keys = match settings.max_keys {
+            Count(0) | Count::UNLIMITED => None,
+            Count(number) => usize::try_from(number).ok(),
+        };
+        let keys =
+            keys.ok_or_else(|| BuildError::new("max_keys", "memory has an end: write a number of at least 1"))?;
+        Ok(RateLimit {
+            key: settings.key.clone(),
+            limit,
+            started: Instant::now(),
+            seed: RandomState::new(),
+            keys: Keys::new(keys),
+            full: Once::new(),
+        })
+    }
+}
+
+impl RateLimit {
+    /// Admits a request of `key` that comes `now`, or tells how long it must wait.
+    fn admit(&self, key: &[u8], now: Duration) -> Result<(), Duration> {
+        let (admitted, forgotten) =
+            self.keys.with(self.seed.hash_one(key), |due| self.limit.admit(due, nanoseconds(now)));
+        if forgotten {
+            self.full.call_once(|| {
+                tracing::warn!(max_keys = self.keys.max(), "rate_limit remembers no more keys; the oldest begin anew");
+            });
+        }
+        admitted.map_err(Duration::from_nanos)
+    }
+}
+
+/// The generic cell rate algorithm (ITU-T I.371), as a virtual schedule in nanoseconds: each request is due one interval
+/// after the one before, and may come early by a tolerance. It decides as a token bucket would that holds `burst` and is
+/// filled evenly.
+#[derive(Clone, Copy, Debug)]
+struct Gcra {
+    interval: u64,
+    tolerance: u64,
+}
+
+impl Gcra {
+    /// `burst` is what an idle key may do at once, at least 1. `None` if the rate is above one a microsecond: below that, what
+    /// rounding to nanoseconds takes from the rate is less than 0.1 %.
+    fn new(rate: Rate, burst: u64) -> Option<Gcra> {
+        let interval = nanoseconds(rate.per).div_ceil(rate.events);
+        (interval >= 1_000).then(|| Gcra { interval, tolerance: interval.saturating_mul(burst - 1) })
+    }
+
+    /// Admits a request `now` and moves `due`, when the next one is expected; 0 for a key that is new. Else it leaves `due`
+    /// alone and tells how long to wait.
+    fn admit(self, due: &mut u64, now: u64) -> Result<(), u64> {
+        let early = due.saturating_sub(now);
+        if early > self.tolerance {
+            return Err(early - self.tolerance);
+        }
+        *due = (*due).max(now).saturating_add(self.interval);
+        Ok(())
+    }
+}
+
+/// Nanoseconds as GCRA counts them; 584 years fit.
+fn nanoseconds(time: Duration) -> u64 {
+    u64::try_from(time.as_nanos()).unwrap_or(u64::MAX)
+}
+
+/// When each key is due, for the keys seen last.
+///
+/// Every lock is held for one look-up in memory and never across an `await`, and there are several, so that
+/// workers rarely meet at one; that is why these are plain mutexes.
+struct Keys {
+    shards: Vec<Mutex<LruCache<u64, u64>>>,
+    /// How many keys a shard may hold.
+    room: usize,
+}
+
+impl Keys {
+    const SHARDS_MAX: usize = 16;
+    /// Below this, a shard would forget keys noticeably before all others are full.
+    const ROOM_MIN: usize = 1_024;
+
+    fn new(max: usize) -> Keys {
+        let shards = (max / Keys::ROOM_MIN).clamp(1, Keys::SHARDS_MAX);
+        // Unbounded, and held to `room` in `with`: a bounded one allocates its whole table at once.
+        let shard = |_| Mutex::new(LruCache::unbounded());
+        Keys { shards: (0..shards).map(shard).collect(), room: max / shards }
+    }
+
+    /// Applies `decide` to the time at which `key` is due. `true` if another key had to be forgotten.
+    fn with<T>(&self, key: u64, decide: impl FnOnce(&mut u64) -> T) -> (T, bool) {
+        let shard = &self.shards[(key % self.shards.len() as u64) as usize];
+        // Nothing that runs under the lock can panic half-way; a poisoned one is as good as new.
+        let mut shard = shard.lock().unwrap_or_else(PoisonError::into_inner);
+        let decided = decide(shard.get_or_insert_mut(key, || 0));
+        let full = shard.len() > self.room;
+        if full {
+            shard.pop_lru();
+        }
+        (decided, full)
+    }
+
+    fn max(&self) -> usize {
+        self.room * self.shards.len()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::super::rehearsal::{Rehearsal, chain, error, example};
+    use super::*;
+
+    /// A filter with these settings beside `rate: 1/s`.
+    fn limit(settings: &str) -> Rehearsal {
+        Rehearsal::of(&format!("- rate_limit: {{ rate: 1/s, {settings} }}"))
+    }
+
+    /// How many of ten requests pass.
+    fn passed(rehearsal: &mut Rehearsal) -> usize {
+        (0..10).filter(|_| matches!(rehearsal.verdict(), Verdict::Continue)).count()
+    }
+
+    fn filter(yaml: &str) -> RateLimit {
+        let settings = serde_yaml::from_str(yaml).unwrap();
+        RateLimit::build(&settings).unwrap()
+    }
+
+    #[test]
+    fn the_example_builds() {
+        assert!(chain(&example(include_str!("rate_limit.rs"))).is_ok());
+    }
+
+    #[test]
+    fn a_burst_passes_and_the_rest_is_told_when_to_come_again() {
+        let mut rehearsal = limit("burst: 3");
+        assert_eq!(passed(&mut rehearsal), 3);
+        let refused = rehearsal.refused();
+        assert_eq!((refused.refusal.reason, refused.refusal.status), ("route.rate_limit", 429));
+        assert_eq!(refused.headers, [(RETRY_AFTER, HeaderValue::from(1))]);
+    }
+
+    #[test]
+    fn retry_after_is_in_whole_seconds_rounded_up() {
+        let mut rehearsal = Rehearsal::of("- rate_limit: { rate: 1/h, burst: 1 }");
+        rehearsal.pass();
+        assert_eq!(rehearsal.refused().headers, [(RETRY_AFTER, HeaderValue::from(3600))]);
+        let mut rehearsal = Rehearsal::of("- rate_limit: { rate: 2/s, burst: 1 }");
+        rehearsal.pass();
+        assert_eq!(rehearsal.refused().headers, [(RETRY_AFTER, HeaderValue::from(1))]);
+    }
+
+    #[test]
+    fn without_a_burst_as_many_pass_as_the_rate_names() {
+        assert_eq!(passed(&mut Rehearsal::of("- rate_limit: { rate: 6/h }")), 6);
+    }
+
+    #[test]
+    fn clients_are_counted_apart_and_those_without_address_together() {
+        let mut rehearsal = limit("burst: 2");
+        assert_eq!(passed(&mut rehearsal), 2);
+        rehearsal = rehearsal.from("2001:db8::1");
+        assert_eq!(passed(&mut rehearsal), 2);
+        rehearsal.client = None;
+        assert_eq!(passed(&mut rehearsal), 2);
+        assert_eq!(passed(&mut rehearsal), 0);
+    }
+
+    #[test]
+    fn headers_and_cookies_are_counted_apart_whoever_sends_them() {
+        for (key, name, one, two) in [("header: x-key", "x-key", "1", "2"), ("cookie: sid", "cookie", "sid=1", "sid=2")]
+        {
+            let mut rehearsal = limit(&format!("burst: 2, key: {{ {key} }}"));
+            rehearsal = rehearsal.asking("/", &[(name, one)]);
+            assert_eq!(passed(&mut rehearsal), 2, "{key}");
+            rehearsal = rehearsal.asking("/", &[(name, two)]);
+            assert_eq!(passed(&mut rehearsal), 2, "{key}");
+            rehearsal = rehearsal.asking("/", &[(name, one)]).from("198.51.100.1");
+            assert_eq!(passed(&mut rehearsal), 0, "{key}");
+        }
+    }
+
+    #[test]
+    fn a_limit_frees_itself_in_time() {
+        let filter = filter("{ rate: 10/s, burst: 2 }");
+        let at = |millis| filter.admit(b"a", Duration::from_millis(millis));
+        assert_eq!([at(0), at(0)], [Ok(()), Ok(())]);
+        assert_eq!(at(30), Err(Duration::from_millis(70)));
+        assert_eq!(at(100), Ok(()));
+        assert_eq!(at(199), Err(Duration::from_millis(1)));
+        assert_eq!([at(5000), at(5000)], [Ok(()), Ok(())]);
+        assert_eq!(at(5000), Err(Duration::from_millis(100)));
+    }
+
+    #[test]
+    fn the_key_unseen_for_longest_is_forgotten_and_no_other() {
+        let filter = filter("{ rate: 1/h, burst: 1, max_keys: 2 }");
+        let admits = |key: &[u8]| filter.admit(key, Duration::ZERO).is_ok();
+        assert!(admits(b"a") && admits(b"b"));
+        assert!(!admits(b"a"), "known, and from now on the last one seen");
+        assert!(admits(b"c"), "new, and takes the place of b");
+        assert!(!admits(b"a"));
+        assert!(admits(b"b"), "forgotten");
+    }
+
+    #[test]
+    fn memory_is_bounded_however_many_keys_come() {
+        for max in [1, 10, 1_023, 5_000, 40_000] {
+            let keys = Keys::new(max);
+            assert!(keys.max() <= max && max < keys.max() + Keys::SHARDS_MAX);
+            let forgotten = (0..100_000).filter(|&key| keys.with(key, |_| ()).1).count();
+            let held: usize = keys.shards.iter().map(|shard| shard.lock().unwrap().len()).sum();
+            assert_eq!((held, forgotten), (keys.max(), 100_000 - keys.max()));
+        }
+    }
+
+    #[test]
+    fn nothing_overflows_at_the_end_of_time() {
+        let limit = Gcra::new(Rate { events: 1, per: Duration::from_secs(3600) }, u64::MAX - 1).unwrap();
+        let mut due = u64::MAX - 1;
+        assert_eq!(limit.admit(&mut due, u64::MAX), Ok(()));
+        assert_eq!(due, u64::MAX);
+    }
+
+    /// What GCRA must agree with: a bucket of `burst` tokens, one more each interval, counted in nanoseconds.
+    struct Bucket {
+        level: u64,
+        filled: u64,
+    }
+
+    impl Bucket {
+        fn admit(&mut self, limit: Gcra, burst: u64, now: u64) -> Result<(), u64> {
+            self.level = (self.level + (now - self.filled)).min(limit.interval * burst);
+            self.filled = now;
+            self.level = self.level.checked_sub(limit.interval).ok_or_else(|| limit.interval - self.level)?;
+            Ok(())
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn gcra_decides_as_a_token_bucket_does(
+            events in 1..5_000u64,
+            seconds in prop::sample::select(vec![1u64, 60, 3600]),
+            burst in 1..50u64,
+            gaps in prop::collection::vec(prop_oneof![Just(0), 0..1_000_000u64, 0..10_000_000_000u64], 1..200),
+        ) {
+            let limit = Gcra::new(Rate { events, per: Duration::from_secs(seconds) }, burst).unwrap();
+            let mut bucket = Bucket { level: limit.interval * burst, filled: 0 };
+            let (mut due, mut now) = (0, 0);
+            for gap in gaps {
+                now += gap;
+                prop_assert_eq!(limit.admit(&mut due, now), bucket.admit(limit, burst, now));
+            }
+        }
+
+        #[test]
+        fn who_waits_as_told_is_admitted_and_who_comes_earlier_is_not(burst in 1..20u64, now in 0..1_000_000_000u64) {
+            let limit = Gcra::new(Rate { events: 7, per: Duration::from_secs(1) }, burst).unwrap();
+            let mut due = 0;
+            let wait = std::iter::repeat_with(|| limit.admit(&mut due, now)).find_map(Result::err).unwrap();
+            prop_assert!(limit.admit(&mut due, now + wait - 1).is_err());
+            prop_assert_eq!(limit.admit(&mut due, now + wait), Ok(()));
+        }
+    }
+
+    #[test]
+    fn wrong_settings_are_told_with_their_place() {
+        assert_eq!(error("- rate_limit: {}"), "[0].rate_limit: missing field `rate`");
+        let told =
+            "[0].rate_limit.rate: `10` is not a rate: write a number per `s`, `m` or `h`, such as `10/s` or `600/m`";
+        assert_eq!(error("- rate_limit: { rate: 10 }"), told);
+        let told = "[0].rate_limit.rate: `2M/s` is more than one a microsecond";
+        assert_eq!(error("- rate_limit: { rate: 2M/s }"), told);
+        for burst in ["0", "unlimited"] {
+            let told = "[0].rate_limit.burst: a limit needs a number here, of at least 1";
+            assert_eq!(error(&format!("- rate_limit: {{ rate: 1/s, burst: {burst} }}")), told);
+        }
+        for keys in ["0", "unlimited"] {
+            let told = "[0].rate_limit.max_keys: memory has an end: write a number of at least 1";
+            assert_eq!(error(&format!("- rate_limit: {{ rate: 1/s, max_keys: {keys} }}")), told);
+        }
+        let told = "[0].rate_limit.brust: unknown field `brust`, expected one of `key`, `rate`, `burst`, `max_keys`";
+        assert_eq!(error("- rate_limit: { rate: 1/s, brust: 2 }"), told);
+    }
+
+    #[test]
+    fn wrong_keys_are_told_with_their_place() {
+        let told = |key| error(&format!("- rate_limit: {{ rate: 1/s, key: {key} }}"));
+        assert_eq!(told("{ header: a b }"), "[0].rate_limit.key.header: `a b` is no header name");
+        assert_eq!(told("{ cookie: '' }"), "[0].rate_limit.key.cookie: `` is no name of a cookie");
+        assert_eq!(told("{ query: '' }"), "[0].rate_limit.key.query: a query argument needs a name");
+        let unknown = "unknown variant `ip`, expected one of `client_ip`, `path`, `route`, `header`, `cookie`, `query`";
+        assert_eq!(told("ip"), format!("[0].rate_limit.key: {unknown}"));
+    }
+}

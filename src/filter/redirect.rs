@@ -1,0 +1,354 @@
+//! `redirect`: sends the client elsewhere; no upstream is asked.
+//!
+//! ```yaml
+//! - redirect:
+//!     to: "https://{host}{path_and_query}"
+//!     status: 308                # 301, 302, 303, 307, 308
+//! ```
+//!
+//! A redirect is how phishers borrow a good name, so that neither the path nor the query can ever decide to which host
+//! the client is sent: they cannot stand in the host of `to`, and a `to` without a host stays on this one, whatever
+//! slashes the path begins with.
+
+use async_trait::async_trait;
+use bytes::Bytes;
+use http::header::{HOST, LOCATION};
+use http::uri::Authority;
+use http::{HeaderValue, StatusCode, Uri};
+use pingora::http::RequestHeader;
+use schemars::JsonSchema;
+use serde::Deserialize;
+
+use super::{Answer, Filter, FilterType, Scope, Stages, Verdict, field};
+use crate::error::{BuildError, Refusal};
+
+/// Sends the client elsewhere; no upstream is asked.
+#[derive(Clone, Debug, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Settings {
+    /// Where to: a URL, or a path on the same host. Placeholders: `{scheme}`, `{host}` (without port), `{path}`,
+    /// `{query}` (without `?`) and `{path_and_query}`.
+    pub to: String,
+    /// 301, 302, 303, 307 or 308. With 307 and 308 the client keeps method and body.
+    #[serde(default = "Settings::status")]
+    #[schemars(extend("enum" = [301, 302, 303, 307, 308]))]
+    pub status: u16,
+}
+
+impl Settings {
+    fn status() -> u16 {
+        308
+    }
+}
+
+static UNFIT: Refusal =
+    Refusal::new("route.redirect", 400, "The request cannot be redirected: its Host or path is malformed.");
+
+/// Answers with a redirect.
+pub struct Redirect {
+    status: StatusCode,
+    to: Vec<Piece>,
+    /// Whether `to` names no host, so that the client must stay on this one.
+    local: bool,
+}
+
+/// A part of the new place.
+#[derive(Clone, Debug, PartialEq)]
+enum Piece {
+    Text(String),
+    Scheme,
+    Host,
+    Path,
+    Query,
+    PathAndQuery,
+}
+
+const PLACEHOLDERS: [(&str, Piece); 5] = [
+    ("scheme", Piece::Scheme),
+    ("host", Piece::Host),
+    ("path", Piece::Path),
+    ("query", Piece::Query),
+    ("path_and_query", Piece::PathAndQuery),
+];
+
+#[async_trait]
+impl Filter for Redirect {
+    fn stages(&self) -> Stages {
+        Stages::REQUEST
+    }
+
+    async fn request(&self, scope: &mut Scope<'_>) -> Verdict {
+        match self.location(scope) {
+            Some(location) => {
+                Verdict::Answer(Answer { status: self.status, headers: vec![(LOCATION, location)], body: Bytes::new() })
+            }
+            None => Verdict::from(&UNFIT),
+        }
+    }
+}
+
+impl FilterType for Redirect {
+    const KEY: &'static str = "redirect";
+    const ANSWERS: bool = true;
+    const REFUSALS: &'static [&'static Refusal] = &[&UNFIT];
+    type Settings = Settings;
+
+    fn build(settings: &Settings) -> Result<Self, BuildError> {
+        let status = match settings.status {
+            code @ (301 | 302 | 303 | 307 | 308) => StatusCode::from_u16(code).ok(),
+            _ => None,
+        };
+        let status = status.ok_or_else(|| {
+            BuildError::new("status", format!("`{}` is no redirect: write 301, 302, 303, 307 or 308", settings.status))
+        })?;
+        let at = |message| BuildError::new("to", message);
+        let to = template(&settings.to).map_err(at)?;
+        let local = check(&settings.to, &to).map_err(at)?;
+        Ok(Redirect { status, to, local })
+    }
+}
+
+impl Redirect {
+    /// The new place; `None` if this request lacks what it takes.
+    fn location(&self, scope: &Scope<'_>) -> Option<HeaderValue> {
+        if !scope.request.raw_path_is_utf8() {
+            return None;
+        }
+        let uri = &scope.request.uri;
+        // `OPTIONS *` has no path.
+        let path = if uri.path().starts_with('/') { uri.path() } else { "/" };
+        let mut location = String::with_capacity(128);
+        for piece in &self.to {
+            match piece {
+                Piece::Text(text) => location.push_str(text),
+                Piece::Scheme => location.push_str(scope.scheme),
+                Piece::Host => location.push_str(host(scope.request)?.host()),
+                Piece::Path => push_encoded(&mut location, path),
+                Piece::Query => push_encoded(&mut location, uri.query().unwrap_or_default()),
+                Piece::PathAndQuery => {
+                    push_encoded(&mut location, path);
+                    if let Some(query) = uri.query() {
+                        location.push('?');
+                        push_encoded(&mut location, query);
+                    }
+                }
+            }
+        }
+        if self.local {
+            // Browsers take `//evil.example` and `/\evil.example` for another host.
+            let slashes = location.find(|c| !matches!(c, '/' | '\\')).unwrap_or(location.len());
+            location.replace_range(..slashes, "/");
+        }
+        HeaderValue::try_from(location).ok()
+    }
+}
+
+/// The host that the client asked for, if it is one.
+fn host(request: &RequestHeader) -> Option<Authority> {
+    match request.uri.authority() {
+        Some(authority) => field::host(authority.as_str()),
+        None => field::host(request.headers.get(HOST)?.to_str().ok()?),
+    }
+}
+
+/// Puts a part of the request target behind `location`; what is not ASCII in it is no part of a URL (RFC 3986 §2).
+fn push_encoded(location: &mut String, part: &str) {
+    for byte in part.bytes() {
+        if byte.is_ascii_graphic() {
+            location.push(char::from(byte));
+        } else {
+            location.push_str(&format!("%{byte:02X}"));
+        }
+    }
+}
+
+/// Cuts `to` into text and placeholders.
+fn template(to: &str) -> Result<Vec<Piece>, String> {
+    let mut pieces = Vec::new();
+    let mut rest = to;
+    while let Some((text, after)) = rest.split_once('{') {
+        pieces.push(Piece::Text(text.to_owned()));
+        let (name, after) = after.split_once('}').ok_or_else(|| format!("`{to}` has a `{{` without `}}`"))?;
+        let known = PLACEHOLDERS.iter().find(|(known, _)| *known == name);
+        let (_, piece) = known.ok_or_else(|| {
+            let names: Vec<String> = PLACEHOLDERS.iter().map(|(name, _)| format!("`{{{name}}}`")).collect();
+            format!("`{{{name}}}` is no placeholder; there are {}", names.join(", "))
+        })?;
+        pieces.push(piece.clone());
+        rest = after;
+    }
+    pieces.push(Piece::Text(rest.to_owned()));
+    pieces.retain(|piece| !matches!(piece, Piece::Text(text) if text.is_empty()));
+    Ok(pieces)
+}
+
+/// Checks where `to` can lead. `true` if it names no host.
+fn check(to: &str, pieces: &[Piece]) -> Result<bool, String> {
+    if to.starts_with("//") {
+        return Err(format!("`{to}` leaves the scheme out; write `{{scheme}}:{to}`"));
+    }
+    let local = to.starts_with('/') || matches!(pieces.first(), Some(Piece::Path | Piece::PathAndQuery));
+    if !local {
+        check_host(to)?;
+    }
+    let sample: String = pieces.iter().map(Piece::sample).collect();
+    let fit = sample.parse::<Uri>().is_ok() && HeaderValue::from_str(&sample).is_ok();
+    if fit { Ok(local) } else { Err(format!("`{to}` is no URL: spaces and the like must be percent-encoded")) }
+}
+
+/// Checks that an absolute `to` has a host, in which nothing but `{host}` is the client's choice.
+fn check_host(to: &str) -> Result<(), String> {
+    let (scheme, rest) = to.split_once("://").unwrap_or_default();
+    if !["https", "http", "{scheme}"].contains(&scheme) {
+        return Err(format!("`{to}` must begin with `https://`, `http://`, `{{scheme}}://` or `/`"));
+    }
+    let host = rest.split(['/', '?', '#']).next().unwrap_or_default();
+    // `{path}` and `{path_and_query}` begin with a slash.
+    let host = host.split("{path").next().unwrap_or_default();
+    if host.contains("{query}") || host.contains("{scheme}") {
+        return Err(format!("in `{to}` the client could choose the host: put a `/` or a `?` behind the host"));
+    }
+    field::host(&host.replace("{host}", "host"))
+        .map(drop)
+        .ok_or_else(|| format!("`{to}` has no host, or none that is one"))
+}
+
+impl Piece {
+    /// What could stand here, to see whether the whole can be a URL.
+    fn sample(&self) -> &str {
+        match self {
+            Piece::Text(text) => text,
+            Piece::Scheme => "https",
+            Piece::Host => "host",
+            Piece::Path => "/path",
+            Piece::Query => "query",
+            Piece::PathAndQuery => "/path?query",
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::rehearsal::{Rehearsal, chain, error, example};
+    use super::*;
+
+    const HOST: (&str, &str) = ("host", "shop.example.com:8080");
+
+    fn rehearsal(to: &str, target: &str) -> Rehearsal {
+        Rehearsal::of(&format!("- redirect: {{ to: '{to}' }}")).asking(target, &[HOST])
+    }
+
+    fn location(answer: &Answer) -> &str {
+        assert_eq!(answer.headers.len(), 1);
+        answer.headers[0].1.to_str().unwrap()
+    }
+
+    /// Where `to` leads who asks shop.example.com:8080 for `target`.
+    fn led(to: &str, target: &str) -> String {
+        location(&rehearsal(to, target).answer()).to_owned()
+    }
+
+    #[test]
+    fn the_example_builds() {
+        assert!(chain(&example(include_str!("redirect.rs"))).is_ok());
+    }
+
+    #[test]
+    fn placeholders_stand_for_parts_of_the_request() {
+        assert_eq!(led("https://{host}{path_and_query}", "/a/b?c=d"), "https://shop.example.com/a/b?c=d");
+        assert_eq!(led("https://{host}:8443{path_and_query}", "/a"), "https://shop.example.com:8443/a");
+        assert_eq!(led("{scheme}://www.{host}/x{path}", "/a?c"), "http://www.shop.example.com/x/a");
+        assert_eq!(led("https://new.example.com?from={path}&{query}", "/a?c=d"), "https://new.example.com?from=/a&c=d");
+        assert_eq!(led("/moved#{query}", "/a"), "/moved#");
+        assert_eq!(led("https://example.com/x", "/a?b"), "https://example.com/x");
+    }
+
+    #[test]
+    fn the_status_is_308_unless_told_otherwise() {
+        assert_eq!(rehearsal("/x", "/").answer().status, 308);
+        for status in [301, 302, 303, 307, 308] {
+            let mut rehearsal = Rehearsal::of(&format!("- redirect: {{ to: /x, status: {status} }}"));
+            assert_eq!(rehearsal.answer().status, status);
+        }
+    }
+
+    #[test]
+    fn the_host_of_http2_comes_from_the_target() {
+        let mut rehearsal = Rehearsal::of("- redirect: { to: 'https://{host}{path}' }");
+        rehearsal.request.set_uri(Uri::from_static("http://[2001:db8::1]:80/a"));
+        assert_eq!(location(&rehearsal.answer()), "https://[2001:db8::1]/a");
+    }
+
+    #[test]
+    fn a_path_never_chooses_the_host() {
+        for (target, local) in [
+            ("//evil.example/x", "/evil.example/x"),
+            ("/\\evil.example", "/evil.example"),
+            ("///\\/evil.example", "/evil.example"),
+            ("//", "/"),
+        ] {
+            assert_eq!(led("{path}", target), local);
+            assert_eq!(led("{path_and_query}", target), local);
+            assert_eq!(led("/{path}", target), local);
+        }
+        assert_eq!(led("/{query}", "/?/evil.example"), "/evil.example");
+        assert_eq!(led("https://a.example{path}", "//evil.example"), "https://a.example//evil.example");
+        assert_eq!(led("https://a.example{path}", "*"), "https://a.example/");
+    }
+
+    #[test]
+    fn what_is_not_ascii_is_encoded() {
+        assert_eq!(led("{path_and_query}", "/grün?q=é"), "/gr%C3%BCn?q=%C3%A9");
+        assert_eq!(led("{path}", "/%0d%0aset-cookie:%20a"), "/%0d%0aset-cookie:%20a");
+    }
+
+    #[test]
+    fn a_request_without_a_usable_host_or_path_is_refused() {
+        for host in ["", "a b", "user@evil.example", "a:b"] {
+            let mut rehearsal = Rehearsal::of("- redirect: { to: 'https://{host}/' }").asking("/", &[("host", host)]);
+            assert_eq!(rehearsal.refused().refusal.reason, "route.redirect", "{host}");
+        }
+        let mut without = Rehearsal::of("- redirect: { to: 'https://{host}/' }");
+        assert_eq!(without.refused().refusal, &UNFIT);
+        let mut garbled = Rehearsal::of("- redirect: { to: '{path}' }");
+        garbled.request.set_raw_path(b"/\xff").unwrap();
+        assert_eq!(garbled.refused().refusal, &UNFIT);
+    }
+
+    #[test]
+    fn wrong_settings_are_told_with_their_place() {
+        let told = |to| error(&format!("- redirect: {{ to: '{to}' }}"));
+        let known = "there are `{scheme}`, `{host}`, `{path}`, `{query}`, `{path_and_query}`";
+        assert_eq!(told("/{uri}"), format!("[0].redirect.to: `{{uri}}` is no placeholder; {known}"));
+        assert_eq!(told("/{path"), "[0].redirect.to: `/{path` has a `{` without `}`");
+        assert_eq!(
+            told("//a/{path}"),
+            "[0].redirect.to: `//a/{path}` leaves the scheme out; write `{scheme}://a/{path}`"
+        );
+        for to in ["", "example.com", "ftp://a/", "{host}/x", "{query}", "javascript:alert(1)"] {
+            let begin =
+                format!("[0].redirect.to: `{to}` must begin with `https://`, `http://`, `{{scheme}}://` or `/`");
+            assert_eq!(told(to), begin);
+        }
+        for to in ["https://", "https:///x", "https://{path}", "https://a@b/", "https://a b/"] {
+            assert_eq!(told(to), format!("[0].redirect.to: `{to}` has no host, or none that is one"));
+        }
+        for to in ["https://a.example{query}", "https://a.example:{query}/", "https://{scheme}.example/"] {
+            let choose = "the client could choose the host: put a `/` or a `?` behind the host";
+            assert_eq!(told(to), format!("[0].redirect.to: in `{to}` {choose}"));
+        }
+        let space = "[0].redirect.to: `/a b` is no URL: spaces and the like must be percent-encoded";
+        assert_eq!(told("/a b"), space);
+        let split = error(r#"- redirect: { to: "/a\r\nSet-Cookie: b" }"#);
+        assert!(split.ends_with("is no URL: spaces and the like must be percent-encoded"), "{split}");
+    }
+
+    #[test]
+    fn wrong_statuses_are_told_with_their_place() {
+        let told = "[0].redirect.status: `304` is no redirect: write 301, 302, 303, 307 or 308";
+        assert_eq!(error("- redirect: { to: /x, status: 304 }"), told);
+        assert_eq!(error("- redirect: {}"), "[0].redirect: missing field `to`");
+        let told = "[0].redirect.code: unknown field `code`, expected `to` or `status`";
+        assert_eq!(error("- redirect: { to: /x, code: 301 }"), told);
+    }
+}

@@ -1,0 +1,147 @@
+//! `respond`: a fixed answer; no upstream is asked.
+//!
+//! ```yaml
+//! - respond:
+//!     status: 503
+//!     headers: { Retry-After: "120" }
+//!     body: "Back in two minutes."
+//! ```
+
+use std::collections::BTreeMap;
+
+use async_trait::async_trait;
+use bytes::Bytes;
+use http::header::CONTENT_TYPE;
+use http::{HeaderName, HeaderValue, StatusCode};
+use schemars::JsonSchema;
+use serde::Deserialize;
+
+use super::{Answer, Filter, FilterType, Scope, Stages, Verdict, field};
+use crate::error::BuildError;
+
+/// A fixed answer; no upstream is asked.
+#[derive(Clone, Debug, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct Settings {
+    /// The status, 200 to 599.
+    #[schemars(range(min = 200, max = 599))]
+    pub status: u16,
+    /// Header fields. `Content-Length` is added, and `Content-Type: text/plain; charset=utf-8` if there is a body and
+    /// none is given.
+    pub headers: BTreeMap<String, String>,
+    /// The body.
+    pub body: String,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        Settings { status: 200, headers: BTreeMap::new(), body: String::new() }
+    }
+}
+
+/// Answers every request in the same way.
+pub struct Respond {
+    status: StatusCode,
+    headers: Vec<(HeaderName, HeaderValue)>,
+    body: Bytes,
+}
+
+#[async_trait]
+impl Filter for Respond {
+    fn stages(&self) -> Stages {
+        Stages::REQUEST
+    }
+
+    async fn request(&self, _: &mut Scope<'_>) -> Verdict {
+        Verdict::Answer(Answer { status: self.status, headers: self.headers.clone(), body: self.body.clone() })
+    }
+}
+
+impl FilterType for Respond {
+    const KEY: &'static str = "respond";
+    const ANSWERS: bool = true;
+    type Settings = Settings;
+
+    fn build(settings: &Settings) -> Result<Self, BuildError> {
+        let status = StatusCode::from_u16(settings.status).ok().filter(|_| (200..=599).contains(&settings.status));
+        let status = status.ok_or_else(|| {
+            BuildError::new("status", format!("`{}` is no status of an answer: write 200 to 599", settings.status))
+        })?;
+        // RFC 9110 §15.3.5, §15.3.6, §15.4.5.
+        if matches!(settings.status, 204 | 205 | 304) && !settings.body.is_empty() {
+            return Err(BuildError::new(
+                "body",
+                format!("an answer with status {status} has no body", status = settings.status),
+            ));
+        }
+        let mut headers = settings.headers.iter().map(field).collect::<Result<Vec<_>, _>>()?;
+        if !settings.body.is_empty() && !headers.iter().any(|(name, _)| name == CONTENT_TYPE) {
+            headers.push((CONTENT_TYPE, HeaderValue::from_static("text/plain; charset=utf-8")));
+        }
+        Ok(Respond { status, headers, body: Bytes::copy_from_slice(settings.body.as_bytes()) })
+    }
+}
+
+fn field((name, value): (&String, &String)) -> Result<(HeaderName, HeaderValue), BuildError> {
+    let at = |message| BuildError::new(name, message).under("headers");
+    Ok((field::free_name(name).map_err(at)?, field::value(value).map_err(at)?))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::rehearsal::{Rehearsal, chain, error, example};
+    use super::*;
+
+    fn answer(settings: &str) -> Answer {
+        Rehearsal::of(&format!("- respond: {settings}")).answer()
+    }
+
+    #[test]
+    fn the_example_builds() {
+        assert!(chain(&example(include_str!("respond.rs"))).is_ok());
+    }
+
+    #[test]
+    fn the_answer_is_what_was_written() {
+        let answer = answer(r#"{ status: 418, headers: { X-Pot: tea, Content-Type: text/html }, body: "<p>short" }"#);
+        assert_eq!(answer.status, 418);
+        assert_eq!(answer.body, "<p>short");
+        let headers: Vec<String> = answer.headers.iter().map(|(name, value)| format!("{name}: {value:?}")).collect();
+        assert_eq!(headers, [r#"content-type: "text/html""#, r#"x-pot: "tea""#]);
+    }
+
+    #[test]
+    fn by_default_it_is_an_empty_200() {
+        let answer = answer("{}");
+        assert_eq!((answer.status, answer.headers.len(), answer.body.len()), (StatusCode::OK, 0, 0));
+    }
+
+    #[test]
+    fn a_body_is_plain_text_unless_told_otherwise() {
+        assert_eq!(answer("{ body: hello }").headers, [(CONTENT_TYPE, "text/plain; charset=utf-8".parse().unwrap())]);
+    }
+
+    #[test]
+    fn an_answer_without_content_may_have_no_body() {
+        for status in [204, 205, 304] {
+            assert_eq!(answer(&format!("{{ status: {status} }}")).status, status);
+            let told = format!("[0].respond.body: an answer with status {status} has no body");
+            assert_eq!(error(&format!("- respond: {{ status: {status}, body: x }}")), told);
+        }
+    }
+
+    #[test]
+    fn wrong_settings_are_told_with_their_place() {
+        for status in ["101", "199", "600", "0"] {
+            let told = format!("[0].respond.status: `{status}` is no status of an answer: write 200 to 599");
+            assert_eq!(error(&format!("- respond: {{ status: {status} }}")), told);
+        }
+        let told = "[0].respond.headers.Content-Length: \
+                    `Content-Length` belongs to the connection, and Forebay sets it itself";
+        assert_eq!(error("- respond: { headers: { Content-Length: '3' } }"), told);
+        let told = "[0].respond.headers.X-A: a header value is one line of text, without control characters";
+        assert_eq!(error(r#"- respond: { headers: { X-A: "b\nc" } }"#), told);
+        let told = "[0].respond.text: unknown field `text`, expected one of `status`, `headers`, `body`";
+        assert_eq!(error("- respond: { text: x }"), told);
+    }
+}
