@@ -3,7 +3,10 @@
 //! The modules, in the order in which they are best read: what words mean, what was written, what is counted, then the
 //! way of a request from the client through the filters to an upstream, and last how all of it is put together.
 
+pub mod access_log;
 pub mod config;
 pub mod error;
+pub mod eventloop;
 pub mod filter;
+pub mod metrics;
 pub mod phase;

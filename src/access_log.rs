@@ -1,0 +1,252 @@
+//! The access log: one line an exchange, with what every phase of it took.
+//!
+//! A worker writes the line into a buffer of its own thread and appends it to a queue; `access_log/writer.rs` takes the
+//! lines out in batches and is the only one that waits for the disk. `access_log/line.rs` is how a line looks.
+//! `proxy` makes the [`Record`] in the phase `finish`; `client` makes one for a header that it refused.
+
+mod line;
+mod writer;
+
+use std::cell::RefCell;
+use std::net::IpAddr;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use prometheus::IntCounter;
+
+use crate::config::server::{AccessLog as Settings, LogFormat};
+use crate::error::BuildError;
+use crate::metrics::AccessLogMetrics;
+use crate::phase::Clock;
+use writer::{Queue, Shared, Sink};
+
+/// What a line says about one exchange.
+///
+/// In JSON the fields have these names, durations end in `_ms`, and what is `None` is absent. In the combined format
+/// what is `None` is `-`.
+#[derive(Clone, Copy, Debug)]
+pub struct Record<'a> {
+    /// When the exchange was over.
+    pub time: SystemTime,
+    /// The name of the listener.
+    pub listener: &'a str,
+    /// The client's address: the peer's, or what a trusted proxy said. `None` on a unix socket.
+    pub client: Option<IpAddr>,
+    /// The method; empty if the header could not be understood.
+    pub method: &'a str,
+    /// The host that was asked for, as it was written.
+    pub host: &'a [u8],
+    /// The target of the request line, as it was written.
+    pub target: &'a [u8],
+    /// The version, such as `HTTP/1.1`.
+    pub protocol: &'a str,
+    /// The status the client got; 0 if none was sent.
+    pub status: u16,
+    /// Bytes that came from the client.
+    pub received: u64,
+    /// Bytes that went to the client.
+    pub sent: u64,
+    /// What the exchange spent where; settled. Phases that it never entered are absent.
+    pub clock: &'a Clock,
+    /// What Forebay itself cost.
+    pub own: Duration,
+    /// The name of the route.
+    pub route: &'a str,
+    /// The name of the upstream that was asked last.
+    pub upstream: Option<&'a str>,
+    /// The endpoint that was asked last, as written in the configuration.
+    pub endpoint: Option<&'a str>,
+    /// How many endpoints were asked.
+    pub attempts: u32,
+    /// Why Forebay ended the exchange, if it did.
+    pub reason: Option<&'static str>,
+    /// The id of the request.
+    pub request_id: Option<&'a [u8]>,
+    /// Its `Referer`.
+    pub referer: Option<&'a [u8]>,
+    /// Its `User-Agent`.
+    pub user_agent: Option<&'a [u8]>,
+}
+
+/// The access log. Dropping it closes it.
+pub struct AccessLog {
+    format: LogFormat,
+    shared: Arc<Shared>,
+    dropped: IntCounter,
+}
+
+thread_local! {
+    /// The line that this thread is writing; kept, so that a line costs no allocation.
+    static LINE: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
+}
+
+/// A buffer that had to hold a longer line than this is given back.
+const LINE_KEPT_BYTES: usize = 16 * 1024;
+
+impl AccessLog {
+    /// Opens the log and starts its thread; `None` if it is `off`.
+    ///
+    /// A file is created with mode 0640 or appended to. The error names the key `path` of the access log.
+    pub fn open(settings: &Settings, metrics: AccessLogMetrics) -> Result<Option<Self>, BuildError> {
+        if settings.path == "off" {
+            return Ok(None);
+        }
+        let failed = |error: std::io::Error| {
+            let message = format!(
+                "`{}` cannot be opened for appending: {error}; write a file in a directory that Forebay may write to, \
+                 or `stdout`, `stderr` or `off`",
+                settings.path
+            );
+            BuildError::new("observability.access_log.path", message)
+        };
+        let sink = Sink::open(&settings.path).map_err(failed)?;
+        let shared = Arc::new(Shared::new(Queue::new(settings.queue.0)));
+        let dropped = metrics.dropped_full.clone();
+        writer::start(shared.clone(), sink, metrics).map_err(failed)?;
+        Ok(Some(AccessLog { format: settings.format, shared, dropped }))
+    }
+
+    /// Adds a line. Never waits for the disk: a line that finds the queue full is dropped and counted.
+    pub fn record(&self, record: &Record<'_>) {
+        LINE.with_borrow_mut(|line| {
+            match self.format {
+                LogFormat::Json => line::json(line, record),
+                LogFormat::Combined => line::combined(line, record),
+            }
+            if !self.shared.push(line) {
+                self.dropped.inc();
+            }
+            line.clear();
+            line.shrink_to(LINE_KEPT_BYTES);
+        });
+    }
+
+    /// Opens the file of this name anew, after the lines recorded so far were written to the old one (SIGUSR1).
+    ///
+    /// Returns at once. If the file cannot be opened, the old one is kept and an error is logged.
+    pub fn reopen(&self) {
+        self.shared.reopen();
+    }
+
+    /// Writes what is queued, for five seconds at most. Lines recorded later are dropped and counted.
+    pub fn close(&self) {
+        if !self.shared.close() {
+            tracing::error!("the access log was not written to its end: its output takes nothing");
+        }
+    }
+}
+
+impl Drop for AccessLog {
+    fn drop(&mut self) {
+        self.close();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+    use std::os::unix::fs::PermissionsExt;
+    use std::path::Path;
+    use std::time::Instant;
+
+    use super::*;
+    use crate::config::units::Count;
+    use crate::metrics::Metrics;
+    use crate::phase::Phase;
+
+    fn open(path: &Path) -> (AccessLog, Metrics) {
+        let metrics = Metrics::new(0, Vec::new());
+        let settings = Settings { path: path.to_str().unwrap().to_owned(), ..Settings::default() };
+        let log = AccessLog::open(&settings, metrics.access_log()).unwrap().unwrap();
+        (log, metrics)
+    }
+
+    fn record(log: &AccessLog, target: &str) {
+        let clock = Clock::start(Phase::Header, Instant::now());
+        log.record(&Record { target: target.as_bytes(), ..line::tests::record(&clock) });
+    }
+
+    /// The targets of all lines in the file.
+    fn targets(path: &Path) -> Vec<String> {
+        let lines = fs::read_to_string(path).unwrap();
+        let lines = lines.lines().map(|line| serde_json::from_str::<serde_json::Value>(line).unwrap());
+        lines.map(|line| line["target"].as_str().unwrap().to_owned()).collect()
+    }
+
+    #[test]
+    fn all_lines_are_in_the_file_once_it_is_closed_in_their_order() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("access.log");
+        let (log, metrics) = open(&path);
+        let written: Vec<String> = (0..1_000).map(|n| format!("/{n}")).collect();
+        written.iter().for_each(|target| record(&log, target));
+        log.close();
+
+        assert_eq!(targets(&path), written);
+        assert_eq!(metrics.access_log().lines.get(), 1_000);
+        assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o137, 0, "others may read the log");
+    }
+
+    #[test]
+    fn a_file_that_was_moved_away_keeps_the_lines_before_the_reopening() {
+        let dir = tempfile::tempdir().unwrap();
+        let (path, moved) = (dir.path().join("access.log"), dir.path().join("access.log.1"));
+        let (log, _) = open(&path);
+        record(&log, "/before");
+        fs::rename(&path, &moved).unwrap();
+        log.reopen();
+        record(&log, "/after");
+        drop(log);
+
+        assert_eq!(targets(&moved), ["/before"]);
+        assert_eq!(targets(&path), ["/after"]);
+    }
+
+    #[test]
+    fn a_file_that_cannot_be_reopened_is_kept() {
+        let dir = tempfile::tempdir().unwrap();
+        let logs = dir.path().join("logs");
+        fs::create_dir(&logs).unwrap();
+        let (log, _) = open(&logs.join("access.log"));
+        let moved = dir.path().join("moved");
+        fs::rename(&logs, &moved).unwrap();
+        log.reopen();
+        record(&log, "/after");
+        log.close();
+
+        assert_eq!(targets(&moved.join("access.log")), ["/after"]);
+    }
+
+    #[test]
+    fn lines_that_a_full_disk_refuses_are_counted() {
+        let (log, metrics) = open(Path::new("/dev/full"));
+        record(&log, "/1");
+        record(&log, "/2");
+        log.close();
+
+        assert_eq!(metrics.access_log().dropped_failed.get(), 2);
+        assert_eq!(metrics.access_log().lines.get(), 0);
+    }
+
+    #[test]
+    fn a_line_after_the_end_is_counted_as_dropped() {
+        let dir = tempfile::tempdir().unwrap();
+        let (log, metrics) = open(&dir.path().join("access.log"));
+        log.close();
+        record(&log, "/late");
+
+        assert_eq!(metrics.access_log().dropped_full.get(), 1);
+    }
+
+    #[test]
+    fn a_log_that_is_off_is_none_and_one_that_cannot_be_opened_says_why() {
+        let metrics = Metrics::new(0, Vec::new());
+        let at = |path: &str| Settings { path: path.to_owned(), queue: Count::UNLIMITED, ..Settings::default() };
+        assert!(AccessLog::open(&at("off"), metrics.access_log()).unwrap().is_none());
+        assert!(AccessLog::open(&at("stderr"), metrics.access_log()).unwrap().is_some());
+
+        let error = AccessLog::open(&at("/no/such/dir/a.log"), metrics.access_log()).err().unwrap();
+        assert_eq!(error.path, "observability.access_log.path");
+        assert!(error.message.starts_with("`/no/such/dir/a.log` cannot be opened"), "{error}");
+    }
+}

@@ -1,0 +1,320 @@
+//! From the workers' lines to a file: the queue between them, and the thread that empties it.
+//!
+//! The queue is one buffer of bytes under a lock and not a channel of lines: a worker appends with a copy, nothing is
+//! allocated in one thread and freed in another, and the writer takes everything at once by swapping in its empty
+//! buffer. After the first line it lets some gather, so that a busy log wakes it a hundred times a second and not
+//! once a line; a wake-up from a worker costs that worker a system call.
+
+use std::fs::{File, OpenOptions};
+use std::io::{self, Write};
+use std::mem;
+use std::os::fd::AsFd;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use crate::metrics::AccessLogMetrics;
+
+/// How long lines may gather before they are written.
+const GATHER: Duration = Duration::from_millis(10);
+
+/// How long the end of the log may take.
+const CLOSE: Duration = Duration::from_secs(5);
+
+/// What a line is reckoned to take: so many bytes for each line of the limit may wait, for lines can be long.
+const LINE_BYTES: usize = 1024;
+
+/// What the writer keeps of a buffer that a burst has blown up.
+const BATCH_KEPT_BYTES: usize = 1024 * 1024;
+
+/// Lines that wait for the writer.
+pub(super) struct Queue {
+    batch: Batch,
+    lines_max: usize,
+    bytes_max: usize,
+    closing: bool,
+    closed: bool,
+}
+
+/// Whole lines, as they will be written.
+#[derive(Default)]
+struct Batch {
+    bytes: Vec<u8>,
+    lines: usize,
+    /// After so many of the bytes, the file is to be reopened.
+    reopen_at: Option<usize>,
+}
+
+/// What became of a line.
+#[derive(Debug, PartialEq)]
+enum Push {
+    Queued,
+    /// Queued, and the writer may not know.
+    Wake,
+    Dropped,
+}
+
+impl Queue {
+    /// An empty queue for at most so many lines.
+    pub(super) fn new(lines_max: u64) -> Self {
+        let lines_max = usize::try_from(lines_max).unwrap_or(usize::MAX).max(1);
+        let bytes_max = lines_max.saturating_mul(LINE_BYTES);
+        Queue { batch: Batch::default(), lines_max, bytes_max, closing: false, closed: false }
+    }
+
+    fn push(&mut self, line: &[u8]) -> Push {
+        let first = self.batch.lines == 0;
+        // A line that is too long for the whole queue passes when it is alone.
+        let fits = first || self.batch.bytes.len().saturating_add(line.len()) <= self.bytes_max;
+        if self.closing || self.batch.lines >= self.lines_max || !fits {
+            return Push::Dropped;
+        }
+        let hurried = self.is_urgent();
+        self.batch.bytes.extend_from_slice(line);
+        self.batch.lines += 1;
+        if first || (self.is_urgent() && !hurried) { Push::Wake } else { Push::Queued }
+    }
+
+    /// Whether the writer has nothing to do.
+    fn is_idle(&self) -> bool {
+        self.batch.lines == 0 && self.batch.reopen_at.is_none() && !self.closing
+    }
+
+    /// Whether the writer should not wait for more.
+    fn is_urgent(&self) -> bool {
+        self.closing
+            || self.batch.reopen_at.is_some()
+            || self.batch.lines >= self.lines_max / 2
+            || self.batch.bytes.len() >= self.bytes_max / 2
+    }
+}
+
+/// The queue and who waits for it.
+pub(super) struct Shared {
+    queue: Mutex<Queue>,
+    /// There is something to write.
+    work: Condvar,
+    /// The writer has ended.
+    end: Condvar,
+}
+
+impl Shared {
+    pub(super) fn new(queue: Queue) -> Self {
+        Shared { queue: Mutex::new(queue), work: Condvar::new(), end: Condvar::new() }
+    }
+
+    /// Queues a line; `false` if it was dropped.
+    pub(super) fn push(&self, line: &[u8]) -> bool {
+        let pushed = self.lock().push(line);
+        if pushed == Push::Wake {
+            self.work.notify_one();
+        }
+        pushed != Push::Dropped
+    }
+
+    /// Has the file reopened between the lines pushed before and those pushed after.
+    pub(super) fn reopen(&self) {
+        let mut queue = self.lock();
+        let here = queue.batch.bytes.len();
+        // Of two in one batch the first counts: by then the path means the newest file for both.
+        queue.batch.reopen_at.get_or_insert(here);
+        drop(queue);
+        self.work.notify_one();
+    }
+
+    /// Takes no more lines and waits until all are written; `false` if that takes too long. Only the first call waits.
+    pub(super) fn close(&self) -> bool {
+        let mut queue = self.lock();
+        if mem::replace(&mut queue.closing, true) {
+            return true;
+        }
+        self.work.notify_one();
+        let waited = self.end.wait_timeout_while(queue, CLOSE, |queue| !queue.closed);
+        waited.unwrap_or_else(PoisonError::into_inner).0.closed
+    }
+
+    /// Waits for lines and puts them in `batch`, which is empty; `false` if these are the last.
+    fn take(&self, batch: &mut Batch) -> bool {
+        let queue = self.lock();
+        let queue = self.work.wait_while(queue, |queue| queue.is_idle()).unwrap_or_else(PoisonError::into_inner);
+        let gathered = self.work.wait_timeout_while(queue, GATHER, |queue| !queue.is_urgent());
+        let mut queue = gathered.unwrap_or_else(PoisonError::into_inner).0;
+        mem::swap(&mut queue.batch, batch);
+        !queue.closing
+    }
+
+    fn end(&self) {
+        self.lock().closed = true;
+        self.end.notify_all();
+    }
+
+    /// The queue is whole after every step, so a panic elsewhere does not spoil it.
+    fn lock(&self) -> MutexGuard<'_, Queue> {
+        self.queue.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Starts the thread `access-log`, which ends when the queue is closed.
+pub(super) fn start(shared: Arc<Shared>, sink: Sink, metrics: AccessLogMetrics) -> io::Result<()> {
+    let mut writer = Writer { sink, metrics, failing: false };
+    let run = move || {
+        let mut batch = Batch::default();
+        while shared.take(&mut batch) {
+            writer.write(&batch);
+            batch.clear();
+        }
+        writer.write(&batch);
+        shared.end();
+    };
+    std::thread::Builder::new().name("access-log".to_owned()).spawn(run).map(drop)
+}
+
+impl Batch {
+    fn clear(&mut self) {
+        self.bytes.clear();
+        self.bytes.shrink_to(BATCH_KEPT_BYTES);
+        self.lines = 0;
+        self.reopen_at = None;
+    }
+}
+
+/// What the thread owns.
+struct Writer {
+    sink: Sink,
+    metrics: AccessLogMetrics,
+    /// Whether the last write failed; only the first failure and the first success are logged.
+    failing: bool,
+}
+
+impl Writer {
+    fn write(&mut self, batch: &Batch) {
+        let (before, after) = batch.bytes.split_at(batch.reopen_at.unwrap_or(0));
+        self.write_lines(before);
+        if batch.reopen_at.is_some()
+            && let Err(error) = self.sink.reopen()
+        {
+            tracing::error!("the access log could not be reopened, the old file is kept: {error}");
+        }
+        self.write_lines(after);
+    }
+
+    fn write_lines(&mut self, lines: &[u8]) {
+        if lines.is_empty() {
+            return;
+        }
+        let (written, result) = self.sink.write(lines);
+        self.metrics.lines.inc_by(count(&lines[..written]));
+        // A line that was cut is among these.
+        self.metrics.dropped_failed.inc_by(count(&lines[written..]));
+        match &result {
+            Err(error) if !self.failing => tracing::error!("the access log cannot be written, lines are lost: {error}"),
+            Ok(()) if self.failing => tracing::info!("the access log can be written again"),
+            _ => {}
+        }
+        self.failing = result.is_err();
+    }
+}
+
+fn count(lines: &[u8]) -> u64 {
+    lines.iter().filter(|&&byte| byte == b'\n').count() as u64
+}
+
+/// Where the lines go.
+pub(super) struct Sink {
+    file: File,
+    /// The file's name; `None` for the standard streams, which cannot be reopened.
+    path: Option<PathBuf>,
+    /// Whether the last line is only there in part.
+    torn: bool,
+}
+
+impl Sink {
+    /// Opens `stdout`, `stderr` or a file.
+    pub(super) fn open(path: &str) -> io::Result<Self> {
+        let (file, path) = match path {
+            // A descriptor of our own: the standard library's streams have locks and buffers that we do not need.
+            "stdout" => (io::stdout().as_fd().try_clone_to_owned()?.into(), None),
+            "stderr" => (io::stderr().as_fd().try_clone_to_owned()?.into(), None),
+            path => (append(Path::new(path))?, Some(path.into())),
+        };
+        Ok(Sink { file, path, torn: false })
+    }
+
+    /// Opens the file of the same name anew; on an error the old one stays.
+    fn reopen(&mut self) -> io::Result<()> {
+        if let Some(path) = &self.path {
+            self.file = append(path)?;
+            self.torn = false;
+        }
+        Ok(())
+    }
+
+    /// Writes whole lines; says how many bytes of them were written.
+    fn write(&mut self, lines: &[u8]) -> (usize, io::Result<()>) {
+        if self.torn {
+            // The rest of the torn line is lost; the next one must not be joined to its beginning.
+            if let Err(error) = self.file.write_all(b"\n") {
+                return (0, Err(error));
+            }
+            self.torn = false;
+        }
+        let mut written = 0;
+        while written < lines.len() {
+            match self.file.write(&lines[written..]) {
+                Ok(0) => return (written, Err(io::ErrorKind::WriteZero.into())),
+                Ok(bytes) => written += bytes,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+                Err(error) => return (written, Err(error)),
+            }
+            self.torn = lines[written - 1] != b'\n';
+        }
+        (written, Ok(()))
+    }
+}
+
+fn append(path: &Path) -> io::Result<File> {
+    OpenOptions::new().append(true).create(true).mode(0o640).open(path)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_full_queue_drops_and_an_emptied_one_takes_again() {
+        let mut queue = Queue::new(2);
+        assert_eq!(queue.push(b"a\n"), Push::Wake);
+        assert_eq!(queue.push(b"b\n"), Push::Queued);
+        assert_eq!(queue.push(b"c\n"), Push::Dropped);
+        assert_eq!(mem::take(&mut queue.batch).bytes, b"a\nb\n");
+        assert_eq!(queue.push(b"d\n"), Push::Wake);
+    }
+
+    #[test]
+    fn long_lines_fill_the_queue_before_many_do_but_one_always_passes() {
+        let mut queue = Queue::new(2);
+        let line = vec![b'x'; 3 * LINE_BYTES];
+        assert_eq!(queue.push(&line), Push::Wake);
+        assert_eq!(queue.push(b"short\n"), Push::Dropped);
+    }
+
+    #[test]
+    fn the_writer_is_woken_by_the_first_line_and_when_the_queue_is_half_full() {
+        let mut queue = Queue::new(8);
+        let pushes: Vec<Push> = (0..6).map(|_| queue.push(b"x\n")).collect();
+        let expected = [Push::Wake, Push::Queued, Push::Queued, Push::Wake, Push::Queued, Push::Queued];
+        assert_eq!(pushes, expected);
+    }
+
+    #[test]
+    fn a_torn_line_is_not_joined_to_the_next() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("access.log");
+        let mut sink = Sink::open(path.to_str().unwrap()).unwrap();
+        sink.write(b"half a li").1.unwrap();
+        sink.write(b"whole\n").1.unwrap();
+
+        assert_eq!(std::fs::read(path).unwrap(), b"half a li\nwhole\n");
+    }
+}

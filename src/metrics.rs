@@ -1,0 +1,465 @@
+//! What Forebay counts: the handles that the rest of it touches, and the text that Prometheus reads.
+//!
+//! Each metric is declared once, in `metrics/family.rs`. Labels are looked up when a handle is built; on the request
+//! path only the children that a handle keeps are touched, for a look-up costs ten times as much. The registry is our
+//! own and not the crate's global one, so that two gateways in one process do not count each other's exchanges.
+
+pub mod family;
+mod refusals;
+mod route;
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
+
+use prometheus::process_collector::ProcessCollector;
+use prometheus::{
+    CounterVec, Encoder, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Registry, TextEncoder,
+};
+
+use crate::error::Refusal;
+use crate::phase::Phase;
+use route::Series;
+/// The route label of exchanges that found no route, or were refused before one was sought.
+pub const UNROUTED: &str = "_none";
+
+pub use route::{RouteMetrics, Summary};
+
+/// All metrics of one gateway. Clones are cheap and share everything.
+#[derive(Clone)]
+pub struct Metrics(Arc<Inner>);
+
+struct Inner {
+    registry: Registry,
+    families: Families,
+    phases: PhaseGauges,
+    workers: IntGauge,
+    routes_folded: IntGauge,
+    series_left: AtomicU64,
+    other: OnceLock<Arc<Series>>,
+}
+
+/// The families whose children are made after [`Metrics::new`].
+struct Families {
+    exchanges: IntCounterVec,
+    exchange_seconds: HistogramVec,
+    phase_seconds: HistogramVec,
+    own_seconds: HistogramVec,
+    write_blocked: CounterVec,
+    bytes: IntCounterVec,
+    client_connections: IntGaugeVec,
+    client_connections_total: IntCounterVec,
+    client_requests: IntCounterVec,
+    upstream_selections: IntCounterVec,
+    upstream_connects: IntCounterVec,
+    upstream_resolutions: IntCounterVec,
+    retries: IntCounterVec,
+    access_log_lines: IntCounterVec,
+    access_log_dropped: IntCounterVec,
+}
+
+impl Metrics {
+    /// The value of the label `version`.
+    pub const VERSION: &str = env!("CARGO_PKG_VERSION");
+
+    /// The value of the label `pingora`; `Cargo.toml` pins it.
+    pub const PINGORA_VERSION: &str = "0.9.1";
+
+    /// Metrics whose routes may make `series_max` series between them, and that show the counts of these refusals.
+    pub fn new(series_max: u64, refusals: Vec<&'static Refusal>) -> Self {
+        let registry = Registry::new();
+        let families = Families::register(&registry);
+        let build_info = family::BUILD_INFO.gauge(&registry);
+        build_info.with_label_values(&[Self::VERSION, Self::PINGORA_VERSION]).set(1);
+        let refusals = registry.register(Box::new(refusals::Refusals::new(refusals)));
+        refusals.and_then(|()| registry.register(Box::new(ProcessCollector::for_self()))).expect(
+            "no row of the table has the name of a process metric, nor is one there twice: a test registers them all",
+        );
+        Metrics(Arc::new(Inner {
+            phases: PhaseGauges::new(&family::PHASE_ACTIVE.gauge(&registry)),
+            workers: single(&family::WORKERS.gauge(&registry)),
+            routes_folded: single(&family::ROUTES_FOLDED.gauge(&registry)),
+            series_left: AtomicU64::new(series_max),
+            other: OnceLock::new(),
+            families,
+            registry,
+        }))
+    }
+
+    /// Those of the route of this name. Ask once, when the route is built.
+    pub fn route(&self, name: &str) -> Arc<RouteMetrics> {
+        Arc::new(RouteMetrics::new(name, self.clone()))
+    }
+
+    /// Those of exchanges that found no route, or were refused before one was sought; labelled `_none`.
+    pub fn unrouted(&self) -> Arc<RouteMetrics> {
+        Arc::new(RouteMetrics::unbudgeted("_none", self.clone()))
+    }
+
+    /// Those of the listener of this name.
+    pub fn listener(&self, name: &str) -> ListenerMetrics {
+        let families = self.families();
+        let open = |state| families.client_connections.with_label_values(&[name, state]);
+        let requests = |protocol| families.client_requests.with_label_values(&[name, protocol]);
+        ListenerMetrics {
+            accepted: families.client_connections_total.with_label_values(&[name]),
+            http1_requests: requests("http1"),
+            h2_requests: requests("h2"),
+            // In the order of `ConnectionState`.
+            open: ["idle", "header", "active"].map(open),
+        }
+    }
+
+    /// Those of the upstream of this name.
+    pub fn upstream(&self, name: &str) -> UpstreamMetrics {
+        let families = self.families();
+        let connects = |outcome| families.upstream_connects.with_label_values(&[name, outcome]);
+        let resolutions = |outcome| families.upstream_resolutions.with_label_values(&[name, outcome]);
+        UpstreamMetrics {
+            connects_new: connects("new"),
+            connects_reused: connects("reused"),
+            connects_failed: connects("failed"),
+            resolutions_ok: resolutions("ok"),
+            resolutions_failed: resolutions("failed"),
+            retries: families.retries.with_label_values(&[name]),
+            selections: families.upstream_selections.clone(),
+            name: name.into(),
+        }
+    }
+
+    /// Those of the access log.
+    pub fn access_log(&self) -> AccessLogMetrics {
+        let families = self.families();
+        let dropped = |reason| families.access_log_dropped.with_label_values(&[reason]);
+        AccessLogMetrics {
+            lines: families.access_log_lines.with_label_values::<&str>(&[]),
+            dropped_full: dropped("full"),
+            dropped_failed: dropped("failed"),
+        }
+    }
+
+    /// How many exchanges are in which phase now.
+    pub fn phases(&self) -> &PhaseGauges {
+        &self.0.phases
+    }
+
+    /// Counts one more in `phase`, until the guard is dropped.
+    pub fn enter_phase(&self, phase: Phase) -> PhaseGuard {
+        self.phases().enter(None, Some(phase));
+        PhaseGuard { metrics: self.clone(), phase }
+    }
+
+    /// Says how many worker threads there are.
+    pub fn set_workers(&self, threads: usize) {
+        self.0.workers.set(i64::try_from(threads).unwrap_or(i64::MAX));
+    }
+
+    /// Everything, in the text format 0.0.4. Takes milliseconds when there are many series: call it off the workers.
+    pub fn render(&self) -> Vec<u8> {
+        let mut text = Vec::with_capacity(64 * 1024);
+        if let Err(error) = TextEncoder::new().encode(&self.0.registry.gather(), &mut text) {
+            // Not reached as long as the families are well-formed; then a part is better than nothing.
+            tracing::error!("the metrics could not be written down: {error}");
+        }
+        text
+    }
+
+    fn families(&self) -> &Families {
+        &self.0.families
+    }
+
+    /// Takes so many series off the budget of the routes; `false` if it has fewer left.
+    fn reserve_series(&self, series: u64) -> bool {
+        let take = |left: u64| left.checked_sub(series);
+        self.0.series_left.fetch_update(Ordering::Relaxed, Ordering::Relaxed, take).is_ok()
+    }
+
+    /// The series of all routes that the budget has no room for, which this one now is.
+    fn fold(&self, route: &str) -> Arc<Series> {
+        let other = self.0.other.get_or_init(|| {
+            tracing::warn!(
+                "the route {route} and further ones are counted together as `_other`: \
+                 the routes have reached observability.metrics.max_series"
+            );
+            Arc::new(Series::new("_other", self))
+        });
+        self.0.routes_folded.inc();
+        other.clone()
+    }
+}
+
+impl Families {
+    fn register(registry: &Registry) -> Self {
+        Families {
+            exchanges: family::EXCHANGES.counter(registry),
+            exchange_seconds: family::EXCHANGE_SECONDS.histogram(registry),
+            phase_seconds: family::PHASE_SECONDS.histogram(registry),
+            own_seconds: family::OWN_SECONDS.histogram(registry),
+            write_blocked: family::WRITE_BLOCKED.seconds(registry),
+            bytes: family::BYTES.counter(registry),
+            client_connections: family::CLIENT_CONNECTIONS.gauge(registry),
+            client_connections_total: family::CLIENT_CONNECTIONS_TOTAL.counter(registry),
+            client_requests: family::CLIENT_REQUESTS.counter(registry),
+            upstream_selections: family::UPSTREAM_SELECTIONS.counter(registry),
+            upstream_connects: family::UPSTREAM_CONNECTS.counter(registry),
+            upstream_resolutions: family::UPSTREAM_RESOLUTIONS.counter(registry),
+            retries: family::RETRIES.counter(registry),
+            access_log_lines: family::ACCESS_LOG_LINES.counter(registry),
+            access_log_dropped: family::ACCESS_LOG_DROPPED.counter(registry),
+        }
+    }
+}
+
+/// The only child of a family without labels.
+fn single(gauges: &IntGaugeVec) -> IntGauge {
+    gauges.with_label_values::<&str>(&[])
+}
+
+/// How many exchanges are in which phase.
+pub struct PhaseGauges([IntGauge; Phase::COUNT]);
+
+impl PhaseGauges {
+    fn new(gauges: &IntGaugeVec) -> Self {
+        PhaseGauges(Phase::ALL.map(|phase| gauges.with_label_values(&[phase.name()])))
+    }
+
+    /// Moves an exchange from one phase to another: from `None` when it begins, to `None` when it is over.
+    pub fn enter(&self, from: Option<Phase>, to: Option<Phase>) {
+        shift(&self.0, from.map(Phase::index), to.map(Phase::index));
+    }
+}
+
+/// Counts an exchange or a connection among those of its phase until it is dropped.
+pub struct PhaseGuard {
+    metrics: Metrics,
+    phase: Phase,
+}
+
+impl PhaseGuard {
+    /// Goes on to `phase`.
+    pub fn enter(&mut self, phase: Phase) {
+        self.metrics.phases().enter(Some(self.phase), Some(phase));
+        self.phase = phase;
+    }
+}
+
+impl Drop for PhaseGuard {
+    fn drop(&mut self) {
+        self.metrics.phases().enter(Some(self.phase), None);
+    }
+}
+
+/// What a client connection does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ConnectionState {
+    /// Waits for its next request.
+    Idle,
+    /// A request header arrives.
+    Header,
+    /// It has an exchange or, on HTTP/2, several.
+    Active,
+}
+
+/// The metrics of one listener.
+pub struct ListenerMetrics {
+    /// Connections that were accepted.
+    pub accepted: IntCounter,
+    /// Requests over HTTP/1.
+    pub http1_requests: IntCounter,
+    /// Requests over HTTP/2.
+    pub h2_requests: IntCounter,
+    open: [IntGauge; 3],
+}
+
+impl ListenerMetrics {
+    /// Moves a connection from one state to another: from `None` when it opens, to `None` when it closes.
+    pub fn enter(&self, from: Option<ConnectionState>, to: Option<ConnectionState>) {
+        shift(&self.open, from.map(|state| state as usize), to.map(|state| state as usize));
+    }
+}
+
+/// Counts one less at `from` and one more at `to`.
+fn shift(gauges: &[IntGauge], from: Option<usize>, to: Option<usize>) {
+    if from == to {
+        return;
+    }
+    if let Some(from) = from {
+        gauges[from].dec();
+    }
+    if let Some(to) = to {
+        gauges[to].inc();
+    }
+}
+
+/// The metrics of one upstream.
+pub struct UpstreamMetrics {
+    /// Exchanges for which a connection was made.
+    pub connects_new: IntCounter,
+    /// Exchanges that were given a connection that was kept.
+    pub connects_reused: IntCounter,
+    /// Attempts to connect that failed.
+    pub connects_failed: IntCounter,
+    /// Names that were looked up.
+    pub resolutions_ok: IntCounter,
+    /// Look-ups that failed.
+    pub resolutions_failed: IntCounter,
+    /// Attempts after the first of an exchange.
+    pub retries: IntCounter,
+    selections: IntCounterVec,
+    name: Box<str>,
+}
+
+impl UpstreamMetrics {
+    /// How often the endpoint with this label, its address as written, was chosen. Ask once, when it is built.
+    pub fn endpoint(&self, label: &str) -> IntCounter {
+        self.selections.with_label_values(&[&*self.name, label])
+    }
+}
+
+/// The metrics of the access log.
+pub struct AccessLogMetrics {
+    /// Lines that were written.
+    pub lines: IntCounter,
+    /// Lines that found the queue full.
+    pub dropped_full: IntCounter,
+    /// Lines that could not be written.
+    pub dropped_failed: IntCounter,
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+    use std::time::{Duration, Instant};
+
+    use super::*;
+    use crate::error::refusal;
+    use crate::phase::Clock;
+
+    /// Metrics in which every family has a child.
+    fn busy() -> Metrics {
+        let metrics = Metrics::new(u64::MAX, refusal::ALL.to_vec());
+        let clock = Clock::start(Phase::Header, Instant::now());
+        let exchange =
+            Summary { clock: &clock, own: Duration::ZERO, blocked: Duration::ZERO, status: 200, received: 0, sent: 0 };
+        metrics.route("all").record(&exchange);
+        metrics.listener("web");
+        metrics.upstream("app").endpoint("127.0.0.1:3000");
+        metrics.access_log();
+        metrics.set_workers(2);
+        metrics
+    }
+
+    fn text(metrics: &Metrics) -> String {
+        String::from_utf8(metrics.render()).unwrap()
+    }
+
+    #[test]
+    fn every_family_is_rendered_with_its_help_type_and_labels() {
+        let text = text(&busy());
+        for family in family::ALL {
+            let head = format!("# HELP {0} {1}\n# TYPE {0} {2}\n", family.name, family.help, family.kind.name());
+            assert!(text.contains(&head), "{head} is missing in\n{text}");
+            let sample = text.lines().find(|line| line.starts_with(family.name)).unwrap();
+            for label in family.labels {
+                assert!(sample.contains(&format!("{label}=\"")), "{label} is missing in {sample}");
+            }
+        }
+    }
+
+    #[test]
+    fn two_gateways_in_one_process_count_apart() {
+        let (one, two) = (busy(), Metrics::new(u64::MAX, Vec::new()));
+        one.listener("web").accepted.inc();
+        two.listener("web");
+        assert!(text(&one).contains(r#"forebay_client_connections_total{listener="web"} 1"#));
+        assert!(text(&two).contains(r#"forebay_client_connections_total{listener="web"} 0"#));
+    }
+
+    #[test]
+    fn a_gauge_follows_an_exchange_through_its_phases() {
+        let metrics = busy();
+        metrics.phases().enter(None, Some(Phase::Header));
+        metrics.phases().enter(Some(Phase::Header), Some(Phase::Wait));
+        assert!(text(&metrics).contains("forebay_phase_active{phase=\"wait\"} 1\n"));
+        assert!(text(&metrics).contains("forebay_phase_active{phase=\"header\"} 0\n"));
+        metrics.phases().enter(Some(Phase::Wait), None);
+        assert!(text(&metrics).contains("forebay_phase_active{phase=\"wait\"} 0\n"));
+    }
+
+    #[test]
+    fn a_connection_is_in_one_state_at_a_time() {
+        let metrics = busy();
+        let listener = metrics.listener("web");
+        listener.enter(None, Some(ConnectionState::Idle));
+        listener.enter(Some(ConnectionState::Idle), Some(ConnectionState::Active));
+        assert!(text(&metrics).contains(r#"forebay_client_connections{listener="web",state="idle"} 0"#));
+        assert!(text(&metrics).contains(r#"forebay_client_connections{listener="web",state="active"} 1"#));
+    }
+
+    #[test]
+    fn every_refusal_is_there_before_it_was_ever_uttered() {
+        let text = text(&busy());
+        for row in refusal::ALL {
+            assert!(text.contains(&format!("forebay_refusals_total{{reason=\"{}\"}}", row.reason)), "{row:?}");
+        }
+    }
+
+    #[test]
+    fn the_version_of_pingora_is_the_one_that_is_locked() {
+        let lock = include_str!("../Cargo.lock");
+        assert!(lock.contains(&format!("name = \"pingora\"\nversion = \"{}\"\n", Metrics::PINGORA_VERSION)));
+    }
+
+    /// `dashboards/metrics.md` is written by hand; this finds the rows that the code has and it has not, and the reverse.
+    #[test]
+    fn the_reference_lists_every_metric_once_with_its_labels_and_help() {
+        let code = family::ALL.iter().map(|family| {
+            let labels: Vec<_> = family.labels.iter().map(|label| format!("`{label}`")).collect();
+            format!("| `{}` | {} | {} | {} |", family.name, family.kind.name(), labels.join(", "), family.help)
+        });
+        let process = text(&busy());
+        let process = process.lines().filter_map(|line| line.strip_prefix("# HELP process_")).map(|line| {
+            let (name, help) = line.split_once(' ').unwrap();
+            let kind = if name.ends_with("_total") { "counter" } else { "gauge" };
+            format!("| `process_{name}` | {kind} |  | {help} |")
+        });
+        let code: BTreeSet<String> = code.chain(process).collect();
+
+        let reference = include_str!("../dashboards/metrics.md");
+        let rows: Vec<&str> = reference.lines().filter(|line| line.starts_with("| `") && line.contains("_")).collect();
+        let listed: BTreeSet<String> = rows.iter().map(|&row| row.to_owned()).collect();
+
+        let missing: Vec<_> = code.difference(&listed).collect();
+        let stale: Vec<_> = listed.difference(&code).collect();
+        assert!(
+            missing.is_empty() && stale.is_empty(),
+            "dashboards/metrics.md is out of step with src/metrics/family.rs.\nAdd these rows:\n{missing:#?}\nRemove these:\n{stale:#?}"
+        );
+        assert_eq!(rows.len(), listed.len(), "dashboards/metrics.md lists a metric twice");
+        let reserve = format!("A route reserves {} series", RouteMetrics::SERIES);
+        assert!(reference.contains(&reserve), "dashboards/metrics.md should say: {reserve}");
+    }
+
+    /// Every child that a route can make is paid for.
+    #[test]
+    fn a_route_reserves_what_it_may_use() {
+        let metrics = Metrics::new(u64::MAX, Vec::new());
+        let start = Instant::now();
+        let mut clock = Clock::start(Phase::Accept, start);
+        for phase in Phase::ALL {
+            clock.credit(phase, Duration::from_millis(1));
+        }
+        let route = metrics.route("all");
+        for status in [0, 101, 200, 302, 404, 502, 503, 600] {
+            route.record(&Summary {
+                clock: &clock,
+                own: Duration::ZERO,
+                blocked: Duration::ZERO,
+                status,
+                received: 0,
+                sent: 0,
+            });
+        }
+        let series = text(&metrics).lines().filter(|line| line.contains(r#"route="all""#)).count();
+        assert_eq!(series as u64, RouteMetrics::SERIES);
+    }
+}

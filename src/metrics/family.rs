@@ -1,0 +1,197 @@
+//! The table of every metric: one row is its name, kind, labels and help.
+//!
+//! `metrics` builds its vectors from these rows and adds nothing; `dashboards/metrics.md` lists the same rows for
+//! people, and a test keeps the two in step.
+
+use prometheus::core::Desc;
+use prometheus::{CounterVec, HistogramOpts, HistogramVec, IntCounterVec, IntGaugeVec, Opts, Registry};
+
+/// One metric with all its label values.
+#[derive(Debug)]
+pub struct Family {
+    /// Its full name, unit last.
+    pub name: &'static str,
+    /// What it measures with.
+    pub kind: Kind,
+    /// The names of its labels, in the order in which their values are given.
+    pub labels: &'static [&'static str],
+    /// One sentence for people who read `/metrics`.
+    pub help: &'static str,
+}
+
+/// What a [`Family`] measures with.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Kind {
+    /// Only ever grows.
+    Counter,
+    /// Grows and shrinks.
+    Gauge,
+    /// Counts seconds into buckets with these upper bounds.
+    Histogram(&'static [f64]),
+}
+
+impl Kind {
+    /// The word for it in the text format.
+    pub fn name(self) -> &'static str {
+        match self {
+            Kind::Counter => "counter",
+            Kind::Gauge => "gauge",
+            Kind::Histogram(_) => "histogram",
+        }
+    }
+}
+
+/// Seconds of one phase, from routing (microseconds) to a slow client (a minute).
+const PHASE: &[f64] = &[0.0001, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 5.0, 30.0, 60.0];
+
+/// Seconds of a whole exchange.
+const EXCHANGE: &[f64] = &[0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0];
+
+/// Seconds that Forebay itself costs.
+const OWN: &[f64] = &[0.00001, 0.000025, 0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.05];
+
+macro_rules! families {
+    ($($constant:ident: $name:literal, $kind:expr, $labels:expr, $help:literal;)*) => {
+        $(
+            #[doc = $help]
+            pub static $constant: Family = Family { name: $name, kind: $kind, labels: &$labels, help: $help };
+        )*
+        /// Every row above, in order.
+        pub static ALL: &[&Family] = &[$(&$constant),*];
+    };
+}
+
+use Kind::{Counter, Gauge, Histogram};
+
+families! {
+    EXCHANGES: "forebay_exchanges_total", Counter, ["route", "code"],
+        "Exchanges that ended, by the status the client got.";
+    EXCHANGE_SECONDS: "forebay_exchange_seconds", Histogram(EXCHANGE), ["route", "code_class"],
+        "Time of whole exchanges: the sum of their phases.";
+    PHASE_SECONDS: "forebay_phase_seconds", Histogram(PHASE), ["route", "phase"],
+        "Time that exchanges spent in a phase; those that never entered it are not counted.";
+    PHASE_ACTIVE: "forebay_phase_active", Gauge, ["phase"],
+        "Exchanges that are in a phase now.";
+    OWN_SECONDS: "forebay_own_seconds", Histogram(OWN), ["route"],
+        "Time that Forebay itself cost an exchange: the polls of its future, without any waiting.";
+    WRITE_BLOCKED: "forebay_write_blocked_seconds_total", Counter, ["route"],
+        "Time in which writing to a client was blocked while its answer was still being received.";
+    BYTES: "forebay_bytes_total", Counter, ["route", "direction"],
+        "Bytes exchanged with clients.";
+    ROUTES_FOLDED: "forebay_routes_folded", Gauge, [],
+        "Routes that are counted together as _other, because max_series was reached.";
+    REFUSALS: "forebay_refusals_total", Counter, ["reason"],
+        "Exchanges and connections that Forebay itself ended, by reason.";
+    CLIENT_CONNECTIONS: "forebay_client_connections", Gauge, ["listener", "state"],
+        "Client connections that are open now, by what they do.";
+    CLIENT_CONNECTIONS_TOTAL: "forebay_client_connections_total", Counter, ["listener"],
+        "Client connections that were accepted.";
+    CLIENT_REQUESTS: "forebay_client_requests_total", Counter, ["listener", "protocol"],
+        "Requests whose header arrived, by the protocol that the client spoke.";
+    UPSTREAM_SELECTIONS: "forebay_upstream_selections_total", Counter, ["upstream", "endpoint"],
+        "Times that an endpoint was chosen.";
+    UPSTREAM_CONNECTS: "forebay_upstream_connects_total", Counter, ["upstream", "outcome"],
+        "Connections that exchanges were given, or not, by how.";
+    UPSTREAM_RESOLUTIONS: "forebay_upstream_resolutions_total", Counter, ["upstream", "outcome"],
+        "Look-ups of host names; after a failed one the last good answer stays.";
+    RETRIES: "forebay_retries_total", Counter, ["upstream"],
+        "Attempts after the first of an exchange.";
+    ACCESS_LOG_LINES: "forebay_access_log_lines_total", Counter, [],
+        "Lines written to the access log.";
+    ACCESS_LOG_DROPPED: "forebay_access_log_dropped_total", Counter, ["reason"],
+        "Lines missing from the access log.";
+    WORKERS: "forebay_workers", Gauge, [],
+        "Worker threads that serve clients.";
+    BUILD_INFO: "forebay_build_info", Gauge, ["version", "pingora"],
+        "Always 1; the labels say what is running.";
+}
+
+impl Family {
+    /// Registers this family as a histogram.
+    pub(super) fn histogram(&self, registry: &Registry) -> HistogramVec {
+        let Kind::Histogram(buckets) = self.kind else { unreachable!("{} is no histogram", self.name) };
+        let options = HistogramOpts::new(self.name, self.help).buckets(buckets.to_vec());
+        self.register(registry, HistogramVec::new(options, self.labels))
+    }
+
+    /// Registers this family as a counter.
+    pub(super) fn counter(&self, registry: &Registry) -> IntCounterVec {
+        debug_assert_eq!(self.kind, Kind::Counter, "{}", self.name);
+        self.register(registry, IntCounterVec::new(Opts::new(self.name, self.help), self.labels))
+    }
+
+    /// Registers this family as a counter of seconds.
+    pub(super) fn seconds(&self, registry: &Registry) -> CounterVec {
+        debug_assert_eq!(self.kind, Kind::Counter, "{}", self.name);
+        self.register(registry, CounterVec::new(Opts::new(self.name, self.help), self.labels))
+    }
+
+    /// Registers this family as a gauge.
+    pub(super) fn gauge(&self, registry: &Registry) -> IntGaugeVec {
+        debug_assert_eq!(self.kind, Kind::Gauge, "{}", self.name);
+        self.register(registry, IntGaugeVec::new(Opts::new(self.name, self.help), self.labels))
+    }
+
+    /// What the registry wants to know of it before its collector is registered.
+    pub(super) fn describe(&self) -> Desc {
+        let labels = self.labels.iter().map(|&label| label.to_owned()).collect();
+        let described = Desc::new(self.name.to_owned(), self.help.to_owned(), labels, Default::default());
+        described.expect("the rows of this table are valid: a test registers every one of them")
+    }
+
+    /// How many series one set of label values makes.
+    pub(super) const fn series(&self) -> u64 {
+        match self.kind {
+            // The bounds, `+Inf`, `_sum` and `_count`.
+            Kind::Histogram(buckets) => buckets.len() as u64 + 3,
+            Kind::Counter | Kind::Gauge => 1,
+        }
+    }
+
+    fn register<V>(&self, registry: &Registry, made: prometheus::Result<V>) -> V
+    where
+        V: prometheus::core::Collector + Clone + 'static,
+    {
+        made.and_then(|vector| registry.register(Box::new(vector.clone())).map(|()| vector))
+            .expect("the rows of this table are valid and unique: a test registers every one of them")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The rules of `promtool check metrics`, restated; the integration tests run the real one.
+    #[test]
+    fn every_row_keeps_the_naming_rules_of_prometheus() {
+        for family in ALL {
+            let Family { name, kind, labels, help } = family;
+            assert!(name.starts_with("forebay_"), "{name} lacks the prefix");
+            assert!(name.bytes().all(|b| b.is_ascii_lowercase() || b == b'_'), "{name} is not snake_case");
+            assert!(!help.is_empty() && help.ends_with('.'), "the help of {name} is no sentence");
+            assert_eq!(*kind == Counter, name.ends_with("_total"), "{name}: `_total` belongs to counters alone");
+            let words: Vec<&str> = name.split('_').collect();
+            for word in
+                ["ms", "us", "ns", "millis", "milliseconds", "minutes", "hours", "kb", "mb", "percent", "histogram"]
+            {
+                assert!(!words.contains(&word), "{name} has no base unit");
+            }
+            for suffix in ["_bucket", "_count", "_sum"] {
+                assert!(!name.ends_with(suffix), "{name} ends like a part of a histogram");
+            }
+            assert!(!labels.contains(&"le"), "{name} has the label of buckets");
+            if let Histogram(buckets) = kind {
+                assert!(name.ends_with("_seconds"), "{name} has no unit");
+                assert!(buckets.is_sorted(), "the buckets of {name} are out of order");
+            }
+        }
+    }
+
+    #[test]
+    fn no_name_is_declared_twice() {
+        let mut names = std::collections::HashSet::new();
+        for family in ALL {
+            assert!(names.insert(family.name), "{} is declared twice", family.name);
+        }
+    }
+}

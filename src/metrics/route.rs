@@ -1,0 +1,254 @@
+//! What is counted of the exchanges of one route.
+//!
+//! Every child is made when it is first needed and then kept, so that an exchange looks up no label, and a route
+//! that nobody asks for costs no memory: 10,000 routes with every phase would be 130,000 histograms.
+
+use std::sync::{Arc, OnceLock};
+use std::time::Duration;
+
+use prometheus::{Counter, Histogram, IntCounter};
+
+use super::{Metrics, family};
+use crate::phase::{Clock, Phase};
+
+/// What one finished exchange adds to the metrics of its route.
+#[derive(Clone, Copy, Debug)]
+pub struct Summary<'a> {
+    /// What it spent where; settled.
+    pub clock: &'a Clock,
+    /// What Forebay itself cost: the time in polls of the exchange's future.
+    pub own: Duration,
+    /// For how long writing to the client was blocked while its answer was still being received.
+    pub blocked: Duration,
+    /// The status the client got; 0 if none was sent.
+    pub status: u16,
+    /// Bytes that came from the client.
+    pub received: u64,
+    /// Bytes that went to the client.
+    pub sent: u64,
+}
+
+/// The metrics of one route.
+///
+/// A route gets series of its own at its first exchange, if `max_series` still has room for [`RouteMetrics::SERIES`];
+/// else it shares those of `_other`, to the end. First come, first served: it is the routes in use that show.
+pub struct RouteMetrics {
+    name: Box<str>,
+    metrics: Metrics,
+    series: OnceLock<Arc<Series>>,
+}
+
+impl RouteMetrics {
+    /// How many series one route is reckoned to need: all phases and classes, and eight different codes.
+    ///
+    /// Reserving the most, rather than counting children as they come, keeps a route whole: it never happens that
+    /// half of its phases are its own and the other half are in `_other`.
+    pub const SERIES: u64 = Phase::COUNT as u64 * family::PHASE_SECONDS.series()
+        + CLASSES.len() as u64 * family::EXCHANGE_SECONDS.series()
+        + family::OWN_SECONDS.series()
+        + family::WRITE_BLOCKED.series()
+        + 2 * family::BYTES.series()
+        + 8 * family::EXCHANGES.series();
+
+    pub(super) fn new(name: &str, metrics: Metrics) -> Self {
+        RouteMetrics { name: name.into(), metrics, series: OnceLock::new() }
+    }
+
+    /// One that is counted by this name whatever the budget says.
+    pub(super) fn unbudgeted(name: &str, metrics: Metrics) -> Self {
+        let series = Arc::new(Series::new(name, &metrics));
+        RouteMetrics { name: name.into(), metrics, series: OnceLock::from(series) }
+    }
+
+    /// Counts one finished exchange.
+    pub fn record(&self, exchange: &Summary<'_>) {
+        let series = self.series.get_or_init(|| match self.metrics.reserve_series(Self::SERIES) {
+            true => Arc::new(Series::new(&self.name, &self.metrics)),
+            false => self.metrics.fold(&self.name),
+        });
+        series.record(&self.metrics, exchange);
+    }
+}
+
+/// The values of `code_class`, at the index that [`class_index`] gives.
+const CLASSES: [&str; 7] = ["none", "1xx", "2xx", "3xx", "4xx", "5xx", "other"];
+
+/// The children of one `route` label.
+pub(super) struct Series {
+    route: Box<str>,
+    phases: [OnceLock<Histogram>; Phase::COUNT],
+    classes: [OnceLock<Box<Class>>; CLASSES.len()],
+    own: Histogram,
+    blocked: Counter,
+    received: IntCounter,
+    sent: IntCounter,
+}
+
+/// The children of one class of codes.
+struct Class {
+    seconds: Histogram,
+    /// By the last two digits of the code.
+    codes: [OnceLock<IntCounter>; 100],
+}
+
+impl Series {
+    pub(super) fn new(route: &str, metrics: &Metrics) -> Self {
+        let families = metrics.families();
+        Series {
+            route: route.into(),
+            phases: Default::default(),
+            classes: Default::default(),
+            own: families.own_seconds.with_label_values(&[route]),
+            blocked: families.write_blocked.with_label_values(&[route]),
+            received: families.bytes.with_label_values(&[route, "received"]),
+            sent: families.bytes.with_label_values(&[route, "sent"]),
+        }
+    }
+
+    fn record(&self, metrics: &Metrics, exchange: &Summary<'_>) {
+        for phase in Phase::ALL {
+            if let Some(spent) = exchange.clock.spent(phase) {
+                self.phase(phase, metrics).observe(spent.as_secs_f64());
+            }
+        }
+        let class = self.class(exchange.status, metrics);
+        class.seconds.observe(exchange.clock.total().as_secs_f64());
+        self.code(class, exchange.status, metrics).inc();
+        self.own.observe(exchange.own.as_secs_f64());
+        self.blocked.inc_by(exchange.blocked.as_secs_f64());
+        self.received.inc_by(exchange.received);
+        self.sent.inc_by(exchange.sent);
+    }
+
+    fn phase(&self, phase: Phase, metrics: &Metrics) -> &Histogram {
+        let make = || metrics.families().phase_seconds.with_label_values(&[&*self.route, phase.name()]);
+        self.phases[phase.index()].get_or_init(make)
+    }
+
+    fn class(&self, status: u16, metrics: &Metrics) -> &Class {
+        let index = class_index(status);
+        self.classes[index].get_or_init(|| {
+            let seconds = metrics.families().exchange_seconds.with_label_values(&[&*self.route, CLASSES[index]]);
+            Box::new(Class { seconds, codes: [const { OnceLock::new() }; 100] })
+        })
+    }
+
+    fn code<'c>(&self, class: &'c Class, status: u16, metrics: &Metrics) -> &'c IntCounter {
+        let slot = if (100..600).contains(&status) { usize::from(status % 100) } else { 0 };
+        class.codes[slot].get_or_init(|| {
+            // Statuses that HTTP does not know share one series, so that a backend cannot invent hundreds.
+            let known = status == 0 || (100..600).contains(&status);
+            let label = if known { format!("{status:03}") } else { "other".to_owned() };
+            metrics.families().exchanges.with_label_values(&[&*self.route, &label])
+        })
+    }
+}
+
+fn class_index(status: u16) -> usize {
+    match status {
+        0 => 0,
+        100..600 => usize::from(status / 100),
+        _ => CLASSES.len() - 1,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Instant;
+
+    use super::*;
+
+    fn exchange(clock: &Clock, status: u16) -> Summary<'_> {
+        Summary {
+            clock,
+            own: Duration::from_micros(40),
+            blocked: Duration::from_millis(7),
+            status,
+            received: 100,
+            sent: 2_000,
+        }
+    }
+
+    fn clock() -> Clock {
+        let start = Instant::now();
+        let mut clock = Clock::start(Phase::Header, start);
+        clock.enter(Phase::Wait, start + Duration::from_millis(2));
+        clock.settle(start + Duration::from_millis(32));
+        clock
+    }
+
+    fn text(metrics: &Metrics) -> String {
+        String::from_utf8(metrics.render()).unwrap()
+    }
+
+    #[test]
+    fn an_exchange_is_counted_by_phase_class_and_code() {
+        let metrics = Metrics::new(u64::MAX, Vec::new());
+        let route = metrics.route("api");
+        route.record(&exchange(&clock(), 204));
+        route.record(&exchange(&clock(), 204));
+
+        let text = text(&metrics);
+        for line in [
+            r#"forebay_exchanges_total{code="204",route="api"} 2"#,
+            r#"forebay_exchange_seconds_count{code_class="2xx",route="api"} 2"#,
+            r#"forebay_exchange_seconds_sum{code_class="2xx",route="api"} 0.064"#,
+            r#"forebay_phase_seconds_count{phase="wait",route="api"} 2"#,
+            r#"forebay_phase_seconds_bucket{phase="wait",route="api",le="0.025"} 0"#,
+            r#"forebay_phase_seconds_bucket{phase="wait",route="api",le="0.05"} 2"#,
+            r#"forebay_own_seconds_bucket{route="api",le="0.00005"} 2"#,
+            r#"forebay_bytes_total{direction="received",route="api"} 200"#,
+            r#"forebay_bytes_total{direction="sent",route="api"} 4000"#,
+        ] {
+            assert!(text.lines().any(|l| l == line), "{line} is missing in\n{text}");
+        }
+        assert!(!text.contains(r#"phase="queue",route"#), "a phase that was never entered is counted");
+    }
+
+    #[test]
+    fn no_answer_and_an_unheard_of_status_have_a_code_too() {
+        let metrics = Metrics::new(u64::MAX, Vec::new());
+        let route = metrics.route("api");
+        for status in [0, 600, 999, 42] {
+            route.record(&exchange(&clock(), status));
+        }
+
+        let text = text(&metrics);
+        assert!(text.contains(r#"forebay_exchanges_total{code="000",route="api"} 1"#), "{text}");
+        assert!(text.contains(r#"forebay_exchanges_total{code="other",route="api"} 3"#), "{text}");
+        assert!(text.contains(r#"forebay_exchange_seconds_count{code_class="none",route="api"} 1"#), "{text}");
+    }
+
+    #[test]
+    fn routes_beyond_the_budget_are_counted_as_other() {
+        let metrics = Metrics::new(2 * RouteMetrics::SERIES + 1, Vec::new());
+        let routes: Vec<_> = ["unused", "a", "b", "c", "d"].map(|name| metrics.route(name)).into();
+        for route in &routes[1..] {
+            route.record(&exchange(&clock(), 200));
+        }
+
+        let text = text(&metrics);
+        assert!(text.contains(r#"forebay_exchanges_total{code="200",route="b"} 1"#), "{text}");
+        assert!(text.contains(r#"forebay_exchanges_total{code="200",route="_other"} 2"#), "{text}");
+        assert!(!text.contains(r#"route="c""#), "{text}");
+        assert!(text.contains("forebay_routes_folded 2"), "{text}");
+    }
+
+    #[test]
+    fn exchanges_without_a_route_are_counted_even_without_a_budget() {
+        let metrics = Metrics::new(0, Vec::new());
+        metrics.unrouted().record(&exchange(&clock(), 404));
+
+        let text = text(&metrics);
+        assert!(text.contains(r#"forebay_exchanges_total{code="404",route="_none"} 1"#), "{text}");
+        assert!(text.contains("forebay_routes_folded 0"), "{text}");
+    }
+
+    #[test]
+    fn a_route_that_nobody_asks_for_makes_no_series() {
+        let metrics = Metrics::new(u64::MAX, Vec::new());
+        let before = text(&metrics).lines().count();
+        let _routes: Vec<_> = (0..10_000).map(|n| metrics.route(&format!("route-{n}"))).collect();
+        assert_eq!(text(&metrics).lines().count(), before);
+    }
+}
