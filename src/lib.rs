@@ -10,3 +10,4 @@ pub mod eventloop;
 pub mod filter;
 pub mod metrics;
 pub mod phase;
+pub mod upstream;
