@@ -4,10 +4,16 @@
 //! way of a request from the client through the filters to an upstream, and last how all of it is put together.
 
 pub mod access_log;
+pub mod admin;
+pub mod cli;
+pub mod client;
 pub mod config;
 pub mod error;
 pub mod eventloop;
 pub mod filter;
+pub mod gateway;
 pub mod metrics;
+pub mod origin;
 pub mod phase;
+pub mod proxy;
 pub mod upstream;

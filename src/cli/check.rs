@@ -1,0 +1,29 @@
+//! `forebay check`: whether the configuration would run, and what in it is allowed but strange.
+
+use std::io;
+
+use super::{ConfigFile, Failure, colourful, complain, print};
+use crate::gateway::Builder;
+
+/// Tells that the configuration is ok, and how much of it there is; else every error.
+pub fn check(builder: &Builder, file: ConfigFile) -> Result<(), Failure> {
+    let (path, config) = file.load(builder)?;
+    let errors = builder.check(&config);
+    if !errors.is_empty() {
+        return Err(Failure::Report(config.report(&errors)));
+    }
+    if !config.warnings().is_empty() {
+        complain(&config.warnings().render(colourful(&io::stderr())));
+    }
+    print(&format!(
+        "{}: ok ({}, {}, {})",
+        path.display(),
+        counted(config.listeners.len(), "listener"),
+        counted(config.routes.len(), "route"),
+        counted(config.upstreams.len(), "upstream"),
+    ))
+}
+
+fn counted(number: usize, noun: &str) -> String {
+    format!("{number} {noun}{}", if number == 1 { "" } else { "s" })
+}

@@ -1,0 +1,55 @@
+//! Which file is the configuration: `-c`, else `$FOREBAY_CONFIG`, else the first that exists of two usual places.
+
+use std::env;
+use std::path::{Path, PathBuf};
+
+use super::{ConfigFile, Failure};
+use crate::config::Config;
+use crate::gateway::Builder;
+
+const PLACES: [&str; 2] = ["./forebay.yaml", "/etc/forebay/forebay.yaml"];
+
+impl ConfigFile {
+    /// Finds and reads the configuration.
+    pub fn load(self, builder: &Builder) -> Result<(PathBuf, Config), Failure> {
+        let named = env::var_os("FOREBAY_CONFIG").filter(|name| !name.is_empty()).map(PathBuf::from);
+        let path = find(self.path, named, Path::exists).map_err(Failure::Config)?;
+        let config = builder.load(&path).map_err(Failure::Report)?;
+        Ok((path, config))
+    }
+}
+
+/// A file that was named is taken even if it does not exist: its absence is then the error, and no other file is run by
+/// surprise.
+fn find(option: Option<PathBuf>, variable: Option<PathBuf>, exists: impl Fn(&Path) -> bool) -> Result<PathBuf, String> {
+    let usual = || PLACES.map(PathBuf::from).into_iter().find(|place| exists(place));
+    option.or(variable).or_else(usual).ok_or_else(|| {
+        let [here, system] = PLACES;
+        format!("no configuration: neither {here} nor {system} exists; name a file with -c FILE or $FOREBAY_CONFIG")
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn found(option: Option<&str>, variable: Option<&str>, existing: &[&str]) -> Result<PathBuf, String> {
+        find(option.map(PathBuf::from), variable.map(PathBuf::from), |path| {
+            existing.iter().any(|place| Path::new(place) == path)
+        })
+    }
+
+    #[test]
+    fn the_option_wins_over_the_variable_and_that_over_the_usual_places() {
+        assert_eq!(found(Some("a"), Some("b"), &PLACES), Ok("a".into()));
+        assert_eq!(found(None, Some("b"), &PLACES), Ok("b".into()));
+        assert_eq!(found(None, None, &PLACES), Ok(PLACES[0].into()));
+        assert_eq!(found(None, None, &PLACES[1..]), Ok(PLACES[1].into()));
+    }
+
+    #[test]
+    fn the_error_names_every_place() {
+        let error = found(None, None, &[]).unwrap_err();
+        assert!(PLACES.iter().all(|place| error.contains(place)), "{error}");
+    }
+}

@@ -1,0 +1,30 @@
+//! What the process says of itself on stderr; the access log is another matter (`access_log`).
+
+use std::{env, io};
+
+use tracing_subscriber::EnvFilter;
+
+use super::{Failure, colourful};
+
+/// What a client or a backend did wrong is in the access log, with its reason. Pingora tells it here too, most of it as
+/// warnings, so that strangers could fill the log; and to its connector a kept connection that was closed is an error.
+const DEFAULT: &str = "info,pingora=error,pingora_core=error,pingora_core::apps=off,pingora_core::connectors=off,\
+                       pingora_proxy=error";
+
+/// Starts logging as `FOREBAY_LOG` and `FOREBAY_LOG_FORMAT` say. Where the program has a logger already, that one stays.
+pub fn start() -> Result<(), Failure> {
+    let wrong = |name: &str, why: String| Failure::Config(format!("${name}: {why}"));
+    let written = env::var("FOREBAY_LOG").ok().filter(|text| !text.is_empty());
+    let filter = EnvFilter::try_new(written.as_deref().unwrap_or(DEFAULT))
+        .map_err(|error| wrong("FOREBAY_LOG", error.to_string()))?;
+    let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(io::stderr);
+    let format = env::var("FOREBAY_LOG_FORMAT").unwrap_or_default();
+    let started = match format.as_str() {
+        "" | "compact" => log.compact().with_ansi(colourful(&io::stderr())).try_init(),
+        "json" => log.json().flatten_event(true).with_ansi(false).try_init(),
+        other => return Err(wrong("FOREBAY_LOG_FORMAT", format!("`{other}` is neither `compact` nor `json`"))),
+    };
+    // The only error there is: a logger was set before.
+    let _ = started;
+    Ok(())
+}

@@ -1,0 +1,124 @@
+//! `forebay run`: the gateway from a file, or the demo with an origin of its own.
+
+use std::io::{Error, ErrorKind};
+use std::net::SocketAddr;
+
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
+
+use super::{ConfigFile, DemoAddresses, Failure, logs, print};
+use crate::gateway::{Builder, Gateway, StartError};
+use crate::origin::Origin;
+
+/// Runs the gateway until a signal stops it.
+pub fn run(builder: Builder, file: ConfigFile) -> Result<(), Failure> {
+    logs::start()?;
+    let (path, config) = file.load(&builder)?;
+    let gateway = builder.build(config).map_err(failure)?;
+    let open_files = raise_open_files();
+    tracing::info!(config = %path.display(), version = env!("CARGO_PKG_VERSION"), open_files, "forebay starts");
+    gateway.run();
+    Ok(())
+}
+
+/// Runs the gateway in front of a test origin on a free port, and tells what to try.
+pub fn demo(builder: Builder, addresses: &DemoAddresses) -> Result<(), Failure> {
+    logs::start()?;
+    let origin = Origin::bind("127.0.0.1:0").and_then(Origin::spawn).map_err(Failure::io("start the test origin"))?;
+    let config = builder.parse("demo", &demo_config(addresses, origin.address())).map_err(Failure::Report)?;
+    let gateway = builder.build(config).map_err(|error| match error {
+        StartError::Listen { address, source, .. } => {
+            let option = if address == addresses.admin.to_string() { "--admin" } else { "--listen" };
+            Failure::Runtime(format!("{}; choose another with {option} ADDRESS", cannot_listen(&address, &source)))
+        }
+        other => failure(other),
+    })?;
+    raise_open_files();
+    print(&demo_text(&gateway, addresses, origin.address()))?;
+    gateway.run();
+    Ok(())
+}
+
+fn demo_config(addresses: &DemoAddresses, origin: SocketAddr) -> String {
+    format!(
+        "listeners: [ {{ name: demo, address: '{}' }} ]\n\
+         upstreams: {{ origin: {{ endpoints: [ {{ address: '{origin}' }} ] }} }}\n\
+         routes: [ {{ name: all, upstream: origin }} ]\n\
+         admin: {{ address: '{}' }}\n",
+        addresses.listen, addresses.admin
+    )
+}
+
+fn demo_text(gateway: &Gateway, addresses: &DemoAddresses, origin: SocketAddr) -> String {
+    let web = gateway.address("demo").unwrap_or(addresses.listen);
+    let admin = gateway.admin_address().unwrap_or(addresses.admin);
+    format!(
+        "\
+Forebay is running:
+
+  gateway  http://{web}   what you talk to
+  admin    http://{admin}   /metrics, /healthz, /readyz
+  origin   http://{origin}   the built-in test origin behind the gateway; / lists what it can do
+
+Try in another terminal:
+
+  curl -i http://{web}/headers
+  curl -N http://{web}/drip/10/300ms
+  curl -s http://{admin}/metrics | grep forebay_phase_seconds_sum
+
+The access log follows, a line for each exchange with the milliseconds of each phase. Ctrl-C stops it all.
+"
+    )
+}
+
+/// Raises the soft limit of open files to the hard one, as Go and HAProxy do, and tells the limit that holds then. Systems
+/// set 1,024 for programs that use `select`; here it would be 500 clients.
+fn raise_open_files() -> u64 {
+    let Ok((soft, hard)) = getrlimit(Resource::RLIMIT_NOFILE) else { return 0 };
+    if soft < hard && setrlimit(Resource::RLIMIT_NOFILE, hard, hard).is_ok() { hard } else { soft }
+}
+
+fn failure(error: StartError) -> Failure {
+    match error {
+        StartError::Build(report) => Failure::Report(report),
+        StartError::Listen { listener, address, source } => {
+            Failure::Runtime(cannot_listen(&format!("{address} (listener {listener})"), &source))
+        }
+    }
+}
+
+/// What is wrong with listening there, and what would help. `place` may have a remark behind the address.
+pub fn cannot_listen(place: &str, error: &Error) -> String {
+    let help = match error.kind() {
+        ErrorKind::PermissionDenied if place.starts_with("unix:") => "; the directory must be writable for this user",
+        ErrorKind::PermissionDenied => "; ports under 1024 need CAP_NET_BIND_SERVICE",
+        ErrorKind::AddrInUse => "; another process listens there",
+        ErrorKind::AddrNotAvailable => "; no interface of this machine has it",
+        _ => "",
+    };
+    format!("cannot listen on {place}: {}{help}", super::plain(error))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn refused(place: &str, code: i32) -> String {
+        cannot_listen(place, &Error::from_raw_os_error(code))
+    }
+
+    #[test]
+    fn an_address_that_cannot_be_had_is_told_with_what_would_help() {
+        assert_eq!(
+            refused("0.0.0.0:80 (listener web)", libc::EACCES),
+            "cannot listen on 0.0.0.0:80 (listener web): permission denied; ports under 1024 need CAP_NET_BIND_SERVICE"
+        );
+        assert_eq!(
+            refused("127.0.0.1:8080", libc::EADDRINUSE),
+            "cannot listen on 127.0.0.1:8080: address already in use; another process listens there"
+        );
+        assert_eq!(
+            refused("unix:/run/forebay.sock", libc::EACCES),
+            "cannot listen on unix:/run/forebay.sock: permission denied; the directory must be writable for this user"
+        );
+    }
+}

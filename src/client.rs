@@ -1,0 +1,354 @@
+//! The slow side of the gateway: clients' connections, from the accepted socket to the exchange and back to being parked.
+//!
+//! [`Front`] is what Pingora hands sockets to. On HTTP/1 it owns the keep-alive loop: park, read the header, check it,
+//! let Pingora's proxy run one exchange, take the stream back, park again. On HTTP/2 Pingora owns the connection and
+//! `Http2` sees every stream begin. What is refused before Pingora could see it is answered, counted and logged here.
+
+pub mod chunked;
+pub mod connection;
+pub mod frames;
+pub mod head;
+pub mod session;
+pub mod stream;
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant, SystemTime};
+
+use async_trait::async_trait;
+use bytes::BytesMut;
+use pingora::apps::{HttpServerApp, HttpServerOptions, ReusedHttpStream, ServerApp};
+use pingora::protocols::Stream;
+use pingora::protocols::http::ServerSession;
+use pingora::protocols::http::v2::server::H2Options;
+use pingora::server::ShutdownWatch;
+use pingora_proxy::{HttpProxy, ProxyHttp};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::sync::watch;
+
+use crate::access_log::{AccessLog, Record};
+use crate::error::{Refusal, refusal};
+use crate::eventloop::{Metered, own_time};
+use crate::metrics::{ConnectionState, Metrics, RouteMetrics, Summary, UNROUTED};
+use crate::phase::{Clock, Phase};
+use connection::{Begin, Connection, Inflight, Introduced, Listener, Listeners, StateGauge};
+use stream::{ClientStream, Opening};
+
+/// What a connection that is one too many is given to hear so.
+const TURN_AWAY: Duration = Duration::from_millis(200);
+
+/// Where Pingora hands accepted sockets to.
+pub struct Front<P> {
+    proxy: Arc<HttpProxy<P>>,
+    desk: Arc<Desk>,
+}
+
+/// What connections share.
+pub struct Desk {
+    listeners: Listeners,
+    metrics: Metrics,
+    unrouted: Arc<RouteMetrics>,
+    log: Option<Arc<AccessLog>>,
+    inflight: Arc<Inflight>,
+}
+
+impl Desk {
+    /// Sets up what connections share.
+    pub fn new(listeners: Listeners, metrics: Metrics, log: Option<Arc<AccessLog>>, inflight: Arc<Inflight>) -> Self {
+        let unrouted = metrics.unrouted();
+        Desk { listeners, metrics, unrouted, log, inflight }
+    }
+
+    /// Counts and logs a refusal that no exchange was made for.
+    fn record(
+        &self,
+        whose: (&Listener, Option<SocketAddr>),
+        bytes: &[u8],
+        refusal: &'static Refusal,
+        clock: &mut Clock,
+    ) {
+        refusal.count();
+        let now = Instant::now();
+        clock.settle(now);
+        let own = own_time(now);
+        self.unrouted.record(&Summary {
+            clock,
+            own,
+            blocked: Duration::ZERO,
+            status: refusal.status,
+            received: 0,
+            sent: 0,
+        });
+        let Some(log) = &self.log else { return };
+        let (method, target) = head::request_line(bytes);
+        log.record(&Record {
+            time: SystemTime::now(),
+            listener: &whose.0.name,
+            client: whose.1.map(|peer| peer.ip()),
+            method,
+            host: b"",
+            target,
+            protocol: "",
+            status: refusal.status,
+            received: 0,
+            sent: 0,
+            clock,
+            own,
+            route: UNROUTED,
+            upstream: None,
+            endpoint: None,
+            attempts: 0,
+            reason: Some(refusal.reason),
+            request_id: None,
+            referer: None,
+            user_agent: None,
+        });
+    }
+}
+
+impl<P> Front<P> {
+    /// Puts the reception before the proxy.
+    pub fn new(proxy: Arc<HttpProxy<P>>, desk: Arc<Desk>) -> Self {
+        Front { proxy, desk }
+    }
+}
+
+#[async_trait]
+impl<P> ServerApp for Front<P>
+where
+    P: ProxyHttp + Send + Sync + 'static,
+    P::CTX: Send + Sync,
+{
+    /// Gives the connection a small task of its own and lets Pingora's, which is large, end.
+    async fn process_new(self: &Arc<Self>, io: Stream, shutdown: &ShutdownWatch) -> Option<Stream> {
+        let digest = io.get_socket_digest();
+        let local = digest.as_ref().and_then(|digest| digest.local_addr());
+        let Some(listener) = self.desk.listeners.find(local) else {
+            tracing::error!(?local, "a connection came through no listener of ours");
+            return None;
+        };
+        let peer = digest.as_ref().and_then(|digest| digest.peer_addr()).and_then(|peer| peer.as_inet());
+        // An IPv4 client of a listener on [::] is an IPv4 client.
+        let peer = peer.map(|peer| SocketAddr::new(peer.ip().to_canonical(), peer.port()));
+        let port = local.and_then(|local| local.as_inet()).map(|local| local.port());
+        match Connection::admit(listener, peer, port) {
+            Ok(connection) => {
+                let stream = Box::new(ClientStream::new(io, connection.clone()));
+                tokio::spawn(Visit::new(self.clone(), connection, shutdown.clone()).serve(stream));
+            }
+            Err(refusal) => {
+                let mut clock = Clock::start(Phase::Accept, Instant::now());
+                self.desk.record((listener, peer), b"", refusal, &mut clock);
+                turn_away(io, refusal).await;
+            }
+        }
+        None
+    }
+}
+
+/// Answers a connection that is one too many, in little time: it reads what was sent, lest a reset overtakes the answer.
+async fn turn_away(mut io: Stream, refusal: &'static Refusal) {
+    let answer = answer_http1(refusal, false);
+    let _ = tokio::time::timeout(TURN_AWAY, async {
+        io.write_all(&answer).await?;
+        io.flush().await?;
+        let _ = io.shutdown().await;
+        while io.read(&mut [0; 1024]).await? > 0 {}
+        std::io::Result::Ok(())
+    })
+    .await;
+}
+
+/// One connection from its first byte to its end, or until it turns out to be HTTP/2.
+struct Visit<P> {
+    front: Arc<Front<P>>,
+    connection: Arc<Connection>,
+    state: StateGauge,
+    shutdown: ShutdownWatch,
+    served: u64,
+}
+
+/// When the header of an exchange began to come, and how long its connection had waited for it if it is the first.
+#[derive(Clone, Copy)]
+struct Arrival {
+    accept: Option<Duration>,
+    header_since: Instant,
+}
+
+impl Arrival {
+    fn clock(self) -> Clock {
+        let mut clock = Clock::start(Phase::Header, self.header_since);
+        if let Some(accept) = self.accept {
+            clock.credit(Phase::Accept, accept);
+        }
+        clock
+    }
+}
+
+impl<P> Visit<P>
+where
+    P: ProxyHttp + Send + Sync + 'static,
+    P::CTX: Send + Sync,
+{
+    fn new(front: Arc<Front<P>>, connection: Arc<Connection>, shutdown: ShutdownWatch) -> Self {
+        let state = StateGauge::new(connection.clone());
+        Visit { front, connection, state, shutdown, served: 0 }
+    }
+
+    async fn serve(mut self, mut stream: Box<ClientStream>) {
+        while self.park(&mut stream).await {
+            self.served += 1;
+            // Boxed, so that a parked connection does not hold the room that an exchange needs.
+            match Box::pin(self.exchange(stream)).await {
+                Some(kept) if !*self.shutdown.borrow() => stream = kept,
+                _ => return,
+            }
+        }
+    }
+
+    /// Waits for a request. `false`: there will be none.
+    async fn park(&mut self, stream: &mut ClientStream) -> bool {
+        self.state.enter(ConnectionState::Idle);
+        let _accept = (self.served == 0).then(|| self.front.desk.metrics.enter_phase(Phase::Accept));
+        tokio::select! {
+            came = tokio::time::timeout(self.connection.listener.idle_timeout, stream.park()) => came.unwrap_or(false),
+            _ = self.shutdown.wait_for(|stopping| *stopping) => false,
+        }
+    }
+
+    /// Reads one header and runs its exchange. Gives the stream back if the connection is kept.
+    async fn exchange(&mut self, mut stream: Box<ClientStream>) -> Option<Box<ClientStream>> {
+        let header_since = Instant::now();
+        let accept = (self.served == 1).then(|| header_since - self.connection.accepted);
+        let arrival = Arrival { accept, header_since };
+        let inflight = self.front.desk.inflight.enter();
+        let opening = self.read_header(&mut stream).await;
+        self.state.enter(ConnectionState::Active);
+        match opening {
+            Ok(Opening::Http1(header)) => self.proxy(stream, header, arrival).await,
+            Ok(Opening::Http2) => {
+                // Its exchanges count for themselves.
+                drop(inflight);
+                self.serve_http2(stream).await;
+                None
+            }
+            Ok(Opening::Closed) => {
+                if !stream.inbox().is_empty() {
+                    self.record(&stream, &refusal::HEADER_ABORTED, arrival);
+                }
+                None
+            }
+            Err(refusal) => {
+                self.record(&stream, refusal, arrival);
+                let answer = answer_http1(refusal, head::wants_json(stream.inbox()));
+                stream.refuse(&answer).await;
+                None
+            }
+        }
+    }
+
+    async fn read_header(&mut self, stream: &mut ClientStream) -> Result<Opening, &'static Refusal> {
+        self.state.enter(ConnectionState::Header);
+        let _header = self.front.desk.metrics.enter_phase(Phase::Header);
+        let opening = tokio::time::timeout(self.connection.listener.header_timeout, stream.open());
+        opening.await.unwrap_or(Err(&refusal::HEADER_TIMEOUT))
+    }
+
+    /// Lets Pingora run the exchange whose header is at hand.
+    async fn proxy(&self, stream: Box<ClientStream>, header: BytesMut, arrival: Arrival) -> Option<Box<ClientStream>> {
+        let listener = &self.connection.listener;
+        listener.metrics.http1_requests.inc();
+        let mut session = ServerSession::new_http1(stream);
+        session.set_pipelined_prefix(header);
+        session.set_keepalive(Some(0));
+        session.set_keepalive_reuses_remaining((self.served >= listener.requests_max).then_some(0));
+
+        let Arrival { accept, header_since } = arrival;
+        let begin = Begin { connection: self.connection.clone(), accept, header_since, header_done: Instant::now() };
+        let exchange = Introduced::new(begin, self.front.proxy.process_new_http(session, &self.shutdown));
+        let (stream, _) = Metered::new(exchange).await?.consume();
+        stream.into_any().downcast::<ClientStream>().ok()
+    }
+
+    /// Lets Pingora run a connection of HTTP/2 to its end: the client's, ours at a stop, or that of its last request.
+    async fn serve_http2(&mut self, stream: Box<ClientStream>) {
+        let (last, ending) = watch::channel(false);
+        let connection = self.connection.clone();
+        let http2 = Arc::new(Http2 { front: self.front.clone(), connection, opened: AtomicU64::new(0), last });
+        let mut serve = std::pin::pin!(http2.process_new(stream, &ending));
+        tokio::select! {
+            _ = &mut serve => return,
+            _ = self.shutdown.wait_for(|stopping| *stopping) => {}
+        }
+        http2.end();
+        serve.await;
+    }
+
+    fn record(&self, stream: &ClientStream, refusal: &'static Refusal, arrival: Arrival) {
+        let whose = (&*self.connection.listener, self.connection.peer);
+        self.front.desk.record(whose, stream.inbox(), refusal, &mut arrival.clock());
+    }
+}
+
+/// The whole answer of a refusal, for a connection that has no session yet.
+fn answer_http1(refusal: &'static Refusal, json: bool) -> Vec<u8> {
+    let (kind, body) = refusal.body(json);
+    let status = http::StatusCode::from_u16(refusal.status).unwrap_or(http::StatusCode::INTERNAL_SERVER_ERROR);
+    let date = httpdate::fmt_http_date(SystemTime::now());
+    let allow = refusal.allow().map(|methods| format!("Allow: {methods}\r\n")).unwrap_or_default();
+    format!(
+        "HTTP/1.1 {status}\r\nDate: {date}\r\nContent-Type: {kind}\r\n{allow}Content-Length: {}\r\nConnection: close\r\n\r\n{body}",
+        body.len()
+    )
+    .into_bytes()
+}
+
+/// One HTTP/2 connection: Pingora runs it, and every stream passes here on its way to the proxy.
+struct Http2<P> {
+    front: Arc<Front<P>>,
+    connection: Arc<Connection>,
+    /// Streams that were opened.
+    opened: AtomicU64,
+    /// Tells Pingora to take no further stream (GOAWAY) and to close once all have ended.
+    last: watch::Sender<bool>,
+}
+
+impl<P> Http2<P> {
+    fn end(&self) {
+        // An error would mean that the connection has ended already.
+        let _ = self.last.send(true);
+    }
+}
+
+#[async_trait]
+impl<P> HttpServerApp for Http2<P>
+where
+    P: ProxyHttp + Send + Sync + 'static,
+    P::CTX: Send + Sync,
+{
+    async fn process_new_http(
+        self: &Arc<Self>,
+        session: ServerSession,
+        shutdown: &ShutdownWatch,
+    ) -> Option<ReusedHttpStream> {
+        let Front { proxy, desk } = &*self.front;
+        let listener = &self.connection.listener;
+        let _inflight = desk.inflight.enter();
+        listener.metrics.h2_requests.inc();
+        if self.opened.fetch_add(1, Ordering::Relaxed) + 1 == listener.requests_max {
+            self.end();
+        }
+        let now = Instant::now();
+        let begin = Begin { connection: self.connection.clone(), accept: None, header_since: now, header_done: now };
+        Metered::new(Introduced::new(begin, proxy.process_new_http(session, shutdown))).await
+    }
+
+    fn h2_options(&self) -> Option<H2Options> {
+        Some(self.connection.listener.h2.clone())
+    }
+
+    fn server_options(&self) -> Option<&HttpServerOptions> {
+        Some(&self.connection.listener.h2_server)
+    }
+}

@@ -1,0 +1,373 @@
+//! Reads a request header on its raw bytes, more strictly than Pingora would, so that what is odd is refused with
+//! a reason before anything is built for it.
+//!
+//! Two pure steps: [`Scanner`] finds the end as bytes arrive, [`inspect`] checks the whole. Framing (RFC 9112 §6) and
+//! `Host` (§3.2) are checked here because two readings of one request are how requests are smuggled.
+
+use std::mem::MaybeUninit;
+
+use crate::error::{Refusal, refusal};
+
+/// Header fields that can be parsed at all; `limits.headers` lies at or below it. Pingora has the same limit.
+pub const FIELDS_MAX: usize = 256;
+
+/// The longest target that `http::Uri` can hold; with a longer one Pingora would answer without a word of ours.
+const TARGET_BYTES_MAX: usize = u16::MAX as usize - 1;
+
+/// What a listener allows a request header to be.
+#[derive(Clone, Copy, Debug)]
+pub struct HeadLimits {
+    /// Fields.
+    pub fields: usize,
+    /// Bytes, request line and empty line included.
+    pub bytes: usize,
+}
+
+/// Finds the end of a header in bytes that arrive piece by piece, looking at each byte once.
+#[derive(Debug, Default)]
+pub struct Scanner {
+    line: usize,
+    seen: usize,
+    fields: usize,
+}
+
+impl Scanner {
+    /// Looks at what has come since the last call. `Some` is the length of the complete header, empty line included.
+    ///
+    /// Lines must end in CRLF and must not be folded (RFC 9112 §2.2, §5.2).
+    pub fn scan(&mut self, bytes: &[u8], limits: HeadLimits) -> Result<Option<usize>, &'static Refusal> {
+        if self.seen == 0 && bytes.first().is_some_and(|first| !is_token(*first)) {
+            return Err(&refusal::HEADER_MALFORMED);
+        }
+        while let Some(offset) = memchr::memchr(b'\n', &bytes[self.seen..]) {
+            let newline = self.seen + offset;
+            self.seen = newline + 1;
+            let Some(line) = bytes[self.line..newline].strip_suffix(b"\r") else {
+                return Err(&refusal::HEADER_MALFORMED);
+            };
+            if self.seen > limits.bytes {
+                return Err(&refusal::HEADER_TOO_LARGE);
+            }
+            if line.is_empty() {
+                return Ok(Some(self.seen));
+            }
+            if self.line > 0 {
+                self.fields += 1;
+                if self.fields > limits.fields {
+                    return Err(&refusal::HEADER_TOO_MANY);
+                }
+                if matches!(line[0], b' ' | b'\t') {
+                    return Err(&refusal::HEADER_MALFORMED);
+                }
+            }
+            self.line = self.seen;
+        }
+        self.seen = bytes.len();
+        if self.seen > limits.bytes { Err(&refusal::HEADER_TOO_LARGE) } else { Ok(None) }
+    }
+}
+
+/// How the end of a request body is told.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Framing {
+    /// So many bytes, perhaps none.
+    Length(u64),
+    /// Chunks (RFC 9112 §7.1).
+    Chunked,
+}
+
+/// Checks a complete header; tells how the body behind it ends.
+pub fn inspect(bytes: &[u8]) -> Result<Framing, &'static Refusal> {
+    let mut fields = [const { MaybeUninit::uninit() }; FIELDS_MAX];
+    let mut request = httparse::Request::new(&mut []);
+    match request.parse_with_uninit_headers(bytes, &mut fields) {
+        Ok(httparse::Status::Complete(_)) => {}
+        Ok(httparse::Status::Partial) => return Err(&refusal::HEADER_MALFORMED),
+        Err(httparse::Error::TooManyHeaders) => return Err(&refusal::HEADER_TOO_MANY),
+        Err(_) => return Err(malformed_or_version(bytes)),
+    }
+    let (Some(method), Some(target), Some(minor)) = (request.method, request.path, request.version) else {
+        return Err(&refusal::HEADER_MALFORMED);
+    };
+    if matches!(method, "CONNECT" | "TRACE") {
+        return Err(&refusal::HEADER_METHOD);
+    }
+    if !(target.starts_with('/') || absolute(target).is_some() || (target == "*" && method == "OPTIONS")) {
+        return Err(&refusal::HEADER_MALFORMED);
+    }
+    if target.len() > TARGET_BYTES_MAX {
+        return Err(&refusal::HEADER_TOO_LARGE);
+    }
+    if !is_uri(target) {
+        return Err(&refusal::HEADER_MALFORMED);
+    }
+
+    let mut lengths = Values::default();
+    let mut encodings = Values::default();
+    let mut hosts = Values::default();
+    for field in request.headers.iter() {
+        match field.name.len() {
+            4 if field.name.eq_ignore_ascii_case("host") => hosts.add(field.value),
+            14 if field.name.eq_ignore_ascii_case("content-length") => lengths.add(field.value),
+            17 if field.name.eq_ignore_ascii_case("transfer-encoding") => encodings.add(field.value),
+            _ => {}
+        }
+    }
+    check_host(&hosts, target, minor)?;
+    framing(&lengths, &encodings, minor)
+}
+
+/// Method and target of a request line that may be anything, for the log line of a refusal.
+pub fn request_line(bytes: &[u8]) -> (&str, &[u8]) {
+    let line = bytes.split(|&byte| byte == b'\r' || byte == b'\n').next().unwrap_or_default();
+    let mut words = line.splitn(3, |&byte| byte == b' ');
+    let method = words.next().unwrap_or_default();
+    match std::str::from_utf8(method) {
+        Ok(method) if !method.is_empty() && method.len() <= 32 && method.bytes().all(is_token) => {
+            (method, words.next().unwrap_or_default())
+        }
+        _ => ("", b""),
+    }
+}
+
+/// Whether a header that was refused asks for JSON in its `Accept`.
+pub fn wants_json(bytes: &[u8]) -> bool {
+    bytes
+        .split(|&byte| byte == b'\n')
+        .filter(|line| line.len() > 7 && line[..7].eq_ignore_ascii_case(b"accept:"))
+        .any(|line| memchr::memmem::find(line, b"application/json").is_some())
+}
+
+/// The value of a field that may stand once, and whether it stood more often.
+#[derive(Default)]
+struct Values<'h> {
+    first: Option<&'h [u8]>,
+    more: bool,
+}
+
+impl<'h> Values<'h> {
+    fn add(&mut self, value: &'h [u8]) {
+        self.more |= self.first.is_some();
+        self.first = self.first.or(Some(value));
+    }
+}
+
+/// RFC 9112 §6.3, without its leniencies: a doubled or listed length, a length beside a coding, a coding that is not
+/// just `chunked`, or any coding in HTTP/1.0 is refused.
+fn framing(lengths: &Values<'_>, encodings: &Values<'_>, minor: u8) -> Result<Framing, &'static Refusal> {
+    match (lengths.first, encodings.first) {
+        (None, None) => Ok(Framing::Length(0)),
+        (Some(_), None) if lengths.more => Err(&refusal::HEADER_FRAMING),
+        (Some(length), None) => decimal(length).map(Framing::Length).ok_or(&refusal::HEADER_FRAMING),
+        (None, Some(coding)) if minor == 1 && !encodings.more => {
+            if coding.eq_ignore_ascii_case(b"chunked") {
+                Ok(Framing::Chunked)
+            } else {
+                Err(&refusal::HEADER_ENCODING)
+            }
+        }
+        (_, Some(_)) => Err(&refusal::HEADER_FRAMING),
+    }
+}
+
+/// What follows the scheme of an absolute target (RFC 9112 §3.2.2), if this is one.
+fn absolute(target: &str) -> Option<&str> {
+    let (scheme, rest) = target.split_once("://")?;
+    (scheme.eq_ignore_ascii_case("http") || scheme.eq_ignore_ascii_case("https")).then_some(rest)
+}
+
+fn decimal(digits: &[u8]) -> Option<u64> {
+    if digits.is_empty() || digits.len() > 18 || !digits.iter().all(u8::is_ascii_digit) {
+        return None;
+    }
+    Some(digits.iter().fold(0, |number, digit| number * 10 + u64::from(digit - b'0')))
+}
+
+/// RFC 9112 §3.2: HTTP/1.1 needs exactly one well-formed `Host`; an absolute target must not contradict it.
+fn check_host(hosts: &Values<'_>, target: &str, minor: u8) -> Result<(), &'static Refusal> {
+    let host = match hosts.first {
+        None if minor == 0 => return Ok(()),
+        Some(host) if !hosts.more && is_host(host) => host,
+        _ => return Err(&refusal::HEADER_HOST),
+    };
+    let Some(rest) = absolute(target) else { return Ok(()) };
+    let authority = rest.split(['/', '?', '#']).next().unwrap_or_default();
+    if authority.as_bytes().eq_ignore_ascii_case(host) { Ok(()) } else { Err(&refusal::HEADER_HOST) }
+}
+
+/// Whether this is `host` or `host:port` (RFC 3986 §3.2.2), not empty.
+pub fn is_host(bytes: &[u8]) -> bool {
+    let (name, port) = match bytes.iter().rposition(|&byte| byte == b':') {
+        Some(colon) if !bytes.ends_with(b"]") => (&bytes[..colon], Some(&bytes[colon + 1..])),
+        _ => (bytes, None),
+    };
+    let name_is_valid = match name.strip_prefix(b"[").and_then(|rest| rest.strip_suffix(b"]")) {
+        Some(literal) => {
+            !literal.is_empty() && literal.iter().all(|byte| byte.is_ascii_hexdigit() || b":.%".contains(byte))
+        }
+        None => {
+            !name.is_empty()
+                && name.iter().all(|byte| byte.is_ascii_alphanumeric() || b"-._~%!$&'()*+,;=".contains(byte))
+        }
+    };
+    name_is_valid && port.is_none_or(|port| decimal(port).is_some_and(|port| port <= 65_535))
+}
+
+/// A byte that may stand in a method (RFC 9110 §5.6.2).
+pub(super) fn is_token(byte: u8) -> bool {
+    byte.is_ascii_alphanumeric() || b"!#$%&'*+-.^_`|~".contains(&byte)
+}
+
+/// Whether `http::Uri` can hold this target. `httparse` lets more pass, and Pingora would answer it without a word of
+/// ours. RFC 3986 §2 allows none of what is refused here.
+fn is_uri(target: &str) -> bool {
+    let (path, query) = target.split_once('?').unwrap_or((target, ""));
+    !path.contains(['<', '>', '`']) && !query.contains(['<', '>', '"'])
+}
+
+/// Tells a well-formed request of another HTTP version from garbage.
+fn malformed_or_version(bytes: &[u8]) -> &'static Refusal {
+    let line = bytes.split(|&byte| byte == b'\r').next().unwrap_or_default();
+    let version = line.rsplit(|&byte| byte == b' ').next().unwrap_or_default();
+    match version.strip_prefix(b"HTTP/") {
+        Some([major, b'.', minor])
+            if major.is_ascii_digit() && minor.is_ascii_digit() && !matches!((major, minor), (b'1', b'0' | b'1')) =>
+        {
+            &refusal::HEADER_VERSION
+        }
+        _ => &refusal::HEADER_MALFORMED,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const LIMITS: HeadLimits = HeadLimits { fields: 4, bytes: 200 };
+
+    fn reason(header: &str) -> &'static str {
+        inspect(header.as_bytes()).err().map_or("accepted", |refusal| refusal.reason)
+    }
+
+    fn with(fields: &str) -> String {
+        format!("POST / HTTP/1.1\r\nHost: a\r\n{fields}\r\n")
+    }
+
+    #[test]
+    fn the_end_is_found_however_the_bytes_arrive() {
+        let bytes = b"GET / HTTP/1.1\r\nHost: a\r\n\r\nbody";
+        for step in 1..bytes.len() {
+            let mut scanner = Scanner::default();
+            let end = (0..=bytes.len()).step_by(step).chain([bytes.len()]).find_map(|n| {
+                scanner.scan(&bytes[..n], LIMITS).unwrap_or_else(|refusal| panic!("{refusal:?} at step {step}"))
+            });
+            assert_eq!(end, Some(bytes.len() - 4), "step {step}");
+        }
+    }
+
+    #[test]
+    fn a_header_over_a_limit_is_refused_as_soon_as_it_shows() {
+        let many = "GET / HTTP/1.1\r\na: 1\r\nb: 2\r\nc: 3\r\nd: 4\r\ne: 5\r\n";
+        assert_eq!(Scanner::default().scan(many.as_bytes(), LIMITS), Err(&refusal::HEADER_TOO_MANY));
+        let large = format!("GET /{} HTTP/1.1", "x".repeat(200));
+        assert_eq!(Scanner::default().scan(large.as_bytes(), LIMITS), Err(&refusal::HEADER_TOO_LARGE));
+    }
+
+    #[test]
+    fn bare_line_feeds_folds_and_garbage_are_malformed() {
+        for garbage in ["GET / HTTP/1.1\nHost: a\n\n", "GET / HTTP/1.1\r\nA: b\r\n c\r\n", "\u{16}\u{3}\u{1}", " GET"] {
+            assert_eq!(
+                Scanner::default().scan(garbage.as_bytes(), LIMITS),
+                Err(&refusal::HEADER_MALFORMED),
+                "{garbage:?}"
+            );
+        }
+    }
+
+    #[test]
+    fn a_body_ends_by_its_length_or_its_last_chunk() {
+        assert_eq!(inspect(with("").as_bytes()), Ok(Framing::Length(0)));
+        assert_eq!(inspect(with("Content-Length: 12\r\n").as_bytes()), Ok(Framing::Length(12)));
+        assert_eq!(inspect(with("Transfer-Encoding: Chunked\r\n").as_bytes()), Ok(Framing::Chunked));
+    }
+
+    #[test]
+    fn ambiguous_framing_is_refused() {
+        for fields in [
+            "Content-Length: 1\r\nTransfer-Encoding: chunked\r\n",
+            "Content-Length: 1\r\nContent-Length: 1\r\n",
+            "Content-Length: 1, 1\r\n",
+            "Content-Length: +1\r\n",
+            "Content-Length: 0x1\r\n",
+            "Content-Length: 99999999999999999999\r\n",
+            "Content-Length:\r\n",
+            "Transfer-Encoding: chunked\r\nTransfer-Encoding: chunked\r\n",
+        ] {
+            assert_eq!(reason(&with(fields)), "header.framing", "{fields:?}");
+        }
+        assert_eq!(reason("POST / HTTP/1.0\r\nTransfer-Encoding: chunked\r\n\r\n"), "header.framing");
+        for coding in ["gzip", "gzip, chunked", "chunked, chunked", "xchunked", "identity", ""] {
+            assert_eq!(reason(&with(&format!("Transfer-Encoding: {coding}\r\n"))), "header.encoding", "{coding:?}");
+        }
+    }
+
+    #[test]
+    fn host_must_be_there_once_and_well_formed() {
+        assert_eq!(reason("GET / HTTP/1.1\r\n\r\n"), "header.host");
+        assert_eq!(reason("GET / HTTP/1.0\r\n\r\n"), "accepted");
+        assert_eq!(reason("GET / HTTP/1.1\r\nHost: a\r\nHost: a\r\n\r\n"), "header.host");
+        for host in ["", "a b", "a/b", "user@a", "a:", "a:70000", "a:8x", "[::1", "a\u{e9}"] {
+            assert_eq!(reason(&format!("GET / HTTP/1.1\r\nHost: {host}\r\n\r\n")), "header.host", "{host:?}");
+        }
+        for host in ["a", "a.example:8080", "[::1]", "[::1]:80", "127.0.0.1", "xn--bcher-kva.example"] {
+            assert_eq!(reason(&format!("GET / HTTP/1.1\r\nHost: {host}\r\n\r\n")), "accepted", "{host:?}");
+        }
+    }
+
+    #[test]
+    fn an_absolute_target_must_agree_with_host() {
+        assert_eq!(reason("GET http://a/x HTTP/1.1\r\nHost: A\r\n\r\n"), "accepted");
+        assert_eq!(reason("GET http://b/x HTTP/1.1\r\nHost: a\r\n\r\n"), "header.host");
+        assert_eq!(reason("GET http://b@a/x HTTP/1.1\r\nHost: a\r\n\r\n"), "header.host");
+        assert_eq!(reason("GET /to?u=http://b/ HTTP/1.1\r\nHost: a\r\n\r\n"), "accepted");
+    }
+
+    #[test]
+    fn a_target_is_a_path_or_absolute_or_for_options_a_star() {
+        assert_eq!(reason("GET nowhere HTTP/1.1\r\nHost: a\r\n\r\n"), "header.malformed");
+        assert_eq!(reason("GET ftp://a/ HTTP/1.1\r\nHost: a\r\n\r\n"), "header.malformed");
+        assert_eq!(reason("GET * HTTP/1.1\r\nHost: a\r\n\r\n"), "header.malformed");
+        assert_eq!(reason("OPTIONS * HTTP/1.1\r\nHost: a\r\n\r\n"), "accepted");
+    }
+
+    #[test]
+    fn what_is_accepted_pingora_can_make_a_request_of() {
+        let long = |length: usize| format!("/{}", "a".repeat(length - 1));
+        let bytes = (0x21..0x7f_u8).map(char::from).flat_map(|byte| [format!("/a{byte}b"), format!("/?a{byte}b")]);
+        for target in bytes.chain([long(TARGET_BYTES_MAX), long(TARGET_BYTES_MAX + 1), "//".into(), "/%".into()]) {
+            let accepted = reason(&format!("GET {target} HTTP/1.1\r\nHost: a\r\n\r\n")) == "accepted";
+            let made = pingora::http::RequestHeader::build("GET", target.as_bytes(), None).is_ok();
+            assert_eq!(accepted, made, "{}", &target[..target.len().min(9)]);
+        }
+        assert_eq!(reason(&format!("GET {} HTTP/1.1\r\nHost: a\r\n\r\n", long(65_535))), "header.too_large");
+    }
+
+    #[test]
+    fn other_versions_methods_and_garbage_are_told_apart() {
+        assert_eq!(reason("GET / HTTP/2.0\r\nHost: a\r\n\r\n"), "header.version");
+        assert_eq!(reason("GET / HTTP/0.9\r\n\r\n"), "header.version");
+        assert_eq!(reason("GET / HTPT/1.1\r\nHost: a\r\n\r\n"), "header.malformed");
+        assert_eq!(reason("GET /\r\n\r\n"), "header.malformed");
+        assert_eq!(reason("CONNECT a:1 HTTP/1.1\r\nHost: a:1\r\n\r\n"), "header.method");
+        assert_eq!(reason("TRACE / HTTP/1.1\r\nHost: a\r\n\r\n"), "header.method");
+        for fields in ["A : b\r\n", "A\u{0}: b\r\n", "A: \u{0}\r\n", "A\r\n", ": b\r\n"] {
+            assert_eq!(reason(&with(fields)), "header.malformed", "{fields:?}");
+        }
+    }
+
+    #[test]
+    fn the_log_line_of_garbage_names_no_method() {
+        assert_eq!(request_line(b"GET /a?b HTTP/1.1\r\nHost"), ("GET", &b"/a?b"[..]));
+        assert_eq!(request_line(b"\x16\x03 x"), ("", &b""[..]));
+    }
+}

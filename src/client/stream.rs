@@ -1,0 +1,573 @@
+//! One connection as a stream of bytes: parked without buffers between requests, its header read and checked whole,
+//! and then exactly the bytes of this request handed to Pingora, never one of the next.
+//!
+//! Before it stands Pingora's socket, unbuffered; after it a `ServerSession` of Pingora, which lives for one exchange.
+
+use std::io::{self, IoSlice};
+use std::os::fd::BorrowedFd;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll, ready};
+use std::time::Duration;
+
+use async_trait::async_trait;
+use bytes::{Buf, BytesMut};
+use pingora::protocols::raw_connect::ProxyDigest;
+use pingora::protocols::{
+    GetProxyDigest, GetSocketDigest, GetTimingDigest, Peek, Shutdown, SocketDigest, Ssl, Stream, TimingDigest,
+    UniqueID, UniqueIDType,
+};
+use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt, ReadBuf};
+use tokio::time::Sleep;
+
+use super::chunked::Chunks;
+use super::connection::Connection;
+use super::frames::Frames;
+use super::head::{self, Framing, Scanner};
+use crate::error::{Refusal, refusal};
+
+/// The first bytes of an HTTP/2 connection (RFC 9113 §3.4).
+pub const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
+
+/// Read at once while no session exists, on the stack: an idle connection owns no buffer.
+const FIRST_READ_BYTES: usize = 4096;
+
+/// Small writes are gathered up to this, so that header and body leave in one system call.
+const OUTBOX_BYTES: usize = 4096;
+
+/// How long is read and thrown away after a refusal, so that the client gets to read it before a reset. There is no limit
+/// of bytes: some clients (curl) look for an answer only while they can send.
+const LINGER: Duration = Duration::from_secs(2);
+
+/// What a client wants first.
+pub enum Opening {
+    /// An HTTP/1 request: its header, checked. The stream is set to hand on its body next.
+    Http1(BytesMut),
+    /// HTTP/2; the preface is still in the stream.
+    Http2,
+    /// Nothing: it closed.
+    Closed,
+}
+
+/// The connection of one client. See the module.
+pub struct ClientStream {
+    io: Stream,
+    connection: Arc<Connection>,
+    /// Received and not yet handed on; at most what one read and one header can hold.
+    inbox: BytesMut,
+    /// Written by the session and not yet sent.
+    outbox: BytesMut,
+    rest: Rest,
+    /// Runs while the client takes nothing of what is written.
+    stalled: Option<Pin<Box<Sleep>>>,
+    /// Runs once the writing side is closed and the client still sends.
+    linger: Option<Pin<Box<Sleep>>>,
+}
+
+/// What the session may still read.
+enum Rest {
+    Length(u64),
+    Chunked(Chunks),
+    /// Another protocol after a 101.
+    Raw,
+    Http2(Box<Http2>),
+}
+
+/// HTTP/2 in the hands of Pingora; only its header deadline is ours.
+struct Http2 {
+    frames: Frames,
+    deadline: Option<Pin<Box<Sleep>>>,
+}
+
+impl ClientStream {
+    /// Takes over an accepted socket.
+    pub fn new(io: Stream, connection: Arc<Connection>) -> Self {
+        let (inbox, outbox) = (BytesMut::new(), BytesMut::new());
+        ClientStream { io, connection, inbox, outbox, rest: Rest::Length(0), stalled: None, linger: None }
+    }
+
+    /// Bytes received and not yet handed on; a refusal looks at them for the request line.
+    pub fn inbox(&self) -> &[u8] {
+        &self.inbox
+    }
+
+    /// Waits for the first bytes of a request, holding no buffer meanwhile. `false`: the client closed.
+    pub async fn park(&mut self) -> bool {
+        if !self.inbox.is_empty() {
+            return true;
+        }
+        self.inbox = BytesMut::new();
+        self.outbox = BytesMut::new();
+        matches!(std::future::poll_fn(|cx| self.poll_fill(cx)).await, Ok(true))
+    }
+
+    /// Reads a request header to its end and checks it.
+    pub async fn open(&mut self) -> Result<Opening, &'static Refusal> {
+        let mut scanner = Scanner::default();
+        let h2c = self.connection.listener.h2c;
+        loop {
+            if h2c && self.inbox.starts_with(PREFACE) {
+                self.rest = Rest::Http2(Box::new(Http2 { frames: Frames::default(), deadline: None }));
+                return Ok(Opening::Http2);
+            }
+            if !(h2c && PREFACE.starts_with(&self.inbox)) {
+                self.skip_empty_lines();
+                if let Some(end) = scanner.scan(&self.inbox, self.connection.listener.head)? {
+                    return self.close_header(end).map(Opening::Http1);
+                }
+            }
+            if !matches!(std::future::poll_fn(|cx| self.poll_fill(cx)).await, Ok(true)) {
+                return Ok(Opening::Closed);
+            }
+        }
+    }
+
+    /// Sends a refusal before any session exists, and lets the client read it before the connection goes.
+    pub async fn refuse(&mut self, answer: &[u8]) {
+        if self.io.write_all(answer).await.is_ok() && self.io.flush().await.is_ok() {
+            let _ = std::future::poll_fn(|cx| self.poll_close(cx, true)).await;
+        }
+    }
+
+    /// RFC 9112 §2.2: empty lines before a request line are passed over. The header deadline bounds them.
+    fn skip_empty_lines(&mut self) {
+        while self.inbox.starts_with(b"\r\n") {
+            self.inbox.advance(2);
+        }
+    }
+
+    fn close_header(&mut self, end: usize) -> Result<BytesMut, &'static Refusal> {
+        let framing = head::inspect(&self.inbox[..end])?;
+        if !self.connection.listener.http1 {
+            return Err(&refusal::HEADER_VERSION);
+        }
+        self.rest = match framing {
+            Framing::Length(length) => Rest::Length(length),
+            Framing::Chunked => Rest::Chunked(Chunks::default()),
+        };
+        // Taking the whole buffer keeps it unshared, which is the common case of a request without a body.
+        Ok(if end == self.inbox.len() { std::mem::take(&mut self.inbox) } else { self.inbox.split_to(end) })
+    }
+
+    /// Reads what is there into the inbox. `false`: the client closed.
+    fn poll_fill(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<bool>> {
+        let mut space = [std::mem::MaybeUninit::<u8>::uninit(); FIRST_READ_BYTES];
+        let mut read = ReadBuf::uninit(&mut space);
+        ready!(Pin::new(&mut self.io).poll_read(cx, &mut read))?;
+        self.inbox.extend_from_slice(read.filled());
+        Poll::Ready(Ok(!read.filled().is_empty()))
+    }
+
+    /// The request is read; tells the session only if the client goes away, and keeps what it sends for later.
+    fn poll_gone(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        if !self.inbox.is_empty() {
+            // Pipelined bytes wait. No waker is needed: the session moves on when its upstream does.
+            return Poll::Pending;
+        }
+        match ready!(self.poll_fill(cx))? {
+            true => Poll::Pending,
+            false => Poll::Ready(Ok(())),
+        }
+    }
+
+    /// Hands on up to `limit` bytes, from the inbox first.
+    fn poll_pass(&mut self, cx: &mut Context<'_>, out: &mut ReadBuf<'_>, limit: usize) -> Poll<io::Result<usize>> {
+        let limit = limit.min(out.remaining());
+        if !self.inbox.is_empty() {
+            let passed = limit.min(self.inbox.len());
+            out.put_slice(&self.inbox[..passed]);
+            self.inbox.advance(passed);
+            return Poll::Ready(Ok(passed));
+        }
+        let mut part = out.take(limit);
+        ready!(Pin::new(&mut self.io).poll_read(cx, &mut part))?;
+        let passed = part.filled().len();
+        // SAFETY: `part` is a view of the unfilled part of `out`; its first `passed` bytes were just filled.
+        unsafe { out.assume_init(passed) };
+        out.advance(passed);
+        Poll::Ready(Ok(passed))
+    }
+
+    fn poll_chunks(&mut self, cx: &mut Context<'_>, out: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        let before = out.filled().len();
+        ready!(self.poll_pass(cx, out, usize::MAX))?;
+        let Rest::Chunked(chunks) = &mut self.rest else {
+            return Poll::Ready(Ok(()));
+        };
+        let Ok(taken) = chunks.take(&out.filled()[before..]) else {
+            out.set_filled(before);
+            self.connection.set_fault(&refusal::SEND_BODY_MALFORMED);
+            return Poll::Ready(Err(io::Error::new(io::ErrorKind::InvalidData, "malformed chunked body")));
+        };
+        let next = &out.filled()[before + taken..];
+        if !next.is_empty() {
+            // What was read beyond the end begins the next request; it goes before anything that follows it.
+            let mut inbox = BytesMut::from(next);
+            inbox.extend_from_slice(&self.inbox);
+            self.inbox = inbox;
+            out.set_filled(before + taken);
+        }
+        Poll::Ready(Ok(()))
+    }
+
+    /// Bytes of HTTP/2 pass as they are; a frame or header block that is begun must be finished in time.
+    fn poll_http2(&mut self, cx: &mut Context<'_>, out: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        let before = out.filled().len();
+        let passed = self.poll_pass(cx, out, usize::MAX);
+        let timeout = self.connection.listener.header_timeout;
+        let Rest::Http2(http2) = &mut self.rest else {
+            return passed.map_ok(|_| ());
+        };
+        if passed.is_ready() {
+            http2.frames.take(&out.filled()[before..]);
+            if !http2.frames.unfinished() {
+                http2.deadline = None;
+            } else if http2.deadline.is_none() {
+                http2.deadline = Some(Box::pin(tokio::time::sleep(timeout)));
+            }
+            return passed.map_ok(|_| ());
+        }
+        let Some(deadline) = &mut http2.deadline else {
+            return Poll::Pending;
+        };
+        ready!(deadline.as_mut().poll(cx));
+        refusal::HEADER_TIMEOUT.count();
+        self.connection.set_fault(&refusal::HEADER_TIMEOUT);
+        Poll::Ready(Err(io::Error::new(io::ErrorKind::TimedOut, "unfinished HTTP/2 frame")))
+    }
+
+    fn body_is_read(&self) -> bool {
+        match &self.rest {
+            Rest::Length(left) => *left == 0,
+            Rest::Chunked(chunks) => chunks.ended(),
+            Rest::Raw | Rest::Http2(_) => true,
+        }
+    }
+
+    /// Looks at the outcome of a write: a client that takes nothing for too long is given up.
+    fn poll_patience<T>(&mut self, cx: &mut Context<'_>, written: Poll<io::Result<T>>) -> Poll<io::Result<T>> {
+        if written.is_ready() {
+            self.stalled = None;
+            return written;
+        }
+        let patience = self.connection.write_idle();
+        let stalled = self.stalled.get_or_insert_with(|| Box::pin(tokio::time::sleep(patience)));
+        ready!(stalled.as_mut().poll(cx));
+        self.connection.set_fault(&refusal::WRITE_TIMEOUT);
+        Poll::Ready(Err(io::Error::new(io::ErrorKind::TimedOut, "the client takes nothing")))
+    }
+
+    fn poll_gathered_write(&mut self, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        if self.outbox.len() + bytes.len() <= OUTBOX_BYTES {
+            self.outbox.extend_from_slice(bytes);
+            return Poll::Ready(Ok(bytes.len()));
+        }
+        while !self.outbox.is_empty() {
+            let both = [IoSlice::new(&self.outbox), IoSlice::new(bytes)];
+            let sent = ready!(Pin::new(&mut self.io).poll_write_vectored(cx, &both))?;
+            if sent == 0 {
+                return Poll::Ready(Err(io::ErrorKind::WriteZero.into()));
+            }
+            self.stalled = None;
+            let gathered = self.outbox.len().min(sent);
+            self.outbox.advance(gathered);
+            if sent > gathered {
+                return Poll::Ready(Ok(sent - gathered));
+            }
+        }
+        Pin::new(&mut self.io).poll_write(cx, bytes)
+    }
+
+    /// Sends what is gathered.
+    fn poll_send_outbox(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        while !self.outbox.is_empty() {
+            let sent = ready!(Pin::new(&mut self.io).poll_write(cx, &self.outbox))?;
+            if sent == 0 {
+                return Poll::Ready(Err(io::ErrorKind::WriteZero.into()));
+            }
+            self.stalled = None;
+            self.outbox.advance(sent);
+        }
+        Poll::Ready(Ok(()))
+    }
+
+    /// Closes the writing side; if something is `unread`, reads what the client still sends for a while, for a socket that
+    /// is closed with bytes unread is reset, and the reset can overtake the answer (RFC 9112 §9.6).
+    fn poll_close(&mut self, cx: &mut Context<'_>, unread: bool) -> Poll<io::Result<()>> {
+        ready!(Pin::new(&mut *self).poll_flush(cx))?;
+        if self.connection.resets() {
+            // No end is to be seen before the reset, which comes with the drop.
+            return Poll::Ready(Ok(()));
+        }
+        if self.linger.is_none() {
+            ready!(Pin::new(&mut self.io).poll_shutdown(cx))?;
+        }
+        if unread {
+            ready!(self.poll_linger(cx));
+        }
+        Poll::Ready(Ok(()))
+    }
+
+    /// Throws away what comes until the client closes or it took too long.
+    fn poll_linger(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        let deadline = self.linger.get_or_insert_with(|| Box::pin(tokio::time::sleep(LINGER)));
+        while deadline.as_mut().poll(cx).is_pending() {
+            let mut space = [std::mem::MaybeUninit::<u8>::uninit(); FIRST_READ_BYTES];
+            let mut waste = ReadBuf::uninit(&mut space);
+            let read = ready!(Pin::new(&mut self.io).poll_read(cx, &mut waste));
+            if read.is_err() || waste.filled().is_empty() {
+                break;
+            }
+        }
+        Poll::Ready(())
+    }
+
+    fn set_reset(&self) {
+        // SAFETY: the descriptor belongs to `self.io` and outlives this borrow.
+        let socket = unsafe { BorrowedFd::borrow_raw(self.io.id()) };
+        // On a unix socket there is no reset; the close itself is then all that can be done.
+        let _ = socket2::SockRef::from(&socket).set_linger(Some(Duration::ZERO));
+    }
+}
+
+impl Drop for ClientStream {
+    fn drop(&mut self) {
+        if self.connection.resets() {
+            self.set_reset();
+        }
+    }
+}
+
+impl AsyncRead for ClientStream {
+    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, out: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        let this = self.get_mut();
+        // Whoever reads has nothing to write for now: what was gathered leaves, so that an answer is passed on as it comes.
+        if let Poll::Ready(Err(error)) = Pin::new(&mut *this).poll_flush(cx) {
+            return Poll::Ready(Err(error));
+        }
+        match this.rest {
+            Rest::Http2(_) => this.poll_http2(cx, out),
+            Rest::Raw => this.poll_pass(cx, out, usize::MAX).map_ok(|_| ()),
+            _ if this.body_is_read() && this.connection.is_raw() => {
+                this.rest = Rest::Raw;
+                this.poll_pass(cx, out, usize::MAX).map_ok(|_| ())
+            }
+            _ if this.body_is_read() => this.poll_gone(cx),
+            Rest::Length(left) => {
+                let limit = usize::try_from(left).unwrap_or(usize::MAX);
+                let passed = ready!(this.poll_pass(cx, out, limit))?;
+                this.rest = Rest::Length(left - passed as u64);
+                Poll::Ready(Ok(()))
+            }
+            Rest::Chunked(_) => this.poll_chunks(cx, out),
+        }
+    }
+}
+
+impl AsyncWrite for ClientStream {
+    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        let this = self.get_mut();
+        let written = this.poll_gathered_write(cx, bytes);
+        this.poll_patience(cx, written)
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        let this = self.get_mut();
+        let sent = this.poll_send_outbox(cx);
+        this.poll_patience(cx, sent)
+    }
+
+    /// The way in which Pingora ends a session: it calls this one and not [`Shutdown`].
+    fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        let this = self.get_mut();
+        let unread = !this.body_is_read();
+        this.poll_close(cx, unread)
+    }
+}
+
+#[async_trait]
+impl Shutdown for ClientStream {
+    async fn shutdown(&mut self) {
+        let unread = !self.body_is_read();
+        let _ = std::future::poll_fn(|cx| self.poll_close(cx, unread)).await;
+    }
+}
+
+#[async_trait]
+impl Peek for ClientStream {
+    /// Shows the preface that [`ClientStream::open`] found, and nothing else: HTTP/1 never gets this far.
+    async fn try_peek(&mut self, seen: &mut [u8]) -> io::Result<bool> {
+        let there = self.inbox.len() >= seen.len();
+        if there {
+            seen.copy_from_slice(&self.inbox[..seen.len()]);
+        }
+        Ok(there)
+    }
+}
+
+impl UniqueID for ClientStream {
+    fn id(&self) -> UniqueIDType {
+        self.io.id()
+    }
+}
+
+impl Ssl for ClientStream {}
+
+impl GetTimingDigest for ClientStream {
+    fn get_timing_digest(&self) -> Vec<Option<TimingDigest>> {
+        Vec::new()
+    }
+}
+
+impl GetProxyDigest for ClientStream {
+    fn get_proxy_digest(&self) -> Option<Arc<ProxyDigest>> {
+        None
+    }
+}
+
+impl GetSocketDigest for ClientStream {
+    fn get_socket_digest(&self) -> Option<Arc<SocketDigest>> {
+        self.io.get_socket_digest()
+    }
+}
+
+impl std::fmt::Debug for ClientStream {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("ClientStream").field("peer", &self.connection.peer).finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::client::connection::Listener;
+    use crate::metrics::Metrics;
+    use futures::FutureExt;
+    use proptest::prelude::*;
+    use tokio::io::AsyncReadExt;
+
+    fn stream(io: tokio::io::DuplexStream, listener: &str) -> ClientStream {
+        let text = format!("{{ name: web, address: 127.0.0.1:80, {listener} }}");
+        let written = serde_yaml::from_str(&text).expect("a listener");
+        let listener = Arc::new(Listener::build(&written, &Metrics::new(0, Vec::new())));
+        ClientStream::new(Box::new(io), Connection::admit(&listener, None, None).expect("room"))
+    }
+
+    /// A request as it goes over the wire: its header, and its body with its framing.
+    fn request(body: Option<(bool, Vec<Vec<u8>>)>) -> (Vec<u8>, Vec<u8>) {
+        let (framing, wire) = match body {
+            None => (String::new(), Vec::new()),
+            Some((false, pieces)) => {
+                let body = pieces.concat();
+                (format!("Content-Length: {}\r\n", body.len()), body)
+            }
+            Some((true, pieces)) => {
+                let mut wire = Vec::new();
+                for piece in pieces.iter().filter(|piece| !piece.is_empty()) {
+                    wire.extend_from_slice(format!("{:x};x=y\r\n", piece.len()).as_bytes());
+                    wire.extend_from_slice(piece);
+                    wire.extend_from_slice(b"\r\n");
+                }
+                wire.extend_from_slice(b"0\r\nT: v\r\n\r\n");
+                ("Transfer-Encoding: chunked\r\n".to_owned(), wire)
+            }
+        };
+        (format!("POST / HTTP/1.1\r\nHost: a\r\n{framing}\r\n").into_bytes(), wire)
+    }
+
+    proptest! {
+        #[test]
+        fn a_session_gets_its_own_request_and_no_byte_of_the_next(
+            bodies in prop::collection::vec(
+                prop::option::of((any::<bool>(), prop::collection::vec(prop::collection::vec(any::<u8>(), 0..40), 0..4))),
+                1..6,
+            ),
+            cut in 1usize..97,
+            space in 1usize..70,
+        ) {
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().expect("a runtime");
+            runtime.block_on(async {
+                let requests: Vec<_> = bodies.into_iter().map(request).collect();
+                let wire = requests.iter().flat_map(|(header, body)| [&header[..], body]).collect::<Vec<_>>().concat();
+                let (mut client, io) = tokio::io::duplex(64);
+                let mut stream = stream(io, "");
+                let sender = tokio::spawn(async move {
+                    for part in wire.chunks(cut) {
+                        client.write_all(part).await.expect("the gateway reads");
+                        tokio::task::yield_now().await;
+                    }
+                    client
+                });
+                for (header, body) in requests {
+                    prop_assert!(stream.park().await);
+                    let Ok(Opening::Http1(opened)) = stream.open().await else { panic!("no request was opened") };
+                    prop_assert_eq!(&opened[..], &header[..]);
+                    let mut got = Vec::new();
+                    let mut piece = vec![0; space];
+                    while got.len() < body.len() {
+                        let read = stream.read(&mut piece).await.expect("a piece");
+                        prop_assert!(read > 0);
+                        got.extend_from_slice(&piece[..read]);
+                    }
+                    prop_assert_eq!(got, body);
+                    prop_assert!(stream.body_is_read());
+                    prop_assert!(stream.read(&mut piece).now_or_never().is_none(), "the session is to see nothing more");
+                }
+                drop(sender.await.expect("the client"));
+                prop_assert!(!stream.park().await, "the client has gone");
+                Ok(())
+            })?;
+        }
+    }
+
+    #[tokio::test]
+    async fn a_client_that_takes_nothing_is_given_up_and_one_that_takes_little_is_not() {
+        let (mut client, io) = tokio::io::duplex(16);
+        let mut stream = stream(io, "");
+        stream.connection.set_write_idle(Duration::from_millis(200));
+        let answer = vec![b'x'; 100_000];
+        let slow = async {
+            let mut sip = [0; 16];
+            for _ in 0..8 {
+                tokio::time::sleep(Duration::from_millis(60)).await;
+                client.read_exact(&mut sip).await.expect("a sip");
+            }
+            std::future::pending::<()>().await;
+        };
+        let begin = std::time::Instant::now();
+        let written = tokio::select! {
+            written = stream.write_all(&answer) => written,
+            () = slow => unreachable!("it never ends"),
+        };
+        assert_eq!(written.map_err(|error| error.kind()), Err(io::ErrorKind::TimedOut));
+        assert!(begin.elapsed() > Duration::from_millis(8 * 60 + 150), "{:?}", begin.elapsed());
+        assert_eq!(stream.connection.fault(), Some(&refusal::WRITE_TIMEOUT));
+    }
+
+    #[tokio::test]
+    async fn small_writes_leave_when_the_session_turns_to_reading() {
+        let (mut client, io) = tokio::io::duplex(1024);
+        let mut stream = stream(io, "");
+        stream.write_all(b"HTTP/1.1 200 OK\r\n").await.expect("room");
+        assert!(client.read(&mut [0; 64]).now_or_never().is_none(), "it is gathered");
+        assert!(stream.read(&mut [0; 1]).now_or_never().is_none());
+        let mut seen = [0; 64];
+        assert_eq!(client.read(&mut seen).await.ok(), Some(17));
+    }
+
+    #[tokio::test]
+    async fn the_preface_of_http_2_stays_in_the_stream() {
+        let (mut client, io) = tokio::io::duplex(1024);
+        let mut stream = stream(io, "protocols: [http1, h2c]");
+        client.write_all(&PREFACE[..10]).await.expect("room");
+        assert!(stream.park().await);
+        client.write_all(&PREFACE[10..]).await.expect("room");
+        assert!(matches!(stream.open().await, Ok(Opening::Http2)));
+        let mut peeked = [0; 24];
+        assert_eq!(stream.try_peek(&mut peeked).await.ok(), Some(true));
+        assert_eq!(&peeked, PREFACE);
+        let mut read = [0; 24];
+        stream.read_exact(&mut read).await.expect("the preface");
+        assert_eq!(&read, PREFACE);
+    }
+}

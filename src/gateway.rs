@@ -1,0 +1,309 @@
+//! From a configuration to a running gateway: builds everything, in order, once.
+//!
+//! The only place where names of the configuration become the things they name. Nothing here runs per request.
+
+pub mod sockets;
+pub mod stop;
+
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::path::Path;
+use std::sync::Arc;
+
+use pingora::server::configuration::ServerConf;
+use pingora::server::{RunArgs, Server};
+use pingora::services::listening::Service as ListeningService;
+use pingora_proxy::http_proxy;
+use tokio::sync::{Notify, watch};
+
+use crate::access_log::AccessLog;
+use crate::admin::{self, Admin, Readiness};
+use crate::client::connection::{Inflight, Listener, Listeners};
+use crate::client::{Desk, Front};
+use crate::config::server::Threads;
+use crate::config::{self, Config, Report};
+use crate::error::{BuildError, refusal};
+use crate::filter::{Catalog, FilterType};
+use crate::metrics::Metrics;
+use crate::proxy::Proxy;
+use crate::proxy::exchange::ATTEMPTS_MAX;
+use crate::proxy::header::TrustedProxies;
+use crate::proxy::route::table::Table;
+use crate::proxy::route::{Destination, Route};
+use crate::proxy::send::Manners;
+use crate::upstream::{self, Split, Upstream};
+use sockets::{Bound, Place, Socket};
+use stop::{Handle, Stop};
+
+/// Why a gateway could not be started.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    /// The configuration cannot be built.
+    #[error("{0}")]
+    Build(Report),
+    /// A socket cannot be bound.
+    #[error("cannot listen on {address} (listener {listener}): {source}")]
+    Listen {
+        /// The name of the listener; `admin` is the admin endpoint.
+        listener: String,
+        /// The address as written.
+        address: String,
+        /// What the system said.
+        source: std::io::Error,
+    },
+}
+
+/// Knows the filters; makes gateways of configurations.
+#[derive(Clone)]
+pub struct Builder {
+    catalog: Catalog,
+}
+
+impl Builder {
+    /// Registers one more filter.
+    pub fn filter<T: FilterType>(mut self) -> Self {
+        self.catalog = self.catalog.with::<T>();
+        self
+    }
+
+    /// The registered filters.
+    pub fn catalog(&self) -> &Catalog {
+        &self.catalog
+    }
+
+    /// Reads and checks a configuration file.
+    pub fn load(&self, path: &Path) -> Result<Config, Report> {
+        Config::load(path, self.catalog.kinds())
+    }
+
+    /// Reads and checks a configuration text; `file` is what errors call it.
+    pub fn parse(&self, file: &str, text: &str) -> Result<Config, Report> {
+        Config::parse(file, text, self.catalog.kinds())
+    }
+
+    /// The JSON Schema of a configuration.
+    pub fn schema(&self) -> serde_json::Value {
+        config::schema(self.catalog.kinds())
+    }
+
+    /// Builds all that can be built without binding a socket or opening a file, and tells what cannot.
+    pub fn check(&self, config: &Config) -> Vec<BuildError> {
+        let metrics = Metrics::new(config.observability.metrics.max_series.0, Vec::new());
+        let mut errors = self.catalog.conflicts().to_vec();
+        errors.extend(Parts::build(&self.catalog, config, &metrics).err().unwrap_or_default());
+        errors
+    }
+
+    /// Builds the gateway and binds its sockets.
+    pub fn build(self, config: Config) -> Result<Gateway, StartError> {
+        Gateway::build(&self.catalog, config)
+    }
+}
+
+/// A gateway, built and bound, not yet running.
+pub struct Gateway {
+    server: Server,
+    stop: Stop,
+    places: Vec<Place>,
+    admin: Option<SocketAddr>,
+    log: Option<Arc<AccessLog>>,
+}
+
+impl Gateway {
+    /// Begins to build one, with the built-in filters.
+    pub fn builder() -> Builder {
+        Builder { catalog: Catalog::builtin() }
+    }
+
+    /// The TCP address that a listener was bound to.
+    pub fn address(&self, listener: &str) -> Option<SocketAddr> {
+        self.places.iter().find(|place| place.listener == listener)?.tcp
+    }
+
+    /// The TCP address of the admin endpoint.
+    pub fn admin_address(&self) -> Option<SocketAddr> {
+        self.admin
+    }
+
+    /// Stops the gateway from another thread.
+    pub fn handle(&self) -> Handle {
+        Handle(self.stop.asked.clone())
+    }
+
+    /// Runs until it is stopped, by a signal or a [`Handle`], and all is drained.
+    ///
+    /// Once in a process: without work stealing, Pingora keeps its runtimes by thread, and a gateway that starts after
+    /// another has stopped may be handed a runtime that is gone.
+    pub fn run(self) {
+        let Gateway { server, stop, log, places, .. } = self;
+        server.run(RunArgs { shutdown_signal: Box::new(stop) });
+        for file in places.iter().filter_map(|place| place.file.as_ref()) {
+            // Nobody is left to tell if it is gone already.
+            let _ = std::fs::remove_file(file);
+        }
+        if let Some(log) = log {
+            log.close();
+        }
+    }
+
+    fn build(catalog: &Catalog, config: Config) -> Result<Gateway, StartError> {
+        let refusals = refusal::ALL.iter().copied().chain(catalog.refusals()).collect();
+        let metrics = Metrics::new(config.observability.metrics.max_series.0, refusals);
+        let wrong = |errors: Vec<BuildError>| StartError::Build(config.report(&errors));
+        if !catalog.conflicts().is_empty() {
+            return Err(wrong(catalog.conflicts().to_vec()));
+        }
+        let parts = Parts::build(catalog, &config, &metrics).map_err(wrong)?;
+        let log = AccessLog::open(&config.observability.access_log, metrics.access_log())
+            .map_err(|error| wrong(vec![error]))?
+            .map(Arc::new);
+
+        let threads = threads(config.server.threads);
+        metrics.set_workers(threads);
+        let mut server = Server::new_with_opt_and_conf(None, server_conf(&config, threads));
+        let (listeners_stop, stopped) = watch::channel(false);
+        let inflight = Arc::new(Inflight::default());
+        let readiness = Readiness::default();
+
+        let mut listeners = Listeners::new();
+        let mut sockets = Vec::new();
+        let mut places = Vec::new();
+        for written in &config.listeners {
+            let socket = bind(&written.address, &written.name)?;
+            let listener = Arc::new(Listener::build(written, &metrics));
+            match socket.tcp {
+                Some(address) => listeners.add_tcp(address, listener),
+                None => listeners.add_unix(socket.key(), listener),
+            }
+            places.push(Place::of(&written.name, &socket));
+            sockets.push(socket);
+        }
+
+        let proxy = Proxy {
+            routes: parts.routes,
+            trusted: TrustedProxies::new(&config.trusted_proxies),
+            manners: Manners { forwarded: config.forwarded, via: config.via },
+            metrics: metrics.clone(),
+            unrouted: metrics.unrouted(),
+            stopping: stopped.clone(),
+            log: log.clone(),
+        };
+        let proxy = http_proxy(&server.configuration, proxy);
+        let desk = Desk::new(listeners, metrics.clone(), log.clone(), inflight.clone());
+        let mut web = ListeningService::new("web".to_owned(), Front::new(Arc::new(proxy), Arc::new(desk)));
+        for socket in &sockets {
+            web.add_listener(socket.listener_config());
+        }
+        web.threads = Some(threads);
+        server.add_service(Bound::new(web, sockets, Some(stopped)));
+        if let Some(resolver) = upstream::background(parts.upstreams.values()) {
+            server.add_service(resolver);
+        }
+
+        let mut admin = None;
+        if config.admin.enabled {
+            let socket = bind(&config.admin.address, "admin")?;
+            places.push(Place::of("admin", &socket));
+            admin = socket.tcp;
+            let service = admin::service(socket.key(), socket.is_unix(), Admin::new(metrics, readiness.clone()));
+            server.add_service(Bound::new(service, vec![socket], None));
+        }
+        let stop = Stop {
+            asked: Arc::new(Notify::new()),
+            readiness,
+            times: config.server.shutdown.clone(),
+            listeners: listeners_stop,
+            inflight,
+            log: log.clone(),
+            places: places.clone(),
+        };
+        Ok(Gateway { server, stop, places, admin, log })
+    }
+}
+
+/// What is built of a configuration without touching the system's sockets and files.
+struct Parts {
+    upstreams: BTreeMap<String, Arc<Upstream>>,
+    routes: Table<Arc<Route>>,
+}
+
+impl Parts {
+    fn build(catalog: &Catalog, config: &Config, metrics: &Metrics) -> Result<Parts, Vec<BuildError>> {
+        let mut errors = Vec::new();
+        let mut upstreams = BTreeMap::new();
+        for (name, written) in &config.upstreams {
+            match Upstream::build(name, written, metrics.upstream(name)) {
+                Ok(upstream) => drop(upstreams.insert(name.clone(), Arc::new(upstream))),
+                Err(found) => errors.extend(found),
+            }
+        }
+        let mut rules = Vec::new();
+        for (index, written) in config.routes.iter().enumerate() {
+            match catalog.chain(&written.filters) {
+                Ok(chain) => rules.push((&written.matches, Arc::new(route(written, chain, &upstreams, metrics)))),
+                Err(found) => {
+                    errors.extend(
+                        found.into_iter().map(|error| error.under("filters").under(&format!("routes[{index}]"))),
+                    );
+                }
+            }
+        }
+        match Table::build(rules) {
+            Ok(routes) if errors.is_empty() => Ok(Parts { upstreams, routes }),
+            Ok(_) => Err(errors),
+            Err(found) => {
+                errors.extend(found.into_iter().map(|error| error.under("routes")));
+                Err(errors)
+            }
+        }
+    }
+}
+
+fn route(
+    written: &config::Route,
+    chain: crate::filter::Chain,
+    upstreams: &BTreeMap<String, Arc<Upstream>>,
+    metrics: &Metrics,
+) -> Route {
+    // The configuration was checked: a name that is not there belongs to an upstream whose own error is reported.
+    let named = |name: &String| upstreams.get(name).cloned();
+    let destination = if let Some(name) = &written.upstream {
+        named(name).map_or(Destination::Nowhere, Destination::One)
+    } else {
+        let sides = written.upstreams.iter().filter_map(|side| Some((named(&side.name)?, side.weight)));
+        Split::new(sides).map_or(Destination::Nowhere, Destination::Split)
+    };
+    Route {
+        name: written.name.clone(),
+        chain,
+        destination,
+        body_idle: written.client.body_idle.0,
+        write_idle: written.client.write_idle.0,
+        metrics: metrics.route(&written.name),
+    }
+}
+
+fn bind(address: &config::Address, listener: &str) -> Result<Socket, StartError> {
+    Socket::bind(address).map_err(|source| StartError::Listen {
+        listener: listener.to_owned(),
+        address: address.0.clone(),
+        source,
+    })
+}
+
+fn threads(written: Threads) -> usize {
+    match written {
+        Threads::Fixed(threads) => threads.get(),
+        Threads::Auto => std::thread::available_parallelism().map_or(1, |cores| cores.get()),
+    }
+}
+
+fn server_conf(config: &Config, threads: usize) -> ServerConf {
+    ServerConf {
+        threads,
+        work_stealing: config.server.work_stealing,
+        upstream_keepalive_pool_size: usize::try_from(config.server.keepalive_pool.0).unwrap_or(usize::MAX),
+        max_retries: ATTEMPTS_MAX as usize,
+        ..ServerConf::default()
+    }
+}

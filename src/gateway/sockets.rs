@@ -1,0 +1,185 @@
+//! The listening sockets, bound before anything runs: an address that is taken is a clear error and not a panic of a
+//! thread, and a port chosen by the system is known.
+//!
+//! Pingora is handed the bound sockets the way it would take them over from an older process.
+
+use std::net::{SocketAddr, ToSocketAddrs};
+use std::os::fd::{IntoRawFd, OwnedFd, RawFd};
+use std::os::unix::fs::FileTypeExt;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::PathBuf;
+use std::{fs, io};
+
+use async_trait::async_trait;
+use pingora::listeners::ListenerConfig;
+use pingora::protocols::l4::stream::L4BufferSettings;
+use pingora::server::{ListenFds, RuntimeOpts, ShutdownWatch};
+use pingora::services::Service;
+
+use crate::config::Address;
+
+/// Connections that may wait in the kernel to be accepted, as Pingora sets it too.
+const BACKLOG: i32 = 65_535;
+
+/// A bound socket and what Pingora knows it by.
+pub struct Socket {
+    /// The TCP address it was bound to; `None` for a unix socket.
+    pub tcp: Option<SocketAddr>,
+    /// The address as Pingora is told it.
+    key: String,
+    unix: bool,
+    fd: OwnedFd,
+}
+
+impl Socket {
+    /// Binds and listens. A unix socket that nobody listens on any more is replaced; a live one is an error.
+    pub fn bind(address: &Address) -> io::Result<Socket> {
+        match address.unix_path() {
+            Some(path) => Self::bind_unix(path),
+            None => Self::bind_tcp(&address.0),
+        }
+    }
+
+    fn bind_tcp(address: &str) -> io::Result<Socket> {
+        let mut last = io::Error::new(io::ErrorKind::NotFound, "the name has no address");
+        for address in address.to_socket_addrs()? {
+            match Self::listen_tcp(address) {
+                Ok(socket) => return Ok(socket),
+                Err(error) => last = error,
+            }
+        }
+        Err(last)
+    }
+
+    fn listen_tcp(address: SocketAddr) -> io::Result<Socket> {
+        use socket2::{Domain, Type};
+        let socket = socket2::Socket::new(Domain::for_address(address), Type::STREAM, None)?;
+        socket.set_reuse_address(true)?;
+        socket.bind(&address.into())?;
+        socket.listen(BACKLOG)?;
+        socket.set_nonblocking(true)?;
+        let bound = socket.local_addr()?.as_socket();
+        let key = bound.unwrap_or(address).to_string();
+        Ok(Socket { tcp: bound, key, unix: false, fd: socket.into() })
+    }
+
+    fn bind_unix(path: &str) -> io::Result<Socket> {
+        if fs::symlink_metadata(path).is_ok_and(|found| found.file_type().is_socket()) {
+            if UnixStream::connect(path).is_ok() {
+                return Err(io::ErrorKind::AddrInUse.into());
+            }
+            fs::remove_file(path)?;
+        }
+        let listener = UnixListener::bind(path)?;
+        listener.set_nonblocking(true)?;
+        Ok(Socket { tcp: None, key: path.to_owned(), unix: true, fd: listener.into() })
+    }
+
+    /// What Pingora's service is to listen on.
+    pub fn listener_config(&self) -> ListenerConfig {
+        // Unbuffered: `client::stream` gathers writes itself and gives its buffers back between requests.
+        let config = if self.unix { ListenerConfig::uds(&self.key) } else { ListenerConfig::tcp(&self.key) };
+        config.l4_buffer(L4BufferSettings::unbuffered())
+    }
+
+    /// The address as Pingora is told it.
+    pub fn key(&self) -> &str {
+        &self.key
+    }
+
+    /// Whether it is a unix socket.
+    pub fn is_unix(&self) -> bool {
+        self.unix
+    }
+}
+
+/// Where a listener was bound to.
+#[derive(Clone)]
+pub struct Place {
+    /// The name of the listener; `admin` is the admin endpoint.
+    pub listener: String,
+    /// The address as bound: with the port that the system chose, or the path of a unix socket.
+    pub address: String,
+    /// The TCP address.
+    pub tcp: Option<SocketAddr>,
+    /// The file of a unix socket, which is to be removed when nobody listens any more.
+    pub file: Option<PathBuf>,
+}
+
+impl Place {
+    /// Where `listener` was bound to.
+    pub fn of(listener: &str, socket: &Socket) -> Self {
+        Place {
+            listener: listener.to_owned(),
+            address: socket.key.clone(),
+            tcp: socket.tcp,
+            file: socket.unix.then(|| PathBuf::from(&socket.key)),
+        }
+    }
+}
+
+/// A Pingora service that is given its bound sockets, and a watch of ours instead of Pingora's: see [`super::stop`].
+pub struct Bound<S> {
+    service: S,
+    sockets: Vec<(String, RawFd)>,
+    stop: Option<ShutdownWatch>,
+}
+
+impl<S> Bound<S> {
+    /// Gives `service` its sockets. With `stop` it ends when that says so; else when Pingora says so.
+    pub fn new(service: S, sockets: Vec<Socket>, stop: Option<ShutdownWatch>) -> Self {
+        let sockets = sockets.into_iter().map(|socket| (socket.key, socket.fd.into_raw_fd())).collect();
+        Bound { service, sockets, stop }
+    }
+}
+
+#[async_trait]
+impl<S: Service> Service for Bound<S> {
+    async fn start_service(&mut self, fds: Option<ListenFds>, shutdown: ShutdownWatch, listeners_per_fd: usize) {
+        if let Some(fds) = &fds {
+            let mut fds = fds.lock();
+            for (key, fd) in self.sockets.drain(..) {
+                fds.add(key, fd);
+            }
+        }
+        let stop = self.stop.take().unwrap_or(shutdown);
+        self.service.start_service(fds, stop, listeners_per_fd).await;
+    }
+
+    fn name(&self) -> &str {
+        self.service.name()
+    }
+
+    fn threads(&self) -> Option<usize> {
+        self.service.threads()
+    }
+
+    fn runtime_opts_override(&self, global: &RuntimeOpts) -> Option<RuntimeOpts> {
+        self.service.runtime_opts_override(global)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_port_of_the_systems_choice_is_known_and_a_taken_one_is_an_error() {
+        let first = Socket::bind(&"127.0.0.1:0".parse().expect("an address")).expect("a socket");
+        let address = first.tcp.expect("a TCP address");
+        assert_ne!(address.port(), 0);
+        let again = Socket::bind(&address.to_string().parse().expect("an address")).map(|_| ());
+        assert_eq!(again.map_err(|error| error.kind()), Err(io::ErrorKind::AddrInUse));
+    }
+
+    #[test]
+    fn a_dead_unix_socket_is_replaced_and_a_live_one_is_not() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let path = folder.path().join("web.sock");
+        let address: Address = format!("unix:{}", path.display()).parse().expect("an address");
+        let live = Socket::bind(&address).expect("a socket");
+        assert_eq!(Socket::bind(&address).map(|_| ()).map_err(|error| error.kind()), Err(io::ErrorKind::AddrInUse));
+        drop(live);
+        assert!(Socket::bind(&address).is_ok());
+    }
+}

@@ -1,0 +1,131 @@
+//! Signals, and the order of a graceful stop.
+//!
+//! Pingora would sleep through its whole grace period and then drop what is left. So Pingora's own watch is kept still,
+//! and a watch of ours is flipped when it is time: not ready, pause, no new connections, the exchanges in flight end,
+//! exit. The admin endpoint answers to the end.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use super::sockets::Place;
+use async_trait::async_trait;
+use pingora::server::{ShutdownSignal, ShutdownSignalWatch};
+use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::sync::{Notify, watch};
+
+use crate::access_log::AccessLog;
+use crate::admin::{Readiness, Ready};
+use crate::client::connection::Inflight;
+use crate::config::server::Shutdown;
+
+/// Lets a connection that was just accepted become an exchange before the last one is looked for.
+const SETTLE: Duration = Duration::from_millis(20);
+
+/// Stops a running gateway from within the process, as SIGTERM does from without.
+#[derive(Clone)]
+pub struct Handle(pub(super) Arc<Notify>);
+
+impl Handle {
+    /// Begins a graceful stop.
+    pub fn stop(&self) {
+        self.0.notify_one();
+    }
+}
+
+/// What Pingora's main loop waits for.
+pub struct Stop {
+    pub(super) asked: Arc<Notify>,
+    pub(super) readiness: Readiness,
+    pub(super) times: Shutdown,
+    pub(super) listeners: watch::Sender<bool>,
+    pub(super) inflight: Arc<Inflight>,
+    pub(super) log: Option<Arc<AccessLog>>,
+    /// Told once signals are received: who waits for these lines may send one.
+    pub(super) places: Vec<Place>,
+}
+
+struct Signals {
+    terminate: Signal,
+    interrupt: Signal,
+    hangup: Signal,
+    user1: Signal,
+}
+
+impl Signals {
+    fn install() -> std::io::Result<Signals> {
+        Ok(Signals {
+            terminate: signal(SignalKind::terminate())?,
+            interrupt: signal(SignalKind::interrupt())?,
+            hangup: signal(SignalKind::hangup())?,
+            user1: signal(SignalKind::user_defined1())?,
+        })
+    }
+}
+
+#[async_trait]
+impl ShutdownSignalWatch for Stop {
+    async fn recv(&self) -> ShutdownSignal {
+        self.wait_and_drain().await;
+        // Also where nothing was drained: listeners whose watch just goes away would call that an error.
+        self.close_listeners();
+        ShutdownSignal::FastShutdown
+    }
+}
+
+impl Stop {
+    /// Minds the signals until one says stop, and until that is done.
+    async fn wait_and_drain(&self) {
+        let mut signals = match Signals::install() {
+            Ok(signals) => signals,
+            Err(error) => {
+                tracing::error!(%error, "signals cannot be received; stopping");
+                return;
+            }
+        };
+        for Place { listener, address, .. } in &self.places {
+            tracing::info!(listener, address, "listening");
+        }
+        self.readiness.set(Ready::Ready);
+        loop {
+            tokio::select! {
+                _ = signals.terminate.recv() => break,
+                _ = self.asked.notified() => break,
+                _ = signals.interrupt.recv() => {
+                    tracing::info!("interrupted; stopping at once");
+                    return;
+                }
+                _ = signals.hangup.recv() => {
+                    tracing::warn!("SIGHUP: reloading is not there yet; nothing was changed");
+                }
+                _ = signals.user1.recv() => {
+                    tracing::info!("SIGUSR1: reopening the access log");
+                    if let Some(log) = &self.log {
+                        log.reopen();
+                    }
+                }
+            }
+        }
+        tokio::select! {
+            () = self.drain() => {}
+            _ = signals.interrupt.recv() => tracing::info!("interrupted; stopping at once"),
+        }
+    }
+
+    fn close_listeners(&self) {
+        // An error would mean that no service is left to tell.
+        let _ = self.listeners.send(true);
+    }
+
+    async fn drain(&self) {
+        let (pause, deadline) = (self.times.pause.0, self.times.deadline.0);
+        tracing::info!(?pause, ?deadline, inflight = self.inflight.count(), "stopping");
+        self.readiness.set(Ready::Stopping);
+        tokio::time::sleep(pause).await;
+        self.close_listeners();
+        tokio::time::sleep(SETTLE).await;
+        match tokio::time::timeout(deadline, self.inflight.drained()).await {
+            Ok(()) => tracing::info!("the last exchange has ended"),
+            Err(_) => tracing::warn!(cut = self.inflight.count(), "the deadline is over; the rest is cut"),
+        }
+    }
+}

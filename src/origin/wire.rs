@@ -1,0 +1,362 @@
+//! One connection of the test origin: request headers and bodies in, bytes out, nothing waited for longer than
+//! a minute.
+//!
+//! Bodies come piece by piece, so that an upload of any size costs no memory unless it is to be echoed.
+
+use std::io;
+use std::time::Duration;
+
+use bytes::{Buf, Bytes, BytesMut};
+use http::header::{CONNECTION, CONTENT_LENGTH, EXPECT, TRANSFER_ENCODING};
+use http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, Uri};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
+use tokio::time::timeout;
+
+/// How long a peer may send or take nothing, and how long a whole header may take.
+const IDLE: Duration = Duration::from_secs(60);
+
+/// How long a peer is kept by a fault that waits for it to go away.
+const PATIENCE: Duration = Duration::from_secs(600);
+
+const HEADER_BYTES_MAX: usize = 64 * 1024;
+const HEADER_FIELDS_MAX: usize = 128;
+
+/// The longest line of chunked framing: a size with its extensions, or a trailer field.
+const LINE_BYTES_MAX: usize = 8 * 1024;
+
+/// What one read may bring.
+const READ_BYTES: usize = 16 * 1024;
+
+/// Why a connection cannot go on.
+#[derive(Debug)]
+pub enum Broken {
+    /// The socket failed, or the peer went away or fell asleep in the middle of something.
+    Io(io::Error),
+    /// The request was wrong; this is what to tell its sender.
+    Request(StatusCode, &'static str),
+}
+
+impl From<io::Error> for Broken {
+    fn from(error: io::Error) -> Self {
+        Broken::Io(error)
+    }
+}
+
+/// A request header.
+#[derive(Debug)]
+pub struct Request {
+    pub method: Method,
+    pub target: Uri,
+    /// HTTP/1.`minor`.
+    pub minor: u8,
+    pub headers: HeaderMap,
+    pub framing: Framing,
+}
+
+impl Request {
+    /// Whether the client wants the connection kept. HTTP/1.0 clients never do: their `keep-alive` was no standard.
+    pub fn keeps_alive(&self) -> bool {
+        self.minor == 1 && !self.names(CONNECTION, "close")
+    }
+
+    /// Whether the client holds its body back until it is asked for (RFC 9110 §10.1.1).
+    pub fn waits_for_continue(&self) -> bool {
+        self.minor == 1 && self.names(EXPECT, "100-continue") && !matches!(self.framing, Framing::Done)
+    }
+
+    /// Whether a comma-separated header holds this word, in any case.
+    pub fn names(&self, header: HeaderName, word: &str) -> bool {
+        let values = self.headers.get_all(header);
+        values
+            .iter()
+            .filter_map(|value| value.to_str().ok())
+            .any(|value| value.split(',').any(|token| token.trim().eq_ignore_ascii_case(word)))
+    }
+}
+
+/// Where in the body of a request we are (RFC 9112 §6).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Framing {
+    /// So many bytes of a body of known length are left.
+    Length(u64),
+    /// The size of a chunk is next.
+    ChunkSize,
+    /// So many bytes of a chunk are left.
+    Chunk(u64),
+    /// The line end behind a chunk is next.
+    ChunkEnd,
+    /// Trailer fields are next.
+    Trailer,
+    /// The body is over.
+    Done,
+}
+
+impl Framing {
+    fn of(headers: &HeaderMap) -> Result<Framing, Broken> {
+        let bad = |why| Err(Broken::Request(StatusCode::BAD_REQUEST, why));
+        let mut lengths = headers.get_all(CONTENT_LENGTH).iter();
+        match (headers.get(TRANSFER_ENCODING), lengths.next(), lengths.next()) {
+            (None, None, _) => Ok(Framing::Done),
+            (None, Some(length), None) => match length.to_str().ok().and_then(digits) {
+                Some(0) => Ok(Framing::Done),
+                Some(length) => Ok(Framing::Length(length)),
+                None => bad("Content-Length is not a number"),
+            },
+            (None, Some(_), Some(_)) => bad("Content-Length is given twice"),
+            (Some(_), Some(_), _) => bad("Content-Length and Transfer-Encoding are both given"),
+            (Some(coding), None, _) if coding.as_bytes().eq_ignore_ascii_case(b"chunked") => Ok(Framing::ChunkSize),
+            (Some(_), None, _) => bad("the only transfer coding understood here is chunked"),
+        }
+    }
+}
+
+/// A `Content-Length`: digits alone, where `parse` would take a sign too.
+fn digits(text: &str) -> Option<u64> {
+    text.bytes().all(|byte| byte.is_ascii_digit()).then(|| text.parse().ok()).flatten()
+}
+
+/// A connection and what was read from it but not used yet.
+pub struct Wire {
+    stream: TcpStream,
+    unread: BytesMut,
+}
+
+impl Wire {
+    pub fn new(stream: TcpStream) -> Self {
+        // Without it a drip of small pieces would be gathered by the kernel. A socket that refuses it is broken anyway.
+        let _ = stream.set_nodelay(true);
+        Wire { stream, unread: BytesMut::new() }
+    }
+
+    /// The next request header; `None` if the peer closed or stayed idle instead.
+    pub async fn request(&mut self) -> Result<Option<Request>, Broken> {
+        let header = async {
+            loop {
+                if let Some(request) = self.parse()? {
+                    return Ok(Some(request));
+                }
+                if self.unread.len() >= HEADER_BYTES_MAX {
+                    return Err(Broken::Request(
+                        StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE,
+                        "more than 64 KiB of header",
+                    ));
+                }
+                if self.fill().await? == 0 {
+                    return Ok(None);
+                }
+            }
+        };
+        timeout(IDLE, header).await.unwrap_or(Ok(None))
+    }
+
+    fn parse(&mut self) -> Result<Option<Request>, Broken> {
+        let mut fields = [httparse::EMPTY_HEADER; HEADER_FIELDS_MAX];
+        let mut parsed = httparse::Request::new(&mut fields);
+        let length = match parsed.parse(&self.unread) {
+            Ok(httparse::Status::Complete(length)) => length,
+            Ok(httparse::Status::Partial) => return Ok(None),
+            Err(httparse::Error::TooManyHeaders) => {
+                return Err(Broken::Request(
+                    StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE,
+                    "more than 128 header fields",
+                ));
+            }
+            Err(_) => return Err(Broken::Request(StatusCode::BAD_REQUEST, "this is not an HTTP/1 request")),
+        };
+        let request = Request::from_parsed(&parsed)?;
+        self.unread.advance(length);
+        Ok(Some(request))
+    }
+
+    /// The next piece of a body; `None` at its end.
+    pub async fn piece(&mut self, framing: &mut Framing) -> Result<Option<Bytes>, Broken> {
+        loop {
+            match *framing {
+                Framing::Done => return Ok(None),
+                Framing::Length(left) => {
+                    let piece = self.some(left).await?;
+                    let left = left - piece.len() as u64;
+                    *framing = if left == 0 { Framing::Done } else { Framing::Length(left) };
+                    return Ok(Some(piece));
+                }
+                Framing::Chunk(left) => {
+                    let piece = self.some(left).await?;
+                    let left = left - piece.len() as u64;
+                    *framing = if left == 0 { Framing::ChunkEnd } else { Framing::Chunk(left) };
+                    return Ok(Some(piece));
+                }
+                Framing::ChunkSize => {
+                    let line = self.line().await?;
+                    *framing = match httparse::parse_chunk_size(&line) {
+                        Ok(httparse::Status::Complete((_, 0))) => Framing::Trailer,
+                        Ok(httparse::Status::Complete((_, size))) => Framing::Chunk(size),
+                        _ => return Err(Broken::Request(StatusCode::BAD_REQUEST, "a chunk's size is not one")),
+                    };
+                }
+                Framing::ChunkEnd if *self.line().await? == *b"\r\n" => *framing = Framing::ChunkSize,
+                Framing::ChunkEnd => {
+                    return Err(Broken::Request(StatusCode::BAD_REQUEST, "a chunk is longer than its size"));
+                }
+                Framing::Trailer if *self.line().await? == *b"\r\n" => *framing = Framing::Done,
+                Framing::Trailer => {}
+            }
+        }
+    }
+
+    /// Exactly so many bytes.
+    pub async fn exactly(&mut self, length: usize) -> io::Result<Bytes> {
+        while self.unread.len() < length {
+            self.fill_or_fail().await?;
+        }
+        Ok(self.unread.split_to(length).freeze())
+    }
+
+    /// At least one byte and at most `limit`.
+    async fn some(&mut self, limit: u64) -> io::Result<Bytes> {
+        if self.unread.is_empty() {
+            self.fill_or_fail().await?;
+        }
+        let length = usize::try_from(limit).unwrap_or(usize::MAX).min(self.unread.len());
+        Ok(self.unread.split_to(length).freeze())
+    }
+
+    /// A line with its end.
+    async fn line(&mut self) -> Result<Bytes, Broken> {
+        loop {
+            if let Some(end) = self.unread.iter().position(|byte| *byte == b'\n') {
+                return Ok(self.unread.split_to(end + 1).freeze());
+            }
+            if self.unread.len() > LINE_BYTES_MAX {
+                return Err(Broken::Request(StatusCode::BAD_REQUEST, "a line of the chunked body is too long"));
+            }
+            self.fill_or_fail().await?;
+        }
+    }
+
+    /// Sends all of this, as long as the peer keeps taking some.
+    pub async fn send(&mut self, mut bytes: &[u8]) -> io::Result<()> {
+        while !bytes.is_empty() {
+            let sent = timeout(IDLE, self.stream.write(bytes)).await??;
+            if sent == 0 {
+                return Err(io::ErrorKind::WriteZero.into());
+            }
+            bytes = &bytes[sent..];
+        }
+        Ok(())
+    }
+
+    /// Lets `time` pass.
+    ///
+    /// # Errors
+    /// If the peer goes away meanwhile, so that nobody waits for the end of it.
+    pub async fn pause(&mut self, time: Duration) -> io::Result<()> {
+        if time.is_zero() {
+            return Ok(());
+        }
+        tokio::select! {
+            () = tokio::time::sleep(time) => Ok(()),
+            gone = self.gone() => Err(gone),
+        }
+    }
+
+    /// Done when the peer has gone. What it sends before is kept; after 64 KiB no more is read, so that an upload comes to
+    /// a halt, and the end of that peer goes unnoticed.
+    async fn gone(&mut self) -> io::Error {
+        while self.unread.len() < HEADER_BYTES_MAX {
+            self.unread.reserve(READ_BYTES);
+            match self.stream.read_buf(&mut self.unread).await {
+                Ok(0) => return io::ErrorKind::UnexpectedEof.into(),
+                Ok(_) => {}
+                Err(error) => return error,
+            }
+        }
+        std::future::pending().await
+    }
+
+    /// Does nothing until the peer goes away, but for ten minutes at most.
+    pub async fn hang(&mut self) {
+        // Either way the connection is over.
+        let _ = timeout(PATIENCE, self.gone()).await;
+    }
+
+    /// Closes so that the peer can read all that was sent: unread bytes at the time of a plain close would reset the
+    /// connection (RFC 9112 §9.6).
+    pub async fn close(&mut self) {
+        let linger = async {
+            self.stream.shutdown().await?;
+            while self.fill().await? > 0 {
+                self.unread.clear();
+            }
+            io::Result::Ok(())
+        };
+        // The connection is over whether this worked or not.
+        let _ = timeout(IDLE, linger).await;
+    }
+
+    /// Makes the close that follows a reset: RST instead of FIN.
+    pub fn reset(&mut self) -> io::Result<()> {
+        self.stream.set_zero_linger()
+    }
+
+    async fn fill(&mut self) -> io::Result<usize> {
+        self.unread.reserve(READ_BYTES);
+        timeout(IDLE, self.stream.read_buf(&mut self.unread)).await?
+    }
+
+    async fn fill_or_fail(&mut self) -> io::Result<()> {
+        match self.fill().await? {
+            0 => Err(io::ErrorKind::UnexpectedEof.into()),
+            _ => Ok(()),
+        }
+    }
+}
+
+impl Request {
+    fn from_parsed(parsed: &httparse::Request<'_, '_>) -> Result<Request, Broken> {
+        let bad = |why| Broken::Request(StatusCode::BAD_REQUEST, why);
+        let mut headers = HeaderMap::with_capacity(parsed.headers.len());
+        for field in parsed.headers.iter() {
+            let name = HeaderName::from_bytes(field.name.as_bytes()).map_err(|_| bad("a header name is not one"))?;
+            let value = HeaderValue::from_bytes(field.value).map_err(|_| bad("a header value is not one"))?;
+            headers.append(name, value);
+        }
+        Ok(Request {
+            method: parsed.method.unwrap_or_default().parse().map_err(|_| bad("the method is not one"))?,
+            target: parsed.path.unwrap_or_default().parse().map_err(|_| bad("the target is not a path or URI"))?,
+            minor: parsed.version.unwrap_or_default(),
+            framing: Framing::of(&headers)?,
+            headers,
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn framing(fields: &[(&'static str, &'static str)]) -> Option<Framing> {
+        let mut map = HeaderMap::new();
+        for (name, value) in fields {
+            map.append(*name, HeaderValue::from_static(value));
+        }
+        Framing::of(&map).ok()
+    }
+
+    #[test]
+    fn the_header_says_how_the_body_ends() {
+        assert_eq!(framing(&[]), Some(Framing::Done));
+        assert_eq!(framing(&[("content-length", "0")]), Some(Framing::Done));
+        assert_eq!(framing(&[("content-length", "12")]), Some(Framing::Length(12)));
+        assert_eq!(framing(&[("transfer-encoding", "Chunked")]), Some(Framing::ChunkSize));
+    }
+
+    #[test]
+    fn an_ambiguous_length_is_refused() {
+        assert_eq!(framing(&[("content-length", "+12")]), None);
+        assert_eq!(framing(&[("content-length", "1, 1")]), None);
+        assert_eq!(framing(&[("content-length", "1"), ("content-length", "1")]), None);
+        assert_eq!(framing(&[("content-length", "1"), ("transfer-encoding", "chunked")]), None);
+        assert_eq!(framing(&[("transfer-encoding", "gzip, chunked")]), None);
+    }
+}

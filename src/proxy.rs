@@ -1,0 +1,269 @@
+//! An exchange from its route to its end: `impl ProxyHttp`, which is the order of the phases and nothing else.
+//!
+//! Pingora calls these hooks in the order in which they stand here. Each hands over to the file of its phase; what a
+//! phase decides is kept in [`exchange::Exchange`]. A phase never calls another.
+
+pub mod blame;
+pub mod connect;
+pub mod exchange;
+pub mod finish;
+pub mod header;
+pub mod receive;
+pub mod route;
+pub mod select;
+pub mod send;
+pub mod write;
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use async_trait::async_trait;
+use bytes::Bytes;
+use pingora::http::{RequestHeader, ResponseHeader};
+use pingora::protocols::Digest;
+use pingora::server::ShutdownWatch;
+use pingora::upstreams::peer::HttpPeer;
+use pingora::{Error, ErrorType, Result};
+use pingora_proxy::{FailToProxy, ProxyHttp, ProxyWarnLogContext, Session};
+
+use crate::access_log::AccessLog;
+use crate::client::session::Link;
+use crate::error::{Refusal, refusal};
+use crate::filter::{Refused, Verdict};
+use crate::metrics::{Metrics, RouteMetrics};
+use crate::phase::Phase;
+use exchange::Exchange;
+use header::TrustedProxies;
+use route::Route;
+use route::table::Table;
+use send::Manners;
+
+/// The gateway as Pingora sees it.
+pub struct Proxy {
+    /// Which request goes where.
+    pub routes: Table<Arc<Route>>,
+    /// Proxies in front of us that are believed.
+    pub trusted: TrustedProxies,
+    /// What is added to every request.
+    pub manners: Manners,
+    /// Gauges of the phases.
+    pub metrics: Metrics,
+    /// The counters of requests that no route takes.
+    pub unrouted: Arc<RouteMetrics>,
+    /// Says when the gateway stops: answers then announce the end of their connection.
+    pub stopping: ShutdownWatch,
+    /// The access log.
+    pub log: Option<Arc<AccessLog>>,
+}
+
+#[async_trait]
+impl ProxyHttp for Proxy {
+    type CTX = Exchange;
+
+    fn new_ctx(&self) -> Exchange {
+        Exchange::begin(&self.metrics)
+    }
+
+    /// `header`, `route`.
+    async fn request_filter(&self, session: &mut Session, exchange: &mut Exchange) -> Result<bool> {
+        let verdict = self.route(session.req_header_mut(), exchange).await;
+        match verdict {
+            Verdict::Continue => {}
+            Verdict::Refuse(refused) => return refuse(session, exchange, refused).await,
+            Verdict::Answer(answer) => {
+                exchange.enter(Phase::Write);
+                write::answer(exchange, session.as_downstream_mut(), answer)
+                    .await
+                    .map_err(|error| error.into_down())?;
+                return Ok(true);
+            }
+        }
+        let Some(route) = exchange.route.clone() else { return Ok(false) };
+        let Some(upstream) = route.destination.next() else {
+            return refuse(session, exchange, plain(&refusal::SELECT_NO_ENDPOINT)).await;
+        };
+        exchange.upstream = Some(upstream.clone());
+        patience_for_writing(session, exchange, route.write_idle);
+        if session.is_upgrade_req() {
+            // Once upgraded, a client may be silent for as long as its upstream is not.
+            session.set_read_timeout(None);
+        } else {
+            let tap = receive::BodyFilters::of(exchange);
+            let patience = route.patience(upstream.timeouts);
+            exchange.link = Some(Link::wrap(&mut session.downstream_session, patience, tap));
+        }
+        Ok(false)
+    }
+
+    /// `select`.
+    async fn upstream_peer(&self, _session: &mut Session, exchange: &mut Exchange) -> Result<Box<HttpPeer>> {
+        match select::next(exchange) {
+            Ok(endpoint) => Ok(endpoint.peer()),
+            Err(refusal) => {
+                exchange.refuse(plain(refusal));
+                Err(Error::new_up(ErrorType::ConnectError))
+            }
+        }
+    }
+
+    /// `connect` failed.
+    fn fail_to_connect(
+        &self,
+        _session: &mut Session,
+        _peer: &HttpPeer,
+        exchange: &mut Exchange,
+        error: Box<Error>,
+    ) -> Box<Error> {
+        connect::failed(exchange, error)
+    }
+
+    /// `connect` is done; `send` begins.
+    async fn connected_to_upstream(
+        &self,
+        _session: &mut Session,
+        reused: bool,
+        _peer: &HttpPeer,
+        _fd: std::os::fd::RawFd,
+        _digest: Option<&Digest>,
+        exchange: &mut Exchange,
+    ) -> Result<()> {
+        connect::made(exchange, reused);
+        Ok(())
+    }
+
+    /// `send`: the header.
+    async fn upstream_request_filter(
+        &self,
+        _session: &mut Session,
+        request: &mut RequestHeader,
+        exchange: &mut Exchange,
+    ) -> Result<()> {
+        send::header(exchange, self.manners, request)
+    }
+
+    /// `send`: the body, piece by piece; with the last, `wait` begins.
+    async fn request_body_filter(
+        &self,
+        session: &mut Session,
+        piece: &mut Option<Bytes>,
+        end: bool,
+        exchange: &mut Exchange,
+    ) -> Result<()> {
+        send::piece(exchange, session.req_header_mut(), piece, end).await
+    }
+
+    /// `wait` is done; `receive` begins.
+    async fn response_filter(
+        &self,
+        session: &mut Session,
+        response: &mut ResponseHeader,
+        exchange: &mut Exchange,
+    ) -> Result<()> {
+        if *self.stopping.borrow()
+            && let Some(link) = &exchange.link
+        {
+            link.close_after_answer();
+        }
+        receive::header(exchange, session.req_header_mut(), response, self.manners.via).await
+    }
+
+    /// `receive` ends with the last piece; `write` begins.
+    fn response_body_filter(
+        &self,
+        _session: &mut Session,
+        _piece: &mut Option<Bytes>,
+        end: bool,
+        exchange: &mut Exchange,
+    ) -> Result<Option<Duration>> {
+        if end {
+            receive::ended(exchange);
+        }
+        Ok(None)
+    }
+
+    /// An attempt failed after its connection stood.
+    fn error_while_proxy(
+        &self,
+        _peer: &HttpPeer,
+        session: &mut Session,
+        error: Box<Error>,
+        exchange: &mut Exchange,
+        reused: bool,
+    ) -> Box<Error> {
+        send::failed(exchange, session.as_downstream_mut(), error, reused)
+    }
+
+    /// The exchange failed: the client is refused, or cut off if its answer had begun.
+    async fn fail_to_proxy(&self, session: &mut Session, error: &Error, exchange: &mut Exchange) -> FailToProxy {
+        if let Some(link) = &exchange.link {
+            link.reclaim(&mut session.downstream_session);
+        }
+        let earlier = exchange.take_refused().or_else(|| exchange.refusal.map(plain));
+        let refused = earlier.unwrap_or_else(|| plain(blame::reason(exchange, error)));
+        exchange.refusal = Some(refused.refusal);
+        exchange.enter(Phase::Write);
+        tracing::debug!(reason = refused.refusal.reason, %error, "an exchange failed");
+        let client = session.as_downstream_mut();
+        if !write::is_unanswered(client) {
+            write::cut(exchange, client).await;
+        } else if write::is_heard(refused.refusal) {
+            client.set_keepalive(None);
+            if write::refuse(exchange, client, &refused).await.is_ok() && !client.is_http2() {
+                client.shutdown().await;
+            }
+        }
+        FailToProxy { error_code: refused.refusal.status, can_reuse_downstream: false }
+    }
+
+    /// `finish`.
+    async fn logging(&self, session: &mut Session, _error: Option<&Error>, exchange: &mut Exchange) {
+        if let Some(link) = &exchange.link {
+            link.reclaim(&mut session.downstream_session);
+        }
+        finish::settle(exchange, session.as_downstream_mut(), &self.unrouted, self.log.as_deref());
+    }
+
+    /// The access log and the metrics say it all, once.
+    fn suppress_error_log(&self, _session: &Session, _exchange: &Exchange, _error: &Error) -> bool {
+        true
+    }
+
+    fn suppress_proxy_warn_log(&self, _: &Session, _: &Exchange, _: &Error, _: ProxyWarnLogContext) -> bool {
+        true
+    }
+}
+
+impl Proxy {
+    async fn route(&self, request: &mut RequestHeader, exchange: &mut Exchange) -> Verdict {
+        if let Err(refusal) = header::check(exchange, request, &self.trusted) {
+            return refusal.into();
+        }
+        match route::find(&self.routes, request) {
+            Ok(route) => route::take(exchange, route.clone(), request).await,
+            Err(refusal) => refusal.into(),
+        }
+    }
+}
+
+/// HTTP/1 has one exchange at a time, so its stream can watch every write; HTTP/2 watches each stream, and the connection.
+fn patience_for_writing(session: &mut Session, exchange: &Exchange, idle: Duration) {
+    let connection = exchange.connection.as_ref();
+    if session.is_http2() {
+        session.set_write_timeout(Some(idle));
+        connection.inspect(|connection| connection.extend_write_idle(idle));
+    } else {
+        connection.inspect(|connection| connection.set_write_idle(idle));
+    }
+}
+
+/// Refuses in the ordinary course of things: the connection may be kept.
+async fn refuse(session: &mut Session, exchange: &mut Exchange, refused: Refused) -> Result<bool> {
+    exchange.refusal = Some(refused.refusal);
+    exchange.enter(Phase::Write);
+    write::refuse(exchange, session.as_downstream_mut(), &refused).await.map_err(|error| error.into_down())?;
+    Ok(true)
+}
+
+fn plain(refusal: &'static Refusal) -> Refused {
+    Refused { refusal, headers: Vec::new() }
+}

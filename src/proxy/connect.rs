@@ -1,0 +1,47 @@
+//! Phase `connect`: a connection to the endpoint is made or taken from the pool.
+//!
+//! Pingora does the work; here is what follows from its outcome. After `select`; before `send`, or `select` again.
+
+use pingora::{Error, ErrorType};
+
+use super::exchange::Exchange;
+use crate::error::{Refusal, refusal};
+use crate::phase::Phase;
+
+/// The connection stands; the request is sent next.
+pub fn made(exchange: &mut Exchange, reused: bool) {
+    if let Some(upstream) = &exchange.upstream {
+        let metrics = &upstream.metrics;
+        if reused { metrics.connects_reused.inc() } else { metrics.connects_new.inc() }
+    }
+    exchange.enter(Phase::Send);
+}
+
+/// No connection could be made. No byte of the request has left, so any method may be tried elsewhere.
+pub fn failed(exchange: &mut Exchange, mut error: Box<Error>) -> Box<Error> {
+    let failure = reason(&error);
+    tracing::debug!(endpoint = exchange.endpoint().map(|endpoint| &*endpoint.label), %error, "no connection");
+    exchange.failure = Some(failure);
+    let more = exchange.upstream.as_ref().is_some_and(|upstream| upstream.has_more(&exchange.tried));
+    let again = more && exchange.may_retry();
+    if let Some(upstream) = &exchange.upstream {
+        upstream.metrics.connects_failed.inc();
+        if again {
+            upstream.metrics.retries.inc();
+        }
+    }
+    error.set_retry(again);
+    error
+}
+
+fn reason(error: &Error) -> &'static Refusal {
+    match error.etype() {
+        ErrorType::ConnectTimedout => &refusal::CONNECT_TIMEOUT,
+        ErrorType::ConnectRefused => &refusal::CONNECT_REFUSED,
+        ErrorType::TLSHandshakeFailure
+        | ErrorType::TLSHandshakeTimedout
+        | ErrorType::TLSWantX509Lookup
+        | ErrorType::InvalidCert => &refusal::CONNECT_TLS,
+        _ => &refusal::CONNECT_FAILED,
+    }
+}

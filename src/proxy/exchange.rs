@@ -1,0 +1,162 @@
+//! One exchange: a request, its response, and all that is known of them. Pingora carries it as the context from hook
+//! to hook; the phases read and fill it.
+
+use std::net::IpAddr;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Instant;
+
+use http::Uri;
+use pingora::http::{RequestHeader, ResponseHeader};
+
+use super::route::Route;
+use crate::client::connection::{Connection, introduction};
+use crate::client::session::Link;
+use crate::error::Refusal;
+use crate::filter::{Refused, Stages, States, Verdict, View};
+use crate::metrics::{Metrics, PhaseGuard};
+use crate::phase::{Clock, Phase};
+use crate::upstream::{Endpoint, Upstream};
+
+/// How often an endpoint is chosen for one exchange: a first attempt and four more. nginx goes round all of them; with a
+/// connect timeout for each, that could outlast any client.
+pub const ATTEMPTS_MAX: u32 = 5;
+
+/// The state of one exchange.
+pub struct Exchange {
+    /// Which phase it is in, and what it spent where.
+    pub clock: Clock,
+    /// Counts it among the exchanges of its phase.
+    pub active: PhaseGuard,
+    /// The connection it came over. `None` only for sessions that were not made by `client::Front`.
+    pub connection: Option<Arc<Connection>>,
+    /// The client's address: the peer's, or what a trusted proxy said.
+    pub client: Option<IpAddr>,
+    /// Whether the peer is a trusted proxy.
+    pub peer_is_trusted: bool,
+    /// `http` or `https`, as the client spoke it.
+    pub scheme: &'static str,
+    /// The target as the client sent it, if a filter might change it.
+    pub target: Option<Uri>,
+    /// The route it took.
+    pub route: Option<Arc<Route>>,
+    /// What the filters of the route keep for it.
+    pub filters: Option<Arc<FilterStates>>,
+    /// The upstream it goes to.
+    pub upstream: Option<Arc<Upstream>>,
+    /// The endpoints that were tried; the last is the present one.
+    pub tried: Vec<Arc<Endpoint>>,
+    /// How often an endpoint was chosen.
+    pub attempts: u32,
+    /// The session that stands between Pingora and the client.
+    pub link: Option<Arc<Link>>,
+    /// What a filter refused and was not yet acted on.
+    refused: Option<Refused>,
+    /// Why Forebay ended it, if it did.
+    pub refusal: Option<&'static Refusal>,
+    /// Why the last attempt failed.
+    pub failure: Option<&'static Refusal>,
+}
+
+/// Filter states that the exchange and its response tap take turns with. There is one task, so a lock never waits;
+/// it is not held while a filter runs.
+pub struct FilterStates {
+    states: Mutex<Option<States>>,
+    refused: Mutex<Option<Refused>>,
+}
+
+impl FilterStates {
+    /// Shares `states`.
+    pub fn new(states: States) -> Arc<Self> {
+        Arc::new(FilterStates { states: Mutex::new(Some(states)), refused: Mutex::new(None) })
+    }
+
+    /// Takes the states for one stage. `None` while another stage has them, which one task cannot bring about.
+    pub fn take(&self) -> Option<States> {
+        self.states.lock().unwrap_or_else(PoisonError::into_inner).take()
+    }
+
+    /// Puts them back.
+    pub fn put(&self, states: States) {
+        *self.states.lock().unwrap_or_else(PoisonError::into_inner) = Some(states);
+    }
+
+    /// Notes that a filter refused where the exchange is out of reach.
+    pub fn refuse(&self, refused: Refused) {
+        self.refused.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(refused);
+    }
+
+    fn take_refused(&self) -> Option<Refused> {
+        self.refused.lock().unwrap_or_else(PoisonError::into_inner).take()
+    }
+}
+
+impl Exchange {
+    /// Begins an exchange with what its connection knows of it, in phase `route`.
+    pub fn begin(metrics: &Metrics) -> Self {
+        let begin = introduction();
+        let now = Instant::now();
+        let mut clock = Clock::start(Phase::Header, begin.as_ref().map_or(now, |begin| begin.header_since));
+        if let Some(accept) = begin.as_ref().and_then(|begin| begin.accept) {
+            clock.credit(Phase::Accept, accept);
+        }
+        clock.enter(Phase::Route, begin.as_ref().map_or(now, |begin| begin.header_done));
+        Exchange {
+            clock,
+            active: metrics.enter_phase(Phase::Route),
+            connection: begin.map(|begin| begin.connection),
+            client: None,
+            peer_is_trusted: false,
+            scheme: "http",
+            target: None,
+            route: None,
+            filters: None,
+            upstream: None,
+            tried: Vec::new(),
+            attempts: 0,
+            link: None,
+            refused: None,
+            refusal: None,
+            failure: None,
+        }
+    }
+
+    /// Goes on to `phase`.
+    pub fn enter(&mut self, phase: Phase) {
+        self.clock.enter(phase, Instant::now());
+        self.active.enter(phase);
+    }
+
+    /// Runs the response filters of the route on a response header, be it an endpoint's or our own.
+    pub async fn filter_response(&self, request: &mut RequestHeader, response: &mut ResponseHeader) -> Verdict {
+        if let (Some(route), Some(filters)) = (&self.route, &self.filters)
+            && route.chain.wants(Stages::RESPONSE)
+            && let Some(mut states) = filters.take()
+        {
+            let view = View { client: self.client, scheme: self.scheme, route: &route.name, request };
+            let verdict = route.chain.response(&mut states, view, response).await;
+            filters.put(states);
+            return verdict;
+        }
+        Verdict::Continue
+    }
+
+    /// Whether another attempt may be made.
+    pub fn may_retry(&self) -> bool {
+        self.attempts < ATTEMPTS_MAX
+    }
+
+    /// The endpoint of the present attempt.
+    pub fn endpoint(&self) -> Option<&Arc<Endpoint>> {
+        self.tried.last()
+    }
+
+    /// Notes that a filter refused; the first reason stands.
+    pub fn refuse(&mut self, refused: Refused) {
+        self.refused.get_or_insert(refused);
+    }
+
+    /// What a filter refused, here or in the response tap.
+    pub fn take_refused(&mut self) -> Option<Refused> {
+        self.refused.take().or_else(|| self.filters.as_ref()?.take_refused())
+    }
+}

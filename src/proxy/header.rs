@@ -1,0 +1,272 @@
+//! Phase `header`, the part that holds for every protocol: what may not pass, and who the client is.
+//!
+//! Before it, `client` has read the header and, on HTTP/1, checked its framing. After it comes `route`.
+
+use std::net::IpAddr;
+
+use http::{HeaderName, HeaderValue, Method, header};
+use ipnet::IpNet;
+use pingora::http::RequestHeader;
+
+use super::exchange::Exchange;
+use crate::client::head::is_host;
+use crate::error::{Refusal, refusal};
+
+/// Proxies whose word on the client is believed.
+pub struct TrustedProxies(Vec<IpNet>);
+
+impl TrustedProxies {
+    /// These networks.
+    pub fn new(networks: &[IpNet]) -> Self {
+        TrustedProxies(networks.to_vec())
+    }
+
+    fn contains(&self, address: IpAddr) -> bool {
+        let address = address.to_canonical();
+        self.0.iter().any(|network| network.contains(&address))
+    }
+}
+
+/// Looks at a request header that has just arrived.
+pub fn check(
+    exchange: &mut Exchange,
+    request: &mut RequestHeader,
+    trusted: &TrustedProxies,
+) -> Result<(), &'static Refusal> {
+    if matches!(request.method, Method::CONNECT | Method::TRACE) {
+        return Err(&refusal::HEADER_METHOD);
+    }
+    if request.version == http::Version::HTTP_2 {
+        let fields_max = exchange.connection.as_ref().map_or(usize::MAX, |connection| connection.listener.head.fields);
+        if request.headers.len() > fields_max {
+            return Err(&refusal::HEADER_TOO_MANY);
+        }
+        check_authority(request)?;
+        check_http1_form(request)?;
+        join_cookies(request);
+    } else {
+        make_origin_form(request)?;
+    }
+    drop_other_upgrades(request);
+    identify(exchange, request, trusted);
+    Ok(())
+}
+
+/// RFC 9113 §8.3.1: `:authority` decides; a `Host` that disagrees with it is refused. One of the two must be there.
+/// Afterwards `Host` is what everything else looks at.
+fn check_authority(request: &mut RequestHeader) -> Result<(), &'static Refusal> {
+    let mut hosts = request.headers.get_all(header::HOST).iter();
+    let host = hosts.next();
+    if hosts.next().is_some() {
+        return Err(&refusal::HEADER_HOST);
+    }
+    let authority = request.uri.authority().map(|authority| authority.as_str().as_bytes());
+    match (authority, host) {
+        (Some(authority), None) if is_host(authority) => {
+            let value = http::HeaderValue::from_bytes(authority).map_err(|_| &refusal::HEADER_HOST)?;
+            request.insert_header(header::HOST, value).map_err(|_| &refusal::HEADER_HOST)
+        }
+        (Some(authority), Some(host)) if is_host(authority) && authority.eq_ignore_ascii_case(host.as_bytes()) => {
+            Ok(())
+        }
+        (None, Some(host)) if is_host(host.as_bytes()) => Ok(()),
+        _ => Err(&refusal::HEADER_HOST),
+    }
+}
+
+/// What the HTTP/2 library lets pass and a request of HTTP/1 cannot say (RFC 9112 §3.2.4, §6.3): `*` as the target of
+/// anything but OPTIONS, and a length that stands twice.
+fn check_http1_form(request: &RequestHeader) -> Result<(), &'static Refusal> {
+    if request.uri.path() == "*" && request.method != Method::OPTIONS {
+        return Err(&refusal::HEADER_MALFORMED);
+    }
+    let lengths = request.headers.get_all(header::CONTENT_LENGTH).iter().count();
+    if lengths > 1 { Err(&refusal::HEADER_FRAMING) } else { Ok(()) }
+}
+
+/// RFC 9113 §8.2.3: HTTP/2 may cut a cookie into crumbs; HTTP/1 knows one field.
+fn join_cookies(request: &mut RequestHeader) {
+    let crumbs: Vec<_> = request.headers.get_all(header::COOKIE).iter().map(|crumb| crumb.as_bytes()).collect();
+    if crumbs.len() > 1
+        && let Ok(cookie) = HeaderValue::from_bytes(&crumbs.join(&b"; "[..]))
+    {
+        // A header of this name and value was there before; it cannot be refused now.
+        let _ = request.insert_header(header::COOKIE, cookie);
+    }
+}
+
+/// RFC 9112 §3.2.1: an origin gets the path alone. The authority of an absolute target is that of `Host`; it was checked.
+fn make_origin_form(request: &mut RequestHeader) -> Result<(), &'static Refusal> {
+    let target = request.raw_path();
+    if target.starts_with(b"/") {
+        return Ok(());
+    }
+    let Some(scheme) = memchr::memmem::find(target, b"://") else { return Ok(()) };
+    let rest = &target[scheme + 3..];
+    let path = match rest.iter().position(|byte| b"/?".contains(byte)) {
+        Some(slash) if rest[slash] == b'/' => rest[slash..].to_vec(),
+        Some(query) => [b"/", &rest[query..]].concat(),
+        None => b"/".to_vec(),
+    };
+    request.set_raw_path(&path).map_err(|_| &refusal::HEADER_MALFORMED)
+}
+
+/// Only WebSocket is an upgrade that passes, as with Pingora. One to h2c above all would let the client speak past the
+/// routes and filters (RFC 9113 §3.1 has abolished it).
+fn drop_other_upgrades(request: &mut RequestHeader) {
+    const HTTP2_SETTINGS: HeaderName = HeaderName::from_static("http2-settings");
+    let Some(upgrade) = request.headers.get(header::UPGRADE) else { return };
+    if !upgrade.as_bytes().eq_ignore_ascii_case(b"websocket") {
+        request.remove_header(&header::UPGRADE);
+        request.remove_header(&HTTP2_SETTINGS);
+    }
+}
+
+/// Finds the client: the peer, or, where the peer is trusted, the last address in `X-Forwarded-For` that is not.
+fn identify(exchange: &mut Exchange, request: &RequestHeader, trusted: &TrustedProxies) {
+    let Some(connection) = &exchange.connection else { return };
+    let peer = connection.peer.map(|peer| peer.ip());
+    exchange.client = peer;
+    // Whoever can reach a unix socket is on this host and was let in by its permissions.
+    exchange.peer_is_trusted = peer.is_none_or(|peer| trusted.contains(peer));
+    if !exchange.peer_is_trusted {
+        return;
+    }
+    if let Some(client) = forwarded_client(request, trusted) {
+        exchange.client = Some(client);
+    }
+    if forwarded_https(request) {
+        exchange.scheme = "https";
+    }
+}
+
+/// Whether the nearest proxy says that its client came by TLS.
+fn forwarded_https(request: &RequestHeader) -> bool {
+    if let Some(proto) = request.headers.get(X_FORWARDED_PROTO) {
+        return proto.as_bytes().eq_ignore_ascii_case(b"https");
+    }
+    let last = request.headers.get_all(header::FORWARDED).iter().next_back();
+    let element = last.and_then(|value| value.to_str().ok()?.rsplit(',').next());
+    element.and_then(|element| parameter(element, "proto")).is_some_and(|proto| proto.eq_ignore_ascii_case("https"))
+}
+
+/// `X-Forwarded-Proto`.
+pub const X_FORWARDED_PROTO: HeaderName = HeaderName::from_static("x-forwarded-proto");
+/// `X-Forwarded-For`.
+pub const X_FORWARDED_FOR: HeaderName = HeaderName::from_static("x-forwarded-for");
+
+/// Walks from the nearest hop outwards; stops at the first address that is not a trusted proxy, or at nonsense.
+/// `X-Forwarded-For` is asked first, `Forwarded` (RFC 7239) if there is none.
+fn forwarded_client(request: &RequestHeader, trusted: &TrustedProxies) -> Option<IpAddr> {
+    let standard = !request.headers.contains_key(X_FORWARDED_FOR);
+    let name = if standard { header::FORWARDED } else { X_FORWARDED_FOR };
+    let mut client = None;
+    for value in request.headers.get_all(name).iter().rev() {
+        for hop in value.to_str().ok()?.rsplit(',') {
+            let hop = if standard { parameter(hop, "for").unwrap_or_default() } else { hop.trim() };
+            let Some(address) = hop_address(hop) else { return client };
+            client = Some(address);
+            if !trusted.contains(address) {
+                return client;
+            }
+        }
+    }
+    client
+}
+
+/// The value of a parameter in an element of `Forwarded` (RFC 7239 §4), without its quotes.
+fn parameter<'e>(element: &'e str, name: &str) -> Option<&'e str> {
+    let mut pairs = element.split(';').filter_map(|pair| pair.trim().split_once('='));
+    pairs.find(|(found, _)| found.eq_ignore_ascii_case(name)).map(|(_, value)| value.trim_matches('"'))
+}
+
+/// An address as it stands in `X-Forwarded-For`: bare, or with a port as some proxies write it.
+fn hop_address(hop: &str) -> Option<IpAddr> {
+    let bare = hop.parse().ok();
+    let with_port = || hop.parse::<std::net::SocketAddr>().ok().map(|address| address.ip());
+    let bracketed = || hop.strip_prefix('[')?.strip_suffix(']')?.parse().ok();
+    bare.or_else(with_port).or_else(bracketed).map(|address: IpAddr| address.to_canonical())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn request(fields: &[(&'static str, &str)]) -> RequestHeader {
+        let mut request = RequestHeader::build("GET", b"/", None).expect("a request");
+        for (name, value) in fields {
+            request.append_header(*name, *value).expect("a header");
+        }
+        request
+    }
+
+    fn client_behind(trusted: &[&str], forwarded: &[&str]) -> Option<String> {
+        let networks: Vec<IpNet> = trusted.iter().map(|network| network.parse().expect("a network")).collect();
+        let fields: Vec<_> = forwarded.iter().map(|value| ("x-forwarded-for", *value)).collect();
+        forwarded_client(&request(&fields), &TrustedProxies::new(&networks)).map(|client| client.to_string())
+    }
+
+    #[test]
+    fn the_client_is_the_last_address_that_no_trusted_proxy_has() {
+        let trusted = ["10.0.0.0/8", "fd00::/8"];
+        assert_eq!(client_behind(&trusted, &["1.2.3.4"]), Some("1.2.3.4".into()));
+        assert_eq!(client_behind(&trusted, &["6.6.6.6, 1.2.3.4, 10.0.0.7"]), Some("1.2.3.4".into()));
+        assert_eq!(client_behind(&trusted, &["6.6.6.6", "1.2.3.4", "10.0.0.7"]), Some("1.2.3.4".into()));
+        assert_eq!(client_behind(&trusted, &["10.0.0.1, 10.0.0.2"]), Some("10.0.0.1".into()));
+        assert_eq!(client_behind(&trusted, &["[2001:db8::1]:4711"]), Some("2001:db8::1".into()));
+        assert_eq!(client_behind(&trusted, &["::ffff:1.2.3.4"]), Some("1.2.3.4".into()));
+        assert_eq!(client_behind(&trusted, &["nonsense, 10.0.0.1"]), Some("10.0.0.1".into()));
+        assert_eq!(client_behind(&trusted, &[]), None);
+    }
+
+    #[test]
+    fn forwarded_is_believed_where_there_is_no_x_forwarded_for() {
+        let trusted = TrustedProxies::new(&["10.0.0.0/8".parse().expect("a network")]);
+        let said =
+            request(&[("forwarded", "for=6.6.6.6, For=\"[2001:db8::1]:4711\";proto=https, for=10.0.0.1;proto=http")]);
+        assert_eq!(forwarded_client(&said, &trusted), "2001:db8::1".parse().ok());
+        assert!(!forwarded_https(&said));
+        assert!(forwarded_https(&request(&[("forwarded", "for=1.2.3.4;Proto=HTTPS")])));
+    }
+
+    #[test]
+    fn on_http2_authority_and_host_must_agree() {
+        let mut agreed = request(&[("host", "Shop.example")]);
+        agreed.set_uri("http://shop.example/".parse().expect("a URI"));
+        assert_eq!(check_authority(&mut agreed), Ok(()));
+
+        let mut disagreeing = request(&[("host", "evil.example")]);
+        disagreeing.set_uri("http://shop.example/".parse().expect("a URI"));
+        assert_eq!(check_authority(&mut disagreeing), Err(&refusal::HEADER_HOST));
+
+        let mut alone = request(&[]);
+        alone.set_uri("http://shop.example/".parse().expect("a URI"));
+        assert_eq!(check_authority(&mut alone), Ok(()));
+        assert_eq!(alone.headers.get("host").map(|host| host.as_bytes()), Some(&b"shop.example"[..]));
+
+        assert_eq!(check_authority(&mut request(&[])), Err(&refusal::HEADER_HOST));
+    }
+
+    #[test]
+    fn an_origin_gets_the_path_of_an_absolute_target() {
+        for (target, path) in
+            [("http://a/x?y", "/x?y"), ("http://a", "/"), ("http://a?y", "/?y"), ("/p?u=http://b/", "/p?u=http://b/")]
+        {
+            let mut request = RequestHeader::build("GET", target.as_bytes(), None).expect("a request");
+            assert_eq!(make_origin_form(&mut request), Ok(()));
+            assert_eq!(String::from_utf8_lossy(request.raw_path()), path, "{target}");
+        }
+    }
+
+    #[test]
+    fn an_upgrade_to_anything_but_websocket_is_dropped() {
+        for other in ["H2C", "h2c, websocket", "echo"] {
+            let mut request = request(&[("upgrade", other), ("http2-settings", "AAMAAABk")]);
+            drop_other_upgrades(&mut request);
+            assert!(request.headers.get("upgrade").is_none() && request.headers.get("http2-settings").is_none());
+        }
+        let mut websocket = request(&[("upgrade", "WebSocket")]);
+        drop_other_upgrades(&mut websocket);
+        assert!(websocket.headers.get("upgrade").is_some());
+    }
+}

@@ -1,0 +1,160 @@
+//! Phases `wait` and `receive`: the response comes from the endpoint.
+//!
+//! `wait` ends with the whole response header; `receive` with the last byte from the endpoint, and `write` begins.
+
+use std::sync::Arc;
+
+use async_trait::async_trait;
+use bytes::Bytes;
+use http::{HeaderName, HeaderValue, Method, StatusCode, header};
+use pingora::http::{RequestHeader, ResponseHeader};
+use pingora::{Error, ErrorType, Result};
+
+use super::exchange::{Exchange, FilterStates};
+use super::route::Route;
+use crate::client::session::Tap;
+use crate::error::refusal;
+use crate::filter::{Refused, Stages, Verdict, View};
+use crate::phase::Phase;
+
+const HOP_BY_HOP: [HeaderName; 3] =
+    [HeaderName::from_static("keep-alive"), HeaderName::from_static("proxy-connection"), header::TE];
+
+/// The response header is here.
+pub async fn header(
+    exchange: &mut Exchange,
+    request: &mut RequestHeader,
+    response: &mut ResponseHeader,
+    via: bool,
+) -> Result<()> {
+    if response.status.is_informational() && response.status != StatusCode::SWITCHING_PROTOCOLS {
+        return Ok(());
+    }
+    if response.status == StatusCode::SWITCHING_PROTOCOLS && exchange.link.is_some() {
+        // RFC 9110 §15.2.2: nobody asked. What the client sends next is its next request, and is not to pass unread.
+        exchange.refuse(Refused { refusal: &refusal::WAIT_MALFORMED, headers: Vec::new() });
+        return Err(Error::new_up(ErrorType::InvalidHTTPHeader));
+    }
+    exchange.enter(Phase::Receive);
+    if let Some(link) = &exchange.link {
+        link.receiving();
+    }
+    if response.status == StatusCode::SWITCHING_PROTOCOLS {
+        if let Some(connection) = &exchange.connection {
+            connection.switch_to_raw();
+        }
+        return Ok(());
+    }
+    strip_hop_by_hop(response);
+    if via {
+        response.append_header(header::VIA, HeaderValue::from_static("1.1 forebay"))?;
+    }
+    if let Verdict::Refuse(refused) = exchange.filter_response(request, response).await {
+        exchange.refuse(refused);
+        return Err(Error::new_in(ErrorType::InternalError));
+    }
+    if exchange.route.as_ref().is_some_and(|route| route.chain.wants(Stages::RESPONSE_BODY)) {
+        unfix_length(request, response)?;
+    }
+    if request.version == http::Version::HTTP_10 {
+        // RFC 9112 §6.1: such a client knows no chunks; the end of the connection is the end of the body.
+        response.remove_header(&header::TRANSFER_ENCODING);
+        if let (Some(link), false) = (&exchange.link, response.headers.contains_key(header::CONTENT_LENGTH)) {
+            link.close_after_answer();
+        }
+    }
+    Ok(())
+}
+
+/// The last byte has come from the endpoint; what is left goes to the client.
+pub fn ended(exchange: &mut Exchange) {
+    exchange.enter(Phase::Write);
+    if let Some(link) = &exchange.link {
+        link.done();
+    }
+}
+
+/// Runs the response body filters of a route, which may wait, inside the client's session.
+pub struct BodyFilters {
+    route: Arc<Route>,
+    filters: Arc<FilterStates>,
+    client: Option<std::net::IpAddr>,
+    scheme: &'static str,
+}
+
+impl BodyFilters {
+    /// The tap for this exchange, if its route wants one.
+    pub fn of(exchange: &Exchange) -> Option<Box<dyn Tap>> {
+        let route = exchange.route.as_ref().filter(|route| route.chain.wants(Stages::RESPONSE_BODY))?;
+        let filters = exchange.filters.clone()?;
+        Some(Box::new(BodyFilters { route: route.clone(), filters, client: exchange.client, scheme: exchange.scheme }))
+    }
+}
+
+#[async_trait]
+impl Tap for BodyFilters {
+    async fn piece(&mut self, request: &mut RequestHeader, piece: &mut Option<Bytes>, end: bool) -> Result<()> {
+        let Some(mut states) = self.filters.take() else { return Ok(()) };
+        let view = View { client: self.client, scheme: self.scheme, route: &self.route.name, request };
+        let verdict = self.route.chain.response_body(&mut states, view, piece, end).await;
+        self.filters.put(states);
+        if let Verdict::Refuse(refused) = verdict {
+            self.filters.refuse(refused);
+            return Err(Error::new_in(ErrorType::InternalError));
+        }
+        Ok(())
+    }
+}
+
+/// RFC 9110 §7.6.1: what `Connection` names, and what concerned the endpoint's connection only.
+fn strip_hop_by_hop(response: &mut ResponseHeader) {
+    while let Some(connection) = response.remove_header(&header::CONNECTION) {
+        for name in connection.as_bytes().split(|&byte| byte == b',') {
+            if let Ok(name) = HeaderName::from_bytes(name.trim_ascii())
+                && ![header::CONTENT_LENGTH, header::TRANSFER_ENCODING, header::DATE].contains(&name)
+            {
+                response.remove_header(&name);
+            }
+        }
+    }
+    for name in &HOP_BY_HOP {
+        response.remove_header(name);
+    }
+}
+
+/// A filter that sees the body may change its length: it is told by its end instead.
+fn unfix_length(request: &RequestHeader, response: &mut ResponseHeader) -> Result<()> {
+    let bodiless =
+        request.method == Method::HEAD || matches!(response.status, StatusCode::NO_CONTENT | StatusCode::NOT_MODIFIED);
+    if bodiless {
+        return Ok(());
+    }
+    response.remove_header(&header::CONTENT_LENGTH);
+    if request.version == http::Version::HTTP_11 && !response.headers.contains_key(header::TRANSFER_ENCODING) {
+        response.insert_header(header::TRANSFER_ENCODING, HeaderValue::from_static("chunked"))?;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_concerned_the_connection_to_the_endpoint_is_removed() {
+        let mut response = ResponseHeader::build(200, None).expect("a response");
+        for (name, value) in [
+            ("connection", "X-Private, keep-alive, content-length"),
+            ("x-private", "1"),
+            ("keep-alive", "timeout=5"),
+            ("content-length", "3"),
+            ("x-public", "2"),
+        ] {
+            response.append_header(name, value).expect("a header");
+        }
+        strip_hop_by_hop(&mut response);
+        let mut left: Vec<_> = response.headers.keys().map(|name| name.as_str()).collect();
+        left.sort_unstable();
+        assert_eq!(left, ["content-length", "x-public"]);
+    }
+}

@@ -1,0 +1,114 @@
+//! Phase `route`: which route a request takes, and what its filters say.
+//!
+//! After `header`; before `select`, unless a filter answered or refused.
+
+pub mod path;
+pub mod table;
+
+use std::sync::Arc;
+
+use http::header;
+use pingora::http::RequestHeader;
+
+use super::exchange::{Exchange, FilterStates};
+use crate::client::session::Patience;
+use crate::error::{Refusal, refusal};
+use crate::filter::{Chain, Stages, Verdict, View};
+use crate::metrics::RouteMetrics;
+use crate::upstream::{Split, Timeouts, Upstream};
+use table::{Query, Table};
+
+/// A route as it runs.
+pub struct Route {
+    /// Its name in metrics and logs.
+    pub name: String,
+    /// Its filters.
+    pub chain: Chain,
+    /// Where its requests go.
+    pub destination: Destination,
+    /// How long its clients may take between two pieces of a request body.
+    pub body_idle: std::time::Duration,
+    /// How long its clients may take between two pieces of a response.
+    pub write_idle: std::time::Duration,
+    /// Its counters.
+    pub metrics: Arc<RouteMetrics>,
+}
+
+/// Where the requests of a route go.
+pub enum Destination {
+    /// Nowhere: a filter answers all of them.
+    Nowhere,
+    /// To one upstream.
+    One(Arc<Upstream>),
+    /// To several, by weight.
+    Split(Split<Arc<Upstream>>),
+}
+
+impl Destination {
+    /// The upstream of the next request.
+    pub fn next(&self) -> Option<&Arc<Upstream>> {
+        match self {
+            Destination::Nowhere => None,
+            Destination::One(upstream) => Some(upstream),
+            Destination::Split(split) => Some(split.pick()),
+        }
+    }
+}
+
+impl Route {
+    /// How long this route and its upstream let the two sides take.
+    pub fn patience(&self, timeouts: Timeouts) -> Patience {
+        Patience { wait: timeouts.wait, receive: timeouts.receive, body_idle: self.body_idle }
+    }
+}
+
+/// Finds the route of a request.
+pub fn find<'t>(routes: &'t Table<Arc<Route>>, request: &RequestHeader) -> Result<&'t Arc<Route>, &'static Refusal> {
+    let host = request.headers.get(header::HOST).and_then(|host| host.to_str().ok()).unwrap_or_default();
+    routes
+        .find(&Query {
+            method: &request.method,
+            host: without_port(host),
+            path: &path::canonical(request.uri.path()),
+            query: request.uri.query(),
+            headers: &request.headers,
+        })
+        .ok_or(&refusal::ROUTE_NO_MATCH)
+}
+
+/// Takes the route and runs its request filters.
+pub async fn take(exchange: &mut Exchange, route: Arc<Route>, request: &mut RequestHeader) -> Verdict {
+    if !route.chain.wants(Stages::ALL) {
+        exchange.route = Some(route);
+        return Verdict::Continue;
+    }
+    if route.chain.wants(Stages::REQUEST) {
+        exchange.target = Some(request.uri.clone());
+    }
+    let mut states = route.chain.states();
+    let view = View { client: exchange.client, scheme: exchange.scheme, route: &route.name, request };
+    let verdict = route.chain.request(&mut states, view).await;
+    exchange.filters = Some(FilterStates::new(states));
+    exchange.route = Some(route);
+    verdict
+}
+
+fn without_port(host: &str) -> &str {
+    match host.rfind(':') {
+        Some(colon) if !host.ends_with(']') => &host[..colon],
+        _ => host,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_port_is_no_part_of_the_name() {
+        assert_eq!(without_port("a.example:8080"), "a.example");
+        assert_eq!(without_port("a.example"), "a.example");
+        assert_eq!(without_port("[::1]:80"), "[::1]");
+        assert_eq!(without_port("[::1]"), "[::1]");
+    }
+}

@@ -1,0 +1,230 @@
+//! Phase `send`: the request goes to the endpoint.
+//!
+//! After `connect`; `wait` begins when Pingora has taken the last piece of the body. Up to four pieces may still be in
+//! Pingora's channel then.
+
+use std::fmt::Write;
+use std::net::IpAddr;
+
+use bytes::Bytes;
+use http::{HeaderName, HeaderValue, header};
+use pingora::http::RequestHeader;
+use pingora::protocols::http::ServerSession;
+use pingora::{Error, ErrorSource, ErrorType, Result};
+
+use super::blame;
+use super::exchange::Exchange;
+use super::header::{X_FORWARDED_FOR, X_FORWARDED_PROTO};
+use crate::config::server::Forwarded;
+use crate::filter::{Stages, Verdict, View};
+use crate::phase::Phase;
+
+const X_FORWARDED_HOST: HeaderName = HeaderName::from_static("x-forwarded-host");
+const X_FORWARDED_PORT: HeaderName = HeaderName::from_static("x-forwarded-port");
+/// Said by others of the client, believed by many applications; only a trusted proxy may say it.
+const HEARSAY: [HeaderName; 6] = [
+    X_FORWARDED_FOR,
+    X_FORWARDED_PROTO,
+    X_FORWARDED_HOST,
+    X_FORWARDED_PORT,
+    HeaderName::from_static("x-real-ip"),
+    header::FORWARDED,
+];
+
+/// What Forebay adds to every request.
+#[derive(Clone, Copy, Debug)]
+pub struct Manners {
+    /// Which headers tell the upstream who the client is.
+    pub forwarded: Forwarded,
+    /// Whether `Via` is added.
+    pub via: bool,
+}
+
+/// Prepares the header that the upstream gets. Pingora has removed what is hop-by-hop (RFC 9110 §7.6.1).
+pub fn header(exchange: &Exchange, manners: Manners, request: &mut RequestHeader) -> Result<()> {
+    if !exchange.peer_is_trusted {
+        drop_hearsay(request);
+    }
+    let peer = exchange.connection.as_ref().and_then(|connection| connection.peer).map(|peer| peer.ip());
+    let host = request.headers.get(header::HOST).cloned();
+    if matches!(manners.forwarded, Forwarded::XForwarded | Forwarded::Both) {
+        let port = exchange.connection.as_ref().and_then(|connection| connection.port);
+        x_forwarded(request, peer, exchange.scheme, host.clone(), port)?;
+    }
+    if matches!(manners.forwarded, Forwarded::Rfc7239 | Forwarded::Both) {
+        rfc7239(request, peer, exchange.scheme, host.as_ref())?;
+    }
+    if manners.via {
+        request.append_header(header::VIA, HeaderValue::from_static("1.1 forebay"))?;
+    }
+    // A filter that sees the body may change its length.
+    if exchange.route.as_ref().is_some_and(|route| route.chain.wants(Stages::REQUEST_BODY)) {
+        request.remove_header(&header::CONTENT_LENGTH);
+    }
+    Ok(())
+}
+
+/// A piece of the request body passes on its way to the endpoint; `end` with the last.
+pub async fn piece(
+    exchange: &mut Exchange,
+    request: &mut RequestHeader,
+    piece: &mut Option<Bytes>,
+    end: bool,
+) -> Result<()> {
+    if let (Some(route), Some(filters)) = (exchange.route.clone(), &exchange.filters)
+        && route.chain.wants(Stages::REQUEST_BODY)
+        && let Some(mut states) = filters.take()
+    {
+        let view = View { client: exchange.client, scheme: exchange.scheme, route: &route.name, request };
+        let verdict = route.chain.request_body(&mut states, view, piece, end).await;
+        filters.put(states);
+        if let Verdict::Refuse(refused) = verdict {
+            exchange.refuse(refused);
+            return Err(Error::new_in(ErrorType::InternalError));
+        }
+    }
+    if end {
+        if exchange.clock.phase() == Phase::Send {
+            exchange.enter(Phase::Wait);
+        }
+        if let Some(link) = &exchange.link {
+            link.waiting();
+        }
+    }
+    Ok(())
+}
+
+/// An attempt failed after its connection stood. It is made again only where that is safe: the kept connection had
+/// died unnoticed, no byte of an answer came, the method is idempotent (RFC 9110 §9.2.2) and the body can be replayed.
+pub fn failed(exchange: &mut Exchange, client: &ServerSession, mut error: Box<Error>, reused: bool) -> Box<Error> {
+    let before_answer = matches!(exchange.clock.phase(), Phase::Send | Phase::Wait);
+    let by_upstream = *error.esource() == ErrorSource::Upstream && blame::found(exchange).is_none();
+    let replayable = client.req_header().method.is_idempotent() && !client.retry_buffer_truncated();
+    let again = before_answer
+        && by_upstream
+        && replayable
+        && reused
+        && !matches!(error.etype(), ErrorType::ReadTimedout | ErrorType::WriteTimedout)
+        && exchange.may_retry();
+    if again {
+        // The endpoint itself did nothing wrong: it may be chosen again.
+        exchange.tried.pop();
+        if let Some(upstream) = &exchange.upstream {
+            upstream.metrics.retries.inc();
+        }
+    }
+    error.set_retry(again);
+    error
+}
+
+/// Most requests bring none of it: one look over the names is cheaper than a look-up for each.
+fn drop_hearsay(request: &mut RequestHeader) {
+    if request.headers.keys().any(|name| HEARSAY.contains(name)) {
+        for name in &HEARSAY {
+            request.remove_header(name);
+        }
+    }
+}
+
+/// Adds the peer to the hops; of the rest, what a trusted proxy said stands.
+fn x_forwarded(
+    request: &mut RequestHeader,
+    peer: Option<IpAddr>,
+    scheme: &'static str,
+    host: Option<HeaderValue>,
+    port: Option<u16>,
+) -> Result<()> {
+    if let Some(peer) = peer {
+        let mut hops = joined(request, &X_FORWARDED_FOR);
+        append(&mut hops, format_args!("{peer}"));
+        request.insert_header(X_FORWARDED_FOR, hops)?;
+    }
+    let said = [
+        (X_FORWARDED_PROTO, Some(HeaderValue::from_static(scheme))),
+        (X_FORWARDED_HOST, host),
+        (X_FORWARDED_PORT, port.map(HeaderValue::from)),
+    ];
+    for (name, value) in said {
+        if let Some(value) = value.filter(|_| !request.headers.contains_key(&name)) {
+            request.insert_header(name, value)?;
+        }
+    }
+    Ok(())
+}
+
+/// RFC 7239 §4: one element a hop, IPv6 addresses and hosts quoted.
+fn rfc7239(
+    request: &mut RequestHeader,
+    peer: Option<IpAddr>,
+    scheme: &'static str,
+    host: Option<&HeaderValue>,
+) -> Result<()> {
+    let mut hops = joined(request, &header::FORWARDED);
+    match peer {
+        Some(IpAddr::V4(peer)) => append(&mut hops, format_args!("for={peer}")),
+        Some(IpAddr::V6(peer)) => append(&mut hops, format_args!("for=\"[{peer}]\"")),
+        None => append(&mut hops, format_args!("for=unknown")),
+    }
+    if let Some(host) = host.and_then(|host| host.to_str().ok()) {
+        let _ = write!(hops, ";host=\"{host}\"");
+    }
+    let _ = write!(hops, ";proto={scheme}");
+    request.insert_header(header::FORWARDED, hops)
+}
+
+/// The values of a list header in one.
+fn joined(request: &RequestHeader, name: &HeaderName) -> String {
+    let mut list = String::with_capacity(40);
+    for value in request.headers.get_all(name) {
+        if let Ok(value) = value.to_str() {
+            append(&mut list, format_args!("{value}"));
+        }
+    }
+    list
+}
+
+fn append(list: &mut String, item: std::fmt::Arguments<'_>) {
+    if !list.is_empty() {
+        list.push_str(", ");
+    }
+    // Writing to a string cannot fail.
+    let _ = list.write_fmt(item);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn request(fields: &[(&'static str, &str)]) -> RequestHeader {
+        let mut request = RequestHeader::build("GET", b"/", None).expect("a request");
+        for (name, value) in fields {
+            request.append_header(*name, *value).expect("a header");
+        }
+        request
+    }
+
+    fn value(request: &RequestHeader, name: &str) -> Option<String> {
+        request.headers.get(name).map(|value| String::from_utf8_lossy(value.as_bytes()).into_owned())
+    }
+
+    #[test]
+    fn a_hop_is_added_to_those_before() {
+        let mut request = request(&[("x-forwarded-for", "1.2.3.4"), ("x-forwarded-for", "10.0.0.1")]);
+        x_forwarded(&mut request, "10.0.0.2".parse().ok(), "http", Some(HeaderValue::from_static("shop")), Some(80))
+            .expect("headers");
+        assert_eq!(value(&request, "x-forwarded-for").as_deref(), Some("1.2.3.4, 10.0.0.1, 10.0.0.2"));
+        assert_eq!(value(&request, "x-forwarded-proto").as_deref(), Some("http"));
+        assert_eq!(value(&request, "x-forwarded-host").as_deref(), Some("shop"));
+    }
+
+    #[test]
+    fn forwarded_quotes_what_must_be_quoted() {
+        let mut request = request(&[]);
+        rfc7239(&mut request, "2001:db8::1".parse().ok(), "https", Some(&HeaderValue::from_static("shop:8080")))
+            .expect("headers");
+        assert_eq!(
+            value(&request, "forwarded").as_deref(),
+            Some("for=\"[2001:db8::1]\";host=\"shop:8080\";proto=https")
+        );
+    }
+}

@@ -1,0 +1,227 @@
+//! The client of a story: one that sends what it is told, as slowly as it is told, and reads as little as it likes.
+
+use std::net::SocketAddr;
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::time::Duration;
+
+use bytes::Bytes;
+use h2::client::SendRequest;
+use http::HeaderMap;
+use socket2::{Domain, Socket, Type};
+use tokio::runtime::Runtime;
+
+use super::wire::{End, Response, Wire};
+use super::{DEADLINE, eventually};
+
+/// A client on one connection of HTTP/1.
+pub struct Client {
+    wire: Wire,
+}
+
+impl Client {
+    /// Connects.
+    pub fn connect(address: SocketAddr) -> Client {
+        Client::with(address, None)
+    }
+
+    /// Connects with the smallest receive buffer that the kernel grants: what it does not read stays with the gateway.
+    pub fn slow(address: SocketAddr) -> Client {
+        Client::with(address, Some(1))
+    }
+
+    /// Connects to a unix socket.
+    pub fn unix(path: &Path) -> Client {
+        Client { wire: Wire::new(UnixStream::connect(path).expect("the unix socket to accept")) }
+    }
+
+    fn with(address: SocketAddr, receive_buffer: Option<usize>) -> Client {
+        let socket = Socket::new(Domain::for_address(address), Type::STREAM, None).expect("a socket");
+        if let Some(size) = receive_buffer {
+            socket.set_recv_buffer_size(size).expect("a small buffer");
+        }
+        socket.connect_timeout(&address.into(), DEADLINE).expect("the gateway to accept");
+        socket.set_tcp_nodelay(true).expect("no delay");
+        Client { wire: Wire::new(socket) }
+    }
+
+    /// Sends all of it.
+    ///
+    /// # Panics
+    /// If the gateway has gone.
+    pub fn send(&mut self, bytes: impl AsRef<[u8]>) {
+        self.wire.send(bytes).expect("the gateway to take bytes");
+    }
+
+    /// Sends it, whether or not the gateway is still there.
+    pub fn try_send(&mut self, bytes: impl AsRef<[u8]>) -> bool {
+        self.wire.send(bytes).is_ok()
+    }
+
+    /// Sends one byte at a time with a pause between, until the gateway says something; whether all was sent.
+    pub fn drip(&mut self, bytes: impl AsRef<[u8]>, pause: Duration) -> bool {
+        self.wire.drip(bytes, pause)
+    }
+
+    /// Does nothing for a while. This is what the gateway has to bear, never a wait for it.
+    pub fn dawdle(&mut self, pause: Duration) {
+        std::thread::sleep(pause);
+    }
+
+    /// Asks for a path and reads the answer.
+    pub fn get(&mut self, path: &str) -> Response {
+        self.ask("GET", path, "", "")
+    }
+
+    /// Sends a request, its body with its length, and reads the answer. `fields` are header lines with their CRLF.
+    pub fn ask(&mut self, method: &str, path: &str, fields: &str, body: impl AsRef<[u8]>) -> Response {
+        self.send(request(method, path, fields, body));
+        self.response_to(method)
+    }
+
+    /// Reads the answer to a request with a method other than HEAD.
+    pub fn response(&mut self) -> Response {
+        self.response_to("GET")
+    }
+
+    /// Reads the answer to a request with this method; an interim one (1xx) is one of its own.
+    ///
+    /// # Panics
+    /// If the connection ends before its header is there.
+    pub fn response_to(&mut self, method: &str) -> Response {
+        self.try_response_to(method).expect("an answer before the connection closes")
+    }
+
+    /// The same; `None` if the connection ends before it.
+    pub fn try_response_to(&mut self, method: &str) -> Option<Response> {
+        let head = self.wire.head()?;
+        let (body, end) = self.wire.body(head.response_framing(method));
+        Some(Response { status: head.status(), head, body, end })
+    }
+
+    /// Reads so many bytes, framing and all.
+    pub fn bytes(&mut self, count: usize) -> Vec<u8> {
+        self.wire.exactly(count).0
+    }
+
+    /// Waits until the gateway closes the connection; what came before that.
+    pub fn rest(&mut self) -> Vec<u8> {
+        self.wire.rest()
+    }
+
+    /// Waits until the gateway closes the connection, which must be silent.
+    pub fn closed(&mut self) {
+        assert_eq!(String::from_utf8_lossy(&self.rest()), "", "something came before the connection closed");
+    }
+
+    /// Goes away without a word.
+    pub fn reset(self) {
+        self.wire.reset();
+    }
+}
+
+/// Asks once, on a connection of its own.
+pub fn get(address: SocketAddr, path: &str) -> Response {
+    Client::connect(address).get(path)
+}
+
+/// A request of HTTP/1.1 to `Host: test`. A body has its length said; without one, nothing is said.
+pub fn request(method: &str, path: &str, fields: &str, body: impl AsRef<[u8]>) -> Vec<u8> {
+    let body = body.as_ref();
+    let length = if body.is_empty() { String::new() } else { format!("Content-Length: {}\r\n", body.len()) };
+    let mut bytes = format!("{method} {path} HTTP/1.1\r\nHost: test\r\n{fields}{length}\r\n").into_bytes();
+    bytes.extend_from_slice(body);
+    bytes
+}
+
+/// Bytes as chunks of `size`, the last chunk included.
+pub fn chunked(body: &[u8], size: usize) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    for piece in body.chunks(size) {
+        bytes.extend_from_slice(format!("{:x}\r\n", piece.len()).as_bytes());
+        bytes.extend_from_slice(piece);
+        bytes.extend_from_slice(b"\r\n");
+    }
+    bytes.extend_from_slice(b"0\r\n\r\n");
+    bytes
+}
+
+/// A client on one connection of HTTP/2 in clear text, by prior knowledge.
+pub struct H2Client {
+    runtime: Runtime,
+    send: SendRequest<Bytes>,
+}
+
+/// A response of HTTP/2.
+#[derive(Debug)]
+pub struct H2Response {
+    /// Its status.
+    pub status: u16,
+    /// Its header.
+    pub headers: HeaderMap,
+    /// Its body.
+    pub body: Vec<u8>,
+    /// `Cut` if the stream was reset.
+    pub end: End,
+}
+
+impl H2Client {
+    /// Connects and exchanges settings.
+    pub fn connect(address: SocketAddr) -> H2Client {
+        let runtime = Runtime::new().expect("a runtime");
+        let send = runtime.block_on(async {
+            let stream = tokio::net::TcpStream::connect(address).await.expect("the gateway to accept");
+            let (send, connection) = h2::client::handshake(stream).await.expect("a handshake of HTTP/2");
+            tokio::spawn(connection);
+            send
+        });
+        H2Client { runtime, send }
+    }
+
+    /// Asks for a path and reads the answer.
+    pub fn get(&self, path: &str) -> H2Response {
+        self.ask(http::Request::get(format!("http://test{path}")).body(()).expect("a request"), b"").expect("an answer")
+    }
+
+    /// Sends a request and reads the answer; an error if there is none.
+    pub fn ask(&self, request: http::Request<()>, body: &[u8]) -> Result<H2Response, h2::Error> {
+        let exchange = async {
+            let mut send = self.send.clone().ready().await?;
+            let (response, mut stream) = send.send_request(request, body.is_empty())?;
+            if !body.is_empty() {
+                stream.send_data(Bytes::copy_from_slice(body), true)?;
+            }
+            let (head, mut incoming) = response.await?.into_parts();
+            let (mut body, mut end) = (Vec::new(), End::Complete);
+            while let Some(piece) = incoming.data().await {
+                let Ok(piece) = piece else {
+                    end = End::Cut;
+                    break;
+                };
+                incoming.flow_control().release_capacity(piece.len())?;
+                body.extend_from_slice(&piece);
+            }
+            Ok(H2Response { status: head.status.as_u16(), headers: head.headers, body, end })
+        };
+        self.runtime
+            .block_on(async { tokio::time::timeout(DEADLINE, exchange).await })
+            .expect("an end of the stream before the deadline")
+    }
+
+    /// How many streams the gateway lets this connection have at once, once it has said so.
+    pub fn streams_max(&self) -> usize {
+        eventually("the settings of the gateway", || {
+            Some(self.send.current_max_send_streams()).filter(|streams| *streams < 1_000_000)
+        })
+    }
+
+    /// Begins a request and gives its stream up again as soon as `reached` holds.
+    pub fn abandon(&self, path: &str, what: &str, reached: impl Fn() -> bool) {
+        let request = http::Request::get(format!("http://test{path}")).body(()).expect("a request");
+        self.runtime.block_on(async {
+            let mut send = self.send.clone().ready().await.expect("a ready connection");
+            let _given_up_at_the_end = send.send_request(request, true).expect("a stream");
+            eventually(what, || reached().then_some(()));
+        });
+    }
+}

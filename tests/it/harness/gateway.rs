@@ -1,0 +1,508 @@
+//! The gateway of a story: in this process, or as the program where a signal or an exit code is the point.
+
+use std::collections::HashMap;
+use std::fmt::Write as _;
+use std::fs;
+use std::io::{BufRead, BufReader};
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::{Arc, Mutex};
+use std::thread::{self, JoinHandle};
+
+use forebay::filter::FilterType;
+use forebay::gateway::{Builder, stop::Handle};
+use forebay::phase::Phase;
+use serde_json::Value;
+use tempfile::TempDir;
+
+use super::client::{Client, get};
+use super::metrics::Scrape;
+use super::{DEADLINE, Origin, end, eventually};
+
+/// A configuration in the making: one listener `web`, one upstream `app`, one route `all`, one worker; a story says
+/// what differs.
+#[derive(Clone)]
+pub struct Setup {
+    upstreams: String,
+    listener: String,
+    listeners: String,
+    upstream: String,
+    route: String,
+    routes: Option<String>,
+    server: String,
+    log: PathBuf,
+    access_log: String,
+    observability: String,
+    more: String,
+    filters: Vec<fn(Builder) -> Builder>,
+    dir: Arc<TempDir>,
+}
+
+/// A running gateway in this process. It runs to the end of the process, unless a story stops it.
+///
+/// Pingora finds the runtime of a thread by a number of the thread that a later thread may get again
+/// (`pingora_runtime::current_handle`). A gateway that starts where another one has stopped may so be given the dead
+/// one's runtime, and two stories in one process must not do that to each other.
+pub struct Gateway {
+    handle: Handle,
+    thread: Option<JoinHandle<()>>,
+    listeners: HashMap<String, SocketAddr>,
+    admin: SocketAddr,
+    dir: Arc<TempDir>,
+}
+
+/// A running `forebay`.
+pub struct Process {
+    child: Child,
+    web: SocketAddr,
+    admin: SocketAddr,
+    stderr: Arc<Mutex<String>>,
+    dir: Arc<TempDir>,
+}
+
+/// One line of the access log.
+#[derive(Clone, Debug)]
+pub struct LogLine {
+    text: String,
+    value: Value,
+}
+
+impl Setup {
+    /// A gateway in front of one origin.
+    pub fn before(origin: &Origin) -> Setup {
+        Setup::before_all(&[origin.address().to_string()])
+    }
+
+    /// A gateway in front of the endpoints at these addresses.
+    pub fn before_all(addresses: &[impl ToString]) -> Setup {
+        Setup::new(&endpoints(addresses))
+    }
+
+    /// A gateway in front of origins with weights.
+    pub fn weighted(origins: &[(&Origin, u32)]) -> Setup {
+        let written = origins.iter().map(|(o, weight)| format!("{{ address: \"{}\", weight: {weight} }}", o.address()));
+        Setup::new(&written.collect::<Vec<_>>().join(", "))
+    }
+
+    fn new(endpoints: &str) -> Setup {
+        let dir = Arc::new(tempfile::tempdir().expect("a directory"));
+        Setup {
+            log: log_path(&dir),
+            dir,
+            upstreams: String::new(),
+            listener: String::new(),
+            listeners: String::new(),
+            upstream: format!("endpoints: [ {endpoints} ]"),
+            route: String::new(),
+            routes: None,
+            server: "threads: 1".to_owned(),
+            access_log: String::new(),
+            observability: String::new(),
+            more: String::new(),
+            filters: Vec::new(),
+        }
+    }
+
+    /// Further keys of the listener `web`, such as `limits: { headers: 5 }`.
+    pub fn listener(mut self, keys: &str) -> Setup {
+        add(&mut self.listener, keys);
+        self
+    }
+
+    /// A further listener.
+    pub fn also_listener(mut self, written: &str) -> Setup {
+        add(&mut self.listeners, written);
+        self
+    }
+
+    /// Further keys of the upstream `app`.
+    pub fn upstream(mut self, keys: &str) -> Setup {
+        add(&mut self.upstream, keys);
+        self
+    }
+
+    /// A further upstream.
+    pub fn also(mut self, name: &str, origin: &Origin) -> Setup {
+        add(&mut self.upstreams, &format!("{name}: {{ endpoints: [ {} ] }}", endpoints(&[origin.address()])));
+        self
+    }
+
+    /// Further keys of the route `all`.
+    pub fn route(mut self, keys: &str) -> Setup {
+        add(&mut self.route, keys);
+        self
+    }
+
+    /// Filters of the route `all`.
+    pub fn filters(self, written: &str) -> Setup {
+        self.route(&format!("filters: [ {written} ]"))
+    }
+
+    /// Routes instead of `all`, one a line.
+    pub fn routes(mut self, written: &str) -> Setup {
+        self.routes = Some(written.trim().replace('\n', ",\n "));
+        self
+    }
+
+    /// Keys of `server` instead of `threads: 1`.
+    pub fn server(mut self, keys: &str) -> Setup {
+        self.server = keys.to_owned();
+        self
+    }
+
+    /// Further keys of the access log.
+    pub fn access_log(mut self, keys: &str) -> Setup {
+        add(&mut self.access_log, keys);
+        self
+    }
+
+    /// Keys of an access log that goes elsewhere.
+    pub fn access_log_to(mut self, path: &Path, keys: &str) -> Setup {
+        self.log = path.to_owned();
+        self.access_log(keys)
+    }
+
+    /// Further keys of `observability`.
+    pub fn observability(mut self, keys: &str) -> Setup {
+        add(&mut self.observability, keys);
+        self
+    }
+
+    /// Further lines at the top level.
+    pub fn more(mut self, lines: &str) -> Setup {
+        self.more.push_str(lines);
+        self.more.push('\n');
+        self
+    }
+
+    /// Registers a filter.
+    pub fn filter<T: FilterType>(mut self) -> Setup {
+        self.filters.push(Builder::filter::<T>);
+        self
+    }
+
+    /// A path in the directory of this gateway.
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    /// The file that this makes.
+    pub fn yaml(&self) -> String {
+        let mut yaml = String::new();
+        let route = format!("{{ name: all, {} }}", joined(&["upstream: app", &self.route]));
+        let route = if self.route.contains("upstreams:") { route.replace("upstream: app, ", "") } else { route };
+        let listener = format!("{{ {} }}", joined(&["name: web, address: \"127.0.0.1:0\"", &self.listener]));
+        let log = format!("path: {}", self.log.display());
+        let log = format!("access_log: {{ {} }}", joined(&[&log, &self.access_log]));
+        for (key, value) in [
+            ("listeners", format!("[ {} ]", joined(&[&listener, &self.listeners]))),
+            ("upstreams", format!("{{ {} }}", joined(&[&format!("app: {{ {} }}", self.upstream), &self.upstreams]))),
+            ("routes", format!("[ {} ]", self.routes.as_ref().unwrap_or(&route))),
+            ("server", format!("{{ {} }}", self.server)),
+            ("admin", "{ address: \"127.0.0.1:0\" }".to_owned()),
+            ("observability", format!("{{ {} }}", joined(&[&log, &self.observability]))),
+        ] {
+            writeln!(yaml, "{key}: {value}").expect("a string grows");
+        }
+        yaml + &self.more
+    }
+
+    /// The builder with the filters of this setup.
+    pub fn builder(&self) -> Builder {
+        self.filters.iter().fold(forebay::gateway::Gateway::builder(), |builder, register| register(builder))
+    }
+
+    /// Starts it in this process.
+    ///
+    /// # Panics
+    /// If it does not start; with its report.
+    pub fn start(&self) -> Gateway {
+        let builder = self.builder();
+        let config = builder.parse("test.yaml", &self.yaml()).unwrap_or_else(|e| panic!("{}\n{e}", self.yaml()));
+        let names: Vec<String> = config.listeners.iter().map(|listener| listener.name.clone()).collect();
+        let gateway = builder.build(config).unwrap_or_else(|e| panic!("{}\n{e}", self.yaml()));
+        let listeners = names.into_iter().filter_map(|name| Some((name.clone(), gateway.address(&name)?))).collect();
+        let (handle, admin) = (gateway.handle(), gateway.admin_address().expect("an admin endpoint"));
+        let thread = Some(thread::spawn(move || gateway.run()));
+        Gateway { handle, thread, listeners, admin, dir: self.dir.clone() }
+    }
+
+    /// Starts the program with it.
+    pub fn spawn(&self) -> Process {
+        self.spawn_with(&[])
+    }
+
+    /// Starts the program with it and with these environment variables.
+    pub fn spawn_with(&self, environment: &[(&str, &Path)]) -> Process {
+        let file = self.path("forebay.yaml");
+        fs::write(&file, self.yaml()).expect("a configuration file");
+        let mut child = Command::new(env!("CARGO_BIN_EXE_forebay"))
+            .args(["run", "-c"])
+            .arg(&file)
+            .envs(environment.iter().copied())
+            .stderr(Stdio::piped())
+            .spawn()
+            .expect("the program");
+        let stderr = Arc::new(Mutex::new(String::new()));
+        collect(child.stderr.take().expect("its standard error"), stderr.clone());
+        let [web, admin] = ["web", "admin"].map(|name| announced(&mut child, &stderr, name));
+        eventually("the program to be ready", || (get(admin, "/readyz").status == 200).then_some(()));
+        Process { child, web, admin, stderr, dir: self.dir.clone() }
+    }
+}
+
+impl Gateway {
+    /// Where the listener `web` is bound.
+    pub fn web(&self) -> SocketAddr {
+        self.address("web")
+    }
+
+    /// Where another listener is bound.
+    pub fn address(&self, listener: &str) -> SocketAddr {
+        self.listeners[listener]
+    }
+
+    /// Where the admin endpoint is bound.
+    pub fn admin(&self) -> SocketAddr {
+        self.admin
+    }
+
+    /// A new client of the listener `web`.
+    pub fn client(&self) -> Client {
+        Client::connect(self.web())
+    }
+
+    /// Begins a graceful stop.
+    pub fn stop(&self) {
+        self.handle.stop();
+    }
+
+    /// Waits until it has stopped.
+    pub fn stopped(&mut self) {
+        let thread = self.thread.take().expect("to be asked once");
+        eventually("the gateway to stop", || thread.is_finished().then_some(()));
+        thread.join().expect("the gateway not to panic");
+    }
+}
+
+impl Process {
+    /// Where the listener `web` is bound.
+    pub fn web(&self) -> SocketAddr {
+        self.web
+    }
+
+    /// A new client of the listener `web`.
+    pub fn client(&self) -> Client {
+        Client::connect(self.web)
+    }
+
+    /// Where the admin endpoint is bound.
+    pub fn admin(&self) -> SocketAddr {
+        self.admin
+    }
+
+    /// What it said on standard error so far.
+    pub fn stderr(&self) -> String {
+        self.stderr.lock().unwrap().clone()
+    }
+
+    /// Waits until it says something on standard error.
+    pub fn says(&self, what: &str) {
+        eventually(&format!("`{what}` on standard error"), || self.stderr().contains(what).then_some(()));
+    }
+
+    /// Sends it a signal.
+    pub fn signal(&self, signal: i32) {
+        let pid = i32::try_from(self.child.id()).expect("a process id");
+        // SAFETY: kill has no memory effects; the process is our child and not yet waited for, so the id is its own.
+        assert_eq!(unsafe { libc::kill(pid, signal) }, 0, "to signal the program");
+    }
+
+    /// The memory it holds now.
+    pub fn resident_bytes(&self) -> u64 {
+        let status = fs::read_to_string(format!("/proc/{}/status", self.child.id())).expect("its status");
+        let resident = status.lines().find_map(|line| line.strip_prefix("VmRSS:")?.trim().strip_suffix("kB"));
+        resident.and_then(|kib| kib.trim().parse::<u64>().ok()).expect("its resident set") * 1024
+    }
+
+    /// Whether it runs.
+    pub fn runs(&mut self) -> bool {
+        self.child.try_wait().expect("the state of the child").is_none()
+    }
+
+    /// Waits until it ends.
+    pub fn ended(&mut self) -> ExitStatus {
+        eventually("the program to end", || self.child.try_wait().expect("the state of the child"))
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        end(&mut self.child);
+    }
+}
+
+/// What can be watched of a gateway, in this process or in its own.
+pub trait Watched {
+    /// Where its admin endpoint is.
+    fn admin_address(&self) -> SocketAddr;
+    /// Its access log.
+    fn log_file(&self) -> PathBuf;
+
+    /// The sum of the samples that a selector takes.
+    fn metric(&self, selector: &str) -> f64 {
+        Scrape::of(self.admin_address()).sum(selector)
+    }
+
+    /// Waits until the sum of the samples that a selector takes is as wanted.
+    fn wait_metric(&self, selector: &str, wanted: impl Fn(f64) -> bool) -> f64 {
+        let mut last = f64::NAN;
+        let found = || {
+            last = self.metric(selector);
+            wanted(last).then_some(last)
+        };
+        eventually(&format!("{selector} to be as wanted"), found)
+    }
+
+    /// Waits until an exchange is in this phase.
+    fn wait_phase(&self, phase: Phase) {
+        self.wait_metric(&format!("forebay_phase_active{{phase=\"{phase}\"}}"), |count| count >= 1.0);
+    }
+
+    /// Waits for so many lines of the access log, and returns all that are there.
+    fn log_lines(&self, count: usize) -> Vec<LogLine> {
+        read_lines(&self.log_file(), count).iter().map(|line| LogLine::parse(line)).collect()
+    }
+
+    /// Waits for the first line of the access log.
+    fn log_line(&self) -> LogLine {
+        self.log_lines(1).remove(0)
+    }
+
+    /// Waits for a line of the access log with this target.
+    fn log_line_of(&self, target: &str) -> LogLine {
+        eventually(&format!("a log line of {target}"), || {
+            self.log_lines(0).into_iter().find(|line| line.text("target") == target)
+        })
+    }
+}
+
+impl Watched for Gateway {
+    fn admin_address(&self) -> SocketAddr {
+        self.admin
+    }
+
+    fn log_file(&self) -> PathBuf {
+        log_path(&self.dir)
+    }
+}
+
+impl Watched for Process {
+    fn admin_address(&self) -> SocketAddr {
+        self.admin
+    }
+
+    fn log_file(&self) -> PathBuf {
+        log_path(&self.dir)
+    }
+}
+
+impl LogLine {
+    fn parse(line: &str) -> LogLine {
+        let value = serde_json::from_str(line).unwrap_or_else(|e| panic!("`{line}` is no JSON: {e}"));
+        LogLine { text: line.to_owned(), value }
+    }
+
+    /// A field of text; empty if it is not there.
+    pub fn text(&self, field: &str) -> &str {
+        self.value[field].as_str().unwrap_or_default()
+    }
+
+    /// A field of numbers.
+    ///
+    /// # Panics
+    /// If it is not there.
+    pub fn number(&self, field: &str) -> f64 {
+        self.value[field].as_f64().unwrap_or_else(|| panic!("no number `{field}` in {}", self.text))
+    }
+
+    /// The status that the client got.
+    pub fn status(&self) -> u64 {
+        self.value["status"].as_u64().unwrap_or_else(|| panic!("no status in {}", self.text))
+    }
+
+    /// Why Forebay ended the exchange; empty if it did not.
+    pub fn reason(&self) -> &str {
+        self.text("reason")
+    }
+
+    /// The milliseconds of a phase; `None` if it was never entered.
+    pub fn phase(&self, phase: Phase) -> Option<f64> {
+        self.value["phases"][phase.name()].as_f64()
+    }
+
+    /// The phases that were entered, in the order in which the line names them.
+    pub fn phases(&self) -> Vec<Phase> {
+        let start = self.text.find("\"phases\"").unwrap_or_else(|| panic!("no phases in {}", self.text));
+        let mut found: Vec<(usize, Phase)> = Phase::ALL
+            .into_iter()
+            .filter_map(|phase| Some((self.text[start..].find(&format!("\"{phase}\":"))?, phase)))
+            .collect();
+        found.sort();
+        found.into_iter().map(|(_, phase)| phase).collect()
+    }
+}
+
+/// Waits for so many whole lines of a file, and returns all that are there.
+pub fn read_lines(file: &Path, count: usize) -> Vec<String> {
+    eventually(&format!("{count} lines in the access log"), || {
+        let text = fs::read_to_string(file).unwrap_or_default();
+        let whole = text.rfind('\n').map_or("", |end| &text[..end]);
+        let lines: Vec<String> = whole.lines().map(str::to_owned).collect();
+        (lines.len() >= count).then_some(lines)
+    })
+}
+
+fn log_path(dir: &TempDir) -> PathBuf {
+    dir.path().join("access.log")
+}
+
+fn endpoints(addresses: &[impl ToString]) -> String {
+    let written: Vec<String> =
+        addresses.iter().map(|address| format!("{{ address: \"{}\" }}", address.to_string())).collect();
+    written.join(", ")
+}
+
+fn joined(parts: &[&str]) -> String {
+    parts.iter().filter(|part| !part.is_empty()).copied().collect::<Vec<_>>().join(", ")
+}
+
+fn add(to: &mut String, keys: &str) {
+    *to = joined(&[to, keys]);
+}
+
+/// Reads standard error on a thread, so that the program never blocks on it, and shows it if the test fails.
+fn collect(stderr: impl std::io::Read + Send + 'static, into: Arc<Mutex<String>>) {
+    thread::spawn(move || {
+        for line in BufReader::new(stderr).lines().map_while(Result::ok) {
+            eprintln!("forebay: {line}");
+            into.lock().unwrap().push_str(&(line + "\n"));
+        }
+    });
+}
+
+/// The address that the program says it listens on: `listening listener=web address=127.0.0.1:43210`.
+fn announced(child: &mut Child, stderr: &Mutex<String>, listener: &str) -> SocketAddr {
+    eventually(&format!("the program to listen at `{listener}` within {DEADLINE:?}"), || {
+        let said = stderr.lock().unwrap().clone();
+        if let Some(status) = child.try_wait().expect("the state of the child") {
+            panic!("the program ended with {status} before it listened:\n{said}");
+        }
+        said.lines().find_map(|line| {
+            let word = |key: &str| line.split_whitespace().find_map(|word| word.strip_prefix(key));
+            let named = word("listener=")?.trim_matches('"') == listener;
+            named.then(|| word("address=")?.trim_matches('"').parse().ok()).flatten()
+        })
+    })
+}

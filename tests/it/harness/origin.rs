@@ -1,0 +1,242 @@
+//! The backend of a story: raw sockets that answer, stall, lie or die as the story says.
+
+use std::io;
+use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::{Arc, Mutex};
+use std::thread;
+use std::time::Duration;
+
+use socket2::{Domain, Socket, Type};
+
+use super::wire::{Head, Request, Wire, find};
+use super::{DEADLINE, ms};
+
+/// A backend on a loopback port of its own.
+pub struct Origin {
+    address: SocketAddr,
+    accepted: Receiver<Connection>,
+    seen: Arc<Seen>,
+}
+
+/// What came to an origin.
+#[derive(Default)]
+struct Seen {
+    connections: Mutex<usize>,
+    requests: Mutex<Vec<Request>>,
+}
+
+/// One connection to an origin, played by the story.
+pub struct Connection {
+    wire: Wire,
+    seen: Arc<Seen>,
+}
+
+/// An address where connections come to nothing.
+pub struct Closed {
+    address: SocketAddr,
+    _held: Vec<Socket>,
+}
+
+impl Origin {
+    /// An origin whose connections the story plays itself: see [`Origin::accept`].
+    pub fn scripted() -> Origin {
+        Origin::start(|connection, accepted| {
+            let _ = accepted.send(connection);
+        })
+    }
+
+    /// An origin that answers each request at once with the bytes that `answer` makes of it, and keeps connections. To
+    /// a HEAD it says the header only.
+    pub fn answering(answer: impl Fn(&Request) -> Vec<u8> + Send + Sync + 'static) -> Origin {
+        let answer = Arc::new(answer);
+        Origin::start(move |mut connection, _| {
+            let answer = answer.clone();
+            thread::spawn(move || {
+                while let Some(request) = connection.next_request() {
+                    let mut bytes = answer(&request);
+                    if let Some(end) = find(&bytes, b"\r\n\r\n").filter(|_| request.method() == "HEAD") {
+                        bytes.truncate(end + 4);
+                    }
+                    if connection.wire.send(bytes).is_err() {
+                        return;
+                    }
+                }
+            });
+        })
+    }
+
+    /// An origin that says `200` and its own `name`.
+    pub fn named(name: &'static str) -> Origin {
+        Origin::answering(move |_| ok(name))
+    }
+
+    fn start(serve: impl Fn(Connection, &Sender<Connection>) + Send + 'static) -> Origin {
+        let listener = TcpListener::bind("127.0.0.1:0").expect("a port for the origin");
+        let address = listener.local_addr().expect("its address");
+        let seen = Arc::new(Seen::default());
+        let (sender, accepted) = channel();
+        let noted = seen.clone();
+        thread::spawn(move || {
+            for stream in listener.incoming() {
+                let stream: TcpStream = stream.expect("a connection to the origin");
+                stream.set_nodelay(true).expect("no delay");
+                *noted.connections.lock().unwrap() += 1;
+                serve(Connection { wire: Wire::new(stream), seen: noted.clone() }, &sender);
+            }
+        });
+        Origin { address, accepted, seen }
+    }
+
+    /// Where it listens.
+    pub fn address(&self) -> SocketAddr {
+        self.address
+    }
+
+    /// The next connection.
+    ///
+    /// # Panics
+    /// If none comes.
+    pub fn accept(&self) -> Connection {
+        self.accepted.recv_timeout(DEADLINE).expect("a connection to the origin")
+    }
+
+    /// How many connections were made to it.
+    pub fn connections(&self) -> usize {
+        *self.seen.connections.lock().unwrap()
+    }
+
+    /// Every request it got, in order.
+    pub fn requests(&self) -> Vec<Request> {
+        self.seen.requests.lock().unwrap().clone()
+    }
+
+    /// The one request it got.
+    ///
+    /// # Panics
+    /// If it got none, or more.
+    pub fn request(&self) -> Request {
+        let mut requests = self.requests();
+        assert_eq!(requests.len(), 1, "requests that came to the origin");
+        requests.remove(0)
+    }
+}
+
+impl Connection {
+    /// Reads the next request whole; `None` if the peer closed instead.
+    pub fn next_request(&mut self) -> Option<Request> {
+        let head = self.wire.head()?;
+        let (body, end) = self.wire.body(head.request_framing());
+        let request = Request { head, body, end };
+        self.seen.requests.lock().unwrap().push(request.clone());
+        Some(request)
+    }
+
+    /// Reads a request whole.
+    pub fn request(&mut self) -> Request {
+        self.next_request().expect("a request at the origin")
+    }
+
+    /// Reads the header of a request and leaves its body where it is.
+    pub fn header(&mut self) -> Head {
+        self.wire.head().expect("a request header at the origin")
+    }
+
+    /// Reads so many bytes of a body, framing and all.
+    pub fn bytes(&mut self, count: usize) -> Vec<u8> {
+        self.wire.exactly(count).0
+    }
+
+    /// Sends all of it.
+    ///
+    /// # Panics
+    /// If the gateway does not take it.
+    pub fn send(&mut self, bytes: impl AsRef<[u8]>) {
+        self.wire.send(bytes).expect("the gateway to take bytes");
+    }
+
+    /// Sends it for as long as the gateway takes it; says whether it took all.
+    pub fn try_send(&mut self, bytes: impl AsRef<[u8]>) -> bool {
+        self.wire.send(bytes).is_ok()
+    }
+
+    /// Sends one byte at a time with a pause between, until the gateway says something; whether all was sent.
+    pub fn drip(&mut self, bytes: impl AsRef<[u8]>, pause: Duration) -> bool {
+        self.wire.drip(bytes, pause)
+    }
+
+    /// Sends a whole response with this body.
+    pub fn answer(&mut self, body: impl AsRef<[u8]>) {
+        self.send(ok(body));
+    }
+
+    /// The socket, for a protocol that takes over.
+    pub fn into_socket(self) -> Socket {
+        self.wire.into_socket()
+    }
+
+    /// Closes it.
+    pub fn close(self) {}
+
+    /// Closes it with a reset.
+    pub fn reset(self) {
+        self.wire.reset();
+    }
+
+    /// Waits until the gateway closes it.
+    pub fn closed(&mut self) {
+        self.wire.rest();
+    }
+}
+
+impl Closed {
+    /// An address that refuses connections, and stays reserved while this lives.
+    pub fn refusing() -> Closed {
+        let socket = bound();
+        Closed { address: address_of(&socket), _held: vec![socket] }
+    }
+
+    /// An address that never answers a connection attempt: it listens, but its queue is full.
+    pub fn silent() -> Closed {
+        let listener = bound();
+        listener.listen(0).expect("to listen");
+        let address = address_of(&listener);
+        let mut held = vec![listener];
+        loop {
+            let filler = Socket::new(Domain::IPV4, Type::STREAM, None).expect("a socket");
+            match filler.connect_timeout(&address.into(), ms(100)) {
+                Ok(()) => held.push(filler),
+                Err(e) if e.kind() == io::ErrorKind::TimedOut => return Closed { address, _held: held },
+                Err(e) => panic!("filling a queue of connections: {e}"),
+            }
+        }
+    }
+
+    /// The address.
+    pub fn address(&self) -> SocketAddr {
+        self.address
+    }
+}
+
+fn bound() -> Socket {
+    let socket = Socket::new(Domain::IPV4, Type::STREAM, None).expect("a socket");
+    socket.bind(&SocketAddr::from(([127, 0, 0, 1], 0)).into()).expect("a loopback port");
+    socket
+}
+
+fn address_of(socket: &Socket) -> SocketAddr {
+    socket.local_addr().ok().and_then(|address| address.as_socket()).expect("its address")
+}
+
+/// A whole response: 200, with its length.
+pub fn ok(body: impl AsRef<[u8]>) -> Vec<u8> {
+    response("200 OK", "", body)
+}
+
+/// A whole response with its length; `fields` are further header lines, each with its CRLF.
+pub fn response(status: &str, fields: &str, body: impl AsRef<[u8]>) -> Vec<u8> {
+    let body = body.as_ref();
+    let mut bytes = format!("HTTP/1.1 {status}\r\n{fields}Content-Length: {}\r\n\r\n", body.len()).into_bytes();
+    bytes.extend_from_slice(body);
+    bytes
+}

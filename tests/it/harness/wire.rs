@@ -1,0 +1,333 @@
+//! HTTP/1 on a socket, byte for byte and strictly: what the client and the origin of a story have in common.
+//!
+//! The parser accepts nothing that a careful peer would not, so a story that reads a message has also checked its form.
+
+use std::io::{self, Read, Write};
+use std::ops::Deref;
+use std::time::Duration;
+
+use socket2::Socket;
+
+use super::DEADLINE;
+
+/// One end of a connection.
+pub struct Wire {
+    socket: Socket,
+    read: Vec<u8>,
+}
+
+/// How a message ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum End {
+    /// All that its framing promised was there.
+    Complete,
+    /// The connection ended before that: nobody can take it for a whole message.
+    Cut,
+}
+
+/// The first line and the header fields of a message.
+#[derive(Clone, Debug)]
+pub struct Head {
+    /// The bytes, with the empty line.
+    pub raw: Vec<u8>,
+    /// The request line or the status line.
+    pub first_line: String,
+    /// The fields in order, names as they were sent.
+    pub fields: Vec<(String, String)>,
+}
+
+/// A request, as an origin got it.
+#[derive(Clone, Debug)]
+pub struct Request {
+    /// Its header.
+    pub head: Head,
+    /// Its body, freed from its framing.
+    pub body: Vec<u8>,
+    /// Whether the body was all there.
+    pub end: End,
+}
+
+/// A response, as a client got it.
+#[derive(Clone, Debug)]
+pub struct Response {
+    /// Its status.
+    pub status: u16,
+    /// Its header.
+    pub head: Head,
+    /// Its body, freed from its framing.
+    pub body: Vec<u8>,
+    /// Whether the body was all there.
+    pub end: End,
+}
+
+/// Where the body of a message ends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Framing {
+    /// There is none.
+    Empty,
+    /// After so many bytes.
+    Length(usize),
+    /// After the last chunk.
+    Chunked,
+    /// With the connection: responses only.
+    Close,
+}
+
+impl Wire {
+    /// Takes over a connected socket.
+    pub fn new(socket: impl Into<Socket>) -> Wire {
+        let socket = socket.into();
+        socket.set_read_timeout(Some(DEADLINE)).expect("a read timeout");
+        socket.set_write_timeout(Some(DEADLINE)).expect("a write timeout");
+        Wire { socket, read: Vec::new() }
+    }
+
+    /// Sends all of it, if the peer takes it.
+    pub fn send(&mut self, bytes: impl AsRef<[u8]>) -> io::Result<()> {
+        self.socket.write_all(bytes.as_ref())
+    }
+
+    /// Sends one byte at a time with a pause between, for as long as the peer is silent; says whether all was sent.
+    pub fn drip(&mut self, bytes: impl AsRef<[u8]>, pause: Duration) -> bool {
+        self.socket.set_read_timeout(Some(pause)).expect("a read timeout");
+        let mut bytes = bytes.as_ref().iter().enumerate();
+        let all = bytes.all(|(n, byte)| (n == 0 || self.silent()) && self.send([*byte]).is_ok());
+        self.socket.set_read_timeout(Some(DEADLINE)).expect("a read timeout");
+        all
+    }
+
+    /// Whether the peer says nothing, not even goodbye, for as long as the read timeout is.
+    fn silent(&mut self) -> bool {
+        let mut piece = [0; 4096];
+        match self.socket.read(&mut piece) {
+            Ok(count) => {
+                self.read.extend_from_slice(&piece[..count]);
+                false
+            }
+            Err(e) => e.kind() == io::ErrorKind::WouldBlock,
+        }
+    }
+
+    /// The socket, for a protocol that takes over. Nothing that was read may be left.
+    pub fn into_socket(self) -> Socket {
+        assert!(self.read.is_empty(), "bytes were read already");
+        self.socket
+    }
+
+    /// Closes with a reset instead of an end.
+    pub fn reset(self) {
+        self.socket.set_linger(Some(Duration::ZERO)).expect("linger");
+    }
+
+    /// Waits until the peer has closed or reset, and says what came before that.
+    pub fn rest(&mut self) -> Vec<u8> {
+        while self.fill() {}
+        std::mem::take(&mut self.read)
+    }
+
+    /// Reads a header; `None` if the peer closed before its first byte.
+    ///
+    /// # Panics
+    /// If it is cut, not a header, or does not come.
+    pub fn head(&mut self) -> Option<Head> {
+        loop {
+            if let Some(end) = find(&self.read, b"\r\n\r\n") {
+                return Some(Head::parse(self.read.drain(..end + 4).collect()));
+            }
+            if !self.fill() {
+                assert!(self.read.is_empty(), "a header was cut: {:?}", String::from_utf8_lossy(&self.read));
+                return None;
+            }
+        }
+    }
+
+    /// Reads a body.
+    ///
+    /// # Panics
+    /// If its chunks are malformed, or nothing comes.
+    pub fn body(&mut self, framing: Framing) -> (Vec<u8>, End) {
+        match framing {
+            Framing::Empty => (Vec::new(), End::Complete),
+            Framing::Length(length) => self.exactly(length),
+            Framing::Chunked => self.chunks(),
+            Framing::Close => (self.rest(), End::Complete),
+        }
+    }
+
+    /// Reads so many bytes, or those that came before the connection ended.
+    pub fn exactly(&mut self, length: usize) -> (Vec<u8>, End) {
+        while self.read.len() < length {
+            if !self.fill() {
+                return (std::mem::take(&mut self.read), End::Cut);
+            }
+        }
+        (self.read.drain(..length).collect(), End::Complete)
+    }
+
+    fn chunks(&mut self) -> (Vec<u8>, End) {
+        let mut body = Vec::new();
+        loop {
+            let Some(line) = self.line() else { return (body, End::Cut) };
+            let size = line.split(';').next().unwrap_or_default();
+            let size = usize::from_str_radix(size, 16).unwrap_or_else(|_| panic!("`{line}` is no chunk size"));
+            if size == 0 {
+                return (body, self.trailers());
+            }
+            let (mut piece, end) = self.exactly(size + 2);
+            if end == End::Cut {
+                piece.truncate(size);
+                body.append(&mut piece);
+                return (body, End::Cut);
+            }
+            assert!(piece.ends_with(b"\r\n"), "a chunk of {size} bytes ends without CRLF");
+            body.extend_from_slice(&piece[..size]);
+        }
+    }
+
+    fn trailers(&mut self) -> End {
+        while let Some(line) = self.line() {
+            if line.is_empty() {
+                return End::Complete;
+            }
+        }
+        End::Cut
+    }
+
+    fn line(&mut self) -> Option<String> {
+        loop {
+            if let Some(end) = find(&self.read, b"\r\n") {
+                let line: Vec<u8> = self.read.drain(..end + 2).collect();
+                return Some(String::from_utf8(line[..end].to_vec()).expect("a line of text"));
+            }
+            if !self.fill() {
+                return None;
+            }
+        }
+    }
+
+    /// Reads what is there; `false` at the end of the connection, be it an orderly one or a reset.
+    fn fill(&mut self) -> bool {
+        let mut piece = [0; 16 * 1024];
+        match self.socket.read(&mut piece) {
+            Ok(count) => {
+                self.read.extend_from_slice(&piece[..count]);
+                count > 0
+            }
+            Err(e) if matches!(e.kind(), io::ErrorKind::ConnectionReset | io::ErrorKind::BrokenPipe) => false,
+            Err(e) => panic!("waited {DEADLINE:?} for a byte after {} unread ones: {e}", self.read.len()),
+        }
+    }
+}
+
+impl Head {
+    fn parse(raw: Vec<u8>) -> Head {
+        let text = String::from_utf8(raw.clone()).expect("a header of text");
+        let mut lines = text.strip_suffix("\r\n\r\n").expect("an empty line").split("\r\n");
+        let first_line = lines.next().unwrap_or_default().to_owned();
+        let fields = lines
+            .map(|line| {
+                let (name, value) = line.split_once(':').unwrap_or_else(|| panic!("`{line}` is no header field"));
+                let token = !name.is_empty() && name.bytes().all(|b| b.is_ascii_graphic());
+                assert!(token && !value.contains(['\r', '\n']), "`{line}` is no header field");
+                (name.to_owned(), value.trim_matches([' ', '\t']).to_owned())
+            })
+            .collect();
+        Head { raw, first_line, fields }
+    }
+
+    /// The value of a field that is there once at most.
+    ///
+    /// # Panics
+    /// If it is there more than once.
+    pub fn value(&self, name: &str) -> Option<&str> {
+        let values = self.values(name);
+        assert!(values.len() < 2, "{name} is there more than once: {values:?}");
+        values.first().copied()
+    }
+
+    /// Every value of a field, in order.
+    pub fn values(&self, name: &str) -> Vec<&str> {
+        self.fields.iter().filter(|(n, _)| n.eq_ignore_ascii_case(name)).map(|(_, value)| value.as_str()).collect()
+    }
+
+    /// How the body that follows is framed, unless status or method say that there is none.
+    fn framing(&self) -> Option<Framing> {
+        match (self.value("transfer-encoding"), self.value("content-length")) {
+            (Some(coding), None) => {
+                assert_eq!(coding, "chunked", "an unknown transfer coding");
+                Some(Framing::Chunked)
+            }
+            (None, Some(length)) => Some(Framing::Length(length.parse().expect("a Content-Length"))),
+            (None, None) => None,
+            (Some(_), Some(_)) => panic!("Content-Length beside Transfer-Encoding: {:?}", self.fields),
+        }
+    }
+
+    /// How the body of a request with this header is framed (RFC 9112 §6.3).
+    pub fn request_framing(&self) -> Framing {
+        self.framing().unwrap_or(Framing::Empty)
+    }
+
+    /// How the body of a response with this header, to a request with this method, is framed (RFC 9112 §6.3).
+    pub fn response_framing(&self, method: &str) -> Framing {
+        let status = self.status();
+        if method == "HEAD" || status < 200 || status == 204 || status == 304 {
+            return Framing::Empty;
+        }
+        self.framing().unwrap_or(Framing::Close)
+    }
+
+    /// The status of a response.
+    ///
+    /// # Panics
+    /// If the first line is no status line of HTTP/1.
+    pub fn status(&self) -> u16 {
+        let mut words = self.first_line.splitn(3, ' ');
+        let version = words.next().unwrap_or_default();
+        assert!(matches!(version, "HTTP/1.1" | "HTTP/1.0"), "`{}` is no status line", self.first_line);
+        words.next().and_then(|code| code.parse().ok()).unwrap_or_else(|| panic!("no status in `{}`", self.first_line))
+    }
+
+    /// The method of a request.
+    pub fn method(&self) -> &str {
+        self.first_line.split(' ').next().unwrap_or_default()
+    }
+
+    /// The target of a request.
+    pub fn target(&self) -> &str {
+        self.first_line.split(' ').nth(1).unwrap_or_default()
+    }
+}
+
+impl Response {
+    /// The body as text.
+    pub fn text(&self) -> &str {
+        std::str::from_utf8(&self.body).expect("a body of text")
+    }
+
+    /// The body as JSON.
+    pub fn json(&self) -> serde_json::Value {
+        serde_json::from_slice(&self.body).expect("a body of JSON")
+    }
+}
+
+impl Deref for Request {
+    type Target = Head;
+
+    fn deref(&self) -> &Head {
+        &self.head
+    }
+}
+
+impl Deref for Response {
+    type Target = Head;
+
+    fn deref(&self) -> &Head {
+        &self.head
+    }
+}
+
+/// Where `wanted` begins.
+pub(super) fn find(bytes: &[u8], wanted: &[u8]) -> Option<usize> {
+    bytes.windows(wanted.len()).position(|window| window == wanted)
+}

@@ -1,0 +1,104 @@
+//! Who may import whom: the top-level modules point down, without cycles, and few know Pingora's `Session`.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use regex::Regex;
+
+/// The levels, from the ground up. A module imports from its own level and from below it.
+const LEVELS: [&[&str]; 7] = [
+    &["phase", "error"],
+    &["config", "metrics"],
+    &["client", "filter", "upstream", "access_log", "eventloop", "origin"],
+    &["admin", "proxy"],
+    &["gateway"],
+    &["cli"],
+    &["main"],
+];
+
+/// The code of each top-level module: its file and its folder, without comments and tests.
+fn modules() -> BTreeMap<String, String> {
+    let src = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
+    let mut modules: BTreeMap<String, String> = BTreeMap::new();
+    for file in files(&src) {
+        let inner = file.strip_prefix(&src).expect("a file of src").with_extension("");
+        let top = inner.iter().next().expect("a name").to_string_lossy().into_owned();
+        let text = fs::read_to_string(&file).expect("a source file");
+        let code = text.split("#[cfg(test)]\nmod tests").next().unwrap_or_default();
+        let lines = code.lines().filter(|line| !line.trim_start().starts_with("//"));
+        modules.entry(top).or_default().extend(lines.map(|line| format!("{line}\n")));
+    }
+    modules.remove("lib");
+    modules
+}
+
+fn files(folder: &Path) -> Vec<PathBuf> {
+    let entries = fs::read_dir(folder).expect("a folder of sources").map(|entry| entry.expect("an entry").path());
+    entries.flat_map(|path| if path.is_dir() { files(&path) } else { vec![path] }).collect()
+}
+
+/// The top-level modules that this code names, by `crate::x` or, in `main`, by `forebay::x`; in braces, too.
+fn imports(code: &str) -> BTreeSet<String> {
+    let path = Regex::new(r"\b(?:crate|forebay)::(?:(\w+)|\{([^;]*)\})").expect("a pattern");
+    let word = Regex::new(r"(?:^|,)\s*(\w+)").expect("a pattern");
+    let nested = Regex::new(r"\{[^{}]*\}").expect("a pattern");
+    path.captures_iter(code)
+        .flat_map(|found| match (found.get(1), found.get(2)) {
+            (Some(one), _) => vec![one.as_str().to_owned()],
+            (_, Some(list)) => {
+                let flat = nested.replace_all(list.as_str(), "");
+                word.captures_iter(&flat).map(|name| name[1].to_owned()).collect()
+            }
+            _ => Vec::new(),
+        })
+        .filter(|name| LEVELS.iter().any(|level| level.contains(&name.as_str())))
+        .collect()
+}
+
+fn level(module: &str) -> usize {
+    let found = LEVELS.iter().position(|level| level.contains(&module));
+    found.unwrap_or_else(|| panic!("`{module}` has no level: put it where it belongs in tests/it/imports.rs"))
+}
+
+#[test]
+fn imports_point_down_and_never_round_in_a_circle() {
+    let modules = modules();
+    let mut edges: BTreeMap<&str, BTreeSet<String>> = BTreeMap::new();
+    for (module, code) in &modules {
+        let mut imported = imports(code);
+        imported.remove(module);
+        for other in &imported {
+            assert!(level(other) <= level(module), "`{module}` imports `{other}`, which stands above it");
+        }
+        edges.insert(module, imported);
+    }
+    // What imports nothing that is left can be taken away; a circle cannot.
+    while let Some(free) = edges.iter().find(|(_, to)| to.iter().all(|t| !edges.contains_key(t.as_str()))) {
+        let free = *free.0;
+        edges.remove(free);
+    }
+    assert!(edges.is_empty(), "these import each other: {edges:?}");
+}
+
+#[test]
+fn only_proxy_and_client_know_the_session_of_pingora() {
+    let session = Regex::new(r"\bSession\b").expect("a pattern");
+    for (module, code) in modules() {
+        if !["proxy", "client"].contains(&module.as_str()) {
+            assert!(!session.is_match(&code), "`{module}` names a Session");
+        }
+    }
+}
+
+#[test]
+fn no_file_is_called_mod() {
+    let src = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
+    assert!(files(&src).iter().all(|file| !file.ends_with("mod.rs")), "`foo.rs` stands beside `foo/`");
+}
+
+#[test]
+fn imports_are_found_however_they_are_written() {
+    let code = "use crate::phase::{Phase, Clock};\nuse crate::{config::{self, Config}, metrics};\nfn f() { crate::error::x() }";
+    assert_eq!(imports(code).into_iter().collect::<Vec<_>>(), ["config", "error", "metrics", "phase"]);
+}

@@ -1,0 +1,26 @@
+//! The integration tests: stories of an origin, the gateway and a client over real sockets.
+//!
+//! One module a phase, named like it, and a few for what crosses phases. [`harness`] holds the actors.
+
+mod harness;
+
+mod accept;
+mod actors;
+mod cli;
+mod config;
+mod connect;
+mod filters;
+mod finish;
+mod header;
+mod imports;
+mod observe;
+mod origin;
+mod proxying;
+mod receive;
+mod route;
+mod select;
+mod send;
+mod stop;
+mod story;
+mod wait;
+mod write;

@@ -1,0 +1,165 @@
+//! The request on its way to the endpoint: what a client that stalls and a backend that will not take it come to.
+
+use forebay::phase::Phase;
+
+use crate::harness::client::{H2Client, request};
+use crate::harness::gateway::Watched;
+use crate::harness::{Origin, Setup, eventually, ms};
+
+const UPLOAD: &str = "POST /upload HTTP/1.1\r\nHost: test\r\nContent-Length: 1000\r\n\r\nthe first half";
+
+#[test]
+fn a_client_that_stops_sending_its_body_is_answered_408_and_the_backend_is_let_go() {
+    let origin = Origin::scripted();
+    let gateway = Setup::before(&origin).route("client: { body_idle: 200ms }").start();
+    let mut client = gateway.client();
+    client.send(UPLOAD);
+    let mut connection = origin.accept();
+    connection.header();
+    assert_eq!(client.response().status, 408);
+    client.closed();
+    connection.closed();
+
+    let line = gateway.log_line();
+    assert_eq!((line.status(), line.reason()), (408, "send.body_timeout"));
+    gateway.wait_metric("forebay_refusals_total{reason=\"send.body_timeout\"}", |count| count >= 1.0);
+}
+
+#[test]
+fn a_client_that_sends_slowly_but_steadily_is_not_cut() {
+    let origin = Origin::answering(|request| crate::harness::ok(&request.body));
+    let gateway = Setup::before(&origin).route("client: { body_idle: 300ms }").start();
+    let mut client = gateway.client();
+    client.send("POST / HTTP/1.1\r\nHost: test\r\nContent-Length: 10\r\n\r\n");
+    assert!(client.drip("ten bytes!", ms(50)));
+    assert_eq!(client.response().text(), "ten bytes!");
+}
+
+#[test]
+fn a_client_that_goes_away_in_the_middle_of_its_upload_lets_the_backend_go() {
+    let origin = Origin::scripted();
+    let gateway = Setup::before(&origin).start();
+    let mut client = gateway.client();
+    client.send(UPLOAD);
+    let mut connection = origin.accept();
+    connection.header();
+    gateway.wait_phase(Phase::Send);
+    client.reset();
+    connection.closed();
+
+    let line = gateway.log_line();
+    assert_eq!((line.status(), line.reason()), (499, "send.aborted"));
+    gateway.wait_metric("forebay_refusals_total{reason=\"send.aborted\"}", |count| count >= 1.0);
+    gateway.wait_metric("forebay_phase_active", |count| count == 0.0);
+}
+
+#[test]
+fn a_client_that_ends_its_connection_in_the_middle_of_its_upload_is_no_whole_request() {
+    let origin = Origin::scripted();
+    let gateway = Setup::before(&origin).start();
+    let mut client = gateway.client();
+    client.send("POST / HTTP/1.1\r\nHost: test\r\nTransfer-Encoding: chunked\r\n\r\n4\r\nhalf\r\n");
+    let mut connection = origin.accept();
+    connection.header();
+    drop(client);
+    let seen = connection.bytes(1_000_000);
+    assert!(!seen.ends_with(b"0\r\n\r\n"), "the origin was told that this was all");
+    assert_eq!(gateway.log_line().reason(), "send.aborted");
+}
+
+#[test]
+fn a_backend_that_does_not_take_the_request_is_given_up() {
+    let origin = Origin::scripted();
+    // After a send that failed, Pingora still listens for an early answer, for as long as the longer of `wait` and
+    // `receive`; only then is the exchange over.
+    let gateway = Setup::before(&origin).upstream("timeouts: { send: 300ms, wait: 300ms, receive: 300ms }").start();
+    let mut client = gateway.client();
+    client.try_send(request("POST", "/", "", vec![b'x'; 64 << 20]));
+    let answer = client.try_response_to("POST");
+    let _held = origin.accept();
+    assert_eq!(answer.map(|answer| answer.status), Some(504));
+    let line = gateway.log_line();
+    assert_eq!((line.status(), line.reason()), (504, "send.timeout"));
+}
+
+#[test]
+fn a_backend_that_resets_during_the_upload_is_a_502() {
+    let origin = Origin::scripted();
+    let gateway = Setup::before(&origin).start();
+    let mut client = gateway.client();
+    client.send(UPLOAD);
+    let mut connection = origin.accept();
+    connection.header();
+    connection.reset();
+    client.try_send(vec![b'x'; 986]);
+    assert_eq!(client.response().status, 502);
+    let line = gateway.log_line();
+    assert_eq!(line.status(), 502);
+    assert!(["send.reset", "wait.reset"].contains(&line.reason()), "{}", line.reason());
+}
+
+#[test]
+fn a_post_is_not_sent_twice() {
+    let origins = [Origin::scripted(), Origin::scripted()];
+    let gateway = Setup::before_all(&origins.each_ref().map(Origin::address)).start();
+    let mut client = gateway.client();
+    client.send(request("POST", "/pay", "", "once"));
+    let asked = eventually("one of them to be asked", || origins.iter().find(|origin| origin.connections() > 0));
+    let mut connection = asked.accept();
+    connection.request();
+    connection.close();
+    assert_eq!(client.response().status, 502);
+    let line = gateway.log_line();
+    assert_eq!((line.reason(), line.number("attempts")), ("wait.reset", 1.0));
+    assert_eq!(origins.iter().map(Origin::connections).sum::<usize>(), 1);
+}
+
+#[test]
+fn a_post_is_not_sent_twice_even_if_a_kept_connection_dies_under_it() {
+    let origin = Origin::scripted();
+    let gateway = Setup::before(&origin).start();
+    let mut client = gateway.client();
+    client.send(request("GET", "/", "", ""));
+    let mut connection = origin.accept();
+    connection.request();
+    connection.answer("kept");
+    assert_eq!(client.response().text(), "kept");
+
+    client.send(request("POST", "/pay", "", "once"));
+    assert_eq!(connection.request().body, b"once");
+    connection.close();
+    assert_eq!(client.response().status, 502);
+    assert_eq!(origin.connections(), 1);
+}
+
+#[test]
+fn an_http_2_client_that_gives_up_its_stream_lets_the_backend_go() {
+    let origin = Origin::scripted();
+    let gateway = Setup::before(&origin).listener("protocols: [h2c]").start();
+    let client = H2Client::connect(gateway.web());
+    client.abandon("/", "the request at the origin", || origin.connections() == 1);
+    origin.accept().closed();
+    let line = gateway.log_line();
+    assert_eq!(line.status(), 499);
+    assert!(line.reason().ends_with(".aborted"), "{}", line.reason());
+    gateway.wait_metric("forebay_phase_active", |count| count == 0.0);
+}
+
+#[test]
+fn an_upload_is_passed_on_while_it_arrives() {
+    let origin = Origin::scripted();
+    let gateway = Setup::before(&origin).start();
+    let mut client = gateway.client();
+    client.send("POST / HTTP/1.1\r\nHost: test\r\nContent-Length: 8\r\n\r\nhalf");
+    let mut connection = origin.accept();
+    connection.header();
+    assert_eq!(connection.bytes(4), b"half");
+    gateway.wait_phase(Phase::Send);
+    client.send("rest");
+    assert_eq!(connection.bytes(4), b"rest");
+    gateway.wait_phase(Phase::Wait);
+    connection.answer("all of it");
+    assert_eq!(client.response().text(), "all of it");
+    let spent = eventually("its log line", || gateway.log_line().phase(Phase::Send));
+    assert!(spent > 0.0);
+}

@@ -1,0 +1,210 @@
+//! The end of the process: what is in flight ends well, what is not in flight does not hold it up.
+
+use std::net::{SocketAddr, TcpStream};
+use std::os::unix::process::ExitStatusExt;
+use std::process::Command;
+use std::time::Instant;
+
+use forebay::phase::Phase;
+
+use crate::harness::client::{Client, H2Client, get, request};
+use crate::harness::gateway::Watched;
+use crate::harness::origin::Connection;
+use crate::harness::{Origin, Process, Setup, eventually, ms};
+
+/// A running program with one exchange in flight: the client and the origin's side of it.
+fn in_flight(origin: &Origin, shutdown: &str) -> (Process, Client, Connection) {
+    let process = Setup::before(origin).server(&format!("threads: 1, shutdown: {{ {shutdown} }}")).spawn();
+    let mut client = process.client();
+    client.send(request("GET", "/in-flight", "", ""));
+    let mut connection = origin.accept();
+    connection.request();
+    process.wait_phase(Phase::Wait);
+    (process, client, connection)
+}
+
+/// Whether this is the process that a story runs in alone; if not, runs it there: see [`crate::harness::Gateway`].
+fn in_a_process_of_its_own(story: &str) -> bool {
+    const ALONE: &str = "FOREBAY_STORY_ALONE";
+    if std::env::var_os(ALONE).is_some() {
+        return true;
+    }
+    let program = std::env::current_exe().expect("the path of this program");
+    let output = Command::new(program).args(["--exact", story]).env(ALONE, "1").output().expect("this program again");
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stdout));
+    false
+}
+
+fn refuses(address: SocketAddr) {
+    eventually("the listener to close", || TcpStream::connect(address).is_err().then_some(()));
+}
+
+#[test]
+fn on_term_what_is_in_flight_ends_well_and_then_the_process_ends_at_once() {
+    let origin = Origin::scripted();
+    let (mut process, mut client, mut connection) = in_flight(&origin, "pause: 0s, deadline: 60s");
+    process.signal(libc::SIGTERM);
+    refuses(process.web());
+    assert!(process.runs(), "an exchange is in flight");
+    assert_eq!(get(process.admin(), "/readyz").status, 503);
+    assert_eq!(get(process.admin(), "/healthz").status, 200, "the admin endpoint answers to the end");
+
+    connection.answer("to the last byte");
+    let last = Instant::now();
+    let answer = client.response();
+    assert_eq!((answer.status, answer.text()), (200, "to the last byte"));
+    assert_eq!(answer.value("connection"), Some("close"), "the client is told that its connection ends");
+    client.closed();
+    assert_eq!(process.ended().code(), Some(0));
+    assert!(last.elapsed() < ms(1_000), "{:?} after the last exchange", last.elapsed());
+    assert_eq!(process.log_line().text("target"), "/in-flight", "its log line is not lost");
+}
+
+#[test]
+fn on_term_readiness_goes_first_and_the_listeners_close_after_the_pause() {
+    let origin = Origin::scripted();
+    let (mut process, mut client, mut connection) = in_flight(&origin, "pause: 1s, deadline: 60s");
+    let started = Instant::now();
+    process.signal(libc::SIGTERM);
+    eventually("readiness to go", || (get(process.admin(), "/readyz").status == 503).then_some(()));
+    let mut late = process.client();
+    late.send(request("GET", "/late", "", ""));
+    let mut late_connection = origin.accept();
+    late_connection.request();
+    late_connection.answer("still served");
+    assert_eq!(late.response().text(), "still served");
+    assert!(started.elapsed() < ms(1_000), "the pause was over before the story was");
+
+    refuses(process.web());
+    assert!(started.elapsed() >= ms(1_000), "{:?}", started.elapsed());
+    connection.answer("done");
+    assert_eq!(client.response().text(), "done");
+    assert_eq!(process.ended().code(), Some(0));
+}
+
+#[test]
+fn on_term_what_is_not_done_by_the_deadline_is_cut() {
+    let origin = Origin::scripted();
+    let (mut process, mut client, mut connection) = in_flight(&origin, "deadline: 300ms");
+    connection.send("HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\nhalf");
+    process.wait_phase(Phase::Receive);
+    let started = Instant::now();
+    process.signal(libc::SIGTERM);
+    let status = process.ended();
+    assert_eq!(status.code(), Some(0));
+    assert!(started.elapsed() >= ms(300) && started.elapsed() < ms(3_000), "{:?}", started.elapsed());
+    assert_eq!(client.response().end, crate::harness::End::Cut);
+}
+
+#[test]
+fn on_term_idle_connections_hold_up_nothing() {
+    let origin = Origin::named("origin");
+    let setup = Setup::before(&origin).listener("protocols: [http1, h2c]").server("shutdown: { deadline: 60s }");
+    let mut process = setup.spawn();
+    let (mut kept, mut silent) = (process.client(), process.client());
+    assert_eq!(kept.get("/").status, 200);
+    let h2 = H2Client::connect(process.web());
+    assert_eq!(h2.get("/").status, 200);
+    let started = Instant::now();
+    process.signal(libc::SIGTERM);
+    kept.closed();
+    silent.closed();
+    assert_eq!(process.ended().code(), Some(0));
+    assert!(started.elapsed() < ms(2_000), "{:?}", started.elapsed());
+}
+
+#[test]
+fn on_int_the_process_ends_at_once() {
+    let origin = Origin::scripted();
+    let (mut process, mut client, _connection) = in_flight(&origin, "pause: 30s, deadline: 60s");
+    let started = Instant::now();
+    process.signal(libc::SIGINT);
+    process.ended();
+    assert!(started.elapsed() < ms(1_000), "{:?}", started.elapsed());
+    assert!(client.try_response_to("GET").is_none_or(|answer| answer.status >= 500));
+}
+
+#[test]
+fn a_second_term_changes_nothing_and_int_during_a_drain_ends_it() {
+    let origin = Origin::scripted();
+    let (mut process, _client, _connection) = in_flight(&origin, "deadline: 60s");
+    process.signal(libc::SIGTERM);
+    refuses(process.web());
+    process.signal(libc::SIGTERM);
+    assert_eq!(get(process.admin(), "/healthz").status, 200);
+    assert!(process.runs());
+    process.signal(libc::SIGINT);
+    process.ended();
+}
+
+#[test]
+fn on_hup_it_says_that_reload_is_not_there_yet_and_goes_on() {
+    let origin = Origin::scripted();
+    let (mut process, mut client, mut connection) = in_flight(&origin, "deadline: 1s");
+    process.signal(libc::SIGHUP);
+    process.says("reload");
+    assert!(process.runs());
+    connection.answer("none the worse");
+    assert_eq!(client.response().text(), "none the worse");
+    assert_eq!(get(process.admin(), "/readyz").status, 200);
+}
+
+#[test]
+fn on_usr1_it_goes_on() {
+    let origin = Origin::named("origin");
+    let mut process = Setup::before(&origin).spawn();
+    process.signal(libc::SIGUSR1);
+    assert_eq!(process.client().get("/").status, 200);
+    assert!(process.runs());
+}
+
+#[test]
+fn a_gateway_in_a_program_of_ones_own_stops_when_told_and_returns() {
+    let name = "stop::a_gateway_in_a_program_of_ones_own_stops_when_told_and_returns";
+    if !in_a_process_of_its_own(name) {
+        return;
+    }
+    let origin = Origin::scripted();
+    let mut gateway = Setup::before(&origin).start();
+    let mut client = gateway.client();
+    client.send(request("GET", "/", "", ""));
+    let mut connection = origin.accept();
+    connection.request();
+    gateway.stop();
+    refuses(gateway.web());
+    connection.answer("done");
+    assert_eq!(client.response().text(), "done");
+    gateway.stopped();
+}
+
+#[test]
+fn a_unix_socket_is_gone_when_the_process_is() {
+    let origin = Origin::named("origin");
+    let setup = Setup::before(&origin);
+    let path = setup.path("web.sock");
+    let mut process = setup.also_listener(&format!("{{ name: local, address: \"unix:{}\" }}", path.display())).spawn();
+    assert_eq!(Client::unix(&path).get("/").status, 200);
+    process.signal(libc::SIGTERM);
+    let status = process.ended();
+    assert_eq!((status.code(), status.signal()), (Some(0), None));
+    assert!(!path.exists(), "the socket is still there");
+}
+
+#[test]
+fn an_upgraded_connection_is_in_flight_until_the_deadline() {
+    let origin = Origin::scripted();
+    let mut process = Setup::before(&origin).server("shutdown: { deadline: 500ms }").spawn();
+    let mut client = process.client();
+    let upgrade = "Connection: Upgrade\r\nUpgrade: websocket\r\n";
+    client.send(format!("GET / HTTP/1.1\r\nHost: test\r\n{upgrade}\r\n"));
+    let mut connection = origin.accept();
+    assert_eq!(connection.header().value("upgrade"), Some("websocket"));
+    connection.send(format!("HTTP/1.1 101 Switching Protocols\r\n{upgrade}\r\n"));
+    assert_eq!(client.response().status, 101);
+    process.signal(libc::SIGTERM);
+    refuses(process.web());
+    connection.send("still here");
+    assert_eq!(client.bytes(10), b"still here");
+    assert_eq!(process.ended().code(), Some(0));
+    client.rest();
+}

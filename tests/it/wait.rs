@@ -1,0 +1,153 @@
+//! The request is out, the answer is awaited: backends that hang, drip, lie or die, and clients that do not wait.
+
+use std::time::Instant;
+
+use forebay::phase::Phase;
+
+use crate::harness::client::request;
+use crate::harness::gateway::Watched;
+use crate::harness::origin::Connection;
+use crate::harness::{Gateway, Origin, Setup, ms, ok};
+
+/// What the client gets when the backend does this with a request, and the reason in the log.
+fn answered(play: impl FnOnce(Connection)) -> (u16, String) {
+    let origin = Origin::scripted();
+    let gateway = Setup::before(&origin).start();
+    let mut client = gateway.client();
+    client.send(request("GET", "/", "", ""));
+    let mut connection = origin.accept();
+    connection.request();
+    play(connection);
+    let status = client.response().status;
+    let line = gateway.log_line();
+    assert_eq!(line.status(), u64::from(status));
+    gateway.wait_metric(&format!("forebay_refusals_total{{reason=\"{}\"}}", line.reason()), |count| count >= 1.0);
+    (status, line.reason().to_owned())
+}
+
+fn impatient(origin: &Origin) -> Gateway {
+    Setup::before(origin).upstream("timeouts: { wait: 200ms }").start()
+}
+
+#[test]
+fn a_backend_that_hangs_is_a_504() {
+    let origin = Origin::scripted();
+    let gateway = impatient(&origin);
+    let mut client = gateway.client();
+    client.send(request("GET", "/", "", ""));
+    let mut connection = origin.accept();
+    connection.request();
+    assert_eq!(client.response().status, 504);
+    connection.closed();
+    let line = gateway.log_line();
+    assert_eq!((line.status(), line.reason()), (504, "wait.timeout"));
+    let spent = line.phase(Phase::Wait).expect("time in wait");
+    assert!((195.0..2_000.0).contains(&spent), "{spent} ms");
+}
+
+#[test]
+fn a_backend_that_drips_its_header_does_not_gain_time_by_it() {
+    let origin = Origin::scripted();
+    let gateway = impatient(&origin);
+    let mut client = gateway.client();
+    client.send(request("GET", "/", "", ""));
+    let mut connection = origin.accept();
+    connection.request();
+    let started = Instant::now();
+    assert!(!connection.drip(ok("a header of some eighty letters takes four seconds"), ms(50)));
+    assert!(started.elapsed() < ms(2_000), "{:?}", started.elapsed());
+    assert_eq!(client.response().status, 504);
+    assert_eq!(gateway.log_line().reason(), "wait.timeout");
+}
+
+#[test]
+fn a_slow_upload_is_not_the_fault_of_the_backend() {
+    let origin = Origin::answering(|request| ok(&request.body));
+    let gateway = impatient(&origin);
+    let mut client = gateway.client();
+    client.send("POST / HTTP/1.1\r\nHost: test\r\nContent-Length: 10\r\n\r\n");
+    assert!(client.drip("ten bytes!", ms(50)), "the gateway spoke before the upload was over");
+    assert_eq!(client.response().text(), "ten bytes!");
+    let line = gateway.log_line();
+    assert!(line.phase(Phase::Send).expect("time in send") > 400.0);
+    assert!(line.phase(Phase::Wait).expect("time in wait") < 200.0);
+}
+
+#[test]
+fn a_backend_that_closes_or_resets_without_an_answer_is_a_502() {
+    assert_eq!(answered(Connection::close), (502, "wait.reset".to_owned()));
+    assert_eq!(answered(Connection::reset), (502, "wait.reset".to_owned()));
+}
+
+#[test]
+fn a_backend_that_closes_in_the_middle_of_its_header_is_a_502() {
+    let half = answered(|mut connection| {
+        connection.send("HTTP/1.1 200 OK\r\nContent-Le");
+        connection.close();
+    });
+    assert_eq!(half, (502, "wait.reset".to_owned()));
+}
+
+#[test]
+fn a_backend_that_answers_garbage_is_a_502() {
+    for garbage in
+        ["hello\r\n\r\n", "\0\x01\x02\x03\r\n\r\n", "HTTP/1.1 abc Odd\r\n\r\n", "HTTP/1.1 200 OK\r\nno colon\r\n\r\n"]
+    {
+        let (status, reason) = answered(|mut connection| {
+            connection.send(garbage);
+            connection.close();
+        });
+        assert_eq!((status, &*reason), (502, "wait.malformed"), "{garbage:?}");
+    }
+}
+
+#[test]
+fn an_answer_of_two_minds_about_its_length_is_a_502() {
+    for fields in ["Content-Length: 4\r\nContent-Length: 5\r\n", "Content-Length: 4x\r\n"] {
+        let (status, reason) = answered(|mut connection| {
+            connection.send(format!("HTTP/1.1 200 OK\r\n{fields}\r\nbody!"));
+            connection.close();
+        });
+        assert_eq!((status, &*reason), (502, "wait.malformed"), "{fields:?}");
+    }
+}
+
+#[test]
+fn a_client_that_does_not_wait_lets_the_backend_go() {
+    let origin = Origin::scripted();
+    let gateway = Setup::before(&origin).start();
+    let mut client = gateway.client();
+    client.send(request("GET", "/", "", ""));
+    let mut connection = origin.accept();
+    connection.request();
+    gateway.wait_phase(Phase::Wait);
+    client.reset();
+    connection.closed();
+    let line = gateway.log_line();
+    assert_eq!((line.status(), line.reason()), (499, "wait.aborted"));
+    gateway.wait_metric("forebay_refusals_total{reason=\"wait.aborted\"}", |count| count >= 1.0);
+    gateway.wait_metric("forebay_phase_active", |count| count == 0.0);
+}
+
+#[test]
+fn a_late_answer_is_an_answer() {
+    let origin = Origin::scripted();
+    let gateway = Setup::before(&origin).start();
+    let mut client = gateway.client();
+    client.send(request("GET", "/", "", ""));
+    let mut connection = origin.accept();
+    connection.request();
+    gateway.wait_phase(Phase::Wait);
+    connection.answer("late");
+    assert_eq!(client.response().text(), "late");
+    assert!(gateway.log_line().phase(Phase::Wait).expect("time in wait") > 0.0);
+}
+
+#[test]
+fn a_refusal_after_a_backend_failed_is_json_for_a_client_that_asks_for_it() {
+    let origin = Origin::scripted();
+    let gateway = impatient(&origin);
+    let answer = gateway.client().ask("GET", "/", "Accept: application/json\r\n", "");
+    assert_eq!((answer.status, answer.value("content-type")), (504, Some("application/json")));
+    assert!(answer.json().to_string().contains("wait.timeout"), "{}", answer.text());
+}
