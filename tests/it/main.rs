@@ -6,6 +6,7 @@ mod harness;
 
 mod accept;
 mod actors;
+mod bench;
 mod cli;
 mod config;
 mod connect;

@@ -1,0 +1,100 @@
+//! What choosing an endpoint costs: the schedule alone, Pingora's `LoadBalancer` round it, and the whole of `select`.
+//!
+//! `cargo bench --bench balance`
+
+use std::hint::black_box;
+use std::num::{NonZeroU32, NonZeroU64};
+use std::sync::Arc;
+
+use criterion::{BenchmarkId, Criterion, criterion_group, criterion_main};
+use forebay::config::Address;
+use forebay::config::upstream::{Endpoint, Keepalive, LoadBalancing, Protocol, Timeouts};
+use forebay::metrics::Metrics;
+use forebay::upstream::Upstream;
+use forebay::upstream::balance::{Schedule, SmoothRoundRobin};
+use futures::FutureExt;
+use http::Extensions;
+use pingora_load_balancing::selection::{BackendIter, BackendSelection, RoundRobin};
+use pingora_load_balancing::{Backend, Backends, LoadBalancer, discovery};
+
+const SIZES: [usize; 3] = [1, 10, 10_000];
+
+fn address(number: usize) -> String {
+    format!("10.0.{}.{}:80", number / 256, number % 256)
+}
+
+fn weight(number: usize) -> u32 {
+    1 + number as u32 % 5
+}
+
+fn balancer<S>(number: usize, ext: &Extensions) -> LoadBalancer<S>
+where
+    S: BackendSelection + 'static,
+    S::Iter: BackendIter,
+{
+    let backends = (0..number).map(|number| Backend {
+        ext: ext.clone(),
+        ..Backend::new_with_weight(&address(number), weight(number) as usize).expect("an address")
+    });
+    let balancer = LoadBalancer::from_backends(Backends::new(discovery::Static::new(backends.collect())));
+    balancer.update().now_or_never().expect("nothing to wait for").expect("nothing to fail");
+    balancer
+}
+
+fn upstream(number: usize) -> Upstream {
+    let endpoints = (0..number).map(|number| Endpoint {
+        address: Address(address(number)),
+        weight: NonZeroU32::new(weight(number)).expect("at least 1"),
+    });
+    let written = forebay::config::Upstream {
+        protocol: Protocol::Http1,
+        load_balancing: LoadBalancing::default(),
+        endpoints: endpoints.collect(),
+        keepalive: Keepalive::default(),
+        timeouts: Timeouts::default(),
+    };
+    let metrics = Metrics::new(0, Vec::new()).upstream("bench");
+    Upstream::build("bench", &written, metrics).expect("the upstream of this bench is sound")
+}
+
+fn pick(c: &mut Criterion) {
+    let mut annotated = Extensions::new();
+    annotated.insert(Arc::new(()));
+    for number in SIZES {
+        let mut group = c.benchmark_group("pick");
+        let weights: Vec<NonZeroU64> =
+            (0..number).map(|n| NonZeroU64::from(NonZeroU32::new(weight(n)).expect("at least 1"))).collect();
+        let schedule = Schedule::new(&weights).expect("not empty");
+        group.bench_function(BenchmarkId::new("schedule", number), |b| b.iter(|| schedule.pick()));
+
+        let pingoras = balancer::<RoundRobin>(number, &Extensions::new());
+        group.bench_function(BenchmarkId::new("pingora's round robin", number), |b| b.iter(|| pingoras.select(b"", 1)));
+        let ours = balancer::<SmoothRoundRobin>(number, &Extensions::new());
+        group.bench_function(BenchmarkId::new("ours in the balancer", number), |b| b.iter(|| ours.select(b"", 1)));
+        let annotated = balancer::<SmoothRoundRobin>(number, &annotated);
+        group.bench_function(BenchmarkId::new("ours with an extension", number), |b| {
+            b.iter(|| annotated.select(b"", 1))
+        });
+
+        let upstream = upstream(number);
+        group.bench_function(BenchmarkId::new("select", number), |b| b.iter(|| upstream.select(black_box(&[]))));
+        let tried: Vec<_> = upstream.select(&[]).into_iter().collect();
+        group.bench_function(BenchmarkId::new("select again", number), |b| {
+            b.iter(|| upstream.select(black_box(&tried)))
+        });
+        group.finish();
+    }
+}
+
+fn build(c: &mut Criterion) {
+    let weights = |modulus: u64| (0..10_000u64).map(move |n| NonZeroU64::MIN.saturating_add(n % modulus));
+    for modulus in [1, 5, 1_000] {
+        let weights: Vec<NonZeroU64> = weights(modulus).collect();
+        c.bench_function(&format!("build a schedule of 10,000, {modulus} weights"), |b| {
+            b.iter(|| Schedule::new(black_box(&weights)))
+        });
+    }
+}
+
+criterion_group!(benches, pick, build);
+criterion_main!(benches);

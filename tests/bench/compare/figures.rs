@@ -1,0 +1,160 @@
+//! From samples to the table: medians over the rounds, and ratios to the proxy that all are compared to. Pure.
+
+use serde_json::{Value, json};
+
+/// One kind of work, done by several proxies in turn, in rounds.
+pub struct Comparison {
+    /// The name by which the cell is chosen on the command line.
+    pub cell: String,
+    /// What was done, in words.
+    pub title: String,
+    /// What was measured each time.
+    pub columns: &'static [Column],
+    /// The row that the others are compared to.
+    pub base: usize,
+    /// One row per proxy.
+    pub rows: Vec<Row>,
+}
+
+/// One figure that is measured.
+pub struct Column {
+    /// Its name in JSON, unit last.
+    pub key: &'static str,
+    /// Its name in the table.
+    pub heading: &'static str,
+    /// Digits behind the point in the table.
+    pub decimals: usize,
+    /// Whether a ratio says something.
+    pub compared: bool,
+}
+
+/// What one proxy did.
+pub struct Row {
+    /// The proxy.
+    pub name: String,
+    /// Per round, one figure per column.
+    pub samples: Vec<Vec<f64>>,
+}
+
+/// A ratio to the base: the median of the ratios of the rounds, and how far they spread.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Ratio {
+    /// The one in the middle.
+    pub median: f64,
+    /// The lowest of a round.
+    pub lowest: f64,
+    /// The highest of a round.
+    pub highest: f64,
+}
+
+impl Comparison {
+    /// The median of a column over the rounds.
+    pub fn median(&self, row: usize, column: usize) -> Option<f64> {
+        median(self.rows[row].samples.iter().map(|round| round[column]).collect())
+    }
+
+    /// How a row stands to the base in a column. Rounds are compared one by one, so that noise that lasts longer than a
+    /// round touches both sides. `None` without rounds, or where the base is nothing.
+    pub fn ratio(&self, row: usize, column: usize) -> Option<Ratio> {
+        let rounds = self.rows[row].samples.iter().zip(&self.rows[self.base].samples);
+        let ratios: Vec<f64> = rounds.map(|(ours, base)| ours[column] / base[column]).collect();
+        let lowest = ratios.iter().copied().reduce(f64::min)?;
+        let highest = ratios.iter().copied().reduce(f64::max)?;
+        let ratio = Ratio { median: median(ratios)?, lowest, highest };
+        (ratio.lowest.is_finite() && ratio.highest.is_finite()).then_some(ratio)
+    }
+
+    /// The table: each figure with its ratio to the base behind it, the first ratio with its spread.
+    pub fn table(&self) -> String {
+        let mut heading = vec![String::new()];
+        for column in self.columns {
+            heading.push(column.heading.to_owned());
+            if column.compared {
+                heading.push("ratio".to_owned());
+            }
+        }
+        let mut lines = vec![heading];
+        lines.extend((0..self.rows.len()).map(|row| self.line(row)));
+        format!("{}; ratios to {}\n{}", self.title, self.rows[self.base].name, aligned(&lines))
+    }
+
+    fn line(&self, row: usize) -> Vec<String> {
+        let mut words = vec![self.rows[row].name.clone()];
+        for (index, column) in self.columns.iter().enumerate() {
+            words.push(self.median(row, index).map_or("-".to_owned(), |value| format!("{value:.*}", column.decimals)));
+            if !column.compared {
+                continue;
+            }
+            words.push(match self.ratio(row, index) {
+                None => "-".to_owned(),
+                Some(ratio) if index > 0 || row == self.base => format!("{:.2}", ratio.median),
+                Some(Ratio { median, lowest, highest }) => format!("{median:.2} [{lowest:.2}-{highest:.2}]"),
+            });
+        }
+        words
+    }
+
+    /// Everything: medians, ratios, and each sample they come from.
+    pub fn json(&self) -> Value {
+        let named = |figure: &dyn Fn(usize) -> Value| -> Value {
+            self.columns.iter().enumerate().map(|(i, column)| (column.key.to_owned(), figure(i))).collect()
+        };
+        let rows = self.rows.iter().enumerate().map(|(index, row)| {
+            let samples: Vec<Value> = row.samples.iter().map(|round| named(&|column| json!(round[column]))).collect();
+            let ratio = |column: usize| {
+                self.ratio(index, column).map(|r| json!({"median": r.median, "lowest": r.lowest, "highest": r.highest}))
+            };
+            json!({
+                "name": row.name,
+                "median": named(&|column| json!(self.median(index, column))),
+                "ratio": named(&|column| json!(ratio(column).filter(|_| self.columns[column].compared))),
+                "rounds": samples,
+            })
+        });
+        json!({
+            "cell": self.cell,
+            "title": self.title,
+            "base": self.rows[self.base].name,
+            "rows": rows.collect::<Vec<_>>(),
+        })
+    }
+}
+
+/// The first column's ratio of every comparison, one line each: the whole run at a glance.
+pub fn summary(comparisons: &[Comparison]) -> String {
+    let lines = comparisons.iter().flat_map(|comparison| {
+        let others = (0..comparison.rows.len()).filter(|&row| row != comparison.base);
+        others.map(|row| {
+            let ratio = comparison.ratio(row, 0).map_or("-".to_owned(), |ratio| format!("{:.2}", ratio.median));
+            let what = format!("{}, {}", comparison.title, comparison.columns[0].heading);
+            let whom = format!("{} to {}", comparison.rows[row].name, comparison.rows[comparison.base].name);
+            vec![what, whom, ratio]
+        })
+    });
+    aligned(&lines.collect::<Vec<_>>())
+}
+
+/// Columns as wide as their widest word, the first set left and the others right.
+fn aligned(lines: &[Vec<String>]) -> String {
+    let width = |column: usize| lines.iter().filter_map(|line| line.get(column)).map(|word| word.len()).max();
+    let mut text = String::new();
+    for line in lines {
+        for (column, word) in line.iter().enumerate() {
+            let width = width(column).unwrap_or(0);
+            text += &if column == 0 { format!("  {word:<width$}") } else { format!("  {word:>width$}") };
+        }
+        text += "\n";
+    }
+    text
+}
+
+/// The middle value, or the mean of the two in the middle.
+fn median(mut values: Vec<f64>) -> Option<f64> {
+    values.sort_by(f64::total_cmp);
+    let middle = values.len() / 2;
+    match values.len() {
+        0 => None,
+        odd if odd % 2 == 1 => Some(values[middle]),
+        _ => Some((values[middle - 1] + values[middle]) / 2.0),
+    }
+}

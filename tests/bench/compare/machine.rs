@@ -1,0 +1,149 @@
+//! The machine under the measurement: what it is, how busy others keep it, and which CPU is whose.
+
+use std::ffi::OsStr;
+use std::fs;
+use std::io;
+use std::process::Command;
+use std::time::Instant;
+
+use anyhow::{Context, Result, ensure};
+use serde_json::{Value, json};
+
+use crate::procfs;
+use crate::proxies::Proxy;
+
+/// Who runs where: proxies, load and origin on a CPU each, as far as there are so many; else load and origin share one,
+/// and on a machine with a single CPU all do.
+pub struct Machine {
+    proxy_cpu: usize,
+    load_cpu: usize,
+    origin_cpu: usize,
+    cores: usize,
+}
+
+impl Machine {
+    /// Chooses the first CPUs that this process may use, and lifts the limit on open files as far as allowed.
+    pub fn survey() -> Result<Machine> {
+        allow_open_files().context("cannot raise the limit on open files")?;
+        let status = fs::read_to_string("/proc/self/status")?;
+        let cpus = procfs::allowed_cpus(&status).context("/proc/self/status names no CPUs")?;
+        let proxy_cpu = *cpus.first().context("no CPU is allowed")?;
+        let load_cpu = *cpus.get(1).unwrap_or(&proxy_cpu);
+        Ok(Machine { proxy_cpu, load_cpu, origin_cpu: *cpus.get(2).unwrap_or(&load_cpu), cores: cpus.len() })
+    }
+
+    /// A command that will run on the CPU of the proxies.
+    pub fn proxy(&self, program: impl AsRef<OsStr>) -> Command {
+        pinned(self.proxy_cpu, program)
+    }
+
+    /// A command that will run on the CPU of the load.
+    pub fn load(&self, program: impl AsRef<OsStr>) -> Command {
+        pinned(self.load_cpu, program)
+    }
+
+    /// A command that will run on the CPU of the origin.
+    pub fn origin(&self, program: impl AsRef<OsStr>) -> Command {
+        pinned(self.origin_cpu, program)
+    }
+
+    /// What stands above the figures, and in the JSON.
+    pub fn facts(&self, proxies: &[Proxy]) -> Result<Value> {
+        let cpuinfo = fs::read_to_string("/proc/cpuinfo")?;
+        let model = cpuinfo.lines().find_map(|line| line.strip_prefix("model name")?.split_once(": "));
+        let mut versions = vec![format!("load: {}", said("wrk".as_ref(), "-v")?)];
+        for proxy in proxies {
+            let (program, question) = proxy.version();
+            versions.push(format!("{}: {}", proxy.name, said(program, question)?));
+        }
+        Ok(json!({
+            "cores": self.cores,
+            "cpu": model.map_or("unknown", |(_, model)| model),
+            "kernel": fs::read_to_string("/proc/sys/kernel/osrelease")?.trim(),
+            "proxy_cpu": self.proxy_cpu,
+            "load_cpu": self.load_cpu,
+            "origin_cpu": self.origin_cpu,
+            "versions": versions,
+        }))
+    }
+}
+
+/// `taskset` makes itself the program, so that the pid stays the same. Debian keeps nginx and haproxy in /usr/sbin,
+/// which only root has in its path.
+fn pinned(cpu: usize, program: impl AsRef<OsStr>) -> Command {
+    let mut command = Command::new("taskset");
+    command.args(["-c", &cpu.to_string()]).arg(program).env("PATH", path_with_sbin());
+    command
+}
+
+fn path_with_sbin() -> String {
+    format!("{}:/usr/sbin", std::env::var("PATH").unwrap_or_default())
+}
+
+/// The first line that a program prints when asked for its version, wherever it prints it.
+fn said(program: &OsStr, question: &str) -> Result<String> {
+    let output = Command::new("env").arg(program).arg(question).env("PATH", path_with_sbin()).output()?;
+    // 126 and 127 are env's own: what was asked for cannot be run, or is not there.
+    ensure!(
+        !matches!(output.status.code(), Some(126 | 127)),
+        "{} is not there or cannot be run. `make bench` installs nginx, haproxy and wrk and runs \
+         `cargo build --release`; FOREBAY_BIN and FOREBAY_VARIANTS name other builds of Forebay",
+        program.display()
+    );
+    let text = [output.stdout, output.stderr].concat();
+    Ok(String::from_utf8_lossy(&text).lines().next().unwrap_or("says nothing").to_owned())
+}
+
+/// Held connections are open files, here and in the proxies, which inherit the limit.
+fn allow_open_files() -> io::Result<()> {
+    let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+    // SAFETY: the kernel writes one rlimit to where the pointer leads, a variable of ours.
+    if unsafe { libc::getrlimit(libc::RLIMIT_NOFILE, &mut limit) } != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    limit.rlim_cur = limit.rlim_max;
+    // SAFETY: the kernel reads one rlimit from where the pointer leads, a variable of ours.
+    if unsafe { libc::setrlimit(libc::RLIMIT_NOFILE, &limit) } != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
+}
+
+/// The load averages of the last 1, 5 and 15 minutes.
+pub fn load_averages() -> Result<String> {
+    let text = fs::read_to_string("/proc/loadavg")?;
+    Ok(text.split_whitespace().take(3).collect::<Vec<_>>().join(" "))
+}
+
+/// How much CPU time passed on things that are not of this run: what makes figures noisy. The load average cannot tell,
+/// for most of it is ours.
+pub struct Noise {
+    since: Instant,
+    busy_seconds: f64,
+    own_seconds: f64,
+}
+
+impl Noise {
+    /// Starts to listen. `servers_seconds`: CPU seconds that the servers of this run have used so far.
+    pub fn listen(servers_seconds: f64) -> Result<Noise> {
+        let (busy_seconds, own_seconds) = (busy_seconds()?, own_seconds()? + servers_seconds);
+        Ok(Noise { since: Instant::now(), busy_seconds, own_seconds })
+    }
+
+    /// Cores that others kept busy since then, on average. `servers_seconds` as before.
+    pub fn cores(&self, servers_seconds: f64) -> Result<f64> {
+        let own = own_seconds()? + servers_seconds - self.own_seconds;
+        let others = busy_seconds()? - self.busy_seconds - own;
+        Ok(others.max(0.0) / self.since.elapsed().as_secs_f64())
+    }
+}
+
+fn busy_seconds() -> Result<f64> {
+    procfs::busy_seconds(&fs::read_to_string("/proc/stat")?).context("/proc/stat is not as proc(5) says")
+}
+
+/// This process and every wrk that it ran.
+fn own_seconds() -> Result<f64> {
+    let stat = fs::read_to_string("/proc/self/stat")?;
+    procfs::cpu_seconds_with_children(&stat).context("/proc/self/stat is not as proc(5) says")
+}

@@ -1,0 +1,155 @@
+//! A server that is measured or measured against: started on its own CPU, asked for its figures, ended when dropped.
+
+use std::fs::{self, File};
+use std::io::{self, Read, Write};
+use std::net::{SocketAddr, TcpStream};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::thread::sleep;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, anyhow, bail};
+
+use crate::procfs;
+
+/// How long a server may take to answer its first request. A Forebay with 10,000 routes reads its file in that time.
+const START_SECONDS: u64 = 20;
+
+/// How long a single read, write or connect of ours may take.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// A running server, a single process. It is killed when this is dropped, be it by a panic.
+pub struct Server {
+    child: Child,
+    address: SocketAddr,
+    /// Where its stdout and stderr go.
+    output: PathBuf,
+}
+
+impl Server {
+    /// Starts `command`, with its output in a file in `dir`, and waits until it answers a GET at `address`.
+    pub fn start(mut command: Command, address: SocketAddr, dir: &Path) -> Result<Server> {
+        let output = dir.join("output.log");
+        let file = File::options().create(true).append(true).open(&output)?;
+        command.stdin(Stdio::null()).stdout(file.try_clone()?).stderr(file);
+        let child = command.spawn().with_context(|| format!("cannot start {}", written_out(&command)))?;
+        let mut server = Server { child, address, output };
+        server.wait_until_it_answers().with_context(|| written_out(&command))?;
+        Ok(server)
+    }
+
+    /// Where it listens.
+    pub fn address(&self) -> SocketAddr {
+        self.address
+    }
+
+    /// CPU seconds that it has used so far, all threads.
+    pub fn cpu_seconds(&self) -> Result<f64> {
+        self.figure("stat", procfs::cpu_seconds)
+    }
+
+    /// Bytes that it holds in memory now.
+    pub fn resident_bytes(&self) -> Result<u64> {
+        self.figure("smaps_rollup", procfs::resident_bytes)
+    }
+
+    fn figure<T>(&self, file: &str, parse: fn(&str) -> Option<T>) -> Result<T> {
+        let path = format!("/proc/{}/{file}", self.child.id());
+        let text = fs::read_to_string(&path).with_context(|| format!("the server has ended? {path}"))?;
+        parse(&text).ok_or_else(|| anyhow!("{path} is not as proc(5) says:\n{text}"))
+    }
+
+    fn wait_until_it_answers(&mut self) -> Result<()> {
+        let deadline = Instant::now() + Duration::from_secs(START_SECONDS);
+        loop {
+            let error = match open_and_get(self.address, "/small") {
+                Ok(_) => return Ok(()),
+                Err(error) => error,
+            };
+            if let Some(status) = self.child.try_wait()? {
+                bail!("ended at once with {status}; it said:\n{}", self.last_words());
+            }
+            if Instant::now() > deadline {
+                bail!("no answer within {START_SECONDS} s ({error:#}); it said:\n{}", self.last_words());
+            }
+            sleep(Duration::from_millis(20));
+        }
+    }
+
+    fn last_words(&self) -> String {
+        let output = fs::read(&self.output).unwrap_or_default();
+        String::from_utf8_lossy(&output[output.len().saturating_sub(2_000)..]).into_owned()
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        // Neither fails for a child that was not waited for, or else there is nothing left to end.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// Opens a connection, sends one GET, reads the whole answer, which must be a 200 with a `Content-Length`, and leaves
+/// the connection open.
+pub fn open_and_get(address: SocketAddr, path: &str) -> Result<TcpStream> {
+    let (mut stream, mut answer) = open_and_ask(address, path)?;
+    let mut buffer = [0; 4096];
+    while answer_is_short(&answer)? {
+        let read = stream.read(&mut buffer)?;
+        if read == 0 {
+            bail!("{address} closed before the end of its answer");
+        }
+        answer.extend_from_slice(&buffer[..read]);
+    }
+    Ok(stream)
+}
+
+/// Opens a connection, sends one GET, reads the first piece of the answer and no more.
+pub fn open_and_ask(address: SocketAddr, path: &str) -> Result<(TcpStream, Vec<u8>)> {
+    let mut stream = TcpStream::connect_timeout(&address, PATIENCE)?;
+    stream.set_read_timeout(Some(PATIENCE))?;
+    stream.set_write_timeout(Some(PATIENCE))?;
+    stream.write_all(format!("GET {path} HTTP/1.1\r\nHost: {address}\r\n\r\n").as_bytes())?;
+    let mut first = vec![0; 4096];
+    let read = stream.read(&mut first)?;
+    first.truncate(read);
+    if !first.starts_with(b"HTTP/1.1 200") {
+        bail!("{address} answered {:?}", String::from_utf8_lossy(&first));
+    }
+    Ok((stream, first))
+}
+
+/// Whether bytes of this answer are still to come.
+fn answer_is_short(answer: &[u8]) -> Result<bool> {
+    let mut headers = [httparse::EMPTY_HEADER; 32];
+    let mut response = httparse::Response::new(&mut headers);
+    let httparse::Status::Complete(header_bytes) = response.parse(answer)? else { return Ok(true) };
+    let length = response.headers.iter().find(|header| header.name.eq_ignore_ascii_case("content-length"));
+    let length = length.context("an answer without Content-Length")?;
+    Ok(answer.len() < header_bytes + std::str::from_utf8(length.value)?.parse::<usize>()?)
+}
+
+/// Runs `command` to its end and returns what it wrote to stdout; kills it after `limit`. What it writes must fit into
+/// a pipe (64 KiB).
+pub fn output_within(mut command: Command, limit: Duration) -> Result<String> {
+    let command_line = written_out(&command);
+    let spawned = command.stdin(Stdio::null()).stdout(Stdio::piped()).spawn();
+    let mut child = spawned.with_context(|| format!("cannot start {command_line}"))?;
+    let deadline = Instant::now() + limit;
+    while child.try_wait()?.is_none() {
+        if Instant::now() > deadline {
+            child.kill()?;
+            child.wait()?;
+            bail!("{command_line} did not end within {limit:?}");
+        }
+        sleep(Duration::from_millis(20));
+    }
+    Ok(io::read_to_string(child.stdout.take().context("stdout is a pipe")?)?)
+}
+
+/// As one would type it; `Debug` would print the whole `PATH` too.
+fn written_out(command: &Command) -> String {
+    let words = std::iter::once(command.get_program()).chain(command.get_args());
+    words.map(|word| word.to_string_lossy()).collect::<Vec<_>>().join(" ")
+}

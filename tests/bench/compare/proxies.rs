@@ -1,0 +1,288 @@
+//! The proxies that are compared and the origin behind them: how each is configured to do the same work on one worker.
+//!
+//! The same work: keep-alive on both sides with connections to spare, `X-Forwarded-For` and `-Proto` added, one log
+//! line per request written to a file. Where a default would interrupt the measurement (nginx closes a connection after
+//! 1,000 requests), it is lifted; everything else stays at its default.
+
+use std::ffi::{OsStr, OsString};
+use std::fs::{self, File};
+use std::net::{Ipv4Addr, SocketAddr, TcpListener};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::str::FromStr;
+
+use anyhow::{Context, Result};
+use clap::ValueEnum;
+use tempfile::TempDir;
+
+use crate::machine::Machine;
+use crate::process::Server;
+
+/// A port that was free may be taken by the time a server binds it; then another is tried.
+const ATTEMPTS: usize = 4;
+
+/// A proxy to compare.
+#[derive(Clone, Debug)]
+pub struct Proxy {
+    /// Its name in the tables.
+    pub name: String,
+    kind: Kind,
+}
+
+#[derive(Clone, Debug)]
+enum Kind {
+    Forebay { binary: PathBuf, routes: usize },
+    Nginx,
+    Haproxy,
+}
+
+/// The proxies that can be chosen on the command line.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Choice {
+    Forebay,
+    Nginx,
+    Haproxy,
+}
+
+/// A build of Forebay to compare: `name=path`, or a path alone.
+#[derive(Clone, Debug)]
+pub struct Variant {
+    name: String,
+    binary: PathBuf,
+}
+
+impl FromStr for Variant {
+    type Err = std::convert::Infallible;
+
+    fn from_str(written: &str) -> Result<Variant, Self::Err> {
+        let (name, binary) = written.split_once('=').unwrap_or((written, written));
+        Ok(Variant { name: name.to_owned(), binary: binary.into() })
+    }
+}
+
+impl Proxy {
+    /// nginx with one worker, which is its only process.
+    pub fn nginx() -> Proxy {
+        Proxy { name: "nginx".to_owned(), kind: Kind::Nginx }
+    }
+
+    /// HAProxy with one thread.
+    pub fn haproxy() -> Proxy {
+        Proxy { name: "haproxy".to_owned(), kind: Kind::Haproxy }
+    }
+
+    /// Forebay with one worker.
+    pub fn forebay(binary: &Path) -> Proxy {
+        Proxy { name: "forebay".to_owned(), kind: Kind::Forebay { binary: binary.to_owned(), routes: 1 } }
+    }
+
+    /// Another build of Forebay.
+    pub fn variant(variant: &Variant) -> Proxy {
+        Proxy { name: variant.name.clone(), ..Proxy::forebay(&variant.binary) }
+    }
+
+    /// Forebay with so many routes, of which the request takes the last resort.
+    pub fn forebay_with_routes(binary: &Path, routes: usize) -> Proxy {
+        Proxy { name: format!("{routes} routes"), kind: Kind::Forebay { binary: binary.to_owned(), routes } }
+    }
+
+    /// The file to run, and the argument that makes it say its version.
+    pub fn version(&self) -> (&OsStr, &'static str) {
+        match &self.kind {
+            Kind::Forebay { binary, .. } => (binary.as_os_str(), "version"),
+            Kind::Nginx => ("nginx".as_ref(), "-v"),
+            Kind::Haproxy => ("haproxy".as_ref(), "-v"),
+        }
+    }
+
+    /// Starts it in front of `origin`.
+    pub fn start(&self, machine: &Machine, origin: SocketAddr) -> Result<Running> {
+        Running::start(&self.name, |address, dir| {
+            let (program, config, arguments) = match &self.kind {
+                Kind::Forebay { binary, routes } => {
+                    (binary.clone(), forebay_config(address, origin, dir, *routes), ["run", "-c"].as_slice())
+                }
+                Kind::Nginx => ("nginx".into(), nginx_config(address, origin, dir), NGINX_ARGUMENTS),
+                Kind::Haproxy => ("haproxy".into(), haproxy_config(address, origin), ["-db", "-f"].as_slice()),
+            };
+            let mut command = machine.proxy(program);
+            command.args(arguments).arg(written(&config, dir)?);
+            Ok(command)
+        })
+    }
+}
+
+/// A server at work, in a directory of its own that goes when it goes.
+pub struct Running {
+    /// The process. It stands before the directory, for fields are dropped in order.
+    pub server: Server,
+    dir: TempDir,
+}
+
+impl Running {
+    /// Starts the origin: nginx with one worker, small answers from memory and large ones from files.
+    pub fn origin(machine: &Machine) -> Result<Running> {
+        Running::start("the origin", |address, dir| {
+            for (name, bytes) in [("64k", 64 << 10), ("1m", 1 << 20), ("4m", 4 << 20)] {
+                fs::write(dir.join(name), vec![b'x'; bytes])?;
+            }
+            let mut command = machine.origin("nginx");
+            command.args(NGINX_ARGUMENTS).arg(written(&origin_config(address, dir), dir)?);
+            Ok(command)
+        })
+    }
+
+    /// `command` is made for an address and a directory, anew for each attempt.
+    fn start(name: &str, command: impl Fn(SocketAddr, &Path) -> Result<Command>) -> Result<Running> {
+        let attempt = || -> Result<Running> {
+            let dir = tempfile::tempdir()?;
+            let address = free_address()?;
+            let server = Server::start(command(address, dir.path())?, address, dir.path())?;
+            Ok(Running { server, dir })
+        };
+        let mut outcome = attempt();
+        for _ in 1..ATTEMPTS {
+            outcome = outcome.or_else(|_| attempt());
+        }
+        outcome.with_context(|| format!("{name} does not start"))
+    }
+
+    /// Empties its logs, so that a long run does not fill the disk.
+    pub fn empty_logs(&self) -> Result<()> {
+        for entry in fs::read_dir(self.dir.path())? {
+            let path = entry?.path();
+            if path.extension().is_some_and(|extension| extension == "log") {
+                File::options().write(true).open(path)?.set_len(0)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+fn free_address() -> Result<SocketAddr> {
+    Ok(TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?.local_addr()?)
+}
+
+fn written(config: &str, dir: &Path) -> Result<OsString> {
+    let path = dir.join("config");
+    fs::write(&path, config)?;
+    Ok(path.into())
+}
+
+/// The configuration's file follows. Errors before it is read go to stderr, not to a file that only root may write.
+const NGINX_ARGUMENTS: &[&str] = &["-e", "stderr", "-c"];
+
+/// What both nginxes have in common. Without a master process there is one process to measure and to end. Open
+/// connections are held to what `ulimit -n` allows anyway.
+fn nginx_frame(dir: &Path, http: &str) -> String {
+    let dir = dir.display();
+    format!(
+        "daemon off;
+master_process off;
+worker_processes 1;
+pid {dir}/nginx.pid;
+events {{ worker_connections 16384; }}
+http {{
+    default_type application/octet-stream;
+    client_body_temp_path {dir}/body;
+    proxy_temp_path {dir}/proxy;
+    fastcgi_temp_path {dir}/fastcgi;
+    uwsgi_temp_path {dir}/uwsgi;
+    scgi_temp_path {dir}/scgi;
+    sendfile on;
+    tcp_nopush on;
+    keepalive_requests 1000000000;
+{http}}}
+"
+    )
+}
+
+fn origin_config(address: SocketAddr, dir: &Path) -> String {
+    let (root, small) = (dir.display(), "x".repeat(128));
+    let http = format!(
+        "    access_log off;
+    open_file_cache max=16;
+    keepalive_timeout 600s;
+    server {{
+        listen {address} backlog=4096;
+        root {root};
+        location = /small {{ return 200 {small}; }}
+    }}
+"
+    );
+    nginx_frame(dir, &http)
+}
+
+fn nginx_config(address: SocketAddr, origin: SocketAddr, dir: &Path) -> String {
+    let log = dir.join("access.log");
+    let http = format!(
+        "    access_log {log};
+    upstream app {{
+        server {origin};
+        keepalive 1024;
+        keepalive_requests 1000000000;
+    }}
+    server {{
+        listen {address} backlog=4096;
+        location / {{
+            proxy_pass http://app;
+            proxy_http_version 1.1;
+            proxy_set_header Connection \"\";
+            proxy_set_header Host $http_host;
+            proxy_set_header X-Forwarded-For $proxy_add_x_forwarded_for;
+            proxy_set_header X-Forwarded-Proto $scheme;
+        }}
+    }}
+",
+        log = log.display()
+    );
+    nginx_frame(dir, &http)
+}
+
+/// The log goes to stdout, which is a file here: HAProxy has no other way to one.
+fn haproxy_config(address: SocketAddr, origin: SocketAddr) -> String {
+    format!(
+        "global
+    nbthread 1
+    maxconn 8000
+    log stdout format raw local0
+defaults
+    mode http
+    log global
+    option httplog
+    option forwardfor
+    http-reuse always
+    timeout connect 5s
+    timeout client 60s
+    timeout server 60s
+    timeout http-keep-alive 75s
+frontend web
+    bind {address} backlog 4096
+    http-request set-header X-Forwarded-Proto http
+    default_backend app
+backend app
+    server origin {origin}
+"
+    )
+}
+
+/// Metrics and phases cannot be turned off, the access log is on. All routes but the last name paths and hosts that no
+/// request of ours has: the request comes past them all.
+fn forebay_config(address: SocketAddr, origin: SocketAddr, dir: &Path, routes: usize) -> String {
+    let others = (1..routes).map(|n| {
+        let host = if n % 2 == 0 { format!("hosts: [shop-{n}.example.com], ") } else { String::new() };
+        format!("  - {{ name: service-{n}, match: {{ {host}path: {{ prefix: /service-{n} }} }}, upstream: app }}\n")
+    });
+    format!(
+        "server: {{ threads: 1 }}
+listeners: [ {{ name: web, address: \"{address}\" }} ]
+upstreams: {{ app: {{ endpoints: [ {{ address: \"{origin}\" }} ] }} }}
+admin: {{ address: \"127.0.0.1:0\" }}
+observability: {{ access_log: {{ path: \"{log}\" }} }}
+routes:
+{others}  - {{ name: all, upstream: app }}
+",
+        log = dir.join("access.log").display(),
+        others = others.collect::<String>()
+    )
+}
