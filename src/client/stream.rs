@@ -39,6 +39,10 @@ const OUTBOX_BYTES: usize = 4096;
 /// of bytes: some clients (curl) look for an answer only while they can send.
 const LINGER: Duration = Duration::from_secs(2);
 
+/// How much is thrown away of a header that was refused. Of a body there is no such limit: its client is no less honest
+/// for being told in the middle of it, and the time is short.
+const LINGER_HEADER_BYTES: u64 = 1 << 20;
+
 /// What a client wants first.
 pub enum Opening {
     /// An HTTP/1 request: its header, checked. The stream is set to hand on its body next.
@@ -62,6 +66,8 @@ pub struct ClientStream {
     stalled: Option<Pin<Box<Sleep>>>,
     /// Runs once the writing side is closed and the client still sends.
     linger: Option<Pin<Box<Sleep>>>,
+    /// What may still be thrown away.
+    waste_left: u64,
 }
 
 /// What the session may still read.
@@ -83,7 +89,16 @@ impl ClientStream {
     /// Takes over an accepted socket.
     pub fn new(io: Stream, connection: Arc<Connection>) -> Self {
         let (inbox, outbox) = (BytesMut::new(), BytesMut::new());
-        ClientStream { io, connection, inbox, outbox, rest: Rest::Length(0), stalled: None, linger: None }
+        ClientStream {
+            io,
+            connection,
+            inbox,
+            outbox,
+            rest: Rest::Length(0),
+            stalled: None,
+            linger: None,
+            waste_left: u64::MAX,
+        }
     }
 
     /// Bytes received and not yet handed on; a refusal looks at them for the request line.
@@ -124,6 +139,7 @@ impl ClientStream {
 
     /// Sends a refusal before any session exists, and lets the client read it before the connection goes.
     pub async fn refuse(&mut self, answer: &[u8]) {
+        self.waste_left = LINGER_HEADER_BYTES;
         if self.io.write_all(answer).await.is_ok() && self.io.flush().await.is_ok() {
             let _ = std::future::poll_fn(|cx| self.poll_close(cx, true)).await;
         }
@@ -315,7 +331,8 @@ impl ClientStream {
             let mut space = [std::mem::MaybeUninit::<u8>::uninit(); FIRST_READ_BYTES];
             let mut waste = ReadBuf::uninit(&mut space);
             let read = ready!(Pin::new(&mut self.io).poll_read(cx, &mut waste));
-            if read.is_err() || waste.filled().is_empty() {
+            self.waste_left = self.waste_left.saturating_sub(waste.filled().len() as u64);
+            if read.is_err() || waste.filled().is_empty() || self.waste_left == 0 {
                 break;
             }
         }

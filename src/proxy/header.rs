@@ -189,10 +189,11 @@ fn hop_address(hop: &str) -> Option<IpAddr> {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
 
-    fn request(fields: &[(&'static str, &str)]) -> RequestHeader {
+    /// A request with these header fields.
+    pub fn request(fields: &[(&'static str, &str)]) -> RequestHeader {
         let mut request = RequestHeader::build("GET", b"/", None).expect("a request");
         for (name, value) in fields {
             request.append_header(*name, *value).expect("a header");

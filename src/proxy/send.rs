@@ -193,15 +193,8 @@ fn append(list: &mut String, item: std::fmt::Arguments<'_>) {
 
 #[cfg(test)]
 mod tests {
+    use super::super::header::tests::request;
     use super::*;
-
-    fn request(fields: &[(&'static str, &str)]) -> RequestHeader {
-        let mut request = RequestHeader::build("GET", b"/", None).expect("a request");
-        for (name, value) in fields {
-            request.append_header(*name, *value).expect("a header");
-        }
-        request
-    }
 
     fn value(request: &RequestHeader, name: &str) -> Option<String> {
         request.headers.get(name).map(|value| String::from_utf8_lossy(value.as_bytes()).into_owned())

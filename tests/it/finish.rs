@@ -97,11 +97,7 @@ fn idle_time_between_two_requests_belongs_to_neither() {
 #[test]
 fn what_forebay_itself_cost_is_more_than_nothing_and_less_than_the_total() {
     let origin = Origin::scripted();
-    let gateway = Setup::before(&origin).start();
-    let mut client = gateway.client();
-    client.send(request("GET", "/", "", ""));
-    let mut connection = origin.accept();
-    connection.request();
+    let (gateway, mut client, mut connection) = Setup::before(&origin).asked(&origin);
     connection.drip("HTTP/1.1 200", crate::harness::ms(20));
     connection.send(" OK\r\nContent-Length: 0\r\n\r\n");
     client.response();

@@ -118,8 +118,8 @@ fn a_header_that_never_ends_is_refused_as_soon_as_it_is_too_large() {
     let gateway = Setup::before(&origin).start();
     let mut client = gateway.client();
     client.send("GET / HTTP/1.1\r\nHost: test\r\n");
-    let endless = (0..100_000_000).take_while(|n| client.try_send(format!("X-{n}: endless\r\n"))).count();
-    assert!(endless < 100_000_000, "the gateway took all of them");
+    let endless = (0..100_000).take_while(|n| client.try_send(format!("X-{n}: endless\r\n"))).count();
+    assert!(endless < 100_000, "the gateway took all of them");
     let line = gateway.log_line();
     assert_eq!(line.status(), 431);
     assert!(["header.too_large", "header.too_many"].contains(&line.reason()), "{}", line.reason());

@@ -111,11 +111,7 @@ fn an_http_2_client_sees_the_cut_as_a_reset_stream_and_keeps_its_connection() {
 #[test]
 fn an_answer_without_a_length_ends_with_the_connection() {
     let origin = Origin::scripted();
-    let gateway = Setup::before(&origin).start();
-    let mut client = gateway.client();
-    client.send(request("GET", "/", "", ""));
-    let mut connection = origin.accept();
-    connection.request();
+    let (gateway, mut client, mut connection) = Setup::before(&origin).asked(&origin);
     connection.send("HTTP/1.1 200 OK\r\n\r\nall there is");
     connection.close();
     let answer = client.response();

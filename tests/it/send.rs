@@ -117,11 +117,7 @@ fn a_post_is_not_sent_twice() {
 #[test]
 fn a_post_is_not_sent_twice_even_if_a_kept_connection_dies_under_it() {
     let origin = Origin::scripted();
-    let gateway = Setup::before(&origin).start();
-    let mut client = gateway.client();
-    client.send(request("GET", "/", "", ""));
-    let mut connection = origin.accept();
-    connection.request();
+    let (_gateway, mut client, mut connection) = Setup::before(&origin).asked(&origin);
     connection.answer("kept");
     assert_eq!(client.response().text(), "kept");
 

@@ -12,11 +12,7 @@ use crate::harness::{Gateway, Origin, Setup, ms, ok};
 /// What the client gets when the backend does this with a request, and the reason in the log.
 fn answered(play: impl FnOnce(Connection)) -> (u16, String) {
     let origin = Origin::scripted();
-    let gateway = Setup::before(&origin).start();
-    let mut client = gateway.client();
-    client.send(request("GET", "/", "", ""));
-    let mut connection = origin.accept();
-    connection.request();
+    let (gateway, mut client, connection) = Setup::before(&origin).asked(&origin);
     play(connection);
     let status = client.response().status;
     let line = gateway.log_line();
@@ -115,11 +111,7 @@ fn an_answer_of_two_minds_about_its_length_is_a_502() {
 #[test]
 fn a_client_that_does_not_wait_lets_the_backend_go() {
     let origin = Origin::scripted();
-    let gateway = Setup::before(&origin).start();
-    let mut client = gateway.client();
-    client.send(request("GET", "/", "", ""));
-    let mut connection = origin.accept();
-    connection.request();
+    let (gateway, client, mut connection) = Setup::before(&origin).asked(&origin);
     gateway.wait_phase(Phase::Wait);
     client.reset();
     connection.closed();
@@ -132,11 +124,7 @@ fn a_client_that_does_not_wait_lets_the_backend_go() {
 #[test]
 fn a_late_answer_is_an_answer() {
     let origin = Origin::scripted();
-    let gateway = Setup::before(&origin).start();
-    let mut client = gateway.client();
-    client.send(request("GET", "/", "", ""));
-    let mut connection = origin.accept();
-    connection.request();
+    let (gateway, mut client, mut connection) = Setup::before(&origin).asked(&origin);
     gateway.wait_phase(Phase::Wait);
     connection.answer("late");
     assert_eq!(client.response().text(), "late");

@@ -16,8 +16,9 @@ use forebay::phase::Phase;
 use serde_json::Value;
 use tempfile::TempDir;
 
-use super::client::{Client, get};
+use super::client::{Client, get, request};
 use super::metrics::Scrape;
+use super::origin::Connection;
 use super::{DEADLINE, Origin, end, eventually};
 
 /// A configuration in the making: one listener `web`, one upstream `app`, one route `all`, one worker; a story says
@@ -211,6 +212,16 @@ impl Setup {
     /// The builder with the filters of this setup.
     pub fn builder(&self) -> Builder {
         self.filters.iter().fold(forebay::gateway::Gateway::builder(), |builder, register| register(builder))
+    }
+
+    /// Starts it, and lets a client ask `origin`, which has the request and has said nothing yet.
+    pub fn asked(&self, origin: &Origin) -> (Gateway, Client, Connection) {
+        let gateway = self.start();
+        let mut client = gateway.client();
+        client.send(request("GET", "/", "", ""));
+        let mut connection = origin.accept();
+        connection.request();
+        (gateway, client, connection)
     }
 
     /// Starts it in this process.
