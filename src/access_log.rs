@@ -22,8 +22,8 @@ use writer::{Queue, Shared, Sink};
 
 /// What a line says about one exchange.
 ///
-/// In JSON the fields have these names, durations end in `_ms`, and what is `None` is absent. In the combined format
-/// what is `None` is `-`.
+/// In JSON the fields have these names, durations end in `_ms`, and what is `None` is absent; so is what buffering adds
+/// where it did nothing. In the combined format what is `None` is `-`.
 #[derive(Clone, Copy, Debug)]
 pub struct Record<'a> {
     /// When the exchange was over.
@@ -46,6 +46,14 @@ pub struct Record<'a> {
     pub received: u64,
     /// Bytes that went to the client.
     pub sent: u64,
+    /// Bytes of both bodies that were held back for the slower side; absent if 0.
+    pub buffered: u64,
+    /// Those of them that were written to disk; absent if 0.
+    pub spilled: u64,
+    /// For how long it had an upstream's connection.
+    pub held: Option<Duration>,
+    /// For how long the client was served after the upstream had been released; absent if 0.
+    pub saved: Duration,
     /// What the exchange spent where; settled. Phases that it never entered are absent.
     pub clock: &'a Clock,
     /// What Forebay itself cost.

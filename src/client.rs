@@ -4,12 +4,19 @@
 //! let Pingora's proxy run one exchange, take the stream back, park again. On HTTP/2 Pingora owns the connection and
 //! `Http2` sees every stream begin. What is refused before Pingora could see it is answered, counted and logged here.
 
+pub mod budget;
 pub mod chunked;
 pub mod connection;
 pub mod frames;
 pub mod head;
+pub mod intake;
+pub mod lane;
+pub mod pace;
 pub mod session;
+pub mod spool;
 pub mod stream;
+mod waiting;
+pub mod wire;
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -76,6 +83,8 @@ impl Desk {
             clock,
             own,
             blocked: Duration::ZERO,
+            held: None,
+            saved: Duration::ZERO,
             status: refusal.status,
             received: 0,
             sent: 0,
@@ -93,6 +102,10 @@ impl Desk {
             status: refusal.status,
             received: 0,
             sent: 0,
+            buffered: 0,
+            spilled: 0,
+            held: None,
+            saved: Duration::ZERO,
             clock,
             own,
             route: UNROUTED,

@@ -79,6 +79,9 @@ pub struct Config {
     pub upstreams: BTreeMap<String, Upstream>,
     /// Which request goes where.
     pub routes: Vec<Route>,
+    /// What all exchanges together may hold back.
+    #[serde(default)]
+    pub resources: server::Resources,
     /// The admin endpoint.
     #[serde(default)]
     pub admin: server::Admin,

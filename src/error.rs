@@ -49,6 +49,13 @@ impl Refusal {
         (self.status == 405).then_some("GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS")
     }
 
+    /// After how many seconds the client may try again, where the gateway was short of room: that passes as others
+    /// end (RFC 9110 §10.2.3). Not so short that the same clients come back at once, nor so long that they give up.
+    pub fn retry_after(&self) -> Option<u32> {
+        let passing = [&refusal::ROUTE_PRESSURE, &refusal::BUFFER_PRESSURE, &refusal::BUFFER_DISK_FULL];
+        passing.contains(&self).then_some(5)
+    }
+
     /// How often it occurred since the process started.
     pub fn seen(&self) -> u64 {
         self.seen.load(Ordering::Relaxed)
@@ -96,6 +103,15 @@ refusals! {
     HEADER_HOST: "header.host", 400, "The Host of the request is missing, doubled or malformed.";
     HEADER_METHOD: "header.method", 405, "This method is not allowed.";
     ROUTE_NO_MATCH: "route.no_match", 404, "No route matches this request.";
+    ROUTE_PRESSURE: "route.pressure", 503, "The gateway has no room for further requests; try again later.";
+    BUFFER_TOO_LARGE: "buffer.too_large", 413, "The request body is larger than is allowed here.";
+    BUFFER_TIMEOUT: "buffer.timeout", 408, "The request body did not arrive in time.";
+    BUFFER_MIN_RATE: "buffer.min_rate", 408, "The request body arrives too slowly.";
+    BUFFER_ABORTED: "buffer.aborted", 499, "The client went away in the middle of its request body.";
+    BUFFER_MALFORMED: "buffer.malformed", 400, "The request body is not framed as its header says.";
+    BUFFER_DISK_FULL: "buffer.disk_full", 503, "The gateway has no room for this request body; try again later.";
+    BUFFER_DISK_FAILED: "buffer.disk_failed", 500, "The gateway could not keep the request body.";
+    BUFFER_PRESSURE: "buffer.pressure", 503, "The gateway has no room for further request bodies; try again later.";
     SELECT_NO_ENDPOINT: "select.no_endpoint", 503, "No backend is available.";
     CONNECT_REFUSED: "connect.refused", 502, "The backend refused the connection.";
     CONNECT_TIMEOUT: "connect.timeout", 504, "The backend did not accept the connection in time.";
@@ -105,6 +121,9 @@ refusals! {
     SEND_RESET: "send.reset", 502, "The backend closed the connection while the request was sent.";
     SEND_BODY_TIMEOUT: "send.body_timeout", 408, "The request body did not arrive in time.";
     SEND_BODY_MALFORMED: "send.body_malformed", 400, "The request body is not framed as its header says.";
+    SEND_TOO_LARGE: "send.too_large", 413, "The request body is larger than is allowed here.";
+    SEND_BODY_TOTAL: "send.body_total", 408, "The request body took too long as a whole.";
+    SEND_MIN_RATE: "send.min_rate", 408, "The request body arrives too slowly.";
     SEND_ABORTED: "send.aborted", 499, "The client went away while its request was being sent.";
     WAIT_TIMEOUT: "wait.timeout", 504, "The backend did not answer in time.";
     WAIT_RESET: "wait.reset", 502, "The backend closed the connection without an answer.";
@@ -115,6 +134,9 @@ refusals! {
     RECEIVE_MALFORMED: "receive.malformed", 502, "The backend's answer is not framed as its header says.";
     RECEIVE_ABORTED: "receive.aborted", 499, "The client went away while its answer was being sent.";
     WRITE_TIMEOUT: "write.timeout", 408, "The client did not take its answer in time.";
+    WRITE_MIN_RATE: "write.min_rate", 408, "The client took its answer too slowly.";
+    WRITE_ABORTED: "write.aborted", 499, "The client went away before it had taken all of its answer.";
+    WRITE_DISK_FAILED: "write.disk_failed", 500, "The gateway could not keep the answer.";
     FINISH_SHUTDOWN: "finish.shutdown", 503, "The gateway is shutting down.";
     INTERNAL: "internal", 500, "The gateway failed.";
 }
@@ -160,6 +182,15 @@ mod tests {
             let (_, json) = row.body(true);
             assert!(serde_json::from_str::<serde_json::Value>(&json).is_ok(), "{json} is no JSON");
         }
+    }
+
+    #[test]
+    fn who_finds_no_room_is_told_when_to_come_again() {
+        let told = refusal::ALL.iter().filter(|row| row.retry_after().is_some());
+        assert_eq!(
+            told.map(|row| (row.reason, row.status)).collect::<Vec<_>>(),
+            [("route.pressure", 503), ("buffer.disk_full", 503), ("buffer.pressure", 503)]
+        );
     }
 
     #[test]

@@ -3,9 +3,10 @@
 //! An exchange mostly waits, for the client or for its upstream. What it costs is the time in which its future is
 //! polled; it is measured where that future is made and is not derived from phases.
 
-use std::cell::Cell;
+use std::cell::{Cell, RefCell};
 use std::future::Future;
 use std::pin::Pin;
+use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
@@ -14,16 +15,38 @@ thread_local! {
     static POLLED_SINCE: Cell<Option<Instant>> = const { Cell::new(None) };
 }
 
-/// A future whose polls are timed. Code that runs inside asks [`own_time`].
+/// Says whether an exchange is to be polled at all. While it is closed, whoever closed it does what there is to do and has
+/// registered whatever opens it again.
+pub trait Gate: Send + Sync {
+    /// Ready: the exchange may go on.
+    fn poll_open(&self, cx: &mut Context<'_>) -> Poll<()>;
+
+    /// The exchange was polled, which took so long.
+    fn polled(&self, time: Duration);
+}
+
+thread_local! {
+    /// The gate that the exchange which is being polled has just set up.
+    static ADOPTED: RefCell<Option<Arc<dyn Gate>>> = const { RefCell::new(None) };
+}
+
+/// Puts a gate before the exchange that runs on this thread. Without effect outside of a [`Metered`] future.
+pub fn adopt(gate: Arc<dyn Gate>) {
+    ADOPTED.set(Some(gate));
+}
+
+/// The future of an exchange: its polls are timed, and its gate is asked before each. Code that runs inside asks
+/// [`own_time`].
 pub struct Metered<F> {
     future: F,
     spent: Duration,
+    gate: Option<Arc<dyn Gate>>,
 }
 
 impl<F> Metered<F> {
     /// Times the polls of `future`.
     pub fn new(future: F) -> Self {
-        Metered { future, spent: Duration::ZERO }
+        Metered { future, spent: Duration::ZERO, gate: None }
     }
 }
 
@@ -32,10 +55,22 @@ impl<F: Future + Unpin> Future for Metered<F> {
 
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<F::Output> {
         let begin = Instant::now();
+        let closed = self.gate.as_ref().is_some_and(|gate| gate.poll_open(cx).is_pending());
+        if closed {
+            self.spent += begin.elapsed();
+            return Poll::Pending;
+        }
         let outer = POLLED_SINCE.replace(begin.checked_sub(self.spent));
         let polled = Pin::new(&mut self.future).poll(cx);
         POLLED_SINCE.set(outer);
-        self.spent += begin.elapsed();
+        if let Some(gate) = ADOPTED.take() {
+            self.gate = Some(gate);
+        }
+        let time = begin.elapsed();
+        if let Some(gate) = &self.gate {
+            gate.polled(time);
+        }
+        self.spent += time;
         polled
     }
 }

@@ -9,6 +9,7 @@ use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
 use pingora::server::configuration::ServerConf;
 use pingora::server::{RunArgs, Server};
@@ -18,13 +19,22 @@ use tokio::sync::{Notify, watch};
 
 use crate::access_log::AccessLog;
 use crate::admin::{self, Admin, Readiness};
+use crate::client::budget::{self, Budget};
 use crate::client::connection::{Inflight, Listener, Listeners};
+use crate::client::intake::IntakeTerms;
+use crate::client::lane::Lanes;
+use crate::client::pace::Pace;
+use crate::client::spool::disk::Disk;
+use crate::client::spool::{Depot, Limits};
+use crate::client::wire::{Leave, Manner, Throttle};
 use crate::client::{Desk, Front};
-use crate::config::server::Threads;
+use crate::config::route::{BufferMode, OnDiskFull};
+use crate::config::server::{Resources, Rung, Threads};
+use crate::config::units::Size;
 use crate::config::{self, Config, Report};
 use crate::error::{BuildError, refusal};
 use crate::filter::{Catalog, FilterType};
-use crate::metrics::Metrics;
+use crate::metrics::{Metrics, RouteMetrics};
 use crate::proxy::Proxy;
 use crate::proxy::exchange::ATTEMPTS_MAX;
 use crate::proxy::header::TrustedProxies;
@@ -86,11 +96,13 @@ impl Builder {
         config::schema(self.catalog.kinds())
     }
 
-    /// Builds all that can be built without binding a socket or opening a file, and tells what cannot.
+    /// Builds all that can be built without binding a socket or keeping a file, and tells what cannot.
     pub fn check(&self, config: &Config) -> Vec<BuildError> {
         let metrics = Metrics::new(config.observability.metrics.max_series.0, Vec::new());
         let mut errors = self.catalog.conflicts().to_vec();
         errors.extend(Parts::build(&self.catalog, config, &metrics).err().unwrap_or_default());
+        let dir = &config.server.spool_dir;
+        errors.extend(Disk::probe(Path::new(dir)).err().map(|error| no_spool_dir(dir, &error)));
         errors
     }
 
@@ -158,6 +170,7 @@ impl Gateway {
             .map_err(|error| wrong(vec![error]))?
             .map(Arc::new);
 
+        let depot = depot(&config, &metrics).map_err(|error| wrong(vec![error]))?;
         let threads = threads(config.server.threads);
         metrics.set_workers(threads);
         let mut server = Server::new_with_opt_and_conf(None, server_conf(&config, threads));
@@ -187,6 +200,8 @@ impl Gateway {
             unrouted: metrics.unrouted(),
             stopping: stopped.clone(),
             log: log.clone(),
+            depot: Arc::new(depot),
+            lanes: Lanes::new(metrics.clone()),
         };
         let proxy = http_proxy(&server.configuration, proxy);
         let desk = Desk::new(listeners, metrics.clone(), log.clone(), inflight.clone());
@@ -240,7 +255,8 @@ impl Parts {
         let mut rules = Vec::new();
         for (index, written) in config.routes.iter().enumerate() {
             match catalog.chain(&written.filters) {
-                Ok(chain) => rules.push((&written.matches, Arc::new(route(written, chain, &upstreams, metrics)))),
+                Ok(chain) => rules
+                    .push((&written.matches, Arc::new(route(written, chain, &upstreams, &config.resources, metrics)))),
                 Err(found) => {
                     errors.extend(
                         found.into_iter().map(|error| error.under("filters").under(&format!("routes[{index}]"))),
@@ -263,8 +279,10 @@ fn route(
     written: &config::Route,
     chain: crate::filter::Chain,
     upstreams: &BTreeMap<String, Arc<Upstream>>,
+    resources: &Resources,
     metrics: &Metrics,
 ) -> Route {
+    let metrics = metrics.route(&written.name);
     // The configuration was checked: a name that is not there belongs to an upstream whose own error is reported.
     let named = |name: &String| upstreams.get(name).cloned();
     let destination = if let Some(name) = &written.upstream {
@@ -277,10 +295,79 @@ fn route(
         name: written.name.clone(),
         chain,
         destination,
-        body_idle: written.client.body_idle.0,
+        holds_bodies: written.buffering.request.mode != BufferMode::Stream,
+        intake: intake(written, resources, &metrics),
+        manner: manner(written, resources, &metrics),
         write_idle: written.client.write_idle.0,
-        metrics: metrics.route(&written.name),
+        non_idempotent: written.retry.non_idempotent,
+        metrics,
     }
+}
+
+/// How the request bodies of a route are taken.
+fn intake(written: &config::Route, resources: &Resources, metrics: &Arc<RouteMetrics>) -> IntakeTerms {
+    let (client, request) = (&written.client, &written.buffering.request);
+    let stream_without_disk = request.on_disk_full == OnDiskFull::Stream;
+    IntakeTerms {
+        limits: limits(request.memory, request.disk, resources),
+        stream_large: request.mode == BufferMode::Auto || stream_without_disk,
+        stream_without_disk,
+        max_body: request.max_body.0,
+        announced: None,
+        idle: client.body_idle.0,
+        total: client.body_total.0,
+        pace: Pace::new(client.min_rate.read.0, client.min_rate.grace.0),
+        disk_max: resources.pause.0,
+        pause_max: if resources.on_pressure.contains(&Rung::Pause) { resources.pause.0 } else { Duration::ZERO },
+        route: metrics.clone(),
+    }
+}
+
+/// How the answers of a route leave.
+fn manner(written: &config::Route, resources: &Resources, metrics: &Arc<RouteMetrics>) -> Manner {
+    let (client, response) = (&written.client, &written.buffering.response);
+    Manner {
+        leave: match response.mode {
+            BufferMode::Auto => Leave::Auto,
+            BufferMode::Full => Leave::Full,
+            BufferMode::Stream => Leave::Stream,
+        },
+        limits: limits(response.memory, response.disk, resources),
+        pace: Pace::new(client.min_rate.write.0, client.min_rate.grace.0),
+        disk_max: resources.pause.0,
+        write_idle: client.write_idle.0,
+        throttle: client.limit_rate.as_ref().map(|limit| Throttle { rate: limit.rate.0, after: limit.after.0 }),
+        route: metrics.clone(),
+    }
+}
+
+/// What is not written may be more than all spools together may have.
+fn limits(memory: Size, disk: Size, resources: &Resources) -> Limits {
+    Limits { memory: memory.0.min(resources.memory.0), disk: disk.0.min(resources.disk.0) }
+}
+
+/// What bodies are held in. Starts the disk threads, and proves that there is a place for files if there are to be any.
+fn depot(config: &Config, metrics: &Metrics) -> Result<Depot, BuildError> {
+    let (server, resources) = (&config.server, &config.resources);
+    let spools = metrics.spools();
+    let threads = usize::try_from(server.disk_threads.0).unwrap_or(usize::MAX);
+    let queue = usize::try_from(server.disk_queue.0).unwrap_or(usize::MAX);
+    let disk = Disk::open(Path::new(&server.spool_dir), threads, queue, &spools)
+        .map_err(|error| no_spool_dir(&server.spool_dir, &error))?;
+    let rung = |rung| resources.on_pressure.contains(&rung);
+    let resources = budget::Resources {
+        memory: resources.memory.0,
+        disk: resources.disk.0,
+        spill: rung(Rung::Spill),
+        pause: rung(Rung::Pause),
+        shed: rung(Rung::Shed),
+        pause_max: resources.pause.0,
+    };
+    Ok(Depot::new(disk, Budget::new(resources, spools)))
+}
+
+fn no_spool_dir(dir: &str, error: &std::io::Error) -> BuildError {
+    BuildError::new("server.spool_dir", format!("server.spool_dir: no file can be made in `{dir}`: {error}"))
 }
 
 fn bind(address: &config::Address, listener: &str) -> Result<Socket, StartError> {

@@ -13,7 +13,8 @@ use std::sync::{Arc, OnceLock};
 
 use prometheus::process_collector::ProcessCollector;
 use prometheus::{
-    CounterVec, Encoder, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Registry, TextEncoder,
+    CounterVec, Encoder, Gauge, GaugeVec, Histogram, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec,
+    Registry, TextEncoder,
 };
 
 use crate::error::Refusal;
@@ -22,7 +23,7 @@ use route::Series;
 /// The route label of exchanges that found no route, or were refused before one was sought.
 pub const UNROUTED: &str = "_none";
 
-pub use route::{RouteMetrics, Summary};
+pub use route::{Direction, RouteMetrics, Spills, Summary};
 
 /// All metrics of one gateway. Clones are cheap and share everything.
 #[derive(Clone)]
@@ -45,6 +46,9 @@ struct Families {
     phase_seconds: HistogramVec,
     own_seconds: HistogramVec,
     write_blocked: CounterVec,
+    upstream_held: HistogramVec,
+    upstream_saved: CounterVec,
+    spool_spills: IntCounterVec,
     bytes: IntCounterVec,
     client_connections: IntGaugeVec,
     client_connections_total: IntCounterVec,
@@ -53,6 +57,17 @@ struct Families {
     upstream_connects: IntCounterVec,
     upstream_resolutions: IntCounterVec,
     retries: IntCounterVec,
+    spool_bytes: IntGaugeVec,
+    spool_limit: IntGaugeVec,
+    slow_clients: IntGaugeVec,
+    pressure_total: IntCounterVec,
+    pressure: IntGaugeVec,
+    disk_seconds: HistogramVec,
+    disk_queue: IntGaugeVec,
+    disk_failures: IntCounterVec,
+    lane_waiting: IntGaugeVec,
+    lane_share: GaugeVec,
+    lane_bytes: IntCounterVec,
     access_log_lines: IntCounterVec,
     access_log_dropped: IntCounterVec,
 }
@@ -126,6 +141,45 @@ impl Metrics {
         }
     }
 
+    /// Those of all spools, of the budget and of the disk threads that they share.
+    pub fn spools(&self) -> SpoolMetrics {
+        let families = self.families();
+        let bytes = |store| DIRECTIONS.map(|direction| families.spool_bytes.with_label_values(&[direction, store]));
+        let limit = |store| families.spool_limit.with_label_values(&[store]);
+        let operation = |operation| OperationMetrics {
+            seconds: families.disk_seconds.with_label_values(&[operation]),
+            failures: families.disk_failures.with_label_values(&[operation]),
+        };
+        let rung = |rung| RungMetrics {
+            times: families.pressure_total.with_label_values(&[rung]),
+            now: families.pressure.with_label_values(&[rung]),
+        };
+        SpoolMetrics {
+            memory: bytes("memory"),
+            disk: bytes("disk"),
+            memory_limit: limit("memory"),
+            disk_limit: limit("disk"),
+            slow: DIRECTIONS.map(|direction| families.slow_clients.with_label_values(&[direction])),
+            spill: rung("spill"),
+            pause: rung("pause"),
+            shed: rung("shed"),
+            disk_queue: single(&families.disk_queue),
+            write: operation("write"),
+            read: operation("read"),
+        }
+    }
+
+    /// Those of the paced lane of one worker; they are numbered from 0.
+    pub fn lane(&self, worker: usize) -> LaneMetrics {
+        let families = self.families();
+        let worker = worker.to_string();
+        LaneMetrics {
+            waiting: families.lane_waiting.with_label_values(&[&worker]),
+            share: families.lane_share.with_label_values(&[&worker]),
+            bytes: families.lane_bytes.with_label_values(&[&worker]),
+        }
+    }
+
     /// Those of the access log.
     pub fn access_log(&self) -> AccessLogMetrics {
         let families = self.families();
@@ -195,6 +249,9 @@ impl Families {
             phase_seconds: family::PHASE_SECONDS.histogram(registry),
             own_seconds: family::OWN_SECONDS.histogram(registry),
             write_blocked: family::WRITE_BLOCKED.seconds(registry),
+            upstream_held: family::UPSTREAM_HELD.histogram(registry),
+            upstream_saved: family::UPSTREAM_SAVED.seconds(registry),
+            spool_spills: family::SPOOL_SPILLS.counter(registry),
             bytes: family::BYTES.counter(registry),
             client_connections: family::CLIENT_CONNECTIONS.gauge(registry),
             client_connections_total: family::CLIENT_CONNECTIONS_TOTAL.counter(registry),
@@ -203,6 +260,17 @@ impl Families {
             upstream_connects: family::UPSTREAM_CONNECTS.counter(registry),
             upstream_resolutions: family::UPSTREAM_RESOLUTIONS.counter(registry),
             retries: family::RETRIES.counter(registry),
+            spool_bytes: family::SPOOL_BYTES.gauge(registry),
+            spool_limit: family::SPOOL_LIMIT_BYTES.gauge(registry),
+            slow_clients: family::SLOW_CLIENTS.gauge(registry),
+            pressure_total: family::PRESSURE_TOTAL.counter(registry),
+            pressure: family::PRESSURE.gauge(registry),
+            disk_seconds: family::DISK_SECONDS.histogram(registry),
+            disk_queue: family::DISK_QUEUE.gauge(registry),
+            disk_failures: family::DISK_FAILURES.counter(registry),
+            lane_waiting: family::LANE_WAITING.gauge(registry),
+            lane_share: family::LANE_SHARE.ratio(registry),
+            lane_bytes: family::LANE_BYTES.counter(registry),
             access_log_lines: family::ACCESS_LOG_LINES.counter(registry),
             access_log_dropped: family::ACCESS_LOG_DROPPED.counter(registry),
         }
@@ -290,6 +358,64 @@ fn shift(gauges: &[IntGauge], from: Option<usize>, to: Option<usize>) {
     }
 }
 
+/// The values of the label `direction` of what is spooled, in the order in which gauges stand in [`SpoolMetrics`].
+const DIRECTIONS: [&str; 2] = ["request", "response"];
+
+/// The metrics of what spools share. Where there are two of a kind, the first is of requests and the second of responses.
+#[derive(Clone)]
+pub struct SpoolMetrics {
+    /// Bytes in memory.
+    pub memory: [IntGauge; 2],
+    /// Bytes that files have grown to.
+    pub disk: [IntGauge; 2],
+    /// Bytes that may be in memory.
+    pub memory_limit: IntGauge,
+    /// Bytes that files may have between them.
+    pub disk_limit: IntGauge,
+    /// Clients that are waited for.
+    pub slow: [IntGauge; 2],
+    /// Writes to disk that only pressure caused.
+    pub spill: RungMetrics,
+    /// Spools that were made to wait.
+    pub pause: RungMetrics,
+    /// Exchanges that were turned away.
+    pub shed: RungMetrics,
+    /// Writes and reads that are queued or under way.
+    pub disk_queue: IntGauge,
+    /// Writes.
+    pub write: OperationMetrics,
+    /// Reads.
+    pub read: OperationMetrics,
+}
+
+/// The metrics of one rung of the ladder that is climbed when memory runs short.
+#[derive(Clone)]
+pub struct RungMetrics {
+    /// How often it was used.
+    pub times: IntCounter,
+    /// Whether it holds, or how many wait on it.
+    pub now: IntGauge,
+}
+
+/// The metrics of one kind of work for the disk threads.
+#[derive(Clone)]
+pub struct OperationMetrics {
+    /// From when it was queued until it was done, whatever came of it.
+    pub seconds: Histogram,
+    /// How often it failed.
+    pub failures: IntCounter,
+}
+
+/// The metrics of the paced lane of one worker.
+pub struct LaneMetrics {
+    /// Exchanges that wait for their turn.
+    pub waiting: IntGauge,
+    /// Of its time, what the worker may give to them, from 0 to 1.
+    pub share: Gauge,
+    /// Bytes that were spooled.
+    pub bytes: IntCounter,
+}
+
 /// The metrics of one upstream.
 pub struct UpstreamMetrics {
     /// Exchanges for which a connection was made.
@@ -338,11 +464,14 @@ mod tests {
     fn busy() -> Metrics {
         let metrics = Metrics::new(u64::MAX, refusal::ALL.to_vec());
         let clock = Clock::start(Phase::Header, Instant::now());
-        let exchange =
-            Summary { clock: &clock, own: Duration::ZERO, blocked: Duration::ZERO, status: 200, received: 0, sent: 0 };
-        metrics.route("all").record(&exchange);
+        let exchange = Summary { held: Some(Duration::ZERO), status: 200, ..route::tests::exchange(&clock) };
+        let route = metrics.route("all");
+        route.record(&exchange);
+        route.spills(Direction::Request);
         metrics.listener("web");
         metrics.upstream("app").endpoint("127.0.0.1:3000");
+        metrics.spools();
+        metrics.lane(0);
         metrics.access_log();
         metrics.set_workers(2);
         metrics
@@ -450,15 +579,10 @@ mod tests {
         }
         let route = metrics.route("all");
         for status in [0, 101, 200, 302, 404, 502, 503, 600] {
-            route.record(&Summary {
-                clock: &clock,
-                own: Duration::ZERO,
-                blocked: Duration::ZERO,
-                status,
-                received: 0,
-                sent: 0,
-            });
+            route.record(&Summary { status, ..route::tests::exchange(&clock) });
         }
+        route.spills(Direction::Request);
+        route.spills(Direction::Response);
         let series = text(&metrics).lines().filter(|line| line.contains(r#"route="all""#)).count();
         assert_eq!(series as u64, RouteMetrics::SERIES);
     }

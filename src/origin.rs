@@ -9,10 +9,12 @@
 #![doc = include_str!("origin/paths.txt")]
 //! ```
 //!
-//! The path is understood in `behaviour`, carried out in `answer` and `websocket`; `wire` is the connection.
+//! The path is understood in `behaviour`, carried out in `answer` and `websocket`; `wire` is the connection, and `digest`
+//! compares what came with what was sent.
 
 mod answer;
 mod behaviour;
+mod digest;
 mod websocket;
 mod wire;
 
@@ -24,11 +26,13 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
+use http::Uri;
 use tokio::net::TcpStream;
 use tokio::runtime::{Builder, Runtime};
 use tokio::sync::{Semaphore, oneshot};
 
-pub use behaviour::content;
+pub use behaviour::{content, content_from};
+pub use digest::Digest;
 
 /// What each path does, as `/` and `forebay origin --help` tell it.
 pub const PATHS: &str = include_str!("origin/paths.txt");
@@ -44,6 +48,28 @@ pub struct Origin {
     listener: TcpListener,
     address: SocketAddr,
     counters: Arc<Counters>,
+    detour: Arc<Detour>,
+}
+
+/// A mishap that befalls the first requests and no more, of all origins together that share it: whichever endpoint a
+/// gateway asks first, that one fails and the next one does not.
+#[derive(Default)]
+pub struct Detour {
+    left: AtomicU64,
+    target: Uri,
+}
+
+impl Detour {
+    /// The first `count` requests are answered as if they had asked for `target`, such as `/fault/reset/64KiB`.
+    pub fn of_first(count: u64, target: Uri) -> Arc<Detour> {
+        Arc::new(Detour { left: AtomicU64::new(count), target })
+    }
+
+    /// What this request is to be answered as, which is taken to ask for `target`.
+    fn of<'t>(&'t self, target: &'t Uri) -> &'t Uri {
+        let strikes = self.left.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |left| left.checked_sub(1));
+        if strikes.is_ok() { &self.target } else { target }
+    }
 }
 
 impl Origin {
@@ -55,7 +81,12 @@ impl Origin {
         let listener = TcpListener::bind(address)?;
         listener.set_nonblocking(true)?;
         let address = listener.local_addr()?;
-        Ok(Origin { listener, address, counters: Arc::default() })
+        Ok(Origin { listener, address, counters: Arc::default(), detour: Arc::default() })
+    }
+
+    /// Lets a mishap befall its first requests.
+    pub fn detour(self, detour: &Arc<Detour>) -> Origin {
+        Origin { detour: detour.clone(), ..self }
     }
 
     /// Where it listens.
@@ -92,7 +123,7 @@ impl Origin {
     async fn serve(self, stop: impl Future<Output = ()>) -> io::Result<()> {
         let listener = tokio::net::TcpListener::from_std(self.listener)?;
         tokio::select! {
-            () = accept(listener, self.counters) => {}
+            () = accept(listener, self.counters, self.detour) => {}
             () = stop => {}
         }
         Ok(())
@@ -127,6 +158,16 @@ impl Running {
     pub fn accepted(&self) -> u64 {
         self.counters.accepted.load(Ordering::Relaxed)
     }
+
+    /// Requests that were begun and whose answer the kernel has not taken whole.
+    pub fn busy(&self) -> u64 {
+        self.counters.busy.load(Ordering::Relaxed)
+    }
+
+    /// Bytes of request bodies that came since it was started, freed from their framing.
+    pub fn body_bytes(&self) -> u64 {
+        self.counters.body_bytes.load(Ordering::Relaxed)
+    }
 }
 
 impl Drop for Running {
@@ -145,6 +186,25 @@ struct Counters {
     requests: AtomicU64,
     connections: AtomicU64,
     accepted: AtomicU64,
+    busy: AtomicU64,
+    body_bytes: AtomicU64,
+}
+
+/// Counts a request, which is in the works for as long as this lives.
+struct Busy<'c>(&'c Counters);
+
+impl<'c> Busy<'c> {
+    fn new(counters: &'c Counters) -> Self {
+        counters.requests.fetch_add(1, Ordering::Relaxed);
+        counters.busy.fetch_add(1, Ordering::Relaxed);
+        Busy(counters)
+    }
+}
+
+impl Drop for Busy<'_> {
+    fn drop(&mut self) {
+        self.0.busy.fetch_sub(1, Ordering::Relaxed);
+    }
 }
 
 /// Counts one open connection for as long as it lives.
@@ -169,15 +229,16 @@ fn event_loop() -> io::Result<Runtime> {
     Builder::new_current_thread().enable_all().build()
 }
 
-async fn accept(listener: tokio::net::TcpListener, counters: Arc<Counters>) {
+async fn accept(listener: tokio::net::TcpListener, counters: Arc<Counters>, detour: Arc<Detour>) {
     let places = Arc::new(Semaphore::new(CONNECTIONS_MAX));
     // The semaphore is never closed, so a place is always given.
     while let Ok(place) = places.clone().acquire_owned().await {
         match listener.accept().await {
             Ok((stream, _)) => {
                 let open = Open::new(counters.clone());
+                let detour = detour.clone();
                 tokio::spawn(async move {
-                    converse(stream, &open.0).await;
+                    converse(stream, &open.0, &detour).await;
                     drop((open, place));
                 });
             }
@@ -190,14 +251,14 @@ async fn accept(listener: tokio::net::TcpListener, counters: Arc<Counters>) {
 }
 
 /// One connection: request after request, until one of the two sides has had enough.
-async fn converse(stream: TcpStream, counters: &Counters) {
+async fn converse(stream: TcpStream, counters: &Counters, detour: &Detour) {
     let mut wire = wire::Wire::new(stream);
     loop {
         let answered = match wire.request().await {
             Ok(None) => return,
             Ok(Some(request)) => {
-                counters.requests.fetch_add(1, Ordering::Relaxed);
-                answer::answer(&mut wire, &request).await
+                let _busy = Busy::new(counters);
+                answer::answer(&mut wire, &request, detour.of(&request.target), counters).await
             }
             Err(broken) => Err(broken),
         };

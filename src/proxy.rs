@@ -4,6 +4,7 @@
 //! phase decides is kept in [`exchange::Exchange`]. A phase never calls another.
 
 pub mod blame;
+pub mod buffer;
 pub mod connect;
 pub mod exchange;
 pub mod finish;
@@ -15,7 +16,7 @@ pub mod send;
 pub mod write;
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
 use bytes::Bytes;
@@ -27,7 +28,8 @@ use pingora::{Error, ErrorType, Result};
 use pingora_proxy::{FailToProxy, ProxyHttp, ProxyWarnLogContext, Session};
 
 use crate::access_log::AccessLog;
-use crate::client::session::Link;
+use crate::client::lane::Lanes;
+use crate::client::spool::Depot;
 use crate::error::{Refusal, refusal};
 use crate::filter::{Refused, Verdict};
 use crate::metrics::{Metrics, RouteMetrics};
@@ -54,6 +56,10 @@ pub struct Proxy {
     pub stopping: ShutdownWatch,
     /// The access log.
     pub log: Option<Arc<AccessLog>>,
+    /// What bodies and answers are held in.
+    pub depot: Arc<Depot>,
+    /// Where turns for holding them are had.
+    pub lanes: Arc<Lanes>,
 }
 
 #[async_trait]
@@ -64,7 +70,7 @@ impl ProxyHttp for Proxy {
         Exchange::begin(&self.metrics)
     }
 
-    /// `header`, `route`.
+    /// `header`, `route`, `buffer`.
     async fn request_filter(&self, session: &mut Session, exchange: &mut Exchange) -> Result<bool> {
         let verdict = self.route(session.req_header_mut(), exchange).await;
         match verdict {
@@ -82,15 +88,19 @@ impl ProxyHttp for Proxy {
         let Some(upstream) = route.destination.next() else {
             return refuse(session, exchange, plain(&refusal::SELECT_NO_ENDPOINT)).await;
         };
+        if self.depot.budget.sheds() {
+            self.depot.budget.count_shed();
+            return refuse(session, exchange, plain(&refusal::ROUTE_PRESSURE)).await;
+        }
         exchange.upstream = Some(upstream.clone());
         patience_for_writing(session, exchange, route.write_idle);
         if session.is_upgrade_req() {
             // Once upgraded, a client may be silent for as long as its upstream is not.
             session.set_read_timeout(None);
         } else {
-            let tap = receive::BodyFilters::of(exchange);
-            let patience = route.patience(upstream.timeouts);
-            exchange.link = Some(Link::wrap(&mut session.downstream_session, patience, tap));
+            let (depot, lanes) = (&self.depot, &self.lanes);
+            let client = &mut session.downstream_session;
+            buffer::request(exchange, client, &route, upstream.timeouts, depot, lanes).await?;
         }
         Ok(false)
     }
@@ -123,22 +133,27 @@ impl ProxyHttp for Proxy {
         _session: &mut Session,
         reused: bool,
         _peer: &HttpPeer,
-        _fd: std::os::fd::RawFd,
+        socket: std::os::fd::RawFd,
         _digest: Option<&Digest>,
         exchange: &mut Exchange,
     ) -> Result<()> {
-        connect::made(exchange, reused);
+        connect::made(exchange, reused, socket);
         Ok(())
     }
 
     /// `send`: the header.
     async fn upstream_request_filter(
         &self,
-        _session: &mut Session,
+        session: &mut Session,
         request: &mut RequestHeader,
         exchange: &mut Exchange,
     ) -> Result<()> {
-        send::header(exchange, self.manners, request)
+        send::header(exchange, self.manners, request)?;
+        if session.is_body_empty() {
+            // Over HTTP/2, Pingora has no further word on a request without a body.
+            send::ended(exchange);
+        }
+        Ok(())
     }
 
     /// `send`: the body, piece by piece; with the last, `wait` begins.
@@ -195,18 +210,16 @@ impl ProxyHttp for Proxy {
 
     /// The exchange failed: the client is refused, or cut off if its answer had begun.
     async fn fail_to_proxy(&self, session: &mut Session, error: &Error, exchange: &mut Exchange) -> FailToProxy {
-        if let Some(link) = &exchange.link {
-            link.reclaim(&mut session.downstream_session);
-        }
         let earlier = exchange.take_refused().or_else(|| exchange.refusal.map(plain));
         let refused = earlier.unwrap_or_else(|| plain(blame::reason(exchange, error)));
         exchange.refusal = Some(refused.refusal);
         exchange.enter(Phase::Write);
         tracing::debug!(reason = refused.refusal.reason, %error, "an exchange failed");
+        if write::cut_if_begun(exchange, &mut session.downstream_session).await {
+            return FailToProxy { error_code: refused.refusal.status, can_reuse_downstream: false };
+        }
         let client = session.as_downstream_mut();
-        if !write::is_unanswered(client) {
-            write::cut(exchange, client).await;
-        } else if write::is_heard(refused.refusal) {
+        if write::is_heard(refused.refusal) {
             client.set_keepalive(None);
             if write::refuse(exchange, client, &refused).await.is_ok() && !client.is_http2() {
                 client.shutdown().await;
@@ -215,11 +228,10 @@ impl ProxyHttp for Proxy {
         FailToProxy { error_code: refused.refusal.status, can_reuse_downstream: false }
     }
 
-    /// `finish`.
+    /// The rest of `write`, the upstream being released; `finish`.
     async fn logging(&self, session: &mut Session, _error: Option<&Error>, exchange: &mut Exchange) {
-        if let Some(link) = &exchange.link {
-            link.reclaim(&mut session.downstream_session);
-        }
+        exchange.release(Instant::now());
+        write::drain(exchange, &mut session.downstream_session).await;
         finish::settle(exchange, session.as_downstream_mut(), &self.unrouted, self.log.as_deref());
     }
 

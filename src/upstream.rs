@@ -6,6 +6,7 @@
 pub mod balance;
 mod discovery;
 pub mod endpoint;
+pub mod window;
 
 use std::cell::OnceCell;
 use std::fmt;
@@ -27,7 +28,7 @@ use tokio::time::{Instant, MissedTickBehavior, interval_at};
 use tracing::warn;
 
 use crate::config;
-use crate::config::upstream::Policy;
+use crate::config::upstream::{Policy, Protocol};
 use crate::error::BuildError;
 use crate::metrics::UpstreamMetrics;
 use balance::SmoothRoundRobin;
@@ -48,6 +49,7 @@ pub struct Upstream {
     pub timeouts: Timeouts,
     /// Its counters.
     pub metrics: UpstreamMetrics,
+    protocol: Protocol,
     balancer: LoadBalancer<SmoothRoundRobin>,
     directory: Arc<Directory>,
 }
@@ -102,9 +104,15 @@ impl Upstream {
 
         let Policy::RoundRobin = written.load_balancing.policy;
         let balancer = LoadBalancer::from_backends(Backends::new(Box::new(Discovery(Arc::clone(&directory)))));
-        let upstream = Upstream { name: name.into(), timeouts, metrics, balancer, directory };
+        let protocol = written.protocol;
+        let upstream = Upstream { name: name.into(), timeouts, metrics, protocol, balancer, directory };
         upstream.rebalance();
         Ok(upstream)
+    }
+
+    /// Whether an exchange has a connection to its endpoint for itself.
+    pub fn is_http1(&self) -> bool {
+        self.protocol == Protocol::Http1
     }
 
     /// The endpoint whose turn it is, but none of `tried`; `None` once all of them were tried.
@@ -267,7 +275,7 @@ mod tests {
     use std::sync::Mutex;
 
     use crate::config::Address;
-    use crate::config::upstream::{Keepalive, LoadBalancing, Protocol};
+    use crate::config::upstream::{Keepalive, LoadBalancing};
 
     /// A resolver that answers what a test tells it to.
     #[derive(Default)]

@@ -41,6 +41,18 @@ pub(super) fn json(line: &mut Vec<u8>, record: &Record<'_>) {
     json_option(line, "upstream", record.upstream.map(str::as_bytes));
     json_option(line, "endpoint", record.endpoint.map(str::as_bytes));
     number(line, ",\"attempts\":", record.attempts.into());
+    if record.buffered > 0 {
+        number(line, ",\"buffered\":", record.buffered);
+    }
+    if record.spilled > 0 {
+        number(line, ",\"spilled\":", record.spilled);
+    }
+    if let Some(held) = record.held {
+        millis(line, ",\"held_ms\":", micros(held));
+    }
+    if !record.saved.is_zero() {
+        millis(line, ",\"saved_ms\":", micros(record.saved));
+    }
     json_option(line, "reason", record.reason.map(str::as_bytes));
     json_option(line, "request_id", record.request_id);
     json_option(line, "referer", record.referer);
@@ -90,6 +102,13 @@ pub(super) fn combined(line: &mut Vec<u8>, record: &Record<'_>) {
     number(line, " attempts=", record.attempts.into());
     combined_text(line, " reason=", record.reason.map(str::as_bytes));
     combined_text(line, " request_id=", record.request_id);
+    number(line, " buffered=", record.buffered);
+    number(line, " spilled=", record.spilled);
+    match record.held {
+        Some(held) => millis(line, " held_ms=", micros(held)),
+        None => line.extend_from_slice(b" held_ms=-"),
+    }
+    millis(line, " saved_ms=", micros(record.saved));
     line.push(b'\n');
 }
 
@@ -256,6 +275,10 @@ pub(super) mod tests {
             status: 200,
             received: 310,
             sent: 5_120,
+            buffered: 0,
+            spilled: 0,
+            held: None,
+            saved: Duration::ZERO,
             clock,
             own: Duration::from_micros(41),
             route: "shop",
@@ -305,9 +328,26 @@ pub(super) mod tests {
             r#" total_ms=5.129 own_ms=0.041 phases="header=0.120 wait=5.000 finish=0.009""#,
             r#" listener="web" host="shop.example.com" received=310 route="shop" upstream="app" endpoint="127.0.0.1:3000""#,
             r#" attempts=1 reason="wait.timeout" request_id="-""#,
-            "\n",
+            " buffered=0 spilled=0 held_ms=- saved_ms=0.000\n",
         );
         assert_eq!(combined_of(&record), expected);
+    }
+
+    #[test]
+    fn what_was_held_back_and_saved_stands_in_both_formats() {
+        let clock = clock();
+        let record = Record {
+            buffered: 4_194_304,
+            spilled: 4_128_768,
+            held: Some(Duration::from_micros(26_400)),
+            saved: Duration::from_micros(2_097_001),
+            ..record(&clock)
+        };
+        let json = json_of(&record);
+        let said = r#""attempts":1,"buffered":4194304,"spilled":4128768,"held_ms":26.400,"saved_ms":2097.001,"#;
+        assert!(json.contains(said), "{json}");
+        let line = combined_of(&record);
+        assert!(line.ends_with(" buffered=4194304 spilled=4128768 held_ms=26.400 saved_ms=2097.001\n"), "{line}");
     }
 
     #[test]

@@ -1,15 +1,16 @@
-//! The session between Pingora and the client: the clocks that Pingora lacks, and the response filters that may wait.
+//! The buffered session: it stands between Pingora and the client, for both directions and both protocols.
 //!
-//! Pingora streams through `ServerSession`; its `Custom` variant lets one of ours stand in between. This one passes
-//! everything through and adds: a deadline for the upstream's whole response header, one for gaps in its body, one for
-//! gaps in the client's body on both protocols, the time in which writing was blocked, and a [`Tap`] on the response.
+//! Pingora streams through `ServerSession`; its `Custom` variant lets one of ours stand in between. This one holds the
+//! request body back until it is whole and replays it for every attempt ([`BufferedSession::fill`]), takes the response
+//! as fast as the upstream gives it and lets the client have it at its own pace ([`Wire`]), and keeps the clocks that
+//! Pingora lacks: a deadline for the upstream's whole response header, for gaps in its body, and for the client's body.
 //!
-//! It stands from the end of the request filters to the end of the proxying; [`Link::reclaim`] puts the client's own
+//! It stands from the end of the request filters to the end of the exchange; [`Link::reclaim`] puts the client's own
 //! session back, so that keep-alive works as ever. Upgrades are never wrapped.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
-use std::task::Poll;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::task::{Context, Poll, ready};
 use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
@@ -24,7 +25,13 @@ use pingora::protocols::http::{HttpTask, ServerSession};
 use pingora::protocols::l4::socket::SocketAddr;
 use pingora::{Error, ErrorType, Result};
 
+use super::intake::{Intake, IntakeTerms, Unread};
+use super::lane::Lanes;
+use super::spool::Depot;
+use super::wire::{Manner, Wire};
 use crate::error::{Refusal, refusal};
+use crate::eventloop::{Gate, adopt};
+use crate::upstream::window::Window;
 
 /// Sees the pieces of a response body on their way to the client, and may wait.
 #[async_trait]
@@ -33,28 +40,53 @@ pub trait Tap: Send + Sync {
     async fn piece(&mut self, request: &mut RequestHeader, piece: &mut Option<Bytes>, end: bool) -> Result<()>;
 }
 
-/// How long the two sides of an exchange may take.
+/// How long the upstream may take.
 #[derive(Clone, Copy, Debug)]
 pub struct Patience {
     /// From the request's end to the end of the response header.
     pub wait: Duration,
     /// Between two pieces of the response.
     pub receive: Duration,
-    /// Between two pieces of the request body.
-    pub body_idle: Duration,
 }
 
-/// What the exchange and its session share: the clocks, and the way back to the client's own session.
+/// What an exchange's session is made of, besides the client's own.
+pub struct Terms {
+    /// How long the upstream may take.
+    pub patience: Patience,
+    /// How the request body is taken.
+    pub intake: IntakeTerms,
+    /// How the answer leaves.
+    pub manner: Manner,
+    /// Sees the pieces of the answer.
+    pub tap: Option<Box<dyn Tap>>,
+    /// What spools share.
+    pub depot: Arc<Depot>,
+    /// Where turns for spooling are had.
+    pub lanes: Arc<Lanes>,
+}
+
+/// What the exchange and its session share: the clocks, the wire, and the way back to the client's own session.
 pub struct Link {
     begin: Instant,
     patience: Patience,
     stage: AtomicU64,
     /// Nanoseconds after `begin`.
     since: AtomicU64,
-    blocked: AtomicU64,
-    last: AtomicBool,
+    /// The session waits for its client, or for a turn, with an answer in hand: the upstream is not to be read.
+    holding: AtomicBool,
     fault: Mutex<Option<&'static Refusal>>,
-    inner: Mutex<Option<Box<ServerSession>>>,
+    wire: Mutex<Wire>,
+    received: AtomicU64,
+    /// The length of a body that was buffered whole; `u64::MAX` if there is none.
+    length: AtomicU64,
+    buffered: AtomicU64,
+    spilled: AtomicU64,
+    http2: bool,
+    /// That of the client's own session, for what it writes by itself.
+    write_timeout: Option<Duration>,
+    /// The present poll uses a turn of the lane.
+    in_turn: AtomicBool,
+    lanes: Arc<Lanes>,
 }
 
 const SENDING: u64 = 0;
@@ -63,35 +95,6 @@ const RECEIVING: u64 = 2;
 const DONE: u64 = 3;
 
 impl Link {
-    /// Wraps the client's session in place. The guard of the way back is the returned link.
-    pub fn wrap(session: &mut Box<ServerSession>, patience: Patience, tap: Option<Box<dyn Tap>>) -> Arc<Link> {
-        let link = Arc::new(Link {
-            begin: Instant::now(),
-            patience,
-            stage: AtomicU64::new(SENDING),
-            since: AtomicU64::new(0),
-            blocked: AtomicU64::new(0),
-            last: AtomicBool::new(false),
-            fault: Mutex::new(None),
-            inner: Mutex::new(None),
-        });
-        let mut inner = std::mem::replace(session, Box::new(ServerSession::new_custom(Box::new(()))));
-        // The deadline for the client's body is ours, for Pingora has none on HTTP/2.
-        inner.set_read_timeout(None);
-        **session = ServerSession::new_custom(Box::new(ClockedSession { inner: Some(inner), link: link.clone(), tap }));
-        link
-    }
-
-    /// Puts the client's own session back. A no-op if it is there already.
-    pub fn reclaim(&self, session: &mut Box<ServerSession>) {
-        if session.is_custom() {
-            **session = ServerSession::new_custom(Box::new(()));
-            if let Some(inner) = self.inner.lock().unwrap_or_else(PoisonError::into_inner).take() {
-                *session = inner;
-            }
-        }
-    }
-
     /// A new attempt begins: the request is sent again.
     pub fn sending(&self) {
         self.enter(SENDING);
@@ -117,17 +120,92 @@ impl Link {
 
     /// The connection is to close after this answer, and the answer is to say so.
     pub fn close_after_answer(&self) {
-        self.last.store(true, Ordering::Relaxed);
+        self.wire().close_after_answer();
+    }
+
+    /// Through which connection the answer to the present attempt comes.
+    pub fn comes_through(&self, window: Option<Window>) {
+        self.wire().comes_through(window);
+    }
+
+    /// The answer is never to be held back: its kind or its upstream says so.
+    pub fn stream_answer(&self) {
+        self.wire().stream();
     }
 
     /// Why the session gave up, if it did.
     pub fn fault(&self) -> Option<&'static Refusal> {
-        *self.fault.lock().unwrap_or_else(PoisonError::into_inner)
+        let fault = *self.fault.lock().unwrap_or_else(PoisonError::into_inner);
+        fault.or_else(|| self.wire().fault())
     }
 
     /// For how long writing to the client was blocked.
     pub fn blocked(&self) -> Duration {
-        Duration::from_nanos(self.blocked.load(Ordering::Relaxed))
+        self.wire().blocked()
+    }
+
+    /// The length of the request body if it was buffered whole.
+    pub fn length(&self) -> Option<u64> {
+        Some(self.length.load(Ordering::Relaxed)).filter(|&length| length != u64::MAX)
+    }
+
+    /// Whether bytes of the answer have left, or may have: it cannot be another one any more.
+    pub fn begun(&self) -> bool {
+        self.wire().begun()
+    }
+
+    /// Whether the client can tell a cut answer from a whole one by its framing.
+    pub fn framed(&self) -> bool {
+        self.wire().framed()
+    }
+
+    /// The status that left (0: none), and the body bytes that came from the client and went to it.
+    pub fn outcome(&self) -> (u16, u64, u64) {
+        let wire = self.wire();
+        (wire.status(), self.received.load(Ordering::Relaxed), wire.sent())
+    }
+
+    /// Bytes that were held back in either direction, and those of them that were on disk.
+    pub fn spooled(&self) -> (u64, u64) {
+        let (buffered, spilled) = self.wire().spooled();
+        (buffered + self.buffered.load(Ordering::Relaxed), spilled + self.spilled.load(Ordering::Relaxed))
+    }
+
+    /// Whether the client speaks HTTP/2.
+    pub fn is_http2(&self) -> bool {
+        self.http2
+    }
+
+    /// Lets the client take the rest of the answer, the upstream being released. An error: it will not have it whole.
+    pub async fn drain(&self) -> Result<()> {
+        std::future::poll_fn(|cx| self.wire().poll_drain(cx)).await
+    }
+
+    /// Drops what the client has not taken, and a write under way with the client's session.
+    pub fn abandon(&self) {
+        self.wire().abandon();
+    }
+
+    /// Puts the client's own session back. `false`: it was lost with a write that was given up.
+    pub fn reclaim(&self, session: &mut Box<ServerSession>) -> bool {
+        if !session.is_custom() {
+            return true;
+        }
+        if self.wire().session().is_none() {
+            return false;
+        }
+        // Dropping ours puts the request header back.
+        **session = nobody();
+        if let Some(mut own) = self.wire().release() {
+            own.set_write_timeout(self.write_timeout);
+            *session = own;
+        }
+        true
+    }
+
+    fn wire(&self) -> MutexGuard<'_, Wire> {
+        // One task uses it, in turns; the lock is never waited for.
+        self.wire.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn enter(&self, stage: u64) {
@@ -162,59 +240,272 @@ impl Link {
     }
 }
 
-struct ClockedSession {
-    /// `None` only while dropping.
-    inner: Option<Box<ServerSession>>,
+impl Gate for Link {
+    /// While the answer waits for its client, only the client's side is looked after: nothing is read from the upstream.
+    fn poll_open(&self, cx: &mut Context<'_>) -> Poll<()> {
+        let mut wire = self.wire();
+        if self.holding.load(Ordering::Relaxed) {
+            return wire.poll_more(cx);
+        }
+        // While a body is sent, and after it as long as its last pieces are in its channel, Pingora asks neither after the
+        // answer nor after the client.
+        wire.poll_writing(cx);
+        let blame = match self.stage.load(Ordering::Relaxed) {
+            SENDING => &refusal::SEND_ABORTED,
+            WAITING => &refusal::WAIT_ABORTED,
+            _ => return Poll::Ready(()),
+        };
+        if self.length().is_some() && wire.poll_gone(cx).is_ready() {
+            self.fail(blame, ErrorType::ConnectionClosed);
+            wire.abort();
+        }
+        Poll::Ready(())
+    }
+
+    fn polled(&self, time: Duration) {
+        if self.in_turn.swap(false, Ordering::Relaxed) {
+            self.lanes.here().took(time);
+        }
+    }
+}
+
+/// How many operations a poll may go on with once an answer is on its way.
+const OPERATIONS: usize = 4;
+
+/// Ends the present poll of the exchange soon, so that others have their turn. In one poll Pingora would else read as much
+/// of an answer as its channel holds, some 300 KiB, before it looks at the client. Every operation of a socket or a channel
+/// takes one unit of the task's budget (tokio's cooperative scheduling); without any left they all wait for the next poll.
+fn leave_budget(cx: &mut Context<'_>) {
+    const WHOLE: usize = 128;
+    for _ in OPERATIONS..WHOLE {
+        match tokio::task::coop::poll_proceed(cx) {
+            Poll::Ready(unit) => unit.made_progress(),
+            Poll::Pending => return,
+        }
+    }
+}
+
+/// A session that nobody uses.
+fn nobody() -> ServerSession {
+    ServerSession::new_custom(Box::new(()))
+}
+
+/// See the module.
+pub struct BufferedSession {
     link: Arc<Link>,
+    /// The client's own session has a stand-in meanwhile, with all that it needs to frame the answer.
+    request: RequestHeader,
+    intake: Intake,
     tap: Option<Box<dyn Tap>>,
 }
 
-impl Drop for ClockedSession {
+impl Drop for BufferedSession {
     fn drop(&mut self) {
-        *self.link.inner.lock().unwrap_or_else(PoisonError::into_inner) = self.inner.take();
+        self.note_spooled();
+        if let Some(session) = self.link.wire().session() {
+            std::mem::swap(session.req_header_mut(), &mut self.request);
+        }
     }
 }
 
-impl ClockedSession {
-    fn inner(&self) -> &ServerSession {
-        self.inner.as_deref().expect("taken in `drop` only")
+impl BufferedSession {
+    /// Takes the client's session. Until [`BufferedSession::stand_in`] there is nobody in its place.
+    pub fn take(session: &mut Box<ServerSession>, terms: Terms) -> Result<(Arc<Link>, Self)> {
+        let Terms { patience, intake, manner, tap, depot, lanes } = terms;
+        let mut stub = RequestHeader::build(session.req_header().method.clone(), b"/", None)?;
+        stub.set_version(session.req_header().version);
+        let http2 = session.is_http2();
+        let mut own = std::mem::replace(session, Box::new(nobody()));
+        // The deadline for the client's body is ours, for Pingora has none on HTTP/2.
+        own.set_read_timeout(None);
+        let write_timeout = own.get_write_timeout();
+        own.set_write_timeout(None);
+        let intake = Intake::new(intake, own.is_body_empty(), &depot, &lanes);
+        let request = std::mem::replace(own.req_header_mut(), stub);
+        let link = Arc::new(Link {
+            begin: Instant::now(),
+            patience,
+            stage: AtomicU64::new(SENDING),
+            since: AtomicU64::new(0),
+            holding: AtomicBool::new(false),
+            fault: Mutex::new(None),
+            wire: Mutex::new(Wire::new(own, manner, depot, lanes.clone())),
+            received: AtomicU64::new(0),
+            length: AtomicU64::new(u64::MAX),
+            buffered: AtomicU64::new(0),
+            spilled: AtomicU64::new(0),
+            http2,
+            write_timeout,
+            in_turn: AtomicBool::new(false),
+            lanes: lanes.clone(),
+        });
+        adopt(link.clone());
+        Ok((link.clone(), BufferedSession { link, request, intake, tap }))
     }
 
-    fn inner_mut(&mut self) -> &mut ServerSession {
-        self.inner.as_deref_mut().expect("taken in `drop` only")
+    /// Takes the client's place towards Pingora.
+    pub fn stand_in(self, session: &mut Box<ServerSession>) {
+        **session = ServerSession::new_custom(Box::new(self));
+    }
+
+    /// The request has a body to be read.
+    pub fn has_body(&self) -> bool {
+        !self.intake.is_empty()
+    }
+
+    /// The request.
+    pub fn request_mut(&mut self) -> &mut RequestHeader {
+        &mut self.request
+    }
+
+    /// Leaves the client's place to its own session again, of which nothing was answered yet.
+    pub fn give_back(self, session: &mut Box<ServerSession>) {
+        let link = self.link.clone();
+        drop(self);
+        if let Some(mut own) = link.wire().release() {
+            own.set_write_timeout(link.write_timeout);
+            *session = own;
+        }
+    }
+
+    /// Tells the client that its body is wanted (RFC 9110 §10.1.1). On HTTP/2 Pingora has no way to say so.
+    pub async fn invite(&mut self) -> Result<()> {
+        let mut own = self.link.wire().release();
+        let outcome = match &mut own {
+            Some(own) => {
+                // Pingora would close the connection after any answer that precedes the end of the body, this one too.
+                own.set_close_on_response_before_downstream_finish(false);
+                let outcome = own.write_continue_response().await;
+                own.set_close_on_response_before_downstream_finish(true);
+                outcome
+            }
+            None => Ok(()),
+        };
+        if let Some(own) = own {
+            self.link.wire().put_back(own);
+        }
+        outcome
+    }
+
+    /// Reads the body until it is whole, or until it cannot be held and is to be streamed on. Calls `waiting` when it
+    /// has to wait for the client for the first time.
+    pub async fn fill(&mut self, waiting: &mut (dyn FnMut() + Send)) -> Result<(), Unread> {
+        let BufferedSession { link, intake, .. } = self;
+        let filled = std::future::poll_fn(|cx| {
+            let filled = intake.poll_fill(cx, &mut link.wire(), waiting);
+            if intake.used_turn() {
+                link.in_turn.store(true, Ordering::Relaxed);
+            }
+            filled
+        })
+        .await;
+        link.received.store(self.intake.received(), Ordering::Relaxed);
+        self.note_spooled();
+        filled?;
+        if let Some(length) = self.intake.whole() {
+            self.link.length.store(length, Ordering::Relaxed);
+        }
+        Ok(())
+    }
+
+    fn note_spooled(&self) {
+        let (buffered, spilled) = self.intake.spooled();
+        self.link.buffered.store(buffered, Ordering::Relaxed);
+        self.link.spilled.store(spilled, Ordering::Relaxed);
     }
 
     async fn tap(&mut self, tasks: &mut [HttpTask]) -> Result<()> {
-        let (Some(tap), Some(inner)) = (&mut self.tap, &mut self.inner) else {
-            return Ok(());
-        };
+        let Some(tap) = &mut self.tap else { return Ok(()) };
         for task in tasks {
             if let HttpTask::Body(piece, end) = task {
-                tap.piece(inner.req_header_mut(), piece, *end).await?;
+                tap.piece(&mut self.request, piece, *end).await?;
             }
         }
         Ok(())
     }
+
+    fn poll_body(&mut self, cx: &mut Context<'_>) -> Poll<Result<Option<Bytes>>> {
+        let mut wire = self.link.wire();
+        let piece = self.intake.poll_piece(cx, &mut wire);
+        if let Some(error) = wire.take_error() {
+            return Poll::Ready(Err(error));
+        }
+        // While what was held is replayed, nothing is read that would tell.
+        if self.intake.whole().is_some()
+            && let Poll::Ready(gone) = wire.poll_gone(cx)
+        {
+            return Poll::Ready(Err(gone));
+        }
+        drop(wire);
+        let piece = ready!(piece);
+        self.link.received.store(self.intake.received(), Ordering::Relaxed);
+        Poll::Ready(piece.map_err(|unread| match unread {
+            Unread::Failed(error) => error,
+            Unread::Refused(refusal) => self.link.fail(refusal, ErrorType::ReadTimedout),
+        }))
+    }
+
+    /// Hands over what came from the upstream, and waits until more may come.
+    async fn pass(&mut self, tasks: Vec<HttpTask>) -> Result<bool> {
+        let link = &self.link;
+        let taken = link.wire().take(tasks);
+        if let Err(error) = taken {
+            if link.begun() {
+                // What came before the failure leaves if it can. If nothing had left, the client may yet get a better answer.
+                std::future::poll_fn(|cx| Poll::Ready(link.wire().poll_write(cx).is_ready())).await;
+            }
+            return Err(error);
+        }
+        let may_hold = self.intake.is_done(&mut link.wire());
+        if link.begun() {
+            self.intake.forget();
+        }
+        let ended = std::future::poll_fn(|cx| {
+            let mut wire = link.wire();
+            let more = wire.poll_more(cx);
+            if wire.admitted() {
+                link.in_turn.store(true, Ordering::Relaxed);
+            }
+            link.holding.store(may_hold && more.is_pending(), Ordering::Relaxed);
+            ready!(more);
+            Poll::Ready(match wire.take_error() {
+                Some(error) => Err(error),
+                None => Ok(wire.ended()),
+            })
+        })
+        .await;
+        if link.stage.load(Ordering::Relaxed) == RECEIVING {
+            // The upstream could not go on while we held it: its clock starts anew.
+            link.touch();
+        }
+        ended
+    }
 }
 
 #[async_trait]
-impl CustomSession for ClockedSession {
+impl CustomSession for BufferedSession {
     async fn read_body_bytes(&mut self) -> Result<Option<Bytes>> {
-        let idle = self.link.patience.body_idle;
-        match pingora_timeout::timeout(idle, self.inner_mut().read_request_body()).await {
-            Ok(read) => read,
-            Err(_) => Err(self.link.fail(&refusal::SEND_BODY_TIMEOUT, ErrorType::ReadTimedout)),
-        }
+        std::future::poll_fn(|cx| self.poll_body(cx)).await
     }
 
     async fn read_body_or_idle(&mut self, no_body_expected: bool) -> Result<Option<Bytes>> {
-        if !no_body_expected && !self.inner_mut().is_body_done() {
+        if !no_body_expected && !self.is_body_done() {
             return self.read_body_bytes().await;
         }
-        let link = self.link.clone();
+        let link = &self.link;
         tokio::select! {
             biased;
-            read = self.inner_mut().read_body_or_idle(true) => read,
+            error = std::future::poll_fn(|cx| {
+                if link.stage.load(Ordering::Relaxed) == RECEIVING && link.lanes.here().is_crowded() {
+                    leave_budget(cx);
+                }
+                let mut wire = link.wire();
+                let _ = wire.poll_write(cx);
+                match wire.take_error() {
+                    Some(error) => Poll::Ready(error),
+                    None => wire.poll_gone(cx),
+                }
+            }) => Err(error),
             refusal = link.overdue() => Err(link.fail(refusal, ErrorType::ReadTimedout)),
         }
     }
@@ -223,143 +514,141 @@ impl CustomSession for ClockedSession {
         if self.tap.is_some() {
             self.tap(&mut tasks).await?;
         }
-        let link = self.link.clone();
-        if link.last.load(Ordering::Relaxed) {
-            self.inner_mut().set_keepalive(None);
-        }
-        let mut write = std::pin::pin!(self.inner_mut().response_duplex_vec(tasks));
-        let ended = match std::future::poll_fn(|cx| Poll::Ready(write.as_mut().poll(cx))).await {
-            Poll::Ready(ended) => ended,
-            Poll::Pending => {
-                let begin = Instant::now();
-                let ended = write.await;
-                link.blocked.fetch_add(begin.elapsed().as_nanos() as u64, Ordering::Relaxed);
-                ended
-            }
-        };
-        // The upstream could not go on while we wrote: its clock starts anew.
-        link.touch();
-        ended
+        self.pass(tasks).await
     }
 
     async fn drain_request_body(&mut self) -> Result<()> {
-        self.inner_mut().drain_request_body().await
+        while !self.is_body_done() && self.read_body_bytes().await?.is_some() {}
+        Ok(())
     }
 
-    async fn write_response_header(&mut self, response: Box<ResponseHeader>, _end: bool) -> Result<()> {
-        self.inner_mut().write_response_header(response).await
+    async fn write_response_header(&mut self, response: Box<ResponseHeader>, end: bool) -> Result<()> {
+        self.pass(vec![HttpTask::Header(response, end)]).await.map(|_| ())
     }
 
-    async fn write_response_header_ref(&mut self, response: &ResponseHeader, _end: bool) -> Result<()> {
-        self.inner_mut().write_response_header_ref(response).await
+    async fn write_response_header_ref(&mut self, response: &ResponseHeader, end: bool) -> Result<()> {
+        self.write_response_header(Box::new(response.clone()), end).await
     }
 
     async fn write_body(&mut self, data: Bytes, end: bool) -> Result<()> {
-        self.inner_mut().write_response_body(data, end).await
+        self.pass(vec![HttpTask::Body(Some(data), end)]).await.map(|_| ())
     }
 
     async fn write_trailers(&mut self, trailers: HeaderMap) -> Result<()> {
-        self.inner_mut().write_response_trailers(trailers).await
+        self.pass(vec![HttpTask::Trailer(Some(Box::new(trailers)))]).await.map(|_| ())
     }
 
+    /// Marks the end and lets the upstream go; what the client has not taken is waited for in [`Link::drain`].
     async fn finish(&mut self) -> Result<()> {
-        self.inner_mut().finish_body().await
+        let link = &self.link;
+        link.wire().end();
+        self.intake.forget();
+        std::future::poll_fn(|cx| Poll::Ready(link.wire().poll_write(cx).is_ready())).await;
+        // If that failed, the draining hears of it.
+        Ok(())
     }
 
     async fn finish_custom(&mut self) -> Result<()> {
         Ok(())
     }
 
-    async fn shutdown(&mut self, _code: u32, _context: &str) {
-        self.inner_mut().shutdown().await;
+    async fn shutdown(&mut self, _code: u32, context: &str) {
+        self.abandon(context).await;
+    }
+
+    async fn abandon(&mut self, _context: &str) {
+        self.link.abandon();
     }
 
     fn req_header(&self) -> &RequestHeader {
-        self.inner().req_header()
+        &self.request
     }
 
     fn req_header_mut(&mut self) -> &mut RequestHeader {
-        self.inner_mut().req_header_mut()
+        &mut self.request
     }
 
+    /// The client's own session knows; it is asked once it is back.
     fn response_written(&self) -> Option<&ResponseHeader> {
-        self.inner().response_written()
+        None
     }
 
     fn request_summary(&self) -> String {
-        self.inner().request_summary()
+        format!("{} {}", self.request.method, self.request.uri)
     }
 
     fn pseudo_raw_h1_request_header(&self) -> Bytes {
-        self.inner().to_h1_raw()
+        Bytes::new()
     }
 
     fn is_body_done(&mut self) -> bool {
-        self.inner_mut().is_body_done()
+        self.intake.is_done(&mut self.link.wire())
     }
 
     fn is_body_empty(&mut self) -> bool {
-        self.inner_mut().is_body_empty()
+        self.intake.is_empty()
     }
 
     fn body_bytes_sent(&self) -> usize {
-        self.inner().body_bytes_sent()
+        usize::try_from(self.link.wire().sent()).unwrap_or(usize::MAX)
     }
 
     fn body_bytes_read(&self) -> usize {
-        self.inner().body_bytes_read()
+        usize::try_from(self.intake.received()).unwrap_or(usize::MAX)
     }
 
+    // The exchange knows its connection; nothing asks the session about it.
+
     fn digest(&self) -> Option<&Digest> {
-        self.inner().digest()
+        None
     }
 
     fn digest_mut(&mut self) -> Option<&mut Digest> {
-        self.inner_mut().digest_mut()
+        None
     }
 
     fn client_addr(&self) -> Option<&SocketAddr> {
-        self.inner().client_addr()
+        None
     }
 
     fn server_addr(&self) -> Option<&SocketAddr> {
-        self.inner().server_addr()
+        None
     }
 
-    fn set_read_timeout(&mut self, timeout: Option<Duration>) {
-        self.inner_mut().set_read_timeout(timeout);
-    }
+    // The timeouts of the client's own session were set before; those of Pingora do not reach it.
+
+    fn set_read_timeout(&mut self, _timeout: Option<Duration>) {}
 
     fn get_read_timeout(&self) -> Option<Duration> {
-        self.inner().get_read_timeout()
+        None
     }
 
-    fn set_write_timeout(&mut self, timeout: Option<Duration>) {
-        self.inner_mut().set_write_timeout(timeout);
-    }
+    fn set_write_timeout(&mut self, _timeout: Option<Duration>) {}
 
     fn get_write_timeout(&self) -> Option<Duration> {
-        self.inner().get_write_timeout()
+        None
     }
 
-    fn set_total_drain_timeout(&mut self, timeout: Option<Duration>) {
-        self.inner_mut().set_total_drain_timeout(timeout);
-    }
+    fn set_total_drain_timeout(&mut self, _timeout: Option<Duration>) {}
 
     fn get_total_drain_timeout(&self) -> Option<Duration> {
-        self.inner().get_total_drain_timeout()
+        None
     }
 
+    /// Pingora calls it at the start of every attempt: the body is replayed from its beginning, and what an attempt
+    /// before left unsent is forgotten.
     fn enable_retry_buffering(&mut self) {
-        self.inner_mut().enable_retry_buffering();
+        self.link.holding.store(false, Ordering::Relaxed);
+        self.intake.rewind(&mut self.link.wire());
+        self.link.wire().restart();
     }
 
     fn retry_buffer_truncated(&self) -> bool {
-        self.inner().retry_buffer_truncated()
+        !self.intake.is_replayable(&mut self.link.wire())
     }
 
     fn get_retry_buffer(&self) -> Option<Bytes> {
-        self.inner().get_retry_buffer()
+        self.intake.retry_buffer(&mut self.link.wire())
     }
 
     // Custom messages belong to protocols that are not HTTP; there are none here.

@@ -32,6 +32,10 @@ pub const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 /// Read at once while no session exists, on the stack: an idle connection owns no buffer.
 const FIRST_READ_BYTES: usize = 4096;
 
+/// How much of a body is read at once to begin with: the session has room for 64 KiB, and what was never read to is
+/// never made present. A slow upload comes in small pieces anyway.
+const FIRST_GULP_BYTES: usize = 4096;
+
 /// Small writes are gathered up to this, so that header and body leave in one system call.
 const OUTBOX_BYTES: usize = 4096;
 
@@ -62,6 +66,8 @@ pub struct ClientStream {
     /// Written by the session and not yet sent.
     outbox: BytesMut,
     rest: Rest,
+    /// The most that is read of a body at once; more each time that there was as much.
+    gulp: usize,
     /// Runs while the client takes nothing of what is written.
     stalled: Option<Pin<Box<Sleep>>>,
     /// Runs once the writing side is closed and the client still sends.
@@ -95,6 +101,7 @@ impl ClientStream {
             inbox,
             outbox,
             rest: Rest::Length(0),
+            gulp: usize::MAX,
             stalled: None,
             linger: None,
             waste_left: u64::MAX,
@@ -122,6 +129,7 @@ impl ClientStream {
         let h2c = self.connection.listener.h2c;
         loop {
             if h2c && self.inbox.starts_with(PREFACE) {
+                self.gulp = usize::MAX;
                 self.rest = Rest::Http2(Box::new(Http2 { frames: Frames::default(), deadline: None }));
                 return Ok(Opening::Http2);
             }
@@ -157,6 +165,7 @@ impl ClientStream {
         if !self.connection.listener.http1 {
             return Err(&refusal::HEADER_VERSION);
         }
+        self.gulp = FIRST_GULP_BYTES;
         self.rest = match framing {
             Framing::Length(length) => Rest::Length(length),
             Framing::Chunked => Rest::Chunked(Chunks::default()),
@@ -188,7 +197,7 @@ impl ClientStream {
 
     /// Hands on up to `limit` bytes, from the inbox first.
     fn poll_pass(&mut self, cx: &mut Context<'_>, out: &mut ReadBuf<'_>, limit: usize) -> Poll<io::Result<usize>> {
-        let limit = limit.min(out.remaining());
+        let limit = limit.min(out.remaining()).min(self.gulp);
         if !self.inbox.is_empty() {
             let passed = limit.min(self.inbox.len());
             out.put_slice(&self.inbox[..passed]);
@@ -201,6 +210,9 @@ impl ClientStream {
         // SAFETY: `part` is a view of the unfilled part of `out`; its first `passed` bytes were just filled.
         unsafe { out.assume_init(passed) };
         out.advance(passed);
+        if passed == self.gulp {
+            self.gulp = self.gulp.saturating_mul(2);
+        }
         Poll::Ready(Ok(passed))
     }
 

@@ -16,18 +16,25 @@ use super::explain::{expected, join};
 use super::filter::FilterKind;
 use super::listener::{Limits, Listener};
 use super::report::{Finding, Spot};
-use super::route::{Match, PathMatch, Route, ValueMatch};
-use super::units::{Count, Size, Time};
+use super::route::{BufferMode, Client, Match, PathMatch, Route, ValueMatch};
+use super::server::Resources;
+use super::units::{ByteRate, Count, Size, Time};
 use super::upstream::Upstream;
 
 /// The name under which `/metrics` counts what is beyond a limit.
 const RESERVED_NAME: &str = "_other";
 /// The writer of the access log holds a place for each line that may wait.
 const LOG_QUEUE_MAX: u64 = 1_000_000;
+/// More would not make a disk faster.
+const DISK_THREADS_MAX: u64 = 64;
+/// The disk threads hold a place for each piece that may wait.
+const DISK_QUEUE_MAX: u64 = 1_000_000;
+/// Below this, sixteen slow clients would have spent it, at what a route gives each by default.
+const MEMORY_MIN: Size = Size::kib(1024);
 
-/// Everything that is wrong with `parts` beyond their form.
-pub(super) fn check(parts: &Parts, kinds: &[FilterKind]) -> Vec<Finding> {
-    let mut check = Check { parts, kinds, findings: Vec::new() };
+/// Everything that is wrong with `parts` beyond their form; `written` is the file that they come from.
+pub(super) fn check(parts: &Parts, written: &Mapping, kinds: &[FilterKind]) -> Vec<Finding> {
+    let mut check = Check { parts, written, kinds, findings: Vec::new() };
     check.globals();
     check.listeners();
     check.upstreams();
@@ -38,6 +45,7 @@ pub(super) fn check(parts: &Parts, kinds: &[FilterKind]) -> Vec<Finding> {
 
 struct Check<'a> {
     parts: &'a Parts,
+    written: &'a Mapping,
     kinds: &'a [FilterKind],
     findings: Vec<Finding>,
 }
@@ -58,6 +66,17 @@ impl<'a> Check<'a> {
         self.parts.broken.item(list, index)
     }
 
+    /// Whether a value stands at `path`, in which no name has a dot; if not, a default is in effect there.
+    fn is_written(&self, path: &str) -> bool {
+        let mut steps = path.split(['.', '[', ']']).filter(|step| !step.is_empty());
+        let first = steps.next().and_then(|key| self.written.get(key));
+        let value = steps.try_fold(first, |value, step| match (value?, step.parse::<usize>()) {
+            (Yaml::Sequence(items), Ok(index)) => Some(items.get(index)),
+            (value, _) => Some(value.get(step)),
+        });
+        value.flatten().is_some_and(|value| !value.is_null())
+    }
+
     fn globals(&mut self) {
         let Some(rest) = &self.parts.rest else { return };
         if rest.version != 1 {
@@ -65,7 +84,10 @@ impl<'a> Check<'a> {
                 Finding::error(value("version"), "this version of the format is not known").label("expected 1");
             self.wrong(finding.help("this Forebay reads version 1; a newer one may read the file"));
         }
+        self.count("server.disk_threads", rest.server.disk_threads, 1, DISK_THREADS_MAX);
+        self.count("server.disk_queue", rest.server.disk_queue, 1, DISK_QUEUE_MAX);
         self.time("server.shutdown.deadline", rest.server.shutdown.deadline);
+        self.resources(&rest.resources);
         self.count("observability.access_log.queue", rest.observability.access_log.queue, 1, LOG_QUEUE_MAX);
         self.count("observability.metrics.max_series", rest.observability.metrics.max_series, 1, u64::MAX);
         if rest.admin.enabled && is_open(&rest.admin.address) {
@@ -76,6 +98,31 @@ impl<'a> Check<'a> {
                 finding.help("it asks for no password: let it listen on 127.0.0.1, or keep others out by a firewall"),
             );
         }
+    }
+
+    fn resources(&mut self, resources: &Resources) {
+        if resources.memory < MEMORY_MIN {
+            let finding = Finding::error(value("resources.memory"), "`resources.memory` is out of range");
+            self.wrong(
+                finding
+                    .label(format!("expected a size of at least {MEMORY_MIN}"))
+                    .help("to hold nothing back, write `mode: stream` for both directions of every route"),
+            );
+        }
+        let rungs = &resources.on_pressure;
+        if rungs.is_empty() && !self.parts.broken.within("resources.on_pressure") {
+            let finding =
+                Finding::error(value("resources.on_pressure"), "something must be done when resources run out");
+            self.wrong(finding.label("expected some of `spill`, `pause` and `shed`"));
+        }
+        for (index, rung) in rungs.iter().enumerate() {
+            if let Some(first) = rungs[..index].iter().position(|earlier| earlier == rung) {
+                let list = "resources.on_pressure";
+                let (again, first) = (self.item(list, index), self.item(list, first));
+                self.twice(again, first, "a rung is listed twice".to_owned());
+            }
+        }
+        self.time("resources.pause", resources.pause);
     }
 
     fn listeners(&mut self) {
@@ -227,8 +274,76 @@ impl<'a> Check<'a> {
             }
             self.destination(route, &path);
             self.matches(&route.matches, &format!("{path}.match"));
-            self.time(&format!("{path}.client.body_idle"), route.client.body_idle);
-            self.time(&format!("{path}.client.write_idle"), route.client.write_idle);
+            self.buffering(route, &format!("{path}.buffering"));
+            self.client(&route.client, &format!("{path}.client"));
+        }
+    }
+
+    fn buffering(&mut self, route: &Route, path: &str) {
+        let (request, response) = (&route.buffering.request, &route.buffering.response);
+        let directions = [
+            ("request", request.mode, request.memory, request.disk),
+            ("response", response.mode, response.memory, response.disk),
+        ];
+        for (direction, mode, memory, disk) in directions {
+            let path = format!("{path}.{direction}");
+            if mode == BufferMode::Full && memory == Size(0) && disk == Size(0) {
+                let finding =
+                    Finding::error(value(format!("{path}.mode")), "bodies cannot be held back without any room")
+                        .label("`memory` and `disk` are both 0B");
+                self.wrong(finding.help("make one of them larger, or write `mode: stream`"));
+            }
+            let Some(resources) = self.parts.rest.as_ref().map(|rest| &rest.resources) else { continue };
+            self.fits(&format!("{path}.memory"), memory, "resources.memory", resources.memory);
+            self.fits(&format!("{path}.disk"), disk, "resources.disk", resources.disk);
+        }
+        if request.max_body == Size(0) {
+            let path = format!("{path}.request.max_body");
+            let finding = Finding::error(value(&path), format!("`{path}` refuses every request with a body"));
+            self.wrong(
+                finding
+                    .label("expected more than `0B`")
+                    .help("if that is meant, take only methods without one: `match: { methods: [GET, HEAD] }`"),
+            );
+        }
+    }
+
+    /// What one body may take of `whole` must not be more than there is. A default that does not fit is lowered in
+    /// silence when the gateway is built: nobody asked for it.
+    fn fits(&mut self, path: &str, part: Size, whole: &str, limit: Size) {
+        if part <= limit || !self.is_written(path) || self.parts.broken.within("resources") {
+            return;
+        }
+        let finding = Finding::error(value(path), format!("`{path}` can never be reached"))
+            .label(format!("expected no more than `{whole}`"));
+        self.wrong(match self.is_written(whole) {
+            true => finding.also(value(whole), "all bodies together end here"),
+            false => finding.help(format!("`{whole}` is {limit} unless it is written: raise it, or lower this")),
+        });
+    }
+
+    fn client(&mut self, client: &Client, path: &str) {
+        let Client { body_total, body_idle, write_idle, min_rate, limit_rate } = client;
+        self.time(&format!("{path}.body_total"), *body_total);
+        self.time(&format!("{path}.body_idle"), *body_idle);
+        self.time(&format!("{path}.write_idle"), *write_idle);
+        let (total, idle) = (format!("{path}.body_total"), format!("{path}.body_idle"));
+        if body_total < body_idle && !body_total.0.is_zero() && self.is_written(&idle) {
+            let finding =
+                Finding::warning(value(&idle), format!("`{idle}` is never met")).label("longer than `body_total`");
+            self.wrong(match self.is_written(&total) {
+                true => finding.also(value(&total), "over before"),
+                false => finding.help(format!("`body_total` is {body_total} unless it is written")),
+            });
+        }
+        let slowest = min_rate.read.max(min_rate.write);
+        if slowest > ByteRate(0) {
+            self.time(&format!("{path}.min_rate.grace"), min_rate.grace);
+        }
+        if limit_rate.as_ref().is_some_and(|limit| limit.rate == ByteRate(0)) {
+            let path = format!("{path}.limit_rate.rate");
+            let finding = Finding::error(value(&path), format!("`{path}` lets no answer through"));
+            self.wrong(finding.label("expected more than `0B/s`").help("for no limit, leave `limit_rate` out"));
         }
     }
 
@@ -262,6 +377,12 @@ impl<'a> Check<'a> {
         if let Some(filter) = answering.filter(|_| route.upstream.is_some() || !route.upstreams.is_empty()) {
             let title = format!("the filter `{filter}` answers every request of this route");
             self.wrong(Finding::warning(Spot::Key(format!("{path}.{key}")), title).label("never asked"));
+        }
+        for key in ["buffering", "retry"].map(|key| format!("{path}.{key}")) {
+            if let Some(filter) = answering.filter(|_| self.is_written(&key)) {
+                let title = format!("the filter `{filter}` answers every request of this route");
+                self.wrong(Finding::warning(Spot::Key(key), title).label("never used: this is about upstreams"));
+            }
         }
     }
 
@@ -532,17 +653,17 @@ fn host_pattern(host: &str) -> Result<(), &'static str> {
     }
 }
 
-/// Sizes such as `64k`, which mean 64,000 bytes and hardly ever are meant to.
+/// Sizes such as `64k`, alone or as a rate, which mean 64,000 bytes and hardly ever are meant to.
 ///
 /// Which scalars are sizes only the schema knows.
 pub(super) fn decimal_sizes(schema: &serde_json::Value, written: &Mapping) -> Vec<Finding> {
     let mut findings = Vec::new();
-    sizes(schema, schema, &Yaml::Mapping(written.clone()), String::new(), &mut |path, text| {
+    sizes(schema, schema, &Yaml::Mapping(written.clone()), String::new(), &mut |path, text, per| {
         let Some((number, binary)) = decimal(text) else { return };
         let (Ok(decimal), Ok(size)) = (text.parse::<Size>(), binary.parse::<Size>()) else { return };
-        let finding = Finding::warning(value(path), format!("`{text}` is {} bytes", decimal.0)).label("a decimal unit");
-        let help = format!("write `{binary}` for {} bytes, or `{number}B` if this is what is meant", size.0);
-        findings.push(finding.help(help));
+        let title = format!("`{text}{per}` is {} bytes", decimal.0);
+        let help = format!("write `{binary}{per}` for {} bytes, or `{number}B{per}` if this is what is meant", size.0);
+        findings.push(Finding::warning(value(path), title).label("a decimal unit").help(help));
     });
     findings
 }
@@ -554,17 +675,20 @@ fn decimal(text: &str) -> Option<(String, String)> {
     digits.parse::<f64>().is_ok().then(|| (format!("{digits}{unit}"), format!("{digits}{unit}iB")))
 }
 
-/// Calls `found` for each scalar that `schema` says is a size.
+/// Calls `found` for each scalar that `schema` says is a size or a rate of bytes, with the size and what it is per.
 fn sizes(
     root: &serde_json::Value,
     schema: &serde_json::Value,
     yaml: &Yaml,
     path: String,
-    found: &mut impl FnMut(String, &str),
+    found: &mut impl FnMut(String, &str, &str),
 ) {
     if let Some(name) = schema["$ref"].as_str().and_then(|name| name.strip_prefix("#/$defs/")) {
         match yaml {
-            Yaml::String(text) if name == "Size" => found(path.clone(), text),
+            Yaml::String(text) if name == "Size" => found(path.clone(), text, ""),
+            Yaml::String(text) if name == "ByteRate" => {
+                text.strip_suffix("/s").into_iter().for_each(|size| found(path.clone(), size.trim_end(), "/s"));
+            }
             _ => sizes(root, &root["$defs"][name], yaml, path.clone(), found),
         }
     }

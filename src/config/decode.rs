@@ -80,7 +80,7 @@ pub(super) fn parse(file: &str, text: &str, kinds: &[FilterKind], variables: Var
     let mut decoding = Decoding { kinds, ..Decoding::default() };
     let parts = decoding.parts(&written, variables);
     let mut findings = decoding.findings;
-    findings.extend(check::check(&parts, kinds));
+    findings.extend(check::check(&parts, &written, kinds));
     findings.extend(check::decimal_sizes(&schema::schema(kinds), &written));
     source.secrets = decoding.secrets;
 

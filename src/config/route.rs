@@ -10,7 +10,7 @@ use serde::de::{self, Deserializer, MapAccess, Visitor};
 use serde::{Deserialize, Serialize};
 
 use super::filter::FilterEntry;
-use super::units::Time;
+use super::units::{ByteRate, Size, Time};
 
 /// Requests of one kind and what becomes of them.
 #[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
@@ -30,9 +30,15 @@ pub struct Route {
     /// Where they go, by weight; or see `upstream`.
     #[serde(default)]
     pub upstreams: Vec<Split>,
-    /// How long the client may take.
+    /// What is held back of the request and of the answer, so that a slow client holds no backend.
+    #[serde(default)]
+    pub buffering: Buffering,
+    /// How long the client may take, and how fast it is served.
     #[serde(default)]
     pub client: Client,
+    /// When a request that failed is sent again.
+    #[serde(default)]
+    pub retry: Retry,
 }
 
 /// One side of a split.
@@ -169,18 +175,160 @@ impl<'de> Visitor<'de> for ValueCondition {
     }
 }
 
-/// How long the client of an exchange may take.
+/// What is held back of each direction. Upgrades and gRPC are always streamed.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct Buffering {
+    /// The request body, on its way to the upstream.
+    pub request: RequestBuffering,
+    /// The answer, on its way to the client.
+    pub response: ResponseBuffering,
+}
+
+/// How much of a request body is here before an upstream is asked.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct RequestBuffering {
+    /// `auto`: a body is held back until it is whole, for which one that is here at once need not wait; what does not
+    /// fit is streamed. `full`: the same, but what does not fit is refused. `stream`: none is held back.
+    pub mode: BufferMode,
+    /// Bytes of one body that are held in memory; what is beyond goes to disk.
+    pub memory: Size,
+    /// Bytes of one body that are held on disk. One that does not fit into this and `memory` is streamed with `auto`;
+    /// with `full` it is refused with 413, unless `on_disk_full` is `stream`.
+    pub disk: Size,
+    /// The longest request body. A longer one is refused with 413, before a byte of it is read if its length is known.
+    pub max_body: Size,
+    /// What happens to a body for which there is no room left on the disk, or in `resources.disk`.
+    pub on_disk_full: OnDiskFull,
+}
+
+impl Default for RequestBuffering {
+    fn default() -> Self {
+        RequestBuffering {
+            mode: BufferMode::Auto,
+            memory: Size::kib(64),
+            disk: Size::kib(256 * 1024),
+            max_body: Size::kib(1024 * 1024),
+            on_disk_full: OnDiskFull::Refuse,
+        }
+    }
+}
+
+/// How much of an answer is held for a client that does not take it.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct ResponseBuffering {
+    /// `auto`: bytes leave at once, and what the client does not take is held back. `full`: nothing leaves before the
+    /// answer is whole, if there is room for it. `stream`: the upstream waits for the client. Server-sent events and
+    /// answers with `X-Accel-Buffering: no` are always streamed.
+    pub mode: BufferMode,
+    /// Bytes of one answer that are held in memory; what is beyond goes to disk.
+    pub memory: Size,
+    /// Bytes of one answer that are held on disk; once they are full, the upstream waits for the client.
+    pub disk: Size,
+}
+
+impl Default for ResponseBuffering {
+    fn default() -> Self {
+        ResponseBuffering { mode: BufferMode::Auto, memory: Size::kib(32), disk: Size::kib(256 * 1024) }
+    }
+}
+
+/// When bytes are held back.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum BufferMode {
+    /// When the client is slow.
+    #[default]
+    Auto,
+    /// Always, until the last one is here.
+    Full,
+    /// Never.
+    Stream,
+}
+
+/// What happens to a request body for which there is no room on disk.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum OnDiskFull {
+    /// It is refused with 503 and `Retry-After`.
+    #[default]
+    Refuse,
+    /// It is streamed: what is here goes on, and the upstream waits for the rest.
+    Stream,
+}
+
+/// How long the client of an exchange may take, and how fast it is served.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Client {
-    /// Between two pieces of the request body.
+    /// For the whole request body; longer is refused with 408.
+    pub body_total: Time,
+    /// Between two pieces of the request body; longer is refused with 408.
     pub body_idle: Time,
-    /// Between two pieces of the response that it takes.
+    /// Between two pieces of the response that it takes; longer, and the connection is cut.
     pub write_idle: Time,
+    /// How slow it may be in the long run.
+    pub min_rate: MinRate,
+    /// How fast an answer is sent to it. As fast as it takes it, if absent.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub limit_rate: Option<LimitRate>,
 }
 
 impl Default for Client {
     fn default() -> Self {
-        Client { body_idle: Time::seconds(60), write_idle: Time::seconds(60) }
+        Client {
+            body_total: Time::seconds(3600),
+            body_idle: Time::seconds(60),
+            write_idle: Time::seconds(60),
+            min_rate: MinRate::default(),
+            limit_rate: None,
+        }
     }
+}
+
+/// How slow a client may be in the long run. Whoever keeps the rate may take as long as it likes; whoever is slower
+/// lives on its grace. Time in which nobody waits for the client does not count.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct MinRate {
+    /// At which the request body must come; slower is refused with 408. `0B/s`: however slow.
+    pub read: ByteRate,
+    /// At which the client must take its answer; slower, and the connection is cut. `0B/s`: however slow.
+    pub write: ByteRate,
+    /// How far it may fall behind: waiting for the client uses this up, and each byte gives back the time that it takes
+    /// at the minimum rate, up to the whole of it.
+    pub grace: Time,
+}
+
+impl Default for MinRate {
+    fn default() -> Self {
+        MinRate { read: ByteRate(512), write: ByteRate(512), grace: Time::seconds(20) }
+    }
+}
+
+/// How fast an answer is sent.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct LimitRate {
+    /// Bytes a second of each answer.
+    pub rate: ByteRate,
+    /// Bytes of each answer that are sent before the limit holds.
+    #[serde(default = "LimitRate::after")]
+    pub after: Size,
+}
+
+impl LimitRate {
+    fn after() -> Size {
+        Size(0)
+    }
+}
+
+/// When a request that failed is sent again.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct Retry {
+    /// Whether it may be sent twice though its method does not promise that this is the same as once, such as `POST`.
+    pub non_idempotent: bool,
 }

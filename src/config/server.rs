@@ -8,7 +8,7 @@ use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 use serde::de::{self, Deserializer, Unexpected, Visitor};
 use serde::{Deserialize, Serialize, Serializer};
 
-use super::units::{Count, Time};
+use super::units::{Count, Size, Time};
 
 /// How the process runs.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -20,6 +20,13 @@ pub struct Server {
     pub work_stealing: bool,
     /// Idle connections to upstreams that are kept, over all upstreams. Keep it above the concurrency you expect.
     pub keepalive_pool: Count,
+    /// The directory where spools keep what memory is too small for, in files without a name (mode 0600): nothing of
+    /// them outlives the process. It must exist and Forebay must be able to write there.
+    pub spool_dir: String,
+    /// Threads that write and read those files, so that no worker waits for a disk: from 1 to 64.
+    pub disk_threads: Count,
+    /// Pieces of work that may wait for those threads; exchanges that would add one wait meanwhile. From 1 to a million.
+    pub disk_queue: Count,
     /// What happens on SIGTERM.
     pub shutdown: Shutdown,
 }
@@ -30,6 +37,9 @@ impl Default for Server {
             threads: Threads::Auto,
             work_stealing: false,
             keepalive_pool: Count(4_000),
+            spool_dir: "/tmp".to_owned(),
+            disk_threads: Count(2),
+            disk_queue: Count(1_024),
             shutdown: Shutdown::default(),
         }
     }
@@ -110,6 +120,46 @@ impl Default for Shutdown {
     fn default() -> Self {
         Shutdown { pause: Time::seconds(0), deadline: Time::seconds(30) }
     }
+}
+
+/// What all spools together may hold, and what happens as their memory runs out.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct Resources {
+    /// Bytes of bodies in memory, on their way to and from the disk included, of both directions and all routes; at
+    /// least 1MiB. A route whose own `memory` is larger and is not written is held to this.
+    pub memory: Size,
+    /// Bytes of bodies in spool files, of both directions and all routes; `0B`: nothing is written to disk. A route
+    /// whose own `disk` is larger and is not written is held to this.
+    pub disk: Size,
+    /// What is done as the memory runs out; what is not listed is never done.
+    pub on_pressure: Vec<Rung>,
+    /// How long a request body may wait for memory, after which it is refused with 503; and how long one of either direction
+    /// may wait for the disk. Answers wait for their client, who makes room.
+    pub pause: Time,
+}
+
+impl Default for Resources {
+    fn default() -> Self {
+        Resources {
+            memory: Size::kib(512 * 1024),
+            disk: Size::kib(4 * 1024 * 1024),
+            on_pressure: vec![Rung::Spill, Rung::Pause, Rung::Shed],
+            pause: Time::seconds(30),
+        }
+    }
+}
+
+/// What is done as the memory for bodies runs out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Rung {
+    /// What is in memory goes to disk, though its route would let it stay.
+    Spill,
+    /// Nothing more is read from the side that floods.
+    Pause,
+    /// New exchanges are refused with 503 and `Retry-After`.
+    Shed,
 }
 
 /// Which headers tell the upstream who the client is.

@@ -1,4 +1,4 @@
-//! The one grammar for sizes, times, counts and rates: strings such as `64KiB`, `1m30s`, `50k`, `10/s`.
+//! The one grammar for sizes, times, counts and rates: strings such as `64KiB`, `1m30s`, `50k`, `10/s`, `512B/s`.
 //!
 //! A bare number never means bytes or seconds, so nobody has to guess the unit of a key.
 
@@ -31,6 +31,10 @@ pub struct Rate {
     /// In which time: a second, a minute or an hour.
     pub per: Duration,
 }
+
+/// Bytes a second: `512B/s`, `64KiB/s`, `1MiB/s`. What `0B/s` means, each key says.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct ByteRate(pub u64);
 
 impl Count {
     /// What `unlimited` stands for.
@@ -124,6 +128,17 @@ impl FromStr for Rate {
     }
 }
 
+impl FromStr for ByteRate {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let size = text.strip_suffix("/s").and_then(|size| size.trim_end().parse().ok());
+        size.map(|Size(bytes)| ByteRate(bytes)).ok_or_else(|| {
+            format!("`{text}` is not a rate of bytes: write a size per second, such as `512B/s` or `1MiB/s`")
+        })
+    }
+}
+
 impl fmt::Display for Size {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         const UNITS: [(&str, u64); 3] = [("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)];
@@ -159,6 +174,12 @@ impl fmt::Display for Rate {
             _ => "h",
         };
         write!(f, "{}/{unit}", Count(self.events))
+    }
+}
+
+impl fmt::Display for ByteRate {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}/s", Size(self.0))
     }
 }
 
@@ -224,6 +245,7 @@ unit!(Size, "a size such as `64KiB`", r"^[0-9.]+ ?([KMGT]i?)?[Bb]?$|\$\{", ["64K
 unit!(Time, "a time such as `10s`", r"^([0-9]+ ?[a-z]+ ?)+$|\$\{", ["250ms", "10s"]);
 unit!(Count, "a count such as `100` or `50k`", r"^([0-9]+[kM]?|unlimited)$|\$\{", ["100", "50k"]);
 unit!(Rate, "a rate such as `10/s`", r"^[0-9]+[kM]?/[smh]$|\$\{", ["10/s", "600/m"]);
+unit!(ByteRate, "a rate of bytes such as `512B/s`", r"^[0-9.]+ ?([KMGT]i?)?[Bb]? ?/s$|\$\{", ["512B/s", "1MiB/s"]);
 
 #[cfg(test)]
 mod tests {
@@ -237,6 +259,9 @@ mod tests {
         assert_eq!("1m30s".parse(), Ok(Time(Duration::from_secs(90))));
         assert_eq!("50k".parse(), Ok(Count(50_000)));
         assert_eq!("unlimited".parse(), Ok(Count::UNLIMITED));
+        assert_eq!("512B/s".parse(), Ok(ByteRate(512)));
+        assert_eq!("1.5MiB/s".parse(), Ok(ByteRate(1_572_864)));
+        assert_eq!("0B/s".parse(), Ok(ByteRate(0)));
         assert_eq!("600/m".parse(), Ok(Rate { events: 600, per: Duration::from_secs(60) }));
     }
 
@@ -247,6 +272,9 @@ mod tests {
         assert!("0".parse::<Time>().is_err());
         assert!("10".parse::<Rate>().is_err());
         assert!("0/s".parse::<Rate>().is_err());
+        for text in ["512", "512/s", "512B", "1KiB/m", "-1B/s", "/s", ""] {
+            assert!(text.parse::<ByteRate>().is_err(), "{text}");
+        }
     }
 
     #[test]
@@ -265,6 +293,9 @@ mod tests {
         }
         for text in ["100", "50k", "1M", "unlimited"] {
             assert_eq!(text.parse::<Count>().map(|c| c.to_string()), Ok(text.to_owned()));
+        }
+        for text in ["512B/s", "64KiB/s", "1MiB/s", "0B/s"] {
+            assert_eq!(text.parse::<ByteRate>().map(|r| r.to_string()), Ok(text.to_owned()));
         }
         for text in ["10/s", "600/m", "5k/h"] {
             assert_eq!(text.parse::<Rate>().map(|r| r.to_string()), Ok(text.to_owned()));

@@ -4,7 +4,7 @@
 //! people, and a test keeps the two in step.
 
 use prometheus::core::Desc;
-use prometheus::{CounterVec, HistogramOpts, HistogramVec, IntCounterVec, IntGaugeVec, Opts, Registry};
+use prometheus::{CounterVec, GaugeVec, HistogramOpts, HistogramVec, IntCounterVec, IntGaugeVec, Opts, Registry};
 
 /// One metric with all its label values.
 #[derive(Debug)]
@@ -50,6 +50,9 @@ const EXCHANGE: &[f64] = &[0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0
 /// Seconds that Forebay itself costs.
 const OWN: &[f64] = &[0.00001, 0.000025, 0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.05];
 
+/// Seconds of one piece of work for the disk: from the page cache to a disk that is drowned in writes.
+const DISK: &[f64] = &[0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.1, 0.5, 1.0, 5.0];
+
 macro_rules! families {
     ($($constant:ident: $name:literal, $kind:expr, $labels:expr, $help:literal;)*) => {
         $(
@@ -75,7 +78,13 @@ families! {
     OWN_SECONDS: "forebay_own_seconds", Histogram(OWN), ["route"],
         "Time that Forebay itself cost an exchange: the polls of its future, without any waiting.";
     WRITE_BLOCKED: "forebay_write_blocked_seconds_total", Counter, ["route"],
-        "Time in which writing to a client was blocked while its answer was still being received.";
+        "Time in which clients did not take what there was for them.";
+    UPSTREAM_HELD: "forebay_upstream_held_seconds", Histogram(EXCHANGE), ["route"],
+        "Time for which an exchange had an upstream's connection.";
+    UPSTREAM_SAVED: "forebay_upstream_saved_seconds_total", Counter, ["route"],
+        "Time from the release of an upstream's connection to the end of the client's exchange.";
+    SPOOL_SPILLS: "forebay_spool_spills_total", Counter, ["route", "direction", "reason"],
+        "Bodies of which a part went to disk, by what there was too much of.";
     BYTES: "forebay_bytes_total", Counter, ["route", "direction"],
         "Bytes exchanged with clients.";
     ROUTES_FOLDED: "forebay_routes_folded", Gauge, [],
@@ -96,6 +105,28 @@ families! {
         "Look-ups of host names; after a failed one the last good answer stays.";
     RETRIES: "forebay_retries_total", Counter, ["upstream"],
         "Attempts after the first of an exchange.";
+    SPOOL_BYTES: "forebay_spool_bytes", Gauge, ["direction", "store"],
+        "Bytes of bodies that are held for a slow side now, by where; on disk, what their files have grown to.";
+    SPOOL_LIMIT_BYTES: "forebay_spool_limit_bytes", Gauge, ["store"],
+        "Bytes that all spools together may hold.";
+    SLOW_CLIENTS: "forebay_slow_clients", Gauge, ["direction"],
+        "Clients that are waited for now: to send their requests or to take their responses.";
+    PRESSURE_TOTAL: "forebay_pressure_total", Counter, ["rung"],
+        "Times that memory ran short and something was done: written to disk, made to wait, turned away.";
+    PRESSURE: "forebay_pressure", Gauge, ["rung"],
+        "What is done now because memory runs short: 1 for spill and shed, for pause how many wait.";
+    DISK_SECONDS: "forebay_disk_seconds", Histogram(DISK), ["operation"],
+        "Time of one write or read of a spool, from when it was queued until it was done.";
+    DISK_QUEUE: "forebay_disk_queue", Gauge, [],
+        "Writes and reads of spools that are queued or under way.";
+    DISK_FAILURES: "forebay_disk_failures_total", Counter, ["operation"],
+        "Writes and reads of spools that failed.";
+    LANE_WAITING: "forebay_lane_waiting", Gauge, ["worker"],
+        "Exchanges that move much and wait for their turn.";
+    LANE_SHARE: "forebay_lane_share_ratio", Gauge, ["worker"],
+        "Of its time, what a worker may give to bulk, as the lag of its event loop allows.";
+    LANE_BYTES: "forebay_lane_bytes_total", Counter, ["worker"],
+        "Bytes that were spooled.";
     ACCESS_LOG_LINES: "forebay_access_log_lines_total", Counter, [],
         "Lines written to the access log.";
     ACCESS_LOG_DROPPED: "forebay_access_log_dropped_total", Counter, ["reason"],
@@ -130,6 +161,12 @@ impl Family {
     pub(super) fn gauge(&self, registry: &Registry) -> IntGaugeVec {
         debug_assert_eq!(self.kind, Kind::Gauge, "{}", self.name);
         self.register(registry, IntGaugeVec::new(Opts::new(self.name, self.help), self.labels))
+    }
+
+    /// Registers this family as a gauge of what is no whole number.
+    pub(super) fn ratio(&self, registry: &Registry) -> GaugeVec {
+        debug_assert_eq!(self.kind, Kind::Gauge, "{}", self.name);
+        self.register(registry, GaugeVec::new(Opts::new(self.name, self.help), self.labels))
     }
 
     /// What the registry wants to know of it before its collector is registered.

@@ -20,12 +20,44 @@ pub struct Summary<'a> {
     pub own: Duration,
     /// For how long writing to the client was blocked while its answer was still being received.
     pub blocked: Duration,
+    /// For how long it had an upstream's connection, over all attempts; `None` if none was ever made.
+    pub held: Option<Duration>,
+    /// For how long the client was served after the upstream had been released.
+    pub saved: Duration,
     /// The status the client got; 0 if none was sent.
     pub status: u16,
     /// Bytes that came from the client.
     pub received: u64,
     /// Bytes that went to the client.
     pub sent: u64,
+}
+
+/// Which way a body goes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Direction {
+    /// To the upstream.
+    Request,
+    /// To the client.
+    Response,
+}
+
+impl Direction {
+    /// The value of the label `direction`.
+    pub fn name(self) -> &'static str {
+        match self {
+            Direction::Request => "request",
+            Direction::Response => "response",
+        }
+    }
+}
+
+/// How many bodies of one route and direction went to disk, by why. Clones are cheap and share the counts.
+#[derive(Clone, Debug)]
+pub struct Spills {
+    /// The body was larger than its route lets it have in memory.
+    pub memory: IntCounter,
+    /// Memory was short for all.
+    pub pressure: IntCounter,
 }
 
 /// The metrics of one route.
@@ -47,6 +79,9 @@ impl RouteMetrics {
         + CLASSES.len() as u64 * family::EXCHANGE_SECONDS.series()
         + family::OWN_SECONDS.series()
         + family::WRITE_BLOCKED.series()
+        + family::UPSTREAM_HELD.series()
+        + family::UPSTREAM_SAVED.series()
+        + 2 * 2 * family::SPOOL_SPILLS.series()
         + 2 * family::BYTES.series()
         + 8 * family::EXCHANGES.series();
 
@@ -62,11 +97,19 @@ impl RouteMetrics {
 
     /// Counts one finished exchange.
     pub fn record(&self, exchange: &Summary<'_>) {
-        let series = self.series.get_or_init(|| match self.metrics.reserve_series(Self::SERIES) {
+        self.series().record(&self.metrics, exchange);
+    }
+
+    /// Those that a body of this direction counts in when it goes to disk.
+    pub fn spills(&self, direction: Direction) -> Spills {
+        self.series().spills(direction, &self.metrics).clone()
+    }
+
+    fn series(&self) -> &Series {
+        self.series.get_or_init(|| match self.metrics.reserve_series(Self::SERIES) {
             true => Arc::new(Series::new(&self.name, &self.metrics)),
             false => self.metrics.fold(&self.name),
-        });
-        series.record(&self.metrics, exchange);
+        })
     }
 }
 
@@ -80,6 +123,10 @@ pub(super) struct Series {
     classes: [OnceLock<Box<Class>>; CLASSES.len()],
     own: Histogram,
     blocked: Counter,
+    held: OnceLock<Histogram>,
+    saved: Counter,
+    /// In the order of [`Direction`].
+    spills: [OnceLock<Spills>; 2],
     received: IntCounter,
     sent: IntCounter,
 }
@@ -100,6 +147,9 @@ impl Series {
             classes: Default::default(),
             own: families.own_seconds.with_label_values(&[route]),
             blocked: families.write_blocked.with_label_values(&[route]),
+            held: OnceLock::new(),
+            saved: families.upstream_saved.with_label_values(&[route]),
+            spills: Default::default(),
             received: families.bytes.with_label_values(&[route, "received"]),
             sent: families.bytes.with_label_values(&[route, "sent"]),
         }
@@ -116,6 +166,11 @@ impl Series {
         self.code(class, exchange.status, metrics).inc();
         self.own.observe(exchange.own.as_secs_f64());
         self.blocked.inc_by(exchange.blocked.as_secs_f64());
+        if let Some(held) = exchange.held {
+            let make = || metrics.families().upstream_held.with_label_values(&[&*self.route]);
+            self.held.get_or_init(make).observe(held.as_secs_f64());
+        }
+        self.saved.inc_by(exchange.saved.as_secs_f64());
         self.received.inc_by(exchange.received);
         self.sent.inc_by(exchange.sent);
     }
@@ -123,6 +178,14 @@ impl Series {
     fn phase(&self, phase: Phase, metrics: &Metrics) -> &Histogram {
         let make = || metrics.families().phase_seconds.with_label_values(&[&*self.route, phase.name()]);
         self.phases[phase.index()].get_or_init(make)
+    }
+
+    fn spills(&self, direction: Direction, metrics: &Metrics) -> &Spills {
+        self.spills[direction as usize].get_or_init(|| {
+            let spills =
+                |reason| metrics.families().spool_spills.with_label_values(&[&*self.route, direction.name(), reason]);
+            Spills { memory: spills("memory"), pressure: spills("pressure") }
+        })
     }
 
     fn class(&self, status: u16, metrics: &Metrics) -> &Class {
@@ -153,20 +216,26 @@ fn class_index(status: u16) -> usize {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use std::time::Instant;
 
     use super::*;
 
-    fn exchange(clock: &Clock, status: u16) -> Summary<'_> {
+    pub(in super::super) fn exchange(clock: &Clock) -> Summary<'_> {
         Summary {
             clock,
             own: Duration::from_micros(40),
             blocked: Duration::from_millis(7),
-            status,
+            held: Some(Duration::from_millis(30)),
+            saved: Duration::from_millis(250),
+            status: 200,
             received: 100,
             sent: 2_000,
         }
+    }
+
+    fn with_status(clock: &Clock, status: u16) -> Summary<'_> {
+        Summary { status, ..exchange(clock) }
     }
 
     fn clock() -> Clock {
@@ -185,8 +254,8 @@ mod tests {
     fn an_exchange_is_counted_by_phase_class_and_code() {
         let metrics = Metrics::new(u64::MAX, Vec::new());
         let route = metrics.route("api");
-        route.record(&exchange(&clock(), 204));
-        route.record(&exchange(&clock(), 204));
+        route.record(&with_status(&clock(), 204));
+        route.record(&with_status(&clock(), 204));
 
         let text = text(&metrics);
         for line in [
@@ -197,6 +266,9 @@ mod tests {
             r#"forebay_phase_seconds_bucket{phase="wait",route="api",le="0.025"} 0"#,
             r#"forebay_phase_seconds_bucket{phase="wait",route="api",le="0.05"} 2"#,
             r#"forebay_own_seconds_bucket{route="api",le="0.00005"} 2"#,
+            r#"forebay_upstream_held_seconds_count{route="api"} 2"#,
+            r#"forebay_upstream_held_seconds_bucket{route="api",le="0.05"} 2"#,
+            r#"forebay_upstream_saved_seconds_total{route="api"} 0.5"#,
             r#"forebay_bytes_total{direction="received",route="api"} 200"#,
             r#"forebay_bytes_total{direction="sent",route="api"} 4000"#,
         ] {
@@ -210,7 +282,7 @@ mod tests {
         let metrics = Metrics::new(u64::MAX, Vec::new());
         let route = metrics.route("api");
         for status in [0, 600, 999, 42] {
-            route.record(&exchange(&clock(), status));
+            route.record(&with_status(&clock(), status));
         }
 
         let text = text(&metrics);
@@ -224,7 +296,7 @@ mod tests {
         let metrics = Metrics::new(2 * RouteMetrics::SERIES + 1, Vec::new());
         let routes: Vec<_> = ["unused", "a", "b", "c", "d"].map(|name| metrics.route(name)).into();
         for route in &routes[1..] {
-            route.record(&exchange(&clock(), 200));
+            route.record(&with_status(&clock(), 200));
         }
 
         let text = text(&metrics);
@@ -235,9 +307,44 @@ mod tests {
     }
 
     #[test]
+    fn an_exchange_that_connected_nothing_held_nothing() {
+        let metrics = Metrics::new(u64::MAX, Vec::new());
+        let clock = clock();
+        metrics.route("api").record(&Summary { held: None, saved: Duration::ZERO, ..exchange(&clock) });
+
+        let text = text(&metrics);
+        assert!(!text.contains("forebay_upstream_held_seconds"), "{text}");
+        assert!(text.contains(r#"forebay_upstream_saved_seconds_total{route="api"} 0"#), "{text}");
+    }
+
+    #[test]
+    fn spills_are_counted_by_direction_and_reason_and_folded_with_their_route() {
+        let metrics = Metrics::new(RouteMetrics::SERIES, Vec::new());
+        let (first, second, third) = (metrics.route("first"), metrics.route("second"), metrics.route("third"));
+        first.spills(Direction::Request).memory.inc();
+        first.spills(Direction::Request).memory.inc();
+        first.spills(Direction::Response).pressure.inc();
+        second.spills(Direction::Response).memory.inc();
+        third.spills(Direction::Response).memory.inc();
+        third.record(&with_status(&clock(), 200));
+
+        let text = text(&metrics);
+        for line in [
+            r#"forebay_spool_spills_total{direction="request",reason="memory",route="first"} 2"#,
+            r#"forebay_spool_spills_total{direction="request",reason="pressure",route="first"} 0"#,
+            r#"forebay_spool_spills_total{direction="response",reason="pressure",route="first"} 1"#,
+            r#"forebay_spool_spills_total{direction="response",reason="memory",route="_other"} 2"#,
+            "forebay_routes_folded 2",
+        ] {
+            assert!(text.lines().any(|l| l == line), "{line} is missing in\n{text}");
+        }
+        assert!(!text.contains(r#"direction="request",reason="memory",route="_other""#), "{text}");
+    }
+
+    #[test]
     fn exchanges_without_a_route_are_counted_even_without_a_budget() {
         let metrics = Metrics::new(0, Vec::new());
-        metrics.unrouted().record(&exchange(&clock(), 404));
+        metrics.unrouted().record(&with_status(&clock(), 404));
 
         let text = text(&metrics);
         assert!(text.contains(r#"forebay_exchanges_total{code="404",route="_none"} 1"#), "{text}");

@@ -5,19 +5,21 @@
 
 use std::fmt::Write as _;
 use std::io;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use bytes::BytesMut;
 use http::header::CONTENT_TYPE;
-use http::{HeaderMap, Method, StatusCode};
+use http::{HeaderMap, Method, StatusCode, Uri};
 use serde_json::json;
 
 use super::behaviour::{Behaviour, Fault, Plan, Unknown, content_from};
+use super::digest::Digest;
 use super::wire::{Broken, Framing, Request, Wire};
-use super::{PATHS, websocket};
+use super::{Counters, PATHS, websocket};
 
 /// The largest body that is echoed, and so kept in memory.
-const ECHO_BYTES_MAX: usize = 64 << 20;
+const ECHO_BYTES_MAX: u64 = 64 << 20;
 
 /// What is gathered before it is sent, and the largest chunk.
 const PIECE_BYTES: usize = 64 * 1024;
@@ -34,20 +36,26 @@ pub enum Next {
     Close,
 }
 
-/// Answers one request, as its path asks.
-pub async fn answer(wire: &mut Wire, request: &Request) -> Result<Next, Broken> {
-    let plan = Plan::of(&request.target);
+/// Answers one request as `target` asks, which is its own but for a detour.
+pub async fn answer(wire: &mut Wire, request: &Request, target: &Uri, counters: &Counters) -> Result<Next, Broken> {
+    let plan = Plan::of(target);
     if let Ok(Plan { behaviour: Behaviour::Fault(kind), delay }) = plan
         && kind.ignores_body()
     {
         wire.pause(delay).await?;
+        if let Fault::Reset(bytes @ 1..) = kind {
+            ask_for_body(wire, request).await?;
+            read_body(wire, request.framing, Keep::Nothing, bytes, counters).await?;
+        }
         return fault(wire, kind).await;
     }
-    if request.waits_for_continue() {
-        wire.send(b"HTTP/1.1 100 Continue\r\n\r\n").await?;
-    }
-    let echo = plan.as_ref().is_ok_and(|plan| plan.behaviour == Behaviour::Echo);
-    let body = read_body(wire, request.framing, if echo { ECHO_BYTES_MAX } else { 0 }).await?;
+    ask_for_body(wire, request).await?;
+    let keep = match plan {
+        Ok(Plan { behaviour: Behaviour::Echo, .. }) => Keep::Bytes,
+        Ok(Plan { behaviour: Behaviour::Headers, .. }) => Keep::Digest,
+        _ => Keep::Nothing,
+    };
+    let body = read_body(wire, request.framing, keep, u64::MAX, counters).await?;
 
     let response = Response::new(wire, request);
     let plan = match plan {
@@ -59,9 +67,10 @@ pub async fn answer(wire: &mut Wire, request: &Request) -> Result<Next, Broken> 
     match plan.behaviour {
         Behaviour::Index => response.text(StatusCode::OK, PATHS).await,
         Behaviour::Echo => response.echo(&request.headers, &body).await,
-        Behaviour::Headers => response.headers(request, body.length).await,
+        Behaviour::Headers => response.headers(request, body).await,
         Behaviour::Bytes(length) => response.content(length, Some(length)).await,
         Behaviour::Chunked(length) => response.content(length, None).await,
+        Behaviour::UntilClose(length) => response.unframed().content(length, None).await,
         Behaviour::Delay => response.text(StatusCode::OK, "Waited.\n").await,
         Behaviour::Drip { pieces, pause } => response.drip(pieces, pause).await,
         Behaviour::Status(status) => response.status(status).await,
@@ -88,18 +97,48 @@ pub async fn give_up(wire: &mut Wire, broken: Broken) {
     }
 }
 
-/// A request body: its length, and its bytes as long as they were asked for and not too many.
+/// Asks for the body where the client waits for that.
+async fn ask_for_body(wire: &mut Wire, request: &Request) -> io::Result<()> {
+    if request.waits_for_continue() {
+        wire.send(b"HTTP/1.1 100 Continue\r\n\r\n").await?;
+    }
+    Ok(())
+}
+
+/// A request body: its length, and what was asked for of it.
 struct Body {
     length: u64,
     kept: BytesMut,
+    digest: Digest,
 }
 
-async fn read_body(wire: &mut Wire, mut framing: Framing, keep_max: usize) -> Result<Body, Broken> {
-    let mut body = Body { length: 0, kept: BytesMut::new() };
-    while let Some(piece) = wire.piece(&mut framing).await? {
+/// What is wanted of a body beside its length.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Keep {
+    Nothing,
+    Digest,
+    /// Its bytes, unless they are too many.
+    Bytes,
+}
+
+/// Reads a body to its end, or until `stop` bytes of it have come.
+async fn read_body(
+    wire: &mut Wire,
+    mut framing: Framing,
+    keep: Keep,
+    stop: u64,
+    counters: &Counters,
+) -> Result<Body, Broken> {
+    let mut body = Body { length: 0, kept: BytesMut::new(), digest: Digest::default() };
+    while body.length < stop
+        && let Some(piece) = wire.piece(&mut framing).await?
+    {
+        counters.body_bytes.fetch_add(piece.len() as u64, Ordering::Relaxed);
         body.length += piece.len() as u64;
-        if body.length <= keep_max as u64 {
-            body.kept.extend_from_slice(&piece);
+        match keep {
+            Keep::Bytes if body.length <= ECHO_BYTES_MAX => body.kept.extend_from_slice(&piece),
+            Keep::Digest => body.digest.add(&piece),
+            _ => {}
         }
     }
     Ok(body)
@@ -136,6 +175,12 @@ impl<'w> Response<'w> {
             keeps_alive: request.keeps_alive(),
             http10: request.minor == 0,
         }
+    }
+
+    /// Answers as if the client knew no chunks: what has no length ends with the connection.
+    fn unframed(mut self) -> Self {
+        self.http10 = true;
+        self
     }
 
     /// Writes the header. No `length` means chunked, or until the connection ends where the client knows no chunks.
@@ -223,7 +268,7 @@ impl<'w> Response<'w> {
     }
 
     async fn echo(self, headers: &HeaderMap, body: &Body) -> Result<Next, Broken> {
-        if body.length > ECHO_BYTES_MAX as u64 {
+        if body.length > ECHO_BYTES_MAX {
             return self.text(StatusCode::PAYLOAD_TOO_LARGE, "At most 64MiB are echoed.\n").await;
         }
         let content_type = headers.get(CONTENT_TYPE).and_then(|value| value.to_str().ok());
@@ -239,7 +284,7 @@ impl<'w> Response<'w> {
         self.text(status, &body).await
     }
 
-    async fn headers(self, request: &Request, body_bytes: u64) -> Result<Next, Broken> {
+    async fn headers(self, request: &Request, mut body: Body) -> Result<Next, Broken> {
         let values = |name| {
             let values = request.headers.get_all(name).iter();
             values.map(|value| String::from_utf8_lossy(value.as_bytes())).collect::<Vec<_>>()
@@ -250,7 +295,9 @@ impl<'w> Response<'w> {
             "target": request.target.to_string(),
             "version": format!("HTTP/1.{}", request.minor),
             "headers": fields.collect::<serde_json::Map<_, _>>(),
-            "body_bytes": body_bytes,
+            "body_bytes": body.length,
+            "body_sha256": body.digest.sha256(),
+            "body_framing": request.framing.to_string(),
         });
         self.whole(StatusCode::OK, "application/json", format!("{seen:#}\n").as_bytes()).await
     }
@@ -315,10 +362,10 @@ fn reason(status: StatusCode) -> &'static str {
 }
 
 async fn fault(wire: &mut Wire, fault: Fault) -> Result<Next, Broken> {
-    const ANNOUNCED: &str = "HTTP/1.1 200 OK\r\nContent-Type: text/plain\r\nContent-Length: 1000\r\n\r\n";
+    let announced = |length| format!("HTTP/1.1 200 OK\r\nContent-Type: {TEXT}\r\nContent-Length: {length}\r\n\r\n");
     match fault {
         Fault::Close => {}
-        Fault::Reset => wire.reset()?,
+        Fault::Reset(_) => wire.reset()?,
         Fault::Hang => wire.hang().await,
         Fault::Early => {
             wire.send(b"HTTP/1.1 413 Payload Too Large\r\nContent-Length: 0\r\nConnection: close\r\n\r\n").await?;
@@ -328,8 +375,14 @@ async fn fault(wire: &mut Wire, fault: Fault) -> Result<Next, Broken> {
             wire.send(b"\x00\x01\x02 this is not HTTP\r\n\r\n").await?;
             wire.close().await;
         }
-        Fault::Half => {
-            wire.send(&[ANNOUNCED.as_bytes(), content_from(0, 500)].concat()).await?;
+        Fault::Half(length) => {
+            wire.send(announced(length).as_bytes()).await?;
+            let mut sent = 0;
+            while sent < length / 2 {
+                let piece = content_from(sent, (length / 2 - sent).min(PIECE_BYTES as u64));
+                wire.send(piece).await?;
+                sent += piece.len() as u64;
+            }
             wire.close().await;
         }
         Fault::HalfChunked => {
@@ -337,7 +390,7 @@ async fn fault(wire: &mut Wire, fault: Fault) -> Result<Next, Broken> {
             wire.close().await;
         }
         Fault::Stall => {
-            wire.send(&[ANNOUNCED.as_bytes(), content_from(0, 500)].concat()).await?;
+            wire.send(&[announced(1000).as_bytes(), content_from(0, 500)].concat()).await?;
             wire.hang().await;
         }
         Fault::SlowHeader => {

@@ -16,6 +16,9 @@ const TIME_MAX: Duration = Duration::from_secs(3600);
 /// Events of `/sse` where the path gives no number.
 const EVENTS: u64 = 100;
 
+/// What `/fault/half` announces where the path gives no number.
+const HALF_OF_BYTES: u64 = 1000;
+
 /// What to do with a request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Behaviour {
@@ -24,6 +27,7 @@ pub enum Behaviour {
     Headers,
     Bytes(u64),
     Chunked(u64),
+    UntilClose(u64),
     Delay,
     Drip { pieces: u64, pause: Duration },
     Status(StatusCode),
@@ -38,11 +42,13 @@ pub enum Behaviour {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Fault {
     Close,
-    Reset,
+    /// A reset when so many bytes of the body have come; 0 is as soon as the header is there.
+    Reset(u64),
     Hang,
     Early,
     Garbage,
-    Half,
+    /// Half of so many bytes.
+    Half(u64),
     HalfChunked,
     Stall,
     SlowHeader,
@@ -51,7 +57,7 @@ pub enum Fault {
 impl Fault {
     /// Whether it strikes as soon as the request header is there, rather than after the body.
     pub fn ignores_body(self) -> bool {
-        matches!(self, Fault::Close | Fault::Reset | Fault::Hang | Fault::Early)
+        matches!(self, Fault::Close | Fault::Reset(_) | Fault::Hang | Fault::Early)
     }
 }
 
@@ -82,6 +88,7 @@ impl Plan {
             ["headers"] => Behaviour::Headers,
             ["bytes", n] => Behaviour::Bytes(size(n)?),
             ["chunked", n] => Behaviour::Chunked(size(n)?),
+            ["until-close", n] => Behaviour::UntilClose(size(n)?),
             ["delay", t] => {
                 delay = time(t)?;
                 Behaviour::Delay
@@ -93,6 +100,8 @@ impl Plan {
             ["websocket"] => Behaviour::WebSocket,
             ["early-hints"] => Behaviour::EarlyHints,
             ["trailers"] => Behaviour::Trailers,
+            ["fault", "reset", n] => Behaviour::Fault(Fault::Reset(size(n)?)),
+            ["fault", "half", n] => Behaviour::Fault(Fault::Half(size(n)?)),
             ["fault", name] => Behaviour::Fault(fault(name).ok_or(Unknown::Path)?),
             _ => return Err(Unknown::Path),
         };
@@ -108,11 +117,11 @@ impl Plan {
 fn fault(name: &str) -> Option<Fault> {
     Some(match name {
         "close" => Fault::Close,
-        "reset" => Fault::Reset,
+        "reset" => Fault::Reset(0),
         "hang" => Fault::Hang,
         "early" => Fault::Early,
         "garbage" => Fault::Garbage,
-        "half" => Fault::Half,
+        "half" => Fault::Half(HALF_OF_BYTES),
         "half-chunked" => Fault::HalfChunked,
         "stall" => Fault::Stall,
         "slow-header" => Fault::SlowHeader,
@@ -186,7 +195,9 @@ mod tests {
         assert_eq!(plan("/chunked/10"), now(Behaviour::Chunked(10)));
         assert_eq!(plan("/drip/3/20ms"), now(Behaviour::Drip { pieces: 3, pause: ms(20) }));
         assert_eq!(plan("/status/404"), now(Behaviour::Status(StatusCode::NOT_FOUND)));
-        assert_eq!(plan("/fault/half"), now(Behaviour::Fault(Fault::Half)));
+        assert_eq!(plan("/fault/half"), now(Behaviour::Fault(Fault::Half(1_000))));
+        assert_eq!(plan("/fault/half/2MiB"), now(Behaviour::Fault(Fault::Half(2 << 20))));
+        assert_eq!(plan("/fault/reset/10"), now(Behaviour::Fault(Fault::Reset(10))));
     }
 
     #[test]
@@ -213,7 +224,7 @@ mod tests {
             assert!(plan(&path).is_ok(), "{path}");
             count += 1;
         }
-        assert_eq!(count, 21);
+        assert_eq!(count, 23);
     }
 
     #[test]

@@ -3,13 +3,14 @@
 //!
 //! Bodies come piece by piece, so that an upload of any size costs no memory unless it is to be echoed.
 
+use std::fmt;
 use std::io;
 use std::time::Duration;
 
 use bytes::{Buf, Bytes, BytesMut};
 use http::header::{CONNECTION, CONTENT_LENGTH, EXPECT, TRANSFER_ENCODING};
 use http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, Uri};
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::io::{AsyncReadExt, AsyncWriteExt, Interest};
 use tokio::net::TcpStream;
 use tokio::time::timeout;
 
@@ -90,6 +91,17 @@ pub enum Framing {
     Trailer,
     /// The body is over.
     Done,
+}
+
+/// How a body that has not begun is framed: `content-length: 5`, `chunked`, or `none` where there is none.
+impl fmt::Display for Framing {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Framing::Length(length) => write!(f, "content-length: {length}"),
+            Framing::Done => f.write_str("none"),
+            _ => f.write_str("chunked"),
+        }
+    }
 }
 
 impl Framing {
@@ -261,7 +273,7 @@ impl Wire {
     }
 
     /// Done when the peer has gone. What it sends before is kept; after 64 KiB no more is read, so that an upload comes to
-    /// a halt, and the end of that peer goes unnoticed.
+    /// a halt, and of the end of that peer only a reset is noticed.
     async fn gone(&mut self) -> io::Error {
         while self.unread.len() < HEADER_BYTES_MAX {
             self.unread.reserve(READ_BYTES);
@@ -271,7 +283,10 @@ impl Wire {
                 Err(error) => return error,
             }
         }
-        std::future::pending().await
+        match self.stream.ready(Interest::ERROR).await {
+            Ok(_) => io::ErrorKind::ConnectionReset.into(),
+            Err(error) => error,
+        }
     }
 
     /// Does nothing until the peer goes away, but for ten minutes at most.
@@ -349,6 +364,12 @@ mod tests {
         assert_eq!(framing(&[("content-length", "0")]), Some(Framing::Done));
         assert_eq!(framing(&[("content-length", "12")]), Some(Framing::Length(12)));
         assert_eq!(framing(&[("transfer-encoding", "Chunked")]), Some(Framing::ChunkSize));
+    }
+
+    #[test]
+    fn how_a_body_is_framed_can_be_told() {
+        let told = [Framing::Length(12), Framing::ChunkSize, Framing::Done].map(|framing| framing.to_string());
+        assert_eq!(told, ["content-length: 12", "chunked", "none"]);
     }
 
     #[test]

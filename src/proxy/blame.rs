@@ -46,8 +46,11 @@ fn of_client(phase: Phase, kind: &ErrorType) -> &'static Refusal {
         (_, ErrorType::WriteTimedout) => &refusal::WRITE_TIMEOUT,
         (Phase::Send, ErrorType::ReadTimedout) => &refusal::SEND_BODY_TIMEOUT,
         (Phase::Send, ErrorType::InvalidHTTPHeader) => &refusal::HEADER_MALFORMED,
+        // Pingora's own reading of chunks and trailers.
+        (Phase::Send, ErrorType::Custom(_)) => &refusal::SEND_BODY_MALFORMED,
         (Phase::Route | Phase::Select | Phase::Connect | Phase::Send, _) => &refusal::SEND_ABORTED,
         (Phase::Wait, _) => &refusal::WAIT_ABORTED,
+        (Phase::Write | Phase::Finish, _) => &refusal::WRITE_ABORTED,
         _ => &refusal::RECEIVE_ABORTED,
     }
 }

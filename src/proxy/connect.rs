@@ -2,19 +2,26 @@
 //!
 //! Pingora does the work; here is what follows from its outcome. After `select`; before `send`, or `select` again.
 
+use std::os::fd::RawFd;
+
 use pingora::{Error, ErrorType};
 
 use super::exchange::Exchange;
 use crate::error::{Refusal, refusal};
 use crate::phase::Phase;
+use crate::upstream::window::Window;
 
 /// The connection stands; the request is sent next.
-pub fn made(exchange: &mut Exchange, reused: bool) {
+pub fn made(exchange: &mut Exchange, reused: bool, socket: RawFd) {
     if let Some(upstream) = &exchange.upstream {
         let metrics = &upstream.metrics;
         if reused { metrics.connects_reused.inc() } else { metrics.connects_new.inc() }
     }
+    if let (Some(link), Some(true)) = (&exchange.link, exchange.upstream.as_ref().map(|upstream| upstream.is_http1())) {
+        link.comes_through(Some(Window::new(socket)));
+    }
     exchange.enter(Phase::Send);
+    exchange.connected = Some(std::time::Instant::now());
 }
 
 /// No connection could be made. No byte of the request has left, so any method may be tried elsewhere.

@@ -3,7 +3,7 @@
 
 use std::net::IpAddr;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use http::Uri;
 use pingora::http::{RequestHeader, ResponseHeader};
@@ -49,6 +49,14 @@ pub struct Exchange {
     pub attempts: u32,
     /// The session that stands between Pingora and the client.
     pub link: Option<Arc<Link>>,
+    /// A kept connection had died unnoticed; a second one says something against the endpoint.
+    pub stale_once: bool,
+    /// When the connection to the present endpoint stood.
+    pub connected: Option<Instant>,
+    /// For how long endpoints were busy with it. `None` if none was connected.
+    pub held: Option<Duration>,
+    /// For how much longer the last one would have been busy, had it waited for the client.
+    pub saved: Duration,
     /// What a filter refused and was not yet acted on.
     refused: Option<Refused>,
     /// Why Forebay ended it, if it did.
@@ -114,6 +122,10 @@ impl Exchange {
             tried: Vec::new(),
             attempts: 0,
             link: None,
+            stale_once: false,
+            connected: None,
+            held: None,
+            saved: Duration::ZERO,
             refused: None,
             refusal: None,
             failure: None,
@@ -124,6 +136,16 @@ impl Exchange {
     pub fn enter(&mut self, phase: Phase) {
         self.clock.enter(phase, Instant::now());
         self.active.enter(phase);
+    }
+
+    /// The endpoint is busy with it no longer.
+    pub fn release(&mut self, now: Instant) {
+        if let Some(connected) = self.connected.take() {
+            *self.held.get_or_insert_default() += now - connected;
+            if let Some(link) = &self.link {
+                link.comes_through(None);
+            }
+        }
     }
 
     /// Runs the response filters of the route on a response header, be it an endpoint's or our own.

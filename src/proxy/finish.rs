@@ -20,7 +20,15 @@ const REQUEST_ID: http::HeaderName = http::HeaderName::from_static("x-request-id
 /// Settles the exchange.
 pub fn settle(exchange: &mut Exchange, session: &mut ServerSession, unrouted: &RouteMetrics, log: Option<&AccessLog>) {
     exchange.enter(Phase::Finish);
-    let answered = session.response_written().map_or(0, |response| response.status.as_u16());
+    // If the client's session was lost with a write that was given up, its stand-in knows.
+    let (answered, received, sent) = match &exchange.link {
+        Some(link) if session.is_custom() => link.outcome(),
+        _ => (
+            session.response_written().map_or(0, |response| response.status.as_u16()),
+            session.body_bytes_read() as u64,
+            session.body_bytes_sent() as u64,
+        ),
+    };
     let status = match exchange.refusal {
         Some(refusal) if answered < 200 && answered != 101 => refusal.status,
         _ => answered,
@@ -30,11 +38,12 @@ pub fn settle(exchange: &mut Exchange, session: &mut ServerSession, unrouted: &R
     let now = Instant::now();
     exchange.clock.settle(now);
     let own = own_time(now);
-    let (received, sent) = (session.body_bytes_read() as u64, session.body_bytes_sent() as u64);
     let route = exchange.route.as_ref();
     let metrics = route.map_or(unrouted, |route| &route.metrics);
     let blocked = exchange.link.as_ref().map(|link| link.blocked()).unwrap_or_default();
-    metrics.record(&Summary { clock: &exchange.clock, own, blocked, status, received, sent });
+    let (held, saved) = (exchange.held, exchange.saved);
+    let (buffered, spilled) = exchange.link.as_ref().map(|link| link.spooled()).unwrap_or_default();
+    metrics.record(&Summary { clock: &exchange.clock, own, blocked, held, saved, status, received, sent });
     if let Some(refusal) = exchange.refusal {
         refusal.count();
     }
@@ -53,6 +62,10 @@ pub fn settle(exchange: &mut Exchange, session: &mut ServerSession, unrouted: &R
         status,
         received,
         sent,
+        buffered,
+        spilled,
+        held,
+        saved,
         clock: &exchange.clock,
         own,
         route: route.map_or(UNROUTED, |route| &route.name),

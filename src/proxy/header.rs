@@ -116,7 +116,12 @@ fn make_origin_form(request: &mut RequestHeader) -> Result<(), &'static Refusal>
 fn drop_other_upgrades(request: &mut RequestHeader) {
     const HTTP2_SETTINGS: HeaderName = HeaderName::from_static("http2-settings");
     let Some(upgrade) = request.headers.get(header::UPGRADE) else { return };
-    if !upgrade.as_bytes().eq_ignore_ascii_case(b"websocket") {
+    let websocket = upgrade.as_bytes().eq_ignore_ascii_case(b"websocket")
+        // RFC 6455 §4.1. Whatever else says so would go round the limits for request bodies.
+        && request.method == Method::GET
+        && !request.headers.contains_key(header::CONTENT_LENGTH)
+        && !request.headers.contains_key(header::TRANSFER_ENCODING);
+    if !websocket {
         request.remove_header(&header::UPGRADE);
         request.remove_header(&HTTP2_SETTINGS);
     }

@@ -17,6 +17,8 @@ use crate::error::refusal;
 use crate::filter::{Refused, Stages, Verdict, View};
 use crate::phase::Phase;
 
+/// How an endpoint asks nginx, and us, not to hold its answer back. It is not for the client.
+const X_ACCEL_BUFFERING: &str = "x-accel-buffering";
 const HOP_BY_HOP: [HeaderName; 3] =
     [HeaderName::from_static("keep-alive"), HeaderName::from_static("proxy-connection"), header::TE];
 
@@ -46,6 +48,14 @@ pub async fn header(
         return Ok(());
     }
     strip_hop_by_hop(response);
+    let asked_to_stream = response
+        .remove_header(X_ACCEL_BUFFERING)
+        .is_some_and(|buffering| buffering.as_bytes().eq_ignore_ascii_case(b"no"));
+    if let Some(link) = &exchange.link
+        && (asked_to_stream || is_event_stream(response))
+    {
+        link.stream_answer();
+    }
     if via {
         response.append_header(header::VIA, HeaderValue::from_static("1.1 forebay"))?;
     }
@@ -55,13 +65,6 @@ pub async fn header(
     }
     if exchange.route.as_ref().is_some_and(|route| route.chain.wants(Stages::RESPONSE_BODY)) {
         unfix_length(request, response)?;
-    }
-    if request.version == http::Version::HTTP_10 {
-        // RFC 9112 §6.1: such a client knows no chunks; the end of the connection is the end of the body.
-        response.remove_header(&header::TRANSFER_ENCODING);
-        if let (Some(link), false) = (&exchange.link, response.headers.contains_key(header::CONTENT_LENGTH)) {
-            link.close_after_answer();
-        }
     }
     Ok(())
 }
@@ -120,6 +123,11 @@ fn strip_hop_by_hop(response: &mut ResponseHeader) {
     for name in &HOP_BY_HOP {
         response.remove_header(name);
     }
+}
+
+/// Server-sent events: whoever waits for one is not to be kept waiting, and old ones are of no use.
+fn is_event_stream(response: &ResponseHeader) -> bool {
+    response.headers.get(header::CONTENT_TYPE).is_some_and(|kind| kind.as_bytes().starts_with(b"text/event-stream"))
 }
 
 /// A filter that sees the body may change its length: it is told by its end instead.

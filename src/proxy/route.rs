@@ -1,6 +1,6 @@
 //! Phase `route`: which route a request takes, and what its filters say.
 //!
-//! After `header`; before `select`, unless a filter answered or refused.
+//! After `header`; before `buffer` and `select`, unless a filter answered or refused.
 
 pub mod path;
 pub mod table;
@@ -11,7 +11,9 @@ use http::header;
 use pingora::http::RequestHeader;
 
 use super::exchange::{Exchange, FilterStates};
+use crate::client::intake::IntakeTerms;
 use crate::client::session::Patience;
+use crate::client::wire::Manner;
 use crate::error::{Refusal, refusal};
 use crate::filter::{Chain, Stages, Verdict, View};
 use crate::metrics::RouteMetrics;
@@ -26,8 +28,14 @@ pub struct Route {
     pub chain: Chain,
     /// Where its requests go.
     pub destination: Destination,
-    /// How long its clients may take between two pieces of a request body.
-    pub body_idle: std::time::Duration,
+    /// Whether its request bodies are held back until they are whole.
+    pub holds_bodies: bool,
+    /// How its request bodies are taken.
+    pub intake: IntakeTerms,
+    /// How its answers leave.
+    pub manner: Manner,
+    /// A request may be sent twice though its method does not promise that this is the same as once.
+    pub non_idempotent: bool,
     /// How long its clients may take between two pieces of a response.
     pub write_idle: std::time::Duration,
     /// Its counters.
@@ -56,9 +64,9 @@ impl Destination {
 }
 
 impl Route {
-    /// How long this route and its upstream let the two sides take.
+    /// How long the upstream may take.
     pub fn patience(&self, timeouts: Timeouts) -> Patience {
-        Patience { wait: timeouts.wait, receive: timeouts.receive, body_idle: self.body_idle }
+        Patience { wait: timeouts.wait, receive: timeouts.receive }
     }
 }
 

@@ -5,6 +5,7 @@
 
 use std::fmt::Write;
 use std::net::IpAddr;
+use std::time::Instant;
 
 use bytes::Bytes;
 use http::{HeaderName, HeaderValue, header};
@@ -57,6 +58,11 @@ pub fn header(exchange: &Exchange, manners: Manners, request: &mut RequestHeader
     if manners.via {
         request.append_header(header::VIA, HeaderValue::from_static("1.1 forebay"))?;
     }
+    if let Some(length) = exchange.link.as_ref().and_then(|link| link.length()) {
+        // The body is here whole: its length is known, whatever the client said of it.
+        request.remove_header(&header::TRANSFER_ENCODING);
+        request.insert_header(header::CONTENT_LENGTH, length)?;
+    }
     // A filter that sees the body may change its length.
     if exchange.route.as_ref().is_some_and(|route| route.chain.wants(Stages::REQUEST_BODY)) {
         request.remove_header(&header::CONTENT_LENGTH);
@@ -84,31 +90,50 @@ pub async fn piece(
         }
     }
     if end {
-        if exchange.clock.phase() == Phase::Send {
-            exchange.enter(Phase::Wait);
-        }
-        if let Some(link) = &exchange.link {
-            link.waiting();
-        }
+        ended(exchange);
     }
     Ok(())
 }
 
-/// An attempt failed after its connection stood. It is made again only where that is safe: the kept connection had
-/// died unnoticed, no byte of an answer came, the method is idempotent (RFC 9110 §9.2.2) and the body can be replayed.
+/// The request is out, as far as can be seen.
+pub fn ended(exchange: &mut Exchange) {
+    if exchange.clock.phase() == Phase::Send {
+        exchange.enter(Phase::Wait);
+    }
+    if let Some(link) = &exchange.link {
+        link.waiting();
+    }
+}
+
+/// An attempt failed after its connection stood. It is made again only where that is safe: no byte of an answer has left,
+/// the method is idempotent (RFC 9110 §9.2.2) or the route says that it may be sent twice, and the body can be replayed
+/// from its first byte. That it is buffered alone makes nothing safe. A timeout is not tried again: it has cost its time.
 pub fn failed(exchange: &mut Exchange, client: &ServerSession, mut error: Box<Error>, reused: bool) -> Box<Error> {
-    let before_answer = matches!(exchange.clock.phase(), Phase::Send | Phase::Wait);
+    exchange.release(Instant::now());
+    let phase = exchange.clock.phase();
+    let unanswered = matches!(phase, Phase::Send | Phase::Wait | Phase::Receive)
+        && exchange.link.as_ref().map_or(phase != Phase::Receive, |link| !link.begun());
     let by_upstream = *error.esource() == ErrorSource::Upstream && blame::found(exchange).is_none();
-    let replayable = client.req_header().method.is_idempotent() && !client.retry_buffer_truncated();
-    let again = before_answer
+    let safe =
+        client.req_header().method.is_idempotent() || exchange.route.as_ref().is_some_and(|route| route.non_idempotent);
+    // A kept connection that had died unnoticed says nothing against its endpoint, which may be chosen again.
+    let stale = reused
+        && phase != Phase::Receive
+        && exchange.upstream.as_ref().is_some_and(|upstream| upstream.is_http1())
+        && !std::mem::replace(&mut exchange.stale_once, reused);
+    let elsewhere = exchange.upstream.as_ref().is_some_and(|upstream| upstream.has_more(&exchange.tried));
+    let again = unanswered
         && by_upstream
-        && replayable
-        && reused
+        && safe
+        && !client.retry_buffer_truncated()
+        && (stale || elsewhere)
         && !matches!(error.etype(), ErrorType::ReadTimedout | ErrorType::WriteTimedout)
         && exchange.may_retry();
+    exchange.failure = Some(blame::reason(exchange, &error));
     if again {
-        // The endpoint itself did nothing wrong: it may be chosen again.
-        exchange.tried.pop();
+        if stale {
+            exchange.tried.pop();
+        }
         if let Some(upstream) = &exchange.upstream {
             upstream.metrics.retries.inc();
         }

@@ -1,15 +1,20 @@
 //! Phase `write`: what Forebay itself tells the client, and what the client is not to take for a whole answer.
 //!
-//! The upstream's answer is written by Pingora and `client::session`; refusals and the answers of filters here.
+//! The upstream's answer is written by `client::wire`, and what the client has not taken when the upstream is released is
+//! waited for here. Refusals and the answers of filters are written here.
+
+use std::time::Instant;
 
 use http::{HeaderName, HeaderValue, Method, StatusCode, header};
-use pingora::Result;
 use pingora::http::ResponseHeader;
 use pingora::protocols::http::ServerSession;
+use pingora::{Error, ErrorType, Result};
 
+use super::blame;
 use super::exchange::Exchange;
 use crate::error::Refusal;
 use crate::filter::{Answer, Refused};
+use crate::phase::Phase;
 
 /// Refuses an exchange of which nothing was sent yet.
 pub async fn refuse(exchange: &Exchange, session: &mut ServerSession, refused: &Refused) -> Result<()> {
@@ -18,10 +23,13 @@ pub async fn refuse(exchange: &Exchange, session: &mut ServerSession, refused: &
         .is_some_and(|accept| memchr::memmem::find(accept.as_bytes(), b"application/json").is_some());
     let (kind, body) = refused.refusal.body(json);
     let status = StatusCode::from_u16(refused.refusal.status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
-    let mut response = ResponseHeader::build(status, Some(refused.headers.len() + 4))?;
+    let mut response = ResponseHeader::build(status, Some(refused.headers.len() + 5))?;
     response.insert_header(header::CONTENT_TYPE, HeaderValue::from_static(kind))?;
     if let Some(methods) = refused.refusal.allow() {
         response.insert_header(header::ALLOW, HeaderValue::from_static(methods))?;
+    }
+    if let Some(seconds) = refused.refusal.retry_after() {
+        response.insert_header(header::RETRY_AFTER, HeaderValue::from(seconds))?;
     }
     write(exchange, session, response, &refused.headers, body.into()).await
 }
@@ -52,26 +60,68 @@ async fn write(
     if without_body { session.finish_body().await } else { session.write_response_body(body, true).await }
 }
 
+/// Lets the client take what it has not taken yet. Its endpoint is released; this is the time that buffering saved it.
+pub async fn drain(exchange: &mut Exchange, client: &mut Box<ServerSession>) {
+    let Some(link) = exchange.link.clone().filter(|_| client.is_custom() && exchange.refusal.is_none()) else { return };
+    exchange.enter(Phase::Write);
+    let released = Instant::now();
+    let drained = link.drain().await;
+    if exchange.held.is_some() {
+        exchange.saved = released.elapsed();
+    }
+    if drained.is_ok() && link.reclaim(client) {
+        return;
+    }
+    let error = drained.err().unwrap_or_else(|| Error::new_down(ErrorType::WriteError));
+    exchange.refusal = Some(blame::reason(exchange, &error));
+    tracing::debug!(%error, "an answer was not taken to its end");
+    cut_if_begun(exchange, client).await;
+}
+
+/// Cuts an answer of which bytes have left, so that nobody takes it for a whole one. `false`: none had, and the client's
+/// own session is back, so that it can still be told anything.
+pub async fn cut_if_begun(exchange: &Exchange, client: &mut Box<ServerSession>) -> bool {
+    if let Some(link) = &exchange.link
+        && client.is_custom()
+    {
+        if link.begun() && !link.framed() && !link.is_http2() {
+            // Before the write under way is dropped, and its connection with it.
+            exchange.connection.iter().for_each(|connection| connection.close_with_reset());
+        }
+        link.abandon();
+        if !link.reclaim(client) {
+            return true;
+        }
+    }
+    let begun = !is_unanswered(client);
+    if begun {
+        cut(exchange, client).await;
+    }
+    begun
+}
+
 /// Bytes of an answer have left and the rest will not come. Where its end is told by the connection's end alone, the
 /// connection is reset, so that nobody takes what came for the whole.
-pub async fn cut(exchange: &Exchange, session: &mut ServerSession) {
+async fn cut(exchange: &Exchange, session: &mut ServerSession) {
     let framed = session.response_written().is_none_or(|response| {
         response.headers.contains_key(header::CONTENT_LENGTH)
             || response.headers.contains_key(header::TRANSFER_ENCODING)
     });
     if session.is_http2() {
-        // Dropping the session resets the stream.
+        // Resets the stream; Pingora would else end it in good order if it does not know of the failure.
+        session.shutdown().await;
         return;
     }
     if let Some(connection) = exchange.connection.as_ref().filter(|_| !framed) {
         connection.close_with_reset();
     }
     // What came of the answer is sent before the connection goes.
+    session.set_keepalive(None);
     session.shutdown().await;
 }
 
 /// Whether a refusal can still be told: nothing but interim responses has left.
-pub fn is_unanswered(session: &ServerSession) -> bool {
+fn is_unanswered(session: &ServerSession) -> bool {
     session.response_written().is_none_or(|response| response.status.is_informational())
 }
 

@@ -13,6 +13,7 @@ use pingora::upstreams::peer::{HttpPeer, PeerOptions, Scheme};
 use prometheus::IntCounter;
 
 use super::Timeouts;
+use super::window::NARROW_BYTES;
 use crate::config::upstream::Protocol;
 
 /// How many exchanges share one HTTP/2 connection: the least that a server should allow (RFC 9113 §6.5.2). Servers
@@ -93,7 +94,10 @@ impl Transport {
         options.read_timeout = Some(self.timeouts.wait.max(self.timeouts.receive));
         options.idle_timeout = Some(self.idle);
         match self.protocol {
-            Protocol::Http1 => options.set_http_version(1, 1),
+            Protocol::Http1 => {
+                options.set_http_version(1, 1);
+                options.tcp_recv_buf = Some(NARROW_BYTES);
+            }
             Protocol::H2 | Protocol::H2c => options.set_http_version(2, 2),
         }
         options.max_h2_streams = H2_STREAMS_MAX;

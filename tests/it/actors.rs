@@ -3,8 +3,8 @@
 use crate::harness::client::{chunked, get, request};
 use crate::harness::metrics::{Prometheus, Scrape, promtool};
 use crate::harness::nginx::noise;
-use crate::harness::origin::{Closed, response};
-use crate::harness::{Client, End, Nginx, Origin, eventually, ms, ok};
+use crate::harness::origin::{Closed, built_in, first_fails, response};
+use crate::harness::{Ask, Client, End, H2Origin, Leave, Nginx, Origin, Protocol, Setup, eventually, ms, ok};
 
 #[test]
 fn a_client_reads_what_an_origin_answers_and_keeps_the_connection() {
@@ -93,6 +93,126 @@ fn asking_once_needs_one_connection() {
     let origin = Origin::named("origin");
     assert_eq!(get(origin.address(), "/").text(), "origin");
     eventually("the connection to be counted", || (origin.connections() == 1).then_some(()));
+}
+
+#[test]
+fn a_body_of_any_size_is_compared_by_its_digest_in_both_framings() {
+    let origin = built_in();
+    for length in [0, 1, 65_536, 3_000_000] {
+        let framing = if length > 0 { format!("content-length: {length}") } else { "none".to_owned() };
+        Ask::put(length).over(Protocol::Http1, origin.address()).arrived(length, &framing);
+        Ask::put(length).chunked().over(Protocol::Http1, origin.address()).arrived(length, "chunked");
+    }
+    assert_eq!(origin.body_bytes(), 2 * 3_065_537);
+}
+
+#[test]
+fn a_body_over_http_2_is_compared_the_same_way() {
+    let origin = H2Origin::start();
+    for length in [0, 1, 65_536, 3_000_000] {
+        let (said, unsaid) = (Ask::put(length), Ask::put(length).chunked());
+        said.over(Protocol::Http2, origin.address()).arrived(length, &format!("content-length: {length}"));
+        unsaid.over(Protocol::Http2, origin.address()).arrived(length, "none");
+    }
+}
+
+#[test]
+fn an_answer_of_any_size_is_compared_by_its_digest_in_every_framing() {
+    let origin = built_in();
+    for framing in ["bytes", "chunked", "until-close"] {
+        for length in [0, 1, 65_536, 3_000_000] {
+            let ask = Ask::get(format!("/{framing}/{length}"));
+            ask.over(Protocol::Http1, origin.address()).is_content(length);
+            ask.narrow().over(Protocol::Http1, origin.address()).is_content(length);
+        }
+    }
+    let half = Ask::get("/fault/half/200000").over(Protocol::Http1, origin.address());
+    assert_eq!((half.length, half.end), (100_000, End::Cut));
+}
+
+#[test]
+fn an_exchange_may_be_had_in_steps() {
+    let origin = built_in();
+    let mut exchange = Ask::put(1_000).to("/echo").begin(Protocol::Http1, origin.address());
+    assert!(exchange.send(400));
+    eventually("a part to arrive", || (origin.body_bytes() == 400).then_some(()));
+    assert_eq!((origin.requests(), origin.busy()), (1, 1));
+    assert!(exchange.finish_body());
+    assert_eq!((exchange.status(), exchange.read(300), exchange.has_read()), (200, 300, 300));
+    exchange.answer().is_content(1_000);
+    assert_eq!(origin.body_bytes(), 1_000);
+}
+
+#[test]
+fn a_paced_client_takes_its_time_either_way() {
+    let origin = built_in();
+    let started = std::time::Instant::now();
+    Ask::put(1_000).sending(100, ms(10)).over(Protocol::Http1, origin.address()).arrived(1_000, "content-length: 1000");
+    assert!(started.elapsed() >= ms(100), "{:?}", started.elapsed());
+    Ask::get("/bytes/1000").reading(100, ms(10)).over(Protocol::Http1, origin.address()).is_content(1_000);
+    assert!(started.elapsed() >= ms(200), "{:?}", started.elapsed());
+}
+
+#[test]
+fn a_narrow_reader_takes_nothing_ahead_on_either_protocol() {
+    let (origin, h2) = (built_in(), H2Origin::start());
+    let mut slow = Ask::get("/bytes/64MiB").narrow().begin(Protocol::Http1, origin.address());
+    assert_eq!(slow.read(1_000), 1_000);
+    assert_eq!(origin.busy(), 1, "64 MiB are in the buffers of the kernel");
+    drop(slow);
+    eventually("the origin to notice", || (origin.busy() == 0).then_some(()));
+
+    let mut slow = Ask::put(100_000).to("/echo").narrow().begin(Protocol::Http2, h2.address());
+    assert!(slow.finish_body());
+    assert_eq!((slow.read(2_000), slow.has_read()), (2_000, 2_000));
+    slow.answer().is_content(100_000);
+}
+
+#[test]
+fn trailers_and_interim_answers_are_seen() {
+    let (origin, h2) = (built_in(), H2Origin::start());
+    let answer = Ask::get("/trailers").over(Protocol::Http1, origin.address());
+    assert_eq!(answer.trailers, ["X-Trailer: the end"]);
+    let answer = Ask::get("/trailers").over(Protocol::Http2, h2.address());
+    assert_eq!((answer.text(), &*answer.trailers), ("A trailer follows.\n", &["x-trailer: the end".to_owned()][..]));
+    let answer = Ask::get("/early-hints").over(Protocol::Http1, origin.address());
+    assert_eq!((answer.status, answer.interim), (200, vec![103]));
+    assert_eq!(h2.paths(), ["/trailers"]);
+}
+
+#[test]
+fn a_client_leaves_in_every_way() {
+    let (origin, h2) = (built_in(), H2Origin::start());
+    for how in [Leave::Close, Leave::Reset, Leave::Stream] {
+        let mut exchange = Ask::put(1_000).begin(Protocol::Http1, origin.address());
+        assert!(exchange.send(500));
+        eventually("it to be heard", || (origin.busy() == 1).then_some(()));
+        assert!(exchange.leave(how).is_none());
+        eventually("it to be gone", || (origin.busy() == 0 && origin.connections() == 0).then_some(()));
+        let mut exchange = Ask::put(1_000).begin(Protocol::Http2, h2.address());
+        assert!(exchange.send(500));
+        assert_eq!(exchange.leave(how).is_some(), how == Leave::Stream);
+    }
+}
+
+#[test]
+fn of_two_origins_the_first_that_is_asked_fails_in_the_middle_of_the_body() {
+    let origins = first_fails("/fault/reset/1000");
+    let mut exchange = Ask::put(2_000_000).begin(Protocol::Http1, origins[1].address());
+    exchange.finish_body();
+    assert_eq!(exchange.try_status(), None);
+    Ask::put(2_000).over(Protocol::Http1, origins[0].address()).arrived(2_000, "content-length: 2000");
+}
+
+#[test]
+fn a_program_has_a_small_disk_to_itself_and_shows_what_it_holds_open() {
+    let origin = Origin::named("origin");
+    let process = Setup::before(&origin).tmpfs("4m").spawn();
+    let disks = process.spool_disks();
+    assert!(disks.len() == 1 && disks[0].contains("tmpfs") && disks[0].contains("size=4096k"), "{disks:?}");
+    assert!(process.open_files().iter().any(|file| file.starts_with("socket:")));
+    assert!(process.spool_files().is_empty());
+    assert_eq!(process.client().get("/").text(), "origin");
 }
 
 const METRICS: &str = "\

@@ -8,7 +8,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use forebay::config::filter::{Settings, decode};
-use forebay::config::units::Size;
+use forebay::config::units::{ByteRate, Size};
 use forebay::config::{Config, FilterKind, schema};
 use forebay::error::BuildError;
 use schemars::JsonSchema;
@@ -110,6 +110,15 @@ wrong! {
     addresses_that_are_none
     networks_that_are_none
     limits_out_of_range
+    disk_threads_and_a_disk_queue_that_are_none
+    rungs_that_are_none
+    no_rung_at_all
+    resources_too_small_to_work_with
+    a_body_that_may_take_more_than_all_of_them
+    buffering_without_room
+    a_client_without_time
+    rates_that_are_none
+    buffering_of_a_route_that_asks_no_upstream
     a_variable_that_is_not_set
     a_variable_that_is_required
     a_secret_file_that_is_missing
@@ -313,6 +322,21 @@ fn shipped_file(name: &str) -> (Config, Json) {
 }
 
 #[test]
+fn a_default_that_is_larger_than_all_resources_is_nobodys_error() {
+    let config = parse(&format!("{RIGHT}resources: {{ memory: 1MiB, disk: 0B }}\n"));
+    assert!(config.warnings().is_empty(), "{}", config.warnings());
+    assert!(config.routes[0].buffering.request.disk > config.resources.disk);
+}
+
+#[test]
+fn a_rate_is_limited_from_the_first_byte_unless_told_otherwise() {
+    let config = parse(&format!("{RIGHT}    client: {{ limit_rate: {{ rate: 1MiB/s }} }}\n"));
+    let limit = config.routes[0].client.limit_rate.as_ref().unwrap();
+    assert_eq!((limit.rate, limit.after), (ByteRate(1 << 20), Size(0)));
+    assert!(parse(RIGHT).routes[0].client.limit_rate.is_none());
+}
+
+#[test]
 fn the_smallest_file_is_small() {
     let text = fs::read_to_string("conf/forebay.yaml").unwrap();
     assert!(text.lines().count() < 12);
@@ -343,6 +367,10 @@ fn the_schema_takes_what_is_right_and_refuses_what_is_wrong() {
     assert!(!with("/routes/0/filters", serde_json::json!([{ "tag": {} }])));
     assert!(!with("/routes/0/filters", serde_json::json!([{ "respond": {}, "redirect": {} }])));
     assert!(!with("/routes/0/match", serde_json::json!({ "path": "/api" })));
+    assert!(with("/routes/0/client", serde_json::json!({ "limit_rate": { "rate": "1.5MiB/s" } })));
+    assert!(!with("/routes/0/client", serde_json::json!({ "limit_rate": { "rate": "1MiB" } })));
+    assert!(!with("/routes/0/client", serde_json::json!({ "limit_rate": { "after": "1MiB" } })));
+    assert!(!with("/resources", serde_json::json!({ "on_pressure": ["panic"] })));
     assert!(!with("/routes/0/match", serde_json::json!({ "headers": { "x": { "regex": "a", "colour": 1 } } })));
 }
 

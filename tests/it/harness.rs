@@ -5,7 +5,9 @@
 //! each wait ends at [`DEADLINE`] with a sentence that says what did not come.
 
 pub mod client;
+pub mod exchange;
 pub mod gateway;
+pub mod h2_origin;
 pub mod metrics;
 pub mod nginx;
 pub mod origin;
@@ -16,7 +18,9 @@ use std::process::Child;
 use std::time::{Duration, Instant};
 
 pub use client::{Client, H2Client};
+pub use exchange::{Ask, Leave, Protocol};
 pub use gateway::{Gateway, LogLine, Process, Setup};
+pub use h2_origin::H2Origin;
 pub use nginx::Nginx;
 pub use origin::{Origin, ok};
 pub use wire::End;
@@ -42,6 +46,15 @@ pub fn eventually<T>(what: &str, mut probe: impl FnMut() -> Option<T>) -> T {
 /// Milliseconds, for stories with clocks in them.
 pub fn ms(milliseconds: u64) -> Duration {
     Duration::from_millis(milliseconds)
+}
+
+/// Lets this process open so many files, as far as its hard limit goes.
+pub fn may_open_files(count: usize) {
+    use nix::sys::resource::{Resource, getrlimit, setrlimit};
+    let (soft, hard) = getrlimit(Resource::RLIMIT_NOFILE).expect("the limit of open files");
+    let wanted = count as u64;
+    assert!(wanted <= hard, "this story opens {wanted} files, and the hard limit (`ulimit -Hn`) is {hard}");
+    setrlimit(Resource::RLIMIT_NOFILE, soft.max(wanted), hard).expect("a higher limit of open files");
 }
 
 /// A loopback port that nobody has just now. For programs that cannot be handed a socket; who starts one retries.

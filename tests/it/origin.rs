@@ -4,7 +4,7 @@ use std::io::{ErrorKind, Read, Write};
 use std::net::{Shutdown, TcpStream};
 use std::time::{Duration, Instant};
 
-use forebay::origin::{Origin, PATHS, Running, content};
+use forebay::origin::{Detour, Origin, PATHS, Running, content};
 
 fn origin() -> Running {
     Origin::bind("127.0.0.1:0").unwrap().spawn().unwrap()
@@ -106,12 +106,16 @@ fn a_body_is_asked_for_where_the_client_waits() {
 fn the_request_is_shown_as_json() {
     let request =
         "PUT /headers?a=1 HTTP/1.1\r\nHost: o\r\nX-A: 1\r\nx-a: 2\r\nConnection: close\r\nContent-Length: 3\r\n\r\nabc";
-    let (_, body) = ask(&origin(), request);
+    let origin = origin();
+    let (_, body) = ask(&origin, request);
     let seen: serde_json::Value = serde_json::from_slice(&body).unwrap();
     assert_eq!(seen["method"], "PUT");
     assert_eq!(seen["target"], "/headers?a=1");
     assert_eq!(seen["headers"]["x-a"], serde_json::json!(["1", "2"]));
     assert_eq!(seen["body_bytes"], 3);
+    assert_eq!(seen["body_sha256"], "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad");
+    assert_eq!(seen["body_framing"], "content-length: 3");
+    assert_eq!(origin.body_bytes(), 3);
 }
 
 #[test]
@@ -127,6 +131,10 @@ fn bytes_come_whole_in_either_framing() {
 
     let (_, body) = ask(&origin, "GET /chunked/100 HTTP/1.0\r\n\r\n");
     assert_eq!(body, content(100));
+
+    let (header, body) = ask(&origin, "GET /until-close/2MiB HTTP/1.1\r\nHost: o\r\n\r\n");
+    assert!(!header.contains("Content-Length") && !header.contains("Transfer-Encoding"), "{header}");
+    assert!(body == content(2 << 20));
 }
 
 #[test]
@@ -232,6 +240,7 @@ fn faults_break_off_where_they_say() {
     let (header, body) = split(raw("/fault/half"));
     assert!(header.contains("Content-Length: 1000\r\n"));
     assert_eq!(body, content(500));
+    assert!(split(raw("/fault/half/200000")).1 == content(100_000));
     assert!(raw("/fault/half-chunked").ends_with(b"\r\n\r\n5\r\nhello\r\n"));
 }
 
@@ -241,6 +250,26 @@ fn a_reset_is_one() {
     let mut stream = connect(&origin);
     send(&mut stream, "GET /fault/reset HTTP/1.1\r\nHost: o\r\n\r\n");
     assert_eq!(stream.read(&mut [0]).unwrap_err().kind(), ErrorKind::ConnectionReset);
+}
+
+#[test]
+fn a_reset_may_wait_for_a_part_of_the_body() {
+    let origin = origin();
+    let mut stream = connect(&origin);
+    send(&mut stream, "PUT /fault/reset/4 HTTP/1.1\r\nHost: o\r\nContent-Length: 10\r\n\r\nthr");
+    wait_until(|| origin.body_bytes() == 3);
+    assert_eq!((origin.connections(), origin.busy()), (1, 1));
+    send(&mut stream, "ee");
+    assert_eq!(stream.read(&mut [0]).unwrap_err().kind(), ErrorKind::ConnectionReset);
+    wait_until(|| origin.busy() == 0);
+}
+
+#[test]
+fn a_detour_takes_the_first_requests_of_all_origins_that_share_it() {
+    let detour = Detour::of_first(2, "/status/503".parse().unwrap());
+    let origins = [(); 2].map(|()| Origin::bind("127.0.0.1:0").unwrap().detour(&detour).spawn().unwrap());
+    let status = |origin| get(origin, "/status/200").0[9..12].to_owned();
+    assert_eq!([0, 1, 0, 1].map(|n| status(&origins[n])), ["503", "503", "200", "200"]);
 }
 
 #[test]

@@ -6,12 +6,14 @@ use crate::harness::client::{H2Client, request};
 use crate::harness::gateway::Watched;
 use crate::harness::{Origin, Setup, eventually, ms};
 
+/// Held back, an upload that stalls never gets as far as this phase.
+const STREAM: &str = "buffering: { request: { mode: stream } }";
 const UPLOAD: &str = "POST /upload HTTP/1.1\r\nHost: test\r\nContent-Length: 1000\r\n\r\nthe first half";
 
 #[test]
 fn a_client_that_stops_sending_its_body_is_answered_408_and_the_backend_is_let_go() {
     let origin = Origin::scripted();
-    let gateway = Setup::before(&origin).route("client: { body_idle: 200ms }").start();
+    let gateway = Setup::before(&origin).route(STREAM).route("client: { body_idle: 200ms }").start();
     let mut client = gateway.client();
     client.send(UPLOAD);
     let mut connection = origin.accept();
@@ -38,7 +40,7 @@ fn a_client_that_sends_slowly_but_steadily_is_not_cut() {
 #[test]
 fn a_client_that_goes_away_in_the_middle_of_its_upload_lets_the_backend_go() {
     let origin = Origin::scripted();
-    let gateway = Setup::before(&origin).start();
+    let gateway = Setup::before(&origin).route(STREAM).start();
     let mut client = gateway.client();
     client.send(UPLOAD);
     let mut connection = origin.accept();
@@ -56,7 +58,7 @@ fn a_client_that_goes_away_in_the_middle_of_its_upload_lets_the_backend_go() {
 #[test]
 fn a_client_that_ends_its_connection_in_the_middle_of_its_upload_is_no_whole_request() {
     let origin = Origin::scripted();
-    let gateway = Setup::before(&origin).start();
+    let gateway = Setup::before(&origin).route(STREAM).start();
     let mut client = gateway.client();
     client.send("POST / HTTP/1.1\r\nHost: test\r\nTransfer-Encoding: chunked\r\n\r\n4\r\nhalf\r\n");
     let mut connection = origin.accept();
@@ -85,7 +87,7 @@ fn a_backend_that_does_not_take_the_request_is_given_up() {
 #[test]
 fn a_backend_that_resets_during_the_upload_is_a_502() {
     let origin = Origin::scripted();
-    let gateway = Setup::before(&origin).start();
+    let gateway = Setup::before(&origin).route(STREAM).start();
     let mut client = gateway.client();
     client.send(UPLOAD);
     let mut connection = origin.accept();
@@ -144,7 +146,7 @@ fn an_http_2_client_that_gives_up_its_stream_lets_the_backend_go() {
 #[test]
 fn an_upload_is_passed_on_while_it_arrives() {
     let origin = Origin::scripted();
-    let gateway = Setup::before(&origin).start();
+    let gateway = Setup::before(&origin).route(STREAM).start();
     let mut client = gateway.client();
     client.send("POST / HTTP/1.1\r\nHost: test\r\nContent-Length: 8\r\n\r\nhalf");
     let mut connection = origin.accept();

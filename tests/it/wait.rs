@@ -59,7 +59,8 @@ fn a_backend_that_drips_its_header_does_not_gain_time_by_it() {
 #[test]
 fn a_slow_upload_is_not_the_fault_of_the_backend() {
     let origin = Origin::answering(|request| ok(&request.body));
-    let gateway = impatient(&origin);
+    let stream = "buffering: { request: { mode: stream } }";
+    let gateway = Setup::before(&origin).upstream("timeouts: { wait: 200ms }").route(stream).start();
     let mut client = gateway.client();
     client.send("POST / HTTP/1.1\r\nHost: test\r\nContent-Length: 10\r\n\r\n");
     assert!(client.drip("ten bytes!", ms(50)), "the gateway spoke before the upload was over");

@@ -20,7 +20,9 @@ fn a_slow_reader_gets_every_byte() {
 #[test]
 fn a_client_that_stops_reading_is_cut_and_the_backend_let_go() {
     let origin = Origin::scripted();
-    let gateway = Setup::before(&origin).route("client: { write_idle: 300ms }").start();
+    let gateway = Setup::before(&origin)
+        .route("client: { write_idle: 300ms }, buffering: { response: { mode: stream } }")
+        .start();
     let mut client = Client::slow(gateway.web());
     client.send(request("GET", "/", "", ""));
     let mut connection = origin.accept();

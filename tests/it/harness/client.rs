@@ -6,13 +6,17 @@ use std::path::Path;
 use std::time::Duration;
 
 use bytes::Bytes;
-use h2::client::SendRequest;
+use h2::SendStream;
+use h2::client::{ResponseFuture, SendRequest};
 use http::HeaderMap;
 use socket2::{Domain, Socket, Type};
-use tokio::runtime::Runtime;
+use tokio::runtime::{Builder, Runtime};
 
 use super::wire::{End, Response, Wire};
 use super::{DEADLINE, eventually};
+
+/// The largest segment that a slow client takes.
+const SEGMENT_BYTES: u32 = 1400;
 
 /// A client on one connection of HTTP/1.
 pub struct Client {
@@ -36,13 +40,12 @@ impl Client {
     }
 
     fn with(address: SocketAddr, receive_buffer: Option<usize>) -> Client {
-        let socket = Socket::new(Domain::for_address(address), Type::STREAM, None).expect("a socket");
-        if let Some(size) = receive_buffer {
-            socket.set_recv_buffer_size(size).expect("a small buffer");
-        }
-        socket.connect_timeout(&address.into(), DEADLINE).expect("the gateway to accept");
-        socket.set_tcp_nodelay(true).expect("no delay");
-        Client { wire: Wire::new(socket) }
+        Client { wire: Wire::new(connected(address, receive_buffer)) }
+    }
+
+    /// The connection itself.
+    pub fn into_wire(self) -> Wire {
+        self.wire
     }
 
     /// Sends all of it.
@@ -61,6 +64,11 @@ impl Client {
     /// Sends one byte at a time with a pause between, until the gateway says something; whether all was sent.
     pub fn drip(&mut self, bytes: impl AsRef<[u8]>, pause: Duration) -> bool {
         self.wire.drip(bytes, pause)
+    }
+
+    /// Whether the gateway has said nothing by now that was not read.
+    pub fn is_silent(&mut self) -> bool {
+        self.wire.is_silent()
     }
 
     /// Does nothing for a while. This is what the gateway has to bear, never a wait for it.
@@ -120,6 +128,19 @@ impl Client {
     }
 }
 
+/// A socket that is connected, and has this receive buffer if one is named.
+fn connected(address: SocketAddr, receive_buffer: Option<usize>) -> Socket {
+    let socket = Socket::new(Domain::for_address(address), Type::STREAM, None).expect("a socket");
+    if let Some(size) = receive_buffer {
+        socket.set_recv_buffer_size(size).expect("a small buffer");
+        // As over Ethernet. With the 64 KiB of loopback, the gateway's kernel would take megabytes before it says no.
+        socket.set_tcp_mss(SEGMENT_BYTES).expect("a segment size");
+    }
+    socket.connect_timeout(&address.into(), DEADLINE).expect("the gateway to accept");
+    socket.set_tcp_nodelay(true).expect("no delay");
+    socket
+}
+
 /// Asks once, on a connection of its own.
 pub fn get(address: SocketAddr, path: &str) -> Response {
     Client::connect(address).get(path)
@@ -150,6 +171,7 @@ pub fn chunked(body: &[u8], size: usize) -> Vec<u8> {
 pub struct H2Client {
     runtime: Runtime,
     send: SendRequest<Bytes>,
+    socket: Socket,
 }
 
 /// A response of HTTP/2.
@@ -168,14 +190,49 @@ pub struct H2Response {
 impl H2Client {
     /// Connects and exchanges settings.
     pub fn connect(address: SocketAddr) -> H2Client {
-        let runtime = Runtime::new().expect("a runtime");
+        H2Client::with(address, &h2::client::Builder::new())
+    }
+
+    /// Connects and lets the gateway send no more than so many bytes of an answer ahead of what is read.
+    pub fn narrow(address: SocketAddr, window: u32) -> H2Client {
+        H2Client::with(address, h2::client::Builder::new().initial_window_size(window))
+    }
+
+    fn with(address: SocketAddr, settings: &h2::client::Builder) -> H2Client {
+        let socket = connected(address, None);
+        let stream = std::net::TcpStream::from(socket.try_clone().expect("a second handle"));
+        stream.set_nonblocking(true).expect("a socket that never blocks");
+        // One thread besides the story's own, so that the connection lives on while the story does something else.
+        let runtime = Builder::new_multi_thread().worker_threads(1).enable_all().build().expect("a runtime");
         let send = runtime.block_on(async {
-            let stream = tokio::net::TcpStream::connect(address).await.expect("the gateway to accept");
-            let (send, connection) = h2::client::handshake(stream).await.expect("a handshake of HTTP/2");
+            let stream = tokio::net::TcpStream::from_std(stream).expect("a stream");
+            let (send, connection) = settings.handshake(stream).await.expect("a handshake of HTTP/2");
             tokio::spawn(connection);
             send
         });
-        H2Client { runtime, send }
+        H2Client { runtime, send, socket }
+    }
+
+    /// Runs one step of an exchange.
+    ///
+    /// # Panics
+    /// If it does not end before the deadline.
+    pub fn step<T>(&self, step: impl Future<Output = T>) -> T {
+        let limited = async { tokio::time::timeout(DEADLINE, step).await };
+        self.runtime.block_on(limited).expect("an end of the step before the deadline")
+    }
+
+    /// Begins a request; `end` if its header is all of it.
+    pub fn begin(&self, request: http::Request<()>, end: bool) -> (ResponseFuture, SendStream<Bytes>) {
+        self.step(async {
+            let mut send = self.send.clone().ready().await.expect("a ready connection");
+            send.send_request(request, end).expect("a stream")
+        })
+    }
+
+    /// Goes away without a word.
+    pub fn reset(self) {
+        self.socket.set_linger(Some(Duration::ZERO)).expect("linger");
     }
 
     /// Asks for a path and reads the answer.
@@ -203,9 +260,7 @@ impl H2Client {
             }
             Ok(H2Response { status: head.status.as_u16(), headers: head.headers, body, end })
         };
-        self.runtime
-            .block_on(async { tokio::time::timeout(DEADLINE, exchange).await })
-            .expect("an end of the stream before the deadline")
+        self.step(exchange)
     }
 
     /// How many streams the gateway lets this connection have at once, once it has said so.

@@ -37,6 +37,7 @@ pub struct Setup {
     observability: String,
     more: String,
     filters: Vec<fn(Builder) -> Builder>,
+    tmpfs: Option<&'static str>,
     dir: Arc<TempDir>,
 }
 
@@ -102,6 +103,7 @@ impl Setup {
             observability: String::new(),
             more: String::new(),
             filters: Vec::new(),
+            tmpfs: None,
         }
     }
 
@@ -183,6 +185,27 @@ impl Setup {
         self
     }
 
+    /// Keys of `server` beside one worker and a directory of its own for spooled bodies, `spool`.
+    pub fn spooling(self, keys: &str) -> Setup {
+        let spool = self.spool_dir();
+        let keys = joined(&["threads: 1", &format!("spool_dir: \"{}\"", spool.display()), keys]);
+        self.server(&keys)
+    }
+
+    /// Puts the directory `spool` on a disk of its own, which has so many bytes (`4m`) and is memory. The program alone
+    /// sees that disk, so it must be spawned.
+    pub fn tmpfs(self, size: &'static str) -> Setup {
+        self.spool_dir();
+        Setup { tmpfs: Some(size), ..self }
+    }
+
+    /// The directory for spooled bodies.
+    pub fn spool_dir(&self) -> PathBuf {
+        let spool = self.path("spool");
+        fs::create_dir_all(&spool).expect("a directory for spooled bodies");
+        spool
+    }
+
     /// A path in the directory of this gateway.
     pub fn path(&self, name: &str) -> PathBuf {
         self.dir.path().join(name)
@@ -248,7 +271,8 @@ impl Setup {
     pub fn spawn_with(&self, environment: &[(&str, &Path)]) -> Process {
         let file = self.path("forebay.yaml");
         fs::write(&file, self.yaml()).expect("a configuration file");
-        let mut child = Command::new(env!("CARGO_BIN_EXE_forebay"))
+        let mut child = self
+            .program()
             .args(["run", "-c"])
             .arg(&file)
             .envs(environment.iter().copied())
@@ -261,6 +285,25 @@ impl Setup {
         eventually("the program to be ready", || (get(admin, "/readyz").status == 200).then_some(()));
         Process { child, web, admin, stderr, dir: self.dir.clone() }
     }
+}
+
+impl Setup {
+    /// The program, on a disk of its own if it is to have one.
+    fn program(&self) -> Command {
+        const PROGRAM: &str = env!("CARGO_BIN_EXE_forebay");
+        const MOUNT: &str = r#"mount -t tmpfs -o "size=$1" tmpfs "$2" && shift 2 && exec "$@""#;
+        let Some(size) = self.tmpfs else { return Command::new(PROGRAM) };
+        let mut command = Command::new("unshare");
+        // Who is not root becomes it in a namespace of users; where there are none of these either, the story fails.
+        command.args([if may_mount() { "-m" } else { "-Urm" }, "sh", "-c", MOUNT, "sh", size]);
+        command.arg(self.path("spool")).arg(PROGRAM);
+        command
+    }
+}
+
+/// Whether this process may mount in a namespace of its own as it is.
+fn may_mount() -> bool {
+    Command::new("unshare").args(["-m", "true"]).output().expect("unshare, of util-linux").status.success()
 }
 
 impl Gateway {
@@ -337,6 +380,28 @@ impl Process {
         resident.and_then(|kib| kib.trim().parse::<u64>().ok()).expect("its resident set") * 1024
     }
 
+    /// What its file descriptors are open on: a path, or a kind and a number.
+    pub fn open_files(&self) -> Vec<String> {
+        let open = fs::read_dir(format!("/proc/{}/fd", self.child.id())).expect("its open files");
+        // One that was closed since is not open.
+        open.flatten().flat_map(|file| fs::read_link(file.path())).map(|to| to.display().to_string()).collect()
+    }
+
+    /// The files of its spool directory that it has open.
+    pub fn spool_files(&self) -> Vec<fs::Metadata> {
+        let spool = self.dir.path().join("spool");
+        let open = fs::read_dir(format!("/proc/{}/fd", self.child.id())).expect("its open files");
+        let spooled = open.flatten().filter(|file| fs::read_link(file.path()).is_ok_and(|to| to.starts_with(&spool)));
+        spooled.flat_map(|file| fs::metadata(file.path())).collect()
+    }
+
+    /// The disks that it alone sees mounted for spooled bodies, each as a line of `/proc/PID/mounts`.
+    pub fn spool_disks(&self) -> Vec<String> {
+        let spool = self.dir.path().join("spool").display().to_string();
+        let mounts = fs::read_to_string(format!("/proc/{}/mounts", self.child.id())).expect("what it sees mounted");
+        mounts.lines().filter(|line| line.contains(&spool)).map(str::to_owned).collect()
+    }
+
     /// Whether it runs.
     pub fn runs(&mut self) -> bool {
         self.child.try_wait().expect("the state of the child").is_none()
@@ -353,6 +418,16 @@ impl Drop for Process {
         end(&mut self.child);
     }
 }
+
+/// What is zero when nothing is under way.
+const AT_REST: [&str; 6] = [
+    "forebay_phase_active",
+    "forebay_spool_bytes",
+    "forebay_slow_clients",
+    "forebay_pressure",
+    "forebay_lane_waiting",
+    "forebay_disk_queue",
+];
 
 /// What can be watched of a gateway, in this process or in its own.
 pub trait Watched {
@@ -379,6 +454,13 @@ pub trait Watched {
     /// Waits until an exchange is in this phase.
     fn wait_phase(&self, phase: Phase) {
         self.wait_metric(&format!("forebay_phase_active{{phase=\"{phase}\"}}"), |count| count >= 1.0);
+    }
+
+    /// Waits until nothing is under way and nothing is held: no exchange, no spooled byte, no slow client.
+    fn wait_at_rest(&self) {
+        for gauge in AT_REST {
+            self.wait_metric(gauge, |count| count == 0.0);
+        }
     }
 
     /// Waits for so many lines of the access log, and returns all that are there.

@@ -7,6 +7,7 @@ use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::Duration;
 
+use forebay::origin::{Detour, Running};
 use socket2::{Domain, Socket, Type};
 
 use super::wire::{Head, Request, Wire, find};
@@ -24,6 +25,7 @@ pub struct Origin {
 struct Seen {
     connections: Mutex<usize>,
     requests: Mutex<Vec<Request>>,
+    answered: Mutex<usize>,
 }
 
 /// One connection to an origin, played by the story.
@@ -61,6 +63,7 @@ impl Origin {
                     if connection.wire.send(bytes).is_err() {
                         return;
                     }
+                    *connection.seen.answered.lock().unwrap() += 1;
                 }
             });
         })
@@ -104,6 +107,11 @@ impl Origin {
     /// How many connections were made to it.
     pub fn connections(&self) -> usize {
         *self.seen.connections.lock().unwrap()
+    }
+
+    /// How many answers of an answering origin the kernel has taken whole.
+    pub fn answered(&self) -> usize {
+        *self.seen.answered.lock().unwrap()
     }
 
     /// Every request it got, in order.
@@ -226,6 +234,22 @@ fn bound() -> Socket {
 
 fn address_of(socket: &Socket) -> SocketAddr {
     socket.local_addr().ok().and_then(|address| address.as_socket()).expect("its address")
+}
+
+/// The built-in test origin, for bodies too large to keep.
+pub fn built_in() -> Running {
+    running(&Arc::default())
+}
+
+/// Two of them, the first of which to be asked answers as at `path`, once: which that is, the gateway chooses.
+pub fn first_fails(path: &str) -> [Running; 2] {
+    let detour = Detour::of_first(1, path.parse().expect("a path"));
+    [(); 2].map(|()| running(&detour))
+}
+
+fn running(detour: &Arc<Detour>) -> Running {
+    let origin = forebay::origin::Origin::bind("127.0.0.1:0").expect("a port for the origin");
+    origin.detour(detour).spawn().expect("an origin")
 }
 
 /// A whole response: 200, with its length.

@@ -14,6 +14,8 @@ use super::DEADLINE;
 pub struct Wire {
     socket: Socket,
     read: Vec<u8>,
+    was_reset: bool,
+    trailers: Vec<String>,
 }
 
 /// How a message ended.
@@ -60,6 +62,21 @@ pub struct Response {
     pub end: End,
 }
 
+/// What is left to read of a body.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Left {
+    /// So many bytes.
+    Bytes(usize),
+    /// The size of a chunk and what follows it.
+    Chunks,
+    /// So many bytes of a chunk, and what follows it.
+    Chunk(usize),
+    /// All that comes until the connection ends.
+    Close,
+    /// Nothing: it ended like this.
+    Nothing(End),
+}
+
 /// Where the body of a message ends.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Framing {
@@ -79,7 +96,7 @@ impl Wire {
         let socket = socket.into();
         socket.set_read_timeout(Some(DEADLINE)).expect("a read timeout");
         socket.set_write_timeout(Some(DEADLINE)).expect("a write timeout");
-        Wire { socket, read: Vec::new() }
+        Wire { socket, read: Vec::new(), was_reset: false, trailers: Vec::new() }
     }
 
     /// Sends all of it, if the peer takes it.
@@ -119,6 +136,14 @@ impl Wire {
         self.socket.set_linger(Some(Duration::ZERO)).expect("linger");
     }
 
+    /// Whether nothing has come by now that was not read, not even an end.
+    pub fn is_silent(&mut self) -> bool {
+        self.socket.set_nonblocking(true).expect("a socket that does not block");
+        let silent = self.read.is_empty() && self.silent();
+        self.socket.set_nonblocking(false).expect("a socket that blocks");
+        silent
+    }
+
     /// Waits until the peer has closed or reset, and says what came before that.
     pub fn rest(&mut self) -> Vec<u8> {
         while self.fill() {}
@@ -146,12 +171,63 @@ impl Wire {
     /// # Panics
     /// If its chunks are malformed, or nothing comes.
     pub fn body(&mut self, framing: Framing) -> (Vec<u8>, End) {
-        match framing {
-            Framing::Empty => (Vec::new(), End::Complete),
-            Framing::Length(length) => self.exactly(length),
-            Framing::Chunked => self.chunks(),
-            Framing::Close => (self.rest(), End::Complete),
+        let (mut body, mut left) = (Vec::new(), framing.begin());
+        loop {
+            body.append(&mut self.piece(&mut left, usize::MAX));
+            if let Left::Nothing(end) = left {
+                return (body, end);
+            }
         }
+    }
+
+    /// Reads a piece of a body, at most `max` bytes at once from the socket. It is empty only at the end of the body,
+    /// which `left` tells with the last piece or after it.
+    ///
+    /// # Panics
+    /// If its chunks are malformed, or nothing comes.
+    pub fn piece(&mut self, left: &mut Left, max: usize) -> Vec<u8> {
+        loop {
+            *left = match *left {
+                Left::Nothing(_) => return Vec::new(),
+                Left::Bytes(0) => Left::Nothing(End::Complete),
+                Left::Chunk(0) => match self.line() {
+                    Some(line) => {
+                        assert_eq!(line, "", "a chunk is longer than its size");
+                        Left::Chunks
+                    }
+                    None => Left::Nothing(End::Cut),
+                },
+                Left::Bytes(length) | Left::Chunk(length) => {
+                    let piece = self.some(length.min(max));
+                    *left = match (&*left, length - piece.len()) {
+                        _ if piece.is_empty() => Left::Nothing(End::Cut),
+                        (Left::Bytes(_), 0) => Left::Nothing(End::Complete),
+                        (Left::Bytes(_), rest) => Left::Bytes(rest),
+                        (_, rest) => Left::Chunk(rest),
+                    };
+                    return piece;
+                }
+                Left::Chunks => self.chunk(),
+                Left::Close => match self.some(max) {
+                    piece if piece.is_empty() && self.was_reset => Left::Nothing(End::Cut),
+                    piece if piece.is_empty() => Left::Nothing(End::Complete),
+                    piece => return piece,
+                },
+            }
+        }
+    }
+
+    /// At least one byte and at most `max`; none at the end of the connection.
+    fn some(&mut self, max: usize) -> Vec<u8> {
+        if self.read.is_empty() {
+            self.fill_at_most(max);
+        }
+        self.take(max.min(self.read.len()))
+    }
+
+    /// The trailer fields of the body that was read last, each as a line.
+    pub fn trailers(&self) -> &[String] {
+        &self.trailers
     }
 
     /// Reads so many bytes, or those that came before the connection ended.
@@ -161,36 +237,32 @@ impl Wire {
                 return (std::mem::take(&mut self.read), End::Cut);
             }
         }
-        (self.read.drain(..length).collect(), End::Complete)
+        (self.take(length), End::Complete)
     }
 
-    fn chunks(&mut self) -> (Vec<u8>, End) {
-        let mut body = Vec::new();
-        loop {
-            let Some(line) = self.line() else { return (body, End::Cut) };
-            let size = line.split(';').next().unwrap_or_default();
-            let size = usize::from_str_radix(size, 16).unwrap_or_else(|_| panic!("`{line}` is no chunk size"));
-            if size == 0 {
-                return (body, self.trailers());
-            }
-            let (mut piece, end) = self.exactly(size + 2);
-            if end == End::Cut {
-                piece.truncate(size);
-                body.append(&mut piece);
-                return (body, End::Cut);
-            }
-            assert!(piece.ends_with(b"\r\n"), "a chunk of {size} bytes ends without CRLF");
-            body.extend_from_slice(&piece[..size]);
+    /// So many of the bytes that were read. A copy, because collecting a drain goes byte by byte in a debug build.
+    fn take(&mut self, length: usize) -> Vec<u8> {
+        let taken = self.read[..length].to_vec();
+        self.read.drain(..length);
+        taken
+    }
+
+    /// Reads the size of a chunk, or the trailer fields behind the last one.
+    fn chunk(&mut self) -> Left {
+        let Some(line) = self.line() else { return Left::Nothing(End::Cut) };
+        let size = line.split(';').next().unwrap_or_default();
+        let size = usize::from_str_radix(size, 16).unwrap_or_else(|_| panic!("`{line}` is no chunk size"));
+        if size > 0 {
+            return Left::Chunk(size);
         }
-    }
-
-    fn trailers(&mut self) -> End {
+        self.trailers.clear();
         while let Some(line) = self.line() {
             if line.is_empty() {
-                return End::Complete;
+                return Left::Nothing(End::Complete);
             }
+            self.trailers.push(line);
         }
-        End::Cut
+        Left::Nothing(End::Cut)
     }
 
     fn line(&mut self) -> Option<String> {
@@ -207,14 +279,34 @@ impl Wire {
 
     /// Reads what is there; `false` at the end of the connection, be it an orderly one or a reset.
     fn fill(&mut self) -> bool {
+        self.fill_at_most(usize::MAX)
+    }
+
+    fn fill_at_most(&mut self, max: usize) -> bool {
         let mut piece = [0; 16 * 1024];
-        match self.socket.read(&mut piece) {
+        let size = max.min(piece.len());
+        match self.socket.read(&mut piece[..size]) {
             Ok(count) => {
                 self.read.extend_from_slice(&piece[..count]);
                 count > 0
             }
-            Err(e) if matches!(e.kind(), io::ErrorKind::ConnectionReset | io::ErrorKind::BrokenPipe) => false,
+            Err(e) if matches!(e.kind(), io::ErrorKind::ConnectionReset | io::ErrorKind::BrokenPipe) => {
+                self.was_reset = true;
+                false
+            }
             Err(e) => panic!("waited {DEADLINE:?} for a byte after {} unread ones: {e}", self.read.len()),
+        }
+    }
+}
+
+impl Framing {
+    /// What is left of a body that is framed so and of which nothing was read.
+    pub fn begin(self) -> Left {
+        match self {
+            Framing::Empty => Left::Nothing(End::Complete),
+            Framing::Length(length) => Left::Bytes(length),
+            Framing::Chunked => Left::Chunks,
+            Framing::Close => Left::Close,
         }
     }
 }

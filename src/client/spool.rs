@@ -1,0 +1,1223 @@
+//! What waits for a slow side: one queue of bytes, in memory as far as it may and in a file beyond that.
+//!
+//! The session pushes what one side of an exchange sends and pops what the other takes; requests and responses alike. In
+//! order, the bytes stand in the head (memory), the file, and the tail (memory, until as much has gathered that a
+//! write is worth it). Nothing here waits: what the disk threads ([`disk`]) are asked to do is polled for, and what there
+//! is for all is asked of the [`Budget`]. A spool that never exceeds its memory is a queue of pieces that are not copied.
+
+pub mod disk;
+#[cfg(test)]
+mod faults;
+mod pieces;
+
+use std::fs::File;
+use std::io;
+use std::ops::Range;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+
+use bytes::Bytes;
+use tokio::sync::oneshot;
+
+use super::budget::{Budget, Share, Wait};
+use crate::metrics::{Direction, RouteMetrics};
+use disk::{Disk, Permit, Read, Unwritten, Written};
+use pieces::Pieces;
+
+/// How much is written at once.
+const CHUNK_BYTES: u64 = 256 * 1024;
+
+/// How little is worth a write when nothing more comes for now.
+const SMALL_CHUNK_BYTES: u64 = 32 * 1024;
+
+/// What spools share.
+pub struct Depot {
+    /// Where they write and read.
+    pub disk: Disk,
+    /// What they may hold.
+    pub budget: Arc<Budget>,
+    chunk: u64,
+    small_chunk: u64,
+}
+
+impl Depot {
+    /// Puts together what spools share.
+    pub fn new(disk: Disk, budget: Arc<Budget>) -> Self {
+        Depot { disk, budget, chunk: CHUNK_BYTES, small_chunk: SMALL_CHUNK_BYTES }
+    }
+}
+
+/// What one spool may hold, in bytes.
+#[derive(Clone, Copy, Debug)]
+pub struct Limits {
+    /// In memory. A chunk that gathers, one that is being written and what was just read back come on top.
+    pub memory: u64,
+    /// In its file; 0: it has none.
+    pub disk: u64,
+}
+
+/// Whether one more piece (of 64 KiB or less) may come.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Room {
+    /// It may.
+    Free,
+    /// Not before the disk is done; the task is woken then.
+    Disk,
+    /// Not before somebody lets go of memory; the task is woken then. Without the rung pause it is not, and should not wait.
+    Pressure,
+    /// Not before something is popped: memory and disk of this spool are used up, or the disk of all.
+    Full,
+}
+
+/// Why a spool cannot go on as it was told.
+#[derive(Debug, thiserror::Error)]
+pub enum SpoolError {
+    /// No space is left where the files are, or no more may be used.
+    #[error("no space is left for spooled bodies: {0}")]
+    Full(#[source] io::Error),
+    /// The file could not be written or read.
+    #[error("a spooled body could not be written or read: {0}")]
+    Failed(#[source] io::Error),
+}
+
+impl From<io::Error> for SpoolError {
+    fn from(error: io::Error) -> Self {
+        match error.kind() {
+            io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => SpoolError::Full(error),
+            _ => SpoolError::Failed(error),
+        }
+    }
+}
+
+/// The bytes of one direction of one exchange that one side has sent and the other has not yet taken.
+///
+/// Dropping it at any moment lets go of everything: what the disk threads still hold for it follows as soon as they come to it.
+pub struct Spool {
+    depot: Arc<Depot>,
+    limits: Limits,
+    direction: Direction,
+    /// Whose spool it is; taken when its first write is counted.
+    route: Option<Arc<RouteMetrics>>,
+    /// Whether what is popped is kept, for it to be popped again.
+    keeps: bool,
+    /// What it holds itself, without what is with the disk threads.
+    share: Share,
+    /// Position of the byte that is popped next. Positions count from the first byte that was ever pushed.
+    next: u64,
+
+    /// What stands before the file.
+    head: Pieces,
+    /// What stands in the file.
+    stored: Range<u64>,
+    file: Option<Arc<File>>,
+    /// Position of what stands at the beginning of the file.
+    base: u64,
+    write: Option<Write>,
+    write_turn: Turn,
+    /// What comes after the file and after what is being written.
+    tail: Pieces,
+
+    read: Option<Reading>,
+    read_turn: Turn,
+    /// What was read back and is popped next.
+    fetched: Bytes,
+
+    /// What `room` has yet to say.
+    failure: Option<SpoolError>,
+    /// Whether nothing is written any more, since that has failed.
+    broken: bool,
+    pause: Option<Wait<()>>,
+    spilled: u64,
+}
+
+/// A write that is queued or under way, of what stands up to the beginning of the tail.
+struct Write {
+    bytes: u64,
+    written: oneshot::Receiver<Written>,
+}
+
+/// A read of what is popped next, queued or under way.
+struct Reading {
+    bytes: u64,
+    read: oneshot::Receiver<Read>,
+}
+
+/// What has become of the wish to write.
+#[derive(Clone, Copy, PartialEq)]
+enum Flush {
+    /// There is nothing to write, or it is being written.
+    Done,
+    /// The queue of the disk threads is full.
+    Queues,
+    /// The disk of all spools is used up.
+    Denied,
+}
+
+/// Why something is written.
+#[derive(Clone, Copy, PartialEq)]
+enum Cause {
+    /// The spool holds more in memory than it may.
+    Memory,
+    /// The rung spill holds.
+    Pressure,
+}
+
+impl Spool {
+    /// A spool that lets go of what is popped.
+    pub fn consuming(
+        depot: &Arc<Depot>,
+        direction: Direction,
+        limits: Limits,
+        route: Option<&Arc<RouteMetrics>>,
+    ) -> Self {
+        Spool::new(depot, direction, limits, route, false)
+    }
+
+    /// A spool that keeps what is popped, so that [`Spool::rewind`] can begin again.
+    pub fn keeping(
+        depot: &Arc<Depot>,
+        direction: Direction,
+        limits: Limits,
+        route: Option<&Arc<RouteMetrics>>,
+    ) -> Self {
+        Spool::new(depot, direction, limits, route, true)
+    }
+
+    fn new(
+        depot: &Arc<Depot>,
+        direction: Direction,
+        limits: Limits,
+        route: Option<&Arc<RouteMetrics>>,
+        keeps: bool,
+    ) -> Self {
+        Spool {
+            depot: depot.clone(),
+            limits,
+            direction,
+            route: route.cloned(),
+            keeps,
+            share: Share::new(&depot.budget, direction),
+            next: 0,
+            head: Pieces::new(0),
+            stored: 0..0,
+            file: None,
+            base: 0,
+            write: None,
+            write_turn: Turn::default(),
+            tail: Pieces::new(0),
+            read: None,
+            read_turn: Turn::default(),
+            fetched: Bytes::new(),
+            failure: None,
+            broken: false,
+            pause: None,
+            spilled: 0,
+        }
+    }
+
+    /// Bytes that were ever pushed.
+    pub fn pushed(&self) -> u64 {
+        self.tail.end()
+    }
+
+    /// Bytes that are yet to be popped; after a rewind, again.
+    pub fn unread(&self) -> u64 {
+        self.pushed() - self.next
+    }
+
+    /// Bytes that it holds, in memory and on disk.
+    pub fn len(&self) -> u64 {
+        if self.keeps { self.pushed() } else { self.unread() }
+    }
+
+    /// Whether it holds nothing.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Bytes that it holds in memory, those that the disk threads have of it included.
+    pub fn memory(&self) -> u64 {
+        let writing = self.write.as_ref().map_or(0, |write| write.bytes);
+        let reading = self.read.as_ref().map_or(0, |read| read.bytes);
+        self.share.memory() + writing + reading
+    }
+
+    /// Bytes that were ever written to disk.
+    pub fn spilled(&self) -> u64 {
+        self.spilled
+    }
+
+    /// Appends a piece. It always fits; ask [`Spool::room`] before it comes, and again after it, or say [`Spool::idle`]:
+    /// what is to be written is written there.
+    pub fn push(&mut self, piece: Bytes) {
+        if !piece.is_empty() {
+            self.share.grow_memory(piece.len() as u64);
+            self.tail.push(piece);
+        }
+    }
+
+    /// Whether one more piece may come; and writes what is to be written.
+    ///
+    /// # Errors
+    /// Says once that a write has failed. Nothing is lost by that: what was to be written stays in memory, and from now
+    /// on this spool makes do without disk.
+    pub fn room(&mut self, cx: &mut Context<'_>) -> Result<Room, SpoolError> {
+        self.settle(cx);
+        let flush = self.flush(cx, false);
+        if let Some(failure) = self.failure.take() {
+            return Err(failure);
+        }
+        let can_write = self.disk_left() > 0 && flush != Flush::Denied;
+        if !can_write && self.held() >= self.limits.memory.max(1) {
+            self.pause = None;
+            return Ok(Room::Full);
+        }
+        let writes = self.write.is_some() || flush == Flush::Queues;
+        if self.depot.budget.full() {
+            return Ok(if writes { Room::Disk } else { self.pause(cx) });
+        }
+        self.pause = None;
+        let gathered = if self.depot.budget.spills() { self.tail.len() } else { self.excess() };
+        Ok(if writes && gathered >= self.depot.chunk { Room::Disk } else { Room::Free })
+    }
+
+    /// Says that nothing more comes for now: what exceeds the memory that it may have is written, even if it is little.
+    pub fn idle(&mut self, cx: &mut Context<'_>) {
+        self.settle(cx);
+        self.flush(cx, true);
+    }
+
+    /// The next bytes in order, at most `max` of them, which are read back at once if they are in the file; `None` if there
+    /// are none now, which is no promise to wake anybody when some come.
+    ///
+    /// # Errors
+    /// The file could not be read. The next call tries again.
+    pub fn poll_next(&mut self, cx: &mut Context<'_>, max: usize) -> Poll<Result<Option<Bytes>, SpoolError>> {
+        self.settle(cx);
+        let max = max.max(1);
+        if self.unread() == 0 {
+            return Poll::Ready(Ok(None));
+        }
+        if self.fetched.is_empty() && self.stored.contains(&self.next) && !self.head.contains(self.next) {
+            match self.fetch(cx, max) {
+                Poll::Ready(Ok(())) => {}
+                Poll::Ready(Err(error)) => return Poll::Ready(Err(error)),
+                Poll::Pending => return Poll::Pending,
+            }
+        }
+        let popped = if !self.fetched.is_empty() {
+            self.pop_fetched(max)
+        } else if self.head.contains(self.next) {
+            pop(&mut self.head, &mut self.share, self.next, max, self.keeps)
+        } else if self.tail.contains(self.next) {
+            pop(&mut self.tail, &mut self.share, self.next, max, self.keeps)
+        } else {
+            // It is being written: `settle` has left word to be woken.
+            return Poll::Pending;
+        };
+        self.next += popped.len() as u64;
+        Poll::Ready(Ok(Some(popped)))
+    }
+
+    /// Begins again with the first byte.
+    pub fn rewind(&mut self) {
+        debug_assert!(self.keeps, "what was popped of a consuming spool is gone");
+        if !self.keeps {
+            return;
+        }
+        self.next = 0;
+        self.read = None;
+        self.read_turn = Turn::default();
+        self.share.shrink_memory(self.fetched.len() as u64);
+        self.fetched = Bytes::new();
+    }
+
+    /// Bytes in memory that count for its limit.
+    fn held(&self) -> u64 {
+        self.head.len() + self.tail.len()
+    }
+
+    /// Bytes of the tail that exceed its limit.
+    fn excess(&self) -> u64 {
+        self.held().saturating_sub(self.limits.memory).min(self.tail.len())
+    }
+
+    /// Where in the file the next write goes.
+    fn offset(&self) -> u64 {
+        let empty = self.stored.is_empty() && self.write.is_none();
+        if empty { 0 } else { self.tail.start() - self.base }
+    }
+
+    /// Bytes that it may yet write.
+    fn disk_left(&self) -> u64 {
+        if self.broken { 0 } else { self.limits.disk.saturating_sub(self.offset()) }
+    }
+
+    /// How much of the tail should be written now, and why.
+    fn due(&self, idle: bool) -> Option<(u64, Cause)> {
+        let Depot { budget, chunk, small_chunk, .. } = &*self.depot;
+        let most = self.disk_left().min(*chunk);
+        if most == 0 {
+            return None;
+        }
+        let (full, spills) = (budget.full(), budget.spills());
+        let worthwhile = match (full, spills, idle) {
+            // What goes to disk anyway goes now.
+            (true, false, _) => 1,
+            (false, _, true) => *small_chunk,
+            _ => *chunk,
+        };
+        let pressing = if full { 1 } else { *small_chunk };
+        let excess = self.excess();
+        if excess >= worthwhile.min(most) {
+            Some((excess.min(most), Cause::Memory))
+        } else if spills && self.tail.len() >= pressing.min(most) {
+            Some((self.tail.len().min(most), Cause::Pressure))
+        } else {
+            None
+        }
+    }
+
+    /// Writes what is due, until something is being written.
+    fn flush(&mut self, cx: &mut Context<'_>, idle: bool) -> Flush {
+        while self.write.is_none() {
+            let Some((bytes, cause)) = self.due(idle) else {
+                self.write_turn = Turn::default();
+                break;
+            };
+            let Poll::Ready(permit) = self.write_turn.poll(&self.depot.disk, cx) else { return Flush::Queues };
+            let grown = (self.offset() + bytes).saturating_sub(self.share.disk());
+            if grown > 0 && !self.share.grow_disk(grown) {
+                return Flush::Denied;
+            }
+            self.write(permit, bytes, cause);
+            self.count(cause);
+            // It may be done already; else the task is woken when it is.
+            self.settle(cx);
+        }
+        Flush::Done
+    }
+
+    fn write(&mut self, permit: Permit, bytes: u64, cause: Cause) {
+        if self.stored.is_empty() {
+            self.found(cause);
+        }
+        let offset = self.tail.start() - self.base;
+        let pieces = self.tail.take_front(bytes);
+        let held = self.share.split_memory(bytes);
+        let written = self.depot.disk.write(permit, self.file.clone(), offset, pieces, held);
+        self.write = Some(Write { bytes, written });
+    }
+
+    /// Prepares for the first write to a file that nothing stands in: what may stay in memory becomes the head.
+    fn found(&mut self, cause: Cause) {
+        let stay = match cause {
+            Cause::Memory => self.limits.memory.min(self.tail.len()),
+            Cause::Pressure => 0,
+        };
+        // Whatever stood before has been popped, or the file would not be empty.
+        debug_assert!(self.head.is_empty());
+        self.head = self.tail.split_front(stay);
+        // It may stay for long, and the rest of its pieces is about to be let go of.
+        self.head.compact();
+        self.base = self.tail.start();
+        self.stored = self.base..self.base;
+    }
+
+    fn count(&mut self, cause: Cause) {
+        if cause == Cause::Pressure {
+            self.depot.budget.count_spill();
+        }
+        if let Some(route) = self.route.take() {
+            let spills = route.spills(self.direction);
+            match cause {
+                Cause::Memory => spills.memory.inc(),
+                Cause::Pressure => spills.pressure.inc(),
+            }
+        }
+    }
+
+    /// Takes note of a write that is done; else the task is woken when it is.
+    fn settle(&mut self, cx: &mut Context<'_>) {
+        let Some(write) = &mut self.write else { return };
+        let Poll::Ready(written) = Pin::new(&mut write.written).poll(cx) else { return };
+        let bytes = write.bytes;
+        self.write = None;
+        match written {
+            Ok(Ok(file)) => {
+                self.file = Some(file);
+                self.stored.end += bytes;
+                self.spilled += bytes;
+            }
+            Ok(Err(Unwritten { pieces, held, error })) => {
+                self.share.join(held);
+                self.tail.put_back(pieces);
+                self.broken = true;
+                self.failure = Some(error.into());
+            }
+            Err(_) => {
+                // What was to be written is gone with the thread: without a file nobody takes it for what stands there.
+                self.file = None;
+                self.stored.end += bytes;
+                self.broken = true;
+                self.failure = Some(SpoolError::Failed(gone()));
+            }
+        }
+    }
+
+    /// Reads back what comes next.
+    fn fetch(&mut self, cx: &mut Context<'_>, max: usize) -> Poll<Result<(), SpoolError>> {
+        if self.read.is_none() {
+            let Some(file) = self.file.clone() else { return Poll::Ready(Err(SpoolError::Failed(gone()))) };
+            let permit = std::task::ready!(self.read_turn.poll(&self.depot.disk, cx));
+            let left = self.stored.end - self.next;
+            let bytes = usize::try_from(left).unwrap_or(usize::MAX).min(max);
+            self.share.grow_memory(bytes as u64);
+            let held = self.share.split_memory(bytes as u64);
+            let read = self.depot.disk.read(permit, file, self.next - self.base, bytes, held);
+            self.read = Some(Reading { bytes: bytes as u64, read });
+        }
+        let Some(reading) = &mut self.read else { return Poll::Pending };
+        let read = std::task::ready!(Pin::new(&mut reading.read).poll(cx));
+        self.read = None;
+        let (bytes, held) = read.unwrap_or_else(|_| Err(gone()))?;
+        self.share.join(held);
+        if !self.keeps {
+            // Once nothing stands in the file any more its room is used again, from the beginning.
+            self.stored.start += bytes.len() as u64;
+        }
+        self.fetched = bytes;
+        Poll::Ready(Ok(()))
+    }
+
+    fn pop_fetched(&mut self, max: usize) -> Bytes {
+        let popped = self.fetched.split_to(max.min(self.fetched.len()));
+        self.share.shrink_memory(popped.len() as u64);
+        popped
+    }
+
+    /// Waits for memory.
+    fn pause(&mut self, cx: &mut Context<'_>) -> Room {
+        let budget = &self.depot.budget;
+        if budget.pause_max().is_zero() {
+            return Room::Pressure;
+        }
+        let pause = self.pause.get_or_insert_with(|| budget.room());
+        if pause.as_mut().poll(cx).is_pending() {
+            return Room::Pressure;
+        }
+        self.pause = None;
+        Room::Free
+    }
+}
+
+impl Drop for Spool {
+    fn drop(&mut self) {
+        if let Some(write) = &mut self.write {
+            write.written.close();
+            if let Ok(Ok(file)) = write.written.try_recv() {
+                self.file = Some(file);
+            }
+        }
+        // Closing a large file takes its time.
+        if let Some(file) = self.file.take() {
+            self.depot.disk.close(file, self.share.split_disk());
+        }
+    }
+}
+
+/// Pops from memory.
+fn pop(pieces: &mut Pieces, share: &mut Share, at: u64, max: usize, keeps: bool) -> Bytes {
+    if keeps {
+        return pieces.copy(at, max);
+    }
+    let popped = pieces.take(max);
+    share.shrink_memory(popped.len() as u64);
+    popped
+}
+
+fn gone() -> io::Error {
+    io::Error::other("the disk threads have ended")
+}
+
+/// The right to queue something for the disk, or the wait for it.
+#[derive(Default)]
+struct Turn(Option<Wait<Permit>>);
+
+impl Turn {
+    fn poll(&mut self, disk: &Disk, cx: &mut Context<'_>) -> Poll<Permit> {
+        if self.0.is_none()
+            && let Some(permit) = disk.try_permit()
+        {
+            return Poll::Ready(permit);
+        }
+        let wait = self.0.get_or_insert_with(|| Box::pin(disk.permit()));
+        let permit = std::task::ready!(wait.as_mut().poll(cx));
+        self.0 = None;
+        Poll::Ready(permit)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicUsize, Ordering};
+    use std::task::{Wake, Waker};
+    use std::time::Duration;
+
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::client::budget::Resources;
+    use crate::client::spool::faults::{Faults, PATIENCE};
+    use crate::metrics::{Metrics, SpoolMetrics};
+
+    const CHUNK: u64 = 1024;
+    const LIMITS: Limits = Limits { memory: 1000, disk: 100_000 };
+    const RESOURCES: Resources = Resources {
+        memory: 1 << 30,
+        disk: 1 << 30,
+        spill: true,
+        pause: true,
+        shed: true,
+        pause_max: Duration::from_secs(30),
+    };
+
+    struct Stage {
+        depot: Arc<Depot>,
+        faults: Faults,
+        metrics: SpoolMetrics,
+        route: Arc<RouteMetrics>,
+    }
+
+    fn stage(resources: Resources, chunk: u64) -> Stage {
+        let all = Metrics::new(u64::MAX, Vec::new());
+        let metrics = all.spools();
+        let (faults, files) = Faults::new();
+        let disk = Disk::start(files, 2, 4, &metrics).unwrap();
+        let budget = Budget::new(resources, metrics.clone());
+        let depot = Arc::new(Depot { disk, budget, chunk, small_chunk: chunk / 8 });
+        Stage { depot, faults, metrics, route: all.route("all") }
+    }
+
+    impl Stage {
+        fn consuming(&self, limits: Limits) -> Spool {
+            Spool::consuming(&self.depot, Direction::Response, limits, Some(&self.route))
+        }
+
+        fn keeping(&self, limits: Limits) -> Spool {
+            Spool::keeping(&self.depot, Direction::Request, limits, Some(&self.route))
+        }
+
+        fn spills(&self, direction: Direction) -> (u64, u64) {
+            let spills = self.route.spills(direction);
+            (spills.memory.get(), spills.pressure.get())
+        }
+
+        /// After the last spool was dropped: waits for the disk threads to end, and then nothing is left anywhere.
+        fn leaves_nothing_behind(self) {
+            let budget = self.depot.budget.clone();
+            self.faults.release();
+            drop(self.depot);
+            self.faults.wait_for_end();
+            assert_eq!((budget.memory(), budget.disk(), self.faults.open()), (0, 0, 0));
+            let gauges = self.metrics.memory.iter().chain(&self.metrics.disk).chain([&self.metrics.disk_queue]);
+            assert!(gauges.into_iter().all(|gauge| gauge.get() == 0));
+        }
+    }
+
+    #[derive(Default)]
+    struct Wakes(AtomicUsize);
+
+    impl Wake for Wakes {
+        fn wake(self: Arc<Self>) {
+            self.0.fetch_add(1, Ordering::SeqCst);
+        }
+    }
+
+    /// Asks once.
+    fn now<T>(ask: impl FnOnce(&mut Context<'_>) -> T) -> T {
+        ask(&mut Context::from_waker(Waker::noop()))
+    }
+
+    /// Asks again whenever woken, until there is an answer.
+    async fn soon<T>(mut ask: impl FnMut(&mut Context<'_>) -> Poll<T>) -> T {
+        tokio::time::timeout(PATIENCE, std::future::poll_fn(|cx| ask(cx))).await.expect("nobody was woken")
+    }
+
+    /// Waits for anything but `Disk`.
+    async fn room(spool: &mut Spool) -> Result<Room, SpoolError> {
+        soon(|cx| match spool.room(cx) {
+            Ok(Room::Disk) => Poll::Pending,
+            other => Poll::Ready(other),
+        })
+        .await
+    }
+
+    async fn written(spool: &mut Spool) {
+        soon(|cx| {
+            spool.idle(cx);
+            if spool.write.is_some() { Poll::Pending } else { Poll::Ready(()) }
+        })
+        .await;
+    }
+
+    /// The next so many bytes of a stream in which every place can be told from its neighbours.
+    fn piece(at: u64, bytes: usize) -> Bytes {
+        (at..at + bytes as u64).map(byte).collect()
+    }
+
+    fn byte(at: u64) -> u8 {
+        (at.wrapping_mul(0x9E37_79B9_7F4A_7C15) >> 56) as u8
+    }
+
+    fn push(spool: &mut Spool, bytes: usize) {
+        spool.push(piece(spool.pushed(), bytes));
+    }
+
+    /// Pushes pieces of 100 bytes for as long as they may come.
+    async fn fill(spool: &mut Spool) -> Room {
+        loop {
+            match room(spool).await.unwrap() {
+                Room::Free => push(spool, 100),
+                other => return other,
+            }
+        }
+    }
+
+    async fn pop(spool: &mut Spool, max: usize) -> Option<Bytes> {
+        let at = spool.next;
+        let popped = soon(|cx| spool.poll_next(cx, max)).await.unwrap();
+        if let Some(popped) = &popped {
+            assert!((1..=max).contains(&popped.len()));
+            assert!(*popped == piece(at, popped.len()), "other bytes came from {at} on");
+        }
+        popped
+    }
+
+    async fn drain(spool: &mut Spool) {
+        while pop(spool, 700).await.is_some() {}
+        assert_eq!(spool.unread(), 0);
+    }
+
+    #[test]
+    fn a_spool_can_be_part_of_a_session_of_pingora() {
+        fn fits<T: Send + Sync + Unpin + 'static>() {}
+        fits::<Spool>();
+    }
+
+    #[tokio::test]
+    async fn what_fits_in_memory_never_sees_the_disk_and_is_not_copied() {
+        let stage = stage(RESOURCES, CHUNK);
+        let mut spool = stage.consuming(LIMITS);
+        let bytes = piece(0, 999);
+        spool.push(bytes.clone());
+        spool.push(Bytes::new());
+        assert_eq!(now(|cx| spool.room(cx)).unwrap(), Room::Free);
+        now(|cx| spool.idle(cx));
+        assert_eq!((spool.len(), spool.memory(), stage.depot.budget.memory()), (999, 999, 999));
+        assert_eq!(pop(&mut spool, 1000).await.unwrap().as_ptr(), bytes.as_ptr());
+        assert_eq!(pop(&mut spool, 1000).await, None);
+        assert_eq!((spool.len(), spool.pushed(), spool.memory(), stage.faults.calls()), (0, 999, 0, 0));
+    }
+
+    #[tokio::test]
+    async fn what_exceeds_the_memory_is_written_and_comes_back_in_order() {
+        let stage = stage(RESOURCES, CHUNK);
+        let mut spool = stage.consuming(LIMITS);
+        while spool.pushed() < 50_000 {
+            assert_eq!(room(&mut spool).await.unwrap(), Room::Free);
+            push(&mut spool, 100);
+        }
+        written(&mut spool).await;
+        assert!(spool.memory() < LIMITS.memory + CHUNK / 8, "{} bytes", spool.memory());
+        assert_eq!(spool.spilled() + spool.memory(), 50_000);
+        assert_eq!((stage.spills(Direction::Response), stage.metrics.spill.times.get()), ((1, 0), 0));
+        drain(&mut spool).await;
+        assert_eq!((spool.memory(), spool.len(), stage.depot.budget.disk()), (0, 0, spool.spilled()));
+        drop(spool);
+        stage.leaves_nothing_behind();
+    }
+
+    #[tokio::test]
+    async fn the_room_in_the_file_is_used_again_once_it_is_empty() {
+        let stage = stage(RESOURCES, CHUNK);
+        let limits = Limits { memory: 1000, disk: 3 * CHUNK };
+        let mut spool = stage.consuming(limits);
+        for _ in 0..5 {
+            assert_eq!(fill(&mut spool).await, Room::Full);
+            assert_eq!(stage.depot.budget.disk(), limits.disk);
+            drain(&mut spool).await;
+        }
+        assert_eq!(spool.spilled(), 5 * limits.disk);
+    }
+
+    #[tokio::test]
+    async fn without_disk_it_is_full_at_its_memory_until_something_is_popped() {
+        let stage = stage(RESOURCES, CHUNK);
+        let mut spool = stage.consuming(Limits { memory: 1000, disk: 0 });
+        assert_eq!(fill(&mut spool).await, Room::Full);
+        assert_eq!(spool.len(), 1000);
+        pop(&mut spool, 1).await;
+        assert_eq!(now(|cx| spool.room(cx)).unwrap(), Room::Free);
+        push(&mut spool, 500);
+        now(|cx| spool.idle(cx));
+        drain(&mut spool).await;
+        assert_eq!(stage.faults.calls(), 0);
+    }
+
+    #[tokio::test]
+    async fn a_slow_disk_makes_the_producer_wait_and_nobody_else() {
+        let stage = stage(RESOURCES, CHUNK);
+        let mut spool = stage.consuming(LIMITS);
+        stage.faults.hold();
+        let wakes = Arc::new(Wakes::default());
+        let waker = Waker::from(wakes.clone());
+        let mut cx = Context::from_waker(&waker);
+        while spool.room(&mut cx).unwrap() == Room::Free {
+            push(&mut spool, 100);
+        }
+        assert_eq!(spool.room(&mut cx).unwrap(), Room::Disk);
+        let most = LIMITS.memory + 2 * CHUNK + 100;
+        assert!((most - 200..=most).contains(&spool.memory()), "{} bytes", spool.memory());
+        assert_eq!(stage.depot.budget.memory(), spool.memory());
+        pop(&mut spool, 1000).await;
+
+        assert_eq!(wakes.0.load(Ordering::SeqCst), 0);
+        stage.faults.release();
+        assert_eq!(room(&mut spool).await.unwrap(), Room::Free);
+        drain(&mut spool).await;
+    }
+
+    #[tokio::test]
+    async fn bytes_that_are_being_written_are_waited_for() {
+        let stage = stage(RESOURCES, CHUNK);
+        let mut spool = stage.consuming(Limits { memory: 0, ..LIMITS });
+        stage.faults.hold();
+        push(&mut spool, 5000);
+        assert_eq!(now(|cx| spool.room(cx)).unwrap(), Room::Disk);
+        assert!(now(|cx| spool.poll_next(cx, 100)).is_pending());
+        stage.faults.release();
+        drain(&mut spool).await;
+    }
+
+    #[tokio::test]
+    async fn a_read_takes_as_much_as_is_asked_for_and_no_more() {
+        let stage = stage(RESOURCES, CHUNK);
+        let mut spool = stage.consuming(Limits { memory: 0, ..LIMITS });
+        push(&mut spool, CHUNK as usize);
+        written(&mut spool).await;
+        assert_eq!(spool.memory(), 0);
+        assert_eq!(pop(&mut spool, 600).await.unwrap().len(), 600);
+        assert_eq!(spool.memory(), 0);
+        let calls = stage.faults.calls();
+        stage.faults.hold();
+        assert!(now(|cx| spool.poll_next(cx, 400)).is_pending());
+        assert_eq!(spool.memory(), 400);
+        stage.faults.release();
+        assert_eq!(pop(&mut spool, 10).await.unwrap().len(), 10);
+        assert_eq!(pop(&mut spool, 1000).await.unwrap().len(), 390);
+        assert_eq!(stage.faults.calls(), calls + 1);
+        drain(&mut spool).await;
+    }
+
+    #[tokio::test]
+    async fn what_is_kept_can_be_popped_again_from_memory_and_from_disk() {
+        let stage = stage(RESOURCES, CHUNK);
+        let mut spool = stage.keeping(LIMITS);
+        while spool.pushed() < 10_000 {
+            assert_eq!(room(&mut spool).await.unwrap(), Room::Free);
+            push(&mut spool, 100);
+        }
+        written(&mut spool).await;
+        let memory = spool.memory();
+        for popped in [0, 1, 500, 1500, 5000, 10_000] {
+            while spool.next < popped {
+                pop(&mut spool, 300).await;
+            }
+            assert_eq!((spool.len(), spool.pushed()), (10_000, 10_000));
+            spool.rewind();
+            assert_eq!((spool.unread(), spool.memory()), (10_000, memory));
+        }
+        drain(&mut spool).await;
+        drop(spool);
+        stage.leaves_nothing_behind();
+    }
+
+    #[tokio::test]
+    async fn a_disk_that_is_full_is_said_once_and_nothing_is_lost() {
+        let stage = stage(RESOURCES, CHUNK);
+        let mut spool = stage.consuming(LIMITS);
+        for outcome in [None, None, Some(io::ErrorKind::StorageFull)] {
+            stage.faults.then_write(outcome);
+        }
+        let error = loop {
+            match room(&mut spool).await {
+                Ok(room) => assert_eq!(room, Room::Free),
+                Err(error) => break error,
+            }
+            push(&mut spool, 100);
+        };
+        assert!(matches!(error, SpoolError::Full(_)), "{error}");
+        assert_eq!(spool.spilled(), 2 * CHUNK);
+        assert_eq!(now(|cx| spool.room(cx)).unwrap(), Room::Full);
+        drain(&mut spool).await;
+        assert_eq!(now(|cx| spool.room(cx)).unwrap(), Room::Free);
+        assert_eq!(fill(&mut spool).await, Room::Full);
+        assert_eq!(spool.len(), 1000);
+        drain(&mut spool).await;
+        drop(spool);
+        stage.leaves_nothing_behind();
+    }
+
+    #[tokio::test]
+    async fn a_read_that_failed_can_be_tried_again() {
+        let stage = stage(RESOURCES, CHUNK);
+        let mut spool = stage.consuming(Limits { memory: 0, ..LIMITS });
+        push(&mut spool, 2000);
+        written(&mut spool).await;
+        stage.faults.then_read(Some(io::ErrorKind::Other));
+        let failed = soon(|cx| spool.poll_next(cx, 100)).await;
+        assert!(matches!(failed, Err(SpoolError::Failed(_))));
+        drain(&mut spool).await;
+        assert_eq!(stage.metrics.read.failures.get(), 1);
+    }
+
+    #[tokio::test]
+    async fn when_the_disk_of_all_is_used_up_it_makes_do_with_its_memory() {
+        let stage = stage(Resources { disk: 2 * CHUNK, ..RESOURCES }, CHUNK);
+        let [mut one, mut other] = [stage.consuming(LIMITS), stage.consuming(LIMITS)];
+        assert_eq!(fill(&mut one).await, Room::Full);
+        assert_eq!(stage.depot.budget.disk(), 2 * CHUNK);
+        assert_eq!(fill(&mut other).await, Room::Full);
+        assert_eq!(other.spilled(), 0);
+        drop(one);
+        drain(&mut other).await;
+    }
+
+    #[tokio::test]
+    async fn under_pressure_little_is_written_too_and_counted() {
+        let stage = stage(Resources { memory: 4000, ..RESOURCES }, CHUNK);
+        let mut hog = Share::new(&stage.depot.budget, Direction::Request);
+        let mut spool = stage.consuming(LIMITS);
+        push(&mut spool, 200);
+        now(|cx| spool.idle(cx));
+        assert_eq!(stage.faults.calls(), 0);
+        hog.grow_memory(3000);
+        written(&mut spool).await;
+        assert_eq!((spool.memory(), spool.spilled()), (0, 200));
+        assert_eq!((stage.spills(Direction::Response), stage.metrics.spill.times.get()), ((0, 1), 1));
+        drain(&mut spool).await;
+    }
+
+    #[tokio::test]
+    async fn when_memory_is_full_a_spool_writes_what_it_has_and_then_waits() {
+        let stage = stage(Resources { memory: 4000, ..RESOURCES }, CHUNK);
+        let mut hog = Share::new(&stage.depot.budget, Direction::Request);
+        let mut spool = stage.consuming(LIMITS);
+        push(&mut spool, 10);
+        hog.grow_memory(4000);
+        assert_eq!(room(&mut spool).await.unwrap(), Room::Pressure);
+        assert_eq!((spool.memory(), spool.spilled()), (0, 10));
+        assert_eq!(now(|cx| spool.room(cx)).unwrap(), Room::Pressure);
+        assert_eq!((stage.metrics.pause.times.get(), stage.metrics.pause.now.get()), (1, 1));
+        let waiting = soon(|cx| match spool.room(cx) {
+            Ok(Room::Pressure) => {
+                hog.shrink_memory(1000.min(hog.memory()));
+                Poll::Pending
+            }
+            other => Poll::Ready(other),
+        });
+        assert_eq!(waiting.await.unwrap(), Room::Free);
+        assert_eq!(stage.metrics.pause.now.get(), 0);
+        drain(&mut spool).await;
+    }
+
+    #[tokio::test]
+    async fn without_the_rung_pause_nobody_waits_for_memory() {
+        let stage = stage(Resources { memory: 4000, pause: false, ..RESOURCES }, CHUNK);
+        let mut spool = stage.consuming(Limits { memory: 5000, disk: 0 });
+        push(&mut spool, 4000);
+        assert_eq!(now(|cx| spool.room(cx)).unwrap(), Room::Pressure);
+        assert_eq!((stage.metrics.pause.times.get(), stage.depot.budget.pause_max()), (0, Duration::ZERO));
+    }
+
+    #[tokio::test]
+    async fn a_spool_that_is_dropped_while_it_writes_and_reads_leaves_nothing_behind() {
+        let stage = stage(RESOURCES, CHUNK);
+        let mut spool = stage.consuming(Limits { memory: 0, ..LIMITS });
+        push(&mut spool, CHUNK as usize);
+        written(&mut spool).await;
+        stage.faults.hold();
+        push(&mut spool, 3000);
+        assert_eq!(now(|cx| spool.room(cx)).unwrap(), Room::Disk);
+        assert!(now(|cx| spool.poll_next(cx, 500)).is_pending());
+        stage.faults.wait_for_held(2);
+        drop(spool);
+        // What the disk threads have is still counted.
+        assert_eq!(stage.depot.budget.memory(), CHUNK + 500);
+        stage.leaves_nothing_behind();
+    }
+
+    #[tokio::test]
+    async fn files_are_closed_by_the_disk_threads_even_one_that_was_not_yet_noticed() {
+        let stage = stage(RESOURCES, CHUNK);
+        let limits = Limits { memory: 0, ..LIMITS };
+        let [mut noticed, mut unnoticed] = [stage.consuming(limits), stage.consuming(limits)];
+        push(&mut noticed, CHUNK as usize);
+        written(&mut noticed).await;
+        stage.faults.hold();
+        push(&mut unnoticed, CHUNK as usize);
+        assert_eq!(now(|cx| unnoticed.room(cx)).unwrap(), Room::Free);
+        stage.faults.release();
+        while stage.metrics.disk_queue.get() > 0 {
+            std::thread::yield_now();
+        }
+        assert!(noticed.file.is_some() && unnoticed.file.is_none());
+
+        stage.faults.hold();
+        let mut others = [stage.consuming(limits), stage.consuming(limits)];
+        for other in &mut others {
+            push(other, CHUNK as usize);
+            now(|cx| other.idle(cx));
+        }
+        stage.faults.wait_for_held(2);
+        drop((noticed, unnoticed));
+        // Both threads are busy, so nobody has closed anything.
+        assert_eq!(stage.faults.open(), 4);
+        drop(others);
+        stage.leaves_nothing_behind();
+    }
+
+    #[tokio::test]
+    async fn a_rewind_forgets_what_was_being_read() {
+        let stage = stage(RESOURCES, CHUNK);
+        let mut spool = stage.keeping(Limits { memory: 0, ..LIMITS });
+        push(&mut spool, CHUNK as usize);
+        written(&mut spool).await;
+        pop(&mut spool, 500).await;
+        stage.faults.hold();
+        assert!(now(|cx| spool.poll_next(cx, 100)).is_pending());
+        spool.rewind();
+        assert_eq!(spool.memory(), 0);
+        stage.faults.release();
+        drain(&mut spool).await;
+        drop(spool);
+        stage.leaves_nothing_behind();
+    }
+
+    #[derive(Clone, Debug)]
+    enum Step {
+        Push(usize),
+        Pop(usize),
+        /// Asks for bytes and does not wait for them.
+        Ask(usize),
+        Idle,
+        Rewind,
+        Hold,
+        Release,
+        /// What others have of the memory.
+        Others(u64),
+        FailWrite(bool),
+        FailRead,
+    }
+
+    fn steps() -> impl Strategy<Value = Vec<Step>> {
+        let step = prop_oneof![
+            6 => (1..200_usize).prop_map(Step::Push),
+            8 => (1..20_000_usize).prop_map(Step::Push),
+            8 => (1..20_000_usize).prop_map(Step::Pop),
+            2 => (1..20_000_usize).prop_map(Step::Ask),
+            2 => Just(Step::Idle),
+            1 => Just(Step::Rewind),
+            1 => Just(Step::Hold),
+            1 => Just(Step::Release),
+            1 => (0..=1_100_000_u64).prop_map(Step::Others),
+        ];
+        let fault = prop_oneof![3 => any::<bool>().prop_map(Step::FailWrite), 1 => Just(Step::FailRead)];
+        prop::collection::vec(prop_oneof![60 => step, 1 => fault], 1..200)
+    }
+
+    fn any_limits() -> impl Strategy<Value = Limits> {
+        let disk = prop_oneof![1 => Just(0), 4 => 1..=1_048_576_u64];
+        (0..=204_800_u64, disk).prop_map(|(memory, disk)| Limits { memory, disk })
+    }
+
+    /// One spool beside the plainest model of it.
+    struct Trial {
+        stage: Stage,
+        spool: Spool,
+        limits: Limits,
+        sent: Vec<u8>,
+        others: Share,
+        /// Failures that were ordered.
+        faulty: bool,
+        largest_pop: u64,
+        /// Bytes of reads that a rewind left to themselves.
+        forgotten: u64,
+    }
+
+    impl Trial {
+        fn new(keeps: bool, limits: Limits, chunk: u64) -> Self {
+            let stage = stage(Resources { memory: 1_000_000, disk: 900_000, ..RESOURCES }, chunk);
+            let spool = if keeps { stage.keeping(limits) } else { stage.consuming(limits) };
+            let others = Share::new(&stage.depot.budget, Direction::Request);
+            Trial { stage, spool, limits, sent: Vec::new(), others, faulty: false, largest_pop: 0, forgotten: 0 }
+        }
+
+        async fn step(&mut self, step: Step) {
+            match step {
+                Step::Push(bytes) => self.push(bytes).await,
+                Step::Pop(max) => {
+                    self.pop(max).await;
+                }
+                Step::Ask(max) => self.ask(max),
+                Step::Idle => now(|cx| self.spool.idle(cx)),
+                Step::Rewind if self.spool.keeps => {
+                    self.forgotten += self.spool.read.as_ref().map_or(0, |read| read.bytes);
+                    self.spool.rewind();
+                }
+                Step::Rewind => {}
+                Step::Hold => self.stage.faults.hold(),
+                Step::Release => self.stage.faults.release(),
+                Step::Others(bytes) => {
+                    let have = self.others.memory();
+                    self.others.grow_memory(bytes.saturating_sub(have));
+                    self.others.shrink_memory(have.saturating_sub(bytes));
+                }
+                Step::FailWrite(full) => {
+                    self.faulty = true;
+                    self.stage.faults.then_write(Some(if full {
+                        io::ErrorKind::StorageFull
+                    } else {
+                        io::ErrorKind::Other
+                    }));
+                }
+                Step::FailRead => {
+                    self.faulty = true;
+                    self.stage.faults.then_read(Some(io::ErrorKind::Other));
+                }
+            }
+            self.check();
+        }
+
+        async fn push(&mut self, bytes: usize) {
+            let room = loop {
+                match now(|cx| self.spool.room(cx)) {
+                    Err(_) => assert!(self.faulty),
+                    Ok(Room::Disk) => {
+                        self.stage.faults.release();
+                        let _ = room(&mut self.spool).await.map_err(|_| assert!(self.faulty));
+                    }
+                    // Who waits for memory is woken when there is some.
+                    Ok(Room::Pressure) => {
+                        let (spool, others) = (&mut self.spool, &mut self.others);
+                        self.stage.faults.release();
+                        soon(|cx| {
+                            let room = spool.room(cx);
+                            others.shrink_memory(others.memory());
+                            if matches!(room, Ok(Room::Pressure)) { Poll::Pending } else { Poll::Ready(()) }
+                        })
+                        .await;
+                    }
+                    Ok(room) => break room,
+                }
+            };
+            if room == Room::Free {
+                self.sent.extend_from_slice(&piece(self.sent.len() as u64, bytes));
+                self.spool.push(piece(self.spool.pushed(), bytes));
+                let Limits { memory, .. } = self.limits;
+                let most = memory + 2 * self.stage.depot.chunk + bytes as u64 + self.largest_pop;
+                assert!(self.spool.memory() <= most, "{} bytes of {most}", self.spool.memory());
+            } else {
+                let held = self.spool.memory() + self.stage.depot.budget.disk();
+                assert!(held >= self.limits.memory || self.spool.broken, "{room:?} with {held} bytes");
+            }
+        }
+
+        async fn pop(&mut self, max: usize) -> bool {
+            self.largest_pop = self.largest_pop.max(max as u64);
+            let at = usize::try_from(self.spool.next).unwrap();
+            let popped = loop {
+                match now(|cx| self.spool.poll_next(cx, max)) {
+                    Poll::Ready(Ok(popped)) => break popped,
+                    Poll::Ready(Err(_)) => assert!(self.faulty),
+                    Poll::Pending => {
+                        self.stage.faults.release();
+                        match soon(|cx| self.spool.poll_next(cx, max)).await {
+                            Ok(popped) => break popped,
+                            Err(_) => assert!(self.faulty),
+                        }
+                    }
+                }
+            };
+            self.compare(at, max, popped.as_ref());
+            popped.is_some()
+        }
+
+        fn ask(&mut self, max: usize) {
+            self.largest_pop = self.largest_pop.max(max as u64);
+            let at = usize::try_from(self.spool.next).unwrap();
+            match now(|cx| self.spool.poll_next(cx, max)) {
+                Poll::Ready(Ok(popped)) => self.compare(at, max, popped.as_ref()),
+                Poll::Ready(Err(_)) => assert!(self.faulty),
+                Poll::Pending => {}
+            }
+        }
+
+        fn compare(&self, at: usize, max: usize, popped: Option<&Bytes>) {
+            match popped {
+                None => assert_eq!(at, self.sent.len()),
+                Some(popped) => {
+                    assert!((1..=max).contains(&popped.len()));
+                    assert!(popped[..] == self.sent[at..at + popped.len()], "other bytes came from {at} on");
+                }
+            }
+        }
+
+        fn check(&self) {
+            let spool = &self.spool;
+            let sent = self.sent.len() as u64;
+            assert_eq!((spool.pushed(), spool.unread()), (sent, sent - spool.next));
+            assert_eq!(spool.len(), if spool.keeps { sent } else { sent - spool.next });
+            assert!(self.stage.depot.budget.disk() <= self.limits.disk.min(900_000));
+            // What the disk threads are done with is let go of before the spool knows; what it forgot, when they come to it.
+            let most = spool.memory() + self.others.memory() + self.forgotten;
+            assert!(self.stage.depot.budget.memory() <= most);
+            assert!(spool.memory() + spool.spilled() >= spool.unread());
+        }
+
+        async fn end(mut self, drained: bool) {
+            if drained {
+                self.spool.keeps.then(|| self.spool.rewind());
+                while self.pop(10_000).await {}
+                assert_eq!(self.spool.unread(), 0);
+            }
+            drop((self.spool, self.others));
+            self.stage.leaves_nothing_behind();
+        }
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig { cases: 96, ..ProptestConfig::default() })]
+
+        /// Random pieces, limits, failures, pressure and a disk that gets stuck, against a vector.
+        #[test]
+        fn every_byte_comes_out_once_and_in_order_within_the_limits(
+            keeps: bool,
+            drained: bool,
+            limits in any_limits(),
+            chunk in prop::sample::select(vec![1 << 10, 1 << 13, 1 << 16, CHUNK_BYTES]),
+            steps in steps(),
+        ) {
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap();
+            runtime.block_on(async {
+                let mut trial = Trial::new(keeps, limits, chunk);
+                for step in steps {
+                    trial.step(step).await;
+                }
+                trial.end(drained).await;
+            });
+        }
+    }
+}

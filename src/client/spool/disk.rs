@@ -1,0 +1,512 @@
+//! The disk threads: what spools write to files and read back, done where no worker waits for it.
+//!
+//! A worker with work stealing off has a blocking pool of its own, so `spawn_blocking` would give as many pools as there are
+//! workers and no say over their priority. These are a few threads of our own, nicer than the workers, with one queue
+//! before them. The queue is bounded by [`Permit`]s: who has none waits for one as a future, and no worker ever blocks.
+//!
+//! Files have no name: they are gone when they are closed, after a crash too. Closing one gives its pages and blocks
+//! back to the kernel, which takes long enough to be done here as well.
+
+use std::fs::{File, OpenOptions};
+use std::io::{self, IoSlice};
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Instant;
+
+use bytes::Bytes;
+use rustix::buffer::spare_capacity;
+use rustix::fs::OFlags;
+use rustix::io::Errno;
+use rustix::process::{getpriority_process, setpriority_process};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
+
+use crate::client::budget::Share;
+use crate::metrics::{OperationMetrics, SpoolMetrics};
+
+/// How much nicer than the workers the threads are, and the nicest that there is.
+const NICER: i32 = 10;
+const NICEST: i32 = 19;
+
+/// How many pieces one system call can take (`IOV_MAX`).
+const PIECES_MAX: usize = 1024;
+
+/// The disk threads and their queue. Clones share both; the threads end when the last clone is dropped and all is done.
+#[derive(Clone)]
+pub struct Disk {
+    queue: Sender<Job>,
+    slots: Arc<Semaphore>,
+    metrics: SpoolMetrics,
+}
+
+/// The right to queue one piece of work. It is given back when the work is done.
+pub struct Permit(#[expect(dead_code, reason = "it is held")] OwnedSemaphorePermit);
+
+/// What became of a write: the file, which may have been made for it, or what was to be written and why it was not.
+pub(super) type Written = Result<Arc<File>, Unwritten>;
+
+/// A write that failed. Some of it may have reached the file.
+pub(super) struct Unwritten {
+    pub pieces: Vec<Bytes>,
+    pub held: Share,
+    pub error: io::Error,
+}
+
+/// Whole bytes that were read, and the share that they are in.
+pub(super) type Read = io::Result<(Bytes, Share)>;
+
+impl Disk {
+    /// Starts so many threads for files in `dir`, with a queue of so many pieces of work.
+    ///
+    /// # Errors
+    /// That no file can be made there, or written; that a thread cannot be started.
+    pub fn open(dir: &Path, threads: usize, queue: usize, metrics: &SpoolMetrics) -> io::Result<Disk> {
+        Disk::probe(dir)?;
+        Disk::start(Arc::new(Directory(dir.to_owned())), threads, queue, metrics)
+    }
+
+    /// Makes a file in `dir`, writes to it and lets it go again.
+    ///
+    /// # Errors
+    /// Whatever of this cannot be done.
+    pub fn probe(dir: &Path) -> io::Result<()> {
+        create_unlinked(dir)?.write_all_at(b"forebay", 0)
+    }
+
+    /// Starts the threads on these files.
+    pub(super) fn start(
+        files: Arc<dyn Files>,
+        threads: usize,
+        queue: usize,
+        metrics: &SpoolMetrics,
+    ) -> io::Result<Disk> {
+        let (sender, receiver) = channel();
+        let receiver = Arc::new(Mutex::new(receiver));
+        for number in 0..threads.max(1) {
+            let (files, receiver, metrics) = (files.clone(), receiver.clone(), metrics.clone());
+            let work = move || Worker { files, metrics }.run(&receiver);
+            std::thread::Builder::new().name(format!("disk-{number}")).spawn(work)?;
+        }
+        let slots = queue.clamp(1, Semaphore::MAX_PERMITS);
+        Ok(Disk { queue: sender, slots: Arc::new(Semaphore::new(slots)), metrics: metrics.clone() })
+    }
+
+    /// The right to queue something, if there is room for it now.
+    pub fn try_permit(&self) -> Option<Permit> {
+        self.slots.clone().try_acquire_owned().ok().map(Permit)
+    }
+
+    /// The right to queue something, as soon as there is room for it. Those who wait are served in order.
+    pub fn permit(&self) -> impl Future<Output = Permit> + Send + 'static {
+        let slots = self.slots.clone();
+        async move { Permit(slots.acquire_owned().await.expect("nobody closes this semaphore")) }
+    }
+
+    /// Writes the pieces, one after the other, at `offset` of the file, or of a new one. `held` is their share of the
+    /// budget: it is let go of when they are written, or comes back with them.
+    pub(super) fn write(
+        &self,
+        permit: Permit,
+        file: Option<Arc<File>>,
+        offset: u64,
+        pieces: Vec<Bytes>,
+        held: Share,
+    ) -> oneshot::Receiver<Written> {
+        let (answer, written) = oneshot::channel();
+        self.submit(permit, Work::Write { file, offset, pieces, held, answer });
+        written
+    }
+
+    /// Reads exactly `bytes` from `offset` on, which `held` has room for.
+    pub(super) fn read(
+        &self,
+        permit: Permit,
+        file: Arc<File>,
+        offset: u64,
+        bytes: usize,
+        held: Share,
+    ) -> oneshot::Receiver<Read> {
+        let (answer, read) = oneshot::channel();
+        // Allocated by the worker, which will free it again: allocators like it so.
+        let buffer = Vec::with_capacity(bytes);
+        self.submit(permit, Work::Read { file, offset, bytes, buffer, held, answer });
+        read
+    }
+
+    /// Closes a file that may have been the last to know of, and then lets go of its share. It needs no permit: there
+    /// are no more of these than files.
+    pub(super) fn close(&self, file: Arc<File>, held: Share) {
+        self.queue(Job { work: Work::Close { file, held }, since: None, permit: None });
+    }
+
+    fn submit(&self, permit: Permit, work: Work) {
+        self.metrics.disk_queue.inc();
+        self.queue(Job { work, since: Some(Instant::now()), permit: Some(permit) });
+    }
+
+    fn queue(&self, job: Job) {
+        // If the threads were gone the job is dropped here, and whoever waits for its answer hears so.
+        let _ = self.queue.send(job);
+    }
+}
+
+struct Job {
+    work: Work,
+    since: Option<Instant>,
+    permit: Option<Permit>,
+}
+
+enum Work {
+    Write { file: Option<Arc<File>>, offset: u64, pieces: Vec<Bytes>, held: Share, answer: oneshot::Sender<Written> },
+    Read { file: Arc<File>, offset: u64, bytes: usize, buffer: Vec<u8>, held: Share, answer: oneshot::Sender<Read> },
+    Close { file: Arc<File>, held: Share },
+}
+
+/// What one thread owns.
+struct Worker {
+    files: Arc<dyn Files>,
+    metrics: SpoolMetrics,
+}
+
+impl Worker {
+    fn run(&self, queue: &Mutex<Receiver<Job>>) {
+        if let Err(error) = be_nice() {
+            tracing::warn!("a disk thread has the same priority as the workers: {error}");
+        }
+        while let Some(job) = take(queue) {
+            self.work(job);
+        }
+    }
+
+    /// Does one job. What it held is let go of and its permit given back before the answer leaves.
+    fn work(&self, Job { work, since, permit }: Job) {
+        let done = |operation: &OperationMetrics, failed: bool| {
+            self.metrics.disk_queue.dec();
+            if let Some(since) = since {
+                operation.seconds.observe(since.elapsed().as_secs_f64());
+            }
+            if failed {
+                operation.failures.inc();
+            }
+        };
+        match work {
+            Work::Write { file, offset, pieces, held, answer } => {
+                if answer.is_closed() {
+                    self.metrics.disk_queue.dec();
+                    return;
+                }
+                let written = self.write(file, offset, &pieces);
+                done(&self.metrics.write, written.is_err());
+                let written = match written {
+                    Ok(file) => {
+                        drop((pieces, held));
+                        Ok(file)
+                    }
+                    Err(error) => Err(Unwritten { pieces, held, error }),
+                };
+                drop(permit);
+                // Nobody may wait for it any more: then the file is closed here.
+                let _ = answer.send(written);
+            }
+            Work::Read { file, offset, bytes, buffer, held, answer } => {
+                if answer.is_closed() {
+                    self.metrics.disk_queue.dec();
+                    return;
+                }
+                let read = self.read(&file, offset, bytes, buffer);
+                done(&self.metrics.read, read.is_err());
+                drop((permit, file));
+                let _ = answer.send(read.map(|bytes| (bytes, held)));
+            }
+            Work::Close { file, held } => drop((file, held)),
+        }
+    }
+
+    fn write(&self, file: Option<Arc<File>>, mut offset: u64, pieces: &[Bytes]) -> io::Result<Arc<File>> {
+        let file = match file {
+            Some(file) => file,
+            None => Arc::new(self.files.create()?),
+        };
+        let mut slices: Vec<IoSlice<'_>> = pieces.iter().map(|piece| IoSlice::new(piece)).collect();
+        let mut left = &mut slices[..];
+        // An empty slice at the front would be taken for a file that takes nothing.
+        IoSlice::advance_slices(&mut left, 0);
+        while !left.is_empty() {
+            let some = left.len().min(PIECES_MAX);
+            match self.files.write(&file, &left[..some], offset) {
+                Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+                Ok(written) => {
+                    offset += written as u64;
+                    IoSlice::advance_slices(&mut left, written);
+                }
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(file)
+    }
+
+    /// Fills `buffer`, which has room for as many `bytes`.
+    fn read(&self, file: &File, mut offset: u64, bytes: usize, mut buffer: Vec<u8>) -> io::Result<Bytes> {
+        while buffer.len() < bytes {
+            match self.files.read(file, &mut buffer, offset) {
+                Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+                Ok(read) => offset += read as u64,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(error),
+            }
+        }
+        // A vector may have more room than it was asked for.
+        buffer.truncate(bytes);
+        Ok(buffer.into())
+    }
+}
+
+/// Waits for a job; `None` if there will be no more.
+fn take(queue: &Mutex<Receiver<Job>>) -> Option<Job> {
+    // One waits for a job and the others for the lock; a receiver is whole whatever happens to its users.
+    queue.lock().unwrap_or_else(PoisonError::into_inner).recv().ok()
+}
+
+/// Lowers the priority of the calling thread: on Linux that is what "the calling process" means here.
+fn be_nice() -> rustix::io::Result<()> {
+    let nice = getpriority_process(None)?;
+    setpriority_process(None, (nice + NICER).min(NICEST))
+}
+
+/// The system calls, one each; so that tests can be a disk that is slow, fills up or fails.
+pub(super) trait Files: Send + Sync {
+    /// Makes a file without a name.
+    fn create(&self) -> io::Result<File>;
+    /// Writes some of it at `offset`.
+    fn write(&self, file: &File, pieces: &[IoSlice<'_>], offset: u64) -> io::Result<usize>;
+    /// Appends to the buffer some of what stands from `offset` on, at most what it has room for.
+    fn read(&self, file: &File, buffer: &mut Vec<u8>, offset: u64) -> io::Result<usize>;
+}
+
+/// Real files, in this folder.
+pub(super) struct Directory(pub PathBuf);
+
+impl Files for Directory {
+    fn create(&self) -> io::Result<File> {
+        create_unlinked(&self.0)
+    }
+
+    fn write(&self, file: &File, pieces: &[IoSlice<'_>], offset: u64) -> io::Result<usize> {
+        Ok(rustix::io::pwritev(file, pieces, offset)?)
+    }
+
+    fn read(&self, file: &File, buffer: &mut Vec<u8>, offset: u64) -> io::Result<usize> {
+        Ok(rustix::io::pread(file, spare_capacity(buffer), offset)?)
+    }
+}
+
+/// A file that nobody else can open and that is gone when it is closed.
+fn create_unlinked(dir: &Path) -> io::Result<File> {
+    let flags = (OFlags::TMPFILE | OFlags::EXCL).bits();
+    // `tempfile_in` would leave the mode of such a file to the umask.
+    let made = OpenOptions::new().read(true).write(true).mode(0o600).custom_flags(flags.cast_signed()).open(dir);
+    made.or_else(|error| match Errno::from_io_error(&error) {
+        // A file system or a kernel that does not know files without a name, or a folder that is not there.
+        Some(Errno::OPNOTSUPP | Errno::ISDIR | Errno::NOENT) => create_named(dir),
+        _ => Err(error),
+    })
+}
+
+/// The same where a file needs a name to be made: it has it for a moment, and for nobody else.
+fn create_named(dir: &Path) -> io::Result<File> {
+    tempfile::Builder::new().prefix("forebay-").tempfile_in(dir).map(|file| file.into_file())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::MetadataExt;
+    use std::sync::mpsc;
+    use std::task::{Context, Waker};
+
+    use super::*;
+    use crate::client::budget::{Budget, Resources};
+    use crate::client::spool::faults::{Faults, PATIENCE};
+    use crate::metrics::{Direction, Metrics};
+
+    fn budget(metrics: &SpoolMetrics) -> Arc<Budget> {
+        let resources =
+            Resources { memory: 1 << 30, disk: 1 << 30, spill: true, pause: true, shed: true, pause_max: PATIENCE };
+        Budget::new(resources, metrics.clone())
+    }
+
+    struct Stage {
+        disk: Disk,
+        faults: Faults,
+        budget: Arc<Budget>,
+        metrics: SpoolMetrics,
+    }
+
+    fn stage(threads: usize, queue: usize) -> Stage {
+        let metrics = Metrics::new(u64::MAX, Vec::new()).spools();
+        let (faults, files) = Faults::new();
+        let disk = Disk::start(files, threads, queue, &metrics).unwrap();
+        Stage { disk, faults, budget: budget(&metrics), metrics }
+    }
+
+    impl Stage {
+        fn share(&self, bytes: u64) -> Share {
+            let mut share = Share::new(&self.budget, Direction::Request);
+            share.grow_memory(bytes);
+            share
+        }
+
+        fn write(&self, file: Option<Arc<File>>, offset: u64, pieces: &[&'static [u8]]) -> oneshot::Receiver<Written> {
+            let pieces: Vec<Bytes> = pieces.iter().map(|piece| Bytes::from_static(piece)).collect();
+            let held = self.share(pieces.iter().map(|piece| piece.len() as u64).sum());
+            self.disk.write(self.disk.try_permit().unwrap(), file, offset, pieces, held)
+        }
+
+        fn read(&self, file: Arc<File>, offset: u64, bytes: usize) -> Read {
+            let held = self.share(bytes as u64);
+            self.disk.read(self.disk.try_permit().unwrap(), file, offset, bytes, held).blocking_recv().unwrap()
+        }
+    }
+
+    fn text(read: Read) -> String {
+        String::from_utf8(read.unwrap().0.to_vec()).unwrap()
+    }
+
+    #[test]
+    fn a_file_has_no_name_and_is_for_nobody_else() {
+        let dir = tempfile::tempdir().unwrap();
+        for made in [create_unlinked(dir.path()), create_named(dir.path())] {
+            let file = made.unwrap();
+            let fd = std::os::fd::AsRawFd::as_raw_fd(&file);
+            let link = std::fs::read_link(format!("/proc/self/fd/{fd}")).unwrap();
+            assert!(link.to_string_lossy().ends_with(" (deleted)"), "{link:?}");
+            let metadata = std::fs::metadata(format!("/proc/self/fd/{fd}")).unwrap();
+            assert_eq!((metadata.mode() & 0o7777, metadata.nlink()), (0o600, 0));
+            assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
+        }
+    }
+
+    #[test]
+    fn a_folder_that_is_none_is_found_out_at_once() {
+        let dir = tempfile::tempdir().unwrap();
+        let metrics = Metrics::new(u64::MAX, Vec::new()).spools();
+        assert!(Disk::probe(dir.path()).is_ok());
+        let missing = dir.path().join("missing");
+        assert_eq!(Disk::open(&missing, 1, 1, &metrics).err().unwrap().kind(), io::ErrorKind::NotFound);
+        let file = dir.path().join("file");
+        std::fs::write(&file, "").unwrap();
+        assert_eq!(Disk::probe(&file).unwrap_err().kind(), io::ErrorKind::NotADirectory);
+    }
+
+    /// The field `nice` of the calling thread, and its name.
+    fn nice_and_name() -> (i32, String) {
+        let stat = std::fs::read_to_string("/proc/thread-self/stat").unwrap();
+        let (before, after) = stat.rsplit_once(") ").unwrap();
+        // It is the 19th field, and the first after the name is the third.
+        let nice = after.split(' ').nth(16).unwrap().parse().unwrap();
+        (nice, before.split_once('(').unwrap().1.to_owned())
+    }
+
+    #[test]
+    fn the_threads_are_nicer_than_the_workers() {
+        struct Asking(Mutex<mpsc::Sender<(i32, String)>>);
+        impl Files for Asking {
+            fn create(&self) -> io::Result<File> {
+                self.0.lock().unwrap().send(nice_and_name()).unwrap();
+                Err(io::ErrorKind::Other.into())
+            }
+            fn write(&self, _: &File, _: &[IoSlice<'_>], _: u64) -> io::Result<usize> {
+                unreachable!("there is no file")
+            }
+            fn read(&self, _: &File, _: &mut Vec<u8>, _: u64) -> io::Result<usize> {
+                unreachable!("there is no file")
+            }
+        }
+        let metrics = Metrics::new(u64::MAX, Vec::new()).spools();
+        let (sender, answers) = mpsc::channel();
+        let disk = Disk::start(Arc::new(Asking(Mutex::new(sender))), 1, 1, &metrics).unwrap();
+        let held = Share::new(&budget(&metrics), Direction::Request);
+        let _written = disk.write(disk.try_permit().unwrap(), None, 0, vec![Bytes::from_static(b"x")], held);
+
+        let ours = nice_and_name().0;
+        assert_eq!(answers.recv_timeout(PATIENCE).unwrap(), ((ours + NICER).min(NICEST), "disk-0".to_owned()));
+    }
+
+    #[test]
+    fn pieces_are_written_whole_and_read_back_however_little_a_call_takes() {
+        let stage = stage(1, 8);
+        stage.faults.take_at_most(3);
+        stage.faults.then_write(Some(io::ErrorKind::Interrupted));
+        stage.faults.then_read(Some(io::ErrorKind::Interrupted));
+        let file = stage.write(None, 0, &[b"one two", b" ", b"three"]).blocking_recv().unwrap().ok().unwrap();
+        let file = stage.write(Some(file), 4, &[b"2wo"]).blocking_recv().unwrap().ok().unwrap();
+        assert_eq!(text(stage.read(file.clone(), 0, 13)), "one 2wo three");
+        assert_eq!(text(stage.read(file, 8, 5)), "three");
+        assert_eq!(stage.budget.memory(), 0);
+        assert_eq!(stage.metrics.write.seconds.get_sample_count(), 2);
+        assert_eq!(stage.metrics.read.seconds.get_sample_count(), 2);
+        assert_eq!(stage.metrics.disk_queue.get(), 0);
+    }
+
+    #[test]
+    fn more_pieces_than_a_call_can_take_are_written() {
+        let stage = stage(1, 8);
+        let file = stage.write(None, 0, &[&b"ab"[..]; 3 * PIECES_MAX / 2]).blocking_recv().unwrap().ok().unwrap();
+        assert_eq!(text(stage.read(file, 0, 3 * PIECES_MAX)), "ab".repeat(3 * PIECES_MAX / 2));
+    }
+
+    #[test]
+    fn a_failure_is_an_answer_that_brings_everything_back() {
+        let stage = stage(1, 8);
+        stage.faults.then_write(Some(io::ErrorKind::StorageFull));
+        let Err(unwritten) = stage.write(None, 0, &[b"a", b"b"]).blocking_recv().unwrap() else { panic!("it failed") };
+        assert_eq!(
+            (unwritten.error.kind(), &unwritten.pieces[..]),
+            (io::ErrorKind::StorageFull, &["a", "b"].map(Bytes::from)[..])
+        );
+        assert_eq!(stage.budget.memory(), 2);
+        drop(unwritten);
+        assert_eq!(stage.budget.memory(), 0);
+
+        let file = stage.write(None, 0, &[b"ab"]).blocking_recv().unwrap().ok().unwrap();
+        let read = stage.read(file, 1, 2);
+        assert_eq!(read.err().unwrap().kind(), io::ErrorKind::UnexpectedEof);
+        assert_eq!((stage.metrics.write.failures.get(), stage.metrics.read.failures.get()), (1, 1));
+        assert_eq!(stage.budget.memory(), 0);
+    }
+
+    #[tokio::test]
+    async fn a_full_queue_makes_a_future_wait_and_no_thread() {
+        let stage = stage(2, 3);
+        stage.faults.hold();
+        let writes: Vec<_> = (0..3).map(|_| stage.write(None, 0, &[b"x"])).collect();
+        stage.faults.wait_for_held(2);
+        assert_eq!(stage.metrics.disk_queue.get(), 3);
+        assert!(stage.disk.try_permit().is_none());
+        let mut permit = std::pin::pin!(stage.disk.permit());
+        assert!(permit.as_mut().poll(&mut Context::from_waker(Waker::noop())).is_pending());
+
+        stage.faults.release();
+        tokio::time::timeout(PATIENCE, permit).await.unwrap();
+        for write in writes {
+            assert!(write.await.unwrap().is_ok());
+        }
+        assert_eq!(stage.metrics.disk_queue.get(), 0);
+    }
+
+    #[test]
+    fn what_nobody_waits_for_any_more_is_not_written_and_all_of_it_ends() {
+        let stage = stage(1, 8);
+        stage.faults.hold();
+        let first = stage.write(None, 0, &[b"first"]);
+        stage.faults.wait_for_held(1);
+        drop((first, stage.write(None, 0, &[b"second"])));
+        assert_eq!(stage.budget.memory(), 11);
+        stage.faults.release();
+        let Stage { disk, faults, budget, metrics } = stage;
+        drop(disk);
+        faults.wait_for_end();
+        assert_eq!((budget.memory(), metrics.disk_queue.get(), faults.calls(), faults.open()), (0, 0, 1, 0));
+    }
+}

@@ -1,0 +1,732 @@
+//! The wire to the client: its own session, and the part of the response that it has not taken yet.
+//!
+//! A write is a stored future that *owns* the client's session, so it is never cancelled half-way and works the same on
+//! HTTP/1 and HTTP/2. It is driven by whoever polls: Pingora through `client::session` while the upstream answers, the
+//! gate of the exchange while the upstream is held back, `logging` once the upstream is released. What the client does
+//! not take goes to a spool; in a `Stream` response nothing does, and whoever has more waits.
+
+use std::collections::VecDeque;
+use std::future::Future;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll, ready};
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use http::{Version, header};
+use pingora::http::ResponseHeader;
+use pingora::protocols::http::{HttpTask, ServerSession};
+use pingora::{Error, ErrorType, Result};
+use tokio::task::coop::has_budget_remaining;
+
+use super::lane::{Bulk, Class, Lanes, Turn};
+use super::pace::Pace;
+use super::spool::{Depot, Limits, Room, Spool, SpoolError};
+use super::waiting::{Timer, Waiting};
+use crate::error::{Refusal, refusal};
+use crate::metrics::{Direction, RouteMetrics};
+use crate::upstream::window::Window;
+
+/// Up to this, tasks are written at once, which copies them together; above it one by one, which does not.
+const TOGETHER_BYTES: usize = 16 << 10;
+/// What an answer may pass before it is bulk, and takes turns with others.
+const BULK_BYTES: u64 = 32 << 10;
+/// The least and the most that is given to the session at once. Small pieces for slow clients: less memory each, and
+/// the minimum rate is looked at more often.
+const PIECE_LEAST: usize = 4 << 10;
+const PIECE_MOST: usize = 64 << 10;
+/// On HTTP/2 a piece is a frame, and only a whole one is known to have been taken.
+const PIECE_MOST_H2: usize = 16 << 10;
+
+/// When an answer leaves.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Leave {
+    /// As it comes; the upstream waits for the client.
+    Stream,
+    /// As it comes; what the client does not take is spooled.
+    Auto,
+    /// When it is complete.
+    Full,
+}
+
+/// How an answer goes to the client.
+#[derive(Clone)]
+pub struct Manner {
+    /// When it leaves.
+    pub leave: Leave,
+    /// What its spool may hold.
+    pub limits: Limits,
+    /// The minimum rate.
+    pub pace: Pace,
+    /// Between two pieces that the client takes.
+    pub write_idle: Duration,
+    /// How long it may wait for the disk.
+    pub disk_max: Duration,
+    /// The maximum rate.
+    pub throttle: Option<Throttle>,
+    /// The counters of its route.
+    pub route: Arc<RouteMetrics>,
+}
+
+/// A maximum rate after a first burst.
+#[derive(Clone, Copy, Debug)]
+pub struct Throttle {
+    /// Bytes a second.
+    pub rate: u64,
+    /// Bytes that are free of it.
+    pub after: u64,
+}
+
+impl Throttle {
+    /// When so many bytes may have been sent, counted from the first.
+    fn due(&self, sent: u64) -> Duration {
+        Duration::from_secs_f64(sent.saturating_sub(self.after) as f64 / self.rate as f64)
+    }
+
+    /// Pieces that make an even flow: about a tenth of a second's worth.
+    fn piece(&self) -> usize {
+        usize::try_from(self.rate / 10).unwrap_or(usize::MAX).clamp(1 << 10, PIECE_MOST)
+    }
+}
+
+type Write = Pin<Box<dyn Future<Output = (Box<ServerSession>, Result<bool>)> + Send>>;
+
+enum State {
+    Idle(Box<ServerSession>),
+    Writing(Write),
+    /// The session was given back, or is lost with a write that was given up.
+    Gone,
+}
+
+/// See the module.
+pub struct Wire {
+    state: State,
+    http2: bool,
+    http10: bool,
+    manner: Manner,
+    /// What precedes the spool: headers, and body that has just come.
+    ready: VecDeque<HttpTask>,
+    spool: Option<Spool>,
+    /// What follows the spool: trailers or the end.
+    last: Option<HttpTask>,
+    /// Whether no more comes.
+    ended: bool,
+    /// Whether that end was given to the session.
+    end_written: bool,
+    leave: Leave,
+    /// Nothing may leave yet (`Leave::Full`).
+    held: bool,
+    /// The connection is to close after this answer, and the answer is to say so.
+    last_on_connection: bool,
+    /// Something of the final answer was given to the session.
+    begun: bool,
+    head: Option<Head>,
+    /// The write under way takes too long: it goes, and the session with it, when the answer is abandoned.
+    given_up: bool,
+    /// Writing has failed: the answer will never be whole.
+    broken: bool,
+    error: Option<Box<Error>>,
+    fault: Option<&'static Refusal>,
+    /// Body bytes that came from the upstream, and those that the session has taken.
+    came: u64,
+    gone: u64,
+    /// What was held by spools that are gone.
+    spooled: (u64, u64),
+    /// Bytes of the write under way.
+    writing: u64,
+    piece: usize,
+    first_byte: Option<Instant>,
+    /// The client does not take what there is.
+    blocked: Option<Waiting>,
+    /// Since when the disk is waited for.
+    fetching: Option<Instant>,
+    blocked_before: Duration,
+    timer: Timer,
+    turn: Option<Turn>,
+    /// It moves much.
+    bulk: Option<Bulk>,
+    /// It was this exchange's turn, and it has not used it yet.
+    admitted: bool,
+    /// That of the endpoint's connection, if it is the exchange's alone.
+    window: Option<Window>,
+    depot: Arc<Depot>,
+    lanes: Arc<Lanes>,
+}
+
+/// What the log and a cut need to know of the header once it has left.
+#[derive(Clone, Copy)]
+struct Head {
+    status: u16,
+    framed: bool,
+    length: Option<u64>,
+}
+
+impl Wire {
+    /// The wire of a session that has written nothing yet.
+    pub fn new(session: Box<ServerSession>, manner: Manner, depot: Arc<Depot>, lanes: Arc<Lanes>) -> Self {
+        let (http2, http10) = (session.is_http2(), session.req_header().version == Version::HTTP_10);
+        Wire {
+            state: State::Idle(session),
+            http2,
+            http10,
+            leave: manner.leave,
+            held: manner.leave == Leave::Full,
+            last_on_connection: false,
+            manner,
+            ready: VecDeque::new(),
+            spool: None,
+            last: None,
+            ended: false,
+            end_written: false,
+            begun: false,
+            head: None,
+            given_up: false,
+            broken: false,
+            error: None,
+            fault: None,
+            came: 0,
+            gone: 0,
+            spooled: (0, 0),
+            writing: 0,
+            piece: PIECE_LEAST,
+            first_byte: None,
+            blocked: None,
+            fetching: None,
+            blocked_before: Duration::ZERO,
+            timer: Timer::default(),
+            turn: None,
+            bulk: None,
+            admitted: false,
+            window: None,
+            depot,
+            lanes,
+        }
+    }
+
+    /// The session, while no write is under way.
+    pub fn session(&mut self) -> Option<&mut ServerSession> {
+        match &mut self.state {
+            State::Idle(session) => Some(session),
+            _ => None,
+        }
+    }
+
+    /// Takes back what [`Wire::release`] gave.
+    pub fn put_back(&mut self, session: Box<ServerSession>) {
+        self.state = State::Idle(session);
+    }
+
+    /// Whether more may come because it is this exchange's turn.
+    pub fn admitted(&self) -> bool {
+        self.admitted
+    }
+
+    /// Whether all of the answer is here.
+    pub fn ended(&self) -> bool {
+        self.ended
+    }
+
+    /// Gives the session back for good; `None` if a write has it.
+    pub fn release(&mut self) -> Option<Box<ServerSession>> {
+        match std::mem::replace(&mut self.state, State::Gone) {
+            State::Idle(session) => Some(session),
+            other => {
+                self.state = other;
+                None
+            }
+        }
+    }
+
+    /// The answer is given up: what waits is dropped, and a write under way with its session.
+    pub fn abandon(&mut self) {
+        self.forget();
+        if matches!(self.state, State::Writing(_)) {
+            self.state = State::Gone;
+        }
+        self.end_blocked();
+    }
+
+    /// A new attempt begins: what the one before left unsent is dropped.
+    pub fn restart(&mut self) {
+        if !self.begun {
+            self.forget();
+            self.ended = false;
+            self.leave = self.manner.leave;
+            self.held = self.leave == Leave::Full;
+            self.head = None;
+            self.came = 0;
+        }
+    }
+
+    fn forget(&mut self) {
+        self.spooled = self.spooled();
+        self.ready.clear();
+        self.spool = None;
+        self.last = None;
+        self.turn = None;
+        self.bulk = None;
+        self.admitted = false;
+    }
+
+    /// Breaks off where the answer comes from.
+    pub fn abort(&mut self) {
+        self.window.iter_mut().for_each(Window::abort);
+    }
+
+    /// Lets a write under way go on.
+    pub fn poll_writing(&mut self, cx: &mut Context<'_>) {
+        if matches!(self.state, State::Writing(_)) {
+            // Ready or not, and whatever fails, whoever polls for it hears of it.
+            let _ = self.poll_write(cx);
+        }
+    }
+
+    /// Whether bytes of the final answer have left, or may have.
+    pub fn begun(&self) -> bool {
+        self.begun
+    }
+
+    /// The status of the answer that has begun to leave; 0 if none has.
+    pub fn status(&self) -> u16 {
+        self.head.filter(|_| self.begun).map_or(0, |head| head.status)
+    }
+
+    /// Whether the client can tell a cut answer from a whole one by its framing.
+    pub fn framed(&self) -> bool {
+        self.head.is_none_or(|head| head.framed)
+    }
+
+    /// Body bytes that the client's session has taken.
+    pub fn sent(&self) -> u64 {
+        self.gone
+    }
+
+    /// Bytes that were held back, and those of them that were on disk.
+    pub fn spooled(&self) -> (u64, u64) {
+        let now = self.spool.as_ref().map_or((0, 0), |spool| (spool.pushed(), spool.spilled()));
+        (self.spooled.0 + now.0, self.spooled.1 + now.1)
+    }
+
+    /// For how long the client did not take what there was.
+    pub fn blocked(&self) -> Duration {
+        self.blocked_before + self.blocked.as_ref().map_or(Duration::ZERO, |blocked| blocked.lasted())
+    }
+
+    /// Why the wire gave up, if it did.
+    pub fn fault(&self) -> Option<&'static Refusal> {
+        self.fault
+    }
+
+    /// Where the answer comes from, for this attempt; `None` once its connection is no longer the exchange's.
+    pub fn comes_through(&mut self, window: Option<Window>) {
+        self.window = window;
+    }
+
+    /// Leaves the answer to itself from here on: server-sent events, or an upstream that says so.
+    pub fn stream(&mut self) {
+        self.leave = Leave::Stream;
+        self.held = false;
+    }
+
+    /// The connection is to close after this answer, and the answer is to say so.
+    pub fn close_after_answer(&mut self) {
+        self.last_on_connection = true;
+    }
+
+    /// Why nothing more can be written, if so; told once.
+    pub fn take_error(&mut self) -> Option<Box<Error>> {
+        self.error.take()
+    }
+
+    /// Whether it cannot be written any more.
+    pub fn failed(&self) -> bool {
+        self.broken || matches!(self.state, State::Gone)
+    }
+
+    /// Takes what came from the upstream. An error is the upstream's, passed on.
+    pub fn take(&mut self, tasks: Vec<HttpTask>) -> Result<()> {
+        self.admitted = false;
+        let spooling = self.held || self.spool.as_ref().is_some_and(|spool| spool.unread() > 0);
+        for task in tasks {
+            match task {
+                HttpTask::Header(mut head, end) => {
+                    if self.http10 {
+                        // RFC 9112 §6.1: such a client knows no chunks; the end of the connection is the end of the body.
+                        head.remove_header(&header::TRANSFER_ENCODING);
+                        self.last_on_connection |= !head.headers.contains_key(header::CONTENT_LENGTH);
+                    }
+                    self.note(&head);
+                    self.ended |= end;
+                    self.ready.push_back(HttpTask::Header(head, end));
+                }
+                // Upgrades are never wrapped.
+                HttpTask::Body(piece, end) | HttpTask::UpgradedBody(piece, end) => {
+                    self.ended |= end;
+                    let Some(piece) = piece.filter(|piece| !piece.is_empty()) else { continue };
+                    self.came += piece.len() as u64;
+                    if spooling {
+                        self.push(piece);
+                    } else {
+                        self.ready.push_back(HttpTask::Body(Some(piece), false));
+                    }
+                }
+                HttpTask::Failed(error) => return Err(error),
+                last @ (HttpTask::Trailer(_) | HttpTask::Done) => {
+                    self.ended = true;
+                    self.last.get_or_insert(last);
+                }
+            }
+        }
+        if self.ended {
+            self.held = false;
+        }
+        Ok(())
+    }
+
+    /// Marks the end, if the upstream did not.
+    pub fn end(&mut self) {
+        self.ended = true;
+        self.held = false;
+    }
+
+    fn note(&mut self, header: &ResponseHeader) {
+        if header.status.is_informational() {
+            return;
+        }
+        let length = header.headers.get(header::CONTENT_LENGTH).and_then(|length| length.to_str().ok()?.parse().ok());
+        let framed = length.is_some() || header.headers.contains_key(header::TRANSFER_ENCODING);
+        self.head = Some(Head { status: header.status.as_u16(), framed, length });
+    }
+
+    fn push(&mut self, piece: Bytes) {
+        let Wire { spool, depot, manner, lanes, .. } = self;
+        lanes.here().spooled(piece.len() as u64);
+        let begin = || Spool::consuming(depot, Direction::Response, manner.limits, Some(&manner.route));
+        spool.get_or_insert_with(begin).push(piece);
+    }
+
+    /// Writes what may leave. Ready when nothing is left that may, or when it cannot be written any more.
+    pub fn poll_write(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        loop {
+            match &mut self.state {
+                State::Gone => return Poll::Ready(()),
+                State::Writing(_) if self.given_up => return Poll::Ready(()),
+                State::Writing(write) => match write.as_mut().poll(cx) {
+                    Poll::Ready((session, outcome)) => {
+                        self.state = State::Idle(session);
+                        self.written(outcome);
+                    }
+                    // It is the poll that ends, and not the client that takes nothing.
+                    Poll::Pending if !has_budget_remaining() => return Poll::Pending,
+                    Poll::Pending => {
+                        let blame = ready!(self.poll_patience(cx));
+                        self.fail(blame);
+                        self.given_up = true;
+                    }
+                },
+                State::Idle(_) if self.broken => return Poll::Ready(()),
+                State::Idle(_) => match ready!(self.poll_batch(cx)) {
+                    Some(batch) => self.begin(batch),
+                    None => return Poll::Ready(()),
+                },
+            }
+        }
+    }
+
+    /// What is written next.
+    fn poll_batch(&mut self, cx: &mut Context<'_>) -> Poll<Option<Vec<HttpTask>>> {
+        if self.held {
+            // Interim answers are never held: a client may wait for one before it sends its body.
+            let interim = |task: &HttpTask| matches!(task, HttpTask::Header(head, _) if head.status.is_informational());
+            let interim = self.ready.front().is_some_and(interim).then(|| self.ready.pop_front()).flatten();
+            return Poll::Ready(interim.map(|task| vec![task]));
+        }
+        if !self.ready.is_empty() {
+            return self.poll_ready_batch(cx).map(Some);
+        }
+        let unread = self.spool.as_ref().map_or(0, Spool::unread);
+        if unread > 0 {
+            let piece = ready!(self.poll_spooled(cx));
+            let Some(piece) = piece else { return Poll::Ready(None) };
+            let end = self.ended && self.last.is_none() && unread == piece.len() as u64;
+            return Poll::Ready(Some(vec![HttpTask::Body(Some(piece), end)]));
+        }
+        Poll::Ready((self.ended && !self.end_written).then(|| vec![self.end_task()]))
+    }
+
+    fn end_task(&mut self) -> HttpTask {
+        self.last.take().unwrap_or(HttpTask::Done)
+    }
+
+    fn poll_ready_batch(&mut self, cx: &mut Context<'_>) -> Poll<Vec<HttpTask>> {
+        let bytes: usize = self.ready.iter().map(body_len).sum();
+        let whole = self.spool.as_ref().is_none_or(|spool| spool.unread() == 0);
+        if bytes <= TOGETHER_BYTES && self.manner.throttle.is_none() {
+            let mut batch: Vec<_> = self.ready.drain(..).collect();
+            if whole && self.ended {
+                match batch.last_mut() {
+                    Some(HttpTask::Body(_, end) | HttpTask::Header(_, end)) if self.last.is_none() => *end = true,
+                    _ => batch.push(self.end_task()),
+                }
+            }
+            return Poll::Ready(batch);
+        }
+        let limit = self.limit();
+        if let Some(HttpTask::Body(Some(piece), _)) = self.ready.front_mut() {
+            let length = piece.len().min(limit);
+            ready!(self.poll_throttle(cx, length));
+            let Some(HttpTask::Body(Some(piece), _)) = self.ready.front_mut() else {
+                unreachable!("it was just there")
+            };
+            let part = piece.split_to(length);
+            if piece.is_empty() {
+                self.ready.pop_front();
+            }
+            let end = whole && self.ended && self.last.is_none() && self.ready.is_empty();
+            return Poll::Ready(vec![HttpTask::Body(Some(part), end)]);
+        }
+        Poll::Ready(self.ready.pop_front().into_iter().collect())
+    }
+
+    fn poll_spooled(&mut self, cx: &mut Context<'_>) -> Poll<Option<Bytes>> {
+        let limit = self.limit();
+        ready!(self.poll_throttle(cx, limit));
+        let Some(spool) = &mut self.spool else { return Poll::Ready(None) };
+        let Poll::Ready(next) = spool.poll_next(cx, limit) else {
+            let since = *self.fetching.get_or_insert_with(Instant::now);
+            ready!(self.timer.poll(cx, since + self.manner.disk_max));
+            tracing::error!("the disk does not give back a spooled answer");
+            self.fail(&refusal::WRITE_DISK_FAILED);
+            return Poll::Ready(None);
+        };
+        self.fetching = None;
+        match next {
+            Ok(piece) => Poll::Ready(piece),
+            Err(error) => {
+                tracing::error!(%error, "a spooled answer could not be read back");
+                self.fail(&refusal::WRITE_DISK_FAILED);
+                Poll::Ready(None)
+            }
+        }
+    }
+
+    fn limit(&self) -> usize {
+        self.manner.throttle.map_or(self.piece, |throttle| throttle.piece())
+    }
+
+    /// Ready when so many bytes may leave.
+    fn poll_throttle(&mut self, cx: &mut Context<'_>, bytes: usize) -> Poll<()> {
+        let Some(throttle) = self.manner.throttle else { return Poll::Ready(()) };
+        let first = *self.first_byte.get_or_insert_with(Instant::now);
+        let due = first + throttle.due(self.gone + bytes as u64);
+        if Instant::now() >= due {
+            return Poll::Ready(());
+        }
+        self.timer.poll(cx, due)
+    }
+
+    fn begin(&mut self, batch: Vec<HttpTask>) {
+        let State::Idle(mut session) = std::mem::replace(&mut self.state, State::Gone) else { return };
+        self.begun |= batch.iter().any(is_of_answer);
+        self.end_written |= batch.last().is_some_and(HttpTask::is_end);
+        if self.last_on_connection {
+            session.set_keepalive(None);
+        }
+        self.writing = batch.iter().map(|task| body_len(task) as u64).sum();
+        self.state = State::Writing(Box::pin(async move {
+            let outcome = session.response_duplex_vec(batch).await;
+            (session, outcome)
+        }));
+    }
+
+    fn written(&mut self, outcome: Result<bool>) {
+        if outcome.is_ok() {
+            self.gone += self.writing;
+        }
+        match self.end_blocked() {
+            Some(waited) => {
+                self.manner.pace.moved(self.writing, waited);
+                self.piece = PIECE_LEAST;
+            }
+            None => {
+                // What it takes at once counts for it, too.
+                self.manner.pace.moved(self.writing, Duration::ZERO);
+                self.piece = (self.piece * 2).min(if self.http2 { PIECE_MOST_H2 } else { PIECE_MOST });
+            }
+        }
+        self.writing = 0;
+        if let Err(error) = outcome {
+            self.forget();
+            self.broken = true;
+            self.error = Some(error);
+        }
+    }
+
+    /// Ready when the write under way takes too long: with what the client did not keep.
+    fn poll_patience(&mut self, cx: &mut Context<'_>) -> Poll<&'static Refusal> {
+        let Wire { blocked, depot, .. } = self;
+        let since = blocked.get_or_insert_with(|| Waiting::begin(depot.budget.slow(Direction::Response))).since;
+        let slow = self.manner.pace.patience(self.writing).map(|patience| (patience, &refusal::WRITE_MIN_RATE));
+        // On HTTP/1 the stream sees every byte that leaves, and keeps this more exactly.
+        let still = self.http2.then_some((self.manner.write_idle, &refusal::WRITE_TIMEOUT));
+        let first = slow.into_iter().chain(still).min_by_key(|(patience, _)| *patience);
+        let Some((patience, blame)) = first else { return Poll::Pending };
+        self.timer.poll(cx, since + patience).map(|()| blame)
+    }
+
+    fn end_blocked(&mut self) -> Option<Duration> {
+        let waited = self.blocked.take()?.lasted();
+        self.blocked_before += waited;
+        Some(waited)
+    }
+
+    fn fail(&mut self, fault: &'static Refusal) {
+        self.fault.get_or_insert(fault);
+        self.broken = true;
+        self.forget();
+        self.end_blocked();
+        self.error = Some(Error::explain(ErrorType::WriteError, fault.reason).into_down());
+    }
+
+    /// Ready when more may come from the upstream: the client has taken all there is, or there is room in the spool and
+    /// it is this exchange's turn. Ready, too, when nothing can be written any more.
+    pub fn poll_more(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        let written = self.poll_write(cx);
+        if self.failed() {
+            return Poll::Ready(());
+        }
+        if self.ended {
+            self.bulk = None;
+        }
+        if self.ended || self.admitted {
+            self.turn = None;
+            return Poll::Ready(());
+        }
+        if has_budget_remaining() {
+            self.set_aside();
+        }
+        if written.is_ready() && !self.held {
+            if self.came > BULK_BYTES {
+                let Wire { bulk, lanes, .. } = self;
+                if bulk.get_or_insert_with(|| lanes.here().enter()).is_crowded() {
+                    ready!(self.poll_turn(cx, Class::Pass));
+                }
+            }
+        } else {
+            // Without the final header there is nothing to spool: interim answers wait for their client.
+            let interim = self.head.is_none() && !self.held;
+            if self.leave == Leave::Stream || interim || !has_budget_remaining() {
+                return Poll::Pending;
+            }
+            ready!(self.poll_room(cx));
+            ready!(self.poll_turn(cx, Class::Spool));
+        }
+        if self.came > 0 {
+            self.window.iter_mut().for_each(Window::open);
+        }
+        self.admitted = true;
+        Poll::Ready(())
+    }
+
+    /// What the client did not take of what just came goes to the spool.
+    fn set_aside(&mut self) {
+        let first = self.ready.iter().position(|task| matches!(task, HttpTask::Body(..)));
+        let Some(first) = first.filter(|_| self.leave != Leave::Stream) else { return };
+        for task in self.ready.split_off(first) {
+            if let HttpTask::Body(Some(piece), _) = task {
+                self.push(piece);
+            }
+        }
+    }
+
+    fn poll_room(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        let Some(spool) = &mut self.spool else { return Poll::Ready(()) };
+        spool.idle(cx);
+        match spool.room(cx) {
+            Ok(Room::Free) => return Poll::Ready(()),
+            Ok(Room::Disk) => return Poll::Pending,
+            Ok(Room::Pressure | Room::Full) => {}
+            // It is in memory still; there is just no further room.
+            Err(SpoolError::Full(_)) => {}
+            Err(SpoolError::Failed(error)) => {
+                tracing::error!(%error, "an answer could not be spooled to disk");
+            }
+        }
+        // Only the client makes room, and if the answer is held back until it is whole, nobody: so it leaves.
+        if std::mem::take(&mut self.held) {
+            cx.waker().wake_by_ref();
+        }
+        Poll::Pending
+    }
+
+    fn poll_turn(&mut self, cx: &mut Context<'_>, class: Class) -> Poll<()> {
+        let Wire { turn, lanes, head, came, .. } = self;
+        if turn.as_ref().is_some_and(|turn| turn.class() != class) {
+            *turn = None;
+        }
+        let turn = turn.get_or_insert_with(|| {
+            let length = head.and_then(|head| head.length);
+            lanes.here().queue(class, length.map_or(u64::MAX, |length| length.saturating_sub(*came)))
+        });
+        ready!(turn.poll(cx));
+        self.turn = None;
+        Poll::Ready(())
+    }
+
+    /// Ready when the client has gone; only looked at while no write is under way, which would find out by itself.
+    pub fn poll_gone(&mut self, cx: &mut Context<'_>) -> Poll<Box<Error>> {
+        let Some(session) = self.session() else { return Poll::Pending };
+        if let Some(mut closed) = session.watch_h2_stream_close() {
+            let closed = ready!(Pin::new(&mut closed).poll(cx));
+            return Poll::Ready(closed.err().unwrap_or_else(|| Error::new_down(ErrorType::H2Error)));
+        }
+        if !session.is_body_done() {
+            // Reading the body finds out.
+            return Poll::Pending;
+        }
+        let mut idle = std::pin::pin!(session.read_body_or_idle(true));
+        match ready!(idle.as_mut().poll(cx)) {
+            Err(error) => Poll::Ready(error),
+            // HTTP/1 hands on nothing after the body.
+            Ok(_) => Poll::Pending,
+        }
+    }
+
+    /// Reads a piece of the request body. Waits for a write that is under way, which has the session.
+    pub fn poll_read(&mut self, cx: &mut Context<'_>) -> Poll<Result<Option<Bytes>>> {
+        if self.session().is_none() {
+            let _ = self.poll_write(cx);
+        }
+        let Some(session) = self.session() else { return Poll::Pending };
+        let mut read = std::pin::pin!(session.read_request_body());
+        read.as_mut().poll(cx)
+    }
+
+    /// Writes to the end of the answer. Ready when it has left, or cannot.
+    pub fn poll_drain(&mut self, cx: &mut Context<'_>) -> Poll<Result<()>> {
+        let written = self.poll_write(cx);
+        if self.failed() {
+            return Poll::Ready(Err(self.error.take().unwrap_or_else(|| Error::new_down(ErrorType::WriteError))));
+        }
+        if written.is_ready() {
+            return Poll::Ready(Ok(()));
+        }
+        self.set_aside();
+        if let Some(spool) = &mut self.spool {
+            spool.idle(cx);
+        }
+        self.poll_gone(cx).map(Err)
+    }
+}
+
+/// Whether it belongs to the final answer.
+fn is_of_answer(task: &HttpTask) -> bool {
+    !matches!(task, HttpTask::Header(head, _) if head.status.is_informational())
+}
+
+fn body_len(task: &HttpTask) -> usize {
+    match task {
+        HttpTask::Body(Some(piece), _) => piece.len(),
+        _ => 0,
+    }
+}

@@ -1,0 +1,139 @@
+//! Phase `buffer`: the request body is held back until it is whole, so that a slow upload costs no upstream anything.
+//!
+//! After `route`; before `select`. The clock enters the phase only when the client has to be waited for.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use http::header;
+use pingora::http::RequestHeader;
+use pingora::protocols::http::ServerSession;
+use pingora::{Error, ErrorType, Result};
+
+use super::exchange::Exchange;
+use super::receive::BodyFilters;
+use super::route::Route;
+use crate::client::intake::{IntakeTerms, Unread};
+use crate::client::lane::Lanes;
+use crate::client::pace::Pace;
+use crate::client::session::{BufferedSession, Terms};
+use crate::client::spool::Depot;
+use crate::client::wire::Leave;
+use crate::error::{Refusal, refusal};
+use crate::filter::Refused;
+use crate::phase::Phase;
+use crate::upstream::Timeouts;
+/// As good as no limit, and safe to add to a clock.
+const A_YEAR: Duration = Duration::from_secs(366 * 24 * 3600);
+
+/// What becomes of a request body.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Plan {
+    /// There is none, or it goes on as it comes.
+    Stream,
+    /// It is held back.
+    Hold,
+    Refuse(&'static Refusal),
+}
+
+/// Puts the buffered session between Pingora and the client and has it hold the request body back, if the route says so.
+///
+/// An error is the client's, and the reason is in the exchange.
+pub async fn request(
+    exchange: &mut Exchange,
+    client: &mut Box<ServerSession>,
+    route: &Route,
+    timeouts: Timeouts,
+    depot: &Arc<Depot>,
+    lanes: &Arc<Lanes>,
+) -> Result<()> {
+    let announced = announced(client.req_header());
+    let grpc = is_grpc(client.req_header());
+    let mut intake = route.intake.clone();
+    intake.announced = announced;
+    let mut manner = route.manner.clone();
+    if grpc {
+        manner.leave = Leave::Stream;
+        // A call may last and be silent for as long as both sides like.
+        intake.pace = Pace::unlimited();
+        intake.total = A_YEAR;
+        intake.idle = A_YEAR;
+    }
+    let plan = plan(route.holds_bodies && !grpc, &intake);
+    if let Plan::Refuse(refusal) = plan {
+        return Err(refused(exchange, refusal));
+    }
+    let terms = Terms {
+        patience: route.patience(timeouts),
+        intake,
+        manner,
+        tap: BodyFilters::of(exchange),
+        depot: depot.clone(),
+        lanes: lanes.clone(),
+    };
+    let (link, mut session) = BufferedSession::take(client, terms)?;
+    exchange.link = Some(link);
+    if plan == Plan::Hold && session.has_body() {
+        let held = hold(exchange, &mut session).await;
+        if let Err(unread) = held {
+            session.give_back(client);
+            return Err(refused(exchange, reason(exchange, unread)));
+        }
+    }
+    session.stand_in(client);
+    Ok(())
+}
+
+async fn hold(exchange: &mut Exchange, session: &mut BufferedSession) -> Result<(), Unread> {
+    let request = session.request_mut();
+    if request.headers.get(header::EXPECT).is_some_and(|expect| expect.as_bytes().eq_ignore_ascii_case(b"100-continue"))
+    {
+        // It is answered here and is not the upstream's to answer any more.
+        request.remove_header(&header::EXPECT);
+        session.invite().await.map_err(Unread::Failed)?;
+    }
+    session.fill(&mut || exchange.enter(Phase::Buffer)).await
+}
+
+fn plan(holds: bool, intake: &IntakeTerms) -> Plan {
+    if intake.announced.is_some_and(|length| length > intake.max_body) {
+        return Plan::Refuse(&refusal::BUFFER_TOO_LARGE);
+    }
+    if !holds {
+        return Plan::Stream;
+    }
+    let room = intake.limits.memory.saturating_add(intake.limits.disk);
+    match intake.announced {
+        Some(length) if length > room && intake.stream_large => Plan::Stream,
+        Some(length) if length > room => Plan::Refuse(&refusal::BUFFER_TOO_LARGE),
+        _ => Plan::Hold,
+    }
+}
+
+fn announced(request: &RequestHeader) -> Option<u64> {
+    request.headers.get(header::CONTENT_LENGTH)?.to_str().ok()?.trim().parse().ok()
+}
+
+/// A gRPC call may stream both ways: neither side may wait for the other to end.
+pub fn is_grpc(request: &RequestHeader) -> bool {
+    request.headers.get(header::CONTENT_TYPE).is_some_and(|kind| kind.as_bytes().starts_with(b"application/grpc"))
+}
+
+fn reason(exchange: &Exchange, unread: Unread) -> &'static Refusal {
+    let found = exchange.connection.as_ref().and_then(|connection| connection.fault());
+    match (found, unread) {
+        (Some(fault), _) if *fault == refusal::SEND_BODY_MALFORMED => &refusal::BUFFER_MALFORMED,
+        (Some(fault), _) => fault,
+        (None, Unread::Refused(refusal)) => refusal,
+        (None, Unread::Failed(error)) => match error.etype() {
+            ErrorType::ConnectionClosed | ErrorType::ReadError | ErrorType::H2Error => &refusal::BUFFER_ABORTED,
+            // Pingora's own reading of chunks and trailers.
+            _ => &refusal::BUFFER_MALFORMED,
+        },
+    }
+}
+
+fn refused(exchange: &mut Exchange, refusal: &'static Refusal) -> Box<Error> {
+    exchange.refuse(Refused { refusal, headers: Vec::new() });
+    Error::explain(ErrorType::ReadError, refusal.reason).into_down()
+}

@@ -1,0 +1,108 @@
+//! How much of an answer the kernel takes in for us: the receive window of an endpoint's connection.
+//!
+//! Left to itself the kernel takes in 64 KiB of every answer, and so does Pingora, in three buffers. So a connection to an
+//! endpoint begins with a narrow window ([`NARROW_BYTES`]), which costs a small answer nothing, and is opened and left
+//! to the kernel's tuning once there is more to come and room for it. A thousand answers that arrive at once are then a
+//! thousand small reads. It is never made narrow again: to a sender that has seen a wide window a narrow one is silly
+//! (RFC 9293 §3.8.6.2.1), and it waits for a timer of 200 ms before it uses it.
+
+use std::os::fd::RawFd;
+
+/// The receive buffer of a narrow connection, of which the kernel uses about half for data.
+pub const NARROW_BYTES: usize = 16 << 10;
+
+/// What an opened connection begins with: the kernel's tuning finds no reason to grow from the narrow one.
+const OPEN_BYTES: usize = 128 << 10;
+
+/// `SO_BUF_LOCK` of Linux, which the libc crate lacks: which buffers of a socket are exempt from tuning.
+const SO_BUF_LOCK: libc::c_int = 72;
+
+/// The receive window of one connection. Only to be used while an exchange has that connection.
+#[derive(Debug)]
+pub struct Window {
+    socket: RawFd,
+    opened: bool,
+}
+
+impl Window {
+    /// That of a connection of which nobody knows how wide it is: an earlier exchange may have opened it.
+    pub fn new(socket: RawFd) -> Self {
+        Window { socket, opened: false }
+    }
+
+    /// Leaves it to the kernel; with one that cannot tune again (before Linux 5.14) it stays at what it begins with.
+    pub fn open(&mut self) {
+        if !std::mem::replace(&mut self.opened, true) && self.is_narrow() {
+            self.set(libc::SO_RCVBUF, OPEN_BYTES as libc::c_int);
+            self.set(SO_BUF_LOCK, 0);
+        }
+    }
+
+    /// Breaks the connection off: whoever waits for it here hears of its end, and the endpoint of a reset, which overtakes
+    /// what it has not read.
+    pub fn abort(&mut self) {
+        let linger = libc::linger { l_onoff: 1, l_linger: 0 };
+        let length = size_of::<libc::linger>() as libc::socklen_t;
+        // SAFETY: the pointer is to a `linger` of that length; a wrong descriptor is an error and nothing else.
+        unsafe {
+            libc::setsockopt(self.socket, libc::SOL_SOCKET, libc::SO_LINGER, (&raw const linger).cast(), length);
+        }
+        // SAFETY: no pointer is passed; a wrong descriptor is an error and nothing else.
+        unsafe { libc::shutdown(self.socket, libc::SHUT_RDWR) };
+    }
+
+    /// If not, the kernel's tuning is not to be undone.
+    fn is_narrow(&self) -> bool {
+        let (mut bytes, mut length): (libc::c_int, _) = (0, size_of::<libc::c_int>() as libc::socklen_t);
+        // SAFETY: the pointers are to an integer of that length and to the length; a wrong descriptor is an error.
+        let got = unsafe {
+            libc::getsockopt(self.socket, libc::SOL_SOCKET, libc::SO_RCVBUF, (&raw mut bytes).cast(), &raw mut length)
+        };
+        // Linux doubles what it is asked for.
+        got == 0 && bytes as usize <= 2 * NARROW_BYTES
+    }
+
+    /// A socket of another kind goes on as it is.
+    fn set(&self, option: libc::c_int, value: libc::c_int) {
+        let length = size_of::<libc::c_int>() as libc::socklen_t;
+        // SAFETY: the pointer is to an integer of that length; a wrong descriptor is an error and nothing else.
+        unsafe { libc::setsockopt(self.socket, libc::SOL_SOCKET, option, (&raw const value).cast(), length) };
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::{Read, Write};
+    use std::net::{TcpListener, TcpStream};
+    use std::os::fd::AsRawFd;
+
+    /// Has as much sent as the other side takes, reads it, and that several times: the most that came at once.
+    fn most_at_once(sender: &mut TcpStream, receiver: &mut TcpStream) -> usize {
+        let piece = vec![0; 1 << 20];
+        let rounds = (0..50).map(|_| {
+            while sender.write(&piece).is_ok() {}
+            receiver.read(&mut vec![0; 16 << 20]).unwrap_or_default()
+        });
+        rounds.max().unwrap_or_default()
+    }
+
+    #[test]
+    fn a_narrow_connection_takes_in_little_until_it_is_opened() {
+        let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
+        let socket = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None).expect("a socket");
+        socket.set_recv_buffer_size(NARROW_BYTES).expect("a buffer");
+        socket.connect(&listener.local_addr().expect("bound").into()).expect("a connection");
+        let (mut sender, _) = listener.accept().expect("a connection");
+        let mut receiver = TcpStream::from(socket);
+        for stream in [&sender, &receiver] {
+            stream.set_nonblocking(true).expect("a socket");
+        }
+
+        let narrow = most_at_once(&mut sender, &mut receiver);
+        assert!(narrow > 0 && narrow <= 2 * NARROW_BYTES, "{narrow} bytes");
+        Window::new(receiver.as_raw_fd()).open();
+        let open = most_at_once(&mut sender, &mut receiver);
+        assert!(open > 4 * narrow, "{open} bytes at once, {narrow} before");
+    }
+}

@@ -1,0 +1,503 @@
+//! One request and its answer on either protocol: of any size, at any pace, in steps or as a whole, broken off anywhere.
+//!
+//! Neither body is kept: what is sent is the content of the built-in test origin, and what comes is counted and hashed.
+
+use std::future::poll_fn;
+use std::net::SocketAddr;
+use std::pin::Pin;
+use std::task::{Context, Poll};
+use std::thread;
+use std::time::Duration;
+
+use bytes::Bytes;
+use forebay::origin::{Digest, content_from};
+use h2::client::ResponseFuture;
+use h2::{Reason, RecvStream, SendStream};
+use http::{HeaderMap, Response};
+use serde_json::Value;
+
+use super::client::{Client, H2Client};
+use super::wire::{End, Left, Wire};
+
+/// What a client with a tiny HTTP/2 window lets the gateway send ahead.
+const NARROW_BYTES: u32 = 1024;
+
+/// How much of an answer is kept, for stories that read it.
+const KEPT_BYTES: usize = 64 * 1024;
+
+/// What an exchange is spoken in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Protocol {
+    /// HTTP/1.1 on a connection of its own.
+    Http1,
+    /// HTTP/2 in clear text, one stream on a connection of its own.
+    Http2,
+}
+
+impl Protocol {
+    /// Both of them. A gateway that is asked in both wants `protocols: [http1, h2c]`.
+    pub const BOTH: [Protocol; 2] = [Protocol::Http1, Protocol::Http2];
+}
+
+/// So many bytes, then a pause, and again.
+#[derive(Clone, Copy, Debug)]
+struct Pace {
+    bytes: usize,
+    pause: Duration,
+}
+
+const AT_ONCE: Pace = Pace { bytes: 64 * 1024, pause: Duration::ZERO };
+
+/// A request in the making.
+#[derive(Clone, Debug)]
+pub struct Ask {
+    method: &'static str,
+    path: String,
+    fields: Vec<(String, String)>,
+    body: Option<u64>,
+    length_is_said: bool,
+    sending: Pace,
+    reading: Pace,
+    narrow: bool,
+}
+
+/// How a client goes away.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Leave {
+    /// It closes its connection.
+    Close,
+    /// It resets its connection.
+    Reset,
+    /// It gives up the stream and keeps the connection; on HTTP/1, where there is none, it closes.
+    Stream,
+}
+
+/// An exchange under way: its request header was sent.
+pub struct Exchange {
+    ask: Ask,
+    side: Side,
+    sent: u64,
+    answer: Answer,
+    digest: Digest,
+}
+
+enum Side {
+    Http1 { wire: Wire, left: Option<Left> },
+    Http2 { client: H2Client, send: SendStream<Bytes>, coming: Coming, unread: Bytes },
+}
+
+enum Coming {
+    Header(Option<ResponseFuture>),
+    /// It came while the body was still being sent.
+    Early(Option<Box<Result<Response<RecvStream>, h2::Error>>>),
+    Body(RecvStream),
+}
+
+impl Coming {
+    /// Whether the gateway has refused, so that there is no use in sending more.
+    fn poll_refusal(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        if let Coming::Header(Some(response)) = self
+            && let Poll::Ready(response) = Pin::new(response).poll(cx)
+        {
+            *self = Coming::Early(Some(Box::new(response)));
+        }
+        match self {
+            Coming::Early(Some(response)) if !response.as_ref().as_ref().is_ok_and(|r| r.status().is_success()) => {
+                Poll::Ready(())
+            }
+            _ => Poll::Pending,
+        }
+    }
+}
+
+/// An answer, of which the first bytes were kept.
+#[derive(Clone, Debug)]
+pub struct Answer {
+    /// Its status.
+    pub status: u16,
+    /// The interim ones (1xx) that came before it.
+    pub interim: Vec<u16>,
+    /// Its header fields, names in lower case.
+    pub fields: Vec<(String, String)>,
+    /// The first 64 KiB of its body.
+    pub body: Vec<u8>,
+    /// How long the body was.
+    pub length: u64,
+    /// The SHA-256 of the body.
+    pub sha256: String,
+    /// Whether the body was all there.
+    pub end: End,
+    /// Its trailer fields, each as `name: value`.
+    pub trailers: Vec<String>,
+}
+
+impl Ask {
+    /// Asks for a path.
+    pub fn get(path: impl Into<String>) -> Ask {
+        Ask {
+            method: "GET",
+            path: path.into(),
+            fields: Vec::new(),
+            body: None,
+            length_is_said: true,
+            sending: AT_ONCE,
+            reading: AT_ONCE,
+            narrow: false,
+        }
+    }
+
+    /// Uploads so many bytes to `/headers`, where the test origin says what it got.
+    pub fn put(length: u64) -> Ask {
+        Ask { method: "PUT", body: Some(length), ..Ask::get("/headers") }
+    }
+
+    /// The same with a method that is not idempotent.
+    pub fn post(length: u64) -> Ask {
+        Ask { method: "POST", ..Ask::put(length) }
+    }
+
+    /// Another method, with what body there is.
+    pub fn method(self, method: &'static str) -> Ask {
+        Ask { method, ..self }
+    }
+
+    /// Another path.
+    pub fn to(self, path: impl Into<String>) -> Ask {
+        Ask { path: path.into(), ..self }
+    }
+
+    /// A further field of the header; its name in lower case.
+    pub fn field(mut self, name: &str, value: &str) -> Ask {
+        self.fields.push((name.to_owned(), value.to_owned()));
+        self
+    }
+
+    /// The length of the body is not said: chunks on HTTP/1, nothing at all on HTTP/2.
+    pub fn chunked(self) -> Ask {
+        Ask { length_is_said: false, ..self }
+    }
+
+    /// Sends so many bytes of the body, then pauses, and again.
+    pub fn sending(self, bytes: usize, pause: Duration) -> Ask {
+        Ask { sending: Pace { bytes, pause }, ..self }
+    }
+
+    /// Reads so many bytes of the answer, then pauses, and again; and takes nothing ahead of that, as far as the
+    /// protocol allows: with the smallest receive buffer there is, or a window of 1 KiB.
+    pub fn reading(self, bytes: usize, pause: Duration) -> Ask {
+        Ask { reading: Pace { bytes, pause }, narrow: true, ..self }
+    }
+
+    /// Reads as fast as it can through the smallest receive buffer there is, or a window of 1 KiB.
+    pub fn narrow(self) -> Ask {
+        Ask { narrow: true, ..self }
+    }
+
+    /// Connects and sends the header.
+    pub fn begin(&self, protocol: Protocol, address: SocketAddr) -> Exchange {
+        let side = match protocol {
+            Protocol::Http1 => self.begin_http1(address),
+            Protocol::Http2 => self.begin_http2(address),
+        };
+        let answer = Answer {
+            status: 0,
+            interim: Vec::new(),
+            fields: Vec::new(),
+            body: Vec::new(),
+            length: 0,
+            sha256: String::new(),
+            end: End::Complete,
+            trailers: Vec::new(),
+        };
+        Exchange { ask: self.clone(), side, sent: 0, answer, digest: Digest::default() }
+    }
+
+    /// All of it: the answer. Sending ends early where the gateway takes no more.
+    pub fn over(&self, protocol: Protocol, address: SocketAddr) -> Answer {
+        let mut exchange = self.begin(protocol, address);
+        exchange.finish_body();
+        exchange.answer()
+    }
+
+    fn begin_http1(&self, address: SocketAddr) -> Side {
+        let client = if self.narrow { Client::slow(address) } else { Client::connect(address) };
+        let mut head = format!("{} {} HTTP/1.1\r\nHost: test\r\n", self.method, self.path);
+        for (name, value) in &self.fields {
+            head += &format!("{name}: {value}\r\n");
+        }
+        head += &match (self.body, self.length_is_said) {
+            (None, _) => String::new(),
+            (Some(length), true) => format!("Content-Length: {length}\r\n"),
+            (Some(_), false) => "Transfer-Encoding: chunked\r\n".to_owned(),
+        };
+        let mut wire = client.into_wire();
+        wire.send(head + "\r\n").expect("the gateway to take a header");
+        Side::Http1 { wire, left: None }
+    }
+
+    fn begin_http2(&self, address: SocketAddr) -> Side {
+        let client = if self.narrow { H2Client::narrow(address, NARROW_BYTES) } else { H2Client::connect(address) };
+        let mut request = http::Request::builder().method(self.method).uri(format!("http://test{}", self.path));
+        for (name, value) in &self.fields {
+            request = request.header(name, value);
+        }
+        if let Some(length) = self.body.filter(|_| self.length_is_said) {
+            request = request.header("content-length", length);
+        }
+        let (response, send) = client.begin(request.body(()).expect("a request"), self.body.is_none());
+        Side::Http2 { client, send, coming: Coming::Header(Some(response)), unread: Bytes::new() }
+    }
+}
+
+impl Exchange {
+    /// Sends so many bytes of the body at its pace; `false` if the gateway takes no more.
+    pub fn send(&mut self, bytes: u64) -> bool {
+        let end = self.sent + bytes;
+        while self.sent < end {
+            let pace = self.ask.sending;
+            let piece = content_from(self.sent, (end - self.sent).min(pace.bytes as u64));
+            let framed = matches!(self.side, Side::Http1 { .. }) && !self.ask.length_is_said;
+            let taken = match framed {
+                true => self.side.send(&[format!("{:x}\r\n", piece.len()).as_bytes(), piece, b"\r\n"].concat()),
+                false => self.side.send(piece),
+            };
+            if !taken {
+                return false;
+            }
+            self.sent += piece.len() as u64;
+            thread::sleep(pace.pause);
+        }
+        true
+    }
+
+    /// Sends what is left of the body, and that this was all; `false` if the gateway takes no more.
+    pub fn finish_body(&mut self) -> bool {
+        let Some(length) = self.ask.body else { return true };
+        self.send(length - self.sent)
+            && match &mut self.side {
+                Side::Http1 { wire, .. } => self.ask.length_is_said || wire.send("0\r\n\r\n").is_ok(),
+                Side::Http2 { send, .. } => send.send_data(Bytes::new(), true).is_ok(),
+            }
+    }
+
+    /// The status, once the header of the answer is here.
+    ///
+    /// # Panics
+    /// If there is none.
+    pub fn status(&mut self) -> u16 {
+        self.try_status().expect("an answer before the end of the connection or the stream")
+    }
+
+    /// The same; `None` if the connection or the stream ends before it.
+    pub fn try_status(&mut self) -> Option<u16> {
+        if self.answer.status == 0 {
+            let (status, interim, fields) = self.side.header(self.ask.method)?;
+            self.answer = Answer { status, interim, fields, ..self.answer.clone() };
+        }
+        Some(self.answer.status)
+    }
+
+    /// Reads so many bytes of the answer, or those that there are.
+    pub fn read(&mut self, bytes: u64) -> u64 {
+        self.status();
+        let mut read = 0;
+        while read < bytes {
+            let pace = self.ask.reading;
+            let max = (bytes - read).min(pace.bytes as u64) as usize;
+            let piece = match self.side.piece(max) {
+                Ok(piece) => piece,
+                Err(end) => {
+                    self.answer.end = end;
+                    break;
+                }
+            };
+            read += piece.len() as u64;
+            self.digest.add(&piece);
+            let room = KEPT_BYTES.saturating_sub(self.answer.body.len());
+            self.answer.body.extend_from_slice(&piece[..room.min(piece.len())]);
+            thread::sleep(pace.pause);
+        }
+        read
+    }
+
+    /// From now on, sends and reads as fast as it can.
+    pub fn hurry(&mut self) {
+        (self.ask.sending, self.ask.reading) = (AT_ONCE, AT_ONCE);
+    }
+
+    /// How many bytes of the answer were read.
+    pub fn has_read(&self) -> u64 {
+        self.digest.length()
+    }
+
+    /// Reads the answer to its end.
+    pub fn answer(mut self) -> Answer {
+        self.read(u64::MAX);
+        self.answer.trailers = self.side.trailers();
+        self.answer.length = self.digest.length();
+        self.answer.sha256 = self.digest.sha256();
+        self.answer
+    }
+
+    /// Goes away. What it returns keeps the connection, where that stays.
+    pub fn leave(mut self, how: Leave) -> Option<Exchange> {
+        match (how, &mut self.side) {
+            (Leave::Stream, Side::Http2 { send, .. }) => {
+                send.send_reset(Reason::CANCEL);
+                return Some(self);
+            }
+            (Leave::Reset, _) => match self.side {
+                Side::Http1 { wire, .. } => wire.reset(),
+                Side::Http2 { client, .. } => client.reset(),
+            },
+            _ => {}
+        }
+        None
+    }
+}
+
+impl Side {
+    fn send(&mut self, piece: &[u8]) -> bool {
+        match self {
+            Side::Http1 { wire, .. } => wire.send(piece).is_ok(),
+            Side::Http2 { client, send, coming, .. } => {
+                let mut piece = Bytes::copy_from_slice(piece);
+                client.step(async {
+                    while !piece.is_empty() {
+                        send.reserve_capacity(piece.len());
+                        let granted = poll_fn(|cx| match send.poll_capacity(cx) {
+                            Poll::Pending => coming.poll_refusal(cx).map(|()| None),
+                            granted => granted,
+                        });
+                        let Some(Ok(granted)) = granted.await else { return false };
+                        if send.send_data(piece.split_to(granted.min(piece.len())), false).is_err() {
+                            return false;
+                        }
+                    }
+                    true
+                })
+            }
+        }
+    }
+
+    /// The status, the interim ones before it, and the fields.
+    #[allow(clippy::type_complexity, reason = "three things that are put into an answer at once")]
+    fn header(&mut self, method: &str) -> Option<(u16, Vec<u16>, Vec<(String, String)>)> {
+        match self {
+            Side::Http1 { wire, left } => {
+                let mut interim = Vec::new();
+                loop {
+                    let head = wire.head()?;
+                    if (100..200).contains(&head.status()) && head.status() != 101 {
+                        interim.push(head.status());
+                        continue;
+                    }
+                    *left = Some(head.response_framing(method).begin());
+                    let fields = head.fields.iter().map(|(name, value)| (name.to_ascii_lowercase(), value.clone()));
+                    return Some((head.status(), interim, fields.collect()));
+                }
+            }
+            Side::Http2 { client, coming, .. } => {
+                let response = match coming {
+                    Coming::Header(response) => client.step(response.take()?),
+                    Coming::Early(response) => *response.take()?,
+                    Coming::Body(_) => return None,
+                };
+                let response = response.ok()?;
+                let status = response.status().as_u16();
+                let fields = lines(response.headers());
+                *coming = Coming::Body(response.into_body());
+                Some((status, Vec::new(), fields))
+            }
+        }
+    }
+
+    /// At least one byte of the answer and at most `max`, or how it ended.
+    fn piece(&mut self, max: usize) -> Result<Vec<u8>, End> {
+        match self {
+            Side::Http1 { wire, left } => {
+                let left = left.as_mut().expect("the header to be read first");
+                let piece = wire.piece(left, max);
+                match *left {
+                    Left::Nothing(end) if piece.is_empty() => Err(end),
+                    _ => Ok(piece),
+                }
+            }
+            Side::Http2 { client, coming: Coming::Body(body), unread, .. } => {
+                while unread.is_empty() {
+                    match client.step(body.data()) {
+                        Some(Ok(piece)) => *unread = piece,
+                        Some(Err(_)) => return Err(End::Cut),
+                        None => return Err(End::Complete),
+                    }
+                }
+                let piece = unread.split_to(max.min(unread.len()));
+                // An error means that the stream is over; the next reading says how.
+                let _ = body.flow_control().release_capacity(piece.len());
+                Ok(piece.to_vec())
+            }
+            Side::Http2 { .. } => panic!("the header is read first"),
+        }
+    }
+
+    fn trailers(&mut self) -> Vec<String> {
+        match self {
+            Side::Http1 { wire, .. } => wire.trailers().to_vec(),
+            Side::Http2 { client, coming: Coming::Body(body), .. } => match client.step(body.trailers()) {
+                Ok(Some(trailers)) => lines(&trailers).iter().map(|(name, value)| format!("{name}: {value}")).collect(),
+                _ => Vec::new(),
+            },
+            Side::Http2 { .. } => Vec::new(),
+        }
+    }
+}
+
+fn lines(fields: &HeaderMap) -> Vec<(String, String)> {
+    let text = |value: &http::HeaderValue| String::from_utf8_lossy(value.as_bytes()).into_owned();
+    fields.iter().map(|(name, value)| (name.to_string(), text(value))).collect()
+}
+
+impl Answer {
+    /// The value of a field; its name in lower case.
+    pub fn value(&self, name: &str) -> Option<&str> {
+        self.fields.iter().find(|(found, _)| found == name).map(|(_, value)| value.as_str())
+    }
+
+    /// The body as text, as far as it was kept.
+    pub fn text(&self) -> &str {
+        std::str::from_utf8(&self.body).expect("a body of text")
+    }
+
+    /// The gateway refused it with this status, and said why: `buffer.too_large` and so on.
+    ///
+    /// # Panics
+    /// If not.
+    pub fn refused(&self, status: u16, reason: &str) {
+        assert_eq!((self.status, self.end), (status, End::Complete), "{}", self.text());
+        assert!(self.text().contains(reason), "{reason} was expected: {}", self.text());
+        // A refusal that will pass says when to come again.
+        assert_eq!(self.value("retry-after").is_some(), status == 503, "{:?}", self.fields);
+    }
+
+    /// The test origin got the first `length` bytes of its content and nothing else, framed like this: `chunked`,
+    /// `none`, or `content-length: 5`.
+    ///
+    /// # Panics
+    /// If not.
+    pub fn arrived(&self, length: u64, framing: &str) {
+        assert_eq!((self.status, self.end), (200, End::Complete), "{}", String::from_utf8_lossy(&self.body));
+        let got: Value = serde_json::from_slice(&self.body).expect("what the origin saw");
+        assert_eq!(got["body_bytes"], length, "bytes that arrived");
+        assert_eq!(got["body_sha256"], Digest::of_content(length).sha256(), "what arrived of {length} bytes");
+        assert_eq!(got["body_framing"], framing, "how {length} bytes arrived");
+    }
+
+    /// The client got the first `length` bytes of the content of the test origin and nothing else.
+    ///
+    /// # Panics
+    /// If not.
+    pub fn is_content(&self, length: u64) {
+        assert_eq!((self.status, self.end, self.length), (200, End::Complete, length));
+        assert_eq!(self.sha256, Digest::of_content(length).sha256(), "what came of {length} bytes");
+    }
+}

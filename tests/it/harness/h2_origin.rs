@@ -1,0 +1,102 @@
+//! A backend that speaks HTTP/2 in clear text: trailers, and streams that go both ways at once.
+
+use std::net::SocketAddr;
+use std::sync::{Arc, Mutex};
+
+use bytes::Bytes;
+use forebay::origin::Digest;
+use h2::server::SendResponse;
+use h2::{RecvStream, SendStream};
+use http::{HeaderMap, HeaderValue, Request, Response};
+use serde_json::json;
+use tokio::net::{TcpListener, TcpStream};
+use tokio::runtime::{Builder, Runtime};
+
+/// It answers by path. `/trailers`: a body, then the trailer field `x-trailer`. `/echo`: every piece of the request as
+/// soon as it comes, then `grpc-status: 0`. Anything else: what it got, as the built-in origin tells it at `/headers`.
+pub struct H2Origin {
+    address: SocketAddr,
+    seen: Arc<Mutex<Vec<String>>>,
+    _runtime: Runtime,
+}
+
+impl H2Origin {
+    /// Listens on a loopback port and answers.
+    pub fn start() -> H2Origin {
+        let runtime = Builder::new_multi_thread().worker_threads(1).enable_all().build().expect("a runtime");
+        let listener = runtime.block_on(TcpListener::bind("127.0.0.1:0")).expect("a port for the origin");
+        let (address, seen) = (listener.local_addr().expect("its address"), Arc::default());
+        runtime.spawn(accept(listener, Arc::clone(&seen)));
+        H2Origin { address, seen, _runtime: runtime }
+    }
+
+    /// Where it listens.
+    pub fn address(&self) -> SocketAddr {
+        self.address
+    }
+
+    /// The paths that it was asked for, in order.
+    pub fn paths(&self) -> Vec<String> {
+        self.seen.lock().unwrap().clone()
+    }
+}
+
+async fn accept(listener: TcpListener, seen: Arc<Mutex<Vec<String>>>) {
+    while let Ok((stream, _)) = listener.accept().await {
+        tokio::spawn(converse(stream, seen.clone()));
+    }
+}
+
+async fn converse(stream: TcpStream, seen: Arc<Mutex<Vec<String>>>) {
+    let Ok(mut connection) = h2::server::handshake(stream).await else { return };
+    while let Some(Ok((request, respond))) = connection.accept().await {
+        seen.lock().unwrap().push(request.uri().path().to_owned());
+        // A stream that fails is the gateway's business, and what it makes of it the story's.
+        tokio::spawn(async move { answer(request, respond).await.ok() });
+    }
+}
+
+async fn answer(request: Request<RecvStream>, mut respond: SendResponse<Bytes>) -> Result<(), h2::Error> {
+    let (head, mut body) = request.into_parts();
+    match head.uri.path() {
+        "/trailers" => {
+            while next(&mut body).await?.is_some() {}
+            let mut send = respond.send_response(Response::new(()), false)?;
+            send.send_data("A trailer follows.\n".into(), false)?;
+            send.send_trailers(trailer("x-trailer", "the end"))
+        }
+        "/echo" => {
+            let mut send = respond.send_response(Response::new(()), false)?;
+            while let Some(piece) = next(&mut body).await? {
+                send.send_data(piece, false)?;
+            }
+            send.send_trailers(trailer("grpc-status", "0"))
+        }
+        _ => told(&head.headers, &mut body, respond).await,
+    }
+}
+
+async fn told(headers: &HeaderMap, body: &mut RecvStream, mut respond: SendResponse<Bytes>) -> Result<(), h2::Error> {
+    let mut digest = Digest::default();
+    while let Some(piece) = next(body).await? {
+        digest.add(&piece);
+    }
+    let length = headers.get("content-length").and_then(|length| length.to_str().ok());
+    let seen = json!({
+        "body_bytes": digest.length(),
+        "body_sha256": digest.sha256(),
+        "body_framing": length.map_or("none".to_owned(), |length| format!("content-length: {length}")),
+    });
+    let mut send: SendStream<Bytes> = respond.send_response(Response::new(()), false)?;
+    send.send_data(seen.to_string().into(), true)
+}
+
+async fn next(body: &mut RecvStream) -> Result<Option<Bytes>, h2::Error> {
+    let Some(piece) = body.data().await.transpose()? else { return Ok(None) };
+    body.flow_control().release_capacity(piece.len())?;
+    Ok(Some(piece))
+}
+
+fn trailer(name: &'static str, value: &'static str) -> HeaderMap {
+    HeaderMap::from_iter([(name.parse().expect("a name"), HeaderValue::from_static(value))])
+}
