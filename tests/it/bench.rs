@@ -1,7 +1,12 @@
-//! The pure parts of `make bench`. They are tested here because a bench without a harness is compiled without its tests.
+//! The parts of `make bench` that can be wrong unseen: the pure ones, and the origin that counts. They are tested here
+//! because a bench without a harness is compiled without its tests.
 
+#[path = "../bench/compare/bulk.rs"]
+mod bulk;
 #[path = "../bench/compare/figures.rs"]
 mod figures;
+#[path = "../bench/compare/latency.rs"]
+mod latency;
 #[path = "../bench/compare/procfs.rs"]
 mod procfs;
 #[path = "../bench/compare/wrk.rs"]
@@ -81,6 +86,8 @@ mod of_procfs {
         let rollup = "55d0-7ffe ---p 00000000 00:00 0 [rollup]\nRss:                1848 kB\nPss:  900 kB\n";
         assert_eq!(resident_bytes(rollup), Some(1848 * 1024));
         assert_eq!(resident_bytes("Pss: 900 kB\n"), None);
+        assert_eq!(peak_bytes("VmPeak:\t  900 kB\nVmHWM:\t    2048 kB\nVmRSS:\t 1 kB\n"), Some(2 << 20));
+        assert_eq!(peak_bytes("VmRSS: 900 kB\n"), None);
     }
 
     #[test]
@@ -94,6 +101,111 @@ mod of_procfs {
     fn cpu_lists_hold_ranges_and_single_cpus() {
         assert_eq!(allowed_cpus("Name:\tx\nCpus_allowed_list:\t0-2,8\n"), Some(vec![0, 1, 2, 8]));
         assert_eq!(allowed_cpus("Cpus_allowed_list:\tall\n"), None);
+    }
+}
+
+mod of_latency {
+    use std::time::Duration;
+
+    use super::latency::{Sample, p99_ms};
+
+    fn milliseconds(count: u64) -> Duration {
+        Duration::from_millis(count)
+    }
+
+    /// A request each millisecond, answered at once but for those of a stall, which are answered at its end.
+    fn with_a_stall(from: u64, to: u64) -> Vec<Sample> {
+        let latency = |due| if (from..to).contains(&due) { milliseconds(to - due) } else { milliseconds(1) };
+        (0..1_000).map(|due| Sample { due: milliseconds(due), latency: latency(due) }).collect()
+    }
+
+    #[test]
+    fn ninety_nine_of_a_hundred_stay_below() {
+        assert_eq!(p99_ms(&with_a_stall(100, 110), milliseconds(0)..milliseconds(1_000)), Some(1.0));
+        assert_eq!(p99_ms(&with_a_stall(100, 130), milliseconds(0)..milliseconds(1_000)), Some(20.0));
+    }
+
+    #[test]
+    fn a_stall_counts_where_it_was_felt() {
+        let samples = with_a_stall(100, 300);
+        assert_eq!(p99_ms(&samples, milliseconds(0)..milliseconds(100)), Some(1.0));
+        assert_eq!(p99_ms(&samples, milliseconds(100)..milliseconds(200)), Some(199.0));
+        assert_eq!(p99_ms(&samples, milliseconds(300)..milliseconds(1_000)), Some(1.0));
+        assert_eq!(p99_ms(&samples, milliseconds(1_000)..milliseconds(2_000)), None);
+    }
+}
+
+mod of_the_bulk_origin {
+    use std::io::{Read, Write};
+    use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
+    use std::thread;
+
+    use super::bulk::{Counts, LARGE_BYTES, serve};
+
+    fn origin() -> SocketAddr {
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+        let address = listener.local_addr().unwrap();
+        thread::spawn(move || serve(listener));
+        address
+    }
+
+    fn sent(address: SocketAddr, request: &str) -> TcpStream {
+        let mut stream = TcpStream::connect(address).unwrap();
+        stream.write_all(request.as_bytes()).unwrap();
+        stream
+    }
+
+    fn counts(stream: &mut TcpStream) -> Counts {
+        stream.write_all(b"GET /counts HTTP/1.1\r\n\r\n").unwrap();
+        let mut answer = [0; 1_024];
+        let read = stream.read(&mut answer).unwrap();
+        let answer = std::str::from_utf8(&answer[..read]).unwrap();
+        answer.split_once("\r\n\r\n").unwrap().1.parse().unwrap()
+    }
+
+    fn wait_for(address: SocketAddr, expected: Counts) {
+        let mut stream = TcpStream::connect(address).unwrap();
+        // A connection that has not asked for anything yet counts as one: the first counts are not waited for.
+        counts(&mut stream);
+        while counts(&mut stream) != expected {
+            thread::yield_now();
+        }
+    }
+
+    #[test]
+    fn an_answer_that_is_not_read_keeps_a_backend_busy_until_it_is() {
+        let address = origin();
+        let mut stream = TcpStream::connect(address).unwrap();
+        // So small that the kernel cannot take the answer in for a client that does not read.
+        socket2::SockRef::from(&stream).set_recv_buffer_size(16 << 10).unwrap();
+        stream.write_all(b"GET /4m HTTP/1.1\r\n\r\n").unwrap();
+        wait_for(address, Counts { connections: 1, begun: 1, busy: 1 });
+        let mut read = 0;
+        while read < LARGE_BYTES {
+            read += stream.read(&mut [0; 65_536]).unwrap();
+        }
+        wait_for(address, Counts { connections: 1, begun: 1, busy: 0 });
+    }
+
+    #[test]
+    fn an_upload_that_pauses_keeps_a_backend_busy_until_it_is_whole_or_given_up() {
+        let address = origin();
+        let mut whole = sent(address, "POST /upload HTTP/1.1\r\nContent-Length: 5\r\n\r\nbe");
+        let given_up = sent(address, "POST /upload HTTP/1.1\r\nContent-Length: 5\r\n\r\n");
+        wait_for(address, Counts { connections: 2, begun: 2, busy: 2 });
+        drop(given_up);
+        wait_for(address, Counts { connections: 2, begun: 2, busy: 1 });
+        whole.write_all(b"gun").unwrap();
+        wait_for(address, Counts { connections: 2, begun: 2, busy: 0 });
+    }
+
+    #[test]
+    fn a_connection_without_a_request_and_a_request_on_a_kept_one_both_bother_a_backend() {
+        let counts = |connections, begun| Counts { connections, begun, busy: 0 };
+        assert_eq!(counts(7, 3).bothered_since(&counts(2, 3)), 5);
+        assert_eq!(counts(2, 9).bothered_since(&counts(2, 3)), 6);
+        assert_eq!(counts(2, 3).to_string().parse(), Ok(counts(2, 3)));
+        assert!("1 2".parse::<Counts>().is_err());
     }
 }
 
@@ -111,6 +223,7 @@ mod of_figures {
         let row = |name: &str, samples: &[[f64; 2]]| Row {
             name: name.to_owned(),
             samples: samples.iter().map(|round| round.to_vec()).collect(),
+            judged: name == "forebay",
         };
         Comparison {
             cell: "small".to_owned(),
@@ -120,6 +233,11 @@ mod of_figures {
             rows: vec![
                 row("forebay", &[[4.0, 99.0], [9.0, 98.0], [5.0, 100.0]]),
                 row("nginx", &[[2.0, 97.0], [3.0, 99.0], [2.0, 98.0]]),
+            ],
+            goals: &[
+                Goal { what: "CPU, x nginx", column: "cpu_seconds", over: Some("nginx"), must: 2.0, aim: Some(1.5) },
+                Goal { what: "CPU, x caddy", column: "cpu_seconds", over: Some("caddy"), must: 1.0, aim: None },
+                Goal { what: "busy", column: "busy_percent", over: None, must: 99.0, aim: None },
             ],
         }
     }
@@ -160,6 +278,35 @@ mod of_figures {
     #[test]
     fn the_summary_has_a_line_for_each_proxy_but_the_base() {
         assert_eq!(summary(&[comparison()]), "  small GET, CPU s  forebay to nginx  2.50\n");
+    }
+
+    #[test]
+    fn a_goal_is_missed_met_or_met_with_its_aim() {
+        let [goal, .., without_aim] = comparison().goals else { panic!("three goals") };
+        assert_eq!(
+            [2.01, 2.0, 1.5].map(|figure| goal.verdict(figure)),
+            [Verdict::Missed, Verdict::Met, Verdict::Aimed]
+        );
+        assert_eq!(without_aim.verdict(0.0), Verdict::Met);
+        assert_eq!(goal.verdict(f64::NAN), Verdict::Missed);
+    }
+
+    #[test]
+    fn verdicts_judge_forebay_and_show_the_others() {
+        let expected = "
+  small: CPU, x nginx  <= 2, aim 1.5  forebay 2.50 MISSED   nginx 1.00
+  small: CPU, x caddy           <= 1            forebay -      nginx -
+  small: busy                  <= 99    forebay 99.00 met  nginx 98.00
+";
+        assert_eq!(verdicts(&[comparison()]), expected.trim_start_matches('\n'));
+    }
+
+    #[test]
+    fn json_holds_the_verdicts() {
+        let goals = comparison().json()["goals"].clone();
+        assert_eq!(goals[0]["figures"]["forebay"], serde_json::json!({"figure": 2.5, "verdict": "MISSED"}));
+        assert_eq!(goals[0]["figures"]["nginx"], serde_json::json!({"figure": 1.0, "verdict": null}));
+        assert_eq!(goals[1]["figures"]["forebay"]["verdict"], Value::Null);
     }
 
     #[test]

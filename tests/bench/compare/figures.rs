@@ -14,6 +14,8 @@ pub struct Comparison {
     pub base: usize,
     /// One row per proxy.
     pub rows: Vec<Row>,
+    /// What Forebay must reach.
+    pub goals: &'static [Goal],
 }
 
 /// One figure that is measured.
@@ -34,6 +36,55 @@ pub struct Row {
     pub name: String,
     /// Per round, one figure per column.
     pub samples: Vec<Vec<f64>>,
+    /// Whether goals are set for it. Those of others are shown beside.
+    pub judged: bool,
+}
+
+/// The most that a figure may be.
+pub struct Goal {
+    /// What the figure says, in words.
+    pub what: &'static str,
+    /// The column that it is taken from, by its key.
+    pub column: &'static str,
+    /// The row that it is divided by, by its name; the figure itself is the goal's without one.
+    pub over: Option<&'static str>,
+    /// What must be reached.
+    pub must: f64,
+    /// What should be.
+    pub aim: Option<f64>,
+}
+
+/// How a figure stands to its goal.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Verdict {
+    /// More than it may be.
+    Missed,
+    /// As it must be.
+    Met,
+    /// As it should be.
+    Aimed,
+}
+
+impl Goal {
+    /// Whether a figure of so much reaches it.
+    pub fn verdict(&self, figure: f64) -> Verdict {
+        match figure {
+            aimed if self.aim.is_some_and(|aim| aimed <= aim) => Verdict::Aimed,
+            met if met <= self.must => Verdict::Met,
+            _ => Verdict::Missed,
+        }
+    }
+}
+
+impl Verdict {
+    /// As in the table and in JSON.
+    pub fn name(self) -> &'static str {
+        match self {
+            Verdict::Missed => "MISSED",
+            Verdict::Met => "met",
+            Verdict::Aimed => "met, aim too",
+        }
+    }
 }
 
 /// A ratio to the base: the median of the ratios of the rounds, and how far they spread.
@@ -56,12 +107,24 @@ impl Comparison {
     /// How a row stands to the base in a column. Rounds are compared one by one, so that noise that lasts longer than a
     /// round touches both sides. `None` without rounds, or where the base is nothing.
     pub fn ratio(&self, row: usize, column: usize) -> Option<Ratio> {
-        let rounds = self.rows[row].samples.iter().zip(&self.rows[self.base].samples);
+        self.ratio_to(self.base, row, column)
+    }
+
+    fn ratio_to(&self, base: usize, row: usize, column: usize) -> Option<Ratio> {
+        let rounds = self.rows[row].samples.iter().zip(&self.rows[base].samples);
         let ratios: Vec<f64> = rounds.map(|(ours, base)| ours[column] / base[column]).collect();
         let lowest = ratios.iter().copied().reduce(f64::min)?;
         let highest = ratios.iter().copied().reduce(f64::max)?;
         let ratio = Ratio { median: median(ratios)?, lowest, highest };
         (ratio.lowest.is_finite() && ratio.highest.is_finite()).then_some(ratio)
+    }
+
+    /// The figure that a goal is about. `None` without rounds, or where the row to divide by is not in the run.
+    pub fn figure(&self, goal: &Goal, row: usize) -> Option<f64> {
+        let column = self.columns.iter().position(|column| column.key == goal.column)?;
+        let Some(over) = goal.over else { return self.median(row, column) };
+        let base = self.rows.iter().position(|row| row.name == over)?;
+        self.ratio_to(base, row, column).map(|ratio| ratio.median)
     }
 
     /// The table: each figure with its ratio to the base behind it, the first ratio with its spread.
@@ -111,9 +174,19 @@ impl Comparison {
                 "rounds": samples,
             })
         });
+        let goals = self.goals.iter().map(|goal| {
+            let figures = self.rows.iter().enumerate().map(|(index, row)| {
+                let figure = self.figure(goal, index);
+                let verdict = figure.filter(|_| row.judged).map(|figure| goal.verdict(figure).name());
+                (row.name.clone(), json!({"figure": figure, "verdict": verdict}))
+            });
+            let figures: Value = figures.collect();
+            json!({"what": goal.what, "over": goal.over, "must": goal.must, "aim": goal.aim, "figures": figures})
+        });
         json!({
             "cell": self.cell,
             "title": self.title,
+            "goals": goals.collect::<Vec<_>>(),
             "base": self.rows[self.base].name,
             "rows": rows.collect::<Vec<_>>(),
         })
@@ -129,6 +202,26 @@ pub fn summary(comparisons: &[Comparison]) -> String {
             let what = format!("{}, {}", comparison.title, comparison.columns[0].heading);
             let whom = format!("{} to {}", comparison.rows[row].name, comparison.rows[comparison.base].name);
             vec![what, whom, ratio]
+        })
+    });
+    aligned(&lines.collect::<Vec<_>>())
+}
+
+/// A line for each goal: what must be reached, what Forebay reached and whether it is enough, and what others reach.
+pub fn verdicts(comparisons: &[Comparison]) -> String {
+    let lines = comparisons.iter().flat_map(|comparison| {
+        comparison.goals.iter().map(|goal| {
+            let aim = goal.aim.map_or(String::new(), |aim| format!(", aim {aim}"));
+            let mut line = vec![format!("{}: {}", comparison.cell, goal.what), format!("<= {}{aim}", goal.must)];
+            line.extend(comparison.rows.iter().enumerate().map(|(index, row)| {
+                let figure = comparison.figure(goal, index);
+                let written = figure.map_or("-".to_owned(), |figure| format!("{figure:.2}"));
+                match figure.filter(|_| row.judged) {
+                    Some(figure) => format!("{} {written} {}", row.name, goal.verdict(figure).name()),
+                    None => format!("{} {written}", row.name),
+                }
+            }));
+            line
         })
     });
     aligned(&lines.collect::<Vec<_>>())

@@ -47,6 +47,16 @@ impl Machine {
         pinned(self.origin_cpu, program)
     }
 
+    /// Where the fast client works.
+    pub fn fast_client(&self) -> Place {
+        Place { cpu: self.load_cpu, gives_way: false }
+    }
+
+    /// Where slow clients work.
+    pub fn slow_clients(&self) -> Place {
+        Place { cpu: self.load_cpu, gives_way: true }
+    }
+
     /// What stands above the figures, and in the JSON.
     pub fn facts(&self, proxies: &[Proxy]) -> Result<Value> {
         let cpuinfo = fs::read_to_string("/proc/cpuinfo")?;
@@ -78,6 +88,50 @@ fn pinned(cpu: usize, program: impl AsRef<OsStr>) -> Command {
 
 fn path_with_sbin() -> String {
     format!("{}:/usr/sbin", std::env::var("PATH").unwrap_or_default())
+}
+
+/// Where a thread of this process works: on the CPU of the load, and how willingly it gives way there.
+#[derive(Clone, Copy)]
+pub struct Place {
+    cpu: usize,
+    gives_way: bool,
+}
+
+impl Place {
+    /// Moves the calling thread there.
+    pub fn take(self) -> io::Result<()> {
+        // SAFETY: all zeroes is the empty set, a plain array of bits.
+        let mut cpus: libc::cpu_set_t = unsafe { std::mem::zeroed() };
+        // SAFETY: sets a bit of our variable; a CPU beyond its end is a panic and no write.
+        unsafe { libc::CPU_SET(self.cpu, &mut cpus) };
+        // SAFETY: the kernel reads as many bytes as the set has from where the pointer leads, our variable.
+        if unsafe { libc::sched_setaffinity(0, size_of_val(&cpus), &cpus) } != 0 {
+            return Err(io::Error::last_os_error());
+        }
+        if self.gives_way { lower_priority() } else { Ok(()) }
+    }
+}
+
+/// The crowd of slow clients shares a CPU with the fast client, and it is the proxy whose manners are measured, not
+/// theirs. This concerns the calling thread and those that it will start.
+fn lower_priority() -> io::Result<()> {
+    // SAFETY: the call takes integers only.
+    match unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, 10) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+/// Lets everything else on its CPU go first, at once: for the origin of a crowd, whose threads would make a fast client
+/// wait for milliseconds in which no proxy had a part. Takes what they leave, which on an otherwise quiet machine is
+/// nearly all of the CPU.
+pub fn give_way() -> io::Result<()> {
+    let no_priority = libc::sched_param { sched_priority: 0 };
+    // SAFETY: the kernel reads one sched_param, a variable of ours.
+    match unsafe { libc::sched_setscheduler(0, libc::SCHED_IDLE, &no_priority) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
 }
 
 /// The first line that a program prints when asked for its version, wherever it prints it.

@@ -5,17 +5,25 @@
 //! within a round. `../README.md` says how each is set up and how to read the table.
 //!
 //! From the top: `measure` does the work of one cell, `proxies` knows how each proxy is configured, `process` runs one
-//! and reads its figures, `machine` knows the CPUs and the noise. `wrk`, `procfs` and `figures` are pure and tested.
+//! and reads its figures, `machine` knows the CPUs and the noise. Where clients are slow, `beside` tells the story,
+//! `slow` and `fast` are its clients and `bulk` its origin. `wrk`, `procfs`, `latency` and `figures` are pure; they and
+//! `bulk` are tested.
 
+mod beside;
+mod bulk;
+mod fast;
 mod figures;
+mod latency;
 mod machine;
 mod measure;
 mod process;
 mod procfs;
 mod proxies;
+mod slow;
 mod wrk;
 
 use std::fs;
+use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
@@ -25,7 +33,7 @@ use serde_json::{Value, json};
 use figures::Comparison;
 use machine::Machine;
 use measure::{Bench, Cell, Effort};
-use proxies::{Choice, Proxy, Running, Variant};
+use proxies::{BULK_ORIGIN, CROWD_ORIGIN, Choice, Keys, Proxy, Running, Variant};
 
 /// Compares Forebay, nginx and HAProxy, one worker each, and prints CPU, throughput, latency and memory.
 #[derive(Parser)]
@@ -33,8 +41,8 @@ use proxies::{Choice, Proxy, Running, Variant};
 struct Options {
     /// What to measure; everything, if nothing is named.
     cells: Vec<Cell>,
-    /// A smoke test: 1 second, 2 rounds.
-    #[arg(long, conflicts_with_all = ["seconds", "rounds"])]
+    /// A smoke test: 1 second, 2 rounds, 1 round with slow clients.
+    #[arg(long, conflicts_with_all = ["seconds", "rounds", "slow_rounds"])]
     quick: bool,
     /// Seconds of load per sample.
     #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u64).range(1..=600))]
@@ -45,6 +53,12 @@ struct Options {
     /// Connections held open in the cell `idle`; `stalled` holds a tenth.
     #[arg(long, default_value_t = 2_000, value_parser = clap::value_parser!(u16).range(1..=7_000))]
     connections: u16,
+    /// Slow clients in the cells `uploaders` and `readers`.
+    #[arg(long, default_value_t = 1_000, value_parser = clap::value_parser!(u16).range(1..=3_000))]
+    slow: u16,
+    /// Samples per figure in these cells: one takes 15 and 32 seconds for each proxy.
+    #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u16).range(1..=100))]
+    slow_rounds: u16,
     /// What to compare. Ratios are to nginx, or to the first if nginx is not among them.
     #[arg(long, value_delimiter = ',', default_value = "forebay,nginx,haproxy")]
     proxies: Vec<Choice>,
@@ -54,6 +68,9 @@ struct Options {
     /// Further builds of Forebay to compare, such as ones with another allocator: `name=path` or a path.
     #[arg(long, env = "FOREBAY_VARIANTS", value_delimiter = ',')]
     variants: Vec<Variant>,
+    /// Leaves out the keys of buffering, for builds of Forebay that do not know them.
+    #[arg(long)]
+    no_buffering_keys: bool,
     /// Writes all figures, each sample among them, to this file too.
     #[arg(long)]
     json: Option<PathBuf>,
@@ -64,16 +81,58 @@ struct Options {
 
 impl Options {
     fn effort(&self) -> Effort {
-        let (seconds, rounds) = if self.quick { (1, 2) } else { (self.seconds, self.rounds) };
-        Effort { seconds, rounds: rounds.into(), connections: self.connections.into() }
+        let (seconds, rounds, slow_rounds) =
+            if self.quick { (1, 2, 1) } else { (self.seconds, self.rounds, self.slow_rounds) };
+        Effort {
+            seconds,
+            rounds: rounds.into(),
+            connections: self.connections.into(),
+            slow: self.slow.into(),
+            slow_rounds: slow_rounds.into(),
+        }
     }
 
     fn cells(&self) -> Vec<Cell> {
         let wanted = |cell: &Cell| match cell {
-            Cell::Routes if self.cells.is_empty() => self.proxies.contains(&Choice::Forebay),
+            Cell::Routes | Cell::Buffering if self.cells.is_empty() => self.proxies.contains(&Choice::Forebay),
             cell => self.cells.is_empty() || self.cells.contains(cell),
         };
         Cell::value_variants().iter().copied().filter(wanted).collect()
+    }
+
+    /// What is compared in a cell.
+    fn proxies_of(&self, cell: Cell) -> Vec<Proxy> {
+        let with_route = |route| move |proxy: Proxy| proxy.with_keys(self.buffering_keys(Some(route)));
+        let proxies = self.proxies().into_iter();
+        match cell {
+            Cell::Routes => {
+                [10, 10_000].map(|routes| Proxy::forebay_with_routes(&self.forebay, routes)).into_iter().collect()
+            }
+            Cell::Buffering => vec![
+                Proxy::forebay(&self.forebay)
+                    .named("buffering off")
+                    .with_keys(self.buffering_keys(Some(BUFFERING_OFF))),
+                Proxy::forebay(&self.forebay).named("buffering on").with_keys(self.buffering_keys(None)),
+            ],
+            Cell::Uploaders | Cell::Readers => {
+                proxies.map(|proxy| proxy.with_keys(self.buffering_keys(None))).collect()
+            }
+            Cell::Upload if self.proxies.contains(&Choice::Nginx) => {
+                proxies.map(with_route(IN_MEMORY)).chain([Proxy::nginx_with_memory()]).collect()
+            }
+            Cell::Upload => proxies.map(with_route(IN_MEMORY)).collect(),
+            Cell::Spill => proxies.map(with_route(ON_DISK)).collect(),
+            _ => proxies.collect(),
+        }
+    }
+
+    /// Which of them the others are compared to.
+    fn base_of(&self, proxies: &[Proxy]) -> usize {
+        proxies.iter().position(|proxy| proxy.name == "nginx").unwrap_or(0)
+    }
+
+    fn buffering_keys(&self, route: Option<&'static str>) -> Keys {
+        if self.no_buffering_keys { Keys::default() } else { Keys { server: Some(SPOOL_DIR), route } }
     }
 
     fn proxies(&self) -> Vec<Proxy> {
@@ -86,34 +145,56 @@ impl Options {
     }
 }
 
+/// Where Forebay spools: beside nginx's temporary files.
+const SPOOL_DIR: &str = "spool_dir: \"{dir}\"";
+const IN_MEMORY: &str = "buffering: { request: { mode: full, memory: 2MiB } }";
+const ON_DISK: &str = "buffering: { request: { mode: full, memory: 64KiB } }";
+const BUFFERING_OFF: &str = "buffering: { request: { mode: stream }, response: { mode: stream } }";
+
 fn main() -> Result<()> {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    if let [mode, address] = arguments.as_slice()
+        && (mode == BULK_ORIGIN || mode == CROWD_ORIGIN)
+    {
+        if mode == CROWD_ORIGIN {
+            machine::give_way()?;
+        }
+        process::end_with_parent()?;
+        return Ok(bulk::serve(TcpListener::bind(address.as_str())?)?);
+    }
     // `cargo test --benches` runs this file too, and wants no benchmark.
-    if !std::env::args().any(|argument| argument == "--bench") {
+    if !arguments.iter().any(|argument| argument == "--bench") {
         return Ok(());
     }
     let options = Options::parse();
-    let (effort, proxies) = (options.effort(), options.proxies());
-    let base = options.proxies.iter().position(|choice| *choice == Choice::Nginx).unwrap_or(0);
-    let routes = [10, 10_000].map(|routes| Proxy::forebay_with_routes(&options.forebay, routes));
-
+    let effort = options.effort();
     let machine = Machine::survey()?;
-    let facts = machine.facts(&proxies)?;
+    let facts = machine.facts(&options.proxies())?;
     print_facts(&facts, &effort);
     let origin = Running::origin(&machine)?;
     let bench = Bench { machine, origin, effort };
     let mut comparisons: Vec<Comparison> = Vec::new();
     for cell in options.cells() {
         eprintln!("{}:", cell.name());
-        let (proxies, base) = if cell == Cell::Routes { (routes.as_slice(), 0) } else { (proxies.as_slice(), base) };
-        let comparison = bench.compare(cell, proxies, base)?;
+        let proxies = options.proxies_of(cell);
+        let comparison = bench.compare(cell, &proxies, options.base_of(&proxies))?;
         println!("\n{}", comparison.table());
         comparisons.push(comparison);
     }
     println!("\nIn short:\n{}", figures::summary(&comparisons));
+    if comparisons.iter().any(|comparison| !comparison.goals.is_empty()) {
+        println!("\nWhat must be reached:\n{}", figures::verdicts(&comparisons));
+    }
     if let Some(path) = &options.json {
         let cells: Vec<Value> = comparisons.iter().map(Comparison::json).collect();
-        let Effort { seconds, rounds, connections } = bench.effort;
-        let effort = json!({"seconds": seconds, "rounds": rounds, "connections": connections});
+        let Effort { seconds, rounds, connections, slow, slow_rounds } = bench.effort;
+        let effort = json!({
+            "seconds": seconds,
+            "rounds": rounds,
+            "connections": connections,
+            "slow": slow,
+            "slow_rounds": slow_rounds,
+        });
         let report = json!({"machine": facts, "effort": effort, "cells": cells});
         fs::write(path, format!("{report:#}\n")).with_context(|| format!("cannot write {}", path.display()))?;
     }
@@ -138,4 +219,5 @@ fn print_facts(facts: &Value, effort: &Effort) {
         println!("  {version}");
     }
     println!("{} rounds of {} s per proxy and cell", effort.rounds, effort.seconds);
+    println!("{} rounds with {} slow clients", effort.slow_rounds, effort.slow);
 }

@@ -1,5 +1,6 @@
 //! The cells of the comparison: which work is done, and what is measured while it is.
 
+use std::io::Write;
 use std::net::{SocketAddr, TcpStream};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
@@ -7,10 +8,11 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, anyhow};
 use clap::ValueEnum;
 
-use crate::figures::{Column, Comparison, Row};
+use crate::beside::{READER_COLUMNS, READER_GOALS, Stage, UPLOADER_COLUMNS, UPLOADER_GOALS};
+use crate::figures::{Column, Comparison, Goal, Row};
 use crate::machine::{Machine, Noise, load_averages};
 use crate::process::{open_and_ask, open_and_get, output_within};
-use crate::proxies::{Proxy, Running};
+use crate::proxies::{BULK_ORIGIN, CROWD_ORIGIN, Origins, Proxy, Running};
 use crate::wrk;
 
 /// A kind of work.
@@ -34,6 +36,23 @@ pub enum Cell {
     Idle,
     /// Memory for a client that asks for 4 MiB and reads no more than their beginning.
     Stalled,
+    /// Uploads of 1 MiB on 16 connections, buffered in memory by Forebay.
+    Upload,
+    /// Uploads of 1 MiB on 16 connections, buffered on disk.
+    Spill,
+    /// A small GET through Forebay with its buffering on and off.
+    Buffering,
+    /// A fast client beside slow ones that have sent 16 KiB of 1 MiB and pause.
+    Uploaders,
+    /// A fast client beside slow ones that read 4 MiB at 20 KiB/s.
+    Readers,
+}
+
+/// What is done in a cell.
+enum Work {
+    Load(Load),
+    Hold,
+    Crowd,
 }
 
 /// Requests as fast as the proxy answers.
@@ -42,6 +61,10 @@ struct Load {
     connections: usize,
     /// Whether each request comes on a connection of its own.
     new_connections: bool,
+    /// What is sent with each request, which then is a POST.
+    body_bytes: usize,
+    /// More than 1 where a difference of a few percent is asked for.
+    times_the_rounds: usize,
 }
 
 /// Where it is done, and how much of it.
@@ -62,6 +85,10 @@ pub struct Effort {
     pub rounds: usize,
     /// Connections held open in the cell `idle`; the cell `stalled` has a tenth of them.
     pub connections: usize,
+    /// Slow clients in the cells `uploaders` and `readers`.
+    pub slow: usize,
+    /// Samples per figure in these cells, each of which takes half a minute.
+    pub slow_rounds: usize,
 }
 
 /// What is measured under load. The CPU time comes first: it is the figure that others' work disturbs least.
@@ -78,17 +105,54 @@ const LOAD_COLUMNS: &[Column] = &[
 const MEMORY_COLUMNS: &[Column] =
     &[Column { key: "kib_per_connection", heading: "KiB/connection", decimals: 2, compared: true }];
 
+/// What must be reached in cells under load.
+const UPLOAD_GOALS: &[Goal] = &[cpu_goal("CPU per upload, x nginx's default", "nginx", 0.65, Some(0.5))];
+const SPILL_GOALS: &[Goal] = &[cpu_goal("CPU per upload spilled to disk, x nginx's default", "nginx", 1.0, Some(0.8))];
+const BUFFERING_GOALS: &[Goal] = &[cpu_goal("CPU per small GET, x buffering off", "buffering off", 1.05, None)];
+
+const fn cpu_goal(what: &'static str, over: &'static str, must: f64, aim: Option<f64>) -> Goal {
+    Goal { what, column: LOAD_COLUMNS[0].key, over: Some(over), must, aim }
+}
+
 impl Cell {
-    /// The load, or `None` where connections are held instead.
-    fn load(self) -> Option<Load> {
+    fn work(self) -> Work {
         let (path, connections) = match self {
-            Cell::Small | Cell::Connect | Cell::Routes => ("/small", 64),
+            Cell::Small | Cell::Connect | Cell::Routes | Cell::Buffering => ("/small", 64),
             Cell::Many => ("/small", 512),
             Cell::Medium => ("/64k", 64),
             Cell::Large => ("/1m", 16),
-            Cell::Idle | Cell::Stalled => return None,
+            Cell::Upload | Cell::Spill => ("/upload", 16),
+            Cell::Idle | Cell::Stalled => return Work::Hold,
+            Cell::Uploaders | Cell::Readers => return Work::Crowd,
         };
-        Some(Load { path, connections, new_connections: self == Cell::Connect })
+        let body_bytes = if matches!(self, Cell::Upload | Cell::Spill) { 1 << 20 } else { 0 };
+        Work::Load(Load {
+            path,
+            connections,
+            new_connections: self == Cell::Connect,
+            body_bytes,
+            times_the_rounds: if self == Cell::Buffering { 2 } else { 1 },
+        })
+    }
+
+    fn columns(self) -> &'static [Column] {
+        match (self, self.work()) {
+            (Cell::Uploaders, _) => UPLOADER_COLUMNS,
+            (Cell::Readers, _) => READER_COLUMNS,
+            (_, Work::Load(_)) => LOAD_COLUMNS,
+            _ => MEMORY_COLUMNS,
+        }
+    }
+
+    fn goals(self) -> &'static [Goal] {
+        match self {
+            Cell::Upload => UPLOAD_GOALS,
+            Cell::Spill => SPILL_GOALS,
+            Cell::Buffering => BUFFERING_GOALS,
+            Cell::Uploaders => UPLOADER_GOALS,
+            Cell::Readers => READER_GOALS,
+            _ => &[],
+        }
     }
 
     fn title(self, effort: &Effort) -> String {
@@ -101,6 +165,11 @@ impl Cell {
             Cell::Routes => "small GET, many routes".to_owned(),
             Cell::Idle => format!("{} idle connections", effort.connections),
             Cell::Stalled => format!("{} stalled readers of 4 MiB", effort.stalled()),
+            Cell::Upload => "uploads of 1 MiB in memory, 16 connections".to_owned(),
+            Cell::Spill => "uploads of 1 MiB on disk, 16 connections".to_owned(),
+            Cell::Buffering => "small GET, buffering on and off".to_owned(),
+            Cell::Uploaders => format!("{} uploaders that pause after 16 KiB of 1 MiB", effort.slow),
+            Cell::Readers => format!("{} readers of 4 MiB at 20 KiB/s", effort.slow),
         }
     }
 
@@ -119,31 +188,44 @@ impl Effort {
 impl Bench {
     /// Compares `proxies`, in turn in each round, to the one at `base`.
     pub fn compare(&self, cell: Cell, proxies: &[Proxy], base: usize) -> Result<Comparison> {
-        let (title, load) = (cell.title(&self.effort), cell.load());
-        let columns = if load.is_some() { LOAD_COLUMNS } else { MEMORY_COLUMNS };
-        let mut rows: Vec<Row> =
-            proxies.iter().map(|proxy| Row { name: proxy.name.clone(), samples: Vec::new() }).collect();
-        match load {
-            Some(load) => self.under_load(&load, proxies, &mut rows),
-            None => self.while_held(cell, proxies, &mut rows),
+        let title = cell.title(&self.effort);
+        let row = |proxy: &Proxy| Row { name: proxy.name.clone(), samples: Vec::new(), judged: proxy.is_forebay() };
+        let mut rows: Vec<Row> = proxies.iter().map(row).collect();
+        // What the others are compared to sets the goal and has none.
+        rows[base].judged &= cell != Cell::Buffering;
+        match cell.work() {
+            Work::Load(load) => self.under_load(&load, proxies, &mut rows),
+            Work::Hold => self.while_held(cell, proxies, &mut rows),
+            Work::Crowd => self.beside_a_crowd(cell, proxies, &mut rows),
         }
         .with_context(|| title.clone())?;
-        Ok(Comparison { cell: cell.name(), title, columns, base, rows })
+        Ok(Comparison { cell: cell.name(), title, columns: cell.columns(), base, rows, goals: cell.goals() })
     }
 
     /// Every proxy runs from the first round to the last, and idles while another is measured.
     fn under_load(&self, load: &Load, proxies: &[Proxy], rows: &mut [Row]) -> Result<()> {
-        let running = proxies.iter().map(|proxy| self.start(proxy)).collect::<Result<Vec<_>>>()?;
+        // nginx answers a POST before it has read it.
+        let uploads =
+            if load.body_bytes > 0 { Some(Running::counting_origin(&self.machine, BULK_ORIGIN)?) } else { None };
+        let origin = uploads.as_ref().unwrap_or(&self.origin);
+        let origins = Origins { rest: origin.server.address(), bulk: None };
+        let start = |proxy: &Proxy| proxy.start(&self.machine, origins);
+        let running = proxies.iter().map(start).collect::<Result<Vec<_>>>()?;
         let servers_seconds =
-            || running.iter().chain([&self.origin]).map(|running| running.server.cpu_seconds()).sum::<Result<f64>>();
+            || running.iter().chain([origin]).map(|running| running.server.cpu_seconds()).sum::<Result<f64>>();
         for proxy in &running {
             // Buffers, pools and caches are filled before anything counts.
             self.wrk(load, proxy.server.address(), 1)?;
         }
-        for round in 1..=self.effort.rounds {
+        for round in 1..=self.effort.rounds * load.times_the_rounds {
             let before = load_averages()?;
             let noise = Noise::listen(servers_seconds()?)?;
-            for (proxy, row) in running.iter().zip(rows.iter_mut()) {
+            let mut turns: Vec<(&Running, &mut Row)> = running.iter().zip(rows.iter_mut()).collect();
+            if round % 2 == 0 {
+                // Whoever comes first finds the machine as others left it; that is each one's lot in turn.
+                turns.reverse();
+            }
+            for (proxy, row) in turns {
                 row.samples.push(self.load_sample(load, proxy).with_context(|| row.name.clone())?);
             }
             let others = noise.cores(servers_seconds()?)?;
@@ -177,6 +259,12 @@ impl Bench {
         if load.new_connections {
             command.args(["-H", "Connection: close"]);
         }
+        // The file goes when wrk has ended.
+        let mut script = tempfile::NamedTempFile::new()?;
+        if load.body_bytes > 0 {
+            write!(script, "wrk.method = 'POST' wrk.body = string.rep('x', {})", load.body_bytes)?;
+            command.arg("-s").arg(script.path());
+        }
         command.arg(format!("http://{address}{}", load.path));
         let output = output_within(command, Duration::from_secs(seconds + 30))?;
         wrk::Summary::parse(&output).map_err(|missing| anyhow!(missing))
@@ -187,7 +275,9 @@ impl Bench {
         for round in 1..=self.effort.rounds {
             eprintln!("  round {round}: load average before it {}", load_averages()?);
             for (proxy, row) in proxies.iter().zip(rows.iter_mut()) {
-                let sample = self.start(proxy).and_then(|running| self.held_sample(cell, &running));
+                let origins = Origins { rest: self.origin.server.address(), bulk: None };
+                let started = proxy.start(&self.machine, origins);
+                let sample = started.and_then(|running| self.held_sample(cell, &running));
                 row.samples.push(vec![sample.with_context(|| row.name.clone())?]);
             }
         }
@@ -210,8 +300,28 @@ impl Bench {
         Ok(bytes / held.len() as f64 / 1024.0)
     }
 
-    fn start(&self, proxy: &Proxy) -> Result<Running> {
-        proxy.start(&self.machine, self.origin.server.address())
+    /// Every sample has a fresh process here too, and a fresh origin for the crowd.
+    fn beside_a_crowd(&self, cell: Cell, proxies: &[Proxy], rows: &mut [Row]) -> Result<()> {
+        for round in 1..=self.effort.slow_rounds {
+            let before = load_averages()?;
+            let noise = Noise::listen(self.origin.server.cpu_seconds()?)?;
+            for (proxy, row) in proxies.iter().zip(rows.iter_mut()) {
+                row.samples.push(self.crowd_sample(cell, proxy).with_context(|| row.name.clone())?);
+            }
+            // Proxies and their origins have ended and been waited for: their time is in that of this process.
+            let others = noise.cores(self.origin.server.cpu_seconds()?)?;
+            eprintln!("  round {round}: load average before it {before}; others kept {others:.2} cores busy");
+        }
+        Ok(())
+    }
+
+    fn crowd_sample(&self, cell: Cell, proxy: &Proxy) -> Result<Vec<f64>> {
+        let origin = Running::counting_origin(&self.machine, CROWD_ORIGIN)?;
+        let origins = Origins { rest: self.origin.server.address(), bulk: Some(origin.server.address()) };
+        let running = proxy.start(&self.machine, origins)?;
+        let stage = Stage { machine: &self.machine, proxy: &running, origin: &origin, slow: self.effort.slow };
+        eprintln!("    {}", proxy.name);
+        if cell == Cell::Readers { stage.beside_readers() } else { stage.beside_uploaders() }
     }
 }
 

@@ -3,9 +3,10 @@
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
 use std::net::{SocketAddr, TcpStream};
+use std::os::unix::process::parent_id;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::thread::sleep;
+use std::thread::{self, sleep};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, bail};
@@ -53,6 +54,11 @@ impl Server {
         self.figure("smaps_rollup", procfs::resident_bytes)
     }
 
+    /// The most bytes that it ever held in memory.
+    pub fn peak_bytes(&self) -> Result<u64> {
+        self.figure("status", procfs::peak_bytes)
+    }
+
     fn figure<T>(&self, file: &str, parse: fn(&str) -> Option<T>) -> Result<T> {
         let path = format!("/proc/{}/{file}", self.child.id());
         let text = fs::read_to_string(&path).with_context(|| format!("the server has ended? {path}"))?;
@@ -90,9 +96,32 @@ impl Drop for Server {
     }
 }
 
+/// Ends this process soon after the one that started it, however that one ended.
+pub fn end_with_parent() -> io::Result<()> {
+    let parent = parent_id();
+    let watch = move || {
+        while parent_id() == parent {
+            sleep(Duration::from_secs(1));
+        }
+        std::process::exit(0)
+    };
+    thread::Builder::new().name("watch".to_owned()).spawn(watch)?;
+    Ok(())
+}
+
 /// Opens a connection, sends one GET, reads the whole answer, which must be a 200 with a `Content-Length`, and leaves
 /// the connection open.
 pub fn open_and_get(address: SocketAddr, path: &str) -> Result<TcpStream> {
+    Ok(open_and_hear(address, path)?.0)
+}
+
+/// The body of what is answered to a GET on a connection of its own.
+pub fn body_of(address: SocketAddr, path: &str) -> Result<String> {
+    let answer = String::from_utf8(open_and_hear(address, path)?.1)?;
+    Ok(answer.split_once("\r\n\r\n").map(|(_, body)| body.to_owned()).unwrap_or_default())
+}
+
+fn open_and_hear(address: SocketAddr, path: &str) -> Result<(TcpStream, Vec<u8>)> {
     let (mut stream, mut answer) = open_and_ask(address, path)?;
     let mut buffer = [0; 4096];
     while answer_is_short(&answer)? {
@@ -102,7 +131,7 @@ pub fn open_and_get(address: SocketAddr, path: &str) -> Result<TcpStream> {
         }
         answer.extend_from_slice(&buffer[..read]);
     }
-    Ok(stream)
+    Ok((stream, answer))
 }
 
 /// Opens a connection, sends one GET, reads the first piece of the answer and no more.
@@ -121,7 +150,7 @@ pub fn open_and_ask(address: SocketAddr, path: &str) -> Result<(TcpStream, Vec<u
 }
 
 /// Whether bytes of this answer are still to come.
-fn answer_is_short(answer: &[u8]) -> Result<bool> {
+pub fn answer_is_short(answer: &[u8]) -> Result<bool> {
     let mut headers = [httparse::EMPTY_HEADER; 32];
     let mut response = httparse::Response::new(&mut headers);
     let httparse::Status::Complete(header_bytes) = response.parse(answer)? else { return Ok(true) };

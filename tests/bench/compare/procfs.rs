@@ -29,6 +29,12 @@ pub fn resident_bytes(smaps_rollup: &str) -> Option<u64> {
     line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok().map(|kib| kib * 1024)
 }
 
+/// The most bytes that were ever resident: the line `VmHWM:` of `/proc/PID/status`.
+pub fn peak_bytes(status: &str) -> Option<u64> {
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
+    line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok().map(|kib| kib * 1024)
+}
+
 /// Seconds that all CPUs together were not idle, stolen time included: the first line of `/proc/stat`.
 pub fn busy_seconds(stat: &str) -> Option<f64> {
     let fields: Option<Vec<u64>> =

@@ -21,6 +21,10 @@ use crate::process::Server;
 /// A port that was free may be taken by the time a server binds it; then another is tried.
 const ATTEMPTS: usize = 4;
 
+/// The arguments with which this program is the origin that counts, for uploads and for a crowd of slow clients.
+pub const BULK_ORIGIN: &str = "bulk-origin";
+pub const CROWD_ORIGIN: &str = "crowd-origin";
+
 /// A proxy to compare.
 #[derive(Clone, Debug)]
 pub struct Proxy {
@@ -31,9 +35,27 @@ pub struct Proxy {
 
 #[derive(Clone, Debug)]
 enum Kind {
-    Forebay { binary: PathBuf, routes: usize },
-    Nginx,
+    Forebay { binary: PathBuf, routes: usize, keys: Keys },
+    Nginx { http: &'static str },
     Haproxy,
+}
+
+/// Keys in the configuration of Forebay beyond those that every cell has, as text of YAML.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Keys {
+    /// Of the section `server`. `{dir}` stands for the directory of the proxy, where all of its files are.
+    pub server: Option<&'static str>,
+    /// Of the route.
+    pub route: Option<&'static str>,
+}
+
+/// Where a proxy sends its requests.
+#[derive(Clone, Copy, Debug)]
+pub struct Origins {
+    /// All of them, or the rest.
+    pub rest: SocketAddr,
+    /// Those of slow clients: `/4m` and `/upload`. A fast client's then do not wait behind them at the origin.
+    pub bulk: Option<SocketAddr>,
 }
 
 /// The proxies that can be chosen on the command line.
@@ -63,7 +85,12 @@ impl FromStr for Variant {
 impl Proxy {
     /// nginx with one worker, which is its only process.
     pub fn nginx() -> Proxy {
-        Proxy { name: "nginx".to_owned(), kind: Kind::Nginx }
+        Proxy { name: "nginx".to_owned(), kind: Kind::Nginx { http: "" } }
+    }
+
+    /// nginx that holds uploads in memory up to 2 MiB and need not write them to files.
+    pub fn nginx_with_memory() -> Proxy {
+        Proxy { name: "nginx 2m".to_owned(), kind: Kind::Nginx { http: "    client_body_buffer_size 2m;\n" } }
     }
 
     /// HAProxy with one thread.
@@ -73,7 +100,8 @@ impl Proxy {
 
     /// Forebay with one worker.
     pub fn forebay(binary: &Path) -> Proxy {
-        Proxy { name: "forebay".to_owned(), kind: Kind::Forebay { binary: binary.to_owned(), routes: 1 } }
+        let kind = Kind::Forebay { binary: binary.to_owned(), routes: 1, keys: Keys::default() };
+        Proxy { name: "forebay".to_owned(), kind }
     }
 
     /// Another build of Forebay.
@@ -83,27 +111,47 @@ impl Proxy {
 
     /// Forebay with so many routes, of which the request takes the last resort.
     pub fn forebay_with_routes(binary: &Path, routes: usize) -> Proxy {
-        Proxy { name: format!("{routes} routes"), kind: Kind::Forebay { binary: binary.to_owned(), routes } }
+        let kind = Kind::Forebay { binary: binary.to_owned(), routes, keys: Keys::default() };
+        Proxy { name: format!("{routes} routes"), kind }
+    }
+
+    /// The same under another name.
+    pub fn named(self, name: &str) -> Proxy {
+        Proxy { name: name.to_owned(), ..self }
+    }
+
+    /// The same with these keys, if it is a Forebay.
+    pub fn with_keys(mut self, with: Keys) -> Proxy {
+        if let Kind::Forebay { keys, .. } = &mut self.kind {
+            *keys = with;
+        }
+        self
+    }
+
+    /// Whether it is a Forebay, of which something is demanded.
+    pub fn is_forebay(&self) -> bool {
+        matches!(self.kind, Kind::Forebay { .. })
     }
 
     /// The file to run, and the argument that makes it say its version.
     pub fn version(&self) -> (&OsStr, &'static str) {
         match &self.kind {
             Kind::Forebay { binary, .. } => (binary.as_os_str(), "version"),
-            Kind::Nginx => ("nginx".as_ref(), "-v"),
+            Kind::Nginx { .. } => ("nginx".as_ref(), "-v"),
             Kind::Haproxy => ("haproxy".as_ref(), "-v"),
         }
     }
 
-    /// Starts it in front of `origin`.
-    pub fn start(&self, machine: &Machine, origin: SocketAddr) -> Result<Running> {
+    /// Starts it in front of `origins`.
+    pub fn start(&self, machine: &Machine, origins: Origins) -> Result<Running> {
         Running::start(&self.name, |address, dir| {
             let (program, config, arguments) = match &self.kind {
-                Kind::Forebay { binary, routes } => {
-                    (binary.clone(), forebay_config(address, origin, dir, *routes), ["run", "-c"].as_slice())
+                Kind::Forebay { binary, routes, keys } => {
+                    let config = forebay_config(address, origins, dir, *routes, keys);
+                    (binary.clone(), config, ["run", "-c"].as_slice())
                 }
-                Kind::Nginx => ("nginx".into(), nginx_config(address, origin, dir), NGINX_ARGUMENTS),
-                Kind::Haproxy => ("haproxy".into(), haproxy_config(address, origin), ["-db", "-f"].as_slice()),
+                Kind::Nginx { http } => ("nginx".into(), nginx_config(address, origins, dir, http), NGINX_ARGUMENTS),
+                Kind::Haproxy => ("haproxy".into(), haproxy_config(address, origins), ["-db", "-f"].as_slice()),
             };
             let mut command = machine.proxy(program);
             command.args(arguments).arg(written(&config, dir)?);
@@ -128,6 +176,15 @@ impl Running {
             }
             let mut command = machine.origin("nginx");
             command.args(NGINX_ARGUMENTS).arg(written(&origin_config(address, dir), dir)?);
+            Ok(command)
+        })
+    }
+
+    /// Starts the origin that counts: this program again, as which of the two `role` says.
+    pub fn counting_origin(machine: &Machine, role: &str) -> Result<Running> {
+        Running::start(role, |address, _| {
+            let mut command = machine.origin(std::env::current_exe()?);
+            command.args([role, &address.to_string()]);
             Ok(command)
         })
     }
@@ -172,6 +229,9 @@ fn written(config: &str, dir: &Path) -> Result<OsString> {
 /// The configuration's file follows. Errors before it is read go to stderr, not to a file that only root may write.
 const NGINX_ARGUMENTS: &[&str] = &["-e", "stderr", "-c"];
 
+/// What slow clients ask for.
+const BULK_PATHS: [&str; 2] = ["/4m", "/upload"];
+
 /// What both nginxes have in common. Without a master process there is one process to measure and to end. Open
 /// connections are held to what `ulimit -n` allows anyway.
 fn nginx_frame(dir: &Path, http: &str) -> String {
@@ -213,26 +273,42 @@ fn origin_config(address: SocketAddr, dir: &Path) -> String {
     nginx_frame(dir, &http)
 }
 
-fn nginx_config(address: SocketAddr, origin: SocketAddr, dir: &Path) -> String {
+fn nginx_config(address: SocketAddr, origins: Origins, dir: &Path, more: &str) -> String {
     let log = dir.join("access.log");
-    let http = format!(
-        "    access_log {log};
-    upstream app {{
+    let upstream = |name: &str, origin: SocketAddr| {
+        format!(
+            "    upstream {name} {{
         server {origin};
         keepalive 1024;
         keepalive_requests 1000000000;
     }}
-    server {{
-        listen {address} backlog=4096;
-        location / {{
-            proxy_pass http://app;
+"
+        )
+    };
+    let location = |path: &str, upstream: &str| {
+        format!(
+            "        location {path} {{
+            proxy_pass http://{upstream};
             proxy_http_version 1.1;
             proxy_set_header Connection \"\";
             proxy_set_header Host $http_host;
             proxy_set_header X-Forwarded-For $proxy_add_x_forwarded_for;
             proxy_set_header X-Forwarded-Proto $scheme;
         }}
-    }}
+"
+        )
+    };
+    let mut upstreams = upstream("app", origins.rest);
+    let mut locations = location("/", "app");
+    if let Some(bulk) = origins.bulk {
+        upstreams += &upstream("bulk", bulk);
+        locations += &BULK_PATHS.map(|path| location(path, "bulk")).concat();
+    }
+    let http = format!(
+        "    access_log {log};
+{more}{upstreams}    server {{
+        listen {address} backlog=4096;
+{locations}    }}
 ",
         log = log.display()
     );
@@ -240,7 +316,12 @@ fn nginx_config(address: SocketAddr, origin: SocketAddr, dir: &Path) -> String {
 }
 
 /// The log goes to stdout, which is a file here: HAProxy has no other way to one.
-fn haproxy_config(address: SocketAddr, origin: SocketAddr) -> String {
+fn haproxy_config(address: SocketAddr, origins: Origins) -> String {
+    let (mut choice, mut backend) = (String::new(), String::new());
+    if let Some(bulk) = origins.bulk {
+        choice = format!("    use_backend bulk if {{ path_beg {} }}\n", BULK_PATHS.join(" "));
+        backend = format!("backend bulk\n    server origin {bulk}\n");
+    }
     format!(
         "global
     nbthread 1
@@ -259,29 +340,43 @@ defaults
 frontend web
     bind {address} backlog 4096
     http-request set-header X-Forwarded-Proto http
-    default_backend app
+{choice}    default_backend app
 backend app
     server origin {origin}
-"
+{backend}",
+        origin = origins.rest
     )
 }
 
 /// Metrics and phases cannot be turned off, the access log is on. All routes but the last name paths and hosts that no
 /// request of ours has: the request comes past them all.
-fn forebay_config(address: SocketAddr, origin: SocketAddr, dir: &Path, routes: usize) -> String {
+fn forebay_config(address: SocketAddr, origins: Origins, dir: &Path, routes: usize, keys: &Keys) -> String {
     let others = (1..routes).map(|n| {
         let host = if n % 2 == 0 { format!("hosts: [shop-{n}.example.com], ") } else { String::new() };
         format!("  - {{ name: service-{n}, match: {{ {host}path: {{ prefix: /service-{n} }} }}, upstream: app }}\n")
     });
+    let server =
+        keys.server.map_or(String::new(), |keys| format!(", {}", keys.replace("{dir}", &dir.to_string_lossy())));
+    let route = keys.route.map_or(String::new(), |keys| format!(", {keys}"));
+    let (mut bulk_upstream, mut bulk_routes) = (String::new(), String::new());
+    if let Some(bulk) = origins.bulk {
+        bulk_upstream = format!(", bulk: {{ endpoints: [ {{ address: \"{bulk}\" }} ] }}");
+        for path in BULK_PATHS {
+            let name = path.trim_start_matches('/');
+            bulk_routes +=
+                &format!("  - {{ name: {name}, match: {{ path: {{ prefix: {path} }} }}, upstream: bulk{route} }}\n");
+        }
+    }
     format!(
-        "server: {{ threads: 1 }}
+        "server: {{ threads: 1{server} }}
 listeners: [ {{ name: web, address: \"{address}\" }} ]
-upstreams: {{ app: {{ endpoints: [ {{ address: \"{origin}\" }} ] }} }}
+upstreams: {{ app: {{ endpoints: [ {{ address: \"{origin}\" }} ] }}{bulk_upstream} }}
 admin: {{ address: \"127.0.0.1:0\" }}
 observability: {{ access_log: {{ path: \"{log}\" }} }}
 routes:
-{others}  - {{ name: all, upstream: app }}
+{others}{bulk_routes}  - {{ name: all, upstream: app{route} }}
 ",
+        origin = origins.rest,
         log = dir.join("access.log").display(),
         others = others.collect::<String>()
     )

@@ -1,0 +1,196 @@
+//! The fast client: small GETs on keep-alive connections at a fixed rate, by the clock and not by the answers.
+//!
+//! A thread of its own, on the CPU of the load. It polls its few sockets itself: the timers of an async runtime are too
+//! coarse for latencies of a third of a millisecond.
+
+use std::collections::VecDeque;
+use std::io::{self, ErrorKind, Read, Write};
+use std::net::{SocketAddr, TcpStream};
+use std::os::fd::AsRawFd;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+
+use anyhow::{Result, anyhow};
+
+use crate::latency::Sample;
+use crate::machine::Place;
+use crate::process::{answer_is_short, open_and_get};
+
+/// Time between two requests: 1,000 a second.
+const INTERVAL: Duration = Duration::from_millis(1);
+
+/// Requests come on these in turn, each after the one before it on the same connection, as from so many users.
+const CONNECTIONS: usize = 64;
+
+/// How long answers are still awaited after the last request was due.
+const PATIENCE: Duration = Duration::from_secs(15);
+
+/// The longest that one client runs, so that what it remembers is bounded.
+const LONGEST: Duration = Duration::from_secs(120);
+
+/// A fast client at work.
+pub struct FastClient {
+    start: Instant,
+    stop: Arc<AtomicBool>,
+    thread: JoinHandle<Result<Log>>,
+}
+
+/// What it saw.
+#[derive(Default)]
+pub struct Log {
+    /// Every request that was due.
+    pub samples: Vec<Sample>,
+    /// Those that were answered with something else than 200, or not.
+    pub failed: usize,
+}
+
+impl FastClient {
+    /// Opens its connections, with a request on each, and begins.
+    pub fn start(place: Place, address: SocketAddr) -> Result<FastClient> {
+        let lanes = (0..CONNECTIONS).map(|_| Lane::open(address)).collect::<Result<Vec<_>>>()?;
+        let (start, stop) = (Instant::now(), Arc::new(AtomicBool::new(false)));
+        let stopped = stop.clone();
+        let thread = thread::Builder::new().name("fast client".to_owned()).spawn(move || {
+            place.take()?;
+            // By default the kernel may wake this thread 50 µs late.
+            // SAFETY: the call takes integers only and concerns this thread alone.
+            unsafe { libc::prctl(libc::PR_SET_TIMERSLACK, 1) };
+            run(lanes, start, &stopped)
+        })?;
+        Ok(FastClient { start, stop, thread })
+    }
+
+    /// Time since its start, by which its samples are dated.
+    pub fn elapsed(&self) -> Duration {
+        self.start.elapsed()
+    }
+
+    /// Waits until so long after its start.
+    pub fn wait_until(&self, elapsed: Duration) {
+        thread::sleep(elapsed.saturating_sub(self.elapsed()));
+    }
+
+    /// Ends it and waits for the answers that are still to come.
+    pub fn finish(self) -> Result<Log> {
+        self.stop.store(true, Ordering::Relaxed);
+        self.thread.join().map_err(|_| anyhow!("the fast client panicked"))?
+    }
+}
+
+/// A connection and the requests that are due on it. The first of them is under way.
+struct Lane {
+    address: SocketAddr,
+    stream: TcpStream,
+    due: VecDeque<Duration>,
+    answer: Vec<u8>,
+}
+
+fn run(mut lanes: Vec<Lane>, start: Instant, stop: &AtomicBool) -> Result<Log> {
+    let mut log = Log::default();
+    let (mut next, mut last_call) = (0, None);
+    loop {
+        let now = start.elapsed();
+        if last_call.is_none() && (stop.load(Ordering::Relaxed) || now > LONGEST) {
+            last_call = Some(now + PATIENCE);
+        }
+        while last_call.is_none() && INTERVAL * next <= now {
+            let lane = &mut lanes[next as usize % CONNECTIONS];
+            lane.due.push_back(INTERVAL * next);
+            if lane.due.len() == 1 {
+                lane.ask(start, &mut log);
+            }
+            next += 1;
+        }
+        let wait = match last_call {
+            None => (INTERVAL * next).saturating_sub(start.elapsed()),
+            Some(last) if now > last || lanes.iter().all(|lane| lane.due.is_empty()) => break,
+            Some(_) => Duration::from_millis(50),
+        };
+        for index in readable(&lanes, wait)? {
+            lanes[index].hear(start, &mut log);
+        }
+    }
+    for lane in &mut lanes {
+        while !lane.due.is_empty() {
+            lane.record(start, &mut log);
+            log.failed += 1;
+        }
+    }
+    Ok(log)
+}
+
+/// The lanes that have something to read, within `wait`.
+fn readable(lanes: &[Lane], wait: Duration) -> io::Result<Vec<usize>> {
+    let event = |lane: &Lane| libc::pollfd { fd: lane.stream.as_raw_fd(), events: libc::POLLIN, revents: 0 };
+    let mut events: Vec<libc::pollfd> = lanes.iter().map(event).collect();
+    let timeout = libc::timespec { tv_sec: wait.as_secs() as _, tv_nsec: wait.subsec_nanos().into() };
+    // SAFETY: the kernel reads the timespec and reads and writes as many pollfds as there are; all are ours.
+    let ready = unsafe { libc::ppoll(events.as_mut_ptr(), events.len() as _, &timeout, std::ptr::null()) };
+    match ready {
+        0.. => Ok((0..lanes.len()).filter(|&index| events[index].revents != 0).collect()),
+        _ => match io::Error::last_os_error() {
+            interrupted if interrupted.kind() == ErrorKind::Interrupted => Ok(Vec::new()),
+            error => Err(error),
+        },
+    }
+}
+
+impl Lane {
+    fn open(address: SocketAddr) -> Result<Lane> {
+        let stream = open_and_get(address, "/small")?;
+        stream.set_nonblocking(true)?;
+        stream.set_nodelay(true)?;
+        Ok(Lane { address, stream, due: VecDeque::new(), answer: Vec::new() })
+    }
+
+    /// Sends the request for the first that is due. A request this small always fits what the kernel takes.
+    fn ask(&mut self, start: Instant, log: &mut Log) {
+        while !self.due.is_empty() {
+            let request = format!("GET /small HTTP/1.1\r\nHost: {}\r\n\r\n", self.address);
+            if self.stream.write_all(request.as_bytes()).is_ok() {
+                return;
+            }
+            self.fail(start, log);
+        }
+    }
+
+    fn hear(&mut self, start: Instant, log: &mut Log) {
+        let mut buffer = [0; 4096];
+        match self.stream.read(&mut buffer) {
+            Ok(read) if read > 0 => self.answer.extend_from_slice(&buffer[..read]),
+            Err(error) if error.kind() == ErrorKind::WouldBlock => return,
+            _ => {
+                self.fail(start, log);
+                return self.ask(start, log);
+            }
+        }
+        if answer_is_short(&self.answer).unwrap_or(false) {
+            return;
+        }
+        if !self.answer.starts_with(b"HTTP/1.1 200") {
+            log.failed += 1;
+        }
+        self.record(start, log);
+        self.ask(start, log);
+    }
+
+    fn record(&mut self, start: Instant, log: &mut Log) {
+        self.answer.clear();
+        if let Some(due) = self.due.pop_front() {
+            log.samples.push(Sample { due, latency: start.elapsed() - due });
+        }
+    }
+
+    /// The request under way is lost, and a new connection is needed for the next. Where there is none to be had, what
+    /// was tried counts as failed too, one after the other.
+    fn fail(&mut self, start: Instant, log: &mut Log) {
+        log.failed += usize::from(!self.due.is_empty());
+        self.record(start, log);
+        let reopened = TcpStream::connect_timeout(&self.address, Duration::from_millis(100));
+        if let Ok(stream) = reopened.and_then(|stream| stream.set_nonblocking(true).map(|()| stream)) {
+            self.stream = stream;
+        }
+    }
+}
