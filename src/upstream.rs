@@ -6,6 +6,10 @@
 pub mod balance;
 mod discovery;
 pub mod endpoint;
+pub mod health;
+pub mod outlier;
+pub mod slow_start;
+pub mod tiers;
 pub mod window;
 
 use std::cell::OnceCell;

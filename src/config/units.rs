@@ -1,4 +1,4 @@
-//! The one grammar for sizes, times, counts and rates: strings such as `64KiB`, `1m30s`, `50k`, `10/s`, `512B/s`.
+//! The one grammar for sizes, times, counts, rates and shares: strings such as `64KiB`, `1m30s`, `50k`, `10/s`, `512B/s`, `20%`.
 //!
 //! A bare number never means bytes or seconds, so nobody has to guess the unit of a key.
 
@@ -35,6 +35,17 @@ pub struct Rate {
 /// Bytes a second: `512B/s`, `64KiB/s`, `1MiB/s`. What `0B/s` means, each key says.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct ByteRate(pub u64);
+
+/// A share of a whole: `20%`, `0.5%`, from `0%` to `100%`.
+#[derive(Clone, Copy, Debug, PartialEq, PartialOrd)]
+pub struct Percent(pub f64);
+
+impl Percent {
+    /// From 0 to 1.
+    pub fn ratio(self) -> f64 {
+        self.0 / 100.0
+    }
+}
 
 impl Count {
     /// What `unlimited` stands for.
@@ -139,6 +150,17 @@ impl FromStr for ByteRate {
     }
 }
 
+impl FromStr for Percent {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let number = text.strip_suffix('%').and_then(|number| number.trim_end().parse().ok());
+        number.filter(|number| (0.0..=100.0).contains(number)).map(Percent).ok_or_else(|| {
+            format!("`{text}` is not a share: write a number from 0 to 100 and a percent sign, such as `20%`")
+        })
+    }
+}
+
 impl fmt::Display for Size {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         const UNITS: [(&str, u64); 3] = [("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)];
@@ -180,6 +202,12 @@ impl fmt::Display for Rate {
 impl fmt::Display for ByteRate {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}/s", Size(self.0))
+    }
+}
+
+impl fmt::Display for Percent {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}%", self.0)
     }
 }
 
@@ -246,6 +274,7 @@ unit!(Time, "a time such as `10s`", r"^([0-9]+ ?[a-z]+ ?)+$|\$\{", ["250ms", "10
 unit!(Count, "a count such as `100` or `50k`", r"^([0-9]+[kM]?|unlimited)$|\$\{", ["100", "50k"]);
 unit!(Rate, "a rate such as `10/s`", r"^[0-9]+[kM]?/[smh]$|\$\{", ["10/s", "600/m"]);
 unit!(ByteRate, "a rate of bytes such as `512B/s`", r"^[0-9.]+ ?([KMGT]i?)?[Bb]? ?/s$|\$\{", ["512B/s", "1MiB/s"]);
+unit!(Percent, "a share such as `20%`", r"^[0-9.]+ ?%$|\$\{", ["20%", "0.5%"]);
 
 #[cfg(test)]
 mod tests {
@@ -262,6 +291,7 @@ mod tests {
         assert_eq!("512B/s".parse(), Ok(ByteRate(512)));
         assert_eq!("1.5MiB/s".parse(), Ok(ByteRate(1_572_864)));
         assert_eq!("0B/s".parse(), Ok(ByteRate(0)));
+        assert_eq!("12.5%".parse(), Ok(Percent(12.5)));
         assert_eq!("600/m".parse(), Ok(Rate { events: 600, per: Duration::from_secs(60) }));
     }
 
@@ -274,6 +304,13 @@ mod tests {
         assert!("0/s".parse::<Rate>().is_err());
         for text in ["512", "512/s", "512B", "1KiB/m", "-1B/s", "/s", ""] {
             assert!(text.parse::<ByteRate>().is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn a_share_is_from_0_to_100_percent() {
+        for text in ["20", "0.2", "101%", "-1%", "%", "NaN%", ""] {
+            assert!(text.parse::<Percent>().is_err(), "{text}");
         }
     }
 
@@ -296,6 +333,9 @@ mod tests {
         }
         for text in ["512B/s", "64KiB/s", "1MiB/s", "0B/s"] {
             assert_eq!(text.parse::<ByteRate>().map(|r| r.to_string()), Ok(text.to_owned()));
+        }
+        for text in ["0%", "0.5%", "20%", "100%"] {
+            assert_eq!(text.parse::<Percent>().map(|p| p.to_string()), Ok(text.to_owned()));
         }
         for text in ["10/s", "600/m", "5k/h"] {
             assert_eq!(text.parse::<Rate>().map(|r| r.to_string()), Ok(text.to_owned()));
