@@ -1,25 +1,38 @@
-//! The admin endpoint: `/metrics` for Prometheus, `/healthz` and `/readyz` for whoever keeps Forebay running.
+//! The admin endpoint: `/metrics` for Prometheus, `/healthz` and `/readyz` for whoever keeps Forebay running, and what
+//! others add to its [`table`].
 //!
 //! It is a Pingora service of its own, with a thread of its own: writing down a hundred thousand series takes tens of
-//! milliseconds, in which no worker may stand still. It has no authentication, which is why it listens on loopback
-//! unless told otherwise, and only ever reads.
+//! milliseconds, in which no worker may stand still. So does everything an entry works out. It has no authentication,
+//! which is why it listens on loopback unless told otherwise, and takes changes from this machine only (`guard`).
+
+pub mod answer;
+mod guard;
+pub mod table;
 
 use std::fs::Permissions;
+use std::future::{Future, ready};
 use std::os::unix::fs::PermissionsExt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::time::Duration;
 
 use async_trait::async_trait;
-use http::{Method, Response, StatusCode, header};
+use bytes::{Bytes, BytesMut};
+use futures::StreamExt;
+use http::{HeaderMap, HeaderValue, Method, StatusCode, header};
 use pingora::apps::{HttpPersistentSettings, HttpServerApp, ReusedHttpStream};
 use pingora::http::ResponseHeader;
 use pingora::protocols::http::ServerSession;
+use pingora::protocols::l4::socket::SocketAddr;
 use pingora::server::ShutdownWatch;
 use pingora::services::listening::Service;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::timeout;
 
-use crate::metrics::Metrics;
+use crate::metrics::{AdminMetrics, Metrics, StreamGuard};
+use answer::{Answer, Body, Pieces};
+use guard::Peer;
+use table::{Ask, Found, Table};
 
 /// Whether the gateway takes exchanges, as `/readyz` tells load balancers. Clones share it.
 #[derive(Clone, Debug, Default)]
@@ -60,62 +73,170 @@ impl Readiness {
 
 /// What answers on the admin endpoint.
 pub struct Admin {
-    metrics: Metrics,
-    readiness: Readiness,
+    table: Table,
+    metrics: AdminMetrics,
+    streams: Arc<Semaphore>,
 }
 
 /// From the connection, or the answer before, to the last byte of a request header: longer than scrapes lie apart.
 const REQUEST: Duration = Duration::from_secs(75);
 
-/// How long a client may take for an answer.
+/// For a whole request body.
+const BODY: Duration = Duration::from_secs(10);
+
+/// The longest request body.
+const BODY_BYTES_MAX: usize = 64 << 10;
+
+/// How long a client may take for an answer, or for a piece of one that goes on.
 const ANSWER: Duration = Duration::from_secs(30);
 
 /// How long a connection is kept between two requests.
 const KEPT_SECONDS: u64 = 65;
 
-const INDEX: &str = "Forebay's admin endpoint\n\n\
-    /metrics  what it counts, for Prometheus\n\
-    /healthz  200 while the process lives\n\
-    /readyz   200 while exchanges are taken, else 503 and why not\n";
-
 impl Admin {
-    /// One that shows these.
-    pub fn new(metrics: Metrics, readiness: Readiness) -> Self {
-        Admin { metrics, readiness }
+    /// One that shows these, and has at most so many answers under way that go on.
+    pub fn new(metrics: Metrics, readiness: Readiness, streams_max: usize) -> Self {
+        let admin = Admin {
+            table: Table::default(),
+            metrics: metrics.admin(),
+            streams: Arc::new(Semaphore::new(streams_max.min(Semaphore::MAX_PERMITS))),
+        };
+        let scrape = move |_: &Ask| Answer::whole(prometheus::TEXT_FORMAT, metrics.render());
+        let readyz = move |_: &Ask| match readiness.now() {
+            Ready::Starting => Answer::text("starting\n").with_status(StatusCode::SERVICE_UNAVAILABLE),
+            Ready::Ready => Answer::text("ready\n"),
+            Ready::Stopping => Answer::text("stopping\n").with_status(StatusCode::SERVICE_UNAVAILABLE),
+        };
+        admin
+            .get("/metrics", "what it counts, for Prometheus", scrape)
+            .get("/healthz", "200 while the process lives", |_| Answer::text("ok\n"))
+            .get("/readyz", "200 while exchanges are taken, else 503 and why not", readyz)
     }
 
-    /// What is answered; to HEAD as to GET.
-    fn answer(&self, method: &Method, path: &str) -> Response<Vec<u8>> {
-        let text = |status, body: &str| respond(status, "text/plain; charset=utf-8", body.as_bytes().to_vec());
-        let known = matches!(path, "/" | "/metrics" | "/healthz" | "/readyz");
-        if known && method != Method::GET && method != Method::HEAD {
-            let mut response = text(StatusCode::METHOD_NOT_ALLOWED, "only GET and HEAD\n");
-            response.headers_mut().insert(header::ALLOW, header::HeaderValue::from_static("GET, HEAD"));
-            return response;
+    /// Adds what is shown at `path`; see [`table`]. `says` is what the index says of it.
+    pub fn get(
+        mut self,
+        path: &'static str,
+        says: &'static str,
+        answer: impl Fn(&Ask) -> Answer + Send + Sync + 'static,
+    ) -> Self {
+        self.table.add(Method::GET, path, says, move |ask| ready(answer(&ask)));
+        self
+    }
+
+    /// Adds a change that is made at `path`. The answer may take its time, but not longer than half a minute.
+    pub fn post<F>(
+        mut self,
+        path: &'static str,
+        says: &'static str,
+        answer: impl Fn(Ask) -> F + Send + Sync + 'static,
+    ) -> Self
+    where
+        F: Future<Output = Answer> + Send + 'static,
+    {
+        self.table.add(Method::POST, path, says, answer);
+        self
+    }
+
+    /// What is answered, and at which path of the table. The body of a request is read only for whoever may change something.
+    async fn answer(&self, http: &mut ServerSession) -> (&'static str, Answer) {
+        let request = http.req_header();
+        let (method, uri) = (request.method.clone(), request.uri.clone());
+        let (entry, parts) = match self.table.find(&method, uri.path()) {
+            Found::Entry(entry, parts) => (entry, parts),
+            Found::Nothing if uri.path() == "/" && matches!(method, Method::GET | Method::HEAD) => {
+                return ("/", Answer::text(self.table.index()));
+            }
+            Found::Nothing => {
+                return ("_other", Answer::text("not found; see /\n").with_status(StatusCode::NOT_FOUND));
+            }
+            Found::Methods(methods) => {
+                let answer = Answer::text(format!("only {methods}\n")).with_status(StatusCode::METHOD_NOT_ALLOWED);
+                let allow = HeaderValue::from_str(&methods).unwrap_or(HeaderValue::from_static("GET, HEAD"));
+                return ("_other", answer.with_header(header::ALLOW, allow));
+            }
+        };
+        let html = wants_html(&request.headers);
+        let mut body = Bytes::new();
+        if entry.method == Method::POST {
+            if let Err(why) = guard::check(peer(http), &http.req_header().headers) {
+                return (entry.path, Answer::error(StatusCode::FORBIDDEN, why));
+            }
+            match read_body(http).await {
+                Ok(read) => body = read,
+                Err(answer) => return (entry.path, answer),
+            }
         }
-        match path {
-            "/" => text(StatusCode::OK, INDEX),
-            "/metrics" => respond(StatusCode::OK, prometheus::TEXT_FORMAT, self.metrics.render()),
-            "/healthz" => text(StatusCode::OK, "ok\n"),
-            "/readyz" => match self.readiness.now() {
-                Ready::Starting => text(StatusCode::SERVICE_UNAVAILABLE, "starting\n"),
-                Ready::Ready => text(StatusCode::OK, "ready\n"),
-                Ready::Stopping => text(StatusCode::SERVICE_UNAVAILABLE, "stopping\n"),
-            },
-            _ => text(StatusCode::NOT_FOUND, "not found; see /\n"),
+        let answer = timeout(ANSWER, (entry.answer)(Ask::new(parts, &uri, html, body))).await;
+        let late = |_| Answer::error(StatusCode::GATEWAY_TIMEOUT, "this takes too long; it may still be done");
+        (entry.path, answer.unwrap_or_else(late))
+    }
+
+    /// Gives leave to an answer that goes on, unless as many as may be are under way: then it is another answer.
+    fn admit(&self, answer: Answer) -> (Answer, Option<Open>) {
+        if !answer.goes_on() {
+            return (answer, None);
+        }
+        match self.streams.clone().try_acquire_owned() {
+            Ok(permit) => (answer, Some(Open { _permit: permit, _counted: self.metrics.stream() })),
+            Err(_) => {
+                let full = Answer::error(StatusCode::SERVICE_UNAVAILABLE, "too many streams are open: admin.streams");
+                (full.with_header(header::RETRY_AFTER, HeaderValue::from_static("5")), None)
+            }
         }
     }
 }
 
-fn respond(status: StatusCode, content_type: &'static str, body: Vec<u8>) -> Response<Vec<u8>> {
-    let length = body.len();
-    let mut response = Response::new(body);
-    *response.status_mut() = status;
-    let headers = response.headers_mut();
-    headers.insert(header::CONTENT_TYPE, header::HeaderValue::from_static(content_type));
-    headers.insert(header::CONTENT_LENGTH, length.into());
-    headers.insert(header::CACHE_CONTROL, header::HeaderValue::from_static("no-store"));
-    response
+/// An answer that goes on is under way.
+struct Open {
+    _permit: OwnedSemaphorePermit,
+    _counted: StreamGuard,
+}
+
+fn peer(http: &ServerSession) -> Peer {
+    match (http.client_addr(), http.server_addr()) {
+        (_, Some(SocketAddr::Unix(_))) | (Some(SocketAddr::Unix(_)), _) => Peer::Unix,
+        (Some(SocketAddr::Inet(address)), _) => Peer::Tcp(address.ip()),
+        _ => Peer::Unknown,
+    }
+}
+
+fn wants_html(headers: &HeaderMap) -> bool {
+    headers.get(header::ACCEPT).is_some_and(|accept| memchr::memmem::find(accept.as_bytes(), b"text/html").is_some())
+}
+
+/// Reads the body of a request that may have one.
+async fn read_body(http: &mut ServerSession) -> Result<Bytes, Answer> {
+    let too_large = || {
+        let what = format!("a body has at most {BODY_BYTES_MAX} bytes");
+        Err(Answer::error(StatusCode::PAYLOAD_TOO_LARGE, &what))
+    };
+    let headers = &http.req_header().headers;
+    let length = headers.get(header::CONTENT_LENGTH).and_then(|length| length.to_str().ok()?.parse::<usize>().ok());
+    if length.is_some_and(|length| length > BODY_BYTES_MAX) {
+        return too_large();
+    }
+    let expects =
+        headers.get(header::EXPECT).is_some_and(|expect| expect.as_bytes().eq_ignore_ascii_case(b"100-continue"));
+    let read = async {
+        if expects {
+            http.write_continue_response().await?;
+        }
+        let mut body = BytesMut::new();
+        while let Some(piece) = http.read_request_body().await? {
+            body.extend_from_slice(&piece);
+            if body.len() > BODY_BYTES_MAX {
+                break;
+            }
+        }
+        Ok::<_, Box<pingora::Error>>(body.freeze())
+    };
+    match timeout(BODY, read).await {
+        Ok(Ok(body)) if body.len() > BODY_BYTES_MAX => too_large(),
+        Ok(Ok(body)) => Ok(body),
+        Ok(Err(error)) => Err(Answer::error(StatusCode::BAD_REQUEST, &format!("the body could not be read: {error}"))),
+        Err(_) => Err(Answer::error(StatusCode::REQUEST_TIMEOUT, "the body did not come in time")),
+    }
 }
 
 #[async_trait]
@@ -134,39 +255,70 @@ impl HttpServerApp for Admin {
                 return None;
             }
         }
-        // A body is never read, so the connection cannot be kept after one.
-        let keep = !*shutdown.borrow() && http.is_body_empty();
-        http.set_keepalive(keep.then_some(KEPT_SECONDS));
-        let request = http.req_header();
-        let head = request.method == Method::HEAD;
-        let response = self.answer(&request.method, request.uri.path());
-        match timeout(ANSWER, send(http, response, head)).await {
-            Ok(Ok(reused)) => reused,
-            Ok(Err(error)) => {
-                tracing::debug!("an answer of the admin endpoint could not be sent: {error}");
-                None
-            }
-            Err(_) => {
-                tracing::debug!("an answer of the admin endpoint was not taken in time");
-                None
-            }
-        }
+        let (path, answer) = self.answer(&mut http).await;
+        let (answer, _open) = self.admit(answer);
+        self.metrics.count(path, answer.0.status().as_u16());
+        // What is left of a body is not read, so the connection cannot be kept after it.
+        let whole = http.is_body_empty() || http.is_body_done();
+        http.set_keepalive((!*shutdown.borrow() && whole && !answer.goes_on()).then_some(KEPT_SECONDS));
+        let (parts, body) = answer.0.into_parts();
+        let header = ResponseHeader::from(parts);
+        let sent = match body {
+            Body::Whole(body) => timeout(ANSWER, send(http, header, body)).await.unwrap_or_else(|_| Err(slow())),
+            Body::Stream(pieces) => stream(http, header, pieces, shutdown.clone()).await,
+        };
+        sent.unwrap_or_else(|error| {
+            tracing::debug!("an answer of the admin endpoint could not be sent: {error}");
+            None
+        })
     }
 }
 
-async fn send(
-    mut http: ServerSession,
-    response: Response<Vec<u8>>,
-    head: bool,
-) -> pingora::Result<Option<ReusedHttpStream>> {
-    let (parts, body) = response.into_parts();
-    http.write_response_header(Box::new(ResponseHeader::from(parts))).await?;
+/// What became of a connection after an answer: kept or not.
+type Sent = pingora::Result<Option<ReusedHttpStream>>;
+
+async fn send(mut http: ServerSession, mut header: ResponseHeader, body: Bytes) -> Sent {
+    header.insert_header(header::CONTENT_LENGTH, body.len())?;
+    let head = http.req_header().method == Method::HEAD;
+    http.write_response_header(Box::new(header)).await?;
     if !head {
-        http.write_response_body(body.into(), true).await?;
+        http.write_response_body(body, true).await?;
     }
     let settings = HttpPersistentSettings::for_session(&http);
     let stream = http.finish().await?;
     Ok(stream.map(|stream| ReusedHttpStream::from_reusable_stream(stream, settings)))
+}
+
+/// Sends what comes until it ends, the client goes away or takes nothing, or the gateway stops.
+async fn stream(
+    mut http: ServerSession,
+    mut header: ResponseHeader,
+    mut pieces: Pieces,
+    mut stop: ShutdownWatch,
+) -> Sent {
+    if http.req_header().method == Method::HEAD {
+        pieces = Box::pin(futures::stream::empty());
+    }
+    if http.req_header().version == http::Version::HTTP_11 {
+        header.insert_header(header::TRANSFER_ENCODING, "chunked")?;
+    }
+    timeout(ANSWER, http.write_response_header(Box::new(header))).await.map_err(|_| slow())??;
+    loop {
+        let piece = tokio::select! {
+            piece = pieces.next() => piece,
+            // Nothing more is expected of the client, so this ends when it goes away.
+            _ = http.read_body_or_idle(true) => return Ok(None),
+            _ = stop.changed() => None,
+        };
+        let Some(piece) = piece else { break };
+        timeout(ANSWER, http.write_response_body(piece, false)).await.map_err(|_| slow())??;
+    }
+    timeout(ANSWER, http.finish()).await.map_err(|_| slow())??;
+    Ok(None)
+}
+
+fn slow() -> Box<pingora::Error> {
+    pingora::Error::explain(pingora::ErrorType::WriteTimedout, "it was not taken in time")
 }
 
 /// The admin endpoint as a Pingora service: on `host:port` or, if `unix`, on a socket file that its group may use.
@@ -183,82 +335,97 @@ pub fn service(address: &str, unix: bool, admin: Admin) -> Service<Admin> {
 
 #[cfg(test)]
 mod tests {
-    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream};
     use tokio::sync::watch;
 
     use super::*;
 
-    fn admin() -> (Arc<Admin>, Readiness) {
+    fn admin() -> (Admin, Readiness) {
         let readiness = Readiness::new();
-        (Arc::new(Admin::new(Metrics::new(0, Vec::new()), readiness.clone())), readiness)
+        (Admin::new(Metrics::new(0, Vec::new()), readiness.clone(), 1), readiness)
     }
 
-    fn body(response: Response<Vec<u8>>) -> String {
-        String::from_utf8(response.into_body()).unwrap()
-    }
-
-    #[test]
-    fn readyz_follows_the_gateway_and_healthz_does_not() {
-        let (admin, readiness) = admin();
-        for (ready, status, text) in
-            [(Ready::Starting, 503, "starting\n"), (Ready::Ready, 200, "ready\n"), (Ready::Stopping, 503, "stopping\n")]
-        {
-            readiness.set(ready);
-            let response = admin.answer(&Method::GET, "/readyz");
-            assert_eq!(response.status(), status);
-            assert_eq!(body(response), text);
-            assert_eq!(admin.answer(&Method::GET, "/healthz").status(), 200);
-        }
-    }
-
-    #[test]
-    fn metrics_come_in_the_text_format() {
-        let response = admin().0.answer(&Method::GET, "/metrics");
-        assert_eq!(response.headers()[header::CONTENT_TYPE], "text/plain; version=0.0.4");
-        assert!(body(response).contains("forebay_build_info{"));
-    }
-
-    #[test]
-    fn the_index_names_every_path() {
-        let index = body(admin().0.answer(&Method::GET, "/"));
-        for path in ["/metrics", "/healthz", "/readyz"] {
-            assert!(index.contains(path), "{path} is missing");
-        }
-    }
-
-    #[test]
-    fn other_paths_are_not_found_and_other_methods_not_allowed() {
-        let (admin, _) = admin();
-        assert_eq!(admin.answer(&Method::GET, "/metrics/").status(), 404);
-        assert_eq!(admin.answer(&Method::POST, "/config").status(), 404);
-        let response = admin.answer(&Method::POST, "/metrics");
-        assert_eq!(response.status(), 405);
-        assert_eq!(response.headers()[header::ALLOW], "GET, HEAD");
-    }
-
-    /// What comes back when these bytes are sent, up to the end of the connection or of the answer to them.
-    async fn exchange(sent: &[u8]) -> (String, bool) {
+    /// Sends these bytes to an admin endpoint that serves one request in the background.
+    async fn begin(admin: &Arc<Admin>, sent: &[u8]) -> (DuplexStream, tokio::task::JoinHandle<bool>) {
         let (mut client, server) = tokio::io::duplex(1 << 20);
         client.write_all(sent).await.unwrap();
-        let (_keep, shutdown) = watch::channel(false);
-        let session = ServerSession::new_http1(Box::new(server));
-        let kept = admin().0.process_new_http(session, &shutdown).await.is_some();
+        let admin = admin.clone();
+        let served = tokio::spawn(async move {
+            let (_keep, shutdown) = watch::channel(false);
+            let session = ServerSession::new_http1(Box::new(server));
+            admin.process_new_http(session, &shutdown).await.is_some()
+        });
+        (client, served)
+    }
+
+    /// What comes back when these bytes are sent, up to the end of the connection or of the answer to them, and whether
+    /// the connection is kept.
+    async fn exchange_with(admin: Admin, sent: &[u8]) -> (String, bool) {
+        let (mut client, served) = begin(&Arc::new(admin), sent).await;
+        let kept = served.await.unwrap();
         let mut received = Vec::new();
         // The other end is dropped by now, kept or not.
         client.read_to_end(&mut received).await.unwrap();
         (String::from_utf8(received).unwrap(), kept)
     }
 
+    async fn exchange(sent: &str) -> (String, bool) {
+        exchange_with(admin().0, sent.as_bytes()).await
+    }
+
+    async fn get(admin: Admin, path: &str) -> String {
+        exchange_with(admin, format!("GET {path} HTTP/1.1\r\nHost: a\r\n\r\n").as_bytes()).await.0
+    }
+
+    #[tokio::test]
+    async fn readyz_follows_the_gateway_and_healthz_does_not() {
+        for (ready, status, text) in
+            [(Ready::Starting, 503, "starting\n"), (Ready::Ready, 200, "ready\n"), (Ready::Stopping, 503, "stopping\n")]
+        {
+            let (one, readiness) = admin();
+            readiness.set(ready);
+            let answer = get(one, "/readyz").await;
+            assert!(answer.starts_with(&format!("HTTP/1.1 {status} ")) && answer.ends_with(text), "{answer}");
+            let (one, readiness) = admin();
+            readiness.set(ready);
+            assert!(get(one, "/healthz").await.starts_with("HTTP/1.1 200 "));
+        }
+    }
+
+    #[tokio::test]
+    async fn metrics_come_in_the_text_format() {
+        let answer = get(admin().0, "/metrics").await;
+        assert!(answer.to_ascii_lowercase().contains("content-type: text/plain; version=0.0.4\r\n"), "{answer}");
+        assert!(answer.contains("forebay_build_info{"));
+    }
+
+    #[tokio::test]
+    async fn the_index_names_every_path() {
+        let index = get(admin().0.get("/added", "what was added", |_| Answer::text("")), "/").await;
+        for path in ["/metrics", "/healthz", "/readyz", "/added"] {
+            assert!(index.contains(&format!("GET  {path} ")), "{path} is missing in {index}");
+        }
+    }
+
+    #[tokio::test]
+    async fn other_paths_are_not_found_and_other_methods_not_allowed() {
+        assert!(get(admin().0, "/metrics/").await.starts_with("HTTP/1.1 404 "));
+        assert!(exchange("POST /config HTTP/1.1\r\nHost: a\r\n\r\n").await.0.starts_with("HTTP/1.1 404 "));
+        let (answer, _) = exchange("POST /metrics HTTP/1.1\r\nHost: a\r\n\r\n").await;
+        assert!(answer.starts_with("HTTP/1.1 405 "), "{answer}");
+        assert!(answer.to_ascii_lowercase().contains("allow: get, head\r\n"), "{answer}");
+    }
+
     #[tokio::test]
     async fn a_connection_is_kept_between_scrapes() {
-        let (answer, kept) = exchange(b"GET /healthz HTTP/1.1\r\nHost: a\r\n\r\n").await;
+        let (answer, kept) = exchange("GET /healthz HTTP/1.1\r\nHost: a\r\n\r\n").await;
         assert!(answer.starts_with("HTTP/1.1 200 OK\r\n") && answer.ends_with("\r\n\r\nok\n"), "{answer}");
         assert!(kept);
     }
 
     #[tokio::test]
     async fn head_gets_the_length_without_the_body() {
-        let (answer, kept) = exchange(b"HEAD /healthz HTTP/1.1\r\nHost: a\r\n\r\n").await;
+        let (answer, kept) = exchange("HEAD /healthz HTTP/1.1\r\nHost: a\r\n\r\n").await;
         assert!(
             answer.to_ascii_lowercase().contains("content-length: 3\r\n") && answer.ends_with("\r\n\r\n"),
             "{answer}"
@@ -267,15 +434,49 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_request_with_a_body_closes_its_connection() {
-        let (answer, kept) = exchange(b"POST /metrics HTTP/1.1\r\nHost: a\r\nContent-Length: 1000\r\n\r\n").await;
+    async fn a_request_whose_body_is_not_read_closes_its_connection() {
+        let (answer, kept) = exchange("POST /metrics HTTP/1.1\r\nHost: a\r\nContent-Length: 1000\r\n\r\n").await;
         assert!(answer.starts_with("HTTP/1.1 405 "), "{answer}");
         assert!(!kept);
     }
 
     #[tokio::test]
+    async fn a_change_from_nobody_knows_where_is_not_made() {
+        let admin = admin().0.post("/change", "changes it", |_| async { unreachable!("it was made") });
+        let request = "POST /change HTTP/1.1\r\nHost: a\r\nContent-Length: 0\r\n\r\n";
+        let (answer, _) = exchange_with(admin, request.as_bytes()).await;
+        assert!(answer.starts_with("HTTP/1.1 403 ") && answer.contains("\"error\": \"changes are taken"), "{answer}");
+    }
+
+    #[tokio::test]
+    async fn streams_are_as_many_as_may_be_and_end_with_their_clients() {
+        let admin = admin().0.get("/events", "goes on", |_| {
+            let first = futures::stream::iter([answer::event("one", "1")]);
+            Answer::events(Box::pin(first.chain(futures::stream::pending())))
+        });
+        let admin = Arc::new(admin);
+        let request = b"GET /events HTTP/1.1\r\nHost: a\r\n\r\n";
+        let (mut client, served) = begin(&admin, request).await;
+        let mut received = String::new();
+        while !received.contains("event: one\ndata: 1\n\n") {
+            let mut piece = [0; 1024];
+            let length = client.read(&mut piece).await.unwrap();
+            received.push_str(std::str::from_utf8(&piece[..length]).unwrap());
+        }
+        assert!(received.to_ascii_lowercase().contains("content-type: text/event-stream\r\n"), "{received}");
+        let (mut second, refused) = begin(&admin, request).await;
+        assert!(refused.await.unwrap(), "its connection is of use still");
+        let mut answer = String::new();
+        second.read_to_string(&mut answer).await.unwrap();
+        assert!(answer.starts_with("HTTP/1.1 503 ") && answer.contains("admin.streams"), "{answer}");
+        drop(client);
+        assert!(!served.await.unwrap());
+        assert_eq!(admin.streams.available_permits(), 1);
+    }
+
+    #[tokio::test]
     async fn garbage_gets_no_answer() {
-        assert_eq!(exchange(b"\x16\x03\x01 no http\r\n\r\n").await, (String::new(), false));
+        assert_eq!(exchange("\x16\x03\x01 no http\r\n\r\n").await, (String::new(), false));
     }
 
     #[tokio::test(start_paused = true)]
@@ -283,6 +484,6 @@ mod tests {
         let (_client, server) = tokio::io::duplex(1024);
         let (_keep, shutdown) = watch::channel(false);
         let session = ServerSession::new_http1(Box::new(server));
-        assert!(admin().0.process_new_http(session, &shutdown).await.is_none());
+        assert!(Arc::new(admin().0).process_new_http(session, &shutdown).await.is_none());
     }
 }

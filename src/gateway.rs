@@ -220,7 +220,9 @@ impl Gateway {
             let socket = bind(&config.admin.address, "admin")?;
             places.push(Place::of("admin", &socket));
             admin = socket.tcp;
-            let service = admin::service(socket.key(), socket.is_unix(), Admin::new(metrics, readiness.clone()));
+            let streams = usize::try_from(config.admin.streams.0).unwrap_or(usize::MAX);
+            let app = Admin::new(metrics, readiness.clone(), streams);
+            let service = admin::service(socket.key(), socket.is_unix(), app);
             server.add_service(Bound::new(service, vec![socket], None));
         }
         let stop = Stop {

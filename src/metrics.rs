@@ -70,6 +70,8 @@ struct Families {
     lane_bytes: IntCounterVec,
     access_log_lines: IntCounterVec,
     access_log_dropped: IntCounterVec,
+    admin_requests: IntCounterVec,
+    admin_streams: IntGaugeVec,
 }
 
 impl Metrics {
@@ -191,6 +193,14 @@ impl Metrics {
         }
     }
 
+    /// Those of the admin endpoint.
+    pub fn admin(&self) -> AdminMetrics {
+        AdminMetrics {
+            requests: self.families().admin_requests.clone(),
+            streams: single(&self.families().admin_streams),
+        }
+    }
+
     /// How many exchanges are in which phase now.
     pub fn phases(&self) -> &PhaseGauges {
         &self.0.phases
@@ -273,6 +283,8 @@ impl Families {
             lane_bytes: family::LANE_BYTES.counter(registry),
             access_log_lines: family::ACCESS_LOG_LINES.counter(registry),
             access_log_dropped: family::ACCESS_LOG_DROPPED.counter(registry),
+            admin_requests: family::ADMIN_REQUESTS.counter(registry),
+            admin_streams: family::ADMIN_STREAMS.gauge(registry),
         }
     }
 }
@@ -451,6 +463,34 @@ pub struct AccessLogMetrics {
     pub dropped_failed: IntCounter,
 }
 
+/// The metrics of the admin endpoint.
+pub struct AdminMetrics {
+    requests: IntCounterVec,
+    streams: IntGauge,
+}
+
+impl AdminMetrics {
+    /// Counts a request. `path` is of the endpoint's table and not the client's word. Looks labels up: nobody asks it often.
+    pub fn count(&self, path: &str, status: u16) {
+        self.requests.with_label_values(&[path, &status.to_string()]).inc();
+    }
+
+    /// Counts an answer that goes on, until the guard is dropped.
+    pub fn stream(&self) -> StreamGuard {
+        self.streams.inc();
+        StreamGuard(self.streams.clone())
+    }
+}
+
+/// An answer of the admin endpoint that goes on.
+pub struct StreamGuard(IntGauge);
+
+impl Drop for StreamGuard {
+    fn drop(&mut self) {
+        self.0.dec();
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use std::collections::BTreeSet;
@@ -473,6 +513,7 @@ mod tests {
         metrics.spools();
         metrics.lane(0);
         metrics.access_log();
+        metrics.admin().count("/", 200);
         metrics.set_workers(2);
         metrics
     }

@@ -25,6 +25,7 @@ use super::upstream::Upstream;
 const RESERVED_NAME: &str = "_other";
 /// The writer of the access log holds a place for each line that may wait.
 const LOG_QUEUE_MAX: u64 = 1_000_000;
+const ADMIN_STREAMS_MAX: u64 = 1024;
 /// More would not make a disk faster.
 const DISK_THREADS_MAX: u64 = 64;
 /// The disk threads hold a place for each piece that may wait.
@@ -90,6 +91,7 @@ impl<'a> Check<'a> {
         self.resources(&rest.resources);
         self.count("observability.access_log.queue", rest.observability.access_log.queue, 1, LOG_QUEUE_MAX);
         self.count("observability.metrics.max_series", rest.observability.metrics.max_series, 1, u64::MAX);
+        self.count("admin.streams", rest.admin.streams, 1, ADMIN_STREAMS_MAX);
         if rest.admin.enabled && is_open(&rest.admin.address) {
             let finding =
                 Finding::warning(value("admin.address"), "everyone who can reach this machine can reach `admin`")

@@ -175,7 +175,7 @@ pub enum Forwarded {
     Both,
 }
 
-/// The admin endpoint: `/metrics`, `/healthz`, `/readyz`.
+/// The admin endpoint: `/metrics`, `/healthz`, `/readyz` and more; `/` lists it all.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Admin {
@@ -183,11 +183,13 @@ pub struct Admin {
     pub enabled: bool,
     /// Where it listens: loopback unless told otherwise, for it has no authentication.
     pub address: super::Address,
+    /// Answers that go on, such as that of the status page, which may be under way at once: from 1 to 1,024.
+    pub streams: Count,
 }
 
 impl Default for Admin {
     fn default() -> Self {
-        Admin { enabled: true, address: super::Address("127.0.0.1:9100".to_owned()) }
+        Admin { enabled: true, address: super::Address("127.0.0.1:9100".to_owned()), streams: Count(16) }
     }
 }
 

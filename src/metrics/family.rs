@@ -131,6 +131,10 @@ families! {
         "Lines written to the access log.";
     ACCESS_LOG_DROPPED: "forebay_access_log_dropped_total", Counter, ["reason"],
         "Lines missing from the access log.";
+    ADMIN_REQUESTS: "forebay_admin_requests_total", Counter, ["path", "code"],
+        "Requests to the admin endpoint, by what answered them and its status.";
+    ADMIN_STREAMS: "forebay_admin_streams", Gauge, [],
+        "Answers of the admin endpoint that go on, such as that of the status page.";
     WORKERS: "forebay_workers", Gauge, [],
         "Worker threads that serve clients.";
     BUILD_INFO: "forebay_build_info", Gauge, ["version", "pingora"],

@@ -1,0 +1,113 @@
+//! Who may change anything through the admin endpoint.
+//!
+//! It asks for no password, so a change must come from this machine: from loopback or over the unix socket. That is not
+//! enough, for a browser on this machine sends what any page on the web tells it to. Browsers say whose page it was
+//! (`Origin`, `Sec-Fetch-Site`), and programs such as curl say nothing of the kind; so what comes from a page must come
+//! from our own. A page may also have pointed its own name at 127.0.0.1 (DNS rebinding): then `Host` and `Origin` agree,
+//! and that is why a browser must have called us by an address or as `localhost`.
+
+use std::net::IpAddr;
+
+use http::HeaderMap;
+use http::header::{HOST, HeaderName, ORIGIN};
+use http::uri::Authority;
+
+const SEC_FETCH_SITE: HeaderName = HeaderName::from_static("sec-fetch-site");
+
+/// Where a request to the admin endpoint comes from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Peer {
+    /// Over the unix socket: its permissions say who.
+    Unix,
+    /// Over TCP.
+    Tcp(IpAddr),
+    /// Nobody knows.
+    Unknown,
+}
+
+/// Whether `peer` may change something with a request with these headers; else why not.
+pub fn check(peer: Peer, headers: &HeaderMap) -> Result<(), &'static str> {
+    match peer {
+        Peer::Unix => {}
+        Peer::Tcp(address) if address.to_canonical().is_loopback() => {}
+        _ => return Err("changes are taken over the loopback or the unix socket only"),
+    }
+    let said = |name| headers.get_all(name).iter();
+    if said(SEC_FETCH_SITE).any(|site| site != "same-origin" && site != "none") {
+        return Err("changes are not taken from other sites");
+    }
+    if said(ORIGIN).next().is_none() {
+        return Ok(());
+    }
+    let host = headers.get(HOST).and_then(|host| host.to_str().ok()).unwrap_or_default();
+    let ours = format!("http://{host}");
+    if !is_address(host) || said(ORIGIN).any(|origin| *origin != *ours) {
+        return Err("changes are not taken from other sites");
+    }
+    Ok(())
+}
+
+/// Whether it is an address, or the one name that nobody can point elsewhere.
+fn is_address(host: &str) -> bool {
+    let Ok(authority) = host.parse::<Authority>() else { return false };
+    let name = authority.host().trim_start_matches('[').trim_end_matches(']');
+    name.eq_ignore_ascii_case("localhost") || name.parse::<IpAddr>().is_ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::{Ipv4Addr, Ipv6Addr};
+
+    use super::*;
+
+    const LOCAL: Peer = Peer::Tcp(IpAddr::V4(Ipv4Addr::LOCALHOST));
+
+    fn headers(said: &[(&'static str, &'static str)]) -> HeaderMap {
+        said.iter().map(|(name, value)| (name.parse().unwrap(), value.parse().unwrap())).collect()
+    }
+
+    #[test]
+    fn a_change_comes_from_this_machine() {
+        let curl = headers(&[("host", "127.0.0.1:9100")]);
+        for peer in [LOCAL, Peer::Unix, Peer::Tcp(Ipv6Addr::LOCALHOST.into()), mapped([127, 0, 0, 1])] {
+            assert_eq!(check(peer, &curl), Ok(()), "{peer:?}");
+        }
+        for peer in [Peer::Unknown, Peer::Tcp([192, 0, 2, 1].into()), mapped([192, 0, 2, 1])] {
+            assert!(check(peer, &curl).is_err(), "{peer:?}");
+        }
+    }
+
+    fn mapped(address: [u8; 4]) -> Peer {
+        Peer::Tcp(Ipv4Addr::from(address).to_ipv6_mapped().into())
+    }
+
+    #[test]
+    fn a_page_of_ours_may_change_things_and_no_other_page() {
+        for host in ["127.0.0.1:9100", "[::1]:9100", "localhost:8888", "localhost"] {
+            let origin: &'static str = format!("http://{host}").leak();
+            let own = headers(&[("host", host), ("origin", origin), ("sec-fetch-site", "same-origin")]);
+            assert_eq!(check(LOCAL, &own), Ok(()), "{host}");
+        }
+        for foreign in [
+            &[("host", "127.0.0.1:9100"), ("origin", "https://evil.example")][..],
+            &[("host", "127.0.0.1:9100"), ("origin", "null")],
+            &[("host", "127.0.0.1:9100"), ("origin", "http://127.0.0.1:9999")],
+            &[("host", "127.0.0.1:9100"), ("origin", "")],
+            // Names that were pointed at us.
+            &[("host", "evil.example:9100"), ("origin", "http://evil.example:9100")],
+            &[("host", "localhost.evil.example"), ("origin", "http://localhost.evil.example")],
+            &[("origin", "http://")],
+            &[("host", "127.0.0.1:9100"), ("sec-fetch-site", "cross-site")],
+            &[("host", "127.0.0.1:9100"), ("sec-fetch-site", "same-site")],
+            &[("host", "127.0.0.1"), ("origin", "http://127.0.0.1"), ("origin", "http://evil.example")],
+        ] {
+            let mut map = HeaderMap::new();
+            for (name, value) in foreign {
+                map.append(*name, value.parse().unwrap());
+            }
+            for peer in [LOCAL, Peer::Unix] {
+                assert!(check(peer, &map).is_err(), "{foreign:?}");
+            }
+        }
+    }
+}

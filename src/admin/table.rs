@@ -1,0 +1,218 @@
+//! What the admin endpoint answers: one entry for each method and path, and the index that is made of them.
+//!
+//! Whoever has something to show adds an entry to [`super::Admin`]; nothing else needs to know. A segment of a path in
+//! braces, `/upstreams/{upstream}`, takes any one segment.
+
+use std::fmt::Write;
+use std::future::Future;
+use std::pin::Pin;
+
+use bytes::Bytes;
+use http::{Method, Uri};
+
+use super::answer::Answer;
+
+type Later = Pin<Box<dyn Future<Output = Answer> + Send>>;
+
+/// A request to the admin endpoint, as far as an entry needs to know it.
+pub struct Ask {
+    parts: Vec<(&'static str, String)>,
+    query: String,
+    html: bool,
+    /// Its body: of a POST only, and bounded.
+    pub body: Bytes,
+}
+
+impl Ask {
+    pub(super) fn new(found: Vec<(&'static str, String)>, uri: &Uri, html: bool, body: Bytes) -> Self {
+        Ask { parts: found, query: uri.query().unwrap_or_default().to_owned(), html, body }
+    }
+
+    /// The segment of the path that the entry calls by this name, decoded; empty if it calls none so.
+    pub fn part(&self, name: &str) -> &str {
+        self.parts.iter().find(|(of, _)| *of == name).map_or("", |(_, value)| value)
+    }
+
+    /// The first argument of the query with this name, decoded.
+    pub fn query(&self, name: &str) -> Option<String> {
+        self.arguments().find(|(of, _)| of == name).map(|(_, value)| value)
+    }
+
+    /// All arguments of the query, decoded, in order.
+    pub fn arguments(&self) -> impl Iterator<Item = (String, String)> + '_ {
+        let pairs = self.query.split('&').filter(|pair| !pair.is_empty());
+        pairs.map(|pair| {
+            let (name, value) = pair.split_once('=').unwrap_or((pair, ""));
+            (decoded(&name.replace('+', " ")), decoded(&value.replace('+', " ")))
+        })
+    }
+
+    /// Whether it comes from a browser that would show a page.
+    pub fn wants_html(&self) -> bool {
+        self.html
+    }
+}
+
+/// What one method of one path answers.
+pub struct Entry {
+    /// GET, which answers HEAD too, or POST.
+    pub method: Method,
+    /// The path, with names in braces where a segment may be anything.
+    pub path: &'static str,
+    says: &'static str,
+    pub(super) answer: Box<dyn Fn(Ask) -> Later + Send + Sync>,
+}
+
+/// All entries.
+#[derive(Default)]
+pub struct Table(Vec<Entry>);
+
+/// What a method and a path lead to.
+pub enum Found<'t> {
+    /// To an entry, with the segments that it left open.
+    Entry(&'t Entry, Vec<(&'static str, String)>),
+    /// The path has entries for these methods alone.
+    Methods(String),
+    /// To nothing.
+    Nothing,
+}
+
+impl Table {
+    /// Adds an entry. `says` is what the index says of it.
+    pub fn add<F>(
+        &mut self,
+        method: Method,
+        path: &'static str,
+        says: &'static str,
+        answer: impl Fn(Ask) -> F + Send + Sync + 'static,
+    ) where
+        F: Future<Output = Answer> + Send + 'static,
+    {
+        self.0.push(Entry { method, path, says, answer: Box::new(move |ask| Box::pin(answer(ask))) });
+    }
+
+    /// What this method gets at this path.
+    pub fn find(&self, method: &Method, path: &str) -> Found<'_> {
+        let at_path: Vec<_> = self.0.iter().filter_map(|entry| Some((entry, matched(entry.path, path)?))).collect();
+        if at_path.is_empty() {
+            return Found::Nothing;
+        }
+        let wanted = if method == Method::HEAD { &Method::GET } else { method };
+        let mut methods = Vec::new();
+        for (entry, parts) in at_path {
+            if entry.method == wanted {
+                return Found::Entry(entry, parts);
+            }
+            let names: &[&str] = if entry.method == Method::GET { &["GET", "HEAD"] } else { &["POST"] };
+            methods.extend_from_slice(names);
+        }
+        Found::Methods(methods.join(", "))
+    }
+
+    /// Every entry, a line each.
+    pub fn index(&self) -> String {
+        let width = self.0.iter().map(|entry| entry.path.len()).max().unwrap_or_default();
+        let mut text = "Forebay's admin endpoint\n\n".to_owned();
+        for Entry { method, path, says, .. } in &self.0 {
+            // A string grows.
+            let _ = writeln!(text, "{:<4} {path:<width$}  {says}", method.as_str());
+        }
+        text
+    }
+}
+
+/// The segments that `pattern` leaves open in `path`, decoded; `None` if it does not match.
+fn matched(pattern: &'static str, path: &str) -> Option<Vec<(&'static str, String)>> {
+    let mut parts = Vec::new();
+    let mut segments = path.split('/');
+    for wanted in pattern.split('/') {
+        let segment = segments.next()?;
+        match wanted.strip_prefix('{').and_then(|name| name.strip_suffix('}')) {
+            Some(_) if segment.is_empty() => return None,
+            Some(name) => parts.push((name, decoded(segment))),
+            None if wanted == segment => {}
+            None => return None,
+        }
+    }
+    segments.next().is_none().then_some(parts)
+}
+
+/// Without percent encoding (RFC 3986 §2.1); what is not encoded properly stays.
+fn decoded(text: &str) -> String {
+    let mut bytes = Vec::with_capacity(text.len());
+    let mut rest = text.as_bytes();
+    while let Some((&first, after)) = rest.split_first() {
+        let code = after.get(..2).and_then(|code| u8::from_str_radix(std::str::from_utf8(code).ok()?, 16).ok());
+        match code.filter(|_| first == b'%') {
+            Some(byte) => (bytes.push(byte), rest = &after[2..]).1,
+            None => (bytes.push(first), rest = after).1,
+        }
+    }
+    String::from_utf8_lossy(&bytes).into_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn table() -> Table {
+        let mut table = Table::default();
+        for (method, path) in [
+            (Method::GET, "/status"),
+            (Method::POST, "/upstreams/{upstream}/endpoints/{endpoint}/drain"),
+            (Method::GET, "/upstreams/{upstream}"),
+            (Method::POST, "/upstreams/{upstream}"),
+        ] {
+            table.add(method, path, "says it", |_| std::future::ready(Answer::text("")));
+        }
+        table
+    }
+
+    fn parts(method: Method, path: &str) -> Option<Vec<(&'static str, String)>> {
+        match table().find(&method, path) {
+            Found::Entry(_, parts) => Some(parts),
+            _ => None,
+        }
+    }
+
+    #[test]
+    fn a_segment_in_braces_takes_one_segment_whatever_is_in_it() {
+        let found = parts(Method::POST, "/upstreams/shop/endpoints/%5b::1%5d:80/drain");
+        assert_eq!(found, Some(vec![("upstream", "shop".into()), ("endpoint", "[::1]:80".into())]));
+        assert_eq!(parts(Method::GET, "/upstreams/a%2fb"), Some(vec![("upstream", "a/b".into())]));
+        for other in ["/upstreams/", "/upstreams", "/upstreams/a/b", "/status/", "status", ""] {
+            assert!(matches!(table().find(&Method::GET, other), Found::Nothing), "{other}");
+        }
+    }
+
+    #[test]
+    fn a_path_without_the_method_tells_those_that_it_has() {
+        let allowed = |method, path| match table().find(&method, path) {
+            Found::Methods(methods) => methods,
+            _ => String::new(),
+        };
+        assert_eq!(allowed(Method::POST, "/status"), "GET, HEAD");
+        assert_eq!(allowed(Method::DELETE, "/upstreams/a"), "GET, HEAD, POST");
+        assert_eq!(parts(Method::HEAD, "/status"), Some(Vec::new()));
+        assert!(allowed(Method::HEAD, "/upstreams/a/endpoints/b/drain").contains("POST"));
+    }
+
+    #[test]
+    fn arguments_are_decoded_and_what_is_no_code_stays() {
+        let uri = Uri::from_static("/trace?route=a+b%26c&count&client=100%&%zz=1");
+        let ask = Ask::new(Vec::new(), &uri, false, Bytes::new());
+        assert_eq!(ask.query("route").as_deref(), Some("a b&c"));
+        assert_eq!(ask.query("count").as_deref(), Some(""));
+        assert_eq!(ask.query("client").as_deref(), Some("100%"));
+        assert_eq!(ask.query("%zz").as_deref(), Some("1"));
+        assert_eq!(ask.query("none"), None);
+    }
+
+    #[test]
+    fn the_index_has_a_line_for_every_entry() {
+        let index = table().index();
+        assert_eq!(index.lines().count(), 2 + 4, "{index}");
+        assert!(index.contains("GET  /status "), "{index}");
+        assert!(index.contains("POST /upstreams/{upstream}/endpoints/{endpoint}/drain  says it\n"), "{index}");
+    }
+}
