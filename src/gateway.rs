@@ -9,7 +9,6 @@ use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::path::Path;
 use std::sync::Arc;
-use std::time::Duration;
 
 use pingora::server::configuration::ServerConf;
 use pingora::server::{RunArgs, Server};
@@ -320,7 +319,6 @@ fn intake(written: &config::Route, resources: &Resources, metrics: &Arc<RouteMet
         total: client.body_total.0,
         pace: Pace::new(client.min_rate.read.0, client.min_rate.grace.0),
         disk_max: resources.pause.0,
-        pause_max: if resources.on_pressure.contains(&Rung::Pause) { resources.pause.0 } else { Duration::ZERO },
         route: metrics.clone(),
     }
 }

@@ -2,15 +2,15 @@
 //!
 //! A spool owns a [`Share`] and tells it of every byte that it takes or lets go; the sums stand in the [`Budget`]. As
 //! memory fills, three rungs are climbed. *Spill*, from three quarters: spools keep nothing new in memory that they could
-//! write to disk. *Pause*, from the limit: nobody takes more until something was let go. *Shed*, from fifteen
-//! sixteenths or as soon as anybody pauses: new exchanges are turned away, which is the proxy's to do.
+//! write to disk. *Pause*, from fifteen sixteenths: nobody takes more until something was let go. *Shed*, from the limit,
+//! which first pieces can still fill: new exchanges are turned away, which is the proxy's to do.
 //!
 //! Every piece that passes a spool comes by here twice, so this is a few atomics: no lock and no clock. A lock is taken only when
 //! somebody pauses.
 
 use std::pin::Pin;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicI64, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use prometheus::IntGauge;
@@ -43,15 +43,12 @@ pub struct Budget {
     resources: Resources,
     /// Bytes from which on each rung holds; never reached if it is not used.
     spill_at: u64,
-    shed_at: u64,
     full_at: u64,
+    shed_at: u64,
     memory: AtomicU64,
     disk: AtomicU64,
     /// Spools that wait for memory.
     paused: AtomicUsize,
-    /// Why new exchanges are to be turned away: one for memory, one for each that pauses. Briefly below zero when
-    /// two threads cross the line in opposite directions.
-    shed_reasons: AtomicI64,
     /// Wakes one that waits; it wakes the next.
     turn: Notify,
     metrics: SpoolMetrics,
@@ -67,13 +64,12 @@ impl Budget {
         let rung = |used: bool, at: u64| if used { at.max(1) } else { u64::MAX };
         Arc::new(Budget {
             spill_at: rung(resources.spill, limit - limit / 4),
-            shed_at: rung(resources.shed, limit - limit / 16),
-            full_at: limit.max(1),
+            full_at: if resources.pause { limit - limit / 16 } else { limit }.max(1),
+            shed_at: rung(resources.shed, limit),
             resources,
             memory: AtomicU64::new(0),
             disk: AtomicU64::new(0),
             paused: AtomicUsize::new(0),
-            shed_reasons: AtomicI64::new(0),
             turn: Notify::new(),
             metrics,
         })
@@ -94,15 +90,15 @@ impl Budget {
         self.memory() >= self.spill_at
     }
 
-    /// Whether all memory is used, so that nobody may take more. This holds whether the rung pause is used or not:
-    /// without it one does not wait, see [`Budget::pause_max`].
+    /// Whether as much memory is used that nobody may take more. Without the rung pause that is all of it, and one does
+    /// not wait, see [`Budget::pause_max`].
     pub fn full(&self) -> bool {
         self.memory() >= self.full_at
     }
 
     /// Whether new exchanges should be turned away. Say so with [`Budget::count_shed`].
     pub fn sheds(&self) -> bool {
-        self.shed_reasons.load(Ordering::Relaxed) > 0
+        self.memory() >= self.shed_at
     }
 
     /// How many clients are waited for in this direction.
@@ -164,7 +160,7 @@ impl Budget {
             self.metrics.spill.now.inc();
         }
         if before < self.shed_at && after >= self.shed_at {
-            self.shed_for_one_more_reason();
+            self.metrics.shed.now.inc();
         }
     }
 
@@ -176,21 +172,9 @@ impl Budget {
             self.metrics.spill.now.dec();
         }
         if before >= self.shed_at && after < self.shed_at {
-            self.shed_for_one_reason_less();
-        }
-        self.wake();
-    }
-
-    fn shed_for_one_more_reason(&self) {
-        if self.shed_reasons.fetch_add(1, Ordering::Relaxed) == 0 {
-            self.metrics.shed.now.inc();
-        }
-    }
-
-    fn shed_for_one_reason_less(&self) {
-        if self.shed_reasons.fetch_sub(1, Ordering::Relaxed) == 1 {
             self.metrics.shed.now.dec();
         }
+        self.wake();
     }
 
     fn grow_disk(&self, bytes: u64) -> bool {
@@ -207,9 +191,6 @@ impl<'a> Pausing<'a> {
         budget.paused.fetch_add(1, Ordering::SeqCst);
         budget.metrics.pause.times.inc();
         budget.metrics.pause.now.inc();
-        if budget.resources.shed {
-            budget.shed_for_one_more_reason();
-        }
         Pausing(budget)
     }
 }
@@ -218,9 +199,6 @@ impl Drop for Pausing<'_> {
     fn drop(&mut self) {
         self.0.paused.fetch_sub(1, Ordering::SeqCst);
         self.0.metrics.pause.now.dec();
-        if self.0.resources.shed {
-            self.0.shed_for_one_reason_less();
-        }
     }
 }
 
@@ -381,20 +359,21 @@ mod tests {
     fn the_rungs_are_climbed_one_after_the_other() {
         let (budget, metrics) = budget(RESOURCES);
         let mut share = Share::new(&budget, Direction::Request);
-        let now = || (budget.spills(), budget.sheds(), budget.full());
-        let gauges = || (metrics.spill.now.get(), metrics.shed.now.get(), metrics.pause.now.get());
+        let now = || [budget.spills(), budget.full(), budget.sheds()];
+        let gauges = || [metrics.spill.now.get(), metrics.shed.now.get()];
         let mut climb = |to: u64| {
             let memory = share.memory();
             share.grow_memory(to.saturating_sub(memory));
             share.shrink_memory(memory.saturating_sub(to));
             (now(), gauges())
         };
-        assert_eq!(climb(1199), ((false, false, false), (0, 0, 0)));
-        assert_eq!(climb(1200), ((true, false, false), (1, 0, 0)));
-        assert_eq!(climb(1500), ((true, true, false), (1, 1, 0)));
-        assert_eq!(climb(1600), ((true, true, true), (1, 1, 0)));
-        assert_eq!(climb(1499), ((true, false, false), (1, 0, 0)));
-        assert_eq!(climb(0), ((false, false, false), (0, 0, 0)));
+        assert_eq!(climb(1199), ([false, false, false], [0, 0]));
+        assert_eq!(climb(1200), ([true, false, false], [1, 0]));
+        assert_eq!(climb(1500), ([true, true, false], [1, 0]));
+        assert_eq!(climb(1600), ([true, true, true], [1, 1]));
+        assert_eq!(climb(1599), ([true, true, false], [1, 0]));
+        assert_eq!(climb(1499), ([true, false, false], [1, 0]));
+        assert_eq!(climb(0), ([false, false, false], [0, 0]));
     }
 
     #[test]
@@ -409,19 +388,16 @@ mod tests {
     }
 
     #[test]
-    fn as_long_as_anybody_pauses_new_exchanges_are_turned_away() {
+    fn whoever_pauses_is_counted_until_there_is_memory() {
         let (budget, metrics) = budget(RESOURCES);
         let mut share = Share::new(&budget, Direction::Request);
-        share.grow_memory(1600);
+        share.grow_memory(1500);
         let [mut first, mut second] = [budget.room(), budget.room()];
         assert_eq!((poll(&mut first), poll(&mut second)), (Poll::Pending, Poll::Pending));
-        assert_eq!((metrics.pause.times.get(), metrics.pause.now.get()), (2, 2));
-        share.shrink_memory(1600);
-        assert!(budget.sheds());
-        assert_eq!(poll(&mut first), Poll::Ready(()));
-        assert_eq!((budget.sheds(), metrics.pause.now.get()), (true, 1));
-        assert_eq!(poll(&mut second), Poll::Ready(()));
-        assert_eq!((budget.sheds(), metrics.shed.now.get(), metrics.pause.now.get()), (false, 0, 0));
+        assert_eq!((metrics.pause.times.get(), metrics.pause.now.get(), budget.sheds()), (2, 2, false));
+        share.shrink_memory(1500);
+        assert_eq!((poll(&mut first), metrics.pause.now.get()), (Poll::Ready(()), 1));
+        assert_eq!((poll(&mut second), metrics.pause.now.get()), (Poll::Ready(()), 0));
     }
 
     #[test]
@@ -431,7 +407,7 @@ mod tests {
         share.grow_memory(1600);
         let [mut first, mut second] = [budget.room(), budget.room()];
         assert_eq!((poll(&mut first), poll(&mut second)), (Poll::Pending, Poll::Pending));
-        share.shrink_memory(1);
+        share.shrink_memory(101);
         drop(first);
         assert_eq!(poll(&mut second), Poll::Ready(()));
     }

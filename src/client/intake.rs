@@ -42,8 +42,6 @@ pub struct IntakeTerms {
     pub total: Duration,
     /// The minimum rate.
     pub pace: Pace,
-    /// How long it may wait for memory.
-    pub pause_max: Duration,
     /// How long it may wait for the disk.
     pub disk_max: Duration,
     /// The counters of its route.
@@ -358,7 +356,7 @@ impl Intake {
             }
             Ok(Room::Pressure) => {
                 let since = *self.paused.get_or_insert_with(Instant::now);
-                ready!(self.timer.poll(cx, since + self.terms.pause_max));
+                ready!(self.timer.poll(cx, since + self.depot.budget.pause_max()));
                 Err(Unread::from(&refusal::BUFFER_PRESSURE))
             }
             // The body may be over: only a further byte is too much.

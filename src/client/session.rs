@@ -81,7 +81,6 @@ pub struct Link {
     length: AtomicU64,
     buffered: AtomicU64,
     spilled: AtomicU64,
-    http2: bool,
     /// That of the client's own session, for what it writes by itself.
     write_timeout: Option<Duration>,
     /// The present poll uses a turn of the lane.
@@ -173,7 +172,7 @@ impl Link {
 
     /// Whether the client speaks HTTP/2.
     pub fn is_http2(&self) -> bool {
-        self.http2
+        self.wire().is_http2()
     }
 
     /// Lets the client take the rest of the answer, the upstream being released. An error: it will not have it whole.
@@ -314,7 +313,6 @@ impl BufferedSession {
         let Terms { patience, intake, manner, tap, depot, lanes } = terms;
         let mut stub = RequestHeader::build(session.req_header().method.clone(), b"/", None)?;
         stub.set_version(session.req_header().version);
-        let http2 = session.is_http2();
         let mut own = std::mem::replace(session, Box::new(nobody()));
         // The deadline for the client's body is ours, for Pingora has none on HTTP/2.
         own.set_read_timeout(None);
@@ -334,7 +332,6 @@ impl BufferedSession {
             length: AtomicU64::new(u64::MAX),
             buffered: AtomicU64::new(0),
             spilled: AtomicU64::new(0),
-            http2,
             write_timeout,
             in_turn: AtomicBool::new(false),
             lanes: lanes.clone(),
@@ -463,7 +460,7 @@ impl BufferedSession {
         let ended = std::future::poll_fn(|cx| {
             let mut wire = link.wire();
             let more = wire.poll_more(cx);
-            if wire.admitted() {
+            if wire.used_turn() {
                 link.in_turn.store(true, Ordering::Relaxed);
             }
             link.holding.store(may_hold && more.is_pending(), Ordering::Relaxed);

@@ -145,8 +145,10 @@ pub struct Wire {
     turn: Option<Turn>,
     /// It moves much.
     bulk: Option<Bulk>,
-    /// It was this exchange's turn, and it has not used it yet.
+    /// More may come: nothing has come since that was found.
     admitted: bool,
+    /// The present poll uses a turn of the lane.
+    in_turn: bool,
     /// That of the endpoint's connection, if it is the exchange's alone.
     window: Option<Window>,
     depot: Arc<Depot>,
@@ -197,6 +199,7 @@ impl Wire {
             turn: None,
             bulk: None,
             admitted: false,
+            in_turn: false,
             window: None,
             depot,
             lanes,
@@ -216,9 +219,14 @@ impl Wire {
         self.state = State::Idle(session);
     }
 
-    /// Whether more may come because it is this exchange's turn.
-    pub fn admitted(&self) -> bool {
-        self.admitted
+    /// Whether the last poll used a turn of the lane.
+    pub fn used_turn(&mut self) -> bool {
+        std::mem::take(&mut self.in_turn)
+    }
+
+    /// Whether the client speaks HTTP/2.
+    pub fn is_http2(&self) -> bool {
+        self.http2
     }
 
     /// Whether all of the answer is here.
@@ -255,6 +263,7 @@ impl Wire {
             self.held = self.leave == Leave::Full;
             self.head = None;
             self.came = 0;
+            self.last_on_connection = false;
         }
     }
 
@@ -350,7 +359,7 @@ impl Wire {
         for task in tasks {
             match task {
                 HttpTask::Header(mut head, end) => {
-                    if self.http10 {
+                    if self.http10 && !head.status.is_informational() {
                         // RFC 9112 §6.1: such a client knows no chunks; the end of the connection is the end of the body.
                         head.remove_header(&header::TRANSFER_ENCODING);
                         self.last_on_connection |= !head.headers.contains_key(header::CONTENT_LENGTH);
@@ -670,6 +679,7 @@ impl Wire {
         });
         ready!(turn.poll(cx));
         self.turn = None;
+        self.in_turn = true;
         Poll::Ready(())
     }
 

@@ -57,6 +57,26 @@ fn uploads_of_every_size_arrive_byte_for_byte_from_memory_and_from_disk() {
 }
 
 #[test]
+fn the_log_says_how_much_of_an_upload_was_held_back_and_how_much_of_that_on_disk() {
+    let origin = built_in();
+    // On disk is all but the first 64 KiB, and less than a write's worth at the end.
+    for (memory, on_disk) in [("2MiB", 0..=0), ("64KiB", MIB - (128 << 10)..=MIB)] {
+        for protocol in Protocol::BOTH {
+            let gateway = before(&origin, &format!("mode: full, memory: {memory}")).start();
+            Ask::put(MIB).sending(100_000, ms(1)).over(protocol, gateway.web()).arrived(MIB, &with_length(MIB));
+            let line = gateway.log_line();
+            let spilled = if line.has("spilled") { line.number("spilled") } else { 0.0 };
+            assert_eq!(line.number("buffered"), 1_048_576.0, "{memory} {protocol:?}");
+            assert!(on_disk.contains(&(spilled as u64)), "{spilled} bytes of {memory} were spilled, {protocol:?}");
+            assert!(line.number("held_ms") > 0.0);
+        }
+    }
+    let gateway = before(&origin, "mode: full").start();
+    Ask::get("/bytes/1000").over(Protocol::Http1, gateway.web()).is_content(1_000);
+    assert!(!gateway.log_line().has("buffered"), "what passes at once is not held");
+}
+
+#[test]
 fn uploads_of_every_size_are_streamed_byte_for_byte() {
     let origin = built_in();
     let gateway = before(&origin, "mode: stream").start();

@@ -101,6 +101,29 @@ fn a_slow_reader_lets_the_backend_go_long_before_it_is_done() {
 }
 
 #[test]
+fn the_log_says_what_was_held_back_and_what_the_backend_was_spared() {
+    for protocol in Protocol::BOTH {
+        let origin = built_in();
+        let gateway = before(&origin, "mode: full, memory: 64KiB").start();
+        let mut slow = Ask::get("/bytes/4MiB").reading(1_000, ms(1)).begin(protocol, gateway.web());
+        gateway.wait_phase(Phase::Write);
+        assert_eq!(slow.read(100_000), 100_000);
+        slow.hurry();
+        slow.answer().is_content(4 * MIB);
+        let line = gateway.log_line();
+        let [buffered, spilled, held, saved] =
+            ["buffered", "spilled", "held_ms", "saved_ms"].map(|field| line.number(field));
+        assert_eq!(buffered, 4.0 * 1_048_576.0, "{protocol:?}");
+        // All but the first 64 KiB, and less than a write's worth at the end.
+        assert!(spilled <= buffered && spilled >= buffered - 131_072.0, "{spilled} bytes were spilled");
+        let [connect, write] = [Phase::Connect, Phase::Write].map(|phase| line.phase(phase).expect("a phase"));
+        assert!(held > 0.0 && held <= line.number("total_ms") - saved - connect, "{held} ms held");
+        // At least as long as it took to read 100 KB at its pace.
+        assert!(saved >= 100.0 && saved <= write, "{saved} ms saved");
+    }
+}
+
+#[test]
 fn forty_slow_readers_hold_no_backend_and_a_fast_client_is_served_beside_them() {
     let origin = built_in();
     let gateway = before(&origin, "mode: auto").start();

@@ -22,11 +22,12 @@ fn sharing(origin: &Running, resources: &str, request: &str, response: &str) -> 
     setup.route(&buffering).more(&format!("resources: {{ memory: 1MiB, {resources} }}"))
 }
 
-/// A client that reads nothing of an answer that takes all memory there is to share.
+/// A client that reads nothing of an answer that takes all memory there is to share, or all but a sixteenth of it
+/// where the rung pause keeps it from more.
 fn hoarder(gateway: &Gateway) -> Exchange {
     let mut hoarder = Ask::get("/bytes/32MiB").narrow().begin(Protocol::Http1, gateway.web());
     assert_eq!(hoarder.status(), 200);
-    gateway.wait_metric("forebay_spool_bytes{direction=\"response\",store=\"memory\"}", |bytes| bytes >= 1_048_576.0);
+    gateway.wait_metric("forebay_spool_bytes{direction=\"response\",store=\"memory\"}", |bytes| bytes >= 983_040.0);
     hoarder
 }
 
@@ -110,7 +111,7 @@ fn under_pressure_new_exchanges_are_turned_away_until_it_is_over() {
     let origin = built_in();
     let gateway = sharing(&origin, "on_pressure: [shed], disk: 0B", "", "memory: 1MiB").start();
     let hoarder = hoarder(&gateway);
-    assert_eq!(gateway.metric("forebay_pressure{rung=\"shed\"}"), 1.0);
+    gateway.wait_metric("forebay_pressure{rung=\"shed\"}", |sheds| sheds == 1.0);
     for protocol in Protocol::BOTH {
         Ask::get("/bytes/10").over(protocol, gateway.web()).refused(503, "route.pressure");
     }
@@ -242,6 +243,54 @@ fn an_answer_that_a_full_disk_has_no_room_for_waits_for_its_reader() {
         process.wait_at_rest();
     }
     assert!(!process.stderr().contains("panicked"), "{}", process.stderr());
+}
+
+/// A program that spools all but the first 64 KiB of what it holds, and gives the disk so long.
+fn that_spools(origin: &Running, patience: &str) -> Setup {
+    let limits = "memory: 64KiB, disk: 64MiB";
+    let buffering = format!("buffering: {{ request: {{ mode: full, {limits} }}, response: {{ {limits} }} }}");
+    let setup = Setup::before_all(&[origin.address()]).listener("protocols: [http1, h2c]").spooling("");
+    setup.route(&buffering).more(&format!("resources: {{ pause: {patience} }}"))
+}
+
+#[test]
+fn while_the_disk_stands_still_who_needs_it_waits_and_the_worker_goes_on() {
+    let origin = built_in();
+    let process = that_spools(&origin, "60s").spawn();
+    for protocol in Protocol::BOTH {
+        let still = process.still_disk();
+        let (web, earlier) = (process.web(), origin.body_bytes());
+        let upload = thread::spawn(move || Ask::put(4 * MIB).over(protocol, web));
+        let mut slow = Ask::get("/bytes/32MiB").narrow().begin(protocol, web);
+        assert_eq!(slow.read(1_000), 1_000);
+        process.wait_metric("forebay_disk_queue", |queued| queued >= 2.0);
+        for _ in 0..20 {
+            Ask::get("/bytes/1000").over(protocol, web).is_content(1_000);
+        }
+        assert_eq!(origin.body_bytes(), earlier, "of an upload that waits for the disk");
+        // What is in memory meanwhile: for each its 64 KiB, what is to be written and what gathers for the next write.
+        assert!(process.metric("forebay_spool_bytes{store=\"memory\"}") <= 2.0 * 1_048_576.0);
+        drop(still);
+        upload.join().expect("the upload").arrived(4 * MIB, "content-length: 4194304");
+        slow.answer().is_content(32 * MIB);
+        process.wait_at_rest();
+    }
+}
+
+#[test]
+fn who_waits_for_the_disk_for_too_long_is_refused() {
+    let origin = built_in();
+    let process = that_spools(&origin, "300ms").spawn();
+    for protocol in Protocol::BOTH {
+        let still = process.still_disk();
+        let mut upload = Ask::put(4 * MIB).begin(protocol, process.web());
+        upload.send(2 * MIB);
+        upload.answer().refused(500, "buffer.disk_failed");
+        drop(still);
+        process.wait_at_rest();
+    }
+    assert_eq!(origin.requests(), 0);
+    Ask::put(4 * MIB).over(Protocol::Http1, process.web()).arrived(4 * MIB, "content-length: 4194304");
 }
 
 /// What `forebay` says to this configuration, and its exit code.

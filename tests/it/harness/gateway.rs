@@ -4,6 +4,7 @@ use std::collections::HashMap;
 use std::fmt::Write as _;
 use std::fs;
 use std::io::{BufRead, BufReader};
+use std::marker::PhantomData;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
@@ -373,6 +374,23 @@ impl Process {
         assert_eq!(unsafe { libc::kill(pid, signal) }, 0, "to signal the program");
     }
 
+    /// Stops its disk threads, as a disk would that does not answer, until what it returns is dropped.
+    pub fn still_disk(&self) -> StillDisk {
+        let tasks = PathBuf::from(format!("/proc/{}/task", self.child.id()));
+        let named_disk = |task: &PathBuf| fs::read(task.join("comm")).is_ok_and(|name| name.starts_with(b"disk-"));
+        let tasks = fs::read_dir(tasks).expect("its threads").flatten().map(|task| task.path()).filter(named_disk);
+        let threads: Vec<i32> = tasks.filter_map(|task| task.file_name()?.to_str()?.parse().ok()).collect();
+        assert!(!threads.is_empty(), "a gateway has disk threads");
+        for &thread in &threads {
+            trace(libc::PTRACE_SEIZE, thread);
+            trace(libc::PTRACE_INTERRUPT, thread);
+            // SAFETY: no pointer is passed; the thread is one that this thread traces.
+            let stopped = unsafe { libc::waitpid(thread, std::ptr::null_mut(), libc::__WALL) };
+            assert_eq!(stopped, thread, "a thread that is interrupted stops");
+        }
+        StillDisk { threads, tracer: PhantomData }
+    }
+
     /// The memory it holds now.
     pub fn resident_bytes(&self) -> u64 {
         let status = fs::read_to_string(format!("/proc/{}/status", self.child.id())).expect("its status");
@@ -411,6 +429,24 @@ impl Process {
     pub fn ended(&mut self) -> ExitStatus {
         eventually("the program to end", || self.child.try_wait().expect("the state of the child"))
     }
+}
+
+/// A disk that does not answer, as long as this lives. It stays with the thread that stopped it.
+pub struct StillDisk {
+    threads: Vec<i32>,
+    tracer: PhantomData<*const ()>,
+}
+
+impl Drop for StillDisk {
+    fn drop(&mut self) {
+        self.threads.iter().for_each(|&thread| trace(libc::PTRACE_DETACH, thread));
+    }
+}
+
+fn trace(request: libc::c_uint, thread: i32) {
+    let none = std::ptr::null_mut::<libc::c_void>();
+    // SAFETY: these requests take no pointer, and change nothing but whether that thread of a child of ours runs.
+    assert_eq!(unsafe { libc::ptrace(request, thread, none, none) }, 0, "{}", std::io::Error::last_os_error());
 }
 
 impl Drop for Process {
@@ -518,6 +554,11 @@ impl LogLine {
     /// If it is not there.
     pub fn number(&self, field: &str) -> f64 {
         self.value[field].as_f64().unwrap_or_else(|| panic!("no number `{field}` in {}", self.text))
+    }
+
+    /// Whether it has a field.
+    pub fn has(&self, field: &str) -> bool {
+        self.value.get(field).is_some()
     }
 
     /// The status that the client got.
