@@ -493,7 +493,6 @@ impl Drop for StreamGuard {
 
 #[cfg(test)]
 mod tests {
-    use std::collections::BTreeSet;
     use std::time::{Duration, Instant};
 
     use super::*;
@@ -577,36 +576,6 @@ mod tests {
     fn the_version_of_pingora_is_the_one_that_is_locked() {
         let lock = include_str!("../Cargo.lock");
         assert!(lock.contains(&format!("name = \"pingora\"\nversion = \"{}\"\n", Metrics::PINGORA_VERSION)));
-    }
-
-    /// `dashboards/metrics.md` is written by hand; this finds the rows that the code has and it has not, and the reverse.
-    #[test]
-    fn the_reference_lists_every_metric_once_with_its_labels_and_help() {
-        let code = family::ALL.iter().map(|family| {
-            let labels: Vec<_> = family.labels.iter().map(|label| format!("`{label}`")).collect();
-            format!("| `{}` | {} | {} | {} |", family.name, family.kind.name(), labels.join(", "), family.help)
-        });
-        let process = text(&busy());
-        let process = process.lines().filter_map(|line| line.strip_prefix("# HELP process_")).map(|line| {
-            let (name, help) = line.split_once(' ').unwrap();
-            let kind = if name.ends_with("_total") { "counter" } else { "gauge" };
-            format!("| `process_{name}` | {kind} |  | {help} |")
-        });
-        let code: BTreeSet<String> = code.chain(process).collect();
-
-        let reference = include_str!("../dashboards/metrics.md");
-        let rows: Vec<&str> = reference.lines().filter(|line| line.starts_with("| `") && line.contains("_")).collect();
-        let listed: BTreeSet<String> = rows.iter().map(|&row| row.to_owned()).collect();
-
-        let missing: Vec<_> = code.difference(&listed).collect();
-        let stale: Vec<_> = listed.difference(&code).collect();
-        assert!(
-            missing.is_empty() && stale.is_empty(),
-            "dashboards/metrics.md is out of step with src/metrics/family.rs.\nAdd these rows:\n{missing:#?}\nRemove these:\n{stale:#?}"
-        );
-        assert_eq!(rows.len(), listed.len(), "dashboards/metrics.md lists a metric twice");
-        let reserve = format!("A route reserves {} series", RouteMetrics::SERIES);
-        assert!(reference.contains(&reserve), "dashboards/metrics.md should say: {reserve}");
     }
 
     /// Every child that a route can make is paid for.

@@ -1,7 +1,7 @@
 //! The table of every metric: one row is its name, kind, labels and help.
 //!
-//! `metrics` builds its vectors from these rows and adds nothing; `dashboards/metrics.md` lists the same rows for
-//! people, and a test keeps the two in step.
+//! `metrics` builds its vectors from these rows and adds nothing. The tests make `dashboards/metrics.md` and the boards of
+//! them, and ask that each metric is on some board.
 
 use prometheus::core::Desc;
 use prometheus::{CounterVec, GaugeVec, HistogramOpts, HistogramVec, IntCounterVec, IntGaugeVec, Opts, Registry};

@@ -7,6 +7,7 @@ mod harness;
 mod accept;
 mod actors;
 mod bench;
+mod boards;
 mod buffer;
 mod cli;
 mod config;

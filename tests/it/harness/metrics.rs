@@ -102,17 +102,19 @@ impl Prometheus {
 
     /// Waits until an instant query has results, and returns their values.
     pub fn query(&self, query: &str) -> Vec<f64> {
+        eventually(&format!("Prometheus to know {query}"), || self.answer(query).filter(|values| !values.is_empty()))
+    }
+
+    /// The values of the results of an instant query; `None` if it is not understood.
+    pub fn answer(&self, query: &str) -> Option<Vec<f64>> {
         let escaped: String = query.bytes().map(|byte| format!("%{byte:02X}")).collect();
-        eventually(&format!("Prometheus to know {query}"), || {
-            let response = get(self.address, &format!("/api/v1/query?query={escaped}"));
-            if response.status != 200 {
-                return None;
-            }
-            let answer = response.json();
-            let results = answer["data"]["result"].as_array()?;
-            let values: Option<Vec<f64>> = results.iter().map(|r| r["value"][1].as_str()?.parse().ok()).collect();
-            values.filter(|values| !values.is_empty())
-        })
+        let response = get(self.address, &format!("/api/v1/query?query={escaped}"));
+        if response.status != 200 {
+            return None;
+        }
+        let answer = response.json();
+        let results = answer["data"]["result"].as_array()?;
+        results.iter().map(|r| r["value"][1].as_str()?.parse().ok()).collect()
     }
 }
 

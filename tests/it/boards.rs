@@ -1,0 +1,142 @@
+//! The boards of `dashboards/`: what is committed is what is made here, and every question that they ask has an answer.
+//!
+//! `UPDATE_BOARDS=1 cargo nextest run --locked -E 'test(boards)'` writes the files anew.
+
+mod board;
+mod buffering;
+mod colour;
+mod event_loop;
+mod lint;
+mod load;
+mod overview;
+mod phrases;
+mod process;
+mod query;
+mod reference;
+mod routes;
+mod upstreams;
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use board::{BOARDS, Board};
+use forebay::metrics::family;
+use serde_json::Value;
+
+/// Metrics that panels ask for and that are not there yet.
+const AWAITED: &[&str] = &[
+    "forebay_upstream_endpoints",
+    "forebay_endpoint_available",
+    "forebay_endpoint_inflight",
+    "forebay_upstream_connect_failures_total",
+    "forebay_upstream_connect_seconds_bucket",
+    "forebay_upstream_wait_seconds_bucket",
+    "forebay_upstream_connections",
+    "forebay_upstream_queue",
+    "forebay_upstream_queue_seconds_bucket",
+    "forebay_upstream_rejected_total",
+    "forebay_upstream_ejections_total",
+    "forebay_upstream_health_checks_total",
+    "forebay_upstream_panic",
+    "forebay_upstream_breaker_open",
+    "forebay_retries_refused_total",
+    "forebay_upstream_discoveries_total",
+    "forebay_upstream_resolutions_total",
+    "forebay_mirror_total",
+    "forebay_loop_wait_seconds_total",
+    "forebay_loop_busy_seconds_total",
+    "forebay_loop_wakeups_total",
+    "forebay_loop_ready_events_total",
+    "forebay_loop_polls_total",
+    "forebay_loop_poll_seconds_bucket",
+    "forebay_loop_tasks",
+    "forebay_loop_run_queue",
+    "forebay_loop_descriptors",
+    "forebay_loop_lag_seconds_bucket",
+    "forebay_stalled_workers",
+    "forebay_stalls_total",
+    "forebay_filter_poll_seconds_bucket",
+    "forebay_phase_oldest_seconds",
+];
+
+/// Every board, in the order of [`BOARDS`].
+fn all() -> [Board; BOARDS.len()] {
+    [overview::board(), routes::board(), upstreams::board(), buffering::board(), event_loop::board(), process::board()]
+}
+
+/// A file of `dashboards/`.
+fn path(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("dashboards").join(name)
+}
+
+/// A file of `dashboards/`, read.
+fn read(name: &str) -> String {
+    fs::read_to_string(path(name)).unwrap_or_else(|e| panic!("dashboards/{name}: {e}"))
+}
+
+/// Compares a file of `dashboards/` with what it should be, or writes it if that is asked for.
+fn keep(name: &str, made: &str) {
+    if std::env::var_os("UPDATE_BOARDS").is_some() {
+        // Under another name first: other tests read the files meanwhile.
+        let beside = path(&format!(".{name}.new"));
+        let written = fs::write(&beside, made).and_then(|()| fs::rename(&beside, path(name)));
+        written.unwrap_or_else(|e| panic!("dashboards/{name}: {e}"));
+    }
+    let there = fs::read_to_string(path(name)).unwrap_or_default();
+    assert!(
+        there == made,
+        "dashboards/{name} is out of step with the code; this brings it back:\nUPDATE_BOARDS=1 cargo nextest run \
+            --locked -E 'test(boards)'"
+    );
+}
+
+/// A board as it is committed.
+fn committed(file: &str) -> Value {
+    serde_json::from_str(&read(&format!("{file}.json"))).unwrap_or_else(|e| panic!("dashboards/{file}.json: {e}"))
+}
+
+/// The panels of a board, each with its title.
+fn panels(board: &Value) -> impl Iterator<Item = (&str, &Value)> {
+    board["panels"].as_array().expect("panels").iter().map(|panel| (panel["title"].as_str().expect("a title"), panel))
+}
+
+/// The expressions of a panel.
+fn expressions(panel: &Value) -> impl Iterator<Item = &str> {
+    panel["targets"].as_array().expect("targets").iter().map(|target| target["expr"].as_str().expect("an expression"))
+}
+
+#[test]
+fn the_files_are_what_the_code_makes() {
+    for (board, (file, _)) in all().iter().zip(BOARDS) {
+        assert_eq!(board.file(), file);
+        keep(&format!("{file}.json"), &(serde_json::to_string_pretty(&board.json()).unwrap() + "\n"));
+    }
+}
+
+#[test]
+fn every_metric_is_on_some_board() {
+    let boards = BOARDS.map(|(file, _)| committed(file));
+    let asked = boards.iter().flat_map(panels).flat_map(|(_, panel)| expressions(panel));
+    let shown: BTreeSet<String> = asked.flat_map(|expr| query::check(&query::filled(expr, "1m")).families).collect();
+    let there = family::ALL.iter().map(|family| family.name).chain(query::OTHERS);
+    let hidden: Vec<_> = there.filter(|&name| !shown.contains(name)).collect();
+    assert!(hidden.is_empty(), "no board shows {hidden:?}: draw them in tests/it/boards/");
+}
+
+#[test]
+fn every_query_is_promql_and_names_what_there_is() {
+    for (file, _) in BOARDS {
+        for (title, panel) in panels(&committed(file)) {
+            for expr in expressions(panel) {
+                let named = query::check(&query::filled(expr, "1m"));
+                assert!(
+                    named.faults.is_empty() && named.unknown.is_empty(),
+                    "{file}, {title}: {expr}: {:?} {:?}",
+                    named.faults,
+                    named.unknown
+                );
+            }
+        }
+    }
+}

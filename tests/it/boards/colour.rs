@@ -1,0 +1,97 @@
+//! The one rule of colour, for every board.
+//!
+//! Blue is the client's side, purple the backend's, green is Forebay itself and what went well; orange is worth a look
+//! and red is broken. A value of a label has one colour wherever it is drawn, and the same word never has two.
+
+/// Went well.
+pub const GOOD: &str = "green";
+/// Worth a look.
+pub const WARN: &str = "orange";
+/// Broken.
+pub const BAD: &str = "red";
+/// Says something without judging it.
+pub const NEUTRAL: &str = "blue";
+
+/// The colour of each value of a label, and of each name that queries give to what they draw.
+///
+/// The first column is the label; a name that stands for itself has none.
+const COLOURS: &[(&str, &str, &str)] = &[
+    ("code_class", "1xx", "super-light-blue"),
+    ("code_class", "2xx", GOOD),
+    ("code_class", "3xx", NEUTRAL),
+    ("code_class", "4xx", WARN),
+    ("code_class", "5xx", BAD),
+    ("code_class", "none", "text"),
+    ("code_class", "other", "dark-red"),
+    // Blue where the client is waited for, purple where the backend is, green where Forebay works.
+    ("phase", "accept", "super-light-blue"),
+    ("phase", "handshake", "light-blue"),
+    ("phase", "header", "blue"),
+    ("phase", "route", "light-green"),
+    ("phase", "buffer", "semi-dark-blue"),
+    ("phase", "queue", "super-light-purple"),
+    ("phase", "select", "green"),
+    ("phase", "connect", "light-purple"),
+    ("phase", "send", "purple"),
+    ("phase", "wait", "semi-dark-purple"),
+    ("phase", "receive", "dark-purple"),
+    ("phase", "write", "dark-blue"),
+    ("phase", "finish", "dark-green"),
+    // From the client, to the client.
+    ("direction", "request", "blue"),
+    ("direction", "received", "blue"),
+    ("direction", "response", "purple"),
+    ("direction", "sent", "purple"),
+    ("store", "memory", GOOD),
+    ("store", "disk", WARN),
+    ("rung", "spill", "yellow"),
+    ("rung", "pause", WARN),
+    ("rung", "shed", BAD),
+    ("operation", "write", "dark-blue"),
+    ("operation", "read", "dark-purple"),
+    // Of a client's connection; then of an endpoint.
+    ("state", "idle", "text"),
+    ("state", "header", "blue"),
+    ("state", "active", GOOD),
+    ("state", "healthy", GOOD),
+    ("state", "unknown", "text"),
+    ("state", "draining", NEUTRAL),
+    ("state", "ejected", WARN),
+    ("state", "unhealthy", BAD),
+    ("outcome", "ok", GOOD),
+    ("outcome", "new", "blue"),
+    ("outcome", "reused", GOOD),
+    ("outcome", "failed", BAD),
+    ("protocol", "http1", "blue"),
+    ("protocol", "h2", "purple"),
+    // The further out, the warmer.
+    ("", "mean", "light-green"),
+    ("", "p50", GOOD),
+    ("", "p90", "yellow"),
+    ("", "p99", WARN),
+    ("", "limit", BAD),
+    ("", "dropped", BAD),
+    ("", "written", GOOD),
+    ("", "busy", WARN),
+    ("", "held", "purple"),
+    ("", "spared", GOOD),
+];
+
+/// The colours for what a query draws: of all values of the label that its legend names, or of its legend.
+pub fn of(legend: &str) -> Vec<(&'static str, &'static str)> {
+    let label = legend.strip_prefix("{{").and_then(|label| label.strip_suffix("}}"));
+    let wanted = |&&(of, name, _): &&(&'static str, &'static str, &'static str)| match label {
+        Some(label) => of == label,
+        None => of.is_empty() && name == legend,
+    };
+    COLOURS.iter().filter(wanted).map(|&(_, name, colour)| (name, colour)).collect()
+}
+
+#[test]
+fn every_phase_has_a_colour_of_its_own() {
+    use forebay::phase::Phase;
+    let colours: std::collections::HashMap<_, _> = of("{{phase}}").into_iter().collect();
+    let distinct: std::collections::HashSet<_> = colours.values().collect();
+    assert!(Phase::ALL.iter().all(|phase| colours.contains_key(phase.name())));
+    assert_eq!(distinct.len(), Phase::COUNT);
+}

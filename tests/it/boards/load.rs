@@ -1,0 +1,119 @@
+//! A gateway under a mixed load, and a real Prometheus that scrapes it: does every panel have something to show?
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Instant;
+
+use super::board::BOARDS;
+use super::{committed, expressions, panels, query};
+use crate::harness::client::{H2Client, get, request};
+use crate::harness::metrics::Prometheus;
+use crate::harness::origin::{Closed, built_in};
+use crate::harness::{Client, DEADLINE, Gateway, Setup, ms};
+
+/// Over what rates are taken: all of the load, which is short.
+const WINDOW: &str = "20s";
+
+/// Runs `load`, again and again, until `over` is said.
+fn repeat(over: &AtomicBool, mut load: impl FnMut()) {
+    while !over.load(Ordering::Relaxed) {
+        load();
+    }
+}
+
+/// Ends the load when it is dropped, whatever comes.
+struct Over<'o>(&'o AtomicBool);
+
+impl Drop for Over<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
+/// A gateway that has every kind of trouble before it and behind it.
+fn troubled() -> (Gateway, impl Drop) {
+    let (origin, closed) = (built_in(), Closed::refusing());
+    let setup = Setup::before_all(&[origin.address(), closed.address()]);
+    let spool = setup.spool_dir();
+    let setup = setup
+        .server(&format!("threads: 2, spool_dir: \"{}\"", spool.display()))
+        .listener("protocols: [http1, h2c]")
+        .filters("{ request_id: {} }");
+    (setup.start(), Both(origin, closed))
+}
+
+/// Keeps both for as long as it lives.
+struct Both<A, B>(#[allow(dead_code, reason = "kept, not read")] A, #[allow(dead_code, reason = "kept, not read")] B);
+
+impl<A, B> Drop for Both<A, B> {
+    fn drop(&mut self) {}
+}
+
+/// A client that is quick and asks for what goes well, for what goes wrong, and for what is refused.
+fn fast(gateway: &Gateway) {
+    for path in
+        ["/bytes/1KiB", "/delay/5ms", "/status/204", "/status/302", "/status/404", "/status/503", "/fault/reset"]
+    {
+        get(gateway.web(), path);
+    }
+    Client::connect(gateway.web()).ask("GET", "/", "Host: twice\r\n", "");
+}
+
+/// A client that sends half of its body, and later the rest.
+fn slow_to_send(gateway: &Gateway) {
+    let mut client = gateway.client();
+    let upload = request("POST", "/echo", "", vec![b'x'; 300_000]);
+    let (first, rest) = upload.split_at(200_000);
+    client.send(first);
+    client.dawdle(ms(50));
+    client.send(rest);
+    client.response();
+}
+
+/// A client that takes its answer late.
+fn slow_to_take(gateway: &Gateway) {
+    let mut client = Client::slow(gateway.web());
+    client.send(request("GET", "/bytes/2MiB", "", ""));
+    client.dawdle(ms(200));
+    client.response();
+}
+
+/// A client that speaks HTTP/2.
+fn h2(gateway: &Gateway) {
+    H2Client::connect(gateway.web()).get("/bytes/1KiB");
+}
+
+#[test]
+fn every_panel_of_every_board_shows_something_of_a_gateway_under_load() {
+    let (gateway, _behind) = troubled();
+    let prometheus = Prometheus::scraping(gateway.admin());
+    let over = AtomicBool::new(false);
+    let empty = std::thread::scope(|scope| {
+        for client in [fast, slow_to_send, slow_to_take, h2] {
+            let (gateway, over) = (&gateway, &over);
+            scope.spawn(move || repeat(over, || client(gateway)));
+        }
+        let _end = Over(&over);
+        unanswered(&prometheus)
+    });
+    assert!(empty.is_empty(), "Prometheus knows nothing of:\n{}", empty.join("\n"));
+}
+
+/// The queries of all boards that have no result at the deadline.
+fn unanswered(prometheus: &Prometheus) -> Vec<String> {
+    let boards = BOARDS.map(|(file, _)| (file, committed(file)));
+    let mut left: Vec<(String, String)> = boards
+        .iter()
+        .flat_map(|(file, board)| panels(board).map(move |panel| (file, panel)))
+        .flat_map(|(file, (title, panel))| {
+            expressions(panel).map(move |expr| (format!("{file}, {title}"), query::filled(expr, WINDOW)))
+        })
+        .collect();
+    let started = Instant::now();
+    while !left.is_empty() && started.elapsed() < DEADLINE {
+        left.retain(|(_, expr)| {
+            !prometheus.answer(expr).is_some_and(|values| values.iter().any(|value| value.is_finite()))
+        });
+        std::thread::park_timeout(ms(100));
+    }
+    left.into_iter().map(|(panel, expr)| format!("{panel}: {expr}")).collect()
+}

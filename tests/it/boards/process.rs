@@ -1,0 +1,139 @@
+//! Config and process: what runs, since when, with which means, and who comes in.
+
+use super::board::{Board, Panel};
+use super::colour::{BAD, WARN};
+use super::phrases;
+
+pub fn board() -> Board {
+    Board::new(
+        "process",
+        "What is running: version, uptime, CPU, memory, files, the connections of each listener and \
+        the logs.",
+    )
+    .strip([
+        Panel::stat("Up", "Processes that Prometheus reaches.", "short", "sum(up)"),
+        Panel::stat("Uptime", "Since the youngest process began.", "s", "time() - max(process_start_time_seconds)"),
+        Panel::stat(
+            "CPU",
+            "Cores in use. The counter has whole seconds, so it is \
+                smoothed.",
+            "short",
+            "sum(rate(process_cpu_seconds_total[R]))",
+        ),
+        Panel::stat("Memory", "Resident memory.", "bytes", "sum(process_resident_memory_bytes)"),
+        Panel::stat(
+            "Files",
+            "Of the open files that a process may have, what the fullest one \
+                has.",
+            "percentunit",
+            "max(process_open_fds / process_max_fds)",
+        )
+        .thresholds(&[(0.7, WARN), (0.9, BAD)]),
+        Panel::stat(
+            "Connections",
+            "Client connections that are open \
+                now.",
+            "short",
+            "sum(forebay_client_connections)",
+        ),
+        Panel::stat(
+            "Log lines lost",
+            "Share of the lines of the access log that were \
+                dropped.",
+            "percentunit",
+            "sum(rate(forebay_access_log_dropped_total[R])) / \
+                (sum(rate(forebay_access_log_lines_total[R])) + sum(rate(forebay_access_log_dropped_total[R])))",
+        )
+        .thresholds(&[(0.0001, WARN), (0.01, BAD)]),
+        Panel::stat(
+            "Routes folded",
+            "Routes that are counted together as `_other`, because `max_series` was \
+                reached.",
+            "short",
+            "sum(forebay_routes_folded)",
+        )
+        .thresholds(&[(1.0, WARN)]),
+    ])
+    .row(
+        8,
+        [
+            Panel::table("Processes", "What runs where.", "instance")
+                .column("up", "short", "sum by (instance) (up)")
+                .column("workers", "short", "sum by (instance) (forebay_workers)")
+                .column("uptime", "s", "time() - max by (instance) (process_start_time_seconds)")
+                .column("memory", "bytes", "sum by (instance) (process_resident_memory_bytes)")
+                .column("version", "short", "max by (instance, version, pingora) (forebay_build_info)")
+                .wide(2),
+            Panel::states(
+                "Reached",
+                "Whether Prometheus reaches a \
+                    process.",
+                &[("0", "down", BAD), ("1", "up", super::colour::GOOD)],
+            )
+            .query("max by (instance) (up)", "{{instance}}"),
+        ],
+    )
+    .row(
+        9,
+        [
+            Panel::lines("CPU", "Cores that each process uses.", "short")
+                .query("sum by (instance) (rate(process_cpu_seconds_total[R]))", "{{instance}}"),
+            Panel::lines("Memory", "Resident memory of each process.", "bytes")
+                .query("sum by (instance) (process_resident_memory_bytes)", "{{instance}}"),
+            Panel::lines(
+                "Address space",
+                "Virtual memory of each process. Threads and the allocator reserve much \
+                    that they never touch.",
+                "bytes",
+            )
+            .query("sum by (instance) (process_virtual_memory_bytes)", "{{instance}}"),
+            Panel::lines("Threads", "Threads of each process: workers, disk, logs, the admin endpoint.", "short")
+                .query("sum by (instance) (process_threads)", "{{instance}}"),
+        ],
+    )
+    .row(
+        9,
+        [
+            Panel::lines("Open files", "File descriptors of each process; the line is what it may have.", "short")
+                .query("sum by (instance) (process_open_fds)", "{{instance}}")
+                .limit("min(process_max_fds)"),
+            Panel::stack("Client connections", "Client connections that are open now, by what they do.", "short")
+                .query("sum by (state) (forebay_client_connections)", "{{state}}"),
+            Panel::lines("Connections accepted", "Client connections per second, by listener.", "cps")
+                .query("sum by (listener) (rate(forebay_client_connections_total[R]))", "{{listener}}"),
+            Panel::stack(
+                "Requests by protocol",
+                "Requests whose header arrived, per second, by the protocol that \
+                    the client spoke.",
+                "reqps",
+            )
+            .query("sum by (protocol) (rate(forebay_client_requests_total[R]))", "{{protocol}}"),
+        ],
+    )
+    .row(
+        9,
+        [
+            Panel::lines(
+                "Access log",
+                "Lines per second: written, and lost because the queue was full or the file \
+                    could not be written.",
+                "ops",
+            )
+            .query("sum(rate(forebay_access_log_lines_total[R]))", "written")
+            .query("sum(rate(forebay_access_log_dropped_total[R]))", "dropped"),
+            Panel::stack(
+                "Admin endpoint",
+                "Requests to the admin endpoint, per second, by what answered them.",
+                "reqps",
+            )
+            .query("sum by (path) (rate(forebay_admin_requests_total[R]))", "{{path}}"),
+            Panel::lines(
+                "Live views",
+                "Answers of the admin endpoint that go on, such as that of a status page.",
+                "short",
+            )
+            .query("sum by (instance) (forebay_admin_streams)", "{{instance}}"),
+            phrases::refusals("Exchanges and connections that Forebay itself ended, per second, by reason.", ""),
+        ],
+    )
+}

@@ -1,0 +1,168 @@
+//! Routes: one route, or some, or all beside each other.
+
+use super::board::{Board, Panel};
+use super::colour::{BAD, WARN};
+use super::phrases::{self, quantile_by};
+
+pub fn board() -> Board {
+    Board::new(
+        "routes",
+        "One route or all of them beside each other: what they answer, how fast, and which phase is to blame.",
+    )
+    .strip([
+        Panel::stat("Requests", "Exchanges that ended, per second.", "reqps", "sum(rate(forebay_exchanges_total[R]))"),
+        Panel::stat(
+            "Server errors",
+            "Share of exchanges that were answered with a 5xx.",
+            "percentunit",
+            phrases::SERVER_ERRORS,
+        )
+        .thresholds(&[(0.01, WARN), (0.05, BAD)]),
+        Panel::stat(
+            "Client errors",
+            "Share of exchanges that were answered with a 4xx.",
+            "percentunit",
+            "(sum(rate(forebay_exchanges_total{code=~\"4..\"}[R])) or vector(0)) / \
+                sum(rate(forebay_exchanges_total[R]))",
+        )
+        .thresholds(&[(0.1, WARN), (0.5, BAD)]),
+        Panel::stat(
+            "Latency, p50",
+            "Half of the exchanges took less.",
+            "s",
+            "histogram_quantile(0.5, sum by (le) (rate(forebay_exchange_seconds_bucket[R])))",
+        ),
+        Panel::stat(
+            "Latency, p99",
+            "99 of 100 exchanges took less.",
+            "s",
+            "histogram_quantile(0.99, sum by (le) (rate(forebay_exchange_seconds_bucket[R])))",
+        )
+        .thresholds(&[(1.0, WARN), (5.0, BAD)]),
+        Panel::stat(
+            "Backend busy",
+            "Connections to backends that are busy on average: the time for which exchanges had one, per second.",
+            "short",
+            "sum(rate(forebay_upstream_held_seconds_sum[R]))",
+        ),
+        Panel::stat(
+            "From clients",
+            "Bytes from clients, per \
+            second.",
+            "Bps",
+            "sum(rate(forebay_bytes_total{direction=\"received\"}[R]))",
+        ),
+        Panel::stat(
+            "To clients",
+            "Bytes to clients, per \
+            second.",
+            "Bps",
+            "sum(rate(forebay_bytes_total{direction=\"sent\"}[R]))",
+        ),
+    ])
+    .row(
+        10,
+        [Panel::table(
+            "Each route",
+            "Each route over the last minutes. Own time is what Forebay itself cost; backend is for how long an \
+                exchange had a connection to one.",
+            "route",
+        )
+        .column("requests", "reqps", "sum by (route) (rate(forebay_exchanges_total[R]))")
+        .column(
+            "4xx",
+            "percentunit",
+            "sum by (route) (rate(forebay_exchanges_total{code=~\"4..\"}[R])) / sum by \
+            (route) (rate(forebay_exchanges_total[R]))",
+        )
+        .column("5xx", "percentunit", phrases::SERVER_ERRORS_BY_ROUTE)
+        .column_thresholds(&[(0.01, WARN), (0.05, BAD)])
+        .column("p50", "s", &quantile_by("route", "0.5", "forebay_exchange_seconds_bucket"))
+        .column("p90", "s", &quantile_by("route", "0.9", "forebay_exchange_seconds_bucket"))
+        .column("p99", "s", &quantile_by("route", "0.99", "forebay_exchange_seconds_bucket"))
+        .column_thresholds(&[(1.0, WARN), (5.0, BAD)])
+        .column("backend p99", "s", &quantile_by("route", "0.99", "forebay_upstream_held_seconds_bucket"))
+        .column("own p99", "s", &quantile_by("route", "0.99", "forebay_own_seconds_bucket"))
+        .column_thresholds(&[(0.005, WARN), (0.02, BAD)])
+        .column("to clients", "Bps", "sum by (route) (rate(forebay_bytes_total{direction=\"sent\"}[R]))")
+        .sorted_by("requests")
+        .drill_down("route", "routes")],
+    )
+    .row(9, [phrases::by_class(), phrases::latency(), phrases::latency_heat()])
+    .row(
+        9,
+        [
+            phrases::waterfall().wide(2),
+            Panel::table(
+                "Each phase",
+                "How often an exchange enters a phase, and what it then spends in it, over the last minutes.",
+                "phase",
+            )
+            .column("entered", "reqps", "sum by (phase) (rate(forebay_phase_seconds_count[R]))")
+            .column(
+                "mean",
+                "s",
+                "sum by (phase) (rate(forebay_phase_seconds_sum[R])) / sum by (phase) \
+                (rate(forebay_phase_seconds_count[R]))",
+            )
+            .column("p50", "s", &quantile_by("phase", "0.5", "forebay_phase_seconds_bucket"))
+            .column("p99", "s", &quantile_by("phase", "0.99", "forebay_phase_seconds_bucket"))
+            .sorted_by("mean"),
+        ],
+    )
+    .row(
+        8,
+        [
+            Panel::lines("Requests by route", "Exchanges that ended, per second; the ten busiest routes.", "reqps")
+                .query("topk(10, sum by (route) (rate(forebay_exchanges_total[R])))", "{{route}}"),
+            Panel::lines(
+                "Latency by route, p99",
+                "99 of 100 exchanges of a route took less; the ten slowest \
+                routes.",
+                "s",
+            )
+            .query(
+                &format!(
+                    "topk(10, \
+                    {})",
+                    quantile_by("route", "0.99", "forebay_exchange_seconds_bucket")
+                ),
+                "{{route}}",
+            ),
+            Panel::lines(
+                "Errors by route and status",
+                "Answers with a 5xx, per second, of Forebay and of \
+                backends.",
+                "reqps",
+            )
+            .query("sum by (route, code) (rate(forebay_exchanges_total{code=~\"5..\"}[R]))", "{{route}} {{code}}"),
+        ],
+    )
+    .row(
+        8,
+        [
+            Panel::heat(
+                "Own time, all of it",
+                "What Forebay itself cost: time of work, without any waiting. A band that rises is a filter or a \
+                    worker with too much to do.",
+                "sum by (le) (rate(forebay_own_seconds_bucket[R]))",
+            ),
+            Panel::lines(
+                "Own time by route, p99",
+                "What Forebay itself cost 99 of 100 exchanges of a route at most; \
+                the ten dearest routes.",
+                "s",
+            )
+            .query(
+                &format!(
+                    "topk(10, \
+                    {})",
+                    quantile_by("route", "0.99", "forebay_own_seconds_bucket")
+                ),
+                "{{route}}",
+            ),
+            Panel::lines("Traffic", "Bytes from and to clients.", "Bps")
+                .query("sum by (direction) (rate(forebay_bytes_total[R]))", "{{direction}}"),
+        ],
+    )
+}
