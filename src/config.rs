@@ -8,6 +8,7 @@
 // What may be written, a file a section.
 pub mod address;
 pub mod filter;
+pub mod key;
 pub mod listener;
 pub mod route;
 pub mod server;
@@ -38,6 +39,7 @@ use serde::{Deserialize, Serialize};
 
 pub use address::Address;
 pub use filter::FilterKind;
+pub use key::Key;
 pub use listener::Listener;
 pub use report::Report;
 pub use route::Route;

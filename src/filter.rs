@@ -88,7 +88,7 @@ use crate::error::{BuildError, Refusal};
 
 pub use catalog::Catalog;
 pub use chain::{Chain, States, View};
-pub use key::Key;
+pub use key::{Key, hash};
 
 /// What a filter decided at one stage.
 #[derive(Debug)]

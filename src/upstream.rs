@@ -7,6 +7,7 @@ pub mod balance;
 mod discovery;
 pub mod endpoint;
 pub mod health;
+pub mod latency;
 pub mod outlier;
 pub mod slow_start;
 pub mod tiers;
@@ -32,7 +33,7 @@ use tokio::time::{Instant, MissedTickBehavior, interval_at};
 use tracing::warn;
 
 use crate::config;
-use crate::config::upstream::{Policy, Protocol};
+use crate::config::upstream::Protocol;
 use crate::error::BuildError;
 use crate::metrics::UpstreamMetrics;
 use balance::SmoothRoundRobin;
@@ -106,7 +107,6 @@ impl Upstream {
         let directory = Arc::new(Directory::new(places, transport, resolver));
         resolve_now(&directory).map_err(|errors| at(&place, errors))?;
 
-        let Policy::RoundRobin = written.load_balancing.policy;
         let balancer = LoadBalancer::from_backends(Backends::new(Box::new(Discovery(Arc::clone(&directory)))));
         let protocol = written.protocol;
         let upstream = Upstream { name: name.into(), timeouts, metrics, protocol, balancer, directory };

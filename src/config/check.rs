@@ -19,7 +19,7 @@ use super::report::{Finding, Spot};
 use super::route::{BufferMode, Client, Match, PathMatch, Route, ValueMatch};
 use super::server::Resources;
 use super::units::{ByteRate, Count, Size, Time};
-use super::upstream::Upstream;
+use super::upstream::{LoadBalancing, Upstream};
 
 /// The name under which `/metrics` counts what is beyond a limit.
 const RESERVED_NAME: &str = "_other";
@@ -247,11 +247,42 @@ impl<'a> Check<'a> {
                 self.wrong(finding.help("to give it more requests, give it a greater `weight`"));
             }
         }
+        self.load_balancing(&upstream.load_balancing, &format!("{path}.load_balancing"));
         self.time(&format!("{path}.keepalive.idle"), upstream.keepalive.idle);
         self.time(&format!("{path}.timeouts.connect"), upstream.timeouts.connect);
         self.time(&format!("{path}.timeouts.send"), upstream.timeouts.send);
         self.time(&format!("{path}.timeouts.wait"), upstream.timeouts.wait);
         self.time(&format!("{path}.timeouts.receive"), upstream.timeouts.receive);
+    }
+
+    fn load_balancing(&mut self, balancing: &LoadBalancing, path: &str) {
+        let LoadBalancing { policy, hash_key, bounded_load } = balancing;
+        if self.parts.broken.at(&format!("{path}.policy")) {
+            return;
+        }
+        let at = format!("{path}.hash_key");
+        for key in ["hash_key", "bounded_load"].into_iter().filter(|_| !policy.hashes()) {
+            let key = format!("{path}.{key}");
+            if self.is_written(&key) {
+                let finding = Finding::error(Spot::Key(key), "this policy hashes nothing");
+                self.wrong(finding.label("only with `policy: ring_hash` or `policy: maglev`"));
+            }
+        }
+        if policy.hashes() && hash_key.is_empty() && !self.parts.broken.within(&at) {
+            let spot = if self.is_written(&at) { value(at.clone()) } else { value(format!("{path}.policy")) };
+            let finding = Finding::error(spot, "this policy needs a `hash_key`").label("what shall be hashed?");
+            self.wrong(finding.help("write `hash_key: client_ip`, `hash_key: { header: x-user }`, or a list of keys"));
+        }
+        for (index, key) in hash_key.0.iter().enumerate() {
+            let Err(error) = key.check() else { continue };
+            let item = self.item(&at, index);
+            let item = if self.is_written(&item) { item } else { at.clone() };
+            self.wrong(Finding::error(value(join(&item, &error.path)), error.message));
+        }
+        if bounded_load.is_some_and(|factor| !(factor > 1.0 && factor.is_finite())) {
+            let finding = Finding::error(value(format!("{path}.bounded_load")), "`bounded_load` leaves no room");
+            self.wrong(finding.label("expected a number greater than 1, such as 1.25"));
+        }
     }
 
     fn routes(&mut self) {

@@ -1,5 +1,7 @@
 //! `upstreams:`: named groups of endpoints.
 
+pub mod balance;
+
 use std::num::NonZeroU32;
 
 use schemars::JsonSchema;
@@ -7,6 +9,8 @@ use serde::{Deserialize, Serialize};
 
 use super::Address;
 use super::units::Time;
+
+pub use balance::LoadBalancing;
 
 /// A named group of endpoints that serve the same.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -39,23 +43,6 @@ pub enum Protocol {
     H2,
     /// HTTP/2 in clear text, by prior knowledge.
     H2c,
-}
-
-/// How an endpoint is chosen.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields, default)]
-pub struct LoadBalancing {
-    /// The policy.
-    pub policy: Policy,
-}
-
-/// A way of choosing an endpoint.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "snake_case")]
-pub enum Policy {
-    /// In turn, by weight, interleaved: weights 3 and 1 give a, a, b, a and not a, a, a, b.
-    #[default]
-    RoundRobin,
 }
 
 /// One server of an upstream.

@@ -1,65 +1,40 @@
-//! Where a filter or a balancer takes the key of an exchange from: by what requests are told apart.
+//! What the key of an exchange is: by what a filter or a balancer tells requests apart.
 
 use std::borrow::Cow;
 use std::net::IpAddr;
 
 use http::header::COOKIE;
-use schemars::JsonSchema;
-use serde::{Deserialize, Serialize};
+use pingora::http::RequestHeader;
+use xxhash_rust::xxh3::xxh3_64;
 
-use super::{Scope, field};
-use crate::error::BuildError;
+use super::Scope;
 
-/// Where rate limits, hashes and the like take their key from.
-///
-/// In YAML: `client_ip`, `path`, `route`, `{ header: x }`, `{ cookie: x }` or `{ query: x }`.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "snake_case")]
-pub enum Key {
-    /// The client's address.
-    ClientIp,
-    /// The path of the request, as it was sent.
-    Path,
-    /// The name of the route.
-    Route,
-    /// The value of a header; the first one, if there are several.
-    Header(String),
-    /// The value of a cookie; names are case-sensitive.
-    Cookie(String),
-    /// The value of a query argument, percent-decoded; the first one, if there are several.
-    Query(String),
-}
+pub use crate::config::Key;
 
 impl Key {
-    /// Whether such a key can exist at all.
-    ///
-    /// # Errors
-    /// A name that no header or cookie can have; the path is `header`, `cookie` or `query`.
-    pub fn check(&self) -> Result<(), BuildError> {
-        match self {
-            Key::ClientIp | Key::Path | Key::Route => Ok(()),
-            Key::Header(name) => field::name(name).map(drop).map_err(|message| BuildError::new("header", message)),
-            // RFC 6265 §4.1.1: the name of a cookie is a token, as that of a header.
-            Key::Cookie(name) => field::name(name)
-                .map(drop)
-                .map_err(|_| BuildError::new("cookie", format!("`{name}` is no name of a cookie"))),
-            Key::Query(name) if name.is_empty() => Err(BuildError::new("query", "a query argument needs a name")),
-            Key::Query(_) => Ok(()),
-        }
-    }
-
     /// The key of this exchange; empty if the client sent none. Borrowed where the bytes lie in the request as they are.
     pub fn of<'s>(&self, scope: &'s Scope<'_>) -> Cow<'s, [u8]> {
-        let borrowed = match self {
-            Key::ClientIp => return scope.client.map(octets).unwrap_or_default(),
-            Key::Path => Some(scope.request.uri.path().as_bytes()),
-            Key::Route => Some(scope.route.as_bytes()),
-            Key::Header(name) => scope.request.headers.get(name).map(|value| value.as_bytes()),
-            Key::Cookie(name) => cookie(scope, name.as_bytes()),
-            Key::Query(name) => return argument(scope.request.uri.query().unwrap_or_default(), name.as_bytes()),
-        };
-        Cow::Borrowed(borrowed.unwrap_or_default())
+        self.found(scope.client, scope.route, scope.request).unwrap_or_default()
     }
+
+    /// The key of an exchange; `None` if it has none.
+    fn found<'s>(&self, client: Option<IpAddr>, route: &'s str, request: &'s RequestHeader) -> Option<Cow<'s, [u8]>> {
+        let borrowed = match self {
+            Key::ClientIp => return client.map(octets),
+            Key::Path => Some(request.uri.path().as_bytes()),
+            Key::Route => Some(route.as_bytes()),
+            Key::Header(name) => request.headers.get(name).map(|value| value.as_bytes()),
+            Key::Cookie(name) => cookie(request, name.as_bytes()),
+            Key::Query(name) => return argument(request.uri.query().unwrap_or_default(), name.as_bytes()),
+        };
+        borrowed.map(Cow::Borrowed)
+    }
+}
+
+/// The hash of the first of `keys` that an exchange has; `None` if it has none of them. The same on every node.
+pub fn hash(keys: &[Key], client: Option<IpAddr>, route: &str, request: &RequestHeader) -> Option<u64> {
+    let mut found = keys.iter().filter_map(|key| key.found(client, route, request));
+    found.find(|key| !key.is_empty()).map(|key| xxh3_64(&key))
 }
 
 /// The octets of an address; one of IPv4 that came in by way of IPv6 (`::ffff:192.0.2.1`) is the same client.
@@ -71,16 +46,16 @@ fn octets(client: IpAddr) -> Cow<'static, [u8]> {
 }
 
 /// RFC 6265 §4.2.1: pairs between semicolons. HTTP/2 may split them over several fields (RFC 9113 §8.2.3).
-fn cookie<'s>(scope: &'s Scope<'_>, name: &[u8]) -> Option<&'s [u8]> {
-    let fields = scope.request.headers.get_all(COOKIE).iter();
+fn cookie<'s>(request: &'s RequestHeader, name: &[u8]) -> Option<&'s [u8]> {
+    let fields = request.headers.get_all(COOKIE).iter();
     let mut pairs = fields.flat_map(|field| field.as_bytes().split(|&byte| byte == b';'));
     pairs.find_map(|pair| pair.trim_ascii().strip_prefix(name)?.strip_prefix(b"="))
 }
 
-/// The value of the first argument of this name in `query`, both percent-decoded; empty if there is none.
-fn argument<'q>(query: &'q str, name: &[u8]) -> Cow<'q, [u8]> {
+/// The value of the first argument of this name in `query`, both percent-decoded.
+fn argument<'q>(query: &'q str, name: &[u8]) -> Option<Cow<'q, [u8]>> {
     let pairs = query.split('&').map(|pair| pair.split_once('=').unwrap_or((pair, "")));
-    pairs.into_iter().find(|(key, _)| *decoded(key) == *name).map(|(_, value)| decoded(value)).unwrap_or_default()
+    pairs.into_iter().find(|(key, _)| *decoded(key) == *name).map(|(_, value)| decoded(value))
 }
 
 /// Undoes `%41` and `+`, as forms write them. A `%` without two hex digits stands for itself.
@@ -175,15 +150,17 @@ mod tests {
 
     #[test]
     fn only_a_query_argument_that_was_encoded_is_copied() {
-        assert!(matches!(argument("q=plain", b"q"), Cow::Borrowed(b"plain")));
-        assert!(matches!(argument("q=a%20b", b"q"), Cow::Owned(_)));
+        assert!(matches!(argument("q=plain", b"q"), Some(Cow::Borrowed(b"plain"))));
+        assert!(matches!(argument("q=a%20b", b"q"), Some(Cow::Owned(_))));
     }
 
     #[test]
-    fn a_key_that_cannot_exist_is_told() {
-        let told = |key: Key| key.check().map_err(|error| error.to_string()).unwrap_err();
-        assert_eq!(told(Key::Header("a b".into())), "header: `a b` is no header name");
-        assert_eq!(told(Key::Cookie("a;b".into())), "cookie: `a;b` is no name of a cookie");
-        assert_eq!(told(Key::Query(String::new())), "query: a query argument needs a name");
+    fn the_first_key_that_an_exchange_has_is_hashed() {
+        let keys = [Key::Header("x-user".into()), Key::ClientIp];
+        let client = Some("192.0.2.1".parse().unwrap());
+        let by_header = hash(&keys, client, "shop", &request("/", &[("x-user", "ann")]));
+        assert_eq!(by_header, Some(xxh3_64(b"ann")));
+        assert_eq!(hash(&keys, client, "shop", &request("/", &[])), Some(xxh3_64(&[192, 0, 2, 1])));
+        assert_eq!(hash(&keys, None, "shop", &request("/", &[])), None);
     }
 }

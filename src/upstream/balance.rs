@@ -1,244 +1,262 @@
-//! Whose turn it is: smooth weighted round robin as a schedule that is worked out once and then only read.
+//! Who takes the next attempt: every policy as a pure choice between numbers.
 //!
-//! nginx gives the turn to the server with the greatest current weight and so interleaves them: weights 5, 1, 1 make
-//! a a b a c a a, never a a a a a b c. It does so anew for each request, at a cost that grows with the servers and
-//! under a lock. The sequence repeats, though, so [`Schedule`] keeps one whole period of it, and a pick is one atomic
-//! addition and one read. Pingora's own `RoundRobin` does not interleave.
+//! A policy knows its members by name and weight from the start, which is when all that costs time is done (a schedule, a
+//! table, a ring); it sees who may be chosen, and how busy each of them is, through [`Candidates`] at the moment of the
+//! choice. A choice costs the same for three members and for 10,000: a few cheap tries in the policy's own order, and only
+//! if all of them were turned down one pass over everybody.
 //!
-//! [`SmoothRoundRobin`] plays the schedule in Pingora's `LoadBalancer`; [`Split`] plays it over the upstreams of a route.
+//! `upstream/roster.rs` says between whom, `proxy/select.rs` when, for every attempt anew.
 
-use std::collections::BTreeSet;
-use std::mem;
+mod alias;
+mod maglev;
+mod ring;
+mod schedule;
+mod turns;
+
 use std::num::{NonZeroU32, NonZeroU64};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use pingora_load_balancing::Backend;
-use pingora_load_balancing::selection::{BackendIter, BackendSelection};
+use rand::{Rng, RngCore};
+use xxhash_rust::xxh3::{xxh3_64, xxh3_64_with_seed};
 
-/// A repeating sequence of turns over things numbered from 0, by weight and interleaved.
+use crate::config::upstream::LoadBalancing;
+use crate::config::upstream::balance as written;
+use alias::Alias;
+use maglev::Maglev;
+use ring::Ring;
+
+pub use schedule::{Schedule, Split};
+pub use turns::SmoothRoundRobin;
+
+/// What a policy may know of those it chooses from; they are numbered from 0, as they were named to [`Balance::new`].
+pub trait Candidates {
+    /// Attempts in flight at this one.
+    fn inflight(&self, number: usize) -> u32;
+
+    /// Attempts in flight at all of them. Only `bounded_load` asks.
+    fn inflight_of_all(&self) -> u64;
+
+    /// Expected seconds of one request there (peak EWMA), decayed to now; 0.0 if nothing is known yet.
+    fn latency(&self, number: usize) -> f64;
+
+    /// May be chosen now: available, not tried, below its limits, warm enough. If that is a throw of dice (slow start), a
+    /// choice may throw several times for one number, and throws may turn everybody down.
+    fn admits(&self, number: usize) -> bool;
+}
+
+/// One to choose from.
+#[derive(Clone, Copy, Debug)]
+pub struct Identity<'a> {
+    /// What tells it from the others, on every node: its label and its address. Hashes are made of it.
+    pub name: &'a str,
+    /// Its share, relative to its neighbours.
+    pub weight: NonZeroU32,
+}
+
+/// How many are tried in a policy's own order before everybody is looked at. With nine of ten turned down, thirty-one of
+/// thirty-two choices end here.
+const TRIES: usize = 32;
+/// The same for the second of two choices, which the first can do without.
+const SECOND_TRIES: usize = 8;
+
+/// A policy and those it chooses from.
 #[derive(Debug)]
-pub struct Schedule {
-    /// One period: the number of the one whose turn it is. Never empty.
-    slots: Box<[u32]>,
-    /// The next slot, not yet brought into the period.
-    cursor: AtomicUsize,
+pub struct Balance {
+    policy: Policy,
+    /// Weights, of which the mean is 1. So what is divided by them stays what it is, whatever the scale they are written in.
+    shares: Box<[f64]>,
 }
 
-impl Schedule {
-    /// The longest period (256 KiB of memory). Weights whose sum is greater after division by their greatest common
-    /// divisor are scaled down to about this sum, each to at least 1: a share is then off by up to half a slot, and
-    /// one below 1 in 65,536 is rounded up to it. More things than this get a slot each.
-    pub const SLOTS_MAX: usize = 65_536;
-
-    /// The schedule for these weights; `None` if there are none.
-    pub fn new(weights: &[NonZeroU64]) -> Option<Schedule> {
-        let slots = period(&fit(weights));
-        (!slots.is_empty()).then(|| Schedule { slots: slots.into_boxed_slice(), cursor: AtomicUsize::new(0) })
-    }
-
-    /// The number of the one whose turn it is. Passes the turn on.
-    pub fn pick(&self) -> usize {
-        self.at(self.turn())
-    }
-
-    /// Takes the next turn, which [`Schedule::at`] reads.
-    fn turn(&self) -> usize {
-        match self.slots.len() {
-            // Nothing to share out: the one line of memory that all workers write is left alone.
-            1 => 0,
-            period => self.cursor.fetch_add(1, Ordering::Relaxed) % period,
-        }
-    }
-
-    /// The number of the one whose turn `turn` is.
-    fn at(&self, turn: usize) -> usize {
-        self.slots[turn % self.slots.len()] as usize
-    }
-}
-
-/// The same proportions in small numbers whose sum is at most about [`Schedule::SLOTS_MAX`].
-fn fit(weights: &[NonZeroU64]) -> Vec<u64> {
-    let weights = reduce(weights.iter().map(|weight| weight.get()).collect());
-    let sum: u128 = weights.iter().map(|&weight| u128::from(weight)).sum();
-    let limit = Schedule::SLOTS_MAX as u128;
-    if sum <= limit {
-        return weights;
-    }
-    // At most `limit`, since no weight is above the sum: the cast cannot cut.
-    let scaled = |weight: u64| ((u128::from(weight) * limit + sum / 2) / sum).max(1) as u64;
-    reduce(weights.into_iter().map(scaled).collect())
-}
-
-/// Divides by the greatest common divisor.
-fn reduce(weights: Vec<u64>) -> Vec<u64> {
-    let divisor = weights.iter().copied().fold(0, gcd);
-    weights.into_iter().map(|weight| weight / divisor).collect()
-}
-
-fn gcd(a: u64, b: u64) -> u64 {
-    if b == 0 { a } else { gcd(b, a % b) }
-}
-
-/// Those of one weight. They take the turns of their class in order, so only the next of them need be looked at.
-struct Class {
-    weight: i64,
-    members: Vec<u32>,
-    /// Turns taken by all members together.
-    taken: usize,
-}
-
-impl Class {
-    /// Who is next in this class.
-    fn head(&self) -> u32 {
-        self.members[self.taken % self.members.len()]
-    }
-
-    /// The current weight of the head before turn `turn` of a period of `sum`: what it is owed.
-    fn owed(&self, turn: usize, sum: i64) -> i64 {
-        (turn as i64 + 1) * self.weight - (self.taken / self.members.len()) as i64 * sum
-    }
-}
-
-/// One period of nginx's smooth weighted round robin.
-///
-/// Comparing the classes instead of all their members makes this O(slots × distinct weights), and there are at most
-/// 361 distinct weights in 65,536 slots; 10,000 endpoints of equal weight are one class.
-fn period(weights: &[u64]) -> Vec<u32> {
-    let sum: u64 = weights.iter().sum();
-    let mut classes: Vec<Class> = Vec::new();
-    let mut order: Vec<usize> = (0..weights.len()).collect();
-    order.sort_by_key(|&number| weights[number]); // stable: members stay in order
-    for number in order {
-        let weight = weights[number] as i64;
-        match classes.last_mut() {
-            Some(class) if class.weight == weight => class.members.push(number as u32),
-            _ => classes.push(Class { weight, members: vec![number as u32], taken: 0 }),
-        }
-    }
-
-    let mut slots = Vec::with_capacity(sum as usize);
-    for turn in 0..sum as usize {
-        // Who is owed most; among equals, who comes first, as in nginx.
-        let best = classes.iter_mut().max_by_key(|class| (class.owed(turn, sum as i64), u32::MAX - class.head()));
-        let Some(class) = best else { break };
-        slots.push(class.head());
-        class.taken += 1;
-    }
-    slots
-}
-
-/// Smooth weighted round robin over the backends of a Pingora `LoadBalancer`, in the order of their addresses.
 #[derive(Debug)]
-pub struct SmoothRoundRobin {
-    backends: Box<[Backend]>,
-    /// `None` if there are no backends.
-    schedule: Option<Schedule>,
-    /// The next turn of those who stand in for a backend that was turned down.
-    stand_in: AtomicUsize,
+enum Policy {
+    RoundRobin {
+        schedule: Schedule,
+        stand_in: AtomicUsize,
+    },
+    Random(Alias),
+    LeastRequest(Alias),
+    PeakEwma(Alias),
+    Hash {
+        order: Order,
+        seeds: Box<[u64]>,
+        bounded_load: Option<f64>,
+    },
+    /// There is nobody to choose.
+    Nobody,
 }
 
-impl SmoothRoundRobin {
-    /// The backend whose turn `turn` is.
-    fn at(&self, turn: usize) -> Option<&Backend> {
-        self.backends.get(self.schedule.as_ref()?.at(turn))
-    }
-}
-
-impl BackendSelection for SmoothRoundRobin {
-    type Iter = Turns;
-    type Config = ();
-
-    fn build(backends: &BTreeSet<Backend>) -> Self {
-        let weight = |backend: &Backend| NonZeroU64::new(backend.weight as u64).unwrap_or(NonZeroU64::MIN);
-        let weights: Vec<NonZeroU64> = backends.iter().map(weight).collect();
-        SmoothRoundRobin {
-            backends: backends.iter().cloned().collect(),
-            schedule: Schedule::new(&weights),
-            stand_in: AtomicUsize::new(0),
-        }
-    }
-
-    fn iter(self: &Arc<Self>, _key: &[u8]) -> Turns {
-        Turns {
-            turn: self.schedule.as_ref().map_or(0, Schedule::turn),
-            left: self.backends.len(),
-            offered: Vec::new(),
-            selection: Arc::clone(self),
-        }
-    }
-}
-
-/// The backend whose turn it is, then all others, each once.
-///
-/// Those who stand in take turns of their own, so that the share of a backend that is down is spread over all others by
-/// their weights. Who just comes next in the schedule would get all of it. What was offered is noted only once a
-/// first offer is turned down.
 #[derive(Debug)]
-pub struct Turns {
-    selection: Arc<SmoothRoundRobin>,
-    turn: usize,
-    /// How many backends were not offered yet.
-    left: usize,
-    /// By number, whether a backend was offered. Empty until the second offer.
-    offered: Vec<bool>,
+enum Order {
+    Ring(Ring),
+    Maglev(Maglev),
 }
 
-impl Turns {
-    /// Moves on to the turn of one who was not offered yet. There must be such a one.
-    fn stand_in(&mut self) {
-        let SmoothRoundRobin { backends, schedule, stand_in } = &*self.selection;
-        let Some(schedule) = schedule else { return };
-        if self.offered.is_empty() {
-            self.offered = vec![false; backends.len()];
-            self.offered[schedule.at(self.turn)] = true;
-            self.turn = stand_in.fetch_add(1, Ordering::Relaxed);
+impl Balance {
+    /// The policy that is `written`, for these members. Takes some milliseconds for 10,000 of them, up to some hundred for
+    /// `ring_hash` and `maglev`: not to be called on the request path.
+    pub fn new(written: &LoadBalancing, members: &[Identity<'_>]) -> Balance {
+        let weights: Vec<NonZeroU32> = members.iter().map(|member| member.weight).collect();
+        let mean = weights.iter().map(|weight| f64::from(weight.get())).sum::<f64>() / weights.len() as f64;
+        let shares = weights.iter().map(|weight| f64::from(weight.get()) / mean).collect();
+        Balance { policy: Policy::new(written, members, &weights), shares }
+    }
+
+    /// Goes on where `earlier` is, so that those who come first in turn do not come first again whenever members change.
+    #[must_use]
+    pub fn after(self, earlier: &Balance) -> Balance {
+        let turns = [&self, earlier].map(|balance| match &balance.policy {
+            Policy::RoundRobin { schedule, stand_in } => Some((schedule, stand_in)),
+            _ => None,
+        });
+        if let [Some((schedule, stand_in)), Some((earlier, earlier_stand_in))] = turns {
+            schedule.go_on_from(earlier);
+            stand_in.store(earlier_stand_in.load(Ordering::Relaxed), Ordering::Relaxed);
         }
-        let from = self.turn;
-        while mem::replace(&mut self.offered[schedule.at(self.turn)], true) {
-            self.turn = self.turn.wrapping_add(1);
+        self
+    }
+
+    /// Whether the choice depends on what is hashed.
+    pub fn hashes(&self) -> bool {
+        matches!(self.policy, Policy::Hash { .. })
+    }
+
+    /// The number of one that is admitted; `None` if nobody is. `hash` is that of the exchange's key; policies without a key
+    /// take no notice of it.
+    pub fn pick(&self, hash: u64, among: &impl Candidates) -> Option<usize> {
+        self.pick_with(hash, among, &mut rand::thread_rng())
+    }
+
+    fn pick_with(&self, hash: u64, among: &impl Candidates, dice: &mut impl RngCore) -> Option<usize> {
+        match &self.policy {
+            Policy::RoundRobin { schedule, stand_in } => {
+                // Those who stand in for one that is turned down take turns of their own, so that its share is spread over
+                // all others by their weights. Who just comes next in the schedule would get all of it.
+                let mut others = (1..TRIES).map(|_| schedule.at(stand_in.fetch_add(1, Ordering::Relaxed)));
+                let turn = Some(schedule.pick()).filter(|&number| among.admits(number));
+                let turn = turn.or_else(|| others.find(|&number| among.admits(number)));
+                turn.or_else(|| self.least(among, dice, |_| 0.0))
+            }
+            Policy::Random(alias) => draw(alias, among, dice, TRIES).or_else(|| self.least(among, dice, |_| 0.0)),
+            Policy::LeastRequest(alias) => {
+                self.two_choices(alias, among, dice, |number| f64::from(among.inflight(number)) / self.shares[number])
+            }
+            Policy::PeakEwma(alias) => self.two_choices(alias, among, dice, |number| {
+                expected_seconds(among.latency(number), f64::from(among.inflight(number)), self.shares[number])
+            }),
+            Policy::Hash { order, seeds, bounded_load } => {
+                let full =
+                    bounded_load.map(|factor| factor * (among.inflight_of_all() + 1) as f64 / seeds.len() as f64);
+                let has_room = |number: usize| {
+                    full.is_none_or(|full| f64::from(among.inflight(number)) < (full * self.shares[number]).ceil())
+                };
+                let fits = |&number: &usize| among.admits(number) && has_room(number);
+                let found = match order {
+                    Order::Ring(ring) => ring.order_of(hash).take(TRIES).find(fits),
+                    Order::Maglev(maglev) => maglev.order_of(hash).take(TRIES).find(fits),
+                };
+                found.or_else(|| self.first_by_hash(hash, seeds, among, has_room))
+            }
+            Policy::Nobody => None,
         }
-        stand_in.fetch_add(self.turn.wrapping_sub(from), Ordering::Relaxed);
+    }
+
+    /// Two are drawn by weight, and the one with the smaller `load` is taken, or the first, if there is no difference: so
+    /// those who have nothing to do get their shares by weight. Almost as even as asking everybody (Mitzenmacher 2001), and
+    /// no herd follows one that has just become free.
+    fn two_choices(
+        &self,
+        alias: &Alias,
+        among: &impl Candidates,
+        dice: &mut impl RngCore,
+        load: impl Fn(usize) -> f64,
+    ) -> Option<usize> {
+        let Some(first) = draw(alias, among, dice, TRIES) else { return self.least(among, dice, load) };
+        let second = match self.shares.len() {
+            // Drawing again and again would miss a light one beside a heavy one.
+            2 => Some(1 - first).filter(|&other| among.admits(other)),
+            _ => (0..SECOND_TRIES).find_map(|_| draw(alias, among, dice, 1).filter(|&other| other != first)),
+        };
+        second.filter(|&second| load(second) < load(first)).or(Some(first))
+    }
+
+    /// Everybody is looked at: the one with the least load of those who are admitted, by weight if they are several.
+    fn least(&self, among: &impl Candidates, dice: &mut impl RngCore, load: impl Fn(usize) -> f64) -> Option<usize> {
+        let (mut least, mut equals, mut found) = (f64::INFINITY, 0.0, None);
+        for number in (0..self.shares.len()).filter(|&number| among.admits(number)) {
+            let load = load(number);
+            if load < least || found.is_none() {
+                (least, equals, found) = (load, self.shares[number], Some(number));
+            } else if load == least {
+                equals += self.shares[number];
+                if dice.r#gen::<f64>() * equals < self.shares[number] {
+                    found = Some(number);
+                }
+            }
+        }
+        found
+    }
+
+    /// Everybody is looked at: by rendezvous hashing, the same one on every node, each as often as its weight says. Those
+    /// who have no room come last.
+    fn first_by_hash(
+        &self,
+        hash: u64,
+        seeds: &[u64],
+        among: &impl Candidates,
+        has_room: impl Fn(usize) -> bool,
+    ) -> Option<usize> {
+        let mut first: Option<(bool, f64, usize)> = None;
+        for number in (0..self.shares.len()).filter(|&number| among.admits(number)) {
+            // Exponentially distributed, at a rate of the weight: the least of them is each one's as often as that.
+            let uniform = (xxh3_64_with_seed(&hash.to_le_bytes(), seeds[number]) >> 11) as f64 + 0.5;
+            let due = -(uniform / 2f64.powi(53)).ln() / self.shares[number];
+            let rank = (!has_room(number), due, number);
+            if first.is_none_or(|first| rank < first) {
+                first = Some(rank);
+            }
+        }
+        first.map(|(_, _, number)| number)
     }
 }
 
-impl BackendIter for Turns {
-    fn next(&mut self) -> Option<&Backend> {
-        if self.left == 0 {
-            return None;
+impl Policy {
+    fn new(written: &LoadBalancing, members: &[Identity<'_>], weights: &[NonZeroU32]) -> Policy {
+        let hash = |order| {
+            let seeds = members.iter().map(|member| xxh3_64(member.name.as_bytes())).collect();
+            Policy::Hash { order, seeds, bounded_load: written.bounded_load }
+        };
+        if members.is_empty() {
+            return Policy::Nobody;
         }
-        if self.left < self.selection.backends.len() {
-            self.stand_in();
+        match written.policy {
+            written::Policy::RoundRobin => {
+                let weights: Vec<NonZeroU64> = weights.iter().map(|&weight| weight.into()).collect();
+                let schedule = Schedule::new(&weights);
+                schedule
+                    .map_or(Policy::Nobody, |schedule| Policy::RoundRobin { schedule, stand_in: AtomicUsize::new(0) })
+            }
+            written::Policy::Random => Policy::Random(Alias::new(weights)),
+            written::Policy::LeastRequest => Policy::LeastRequest(Alias::new(weights)),
+            written::Policy::PeakEwma => Policy::PeakEwma(Alias::new(weights)),
+            written::Policy::RingHash => hash(Order::Ring(Ring::new(members))),
+            written::Policy::Maglev => hash(Order::Maglev(Maglev::new(members))),
         }
-        self.left -= 1;
-        self.selection.at(self.turn)
     }
 }
 
-/// A weighted choice, such as a route's between its upstreams: by the same schedule, so that of any ten in a row at
-/// 9 to 1 the canary gets one.
-#[derive(Debug)]
-pub struct Split<T> {
-    sides: Box<[T]>,
-    schedule: Schedule,
+/// Draws until one is admitted, so many times at most.
+fn draw(alias: &Alias, among: &impl Candidates, dice: &mut impl RngCore, tries: usize) -> Option<usize> {
+    (0..tries).map(|_| alias.draw(dice.next_u64())).find(|&number| among.admits(number))
 }
 
-impl<T> Split<T> {
-    /// A choice between `sides`, each with its weight; `None` if there are none.
-    pub fn new(sides: impl IntoIterator<Item = (T, NonZeroU32)>) -> Option<Split<T>> {
-        let (sides, weights): (Vec<T>, Vec<NonZeroU64>) =
-            sides.into_iter().map(|(side, weight)| (side, NonZeroU64::from(weight))).unzip();
-        Some(Split { sides: sides.into_boxed_slice(), schedule: Schedule::new(&weights)? })
-    }
-
-    /// The side whose turn it is. Passes the turn on.
-    pub fn pick(&self) -> &T {
-        &self.sides[self.schedule.pick()]
-    }
-
-    /// Every side, in order.
-    pub fn sides(&self) -> &[T] {
-        &self.sides
+/// How long one more request would take where a single one takes `latency` and `inflight` are under way.
+fn expected_seconds(latency: f64, inflight: f64, share: f64) -> f64 {
+    /// Whoever has answered nothing yet is asked once; until it has answered, anybody else is better.
+    const UNKNOWN: f64 = 1e9;
+    match latency > 0.0 {
+        true => latency * (1.0 + inflight / share),
+        false if inflight == 0.0 => 0.0,
+        false => UNKNOWN + inflight / share,
     }
 }
 
@@ -246,146 +264,316 @@ impl<T> Split<T> {
 mod tests {
     use super::*;
 
-    use pingora_load_balancing::selection::UniqueIterator;
     use proptest::prelude::*;
+    use rand::rngs::StdRng;
+    use rand::{Rng, SeedableRng};
 
-    fn weights(weights: &[u64]) -> Vec<NonZeroU64> {
-        weights.iter().map(|&weight| NonZeroU64::new(weight).unwrap()).collect()
+    const POLICIES: [written::Policy; 6] = [
+        written::Policy::RoundRobin,
+        written::Policy::Random,
+        written::Policy::LeastRequest,
+        written::Policy::PeakEwma,
+        written::Policy::RingHash,
+        written::Policy::Maglev,
+    ];
+
+    /// Members whose state a test sets.
+    #[derive(Clone, Default)]
+    struct Members {
+        names: Vec<String>,
+        weights: Vec<u32>,
+        inflight: Vec<u32>,
+        latency: Vec<f64>,
+        refused: Vec<bool>,
     }
 
-    fn letters(schedule: &Schedule) -> String {
-        schedule.slots.iter().map(|&number| char::from(b'a' + number as u8)).collect()
-    }
-
-    fn selection(weights: &[u64]) -> Arc<SmoothRoundRobin> {
-        let backend = |(number, &weight): (usize, &u64)| {
-            let address = format!("10.0.{}.{}:80", number / 256, number % 256);
-            Backend::new_with_weight(&address, weight as usize).unwrap()
-        };
-        Arc::new(SmoothRoundRobin::build(&weights.iter().enumerate().map(backend).collect()))
-    }
-
-    /// nginx's algorithm as it stands in `ngx_http_upstream_get_peer`: the yardstick.
-    fn by_nginx(weights: &[u64]) -> Vec<u32> {
-        let sum: i64 = weights.iter().map(|&weight| weight as i64).sum();
-        let mut current = vec![0i64; weights.len()];
-        let mut turns = Vec::new();
-        for _ in 0..sum {
-            let mut best = 0;
-            for number in 0..weights.len() {
-                current[number] += weights[number] as i64;
-                if current[number] > current[best] {
-                    best = number;
-                }
+    impl Members {
+        fn new(weights: &[u32]) -> Members {
+            let number = weights.len();
+            Members {
+                names: (0..number).map(|number| format!("10.0.{}.{}:80", number / 256, number % 256)).collect(),
+                weights: weights.to_vec(),
+                inflight: vec![0; number],
+                latency: vec![0.01; number],
+                refused: vec![false; number],
             }
-            current[best] -= sum;
-            turns.push(best as u32);
         }
-        turns
-    }
 
-    #[test]
-    fn turns_are_interleaved_as_in_nginx() {
-        let cases: &[(&[u64], &str)] = &[
-            (&[5, 1, 1], "aabacaa"),
-            (&[3, 1], "aaba"),
-            (&[1, 1, 1], "abc"),
-            (&[7], "a"),
-            (&[10, 30, 10], "babcb"),
-            (&[4, 3, 2, 1], "abcabdacba"),
-        ];
-        for (given, expected) in cases {
-            assert_eq!(letters(&Schedule::new(&weights(given)).unwrap()), *expected, "{given:?}");
+        /// All but one.
+        fn without(&self, number: usize) -> Members {
+            let mut rest = self.clone();
+            rest.names.remove(number);
+            rest.weights.remove(number);
+            rest.inflight.remove(number);
+            rest.latency.remove(number);
+            rest.refused.remove(number);
+            rest
         }
-        assert!(Schedule::new(&[]).is_none());
+
+        fn balance(&self, policy: written::Policy, bounded_load: Option<f64>) -> Balance {
+            let members = self.names.iter().zip(&self.weights);
+            let members = members.map(|(name, &weight)| Identity { name, weight: NonZeroU32::new(weight).unwrap() });
+            let written = LoadBalancing { policy, bounded_load, ..LoadBalancing::default() };
+            Balance::new(&written, &members.collect::<Vec<_>>())
+        }
+
+        fn share(&self, number: usize) -> f64 {
+            f64::from(self.weights[number]) / self.weights.iter().map(|&weight| f64::from(weight)).sum::<f64>()
+        }
+    }
+
+    impl Candidates for Members {
+        fn inflight(&self, number: usize) -> u32 {
+            self.inflight[number]
+        }
+
+        fn inflight_of_all(&self) -> u64 {
+            self.inflight.iter().map(|&inflight| u64::from(inflight)).sum()
+        }
+
+        fn latency(&self, number: usize) -> f64 {
+            self.latency[number]
+        }
+
+        fn admits(&self, number: usize) -> bool {
+            !self.refused[number]
+        }
+    }
+
+    /// Keys that are alike, as those of users are.
+    fn hash(key: u64) -> u64 {
+        xxh3_64(format!("user-{key}").as_bytes())
+    }
+
+    /// How often each is chosen by so many keys.
+    fn chosen(balance: &Balance, among: &Members, keys: u64) -> Vec<f64> {
+        let mut dice = StdRng::seed_from_u64(1);
+        let mut chosen = vec![0.0; among.names.len()];
+        for key in 0..keys {
+            chosen[balance.pick_with(hash(key), among, &mut dice).unwrap()] += 1.0;
+        }
+        chosen
     }
 
     #[test]
-    fn a_schedule_repeats() {
-        let schedule = Schedule::new(&weights(&[2, 1])).unwrap();
-        let turns: Vec<usize> = (0..7).map(|_| schedule.pick()).collect();
-        assert_eq!(turns, [0, 1, 0, 0, 1, 0, 0]);
+    fn two_choices_take_the_one_with_less_to_do() {
+        let mut members = Members::new(&[1, 1]);
+        members.inflight = vec![5, 4];
+        assert_eq!(chosen(&members.balance(written::Policy::LeastRequest, None), &members, 100), [0.0, 100.0]);
+        // As much to do, by their weights, as they can take.
+        let mut members = Members::new(&[3, 1]);
+        members.inflight = vec![5, 2];
+        assert_eq!(chosen(&members.balance(written::Policy::LeastRequest, None), &members, 100), [100.0, 0.0]);
     }
 
     #[test]
-    fn weights_too_large_for_a_schedule_keep_their_proportions_and_nobody_is_left_out() {
-        let schedule = Schedule::new(&weights(&[u64::MAX, u64::MAX / 3, 1])).unwrap();
-        let turns = |number| schedule.slots.iter().filter(|&&slot| slot == number).count();
-        assert_eq!((turns(0), turns(1), turns(2)), (49_152, 16_384, 1));
-
-        let many: Vec<u64> = (0..10_000).map(|number| 1 + number % 100).collect();
-        let schedule = Schedule::new(&weights(&many)).unwrap();
-        let reached: BTreeSet<u32> = schedule.slots.iter().copied().collect();
-        assert_eq!(reached.len(), 10_000);
-        assert!(schedule.slots.len() <= Schedule::SLOTS_MAX + 10_000);
+    fn two_choices_take_the_one_that_will_be_done_first() {
+        let balance = |members: &Members| chosen(&members.balance(written::Policy::PeakEwma, None), members, 100);
+        let mut members = Members::new(&[1, 1]);
+        members.latency = vec![0.1, 0.01];
+        members.inflight = vec![0, 8];
+        assert_eq!(balance(&members), [0.0, 100.0]);
+        members.inflight = vec![0, 10];
+        assert_eq!(balance(&members), [100.0, 0.0]);
     }
 
     #[test]
-    fn the_share_of_a_backend_that_is_down_is_spread_over_the_others_by_weight() {
-        for (given, expected) in [(&[1u64, 1, 1, 1], [0, 40, 40, 40]), (&[6, 3, 2, 1], [0, 60, 40, 20])] {
-            let selection = selection(given);
-            let down = &selection.backends[0];
-            let mut stood_in = [0; 4];
-            while stood_in.iter().sum::<usize>() < 120 {
-                let mut turns = selection.iter(b"");
-                if turns.next() == Some(down) {
-                    let other = turns.next().cloned().unwrap();
-                    stood_in[selection.backends.iter().position(|backend| *backend == other).unwrap()] += 1;
+    fn one_that_has_not_answered_yet_is_asked_once() {
+        let balance = |members: &Members| chosen(&members.balance(written::Policy::PeakEwma, None), members, 100);
+        let mut members = Members::new(&[1, 1]);
+        members.latency = vec![0.0, 0.01];
+        members.inflight = vec![0, 1];
+        assert_eq!(balance(&members), [100.0, 0.0]);
+        members.inflight = vec![1, 1];
+        assert_eq!(balance(&members), [0.0, 100.0]);
+    }
+
+    #[test]
+    fn the_share_of_one_that_is_turned_down_is_spread_over_the_others_by_weight() {
+        for (weights, picks, expected) in
+            [([1, 1, 1, 1], 480, [0.0, 160.0, 160.0, 160.0]), ([6, 3, 2, 1], 240, [0.0, 120.0, 80.0, 40.0])]
+        {
+            let mut members = Members::new(&weights);
+            members.refused[0] = true;
+            let balance = members.balance(written::Policy::RoundRobin, None);
+            assert_eq!(chosen(&balance, &members, picks), expected, "{weights:?}");
+        }
+    }
+
+    #[test]
+    fn turns_go_on_when_members_change() {
+        let members = Members::new(&[1, 1, 1]);
+        let earlier = members.balance(written::Policy::RoundRobin, None);
+        assert_eq!((earlier.pick(0, &members), earlier.pick(0, &members)), (Some(0), Some(1)));
+        let next = members.balance(written::Policy::RoundRobin, None).after(&earlier);
+        assert_eq!((next.pick(0, &members), next.pick(0, &members)), (Some(2), Some(0)));
+    }
+
+    #[test]
+    fn among_nobody_nobody_is_chosen() {
+        for policy in POLICIES {
+            let members = Members::new(&[]);
+            assert_eq!(members.balance(policy, Some(1.25)).pick(7, &members), None, "{policy:?}");
+        }
+    }
+
+    #[test]
+    fn load_is_shared_by_weight_while_there_is_much_of_it() {
+        for policy in [written::Policy::LeastRequest, written::Policy::PeakEwma] {
+            let mut members = Members::new(&[1, 2, 3, 4, 4, 3, 2, 1]);
+            let balance = members.balance(policy, None);
+            let mut dice = StdRng::seed_from_u64(1);
+            // Sixty requests are in flight; whichever ends, another one begins.
+            let mut under_way: Vec<usize> = Vec::new();
+            let mut chosen = [0.0; 8];
+            for _ in 0..40_000 {
+                if under_way.len() == 60 {
+                    members.inflight[under_way.swap_remove(dice.gen_range(0..60))] -= 1;
                 }
+                let number = balance.pick_with(0, &members, &mut dice).unwrap();
+                members.inflight[number] += 1;
+                under_way.push(number);
+                chosen[number] += 1.0;
             }
-            assert_eq!(stood_in, expected, "{given:?}");
+            for (number, chosen) in chosen.iter().enumerate() {
+                let ratio = chosen / 40_000.0 / members.share(number);
+                assert!((0.8..1.2).contains(&ratio), "{policy:?}: {ratio} of its share for {number}");
+            }
         }
     }
 
     #[test]
-    fn without_backends_nobody_is_offered() {
-        assert_eq!(selection(&[]).iter(b"").next(), None);
-    }
-
-    #[test]
-    fn a_split_of_nine_to_one_sends_every_tenth_request_to_the_canary() {
-        let weight = |weight| NonZeroU32::new(weight).unwrap();
-        let split = Split::new([("shop", weight(9)), ("canary", weight(1))]).unwrap();
-        for _ in 0..3 {
-            let turn: Vec<&str> = (0..10).map(|_| *split.pick()).collect();
-            assert_eq!(turn.iter().filter(|&&side| side == "canary").count(), 1);
-        }
-        assert!(Split::<&str>::new([]).is_none());
+    fn a_slow_one_gets_little_by_latency() {
+        let mut members = Members::new(&[1; 10]);
+        members.latency[3] = 1.0;
+        let chosen = chosen(&members.balance(written::Policy::PeakEwma, None), &members, 10_000);
+        assert_eq!(chosen[3], 0.0);
     }
 
     proptest! {
+        #![proptest_config(ProptestConfig { cases: 64, ..ProptestConfig::default() })]
+
         #[test]
-        fn the_schedule_is_what_nginx_would_do(given in prop::collection::vec(1u64..40, 1..12)) {
-            let schedule = Schedule::new(&weights(&given)).unwrap();
-            prop_assert_eq!(&*schedule.slots, by_nginx(&reduce(given)));
+        fn whoever_is_chosen_is_admitted_and_somebody_is_whenever_anybody_is(
+            weights in prop::collection::vec(1u32..9, 1..60),
+            admitted: Vec<bool>,
+            inflight in prop::collection::vec(0u32..5, 60),
+            bounded in prop::option::of(1.01f64..3.0),
+            keys in prop::collection::vec(any::<u64>(), 10),
+        ) {
+            let mut members = Members::new(&weights);
+            members.refused = (0..weights.len()).map(|number| !admitted.get(number).copied().unwrap_or(number % 7 == 0)).collect();
+            members.inflight.copy_from_slice(&inflight[..weights.len()]);
+            for policy in POLICIES {
+                let balance = members.balance(policy, bounded);
+                for &key in &keys {
+                    let chosen = balance.pick(key, &members);
+                    prop_assert_eq!(chosen.is_some(), members.refused.contains(&false));
+                    prop_assert!(chosen.is_none_or(|number| members.admits(number)), "{policy:?}");
+                }
+            }
         }
 
         #[test]
-        fn each_has_its_share_of_any_stretch(given in prop::collection::vec(1u64..40, 1..12), from in 0usize..500, length in 1usize..500) {
-            let schedule = Schedule::new(&weights(&given)).unwrap();
-            let sum: u64 = given.iter().sum();
-            for (number, &weight) in given.iter().enumerate() {
-                let turns = (from..from + length).filter(|&turn| schedule.at(turn) == number).count() as f64;
-                let share = length as f64 * weight as f64 / sum as f64;
-                // Smooth: in no stretch is anybody more than the number of rivals ahead or behind.
-                prop_assert!((turns - share).abs() <= given.len() as f64, "{turns} turns for a share of {share}");
+        fn shares_are_as_the_weights(weights in prop::collection::vec(1u32..20, 1..12)) {
+            let members = Members::new(&weights);
+            let points = |number: usize| f64::from(160 * weights[number]);
+            for policy in POLICIES {
+                for (number, chosen) in chosen(&members.balance(policy, None), &members, 20_000).into_iter().enumerate() {
+                    let share = members.share(number);
+                    // Five deviations of a draw; on a ring also of the lengths of its arcs.
+                    let ring = if policy == written::Policy::RingHash { 5.0 * share / points(number).sqrt() } else { 0.0 };
+                    let bound = 5.0 * (share * (1.0 - share) / 20_000.0).sqrt() + ring + 1e-3;
+                    prop_assert!((chosen / 20_000.0 - share).abs() <= bound, "{policy:?}: {chosen} of 20,000 for a share of {share}");
+                }
             }
         }
 
         #[test]
-        fn whoever_is_turned_down_the_next_is_another_until_all_were_offered(given in prop::collection::vec(1u64..1000, 1..40), skip in 0usize..100) {
-            let selection = selection(&given);
-            for _ in 0..skip {
-                selection.iter(b"");
+        fn those_who_stand_in_by_hash_have_shares_as_the_weights(weights in prop::collection::vec(1u32..5, 40)) {
+            // Only four of forty are admitted: many keys are turned down by all that are tried first.
+            let mut members = Members::new(&weights);
+            members.refused = (0..40).map(|number| number % 10 != 0).collect();
+            for policy in [written::Policy::RingHash, written::Policy::Maglev] {
+                let chosen = chosen(&members.balance(policy, None), &members, 20_000);
+                let admitted: f64 = (0..4).map(|number| members.share(10 * number)).sum();
+                for number in (0..4).map(|number| 10 * number) {
+                    let ratio = chosen[number] / 20_000.0 / (members.share(number) / admitted);
+                    prop_assert!((0.6..1.5).contains(&ratio), "{policy:?}: {ratio} of its share");
+                }
             }
-            let mut turns = selection.iter(b"");
-            let mut offered = BTreeSet::new();
-            while let Some(backend) = turns.next() {
-                prop_assert!(offered.insert(backend.clone()), "offered twice");
-            }
-            prop_assert_eq!(offered.len(), given.len());
-            let mut unique = UniqueIterator::new(selection.iter(b""), usize::MAX);
-            prop_assert_eq!(std::iter::from_fn(|| unique.get_next()).count(), given.len());
         }
+
+        #[test]
+        fn when_one_leaves_its_keys_move_and_few_others(weights in prop::collection::vec(1u32..4, 2..40), leaves in 0usize..40) {
+            let members = Members::new(&weights);
+            let leaves = leaves % weights.len();
+            let rest = members.without(leaves);
+            for (policy, epsilon) in [(written::Policy::RingHash, 0.0), (written::Policy::Maglev, 0.05)] {
+                let (before, after) = (members.balance(policy, None), rest.balance(policy, None));
+                let mut moved = 0.0;
+                for key in 0..5_000 {
+                    let (was, is) = (before.pick(hash(key), &members).unwrap(), after.pick(hash(key), &rest).unwrap());
+                    moved += f64::from(u8::from(was != leaves && members.names[was] != rest.names[is]));
+                }
+                prop_assert!(moved / 5_000.0 <= epsilon, "{policy:?}: {moved} of 5,000 moved for nothing");
+            }
+        }
+
+        #[test]
+        fn one_that_is_turned_down_moves_its_keys_and_no_others(weights in prop::collection::vec(1u32..4, 2..20), refused in 0usize..20) {
+            let members = Members::new(&weights);
+            let mut without = members.clone();
+            without.refused[refused % weights.len()] = true;
+            for policy in [written::Policy::RingHash, written::Policy::Maglev] {
+                let balance = members.balance(policy, None);
+                for key in 0..500 {
+                    let (was, is) = (balance.pick(hash(key), &members), balance.pick(hash(key), &without));
+                    prop_assert!(was == is || was == Some(refused % weights.len()));
+                }
+            }
+        }
+
+        #[test]
+        fn nodes_that_know_the_same_names_agree(weights in prop::collection::vec(1u32..4, 2..20), turn in 1usize..20) {
+            let here = Members::new(&weights);
+            let mut there = here.clone();
+            there.names.rotate_left(turn % weights.len());
+            there.weights.rotate_left(turn % weights.len());
+            for policy in [written::Policy::RingHash, written::Policy::Maglev] {
+                let (ours, theirs) = (here.balance(policy, None), there.balance(policy, None));
+                for key in 0..500 {
+                    let (here_, there_) = (ours.pick(hash(key), &here).unwrap(), theirs.pick(hash(key), &there).unwrap());
+                    prop_assert_eq!(&here.names[here_], &there.names[there_]);
+                }
+            }
+        }
+
+        #[test]
+        fn bounded_load_holds(weights in prop::collection::vec(1u32..10, 1..30), factor in 1.01f64..2.0, popular in 1u64..5) {
+            for policy in [written::Policy::RingHash, written::Policy::Maglev] {
+                let mut members = Members::new(&weights);
+                let balance = members.balance(policy, Some(factor));
+                for request in 1..=500 {
+                    // A few keys are asked for again and again, and nothing ends.
+                    let number = balance.pick(hash(request % popular), &members).unwrap();
+                    members.inflight[number] += 1;
+                    let most = (factor * request as f64 * members.share(number)).ceil();
+                    prop_assert!(f64::from(members.inflight[number]) <= most + 1e-6, "{policy:?}: {} of {most}", members.inflight[number]);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_key_stays_where_it_is_while_there_is_room() {
+        let mut members = Members::new(&[1; 4]);
+        let balance = members.balance(written::Policy::Maglev, Some(1.5));
+        let home = balance.pick(hash(1), &members).unwrap();
+        members.inflight = vec![10; 4];
+        assert_eq!(balance.pick(hash(1), &members), Some(home));
+        members.inflight[home] = 20;
+        let other = balance.pick(hash(1), &members).unwrap();
+        assert_ne!(other, home);
     }
 }

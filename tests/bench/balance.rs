@@ -1,17 +1,20 @@
-//! What choosing an endpoint costs: the schedule alone, Pingora's `LoadBalancer` round it, and the whole of `select`.
+//! What choosing an endpoint costs: each policy alone, Pingora's `LoadBalancer` round the schedule, and the whole of `select`.
 //!
 //! `cargo bench --bench balance`
 
 use std::hint::black_box;
 use std::num::{NonZeroU32, NonZeroU64};
 use std::sync::Arc;
+use std::sync::atomic::AtomicU32;
+use std::sync::atomic::Ordering::Relaxed;
 
 use criterion::{BenchmarkId, Criterion, criterion_group, criterion_main};
 use forebay::config::Address;
+use forebay::config::upstream::balance::Policy;
 use forebay::config::upstream::{Endpoint, Keepalive, LoadBalancing, Protocol, Timeouts};
 use forebay::metrics::Metrics;
 use forebay::upstream::Upstream;
-use forebay::upstream::balance::{Schedule, SmoothRoundRobin};
+use forebay::upstream::balance::{Balance, Candidates, Identity, Schedule, SmoothRoundRobin};
 use futures::FutureExt;
 use http::Extensions;
 use pingora_load_balancing::selection::{BackendIter, BackendSelection, RoundRobin};
@@ -86,6 +89,85 @@ fn pick(c: &mut Criterion) {
     }
 }
 
+/// Members that are all alike, but for those that are turned down.
+struct Members {
+    inflight: Box<[AtomicU32]>,
+    refused: Box<[bool]>,
+}
+
+impl Members {
+    fn new(number: usize, refused: impl Fn(usize) -> bool) -> Members {
+        Members {
+            inflight: (0..number as u32).map(|number| AtomicU32::new(number % 7)).collect(),
+            refused: (0..number).map(refused).collect(),
+        }
+    }
+}
+
+impl Candidates for Members {
+    fn inflight(&self, number: usize) -> u32 {
+        self.inflight[number].load(Relaxed)
+    }
+
+    fn inflight_of_all(&self) -> u64 {
+        3 * self.inflight.len() as u64
+    }
+
+    fn latency(&self, number: usize) -> f64 {
+        0.001 * (number % 10) as f64
+    }
+
+    fn admits(&self, number: usize) -> bool {
+        !self.refused[number]
+    }
+}
+
+const POLICIES: [(&str, Policy, Option<f64>); 8] = [
+    ("round_robin", Policy::RoundRobin, None),
+    ("random", Policy::Random, None),
+    ("least_request", Policy::LeastRequest, None),
+    ("peak_ewma", Policy::PeakEwma, None),
+    ("ring_hash", Policy::RingHash, None),
+    ("ring_hash, bounded load", Policy::RingHash, Some(1.25)),
+    ("maglev", Policy::Maglev, None),
+    ("maglev, bounded load", Policy::Maglev, Some(1.25)),
+];
+
+fn balance(policy: Policy, bounded_load: Option<f64>, number: usize) -> Balance {
+    let names: Vec<String> = (0..number).map(address).collect();
+    let identity = |(number, name)| Identity { name, weight: NonZeroU32::new(weight(number)).expect("at least 1") };
+    let members: Vec<Identity<'_>> = names.iter().map(String::as_str).enumerate().map(identity).collect();
+    Balance::new(&LoadBalancing { policy, bounded_load, ..LoadBalancing::default() }, &members)
+}
+
+/// Every policy, with everybody admitted and with every other one turned down.
+fn policies(c: &mut Criterion) {
+    let mut group = c.benchmark_group("policy");
+    for (name, policy, bounded_load) in POLICIES {
+        for number in [3, 100, 10_000] {
+            let balance = balance(policy, bounded_load, number);
+            let everybody = Members::new(number, |_| false);
+            let mut key = 0u64;
+            let mut hash = || {
+                key = key.wrapping_add(0x9e37_79b9_7f4a_7c15);
+                key
+            };
+            group.bench_function(BenchmarkId::new(name, number), |b| b.iter(|| balance.pick(hash(), &everybody)));
+            let half = Members::new(number, |number| number % 2 == 0);
+            group.bench_function(BenchmarkId::new(format!("{name}, half refused"), number), |b| {
+                b.iter(|| balance.pick(hash(), &half))
+            });
+        }
+    }
+    group.finish();
+    let mut group = c.benchmark_group("build a policy for 10,000");
+    group.sample_size(10);
+    for (name, policy, bounded_load) in POLICIES.into_iter().filter(|(_, _, bounded_load)| bounded_load.is_none()) {
+        group.bench_function(name, |b| b.iter(|| balance(policy, bounded_load, 10_000)));
+    }
+    group.finish();
+}
+
 fn build(c: &mut Criterion) {
     let weights = |modulus: u64| (0..10_000u64).map(move |n| NonZeroU64::MIN.saturating_add(n % modulus));
     for modulus in [1, 5, 1_000] {
@@ -96,5 +178,5 @@ fn build(c: &mut Criterion) {
     }
 }
 
-criterion_group!(benches, pick, build);
+criterion_group!(benches, policies, pick, build);
 criterion_main!(benches);

@@ -105,6 +105,7 @@ wrong! {
     values_of_the_wrong_type
     a_bare_number_is_no_time_and_no_size
     an_unknown_policy
+    hash_keys_that_are_missing_or_idle
     an_unknown_protocol
     version_2
     addresses_that_are_none

@@ -1,0 +1,126 @@
+//! `load_balancing:` of an upstream: how an endpoint is chosen.
+
+use std::fmt;
+
+use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
+use serde::de::value::{MapAccessDeserializer, StrDeserializer};
+use serde::de::{self, Deserializer, MapAccess, SeqAccess, Visitor};
+use serde::{Deserialize, Serialize};
+
+use crate::config::Key;
+
+/// How an endpoint is chosen, for every attempt anew.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct LoadBalancing {
+    /// The policy.
+    pub policy: Policy,
+    /// What `ring_hash` and `maglev` hash: `client_ip`, `path`, `route`, `{ header: x }`, `{ cookie: x }`, `{ query: x }`, or
+    /// a list, of which the first that a request has counts. One that has none of them goes anywhere. These policies must have it, others must not.
+    #[serde(skip_serializing_if = "HashKey::is_empty")]
+    pub hash_key: HashKey,
+    /// With `ring_hash` and `maglev`: no endpoint gets more than so many times its share of what is in flight; what is above
+    /// goes to the next one. Greater than 1, such as 1.25. Without it, popular keys may overload an endpoint.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(extend("exclusiveMinimum" = 1))]
+    pub bounded_load: Option<f64>,
+}
+
+/// A way of choosing an endpoint.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Policy {
+    /// In turn, by weight, interleaved: weights 3 and 1 give a, a, b, a and not a, a, a, b.
+    RoundRobin,
+    /// Any, by weight.
+    Random,
+    /// Of two that are drawn by weight, the one with fewer requests in flight for its weight.
+    #[default]
+    LeastRequest,
+    /// Of two that are drawn by weight, the one that is expected to be done first, by its latency and its requests in flight.
+    PeakEwma,
+    /// By the hash of a key, on a ring: when an endpoint leaves, its keys move and no others.
+    RingHash,
+    /// By the hash of a key, in a table: shares are more even than on a ring, and a few more keys move.
+    Maglev,
+}
+
+impl Policy {
+    /// Whether the choice depends on a key.
+    pub fn hashes(self) -> bool {
+        matches!(self, Policy::RingHash | Policy::Maglev)
+    }
+}
+
+/// One key or several, of which the first that a request has counts.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct HashKey(pub Vec<Key>);
+
+impl HashKey {
+    /// There is none.
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+}
+
+impl Serialize for HashKey {
+    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        self.0.serialize(serializer)
+    }
+}
+
+impl<'de> Deserialize<'de> for HashKey {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        deserializer.deserialize_any(OneOrSeveral)
+    }
+}
+
+struct OneOrSeveral;
+
+impl<'de> Visitor<'de> for OneOrSeveral {
+    type Value = HashKey;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a key such as `client_ip` or `{ header: x-user }`, or a list of keys")
+    }
+
+    fn visit_str<E: de::Error>(self, key: &str) -> Result<HashKey, E> {
+        Key::deserialize(StrDeserializer::new(key)).map(|key| HashKey(vec![key]))
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<HashKey, A::Error> {
+        Key::deserialize(MapAccessDeserializer::new(map)).map(|key| HashKey(vec![key]))
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<HashKey, A::Error> {
+        let mut keys = Vec::new();
+        while let Some(key) = list.next_element()? {
+            keys.push(key);
+        }
+        Ok(HashKey(keys))
+    }
+}
+
+impl JsonSchema for HashKey {
+    fn schema_name() -> std::borrow::Cow<'static, str> {
+        "HashKey".into()
+    }
+
+    fn json_schema(generator: &mut SchemaGenerator) -> Schema {
+        let key = generator.subschema_for::<Key>();
+        json_schema!({
+            "description": "One key or several, of which the first that a request has counts.",
+            "anyOf": [
+                { "enum": ["client_ip", "path", "route"] },
+                {
+                    "type": "object",
+                    "patternProperties": { "^(header|cookie|query)$": { "type": "string" } },
+                    "additionalProperties": false,
+                    "minProperties": 1,
+                    "maxProperties": 1,
+                },
+                { "type": "array", "items": key, "minItems": 1 },
+            ],
+        })
+    }
+}

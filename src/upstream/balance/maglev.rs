@@ -1,0 +1,182 @@
+//! Maglev hashing (Eisenbud et al., NSDI 2016, §3.4): a table of keys that its members fill in turns, each in an order of
+//! its own.
+//!
+//! Shares are more exact than a ring's, and finding a key is one read. When a member leaves, its keys move, and a few
+//! per cent of the others at most. The orders come of the names and nothing else, so that all nodes that know the same
+//! names agree.
+
+use std::cmp::Reverse;
+use std::collections::BinaryHeap;
+
+use xxhash_rust::xxh3::xxh3_64_with_seed;
+
+use super::Identity;
+
+/// Whose each key is.
+#[derive(Debug)]
+pub struct Maglev {
+    table: Box<[u32]>,
+}
+
+/// The sizes of a table; primes, so that every step through it comes by every place.
+const SIZES: [usize; 2] = [65_537, 1_048_583];
+/// Up to how many members have the small table: 128 places for each.
+const SMALL: usize = 512;
+const FREE: u32 = u32::MAX;
+
+impl Maglev {
+    /// The table of these members: 65,537 places for up to 512 of them, 1,048,583 for more (256 KiB and 4 MiB). The change
+    /// from one to the other moves all keys. Whoever has a weight has a place, as long as there are enough of them.
+    pub fn new(members: &[Identity<'_>]) -> Maglev {
+        let size = if members.is_empty() { 0 } else { SIZES[usize::from(members.len() > SMALL)] };
+        let mut table = vec![FREE; size];
+        let mut walks: Vec<Walk> = members.iter().map(|member| Walk::new(member.name, size as u64)).collect();
+        let mut left = size;
+        for number in Turns::new(members) {
+            if left == 0 {
+                break;
+            }
+            let walk = &mut walks[number];
+            let place = std::iter::repeat_with(|| walk.next(size as u64)).find(|&place| table[place] == FREE);
+            // A walk goes on for ever and comes by every place, of which one is free.
+            if let Some(place) = place {
+                table[place] = number as u32;
+                left -= 1;
+            }
+        }
+        Maglev { table: table.into_boxed_slice() }
+    }
+
+    /// Whose `hash` is, then those of the places that follow, once round the table.
+    pub fn order_of(&self, hash: u64) -> impl Iterator<Item = usize> + '_ {
+        let (before, after) = self.table.split_at(((u128::from(hash) * self.table.len() as u128) >> 64) as usize);
+        after.iter().chain(before).map(|&number| number as usize)
+    }
+}
+
+/// The order in which a member takes places.
+struct Walk {
+    place: u64,
+    step: u64,
+}
+
+impl Walk {
+    fn new(name: &str, size: u64) -> Walk {
+        let hash = |seed| xxh3_64_with_seed(name.as_bytes(), seed);
+        Walk { place: hash(0) % size, step: hash(1) % (size - 1) + 1 }
+    }
+
+    fn next(&mut self, size: u64) -> usize {
+        let place = self.place;
+        self.place = (place + self.step) % size;
+        place as usize
+    }
+}
+
+/// Whose turn it is to take a place: the n-th turn of a member is due at n divided by its weight. So when a member
+/// leaves, the others take theirs in the same order as before, which keeps most of the table as it was.
+struct Turns {
+    /// Members of one weight take their turns together, in the order of their names.
+    classes: Vec<(u64, Vec<usize>)>,
+    due: BinaryHeap<Reverse<Due>>,
+    /// The class whose members are taking their turns, and the next of them.
+    now: (usize, usize),
+}
+
+/// When a class has its next turns.
+#[derive(PartialEq, Eq)]
+struct Due {
+    turns: u64,
+    weight: u64,
+    class: usize,
+}
+
+impl Ord for Due {
+    fn cmp(&self, other: &Self) -> std::cmp::Ordering {
+        let (a, b) =
+            (u128::from(self.turns) * u128::from(other.weight), u128::from(other.turns) * u128::from(self.weight));
+        // The heavier first at the same time; no two classes have one weight.
+        a.cmp(&b).then(other.weight.cmp(&self.weight))
+    }
+}
+
+impl PartialOrd for Due {
+    fn partial_cmp(&self, other: &Self) -> Option<std::cmp::Ordering> {
+        Some(self.cmp(other))
+    }
+}
+
+impl Turns {
+    fn new(members: &[Identity<'_>]) -> Turns {
+        let mut order: Vec<usize> = (0..members.len()).collect();
+        order.sort_by_key(|&number| (members[number].weight, members[number].name));
+        let mut classes: Vec<(u64, Vec<usize>)> = Vec::new();
+        for number in order {
+            let weight = u64::from(members[number].weight.get());
+            match classes.last_mut() {
+                Some((same, class)) if *same == weight => class.push(number),
+                _ => classes.push((weight, vec![number])),
+            }
+        }
+        let due = classes.iter().enumerate().map(|(class, &(weight, _))| Reverse(Due { turns: 0, weight, class }));
+        Turns { due: due.collect(), classes, now: (0, usize::MAX) }
+    }
+}
+
+impl Iterator for Turns {
+    type Item = usize;
+
+    fn next(&mut self) -> Option<usize> {
+        let (class, at) = self.now;
+        if let Some(&number) = self.classes.get(class).and_then(|(_, members)| members.get(at)) {
+            self.now.1 += 1;
+            return Some(number);
+        }
+        let Reverse(due) = self.due.pop()?;
+        self.now = (due.class, 1);
+        let first = self.classes[due.class].1[0];
+        self.due.push(Reverse(Due { turns: due.turns + 1, ..due }));
+        Some(first)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    use std::num::NonZeroU32;
+
+    fn filled(weights: &[u32]) -> Vec<usize> {
+        let names: Vec<String> = (0..weights.len()).map(|number| format!("10.0.0.{number}:80")).collect();
+        let members = names.iter().zip(weights);
+        let members = members.map(|(name, &weight)| Identity { name, weight: NonZeroU32::new(weight).unwrap() });
+        let maglev = Maglev::new(&members.collect::<Vec<_>>());
+        let mut places = vec![0; weights.len()];
+        maglev.table.iter().for_each(|&owner| places[owner as usize] += 1);
+        places
+    }
+
+    #[test]
+    fn places_are_shared_out_by_weight_and_all_of_them() {
+        assert_eq!(filled(&[1; 5]), [13_108, 13_108, 13_107, 13_107, 13_107]);
+        for (weights, shares) in [(&[3, 1][..], &[49_153, 16_384][..]), (&[5, 2, 1], &[40_961, 16_384, 8_192])] {
+            for (places, share) in filled(weights).into_iter().zip(shares) {
+                assert!(places.abs_diff(*share) <= 1, "{places} of {share} for {weights:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn whoever_has_a_weight_has_a_place() {
+        let places = filled(&[u32::MAX, 1, 1_000]);
+        assert!(places.iter().all(|&places| places >= 1), "{places:?}");
+        assert_eq!(Maglev::new(&[]).order_of(7).next(), None);
+    }
+
+    #[test]
+    fn many_members_have_a_larger_table() {
+        let places = filled(&[1; 2_000]);
+        assert_eq!(places.iter().sum::<usize>(), SIZES[1]);
+        assert!(places.iter().all(|places| (524..=525).contains(places)));
+    }
+}
