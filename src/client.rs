@@ -223,7 +223,8 @@ where
     /// Waits for a request. `false`: there will be none.
     async fn park(&mut self, stream: &mut ClientStream) -> bool {
         self.state.enter(ConnectionState::Idle);
-        let _accept = (self.served == 0).then(|| self.front.desk.metrics.enter_phase(Phase::Accept));
+        let metrics = &self.front.desk.metrics;
+        let _accept = (self.served == 0).then(|| metrics.enter_phase(Phase::Accept, self.connection.accepted));
         tokio::select! {
             came = tokio::time::timeout(self.connection.listener.idle_timeout, stream.park()) => came.unwrap_or(false),
             _ = self.shutdown.wait_for(|stopping| *stopping) => false,
@@ -236,7 +237,7 @@ where
         let accept = (self.served == 1).then(|| header_since - self.connection.accepted);
         let arrival = Arrival { accept, header_since };
         let inflight = self.front.desk.inflight.enter();
-        let opening = self.read_header(&mut stream).await;
+        let opening = self.read_header(&mut stream, header_since).await;
         self.state.enter(ConnectionState::Active);
         match opening {
             Ok(Opening::Http1(header)) => self.proxy(stream, header, arrival).await,
@@ -261,9 +262,9 @@ where
         }
     }
 
-    async fn read_header(&mut self, stream: &mut ClientStream) -> Result<Opening, &'static Refusal> {
+    async fn read_header(&mut self, stream: &mut ClientStream, since: Instant) -> Result<Opening, &'static Refusal> {
         self.state.enter(ConnectionState::Header);
-        let _header = self.front.desk.metrics.enter_phase(Phase::Header);
+        let _header = self.front.desk.metrics.enter_phase(Phase::Header, since);
         let opening = tokio::time::timeout(self.connection.listener.header_timeout, stream.open());
         opening.await.unwrap_or(Err(&refusal::HEADER_TIMEOUT))
     }

@@ -1,14 +1,139 @@
-//! What the loop of a worker costs and how it does. Here: the time that Forebay itself spends on an exchange.
+//! What the loop of a worker costs and how it does: the time that Forebay itself spends on an exchange, what runs on each
+//! worker and for how long, and who stalls it.
 //!
 //! An exchange mostly waits, for the client or for its upstream. What it costs is the time in which its future is
-//! polled; it is measured where that future is made and is not derived from phases.
+//! polled; it is measured where that future is made ([`Metered`]) and is not derived from phases. [`worker`] says what is
+//! polled, [`runtime`] what tokio knows, and [`heartbeat`] looks who is late; [`stall`] decides. [`Loops`] has them all.
+
+mod heartbeat;
+pub mod runtime;
+pub mod stall;
+pub mod worker;
 
 use std::cell::{Cell, RefCell};
 use std::future::Future;
 use std::pin::Pin;
-use std::sync::Arc;
+use std::sync::mpsc::{SyncSender, sync_channel};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context, Poll};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
+
+use prometheus::Histogram;
+use tokio::runtime::{Handle, RuntimeFlavor};
+
+use crate::metrics::Metrics;
+use crate::phase::Phase;
+use heartbeat::{Pacemaker, Pulse};
+use runtime::{LoopCollector, LoopFigures, Runtime, Runtimes};
+use stall::Watch;
+use worker::{Spot, Word, Worker};
+
+/// How the loops are looked after.
+#[derive(Clone, Copy, Debug)]
+pub struct Terms {
+    /// A worker that is late by more is stalled.
+    pub stall_threshold: Duration,
+    /// From one sign of life to the next.
+    pub heartbeat: Duration,
+}
+
+/// The loops of all workers of one gateway. Clones share them.
+#[derive(Clone)]
+pub struct Loops(Arc<Inner>);
+
+struct Inner {
+    metrics: Metrics,
+    terms: Terms,
+    runtimes: Arc<Runtimes>,
+    watching: Mutex<Option<Watching>>,
+}
+
+/// The thread that asks the workers for signs of life.
+struct Watching {
+    /// Dropped to end it.
+    stop: SyncSender<()>,
+    thread: JoinHandle<()>,
+    workers: Vec<&'static Worker>,
+}
+
+impl Loops {
+    /// None yet; what is found later shows in these metrics.
+    pub fn new(metrics: &Metrics, terms: Terms) -> Self {
+        let runtimes = Runtimes::new();
+        metrics.collect_too(Box::new(LoopCollector::new(runtimes.clone())));
+        Loops(Arc::new(Inner { metrics: metrics.clone(), terms, runtimes, watching: Mutex::new(None) }))
+    }
+
+    /// Finds so many workers and begins to look after them, those that have nothing to do included. `handle` gives the
+    /// runtime of a worker, whichever it likes: without work stealing each has its own, and Pingora draws one by lot.
+    pub fn attach(&self, workers: usize, mut handle: impl FnMut() -> Handle) {
+        let mut handles: Vec<Handle> = Vec::new();
+        // Each draw misses a certain one of n with 1 - 1/n: after n × 40 draws one is missing in 10^17 starts.
+        for _ in 0..workers.saturating_mul(40) {
+            let drawn = handle();
+            if handles.iter().all(|known| known.id() != drawn.id()) {
+                handles.push(drawn);
+            }
+            if handles.len() == workers || handles[0].runtime_flavor() != RuntimeFlavor::CurrentThread {
+                break;
+            }
+        }
+        let shared = handles.first().is_some_and(|handle| handle.runtime_flavor() != RuntimeFlavor::CurrentThread);
+        if !shared && handles.len() < workers {
+            tracing::warn!(
+                workers,
+                found = handles.len(),
+                "not all workers were found; the others are not looked after"
+            );
+        }
+        let epoch = Instant::now();
+        let (mut all, mut pulses) = (Vec::new(), Vec::new());
+        for handle in &handles {
+            let threads = if shared { handle.metrics().num_workers() } else { 1 };
+            let first = all.len();
+            // A word that threads write to as long as they live; there are as many as workers, and they end with the process.
+            all.extend((first..first + threads).map(|index| &*Box::leak(Box::new(Worker::new(index, epoch)))));
+            worker::enrol(handle.id(), all[first..].to_vec());
+            self.0.runtimes.add(Runtime::new(handle, &all[first..], epoch));
+            for _ in 0..threads {
+                let pulse = Pulse::new(epoch);
+                handle.spawn(pulse.clone().beat());
+                pulses.push(pulse);
+            }
+        }
+        // One watch more where workers share their tasks: it is for all of them together.
+        let watches = (0..all.len() + usize::from(shared)).map(|_| Watch::new(self.0.terms.stall_threshold)).collect();
+        let metrics = self.0.metrics.loops(all.len());
+        let period = self.0.terms.heartbeat;
+        let pacemaker = Pacemaker { epoch, period, pulses, workers: all.clone(), shared, metrics, watches };
+        let (stop, stopped) = sync_channel(0);
+        match std::thread::Builder::new().name("heartbeat".to_owned()).spawn(move || pacemaker.run(&stopped)) {
+            Ok(thread) => *self.watching() = Some(Watching { stop, thread, workers: all }),
+            Err(error) => tracing::error!(%error, "no thread for the heartbeat: stalls will not be noticed"),
+        }
+    }
+
+    /// How the loops do, worker by worker.
+    pub fn figures(&self) -> Vec<LoopFigures> {
+        self.0.runtimes.figures(Instant::now())
+    }
+
+    /// Ends the heartbeat.
+    pub fn stop(&self) {
+        let Some(Watching { stop, thread, workers }) = self.watching().take() else { return };
+        drop(stop);
+        worker::dismiss(&workers);
+        if thread.join().is_err() {
+            tracing::error!("the heartbeat had failed");
+        }
+    }
+
+    /// Taken at the start and at the end.
+    fn watching(&self) -> std::sync::MutexGuard<'_, Option<Watching>> {
+        self.0.watching.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
 
 thread_local! {
     /// When the exchange that is being polled on this thread would have begun, had it never waited.
@@ -41,12 +166,14 @@ pub struct Metered<F> {
     future: F,
     spent: Duration,
     gate: Option<Arc<dyn Gate>>,
+    /// What it was at when it was last polled.
+    at: Word,
 }
 
 impl<F> Metered<F> {
     /// Times the polls of `future`.
     pub fn new(future: F) -> Self {
-        Metered { future, spent: Duration::ZERO, gate: None }
+        Metered { future, spent: Duration::ZERO, gate: None, at: Word::at(Spot::phase(Phase::Header)) }
     }
 }
 
@@ -60,9 +187,13 @@ impl<F: Future + Unpin> Future for Metered<F> {
             self.spent += begin.elapsed();
             return Poll::Pending;
         }
+        let worker = worker::here().map(|worker| (worker, worker.begin(self.at, begin)));
         let outer = POLLED_SINCE.replace(begin.checked_sub(self.spent));
         let polled = Pin::new(&mut self.future).poll(cx);
         POLLED_SINCE.set(outer);
+        if let Some((worker, outer)) = worker {
+            self.at = worker.end(outer);
+        }
         if let Some(gate) = ADOPTED.take() {
             self.gate = Some(gate);
         }
@@ -81,9 +212,60 @@ pub fn own_time(now: Instant) -> Duration {
     POLLED_SINCE.get().map_or(Duration::ZERO, |since| now.saturating_duration_since(since))
 }
 
+/// A filter as the loop sees it: what it is called, and where the time of its polls is counted.
+#[derive(Clone)]
+pub struct Watched {
+    spot: Spot,
+    seconds: Option<Histogram>,
+}
+
+impl Watched {
+    /// One with this key, whose polls are not timed.
+    pub fn untimed(key: &'static str) -> Self {
+        Watched { spot: Spot::filter(key), seconds: None }
+    }
+
+    /// Times its polls.
+    pub fn time(&mut self, seconds: Histogram) {
+        self.seconds = Some(seconds);
+    }
+
+    /// Runs a call of it.
+    pub fn call<T>(&self, call: impl FnOnce() -> T) -> T {
+        let begin = self.seconds.as_ref().map(|seconds| (seconds, Instant::now()));
+        let done = worker::at(self.spot, call);
+        if let Some((seconds, begin)) = begin {
+            seconds.observe(begin.elapsed().as_secs_f64());
+        }
+        done
+    }
+
+    /// Polls a future of it.
+    pub async fn run<F: Future + Unpin>(&self, mut future: F) -> F::Output {
+        std::future::poll_fn(|cx| self.call(|| Pin::new(&mut future).poll(cx))).await
+    }
+}
+
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
+
+    const TERMS: Terms = Terms { stall_threshold: Duration::from_millis(100), heartbeat: Duration::from_millis(5) };
+
+    /// Adds the loop of a runtime that does nothing.
+    pub(crate) fn attach(metrics: &Metrics) -> Loops {
+        let loops = Loops::new(metrics, TERMS);
+        let runtime = current_thread();
+        loops.attach(1, || runtime.handle().clone());
+        loops
+    }
+
+    fn current_thread() -> tokio::runtime::Runtime {
+        let mut builder = tokio::runtime::Builder::new_current_thread();
+        #[cfg(tokio_unstable)]
+        builder.enable_metrics_poll_time_histogram();
+        builder.enable_all().build().unwrap()
+    }
 
     fn busy(time: Duration) {
         let begin = Instant::now();

@@ -10,7 +10,7 @@ use std::net::SocketAddr;
 use std::path::Path;
 use std::sync::Arc;
 
-use pingora::server::configuration::ServerConf;
+use pingora::server::configuration::{RuntimeMetricsPollTimeHistogramScale, ServerConf};
 use pingora::server::{RunArgs, Server};
 use pingora::services::listening::Service as ListeningService;
 use pingora_proxy::http_proxy;
@@ -32,6 +32,9 @@ use crate::config::server::{Resources, Rung, Threads};
 use crate::config::units::Size;
 use crate::config::{self, Config, Report};
 use crate::error::{BuildError, refusal};
+use crate::eventloop::runtime::{POLL_TIME_BUCKETS, POLL_TIME_FIRST_MICROS};
+use crate::eventloop::worker::RouteTag;
+use crate::eventloop::{self, Loops};
 use crate::filter::{Catalog, FilterType};
 use crate::metrics::{Metrics, RouteMetrics};
 use crate::proxy::Proxy;
@@ -118,6 +121,7 @@ pub struct Gateway {
     places: Vec<Place>,
     admin: Option<SocketAddr>,
     log: Option<Arc<AccessLog>>,
+    loops: Loops,
 }
 
 impl Gateway {
@@ -146,8 +150,9 @@ impl Gateway {
     /// Once in a process: without work stealing, Pingora keeps its runtimes by thread, and a gateway that starts after
     /// another has stopped may be handed a runtime that is gone.
     pub fn run(self) {
-        let Gateway { server, stop, log, places, .. } = self;
+        let Gateway { server, stop, log, places, loops, .. } = self;
         server.run(RunArgs { shutdown_signal: Box::new(stop) });
+        loops.stop();
         for file in places.iter().filter_map(|place| place.file.as_ref()) {
             // Nobody is left to tell if it is gone already.
             let _ = std::fs::remove_file(file);
@@ -172,6 +177,7 @@ impl Gateway {
         let depot = depot(&config, &metrics).map_err(|error| wrong(vec![error]))?;
         let threads = threads(config.server.threads);
         metrics.set_workers(threads);
+        let loops = Loops::new(&metrics, loop_terms(&config));
         let mut server = Server::new_with_opt_and_conf(None, server_conf(&config, threads));
         let (listeners_stop, stopped) = watch::channel(false);
         let inflight = Arc::new(Inflight::default());
@@ -209,7 +215,9 @@ impl Gateway {
             web.add_listener(socket.listener_config());
         }
         web.threads = Some(threads);
-        server.add_service(Bound::new(web, sockets, Some(stopped)));
+        let found = loops.clone();
+        let find_workers = move || found.attach(threads, pingora_runtime::current_handle);
+        server.add_service(Bound::new(web, sockets, Some(stopped)).first(find_workers));
         if let Some(resolver) = upstream::background(parts.upstreams.values()) {
             server.add_service(resolver);
         }
@@ -233,7 +241,7 @@ impl Gateway {
             log: log.clone(),
             places: places.clone(),
         };
-        Ok(Gateway { server, stop, places, admin, log })
+        Ok(Gateway { server, stop, places, admin, log, loops })
     }
 }
 
@@ -256,8 +264,10 @@ impl Parts {
         let mut rules = Vec::new();
         for (index, written) in config.routes.iter().enumerate() {
             match catalog.chain(&written.filters) {
-                Ok(chain) => rules
-                    .push((&written.matches, Arc::new(route(written, chain, &upstreams, &config.resources, metrics)))),
+                Ok(chain) => rules.push((
+                    &written.matches,
+                    Arc::new(route(written, chain.timed(metrics), &upstreams, &config.resources, metrics)),
+                )),
                 Err(found) => {
                     errors.extend(
                         found.into_iter().map(|error| error.under("filters").under(&format!("routes[{index}]"))),
@@ -301,6 +311,7 @@ fn route(
         manner: manner(written, resources, &metrics),
         write_idle: written.client.write_idle.0,
         non_idempotent: written.retry.non_idempotent,
+        tag: RouteTag::new(&written.name),
         metrics,
     }
 }
@@ -385,12 +396,22 @@ fn threads(written: Threads) -> usize {
     }
 }
 
+fn loop_terms(config: &Config) -> eventloop::Terms {
+    let written = &config.observability.event_loop;
+    eventloop::Terms { stall_threshold: written.stall_threshold.0, heartbeat: written.heartbeat.0 }
+}
+
 fn server_conf(config: &Config, threads: usize) -> ServerConf {
     ServerConf {
         threads,
         work_stealing: config.server.work_stealing,
         upstream_keepalive_pool_size: usize::try_from(config.server.keepalive_pool.0).unwrap_or(usize::MAX),
         max_retries: ATTEMPTS_MAX as usize,
+        // Pingora has no effect of these without `tokio_unstable`.
+        runtime_metrics_poll_time_histogram: true,
+        runtime_metrics_poll_time_histogram_scale: Some(RuntimeMetricsPollTimeHistogramScale::Log),
+        runtime_metrics_poll_time_histogram_resolution_micros: Some(POLL_TIME_FIRST_MICROS),
+        runtime_metrics_poll_time_histogram_buckets: Some(POLL_TIME_BUCKETS),
         ..ServerConf::default()
     }
 }

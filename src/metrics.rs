@@ -5,12 +5,15 @@
 //! own and not the crate's global one, so that two gateways in one process do not count each other's exchanges.
 
 pub mod family;
+mod phases;
 mod refusals;
 mod route;
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
+use std::time::Instant;
 
+use prometheus::core::Collector;
 use prometheus::process_collector::ProcessCollector;
 use prometheus::{
     CounterVec, Encoder, Gauge, GaugeVec, Histogram, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec,
@@ -19,10 +22,15 @@ use prometheus::{
 
 use crate::error::Refusal;
 use crate::phase::Phase;
+use phases::{PhaseCollector, Roll};
 use route::Series;
+
 /// The route label of exchanges that found no route, or were refused before one was sought.
 pub const UNROUTED: &str = "_none";
+/// The value of the label `where` for what no phase or filter is to blame for.
+pub const LOOP: &str = "loop";
 
+pub use phases::{PhaseState, Seat};
 pub use route::{Direction, RouteMetrics, Spills, Summary};
 
 /// All metrics of one gateway. Clones are cheap and share everything.
@@ -32,7 +40,7 @@ pub struct Metrics(Arc<Inner>);
 struct Inner {
     registry: Registry,
     families: Families,
-    phases: PhaseGauges,
+    phases: Roll,
     workers: IntGauge,
     routes_folded: IntGauge,
     series_left: AtomicU64,
@@ -68,6 +76,10 @@ struct Families {
     lane_waiting: IntGaugeVec,
     lane_share: GaugeVec,
     lane_bytes: IntCounterVec,
+    loop_lag: HistogramVec,
+    stalled_workers: IntGaugeVec,
+    stalls: IntCounterVec,
+    filter_poll: HistogramVec,
     access_log_lines: IntCounterVec,
     access_log_dropped: IntCounterVec,
     admin_requests: IntCounterVec,
@@ -87,12 +99,19 @@ impl Metrics {
         let families = Families::register(&registry);
         let build_info = family::BUILD_INFO.gauge(&registry);
         build_info.with_label_values(&[Self::VERSION, Self::PINGORA_VERSION]).set(1);
-        let refusals = registry.register(Box::new(refusals::Refusals::new(refusals)));
-        refusals.and_then(|()| registry.register(Box::new(ProcessCollector::for_self()))).expect(
-            "no row of the table has the name of a process metric, nor is one there twice: a test registers them all",
-        );
+        let phases = Roll::new(Instant::now());
+        let collectors: [Box<dyn Collector>; 3] = [
+            Box::new(refusals::Refusals::new(refusals)),
+            Box::new(PhaseCollector::new(phases.clone())),
+            Box::new(ProcessCollector::for_self()),
+        ];
+        for collector in collectors {
+            registry.register(collector).expect(
+                "no row of the table has the name of a process metric, nor is one there twice: a test registers them all",
+            );
+        }
         Metrics(Arc::new(Inner {
-            phases: PhaseGauges::new(&family::PHASE_ACTIVE.gauge(&registry)),
+            phases,
             workers: single(&family::WORKERS.gauge(&registry)),
             routes_folded: single(&family::ROUTES_FOLDED.gauge(&registry)),
             series_left: AtomicU64::new(series_max),
@@ -182,6 +201,33 @@ impl Metrics {
         }
     }
 
+    /// Those of the loops of so many workers, which are numbered from 0.
+    pub fn loops(&self, workers: usize) -> LoopMetrics {
+        let families = self.families();
+        let lag = |worker: usize| families.loop_lag.with_label_values(&[&worker.to_string()]);
+        for place in Phase::ALL.iter().map(|phase| phase.name()).chain([LOOP]) {
+            families.stalls.with_label_values(&[place]);
+        }
+        LoopMetrics {
+            lag: (0..workers).map(lag).collect(),
+            stalled: single(&families.stalled_workers),
+            stalls: families.stalls.clone(),
+        }
+    }
+
+    /// The time of the polls of the filters with this key. Ask once, when one is built.
+    pub fn filter_polls(&self, key: &str) -> Histogram {
+        self.families().stalls.with_label_values(&[key]);
+        self.families().filter_poll.with_label_values(&[key])
+    }
+
+    /// Asks one more whenever the metrics are rendered.
+    pub fn collect_too(&self, collector: Box<dyn Collector>) {
+        if let Err(error) = self.0.registry.register(collector) {
+            tracing::error!("a part of the metrics cannot be shown: {error}");
+        }
+    }
+
     /// Those of the access log.
     pub fn access_log(&self) -> AccessLogMetrics {
         let families = self.families();
@@ -201,15 +247,14 @@ impl Metrics {
         }
     }
 
-    /// How many exchanges are in which phase now.
-    pub fn phases(&self) -> &PhaseGauges {
-        &self.0.phases
+    /// How many are in which phase now, and for how long, in the order of the phases.
+    pub fn phases(&self) -> [PhaseState; Phase::COUNT] {
+        self.0.phases.states(Instant::now())
     }
 
-    /// Counts one more in `phase`, until the guard is dropped.
-    pub fn enter_phase(&self, phase: Phase) -> PhaseGuard {
-        self.phases().enter(None, Some(phase));
-        PhaseGuard { metrics: self.clone(), phase }
+    /// Counts one more in `phase`, who has been in it `since`, until the seat is dropped.
+    pub fn enter_phase(&self, phase: Phase, since: Instant) -> Seat {
+        self.0.phases.take(phase, since)
     }
 
     /// Says how many worker threads there are.
@@ -281,6 +326,10 @@ impl Families {
             lane_waiting: family::LANE_WAITING.gauge(registry),
             lane_share: family::LANE_SHARE.ratio(registry),
             lane_bytes: family::LANE_BYTES.counter(registry),
+            loop_lag: family::LOOP_LAG.histogram(registry),
+            stalled_workers: family::STALLED_WORKERS.gauge(registry),
+            stalls: family::STALLS.counter(registry),
+            filter_poll: family::FILTER_POLL_SECONDS.histogram(registry),
             access_log_lines: family::ACCESS_LOG_LINES.counter(registry),
             access_log_dropped: family::ACCESS_LOG_DROPPED.counter(registry),
             admin_requests: family::ADMIN_REQUESTS.counter(registry),
@@ -292,40 +341,6 @@ impl Families {
 /// The only child of a family without labels.
 fn single(gauges: &IntGaugeVec) -> IntGauge {
     gauges.with_label_values::<&str>(&[])
-}
-
-/// How many exchanges are in which phase.
-pub struct PhaseGauges([IntGauge; Phase::COUNT]);
-
-impl PhaseGauges {
-    fn new(gauges: &IntGaugeVec) -> Self {
-        PhaseGauges(Phase::ALL.map(|phase| gauges.with_label_values(&[phase.name()])))
-    }
-
-    /// Moves an exchange from one phase to another: from `None` when it begins, to `None` when it is over.
-    pub fn enter(&self, from: Option<Phase>, to: Option<Phase>) {
-        shift(&self.0, from.map(Phase::index), to.map(Phase::index));
-    }
-}
-
-/// Counts an exchange or a connection among those of its phase until it is dropped.
-pub struct PhaseGuard {
-    metrics: Metrics,
-    phase: Phase,
-}
-
-impl PhaseGuard {
-    /// Goes on to `phase`.
-    pub fn enter(&mut self, phase: Phase) {
-        self.metrics.phases().enter(Some(self.phase), Some(phase));
-        self.phase = phase;
-    }
-}
-
-impl Drop for PhaseGuard {
-    fn drop(&mut self) {
-        self.metrics.phases().enter(Some(self.phase), None);
-    }
 }
 
 /// What a client connection does.
@@ -428,6 +443,22 @@ pub struct LaneMetrics {
     pub bytes: IntCounter,
 }
 
+/// The metrics of the workers' loops that are not read when they are asked for.
+pub struct LoopMetrics {
+    /// How late each worker's signs of life came.
+    pub lag: Vec<Histogram>,
+    /// Workers that are stalled now.
+    pub stalled: IntGauge,
+    stalls: IntCounterVec,
+}
+
+impl LoopMetrics {
+    /// How often a worker was held up at this place, which is a phase, the key of a filter, or `loop`.
+    pub fn stalls(&self, place: &str) -> IntCounter {
+        self.stalls.with_label_values(&[place])
+    }
+}
+
 /// The metrics of one upstream.
 pub struct UpstreamMetrics {
     /// Exchanges for which a connection was made.
@@ -493,7 +524,7 @@ impl Drop for StreamGuard {
 
 #[cfg(test)]
 mod tests {
-    use std::time::{Duration, Instant};
+    use std::time::Duration;
 
     use super::*;
     use crate::error::refusal;
@@ -511,6 +542,8 @@ mod tests {
         metrics.upstream("app").endpoint("127.0.0.1:3000");
         metrics.spools();
         metrics.lane(0);
+        metrics.filter_polls("respond");
+        crate::eventloop::tests::attach(&metrics);
         metrics.access_log();
         metrics.admin().count("/", 200);
         metrics.set_workers(2);
@@ -524,7 +557,7 @@ mod tests {
     #[test]
     fn every_family_is_rendered_with_its_help_type_and_labels() {
         let text = text(&busy());
-        for family in family::ALL {
+        for family in family::ALL.iter().filter(|family| cfg!(tokio_unstable) || !family.is_unstable()) {
             let head = format!("# HELP {0} {1}\n# TYPE {0} {2}\n", family.name, family.help, family.kind.name());
             assert!(text.contains(&head), "{head} is missing in\n{text}");
             let sample = text.lines().find(|line| line.starts_with(family.name)).unwrap();
@@ -546,12 +579,13 @@ mod tests {
     #[test]
     fn a_gauge_follows_an_exchange_through_its_phases() {
         let metrics = busy();
-        metrics.phases().enter(None, Some(Phase::Header));
-        metrics.phases().enter(Some(Phase::Header), Some(Phase::Wait));
+        let seat = metrics.enter_phase(Phase::Header, Instant::now());
+        seat.enter(Phase::Wait, Instant::now() - Duration::from_secs(5));
         assert!(text(&metrics).contains("forebay_phase_active{phase=\"wait\"} 1\n"));
         assert!(text(&metrics).contains("forebay_phase_active{phase=\"header\"} 0\n"));
-        metrics.phases().enter(Some(Phase::Wait), None);
+        drop(seat);
         assert!(text(&metrics).contains("forebay_phase_active{phase=\"wait\"} 0\n"));
+        assert!(text(&metrics).contains("forebay_phase_oldest_seconds{phase=\"wait\"} 0\n"));
     }
 
     #[test]

@@ -18,6 +18,7 @@ use std::time::{Duration, Instant};
 
 use futures::task::AtomicWaker;
 
+use crate::eventloop::worker;
 use crate::metrics::{LaneMetrics, Metrics};
 
 /// A round of the event loop should not take longer while the lane works.
@@ -43,6 +44,7 @@ pub enum Class {
 /// The lanes of one gateway: one for each worker, made when the worker first needs it.
 pub struct Lanes {
     metrics: Metrics,
+    /// Counts those of threads that are no workers, as in tests.
     made: AtomicUsize,
 }
 
@@ -62,7 +64,9 @@ impl Lanes {
         HERE.with_borrow_mut(|here| match here {
             Some((whose, lane)) if Arc::ptr_eq(whose, self) => lane.clone(),
             _ => {
-                let lane = Arc::new(Lane::new(self.metrics.lane(self.made.fetch_add(1, Ordering::Relaxed))));
+                let number = worker::here().map(|worker| worker.index);
+                let number = number.unwrap_or_else(|| self.made.fetch_add(1, Ordering::Relaxed));
+                let lane = Arc::new(Lane::new(self.metrics.lane(number)));
                 *here = Some((self.clone(), lane.clone()));
                 lane
             }

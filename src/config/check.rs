@@ -17,7 +17,7 @@ use super::filter::FilterKind;
 use super::listener::{Limits, Listener};
 use super::report::{Finding, Spot};
 use super::route::{BufferMode, Client, Match, PathMatch, Route, ValueMatch};
-use super::server::Resources;
+use super::server::{EventLoop, Resources};
 use super::units::{ByteRate, Count, Size, Time};
 use super::upstream::{LoadBalancing, Upstream};
 
@@ -32,6 +32,10 @@ const DISK_THREADS_MAX: u64 = 64;
 const DISK_QUEUE_MAX: u64 = 1_000_000;
 /// Below this, sixteen slow clients would have spent it, at what a route gives each by default.
 const MEMORY_MIN: Size = Size::kib(1024);
+/// More often would cost more than it shows.
+const HEARTBEAT_MIN: Time = Time::milliseconds(1);
+/// More seldom, most stalls would pass unseen.
+const HEARTBEAT_MAX: Time = Time::seconds(1);
 
 /// Everything that is wrong with `parts` beyond their form; `written` is the file that they come from.
 pub(super) fn check(parts: &Parts, written: &Mapping, kinds: &[FilterKind]) -> Vec<Finding> {
@@ -92,6 +96,7 @@ impl<'a> Check<'a> {
         self.count("observability.access_log.queue", rest.observability.access_log.queue, 1, LOG_QUEUE_MAX);
         self.count("observability.metrics.max_series", rest.observability.metrics.max_series, 1, u64::MAX);
         self.count("admin.streams", rest.admin.streams, 1, ADMIN_STREAMS_MAX);
+        self.event_loop(&rest.observability.event_loop);
         if rest.admin.enabled && is_open(&rest.admin.address) {
             let finding =
                 Finding::warning(value("admin.address"), "everyone who can reach this machine can reach `admin`")
@@ -99,6 +104,21 @@ impl<'a> Check<'a> {
             self.wrong(
                 finding.help("it asks for no password: let it listen on 127.0.0.1, or keep others out by a firewall"),
             );
+        }
+    }
+
+    fn event_loop(&mut self, event_loop: &EventLoop) {
+        let EventLoop { heartbeat, stall_threshold } = event_loop;
+        let path = "observability.event_loop.heartbeat";
+        if !(HEARTBEAT_MIN..=HEARTBEAT_MAX).contains(heartbeat) {
+            let finding = Finding::error(value(path), format!("`{path}` is out of range"));
+            self.wrong(finding.label(format!("expected a time from {HEARTBEAT_MIN} to {HEARTBEAT_MAX}")));
+        } else if stall_threshold <= heartbeat {
+            let written = self.is_written("observability.event_loop.stall_threshold");
+            let path = if written { "observability.event_loop.stall_threshold" } else { path };
+            let finding = Finding::error(value(path), "a worker would be called stalled between two heartbeats");
+            let label = format!("expected a `stall_threshold` ({stall_threshold}) above the `heartbeat` ({heartbeat})");
+            self.wrong(finding.label(label));
         }
     }
 

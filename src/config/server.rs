@@ -201,6 +201,24 @@ pub struct Observability {
     pub access_log: AccessLog,
     /// Limits of `/metrics`.
     pub metrics: MetricsLimits,
+    /// How the workers' loops are looked after.
+    pub event_loop: EventLoop,
+}
+
+/// How the workers' loops are looked after.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct EventLoop {
+    /// A worker that is late by more is stalled: it is counted, and the log names what holds it up. Above `heartbeat`.
+    pub stall_threshold: Time,
+    /// Every worker is asked for a sign of life this often: from 1ms to 1s.
+    pub heartbeat: Time,
+}
+
+impl Default for EventLoop {
+    fn default() -> Self {
+        EventLoop { stall_threshold: Time::milliseconds(100), heartbeat: Time::milliseconds(10) }
+    }
 }
 
 /// The access log.

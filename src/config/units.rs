@@ -72,6 +72,11 @@ impl Time {
     pub const fn seconds(seconds: u64) -> Self {
         Time(Duration::from_secs(seconds))
     }
+
+    /// So many milliseconds.
+    pub const fn milliseconds(milliseconds: u64) -> Self {
+        Time(Duration::from_millis(milliseconds))
+    }
 }
 
 impl Size {

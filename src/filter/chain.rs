@@ -11,6 +11,8 @@ use pingora::http::{RequestHeader, ResponseHeader};
 
 use super::{Filter, Outcome, Scope, Stages, Verdict};
 use crate::error::refusal;
+use crate::eventloop::Watched;
+use crate::metrics::Metrics;
 
 /// The filters of one route.
 #[derive(Default)]
@@ -26,9 +28,10 @@ pub struct Chain {
     end: Vec<usize>,
 }
 
-/// A filter and the key under which it was written, for the log.
+/// A filter, the key under which it was written, and how the event loop sees it.
 struct Link {
     key: &'static str,
+    watched: Watched,
     filter: Box<dyn Filter>,
 }
 
@@ -53,7 +56,8 @@ pub struct View<'a> {
 impl Chain {
     /// A chain of filters, each with its key, in the order in which they were written.
     pub(super) fn new(filters: Vec<(&'static str, Box<dyn Filter>)>) -> Chain {
-        let links: Vec<Link> = filters.into_iter().map(|(key, filter)| Link { key, filter }).collect();
+        let links: Vec<Link> =
+            filters.into_iter().map(|(key, filter)| Link { key, watched: Watched::untimed(key), filter }).collect();
         let inwards = |stage| -> Vec<usize> {
             (0..links.len()).filter(|&index| links[index].filter.stages().contains(stage)).collect()
         };
@@ -69,6 +73,14 @@ impl Chain {
         }
     }
 
+    /// Times the polls of its filters.
+    pub fn timed(mut self, metrics: &Metrics) -> Chain {
+        for link in &mut self.links {
+            link.watched.time(metrics.filter_polls(link.key));
+        }
+        self
+    }
+
     /// Whether a filter wants one of these stages; if not, there is no need to call them.
     pub fn wants(&self, stages: Stages) -> bool {
         self.stages.intersects(stages)
@@ -82,7 +94,9 @@ impl Chain {
     /// Runs [`Filter::request`].
     pub async fn request(&self, states: &mut States, mut view: View<'_>) -> Verdict {
         for &index in &self.request {
-            let verdict = self.links[index].filter.request(&mut view.scope(states, index)).await;
+            let link = &self.links[index];
+            let mut scope = view.scope(states, index);
+            let verdict = link.watched.run(link.filter.request(&mut scope)).await;
             let Verdict::Continue = verdict else { return verdict };
         }
         Verdict::Continue
@@ -98,7 +112,9 @@ impl Chain {
     ) -> Verdict {
         for &index in &self.request_body {
             let link = &self.links[index];
-            let verdict = link.filter.request_body(&mut view.scope(states, index), piece, end).await;
+            let mut scope = view.scope(states, index);
+            let call = link.filter.request_body(&mut scope, piece, end);
+            let verdict = link.watched.run(call).await;
             let Verdict::Continue = verdict else { return link.late("request_body", verdict) };
         }
         Verdict::Continue
@@ -108,7 +124,9 @@ impl Chain {
     pub async fn response(&self, states: &mut States, mut view: View<'_>, response: &mut ResponseHeader) -> Verdict {
         for &index in &self.response {
             let link = &self.links[index];
-            let verdict = link.filter.response(&mut view.scope(states, index), response).await;
+            let mut scope = view.scope(states, index);
+            let call = link.filter.response(&mut scope, response);
+            let verdict = link.watched.run(call).await;
             let Verdict::Continue = verdict else { return link.late("response", verdict) };
         }
         Verdict::Continue
@@ -124,7 +142,9 @@ impl Chain {
     ) -> Verdict {
         for &index in &self.response_body {
             let link = &self.links[index];
-            let verdict = link.filter.response_body(&mut view.scope(states, index), piece, end).await;
+            let mut scope = view.scope(states, index);
+            let call = link.filter.response_body(&mut scope, piece, end);
+            let verdict = link.watched.run(call).await;
             let Verdict::Continue = verdict else { return link.late("response_body", verdict) };
         }
         Verdict::Continue
@@ -133,7 +153,8 @@ impl Chain {
     /// Runs [`Filter::end`], the last filter first: each one that wants it, whatever happened before.
     pub fn end(&self, states: &mut States, mut view: View<'_>, outcome: Outcome) {
         for &index in &self.end {
-            self.links[index].filter.end(&mut view.scope(states, index), outcome);
+            let link = &self.links[index];
+            link.watched.call(|| link.filter.end(&mut view.scope(states, index), outcome));
         }
     }
 }

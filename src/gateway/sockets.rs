@@ -123,13 +123,19 @@ pub struct Bound<S> {
     service: S,
     sockets: Vec<(String, RawFd)>,
     stop: Option<ShutdownWatch>,
+    first: Option<Box<dyn FnOnce() + Send + Sync>>,
 }
 
 impl<S> Bound<S> {
     /// Gives `service` its sockets. With `stop` it ends when that says so; else when Pingora says so.
     pub fn new(service: S, sockets: Vec<Socket>, stop: Option<ShutdownWatch>) -> Self {
         let sockets = sockets.into_iter().map(|socket| (socket.key, socket.fd.into_raw_fd())).collect();
-        Bound { service, sockets, stop }
+        Bound { service, sockets, stop, first: None }
+    }
+
+    /// Does this before the service starts, on its runtime.
+    pub fn first(self, work: impl FnOnce() + Send + Sync + 'static) -> Self {
+        Bound { first: Some(Box::new(work)), ..self }
     }
 }
 
@@ -141,6 +147,9 @@ impl<S: Service> Service for Bound<S> {
             for (key, fd) in self.sockets.drain(..) {
                 fds.add(key, fd);
             }
+        }
+        if let Some(first) = self.first.take() {
+            first();
         }
         let stop = self.stop.take().unwrap_or(shutdown);
         self.service.start_service(fds, stop, listeners_per_fd).await;

@@ -4,6 +4,8 @@
 //! them, and ask that each metric is on some board.
 
 use prometheus::core::Desc;
+use prometheus::proto::{Bucket, Counter as CounterValue, Gauge as GaugeValue, Histogram as HistogramValue};
+use prometheus::proto::{LabelPair, Metric, MetricFamily, MetricType};
 use prometheus::{CounterVec, GaugeVec, HistogramOpts, HistogramVec, IntCounterVec, IntGaugeVec, Opts, Registry};
 
 /// One metric with all its label values.
@@ -41,14 +43,38 @@ impl Kind {
     }
 }
 
-/// Seconds of one phase, from routing (microseconds) to a slow client (a minute).
-const PHASE: &[f64] = &[0.0001, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 5.0, 30.0, 60.0];
+/// Seconds of one phase, from routing (microseconds) to a slow client (a minute). Eight, for every route has them for each
+/// of its phases; where it matters, the access log has the figure itself.
+const PHASE: &[f64] = &[0.0005, 0.0025, 0.01, 0.05, 0.25, 1.0, 5.0, 30.0];
 
 /// Seconds of a whole exchange.
 const EXCHANGE: &[f64] = &[0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0];
 
 /// Seconds that Forebay itself costs.
 const OWN: &[f64] = &[0.00001, 0.000025, 0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.05];
+
+/// Seconds of one poll of a task, as tokio counts them: 32.768 µs, doubled twelve times.
+pub const POLL_TIMES: &[f64] = &[
+    0.000032768,
+    0.000065536,
+    0.000131072,
+    0.000262144,
+    0.000524288,
+    0.001048576,
+    0.002097152,
+    0.004194304,
+    0.008388608,
+    0.016777216,
+    0.033554432,
+    0.067108864,
+    0.134217728,
+];
+
+/// Seconds by which a worker is late: from a wake-up of the kernel to a filter that sleeps.
+const LAG: &[f64] = &[0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 5.0];
+
+/// Seconds of one poll of a filter: most take microseconds.
+const FILTER_POLL: &[f64] = &[0.000001, 0.000005, 0.000025, 0.0001, 0.0005, 0.0025, 0.01, 0.05, 0.25, 1.0];
 
 /// Seconds of one piece of work for the disk: from the page cache to a disk that is drowned in writes.
 const DISK: &[f64] = &[0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.1, 0.5, 1.0, 5.0];
@@ -74,7 +100,9 @@ families! {
     PHASE_SECONDS: "forebay_phase_seconds", Histogram(PHASE), ["route", "phase"],
         "Time that exchanges spent in a phase; those that never entered it are not counted.";
     PHASE_ACTIVE: "forebay_phase_active", Gauge, ["phase"],
-        "Exchanges that are in a phase now.";
+        "Exchanges, and connections before their first one, that are in a phase now.";
+    PHASE_OLDEST: "forebay_phase_oldest_seconds", Gauge, ["phase"],
+        "For how long the first of those that are in a phase now has been in it; 0 if there is none.";
     OWN_SECONDS: "forebay_own_seconds", Histogram(OWN), ["route"],
         "Time that Forebay itself cost an exchange: the polls of its future, without any waiting.";
     WRITE_BLOCKED: "forebay_write_blocked_seconds_total", Counter, ["route"],
@@ -135,6 +163,32 @@ families! {
         "Requests to the admin endpoint, by what answered them and its status.";
     ADMIN_STREAMS: "forebay_admin_streams", Gauge, [],
         "Answers of the admin endpoint that go on, such as that of the status page.";
+    LOOP_WAIT: "forebay_loop_wait_seconds_total", Counter, ["worker"],
+        "Time in which a worker waited in the kernel for something to do.";
+    LOOP_BUSY: "forebay_loop_busy_seconds_total", Counter, ["worker"],
+        "Time in which a worker did something.";
+    LOOP_WAKEUPS: "forebay_loop_wakeups_total", Counter, ["worker"],
+        "Times that a worker waited in the kernel and was woken.";
+    LOOP_READY_EVENTS: "forebay_loop_ready_events_total", Counter, ["worker"],
+        "Events that the kernel had ready for a worker: sockets to read, to write or to accept from.";
+    LOOP_POLLS: "forebay_loop_polls_total", Counter, ["worker"],
+        "Polls of tasks.";
+    LOOP_POLL: "forebay_loop_poll_seconds", Histogram(POLL_TIMES), ["worker"],
+        "Time of one poll of a task, in which nobody else on its worker gets anything done.";
+    LOOP_TASKS: "forebay_loop_tasks", Gauge, ["worker"],
+        "Tasks that there are: connections, exchanges and what they need.";
+    LOOP_RUN_QUEUE: "forebay_loop_run_queue", Gauge, ["worker"],
+        "Tasks that are ready and wait for their worker.";
+    LOOP_DESCRIPTORS: "forebay_loop_descriptors", Gauge, ["worker"],
+        "Sockets and other descriptors that a worker watches.";
+    LOOP_LAG: "forebay_loop_lag_seconds", Histogram(LAG), ["worker"],
+        "How late a task that was ready ran: the time to a sign of life of a worker.";
+    STALLED_WORKERS: "forebay_stalled_workers", Gauge, [],
+        "Workers that are late by more than stall_threshold now.";
+    STALLS: "forebay_stalls_total", Counter, ["where"],
+        "Times that a worker was late by more than stall_threshold, by the filter or phase that held it up.";
+    FILTER_POLL_SECONDS: "forebay_filter_poll_seconds", Histogram(FILTER_POLL), ["filter"],
+        "Time of one poll of a filter, in which nobody else on its worker gets anything done.";
     WORKERS: "forebay_workers", Gauge, [],
         "Worker threads that serve clients.";
     BUILD_INFO: "forebay_build_info", Gauge, ["version", "pingora"],
@@ -173,11 +227,76 @@ impl Family {
         self.register(registry, GaugeVec::new(Opts::new(self.name, self.help), self.labels))
     }
 
+    /// What a collector of ours read of it.
+    pub(crate) fn read(&self, samples: Vec<Metric>) -> MetricFamily {
+        let mut family = MetricFamily::default();
+        family.set_name(self.name.to_owned());
+        family.set_help(self.help.to_owned());
+        family.set_field_type(match self.kind {
+            Kind::Counter => MetricType::COUNTER,
+            Kind::Gauge => MetricType::GAUGE,
+            Kind::Histogram(_) => MetricType::HISTOGRAM,
+        });
+        family.set_metric(samples);
+        family
+    }
+
+    /// One sample of it, a counter or a gauge.
+    pub(crate) fn sample(&self, labels: &[&str], value: f64) -> Metric {
+        let mut metric = self.labelled(labels);
+        if self.kind == Kind::Counter {
+            let mut counter = CounterValue::default();
+            counter.set_value(value);
+            metric.set_counter(counter);
+        } else {
+            let mut gauge = GaugeValue::default();
+            gauge.set_value(value);
+            metric.set_gauge(gauge);
+        }
+        metric
+    }
+
+    /// One histogram of it: how many fell into each bucket, the last of which has no bound, and the sum of all.
+    pub(crate) fn distribution(&self, labels: &[&str], counts: &[u64], sum: f64) -> Metric {
+        let Kind::Histogram(bounds) = self.kind else { unreachable!("{} is no histogram", self.name) };
+        let mut below = 0;
+        let buckets = bounds.iter().zip(counts).map(|(&bound, count)| {
+            below += count;
+            let mut bucket = Bucket::default();
+            bucket.set_upper_bound(bound);
+            bucket.set_cumulative_count(below);
+            bucket
+        });
+        let mut histogram = HistogramValue::default();
+        histogram.set_bucket(buckets.collect());
+        histogram.set_sample_count(counts.iter().sum());
+        histogram.set_sample_sum(sum);
+        let mut metric = self.labelled(labels);
+        metric.set_histogram(histogram);
+        metric
+    }
+
+    fn labelled(&self, values: &[&str]) -> Metric {
+        let pair = |(&name, &value): (&&str, &&str)| {
+            let mut pair = LabelPair::default();
+            pair.set_name(name.to_owned());
+            pair.set_value(value.to_owned());
+            pair
+        };
+        Metric::from_label(self.labels.iter().zip(values).map(pair).collect())
+    }
+
     /// What the registry wants to know of it before its collector is registered.
-    pub(super) fn describe(&self) -> Desc {
+    pub(crate) fn describe(&self) -> Desc {
         let labels = self.labels.iter().map(|&label| label.to_owned()).collect();
         let described = Desc::new(self.name.to_owned(), self.help.to_owned(), labels, Default::default());
         described.expect("the rows of this table are valid: a test registers every one of them")
+    }
+
+    /// Whether it is there only in a build with `tokio_unstable`.
+    #[cfg(test)]
+    pub(super) fn is_unstable(&self) -> bool {
+        [&LOOP_READY_EVENTS, &LOOP_POLLS, &LOOP_POLL, &LOOP_DESCRIPTORS].iter().any(|one| one.name == self.name)
     }
 
     /// How many series one set of label values makes.

@@ -3,7 +3,7 @@
 //! So a refusal is declared in one row and counted by one atomic, and every reason is there from the start with 0.
 
 use prometheus::core::{Collector, Desc};
-use prometheus::proto::{Counter, LabelPair, Metric, MetricFamily, MetricType};
+use prometheus::proto::MetricFamily;
 
 use super::family;
 use crate::error::Refusal;
@@ -31,24 +31,12 @@ impl Collector for Refusals {
 
     fn collect(&self) -> Vec<MetricFamily> {
         let counts = self.rows.chunk_by(|a, b| a.reason == b.reason);
-        let mut family = MetricFamily::default();
-        family.set_name(family::REFUSALS.name.to_owned());
-        family.set_help(family::REFUSALS.help.to_owned());
-        family.set_field_type(MetricType::COUNTER);
-        family.set_metric(counts.map(|rows| sample(rows[0].reason, rows.iter().map(|row| row.seen()).sum())).collect());
-        vec![family]
+        let sample = |rows: &[&Refusal]| {
+            let seen: u64 = rows.iter().map(|row| row.seen()).sum();
+            family::REFUSALS.sample(&[rows[0].reason], seen as f64)
+        };
+        vec![family::REFUSALS.read(counts.map(sample).collect())]
     }
-}
-
-fn sample(reason: &str, seen: u64) -> Metric {
-    let mut label = LabelPair::default();
-    label.set_name(family::REFUSALS.labels[0].to_owned());
-    label.set_value(reason.to_owned());
-    let mut counter = Counter::default();
-    counter.set_value(seen as f64);
-    let mut metric = Metric::from_label(vec![label]);
-    metric.set_counter(counter);
-    metric
 }
 
 #[cfg(test)]

@@ -263,7 +263,7 @@ pub(super) mod tests {
             r#"forebay_exchange_seconds_count{code_class="2xx",route="api"} 2"#,
             r#"forebay_exchange_seconds_sum{code_class="2xx",route="api"} 0.064"#,
             r#"forebay_phase_seconds_count{phase="wait",route="api"} 2"#,
-            r#"forebay_phase_seconds_bucket{phase="wait",route="api",le="0.025"} 0"#,
+            r#"forebay_phase_seconds_bucket{phase="wait",route="api",le="0.01"} 0"#,
             r#"forebay_phase_seconds_bucket{phase="wait",route="api",le="0.05"} 2"#,
             r#"forebay_own_seconds_bucket{route="api",le="0.00005"} 2"#,
             r#"forebay_upstream_held_seconds_count{route="api"} 2"#,

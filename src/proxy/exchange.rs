@@ -12,8 +12,9 @@ use super::route::Route;
 use crate::client::connection::{Connection, introduction};
 use crate::client::session::Link;
 use crate::error::Refusal;
+use crate::eventloop::worker as eventloop;
 use crate::filter::{Refused, Stages, States, Verdict, View};
-use crate::metrics::{Metrics, PhaseGuard};
+use crate::metrics::{Metrics, Seat};
 use crate::phase::{Clock, Phase};
 use crate::upstream::{Endpoint, Upstream};
 
@@ -26,7 +27,7 @@ pub struct Exchange {
     /// Which phase it is in, and what it spent where.
     pub clock: Clock,
     /// Counts it among the exchanges of its phase.
-    pub active: PhaseGuard,
+    pub seat: Seat,
     /// The connection it came over. `None` only for sessions that were not made by `client::Front`.
     pub connection: Option<Arc<Connection>>,
     /// The client's address: the peer's, or what a trusted proxy said.
@@ -107,10 +108,12 @@ impl Exchange {
         if let Some(accept) = begin.as_ref().and_then(|begin| begin.accept) {
             clock.credit(Phase::Accept, accept);
         }
-        clock.enter(Phase::Route, begin.as_ref().map_or(now, |begin| begin.header_done));
+        let routed = begin.as_ref().map_or(now, |begin| begin.header_done);
+        clock.enter(Phase::Route, routed);
+        eventloop::enter(Phase::Route);
         Exchange {
             clock,
-            active: metrics.enter_phase(Phase::Route),
+            seat: metrics.enter_phase(Phase::Route, routed),
             connection: begin.map(|begin| begin.connection),
             client: None,
             peer_is_trusted: false,
@@ -134,8 +137,13 @@ impl Exchange {
 
     /// Goes on to `phase`.
     pub fn enter(&mut self, phase: Phase) {
-        self.clock.enter(phase, Instant::now());
-        self.active.enter(phase);
+        if phase == self.clock.phase() {
+            return;
+        }
+        let now = Instant::now();
+        self.clock.enter(phase, now);
+        self.seat.enter(phase, now);
+        eventloop::enter(phase);
     }
 
     /// The endpoint is busy with it no longer.

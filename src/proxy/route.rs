@@ -15,6 +15,7 @@ use crate::client::intake::IntakeTerms;
 use crate::client::session::Patience;
 use crate::client::wire::Manner;
 use crate::error::{Refusal, refusal};
+use crate::eventloop::worker::{RouteTag, take_route};
 use crate::filter::{Chain, Stages, Verdict, View};
 use crate::metrics::RouteMetrics;
 use crate::upstream::{Split, Timeouts, Upstream};
@@ -38,6 +39,8 @@ pub struct Route {
     pub non_idempotent: bool,
     /// How long its clients may take between two pieces of a response.
     pub write_idle: std::time::Duration,
+    /// Names it where a worker is found stalled.
+    pub tag: RouteTag,
     /// Its counters.
     pub metrics: Arc<RouteMetrics>,
 }
@@ -86,6 +89,7 @@ pub fn find<'t>(routes: &'t Table<Arc<Route>>, request: &RequestHeader) -> Resul
 
 /// Takes the route and runs its request filters.
 pub async fn take(exchange: &mut Exchange, route: Arc<Route>, request: &mut RequestHeader) -> Verdict {
+    take_route(&route.tag);
     if !route.chain.wants(Stages::ALL) {
         exchange.route = Some(route);
         return Verdict::Continue;

@@ -44,20 +44,6 @@ const AWAITED: &[&str] = &[
     "forebay_upstream_discoveries_total",
     "forebay_upstream_resolutions_total",
     "forebay_mirror_total",
-    "forebay_loop_wait_seconds_total",
-    "forebay_loop_busy_seconds_total",
-    "forebay_loop_wakeups_total",
-    "forebay_loop_ready_events_total",
-    "forebay_loop_polls_total",
-    "forebay_loop_poll_seconds_bucket",
-    "forebay_loop_tasks",
-    "forebay_loop_run_queue",
-    "forebay_loop_descriptors",
-    "forebay_loop_lag_seconds_bucket",
-    "forebay_stalled_workers",
-    "forebay_stalls_total",
-    "forebay_filter_poll_seconds_bucket",
-    "forebay_phase_oldest_seconds",
 ];
 
 /// Every board, in the order of [`BOARDS`].

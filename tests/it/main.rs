@@ -12,6 +12,7 @@ mod buffer;
 mod cli;
 mod config;
 mod connect;
+mod eventloop;
 mod filters;
 mod finish;
 mod header;

@@ -1,0 +1,168 @@
+//! The heartbeat: a thread that is no worker asks every worker for a sign of life, and looks who is late.
+//!
+//! Each worker has a task that does nothing but answer. How long an answer takes is the lag: how late a task that was ready
+//! ran. The asking thread has no runtime, so that it goes on when all of them stand still, and a process that was halted as a
+//! whole was not late. Timers would do without it, but those of tokio count whole milliseconds and are late by one or two.
+//!
+//! `client::lane` measures the loop's rounds by itself while it hands out turns: it must know of each of them, many a
+//! millisecond, and a beat every ten is none the wiser.
+
+use std::future::poll_fn;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::mpsc::{Receiver, RecvTimeoutError};
+use std::task::Poll;
+use std::time::{Duration, Instant};
+
+use futures::task::AtomicWaker;
+
+use super::stall::{Look, News, Watch};
+use super::worker::{Worker, here, nanos};
+use crate::metrics::LoopMetrics;
+
+/// What is asked and answered. Times are nanoseconds since the epoch.
+pub(super) struct Pulse {
+    epoch: Instant,
+    asked: AtomicU64,
+    /// The last `asked` that was answered.
+    answered: AtomicU64,
+    /// When.
+    at: AtomicU64,
+    /// By which worker.
+    by: AtomicUsize,
+    waker: AtomicWaker,
+}
+
+impl Pulse {
+    pub(super) fn new(epoch: Instant) -> Arc<Self> {
+        let zero = || AtomicU64::new(0);
+        let (asked, answered, at, by) = (zero(), zero(), zero(), AtomicUsize::new(0));
+        Arc::new(Pulse { epoch, asked, answered, at, by, waker: AtomicWaker::new() })
+    }
+
+    /// Answers for as long as its runtime lives.
+    pub(super) async fn beat(self: Arc<Self>) {
+        poll_fn(|cx| {
+            self.waker.register(cx.waker());
+            let asked = self.asked.load(Ordering::Acquire);
+            if asked != self.answered.load(Ordering::Relaxed) {
+                self.by.store(here().map_or(0, |worker| worker.index), Ordering::Relaxed);
+                self.at.store(nanos(self.epoch.elapsed()), Ordering::Relaxed);
+                self.answered.store(asked, Ordering::Release);
+            }
+            Poll::<()>::Pending
+        })
+        .await;
+    }
+
+    fn ask(&self, now: Duration) {
+        self.asked.store(nanos(now).max(1), Ordering::Release);
+        self.waker.wake();
+    }
+
+    fn state(&self, now: Duration) -> Answer {
+        let asked = self.asked.load(Ordering::Relaxed);
+        if self.answered.load(Ordering::Acquire) != asked {
+            return Answer::Awaited(Duration::from_nanos(nanos(now).saturating_sub(asked)));
+        }
+        let lag = Duration::from_nanos(self.at.load(Ordering::Relaxed).saturating_sub(asked));
+        Answer::Came { lag, by: self.by.load(Ordering::Relaxed), first: asked == 0 }
+    }
+}
+
+enum Answer {
+    /// For so long.
+    Awaited(Duration),
+    /// After `lag`, by the worker of this number. `first`: nothing was asked yet.
+    Came { lag: Duration, by: usize, first: bool },
+}
+
+/// The thread that asks.
+pub(super) struct Pacemaker {
+    pub(super) epoch: Instant,
+    pub(super) period: Duration,
+    pub(super) pulses: Vec<Arc<Pulse>>,
+    pub(super) workers: Vec<&'static Worker>,
+    /// Whether the workers share their tasks. An answer then says nothing about one of them.
+    pub(super) shared: bool,
+    pub(super) metrics: LoopMetrics,
+    pub(super) watches: Vec<Watch>,
+}
+
+impl Pacemaker {
+    /// Asks until `stop` is dropped.
+    pub(super) fn run(mut self, stop: &Receiver<()>) {
+        while stop.recv_timeout(self.period) == Err(RecvTimeoutError::Timeout) {
+            self.round();
+        }
+        self.metrics.stalled.set(0);
+    }
+
+    fn round(&mut self) {
+        let instant = Instant::now();
+        let now = instant - self.epoch;
+        // Of each pulse, for how long its answer has been awaited.
+        let mut late = vec![Duration::ZERO; self.pulses.len()];
+        for (place, pulse) in self.pulses.iter().enumerate() {
+            match pulse.state(now) {
+                Answer::Awaited(time) => late[place] = time,
+                Answer::Came { lag, by, first } => {
+                    if !first {
+                        self.metrics.lag[by.min(self.metrics.lag.len() - 1)].observe(lag.as_secs_f64());
+                    }
+                    if !self.shared {
+                        self.watches[place].came(lag);
+                    }
+                    pulse.ask(now);
+                }
+            }
+        }
+        for (place, look) in self.looks(&late, instant).into_iter().enumerate() {
+            if let Some(news) = self.watches[place].look(look, now) {
+                self.tell(place, news);
+            }
+        }
+        let stalled = self.watches.iter().filter(|watch| watch.is_stalled()).count();
+        self.metrics.stalled.set(stalled as i64);
+    }
+
+    /// How each worker looks; if they share their tasks there is one look more, at all of them together.
+    fn looks(&self, late: &[Duration], now: Instant) -> Vec<Look> {
+        let doing = self.workers.iter().map(|worker| worker.doing(now));
+        if !self.shared {
+            return doing.zip(late).map(|(doing, &late)| Look { late, doing }).collect();
+        }
+        // Nobody answers for a single one. Those that are held up by an exchange are seen by it; where none is and yet no
+        // answer comes, all are late together.
+        let each = doing.map(|doing| Look { late: doing.map_or(Duration::ZERO, |(_, time)| time), doing });
+        let mut looks: Vec<Look> = each.collect();
+        let all = late.iter().copied().min().unwrap_or_default();
+        let explained = looks.iter().any(|look| look.late * 2 >= all);
+        looks.push(Look { late: if explained { Duration::ZERO } else { all }, doing: None });
+        looks
+    }
+
+    fn tell(&self, place: usize, news: News) {
+        let worker = if place < self.workers.len() { place.to_string() } else { "all".to_owned() };
+        match news {
+            News::Begins(stall) => {
+                let spot = stall.place();
+                self.metrics.stalls(spot).inc();
+                let Some(untold) = stall.untold else { return };
+                let route = stall.word.route();
+                let route = route.as_deref().unwrap_or("-");
+                let (lasted, untold) = (stall.lasted, (untold > 0).then_some(untold));
+                let why = if stall.is_crowd() {
+                    "many short tasks, or one that is no exchange, hold it up"
+                } else {
+                    "everyone else on it waits meanwhile: what blocks belongs on another thread"
+                };
+                tracing::warn!(worker, "where" = spot, route, ?lasted, untold, "a worker is stalled: {why}");
+            }
+            News::Ends(stall) if stall.untold.is_some() => {
+                tracing::warn!(worker, "where" = stall.place(), lasted = ?stall.lasted, "the worker goes on");
+            }
+            News::Ends(_) => {}
+        }
+    }
+}

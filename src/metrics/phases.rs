@@ -1,0 +1,269 @@
+//! `forebay_phase_active` and `forebay_phase_oldest_seconds`: who is in which phase, and since when.
+//!
+//! Whoever is in a phase has a [`Seat`]: one word that says which and since when. Going on to the next phase is one store
+//! into it, by whichever worker runs the exchange; the words are counted when somebody asks. Each thread keeps the seats
+//! that became free on it, so that no two workers meet at a lock, unless one has no free seat left or far too many.
+
+use std::cell::RefCell;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::time::{Duration, Instant};
+
+use prometheus::core::{Collector, Desc};
+use prometheus::proto::MetricFamily;
+
+use super::family;
+use crate::phase::Phase;
+
+/// So many seats are made at once.
+const ROW: usize = 256;
+/// A thread that has more free seats than this gives half of them to the others: where exchanges move between workers,
+/// they may all begin on one and end on another.
+const KEPT: usize = 4 * ROW;
+
+/// All seats of one gateway. Clones share them.
+#[derive(Clone)]
+pub(super) struct Roll(Arc<Seats>);
+
+struct Seats {
+    epoch: Instant,
+    rows: Mutex<Vec<Arc<Row>>>,
+    spare: Mutex<Vec<Place>>,
+}
+
+/// Each word is 0 if its seat is free, else microseconds since the epoch, shifted by [`PHASE_BITS`], and the phase, from 1.
+struct Row {
+    seats: Weak<Seats>,
+    words: [AtomicU64; ROW],
+}
+
+const PHASE_BITS: u32 = 4;
+const _: () = assert!(Phase::COUNT < 1 << PHASE_BITS);
+
+struct Place {
+    row: Arc<Row>,
+    index: usize,
+}
+
+impl Place {
+    fn word(&self) -> &AtomicU64 {
+        &self.row.words[self.index]
+    }
+}
+
+thread_local! {
+    /// Free seats, mostly or always of one gateway.
+    static FREE: RefCell<Vec<Place>> = const { RefCell::new(Vec::new()) };
+}
+
+/// Counts an exchange or a connection among those in its phase until it is dropped.
+pub struct Seat {
+    epoch: Instant,
+    /// `None` only while it is dropped.
+    place: Option<Place>,
+}
+
+impl Seat {
+    /// Goes on to `phase`.
+    pub fn enter(&self, phase: Phase, now: Instant) {
+        if let Some(place) = &self.place {
+            let micros = now.saturating_duration_since(self.epoch).as_micros() as u64;
+            place.word().store(micros << PHASE_BITS | (phase.index() as u64 + 1), Ordering::Relaxed);
+        }
+    }
+}
+
+impl Drop for Seat {
+    fn drop(&mut self) {
+        let Some(place) = self.place.take() else { return };
+        place.word().store(0, Ordering::Relaxed);
+        // A thread that is ending keeps nothing any more: then the seat is lost, and there is no work for it either.
+        let _ = FREE.try_with(|free| {
+            let mut free = free.borrow_mut();
+            free.push(place);
+            if free.len() > KEPT {
+                free.drain(KEPT / 2..).for_each(give_back);
+            }
+        });
+    }
+}
+
+fn give_back(place: Place) {
+    if let Some(seats) = place.row.seats.upgrade() {
+        lock(&seats.spare).push(place);
+    }
+}
+
+/// What is known of one phase.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct PhaseState {
+    /// How many are in it.
+    pub active: u64,
+    /// For how long the first of them has been; zero if there is none.
+    pub oldest: Duration,
+}
+
+impl Roll {
+    /// Nobody is in any phase.
+    pub(super) fn new(epoch: Instant) -> Self {
+        Roll(Arc::new(Seats { epoch, rows: Mutex::default(), spare: Mutex::default() }))
+    }
+
+    /// Counts one more in `phase`, who has been in it `since`.
+    pub(super) fn take(&self, phase: Phase, since: Instant) -> Seat {
+        let seat = Seat { epoch: self.0.epoch, place: Some(self.place()) };
+        seat.enter(phase, since);
+        seat
+    }
+
+    /// The phases as they are, in their order.
+    pub(super) fn states(&self, now: Instant) -> [PhaseState; Phase::COUNT] {
+        let now = now.saturating_duration_since(self.0.epoch);
+        let mut states = [PhaseState::default(); Phase::COUNT];
+        for row in &*lock(&self.0.rows) {
+            let words = row.words.iter().map(|word| word.load(Ordering::Relaxed));
+            for word in words.filter(|&word| word != 0) {
+                let state = &mut states[(word & ((1 << PHASE_BITS) - 1)) as usize - 1];
+                state.active += 1;
+                state.oldest = state.oldest.max(now.saturating_sub(Duration::from_micros(word >> PHASE_BITS)));
+            }
+        }
+        states
+    }
+
+    fn place(&self) -> Place {
+        FREE.with_borrow_mut(|free| {
+            loop {
+                match free.pop() {
+                    Some(place) if std::ptr::eq(place.row.seats.as_ptr(), &*self.0) => return place,
+                    // Of another gateway that ran on this thread, which only happens in tests.
+                    Some(foreign) => give_back(foreign),
+                    None => *free = self.more(),
+                }
+            }
+        })
+    }
+
+    /// At least one free seat.
+    fn more(&self) -> Vec<Place> {
+        let mut spare = lock(&self.0.spare);
+        let from = spare.len().saturating_sub(ROW);
+        if !spare.is_empty() {
+            return spare.drain(from..).collect();
+        }
+        let row = Arc::new(Row { seats: Arc::downgrade(&self.0), words: [const { AtomicU64::new(0) }; ROW] });
+        lock(&self.0.rows).push(row.clone());
+        (0..ROW).map(|index| Place { row: row.clone(), index }).collect()
+    }
+}
+
+/// Held for a few pushes, and by a scrape for as long as it takes to read the words.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Reads the seats whenever `/metrics` is asked for.
+pub(super) struct PhaseCollector {
+    roll: Roll,
+    descs: [Desc; 2],
+}
+
+impl PhaseCollector {
+    pub(super) fn new(roll: Roll) -> Self {
+        PhaseCollector { roll, descs: [family::PHASE_ACTIVE.describe(), family::PHASE_OLDEST.describe()] }
+    }
+}
+
+impl Collector for PhaseCollector {
+    fn desc(&self) -> Vec<&Desc> {
+        self.descs.iter().collect()
+    }
+
+    fn collect(&self) -> Vec<MetricFamily> {
+        let states = self.roll.states(Instant::now());
+        let named = || Phase::ALL.iter().map(|phase| phase.name()).zip(&states);
+        vec![
+            family::PHASE_ACTIVE.read(
+                named().map(|(phase, state)| family::PHASE_ACTIVE.sample(&[phase], state.active as f64)).collect(),
+            ),
+            family::PHASE_OLDEST.read(
+                named()
+                    .map(|(phase, state)| family::PHASE_OLDEST.sample(&[phase], state.oldest.as_secs_f64()))
+                    .collect(),
+            ),
+        ]
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn ms(n: u64) -> Duration {
+        Duration::from_millis(n)
+    }
+
+    fn of(roll: &Roll, phase: Phase, now: Instant) -> (u64, Duration) {
+        let state = roll.states(now)[phase.index()];
+        (state.active, state.oldest)
+    }
+
+    #[test]
+    fn each_is_in_one_phase_and_the_oldest_tells_for_how_long() {
+        let begin = Instant::now();
+        let roll = Roll::new(begin);
+        let first = roll.take(Phase::Header, begin + ms(10));
+        let second = roll.take(Phase::Header, begin + ms(40));
+        assert_eq!(of(&roll, Phase::Header, begin + ms(50)), (2, ms(40)));
+
+        first.enter(Phase::Wait, begin + ms(60));
+        assert_eq!(of(&roll, Phase::Header, begin + ms(70)), (1, ms(30)));
+        assert_eq!(of(&roll, Phase::Wait, begin + ms(70)), (1, ms(10)));
+
+        drop((first, second));
+        assert_eq!(roll.states(begin + ms(80)), [PhaseState::default(); Phase::COUNT]);
+    }
+
+    #[test]
+    fn a_seat_that_is_free_is_taken_again() {
+        let now = Instant::now();
+        let roll = Roll::new(now);
+        for _ in 0..10 * ROW {
+            roll.take(Phase::Route, now);
+        }
+        assert_eq!(lock(&roll.0.rows).len(), 1);
+    }
+
+    #[test]
+    fn seats_that_are_taken_on_one_thread_and_freed_on_another_do_not_pile_up() {
+        let now = Instant::now();
+        let roll = Roll::new(now);
+        let (send, receive) = std::sync::mpsc::sync_channel::<Seat>(ROW);
+        let other = std::thread::spawn(move || receive.into_iter().for_each(drop));
+        for _ in 0..100 * KEPT {
+            send.send(roll.take(Phase::Route, now)).unwrap();
+        }
+        drop(send);
+        other.join().unwrap();
+        let rows = lock(&roll.0.rows).len();
+        assert!(rows <= 4 * KEPT / ROW, "{rows} rows of {ROW} seats for {ROW} who were there at once");
+    }
+
+    #[test]
+    fn two_gateways_on_one_thread_have_seats_of_their_own() {
+        let now = Instant::now();
+        let (one, two) = (Roll::new(now), Roll::new(now));
+        drop(one.take(Phase::Send, now));
+        let _seat = two.take(Phase::Send, now);
+        assert_eq!(of(&one, Phase::Send, now).0, 0);
+        assert_eq!(of(&two, Phase::Send, now).0, 1);
+    }
+
+    #[test]
+    fn who_entered_after_the_reading_began_is_not_older_than_nothing() {
+        let begin = Instant::now();
+        let roll = Roll::new(begin);
+        let _seat = roll.take(Phase::Send, begin + ms(5));
+        assert_eq!(of(&roll, Phase::Send, begin), (1, Duration::ZERO));
+    }
+}

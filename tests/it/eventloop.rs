@@ -1,0 +1,185 @@
+//! How the workers' loops are seen: what they do, how late they are, and who stalls them.
+
+use std::io;
+use std::sync::{Arc, Mutex};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use async_trait::async_trait;
+use forebay::error::BuildError;
+use forebay::filter::{Filter, FilterType, Scope, Stages, Verdict};
+
+use crate::harness::gateway::Watched;
+use crate::harness::metrics::Scrape;
+use crate::harness::{Client, Origin, Setup, eventually, may_open_files, ms};
+
+/// A filter that does what must not be done: it sleeps on the worker, for as many milliseconds as its header says.
+struct Sleepy;
+
+#[derive(serde::Deserialize, schemars::JsonSchema)]
+#[serde(deny_unknown_fields)]
+struct Nothing {}
+
+#[async_trait]
+impl Filter for Sleepy {
+    fn stages(&self) -> Stages {
+        Stages::REQUEST
+    }
+
+    async fn request(&self, scope: &mut Scope<'_>) -> Verdict {
+        let sleep = scope.request.headers.get("x-sleep").and_then(|value| value.to_str().ok()?.parse().ok());
+        thread::sleep(Duration::from_millis(sleep.unwrap_or(0)));
+        Verdict::Continue
+    }
+}
+
+impl FilterType for Sleepy {
+    const KEY: &'static str = "sleepy";
+    type Settings = Nothing;
+
+    fn build(_: &Nothing) -> Result<Self, BuildError> {
+        Ok(Sleepy)
+    }
+}
+
+fn sleepy(origin: &Origin) -> Setup {
+    Setup::before(origin).filter::<Sleepy>().filters("{ sleepy: {} }")
+}
+
+/// A machine that is short of processors may hold any worker up for a while, and that is not what these stories are about.
+fn patient(setup: Setup) -> Setup {
+    setup.observability("event_loop: { stall_threshold: 3s }")
+}
+
+/// What this process says of itself.
+#[derive(Clone, Default)]
+struct Log(Arc<Mutex<Vec<u8>>>);
+
+impl Log {
+    fn start() -> Log {
+        let log = Log::default();
+        let writer = log.clone();
+        let subscriber = tracing_subscriber::fmt().with_ansi(false).with_max_level(tracing::Level::WARN);
+        subscriber.with_writer(move || writer.clone()).try_init().expect("to be the only one who listens");
+        log
+    }
+
+    fn line_with(&self, words: &[&str]) -> Option<String> {
+        let text = String::from_utf8_lossy(&self.0.lock().unwrap()).into_owned();
+        text.lines().find(|line| words.iter().all(|word| line.contains(word))).map(str::to_owned)
+    }
+}
+
+impl io::Write for Log {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.0.lock().unwrap().extend_from_slice(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+#[test]
+fn a_filter_that_sleeps_on_the_worker_is_named_while_it_sleeps() {
+    let log = Log::start();
+    let origin = Origin::named("origin");
+    let gateway = sleepy(&origin).start();
+    gateway.client().get("/");
+    let asked = Instant::now();
+    let mut client = gateway.client();
+    client.send("GET / HTTP/1.1\r\nHost: test\r\nX-Sleep: 1000\r\n\r\n");
+    gateway.wait_metric("forebay_stalled_workers", |stalled| stalled == 1.0);
+    let line = eventually("the log to name the filter", || {
+        log.line_with(&["a worker is stalled", "worker=\"0\"", "where=\"sleepy\"", "route=\"all\"", "lasted="])
+    });
+    assert_eq!(gateway.metric("forebay_stalls_total{where=\"sleepy\"}"), 1.0);
+    assert!(asked.elapsed() < ms(1_000), "it slept no longer when it was named: {line}");
+
+    assert_eq!(client.response().status, 200);
+    gateway.wait_metric("forebay_stalled_workers", |stalled| stalled == 0.0);
+    gateway.wait_metric("forebay_loop_lag_seconds_count{worker=\"0\"}", |count| count > 10.0);
+    let scrape = Scrape::of(gateway.admin());
+    assert_eq!(scrape.sum("forebay_stalls_total{where=\"sleepy\"}"), 1.0, "one call is one stall");
+    let short = scrape.sum("forebay_filter_poll_seconds_bucket{filter=\"sleepy\",le=\"0.25\"}");
+    assert_eq!((scrape.sum("forebay_filter_poll_seconds_count{filter=\"sleepy\"}"), short), (2.0, 1.0));
+    assert!(scrape.sum("forebay_loop_lag_seconds_sum") > 0.9, "{}", scrape.text());
+    log.line_with(&["the worker goes on", "where=\"sleepy\""]).expect("the end to be told as well");
+}
+
+#[test]
+fn a_poll_of_a_few_milliseconds_moves_the_histograms_and_is_no_stall() {
+    let origin = Origin::named("origin");
+    let gateway = patient(sleepy(&origin)).start();
+    let mut client = gateway.client();
+    for _ in 0..3 {
+        client.ask("GET", "/", "X-Sleep: 5\r\n", "");
+    }
+    gateway.log_lines(3);
+    let scrape = Scrape::of(gateway.admin());
+    let long = |name: &str, bound: &str| {
+        scrape.sum(&format!("{name}_count")) - scrape.sum(&format!("{name}_bucket{{le=\"{bound}\"}}"))
+    };
+    assert!(long("forebay_filter_poll_seconds", "0.0025") >= 3.0, "{}", scrape.text());
+    assert!(long("forebay_loop_poll_seconds", "0.004194304") >= 3.0, "{}", scrape.text());
+    assert_eq!(scrape.sum("forebay_stalls_total"), 0.0);
+}
+
+#[test]
+fn a_thousand_idle_connections_stall_nobody() {
+    may_open_files(3_000);
+    let origin = Origin::named("origin");
+    let gateway = patient(sleepy(&origin)).start();
+    let _idle: Vec<Client> = (0..1_000).map(|_| gateway.client()).collect();
+    gateway.wait_metric("forebay_phase_active{phase=\"accept\"}", |idle| idle == 1_000.0);
+    let before = Scrape::of(gateway.admin());
+    let beats = "forebay_loop_lag_seconds_count";
+    gateway.wait_metric(beats, |count| count >= before.sum(beats) + 50.0);
+    let after = Scrape::of(gateway.admin());
+    assert!(after.sum("forebay_loop_descriptors") > 1_000.0, "each is watched");
+    assert!(after.sum("forebay_loop_tasks") > 1_000.0, "each has a task");
+    let grown = |selector: &str| after.sum(selector) - before.sum(selector);
+    let short = grown("forebay_loop_poll_seconds_bucket{le=\"0.004194304\"}");
+    assert!(short > 0.9 * grown("forebay_loop_poll_seconds_count"), "polls are short: {}", after.text());
+    assert_eq!((after.sum("forebay_stalls_total"), after.sum("forebay_filter_poll_seconds_count")), (0.0, 0.0));
+    assert!(grown("forebay_loop_wait_seconds_total") > grown("forebay_loop_busy_seconds_total"));
+}
+
+#[test]
+fn every_worker_is_seen_though_it_has_nothing_to_do() {
+    let origin = Origin::named("origin");
+    let gateway = Setup::before(&origin).server("threads: 3").start();
+    gateway.wait_metric("forebay_loop_lag_seconds_count{worker=\"2\"}", |count| count > 3.0);
+    let begin = Instant::now();
+    let before = Scrape::of(gateway.admin());
+    gateway.wait_metric("forebay_loop_lag_seconds_count{worker=\"2\"}", |count| count > 20.0);
+    let after = Scrape::of(gateway.admin());
+    let passed = begin.elapsed().as_secs_f64();
+    for worker in ["0", "1", "2"] {
+        let grown = |name: &str| {
+            let selector = format!("forebay_loop_{name}{{worker=\"{worker}\"}}");
+            after.sum(&selector) - before.sum(&selector)
+        };
+        let told = grown("wait_seconds_total") + grown("busy_seconds_total");
+        assert!((0.1..passed + 0.01).contains(&told), "worker {worker}: {told} of {passed} s");
+        assert!(grown("wakeups_total") > 2.0 && grown("polls_total") > 2.0, "{}", after.text());
+    }
+}
+
+#[test]
+fn workers_that_share_their_tasks_are_seen_one_by_one_and_together() {
+    let origin = Origin::named("origin");
+    let gateway = Setup::before(&origin).server("threads: 2, work_stealing: true").filter::<Sleepy>();
+    let gateway = gateway.filters("{ sleepy: {} }").start();
+    let mut client = gateway.client();
+    client.send("GET / HTTP/1.1\r\nHost: test\r\nX-Sleep: 700\r\n\r\n");
+    gateway.wait_metric("forebay_stalled_workers", |stalled| stalled == 1.0);
+    assert_eq!(gateway.metric("forebay_stalls_total{where=\"sleepy\"}"), 1.0);
+    assert_eq!(client.response().status, 200);
+    gateway.wait_metric("forebay_stalled_workers", |stalled| stalled == 0.0);
+    let scrape = Scrape::of(gateway.admin());
+    assert_eq!(scrape.samples("forebay_loop_busy_seconds_total").len(), 2);
+    assert_eq!(scrape.samples("forebay_loop_tasks{worker=\"all\"}").len(), 1);
+    assert!(scrape.sum("forebay_loop_busy_seconds_total") > 0.69, "{}", scrape.text());
+}
