@@ -218,9 +218,7 @@ impl Gateway {
         let found = loops.clone();
         let find_workers = move || found.attach(threads, pingora_runtime::current_handle);
         server.add_service(Bound::new(web, sockets, Some(stopped)).first(find_workers));
-        if let Some(resolver) = upstream::background(parts.upstreams.values()) {
-            server.add_service(resolver);
-        }
+        server.add_service(upstream::background(parts.upstreams.values()));
 
         let mut admin = None;
         if config.admin.enabled {

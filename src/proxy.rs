@@ -34,7 +34,7 @@ use crate::error::{Refusal, refusal};
 use crate::filter::{Refused, Verdict};
 use crate::metrics::{Metrics, RouteMetrics};
 use crate::phase::Phase;
-use exchange::Exchange;
+use exchange::{Attempt, Exchange};
 use header::TrustedProxies;
 use route::Route;
 use route::table::Table;
@@ -230,7 +230,7 @@ impl ProxyHttp for Proxy {
 
     /// The rest of `write`, the upstream being released; `finish`.
     async fn logging(&self, session: &mut Session, _error: Option<&Error>, exchange: &mut Exchange) {
-        exchange.release(Instant::now());
+        exchange.release(Attempt::outcome, Instant::now());
         write::drain(exchange, &mut session.downstream_session).await;
         finish::settle(exchange, session.as_downstream_mut(), &self.unrouted, self.log.as_deref());
     }

@@ -1,47 +1,54 @@
 //! A named group of endpoints: which of them takes the next exchange, and how it is connected to.
 //!
-//! `proxy/select.rs` asks [`Upstream::select`] and hands [`Endpoint::peer`] to Pingora. Everything that may take
-//! time, such as resolving names, is done at start or in the background ([`background`]).
+//! `proxy/select.rs` asks [`Upstream::select`] and hands [`Endpoint::peer`] to Pingora; what became of it is told to
+//! [`Upstream::ended`]. Everything that may take time, such as resolving names and working out who may be chosen, is done at
+//! start or in the background ([`background`]).
 
+pub mod availability;
 pub mod balance;
 mod discovery;
+pub mod ended;
 pub mod endpoint;
 pub mod health;
 pub mod latency;
 pub mod outlier;
+pub mod roster;
 pub mod slow_start;
 pub mod tiers;
 pub mod window;
 
-use std::cell::OnceCell;
+use std::collections::{HashMap, HashSet};
 use std::fmt;
 use std::future::Future;
 use std::io;
 use std::panic;
-use std::sync::Arc;
+use std::sync::atomic::AtomicU32;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
+use arc_swap::ArcSwap;
 use async_trait::async_trait;
 use futures::FutureExt;
 use futures::future::join_all;
+use pingora::protocols::l4::socket::SocketAddr;
 use pingora::server::ShutdownWatch;
 use pingora::services::background::{BackgroundService, GenBackgroundService};
-use pingora_load_balancing::{Backends, LoadBalancer};
-use prometheus::IntCounter;
-use tokio::time::{Instant, MissedTickBehavior, interval_at};
+use tokio::sync::Notify;
+use tokio::time::{MissedTickBehavior, interval_at};
 use tracing::warn;
 
 use crate::config;
-use crate::config::upstream::Protocol;
+use crate::config::upstream::{LoadBalancing, Protocol};
 use crate::error::BuildError;
 use crate::metrics::UpstreamMetrics;
-use balance::SmoothRoundRobin;
-use discovery::{Directory, Discovery, Location, Place, Resolve, System};
+use discovery::{Directory, Location, Place, Resolve, System};
 use endpoint::Transport;
+use roster::Roster;
 
 pub use balance::Split;
-pub use endpoint::Endpoint;
+pub use ended::{Ended, Outcome};
+pub use endpoint::{Endpoint, Engaged, Found};
 
 /// How often names are resolved again.
 const REFRESH_INTERVAL: Duration = Duration::from_secs(30);
@@ -54,9 +61,18 @@ pub struct Upstream {
     pub timeouts: Timeouts,
     /// Its counters.
     pub metrics: UpstreamMetrics,
-    protocol: Protocol,
-    balancer: LoadBalancer<SmoothRoundRobin>,
-    directory: Arc<Directory>,
+    transport: Transport,
+    /// For the rosters that are still to be made.
+    load_balancing: LoadBalancing,
+    /// Exchanges that have one of its endpoints now.
+    inflight: Arc<AtomicU32>,
+    /// Every endpoint that its source names, then those that it names no longer and that are still busy.
+    members: ArcSwap<Vec<Arc<Endpoint>>>,
+    roster: ArcSwap<Roster>,
+    /// Held while the members or the roster are changed, which never happens on a worker.
+    changing: Mutex<()>,
+    reassess: Notify,
+    directory: Directory,
 }
 
 /// How long the endpoints of an upstream may take.
@@ -74,8 +90,6 @@ pub struct Timeouts {
 
 impl Upstream {
     /// Builds the upstream `name`, resolving the names in it: this may block for some seconds.
-    ///
-    /// `selections` gives the counter for the label of an endpoint.
     ///
     /// # Errors
     ///
@@ -101,66 +115,161 @@ impl Upstream {
         }
         let timeouts = Timeouts::from(&written.timeouts);
         let transport = Transport { protocol: written.protocol, timeouts, idle: written.keepalive.idle.0 };
-        let places = places(&written.endpoints, &transport, &|label| metrics.endpoint(label))
-            .map_err(|errors| at(&place, errors))?;
-
-        let directory = Arc::new(Directory::new(places, transport, resolver));
+        let places = places(&written.endpoints, &transport).map_err(|errors| at(&place, errors))?;
+        let directory = Directory::new(places, resolver);
         resolve_now(&directory).map_err(|errors| at(&place, errors))?;
 
-        let balancer = LoadBalancer::from_backends(Backends::new(Box::new(Discovery(Arc::clone(&directory)))));
-        let protocol = written.protocol;
-        let upstream = Upstream { name: name.into(), timeouts, metrics, protocol, balancer, directory };
-        upstream.rebalance();
+        let upstream = Upstream {
+            name: name.into(),
+            timeouts,
+            metrics,
+            transport,
+            load_balancing: written.load_balancing.clone(),
+            inflight: Arc::default(),
+            members: ArcSwap::default(),
+            roster: ArcSwap::default(),
+            changing: Mutex::new(()),
+            reassess: Notify::new(),
+            directory,
+        };
+        upstream.discovered(upstream.directory.found());
         Ok(upstream)
     }
 
     /// Whether an exchange has a connection to its endpoint for itself.
     pub fn is_http1(&self) -> bool {
-        self.protocol == Protocol::Http1
+        self.transport.protocol == Protocol::Http1
     }
 
-    /// The endpoint whose turn it is, but none of `tried`; `None` once all of them were tried.
-    pub fn select(&self, tried: &[Arc<Endpoint>]) -> Option<Arc<Endpoint>> {
-        let selected = OnceCell::new();
-        self.balancer.select_with(b"", usize::MAX, |backend, ready| {
-            // Asked anew for each, since a refresh may come between: what a schedule names, the directory knows by then.
-            let endpoint = self.directory.at(&backend.addr).filter(|_| ready);
-            let untried = endpoint.filter(|endpoint| tried.iter().all(|earlier| earlier.address != endpoint.address));
-            untried.is_some_and(|endpoint| selected.set(endpoint).is_ok())
-        });
-        let endpoint = selected.into_inner()?;
+    /// The endpoint that is to serve next, but none of `tried`; `None` once all of them were tried. Whoever gets one tells
+    /// [`Upstream::ended`] what became of it. `hash` is that of the exchange's key; policies without one take no notice of it.
+    pub fn select(&self, hash: u64, tried: &[Arc<Endpoint>], now: Instant) -> Option<Engaged> {
+        let roster = self.roster.load();
+        let endpoint = roster.pick(hash, tried, &self.inflight, now)?;
         endpoint.selections.inc();
-        Some(endpoint)
+        Some(Engaged::new(endpoint, &self.inflight))
     }
 
     /// Whether there is an endpoint that is none of `tried`.
     pub fn has_more(&self, tried: &[Arc<Endpoint>]) -> bool {
-        let backends = self.balancer.backends().get_backend();
-        backends.iter().any(|backend| tried.iter().all(|earlier| earlier.address != backend.addr))
+        self.roster.load().has_more(tried)
     }
 
-    /// Whether it has names that must be resolved again from time to time.
-    pub fn has_names(&self) -> bool {
-        self.directory.has_names()
+    /// An attempt is over. Called exactly once for each endpoint that [`Upstream::select`] gave.
+    pub fn ended(&self, endpoint: &Arc<Endpoint>, ended: &Ended, now: Instant) {
+        endpoint.learn(ended, now);
     }
 
-    /// Resolves its names anew and takes what has changed into the balance. What cannot be resolved stays as it was.
-    pub async fn refresh(&self) {
+    /// Every endpoint that there is, available or not.
+    pub fn members(&self) -> Arc<Vec<Arc<Endpoint>>> {
+        self.members.load_full()
+    }
+
+    /// Takes over what a source has found, which is all that there is. Endpoints that stay keep what they have in flight and
+    /// all that is known of them; those that go are given nothing new and end what they have. Not for workers.
+    ///
+    /// An address that is found twice is one endpoint with both weights, in the more preferred tier, under the first label.
+    pub fn discovered(&self, found: Vec<Found>) {
+        let _changing = self.changing.lock().unwrap_or_else(PoisonError::into_inner);
+        let now = Instant::now();
+        let before = self.members.load();
+        let known: HashMap<(&str, &SocketAddr), &Arc<Endpoint>> =
+            before.iter().map(|endpoint| ((&*endpoint.label, &endpoint.address), endpoint)).collect();
+        let found = merged(found);
+        let mut members: Vec<Arc<Endpoint>> = Vec::with_capacity(found.len());
+        for found in &found {
+            let member = match known.get(&(&*found.label, &found.address)) {
+                Some(&endpoint) => {
+                    endpoint.update(found);
+                    endpoint.set_removed(false, now);
+                    Arc::clone(endpoint)
+                }
+                None => {
+                    let selections = self.metrics.endpoint(&found.label);
+                    let endpoint = Endpoint::new(found, &self.transport, selections, now);
+                    if !before.is_empty() {
+                        endpoint.begin_slowly(now);
+                    }
+                    Arc::new(endpoint)
+                }
+            };
+            members.push(member);
+        }
+        let kept: HashSet<*const Endpoint> = members.iter().map(Arc::as_ptr).collect();
+        for endpoint in before.iter().filter(|endpoint| !kept.contains(&Arc::as_ptr(endpoint))) {
+            endpoint.set_removed(true, now);
+            members.push(Arc::clone(endpoint));
+        }
+        self.publish(members);
+    }
+
+    /// Something is known anew of an endpoint's availability: the roster will be made again, in the background. Cheap, from
+    /// anywhere.
+    pub fn reassess(&self) {
+        self.reassess.notify_one();
+    }
+
+    /// Makes the roster again whenever it is to be.
+    async fn keep_roster(&self) {
+        loop {
+            self.reassess.notified().await;
+            let _changing = self.changing.lock().unwrap_or_else(PoisonError::into_inner);
+            let members = self.members.load().to_vec();
+            self.publish(members);
+        }
+    }
+
+    /// Makes the roster of these members; the caller holds `changing`. Those that were removed and are busy no longer are
+    /// forgotten.
+    fn publish(&self, mut members: Vec<Arc<Endpoint>>) {
+        members.retain(|endpoint| !endpoint.availability().is_removed() || endpoint.inflight() > 0);
+        let roster = Roster::new(&self.load_balancing, &members, &self.roster.load());
+        self.roster.store(Arc::new(roster));
+        self.members.store(Arc::new(members));
+    }
+
+    /// Resolves its names again and again. What cannot be resolved stays as it was.
+    async fn keep_names(&self, every: Duration) {
+        if !self.directory.has_names() {
+            return;
+        }
+        let mut ticks = interval_at(tokio::time::Instant::now() + every, every);
+        ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        loop {
+            ticks.tick().await;
+            self.refresh().await;
+        }
+    }
+
+    async fn refresh(&self) {
         let failures = self.directory.refresh().await;
         self.metrics.resolutions_failed.inc_by(failures.len() as u64);
         self.metrics.resolutions_ok.inc_by((self.directory.names() - failures.len()) as u64);
         for failure in failures {
             warn!(upstream = %self.name, "{}; its last known addresses stay in use", failure.message);
         }
-        self.rebalance();
+        self.discovered(self.directory.found());
     }
+}
 
-    /// Brings the balancer up to what the directory knows.
-    fn rebalance(&self) {
-        // `Discovery` awaits nothing and never fails, so neither does this.
-        let updated = self.balancer.update().now_or_never();
-        debug_assert!(matches!(updated, Some(Ok(()))), "the directory had to be waited for");
+/// What was found, each address once.
+fn merged(found: Vec<Found>) -> Vec<Found> {
+    let mut places: HashMap<SocketAddr, usize> = HashMap::new();
+    let mut merged: Vec<Found> = Vec::with_capacity(found.len());
+    for found in found {
+        match places.get(&found.address) {
+            Some(&place) => {
+                let first = &mut merged[place];
+                first.weight = first.weight.saturating_add(found.weight.get());
+                first.priority = first.priority.min(found.priority);
+            }
+            None => {
+                places.insert(found.address.clone(), merged.len());
+                merged.push(found);
+            }
+        }
     }
+    merged
 }
 
 impl fmt::Debug for Upstream {
@@ -176,11 +285,7 @@ impl From<&config::upstream::Timeouts> for Timeouts {
 }
 
 /// Understands the `endpoints:` of an upstream, without resolving them.
-fn places(
-    written: &[config::upstream::Endpoint],
-    transport: &Transport,
-    selections: &dyn Fn(&str) -> IntCounter,
-) -> Result<Vec<Place>, Vec<BuildError>> {
+fn places(written: &[config::upstream::Endpoint], transport: &Transport) -> Result<Vec<Place>, Vec<BuildError>> {
     let mut places = Vec::new();
     let mut errors = Vec::new();
     for (index, endpoint) in written.iter().enumerate() {
@@ -191,9 +296,9 @@ fn places(
         match location {
             Ok(location) => places.push(Place {
                 label: endpoint.address.0.as_str().into(),
+                host: location.host().map(Into::into),
                 location,
-                weight: endpoint.weight.get() as usize,
-                selections: selections(&endpoint.address.0),
+                weight: endpoint.weight,
             }),
             Err(message) => errors.push(address_error(index, message)),
         }
@@ -234,37 +339,29 @@ fn at(place: &str, errors: Vec<BuildError>) -> Vec<BuildError> {
     errors.into_iter().map(|error| error.under(place)).collect()
 }
 
-/// Resolves the names of all upstreams again and again, in one thread.
-pub struct Refresh {
+/// All that upstreams have done in the background, in one thread that is no worker's.
+pub struct Upkeep {
     upstreams: Vec<Arc<Upstream>>,
-    interval: Duration,
+    refresh: Duration,
 }
 
-/// The service that keeps the names of `upstreams` resolved; `None` if they have none.
-pub fn background<'a>(upstreams: impl IntoIterator<Item = &'a Arc<Upstream>>) -> Option<GenBackgroundService<Refresh>> {
-    let upstreams: Vec<_> = upstreams.into_iter().filter(|upstream| upstream.has_names()).cloned().collect();
-    let refresh = Refresh { upstreams, interval: REFRESH_INTERVAL };
-    (!refresh.upstreams.is_empty()).then(|| GenBackgroundService::new("resolver".to_owned(), Arc::new(refresh)))
+/// The service that keeps `upstreams` up to date.
+pub fn background<'a>(upstreams: impl IntoIterator<Item = &'a Arc<Upstream>>) -> GenBackgroundService<Upkeep> {
+    let upkeep = Upkeep { upstreams: upstreams.into_iter().cloned().collect(), refresh: REFRESH_INTERVAL };
+    GenBackgroundService::new("upstreams".to_owned(), Arc::new(upkeep))
 }
 
 #[async_trait]
-impl BackgroundService for Refresh {
+impl BackgroundService for Upkeep {
     async fn start(&self, mut shutdown: ShutdownWatch) {
-        let mut ticks = interval_at(Instant::now() + self.interval, self.interval);
-        ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        loop {
-            tokio::select! {
-                _ = ticks.tick() => {}
-                _ = shutdown.changed() => return,
-            }
-            let mut round = Vec::new();
-            for upstream in &self.upstreams {
-                round.push(upstream.refresh().boxed());
-            }
-            tokio::select! {
-                _ = join_all(round) => {}
-                _ = shutdown.changed() => return,
-            }
+        let mut tasks = Vec::new();
+        for upstream in &self.upstreams {
+            tasks.push(upstream.keep_roster().boxed());
+            tasks.push(upstream.keep_names(self.refresh).boxed());
+        }
+        tokio::select! {
+            _ = join_all(tasks) => {}
+            _ = shutdown.changed() => {}
         }
     }
 }
@@ -273,13 +370,10 @@ impl BackgroundService for Refresh {
 mod tests {
     use super::*;
 
-    use std::collections::{BTreeMap, BTreeSet, HashMap};
-    use std::net::SocketAddr;
-    use std::num::NonZeroU32;
-    use std::sync::Mutex;
+    use std::collections::{BTreeMap, BTreeSet};
+    use std::net;
 
-    use crate::config::Address;
-    use crate::config::upstream::{Keepalive, LoadBalancing};
+    use super::availability::State;
 
     /// A resolver that answers what a test tells it to.
     #[derive(Default)]
@@ -295,10 +389,10 @@ mod tests {
 
     #[async_trait]
     impl Resolve for Arc<Script> {
-        async fn resolve(&self, host: &str, port: u16) -> io::Result<Vec<SocketAddr>> {
+        async fn resolve(&self, host: &str, port: u16) -> io::Result<Vec<net::SocketAddr>> {
             match self.0.lock().unwrap().get(host) {
                 Some(addresses) if !addresses.is_empty() => {
-                    Ok(addresses.iter().map(|address| SocketAddr::new(address.parse().unwrap(), port)).collect())
+                    Ok(addresses.iter().map(|address| net::SocketAddr::new(address.parse().unwrap(), port)).collect())
                 }
                 _ => Err(io::Error::other("no such host")),
             }
@@ -306,17 +400,17 @@ mod tests {
     }
 
     fn written(endpoints: &[(&str, u32)]) -> config::Upstream {
-        let endpoint = |&(address, weight): &(&str, u32)| config::upstream::Endpoint {
-            address: Address(address.to_owned()),
-            weight: NonZeroU32::new(weight).unwrap(),
-        };
-        config::Upstream {
-            protocol: Protocol::Http1,
-            load_balancing: LoadBalancing::default(),
-            endpoints: endpoints.iter().map(endpoint).collect(),
-            keepalive: Keepalive::default(),
-            timeouts: config::upstream::Timeouts::default(),
+        let written = endpoints.iter().map(|(_, weight)| format!("{{ address: \"a:1\", weight: {weight} }}"));
+        let yaml = format!(
+            "{{ load_balancing: {{ policy: round_robin }}, endpoints: [ {} ] }}",
+            written.collect::<Vec<_>>().join(", ")
+        );
+        let mut written: config::Upstream = config::filter::decode(&serde_yaml::from_str(&yaml).unwrap()).unwrap();
+        for (written, (address, _)) in written.endpoints.iter_mut().zip(endpoints) {
+            // Here, so that it may be one that a file is refused for.
+            written.address = config::Address((*address).to_owned());
         }
+        written
     }
 
     fn metrics() -> UpstreamMetrics {
@@ -331,7 +425,7 @@ mod tests {
     fn selected(upstream: &Upstream, turns: usize) -> BTreeMap<String, usize> {
         let mut counts = BTreeMap::new();
         for _ in 0..turns {
-            let endpoint = upstream.select(&[]).unwrap();
+            let endpoint = upstream.select(0, &[], Instant::now()).unwrap();
             *counts.entry(format!("{} {}", endpoint.label, endpoint.address)).or_default() += 1;
         }
         counts
@@ -344,20 +438,19 @@ mod tests {
     #[test]
     fn endpoints_take_turns_by_weight_and_each_selection_is_counted() {
         let upstream = build(&[("10.0.0.1:80", 5), ("unix:/run/b.sock", 1), ("[::1]:80", 1)], &Arc::default()).unwrap();
-        let order: Vec<_> = (0..7).map(|_| upstream.select(&[]).unwrap()).collect();
+        let order: Vec<_> = (0..7).map(|_| upstream.select(0, &[], Instant::now()).unwrap()).collect();
         let labels: Vec<&str> = order.iter().map(|endpoint| &*endpoint.label).collect();
         let a = "10.0.0.1:80";
-        assert_eq!(labels, [a, a, "[::1]:80", a, "unix:/run/b.sock", a, a]);
-        assert_eq!(order[0].selections.get(), 5);
-        assert!(!upstream.has_names());
+        assert_eq!(labels, [a, a, "unix:/run/b.sock", a, "[::1]:80", a, a]);
+        assert_eq!((order[0].selections.get(), order[0].inflight()), (5, 5));
     }
 
     #[test]
     fn an_endpoint_that_was_tried_is_not_selected_again_and_after_the_last_there_is_none() {
         let upstream = build(&[("10.0.0.1:80", 9), ("10.0.0.2:80", 1), ("10.0.0.3:80", 1)], &Arc::default()).unwrap();
         let mut tried = Vec::new();
-        while let Some(endpoint) = upstream.select(&tried) {
-            tried.push(endpoint);
+        while let Some(endpoint) = upstream.select(0, &tried, Instant::now()) {
+            tried.push(Arc::clone(endpoint.endpoint()));
         }
         let distinct: BTreeSet<String> = tried.iter().map(|endpoint| endpoint.address.to_string()).collect();
         assert_eq!((tried.len(), distinct.len()), (3, 3));
@@ -370,7 +463,6 @@ mod tests {
         let expected =
             counts(&[("10.0.0.3:80 10.0.0.3:80", 1), ("api.test:80 10.0.0.1:80", 2), ("api.test:80 10.0.0.2:80", 2)]);
         assert_eq!(selected(&upstream, 5), expected);
-        assert!(upstream.has_names());
     }
 
     #[test]
@@ -384,14 +476,15 @@ mod tests {
     async fn a_refresh_takes_in_new_addresses_and_keeps_the_last_good_answer() {
         let script = Arc::<Script>::default().set("a.test", &["10.0.0.1"]).set("b.test", &["10.0.1.1"]);
         let upstream = build(&[("a.test:80", 1), ("b.test:80", 1)], &script).unwrap();
-        let before = upstream.select(&[]).unwrap();
+        let before = upstream.select(0, &[], Instant::now()).unwrap();
 
         script.set("a.test", &[]).set("b.test", &["10.0.1.2", "10.0.1.3"]);
         upstream.refresh().await;
         let expected = [("a.test:80 10.0.0.1:80", 1), ("b.test:80 10.0.1.2:80", 1), ("b.test:80 10.0.1.3:80", 1)];
         assert_eq!(selected(&upstream, 3), counts(&expected));
-        let after = upstream.select(&[]).unwrap();
-        assert!(Arc::ptr_eq(&before, &after), "an endpoint that stays is the same one");
+        let members = upstream.members();
+        let stays = members.iter().any(|member| Arc::ptr_eq(member, before.endpoint()));
+        assert!(stays, "an endpoint that stays is the same one");
     }
 
     #[tokio::test]
@@ -404,20 +497,9 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn between_the_directory_and_the_balancer_no_request_goes_without_an_endpoint() {
-        let script = Arc::<Script>::default().set("a.test", &["10.0.0.1"]);
-        let upstream = build(&[("a.test:80", 1)], &script).unwrap();
-        script.set("a.test", &["10.0.0.2"]);
-        assert!(upstream.directory.refresh().await.is_empty());
-        assert_eq!(upstream.select(&[]).unwrap().address.to_string(), "10.0.0.1:80", "the balancer knows no other yet");
-        upstream.rebalance();
-        assert_eq!(upstream.select(&[]).unwrap().address.to_string(), "10.0.0.2:80");
-    }
-
-    #[tokio::test]
     async fn the_resolver_of_the_system_may_be_asked_from_within_a_runtime() {
         let upstream = Upstream::build("shop", &written(&[("localhost:80", 1)]), metrics()).unwrap();
-        assert_eq!(&*upstream.select(&[]).unwrap().label, "localhost:80");
+        assert_eq!(&*upstream.select(0, &[], Instant::now()).unwrap().label, "localhost:80");
     }
 
     #[test]
@@ -451,30 +533,61 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn an_endpoint_that_is_busy_is_remembered_until_it_is_free_and_taken_back_if_it_comes_again() {
+        let script = Arc::<Script>::default().set("a.test", &["10.0.0.1"]);
+        let upstream = build(&[("a.test:80", 1)], &script).unwrap();
+        let busy = upstream.select(0, &[], Instant::now()).unwrap();
+        script.set("a.test", &["10.0.0.2"]);
+        upstream.refresh().await;
+        assert_eq!(selected(&upstream, 2), counts(&[("a.test:80 10.0.0.2:80", 2)]), "it is given nothing new");
+        assert_eq!((upstream.members().len(), busy.availability().state()), (2, State::Draining));
+
+        script.set("a.test", &["10.0.0.1"]);
+        upstream.refresh().await;
+        assert!(Arc::ptr_eq(upstream.select(0, &[], Instant::now()).unwrap().endpoint(), busy.endpoint()));
+        assert_eq!((upstream.members().len(), busy.inflight()), (1, 1), "the other one had nothing to do");
+    }
+
+    #[tokio::test]
+    async fn an_endpoint_that_is_taken_out_is_not_chosen_and_back_again_after_the_roster_was_made_anew() {
+        let upstream = Arc::new(build(&[("10.0.0.1:80", 1), ("10.0.0.2:80", 1)], &Arc::default()).unwrap());
+        let keeping = tokio::spawn({
+            let upstream = Arc::clone(&upstream);
+            async move { upstream.keep_roster().await }
+        });
+        let members = upstream.members();
+        members[0].set_draining(true, Instant::now());
+        assert_eq!(selected(&upstream, 4), counts(&[("10.0.0.2:80 10.0.0.2:80", 4)]), "at once");
+        upstream.reassess();
+        let until = async |available: usize| {
+            while upstream.roster.load().len() != available {
+                tokio::task::yield_now().await;
+            }
+        };
+        until(1).await;
+        members[0].set_draining(false, Instant::now());
+        upstream.reassess();
+        until(2).await;
+        assert_eq!(selected(&upstream, 4).len(), 2);
+        keeping.abort();
+    }
+
+    #[tokio::test]
     async fn names_are_resolved_again_in_the_background_until_the_process_stops() {
         let script = Arc::<Script>::default().set("a.test", &["10.0.0.1"]);
         let upstream = Arc::new(build(&[("a.test:80", 1)], &script).unwrap());
-        let refresh = Refresh { upstreams: vec![Arc::clone(&upstream)], interval: Duration::from_millis(1) };
+        let upkeep = Upkeep { upstreams: vec![Arc::clone(&upstream)], refresh: Duration::from_millis(1) };
         let (stop, stopped) = tokio::sync::watch::channel(false);
-        let running = tokio::spawn(async move { refresh.start(stopped).await });
+        let running = tokio::spawn(async move { upkeep.start(stopped).await });
 
         script.set("a.test", &["10.0.0.2"]);
         let refreshed = async {
-            while upstream.select(&[]).unwrap().address.to_string() != "10.0.0.2:80" {
+            while upstream.select(0, &[], Instant::now()).unwrap().address.to_string() != "10.0.0.2:80" {
                 tokio::task::yield_now().await;
             }
         };
         tokio::time::timeout(Duration::from_secs(10), refreshed).await.unwrap();
         stop.send(true).unwrap();
         running.await.unwrap();
-    }
-
-    #[test]
-    fn one_service_resolves_for_all_upstreams_and_there_is_none_without_names() {
-        let script = Arc::<Script>::default().set("a.test", &["10.0.0.1"]);
-        let named = Arc::new(build(&[("a.test:80", 1)], &script).unwrap());
-        let literal = Arc::new(build(&[("10.0.0.9:80", 1)], &script).unwrap());
-        assert!(background([&literal]).is_none());
-        assert_eq!(background([&named, &literal, &named]).unwrap().task().upstreams.len(), 2);
     }
 }

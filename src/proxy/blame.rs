@@ -26,6 +26,11 @@ pub fn found(exchange: &Exchange) -> Option<&'static Refusal> {
     stream.or_else(|| exchange.link.as_ref()?.fault())
 }
 
+/// Whether this speaks against the endpoint, and not against the client or ourselves.
+pub fn is_upstreams(refusal: &Refusal) -> bool {
+    matches!(refusal.status, 502 | 504)
+}
+
 fn of_upstream(exchange: &Exchange, kind: &ErrorType) -> &'static Refusal {
     use ErrorType::{ConnectionClosed, H2Error, ReadError, ReadTimedout, WriteError, WriteTimedout};
     match (exchange.clock.phase(), kind) {

@@ -92,7 +92,10 @@ async fn hold(exchange: &mut Exchange, session: &mut BufferedSession) -> Result<
         request.remove_header(&header::EXPECT);
         session.invite().await.map_err(Unread::Failed)?;
     }
-    session.fill(&mut || exchange.enter(Phase::Buffer)).await
+    let mut waits = || {
+        exchange.enter(Phase::Buffer);
+    };
+    session.fill(&mut waits).await
 }
 
 fn plan(holds: bool, intake: &IntakeTerms) -> Plan {

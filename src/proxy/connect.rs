@@ -3,12 +3,14 @@
 //! Pingora does the work; here is what follows from its outcome. After `select`; before `send`, or `select` again.
 
 use std::os::fd::RawFd;
+use std::time::Instant;
 
 use pingora::{Error, ErrorType};
 
 use super::exchange::Exchange;
 use crate::error::{Refusal, refusal};
 use crate::phase::Phase;
+use crate::upstream::Outcome;
 use crate::upstream::window::Window;
 
 /// The connection stands; the request is sent next.
@@ -20,8 +22,10 @@ pub fn made(exchange: &mut Exchange, reused: bool, socket: RawFd) {
     if let (Some(link), Some(true)) = (&exchange.link, exchange.upstream.as_ref().map(|upstream| upstream.is_http1())) {
         link.comes_through(Some(Window::new(socket)));
     }
-    exchange.enter(Phase::Send);
-    exchange.connected = Some(std::time::Instant::now());
+    let now = exchange.enter(Phase::Send);
+    if let Some(attempt) = &mut exchange.attempt {
+        attempt.connected(reused, now);
+    }
 }
 
 /// No connection could be made. No byte of the request has left, so any method may be tried elsewhere.
@@ -29,6 +33,7 @@ pub fn failed(exchange: &mut Exchange, mut error: Box<Error>) -> Box<Error> {
     let failure = reason(&error);
     tracing::debug!(endpoint = exchange.endpoint().map(|endpoint| &*endpoint.label), %error, "no connection");
     exchange.failure = Some(failure);
+    exchange.release(|_| Outcome::Connect(failure), Instant::now());
     let more = exchange.upstream.as_ref().is_some_and(|upstream| upstream.has_more(&exchange.tried));
     let again = more && exchange.may_retry();
     if let Some(upstream) = &exchange.upstream {

@@ -5,7 +5,7 @@ use std::net::IpAddr;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use http::Uri;
+use http::{StatusCode, Uri};
 use pingora::http::{RequestHeader, ResponseHeader};
 
 use super::route::Route;
@@ -16,7 +16,7 @@ use crate::eventloop::worker as eventloop;
 use crate::filter::{Refused, Stages, States, Verdict, View};
 use crate::metrics::{Metrics, Seat};
 use crate::phase::{Clock, Phase};
-use crate::upstream::{Endpoint, Upstream};
+use crate::upstream::{Ended, Endpoint, Engaged, Outcome, Upstream};
 
 /// How often an endpoint is chosen for one exchange: a first attempt and four more. nginx goes round all of them; with a
 /// connect timeout for each, that could outlast any client.
@@ -52,8 +52,8 @@ pub struct Exchange {
     pub link: Option<Arc<Link>>,
     /// A kept connection had died unnoticed; a second one says something against the endpoint.
     pub stale_once: bool,
-    /// When the connection to the present endpoint stood.
-    pub connected: Option<Instant>,
+    /// The present attempt, for as long as its endpoint is busy with it.
+    pub attempt: Option<Attempt>,
     /// For how long endpoints were busy with it. `None` if none was connected.
     pub held: Option<Duration>,
     /// For how much longer the last one would have been busy, had it waited for the client.
@@ -99,6 +99,71 @@ impl FilterStates {
     }
 }
 
+/// One endpoint that was chosen for an exchange, until it is busy with it no longer. What became of it is told to the
+/// upstream once, whatever happens: an attempt that is dropped was cancelled.
+pub struct Attempt {
+    upstream: Arc<Upstream>,
+    endpoint: Engaged,
+    chosen: Instant,
+    /// When its connection stood.
+    connected: Option<Instant>,
+    /// Whether that connection was kept from an earlier exchange.
+    reused: bool,
+    /// When the request was out.
+    sent: Option<Instant>,
+    /// When the response header was here, and its status.
+    answered: Option<(Instant, StatusCode)>,
+    ended: bool,
+}
+
+impl Attempt {
+    /// An attempt with an endpoint of this upstream, chosen just now.
+    pub fn new(upstream: Arc<Upstream>, endpoint: Engaged, chosen: Instant) -> Self {
+        let (connected, sent, answered) = (None, None, None);
+        Attempt { upstream, endpoint, chosen, connected, reused: false, sent, answered, ended: false }
+    }
+
+    /// Its connection stands.
+    pub fn connected(&mut self, reused: bool, now: Instant) {
+        self.connected = Some(now);
+        self.reused = reused;
+    }
+
+    /// The request is out, as far as can be seen.
+    pub fn sent(&mut self, now: Instant) {
+        self.sent.get_or_insert(now);
+    }
+
+    /// The response header is here.
+    pub fn answered(&mut self, status: StatusCode, now: Instant) {
+        self.answered.get_or_insert((now, status));
+    }
+
+    /// What came of it if nothing went wrong.
+    pub fn outcome(&self) -> Outcome {
+        self.answered.map_or(Outcome::Cancelled, |(_, status)| Outcome::Answered(status))
+    }
+
+    fn end(&mut self, outcome: Outcome, now: Instant) {
+        if std::mem::replace(&mut self.ended, true) {
+            return;
+        }
+        let connect = self.connected.filter(|_| !self.reused).map(|connected| connected - self.chosen);
+        // An answer may come before the request is out.
+        let wait = self.answered.zip(self.connected).map(|((answered, _), connected)| {
+            answered.saturating_duration_since(self.sent.map_or(connected, |sent| sent.min(answered)))
+        });
+        let ended = Ended { outcome, connect, wait, total: now - self.chosen };
+        self.upstream.ended(self.endpoint.endpoint(), &ended, now);
+    }
+}
+
+impl Drop for Attempt {
+    fn drop(&mut self) {
+        self.end(Outcome::Cancelled, Instant::now());
+    }
+}
+
 impl Exchange {
     /// Begins an exchange with what its connection knows of it, in phase `route`.
     pub fn begin(metrics: &Metrics) -> Self {
@@ -126,7 +191,7 @@ impl Exchange {
             attempts: 0,
             link: None,
             stale_once: false,
-            connected: None,
+            attempt: None,
             held: None,
             saved: Duration::ZERO,
             refused: None,
@@ -135,25 +200,28 @@ impl Exchange {
         }
     }
 
-    /// Goes on to `phase`.
-    pub fn enter(&mut self, phase: Phase) {
-        if phase == self.clock.phase() {
-            return;
-        }
+    /// Goes on to `phase`; tells when that was.
+    pub fn enter(&mut self, phase: Phase) -> Instant {
         let now = Instant::now();
-        self.clock.enter(phase, now);
-        self.seat.enter(phase, now);
-        eventloop::enter(phase);
+        if phase != self.clock.phase() {
+            self.clock.enter(phase, now);
+            self.seat.enter(phase, now);
+            eventloop::enter(phase);
+        }
+        now
     }
 
-    /// The endpoint is busy with it no longer.
-    pub fn release(&mut self, now: Instant) {
-        if let Some(connected) = self.connected.take() {
+    /// The present attempt is over, if there is one: its endpoint is busy with it no longer.
+    pub fn release(&mut self, end: impl FnOnce(&Attempt) -> Outcome, now: Instant) {
+        let Some(mut attempt) = self.attempt.take() else { return };
+        if let Some(connected) = attempt.connected {
             *self.held.get_or_insert_default() += now - connected;
             if let Some(link) = &self.link {
                 link.comes_through(None);
             }
         }
+        let outcome = end(&attempt);
+        attempt.end(outcome, now);
     }
 
     /// Runs the response filters of the route on a response header, be it an endpoint's or our own.

@@ -37,7 +37,10 @@ pub async fn header(
         exchange.refuse(Refused { refusal: &refusal::WAIT_MALFORMED, headers: Vec::new() });
         return Err(Error::new_up(ErrorType::InvalidHTTPHeader));
     }
-    exchange.enter(Phase::Receive);
+    let now = exchange.enter(Phase::Receive);
+    if let Some(attempt) = &mut exchange.attempt {
+        attempt.answered(response.status, now);
+    }
     if let Some(link) = &exchange.link {
         link.receiving();
     }

@@ -19,6 +19,7 @@ use super::header::{X_FORWARDED_FOR, X_FORWARDED_PROTO};
 use crate::config::server::Forwarded;
 use crate::filter::{Stages, Verdict, View};
 use crate::phase::Phase;
+use crate::upstream::Outcome;
 
 const X_FORWARDED_HOST: HeaderName = HeaderName::from_static("x-forwarded-host");
 const X_FORWARDED_PORT: HeaderName = HeaderName::from_static("x-forwarded-port");
@@ -98,7 +99,10 @@ pub async fn piece(
 /// The request is out, as far as can be seen.
 pub fn ended(exchange: &mut Exchange) {
     if exchange.clock.phase() == Phase::Send {
-        exchange.enter(Phase::Wait);
+        let now = exchange.enter(Phase::Wait);
+        if let Some(attempt) = &mut exchange.attempt {
+            attempt.sent(now);
+        }
     }
     if let Some(link) = &exchange.link {
         link.waiting();
@@ -109,7 +113,6 @@ pub fn ended(exchange: &mut Exchange) {
 /// the method is idempotent (RFC 9110 §9.2.2) or the route says that it may be sent twice, and the body can be replayed
 /// from its first byte. That it is buffered alone makes nothing safe. A timeout is not tried again: it has cost its time.
 pub fn failed(exchange: &mut Exchange, client: &ServerSession, mut error: Box<Error>, reused: bool) -> Box<Error> {
-    exchange.release(Instant::now());
     let phase = exchange.clock.phase();
     let unanswered = matches!(phase, Phase::Send | Phase::Wait | Phase::Receive)
         && exchange.link.as_ref().map_or(phase != Phase::Receive, |link| !link.begun());
@@ -129,7 +132,10 @@ pub fn failed(exchange: &mut Exchange, client: &ServerSession, mut error: Box<Er
         && (stale || elsewhere)
         && !matches!(error.etype(), ErrorType::ReadTimedout | ErrorType::WriteTimedout)
         && exchange.may_retry();
-    exchange.failure = Some(blame::reason(exchange, &error));
+    let failure = blame::reason(exchange, &error);
+    exchange.failure = Some(failure);
+    let outcome = if stale || !blame::is_upstreams(failure) { Outcome::Cancelled } else { Outcome::Failed(failure) };
+    exchange.release(|_| outcome, Instant::now());
     if again {
         if stale {
             exchange.tried.pop();

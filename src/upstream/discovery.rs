@@ -1,27 +1,22 @@
 //! Where the endpoints of an upstream are: literal addresses, unix sockets, and names, which are resolved at start
 //! and again in the background, never while an exchange waits.
 //!
-//! A [`Directory`] holds the last good answer of every name. Pingora's `LoadBalancer` asks it for the addresses
-//! ([`Discovery`]), `select` asks it which endpoint stands behind an address.
+//! A [`Directory`] holds the last good answer of every name, and tells what it found to `Upstream::discovered`.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::BTreeSet;
 use std::io;
 use std::net;
+use std::num::NonZeroU32;
 use std::os::unix::net::SocketAddr as UnixSocketAddr;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use arc_swap::ArcSwap;
 use async_trait::async_trait;
 use futures::future::FutureExt;
 use futures::stream::{self, StreamExt};
-use http::Extensions;
 use pingora::protocols::l4::socket::SocketAddr;
-use pingora_load_balancing::Backend;
-use pingora_load_balancing::discovery::ServiceDiscovery;
-use prometheus::IntCounter;
 
-use super::endpoint::{Endpoint, Transport};
+use super::endpoint::Found;
 use crate::config::Address;
 
 /// How long one name may take to resolve.
@@ -91,8 +86,8 @@ impl Location {
 pub(super) struct Place {
     pub label: Arc<str>,
     pub location: Location,
-    pub weight: usize,
-    pub selections: IntCounter,
+    pub host: Option<Arc<str>>,
+    pub weight: NonZeroU32,
 }
 
 /// A name that could not be resolved.
@@ -104,27 +99,17 @@ pub(super) struct Unresolved {
     pub message: String,
 }
 
-/// What is known of an upstream's endpoints.
+/// Where an upstream's endpoints are, as far as is known.
 pub(super) struct Directory {
     places: Vec<Place>,
-    transport: Transport,
     resolver: Box<dyn Resolve>,
-    known: ArcSwap<Known>,
-}
-
-/// The state after one round of resolving.
-#[derive(Default)]
-struct Known {
     /// The last good answer for each place, in the order of the places.
-    answers: Vec<Vec<SocketAddr>>,
-    /// The endpoints of these answers *and* of those of the round before: a pick may still come from the schedule
-    /// that was in force until just now.
-    endpoints: HashMap<SocketAddr, Arc<Endpoint>>,
+    answers: Mutex<Vec<Vec<SocketAddr>>>,
 }
 
 impl Directory {
     /// A directory that knows the literal addresses; names are unknown until [`Directory::refresh`].
-    pub fn new(places: Vec<Place>, transport: Transport, resolver: Box<dyn Resolve>) -> Directory {
+    pub fn new(places: Vec<Place>, resolver: Box<dyn Resolve>) -> Directory {
         let answers = places
             .iter()
             .map(|place| match &place.location {
@@ -132,9 +117,7 @@ impl Directory {
                 Location::Name { .. } => Vec::new(),
             })
             .collect();
-        let directory = Directory { places, transport, resolver, known: ArcSwap::default() };
-        directory.publish(answers);
-        directory
+        Directory { places, resolver, answers: Mutex::new(answers) }
     }
 
     /// Whether anything must be resolved.
@@ -157,7 +140,7 @@ impl Directory {
         }
         let resolved: Vec<_> = stream::iter(resolving).buffer_unordered(RESOLVE_AT_ONCE).collect().await;
 
-        let mut answers = self.known.load().answers.clone();
+        let mut answers = self.answers.lock().unwrap_or_else(PoisonError::into_inner);
         let mut failures = Vec::new();
         for (place, answer) in resolved {
             match answer {
@@ -165,14 +148,25 @@ impl Directory {
                 Err(message) => failures.push(Unresolved { place, message }),
             }
         }
-        self.publish(answers);
         failures.sort_by_key(|failure| failure.place);
         failures
     }
 
-    /// The endpoint at this address.
-    pub fn at(&self, address: &SocketAddr) -> Option<Arc<Endpoint>> {
-        self.known.load().endpoints.get(address).cloned()
+    /// Each place with each of its addresses.
+    pub fn found(&self) -> Vec<Found> {
+        let answers = self.answers.lock().unwrap_or_else(PoisonError::into_inner);
+        let places = self.places.iter().zip(&*answers);
+        places
+            .flat_map(|(place, addresses)| {
+                addresses.iter().map(|address| Found {
+                    label: Arc::clone(&place.label),
+                    address: address.clone(),
+                    server_name: place.host.clone(),
+                    weight: place.weight,
+                    priority: 0,
+                })
+            })
+            .collect()
     }
 
     async fn resolve(&self, host: &str, port: u16) -> Result<Vec<SocketAddr>, String> {
@@ -186,66 +180,6 @@ impl Directory {
             Ok(Err(error)) => Err(format!("`{host}` could not be resolved: {error}")),
             Err(_) => Err(format!("`{host}` could not be resolved within {} s", RESOLVE_TIMEOUT.as_secs())),
         }
-    }
-
-    /// Makes endpoints of the answers, keeping those that are known already.
-    fn publish(&self, answers: Vec<Vec<SocketAddr>>) {
-        let before = self.known.load();
-        let mut endpoints = HashMap::new();
-        for (place, address) in entries(&self.places, &answers) {
-            endpoints.entry(address.clone()).or_insert_with(|| match before.endpoints.get(address) {
-                Some(endpoint) if Arc::ptr_eq(&endpoint.label, &place.label) => Arc::clone(endpoint),
-                _ => self.endpoint(place, address),
-            });
-        }
-        for address in before.answers.iter().flatten() {
-            if let Some(endpoint) = before.endpoints.get(address) {
-                endpoints.entry(address.clone()).or_insert_with(|| Arc::clone(endpoint));
-            }
-        }
-        self.known.store(Arc::new(Known { answers, endpoints }));
-    }
-
-    fn endpoint(&self, place: &Place, address: &SocketAddr) -> Arc<Endpoint> {
-        let server_name = place.location.host().unwrap_or_default();
-        let selections = place.selections.clone();
-        Arc::new(Endpoint::new(&place.label, address.clone(), &server_name, &self.transport, selections))
-    }
-
-    /// What is known, as Pingora wants it. Places that share an address are one backend with the sum of their
-    /// weights and the label of the first.
-    fn backends(&self) -> BTreeSet<Backend> {
-        let known = self.known.load();
-        let mut weights: BTreeMap<&SocketAddr, usize> = BTreeMap::new();
-        for (place, address) in entries(&self.places, &known.answers) {
-            *weights.entry(address).or_default() += place.weight;
-        }
-        let backend = |(address, weight): (&SocketAddr, usize)| Backend {
-            addr: address.clone(),
-            weight,
-            // Not the place for the endpoint: it is copied with each pick, at three allocations, and a backend whose
-            // address and weight stay the same would keep it although its name has changed.
-            ext: Extensions::new(),
-        };
-        weights.into_iter().map(backend).collect()
-    }
-}
-
-/// Each place with each of its addresses.
-fn entries<'a>(
-    places: &'a [Place],
-    answers: &'a [Vec<SocketAddr>],
-) -> impl Iterator<Item = (&'a Place, &'a SocketAddr)> {
-    places.iter().zip(answers).flat_map(|(place, addresses)| addresses.iter().map(move |address| (place, address)))
-}
-
-/// A [`Directory`] as Pingora's `LoadBalancer` sees it. Tells what is known and awaits nothing.
-pub(super) struct Discovery(pub Arc<Directory>);
-
-#[async_trait]
-impl ServiceDiscovery for Discovery {
-    async fn discover(&self) -> pingora::Result<(BTreeSet<Backend>, HashMap<u64, bool>)> {
-        Ok((self.0.backends(), HashMap::new()))
     }
 }
 

@@ -7,11 +7,12 @@ use std::num::{NonZeroU32, NonZeroU64};
 use std::sync::Arc;
 use std::sync::atomic::AtomicU32;
 use std::sync::atomic::Ordering::Relaxed;
+use std::time::Instant;
 
 use criterion::{BenchmarkId, Criterion, criterion_group, criterion_main};
-use forebay::config::Address;
+use forebay::config::upstream::LoadBalancing;
 use forebay::config::upstream::balance::Policy;
-use forebay::config::upstream::{Endpoint, Keepalive, LoadBalancing, Protocol, Timeouts};
+use forebay::gateway::Gateway;
 use forebay::metrics::Metrics;
 use forebay::upstream::Upstream;
 use forebay::upstream::balance::{Balance, Candidates, Identity, Schedule, SmoothRoundRobin};
@@ -45,19 +46,15 @@ where
 }
 
 fn upstream(number: usize) -> Upstream {
-    let endpoints = (0..number).map(|number| Endpoint {
-        address: Address(address(number)),
-        weight: NonZeroU32::new(weight(number)).expect("at least 1"),
-    });
-    let written = forebay::config::Upstream {
-        protocol: Protocol::Http1,
-        load_balancing: LoadBalancing::default(),
-        endpoints: endpoints.collect(),
-        keepalive: Keepalive::default(),
-        timeouts: Timeouts::default(),
-    };
+    let endpoints = (0..number).map(|n| format!("{{ address: \"{}\", weight: {} }}", address(n), weight(n)));
+    let yaml = format!(
+        "listeners: [ {{ name: web, address: \"127.0.0.1:0\" }} ]\nroutes: [ {{ name: all, upstream: bench }} ]\n\
+         upstreams: {{ bench: {{ endpoints: [ {} ] }} }}",
+        endpoints.collect::<Vec<_>>().join(", ")
+    );
+    let config = Gateway::builder().parse("bench.yaml", &yaml).expect("the configuration of this bench is sound");
     let metrics = Metrics::new(0, Vec::new()).upstream("bench");
-    Upstream::build("bench", &written, metrics).expect("the upstream of this bench is sound")
+    Upstream::build("bench", &config.upstreams["bench"], metrics).expect("the upstream of this bench is sound")
 }
 
 fn pick(c: &mut Criterion) {
@@ -79,11 +76,13 @@ fn pick(c: &mut Criterion) {
             b.iter(|| annotated.select(b"", 1))
         });
 
-        let upstream = upstream(number);
-        group.bench_function(BenchmarkId::new("select", number), |b| b.iter(|| upstream.select(black_box(&[]))));
-        let tried: Vec<_> = upstream.select(&[]).into_iter().collect();
+        let (upstream, now) = (upstream(number), Instant::now());
+        group
+            .bench_function(BenchmarkId::new("select", number), |b| b.iter(|| upstream.select(0, black_box(&[]), now)));
+        let tried: Vec<_> =
+            upstream.select(0, &[], Instant::now()).iter().map(|chosen| chosen.endpoint().clone()).collect();
         group.bench_function(BenchmarkId::new("select again", number), |b| {
-            b.iter(|| upstream.select(black_box(&tried)))
+            b.iter(|| upstream.select(0, black_box(&tried), now))
         });
         group.finish();
     }

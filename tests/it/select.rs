@@ -4,6 +4,11 @@ use crate::harness::gateway::Watched;
 use crate::harness::origin::Closed;
 use crate::harness::{Gateway, Origin, Setup};
 
+/// Origins with weights that take turns.
+fn in_turn(origins: &[(&Origin, u32)]) -> Setup {
+    Setup::weighted(origins).upstream("load_balancing: { policy: round_robin }")
+}
+
 /// Who answers each of so many requests.
 fn answers(gateway: &Gateway, count: usize) -> String {
     let mut client = gateway.client();
@@ -25,14 +30,14 @@ fn each_round_is(order: &str, round: &str) {
 #[test]
 fn equal_endpoints_take_turns() {
     let [a, b, c] = ["a", "b", "c"].map(Origin::named);
-    let gateway = Setup::weighted(&[(&a, 1), (&b, 1), (&c, 1)]).start();
+    let gateway = in_turn(&[(&a, 1), (&b, 1), (&c, 1)]).start();
     each_round_is(&answers(&gateway, 12), "abc");
 }
 
 #[test]
 fn a_heavier_endpoint_comes_more_often_and_the_others_in_between() {
     let [a, b, c] = ["a", "b", "c"].map(Origin::named);
-    let gateway = Setup::weighted(&[(&a, 5), (&b, 1), (&c, 1)]).start();
+    let gateway = in_turn(&[(&a, 5), (&b, 1), (&c, 1)]).start();
     let order = answers(&gateway, 21);
     each_round_is(&order, "aaaaabc");
     assert!(!order.contains("bc") && !order.contains("cb"), "{order}");
@@ -42,7 +47,7 @@ fn a_heavier_endpoint_comes_more_often_and_the_others_in_between() {
 #[test]
 fn turns_are_shared_by_all_connections_of_a_worker() {
     let [a, b] = ["a", "b"].map(Origin::named);
-    let gateway = Setup::weighted(&[(&a, 3), (&b, 1)]).start();
+    let gateway = in_turn(&[(&a, 3), (&b, 1)]).start();
     let order: String = (0..12).map(|_| answers(&gateway, 1)).collect();
     each_round_is(&order, "aaab");
 }
@@ -50,7 +55,7 @@ fn turns_are_shared_by_all_connections_of_a_worker() {
 #[test]
 fn each_choice_is_counted_and_logged() {
     let [a, b] = ["a", "b"].map(Origin::named);
-    let gateway = Setup::weighted(&[(&a, 3), (&b, 1)]).start();
+    let gateway = in_turn(&[(&a, 3), (&b, 1)]).start();
     answers(&gateway, 4);
     let chosen = |origin: &Origin| {
         format!("forebay_upstream_selections_total{{upstream=\"app\",endpoint=\"{}\"}}", origin.address())

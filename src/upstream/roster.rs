@@ -1,0 +1,108 @@
+//! Who may be chosen now, tier by tier: made whenever that changes, off the request path, and then only read.
+//!
+//! Choosing must cost the same with ten endpoints and with ten thousand, so all that takes time, such as a schedule or a
+//! ring, is worked out here. What may change at any moment, availability and load, is read from the endpoints with each choice.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::Instant;
+
+use super::balance::{Balance, Candidates, Identity};
+use super::endpoint::Endpoint;
+use crate::config::upstream::LoadBalancing;
+
+/// The endpoints that may be chosen.
+#[derive(Debug, Default)]
+pub struct Roster {
+    /// In the order in which they are to serve; none of them is empty.
+    tiers: Box<[Tier]>,
+}
+
+#[derive(Debug)]
+struct Tier {
+    priority: u8,
+    members: Box<[Arc<Endpoint>]>,
+    balance: Balance,
+}
+
+impl Roster {
+    /// The roster of those of `endpoints` that are available, which takes turns where `earlier` has left off.
+    pub fn new(policy: &LoadBalancing, endpoints: &[Arc<Endpoint>], earlier: &Roster) -> Roster {
+        let mut available: Vec<&Arc<Endpoint>> =
+            endpoints.iter().filter(|endpoint| endpoint.availability().admits()).collect();
+        available.sort_by_key(|endpoint| endpoint.priority());
+        let tiers = available.chunk_by(|a, b| a.priority() == b.priority()).map(|members| {
+            let priority = members[0].priority();
+            let named = members.iter().map(|member| Identity { name: &member.identity, weight: member.weight() });
+            let balance = Balance::new(policy, &named.collect::<Vec<_>>());
+            let before = earlier.tiers.iter().find(|tier| tier.priority == priority);
+            let balance = match before {
+                Some(before) => balance.after(&before.balance),
+                None => balance,
+            };
+            Tier { priority, members: members.iter().map(|&member| Arc::clone(member)).collect(), balance }
+        });
+        Roster { tiers: tiers.collect() }
+    }
+
+    /// How many endpoints may be chosen.
+    pub fn len(&self) -> usize {
+        self.tiers.iter().map(|tier| tier.members.len()).sum()
+    }
+
+    /// Whether nobody may be chosen.
+    pub fn is_empty(&self) -> bool {
+        self.tiers.is_empty()
+    }
+
+    /// The endpoint that is to serve next, but none of `tried`; `None` if there is nobody left. `inflight` is what the
+    /// upstream has in flight.
+    pub fn pick(
+        &self,
+        hash: u64,
+        tried: &[Arc<Endpoint>],
+        inflight: &AtomicU32,
+        now: Instant,
+    ) -> Option<&Arc<Endpoint>> {
+        self.tiers.iter().find_map(|tier| {
+            let number = tier.balance.pick(hash, &Field { members: &tier.members, tried, inflight, now })?;
+            tier.members.get(number)
+        })
+    }
+
+    /// Whether there is an endpoint that is none of `tried`.
+    pub fn has_more(&self, tried: &[Arc<Endpoint>]) -> bool {
+        self.tiers.iter().flat_map(|tier| &tier.members).any(|endpoint| admits(endpoint, tried))
+    }
+}
+
+/// The members of a tier as its policy sees them at the moment of a choice.
+struct Field<'a> {
+    members: &'a [Arc<Endpoint>],
+    tried: &'a [Arc<Endpoint>],
+    inflight: &'a AtomicU32,
+    now: Instant,
+}
+
+impl Candidates for Field<'_> {
+    fn inflight(&self, number: usize) -> u32 {
+        self.members[number].inflight()
+    }
+
+    /// Of the other tiers as well: few are busy at a time, and a sum over one would cost more the more endpoints there are.
+    fn inflight_of_all(&self) -> u64 {
+        self.inflight.load(Ordering::Relaxed).into()
+    }
+
+    fn latency(&self, number: usize) -> f64 {
+        self.members[number].latency(self.now)
+    }
+
+    fn admits(&self, number: usize) -> bool {
+        admits(&self.members[number], self.tried)
+    }
+}
+
+fn admits(endpoint: &Endpoint, tried: &[Arc<Endpoint>]) -> bool {
+    endpoint.availability().admits() && tried.iter().all(|earlier| earlier.address != endpoint.address)
+}
