@@ -7,6 +7,7 @@
 
 pub mod answer;
 mod guard;
+pub mod status;
 pub mod table;
 
 use std::fs::Permissions;

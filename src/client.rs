@@ -13,11 +13,13 @@ pub mod intake;
 pub mod lane;
 pub mod pace;
 pub mod session;
+pub mod slow;
 pub mod spool;
 pub mod stream;
-mod waiting;
+pub mod waiting;
 pub mod wire;
 
+use std::future::Future;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -37,10 +39,12 @@ use tokio::sync::watch;
 use crate::access_log::{AccessLog, Record};
 use crate::error::{Refusal, refusal};
 use crate::eventloop::{Metered, own_time};
-use crate::metrics::{ConnectionState, Metrics, RouteMetrics, Summary, UNROUTED};
+use crate::metrics::{ConnectionState, Direction, Metrics, RouteMetrics, Summary, UNROUTED};
 use crate::phase::{Clock, Phase};
 use connection::{Begin, Connection, Inflight, Introduced, Listener, Listeners, StateGauge};
+use slow::SlowClients;
 use stream::{ClientStream, Opening};
+use waiting::Waiting;
 
 /// What a connection that is one too many is given to hear so.
 const TURN_AWAY: Duration = Duration::from_millis(200);
@@ -58,13 +62,20 @@ pub struct Desk {
     unrouted: Arc<RouteMetrics>,
     log: Option<Arc<AccessLog>>,
     inflight: Arc<Inflight>,
+    slow: SlowClients,
 }
 
 impl Desk {
     /// Sets up what connections share.
-    pub fn new(listeners: Listeners, metrics: Metrics, log: Option<Arc<AccessLog>>, inflight: Arc<Inflight>) -> Self {
-        let unrouted = metrics.unrouted();
-        Desk { listeners, metrics, unrouted, log, inflight }
+    pub fn new(
+        listeners: Listeners,
+        metrics: Metrics,
+        log: Option<Arc<AccessLog>>,
+        inflight: Arc<Inflight>,
+        slow: SlowClients,
+        unrouted: Arc<RouteMetrics>,
+    ) -> Self {
+        Desk { listeners, metrics, unrouted, log, inflight, slow }
     }
 
     /// Counts and logs a refusal that no exchange was made for.
@@ -265,7 +276,20 @@ where
     async fn read_header(&mut self, stream: &mut ClientStream, since: Instant) -> Result<Opening, &'static Refusal> {
         self.state.enter(ConnectionState::Header);
         let _header = self.front.desk.metrics.enter_phase(Phase::Header, since);
-        let opening = tokio::time::timeout(self.connection.listener.header_timeout, stream.open());
+        let slow = &self.front.desk.slow;
+        let mut waiting = None;
+        let mut open = std::pin::pin!(stream.open());
+        let open = std::future::poll_fn(|cx| {
+            let opening = open.as_mut().poll(cx);
+            if opening.is_pending() && waiting.is_none() {
+                let client = self.connection.peer.map(|peer| peer.ip());
+                let entry = slow.enter(Direction::Request, None, client);
+                entry.set(Phase::Header, u64::MAX);
+                waiting = Some(Waiting::begin(None, &entry));
+            }
+            opening
+        });
+        let opening = tokio::time::timeout(self.connection.listener.header_timeout, open);
         opening.await.unwrap_or(Err(&refusal::HEADER_TIMEOUT))
     }
 

@@ -17,6 +17,7 @@ use pingora_proxy::http_proxy;
 use tokio::sync::{Notify, watch};
 
 use crate::access_log::AccessLog;
+use crate::admin::status::{self, Sources, Status};
 use crate::admin::{self, Admin, Readiness};
 use crate::client::budget::{self, Budget};
 use crate::client::connection::{Inflight, Listener, Listeners};
@@ -163,8 +164,8 @@ impl Gateway {
     }
 
     fn build(catalog: &Catalog, config: Config) -> Result<Gateway, StartError> {
-        let refusals = refusal::ALL.iter().copied().chain(catalog.refusals()).collect();
-        let metrics = Metrics::new(config.observability.metrics.max_series.0, refusals);
+        let refusals: Vec<_> = refusal::ALL.iter().copied().chain(catalog.refusals()).collect();
+        let metrics = Metrics::new(config.observability.metrics.max_series.0, refusals.clone());
         let wrong = |errors: Vec<BuildError>| StartError::Build(config.report(&errors));
         if !catalog.conflicts().is_empty() {
             return Err(wrong(catalog.conflicts().to_vec()));
@@ -174,7 +175,7 @@ impl Gateway {
             .map_err(|error| wrong(vec![error]))?
             .map(Arc::new);
 
-        let depot = depot(&config, &metrics).map_err(|error| wrong(vec![error]))?;
+        let depot = Arc::new(depot(&config, &metrics).map_err(|error| wrong(vec![error]))?);
         let threads = threads(config.server.threads);
         metrics.set_workers(threads);
         let loops = Loops::new(&metrics, loop_terms(&config));
@@ -184,11 +185,13 @@ impl Gateway {
         let readiness = Readiness::default();
 
         let mut listeners = Listeners::new();
+        let mut listed = Vec::new();
         let mut sockets = Vec::new();
         let mut places = Vec::new();
         for written in &config.listeners {
             let socket = bind(&written.address, &written.name)?;
             let listener = Arc::new(Listener::build(written, &metrics));
+            listed.push((socket.key().to_owned(), listener.clone()));
             match socket.tcp {
                 Some(address) => listeners.add_tcp(address, listener),
                 None => listeners.add_unix(socket.key(), listener),
@@ -197,19 +200,23 @@ impl Gateway {
             sockets.push(socket);
         }
 
+        let unrouted = metrics.unrouted();
+        let mut routes = parts.listed;
+        routes.push((unrouted.clone(), Vec::new()));
         let proxy = Proxy {
             routes: parts.routes,
             trusted: TrustedProxies::new(&config.trusted_proxies),
             manners: Manners { forwarded: config.forwarded, via: config.via },
             metrics: metrics.clone(),
-            unrouted: metrics.unrouted(),
+            unrouted: unrouted.clone(),
             stopping: stopped.clone(),
             log: log.clone(),
-            depot: Arc::new(depot),
+            depot: depot.clone(),
             lanes: Lanes::new(metrics.clone()),
         };
         let proxy = http_proxy(&server.configuration, proxy);
-        let desk = Desk::new(listeners, metrics.clone(), log.clone(), inflight.clone());
+        let desk =
+            Desk::new(listeners, metrics.clone(), log.clone(), inflight.clone(), depot.slow.clone(), unrouted.clone());
         let mut web = ListeningService::new("web".to_owned(), Front::new(Arc::new(proxy), Arc::new(desk)));
         for socket in &sockets {
             web.add_listener(socket.listener_config());
@@ -226,7 +233,19 @@ impl Gateway {
             places.push(Place::of("admin", &socket));
             admin = socket.tcp;
             let streams = usize::try_from(config.admin.streams.0).unwrap_or(usize::MAX);
-            let app = Admin::new(metrics, readiness.clone(), streams);
+            let app = Admin::new(metrics.clone(), readiness.clone(), streams);
+            let sources = Sources {
+                generation: 1,
+                metrics,
+                readiness: readiness.clone(),
+                loops: loops.clone(),
+                slow: depot.slow.clone(),
+                listeners: listed,
+                routes,
+                upstreams: parts.upstreams.into_values().collect(),
+                refusals,
+            };
+            let app = status::add(app, Status::new(sources));
             let service = admin::service(socket.key(), socket.is_unix(), app);
             server.add_service(Bound::new(service, vec![socket], None));
         }
@@ -247,6 +266,8 @@ impl Gateway {
 struct Parts {
     upstreams: BTreeMap<String, Arc<Upstream>>,
     routes: Table<Arc<Route>>,
+    /// The routes as `/status` shows them, in the order of the file.
+    listed: Vec<(Arc<RouteMetrics>, Vec<String>)>,
 }
 
 impl Parts {
@@ -259,13 +280,15 @@ impl Parts {
                 Err(found) => errors.extend(found),
             }
         }
-        let mut rules = Vec::new();
+        let (mut rules, mut listed) = (Vec::new(), Vec::new());
         for (index, written) in config.routes.iter().enumerate() {
             match catalog.chain(&written.filters) {
-                Ok(chain) => rules.push((
-                    &written.matches,
-                    Arc::new(route(written, chain.timed(metrics), &upstreams, &config.resources, metrics)),
-                )),
+                Ok(chain) => {
+                    let route = route(written, chain.timed(metrics), &upstreams, &config.resources, metrics);
+                    let split = written.upstreams.iter().map(|side| side.name.clone());
+                    listed.push((route.metrics.clone(), written.upstream.iter().cloned().chain(split).collect()));
+                    rules.push((&written.matches, Arc::new(route)));
+                }
                 Err(found) => {
                     errors.extend(
                         found.into_iter().map(|error| error.under("filters").under(&format!("routes[{index}]"))),
@@ -274,7 +297,7 @@ impl Parts {
             }
         }
         match Table::build(rules) {
-            Ok(routes) if errors.is_empty() => Ok(Parts { upstreams, routes }),
+            Ok(routes) if errors.is_empty() => Ok(Parts { upstreams, routes, listed }),
             Ok(_) => Err(errors),
             Err(found) => {
                 errors.extend(found.into_iter().map(|error| error.under("routes")));

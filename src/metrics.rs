@@ -31,7 +31,7 @@ pub const UNROUTED: &str = "_none";
 pub const LOOP: &str = "loop";
 
 pub use phases::{PhaseState, Seat};
-pub use route::{Direction, RouteMetrics, Spills, Summary};
+pub use route::{Direction, Distribution, RouteFigures, RouteMetrics, Spills, Summary};
 
 /// All metrics of one gateway. Clones are cheap and share everything.
 #[derive(Clone)]
@@ -126,6 +126,11 @@ impl Metrics {
         Arc::new(RouteMetrics::new(name, self.clone()))
     }
 
+    /// What was counted of all routes that are folded, if any are.
+    pub fn folded(&self) -> Option<RouteFigures> {
+        self.0.other.get().map(|series| series.figures())
+    }
+
     /// Those of exchanges that found no route, or were refused before one was sought; labelled `_none`.
     pub fn unrouted(&self) -> Arc<RouteMetrics> {
         Arc::new(RouteMetrics::unbudgeted("_none", self.clone()))
@@ -140,8 +145,7 @@ impl Metrics {
             accepted: families.client_connections_total.with_label_values(&[name]),
             http1_requests: requests("http1"),
             h2_requests: requests("h2"),
-            // In the order of `ConnectionState`.
-            open: ["idle", "header", "active"].map(open),
+            open: STATES.map(open),
         }
     }
 
@@ -213,6 +217,16 @@ impl Metrics {
             stalled: single(&families.stalled_workers),
             stalls: families.stalls.clone(),
         }
+    }
+
+    /// How late the signs of life of this worker came, in the buckets of `forebay_loop_lag_seconds`.
+    pub fn lag(&self, worker: usize) -> Distribution {
+        Distribution::of(&self.families().loop_lag.with_label_values(&[&worker.to_string()]))
+    }
+
+    /// Workers that are stalled now.
+    pub fn stalled_workers(&self) -> u64 {
+        u64::try_from(single(&self.families().stalled_workers).get()).unwrap_or(0)
     }
 
     /// The time of the polls of the filters with this key. Ask once, when one is built.
@@ -362,10 +376,19 @@ pub struct ListenerMetrics {
     pub http1_requests: IntCounter,
     /// Requests over HTTP/2.
     pub h2_requests: IntCounter,
+    /// In the order of `ConnectionState`.
     open: [IntGauge; 3],
 }
 
+/// The values of the label `state` of connections, in the order of [`ConnectionState`].
+const STATES: [&str; 3] = ["idle", "header", "active"];
+
 impl ListenerMetrics {
+    /// Connections that are open now, by what they do.
+    pub fn open(&self) -> [(&'static str, i64); 3] {
+        std::array::from_fn(|state| (STATES[state], self.open[state].get()))
+    }
+
     /// Moves a connection from one state to another: from `None` when it opens, to `None` when it closes.
     pub fn enter(&self, from: Option<ConnectionState>, to: Option<ConnectionState>) {
         shift(&self.open, from.map(|state| state as usize), to.map(|state| state as usize));

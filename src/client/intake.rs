@@ -9,14 +9,17 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use pingora::Error;
+use pingora::http::RequestHeader;
 
 use super::lane::{Bulk, Class, Lanes, Turn};
 use super::pace::Pace;
+use super::slow::Entry;
 use super::spool::{Depot, Limits, Room, Spool, SpoolError};
-use super::waiting::{Timer, Waiting};
+use super::waiting::{Timer, Waiting, Who};
 use super::wire::Wire;
 use crate::error::{Refusal, refusal};
 use crate::metrics::{Direction, RouteMetrics};
+use crate::phase::Phase;
 
 /// How much is read without a pause before the next exchange has its turn.
 const TURN_BYTES: u64 = 256 << 10;
@@ -65,15 +68,24 @@ impl From<&'static Refusal> for Unread {
 
 /// What a client did not keep, in whose phase.
 struct Blame {
+    phase: Phase,
     idle: &'static Refusal,
     total: &'static Refusal,
     pace: &'static Refusal,
 }
 
-const BUFFERING: Blame =
-    Blame { idle: &refusal::BUFFER_TIMEOUT, total: &refusal::BUFFER_TIMEOUT, pace: &refusal::BUFFER_MIN_RATE };
-const STREAMING: Blame =
-    Blame { idle: &refusal::SEND_BODY_TIMEOUT, total: &refusal::SEND_BODY_TOTAL, pace: &refusal::SEND_MIN_RATE };
+const BUFFERING: Blame = Blame {
+    phase: Phase::Buffer,
+    idle: &refusal::BUFFER_TIMEOUT,
+    total: &refusal::BUFFER_TIMEOUT,
+    pace: &refusal::BUFFER_MIN_RATE,
+};
+const STREAMING: Blame = Blame {
+    phase: Phase::Send,
+    idle: &refusal::SEND_BODY_TIMEOUT,
+    total: &refusal::SEND_BODY_TOTAL,
+    pace: &refusal::SEND_MIN_RATE,
+};
 
 /// See the module.
 pub struct Intake {
@@ -92,6 +104,8 @@ pub struct Intake {
     spooled: (u64, u64),
     since: Option<Instant>,
     waiting: Option<Waiting>,
+    who: Who,
+    slow: Option<Entry>,
     paused: Option<Instant>,
     timer: Timer,
     /// It holds as much as it may, and one more read is to tell whether that was all.
@@ -109,7 +123,7 @@ pub struct Intake {
 
 impl Intake {
     /// The intake of a request of which nothing was read.
-    pub fn new(terms: IntakeTerms, empty: bool, depot: &Arc<Depot>, lanes: &Arc<Lanes>) -> Self {
+    pub fn new(terms: IntakeTerms, empty: bool, who: Who, depot: &Arc<Depot>, lanes: &Arc<Lanes>) -> Self {
         Intake {
             terms,
             empty,
@@ -122,6 +136,8 @@ impl Intake {
             spooled: (0, 0),
             since: None,
             waiting: None,
+            who,
+            slow: None,
             paused: None,
             timer: Timer::default(),
             asked_at_limit: false,
@@ -293,6 +309,13 @@ impl Intake {
         }
     }
 
+    /// If the client was waited for: says what it had asked for.
+    pub fn name_client(&self, request: &RequestHeader) {
+        if let Some(entry) = &self.slow {
+            entry.name(|| self.who.asked(request));
+        }
+    }
+
     /// Whether the last poll used a turn of the lane.
     pub fn used_turn(&mut self) -> bool {
         std::mem::take(&mut self.in_turn)
@@ -380,8 +403,14 @@ impl Intake {
 
     /// Ready when the client takes too long: with what it is to be told.
     fn poll_late(&mut self, cx: &mut Context<'_>, blame: &Blame) -> Poll<&'static Refusal> {
-        let Intake { waiting, depot, .. } = self;
-        let waiting = waiting.get_or_insert_with(|| Waiting::begin(depot.budget.slow(Direction::Request)));
+        let Intake { waiting, depot, slow, who, terms, received, .. } = self;
+        let waiting = waiting.get_or_insert_with(|| {
+            let enter = || depot.slow.enter(Direction::Request, Some(&terms.route), who.client);
+            let entry = slow.get_or_insert_with(enter);
+            let missing = terms.announced.map_or(u64::MAX, |announced| announced.saturating_sub(*received));
+            entry.set(blame.phase, missing);
+            Waiting::begin(Some(depot.budget.slow(Direction::Request)), entry)
+        });
         let since = waiting.since;
         let whole = *self.since.get_or_insert(since);
         let dues = [

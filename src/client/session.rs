@@ -28,6 +28,7 @@ use pingora::{Error, ErrorType, Result};
 use super::intake::{Intake, IntakeTerms, Unread};
 use super::lane::Lanes;
 use super::spool::Depot;
+use super::waiting::Who;
 use super::wire::{Manner, Wire};
 use crate::error::{Refusal, refusal};
 use crate::eventloop::{Gate, adopt};
@@ -57,6 +58,8 @@ pub struct Terms {
     pub intake: IntakeTerms,
     /// How the answer leaves.
     pub manner: Manner,
+    /// Whose exchange it is.
+    pub who: Who,
     /// Sees the pieces of the answer.
     pub tap: Option<Box<dyn Tap>>,
     /// What spools share.
@@ -310,7 +313,7 @@ impl Drop for BufferedSession {
 impl BufferedSession {
     /// Takes the client's session. Until [`BufferedSession::stand_in`] there is nobody in its place.
     pub fn take(session: &mut Box<ServerSession>, terms: Terms) -> Result<(Arc<Link>, Self)> {
-        let Terms { patience, intake, manner, tap, depot, lanes } = terms;
+        let Terms { patience, intake, manner, who, tap, depot, lanes } = terms;
         let mut stub = RequestHeader::build(session.req_header().method.clone(), b"/", None)?;
         stub.set_version(session.req_header().version);
         let mut own = std::mem::replace(session, Box::new(nobody()));
@@ -318,7 +321,7 @@ impl BufferedSession {
         own.set_read_timeout(None);
         let write_timeout = own.get_write_timeout();
         own.set_write_timeout(None);
-        let intake = Intake::new(intake, own.is_body_empty(), &depot, &lanes);
+        let intake = Intake::new(intake, own.is_body_empty(), who.clone(), &depot, &lanes);
         let request = std::mem::replace(own.req_header_mut(), stub);
         let link = Arc::new(Link {
             begin: Instant::now(),
@@ -327,7 +330,7 @@ impl BufferedSession {
             since: AtomicU64::new(0),
             holding: AtomicBool::new(false),
             fault: Mutex::new(None),
-            wire: Mutex::new(Wire::new(own, manner, depot, lanes.clone())),
+            wire: Mutex::new(Wire::new(own, manner, who, depot, lanes.clone())),
             received: AtomicU64::new(0),
             length: AtomicU64::new(u64::MAX),
             buffered: AtomicU64::new(0),
@@ -387,9 +390,10 @@ impl BufferedSession {
     /// Reads the body until it is whole, or until it cannot be held and is to be streamed on. Calls `waiting` when it
     /// has to wait for the client for the first time.
     pub async fn fill(&mut self, waiting: &mut (dyn FnMut() + Send)) -> Result<(), Unread> {
-        let BufferedSession { link, intake, .. } = self;
+        let BufferedSession { link, intake, request, .. } = self;
         let filled = std::future::poll_fn(|cx| {
             let filled = intake.poll_fill(cx, &mut link.wire(), waiting);
+            intake.name_client(request);
             if intake.used_turn() {
                 link.in_turn.store(true, Ordering::Relaxed);
             }
@@ -424,6 +428,7 @@ impl BufferedSession {
     fn poll_body(&mut self, cx: &mut Context<'_>) -> Poll<Result<Option<Bytes>>> {
         let mut wire = self.link.wire();
         let piece = self.intake.poll_piece(cx, &mut wire);
+        self.intake.name_client(&self.request);
         if let Some(error) = wire.take_error() {
             return Poll::Ready(Err(error));
         }
@@ -460,6 +465,7 @@ impl BufferedSession {
         let ended = std::future::poll_fn(|cx| {
             let mut wire = link.wire();
             let more = wire.poll_more(cx);
+            wire.name_client(&self.request);
             if wire.used_turn() {
                 link.in_turn.store(true, Ordering::Relaxed);
             }
@@ -540,7 +546,13 @@ impl CustomSession for BufferedSession {
         let link = &self.link;
         link.wire().end();
         self.intake.forget();
-        std::future::poll_fn(|cx| Poll::Ready(link.wire().poll_write(cx).is_ready())).await;
+        std::future::poll_fn(|cx| {
+            let mut wire = link.wire();
+            let _ = wire.poll_write(cx);
+            wire.name_client(&self.request);
+            Poll::Ready(())
+        })
+        .await;
         // If that failed, the draining hears of it.
         Ok(())
     }

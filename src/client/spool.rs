@@ -21,6 +21,7 @@ use bytes::Bytes;
 use tokio::sync::oneshot;
 
 use super::budget::{Budget, Share, Wait};
+use super::slow::SlowClients;
 use crate::metrics::{Direction, RouteMetrics};
 use disk::{Disk, Permit, Read, Unwritten, Written};
 use pieces::Pieces;
@@ -37,6 +38,8 @@ pub struct Depot {
     pub disk: Disk,
     /// What they may hold.
     pub budget: Arc<Budget>,
+    /// Who is waited for meanwhile.
+    pub slow: SlowClients,
     chunk: u64,
     small_chunk: u64,
 }
@@ -44,7 +47,7 @@ pub struct Depot {
 impl Depot {
     /// Puts together what spools share.
     pub fn new(disk: Disk, budget: Arc<Budget>) -> Self {
-        Depot { disk, budget, chunk: CHUNK_BYTES, small_chunk: SMALL_CHUNK_BYTES }
+        Depot { disk, budget, slow: SlowClients::default(), chunk: CHUNK_BYTES, small_chunk: SMALL_CHUNK_BYTES }
     }
 }
 
@@ -596,7 +599,7 @@ mod tests {
         let (faults, files) = Faults::new();
         let disk = Disk::start(files, 2, 4, &metrics).unwrap();
         let budget = Budget::new(resources, metrics.clone());
-        let depot = Arc::new(Depot { disk, budget, chunk, small_chunk: chunk / 8 });
+        let depot = Arc::new(Depot { disk, budget, slow: SlowClients::default(), chunk, small_chunk: chunk / 8 });
         Stage { depot, faults, metrics, route: all.route("all") }
     }
 

@@ -1,11 +1,16 @@
-//! What waiting takes: a timer that is set anew without being made anew, and the gauge of those who are waited for.
+//! What waiting takes: a timer that is set anew without being made anew, the gauge of those who are waited for, and the
+//! list of who they are.
 
+use std::net::IpAddr;
 use std::pin::Pin;
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
+use pingora::http::RequestHeader;
 use prometheus::IntGauge;
 use tokio::time::Sleep;
+
+use super::slow::Entry;
 
 /// A deadline that may move. Costs nothing until it is first polled.
 #[derive(Default)]
@@ -27,14 +32,19 @@ impl Timer {
 pub struct Waiting {
     /// Since when.
     pub since: Instant,
-    slow: IntGauge,
+    slow: Option<IntGauge>,
+    entry: Entry,
 }
 
 impl Waiting {
     /// One more, from now on.
-    pub fn begin(gauge: &IntGauge) -> Self {
-        gauge.inc();
-        Waiting { since: Instant::now(), slow: gauge.clone() }
+    pub fn begin(gauge: Option<&IntGauge>, entry: &Entry) -> Self {
+        if let Some(gauge) = gauge {
+            gauge.inc();
+        }
+        let since = Instant::now();
+        entry.begin(since);
+        Waiting { since, slow: gauge.cloned(), entry: entry.clone() }
     }
 
     /// For how long.
@@ -45,6 +55,25 @@ impl Waiting {
 
 impl Drop for Waiting {
     fn drop(&mut self) {
-        self.slow.dec();
+        if let Some(slow) = &self.slow {
+            slow.dec();
+        }
+        self.entry.end(Instant::now());
+    }
+}
+
+/// Whom one waits for, as far as it is at hand when an exchange begins.
+#[derive(Clone, Debug, Default)]
+pub struct Who {
+    /// The client's address.
+    pub client: Option<IpAddr>,
+    /// What it asked for, where a filter may have changed that.
+    pub target: Option<http::Uri>,
+}
+
+impl Who {
+    /// Method and path, without the query: that may hold what is nobody's business.
+    pub fn asked(&self, request: &RequestHeader) -> String {
+        format!("{} {}", request.method, self.target.as_ref().unwrap_or(&request.uri).path())
     }
 }

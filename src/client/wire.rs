@@ -14,17 +14,19 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use http::{Version, header};
-use pingora::http::ResponseHeader;
+use pingora::http::{RequestHeader, ResponseHeader};
 use pingora::protocols::http::{HttpTask, ServerSession};
 use pingora::{Error, ErrorType, Result};
 use tokio::task::coop::has_budget_remaining;
 
 use super::lane::{Bulk, Class, Lanes, Turn};
 use super::pace::Pace;
+use super::slow::Entry;
 use super::spool::{Depot, Limits, Room, Spool, SpoolError};
-use super::waiting::{Timer, Waiting};
+use super::waiting::{Timer, Waiting, Who};
 use crate::error::{Refusal, refusal};
 use crate::metrics::{Direction, RouteMetrics};
+use crate::phase::Phase;
 use crate::upstream::window::Window;
 
 /// Up to this, tasks are written at once, which copies them together; above it one by one, which does not.
@@ -138,6 +140,8 @@ pub struct Wire {
     first_byte: Option<Instant>,
     /// The client does not take what there is.
     blocked: Option<Waiting>,
+    who: Who,
+    slow: Option<Entry>,
     /// Since when the disk is waited for.
     fetching: Option<Instant>,
     blocked_before: Duration,
@@ -165,7 +169,7 @@ struct Head {
 
 impl Wire {
     /// The wire of a session that has written nothing yet.
-    pub fn new(session: Box<ServerSession>, manner: Manner, depot: Arc<Depot>, lanes: Arc<Lanes>) -> Self {
+    pub fn new(session: Box<ServerSession>, manner: Manner, who: Who, depot: Arc<Depot>, lanes: Arc<Lanes>) -> Self {
         let (http2, http10) = (session.is_http2(), session.req_header().version == Version::HTTP_10);
         Wire {
             state: State::Idle(session),
@@ -193,6 +197,8 @@ impl Wire {
             piece: PIECE_LEAST,
             first_byte: None,
             blocked: None,
+            who,
+            slow: None,
             fetching: None,
             blocked_before: Duration::ZERO,
             timer: Timer::default(),
@@ -314,6 +320,13 @@ impl Wire {
     pub fn spooled(&self) -> (u64, u64) {
         let now = self.spool.as_ref().map_or((0, 0), |spool| (spool.pushed(), spool.spilled()));
         (self.spooled.0 + now.0, self.spooled.1 + now.1)
+    }
+
+    /// If the client was waited for: says what it had asked for.
+    pub fn name_client(&self, request: &RequestHeader) {
+        if let Some(entry) = &self.slow {
+            entry.name(|| self.who.asked(request));
+        }
     }
 
     /// For how long the client did not take what there was.
@@ -573,14 +586,25 @@ impl Wire {
 
     /// Ready when the write under way takes too long: with what the client did not keep.
     fn poll_patience(&mut self, cx: &mut Context<'_>) -> Poll<&'static Refusal> {
-        let Wire { blocked, depot, .. } = self;
-        let since = blocked.get_or_insert_with(|| Waiting::begin(depot.budget.slow(Direction::Response))).since;
+        let phase = if self.ended { Phase::Write } else { Phase::Receive };
+        let left = self.left();
+        let Wire { blocked, depot, slow, who, manner, .. } = self;
+        let entry = slow.get_or_insert_with(|| depot.slow.enter(Direction::Response, Some(&manner.route), who.client));
+        entry.set(phase, left);
+        let begin = || Waiting::begin(Some(depot.budget.slow(Direction::Response)), entry);
+        let since = blocked.get_or_insert_with(begin).since;
         let slow = self.manner.pace.patience(self.writing).map(|patience| (patience, &refusal::WRITE_MIN_RATE));
         // On HTTP/1 the stream sees every byte that leaves, and keeps this more exactly.
         let still = self.http2.then_some((self.manner.write_idle, &refusal::WRITE_TIMEOUT));
         let first = slow.into_iter().chain(still).min_by_key(|(patience, _)| *patience);
         let Some((patience, blame)) = first else { return Poll::Pending };
         self.timer.poll(cx, since + patience).map(|()| blame)
+    }
+
+    /// Body bytes that are here and that the client has not taken.
+    fn left(&self) -> u64 {
+        let ready: u64 = self.ready.iter().map(|task| body_len(task) as u64).sum();
+        ready + self.writing + self.spool.as_ref().map_or(0, Spool::unread)
     }
 
     fn end_blocked(&mut self) -> Option<Duration> {

@@ -196,6 +196,14 @@ families! {
 }
 
 impl Family {
+    /// The upper bounds of its buckets, in seconds; none if it is no histogram.
+    pub fn bounds(&self) -> &'static [f64] {
+        match self.kind {
+            Kind::Histogram(bounds) => bounds,
+            Kind::Counter | Kind::Gauge => &[],
+        }
+    }
+
     /// Registers this family as a histogram.
     pub(super) fn histogram(&self, registry: &Registry) -> HistogramVec {
         let Kind::Histogram(buckets) = self.kind else { unreachable!("{} is no histogram", self.name) };

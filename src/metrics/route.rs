@@ -6,6 +6,7 @@
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
+use prometheus::core::Metric;
 use prometheus::{Counter, Histogram, IntCounter};
 
 use super::{Metrics, family};
@@ -95,9 +96,23 @@ impl RouteMetrics {
         RouteMetrics { name: name.into(), metrics, series: OnceLock::from(series) }
     }
 
+    /// The name of the route, also where it is counted as `_other`.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
     /// Counts one finished exchange.
     pub fn record(&self, exchange: &Summary<'_>) {
         self.series().record(&self.metrics, exchange);
+    }
+
+    /// What was counted so far.
+    pub fn figures(&self) -> RouteFigures {
+        let Some(series) = self.series.get() else { return RouteFigures::default() };
+        match self.metrics.0.other.get() {
+            Some(other) if Arc::ptr_eq(series, other) => RouteFigures { folded: true, ..RouteFigures::default() },
+            _ => series.figures(),
+        }
     }
 
     /// Those that a body of this direction counts in when it goes to disk.
@@ -110,6 +125,54 @@ impl RouteMetrics {
             true => Arc::new(Series::new(&self.name, &self.metrics)),
             false => self.metrics.fold(&self.name),
         })
+    }
+}
+
+/// What was counted of one route, read at one moment.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct RouteFigures {
+    /// It is counted in `_other`.
+    pub folded: bool,
+    /// Exchanges by class of code: those classes that there were.
+    pub classes: Vec<(&'static str, u64)>,
+    /// Times of whole exchanges, in the buckets of `forebay_exchange_seconds`.
+    pub seconds: Distribution,
+    /// Bytes that came from clients.
+    pub received: u64,
+    /// Bytes that went to clients.
+    pub sent: u64,
+}
+
+/// What a histogram has counted, read at one moment.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Distribution {
+    /// The sum of what was observed.
+    pub sum: f64,
+    /// How many fell into each bucket; the last is what is beyond all bounds.
+    pub buckets: Vec<u64>,
+}
+
+impl Distribution {
+    /// What this histogram has counted.
+    pub(super) fn of(histogram: &Histogram) -> Self {
+        let read = histogram.metric();
+        let read = read.get_histogram();
+        let upto = read.get_bucket().iter().map(|bucket| bucket.cumulative_count()).chain([read.get_sample_count()]);
+        let mut below = 0;
+        // A scrape and an observation may cross, so that a count is behind the one before it for a moment.
+        let count = |upto: u64| {
+            let within = upto.saturating_sub(below);
+            below += within;
+            within
+        };
+        let buckets = upto.map(count).collect();
+        Distribution { sum: read.get_sample_sum(), buckets }
+    }
+
+    fn add(&mut self, other: &Distribution) {
+        self.sum += other.sum;
+        self.buckets.resize(self.buckets.len().max(other.buckets.len()), 0);
+        self.buckets.iter_mut().zip(&other.buckets).for_each(|(bucket, more)| *bucket += more);
     }
 }
 
@@ -173,6 +236,19 @@ impl Series {
         self.saved.inc_by(exchange.saved.as_secs_f64());
         self.received.inc_by(exchange.received);
         self.sent.inc_by(exchange.sent);
+    }
+
+    pub(super) fn figures(&self) -> RouteFigures {
+        let mut figures =
+            RouteFigures { received: self.received.get(), sent: self.sent.get(), ..RouteFigures::default() };
+        for (name, class) in CLASSES.into_iter().zip(&self.classes) {
+            if let Some(class) = class.get() {
+                let seconds = Distribution::of(&class.seconds);
+                figures.classes.push((name, seconds.buckets.iter().sum()));
+                figures.seconds.add(&seconds);
+            }
+        }
+        figures
     }
 
     fn phase(&self, phase: Phase, metrics: &Metrics) -> &Histogram {

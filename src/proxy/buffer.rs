@@ -18,6 +18,7 @@ use crate::client::lane::Lanes;
 use crate::client::pace::Pace;
 use crate::client::session::{BufferedSession, Terms};
 use crate::client::spool::Depot;
+use crate::client::waiting::Who;
 use crate::client::wire::Leave;
 use crate::error::{Refusal, refusal};
 use crate::filter::Refused;
@@ -67,6 +68,7 @@ pub async fn request(
         patience: route.patience(timeouts),
         intake,
         manner,
+        who: Who { client: exchange.client, target: exchange.target.clone() },
         tap: BodyFilters::of(exchange),
         depot: depot.clone(),
         lanes: lanes.clone(),

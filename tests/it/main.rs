@@ -27,6 +27,7 @@ mod select;
 mod send;
 mod slow;
 mod spool;
+mod status;
 mod stop;
 mod story;
 mod wait;

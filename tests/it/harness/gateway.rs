@@ -36,6 +36,7 @@ pub struct Setup {
     log: PathBuf,
     access_log: String,
     observability: String,
+    admin: String,
     more: String,
     filters: Vec<fn(Builder) -> Builder>,
     tmpfs: Option<&'static str>,
@@ -102,6 +103,7 @@ impl Setup {
             server: "threads: 1".to_owned(),
             access_log: String::new(),
             observability: String::new(),
+            admin: String::new(),
             more: String::new(),
             filters: Vec::new(),
             tmpfs: None,
@@ -186,6 +188,12 @@ impl Setup {
         self
     }
 
+    /// Further keys of `admin`.
+    pub fn admin(mut self, keys: &str) -> Setup {
+        add(&mut self.admin, keys);
+        self
+    }
+
     /// Keys of `server` beside one worker and a directory of its own for spooled bodies, `spool`.
     pub fn spooling(self, keys: &str) -> Setup {
         let spool = self.spool_dir();
@@ -225,7 +233,7 @@ impl Setup {
             ("upstreams", format!("{{ {} }}", joined(&[&format!("app: {{ {} }}", self.upstream), &self.upstreams]))),
             ("routes", format!("[ {} ]", self.routes.as_ref().unwrap_or(&route))),
             ("server", format!("{{ {} }}", self.server)),
-            ("admin", "{ address: \"127.0.0.1:0\" }".to_owned()),
+            ("admin", format!("{{ {} }}", joined(&["address: \"127.0.0.1:0\"", &self.admin]))),
             ("observability", format!("{{ {} }}", joined(&[&log, &self.observability]))),
         ] {
             writeln!(yaml, "{key}: {value}").expect("a string grows");

@@ -1,0 +1,580 @@
+//! `/status`: how the gateway is at this moment, as one document.
+//!
+//! It is a stable interface: `conf/manual/status.md` says what every field means, `forebay top` and the status page read
+//! nothing else. All of it is put together when somebody asks, on the admin endpoint's thread, from what is counted anyway;
+//! what grows is a count since the start, so that whoever asks twice has a rate.
+
+use std::collections::BTreeMap;
+use std::net::IpAddr;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant, SystemTime};
+
+use bytes::Bytes;
+use http::StatusCode;
+use serde::{Deserialize, Serialize};
+use tokio::time::MissedTickBehavior;
+
+use super::answer::{self, Answer};
+use super::table::Ask;
+use super::{Admin, Readiness, Ready};
+use crate::client::connection::Listener;
+use crate::client::slow::{SlowClient, SlowClients};
+use crate::error::Refusal;
+use crate::eventloop::Loops;
+use crate::metrics::{Distribution, Metrics, RouteFigures, RouteMetrics, family};
+use crate::phase::Phase;
+use crate::upstream::Upstream;
+
+/// How many slow clients are shown unless `?slow=` says otherwise, and the most that it can say.
+const SLOW: usize = 20;
+const SLOW_MAX: usize = 200;
+/// How many routes an event has.
+const EVENT_ROUTES: usize = 100;
+/// How far events lie apart.
+const EVERY: Duration = Duration::from_secs(1);
+/// An event that is not older than this is sent to the next who asks, too.
+const SHARED_FOR: Duration = Duration::from_millis(400);
+
+/// What the document is put together from.
+pub struct Sources {
+    /// The number of the configuration that runs, from 1.
+    pub generation: u64,
+    /// What is counted.
+    pub metrics: Metrics,
+    /// Whether exchanges are taken.
+    pub readiness: Readiness,
+    /// The workers.
+    pub loops: Loops,
+    /// Who is waited for.
+    pub slow: SlowClients,
+    /// The listeners, each with the address that it was bound to.
+    pub listeners: Vec<(String, Arc<Listener>)>,
+    /// The routes, each with the upstreams that it leads to; `_none` among them.
+    pub routes: Vec<(Arc<RouteMetrics>, Vec<String>)>,
+    /// The upstreams.
+    pub upstreams: Vec<Arc<Upstream>>,
+    /// All refusals that there are.
+    pub refusals: Vec<&'static Refusal>,
+}
+
+/// How the gateway is at one moment. Fields are added, but not taken away and not given another meaning.
+#[derive(Clone, Debug, Default, Deserialize, Serialize)]
+#[serde(default)]
+pub struct Document {
+    /// Forebay's version.
+    pub version: String,
+    /// When the process started (RFC 3339).
+    pub started: String,
+    /// For how long it has been running.
+    pub uptime_seconds: f64,
+    /// The number of the configuration that runs, from 1.
+    pub generation: u64,
+    /// `starting`, `ready` or `stopping`.
+    pub state: String,
+    /// One row for each worker thread.
+    pub workers: Vec<WorkerStatus>,
+    /// Workers that are stalled now.
+    pub stalled_workers: u64,
+    /// Where clients come in.
+    pub listeners: Vec<ListenerStatus>,
+    /// All phases, in their order.
+    pub phases: Vec<PhaseStatus>,
+    /// Routes, those with the most exchanges first.
+    pub routes: Vec<RouteStatus>,
+    /// How many routes there are, shown or not.
+    pub routes_total: usize,
+    /// The groups of endpoints.
+    pub upstreams: Vec<UpstreamStatus>,
+    /// Who is waited for.
+    pub slow_clients: SlowStatus,
+    /// What is held for slow sides, and how much may be.
+    pub spools: SpoolStatus,
+    /// What Forebay itself refused or cut, by reason: how often. What never happened is left out.
+    pub refusals: BTreeMap<String, u64>,
+    /// The upper bounds of the buckets below, in seconds; each list of counts has one more, for what is beyond the last.
+    pub bounds: Bounds,
+}
+
+/// The bounds of what is counted in buckets.
+#[derive(Clone, Debug, Default, Deserialize, Serialize)]
+#[serde(default)]
+pub struct Bounds {
+    /// Of `routes[].seconds`.
+    pub exchange_seconds: Vec<f64>,
+    /// Of `workers[].lag`.
+    pub lag_seconds: Vec<f64>,
+}
+
+/// Times, counted in buckets.
+#[derive(Clone, Debug, Default, Deserialize, Serialize)]
+#[serde(default)]
+pub struct Times {
+    /// The sum of them.
+    pub sum_seconds: f64,
+    /// How many fell into each bucket.
+    pub buckets: Vec<u64>,
+}
+
+impl From<Distribution> for Times {
+    fn from(counted: Distribution) -> Self {
+        Times { sum_seconds: counted.sum, buckets: counted.buckets }
+    }
+}
+
+/// A worker and its event loop. What is missing cannot be known: of workers that share their tasks, or in a build without
+/// `tokio_unstable`.
+#[derive(Clone, Debug, Default, Deserialize, Serialize)]
+#[serde(default)]
+pub struct WorkerStatus {
+    /// Its number, from 0; `all` for what workers with `server.work_stealing` have in common.
+    pub worker: String,
+    /// Time in which it waited in the kernel for something to do.
+    pub wait_seconds: Option<f64>,
+    /// Time in which it did something.
+    pub busy_seconds: Option<f64>,
+    /// Times that it waited and was woken.
+    pub wakeups: Option<u64>,
+    /// Events that the kernel had for it.
+    pub ready_events: Option<u64>,
+    /// Polls of tasks.
+    pub polls: Option<u64>,
+    /// Tasks that there are.
+    pub tasks: Option<u64>,
+    /// Tasks that are ready and wait.
+    pub run_queue: Option<u64>,
+    /// Sockets and the like that it watches.
+    pub descriptors: Option<u64>,
+    /// How late its signs of life came.
+    pub lag: Option<Times>,
+    /// Exchanges that move much and wait for their turn.
+    pub lane_waiting: Option<i64>,
+    /// Of its time, what it may give to them, from 0 to 1.
+    pub lane_share: Option<f64>,
+    /// The exchange that it is polling at this moment.
+    pub doing: Option<Doing>,
+}
+
+/// What a worker does at a moment.
+#[derive(Clone, Debug, Default, Deserialize, Serialize)]
+#[serde(default)]
+pub struct Doing {
+    /// The phase, or the filter that runs in it.
+    #[serde(rename = "where")]
+    pub place: String,
+    /// The route, if there is one yet.
+    pub route: Option<String>,
+    /// For how long this poll has lasted.
+    pub seconds: f64,
+}
+
+/// A listener.
+#[derive(Clone, Debug, Default, Deserialize, Serialize)]
+#[serde(default)]
+pub struct ListenerStatus {
+    /// Its name.
+    pub listener: String,
+    /// Where it listens.
+    pub address: String,
+    /// What it speaks: `http1`, `h2c`.
+    pub protocols: Vec<String>,
+    /// Connections that were accepted.
+    pub accepted: u64,
+    /// Connections that are open, by what they do: `idle`, `header`, `active`.
+    pub connections: BTreeMap<String, i64>,
+    /// Requests whose header arrived, by protocol: `http1`, `h2`.
+    pub requests: BTreeMap<String, u64>,
+}
+
+/// A phase.
+#[derive(Clone, Debug, Default, Deserialize, Serialize)]
+#[serde(default)]
+pub struct PhaseStatus {
+    /// Its name.
+    pub phase: String,
+    /// How many exchanges are in it.
+    pub active: u64,
+    /// For how long the first of them has been.
+    pub oldest_seconds: f64,
+}
+
+/// A route.
+#[derive(Clone, Debug, Default, Deserialize, Serialize)]
+#[serde(default)]
+pub struct RouteStatus {
+    /// Its name; `_none` for requests that no route took, `_other` for all routes beyond `max_series` together.
+    pub route: String,
+    /// Where it leads.
+    pub upstreams: Vec<String>,
+    /// It is counted as `_other`, and its own counts are 0.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub folded: bool,
+    /// Exchanges that ended.
+    pub exchanges: u64,
+    /// The same by class of status: `2xx`, … `none` if the client got none.
+    pub codes: BTreeMap<String, u64>,
+    /// Bytes that came from clients.
+    pub received_bytes: u64,
+    /// Bytes that went to clients.
+    pub sent_bytes: u64,
+    /// The times of whole exchanges.
+    pub seconds: Times,
+    /// The median since the start, estimated from the buckets; `None` without exchanges.
+    pub p50_seconds: Option<f64>,
+    /// The same of the slowest hundredth.
+    pub p99_seconds: Option<f64>,
+}
+
+/// A group of endpoints.
+#[derive(Clone, Debug, Default, Deserialize, Serialize)]
+#[serde(default)]
+pub struct UpstreamStatus {
+    /// Its name.
+    pub upstream: String,
+    /// Connections that exchanges were given, by how: `new`, `reused`, `failed`.
+    pub connects: BTreeMap<String, u64>,
+    /// Attempts after the first of an exchange.
+    pub retries: u64,
+}
+
+/// Who is waited for.
+#[derive(Clone, Debug, Default, Deserialize, Serialize)]
+#[serde(default)]
+pub struct SlowStatus {
+    /// Clients that are waited for to send: the body of a request.
+    pub request: i64,
+    /// Clients that are waited for to take a response.
+    pub response: i64,
+    /// Who has been waited for longest, longest first.
+    pub longest: Vec<SlowClientStatus>,
+}
+
+/// A client that is waited for, in a request header, a request body or a response.
+#[derive(Clone, Debug, Default, Deserialize, Serialize)]
+#[serde(default)]
+pub struct SlowClientStatus {
+    /// Its address; `None` over a unix socket.
+    pub client: Option<IpAddr>,
+    /// The route; `None` while the header comes.
+    pub route: Option<String>,
+    /// Method and path of its request, cut where they are long.
+    pub target: Option<String>,
+    /// The phase in which it is waited for.
+    pub phase: String,
+    /// `request`: for it to send. `response`: for it to take.
+    pub direction: String,
+    /// Bytes of the response that are here for it; of the request, those that it has announced and not sent.
+    pub bytes: Option<u64>,
+    /// For how long it has been silent; 0 if it just did something.
+    pub silent_seconds: f64,
+    /// For how long its exchange has waited for it in this direction, all pauses together.
+    pub waited_seconds: f64,
+}
+
+impl From<SlowClient> for SlowClientStatus {
+    fn from(slow: SlowClient) -> Self {
+        SlowClientStatus {
+            client: slow.client,
+            route: slow.route,
+            target: slow.target,
+            phase: slow.phase.name().to_owned(),
+            direction: slow.direction.name().to_owned(),
+            bytes: slow.bytes,
+            silent_seconds: slow.silent.as_secs_f64(),
+            waited_seconds: slow.waited.as_secs_f64(),
+        }
+    }
+}
+
+/// What is held for slow sides.
+#[derive(Clone, Debug, Default, Deserialize, Serialize)]
+#[serde(default)]
+pub struct SpoolStatus {
+    /// In memory.
+    pub memory: StoreStatus,
+    /// In files.
+    pub disk: StoreStatus,
+    /// Writes and reads that are queued or under way.
+    pub disk_queue: i64,
+    /// Whether bodies go to disk because memory is short.
+    pub spilling: bool,
+    /// Spools that wait for memory.
+    pub paused: i64,
+    /// Whether new exchanges are turned away.
+    pub shedding: bool,
+}
+
+/// Where bytes are held.
+#[derive(Clone, Debug, Default, Deserialize, Serialize)]
+#[serde(default)]
+pub struct StoreStatus {
+    /// Of requests.
+    pub request_bytes: i64,
+    /// Of responses.
+    pub response_bytes: i64,
+    /// How much may be held.
+    pub limit_bytes: i64,
+}
+
+/// Puts the document together.
+pub struct Status {
+    sources: Sources,
+    began: Instant,
+    started: String,
+    event: Mutex<Option<(Instant, Bytes)>>,
+}
+
+impl Status {
+    /// Of a gateway that starts now.
+    pub fn new(sources: Sources) -> Arc<Self> {
+        let started = humantime::format_rfc3339_seconds(SystemTime::now()).to_string();
+        Arc::new(Status { sources, began: Instant::now(), started, event: Mutex::new(None) })
+    }
+
+    /// The document, with so many routes and slow clients at most.
+    pub fn document(&self, routes_max: usize, slow_max: usize) -> Document {
+        let Sources { generation, metrics, readiness, slow, .. } = &self.sources;
+        let (longest, _) = slow.longest(slow_max, Instant::now());
+        let (routes, routes_total) = self.routes(routes_max);
+        Document {
+            version: Metrics::VERSION.to_owned(),
+            started: self.started.clone(),
+            uptime_seconds: self.began.elapsed().as_secs_f64(),
+            generation: *generation,
+            state: match readiness.now() {
+                Ready::Starting => "starting",
+                Ready::Ready => "ready",
+                Ready::Stopping => "stopping",
+            }
+            .to_owned(),
+            workers: self.workers(),
+            stalled_workers: metrics.stalled_workers(),
+            listeners: self.sources.listeners.iter().map(|(address, listener)| listened(address, listener)).collect(),
+            phases: phases(metrics),
+            routes,
+            routes_total,
+            upstreams: self.sources.upstreams.iter().map(|upstream| grouped(upstream)).collect(),
+            slow_clients: SlowStatus {
+                longest: longest.into_iter().map(SlowClientStatus::from).collect(),
+                ..slow_clients(metrics)
+            },
+            spools: spools(metrics),
+            refusals: refused(&self.sources.refusals),
+            bounds: Bounds {
+                exchange_seconds: family::EXCHANGE_SECONDS.bounds().to_vec(),
+                lag_seconds: family::LOOP_LAG.bounds().to_vec(),
+            },
+        }
+    }
+
+    fn workers(&self) -> Vec<WorkerStatus> {
+        let Sources { loops, metrics, .. } = &self.sources;
+        loops
+            .figures()
+            .into_iter()
+            .map(|figures| {
+                let number = figures.worker.parse::<usize>().ok();
+                let lane = number.map(|number| metrics.lane(number));
+                WorkerStatus {
+                    lag: number.map(|number| Times::from(metrics.lag(number))),
+                    lane_waiting: lane.as_ref().map(|lane| lane.waiting.get()),
+                    lane_share: lane.as_ref().map(|lane| lane.share.get()),
+                    wait_seconds: figures.wait_seconds,
+                    busy_seconds: figures.busy_seconds,
+                    wakeups: figures.wakeups,
+                    ready_events: figures.ready_events,
+                    polls: figures.polls,
+                    tasks: figures.tasks,
+                    run_queue: figures.run_queue,
+                    descriptors: figures.descriptors,
+                    doing: figures.doing.map(|doing| Doing {
+                        place: doing.place.to_owned(),
+                        route: doing.route,
+                        seconds: doing.seconds,
+                    }),
+                    worker: figures.worker,
+                }
+            })
+            .collect()
+    }
+
+    fn routes(&self, most: usize) -> (Vec<RouteStatus>, usize) {
+        let Sources { routes, metrics, .. } = &self.sources;
+        let mut rows: Vec<RouteStatus> =
+            routes.iter().map(|(metrics, upstreams)| routed(metrics.name(), upstreams, metrics.figures())).collect();
+        rows.extend(metrics.folded().map(|figures| routed("_other", &[], figures)));
+        rows.retain(|row| row.exchanges > 0 || !row.route.starts_with('_'));
+        let total = rows.len();
+        // Stable: routes without any exchange stay in the order of the configuration.
+        rows.sort_by_key(|row| std::cmp::Reverse(row.exchanges));
+        rows.truncate(most);
+        (rows, total)
+    }
+
+    /// The document as an event; several who look at the same time get the same.
+    fn event(&self, now: Instant) -> Bytes {
+        let mut last = self.event.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((at, event)) = &*last
+            && now.saturating_duration_since(*at) < SHARED_FOR
+        {
+            return event.clone();
+        }
+        // Not reached, the error: the document is made of structs and maps whose keys are text.
+        let document = serde_json::to_string(&self.document(EVENT_ROUTES, SLOW)).unwrap_or_default();
+        let event = answer::event("status", &document);
+        *last = Some((now, event.clone()));
+        event
+    }
+}
+
+/// Shows the document, once and as events.
+pub fn add(admin: Admin, status: Arc<Status>) -> Admin {
+    let once = status.clone();
+    admin
+        .get("/status", "how it is now, as JSON: workers, phases, routes, upstreams, slow clients", move |ask| {
+            once_asked(&once, ask).unwrap_or_else(|what| Answer::error(StatusCode::BAD_REQUEST, &what))
+        })
+        .get("/status/events", "the same every second, as server-sent events", move |_| {
+            let mut ticks = tokio::time::interval(EVERY);
+            ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+            Answer::events(Box::pin(futures::stream::unfold((status.clone(), ticks), |(status, mut ticks)| async {
+                let now = ticks.tick().await;
+                Some((status.event(now.into_std()), (status, ticks)))
+            })))
+        })
+}
+
+fn once_asked(status: &Status, ask: &Ask) -> Result<Answer, String> {
+    let number = |name: &str| match ask.query(name).map(|text| text.parse::<usize>()) {
+        None => Ok(None),
+        Some(Ok(number)) => Ok(Some(number)),
+        Some(Err(_)) => Err(format!("`{name}` is to be a number")),
+    };
+    let routes = number("routes")?.unwrap_or(usize::MAX);
+    let slow = number("slow")?.unwrap_or(SLOW).min(SLOW_MAX);
+    Ok(Answer::json(&status.document(routes, slow)))
+}
+
+fn listened(address: &str, listener: &Listener) -> ListenerStatus {
+    let metrics = &listener.metrics;
+    let spoken = [(listener.http1, "http1"), (listener.h2c, "h2c")];
+    ListenerStatus {
+        listener: listener.name.clone(),
+        address: address.to_owned(),
+        protocols: spoken.into_iter().filter(|(speaks, _)| *speaks).map(|(_, name)| name.to_owned()).collect(),
+        accepted: metrics.accepted.get(),
+        connections: metrics.open().into_iter().map(|(state, count)| (state.to_owned(), count)).collect(),
+        requests: [("http1", &metrics.http1_requests), ("h2", &metrics.h2_requests)]
+            .map(|(protocol, count)| (protocol.to_owned(), count.get()))
+            .into(),
+    }
+}
+
+fn phases(metrics: &Metrics) -> Vec<PhaseStatus> {
+    let named = Phase::ALL.into_iter().zip(metrics.phases());
+    named
+        .map(|(phase, state)| PhaseStatus {
+            phase: phase.name().to_owned(),
+            active: state.active,
+            oldest_seconds: state.oldest.as_secs_f64(),
+        })
+        .collect()
+}
+
+fn routed(name: &str, upstreams: &[String], figures: RouteFigures) -> RouteStatus {
+    let seconds = Times::from(figures.seconds);
+    let bounds = family::EXCHANGE_SECONDS.bounds();
+    RouteStatus {
+        route: name.to_owned(),
+        upstreams: upstreams.to_vec(),
+        folded: figures.folded,
+        exchanges: seconds.buckets.iter().sum(),
+        codes: figures.classes.into_iter().map(|(class, count)| (class.to_owned(), count)).collect(),
+        received_bytes: figures.received,
+        sent_bytes: figures.sent,
+        p50_seconds: quantile(bounds, &seconds.buckets, 0.5),
+        p99_seconds: quantile(bounds, &seconds.buckets, 0.99),
+        seconds,
+    }
+}
+
+/// Estimates a quantile of what was counted in buckets, as Prometheus does: evenly within a bucket, and no more than the
+/// last bound. `None` if nothing was counted.
+pub fn quantile(bounds: &[f64], buckets: &[u64], quantile: f64) -> Option<f64> {
+    let total: u64 = buckets.iter().sum();
+    if total == 0 {
+        return None;
+    }
+    let rank = quantile * total as f64;
+    let mut below = 0.0;
+    for (index, &count) in buckets.iter().enumerate() {
+        if count > 0 && below + count as f64 >= rank {
+            let lower = index.checked_sub(1).map_or(0.0, |index| bounds.get(index).copied().unwrap_or_default());
+            let upper = bounds.get(index).copied().unwrap_or(lower);
+            return Some(lower + (upper - lower) * (rank - below) / count as f64);
+        }
+        below += count as f64;
+    }
+    bounds.last().copied()
+}
+
+fn refused(refusals: &[&'static Refusal]) -> BTreeMap<String, u64> {
+    let mut reasons = BTreeMap::new();
+    for refusal in refusals.iter().filter(|refusal| refusal.seen() > 0) {
+        *reasons.entry(refusal.reason.to_owned()).or_default() += refusal.seen();
+    }
+    reasons
+}
+
+fn grouped(upstream: &Upstream) -> UpstreamStatus {
+    let metrics = &upstream.metrics;
+    UpstreamStatus {
+        upstream: upstream.name.to_string(),
+        connects: [
+            ("new", &metrics.connects_new),
+            ("reused", &metrics.connects_reused),
+            ("failed", &metrics.connects_failed),
+        ]
+        .map(|(outcome, count)| (outcome.to_owned(), count.get()))
+        .into(),
+        retries: metrics.retries.get(),
+    }
+}
+
+fn slow_clients(metrics: &Metrics) -> SlowStatus {
+    let [request, response] = metrics.spools().slow;
+    SlowStatus { request: request.get(), response: response.get(), longest: Vec::new() }
+}
+
+fn spools(metrics: &Metrics) -> SpoolStatus {
+    let spools = metrics.spools();
+    let store = |bytes: &[prometheus::IntGauge; 2], limit: &prometheus::IntGauge| StoreStatus {
+        request_bytes: bytes[0].get(),
+        response_bytes: bytes[1].get(),
+        limit_bytes: limit.get(),
+    };
+    SpoolStatus {
+        memory: store(&spools.memory, &spools.memory_limit),
+        disk: store(&spools.disk, &spools.disk_limit),
+        disk_queue: spools.disk_queue.get(),
+        spilling: spools.spill.now.get() > 0,
+        paused: spools.pause.now.get(),
+        shedding: spools.shed.now.get() > 0,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_quantile_lies_evenly_within_its_bucket_and_not_beyond_the_last_bound() {
+        let bounds = [0.1, 0.2, 1.0];
+        assert_eq!(quantile(&bounds, &[0, 0, 0, 0], 0.5), None);
+        assert_eq!(quantile(&bounds, &[], 0.5), None);
+        assert_eq!(quantile(&bounds, &[10, 0, 0, 0], 0.5), Some(0.05));
+        assert_eq!(quantile(&bounds, &[5, 5, 0, 0], 0.5), Some(0.1));
+        let close = |found: Option<f64>, expected: f64| assert!((found.unwrap() - expected).abs() < 1e-9, "{found:?}");
+        close(quantile(&bounds, &[5, 5, 0, 0], 0.9), 0.18);
+        close(quantile(&bounds, &[98, 0, 0, 2], 0.99), 1.0);
+    }
+}
