@@ -14,6 +14,7 @@ mod process;
 mod query;
 mod reference;
 mod routes;
+mod rules;
 mod upstreams;
 
 use std::collections::BTreeSet;
