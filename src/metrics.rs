@@ -9,8 +9,9 @@ mod phases;
 mod refusals;
 mod route;
 
+use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::time::Instant;
 
 use prometheus::core::Collector;
@@ -44,6 +45,8 @@ struct Inner {
     workers: IntGauge,
     routes_folded: IntGauge,
     series_left: AtomicU64,
+    /// Those that somebody has, so that a route of the same name in the next configuration counts on.
+    routes: Mutex<HashMap<Box<str>, Weak<RouteMetrics>>>,
     other: OnceLock<Arc<Series>>,
 }
 
@@ -115,15 +118,28 @@ impl Metrics {
             workers: single(&family::WORKERS.gauge(&registry)),
             routes_folded: single(&family::ROUTES_FOLDED.gauge(&registry)),
             series_left: AtomicU64::new(series_max),
+            routes: Mutex::default(),
             other: OnceLock::new(),
             families,
             registry,
         }))
     }
 
-    /// Those of the route of this name. Ask once, when the route is built.
+    /// Those of the route of this name. Ask once, when the route is built, and keep it: when nobody has it any more, its
+    /// series are removed.
     pub fn route(&self, name: &str) -> Arc<RouteMetrics> {
-        Arc::new(RouteMetrics::new(name, self.clone()))
+        let mut routes = self.routes();
+        if let Some(known) = routes.get(name).and_then(Weak::upgrade) {
+            return known;
+        }
+        let route = Arc::new(RouteMetrics::new(name, self.clone()));
+        routes.insert(name.into(), Arc::downgrade(&route));
+        route
+    }
+
+    /// Held for a look-up, or while the series of a route are removed; never on the way of a request.
+    fn routes(&self) -> MutexGuard<'_, HashMap<Box<str>, Weak<RouteMetrics>>> {
+        self.0.routes.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// What was counted of all routes that are folded, if any are.
@@ -294,6 +310,16 @@ impl Metrics {
     fn reserve_series(&self, series: u64) -> bool {
         let take = |left: u64| left.checked_sub(series);
         self.0.series_left.fetch_update(Ordering::Relaxed, Ordering::Relaxed, take).is_ok()
+    }
+
+    /// Gives back what was taken.
+    fn release_series(&self, series: u64) {
+        self.0.series_left.fetch_add(series, Ordering::Relaxed);
+    }
+
+    /// One route less is counted as another.
+    fn unfold(&self) {
+        self.0.routes_folded.dec();
     }
 
     /// The series of all routes that the budget has no room for, which this one now is.
@@ -553,8 +579,8 @@ mod tests {
     use crate::error::refusal;
     use crate::phase::Clock;
 
-    /// Metrics in which every family has a child.
-    fn busy() -> Metrics {
+    /// Metrics in which every family has a child, and the route that some of these are of.
+    fn busy() -> (Metrics, Arc<RouteMetrics>) {
         let metrics = Metrics::new(u64::MAX, refusal::ALL.to_vec());
         let clock = Clock::start(Phase::Header, Instant::now());
         let exchange = Summary { held: Some(Duration::ZERO), status: 200, ..route::tests::exchange(&clock) };
@@ -570,7 +596,7 @@ mod tests {
         metrics.access_log();
         metrics.admin().count("/", 200);
         metrics.set_workers(2);
-        metrics
+        (metrics, route)
     }
 
     fn text(metrics: &Metrics) -> String {
@@ -579,7 +605,8 @@ mod tests {
 
     #[test]
     fn every_family_is_rendered_with_its_help_type_and_labels() {
-        let text = text(&busy());
+        let (metrics, _route) = busy();
+        let text = text(&metrics);
         for family in family::ALL.iter().filter(|family| cfg!(tokio_unstable) || !family.is_unstable()) {
             let head = format!("# HELP {0} {1}\n# TYPE {0} {2}\n", family.name, family.help, family.kind.name());
             assert!(text.contains(&head), "{head} is missing in\n{text}");
@@ -592,7 +619,7 @@ mod tests {
 
     #[test]
     fn two_gateways_in_one_process_count_apart() {
-        let (one, two) = (busy(), Metrics::new(u64::MAX, Vec::new()));
+        let ((one, _route), two) = (busy(), Metrics::new(u64::MAX, Vec::new()));
         one.listener("web").accepted.inc();
         two.listener("web");
         assert!(text(&one).contains(r#"forebay_client_connections_total{listener="web"} 1"#));
@@ -601,7 +628,7 @@ mod tests {
 
     #[test]
     fn a_gauge_follows_an_exchange_through_its_phases() {
-        let metrics = busy();
+        let (metrics, _route) = busy();
         let seat = metrics.enter_phase(Phase::Header, Instant::now());
         seat.enter(Phase::Wait, Instant::now() - Duration::from_secs(5));
         assert!(text(&metrics).contains("forebay_phase_active{phase=\"wait\"} 1\n"));
@@ -613,7 +640,7 @@ mod tests {
 
     #[test]
     fn a_connection_is_in_one_state_at_a_time() {
-        let metrics = busy();
+        let (metrics, _route) = busy();
         let listener = metrics.listener("web");
         listener.enter(None, Some(ConnectionState::Idle));
         listener.enter(Some(ConnectionState::Idle), Some(ConnectionState::Active));
@@ -623,7 +650,8 @@ mod tests {
 
     #[test]
     fn every_refusal_is_there_before_it_was_ever_uttered() {
-        let text = text(&busy());
+        let (metrics, _route) = busy();
+        let text = text(&metrics);
         for row in refusal::ALL {
             assert!(text.contains(&format!("forebay_refusals_total{{reason=\"{}\"}}", row.reason)), "{row:?}");
         }

@@ -9,7 +9,7 @@ use std::time::Duration;
 use prometheus::core::Metric;
 use prometheus::{Counter, Histogram, IntCounter};
 
-use super::{Metrics, family};
+use super::{Families, Metrics, family};
 use crate::phase::{Clock, Phase};
 
 /// What one finished exchange adds to the metrics of its route.
@@ -65,10 +65,15 @@ pub struct Spills {
 ///
 /// A route gets series of its own at its first exchange, if `max_series` still has room for [`RouteMetrics::SERIES`];
 /// else it shares those of `_other`, to the end. First come, first served: it is the routes in use that show.
+///
+/// They live as long as somebody has this. Once a configuration without the route runs and its last exchange is over, the
+/// series are gone and their room is another route's.
 pub struct RouteMetrics {
     name: Box<str>,
     metrics: Metrics,
     series: OnceLock<Arc<Series>>,
+    /// Whether its series are taken from what routes may have, and given back.
+    budgeted: bool,
 }
 
 impl RouteMetrics {
@@ -87,13 +92,13 @@ impl RouteMetrics {
         + 8 * family::EXCHANGES.series();
 
     pub(super) fn new(name: &str, metrics: Metrics) -> Self {
-        RouteMetrics { name: name.into(), metrics, series: OnceLock::new() }
+        RouteMetrics { name: name.into(), metrics, series: OnceLock::new(), budgeted: true }
     }
 
     /// One that is counted by this name whatever the budget says.
     pub(super) fn unbudgeted(name: &str, metrics: Metrics) -> Self {
         let series = Arc::new(Series::new(name, &metrics));
-        RouteMetrics { name: name.into(), metrics, series: OnceLock::from(series) }
+        RouteMetrics { name: name.into(), metrics, series: OnceLock::from(series), budgeted: false }
     }
 
     /// The name of the route, also where it is counted as `_other`.
@@ -120,11 +125,36 @@ impl RouteMetrics {
         self.series().spills(direction, &self.metrics).clone()
     }
 
+    /// Removes what it counted. A route of the same name that was made meanwhile counts on with the same children.
+    fn forget(&self) {
+        let mut routes = self.metrics.routes();
+        let current = routes.get(&*self.name).is_some_and(|known| std::ptr::eq(known.as_ptr(), self));
+        if current {
+            routes.remove(&*self.name);
+        }
+        let Some(series) = self.series.get() else { return };
+        if series.route != self.name {
+            return self.metrics.unfold();
+        }
+        if current {
+            series.forget(self.metrics.families());
+        }
+        self.metrics.release_series(Self::SERIES);
+    }
+
     fn series(&self) -> &Series {
         self.series.get_or_init(|| match self.metrics.reserve_series(Self::SERIES) {
             true => Arc::new(Series::new(&self.name, &self.metrics)),
             false => self.metrics.fold(&self.name),
         })
+    }
+}
+
+impl Drop for RouteMetrics {
+    fn drop(&mut self) {
+        if self.budgeted {
+            self.forget();
+        }
     }
 }
 
@@ -218,6 +248,34 @@ impl Series {
         }
     }
 
+    /// Removes each child that was made.
+    fn forget(&self, families: &Families) {
+        let route = &*self.route;
+        // An error says that it is not there, which is what is wanted.
+        for (phase, _) in Phase::ALL.iter().zip(&self.phases).filter(|(_, made)| made.get().is_some()) {
+            let _ = families.phase_seconds.remove_label_values(&[route, phase.name()]);
+        }
+        for (index, class) in self.classes.iter().enumerate().filter_map(|(index, made)| Some((index, made.get()?))) {
+            let _ = families.exchange_seconds.remove_label_values(&[route, CLASSES[index]]);
+            for (slot, _) in class.codes.iter().enumerate().filter(|(_, made)| made.get().is_some()) {
+                let _ = families.exchanges.remove_label_values(&[route, &code_label(index, slot)]);
+            }
+        }
+        for (direction, _) in ["request", "response"].iter().zip(&self.spills).filter(|(_, made)| made.get().is_some())
+        {
+            for reason in ["memory", "pressure"] {
+                let _ = families.spool_spills.remove_label_values(&[route, direction, reason]);
+            }
+        }
+        for direction in ["received", "sent"] {
+            let _ = families.bytes.remove_label_values(&[route, direction]);
+        }
+        let _ = families.upstream_held.remove_label_values(&[route]);
+        let _ = families.own_seconds.remove_label_values(&[route]);
+        let _ = families.write_blocked.remove_label_values(&[route]);
+        let _ = families.upstream_saved.remove_label_values(&[route]);
+    }
+
     fn record(&self, metrics: &Metrics, exchange: &Summary<'_>) {
         for phase in Phase::ALL {
             if let Some(spent) = exchange.clock.spent(phase) {
@@ -275,12 +333,16 @@ impl Series {
     fn code<'c>(&self, class: &'c Class, status: u16, metrics: &Metrics) -> &'c IntCounter {
         let slot = if (100..600).contains(&status) { usize::from(status % 100) } else { 0 };
         class.codes[slot].get_or_init(|| {
-            // Statuses that HTTP does not know share one series, so that a backend cannot invent hundreds.
-            let known = status == 0 || (100..600).contains(&status);
-            let label = if known { format!("{status:03}") } else { "other".to_owned() };
+            let label = code_label(class_index(status), slot);
             metrics.families().exchanges.with_label_values(&[&*self.route, &label])
         })
     }
+}
+
+/// The value of `code` at a place among the codes of a class. Statuses that HTTP does not know share one series, so that a
+/// backend cannot invent hundreds.
+fn code_label(class: usize, slot: usize) -> String {
+    if class == CLASSES.len() - 1 { "other".to_owned() } else { format!("{:03}", class * 100 + slot) }
 }
 
 fn class_index(status: u16) -> usize {
@@ -386,7 +448,8 @@ pub(super) mod tests {
     fn an_exchange_that_connected_nothing_held_nothing() {
         let metrics = Metrics::new(u64::MAX, Vec::new());
         let clock = clock();
-        metrics.route("api").record(&Summary { held: None, saved: Duration::ZERO, ..exchange(&clock) });
+        let route = metrics.route("api");
+        route.record(&Summary { held: None, saved: Duration::ZERO, ..exchange(&clock) });
 
         let text = text(&metrics);
         assert!(!text.contains("forebay_upstream_held_seconds"), "{text}");
@@ -415,6 +478,52 @@ pub(super) mod tests {
             assert!(text.lines().any(|l| l == line), "{line} is missing in\n{text}");
         }
         assert!(!text.contains(r#"direction="request",reason="memory",route="_other""#), "{text}");
+    }
+
+    /// With every child that it can have.
+    fn use_to_the_full(route: &RouteMetrics) {
+        let mut clock = clock();
+        for phase in Phase::ALL {
+            clock.credit(phase, Duration::from_millis(1));
+        }
+        for status in [0, 101, 204, 302, 404, 502, 600, 999] {
+            route.record(&with_status(&clock, status));
+        }
+        route.spills(Direction::Request);
+        route.spills(Direction::Response);
+    }
+
+    #[test]
+    fn a_route_that_is_gone_leaves_nothing_but_room() {
+        let metrics = Metrics::new(RouteMetrics::SERIES, Vec::new());
+        let (old, folded) = (metrics.route("old"), metrics.route("folded"));
+        use_to_the_full(&old);
+        use_to_the_full(&folded);
+        let exchange = old.clone();
+        drop(old);
+        assert!(text(&metrics).contains(r#"route="old""#), "an exchange still has it");
+        drop(exchange);
+        drop(folded);
+        let left = text(&metrics);
+        assert!(!left.contains(r#"route="old""#), "{left}");
+        assert!(left.contains("forebay_routes_folded 0"), "{left}");
+
+        let new = metrics.route("new");
+        use_to_the_full(&new);
+        assert!(text(&metrics).contains(r#"route="new""#), "there is room for another");
+    }
+
+    #[test]
+    fn a_route_that_stays_counts_on() {
+        let metrics = Metrics::new(RouteMetrics::SERIES, Vec::new());
+        let before = metrics.route("api");
+        before.record(&with_status(&clock(), 200));
+        let after = metrics.route("api");
+        drop(before);
+        after.record(&with_status(&clock(), 200));
+        let text = text(&metrics);
+        assert!(text.contains(r#"forebay_exchanges_total{code="200",route="api"} 2"#), "{text}");
+        assert!(text.contains("forebay_routes_folded 0"), "{text}");
     }
 
     #[test]

@@ -1,13 +1,14 @@
 //! What an operator sees: the access log, `/metrics` as Prometheus reads it, health and readiness.
 
 use std::fs;
+use std::time::{Duration, Instant};
 
 use forebay::phase::Phase;
 
 use crate::harness::client::{Client, get};
 use crate::harness::gateway::{Watched, read_lines};
 use crate::harness::metrics::{Prometheus, Scrape, promtool};
-use crate::harness::{Origin, Setup, ok};
+use crate::harness::{Origin, Setup, ms, ok};
 
 #[test]
 fn a_line_of_the_json_log_says_who_asked_what_and_what_became_of_it() {
@@ -171,6 +172,36 @@ fn an_admin_endpoint_that_is_off_is_not_there() {
     let config = setup.builder().parse("test.yaml", &yaml).unwrap_or_else(|e| panic!("{e}"));
     let gateway = setup.builder().build(config).unwrap_or_else(|e| panic!("{e}"));
     assert_eq!(gateway.admin_address(), None);
+}
+
+/// Debug builds write down the same series some times slower.
+const SCRAPE: Duration = ms(if cfg!(debug_assertions) { 600 } else { 100 });
+
+#[test]
+fn two_thousand_routes_in_use_are_read_in_no_time_and_off_the_workers() {
+    let origin = Origin::named("origin");
+    let routes = (0..2_000).map(|n| format!("{{ name: r{n}, match: {{ path: {{ exact: /{n} }} }}, upstream: app }}"));
+    let gateway = Setup::before(&origin).routes(&routes.collect::<Vec<_>>().join("\n")).start();
+    let mut client = gateway.client();
+    (0..2_000).for_each(|n| assert_eq!(client.get(&format!("/{n}")).status, 200));
+    gateway.log_lines(2_000);
+
+    let busy = |scrape: &Scrape| scrape.sum("forebay_loop_busy_seconds_total");
+    let (begin, before) = (Instant::now(), Scrape::of(gateway.admin()));
+    let times = (0..5).map(|_| {
+        let begin = Instant::now();
+        Scrape::of(gateway.admin());
+        begin.elapsed()
+    });
+    let fastest = times.min().expect("five of them");
+    let (after, all) = (Scrape::of(gateway.admin()), begin.elapsed());
+    assert!(fastest < SCRAPE, "{fastest:?} for {} lines", after.text().lines().count());
+    assert!(busy(&after) - busy(&before) < 0.3 * all.as_secs_f64(), "the worker had nothing to do with it");
+
+    assert_eq!(after.sum("forebay_exchanges_total"), 2_000.0, "each is counted somewhere");
+    let alone = after.samples("forebay_own_seconds_count").len() as f64 - 2.0;
+    assert!(alone > 300.0 && alone + after.sum("forebay_routes_folded") == 2_000.0, "{alone} have series of their own");
+    assert!(after.text().lines().count() < 100_000);
 }
 
 #[test]
