@@ -3,7 +3,7 @@
 //!
 //! An exchange mostly waits, for the client or for its upstream. What it costs is the time in which its future is
 //! polled; it is measured where that future is made ([`Metered`]) and is not derived from phases. [`worker`] says what is
-//! polled, [`runtime`] what tokio knows, and [`heartbeat`] looks who is late; [`stall`] decides. [`Loops`] has them all.
+//! polled, [`runtime`] what tokio knows, and `heartbeat` looks who is late; [`stall`] decides. [`Loops`] has them all.
 
 mod heartbeat;
 pub mod runtime;

@@ -1,7 +1,7 @@
 //! What checks say of an endpoint: unknown, healthy or unhealthy.
 //!
 //! [`Record`] is the rule and knows no socket. Checks run in the background, never on a worker. An endpoint that nobody
-//! has checked yet is unknown, and [`Initial`] says what that counts as. The first check settles it, for there is
+//! has checked yet is unknown, and its `initial` says what that counts as. The first check settles it, for there is
 //! nothing yet that a single mishap could be held against; from then on several in a row are needed to change it.
 
 use std::time::Instant;
