@@ -64,7 +64,7 @@ mod catalog;
 mod chain;
 mod field;
 pub mod headers;
-mod key;
+pub mod key;
 pub mod rate_limit;
 pub mod redirect;
 #[cfg(test)]
@@ -88,7 +88,7 @@ use crate::error::{BuildError, Refusal};
 
 pub use catalog::Catalog;
 pub use chain::{Chain, States, View};
-pub use key::{Key, hash};
+pub use key::Key;
 
 /// What a filter decided at one stage.
 #[derive(Debug)]

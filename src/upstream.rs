@@ -41,6 +41,7 @@ use tracing::warn;
 use crate::config;
 use crate::config::upstream::{LoadBalancing, Protocol};
 use crate::error::BuildError;
+use crate::filter::key::{Asked, Keys};
 use crate::metrics::UpstreamMetrics;
 use discovery::{Directory, Location, Place, Resolve, System};
 use endpoint::Transport;
@@ -64,6 +65,8 @@ pub struct Upstream {
     transport: Transport,
     /// For the rosters that are still to be made.
     load_balancing: LoadBalancing,
+    /// What policies with a hash go by; empty for the others.
+    keys: Keys,
     /// Exchanges that have one of its endpoints now.
     inflight: Arc<AtomicU32>,
     /// Every endpoint that its source names, then those that it names no longer and that are still busy.
@@ -116,6 +119,8 @@ impl Upstream {
         let timeouts = Timeouts::from(&written.timeouts);
         let transport = Transport { protocol: written.protocol, timeouts, idle: written.keepalive.idle.0 };
         let places = places(&written.endpoints, &transport).map_err(|errors| at(&place, errors))?;
+        let keys = Keys::build(&written.load_balancing.hash_key.0)
+            .map_err(|error| at(&place, vec![error.under("load_balancing.hash_key")]))?;
         let directory = Directory::new(places, resolver);
         resolve_now(&directory).map_err(|errors| at(&place, errors))?;
 
@@ -125,6 +130,7 @@ impl Upstream {
             metrics,
             transport,
             load_balancing: written.load_balancing.clone(),
+            keys,
             inflight: Arc::default(),
             members: ArcSwap::default(),
             roster: ArcSwap::default(),
@@ -139,6 +145,12 @@ impl Upstream {
     /// Whether an exchange has a connection to its endpoint for itself.
     pub fn is_http1(&self) -> bool {
         self.transport.protocol == Protocol::Http1
+    }
+
+    /// What [`Upstream::select`] wants of an exchange: the hash of its key, or any, if it has none. Asked once for each
+    /// exchange, so that every attempt goes by the same.
+    pub fn hash(&self, asked: &Asked<'_>) -> u64 {
+        if self.keys.is_empty() { 0 } else { self.keys.hash(asked).unwrap_or_else(rand::random) }
     }
 
     /// The endpoint that is to serve next, but none of `tried`; `None` once all of them were tried. Whoever gets one tells

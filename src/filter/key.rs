@@ -1,77 +1,200 @@
 //! What the key of an exchange is: by what a filter or a balancer tells requests apart.
+//!
+//! `config::Key` says which; here it is made ready once, and found in each request without a copy of it.
 
 use std::borrow::Cow;
 use std::net::IpAddr;
 
 use http::header::COOKIE;
-use pingora::http::RequestHeader;
-use xxhash_rust::xxh3::xxh3_64;
+use http::{HeaderMap, HeaderName, Uri};
+use xxhash_rust::xxh3::{Xxh3, xxh3_64};
 
 use super::Scope;
+use crate::config;
+use crate::error::BuildError;
 
-pub use crate::config::Key;
+/// A key as it is looked for in a request.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Key {
+    /// The client's address.
+    ClientIp,
+    /// The path of the request, as it was sent.
+    Path,
+    /// The name of the route.
+    Route,
+    /// The value of a header; the first one, if there are several.
+    Header(HeaderName),
+    /// The value of a cookie.
+    Cookie(Box<[u8]>),
+    /// The value of a query argument, percent-decoded; the first one, if there are several.
+    Query(Box<[u8]>),
+}
+
+/// What keys are looked for in.
+#[derive(Clone, Copy, Debug)]
+pub struct Asked<'s> {
+    /// The client's address; `None` on a unix socket.
+    pub client: Option<IpAddr>,
+    /// The name of the route.
+    pub route: &'s str,
+    /// The target of the request.
+    pub target: &'s Uri,
+    /// The header of the request.
+    pub headers: &'s HeaderMap,
+}
+
+/// The value of a key in one request.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Value<'s> {
+    /// Bytes of the request, as they are.
+    Plain(&'s [u8]),
+    /// A query argument in which something is encoded.
+    Encoded(&'s str),
+    /// The octets of an address, and how many there are.
+    Octets([u8; 16], usize),
+}
 
 impl Key {
-    /// The key of this exchange; empty if the client sent none. Borrowed where the bytes lie in the request as they are.
-    pub fn of<'s>(&self, scope: &'s Scope<'_>) -> Cow<'s, [u8]> {
-        self.found(scope.client, scope.route, scope.request).unwrap_or_default()
+    /// Makes ready the key that is `written`.
+    ///
+    /// # Errors
+    /// A name that no header or cookie can have; the path is `header`, `cookie` or `query`.
+    pub fn build(written: &config::Key) -> Result<Key, BuildError> {
+        written.check()?;
+        Ok(match written {
+            config::Key::ClientIp => Key::ClientIp,
+            config::Key::Path => Key::Path,
+            config::Key::Route => Key::Route,
+            config::Key::Header(name) => {
+                let name = HeaderName::try_from(name);
+                Key::Header(name.map_err(|error| BuildError::new("header", error.to_string()))?)
+            }
+            config::Key::Cookie(name) => Key::Cookie(name.as_bytes().into()),
+            config::Key::Query(name) => Key::Query(name.as_bytes().into()),
+        })
     }
 
-    /// The key of an exchange; `None` if it has none.
-    fn found<'s>(&self, client: Option<IpAddr>, route: &'s str, request: &'s RequestHeader) -> Option<Cow<'s, [u8]>> {
-        let borrowed = match self {
-            Key::ClientIp => return client.map(octets),
-            Key::Path => Some(request.uri.path().as_bytes()),
-            Key::Route => Some(route.as_bytes()),
-            Key::Header(name) => request.headers.get(name).map(|value| value.as_bytes()),
-            Key::Cookie(name) => cookie(request, name.as_bytes()),
-            Key::Query(name) => return argument(request.uri.query().unwrap_or_default(), name.as_bytes()),
+    /// The value of this key; `None` if the request has none, or an empty one.
+    pub fn of<'s>(&self, asked: &Asked<'s>) -> Option<Value<'s>> {
+        let value = match self {
+            Key::ClientIp => Value::from(asked.client?),
+            Key::Path => Value::Plain(asked.target.path().as_bytes()),
+            Key::Route => Value::Plain(asked.route.as_bytes()),
+            Key::Header(name) => Value::Plain(asked.headers.get(name)?.as_bytes()),
+            Key::Cookie(name) => Value::Plain(cookie(asked.headers, name)?),
+            Key::Query(name) => argument(asked.target.query()?, name)?,
         };
-        borrowed.map(Cow::Borrowed)
+        (!value.is_empty()).then_some(value)
     }
 }
 
-/// The hash of the first of `keys` that an exchange has; `None` if it has none of them. The same on every node.
-pub fn hash(keys: &[Key], client: Option<IpAddr>, route: &str, request: &RequestHeader) -> Option<u64> {
-    let mut found = keys.iter().filter_map(|key| key.found(client, route, request));
-    found.find(|key| !key.is_empty()).map(|key| xxh3_64(&key))
+impl Scope<'_> {
+    /// What keys are looked for in. The target is what filters before this one have made of it.
+    pub fn asked(&self) -> Asked<'_> {
+        Asked { client: self.client, route: self.route, target: &self.request.uri, headers: &self.request.headers }
+    }
 }
 
-/// The octets of an address; one of IPv4 that came in by way of IPv6 (`::ffff:192.0.2.1`) is the same client.
-fn octets(client: IpAddr) -> Cow<'static, [u8]> {
-    match client.to_canonical() {
-        IpAddr::V4(v4) => v4.octets().to_vec().into(),
-        IpAddr::V6(v6) => v6.octets().to_vec().into(),
+impl Value<'_> {
+    /// Its bytes; copied only if they are encoded.
+    pub fn bytes(&self) -> Cow<'_, [u8]> {
+        match self {
+            Value::Plain(bytes) => Cow::Borrowed(bytes),
+            Value::Encoded(text) => Cow::Owned(decoded(text).collect()),
+            Value::Octets(octets, number) => Cow::Borrowed(&octets[..*number]),
+        }
+    }
+
+    /// XXH3 of its bytes: the same on every node and after every start.
+    pub fn hash(&self) -> u64 {
+        let Value::Encoded(text) = self else { return xxh3_64(&self.bytes()) };
+        let (mut state, mut bytes, mut buffer) = (Xxh3::new(), decoded(text), [0; 64]);
+        loop {
+            let filled = buffer.iter_mut().zip(&mut bytes).map(|(room, byte)| *room = byte).count();
+            state.update(&buffer[..filled]);
+            if filled < buffer.len() {
+                return state.digest();
+            }
+        }
+    }
+
+    fn is_empty(&self) -> bool {
+        match self {
+            Value::Plain(bytes) => bytes.is_empty(),
+            Value::Encoded(text) => text.is_empty(),
+            Value::Octets(_, number) => *number == 0,
+        }
+    }
+}
+
+/// An address of IPv4 that came in by way of IPv6 (`::ffff:192.0.2.1`) is the same client.
+impl From<IpAddr> for Value<'_> {
+    fn from(client: IpAddr) -> Self {
+        let mut octets = [0; 16];
+        let number = match client.to_canonical() {
+            IpAddr::V4(v4) => {
+                octets[..4].copy_from_slice(&v4.octets());
+                4
+            }
+            IpAddr::V6(v6) => {
+                octets = v6.octets();
+                16
+            }
+        };
+        Value::Octets(octets, number)
+    }
+}
+
+/// Keys, of which the first that a request has counts.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Keys(Box<[Key]>);
+
+impl Keys {
+    /// Makes ready the keys that are `written`.
+    ///
+    /// # Errors
+    /// The first key that cannot exist; the path begins with its number.
+    pub fn build(written: &[config::Key]) -> Result<Keys, BuildError> {
+        let key = |(index, key)| Key::build(key).map_err(|error| error.under(&format!("[{index}]")));
+        written.iter().enumerate().map(key).collect::<Result<_, _>>().map(Keys)
+    }
+
+    /// There is none.
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    /// The hash of the first of them that a request has; `None` if it has none of them.
+    pub fn hash(&self, asked: &Asked<'_>) -> Option<u64> {
+        self.0.iter().find_map(|key| key.of(asked)).map(|value| value.hash())
     }
 }
 
 /// RFC 6265 §4.2.1: pairs between semicolons. HTTP/2 may split them over several fields (RFC 9113 §8.2.3).
-fn cookie<'s>(request: &'s RequestHeader, name: &[u8]) -> Option<&'s [u8]> {
-    let fields = request.headers.get_all(COOKIE).iter();
+pub fn cookie<'s>(headers: &'s HeaderMap, name: &[u8]) -> Option<&'s [u8]> {
+    let fields = headers.get_all(COOKIE).iter();
     let mut pairs = fields.flat_map(|field| field.as_bytes().split(|&byte| byte == b';'));
     pairs.find_map(|pair| pair.trim_ascii().strip_prefix(name)?.strip_prefix(b"="))
 }
 
-/// The value of the first argument of this name in `query`, both percent-decoded.
-fn argument<'q>(query: &'q str, name: &[u8]) -> Option<Cow<'q, [u8]>> {
-    let pairs = query.split('&').map(|pair| pair.split_once('=').unwrap_or((pair, "")));
-    pairs.into_iter().find(|(key, _)| *decoded(key) == *name).map(|(_, value)| decoded(value))
+/// The value of the first argument of this name in `query`.
+fn argument<'q>(query: &'q str, name: &[u8]) -> Option<Value<'q>> {
+    let mut pairs = query.split('&').map(|pair| pair.split_once('=').unwrap_or((pair, "")));
+    let (_, value) = pairs.find(|(key, _)| decoded(key).eq(name.iter().copied()))?;
+    let encoded = value.bytes().any(|byte| matches!(byte, b'%' | b'+'));
+    Some(if encoded { Value::Encoded(value) } else { Value::Plain(value.as_bytes()) })
 }
 
 /// Undoes `%41` and `+`, as forms write them. A `%` without two hex digits stands for itself.
-fn decoded(text: &str) -> Cow<'_, [u8]> {
+fn decoded(text: &str) -> impl Iterator<Item = u8> + '_ {
     let mut rest = text.as_bytes();
-    if !rest.iter().any(|byte| matches!(byte, b'%' | b'+')) {
-        return Cow::Borrowed(rest);
-    }
-    let mut plain = Vec::with_capacity(rest.len());
-    while let Some((&byte, after)) = rest.split_first() {
+    std::iter::from_fn(move || {
+        let (&byte, after) = rest.split_first()?;
         let escaped = if byte == b'%' { after.split_at_checked(2).and_then(hex) } else { None };
         let (byte, after) = escaped.unwrap_or((if byte == b'+' { b' ' } else { byte }, after));
-        plain.push(byte);
         rest = after;
-    }
-    Cow::Owned(plain)
+        Some(byte)
+    })
 }
 
 /// The byte that two hex digits stand for, and what follows them.
@@ -82,18 +205,20 @@ fn hex<'t>((digits, after): (&'t [u8], &'t [u8])) -> Option<(u8, &'t [u8])> {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::super::rehearsal::request;
     use super::*;
 
     /// The key that `written` takes from a request.
     fn key(written: &str, client: Option<&str>, target: &str, headers: &[(&'static str, &str)]) -> String {
         let value = serde_yaml::from_str(written).unwrap();
-        let key: Key = serde_yaml::with::singleton_map_recursive::deserialize::<_, serde_yaml::Value>(value).unwrap();
-        key.check().unwrap();
+        let key = serde_yaml::with::singleton_map_recursive::deserialize::<_, serde_yaml::Value>(value).unwrap();
         let (mut request, mut state) = (request(target, headers), None);
         let client = client.map(|client| client.parse().unwrap());
         let scope = Scope { client, scheme: "http", route: "shop", request: &mut request, state: &mut state };
-        String::from_utf8_lossy(&key.of(&scope)).into_owned()
+        let value = Key::build(&key).unwrap().of(&scope.asked());
+        value.map(|value| String::from_utf8_lossy(&value.bytes()).into_owned()).unwrap_or_default()
     }
 
     fn query(name: &str, target: &str) -> String {
@@ -149,18 +274,37 @@ mod tests {
     }
 
     #[test]
-    fn only_a_query_argument_that_was_encoded_is_copied() {
-        assert!(matches!(argument("q=plain", b"q"), Some(Cow::Borrowed(b"plain"))));
-        assert!(matches!(argument("q=a%20b", b"q"), Some(Cow::Owned(_))));
+    fn only_a_query_argument_that_was_encoded_is_decoded() {
+        assert_eq!(argument("q=plain", b"q"), Some(Value::Plain(b"plain")));
+        assert_eq!(argument("q=a%20b", b"q"), Some(Value::Encoded("a%20b")));
     }
 
     #[test]
     fn the_first_key_that_an_exchange_has_is_hashed() {
-        let keys = [Key::Header("x-user".into()), Key::ClientIp];
-        let client = Some("192.0.2.1".parse().unwrap());
-        let by_header = hash(&keys, client, "shop", &request("/", &[("x-user", "ann")]));
-        assert_eq!(by_header, Some(xxh3_64(b"ann")));
-        assert_eq!(hash(&keys, client, "shop", &request("/", &[])), Some(xxh3_64(&[192, 0, 2, 1])));
-        assert_eq!(hash(&keys, None, "shop", &request("/", &[])), None);
+        let keys = Keys::build(&[config::Key::Header("X-User".into()), config::Key::ClientIp]).unwrap();
+        let hash = |client: Option<&str>, headers: &[(&'static str, &str)]| {
+            let request = request("/", headers);
+            let client = client.map(|client| client.parse().unwrap());
+            keys.hash(&Asked { client, route: "shop", target: &request.uri, headers: &request.headers })
+        };
+        assert_eq!(hash(Some("192.0.2.1"), &[("x-user", "ann")]), Some(xxh3_64(b"ann")));
+        assert_eq!(hash(Some("192.0.2.1"), &[]), Some(xxh3_64(&[192, 0, 2, 1])));
+        assert_eq!(hash(Some("192.0.2.1"), &[("x-user", "")]), Some(xxh3_64(&[192, 0, 2, 1])));
+        assert_eq!(hash(None, &[]), None);
+    }
+
+    #[test]
+    fn what_cannot_be_a_key_is_told_with_its_number() {
+        let error = Keys::build(&[config::Key::Path, config::Key::Header("a b".into())]).unwrap_err();
+        assert_eq!(error.to_string(), "[1].header: `a b` is no header name");
+    }
+
+    proptest! {
+        #[test]
+        fn a_value_has_one_hash_however_it_is_encoded(value in ".{0,200}") {
+            let encoded: String = value.bytes().map(|byte| format!("%{byte:02x}")).collect();
+            prop_assert_eq!(Value::Encoded(&encoded).hash(), xxh3_64(value.as_bytes()));
+            prop_assert_eq!(Value::Plain(value.as_bytes()).hash(), xxh3_64(value.as_bytes()));
+        }
     }
 }

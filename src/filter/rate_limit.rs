@@ -26,6 +26,7 @@ use schemars::JsonSchema;
 use serde::Deserialize;
 
 use super::{Filter, FilterType, Key, Refused, Scope, Stages, Verdict};
+use crate::config;
 use crate::config::units::{Count, Rate};
 use crate::error::{BuildError, Refusal};
 
@@ -36,7 +37,7 @@ use crate::error::{BuildError, Refusal};
 pub struct Settings {
     /// What is counted apart. Requests without the key (no such header, a client on a unix socket) share one limit.
     #[serde(default = "Settings::key")]
-    pub key: Key,
+    pub key: config::Key,
     /// What may come in the long run, such as `10/s`; at most one a microsecond.
     pub rate: Rate,
     /// What may come at once, after a pause. As many as `rate` names, if absent.
@@ -48,8 +49,8 @@ pub struct Settings {
 }
 
 impl Settings {
-    fn key() -> Key {
-        Key::ClientIp
+    fn key() -> config::Key {
+        config::Key::ClientIp
     }
 
     fn max_keys() -> Count {
@@ -76,7 +77,9 @@ impl Filter for RateLimit {
     }
 
     async fn request(&self, scope: &mut Scope<'_>) -> Verdict {
-        match self.admit(&self.key.of(scope), self.started.elapsed()) {
+        let key = self.key.of(&scope.asked());
+        let key = key.as_ref().map(|key| key.bytes()).unwrap_or_default();
+        match self.admit(&key, self.started.elapsed()) {
             Ok(()) => Verdict::Continue,
             Err(wait) => {
                 let seconds = wait.as_secs() + u64::from(wait.subsec_nanos() > 0);
@@ -93,7 +96,7 @@ impl FilterType for RateLimit {
     type Settings = Settings;
 
     fn build(settings: &Settings) -> Result<Self, BuildError> {
-        settings.key.check().map_err(|error| error.under("key"))?;
+        let key = Key::build(&settings.key).map_err(|error| error.under("key"))?;
         let Count(burst) = settings.burst.unwrap_or(Count(settings.rate.events));
         if burst == 0 || burst == Count::UNLIMITED.0 {
             return Err(BuildError::new("burst", "a limit needs a number here, of at least 1"));
@@ -107,7 +110,7 @@ impl FilterType for RateLimit {
         let keys =
             keys.ok_or_else(|| BuildError::new("max_keys", "memory has an end: write a number of at least 1"))?;
         Ok(RateLimit {
-            key: settings.key.clone(),
+            key,
             limit,
             started: Instant::now(),
             seed: RandomState::new(),

@@ -13,6 +13,7 @@ use crate::client::connection::{Connection, introduction};
 use crate::client::session::Link;
 use crate::error::Refusal;
 use crate::eventloop::worker as eventloop;
+use crate::filter::key::Asked;
 use crate::filter::{Refused, Stages, States, Verdict, View};
 use crate::metrics::{Metrics, Seat};
 use crate::phase::{Clock, Phase};
@@ -44,6 +45,8 @@ pub struct Exchange {
     pub filters: Option<Arc<FilterStates>>,
     /// The upstream it goes to.
     pub upstream: Option<Arc<Upstream>>,
+    /// The hash of its key, for upstreams that go by one.
+    pub hash: u64,
     /// The endpoints that were tried; the last is the present one.
     pub tried: Vec<Arc<Endpoint>>,
     /// How often an endpoint was chosen.
@@ -187,6 +190,7 @@ impl Exchange {
             route: None,
             filters: None,
             upstream: None,
+            hash: 0,
             tried: Vec::new(),
             attempts: 0,
             link: None,
@@ -197,6 +201,16 @@ impl Exchange {
             refused: None,
             refusal: None,
             failure: None,
+        }
+    }
+
+    /// What keys are looked for in: the target as it was sent, and the header as the filters have left it.
+    pub fn asked<'e>(&'e self, request: &'e RequestHeader) -> Asked<'e> {
+        Asked {
+            client: self.client,
+            route: self.route.as_ref().map_or("", |route| &route.name),
+            target: self.target.as_ref().unwrap_or(&request.uri),
+            headers: &request.headers,
         }
     }
 

@@ -16,8 +16,8 @@ pub fn next(exchange: &mut Exchange) -> Result<Arc<Endpoint>, &'static Refusal> 
     if let Some(link) = &exchange.link {
         link.sending();
     }
-    let chosen =
-        exchange.upstream.as_ref().and_then(|upstream| Some((upstream, upstream.select(0, &exchange.tried, now)?)));
+    let upstream = exchange.upstream.as_ref();
+    let chosen = upstream.and_then(|upstream| Some((upstream, upstream.select(exchange.hash, &exchange.tried, now)?)));
     let Some((upstream, engaged)) = chosen else {
         // If all were tried, what went wrong with the last one is the better answer.
         return Err(exchange.failure.unwrap_or(&refusal::SELECT_NO_ENDPOINT));

@@ -6,6 +6,7 @@ mod harness;
 
 mod accept;
 mod actors;
+mod balance;
 mod bench;
 mod boards;
 mod buffer;
