@@ -125,6 +125,7 @@ impl Desk {
             attempts: 0,
             reason: Some(refusal.reason),
             request_id: None,
+            trace: None,
             referer: None,
             user_agent: None,
         });

@@ -132,6 +132,11 @@ impl Clock {
         self.since = self.since.max(now);
     }
 
+    /// When the exchange entered the phase that it is in, or when that was settled last.
+    pub fn since(&self) -> Instant {
+        self.since
+    }
+
     /// The phase the exchange is in.
     pub fn phase(&self) -> Phase {
         self.phase

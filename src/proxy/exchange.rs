@@ -17,6 +17,7 @@ use crate::filter::key::Asked;
 use crate::filter::{Refused, Stages, States, Verdict, View};
 use crate::metrics::{Metrics, Seat};
 use crate::phase::{Clock, Phase};
+use crate::spans::{Context, Notes};
 use crate::upstream::{Ended, Endpoint, Engaged, Outcome, Upstream};
 
 /// How often an endpoint is chosen for one exchange: a first attempt and four more. nginx goes round all of them; with a
@@ -67,6 +68,10 @@ pub struct Exchange {
     pub refusal: Option<&'static Refusal>,
     /// Why the last attempt failed.
     pub failure: Option<&'static Refusal>,
+    /// Its place in a trace, if there are any.
+    pub trace: Option<Context>,
+    /// What is noted for its spans, if it is recorded.
+    pub notes: Option<Box<Notes>>,
 }
 
 /// Filter states that the exchange and its response tap take turns with. There is one task, so a lock never waits;
@@ -201,6 +206,18 @@ impl Exchange {
             refused: None,
             refusal: None,
             failure: None,
+            trace: None,
+            notes: None,
+        }
+    }
+
+    /// Gives it its place in a trace; from here on it is noted what it does, if it is recorded. It is in `route`.
+    pub fn trace(&mut self, place: Context) {
+        self.trace = Some(place);
+        if place.sampled {
+            let routed = self.clock.since();
+            let header = self.clock.spent(Phase::Header).unwrap_or_default();
+            self.notes = Some(Notes::new(routed.checked_sub(header).unwrap_or(routed), routed));
         }
     }
 
@@ -221,8 +238,29 @@ impl Exchange {
             self.clock.enter(phase, now);
             self.seat.enter(phase, now);
             eventloop::enter(phase);
+            if let Some(notes) = &mut self.notes {
+                notes.enter(phase, now);
+            }
         }
         now
+    }
+
+    /// An endpoint of this upstream was chosen.
+    pub fn engage(&mut self, upstream: Arc<Upstream>, engaged: Engaged, now: Instant) {
+        if let Some(notes) = &mut self.notes {
+            notes.attempt(&upstream.name, &engaged.endpoint().label, now);
+        }
+        self.attempt = Some(Attempt::new(upstream, engaged, now));
+    }
+
+    /// The connection of the present attempt stands.
+    pub fn connected(&mut self, reused: bool, now: Instant) {
+        if let Some(attempt) = &mut self.attempt {
+            attempt.connected(reused, now);
+        }
+        if let Some(noted) = self.notes.as_mut().and_then(|notes| notes.present()) {
+            noted.reused = Some(reused);
+        }
     }
 
     /// The present attempt is over, if there is one: its endpoint is busy with it no longer.
@@ -235,6 +273,11 @@ impl Exchange {
             }
         }
         let outcome = end(&attempt);
+        if let Some(noted) = self.notes.as_mut().and_then(|notes| notes.present()) {
+            noted.ended = Some(now);
+            noted.status = attempt.answered.map(|(_, status)| status.as_u16());
+            noted.failure = outcome.failure();
+        }
         attempt.end(outcome, now);
     }
 

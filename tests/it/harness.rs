@@ -5,6 +5,7 @@
 //! each wait ends at [`DEADLINE`] with a sentence that says what did not come.
 
 pub mod client;
+pub mod collector;
 pub mod exchange;
 pub mod gateway;
 pub mod h2_origin;

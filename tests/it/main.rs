@@ -27,6 +27,7 @@ mod route;
 mod select;
 mod send;
 mod slow;
+mod spans;
 mod spool;
 mod status;
 mod stop;

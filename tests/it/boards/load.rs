@@ -6,6 +6,7 @@ use std::time::Instant;
 use super::board::BOARDS;
 use super::{committed, expressions, panels, query};
 use crate::harness::client::{H2Client, get, request};
+use crate::harness::collector::Collector;
 use crate::harness::metrics::Prometheus;
 use crate::harness::origin::{Closed, built_in};
 use crate::harness::{Client, DEADLINE, Gateway, Setup, ms};
@@ -31,14 +32,16 @@ impl Drop for Over<'_> {
 
 /// A gateway that has every kind of trouble before it and behind it.
 fn troubled() -> (Gateway, impl Drop) {
-    let (origin, closed) = (built_in(), Closed::refusing());
+    let (origin, closed, collector) = (built_in(), Closed::refusing(), Collector::start());
+    let tracing = format!("tracing: {{ endpoint: \"http://{}\", sample: 50% }}", collector.address());
     let setup = Setup::before_all(&[origin.address(), closed.address()]);
     let spool = setup.spool_dir();
     let setup = setup
         .server(&format!("threads: 2, spool_dir: \"{}\"", spool.display()))
         .listener("protocols: [http1, h2c]")
+        .observability(&tracing)
         .filters("{ request_id: {} }");
-    (setup.start(), Both(origin, closed))
+    (setup.start(), Both(origin, Both(closed, collector)))
 }
 
 /// Keeps both for as long as it lives.
