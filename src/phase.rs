@@ -4,6 +4,8 @@
 //! file in `src/proxy/`, the metric label, the access-log field, the first half of a refusal's reason and the
 //! test module. Everything above imports this; it imports nothing.
 
+pub mod journal;
+
 use std::fmt;
 use std::time::{Duration, Instant};
 
