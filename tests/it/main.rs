@@ -21,6 +21,7 @@ mod imports;
 mod observe;
 mod origin;
 mod pace;
+mod page;
 mod proxying;
 mod receive;
 mod route;
