@@ -7,7 +7,6 @@
 
 pub mod answer;
 mod guard;
-pub mod page;
 pub mod status;
 pub mod table;
 
@@ -34,7 +33,6 @@ use tokio::time::timeout;
 use crate::metrics::{AdminMetrics, Metrics, StreamGuard};
 use answer::{Answer, Body, Pieces};
 use guard::Peer;
-use page::Page;
 use table::{Ask, Found, Table};
 
 /// Whether the gateway takes exchanges, as `/readyz` tells load balancers. Clones share it.
@@ -77,7 +75,6 @@ impl Readiness {
 /// What answers on the admin endpoint.
 pub struct Admin {
     table: Table,
-    page: Page,
     metrics: AdminMetrics,
     streams: Arc<Semaphore>,
 }
@@ -102,7 +99,6 @@ impl Admin {
     pub fn new(metrics: Metrics, readiness: Readiness, streams_max: usize) -> Self {
         let admin = Admin {
             table: Table::default(),
-            page: Page::new(),
             metrics: metrics.admin(),
             streams: Arc::new(Semaphore::new(streams_max.min(Semaphore::MAX_PERMITS))),
         };
@@ -150,8 +146,7 @@ impl Admin {
         let (entry, parts) = match self.table.find(&method, uri.path()) {
             Found::Entry(entry, parts) => (entry, parts),
             Found::Nothing if uri.path() == "/" && matches!(method, Method::GET | Method::HEAD) => {
-                let page = wants_html(&http.req_header().headers);
-                return ("/", if page { self.page.answer() } else { Answer::text(self.table.index()) });
+                return ("/", Answer::text(self.table.index()));
             }
             Found::Nothing => {
                 return ("_other", Answer::text("not found; see /\n").with_status(StatusCode::NOT_FOUND));

@@ -16,5 +16,4 @@ pub mod metrics;
 pub mod origin;
 pub mod phase;
 pub mod proxy;
-pub mod spans;
 pub mod upstream;

@@ -67,6 +67,7 @@ struct Families {
     upstream_selections: IntCounterVec,
     upstream_connects: IntCounterVec,
     upstream_resolutions: IntCounterVec,
+    upstream_health_checks: IntCounterVec,
     retries: IntCounterVec,
     spool_bytes: IntGaugeVec,
     spool_limit: IntGaugeVec,
@@ -85,7 +86,6 @@ struct Families {
     filter_poll: HistogramVec,
     access_log_lines: IntCounterVec,
     access_log_dropped: IntCounterVec,
-    spans: IntCounterVec,
     admin_requests: IntCounterVec,
     admin_streams: IntGaugeVec,
 }
@@ -179,6 +179,7 @@ impl Metrics {
             resolutions_failed: resolutions("failed"),
             retries: families.retries.with_label_values(&[name]),
             selections: families.upstream_selections.clone(),
+            health_checks: families.upstream_health_checks.clone(),
             name: name.into(),
         }
     }
@@ -270,12 +271,6 @@ impl Metrics {
         }
     }
 
-    /// Those of the spans of traces.
-    pub fn spans(&self) -> SpanMetrics {
-        let outcome = |outcome| self.families().spans.with_label_values(&[outcome]);
-        SpanMetrics { exported: outcome("exported"), failed: outcome("failed"), dropped: outcome("dropped") }
-    }
-
     /// Those of the admin endpoint.
     pub fn admin(&self) -> AdminMetrics {
         AdminMetrics {
@@ -361,6 +356,7 @@ impl Families {
             upstream_selections: family::UPSTREAM_SELECTIONS.counter(registry),
             upstream_connects: family::UPSTREAM_CONNECTS.counter(registry),
             upstream_resolutions: family::UPSTREAM_RESOLUTIONS.counter(registry),
+            upstream_health_checks: family::UPSTREAM_HEALTH_CHECKS.counter(registry),
             retries: family::RETRIES.counter(registry),
             spool_bytes: family::SPOOL_BYTES.gauge(registry),
             spool_limit: family::SPOOL_LIMIT_BYTES.gauge(registry),
@@ -379,7 +375,6 @@ impl Families {
             filter_poll: family::FILTER_POLL_SECONDS.histogram(registry),
             access_log_lines: family::ACCESS_LOG_LINES.counter(registry),
             access_log_dropped: family::ACCESS_LOG_DROPPED.counter(registry),
-            spans: family::SPANS.counter(registry),
             admin_requests: family::ADMIN_REQUESTS.counter(registry),
             admin_streams: family::ADMIN_STREAMS.gauge(registry),
         }
@@ -531,6 +526,7 @@ pub struct UpstreamMetrics {
     /// Attempts after the first of an exchange.
     pub retries: IntCounter,
     selections: IntCounterVec,
+    health_checks: IntCounterVec,
     name: Box<str>,
 }
 
@@ -539,6 +535,29 @@ impl UpstreamMetrics {
     pub fn endpoint(&self, label: &str) -> IntCounter {
         self.selections.with_label_values(&[&*self.name, label])
     }
+
+    /// Those of its health checks. Ask once, if it has any.
+    pub fn health_checks(&self) -> HealthCheckMetrics {
+        let outcome = |outcome| self.health_checks.with_label_values(&[&*self.name, outcome]);
+        HealthCheckMetrics {
+            passed: outcome("passed"),
+            failed: outcome("failed"),
+            timed_out: outcome("timeout"),
+            late: outcome("late"),
+        }
+    }
+}
+
+/// The metrics of the health checks of one upstream.
+pub struct HealthCheckMetrics {
+    /// Checks that passed.
+    pub passed: IntCounter,
+    /// Checks that said something bad.
+    pub failed: IntCounter,
+    /// Checks that said nothing in time.
+    pub timed_out: IntCounter,
+    /// Checks that began late, because so many were under way.
+    pub late: IntCounter,
 }
 
 /// The metrics of the access log.
@@ -549,16 +568,6 @@ pub struct AccessLogMetrics {
     pub dropped_full: IntCounter,
     /// Lines that could not be written.
     pub dropped_failed: IntCounter,
-}
-
-/// The metrics of the spans of traces.
-pub struct SpanMetrics {
-    /// Those that a collector has taken.
-    pub exported: IntCounter,
-    /// Those that it has not.
-    pub failed: IntCounter,
-    /// Those that found the queue full.
-    pub dropped: IntCounter,
 }
 
 /// The metrics of the admin endpoint.
@@ -612,7 +621,6 @@ mod tests {
         metrics.filter_polls("respond");
         crate::eventloop::tests::attach(&metrics);
         metrics.access_log();
-        metrics.spans();
         metrics.admin().count("/", 200);
         metrics.set_workers(2);
         (metrics, route)

@@ -34,9 +34,7 @@ use crate::error::{Refusal, refusal};
 use crate::filter::{Refused, Verdict};
 use crate::metrics::{Metrics, RouteMetrics};
 use crate::phase::Phase;
-use crate::spans::Tracer;
 use exchange::{Attempt, Exchange};
-use finish::Tellers;
 use header::TrustedProxies;
 use route::Route;
 use route::table::Table;
@@ -62,8 +60,6 @@ pub struct Proxy {
     pub depot: Arc<Depot>,
     /// Where turns for holding them are had.
     pub lanes: Arc<Lanes>,
-    /// Traces, if there are any.
-    pub tracer: Option<Arc<Tracer>>,
 }
 
 #[async_trait]
@@ -237,8 +233,7 @@ impl ProxyHttp for Proxy {
     async fn logging(&self, session: &mut Session, _error: Option<&Error>, exchange: &mut Exchange) {
         exchange.release(Attempt::outcome, Instant::now());
         write::drain(exchange, &mut session.downstream_session).await;
-        let tellers = Tellers { log: self.log.as_deref(), tracer: self.tracer.as_deref() };
-        finish::settle(exchange, session.as_downstream_mut(), &self.unrouted, tellers);
+        finish::settle(exchange, session.as_downstream_mut(), &self.unrouted, self.log.as_deref());
     }
 
     /// The access log and the metrics say it all, once.
@@ -253,11 +248,7 @@ impl ProxyHttp for Proxy {
 
 impl Proxy {
     async fn route(&self, request: &mut RequestHeader, exchange: &mut Exchange) -> Verdict {
-        let checked = header::check(exchange, request, &self.trusted);
-        if let Some(tracer) = &self.tracer {
-            exchange.trace(tracer.place(&request.headers, exchange.peer_is_trusted));
-        }
-        if let Err(refusal) = checked {
+        if let Err(refusal) = header::check(exchange, request, &self.trusted) {
             return refusal.into();
         }
         match route::find(&self.routes, request) {

@@ -6,6 +6,7 @@
 
 pub mod availability;
 pub mod balance;
+mod check;
 mod discovery;
 pub mod ended;
 pub mod endpoint;
@@ -35,7 +36,7 @@ use pingora::protocols::l4::socket::SocketAddr;
 use pingora::server::ShutdownWatch;
 use pingora::services::background::{BackgroundService, GenBackgroundService};
 use tokio::sync::Notify;
-use tokio::time::{MissedTickBehavior, interval_at};
+use tokio::time::{MissedTickBehavior, interval_at, sleep};
 use tracing::warn;
 
 use crate::config;
@@ -43,6 +44,7 @@ use crate::config::upstream::{LoadBalancing, Protocol};
 use crate::error::BuildError;
 use crate::filter::key::{Asked, Keys};
 use crate::metrics::UpstreamMetrics;
+use check::Checks;
 use discovery::{Directory, Location, Place, Resolve, System};
 use endpoint::Transport;
 use roster::Roster;
@@ -53,6 +55,10 @@ pub use endpoint::{Endpoint, Engaged, Found};
 
 /// How often names are resolved again.
 const REFRESH_INTERVAL: Duration = Duration::from_secs(30);
+
+/// How long nothing is done after a roster was made, for each microsecond that it took: so a roster of many endpoints, of which
+/// one after the other changes, takes no more than a tenth of the thread that checks them as well.
+const ROSTER_REST: Duration = Duration::from_micros(10);
 
 /// A named group of endpoints that serve the same.
 pub struct Upstream {
@@ -76,6 +82,7 @@ pub struct Upstream {
     changing: Mutex<()>,
     reassess: Notify,
     directory: Directory,
+    checks: Option<Checks>,
 }
 
 /// How long the endpoints of an upstream may take.
@@ -124,6 +131,8 @@ impl Upstream {
         let directory = Directory::new(places, resolver);
         resolve_now(&directory).map_err(|errors| at(&place, errors))?;
 
+        let checks = written.health_check.as_ref();
+        let checks = checks.map(|written| Checks::build(written, &transport, metrics.health_checks()));
         let upstream = Upstream {
             name: name.into(),
             timeouts,
@@ -137,6 +146,7 @@ impl Upstream {
             changing: Mutex::new(()),
             reassess: Notify::new(),
             directory,
+            checks,
         };
         upstream.discovered(upstream.directory.found());
         Ok(upstream)
@@ -202,6 +212,9 @@ impl Upstream {
                     if !before.is_empty() {
                         endpoint.begin_slowly(now);
                     }
+                    if let Some(checks) = &self.checks {
+                        checks.introduce(&endpoint, now);
+                    }
                     Arc::new(endpoint)
                 }
             };
@@ -213,6 +226,9 @@ impl Upstream {
             members.push(Arc::clone(endpoint));
         }
         self.publish(members);
+        if let Some(checks) = &self.checks {
+            checks.members_changed();
+        }
     }
 
     /// Something is known anew of an endpoint's availability: the roster will be made again, in the background. Cheap, from
@@ -225,9 +241,21 @@ impl Upstream {
     async fn keep_roster(&self) {
         loop {
             self.reassess.notified().await;
-            let _changing = self.changing.lock().unwrap_or_else(PoisonError::into_inner);
-            let members = self.members.load().to_vec();
-            self.publish(members);
+            let began = Instant::now();
+            {
+                let _changing = self.changing.lock().unwrap_or_else(PoisonError::into_inner);
+                let members = self.members.load().to_vec();
+                self.publish(members);
+            }
+            // Whoever may be chosen no longer is passed over at once; the others can wait where a roster takes long to make.
+            sleep(ROSTER_REST * u32::try_from(began.elapsed().as_micros()).unwrap_or(u32::MAX)).await;
+        }
+    }
+
+    /// Asks its endpoints whether they are well, if it is to.
+    async fn keep_health(&self) {
+        if let Some(checks) = &self.checks {
+            checks.run(self).await;
         }
     }
 
@@ -370,6 +398,7 @@ impl BackgroundService for Upkeep {
         for upstream in &self.upstreams {
             tasks.push(upstream.keep_roster().boxed());
             tasks.push(upstream.keep_names(self.refresh).boxed());
+            tasks.push(upstream.keep_health().boxed());
         }
         tokio::select! {
             _ = join_all(tasks) => {}

@@ -7,7 +7,8 @@ use std::collections::{BTreeMap, HashMap, HashSet};
 use std::hash::Hash;
 use std::net::{IpAddr, Ipv6Addr};
 
-use http::{HeaderName, HeaderValue, Method, Uri};
+use http::uri::{Authority, PathAndQuery};
+use http::{HeaderName, Method};
 use serde_yaml::{Mapping, Value as Yaml};
 
 use super::address::{Address, Target, is_label};
@@ -17,9 +18,10 @@ use super::filter::FilterKind;
 use super::listener::{Limits, Listener};
 use super::report::{Finding, Spot};
 use super::route::{BufferMode, Client, Match, PathMatch, Route, ValueMatch};
-use super::server::{EventLoop, Resources, Tracing};
+use super::server::{EventLoop, Resources};
 use super::units::{ByteRate, Count, Size, Time};
-use super::upstream::{LoadBalancing, Upstream};
+use super::upstream::health::{HealthCheck, HttpCheck};
+use super::upstream::{LoadBalancing, Protocol, Upstream};
 
 /// The name under which `/metrics` counts what is beyond a limit.
 const RESERVED_NAME: &str = "_other";
@@ -32,17 +34,14 @@ const DISK_THREADS_MAX: u64 = 64;
 const DISK_QUEUE_MAX: u64 = 1_000_000;
 /// Below this, sixteen slow clients would have spent it, at what a route gives each by default.
 const MEMORY_MIN: Size = Size::kib(1024);
+/// Whoever fails so often in a row has been down for hours.
+const STREAK_MAX: u64 = 10_000;
+/// Each takes a socket.
+const CHECKS_AT_ONCE_MAX: u64 = 10_000;
 /// More often would cost more than it shows.
 const HEARTBEAT_MIN: Time = Time::milliseconds(1);
 /// More seldom, most stalls would pass unseen.
 const HEARTBEAT_MAX: Time = Time::seconds(1);
-
-/// A span costs some hundred bytes while it waits, an exchange ten of them.
-const SPAN_QUEUE_MAX: u64 = 100_000;
-/// Longer, and what waits behind would be dropped.
-const EXPORT_MAX: Time = Time::seconds(60);
-/// Longer, and nobody could see what has just happened.
-const GATHER_MAX: Time = Time::seconds(60);
 
 /// Everything that is wrong with `parts` beyond their form; `written` is the file that they come from.
 pub(super) fn check(parts: &Parts, written: &Mapping, kinds: &[FilterKind]) -> Vec<Finding> {
@@ -104,7 +103,6 @@ impl<'a> Check<'a> {
         self.count("observability.metrics.max_series", rest.observability.metrics.max_series, 1, u64::MAX);
         self.count("admin.streams", rest.admin.streams, 1, ADMIN_STREAMS_MAX);
         self.event_loop(&rest.observability.event_loop);
-        self.tracing(&rest.observability.tracing);
         if rest.admin.enabled && is_open(&rest.admin.address) {
             let finding =
                 Finding::warning(value("admin.address"), "everyone who can reach this machine can reach `admin`")
@@ -127,47 +125,6 @@ impl<'a> Check<'a> {
             let finding = Finding::error(value(path), "a worker would be called stalled between two heartbeats");
             let label = format!("expected a `stall_threshold` ({stall_threshold}) above the `heartbeat` ({heartbeat})");
             self.wrong(finding.label(label));
-        }
-    }
-
-    fn tracing(&mut self, tracing: &Tracing) {
-        let Tracing { endpoint, headers, timeout, queue, interval, .. } = tracing;
-        let path = |key: &str| format!("observability.tracing.{key}");
-        self.count(&path("queue"), *queue, 1, SPAN_QUEUE_MAX);
-        self.time(&path("timeout"), *timeout);
-        self.time(&path("interval"), *interval);
-        for (key, most, time) in [("timeout", EXPORT_MAX, timeout), ("interval", GATHER_MAX, interval)] {
-            if *time > most {
-                let finding = Finding::error(value(path(key)), format!("`{}` is out of range", path(key)));
-                self.wrong(finding.label(format!("expected a time of at most {most}")));
-            }
-        }
-        for (name, text) in headers {
-            let at = path(&format!("headers.{name}"));
-            if HeaderName::from_bytes(name.as_bytes()).is_err() {
-                let finding = Finding::error(Spot::Key(at.clone()), format!("`{name}` is not the name of a header"));
-                self.wrong(finding.label("expected a name such as `Authorization`"));
-            }
-            if HeaderValue::from_str(text).is_err() {
-                let finding = Finding::error(value(at), "this cannot stand in a header");
-                self.wrong(finding.label("expected visible ASCII characters"));
-            }
-        }
-        if !tracing.is_on() {
-            return;
-        }
-        let finding = Finding::error(value(path("endpoint")), "spans cannot be exported to this endpoint");
-        if !cfg!(feature = "otel") {
-            let finding = Finding::error(value(path("endpoint")), "this Forebay was built without tracing");
-            let finding = finding.label("it makes no spans");
-            self.wrong(
-                finding.help("build it with the feature `otel`, which is on by default, or write `endpoint: off`"),
-            );
-        } else if endpoint.starts_with("https://") {
-            let finding = finding.label("expected `http://`, without TLS");
-            self.wrong(finding.help("let a collector near by take the spans and send them on"));
-        } else if !is_http_url(endpoint) {
-            self.wrong(finding.label("expected `http://host:port`, with a path or without, or `off`"));
         }
     }
 
@@ -317,6 +274,9 @@ impl<'a> Check<'a> {
             }
         }
         self.load_balancing(&upstream.load_balancing, &format!("{path}.load_balancing"));
+        if let Some(written) = &upstream.health_check {
+            self.health_check(written, upstream.protocol, &format!("{path}.health_check"));
+        }
         self.time(&format!("{path}.keepalive.idle"), upstream.keepalive.idle);
         self.time(&format!("{path}.timeouts.connect"), upstream.timeouts.connect);
         self.time(&format!("{path}.timeouts.send"), upstream.timeouts.send);
@@ -351,6 +311,69 @@ impl<'a> Check<'a> {
         if bounded_load.is_some_and(|factor| !(factor > 1.0 && factor.is_finite())) {
             let finding = Finding::error(value(format!("{path}.bounded_load")), "`bounded_load` leaves no room");
             self.wrong(finding.label("expected a number greater than 1, such as 1.25"));
+        }
+    }
+
+    fn health_check(&mut self, written: &HealthCheck, protocol: Protocol, path: &str) {
+        let kinds: Vec<&str> = written.kinds().collect();
+        match &kinds[..] {
+            [] if !self.parts.broken.within(path) => {
+                let finding = Finding::error(Spot::Key(path.to_owned()), "nothing says how endpoints are checked");
+                self.wrong(
+                    finding
+                        .label("expected one of `http`, `tcp` and `grpc`")
+                        .help("write `http: { path: /healthz }` or `tcp: {}`"),
+                );
+            }
+            [first, others @ ..] => {
+                for other in others {
+                    let finding =
+                        Finding::error(Spot::Key(format!("{path}.{other}")), "endpoints are checked in one way");
+                    let first = Spot::Key(format!("{path}.{first}"));
+                    self.wrong(finding.label("either this").also(first, "or this"));
+                }
+            }
+            [] => {}
+        }
+        if let Some(http) = &written.http {
+            self.http_check(http, &format!("{path}.http"));
+        }
+        if let Some(grpc) = &written.grpc {
+            self.check_host(grpc.host.as_deref(), &format!("{path}.grpc.host"));
+            if protocol == Protocol::Http1 {
+                let finding = Finding::error(Spot::Key(format!("{path}.grpc")), "gRPC is spoken over HTTP/2 only");
+                self.wrong(finding.label("expected `protocol: h2` or `protocol: h2c` for this upstream"));
+            }
+        }
+        self.time(&format!("{path}.interval"), written.interval);
+        self.time(&format!("{path}.timeout"), written.timeout);
+        self.count(&format!("{path}.unhealthy_after"), written.unhealthy_after, 1, STREAK_MAX);
+        self.count(&format!("{path}.healthy_after"), written.healthy_after, 1, STREAK_MAX);
+        self.count(&format!("{path}.at_once"), written.at_once, 1, CHECKS_AT_ONCE_MAX);
+    }
+
+    fn http_check(&mut self, written: &HttpCheck, path: &str) {
+        self.check_host(written.host.as_deref(), &format!("{path}.host"));
+        let at = format!("{path}.path");
+        if !written.path.starts_with('/') || written.path.parse::<PathAndQuery>().is_err() {
+            let finding = Finding::error(value(at), format!("`{}` is not a path", written.path));
+            self.wrong(finding.label("expected one such as `/healthz`"));
+        }
+        let at = format!("{path}.statuses");
+        if written.statuses.is_empty() && !self.parts.broken.within(&at) {
+            let finding = Finding::error(value(at), "no answer would be good enough");
+            self.wrong(finding.label("expected statuses such as 200 and ranges such as 200-299"));
+        }
+        if written.body.as_ref().is_some_and(String::is_empty) {
+            let finding = Finding::error(value(format!("{path}.body")), "every body has an empty text in it");
+            self.wrong(finding.label("expected the text that only a well endpoint answers with"));
+        }
+    }
+
+    fn check_host(&mut self, host: Option<&str>, path: &str) {
+        if let Some(host) = host.filter(|host| host.parse::<Authority>().is_err() || host.contains('@')) {
+            let finding = Finding::error(value(path), format!("`{host}` is not a host"));
+            self.wrong(finding.label("expected a name such as `shop.example.com`, with a port or without"));
         }
     }
 
@@ -658,14 +681,6 @@ impl<'a> Check<'a> {
             self.wrong(finding.label("expected more than `0s`"));
         }
     }
-}
-
-/// Whether this is `http://host`, with a port and a path or without.
-fn is_http_url(text: &str) -> bool {
-    let Ok(url) = text.parse::<Uri>() else { return false };
-    let plain =
-        url.authority().is_some_and(|authority| !authority.as_str().contains('@') && !authority.host().is_empty());
-    url.scheme_str() == Some("http") && plain && url.query().is_none()
 }
 
 /// What was seen before, and where first.

@@ -2,6 +2,7 @@
 
 pub mod balance;
 pub mod discovery;
+pub mod health;
 pub mod transport;
 
 use schemars::JsonSchema;
@@ -11,6 +12,7 @@ use super::units::Time;
 
 pub use balance::LoadBalancing;
 pub use discovery::Endpoint;
+pub use health::HealthCheck;
 pub use transport::{Keepalive, Protocol};
 
 /// A named group of endpoints that serve the same.
@@ -31,6 +33,9 @@ pub struct Upstream {
     /// How long its endpoints may take.
     #[serde(default)]
     pub timeouts: Timeouts,
+    /// How its endpoints are asked whether they are well. Without it, nobody asks them.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub health_check: Option<HealthCheck>,
 }
 
 /// How long the endpoints of an upstream may take.

@@ -131,6 +131,8 @@ families! {
         "Connections that exchanges were given, or not, by how.";
     UPSTREAM_RESOLUTIONS: "forebay_upstream_resolutions_total", Counter, ["upstream", "outcome"],
         "Look-ups of host names; after a failed one the last good answer stays.";
+    UPSTREAM_HEALTH_CHECKS: "forebay_upstream_health_checks_total", Counter, ["upstream", "outcome"],
+        "Health checks by what came of them; those that began late, for so many were under way, are counted as late besides.";
     RETRIES: "forebay_retries_total", Counter, ["upstream"],
         "Attempts after the first of an exchange.";
     SPOOL_BYTES: "forebay_spool_bytes", Gauge, ["direction", "store"],
@@ -159,8 +161,6 @@ families! {
         "Lines written to the access log.";
     ACCESS_LOG_DROPPED: "forebay_access_log_dropped_total", Counter, ["reason"],
         "Lines missing from the access log.";
-    SPANS: "forebay_spans_total", Counter, ["outcome"],
-        "Spans of recorded exchanges: exported to the collector, failed on the way to it, or dropped since too many waited.";
     ADMIN_REQUESTS: "forebay_admin_requests_total", Counter, ["path", "code"],
         "Requests to the admin endpoint, by what answered them and its status.";
     ADMIN_STREAMS: "forebay_admin_streams", Gauge, [],

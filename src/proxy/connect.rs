@@ -23,7 +23,9 @@ pub fn made(exchange: &mut Exchange, reused: bool, socket: RawFd) {
         link.comes_through(Some(Window::new(socket)));
     }
     let now = exchange.enter(Phase::Send);
-    exchange.connected(reused, now);
+    if let Some(attempt) = &mut exchange.attempt {
+        attempt.connected(reused, now);
+    }
 }
 
 /// No connection could be made. No byte of the request has left, so any method may be tried elsewhere.

@@ -8,8 +8,8 @@ use std::fmt;
 use std::net::IpAddr;
 use std::num::NonZeroU32;
 use std::ops::Deref;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use pingora::protocols::l4::socket::SocketAddr;
@@ -19,7 +19,7 @@ use prometheus::IntCounter;
 use super::Timeouts;
 use super::availability::{Availability, Change, Word};
 use super::ended::{Ended, Outcome};
-use super::health::Health;
+use super::health::{Health, Record};
 use super::latency::Latency;
 use super::window::NARROW_BYTES;
 use crate::config::upstream::Protocol;
@@ -68,6 +68,8 @@ pub struct Endpoint {
     returned: AtomicU64,
     base: Instant,
     template: HttpPeer,
+    /// What checks have said. Nobody asks for it on the way of a request.
+    checks: Mutex<Record>,
 }
 
 impl Endpoint {
@@ -88,6 +90,7 @@ impl Endpoint {
             returned: AtomicU64::new(0),
             base: now,
             template: transport.peer(found.address.clone(), server_name),
+            checks: Mutex::default(),
         }
     }
 
@@ -164,6 +167,11 @@ impl Endpoint {
     /// Whether what passes speaks against it.
     pub fn set_ejected(&self, ejected: bool, now: Instant) -> Change {
         self.changed(self.availability.set_ejected(ejected), now)
+    }
+
+    /// What health checks have said of it. Not for workers.
+    pub fn checks(&self) -> MutexGuard<'_, Record> {
+        self.checks.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn changed(&self, change: Change, now: Instant) -> Change {
@@ -245,8 +253,27 @@ impl Transport {
         )
     }
 
+    /// Whether a connection begins with TLS.
+    pub fn is_tls(&self) -> bool {
+        self.protocol == Protocol::H2
+    }
+
     fn peer(&self, address: SocketAddr, server_name: &str) -> HttpPeer {
-        let tls = self.protocol == Protocol::H2;
+        let tls = self.is_tls();
+        // Not `HttpPeer::new`, which resolves names, and blocks meanwhile.
+        HttpPeer {
+            _address: address,
+            scheme: Scheme::from_tls_bool(tls),
+            sni: if tls { server_name.to_owned() } else { String::new() },
+            proxy: None,
+            client_cert_key: None,
+            group_key: 0,
+            options: self.options(),
+        }
+    }
+
+    /// How every connection is made and used.
+    pub fn options(&self) -> PeerOptions {
         let mut options = PeerOptions::new();
         options.verify_cert = true;
         options.verify_hostname = true;
@@ -264,16 +291,7 @@ impl Transport {
             Protocol::H2 | Protocol::H2c => options.set_http_version(2, 2),
         }
         options.max_h2_streams = H2_STREAMS_MAX;
-        // Not `HttpPeer::new`, which resolves names, and blocks meanwhile.
-        HttpPeer {
-            _address: address,
-            scheme: Scheme::from_tls_bool(tls),
-            sni: if tls { server_name.to_owned() } else { String::new() },
-            proxy: None,
-            client_cert_key: None,
-            group_key: 0,
-            options,
-        }
+        options
     }
 }
 

@@ -38,7 +38,6 @@ const AWAITED: &[&str] = &[
     "forebay_upstream_queue_seconds_bucket",
     "forebay_upstream_rejected_total",
     "forebay_upstream_ejections_total",
-    "forebay_upstream_health_checks_total",
     "forebay_upstream_panic",
     "forebay_upstream_breaker_open",
     "forebay_retries_refused_total",

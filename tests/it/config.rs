@@ -106,8 +106,7 @@ wrong! {
     a_bare_number_is_no_time_and_no_size
     an_unknown_policy
     hash_keys_that_are_missing_or_idle
-    spans_that_can_go_nowhere
-    spans_that_would_go_over_tls
+    health_checks_that_are_none
     an_unknown_protocol
     version_2
     addresses_that_are_none

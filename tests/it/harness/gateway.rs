@@ -129,13 +129,14 @@ impl Setup {
     }
 
     /// A further upstream.
-    pub fn also(self, name: &str, origin: &Origin) -> Setup {
-        self.also_at(name, origin.address())
+    pub fn also(mut self, name: &str, origin: &Origin) -> Setup {
+        add(&mut self.upstreams, &format!("{name}: {{ endpoints: [ {} ] }}", endpoints(&[origin.address()])));
+        self
     }
 
-    /// A further upstream with an endpoint at this address.
-    pub fn also_at(mut self, name: &str, address: SocketAddr) -> Setup {
-        add(&mut self.upstreams, &format!("{name}: {{ endpoints: [ {} ] }}", endpoints(&[address])));
+    /// A further upstream with these keys.
+    pub fn also_upstream(mut self, name: &str, keys: &str) -> Setup {
+        add(&mut self.upstreams, &format!("{name}: {{ {keys} }}"));
         self
     }
 

@@ -13,7 +13,8 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::runtime::{Builder, Runtime};
 
 /// It answers by path. `/trailers`: a body, then the trailer field `x-trailer`. `/echo`: every piece of the request as
-/// soon as it comes, then `grpc-status: 0`. Anything else: what it got, as the built-in origin tells it at `/headers`.
+/// soon as it comes, then `grpc-status: 0`. The health protocol of gRPC: it serves the service `well` and not `sick`, and
+/// knows no others. Anything else: what it got, as the built-in origin tells it at `/headers`.
 pub struct H2Origin {
     address: SocketAddr,
     seen: Arc<Mutex<Vec<String>>>,
@@ -72,8 +73,30 @@ async fn answer(request: Request<RecvStream>, mut respond: SendResponse<Bytes>) 
             }
             send.send_trailers(trailer("grpc-status", "0"))
         }
+        "/grpc.health.v1.Health/Check" => {
+            let mut question = Vec::new();
+            while let Some(piece) = next(&mut body).await? {
+                question.extend_from_slice(&piece);
+            }
+            health(&question, respond)
+        }
         _ => told(&head.headers, &mut body, respond).await,
     }
+}
+
+fn health(question: &[u8], mut respond: SendResponse<Bytes>) -> Result<(), h2::Error> {
+    let status = match question {
+        b"\0\0\0\0\x06\x0a\x04well" => 1,
+        b"\0\0\0\0\x06\x0a\x04sick" => 2,
+        _ => {
+            let mut unknown = Response::new(());
+            unknown.headers_mut().extend(trailer("grpc-status", "5"));
+            return respond.send_response(unknown, true).map(drop);
+        }
+    };
+    let mut send = respond.send_response(Response::new(()), false)?;
+    send.send_data(Bytes::copy_from_slice(&[0, 0, 0, 0, 2, 8, status]), false)?;
+    send.send_trailers(trailer("grpc-status", "0"))
 }
 
 async fn told(headers: &HeaderMap, body: &mut RecvStream, mut respond: SendResponse<Bytes>) -> Result<(), h2::Error> {

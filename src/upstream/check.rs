@@ -1,0 +1,203 @@
+//! Asks the endpoints of an upstream whether they are well, in the background and never on a worker.
+//!
+//! One loop for each upstream that has a `health_check`: who is due is taken off the [`Agenda`] and asked by the [`Probe`],
+//! so many at once; what it says goes to the endpoint's `Record` (`upstream/health.rs`), and a change of it to the roster.
+//! Endpoints that an operator has taken out are asked on; those that their source names no longer are not. A probe speaks to an
+//! endpoint as exchanges do, TLS and all, but over a new connection: a kept one would hide that nobody can connect any more.
+
+mod agenda;
+mod grpc;
+mod http;
+mod probe;
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use futures::stream::{FuturesUnordered, StreamExt};
+use pingora::Error;
+use pingora::ErrorType::{ConnectNoRoute, ConnectRefused, ConnectTimedout, Custom};
+use rand::Rng;
+use tokio::sync::Notify;
+use tokio::time::{sleep_until, timeout};
+use tracing::{debug, info, warn};
+
+use super::Upstream;
+use super::endpoint::{Endpoint, Transport};
+use super::health::{Failure, Health, Thresholds};
+use crate::config;
+use crate::config::upstream::health::Initial;
+use crate::metrics::HealthCheckMetrics;
+use agenda::{Agenda, Turn};
+use probe::Probe;
+
+/// How the endpoints of one upstream are checked.
+pub(super) struct Checks {
+    terms: Terms,
+    probe: Probe,
+    metrics: HealthCheckMetrics,
+    members_changed: Notify,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Terms {
+    interval: Duration,
+    /// The share by which an interval may be longer or shorter.
+    jitter: f64,
+    timeout: Duration,
+    thresholds: Thresholds,
+    unknown_is_healthy: bool,
+    at_once: usize,
+}
+
+/// What a check came to: `Err` says what is wrong, and whether it is that nothing was said in time.
+type Verdict = Result<(), (String, bool)>;
+
+impl Checks {
+    /// The checks that are written; `transport` is how endpoints are spoken to.
+    pub fn build(
+        written: &config::upstream::HealthCheck,
+        transport: &Transport,
+        metrics: HealthCheckMetrics,
+    ) -> Checks {
+        let count = |count: config::units::Count| u32::try_from(count.0).unwrap_or(u32::MAX);
+        let terms = Terms {
+            interval: written.interval.0,
+            jitter: written.jitter.ratio(),
+            timeout: written.timeout.0,
+            thresholds: Thresholds {
+                unhealthy_after: count(written.unhealthy_after),
+                healthy_after: count(written.healthy_after),
+            },
+            unknown_is_healthy: written.initial == Initial::Healthy,
+            at_once: count(written.at_once) as usize,
+        };
+        Checks { terms, probe: Probe::build(written, transport), metrics, members_changed: Notify::new() }
+    }
+
+    /// Says what an endpoint counts as that was found just now.
+    pub fn introduce(&self, endpoint: &Endpoint, now: Instant) {
+        endpoint.set_health(Health::Unknown, self.terms.unknown_is_healthy, now);
+    }
+
+    /// There are other endpoints now.
+    pub fn members_changed(&self) {
+        self.members_changed.notify_one();
+    }
+
+    /// Checks the endpoints of `upstream`, without end.
+    pub async fn run(&self, upstream: &Upstream) {
+        let mut agenda = Agenda::default();
+        agenda.keep(&present(upstream), Instant::now());
+        let mut under_way = FuturesUnordered::new();
+        loop {
+            let now = Instant::now();
+            while under_way.len() < self.terms.at_once
+                && let Some(turn) = agenda.take(now)
+            {
+                if now > turn.due + self.terms.interval {
+                    self.metrics.late.inc();
+                }
+                under_way.push(self.check(turn, now));
+            }
+            // Whoever is due beyond that waits for one that ends.
+            let next = agenda.next().filter(|_| under_way.len() < self.terms.at_once);
+            let next_due = async {
+                match next {
+                    Some(next) => sleep_until(next.into()).await,
+                    None => std::future::pending().await,
+                }
+            };
+            tokio::select! {
+                Some((turn, began, verdict)) = under_way.next(), if !under_way.is_empty() => {
+                    let now = Instant::now();
+                    self.note(upstream, &turn.who, verdict, now);
+                    agenda.again(turn, (began + self.pause()).max(now));
+                }
+                () = next_due => {}
+                () = self.members_changed.notified() => agenda.keep(&present(upstream), Instant::now()),
+            }
+        }
+    }
+
+    async fn check(&self, turn: Turn<Arc<Endpoint>>, began: Instant) -> (Turn<Arc<Endpoint>>, Instant, Verdict) {
+        let verdict = match timeout(self.terms.timeout, self.probe.ask(&turn.who)).await {
+            Ok(said) => said.map_err(|error| (words(&error), false)),
+            Err(_) => Err((format!("no answer within {}", config::units::Time(self.terms.timeout)), true)),
+        };
+        (turn, began, verdict)
+    }
+
+    /// An interval, and somewhat more or less.
+    fn pause(&self) -> Duration {
+        let jitter = self.terms.jitter;
+        self.terms.interval.mul_f64(1.0 + jitter * rand::thread_rng().gen_range(-1.0..=1.0))
+    }
+
+    fn note(&self, upstream: &Upstream, endpoint: &Endpoint, verdict: Verdict, now: Instant) {
+        match &verdict {
+            Ok(()) => self.metrics.passed.inc(),
+            Err((_, false)) => self.metrics.failed.inc(),
+            Err((_, true)) => self.metrics.timed_out.inc(),
+        }
+        let problem = verdict.as_ref().err().map(|(message, _)| message.clone());
+        let (before, after) = {
+            let mut record = endpoint.checks();
+            let before = record.health();
+            match verdict {
+                Ok(()) => record.passed(self.terms.thresholds),
+                Err((message, _)) => record.failed(Failure { message, at: now }, self.terms.thresholds),
+            };
+            (before, record.health())
+        };
+        if before == after {
+            return;
+        }
+        let (upstream_name, label, address) = (&upstream.name, &endpoint.label, &endpoint.address);
+        match (before, problem) {
+            (_, Some(problem)) => {
+                warn!(upstream = %upstream_name, endpoint = %label, %address, "the endpoint is unhealthy: {problem}");
+            }
+            (Health::Unknown, None) => {
+                debug!(upstream = %upstream_name, endpoint = %label, %address, "the endpoint is healthy");
+            }
+            (_, None) => info!(upstream = %upstream_name, endpoint = %label, %address, "the endpoint is healthy again"),
+        }
+        if endpoint.set_health(after, self.terms.unknown_is_healthy, now).matters() {
+            upstream.reassess();
+        }
+    }
+}
+
+/// Whoever is to be checked, by what tells them apart.
+fn present(upstream: &Upstream) -> Vec<(usize, Arc<Endpoint>)> {
+    let members = upstream.members();
+    let named = members.iter().filter(|endpoint| !endpoint.availability().is_removed());
+    named.map(|endpoint| (Arc::as_ptr(endpoint) as usize, Arc::clone(endpoint))).collect()
+}
+
+/// What an operator shall read of it.
+fn words(error: &Error) -> String {
+    let context = error.context.as_ref().map(|context| context.as_str());
+    match (&error.etype, context) {
+        (Custom(_), Some(context)) => context.to_owned(),
+        (ConnectRefused, _) => "the connection was refused".to_owned(),
+        (ConnectTimedout, _) => "no connection in time".to_owned(),
+        (ConnectNoRoute, _) => "there is no route to it".to_owned(),
+        _ => error.to_string().trim().to_owned(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    use pingora::ErrorType;
+
+    #[test]
+    fn what_is_wrong_is_told_in_words() {
+        let told = |kind, context: &'static str| words(&Error::explain(kind, context));
+        assert_eq!(told(Custom("status"), "it answered 503"), "it answered 503");
+        assert_eq!(told(ConnectRefused, "Fail to connect to 127.0.0.1:1"), "the connection was refused");
+        assert_eq!(told(ErrorType::H1Error, "no header"), "H1Error context: no header");
+    }
+}

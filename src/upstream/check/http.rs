@@ -1,0 +1,149 @@
+//! A check by a GET: the status, and if need be a text in the body.
+
+use async_trait::async_trait;
+use http::uri::{Authority, Scheme, Uri};
+use http::{HeaderValue, header};
+use memchr::memmem;
+use pingora::connectors::http::Connector;
+use pingora::http::RequestHeader;
+use pingora::protocols::http::client::HttpSession;
+use pingora::{OrErr, Result};
+use pingora_load_balancing::Backend;
+use pingora_load_balancing::health_check::HealthCheck;
+
+use super::probe::{endpoint, wrong};
+use crate::config::upstream::health::{HttpCheck, Statuses};
+use crate::upstream::endpoint::Endpoint;
+
+/// So much of a body is read in search of a text.
+const BODY_BYTES_MAX: usize = 64 * 1024;
+
+/// Who asks: applications leave such requests out of their statistics.
+pub(super) const USER_AGENT: HeaderValue = HeaderValue::from_static("Forebay health check");
+
+/// A check by a GET.
+pub struct Http {
+    connector: Connector,
+    path: String,
+    host: Option<Authority>,
+    statuses: Vec<Statuses>,
+    body: Option<memmem::Finder<'static>>,
+}
+
+impl Http {
+    /// The one that is written, which was checked.
+    pub fn new(written: &HttpCheck) -> Http {
+        Http {
+            connector: Connector::new(None),
+            path: written.path.clone(),
+            host: written.host.as_deref().and_then(|host| host.parse().ok()),
+            statuses: written.statuses.clone(),
+            body: written.body.as_ref().map(|text| memmem::Finder::new(text).into_owned()),
+        }
+    }
+
+    fn judge(&self, status: u16) -> Result<()> {
+        if self.statuses.iter().any(|statuses| statuses.contains(status)) {
+            return Ok(());
+        }
+        let expected: Vec<String> = self.statuses.iter().map(ToString::to_string).collect();
+        wrong(format!("it answered {status} instead of {}", expected.join(", ")))
+    }
+}
+
+#[async_trait]
+impl HealthCheck for Http {
+    async fn check(&self, target: &Backend) -> Result<()> {
+        let endpoint = endpoint(target)?;
+        let peer = alone(endpoint);
+        let (mut session, _) = self.connector.get_http_session(&peer).await?;
+        let host = host(self.host.as_ref(), endpoint);
+        let is_h2 = matches!(session, HttpSession::H2(_));
+        let mut request = request("GET", &self.path, &host, is_h2.then_some(peer.is_tls()))?;
+        if !is_h2 {
+            request.insert_header(header::CONNECTION, "close")?;
+        }
+        session.write_request_header(Box::new(request)).await?;
+        session.finish_request_body().await?;
+        session.read_response_header().await?;
+        let Some(answer) = session.response_header() else { return wrong("it answered nothing") };
+        self.judge(answer.status.as_u16())?;
+        let Some(wanted) = &self.body else { return Ok(()) };
+        let mut body = Vec::new();
+        while body.len() < BODY_BYTES_MAX
+            && let Some(piece) = session.read_response_body().await?
+        {
+            body.extend_from_slice(&piece[..piece.len().min(BODY_BYTES_MAX - body.len())]);
+        }
+        match wanted.find(&body) {
+            Some(_) => Ok(()),
+            None => wrong("the body of its answer has not the text that is expected"),
+        }
+    }
+
+    /// `upstream/health.rs` counts.
+    fn health_threshold(&self, _: bool) -> usize {
+        1
+    }
+}
+
+/// How it is connected to, by a connection that nobody else uses.
+pub(super) fn alone(endpoint: &Endpoint) -> pingora::upstreams::peer::HttpPeer {
+    let mut peer = *endpoint.peer();
+    peer.options.max_h2_streams = 1;
+    peer
+}
+
+/// The host that is named to an endpoint: what is written, or its address as it is written, if that is a host at all.
+pub(super) fn host(written: Option<&Authority>, endpoint: &Endpoint) -> Authority {
+    let own = || endpoint.label.parse().ok().or_else(|| endpoint.address.to_string().parse().ok());
+    written.cloned().or_else(own).unwrap_or(Authority::from_static("localhost"))
+}
+
+/// A request without a body; `h2` says whether it goes over TLS, if it goes by HTTP/2.
+pub(super) fn request(method: &str, path: &str, host: &Authority, h2: Option<bool>) -> Result<RequestHeader> {
+    let mut request = RequestHeader::build(method, path.as_bytes(), None)?;
+    match h2 {
+        None => request.insert_header(header::HOST, host.as_str())?,
+        Some(tls) => {
+            // Pingora would make one of the host, and always call it `https`.
+            let scheme = if tls { Scheme::HTTPS } else { Scheme::HTTP };
+            let uri = Uri::builder().scheme(scheme).authority(host.clone()).path_and_query(path).build();
+            request.set_uri(uri.or_err(pingora::ErrorType::InvalidHTTPHeader, "the path of a health check")?);
+        }
+    }
+    request.insert_header(header::USER_AGENT, USER_AGENT)?;
+    Ok(request)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_status_is_good_or_is_told_with_what_was_expected() {
+        let written = HttpCheck {
+            statuses: vec![Statuses { first: 200, last: 299 }, Statuses { first: 404, last: 404 }],
+            ..HttpCheck::default()
+        };
+        let check = Http::new(&written);
+        assert!(check.judge(204).is_ok() && check.judge(404).is_ok() && check.judge(302).is_err());
+        let error = check.judge(503).unwrap_err();
+        assert_eq!(error.context.as_ref().map(|text| text.as_str()), Some("it answered 503 instead of 200-299, 404"));
+    }
+
+    #[test]
+    fn a_request_of_http_2_names_its_host_in_the_target() {
+        let host = Authority::from_static("shop.test:81");
+        let one = request("GET", "/up?a=1", &host, None).unwrap();
+        assert_eq!(
+            (one.uri.to_string().as_str(), one.headers.get("host").unwrap().as_bytes()),
+            ("/up?a=1", &b"shop.test:81"[..])
+        );
+        for (tls, target) in [(false, "http://shop.test:81/up?a=1"), (true, "https://shop.test:81/up?a=1")] {
+            let two = request("GET", "/up?a=1", &host, Some(tls)).unwrap();
+            assert_eq!(two.uri.to_string(), target);
+            assert!(!two.headers.contains_key("host"));
+        }
+    }
+}
