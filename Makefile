@@ -35,6 +35,7 @@ lint: ## is the code formatted, and is clippy content
 	@$(TOOLS) build
 	$(CARGO) fmt --check
 	$(CARGO) clippy --locked --all-targets -- -D warnings
+	$(CARGO) clippy --locked --no-default-features -- -D warnings
 
 doc: ## build the documentation; a broken link is an error
 	@$(TOOLS) build

@@ -18,6 +18,7 @@ use crate::config::server::{AccessLog as Settings, LogFormat};
 use crate::error::BuildError;
 use crate::metrics::AccessLogMetrics;
 use crate::phase::Clock;
+use crate::spans::TraceId;
 use writer::{Queue, Shared, Sink};
 
 /// What a line says about one exchange.
@@ -70,6 +71,8 @@ pub struct Record<'a> {
     pub reason: Option<&'static str>,
     /// The id of the request.
     pub request_id: Option<&'a [u8]>,
+    /// The trace that it belongs to.
+    pub trace: Option<TraceId>,
     /// Its `Referer`.
     pub referer: Option<&'a [u8]>,
     /// Its `User-Agent`.

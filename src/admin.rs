@@ -7,6 +7,7 @@
 
 pub mod answer;
 mod guard;
+pub mod page;
 pub mod status;
 pub mod table;
 
@@ -33,6 +34,7 @@ use tokio::time::timeout;
 use crate::metrics::{AdminMetrics, Metrics, StreamGuard};
 use answer::{Answer, Body, Pieces};
 use guard::Peer;
+use page::Page;
 use table::{Ask, Found, Table};
 
 /// Whether the gateway takes exchanges, as `/readyz` tells load balancers. Clones share it.
@@ -75,6 +77,7 @@ impl Readiness {
 /// What answers on the admin endpoint.
 pub struct Admin {
     table: Table,
+    page: Page,
     metrics: AdminMetrics,
     streams: Arc<Semaphore>,
 }
@@ -99,6 +102,7 @@ impl Admin {
     pub fn new(metrics: Metrics, readiness: Readiness, streams_max: usize) -> Self {
         let admin = Admin {
             table: Table::default(),
+            page: Page::new(),
             metrics: metrics.admin(),
             streams: Arc::new(Semaphore::new(streams_max.min(Semaphore::MAX_PERMITS))),
         };
@@ -146,7 +150,8 @@ impl Admin {
         let (entry, parts) = match self.table.find(&method, uri.path()) {
             Found::Entry(entry, parts) => (entry, parts),
             Found::Nothing if uri.path() == "/" && matches!(method, Method::GET | Method::HEAD) => {
-                return ("/", Answer::text(self.table.index()));
+                let page = wants_html(&http.req_header().headers);
+                return ("/", if page { self.page.answer() } else { Answer::text(self.table.index()) });
             }
             Found::Nothing => {
                 return ("_other", Answer::text("not found; see /\n").with_status(StatusCode::NOT_FOUND));

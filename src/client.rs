@@ -38,8 +38,9 @@ use tokio::sync::watch;
 
 use crate::access_log::{AccessLog, Record};
 use crate::error::{Refusal, refusal};
-use crate::eventloop::{Metered, own_time};
+use crate::eventloop::{Metered, own_time, worker};
 use crate::metrics::{ConnectionState, Direction, Metrics, RouteMetrics, Summary, UNROUTED};
+use crate::phase::journal::Cycle;
 use crate::phase::{Clock, Phase};
 use connection::{Begin, Connection, Inflight, Introduced, Listener, Listeners, StateGauge};
 use slow::SlowClients;
@@ -125,6 +126,7 @@ impl Desk {
             attempts: 0,
             reason: Some(refusal.reason),
             request_id: None,
+            trace: None,
             referer: None,
             user_agent: None,
         });
@@ -198,6 +200,7 @@ struct Visit<P> {
 struct Arrival {
     accept: Option<Duration>,
     header_since: Instant,
+    header_in: Option<Cycle>,
 }
 
 impl Arrival {
@@ -246,7 +249,7 @@ where
     async fn exchange(&mut self, mut stream: Box<ClientStream>) -> Option<Box<ClientStream>> {
         let header_since = Instant::now();
         let accept = (self.served == 1).then(|| header_since - self.connection.accepted);
-        let arrival = Arrival { accept, header_since };
+        let arrival = Arrival { accept, header_since, header_in: worker::cycle_if_wanted() };
         let inflight = self.front.desk.inflight.enter();
         let opening = self.read_header(&mut stream, header_since).await;
         self.state.enter(ConnectionState::Active);
@@ -302,8 +305,9 @@ where
         session.set_keepalive(Some(0));
         session.set_keepalive_reuses_remaining((self.served >= listener.requests_max).then_some(0));
 
-        let Arrival { accept, header_since } = arrival;
-        let begin = Begin { connection: self.connection.clone(), accept, header_since, header_done: Instant::now() };
+        let Arrival { accept, header_since, header_in } = arrival;
+        let connection = self.connection.clone();
+        let begin = Begin { connection, accept, header_since, header_in, header_done: Instant::now() };
         let exchange = Introduced::new(begin, self.front.proxy.process_new_http(session, &self.shutdown));
         let (stream, _) = Metered::new(exchange).await?.consume();
         stream.into_any().downcast::<ClientStream>().ok()
@@ -378,7 +382,8 @@ where
             self.end();
         }
         let now = Instant::now();
-        let begin = Begin { connection: self.connection.clone(), accept: None, header_since: now, header_done: now };
+        let (connection, header_in) = (self.connection.clone(), worker::cycle_if_wanted());
+        let begin = Begin { connection, accept: None, header_since: now, header_in, header_done: now };
         Metered::new(Introduced::new(begin, proxy.process_new_http(session, shutdown))).await
     }
 

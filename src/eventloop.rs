@@ -93,7 +93,7 @@ impl Loops {
             let threads = if shared { handle.metrics().num_workers() } else { 1 };
             let first = all.len();
             // A word that threads write to as long as they live; there are as many as workers, and they end with the process.
-            all.extend((first..first + threads).map(|index| &*Box::leak(Box::new(Worker::new(index, epoch)))));
+            all.extend((0..threads).map(|place| &*Box::leak(Box::new(Worker::new(first + place, place, epoch)))));
             worker::enrol(handle.id(), all[first..].to_vec());
             self.0.runtimes.add(Runtime::new(handle, &all[first..], epoch));
             for _ in 0..threads {

@@ -44,6 +44,7 @@ use crate::proxy::header::TrustedProxies;
 use crate::proxy::route::table::Table;
 use crate::proxy::route::{Destination, Route};
 use crate::proxy::send::Manners;
+use crate::spans::Tracer;
 use crate::upstream::{self, Split, Upstream};
 use sockets::{Bound, Place, Socket};
 use stop::{Handle, Stop};
@@ -122,6 +123,7 @@ pub struct Gateway {
     places: Vec<Place>,
     admin: Option<SocketAddr>,
     log: Option<Arc<AccessLog>>,
+    tracer: Option<Arc<Tracer>>,
     loops: Loops,
 }
 
@@ -151,12 +153,15 @@ impl Gateway {
     /// Once in a process: without work stealing, Pingora keeps its runtimes by thread, and a gateway that starts after
     /// another has stopped may be handed a runtime that is gone.
     pub fn run(self) {
-        let Gateway { server, stop, log, places, loops, .. } = self;
+        let Gateway { server, stop, log, tracer, places, loops, .. } = self;
         server.run(RunArgs { shutdown_signal: Box::new(stop) });
         loops.stop();
         for file in places.iter().filter_map(|place| place.file.as_ref()) {
             // Nobody is left to tell if it is gone already.
             let _ = std::fs::remove_file(file);
+        }
+        if let Some(tracer) = tracer {
+            tracer.close();
         }
         if let Some(log) = log {
             log.close();
@@ -174,6 +179,9 @@ impl Gateway {
         let log = AccessLog::open(&config.observability.access_log, metrics.access_log())
             .map_err(|error| wrong(vec![error]))?
             .map(Arc::new);
+
+        let tracing = &config.observability.tracing;
+        let tracer = Tracer::start(tracing, metrics.spans()).map_err(|error| wrong(vec![error]))?;
 
         let depot = Arc::new(depot(&config, &metrics).map_err(|error| wrong(vec![error]))?);
         let threads = threads(config.server.threads);
@@ -213,6 +221,7 @@ impl Gateway {
             log: log.clone(),
             depot: depot.clone(),
             lanes: Lanes::new(metrics.clone()),
+            tracer: tracer.clone(),
         };
         let proxy = http_proxy(&server.configuration, proxy);
         let desk =
@@ -258,7 +267,7 @@ impl Gateway {
             log: log.clone(),
             places: places.clone(),
         };
-        Ok(Gateway { server, stop, places, admin, log, loops })
+        Ok(Gateway { server, stop, places, admin, log, tracer, loops })
     }
 }
 

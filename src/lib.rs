@@ -16,4 +16,5 @@ pub mod metrics;
 pub mod origin;
 pub mod phase;
 pub mod proxy;
+pub mod spans;
 pub mod upstream;

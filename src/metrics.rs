@@ -86,6 +86,7 @@ struct Families {
     filter_poll: HistogramVec,
     access_log_lines: IntCounterVec,
     access_log_dropped: IntCounterVec,
+    spans: IntCounterVec,
     admin_requests: IntCounterVec,
     admin_streams: IntGaugeVec,
 }
@@ -271,6 +272,12 @@ impl Metrics {
         }
     }
 
+    /// Those of the spans of traces.
+    pub fn spans(&self) -> SpanMetrics {
+        let outcome = |outcome| self.families().spans.with_label_values(&[outcome]);
+        SpanMetrics { exported: outcome("exported"), failed: outcome("failed"), dropped: outcome("dropped") }
+    }
+
     /// Those of the admin endpoint.
     pub fn admin(&self) -> AdminMetrics {
         AdminMetrics {
@@ -375,6 +382,7 @@ impl Families {
             filter_poll: family::FILTER_POLL_SECONDS.histogram(registry),
             access_log_lines: family::ACCESS_LOG_LINES.counter(registry),
             access_log_dropped: family::ACCESS_LOG_DROPPED.counter(registry),
+            spans: family::SPANS.counter(registry),
             admin_requests: family::ADMIN_REQUESTS.counter(registry),
             admin_streams: family::ADMIN_STREAMS.gauge(registry),
         }
@@ -570,6 +578,16 @@ pub struct AccessLogMetrics {
     pub dropped_failed: IntCounter,
 }
 
+/// The metrics of the spans of traces.
+pub struct SpanMetrics {
+    /// Those that a collector has taken.
+    pub exported: IntCounter,
+    /// Those that it has not.
+    pub failed: IntCounter,
+    /// Those that found the queue full.
+    pub dropped: IntCounter,
+}
+
 /// The metrics of the admin endpoint.
 pub struct AdminMetrics {
     requests: IntCounterVec,
@@ -621,6 +639,7 @@ mod tests {
         metrics.filter_polls("respond");
         crate::eventloop::tests::attach(&metrics);
         metrics.access_log();
+        metrics.spans();
         metrics.admin().count("/", 200);
         metrics.set_workers(2);
         (metrics, route)

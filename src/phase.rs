@@ -4,6 +4,8 @@
 //! file in `src/proxy/`, the metric label, the access-log field, the first half of a refusal's reason and the
 //! test module. Everything above imports this; it imports nothing.
 
+pub mod journal;
+
 use std::fmt;
 use std::time::{Duration, Instant};
 
@@ -130,6 +132,11 @@ impl Clock {
     pub fn settle(&mut self, now: Instant) {
         self.spent[self.phase.index()] += now.saturating_duration_since(self.since);
         self.since = self.since.max(now);
+    }
+
+    /// When the exchange entered the phase that it is in, or when that was settled last.
+    pub fn since(&self) -> Instant {
+        self.since
     }
 
     /// The phase the exchange is in.

@@ -34,7 +34,9 @@ use crate::error::{Refusal, refusal};
 use crate::filter::{Refused, Verdict};
 use crate::metrics::{Metrics, RouteMetrics};
 use crate::phase::Phase;
+use crate::spans::Tracer;
 use exchange::{Attempt, Exchange};
+use finish::Tellers;
 use header::TrustedProxies;
 use route::Route;
 use route::table::Table;
@@ -60,6 +62,8 @@ pub struct Proxy {
     pub depot: Arc<Depot>,
     /// Where turns for holding them are had.
     pub lanes: Arc<Lanes>,
+    /// Traces, if there are any.
+    pub tracer: Option<Arc<Tracer>>,
 }
 
 #[async_trait]
@@ -233,7 +237,8 @@ impl ProxyHttp for Proxy {
     async fn logging(&self, session: &mut Session, _error: Option<&Error>, exchange: &mut Exchange) {
         exchange.release(Attempt::outcome, Instant::now());
         write::drain(exchange, &mut session.downstream_session).await;
-        finish::settle(exchange, session.as_downstream_mut(), &self.unrouted, self.log.as_deref());
+        let tellers = Tellers { log: self.log.as_deref(), tracer: self.tracer.as_deref() };
+        finish::settle(exchange, session.as_downstream_mut(), &self.unrouted, tellers);
     }
 
     /// The access log and the metrics say it all, once.
@@ -248,7 +253,11 @@ impl ProxyHttp for Proxy {
 
 impl Proxy {
     async fn route(&self, request: &mut RequestHeader, exchange: &mut Exchange) -> Verdict {
-        if let Err(refusal) = header::check(exchange, request, &self.trusted) {
+        let checked = header::check(exchange, request, &self.trusted);
+        if let Some(tracer) = &self.tracer {
+            exchange.trace(tracer.place(&request.headers, exchange.peer_is_trusted));
+        }
+        if let Err(refusal) = checked {
             return refusal.into();
         }
         match route::find(&self.routes, request) {

@@ -28,7 +28,7 @@ commands=()
 for purpose in "$@"; do
     case $purpose in
         build) commands+=(cmake perl) ;;
-        test) commands+=(curl nginx prometheus slowhttptest wrk) ;;
+        test) commands+=(chromium curl nginx prometheus slowhttptest tmux wrk) ;;
         bench) commands+=(haproxy nginx wrk) ;;
         *) echo "install-tools.sh: unknown purpose '$purpose': build, test or bench" >&2; exit 2 ;;
     esac

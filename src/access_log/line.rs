@@ -55,6 +55,9 @@ pub(super) fn json(line: &mut Vec<u8>, record: &Record<'_>) {
     }
     json_option(line, "reason", record.reason.map(str::as_bytes));
     json_option(line, "request_id", record.request_id);
+    if let Some(trace) = record.trace {
+        put(line, format_args!(",\"trace_id\":\"{trace}\""));
+    }
     json_option(line, "referer", record.referer);
     json_option(line, "user_agent", record.user_agent);
     line.extend_from_slice(b"}\n");
@@ -109,6 +112,10 @@ pub(super) fn combined(line: &mut Vec<u8>, record: &Record<'_>) {
         None => line.extend_from_slice(b" held_ms=-"),
     }
     millis(line, " saved_ms=", micros(record.saved));
+    match record.trace {
+        Some(trace) => put(line, format_args!(" trace_id={trace}")),
+        None => line.extend_from_slice(b" trace_id=-"),
+    }
     line.push(b'\n');
 }
 
@@ -248,6 +255,7 @@ pub(super) mod tests {
     use serde_json::Value;
 
     use super::*;
+    use crate::spans::TraceId;
 
     /// 2000-10-10T13:55:36.123Z
     fn time() -> SystemTime {
@@ -287,6 +295,7 @@ pub(super) mod tests {
             attempts: 1,
             reason: None,
             request_id: None,
+            trace: None,
             referer: None,
             user_agent: Some(b"curl/8.5.0"),
         }
@@ -328,7 +337,7 @@ pub(super) mod tests {
             r#" total_ms=5.129 own_ms=0.041 phases="header=0.120 wait=5.000 finish=0.009""#,
             r#" listener="web" host="shop.example.com" received=310 route="shop" upstream="app" endpoint="127.0.0.1:3000""#,
             r#" attempts=1 reason="wait.timeout" request_id="-""#,
-            " buffered=0 spilled=0 held_ms=- saved_ms=0.000\n",
+            " buffered=0 spilled=0 held_ms=- saved_ms=0.000 trace_id=-\n",
         );
         assert_eq!(combined_of(&record), expected);
     }
@@ -347,7 +356,19 @@ pub(super) mod tests {
         let said = r#""attempts":1,"buffered":4194304,"spilled":4128768,"held_ms":26.400,"saved_ms":2097.001,"#;
         assert!(json.contains(said), "{json}");
         let line = combined_of(&record);
-        assert!(line.ends_with(" buffered=4194304 spilled=4128768 held_ms=26.400 saved_ms=2097.001\n"), "{line}");
+        assert!(
+            line.ends_with(" buffered=4194304 spilled=4128768 held_ms=26.400 saved_ms=2097.001 trace_id=-\n"),
+            "{line}"
+        );
+    }
+
+    #[test]
+    fn a_trace_is_named_in_both_formats() {
+        let clock = clock();
+        let record = Record { trace: Some(TraceId(0x4bf9)), ..record(&clock) };
+        let id = "00000000000000000000000000004bf9";
+        assert!(json_of(&record).contains(&format!(r#""trace_id":"{id}""#)));
+        assert!(combined_of(&record).ends_with(&format!(" trace_id={id}\n")));
     }
 
     #[test]

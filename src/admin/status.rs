@@ -10,11 +10,13 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
 use bytes::Bytes;
-use http::StatusCode;
+use http::header::VARY;
+use http::{HeaderValue, StatusCode};
 use serde::{Deserialize, Serialize};
 use tokio::time::MissedTickBehavior;
 
 use super::answer::{self, Answer};
+use super::page::Page;
 use super::table::Ask;
 use super::{Admin, Readiness, Ready};
 use crate::client::connection::Listener;
@@ -23,13 +25,16 @@ use crate::error::Refusal;
 use crate::eventloop::Loops;
 use crate::metrics::{Distribution, Metrics, RouteFigures, RouteMetrics, family};
 use crate::phase::Phase;
-use crate::upstream::Upstream;
+use crate::upstream::{Endpoint, Upstream};
 
 /// How many slow clients are shown unless `?slow=` says otherwise, and the most that it can say.
 const SLOW: usize = 20;
 const SLOW_MAX: usize = 200;
 /// How many routes an event has.
 const EVENT_ROUTES: usize = 100;
+/// How many endpoints of an upstream are shown unless `?endpoints=` says otherwise, and how many an event has.
+const ENDPOINTS: usize = 200;
+const EVENT_ENDPOINTS: usize = 50;
 /// How far events lie apart.
 const EVERY: Duration = Duration::from_secs(1);
 /// An event that is not older than this is sent to the next who asks, too.
@@ -234,6 +239,34 @@ pub struct UpstreamStatus {
     pub connects: BTreeMap<String, u64>,
     /// Attempts after the first of an exchange.
     pub retries: u64,
+    /// Its endpoints: those that may not be chosen first, then those with the most in flight.
+    pub endpoints: Vec<EndpointStatus>,
+    /// How many endpoints there are, shown or not.
+    pub endpoints_total: usize,
+    /// The same by state; a state that no endpoint is in is left out.
+    pub states: BTreeMap<String, u64>,
+}
+
+/// An endpoint.
+#[derive(Clone, Debug, Default, Deserialize, Serialize)]
+#[serde(default)]
+pub struct EndpointStatus {
+    /// Its name in metrics and logs: as the configuration has it.
+    pub endpoint: String,
+    /// Where it is.
+    pub address: String,
+    /// `healthy`, `unknown`, `unhealthy`, `ejected` or `draining`.
+    pub state: String,
+    /// Its share, relative to its neighbours.
+    pub weight: u32,
+    /// The tier it stands in; 0 serves first.
+    pub priority: u8,
+    /// Exchanges that have it now.
+    pub inflight: u32,
+    /// How long a request takes there, expected from those before; 0 if nothing is known.
+    pub latency_seconds: f64,
+    /// How often it was chosen; of a name with several addresses, all of them together.
+    pub selections: u64,
 }
 
 /// Who is waited for.
@@ -315,6 +348,21 @@ pub struct StoreStatus {
     pub limit_bytes: i64,
 }
 
+/// How long the lists of a document may be.
+#[derive(Clone, Copy, Debug)]
+pub struct Most {
+    /// Routes.
+    pub routes: usize,
+    /// Slow clients.
+    pub slow: usize,
+    /// Endpoints of each upstream.
+    pub endpoints: usize,
+}
+
+impl Most {
+    const EVENT: Most = Most { routes: EVENT_ROUTES, slow: SLOW, endpoints: EVENT_ENDPOINTS };
+}
+
 /// Puts the document together.
 pub struct Status {
     sources: Sources,
@@ -330,11 +378,12 @@ impl Status {
         Arc::new(Status { sources, began: Instant::now(), started, event: Mutex::new(None) })
     }
 
-    /// The document, with so many routes and slow clients at most.
-    pub fn document(&self, routes_max: usize, slow_max: usize) -> Document {
+    /// The document, with so much of it at most.
+    pub fn document(&self, most: Most) -> Document {
+        let now = Instant::now();
         let Sources { generation, metrics, readiness, slow, .. } = &self.sources;
-        let (longest, _) = slow.longest(slow_max, Instant::now());
-        let (routes, routes_total) = self.routes(routes_max);
+        let (longest, _) = slow.longest(most.slow, now);
+        let (routes, routes_total) = self.routes(most.routes);
         Document {
             version: Metrics::VERSION.to_owned(),
             started: self.started.clone(),
@@ -352,7 +401,7 @@ impl Status {
             phases: phases(metrics),
             routes,
             routes_total,
-            upstreams: self.sources.upstreams.iter().map(|upstream| grouped(upstream)).collect(),
+            upstreams: self.sources.upstreams.iter().map(|upstream| grouped(upstream, most.endpoints, now)).collect(),
             slow_clients: SlowStatus {
                 longest: longest.into_iter().map(SlowClientStatus::from).collect(),
                 ..slow_clients(metrics)
@@ -419,7 +468,7 @@ impl Status {
             return event.clone();
         }
         // Not reached, the error: the document is made of structs and maps whose keys are text.
-        let document = serde_json::to_string(&self.document(EVENT_ROUTES, SLOW)).unwrap_or_default();
+        let document = serde_json::to_string(&self.document(Most::EVENT)).unwrap_or_default();
         let event = answer::event("status", &document);
         *last = Some((now, event.clone()));
         event
@@ -428,10 +477,14 @@ impl Status {
 
 /// Shows the document, once and as events.
 pub fn add(admin: Admin, status: Arc<Status>) -> Admin {
-    let once = status.clone();
+    let (once, page) = (status.clone(), Page::new());
     admin
         .get("/status", "how it is now, as JSON: workers, phases, routes, upstreams, slow clients", move |ask| {
-            once_asked(&once, ask).unwrap_or_else(|what| Answer::error(StatusCode::BAD_REQUEST, &what))
+            if ask.wants_html() && ask.query("format").is_none() {
+                return page.answer();
+            }
+            let answer = once_asked(&once, ask).unwrap_or_else(|what| Answer::error(StatusCode::BAD_REQUEST, &what));
+            answer.with_header(VARY, HeaderValue::from_static("Accept"))
         })
         .get("/status/events", "the same every second, as server-sent events", move |_| {
             let mut ticks = tokio::time::interval(EVERY);
@@ -451,7 +504,8 @@ fn once_asked(status: &Status, ask: &Ask) -> Result<Answer, String> {
     };
     let routes = number("routes")?.unwrap_or(usize::MAX);
     let slow = number("slow")?.unwrap_or(SLOW).min(SLOW_MAX);
-    Ok(Answer::json(&status.document(routes, slow)))
+    let endpoints = number("endpoints")?.unwrap_or(ENDPOINTS);
+    Ok(Answer::json(&status.document(Most { routes, slow, endpoints })))
 }
 
 fn listened(address: &str, listener: &Listener) -> ListenerStatus {
@@ -525,8 +579,17 @@ fn refused(refusals: &[&'static Refusal]) -> BTreeMap<String, u64> {
     reasons
 }
 
-fn grouped(upstream: &Upstream) -> UpstreamStatus {
+fn grouped(upstream: &Upstream, most: usize, now: Instant) -> UpstreamStatus {
     let metrics = &upstream.metrics;
+    let members = upstream.members();
+    let mut states = BTreeMap::new();
+    for endpoint in members.iter() {
+        *states.entry(endpoint.availability().state().name().to_owned()).or_default() += 1;
+    }
+    let mut shown: Vec<_> = members.iter().map(|endpoint| (shown_first(endpoint), endpoint)).collect();
+    // Stable: endpoints that do the same stay in their order.
+    shown.sort_by_key(|(first, _)| *first);
+    shown.truncate(most);
     UpstreamStatus {
         upstream: upstream.name.to_string(),
         connects: [
@@ -537,6 +600,27 @@ fn grouped(upstream: &Upstream) -> UpstreamStatus {
         .map(|(outcome, count)| (outcome.to_owned(), count.get()))
         .into(),
         retries: metrics.retries.get(),
+        endpoints: shown.into_iter().map(|(_, endpoint)| served(endpoint, now)).collect(),
+        endpoints_total: members.len(),
+        states,
+    }
+}
+
+/// What is worth a look first: whoever may not be chosen, then whoever has most to do.
+fn shown_first(endpoint: &Endpoint) -> (bool, std::cmp::Reverse<u32>) {
+    (endpoint.availability().admits(), std::cmp::Reverse(endpoint.inflight()))
+}
+
+fn served(endpoint: &Endpoint, now: Instant) -> EndpointStatus {
+    EndpointStatus {
+        endpoint: endpoint.label.to_string(),
+        address: endpoint.address.to_string(),
+        state: endpoint.availability().state().name().to_owned(),
+        weight: endpoint.weight().get(),
+        priority: endpoint.priority(),
+        inflight: endpoint.inflight(),
+        latency_seconds: endpoint.latency(now),
+        selections: endpoint.selections.get(),
     }
 }
 

@@ -18,7 +18,9 @@ use super::head::HeadLimits;
 use crate::config;
 use crate::config::listener::Protocol;
 use crate::error::{Refusal, refusal};
+use crate::eventloop::worker;
 use crate::metrics::{ConnectionState, ListenerMetrics, Metrics};
+use crate::phase::journal::Cycle;
 
 /// A listener as it runs.
 pub struct Listener {
@@ -178,6 +180,8 @@ pub struct Connection {
     pub port: Option<u16>,
     /// When it was taken from the kernel.
     pub accepted: Instant,
+    /// In which cycle of its worker; `None` unless somebody wanted to know. Boxed, for most connections have none.
+    pub accepted_in: Option<Box<Cycle>>,
     write_idle_ms: AtomicU64,
     raw: AtomicBool,
     reset: AtomicBool,
@@ -198,6 +202,7 @@ impl Connection {
             peer,
             port,
             accepted: Instant::now(),
+            accepted_in: worker::cycle_if_wanted().map(Box::new),
             write_idle_ms: AtomicU64::new(listener.header_timeout.as_millis() as u64),
             raw: AtomicBool::new(false),
             reset: AtomicBool::new(false),
@@ -289,6 +294,8 @@ pub struct Begin {
     pub accept: Option<Duration>,
     /// The first byte of its header.
     pub header_since: Instant,
+    /// The cycle of its worker in which that came; `None` unless somebody wanted to know.
+    pub header_in: Option<Cycle>,
     /// When the header was complete.
     pub header_done: Instant,
 }

@@ -223,12 +223,12 @@ impl Intake {
     }
 
     /// Ready when the body is whole, or when the rest of it is to be streamed on. Calls `waiting` when the client is
-    /// waited for.
+    /// waited for, with what has come of it.
     pub fn poll_fill(
         &mut self,
         cx: &mut Context<'_>,
         wire: &mut Wire,
-        waiting: &mut (dyn FnMut() + Send),
+        waiting: &mut (dyn FnMut(u64) + Send),
     ) -> Poll<Result<(), Unread>> {
         while !self.whole {
             if std::mem::take(&mut self.rest) {
@@ -260,7 +260,7 @@ impl Intake {
                 }
                 Poll::Ready(Err(error)) => return Poll::Ready(Err(Unread::Failed(error))),
                 Poll::Pending => {
-                    waiting();
+                    waiting(self.received);
                     if let Some(spool) = &mut self.spool {
                         spool.idle(cx);
                     }

@@ -32,6 +32,7 @@ use super::waiting::Who;
 use super::wire::{Manner, Wire};
 use crate::error::{Refusal, refusal};
 use crate::eventloop::{Gate, adopt};
+use crate::phase::journal::Passed;
 use crate::upstream::window::Window;
 
 /// Sees the pieces of a response body on their way to the client, and may wait.
@@ -165,6 +166,15 @@ impl Link {
     pub fn outcome(&self) -> (u16, u64, u64) {
         let wire = self.wire();
         (wire.status(), self.received.load(Ordering::Relaxed), wire.sent())
+    }
+
+    /// Bytes of bodies that have passed, for a journal. While a request body comes, the wire is at work, and has sent nothing.
+    pub fn passed(&self) -> Passed {
+        let received = self.received.load(Ordering::Relaxed);
+        match self.wire.try_lock() {
+            Ok(wire) => Passed { received, answered: wire.came(), sent: wire.sent() },
+            Err(_) => Passed { received, ..Passed::default() },
+        }
     }
 
     /// Bytes that were held back in either direction, and those of them that were on disk.
@@ -392,7 +402,11 @@ impl BufferedSession {
     pub async fn fill(&mut self, waiting: &mut (dyn FnMut() + Send)) -> Result<(), Unread> {
         let BufferedSession { link, intake, request, .. } = self;
         let filled = std::future::poll_fn(|cx| {
-            let filled = intake.poll_fill(cx, &mut link.wire(), waiting);
+            let mut waits = |received| {
+                link.received.store(received, Ordering::Relaxed);
+                waiting();
+            };
+            let filled = intake.poll_fill(cx, &mut link.wire(), &mut waits);
             intake.name_client(request);
             if intake.used_turn() {
                 link.in_turn.store(true, Ordering::Relaxed);

@@ -316,6 +316,11 @@ impl Wire {
         self.gone
     }
 
+    /// Body bytes that came from the upstream.
+    pub fn came(&self) -> u64 {
+        self.came
+    }
+
     /// Bytes that were held back, and those of them that were on disk.
     pub fn spooled(&self) -> (u64, u64) {
         let now = self.spool.as_ref().map_or((0, 0), |spool| (spool.pushed(), spool.spilled()));

@@ -8,7 +8,7 @@ use std::hash::Hash;
 use std::net::{IpAddr, Ipv6Addr};
 
 use http::uri::{Authority, PathAndQuery};
-use http::{HeaderName, Method};
+use http::{HeaderName, HeaderValue, Method, Uri};
 use serde_yaml::{Mapping, Value as Yaml};
 
 use super::address::{Address, Target, is_label};
@@ -18,7 +18,7 @@ use super::filter::FilterKind;
 use super::listener::{Limits, Listener};
 use super::report::{Finding, Spot};
 use super::route::{BufferMode, Client, Match, PathMatch, Route, ValueMatch};
-use super::server::{EventLoop, Resources};
+use super::server::{EventLoop, Resources, Tracing};
 use super::units::{ByteRate, Count, Size, Time};
 use super::upstream::health::{HealthCheck, HttpCheck};
 use super::upstream::{LoadBalancing, Protocol, Upstream};
@@ -42,6 +42,13 @@ const CHECKS_AT_ONCE_MAX: u64 = 10_000;
 const HEARTBEAT_MIN: Time = Time::milliseconds(1);
 /// More seldom, most stalls would pass unseen.
 const HEARTBEAT_MAX: Time = Time::seconds(1);
+
+/// A span costs some hundred bytes while it waits, an exchange ten of them.
+const SPAN_QUEUE_MAX: u64 = 100_000;
+/// Longer, and what waits behind would be dropped.
+const EXPORT_MAX: Time = Time::seconds(60);
+/// Longer, and nobody could see what has just happened.
+const GATHER_MAX: Time = Time::seconds(60);
 
 /// Everything that is wrong with `parts` beyond their form; `written` is the file that they come from.
 pub(super) fn check(parts: &Parts, written: &Mapping, kinds: &[FilterKind]) -> Vec<Finding> {
@@ -103,6 +110,7 @@ impl<'a> Check<'a> {
         self.count("observability.metrics.max_series", rest.observability.metrics.max_series, 1, u64::MAX);
         self.count("admin.streams", rest.admin.streams, 1, ADMIN_STREAMS_MAX);
         self.event_loop(&rest.observability.event_loop);
+        self.tracing(&rest.observability.tracing);
         if rest.admin.enabled && is_open(&rest.admin.address) {
             let finding =
                 Finding::warning(value("admin.address"), "everyone who can reach this machine can reach `admin`")
@@ -125,6 +133,47 @@ impl<'a> Check<'a> {
             let finding = Finding::error(value(path), "a worker would be called stalled between two heartbeats");
             let label = format!("expected a `stall_threshold` ({stall_threshold}) above the `heartbeat` ({heartbeat})");
             self.wrong(finding.label(label));
+        }
+    }
+
+    fn tracing(&mut self, tracing: &Tracing) {
+        let Tracing { endpoint, headers, timeout, queue, interval, .. } = tracing;
+        let path = |key: &str| format!("observability.tracing.{key}");
+        self.count(&path("queue"), *queue, 1, SPAN_QUEUE_MAX);
+        self.time(&path("timeout"), *timeout);
+        self.time(&path("interval"), *interval);
+        for (key, most, time) in [("timeout", EXPORT_MAX, timeout), ("interval", GATHER_MAX, interval)] {
+            if *time > most {
+                let finding = Finding::error(value(path(key)), format!("`{}` is out of range", path(key)));
+                self.wrong(finding.label(format!("expected a time of at most {most}")));
+            }
+        }
+        for (name, text) in headers {
+            let at = path(&format!("headers.{name}"));
+            if HeaderName::from_bytes(name.as_bytes()).is_err() {
+                let finding = Finding::error(Spot::Key(at.clone()), format!("`{name}` is not the name of a header"));
+                self.wrong(finding.label("expected a name such as `Authorization`"));
+            }
+            if HeaderValue::from_str(text).is_err() {
+                let finding = Finding::error(value(at), "this cannot stand in a header");
+                self.wrong(finding.label("expected visible ASCII characters"));
+            }
+        }
+        if !tracing.is_on() {
+            return;
+        }
+        let finding = Finding::error(value(path("endpoint")), "spans cannot be exported to this endpoint");
+        if !cfg!(feature = "otel") {
+            let finding = Finding::error(value(path("endpoint")), "this Forebay was built without tracing");
+            let finding = finding.label("it makes no spans");
+            self.wrong(
+                finding.help("build it with the feature `otel`, which is on by default, or write `endpoint: off`"),
+            );
+        } else if endpoint.starts_with("https://") {
+            let finding = finding.label("expected `http://`, without TLS");
+            self.wrong(finding.help("let a collector near by take the spans and send them on"));
+        } else if !is_http_url(endpoint) {
+            self.wrong(finding.label("expected `http://host:port`, with a path or without, or `off`"));
         }
     }
 
@@ -681,6 +730,14 @@ impl<'a> Check<'a> {
             self.wrong(finding.label("expected more than `0s`"));
         }
     }
+}
+
+/// Whether this is `http://host`, with a port and a path or without.
+fn is_http_url(text: &str) -> bool {
+    let Ok(url) = text.parse::<Uri>() else { return false };
+    let plain =
+        url.authority().is_some_and(|authority| !authority.as_str().contains('@') && !authority.host().is_empty());
+    url.scheme_str() == Some("http") && plain && url.query().is_none()
 }
 
 /// What was seen before, and where first.

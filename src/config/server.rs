@@ -1,6 +1,7 @@
 //! `server:` and the keys beside it that hold for the whole process.
 
 use std::borrow::Cow;
+use std::collections::BTreeMap;
 use std::fmt;
 use std::num::NonZeroUsize;
 
@@ -8,7 +9,7 @@ use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 use serde::de::{self, Deserializer, Unexpected, Visitor};
 use serde::{Deserialize, Serialize, Serializer};
 
-use super::units::{Count, Size, Time};
+use super::units::{Count, Percent, Size, Time};
 
 /// How the process runs.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -203,6 +204,68 @@ pub struct Observability {
     pub metrics: MetricsLimits,
     /// How the workers' loops are looked after.
     pub event_loop: EventLoop,
+    /// Spans of exchanges, for a collector.
+    pub tracing: Tracing,
+}
+
+/// Spans of exchanges: where they go, and of which exchanges there are any.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct Tracing {
+    /// Where a collector takes OTLP over HTTP, such as `http://127.0.0.1:4318`; `/v1/traces` is added where there is no path.
+    /// `off`: there are no spans, and `traceparent` passes as it came.
+    pub endpoint: String,
+    /// Of the traces that begin here, the share that is recorded. One that began elsewhere is recorded if its parent is.
+    pub sample: Percent,
+    /// Whose `traceparent` is believed; that of others is replaced by a new one.
+    pub parent: Parent,
+    /// The name of this service in traces.
+    pub service_name: String,
+    /// Header fields of each export, such as a key of the collector.
+    pub headers: BTreeMap<String, String>,
+    /// How long an export may take, retries included; and how long the last one, when Forebay stops.
+    pub timeout: Time,
+    /// Exchanges whose spans may wait to be exported; those of further ones are dropped and counted. From 1 to 100k.
+    pub queue: Count,
+    /// For how long spans gather before they are exported: up to a minute.
+    pub interval: Time,
+}
+
+impl Tracing {
+    /// What `endpoint` says where there are no spans.
+    pub const OFF: &str = "off";
+
+    /// Whether there are spans.
+    pub fn is_on(&self) -> bool {
+        self.endpoint != Tracing::OFF
+    }
+}
+
+impl Default for Tracing {
+    fn default() -> Self {
+        Tracing {
+            endpoint: Tracing::OFF.to_owned(),
+            sample: Percent(1.0),
+            parent: Parent::Always,
+            service_name: "forebay".to_owned(),
+            headers: BTreeMap::new(),
+            timeout: Time::seconds(5),
+            queue: Count(2_000),
+            interval: Time::seconds(1),
+        }
+    }
+}
+
+/// Whose `traceparent` is believed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Parent {
+    /// Everyone's, so that a trace shows the client's side, too.
+    Always,
+    /// That of `trusted_proxies`.
+    TrustedProxies,
+    /// Nobody's: all traces begin here.
+    Never,
 }
 
 /// How the workers' loops are looked after.

@@ -282,7 +282,7 @@ mod tests {
     }
 
     fn known(since: Instant) -> Known {
-        let worker: &'static Worker = Box::leak(Box::new(Worker::new(0, since)));
+        let worker: &'static Worker = Box::leak(Box::new(Worker::new(0, 0, since)));
         Known { worker, since, busy_before: ms(5), busy: Duration::ZERO, wait: Duration::ZERO }
     }
 

@@ -13,6 +13,7 @@ use tokio::runtime::{Handle, Id, RuntimeFlavor};
 
 use crate::metrics::LOOP;
 use crate::phase::Phase;
+use crate::phase::journal::{self, Cycle};
 
 /// Where time is spent: a phase, or a filter that runs in it. Its name comes from a closed set.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -110,6 +111,8 @@ impl Word {
 pub struct Worker {
     /// Its number, from 0.
     pub index: usize,
+    /// Its number among those of its runtime.
+    place: usize,
     epoch: Instant,
     /// A [`Word`]; zero while no exchange is polled.
     doing: AtomicU64,
@@ -118,8 +121,8 @@ pub struct Worker {
 }
 
 impl Worker {
-    pub(super) fn new(index: usize, epoch: Instant) -> Self {
-        Worker { index, epoch, doing: AtomicU64::new(0), since: AtomicU64::new(0) }
+    pub(super) fn new(index: usize, place: usize, epoch: Instant) -> Self {
+        Worker { index, place, epoch, doing: AtomicU64::new(0), since: AtomicU64::new(0) }
     }
 
     /// An exchange is polled from now on. Gives what was polled before, which is nothing unless futures are nested.
@@ -221,6 +224,23 @@ fn thread_number(crew: &Crew) -> Option<usize> {
     Some(crew.joined.fetch_add(1, Ordering::Relaxed))
 }
 
+/// The cycle of the loop that this thread is in. `None` on threads that are no workers.
+pub fn cycle() -> Option<Cycle> {
+    let worker = here()?;
+    let metrics = Handle::try_current().ok()?.metrics();
+    #[cfg(tokio_unstable)]
+    let events = Some(metrics.io_driver_ready_count());
+    #[cfg(not(tokio_unstable))]
+    let events = None;
+    Some(Cycle { worker: worker.index, number: metrics.worker_park_count(worker.place), events })
+}
+
+/// The same if somebody wants journals, whose exchanges are not known yet.
+#[inline]
+pub fn cycle_if_wanted() -> Option<Cycle> {
+    if journal::wanted() { cycle() } else { None }
+}
+
 /// The exchange that is polled here goes on to `phase`.
 #[inline]
 pub fn enter(phase: Phase) {
@@ -271,7 +291,7 @@ mod tests {
     #[test]
     fn a_worker_tells_what_is_polled_and_for_how_long() {
         let begin = Instant::now();
-        let worker = Worker::new(0, begin);
+        let worker = Worker::new(0, 0, begin);
         let ms = Duration::from_millis;
         assert_eq!(worker.doing(begin + ms(5)), None);
         let word = Word::at(Spot::phase(Phase::Route));
@@ -283,7 +303,7 @@ mod tests {
 
     #[test]
     fn the_spot_of_a_call_ends_with_it() {
-        let worker: &'static Worker = Box::leak(Box::new(Worker::new(0, Instant::now())));
+        let worker: &'static Worker = Box::leak(Box::new(Worker::new(0, 0, Instant::now())));
         HERE.set(Some(worker));
         let outer = worker.begin(Word::at(Spot::phase(Phase::Route)), Instant::now());
         let inside = at(Spot::filter("worker_test"), || worker.word().spot().name());

@@ -161,6 +161,8 @@ families! {
         "Lines written to the access log.";
     ACCESS_LOG_DROPPED: "forebay_access_log_dropped_total", Counter, ["reason"],
         "Lines missing from the access log.";
+    SPANS: "forebay_spans_total", Counter, ["outcome"],
+        "Spans of recorded exchanges: exported to the collector, failed on the way to it, or dropped since too many waited.";
     ADMIN_REQUESTS: "forebay_admin_requests_total", Counter, ["path", "code"],
         "Requests to the admin endpoint, by what answered them and its status.";
     ADMIN_STREAMS: "forebay_admin_streams", Gauge, [],

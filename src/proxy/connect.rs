@@ -23,9 +23,7 @@ pub fn made(exchange: &mut Exchange, reused: bool, socket: RawFd) {
         link.comes_through(Some(Window::new(socket)));
     }
     let now = exchange.enter(Phase::Send);
-    if let Some(attempt) = &mut exchange.attempt {
-        attempt.connected(reused, now);
-    }
+    exchange.connected(reused, now);
 }
 
 /// No connection could be made. No byte of the request has left, so any method may be tried elsewhere.

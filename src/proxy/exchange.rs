@@ -9,14 +9,16 @@ use http::{StatusCode, Uri};
 use pingora::http::{RequestHeader, ResponseHeader};
 
 use super::route::Route;
-use crate::client::connection::{Connection, introduction};
+use crate::client::connection::{Begin, Connection, introduction};
 use crate::client::session::Link;
 use crate::error::Refusal;
-use crate::eventloop::worker as eventloop;
+use crate::eventloop::{own_time, worker as eventloop};
 use crate::filter::key::Asked;
 use crate::filter::{Refused, Stages, States, Verdict, View};
 use crate::metrics::{Metrics, Seat};
+use crate::phase::journal::{self, Journal, Note, Passed, Tick};
 use crate::phase::{Clock, Phase};
+use crate::spans::{Context, Notes};
 use crate::upstream::{Ended, Endpoint, Engaged, Outcome, Upstream};
 
 /// How often an endpoint is chosen for one exchange: a first attempt and four more. nginx goes round all of them; with a
@@ -67,6 +69,12 @@ pub struct Exchange {
     pub refusal: Option<&'static Refusal>,
     /// Why the last attempt failed.
     pub failure: Option<&'static Refusal>,
+    /// Its place in a trace, if there are any.
+    pub trace: Option<Context>,
+    /// What is noted for its spans, if it is recorded.
+    pub notes: Option<Box<Notes>>,
+    /// What it does when, if somebody wants to know.
+    pub journal: Option<Box<Journal>>,
 }
 
 /// Filter states that the exchange and its response tap take turns with. There is one task, so a lock never waits;
@@ -179,6 +187,7 @@ impl Exchange {
         let routed = begin.as_ref().map_or(now, |begin| begin.header_done);
         clock.enter(Phase::Route, routed);
         eventloop::enter(Phase::Route);
+        let journal = journal::wanted().then(|| Box::new(opened(begin.as_ref(), routed)));
         Exchange {
             clock,
             seat: metrics.enter_phase(Phase::Route, routed),
@@ -201,6 +210,19 @@ impl Exchange {
             refused: None,
             refusal: None,
             failure: None,
+            trace: None,
+            notes: None,
+            journal,
+        }
+    }
+
+    /// Gives it its place in a trace; from here on it is noted what it does, if it is recorded. It is in `route`.
+    pub fn trace(&mut self, place: Context) {
+        self.trace = Some(place);
+        if place.sampled {
+            let routed = self.clock.since();
+            let header = self.clock.spent(Phase::Header).unwrap_or_default();
+            self.notes = Some(Notes::new(routed.checked_sub(header).unwrap_or(routed), routed));
         }
     }
 
@@ -221,8 +243,48 @@ impl Exchange {
             self.clock.enter(phase, now);
             self.seat.enter(phase, now);
             eventloop::enter(phase);
+            if let Some(notes) = &mut self.notes {
+                notes.enter(phase, now);
+            }
+            if self.journal.is_some() {
+                let note = self.note(now);
+                if let Some(journal) = &mut self.journal {
+                    journal.enter(phase, note);
+                }
+            }
         }
         now
+    }
+
+    /// An endpoint of this upstream was chosen.
+    pub fn engage(&mut self, upstream: Arc<Upstream>, engaged: Engaged, now: Instant) {
+        if let Some(notes) = &mut self.notes {
+            notes.attempt(&upstream.name, &engaged.endpoint().label, now);
+        }
+        self.attempt = Some(Attempt::new(upstream, engaged, now));
+    }
+
+    /// The connection of the present attempt stands.
+    pub fn connected(&mut self, reused: bool, now: Instant) {
+        if let Some(attempt) = &mut self.attempt {
+            attempt.connected(reused, now);
+        }
+        if let Some(noted) = self.notes.as_mut().and_then(|notes| notes.present()) {
+            noted.reused = Some(reused);
+        }
+    }
+
+    /// The exchange has ended, and so has its journal if it keeps one.
+    pub fn close_journal(&mut self, now: Instant, passed: Passed) -> Option<Box<Journal>> {
+        let mut journal = self.journal.take()?;
+        journal.end(Note { passed: Passed { answered: journal.passed().answered, ..passed }, ..self.note(now) });
+        Some(journal)
+    }
+
+    fn note(&self, now: Instant) -> Note {
+        let tick = Tick { at: now, cycle: eventloop::cycle() };
+        let passed = self.link.as_ref().map(|link| link.passed()).unwrap_or_default();
+        Note { tick, passed, own: own_time(now) }
     }
 
     /// The present attempt is over, if there is one: its endpoint is busy with it no longer.
@@ -235,6 +297,11 @@ impl Exchange {
             }
         }
         let outcome = end(&attempt);
+        if let Some(noted) = self.notes.as_mut().and_then(|notes| notes.present()) {
+            noted.ended = Some(now);
+            noted.status = attempt.answered.map(|(_, status)| status.as_u16());
+            noted.failure = outcome.failure();
+        }
         attempt.end(outcome, now);
     }
 
@@ -271,4 +338,23 @@ impl Exchange {
     pub fn take_refused(&mut self) -> Option<Refused> {
         self.refused.take().or_else(|| self.filters.as_ref()?.take_refused())
     }
+}
+
+/// A journal with what came before the exchange had a context; `routed` is when it got one.
+fn opened(begin: Option<&Begin>, routed: Instant) -> Journal {
+    let route = Note::early(Tick { at: routed, cycle: eventloop::cycle() });
+    let Some(begin) = begin else { return Journal::begin(Phase::Route, route) };
+    let header = Note::early(Tick { at: begin.header_since, cycle: begin.header_in });
+    let mut journal = match begin.accept {
+        Some(_) => {
+            let connection = &begin.connection;
+            let accepted = Tick { at: connection.accepted, cycle: connection.accepted_in.as_deref().copied() };
+            let mut journal = Journal::begin(Phase::Accept, Note::early(accepted));
+            journal.enter(Phase::Header, header);
+            journal
+        }
+        None => Journal::begin(Phase::Header, header),
+    };
+    journal.enter(Phase::Route, route);
+    journal
 }

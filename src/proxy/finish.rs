@@ -14,11 +14,21 @@ use crate::eventloop::own_time;
 use crate::filter::{Outcome, Stages, View};
 use crate::metrics::{RouteMetrics, Summary, UNROUTED};
 use crate::phase::Phase;
+use crate::spans::context::TRACESTATE;
+use crate::spans::{Notes, Story, TraceId, TraceParent, Tracer};
 
 const REQUEST_ID: http::HeaderName = http::HeaderName::from_static("x-request-id");
 
+/// Who is told of each exchange.
+pub struct Tellers<'t> {
+    /// The access log.
+    pub log: Option<&'t AccessLog>,
+    /// Traces.
+    pub tracer: Option<&'t Tracer>,
+}
+
 /// Settles the exchange.
-pub fn settle(exchange: &mut Exchange, session: &mut ServerSession, unrouted: &RouteMetrics, log: Option<&AccessLog>) {
+pub fn settle(exchange: &mut Exchange, session: &mut ServerSession, unrouted: &RouteMetrics, tellers: Tellers<'_>) {
     exchange.enter(Phase::Finish);
     // If the client's session was lost with a write that was given up, its stand-in knows.
     let (answered, received, sent) = match &exchange.link {
@@ -38,8 +48,8 @@ pub fn settle(exchange: &mut Exchange, session: &mut ServerSession, unrouted: &R
     let now = Instant::now();
     exchange.clock.settle(now);
     let own = own_time(now);
-    let route = exchange.route.as_ref();
-    let metrics = route.map_or(unrouted, |route| &route.metrics);
+    let notes = exchange.notes.take();
+    let metrics = exchange.route.as_ref().map_or(unrouted, |route| &route.metrics);
     let blocked = exchange.link.as_ref().map(|link| link.blocked()).unwrap_or_default();
     let (held, saved) = (exchange.held, exchange.saved);
     let (buffered, spilled) = exchange.link.as_ref().map(|link| link.spooled()).unwrap_or_default();
@@ -48,8 +58,11 @@ pub fn settle(exchange: &mut Exchange, session: &mut ServerSession, unrouted: &R
         refusal.count();
     }
 
-    let Some(log) = log else { return };
     let request = session.req_header();
+    if let (Some(tracer), Some(notes)) = (tellers.tracer, notes) {
+        tracer.tell(story(exchange, notes, request, now, status));
+    }
+    let Some(log) = tellers.log else { return };
     let field = |name| request.headers.get(name).map(|value| value.as_bytes());
     log.record(&Record {
         time: SystemTime::now(),
@@ -68,15 +81,52 @@ pub fn settle(exchange: &mut Exchange, session: &mut ServerSession, unrouted: &R
         saved,
         clock: &exchange.clock,
         own,
-        route: route.map_or(UNROUTED, |route| &route.name),
+        route: route_name(exchange),
         upstream: exchange.upstream.as_ref().map(|upstream| &*upstream.name),
         endpoint: exchange.endpoint().map(|endpoint| &*endpoint.label),
         attempts: exchange.attempts,
         reason: exchange.refusal.map(|refusal| refusal.reason),
         request_id: field(REQUEST_ID),
+        trace: trace(exchange, request),
         referer: field(header::REFERER),
         user_agent: field(header::USER_AGENT),
     });
+}
+
+/// The trace that it belongs to: where Forebay keeps none itself, the one that the client names.
+fn trace(exchange: &Exchange, request: &RequestHeader) -> Option<TraceId> {
+    let place = exchange.trace.map(|place| place.trace);
+    place.or_else(|| TraceParent::of(&request.headers).map(|parent| parent.trace))
+}
+
+fn route_name(exchange: &Exchange) -> &str {
+    exchange.route.as_ref().map_or(UNROUTED, |route| &route.name)
+}
+
+/// All that spans are made of.
+fn story(exchange: &Exchange, notes: Box<Notes>, request: &RequestHeader, ended: Instant, status: u16) -> Story {
+    let text = |bytes: &[u8]| Box::<str>::from(String::from_utf8_lossy(bytes));
+    let field = |name| request.headers.get(name).map(|value| text(value.as_bytes()));
+    let context = exchange.trace.expect("what is recorded has its place in a trace");
+    Story {
+        context,
+        notes,
+        state: context.parent.and_then(|_| request.headers.get(TRACESTATE).cloned()),
+        ended: (ended, SystemTime::now()),
+        listener: exchange.connection.as_ref().map_or("", |connection| &connection.listener.name).into(),
+        method: request.method.clone(),
+        scheme: exchange.scheme,
+        host: field(header::HOST).unwrap_or_default(),
+        target: text(target(exchange, request)),
+        version: version(request.version),
+        client: exchange.client,
+        peer: exchange.connection.as_ref().and_then(|connection| connection.peer),
+        user_agent: field(header::USER_AGENT),
+        request_id: field(REQUEST_ID),
+        route: route_name(exchange).into(),
+        status,
+        refusal: exchange.refusal,
+    }
 }
 
 fn end_filters(exchange: &Exchange, request: &mut RequestHeader, status: u16) {
@@ -94,6 +144,15 @@ fn target<'e>(exchange: &'e Exchange, request: &'e RequestHeader) -> &'e [u8] {
     match exchange.target.as_ref().and_then(|target| target.path_and_query()) {
         Some(target) => target.as_str().as_bytes(),
         None => request.uri.path_and_query().map_or(request.raw_path(), |target| target.as_str().as_bytes()),
+    }
+}
+
+/// As the conventions for traces write it.
+fn version(version: http::Version) -> &'static str {
+    match version {
+        http::Version::HTTP_10 => "1.0",
+        http::Version::HTTP_2 => "2",
+        _ => "1.1",
     }
 }
 

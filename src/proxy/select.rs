@@ -4,7 +4,7 @@
 
 use std::sync::Arc;
 
-use super::exchange::{Attempt, Exchange};
+use super::exchange::Exchange;
 use crate::error::{Refusal, refusal};
 use crate::phase::Phase;
 use crate::upstream::Endpoint;
@@ -25,6 +25,6 @@ pub fn next(exchange: &mut Exchange) -> Result<Arc<Endpoint>, &'static Refusal> 
     let (upstream, endpoint) = (upstream.clone(), engaged.endpoint().clone());
     exchange.tried.push(endpoint.clone());
     let now = exchange.enter(Phase::Connect);
-    exchange.attempt = Some(Attempt::new(upstream, engaged, now));
+    exchange.engage(upstream, engaged, now);
     Ok(endpoint)
 }

@@ -19,6 +19,7 @@ use super::header::{X_FORWARDED_FOR, X_FORWARDED_PROTO};
 use crate::config::server::Forwarded;
 use crate::filter::{Stages, Verdict, View};
 use crate::phase::Phase;
+use crate::spans::pass_on;
 use crate::upstream::Outcome;
 
 const X_FORWARDED_HOST: HeaderName = HeaderName::from_static("x-forwarded-host");
@@ -58,6 +59,10 @@ pub fn header(exchange: &Exchange, manners: Manners, request: &mut RequestHeader
     }
     if manners.via {
         request.append_header(header::VIA, HeaderValue::from_static("1.1 forebay"))?;
+    }
+    if let Some(place) = exchange.trace {
+        let attempt = exchange.notes.as_ref().and_then(|notes| notes.span());
+        pass_on(place, attempt, request)?;
     }
     if let Some(length) = exchange.link.as_ref().and_then(|link| link.length()) {
         // The body is here whole: its length is known, whatever the client said of it.

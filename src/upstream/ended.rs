@@ -32,3 +32,13 @@ pub enum Outcome {
     /// nobody.
     Cancelled,
 }
+
+impl Outcome {
+    /// Why it failed, if it did.
+    pub fn failure(&self) -> Option<&'static Refusal> {
+        match self {
+            Outcome::Connect(refusal) | Outcome::Failed(refusal) => Some(refusal),
+            Outcome::Answered(_) | Outcome::Cancelled => None,
+        }
+    }
+}

@@ -4,7 +4,9 @@
 //! in this process or as the program. Nobody sleeps and hopes: a story waits for a byte, a log line or a metric, and
 //! each wait ends at [`DEADLINE`] with a sentence that says what did not come.
 
+pub mod browser;
 pub mod client;
+pub mod collector;
 pub mod exchange;
 pub mod gateway;
 pub mod h2_origin;

@@ -10,7 +10,7 @@ use regex::Regex;
 const LEVELS: [&[&str]; 7] = [
     &["phase", "error"],
     &["config", "metrics"],
-    &["client", "filter", "upstream", "access_log", "eventloop", "origin"],
+    &["client", "filter", "upstream", "access_log", "eventloop", "origin", "spans"],
     &["admin", "proxy"],
     &["gateway"],
     &["cli"],

@@ -62,6 +62,8 @@ const COLOURS: &[(&str, &str, &str)] = &[
     ("outcome", "new", "blue"),
     ("outcome", "reused", GOOD),
     ("outcome", "failed", BAD),
+    ("outcome", "exported", GOOD),
+    ("outcome", "dropped", WARN),
     ("protocol", "http1", "blue"),
     ("protocol", "h2", "purple"),
     // The further out, the warmer.

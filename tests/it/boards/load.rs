@@ -8,6 +8,7 @@ use super::{committed, expressions, panels, query};
 use forebay::origin::Running;
 
 use crate::harness::client::{H2Client, get, request};
+use crate::harness::collector::Collector;
 use crate::harness::metrics::Prometheus;
 use crate::harness::origin::{Closed, built_in};
 use crate::harness::{Client, DEADLINE, Gateway, Setup, ms};
@@ -33,15 +34,17 @@ impl Drop for Over<'_> {
 
 /// A gateway that has every kind of trouble before it and behind it.
 fn troubled() -> (Gateway, impl Drop) {
-    let (origin, closed) = (built_in(), Closed::refusing());
+    let (origin, closed, collector) = (built_in(), Closed::refusing(), Collector::start());
+    let tracing = format!("tracing: {{ endpoint: \"http://{}\", sample: 50% }}", collector.address());
     let setup = Setup::before_all(&[origin.address(), closed.address()]);
     let spool = setup.spool_dir();
     let setup = setup
         .server(&format!("threads: 2, spool_dir: \"{}\"", spool.display()))
         .listener("protocols: [http1, h2c]")
+        .observability(&tracing)
         .filters("{ request_id: {} }")
         .also_upstream("checked", &checked(&origin, &closed));
-    (setup.start(), Both(origin, closed))
+    (setup.start(), Both(origin, Both(closed, collector)))
 }
 
 /// An upstream that is checked, with an endpoint that is well and one that is not.

@@ -122,6 +122,19 @@ pub fn board() -> Board {
             .query("sum(rate(forebay_access_log_lines_total[R]))", "written")
             .query("sum(rate(forebay_access_log_dropped_total[R]))", "dropped"),
             Panel::stack(
+                "Spans",
+                "Spans of recorded exchanges, per second: taken by the collector, refused or not answered by it, and \
+                    dropped because too many waited.",
+                "ops",
+            )
+            .query("sum by (outcome) (rate(forebay_spans_total[R]))", "{{outcome}}"),
+            phrases::refusals("Exchanges and connections that Forebay itself ended, per second, by reason.", ""),
+        ],
+    )
+    .row(
+        8,
+        [
+            Panel::stack(
                 "Admin endpoint",
                 "Requests to the admin endpoint, per second, by what answered them.",
                 "reqps",
@@ -133,7 +146,6 @@ pub fn board() -> Board {
                 "short",
             )
             .query("sum by (instance) (forebay_admin_streams)", "{{instance}}"),
-            phrases::refusals("Exchanges and connections that Forebay itself ended, per second, by reason.", ""),
         ],
     )
 }

@@ -129,8 +129,13 @@ impl Setup {
     }
 
     /// A further upstream.
-    pub fn also(mut self, name: &str, origin: &Origin) -> Setup {
-        add(&mut self.upstreams, &format!("{name}: {{ endpoints: [ {} ] }}", endpoints(&[origin.address()])));
+    pub fn also(self, name: &str, origin: &Origin) -> Setup {
+        self.also_at(name, origin.address())
+    }
+
+    /// A further upstream with an endpoint at this address.
+    pub fn also_at(mut self, name: &str, address: SocketAddr) -> Setup {
+        add(&mut self.upstreams, &format!("{name}: {{ endpoints: [ {} ] }}", endpoints(&[address])));
         self
     }
 

@@ -1,0 +1,239 @@
+//! Traces: the place of each exchange in one, and the spans of those that are recorded.
+//!
+//! `proxy` asks the [`Tracer`] for a place when a header has come (`spans/context.rs`), hands each attempt a span of its own to
+//! pass on to its endpoint, and tells the whole [`Story`] in the phase `finish`. A worker puts it into a queue
+//! (`spans/queue.rs`); a thread makes spans of it (`spans/otlp.rs`, with the feature `otel`) and sends them to a collector.
+//! Where tracing is off there is none of this, and `traceparent` passes as it came.
+
+pub mod context;
+#[cfg(feature = "otel")]
+mod otlp;
+mod queue;
+
+use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
+use std::time::{Duration, Instant, SystemTime};
+
+use http::{HeaderMap, HeaderValue, Method};
+use pingora::http::RequestHeader;
+use prometheus::IntCounter;
+
+use crate::config::server::Tracing;
+use crate::error::{BuildError, Refusal};
+use crate::metrics::SpanMetrics;
+use crate::phase::Phase;
+pub use context::{Context, SpanId, TraceId, TraceParent};
+use context::{Sampler, TRACEPARENT, TRACESTATE};
+use queue::Queue;
+
+/// One phase of a recorded exchange.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Visit {
+    /// Which.
+    pub phase: Phase,
+    /// When it was entered.
+    pub since: Instant,
+}
+
+/// One endpoint that was asked for a recorded exchange.
+#[derive(Clone, Debug)]
+pub struct Attempt {
+    /// Its span, which the endpoint is told of.
+    pub span: SpanId,
+    /// The name of the upstream.
+    pub upstream: Box<str>,
+    /// The endpoint as written in the configuration.
+    pub endpoint: Box<str>,
+    /// When it was chosen.
+    pub begun: Instant,
+    /// Whether its connection was kept from an earlier exchange; `None` if none stood.
+    pub reused: Option<bool>,
+    /// When it was let go.
+    pub ended: Option<Instant>,
+    /// The status it answered with.
+    pub status: Option<u16>,
+    /// Why it failed, if it did.
+    pub failure: Option<&'static Refusal>,
+}
+
+/// What is noted of a recorded exchange while it goes on.
+#[derive(Debug)]
+pub struct Notes {
+    visits: Vec<Visit>,
+    attempts: Vec<Attempt>,
+}
+
+/// More phases and attempts than these of one exchange are not noted; five attempts have fewer.
+const VISITS_MAX: usize = 64;
+const ATTEMPTS_MAX: usize = 16;
+
+impl Notes {
+    /// The notes of an exchange that entered `header` at one time and `route` at the other.
+    pub fn new(header: Instant, route: Instant) -> Box<Notes> {
+        // Enough for an exchange with one attempt.
+        let mut visits = Vec::with_capacity(Phase::COUNT);
+        visits.extend([Visit { phase: Phase::Header, since: header }, Visit { phase: Phase::Route, since: route }]);
+        Box::new(Notes { visits, attempts: Vec::with_capacity(1) })
+    }
+
+    /// The exchange goes on to `phase`.
+    pub fn enter(&mut self, phase: Phase, since: Instant) {
+        if self.visits.len() < VISITS_MAX {
+            self.visits.push(Visit { phase, since });
+        }
+    }
+
+    /// An endpoint was chosen.
+    pub fn attempt(&mut self, upstream: &str, endpoint: &str, begun: Instant) {
+        if self.attempts.len() < ATTEMPTS_MAX {
+            let (upstream, endpoint, span) = (upstream.into(), endpoint.into(), SpanId::random());
+            let (reused, ended, status, failure) = (None, None, None, None);
+            self.attempts.push(Attempt { span, upstream, endpoint, begun, reused, ended, status, failure });
+        }
+    }
+
+    /// The attempt that is under way.
+    pub fn present(&mut self) -> Option<&mut Attempt> {
+        self.attempts.last_mut().filter(|attempt| attempt.ended.is_none())
+    }
+
+    /// The span of the attempt that is under way.
+    pub fn span(&self) -> Option<SpanId> {
+        self.attempts.last().filter(|attempt| attempt.ended.is_none()).map(|attempt| attempt.span)
+    }
+
+    /// How many spans will be made of these.
+    fn spans(&self) -> u64 {
+        (1 + self.visits.len() + self.attempts.len()) as u64
+    }
+}
+
+/// All that is told of a recorded exchange, when it has ended.
+#[derive(Debug)]
+pub struct Story {
+    /// Its place in its trace.
+    pub context: Context,
+    /// What was noted of it.
+    pub notes: Box<Notes>,
+    /// `tracestate` as it came.
+    pub state: Option<HeaderValue>,
+    /// When it ended.
+    pub ended: (Instant, SystemTime),
+    /// The name of the listener.
+    pub listener: Box<str>,
+    /// The method.
+    pub method: Method,
+    /// `http` or `https`.
+    pub scheme: &'static str,
+    /// The host that was asked for.
+    pub host: Box<str>,
+    /// The path and the query as they were written.
+    pub target: Box<str>,
+    /// The version, such as `1.1`.
+    pub version: &'static str,
+    /// The client.
+    pub client: Option<IpAddr>,
+    /// Who connected: the client, or a proxy before it.
+    pub peer: Option<SocketAddr>,
+    /// `User-Agent`.
+    pub user_agent: Option<Box<str>>,
+    /// The id of the request.
+    pub request_id: Option<Box<str>>,
+    /// The name of the route.
+    pub route: Box<str>,
+    /// The status the client got; 0 if none was sent.
+    pub status: u16,
+    /// Why Forebay ended it, if it did.
+    pub refusal: Option<&'static Refusal>,
+}
+
+/// Gives exchanges their place in a trace, and takes the stories of those that are recorded.
+pub struct Tracer {
+    sampler: Sampler,
+    queue: Arc<Queue>,
+    dropped: IntCounter,
+    patience: Duration,
+}
+
+impl Tracer {
+    /// Starts to trace, with a thread of its own; `None` if that is `off`.
+    pub fn start(settings: &Tracing, metrics: SpanMetrics) -> Result<Option<Arc<Tracer>>, BuildError> {
+        if !settings.is_on() {
+            return Ok(None);
+        }
+        let queue = Arc::new(Queue::new(usize::try_from(settings.queue.0).unwrap_or(usize::MAX)));
+        let dropped = metrics.dropped.clone();
+        export(settings, queue.clone(), metrics)
+            .map_err(|error| BuildError::new("observability.tracing.endpoint", error))?;
+        let tracer = Tracer { sampler: Sampler::new(settings), queue, dropped, patience: settings.timeout.0 };
+        Ok(Some(Arc::new(tracer)))
+    }
+
+    /// The place of a new exchange, whose peer may be a trusted proxy.
+    pub fn place(&self, headers: &HeaderMap, peer_is_trusted: bool) -> Context {
+        self.sampler.place(headers, peer_is_trusted)
+    }
+
+    /// Takes the story of an exchange. Never waits: one that finds the queue full is dropped and counted.
+    pub fn tell(&self, story: Story) {
+        let spans = story.notes.spans();
+        if !self.queue.push(story) {
+            self.dropped.inc_by(spans);
+        }
+    }
+
+    /// Exports what is queued, for as long as one export may take. Stories that are told later are dropped.
+    pub fn close(&self) {
+        if !self.queue.close(self.patience) {
+            tracing::warn!("not all spans were exported: the collector takes too long");
+        }
+    }
+}
+
+#[cfg(feature = "otel")]
+use otlp::start as export;
+
+/// The check of the configuration has said it already, to whoever asked.
+#[cfg(not(feature = "otel"))]
+fn export(_: &Tracing, _: Arc<Queue>, _: SpanMetrics) -> Result<(), String> {
+    Err("this Forebay was built without tracing: build it with the feature `otel`".to_owned())
+}
+
+/// Tells an endpoint of its place in the trace: below the attempt if that is recorded; else as the client said it, or in a new
+/// trace that nobody is to record. What was said of another trace is gone then.
+pub fn pass_on(context: Context, attempt: Option<SpanId>, request: &mut RequestHeader) -> pingora::Result<()> {
+    let Context { trace, span, parent, sampled } = context;
+    if parent.is_none() {
+        request.remove_header(&TRACESTATE);
+    } else if !sampled {
+        return Ok(());
+    }
+    request.insert_header(TRACEPARENT, TraceParent { trace, span: attempt.unwrap_or(span), sampled }.header())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const CAME: &str = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-00";
+
+    fn passed_on(parent: Option<SpanId>, sampled: bool, attempt: Option<SpanId>) -> (String, bool) {
+        let mut request = RequestHeader::build("GET", b"/", None).expect("a request");
+        request.insert_header(TRACEPARENT, CAME).expect("a header");
+        request.insert_header(TRACESTATE, "vendor=1").expect("a header");
+        let context = Context { trace: TraceId(7), span: SpanId(8), parent, sampled };
+        pass_on(context, attempt, &mut request).expect("headers");
+        let parent = request.headers[TRACEPARENT].to_str().expect("text").to_owned();
+        (parent, request.headers.contains_key(TRACESTATE))
+    }
+
+    #[test]
+    fn an_endpoint_is_told_of_the_attempt_or_else_of_what_it_can_believe() {
+        let (parent, attempt) = (Some(SpanId(1)), Some(SpanId(9)));
+        let told = |span, flags| format!("00-{:032x}-{span:016x}-{flags}", 7);
+        assert_eq!(passed_on(parent, true, attempt), (told(9, "01"), true));
+        assert_eq!(passed_on(None, true, attempt), (told(9, "01"), false));
+        assert_eq!(passed_on(None, false, None), (told(8, "00"), false));
+        assert_eq!(passed_on(parent, false, None), (CAME.to_owned(), true), "as it came");
+    }
+}

@@ -1,0 +1,186 @@
+//! A real browser: headless Chromium, which is told what to do by the DevTools protocol.
+
+use std::io::{BufRead, BufReader};
+use std::net::TcpStream;
+use std::process::{Child, Command, Stdio};
+use std::sync::mpsc;
+use std::time::Instant;
+
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD;
+use serde_json::{Value, json};
+use tempfile::TempDir;
+use tokio_tungstenite::tungstenite::{self, Message, WebSocket};
+
+use super::{DEADLINE, end, eventually, ms};
+
+/// A browser with one page.
+pub struct Browser {
+    child: Child,
+    socket: WebSocket<TcpStream>,
+    calls: u64,
+    page: String,
+    /// What the page complained of: errors on the console, exceptions, what was blocked or could not be had.
+    complaints: Vec<String>,
+    _profile: TempDir,
+}
+
+impl Browser {
+    /// Starts one, with an empty page.
+    pub fn start() -> Browser {
+        let profile = tempfile::tempdir().expect("a directory");
+        let mut command = Command::new("chromium");
+        command.args(["--headless", "--disable-gpu", "--no-first-run", "--disable-extensions", "--hide-scrollbars"]);
+        // In a container it has neither a large /dev/shm nor namespaces of its own; all that it shows is ours.
+        command.args(["--disable-dev-shm-usage", "--no-sandbox", "--remote-debugging-port=0"]);
+        command.arg(format!("--user-data-dir={}", profile.path().display())).arg("about:blank");
+        let spawned = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped()).spawn();
+        let mut child = spawned.expect("chromium: conf/packaging/install-tools.sh test");
+        let address = devtools(&mut child);
+        let host = address.trim_start_matches("ws://").split('/').next().expect("an address").to_owned();
+        let stream = TcpStream::connect(host).expect("the DevTools to answer");
+        stream.set_read_timeout(Some(DEADLINE)).expect("a timeout");
+        let (socket, _) = tungstenite::client(address, stream).expect("a WebSocket");
+        let (page, complaints) = (String::new(), Vec::new());
+        let mut browser = Browser { child, socket, calls: 0, page, complaints, _profile: profile };
+        let target = browser.call("Target.createTarget", json!({ "url": "about:blank" }));
+        let target = json!({ "targetId": target["targetId"], "flatten": true });
+        let attached = browser.call("Target.attachToTarget", target);
+        browser.page = attached["sessionId"].as_str().expect("a session").to_owned();
+        for domain in ["Page", "Runtime", "Log"] {
+            browser.call(&format!("{domain}.enable"), json!({}));
+        }
+        browser
+    }
+
+    /// Goes to an address.
+    pub fn open(&mut self, address: &str) {
+        let gone = self.call("Page.navigate", json!({ "url": address }));
+        assert!(gone["errorText"].is_null(), "{address}: {gone}");
+    }
+
+    /// A window of this size; `phone`: with the pixels and the manners of one.
+    pub fn window(&mut self, width: u32, height: u32, phone: bool) {
+        let scale = if phone { 2 } else { 1 };
+        let metrics = json!({ "width": width, "height": height, "deviceScaleFactor": scale, "mobile": phone });
+        self.call("Emulation.setDeviceMetricsOverride", metrics);
+    }
+
+    /// What the user prefers: `dark` or `light`.
+    pub fn scheme(&mut self, scheme: &str) {
+        let features = json!([{ "name": "prefers-color-scheme", "value": scheme }]);
+        self.call("Emulation.setEmulatedMedia", json!({ "features": features }));
+    }
+
+    /// What this JavaScript comes to on the page; `null` if it fails.
+    pub fn eval(&mut self, script: &str) -> Value {
+        let arguments = json!({ "expression": script, "returnByValue": true });
+        let mut answer = self.call("Runtime.evaluate", arguments);
+        answer["result"]["value"].take()
+    }
+
+    /// The text of the first element that this selects; empty if there is none.
+    pub fn text(&mut self, selector: &str) -> String {
+        let script = format!("(document.querySelector({selector:?}) || {{}}).textContent");
+        self.eval(&script).as_str().unwrap_or_default().to_owned()
+    }
+
+    /// Waits until the text of an element is as wanted, and gives it.
+    pub fn wait_text(&mut self, selector: &str, wanted: impl Fn(&str) -> bool) -> String {
+        let mut last = String::new();
+        let started = Instant::now();
+        while started.elapsed() < DEADLINE {
+            last = self.text(selector);
+            if wanted(&last) {
+                return last;
+            }
+            std::thread::park_timeout(ms(20));
+        }
+        panic!(
+            "`{selector}` never became what was wanted; it says `{last}`, and the page complains: {:?}",
+            self.complaints
+        )
+    }
+
+    /// The page as PNG: the whole of it, or what is in the window.
+    pub fn picture(&mut self, whole: bool) -> Vec<u8> {
+        let picture = self.call("Page.captureScreenshot", json!({ "format": "png", "captureBeyondViewport": whole }));
+        STANDARD.decode(picture["data"].as_str().expect("a picture")).expect("base64")
+    }
+
+    /// What the page complained of so far.
+    pub fn complaints(&mut self) -> Vec<String> {
+        self.eval("1");
+        std::mem::take(&mut self.complaints)
+    }
+
+    fn call(&mut self, method: &str, arguments: Value) -> Value {
+        self.calls += 1;
+        let id = self.calls;
+        let mut call = json!({ "id": id, "method": method, "params": arguments });
+        if !self.page.is_empty() {
+            call["sessionId"] = json!(self.page);
+        }
+        self.socket.send(Message::text(call.to_string())).expect("the browser to listen");
+        loop {
+            let message = match self.socket.read() {
+                Ok(Message::Text(text)) => serde_json::from_str::<Value>(&text).expect("JSON"),
+                Ok(_) => continue,
+                Err(error) => panic!("{method}: the browser does not answer: {error}"),
+            };
+            if message["id"] == json!(id) {
+                assert!(message["error"].is_null(), "{method}: {message}");
+                return message["result"].clone();
+            }
+            self.complaints.extend(complaint(&message));
+        }
+    }
+}
+
+/// What this event has to complain of.
+fn complaint(event: &Value) -> Option<String> {
+    let of = &event["params"];
+    match event["method"].as_str()? {
+        "Runtime.consoleAPICalled" if of["type"] == "error" || of["type"] == "warning" => Some(of["args"].to_string()),
+        "Runtime.exceptionThrown" => Some(of["exceptionDetails"].to_string()),
+        "Log.entryAdded" if of["entry"]["level"] == "error" => {
+            Some(format!("{} {}", of["entry"]["text"], of["entry"]["url"]))
+        }
+        _ => None,
+    }
+}
+
+/// Where it can be told what to do: `DevTools listening on ws://…`, on standard error.
+fn devtools(child: &mut Child) -> String {
+    let stderr = BufReader::new(child.stderr.take().expect("its standard error"));
+    let (said, heard) = mpsc::channel();
+    // Read to its end, so that the browser never blocks on it.
+    std::thread::spawn(move || {
+        for line in stderr.lines().map_while(Result::ok) {
+            if let Some(address) = line.strip_prefix("DevTools listening on ") {
+                let _ = said.send(address.to_owned());
+            }
+        }
+    });
+    eventually("the browser to start", || match heard.try_recv() {
+        Ok(address) => Some(address),
+        Err(_) => {
+            assert!(child.try_wait().expect("its state").is_none(), "the browser ended at once");
+            None
+        }
+    })
+}
+
+impl Drop for Browser {
+    fn drop(&mut self) {
+        // Its own processes go with it if it is asked, and at the latest when it is gone.
+        let close = json!({ "id": 0, "method": "Browser.close" });
+        if self.socket.send(Message::text(close.to_string())).is_ok() {
+            let asked = Instant::now();
+            while asked.elapsed() < ms(3000) && matches!(self.child.try_wait(), Ok(None)) {
+                std::thread::park_timeout(ms(20));
+            }
+        }
+        end(&mut self.child);
+    }
+}
