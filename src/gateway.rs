@@ -28,6 +28,7 @@ use crate::client::spool::disk::Disk;
 use crate::client::spool::{Depot, Limits};
 use crate::client::wire::{Leave, Manner, Throttle};
 use crate::client::{Desk, Front};
+use crate::config::route::retry::ATTEMPTS_MAX;
 use crate::config::route::{BufferMode, OnDiskFull};
 use crate::config::server::{Resources, Rung, Threads};
 use crate::config::units::Size;
@@ -39,8 +40,8 @@ use crate::eventloop::{self, Loops};
 use crate::filter::{Catalog, FilterType};
 use crate::metrics::{Metrics, RouteMetrics};
 use crate::proxy::Proxy;
-use crate::proxy::exchange::ATTEMPTS_MAX;
 use crate::proxy::header::TrustedProxies;
+use crate::proxy::retry::Rules;
 use crate::proxy::route::table::Table;
 use crate::proxy::route::{Destination, Route};
 use crate::proxy::send::Manners;
@@ -340,7 +341,7 @@ fn route(
         intake: intake(written, resources, &metrics),
         manner: manner(written, resources, &metrics),
         write_idle: written.client.write_idle.0,
-        non_idempotent: written.retry.non_idempotent,
+        retry: Rules::new(&written.retry),
         tag: RouteTag::new(&written.name),
         metrics,
     }
@@ -436,7 +437,8 @@ fn server_conf(config: &Config, threads: usize) -> ServerConf {
         threads,
         work_stealing: config.server.work_stealing,
         upstream_keepalive_pool_size: usize::try_from(config.server.keepalive_pool.0).unwrap_or(usize::MAX),
-        max_retries: ATTEMPTS_MAX as usize,
+        // The rules of a route decide; and one attempt may be free of them.
+        max_retries: ATTEMPTS_MAX as usize + 1,
         // Pingora has no effect of these without `tokio_unstable`.
         runtime_metrics_poll_time_histogram: true,
         runtime_metrics_poll_time_histogram_scale: Some(RuntimeMetricsPollTimeHistogramScale::Log),

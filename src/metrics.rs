@@ -7,6 +7,7 @@
 pub mod family;
 mod phases;
 mod refusals;
+pub mod retry;
 mod route;
 
 use std::collections::HashMap;
@@ -24,6 +25,7 @@ use prometheus::{
 use crate::error::Refusal;
 use crate::phase::Phase;
 use phases::{PhaseCollector, Roll};
+use retry::RetryMetrics;
 use route::Series;
 
 /// The route label of exchanges that found no route, or were refused before one was sought.
@@ -69,6 +71,7 @@ struct Families {
     upstream_resolutions: IntCounterVec,
     upstream_health_checks: IntCounterVec,
     retries: IntCounterVec,
+    retries_refused: IntCounterVec,
     spool_bytes: IntGaugeVec,
     spool_limit: IntGaugeVec,
     slow_clients: IntGaugeVec,
@@ -178,7 +181,7 @@ impl Metrics {
             connects_failed: connects("failed"),
             resolutions_ok: resolutions("ok"),
             resolutions_failed: resolutions("failed"),
-            retries: families.retries.with_label_values(&[name]),
+            retries: RetryMetrics::of(name, &families.retries, &families.retries_refused),
             selections: families.upstream_selections.clone(),
             health_checks: families.upstream_health_checks.clone(),
             name: name.into(),
@@ -365,6 +368,7 @@ impl Families {
             upstream_resolutions: family::UPSTREAM_RESOLUTIONS.counter(registry),
             upstream_health_checks: family::UPSTREAM_HEALTH_CHECKS.counter(registry),
             retries: family::RETRIES.counter(registry),
+            retries_refused: family::RETRIES_REFUSED.counter(registry),
             spool_bytes: family::SPOOL_BYTES.gauge(registry),
             spool_limit: family::SPOOL_LIMIT_BYTES.gauge(registry),
             slow_clients: family::SLOW_CLIENTS.gauge(registry),
@@ -531,8 +535,8 @@ pub struct UpstreamMetrics {
     pub resolutions_ok: IntCounter,
     /// Look-ups that failed.
     pub resolutions_failed: IntCounter,
-    /// Attempts after the first of an exchange.
-    pub retries: IntCounter,
+    /// Attempts that were repeated, and those that were not.
+    pub retries: RetryMetrics,
     selections: IntCounterVec,
     health_checks: IntCounterVec,
     name: Box<str>,

@@ -10,6 +10,7 @@ pub mod exchange;
 pub mod finish;
 pub mod header;
 pub mod receive;
+pub mod retry;
 pub mod route;
 pub mod select;
 pub mod send;
@@ -112,24 +113,21 @@ impl ProxyHttp for Proxy {
 
     /// `select`.
     async fn upstream_peer(&self, _session: &mut Session, exchange: &mut Exchange) -> Result<Box<HttpPeer>> {
-        match select::next(exchange) {
-            Ok(endpoint) => Ok(endpoint.peer()),
-            Err(refusal) => {
-                exchange.refuse(plain(refusal));
-                Err(Error::new_up(ErrorType::ConnectError))
-            }
-        }
+        select::next(exchange).await.map_err(|refusal| {
+            exchange.refuse(plain(refusal));
+            Error::new_up(ErrorType::ConnectError)
+        })
     }
 
     /// `connect` failed.
     fn fail_to_connect(
         &self,
-        _session: &mut Session,
+        session: &mut Session,
         _peer: &HttpPeer,
         exchange: &mut Exchange,
         error: Box<Error>,
     ) -> Box<Error> {
-        connect::failed(exchange, error)
+        connect::failed(exchange, session.as_downstream(), error)
     }
 
     /// `connect` is done; `send` begins.
@@ -172,13 +170,14 @@ impl ProxyHttp for Proxy {
         send::piece(exchange, session.req_header_mut(), piece, end).await
     }
 
-    /// `wait` is done; `receive` begins.
+    /// `wait` is done; `receive` begins, unless there is to be another attempt.
     async fn response_filter(
         &self,
         session: &mut Session,
         response: &mut ResponseHeader,
         exchange: &mut Exchange,
     ) -> Result<()> {
+        retry::answered(exchange, session.as_downstream(), response)?;
         if *self.stopping.borrow()
             && let Some(link) = &exchange.link
         {

@@ -13,6 +13,7 @@ pub mod endpoint;
 pub mod health;
 pub mod latency;
 pub mod outlier;
+pub mod retries;
 pub mod roster;
 pub mod slow_start;
 pub mod tiers;
@@ -23,7 +24,7 @@ use std::fmt;
 use std::future::Future;
 use std::io;
 use std::panic;
-use std::sync::atomic::AtomicU32;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -47,6 +48,7 @@ use crate::metrics::UpstreamMetrics;
 use check::Checks;
 use discovery::{Directory, Location, Place, Resolve, System};
 use endpoint::Transport;
+use retries::{Allowance, Permit, Retries};
 use roster::Roster;
 
 pub use balance::Split;
@@ -83,6 +85,8 @@ pub struct Upstream {
     reassess: Notify,
     directory: Directory,
     checks: Option<Checks>,
+    /// Requests that it was sent already and gets again.
+    retries: Arc<Retries>,
 }
 
 /// How long the endpoints of an upstream may take.
@@ -147,6 +151,7 @@ impl Upstream {
             reassess: Notify::new(),
             directory,
             checks,
+            retries: Arc::default(),
         };
         upstream.discovered(upstream.directory.found());
         Ok(upstream)
@@ -175,6 +180,12 @@ impl Upstream {
     /// Whether there is an endpoint that is none of `tried`.
     pub fn has_more(&self, tried: &[Arc<Endpoint>]) -> bool {
         self.roster.load().has_more(tried)
+    }
+
+    /// Leave to send one of its endpoints what it, or another one, was sent already; `None` if too much of what is under way is
+    /// of this kind.
+    pub fn permit_retry(&self, allowance: Allowance) -> Option<Permit> {
+        self.retries.permit(self.inflight.load(Ordering::Relaxed), allowance)
     }
 
     /// An attempt is over. Called exactly once for each endpoint that [`Upstream::select`] gave.

@@ -599,7 +599,7 @@ fn grouped(upstream: &Upstream, most: usize, now: Instant) -> UpstreamStatus {
         ]
         .map(|(outcome, count)| (outcome.to_owned(), count.get()))
         .into(),
-        retries: metrics.retries.get(),
+        retries: metrics.retries.all(),
         endpoints: shown.into_iter().map(|(_, endpoint)| served(endpoint, now)).collect(),
         endpoints_total: members.len(),
         states,

@@ -98,8 +98,9 @@ const RECEIVING: u64 = 2;
 const DONE: u64 = 3;
 
 impl Link {
-    /// A new attempt begins: the request is sent again.
+    /// A new attempt begins: the request is sent again, and what the one before was given up for is over.
     pub fn sending(&self) {
+        *self.fault.lock().unwrap_or_else(PoisonError::into_inner) = None;
         self.enter(SENDING);
     }
 

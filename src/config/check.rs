@@ -17,6 +17,7 @@ use super::explain::{expected, join};
 use super::filter::FilterKind;
 use super::listener::{Limits, Listener};
 use super::report::{Finding, Spot};
+use super::route::retry::{ATTEMPTS_MAX, Backoff, Retry};
 use super::route::{BufferMode, Client, Match, PathMatch, Route, ValueMatch};
 use super::server::{EventLoop, Resources, Tracing};
 use super::units::{ByteRate, Count, Size, Time};
@@ -450,6 +451,33 @@ impl<'a> Check<'a> {
             self.matches(&route.matches, &format!("{path}.match"));
             self.buffering(route, &format!("{path}.buffering"));
             self.client(&route.client, &format!("{path}.client"));
+            self.retry(&route.retry, &format!("{path}.retry"));
+        }
+    }
+
+    fn retry(&mut self, retry: &Retry, path: &str) {
+        self.count(&format!("{path}.attempts"), retry.attempts, 1, ATTEMPTS_MAX);
+        for (index, on) in retry.on.iter().enumerate() {
+            if let Some(first) = retry.on[..index].iter().position(|earlier| earlier == on) {
+                let list = format!("{path}.on");
+                let (again, first) = (self.item(&list, index), self.item(&list, first));
+                self.twice(again, first, format!("`{on}` is listed twice"));
+            }
+        }
+        let Backoff { base, max } = retry.backoff;
+        if base > max {
+            let written = ["base", "max"].map(|key| format!("{path}.backoff.{key}"));
+            let at = written.iter().find(|path| self.is_written(path)).unwrap_or(&written[0]);
+            let finding = Finding::error(value(at), "no pause can be as long as the first of them");
+            self.wrong(finding.label(format!("expected a `base` ({base}) of no more than `max` ({max})")));
+        }
+        self.count(&format!("{path}.budget_least"), retry.budget_least, 0, u64::MAX);
+        let only_once = retry.attempts == Count(1);
+        for key in ["on", "backoff", "budget", "budget_least", "same_endpoint"].map(|key| format!("{path}.{key}")) {
+            if only_once && self.is_written(&key) {
+                let finding = Finding::warning(Spot::Key(key), "there is no second attempt").label("never used");
+                self.wrong(finding.also(value(format!("{path}.attempts")), "the first is the only one"));
+            }
         }
     }
 

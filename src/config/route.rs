@@ -1,5 +1,7 @@
 //! `routes:`: which request goes where, and through which filters.
 
+pub mod retry;
+
 use std::collections::BTreeMap;
 use std::fmt;
 use std::num::NonZeroU32;
@@ -11,6 +13,8 @@ use serde::{Deserialize, Serialize};
 
 use super::filter::FilterEntry;
 use super::units::{ByteRate, Size, Time};
+
+pub use retry::Retry;
 
 /// Requests of one kind and what becomes of them.
 #[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
@@ -323,12 +327,4 @@ impl LimitRate {
     fn after() -> Size {
         Size(0)
     }
-}
-
-/// When a request that failed is sent again.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields, default)]
-pub struct Retry {
-    /// Whether it may be sent twice though its method does not promise that this is the same as once, such as `POST`.
-    pub non_idempotent: bool,
 }

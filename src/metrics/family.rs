@@ -133,8 +133,10 @@ families! {
         "Look-ups of host names; after a failed one the last good answer stays.";
     UPSTREAM_HEALTH_CHECKS: "forebay_upstream_health_checks_total", Counter, ["upstream", "outcome"],
         "Health checks by what came of them; those that began late, for so many were under way, are counted as late besides.";
-    RETRIES: "forebay_retries_total", Counter, ["upstream"],
-        "Attempts after the first of an exchange.";
+    RETRIES: "forebay_retries_total", Counter, ["upstream", "reason"],
+        "Attempts after the first of an exchange, by what the one before had failed for.";
+    RETRIES_REFUSED: "forebay_retries_refused_total", Counter, ["upstream", "reason"],
+        "Attempts that failed and were not repeated though their route would have it, by what forbade it.";
     SPOOL_BYTES: "forebay_spool_bytes", Gauge, ["direction", "store"],
         "Bytes of bodies that are held for a slow side now, by where; on disk, what their files have grown to.";
     SPOOL_LIMIT_BYTES: "forebay_spool_limit_bytes", Gauge, ["store"],

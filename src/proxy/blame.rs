@@ -31,6 +31,11 @@ pub fn is_upstreams(refusal: &Refusal) -> bool {
     matches!(refusal.status, 502 | 504)
 }
 
+/// Whether the endpoint took too long, by a clock of ours.
+pub fn is_timeout(refusal: &Refusal) -> bool {
+    [&refusal::WAIT_TIMEOUT, &refusal::RECEIVE_TIMEOUT].contains(&refusal)
+}
+
 fn of_upstream(exchange: &Exchange, kind: &ErrorType) -> &'static Refusal {
     use ErrorType::{ConnectionClosed, H2Error, ReadError, ReadTimedout, WriteError, WriteTimedout};
     match (exchange.clock.phase(), kind) {

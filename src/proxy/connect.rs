@@ -5,9 +5,11 @@
 use std::os::fd::RawFd;
 use std::time::Instant;
 
+use pingora::protocols::http::ServerSession;
 use pingora::{Error, ErrorType};
 
 use super::exchange::Exchange;
+use super::retry::{self, Failure};
 use crate::error::{Refusal, refusal};
 use crate::phase::Phase;
 use crate::upstream::Outcome;
@@ -27,19 +29,15 @@ pub fn made(exchange: &mut Exchange, reused: bool, socket: RawFd) {
 }
 
 /// No connection could be made. No byte of the request has left, so any method may be tried elsewhere.
-pub fn failed(exchange: &mut Exchange, mut error: Box<Error>) -> Box<Error> {
+pub fn failed(exchange: &mut Exchange, client: &ServerSession, mut error: Box<Error>) -> Box<Error> {
     let failure = reason(&error);
     tracing::debug!(endpoint = exchange.endpoint().map(|endpoint| &*endpoint.label), %error, "no connection");
     exchange.failure = Some(failure);
     exchange.release(|_| Outcome::Connect(failure), Instant::now());
-    let more = exchange.upstream.as_ref().is_some_and(|upstream| upstream.has_more(&exchange.tried));
-    let again = more && exchange.may_retry();
     if let Some(upstream) = &exchange.upstream {
         upstream.metrics.connects_failed.inc();
-        if again {
-            upstream.metrics.retries.inc();
-        }
     }
+    let again = retry::again(exchange, client, Failure::Connect, None);
     error.set_retry(again);
     error
 }

@@ -19,11 +19,8 @@ use crate::metrics::{Metrics, Seat};
 use crate::phase::journal::{self, Journal, Note, Passed, Tick};
 use crate::phase::{Clock, Phase};
 use crate::spans::{Context, Notes};
+use crate::upstream::retries::Permit;
 use crate::upstream::{Ended, Endpoint, Engaged, Outcome, Upstream};
-
-/// How often an endpoint is chosen for one exchange: a first attempt and four more. nginx goes round all of them; with a
-/// connect timeout for each, that could outlast any client.
-pub const ATTEMPTS_MAX: u32 = 5;
 
 /// The state of one exchange.
 pub struct Exchange {
@@ -55,8 +52,17 @@ pub struct Exchange {
     pub attempts: u32,
     /// The session that stands between Pingora and the client.
     pub link: Option<Arc<Link>>,
-    /// A kept connection had died unnoticed; a second one says something against the endpoint.
-    pub stale_once: bool,
+    /// It has had the one attempt that counts as none, for a connection that was of no use. A second one of this kind says
+    /// something against its endpoint.
+    pub had_free_attempt: bool,
+    /// What came is not taken: there is to be another attempt.
+    pub again: bool,
+    /// How long the next attempt waits.
+    pub pause: Duration,
+    /// The next attempt has a connection of its own, and none that was kept.
+    pub fresh: bool,
+    /// Leave to send the request again, until its answer is here.
+    pub permit: Option<Permit>,
     /// The present attempt, for as long as its endpoint is busy with it.
     pub attempt: Option<Attempt>,
     /// For how long endpoints were busy with it. `None` if none was connected.
@@ -203,7 +209,11 @@ impl Exchange {
             tried: Vec::new(),
             attempts: 0,
             link: None,
-            stale_once: false,
+            had_free_attempt: false,
+            again: false,
+            pause: Duration::ZERO,
+            fresh: false,
+            permit: None,
             attempt: None,
             held: None,
             saved: Duration::ZERO,
@@ -317,11 +327,6 @@ impl Exchange {
             return verdict;
         }
         Verdict::Continue
-    }
-
-    /// Whether another attempt may be made.
-    pub fn may_retry(&self) -> bool {
-        self.attempts < ATTEMPTS_MAX
     }
 
     /// The endpoint of the present attempt.

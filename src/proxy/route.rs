@@ -11,6 +11,7 @@ use http::header;
 use pingora::http::RequestHeader;
 
 use super::exchange::{Exchange, FilterStates};
+use super::retry::Rules;
 use crate::client::intake::IntakeTerms;
 use crate::client::session::Patience;
 use crate::client::wire::Manner;
@@ -35,8 +36,8 @@ pub struct Route {
     pub intake: IntakeTerms,
     /// How its answers leave.
     pub manner: Manner,
-    /// A request may be sent twice though its method does not promise that this is the same as once.
-    pub non_idempotent: bool,
+    /// When a request that failed is sent again.
+    pub retry: Rules,
     /// How long its clients may take between two pieces of a response.
     pub write_idle: std::time::Duration,
     /// Names it where a worker is found stalled.

@@ -11,11 +11,12 @@ use bytes::Bytes;
 use http::{HeaderName, HeaderValue, header};
 use pingora::http::RequestHeader;
 use pingora::protocols::http::ServerSession;
-use pingora::{Error, ErrorSource, ErrorType, Result};
+use pingora::{Error, ErrorSource, ErrorType, Result, RetryType};
 
 use super::blame;
 use super::exchange::Exchange;
 use super::header::{X_FORWARDED_FOR, X_FORWARDED_PROTO};
+use super::retry::{self, Failure};
 use crate::config::server::Forwarded;
 use crate::filter::{Stages, Verdict, View};
 use crate::phase::Phase;
@@ -114,43 +115,46 @@ pub fn ended(exchange: &mut Exchange) {
     }
 }
 
-/// An attempt failed after its connection stood. It is made again only where that is safe: no byte of an answer has left,
-/// the method is idempotent (RFC 9110 §9.2.2) or the route says that it may be sent twice, and the body can be replayed
-/// from its first byte. That it is buffered alone makes nothing safe. A timeout is not tried again: it has cost its time.
+/// An attempt failed after its connection stood, or its answer is not taken. Whether there is another one, the rules of the
+/// route say; that the body is buffered alone makes nothing safe.
 pub fn failed(exchange: &mut Exchange, client: &ServerSession, mut error: Box<Error>, reused: bool) -> Box<Error> {
-    let phase = exchange.clock.phase();
-    let unanswered = matches!(phase, Phase::Send | Phase::Wait | Phase::Receive)
-        && exchange.link.as_ref().map_or(phase != Phase::Receive, |link| !link.begun());
-    let by_upstream = *error.esource() == ErrorSource::Upstream && blame::found(exchange).is_none();
-    let safe =
-        client.req_header().method.is_idempotent() || exchange.route.as_ref().is_some_and(|route| route.non_idempotent);
-    // A kept connection that had died unnoticed says nothing against its endpoint, which may be chosen again.
-    let stale = reused
-        && phase != Phase::Receive
-        && exchange.upstream.as_ref().is_some_and(|upstream| upstream.is_http1())
-        && !std::mem::replace(&mut exchange.stale_once, reused);
-    let elsewhere = exchange.upstream.as_ref().is_some_and(|upstream| upstream.has_more(&exchange.tried));
-    let again = unanswered
-        && by_upstream
-        && safe
-        && !client.retry_buffer_truncated()
-        && (stale || elsewhere)
-        && !matches!(error.etype(), ErrorType::ReadTimedout | ErrorType::WriteTimedout)
-        && exchange.may_retry();
-    let failure = blame::reason(exchange, &error);
-    exchange.failure = Some(failure);
-    let outcome = if stale || !blame::is_upstreams(failure) { Outcome::Cancelled } else { Outcome::Failed(failure) };
-    exchange.release(|_| outcome, Instant::now());
-    if again {
-        if stale {
-            exchange.tried.pop();
-        }
-        if let Some(upstream) = &exchange.upstream {
-            upstream.metrics.retries.inc();
-        }
+    if std::mem::take(&mut exchange.again) {
+        error.set_retry(true);
+        return error;
     }
-    error.set_retry(again);
+    let refusal = blame::reason(exchange, &error);
+    let failure = failure(exchange, &error, reused);
+    exchange.failure = Some(refusal);
+    let says_nothing = failure.is_none_or(Failure::is_of_connection) || !blame::is_upstreams(refusal);
+    let outcome = if says_nothing { Outcome::Cancelled } else { Outcome::Failed(refusal) };
+    exchange.release(|_| outcome, Instant::now());
+    error.set_retry(failure.is_some_and(|failure| retry::again(exchange, client, failure, None)));
     error
+}
+
+/// What the attempt failed for; `None`: for the client, or for ourselves.
+fn failure(exchange: &Exchange, error: &Error, reused: bool) -> Option<Failure> {
+    use ErrorType::{ConnectionClosed, ReadError, ReadTimedout, WriteError, WriteTimedout};
+    if let Some(found) = blame::found(exchange) {
+        return blame::is_timeout(found).then_some(Failure::Timeout);
+    }
+    if *error.esource() != ErrorSource::Upstream {
+        return None;
+    }
+    // So Pingora marks what an HTTP/2 endpoint has refused or announced not to answer.
+    if matches!(error.retry, RetryType::Decided(true)) && !exchange.had_free_attempt {
+        return Some(Failure::Unprocessed);
+    }
+    let kept = reused && exchange.upstream.as_ref().is_some_and(|upstream| upstream.is_http1());
+    Some(match error.etype() {
+        ReadTimedout | WriteTimedout => Failure::Timeout,
+        ConnectionClosed | ReadError | WriteError
+            if kept && exchange.clock.phase() != Phase::Receive && !exchange.had_free_attempt =>
+        {
+            Failure::Stale
+        }
+        _ => Failure::Reset,
+    })
 }
 
 /// Most requests bring none of it: one look over the names is cheaper than a look-up for each.

@@ -40,7 +40,6 @@ const AWAITED: &[&str] = &[
     "forebay_upstream_ejections_total",
     "forebay_upstream_panic",
     "forebay_upstream_breaker_open",
-    "forebay_retries_refused_total",
     "forebay_upstream_discoveries_total",
     "forebay_upstream_resolutions_total",
     "forebay_mirror_total",

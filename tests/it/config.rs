@@ -122,6 +122,7 @@ wrong! {
     buffering_without_room
     a_client_without_time
     rates_that_are_none
+    retries_that_are_none
     buffering_of_a_route_that_asks_no_upstream
     a_variable_that_is_not_set
     a_variable_that_is_required

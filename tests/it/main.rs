@@ -25,6 +25,7 @@ mod pace;
 mod page;
 mod proxying;
 mod receive;
+mod retry;
 mod route;
 mod select;
 mod send;

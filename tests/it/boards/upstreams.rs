@@ -145,8 +145,12 @@ pub fn board() -> Board {
                 "{{upstream}} \
                     {{reason}}",
             ),
-            Panel::stack("Retries", "Attempts after the first of an exchange, per second.", "ops")
-                .query("sum by (upstream) (rate(forebay_retries_total[R]))", "{{upstream}}"),
+            Panel::stack(
+                "Retries",
+                "Attempts after the first of an exchange, per second, by what the one before had failed for.",
+                "ops",
+            )
+            .query("sum by (upstream, reason) (rate(forebay_retries_total[R]))", "{{upstream}} {{reason}}"),
             Panel::stack(
                 "Retries refused",
                 "Attempts that failed and were not repeated, per second, by what forbade \

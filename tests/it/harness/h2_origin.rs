@@ -13,8 +13,10 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::runtime::{Builder, Runtime};
 
 /// It answers by path. `/trailers`: a body, then the trailer field `x-trailer`. `/echo`: every piece of the request as
-/// soon as it comes, then `grpc-status: 0`. The health protocol of gRPC: it serves the service `well` and not `sick`, and
-/// knows no others. Anything else: what it got, as the built-in origin tells it at `/headers`.
+/// soon as it comes, then `grpc-status: 0`. `/refused-once`: the first request is refused unseen. `/unavailable-once`: to
+/// the first, a header with `grpc-status: 14` and no more; then as `/echo`. The health protocol of gRPC: it serves the
+/// service `well` and not `sick`, and knows no others. Anything else: what it got, as the built-in origin tells it at
+/// `/headers`.
 pub struct H2Origin {
     address: SocketAddr,
     seen: Arc<Mutex<Vec<String>>>,
@@ -51,13 +53,15 @@ async fn accept(listener: TcpListener, seen: Arc<Mutex<Vec<String>>>) {
 async fn converse(stream: TcpStream, seen: Arc<Mutex<Vec<String>>>) {
     let Ok(mut connection) = h2::server::handshake(stream).await else { return };
     while let Some(Ok((request, respond))) = connection.accept().await {
-        seen.lock().unwrap().push(request.uri().path().to_owned());
+        let path = request.uri().path().to_owned();
+        let first = !seen.lock().unwrap().contains(&path);
+        seen.lock().unwrap().push(path);
         // A stream that fails is the gateway's business, and what it makes of it the story's.
-        tokio::spawn(async move { answer(request, respond).await.ok() });
+        tokio::spawn(async move { answer(request, respond, first).await.ok() });
     }
 }
 
-async fn answer(request: Request<RecvStream>, mut respond: SendResponse<Bytes>) -> Result<(), h2::Error> {
+async fn answer(request: Request<RecvStream>, mut respond: SendResponse<Bytes>, first: bool) -> Result<(), h2::Error> {
     let (head, mut body) = request.into_parts();
     match head.uri.path() {
         "/trailers" => {
@@ -66,7 +70,16 @@ async fn answer(request: Request<RecvStream>, mut respond: SendResponse<Bytes>) 
             send.send_data("A trailer follows.\n".into(), false)?;
             send.send_trailers(trailer("x-trailer", "the end"))
         }
-        "/echo" => {
+        "/refused-once" if first => {
+            respond.send_reset(h2::Reason::REFUSED_STREAM);
+            Ok(())
+        }
+        "/unavailable-once" if first => {
+            let unavailable =
+                Response::builder().header("content-type", "application/grpc").header("grpc-status", "14");
+            respond.send_response(unavailable.body(()).expect("a response"), true).map(drop)
+        }
+        "/echo" | "/unavailable-once" => {
             let mut send = respond.send_response(Response::new(()), false)?;
             while let Some(piece) = next(&mut body).await? {
                 send.send_data(piece, false)?;

@@ -74,6 +74,20 @@ impl Origin {
         Origin::answering(move |_| ok(name))
     }
 
+    /// An origin that answers so many requests of a connection, reads one more, and closes.
+    pub fn closing_after(answers: usize) -> Origin {
+        Origin::start(move |mut connection, _| {
+            thread::spawn(move || {
+                for _ in 0..answers {
+                    if connection.next_request().is_none() || connection.wire.send(ok("ok")).is_err() {
+                        return;
+                    }
+                }
+                let _ = connection.next_request();
+            });
+        })
+    }
+
     fn start(serve: impl Fn(Connection, &Sender<Connection>) + Send + 'static) -> Origin {
         let listener = TcpListener::bind("127.0.0.1:0").expect("a port for the origin");
         let address = listener.local_addr().expect("its address");

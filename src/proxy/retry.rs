@@ -1,0 +1,410 @@
+//! Whether a request that failed is sent again: the rules of a route, and what they come to for one exchange.
+//!
+//! Asked by whichever phase an attempt failed in; `select` follows, after a pause. What is decided here is only whether a
+//! further attempt would be safe and of use: whether the upstream can bear it, its budget says (`upstream/retries.rs`).
+
+use std::time::{Duration, Instant};
+
+use http::{HeaderMap, StatusCode, header};
+use pingora::http::ResponseHeader;
+use pingora::protocols::http::ServerSession;
+use pingora::{Error, ErrorType};
+
+use super::exchange::{Attempt, Exchange};
+use crate::config::route::retry::{On, Retry};
+use crate::metrics::retry::{Cause, Objection};
+use crate::phase::Phase;
+use crate::upstream::retries::Allowance;
+
+/// The rules of a route.
+#[derive(Clone, Debug)]
+pub struct Rules {
+    attempts: u32,
+    connect_error: bool,
+    reset: bool,
+    timeout: bool,
+    statuses: Box<[u16]>,
+    /// One bit a code.
+    grpc: u32,
+    backoff: Backoff,
+    allowance: Allowance,
+    non_idempotent: bool,
+    same_endpoint: bool,
+}
+
+/// How long the next attempt waits.
+#[derive(Clone, Copy, Debug)]
+struct Backoff {
+    base: Duration,
+    max: Duration,
+}
+
+/// What an attempt failed for, if it was not for the client.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Failure {
+    /// No connection came about.
+    Connect,
+    /// A kept connection had died unnoticed.
+    Stale,
+    /// The endpoint said that it had not begun.
+    Unprocessed,
+    /// The connection broke off, or what came was no HTTP.
+    Reset,
+    /// Sending or waiting took too long.
+    Timeout,
+    /// This was the status of the answer.
+    Status(StatusCode),
+    /// This was the gRPC status of the answer, of which there was nothing else.
+    Grpc(u8),
+}
+
+/// All that matters for whether there is to be another attempt.
+#[derive(Clone, Copy, Debug)]
+pub struct Situation {
+    /// What the last one failed for.
+    pub failure: Failure,
+    /// How many were made.
+    pub attempts: u32,
+    /// The method promises that twice is the same as once.
+    pub idempotent: bool,
+    /// The body can be had from its first byte.
+    pub replayable: bool,
+    /// Bytes of an answer have left.
+    pub begun: bool,
+    /// There is an endpoint that was not tried.
+    pub elsewhere: bool,
+    /// The pause that the endpoint asks for.
+    pub retry_after: Option<Duration>,
+}
+
+/// What the rules come to.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Verdict {
+    /// Nobody wants a further attempt for that.
+    Unwanted,
+    /// It is wanted, and must not be.
+    Refused(Objection),
+    /// After this pause.
+    Again(Duration),
+}
+
+impl Failure {
+    /// The label for it.
+    pub fn cause(self) -> Cause {
+        match self {
+            Failure::Connect => Cause::Connect,
+            Failure::Stale => Cause::Stale,
+            Failure::Unprocessed => Cause::Unprocessed,
+            Failure::Reset => Cause::Reset,
+            Failure::Timeout => Cause::Timeout,
+            Failure::Status(_) => Cause::Status,
+            Failure::Grpc(_) => Cause::Grpc,
+        }
+    }
+
+    /// Whether no endpoint can have begun with the request.
+    fn is_unbegun(self) -> bool {
+        matches!(self, Failure::Connect | Failure::Unprocessed)
+    }
+
+    /// Whether an endpoint may have worked on it, so that sending it again is additional load.
+    pub fn is_load(self) -> bool {
+        !matches!(self, Failure::Connect | Failure::Stale | Failure::Unprocessed)
+    }
+
+    /// Whether it tells of a connection alone and nothing of the endpoint: it costs no attempt, and any endpoint will do.
+    pub fn is_of_connection(self) -> bool {
+        matches!(self, Failure::Stale | Failure::Unprocessed)
+    }
+}
+
+impl Rules {
+    /// The rules as they are written.
+    pub fn new(written: &Retry) -> Rules {
+        let statuses =
+            written.on.iter().filter_map(|on| if let On::Status(status) = on { Some(*status) } else { None });
+        let grpc = written.on.iter().filter_map(|on| if let On::Grpc(code) = on { Some(1 << code) } else { None });
+        let small = |count: u64| u32::try_from(count).unwrap_or(u32::MAX);
+        Rules {
+            attempts: small(written.attempts.0),
+            connect_error: written.on.contains(&On::ConnectError),
+            reset: written.on.contains(&On::Reset),
+            timeout: written.on.contains(&On::Timeout),
+            statuses: statuses.collect(),
+            grpc: grpc.fold(0, |codes, code: u32| codes | code),
+            backoff: Backoff { base: written.backoff.base.0, max: written.backoff.max.0 },
+            allowance: Allowance { share: written.budget.ratio(), least: small(written.budget_least.0) },
+            non_idempotent: written.non_idempotent,
+            same_endpoint: written.same_endpoint,
+        }
+    }
+
+    /// Whether this answer is a failure; most routes have no such answers.
+    pub fn failure(&self, status: StatusCode, headers: &HeaderMap) -> Option<Failure> {
+        if self.statuses.contains(&status.as_u16()) {
+            return Some(Failure::Status(status));
+        }
+        if self.grpc == 0 {
+            return None;
+        }
+        let code: u8 = headers.get("grpc-status")?.to_str().ok()?.parse().ok()?;
+        (code < 32 && self.grpc & (1 << code) != 0).then_some(Failure::Grpc(code))
+    }
+
+    /// Whether there is to be another attempt. `dice` is from 0 to 1.
+    pub fn judge(&self, situation: &Situation, dice: f64) -> Verdict {
+        let failure = situation.failure;
+        if !self.wants(failure) {
+            return Verdict::Unwanted;
+        }
+        if let Some(objection) = self.objection(situation) {
+            return Verdict::Refused(objection);
+        }
+        if situation.elsewhere && !failure.is_load() || failure.is_of_connection() {
+            return Verdict::Again(Duration::ZERO);
+        }
+        let pause = self.backoff.pause(situation.attempts, dice);
+        // What one endpoint asks for says nothing of another one.
+        let asked = situation.retry_after.filter(|_| !situation.elsewhere).unwrap_or_default();
+        if asked > self.backoff.max {
+            return Verdict::Refused(Objection::RetryAfter);
+        }
+        Verdict::Again(pause.max(asked))
+    }
+
+    fn wants(&self, failure: Failure) -> bool {
+        match failure {
+            Failure::Stale | Failure::Unprocessed => true,
+            _ if self.attempts == 1 => false,
+            Failure::Connect => self.connect_error,
+            Failure::Reset => self.reset,
+            Failure::Timeout => self.timeout,
+            // It was found to be one by these rules.
+            Failure::Status(_) | Failure::Grpc(_) => true,
+        }
+    }
+
+    fn objection(&self, situation: &Situation) -> Option<Objection> {
+        let Situation { failure, attempts, idempotent, replayable, begun, elsewhere, .. } = *situation;
+        if begun {
+            return Some(Objection::Begun);
+        }
+        if !idempotent && !self.non_idempotent && !failure.is_unbegun() {
+            return Some(Objection::Method);
+        }
+        if !replayable {
+            return Some(Objection::Body);
+        }
+        if attempts >= self.attempts && !failure.is_of_connection() {
+            return Some(Objection::Attempts);
+        }
+        let endpoint = elsewhere || self.same_endpoint || failure.is_of_connection();
+        (!endpoint).then_some(Objection::Endpoints)
+    }
+}
+
+impl Backoff {
+    /// Full jitter: any time up to the longest, so that those that failed together do not come back together.
+    fn pause(&self, attempts: u32, dice: f64) -> Duration {
+        let doubled = self.base.saturating_mul(1 << attempts.saturating_sub(1).min(16));
+        doubled.min(self.max).mul_f64(dice)
+    }
+}
+
+/// Whether the exchange is to have another attempt after one that failed for this; if so, it is ready for `select`. What was
+/// told to the client or to the upstream of the last attempt is not undone here.
+pub fn again(exchange: &mut Exchange, client: &ServerSession, failure: Failure, after: Option<Duration>) -> bool {
+    let (Some(route), Some(upstream)) = (exchange.route.clone(), exchange.upstream.clone()) else { return false };
+    let rules = &route.retry;
+    let elsewhere = upstream.has_more(&exchange.tried);
+    let situation = Situation {
+        failure,
+        attempts: exchange.attempts - u32::from(exchange.had_free_attempt),
+        idempotent: client.req_header().method.is_idempotent(),
+        replayable: !client.retry_buffer_truncated(),
+        begun: begun(exchange, client),
+        elsewhere,
+        retry_after: after,
+    };
+    let mut verdict = rules.judge(&situation, rand::random());
+    if matches!(verdict, Verdict::Again(_)) && failure.is_load() {
+        match &mut exchange.permit {
+            Some(permit) => permit.waits(),
+            None => exchange.permit = upstream.permit_retry(rules.allowance),
+        }
+        if exchange.permit.is_none() {
+            verdict = Verdict::Refused(Objection::Budget);
+        }
+    }
+    match verdict {
+        Verdict::Unwanted => false,
+        Verdict::Refused(objection) => {
+            upstream.metrics.retries.refused(objection).inc();
+            false
+        }
+        Verdict::Again(pause) => {
+            upstream.metrics.retries.made(failure.cause()).inc();
+            if failure.is_of_connection() {
+                exchange.had_free_attempt = true;
+                exchange.fresh = failure == Failure::Stale;
+                exchange.tried.pop();
+            } else if !elsewhere {
+                exchange.tried.clear();
+            }
+            exchange.pause = pause;
+            true
+        }
+    }
+}
+
+/// The answer to an attempt is here. An error: it is a failure, and there is to be another attempt in its place; nothing of
+/// it goes to the client. With HTTP/1, Pingora gives up its connection.
+pub fn answered(exchange: &mut Exchange, client: &ServerSession, response: &ResponseHeader) -> Result<(), Box<Error>> {
+    if response.status.is_informational() {
+        return Ok(());
+    }
+    let failure = exchange.route.as_ref().and_then(|route| route.retry.failure(response.status, &response.headers));
+    if let Some(failure) = failure {
+        let now = Instant::now();
+        if let Some(attempt) = &mut exchange.attempt {
+            attempt.answered(response.status, now);
+        }
+        if again(exchange, client, failure, retry_after(&response.headers)) {
+            exchange.release(Attempt::outcome, now);
+            exchange.failure = None;
+            exchange.again = true;
+            return Err(Error::new_up(ErrorType::new("an answer that is not taken")));
+        }
+    }
+    // Whatever comes now is the answer.
+    exchange.permit = None;
+    Ok(())
+}
+
+/// Whether bytes of an answer have left, so that there cannot be another one.
+fn begun(exchange: &Exchange, client: &ServerSession) -> bool {
+    match &exchange.link {
+        Some(link) => link.begun(),
+        None => exchange.clock.phase() == Phase::Receive || client.response_written().is_some(),
+    }
+}
+
+/// How long the endpoint is not to be asked, in seconds (RFC 9110 §10.2.3); a date is no pause that we would keep.
+fn retry_after(headers: &HeaderMap) -> Option<Duration> {
+    headers.get(header::RETRY_AFTER)?.to_str().ok()?.trim().parse().ok().map(Duration::from_secs)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    use crate::config::units::{Count, Time};
+
+    const FINE: Situation = Situation {
+        failure: Failure::Reset,
+        attempts: 1,
+        idempotent: true,
+        replayable: true,
+        begun: false,
+        elsewhere: true,
+        retry_after: None,
+    };
+
+    fn rules(written: Retry) -> Rules {
+        Rules::new(&written)
+    }
+
+    fn refused(situation: Situation) -> Option<Objection> {
+        match rules(Retry::default()).judge(&situation, 0.5) {
+            Verdict::Refused(objection) => Some(objection),
+            Verdict::Again(_) => None,
+            Verdict::Unwanted => panic!("{situation:?} is not wanted"),
+        }
+    }
+
+    #[test]
+    fn what_was_sent_and_is_safe_is_sent_again() {
+        assert_eq!(refused(FINE), None);
+        assert_eq!(refused(Situation { attempts: 2, ..FINE }), None);
+        assert_eq!(refused(Situation { attempts: 3, ..FINE }), Some(Objection::Attempts));
+        assert_eq!(refused(Situation { idempotent: false, ..FINE }), Some(Objection::Method));
+        assert_eq!(refused(Situation { replayable: false, ..FINE }), Some(Objection::Body));
+        assert_eq!(refused(Situation { begun: true, ..FINE }), Some(Objection::Begun));
+        assert_eq!(refused(Situation { elsewhere: false, ..FINE }), Some(Objection::Endpoints));
+    }
+
+    #[test]
+    fn a_request_that_nobody_has_begun_with_may_be_of_any_method() {
+        for failure in [Failure::Connect, Failure::Unprocessed] {
+            assert_eq!(refused(Situation { failure, idempotent: false, ..FINE }), None);
+        }
+        // Whether the other end of a dead connection had it, nobody can tell.
+        assert_eq!(refused(Situation { failure: Failure::Stale, idempotent: false, ..FINE }), Some(Objection::Method));
+    }
+
+    #[test]
+    fn what_befell_a_connection_alone_costs_no_attempt_and_goes_to_any_endpoint() {
+        let once = rules(Retry { attempts: Count(1), on: Vec::new(), ..Retry::default() });
+        for failure in [Failure::Stale, Failure::Unprocessed] {
+            let situation = Situation { failure, elsewhere: false, ..FINE };
+            assert_eq!(once.judge(&situation, 1.0), Verdict::Again(Duration::ZERO));
+        }
+    }
+
+    #[test]
+    fn only_what_is_written_is_wanted() {
+        let rules = rules(Retry { on: vec![On::Status(503), On::Grpc(14)], ..Retry::default() });
+        for failure in [Failure::Connect, Failure::Reset, Failure::Timeout] {
+            assert_eq!(rules.judge(&Situation { failure, ..FINE }, 0.5), Verdict::Unwanted);
+        }
+        let grpc = |code: &str| HeaderMap::from_iter([("grpc-status".parse().unwrap(), code.parse().unwrap())]);
+        assert_eq!(rules.failure(StatusCode::BAD_GATEWAY, &HeaderMap::new()), None);
+        let unavailable = StatusCode::SERVICE_UNAVAILABLE;
+        assert_eq!(rules.failure(unavailable, &HeaderMap::new()), Some(Failure::Status(unavailable)));
+        assert_eq!(rules.failure(StatusCode::OK, &grpc("14")), Some(Failure::Grpc(14)));
+        for code in ["0", "13", "46", "-1", "fourteen"] {
+            assert_eq!(rules.failure(StatusCode::OK, &grpc(code)), None, "{code}");
+        }
+    }
+
+    #[test]
+    fn pauses_grow_to_their_limit_and_are_anywhere_below_it() {
+        let rules = rules(Retry { attempts: Count(10), ..Retry::default() });
+        let pause = |attempts, dice| match rules.judge(&Situation { attempts, ..FINE }, dice) {
+            Verdict::Again(pause) => pause.as_millis(),
+            other => panic!("{other:?}"),
+        };
+        assert_eq!([1, 2, 3, 4, 5, 9].map(|attempts| pause(attempts, 1.0)), [25, 50, 100, 200, 250, 250]);
+        assert_eq!([0.0, 0.5].map(|dice| pause(2, dice)), [0, 25]);
+    }
+
+    #[test]
+    fn another_endpoint_is_connected_to_at_once_and_the_same_one_later() {
+        let rules = rules(Retry { same_endpoint: true, ..Retry::default() });
+        let refused = Situation { failure: Failure::Connect, ..FINE };
+        assert_eq!(rules.judge(&refused, 1.0), Verdict::Again(Duration::ZERO));
+        let same = Situation { elsewhere: false, ..refused };
+        assert_eq!(rules.judge(&same, 1.0), Verdict::Again(Duration::from_millis(25)));
+    }
+
+    #[test]
+    fn the_pause_that_an_endpoint_asks_for_is_kept_or_it_is_not_asked_again() {
+        let backoff = crate::config::route::retry::Backoff { base: Time::milliseconds(25), max: Time::seconds(2) };
+        let rules = rules(Retry { same_endpoint: true, backoff, on: vec![On::Status(503)], ..Retry::default() });
+        let failure = Failure::Status(StatusCode::SERVICE_UNAVAILABLE);
+        let asks = |seconds, elsewhere| {
+            let retry_after = Some(Duration::from_secs(seconds));
+            rules.judge(&Situation { failure, elsewhere, retry_after, ..FINE }, 0.0)
+        };
+        assert_eq!(asks(1, false), Verdict::Again(Duration::from_secs(1)));
+        assert_eq!(asks(3, false), Verdict::Refused(Objection::RetryAfter));
+        assert_eq!(asks(3, true), Verdict::Again(Duration::ZERO), "it says nothing of another one");
+    }
+
+    #[test]
+    fn a_pause_is_read_in_seconds() {
+        let said = |text: &str| retry_after(&HeaderMap::from_iter([(header::RETRY_AFTER, text.parse().unwrap())]));
+        assert_eq!(said("2"), Some(Duration::from_secs(2)));
+        assert_eq!(said("Wed, 21 Oct 2015 07:28:00 GMT"), None);
+    }
+}
