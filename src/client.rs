@@ -156,9 +156,9 @@ where
         };
         let peer = digest.as_ref().and_then(|digest| digest.peer_addr()).and_then(|peer| peer.as_inet());
         // An IPv4 client of a listener on [::] is an IPv4 client.
-        let peer = peer.map(|peer| SocketAddr::new(peer.ip().to_canonical(), peer.port()));
-        let port = local.and_then(|local| local.as_inet()).map(|local| local.port());
-        match Connection::admit(listener, peer, port) {
+        let canonical = |end: &SocketAddr| SocketAddr::new(end.ip().to_canonical(), end.port());
+        let (peer, local) = (peer.map(canonical), local.and_then(|local| local.as_inet()).map(canonical));
+        match Connection::admit(listener, peer, local) {
             Ok(connection) => {
                 let stream = Box::new(ClientStream::new(io, connection.clone()));
                 tokio::spawn(Visit::new(self.clone(), connection, shutdown.clone()).serve(stream));

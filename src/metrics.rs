@@ -70,6 +70,7 @@ struct Families {
     upstream_connects: IntCounterVec,
     upstream_resolutions: IntCounterVec,
     upstream_health_checks: IntCounterVec,
+    upstream_connections: IntGaugeVec,
     retries: IntCounterVec,
     retries_refused: IntCounterVec,
     spool_bytes: IntGaugeVec,
@@ -181,6 +182,7 @@ impl Metrics {
             connects_failed: connects("failed"),
             resolutions_ok: resolutions("ok"),
             resolutions_failed: resolutions("failed"),
+            connections: families.upstream_connections.with_label_values(&[name]),
             retries: RetryMetrics::of(name, &families.retries, &families.retries_refused),
             selections: families.upstream_selections.clone(),
             health_checks: families.upstream_health_checks.clone(),
@@ -367,6 +369,7 @@ impl Families {
             upstream_connects: family::UPSTREAM_CONNECTS.counter(registry),
             upstream_resolutions: family::UPSTREAM_RESOLUTIONS.counter(registry),
             upstream_health_checks: family::UPSTREAM_HEALTH_CHECKS.counter(registry),
+            upstream_connections: family::UPSTREAM_CONNECTIONS.gauge(registry),
             retries: family::RETRIES.counter(registry),
             retries_refused: family::RETRIES_REFUSED.counter(registry),
             spool_bytes: family::SPOOL_BYTES.gauge(registry),
@@ -535,6 +538,8 @@ pub struct UpstreamMetrics {
     pub resolutions_ok: IntCounter,
     /// Look-ups that failed.
     pub resolutions_failed: IntCounter,
+    /// Connections that are open or being made.
+    pub connections: IntGauge,
     /// Attempts that were repeated, and those that were not.
     pub retries: RetryMetrics,
     selections: IntCounterVec,

@@ -135,13 +135,12 @@ impl ProxyHttp for Proxy {
         &self,
         _session: &mut Session,
         reused: bool,
-        _peer: &HttpPeer,
+        peer: &HttpPeer,
         socket: std::os::fd::RawFd,
-        _digest: Option<&Digest>,
+        digest: Option<&Digest>,
         exchange: &mut Exchange,
     ) -> Result<()> {
-        connect::made(exchange, reused, socket);
-        Ok(())
+        connect::made(exchange, reused, peer, socket, digest)
     }
 
     /// `send`: the header.
@@ -209,6 +208,10 @@ impl ProxyHttp for Proxy {
         exchange: &mut Exchange,
         reused: bool,
     ) -> Box<Error> {
+        if exchange.clock.phase() == Phase::Connect {
+            // It stood and was not to be used.
+            return connect::failed(exchange, session.as_downstream(), error);
+        }
         send::failed(exchange, session.as_downstream_mut(), error, reused)
     }
 

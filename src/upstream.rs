@@ -17,6 +17,7 @@ pub mod retries;
 pub mod roster;
 pub mod slow_start;
 pub mod tiers;
+pub mod transport;
 pub mod window;
 
 use std::collections::{HashMap, HashSet};
@@ -47,9 +48,9 @@ use crate::filter::key::{Asked, Keys};
 use crate::metrics::UpstreamMetrics;
 use check::Checks;
 use discovery::{Directory, Location, Place, Resolve, System};
-use endpoint::Transport;
 use retries::{Allowance, Permit, Retries};
 use roster::Roster;
+use transport::Transport;
 
 pub use balance::Split;
 pub use ended::{Ended, Outcome};
@@ -70,7 +71,8 @@ pub struct Upstream {
     pub timeouts: Timeouts,
     /// Its counters.
     pub metrics: UpstreamMetrics,
-    transport: Transport,
+    /// How its endpoints are connected to.
+    pub transport: Arc<Transport>,
     /// For the rosters that are still to be made.
     load_balancing: LoadBalancing,
     /// What policies with a hash go by; empty for the others.
@@ -128,7 +130,8 @@ impl Upstream {
             return Err(vec![BuildError::new("endpoints", message).under(&place)]);
         }
         let timeouts = Timeouts::from(&written.timeouts);
-        let transport = Transport { protocol: written.protocol, timeouts, idle: written.keepalive.idle.0 };
+        let transport =
+            Transport::build(name, written, metrics.connections.clone()).map_err(|errors| at(&place, errors))?;
         let places = places(&written.endpoints, &transport).map_err(|errors| at(&place, errors))?;
         let keys = Keys::build(&written.load_balancing.hash_key.0)
             .map_err(|error| at(&place, vec![error.under("load_balancing.hash_key")]))?;
@@ -136,12 +139,12 @@ impl Upstream {
         resolve_now(&directory).map_err(|errors| at(&place, errors))?;
 
         let checks = written.health_check.as_ref();
-        let checks = checks.map(|written| Checks::build(written, &transport, metrics.health_checks()));
+        let checks = checks.map(|written| Checks::build(written, metrics.health_checks()));
         let upstream = Upstream {
             name: name.into(),
             timeouts,
             metrics,
-            transport,
+            transport: Arc::new(transport),
             load_balancing: written.load_balancing.clone(),
             keys,
             inflight: Arc::default(),
@@ -175,6 +178,11 @@ impl Upstream {
         let endpoint = roster.pick(hash, tried, &self.inflight, now)?;
         endpoint.selections.inc();
         Some(Engaged::new(endpoint, &self.inflight))
+    }
+
+    /// Whether a connection of which nothing more is wanted just now is one too many to be kept.
+    pub fn has_surplus_connections(&self) -> bool {
+        self.transport.is_surplus(self.inflight.load(Ordering::Relaxed))
     }
 
     /// Whether there is an endpoint that is none of `tried`.
@@ -575,13 +583,13 @@ mod tests {
     }
 
     #[test]
-    fn h2_needs_a_name_to_verify_the_certificate_against() {
+    fn tls_needs_something_to_verify_the_certificate_against() {
         let script = Arc::<Script>::default().set("api.test", &["10.0.0.1"]);
         let addresses = [("10.0.0.1:443", 1), ("api.test:443", 1), ("[::1]:443", 1), ("unix:/run/a.sock", 1)];
-        let written = config::Upstream { protocol: Protocol::H2, ..written(&addresses) };
+        let written = config::Upstream { protocol: config::upstream::Protocol::H2, ..written(&addresses) };
         let errors = Upstream::build_with("shop", &written, metrics(), Box::new(script)).unwrap_err();
         let places: Vec<&str> = errors.iter().map(|error| error.path.trim_start_matches("upstreams.shop.")).collect();
-        assert_eq!(places, ["endpoints[0].address", "endpoints[2].address", "endpoints[3].address"]);
+        assert_eq!(places, ["endpoints[3].address"]);
     }
 
     #[tokio::test]

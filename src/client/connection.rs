@@ -176,8 +176,8 @@ pub struct Connection {
     pub listener: Arc<Listener>,
     /// The peer's address; `None` on a unix socket.
     pub peer: Option<SocketAddr>,
-    /// The port it came in on; `None` on a unix socket.
-    pub port: Option<u16>,
+    /// The address it came in on; `None` on a unix socket.
+    pub local: Option<SocketAddr>,
     /// When it was taken from the kernel.
     pub accepted: Instant,
     /// In which cycle of its worker; `None` unless somebody wanted to know. Boxed, for most connections have none.
@@ -193,14 +193,14 @@ impl Connection {
     pub fn admit(
         listener: &Arc<Listener>,
         peer: Option<SocketAddr>,
-        port: Option<u16>,
+        local: Option<SocketAddr>,
     ) -> Result<Arc<Self>, &'static Refusal> {
         listener.admit(peer.map(|peer| peer.ip()))?;
         listener.metrics.accepted.inc();
         Ok(Arc::new(Connection {
             listener: listener.clone(),
             peer,
-            port,
+            local,
             accepted: Instant::now(),
             accepted_in: worker::cycle_if_wanted().map(Box::new),
             write_idle_ms: AtomicU64::new(listener.header_timeout.as_millis() as u64),

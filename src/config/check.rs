@@ -327,11 +327,52 @@ impl<'a> Check<'a> {
         if let Some(written) = &upstream.health_check {
             self.health_check(written, upstream.protocol, &format!("{path}.health_check"));
         }
-        self.time(&format!("{path}.keepalive.idle"), upstream.keepalive.idle);
+        self.transport(upstream, path);
         self.time(&format!("{path}.timeouts.connect"), upstream.timeouts.connect);
         self.time(&format!("{path}.timeouts.send"), upstream.timeouts.send);
         self.time(&format!("{path}.timeouts.wait"), upstream.timeouts.wait);
         self.time(&format!("{path}.timeouts.receive"), upstream.timeouts.receive);
+    }
+
+    fn transport(&mut self, upstream: &Upstream, path: &str) {
+        self.time(&format!("{path}.keepalive.idle"), upstream.keepalive.idle);
+        self.time(&format!("{path}.keepalive.max_age"), upstream.keepalive.max_age);
+        if upstream.protocol != Protocol::Http1 && upstream.keepalive.pool != Count::UNLIMITED {
+            let at = format!("{path}.keepalive.pool");
+            let finding = Finding::error(Spot::Key(at), "`pool` counts connections that serve one request at a time");
+            self.wrong(finding.label("only with `protocol: http1`"));
+        }
+        let Some(tls) = &upstream.tls else { return };
+        let at = |key: &str| format!("{path}.tls.{key}");
+        if upstream.protocol == Protocol::H2c {
+            let finding = Finding::error(Spot::Key(format!("{path}.tls")), "`protocol: h2c` is HTTP/2 in clear text");
+            self.wrong(finding.label("there is no TLS").help("for HTTP/2 over TLS, write `protocol: h2`"));
+        }
+        for (one, other) in [("certificate", "key"), ("key", "certificate")] {
+            if self.is_written(&at(one)) && !self.is_written(&at(other)) {
+                let finding = Finding::error(Spot::Key(at(one)), format!("`{one}` needs a `{other}` beside it"));
+                self.wrong(finding.label(format!("without a `{other}`")));
+            }
+        }
+        if let Some(name) = &tls.server_name
+            && name.parse::<IpAddr>().is_err()
+            && (name.len() > 253 || !name.split('.').all(is_label))
+        {
+            let finding = Finding::error(value(at("server_name")), format!("`{name}` is no name of a server"));
+            self.wrong(finding.label("expected a name such as `app.example.com`, or an IP address"));
+        }
+        if !tls.verify {
+            if self.is_written(&at("ca")) {
+                let finding = Finding::error(Spot::Key(at("ca")), "with `verify: false` nobody is asked who signed");
+                self.wrong(finding.label("of no effect").also(value(at("verify")), "said here"));
+            }
+            let finding = Finding::warning(value(at("verify")), "anybody who gets in between can pose as the backend");
+            self.wrong(
+                finding
+                    .label("certificates are not verified")
+                    .help("for one that no authority has signed, name it as `ca` and leave `verify` out"),
+            );
+        }
     }
 
     fn load_balancing(&mut self, balancing: &LoadBalancing, path: &str) {

@@ -13,7 +13,7 @@ use super::units::Time;
 pub use balance::LoadBalancing;
 pub use discovery::Endpoint;
 pub use health::HealthCheck;
-pub use transport::{Keepalive, Protocol};
+pub use transport::{Keepalive, Protocol, ProxyProtocol, Tls};
 
 /// A named group of endpoints that serve the same.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -36,6 +36,12 @@ pub struct Upstream {
     /// How its endpoints are asked whether they are well. Without it, nobody asks them.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub health_check: Option<HealthCheck>,
+    /// TLS towards its endpoints; always with `protocol: h2`, and with `http1` if this is written.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tls: Option<Tls>,
+    /// Whether endpoints are told of the client by the PROXY protocol. Its connections are then shared by no two clients.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub proxy_protocol: Option<ProxyProtocol>,
 }
 
 /// How long the endpoints of an upstream may take.

@@ -133,6 +133,8 @@ families! {
         "Look-ups of host names; after a failed one the last good answer stays.";
     UPSTREAM_HEALTH_CHECKS: "forebay_upstream_health_checks_total", Counter, ["upstream", "outcome"],
         "Health checks by what came of them; those that began late, for so many were under way, are counted as late besides.";
+    UPSTREAM_CONNECTIONS: "forebay_upstream_connections", Gauge, ["upstream"],
+        "Connections to endpoints that are open now, in use or kept, or that are being made.";
     RETRIES: "forebay_retries_total", Counter, ["upstream", "reason"],
         "Attempts after the first of an exchange, by what the one before had failed for.";
     RETRIES_REFUSED: "forebay_retries_refused_total", Counter, ["upstream", "reason"],

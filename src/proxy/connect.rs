@@ -2,38 +2,79 @@
 //!
 //! Pingora does the work; here is what follows from its outcome. After `select`; before `send`, or `select` again.
 
-use std::os::fd::RawFd;
+use std::os::fd::{BorrowedFd, RawFd};
 use std::time::Instant;
 
+use pingora::protocols::Digest;
 use pingora::protocols::http::ServerSession;
-use pingora::{Error, ErrorType};
+use pingora::upstreams::peer::HttpPeer;
+use pingora::{Error, ErrorType, Result};
+use socket2::SockRef;
 
 use super::exchange::Exchange;
 use super::retry::{self, Failure};
 use crate::error::{Refusal, refusal};
 use crate::phase::Phase;
 use crate::upstream::Outcome;
-use crate::upstream::window::Window;
+use crate::upstream::transport::tls::Flaw;
+use crate::upstream::window::{self, Window};
 
-/// The connection stands; the request is sent next.
-pub fn made(exchange: &mut Exchange, reused: bool, socket: RawFd) {
+/// A connection stands, new or kept; the request is sent next, unless it must not be sent on this one.
+pub fn made(
+    exchange: &mut Exchange,
+    reused: bool,
+    peer: &HttpPeer,
+    socket: RawFd,
+    digest: Option<&Digest>,
+) -> Result<()> {
+    if let Some(flaw) = Flaw::of(digest) {
+        // It is not to be given to anybody else, either.
+        window::close(socket);
+        return Error::e_explain(ErrorType::InvalidCert, flaw.to_string()).map_err(|error: Box<Error>| error.into_up());
+    }
     if let Some(upstream) = &exchange.upstream {
         let metrics = &upstream.metrics;
         if reused { metrics.connects_reused.inc() } else { metrics.connects_new.inc() }
     }
-    if let (Some(link), Some(true)) = (&exchange.link, exchange.upstream.as_ref().map(|upstream| upstream.is_http1())) {
+    let http1 = exchange.upstream.as_ref().is_some_and(|upstream| upstream.is_http1());
+    if let (Some(link), true) = (&exchange.link, http1) {
         link.comes_through(Some(Window::new(socket)));
     }
     let now = exchange.enter(Phase::Send);
     exchange.connected(reused, now);
+    if let (Some(attempt), Some(upstream)) = (&mut exchange.attempt, &exchange.upstream) {
+        let outdated = upstream.transport.age(digest).filter(|&age| upstream.transport.is_outdated(age, socket));
+        if http1 {
+            // One to the other address of its endpoint would not be found again.
+            let elsewhere = !reused && !leads_to(socket, peer);
+            attempt.owns(socket, outdated.is_some() || elsewhere);
+        } else if let Some(age) = outdated {
+            attempt.endpoint().renew(age, now);
+        }
+    }
+    Ok(())
+}
+
+/// Whether this socket is connected to the address that was asked for, and not to another one of the same server.
+fn leads_to(socket: RawFd, peer: &HttpPeer) -> bool {
+    let Some(asked) = peer._address.as_inet() else { return true };
+    // SAFETY: the descriptor is open for as long as Pingora lets us look at its connection, and is not kept.
+    let socket = unsafe { BorrowedFd::borrow_raw(socket) };
+    SockRef::from(&socket).peer_addr().ok().and_then(|address| address.as_socket()).is_none_or(|there| there == *asked)
 }
 
 /// No connection could be made. No byte of the request has left, so any method may be tried elsewhere.
 pub fn failed(exchange: &mut Exchange, client: &ServerSession, mut error: Box<Error>) -> Box<Error> {
     let failure = reason(&error);
-    tracing::debug!(endpoint = exchange.endpoint().map(|endpoint| &*endpoint.label), %error, "no connection");
+    let (now, label) = (Instant::now(), exchange.endpoint().map(|endpoint| &*endpoint.label));
+    match &exchange.upstream {
+        Some(upstream) if failure == &refusal::CONNECT_TLS && upstream.transport.may_complain(now) => {
+            tracing::warn!(upstream = %upstream.name, endpoint = label, %error, "no secure connection");
+        }
+        _ => tracing::debug!(endpoint = label, %error, "no connection"),
+    }
     exchange.failure = Some(failure);
-    exchange.release(|_| Outcome::Connect(failure), Instant::now());
+    exchange.release(|_| Outcome::Connect(failure), now);
     if let Some(upstream) = &exchange.upstream {
         upstream.metrics.connects_failed.inc();
     }

@@ -1,7 +1,8 @@
 //! One exchange: a request, its response, and all that is known of them. Pingora carries it as the context from hook
 //! to hook; the phases read and fill it.
 
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
+use std::os::fd::RawFd;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -20,7 +21,8 @@ use crate::phase::journal::{self, Journal, Note, Passed, Tick};
 use crate::phase::{Clock, Phase};
 use crate::spans::{Context, Notes};
 use crate::upstream::retries::Permit;
-use crate::upstream::{Ended, Endpoint, Engaged, Outcome, Upstream};
+use crate::upstream::transport::greeting::Parties;
+use crate::upstream::{Ended, Endpoint, Engaged, Outcome, Upstream, window};
 
 /// The state of one exchange.
 pub struct Exchange {
@@ -130,20 +132,37 @@ pub struct Attempt {
     sent: Option<Instant>,
     /// When the response header was here, and its status.
     answered: Option<(Instant, StatusCode)>,
+    /// A connection that it has for itself, and whether it is to be the last to have it.
+    own: Option<(RawFd, bool)>,
     ended: bool,
 }
 
 impl Attempt {
     /// An attempt with an endpoint of this upstream, chosen just now.
     pub fn new(upstream: Arc<Upstream>, endpoint: Engaged, chosen: Instant) -> Self {
-        let (connected, sent, answered) = (None, None, None);
-        Attempt { upstream, endpoint, chosen, connected, reused: false, sent, answered, ended: false }
+        let (connected, sent, answered, own) = (None, None, None, None);
+        Attempt { upstream, endpoint, chosen, connected, reused: false, sent, answered, own, ended: false }
     }
 
     /// Its connection stands.
     pub fn connected(&mut self, reused: bool, now: Instant) {
         self.connected = Some(now);
         self.reused = reused;
+    }
+
+    /// The connection is this socket, which no other exchange has meanwhile; `last` if none is to have it afterwards.
+    pub fn owns(&mut self, socket: RawFd, last: bool) {
+        self.own = Some((socket, last));
+    }
+
+    /// The answer is here whole. A connection that is not to be kept is closed now: Pingora then finds it so, and would
+    /// otherwise keep it.
+    pub fn answered_whole(&mut self) {
+        if let Some((socket, last)) = self.own.take_if(|_| self.sent.is_some())
+            && (last || self.upstream.has_surplus_connections())
+        {
+            window::close(socket);
+        }
     }
 
     /// The request is out, as far as can be seen.
@@ -154,6 +173,11 @@ impl Attempt {
     /// The response header is here.
     pub fn answered(&mut self, status: StatusCode, now: Instant) {
         self.answered.get_or_insert((now, status));
+    }
+
+    /// The endpoint.
+    pub fn endpoint(&self) -> &Endpoint {
+        &self.endpoint
     }
 
     /// What came of it if nothing went wrong.
@@ -327,6 +351,13 @@ impl Exchange {
             return verdict;
         }
         Verdict::Continue
+    }
+
+    /// The two ends of the client's connection, as an endpoint may be told of them.
+    pub fn parties(&self) -> Option<Parties> {
+        let (connection, client) = (self.connection.as_ref()?, self.client?);
+        let port = connection.peer.filter(|peer| peer.ip() == client).map_or(0, |peer| peer.port());
+        Some(Parties { client: SocketAddr::new(client, port), gateway: connection.local? })
     }
 
     /// The endpoint of the present attempt.

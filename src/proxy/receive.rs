@@ -40,6 +40,9 @@ pub async fn header(
     let now = exchange.enter(Phase::Receive);
     if let Some(attempt) = &mut exchange.attempt {
         attempt.answered(response.status, now);
+        if is_bodiless(request, response) {
+            attempt.answered_whole();
+        }
     }
     if let Some(link) = &exchange.link {
         link.receiving();
@@ -75,6 +78,9 @@ pub async fn header(
 /// The last byte has come from the endpoint; what is left goes to the client.
 pub fn ended(exchange: &mut Exchange) {
     exchange.enter(Phase::Write);
+    if let Some(attempt) = &mut exchange.attempt {
+        attempt.answered_whole();
+    }
     if let Some(link) = &exchange.link {
         link.done();
     }
@@ -133,11 +139,20 @@ fn is_event_stream(response: &ResponseHeader) -> bool {
     response.headers.get(header::CONTENT_TYPE).is_some_and(|kind| kind.as_bytes().starts_with(b"text/event-stream"))
 }
 
+/// Whether there can be no body, whatever the header says of its length.
+fn has_no_body(request: &RequestHeader, response: &ResponseHeader) -> bool {
+    request.method == Method::HEAD || matches!(response.status, StatusCode::NO_CONTENT | StatusCode::NOT_MODIFIED)
+}
+
+/// Whether the answer is here whole with its header: Pingora has no further word on it then.
+fn is_bodiless(request: &RequestHeader, response: &ResponseHeader) -> bool {
+    has_no_body(request, response)
+        || response.headers.get(header::CONTENT_LENGTH).is_some_and(|length| length.as_bytes() == b"0")
+}
+
 /// A filter that sees the body may change its length: it is told by its end instead.
 fn unfix_length(request: &RequestHeader, response: &mut ResponseHeader) -> Result<()> {
-    let bodiless =
-        request.method == Method::HEAD || matches!(response.status, StatusCode::NO_CONTENT | StatusCode::NOT_MODIFIED);
-    if bodiless {
+    if has_no_body(request, response) {
         return Ok(());
     }
     response.remove_header(&header::CONTENT_LENGTH);

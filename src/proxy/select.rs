@@ -35,7 +35,7 @@ pub async fn next(exchange: &mut Exchange) -> Result<Box<HttpPeer>, &'static Ref
     exchange.tried.push(endpoint.clone());
     let now = exchange.enter(Phase::Connect);
     exchange.engage(upstream, engaged, now);
-    let mut peer = endpoint.peer();
+    let mut peer = endpoint.peer_for(|| exchange.parties());
     if std::mem::take(&mut exchange.fresh) {
         separate(&mut peer);
     }

@@ -52,7 +52,7 @@ pub fn header(exchange: &Exchange, manners: Manners, request: &mut RequestHeader
     let peer = exchange.connection.as_ref().and_then(|connection| connection.peer).map(|peer| peer.ip());
     let host = request.headers.get(header::HOST).cloned();
     if matches!(manners.forwarded, Forwarded::XForwarded | Forwarded::Both) {
-        let port = exchange.connection.as_ref().and_then(|connection| connection.port);
+        let port = exchange.connection.as_ref().and_then(|connection| connection.local).map(|local| local.port());
         x_forwarded(request, peer, exchange.scheme, host.clone(), port)?;
     }
     if matches!(manners.forwarded, Forwarded::Rfc7239 | Forwarded::Both) {

@@ -22,7 +22,7 @@ use tokio::time::{sleep_until, timeout};
 use tracing::{debug, info, warn};
 
 use super::Upstream;
-use super::endpoint::{Endpoint, Transport};
+use super::endpoint::Endpoint;
 use super::health::{Failure, Health, Thresholds};
 use crate::config;
 use crate::config::upstream::health::Initial;
@@ -53,12 +53,8 @@ struct Terms {
 type Verdict = Result<(), (String, bool)>;
 
 impl Checks {
-    /// The checks that are written; `transport` is how endpoints are spoken to.
-    pub fn build(
-        written: &config::upstream::HealthCheck,
-        transport: &Transport,
-        metrics: HealthCheckMetrics,
-    ) -> Checks {
+    /// The checks that are written.
+    pub fn build(written: &config::upstream::HealthCheck, metrics: HealthCheckMetrics) -> Checks {
         let count = |count: config::units::Count| u32::try_from(count.0).unwrap_or(u32::MAX);
         let terms = Terms {
             interval: written.interval.0,
@@ -71,7 +67,7 @@ impl Checks {
             unknown_is_healthy: written.initial == Initial::Healthy,
             at_once: count(written.at_once) as usize,
         };
-        Checks { terms, probe: Probe::build(written, transport), metrics, members_changed: Notify::new() }
+        Checks { terms, probe: Probe::build(written), metrics, members_changed: Notify::new() }
     }
 
     /// Says what an endpoint counts as that was found just now.

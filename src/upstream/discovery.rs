@@ -164,6 +164,7 @@ impl Directory {
                     server_name: place.host.clone(),
                     weight: place.weight,
                     priority: 0,
+                    alternate: None,
                 })
             })
             .collect()

@@ -1,11 +1,11 @@
 //! One server of an upstream: who it is, how it does just now, and how it is connected to.
 //!
 //! What changes with every exchange, in flight and latency, are atomics of its own, read with every choice. All that a
-//! connection needs is set here once, in a template; an exchange takes a copy and resolves nothing. Sources tell of endpoints
-//! ([`Found`]), `Upstream::discovered` makes them, `roster` lists those that may be chosen.
+//! connection needs is made once, by `transport`, as a template; an exchange takes a copy and resolves nothing. Sources tell
+//! of endpoints ([`Found`]), `Upstream::discovered` makes them, `roster` lists those that may be chosen.
 
 use std::fmt;
-use std::net::IpAddr;
+use std::net;
 use std::num::NonZeroU32;
 use std::ops::Deref;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
@@ -13,20 +13,16 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use pingora::protocols::l4::socket::SocketAddr;
-use pingora::upstreams::peer::{HttpPeer, PeerOptions, Scheme};
+use pingora::upstreams::peer::HttpPeer;
 use prometheus::IntCounter;
 
-use super::Timeouts;
 use super::availability::{Availability, Change, Word};
 use super::ended::{Ended, Outcome};
 use super::health::{Health, Record};
 use super::latency::Latency;
-use super::window::NARROW_BYTES;
-use crate::config::upstream::Protocol;
-
-/// How many exchanges share one HTTP/2 connection: the least that a server should allow (RFC 9113 §6.5.2). Servers
-/// that allow fewer are heeded; Pingora's own default of 1 would make HTTP/2 pointless.
-const H2_STREAMS_MAX: usize = 100;
+use super::transport::Transport;
+use super::transport::dial::Dialer;
+use super::transport::greeting::Parties;
 
 /// An endpoint as a source tells of it.
 #[derive(Clone, Debug, PartialEq)]
@@ -41,6 +37,8 @@ pub struct Found {
     pub weight: NonZeroU32,
     /// The tier it stands in; 0 serves first.
     pub priority: u8,
+    /// Another address of the same server, of the other family, to be asked if this one does not answer.
+    pub alternate: Option<net::SocketAddr>,
 }
 
 /// One server of an upstream, and how it does. A name with several addresses makes several of these, with the same label.
@@ -67,15 +65,19 @@ pub struct Endpoint {
     /// Milliseconds from `base`, plus 1, to when it last became available; 0: it was so from the start.
     returned: AtomicU64,
     base: Instant,
+    transport: Arc<Transport>,
     template: HttpPeer,
     /// What checks have said. Nobody asks for it on the way of a request.
     checks: Mutex<Record>,
+    dialer: Arc<Dialer>,
+    /// Milliseconds from `base` to when connections that are shared by several exchanges were last replaced by new ones.
+    renewed: AtomicU64,
 }
 
 impl Endpoint {
     /// The endpoint that was `found`, spoken to as `transport` says.
-    pub(super) fn new(found: &Found, transport: &Transport, selections: IntCounter, now: Instant) -> Self {
-        let server_name = found.server_name.as_deref().unwrap_or_default();
+    pub(super) fn new(found: &Found, transport: &Arc<Transport>, selections: IntCounter, now: Instant) -> Self {
+        let dialer = transport.dialer(&found.address, found.alternate);
         Endpoint {
             label: Arc::clone(&found.label),
             address: found.address.clone(),
@@ -89,20 +91,52 @@ impl Endpoint {
             latency: Latency::new(now),
             returned: AtomicU64::new(0),
             base: now,
-            template: transport.peer(found.address.clone(), server_name),
+            transport: transport.clone(),
+            template: transport.peer(found.address.clone(), found.server_name.as_deref(), dialer.clone()),
+            dialer,
+            renewed: AtomicU64::new(0),
             checks: Mutex::default(),
         }
     }
 
-    /// What Pingora needs to connect to it: the address, the protocol and every timeout.
+    /// What Pingora needs to connect to it, for nobody in particular: the address, the protocol and every timeout.
     pub fn peer(&self) -> Box<HttpPeer> {
-        Box::new(self.template.clone())
+        let mut peer = Box::new(self.template.clone());
+        if let Some(address) = self.dialer.preferred(Instant::now()) {
+            peer._address = SocketAddr::Inet(address);
+        }
+        // Zero but for connections that several exchanges share.
+        peer.group_key = peer.group_key.wrapping_add(self.renewed.load(Ordering::Relaxed));
+        peer
+    }
+
+    /// The same for a client, of whom it is told if that is how it is spoken to.
+    pub fn peer_for(&self, parties: impl FnOnce() -> Option<Parties>) -> Box<HttpPeer> {
+        let mut peer = self.peer();
+        if self.transport.introduces_clients() {
+            self.transport.introduce(&mut peer, &self.dialer, parties());
+        }
+        peer
+    }
+
+    /// A connection of this age, which exchanges share, is to get no further ones: those that begin from now on share a new
+    /// one. Nothing happens if that was seen to since it was made.
+    pub fn renew(&self, age: Duration, now: Instant) {
+        let millis =
+            |time: Instant| u64::try_from(time.saturating_duration_since(self.base).as_millis()).unwrap_or(u64::MAX);
+        let made = now.checked_sub(age).map_or(0, millis);
+        let last = self.renewed.load(Ordering::Relaxed);
+        if last <= made {
+            // Whoever else sees it at this moment does the same.
+            let _ = self.renewed.compare_exchange(last, millis(now).max(1), Ordering::Relaxed, Ordering::Relaxed);
+        }
     }
 
     /// Takes over what its source says of it now.
     pub(super) fn update(&self, found: &Found) {
         self.weight.store(found.weight.get(), Ordering::Relaxed);
         self.priority.store(found.priority.into(), Ordering::Relaxed);
+        self.dialer.set_pair(&self.address, found.alternate, Instant::now());
     }
 
     /// Its share, relative to its neighbours: the operator's word or its source's.
@@ -231,124 +265,56 @@ impl fmt::Debug for Endpoint {
     }
 }
 
-/// How all endpoints of an upstream are spoken to.
-#[derive(Clone, Debug)]
-pub(super) struct Transport {
-    pub protocol: Protocol,
-    pub timeouts: Timeouts,
-    /// How long an unused connection is kept.
-    pub idle: Duration,
-}
-
-impl Transport {
-    /// Why an endpoint at `host` (`None`: a unix socket) cannot be spoken to, if so.
-    ///
-    /// Pingora compares a certificate with host names only, so an IP address could never be verified; and without a
-    /// name it would not verify anything at all. Better no gateway than one that trusts anybody.
-    pub fn objection(&self, host: Option<&str>) -> Option<&'static str> {
-        let named = host.is_some_and(|host| host.parse::<IpAddr>().is_err());
-        (self.protocol == Protocol::H2 && !named).then_some(
-            "`protocol: h2` verifies the certificate against the host name in the address, and this address has none: \
-             write the name, or use `h2c` for clear text",
-        )
-    }
-
-    /// Whether a connection begins with TLS.
-    pub fn is_tls(&self) -> bool {
-        self.protocol == Protocol::H2
-    }
-
-    fn peer(&self, address: SocketAddr, server_name: &str) -> HttpPeer {
-        let tls = self.is_tls();
-        // Not `HttpPeer::new`, which resolves names, and blocks meanwhile.
-        HttpPeer {
-            _address: address,
-            scheme: Scheme::from_tls_bool(tls),
-            sni: if tls { server_name.to_owned() } else { String::new() },
-            proxy: None,
-            client_cert_key: None,
-            group_key: 0,
-            options: self.options(),
-        }
-    }
-
-    /// How every connection is made and used.
-    pub fn options(&self) -> PeerOptions {
-        let mut options = PeerOptions::new();
-        options.verify_cert = true;
-        options.verify_hostname = true;
-        options.connection_timeout = Some(self.timeouts.connect);
-        options.total_connection_timeout = Some(self.timeouts.connect);
-        options.write_timeout = Some(self.timeouts.send);
-        // A net beneath the clocks for `wait` and `receive`, which the exchange keeps: Pingora has one for both.
-        options.read_timeout = Some(self.timeouts.wait.max(self.timeouts.receive));
-        options.idle_timeout = Some(self.idle);
-        match self.protocol {
-            Protocol::Http1 => {
-                options.set_http_version(1, 1);
-                options.tcp_recv_buf = Some(NARROW_BYTES);
-            }
-            Protocol::H2 | Protocol::H2c => options.set_http_version(2, 2),
-        }
-        options.max_h2_streams = H2_STREAMS_MAX;
-        options
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    use pingora::upstreams::peer::{ALPN, Peer};
+    use pingora::upstreams::peer::Peer;
 
-    fn endpoint(protocol: Protocol) -> Endpoint {
-        let transport = Transport {
-            protocol,
-            timeouts: Timeouts {
-                connect: Duration::from_secs(1),
-                send: Duration::from_secs(2),
-                wait: Duration::from_secs(4),
-                receive: Duration::from_secs(3),
-            },
-            idle: Duration::from_secs(5),
-        };
+    use super::super::transport::tests::transport;
+
+    fn endpoint(transport: Transport) -> Endpoint {
         let found = Found {
             label: "api.test:8443".into(),
             address: SocketAddr::Inet("10.0.0.1:8443".parse().unwrap()),
             server_name: Some("api.test".into()),
             weight: NonZeroU32::MIN,
             priority: 0,
+            alternate: Some("[fd00::1]:8443".parse().unwrap()),
         };
         let selections = IntCounter::new("selections", "of a test").unwrap();
-        Endpoint::new(&found, &transport, selections, Instant::now())
+        Endpoint::new(&found, &Arc::new(transport), selections, Instant::now())
+    }
+
+    fn plain() -> Endpoint {
+        endpoint(transport(""))
     }
 
     #[test]
-    fn a_peer_has_every_timeout_since_none_of_them_has_a_default() {
-        let options = endpoint(Protocol::Http1).peer().options;
-        assert_eq!(options.connection_timeout, Some(Duration::from_secs(1)));
-        assert_eq!(options.total_connection_timeout, Some(Duration::from_secs(1)));
-        assert_eq!(options.write_timeout, Some(Duration::from_secs(2)));
-        assert_eq!(options.read_timeout, Some(Duration::from_secs(4)), "the longer of wait and receive");
-        assert_eq!(options.idle_timeout, Some(Duration::from_secs(5)));
+    fn a_connection_that_has_become_too_old_is_replaced_once() {
+        let endpoint = endpoint(transport("protocol: h2c"));
+        let key = || endpoint.peer().reuse_hash();
+        let at = |seconds| endpoint.base + Duration::from_secs(seconds);
+        let (first, age) = (key(), Duration::from_secs(60));
+        endpoint.renew(age, at(100));
+        let second = key();
+        assert_ne!(first, second);
+        endpoint.renew(age, at(101));
+        assert_eq!(key(), second, "one of those before it");
+        endpoint.renew(age, at(161));
+        assert_ne!(key(), second, "it was made at 101 s");
     }
 
     #[test]
-    fn each_protocol_is_spoken_as_it_is_named() {
-        let peer = endpoint(Protocol::Http1).peer();
-        assert!(!peer.is_tls() && peer.options.alpn == ALPN::H1 && peer.sni.is_empty());
-
-        let peer = endpoint(Protocol::H2c).peer();
-        assert!(!peer.is_tls() && peer.options.alpn == ALPN::H2 && peer.sni.is_empty());
-
-        let peer = endpoint(Protocol::H2).peer();
-        assert!(peer.is_tls() && peer.options.alpn == ALPN::H2 && peer.verify_cert() && peer.verify_hostname());
-        assert_eq!((peer.sni.as_str(), peer.address().to_string().as_str()), ("api.test", "10.0.0.1:8443"));
+    fn the_address_that_answers_is_the_one_that_is_connected_to() {
+        let endpoint = plain();
+        assert_eq!(endpoint.peer().address().to_string(), "10.0.0.1:8443");
+        assert_eq!(endpoint.peer_for(|| unreachable!("it is told of nobody")).address().to_string(), "10.0.0.1:8443");
     }
 
     #[test]
     fn who_has_it_is_counted_until_it_is_let_go() {
-        let endpoint = Arc::new(endpoint(Protocol::Http1));
+        let endpoint = Arc::new(plain());
         let all = Arc::<AtomicU32>::default();
         let (one, two) = (Engaged::new(&endpoint, &all), Engaged::new(&endpoint, &all));
         assert_eq!((endpoint.inflight(), all.load(Ordering::Relaxed)), (2, 2));
@@ -359,7 +325,7 @@ mod tests {
 
     #[test]
     fn one_that_comes_back_begins_slowly_and_one_that_was_never_away_does_not() {
-        let endpoint = endpoint(Protocol::Http1);
+        let endpoint = plain();
         let now = endpoint.base + Duration::from_secs(10);
         assert_eq!(endpoint.age(now), None);
         endpoint.set_health(Health::Unhealthy, true, now);
@@ -369,7 +335,7 @@ mod tests {
 
     #[test]
     fn the_word_of_the_operator_goes_before_that_of_the_source() {
-        let endpoint = endpoint(Protocol::Http1);
+        let endpoint = plain();
         endpoint.set_weight(NonZeroU32::new(7));
         assert_eq!(endpoint.weight().get(), 7);
         endpoint.set_weight(None);

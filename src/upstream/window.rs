@@ -47,8 +47,7 @@ impl Window {
         unsafe {
             libc::setsockopt(self.socket, libc::SOL_SOCKET, libc::SO_LINGER, (&raw const linger).cast(), length);
         }
-        // SAFETY: no pointer is passed; a wrong descriptor is an error and nothing else.
-        unsafe { libc::shutdown(self.socket, libc::SHUT_RDWR) };
+        close(self.socket);
     }
 
     /// If not, the kernel's tuning is not to be undone.
@@ -68,6 +67,13 @@ impl Window {
         // SAFETY: the pointer is to an integer of that length; a wrong descriptor is an error and nothing else.
         unsafe { libc::setsockopt(self.socket, libc::SOL_SOCKET, option, (&raw const value).cast(), length) };
     }
+}
+
+/// Closes a connection in both directions: whoever looks at it here next finds that it has ended. To be used only by who
+/// has it.
+pub fn close(socket: RawFd) {
+    // SAFETY: no pointer is passed; a wrong descriptor is an error and nothing else.
+    unsafe { libc::shutdown(socket, libc::SHUT_RDWR) };
 }
 
 #[cfg(test)]

@@ -33,7 +33,6 @@ const AWAITED: &[&str] = &[
     "forebay_upstream_connect_failures_total",
     "forebay_upstream_connect_seconds_bucket",
     "forebay_upstream_wait_seconds_bucket",
-    "forebay_upstream_connections",
     "forebay_upstream_queue",
     "forebay_upstream_queue_seconds_bucket",
     "forebay_upstream_rejected_total",

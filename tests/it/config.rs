@@ -110,6 +110,7 @@ wrong! {
     spans_that_can_go_nowhere
     spans_that_would_go_over_tls
     an_unknown_protocol
+    tls_that_cannot_be_meant
     version_2
     addresses_that_are_none
     networks_that_are_none

@@ -13,6 +13,7 @@ pub mod h2_origin;
 pub mod metrics;
 pub mod nginx;
 pub mod origin;
+pub mod secure;
 pub mod wire;
 
 use std::net::{SocketAddr, TcpListener, TcpStream};

@@ -35,5 +35,6 @@ mod spool;
 mod status;
 mod stop;
 mod story;
+mod transport;
 mod wait;
 mod write;

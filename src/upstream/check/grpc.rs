@@ -14,8 +14,9 @@ use pingora_load_balancing::Backend;
 use pingora_load_balancing::health_check::HealthCheck;
 
 use super::http::{alone, host, request};
-use super::probe::{endpoint, wrong};
+use super::probe::{endpoint, sound, wrong};
 use crate::config::upstream::health::GrpcCheck;
+use crate::upstream::transport::tls::Flaw;
 
 const PATH: &str = "/grpc.health.v1.Health/Check";
 /// A byte that says whether it is compressed, four with its length.
@@ -47,6 +48,7 @@ impl HealthCheck for Grpc {
         let endpoint = endpoint(target)?;
         let peer = alone(endpoint);
         let (session, _) = self.connector.get_http_session(&peer).await?;
+        sound(Flaw::of(session.digest()))?;
         let HttpSession::H2(mut session) = session else { return wrong("it does not speak HTTP/2") };
         let host = host(self.host.as_ref(), endpoint);
         let mut request = request("POST", PATH, &host, Some(peer.is_tls()))?;

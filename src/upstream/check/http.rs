@@ -11,9 +11,10 @@ use pingora::{OrErr, Result};
 use pingora_load_balancing::Backend;
 use pingora_load_balancing::health_check::HealthCheck;
 
-use super::probe::{endpoint, wrong};
+use super::probe::{endpoint, sound, wrong};
 use crate::config::upstream::health::{HttpCheck, Statuses};
 use crate::upstream::endpoint::Endpoint;
+use crate::upstream::transport::tls::Flaw;
 
 /// So much of a body is read in search of a text.
 const BODY_BYTES_MAX: usize = 64 * 1024;
@@ -57,6 +58,7 @@ impl HealthCheck for Http {
         let endpoint = endpoint(target)?;
         let peer = alone(endpoint);
         let (mut session, _) = self.connector.get_http_session(&peer).await?;
+        sound(Flaw::of(session.digest()))?;
         let host = host(self.host.as_ref(), endpoint);
         let is_h2 = matches!(session, HttpSession::H2(_));
         let mut request = request("GET", &self.path, &host, is_h2.then_some(peer.is_tls()))?;

@@ -1,7 +1,7 @@
 //! The ways in which an endpoint is asked whether it is well.
 //!
-//! All of them are a [`HealthCheck`] of Pingora's load balancing. Its own one for TCP is good enough in clear text. Its one for
-//! HTTP is not: it reads no body, and has one server name for all endpoints. With TLS, too, each endpoint has its own name.
+//! All of them are a [`HealthCheck`] of Pingora's load balancing, and none is one of its own: its one for HTTP reads no body, and
+//! both have one way of connecting for all endpoints. Here an endpoint is connected to as for an exchange, in its own name.
 
 use std::sync::Arc;
 
@@ -9,19 +9,20 @@ use async_trait::async_trait;
 use pingora::connectors::TransportConnector;
 use pingora::{Error, ErrorType, Result};
 use pingora_load_balancing::Backend;
-use pingora_load_balancing::health_check::{HealthCheck, TcpHealthCheck};
+use pingora_load_balancing::health_check::HealthCheck;
 
 use super::grpc::Grpc;
 use super::http::Http;
 use crate::config;
-use crate::upstream::endpoint::{Endpoint, Transport};
+use crate::upstream::endpoint::Endpoint;
+use crate::upstream::transport::tls::Flaw;
 
 /// A way of asking.
 pub struct Probe(Box<dyn HealthCheck + Send + Sync>);
 
 impl Probe {
-    /// The way that is written; `transport` is how endpoints are spoken to.
-    pub fn build(written: &config::upstream::HealthCheck, transport: &Transport) -> Probe {
+    /// The way that is written.
+    pub fn build(written: &config::upstream::HealthCheck) -> Probe {
         if let Some(http) = &written.http {
             return Probe(Box::new(Http::new(http)));
         }
@@ -29,12 +30,7 @@ impl Probe {
             return Probe(Box::new(Grpc::new(grpc)));
         }
         // The configuration was checked: it is one of the three.
-        if transport.is_tls() {
-            return Probe(Box::new(Handshake(TransportConnector::new(None))));
-        }
-        let mut connect = TcpHealthCheck::new();
-        connect.peer_template.options = transport.options();
-        Probe(connect)
+        Probe(Box::new(Connects(TransportConnector::new(None))))
     }
 
     /// Asks. Whoever wants an answer in time gives up after a while.
@@ -55,18 +51,24 @@ pub(super) fn endpoint(target: &Backend) -> Result<&Arc<Endpoint>> {
     target.ext.get::<Arc<Endpoint>>().ok_or_else(missing)
 }
 
+/// Whether a connection may be used.
+pub(super) fn sound(flaw: Option<Flaw>) -> Result<()> {
+    flaw.map_or(Ok(()), |flaw| wrong(flaw.to_string()))
+}
+
 /// What a check found wrong.
 pub(super) fn wrong<T>(message: impl Into<String>) -> Result<T> {
     Err(Error::explain(ErrorType::Custom("health check"), message.into()))
 }
 
-/// A connection that comes about, and its TLS.
-struct Handshake(TransportConnector);
+/// A connection that comes about, with its TLS.
+struct Connects(TransportConnector);
 
 #[async_trait]
-impl HealthCheck for Handshake {
+impl HealthCheck for Connects {
     async fn check(&self, target: &Backend) -> Result<()> {
-        self.0.new_stream(&*endpoint(target)?.peer()).await.map(drop)
+        let stream = self.0.new_stream(&*endpoint(target)?.peer()).await?;
+        sound(Flaw::of_tls(stream.get_ssl_digest().as_deref()))
     }
 
     /// `upstream/health.rs` counts.

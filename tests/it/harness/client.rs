@@ -43,6 +43,11 @@ impl Client {
         Client { wire: Wire::new(connected(address, receive_buffer)) }
     }
 
+    /// Its own address.
+    pub fn address(&self) -> SocketAddr {
+        self.wire.address()
+    }
+
     /// The connection itself.
     pub fn into_wire(self) -> Wire {
         self.wire

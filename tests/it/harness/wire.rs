@@ -3,6 +3,7 @@
 //! The parser accepts nothing that a careful peer would not, so a story that reads a message has also checked its form.
 
 use std::io::{self, Read, Write};
+use std::net::SocketAddr;
 use std::ops::Deref;
 use std::time::Duration;
 
@@ -97,6 +98,14 @@ impl Wire {
         socket.set_read_timeout(Some(DEADLINE)).expect("a read timeout");
         socket.set_write_timeout(Some(DEADLINE)).expect("a write timeout");
         Wire { socket, read: Vec::new(), was_reset: false, trailers: Vec::new() }
+    }
+
+    /// The address of this end.
+    ///
+    /// # Panics
+    /// If it is a unix socket.
+    pub fn address(&self) -> SocketAddr {
+        self.socket.local_addr().ok().and_then(|address| address.as_socket()).expect("a TCP socket")
     }
 
     /// Sends all of it, if the peer takes it.

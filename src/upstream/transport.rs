@@ -1,0 +1,302 @@
+//! How the endpoints of an upstream are connected to: what is spoken, whom is trusted, for how long a connection lives.
+//!
+//! All of it is read and parsed when the upstream is built, certificates included; an endpoint keeps a template of
+//! it, and an exchange takes a copy. [`dial`] makes the connections, [`tls`] says whom they may lead to,
+//! [`pair`] which of two addresses of one server is asked, [`greeting`] what is said first of the client.
+
+pub mod dial;
+pub mod greeting;
+pub mod pair;
+pub mod tls;
+
+use std::hash::Hasher;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use pingora::protocols::Digest;
+use pingora::protocols::l4::socket::SocketAddr;
+use pingora::upstreams::peer::{HttpPeer, PeerOptions, Scheme};
+use prometheus::IntGauge;
+use xxhash_rust::xxh3::Xxh3;
+
+use super::Timeouts;
+use super::window::NARROW_BYTES;
+use crate::config;
+use crate::config::upstream::Protocol;
+use crate::error::BuildError;
+use dial::Dialer;
+use greeting::Parties;
+use tls::Tls;
+
+/// How many exchanges share one HTTP/2 connection: the least that a server should allow (RFC 9113 §6.5.2). Servers
+/// that allow fewer are heeded; Pingora's own default of 1 would make HTTP/2 pointless.
+const H2_STREAMS_MAX: usize = 100;
+
+/// Connections that were made at once shall not all end at once: up to this share of its age may be taken off one.
+const AGE_SPREAD: f64 = 0.1;
+
+/// A backend whose certificate is refused is refused for every connection; it is told of so often.
+const COMPLAINT_INTERVAL: Duration = Duration::from_secs(10);
+
+/// How all endpoints of an upstream are connected to.
+#[derive(Debug)]
+pub struct Transport {
+    pub(super) protocol: Protocol,
+    timeouts: Timeouts,
+    idle: Duration,
+    max_age: Duration,
+    /// How many connections are kept that nobody uses; `u64::MAX`: as many as the gateway keeps at all.
+    pool: u64,
+    tls: Option<Tls>,
+    proxy_protocol: bool,
+    /// Tells its connections from those of other upstreams, and from its own under other settings: a kept connection is
+    /// used by nobody who would not have made it as it is.
+    key: u64,
+    connections: Arc<Connections>,
+    base: Instant,
+    complained: AtomicU64,
+}
+
+/// The connections of an upstream that are open or being made.
+#[derive(Debug)]
+pub struct Connections {
+    open: AtomicU32,
+    gauge: IntGauge,
+}
+
+impl Transport {
+    /// Reads what was written for the upstream `name`, and the files that it names.
+    ///
+    /// # Errors
+    ///
+    /// One for each file that is missing or is not what it should be, at `tls.…`.
+    pub(super) fn build(
+        name: &str,
+        written: &config::Upstream,
+        connections: IntGauge,
+    ) -> Result<Transport, Vec<BuildError>> {
+        let mut key = Xxh3::new();
+        key.write(name.as_bytes());
+        // What is written decides what a connection is; it is a plain structure, which has a text.
+        key.write(format!("{:?} {:?} {:?}", written.protocol, written.tls, written.proxy_protocol).as_bytes());
+        let tls = match (&written.tls, written.protocol) {
+            (Some(tls), _) => Some(Tls::build(tls, written.protocol, &mut key)?),
+            (None, Protocol::H2) => Some(Tls::build(&config::upstream::Tls::default(), written.protocol, &mut key)?),
+            (None, Protocol::Http1 | Protocol::H2c) => None,
+        };
+        Ok(Transport {
+            protocol: written.protocol,
+            timeouts: Timeouts::from(&written.timeouts),
+            idle: written.keepalive.idle.0,
+            max_age: written.keepalive.max_age.0,
+            pool: written.keepalive.pool.0,
+            tls,
+            proxy_protocol: written.proxy_protocol.is_some(),
+            key: key.finish(),
+            connections: Arc::new(Connections { open: AtomicU32::new(0), gauge: connections }),
+            base: Instant::now(),
+            complained: AtomicU64::new(0),
+        })
+    }
+
+    /// Why an endpoint at `host` (`None`: a unix socket) cannot be connected to, if so.
+    pub(super) fn objection(&self, host: Option<&str>) -> Option<&'static str> {
+        self.tls.as_ref()?.objection(host)
+    }
+
+    /// Whether an endpoint is told whom a connection is for.
+    pub fn introduces_clients(&self) -> bool {
+        self.proxy_protocol
+    }
+
+    /// Open connections, and such as are being made.
+    pub fn connections(&self) -> u32 {
+        self.connections.open.load(Ordering::Relaxed)
+    }
+
+    /// Whether a connection, of which nothing more is wanted just now, is one too many to be kept: others that nobody uses
+    /// fill the pool. `inflight` is how many exchanges have an endpoint, each with a connection of its own.
+    pub fn is_surplus(&self, inflight: u32) -> bool {
+        self.pool != u64::MAX && u64::from(self.connections().saturating_sub(inflight)) >= self.pool
+    }
+
+    /// How long ago a connection was made, as far as is known.
+    pub fn age(&self, digest: Option<&Digest>) -> Option<Duration> {
+        // The first is that of the socket; that of TLS follows.
+        digest?.timing_digest.first()?.as_ref()?.established_ts.elapsed().ok()
+    }
+
+    /// Whether a connection of this age is too old to be used by anybody after its present exchange. `lot` is something
+    /// that differs from one connection to the next.
+    pub fn is_outdated(&self, age: Duration, lot: i32) -> bool {
+        let lot = f64::from(lot.rem_euclid(16)) / 16.0;
+        age >= self.max_age.mul_f64(1.0 - AGE_SPREAD * lot)
+    }
+
+    /// Whether it is time to tell the operator again that endpoints are refused for their certificates.
+    pub fn may_complain(&self, now: Instant) -> bool {
+        let millis = u64::try_from(now.saturating_duration_since(self.base).as_millis()).unwrap_or(u64::MAX) + 1;
+        let last = self.complained.load(Ordering::Relaxed);
+        let due = last == 0 || millis.saturating_sub(last) >= COMPLAINT_INTERVAL.as_millis() as u64;
+        due && self.complained.compare_exchange(last, millis, Ordering::Relaxed, Ordering::Relaxed).is_ok()
+    }
+
+    /// Who connects to an endpoint at `address`, and perhaps at `alternate`.
+    pub(super) fn dialer(&self, address: &SocketAddr, alternate: Option<std::net::SocketAddr>) -> Arc<Dialer> {
+        // What is said of nobody in particular is for connections of our own.
+        let greeting = self.proxy_protocol.then(greeting::own);
+        let narrow = (self.protocol == Protocol::Http1).then_some(NARROW_BYTES);
+        let dialer = Dialer::new(self.connections.clone(), narrow, self.timeouts.connect, greeting);
+        dialer.set_pair(address, alternate, Instant::now());
+        Arc::new(dialer)
+    }
+
+    /// What Pingora needs to connect to an endpoint at `address` that was found by the name `host`.
+    pub(super) fn peer(&self, address: SocketAddr, host: Option<&str>, dialer: Arc<Dialer>) -> HttpPeer {
+        let mut options = PeerOptions::new();
+        options.connection_timeout = Some(self.timeouts.connect);
+        options.total_connection_timeout = Some(self.timeouts.connect);
+        options.write_timeout = Some(self.timeouts.send);
+        // A net beneath the clocks for `wait` and `receive`, which the exchange keeps: Pingora has one for both.
+        options.read_timeout = Some(self.timeouts.wait.max(self.timeouts.receive));
+        options.idle_timeout = Some(self.idle);
+        match self.protocol {
+            Protocol::Http1 => options.set_http_version(1, 1),
+            Protocol::H2 | Protocol::H2c => options.set_http_version(2, 2),
+        }
+        options.max_h2_streams = H2_STREAMS_MAX;
+        options.custom_l4 = Some(dialer);
+        // Not `HttpPeer::new`, which resolves names, and blocks meanwhile.
+        let mut peer = HttpPeer {
+            _address: address,
+            scheme: Scheme::from_tls_bool(self.tls.is_some()),
+            sni: String::new(),
+            proxy: None,
+            client_cert_key: None,
+            group_key: self.key,
+            options,
+        };
+        if let Some(tls) = &self.tls {
+            tls.set_up(&mut peer, host);
+        }
+        peer
+    }
+
+    /// Makes a peer one that nobody but this client uses, and that is told of it.
+    pub(super) fn introduce(&self, peer: &mut HttpPeer, dialer: &Dialer, parties: Option<Parties>) {
+        let mut key = Xxh3::with_seed(peer.group_key);
+        std::hash::Hash::hash(&parties, &mut key);
+        peer.group_key = key.finish();
+        peer.options.custom_l4 = Some(Arc::new(dialer.greeting(greeting::of(parties))));
+    }
+}
+
+#[cfg(test)]
+pub(super) mod tests {
+    use super::*;
+
+    use std::time::SystemTime;
+
+    use pingora::protocols::TimingDigest;
+    use pingora::upstreams::peer::{ALPN, Peer};
+
+    pub(in crate::upstream) fn transport(yaml: &str) -> Transport {
+        let yaml = format!("{{ endpoints: [ {{ address: \"a:1\" }} ], {yaml} }}");
+        let written: config::Upstream = config::filter::decode(&serde_yaml::from_str(&yaml).unwrap()).unwrap();
+        Transport::build("shop", &written, IntGauge::new("connections", "of a test").unwrap()).unwrap()
+    }
+
+    fn peer(yaml: &str, host: Option<&str>) -> HttpPeer {
+        let (transport, address) = (transport(yaml), SocketAddr::Inet("10.0.0.1:8443".parse().unwrap()));
+        let dialer = transport.dialer(&address, None);
+        transport.peer(address, host, dialer)
+    }
+
+    #[test]
+    fn a_peer_has_every_timeout_since_none_of_them_has_a_default() {
+        let keys = "timeouts: { connect: 1s, send: 2s, wait: 4s, receive: 3s }, keepalive: { idle: 5s }";
+        let options = peer(keys, None).options;
+        assert_eq!(options.connection_timeout, Some(Duration::from_secs(1)));
+        assert_eq!(options.total_connection_timeout, Some(Duration::from_secs(1)));
+        assert_eq!(options.write_timeout, Some(Duration::from_secs(2)));
+        assert_eq!(options.read_timeout, Some(Duration::from_secs(4)), "the longer of wait and receive");
+        assert_eq!(options.idle_timeout, Some(Duration::from_secs(5)));
+    }
+
+    #[test]
+    fn each_protocol_is_spoken_as_it_is_named() {
+        let of = |keys: &str| peer(keys, Some("api.test"));
+        let http1 = of("");
+        assert!(!http1.is_tls() && http1.options.alpn == ALPN::H1 && http1.sni.is_empty());
+        let h2c = of("protocol: h2c");
+        assert!(!h2c.is_tls() && h2c.options.alpn == ALPN::H2 && h2c.sni.is_empty());
+        let h2 = of("protocol: h2");
+        assert!(h2.is_tls() && h2.options.alpn == ALPN::H2 && h2.verify_cert() && h2.verify_hostname());
+        assert_eq!((h2.sni.as_str(), h2.address().to_string().as_str()), ("api.test", "10.0.0.1:8443"));
+        let https = of("tls: {}");
+        assert!(https.is_tls() && https.options.alpn == ALPN::H1 && https.verify_cert() && https.verify_hostname());
+    }
+
+    #[test]
+    fn connections_are_shared_only_by_those_who_would_have_made_them_alike() {
+        let key = |yaml: &str| peer(yaml, Some("api.test")).reuse_hash();
+        assert_eq!(key("tls: {}"), key("tls: {}"));
+        let kinds = ["", "tls: {}", "tls: { verify: false }", "tls: { server_name: other.test }", "proxy_protocol: v2"];
+        let keys: std::collections::BTreeSet<u64> = kinds.iter().map(|yaml| key(yaml)).collect();
+        assert_eq!(keys.len(), kinds.len());
+    }
+
+    #[test]
+    fn a_connection_for_a_client_is_for_no_other() {
+        let transport = transport("proxy_protocol: v2");
+        let address = SocketAddr::Inet("10.0.0.1:80".parse().unwrap());
+        let dialer = transport.dialer(&address, None);
+        let key = |client: Option<&str>| {
+            let mut peer = transport.peer(address.clone(), None, dialer.clone());
+            let gateway = "10.0.0.9:80".parse().unwrap();
+            let parties = client.map(|client| Parties { client: client.parse().unwrap(), gateway });
+            transport.introduce(&mut peer, &dialer, parties);
+            peer.reuse_hash()
+        };
+        assert_eq!(key(Some("1.2.3.4:5")), key(Some("1.2.3.4:5")));
+        assert_ne!(key(Some("1.2.3.4:5")), key(Some("1.2.3.4:6")));
+        assert_ne!(key(Some("1.2.3.4:5")), key(None));
+    }
+
+    #[test]
+    fn a_connection_is_one_too_many_when_the_others_fill_the_pool() {
+        let transport = transport("keepalive: { pool: 2 }");
+        transport.connections.open.store(5, Ordering::Relaxed);
+        // Three are in use, this one among them: two others are kept.
+        assert!(transport.is_surplus(3));
+        assert!(!transport.is_surplus(4));
+        assert!(!self::transport("").is_surplus(0), "as many as there are");
+        assert!(self::transport("keepalive: { pool: 0 }").is_surplus(1));
+    }
+
+    #[test]
+    fn a_connection_is_outdated_at_its_age_or_up_to_a_tenth_before() {
+        let transport = transport("keepalive: { max_age: 100s }");
+        let outdated = |seconds, lot| transport.is_outdated(Duration::from_secs(seconds), lot);
+        assert!(!outdated(0, 7) && !outdated(90, 15) && outdated(91, 15) && outdated(100, 0) && !outdated(99, 16));
+    }
+
+    #[test]
+    fn the_age_of_a_connection_is_that_of_its_socket() {
+        let timing = |seconds| {
+            let established_ts = SystemTime::now() - Duration::from_secs(seconds);
+            Some(TimingDigest { established_ts, ..TimingDigest::default() })
+        };
+        let digest = Digest { timing_digest: vec![timing(60), timing(50)], ..Digest::default() };
+        assert_eq!(transport("").age(Some(&digest)).map(|age| age.as_secs()), Some(60));
+        assert_eq!(transport("").age(None), None);
+    }
+
+    #[test]
+    fn what_is_wrong_with_certificates_is_told_once_in_a_while() {
+        let transport = transport("tls: {}");
+        let at = |seconds| transport.may_complain(transport.base + Duration::from_secs(seconds));
+        assert_eq!([at(0), at(1), at(9), at(11), at(12)], [true, false, false, true, false]);
+    }
+}

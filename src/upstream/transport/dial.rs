@@ -1,0 +1,171 @@
+//! Makes a connection to an endpoint: TCP or a unix socket, one address or the better of two, and what is said first.
+//!
+//! Pingora asks this in place of its own connector, which knows one address and says nothing first; TLS, if there is any,
+//! is Pingora's again. It also counts connections, from the attempt to their end.
+
+use std::fmt;
+use std::io;
+use std::net;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use arc_swap::ArcSwapOption;
+use async_trait::async_trait;
+use pingora::connectors::L4Connect;
+use pingora::protocols::l4::socket::SocketAddr;
+use pingora::protocols::l4::stream::Stream;
+use pingora::upstreams::peer::{Tracer, Tracing};
+use pingora::{Error, ErrorType, Result};
+use tokio::io::AsyncWriteExt;
+use tokio::net::{TcpSocket, TcpStream, UnixStream};
+
+use super::Connections;
+use super::pair::{Pair, race};
+
+/// After so long the second address of a server is asked as well (RFC 8305 §5).
+const HEAD_START: Duration = Duration::from_millis(250);
+
+/// Makes the connections to one endpoint.
+pub struct Dialer {
+    connections: Arc<Connections>,
+    /// The receive buffer that a connection begins with; `None`: the kernel's.
+    receive_bytes: Option<usize>,
+    head_start: Duration,
+    greeting: Option<Box<[u8]>>,
+    pair: ArcSwapOption<Pair>,
+}
+
+impl Dialer {
+    /// One that knows a single address, which it is told when it is asked.
+    pub(super) fn new(
+        connections: Arc<Connections>,
+        receive_bytes: Option<usize>,
+        timeout: Duration,
+        greeting: Option<Box<[u8]>>,
+    ) -> Dialer {
+        let (head_start, pair) = (HEAD_START.min(timeout / 2), ArcSwapOption::empty());
+        Dialer { connections, receive_bytes, head_start, greeting, pair }
+    }
+
+    /// The same, that says something else first.
+    pub(super) fn greeting(&self, greeting: Box<[u8]>) -> Dialer {
+        Dialer {
+            connections: self.connections.clone(),
+            receive_bytes: self.receive_bytes,
+            head_start: self.head_start,
+            greeting: Some(greeting),
+            pair: ArcSwapOption::from(self.pair.load_full()),
+        }
+    }
+
+    /// The endpoint at `address` has this `alternate` address, too, or none. What is known of the same two stays.
+    pub(in crate::upstream) fn set_pair(&self, address: &SocketAddr, alternate: Option<net::SocketAddr>, now: Instant) {
+        let Some((first, second)) = address.as_inet().copied().zip(alternate) else {
+            self.pair.store(None);
+            return;
+        };
+        if !self.pair.load().as_ref().is_some_and(|pair| pair.is(first, second)) {
+            self.pair.store(Some(Arc::new(Pair::new(first, second, now))));
+        }
+    }
+
+    /// The address to ask first, if there are two.
+    pub(in crate::upstream) fn preferred(&self, now: Instant) -> Option<net::SocketAddr> {
+        self.pair.load().as_ref().map(|pair| pair.preferred(now))
+    }
+
+    async fn tcp(&self, address: net::SocketAddr) -> io::Result<TcpStream> {
+        let Some(pair) = self.pair.load_full() else { return self.tcp_to(address).await };
+        let other = pair.other(address);
+        let (stream, other_won) = race(self.tcp_to(address), self.tcp_to(other), self.head_start).await?;
+        if other_won {
+            pair.prefer(other, Instant::now());
+        }
+        Ok(stream)
+    }
+
+    async fn tcp_to(&self, address: net::SocketAddr) -> io::Result<TcpStream> {
+        let socket = if address.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() }?;
+        if let Some(bytes) = self.receive_bytes {
+            socket.set_recv_buffer_size(u32::try_from(bytes).unwrap_or(u32::MAX))?;
+        }
+        socket.connect(address).await
+    }
+
+    async fn dial(&self, address: &SocketAddr) -> io::Result<Stream> {
+        // A greeting fits into the empty buffer of a new socket, so that nobody is waited for.
+        let greeting = self.greeting.as_deref().unwrap_or_default();
+        match address {
+            SocketAddr::Inet(address) => {
+                let mut stream = self.tcp(*address).await?;
+                stream.write_all(greeting).await?;
+                Ok(stream.into())
+            }
+            SocketAddr::Unix(address) => {
+                let path = address.as_pathname().ok_or(io::ErrorKind::AddrNotAvailable)?;
+                let mut stream = UnixStream::connect(path).await?;
+                stream.write_all(greeting).await?;
+                Ok(stream.into())
+            }
+        }
+    }
+}
+
+#[async_trait]
+impl L4Connect for Dialer {
+    async fn connect(&self, address: &SocketAddr) -> Result<Stream> {
+        let open = Open::new(&self.connections);
+        let mut stream = self.dial(address).await.map_err(|error| told(address, error))?;
+        stream.tracer = Some(Tracer(Box::new(open)));
+        Ok(stream)
+    }
+}
+
+impl fmt::Debug for Dialer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Dialer").field("pair", &self.pair).finish_non_exhaustive()
+    }
+}
+
+/// The kinds are Pingora's, as its own connector would give them.
+fn told(address: &SocketAddr, error: io::Error) -> Box<Error> {
+    use io::ErrorKind;
+    let kind = match error.kind() {
+        ErrorKind::ConnectionRefused => ErrorType::ConnectRefused,
+        ErrorKind::TimedOut => ErrorType::ConnectTimedout,
+        ErrorKind::HostUnreachable | ErrorKind::NetworkUnreachable => ErrorType::ConnectNoRoute,
+        _ => ErrorType::ConnectError,
+    };
+    Error::because(kind, format!("connecting to {address}"), error)
+}
+
+/// Counts a connection from the attempt to its end: Pingora keeps it with the stream.
+#[derive(Debug)]
+struct Open(Arc<Connections>);
+
+impl Open {
+    fn new(connections: &Arc<Connections>) -> Open {
+        connections.open.fetch_add(1, Ordering::Relaxed);
+        connections.gauge.inc();
+        Open(connections.clone())
+    }
+}
+
+impl Drop for Open {
+    fn drop(&mut self) {
+        self.0.open.fetch_sub(1, Ordering::Relaxed);
+        self.0.gauge.dec();
+    }
+}
+
+/// Being kept and dropped is all that is asked of it.
+impl Tracing for Open {
+    fn on_connected(&self) {}
+
+    fn on_disconnected(&self) {}
+
+    fn boxed_clone(&self) -> Box<dyn Tracing> {
+        Box::new(Open::new(&self.0))
+    }
+}

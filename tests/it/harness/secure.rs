@@ -1,0 +1,226 @@
+//! A backend behind TLS, a unix socket or the PROXY protocol, and authorities that sign certificates.
+//!
+//! It answers each request with what it knows of its connection, as JSON: which name it was asked for, who the peer has
+//! proved to be, what was agreed on, and what the PROXY protocol said.
+
+use std::fs;
+use std::io::{self, Read, Write};
+use std::net::{SocketAddr, TcpListener};
+use std::os::unix::net::UnixListener;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::thread;
+
+use openssl::nid::Nid;
+use openssl::ssl::{AlpnError, NameType, SslAcceptor, SslFiletype, SslMethod, SslRef, SslVerifyMode};
+use ppp::v2::{Addresses, Command, Header};
+use rcgen::{BasicConstraints, CertificateParams, DnType, IsCa, Issuer, KeyPair};
+use serde_json::{Value, json};
+use tempfile::TempDir;
+
+/// Signs certificates, and keeps all its files in a directory.
+pub struct Authority {
+    issuer: Issuer<'static, KeyPair>,
+    dir: TempDir,
+}
+
+/// A certificate and its key, as files.
+#[derive(Clone)]
+pub struct Identity {
+    /// The certificate.
+    pub certificate: PathBuf,
+    /// Its key.
+    pub key: PathBuf,
+}
+
+impl Authority {
+    /// A new one, which nobody trusts yet.
+    pub fn new() -> Authority {
+        let (dir, key) = (tempfile::tempdir().expect("a directory"), KeyPair::generate().expect("a key"));
+        let mut params = CertificateParams::new(Vec::new()).expect("parameters");
+        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        params.distinguished_name.push(DnType::CommonName, "an authority of a test");
+        let certificate = params.self_signed(&key).expect("its certificate");
+        fs::write(dir.path().join("ca.pem"), certificate.pem()).expect("a file");
+        Authority { issuer: Issuer::new(params, key), dir }
+    }
+
+    /// The file of its own certificate.
+    pub fn file(&self) -> PathBuf {
+        self.dir.path().join("ca.pem")
+    }
+
+    /// A certificate for a server or a client with these names; the first is its common name, too.
+    pub fn issue(&self, names: &[&str]) -> Identity {
+        let names: Vec<String> = names.iter().map(ToString::to_string).collect();
+        let (file, key) = (self.dir.path().join(names[0].replace(':', "_")), KeyPair::generate().expect("a key"));
+        let mut params = CertificateParams::new(names.clone()).expect("parameters");
+        params.distinguished_name.push(DnType::CommonName, &*names[0]);
+        let signed = params.signed_by(&key, &self.issuer).expect("a certificate");
+        let identity = Identity { certificate: file.with_extension("cert.pem"), key: file.with_extension("key.pem") };
+        fs::write(&identity.certificate, signed.pem()).expect("a file");
+        fs::write(&identity.key, key.serialize_pem()).expect("a file");
+        identity
+    }
+}
+
+/// What stands between a socket of the origin and HTTP.
+#[derive(Clone)]
+pub struct Layers {
+    tls: Option<Arc<SslAcceptor>>,
+    proxy: bool,
+}
+
+impl Layers {
+    /// Nothing.
+    pub fn none() -> Layers {
+        Layers { tls: None, proxy: false }
+    }
+
+    /// TLS with this identity; HTTP/1.1 is agreed on.
+    pub fn tls(identity: &Identity) -> Layers {
+        Layers::with_tls(identity, None)
+    }
+
+    /// TLS with this identity, which demands a certificate that this authority has signed.
+    pub fn mutual_tls(identity: &Identity, authority: &Authority) -> Layers {
+        Layers::with_tls(identity, Some(authority))
+    }
+
+    /// The PROXY protocol before all else.
+    pub fn introduced(mut self) -> Layers {
+        self.proxy = true;
+        self
+    }
+
+    fn with_tls(identity: &Identity, clients: Option<&Authority>) -> Layers {
+        let mut acceptor = SslAcceptor::mozilla_intermediate_v5(SslMethod::tls()).expect("TLS");
+        acceptor.set_certificate_chain_file(&identity.certificate).expect("a certificate");
+        acceptor.set_private_key_file(&identity.key, SslFiletype::PEM).expect("a key");
+        acceptor.set_alpn_select_callback(|_, offered| {
+            openssl::ssl::select_next_proto(b"\x08http/1.1", offered).ok_or(AlpnError::NOACK)
+        });
+        if let Some(authority) = clients {
+            acceptor.set_ca_file(authority.file()).expect("an authority");
+            acceptor.set_verify(SslVerifyMode::PEER | SslVerifyMode::FAIL_IF_NO_PEER_CERT);
+        }
+        Layers { tls: Some(Arc::new(acceptor.build())), proxy: false }
+    }
+}
+
+/// An origin with such layers.
+pub struct Secure {
+    address: String,
+    connections: Arc<AtomicUsize>,
+}
+
+impl Secure {
+    /// One that listens on a loopback port.
+    pub fn start(layers: Layers) -> Secure {
+        let listener = TcpListener::bind("127.0.0.1:0").expect("a port for the origin");
+        let address = listener.local_addr().expect("its address").to_string();
+        Secure::serve(address, layers, move || listener.accept().map(|(stream, _)| stream))
+    }
+
+    /// One that listens on a unix socket of this path.
+    pub fn on_unix(path: &Path, layers: Layers) -> Secure {
+        let listener = UnixListener::bind(path).expect("a unix socket for the origin");
+        let address = format!("unix:{}", path.display());
+        Secure::serve(address, layers, move || listener.accept().map(|(stream, _)| stream))
+    }
+
+    fn serve<S: Read + Write + Send + 'static>(
+        address: String,
+        layers: Layers,
+        accept: impl Fn() -> io::Result<S> + Send + 'static,
+    ) -> Secure {
+        let connections = Arc::<AtomicUsize>::default();
+        let counted = connections.clone();
+        thread::spawn(move || {
+            while let Ok(stream) = accept() {
+                let number = counted.fetch_add(1, Ordering::Relaxed) + 1;
+                let layers = layers.clone();
+                // What becomes of a connection is the gateway's business, and what it makes of it the story's.
+                thread::spawn(move || converse(stream, &layers, number));
+            }
+        });
+        Secure { address, connections }
+    }
+
+    /// Where it listens.
+    pub fn address(&self) -> &str {
+        &self.address
+    }
+
+    /// The port it listens on.
+    pub fn port(&self) -> u16 {
+        self.address.parse::<SocketAddr>().expect("no unix socket").port()
+    }
+
+    /// How many connections were made to it.
+    pub fn connections(&self) -> usize {
+        self.connections.load(Ordering::Relaxed)
+    }
+}
+
+fn converse<S: Read + Write>(mut stream: S, layers: &Layers, number: usize) -> Option<()> {
+    let proxy = if layers.proxy { introduced(&mut stream)? } else { Value::Null };
+    let mut facts = json!({ "connection": number, "proxy": proxy });
+    match &layers.tls {
+        None => answer(stream, &facts),
+        Some(acceptor) => {
+            let stream = acceptor.accept(stream).ok()?;
+            facts["tls"] = agreed(stream.ssl());
+            answer(stream, &facts)
+        }
+    }
+}
+
+/// What the PROXY protocol says.
+fn introduced(stream: &mut impl Read) -> Option<Value> {
+    let mut bytes = vec![0; 16];
+    stream.read_exact(&mut bytes).ok()?;
+    let length = u16::from_be_bytes([bytes[14], bytes[15]]);
+    bytes.resize(16 + usize::from(length), 0);
+    stream.read_exact(&mut bytes[16..]).ok()?;
+    let header = Header::try_from(&bytes[..]).expect("a header of the PROXY protocol, version 2");
+    let command = if header.command == Command::Local { "local" } else { "proxy" };
+    Some(match header.addresses {
+        Addresses::IPv4(it) => json!({
+            "command": command,
+            "client": SocketAddr::from((it.source_address, it.source_port)).to_string(),
+            "gateway": SocketAddr::from((it.destination_address, it.destination_port)).to_string(),
+        }),
+        other => json!({ "command": command, "addresses": format!("{other:?}") }),
+    })
+}
+
+fn agreed(ssl: &SslRef) -> Value {
+    let shown = ssl.peer_certificate().and_then(|certificate| {
+        let name = certificate.subject_name().entries_by_nid(Nid::COMMONNAME).next()?;
+        Some(String::from_utf8_lossy(name.data().as_slice()).into_owned())
+    });
+    json!({
+        "name": ssl.servername(NameType::HOST_NAME),
+        "client": shown,
+        "alpn": ssl.selected_alpn_protocol().map(String::from_utf8_lossy),
+    })
+}
+
+/// Answers requests without a body until the peer ends the connection.
+fn answer(mut stream: impl Read + Write, facts: &Value) -> Option<()> {
+    let body = facts.to_string();
+    let answer = format!("HTTP/1.1 200 OK\r\nContent-Length: {}\r\n\r\n{body}", body.len());
+    let mut read = Vec::new();
+    loop {
+        let mut piece = [0; 4096];
+        let count = stream.read(&mut piece).ok().filter(|count| *count > 0)?;
+        read.extend_from_slice(&piece[..count]);
+        if read.ends_with(b"\r\n\r\n") {
+            read.clear();
+            stream.write_all(answer.as_bytes()).ok()?;
+            stream.flush().ok()?;
+        }
+    }
+}
