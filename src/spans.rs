@@ -22,18 +22,10 @@ use crate::config::server::Tracing;
 use crate::error::{BuildError, Refusal};
 use crate::metrics::SpanMetrics;
 use crate::phase::Phase;
+use crate::phase::journal::{Journal, Span};
 pub use context::{Context, SpanId, TraceId, TraceParent};
 use context::{Sampler, TRACEPARENT, TRACESTATE};
 use queue::Queue;
-
-/// One phase of a recorded exchange.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Visit {
-    /// Which.
-    pub phase: Phase,
-    /// When it was entered.
-    pub since: Instant,
-}
 
 /// One endpoint that was asked for a recorded exchange.
 #[derive(Clone, Debug)]
@@ -56,33 +48,16 @@ pub struct Attempt {
     pub failure: Option<&'static Refusal>,
 }
 
-/// What is noted of a recorded exchange while it goes on.
-#[derive(Debug)]
+/// What is noted of a recorded exchange beside its journal.
+#[derive(Debug, Default)]
 pub struct Notes {
-    visits: Vec<Visit>,
     attempts: Vec<Attempt>,
 }
 
-/// More phases and attempts than these of one exchange are not noted; five attempts have fewer.
-const VISITS_MAX: usize = 64;
+/// More attempts than these of one exchange are not noted; there are five at most.
 const ATTEMPTS_MAX: usize = 16;
 
 impl Notes {
-    /// The notes of an exchange that entered `header` at one time and `route` at the other.
-    pub fn new(header: Instant, route: Instant) -> Box<Notes> {
-        // Enough for an exchange with one attempt.
-        let mut visits = Vec::with_capacity(Phase::COUNT);
-        visits.extend([Visit { phase: Phase::Header, since: header }, Visit { phase: Phase::Route, since: route }]);
-        Box::new(Notes { visits, attempts: Vec::with_capacity(1) })
-    }
-
-    /// The exchange goes on to `phase`.
-    pub fn enter(&mut self, phase: Phase, since: Instant) {
-        if self.visits.len() < VISITS_MAX {
-            self.visits.push(Visit { phase, since });
-        }
-    }
-
     /// An endpoint was chosen.
     pub fn attempt(&mut self, upstream: &str, endpoint: &str, begun: Instant) {
         if self.attempts.len() < ATTEMPTS_MAX {
@@ -101,11 +76,6 @@ impl Notes {
     pub fn span(&self) -> Option<SpanId> {
         self.attempts.last().filter(|attempt| attempt.ended.is_none()).map(|attempt| attempt.span)
     }
-
-    /// How many spans will be made of these.
-    fn spans(&self) -> u64 {
-        (1 + self.visits.len() + self.attempts.len()) as u64
-    }
 }
 
 /// All that is told of a recorded exchange, when it has ended.
@@ -113,8 +83,10 @@ impl Notes {
 pub struct Story {
     /// Its place in its trace.
     pub context: Context,
-    /// What was noted of it.
+    /// What was noted of its attempts.
     pub notes: Box<Notes>,
+    /// Its phases.
+    pub journal: Box<Journal>,
     /// `tracestate` as it came.
     pub state: Option<HeaderValue>,
     /// When it ended.
@@ -147,6 +119,18 @@ pub struct Story {
     pub refusal: Option<&'static Refusal>,
 }
 
+impl Story {
+    /// The phases that spans are made of: from the first byte of its header on.
+    fn phases(&self) -> impl Iterator<Item = Span> + '_ {
+        self.journal.spans().filter(|span| span.phase >= Phase::Header)
+    }
+
+    /// How many spans will be made of it.
+    fn spans(&self) -> u64 {
+        (1 + self.phases().count() + self.notes.attempts.len()) as u64
+    }
+}
+
 /// Gives exchanges their place in a trace, and takes the stories of those that are recorded.
 pub struct Tracer {
     sampler: Sampler,
@@ -176,7 +160,7 @@ impl Tracer {
 
     /// Takes the story of an exchange. Never waits: one that finds the queue full is dropped and counted.
     pub fn tell(&self, story: Story) {
-        let spans = story.notes.spans();
+        let spans = story.spans();
         if !self.queue.push(story) {
             self.dropped.inc_by(spans);
         }

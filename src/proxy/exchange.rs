@@ -79,7 +79,7 @@ pub struct Exchange {
     pub failure: Option<&'static Refusal>,
     /// Its place in a trace, if there are any.
     pub trace: Option<Context>,
-    /// What is noted for its spans, if it is recorded.
+    /// What is noted of its attempts for its spans, if it is recorded.
     pub notes: Option<Box<Notes>>,
     /// What it does when, if somebody wants to know.
     pub journal: Option<Box<Journal>>,
@@ -254,9 +254,10 @@ impl Exchange {
     pub fn trace(&mut self, place: Context) {
         self.trace = Some(place);
         if place.sampled {
-            let routed = self.clock.since();
-            let header = self.clock.spent(Phase::Header).unwrap_or_default();
-            self.notes = Some(Notes::new(routed.checked_sub(header).unwrap_or(routed), routed));
+            self.notes = Some(Box::default());
+            if self.journal.is_none() {
+                self.journal = Some(Box::new(self.journal_from_header()));
+            }
         }
     }
 
@@ -277,9 +278,6 @@ impl Exchange {
             self.clock.enter(phase, now);
             self.seat.enter(phase, now);
             eventloop::enter(phase);
-            if let Some(notes) = &mut self.notes {
-                notes.enter(phase, now);
-            }
             if self.journal.is_some() {
                 let note = self.note(now);
                 if let Some(journal) = &mut self.journal {
@@ -313,6 +311,16 @@ impl Exchange {
         let mut journal = self.journal.take()?;
         journal.end(Note { passed: Passed { answered: journal.passed().answered, ..passed }, ..self.note(now) });
         Some(journal)
+    }
+
+    /// A journal for an exchange in `route` that was found worth one only now.
+    fn journal_from_header(&self) -> Journal {
+        let routed = self.clock.since();
+        let header = self.clock.spent(Phase::Header).unwrap_or_default();
+        let since = Tick { at: routed.checked_sub(header).unwrap_or(routed), cycle: None };
+        let mut journal = Journal::begin(Phase::Header, Note::early(since));
+        journal.enter(Phase::Route, Note::early(Tick { at: routed, cycle: eventloop::cycle() }));
+        journal
     }
 
     fn note(&self, now: Instant) -> Note {

@@ -14,6 +14,7 @@ use crate::eventloop::own_time;
 use crate::filter::{Outcome, Stages, View};
 use crate::metrics::{RouteMetrics, Summary, UNROUTED};
 use crate::phase::Phase;
+use crate::phase::journal::{Journal, Passed};
 use crate::spans::context::TRACESTATE;
 use crate::spans::{Notes, Story, TraceId, TraceParent, Tracer};
 
@@ -49,6 +50,7 @@ pub fn settle(exchange: &mut Exchange, session: &mut ServerSession, unrouted: &R
     exchange.clock.settle(now);
     let own = own_time(now);
     let notes = exchange.notes.take();
+    let journal = exchange.close_journal(now, Passed { received, sent, ..Passed::default() });
     let metrics = exchange.route.as_ref().map_or(unrouted, |route| &route.metrics);
     let blocked = exchange.link.as_ref().map(|link| link.blocked()).unwrap_or_default();
     let (held, saved) = (exchange.held, exchange.saved);
@@ -59,8 +61,8 @@ pub fn settle(exchange: &mut Exchange, session: &mut ServerSession, unrouted: &R
     }
 
     let request = session.req_header();
-    if let (Some(tracer), Some(notes)) = (tellers.tracer, notes) {
-        tracer.tell(story(exchange, notes, request, now, status));
+    if let (Some(tracer), Some(notes), Some(journal)) = (tellers.tracer, notes, journal) {
+        tracer.tell(story(exchange, (notes, journal), request, now, status));
     }
     let Some(log) = tellers.log else { return };
     let field = |name| request.headers.get(name).map(|value| value.as_bytes());
@@ -104,13 +106,20 @@ fn route_name(exchange: &Exchange) -> &str {
 }
 
 /// All that spans are made of.
-fn story(exchange: &Exchange, notes: Box<Notes>, request: &RequestHeader, ended: Instant, status: u16) -> Story {
+fn story(
+    exchange: &Exchange,
+    (notes, journal): (Box<Notes>, Box<Journal>),
+    request: &RequestHeader,
+    ended: Instant,
+    status: u16,
+) -> Story {
     let text = |bytes: &[u8]| Box::<str>::from(String::from_utf8_lossy(bytes));
     let field = |name| request.headers.get(name).map(|value| text(value.as_bytes()));
     let context = exchange.trace.expect("what is recorded has its place in a trace");
     Story {
         context,
         notes,
+        journal,
         state: context.parent.and_then(|_| request.headers.get(TRACESTATE).cloned()),
         ended: (ended, SystemTime::now()),
         listener: exchange.connection.as_ref().map_or("", |connection| &connection.listener.name).into(),

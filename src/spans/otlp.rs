@@ -111,7 +111,7 @@ fn spans(story: Story, scope: &InstrumentationScope, into: &mut Vec<SpanData>) {
     let (ended, when) = story.ended;
     let form = Form { story: &story, state, scope, ended, when };
     let notes = &story.notes;
-    let begun = notes.visits.first().map_or(ended, |visit| visit.since);
+    let begun = story.phases().next().map_or(ended, |span| span.begin.tick.at);
     let context = story.context;
 
     let mut server = form.span(context.span, context.parent, SpanKind::Server, story.server_name(), begun, ended);
@@ -127,13 +127,17 @@ fn spans(story: Story, scope: &InstrumentationScope, into: &mut Vec<SpanData>) {
         span.status = attempt.outcome();
         into.push(span);
     }
-    let ends = notes.visits.iter().skip(1).map(|visit| visit.since).chain([ended]);
-    for (visit, until) in notes.visits.iter().zip(ends) {
-        let of_attempt = matches!(visit.phase, Phase::Connect | Phase::Send | Phase::Wait | Phase::Receive);
-        let attempt = notes.attempts.iter().rev().find(|attempt| of_attempt && attempt.begun <= visit.since);
+    for visit in story.phases() {
+        let (phase, since, until) = (visit.phase, visit.begin.tick.at, visit.end.tick.at);
+        let of_attempt = matches!(phase, Phase::Connect | Phase::Send | Phase::Wait | Phase::Receive);
+        let attempt = notes.attempts.iter().rev().find(|attempt| of_attempt && attempt.begun <= since);
         let parent = attempt.map_or(context.span, |attempt| attempt.span);
-        let span = SpanId::random();
-        into.push(form.span(span, Some(parent), SpanKind::Internal, visit.phase.name(), visit.since, until));
+        let mut span = form.span(SpanId::random(), Some(parent), SpanKind::Internal, phase.name(), since, until);
+        let own = visit.end.own.saturating_sub(visit.begin.own);
+        span.attributes.push(KeyValue::new("forebay.own_seconds", own.as_secs_f64()));
+        let worker = visit.begin.tick.cycle.or(visit.end.tick.cycle).map(|cycle| cycle.worker as i64);
+        span.attributes.extend(worker.map(|worker| KeyValue::new("forebay.worker", worker)));
+        into.push(span);
     }
 }
 
@@ -306,6 +310,7 @@ pub(super) mod tests {
     use super::super::{Context, Notes, TraceId};
     use super::*;
     use crate::error::refusal;
+    use crate::phase::journal::{Journal, Note, Tick};
 
     fn ms(n: u64) -> Duration {
         Duration::from_millis(n)
@@ -314,10 +319,14 @@ pub(super) mod tests {
     /// A request that was answered at the second attempt, after 10 ms.
     pub fn story() -> Story {
         let begin = Instant::now();
-        let mut notes = Notes::new(begin, begin + ms(1));
+        let note = |at| Note::early(Tick { at: begin + ms(at), cycle: None });
+        let mut journal = Journal::begin(Phase::Accept, Note::early(Tick { at: begin - ms(5), cycle: None }));
+        journal.enter(Phase::Header, note(0));
+        journal.enter(Phase::Route, note(1));
+        let mut notes = Box::new(Notes::default());
         for (attempt, at) in [("10.0.0.1:80", 2), ("[::1]:81", 5)] {
-            notes.enter(Phase::Select, begin + ms(at));
-            notes.enter(Phase::Connect, begin + ms(at));
+            journal.enter(Phase::Select, note(at));
+            journal.enter(Phase::Connect, note(at));
             notes.attempt("app", attempt, begin + ms(at));
             if at == 2 {
                 let first = notes.present().expect("it has just begun");
@@ -326,13 +335,15 @@ pub(super) mod tests {
             }
         }
         for (phase, at) in [(Phase::Send, 6), (Phase::Wait, 7), (Phase::Receive, 8), (Phase::Write, 9)] {
-            notes.enter(phase, begin + ms(at));
+            journal.enter(phase, note(at));
         }
+        journal.end(note(10));
         let second = notes.present().expect("it has not ended");
         (second.reused, second.status, second.ended) = (Some(true), Some(200), Some(begin + ms(9)));
         Story {
             context: Context { trace: TraceId(1), span: SpanId(2), parent: Some(SpanId(3)), sampled: true },
             notes,
+            journal: Box::new(journal),
             state: Some("vendor=value".parse().expect("a value")),
             ended: (begin + ms(10), SystemTime::UNIX_EPOCH + ms(1_010)),
             listener: "web".into(),

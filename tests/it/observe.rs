@@ -8,7 +8,7 @@ use forebay::phase::Phase;
 use crate::harness::client::{Client, get};
 use crate::harness::gateway::{Watched, read_lines};
 use crate::harness::metrics::{Prometheus, Scrape, promtool};
-use crate::harness::{Origin, Setup, ms, ok};
+use crate::harness::{Origin, Setup, eventually, ms, ok};
 
 #[test]
 fn a_line_of_the_json_log_says_who_asked_what_and_what_became_of_it() {
@@ -149,7 +149,7 @@ fn a_gateway_that_runs_is_healthy_and_ready() {
     let origin = Origin::named("origin");
     let gateway = Setup::before(&origin).start();
     assert_eq!(get(gateway.admin(), "/healthz").status, 200);
-    assert_eq!(get(gateway.admin(), "/readyz").status, 200);
+    eventually("the gateway to be ready", || (get(gateway.admin(), "/readyz").status == 200).then_some(()));
     assert_eq!(get(gateway.admin(), "/nothing").status, 404);
     assert_eq!(Client::connect(gateway.admin()).ask("POST", "/metrics", "", "").status, 405);
 }

@@ -63,7 +63,7 @@ const COLOURS: &[(&str, &str, &str)] = &[
     ("outcome", "reused", GOOD),
     ("outcome", "failed", BAD),
     ("outcome", "exported", GOOD),
-    ("outcome", "dropped", WARN),
+    ("outcome", "dropped", BAD),
     ("protocol", "http1", "blue"),
     ("protocol", "h2", "purple"),
     // The further out, the warmer.
