@@ -8,7 +8,7 @@ pub mod stop;
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 
 use pingora::server::configuration::{RuntimeMetricsPollTimeHistogramScale, ServerConf};
 use pingora::server::{RunArgs, Server};
@@ -244,6 +244,7 @@ impl Gateway {
             admin = socket.tcp;
             let streams = usize::try_from(config.admin.streams.0).unwrap_or(usize::MAX);
             let app = Admin::new(metrics.clone(), readiness.clone(), streams);
+            let app = admin::upstreams::add(app, parts.upstreams.values().cloned().collect());
             let sources = Sources {
                 generation: 1,
                 metrics,
@@ -286,7 +287,12 @@ impl Parts {
         let mut upstreams = BTreeMap::new();
         for (name, written) in &config.upstreams {
             match Upstream::build(name, written, metrics.upstream(name)) {
-                Ok(upstream) => drop(upstreams.insert(name.clone(), Arc::new(upstream))),
+                Ok(upstream) => {
+                    let upstream = Arc::new(upstream);
+                    let group: Weak<Upstream> = Arc::downgrade(&upstream);
+                    upstream.metrics.count_endpoints(group);
+                    upstreams.insert(name.clone(), upstream);
+                }
                 Err(found) => errors.extend(found),
             }
         }

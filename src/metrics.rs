@@ -4,6 +4,7 @@
 //! path only the children that a handle keeps are touched, for a look-up costs ten times as much. The registry is our
 //! own and not the crate's global one, so that two gateways in one process do not count each other's exchanges.
 
+pub mod endpoints;
 pub mod family;
 mod phases;
 mod refusals;
@@ -22,8 +23,9 @@ use prometheus::{
     Registry, TextEncoder,
 };
 
-use crate::error::Refusal;
+use crate::error::{Refusal, refusal};
 use crate::phase::Phase;
+use endpoints::{EndpointCollector, EndpointMetrics, Group, Groups};
 use phases::{PhaseCollector, Roll};
 use retry::RetryMetrics;
 use route::Series;
@@ -50,6 +52,9 @@ struct Inner {
     /// Those that somebody has, so that a route of the same name in the next configuration counts on.
     routes: Mutex<HashMap<Box<str>, Weak<RouteMetrics>>>,
     other: OnceLock<Arc<Series>>,
+    /// The upstreams whose endpoints are counted, and what is kept of these endpoints.
+    groups: Groups,
+    endpoints: Mutex<endpoints::Known>,
 }
 
 /// The families whose children are made after [`Metrics::new`].
@@ -68,6 +73,9 @@ struct Families {
     client_requests: IntCounterVec,
     upstream_selections: IntCounterVec,
     upstream_connects: IntCounterVec,
+    upstream_connect_failures: IntCounterVec,
+    upstream_connect_seconds: HistogramVec,
+    upstream_wait_seconds: HistogramVec,
     upstream_resolutions: IntCounterVec,
     upstream_health_checks: IntCounterVec,
     upstream_connections: IntGaugeVec,
@@ -109,7 +117,9 @@ impl Metrics {
         let build_info = family::BUILD_INFO.gauge(&registry);
         build_info.with_label_values(&[Self::VERSION, Self::PINGORA_VERSION]).set(1);
         let phases = Roll::new(Instant::now());
-        let collectors: [Box<dyn Collector>; 3] = [
+        let groups = Groups::default();
+        let collectors: [Box<dyn Collector>; 4] = [
+            Box::new(EndpointCollector::new(groups.clone())),
             Box::new(refusals::Refusals::new(refusals)),
             Box::new(PhaseCollector::new(phases.clone())),
             Box::new(ProcessCollector::for_self()),
@@ -126,6 +136,8 @@ impl Metrics {
             series_left: AtomicU64::new(series_max),
             routes: Mutex::default(),
             other: OnceLock::new(),
+            groups,
+            endpoints: Mutex::default(),
             families,
             registry,
         }))
@@ -176,6 +188,10 @@ impl Metrics {
         let families = self.families();
         let connects = |outcome| families.upstream_connects.with_label_values(&[name, outcome]);
         let resolutions = |outcome| families.upstream_resolutions.with_label_values(&[name, outcome]);
+        let connect_failures = refusal::ALL.iter().filter_map(|&refusal| {
+            let reason = refusal.reason.strip_prefix("connect.")?;
+            Some((refusal, families.upstream_connect_failures.with_label_values(&[name, reason])))
+        });
         UpstreamMetrics {
             connects_new: connects("new"),
             connects_reused: connects("reused"),
@@ -184,10 +200,23 @@ impl Metrics {
             resolutions_failed: resolutions("failed"),
             connections: families.upstream_connections.with_label_values(&[name]),
             retries: RetryMetrics::of(name, &families.retries, &families.retries_refused),
-            selections: families.upstream_selections.clone(),
             health_checks: families.upstream_health_checks.clone(),
+            connect_failures: connect_failures.collect(),
+            connect_seconds: families.upstream_connect_seconds.with_label_values(&[name]),
+            wait_seconds: families.upstream_wait_seconds.with_label_values(&[name]),
+            metrics: self.clone(),
             name: name.into(),
         }
+    }
+
+    /// Counts the endpoints of this upstream whenever somebody asks, for as long as there is one.
+    pub fn count_endpoints(&self, group: Weak<dyn Group>) {
+        self.0.groups.add(group);
+    }
+
+    /// Held for a look-up, when an endpoint comes or goes.
+    fn endpoints(&self) -> MutexGuard<'_, endpoints::Known> {
+        self.0.endpoints.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Those of all spools, of the budget and of the disk threads that they share.
@@ -367,6 +396,9 @@ impl Families {
             client_requests: family::CLIENT_REQUESTS.counter(registry),
             upstream_selections: family::UPSTREAM_SELECTIONS.counter(registry),
             upstream_connects: family::UPSTREAM_CONNECTS.counter(registry),
+            upstream_connect_failures: family::UPSTREAM_CONNECT_FAILURES.counter(registry),
+            upstream_connect_seconds: family::UPSTREAM_CONNECT_SECONDS.histogram(registry),
+            upstream_wait_seconds: family::UPSTREAM_WAIT_SECONDS.histogram(registry),
             upstream_resolutions: family::UPSTREAM_RESOLUTIONS.counter(registry),
             upstream_health_checks: family::UPSTREAM_HEALTH_CHECKS.counter(registry),
             upstream_connections: family::UPSTREAM_CONNECTIONS.gauge(registry),
@@ -542,15 +574,39 @@ pub struct UpstreamMetrics {
     pub connections: IntGauge,
     /// Attempts that were repeated, and those that were not.
     pub retries: RetryMetrics,
-    selections: IntCounterVec,
     health_checks: IntCounterVec,
+    /// Times until new connections stood.
+    pub connect_seconds: Histogram,
+    /// Times from the end of a request to the header of its answer.
+    pub wait_seconds: Histogram,
+    /// For each refusal of the phase `connect`.
+    connect_failures: Box<[(&'static Refusal, IntCounter)]>,
+    metrics: Metrics,
     name: Box<str>,
 }
 
 impl UpstreamMetrics {
-    /// How often the endpoint with this label, its address as written, was chosen. Ask once, when it is built.
-    pub fn endpoint(&self, label: &str) -> IntCounter {
-        self.selections.with_label_values(&[&*self.name, label])
+    /// Those of the endpoints with this label, an address as written. Ask once, when one is built.
+    pub fn endpoint(&self, label: &str) -> Arc<EndpointMetrics> {
+        let key = (self.name.clone(), label.into());
+        let mut known = self.metrics.endpoints();
+        if let Some(endpoint) = known.get(&key).and_then(Weak::upgrade) {
+            return endpoint;
+        }
+        let endpoint = Arc::new(EndpointMetrics::new(&self.name, label, &self.metrics));
+        known.insert(key, Arc::downgrade(&endpoint));
+        endpoint
+    }
+
+    /// Counts an attempt for which no connection came about.
+    pub fn count_connect_failure(&self, why: &'static Refusal) {
+        let counter = self.connect_failures.iter().find(|(refusal, _)| *refusal == why);
+        counter.iter().for_each(|(_, count)| count.inc());
+    }
+
+    /// Counts the endpoints of this upstream whenever somebody asks, for as long as there is one.
+    pub fn count_endpoints(&self, group: Weak<dyn Group>) {
+        self.metrics.count_endpoints(group);
     }
 
     /// Those of its health checks. Ask once, if it has any.
@@ -633,8 +689,8 @@ mod tests {
     use crate::error::refusal;
     use crate::phase::Clock;
 
-    /// Metrics in which every family has a child, and the route that some of these are of.
-    fn busy() -> (Metrics, Arc<RouteMetrics>) {
+    /// Metrics in which every family has a child, and what some of these live as long as.
+    fn busy() -> (Metrics, impl Sized) {
         let metrics = Metrics::new(u64::MAX, refusal::ALL.to_vec());
         let clock = Clock::start(Phase::Header, Instant::now());
         let exchange = Summary { held: Some(Duration::ZERO), status: 200, ..route::tests::exchange(&clock) };
@@ -642,7 +698,9 @@ mod tests {
         route.record(&exchange);
         route.spills(Direction::Request);
         metrics.listener("web");
-        metrics.upstream("app").endpoint("127.0.0.1:3000");
+        let endpoint = metrics.upstream("app").endpoint("127.0.0.1:3000");
+        let group: Arc<dyn Group> = Arc::new(endpoints::tests::Two);
+        metrics.count_endpoints(Arc::downgrade(&group));
         metrics.spools();
         metrics.lane(0);
         metrics.filter_polls("respond");
@@ -651,7 +709,7 @@ mod tests {
         metrics.spans();
         metrics.admin().count("/", 200);
         metrics.set_workers(2);
-        (metrics, route)
+        (metrics, (route, endpoint, group))
     }
 
     fn text(metrics: &Metrics) -> String {

@@ -98,7 +98,8 @@ impl ProxyHttp for Proxy {
             return refuse(session, exchange, plain(&refusal::ROUTE_PRESSURE)).await;
         }
         exchange.upstream = Some(upstream.clone());
-        exchange.hash = upstream.hash(&exchange.asked(session.req_header()));
+        let asked = exchange.asked(session.req_header());
+        (exchange.hash, exchange.stuck) = (upstream.hash(&asked), upstream.stuck(&asked));
         patience_for_writing(session, exchange, route.write_idle);
         if session.is_upgrade_req() {
             // Once upgraded, a client may be silent for as long as its upstream is not.

@@ -12,10 +12,12 @@ pub mod ended;
 pub mod endpoint;
 pub mod health;
 pub mod latency;
+pub mod orders;
 pub mod outlier;
 pub mod retries;
 pub mod roster;
 pub mod slow_start;
+pub mod sticky;
 pub mod tiers;
 pub mod transport;
 pub mod window;
@@ -26,14 +28,15 @@ use std::future::Future;
 use std::io;
 use std::panic;
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use arc_swap::ArcSwap;
 use async_trait::async_trait;
 use futures::FutureExt;
 use futures::future::join_all;
+use http::HeaderValue;
 use pingora::protocols::l4::socket::SocketAddr;
 use pingora::server::ShutdownWatch;
 use pingora::services::background::{BackgroundService, GenBackgroundService};
@@ -42,14 +45,19 @@ use tokio::time::{MissedTickBehavior, interval_at, sleep};
 use tracing::warn;
 
 use crate::config;
+use crate::config::upstream::balance::Policy;
 use crate::config::upstream::{LoadBalancing, Protocol};
 use crate::error::BuildError;
-use crate::filter::key::{Asked, Keys};
+use crate::filter::key::{Asked, Keys, cookie};
 use crate::metrics::UpstreamMetrics;
+use crate::metrics::endpoints::{Group, Present};
+use availability::State;
 use check::Checks;
 use discovery::{Directory, Location, Place, Resolve, System};
+use orders::{Order, Orders};
 use retries::{Allowance, Permit, Retries};
 use roster::Roster;
+use sticky::{Sticky, Stuck};
 use transport::Transport;
 
 pub use balance::Split;
@@ -77,6 +85,8 @@ pub struct Upstream {
     load_balancing: LoadBalancing,
     /// What policies with a hash go by; empty for the others.
     keys: Keys,
+    /// How its clients stay where they are, if they do.
+    sticky: Option<Sticky>,
     /// Exchanges that have one of its endpoints now.
     inflight: Arc<AtomicU32>,
     /// Every endpoint that its source names, then those that it names no longer and that are still busy.
@@ -89,6 +99,8 @@ pub struct Upstream {
     checks: Option<Checks>,
     /// Requests that it was sent already and gets again.
     retries: Arc<Retries>,
+    /// What the operator has ordered.
+    orders: Mutex<Orders>,
 }
 
 /// How long the endpoints of an upstream may take.
@@ -135,6 +147,9 @@ impl Upstream {
         let places = places(&written.endpoints, &transport).map_err(|errors| at(&place, errors))?;
         let keys = Keys::build(&written.load_balancing.hash_key.0)
             .map_err(|error| at(&place, vec![error.under("load_balancing.hash_key")]))?;
+        let sticky = written.load_balancing.sticky.as_ref().map(|sticky| Sticky::build(&sticky.cookie, name));
+        let sticky = sticky.transpose();
+        let sticky = sticky.map_err(|error| at(&place, vec![error.under("load_balancing.sticky.cookie")]))?;
         let directory = Directory::new(places, resolver);
         resolve_now(&directory).map_err(|errors| at(&place, errors))?;
 
@@ -147,6 +162,7 @@ impl Upstream {
             transport: Arc::new(transport),
             load_balancing: written.load_balancing.clone(),
             keys,
+            sticky,
             inflight: Arc::default(),
             members: ArcSwap::default(),
             roster: ArcSwap::default(),
@@ -155,9 +171,20 @@ impl Upstream {
             directory,
             checks,
             retries: Arc::default(),
+            orders: Mutex::default(),
         };
         upstream.discovered(upstream.directory.found());
         Ok(upstream)
+    }
+
+    /// How an endpoint is chosen.
+    pub fn policy(&self) -> Policy {
+        self.load_balancing.policy
+    }
+
+    /// Exchanges that have one of its endpoints now.
+    pub fn inflight(&self) -> u32 {
+        self.inflight.load(Ordering::Relaxed)
     }
 
     /// Whether an exchange has a connection to its endpoint for itself.
@@ -171,12 +198,34 @@ impl Upstream {
         if self.keys.is_empty() { 0 } else { self.keys.hash(asked).unwrap_or_else(rand::random) }
     }
 
+    /// What the cookie of a request says of where its client stays; `None` if nothing that we have signed.
+    pub fn stuck(&self, asked: &Asked<'_>) -> Option<Stuck> {
+        let sticky = self.sticky.as_ref()?;
+        sticky.read(cookie(asked.headers, sticky.name.as_bytes())?, SystemTime::now())
+    }
+
+    /// The endpoint that a client stays at, if it may be chosen and is none of `tried`. Goes before [`Upstream::select`], and
+    /// whoever gets one owes the same for it.
+    pub fn stay(&self, stuck: &Stuck, tried: &[Arc<Endpoint>]) -> Option<Engaged> {
+        let roster = self.roster.load();
+        let endpoint = roster.named(stuck.endpoint, tried)?;
+        endpoint.metrics.selections.inc();
+        Some(Engaged::new(endpoint, &self.inflight))
+    }
+
+    /// The `Set-Cookie` by which a client stays at the endpoint that has answered; `None` if it does so anyhow, or shall not.
+    pub fn cookie(&self, stuck: Option<&Stuck>, endpoint: &Endpoint, https: bool) -> Option<HeaderValue> {
+        let sticky = self.sticky.as_ref()?;
+        let stays = stuck.is_some_and(|stuck| !stuck.is_old && endpoint.names.contains(&stuck.endpoint));
+        if stays { None } else { sticky.write(&endpoint.names, https, SystemTime::now()) }
+    }
+
     /// The endpoint that is to serve next, but none of `tried`; `None` once all of them were tried. Whoever gets one tells
     /// [`Upstream::ended`] what became of it. `hash` is that of the exchange's key; policies without one take no notice of it.
     pub fn select(&self, hash: u64, tried: &[Arc<Endpoint>], now: Instant) -> Option<Engaged> {
         let roster = self.roster.load();
         let endpoint = roster.pick(hash, tried, &self.inflight, now)?;
-        endpoint.selections.inc();
+        endpoint.metrics.selections.inc();
         Some(Engaged::new(endpoint, &self.inflight))
     }
 
@@ -198,7 +247,20 @@ impl Upstream {
 
     /// An attempt is over. Called exactly once for each endpoint that [`Upstream::select`] gave.
     pub fn ended(&self, endpoint: &Arc<Endpoint>, ended: &Ended, now: Instant) {
+        self.count(ended);
         endpoint.learn(ended, now);
+    }
+
+    fn count(&self, ended: &Ended) {
+        if let Some(connect) = ended.connect {
+            self.metrics.connect_seconds.observe(connect.as_secs_f64());
+        }
+        if let Some(wait) = ended.wait {
+            self.metrics.wait_seconds.observe(wait.as_secs_f64());
+        }
+        if let Outcome::Connect(why) = ended.outcome {
+            self.metrics.count_connect_failure(why);
+        }
     }
 
     /// Every endpoint that there is, available or not.
@@ -226,14 +288,18 @@ impl Upstream {
                     Arc::clone(endpoint)
                 }
                 None => {
-                    let selections = self.metrics.endpoint(&found.label);
-                    let endpoint = Endpoint::new(found, &self.transport, selections, now);
+                    let metrics = self.metrics.endpoint(&found.label);
+                    let mut endpoint = Endpoint::new(found, &self.transport, metrics, now);
+                    if let Some(sticky) = &self.sticky {
+                        endpoint.names = sticky.names(&endpoint.identity);
+                    }
                     if !before.is_empty() {
                         endpoint.begin_slowly(now);
                     }
                     if let Some(checks) = &self.checks {
                         checks.introduce(&endpoint, now);
                     }
+                    self.orders().repeat(&endpoint, now);
                     Arc::new(endpoint)
                 }
             };
@@ -248,6 +314,25 @@ impl Upstream {
         if let Some(checks) = &self.checks {
             checks.members_changed();
         }
+    }
+
+    /// Gives an order to the endpoints that are called so, by their label or by their address, which it is enough to have in
+    /// common with one of them; tells which these are. It holds until the next reload. Not for workers.
+    pub fn order(&self, name: &str, order: Order) -> Vec<Arc<Endpoint>> {
+        let now = Instant::now();
+        let members = self.members.load();
+        let meant = |endpoint: &&Arc<Endpoint>| *endpoint.label == *name || endpoint.address.to_string() == name;
+        let meant: Vec<Arc<Endpoint>> = members.iter().filter(meant).cloned().collect();
+        let mut orders = self.orders();
+        meant.iter().for_each(|endpoint| orders.give(endpoint, order, now));
+        drop(orders);
+        self.reassess();
+        meant
+    }
+
+    /// Held for as long as an order is carried out, never on a worker.
+    fn orders(&self) -> MutexGuard<'_, Orders> {
+        self.orders.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Something is known anew of an endpoint's availability: the roster will be made again, in the background. Cheap, from
@@ -308,6 +393,28 @@ impl Upstream {
             warn!(upstream = %self.name, "{}; its last known addresses stay in use", failure.message);
         }
         self.discovered(self.directory.found());
+    }
+}
+
+impl Group for Upstream {
+    fn name(&self) -> &str {
+        &self.name
+    }
+
+    fn states(&self) -> Vec<&'static str> {
+        State::ALL.map(State::name).into()
+    }
+
+    fn each(&self, tell: &mut dyn FnMut(Present<'_>)) {
+        for endpoint in &**self.members.load() {
+            let availability = endpoint.availability();
+            tell(Present {
+                label: &endpoint.label,
+                state: availability.state().name(),
+                available: availability.admits(),
+                inflight: endpoint.inflight(),
+            });
+        }
     }
 }
 
@@ -432,8 +539,7 @@ mod tests {
 
     use std::collections::{BTreeMap, BTreeSet};
     use std::net;
-
-    use super::availability::State;
+    use std::num::NonZeroU32;
 
     /// A resolver that answers what a test tells it to.
     #[derive(Default)]
@@ -502,7 +608,7 @@ mod tests {
         let labels: Vec<&str> = order.iter().map(|endpoint| &*endpoint.label).collect();
         let a = "10.0.0.1:80";
         assert_eq!(labels, [a, a, "unix:/run/b.sock", a, "[::1]:80", a, a]);
-        assert_eq!((order[0].selections.get(), order[0].inflight()), (5, 5));
+        assert_eq!((order[0].metrics.selections.get(), order[0].inflight()), (5, 5));
     }
 
     #[test]
@@ -630,6 +736,24 @@ mod tests {
         until(2).await;
         assert_eq!(selected(&upstream, 4).len(), 2);
         keeping.abort();
+    }
+
+    #[tokio::test]
+    async fn what_the_operator_orders_holds_for_an_address_that_goes_and_comes_again() {
+        let script = Arc::<Script>::default().set("a.test", &["10.0.0.1", "10.0.0.2"]);
+        let upstream = build(&[("a.test:80", 1)], &script).unwrap();
+        assert_eq!(upstream.order("10.0.0.1:80", Order::Drain).len(), 1);
+        assert_eq!(upstream.order("a.test:80", Order::Weigh(NonZeroU32::new(3))).len(), 2);
+        assert!(upstream.order("10.0.0.3:80", Order::Drain).is_empty());
+        script.set("a.test", &["10.0.0.3"]);
+        upstream.refresh().await;
+        script.set("a.test", &["10.0.0.1", "10.0.0.3"]);
+        upstream.refresh().await;
+        let members = upstream.members();
+        let told: Vec<_> =
+            members.iter().map(|member| (member.availability().is_drained(), member.weight().get())).collect();
+        assert_eq!(told, [(true, 3), (false, 1)]);
+        assert_eq!(selected(&upstream, 2), counts(&[("a.test:80 10.0.0.3:80", 2)]));
     }
 
     #[tokio::test]

@@ -579,7 +579,8 @@ fn refused(refusals: &[&'static Refusal]) -> BTreeMap<String, u64> {
     reasons
 }
 
-fn grouped(upstream: &Upstream, most: usize, now: Instant) -> UpstreamStatus {
+/// An upstream, with so many of its endpoints at most.
+pub(super) fn grouped(upstream: &Upstream, most: usize, now: Instant) -> UpstreamStatus {
     let metrics = &upstream.metrics;
     let members = upstream.members();
     let mut states = BTreeMap::new();
@@ -611,7 +612,8 @@ fn shown_first(endpoint: &Endpoint) -> (bool, std::cmp::Reverse<u32>) {
     (endpoint.availability().admits(), std::cmp::Reverse(endpoint.inflight()))
 }
 
-fn served(endpoint: &Endpoint, now: Instant) -> EndpointStatus {
+/// An endpoint.
+pub(super) fn served(endpoint: &Endpoint, now: Instant) -> EndpointStatus {
     EndpointStatus {
         endpoint: endpoint.label.to_string(),
         address: endpoint.address.to_string(),
@@ -620,7 +622,7 @@ fn served(endpoint: &Endpoint, now: Instant) -> EndpointStatus {
         priority: endpoint.priority(),
         inflight: endpoint.inflight(),
         latency_seconds: endpoint.latency(now),
-        selections: endpoint.selections.get(),
+        selections: endpoint.metrics.selections.get(),
     }
 }
 

@@ -6,6 +6,7 @@
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::hash::Hash;
 use std::net::{IpAddr, Ipv6Addr};
+use std::time::Duration;
 
 use http::uri::{Authority, PathAndQuery};
 use http::{HeaderName, HeaderValue, Method, Uri};
@@ -15,6 +16,7 @@ use super::address::{Address, Target, is_label};
 use super::decode::Parts;
 use super::explain::{expected, join};
 use super::filter::FilterKind;
+use super::key::Key;
 use super::listener::{Limits, Listener};
 use super::report::{Finding, Spot};
 use super::route::retry::{ATTEMPTS_MAX, Backoff, Retry};
@@ -22,6 +24,7 @@ use super::route::{BufferMode, Client, Match, PathMatch, Route, ValueMatch};
 use super::server::{EventLoop, Resources, Tracing};
 use super::units::{ByteRate, Count, Size, Time};
 use super::upstream::health::{HealthCheck, HttpCheck};
+use super::upstream::sticky::{Secrets, Sticky, StickyCookie};
 use super::upstream::{LoadBalancing, Protocol, Upstream};
 
 /// The name under which `/metrics` counts what is beyond a limit.
@@ -376,7 +379,10 @@ impl<'a> Check<'a> {
     }
 
     fn load_balancing(&mut self, balancing: &LoadBalancing, path: &str) {
-        let LoadBalancing { policy, hash_key, bounded_load } = balancing;
+        let LoadBalancing { policy, hash_key, bounded_load, sticky } = balancing;
+        if let Some(Sticky { cookie }) = sticky {
+            self.sticky_cookie(cookie, &format!("{path}.sticky.cookie"));
+        }
         if self.parts.broken.at(&format!("{path}.policy")) {
             return;
         }
@@ -465,6 +471,34 @@ impl<'a> Check<'a> {
         if let Some(host) = host.filter(|host| host.parse::<Authority>().is_err() || host.contains('@')) {
             let finding = Finding::error(value(path), format!("`{host}` is not a host"));
             self.wrong(finding.label("expected a name such as `shop.example.com`, with a port or without"));
+        }
+    }
+
+    fn sticky_cookie(&mut self, cookie: &StickyCookie, path: &str) {
+        let StickyCookie { name, secret: Secrets(secrets), ttl, same_site: _ } = cookie;
+        if let Err(error) = Key::Cookie(name.clone()).check() {
+            self.wrong(Finding::error(value(format!("{path}.name")), error.message));
+        }
+        let at = format!("{path}.secret");
+        if !(1..=StickyCookie::SECRETS_MAX).contains(&secrets.len()) {
+            let finding = Finding::error(value(&at), "a signed cookie has one secret, or a few while they change");
+            self.wrong(finding.label(format!("expected from 1 to {} secrets", StickyCookie::SECRETS_MAX)));
+        }
+        for (index, secret) in secrets.iter().enumerate() {
+            let item = self.item(&at, index);
+            let item = if self.is_written(&item) { item } else { at.clone() };
+            let least = StickyCookie::SECRET_BYTES_MIN;
+            if secret.len() < least {
+                let finding = Finding::error(value(item), "this secret can be guessed");
+                let finding = finding.label(format!("expected at least {least} bytes"));
+                self.wrong(
+                    finding.help("make one with `openssl rand -base64 32`, and write `${VAR}` or `${file:/path}`"),
+                );
+            }
+        }
+        if ttl.is_some_and(|ttl| ttl.0 < Duration::from_secs(1)) {
+            let finding = Finding::error(value(format!("{path}.ttl")), "a cookie lives for whole seconds");
+            self.wrong(finding.label("expected at least `1s`"));
         }
     }
 
@@ -608,9 +642,16 @@ impl<'a> Check<'a> {
         if let Some(name) = &route.upstream {
             self.upstream_exists(name, one.clone());
         }
-        let mut names = Seen::default();
+        let (mut names, mut cookies) = (Seen::default(), Seen::default());
         for (index, side) in route.upstreams.iter().enumerate() {
             let at = format!("{}.name", self.item(&several, index));
+            if let Some(cookie) = self.sticky_cookie_of(&side.name)
+                && let Some(first) = cookies.first(&cookie, at.clone())
+            {
+                let title = format!("these upstreams would take each other's cookie `{cookie}` away");
+                let finding = Finding::error(value(&at), title).also(value(first), "the other one");
+                self.wrong(finding.label("expected another `load_balancing.sticky.cookie.name`"));
+            }
             self.upstream_exists(&side.name, at.clone());
             if let Some(first) = names.first(&side.name, at.clone()) {
                 self.twice(at, first, format!("the upstream `{}` is listed twice", side.name));
@@ -627,6 +668,12 @@ impl<'a> Check<'a> {
                 self.wrong(Finding::warning(Spot::Key(key), title).label("never used: this is about upstreams"));
             }
         }
+    }
+
+    /// The name of the cookie by which the clients of an upstream stay.
+    fn sticky_cookie_of(&self, upstream: &str) -> Option<String> {
+        let upstream = self.parts.upstreams.get(upstream)?.as_ref()?;
+        upstream.load_balancing.sticky.as_ref().map(|sticky| sticky.cookie.name.clone())
     }
 
     fn leads_nowhere(&mut self, path: &str) {

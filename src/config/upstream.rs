@@ -3,6 +3,7 @@
 pub mod balance;
 pub mod discovery;
 pub mod health;
+pub mod sticky;
 pub mod transport;
 
 use schemars::JsonSchema;

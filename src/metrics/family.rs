@@ -50,6 +50,9 @@ const PHASE: &[f64] = &[0.0005, 0.0025, 0.01, 0.05, 0.25, 1.0, 5.0, 30.0];
 /// Seconds of a whole exchange.
 const EXCHANGE: &[f64] = &[0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0];
 
+/// Seconds until a connection stands: from this machine to the other end of the world, TLS included.
+const CONNECT: &[f64] = &[0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 5.0];
+
 /// Seconds that Forebay itself costs.
 const OWN: &[f64] = &[0.00001, 0.000025, 0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.05];
 
@@ -129,6 +132,18 @@ families! {
         "Times that an endpoint was chosen.";
     UPSTREAM_CONNECTS: "forebay_upstream_connects_total", Counter, ["upstream", "outcome"],
         "Connections that exchanges were given, or not, by how.";
+    UPSTREAM_CONNECT_FAILURES: "forebay_upstream_connect_failures_total", Counter, ["upstream", "reason"],
+        "Attempts for which no connection came about, by why.";
+    UPSTREAM_CONNECT_SECONDS: "forebay_upstream_connect_seconds", Histogram(CONNECT), ["upstream"],
+        "Time until a new connection to an endpoint stood, TLS included.";
+    UPSTREAM_WAIT_SECONDS: "forebay_upstream_wait_seconds", Histogram(EXCHANGE), ["upstream"],
+        "Time from the end of the request, as far as can be seen, to the whole header of the answer.";
+    UPSTREAM_ENDPOINTS: "forebay_upstream_endpoints", Gauge, ["upstream", "state"],
+        "Endpoints that there are now, by state.";
+    ENDPOINT_AVAILABLE: "forebay_endpoint_available", Gauge, ["upstream", "endpoint"],
+        "Addresses of an endpoint that take requests now: 0 or 1, or more if its name has several.";
+    ENDPOINT_INFLIGHT: "forebay_endpoint_inflight", Gauge, ["upstream", "endpoint"],
+        "Attempts that an endpoint has under way now.";
     UPSTREAM_RESOLUTIONS: "forebay_upstream_resolutions_total", Counter, ["upstream", "outcome"],
         "Look-ups of host names; after a failed one the last good answer stays.";
     UPSTREAM_HEALTH_CHECKS: "forebay_upstream_health_checks_total", Counter, ["upstream", "outcome"],

@@ -21,6 +21,7 @@ use crate::phase::journal::{self, Journal, Note, Passed, Tick};
 use crate::phase::{Clock, Phase};
 use crate::spans::{Context, Notes};
 use crate::upstream::retries::Permit;
+use crate::upstream::sticky::Stuck;
 use crate::upstream::transport::greeting::Parties;
 use crate::upstream::{Ended, Endpoint, Engaged, Outcome, Upstream, window};
 
@@ -48,6 +49,8 @@ pub struct Exchange {
     pub upstream: Option<Arc<Upstream>>,
     /// The hash of its key, for upstreams that go by one.
     pub hash: u64,
+    /// Where its client stays, by a cookie of ours.
+    pub stuck: Option<Stuck>,
     /// The endpoints that were tried; the last is the present one.
     pub tried: Vec<Arc<Endpoint>>,
     /// How often an endpoint was chosen.
@@ -230,6 +233,7 @@ impl Exchange {
             filters: None,
             upstream: None,
             hash: 0,
+            stuck: None,
             tried: Vec::new(),
             attempts: 0,
             link: None,

@@ -47,6 +47,7 @@ pub async fn header(
     if let Some(link) = &exchange.link {
         link.receiving();
     }
+    have_client_stay(exchange, response)?;
     if response.status == StatusCode::SWITCHING_PROTOCOLS {
         if let Some(connection) = &exchange.connection {
             connection.switch_to_raw();
@@ -71,6 +72,18 @@ pub async fn header(
     }
     if exchange.route.as_ref().is_some_and(|route| route.chain.wants(Stages::RESPONSE_BODY)) {
         unfix_length(request, response)?;
+    }
+    Ok(())
+}
+
+/// Tells a client, if it does not know yet, by which cookie it stays at the endpoint that has answered. One that fails is not
+/// to be stayed at.
+fn have_client_stay(exchange: &Exchange, response: &mut ResponseHeader) -> Result<()> {
+    if let (Some(upstream), Some(endpoint)) = (&exchange.upstream, exchange.endpoint())
+        && !response.status.is_server_error()
+        && let Some(cookie) = upstream.cookie(exchange.stuck.as_ref(), endpoint, exchange.scheme == "https")
+    {
+        response.append_header(header::SET_COOKIE, cookie)?;
     }
     Ok(())
 }

@@ -25,8 +25,10 @@ pub async fn next(exchange: &mut Exchange) -> Result<Box<HttpPeer>, &'static Ref
     if let Some(link) = &exchange.link {
         link.sending();
     }
-    let upstream = exchange.upstream.as_ref();
-    let chosen = upstream.and_then(|upstream| Some((upstream, upstream.select(exchange.hash, &exchange.tried, now)?)));
+    let chosen = exchange.upstream.as_ref().and_then(|upstream| {
+        let stays = exchange.stuck.as_ref().and_then(|stuck| upstream.stay(stuck, &exchange.tried));
+        Some((upstream, stays.or_else(|| upstream.select(exchange.hash, &exchange.tried, now))?))
+    });
     let Some((upstream, engaged)) = chosen else {
         // If all were tried, what went wrong with the last one is the better answer.
         return Err(exchange.failure.unwrap_or(&refusal::SELECT_NO_ENDPOINT));

@@ -76,6 +76,11 @@ impl Availability {
         self.0 & EJECTED != 0
     }
 
+    /// Whether health checks fail.
+    pub fn is_unhealthy(self) -> bool {
+        self.0 & UNHEALTHY != 0
+    }
+
     /// The one word for it: where several hold, who takes it out for good goes before who may be mistaken.
     pub fn state(self) -> State {
         match self.0 {

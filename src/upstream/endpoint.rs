@@ -14,15 +14,16 @@ use std::time::{Duration, Instant};
 
 use pingora::protocols::l4::socket::SocketAddr;
 use pingora::upstreams::peer::HttpPeer;
-use prometheus::IntCounter;
 
 use super::availability::{Availability, Change, Word};
 use super::ended::{Ended, Outcome};
 use super::health::{Health, Record};
 use super::latency::Latency;
+use super::sticky::Name;
 use super::transport::Transport;
 use super::transport::dial::Dialer;
 use super::transport::greeting::Parties;
+use crate::metrics::endpoints::EndpointMetrics;
 
 /// An endpoint as a source tells of it.
 #[derive(Clone, Debug, PartialEq)]
@@ -52,8 +53,10 @@ pub struct Endpoint {
     pub address: SocketAddr,
     /// What tells it from the others, on every node: its label and its address.
     pub identity: Box<str>,
-    /// How often it was chosen; shared by all endpoints of this label.
-    pub selections: IntCounter,
+    /// What is counted of it; shared by all endpoints of this label.
+    pub metrics: Arc<EndpointMetrics>,
+    /// What sticky cookies call it; nothing if its upstream sets none.
+    pub names: Box<[Name]>,
     /// What its source said last.
     weight: AtomicU32,
     priority: AtomicU32,
@@ -76,13 +79,14 @@ pub struct Endpoint {
 
 impl Endpoint {
     /// The endpoint that was `found`, spoken to as `transport` says.
-    pub(super) fn new(found: &Found, transport: &Arc<Transport>, selections: IntCounter, now: Instant) -> Self {
+    pub(super) fn new(found: &Found, transport: &Arc<Transport>, metrics: Arc<EndpointMetrics>, now: Instant) -> Self {
         let dialer = transport.dialer(&found.address, found.alternate);
         Endpoint {
             label: Arc::clone(&found.label),
             address: found.address.clone(),
             identity: format!("{} {}", found.label, found.address).into(),
-            selections,
+            metrics,
+            names: Box::default(),
             weight: AtomicU32::new(found.weight.get()),
             priority: AtomicU32::new(found.priority.into()),
             weight_ordered: AtomicU32::new(0),
@@ -141,8 +145,12 @@ impl Endpoint {
 
     /// Its share, relative to its neighbours: the operator's word or its source's.
     pub fn weight(&self) -> NonZeroU32 {
-        let ordered = NonZeroU32::new(self.weight_ordered.load(Ordering::Relaxed));
-        ordered.or(NonZeroU32::new(self.weight.load(Ordering::Relaxed))).unwrap_or(NonZeroU32::MIN)
+        self.weight_ordered().or(NonZeroU32::new(self.weight.load(Ordering::Relaxed))).unwrap_or(NonZeroU32::MIN)
+    }
+
+    /// The share that the operator gives it; `None`: that of its source holds.
+    pub fn weight_ordered(&self) -> Option<NonZeroU32> {
+        NonZeroU32::new(self.weight_ordered.load(Ordering::Relaxed))
     }
 
     /// The tier it stands in; 0 serves first.
@@ -282,8 +290,8 @@ mod tests {
             priority: 0,
             alternate: Some("[fd00::1]:8443".parse().unwrap()),
         };
-        let selections = IntCounter::new("selections", "of a test").unwrap();
-        Endpoint::new(&found, &Arc::new(transport), selections, Instant::now())
+        let metrics = crate::metrics::Metrics::new(0, Vec::new()).upstream("api").endpoint(&found.label);
+        Endpoint::new(&found, &Arc::new(transport), metrics, Instant::now())
     }
 
     fn plain() -> Endpoint {

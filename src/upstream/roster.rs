@@ -3,12 +3,14 @@
 //! Choosing must cost the same with ten endpoints and with ten thousand, so all that takes time, such as a schedule or a
 //! ring, is worked out here. What may change at any moment, availability and load, is read from the endpoints with each choice.
 
+use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Instant;
 
 use super::balance::{Balance, Candidates, Identity};
 use super::endpoint::Endpoint;
+use super::sticky::Name;
 use crate::config::upstream::LoadBalancing;
 
 /// The endpoints that may be chosen.
@@ -16,6 +18,8 @@ use crate::config::upstream::LoadBalancing;
 pub struct Roster {
     /// In the order in which they are to serve; none of them is empty.
     tiers: Box<[Tier]>,
+    /// The same by what sticky cookies call them.
+    by_name: HashMap<Name, Arc<Endpoint>>,
 }
 
 #[derive(Debug)]
@@ -42,7 +46,12 @@ impl Roster {
             };
             Tier { priority, members: members.iter().map(|&member| Arc::clone(member)).collect(), balance }
         });
-        Roster { tiers: tiers.collect() }
+        let tiers = tiers.collect();
+        let by_name = available
+            .iter()
+            .flat_map(|&endpoint| endpoint.names.iter().map(move |&name| (name, Arc::clone(endpoint))))
+            .collect();
+        Roster { tiers, by_name }
     }
 
     /// How many endpoints may be chosen.
@@ -68,6 +77,11 @@ impl Roster {
             let number = tier.balance.pick(hash, &Field { members: &tier.members, tried, inflight, now })?;
             tier.members.get(number)
         })
+    }
+
+    /// The endpoint that sticky cookies call so, if it may be chosen and is none of `tried`.
+    pub fn named(&self, name: Name, tried: &[Arc<Endpoint>]) -> Option<&Arc<Endpoint>> {
+        self.by_name.get(&name).filter(|endpoint| admits(endpoint, tried))
     }
 
     /// Whether there is an endpoint that is none of `tried`.

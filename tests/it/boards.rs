@@ -27,12 +27,6 @@ use serde_json::Value;
 
 /// Metrics that panels ask for and that are not there yet.
 const AWAITED: &[&str] = &[
-    "forebay_upstream_endpoints",
-    "forebay_endpoint_available",
-    "forebay_endpoint_inflight",
-    "forebay_upstream_connect_failures_total",
-    "forebay_upstream_connect_seconds_bucket",
-    "forebay_upstream_wait_seconds_bucket",
     "forebay_upstream_queue",
     "forebay_upstream_queue_seconds_bucket",
     "forebay_upstream_rejected_total",

@@ -109,6 +109,7 @@ wrong! {
     health_checks_that_are_none
     spans_that_can_go_nowhere
     spans_that_would_go_over_tls
+    cookies_that_anybody_could_sign
     an_unknown_protocol
     tls_that_cannot_be_meant
     version_2

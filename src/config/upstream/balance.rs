@@ -7,6 +7,7 @@ use serde::de::value::{MapAccessDeserializer, StrDeserializer};
 use serde::de::{self, Deserializer, MapAccess, SeqAccess, Visitor};
 use serde::{Deserialize, Serialize};
 
+use super::sticky::Sticky;
 use crate::config::Key;
 
 /// How an endpoint is chosen, for every attempt anew.
@@ -24,6 +25,9 @@ pub struct LoadBalancing {
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(extend("exclusiveMinimum" = 1))]
     pub bounded_load: Option<f64>,
+    /// A client stays at the endpoint that has served it, whatever the policy, for as long as that one is available.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub sticky: Option<Sticky>,
 }
 
 /// A way of choosing an endpoint.
@@ -46,6 +50,18 @@ pub enum Policy {
 }
 
 impl Policy {
+    /// How it is written.
+    pub fn name(self) -> &'static str {
+        match self {
+            Policy::RoundRobin => "round_robin",
+            Policy::Random => "random",
+            Policy::LeastRequest => "least_request",
+            Policy::PeakEwma => "peak_ewma",
+            Policy::RingHash => "ring_hash",
+            Policy::Maglev => "maglev",
+        }
+    }
+
     /// Whether the choice depends on a key.
     pub fn hashes(self) -> bool {
         matches!(self, Policy::RingHash | Policy::Maglev)

@@ -1,0 +1,212 @@
+//! `/upstreams`: every endpoint as it is at this moment, and what the operator may order of it.
+//!
+//! GET shows all upstreams, or one. POST takes an endpoint out, puts it back or gives it another weight, until the next
+//! reload; every such change is logged. An endpoint is called by its address as written, which means all addresses of that
+//! name, or by the address that was found. `conf/manual/upstreams.md` says what every field means.
+
+use std::collections::BTreeMap;
+use std::future::ready;
+use std::num::NonZeroU32;
+use std::sync::Arc;
+use std::time::Instant;
+
+use http::StatusCode;
+use serde::{Deserialize, Serialize};
+
+use super::Admin;
+use super::answer::Answer;
+use super::status::{self, EndpointStatus};
+use super::table::Ask;
+use crate::upstream::availability::State;
+use crate::upstream::orders::Order;
+use crate::upstream::{Endpoint, Upstream};
+
+/// All upstreams. As with [`super::status`], fields are added, but not taken away and not given another meaning.
+#[derive(Clone, Debug, Default, Deserialize, Serialize)]
+#[serde(default)]
+pub struct Document {
+    /// In the order of their names.
+    pub upstreams: Vec<UpstreamDetail>,
+}
+
+/// An upstream with all its endpoints.
+#[derive(Clone, Debug, Default, Deserialize, Serialize)]
+#[serde(default)]
+pub struct UpstreamDetail {
+    /// Its name.
+    pub upstream: String,
+    /// How an endpoint is chosen.
+    pub policy: String,
+    /// Connections that exchanges were given, by how: `new`, `reused`, `failed`.
+    pub connects: BTreeMap<String, u64>,
+    /// Attempts after the first of an exchange.
+    pub retries: u64,
+    /// How many endpoints are in which state; a state that none is in is left out.
+    pub states: BTreeMap<String, u64>,
+    /// How many of them take requests.
+    pub available: usize,
+    /// Exchanges that have one of them now.
+    pub inflight: u32,
+    /// Every endpoint, those that are gone from the configuration or from their name and are still busy among them.
+    pub endpoints: Vec<EndpointDetail>,
+}
+
+/// An endpoint.
+#[derive(Clone, Debug, Default, Deserialize, Serialize)]
+#[serde(default)]
+pub struct EndpointDetail {
+    /// What `/status` says of it, too.
+    #[serde(flatten)]
+    pub status: EndpointStatus,
+    /// Why it is in its state, in words.
+    pub why: String,
+    /// Whether it takes requests.
+    pub available: bool,
+    /// Whether the operator has taken it out.
+    pub drained: bool,
+    /// Whether its weight is the operator's word.
+    pub weight_ordered: bool,
+    /// For how long it is back, if it was ever away.
+    pub returned_seconds: Option<f64>,
+    /// Why its last failed health check failed, however long ago.
+    pub health_error: Option<String>,
+    /// How long ago that was.
+    pub health_error_seconds: Option<f64>,
+}
+
+/// Shows the upstreams, and takes orders.
+pub fn add(admin: Admin, upstreams: Vec<Arc<Upstream>>) -> Admin {
+    let upstreams: Arc<[Arc<Upstream>]> = upstreams.into();
+    let [all, one, drain, enable, weight] = [(); 5].map(|()| upstreams.clone());
+    admin
+        .get("/upstreams", "every endpoint, as JSON: state, weight, load, latency", move |_| {
+            Answer::json(&Document { upstreams: all.iter().map(|upstream| detail(upstream)).collect() })
+        })
+        .get("/upstreams/{upstream}", "the same of one upstream", move |ask| {
+            asked(&one, ask).map_or_else(|unknown| unknown, |upstream| Answer::json(&detail(upstream)))
+        })
+        .post("/upstreams/{upstream}/endpoints/{endpoint}/drain", "give an endpoint nothing new", move |ask| {
+            ready(ordered(&drain, &ask, |_| Ok(Order::Drain)))
+        })
+        .post("/upstreams/{upstream}/endpoints/{endpoint}/enable", "undo that", move |ask| {
+            ready(ordered(&enable, &ask, |_| Ok(Order::Enable)))
+        })
+        .post(
+            "/upstreams/{upstream}/endpoints/{endpoint}/weight",
+            "give it another ?weight=, or `configured`",
+            move |ask| ready(ordered(&weight, &ask, weighed)),
+        )
+}
+
+/// The upstream that is asked for.
+fn asked<'u>(upstreams: &'u [Arc<Upstream>], ask: &Ask) -> Result<&'u Arc<Upstream>, Answer> {
+    let name = ask.part("upstream");
+    upstreams.iter().find(|upstream| *upstream.name == *name).ok_or_else(|| {
+        let names: Vec<&str> = upstreams.iter().map(|upstream| &*upstream.name).collect();
+        let known = if names.is_empty() { "none at all".to_owned() } else { names.join(", ") };
+        Answer::error(StatusCode::NOT_FOUND, &format!("no upstream is called `{name}`; there are: {known}"))
+    })
+}
+
+/// Carries out what is asked, and shows what has become of the endpoints that it was asked of.
+fn ordered(upstreams: &[Arc<Upstream>], ask: &Ask, order: impl Fn(&Ask) -> Result<Order, String>) -> Answer {
+    let upstream = match asked(upstreams, ask) {
+        Ok(upstream) => upstream,
+        Err(unknown) => return unknown,
+    };
+    let order = match order(ask) {
+        Ok(order) => order,
+        Err(what) => return Answer::error(StatusCode::BAD_REQUEST, &what),
+    };
+    let name = ask.part("endpoint");
+    let meant = upstream.order(name, order);
+    if meant.is_empty() {
+        let what = format!("`{}` has no endpoint `{name}`; /upstreams/{0} lists them", upstream.name);
+        return Answer::error(StatusCode::NOT_FOUND, &what);
+    }
+    for endpoint in &meant {
+        let (upstream, endpoint, address) = (&*upstream.name, &*endpoint.label, &endpoint.address);
+        match order {
+            Order::Drain => tracing::info!(upstream, endpoint, %address, "drained by order of the operator"),
+            Order::Enable => tracing::info!(upstream, endpoint, %address, "enabled by order of the operator"),
+            Order::Weigh(weight) => {
+                let weight = weight.map_or("configured".to_owned(), |weight| weight.to_string());
+                tracing::info!(upstream, endpoint, %address, weight, "weighed by order of the operator");
+            }
+        }
+    }
+    let now = Instant::now();
+    Answer::json(&meant.iter().map(|endpoint| described(endpoint, now)).collect::<Vec<_>>())
+}
+
+fn weighed(ask: &Ask) -> Result<Order, String> {
+    let written = ask.query("weight").ok_or("say which: `?weight=5`, or `?weight=configured`")?;
+    if written == "configured" {
+        return Ok(Order::Weigh(None));
+    }
+    let weight = written.parse().ok().and_then(NonZeroU32::new);
+    weight.map(|weight| Order::Weigh(Some(weight))).ok_or_else(|| {
+        format!(
+            "`{written}` is no weight: write a whole number from 1 to {}, or `configured`; to give it nothing, drain it",
+            u32::MAX
+        )
+    })
+}
+
+fn detail(upstream: &Upstream) -> UpstreamDetail {
+    let now = Instant::now();
+    let status = status::grouped(upstream, 0, now);
+    let endpoints: Vec<_> = upstream.members().iter().map(|endpoint| described(endpoint, now)).collect();
+    UpstreamDetail {
+        upstream: status.upstream,
+        policy: upstream.policy().name().to_owned(),
+        connects: status.connects,
+        retries: status.retries,
+        states: status.states,
+        available: endpoints.iter().filter(|endpoint| endpoint.available).count(),
+        inflight: upstream.inflight(),
+        endpoints,
+    }
+}
+
+fn described(endpoint: &Endpoint, now: Instant) -> EndpointDetail {
+    let availability = endpoint.availability();
+    let failure = endpoint.checks().last_failure().cloned();
+    EndpointDetail {
+        status: status::served(endpoint, now),
+        why: why(endpoint),
+        available: availability.admits(),
+        drained: availability.is_drained(),
+        weight_ordered: endpoint.weight_ordered().is_some(),
+        returned_seconds: endpoint.age(now).map(|age| age.as_secs_f64()),
+        health_error_seconds: failure.as_ref().map(|failure| (now - failure.at).as_secs_f64()),
+        health_error: failure.map(|failure| failure.message),
+    }
+}
+
+/// Why an endpoint is in its state. Where several say something, all of them are heard.
+fn why(endpoint: &Endpoint) -> String {
+    let availability = endpoint.availability();
+    let mut reasons = Vec::new();
+    if availability.is_removed() {
+        reasons.push("its source names it no longer; it ends what it has".to_owned());
+    }
+    if availability.is_drained() {
+        reasons.push("the operator has drained it".to_owned());
+    }
+    if availability.is_ejected() {
+        reasons.push("requests that went there failed".to_owned());
+    }
+    let failure = || endpoint.checks().last_failure().map_or(String::new(), |failure| format!(": {}", failure.message));
+    if availability.is_unhealthy() {
+        reasons.push(format!("its health checks fail{}", failure()));
+    }
+    if reasons.is_empty() {
+        reasons.push(match availability.state() {
+            State::Healthy => "its last health checks passed".to_owned(),
+            _ if availability.admits() => "nothing speaks against it".to_owned(),
+            _ => format!("no health check has passed yet{}", failure()),
+        });
+    }
+    reasons.join("; ")
+}
