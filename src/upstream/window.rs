@@ -1,7 +1,7 @@
 //! How much of an answer the kernel takes in for us: the receive window of an endpoint's connection.
 //!
 //! Left to itself the kernel takes in 64 KiB of every answer, and so does Pingora, in three buffers. So a connection to an
-//! endpoint begins with a narrow window ([`NARROW_BYTES`]), which costs a small answer nothing, and is opened and left
+//! endpoint begins with a narrow window ([`narrow`]), which costs a small answer nothing, and is opened and left
 //! to the kernel's tuning once there is more to come and room for it. A thousand answers that arrive at once are then a
 //! thousand small reads. It is never made narrow again: to a sender that has seen a wide window a narrow one is silly
 //! (RFC 9293 §3.8.6.2.1), and it waits for a timer of 200 ms before it uses it.
@@ -16,6 +16,23 @@ const OPEN_BYTES: usize = 128 << 10;
 
 /// `SO_BUF_LOCK` of Linux, which the libc crate lacks: which buffers of a socket are exempt from tuning.
 const SO_BUF_LOCK: libc::c_int = 72;
+/// Of these, the receive buffer.
+const RECEIVE_BUFFER: libc::c_int = 2;
+
+/// Prepares a socket that is not connected yet for a narrow window, of a buffer of so many bytes. Once it is connected
+/// [`put_off_tuning`] is to follow.
+///
+/// Its buffer is small and yet not exempt from the kernel's tuning: of an exempt one the kernel takes the size for the
+/// largest that there will be, agrees on no window scale, and holds the connection to 64 KiB at a time for ever.
+pub fn narrow(socket: RawFd, bytes: usize) {
+    set(socket, libc::SO_RCVBUF, libc::c_int::try_from(bytes).unwrap_or(libc::c_int::MAX));
+    set(socket, SO_BUF_LOCK, 0);
+}
+
+/// Keeps the window of a connection as it is until it is opened.
+pub fn put_off_tuning(socket: RawFd) {
+    set(socket, SO_BUF_LOCK, RECEIVE_BUFFER);
+}
 
 /// The receive window of one connection. Only to be used while an exchange has that connection.
 #[derive(Debug)]
@@ -33,8 +50,8 @@ impl Window {
     /// Leaves it to the kernel; with one that cannot tune again (before Linux 5.14) it stays at what it begins with.
     pub fn open(&mut self) {
         if !std::mem::replace(&mut self.opened, true) && self.is_narrow() {
-            self.set(libc::SO_RCVBUF, OPEN_BYTES as libc::c_int);
-            self.set(SO_BUF_LOCK, 0);
+            set(self.socket, libc::SO_RCVBUF, OPEN_BYTES as libc::c_int);
+            set(self.socket, SO_BUF_LOCK, 0);
         }
     }
 
@@ -60,13 +77,13 @@ impl Window {
         // Linux doubles what it is asked for.
         got == 0 && bytes as usize <= 2 * NARROW_BYTES
     }
+}
 
-    /// A socket of another kind goes on as it is.
-    fn set(&self, option: libc::c_int, value: libc::c_int) {
-        let length = size_of::<libc::c_int>() as libc::socklen_t;
-        // SAFETY: the pointer is to an integer of that length; a wrong descriptor is an error and nothing else.
-        unsafe { libc::setsockopt(self.socket, libc::SOL_SOCKET, option, (&raw const value).cast(), length) };
-    }
+/// A socket of another kind goes on as it is.
+fn set(socket: RawFd, option: libc::c_int, value: libc::c_int) {
+    let length = size_of::<libc::c_int>() as libc::socklen_t;
+    // SAFETY: the pointer is to an integer of that length; a wrong descriptor is an error and nothing else.
+    unsafe { libc::setsockopt(socket, libc::SOL_SOCKET, option, (&raw const value).cast(), length) };
 }
 
 /// Closes a connection in both directions: whoever looks at it here next finds that it has ended. To be used only by who
@@ -97,7 +114,7 @@ mod tests {
     fn a_narrow_connection_takes_in_little_until_it_is_opened() {
         let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
         let socket = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None).expect("a socket");
-        socket.set_recv_buffer_size(NARROW_BYTES).expect("a buffer");
+        narrow(socket.as_raw_fd(), NARROW_BYTES);
         socket.connect(&listener.local_addr().expect("bound").into()).expect("a connection");
         let (mut sender, _) = listener.accept().expect("a connection");
         let mut receiver = TcpStream::from(socket);
@@ -105,10 +122,12 @@ mod tests {
             stream.set_nonblocking(true).expect("a socket");
         }
 
-        let narrow = most_at_once(&mut sender, &mut receiver);
-        assert!(narrow > 0 && narrow <= 2 * NARROW_BYTES, "{narrow} bytes");
+        put_off_tuning(receiver.as_raw_fd());
+        let before = most_at_once(&mut sender, &mut receiver);
+        assert!(before > 0 && before <= 2 * NARROW_BYTES, "{before} bytes");
         Window::new(receiver.as_raw_fd()).open();
         let open = most_at_once(&mut sender, &mut receiver);
-        assert!(open > 4 * narrow, "{open} bytes at once, {narrow} before");
+        // More than a window without a scale can say.
+        assert!(open > 2 << 16, "{open} bytes at once, {before} before");
     }
 }

@@ -6,6 +6,7 @@
 use std::fmt;
 use std::io;
 use std::net;
+use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
@@ -22,6 +23,7 @@ use tokio::net::{TcpSocket, TcpStream, UnixStream};
 
 use super::Connections;
 use super::pair::{Pair, race};
+use crate::upstream::window;
 
 /// After so long the second address of a server is asked as well (RFC 8305 §5).
 const HEAD_START: Duration = Duration::from_millis(250);
@@ -88,9 +90,13 @@ impl Dialer {
     async fn tcp_to(&self, address: net::SocketAddr) -> io::Result<TcpStream> {
         let socket = if address.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() }?;
         if let Some(bytes) = self.receive_bytes {
-            socket.set_recv_buffer_size(u32::try_from(bytes).unwrap_or(u32::MAX))?;
+            window::narrow(socket.as_raw_fd(), bytes);
         }
-        socket.connect(address).await
+        let stream = socket.connect(address).await?;
+        if self.receive_bytes.is_some() {
+            window::put_off_tuning(stream.as_raw_fd());
+        }
+        Ok(stream)
     }
 
     async fn dial(&self, address: &SocketAddr) -> io::Result<Stream> {
