@@ -262,14 +262,14 @@ where
                 None
             }
             Ok(Opening::Closed) => {
-                if !stream.inbox().is_empty() {
+                if stream.inbox(|inbox| !inbox.is_empty()) {
                     self.record(&stream, &refusal::HEADER_ABORTED, arrival);
                 }
                 None
             }
             Err(refusal) => {
                 self.record(&stream, refusal, arrival);
-                let answer = answer_http1(refusal, head::wants_json(stream.inbox()));
+                let answer = answer_http1(refusal, stream.inbox(head::wants_json));
                 stream.refuse(&answer).await;
                 None
             }
@@ -329,7 +329,7 @@ where
 
     fn record(&self, stream: &ClientStream, refusal: &'static Refusal, arrival: Arrival) {
         let whose = (&*self.connection.listener, self.connection.peer);
-        self.front.desk.record(whose, stream.inbox(), refusal, &mut arrival.clock());
+        stream.inbox(|inbox| self.front.desk.record(whose, inbox, refusal, &mut arrival.clock()));
     }
 }
 

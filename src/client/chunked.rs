@@ -1,7 +1,7 @@
 //! Follows a chunked body (RFC 9112 §7.1) to find its end, byte for byte and strictly.
 //!
-//! Pingora decodes the chunks; this only decides which bytes belong to the body, so that Pingora never sees a byte of
-//! the next request. What is odd (bare line feeds, signs, endless extensions) is an error: a lenient reader beside a
+//! It decides which bytes belong to the body, so that nobody who reads it sees a byte of the next request. Of a body that
+//! is streamed Pingora decodes the chunks; of one that is held back, this does. What is odd (bare line feeds, signs, endless extensions) is an error: a lenient reader beside a
 //! strict one is how requests are smuggled.
 
 use super::head::is_token;
@@ -55,18 +55,43 @@ impl Chunks {
         let mut taken = 0;
         while taken < bytes.len() && !self.ended() {
             if self.at == At::Data {
-                let data = self.left.min((bytes.len() - taken) as u64);
-                self.left -= data;
-                taken += data as usize;
-                if self.left == 0 {
-                    self.at = At::DataCr;
-                }
+                taken += self.data(bytes.len() - taken);
             } else {
                 self.step(bytes[taken])?;
                 taken += 1;
             }
         }
         Ok(taken)
+    }
+
+    /// Takes `bytes` as they follow, and moves the data among them to the front. Tells how many of them belong to this body,
+    /// and how much of that is data; between the two nothing is left.
+    pub fn unwrap(&mut self, bytes: &mut [u8]) -> Result<(usize, usize), Malformed> {
+        let (mut taken, mut data) = (0, 0);
+        while taken < bytes.len() && !self.ended() {
+            if self.at == At::Data {
+                let some = self.data(bytes.len() - taken);
+                if taken != data {
+                    bytes.copy_within(taken..taken + some, data);
+                }
+                taken += some;
+                data += some;
+            } else {
+                self.step(bytes[taken])?;
+                taken += 1;
+            }
+        }
+        Ok((taken, data))
+    }
+
+    /// Takes as much of the present chunk as there is; says how much that was.
+    fn data(&mut self, there: usize) -> usize {
+        let some = self.left.min(there as u64);
+        self.left -= some;
+        if self.left == 0 {
+            self.at = At::DataCr;
+        }
+        some as usize
     }
 
     fn step(&mut self, byte: u8) -> Result<(), Malformed> {
@@ -125,6 +150,23 @@ mod tests {
         assert_eq!(end_of(b"3\r\nabc\r\n0\r\n\r\nGET"), Ok(Some(13)));
         assert_eq!(end_of(b"a;x=\"y\"\r\n0123456789\r\n00\r\nT: v\r\n\r\n"), Ok(Some(33)));
         assert_eq!(end_of(b"3\r\nab"), Ok(None));
+    }
+
+    #[test]
+    fn the_data_is_moved_to_the_front() {
+        let whole = *b"3\r\nabc\r\n5;x=y\r\ndefgh\r\n0\r\nT: v\r\n\r\nGET";
+        for cut in 1..whole.len() {
+            let mut chunks = Chunks::default();
+            let mut data = Vec::new();
+            let mut taken = 0;
+            for part in whole.chunks(cut) {
+                let mut part = part.to_vec();
+                let (belongs, some) = chunks.unwrap(&mut part).expect("well formed");
+                data.extend_from_slice(&part[..some]);
+                taken += belongs;
+            }
+            assert_eq!((&data[..], &whole[taken..]), (&b"abcdefgh"[..], &b"GET"[..]), "{cut}");
+        }
     }
 
     #[test]

@@ -24,7 +24,7 @@ use crate::phase::Phase;
 /// How much is read without a pause before the next exchange has its turn.
 const TURN_BYTES: u64 = 256 << 10;
 /// How much is replayed at once.
-const PIECE_BYTES: usize = 64 << 10;
+const PIECE_BYTES: usize = 128 << 10;
 
 /// How a request body is taken.
 #[derive(Clone)]
@@ -173,10 +173,8 @@ impl Intake {
 
     /// Every byte was passed on.
     pub fn is_done(&mut self, wire: &mut Wire) -> bool {
-        if !self.source_done
-            && let Some(session) = wire.session()
-        {
-            self.source_done = session.is_body_done();
+        if !self.source_done {
+            self.source_done = wire.body_is_read().unwrap_or(false);
         }
         self.source_done && self.spool.as_ref().is_none_or(|spool| spool.unread() == 0)
     }
@@ -322,9 +320,7 @@ impl Intake {
     }
 
     fn is_at_end(&mut self, wire: &mut Wire) -> bool {
-        if let Some(session) = wire.session() {
-            self.source_done |= session.is_body_done();
-        }
+        self.source_done |= wire.body_is_read().unwrap_or(false);
         self.source_done
     }
 

@@ -28,7 +28,8 @@ use pingora::{Error, ErrorType, Result};
 use super::intake::{Intake, IntakeTerms, Unread};
 use super::lane::Lanes;
 use super::spool::Depot;
-use super::waiting::Who;
+use super::stream::{ClientBody, ClientStream};
+use super::waiting::{Alarm, Who};
 use super::wire::{Manner, Wire};
 use crate::error::{Refusal, refusal};
 use crate::eventloop::{Gate, adopt};
@@ -57,6 +58,8 @@ pub struct Terms {
     pub patience: Patience,
     /// How the request body is taken.
     pub intake: IntakeTerms,
+    /// It is to be held back, not to be streamed.
+    pub holds_body: bool,
     /// How the answer leaves.
     pub manner: Manner,
     /// Whose exchange it is.
@@ -76,6 +79,7 @@ pub struct Link {
     stage: AtomicU64,
     /// Nanoseconds after `begin`.
     since: AtomicU64,
+    alarm: Mutex<Alarm>,
     /// The session waits for its client, or for a turn, with an answer in hand: the upstream is not to be read.
     holding: AtomicBool,
     fault: Mutex<Option<&'static Refusal>>,
@@ -209,11 +213,20 @@ impl Link {
         }
         // Dropping ours puts the request header back.
         **session = nobody();
-        if let Some(mut own) = self.wire().release() {
+        self.give(session);
+        true
+    }
+
+    /// Gives the client's own session back, if no write has it.
+    fn give(&self, session: &mut Box<ServerSession>) {
+        let mut wire = self.wire();
+        if let Some(mut own) = wire.release() {
             own.set_write_timeout(self.write_timeout);
+            if wire.leaves_body() {
+                own.set_keepalive(None);
+            }
             *session = own;
         }
-        true
     }
 
     fn wire(&self) -> MutexGuard<'_, Wire> {
@@ -230,21 +243,16 @@ impl Link {
         self.since.store(self.begin.elapsed().as_nanos() as u64, Ordering::Relaxed);
     }
 
-    /// Resolves when the upstream has been silent for too long in its present stage.
-    async fn overdue(&self) -> &'static Refusal {
-        loop {
-            let (patience, refusal) = match self.stage.load(Ordering::Relaxed) {
-                WAITING => (self.patience.wait, &refusal::WAIT_TIMEOUT),
-                RECEIVING => (self.patience.receive, &refusal::RECEIVE_TIMEOUT),
-                // Nothing is due; whoever changes the stage polls the session anew.
-                _ => std::future::pending().await,
-            };
-            let due = Duration::from_nanos(self.since.load(Ordering::Relaxed)) + patience;
-            match due.checked_sub(self.begin.elapsed()) {
-                Some(left) if !left.is_zero() => pingora_timeout::sleep(left).await,
-                _ => return refusal,
-            }
-        }
+    /// Ready when the upstream has been silent for too long in its present stage.
+    fn poll_overdue(&self, cx: &mut Context<'_>) -> Poll<&'static Refusal> {
+        let (patience, refusal) = match self.stage.load(Ordering::Relaxed) {
+            WAITING => (self.patience.wait, &refusal::WAIT_TIMEOUT),
+            RECEIVING => (self.patience.receive, &refusal::RECEIVE_TIMEOUT),
+            // Nothing is due; whoever changes the stage polls the session anew.
+            _ => return Poll::Pending,
+        };
+        let due = self.begin + Duration::from_nanos(self.since.load(Ordering::Relaxed)) + patience;
+        self.alarm.lock().unwrap_or_else(PoisonError::into_inner).poll(cx, due).map(|()| refusal)
     }
 
     fn fail(&self, refusal: &'static Refusal, kind: ErrorType) -> Box<Error> {
@@ -298,6 +306,13 @@ fn leave_budget(cx: &mut Context<'_>) {
     }
 }
 
+/// The body of the request that this session is at, to be read past it: on HTTP/1, if there is any.
+fn body_of(session: &ServerSession) -> Option<ClientBody> {
+    let ServerSession::H1(session) = session else { return None };
+    let stream = (**session.stream()).as_any().downcast_ref::<ClientStream>()?;
+    Some(stream.body()).filter(|body| !body.is_read())
+}
+
 /// A session that nobody uses.
 fn nobody() -> ServerSession {
     ServerSession::new_custom(Box::new(()))
@@ -324,24 +339,32 @@ impl Drop for BufferedSession {
 impl BufferedSession {
     /// Takes the client's session. Until [`BufferedSession::stand_in`] there is nobody in its place.
     pub fn take(session: &mut Box<ServerSession>, terms: Terms) -> Result<(Arc<Link>, Self)> {
-        let Terms { patience, intake, manner, who, tap, depot, lanes } = terms;
-        let mut stub = RequestHeader::build(session.req_header().method.clone(), b"/", None)?;
+        let Terms { patience, intake, holds_body, manner, who, tap, depot, lanes } = terms;
+        let mut stub = RequestHeader::build(session.req_header().method.clone(), b"/", Some(0))?;
         stub.set_version(session.req_header().version);
         let mut own = std::mem::replace(session, Box::new(nobody()));
         // The deadline for the client's body is ours, for Pingora has none on HTTP/2.
         own.set_read_timeout(None);
         let write_timeout = own.get_write_timeout();
         own.set_write_timeout(None);
-        let intake = Intake::new(intake, own.is_body_empty(), who.clone(), &depot, &lanes);
+        let body = if holds_body { body_of(&own) } else { None };
+        let empty = body.is_none() && own.is_body_empty();
+        let intake = Intake::new(intake, empty, who.clone(), &depot, &lanes);
         let request = std::mem::replace(own.req_header_mut(), stub);
+        if body.is_some() {
+            // It settles now how the body is framed, and the stand-in says that there is none.
+            debug_assert!(own.is_body_done());
+            own.is_body_done();
+        }
         let link = Arc::new(Link {
             begin: Instant::now(),
             patience,
             stage: AtomicU64::new(SENDING),
             since: AtomicU64::new(0),
+            alarm: Mutex::default(),
             holding: AtomicBool::new(false),
             fault: Mutex::new(None),
-            wire: Mutex::new(Wire::new(own, manner, who, depot, lanes.clone())),
+            wire: Mutex::new(Wire::new(own, body, manner, who, depot, lanes.clone())),
             received: AtomicU64::new(0),
             length: AtomicU64::new(u64::MAX),
             buffered: AtomicU64::new(0),
@@ -373,10 +396,7 @@ impl BufferedSession {
     pub fn give_back(self, session: &mut Box<ServerSession>) {
         let link = self.link.clone();
         drop(self);
-        if let Some(mut own) = link.wire().release() {
-            own.set_write_timeout(link.write_timeout);
-            *session = own;
-        }
+        link.give(session);
     }
 
     /// Tells the client that its body is wanted (RFC 9110 §10.1.1). On HTTP/2 Pingora has no way to say so.
@@ -524,7 +544,7 @@ impl CustomSession for BufferedSession {
                     None => wire.poll_gone(cx),
                 }
             }) => Err(error),
-            refusal = link.overdue() => Err(link.fail(refusal, ErrorType::ReadTimedout)),
+            refusal = std::future::poll_fn(|cx| link.poll_overdue(cx)) => Err(link.fail(refusal, ErrorType::ReadTimedout)),
         }
     }
 

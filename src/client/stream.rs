@@ -2,16 +2,18 @@
 //! and then exactly the bytes of this request handed to Pingora, never one of the next.
 //!
 //! Before it stands Pingora's socket, unbuffered; after it a `ServerSession` of Pingora, which lives for one exchange.
+//! A body that is held back is read past that session ([`ClientBody`]): Pingora would keep 64 KiB of room for each that
+//! is slow, and copy every byte once more.
 
 use std::io::{self, IoSlice};
 use std::os::fd::BorrowedFd;
 use std::pin::Pin;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use async_trait::async_trait;
-use bytes::{Buf, BytesMut};
+use bytes::{Buf, Bytes, BytesMut};
 use pingora::protocols::raw_connect::ProxyDigest;
 use pingora::protocols::{
     GetProxyDigest, GetSocketDigest, GetTimingDigest, Peek, Shutdown, SocketDigest, Ssl, Stream, TimingDigest,
@@ -36,6 +38,10 @@ const FIRST_READ_BYTES: usize = 4096;
 /// never made present. A slow upload comes in small pieces anyway.
 const FIRST_GULP_BYTES: usize = 4096;
 
+/// The least and the most that is read at once of a body that is held back, into a buffer that goes again if nothing is there.
+const GULP_BYTES_LEAST: usize = 16 << 10;
+const GULP_BYTES_MAX: usize = 128 << 10;
+
 /// Small writes are gathered up to this, so that header and body leave in one system call.
 const OUTBOX_BYTES: usize = 4096;
 
@@ -59,6 +65,16 @@ pub enum Opening {
 
 /// The connection of one client. See the module.
 pub struct ClientStream {
+    core: Arc<Mutex<Core>>,
+}
+
+/// The body of the request that a stream is at, read past the session that has the stream.
+pub struct ClientBody {
+    core: Arc<Mutex<Core>>,
+}
+
+/// What the session and whoever reads past it use in turns: one task, so that the lock is never waited for.
+struct Core {
     io: Stream,
     connection: Arc<Connection>,
     /// Received and not yet handed on; at most what one read and one header can hold.
@@ -95,7 +111,7 @@ impl ClientStream {
     /// Takes over an accepted socket.
     pub fn new(io: Stream, connection: Arc<Connection>) -> Self {
         let (inbox, outbox) = (BytesMut::new(), BytesMut::new());
-        ClientStream {
+        let core = Core {
             io,
             connection,
             inbox,
@@ -105,51 +121,97 @@ impl ClientStream {
             stalled: None,
             linger: None,
             waste_left: u64::MAX,
-        }
+        };
+        ClientStream { core: Arc::new(Mutex::new(core)) }
     }
 
-    /// Bytes received and not yet handed on; a refusal looks at them for the request line.
-    pub fn inbox(&self) -> &[u8] {
-        &self.inbox
+    /// Looks at the bytes received and not yet handed on; a refusal looks at them for the request line.
+    pub fn inbox<T>(&self, look: impl FnOnce(&[u8]) -> T) -> T {
+        look(&self.core().inbox)
     }
 
     /// Waits for the first bytes of a request, holding no buffer meanwhile. `false`: the client closed.
     pub async fn park(&mut self) -> bool {
-        if !self.inbox.is_empty() {
-            return true;
+        {
+            let mut core = self.core();
+            if !core.body_is_read() {
+                // Whoever gave it back with bytes of a body unread would have them taken for the next request.
+                debug_assert!(false, "a body was left unread");
+                return false;
+            }
+            if !core.inbox.is_empty() {
+                return true;
+            }
+            core.inbox = BytesMut::new();
+            core.outbox = BytesMut::new();
         }
-        self.inbox = BytesMut::new();
-        self.outbox = BytesMut::new();
-        matches!(std::future::poll_fn(|cx| self.poll_fill(cx)).await, Ok(true))
+        matches!(std::future::poll_fn(|cx| self.core().poll_fill(cx)).await, Ok(true))
     }
 
     /// Reads a request header to its end and checks it.
     pub async fn open(&mut self) -> Result<Opening, &'static Refusal> {
         let mut scanner = Scanner::default();
+        std::future::poll_fn(|cx| self.core().poll_open(cx, &mut scanner)).await
+    }
+
+    /// Sends a refusal before any session exists, and lets the client read it before the connection goes.
+    pub async fn refuse(&mut self, answer: &[u8]) {
+        self.core().waste_left = LINGER_HEADER_BYTES;
+        if self.write_all(answer).await.is_ok() && self.flush().await.is_ok() {
+            let _ = std::future::poll_fn(|cx| self.core().poll_close(cx, true)).await;
+        }
+    }
+
+    /// The body of the request that was opened, for whoever reads it past the session. The session must be made to believe
+    /// that there is none.
+    pub fn body(&self) -> ClientBody {
+        ClientBody { core: self.core.clone() }
+    }
+
+    fn core(&self) -> MutexGuard<'_, Core> {
+        lock(&self.core)
+    }
+}
+
+/// A piece of a body, which may stay for long and should not keep twice the room that it needs.
+fn fitting(piece: BytesMut) -> Bytes {
+    if piece.len() < piece.capacity() / 2 { Bytes::copy_from_slice(&piece) } else { piece.freeze() }
+}
+
+fn lock(core: &Mutex<Core>) -> MutexGuard<'_, Core> {
+    core.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl ClientBody {
+    /// Whether all of it was read.
+    pub fn is_read(&self) -> bool {
+        lock(&self.core).body_is_read()
+    }
+
+    /// Its next piece, in a buffer no larger than it needs. `None` at its end.
+    pub fn poll_piece(&self, cx: &mut Context<'_>) -> Poll<io::Result<Option<Bytes>>> {
+        lock(&self.core).poll_piece(cx)
+    }
+}
+
+impl Core {
+    fn poll_open(&mut self, cx: &mut Context<'_>, scanner: &mut Scanner) -> Poll<Result<Opening, &'static Refusal>> {
         let h2c = self.connection.listener.h2c;
         loop {
             if h2c && self.inbox.starts_with(PREFACE) {
                 self.gulp = usize::MAX;
                 self.rest = Rest::Http2(Box::new(Http2 { frames: Frames::default(), deadline: None }));
-                return Ok(Opening::Http2);
+                return Poll::Ready(Ok(Opening::Http2));
             }
             if !(h2c && PREFACE.starts_with(&self.inbox)) {
                 self.skip_empty_lines();
                 if let Some(end) = scanner.scan(&self.inbox, self.connection.listener.head)? {
-                    return self.close_header(end).map(Opening::Http1);
+                    return Poll::Ready(self.close_header(end).map(Opening::Http1));
                 }
             }
-            if !matches!(std::future::poll_fn(|cx| self.poll_fill(cx)).await, Ok(true)) {
-                return Ok(Opening::Closed);
+            if !matches!(ready!(self.poll_fill(cx)), Ok(true)) {
+                return Poll::Ready(Ok(Opening::Closed));
             }
-        }
-    }
-
-    /// Sends a refusal before any session exists, and lets the client read it before the connection goes.
-    pub async fn refuse(&mut self, answer: &[u8]) {
-        self.waste_left = LINGER_HEADER_BYTES;
-        if self.io.write_all(answer).await.is_ok() && self.io.flush().await.is_ok() {
-            let _ = std::future::poll_fn(|cx| self.poll_close(cx, true)).await;
         }
     }
 
@@ -238,6 +300,61 @@ impl ClientStream {
         Poll::Ready(Ok(()))
     }
 
+    /// The next piece of a body in a buffer of its own, as large as the piece.
+    fn poll_piece(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<Option<Bytes>>> {
+        // As for a session that reads: what was gathered leaves.
+        if let Poll::Ready(Err(error)) = self.poll_flush(cx) {
+            return Poll::Ready(Err(error));
+        }
+        while !self.body_is_read() {
+            let mut piece =
+                if self.inbox.is_empty() { ready!(self.poll_gulp(cx))? } else { std::mem::take(&mut self.inbox) };
+            if piece.is_empty() {
+                return Poll::Ready(Err(io::ErrorKind::UnexpectedEof.into()));
+            }
+            let taken = match &mut self.rest {
+                Rest::Length(left) => {
+                    let taken = piece.len().min(usize::try_from(*left).unwrap_or(usize::MAX));
+                    *left -= taken as u64;
+                    Ok((taken, taken))
+                }
+                Rest::Chunked(chunks) => chunks.unwrap(&mut piece),
+                Rest::Raw | Rest::Http2(_) => Ok((0, 0)),
+            };
+            let Ok((taken, body)) = taken else {
+                self.connection.set_fault(&refusal::SEND_BODY_MALFORMED);
+                return Poll::Ready(Err(io::Error::new(io::ErrorKind::InvalidData, "malformed chunked body")));
+            };
+            // What follows the body begins the next request.
+            self.inbox = if taken < piece.len() { piece.split_off(taken) } else { BytesMut::new() };
+            piece.truncate(body);
+            if !piece.is_empty() {
+                return Poll::Ready(Ok(Some(fitting(piece))));
+            }
+        }
+        Poll::Ready(Ok(None))
+    }
+
+    /// Reads what is there of a body, as much as there was the last time and a little more; nothing at its end.
+    fn poll_gulp(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<BytesMut>> {
+        let left = match self.rest {
+            Rest::Length(left) => usize::try_from(left).unwrap_or(usize::MAX),
+            _ => usize::MAX,
+        };
+        let room = self.gulp.clamp(GULP_BYTES_LEAST, GULP_BYTES_MAX).min(left);
+        let mut buffer = BytesMut::with_capacity(room);
+        let mut read = ReadBuf::uninit(&mut buffer.spare_capacity_mut()[..room]);
+        // Without anything to read the buffer goes again: a client that is waited for holds none.
+        ready!(Pin::new(&mut self.io).poll_read(cx, &mut read))?;
+        let filled = read.filled().len();
+        // SAFETY: so many bytes from the beginning of the spare capacity were just filled.
+        unsafe { buffer.set_len(filled) };
+        if filled == room {
+            self.gulp = (2 * room).min(GULP_BYTES_MAX);
+        }
+        Poll::Ready(Ok(buffer))
+    }
+
     /// Bytes of HTTP/2 pass as they are; a frame or header block that is begun must be finished in time.
     fn poll_http2(&mut self, cx: &mut Context<'_>, out: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         let before = out.filled().len();
@@ -322,7 +439,7 @@ impl ClientStream {
     /// Closes the writing side; if something is `unread`, reads what the client still sends for a while, for a socket that
     /// is closed with bytes unread is reset, and the reset can overtake the answer (RFC 9112 §9.6).
     fn poll_close(&mut self, cx: &mut Context<'_>, unread: bool) -> Poll<io::Result<()>> {
-        ready!(Pin::new(&mut *self).poll_flush(cx))?;
+        ready!(self.poll_flush(cx))?;
         if self.connection.resets() {
             // No end is to be seen before the reset, which comes with the drop.
             return Poll::Ready(Ok(()));
@@ -359,7 +476,7 @@ impl ClientStream {
     }
 }
 
-impl Drop for ClientStream {
+impl Drop for Core {
     fn drop(&mut self) {
         if self.connection.resets() {
             self.set_reset();
@@ -367,58 +484,66 @@ impl Drop for ClientStream {
     }
 }
 
-impl AsyncRead for ClientStream {
-    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, out: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
-        let this = self.get_mut();
+impl Core {
+    fn poll_read(&mut self, cx: &mut Context<'_>, out: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         // Whoever reads has nothing to write for now: what was gathered leaves, so that an answer is passed on as it comes.
-        if let Poll::Ready(Err(error)) = Pin::new(&mut *this).poll_flush(cx) {
+        if let Poll::Ready(Err(error)) = self.poll_flush(cx) {
             return Poll::Ready(Err(error));
         }
-        match this.rest {
-            Rest::Http2(_) => this.poll_http2(cx, out),
-            Rest::Raw => this.poll_pass(cx, out, usize::MAX).map_ok(|_| ()),
-            _ if this.body_is_read() && this.connection.is_raw() => {
-                this.rest = Rest::Raw;
-                this.poll_pass(cx, out, usize::MAX).map_ok(|_| ())
+        match self.rest {
+            Rest::Http2(_) => self.poll_http2(cx, out),
+            Rest::Raw => self.poll_pass(cx, out, usize::MAX).map_ok(|_| ()),
+            _ if self.body_is_read() && self.connection.is_raw() => {
+                self.rest = Rest::Raw;
+                self.poll_pass(cx, out, usize::MAX).map_ok(|_| ())
             }
-            _ if this.body_is_read() => this.poll_gone(cx),
+            _ if self.body_is_read() => self.poll_gone(cx),
             Rest::Length(left) => {
                 let limit = usize::try_from(left).unwrap_or(usize::MAX);
-                let passed = ready!(this.poll_pass(cx, out, limit))?;
-                this.rest = Rest::Length(left - passed as u64);
+                let passed = ready!(self.poll_pass(cx, out, limit))?;
+                self.rest = Rest::Length(left - passed as u64);
                 Poll::Ready(Ok(()))
             }
-            Rest::Chunked(_) => this.poll_chunks(cx, out),
+            Rest::Chunked(_) => self.poll_chunks(cx, out),
         }
+    }
+
+    fn poll_flush(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        let sent = self.poll_send_outbox(cx);
+        self.poll_patience(cx, sent)
+    }
+}
+
+impl AsyncRead for ClientStream {
+    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, out: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        self.core().poll_read(cx, out)
     }
 }
 
 impl AsyncWrite for ClientStream {
     fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
-        let this = self.get_mut();
-        let written = this.poll_gathered_write(cx, bytes);
-        this.poll_patience(cx, written)
+        let mut core = self.core();
+        let written = core.poll_gathered_write(cx, bytes);
+        core.poll_patience(cx, written)
     }
 
     fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        let this = self.get_mut();
-        let sent = this.poll_send_outbox(cx);
-        this.poll_patience(cx, sent)
+        self.core().poll_flush(cx)
     }
 
     /// The way in which Pingora ends a session: it calls this one and not [`Shutdown`].
     fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        let this = self.get_mut();
-        let unread = !this.body_is_read();
-        this.poll_close(cx, unread)
+        let mut core = self.core();
+        let unread = !core.body_is_read();
+        core.poll_close(cx, unread)
     }
 }
 
 #[async_trait]
 impl Shutdown for ClientStream {
     async fn shutdown(&mut self) {
-        let unread = !self.body_is_read();
-        let _ = std::future::poll_fn(|cx| self.poll_close(cx, unread)).await;
+        let unread = !self.core().body_is_read();
+        let _ = std::future::poll_fn(|cx| self.core().poll_close(cx, unread)).await;
     }
 }
 
@@ -426,9 +551,10 @@ impl Shutdown for ClientStream {
 impl Peek for ClientStream {
     /// Shows the preface that [`ClientStream::open`] found, and nothing else: HTTP/1 never gets this far.
     async fn try_peek(&mut self, seen: &mut [u8]) -> io::Result<bool> {
-        let there = self.inbox.len() >= seen.len();
+        let core = self.core();
+        let there = core.inbox.len() >= seen.len();
         if there {
-            seen.copy_from_slice(&self.inbox[..seen.len()]);
+            seen.copy_from_slice(&core.inbox[..seen.len()]);
         }
         Ok(there)
     }
@@ -436,7 +562,7 @@ impl Peek for ClientStream {
 
 impl UniqueID for ClientStream {
     fn id(&self) -> UniqueIDType {
-        self.io.id()
+        self.core().io.id()
     }
 }
 
@@ -456,13 +582,13 @@ impl GetProxyDigest for ClientStream {
 
 impl GetSocketDigest for ClientStream {
     fn get_socket_digest(&self) -> Option<Arc<SocketDigest>> {
-        self.io.get_socket_digest()
+        self.core().io.get_socket_digest()
     }
 }
 
 impl std::fmt::Debug for ClientStream {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("ClientStream").field("peer", &self.connection.peer).finish_non_exhaustive()
+        f.debug_struct("ClientStream").field("peer", &self.core().connection.peer).finish_non_exhaustive()
     }
 }
 
@@ -539,7 +665,7 @@ mod tests {
                         got.extend_from_slice(&piece[..read]);
                     }
                     prop_assert_eq!(got, body);
-                    prop_assert!(stream.body_is_read());
+                    prop_assert!(stream.core().body_is_read());
                     prop_assert!(stream.read(&mut piece).now_or_never().is_none(), "the session is to see nothing more");
                 }
                 drop(sender.await.expect("the client"));
@@ -553,7 +679,7 @@ mod tests {
     async fn a_client_that_takes_nothing_is_given_up_and_one_that_takes_little_is_not() {
         let (mut client, io) = tokio::io::duplex(16);
         let mut stream = stream(io, "");
-        stream.connection.set_write_idle(Duration::from_millis(200));
+        stream.core().connection.set_write_idle(Duration::from_millis(200));
         let answer = vec![b'x'; 100_000];
         let slow = async {
             let mut sip = [0; 16];
@@ -570,7 +696,7 @@ mod tests {
         };
         assert_eq!(written.map_err(|error| error.kind()), Err(io::ErrorKind::TimedOut));
         assert!(begin.elapsed() > Duration::from_millis(8 * 60 + 150), "{:?}", begin.elapsed());
-        assert_eq!(stream.connection.fault(), Some(&refusal::WRITE_TIMEOUT));
+        assert_eq!(stream.core().connection.fault(), Some(&refusal::WRITE_TIMEOUT));
     }
 
     #[tokio::test]

@@ -28,6 +28,26 @@ impl Timer {
     }
 }
 
+/// A deadline that mostly moves away before it is met, and often: the timer beneath is only set anew when it fires.
+#[derive(Default)]
+pub struct Alarm {
+    timer: Timer,
+    set: Option<Instant>,
+}
+
+impl Alarm {
+    /// Ready once it is `due`.
+    pub fn poll(&mut self, cx: &mut Context<'_>, due: Instant) -> Poll<()> {
+        let set = self.set.filter(|&set| set <= due);
+        let early = *self.set.insert(set.unwrap_or(due));
+        if self.timer.poll(cx, early).is_pending() {
+            return Poll::Pending;
+        }
+        self.set = Some(due);
+        self.timer.poll(cx, due)
+    }
+}
+
 /// A client is waited for, and counted among those, until this is dropped.
 pub struct Waiting {
     /// Since when.

@@ -7,6 +7,7 @@
 
 use std::collections::VecDeque;
 use std::future::Future;
+use std::io;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll, ready};
@@ -23,6 +24,7 @@ use super::lane::{Bulk, Class, Lanes, Turn};
 use super::pace::Pace;
 use super::slow::Entry;
 use super::spool::{Depot, Limits, Room, Spool, SpoolError};
+use super::stream::ClientBody;
 use super::waiting::{Timer, Waiting, Who};
 use crate::error::{Refusal, refusal};
 use crate::metrics::{Direction, RouteMetrics};
@@ -103,6 +105,8 @@ enum State {
 /// See the module.
 pub struct Wire {
     state: State,
+    /// The body of the request, if it is read past the session, which believes that there is none.
+    body: Option<ClientBody>,
     http2: bool,
     http10: bool,
     manner: Manner,
@@ -168,11 +172,19 @@ struct Head {
 }
 
 impl Wire {
-    /// The wire of a session that has written nothing yet.
-    pub fn new(session: Box<ServerSession>, manner: Manner, who: Who, depot: Arc<Depot>, lanes: Arc<Lanes>) -> Self {
+    /// The wire of a session that has written nothing yet, and the body that is read past it, if one is.
+    pub fn new(
+        session: Box<ServerSession>,
+        body: Option<ClientBody>,
+        manner: Manner,
+        who: Who,
+        depot: Arc<Depot>,
+        lanes: Arc<Lanes>,
+    ) -> Self {
         let (http2, http10) = (session.is_http2(), session.req_header().version == Version::HTTP_10);
         Wire {
             state: State::Idle(session),
+            body,
             http2,
             http10,
             leave: manner.leave,
@@ -238,6 +250,19 @@ impl Wire {
     /// Whether all of the answer is here.
     pub fn ended(&self) -> bool {
         self.ended
+    }
+
+    /// Whether all of the request body was read; `None` if only the session knows, and a write has it.
+    pub fn body_is_read(&mut self) -> Option<bool> {
+        match &self.body {
+            Some(body) => Some(body.is_read()),
+            None => self.session().map(|session| session.is_body_done()),
+        }
+    }
+
+    /// Whether the session cannot be kept for another request, and does not know: bytes of this one are still to come.
+    pub fn leaves_body(&self) -> bool {
+        self.body.as_ref().is_some_and(|body| !body.is_read())
     }
 
     /// Gives the session back for good; `None` if a write has it.
@@ -556,7 +581,8 @@ impl Wire {
         let State::Idle(mut session) = std::mem::replace(&mut self.state, State::Gone) else { return };
         self.begun |= batch.iter().any(is_of_answer);
         self.end_written |= batch.last().is_some_and(HttpTask::is_end);
-        if self.last_on_connection {
+        let answers = batch.iter().any(|task| matches!(task, HttpTask::Header(..)) && is_of_answer(task));
+        if self.last_on_connection || (answers && self.leaves_body()) {
             session.set_keepalive(None);
         }
         self.writing = batch.iter().map(|task| body_len(task) as u64).sum();
@@ -719,10 +745,11 @@ impl Wire {
             let closed = ready!(Pin::new(&mut closed).poll(cx));
             return Poll::Ready(closed.err().unwrap_or_else(|| Error::new_down(ErrorType::H2Error)));
         }
-        if !session.is_body_done() {
+        if self.body_is_read() != Some(true) {
             // Reading the body finds out.
             return Poll::Pending;
         }
+        let Some(session) = self.session() else { return Poll::Pending };
         let mut idle = std::pin::pin!(session.read_body_or_idle(true));
         match ready!(idle.as_mut().poll(cx)) {
             Err(error) => Poll::Ready(error),
@@ -731,8 +758,18 @@ impl Wire {
         }
     }
 
-    /// Reads a piece of the request body. Waits for a write that is under way, which has the session.
+    /// Reads a piece of the request body. Unless that is read past the session, it waits for a write that is under way,
+    /// which has the session.
     pub fn poll_read(&mut self, cx: &mut Context<'_>) -> Poll<Result<Option<Bytes>>> {
+        if let Some(body) = &self.body {
+            return body.poll_piece(cx).map_err(|error| {
+                let kind = match error.kind() {
+                    io::ErrorKind::UnexpectedEof => ErrorType::ConnectionClosed,
+                    _ => ErrorType::ReadError,
+                };
+                Error::because(kind, "reading the request body", error).into_down()
+            });
+        }
         if self.session().is_none() {
             let _ = self.poll_write(cx);
         }

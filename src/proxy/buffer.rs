@@ -67,6 +67,7 @@ pub async fn request(
     let terms = Terms {
         patience: route.patience(timeouts),
         intake,
+        holds_body: plan == Plan::Hold,
         manner,
         who: Who { client: exchange.client, target: exchange.target.clone() },
         tap: BodyFilters::of(exchange),
