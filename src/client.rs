@@ -43,6 +43,7 @@ use crate::metrics::{ConnectionState, Direction, Metrics, RouteMetrics, Summary,
 use crate::phase::journal::Cycle;
 use crate::phase::{Clock, Phase};
 use connection::{Begin, Connection, Inflight, Introduced, Listener, Listeners, StateGauge};
+use lane::Lanes;
 use slow::SlowClients;
 use stream::{ClientStream, Opening};
 use waiting::Waiting;
@@ -64,6 +65,7 @@ pub struct Desk {
     log: Option<Arc<AccessLog>>,
     inflight: Arc<Inflight>,
     slow: SlowClients,
+    lanes: Arc<Lanes>,
 }
 
 impl Desk {
@@ -74,9 +76,10 @@ impl Desk {
         log: Option<Arc<AccessLog>>,
         inflight: Arc<Inflight>,
         slow: SlowClients,
+        lanes: Arc<Lanes>,
         unrouted: Arc<RouteMetrics>,
     ) -> Self {
-        Desk { listeners, metrics, unrouted, log, inflight, slow }
+        Desk { listeners, metrics, unrouted, log, inflight, slow, lanes }
     }
 
     /// Counts and logs a refusal that no exchange was made for.
@@ -226,6 +229,9 @@ where
     async fn serve(mut self, mut stream: Box<ClientStream>) {
         while self.park(&mut stream).await {
             self.served += 1;
+            if self.served == 1 {
+                self.begin().await;
+            }
             // Boxed, so that a parked connection does not hold the room that an exchange needs.
             match Box::pin(self.exchange(stream)).await {
                 Some(kept) if !*self.shutdown.borrow() => stream = kept,
@@ -242,6 +248,14 @@ where
         tokio::select! {
             came = tokio::time::timeout(self.connection.listener.idle_timeout, stream.park()) => came.unwrap_or(false),
             _ = self.shutdown.wait_for(|stopping| *stopping) => false,
+        }
+    }
+
+    /// Waits for its turn if many connections begin at once; that is a few rounds of the event loop.
+    async fn begin(&self) {
+        let turn = self.front.desk.lanes.here().begin(Instant::now());
+        if let Some(mut turn) = turn {
+            std::future::poll_fn(|cx| turn.poll(cx)).await;
         }
     }
 

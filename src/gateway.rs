@@ -210,6 +210,7 @@ impl Gateway {
         }
 
         let unrouted = metrics.unrouted();
+        let lanes = Lanes::new(metrics.clone());
         let mut routes = parts.listed;
         routes.push((unrouted.clone(), Vec::new()));
         let proxy = Proxy {
@@ -225,8 +226,15 @@ impl Gateway {
             tracer: tracer.clone(),
         };
         let proxy = http_proxy(&server.configuration, proxy);
-        let desk =
-            Desk::new(listeners, metrics.clone(), log.clone(), inflight.clone(), depot.slow.clone(), unrouted.clone());
+        let desk = Desk::new(
+            listeners,
+            metrics.clone(),
+            log.clone(),
+            inflight.clone(),
+            depot.slow.clone(),
+            lanes.clone(),
+            unrouted.clone(),
+        );
         let mut web = ListeningService::new("web".to_owned(), Front::new(Arc::new(proxy), Arc::new(desk)));
         for socket in &sockets {
             web.add_listener(socket.listener_config());

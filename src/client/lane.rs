@@ -8,6 +8,10 @@
 //!
 //! In both classes whoever is nearest to the end comes first, so that most backends are released soonest; every eighth
 //! turn goes to whoever has waited longest, so that nobody starves.
+//!
+//! A crowd that arrives at once is no bulk yet, but a thousand connections that each begin an exchange are in one round what
+//! bulk may never be: everybody else waits until the last of them has parsed its header and called its endpoint. So where
+//! many begin at once they come in one after the other, a few in each round, the fewer the longer the rounds are.
 
 use std::cell::RefCell;
 use std::collections::BTreeMap;
@@ -32,9 +36,15 @@ const PASSES_PER_SPOOL: u32 = 3;
 /// The longest pause between two turns while somebody waits.
 const PAUSE_MOST: Duration = Duration::from_millis(20);
 
+/// So many connections may begin their first exchange within [`BURST`] without turns, and this many at most in one round.
+const BEGINS_MOST: u32 = 16;
+const BURST: Duration = Duration::from_millis(1);
+
 /// What a turn is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Class {
+    /// To begin the first exchange of a connection.
+    Begin,
     /// To go straight to a client that takes it.
     Pass,
     /// To be held for a client that does not.
@@ -86,6 +96,8 @@ pub struct Lane {
 struct Queues {
     pass: Queue,
     spool: Queue,
+    begin: Queue,
+    begins: Begins,
     /// Whether a task hands out turns; it ends when nobody waits.
     driven: bool,
     share: Share,
@@ -96,9 +108,14 @@ struct Queues {
 impl Queues {
     fn of(&mut self, class: Class) -> &mut Queue {
         match class {
+            Class::Begin => &mut self.begin,
             Class::Pass => &mut self.pass,
             Class::Spool => &mut self.spool,
         }
+    }
+
+    fn is_empty(&self) -> bool {
+        [&self.begin, &self.pass, &self.spool].iter().all(|queue| queue.waiting.is_empty())
     }
 
     /// Whose turn it is: mostly somebody's whose client is waiting.
@@ -162,6 +179,17 @@ impl Lane {
         self.bulk.load(Ordering::Relaxed) > FREE_PASSES
     }
 
+    /// A place in the queue of those that begin, if so many do that they are to take turns.
+    pub fn begin(self: &Arc<Self>, now: Instant) -> Option<Turn> {
+        {
+            let mut queues = self.lock();
+            if queues.begin.waiting.is_empty() && queues.begins.one_more(now) {
+                return None;
+            }
+        }
+        Some(self.queue(Class::Begin, 0))
+    }
+
     /// Queues for a turn. `missing` is how many bytes are still to come, `u64::MAX` if nobody knows.
     pub fn queue(self: &Arc<Self>, class: Class, missing: u64) -> Turn {
         let mut queues = self.lock();
@@ -194,12 +222,17 @@ impl Lane {
         let mut queues = self.lock();
         let pause = queues.share.after_round(now - since, now);
         self.metrics.share.set(queues.share.now);
+        for _ in 0..queues.begins.after_round(now - since, now) {
+            let Some(slot) = queues.begin.next() else { break };
+            self.grant(&slot);
+        }
         if pause.is_zero()
             && let Some(slot) = queues.next()
         {
             self.grant(&slot);
         }
-        queues.driven = !queues.pass.waiting.is_empty() || !queues.spool.waiting.is_empty();
+        queues.driven = !queues.is_empty();
+        let pause = if queues.begin.waiting.is_empty() { pause } else { Duration::ZERO };
         queues.driven.then_some(pause)
     }
 
@@ -266,6 +299,41 @@ async fn drive(lane: Arc<Lane>) {
             Some(pause) => tokio::time::sleep(pause).await,
             None => return,
         }
+    }
+}
+
+/// How many connections may begin at once.
+struct Begins {
+    /// In one round, while there is a queue.
+    most: u32,
+    /// Since this many have begun without turns.
+    since: Option<Instant>,
+    begun: u32,
+}
+
+impl Default for Begins {
+    fn default() -> Self {
+        Begins { most: BEGINS_MOST, since: None, begun: 0 }
+    }
+}
+
+impl Begins {
+    /// Whether one may begin at once, there being no queue.
+    fn one_more(&mut self, now: Instant) -> bool {
+        if self.since.is_none_or(|since| now - since > BURST) {
+            self.since = Some(now);
+            self.begun = 0;
+        }
+        self.begun += 1;
+        self.begun <= BEGINS_MOST
+    }
+
+    /// A round took `lag`: how many may begin in the next.
+    fn after_round(&mut self, lag: Duration, now: Instant) -> u32 {
+        self.most = if lag > LAG_AIM { (self.most / 2).max(1) } else { (self.most + 1).min(BEGINS_MOST) };
+        // Those who come meanwhile queue.
+        (self.since, self.begun) = (Some(now), BEGINS_MOST);
+        self.most
     }
 }
 
@@ -403,6 +471,37 @@ mod tests {
         assert!(lane.is_crowded());
         few.clear();
         assert!(!lane.is_crowded());
+    }
+
+    #[tokio::test]
+    async fn a_few_begin_at_once_and_a_crowd_in_the_order_in_which_it_came() {
+        let lane = lane();
+        let now = Instant::now();
+        assert!((0..BEGINS_MOST).all(|_| lane.begin(now).is_none()));
+        let order = Mutex::new(Vec::new());
+        let crowd = (0..100).map(|number| {
+            let place = lane.begin(now).expect("a place in the queue");
+            let order = &order;
+            async move {
+                turn(place).await;
+                order.lock().expect("no panic").push(number);
+            }
+        });
+        futures::future::join_all(crowd).await;
+        let mut order = order.into_inner().expect("no panic");
+        order.truncate(7);
+        assert_eq!(order, [0, 1, 2, 3, 4, 5, 6]);
+        assert_eq!(lane.metrics.waiting.get(), 0);
+        assert!(lane.begin(Instant::now() + 2 * BURST).is_none(), "nobody waits any more");
+    }
+
+    #[test]
+    fn the_longer_the_rounds_the_fewer_begin_in_one() {
+        let now = Instant::now();
+        let mut begins = Begins::default();
+        let most: Vec<_> = (0..6).map(|_| begins.after_round(2 * LAG_AIM, now)).collect();
+        assert_eq!(most, [8, 4, 2, 1, 1, 1]);
+        assert_eq!((0..100).map(|_| begins.after_round(LAG_AIM / 2, now)).last(), Some(BEGINS_MOST));
     }
 
     #[test]
