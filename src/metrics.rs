@@ -698,7 +698,9 @@ mod tests {
         route.record(&exchange);
         route.spills(Direction::Request);
         metrics.listener("web");
-        let endpoint = metrics.upstream("app").endpoint("127.0.0.1:3000");
+        let upstream = metrics.upstream("app");
+        let endpoint = upstream.endpoint("127.0.0.1:3000");
+        upstream.health_checks();
         let group: Arc<dyn Group> = Arc::new(endpoints::tests::Two);
         metrics.count_endpoints(Arc::downgrade(&group));
         metrics.spools();
