@@ -52,7 +52,13 @@ impl Refusal {
     /// After how many seconds the client may try again, where the gateway was short of room: that passes as others
     /// end (RFC 9110 §10.2.3). Not so short that the same clients come back at once, nor so long that they give up.
     pub fn retry_after(&self) -> Option<u32> {
-        let passing = [&refusal::ROUTE_PRESSURE, &refusal::BUFFER_PRESSURE, &refusal::BUFFER_DISK_FULL];
+        let passing = [
+            &refusal::ROUTE_PRESSURE,
+            &refusal::BUFFER_PRESSURE,
+            &refusal::BUFFER_DISK_FULL,
+            &refusal::QUEUE_FULL,
+            &refusal::QUEUE_TIMEOUT,
+        ];
         passing.contains(&self).then_some(5)
     }
 
@@ -112,6 +118,10 @@ refusals! {
     BUFFER_DISK_FULL: "buffer.disk_full", 503, "The gateway has no room for this request body; try again later.";
     BUFFER_DISK_FAILED: "buffer.disk_failed", 500, "The gateway could not keep the request body.";
     BUFFER_PRESSURE: "buffer.pressure", 503, "The gateway has no room for further request bodies; try again later.";
+    QUEUE_FULL: "queue.full", 503, "Every backend is busy and too many wait already; try again later.";
+    QUEUE_TIMEOUT: "queue.timeout", 503, "No backend had room in time; try again later.";
+    QUEUE_ABORTED: "queue.aborted", 499, "The client went away while every backend was busy.";
+    SELECT_BREAKER_OPEN: "select.breaker_open", 503, "The backend fails and is left alone for a while; try again later.";
     SELECT_NO_ENDPOINT: "select.no_endpoint", 503, "No backend is available.";
     CONNECT_REFUSED: "connect.refused", 502, "The backend refused the connection.";
     CONNECT_TIMEOUT: "connect.timeout", 504, "The backend did not accept the connection in time.";
@@ -189,7 +199,13 @@ mod tests {
         let told = refusal::ALL.iter().filter(|row| row.retry_after().is_some());
         assert_eq!(
             told.map(|row| (row.reason, row.status)).collect::<Vec<_>>(),
-            [("route.pressure", 503), ("buffer.disk_full", 503), ("buffer.pressure", 503)]
+            [
+                ("route.pressure", 503),
+                ("buffer.disk_full", 503),
+                ("buffer.pressure", 503),
+                ("queue.full", 503),
+                ("queue.timeout", 503)
+            ]
         );
     }
 

@@ -104,7 +104,7 @@ pub enum Verdict {
 
 impl From<&'static Refusal> for Verdict {
     fn from(refusal: &'static Refusal) -> Self {
-        Verdict::Refuse(Refused { refusal, headers: Vec::new() })
+        Verdict::Refuse(refusal.into())
     }
 }
 
@@ -115,6 +115,12 @@ pub struct Refused {
     pub refusal: &'static Refusal,
     /// Further response headers.
     pub headers: Vec<(HeaderName, HeaderValue)>,
+}
+
+impl From<&'static Refusal> for Refused {
+    fn from(refusal: &'static Refusal) -> Self {
+        Refused { refusal, headers: Vec::new() }
+    }
 }
 
 /// A complete answer made by a filter.

@@ -6,6 +6,7 @@
 
 pub mod endpoints;
 pub mod family;
+mod limits;
 mod phases;
 mod refusals;
 pub mod retry;
@@ -35,6 +36,7 @@ pub const UNROUTED: &str = "_none";
 /// The value of the label `where` for what no phase or filter is to blame for.
 pub const LOOP: &str = "loop";
 
+pub use limits::{LimitMetrics, QueueMetrics};
 pub use phases::{PhaseState, Seat};
 pub use route::{Direction, Distribution, RouteFigures, RouteMetrics, Spills, Summary};
 
@@ -81,6 +83,7 @@ struct Families {
     upstream_connections: IntGaugeVec,
     retries: IntCounterVec,
     retries_refused: IntCounterVec,
+    limits: limits::Families,
     spool_bytes: IntGaugeVec,
     spool_limit: IntGaugeVec,
     slow_clients: IntGaugeVec,
@@ -200,6 +203,7 @@ impl Metrics {
             resolutions_failed: resolutions("failed"),
             connections: families.upstream_connections.with_label_values(&[name]),
             retries: RetryMetrics::of(name, &families.retries, &families.retries_refused),
+            limits: families.limits.upstream(name),
             health_checks: families.upstream_health_checks.clone(),
             connect_failures: connect_failures.collect(),
             connect_seconds: families.upstream_connect_seconds.with_label_values(&[name]),
@@ -404,6 +408,7 @@ impl Families {
             upstream_connections: family::UPSTREAM_CONNECTIONS.gauge(registry),
             retries: family::RETRIES.counter(registry),
             retries_refused: family::RETRIES_REFUSED.counter(registry),
+            limits: limits::Families::register(registry),
             spool_bytes: family::SPOOL_BYTES.gauge(registry),
             spool_limit: family::SPOOL_LIMIT_BYTES.gauge(registry),
             slow_clients: family::SLOW_CLIENTS.gauge(registry),
@@ -574,6 +579,8 @@ pub struct UpstreamMetrics {
     pub connections: IntGauge,
     /// Attempts that were repeated, and those that were not.
     pub retries: RetryMetrics,
+    /// Of its limits.
+    pub limits: LimitMetrics,
     health_checks: IntCounterVec,
     /// Times until new connections stood.
     pub connect_seconds: Histogram,

@@ -9,6 +9,7 @@ pub mod connect;
 pub mod exchange;
 pub mod finish;
 pub mod header;
+pub mod queue;
 pub mod receive;
 pub mod retry;
 pub mod route;
@@ -112,10 +113,10 @@ impl ProxyHttp for Proxy {
         Ok(false)
     }
 
-    /// `select`.
-    async fn upstream_peer(&self, _session: &mut Session, exchange: &mut Exchange) -> Result<Box<HttpPeer>> {
-        select::next(exchange).await.map_err(|refusal| {
-            exchange.refuse(plain(refusal));
+    /// `select`, with `queue` in it.
+    async fn upstream_peer(&self, session: &mut Session, exchange: &mut Exchange) -> Result<Box<HttpPeer>> {
+        select::next(exchange, session.as_downstream_mut()).await.map_err(|refused| {
+            exchange.refuse(refused);
             Error::new_up(ErrorType::ConnectError)
         })
     }

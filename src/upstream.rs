@@ -4,8 +4,10 @@
 //! [`Upstream::ended`]. Everything that may take time, such as resolving names and working out who may be chosen, is done at
 //! start or in the background ([`background`]).
 
+pub mod admission;
 pub mod availability;
 pub mod balance;
+pub mod breaker;
 mod check;
 mod discovery;
 pub mod ended;
@@ -14,6 +16,7 @@ pub mod health;
 pub mod latency;
 pub mod orders;
 pub mod outlier;
+pub mod queue;
 pub mod retries;
 pub mod roster;
 pub mod slow_start;
@@ -27,7 +30,6 @@ use std::fmt;
 use std::future::Future;
 use std::io;
 use std::panic;
-use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant, SystemTime};
@@ -51,18 +53,22 @@ use crate::error::BuildError;
 use crate::filter::key::{Asked, Keys, cookie};
 use crate::metrics::UpstreamMetrics;
 use crate::metrics::endpoints::{Group, Present};
+use admission::Admission;
 use availability::State;
 use check::Checks;
 use discovery::{Directory, Location, Place, Resolve, System};
 use orders::{Order, Orders};
+use queue::Place as PlaceInLine;
 use retries::{Allowance, Permit, Retries};
 use roster::Roster;
 use sticky::{Sticky, Stuck};
 use transport::Transport;
 
+pub use admission::Engaged;
 pub use balance::Split;
 pub use ended::{Ended, Outcome};
-pub use endpoint::{Endpoint, Engaged, Found};
+pub use endpoint::{Endpoint, Found};
+pub use roster::Choice;
 
 /// How often names are resolved again.
 const REFRESH_INTERVAL: Duration = Duration::from_secs(30);
@@ -87,8 +93,8 @@ pub struct Upstream {
     keys: Keys,
     /// How its clients stay where they are, if they do.
     sticky: Option<Sticky>,
-    /// Exchanges that have one of its endpoints now.
-    inflight: Arc<AtomicU32>,
+    /// Who is let in, and who waits.
+    pub admission: Arc<Admission>,
     /// Every endpoint that its source names, then those that it names no longer and that are still busy.
     members: ArcSwap<Vec<Arc<Endpoint>>>,
     roster: ArcSwap<Roster>,
@@ -155,6 +161,7 @@ impl Upstream {
 
         let checks = written.health_check.as_ref();
         let checks = checks.map(|written| Checks::build(written, metrics.health_checks()));
+        let limits = metrics.limits.clone();
         let upstream = Upstream {
             name: name.into(),
             timeouts,
@@ -163,7 +170,7 @@ impl Upstream {
             load_balancing: written.load_balancing.clone(),
             keys,
             sticky,
-            inflight: Arc::default(),
+            admission: Admission::new(written, limits, Instant::now()),
             members: ArcSwap::default(),
             roster: ArcSwap::default(),
             changing: Mutex::new(()),
@@ -184,7 +191,7 @@ impl Upstream {
 
     /// Exchanges that have one of its endpoints now.
     pub fn inflight(&self) -> u32 {
-        self.inflight.load(Ordering::Relaxed)
+        self.admission.inflight()
     }
 
     /// Whether an exchange has a connection to its endpoint for itself.
@@ -204,15 +211,6 @@ impl Upstream {
         sticky.read(cookie(asked.headers, sticky.name.as_bytes())?, SystemTime::now())
     }
 
-    /// The endpoint that a client stays at, if it may be chosen and is none of `tried`. Goes before [`Upstream::select`], and
-    /// whoever gets one owes the same for it.
-    pub fn stay(&self, stuck: &Stuck, tried: &[Arc<Endpoint>]) -> Option<Engaged> {
-        let roster = self.roster.load();
-        let endpoint = roster.named(stuck.endpoint, tried)?;
-        endpoint.metrics.selections.inc();
-        Some(Engaged::new(endpoint, &self.inflight))
-    }
-
     /// The `Set-Cookie` by which a client stays at the endpoint that has answered; `None` if it does so anyhow, or shall not.
     pub fn cookie(&self, stuck: Option<&Stuck>, endpoint: &Endpoint, https: bool) -> Option<HeaderValue> {
         let sticky = self.sticky.as_ref()?;
@@ -220,18 +218,56 @@ impl Upstream {
         if stays { None } else { sticky.write(&endpoint.names, https, SystemTime::now()) }
     }
 
-    /// The endpoint that is to serve next, but none of `tried`; `None` once all of them were tried. Whoever gets one tells
-    /// [`Upstream::ended`] what became of it. `hash` is that of the exchange's key; policies without one take no notice of it.
-    pub fn select(&self, hash: u64, tried: &[Arc<Endpoint>], now: Instant) -> Option<Engaged> {
-        let roster = self.roster.load();
-        let endpoint = roster.pick(hash, tried, &self.inflight, now)?;
-        endpoint.metrics.selections.inc();
-        Some(Engaged::new(endpoint, &self.inflight))
+    /// The endpoint that is to serve next, but none of `tried`. Whoever gets one tells [`Upstream::ended`] what became of it.
+    /// `hash` is that of the exchange's key; policies without one take no notice of it. While others wait, this waits, too.
+    pub fn select(&self, hash: u64, tried: &[Arc<Endpoint>], now: Instant) -> Choice {
+        self.select_for(None, hash, tried, now)
+    }
+
+    /// The same for a client that may be stuck to an endpoint: that one goes before all others, if it may be chosen and has room.
+    pub fn select_for(&self, stuck: Option<&Stuck>, hash: u64, tried: &[Arc<Endpoint>], now: Instant) -> Choice {
+        match self.admission.queue().bars() {
+            true => self.with_leave(now, || Choice::Full),
+            false => self.select_in_turn(stuck, hash, tried, now),
+        }
+    }
+
+    /// The same for one who has a turn.
+    pub fn select_in_turn(&self, stuck: Option<&Stuck>, hash: u64, tried: &[Arc<Endpoint>], now: Instant) -> Choice {
+        self.with_leave(now, || {
+            let roster = self.roster.load();
+            let stuck = stuck.filter(|_| !self.admission.is_full());
+            let stays = stuck.and_then(|stuck| self.admission.engage(roster.named(stuck.endpoint, tried)?));
+            stays.map_or_else(|| roster.engage(hash, tried, &self.admission, now), Choice::Engaged)
+        })
+    }
+
+    /// Chooses if the breaker lets us.
+    fn with_leave(&self, now: Instant, choose: impl FnOnce() -> Choice) -> Choice {
+        let leave = match self.admission.leave(now) {
+            Ok(leave) => leave,
+            Err(away) => return Choice::Away(away),
+        };
+        match choose() {
+            Choice::Engaged(engaged) => {
+                engaged.metrics.selections.inc();
+                Choice::Engaged(engaged.with(leave))
+            }
+            other => {
+                self.admission.unused(leave.as_ref(), now);
+                other
+            }
+        }
+    }
+
+    /// Joins the line of those who wait until somebody has room; `None`: it is full.
+    pub fn queue(&self, tried: &[Arc<Endpoint>], now: Instant) -> Option<PlaceInLine> {
+        self.admission.queue().join(!tried.is_empty(), now)
     }
 
     /// Whether a connection of which nothing more is wanted just now is one too many to be kept.
     pub fn has_surplus_connections(&self) -> bool {
-        self.transport.is_surplus(self.inflight.load(Ordering::Relaxed))
+        self.transport.is_surplus(self.admission.inflight())
     }
 
     /// Whether there is an endpoint that is none of `tried`.
@@ -242,13 +278,14 @@ impl Upstream {
     /// Leave to send one of its endpoints what it, or another one, was sent already; `None` if too much of what is under way is
     /// of this kind.
     pub fn permit_retry(&self, allowance: Allowance) -> Option<Permit> {
-        self.retries.permit(self.inflight.load(Ordering::Relaxed), allowance)
+        self.retries.permit(self.admission.inflight(), allowance)
     }
 
     /// An attempt is over. Called exactly once for each endpoint that [`Upstream::select`] gave.
-    pub fn ended(&self, endpoint: &Arc<Endpoint>, ended: &Ended, now: Instant) {
+    pub fn ended(&self, engaged: &mut Engaged, ended: &Ended, now: Instant) {
         self.count(ended);
-        endpoint.learn(ended, now);
+        engaged.learn(ended, now);
+        engaged.ended(ended, now);
     }
 
     fn count(&self, ended: &Ended) {
@@ -368,7 +405,13 @@ impl Upstream {
     fn publish(&self, mut members: Vec<Arc<Endpoint>>) {
         members.retain(|endpoint| !endpoint.availability().is_removed() || endpoint.inflight() > 0);
         let roster = Roster::new(&self.load_balancing, &members, &self.roster.load());
-        self.roster.store(Arc::new(roster));
+        let roster = Arc::new(roster);
+        self.roster.store(Arc::clone(&roster));
+        if !self.admission.queue().is_empty() {
+            // Those in line have turns for what room there is now; where nobody serves any more, all of them hear of it.
+            let room = if roster.is_empty() { u32::MAX } else { self.admission.room(roster.members()) };
+            self.admission.queue().changed(room);
+        }
         self.members.store(Arc::new(members));
     }
 
@@ -591,7 +634,7 @@ mod tests {
     fn selected(upstream: &Upstream, turns: usize) -> BTreeMap<String, usize> {
         let mut counts = BTreeMap::new();
         for _ in 0..turns {
-            let endpoint = upstream.select(0, &[], Instant::now()).unwrap();
+            let endpoint = upstream.select(0, &[], Instant::now()).engaged().unwrap();
             *counts.entry(format!("{} {}", endpoint.label, endpoint.address)).or_default() += 1;
         }
         counts
@@ -604,7 +647,7 @@ mod tests {
     #[test]
     fn endpoints_take_turns_by_weight_and_each_selection_is_counted() {
         let upstream = build(&[("10.0.0.1:80", 5), ("unix:/run/b.sock", 1), ("[::1]:80", 1)], &Arc::default()).unwrap();
-        let order: Vec<_> = (0..7).map(|_| upstream.select(0, &[], Instant::now()).unwrap()).collect();
+        let order: Vec<_> = (0..7).map(|_| upstream.select(0, &[], Instant::now()).engaged().unwrap()).collect();
         let labels: Vec<&str> = order.iter().map(|endpoint| &*endpoint.label).collect();
         let a = "10.0.0.1:80";
         assert_eq!(labels, [a, a, "unix:/run/b.sock", a, "[::1]:80", a, a]);
@@ -615,7 +658,7 @@ mod tests {
     fn an_endpoint_that_was_tried_is_not_selected_again_and_after_the_last_there_is_none() {
         let upstream = build(&[("10.0.0.1:80", 9), ("10.0.0.2:80", 1), ("10.0.0.3:80", 1)], &Arc::default()).unwrap();
         let mut tried = Vec::new();
-        while let Some(endpoint) = upstream.select(0, &tried, Instant::now()) {
+        while let Some(endpoint) = upstream.select(0, &tried, Instant::now()).engaged() {
             tried.push(Arc::clone(endpoint.endpoint()));
         }
         let distinct: BTreeSet<String> = tried.iter().map(|endpoint| endpoint.address.to_string()).collect();
@@ -642,7 +685,7 @@ mod tests {
     async fn a_refresh_takes_in_new_addresses_and_keeps_the_last_good_answer() {
         let script = Arc::<Script>::default().set("a.test", &["10.0.0.1"]).set("b.test", &["10.0.1.1"]);
         let upstream = build(&[("a.test:80", 1), ("b.test:80", 1)], &script).unwrap();
-        let before = upstream.select(0, &[], Instant::now()).unwrap();
+        let before = upstream.select(0, &[], Instant::now()).engaged().unwrap();
 
         script.set("a.test", &[]).set("b.test", &["10.0.1.2", "10.0.1.3"]);
         upstream.refresh().await;
@@ -665,7 +708,7 @@ mod tests {
     #[tokio::test]
     async fn the_resolver_of_the_system_may_be_asked_from_within_a_runtime() {
         let upstream = Upstream::build("shop", &written(&[("localhost:80", 1)]), metrics()).unwrap();
-        assert_eq!(&*upstream.select(0, &[], Instant::now()).unwrap().label, "localhost:80");
+        assert_eq!(&*upstream.select(0, &[], Instant::now()).engaged().unwrap().label, "localhost:80");
     }
 
     #[test]
@@ -702,7 +745,7 @@ mod tests {
     async fn an_endpoint_that_is_busy_is_remembered_until_it_is_free_and_taken_back_if_it_comes_again() {
         let script = Arc::<Script>::default().set("a.test", &["10.0.0.1"]);
         let upstream = build(&[("a.test:80", 1)], &script).unwrap();
-        let busy = upstream.select(0, &[], Instant::now()).unwrap();
+        let busy = upstream.select(0, &[], Instant::now()).engaged().unwrap();
         script.set("a.test", &["10.0.0.2"]);
         upstream.refresh().await;
         assert_eq!(selected(&upstream, 2), counts(&[("a.test:80 10.0.0.2:80", 2)]), "it is given nothing new");
@@ -710,7 +753,7 @@ mod tests {
 
         script.set("a.test", &["10.0.0.1"]);
         upstream.refresh().await;
-        assert!(Arc::ptr_eq(upstream.select(0, &[], Instant::now()).unwrap().endpoint(), busy.endpoint()));
+        assert!(Arc::ptr_eq(upstream.select(0, &[], Instant::now()).engaged().unwrap().endpoint(), busy.endpoint()));
         assert_eq!((upstream.members().len(), busy.inflight()), (1, 1), "the other one had nothing to do");
     }
 
@@ -766,7 +809,7 @@ mod tests {
 
         script.set("a.test", &["10.0.0.2"]);
         let refreshed = async {
-            while upstream.select(0, &[], Instant::now()).unwrap().address.to_string() != "10.0.0.2:80" {
+            while upstream.select(0, &[], Instant::now()).engaged().unwrap().address.to_string() != "10.0.0.2:80" {
                 tokio::task::yield_now().await;
             }
         };

@@ -100,8 +100,19 @@ const SENDING: u64 = 0;
 const WAITING: u64 = 1;
 const RECEIVING: u64 = 2;
 const DONE: u64 = 3;
+const QUEUEING: u64 = 4;
 
 impl Link {
+    /// An endpoint is waited for.
+    pub fn queueing(&self) {
+        self.enter(QUEUEING);
+    }
+
+    /// Ready when the client has gone, while nobody reads its body or writes its answer.
+    pub fn poll_gone(&self, cx: &mut Context<'_>) -> Poll<()> {
+        self.wire().poll_gone(cx).map(drop)
+    }
+
     /// A new attempt begins: the request is sent again, and what the one before was given up for is over.
     pub fn sending(&self) {
         *self.fault.lock().unwrap_or_else(PoisonError::into_inner) = None;

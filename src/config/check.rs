@@ -25,7 +25,7 @@ use super::server::{EventLoop, Resources, Tracing};
 use super::units::{ByteRate, Count, Size, Time};
 use super::upstream::health::{HealthCheck, HttpCheck};
 use super::upstream::sticky::{Secrets, Sticky, StickyCookie};
-use super::upstream::{LoadBalancing, Protocol, Upstream};
+use super::upstream::{CircuitBreaker, LoadBalancing, Protocol, Upstream};
 
 /// The name under which `/metrics` counts what is beyond a limit.
 const RESERVED_NAME: &str = "_other";
@@ -42,6 +42,10 @@ const MEMORY_MIN: Size = Size::kib(1024);
 const STREAK_MAX: u64 = 10_000;
 /// Each takes a socket.
 const CHECKS_AT_ONCE_MAX: u64 = 10_000;
+/// Whoever waits in a queue costs what its request does; nobody's patience lasts for more.
+const QUEUE_MAX: u64 = 1_000_000;
+/// More are no trial any more.
+const PROBES_MAX: u64 = 1000;
 /// More often would cost more than it shows.
 const HEARTBEAT_MIN: Time = Time::milliseconds(1);
 /// More seldom, most stalls would pass unseen.
@@ -335,6 +339,58 @@ impl<'a> Check<'a> {
         self.time(&format!("{path}.timeouts.send"), upstream.timeouts.send);
         self.time(&format!("{path}.timeouts.wait"), upstream.timeouts.wait);
         self.time(&format!("{path}.timeouts.receive"), upstream.timeouts.receive);
+        self.limits(upstream, path);
+        if let Some(breaker) = &upstream.circuit_breaker {
+            self.circuit_breaker(breaker, &format!("{path}.circuit_breaker"));
+        }
+    }
+
+    fn limits(&mut self, upstream: &Upstream, path: &str) {
+        let (limits, at) = (&upstream.limits, format!("{path}.limits"));
+        let each = &limits.endpoint;
+        for (key, limit, whole) in [
+            ("requests", limits.requests, None),
+            ("connections", limits.connections, None),
+            ("endpoint.requests", each.requests, Some(("requests", limits.requests))),
+            ("endpoint.connections", each.connections, Some(("connections", limits.connections))),
+        ] {
+            let key = format!("{at}.{key}");
+            self.count(&key, limit, 1, u64::MAX);
+            if let Some((whole, most)) = whole
+                && limit > most
+                && most > Count(0)
+                && self.is_written(&key)
+            {
+                let whole = format!("{at}.{whole}");
+                let finding = Finding::warning(value(&key), format!("`{key}` is never met"));
+                self.wrong(finding.label("more than all endpoints together").also(value(whole), "their limit"));
+            }
+        }
+        self.count(&format!("{path}.queue.size"), upstream.queue.size, 0, QUEUE_MAX);
+        self.time(&format!("{path}.queue.timeout"), upstream.queue.timeout);
+    }
+
+    fn circuit_breaker(&mut self, breaker: &CircuitBreaker, path: &str) {
+        let CircuitBreaker { failures, window, min_requests, consecutive, open, max_open, probes } = breaker;
+        if failures.ratio() <= 0.0 {
+            let finding = Finding::error(value(format!("{path}.failures")), "this breaker opens without any failure");
+            self.wrong(finding.label("expected more than `0%`"));
+        }
+        self.time(&format!("{path}.window"), *window);
+        self.count(&format!("{path}.min_requests"), *min_requests, 1, u64::MAX);
+        self.count(&format!("{path}.consecutive"), *consecutive, 1, u64::MAX);
+        if (*min_requests, *consecutive) == (Count::UNLIMITED, Count::UNLIMITED) {
+            let finding = Finding::error(value(format!("{path}.min_requests")), "this breaker never opens");
+            self.wrong(finding.label("`consecutive` is `unlimited`, too").help("lower one of them, or leave it out"));
+        }
+        self.time(&format!("{path}.open"), *open);
+        self.count(&format!("{path}.probes"), *probes, 1, PROBES_MAX);
+        let (shortest, longest) = (format!("{path}.open"), format!("{path}.max_open"));
+        if max_open < open {
+            let spot = if self.is_written(&longest) { &longest } else { &shortest };
+            let finding = Finding::error(value(spot), "a breaker cannot be open for longer than it may");
+            self.wrong(finding.label(format!("expected an `open` ({open}) of no more than `max_open` ({max_open})")));
+        }
     }
 
     fn transport(&mut self, upstream: &Upstream, path: &str) {

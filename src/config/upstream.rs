@@ -3,6 +3,7 @@
 pub mod balance;
 pub mod discovery;
 pub mod health;
+pub mod limits;
 pub mod sticky;
 pub mod transport;
 
@@ -14,6 +15,7 @@ use super::units::Time;
 pub use balance::LoadBalancing;
 pub use discovery::Endpoint;
 pub use health::HealthCheck;
+pub use limits::{CircuitBreaker, Limits, Queue};
 pub use transport::{Keepalive, Protocol, ProxyProtocol, Tls};
 
 /// A named group of endpoints that serve the same.
@@ -43,6 +45,15 @@ pub struct Upstream {
     /// Whether endpoints are told of the client by the PROXY protocol. Its connections are then shared by no two clients.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub proxy_protocol: Option<ProxyProtocol>,
+    /// How much it may have under way at once.
+    #[serde(default)]
+    pub limits: Limits,
+    /// Where exchanges wait when everybody is full.
+    #[serde(default)]
+    pub queue: Queue,
+    /// When it is left alone for a while; never, without it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub circuit_breaker: Option<CircuitBreaker>,
 }
 
 /// How long the endpoints of an upstream may take.

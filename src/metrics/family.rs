@@ -82,6 +82,9 @@ const FILTER_POLL: &[f64] = &[0.000001, 0.000005, 0.000025, 0.0001, 0.0005, 0.00
 /// Seconds of one piece of work for the disk: from the page cache to a disk that is drowned in writes.
 const DISK: &[f64] = &[0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.1, 0.5, 1.0, 5.0];
 
+/// Seconds in the queue of an upstream: from a place that is free in a moment to the end of all patience.
+const QUEUE: &[f64] = &[0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0];
+
 macro_rules! families {
     ($($constant:ident: $name:literal, $kind:expr, $labels:expr, $help:literal;)*) => {
         $(
@@ -154,6 +157,14 @@ families! {
         "Attempts after the first of an exchange, by what the one before had failed for.";
     RETRIES_REFUSED: "forebay_retries_refused_total", Counter, ["upstream", "reason"],
         "Attempts that failed and were not repeated though their route would have it, by what forbade it.";
+    UPSTREAM_QUEUE: "forebay_upstream_queue", Gauge, ["upstream"],
+        "Exchanges that wait now because everybody who could serve them is full.";
+    UPSTREAM_QUEUE_SECONDS: "forebay_upstream_queue_seconds", Histogram(QUEUE), ["upstream"],
+        "Time that exchanges waited because everybody was full, whatever came of it; those that did not wait are not counted.";
+    UPSTREAM_REJECTED: "forebay_upstream_rejected_total", Counter, ["upstream", "reason"],
+        "Exchanges that an upstream turned away, by the reason of their refusal.";
+    UPSTREAM_BREAKER_OPEN: "forebay_upstream_breaker_open", Gauge, ["upstream"],
+        "What the circuit breaker does: 0 all are let through, 1 a few are, to see how they fare, 2 none is.";
     SPOOL_BYTES: "forebay_spool_bytes", Gauge, ["direction", "store"],
         "Bytes of bodies that are held for a slow side now, by where; on disk, what their files have grown to.";
     SPOOL_LIMIT_BYTES: "forebay_spool_limit_bytes", Gauge, ["store"],

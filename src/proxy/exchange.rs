@@ -176,6 +176,7 @@ impl Attempt {
     /// The response header is here.
     pub fn answered(&mut self, status: StatusCode, now: Instant) {
         self.answered.get_or_insert((now, status));
+        self.endpoint.answered(status, now);
     }
 
     /// The endpoint.
@@ -198,7 +199,7 @@ impl Attempt {
             answered.saturating_duration_since(self.sent.map_or(connected, |sent| sent.min(answered)))
         });
         let ended = Ended { outcome, connect, wait, total: now - self.chosen };
-        self.upstream.ended(self.endpoint.endpoint(), &ended, now);
+        self.upstream.ended(&mut self.endpoint, &ended, now);
     }
 }
 

@@ -1,17 +1,23 @@
 //! Phase `select`: an endpoint is chosen, anew for every attempt; after one that failed, there may be a pause before.
 //!
-//! After `route`; before `connect`.
+//! After `route` and `buffer`, with `queue` in it where everybody is full; before `connect`.
 
 use std::time::{Duration, Instant};
 
+use http::{HeaderValue, header};
+use pingora::protocols::http::ServerSession;
 use pingora::upstreams::peer::HttpPeer;
 
 use super::exchange::Exchange;
+use super::queue;
 use crate::error::{Refusal, refusal};
+use crate::filter::Refused;
 use crate::phase::Phase;
+use crate::upstream::{Choice, Upstream};
 
-/// Chooses the endpoint of the next attempt: one that was not tried yet. What it gives is all that Pingora needs to connect.
-pub async fn next(exchange: &mut Exchange) -> Result<Box<HttpPeer>, &'static Refusal> {
+/// Chooses the endpoint of the next attempt: one that was not tried yet. Waits for one that has room, if need be. What it
+/// gives is all that Pingora needs to connect.
+pub async fn next(exchange: &mut Exchange, client: &mut ServerSession) -> Result<Box<HttpPeer>, Refused> {
     let mut now = exchange.enter(Phase::Select);
     let pause = std::mem::take(&mut exchange.pause);
     if !pause.is_zero() {
@@ -21,19 +27,22 @@ pub async fn next(exchange: &mut Exchange) -> Result<Box<HttpPeer>, &'static Ref
     if let Some(permit) = &mut exchange.permit {
         permit.begun();
     }
+    let Some(upstream) = exchange.upstream.clone() else { return Err(Refused::from(&refusal::SELECT_NO_ENDPOINT)) };
+    let choice = match upstream.select_for(exchange.stuck.as_ref(), exchange.hash, &exchange.tried, now) {
+        Choice::Full => queue::wait(exchange, client, &upstream).await,
+        choice => Ok(choice),
+    };
+    let engaged = match choice {
+        Ok(Choice::Engaged(engaged)) => engaged,
+        Ok(Choice::Away(time)) => return Err(away(exchange, &upstream, time)),
+        Ok(Choice::Full | Choice::Nobody) => return Err(nobody(exchange, &upstream)),
+        Err(refusal) => return Err(reject(&upstream, refusal).into()),
+    };
     exchange.attempts += 1;
     if let Some(link) = &exchange.link {
         link.sending();
     }
-    let chosen = exchange.upstream.as_ref().and_then(|upstream| {
-        let stays = exchange.stuck.as_ref().and_then(|stuck| upstream.stay(stuck, &exchange.tried));
-        Some((upstream, stays.or_else(|| upstream.select(exchange.hash, &exchange.tried, now))?))
-    });
-    let Some((upstream, engaged)) = chosen else {
-        // If all were tried, what went wrong with the last one is the better answer.
-        return Err(exchange.failure.unwrap_or(&refusal::SELECT_NO_ENDPOINT));
-    };
-    let (upstream, endpoint) = (upstream.clone(), engaged.endpoint().clone());
+    let endpoint = engaged.endpoint().clone();
     exchange.tried.push(endpoint.clone());
     let now = exchange.enter(Phase::Connect);
     exchange.engage(upstream, engaged, now);
@@ -50,4 +59,28 @@ fn separate(peer: &mut HttpPeer) {
     // Pingora knows kept connections by this among others.
     peer.group_key = rand::random();
     peer.options.idle_timeout = Some(Duration::from_millis(1));
+}
+
+/// If all were tried, what went wrong with the last one is the better answer.
+fn nobody(exchange: &Exchange, upstream: &Upstream) -> Refused {
+    match exchange.failure {
+        Some(failure) => failure.into(),
+        None => reject(upstream, &refusal::SELECT_NO_ENDPOINT).into(),
+    }
+}
+
+/// The breaker is open; the client is told when it lets somebody through again. An attempt of this exchange that failed a
+/// moment ago, and may be what has opened it, is the better answer.
+fn away(exchange: &Exchange, upstream: &Upstream, time: Duration) -> Refused {
+    if let Some(failure) = exchange.failure {
+        return failure.into();
+    }
+    let seconds = time.as_secs() + u64::from(time.subsec_nanos() > 0);
+    let refusal = reject(upstream, &refusal::SELECT_BREAKER_OPEN);
+    Refused { refusal, headers: vec![(header::RETRY_AFTER, HeaderValue::from(seconds.max(1)))] }
+}
+
+fn reject(upstream: &Upstream, refusal: &'static Refusal) -> &'static Refusal {
+    upstream.metrics.limits.reject(refusal);
+    refusal
 }

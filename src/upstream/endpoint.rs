@@ -7,7 +7,6 @@
 use std::fmt;
 use std::net;
 use std::num::NonZeroU32;
-use std::ops::Deref;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -63,7 +62,8 @@ pub struct Endpoint {
     /// What the operator says instead of it; 0: nothing.
     weight_ordered: AtomicU32,
     availability: Word,
-    inflight: AtomicU32,
+    /// Counted by [`super::Admission`].
+    pub(super) inflight: AtomicU32,
     latency: Latency,
     /// Milliseconds from `base`, plus 1, to when it last became available; 0: it was so from the start.
     returned: AtomicU64,
@@ -232,41 +232,6 @@ impl Endpoint {
     }
 }
 
-/// An endpoint that an exchange has: it counts as in flight there, and at its upstream, until this is dropped.
-pub struct Engaged {
-    endpoint: Arc<Endpoint>,
-    inflight_of_all: Arc<AtomicU32>,
-}
-
-impl Engaged {
-    /// One more that has this endpoint.
-    pub(super) fn new(endpoint: &Arc<Endpoint>, inflight_of_all: &Arc<AtomicU32>) -> Self {
-        endpoint.inflight.fetch_add(1, Ordering::Relaxed);
-        inflight_of_all.fetch_add(1, Ordering::Relaxed);
-        Engaged { endpoint: Arc::clone(endpoint), inflight_of_all: Arc::clone(inflight_of_all) }
-    }
-
-    /// The endpoint, to be remembered beyond this.
-    pub fn endpoint(&self) -> &Arc<Endpoint> {
-        &self.endpoint
-    }
-}
-
-impl Deref for Engaged {
-    type Target = Endpoint;
-
-    fn deref(&self) -> &Endpoint {
-        &self.endpoint
-    }
-}
-
-impl Drop for Engaged {
-    fn drop(&mut self) {
-        self.endpoint.inflight.fetch_sub(1, Ordering::Relaxed);
-        self.inflight_of_all.fetch_sub(1, Ordering::Relaxed);
-    }
-}
-
 impl fmt::Debug for Endpoint {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{} ({})", self.label, self.address)
@@ -318,17 +283,6 @@ mod tests {
         let endpoint = plain();
         assert_eq!(endpoint.peer().address().to_string(), "10.0.0.1:8443");
         assert_eq!(endpoint.peer_for(|| unreachable!("it is told of nobody")).address().to_string(), "10.0.0.1:8443");
-    }
-
-    #[test]
-    fn who_has_it_is_counted_until_it_is_let_go() {
-        let endpoint = Arc::new(plain());
-        let all = Arc::<AtomicU32>::default();
-        let (one, two) = (Engaged::new(&endpoint, &all), Engaged::new(&endpoint, &all));
-        assert_eq!((endpoint.inflight(), all.load(Ordering::Relaxed)), (2, 2));
-        drop(one);
-        drop(two);
-        assert_eq!((endpoint.inflight(), all.load(Ordering::Relaxed)), (0, 0));
     }
 
     #[test]

@@ -5,13 +5,36 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
+use super::admission::{Admission, Engaged};
 use super::balance::{Balance, Candidates, Identity};
 use super::endpoint::Endpoint;
 use super::sticky::Name;
 use crate::config::upstream::LoadBalancing;
+
+/// What came of a choice.
+#[derive(Debug)]
+pub enum Choice {
+    /// This one serves.
+    Engaged(Engaged),
+    /// There is somebody, and all of them are full: it may wait.
+    Full,
+    /// There is nobody, or nobody left that was not tried.
+    Nobody,
+    /// Nobody is asked, for so long.
+    Away(Duration),
+}
+
+impl Choice {
+    /// The one that serves, if any does.
+    pub fn engaged(self) -> Option<Engaged> {
+        match self {
+            Choice::Engaged(engaged) => Some(engaged),
+            Choice::Full | Choice::Nobody | Choice::Away(_) => None,
+        }
+    }
+}
 
 /// The endpoints that may be chosen.
 #[derive(Debug, Default)]
@@ -64,19 +87,31 @@ impl Roster {
         self.tiers.is_empty()
     }
 
-    /// The endpoint that is to serve next, but none of `tried`; `None` if there is nobody left. `inflight` is what the
-    /// upstream has in flight.
-    pub fn pick(
-        &self,
-        hash: u64,
-        tried: &[Arc<Endpoint>],
-        inflight: &AtomicU32,
-        now: Instant,
-    ) -> Option<&Arc<Endpoint>> {
-        self.tiers.iter().find_map(|tier| {
-            let number = tier.balance.pick(hash, &Field { members: &tier.members, tried, inflight, now })?;
-            tier.members.get(number)
-        })
+    /// Takes a place at the endpoint that is to serve next, which is none of `tried`.
+    pub fn engage(&self, hash: u64, tried: &[Arc<Endpoint>], admission: &Arc<Admission>, now: Instant) -> Choice {
+        loop {
+            let endpoint = if admission.is_full() { None } else { self.pick(hash, tried, admission, now) };
+            let Some(endpoint) = endpoint else {
+                return if self.has_more(tried) { Choice::Full } else { Choice::Nobody };
+            };
+            // If somebody else has just taken its last place, there is another one or all are full.
+            if let Some(engaged) = admission.engage(endpoint) {
+                return Choice::Engaged(engaged);
+            }
+        }
+    }
+
+    /// The endpoint that is to serve next. Only the first tier that has anybody left is asked: that it is full does not make the
+    /// next one serve, which is there for when it fails.
+    fn pick(&self, hash: u64, tried: &[Arc<Endpoint>], admission: &Admission, now: Instant) -> Option<&Arc<Endpoint>> {
+        let tier = self.tiers.iter().find(|tier| tier.members.iter().any(|endpoint| admits(endpoint, tried)))?;
+        let number = tier.balance.pick(hash, &Field { members: &tier.members, tried, admission, now })?;
+        tier.members.get(number)
+    }
+
+    /// All that may be chosen.
+    pub fn members(&self) -> impl Iterator<Item = &Arc<Endpoint>> {
+        self.tiers.iter().flat_map(|tier| &tier.members)
     }
 
     /// The endpoint that sticky cookies call so, if it may be chosen and is none of `tried`.
@@ -86,7 +121,7 @@ impl Roster {
 
     /// Whether there is an endpoint that is none of `tried`.
     pub fn has_more(&self, tried: &[Arc<Endpoint>]) -> bool {
-        self.tiers.iter().flat_map(|tier| &tier.members).any(|endpoint| admits(endpoint, tried))
+        self.members().any(|endpoint| admits(endpoint, tried))
     }
 }
 
@@ -94,7 +129,7 @@ impl Roster {
 struct Field<'a> {
     members: &'a [Arc<Endpoint>],
     tried: &'a [Arc<Endpoint>],
-    inflight: &'a AtomicU32,
+    admission: &'a Admission,
     now: Instant,
 }
 
@@ -105,7 +140,7 @@ impl Candidates for Field<'_> {
 
     /// Of the other tiers as well: few are busy at a time, and a sum over one would cost more the more endpoints there are.
     fn inflight_of_all(&self) -> u64 {
-        self.inflight.load(Ordering::Relaxed).into()
+        self.admission.inflight().into()
     }
 
     fn latency(&self, number: usize) -> f64 {
@@ -113,7 +148,8 @@ impl Candidates for Field<'_> {
     }
 
     fn admits(&self, number: usize) -> bool {
-        admits(&self.members[number], self.tried)
+        let endpoint = &self.members[number];
+        self.admission.has_room(endpoint) && admits(endpoint, self.tried)
     }
 }
 

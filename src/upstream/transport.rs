@@ -31,7 +31,7 @@ use tls::Tls;
 
 /// How many exchanges share one HTTP/2 connection: the least that a server should allow (RFC 9113 §6.5.2). Servers
 /// that allow fewer are heeded; Pingora's own default of 1 would make HTTP/2 pointless.
-const H2_STREAMS_MAX: usize = 100;
+pub(super) const H2_STREAMS_MAX: usize = 100;
 
 /// Connections that were made at once shall not all end at once: up to this share of its age may be taken off one.
 const AGE_SPREAD: f64 = 0.1;

@@ -80,7 +80,7 @@ fn pick(c: &mut Criterion) {
         group
             .bench_function(BenchmarkId::new("select", number), |b| b.iter(|| upstream.select(0, black_box(&[]), now)));
         let tried: Vec<_> =
-            upstream.select(0, &[], Instant::now()).iter().map(|chosen| chosen.endpoint().clone()).collect();
+            upstream.select(0, &[], Instant::now()).engaged().iter().map(|one| one.endpoint().clone()).collect();
         group.bench_function(BenchmarkId::new("select again", number), |b| {
             b.iter(|| upstream.select(0, black_box(&tried), now))
         });

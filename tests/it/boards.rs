@@ -27,12 +27,8 @@ use serde_json::Value;
 
 /// Metrics that panels ask for and that are not there yet.
 const AWAITED: &[&str] = &[
-    "forebay_upstream_queue",
-    "forebay_upstream_queue_seconds_bucket",
-    "forebay_upstream_rejected_total",
     "forebay_upstream_ejections_total",
     "forebay_upstream_panic",
-    "forebay_upstream_breaker_open",
     "forebay_upstream_discoveries_total",
     "forebay_upstream_resolutions_total",
     "forebay_mirror_total",

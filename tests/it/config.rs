@@ -110,6 +110,8 @@ wrong! {
     spans_that_can_go_nowhere
     spans_that_would_go_over_tls
     cookies_that_anybody_could_sign
+    limits_and_queues_that_are_none
+    circuit_breakers_that_break_nothing
     an_unknown_protocol
     tls_that_cannot_be_meant
     version_2

@@ -41,6 +41,7 @@ fn troubled() -> (Gateway, impl Drop) {
     let setup = setup
         .server(&format!("threads: 2, spool_dir: \"{}\"", spool.display()))
         .listener("protocols: [http1, h2c]")
+        .upstream("limits: { requests: 1 }")
         .observability(&tracing)
         .filters("{ request_id: {} }")
         .also_upstream("checked", &checked(&origin, &closed));

@@ -66,7 +66,7 @@ pub fn board() -> Board {
             "Breakers open",
             "Upstreams whose circuit breaker lets nothing through now.",
             "short",
-            "count(forebay_upstream_breaker_open == 1) or vector(0)",
+            "count(forebay_upstream_breaker_open == 2) or vector(0)",
         )
         .thresholds(&[(1.0, BAD)]),
     ])
@@ -199,7 +199,7 @@ pub fn board() -> Board {
             Panel::states(
                 "Circuit breaker",
                 "Whether an upstream's breaker lets requests through.",
-                &[("0", "closed", GOOD), ("1", "open", BAD), ("2", "trying", WARN)],
+                &[("0", "closed", GOOD), ("1", "trying", WARN), ("2", "open", BAD)],
             )
             .query("max by (upstream) (forebay_upstream_breaker_open)", "{{upstream}}"),
             Panel::states(

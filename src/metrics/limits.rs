@@ -1,0 +1,70 @@
+//! What is counted where an upstream has limits: who waits, who is turned away, and whether it is asked at all.
+
+use prometheus::{Histogram, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Registry};
+
+use super::family;
+use crate::error::{Refusal, refusal};
+
+/// The families of it.
+pub(super) struct Families {
+    queue: IntGaugeVec,
+    queue_seconds: HistogramVec,
+    rejected: IntCounterVec,
+    breaker: IntGaugeVec,
+}
+
+impl Families {
+    pub(super) fn register(registry: &Registry) -> Self {
+        Families {
+            queue: family::UPSTREAM_QUEUE.gauge(registry),
+            queue_seconds: family::UPSTREAM_QUEUE_SECONDS.histogram(registry),
+            rejected: family::UPSTREAM_REJECTED.counter(registry),
+            breaker: family::UPSTREAM_BREAKER_OPEN.gauge(registry),
+        }
+    }
+
+    /// Those of the upstream of this name.
+    pub(super) fn upstream(&self, name: &str) -> LimitMetrics {
+        let rejected = |refusal: &'static Refusal| (refusal, self.rejected.with_label_values(&[name, refusal.reason]));
+        LimitMetrics {
+            queue: QueueMetrics {
+                length: self.queue.with_label_values(&[name]),
+                seconds: self.queue_seconds.with_label_values(&[name]),
+            },
+            rejected: REASONS.map(rejected),
+            breaker: self.breaker.with_label_values(&[name]),
+        }
+    }
+}
+
+/// For what an upstream turns exchanges away.
+static REASONS: [&Refusal; 4] =
+    [&refusal::QUEUE_FULL, &refusal::QUEUE_TIMEOUT, &refusal::SELECT_BREAKER_OPEN, &refusal::SELECT_NO_ENDPOINT];
+
+/// The metrics of the limits of one upstream.
+#[derive(Clone, Debug)]
+pub struct LimitMetrics {
+    /// Those who wait.
+    pub queue: QueueMetrics,
+    /// What its breaker does; see `upstream::breaker::State`.
+    pub breaker: IntGauge,
+    rejected: [(&'static Refusal, IntCounter); REASONS.len()],
+}
+
+/// The metrics of those who wait.
+#[derive(Clone, Debug)]
+pub struct QueueMetrics {
+    /// How many wait now.
+    pub length: IntGauge,
+    /// How long each has waited, whatever came of it.
+    pub seconds: Histogram,
+}
+
+impl LimitMetrics {
+    /// Counts an exchange that was turned away for this.
+    pub fn reject(&self, refusal: &'static Refusal) {
+        if let Some((_, count)) = self.rejected.iter().find(|(known, _)| *known == refusal) {
+            count.inc();
+        }
+    }
+}

@@ -1,0 +1,77 @@
+//! Phase `queue`: everybody who could serve the exchange is full, so it waits its turn.
+//!
+//! `select` comes here when it has found nobody with room. It ends with an endpoint, at the end of all patience, or with the
+//! client: one that goes away leaves the line at once. `upstream/queue.rs` says whose turn it is.
+
+use std::future::{Future, poll_fn};
+use std::pin::pin;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+use std::time::Instant;
+
+use pingora::protocols::http::ServerSession;
+
+use super::exchange::Exchange;
+use crate::client::waiting::Timer;
+use crate::error::{Refusal, refusal};
+use crate::phase::Phase;
+use crate::upstream::{Choice, Upstream};
+
+/// What the one who waits hears of first.
+enum Event {
+    Turn,
+    TooLate,
+    Gone,
+}
+
+/// Waits until this exchange may have an endpoint, and takes it.
+pub async fn wait(
+    exchange: &mut Exchange,
+    client: &mut ServerSession,
+    upstream: &Arc<Upstream>,
+) -> Result<Choice, &'static Refusal> {
+    let now = exchange.enter(Phase::Queue);
+    let Some(mut place) = upstream.queue(&exchange.tried, now) else { return Err(&refusal::QUEUE_FULL) };
+    if let Some(link) = &exchange.link {
+        link.queueing();
+    }
+    let spent = exchange.clock.spent(Phase::Queue).unwrap_or_default();
+    let due = now + upstream.admission.queue().timeout.saturating_sub(spent);
+    let mut timer = Timer::default();
+    loop {
+        let event = poll_fn(|cx| {
+            if place.poll_turn(cx).is_ready() {
+                return Poll::Ready(Event::Turn);
+            }
+            if poll_gone(exchange, client, cx).is_ready() {
+                return Poll::Ready(Event::Gone);
+            }
+            timer.poll(cx, due).map(|()| Event::TooLate)
+        });
+        match event.await {
+            Event::TooLate => return Err(&refusal::QUEUE_TIMEOUT),
+            Event::Gone => return Err(&refusal::QUEUE_ABORTED),
+            Event::Turn => match turn(exchange, upstream) {
+                Choice::Full => place.missed(),
+                Choice::Engaged(engaged) => {
+                    place.served();
+                    return Ok(Choice::Engaged(engaged));
+                }
+                other => return Ok(other),
+            },
+        }
+    }
+}
+
+fn turn(exchange: &Exchange, upstream: &Upstream) -> Choice {
+    upstream.select_in_turn(exchange.stuck.as_ref(), exchange.hash, &exchange.tried, Instant::now())
+}
+
+/// Ready when the client has gone.
+fn poll_gone(exchange: &Exchange, client: &mut ServerSession, cx: &mut Context<'_>) -> Poll<()> {
+    if let Some(link) = &exchange.link {
+        return link.poll_gone(cx);
+    }
+    // An upgrade: what the client sends already stays where it is.
+    pin!(client.read_body_or_idle(true)).poll(cx).map(drop)
+}

@@ -1,0 +1,583 @@
+//! When an upstream is left alone as a whole, and how it comes back: a circuit breaker.
+//!
+//! It is *closed* while all goes well, and what fails is counted. Enough failures *open* it: nobody asks the upstream, and
+//! clients are told at once when to come again. After a while it is *half open*: a few requests are let through. If all of
+//! them go well it closes; with the first that fails it opens again, for twice as long.
+//!
+//! Outlier detection leaves out an endpoint that does worse than its peers; this is for when there is nobody better. Nothing
+//! here knows a socket or a clock. While it is closed, letting through is one load, and counting is one atomic.
+
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use prometheus::IntGauge;
+
+use crate::config::upstream::limits as written;
+
+/// When it opens, and for how long.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Terms {
+    /// The share of failures within `window` that is enough, 0 to 1.
+    pub failures: f64,
+    /// Over which time the share is taken.
+    pub window: Duration,
+    /// With fewer attempts the share says nothing; `u32::MAX`: it never does.
+    pub min_requests: u32,
+    /// Failures in a row that are enough; `u32::MAX`: none are.
+    pub consecutive: u32,
+    /// For how long it is open the first time; each further time twice as long.
+    pub open: Duration,
+    /// For how long at most.
+    pub max_open: Duration,
+    /// How many are let through while it is half open, all of which must go well.
+    pub probes: u32,
+}
+
+impl From<&written::CircuitBreaker> for Terms {
+    fn from(written: &written::CircuitBreaker) -> Self {
+        let count = |count: crate::config::units::Count| u32::try_from(count.0).unwrap_or(u32::MAX);
+        Terms {
+            failures: written.failures.ratio(),
+            window: written.window.0,
+            min_requests: count(written.min_requests),
+            consecutive: count(written.consecutive),
+            open: written.open.0,
+            max_open: written.max_open.0,
+            probes: count(written.probes),
+        }
+    }
+}
+
+/// What it does just now. The numbers are those of `forebay_upstream_breaker_open`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum State {
+    /// All are let through.
+    Closed = 0,
+    /// A few are, to see how they fare.
+    HalfOpen = 1,
+    /// None is.
+    Open = 2,
+}
+
+/// How an attempt went, as far as the upstream is to blame.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Verdict {
+    /// It went well.
+    Good,
+    /// It failed.
+    Bad,
+    /// Somebody else ended it.
+    Neither,
+}
+
+/// Leave to ask the upstream once. What came of it is told to [`Breaker::note`], once.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Leave {
+    /// In which round it was given: what it comes to says nothing of a later one.
+    round: u64,
+    probe: bool,
+}
+
+impl Leave {
+    /// Whether all others wait for what becomes of it.
+    pub fn is_probe(&self) -> bool {
+        self.probe
+    }
+}
+
+/// See the module.
+#[derive(Debug)]
+pub struct Breaker {
+    terms: Terms,
+    base: Instant,
+    /// The round, which is another one with each change, and the state in the two lowest bits.
+    state: AtomicU64,
+    /// Nanoseconds after `base` until which it is open.
+    until: AtomicU64,
+    window: Window,
+    in_a_row: AtomicU32,
+    /// Held for some instructions by whoever changes the state or takes part in a trial.
+    trial: Mutex<Trial>,
+    gauge: IntGauge,
+}
+
+#[derive(Debug, Default)]
+struct Trial {
+    /// Probes that are under way.
+    out: u32,
+    /// Probes that went well.
+    good: u32,
+    /// How often it has opened, less what good behaviour has made up for.
+    weight: u32,
+    /// When it closed last.
+    closed: Option<Instant>,
+}
+
+/// When to look again while probes are under way: nobody knows how long these take.
+const SOON: Duration = Duration::from_secs(1);
+
+impl Breaker {
+    /// A closed one, which says in `gauge` how it is.
+    pub fn new(terms: Terms, gauge: IntGauge, now: Instant) -> Breaker {
+        gauge.set(State::Closed as i64);
+        Breaker {
+            terms,
+            base: now,
+            state: AtomicU64::new(State::Closed as u64),
+            until: AtomicU64::new(0),
+            window: Window::new(terms.window),
+            in_a_row: AtomicU32::new(0),
+            trial: Mutex::default(),
+            gauge,
+        }
+    }
+
+    /// What it does just now. One that is open stays so until somebody asks after its time.
+    pub fn state(&self) -> State {
+        read(self.state.load(Ordering::Acquire)).1
+    }
+
+    /// Leave to ask the upstream, or how long to stay away.
+    pub fn admit(&self, now: Instant) -> Result<Leave, Duration> {
+        match read(self.state.load(Ordering::Acquire)) {
+            (round, State::Closed) => Ok(Leave { round, probe: false }),
+            (_, State::Open) => match self.left(now) {
+                Some(left) => Err(left),
+                None => self.probe(now),
+            },
+            (_, State::HalfOpen) => self.probe(now),
+        }
+    }
+
+    /// What became of an attempt. Whether it has opened by it.
+    pub fn note(&self, leave: &Leave, verdict: Verdict, now: Instant) -> bool {
+        let (round, state) = read(self.state.load(Ordering::Acquire));
+        if leave.round != round {
+            return false;
+        }
+        match (state, verdict) {
+            (State::Closed, Verdict::Good) => {
+                // A line of memory that nobody writes to is shared by all workers for nothing.
+                if self.in_a_row.load(Ordering::Relaxed) != 0 {
+                    self.in_a_row.store(0, Ordering::Relaxed);
+                }
+                self.window.count(false, self.since(now));
+                false
+            }
+            (State::Closed, Verdict::Bad) => {
+                let in_a_row = self.in_a_row.fetch_add(1, Ordering::Relaxed).saturating_add(1);
+                self.window.count(true, self.since(now));
+                let (passes, failures) = self.window.sum(self.since(now));
+                let share = passes >= self.terms.min_requests.max(1)
+                    && self.terms.min_requests != u32::MAX
+                    && f64::from(failures) >= self.terms.failures * f64::from(passes);
+                (share || in_a_row >= self.terms.consecutive) && self.open(round, now)
+            }
+            (State::HalfOpen, verdict) => self.tried(round, verdict, now),
+            (State::Closed, Verdict::Neither) | (State::Open, _) => false,
+        }
+    }
+
+    /// One of the few that are let through, if all of them are not under way already.
+    fn probe(&self, now: Instant) -> Result<Leave, Duration> {
+        // Whoever has the lock takes a probe, and there are more who ask than probes: nobody waits for it.
+        let Ok(mut trial) = self.trial.try_lock() else { return Err(SOON) };
+        let (mut round, state) = read(self.state.load(Ordering::Acquire));
+        match state {
+            State::Closed => return Ok(Leave { round, probe: false }),
+            State::Open => {
+                if let Some(left) = self.left(now) {
+                    return Err(left);
+                }
+                (trial.out, trial.good) = (0, 0);
+                round = self.enter(round, State::HalfOpen);
+            }
+            State::HalfOpen => {}
+        }
+        if trial.out + trial.good >= self.terms.probes {
+            return Err(SOON);
+        }
+        trial.out += 1;
+        Ok(Leave { round, probe: true })
+    }
+
+    /// A probe has come back. Whether the breaker has opened by it.
+    fn tried(&self, round: u64, verdict: Verdict, now: Instant) -> bool {
+        let mut trial = self.trial();
+        if read(self.state.load(Ordering::Acquire)).0 != round {
+            return false;
+        }
+        trial.out = trial.out.saturating_sub(1);
+        match verdict {
+            Verdict::Neither => false,
+            Verdict::Bad => {
+                self.open_for(&mut trial, round, now);
+                true
+            }
+            Verdict::Good => {
+                trial.good += 1;
+                if trial.good >= self.terms.probes {
+                    trial.closed = Some(now);
+                    self.in_a_row.store(0, Ordering::Relaxed);
+                    self.window.clear();
+                    self.enter(round, State::Closed);
+                }
+                false
+            }
+        }
+    }
+
+    /// Opens it, unless somebody else has.
+    fn open(&self, round: u64, now: Instant) -> bool {
+        let mut trial = self.trial();
+        if read(self.state.load(Ordering::Acquire)).0 != round {
+            return false;
+        }
+        if let Some(closed) = trial.closed {
+            // One time is made up for by as much good behaviour as it would cost.
+            let good = now.saturating_duration_since(closed).as_nanos() / self.terms.open.as_nanos().max(1);
+            trial.weight = trial.weight.saturating_sub(u32::try_from(good).unwrap_or(u32::MAX));
+        }
+        self.open_for(&mut trial, round, now);
+        true
+    }
+
+    fn open_for(&self, trial: &mut Trial, round: u64, now: Instant) {
+        let Terms { open, max_open, .. } = self.terms;
+        let length = 2_u32.checked_pow(trial.weight).and_then(|times| open.checked_mul(times));
+        let length = length.unwrap_or(max_open).min(max_open);
+        trial.weight = trial.weight.saturating_add(1);
+        self.until.store(self.since(now).saturating_add(nanos(length)), Ordering::Release);
+        self.enter(round, State::Open);
+    }
+
+    /// Goes on to `state`, the lock being held.
+    fn enter(&self, round: u64, state: State) -> u64 {
+        let round = round + 1;
+        self.state.store(round << 2 | state as u64, Ordering::Release);
+        self.gauge.set(state as i64);
+        round
+    }
+
+    /// For how long it is open still.
+    fn left(&self, now: Instant) -> Option<Duration> {
+        let left = self.until.load(Ordering::Acquire).checked_sub(self.since(now))?;
+        Some(Duration::from_nanos(left)).filter(|left| !left.is_zero())
+    }
+
+    fn since(&self, now: Instant) -> u64 {
+        nanos(now.saturating_duration_since(self.base))
+    }
+
+    fn trial(&self) -> MutexGuard<'_, Trial> {
+        self.trial.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn nanos(time: Duration) -> u64 {
+    u64::try_from(time.as_nanos()).unwrap_or(u64::MAX)
+}
+
+fn read(word: u64) -> (u64, State) {
+    let state = match word & 3 {
+        0 => State::Closed,
+        1 => State::HalfOpen,
+        _ => State::Open,
+    };
+    (word >> 2, state)
+}
+
+/// So many parts has the window: what is counted grows old by an eighth of it at a time.
+const PARTS: u64 = 8;
+/// Attempts are counted in twenty bits, failures as well, and the number of the part in the rest.
+const COUNT_BITS: u32 = 20;
+const COUNT_MOST: u64 = (1 << COUNT_BITS) - 1;
+const NUMBER_MOST: u64 = (1 << (64 - 2 * COUNT_BITS)) - 1;
+
+/// Attempts and failures of the last while.
+#[derive(Debug)]
+struct Window {
+    /// Nanoseconds of one part.
+    part: u64,
+    parts: [AtomicU64; PARTS as usize],
+}
+
+impl Window {
+    fn new(window: Duration) -> Window {
+        Window { part: (nanos(window) / PARTS).max(1), parts: Default::default() }
+    }
+
+    /// Counts one more at `since`, nanoseconds from the beginning.
+    fn count(&self, failed: bool, since: u64) {
+        let number = self.number(since);
+        let one = 1 << COUNT_BITS | u64::from(failed);
+        let word = &self.parts[(number % PARTS) as usize];
+        // A part that is full keeps its share.
+        let add = |word: u64| match word >> (2 * COUNT_BITS) == number {
+            true if word >> COUNT_BITS & COUNT_MOST == COUNT_MOST => None,
+            true => Some(word + one),
+            false => Some(number << (2 * COUNT_BITS) | one),
+        };
+        let _ = word.fetch_update(Ordering::Relaxed, Ordering::Relaxed, add);
+    }
+
+    /// How many attempts there were, and how many failed.
+    fn sum(&self, since: u64) -> (u32, u32) {
+        let number = self.number(since);
+        let (mut passes, mut failures) = (0, 0);
+        for word in &self.parts {
+            let word = word.load(Ordering::Relaxed);
+            if number.wrapping_sub(word >> (2 * COUNT_BITS)) & NUMBER_MOST < PARTS {
+                passes += word >> COUNT_BITS & COUNT_MOST;
+                failures += word & COUNT_MOST;
+            }
+        }
+        (passes as u32, failures as u32)
+    }
+
+    fn clear(&self) {
+        self.parts.iter().for_each(|word| word.store(0, Ordering::Relaxed));
+    }
+
+    fn number(&self, since: u64) -> u64 {
+        (since / self.part) & NUMBER_MOST
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    use proptest::prelude::*;
+
+    const TERMS: Terms = Terms {
+        failures: 0.5,
+        window: Duration::from_secs(8),
+        min_requests: 10,
+        consecutive: u32::MAX,
+        open: Duration::from_secs(4),
+        max_open: Duration::from_secs(20),
+        probes: 2,
+    };
+
+    /// A breaker and a clock.
+    struct Story {
+        breaker: Breaker,
+        now: Instant,
+    }
+
+    impl Story {
+        fn new(terms: Terms) -> Story {
+            let now = Instant::now();
+            Story { breaker: Breaker::new(terms, IntGauge::new("open", "of a test").unwrap(), now), now }
+        }
+
+        fn later(&mut self, millis: u64) {
+            self.now += Duration::from_millis(millis);
+        }
+
+        fn leave(&self) -> Leave {
+            self.breaker.admit(self.now).expect("it lets through")
+        }
+
+        /// For how many milliseconds it lets nobody through.
+        fn away(&self) -> u128 {
+            self.breaker.admit(self.now).expect_err("it lets nobody through").as_millis()
+        }
+
+        fn note(&self, leave: &Leave, verdict: Verdict) -> bool {
+            self.breaker.note(leave, verdict, self.now)
+        }
+
+        /// An attempt from its beginning to its end.
+        fn passes(&self, verdict: Verdict) -> bool {
+            self.note(&self.leave(), verdict)
+        }
+
+        /// Brings it to the end of its time.
+        fn opened(terms: Terms) -> Story {
+            let mut story = Story::new(terms);
+            let leaves: Vec<_> = (0..10).map(|_| story.leave()).collect();
+            assert!(leaves.iter().any(|leave| story.note(leave, Verdict::Bad)));
+            story.later(4_000);
+            story
+        }
+
+        fn state(&self) -> State {
+            assert_eq!(self.breaker.gauge.get(), self.breaker.state() as i64);
+            self.breaker.state()
+        }
+    }
+
+    use Verdict::{Bad, Good, Neither};
+
+    #[test]
+    fn it_opens_when_half_of_enough_attempts_fail() {
+        let story = Story::new(TERMS);
+        let opened: Vec<bool> =
+            [Good, Bad, Good, Bad, Good, Bad, Good, Neither, Bad, Good].map(|v| story.passes(v)).into();
+        assert!(!opened.contains(&true), "nine of ten say nothing");
+        assert!(story.passes(Bad), "five of ten");
+        assert_eq!((story.state(), story.away()), (State::Open, 4_000));
+    }
+
+    #[test]
+    fn it_opens_after_failures_in_a_row_however_few_they_are_among_all() {
+        let story = Story::new(Terms { consecutive: 3, min_requests: u32::MAX, ..TERMS });
+        (0..100).for_each(|_| assert!(!story.passes(Good)));
+        assert!(![Bad, Bad, Good, Bad, Neither, Bad].map(|v| story.passes(v)).contains(&true));
+        assert!(story.passes(Bad));
+    }
+
+    #[test]
+    fn what_is_older_than_the_window_is_forgotten() {
+        let mut story = Story::new(TERMS);
+        (0..9).for_each(|_| assert!(!story.passes(Bad)));
+        story.later(7_000);
+        assert_eq!(story.breaker.window.sum(story.breaker.since(story.now)), (9, 9));
+        story.later(1_000);
+        assert_eq!(story.breaker.window.sum(story.breaker.since(story.now)), (0, 0));
+        assert!(!story.passes(Bad), "nine others are long gone");
+    }
+
+    #[test]
+    fn after_its_time_a_few_are_let_through_and_if_they_go_well_it_closes() {
+        let story = Story::opened(TERMS);
+        let [one, other] = [story.leave(), story.leave()];
+        assert!(one.is_probe() && other.is_probe());
+        assert_eq!((story.state(), story.away()), (State::HalfOpen, 1_000));
+        assert!(!story.note(&one, Good));
+        assert_eq!(story.away(), 1_000, "the other one is still under way");
+        assert!(!story.note(&other, Good));
+        assert_eq!(story.state(), State::Closed);
+        assert!(!story.leave().is_probe());
+        assert!(!story.passes(Bad), "what was counted before is forgotten");
+    }
+
+    #[test]
+    fn a_probe_that_fails_opens_it_again_for_longer_up_to_a_limit() {
+        let mut story = Story::opened(TERMS);
+        for length in [8_000, 16_000, 20_000, 20_000] {
+            assert!(story.passes(Bad));
+            assert_eq!((story.state(), story.away()), (State::Open, length));
+            story.later(length as u64 - 1);
+            assert_eq!(story.away(), 1);
+            story.later(1);
+        }
+    }
+
+    #[test]
+    fn a_probe_that_says_nothing_makes_room_for_another() {
+        let story = Story::opened(TERMS);
+        let probes = [story.leave(), story.leave()];
+        assert!(!story.note(&probes[0], Neither));
+        assert!(story.leave().is_probe());
+        story.away();
+    }
+
+    #[test]
+    fn good_behaviour_makes_up_for_how_often_it_opened() {
+        for (good_millis, length) in [(0, 8_000), (4_000, 4_000), (3_600_000, 4_000)] {
+            let mut story = Story::opened(TERMS);
+            (0..2).for_each(|_| assert!(!story.passes(Good)));
+            story.later(good_millis);
+            assert!((0..10).any(|_| story.passes(Bad)));
+            assert_eq!(story.away(), length);
+            story.later(length as u64);
+        }
+    }
+
+    #[test]
+    fn what_began_before_says_nothing_of_what_came_after() {
+        let mut story = Story::new(Terms { consecutive: 1, ..TERMS });
+        let old: Vec<Leave> = (0..9).map(|_| story.leave()).collect();
+        assert!(story.passes(Bad));
+        assert!(!story.note(&old[0], Bad), "it is open already");
+        story.later(4_000);
+        let probe = story.leave();
+        assert!(!story.note(&old[1], Bad) && !story.note(&old[2], Good));
+        assert_eq!(story.state(), State::HalfOpen);
+        assert!(!story.note(&probe, Good) && !story.passes(Good));
+        assert_eq!(story.state(), State::Closed);
+        assert!(!story.note(&old[3], Bad), "a failure of before");
+        assert_eq!(story.state(), State::Closed);
+    }
+
+    #[test]
+    fn a_window_counts_on_when_its_numbers_have_gone_round_and_a_full_part_keeps_its_share() {
+        let window = Window::new(Duration::from_nanos(8));
+        for since in [NUMBER_MOST - 1, NUMBER_MOST, NUMBER_MOST + 1, NUMBER_MOST + 2] {
+            window.count(true, since);
+        }
+        assert_eq!(window.sum(NUMBER_MOST + 2), (4, 4));
+        let window = Window::new(Duration::from_secs(8));
+        (0..=COUNT_MOST + 10).for_each(|count| window.count(count % 2 == 0, 0));
+        let (passes, failures) = window.sum(0);
+        assert_eq!((u64::from(passes), failures), (COUNT_MOST, 1 << (COUNT_BITS - 1)));
+    }
+
+    /// Something that happens.
+    #[derive(Clone, Debug)]
+    enum Event {
+        Ask,
+        End(usize, Verdict),
+        Later(u64),
+    }
+
+    fn events() -> impl Strategy<Value = Vec<Event>> {
+        let verdict = prop_oneof![Just(Good), Just(Bad), Just(Neither)];
+        let event = prop_oneof![
+            4 => Just(Event::Ask),
+            4 => (0usize..8, verdict).prop_map(|(which, verdict)| Event::End(which, verdict)),
+            1 => (0u64..6_000).prop_map(Event::Later),
+        ];
+        prop::collection::vec(event, 1..400)
+    }
+
+    proptest! {
+        #[test]
+        fn whatever_happens_it_lets_no_more_than_its_probes_through_and_always_comes_back(
+            events in events(),
+            consecutive in prop_oneof![Just(u32::MAX), 1u32..5],
+            probes in 1u32..4,
+        ) {
+            let mut story = Story::new(Terms { consecutive, probes, ..TERMS });
+            let mut under_way: Vec<Leave> = Vec::new();
+            for event in events {
+                match event {
+                    Event::Ask => match story.breaker.admit(story.now) {
+                        Ok(leave) => {
+                            prop_assert_ne!(story.state(), State::Open);
+                            under_way.push(leave);
+                        }
+                        Err(left) => {
+                            prop_assert_ne!(story.state(), State::Closed);
+                            prop_assert!(left > Duration::ZERO && left <= TERMS.max_open);
+                        }
+                    },
+                    Event::End(which, verdict) if !under_way.is_empty() => {
+                        let leave = under_way.swap_remove(which % under_way.len());
+                        let before = story.state();
+                        let opened = story.note(&leave, verdict);
+                        prop_assert_eq!(opened, before != State::Open && story.state() == State::Open);
+                    }
+                    Event::End(..) => {}
+                    Event::Later(millis) => story.later(millis),
+                }
+                let round = read(story.breaker.state.load(Ordering::Relaxed)).0;
+                let out = under_way.iter().filter(|leave| leave.probe && leave.round == round).count();
+                prop_assert!(out as u32 <= probes);
+            }
+            // Whoever is still under way ends, and then all goes well: it closes.
+            for leave in under_way {
+                story.note(&leave, Neither);
+            }
+            story.later(20_000);
+            for _ in 0..probes {
+                story.passes(Good);
+            }
+            prop_assert_eq!(story.state(), State::Closed);
+        }
+    }
+}
