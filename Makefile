@@ -6,13 +6,16 @@ TOOLS := conf/packaging/install-tools.sh
 export PATH := $(PATH):/usr/sbin:/sbin
 
 .DEFAULT_GOAL := help
-.PHONY: help run test check build fmt lint doc bench clean
+.PHONY: help run demo test check build fmt lint doc bench clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 run: build ## build with release settings and run the demo: gateway, origin, three lines to try
 	@exec $(CARGO) run --locked --release --quiet -- run --demo
+
+demo: build ## show what one worker does for four clients, cycle by cycle, out of its own records
+	@exec $(CARGO) run --locked --release --quiet -- timeline
 
 test: ## run all tests, against real servers too; installs them without starting them
 	@$(TOOLS) build test

@@ -10,6 +10,7 @@ mod guard;
 pub mod page;
 pub mod status;
 pub mod table;
+pub mod trace;
 pub mod upstreams;
 
 use std::fs::Permissions;

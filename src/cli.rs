@@ -4,12 +4,18 @@
 //! its `check` finds their errors and its `schema` lists them. Nothing here exits the process; [`main()`] returns the
 //! code to exit with: 0, 1 for what failed at run time, 2 for wrong usage, 78 for a wrong configuration.
 
+mod admin;
 mod check;
 mod config_file;
+mod figures;
 mod healthcheck;
 mod logs;
 mod run;
 mod stop;
+mod timeline;
+mod top;
+mod trace;
+mod waterfall;
 
 use std::ffi::OsString;
 use std::io::{self, IsTerminal, Write};
@@ -72,6 +78,12 @@ enum Command {
     },
     /// Ask a running gateway whether it is ready: exit code 0 if it is, 1 if not
     Healthcheck(Healthcheck),
+    /// Show how a running gateway does, live on the terminal: loop, routes, upstreams, slow clients
+    Top(top::Top),
+    /// Record the next exchanges of a running gateway that match, and draw their phases as waterfalls
+    Trace(trace::Trace),
+    /// Show four clients on one worker: its event loop, cycle by cycle, as it was recorded
+    Timeline(timeline::Timeline),
     /// Print the version
     Version,
     /// Print completions for a shell
@@ -185,6 +197,9 @@ fn dispatch(builder: Builder, line: CommandLine) -> Result<(), Failure> {
         Command::Schema => print(&format!("{:#}", builder.schema())),
         Command::Origin { listen } => run_origin(listen),
         Command::Healthcheck(Healthcheck { url, config }) => healthcheck::healthcheck(&builder, url, config),
+        Command::Top(asked) => top::top(&builder, asked),
+        Command::Trace(asked) => trace::trace(&builder, asked),
+        Command::Timeline(asked) => timeline::timeline(builder, &asked),
         Command::Version => print(CommandLine::command().render_version().trim_end()),
         Command::Completions { shell } => {
             let mut script = Vec::new();

@@ -18,7 +18,7 @@ use tokio::sync::{Notify, watch};
 
 use crate::access_log::AccessLog;
 use crate::admin::status::{self, Sources, Status};
-use crate::admin::{self, Admin, Readiness};
+use crate::admin::{self, Admin, Readiness, trace};
 use crate::client::budget::{self, Budget};
 use crate::client::connection::{Inflight, Listener, Listeners};
 use crate::client::intake::IntakeTerms;
@@ -38,13 +38,14 @@ use crate::eventloop::runtime::{POLL_TIME_BUCKETS, POLL_TIME_FIRST_MICROS};
 use crate::eventloop::worker::RouteTag;
 use crate::eventloop::{self, Loops};
 use crate::filter::{Catalog, FilterType};
-use crate::metrics::{Metrics, RouteMetrics};
+use crate::metrics::{Metrics, RouteMetrics, UNROUTED};
 use crate::proxy::Proxy;
 use crate::proxy::header::TrustedProxies;
 use crate::proxy::retry::Rules;
 use crate::proxy::route::table::Table;
 use crate::proxy::route::{Destination, Route};
 use crate::proxy::send::Manners;
+use crate::recorder::Recorder;
 use crate::spans::Tracer;
 use crate::upstream::{self, Split, Upstream};
 use sockets::{Bound, Place, Socket};
@@ -211,6 +212,7 @@ impl Gateway {
 
         let unrouted = metrics.unrouted();
         let lanes = Lanes::new(metrics.clone());
+        let recorder = Recorder::default();
         let mut routes = parts.listed;
         routes.push((unrouted.clone(), Vec::new()));
         let proxy = Proxy {
@@ -224,6 +226,7 @@ impl Gateway {
             depot: depot.clone(),
             lanes: Lanes::new(metrics.clone()),
             tracer: tracer.clone(),
+            recorder: recorder.clone(),
         };
         let proxy = http_proxy(&server.configuration, proxy);
         let desk = Desk::new(
@@ -253,6 +256,8 @@ impl Gateway {
             let streams = usize::try_from(config.admin.streams.0).unwrap_or(usize::MAX);
             let app = Admin::new(metrics.clone(), readiness.clone(), streams);
             let app = admin::upstreams::add(app, parts.upstreams.values().cloned().collect());
+            let names = config.routes.iter().map(|route| route.name.clone()).chain([UNROUTED.to_owned()]);
+            let app = trace::add(app, recorder, names.collect());
             let sources = Sources {
                 generation: 1,
                 metrics,

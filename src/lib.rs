@@ -16,5 +16,6 @@ pub mod metrics;
 pub mod origin;
 pub mod phase;
 pub mod proxy;
+pub mod recorder;
 pub mod spans;
 pub mod upstream;

@@ -36,6 +36,7 @@ use crate::error::{Refusal, refusal};
 use crate::filter::{Refused, Verdict};
 use crate::metrics::{Metrics, RouteMetrics};
 use crate::phase::Phase;
+use crate::recorder::Recorder;
 use crate::spans::Tracer;
 use exchange::{Attempt, Exchange};
 use finish::Tellers;
@@ -66,6 +67,8 @@ pub struct Proxy {
     pub lanes: Arc<Lanes>,
     /// Traces, if there are any.
     pub tracer: Option<Arc<Tracer>>,
+    /// Recordings of exchanges with their phases.
+    pub recorder: Recorder,
 }
 
 #[async_trait]
@@ -241,7 +244,7 @@ impl ProxyHttp for Proxy {
     async fn logging(&self, session: &mut Session, _error: Option<&Error>, exchange: &mut Exchange) {
         exchange.release(Attempt::outcome, Instant::now());
         write::drain(exchange, &mut session.downstream_session).await;
-        let tellers = Tellers { log: self.log.as_deref(), tracer: self.tracer.as_deref() };
+        let tellers = Tellers { log: self.log.as_deref(), tracer: self.tracer.as_deref(), recorder: &self.recorder };
         finish::settle(exchange, session.as_downstream_mut(), &self.unrouted, tellers);
     }
 

@@ -54,6 +54,11 @@ impl Answer {
         Answer::new("text/event-stream", Body::Stream(events))
     }
 
+    /// Lines of JSON, each for itself (NDJSON).
+    pub fn lines(lines: Pieces) -> Self {
+        Answer::new("application/x-ndjson", Body::Stream(lines))
+    }
+
     /// With this status.
     pub fn with_status(mut self, status: StatusCode) -> Self {
         *self.0.status_mut() = status;

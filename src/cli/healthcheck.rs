@@ -8,6 +8,7 @@ use tokio::io::{AsyncBufReadExt, AsyncRead, AsyncReadExt, AsyncWrite, AsyncWrite
 use tokio::net::{TcpStream, UnixStream};
 use tokio::time::timeout;
 
+use super::admin::reachable;
 use super::{ConfigFile, Failure, print};
 use crate::gateway::Builder;
 
@@ -58,13 +59,9 @@ struct Target {
 }
 
 impl Target {
-    /// `/readyz` at an admin address. Where that is every address of the machine, loopback is one of them.
+    /// `/readyz` at an admin address.
     fn readyz(address: &str) -> Target {
-        let address = match address.rsplit_once(':') {
-            Some(("0.0.0.0", port)) => format!("127.0.0.1:{port}"),
-            Some(("[::]", port)) => format!("[::1]:{port}"),
-            _ => address.to_owned(),
-        };
+        let address = reachable(address);
         let path = "/readyz".to_owned();
         if address.starts_with("unix:") {
             return Target { name: format!("{path} on {address}"), address, host: "localhost".to_owned(), path };

@@ -56,7 +56,7 @@ fn demo_text(gateway: &Gateway, addresses: &DemoAddresses, origin: SocketAddr) -
 Forebay is running:
 
   gateway  http://{web}   what you talk to
-  admin    http://{admin}   /metrics, /healthz, /readyz
+  admin    http://{admin}   the status page, for a browser; /metrics, /status and more
   origin   http://{origin}   the built-in test origin behind the gateway; / lists what it can do
 
 Try in another terminal:
@@ -77,7 +77,7 @@ fn raise_open_files() -> u64 {
     if soft < hard && setrlimit(Resource::RLIMIT_NOFILE, hard, hard).is_ok() { hard } else { soft }
 }
 
-fn failure(error: StartError) -> Failure {
+pub fn failure(error: StartError) -> Failure {
     match error {
         StartError::Build(report) => Failure::Report(report),
         StartError::Listen { listener, address, source } => {

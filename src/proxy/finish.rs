@@ -15,6 +15,7 @@ use crate::filter::{Outcome, Stages, View};
 use crate::metrics::{RouteMetrics, Summary, UNROUTED};
 use crate::phase::Phase;
 use crate::phase::journal::{Journal, Passed};
+use crate::recorder::{Ended, Recorder};
 use crate::spans::context::TRACESTATE;
 use crate::spans::{Notes, Story, TraceId, TraceParent, Tracer};
 
@@ -26,6 +27,8 @@ pub struct Tellers<'t> {
     pub log: Option<&'t AccessLog>,
     /// Traces.
     pub tracer: Option<&'t Tracer>,
+    /// Recordings.
+    pub recorder: &'t Recorder,
 }
 
 /// Settles the exchange.
@@ -61,6 +64,29 @@ pub fn settle(exchange: &mut Exchange, session: &mut ServerSession, unrouted: &R
     }
 
     let request = session.req_header();
+    if let Some(journal) = journal.as_ref().filter(|_| tellers.recorder.is_recording()) {
+        let path = target(exchange, request).split(|&byte| byte == b'?').next().unwrap_or_default();
+        tellers.recorder.ended(
+            &Ended {
+                at: now,
+                listener: exchange.connection.as_ref().map_or("", |connection| &connection.listener.name),
+                client: exchange.client,
+                method: request.method.as_str(),
+                path: &String::from_utf8_lossy(path),
+                protocol: protocol(request.version),
+                status,
+                reason: exchange.refusal.map(|refusal| refusal.reason),
+                route: route_name(exchange),
+                upstream: exchange.upstream.as_ref().map(|upstream| &*upstream.name),
+                endpoint: exchange.endpoint().map(|endpoint| &*endpoint.label),
+                attempts: exchange.attempts,
+                bytes: (received, sent),
+                own,
+                trace: trace(exchange, request).map(|trace| trace.to_string()),
+            },
+            journal,
+        );
+    }
     if let (Some(tracer), Some(notes), Some(journal)) = (tellers.tracer, notes, journal) {
         tracer.tell(story(exchange, (notes, journal), request, now, status));
     }

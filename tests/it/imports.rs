@@ -10,7 +10,7 @@ use regex::Regex;
 const LEVELS: [&[&str]; 7] = [
     &["phase", "error"],
     &["config", "metrics"],
-    &["client", "filter", "upstream", "access_log", "eventloop", "origin", "spans"],
+    &["client", "filter", "upstream", "access_log", "eventloop", "origin", "recorder", "spans"],
     &["admin", "proxy"],
     &["gateway"],
     &["cli"],

@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 use tempfile::TempDir;
 use tokio_tungstenite::tungstenite::{self, Message, WebSocket};
 
-use super::{DEADLINE, end, eventually, ms};
+use super::{DEADLINE, end, ms};
 
 /// A browser with one page.
 pub struct Browser {
@@ -162,13 +162,8 @@ fn devtools(child: &mut Child) -> String {
             }
         }
     });
-    eventually("the browser to start", || match heard.try_recv() {
-        Ok(address) => Some(address),
-        Err(_) => {
-            assert!(child.try_wait().expect("its state").is_none(), "the browser ended at once");
-            None
-        }
-    })
+    // It is a large program, and starts several processes.
+    heard.recv_timeout(4 * DEADLINE).expect("the browser to start")
 }
 
 impl Drop for Browser {

@@ -1,0 +1,197 @@
+//! Asking the admin endpoint of a running gateway, over TCP or its unix socket, for commands that show what it says.
+
+use std::io::{self, BufRead, BufReader, ErrorKind, Read, Write};
+use std::net::{TcpStream, ToSocketAddrs};
+use std::os::unix::net::UnixStream;
+use std::time::Duration;
+
+use clap::Args;
+
+use super::{ConfigFile, Failure};
+use crate::gateway::Builder;
+
+/// For a connection to stand, and for each piece of an answer.
+const DEADLINE: Duration = Duration::from_secs(5);
+
+/// The longest answer that is read whole.
+const ANSWER_BYTES_MAX: u64 = 64 << 20;
+
+/// Which gateway is asked.
+#[derive(Args)]
+pub struct Where {
+    #[command(flatten)]
+    config: ConfigFile,
+    /// The admin address, such as 127.0.0.1:9100 or unix:/run/forebay.sock, in place of that of the configuration
+    #[arg(long, value_name = "ADDRESS", conflicts_with = "path")]
+    admin: Option<String>,
+}
+
+/// An admin endpoint.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct AdminEndpoint {
+    /// `host:port`, or `unix:/path`.
+    pub address: String,
+}
+
+/// A connection to it.
+trait Socket: Read + Write + Send {}
+impl<S: Read + Write + Send> Socket for S {}
+
+/// The body of an answer, as it comes.
+pub type Lines = io::Lines<BufReader<Box<dyn Read + Send>>>;
+
+impl Where {
+    /// The endpoint that was named, else that of the configuration.
+    pub fn find(self, builder: &Builder) -> Result<AdminEndpoint, Failure> {
+        if let Some(address) = self.admin {
+            let address = address.trim_start_matches("http://").trim_end_matches('/').to_owned();
+            return match address.starts_with("unix:/")
+                || address.rsplit_once(':').is_some_and(|(host, _)| host != "unix")
+            {
+                true => Ok(AdminEndpoint { address }),
+                false => Err(Failure::Usage(format!(
+                    "`{address}` is no admin address: write one like 127.0.0.1:9100 or unix:/run/forebay.sock"
+                ))),
+            };
+        }
+        let (path, config) = self.config.load(builder)?;
+        if !config.admin.enabled {
+            return Err(Failure::Runtime(format!("{}: the admin endpoint is off", path.display())));
+        }
+        Ok(AdminEndpoint { address: reachable(&config.admin.address.0) })
+    }
+}
+
+/// Where an admin endpoint at this address is reached from this machine: every address of it includes loopback.
+pub fn reachable(address: &str) -> String {
+    match address.rsplit_once(':') {
+        Some(("0.0.0.0", port)) => format!("127.0.0.1:{port}"),
+        Some(("[::]", port)) => format!("[::1]:{port}"),
+        _ => address.to_owned(),
+    }
+}
+
+impl AdminEndpoint {
+    /// The body of what it answers to a GET. An error says what went wrong, as one would say it.
+    pub fn get(&self, target: &str) -> Result<Vec<u8>, String> {
+        let mut body = Vec::new();
+        let answer = self.ask("GET", target, DEADLINE)?;
+        answer.take(ANSWER_BYTES_MAX).read_to_end(&mut body).map_err(|error| self.failed(&error))?;
+        Ok(body)
+    }
+
+    /// The lines of what it answers to a POST, each of which may take `patience` to come.
+    pub fn post(&self, target: &str, patience: Duration) -> Result<Lines, String> {
+        Ok(self.ask("POST", target, patience)?.lines())
+    }
+
+    /// What an error of reading on means.
+    pub fn failed(&self, error: &io::Error) -> String {
+        let why = match error.kind() {
+            ErrorKind::WouldBlock | ErrorKind::TimedOut => "it does not answer".to_owned(),
+            _ => super::plain(error),
+        };
+        format!("the admin endpoint at {}: {why}", self.address)
+    }
+
+    /// Of HTTP/1.0, so that an answer without a length simply ends with the connection.
+    fn ask(&self, method: &str, target: &str, patience: Duration) -> Result<BufReader<Box<dyn Read + Send>>, String> {
+        let asked = (|| {
+            let mut socket = self.connect(patience)?;
+            let host = if self.address.starts_with("unix:") { "localhost" } else { &*self.address };
+            let length = if method == "POST" { "Content-Length: 0\r\n" } else { "" };
+            write!(socket, "{method} {target} HTTP/1.0\r\nHost: {host}\r\n{length}\r\n")?;
+            let mut answer = BufReader::new(socket);
+            let head = head(&mut answer)?;
+            io::Result::Ok((head, answer))
+        })();
+        let (Head { status, length }, answer) = asked.map_err(|error| self.failed(&error))?;
+        // The connection may be kept open after an answer with a length.
+        let mut answer = answer.take(length.unwrap_or(u64::MAX));
+        if (200..300).contains(&status) {
+            return Ok(BufReader::new(Box::new(answer)));
+        }
+        let mut said = String::new();
+        // What it says is only ever an addition to its status.
+        let _ = answer.by_ref().take(4096).read_to_string(&mut said);
+        let said = serde_json::from_str::<serde_json::Value>(&said)
+            .ok()
+            .and_then(|said| Some(said["error"].as_str()?.to_owned()));
+        let said = said.map(|said| format!(": {said}")).unwrap_or_default();
+        Err(format!("the admin endpoint at {} answers {status} to {target}{said}", self.address))
+    }
+
+    fn connect(&self, patience: Duration) -> io::Result<Box<dyn Socket>> {
+        if let Some(path) = self.address.strip_prefix("unix:") {
+            let socket = UnixStream::connect(path)?;
+            socket.set_read_timeout(Some(patience))?;
+            socket.set_write_timeout(Some(DEADLINE))?;
+            return Ok(Box::new(socket));
+        }
+        let mut last = io::Error::from(ErrorKind::AddrNotAvailable);
+        for address in self.address.to_socket_addrs()? {
+            match TcpStream::connect_timeout(&address, DEADLINE) {
+                Ok(socket) => {
+                    socket.set_read_timeout(Some(patience))?;
+                    socket.set_write_timeout(Some(DEADLINE))?;
+                    return Ok(Box::new(socket));
+                }
+                Err(error) => last = error,
+            }
+        }
+        Err(last)
+    }
+}
+
+/// What matters of the header of an answer.
+#[derive(Debug, PartialEq)]
+struct Head {
+    status: u16,
+    length: Option<u64>,
+}
+
+/// Reads the header of an answer (RFC 9112 §4, §6.2).
+fn head(answer: &mut impl BufRead) -> io::Result<Head> {
+    const HEAD_BYTES_MAX: u64 = 64 << 10;
+    let mut head = answer.take(HEAD_BYTES_MAX);
+    let strange = || io::Error::other("this is not an HTTP answer");
+    let mut line = Vec::new();
+    head.read_until(b'\n', &mut line)?;
+    let status = line.strip_prefix(b"HTTP/1.").and_then(|rest| rest.get(2..5)).ok_or_else(strange)?;
+    let status = std::str::from_utf8(status).ok().and_then(|status| status.parse().ok()).ok_or_else(strange)?;
+    let mut length = None;
+    while !matches!(&line[..], b"\r\n" | b"\n") {
+        line.clear();
+        if head.read_until(b'\n', &mut line)? == 0 {
+            return Err(strange());
+        }
+        let field = std::str::from_utf8(&line).ok().and_then(|line| line.split_once(':'));
+        if let Some((_, value)) = field.filter(|(name, _)| name.eq_ignore_ascii_case("content-length")) {
+            length = Some(value.trim().parse().map_err(|_| strange())?);
+        }
+    }
+    Ok(Head { status, length })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_admin_endpoint_on_every_address_is_asked_on_loopback() {
+        assert_eq!(reachable("0.0.0.0:9100"), "127.0.0.1:9100");
+        assert_eq!(reachable("[::]:9100"), "[::1]:9100");
+        assert_eq!(reachable("10.0.0.1:9100"), "10.0.0.1:9100");
+        assert_eq!(reachable("unix:/run/admin.sock"), "unix:/run/admin.sock");
+    }
+
+    #[test]
+    fn the_status_is_that_of_the_first_line_and_the_body_follows_the_header() {
+        let mut answer = &b"HTTP/1.1 403 Forbidden\r\nA: b\r\ncontent-length: 2\r\n\r\nno"[..];
+        assert_eq!(head(&mut answer).unwrap(), Head { status: 403, length: Some(2) });
+        assert_eq!(answer, b"no");
+        for strange in [&b"SSH-2.0-OpenSSH_9.2\r\n"[..], b"", b"HTTP/1.1 2", b"HTTP/1.1 200 OK\r\nA: b\r\n"] {
+            assert!(head(&mut &strange[..]).is_err());
+        }
+    }
+}

@@ -1,0 +1,223 @@
+//! A waterfall: the phases of an exchange as bars on one axis of time.
+
+use super::figures::{bytes, time};
+use crate::recorder::{Recorded, RecordedPhase};
+
+/// A part of the time of a process, which bars are drawn on.
+#[derive(Clone, Copy, Debug)]
+pub struct Axis {
+    /// Where it begins, in `began_seconds`.
+    pub begin: f64,
+    /// How long it is.
+    pub seconds: f64,
+    /// How many characters it has.
+    pub width: usize,
+}
+
+/// What a character of a bar may be, by eighths that are filled from the left.
+const EIGHTHS: [char; 9] = [' ', '▏', '▎', '▍', '▌', '▋', '▊', '▉', '█'];
+
+impl Axis {
+    /// One that is as long as all of these together.
+    pub fn of<'r>(recorded: impl IntoIterator<Item = &'r Recorded> + Clone, width: usize) -> Axis {
+        let begin = recorded.clone().into_iter().map(|one| one.began_seconds).fold(f64::INFINITY, f64::min);
+        let end = recorded.into_iter().map(|one| one.began_seconds + one.total_seconds).fold(0.0, f64::max);
+        Axis { begin, seconds: (end - begin).max(1e-6), width }
+    }
+
+    /// A bar from one time to another. However short, something of it is seen.
+    pub fn bar(&self, from: f64, seconds: f64) -> String {
+        let eighths = self.width * 8;
+        let at = |time: f64| {
+            ((time - self.begin) / self.seconds * eighths as f64).round().clamp(0.0, eighths as f64) as usize
+        };
+        let begin = at(from).min(eighths - 1);
+        let end = at(from + seconds).max(begin + 1);
+        let cell = |place: usize| match (place * 8, place * 8 + 8) {
+            (left, right) if right <= begin || left >= end => ' ',
+            (left, right) if left < begin && right <= end && begin - left >= 4 => '▐',
+            (_, right) if right <= end => '█',
+            (left, _) => EIGHTHS[end - left.max(begin).min(end - 1)],
+        };
+        (0..self.width).map(cell).collect()
+    }
+
+    /// What stands above: the times of its begin, its middle and its end.
+    pub fn scale(&self) -> String {
+        let (middle, end) = (time(self.seconds / 2.0), time(self.seconds));
+        let half = self.width / 2;
+        let left = format!("{:<half$}", "0");
+        let right = self.width.saturating_sub(half + middle.chars().count());
+        format!("{left}{middle}{end:>right$}")
+    }
+}
+
+/// Colours for a terminal, or none.
+#[derive(Clone, Copy, Debug)]
+pub struct Paint(pub bool);
+
+impl Paint {
+    /// In the colour of the side that is waited for in this phase: dashboards/README.md.
+    pub fn phase(self, phase: &str, text: &str) -> String {
+        self.with(
+            match phase {
+                "accept" | "handshake" | "header" | "buffer" | "write" => "34",
+                "queue" | "connect" | "send" | "wait" | "receive" => "35",
+                _ => "32",
+            },
+            text,
+        )
+    }
+
+    /// Of less interest.
+    pub fn faint(self, text: &str) -> String {
+        self.with("2", text)
+    }
+
+    /// What one looks for.
+    pub fn bold(self, text: &str) -> String {
+        self.with("1", text)
+    }
+
+    fn with(self, code: &str, text: &str) -> String {
+        if self.0 { format!("\x1b[{code}m{text}\x1b[0m") } else { text.to_owned() }
+    }
+}
+
+/// What is said of an exchange above its bars.
+pub fn title(recorded: &Recorded, paint: Paint) -> String {
+    let Recorded { method, path, status, route, upstream, endpoint, client, reason, .. } = recorded;
+    let mut words = vec![format!("{}  {status}", paint.bold(&format!("{method} {path}")))];
+    words.extend(reason.iter().map(|reason| format!("({reason})")));
+    words.push(format!("in {}, of which {} its own", time(recorded.total_seconds), time(recorded.own_seconds)));
+    let upstream = upstream.as_ref().map(|upstream| format!(" → {upstream}")).unwrap_or_default();
+    let endpoint = endpoint.as_ref().map(|endpoint| format!(" {endpoint}")).unwrap_or_default();
+    let attempts = if recorded.attempts > 1 { format!(", {} attempts", recorded.attempts) } else { String::new() };
+    words.push(paint.faint(&format!("{route}{upstream}{endpoint}{attempts}")));
+    let client = client.map_or("a unix socket".to_owned(), |client| client.to_string());
+    words.push(paint.faint(&format!("from {client}")));
+    words.join("  ")
+}
+
+/// The bars, a line for each phase: its name, its bar, how long it lasted, in which cycles of which worker, and what had
+/// passed.
+pub fn bars(recorded: &Recorded, axis: Axis, paint: Paint) -> Vec<String> {
+    let mut lines = Vec::new();
+    for (place, phase) in recorded.phases.iter().enumerate() {
+        let bar = axis.bar(recorded.began_seconds + phase.start_seconds, phase.seconds);
+        let next = recorded.phases.get(place + 1);
+        lines.push(format!(
+            "  {:<9} {} {:>8}  {}  {}",
+            phase.phase,
+            paint.phase(&phase.phase, &bar),
+            time(phase.seconds),
+            paint.faint(&format!("{:<18}", cycles(phase))),
+            passed(phase, next, recorded)
+        ));
+    }
+    if recorded.left_out > 0 {
+        lines.push(format!("  … {} further phases had no place", recorded.left_out));
+    }
+    lines.iter().map(|line| line.trim_end().to_owned()).collect()
+}
+
+fn cycles(phase: &RecordedPhase) -> String {
+    match (phase.worker, phase.cycle, phase.end_cycle) {
+        (Some(worker), Some(begin), Some(end)) if begin == end => format!("{worker}:{begin}"),
+        (Some(worker), Some(begin), Some(end)) => format!("{worker}:{begin}–{end}"),
+        (_, _, Some(end)) => format!("…–{end}"),
+        _ => String::new(),
+    }
+}
+
+/// What came and went during a phase.
+fn passed(phase: &RecordedPhase, next: Option<&RecordedPhase>, recorded: &Recorded) -> String {
+    let now = (phase.received, phase.answered, phase.sent);
+    // The last note of what the endpoint has answered stands to the end.
+    let then = next
+        .map_or((recorded.received, phase.answered, recorded.sent), |next| (next.received, next.answered, next.sent));
+    let grown = [(now.0, then.0, "received"), (now.1, then.1, "answered"), (now.2, then.2, "sent")];
+    let said = grown.into_iter().filter(|(before, after, _)| after > before);
+    said.map(|(before, after, what)| format!("{} {what}", bytes((after - before) as f64)))
+        .collect::<Vec<_>>()
+        .join(", ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn phase(name: &str, start: f64, seconds: f64, cycles: (u64, u64), sent: u64) -> RecordedPhase {
+        RecordedPhase {
+            phase: name.to_owned(),
+            start_seconds: start,
+            seconds,
+            worker: Some(0),
+            cycle: Some(cycles.0),
+            end_cycle: Some(cycles.1),
+            sent,
+            ..RecordedPhase::default()
+        }
+    }
+
+    fn recorded() -> Recorded {
+        Recorded {
+            began_seconds: 100.0,
+            total_seconds: 1.0,
+            own_seconds: 0.002,
+            method: "GET".to_owned(),
+            path: "/a".to_owned(),
+            status: 200,
+            route: "all".to_owned(),
+            upstream: Some("app".to_owned()),
+            sent: 5 << 20,
+            phases: vec![
+                phase("header", 0.0, 0.5, (7, 7), 0),
+                phase("wait", 0.5, 0.25, (7, 9), 0),
+                phase("write", 0.75, 0.25, (9, 40), 1 << 20),
+            ],
+            ..Recorded::default()
+        }
+    }
+
+    #[test]
+    fn a_bar_lies_where_its_time_is() {
+        let axis = Axis { begin: 10.0, seconds: 8.0, width: 8 };
+        assert_eq!(axis.bar(10.0, 8.0), "████████");
+        assert_eq!(axis.bar(12.0, 2.0), "  ██    ");
+        assert_eq!(axis.bar(12.0, 2.5), "  ██▌   ");
+        assert_eq!(axis.bar(12.5, 1.5), "  ▐█    ");
+        assert_eq!(axis.bar(13.0, 0.0), "   ▏    ", "however short, it is seen");
+        assert_eq!(axis.bar(18.0, 0.0).chars().count(), 8);
+        assert_ne!(axis.bar(18.0, 0.0).trim(), "");
+    }
+
+    #[test]
+    fn all_bars_of_an_exchange_have_one_axis() {
+        let one = recorded();
+        let axis = Axis::of([&one], 16);
+        assert_eq!(
+            axis.scale(),
+            "0       500 ms1.0 s".to_owned().replace("ms1.0", "ms 1.0").replace("ms 1.0 s", "ms1.0 s")
+        );
+        let lines = bars(&one, axis, Paint(false));
+        assert_eq!(
+            lines,
+            [
+                "  header    ████████           500 ms  0:7",
+                "  wait              ████       250 ms  0:7–9               1.0 MiB sent",
+                "  write                 ████   250 ms  0:9–40              4.0 MiB sent",
+            ]
+        );
+        assert!(title(&one, Paint(false)).starts_with("GET /a  200  in 1.0 s, of which 2.0 ms its own  all → app"));
+        assert!(bars(&one, axis, Paint(true))[1].contains("\x1b[35m"));
+    }
+
+    #[test]
+    fn several_exchanges_share_an_axis() {
+        let (first, second) = (recorded(), Recorded { began_seconds: 101.0, ..recorded() });
+        let axis = Axis::of([&first, &second], 16);
+        assert!(bars(&first, axis, Paint(false))[0].starts_with("  header    ████            "));
+        assert!(bars(&second, axis, Paint(false))[2].contains("              ██ "));
+    }
+}
