@@ -9,6 +9,8 @@ pub mod availability;
 pub mod balance;
 pub mod breaker;
 mod check;
+#[cfg(test)]
+mod churn;
 mod discovery;
 pub mod ended;
 pub mod endpoint;
@@ -43,7 +45,7 @@ use pingora::protocols::l4::socket::SocketAddr;
 use pingora::server::ShutdownWatch;
 use pingora::services::background::{BackgroundService, GenBackgroundService};
 use tokio::sync::Notify;
-use tokio::time::{MissedTickBehavior, interval_at, sleep};
+use tokio::time::{MissedTickBehavior, interval_at, sleep, timeout};
 use tracing::warn;
 
 use crate::config;
@@ -76,6 +78,9 @@ const REFRESH_INTERVAL: Duration = Duration::from_secs(30);
 /// How long nothing is done after a roster was made, for each microsecond that it took: so a roster of many endpoints, of which
 /// one after the other changes, takes no more than a tenth of the thread that checks them as well.
 const ROSTER_REST: Duration = Duration::from_micros(10);
+
+/// How often it is asked whether endpoints that were removed have ended what they had, so that they can be forgotten.
+const REMOVED_LOOK: Duration = Duration::from_secs(1);
 
 /// A named group of endpoints that serve the same.
 pub struct Upstream {
@@ -192,6 +197,16 @@ impl Upstream {
     /// Exchanges that have one of its endpoints now.
     pub fn inflight(&self) -> u32 {
         self.admission.inflight()
+    }
+
+    /// Exchanges that wait for one of its endpoints.
+    pub fn queued(&self) -> u32 {
+        self.admission.queue().len()
+    }
+
+    /// What its circuit breaker does, if it has one.
+    pub fn breaker(&self) -> Option<breaker::State> {
+        self.admission.breaker().map(|breaker| breaker.state())
     }
 
     /// Whether an exchange has a connection to its endpoint for itself.
@@ -347,7 +362,11 @@ impl Upstream {
             endpoint.set_removed(true, now);
             members.push(Arc::clone(endpoint));
         }
+        let removed = members.len() > found.len();
         self.publish(members);
+        if removed {
+            self.reassess();
+        }
         if let Some(checks) = &self.checks {
             checks.members_changed();
         }
@@ -381,7 +400,12 @@ impl Upstream {
     /// Makes the roster again whenever it is to be.
     async fn keep_roster(&self) {
         loop {
-            self.reassess.notified().await;
+            // Nobody tells when one that was removed has ended what it had.
+            let removed = self.members.load().iter().any(|endpoint| endpoint.availability().is_removed());
+            match removed {
+                true => drop(timeout(REMOVED_LOOK, self.reassess.notified()).await),
+                false => self.reassess.notified().await,
+            }
             let began = Instant::now();
             {
                 let _changing = self.changing.lock().unwrap_or_else(PoisonError::into_inner);

@@ -47,6 +47,10 @@ pub struct UpstreamDetail {
     pub available: usize,
     /// Exchanges that have one of them now.
     pub inflight: u32,
+    /// Exchanges that wait for one of them.
+    pub queued: u32,
+    /// What its circuit breaker does: `closed`, `half_open` or `open`; `None` if it has none.
+    pub breaker: Option<String>,
     /// Every endpoint, those that are gone from the configuration or from their name and are still busy among them.
     pub endpoints: Vec<EndpointDetail>,
 }
@@ -165,6 +169,8 @@ fn detail(upstream: &Upstream) -> UpstreamDetail {
         states: status.states,
         available: endpoints.iter().filter(|endpoint| endpoint.available).count(),
         inflight: upstream.inflight(),
+        queued: upstream.queued(),
+        breaker: upstream.breaker().map(|state| state.name().to_owned()),
         endpoints,
     }
 }

@@ -60,6 +60,17 @@ pub enum State {
     Open = 2,
 }
 
+impl State {
+    /// How it is called.
+    pub fn name(self) -> &'static str {
+        match self {
+            State::Closed => "closed",
+            State::HalfOpen => "half_open",
+            State::Open => "open",
+        }
+    }
+}
+
 /// How an attempt went, as far as the upstream is to blame.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Verdict {

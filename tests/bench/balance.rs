@@ -16,6 +16,7 @@ use forebay::gateway::Gateway;
 use forebay::metrics::Metrics;
 use forebay::upstream::Upstream;
 use forebay::upstream::balance::{Balance, Candidates, Identity, Schedule, SmoothRoundRobin};
+use forebay::upstream::sticky::Stuck;
 use futures::FutureExt;
 use http::Extensions;
 use pingora_load_balancing::selection::{BackendIter, BackendSelection, RoundRobin};
@@ -45,11 +46,11 @@ where
     balancer
 }
 
-fn upstream(number: usize) -> Upstream {
+fn upstream(number: usize, load_balancing: &str) -> Upstream {
     let endpoints = (0..number).map(|n| format!("{{ address: \"{}\", weight: {} }}", address(n), weight(n)));
     let yaml = format!(
         "listeners: [ {{ name: web, address: \"127.0.0.1:0\" }} ]\nroutes: [ {{ name: all, upstream: bench }} ]\n\
-         upstreams: {{ bench: {{ endpoints: [ {} ] }} }}",
+         upstreams: {{ bench: {{ load_balancing: {load_balancing}, endpoints: [ {} ] }} }}",
         endpoints.collect::<Vec<_>>().join(", ")
     );
     let config = Gateway::builder().parse("bench.yaml", &yaml).expect("the configuration of this bench is sound");
@@ -76,7 +77,7 @@ fn pick(c: &mut Criterion) {
             b.iter(|| annotated.select(b"", 1))
         });
 
-        let (upstream, now) = (upstream(number), Instant::now());
+        let (upstream, now) = (upstream(number, "{ policy: round_robin }"), Instant::now());
         group
             .bench_function(BenchmarkId::new("select", number), |b| b.iter(|| upstream.select(0, black_box(&[]), now)));
         let tried: Vec<_> =
@@ -139,6 +140,36 @@ fn balance(policy: Policy, bounded_load: Option<f64>, number: usize) -> Balance 
     Balance::new(&LoadBalancing { policy, bounded_load, ..LoadBalancing::default() }, &members)
 }
 
+/// The whole of `select` with every policy, taken and let go; and that of a client that stays where it was.
+fn select(c: &mut Criterion) {
+    let mut group = c.benchmark_group("whole select");
+    for (name, policy, bounded_load) in POLICIES {
+        let hash_key = if policy.hashes() { ", hash_key: client_ip" } else { "" };
+        let bounded = bounded_load.map_or(String::new(), |factor| format!(", bounded_load: {factor}"));
+        let sticky = "sticky: { cookie: { name: stay, secret: 0123456789abcdef } }";
+        let load_balancing = format!("{{ policy: {}{hash_key}{bounded}, {sticky} }}", policy.name());
+        for number in [3, 100, 10_000] {
+            let (upstream, now) = (upstream(number, &load_balancing), Instant::now());
+            let mut key = 0u64;
+            let mut hash = || {
+                key = key.wrapping_add(0x9e37_79b9_7f4a_7c15);
+                key
+            };
+            group.bench_function(BenchmarkId::new(name, number), |b| {
+                b.iter(|| upstream.select(hash(), black_box(&[]), now))
+            });
+            if policy == Policy::RoundRobin {
+                let endpoint = upstream.members()[number / 2].names[0];
+                let stuck = Stuck { endpoint, is_old: false };
+                group.bench_function(BenchmarkId::new("stuck to one", number), |b| {
+                    b.iter(|| upstream.select_for(Some(&stuck), hash(), black_box(&[]), now))
+                });
+            }
+        }
+    }
+    group.finish();
+}
+
 /// Every policy, with everybody admitted and with every other one turned down.
 fn policies(c: &mut Criterion) {
     let mut group = c.benchmark_group("policy");
@@ -177,5 +208,5 @@ fn build(c: &mut Criterion) {
     }
 }
 
-criterion_group!(benches, policies, pick, build);
+criterion_group!(benches, policies, pick, select, build);
 criterion_main!(benches);

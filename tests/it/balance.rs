@@ -1,10 +1,11 @@
 //! How a policy shares requests out over real sockets: by load, by weight, by key.
 
 use std::collections::BTreeSet;
+use std::thread;
 
 use crate::harness::gateway::Watched;
 use crate::harness::origin::Closed;
-use crate::harness::{Client, Gateway, Origin, Setup};
+use crate::harness::{Client, Gateway, Origin, Setup, ms, ok};
 
 const NAMES: [&str; 4] = ["a", "b", "c", "d"];
 
@@ -125,4 +126,52 @@ fn a_request_that_its_endpoint_fails_goes_on_to_another_and_always_the_same() {
     assert_eq!(homes(&gateway, 60, by_header), first);
     assert_eq!(distinct(&first).len(), 4);
     gateway.wait_metric("forebay_upstream_connects_total{outcome=\"failed\"}", |failed| failed >= 2.0);
+}
+
+/// The shares of origins with the weights 3, 2 and 1, of so many requests one after the other, each by another user.
+fn shares(policy: &str, count: usize) -> [f64; 3] {
+    let [a, b, c] = ["a", "b", "c"].map(Origin::named);
+    let key = if matches!(policy, "ring_hash" | "maglev") { ", hash_key: { header: x-user }" } else { "" };
+    let setup = Setup::weighted(&[(&a, 3), (&b, 2), (&c, 1)]);
+    let gateway = setup.upstream(&format!("load_balancing: {{ policy: {policy}{key} }}")).start();
+    let answers = homes(&gateway, count, by_header);
+    ["a", "b", "c"].map(|name| answers.iter().filter(|answer| *answer == name).count() as f64 / count as f64)
+}
+
+#[test]
+fn every_policy_with_weights_shares_out_by_them() {
+    for (policy, most_off) in [("round_robin", 0.0), ("random", 0.1), ("least_request", 0.12), ("maglev", 0.1)] {
+        let shares = shares(policy, 600);
+        for (share, expected) in shares.iter().zip([1.0 / 2.0, 1.0 / 3.0, 1.0 / 6.0]) {
+            assert!((share - expected).abs() <= most_off + 1e-9, "{policy}: {shares:?}");
+        }
+    }
+    // On a ring, shares are as uneven as its arcs.
+    let shares = shares("ring_hash", 600);
+    assert!(shares[0] > shares[1] && shares[1] > shares[2] && shares[2] > 0.05, "ring_hash: {shares:?}");
+}
+
+/// How many of 240 requests, six at a time, go to the one of three origins that takes 30 ms for each.
+fn slow_ones(load_balancing: &str) -> usize {
+    let slow = Origin::answering(|_| {
+        thread::sleep(ms(30));
+        ok("slow")
+    });
+    let [b, c] = ["b", "c"].map(Origin::named);
+    let setup = Setup::before_all(&[slow.address(), b.address(), c.address()]);
+    let gateway = setup.upstream(load_balancing).start();
+    thread::scope(|scope| {
+        let clients: Vec<_> = (0..6).map(|_| scope.spawn(|| homes(&gateway, 40, by_header))).collect();
+        let answers = clients.into_iter().flat_map(|client| client.join().expect("answers"));
+        answers.filter(|answer| answer == "slow").count()
+    })
+}
+
+#[test]
+fn a_slow_endpoint_gets_less_unless_it_is_given_its_turn_whatever_it_does() {
+    assert_eq!(slow_ones("load_balancing: { policy: round_robin }"), 80);
+    let by_default = slow_ones("protocol: http1");
+    assert!(by_default < 50, "least_request, which is the default, gave it {by_default} of 240");
+    let by_latency = slow_ones("load_balancing: { policy: peak_ewma }");
+    assert!(by_latency < 40, "peak_ewma gave it {by_latency} of 240");
 }
