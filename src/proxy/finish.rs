@@ -37,9 +37,10 @@ pub fn settle(exchange: &mut Exchange, session: &mut ServerSession, unrouted: &R
     // If the client's session was lost with a write that was given up, its stand-in knows.
     let (answered, received, sent) = match &exchange.link {
         Some(link) if session.is_custom() => link.outcome(),
-        _ => (
+        link => (
             session.response_written().map_or(0, |response| response.status.as_u16()),
-            session.body_bytes_read() as u64,
+            // What was held back was read past the session, and is known to its stand-in alone.
+            link.as_ref().map_or(0, |link| link.outcome().1).max(session.body_bytes_read() as u64),
             session.body_bytes_sent() as u64,
         ),
     };
