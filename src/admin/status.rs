@@ -25,6 +25,7 @@ use crate::error::Refusal;
 use crate::eventloop::Loops;
 use crate::metrics::{Distribution, Metrics, RouteFigures, RouteMetrics, family};
 use crate::phase::Phase;
+use crate::upstream::breaker::State;
 use crate::upstream::{Endpoint, Upstream};
 
 /// How many slow clients are shown unless `?slow=` says otherwise, and the most that it can say.
@@ -239,6 +240,12 @@ pub struct UpstreamStatus {
     pub connects: BTreeMap<String, u64>,
     /// Attempts after the first of an exchange.
     pub retries: u64,
+    /// Exchanges that have one of its endpoints now.
+    pub inflight: u32,
+    /// Exchanges that wait in line because all of it is full.
+    pub queued: i64,
+    /// Its circuit breaker: `closed`, `half_open` or `open`; `None` if it has none.
+    pub breaker: Option<String>,
     /// Its endpoints: those that may not be chosen first, then those with the most in flight.
     pub endpoints: Vec<EndpointStatus>,
     /// How many endpoints there are, shown or not.
@@ -601,9 +608,23 @@ pub(super) fn grouped(upstream: &Upstream, most: usize, now: Instant) -> Upstrea
         .map(|(outcome, count)| (outcome.to_owned(), count.get()))
         .into(),
         retries: metrics.retries.all(),
+        inflight: upstream.inflight(),
+        queued: metrics.limits.queue.length.get(),
+        breaker: upstream.admission.breaker().map(|_| breaks(metrics.limits.breaker.get()).to_owned()),
         endpoints: shown.into_iter().map(|(_, endpoint)| served(endpoint, now)).collect(),
         endpoints_total: members.len(),
         states,
+    }
+}
+
+/// The word for what a breaker does, by the number that its gauge has.
+fn breaks(gauge: i64) -> &'static str {
+    const OPEN: i64 = State::Open as i64;
+    const HALF_OPEN: i64 = State::HalfOpen as i64;
+    match gauge {
+        OPEN => "open",
+        HALF_OPEN => "half_open",
+        _ => "closed",
     }
 }
 

@@ -23,6 +23,9 @@ use crate::gateway::Builder;
 use history::History;
 use sheet::Topic;
 
+/// What is looked at: more than fits on a screen, and not all of thousands of routes every second.
+const TARGET: &str = "/status?routes=300&slow=200&endpoints=100";
+
 /// How long a key may wait for its effect.
 const TICK: Duration = Duration::from_millis(100);
 
@@ -64,7 +67,7 @@ pub fn top(builder: &Builder, Top { place, interval }: Top) -> Result<(), Failur
 }
 
 fn ask(endpoint: &AdminEndpoint) -> Result<Document, String> {
-    let body = endpoint.get("/status")?;
+    let body = endpoint.get(TARGET)?;
     serde_json::from_slice(&body).map_err(|error| format!("{} says what is no status: {error}", endpoint.address))
 }
 

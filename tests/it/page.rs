@@ -247,6 +247,7 @@ fn of_a_busy_gateway(picture: impl FnOnce(&mut Browser)) {
                   { name: legacy, match: { path: { prefix: /status } }, upstream: app }\n\
                   { name: moved, match: { path: { prefix: /old } }, filters: [ { redirect: { to: \"/new\" } } ] }";
     let setup = Setup::before_all(&[origin.address(), closed.address()]).also_at("media", origin.address());
+    let setup = setup.upstream("health_check: { tcp: {}, interval: 1s }");
     let gateway = setup.routes(routes).server("threads: 2").start();
     let ask = |paths: &[&str], pause: u64| {
         for path in paths.iter().cycle().take_while(|_| !over.load(Ordering::Relaxed)) {

@@ -133,6 +133,26 @@ fn the_status_comes_again_and_again_to_whoever_stays() {
     gateway.wait_metric("forebay_admin_streams", |count| count == 0.0);
 }
 
+#[test]
+fn an_upstream_says_who_waits_in_line_and_what_its_breaker_does() {
+    let origin = Origin::scripted();
+    let keys = "limits: { requests: 1 }, circuit_breaker: { consecutive: 1, open: 90s, max_open: 90s }";
+    let gateway = Setup::before(&origin).upstream(keys).start();
+    let upstream = || status(gateway.admin()).upstreams.remove(0);
+    assert_eq!((upstream().inflight, upstream().queued, upstream().breaker.as_deref()), (0, 0, Some("closed")));
+    let mut client = gateway.client();
+    client.send(request("GET", "/", "", ""));
+    let mut connection = origin.accept();
+    connection.request();
+    let mut second = gateway.client();
+    second.send(request("GET", "/", "", ""));
+    eventually("one to wait in line", || (upstream().queued == 1).then_some(()));
+    assert_eq!((upstream().inflight, upstream().endpoints[0].inflight), (1, 1));
+    drop(connection);
+    assert_eq!(client.response().status, 502);
+    eventually("an open breaker", || (upstream().breaker.as_deref() == Some("open")).then_some(()));
+}
+
 /// Every field that a document can have, wherever it stands.
 fn fields(value: &serde_json::Value, found: &mut std::collections::BTreeSet<String>) {
     match value {

@@ -9,8 +9,9 @@ use forebay::recorder::{Recorded, RecordedPhase};
 use serde_json::Value;
 
 use crate::harness::client::get;
+use crate::harness::gateway::Watched;
 use crate::harness::wire::Wire;
-use crate::harness::{Client, Gateway, Origin, Setup, end, eventually, ok};
+use crate::harness::{Client, Gateway, Origin, Setup, end, ok};
 
 /// A recording that has begun: what it tells, line by line.
 struct Recording {
@@ -47,14 +48,9 @@ impl Recording {
 fn upload_in_halves(gateway: &Gateway, path: &str) {
     let mut client = gateway.client();
     client.send(format!("POST {path}?secret=1 HTTP/1.1\r\nHost: test\r\nContent-Length: 8\r\n\r\nhalf"));
-    gateway_waits(gateway);
+    gateway.wait_phase(forebay::phase::Phase::Buffer);
     client.send("body");
     assert_eq!(client.response().status, 200);
-}
-
-fn gateway_waits(gateway: &Gateway) {
-    use crate::harness::gateway::Watched;
-    gateway.wait_phase(forebay::phase::Phase::Buffer);
 }
 
 fn phase<'r>(recorded: &'r Recorded, name: &str) -> &'r RecordedPhase {
@@ -74,6 +70,7 @@ fn a_recording_has_every_phase_with_its_time_its_cycle_and_its_bytes() {
     assert_eq!(names, all);
     assert_eq!((&*recorded.method, &*recorded.path, recorded.status, &*recorded.route), ("POST", "/slow", 200, "all"));
     assert_eq!((recorded.received, recorded.sent, recorded.attempts), (8, 8, 1));
+    assert_eq!(gateway.log_line().number("received"), 8.0);
     for (one, next) in recorded.phases.iter().zip(&recorded.phases[1..]) {
         assert!((one.start_seconds + one.seconds - next.start_seconds).abs() < 1e-6, "they lie end to end: {one:?}");
         assert!(one.worker == Some(0) && one.cycle <= one.end_cycle && one.end_cycle == next.cycle, "{one:?} {next:?}");
@@ -95,7 +92,6 @@ fn only_what_matches_is_recorded_and_only_while_somebody_listens() {
     let origin = Origin::named("origin");
     let routes = "{ name: one, match: { path: { prefix: /1 } }, upstream: app }\n{ name: two, upstream: app }";
     let gateway = Setup::before(&origin).routes(routes).start();
-    assert!(!journal::wanted());
     let mut recording =
         Recording::begin(gateway.admin(), "route=one&client=127.0.0.0/8&path=/1/a&status=2xx&count=5&for=30s");
     for path in ["/2", "/1/b", "/1/a", "/2", "/1/ab"] {
@@ -104,7 +100,7 @@ fn only_what_matches_is_recorded_and_only_while_somebody_listens() {
     assert_eq!((recording.exchange().path, recording.exchange().path), ("/1/a".to_owned(), "/1/ab".to_owned()));
     assert!(journal::wanted());
     drop(recording);
-    eventually("nobody to listen", || (!journal::wanted()).then_some(()));
+    gateway.wait_metric("forebay_admin_streams", |count| count == 0.0);
 }
 
 #[test]

@@ -260,6 +260,7 @@ const ENDPOINTS: &[Column] = &[
     figure("in flight", 9, 1),
     figure("latency", 8, 2),
     figure("chosen/s", 8, 3),
+    figure("queued", 6, 4),
     figure("failed/s", 8, 4),
     figure("retries/s", 9, 5),
     figure("weight", 6, 6),
@@ -278,13 +279,14 @@ fn endpoints(last: &Document, history: &History) -> Vec<Vec<Cell>> {
         let retries = history.rate(|document| mine(document, |one| one.retries as f64));
         for (place, endpoint) in upstream.endpoints.iter().enumerate() {
             let whole = |figure: Option<f64>| Cell::figure(figure.filter(|_| place == 0), number).warns(0.0);
-            rows.push(row_of(endpoint, upstream, history, [whole(failed), whole(retries)]));
+            let whole = [whole(Some(upstream.queued as f64)), whole(failed), whole(retries)];
+            rows.push(row_of(endpoint, upstream, history, whole));
         }
     }
     rows
 }
 
-fn row_of(endpoint: &EndpointStatus, upstream: &UpstreamStatus, history: &History, whole: [Cell; 2]) -> Vec<Cell> {
+fn row_of(endpoint: &EndpointStatus, upstream: &UpstreamStatus, history: &History, whole: [Cell; 3]) -> Vec<Cell> {
     let chosen = history.rate(|document| {
         let upstream = document.upstreams.iter().find(|other| other.upstream == upstream.upstream)?;
         let same = |other: &&EndpointStatus| other.endpoint == endpoint.endpoint && other.address == endpoint.address;
@@ -297,14 +299,19 @@ fn row_of(endpoint: &EndpointStatus, upstream: &UpstreamStatus, history: &Histor
         "draining" => Tone::Client,
         _ => Tone::Faint,
     };
-    let [failed, retries] = whole;
+    let [queued, failed, retries] = whole;
     vec![
-        Cell::text(&*upstream.upstream),
+        Cell::text(&*upstream.upstream).tone(match upstream.breaker.as_deref() {
+            Some("open") => Tone::Bad,
+            Some("half_open") => Tone::Warn,
+            _ => Tone::Plain,
+        }),
         Cell::text(&*endpoint.endpoint),
         Cell::text(&*endpoint.state).tone(tone),
         Cell::figure(Some(f64::from(endpoint.inflight)), number),
         Cell::figure(Some(endpoint.latency_seconds).filter(|&latency| latency > 0.0), time),
         Cell::figure(chosen, number),
+        queued,
         failed,
         retries,
         Cell::figure(Some(f64::from(endpoint.weight)), number),
