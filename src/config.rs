@@ -154,6 +154,29 @@ impl Config {
     }
 }
 
+/// Reads a list of endpoints that is a file of its own; `file` is its name in what is said of it.
+///
+/// # Errors
+///
+/// The first thing that is wrong with it, with its place.
+pub fn endpoints(file: &str, text: &str) -> Result<Vec<upstream::Endpoint>, String> {
+    let yaml: serde_yaml::Value = serde_yaml::from_str(text).map_err(|error| {
+        let place = error.location().map_or(1, |place| place.line());
+        format!("{file}:{place}: this is no YAML: {error}")
+    })?;
+    if !yaml.is_sequence() {
+        return Err(format!(
+            "{file}:1: expected a list such as `- address: 127.0.0.1:3000`; one without endpoints is `[]`"
+        ));
+    }
+    filter::decode(&yaml).map_err(|error| {
+        let places = place::Places::of(text);
+        let start = places.find(&error.path).map_or(0, |found| found.key.unwrap_or(found.value).start);
+        let line = text.get(..start).map_or(1, |before| before.matches('\n').count() + 1);
+        format!("{file}:{line}: {}: {}", error.path, error.message)
+    })
+}
+
 /// Names what it holds and shows no value, for any of them may be a secret.
 impl fmt::Debug for Config {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

@@ -309,6 +309,7 @@ impl Parts {
                 Err(found) => errors.extend(found),
             }
         }
+        errors.extend(upstream::look_up(upstreams.values()));
         let (mut rules, mut listed) = (Vec::new(), Vec::new());
         for (index, written) in config.routes.iter().enumerate() {
             match catalog.chain(&written.filters) {

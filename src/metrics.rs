@@ -78,7 +78,7 @@ struct Families {
     upstream_connect_failures: IntCounterVec,
     upstream_connect_seconds: HistogramVec,
     upstream_wait_seconds: HistogramVec,
-    upstream_resolutions: IntCounterVec,
+    upstream_discoveries: IntCounterVec,
     upstream_health_checks: IntCounterVec,
     upstream_connections: IntGaugeVec,
     retries: IntCounterVec,
@@ -190,7 +190,7 @@ impl Metrics {
     pub fn upstream(&self, name: &str) -> UpstreamMetrics {
         let families = self.families();
         let connects = |outcome| families.upstream_connects.with_label_values(&[name, outcome]);
-        let resolutions = |outcome| families.upstream_resolutions.with_label_values(&[name, outcome]);
+        let discoveries = |outcome| families.upstream_discoveries.with_label_values(&[name, outcome]);
         let connect_failures = refusal::ALL.iter().filter_map(|&refusal| {
             let reason = refusal.reason.strip_prefix("connect.")?;
             Some((refusal, families.upstream_connect_failures.with_label_values(&[name, reason])))
@@ -199,8 +199,11 @@ impl Metrics {
             connects_new: connects("new"),
             connects_reused: connects("reused"),
             connects_failed: connects("failed"),
-            resolutions_ok: resolutions("ok"),
-            resolutions_failed: resolutions("failed"),
+            discoveries: DiscoveryMetrics {
+                ok: discoveries("ok"),
+                none: discoveries("none"),
+                failed: discoveries("failed"),
+            },
             connections: families.upstream_connections.with_label_values(&[name]),
             retries: RetryMetrics::of(name, &families.retries, &families.retries_refused),
             limits: families.limits.upstream(name),
@@ -403,7 +406,7 @@ impl Families {
             upstream_connect_failures: family::UPSTREAM_CONNECT_FAILURES.counter(registry),
             upstream_connect_seconds: family::UPSTREAM_CONNECT_SECONDS.histogram(registry),
             upstream_wait_seconds: family::UPSTREAM_WAIT_SECONDS.histogram(registry),
-            upstream_resolutions: family::UPSTREAM_RESOLUTIONS.counter(registry),
+            upstream_discoveries: family::UPSTREAM_DISCOVERIES.counter(registry),
             upstream_health_checks: family::UPSTREAM_HEALTH_CHECKS.counter(registry),
             upstream_connections: family::UPSTREAM_CONNECTIONS.gauge(registry),
             retries: family::RETRIES.counter(registry),
@@ -571,10 +574,8 @@ pub struct UpstreamMetrics {
     pub connects_reused: IntCounter,
     /// Attempts to connect that failed.
     pub connects_failed: IntCounter,
-    /// Names that were looked up.
-    pub resolutions_ok: IntCounter,
-    /// Look-ups that failed.
-    pub resolutions_failed: IntCounter,
+    /// What came of asking where its endpoints are.
+    pub discoveries: DiscoveryMetrics,
     /// Connections that are open or being made.
     pub connections: IntGauge,
     /// Attempts that were repeated, and those that were not.
@@ -590,6 +591,17 @@ pub struct UpstreamMetrics {
     connect_failures: Box<[(&'static Refusal, IntCounter)]>,
     metrics: Metrics,
     name: Box<str>,
+}
+
+/// What came of asking where the endpoints of an upstream are.
+#[derive(Clone)]
+pub struct DiscoveryMetrics {
+    /// They were told.
+    pub ok: IntCounter,
+    /// It was told that there are none.
+    pub none: IntCounter,
+    /// Nothing was told, or nothing that can be read.
+    pub failed: IntCounter,
 }
 
 impl UpstreamMetrics {

@@ -45,8 +45,7 @@ use pingora::protocols::l4::socket::SocketAddr;
 use pingora::server::ShutdownWatch;
 use pingora::services::background::{BackgroundService, GenBackgroundService};
 use tokio::sync::Notify;
-use tokio::time::{MissedTickBehavior, interval_at, sleep, timeout};
-use tracing::warn;
+use tokio::time::{sleep, timeout};
 
 use crate::config;
 use crate::config::upstream::balance::Policy;
@@ -58,7 +57,7 @@ use crate::metrics::endpoints::{Group, Present};
 use admission::Admission;
 use availability::State;
 use check::Checks;
-use discovery::{Directory, Location, Place, Resolve, System};
+use discovery::{Discovery, Resolve};
 use orders::{Order, Orders};
 use queue::Place as PlaceInLine;
 use retries::{Allowance, Permit, Retries};
@@ -71,9 +70,6 @@ pub use balance::Split;
 pub use ended::{Ended, Outcome};
 pub use endpoint::{Endpoint, Found};
 pub use roster::Choice;
-
-/// How often names are resolved again.
-const REFRESH_INTERVAL: Duration = Duration::from_secs(30);
 
 /// How long nothing is done after a roster was made, for each microsecond that it took: so a roster of many endpoints, of which
 /// one after the other changes, takes no more than a tenth of the thread that checks them as well.
@@ -106,7 +102,7 @@ pub struct Upstream {
     /// Held while the members or the roster are changed, which never happens on a worker.
     changing: Mutex<()>,
     reassess: Notify,
-    directory: Directory,
+    discovery: Discovery,
     checks: Option<Checks>,
     /// Requests that it was sent already and gets again.
     retries: Arc<Retries>,
@@ -128,42 +124,36 @@ pub struct Timeouts {
 }
 
 impl Upstream {
-    /// Builds the upstream `name`, resolving the names in it: this may block for some seconds.
+    /// Builds the upstream `name`. It reads the files that are named in it; names are still to be looked up ([`look_up`]).
     ///
     /// # Errors
     ///
-    /// One for each address that cannot be understood, spoken to or resolved, at `upstreams.NAME.endpoints[i].address`.
+    /// One for each thing that cannot be understood, read or spoken to, at `upstreams.NAME.…`.
     pub fn build(
         name: &str,
         written: &config::Upstream,
         metrics: UpstreamMetrics,
     ) -> Result<Upstream, Vec<BuildError>> {
-        Self::build_with(name, written, metrics, Box::new(System))
+        Self::build_with(name, written, metrics, None)
     }
 
     fn build_with(
         name: &str,
         written: &config::Upstream,
         metrics: UpstreamMetrics,
-        resolver: Box<dyn Resolve>,
+        resolver: Option<Box<dyn Resolve>>,
     ) -> Result<Upstream, Vec<BuildError>> {
         let place = format!("upstreams.{name}");
-        if written.endpoints.is_empty() {
-            let message = "an upstream needs at least one endpoint, such as `- address: 127.0.0.1:3000`";
-            return Err(vec![BuildError::new("endpoints", message).under(&place)]);
-        }
         let timeouts = Timeouts::from(&written.timeouts);
         let transport =
             Transport::build(name, written, metrics.connections.clone()).map_err(|errors| at(&place, errors))?;
-        let places = places(&written.endpoints, &transport).map_err(|errors| at(&place, errors))?;
+        let discovery = Discovery::build(written, &transport, metrics.discoveries.clone(), resolver)
+            .map_err(|errors| at(&place, errors))?;
         let keys = Keys::build(&written.load_balancing.hash_key.0)
             .map_err(|error| at(&place, vec![error.under("load_balancing.hash_key")]))?;
         let sticky = written.load_balancing.sticky.as_ref().map(|sticky| Sticky::build(&sticky.cookie, name));
         let sticky = sticky.transpose();
         let sticky = sticky.map_err(|error| at(&place, vec![error.under("load_balancing.sticky.cookie")]))?;
-        let directory = Directory::new(places, resolver);
-        resolve_now(&directory).map_err(|errors| at(&place, errors))?;
-
         let checks = written.health_check.as_ref();
         let checks = checks.map(|written| Checks::build(written, metrics.health_checks()));
         let limits = metrics.limits.clone();
@@ -180,12 +170,12 @@ impl Upstream {
             roster: ArcSwap::default(),
             changing: Mutex::new(()),
             reassess: Notify::new(),
-            directory,
+            discovery,
             checks,
             retries: Arc::default(),
             orders: Mutex::default(),
         };
-        upstream.discovered(upstream.directory.found());
+        upstream.discovered(upstream.discovery.found());
         Ok(upstream)
     }
 
@@ -439,27 +429,11 @@ impl Upstream {
         self.members.store(Arc::new(members));
     }
 
-    /// Resolves its names again and again. What cannot be resolved stays as it was.
-    async fn keep_names(&self, every: Duration) {
-        if !self.directory.has_names() {
-            return;
-        }
-        let mut ticks = interval_at(tokio::time::Instant::now() + every, every);
-        ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        loop {
-            ticks.tick().await;
-            self.refresh().await;
-        }
-    }
-
-    async fn refresh(&self) {
-        let failures = self.directory.refresh().await;
-        self.metrics.resolutions_failed.inc_by(failures.len() as u64);
-        self.metrics.resolutions_ok.inc_by((self.directory.names() - failures.len()) as u64);
-        for failure in failures {
-            warn!(upstream = %self.name, "{}; its last known addresses stay in use", failure.message);
-        }
-        self.discovered(self.directory.found());
+    /// Looks every name up that it has; the errors are those of names that there must be and that there are not.
+    async fn look_up(&self) -> Vec<BuildError> {
+        let errors = self.discovery.look(&self.name).await;
+        self.discovered(self.discovery.found());
+        at(&format!("upstreams.{}", self.name), errors)
     }
 }
 
@@ -517,55 +491,31 @@ impl From<&config::upstream::Timeouts> for Timeouts {
     }
 }
 
-/// Understands the `endpoints:` of an upstream, without resolving them.
-fn places(written: &[config::upstream::Endpoint], transport: &Transport) -> Result<Vec<Place>, Vec<BuildError>> {
-    let mut places = Vec::new();
-    let mut errors = Vec::new();
-    for (index, endpoint) in written.iter().enumerate() {
-        let location = Location::parse(&endpoint.address).and_then(|location| {
-            let objection = transport.objection(location.host().as_deref());
-            objection.map_or(Ok(location), |objection| Err(objection.to_owned()))
-        });
-        match location {
-            Ok(location) => places.push(Place {
-                label: endpoint.address.0.as_str().into(),
-                host: location.host().map(Into::into),
-                location,
-                weight: endpoint.weight,
-            }),
-            Err(message) => errors.push(address_error(index, message)),
-        }
+/// Looks up every name in these upstreams, all at the same time: this may block for some seconds. What cannot be told now is
+/// asked for again in the background.
+///
+/// # Errors
+///
+/// One for each name of `endpoints` that there is not.
+pub fn look_up<'a>(upstreams: impl IntoIterator<Item = &'a Arc<Upstream>>) -> Vec<BuildError> {
+    let upstreams: Vec<&Arc<Upstream>> = upstreams.into_iter().collect();
+    let looked = block_on(join_all(upstreams.iter().map(|upstream| upstream.look_up())));
+    match looked {
+        Ok(errors) => errors.into_iter().flatten().collect(),
+        Err(error) => vec![BuildError::new("upstreams", format!("no names can be looked up: {error}"))],
     }
-    if errors.is_empty() { Ok(places) } else { Err(errors) }
-}
-
-/// Resolves the names of a directory and waits for them.
-fn resolve_now(directory: &Directory) -> Result<(), Vec<BuildError>> {
-    if !directory.has_names() {
-        return Ok(());
-    }
-    let failures = block_on(directory.refresh())
-        .map_err(|error| vec![BuildError::new("endpoints", format!("no names can be resolved: {error}"))])?;
-    if failures.is_empty() {
-        return Ok(());
-    }
-    Err(failures.into_iter().map(|failure| address_error(failure.place, failure.message)).collect())
 }
 
 /// Runs a future to its end on a thread of its own, since the caller may be inside a runtime, which must not block.
 fn block_on<T: Send>(future: impl Future<Output = T> + Send) -> io::Result<T> {
     let run = || {
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build()?;
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         let result = runtime.block_on(future);
         // A resolver that hangs may keep its thread; nobody waits for it.
         runtime.shutdown_background();
         Ok(result)
     };
     thread::scope(|scope| scope.spawn(run).join()).unwrap_or_else(|panic| panic::resume_unwind(panic))
-}
-
-fn address_error(index: usize, message: String) -> BuildError {
-    BuildError::new(format!("endpoints[{index}].address"), message)
 }
 
 fn at(place: &str, errors: Vec<BuildError>) -> Vec<BuildError> {
@@ -575,12 +525,11 @@ fn at(place: &str, errors: Vec<BuildError>) -> Vec<BuildError> {
 /// All that upstreams have done in the background, in one thread that is no worker's.
 pub struct Upkeep {
     upstreams: Vec<Arc<Upstream>>,
-    refresh: Duration,
 }
 
 /// The service that keeps `upstreams` up to date.
 pub fn background<'a>(upstreams: impl IntoIterator<Item = &'a Arc<Upstream>>) -> GenBackgroundService<Upkeep> {
-    let upkeep = Upkeep { upstreams: upstreams.into_iter().cloned().collect(), refresh: REFRESH_INTERVAL };
+    let upkeep = Upkeep { upstreams: upstreams.into_iter().cloned().collect() };
     GenBackgroundService::new("upstreams".to_owned(), Arc::new(upkeep))
 }
 
@@ -590,7 +539,7 @@ impl BackgroundService for Upkeep {
         let mut tasks = Vec::new();
         for upstream in &self.upstreams {
             tasks.push(upstream.keep_roster().boxed());
-            tasks.push(upstream.keep_names(self.refresh).boxed());
+            tasks.push(upstream.discovery.keep(upstream).boxed());
             tasks.push(upstream.keep_health().boxed());
         }
         tokio::select! {
@@ -608,12 +557,14 @@ mod tests {
     use std::net;
     use std::num::NonZeroU32;
 
+    use discovery::{Answer, Service};
+
     /// A resolver that answers what a test tells it to.
     #[derive(Default)]
     struct Script(Mutex<HashMap<&'static str, Vec<&'static str>>>);
 
     impl Script {
-        /// `host` has these addresses from now on; none of them: it cannot be resolved.
+        /// `host` has these addresses from now on; none of them: nobody tells.
         fn set(self: &Arc<Self>, host: &'static str, addresses: &[&'static str]) -> Arc<Self> {
             self.0.lock().unwrap().insert(host, addresses.to_vec());
             Arc::clone(self)
@@ -622,13 +573,19 @@ mod tests {
 
     #[async_trait]
     impl Resolve for Arc<Script> {
-        async fn resolve(&self, host: &str, port: u16) -> io::Result<Vec<net::SocketAddr>> {
+        async fn addresses(&self, host: &str) -> Answer<net::IpAddr> {
             match self.0.lock().unwrap().get(host) {
-                Some(addresses) if !addresses.is_empty() => {
-                    Ok(addresses.iter().map(|address| net::SocketAddr::new(address.parse().unwrap(), port)).collect())
+                Some(addresses) if addresses.is_empty() => Answer::Failed("nobody tells".to_owned()),
+                Some(addresses) => {
+                    let addresses = addresses.iter().map(|address| address.parse().unwrap());
+                    Answer::Found(addresses.collect(), Duration::ZERO)
                 }
-                _ => Err(io::Error::other("no such host")),
+                None => Answer::None(format!("there is no `{host}`")),
             }
+        }
+
+        async fn services(&self, _: &str) -> Answer<Service> {
+            unreachable!("no test asks for one")
         }
     }
 
@@ -651,7 +608,10 @@ mod tests {
     }
 
     fn build(endpoints: &[(&str, u32)], resolver: &Arc<Script>) -> Result<Upstream, Vec<BuildError>> {
-        Upstream::build_with("shop", &written(endpoints), metrics(), Box::new(Arc::clone(resolver)))
+        let resolver: Box<dyn Resolve> = Box::new(Arc::clone(resolver));
+        let upstream = Upstream::build_with("shop", &written(endpoints), metrics(), Some(resolver))?;
+        let errors = block_on(upstream.look_up()).unwrap();
+        if errors.is_empty() { Ok(upstream) } else { Err(errors) }
     }
 
     /// What `turns` selections give, as `label address`, with how often.
@@ -712,7 +672,7 @@ mod tests {
         let before = upstream.select(0, &[], Instant::now()).engaged().unwrap();
 
         script.set("a.test", &[]).set("b.test", &["10.0.1.2", "10.0.1.3"]);
-        upstream.refresh().await;
+        upstream.look_up().await;
         let expected = [("a.test:80 10.0.0.1:80", 1), ("b.test:80 10.0.1.2:80", 1), ("b.test:80 10.0.1.3:80", 1)];
         assert_eq!(selected(&upstream, 3), counts(&expected));
         let members = upstream.members();
@@ -725,13 +685,14 @@ mod tests {
         let script = Arc::<Script>::default().set("a.test", &["10.0.0.1"]).set("b.test", &["10.0.0.2"]);
         let upstream = build(&[("a.test:80", 1), ("b.test:80", 1)], &script).unwrap();
         script.set("a.test", &["10.0.0.2"]).set("b.test", &["10.0.0.1"]);
-        upstream.refresh().await;
+        upstream.look_up().await;
         assert_eq!(selected(&upstream, 2), counts(&[("a.test:80 10.0.0.2:80", 1), ("b.test:80 10.0.0.1:80", 1)]));
     }
 
     #[tokio::test]
     async fn the_resolver_of_the_system_may_be_asked_from_within_a_runtime() {
-        let upstream = Upstream::build("shop", &written(&[("localhost:80", 1)]), metrics()).unwrap();
+        let upstream = Arc::new(Upstream::build("shop", &written(&[("localhost:80", 1)]), metrics()).unwrap());
+        assert!(look_up([&upstream]).is_empty());
         assert_eq!(&*upstream.select(0, &[], Instant::now()).engaged().unwrap().label, "localhost:80");
     }
 
@@ -748,10 +709,7 @@ mod tests {
         );
 
         let errors = build(&[("10.0.0.1:80", 1), ("api.test:80", 1)], &Arc::default()).unwrap_err();
-        assert_eq!(
-            errors[0].to_string(),
-            "upstreams.shop.endpoints[1].address: `api.test` could not be resolved: no such host"
-        );
+        assert_eq!(errors[0].to_string(), "upstreams.shop.endpoints[1].address: there is no `api.test`");
         assert_eq!(build(&[], &Arc::default()).unwrap_err()[0].path, "upstreams.shop.endpoints");
     }
 
@@ -760,7 +718,7 @@ mod tests {
         let script = Arc::<Script>::default().set("api.test", &["10.0.0.1"]);
         let addresses = [("10.0.0.1:443", 1), ("api.test:443", 1), ("[::1]:443", 1), ("unix:/run/a.sock", 1)];
         let written = config::Upstream { protocol: config::upstream::Protocol::H2, ..written(&addresses) };
-        let errors = Upstream::build_with("shop", &written, metrics(), Box::new(script)).unwrap_err();
+        let errors = Upstream::build_with("shop", &written, metrics(), Some(Box::new(script))).unwrap_err();
         let places: Vec<&str> = errors.iter().map(|error| error.path.trim_start_matches("upstreams.shop.")).collect();
         assert_eq!(places, ["endpoints[3].address"]);
     }
@@ -771,12 +729,12 @@ mod tests {
         let upstream = build(&[("a.test:80", 1)], &script).unwrap();
         let busy = upstream.select(0, &[], Instant::now()).engaged().unwrap();
         script.set("a.test", &["10.0.0.2"]);
-        upstream.refresh().await;
+        upstream.look_up().await;
         assert_eq!(selected(&upstream, 2), counts(&[("a.test:80 10.0.0.2:80", 2)]), "it is given nothing new");
         assert_eq!((upstream.members().len(), busy.availability().state()), (2, State::Draining));
 
         script.set("a.test", &["10.0.0.1"]);
-        upstream.refresh().await;
+        upstream.look_up().await;
         assert!(Arc::ptr_eq(upstream.select(0, &[], Instant::now()).engaged().unwrap().endpoint(), busy.endpoint()));
         assert_eq!((upstream.members().len(), busy.inflight()), (1, 1), "the other one had nothing to do");
     }
@@ -813,9 +771,9 @@ mod tests {
         assert_eq!(upstream.order("a.test:80", Order::Weigh(NonZeroU32::new(3))).len(), 2);
         assert!(upstream.order("10.0.0.3:80", Order::Drain).is_empty());
         script.set("a.test", &["10.0.0.3"]);
-        upstream.refresh().await;
+        upstream.look_up().await;
         script.set("a.test", &["10.0.0.1", "10.0.0.3"]);
-        upstream.refresh().await;
+        upstream.look_up().await;
         let members = upstream.members();
         let told: Vec<_> =
             members.iter().map(|member| (member.availability().is_drained(), member.weight().get())).collect();
@@ -826,8 +784,12 @@ mod tests {
     #[tokio::test]
     async fn names_are_resolved_again_in_the_background_until_the_process_stops() {
         let script = Arc::<Script>::default().set("a.test", &["10.0.0.1"]);
-        let upstream = Arc::new(build(&[("a.test:80", 1)], &script).unwrap());
-        let upkeep = Upkeep { upstreams: vec![Arc::clone(&upstream)], refresh: Duration::from_millis(1) };
+        let yaml = "{ dns: { name: a.test, port: 80, refresh: 1ms } }";
+        let written: config::Upstream = config::filter::decode(&serde_yaml::from_str(yaml).unwrap()).unwrap();
+        let resolver: Box<dyn Resolve> = Box::new(Arc::clone(&script));
+        let upstream = Arc::new(Upstream::build_with("shop", &written, metrics(), Some(resolver)).unwrap());
+        assert!(look_up([&upstream]).is_empty() && upstream.members().len() == 1);
+        let upkeep = Upkeep { upstreams: vec![Arc::clone(&upstream)] };
         let (stop, stopped) = tokio::sync::watch::channel(false);
         let running = tokio::spawn(async move { upkeep.start(stopped).await });
 

@@ -18,17 +18,18 @@ as_root() {
 # perl-base is on every Debian, but the modules that OpenSSL's Configure uses come with the package perl.
 has() {
     case $1 in
+        dnsmasq-base) command -v dnsmasq >/dev/null ;;
         perl) perl -MFile::Compare -MFindBin -MIPC::Cmd -MTime::Piece -e 1 2>/dev/null ;;
         *) command -v "$1" >/dev/null ;;
     esac
 }
 
-# Each command is named like the package that brings it.
+# Each command is named like the package that brings it, but for those that `has` knows.
 commands=()
 for purpose in "$@"; do
     case $purpose in
         build) commands+=(cmake perl) ;;
-        test) commands+=(chromium curl nginx prometheus slowhttptest tmux wrk) ;;
+        test) commands+=(chromium curl dnsmasq-base nginx prometheus slowhttptest tmux wrk) ;;
         bench) commands+=(haproxy nginx wrk) ;;
         *) echo "install-tools.sh: unknown purpose '$purpose': build, test or bench" >&2; exit 2 ;;
     esac

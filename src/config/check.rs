@@ -25,7 +25,7 @@ use super::server::{EventLoop, Resources, Tracing};
 use super::units::{ByteRate, Count, Size, Time};
 use super::upstream::health::{HealthCheck, HttpCheck};
 use super::upstream::sticky::{Secrets, Sticky, StickyCookie};
-use super::upstream::{CircuitBreaker, LoadBalancing, Protocol, Upstream};
+use super::upstream::{CircuitBreaker, Dns, FileSource, LoadBalancing, Protocol, Upstream};
 
 /// The name under which `/metrics` counts what is beyond a limit.
 const RESERVED_NAME: &str = "_other";
@@ -311,12 +311,7 @@ impl<'a> Check<'a> {
     }
 
     fn upstream(&mut self, upstream: &Upstream, path: &str) {
-        let endpoints = format!("{path}.endpoints");
-        // Those that could not be decoded were told of already.
-        if upstream.endpoints.is_empty() && !self.parts.broken.within(&endpoints) {
-            let finding = Finding::error(value(endpoints), "an upstream needs at least one endpoint");
-            self.wrong(finding.label("expected `- address: host:port`"));
-        }
+        self.sources(upstream, path);
         let mut addresses = Seen::default();
         for (index, endpoint) in upstream.endpoints.iter().enumerate() {
             let at = format!("{}.address", self.item(&format!("{path}.endpoints"), index));
@@ -391,6 +386,92 @@ impl<'a> Check<'a> {
             let finding = Finding::error(value(spot), "a breaker cannot be open for longer than it may");
             self.wrong(finding.label(format!("expected an `open` ({open}) of no more than `max_open` ({max_open})")));
         }
+    }
+
+    /// Where its endpoints are told of, which is one place.
+    fn sources(&mut self, upstream: &Upstream, path: &str) {
+        let at = |key: &str| format!("{path}.{key}");
+        let written: Vec<&str> =
+            ["endpoints", "dns", "file"].into_iter().filter(|key| self.is_written(&at(key))).collect();
+        if let [first, others @ ..] = &written[..] {
+            for other in others {
+                let title = "the endpoints of an upstream are told of in one place";
+                let finding = Finding::error(Spot::Key(at(other)), title).label("here as well");
+                self.wrong(finding.also(Spot::Key(at(first)), "the other one"));
+            }
+        }
+        let endpoints = at("endpoints");
+        // Those that could not be decoded were told of already.
+        let is_broken = ["endpoints", "dns", "file"].into_iter().any(|key| self.parts.broken.within(&at(key)));
+        if upstream.endpoints.is_empty() && written.iter().all(|key| *key == "endpoints") && !is_broken {
+            let spot = if written.is_empty() { Spot::Key(path.to_owned()) } else { value(endpoints) };
+            let finding = Finding::error(spot, "an upstream needs at least one endpoint");
+            self.wrong(finding.label("expected `endpoints: [ { address: host:port } ]`, `dns` or `file`"));
+        }
+        if let Some(dns) = &upstream.dns {
+            self.dns(dns, &at("dns"));
+        }
+        if let Some(file) = &upstream.file {
+            let FileSource { path: file, refresh, max_size } = file;
+            if file.is_empty() {
+                let finding = Finding::error(value(at("file.path")), "the path of a file is missing");
+                self.wrong(finding.label("expected one such as `/etc/forebay/shop.yaml`"));
+            }
+            self.time(&at("file.refresh"), *refresh);
+            if *max_size == Size(0) {
+                let finding = Finding::error(value(at("file.max_size")), "no file is as small as that");
+                self.wrong(finding.label("expected more than `0B`"));
+            }
+        }
+    }
+
+    fn dns(&mut self, dns: &Dns, path: &str) {
+        let at = |key: &str| format!("{path}.{key}");
+        match (&dns.name, dns.port, &dns.srv) {
+            (Some(_), Some(_), None) | (None, None, Some(_)) => {}
+            (None, None, None) if self.parts.broken.within(path) => {}
+            (_, _, Some(_)) => {
+                let other = if dns.name.is_some() { "name" } else { "port" };
+                let finding = Finding::error(Spot::Key(at(other)), "`srv` has the hosts and the ports");
+                self.wrong(finding.label("of no effect").also(Spot::Key(at("srv")), "beside this"));
+            }
+            (Some(_), None, None) if !self.parts.broken.at(&at("port")) => {
+                let finding = Finding::error(Spot::Key(at("name")), "`name` needs a `port` beside it");
+                self.wrong(
+                    finding
+                        .label("a name has addresses and no ports")
+                        .help("where the ports are in the DNS, too, write `srv`"),
+                );
+            }
+            (None, _, None) => {
+                let finding = Finding::error(value(path), "nothing says what to look up");
+                self.wrong(finding.label("expected `name` and `port`, or `srv`"));
+            }
+            _ => {}
+        }
+        for (key, name) in [("name", &dns.name), ("srv", &dns.srv)] {
+            let Some(name) = name else { continue };
+            let name = name.strip_suffix('.').unwrap_or(name);
+            if name.parse::<IpAddr>().is_ok() || name.len() > 253 || !name.split('.').all(is_label) {
+                let finding = Finding::error(value(at(key)), format!("`{name}` is no name that can be looked up"));
+                self.wrong(finding.label("expected one such as `app.example.com`"));
+            }
+        }
+        if dns.port == Some(0) {
+            let finding = Finding::error(value(at("port")), "nothing can be reached at port 0");
+            self.wrong(finding.label("expected a port from 1 to 65535"));
+        }
+        for (index, server) in dns.servers.iter().enumerate() {
+            if Dns::server(server).is_none() {
+                let spot = value(self.item(&at("servers"), index));
+                let finding = Finding::error(spot, format!("`{server}` is no address of a server"));
+                self.wrong(
+                    finding.label("expected an IP address such as `10.0.0.53`, or one with a port: `10.0.0.53:5353`"),
+                );
+            }
+        }
+        self.time(&at("refresh"), dns.refresh);
+        self.time(&at("timeout"), dns.timeout);
     }
 
     fn transport(&mut self, upstream: &Upstream, path: &str) {

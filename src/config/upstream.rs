@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 use super::units::Time;
 
 pub use balance::LoadBalancing;
-pub use discovery::Endpoint;
+pub use discovery::{Dns, Endpoint, FileSource};
 pub use health::HealthCheck;
 pub use limits::{CircuitBreaker, Limits, Queue};
 pub use transport::{Keepalive, Protocol, ProxyProtocol, Tls};
@@ -28,8 +28,15 @@ pub struct Upstream {
     /// How an endpoint is chosen.
     #[serde(default)]
     pub load_balancing: LoadBalancing,
-    /// The endpoints.
+    /// The endpoints. In place of them, `dns` or `file` may say where they are told of.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub endpoints: Vec<Endpoint>,
+    /// A name under which they are found.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub dns: Option<Dns>,
+    /// A file that lists them.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub file: Option<FileSource>,
     /// Connections kept open between requests.
     #[serde(default)]
     pub keepalive: Keepalive,

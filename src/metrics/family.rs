@@ -147,8 +147,8 @@ families! {
         "Addresses of an endpoint that take requests now: 0 or 1, or more if its name has several.";
     ENDPOINT_INFLIGHT: "forebay_endpoint_inflight", Gauge, ["upstream", "endpoint"],
         "Attempts that an endpoint has under way now.";
-    UPSTREAM_RESOLUTIONS: "forebay_upstream_resolutions_total", Counter, ["upstream", "outcome"],
-        "Look-ups of host names; after a failed one the last good answer stays.";
+    UPSTREAM_DISCOVERIES: "forebay_upstream_discoveries_total", Counter, ["upstream", "outcome"],
+        "Look-ups of names and looks at files that say where endpoints are; after a failed one the last good answer stays.";
     UPSTREAM_HEALTH_CHECKS: "forebay_upstream_health_checks_total", Counter, ["upstream", "outcome"],
         "Health checks by what came of them; those that began late, for so many were under way, are counted as late besides.";
     UPSTREAM_CONNECTIONS: "forebay_upstream_connections", Gauge, ["upstream"],

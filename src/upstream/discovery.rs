@@ -1,187 +1,462 @@
-//! Where the endpoints of an upstream are: literal addresses, unix sockets, and names, which are resolved at start
-//! and again in the background, never while an exchange waits.
+//! Where the endpoints of an upstream are: literal addresses, names, services in the DNS, or a file that lists some. What has
+//! to be asked for is asked for at start and in the background, never while an exchange waits.
 //!
-//! A [`Directory`] holds the last good answer of every name, and tells what it found to `Upstream::discovered`.
+//! A [`Discovery`] knows for each name the last good answer ([`memory`]) and tells what is found to `Upstream::discovered`.
 
-use std::collections::BTreeSet;
-use std::io;
-use std::net;
+mod family;
+mod file;
+mod location;
+mod memory;
+mod resolver;
+
+use std::collections::{BTreeMap, BTreeSet};
 use std::num::NonZeroU32;
-use std::os::unix::net::SocketAddr as UnixSocketAddr;
-use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
-use async_trait::async_trait;
-use futures::future::FutureExt;
-use futures::stream::{self, StreamExt};
+use futures::stream::{self, FuturesUnordered, StreamExt};
 use pingora::protocols::l4::socket::SocketAddr;
+use tokio::time::sleep_until;
+use tracing::{info, warn};
 
+use super::Upstream;
 use super::endpoint::Found;
-use crate::config::Address;
+use super::transport::Transport;
+use crate::config;
+use crate::config::upstream::{Dns, Endpoint};
+use crate::error::BuildError;
+use crate::metrics::DiscoveryMetrics;
+use family::{Way, is_reachable, ways};
+use file::{Listed, Look, aside};
+use location::Location;
+use memory::{Kind, Memory};
+use resolver::Resolver;
 
-/// How long one name may take to resolve.
-const RESOLVE_TIMEOUT: Duration = Duration::from_secs(5);
+pub(super) use memory::Answer;
+pub(super) use resolver::{Resolve, Service};
 
-/// How many names of an upstream are resolved at a time; each takes a thread of the blocking pool meanwhile.
-const RESOLVE_AT_ONCE: usize = 64;
-
-/// Turns a name into addresses.
-#[async_trait]
-pub(super) trait Resolve: Send + Sync {
-    /// The addresses of `host`, each with `port`.
-    async fn resolve(&self, host: &str, port: u16) -> io::Result<Vec<net::SocketAddr>>;
-}
-
-/// The system's own resolver: `/etc/hosts`, DNS and whatever else `nsswitch.conf` names.
-pub(super) struct System;
-
-#[async_trait]
-impl Resolve for System {
-    async fn resolve(&self, host: &str, port: u16) -> io::Result<Vec<net::SocketAddr>> {
-        Ok(tokio::net::lookup_host((host, port)).await?.collect())
-    }
-}
-
-/// An address as it was written, understood but not resolved.
-#[derive(Clone, Debug)]
-pub(super) enum Location {
-    Literal(SocketAddr),
-    Name { host: String, port: u16 },
-}
-
-impl Location {
-    /// Reads `host:port`, `[v6]:port` or `unix:/path`.
-    pub fn parse(written: &Address) -> Result<Location, String> {
-        let address = written.0.as_str();
-        if let Some(path) = written.unix_path() {
-            return match UnixSocketAddr::from_pathname(path) {
-                // The empty path would make an unnamed socket, on which Pingora panics.
-                Ok(socket) if !path.is_empty() => Ok(Location::Literal(SocketAddr::Unix(socket))),
-                Ok(_) => Err("`unix:` needs a path, such as `unix:/run/app.sock`".to_owned()),
-                Err(error) => Err(format!("`{path}` cannot be the path of a unix socket: {error}")),
-            };
-        }
-        if let Ok(socket) = address.parse() {
-            return Ok(Location::Literal(SocketAddr::Inet(socket)));
-        }
-        match address.rsplit_once(':').map(|(host, port)| (host, port.parse())) {
-            Some((host, Ok(port))) if !host.is_empty() && !host.contains([':', '/', '[', ']']) => {
-                Ok(Location::Name { host: host.to_owned(), port })
-            }
-            _ => Err(format!("`{address}` is no address: write `host:port`, `[v6]:port` or `unix:/path`")),
-        }
-    }
-
-    /// The host, for the server name and the certificate; `None` for a unix socket.
-    pub fn host(&self) -> Option<String> {
-        match self {
-            Location::Literal(address) => address.as_inet().map(|socket| socket.ip().to_string()),
-            Location::Name { host, .. } => Some(host.clone()),
-        }
-    }
-}
-
-/// One entry of `endpoints:`.
-#[derive(Debug)]
-pub(super) struct Place {
-    pub label: Arc<str>,
-    pub location: Location,
-    pub host: Option<Arc<str>>,
-    pub weight: NonZeroU32,
-}
-
-/// A name that could not be resolved.
-#[derive(Debug)]
-pub(super) struct Unresolved {
-    /// Which of the places it is.
-    pub place: usize,
-    /// What was tried and what came of it.
-    pub message: String,
-}
+/// How many names of an upstream are asked for at a time.
+const AT_ONCE: usize = 64;
 
 /// Where an upstream's endpoints are, as far as is known.
-pub(super) struct Directory {
-    places: Vec<Place>,
+pub(super) struct Discovery {
     resolver: Box<dyn Resolve>,
-    /// The last good answer for each place, in the order of the places.
-    answers: Mutex<Vec<Vec<SocketAddr>>>,
+    refresh: Duration,
+    listing: Mutex<Listing>,
+    file: Option<Listed>,
+    metrics: DiscoveryMetrics,
 }
 
-impl Directory {
-    /// A directory that knows the literal addresses; names are unknown until [`Directory::refresh`].
-    pub fn new(places: Vec<Place>, resolver: Box<dyn Resolve>) -> Directory {
-        let answers = places
-            .iter()
-            .map(|place| match &place.location {
-                Location::Literal(address) => vec![address.clone()],
-                Location::Name { .. } => Vec::new(),
-            })
-            .collect();
-        Directory { places, resolver, answers: Mutex::new(answers) }
-    }
+/// What is listed at present; a file may list something else soon.
+#[derive(Default)]
+struct Listing {
+    /// Tells it from the ones before: what was asked for them is of no use any more.
+    generation: u64,
+    entries: Vec<Entry>,
+    /// The last look at the file, and whether that was a good list.
+    look: Option<(u64, bool)>,
+}
 
-    /// Whether anything must be resolved.
-    pub fn has_names(&self) -> bool {
-        self.names() > 0
-    }
+/// One entry of a list, or all that a name of `dns` stands for.
+struct Entry {
+    label: Arc<str>,
+    server_name: Option<Arc<str>>,
+    weight: NonZeroU32,
+    what: What,
+}
 
-    /// How many names there are.
-    pub fn names(&self) -> usize {
-        self.places.iter().filter(|place| matches!(place.location, Location::Name { .. })).count()
-    }
+enum What {
+    Literal(SocketAddr),
+    Asked {
+        question: Question,
+        memory: Memory<Target>,
+        next: Instant,
+        /// Where it stands in the configuration, if it must be known at start that there is such a name.
+        place: Option<String>,
+    },
+}
 
-    /// Resolves every name anew. Those that cannot be resolved keep their last good answer and are told.
-    pub async fn refresh(&self) -> Vec<Unresolved> {
-        let mut resolving = Vec::new();
-        for (place, entry) in self.places.iter().enumerate() {
-            if let Location::Name { host, port } = &entry.location {
-                resolving.push(async move { (place, self.resolve(host, *port).await) }.boxed());
+#[derive(Clone, Debug)]
+enum Question {
+    Addresses { host: Arc<str>, port: u16 },
+    Services(Arc<str>),
+}
+
+/// What was found under a name.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Target {
+    way: Way,
+    weight: Option<NonZeroU32>,
+    tier: u8,
+}
+
+/// Which entry of which listing.
+type Place = (u64, usize);
+
+impl Discovery {
+    /// Reads what was written, and the file that is named; nothing is asked for yet. `resolver` says whom names are asked of,
+    /// if it is not whom the configuration says.
+    pub fn build(
+        written: &config::Upstream,
+        transport: &Transport,
+        metrics: DiscoveryMetrics,
+        resolver: Option<Box<dyn Resolve>>,
+    ) -> Result<Discovery, Vec<BuildError>> {
+        let (mut refresh, mut timeout, mut servers) = (Dns::default_refresh().0, Dns::default_timeout().0, Vec::new());
+        let mut listing = Listing::default();
+        let mut file = None;
+        if let Some(dns) = &written.dns {
+            (refresh, timeout) = (dns.refresh.0, dns.timeout.0);
+            // The configuration was checked: each is one.
+            servers = dns.servers.iter().filter_map(|server| Dns::server(server)).collect();
+            let entry =
+                named(dns).ok_or_else(|| vec![BuildError::new("dns", "expected a `name` and a `port`, or `srv`")])?;
+            if let Some(objection) = transport.objection(entry.server_name.as_deref()) {
+                return Err(vec![BuildError::new("dns", objection)]);
             }
-        }
-        let resolved: Vec<_> = stream::iter(resolving).buffer_unordered(RESOLVE_AT_ONCE).collect().await;
-
-        let mut answers = self.answers.lock().unwrap_or_else(PoisonError::into_inner);
-        let mut failures = Vec::new();
-        for (place, answer) in resolved {
-            match answer {
-                Ok(addresses) => answers[place] = addresses,
-                Err(message) => failures.push(Unresolved { place, message }),
+            listing.entries = vec![entry];
+        } else if let Some(source) = &written.file {
+            let listed = Listed::new(source);
+            let look = listed.look(None);
+            let wrong = |why: String| vec![BuildError::new("file.path", why)];
+            if let Some(Look { hash, listed }) = look {
+                listing.entries =
+                    listed.and_then(|listed| entries_of_file(&source.path, &listed, transport)).map_err(wrong)?;
+                listing.look = Some((hash, true));
             }
+            file = Some(listed);
+        } else {
+            if written.endpoints.is_empty() {
+                let message = "an upstream needs at least one endpoint, such as `- address: 127.0.0.1:3000`";
+                return Err(vec![BuildError::new("endpoints", message)]);
+            }
+            listing.entries = entries(&written.endpoints, transport)?;
         }
-        failures.sort_by_key(|failure| failure.place);
-        failures
+        let resolver = resolver.unwrap_or_else(|| Box::new(Resolver::new(servers, timeout)));
+        Ok(Discovery { resolver, refresh, listing: Mutex::new(listing), file, metrics })
     }
 
-    /// Each place with each of its addresses.
+    /// Everything that is known to be there.
     pub fn found(&self) -> Vec<Found> {
-        let answers = self.answers.lock().unwrap_or_else(PoisonError::into_inner);
-        let places = self.places.iter().zip(&*answers);
-        places
-            .flat_map(|(place, addresses)| {
-                addresses.iter().map(|address| Found {
-                    label: Arc::clone(&place.label),
-                    address: address.clone(),
-                    server_name: place.host.clone(),
-                    weight: place.weight,
-                    priority: 0,
-                    alternate: None,
-                })
-            })
-            .collect()
+        let listing = self.listing();
+        listing.entries.iter().flat_map(Entry::found).collect()
     }
 
-    async fn resolve(&self, host: &str, port: u16) -> Result<Vec<SocketAddr>, String> {
-        match tokio::time::timeout(RESOLVE_TIMEOUT, self.resolver.resolve(host, port)).await {
-            Ok(Ok(addresses)) if addresses.is_empty() => Err(format!("`{host}` was resolved and has no address")),
-            Ok(Ok(addresses)) => {
-                // Once each: a host that `/etc/hosts` names twice has no double share.
-                let distinct: BTreeSet<net::SocketAddr> = addresses.into_iter().collect();
-                Ok(distinct.into_iter().map(SocketAddr::Inet).collect())
+    /// Asks for every name at once.
+    ///
+    /// # Errors
+    ///
+    /// One for each name of `endpoints` that there is not: it is most likely misspelt. That nobody tells is none.
+    pub async fn look(&self, upstream: &str) -> Vec<BuildError> {
+        let asking: Vec<(Place, Question)> = self.listing().questions().collect();
+        let answers: Vec<_> = stream::iter(asking.into_iter().map(|(place, question)| self.ask(place, question)))
+            .buffer_unordered(AT_ONCE)
+            .collect()
+            .await;
+        let mut errors = BTreeMap::new();
+        for (place, answer) in answers {
+            if let (Answer::None(why), Some(at)) = (&answer, self.listing().must_be(place)) {
+                errors.insert(place, BuildError::new(at, why.clone()));
             }
-            Ok(Err(error)) => Err(format!("`{host}` could not be resolved: {error}")),
-            Err(_) => Err(format!("`{host}` could not be resolved within {} s", RESOLVE_TIMEOUT.as_secs())),
+            self.note(upstream, place, answer);
+        }
+        errors.into_values().collect()
+    }
+
+    /// Keeps what is known up to date, without end.
+    pub async fn keep(&self, upstream: &Upstream) {
+        let watch = self.file.as_ref().map(Listed::watch);
+        if watch.is_none() && self.listing().questions().next().is_none() {
+            return;
+        }
+        let mut due = self.listing().due();
+        let mut under_way = FuturesUnordered::new();
+        loop {
+            let now = Instant::now();
+            while under_way.len() < AT_ONCE
+                && let Some(&(next, place)) = due.first()
+                && next <= now
+            {
+                due.pop_first();
+                if let Some(question) = self.listing().question(place) {
+                    under_way.push(self.ask(place, question));
+                }
+            }
+            let next = due.first().filter(|_| under_way.len() < AT_ONCE).map(|(next, _)| *next);
+            tokio::select! {
+                Some((place, answer)) = under_way.next(), if !under_way.is_empty() => {
+                    if let Some((next, changed)) = self.note(&upstream.name, place, answer) {
+                        due.insert((next, place));
+                        if changed {
+                            upstream.discovered(self.found());
+                        }
+                    }
+                }
+                () = async { match next { Some(next) => sleep_until(next.into()).await, None => std::future::pending().await } } => {}
+                () = async { match &watch { Some(watch) => watch.changed().await, None => std::future::pending().await } } => {
+                    if self.look_again(&upstream.name, &upstream.transport).await {
+                        due = self.listing().due();
+                        upstream.discovered(self.found());
+                    }
+                }
+            }
         }
     }
+
+    async fn ask(&self, place: Place, question: Question) -> (Place, Answer<Target>) {
+        let answer = match question {
+            Question::Addresses { host, port } => match self.resolver.addresses(&host).await {
+                Answer::Found(addresses, ttl) => {
+                    let target = |way| Target { way, weight: None, tier: 0 };
+                    Answer::Found(ways(&addresses, port, is_reachable).into_iter().map(target).collect(), ttl)
+                }
+                Answer::None(why) => Answer::None(why),
+                Answer::Failed(why) => Answer::Failed(why),
+            },
+            Question::Services(name) => match self.resolver.services(&name).await {
+                Answer::Found(services, ttl) => Answer::Found(targets(&services), ttl),
+                Answer::None(why) => Answer::None(why),
+                Answer::Failed(why) => Answer::Failed(why),
+            },
+        };
+        (place, answer)
+    }
+
+    /// Takes an answer in: when to ask again, and whether something else is known now. `None` if it comes too late.
+    fn note(&self, upstream: &str, place: Place, answer: Answer<Target>) -> Option<(Instant, bool)> {
+        let mut listing = self.listing();
+        let entry = listing.entry(place)?;
+        let label = entry.label.clone();
+        let What::Asked { memory, next, .. } = &mut entry.what else { return None };
+        let why = match &answer {
+            Answer::Found(..) => String::new(),
+            Answer::None(why) | Answer::Failed(why) => why.clone(),
+        };
+        let learned = memory.learn(answer, Instant::now(), self.refresh);
+        *next = learned.next;
+        let known = memory.good().len();
+        drop(listing);
+        match learned.kind {
+            Kind::Found => self.metrics.ok.inc(),
+            Kind::None => self.metrics.none.inc(),
+            Kind::Failed => self.metrics.failed.inc(),
+        }
+        match learned.kind {
+            Kind::None if learned.changed => {
+                warn!(upstream, name = %label, "{why}, and has been for long: it has no endpoints")
+            }
+            Kind::None | Kind::Failed if learned.is_news => {
+                warn!(upstream, name = %label, "{why}; what is known of it stays: {known} endpoints");
+            }
+            Kind::Found if learned.changed => info!(upstream, name = %label, "found: {known} endpoints"),
+            _ => {}
+        }
+        Some((learned.next, learned.changed))
+    }
+
+    /// Looks at the file again; whether it lists something else.
+    async fn look_again(&self, upstream: &str, transport: &Transport) -> bool {
+        let Some(file) = self.file.clone() else { return false };
+        let last = self.listing().look;
+        let (path, number) = (file.path().to_owned(), last.map(|(hash, _)| hash));
+        let Ok(look) = aside(move || file.look(number)).await else { return false };
+        let Some(Look { hash, listed }) = look else {
+            let good = last.is_some_and(|(_, good)| good);
+            if good {
+                self.metrics.ok.inc()
+            } else {
+                self.metrics.failed.inc()
+            }
+            return false;
+        };
+        let entries = listed.and_then(|listed| entries_of_file(&path, &listed, transport));
+        let mut listing = self.listing();
+        listing.look = Some((hash, entries.is_ok()));
+        match entries {
+            Ok(mut entries) => {
+                self.metrics.ok.inc();
+                info!(upstream, file = path, "the file lists {} endpoints now", entries.len());
+                listing.hand_down(&mut entries);
+                listing.entries = entries;
+                listing.generation += 1;
+                true
+            }
+            Err(why) => {
+                self.metrics.failed.inc();
+                warn!(upstream, "{why}; the last good list stays in use");
+                false
+            }
+        }
+    }
+
+    fn listing(&self) -> MutexGuard<'_, Listing> {
+        self.listing.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Listing {
+    fn entry(&mut self, (generation, index): Place) -> Option<&mut Entry> {
+        self.entries.get_mut(index).filter(|_| generation == self.generation)
+    }
+
+    fn question(&self, (generation, index): Place) -> Option<Question> {
+        match &self.entries.get(index).filter(|_| generation == self.generation)?.what {
+            What::Asked { question, .. } => Some(question.clone()),
+            What::Literal(_) => None,
+        }
+    }
+
+    fn questions(&self) -> impl Iterator<Item = (Place, Question)> {
+        let generation = self.generation;
+        self.entries.iter().enumerate().filter_map(move |(index, entry)| match &entry.what {
+            What::Asked { question, .. } => Some(((generation, index), question.clone())),
+            What::Literal(_) => None,
+        })
+    }
+
+    /// Where a name stands that there must be.
+    fn must_be(&self, (_, index): Place) -> Option<String> {
+        match &self.entries.get(index)?.what {
+            What::Asked { place, .. } => place.clone(),
+            What::Literal(_) => None,
+        }
+    }
+
+    /// When each of its names is to be asked for.
+    fn due(&self) -> BTreeSet<(Instant, Place)> {
+        let entries = self.entries.iter().enumerate();
+        let asked = entries.filter_map(|(index, entry)| match &entry.what {
+            What::Asked { next, .. } => Some((*next, (self.generation, index))),
+            What::Literal(_) => None,
+        });
+        asked.collect()
+    }
+
+    /// What is known of names that stay stays known.
+    fn hand_down(&mut self, entries: &mut [Entry]) {
+        let mut known = BTreeMap::new();
+        for entry in &mut self.entries {
+            if let What::Asked { question: Question::Addresses { host, port }, memory, next, .. } = &mut entry.what {
+                known.insert((host.clone(), *port), (std::mem::take(memory), *next));
+            }
+        }
+        for entry in entries {
+            if let What::Asked { question: Question::Addresses { host, port }, memory, next, .. } = &mut entry.what
+                && let Some(earlier) = known.remove(&(host.clone(), *port))
+            {
+                (*memory, *next) = earlier;
+            }
+        }
+    }
+}
+
+impl Entry {
+    fn found(&self) -> impl Iterator<Item = Found> {
+        let found = |address: SocketAddr, alternate, weight: Option<NonZeroU32>, priority| Found {
+            label: self.label.clone(),
+            address,
+            server_name: self.server_name.clone(),
+            weight: weight.unwrap_or(self.weight),
+            priority,
+            alternate,
+        };
+        let (literal, targets) = match &self.what {
+            What::Literal(address) => (Some(address.clone()), &[][..]),
+            What::Asked { memory, .. } => (None, memory.good()),
+        };
+        let targets = targets.iter().map(move |target| {
+            let Way { address, alternate } = target.way;
+            found(SocketAddr::Inet(address), alternate, target.weight, target.tier)
+        });
+        literal.into_iter().map(move |address| found(address, None, None, 0)).chain(targets)
+    }
+}
+
+/// Understands the `endpoints:` of an upstream, without asking for the names in it.
+fn entries(written: &[Endpoint], transport: &Transport) -> Result<Vec<Entry>, Vec<BuildError>> {
+    let mut entries = Vec::new();
+    let mut errors = Vec::new();
+    for (index, endpoint) in written.iter().enumerate() {
+        let place = format!("endpoints[{index}].address");
+        match entry(endpoint, endpoint.address.0.as_str().into(), Some(&place), transport) {
+            Ok(entry) => entries.push(entry),
+            Err(message) => errors.push(BuildError::new(place, message)),
+        }
+    }
+    if errors.is_empty() { Ok(entries) } else { Err(errors) }
+}
+
+/// The same of a file, the whole of which has one label: what it lists comes and goes, and labels are the configuration's.
+fn entries_of_file(path: &str, listed: &[Endpoint], transport: &Transport) -> Result<Vec<Entry>, String> {
+    let label: Arc<str> = path.into();
+    let made = listed.iter().enumerate().map(|(index, endpoint)| {
+        entry(endpoint, label.clone(), None, transport)
+            .map_err(|message| format!("{path}: [{index}].address: {message}"))
+    });
+    made.collect()
+}
+
+fn entry(endpoint: &Endpoint, label: Arc<str>, place: Option<&str>, transport: &Transport) -> Result<Entry, String> {
+    let location = Location::parse(&endpoint.address)?;
+    let server_name: Option<Arc<str>> = location.host().map(Into::into);
+    if let Some(objection) = transport.objection(server_name.as_deref()) {
+        return Err(objection.to_owned());
+    }
+    let what = match location {
+        Location::Literal(address) => What::Literal(address),
+        Location::Name { host, port } => asked(Question::Addresses { host: host.into(), port }, place),
+    };
+    Ok(Entry { label, server_name, weight: endpoint.weight, what })
+}
+
+/// All that is behind a name of `dns`.
+fn named(dns: &Dns) -> Option<Entry> {
+    let (label, server_name, question) = match (&dns.name, dns.port, &dns.srv) {
+        (Some(name), Some(port), None) => {
+            (format!("{name}:{port}"), name.as_str(), Question::Addresses { host: name.as_str().into(), port })
+        }
+        // Whoever answers for the service could name any host, so its certificate must be the domain's (RFC 6125 §6.2.1).
+        (None, None, Some(srv)) => (srv.clone(), domain(srv), Question::Services(srv.as_str().into())),
+        _ => return None,
+    };
+    let server_name = Some(server_name.trim_end_matches('.').into());
+    Some(Entry { label: label.into(), server_name, weight: NonZeroU32::MIN, what: asked(question, None) })
+}
+
+/// The domain of a service: what follows `_service._proto.`.
+fn domain(srv: &str) -> &str {
+    let mut rest = srv;
+    while let Some((label, domain)) = rest.split_once('.').filter(|(label, _)| label.starts_with('_')) {
+        let _ = label;
+        rest = domain;
+    }
+    rest
+}
+
+fn asked(question: Question, place: Option<&str>) -> What {
+    What::Asked { question, memory: Memory::default(), next: Instant::now(), place: place.map(str::to_owned) }
+}
+
+/// The servers of a service: each priority is a tier, the lowest first.
+fn targets(services: &[Service]) -> Vec<Target> {
+    let priorities: BTreeSet<u16> = services.iter().map(|service| service.priority).collect();
+    let tier = |priority| u8::try_from(priorities.range(..priority).count()).unwrap_or(u8::MAX);
+    let mut targets: Vec<Target> = services
+        .iter()
+        .flat_map(|service| {
+            // A weight of 0 is for servers that are hardly to be chosen (RFC 2782).
+            let (weight, tier) = (NonZeroU32::new(service.weight.into()), tier(service.priority));
+            let weight = Some(weight.unwrap_or(NonZeroU32::MIN));
+            ways(&service.addresses, service.port, is_reachable).into_iter().map(move |way| Target {
+                way,
+                weight,
+                tier,
+            })
+        })
+        .collect();
+    // Servers answer in any order.
+    targets.sort_by_key(|target| (target.tier, target.way));
+    targets
 }
 
 #[cfg(test)]
@@ -189,21 +464,20 @@ mod tests {
     use super::*;
 
     #[test]
-    fn addresses_are_read_as_they_are_written() {
-        let read = |text: &str| Location::parse(&Address(text.to_owned())).map(|location| format!("{location:?}"));
-        for (text, expected) in [
-            ("127.0.0.1:80", "Literal(Inet(127.0.0.1:80))"),
-            ("[::1]:8080", "Literal(Inet([::1]:8080))"),
-            ("api.test:443", "Name { host: \"api.test\", port: 443 }"),
-            ("unix:/run/app.sock", "Literal(Unix(\"/run/app.sock\" (pathname)))"),
-        ] {
-            assert_eq!(read(text).unwrap(), expected);
-        }
-        for text in
-            ["api.test", "api.test:", "api.test:http", "api.test:70000", ":80", "::1:80", "unix:", "http://a:80"]
-        {
-            assert!(read(text).is_err(), "{text} was taken for an address");
-        }
-        assert!(read(&format!("unix:/{}", "x".repeat(200))).is_err(), "longer than a socket's path may be");
+    fn priorities_of_a_service_are_tiers_and_its_weights_are_weights() {
+        let service =
+            |priority, weight, port| Service { priority, weight, port, addresses: vec!["10.0.0.1".parse().unwrap()] };
+        let found = targets(&[service(20, 5, 3), service(10, 0, 2), service(10, 60, 1), service(30, 7, 4)]);
+        let told: Vec<_> = found
+            .iter()
+            .map(|target| (target.way.address.port(), target.tier, target.weight.map(NonZeroU32::get)))
+            .collect();
+        assert_eq!(told, [(1, 0, Some(60)), (2, 0, Some(1)), (3, 1, Some(5)), (4, 2, Some(7))]);
+    }
+
+    #[test]
+    fn a_service_is_verified_by_its_domain() {
+        assert_eq!(domain("_http._tcp.shop.example.com"), "shop.example.com");
+        assert_eq!(domain("shop.example.com"), "shop.example.com");
     }
 }

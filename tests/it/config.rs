@@ -114,6 +114,7 @@ wrong! {
     circuit_breakers_that_break_nothing
     an_unknown_protocol
     tls_that_cannot_be_meant
+    sources_of_endpoints_that_are_none
     version_2
     addresses_that_are_none
     networks_that_are_none

@@ -7,6 +7,7 @@
 pub mod browser;
 pub mod client;
 pub mod collector;
+pub mod dnsmasq;
 pub mod exchange;
 pub mod gateway;
 pub mod h2_origin;

@@ -14,6 +14,7 @@ mod buffer;
 mod cli;
 mod config;
 mod connect;
+mod discovery;
 mod eventloop;
 mod filters;
 mod finish;

@@ -214,7 +214,6 @@ pub fn board() -> Board {
                 one the last good answer stays.",
                 "ops",
             )
-            .query("sum by (outcome) (rate(forebay_upstream_resolutions_total[R]))", "{{outcome}}")
             .query("sum by (outcome) (rate(forebay_upstream_discoveries_total[R]))", "{{outcome}}"),
             Panel::stack("Mirrored", "Copies of requests sent elsewhere, per second, by what came of them.", "ops")
                 .query("sum by (outcome) (rate(forebay_mirror_total[R]))", "{{outcome}}"),

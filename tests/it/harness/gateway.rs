@@ -89,6 +89,11 @@ impl Setup {
         Setup::new(&written.collect::<Vec<_>>().join(", "))
     }
 
+    /// A gateway whose endpoints are found as these keys of the upstream say.
+    pub fn found(keys: &str) -> Setup {
+        Setup { upstream: keys.to_owned(), ..Setup::new("") }
+    }
+
     fn new(endpoints: &str) -> Setup {
         let dir = Arc::new(tempfile::tempdir().expect("a directory"));
         Setup {
@@ -526,6 +531,13 @@ pub trait Watched {
     /// Waits for the first line of the access log.
     fn log_line(&self) -> LogLine {
         self.log_lines(1).remove(0)
+    }
+
+    /// Waits for a line of the access log with this status.
+    fn log_line_of_status(&self, status: u64) -> LogLine {
+        eventually(&format!("a log line with {status}"), || {
+            self.log_lines(0).into_iter().find(|line| line.status() == status)
+        })
     }
 
     /// Waits for a line of the access log with this target.

@@ -51,22 +51,7 @@ impl Origin {
     /// An origin that answers each request at once with the bytes that `answer` makes of it, and keeps connections. To
     /// a HEAD it says the header only.
     pub fn answering(answer: impl Fn(&Request) -> Vec<u8> + Send + Sync + 'static) -> Origin {
-        let answer = Arc::new(answer);
-        Origin::start(move |mut connection, _| {
-            let answer = answer.clone();
-            thread::spawn(move || {
-                while let Some(request) = connection.next_request() {
-                    let mut bytes = answer(&request);
-                    if let Some(end) = find(&bytes, b"\r\n\r\n").filter(|_| request.method() == "HEAD") {
-                        bytes.truncate(end + 4);
-                    }
-                    if connection.wire.send(bytes).is_err() {
-                        return;
-                    }
-                    *connection.seen.answered.lock().unwrap() += 1;
-                }
-            });
-        })
+        Origin::start(answer_all(answer))
     }
 
     /// An origin that says `200` and its own `name`.
@@ -88,8 +73,17 @@ impl Origin {
         })
     }
 
+    /// The same on a socket of the story's.
+    pub fn named_on(listener: TcpListener, name: &'static str) -> Origin {
+        let serve = answer_all(move |_| ok(name));
+        Origin::start_on(listener, serve)
+    }
+
     fn start(serve: impl Fn(Connection, &Sender<Connection>) + Send + 'static) -> Origin {
-        let listener = TcpListener::bind("127.0.0.1:0").expect("a port for the origin");
+        Origin::start_on(TcpListener::bind("127.0.0.1:0").expect("a port for the origin"), serve)
+    }
+
+    fn start_on(listener: TcpListener, serve: impl Fn(Connection, &Sender<Connection>) + Send + 'static) -> Origin {
         let address = listener.local_addr().expect("its address");
         let seen = Arc::new(Seen::default());
         let (sender, accepted) = channel();
@@ -141,6 +135,28 @@ impl Origin {
         let mut requests = self.requests();
         assert_eq!(requests.len(), 1, "requests that came to the origin");
         requests.remove(0)
+    }
+}
+
+/// Has each connection answered on a thread of its own.
+fn answer_all(
+    answer: impl Fn(&Request) -> Vec<u8> + Send + Sync + 'static,
+) -> impl Fn(Connection, &Sender<Connection>) + Send + 'static {
+    let answer = Arc::new(answer);
+    move |mut connection, _| {
+        let answer = answer.clone();
+        thread::spawn(move || {
+            while let Some(request) = connection.next_request() {
+                let mut bytes = answer(&request);
+                if let Some(end) = find(&bytes, b"\r\n\r\n").filter(|_| request.method() == "HEAD") {
+                    bytes.truncate(end + 4);
+                }
+                if connection.wire.send(bytes).is_err() {
+                    return;
+                }
+                *connection.seen.answered.lock().unwrap() += 1;
+            }
+        });
     }
 }
 

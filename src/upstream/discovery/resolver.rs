@@ -1,0 +1,186 @@
+//! Asks the Domain Name System, by hickory-resolver: never on a worker, and never longer than is allowed.
+
+use std::fs;
+use std::future::Future;
+use std::net::{IpAddr, SocketAddr};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant, SystemTime};
+
+use async_trait::async_trait;
+use futures::future::join_all;
+use hickory_resolver::TokioResolver;
+use hickory_resolver::config::{
+    ConnectionConfig, LookupIpStrategy, NameServerConfig, ResolveHosts, ResolverConfig, ResolverOpts,
+};
+use hickory_resolver::net::NetError;
+use hickory_resolver::net::runtime::TokioRuntimeProvider;
+use hickory_resolver::proto::rr::{RData, RecordType};
+use hickory_resolver::system_conf::read_system_conf;
+
+use super::memory::Answer;
+
+/// What the system asks by; read again when they change.
+const SYSTEM_FILES: [&str; 2] = ["/etc/resolv.conf", "/etc/hosts"];
+
+/// How often a server that says nothing is asked within the time that a look-up may take.
+const TRIES: u32 = 3;
+
+/// Turns a name into what is under it.
+#[async_trait]
+pub trait Resolve: Send + Sync {
+    /// The addresses of `host`.
+    async fn addresses(&self, host: &str) -> Answer<IpAddr>;
+
+    /// The servers of a service.
+    async fn services(&self, name: &str) -> Answer<Service>;
+}
+
+/// One SRV record (RFC 2782), with the addresses of its host.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Service {
+    pub priority: u16,
+    pub weight: u16,
+    pub port: u16,
+    pub addresses: Vec<IpAddr>,
+}
+
+/// The resolver of one upstream.
+pub struct Resolver {
+    /// Who is asked; none: whom the system asks.
+    servers: Vec<SocketAddr>,
+    timeout: Duration,
+    current: Mutex<Option<Current>>,
+}
+
+/// A resolver that is made of what the system's files said, for the runtime that it was made in.
+struct Current {
+    resolver: Arc<TokioResolver>,
+    runtime: tokio::runtime::Id,
+    stamps: [Option<SystemTime>; 2],
+}
+
+impl Resolver {
+    /// One that asks these servers; without any, those of the system.
+    pub fn new(servers: Vec<SocketAddr>, timeout: Duration) -> Resolver {
+        Resolver { servers, timeout, current: Mutex::new(None) }
+    }
+
+    fn current(&self) -> Result<Arc<TokioResolver>, NetError> {
+        let runtime = tokio::runtime::Handle::current().id();
+        let stamps = match self.servers.is_empty() {
+            true => SYSTEM_FILES.map(|file| fs::metadata(file).and_then(|file| file.modified()).ok()),
+            false => [None; 2],
+        };
+        let mut current = self.current.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(current) = &*current
+            && current.runtime == runtime
+            && current.stamps == stamps
+        {
+            return Ok(current.resolver.clone());
+        }
+        let resolver = Arc::new(self.make()?);
+        *current = Some(Current { resolver: resolver.clone(), runtime, stamps });
+        Ok(resolver)
+    }
+
+    fn make(&self) -> Result<TokioResolver, NetError> {
+        let (config, mut options) = if self.servers.is_empty() {
+            // Without that file, or with none in it, the system asks the machine itself (resolv.conf(5)).
+            let itself = || ResolverConfig::from_parts(None, Vec::new(), vec![server(&([127, 0, 0, 1], 53).into())]);
+            read_system_conf().unwrap_or_else(|_| (itself(), ResolverOpts::default()))
+        } else {
+            let servers = self.servers.iter().map(server).collect();
+            let mut options = ResolverOpts::default();
+            options.use_hosts_file = ResolveHosts::Never;
+            (ResolverConfig::from_parts(None, Vec::new(), servers), options)
+        };
+        options.timeout = self.timeout / TRIES;
+        options.attempts = TRIES as usize - 1;
+        options.ip_strategy = LookupIpStrategy::Ipv4AndIpv6;
+        // Who asks again wants to know what has changed.
+        options.cache_size = 0;
+        TokioResolver::builder_with_config(config, TokioRuntimeProvider::default()).with_options(options).build()
+    }
+
+    async fn look_up(&self, host: &str) -> Answer<IpAddr> {
+        let asked = async { self.current()?.lookup_ip(host).await };
+        match asked.await {
+            Ok(found) => {
+                let addresses: Vec<IpAddr> = found.iter().collect();
+                match addresses.is_empty() {
+                    true => Answer::None(format!("`{host}` has no address")),
+                    false => Answer::Found(addresses, left(found.valid_until())),
+                }
+            }
+            Err(error) => told(host, &error),
+        }
+    }
+
+    async fn look_up_service(&self, name: &str) -> Answer<Service> {
+        let asked = async { self.current()?.lookup(name, RecordType::SRV).await };
+        let found = match asked.await {
+            Ok(found) => found,
+            Err(error) => return told(name, &error),
+        };
+        let mut ttl = left(found.valid_until());
+        let records = found.answers().iter().filter_map(|record| match &record.data {
+            // A host of `.` says that there is no such service here (RFC 2782).
+            RData::SRV(record) if !record.target.is_root() => Some(record),
+            _ => None,
+        });
+        let hosts = records.map(|record| async move { (record, self.look_up(&record.target.to_utf8()).await) });
+        let mut services = Vec::new();
+        for (record, answer) in join_all(hosts).await {
+            match answer {
+                Answer::Found(addresses, host_ttl) => {
+                    ttl = ttl.min(host_ttl);
+                    let (priority, weight, port) = (record.priority, record.weight, record.port);
+                    services.push(Service { priority, weight, port, addresses });
+                }
+                Answer::None(_) => {}
+                // Without it the answer would be short of a server that may well be there.
+                Answer::Failed(why) => return Answer::Failed(format!("`{name}` names a host that is unknown: {why}")),
+            }
+        }
+        match services.is_empty() {
+            true => Answer::None(format!("`{name}` lists no server that has an address")),
+            false => Answer::Found(services, ttl),
+        }
+    }
+
+    async fn in_time<T>(&self, name: &str, answer: impl Future<Output = Answer<T>>) -> Answer<T> {
+        let late = || Answer::Failed(format!("nobody told the addresses of `{name}` within {:?}", self.timeout));
+        tokio::time::timeout(self.timeout, answer).await.unwrap_or_else(|_| late())
+    }
+}
+
+#[async_trait]
+impl Resolve for Resolver {
+    async fn addresses(&self, host: &str) -> Answer<IpAddr> {
+        self.in_time(host, self.look_up(host)).await
+    }
+
+    async fn services(&self, name: &str) -> Answer<Service> {
+        self.in_time(name, self.look_up_service(name)).await
+    }
+}
+
+fn server(address: &SocketAddr) -> NameServerConfig {
+    let mut server = NameServerConfig::udp_and_tcp(address.ip());
+    server.connections.iter_mut().for_each(|connection: &mut ConnectionConfig| connection.port = address.port());
+    server
+}
+
+fn left(until: Instant) -> Duration {
+    until.saturating_duration_since(Instant::now())
+}
+
+fn told<T>(name: &str, error: &NetError) -> Answer<T> {
+    if error.is_nx_domain() {
+        Answer::None(format!("there is no `{name}`"))
+    } else if error.is_no_records_found() {
+        Answer::None(format!("`{name}` has no address"))
+    } else {
+        Answer::Failed(format!("`{name}` could not be resolved: {error}"))
+    }
+}
