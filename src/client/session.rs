@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 use async_trait::async_trait;
 use bytes::Bytes;
 use futures::Stream;
-use http::HeaderMap;
+use http::{HeaderMap, Method};
 use pingora::http::{RequestHeader, ResponseHeader};
 use pingora::protocols::Digest;
 use pingora::protocols::http::custom::CustomMessageWrite;
@@ -28,9 +28,9 @@ use pingora::{Error, ErrorType, Result};
 use super::intake::{Intake, IntakeTerms, Unread};
 use super::lane::Lanes;
 use super::spool::Depot;
-use super::stream::{ClientBody, ClientStream};
+use super::stream::{Bypass, ClientStream};
 use super::waiting::{Alarm, Who};
-use super::wire::{Manner, Wire};
+use super::wire::{Manner, Past, Wire};
 use crate::error::{Refusal, refusal};
 use crate::eventloop::{Gate, adopt};
 use crate::phase::journal::Passed;
@@ -233,7 +233,7 @@ impl Link {
         let mut wire = self.wire();
         if let Some(mut own) = wire.release() {
             own.set_write_timeout(self.write_timeout);
-            if wire.leaves_body() {
+            if wire.leaves_rest() {
                 own.set_keepalive(None);
             }
             *session = own;
@@ -317,11 +317,10 @@ fn leave_budget(cx: &mut Context<'_>) {
     }
 }
 
-/// The body of the request that this session is at, to be read past it: on HTTP/1, if there is any.
-fn body_of(session: &ServerSession) -> Option<ClientBody> {
+/// The way past this session, on HTTP/1.
+fn bypass(session: &ServerSession) -> Option<Bypass> {
     let ServerSession::H1(session) = session else { return None };
-    let stream = (**session.stream()).as_any().downcast_ref::<ClientStream>()?;
-    Some(stream.body()).filter(|body| !body.is_read())
+    Some((**session.stream()).as_any().downcast_ref::<ClientStream>()?.bypass())
 }
 
 /// A session that nobody uses.
@@ -351,22 +350,26 @@ impl BufferedSession {
     /// Takes the client's session. Until [`BufferedSession::stand_in`] there is nobody in its place.
     pub fn take(session: &mut Box<ServerSession>, terms: Terms) -> Result<(Arc<Link>, Self)> {
         let Terms { patience, intake, holds_body, manner, who, tap, depot, lanes } = terms;
-        let mut stub = RequestHeader::build(session.req_header().method.clone(), b"/", Some(0))?;
+        let bypass = bypass(session);
+        let method = session.req_header().method.clone();
+        let without_body = method == Method::HEAD;
+        // An answer to HEAD has no body: so the session writes the header and leaves the rest to us.
+        let stub = if bypass.is_some() { Method::HEAD } else { method };
+        let mut stub = RequestHeader::build(stub, b"/", Some(0))?;
         stub.set_version(session.req_header().version);
         let mut own = std::mem::replace(session, Box::new(nobody()));
         // The deadline for the client's body is ours, for Pingora has none on HTTP/2.
         own.set_read_timeout(None);
         let write_timeout = own.get_write_timeout();
         own.set_write_timeout(None);
-        let body = if holds_body { body_of(&own) } else { None };
-        let empty = body.is_none() && own.is_body_empty();
+        let reads_past = holds_body && bypass.as_ref().is_some_and(|bypass| !bypass.is_read());
+        let empty = !reads_past && own.is_body_empty();
         let intake = Intake::new(intake, empty, who.clone(), &depot, &lanes);
         let request = std::mem::replace(own.req_header_mut(), stub);
-        if body.is_some() {
-            // It settles now how the body is framed, and the stand-in says that there is none.
-            debug_assert!(own.is_body_done());
-            own.is_body_done();
-        }
+        // It settles with the first such question how the body is framed, and the stand-in says that there is none.
+        let settled = !reads_past || own.is_body_done();
+        debug_assert!(settled);
+        let past = bypass.map(|bypass| Past::new(bypass, reads_past, without_body));
         let link = Arc::new(Link {
             begin: Instant::now(),
             patience,
@@ -375,7 +378,7 @@ impl BufferedSession {
             alarm: Mutex::default(),
             holding: AtomicBool::new(false),
             fault: Mutex::new(None),
-            wire: Mutex::new(Wire::new(own, body, manner, who, depot, lanes.clone())),
+            wire: Mutex::new(Wire::new(own, past, manner, who, depot, lanes.clone())),
             received: AtomicU64::new(0),
             length: AtomicU64::new(u64::MAX),
             buffered: AtomicU64::new(0),

@@ -2,9 +2,10 @@
 //! and then exactly the bytes of this request handed to Pingora, never one of the next.
 //!
 //! Before it stands Pingora's socket, unbuffered; after it a `ServerSession` of Pingora, which lives for one exchange.
-//! A body that is held back is read past that session ([`ClientBody`]): Pingora would keep 64 KiB of room for each that
-//! is slow, and copy every byte once more.
+//! Bodies can be read and written past that session ([`Bypass`]): Pingora would keep 64 KiB of room for each request body
+//! that is slow and copy every byte once more, and write each piece of an answer by itself.
 
+use std::collections::VecDeque;
 use std::io::{self, IoSlice};
 use std::os::fd::BorrowedFd;
 use std::pin::Pin;
@@ -45,6 +46,9 @@ const GULP_BYTES_MAX: usize = 128 << 10;
 /// Small writes are gathered up to this, so that header and body leave in one system call.
 const OUTBOX_BYTES: usize = 4096;
 
+/// So many pieces are sent with one system call.
+const SLICES_MAX: usize = 16;
+
 /// How long is read and thrown away after a refusal, so that the client gets to read it before a reset. There is no limit
 /// of bytes: some clients (curl) look for an answer only while they can send.
 const LINGER: Duration = Duration::from_secs(2);
@@ -68,8 +72,8 @@ pub struct ClientStream {
     core: Arc<Mutex<Core>>,
 }
 
-/// The body of the request that a stream is at, read past the session that has the stream.
-pub struct ClientBody {
+/// The bodies of the request that a stream is at and of its answer, past the session that has the stream.
+pub struct Bypass {
     core: Arc<Mutex<Core>>,
 }
 
@@ -81,6 +85,8 @@ struct Core {
     inbox: BytesMut,
     /// Written by the session and not yet sent.
     outbox: BytesMut,
+    /// More is about to follow: what is gathered need not leave by itself.
+    corked: bool,
     rest: Rest,
     /// The most that is read of a body at once; more each time that there was as much.
     gulp: usize,
@@ -116,6 +122,7 @@ impl ClientStream {
             connection,
             inbox,
             outbox,
+            corked: false,
             rest: Rest::Length(0),
             gulp: usize::MAX,
             stalled: None,
@@ -162,10 +169,9 @@ impl ClientStream {
         }
     }
 
-    /// The body of the request that was opened, for whoever reads it past the session. The session must be made to believe
-    /// that there is none.
-    pub fn body(&self) -> ClientBody {
-        ClientBody { core: self.core.clone() }
+    /// The way past the session. The session must be made to believe that there are no bodies.
+    pub fn bypass(&self) -> Bypass {
+        Bypass { core: self.core.clone() }
     }
 
     fn core(&self) -> MutexGuard<'_, Core> {
@@ -182,15 +188,26 @@ fn lock(core: &Mutex<Core>) -> MutexGuard<'_, Core> {
     core.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-impl ClientBody {
-    /// Whether all of it was read.
+impl Bypass {
+    /// Whether all of the request body was read.
     pub fn is_read(&self) -> bool {
         lock(&self.core).body_is_read()
     }
 
-    /// Its next piece, in a buffer no larger than it needs. `None` at its end.
+    /// The next piece of the request body, in a buffer no larger than it needs. `None` at its end.
     pub fn poll_piece(&self, cx: &mut Context<'_>) -> Poll<io::Result<Option<Bytes>>> {
         lock(&self.core).poll_piece(cx)
+    }
+
+    /// Whether what the session writes waits for what [`Bypass::poll_send`] will send.
+    pub fn cork(&self, corked: bool) {
+        lock(&self.core).corked = corked;
+    }
+
+    /// Sends what the session has written and then these pieces, many at once and without copying them. What is sent is gone
+    /// from the front.
+    pub fn poll_send(&self, cx: &mut Context<'_>, pieces: &mut VecDeque<Bytes>) -> Poll<io::Result<()>> {
+        lock(&self.core).poll_send(cx, pieces)
     }
 }
 
@@ -436,6 +453,39 @@ impl Core {
         Poll::Ready(Ok(()))
     }
 
+    fn poll_send(&mut self, cx: &mut Context<'_>, pieces: &mut VecDeque<Bytes>) -> Poll<io::Result<()>> {
+        while !self.outbox.is_empty() || !pieces.is_empty() {
+            let Core { io, outbox, .. } = self;
+            let mut slices = [IoSlice::new(&[]); SLICES_MAX];
+            let gathered = std::iter::once(&outbox[..]).filter(|outbox| !outbox.is_empty());
+            let mut count = 0;
+            for (slice, bytes) in slices.iter_mut().zip(gathered.chain(pieces.iter().map(|piece| &piece[..]))) {
+                *slice = IoSlice::new(bytes);
+                count += 1;
+            }
+            let mut sent = match Pin::new(io).poll_write_vectored(cx, &slices[..count]) {
+                Poll::Ready(Ok(0)) => return Poll::Ready(Err(io::ErrorKind::WriteZero.into())),
+                Poll::Ready(Ok(sent)) => sent,
+                Poll::Ready(Err(error)) => return Poll::Ready(Err(error)),
+                Poll::Pending => return self.poll_patience(cx, Poll::Pending),
+            };
+            self.stalled = None;
+            let gathered = self.outbox.len().min(sent);
+            self.outbox.advance(gathered);
+            sent -= gathered;
+            while let Some(piece) = pieces.front_mut() {
+                if sent < piece.len() {
+                    piece.advance(sent);
+                    break;
+                }
+                sent -= piece.len();
+                pieces.pop_front();
+            }
+        }
+        self.stalled = None;
+        Poll::Ready(Ok(()))
+    }
+
     /// Closes the writing side; if something is `unread`, reads what the client still sends for a while, for a socket that
     /// is closed with bytes unread is reset, and the reset can overtake the answer (RFC 9112 §9.6).
     fn poll_close(&mut self, cx: &mut Context<'_>, unread: bool) -> Poll<io::Result<()>> {
@@ -509,6 +559,9 @@ impl Core {
     }
 
     fn poll_flush(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        if self.corked {
+            return Poll::Ready(Ok(()));
+        }
         let sent = self.poll_send_outbox(cx);
         self.poll_patience(cx, sent)
     }

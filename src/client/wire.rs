@@ -1,7 +1,8 @@
 //! The wire to the client: its own session, and the part of the response that it has not taken yet.
 //!
 //! A write is a stored future that *owns* the client's session, so it is never cancelled half-way and works the same on
-//! HTTP/1 and HTTP/2. It is driven by whoever polls: Pingora through `client::session` while the upstream answers, the
+//! HTTP/1 and HTTP/2. On HTTP/1 that is so for the header alone: the body is sent past the session ([`Past`]), many pieces
+//! with one system call, and what the client did not take of it can be set aside. It is driven by whoever polls: Pingora through `client::session` while the upstream answers, the
 //! gate of the exchange while the upstream is held back, `logging` once the upstream is released. What the client does
 //! not take goes to a spool; in a `Stream` response nothing does, and whoever has more waits.
 
@@ -24,7 +25,7 @@ use super::lane::{Bulk, Class, Lanes, Turn};
 use super::pace::Pace;
 use super::slow::Entry;
 use super::spool::{Depot, Limits, Room, Spool, SpoolError};
-use super::stream::ClientBody;
+use super::stream::Bypass;
 use super::waiting::{Timer, Waiting, Who};
 use crate::error::{Refusal, refusal};
 use crate::metrics::{Direction, RouteMetrics};
@@ -33,12 +34,18 @@ use crate::upstream::window::Window;
 
 /// Up to this, tasks are written at once, which copies them together; above it one by one, which does not.
 const TOGETHER_BYTES: usize = 16 << 10;
-/// What an answer may pass before it is bulk, and takes turns with others.
+/// What an answer of unknown length may pass before it is bulk, and takes turns with others; what it may announce.
 const BULK_BYTES: u64 = 32 << 10;
 /// The least and the most that is given to the session at once. Small pieces for slow clients: less memory each, and
 /// the minimum rate is looked at more often.
 const PIECE_LEAST: usize = 4 << 10;
 const PIECE_MOST: usize = 64 << 10;
+/// What is sent at once past the session, to a client that takes it; and what is kept for one that does not.
+const SEND_MOST: usize = 256 << 10;
+const SEND_LEFT: usize = 16 << 10;
+/// The most that is taken from the spool at once; for a client that has been waited for, and for one that has not.
+const SPOOLED_MOST_SLOW: usize = 32 << 10;
+const SPOOLED_MOST: usize = 128 << 10;
 /// On HTTP/2 a piece is a frame, and only a whole one is known to have been taken.
 const PIECE_MOST_H2: usize = 16 << 10;
 
@@ -102,11 +109,113 @@ enum State {
     Gone,
 }
 
+/// How the body of an answer is marked off on HTTP/1 (RFC 9112 §6.3).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Framing {
+    /// There is none, whatever the header says.
+    None,
+    /// So many bytes are still to come.
+    Length(u64),
+    Chunked,
+    /// The end of the connection is its end.
+    UntilClose,
+}
+
+/// The way past a session of HTTP/1, which writes headers and believes that nothing follows them.
+pub struct Past {
+    bypass: Bypass,
+    /// The request body is read past the session as well.
+    reads: bool,
+    /// The request is such that no answer has a body.
+    without_body: bool,
+    framing: Framing,
+    /// What is being sent.
+    pieces: VecDeque<Bytes>,
+    /// Something is, if only what the session has written.
+    sends: bool,
+    /// The header that is being written is not to leave by itself.
+    corked: bool,
+}
+
+impl Past {
+    /// Nothing is sent yet.
+    pub fn new(bypass: Bypass, reads: bool, without_body: bool) -> Self {
+        let pieces = VecDeque::new();
+        Past { bypass, reads, without_body, framing: Framing::None, pieces, sends: false, corked: false }
+    }
+
+    /// Notes how the header says that the body is framed.
+    fn note(&mut self, header: &ResponseHeader, length: Option<u64>) {
+        let without_body = self.without_body || matches!(header.status.as_u16(), 204 | 304);
+        self.framing = match (without_body, header.headers.contains_key(header::TRANSFER_ENCODING), length) {
+            (true, ..) => Framing::None,
+            (false, true, _) => Framing::Chunked,
+            (false, false, Some(length)) => Framing::Length(length),
+            (false, false, None) => Framing::UntilClose,
+        };
+    }
+
+    /// Takes a piece to be sent.
+    fn push(&mut self, mut piece: Bytes) {
+        match &mut self.framing {
+            Framing::None => return,
+            Framing::Length(left) => {
+                // More than was announced would be taken for the next answer.
+                piece.truncate(usize::try_from(*left).unwrap_or(usize::MAX));
+                *left -= piece.len() as u64;
+            }
+            Framing::Chunked if !piece.is_empty() => {
+                self.pieces.push_back(format!("{:x}\r\n", piece.len()).into());
+                self.pieces.push_back(piece);
+                piece = Bytes::from_static(b"\r\n");
+            }
+            Framing::Chunked | Framing::UntilClose => {}
+        }
+        if !piece.is_empty() {
+            self.pieces.push_back(piece);
+        }
+    }
+
+    /// Marks the end of the body. `false`: it is shorter than was announced.
+    fn end(&mut self) -> bool {
+        if self.framing == Framing::Chunked {
+            self.pieces.push_back(Bytes::from_static(b"0\r\n\r\n"));
+        }
+        !matches!(self.framing, Framing::Length(1..))
+    }
+
+    /// Gives back what need not be kept of that which is being sent, in order; nothing where its framing is on its way.
+    fn spare(&mut self) -> Vec<Bytes> {
+        let bytes: usize = self.pieces.iter().map(Bytes::len).sum();
+        if self.framing == Framing::Chunked || bytes <= SEND_LEFT {
+            return Vec::new();
+        }
+        let (mut kept, mut spared) = (VecDeque::new(), Vec::new());
+        let mut room = SEND_LEFT;
+        for mut piece in self.pieces.drain(..) {
+            let part = piece.split_to(piece.len().min(room));
+            room -= part.len();
+            if !part.is_empty() {
+                // Of its own: it would keep the whole piece in memory.
+                kept.push_back(if piece.is_empty() { part } else { Bytes::copy_from_slice(&part) });
+            }
+            if !piece.is_empty() {
+                spared.push(piece);
+            }
+        }
+        self.pieces = kept;
+        if let Framing::Length(left) = &mut self.framing {
+            *left += spared.iter().map(|piece| piece.len() as u64).sum::<u64>();
+        }
+        spared
+    }
+}
+
 /// See the module.
 pub struct Wire {
     state: State,
-    /// The body of the request, if it is read past the session, which believes that there is none.
-    body: Option<ClientBody>,
+    /// On HTTP/1.
+    past: Option<Past>,
     http2: bool,
     http10: bool,
     manner: Manner,
@@ -172,10 +281,10 @@ struct Head {
 }
 
 impl Wire {
-    /// The wire of a session that has written nothing yet, and the body that is read past it, if one is.
+    /// The wire of a session that has written nothing yet, and the way past it, if there is one.
     pub fn new(
         session: Box<ServerSession>,
-        body: Option<ClientBody>,
+        past: Option<Past>,
         manner: Manner,
         who: Who,
         depot: Arc<Depot>,
@@ -184,7 +293,8 @@ impl Wire {
         let (http2, http10) = (session.is_http2(), session.req_header().version == Version::HTTP_10);
         Wire {
             state: State::Idle(session),
-            body,
+            piece: if past.is_some() { PIECE_MOST } else { PIECE_LEAST },
+            past,
             http2,
             http10,
             leave: manner.leave,
@@ -206,7 +316,6 @@ impl Wire {
             gone: 0,
             spooled: (0, 0),
             writing: 0,
-            piece: PIECE_LEAST,
             first_byte: None,
             blocked: None,
             who,
@@ -226,10 +335,15 @@ impl Wire {
 
     /// The session, while no write is under way.
     pub fn session(&mut self) -> Option<&mut ServerSession> {
+        let sends = self.sends();
         match &mut self.state {
-            State::Idle(session) => Some(session),
+            State::Idle(session) if !sends => Some(session),
             _ => None,
         }
+    }
+
+    fn sends(&self) -> bool {
+        self.past.as_ref().is_some_and(|past| past.sends)
     }
 
     /// Takes back what [`Wire::release`] gave.
@@ -254,19 +368,28 @@ impl Wire {
 
     /// Whether all of the request body was read; `None` if only the session knows, and a write has it.
     pub fn body_is_read(&mut self) -> Option<bool> {
-        match &self.body {
-            Some(body) => Some(body.is_read()),
-            None => self.session().map(|session| session.is_body_done()),
+        match &self.past {
+            Some(past) if past.reads => Some(past.bypass.is_read()),
+            _ => self.session().map(|session| session.is_body_done()),
         }
     }
 
     /// Whether the session cannot be kept for another request, and does not know: bytes of this one are still to come.
-    pub fn leaves_body(&self) -> bool {
-        self.body.as_ref().is_some_and(|body| !body.is_read())
+    fn leaves_body(&self) -> bool {
+        self.past.as_ref().is_some_and(|past| past.reads && !past.bypass.is_read())
+    }
+
+    /// The same, or an answer has begun of which bytes are missing.
+    pub fn leaves_rest(&self) -> bool {
+        let unfinished = self.begun && (!self.end_written || self.broken || self.sends());
+        self.leaves_body() || (self.past.is_some() && unfinished)
     }
 
     /// Gives the session back for good; `None` if a write has it.
     pub fn release(&mut self) -> Option<Box<ServerSession>> {
+        if self.sends() {
+            return None;
+        }
         match std::mem::replace(&mut self.state, State::Gone) {
             State::Idle(session) => Some(session),
             other => {
@@ -279,7 +402,7 @@ impl Wire {
     /// The answer is given up: what waits is dropped, and a write under way with its session.
     pub fn abandon(&mut self) {
         self.forget();
-        if matches!(self.state, State::Writing(_)) {
+        if matches!(self.state, State::Writing(_)) || self.sends() {
             self.state = State::Gone;
         }
         self.end_blocked();
@@ -315,7 +438,7 @@ impl Wire {
 
     /// Lets a write under way go on.
     pub fn poll_writing(&mut self, cx: &mut Context<'_>) {
-        if matches!(self.state, State::Writing(_)) {
+        if matches!(self.state, State::Writing(_)) || self.sends() {
             // Ready or not, and whatever fails, whoever polls for it hears of it.
             let _ = self.poll_write(cx);
         }
@@ -447,6 +570,9 @@ impl Wire {
         }
         let length = header.headers.get(header::CONTENT_LENGTH).and_then(|length| length.to_str().ok()?.parse().ok());
         let framed = length.is_some() || header.headers.contains_key(header::TRANSFER_ENCODING);
+        if let Some(past) = &mut self.past {
+            past.note(header, length);
+        }
         self.head = Some(Head { status: header.status.as_u16(), framed, length });
     }
 
@@ -460,12 +586,18 @@ impl Wire {
     /// Writes what may leave. Ready when nothing is left that may, or when it cannot be written any more.
     pub fn poll_write(&mut self, cx: &mut Context<'_>) -> Poll<()> {
         loop {
+            let sends = self.sends();
             match &mut self.state {
                 State::Gone => return Poll::Ready(()),
                 State::Writing(_) if self.given_up => return Poll::Ready(()),
                 State::Writing(write) => match write.as_mut().poll(cx) {
                     Poll::Ready((session, outcome)) => {
                         self.state = State::Idle(session);
+                        if let Some(past) = &mut self.past
+                            && std::mem::take(&mut past.corked)
+                        {
+                            past.bypass.cork(false);
+                        }
                         self.written(outcome);
                     }
                     // It is the poll that ends, and not the client that takes nothing.
@@ -477,11 +609,46 @@ impl Wire {
                     }
                 },
                 State::Idle(_) if self.broken => return Poll::Ready(()),
+                State::Idle(_) if sends => ready!(self.poll_send(cx)),
                 State::Idle(_) => match ready!(self.poll_batch(cx)) {
                     Some(batch) => self.begin(batch),
                     None => return Poll::Ready(()),
                 },
             }
+        }
+    }
+
+    /// Sends past the session. Ready when all of it has left, or cannot.
+    fn poll_send(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        let Some(past) = &mut self.past else { return Poll::Ready(()) };
+        match past.bypass.poll_send(cx, &mut past.pieces) {
+            Poll::Ready(outcome) => {
+                past.sends = false;
+                let failed = |error| Error::because(ErrorType::WriteError, "writing the answer", error).into_down();
+                self.written(outcome.map(|()| self.end_written).map_err(failed));
+            }
+            Poll::Pending if !has_budget_remaining() => return Poll::Pending,
+            Poll::Pending => {
+                self.spare();
+                let blame = ready!(self.poll_patience(cx));
+                self.fail(blame);
+            }
+        }
+        Poll::Ready(())
+    }
+
+    /// The client does not take what is being sent: most of it goes back to where it can be spooled from.
+    fn spare(&mut self) {
+        let spooled = self.spool.as_ref().is_some_and(|spool| spool.unread() > 0);
+        let Some(past) = self.past.as_mut().filter(|_| !spooled) else { return };
+        let spared = past.spare();
+        if spared.is_empty() {
+            return;
+        }
+        self.end_written = false;
+        for piece in spared.into_iter().rev() {
+            self.writing -= piece.len() as u64;
+            self.ready.push_front(HttpTask::Body(Some(piece), false));
         }
     }
 
@@ -511,6 +678,9 @@ impl Wire {
     }
 
     fn poll_ready_batch(&mut self, cx: &mut Context<'_>) -> Poll<Vec<HttpTask>> {
+        if self.past.is_some() && matches!(self.ready.front(), Some(HttpTask::Header(..))) {
+            return Poll::Ready(self.ready.pop_front().into_iter().collect());
+        }
         let bytes: usize = self.ready.iter().map(body_len).sum();
         let whole = self.spool.as_ref().is_none_or(|spool| spool.unread() == 0);
         if bytes <= TOGETHER_BYTES && self.manner.throttle.is_none() {
@@ -523,25 +693,33 @@ impl Wire {
             }
             return Poll::Ready(batch);
         }
-        let limit = self.limit();
-        if let Some(HttpTask::Body(Some(piece), _)) = self.ready.front_mut() {
-            let length = piece.len().min(limit);
-            ready!(self.poll_throttle(cx, length));
-            let Some(HttpTask::Body(Some(piece), _)) = self.ready.front_mut() else {
-                unreachable!("it was just there")
-            };
-            let part = piece.split_to(length);
+        let Some(HttpTask::Body(Some(piece), _)) = self.ready.front() else {
+            return Poll::Ready(self.ready.pop_front().into_iter().collect());
+        };
+        // The session would write pieces one by one, or copy them together.
+        let mut left = if self.past.is_some() { self.limit().min(bytes) } else { self.limit().min(piece.len()) };
+        ready!(self.poll_throttle(cx, left));
+        let mut batch = Vec::new();
+        while left > 0
+            && let Some(HttpTask::Body(Some(piece), _)) = self.ready.front_mut()
+        {
+            let part = piece.split_to(piece.len().min(left));
+            left -= part.len();
             if piece.is_empty() {
                 self.ready.pop_front();
             }
-            let end = whole && self.ended && self.last.is_none() && self.ready.is_empty();
-            return Poll::Ready(vec![HttpTask::Body(Some(part), end)]);
+            batch.push(HttpTask::Body(Some(part), false));
         }
-        Poll::Ready(self.ready.pop_front().into_iter().collect())
+        if let Some(HttpTask::Body(_, end)) = batch.last_mut() {
+            *end = whole && self.ended && self.last.is_none() && self.ready.is_empty();
+        }
+        Poll::Ready(batch)
     }
 
     fn poll_spooled(&mut self, cx: &mut Context<'_>) -> Poll<Option<Bytes>> {
-        let limit = self.limit();
+        // What a slow client has not taken of it stays in memory.
+        let slow = self.blocked_before > Duration::ZERO;
+        let limit = self.limit().min(if slow { SPOOLED_MOST_SLOW } else { SPOOLED_MOST });
         ready!(self.poll_throttle(cx, limit));
         let Some(spool) = &mut self.spool else { return Poll::Ready(None) };
         let Poll::Ready(next) = spool.poll_next(cx, limit) else {
@@ -577,7 +755,14 @@ impl Wire {
         self.timer.poll(cx, due)
     }
 
-    fn begin(&mut self, batch: Vec<HttpTask>) {
+    fn begin(&mut self, mut batch: Vec<HttpTask>) {
+        if self.past.is_some() {
+            match batch.first_mut() {
+                // Its end is ours to mark, like its body.
+                Some(HttpTask::Header(_, end)) => *end = false,
+                _ => return self.send(batch),
+            }
+        }
         let State::Idle(mut session) = std::mem::replace(&mut self.state, State::Gone) else { return };
         self.begun |= batch.iter().any(is_of_answer);
         self.end_written |= batch.last().is_some_and(HttpTask::is_end);
@@ -585,11 +770,40 @@ impl Wire {
         if self.last_on_connection || (answers && self.leaves_body()) {
             session.set_keepalive(None);
         }
+        if answers && let Some(past) = &mut self.past {
+            if past.framing == Framing::UntilClose {
+                session.set_keepalive(None);
+            }
+            past.corked = self.ended || !self.ready.is_empty();
+            if past.corked {
+                past.bypass.cork(true);
+            }
+        }
         self.writing = batch.iter().map(|task| body_len(task) as u64).sum();
         self.state = State::Writing(Box::pin(async move {
             let outcome = session.response_duplex_vec(batch).await;
             (session, outcome)
         }));
+    }
+
+    /// Begins to send parts of a body past the session.
+    fn send(&mut self, batch: Vec<HttpTask>) {
+        self.begun = true;
+        self.end_written |= batch.last().is_some_and(HttpTask::is_end);
+        self.writing = batch.iter().map(|task| body_len(task) as u64).sum();
+        let Some(past) = &mut self.past else { return };
+        past.sends = true;
+        for task in batch {
+            if let HttpTask::Body(Some(piece), _) = task {
+                past.push(piece);
+            }
+        }
+        if self.end_written && !past.end() {
+            past.sends = false;
+            self.written(
+                Err(Error::explain(ErrorType::WriteError, "the answer is shorter than announced").into_down()),
+            );
+        }
     }
 
     fn written(&mut self, outcome: Result<bool>) {
@@ -604,7 +818,12 @@ impl Wire {
             None => {
                 // What it takes at once counts for it, too.
                 self.manner.pace.moved(self.writing, Duration::ZERO);
-                self.piece = (self.piece * 2).min(if self.http2 { PIECE_MOST_H2 } else { PIECE_MOST });
+                let most = match (&self.past, self.http2) {
+                    (Some(past), _) if past.framing != Framing::Chunked => SEND_MOST,
+                    (None, true) => PIECE_MOST_H2,
+                    _ => PIECE_MOST,
+                };
+                self.piece = (self.piece * 2).min(most);
             }
         }
         self.writing = 0;
@@ -670,7 +889,7 @@ impl Wire {
             self.set_aside();
         }
         if written.is_ready() && !self.held {
-            if self.came > BULK_BYTES {
+            if self.is_bulk() {
                 let Wire { bulk, lanes, .. } = self;
                 if bulk.get_or_insert_with(|| lanes.here().enter()).is_crowded() {
                     ready!(self.poll_turn(cx, Class::Pass));
@@ -690,6 +909,13 @@ impl Wire {
         }
         self.admitted = true;
         Poll::Ready(())
+    }
+
+    /// Whether it moves much. One that says so takes turns from its first piece on: in a crowd its window stays narrow until
+    /// then, and it holds little.
+    fn is_bulk(&self) -> bool {
+        let announced = self.head.and_then(|head| head.length).unwrap_or_default();
+        self.came > BULK_BYTES || (self.came > 0 && announced > BULK_BYTES)
     }
 
     /// What the client did not take of what just came goes to the spool.
@@ -761,8 +987,8 @@ impl Wire {
     /// Reads a piece of the request body. Unless that is read past the session, it waits for a write that is under way,
     /// which has the session.
     pub fn poll_read(&mut self, cx: &mut Context<'_>) -> Poll<Result<Option<Bytes>>> {
-        if let Some(body) = &self.body {
-            return body.poll_piece(cx).map_err(|error| {
+        if let Some(past) = self.past.as_ref().filter(|past| past.reads) {
+            return past.bypass.poll_piece(cx).map_err(|error| {
                 let kind = match error.kind() {
                     io::ErrorKind::UnexpectedEof => ErrorType::ConnectionClosed,
                     _ => ErrorType::ReadError,

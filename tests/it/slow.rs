@@ -114,8 +114,8 @@ fn the_log_says_what_was_held_back_and_what_the_backend_was_spared() {
         let [buffered, spilled, held, saved] =
             ["buffered", "spilled", "held_ms", "saved_ms"].map(|field| line.number(field));
         assert_eq!(buffered, 4.0 * 1_048_576.0, "{protocol:?}");
-        // All but the first 64 KiB, and less than a write's worth at the end.
-        assert!(spilled <= buffered && spilled >= buffered - 131_072.0, "{spilled} bytes were spilled");
+        // All but the first 64 KiB, and less than a write's worth and a piece at the end.
+        assert!(spilled <= buffered && spilled >= buffered - 196_608.0, "{spilled} bytes were spilled");
         let [connect, write] = [Phase::Connect, Phase::Write].map(|phase| line.phase(phase).expect("a phase"));
         assert!(held > 0.0 && held <= line.number("total_ms") - saved - connect, "{held} ms held");
         // At least as long as it took to read 100 KB at its pace.

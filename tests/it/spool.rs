@@ -343,8 +343,8 @@ fn sharing_64_mib(origin: &Running) -> (crate::harness::Process, u64) {
 
 fn stays_within_its_memory(process: &crate::harness::Process, idle: u64) {
     let held = process.metric("forebay_spool_bytes{store=\"memory\"}");
-    // Who asked while there was room may bring one more piece.
-    assert!(held <= 65.0 * 1_048_576.0, "{held} bytes in memory");
+    // Who asked while there was room may bring what is read at once, some pieces of 64 KiB.
+    assert!(held <= 68.0 * 1_048_576.0, "{held} bytes in memory");
     let grown = process.resident_bytes().saturating_sub(idle);
     let each = grown.saturating_sub(64 * MIB) / CLIENTS as u64;
     assert!(each <= CLIENT_BYTES, "{grown} bytes more than idle: 64 MiB and {each} a client");
