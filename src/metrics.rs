@@ -81,6 +81,8 @@ struct Families {
     upstream_discoveries: IntCounterVec,
     upstream_health_checks: IntCounterVec,
     upstream_connections: IntGaugeVec,
+    upstream_ejections: IntCounterVec,
+    upstream_panic: IntGaugeVec,
     retries: IntCounterVec,
     retries_refused: IntCounterVec,
     limits: limits::Families,
@@ -212,6 +214,8 @@ impl Metrics {
             connect_seconds: families.upstream_connect_seconds.with_label_values(&[name]),
             wait_seconds: families.upstream_wait_seconds.with_label_values(&[name]),
             metrics: self.clone(),
+            panic: families.upstream_panic.with_label_values(&[name]),
+            ejections: families.upstream_ejections.clone(),
             name: name.into(),
         }
     }
@@ -409,6 +413,8 @@ impl Families {
             upstream_discoveries: family::UPSTREAM_DISCOVERIES.counter(registry),
             upstream_health_checks: family::UPSTREAM_HEALTH_CHECKS.counter(registry),
             upstream_connections: family::UPSTREAM_CONNECTIONS.gauge(registry),
+            upstream_ejections: family::UPSTREAM_EJECTIONS.counter(registry),
+            upstream_panic: family::UPSTREAM_PANIC.gauge(registry),
             retries: family::RETRIES.counter(registry),
             retries_refused: family::RETRIES_REFUSED.counter(registry),
             limits: limits::Families::register(registry),
@@ -590,6 +596,9 @@ pub struct UpstreamMetrics {
     /// For each refusal of the phase `connect`.
     connect_failures: Box<[(&'static Refusal, IntCounter)]>,
     metrics: Metrics,
+    /// 1 while so few endpoints are available that all of them are asked.
+    pub panic: IntGauge,
+    ejections: IntCounterVec,
     name: Box<str>,
 }
 
@@ -628,6 +637,12 @@ impl UpstreamMetrics {
         self.metrics.count_endpoints(group);
     }
 
+    /// Those of its ejections, for these reasons. Ask once, when it is built.
+    pub fn ejections(&self, reasons: impl IntoIterator<Item = &'static str>) -> EjectionMetrics {
+        let counter = |reason| (reason, self.ejections.with_label_values(&[&*self.name, reason]));
+        EjectionMetrics(reasons.into_iter().map(counter).collect())
+    }
+
     /// Those of its health checks. Ask once, if it has any.
     pub fn health_checks(&self) -> HealthCheckMetrics {
         let outcome = |outcome| self.health_checks.with_label_values(&[&*self.name, outcome]);
@@ -636,6 +651,18 @@ impl UpstreamMetrics {
             failed: outcome("failed"),
             timed_out: outcome("timeout"),
             late: outcome("late"),
+        }
+    }
+}
+
+/// How often endpoints of one upstream were ejected.
+pub struct EjectionMetrics(Vec<(&'static str, IntCounter)>);
+
+impl EjectionMetrics {
+    /// Counts one more, for one of the reasons that were named.
+    pub fn count(&self, reason: &str) {
+        if let Some((_, counter)) = self.0.iter().find(|(known, _)| *known == reason) {
+            counter.inc();
         }
     }
 }

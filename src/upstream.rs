@@ -12,6 +12,7 @@ mod check;
 #[cfg(test)]
 mod churn;
 mod discovery;
+mod ejector;
 pub mod ended;
 pub mod endpoint;
 pub mod health;
@@ -46,6 +47,7 @@ use pingora::server::ShutdownWatch;
 use pingora::services::background::{BackgroundService, GenBackgroundService};
 use tokio::sync::Notify;
 use tokio::time::{sleep, timeout};
+use tracing::{info, warn};
 
 use crate::config;
 use crate::config::upstream::balance::Policy;
@@ -58,6 +60,7 @@ use admission::Admission;
 use availability::State;
 use check::Checks;
 use discovery::{Discovery, Resolve};
+use ejector::Ejector;
 use orders::{Order, Orders};
 use queue::Place as PlaceInLine;
 use retries::{Allowance, Permit, Retries};
@@ -108,6 +111,7 @@ pub struct Upstream {
     retries: Arc<Retries>,
     /// What the operator has ordered.
     orders: Mutex<Orders>,
+    ejector: Ejector,
 }
 
 /// How long the endpoints of an upstream may take.
@@ -157,6 +161,10 @@ impl Upstream {
         let checks = written.health_check.as_ref();
         let checks = checks.map(|written| Checks::build(written, metrics.health_checks()));
         let limits = metrics.limits.clone();
+        let ejector = Ejector::build(
+            &written.outlier_detection,
+            metrics.ejections(outlier::Reason::ALL.map(outlier::Reason::name)),
+        );
         let upstream = Upstream {
             name: name.into(),
             timeouts,
@@ -174,6 +182,7 @@ impl Upstream {
             checks,
             retries: Arc::default(),
             orders: Mutex::default(),
+            ejector,
         };
         upstream.discovered(upstream.discovery.found());
         Ok(upstream)
@@ -291,6 +300,7 @@ impl Upstream {
         self.count(ended);
         engaged.learn(ended, now);
         engaged.ended(ended, now);
+        self.ejector.hear(engaged, ended);
     }
 
     fn count(&self, ended: &Ended) {
@@ -418,7 +428,15 @@ impl Upstream {
     /// forgotten.
     fn publish(&self, mut members: Vec<Arc<Endpoint>>) {
         members.retain(|endpoint| !endpoint.availability().is_removed() || endpoint.inflight() > 0);
-        let roster = Roster::new(&self.load_balancing, &members, &self.roster.load());
+        let before = self.roster.load();
+        let roster = Roster::new(&self.load_balancing, &members, &before);
+        if roster.panics() != before.panics() {
+            match roster.panics() {
+                true => warn!(upstream = %self.name, "too few endpoints are available: all of them are asked"),
+                false => info!(upstream = %self.name, "enough endpoints are available again"),
+            }
+        }
+        self.metrics.panic.set(roster.panics().into());
         let roster = Arc::new(roster);
         self.roster.store(Arc::clone(&roster));
         if !self.admission.queue().is_empty() {
@@ -541,6 +559,7 @@ impl BackgroundService for Upkeep {
             tasks.push(upstream.keep_roster().boxed());
             tasks.push(upstream.discovery.keep(upstream).boxed());
             tasks.push(upstream.keep_health().boxed());
+            tasks.push(upstream.ejector.run(upstream).boxed());
         }
         tokio::select! {
             _ = join_all(tasks) => {}

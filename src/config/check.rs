@@ -24,6 +24,7 @@ use super::route::{BufferMode, Client, Match, PathMatch, Route, ValueMatch};
 use super::server::{EventLoop, Resources, Tracing};
 use super::units::{ByteRate, Count, Size, Time};
 use super::upstream::health::{HealthCheck, HttpCheck};
+use super::upstream::outlier::OutlierDetection;
 use super::upstream::sticky::{Secrets, Sticky, StickyCookie};
 use super::upstream::{CircuitBreaker, Dns, FileSource, LoadBalancing, Protocol, Upstream};
 
@@ -324,12 +325,19 @@ impl<'a> Check<'a> {
                 let finding = Finding::error(value(at), title).label("again here").also(value(first), "first here");
                 self.wrong(finding.help("to give it more requests, give it a greater `weight`"));
             }
+            if endpoint.backup && endpoint.priority.is_some() {
+                let at = self.item(&format!("{path}.endpoints"), index);
+                let finding = Finding::error(Spot::Key(format!("{at}.backup")), "an endpoint stands in one tier");
+                let other = Spot::Key(format!("{at}.priority"));
+                self.wrong(finding.label("this is `priority: 1`").also(other, "and this another one"));
+            }
         }
         self.load_balancing(&upstream.load_balancing, &format!("{path}.load_balancing"));
         if let Some(written) = &upstream.health_check {
             self.health_check(written, upstream.protocol, &format!("{path}.health_check"));
         }
         self.transport(upstream, path);
+        self.outlier_detection(&upstream.outlier_detection, &format!("{path}.outlier_detection"));
         self.time(&format!("{path}.timeouts.connect"), upstream.timeouts.connect);
         self.time(&format!("{path}.timeouts.send"), upstream.timeouts.send);
         self.time(&format!("{path}.timeouts.wait"), upstream.timeouts.wait);
@@ -516,7 +524,7 @@ impl<'a> Check<'a> {
     }
 
     fn load_balancing(&mut self, balancing: &LoadBalancing, path: &str) {
-        let LoadBalancing { policy, hash_key, bounded_load, sticky } = balancing;
+        let LoadBalancing { policy, hash_key, bounded_load, sticky, .. } = balancing;
         if let Some(Sticky { cookie }) = sticky {
             self.sticky_cookie(cookie, &format!("{path}.sticky.cookie"));
         }
@@ -584,6 +592,45 @@ impl<'a> Check<'a> {
         self.count(&format!("{path}.unhealthy_after"), written.unhealthy_after, 1, STREAK_MAX);
         self.count(&format!("{path}.healthy_after"), written.healthy_after, 1, STREAK_MAX);
         self.count(&format!("{path}.at_once"), written.at_once, 1, CHECKS_AT_ONCE_MAX);
+    }
+
+    fn outlier_detection(&mut self, written: &OutlierDetection, path: &str) {
+        self.count(&format!("{path}.consecutive_5xx"), written.consecutive_5xx, 1, u64::MAX);
+        let gateway_errors = written.consecutive_gateway_errors;
+        self.count(&format!("{path}.consecutive_gateway_errors"), gateway_errors, 1, u64::MAX);
+        self.count(&format!("{path}.connect_failures"), written.connect_failures, 1, u64::MAX);
+        if let Some(rate) = &written.success_rate {
+            let path = format!("{path}.success_rate");
+            self.factor(&format!("{path}.factor"), rate.factor, 0.0);
+            self.count(&format!("{path}.endpoints"), rate.endpoints, 2, u64::MAX);
+            self.count(&format!("{path}.requests"), rate.requests, 1, u64::MAX);
+        }
+        if let Some(latency) = &written.latency {
+            let path = format!("{path}.latency");
+            self.factor(&format!("{path}.factor"), latency.factor, 1.0);
+            self.count(&format!("{path}.endpoints"), latency.endpoints, 3, u64::MAX);
+            self.count(&format!("{path}.requests"), latency.requests, 1, u64::MAX);
+        }
+        self.time(&format!("{path}.base_ejection"), written.base_ejection);
+        self.time(&format!("{path}.interval"), written.interval);
+        let (base, max) = (format!("{path}.base_ejection"), format!("{path}.max_ejection"));
+        if written.max_ejection < written.base_ejection {
+            let [at, other] = if self.is_written(&max) { [max, base] } else { [base, max] };
+            let finding = Finding::error(value(&at), "the first ejection would be longer than the longest");
+            let label = format!(
+                "expected a `base_ejection` ({}) of no more than `max_ejection` ({})",
+                written.base_ejection, written.max_ejection
+            );
+            let finding = finding.label(label);
+            self.wrong(if self.is_written(&other) { finding.also(value(&other), "the other one") } else { finding });
+        }
+    }
+
+    fn factor(&mut self, path: &str, factor: f64, least: f64) {
+        if !(factor >= least && factor.is_finite()) {
+            let finding = Finding::error(value(path), format!("`{path}` is out of range"));
+            self.wrong(finding.label(format!("expected a number of at least {least}")));
+        }
     }
 
     fn http_check(&mut self, written: &HttpCheck, path: &str) {

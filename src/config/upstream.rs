@@ -4,6 +4,7 @@ pub mod balance;
 pub mod discovery;
 pub mod health;
 pub mod limits;
+pub mod outlier;
 pub mod sticky;
 pub mod transport;
 
@@ -16,6 +17,7 @@ pub use balance::LoadBalancing;
 pub use discovery::{Dns, Endpoint, FileSource};
 pub use health::HealthCheck;
 pub use limits::{CircuitBreaker, Limits, Queue};
+pub use outlier::OutlierDetection;
 pub use transport::{Keepalive, Protocol, ProxyProtocol, Tls};
 
 /// A named group of endpoints that serve the same.
@@ -61,6 +63,9 @@ pub struct Upstream {
     /// When it is left alone for a while; never, without it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub circuit_breaker: Option<CircuitBreaker>,
+    /// What passing requests say against an endpoint, and what follows.
+    #[serde(default)]
+    pub outlier_detection: OutlierDetection,
 }
 
 /// How long the endpoints of an upstream may take.

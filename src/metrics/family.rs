@@ -153,6 +153,10 @@ families! {
         "Health checks by what came of them; those that began late, for so many were under way, are counted as late besides.";
     UPSTREAM_CONNECTIONS: "forebay_upstream_connections", Gauge, ["upstream"],
         "Connections to endpoints that are open now, in use or kept, or that are being made.";
+    UPSTREAM_EJECTIONS: "forebay_upstream_ejections_total", Counter, ["upstream", "reason"],
+        "Times that an endpoint was taken out for a while, by what passing requests said against it.";
+    UPSTREAM_PANIC: "forebay_upstream_panic", Gauge, ["upstream"],
+        "1 while so few endpoints are available that all of them are asked.";
     RETRIES: "forebay_retries_total", Counter, ["upstream", "reason"],
         "Attempts after the first of an exchange, by what the one before had failed for.";
     RETRIES_REFUSED: "forebay_retries_refused_total", Counter, ["upstream", "reason"],

@@ -107,9 +107,10 @@ pub struct Change {
 }
 
 impl Change {
-    /// Whether it is another one now, so that the roster must be made anew.
+    /// Whether it may be chosen now and might not before, or the reverse: then the roster must be made anew.
     pub fn matters(self) -> bool {
-        self.before != self.after
+        let says = |availability: Availability| (availability.admits(), availability.admits_in_panic());
+        says(self.before) != says(self.after)
     }
 
     /// Whether it may be chosen now and might not before.
@@ -166,7 +167,8 @@ mod tests {
         let word = Word::default();
         assert!(word.now().admits() && word.now().state() == State::Unknown);
 
-        assert!(!word.set_health(Health::Healthy, true).came_back(), "it was not away");
+        let change = word.set_health(Health::Healthy, true);
+        assert!(!change.came_back() && !change.matters(), "it was not away");
         assert_eq!((word.now().admits(), word.now().state()), (true, State::Healthy));
         word.set_health(Health::Unhealthy, true);
         word.set_ejected(true);

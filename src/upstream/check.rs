@@ -135,6 +135,9 @@ impl Checks {
             Err((_, false)) => self.metrics.failed.inc(),
             Err((_, true)) => self.metrics.timed_out.inc(),
         }
+        if verdict.is_ok() && upstream.ejector.connected(endpoint, now) {
+            upstream.reassess();
+        }
         let problem = verdict.as_ref().err().map(|(message, _)| message.clone());
         let (before, after) = {
             let mut record = endpoint.checks();

@@ -62,6 +62,8 @@ struct Entry {
     label: Arc<str>,
     server_name: Option<Arc<str>>,
     weight: NonZeroU32,
+    /// The tier it stands in; the priorities of a service count on from there.
+    tier: u8,
     what: What,
 }
 
@@ -366,9 +368,9 @@ impl Entry {
         };
         let targets = targets.iter().map(move |target| {
             let Way { address, alternate } = target.way;
-            found(SocketAddr::Inet(address), alternate, target.weight, target.tier)
+            found(SocketAddr::Inet(address), alternate, target.weight, self.tier.saturating_add(target.tier))
         });
-        literal.into_iter().map(move |address| found(address, None, None, 0)).chain(targets)
+        literal.into_iter().map(move |address| found(address, None, None, self.tier)).chain(targets)
     }
 }
 
@@ -406,7 +408,7 @@ fn entry(endpoint: &Endpoint, label: Arc<str>, place: Option<&str>, transport: &
         Location::Literal(address) => What::Literal(address),
         Location::Name { host, port } => asked(Question::Addresses { host: host.into(), port }, place),
     };
-    Ok(Entry { label, server_name, weight: endpoint.weight, what })
+    Ok(Entry { label, server_name, weight: endpoint.weight, tier: endpoint.tier(), what })
 }
 
 /// All that is behind a name of `dns`.
@@ -420,7 +422,7 @@ fn named(dns: &Dns) -> Option<Entry> {
         _ => return None,
     };
     let server_name = Some(server_name.trim_end_matches('.').into());
-    Some(Entry { label: label.into(), server_name, weight: NonZeroU32::MIN, what: asked(question, None) })
+    Some(Entry { label: label.into(), server_name, weight: NonZeroU32::MIN, tier: 0, what: asked(question, None) })
 }
 
 /// The domain of a service: what follows `_service._proto.`.

@@ -15,9 +15,11 @@ use pingora::protocols::l4::socket::SocketAddr;
 use pingora::upstreams::peer::HttpPeer;
 
 use super::availability::{Availability, Change, Word};
+use super::ejector::Accusation;
 use super::ended::{Ended, Outcome};
 use super::health::{Health, Record};
 use super::latency::Latency;
+use super::outlier::{Ejections, Score};
 use super::sticky::Name;
 use super::transport::Transport;
 use super::transport::dial::Dialer;
@@ -75,6 +77,11 @@ pub struct Endpoint {
     dialer: Arc<Dialer>,
     /// Milliseconds from `base` to when connections that are shared by several exchanges were last replaced by new ones.
     renewed: AtomicU64,
+    /// What passing requests say against it.
+    pub(super) score: Score,
+    pub(super) accusation: Accusation,
+    /// Neither does anybody ask for this.
+    ejections: Mutex<Ejections>,
 }
 
 impl Endpoint {
@@ -100,6 +107,9 @@ impl Endpoint {
             dialer,
             renewed: AtomicU64::new(0),
             checks: Mutex::default(),
+            score: Score::default(),
+            accusation: Accusation::default(),
+            ejections: Mutex::default(),
         }
     }
 
@@ -214,6 +224,11 @@ impl Endpoint {
     /// What health checks have said of it. Not for workers.
     pub fn checks(&self) -> MutexGuard<'_, Record> {
         self.checks.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// How often, why and until when it is ejected. Not for workers.
+    pub fn ejections(&self) -> MutexGuard<'_, Ejections> {
+        self.ejections.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn changed(&self, change: Change, now: Instant) -> Change {

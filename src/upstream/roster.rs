@@ -7,10 +7,15 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use rand::Rng;
+use xxhash_rust::xxh3::xxh3_64_with_seed;
+
 use super::admission::{Admission, Engaged};
 use super::balance::{Balance, Candidates, Identity};
 use super::endpoint::Endpoint;
+use super::slow_start;
 use super::sticky::Name;
+use super::tiers::{self, Plan};
 use crate::config::upstream::LoadBalancing;
 
 /// What came of a choice.
@@ -36,18 +41,28 @@ impl Choice {
     }
 }
 
+/// By so much more than their share the endpoints left of a tier may carry before others serve as well: with less than five of
+/// seven left, others do. It is what Envoy does by default.
+const OVERPROVISIONING: f64 = 1.4;
+/// Who is in which tier by a hash must have nothing to do with who is where within it by the same hash.
+const TIER_SEED: u64 = 0x7469_6572;
+
 /// The endpoints that may be chosen.
 #[derive(Debug, Default)]
 pub struct Roster {
-    /// In the order in which they are to serve; none of them is empty.
+    /// In the order in which they are to serve, with those of which nobody is available.
     tiers: Box<[Tier]>,
-    /// The same by what sticky cookies call them.
-    by_name: HashMap<Name, Arc<Endpoint>>,
+    /// The number of the tier, and who is there, by what sticky cookies call them.
+    by_name: HashMap<Name, (usize, Arc<Endpoint>)>,
+    plan: Plan,
+    slow_start: Duration,
 }
 
 #[derive(Debug)]
 struct Tier {
     priority: u8,
+    /// Whether all serve, available or not.
+    panics: bool,
     members: Box<[Arc<Endpoint>]>,
     balance: Balance,
 }
@@ -55,26 +70,41 @@ struct Tier {
 impl Roster {
     /// The roster of those of `endpoints` that are available, which takes turns where `earlier` has left off.
     pub fn new(policy: &LoadBalancing, endpoints: &[Arc<Endpoint>], earlier: &Roster) -> Roster {
-        let mut available: Vec<&Arc<Endpoint>> =
-            endpoints.iter().filter(|endpoint| endpoint.availability().admits()).collect();
-        available.sort_by_key(|endpoint| endpoint.priority());
-        let tiers = available.chunk_by(|a, b| a.priority() == b.priority()).map(|members| {
-            let priority = members[0].priority();
+        let mut standing: Vec<&Arc<Endpoint>> =
+            endpoints.iter().filter(|endpoint| endpoint.availability().admits_in_panic()).collect();
+        standing.sort_by_key(|endpoint| endpoint.priority());
+        let ranks: Vec<&[&Arc<Endpoint>]> = standing.chunk_by(|a, b| a.priority() == b.priority()).collect();
+        let strengths: Vec<tiers::Tier> = ranks
+            .iter()
+            .map(|rank| {
+                let available = rank.iter().filter(|endpoint| endpoint.availability().admits()).count();
+                tiers::Tier { available, total: rank.len() }
+            })
+            .collect();
+        let terms = tiers::Terms { overprovisioning: OVERPROVISIONING, panic: policy.panic.ratio() };
+        let plan = Plan::new(&strengths, terms);
+        let tiers = ranks.iter().enumerate().map(|(number, rank)| {
+            let (priority, panics) = (rank[0].priority(), plan.panics(number));
+            let serve = rank.iter().filter(|endpoint| panics || endpoint.availability().admits());
+            let members: Box<[Arc<Endpoint>]> = serve.map(|&endpoint| Arc::clone(endpoint)).collect();
             let named = members.iter().map(|member| Identity { name: &member.identity, weight: member.weight() });
             let balance = Balance::new(policy, &named.collect::<Vec<_>>());
-            let before = earlier.tiers.iter().find(|tier| tier.priority == priority);
-            let balance = match before {
+            let balance = match earlier.tiers.iter().find(|tier| tier.priority == priority) {
                 Some(before) => balance.after(&before.balance),
                 None => balance,
             };
-            Tier { priority, members: members.iter().map(|&member| Arc::clone(member)).collect(), balance }
+            Tier { priority, panics, members, balance }
         });
-        let tiers = tiers.collect();
-        let by_name = available
+        let tiers: Box<[Tier]> = tiers.collect();
+        let by_name = tiers
             .iter()
-            .flat_map(|&endpoint| endpoint.names.iter().map(move |&name| (name, Arc::clone(endpoint))))
+            .enumerate()
+            .flat_map(|(number, tier)| tier.members.iter().map(move |endpoint| (number, endpoint)))
+            .flat_map(|(number, endpoint)| {
+                endpoint.names.iter().map(move |&name| (name, (number, Arc::clone(endpoint))))
+            })
             .collect();
-        Roster { tiers, by_name }
+        Roster { tiers, by_name, plan, slow_start: policy.slow_start.0 }
     }
 
     /// How many endpoints may be chosen.
@@ -84,7 +114,12 @@ impl Roster {
 
     /// Whether nobody may be chosen.
     pub fn is_empty(&self) -> bool {
-        self.tiers.is_empty()
+        self.len() == 0
+    }
+
+    /// Whether some tier has so few available endpoints that all of it serves.
+    pub fn panics(&self) -> bool {
+        self.tiers.iter().any(|tier| tier.panics)
     }
 
     /// Takes a place at the endpoint that is to serve next, which is none of `tried`.
@@ -101,12 +136,18 @@ impl Roster {
         }
     }
 
-    /// The endpoint that is to serve next. Only the first tier that has anybody left is asked: that it is full does not make the
-    /// next one serve, which is there for when it fails.
+    /// The endpoint that is to serve next. Only one tier is asked: the one whose turn it is or, if nobody is left there, the first
+    /// that has anybody. That it is full does not make another one serve, which is there for when it fails.
     fn pick(&self, hash: u64, tried: &[Arc<Endpoint>], admission: &Admission, now: Instant) -> Option<&Arc<Endpoint>> {
-        let tier = self.tiers.iter().find(|tier| tier.members.iter().any(|endpoint| admits(endpoint, tried)))?;
-        let number = tier.balance.pick(hash, &Field { members: &tier.members, tried, admission, now })?;
-        tier.members.get(number)
+        let preferred = self.tiers.get(self.preferred(hash)).into_iter();
+        let tier = preferred.chain(&self.tiers).find(|tier| tier.has_any(tried))?;
+        let field = Field { tier, tried, admission, now, slow_start: self.slow_start };
+        let number = tier.balance.pick(hash, &field).or_else(|| {
+            // All of them have just come back, and the dice were against everybody.
+            let whole = Field { slow_start: Duration::ZERO, ..field };
+            (!self.slow_start.is_zero()).then(|| tier.balance.pick(hash, &whole)).flatten()
+        });
+        tier.members.get(number?)
     }
 
     /// All that may be chosen.
@@ -116,26 +157,45 @@ impl Roster {
 
     /// The endpoint that sticky cookies call so, if it may be chosen and is none of `tried`.
     pub fn named(&self, name: Name, tried: &[Arc<Endpoint>]) -> Option<&Arc<Endpoint>> {
-        self.by_name.get(&name).filter(|endpoint| admits(endpoint, tried))
+        let (tier, endpoint) = self.by_name.get(&name)?;
+        admits(endpoint, self.tiers.get(*tier)?.panics, tried).then_some(endpoint)
+    }
+
+    /// The tier whose turn it is.
+    fn preferred(&self, hash: u64) -> usize {
+        let [_, _, ..] = *self.tiers else { return 0 };
+        let throw = match self.tiers[0].balance.hashes() || self.tiers[1].balance.hashes() {
+            true => (xxh3_64_with_seed(&hash.to_le_bytes(), TIER_SEED) >> 32) as u32,
+            false => rand::thread_rng().r#gen(),
+        };
+        self.plan.tier(throw).unwrap_or(0)
     }
 
     /// Whether there is an endpoint that is none of `tried`.
     pub fn has_more(&self, tried: &[Arc<Endpoint>]) -> bool {
-        self.members().any(|endpoint| admits(endpoint, tried))
+        self.tiers.iter().any(|tier| tier.has_any(tried))
+    }
+}
+
+impl Tier {
+    /// Whether there is an endpoint that is none of `tried`.
+    fn has_any(&self, tried: &[Arc<Endpoint>]) -> bool {
+        self.members.iter().any(|endpoint| admits(endpoint, self.panics, tried))
     }
 }
 
 /// The members of a tier as its policy sees them at the moment of a choice.
 struct Field<'a> {
-    members: &'a [Arc<Endpoint>],
+    tier: &'a Tier,
     tried: &'a [Arc<Endpoint>],
     admission: &'a Admission,
     now: Instant,
+    slow_start: Duration,
 }
 
 impl Candidates for Field<'_> {
     fn inflight(&self, number: usize) -> u32 {
-        self.members[number].inflight()
+        self.tier.members[number].inflight()
     }
 
     /// Of the other tiers as well: few are busy at a time, and a sum over one would cost more the more endpoints there are.
@@ -144,15 +204,28 @@ impl Candidates for Field<'_> {
     }
 
     fn latency(&self, number: usize) -> f64 {
-        self.members[number].latency(self.now)
+        self.tier.members[number].latency(self.now)
     }
 
     fn admits(&self, number: usize) -> bool {
-        let endpoint = &self.members[number];
-        self.admission.has_room(endpoint) && admits(endpoint, self.tried)
+        let endpoint = &self.tier.members[number];
+        self.admission.has_room(endpoint) && admits(endpoint, self.tier.panics, self.tried) && self.is_warm(endpoint)
     }
 }
 
-fn admits(endpoint: &Endpoint, tried: &[Arc<Endpoint>]) -> bool {
-    endpoint.availability().admits() && tried.iter().all(|earlier| earlier.address != endpoint.address)
+impl Field<'_> {
+    /// Whether it is warm enough for this one: a throw of dice while it starts slowly.
+    fn is_warm(&self, endpoint: &Endpoint) -> bool {
+        if self.slow_start.is_zero() {
+            return true;
+        }
+        let share = endpoint.age(self.now).map_or(1.0, |age| slow_start::share(age, self.slow_start));
+        share >= 1.0 || rand::thread_rng().gen_bool(share)
+    }
+}
+
+fn admits(endpoint: &Endpoint, panics: bool, tried: &[Arc<Endpoint>]) -> bool {
+    let availability = endpoint.availability();
+    let available = if panics { availability.admits_in_panic() } else { availability.admits() };
+    available && tried.iter().all(|earlier| earlier.address != endpoint.address)
 }

@@ -9,9 +9,10 @@ use serde::{Deserialize, Serialize};
 
 use super::sticky::Sticky;
 use crate::config::Key;
+use crate::config::units::{Percent, Time};
 
 /// How an endpoint is chosen, for every attempt anew.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct LoadBalancing {
     /// The policy.
@@ -28,6 +29,24 @@ pub struct LoadBalancing {
     /// A client stays at the endpoint that has served it, whatever the policy, for as long as that one is available.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub sticky: Option<Sticky>,
+    /// Over which time the share of an endpoint that has come back, or is new, grows from a tenth to all of it.
+    pub slow_start: Time,
+    /// Of the endpoints of a tier, the share that must be available. Where fewer are, and no other tier makes up for it, requests
+    /// go to all of them: what is said of so many is more likely wrong than right. 0%: never.
+    pub panic: Percent,
+}
+
+impl Default for LoadBalancing {
+    fn default() -> Self {
+        LoadBalancing {
+            policy: Policy::default(),
+            hash_key: HashKey::default(),
+            bounded_load: None,
+            sticky: None,
+            slow_start: Time::seconds(0),
+            panic: Percent(30.0),
+        }
+    }
 }
 
 /// A way of choosing an endpoint.

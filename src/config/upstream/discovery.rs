@@ -18,11 +18,22 @@ pub struct Endpoint {
     /// Its share of the requests, relative to its neighbours.
     #[serde(default = "Endpoint::default_weight")]
     pub weight: NonZeroU32,
+    /// Whether it gets requests only where the others do not suffice: the same as `priority: 1`.
+    #[serde(default)]
+    pub backup: bool,
+    /// The tier it stands in. Tier 0 serves first, and the next ones what those before them cannot.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub priority: Option<u8>,
 }
 
 impl Endpoint {
     pub(crate) fn default_weight() -> NonZeroU32 {
         NonZeroU32::MIN
+    }
+
+    /// The tier it stands in.
+    pub fn tier(&self) -> u8 {
+        self.priority.unwrap_or(self.backup.into())
     }
 }
 

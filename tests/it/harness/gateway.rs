@@ -94,6 +94,11 @@ impl Setup {
         Setup { upstream: keys.to_owned(), ..Setup::new("") }
     }
 
+    /// A gateway in front of endpoints that are written in full.
+    pub fn endpoints(written: impl IntoIterator<Item = String>) -> Setup {
+        Setup::new(&written.into_iter().collect::<Vec<_>>().join(", "))
+    }
+
     fn new(endpoints: &str) -> Setup {
         let dir = Arc::new(tempfile::tempdir().expect("a directory"));
         Setup {

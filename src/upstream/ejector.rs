@@ -1,0 +1,202 @@
+//! Takes endpoints out that passing requests speak against, and back in after a while.
+//!
+//! Workers only count ([`Ejector::hear`]): atomics of the endpoint, and where it has failed too often, a word that somebody
+//! should look at it. That somebody is one loop in the background, for whether it may be ejected depends on how many others
+//! are, and whether it is slow on how fast they are. The rules are `upstream/outlier.rs`.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU8, Ordering};
+use std::time::{Duration, Instant};
+
+use tokio::sync::Notify;
+use tokio::time::{MissedTickBehavior, interval_at, sleep_until};
+use tracing::{info, warn};
+
+use super::Upstream;
+use super::ended::{Ended, Outcome};
+use super::endpoint::Endpoint;
+use super::outlier::{self, Pass, Reason, Rules, Sample};
+use crate::config;
+use crate::config::units::{Count, Time};
+use crate::metrics::EjectionMetrics;
+
+/// Who judges the endpoints of one upstream.
+pub(super) struct Ejector {
+    rules: Rules,
+    interval: Duration,
+    metrics: EjectionMetrics,
+    accused: Notify,
+}
+
+/// What an endpoint is to be ejected for, until somebody has looked at it.
+#[derive(Debug, Default)]
+pub struct Accusation(AtomicU8);
+
+impl Accusation {
+    /// Whether this is news.
+    fn raise(&self, reason: Reason) -> bool {
+        let number = Reason::ALL.iter().position(|known| *known == reason).map_or(0, |place| place + 1) as u8;
+        self.0.compare_exchange(0, number, Ordering::Relaxed, Ordering::Relaxed).is_ok()
+    }
+
+    fn reason(&self) -> Option<Reason> {
+        let place = self.0.load(Ordering::Relaxed).checked_sub(1)?;
+        Reason::ALL.get(usize::from(place)).copied()
+    }
+
+    fn drop(&self) {
+        self.0.store(0, Ordering::Relaxed);
+    }
+}
+
+impl Ejector {
+    /// The one whose rules are written.
+    pub fn build(written: &config::upstream::OutlierDetection, metrics: EjectionMetrics) -> Ejector {
+        let (rules, interval) = (rules(written), written.interval.0);
+        Ejector { rules, interval, metrics, accused: Notify::new() }
+    }
+
+    /// An attempt at `endpoint` has ended. On the way of a request: no lock, and for a good one hardly a write.
+    pub fn hear(&self, endpoint: &Endpoint, ended: &Ended) {
+        let pass = match ended.outcome {
+            Outcome::Answered(status) => Pass::Answered(status.as_u16()),
+            Outcome::Connect(_) => Pass::Unconnected,
+            Outcome::Failed(_) => Pass::Failed,
+            Outcome::Cancelled => return,
+        };
+        let latency = ended.wait.map_or(ended.total, |wait| ended.connect.unwrap_or_default() + wait);
+        let guilty = endpoint.score.note(pass, latency, &self.rules);
+        if let Some(reason) = guilty.filter(|_| !endpoint.availability().is_ejected())
+            && endpoint.accusation.raise(reason)
+        {
+            self.accused.notify_one();
+        }
+    }
+
+    /// Judges the endpoints of `upstream`, without end.
+    pub async fn run(&self, upstream: &Upstream) {
+        let mut ticks = interval_at(tokio::time::Instant::now() + self.interval, self.interval);
+        ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        loop {
+            let next = upstream.members().iter().filter_map(until).min();
+            let next_return = async {
+                match next {
+                    Some(next) => sleep_until(next.into()).await,
+                    None => std::future::pending().await,
+                }
+            };
+            tokio::select! {
+                () = self.accused.notified() => self.hear_out(upstream, Instant::now()),
+                _ = ticks.tick() => self.compare(upstream, Instant::now()),
+                () = next_return => self.take_back(upstream, Instant::now()),
+            }
+        }
+    }
+
+    /// A connection to this endpoint came about outside of exchanges. Whether that has ended an ejection.
+    pub fn connected(&self, endpoint: &Endpoint, now: Instant) -> bool {
+        let back = endpoint.availability().is_ejected() && endpoint.ejections().refute(now);
+        if back {
+            self.free(endpoint, now);
+        }
+        back
+    }
+
+    /// Looks at those who were accused.
+    fn hear_out(&self, upstream: &Upstream, now: Instant) {
+        for endpoint in upstream.members().iter() {
+            if let Some(reason) = endpoint.accusation.reason() {
+                self.eject(upstream, endpoint, reason, now);
+            }
+        }
+    }
+
+    /// Compares endpoints by what they did since the last time.
+    fn compare(&self, upstream: &Upstream, now: Instant) {
+        let members = upstream.members();
+        for endpoint in members.iter() {
+            // Whoever could not be ejected then has to fail once more.
+            endpoint.accusation.drop();
+        }
+        if self.rules.success_rate.is_none() && self.rules.latency.is_none() {
+            return;
+        }
+        let samples: Vec<Sample> = members.iter().map(|endpoint| endpoint.score.take()).collect();
+        for (number, reason) in outlier::outliers(&samples, &self.rules) {
+            self.eject(upstream, &members[number], reason, now);
+        }
+    }
+
+    fn eject(&self, upstream: &Upstream, endpoint: &Endpoint, reason: Reason, now: Instant) {
+        let (mut ejected, mut of) = (0, 0);
+        for member in upstream.members().iter().map(|member| member.availability()) {
+            of += usize::from(member.admits_in_panic());
+            ejected += usize::from(member.admits_in_panic() && member.is_ejected());
+        }
+        if !outlier::may_eject(ejected, of, self.rules.max_ejected) {
+            return;
+        }
+        let length = endpoint.ejections().eject(reason, now, self.rules.terms);
+        endpoint.accusation.drop();
+        let Some(length) = length else { return };
+        self.metrics.count(reason.name());
+        warn!(
+            upstream = %upstream.name, endpoint = %endpoint.label, address = %endpoint.address, reason = reason.name(),
+            "the endpoint is ejected for {} s", length.as_secs_f64()
+        );
+        if endpoint.set_ejected(true, now).matters() {
+            upstream.reassess();
+        }
+    }
+
+    /// Takes those back whose time is over.
+    fn take_back(&self, upstream: &Upstream, now: Instant) {
+        for endpoint in upstream.members().iter().filter(|endpoint| endpoint.availability().is_ejected()) {
+            if endpoint.ejections().expire(now) {
+                self.free(endpoint, now);
+                info!(
+                    upstream = %upstream.name, endpoint = %endpoint.label, address = %endpoint.address,
+                    "the endpoint is tried again after its ejection"
+                );
+                upstream.reassess();
+            }
+        }
+    }
+
+    fn free(&self, endpoint: &Endpoint, now: Instant) {
+        endpoint.score.try_again(&self.rules);
+        endpoint.accusation.drop();
+        endpoint.set_ejected(false, now);
+    }
+}
+
+/// When its ejection ends, if it is ejected.
+fn until(endpoint: &Arc<Endpoint>) -> Option<Instant> {
+    let ejected = endpoint.availability().is_ejected();
+    ejected.then(|| endpoint.ejections().current().map(|current| current.until)).flatten()
+}
+
+fn rules(written: &config::upstream::OutlierDetection) -> Rules {
+    let count = |Count(count): Count| u32::try_from(count).unwrap_or(u32::MAX);
+    let hosts = |count: Count| usize::try_from(count.0).unwrap_or(usize::MAX);
+    let Time(base) = written.base_ejection;
+    Rules {
+        consecutive_5xx: count(written.consecutive_5xx),
+        consecutive_gateway_errors: count(written.consecutive_gateway_errors),
+        connect_failures: count(written.connect_failures),
+        success_rate: written.success_rate.as_ref().map(|rate| outlier::SuccessRate {
+            factor: rate.factor,
+            margin: rate.margin.ratio(),
+            hosts: hosts(rate.endpoints),
+            requests: count(rate.requests),
+        }),
+        latency: written.latency.as_ref().map(|latency| outlier::Latency {
+            factor: latency.factor,
+            margin: latency.margin.0,
+            hosts: hosts(latency.endpoints),
+            requests: count(latency.requests),
+        }),
+        terms: outlier::Terms { base, max: written.max_ejection.0.max(base) },
+        max_ejected: written.max_ejected.ratio(),
+    }
+}
