@@ -224,7 +224,7 @@ impl Gateway {
             stopping: stopped.clone(),
             log: log.clone(),
             depot: depot.clone(),
-            lanes: Lanes::new(metrics.clone()),
+            lanes: lanes.clone(),
             tracer: tracer.clone(),
             recorder: recorder.clone(),
         };
@@ -235,7 +235,7 @@ impl Gateway {
             log.clone(),
             inflight.clone(),
             depot.slow.clone(),
-            lanes.clone(),
+            lanes,
             unrouted.clone(),
         );
         let mut web = ListeningService::new("web".to_owned(), Front::new(Arc::new(proxy), Arc::new(desk)));
