@@ -248,11 +248,18 @@ impl Upstream {
 
     /// The same for one who has a turn.
     pub fn select_in_turn(&self, stuck: Option<&Stuck>, hash: u64, tried: &[Arc<Endpoint>], now: Instant) -> Choice {
-        self.with_leave(now, || {
-            let roster = self.roster.load();
+        let choose = |roster: &Roster| {
             let stuck = stuck.filter(|_| !self.admission.is_full());
             let stays = stuck.and_then(|stuck| self.admission.engage(roster.named(stuck.endpoint, tried)?));
             stays.map_or_else(|| roster.engage(hash, tried, &self.admission, now), Choice::Engaged)
+        };
+        self.with_leave(now, || {
+            let roster = self.roster.load();
+            match choose(&roster) {
+                // All of it was removed meanwhile, and there are others.
+                Choice::Nobody if !Arc::ptr_eq(&roster, &self.roster.load()) => choose(&self.roster.load()),
+                choice => choice,
+            }
         })
     }
 
@@ -358,12 +365,10 @@ impl Upstream {
             members.push(member);
         }
         let kept: HashSet<*const Endpoint> = members.iter().map(Arc::as_ptr).collect();
-        for endpoint in before.iter().filter(|endpoint| !kept.contains(&Arc::as_ptr(endpoint))) {
-            endpoint.set_removed(true, now);
-            members.push(Arc::clone(endpoint));
-        }
-        let removed = members.len() > found.len();
-        self.publish(members);
+        let leaving: Vec<Arc<Endpoint>> =
+            before.iter().filter(|endpoint| !kept.contains(&Arc::as_ptr(endpoint))).cloned().collect();
+        let removed = !leaving.is_empty();
+        self.publish(members, leaving);
         if removed {
             self.reassess();
         }
@@ -410,7 +415,7 @@ impl Upstream {
             {
                 let _changing = self.changing.lock().unwrap_or_else(PoisonError::into_inner);
                 let members = self.members.load().to_vec();
-                self.publish(members);
+                self.publish(members, Vec::new());
             }
             // Whoever may be chosen no longer is passed over at once; the others can wait where a roster takes long to make.
             sleep(ROSTER_REST * u32::try_from(began.elapsed().as_micros()).unwrap_or(u32::MAX)).await;
@@ -424,9 +429,9 @@ impl Upstream {
         }
     }
 
-    /// Makes the roster of these members; the caller holds `changing`. Those that were removed and are busy no longer are
-    /// forgotten.
-    fn publish(&self, mut members: Vec<Arc<Endpoint>>) {
+    /// Makes the roster of these members; the caller holds `changing`. Those that are `leaving` are removed after that, so that
+    /// there is somebody to choose at any moment; those that are busy no longer are forgotten.
+    fn publish(&self, mut members: Vec<Arc<Endpoint>>, leaving: Vec<Arc<Endpoint>>) {
         members.retain(|endpoint| !endpoint.availability().is_removed() || endpoint.inflight() > 0);
         let before = self.roster.load();
         let roster = Roster::new(&self.load_balancing, &members, &before);
@@ -439,6 +444,13 @@ impl Upstream {
         self.metrics.panic.set(roster.panics().into());
         let roster = Arc::new(roster);
         self.roster.store(Arc::clone(&roster));
+        let now = Instant::now();
+        for endpoint in leaving {
+            endpoint.set_removed(true, now);
+            if endpoint.inflight() > 0 {
+                members.push(endpoint);
+            }
+        }
         if !self.admission.queue().is_empty() {
             // Those in line have turns for what room there is now; where nobody serves any more, all of them hear of it.
             let room = if roster.is_empty() { u32::MAX } else { self.admission.room(roster.members()) };

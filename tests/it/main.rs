@@ -18,6 +18,7 @@ mod discovery;
 mod eventloop;
 mod filters;
 mod finish;
+mod grpc;
 mod header;
 mod health;
 mod imports;
