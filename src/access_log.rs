@@ -8,6 +8,7 @@ mod line;
 mod writer;
 
 use std::cell::RefCell;
+use std::fmt;
 use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
@@ -17,7 +18,7 @@ use prometheus::IntCounter;
 use crate::config::server::{AccessLog as Settings, LogFormat};
 use crate::error::BuildError;
 use crate::metrics::AccessLogMetrics;
-use crate::phase::Clock;
+use crate::phase::{Clock, Phase};
 use crate::spans::TraceId;
 use writer::{Queue, Shared, Sink};
 
@@ -67,6 +68,8 @@ pub struct Record<'a> {
     pub endpoint: Option<&'a str>,
     /// How many endpoints were asked.
     pub attempts: u32,
+    /// The attempts that came to nothing, in their order; absent if there are none.
+    pub failed: &'a [Failed],
     /// Why Forebay ended the exchange, if it did.
     pub reason: Option<&'static str>,
     /// The id of the request.
@@ -77,6 +80,40 @@ pub struct Record<'a> {
     pub referer: Option<&'a [u8]>,
     /// Its `User-Agent`.
     pub user_agent: Option<&'a [u8]>,
+}
+
+/// An attempt that came to nothing.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Failed {
+    /// The endpoint, as written in the configuration.
+    pub endpoint: Arc<str>,
+    /// In which phase.
+    pub phase: Phase,
+    /// Why.
+    pub why: Why,
+    /// From the choice of the endpoint on.
+    pub took: Duration,
+}
+
+/// Why an attempt came to nothing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Why {
+    /// For this reason.
+    Refusal(&'static str),
+    /// Its answer had this status.
+    Status(u16),
+    /// Its answer had this gRPC status.
+    Grpc(u8),
+}
+
+impl fmt::Display for Why {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Why::Refusal(reason) => f.write_str(reason),
+            Why::Status(status) => write!(f, "status {status}"),
+            Why::Grpc(code) => write!(f, "grpc-status {code}"),
+        }
+    }
 }
 
 /// The access log. Dropping it closes it.
@@ -163,7 +200,6 @@ mod tests {
     use super::*;
     use crate::config::units::Count;
     use crate::metrics::Metrics;
-    use crate::phase::Phase;
 
     fn open(path: &Path) -> (AccessLog, Metrics) {
         let metrics = Metrics::new(0, Vec::new());

@@ -127,6 +127,7 @@ impl Desk {
             upstream: None,
             endpoint: None,
             attempts: 0,
+            failed: &[],
             reason: Some(refusal.reason),
             request_id: None,
             trace: None,

@@ -8,8 +8,12 @@ pub mod stop;
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::path::Path;
+use std::sync::atomic::AtomicU32;
 use std::sync::{Arc, Weak};
 
+use http::HeaderValue;
+use pingora::connectors::ConnectorOptions;
+use pingora::connectors::http::Connector;
 use pingora::server::configuration::{RuntimeMetricsPollTimeHistogramScale, ServerConf};
 use pingora::server::{RunArgs, Server};
 use pingora::services::listening::Service as ListeningService;
@@ -41,6 +45,7 @@ use crate::filter::{Catalog, FilterType};
 use crate::metrics::{Metrics, RouteMetrics, UNROUTED};
 use crate::proxy::Proxy;
 use crate::proxy::header::TrustedProxies;
+use crate::proxy::mirror::Mirror;
 use crate::proxy::retry::Rules;
 use crate::proxy::route::table::Table;
 use crate::proxy::route::{Destination, Route};
@@ -286,6 +291,9 @@ impl Gateway {
     }
 }
 
+/// How many idle connections to upstreams of mirrors are kept.
+const MIRROR_POOL: usize = 128;
+
 /// What is built of a configuration without touching the system's sockets and files.
 struct Parts {
     upstreams: BTreeMap<String, Arc<Upstream>>,
@@ -310,11 +318,14 @@ impl Parts {
             }
         }
         errors.extend(upstream::look_up(upstreams.values()));
+        let mirrors = config.routes.iter().any(|route| route.mirror.is_some());
+        let connector = mirrors.then(|| Arc::new(Connector::new(Some(ConnectorOptions::new(MIRROR_POOL)))));
         let (mut rules, mut listed) = (Vec::new(), Vec::new());
         for (index, written) in config.routes.iter().enumerate() {
             match catalog.chain(&written.filters) {
                 Ok(chain) => {
-                    let route = route(written, chain.timed(metrics), &upstreams, &config.resources, metrics);
+                    let mut route = route(written, chain.timed(metrics), &upstreams, &config.resources, metrics);
+                    route.mirror = mirror(written, &upstreams, connector.as_ref(), metrics);
                     let split = written.upstreams.iter().map(|side| side.name.clone());
                     listed.push((route.metrics.clone(), written.upstream.iter().cloned().chain(split).collect()));
                     rules.push((&written.matches, Arc::new(route)));
@@ -361,10 +372,32 @@ fn route(
         intake: intake(written, resources, &metrics),
         manner: manner(written, resources, &metrics),
         write_idle: written.client.write_idle.0,
+        mirror: None,
+        deadline: written.deadline.map(|time| time.0),
         retry: Rules::new(&written.retry),
         tag: RouteTag::new(&written.name),
         metrics,
     }
+}
+
+/// Who gets copies of the requests of a route.
+fn mirror(
+    written: &config::Route,
+    upstreams: &BTreeMap<String, Arc<Upstream>>,
+    connector: Option<&Arc<Connector>>,
+    metrics: &Metrics,
+) -> Option<Arc<Mirror>> {
+    let (name, mirror) = (&written.name, written.mirror.as_ref()?);
+    Some(Arc::new(Mirror {
+        upstream: upstreams.get(&mirror.upstream)?.clone(),
+        share: mirror.percent.ratio(),
+        most: u32::try_from(mirror.in_flight.0).unwrap_or(u32::MAX),
+        // Names have been checked: they are all letters that a header may have.
+        route: HeaderValue::from_str(name).unwrap_or(HeaderValue::from_static("unnamed")),
+        metrics: metrics.mirror(&mirror.upstream),
+        connector: connector?.clone(),
+        inflight: AtomicU32::new(0),
+    }))
 }
 
 /// How the request bodies of a route are taken.

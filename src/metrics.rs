@@ -7,6 +7,7 @@
 pub mod endpoints;
 pub mod family;
 mod limits;
+pub mod mirror;
 mod phases;
 mod refusals;
 pub mod retry;
@@ -27,6 +28,7 @@ use prometheus::{
 use crate::error::{Refusal, refusal};
 use crate::phase::Phase;
 use endpoints::{EndpointCollector, EndpointMetrics, Group, Groups};
+use mirror::MirrorMetrics;
 use phases::{PhaseCollector, Roll};
 use retry::RetryMetrics;
 use route::Series;
@@ -86,6 +88,7 @@ struct Families {
     retries: IntCounterVec,
     retries_refused: IntCounterVec,
     limits: limits::Families,
+    mirrored: IntCounterVec,
     spool_bytes: IntGaugeVec,
     spool_limit: IntGaugeVec,
     slow_clients: IntGaugeVec,
@@ -228,6 +231,11 @@ impl Metrics {
     /// Held for a look-up, when an endpoint comes or goes.
     fn endpoints(&self) -> MutexGuard<'_, endpoints::Known> {
         self.0.endpoints.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Those of the copies that the upstream of this name gets.
+    pub fn mirror(&self, upstream: &str) -> MirrorMetrics {
+        MirrorMetrics::of(upstream, &self.families().mirrored)
     }
 
     /// Those of all spools, of the budget and of the disk threads that they share.
@@ -418,6 +426,7 @@ impl Families {
             retries: family::RETRIES.counter(registry),
             retries_refused: family::RETRIES_REFUSED.counter(registry),
             limits: limits::Families::register(registry),
+            mirrored: family::MIRROR.counter(registry),
             spool_bytes: family::SPOOL_BYTES.gauge(registry),
             spool_limit: family::SPOOL_LIMIT_BYTES.gauge(registry),
             slow_clients: family::SLOW_CLIENTS.gauge(registry),

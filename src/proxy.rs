@@ -6,9 +6,11 @@
 pub mod blame;
 pub mod buffer;
 pub mod connect;
+pub mod deadline;
 pub mod exchange;
 pub mod finish;
 pub mod header;
+pub mod mirror;
 pub mod queue;
 pub mod receive;
 pub mod retry;
@@ -34,6 +36,7 @@ use crate::client::lane::Lanes;
 use crate::client::spool::Depot;
 use crate::error::{Refusal, refusal};
 use crate::filter::{Refused, Verdict};
+use crate::metrics::mirror::Fate;
 use crate::metrics::{Metrics, RouteMetrics};
 use crate::phase::Phase;
 use crate::recorder::Recorder;
@@ -108,10 +111,14 @@ impl ProxyHttp for Proxy {
         if session.is_upgrade_req() {
             // Once upgraded, a client may be silent for as long as its upstream is not.
             session.set_read_timeout(None);
+            route.mirror.iter().for_each(|mirror| mirror.leaves(Fate::Upgrade));
         } else {
             let (depot, lanes) = (&self.depot, &self.lanes);
             let client = &mut session.downstream_session;
             buffer::request(exchange, client, &route, upstream.timeouts, depot, lanes).await?;
+            if session.is_body_empty() || exchange.link.as_ref().is_some_and(|link| link.length().is_some()) {
+                deadline::begin(exchange, Instant::now());
+            }
         }
         Ok(false)
     }
@@ -156,6 +163,7 @@ impl ProxyHttp for Proxy {
         exchange: &mut Exchange,
     ) -> Result<()> {
         send::header(exchange, self.manners, request)?;
+        mirror::header(exchange, request);
         if session.is_body_empty() {
             // Over HTTP/2, Pingora has no further word on a request without a body.
             send::ended(exchange);

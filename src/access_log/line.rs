@@ -41,6 +41,17 @@ pub(super) fn json(line: &mut Vec<u8>, record: &Record<'_>) {
     json_option(line, "upstream", record.upstream.map(str::as_bytes));
     json_option(line, "endpoint", record.endpoint.map(str::as_bytes));
     number(line, ",\"attempts\":", record.attempts.into());
+    for (place, failed) in record.failed.iter().enumerate() {
+        line.extend_from_slice(if place == 0 { b",\"failed\":[{" } else { b",{" });
+        line.extend_from_slice(b"\"endpoint\":\"");
+        escape_json(line, failed.endpoint.as_bytes());
+        put(line, format_args!("\",\"phase\":\"{}\",\"reason\":\"{}\"", failed.phase.name(), failed.why));
+        millis(line, ",\"ms\":", micros(failed.took));
+        line.push(b'}');
+    }
+    if !record.failed.is_empty() {
+        line.push(b']');
+    }
     if record.buffered > 0 {
         number(line, ",\"buffered\":", record.buffered);
     }
@@ -103,6 +114,13 @@ pub(super) fn combined(line: &mut Vec<u8>, record: &Record<'_>) {
     combined_text(line, " upstream=", record.upstream.map(str::as_bytes));
     combined_text(line, " endpoint=", record.endpoint.map(str::as_bytes));
     number(line, " attempts=", record.attempts.into());
+    for (place, failed) in record.failed.iter().enumerate() {
+        line.extend_from_slice(if place == 0 { b" failed=\"" } else { b", " });
+        escape_combined(line, failed.endpoint.as_bytes());
+        put(line, format_args!(" {} {}", failed.phase.name(), failed.why));
+        millis(line, " ", micros(failed.took));
+    }
+    line.extend_from_slice(if record.failed.is_empty() { b" failed=-" } else { b"\"" });
     combined_text(line, " reason=", record.reason.map(str::as_bytes));
     combined_text(line, " request_id=", record.request_id);
     number(line, " buffered=", record.buffered);
@@ -293,6 +311,7 @@ pub(super) mod tests {
             upstream: Some("app"),
             endpoint: Some("127.0.0.1:3000"),
             attempts: 1,
+            failed: &[],
             reason: None,
             request_id: None,
             trace: None,
@@ -336,7 +355,7 @@ pub(super) mod tests {
             r#"192.0.2.7 - - [10/Oct/2000:13:55:36 +0000] "GET /cart?id=7 HTTP/1.1" 200 5120 "a \x22quote\x22" "curl/8.5.0""#,
             r#" total_ms=5.129 own_ms=0.041 phases="header=0.120 wait=5.000 finish=0.009""#,
             r#" listener="web" host="shop.example.com" received=310 route="shop" upstream="app" endpoint="127.0.0.1:3000""#,
-            r#" attempts=1 reason="wait.timeout" request_id="-""#,
+            r#" attempts=1 failed=- reason="wait.timeout" request_id="-""#,
             " buffered=0 spilled=0 held_ms=- saved_ms=0.000 trace_id=-\n",
         );
         assert_eq!(combined_of(&record), expected);
@@ -369,6 +388,23 @@ pub(super) mod tests {
         let id = "00000000000000000000000000004bf9";
         assert!(json_of(&record).contains(&format!(r#""trace_id":"{id}""#)));
         assert!(combined_of(&record).ends_with(&format!(" trace_id={id}\n")));
+    }
+
+    #[test]
+    fn attempts_that_came_to_nothing_are_listed() {
+        use super::super::{Failed, Why};
+        let clock = clock();
+        let failed = |phase, why| Failed { endpoint: "a\"b:80".into(), phase, why, took: Duration::from_micros(120) };
+        let failed = [failed(Phase::Connect, Why::Refusal("connect.refused")), failed(Phase::Wait, Why::Status(503))];
+        let record = Record { failed: &failed, ..record(&clock) };
+        let json: Value = serde_json::from_str(&json_of(&record)).unwrap();
+        let expected = serde_json::json!([
+            { "endpoint": "a\"b:80", "phase": "connect", "reason": "connect.refused", "ms": 0.12 },
+            { "endpoint": "a\"b:80", "phase": "wait", "reason": "status 503", "ms": 0.12 },
+        ]);
+        assert_eq!(json["failed"], expected);
+        let expected = r#" failed="a\x22b:80 connect connect.refused 0.120, a\x22b:80 wait status 503 0.120""#;
+        assert!(combined_of(&record).contains(expected), "{}", combined_of(&record));
     }
 
     #[test]

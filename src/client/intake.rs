@@ -14,7 +14,7 @@ use pingora::http::RequestHeader;
 use super::lane::{Bulk, Class, Lanes, Turn};
 use super::pace::Pace;
 use super::slow::Entry;
-use super::spool::{Depot, Limits, Room, Spool, SpoolError};
+use super::spool::{Depot, Held, Limits, Room, Spool, SpoolError};
 use super::waiting::{Timer, Waiting, Who};
 use super::wire::Wire;
 use crate::error::{Refusal, refusal};
@@ -159,6 +159,11 @@ impl Intake {
     /// The length of a body that is held whole.
     pub fn whole(&self) -> Option<u64> {
         self.whole.then_some(self.received)
+    }
+
+    /// A body that is here whole, for somebody who needs it besides; `None` if it is not all in memory.
+    pub fn share_memory(&mut self) -> Option<Held> {
+        self.spool.as_mut().filter(|_| self.whole)?.share_memory()
     }
 
     /// Bytes that came from the client.

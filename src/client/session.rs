@@ -27,9 +27,9 @@ use pingora::{Error, ErrorType, Result};
 
 use super::intake::{Intake, IntakeTerms, Unread};
 use super::lane::Lanes;
-use super::spool::Depot;
+use super::spool::{Depot, Held};
 use super::stream::{Bypass, ClientStream};
-use super::waiting::{Alarm, Who};
+use super::waiting::{Alarm, Timer, Who};
 use super::wire::{Manner, Past, Wire};
 use crate::error::{Refusal, refusal};
 use crate::eventloop::{Gate, adopt};
@@ -82,6 +82,10 @@ pub struct Link {
     alarm: Mutex<Alarm>,
     /// The session waits for its client, or for a turn, with an answer in hand: the upstream is not to be read.
     holding: AtomicBool,
+    /// When the attempt, and the exchange, have taken too long, as nanoseconds after `begin`; `NEVER`.
+    attempt_due: AtomicU64,
+    exchange_due: AtomicU64,
+    bell: Mutex<Timer>,
     fault: Mutex<Option<&'static Refusal>>,
     wire: Mutex<Wire>,
     received: AtomicU64,
@@ -95,6 +99,9 @@ pub struct Link {
     in_turn: AtomicBool,
     lanes: Arc<Lanes>,
 }
+
+/// What is not due at all.
+const NEVER: u64 = u64::MAX;
 
 const SENDING: u64 = 0;
 const WAITING: u64 = 1;
@@ -116,7 +123,16 @@ impl Link {
     /// A new attempt begins: the request is sent again, and what the one before was given up for is over.
     pub fn sending(&self) {
         *self.fault.lock().unwrap_or_else(PoisonError::into_inner) = None;
+        self.due(None, None);
         self.enter(SENDING);
+    }
+
+    /// When the present attempt is to have its answer, and when the exchange is to have all of it. Counts while a connection
+    /// stands.
+    pub fn due(&self, attempt: Option<Instant>, exchange: Option<Instant>) {
+        let nanos = |due: Instant| u64::try_from(due.saturating_duration_since(self.begin).as_nanos()).unwrap_or(NEVER);
+        self.attempt_due.store(attempt.map_or(NEVER, nanos), Ordering::Relaxed);
+        self.exchange_due.store(exchange.map_or(NEVER, nanos), Ordering::Relaxed);
     }
 
     /// The request is out: the response header is due.
@@ -254,16 +270,54 @@ impl Link {
         self.since.store(self.begin.elapsed().as_nanos() as u64, Ordering::Relaxed);
     }
 
-    /// Ready when the upstream has been silent for too long in its present stage.
+    /// Ready when the upstream has been silent for too long in its present stage, or when all of it took too long.
     fn poll_overdue(&self, cx: &mut Context<'_>) -> Poll<&'static Refusal> {
-        let (patience, refusal) = match self.stage.load(Ordering::Relaxed) {
-            WAITING => (self.patience.wait, &refusal::WAIT_TIMEOUT),
-            RECEIVING => (self.patience.receive, &refusal::RECEIVE_TIMEOUT),
-            // Nothing is due; whoever changes the stage polls the session anew.
-            _ => return Poll::Pending,
+        let patience = match self.stage.load(Ordering::Relaxed) {
+            WAITING => Some((self.patience.wait, &refusal::WAIT_TIMEOUT)),
+            RECEIVING => Some((self.patience.receive, &refusal::RECEIVE_TIMEOUT)),
+            _ => None,
         };
-        let due = self.begin + Duration::from_nanos(self.since.load(Ordering::Relaxed)) + patience;
-        self.alarm.lock().unwrap_or_else(PoisonError::into_inner).poll(cx, due).map(|()| refusal)
+        let since = Duration::from_nanos(self.since.load(Ordering::Relaxed));
+        let silence = patience.map(|(patience, refusal)| (since + patience, refusal));
+        let first = silence.into_iter().chain(self.limit()).min_by_key(|(due, _)| *due);
+        // If nothing is due, whoever changes the stage polls the session anew.
+        let Some((due, refusal)) = first else { return Poll::Pending };
+        self.alarm.lock().unwrap_or_else(PoisonError::into_inner).poll(cx, self.begin + due).map(|()| refusal)
+    }
+
+    /// When the attempt or the exchange will have taken too long, and what it is told then.
+    fn limit(&self) -> Option<(Duration, &'static Refusal)> {
+        let (attempt, exchange) = match self.stage.load(Ordering::Relaxed) {
+            SENDING => (Some(&refusal::SEND_TIMEOUT), Some(&refusal::SEND_DEADLINE)),
+            WAITING => (Some(&refusal::WAIT_TIMEOUT), Some(&refusal::WAIT_DEADLINE)),
+            RECEIVING => (None, Some(&refusal::RECEIVE_DEADLINE)),
+            _ => (None, None),
+        };
+        let due = |due: &AtomicU64, refusal: Option<&'static Refusal>| {
+            let nanos = due.load(Ordering::Relaxed);
+            refusal.filter(|_| nanos != NEVER).map(|refusal| (Duration::from_nanos(nanos), refusal))
+        };
+        let dues = [due(&self.attempt_due, attempt), due(&self.exchange_due, exchange)];
+        dues.into_iter().flatten().min_by_key(|(due, _)| *due)
+    }
+
+    /// Keeps the limits where nobody asks [`Link::poll_overdue`]: while the endpoint takes no more of the body, while the client's body
+    /// is waited for, and while the client holds the answer up.
+    fn poll_limit(&self, cx: &mut Context<'_>, wire: &mut Wire) {
+        let Some((due, refusal)) = self.limit() else { return };
+        let rung = self.bell.lock().unwrap_or_else(PoisonError::into_inner).poll(cx, self.begin + due).is_ready();
+        if rung && self.given_up().is_none() {
+            self.fail(refusal, ErrorType::ReadTimedout);
+            if self.stage.load(Ordering::Relaxed) == RECEIVING {
+                wire.fail(refusal);
+            }
+            wire.abort();
+        }
+    }
+
+    /// Why the present attempt is given up, if it is, by a clock or because the client has gone.
+    fn given_up(&self) -> Option<&'static Refusal> {
+        *self.fault.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn fail(&self, refusal: &'static Refusal, kind: ErrorType) -> Box<Error> {
@@ -276,6 +330,7 @@ impl Gate for Link {
     /// While the answer waits for its client, only the client's side is looked after: nothing is read from the upstream.
     fn poll_open(&self, cx: &mut Context<'_>) -> Poll<()> {
         let mut wire = self.wire();
+        self.poll_limit(cx, &mut wire);
         if self.holding.load(Ordering::Relaxed) {
             return wire.poll_more(cx);
         }
@@ -377,6 +432,9 @@ impl BufferedSession {
             since: AtomicU64::new(0),
             alarm: Mutex::default(),
             holding: AtomicBool::new(false),
+            attempt_due: AtomicU64::new(NEVER),
+            exchange_due: AtomicU64::new(NEVER),
+            bell: Mutex::default(),
             fault: Mutex::new(None),
             wire: Mutex::new(Wire::new(own, past, manner, who, depot, lanes.clone())),
             received: AtomicU64::new(0),
@@ -399,6 +457,11 @@ impl BufferedSession {
     /// The request has a body to be read.
     pub fn has_body(&self) -> bool {
         !self.intake.is_empty()
+    }
+
+    /// The body for somebody who needs it besides, if it is here whole and all of it in memory.
+    pub fn share_memory(&mut self) -> Option<Held> {
+        self.intake.share_memory()
     }
 
     /// The request.
@@ -475,6 +538,9 @@ impl BufferedSession {
     }
 
     fn poll_body(&mut self, cx: &mut Context<'_>) -> Poll<Result<Option<Bytes>>> {
+        if let Some(refusal) = self.link.given_up() {
+            return Poll::Ready(Err(Error::explain(ErrorType::ReadTimedout, refusal.reason)));
+        }
         let mut wire = self.link.wire();
         let piece = self.intake.poll_piece(cx, &mut wire);
         self.intake.name_client(&self.request);

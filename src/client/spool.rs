@@ -134,6 +134,13 @@ pub struct Spool {
     spilled: u64,
 }
 
+/// Bytes of a spool that somebody has besides it; counted until this is dropped.
+pub struct Held {
+    /// In order.
+    pub pieces: Vec<Bytes>,
+    _share: Share,
+}
+
 /// A write that is queued or under way, of what stands up to the beginning of the tail.
 struct Write {
     bytes: u64,
@@ -321,6 +328,26 @@ impl Spool {
         };
         self.next += popped.len() as u64;
         Poll::Ready(Ok(Some(popped)))
+    }
+
+    /// All that it holds, to be kept beyond it and without a copy, if all of that is in memory. It counts on its own then,
+    /// though it is the same memory for as long as both are there.
+    pub fn share_memory(&mut self) -> Option<Held> {
+        if !self.stored.is_empty() || self.write.is_some() || self.depot.budget.spills() {
+            return None;
+        }
+        let mut share = Share::new(&self.depot.budget, self.direction);
+        share.grow_memory(self.head.len() + self.tail.len());
+        let mut pieces = Vec::new();
+        for run in [&mut self.head, &mut self.tail] {
+            let mut at = run.start();
+            while run.contains(at) {
+                let piece = run.copy(at, usize::MAX);
+                at += piece.len() as u64;
+                pieces.push(piece);
+            }
+        }
+        Some(Held { pieces, _share: share })
     }
 
     /// Begins again with the first byte.

@@ -863,7 +863,8 @@ impl Wire {
         Some(waited)
     }
 
-    fn fail(&mut self, fault: &'static Refusal) {
+    /// The answer will never be whole, for this reason.
+    pub fn fail(&mut self, fault: &'static Refusal) {
         self.fault.get_or_insert(fault);
         self.broken = true;
         self.forget();

@@ -711,6 +711,32 @@ impl<'a> Check<'a> {
             self.buffering(route, &format!("{path}.buffering"));
             self.client(&route.client, &format!("{path}.client"));
             self.retry(&route.retry, &format!("{path}.retry"));
+            self.deadline(route, &path);
+            self.mirror(route, &format!("{path}.mirror"));
+        }
+    }
+
+    fn mirror(&mut self, route: &Route, path: &str) {
+        let Some(mirror) = &route.mirror else { return };
+        self.upstream_exists(&mirror.upstream, format!("{path}.upstream"));
+        self.count(&format!("{path}.in_flight"), mirror.in_flight, 1, u32::MAX.into());
+        if route.upstream.as_ref() == Some(&mirror.upstream) {
+            let finding =
+                Finding::warning(value(format!("{path}.upstream")), "requests and their copies go to one upstream");
+            self.wrong(finding.label("it gets each of them twice"));
+        }
+    }
+
+    fn deadline(&mut self, route: &Route, path: &str) {
+        let (whole, per_try) = (format!("{path}.deadline"), format!("{path}.retry.per_try_timeout"));
+        route.deadline.iter().for_each(|&time| self.time(&whole, time));
+        route.retry.per_try_timeout.iter().for_each(|&time| self.time(&per_try, time));
+        if let (Some(deadline), Some(timeout)) = (route.deadline, route.retry.per_try_timeout)
+            && timeout >= deadline
+            && !deadline.0.is_zero()
+        {
+            let finding = Finding::warning(value(per_try), "an attempt never takes as long as that");
+            self.wrong(finding.label("not shorter than `deadline`").also(value(whole), "over before"));
         }
     }
 
@@ -846,7 +872,7 @@ impl<'a> Check<'a> {
             let title = format!("the filter `{filter}` answers every request of this route");
             self.wrong(Finding::warning(Spot::Key(format!("{path}.{key}")), title).label("never asked"));
         }
-        for key in ["buffering", "retry"].map(|key| format!("{path}.{key}")) {
+        for key in ["buffering", "retry", "deadline", "mirror"].map(|key| format!("{path}.{key}")) {
             if let Some(filter) = answering.filter(|_| self.is_written(&key)) {
                 let title = format!("the filter `{filter}` answers every request of this route");
                 self.wrong(Finding::warning(Spot::Key(key), title).label("never used: this is about upstreams"));
@@ -1109,7 +1135,9 @@ impl<'r> Claim<'r> {
 
 /// The upstreams that a route asks.
 fn asked(route: &Route) -> impl Iterator<Item = &str> {
-    route.upstream.as_deref().into_iter().chain(route.upstreams.iter().map(|side| side.name.as_str()))
+    let copies = route.mirror.as_ref().map(|mirror| mirror.upstream.as_str());
+    let sides = route.upstreams.iter().map(|side| side.name.as_str());
+    route.upstream.as_deref().into_iter().chain(sides).chain(copies)
 }
 
 fn is_open(address: &Address) -> bool {

@@ -1,5 +1,6 @@
 //! `routes:`: which request goes where, and through which filters.
 
+pub mod mirror;
 pub mod retry;
 
 use std::collections::BTreeMap;
@@ -14,6 +15,7 @@ use serde::{Deserialize, Serialize};
 use super::filter::FilterEntry;
 use super::units::{ByteRate, Size, Time};
 
+pub use mirror::Mirror;
 pub use retry::Retry;
 
 /// Requests of one kind and what becomes of them.
@@ -40,9 +42,16 @@ pub struct Route {
     /// How long the client may take, and how fast it is served.
     #[serde(default)]
     pub client: Client,
+    /// From the last byte of the request to the last byte that comes from the upstream, all attempts included; longer is answered
+    /// 504, or cut. As long as it takes, if absent. Upgrades have none.
+    #[serde(default)]
+    pub deadline: Option<Time>,
     /// When a request that failed is sent again.
     #[serde(default)]
     pub retry: Retry,
+    /// Whether another upstream gets copies.
+    #[serde(default)]
+    pub mirror: Option<Mirror>,
 }
 
 /// One side of a split.

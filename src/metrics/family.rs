@@ -169,6 +169,8 @@ families! {
         "Exchanges that an upstream turned away, by the reason of their refusal.";
     UPSTREAM_BREAKER_OPEN: "forebay_upstream_breaker_open", Gauge, ["upstream"],
         "What the circuit breaker does: 0 all are let through, 1 a few are, to see how they fare, 2 none is.";
+    MIRROR: "forebay_mirror_total", Counter, ["upstream", "outcome"],
+        "Requests of which the upstream was to get a copy, by what became of it, or why there was none.";
     SPOOL_BYTES: "forebay_spool_bytes", Gauge, ["direction", "store"],
         "Bytes of bodies that are held for a slow side now, by where; on disk, what their files have grown to.";
     SPOOL_LIMIT_BYTES: "forebay_spool_limit_bytes", Gauge, ["store"],

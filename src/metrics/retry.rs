@@ -25,6 +25,8 @@ macro_rules! labels {
     };
 }
 
+pub(super) use labels;
+
 labels! {
     /// What an attempt is repeated for.
     Cause {
@@ -60,6 +62,8 @@ labels! {
         Endpoints: "no_endpoint",
         /// The endpoint asked for a longer pause than the route allows.
         RetryAfter: "retry_after",
+        /// It would begin after the deadline of the exchange.
+        Deadline: "deadline",
         /// So many of the upstream's requests are repetitions already.
         Budget: "budget",
     }

@@ -33,7 +33,15 @@ pub fn is_upstreams(refusal: &Refusal) -> bool {
 
 /// Whether the endpoint took too long, by a clock of ours.
 pub fn is_timeout(refusal: &Refusal) -> bool {
-    [&refusal::WAIT_TIMEOUT, &refusal::RECEIVE_TIMEOUT].contains(&refusal)
+    let late = [
+        &refusal::SEND_TIMEOUT,
+        &refusal::WAIT_TIMEOUT,
+        &refusal::RECEIVE_TIMEOUT,
+        &refusal::SEND_DEADLINE,
+        &refusal::WAIT_DEADLINE,
+        &refusal::RECEIVE_DEADLINE,
+    ];
+    late.contains(&refusal)
 }
 
 fn of_upstream(exchange: &Exchange, kind: &ErrorType) -> &'static Refusal {

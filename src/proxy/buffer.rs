@@ -3,14 +3,16 @@
 //! After `route`; before `select`. The clock enters the phase only when the client has to be waited for.
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use http::header;
 use pingora::http::RequestHeader;
 use pingora::protocols::http::ServerSession;
 use pingora::{Error, ErrorType, Result};
 
+use super::deadline;
 use super::exchange::Exchange;
+use super::mirror::{Body, Copy, Mirror};
 use super::receive::BodyFilters;
 use super::route::Route;
 use crate::client::intake::{IntakeTerms, Unread};
@@ -22,6 +24,7 @@ use crate::client::waiting::Who;
 use crate::client::wire::Leave;
 use crate::error::{Refusal, refusal};
 use crate::filter::Refused;
+use crate::metrics::mirror::Fate;
 use crate::phase::Phase;
 use crate::upstream::Timeouts;
 /// As good as no limit, and safe to add to a clock.
@@ -59,6 +62,7 @@ pub async fn request(
         intake.pace = Pace::unlimited();
         intake.total = A_YEAR;
         intake.idle = A_YEAR;
+        deadline::begin_grpc(exchange, &client.req_header().headers, Instant::now());
     }
     let plan = plan(route.holds_bodies && !grpc, &intake);
     if let Plan::Refuse(refusal) = plan {
@@ -83,8 +87,25 @@ pub async fn request(
             return Err(refused(exchange, reason(exchange, unread)));
         }
     }
+    if let Some(mirror) = route.mirror.as_ref().filter(|mirror| mirror.draws()) {
+        exchange.copy = copy(mirror, &mut session, grpc, plan);
+    }
     session.stand_in(client);
     Ok(())
+}
+
+/// What becomes of the request for a mirror.
+fn copy(mirror: &Arc<Mirror>, session: &mut BufferedSession, grpc: bool, plan: Plan) -> Option<Box<Copy>> {
+    if grpc {
+        mirror.leaves(Fate::Grpc);
+        return None;
+    }
+    let body = match plan {
+        _ if !session.has_body() => Body::Empty,
+        Plan::Hold => session.share_memory().map_or(Body::Large, Body::Whole),
+        _ => Body::Streamed,
+    };
+    mirror.copy(body)
 }
 
 async fn hold(exchange: &mut Exchange, session: &mut BufferedSession) -> Result<(), Unread> {

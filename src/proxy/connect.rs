@@ -11,8 +11,10 @@ use pingora::upstreams::peer::HttpPeer;
 use pingora::{Error, ErrorType, Result};
 use socket2::SockRef;
 
+use super::deadline;
 use super::exchange::Exchange;
 use super::retry::{self, Failure};
+use crate::access_log::Why;
 use crate::error::{Refusal, refusal};
 use crate::phase::Phase;
 use crate::upstream::Outcome;
@@ -42,6 +44,7 @@ pub fn made(
     }
     let now = exchange.enter(Phase::Send);
     exchange.connected(reused, now);
+    deadline::keep(exchange);
     if let (Some(attempt), Some(upstream)) = (&mut exchange.attempt, &exchange.upstream) {
         let outdated = upstream.transport.age(digest).filter(|&age| upstream.transport.is_outdated(age, socket));
         if http1 {
@@ -65,8 +68,12 @@ fn leads_to(socket: RawFd, peer: &HttpPeer) -> bool {
 
 /// No connection could be made. No byte of the request has left, so any method may be tried elsewhere.
 pub fn failed(exchange: &mut Exchange, client: &ServerSession, mut error: Box<Error>) -> Box<Error> {
-    let failure = reason(&error);
-    let (now, label) = (Instant::now(), exchange.endpoint().map(|endpoint| &*endpoint.label));
+    let now = Instant::now();
+    let failure = match deadline::is_over(exchange, now) {
+        true => deadline::refusal(Phase::Connect),
+        false => reason(&error),
+    };
+    let label = exchange.endpoint().map(|endpoint| &*endpoint.label);
     match &exchange.upstream {
         Some(upstream) if failure == &refusal::CONNECT_TLS && upstream.transport.may_complain(now) => {
             tracing::warn!(upstream = %upstream.name, endpoint = label, %error, "no secure connection");
@@ -74,6 +81,7 @@ pub fn failed(exchange: &mut Exchange, client: &ServerSession, mut error: Box<Er
         _ => tracing::debug!(endpoint = label, %error, "no connection"),
     }
     exchange.failure = Some(failure);
+    exchange.note_failure(Why::Refusal(failure.reason), now);
     exchange.release(|_| Outcome::Connect(failure), now);
     if let Some(upstream) = &exchange.upstream {
         upstream.metrics.connects_failed.inc();

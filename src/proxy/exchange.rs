@@ -9,7 +9,10 @@ use std::time::{Duration, Instant};
 use http::{StatusCode, Uri};
 use pingora::http::{RequestHeader, ResponseHeader};
 
+use super::deadline::Dues;
+use super::mirror::Copy;
 use super::route::Route;
+use crate::access_log::{Failed, Why};
 use crate::client::connection::{Begin, Connection, introduction};
 use crate::client::session::Link;
 use crate::error::Refusal;
@@ -66,8 +69,16 @@ pub struct Exchange {
     pub pause: Duration,
     /// The next attempt has a connection of its own, and none that was kept.
     pub fresh: bool,
+    /// What another upstream is to get of it.
+    pub copy: Option<Box<Copy>>,
+    /// When it, and its present attempt, are to be over.
+    pub dues: Dues,
+    /// All of the request has come.
+    pub is_whole: bool,
     /// Leave to send the request again, until its answer is here.
     pub permit: Option<Permit>,
+    /// The attempts that came to nothing, for the log. Nothing is allocated where there are none.
+    pub failed: Vec<Failed>,
     /// The present attempt, for as long as its endpoint is busy with it.
     pub attempt: Option<Attempt>,
     /// For how long endpoints were busy with it. `None` if none was connected.
@@ -189,7 +200,13 @@ impl Attempt {
         self.answered.map_or(Outcome::Cancelled, |(_, status)| Outcome::Answered(status))
     }
 
-    fn end(&mut self, outcome: Outcome, now: Instant) {
+    /// Whether its connection stands.
+    pub fn is_connected(&self) -> bool {
+        self.connected.is_some()
+    }
+
+    /// It is over, and this came of it.
+    pub fn end(&mut self, outcome: Outcome, now: Instant) {
         if std::mem::replace(&mut self.ended, true) {
             return;
         }
@@ -243,6 +260,10 @@ impl Exchange {
             pause: Duration::ZERO,
             fresh: false,
             permit: None,
+            copy: None,
+            dues: Dues::default(),
+            is_whole: false,
+            failed: Vec::new(),
             attempt: None,
             held: None,
             saved: Duration::ZERO,
@@ -332,6 +353,14 @@ impl Exchange {
         let tick = Tick { at: now, cycle: eventloop::cycle() };
         let passed = self.link.as_ref().map(|link| link.passed()).unwrap_or_default();
         Note { tick, passed, own: own_time(now) }
+    }
+
+    /// The present attempt came to nothing, in the present phase: this is for the log.
+    pub fn note_failure(&mut self, why: Why, now: Instant) {
+        if let Some(attempt) = &self.attempt {
+            let endpoint = Arc::clone(&attempt.endpoint.label);
+            self.failed.push(Failed { endpoint, phase: self.clock.phase(), why, took: now - attempt.chosen });
+        }
     }
 
     /// The present attempt is over, if there is one: its endpoint is busy with it no longer.

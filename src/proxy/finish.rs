@@ -114,6 +114,7 @@ pub fn settle(exchange: &mut Exchange, session: &mut ServerSession, unrouted: &R
         upstream: exchange.upstream.as_ref().map(|upstream| &*upstream.name),
         endpoint: exchange.endpoint().map(|endpoint| &*endpoint.label),
         attempts: exchange.attempts,
+        failed: &exchange.failed,
         reason: exchange.refusal.map(|refusal| refusal.reason),
         request_id: field(REQUEST_ID),
         trace: trace(exchange, request),

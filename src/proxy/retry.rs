@@ -10,7 +10,9 @@ use pingora::http::ResponseHeader;
 use pingora::protocols::http::ServerSession;
 use pingora::{Error, ErrorType};
 
+use super::deadline;
 use super::exchange::{Attempt, Exchange};
+use crate::access_log::Why;
 use crate::config::route::retry::{On, Retry};
 use crate::metrics::retry::{Cause, Objection};
 use crate::phase::Phase;
@@ -20,6 +22,7 @@ use crate::upstream::retries::Allowance;
 #[derive(Clone, Debug)]
 pub struct Rules {
     attempts: u32,
+    per_try_timeout: Option<Duration>,
     connect_error: bool,
     reset: bool,
     timeout: bool,
@@ -75,6 +78,8 @@ pub struct Situation {
     pub elsewhere: bool,
     /// The pause that the endpoint asks for.
     pub retry_after: Option<Duration>,
+    /// What is left of the time of the exchange.
+    pub left: Option<Duration>,
 }
 
 /// What the rules come to.
@@ -99,6 +104,15 @@ impl Failure {
             Failure::Timeout => Cause::Timeout,
             Failure::Status(_) => Cause::Status,
             Failure::Grpc(_) => Cause::Grpc,
+        }
+    }
+
+    /// What the log says of an answer that is not taken.
+    fn why(self) -> Why {
+        match self {
+            Failure::Status(status) => Why::Status(status.as_u16()),
+            Failure::Grpc(code) => Why::Grpc(code),
+            other => Why::Refusal(other.cause().name()),
         }
     }
 
@@ -127,6 +141,7 @@ impl Rules {
         let small = |count: u64| u32::try_from(count).unwrap_or(u32::MAX);
         Rules {
             attempts: small(written.attempts.0),
+            per_try_timeout: written.per_try_timeout.map(|time| time.0),
             connect_error: written.on.contains(&On::ConnectError),
             reset: written.on.contains(&On::Reset),
             timeout: written.on.contains(&On::Timeout),
@@ -151,8 +166,22 @@ impl Rules {
         (code < 32 && self.grpc & (1 << code) != 0).then_some(Failure::Grpc(code))
     }
 
+    /// How long an attempt may take until its answer is here.
+    pub fn per_try_timeout(&self) -> Option<Duration> {
+        self.per_try_timeout
+    }
+
     /// Whether there is to be another attempt. `dice` is from 0 to 1.
     pub fn judge(&self, situation: &Situation, dice: f64) -> Verdict {
+        match self.without_deadline(situation, dice) {
+            Verdict::Again(pause) if situation.left.is_some_and(|left| left <= pause) => {
+                Verdict::Refused(Objection::Deadline)
+            }
+            verdict => verdict,
+        }
+    }
+
+    fn without_deadline(&self, situation: &Situation, dice: f64) -> Verdict {
         let failure = situation.failure;
         if !self.wants(failure) {
             return Verdict::Unwanted;
@@ -225,6 +254,7 @@ pub fn again(exchange: &mut Exchange, client: &ServerSession, failure: Failure, 
         begun: begun(exchange, client),
         elsewhere,
         retry_after: after,
+        left: deadline::left(exchange, Instant::now()),
     };
     let mut verdict = rules.judge(&situation, rand::random());
     if matches!(verdict, Verdict::Again(_)) && failure.is_load() {
@@ -270,6 +300,7 @@ pub fn answered(exchange: &mut Exchange, client: &ServerSession, response: &Resp
             attempt.answered(response.status, now);
         }
         if again(exchange, client, failure, retry_after(&response.headers)) {
+            exchange.note_failure(failure.why(), now);
             exchange.release(Attempt::outcome, now);
             exchange.failure = None;
             exchange.again = true;
@@ -308,6 +339,7 @@ mod tests {
         begun: false,
         elsewhere: true,
         retry_after: None,
+        left: None,
     };
 
     fn rules(written: Retry) -> Rules {
@@ -399,6 +431,16 @@ mod tests {
         assert_eq!(asks(1, false), Verdict::Again(Duration::from_secs(1)));
         assert_eq!(asks(3, false), Verdict::Refused(Objection::RetryAfter));
         assert_eq!(asks(3, true), Verdict::Again(Duration::ZERO), "it says nothing of another one");
+    }
+
+    #[test]
+    fn there_is_no_attempt_that_the_deadline_would_not_let_begin() {
+        let rules = rules(Retry::default());
+        let left = |left| rules.judge(&Situation { left: Some(Duration::from_millis(left)), ..FINE }, 1.0);
+        assert_eq!(left(26), Verdict::Again(Duration::from_millis(25)));
+        assert_eq!(left(25), Verdict::Refused(Objection::Deadline));
+        let stale = Situation { failure: Failure::Stale, left: Some(Duration::ZERO), ..FINE };
+        assert_eq!(rules.judge(&stale, 1.0), Verdict::Refused(Objection::Deadline));
     }
 
     #[test]

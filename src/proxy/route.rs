@@ -11,6 +11,7 @@ use http::header;
 use pingora::http::RequestHeader;
 
 use super::exchange::{Exchange, FilterStates};
+use super::mirror::Mirror;
 use super::retry::Rules;
 use crate::client::intake::IntakeTerms;
 use crate::client::session::Patience;
@@ -36,6 +37,10 @@ pub struct Route {
     pub intake: IntakeTerms,
     /// How its answers leave.
     pub manner: Manner,
+    /// Who gets copies of its requests.
+    pub mirror: Option<Arc<Mirror>>,
+    /// How long an exchange may take as a whole.
+    pub deadline: Option<std::time::Duration>,
     /// When a request that failed is sent again.
     pub retry: Rules,
     /// How long its clients may take between two pieces of a response.

@@ -8,6 +8,7 @@ use http::{HeaderValue, header};
 use pingora::protocols::http::ServerSession;
 use pingora::upstreams::peer::HttpPeer;
 
+use super::deadline;
 use super::exchange::Exchange;
 use super::queue;
 use crate::error::{Refusal, refusal};
@@ -15,17 +16,20 @@ use crate::filter::Refused;
 use crate::phase::Phase;
 use crate::upstream::{Choice, Upstream};
 
-/// Chooses the endpoint of the next attempt: one that was not tried yet. Waits for one that has room, if need be. What it
-/// gives is all that Pingora needs to connect.
+/// Chooses the endpoint of the next attempt: one that was not tried yet. Waits for one that has room, if need be, and while the
+/// exchange has time. What it gives is all that Pingora needs to connect.
 pub async fn next(exchange: &mut Exchange, client: &mut ServerSession) -> Result<Box<HttpPeer>, Refused> {
+    let Some(due) = exchange.dues.exchange else { return choose(exchange, client).await };
+    let chosen = tokio::time::timeout_at(due.into(), choose(exchange, client)).await;
+    chosen.unwrap_or_else(|_| Err(deadline::refusal(exchange.clock.phase()).into()))
+}
+
+async fn choose(exchange: &mut Exchange, client: &mut ServerSession) -> Result<Box<HttpPeer>, Refused> {
     let mut now = exchange.enter(Phase::Select);
     let pause = std::mem::take(&mut exchange.pause);
     if !pause.is_zero() {
         tokio::time::sleep(pause).await;
         now = Instant::now();
-    }
-    if let Some(permit) = &mut exchange.permit {
-        permit.begun();
     }
     let Some(upstream) = exchange.upstream.clone() else { return Err(Refused::from(&refusal::SELECT_NO_ENDPOINT)) };
     let choice = match upstream.select_for(exchange.stuck.as_ref(), exchange.hash, &exchange.tried, now) {
@@ -38,6 +42,9 @@ pub async fn next(exchange: &mut Exchange, client: &mut ServerSession) -> Result
         Ok(Choice::Full | Choice::Nobody) => return Err(nobody(exchange, &upstream)),
         Err(refusal) => return Err(reject(&upstream, refusal).into()),
     };
+    if let Some(permit) = &mut exchange.permit {
+        permit.begun();
+    }
     exchange.attempts += 1;
     if let Some(link) = &exchange.link {
         link.sending();
@@ -47,6 +54,7 @@ pub async fn next(exchange: &mut Exchange, client: &mut ServerSession) -> Result
     let now = exchange.enter(Phase::Connect);
     exchange.engage(upstream, engaged, now);
     let mut peer = endpoint.peer_for(|| exchange.parties());
+    deadline::begin_attempt(exchange, &mut peer, now);
     if std::mem::take(&mut exchange.fresh) {
         separate(&mut peer);
     }

@@ -14,9 +14,12 @@ use pingora::protocols::http::ServerSession;
 use pingora::{Error, ErrorSource, ErrorType, Result, RetryType};
 
 use super::blame;
+use super::deadline;
 use super::exchange::Exchange;
 use super::header::{X_FORWARDED_FOR, X_FORWARDED_PROTO};
+use super::mirror;
 use super::retry::{self, Failure};
+use crate::access_log::Why;
 use crate::config::server::Forwarded;
 use crate::filter::{Stages, Verdict, View};
 use crate::phase::Phase;
@@ -112,7 +115,10 @@ pub fn ended(exchange: &mut Exchange) {
     }
     if let Some(link) = &exchange.link {
         link.waiting();
+        // What was streamed is whole now.
+        deadline::begin(exchange, Instant::now());
     }
+    mirror::send(exchange);
 }
 
 /// An attempt failed after its connection stood, or its answer is not taken. Whether there is another one, the rules of the
@@ -127,7 +133,11 @@ pub fn failed(exchange: &mut Exchange, client: &ServerSession, mut error: Box<Er
     exchange.failure = Some(refusal);
     let says_nothing = failure.is_none_or(Failure::is_of_connection) || !blame::is_upstreams(refusal);
     let outcome = if says_nothing { Outcome::Cancelled } else { Outcome::Failed(refusal) };
-    exchange.release(|_| outcome, Instant::now());
+    let now = Instant::now();
+    if failure.is_some() {
+        exchange.note_failure(Why::Refusal(refusal.reason), now);
+    }
+    exchange.release(|_| outcome, now);
     error.set_retry(failure.is_some_and(|failure| retry::again(exchange, client, failure, None)));
     error
 }

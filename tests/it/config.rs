@@ -100,6 +100,7 @@ wrong! {
     unknown_keys_further_in
     a_key_that_a_later_version_may_know
     missing_keys
+    mirrors_that_are_none
     neither_listeners_nor_routes
     a_map_where_a_list_is_expected
     values_of_the_wrong_type

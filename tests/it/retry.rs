@@ -289,6 +289,32 @@ fn a_client_that_goes_away_during_a_pause_is_not_served_any_more() {
 }
 
 #[test]
+fn each_attempt_that_came_to_nothing_is_in_the_log() {
+    let (closed, busy) = (Closed::refusing(), Origin::answering(|_| response("503 Busy", "", "")));
+    let setup = Setup::before_all(&[closed.address(), busy.address()]).route("retry: { on: [connect_error, 503] }");
+    let gateway = setup.start();
+    // Whichever is chosen first: once both have had their turn, it was once the one and once the other.
+    let logged = crate::harness::eventually("a request to both", || {
+        gateway.client().get("/");
+        gateway.log_lines(1).into_iter().find(|line| line.number("attempts") == 2.0 && line.status() == 502)
+    });
+    let failed: Vec<_> =
+        logged.list("failed").iter().map(|one| (one["phase"].as_str(), one["reason"].as_str())).collect();
+    let expected = [(Some("wait"), Some("status 503")), (Some("connect"), Some("connect.refused"))];
+    assert_eq!(failed, expected);
+    assert_eq!(logged.list("failed")[0]["endpoint"], busy.address().to_string());
+    assert!(logged.list("failed").iter().all(|one| one["ms"].as_f64().is_some_and(|ms| ms < 10_000.0)));
+}
+
+#[test]
+fn an_exchange_without_trouble_has_no_list_of_failures() {
+    let origin = Origin::named("well");
+    let gateway = Setup::before(&origin).start();
+    gateway.client().get("/");
+    assert!(!gateway.log_line().has("failed"));
+}
+
+#[test]
 fn a_sick_upstream_is_not_finished_off_by_retries() {
     let origins = [(); 3].map(|()| Origin::answering(|_| response("503 Busy", "", "")));
     let setup = Setup::before_all(&origins.each_ref().map(Origin::address));

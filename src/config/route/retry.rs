@@ -23,6 +23,10 @@ pub struct Retry {
     /// no HTTP), `timeout` (of sending or waiting), a status such as `503`, or `grpc_unavailable` and the like (a gRPC answer
     /// without a message). Without a further attempt the client gets what there is.
     pub on: Vec<On>,
+    /// From the choice of an endpoint to the header of its answer; longer is a `timeout`. As long as the timeouts of the upstream
+    /// allow, if absent.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub per_try_timeout: Option<Time>,
     /// How long the next attempt waits.
     pub backoff: Backoff,
     /// Of the requests that an upstream has under way, the share that may be repetitions of what it was sent already.
@@ -41,6 +45,7 @@ impl Default for Retry {
         Retry {
             attempts: Count(3),
             on: vec![On::ConnectError, On::Reset],
+            per_try_timeout: None,
             backoff: Backoff::default(),
             budget: Percent(50.0),
             budget_least: Count(3),

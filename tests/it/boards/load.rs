@@ -44,7 +44,9 @@ fn troubled() -> (Gateway, impl Drop) {
         .upstream("limits: { requests: 1 }")
         .observability(&tracing)
         .filters("{ request_id: {} }")
-        .also_upstream("checked", &checked(&origin, &closed));
+        .also_upstream("checked", &checked(&origin, &closed))
+        .also_at("copies", origin.address())
+        .route("mirror: { upstream: copies, percent: 20% }");
     (setup.start(), Both(origin, Both(closed, collector)))
 }
 

@@ -592,6 +592,11 @@ impl LogLine {
         self.value[field].as_f64().unwrap_or_else(|| panic!("no number `{field}` in {}", self.text))
     }
 
+    /// A field of several values; none if it is not there.
+    pub fn list(&self, field: &str) -> &[Value] {
+        self.value[field].as_array().map_or(&[], Vec::as_slice)
+    }
+
     /// Whether it has a field.
     pub fn has(&self, field: &str) -> bool {
         self.value.get(field).is_some()

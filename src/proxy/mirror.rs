@@ -1,0 +1,286 @@
+//! Mirrors: a copy of a request goes to another upstream, and its answer to nobody.
+//!
+//! What is copied is decided in `buffer`, once the body is whole; the copy leaves when the original has been sent, in a task of
+//! its own, so that it never slows the original or fails it. The body is shared with the spool of the original, and counted by
+//! the budget for as long as the copy needs it. There are only so many copies at a time; what cannot be copied is counted.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::Instant;
+
+use bytes::Bytes;
+use http::{HeaderName, HeaderValue, StatusCode, Version, header};
+use pingora::connectors::http::Connector;
+use pingora::http::RequestHeader;
+use pingora::protocols::http::client::HttpSession;
+use pingora::upstreams::peer::{HttpPeer, Peer};
+use pingora::{Error, ErrorType, Result};
+use tokio::time::timeout;
+
+use super::exchange::{Attempt, Exchange};
+use crate::client::spool::Held;
+use crate::error::refusal;
+use crate::metrics::mirror::{Fate, MirrorMetrics};
+use crate::upstream::transport::greeting::Parties;
+use crate::upstream::{Choice, Outcome, Timeouts, Upstream};
+
+/// Says that a request is a copy, and of which route.
+const MARK: HeaderName = HeaderName::from_static("x-forebay-mirror");
+
+/// Of an answer that nobody reads, no more than this is read so that its connection can be kept.
+const DISCARDED_BYTES: usize = 1 << 20;
+
+/// Where the copies of a route go.
+pub struct Mirror {
+    /// The upstream that gets them.
+    pub upstream: Arc<Upstream>,
+    /// Of all requests, from 0 to 1.
+    pub share: f64,
+    /// So many at a time.
+    pub most: u32,
+    /// The name of the route.
+    pub route: HeaderValue,
+    /// What becomes of them.
+    pub metrics: MirrorMetrics,
+    /// Connects to upstreams of mirrors.
+    pub connector: Arc<Connector>,
+    /// Those that are under way.
+    pub inflight: AtomicU32,
+}
+
+/// A request that is to be copied.
+pub struct Copy {
+    mirror: Arc<Mirror>,
+    body: Option<Held>,
+    request: Option<Box<RequestHeader>>,
+}
+
+/// What there is of a request's body when it is to be copied.
+pub enum Body {
+    /// There is none.
+    Empty,
+    /// It is here whole, in memory.
+    Whole(Held),
+    /// A part of it is on disk, or there is no memory to keep it for longer.
+    Large,
+    /// It is passed on as it comes.
+    Streamed,
+}
+
+impl Mirror {
+    /// Whether the next request is to be copied.
+    pub fn draws(&self) -> bool {
+        self.share >= 1.0 || rand::random::<f64>() < self.share
+    }
+
+    /// Notes that a request was not copied.
+    pub fn leaves(&self, fate: Fate) {
+        self.metrics.count(fate);
+    }
+
+    /// A copy of a request with this body, if there can be one.
+    pub fn copy(self: &Arc<Self>, body: Body) -> Option<Box<Copy>> {
+        let body = match body {
+            Body::Empty => None,
+            Body::Whole(held) => Some(held),
+            Body::Large => {
+                self.leaves(Fate::TooLarge);
+                return None;
+            }
+            Body::Streamed => {
+                self.leaves(Fate::Streamed);
+                return None;
+            }
+        };
+        Some(Box::new(Copy { mirror: Arc::clone(self), body, request: None }))
+    }
+
+    /// A place among those that are under way.
+    fn enter(self: &Arc<Self>) -> Option<Place> {
+        let place = Place(Arc::clone(self));
+        // If it is one too many, dropping it takes it back.
+        (self.inflight.fetch_add(1, Ordering::Relaxed) < self.most).then_some(place)
+    }
+}
+
+/// One copy under way.
+struct Place(Arc<Mirror>);
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        self.0.inflight.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+/// Remembers the header that the original is sent with.
+pub fn header(exchange: &mut Exchange, request: &RequestHeader) {
+    if let Some(copy) = exchange.copy.as_deref_mut().filter(|copy| copy.request.is_none()) {
+        copy.request = Some(Box::new(request.clone()));
+    }
+}
+
+/// The original has been sent: its copy follows.
+pub fn send(exchange: &mut Exchange) {
+    let Some(Copy { mirror, body, request: Some(request) }) = exchange.copy.take().map(|copy| *copy) else { return };
+    let Some(place) = mirror.enter() else { return mirror.leaves(Fate::Busy) };
+    let parties = exchange.parties();
+    tokio::spawn(async move {
+        let fate = attempt(&mirror, *request, body, parties).await;
+        mirror.metrics.count(fate);
+        drop(place);
+    });
+}
+
+/// Sends the copy to some endpoint and reads the answer away, within the timeouts of that upstream.
+async fn attempt(mirror: &Mirror, request: RequestHeader, body: Option<Held>, parties: Option<Parties>) -> Fate {
+    let upstream = &mirror.upstream;
+    // It goes anywhere: what endpoints are told apart by, requests of the other upstream need not have.
+    let Choice::Engaged(engaged) = upstream.select(rand::random(), &[], Instant::now()) else {
+        return Fate::NoEndpoint;
+    };
+    let peer = engaged.peer_for(|| parties);
+    let mut attempt = Attempt::new(Arc::clone(upstream), engaged, Instant::now());
+    let answered = exchange(mirror, &peer, request, body, &mut attempt).await;
+    let now = Instant::now();
+    match answered {
+        Ok(status) => {
+            attempt.end(Outcome::Answered(status), now);
+            Fate::Answered
+        }
+        Err(error) => {
+            tracing::debug!(upstream = %upstream.name, %error, "a copy of a request failed");
+            let failed = match (attempt.is_connected(), error.etype()) {
+                (false, _) => Outcome::Connect(&refusal::CONNECT_FAILED),
+                (true, ErrorType::ReadTimedout) => Outcome::Failed(&refusal::WAIT_TIMEOUT),
+                (true, _) => Outcome::Failed(&refusal::WAIT_RESET),
+            };
+            attempt.end(failed, now);
+            Fate::Failed
+        }
+    }
+}
+
+async fn exchange(
+    mirror: &Mirror,
+    peer: &HttpPeer,
+    mut request: RequestHeader,
+    body: Option<Held>,
+    attempt: &mut Attempt,
+) -> Result<StatusCode> {
+    let Timeouts { connect, send, wait, receive } = mirror.upstream.timeouts;
+    let (mut session, reused) = mirror.connector.get_http_session(peer).await?;
+    attempt.connected(reused, Instant::now());
+    session.set_write_timeout(Some(send));
+    session.set_read_timeout(Some(wait.max(receive)));
+    let length = body.as_ref().map(|body| body.pieces.iter().map(Bytes::len).sum::<usize>());
+    let http2 = matches!(session, HttpSession::H2(_));
+    prepare(&mut request, http2, peer.is_tls(), length, &mirror.route)?;
+    let whole = async {
+        session.write_request_header(Box::new(request)).await?;
+        for piece in body.iter().flat_map(|body| &body.pieces) {
+            session.write_request_body(piece.clone(), false).await?;
+        }
+        session.finish_request_body().await?;
+        // It is sent: what it held in memory is not needed any more.
+        drop(body);
+        attempt.sent(Instant::now());
+        let status = timeout(wait, final_status(&mut session)).await.map_err(|_| late())??;
+        attempt.answered(status, Instant::now());
+        let mut left = DISCARDED_BYTES;
+        while let Some(piece) = timeout(receive, session.read_response_body()).await.map_err(|_| late())?? {
+            let Some(rest) = left.checked_sub(piece.len()) else { break };
+            left = rest;
+        }
+        Ok::<_, Box<Error>>(status)
+    };
+    // Each step has its limit; so have all of them together, however it trickles.
+    let status = timeout(connect + send + wait + receive, whole).await.map_err(|_| late())??;
+    if session.response_done() {
+        mirror.connector.release_http_session(session, peer, peer.idle_timeout()).await;
+    }
+    Ok(status)
+}
+
+/// The status of the answer, once the interim ones are past.
+async fn final_status(session: &mut HttpSession) -> Result<StatusCode> {
+    loop {
+        session.read_response_header().await?;
+        match session.response_header().map(|response| response.status) {
+            Some(status) if status.is_informational() => {}
+            Some(status) => return Ok(status),
+            None => return Err(Error::new_up(ErrorType::InvalidHTTPHeader)),
+        }
+    }
+}
+
+fn late() -> Box<Error> {
+    Error::new_up(ErrorType::ReadTimedout)
+}
+
+/// Makes of the header of an original, which may have been sent over another protocol, that of a copy.
+fn prepare(
+    request: &mut RequestHeader,
+    http2: bool,
+    tls: bool,
+    length: Option<usize>,
+    route: &HeaderValue,
+) -> Result<()> {
+    request.insert_header(MARK, route.clone())?;
+    for name in [header::TRANSFER_ENCODING, header::CONNECTION, header::UPGRADE, header::EXPECT] {
+        request.remove_header(&name);
+    }
+    match length {
+        Some(length) => request.insert_header(header::CONTENT_LENGTH, length)?,
+        None => drop(request.remove_header(&header::CONTENT_LENGTH)),
+    }
+    let host = request.headers.get(header::HOST).cloned();
+    let host =
+        host.as_ref().map(HeaderValue::as_bytes).or(request.uri.authority().map(|name| name.as_str().as_bytes()));
+    let host =
+        HeaderValue::from_bytes(host.unwrap_or_default()).map_err(|_| Error::new(ErrorType::InvalidHTTPHeader))?;
+    if !http2 {
+        request.set_version(Version::HTTP_11);
+        return request.insert_header(header::HOST, host);
+    }
+    request.set_version(Version::HTTP_2);
+    request.remove_header(&header::HOST);
+    let path = request.uri.path_and_query().cloned().unwrap_or_else(|| http::uri::PathAndQuery::from_static("/"));
+    let uri =
+        http::Uri::builder().scheme(if tls { "https" } else { "http" }).authority(host.as_bytes()).path_and_query(path);
+    request.set_uri(uri.build().map_err(|_| Error::new(ErrorType::InvalidHTTPHeader))?);
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn original(version: Version) -> RequestHeader {
+        let mut request = RequestHeader::build("PUT", b"/a?b=c", None).expect("a request");
+        request.set_version(version);
+        for (name, value) in [("host", "shop:8080"), ("transfer-encoding", "chunked"), ("x-own", "1")] {
+            request.insert_header(name, value).expect("a header");
+        }
+        request
+    }
+
+    #[test]
+    fn a_copy_is_marked_and_framed_for_the_protocol_that_it_is_sent_with() {
+        let route = HeaderValue::from_static("all");
+        for version in [Version::HTTP_11, Version::HTTP_2] {
+            let mut copy = original(version);
+            prepare(&mut copy, false, false, Some(3), &route).expect("a copy");
+            let field = |name| copy.headers[name].to_str().expect("text");
+            let fields = ["host", "content-length", "x-own", "x-forebay-mirror"].map(field);
+            assert_eq!((copy.version, fields), (Version::HTTP_11, ["shop:8080", "3", "1", "all"]));
+            assert!(!copy.headers.contains_key("transfer-encoding"));
+
+            let mut copy = original(version);
+            prepare(&mut copy, true, true, None, &route).expect("a copy");
+            assert_eq!((copy.version, copy.uri.to_string().as_str()), (Version::HTTP_2, "https://shop:8080/a?b=c"));
+            assert!(
+                ["host", "content-length", "transfer-encoding"].iter().all(|name| !copy.headers.contains_key(*name))
+            );
+        }
+    }
+}
