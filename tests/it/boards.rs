@@ -12,6 +12,7 @@ mod overview;
 mod phrases;
 mod process;
 mod query;
+mod record;
 mod reference;
 mod routes;
 mod rules;

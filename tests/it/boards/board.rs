@@ -317,6 +317,14 @@ impl Panel {
         self
     }
 
+    /// Asks for what is in the labels of a metric, whose value says nothing.
+    pub fn column_of_labels(mut self, expr: &str) -> Panel {
+        let field = format!("Value #{}", ref_id(self.queries.len()));
+        self = self.query(expr, "labels");
+        self.transformations[1]["options"]["excludeByName"][&field] = json!(true);
+        self
+    }
+
     /// Colours the cells of the last column: from green, by what it is above.
     pub fn column_thresholds(mut self, steps: &[(f64, &str)]) -> Panel {
         let last = self.queries.last().expect("a column").legend.clone();
@@ -351,6 +359,12 @@ impl Panel {
         let mut made = thresholds(steps);
         made["steps"][0]["color"] = json!(first);
         self.set("thresholds", made).set("color", json!({ "mode": "thresholds" }))
+    }
+
+    /// Draws up to this value at least, so that nothing at all is a line at the bottom and not in the middle of nowhere.
+    pub fn at_least(mut self, value: f64) -> Panel {
+        self.custom.insert("axisSoftMax".to_owned(), json!(value));
+        self
     }
 
     /// The largest value that there can be.

@@ -75,7 +75,8 @@ pub fn board() -> Board {
             .query("sum(rate(forebay_upstream_saved_seconds_total[R]))", "spared"),
             Panel::lines("Slow clients", "Clients that are waited for now: to send their requests, or to take their \
                 responses.", "short")
-                .query("sum by (direction) (forebay_slow_clients)", "{{direction}}"),
+                .query("sum by (direction) (forebay_slow_clients)", "{{direction}}")
+                .at_least(1.0),
         ],
     )
     .row(
@@ -124,9 +125,11 @@ pub fn board() -> Board {
         [
             Panel::lines("Pressure, now", "What is done because memory runs short: 1 for spill and shed, for pause how \
                 many wait.", "short")
-                .query("sum by (rung) (forebay_pressure)", "{{rung}}"),
+                .query("sum by (rung) (forebay_pressure)", "{{rung}}")
+                .at_least(1.0),
             Panel::stack("Pressure, how often", "Times per second that memory ran short and something was done.", "ops")
-                .query("sum by (rung) (rate(forebay_pressure_total[R]))", "{{rung}}"),
+                .query("sum by (rung) (rate(forebay_pressure_total[R]))", "{{rung}}")
+                .at_least(1.0),
             Panel::heat(
                 "Disk, all of it",
                 "How long writes and reads of spools took, from when they were queued.",
@@ -141,9 +144,11 @@ pub fn board() -> Board {
         9,
         [
             Panel::lines("Disk, queue", "Writes and reads of spools that are queued or under way.", "short")
-                .query("sum by (instance) (forebay_disk_queue)", "{{instance}}"),
+                .query("sum by (instance) (forebay_disk_queue)", "{{instance}}")
+                .at_least(1.0),
             Panel::lines("Disk, failures", "Writes and reads of spools that failed, per second.", "ops")
-                .query("sum by (operation) (rate(forebay_disk_failures_total[R]))", "{{operation}}"),
+                .query("sum by (operation) (rate(forebay_disk_failures_total[R]))", "{{operation}}")
+                .at_least(1.0),
             Panel::lines("Spooled", "Bytes per second that each worker took in for slow clients.", "Bps")
                 .query("sum by (instance, worker) (rate(forebay_lane_bytes_total[R]))", "{{instance}} #{{worker}}"),
             Panel::lines("Lane, share", "Of its time, what each worker may give to bulk, as the lag of its event loop \
@@ -152,7 +157,8 @@ pub fn board() -> Board {
                 .max(1.0),
             Panel::lines("Lane, waiting", "Exchanges that move much and wait for their turn, so that small ones need \
                 not.", "short")
-                .query("sum by (instance, worker) (forebay_lane_waiting)", "{{instance}} #{{worker}}"),
+                .query("sum by (instance, worker) (forebay_lane_waiting)", "{{instance}} #{{worker}}")
+                .at_least(1.0),
         ],
     )
 }

@@ -99,7 +99,8 @@ pub fn board() -> Board {
             Panel::lines("Polls", "Pieces of work per second.", "ops")
                 .query("sum by (instance, worker) (rate(forebay_loop_polls_total[R]))", "{{instance}} #{{worker}}"),
             Panel::lines("Run queue", "Tasks that are ready and wait for their worker.", "short")
-                .query("sum by (instance, worker) (forebay_loop_run_queue)", "{{instance}} #{{worker}}"),
+                .query("sum by (instance, worker) (forebay_loop_run_queue)", "{{instance}} #{{worker}}")
+                .at_least(1.0),
         ],
     )
     .row(
@@ -111,7 +112,8 @@ pub fn board() -> Board {
                 then.",
                 "ops",
             )
-            .query("sum by (where) (rate(forebay_stalls_total[R]))", "{{where}}"),
+            .query("sum by (where) (rate(forebay_stalls_total[R]))", "{{where}}")
+            .at_least(1.0),
             Panel::lines(
                 "Filters, p99",
                 "How long one poll of a filter takes. A filter that waits is not in it; one \

@@ -10,14 +10,13 @@ pub const SERVER_ERRORS: &str =
 pub const SERVER_ERRORS_BY_ROUTE: &str = "sum by (route) (rate(forebay_exchanges_total{code=~\"5..\"}[R])) / sum by \
     (route) (rate(forebay_exchanges_total[R]))";
 
-/// Share of attempts that were given no connection.
+/// Share of attempts that were given no connection; an upstream that is not asked has no row.
 pub const CONNECT_FAILURES_BY_UPSTREAM: &str = "sum by (upstream) \
-    (rate(forebay_upstream_connects_total{outcome=\"failed\"}[R])) / sum by (upstream) \
-    (rate(forebay_upstream_connects_total[R]))";
+    (rate(forebay_upstream_connects_total{outcome=\"failed\"}[R])) / (sum by (upstream) \
+    (rate(forebay_upstream_connects_total[R])) > 0)";
 
 /// Share of attempts that were not the first of their exchange.
-pub const RETRIES_BY_UPSTREAM: &str =
-    "sum by (upstream) (rate(forebay_retries_total[R])) / sum by (upstream) (rate(forebay_upstream_connects_total[R]))";
+pub const RETRIES_BY_UPSTREAM: &str = "sum by (upstream) (rate(forebay_retries_total[R])) / (sum by (upstream) (rate(forebay_upstream_connects_total[R])) > 0)";
 
 /// A quantile of a histogram for each value of a label.
 pub fn quantile_by(label: &str, quantile: &str, buckets: &str) -> String {

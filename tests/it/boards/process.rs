@@ -62,7 +62,7 @@ pub fn board() -> Board {
                 .column("workers", "short", "sum by (instance) (forebay_workers)")
                 .column("uptime", "s", "time() - max by (instance) (process_start_time_seconds)")
                 .column("memory", "bytes", "sum by (instance) (process_resident_memory_bytes)")
-                .column("version", "short", "max by (instance, version, pingora) (forebay_build_info)")
+                .column_of_labels("max by (instance, version, pingora) (forebay_build_info)")
                 .wide(2),
             Panel::states(
                 "Reached",
@@ -145,7 +145,8 @@ pub fn board() -> Board {
                 "Answers of the admin endpoint that go on, such as that of a status page.",
                 "short",
             )
-            .query("sum by (instance) (forebay_admin_streams)", "{{instance}}"),
+            .query("sum by (instance) (forebay_admin_streams)", "{{instance}}")
+            .at_least(1.0),
         ],
     )
 }

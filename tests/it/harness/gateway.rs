@@ -32,6 +32,7 @@ pub struct Setup {
     upstream: String,
     route: String,
     routes: Option<String>,
+    more_routes: String,
     server: String,
     log: PathBuf,
     access_log: String,
@@ -110,6 +111,7 @@ impl Setup {
             upstream: format!("endpoints: [ {endpoints} ]"),
             route: String::new(),
             routes: None,
+            more_routes: String::new(),
             server: "threads: 1".to_owned(),
             access_log: String::new(),
             observability: String::new(),
@@ -164,6 +166,12 @@ impl Setup {
     /// Filters of the route `all`.
     pub fn filters(self, written: &str) -> Setup {
         self.route(&format!("filters: [ {written} ]"))
+    }
+
+    /// A further route beside `all`.
+    pub fn also_route(mut self, written: &str) -> Setup {
+        add(&mut self.more_routes, written);
+        self
     }
 
     /// Routes instead of `all`, one a line.
@@ -252,7 +260,7 @@ impl Setup {
         for (key, value) in [
             ("listeners", format!("[ {} ]", joined(&[&listener, &self.listeners]))),
             ("upstreams", format!("{{ {} }}", joined(&[&format!("app: {{ {} }}", self.upstream), &self.upstreams]))),
-            ("routes", format!("[ {} ]", self.routes.as_ref().unwrap_or(&route))),
+            ("routes", format!("[ {} ]", joined(&[self.routes.as_ref().unwrap_or(&route), &self.more_routes]))),
             ("server", format!("{{ {} }}", self.server)),
             ("admin", format!("{{ {} }}", joined(&["address: \"127.0.0.1:0\"", &self.admin]))),
             ("observability", format!("{{ {} }}", joined(&[&log, &self.observability]))),

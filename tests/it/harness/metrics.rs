@@ -5,6 +5,7 @@ use std::io::Write;
 use std::net::SocketAddr;
 use std::process::{Child, Command, Stdio};
 
+use serde_json::Value;
 use tempfile::TempDir;
 
 use super::client::get;
@@ -107,14 +108,20 @@ impl Prometheus {
 
     /// The values of the results of an instant query; `None` if it is not understood.
     pub fn answer(&self, query: &str) -> Option<Vec<f64>> {
+        let results = self.results("query", query, "")?;
+        results.as_array()?.iter().map(|r| r["value"][1].as_str()?.parse().ok()).collect()
+    }
+
+    /// The results of a query over some time, one for each second of it.
+    pub fn course(&self, query: &str, from: u64, to: u64) -> Option<Value> {
+        self.results("query_range", query, &format!("&start={from}&end={to}&step=1"))
+    }
+
+    /// The results of a query as Prometheus writes them; `None` if it is not understood.
+    pub fn results(&self, kind: &str, query: &str, more: &str) -> Option<Value> {
         let escaped: String = query.bytes().map(|byte| format!("%{byte:02X}")).collect();
-        let response = get(self.address, &format!("/api/v1/query?query={escaped}"));
-        if response.status != 200 {
-            return None;
-        }
-        let answer = response.json();
-        let results = answer["data"]["result"].as_array()?;
-        results.iter().map(|r| r["value"][1].as_str()?.parse().ok()).collect()
+        let response = get(self.address, &format!("/api/v1/{kind}?query={escaped}{more}"));
+        (response.status == 200).then(|| response.json()["data"]["result"].take())
     }
 }
 
