@@ -59,9 +59,9 @@ routes: [ {{ name: all, upstream: app }} ]
     );
     let file = dir.path().join("forebay.yaml");
     fs::write(&file, config)?;
-    let _origin =
-        Running::start(Command::new(&binary).args(["origin", "--listen", &origin_at.to_string()]), origin_at)?;
-    let gateway = Running::start(Command::new(&binary).arg("run").arg("-c").arg(&file), web)?;
+    let origin = origin_at.to_string();
+    let _origin = Running::start(Command::new(&binary).args(["origin", "--listen", &origin]), &[origin_at])?;
+    let gateway = Running::start(Command::new(&binary).arg("run").arg("-c").arg(&file), &[web, admin])?;
     let idle = gateway.held(admin)?;
     println!("idle: {idle}");
 
@@ -148,12 +148,12 @@ impl Drop for Running {
 }
 
 impl Running {
-    fn start(command: &mut Command, address: SocketAddr) -> Result<Running> {
+    fn start(command: &mut Command, addresses: &[SocketAddr]) -> Result<Running> {
         let child = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).spawn();
         let running = Running(child.with_context(|| format!("{:?}", command.get_program()))?);
         let deadline = Instant::now() + PATIENCE;
-        while TcpStream::connect(address).is_err() {
-            ensure!(Instant::now() < deadline, "nobody listens on {address}");
+        while addresses.iter().any(|address| TcpStream::connect(address).is_err()) {
+            ensure!(Instant::now() < deadline, "nobody listens on one of {addresses:?}");
             sleep(Duration::from_millis(50));
         }
         Ok(running)
