@@ -72,6 +72,12 @@ pub struct EndpointDetail {
     pub weight_ordered: bool,
     /// For how long it is back, if it was ever away.
     pub returned_seconds: Option<f64>,
+    /// How often it was ejected.
+    pub ejections: u64,
+    /// What it is ejected for, as the key of `outlier_detection` that says so.
+    pub ejected_for: Option<String>,
+    /// When its ejection ends by itself, in seconds from now.
+    pub ejected_seconds: Option<f64>,
     /// Why its last failed health check failed, however long ago.
     pub health_error: Option<String>,
     /// How long ago that was.
@@ -178,6 +184,10 @@ fn detail(upstream: &Upstream) -> UpstreamDetail {
 fn described(endpoint: &Endpoint, now: Instant) -> EndpointDetail {
     let availability = endpoint.availability();
     let failure = endpoint.checks().last_failure().cloned();
+    let (ejections, ejected) = {
+        let ejections = endpoint.ejections();
+        (ejections.times(), ejections.current())
+    };
     EndpointDetail {
         status: status::served(endpoint, now),
         why: why(endpoint),
@@ -185,6 +195,9 @@ fn described(endpoint: &Endpoint, now: Instant) -> EndpointDetail {
         drained: availability.is_drained(),
         weight_ordered: endpoint.weight_ordered().is_some(),
         returned_seconds: endpoint.age(now).map(|age| age.as_secs_f64()),
+        ejections,
+        ejected_for: ejected.map(|current| current.reason.name().to_owned()),
+        ejected_seconds: ejected.map(|current| current.until.saturating_duration_since(now).as_secs_f64()),
         health_error_seconds: failure.as_ref().map(|failure| (now - failure.at).as_secs_f64()),
         health_error: failure.map(|failure| failure.message),
     }
@@ -201,7 +214,9 @@ fn why(endpoint: &Endpoint) -> String {
         reasons.push("the operator has drained it".to_owned());
     }
     if availability.is_ejected() {
-        reasons.push("requests that went there failed".to_owned());
+        let of =
+            endpoint.ejections().current().map_or(String::new(), |current| format!(" ({})", current.reason.name()));
+        reasons.push(format!("requests that went there speak against it{of}"));
     }
     let failure = || endpoint.checks().last_failure().map_or(String::new(), |failure| format!(": {}", failure.message));
     if availability.is_unhealthy() {

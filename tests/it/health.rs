@@ -1,5 +1,8 @@
 //! Whether endpoints are well: who says so, what follows, and that clients notice nothing.
 
+use forebay::admin::upstreams::UpstreamDetail;
+
+use crate::harness::client::get;
 use crate::harness::gateway::Watched;
 use crate::harness::moody::under_load;
 use crate::harness::origin::{Closed, response};
@@ -207,6 +210,14 @@ mod outliers {
         sick.set(Mood::Failing(1));
         let gateway = setup.start();
         under_load(&gateway, 2, || wait_ejected(&gateway, "consecutive_5xx", 1.0));
+        let shown: UpstreamDetail =
+            serde_json::from_slice(&get(gateway.admin(), "/upstreams/app").body).expect("an upstream");
+        let shown = &shown.endpoints[0];
+        assert_eq!(
+            (&*shown.status.state, shown.ejections, shown.ejected_for.as_deref()),
+            ("ejected", 1, Some("consecutive_5xx"))
+        );
+        assert!(shown.ejected_seconds.is_some() && shown.why.contains("consecutive_5xx"));
         assert!((0..20).all(|_| gateway.client().get("/").status == 200));
     }
 

@@ -11,6 +11,7 @@ mod bench;
 mod boards;
 mod breaker;
 mod buffer;
+mod churn;
 mod cli;
 mod config;
 mod connect;
