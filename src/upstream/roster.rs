@@ -136,11 +136,30 @@ impl Roster {
         }
     }
 
-    /// The endpoint that is to serve next. Only one tier is asked: the one whose turn it is or, if nobody is left there, the first
-    /// that has anybody. That it is full does not make another one serve, which is there for when it fails.
+    /// The endpoint that is to serve next: of the tier whose turn it is or, if nobody is left there, of the first that has anybody.
+    /// Should that be full, others serve that are given a share anyhow, but none that is there for when it fails.
     fn pick(&self, hash: u64, tried: &[Arc<Endpoint>], admission: &Admission, now: Instant) -> Option<&Arc<Endpoint>> {
-        let preferred = self.tiers.get(self.preferred(hash)).into_iter();
-        let tier = preferred.chain(&self.tiers).find(|tier| tier.has_any(tried))?;
+        let preferred = self.preferred(hash);
+        let others = (0..self.tiers.len()).filter(|&number| number != preferred);
+        let mut left = [preferred].into_iter().chain(others).filter_map(|number| {
+            let tier = self.tiers.get(number).filter(|tier| tier.has_any(tried))?;
+            Some((number, tier))
+        });
+        let (_, first) = left.next()?;
+        self.pick_of(first, hash, tried, admission, now).or_else(|| {
+            let serves = left.filter(|&(number, _)| self.plan.share(number) > 0.0);
+            serves.map(|(_, tier)| tier).find_map(|tier| self.pick_of(tier, hash, tried, admission, now))
+        })
+    }
+
+    fn pick_of<'r>(
+        &self,
+        tier: &'r Tier,
+        hash: u64,
+        tried: &[Arc<Endpoint>],
+        admission: &Admission,
+        now: Instant,
+    ) -> Option<&'r Arc<Endpoint>> {
         let field = Field { tier, tried, admission, now, slow_start: self.slow_start };
         let number = tier.balance.pick(hash, &field).or_else(|| {
             // All of them have just come back, and the dice were against everybody.

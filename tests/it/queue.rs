@@ -236,6 +236,36 @@ fn a_retry_waits_for_an_endpoint_that_was_not_tried_and_others_go_past_it() {
 }
 
 #[test]
+fn limits_outlive_a_change_of_the_endpoints_and_a_new_one_serves_those_who_wait() {
+    let [a, b] = [Origin::scripted(), Origin::scripted()];
+    let setup = Setup::found("");
+    let path = setup.path("endpoints.yaml");
+    let list = |origins: &[&Origin]| {
+        let lines: String = origins.iter().map(|origin| format!("- address: {}\n", origin.address())).collect();
+        let beside = path.with_extension("new");
+        std::fs::write(&beside, lines).and_then(|()| std::fs::rename(&beside, &path)).expect("a file of endpoints");
+    };
+    list(&[&a]);
+    let keys = format!("file: {{ path: \"{}\", refresh: 200ms }}, queue: {{ timeout: 1m }}", path.display());
+    let setup = setup.upstream(&keys).upstream("limits: { endpoint: { requests: 1 } }");
+    let (gateway, mut first, mut at_a) = setup.asked(&a);
+    let mut second = queued(&gateway, 1).remove(0);
+    list(&[&a, &b]);
+    let mut at_b = b.accept();
+    assert_eq!(at_b.request().target(), "/1", "whoever waits hears of it");
+    let mut third = asking(&gateway, "/third");
+    gateway.wait_metric(QUEUE, |waiting| waiting == 1.0);
+    list(&[&b]);
+    gateway.wait_metric("forebay_upstream_endpoints{state=\"draining\"}", |count| count == 1.0);
+    at_a.answer("first");
+    assert_eq!(first.response().text(), "first");
+    assert_eq!(gateway.metric(QUEUE), 1.0, "the one that is gone is given nothing");
+    at_b.answer("second");
+    assert_eq!((second.response().text(), &*answer_next(&mut at_b)), ("second", "/third"));
+    assert_eq!(third.response().text(), "/third");
+}
+
+#[test]
 fn a_thousand_who_wait_for_one_endpoint_are_all_served_in_order() {
     const BATCH: usize = 50;
     const BATCHES: usize = 20;
