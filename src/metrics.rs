@@ -756,6 +756,8 @@ mod tests {
         let upstream = metrics.upstream("app");
         let endpoint = upstream.endpoint("127.0.0.1:3000");
         upstream.health_checks();
+        upstream.ejections(["latency"]);
+        metrics.mirror("copy");
         let group: Arc<dyn Group> = Arc::new(endpoints::tests::Two);
         metrics.count_endpoints(Arc::downgrade(&group));
         metrics.spools();

@@ -37,12 +37,15 @@ pub fn settle(exchange: &mut Exchange, session: &mut ServerSession, unrouted: &R
     // If the client's session was lost with a write that was given up, its stand-in knows.
     let (answered, received, sent) = match &exchange.link {
         Some(link) if session.is_custom() => link.outcome(),
-        link => (
-            session.response_written().map_or(0, |response| response.status.as_u16()),
-            // What was held back was read past the session, and is known to its stand-in alone.
-            link.as_ref().map_or(0, |link| link.outcome().1).max(session.body_bytes_read() as u64),
-            session.body_bytes_sent() as u64,
-        ),
+        link => {
+            // What was read and sent past the session is known to its stand-in alone.
+            let (_, received, sent) = link.as_ref().map(|link| link.outcome()).unwrap_or_default();
+            (
+                session.response_written().map_or(0, |response| response.status.as_u16()),
+                received.max(session.body_bytes_read() as u64),
+                sent.max(session.body_bytes_sent() as u64),
+            )
+        }
     };
     let status = match exchange.refusal {
         Some(refusal) if answered < 200 && answered != 101 => refusal.status,
