@@ -1,4 +1,4 @@
-//! The parts of `make bench` that can be wrong unseen: the pure ones, and the origin that counts. They are tested here
+//! The parts of `make bench` that can be wrong unseen: the pure ones, and the origins that count and that get into trouble. They are tested here
 //! because a bench without a harness is compiled without its tests.
 
 #[path = "../bench/compare/bulk.rs"]
@@ -7,6 +7,8 @@ mod bulk;
 mod figures;
 #[path = "../bench/compare/latency.rs"]
 mod latency;
+#[path = "../bench/compare/moody.rs"]
+mod moody;
 #[path = "../bench/compare/procfs.rs"]
 mod procfs;
 #[path = "../bench/compare/wrk.rs"]
@@ -132,6 +134,50 @@ mod of_latency {
         assert_eq!(p99_ms(&samples, milliseconds(100)..milliseconds(200)), Some(199.0));
         assert_eq!(p99_ms(&samples, milliseconds(300)..milliseconds(1_000)), Some(1.0));
         assert_eq!(p99_ms(&samples, milliseconds(1_000)..milliseconds(2_000)), None);
+    }
+}
+
+mod of_the_moody_origin {
+    use std::io::{BufRead, BufReader, Write};
+    use std::net::{Ipv4Addr, TcpListener, TcpStream};
+    use std::thread;
+    use std::time::Instant;
+
+    use super::moody::{BE_FAILING, BE_SLOW, CHECKED, PAUSE, TIMES_SLOWER, serve};
+
+    fn connected() -> BufReader<TcpStream> {
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+        let address = listener.local_addr().unwrap();
+        thread::spawn(move || serve(listener));
+        BufReader::new(TcpStream::connect(address).unwrap())
+    }
+
+    fn status(connection: &mut BufReader<TcpStream>, path: &str) -> u16 {
+        connection.get_mut().write_all(format!("GET {path} HTTP/1.1\r\n\r\n").as_bytes()).unwrap();
+        let mut lines = [const { String::new() }; 3];
+        for line in &mut lines {
+            connection.read_line(line).unwrap();
+        }
+        std::io::Read::read_exact(connection, &mut [0; 2]).unwrap();
+        lines[0].split(' ').nth(1).unwrap().parse().unwrap()
+    }
+
+    #[test]
+    fn a_fifth_of_the_requests_to_a_failing_origin_fails_and_no_check_does() {
+        let mut connection = connected();
+        status(&mut connection, BE_FAILING);
+        let failed = (0..20).filter(|_| status(&mut connection, "/small") == 500).count();
+        assert_eq!(failed, 4);
+        assert!((0..5).all(|_| status(&mut connection, CHECKED) == 200));
+    }
+
+    #[test]
+    fn a_slow_origin_takes_its_time_for_each_request() {
+        let mut connection = connected();
+        status(&mut connection, BE_SLOW);
+        let began = Instant::now();
+        assert_eq!(status(&mut connection, "/small"), 200);
+        assert!(began.elapsed() >= PAUSE * TIMES_SLOWER);
     }
 }
 

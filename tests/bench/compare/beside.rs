@@ -6,7 +6,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, anyhow};
 
 use crate::bulk::Counts;
-use crate::fast::{FastClient, Log};
+use crate::fast::{FastClient, Log, Pace};
 use crate::figures::{Column, Goal};
 use crate::latency::p99_ms;
 use crate::machine::Machine;
@@ -162,7 +162,7 @@ impl Stage<'_> {
 
     /// A fast client that has had its time alone.
     fn fast_client_alone(&self) -> Result<FastClient> {
-        let fast = FastClient::start(self.machine.fast_client(), self.proxy.server.address())?;
+        let fast = FastClient::start(self.machine.fast_client(), self.proxy.server.address(), Pace::USUAL)?;
         fast.wait_until(WARM + ALONE);
         Ok(fast)
     }

@@ -16,13 +16,21 @@ use anyhow::{Result, anyhow};
 
 use crate::latency::Sample;
 use crate::machine::Place;
-use crate::process::{answer_is_short, open_and_get};
+use crate::process::answer_is_short;
 
-/// Time between two requests: 1,000 a second.
-const INTERVAL: Duration = Duration::from_millis(1);
+/// How fast it sends.
+#[derive(Clone, Copy)]
+pub struct Pace {
+    /// Time between two requests.
+    pub interval: Duration,
+    /// Requests come on these in turn, each after the one before it on the same connection, as from so many users.
+    pub connections: usize,
+}
 
-/// Requests come on these in turn, each after the one before it on the same connection, as from so many users.
-const CONNECTIONS: usize = 64;
+impl Pace {
+    /// 1,000 requests a second on 64 connections.
+    pub const USUAL: Pace = Pace { interval: Duration::from_millis(1), connections: 64 };
+}
 
 /// How long answers are still awaited after the last request was due.
 const PATIENCE: Duration = Duration::from_secs(15);
@@ -47,9 +55,9 @@ pub struct Log {
 }
 
 impl FastClient {
-    /// Opens its connections, with a request on each, and begins.
-    pub fn start(place: Place, address: SocketAddr) -> Result<FastClient> {
-        let lanes = (0..CONNECTIONS).map(|_| Lane::open(address)).collect::<Result<Vec<_>>>()?;
+    /// Opens its connections and begins.
+    pub fn start(place: Place, address: SocketAddr, pace: Pace) -> Result<FastClient> {
+        let lanes = (0..pace.connections).map(|_| Lane::open(address)).collect::<Result<Vec<_>>>()?;
         let (start, stop) = (Instant::now(), Arc::new(AtomicBool::new(false)));
         let stopped = stop.clone();
         let thread = thread::Builder::new().name("fast client".to_owned()).spawn(move || {
@@ -57,7 +65,7 @@ impl FastClient {
             // By default the kernel may wake this thread 50 µs late.
             // SAFETY: the call takes integers only and concerns this thread alone.
             unsafe { libc::prctl(libc::PR_SET_TIMERSLACK, 1) };
-            run(lanes, start, &stopped)
+            run(lanes, pace.interval, start, &stopped)
         })?;
         Ok(FastClient { start, stop, thread })
     }
@@ -87,7 +95,7 @@ struct Lane {
     answer: Vec<u8>,
 }
 
-fn run(mut lanes: Vec<Lane>, start: Instant, stop: &AtomicBool) -> Result<Log> {
+fn run(mut lanes: Vec<Lane>, interval: Duration, start: Instant, stop: &AtomicBool) -> Result<Log> {
     let mut log = Log::default();
     let (mut next, mut last_call) = (0, None);
     loop {
@@ -95,16 +103,18 @@ fn run(mut lanes: Vec<Lane>, start: Instant, stop: &AtomicBool) -> Result<Log> {
         if last_call.is_none() && (stop.load(Ordering::Relaxed) || now > LONGEST) {
             last_call = Some(now + PATIENCE);
         }
-        while last_call.is_none() && INTERVAL * next <= now {
-            let lane = &mut lanes[next as usize % CONNECTIONS];
-            lane.due.push_back(INTERVAL * next);
+        while last_call.is_none() && interval * next <= now {
+            let turn = next as usize % lanes.len();
+            let lane = &mut lanes[turn];
+            lane.due.push_back(interval * next);
             if lane.due.len() == 1 {
+                lane.reopen_if_closed();
                 lane.ask(start, &mut log);
             }
             next += 1;
         }
         let wait = match last_call {
-            None => (INTERVAL * next).saturating_sub(start.elapsed()),
+            None => (interval * next).saturating_sub(start.elapsed()),
             Some(last) if now > last || lanes.iter().all(|lane| lane.due.is_empty()) => break,
             Some(_) => Duration::from_millis(50),
         };
@@ -121,15 +131,16 @@ fn run(mut lanes: Vec<Lane>, start: Instant, stop: &AtomicBool) -> Result<Log> {
     Ok(log)
 }
 
-/// The lanes that have something to read, within `wait`.
+/// The lanes that wait for an answer and have something to read, within `wait`.
 fn readable(lanes: &[Lane], wait: Duration) -> io::Result<Vec<usize>> {
-    let event = |lane: &Lane| libc::pollfd { fd: lane.stream.as_raw_fd(), events: libc::POLLIN, revents: 0 };
-    let mut events: Vec<libc::pollfd> = lanes.iter().map(event).collect();
+    let asked: Vec<usize> = (0..lanes.len()).filter(|&index| !lanes[index].due.is_empty()).collect();
+    let event = |&index: &usize| libc::pollfd { fd: lanes[index].stream.as_raw_fd(), events: libc::POLLIN, revents: 0 };
+    let mut events: Vec<libc::pollfd> = asked.iter().map(event).collect();
     let timeout = libc::timespec { tv_sec: wait.as_secs() as _, tv_nsec: wait.subsec_nanos().into() };
     // SAFETY: the kernel reads the timespec and reads and writes as many pollfds as there are; all are ours.
     let ready = unsafe { libc::ppoll(events.as_mut_ptr(), events.len() as _, &timeout, std::ptr::null()) };
     match ready {
-        0.. => Ok((0..lanes.len()).filter(|&index| events[index].revents != 0).collect()),
+        0.. => Ok(asked.iter().zip(&events).filter(|(_, event)| event.revents != 0).map(|(&index, _)| index).collect()),
         _ => match io::Error::last_os_error() {
             interrupted if interrupted.kind() == ErrorKind::Interrupted => Ok(Vec::new()),
             error => Err(error),
@@ -139,7 +150,7 @@ fn readable(lanes: &[Lane], wait: Duration) -> io::Result<Vec<usize>> {
 
 impl Lane {
     fn open(address: SocketAddr) -> Result<Lane> {
-        let stream = open_and_get(address, "/small")?;
+        let stream = TcpStream::connect_timeout(&address, PATIENCE)?;
         stream.set_nonblocking(true)?;
         stream.set_nodelay(true)?;
         Ok(Lane { address, stream, due: VecDeque::new(), answer: Vec::new() })
@@ -188,6 +199,17 @@ impl Lane {
     fn fail(&mut self, start: Instant, log: &mut Log) {
         log.failed += usize::from(!self.due.is_empty());
         self.record(start, log);
+        self.reopen();
+    }
+
+    /// A connection that the proxy has closed since its last answer serves for no other request, as any client knows.
+    fn reopen_if_closed(&mut self) {
+        if !matches!(self.stream.peek(&mut [0]), Err(error) if error.kind() == ErrorKind::WouldBlock) {
+            self.reopen();
+        }
+    }
+
+    fn reopen(&mut self) {
         let reopened = TcpStream::connect_timeout(&self.address, Duration::from_millis(100));
         if let Ok(stream) = reopened.and_then(|stream| stream.set_nonblocking(true).map(|()| stream)) {
             self.stream = stream;

@@ -6,19 +6,23 @@
 //!
 //! From the top: `measure` does the work of one cell, `proxies` knows how each proxy is configured, `process` runs one
 //! and reads its figures, `machine` knows the CPUs and the noise. Where clients are slow, `beside` tells the story,
-//! `slow` and `fast` are its clients and `bulk` its origin. `wrk`, `procfs`, `latency` and `figures` are pure; they and
-//! `bulk` are tested.
+//! `slow` and `fast` are its clients and `bulk` its origin. Where an endpoint gets into trouble, `failover` tells the
+//! story, `several` holds the configurations and `moody` is the endpoint. `wrk`, `procfs`, `latency` and `figures` are
+//! pure; they, `bulk` and `moody` are tested.
 
 mod beside;
 mod bulk;
+mod failover;
 mod fast;
 mod figures;
 mod latency;
 mod machine;
 mod measure;
+mod moody;
 mod process;
 mod procfs;
 mod proxies;
+mod several;
 mod slow;
 mod wrk;
 
@@ -33,7 +37,7 @@ use serde_json::{Value, json};
 use figures::Comparison;
 use machine::Machine;
 use measure::{Bench, Cell, Effort};
-use proxies::{BULK_ORIGIN, CROWD_ORIGIN, Choice, Keys, Proxy, Running, Variant};
+use proxies::{BULK_ORIGIN, CROWD_ORIGIN, Choice, Keys, MOODY_ORIGIN, Proxy, Running, Variant};
 
 /// Compares Forebay, nginx and HAProxy, one worker each, and prints CPU, throughput, latency and memory.
 #[derive(Parser)]
@@ -122,6 +126,7 @@ impl Options {
             }
             Cell::Upload => proxies.map(with_route(IN_MEMORY)).collect(),
             Cell::Spill => proxies.map(with_route(ON_DISK)).collect(),
+            Cell::Failover => proxies.flat_map(by_policy).collect(),
             _ => proxies.collect(),
         }
     }
@@ -132,7 +137,7 @@ impl Options {
     }
 
     fn buffering_keys(&self, route: Option<&'static str>) -> Keys {
-        if self.no_buffering_keys { Keys::default() } else { Keys { server: Some(SPOOL_DIR), route } }
+        if self.no_buffering_keys { Keys::default() } else { Keys { server: Some(SPOOL_DIR), route, upstream: None } }
     }
 
     fn proxies(&self) -> Vec<Proxy> {
@@ -151,6 +156,21 @@ const IN_MEMORY: &str = "buffering: { request: { mode: full, memory: 2MiB } }";
 const ON_DISK: &str = "buffering: { request: { mode: full, memory: 64KiB } }";
 const BUFFERING_OFF: &str = "buffering: { request: { mode: stream }, response: { mode: stream } }";
 
+/// A Forebay by each policy that looks at how its endpoints do; another proxy as it is.
+fn by_policy(proxy: Proxy) -> Vec<Proxy> {
+    if !proxy.is_forebay() {
+        return vec![proxy];
+    }
+    let with = |policy: &str, upstream| {
+        let named = proxy.clone().named(&format!("{} {policy}", proxy.name));
+        named.with_keys(Keys { upstream: Some(upstream), ..Keys::default() })
+    };
+    vec![
+        with("least_request", "load_balancing: { policy: least_request }"),
+        with("peak_ewma", "load_balancing: { policy: peak_ewma }"),
+    ]
+}
+
 fn main() -> Result<()> {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     if let [mode, address] = arguments.as_slice()
@@ -161,6 +181,12 @@ fn main() -> Result<()> {
         }
         process::end_with_parent()?;
         return Ok(bulk::serve(TcpListener::bind(address.as_str())?)?);
+    }
+    if let [mode, address] = arguments.as_slice()
+        && mode == MOODY_ORIGIN
+    {
+        process::die_with_parent()?;
+        return Ok(moody::serve(TcpListener::bind(address.as_str())?)?);
     }
     // `cargo test --benches` runs this file too, and wants no benchmark.
     if !arguments.iter().any(|argument| argument == "--bench") {

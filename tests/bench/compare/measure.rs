@@ -9,6 +9,7 @@ use anyhow::{Context, Result, anyhow};
 use clap::ValueEnum;
 
 use crate::beside::{READER_COLUMNS, READER_GOALS, Stage, UPLOADER_COLUMNS, UPLOADER_GOALS};
+use crate::failover::{self, FAILOVER_COLUMNS, FAILOVER_GOALS};
 use crate::figures::{Column, Comparison, Goal, Row};
 use crate::machine::{Machine, Noise, load_averages};
 use crate::process::{open_and_ask, open_and_get, output_within};
@@ -46,6 +47,8 @@ pub enum Cell {
     Uploaders,
     /// A fast client beside slow ones that read 4 MiB at 20 KiB/s.
     Readers,
+    /// One of three endpoints is killed, silent, slow or failing.
+    Failover,
 }
 
 /// What is done in a cell.
@@ -53,6 +56,7 @@ enum Work {
     Load(Load),
     Hold,
     Crowd,
+    Trouble,
 }
 
 /// Requests as fast as the proxy answers.
@@ -124,6 +128,7 @@ impl Cell {
             Cell::Upload | Cell::Spill => ("/upload", 16),
             Cell::Idle | Cell::Stalled => return Work::Hold,
             Cell::Uploaders | Cell::Readers => return Work::Crowd,
+            Cell::Failover => return Work::Trouble,
         };
         let body_bytes = if matches!(self, Cell::Upload | Cell::Spill) { 1 << 20 } else { 0 };
         Work::Load(Load {
@@ -139,6 +144,7 @@ impl Cell {
         match (self, self.work()) {
             (Cell::Uploaders, _) => UPLOADER_COLUMNS,
             (Cell::Readers, _) => READER_COLUMNS,
+            (Cell::Failover, _) => FAILOVER_COLUMNS,
             (_, Work::Load(_)) => LOAD_COLUMNS,
             _ => MEMORY_COLUMNS,
         }
@@ -151,6 +157,7 @@ impl Cell {
             Cell::Buffering => BUFFERING_GOALS,
             Cell::Uploaders => UPLOADER_GOALS,
             Cell::Readers => READER_GOALS,
+            Cell::Failover => FAILOVER_GOALS,
             _ => &[],
         }
     }
@@ -170,6 +177,7 @@ impl Cell {
             Cell::Buffering => "small GET, buffering on and off".to_owned(),
             Cell::Uploaders => format!("{} uploaders that pause after 16 KiB of 1 MiB", effort.slow),
             Cell::Readers => format!("{} readers of 4 MiB at 20 KiB/s", effort.slow),
+            Cell::Failover => "2,000 small GETs a second, one of three endpoints in trouble".to_owned(),
         }
     }
 
@@ -197,6 +205,7 @@ impl Bench {
             Work::Load(load) => self.under_load(&load, proxies, &mut rows),
             Work::Hold => self.while_held(cell, proxies, &mut rows),
             Work::Crowd => self.beside_a_crowd(cell, proxies, &mut rows),
+            Work::Trouble => self.in_trouble(proxies, &mut rows),
         }
         .with_context(|| title.clone())?;
         Ok(Comparison { cell: cell.name(), title, columns: cell.columns(), base, rows, goals: cell.goals() })
@@ -311,6 +320,18 @@ impl Bench {
             // Proxies and their origins have ended and been waited for: their time is in that of this process.
             let others = noise.cores(self.origin.server.cpu_seconds()?)?;
             eprintln!("  round {round}: load average before it {before}; others kept {others:.2} cores busy");
+        }
+        Ok(())
+    }
+
+    /// One round: half a minute for each proxy, and what may not fail may not fail in any.
+    fn in_trouble(&self, proxies: &[Proxy], rows: &mut [Row]) -> Result<()> {
+        for (proxy, row) in proxies.iter().zip(rows.iter_mut()) {
+            let before = load_averages()?;
+            let noise = Noise::listen(self.origin.server.cpu_seconds()?)?;
+            row.samples.push(failover::sample(&self.machine, proxy).with_context(|| row.name.clone())?);
+            let others = noise.cores(self.origin.server.cpu_seconds()?)?;
+            eprintln!("  {}: load average before it {before}; others kept {others:.2} cores busy", proxy.name);
         }
         Ok(())
     }

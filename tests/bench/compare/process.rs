@@ -59,6 +59,15 @@ impl Server {
         self.figure("status", procfs::peak_bytes)
     }
 
+    /// It stops where it is and does nothing any more, until it is killed.
+    pub fn freeze(&self) -> io::Result<()> {
+        // SAFETY: the call takes integers only, and the child, which nobody has waited for, still owns its id.
+        match unsafe { libc::kill(self.child.id() as libc::pid_t, libc::SIGSTOP) } {
+            0 => Ok(()),
+            _ => Err(io::Error::last_os_error()),
+        }
+    }
+
     fn figure<T>(&self, file: &str, parse: fn(&str) -> Option<T>) -> Result<T> {
         let path = format!("/proc/{}/{file}", self.child.id());
         let text = fs::read_to_string(&path).with_context(|| format!("the server has ended? {path}"))?;
@@ -107,6 +116,15 @@ pub fn end_with_parent() -> io::Result<()> {
     };
     thread::Builder::new().name("watch".to_owned()).spawn(watch)?;
     Ok(())
+}
+
+/// Has the kernel kill this process when the thread that started it ends: a process that was frozen cannot watch.
+pub fn die_with_parent() -> io::Result<()> {
+    // SAFETY: the call takes integers only and concerns this process alone.
+    match unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
 }
 
 /// Opens a connection, sends one GET, reads the whole answer, which must be a 200 with a `Content-Length`, and leaves

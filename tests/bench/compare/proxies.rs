@@ -17,6 +17,7 @@ use tempfile::TempDir;
 
 use crate::machine::Machine;
 use crate::process::Server;
+use crate::several;
 
 /// A port that was free may be taken by the time a server binds it; then another is tried.
 const ATTEMPTS: usize = 4;
@@ -24,6 +25,9 @@ const ATTEMPTS: usize = 4;
 /// The arguments with which this program is the origin that counts, for uploads and for a crowd of slow clients.
 pub const BULK_ORIGIN: &str = "bulk-origin";
 pub const CROWD_ORIGIN: &str = "crowd-origin";
+
+/// The argument with which it is an endpoint that gets into trouble.
+pub const MOODY_ORIGIN: &str = "moody-origin";
 
 /// A proxy to compare.
 #[derive(Clone, Debug)]
@@ -47,6 +51,8 @@ pub struct Keys {
     pub server: Option<&'static str>,
     /// Of the route.
     pub route: Option<&'static str>,
+    /// Of the upstream, where there are several endpoints.
+    pub upstream: Option<&'static str>,
 }
 
 /// Where a proxy sends its requests.
@@ -144,14 +150,31 @@ impl Proxy {
 
     /// Starts it in front of `origins`.
     pub fn start(&self, machine: &Machine, origins: Origins) -> Result<Running> {
-        Running::start(&self.name, |address, dir| {
+        Running::start(&self.name, free_address, |address, dir| {
             let (program, config, arguments) = match &self.kind {
                 Kind::Forebay { binary, routes, keys } => {
                     let config = forebay_config(address, origins, dir, *routes, keys);
                     (binary.clone(), config, ["run", "-c"].as_slice())
                 }
                 Kind::Nginx { http } => ("nginx".into(), nginx_config(address, origins, dir, http), NGINX_ARGUMENTS),
-                Kind::Haproxy => ("haproxy".into(), haproxy_config(address, origins), ["-db", "-f"].as_slice()),
+                Kind::Haproxy => ("haproxy".into(), haproxy_config(address, origins), HAPROXY_ARGUMENTS),
+            };
+            let mut command = machine.proxy(program);
+            command.args(arguments).arg(written(&config, dir)?);
+            Ok(command)
+        })
+    }
+
+    /// Starts it in front of several endpoints, as `several` says.
+    pub fn start_before(&self, machine: &Machine, endpoints: &[SocketAddr]) -> Result<Running> {
+        Running::start(&self.name, free_address, |address, dir| {
+            let (program, config, arguments) = match &self.kind {
+                Kind::Forebay { binary, keys, .. } => {
+                    let config = several::forebay_config(address, endpoints, dir, keys.upstream);
+                    (binary.clone(), config, ["run", "-c"].as_slice())
+                }
+                Kind::Nginx { .. } => ("nginx".into(), several::nginx_config(address, endpoints, dir), NGINX_ARGUMENTS),
+                Kind::Haproxy => ("haproxy".into(), several::haproxy_config(address, endpoints), HAPROXY_ARGUMENTS),
             };
             let mut command = machine.proxy(program);
             command.args(arguments).arg(written(&config, dir)?);
@@ -170,7 +193,7 @@ pub struct Running {
 impl Running {
     /// Starts the origin: nginx with one worker, small answers from memory and large ones from files.
     pub fn origin(machine: &Machine) -> Result<Running> {
-        Running::start("the origin", |address, dir| {
+        Running::start("the origin", free_address, |address, dir| {
             for (name, bytes) in [("64k", 64 << 10), ("1m", 1 << 20), ("4m", 4 << 20)] {
                 fs::write(dir.join(name), vec![b'x'; bytes])?;
             }
@@ -182,18 +205,32 @@ impl Running {
 
     /// Starts the origin that counts: this program again, as which of the two `role` says.
     pub fn counting_origin(machine: &Machine, role: &str) -> Result<Running> {
-        Running::start(role, |address, _| {
+        Running::start(role, free_address, |address, _| {
             let mut command = machine.origin(std::env::current_exe()?);
             command.args([role, &address.to_string()]);
             Ok(command)
         })
     }
 
+    /// Starts an endpoint that gets into trouble when it is told to, at an address of its own or where one was before.
+    pub fn moody_origin(machine: &Machine, at: Option<SocketAddr>) -> Result<Running> {
+        let choose = || at.map_or_else(free_address, Ok);
+        Running::start(MOODY_ORIGIN, choose, |address, _| {
+            let mut command = machine.origin(std::env::current_exe()?);
+            command.args([MOODY_ORIGIN, &address.to_string()]);
+            Ok(command)
+        })
+    }
+
     /// `command` is made for an address and a directory, anew for each attempt.
-    fn start(name: &str, command: impl Fn(SocketAddr, &Path) -> Result<Command>) -> Result<Running> {
+    fn start(
+        name: &str,
+        choose: impl Fn() -> Result<SocketAddr>,
+        command: impl Fn(SocketAddr, &Path) -> Result<Command>,
+    ) -> Result<Running> {
         let attempt = || -> Result<Running> {
             let dir = tempfile::tempdir()?;
-            let address = free_address()?;
+            let address = choose()?;
             let server = Server::start(command(address, dir.path())?, address, dir.path())?;
             Ok(Running { server, dir })
         };
@@ -229,12 +266,15 @@ fn written(config: &str, dir: &Path) -> Result<OsString> {
 /// The configuration's file follows. Errors before it is read go to stderr, not to a file that only root may write.
 const NGINX_ARGUMENTS: &[&str] = &["-e", "stderr", "-c"];
 
+/// In the foreground; the file follows.
+const HAPROXY_ARGUMENTS: &[&str] = &["-db", "-f"];
+
 /// What slow clients ask for.
 const BULK_PATHS: [&str; 2] = ["/4m", "/upload"];
 
 /// What both nginxes have in common. Without a master process there is one process to measure and to end. Open
 /// connections are held to what `ulimit -n` allows anyway.
-fn nginx_frame(dir: &Path, http: &str) -> String {
+pub fn nginx_frame(dir: &Path, http: &str) -> String {
     let dir = dir.display();
     format!(
         "daemon off;
