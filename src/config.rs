@@ -169,12 +169,26 @@ pub fn endpoints(file: &str, text: &str) -> Result<Vec<upstream::Endpoint>, Stri
             "{file}:1: expected a list such as `- address: 127.0.0.1:3000`; one without endpoints is `[]`"
         ));
     }
-    filter::decode(&yaml).map_err(|error| {
+    let wrong = |path: &str, message: &str| {
         let places = place::Places::of(text);
-        let start = places.find(&error.path).map_or(0, |found| found.key.unwrap_or(found.value).start);
+        let start = places.find(path).map_or(0, |found| found.key.unwrap_or(found.value).start);
         let line = text.get(..start).map_or(1, |before| before.matches('\n').count() + 1);
-        format!("{file}:{line}: {}: {}", error.path, error.message)
-    })
+        format!("{file}:{line}: {path}: {message}")
+    };
+    let endpoints: Vec<upstream::Endpoint> =
+        filter::decode(&yaml).map_err(|error| wrong(&error.path, &error.message))?;
+    for (index, endpoint) in endpoints.iter().enumerate() {
+        if endpoint.has_port_0() {
+            return Err(wrong(&format!("[{index}].address"), "nothing can be reached at port 0"));
+        }
+        if endpoint.has_two_tiers() {
+            return Err(wrong(
+                &format!("[{index}].backup"),
+                "an endpoint stands in one tier, and `priority` names another",
+            ));
+        }
+    }
+    Ok(endpoints)
 }
 
 /// Names what it holds and shows no value, for any of them may be a secret.

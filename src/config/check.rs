@@ -316,7 +316,7 @@ impl<'a> Check<'a> {
         let mut addresses = Seen::default();
         for (index, endpoint) in upstream.endpoints.iter().enumerate() {
             let at = format!("{}.address", self.item(&format!("{path}.endpoints"), index));
-            if let Ok(Target::Tcp(_, 0)) = endpoint.address.target() {
+            if endpoint.has_port_0() {
                 let finding = Finding::error(value(&at), "nothing can be reached at port 0");
                 self.wrong(finding.label("expected a port from 1 to 65535"));
             }
@@ -325,7 +325,7 @@ impl<'a> Check<'a> {
                 let finding = Finding::error(value(at), title).label("again here").also(value(first), "first here");
                 self.wrong(finding.help("to give it more requests, give it a greater `weight`"));
             }
-            if endpoint.backup && endpoint.priority.is_some() {
+            if endpoint.has_two_tiers() {
                 let at = self.item(&format!("{path}.endpoints"), index);
                 let finding = Finding::error(Spot::Key(format!("{at}.backup")), "an endpoint stands in one tier");
                 let other = Spot::Key(format!("{at}.priority"));

@@ -7,6 +7,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::config::Address;
+use crate::config::address::Target;
 use crate::config::units::{Size, Time};
 
 /// One server of an upstream.
@@ -29,6 +30,16 @@ pub struct Endpoint {
 impl Endpoint {
     pub(crate) fn default_weight() -> NonZeroU32 {
         NonZeroU32::MIN
+    }
+
+    /// Whether it has port 0, at which nothing can be reached.
+    pub(crate) fn has_port_0(&self) -> bool {
+        matches!(self.address.target(), Ok(Target::Tcp(_, 0)))
+    }
+
+    /// Whether it is said to stand in two tiers.
+    pub(crate) fn has_two_tiers(&self) -> bool {
+        self.backup && self.priority.is_some()
     }
 
     /// The tier it stands in.

@@ -160,6 +160,11 @@ mod tests {
         assert!(said(b"").contains("`[]`"), "an empty file may be half of one");
         assert!(said(b"- address: 10.0.0.1:80\n- addres: 10.0.0.2:80\n").starts_with("endpoints.yaml:2:"));
         assert!(said(b"- address: 10.0.0.1:80\n- address: 10.0.0.2\n").starts_with("endpoints.yaml:2:"));
+        assert!(
+            said(b"- address: 10.0.0.1:80\n- address: 10.0.0.2:0\n").starts_with("endpoints.yaml:2: [1].address: ")
+        );
+        let two_tiers = b"- { address: 10.0.0.1:80, backup: true, priority: 3 }\n";
+        assert!(said(two_tiers).starts_with("endpoints.yaml:1: [0].backup: an endpoint stands in one tier"));
         assert!(said(b"- { address: 10.0.0.1:80\n").contains("endpoints.yaml:"));
         assert_eq!(said(&[b'#'; 65]), "`endpoints.yaml` is larger than 64B, which is its `max_size`");
         assert_eq!(said(&[0xff, 0xfe]), "`endpoints.yaml` is no text in UTF-8");

@@ -355,13 +355,9 @@ fn nginx_config(address: SocketAddr, origins: Origins, dir: &Path, more: &str) -
     nginx_frame(dir, &http)
 }
 
-/// The log goes to stdout, which is a file here: HAProxy has no other way to one.
-fn haproxy_config(address: SocketAddr, origins: Origins) -> String {
-    let (mut choice, mut backend) = (String::new(), String::new());
-    if let Some(bulk) = origins.bulk {
-        choice = format!("    use_backend bulk if {{ path_beg {} }}\n", BULK_PATHS.join(" "));
-        backend = format!("backend bulk\n    server origin {bulk}\n");
-    }
+/// What every HAProxy has, and `backends` behind it, the first of which is `app`. The log goes to stdout, which is a file here: it has
+/// no other way to one.
+pub fn haproxy_frame(address: SocketAddr, (connect, answer): (&str, &str), choice: &str, backends: &str) -> String {
     format!(
         "global
     nbthread 1
@@ -373,19 +369,25 @@ defaults
     option httplog
     option forwardfor
     http-reuse always
-    timeout connect 5s
+    timeout connect {connect}
     timeout client 60s
-    timeout server 60s
+    timeout server {answer}
     timeout http-keep-alive 75s
 frontend web
     bind {address} backlog 4096
     http-request set-header X-Forwarded-Proto http
 {choice}    default_backend app
-backend app
-    server origin {origin}
-{backend}",
-        origin = origins.rest
+{backends}"
     )
+}
+
+fn haproxy_config(address: SocketAddr, origins: Origins) -> String {
+    let (mut choice, mut backends) = (String::new(), format!("backend app\n    server origin {}\n", origins.rest));
+    if let Some(bulk) = origins.bulk {
+        choice = format!("    use_backend bulk if {{ path_beg {} }}\n", BULK_PATHS.join(" "));
+        backends += &format!("backend bulk\n    server origin {bulk}\n");
+    }
+    haproxy_frame(address, ("5s", "60s"), &choice, &backends)
 }
 
 /// Metrics and phases cannot be turned off, the access log is on. All routes but the last name paths and hosts that no

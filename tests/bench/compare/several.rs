@@ -9,7 +9,7 @@ use std::net::SocketAddr;
 use std::path::Path;
 
 use crate::moody::CHECKED;
-use crate::proxies::nginx_frame;
+use crate::proxies::{haproxy_frame, nginx_frame};
 
 /// `upstream`: further keys of the upstream, such as its policy.
 pub fn forebay_config(address: SocketAddr, endpoints: &[SocketAddr], dir: &Path, upstream: Option<&str>) -> String {
@@ -67,26 +67,8 @@ pub fn nginx_config(address: SocketAddr, endpoints: &[SocketAddr], dir: &Path) -
 pub fn haproxy_config(address: SocketAddr, endpoints: &[SocketAddr]) -> String {
     let server = |(number, endpoint): (usize, &SocketAddr)| format!("    server s{number} {endpoint}\n");
     let servers: String = endpoints.iter().enumerate().map(server).collect();
-    format!(
-        "global
-    nbthread 1
-    maxconn 8000
-    log stdout format raw local0
-defaults
-    mode http
-    log global
-    option httplog
-    option forwardfor
-    http-reuse always
-    timeout connect 500ms
-    timeout client 60s
-    timeout server 1s
-    timeout http-keep-alive 75s
-frontend web
-    bind {address} backlog 4096
-    http-request set-header X-Forwarded-Proto http
-    default_backend app
-backend app
+    let app = format!(
+        "backend app
     balance leastconn
     option redispatch 1
     retries 3
@@ -94,5 +76,6 @@ backend app
     option httpchk GET {CHECKED}
     default-server check inter 500ms fall 2 rise 1 observe layer7
 {servers}"
-    )
+    );
+    haproxy_frame(address, ("500ms", "1s"), "", &app)
 }
