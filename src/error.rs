@@ -124,6 +124,7 @@ refusals! {
     SELECT_BREAKER_OPEN: "select.breaker_open", 503, "The backend fails and is left alone for a while; try again later.";
     QUEUE_DEADLINE: "queue.deadline", 504, "No backend answered in the time that there was.";
     SELECT_NO_ENDPOINT: "select.no_endpoint", 503, "No backend is available.";
+    SELECT_ABORTED: "select.aborted", 499, "The client went away before it was tried again.";
     SELECT_DEADLINE: "select.deadline", 504, "No backend answered in the time that there was.";
     CONNECT_REFUSED: "connect.refused", 502, "The backend refused the connection.";
     CONNECT_TIMEOUT: "connect.timeout", 504, "The backend did not accept the connection in time.";

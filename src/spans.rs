@@ -54,7 +54,7 @@ pub struct Notes {
     attempts: Vec<Attempt>,
 }
 
-/// More attempts than these of one exchange are not noted; there are five at most.
+/// More attempts than these of one exchange are not noted; ten and one that costs none are the most there can be.
 const ATTEMPTS_MAX: usize = 16;
 
 impl Notes {

@@ -408,7 +408,11 @@ impl Upstream {
             // Nobody tells when one that was removed has ended what it had.
             let removed = self.members.load().iter().any(|endpoint| endpoint.availability().is_removed());
             match removed {
-                true => drop(timeout(REMOVED_LOOK, self.reassess.notified()).await),
+                true if timeout(REMOVED_LOOK, self.reassess.notified()).await.is_err() => {
+                    self.forget();
+                    continue;
+                }
+                true => {}
                 false => self.reassess.notified().await,
             }
             let began = Instant::now();
@@ -422,6 +426,18 @@ impl Upstream {
         }
     }
 
+    /// Forgets those that were removed and are busy no longer. They are in no roster.
+    fn forget(&self) {
+        let _changing = self.changing.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut members = self.members.load().to_vec();
+        members.retain(Self::is_kept);
+        self.members.store(Arc::new(members));
+    }
+
+    fn is_kept(endpoint: &Arc<Endpoint>) -> bool {
+        !endpoint.availability().is_removed() || endpoint.inflight() > 0
+    }
+
     /// Asks its endpoints whether they are well, if it is to.
     async fn keep_health(&self) {
         if let Some(checks) = &self.checks {
@@ -432,7 +448,7 @@ impl Upstream {
     /// Makes the roster of these members; the caller holds `changing`. Those that are `leaving` are removed after that, so that
     /// there is somebody to choose at any moment; those that are busy no longer are forgotten.
     fn publish(&self, mut members: Vec<Arc<Endpoint>>, leaving: Vec<Arc<Endpoint>>) {
-        members.retain(|endpoint| !endpoint.availability().is_removed() || endpoint.inflight() > 0);
+        members.retain(Self::is_kept);
         let before = self.roster.load();
         let roster = Roster::new(&self.load_balancing, &members, &before);
         if roster.panics() != before.panics() {

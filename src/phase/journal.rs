@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use super::Phase;
 
-/// The most entries of one journal: five attempts with all their phases are fewer. Further ones are counted.
+/// The most entries of one journal: eleven attempts, the most there can be, with all their phases are fewer. Further ones are counted.
 pub const ENTRIES_MAX: usize = 64;
 
 static WANTED: AtomicUsize = AtomicUsize::new(0);

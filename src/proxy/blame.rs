@@ -33,15 +33,13 @@ pub fn is_upstreams(refusal: &Refusal) -> bool {
 
 /// Whether the endpoint took too long, by a clock of ours.
 pub fn is_timeout(refusal: &Refusal) -> bool {
-    let late = [
-        &refusal::SEND_TIMEOUT,
-        &refusal::WAIT_TIMEOUT,
-        &refusal::RECEIVE_TIMEOUT,
-        &refusal::SEND_DEADLINE,
-        &refusal::WAIT_DEADLINE,
-        &refusal::RECEIVE_DEADLINE,
-    ];
-    late.contains(&refusal)
+    let late = [&refusal::SEND_TIMEOUT, &refusal::WAIT_TIMEOUT, &refusal::RECEIVE_TIMEOUT];
+    late.contains(&refusal) || is_deadline(refusal)
+}
+
+/// Whether the time of the whole exchange was over while an endpoint was busy with it.
+pub fn is_deadline(refusal: &Refusal) -> bool {
+    [&refusal::SEND_DEADLINE, &refusal::WAIT_DEADLINE, &refusal::RECEIVE_DEADLINE].contains(&refusal)
 }
 
 fn of_upstream(exchange: &Exchange, kind: &ErrorType) -> &'static Refusal {

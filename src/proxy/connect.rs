@@ -69,7 +69,8 @@ fn leads_to(socket: RawFd, peer: &HttpPeer) -> bool {
 /// No connection could be made. No byte of the request has left, so any method may be tried elsewhere.
 pub fn failed(exchange: &mut Exchange, client: &ServerSession, mut error: Box<Error>) -> Box<Error> {
     let now = Instant::now();
-    let failure = match deadline::is_over(exchange, now) {
+    let is_over = deadline::is_over(exchange, now);
+    let failure = match is_over {
         true => deadline::refusal(Phase::Connect),
         false => reason(&error),
     };
@@ -82,7 +83,8 @@ pub fn failed(exchange: &mut Exchange, client: &ServerSession, mut error: Box<Er
     }
     exchange.failure = Some(failure);
     exchange.note_failure(Why::Refusal(failure.reason), now);
-    exchange.release(|_| Outcome::Connect(failure), now);
+    // What was left of an exchange's time may be less than any endpoint takes.
+    exchange.release(|_| if is_over { Outcome::Cancelled } else { Outcome::Connect(failure) }, now);
     if let Some(upstream) = &exchange.upstream {
         upstream.metrics.connects_failed.inc();
     }

@@ -21,6 +21,8 @@ pub struct Dues {
     pub exchange: Option<Instant>,
     /// The attempt, until its answer is here.
     pub attempt: Option<Instant>,
+    /// Whether the exchange has no more time because its client says so: that it is over says nothing against an endpoint.
+    pub is_clients: bool,
 }
 
 /// The request is here, so that the clock begins to run if the route has one. Only the first call counts.
@@ -29,19 +31,22 @@ pub fn begin(exchange: &mut Exchange, now: Instant) {
         return;
     }
     if let Some(deadline) = exchange.route.as_ref().and_then(|route| route.deadline) {
-        bound(exchange, now + deadline);
+        bound(exchange, now + deadline, false);
     }
 }
 
 /// A gRPC client says for how long it waits at most: from now on, as far as we can know.
 pub fn begin_grpc(exchange: &mut Exchange, headers: &HeaderMap, now: Instant) {
     if let Some(timeout) = headers.get("grpc-timeout").and_then(|value| grpc_timeout(value.to_str().ok()?)) {
-        bound(exchange, now + timeout);
+        bound(exchange, now + timeout, true);
     }
 }
 
-fn bound(exchange: &mut Exchange, due: Instant) {
-    exchange.dues.exchange = Some(exchange.dues.exchange.map_or(due, |earlier| earlier.min(due)));
+fn bound(exchange: &mut Exchange, due: Instant, is_clients: bool) {
+    if exchange.dues.exchange.is_none_or(|earlier| due < earlier) {
+        exchange.dues.exchange = Some(due);
+        exchange.dues.is_clients = is_clients;
+    }
     if exchange.attempt.is_some() {
         keep(exchange);
     }

@@ -22,6 +22,7 @@ use crate::client::spool::Held;
 use crate::error::refusal;
 use crate::metrics::mirror::{Fate, MirrorMetrics};
 use crate::upstream::transport::greeting::Parties;
+use crate::upstream::transport::tls::Flaw;
 use crate::upstream::{Choice, Outcome, Timeouts, Upstream};
 
 /// Says that a request is a copy, and of which route.
@@ -149,7 +150,11 @@ async fn attempt(mirror: &Mirror, request: RequestHeader, body: Option<Held>, pa
         }
         Err(error) => {
             tracing::debug!(upstream = %upstream.name, %error, "a copy of a request failed");
+            if !attempt.is_connected() {
+                upstream.metrics.connects_failed.inc();
+            }
             let failed = match (attempt.is_connected(), error.etype()) {
+                (false, ErrorType::InvalidCert) => Outcome::Connect(&refusal::CONNECT_TLS),
                 (false, _) => Outcome::Connect(&refusal::CONNECT_FAILED),
                 (true, ErrorType::ReadTimedout) => Outcome::Failed(&refusal::WAIT_TIMEOUT),
                 (true, _) => Outcome::Failed(&refusal::WAIT_RESET),
@@ -169,7 +174,20 @@ async fn exchange(
 ) -> Result<StatusCode> {
     let Timeouts { connect, send, wait, receive } = mirror.upstream.timeouts;
     let (mut session, reused) = mirror.connector.get_http_session(peer).await?;
-    attempt.connected(reused, Instant::now());
+    if let Some(flaw) = Flaw::of(session.digest()) {
+        // Dropped with the session: it is not to be given to anybody else, either.
+        return Error::e_explain(ErrorType::InvalidCert, flaw.to_string());
+    }
+    let metrics = &mirror.upstream.metrics;
+    if reused {
+        metrics.connects_reused.inc()
+    } else {
+        metrics.connects_new.inc()
+    }
+    let now = Instant::now();
+    attempt.connected(reused, now);
+    let transport = &mirror.upstream.transport;
+    let outdated = transport.age(session.digest()).filter(|&age| transport.is_outdated(age, rand::random()));
     session.set_write_timeout(Some(send));
     session.set_read_timeout(Some(wait.max(receive)));
     let length = body.as_ref().map(|body| body.pieces.iter().map(Bytes::len).sum::<usize>());
@@ -195,7 +213,15 @@ async fn exchange(
     };
     // Each step has its limit; so have all of them together, however it trickles.
     let status = timeout(connect + send + wait + receive, whole).await.map_err(|_| late())??;
-    if session.response_done() {
+    let is_last = match outdated {
+        // Further requests go over another connection, and this one ends with those that it has.
+        Some(age) if http2 => {
+            attempt.endpoint().renew(age, now);
+            false
+        }
+        outdated => outdated.is_some() || (!http2 && mirror.upstream.has_surplus_connections()),
+    };
+    if session.response_done() && !is_last {
         mirror.connector.release_http_session(session, peer, peer.idle_timeout()).await;
     }
     Ok(status)

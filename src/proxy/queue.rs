@@ -52,7 +52,11 @@ pub async fn wait(
             Event::TooLate => return Err(&refusal::QUEUE_TIMEOUT),
             Event::Gone => return Err(&refusal::QUEUE_ABORTED),
             Event::Turn => match turn(exchange, upstream) {
-                Choice::Full => place.missed(),
+                Choice::Full => {
+                    place.missed();
+                    // There may be many turns to spare, and each is a look at all endpoints: others go first.
+                    tokio::task::yield_now().await;
+                }
                 Choice::Engaged(engaged) => {
                     place.served();
                     return Ok(Choice::Engaged(engaged));
@@ -68,7 +72,7 @@ fn turn(exchange: &Exchange, upstream: &Upstream) -> Choice {
 }
 
 /// Ready when the client has gone.
-fn poll_gone(exchange: &Exchange, client: &mut ServerSession, cx: &mut Context<'_>) -> Poll<()> {
+pub(super) fn poll_gone(exchange: &Exchange, client: &mut ServerSession, cx: &mut Context<'_>) -> Poll<()> {
     if let Some(link) = &exchange.link {
         return link.poll_gone(cx);
     }

@@ -2,6 +2,7 @@
 //!
 //! After `route` and `buffer`, with `queue` in it where everybody is full; before `connect`.
 
+use std::future::poll_fn;
 use std::time::{Duration, Instant};
 
 use http::{HeaderValue, header};
@@ -28,8 +29,10 @@ async fn choose(exchange: &mut Exchange, client: &mut ServerSession) -> Result<B
     let mut now = exchange.enter(Phase::Select);
     let pause = std::mem::take(&mut exchange.pause);
     if !pause.is_zero() {
-        tokio::time::sleep(pause).await;
-        now = Instant::now();
+        tokio::select! {
+            () = tokio::time::sleep(pause) => now = Instant::now(),
+            () = poll_fn(|cx| queue::poll_gone(exchange, client, cx)) => return Err(Refused::from(&refusal::SELECT_ABORTED)),
+        }
     }
     let Some(upstream) = exchange.upstream.clone() else { return Err(Refused::from(&refusal::SELECT_NO_ENDPOINT)) };
     let choice = match upstream.select_for(exchange.stuck.as_ref(), exchange.hash, &exchange.tried, now) {

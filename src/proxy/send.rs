@@ -131,7 +131,9 @@ pub fn failed(exchange: &mut Exchange, client: &ServerSession, mut error: Box<Er
     let refusal = blame::reason(exchange, &error);
     let failure = failure(exchange, &error, reused);
     exchange.failure = Some(refusal);
-    let says_nothing = failure.is_none_or(Failure::is_of_connection) || !blame::is_upstreams(refusal);
+    let says_nothing = failure.is_none_or(Failure::is_of_connection)
+        || !blame::is_upstreams(refusal)
+        || (exchange.dues.is_clients && blame::is_deadline(refusal));
     let outcome = if says_nothing { Outcome::Cancelled } else { Outcome::Failed(refusal) };
     let now = Instant::now();
     if failure.is_some() {

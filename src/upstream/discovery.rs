@@ -11,6 +11,7 @@ mod resolver;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::num::NonZeroU32;
+use std::pin::pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -173,6 +174,14 @@ impl Discovery {
         }
         let mut due = self.listing().due();
         let mut under_way = FuturesUnordered::new();
+        // Kept until it is ready: begun anew with each answer, it would forget what it was told and never come to its refresh.
+        let changed = || async {
+            match &watch {
+                Some(watch) => watch.changed().await,
+                None => std::future::pending().await,
+            }
+        };
+        let mut change = pin!(changed());
         loop {
             let now = Instant::now();
             while under_way.len() < AT_ONCE
@@ -195,7 +204,8 @@ impl Discovery {
                     }
                 }
                 () = async { match next { Some(next) => sleep_until(next.into()).await, None => std::future::pending().await } } => {}
-                () = async { match &watch { Some(watch) => watch.changed().await, None => std::future::pending().await } } => {
+                () = &mut change => {
+                    change.set(changed());
                     if self.look_again(&upstream.name, &upstream.transport).await {
                         due = self.listing().due();
                         upstream.discovered(self.found());

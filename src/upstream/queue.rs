@@ -80,6 +80,8 @@ pub struct Place {
     since: Instant,
     /// Not every endpoint will do.
     choosy: bool,
+    /// Turns to spare that it took and had no use for, while others might have.
+    unused: u32,
     served: bool,
 }
 
@@ -133,7 +135,7 @@ impl Queue {
         }
         drop(line);
         self.metrics.length.inc();
-        Some(Place { queue: Arc::clone(self), ticket, slot, since: now, choosy, served: false })
+        Some(Place { queue: Arc::clone(self), ticket, slot, since: now, choosy, unused: 0, served: false })
     }
 
     /// An endpoint was let go: the first in line has a turn.
@@ -200,6 +202,7 @@ impl Place {
         if line.spare > 0 {
             // Another endpoint was let go meanwhile, and there was nobody else in line.
             line.spare -= 1;
+            self.unused += u32::from(self.choosy);
             return;
         }
         let turn = self.slot.turn();
@@ -209,6 +212,9 @@ impl Place {
         if self.choosy {
             // What is free may do for those behind.
             line.give_or_spare(turn, Some(self.ticket));
+            for _ in 0..std::mem::take(&mut self.unused) {
+                line.give_or_spare(Turn::One, Some(self.ticket));
+            }
         }
     }
 
@@ -220,7 +226,7 @@ impl Place {
 
 impl Drop for Place {
     fn drop(&mut self) {
-        let Place { queue, ticket, slot, choosy, served, .. } = self;
+        let Place { queue, ticket, slot, choosy, unused, served, .. } = self;
         let mut line = queue.line();
         if line.waiting.remove(ticket).is_none() {
             line.given = line.given.saturating_sub(1);
@@ -230,6 +236,9 @@ impl Drop for Place {
                     line.give(Turn::Look, None);
                 }
                 (turn, false) => line.give_or_spare(turn, None),
+            }
+            for _ in 0..*unused {
+                line.give_or_spare(Turn::One, None);
             }
         }
         queue.ahead.fetch_sub(u32::from(!*choosy), Ordering::SeqCst);

@@ -182,7 +182,7 @@ impl Running {
         loop {
             let held = self.held(admin)?;
             // Connections to the origin are kept.
-            if held.spooled == 0.0 && held.slow == 0.0 && held.descriptors < idle.descriptors + 600 {
+            if held.spooled == 0.0 && held.slow == 0.0 && held.descriptors < idle.descriptors + 64 {
                 return Ok(held);
             }
             ensure!(Instant::now() < deadline, "something is left: {held}");

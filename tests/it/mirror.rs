@@ -3,6 +3,7 @@
 use crate::harness::client::request;
 use crate::harness::gateway::Watched;
 use crate::harness::origin::Closed;
+use crate::harness::secure::{Authority, Layers, Secure};
 use crate::harness::{Ask, Gateway, H2Origin, Origin, Protocol, Setup, eventually, ok};
 
 /// A gateway whose upstream `app` is this, with copies of all requests to `copies`, and further keys of the mirror.
@@ -148,4 +149,21 @@ fn copies_under_way_do_not_hold_up_the_end() {
     silent.accept().request();
     process.signal(libc::SIGTERM);
     assert!(process.ended().success());
+}
+
+#[test]
+fn no_copy_goes_to_whom_its_upstream_does_not_trust() {
+    let authority = Authority::new();
+    let elsewhere = Secure::start(Layers::tls(&authority.issue(&["127.0.0.2", "localhost"])));
+    let tls = format!("tls: {{ ca: \"{}\" }}", authority.file().display());
+    let other = format!("{tls}, endpoints: [ {{ address: \"{}\" }} ]", elsewhere.address());
+    let origin = Origin::named("origin");
+    let gateway = Setup::before(&origin).also_upstream("copies", &other).route("mirror: { upstream: copies }").start();
+    for n in 1..=2 {
+        assert_eq!(gateway.client().get("/").text(), "origin");
+        outcome(&gateway, "failed", f64::from(n));
+    }
+    let refused = "forebay_upstream_connect_failures_total{upstream=\"copies\",reason=\"tls\"}";
+    assert_eq!(gateway.metric(refused), 2.0);
+    assert_eq!(elsewhere.connections(), 2, "nor is its connection kept for the next one");
 }

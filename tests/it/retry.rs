@@ -284,7 +284,7 @@ fn a_client_that_goes_away_during_a_pause_is_not_served_any_more() {
     made(&gateway, "status", 1.0);
     client.reset();
     let line = gateway.log_line();
-    assert_eq!(line.status(), 499);
+    assert_eq!((line.status(), line.number("attempts")), (499, 1.0));
     gateway.wait_metric("forebay_phase_active", |count| count == 0.0);
 }
 

@@ -5,8 +5,8 @@ use std::process::{Command, Output};
 
 use tempfile::TempDir;
 
-use crate::harness::client::{get, request};
-use crate::harness::{Client, Origin, Setup, eventually, free_port, ms};
+use crate::harness::client::get;
+use crate::harness::{Origin, Setup, eventually, free_port, ms};
 
 const PROGRAM: &str = env!("CARGO_BIN_EXE_forebay");
 
@@ -135,10 +135,8 @@ fn top_asks_a_unix_socket_that_the_configuration_names() {
     let mut child =
         Command::new(PROGRAM).args(["run", "-c"]).arg(&file).stdout(std::process::Stdio::null()).spawn().expect("it");
     eventually("the admin socket", || socket.exists().then_some(()));
-    let mut client = Client::unix(&socket);
-    client.send(request("GET", "/readyz", "", ""));
     let screen = Screen::running(100, 20, &format!("{PROGRAM} top -c {}", file.display()));
-    screen.shows(&format!("unix:{}", dir.path().display()).chars().take(10).collect::<String>());
+    screen.shows("sockets");
     drop(screen);
     crate::harness::end(&mut child);
 }
