@@ -412,7 +412,8 @@ fn a_body_that_is_not_framed_as_its_header_says_never_reaches_the_backend() {
 #[test]
 fn an_upload_of_any_method_goes_on_to_the_next_endpoint_where_the_first_refuses_the_connection() {
     let (refusing, origin) = (Closed::refusing(), built_in());
-    let gateway = before_all(&[refusing.address(), origin.address()], "mode: full, memory: 64KiB").start();
+    let setup = before_all(&[refusing.address(), origin.address()], "mode: full, memory: 64KiB");
+    let gateway = setup.upstream("load_balancing: { policy: round_robin }").start();
     for ask in [Ask::put(MIB), Ask::post(MIB), Ask::put(MIB).chunked(), Ask::post(MIB).chunked()] {
         for protocol in Protocol::BOTH {
             ask.over(protocol, gateway.web()).arrived(MIB, &with_length(MIB));

@@ -292,7 +292,8 @@ fn a_client_that_goes_away_during_a_pause_is_not_served_any_more() {
 fn each_attempt_that_came_to_nothing_is_in_the_log() {
     let (closed, busy) = (Closed::refusing(), Origin::answering(|_| response("503 Busy", "", "")));
     let setup = Setup::before_all(&[closed.address(), busy.address()]).route("retry: { on: [connect_error, 503] }");
-    let gateway = setup.start();
+    // The one that refuses would be ejected, were it chosen first five times in a row.
+    let gateway = setup.upstream("outlier_detection: { connect_failures: unlimited }").start();
     // Whichever is chosen first: once both have had their turn, it was once the one and once the other.
     let logged = crate::harness::eventually("a request to both", || {
         gateway.client().get("/");
