@@ -43,7 +43,7 @@ use crate::metrics::{ConnectionState, Direction, Metrics, RouteMetrics, Summary,
 use crate::phase::journal::Cycle;
 use crate::phase::{Clock, Phase};
 use connection::{Begin, Connection, Inflight, Introduced, Listener, Listeners, StateGauge};
-use lane::Lanes;
+use lane::{Lanes, Newcomer};
 use slow::SlowClients;
 use stream::{ClientStream, Opening};
 use waiting::Waiting;
@@ -230,11 +230,11 @@ where
     async fn serve(mut self, mut stream: Box<ClientStream>) {
         while self.park(&mut stream).await {
             self.served += 1;
-            if self.served == 1 {
-                self.begin().await;
-            }
+            let (connection, lanes) = (self.connection.clone(), self.front.desk.lanes.clone());
             // Boxed, so that a parked connection does not hold the room that an exchange needs.
-            match Box::pin(self.exchange(stream)).await {
+            let exchange = Newcomer::new(Box::pin(self.exchange(stream)), connection, lanes).await;
+            self.connection.settle();
+            match exchange {
                 Some(kept) if !*self.shutdown.borrow() => stream = kept,
                 _ => return,
             }
@@ -249,14 +249,6 @@ where
         tokio::select! {
             came = tokio::time::timeout(self.connection.listener.idle_timeout, stream.park()) => came.unwrap_or(false),
             _ = self.shutdown.wait_for(|stopping| *stopping) => false,
-        }
-    }
-
-    /// Waits for its turn if many connections begin at once; that is a few rounds of the event loop.
-    async fn begin(&self) {
-        let turn = self.front.desk.lanes.here().begin(Instant::now());
-        if let Some(mut turn) = turn {
-            std::future::poll_fn(|cx| turn.poll(cx)).await;
         }
     }
 
@@ -331,6 +323,7 @@ where
     /// Lets Pingora run a connection of HTTP/2 to its end: the client's, ours at a stop, or that of its last request.
     async fn serve_http2(&mut self, stream: Box<ClientStream>) {
         let (last, ending) = watch::channel(false);
+        self.connection.settle();
         let connection = self.connection.clone();
         let http2 = Arc::new(Http2 { front: self.front.clone(), connection, opened: AtomicU64::new(0), last });
         let mut serve = std::pin::pin!(http2.process_new(stream, &ending));

@@ -26,7 +26,7 @@ use crate::admin::{self, Admin, Readiness, trace};
 use crate::client::budget::{self, Budget};
 use crate::client::connection::{Inflight, Listener, Listeners};
 use crate::client::intake::IntakeTerms;
-use crate::client::lane::Lanes;
+use crate::client::lane::{Door, Lanes};
 use crate::client::pace::Pace;
 use crate::client::spool::disk::Disk;
 use crate::client::spool::{Depot, Limits};
@@ -247,6 +247,7 @@ impl Gateway {
         for socket in &sockets {
             web.add_listener(socket.listener_config());
         }
+        web.set_connection_filter(Arc::new(Door));
         web.threads = Some(threads);
         let found = loops.clone();
         let find_workers = move || found.attach(threads, pingora_runtime::current_handle);

@@ -183,6 +183,7 @@ pub struct Connection {
     /// In which cycle of its worker; `None` unless somebody wanted to know. Boxed, for most connections have none.
     pub accepted_in: Option<Box<Cycle>>,
     write_idle_ms: AtomicU64,
+    settled: AtomicBool,
     raw: AtomicBool,
     reset: AtomicBool,
     fault: OnceLock<&'static Refusal>,
@@ -204,6 +205,7 @@ impl Connection {
             accepted: Instant::now(),
             accepted_in: worker::cycle_if_wanted().map(Box::new),
             write_idle_ms: AtomicU64::new(listener.header_timeout.as_millis() as u64),
+            settled: AtomicBool::new(false),
             raw: AtomicBool::new(false),
             reset: AtomicBool::new(false),
             fault: OnceLock::new(),
@@ -223,6 +225,15 @@ impl Connection {
 
     pub(super) fn write_idle(&self) -> Duration {
         Duration::from_millis(self.write_idle_ms.load(Ordering::Relaxed))
+    }
+
+    /// It has been served, if only with the beginning of an answer: from now on it is no newcomer.
+    pub fn settle(&self) {
+        self.settled.store(true, Ordering::Relaxed);
+    }
+
+    pub(super) fn is_settled(&self) -> bool {
+        self.settled.load(Ordering::Relaxed)
     }
 
     /// The client agreed on another protocol (101): all further bytes pass as they are.
@@ -375,5 +386,18 @@ impl Drop for InflightGuard {
         if self.0.count.fetch_sub(1, Ordering::Relaxed) == 1 {
             self.0.none.notify_waiters();
         }
+    }
+}
+
+#[cfg(test)]
+pub(super) mod tests {
+    use super::*;
+
+    /// One that came through a listener with these further keys.
+    pub fn connection(listener: &str) -> Arc<Connection> {
+        let text = format!("{{ name: web, address: 127.0.0.1:80, {listener} }}");
+        let written = serde_yaml::from_str(&text).expect("a listener");
+        let listener = Arc::new(Listener::build(&written, &Metrics::new(0, Vec::new())));
+        Connection::admit(&listener, None, None).expect("room")
     }
 }

@@ -10,18 +10,25 @@
 //! turn goes to whoever has waited longest, so that nobody starves.
 //!
 //! A crowd that arrives at once is no bulk yet, but a thousand connections that each begin an exchange are in one round what
-//! bulk may never be: everybody else waits until the last of them has parsed its header and called its endpoint. So where
-//! many begin at once they come in one after the other, a few in each round, the fewer the longer the rounds are.
+//! bulk may never be: everybody else waits until the last of them has parsed its header and called its endpoint. So a round
+//! takes few connections from the kernel ([`Door`]), and what is done for newcomers ([`Newcomer`]), up to the first byte
+//! of their first answer, has a share of its own: who has been served before waits for few of them.
 
 use std::cell::RefCell;
 use std::collections::BTreeMap;
+use std::future::Future;
+use std::net::SocketAddr;
+use std::pin::Pin;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::task::{Context, Poll};
+use std::task::{Context, Poll, ready};
 use std::time::{Duration, Instant};
 
+use async_trait::async_trait;
 use futures::task::AtomicWaker;
+use pingora::listeners::ConnectionFilter;
 
+use super::connection::Connection;
 use crate::eventloop::worker;
 use crate::metrics::{LaneMetrics, Metrics};
 
@@ -31,20 +38,27 @@ const LAG_AIM: Duration = Duration::from_millis(1);
 const FAIR_EVERY: u64 = 8;
 /// So many exchanges may pass at a time without turns: a round of the event loop is short enough with them.
 const FREE_PASSES: usize = 24;
+/// The same shortly after newcomers had to wait: they are about to pass much, too.
+const FREE_PASSES_IN_ARRIVAL: usize = 4;
+const ARRIVAL: Duration = Duration::from_millis(100);
 /// So many turns to pass, then one to spool.
 const PASSES_PER_SPOOL: u32 = 3;
+/// The least share of the worker's time of bulk, and of newcomers: these shall not starve where others keep the worker busy.
+const BULK_LEAST: f64 = 0.1;
+const NEWCOMERS_LEAST: f64 = 0.25;
 /// The longest pause between two turns while somebody waits.
 const PAUSE_MOST: Duration = Duration::from_millis(20);
 
-/// So many connections may begin their first exchange within [`BURST`] without turns, and this many at most in one round.
-const BEGINS_MOST: u32 = 16;
-const BURST: Duration = Duration::from_millis(1);
+/// So many connections are taken in one round.
+const ACCEPTS_MOST: usize = 4;
+/// With so many operations a task may go on in one poll (tokio's cooperative scheduling).
+pub const OPERATIONS_PER_POLL: usize = 128;
 
 /// What a turn is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Class {
-    /// To begin the first exchange of a connection.
-    Begin,
+    /// To be polled at all: the first exchange of a connection, until its answer comes.
+    Newcomer,
     /// To go straight to a client that takes it.
     Pass,
     /// To be held for a client that does not.
@@ -84,6 +98,34 @@ impl Lanes {
     }
 }
 
+/// Takes few connections in one round of the event loop: the kernel keeps the others meanwhile.
+///
+/// Pingora would take 128, for that is how many operations tokio lets a task go on with in one poll. So each is made to count
+/// for more than one.
+#[derive(Debug)]
+pub struct Door;
+
+#[async_trait]
+impl ConnectionFilter for Door {
+    async fn should_accept(&self, _: Option<&SocketAddr>) -> bool {
+        std::future::poll_fn(|cx| {
+            spend_budget(cx, OPERATIONS_PER_POLL / ACCEPTS_MOST);
+            Poll::Ready(true)
+        })
+        .await
+    }
+}
+
+/// Takes so many units of the task's budget; less if there are no more.
+pub fn spend_budget(cx: &mut Context<'_>, units: usize) {
+    for _ in 0..units {
+        match tokio::task::coop::poll_proceed(cx) {
+            Poll::Ready(unit) => unit.made_progress(),
+            Poll::Pending => return,
+        }
+    }
+}
+
 /// The queues of one worker.
 pub struct Lane {
     queues: Mutex<Queues>,
@@ -92,30 +134,52 @@ pub struct Lane {
     metrics: LaneMetrics,
 }
 
-#[derive(Default)]
 struct Queues {
     pass: Queue,
     spool: Queue,
-    begin: Queue,
-    begins: Begins,
-    /// Whether a task hands out turns; it ends when nobody waits.
-    driven: bool,
-    share: Share,
+    /// Of the worker, for both of these.
+    bulk_time: Allowance,
     /// Turns to pass since the last one to spool.
     passed: u32,
+    newcomers: Queue,
+    newcomers_time: Allowance,
+    /// When newcomers last had to wait.
+    arrival: Option<Instant>,
+    /// Whether a task hands out turns; it ends when nobody waits.
+    driven: bool,
+}
+
+impl Default for Queues {
+    fn default() -> Self {
+        Queues {
+            pass: Queue::default(),
+            spool: Queue::default(),
+            bulk_time: Allowance::new(BULK_LEAST),
+            passed: 0,
+            newcomers: Queue::default(),
+            newcomers_time: Allowance::new(NEWCOMERS_LEAST),
+            arrival: None,
+            driven: false,
+        }
+    }
 }
 
 impl Queues {
+    /// Whether a crowd has just come, or still does.
+    fn sees_arrival(&self, now: Instant) -> bool {
+        self.arrival.is_some_and(|last| now.saturating_duration_since(last) < ARRIVAL)
+    }
+
     fn of(&mut self, class: Class) -> &mut Queue {
         match class {
-            Class::Begin => &mut self.begin,
+            Class::Newcomer => &mut self.newcomers,
             Class::Pass => &mut self.pass,
             Class::Spool => &mut self.spool,
         }
     }
 
     fn is_empty(&self) -> bool {
-        [&self.begin, &self.pass, &self.spool].iter().all(|queue| queue.waiting.is_empty())
+        [&self.newcomers, &self.pass, &self.spool].iter().all(|queue| queue.waiting.is_empty())
     }
 
     /// Whose turn it is: mostly somebody's whose client is waiting.
@@ -176,18 +240,20 @@ impl Lane {
 
     /// Whether so many move much that they are to take turns.
     pub fn is_crowded(&self) -> bool {
-        self.bulk.load(Ordering::Relaxed) > FREE_PASSES
+        let bulk = self.bulk.load(Ordering::Relaxed);
+        bulk > FREE_PASSES || (bulk > FREE_PASSES_IN_ARRIVAL && self.lock().sees_arrival(Instant::now()))
     }
 
-    /// A place in the queue of those that begin, if so many do that they are to take turns.
-    pub fn begin(self: &Arc<Self>, now: Instant) -> Option<Turn> {
+    /// A place in the queue of newcomers, if they are to take turns just now.
+    fn queue_newcomer(self: &Arc<Self>, now: Instant) -> Option<Turn> {
         {
             let mut queues = self.lock();
-            if queues.begin.waiting.is_empty() && queues.begins.one_more(now) {
+            if queues.newcomers.waiting.is_empty() && queues.newcomers_time.has_credit(now) {
                 return None;
             }
+            queues.arrival = Some(now);
         }
-        Some(self.queue(Class::Begin, 0))
+        Some(self.queue(Class::Newcomer, 0))
     }
 
     /// Queues for a turn. `missing` is how many bytes are still to come, `u64::MAX` if nobody knows.
@@ -212,28 +278,29 @@ impl Lane {
 
     /// Says how long the poll took that a turn was for.
     pub fn took(&self, time: Duration) {
-        self.lock().share.spend(time);
+        self.lock().bulk_time.took(time);
     }
 
     /// A round of the event loop is over: hands out the next turn if it is due. Says for how long there is nothing to do, or
     /// `None` if nobody waits, and then nobody drives the lane any more.
     fn round(&self, since: Instant) -> Option<Duration> {
         let now = Instant::now();
+        let lag = now - since;
         let mut queues = self.lock();
-        let pause = queues.share.after_round(now - since, now);
-        self.metrics.share.set(queues.share.now);
-        for _ in 0..queues.begins.after_round(now - since, now) {
-            let Some(slot) = queues.begin.next() else { break };
+        for _ in 0..queues.bulk_time.after_round(lag, now) {
+            let Some(slot) = queues.next() else { break };
             self.grant(&slot);
         }
-        if pause.is_zero()
-            && let Some(slot) = queues.next()
-        {
+        for _ in 0..queues.newcomers_time.after_round(lag, now) {
+            let Some(slot) = queues.newcomers.next() else { break };
             self.grant(&slot);
         }
+        self.metrics.share.set(queues.bulk_time.share.now);
         queues.driven = !queues.is_empty();
-        let pause = if queues.begin.waiting.is_empty() { pause } else { Duration::ZERO };
-        queues.driven.then_some(pause)
+        let bulk = !(queues.pass.waiting.is_empty() && queues.spool.waiting.is_empty());
+        let newcomers = !queues.newcomers.waiting.is_empty();
+        let pauses = [(bulk, &queues.bulk_time), (newcomers, &queues.newcomers_time)];
+        pauses.into_iter().filter(|(waited_for, _)| *waited_for).map(|(_, time)| time.share.pause()).min()
     }
 
     fn grant(&self, slot: &Slot) {
@@ -287,6 +354,44 @@ impl Drop for Turn {
     }
 }
 
+/// The first exchange of a connection, polled when there is time for newcomers.
+pub struct Newcomer<F> {
+    future: F,
+    connection: Arc<Connection>,
+    lanes: Arc<Lanes>,
+    turn: Option<Turn>,
+}
+
+impl<F> Newcomer<F> {
+    /// That which `future` runs. It is none any more once its connection is settled.
+    pub fn new(future: F, connection: Arc<Connection>, lanes: Arc<Lanes>) -> Self {
+        Newcomer { future, connection, lanes, turn: None }
+    }
+}
+
+impl<F: Future + Unpin> Future for Newcomer<F> {
+    type Output = F::Output;
+
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<F::Output> {
+        if self.connection.is_settled() {
+            self.turn = None;
+            return Pin::new(&mut self.future).poll(cx);
+        }
+        let lane = self.lanes.here();
+        let begin = Instant::now();
+        if self.turn.is_none() {
+            self.turn = lane.queue_newcomer(begin);
+        }
+        if let Some(turn) = &mut self.turn {
+            ready!(turn.poll(cx));
+            self.turn = None;
+        }
+        let polled = Pin::new(&mut self.future).poll(cx);
+        lane.lock().newcomers_time.took(begin.elapsed());
+        polled
+    }
+}
+
 /// Hands out turns while somebody waits. One round of the event loop passes between two of them, in which whatever is
 /// ready runs: how long it takes is the lag.
 async fn drive(lane: Arc<Lane>) {
@@ -302,80 +407,104 @@ async fn drive(lane: Arc<Lane>) {
     }
 }
 
-/// How many connections may begin at once.
-struct Begins {
-    /// In one round, while there is a queue.
-    most: u32,
-    /// Since this many have begun without turns.
-    since: Option<Instant>,
-    begun: u32,
+/// What the exchanges of a class may have of the worker's time, and for how many turns that is enough.
+struct Allowance {
+    share: Share,
+    each: Average,
 }
 
-impl Default for Begins {
-    fn default() -> Self {
-        Begins { most: BEGINS_MOST, since: None, begun: 0 }
-    }
-}
-
-impl Begins {
-    /// Whether one may begin at once, there being no queue.
-    fn one_more(&mut self, now: Instant) -> bool {
-        if self.since.is_none_or(|since| now - since > BURST) {
-            self.since = Some(now);
-            self.begun = 0;
-        }
-        self.begun += 1;
-        self.begun <= BEGINS_MOST
+impl Allowance {
+    /// One that is never left with less than this share.
+    fn new(least: f64) -> Self {
+        Allowance { share: Share::new(least), each: Average::default() }
     }
 
-    /// A round took `lag`: how many may begin in the next.
+    /// Whether there is anything to spend, where nobody waits and nobody counts rounds.
+    fn has_credit(&mut self, now: Instant) -> bool {
+        self.share.accrue(now);
+        self.share.credit >= 0.0
+    }
+
+    /// Says how long the poll took that a turn was for.
+    fn took(&mut self, time: Duration) {
+        self.each.add(time);
+        self.share.spend(time);
+    }
+
+    /// A round took `lag`: how many turns there are in the next.
     fn after_round(&mut self, lag: Duration, now: Instant) -> u32 {
-        self.most = if lag > LAG_AIM { (self.most / 2).max(1) } else { (self.most + 1).min(BEGINS_MOST) };
-        // Those who come meanwhile queue.
-        (self.since, self.begun) = (Some(now), BEGINS_MOST);
-        self.most
+        self.share.after_round(lag, now);
+        self.each.fit_into(self.share.credit)
     }
 }
 
-/// The share of the worker's time that a lane may use: more by a little while rounds are short, less by much when one is
+/// Seconds that a poll takes, on average over the last ones.
+struct Average(f64);
+
+impl Default for Average {
+    fn default() -> Self {
+        Average(50e-6)
+    }
+}
+
+impl Average {
+    fn add(&mut self, time: Duration) {
+        self.0 += (time.as_secs_f64() - self.0) / 16.0;
+    }
+
+    /// How many polls fit into so many seconds; one always does, if nothing is owed.
+    fn fit_into(&self, seconds: f64) -> u32 {
+        if seconds < 0.0 { 0 } else { (seconds / self.0.max(1e-6)) as u32 + 1 }
+    }
+}
+
+/// The share of the worker's time that a class may use: more by a little while rounds are short, less by much when one is
 /// long.
 struct Share {
-    /// Between [`Share::LEAST`] and 1.
+    /// Between `least` and 1.
     now: f64,
+    least: f64,
     /// Seconds that may be spent; below zero after a turn that took longer.
     credit: f64,
     since: Option<Instant>,
 }
 
-impl Default for Share {
-    fn default() -> Self {
-        Share { now: 0.5, credit: 0.0, since: None }
-    }
-}
-
 impl Share {
-    const LEAST: f64 = 0.1;
-    /// Credit is not saved beyond this, nor is debt.
-    const SAVED_SECONDS: f64 = 0.001;
+    /// Credit is not saved beyond this, so that what it pays for makes no long round; nor is debt.
+    const SAVED_SECONDS: f64 = 0.0005;
     const OWED_SECONDS: f64 = 0.005;
     /// The share doubles in about a tenth of a second of short rounds, and is halved by four long ones.
     const GROWTH_PER_SECOND: f64 = 7.0;
     const CUT: f64 = 0.85;
 
+    fn new(least: f64) -> Self {
+        Share { now: 0.5, least, credit: 0.0, since: None }
+    }
+
     fn spend(&mut self, time: Duration) {
         self.credit = (self.credit - time.as_secs_f64()).max(-Self::OWED_SECONDS);
     }
 
-    /// A round took `lag`: how long to pause before the next turn.
-    fn after_round(&mut self, lag: Duration, now: Instant) -> Duration {
+    /// Gives credit for the time since it was last asked. Says how many seconds that are.
+    fn accrue(&mut self, now: Instant) -> f64 {
         let passed = self.since.replace(now).map_or(0.0, |since| (now - since).as_secs_f64());
+        self.credit = (self.credit + self.now * passed).min(Self::SAVED_SECONDS);
+        passed
+    }
+
+    /// A round took `lag`.
+    fn after_round(&mut self, lag: Duration, now: Instant) {
+        let passed = self.accrue(now);
         if lag > LAG_AIM {
-            self.now = (self.now * Self::CUT).max(Self::LEAST);
+            self.now = (self.now * Self::CUT).max(self.least);
         } else {
             let growth = 1.0 + Self::GROWTH_PER_SECOND * passed.min(0.01);
             self.now = (self.now * growth).min(1.0);
         }
-        self.credit = (self.credit + self.now * passed).min(Self::SAVED_SECONDS);
+    }
+
+    /// How long to pause before the next turn.
+    fn pause(&self) -> Duration {
         if self.credit >= 0.0 {
             return Duration::ZERO;
         }
@@ -387,6 +516,7 @@ impl Share {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::client::connection::tests::connection;
 
     fn lane() -> Arc<Lane> {
         Lanes::new(Metrics::new(0, Vec::new())).here()
@@ -474,13 +604,14 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_few_begin_at_once_and_a_crowd_in_the_order_in_which_it_came() {
+    async fn a_few_newcomers_go_on_at_once_and_a_crowd_in_the_order_in_which_it_came() {
         let lane = lane();
         let now = Instant::now();
-        assert!((0..BEGINS_MOST).all(|_| lane.begin(now).is_none()));
+        assert!(lane.queue_newcomer(now).is_none());
+        lane.lock().newcomers_time.took(Duration::from_millis(1));
         let order = Mutex::new(Vec::new());
         let crowd = (0..100).map(|number| {
-            let place = lane.begin(now).expect("a place in the queue");
+            let place = lane.queue_newcomer(now).expect("a place in the queue");
             let order = &order;
             async move {
                 turn(place).await;
@@ -488,26 +619,66 @@ mod tests {
             }
         });
         futures::future::join_all(crowd).await;
-        let mut order = order.into_inner().expect("no panic");
-        order.truncate(7);
-        assert_eq!(order, [0, 1, 2, 3, 4, 5, 6]);
+        assert_eq!(order.into_inner().expect("no panic"), (0..100).collect::<Vec<_>>());
         assert_eq!(lane.metrics.waiting.get(), 0);
-        assert!(lane.begin(Instant::now() + 2 * BURST).is_none(), "nobody waits any more");
+        assert!(lane.queue_newcomer(Instant::now() + ARRIVAL).is_none(), "nobody waits any more");
     }
 
     #[test]
-    fn the_longer_the_rounds_the_fewer_begin_in_one() {
-        let now = Instant::now();
-        let mut begins = Begins::default();
-        let most: Vec<_> = (0..6).map(|_| begins.after_round(2 * LAG_AIM, now)).collect();
-        assert_eq!(most, [8, 4, 2, 1, 1, 1]);
-        assert_eq!((0..100).map(|_| begins.after_round(LAG_AIM / 2, now)).last(), Some(BEGINS_MOST));
+    fn while_a_crowd_arrives_fewer_pass_without_turns() {
+        let lane = lane();
+        let _few: Vec<_> = (0..=FREE_PASSES_IN_ARRIVAL).map(|_| lane.enter()).collect();
+        assert!(!lane.is_crowded());
+        lane.lock().arrival = Some(Instant::now());
+        assert!(lane.is_crowded());
+        lane.lock().arrival = Instant::now().checked_sub(ARRIVAL);
+        assert!(!lane.is_crowded());
+    }
+
+    #[tokio::test]
+    async fn a_newcomer_waits_until_there_is_time_and_once_settled_no_more() {
+        let lanes = Lanes::new(Metrics::new(0, Vec::new()));
+        let lane = lanes.here();
+        let connection = connection("");
+        let mut polls = 0;
+        let future = std::future::poll_fn(|_| {
+            polls += 1;
+            if polls == 3 { Poll::Ready(()) } else { Poll::Pending }
+        });
+        let mut newcomer = Newcomer::new(future, connection.clone(), lanes);
+        let mut poll = || Pin::new(&mut newcomer).poll(&mut Context::from_waker(std::task::Waker::noop()));
+        assert!(poll().is_pending());
+        assert_eq!(lane.metrics.waiting.get(), 0, "there was time");
+        lane.lock().newcomers_time.took(Duration::from_secs(1));
+        assert!(poll().is_pending());
+        assert_eq!(lane.metrics.waiting.get(), 1);
+        connection.settle();
+        assert!(poll().is_pending());
+        assert_eq!(lane.metrics.waiting.get(), 0, "it has left the queue");
+        assert!(poll().is_ready());
+        assert_eq!(polls, 3);
+    }
+
+    #[tokio::test]
+    async fn few_connections_are_taken_at_a_time() {
+        let taken = AtomicUsize::new(0);
+        let accept = async {
+            loop {
+                // As a listener's socket counts each.
+                tokio::task::coop::consume_budget().await;
+                Door.should_accept(None).await;
+                taken.fetch_add(1, Ordering::Relaxed);
+            }
+        };
+        let mut accept = std::pin::pin!(accept);
+        std::future::poll_fn(|cx| Poll::Ready(accept.as_mut().poll(cx).is_pending())).await;
+        assert_eq!(taken.load(Ordering::Relaxed), ACCEPTS_MOST);
     }
 
     #[test]
     fn the_share_grows_while_rounds_are_short_and_falls_when_they_are_long() {
         let begin = Instant::now();
-        let mut share = Share { now: 0.2, ..Share::default() };
+        let mut share = Share { now: 0.2, ..Share::new(0.1) };
         let after = |share: &mut Share, round: u32, lag| {
             share.after_round(lag, begin + round * Duration::from_millis(1));
             share.now
@@ -518,18 +689,29 @@ mod tests {
         let late = (200..205).map(|round| after(&mut share, round, 2 * LAG_AIM)).last().expect("rounds");
         assert!(late < grown / 2.0, "{grown} {late}");
         let least = (205..1_000).map(|round| after(&mut share, round, 2 * LAG_AIM)).last().expect("rounds");
-        assert_eq!(least, Share::LEAST);
+        assert_eq!(least, share.least);
     }
 
     #[test]
     fn a_turn_that_took_long_is_followed_by_a_pause() {
-        let begin = Instant::now();
-        let mut share = Share { now: 0.5, ..Share::default() };
-        assert_eq!(share.after_round(Duration::ZERO, begin), Duration::ZERO);
-        share.spend(Duration::from_millis(2));
-        let pause = share.after_round(Duration::ZERO, begin);
+        let mut time = Allowance::new(0.1);
+        let now = Instant::now();
+        assert!(time.after_round(Duration::ZERO, now) > 0);
+        time.took(Duration::from_millis(2));
+        assert_eq!(time.after_round(Duration::ZERO, now), 0);
+        let pause = time.share.pause();
         assert!((pause.as_secs_f64() - 0.004).abs() < 1e-6, "{pause:?}");
-        share.spend(Duration::from_secs(10));
-        assert_eq!(share.after_round(2 * LAG_AIM, begin).min(PAUSE_MOST), share.after_round(Duration::ZERO, begin));
+        time.took(Duration::from_secs(10));
+        time.after_round(2 * LAG_AIM, now);
+        assert_eq!(time.share.pause(), Duration::from_secs_f64(Share::OWED_SECONDS / time.share.now));
+        assert!(time.after_round(Duration::ZERO, now + Duration::from_secs(1)) > 0, "debts are paid in the end");
+    }
+
+    #[test]
+    fn the_shorter_the_turns_the_more_there_are_in_a_round() {
+        let mut each = Average(100e-6);
+        assert_eq!([-1.0, 0.0, 50e-6, 450e-6].map(|seconds| each.fit_into(seconds)), [0, 1, 1, 5]);
+        (0..100).for_each(|_| each.add(Duration::from_micros(200)));
+        assert_eq!(each.fit_into(450e-6), 3);
     }
 }

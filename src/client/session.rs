@@ -26,7 +26,7 @@ use pingora::protocols::l4::socket::SocketAddr;
 use pingora::{Error, ErrorType, Result};
 
 use super::intake::{Intake, IntakeTerms, Unread};
-use super::lane::Lanes;
+use super::lane::{Lanes, OPERATIONS_PER_POLL, spend_budget};
 use super::spool::{Depot, Held};
 use super::stream::{Bypass, ClientStream};
 use super::waiting::{Alarm, Timer, Who};
@@ -356,21 +356,9 @@ impl Gate for Link {
     }
 }
 
-/// How many operations a poll may go on with once an answer is on its way.
-const OPERATIONS: usize = 4;
-
-/// Ends the present poll of the exchange soon, so that others have their turn. In one poll Pingora would else read as much
-/// of an answer as its channel holds, some 300 KiB, before it looks at the client. Every operation of a socket or a channel
-/// takes one unit of the task's budget (tokio's cooperative scheduling); without any left they all wait for the next poll.
-fn leave_budget(cx: &mut Context<'_>) {
-    const WHOLE: usize = 128;
-    for _ in OPERATIONS..WHOLE {
-        match tokio::task::coop::poll_proceed(cx) {
-            Poll::Ready(unit) => unit.made_progress(),
-            Poll::Pending => return,
-        }
-    }
-}
+/// How many operations a poll may go on with once an answer is on its way and others are, too: in one poll Pingora would else
+/// read as much of an answer as its channel holds, some 300 KiB, before it looks at the client.
+const OPERATIONS: usize = 2;
 
 /// The way past this session, on HTTP/1.
 fn bypass(session: &ServerSession) -> Option<Bypass> {
@@ -615,7 +603,8 @@ impl CustomSession for BufferedSession {
             biased;
             error = std::future::poll_fn(|cx| {
                 if link.stage.load(Ordering::Relaxed) == RECEIVING && link.lanes.here().is_crowded() {
-                    leave_budget(cx);
+                    spend_budget(cx, OPERATIONS_PER_POLL - OPERATIONS);
+                    link.in_turn.store(true, Ordering::Relaxed);
                 }
                 let mut wire = link.wire();
                 let _ = wire.poll_write(cx);

@@ -648,17 +648,13 @@ impl std::fmt::Debug for ClientStream {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::client::connection::Listener;
-    use crate::metrics::Metrics;
+    use crate::client::connection::tests::connection;
     use futures::FutureExt;
     use proptest::prelude::*;
     use tokio::io::AsyncReadExt;
 
     fn stream(io: tokio::io::DuplexStream, listener: &str) -> ClientStream {
-        let text = format!("{{ name: web, address: 127.0.0.1:80, {listener} }}");
-        let written = serde_yaml::from_str(&text).expect("a listener");
-        let listener = Arc::new(Listener::build(&written, &Metrics::new(0, Vec::new())));
-        ClientStream::new(Box::new(io), Connection::admit(&listener, None, None).expect("room"))
+        ClientStream::new(Box::new(io), connection(listener))
     }
 
     /// A request as it goes over the wire: its header, and its body with its framing.

@@ -38,6 +38,7 @@ pub async fn header(
         return Err(Error::new_up(ErrorType::InvalidHTTPHeader));
     }
     let now = exchange.enter(Phase::Receive);
+    exchange.connection.iter().for_each(|connection| connection.settle());
     if let Some(attempt) = &mut exchange.attempt {
         attempt.answered(response.status, now);
         if is_bodiless(request, response) {
