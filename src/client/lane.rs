@@ -45,7 +45,7 @@ const ARRIVAL: Duration = Duration::from_millis(100);
 const PASSES_PER_SPOOL: u32 = 3;
 /// The least share of the worker's time of bulk, and of newcomers: these shall not starve where others keep the worker busy.
 const BULK_LEAST: f64 = 0.1;
-const NEWCOMERS_LEAST: f64 = 0.25;
+const NEWCOMERS_LEAST: f64 = 0.5;
 /// The longest pause between two turns while somebody waits.
 const PAUSE_MOST: Duration = Duration::from_millis(20);
 
