@@ -528,20 +528,19 @@ mod tests {
         std::future::poll_fn(|cx| turn.poll(cx)).await;
     }
 
+    /// In which order those who wait have their turns.
+    fn order(lane: &Lane, waiting: &[(char, Turn)]) -> String {
+        let whose =
+            |slot: Arc<Slot>| waiting.iter().find(|(_, turn)| Arc::ptr_eq(&turn.slot, &slot)).map(|(who, _)| who);
+        std::iter::from_fn(|| lane.lock().next()).filter_map(whose).collect()
+    }
+
     #[tokio::test]
     async fn whoever_is_nearest_to_the_end_comes_first() {
         let lane = lane();
-        let order = Mutex::new(Vec::new());
-        let wait = |missing| {
-            let place = lane.queue(Class::Spool, missing);
-            let order = &order;
-            async move {
-                turn(place).await;
-                order.lock().expect("no panic").push(missing);
-            }
-        };
-        tokio::join!(wait(u64::MAX), wait(300), wait(100), wait(200));
-        assert_eq!(*order.lock().expect("no panic"), [100, 200, 300, u64::MAX]);
+        let wait = |(who, missing)| (who, lane.queue(Class::Spool, missing));
+        let waiting = [('d', u64::MAX), ('c', 300), ('a', 100), ('b', 200)].map(wait);
+        assert_eq!(order(&lane, &waiting), "abcd");
     }
 
     #[tokio::test]
@@ -573,25 +572,10 @@ mod tests {
     #[tokio::test]
     async fn whoever_passes_comes_before_those_who_spool_and_not_always() {
         let lane = lane();
-        let order = Mutex::new(String::new());
-        let wait = |class, letter| {
-            let place = lane.queue(class, 1);
-            let order = &order;
-            async move {
-                turn(place).await;
-                order.lock().expect("no panic").push(letter);
-            }
-        };
-        let spools = [(); 2].map(|()| wait(Class::Spool, 's'));
-        let passes = [(); 5].map(|()| wait(Class::Pass, 'p'));
-        futures::future::join_all(
-            spools
-                .into_iter()
-                .map(futures::FutureExt::boxed_local)
-                .chain(passes.into_iter().map(futures::FutureExt::boxed_local)),
-        )
-        .await;
-        assert_eq!(*order.lock().expect("no panic"), "pppspps");
+        let spools = [(); 2].map(|()| ('s', lane.queue(Class::Spool, 1)));
+        let passes = [(); 5].map(|()| ('p', lane.queue(Class::Pass, 1)));
+        let waiting: Vec<_> = spools.into_iter().chain(passes).collect();
+        assert_eq!(order(&lane, &waiting), "pppspps");
     }
 
     #[test]
