@@ -604,7 +604,6 @@ impl CustomSession for BufferedSession {
             error = std::future::poll_fn(|cx| {
                 if link.stage.load(Ordering::Relaxed) == RECEIVING && link.lanes.here().is_crowded() {
                     spend_budget(cx, OPERATIONS_PER_POLL - OPERATIONS);
-                    link.in_turn.store(true, Ordering::Relaxed);
                 }
                 let mut wire = link.wire();
                 let _ = wire.poll_write(cx);
