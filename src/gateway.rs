@@ -216,7 +216,7 @@ impl Gateway {
         }
 
         let unrouted = metrics.unrouted();
-        let lanes = Lanes::new(metrics.clone());
+        let lanes = Lanes::new(metrics.clone(), depot.disk.backlog());
         let recorder = Recorder::default();
         let mut routes = parts.listed;
         routes.push((unrouted.clone(), Vec::new()));

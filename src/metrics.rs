@@ -271,8 +271,8 @@ impl Metrics {
         let families = self.families();
         let worker = worker.to_string();
         LaneMetrics {
-            waiting: families.lane_waiting.with_label_values(&[&worker]),
-            share: families.lane_share.with_label_values(&[&worker]),
+            waiting: LANE_CLASSES.map(|class| families.lane_waiting.with_label_values(&[&worker, class])),
+            share: LANE_CLASSES.map(|class| families.lane_share.with_label_values(&[&worker, class])),
             bytes: families.lane_bytes.with_label_values(&[&worker]),
         }
     }
@@ -555,12 +555,15 @@ pub struct OperationMetrics {
     pub failures: IntCounter,
 }
 
+/// What a turn of the paced lane is for.
+pub const LANE_CLASSES: [&str; 3] = ["newcomer", "pass", "spool"];
+
 /// The metrics of the paced lane of one worker.
 pub struct LaneMetrics {
-    /// Exchanges that wait for their turn.
-    pub waiting: IntGauge,
+    /// Exchanges that wait for their turn, as in `LANE_CLASSES`.
+    pub waiting: [IntGauge; 3],
     /// Of its time, what the worker may give to them, from 0 to 1.
-    pub share: Gauge,
+    pub share: [Gauge; 3],
     /// Bytes that were spooled.
     pub bytes: IntCounter,
 }

@@ -20,6 +20,7 @@ use super::page::Page;
 use super::table::Ask;
 use super::{Admin, Readiness, Ready};
 use crate::client::connection::Listener;
+use crate::client::lane::Class;
 use crate::client::slow::{SlowClient, SlowClients};
 use crate::error::Refusal;
 use crate::eventloop::Loops;
@@ -432,8 +433,8 @@ impl Status {
                 let lane = number.map(|number| metrics.lane(number));
                 WorkerStatus {
                     lag: number.map(|number| Times::from(metrics.lag(number))),
-                    lane_waiting: lane.as_ref().map(|lane| lane.waiting.get()),
-                    lane_share: lane.as_ref().map(|lane| lane.share.get()),
+                    lane_waiting: lane.as_ref().map(|lane| lane.waiting.iter().map(|gauge| gauge.get()).sum()),
+                    lane_share: lane.as_ref().map(|lane| lane.share[Class::Pass as usize].get()),
                     wait_seconds: figures.wait_seconds,
                     busy_seconds: figures.busy_seconds,
                     wakeups: figures.wakeups,

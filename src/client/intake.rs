@@ -358,7 +358,8 @@ impl Intake {
                 return;
             }
             let missing = terms.announced.map_or(u64::MAX, |length| length.saturating_sub(self.received));
-            self.turn = Some(lane.queue(Class::Spool, missing));
+            let disk = self.spool.as_ref().is_some_and(Spool::needs_disk);
+            self.turn = Some(lane.queue(Class::Pass, missing, disk));
         }
     }
 

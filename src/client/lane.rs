@@ -2,17 +2,19 @@
 //!
 //! Without it, a thousand large answers that arrive at once are a thousand times some milliseconds of copying before the
 //! next small request has its turn. So once a crowd of exchanges moves much, each asks its worker's lane for a turn, in two
-//! classes: what *passes* straight to a client that takes it, and what is *spooled*, for which nobody waits. Turns are paid
-//! for in the time that they take, and the lane has a share of the worker's time that grows while the rounds of the event
-//! loop are short and is cut back when one is long: so bulk has all the time that nobody else wants, and little else.
+//! classes: what *passes*, straight to a client that takes it or from one that sends, and what is *spooled*, answers for
+//! which nobody waits. Turns are paid for in the time that they take, and each class has a share of the worker's time that
+//! grows while the rounds of the event loop are short and is cut back when one is long: so what passes has all the time that
+//! nobody else wants, what is spooled at most a part of it, and a round is short.
 //!
 //! In both classes whoever is nearest to the end comes first, so that most backends are released soonest; every eighth
-//! turn goes to whoever has waited longest, so that nobody starves.
+//! turn goes to whoever has waited longest, so that nobody starves. While the disk threads have enough to do, whoever needs
+//! them has no turn: what they have not written yet would wait in memory.
 //!
 //! A crowd that arrives at once is no bulk yet, but a thousand connections that each begin an exchange are in one round what
 //! bulk may never be: everybody else waits until the last of them has parsed its header and called its endpoint. So a round
 //! takes few connections from the kernel ([`Door`]), and what is done for newcomers ([`Newcomer`]), up to the first byte
-//! of their first answer, has a share of its own: who has been served before waits for few of them.
+//! of their first answer, is a class of its own: who has been served before waits for few of them.
 
 use std::cell::RefCell;
 use std::collections::BTreeMap;
@@ -27,8 +29,10 @@ use std::time::{Duration, Instant};
 use async_trait::async_trait;
 use futures::task::AtomicWaker;
 use pingora::listeners::ConnectionFilter;
+use tokio::task::coop::{has_budget_remaining, poll_proceed};
 
 use super::connection::Connection;
+use super::spool::disk::Backlog;
 use crate::eventloop::worker;
 use crate::metrics::{LaneMetrics, Metrics};
 
@@ -41,14 +45,27 @@ const FREE_PASSES: usize = 24;
 /// The same shortly after newcomers had to wait: they are about to pass much, too.
 const FREE_PASSES_IN_ARRIVAL: usize = 4;
 const ARRIVAL: Duration = Duration::from_millis(100);
-/// So many turns to pass, then one to spool.
-const PASSES_PER_SPOOL: u32 = 3;
-/// The least share of the worker's time of bulk, and of newcomers: these shall not starve where others keep the worker busy.
-const BULK_LEAST: f64 = 0.1;
-const NEWCOMERS_LEAST: f64 = 0.5;
+
+/// What a class may have of the worker's time.
+struct Terms {
+    /// It shall not starve where others keep the worker busy.
+    least: f64,
+    most: f64,
+    /// What it did not use is not saved beyond this, so that what it pays for makes no long round.
+    saved: Duration,
+}
+const NEWCOMERS: Terms = Terms { least: 0.5, most: 1.0, saved: Duration::from_micros(250) };
+const PASS: Terms = Terms { least: 0.1, most: 1.0, saved: Duration::from_micros(500) };
+/// Nobody waits for it, and the disk threads and the endpoints are busy with it, too.
+const SPOOL: Terms = Terms { least: 0.1, most: 0.3, saved: Duration::from_micros(250) };
+
 /// The shortest pause between two turns in which the worker sleeps, and the longest while somebody waits.
 const PAUSE_LEAST: Duration = Duration::from_micros(200);
 const PAUSE_MOST: Duration = Duration::from_millis(20);
+/// The pause while all that there is to do needs the disk threads, and they are busy; and for how long they are waited for here:
+/// then each exchange waits for itself, and has a deadline.
+const DISK_PAUSE: Duration = Duration::from_millis(1);
+const DISK_PAUSES_MOST: Duration = Duration::from_secs(1);
 
 /// So many connections are taken in one round.
 const ACCEPTS_MOST: usize = 4;
@@ -60,15 +77,21 @@ pub const OPERATIONS_PER_POLL: usize = 128;
 pub enum Class {
     /// To be polled at all: the first exchange of a connection, until its answer comes.
     Newcomer,
-    /// To go straight to a client that takes it.
+    /// To move what a client waits for: an answer that it takes, an upload.
     Pass,
-    /// To be held for a client that does not.
+    /// To hold an answer for a client that does not take it.
     Spool,
+}
+
+impl Class {
+    /// All of them, each at its place, in the order of `LANE_CLASSES`.
+    pub const ALL: [Class; 3] = [Class::Newcomer, Class::Pass, Class::Spool];
 }
 
 /// The lanes of one gateway: one for each worker, made when the worker first needs it.
 pub struct Lanes {
     metrics: Metrics,
+    backlog: Backlog,
     /// Counts those of threads that are no workers, as in tests.
     made: AtomicUsize,
 }
@@ -79,9 +102,9 @@ thread_local! {
 }
 
 impl Lanes {
-    /// No lane yet.
-    pub fn new(metrics: Metrics) -> Arc<Self> {
-        Arc::new(Lanes { metrics, made: AtomicUsize::new(0) })
+    /// No lane yet. Whoever needs the disk threads waits while their backlog is deep.
+    pub fn new(metrics: Metrics, backlog: Backlog) -> Arc<Self> {
+        Arc::new(Lanes { metrics, backlog, made: AtomicUsize::new(0) })
     }
 
     /// The lane of the worker that asks.
@@ -91,7 +114,7 @@ impl Lanes {
             _ => {
                 let number = worker::here().map(|worker| worker.index);
                 let number = number.unwrap_or_else(|| self.made.fetch_add(1, Ordering::Relaxed));
-                let lane = Arc::new(Lane::new(self.metrics.lane(number)));
+                let lane = Arc::new(Lane::new(self.metrics.lane(number), self.backlog.clone()));
                 *here = Some((self.clone(), lane.clone()));
                 lane
             }
@@ -120,11 +143,27 @@ impl ConnectionFilter for Door {
 /// Takes so many units of the task's budget; less if there are no more.
 pub fn spend_budget(cx: &mut Context<'_>, units: usize) {
     for _ in 0..units {
-        match tokio::task::coop::poll_proceed(cx) {
+        match poll_proceed(cx) {
             Poll::Ready(unit) => unit.made_progress(),
             Poll::Pending => return,
         }
     }
+}
+
+/// Takes all that is left of the task's budget: nothing else goes on in this poll.
+pub fn exhaust_budget(cx: &mut Context<'_>) {
+    while has_budget_remaining() {
+        spend_budget(cx, 1);
+    }
+}
+
+/// Whether the task is to go on in another poll, which it is woken for: it has no budget left.
+pub fn ends_for_lack_of_budget(cx: &Context<'_>) -> bool {
+    let ends = !has_budget_remaining();
+    if ends {
+        cx.waker().wake_by_ref();
+    }
+    ends
 }
 
 /// The queues of one worker.
@@ -132,36 +171,24 @@ pub struct Lane {
     queues: Mutex<Queues>,
     /// Exchanges that move much.
     bulk: AtomicUsize,
+    backlog: Backlog,
     metrics: LaneMetrics,
 }
 
 struct Queues {
-    pass: Queue,
-    spool: Queue,
-    /// Of the worker, for both of these.
-    bulk_time: Allowance,
-    /// Turns to pass since the last one to spool.
-    passed: u32,
-    newcomers: Queue,
-    newcomers_time: Allowance,
+    /// By class.
+    tracks: [Track; 3],
     /// When newcomers last had to wait.
     arrival: Option<Instant>,
+    /// Since when the disk threads have had enough to do.
+    deep: Option<Instant>,
     /// Whether a task hands out turns; it ends when nobody waits.
     driven: bool,
 }
 
 impl Default for Queues {
     fn default() -> Self {
-        Queues {
-            pass: Queue::default(),
-            spool: Queue::default(),
-            bulk_time: Allowance::new(BULK_LEAST),
-            passed: 0,
-            newcomers: Queue::default(),
-            newcomers_time: Allowance::new(NEWCOMERS_LEAST),
-            arrival: None,
-            driven: false,
-        }
+        Queues { tracks: [NEWCOMERS, PASS, SPOOL].map(Track::new), arrival: None, deep: None, driven: false }
     }
 }
 
@@ -171,46 +198,59 @@ impl Queues {
         self.arrival.is_some_and(|last| now.saturating_duration_since(last) < ARRIVAL)
     }
 
-    fn of(&mut self, class: Class) -> &mut Queue {
-        match class {
-            Class::Newcomer => &mut self.newcomers,
-            Class::Pass => &mut self.pass,
-            Class::Spool => &mut self.spool,
-        }
+    /// Whether nobody who needs the disk threads is to have a turn.
+    fn waits_for_disk(&mut self, deep: bool, now: Instant) -> bool {
+        self.deep = self.deep.filter(|_| deep).or(deep.then_some(now));
+        self.deep.is_some_and(|since| now.saturating_duration_since(since) < DISK_PAUSES_MOST)
+    }
+
+    fn of(&mut self, class: Class) -> &mut Track {
+        &mut self.tracks[class as usize]
+    }
+}
+
+/// Those who wait in one class, and what it may use.
+struct Track {
+    /// Those who can do without the disk threads, and those who cannot.
+    queues: [Queue; 2],
+    tickets: u64,
+    granted: u64,
+    time: Allowance,
+}
+
+/// By the bytes that are missing, then by age.
+type Queue = BTreeMap<(u64, u64), Arc<Slot>>;
+
+impl Track {
+    fn new(terms: Terms) -> Self {
+        Track { queues: Default::default(), tickets: 0, granted: 0, time: Allowance::new(terms) }
     }
 
     fn is_empty(&self) -> bool {
-        [&self.newcomers, &self.pass, &self.spool].iter().all(|queue| queue.waiting.is_empty())
+        self.queues.iter().all(Queue::is_empty)
     }
 
-    /// Whose turn it is: mostly somebody's whose client is waiting.
-    fn next(&mut self) -> Option<Arc<Slot>> {
-        let spool = self.passed >= PASSES_PER_SPOOL;
-        let [first, second] = if spool { [Class::Spool, Class::Pass] } else { [Class::Pass, Class::Spool] };
-        let (class, slot) = match self.of(first).next() {
-            Some(slot) => (first, slot),
-            None => (second, self.of(second).next()?),
-        };
-        self.passed = if class == Class::Pass { self.passed + 1 } else { 0 };
-        Some(slot)
+    fn remove(&mut self, key: (u64, u64)) -> Option<Arc<Slot>> {
+        self.queues.iter_mut().find_map(|queue| queue.remove(&key))
     }
-}
 
-#[derive(Default)]
-struct Queue {
-    /// By the bytes that are missing, then by age.
-    waiting: BTreeMap<(u64, u64), Arc<Slot>>,
-    tickets: u64,
-    granted: u64,
-}
-
-impl Queue {
-    fn next(&mut self) -> Option<Arc<Slot>> {
-        let first = *self.waiting.first_key_value()?.0;
+    /// Whose turn it is.
+    fn next(&mut self, no_disk: bool) -> Option<Arc<Slot>> {
+        let open = if no_disk { &self.queues[..1] } else { &self.queues[..] };
+        let first = open.iter().filter_map(|queue| queue.first_key_value()).map(|(key, _)| *key).min()?;
         self.granted += 1;
-        let oldest = || self.waiting.keys().min_by_key(|(_, ticket)| *ticket).copied();
+        let oldest = || open.iter().flat_map(|queue| queue.keys()).min_by_key(|(_, ticket)| *ticket).copied();
         let key = if self.granted.is_multiple_of(FAIR_EVERY) { oldest()? } else { first };
-        self.waiting.remove(&key)
+        self.remove(key)
+    }
+
+    /// How long there will be no turn; `None` if nobody waits for one.
+    fn pause(&self, no_disk: bool) -> Option<Duration> {
+        match &self.queues {
+            [without, with] if without.is_empty() && with.is_empty() => None,
+            [without, _] if without.is_empty() && no_disk => Some(DISK_PAUSE),
+            _ => Some(self.time.share.pause()),
+        }
     }
 }
 
@@ -229,8 +269,8 @@ pub struct Turn {
 }
 
 impl Lane {
-    fn new(metrics: LaneMetrics) -> Self {
-        Lane { queues: Mutex::default(), bulk: AtomicUsize::new(0), metrics }
+    fn new(metrics: LaneMetrics, backlog: Backlog) -> Self {
+        Lane { queues: Mutex::default(), bulk: AtomicUsize::new(0), backlog, metrics }
     }
 
     /// Counts an exchange among those that move much.
@@ -249,23 +289,25 @@ impl Lane {
     fn queue_newcomer(self: &Arc<Self>, now: Instant) -> Option<Turn> {
         {
             let mut queues = self.lock();
-            if queues.newcomers.waiting.is_empty() && queues.newcomers_time.has_credit(now) {
+            let newcomers = queues.of(Class::Newcomer);
+            if newcomers.is_empty() && newcomers.time.has_credit(now) {
                 return None;
             }
             queues.arrival = Some(now);
         }
-        Some(self.queue(Class::Newcomer, 0))
+        Some(self.queue(Class::Newcomer, 0, false))
     }
 
-    /// Queues for a turn. `missing` is how many bytes are still to come, `u64::MAX` if nobody knows.
-    pub fn queue(self: &Arc<Self>, class: Class, missing: u64) -> Turn {
+    /// Queues for a turn. `missing` is how many bytes are still to come, `u64::MAX` if nobody knows; `disk` whether they need
+    /// the disk threads.
+    pub fn queue(self: &Arc<Self>, class: Class, missing: u64, disk: bool) -> Turn {
         let mut queues = self.lock();
-        let queue = queues.of(class);
-        let key = (missing, queue.tickets);
-        queue.tickets += 1;
+        let track = queues.of(class);
+        let key = (missing, track.tickets);
+        track.tickets += 1;
         let slot = Arc::new(Slot::default());
-        queue.waiting.insert(key, slot.clone());
-        self.metrics.waiting.inc();
+        track.queues[usize::from(disk)].insert(key, slot.clone());
+        self.metrics.waiting[class as usize].inc();
         if !std::mem::replace(&mut queues.driven, true) {
             tokio::spawn(drive(self.clone()));
         }
@@ -277,37 +319,32 @@ impl Lane {
         self.metrics.bytes.inc_by(bytes);
     }
 
-    /// Says how long the poll took that a turn was for.
-    pub fn took(&self, time: Duration) {
-        self.lock().bulk_time.took(time);
+    /// Says how long a poll took that a turn was for.
+    pub fn took(&self, class: Class, time: Duration) {
+        self.lock().of(class).time.took(time);
     }
 
-    /// A round of the event loop is over: hands out the next turn if it is due. Says for how long there is nothing to do, or
+    /// A round of the event loop is over: hands out the turns that are due. Says for how long there is nothing to do, or
     /// `None` if nobody waits, and then nobody drives the lane any more.
     fn round(&self, since: Instant) -> Option<Duration> {
         let now = Instant::now();
         let lag = now - since;
         let mut queues = self.lock();
-        for _ in 0..queues.bulk_time.after_round(lag, now) {
-            let Some(slot) = queues.next() else { break };
-            self.grant(&slot);
+        let no_disk = queues.waits_for_disk(self.backlog.is_deep(), now);
+        for class in Class::ALL {
+            let track = queues.of(class);
+            for _ in 0..track.time.after_round(lag, now) {
+                let Some(slot) = track.next(no_disk) else { break };
+                track.time.granted();
+                self.metrics.waiting[class as usize].dec();
+                slot.granted.store(true, Ordering::Release);
+                slot.waker.wake();
+            }
+            self.metrics.share[class as usize].set(track.time.share.now);
         }
-        for _ in 0..queues.newcomers_time.after_round(lag, now) {
-            let Some(slot) = queues.newcomers.next() else { break };
-            self.grant(&slot);
-        }
-        self.metrics.share.set(queues.bulk_time.share.now);
-        queues.driven = !queues.is_empty();
-        let bulk = !(queues.pass.waiting.is_empty() && queues.spool.waiting.is_empty());
-        let newcomers = !queues.newcomers.waiting.is_empty();
-        let pauses = [(bulk, &queues.bulk_time), (newcomers, &queues.newcomers_time)];
-        pauses.into_iter().filter(|(waited_for, _)| *waited_for).map(|(_, time)| time.share.pause()).min()
-    }
-
-    fn grant(&self, slot: &Slot) {
-        self.metrics.waiting.dec();
-        slot.granted.store(true, Ordering::Release);
-        slot.waker.wake();
+        let pause = queues.tracks.iter().filter_map(|track| track.pause(no_disk)).min();
+        queues.driven = pause.is_some();
+        pause
     }
 
     fn lock(&self) -> MutexGuard<'_, Queues> {
@@ -347,10 +384,8 @@ impl Turn {
 
 impl Drop for Turn {
     fn drop(&mut self) {
-        if !self.slot.granted.load(Ordering::Acquire)
-            && self.lane.lock().of(self.class).waiting.remove(&self.key).is_some()
-        {
-            self.lane.metrics.waiting.dec();
+        if !self.slot.granted.load(Ordering::Acquire) && self.lane.lock().of(self.class).remove(self.key).is_some() {
+            self.lane.metrics.waiting[self.class as usize].dec();
         }
     }
 }
@@ -388,7 +423,7 @@ impl<F: Future + Unpin> Future for Newcomer<F> {
             self.turn = None;
         }
         let polled = Pin::new(&mut self.future).poll(cx);
-        lane.lock().newcomers_time.took(begin.elapsed());
+        lane.took(Class::Newcomer, begin.elapsed());
         polled
     }
 }
@@ -409,16 +444,18 @@ async fn drive(lane: Arc<Lane>) {
     }
 }
 
-/// What the exchanges of a class may have of the worker's time, and for how many turns that is enough.
+/// What a class may have of the worker's time, and for how many turns that is enough.
 struct Allowance {
     share: Share,
     each: Average,
+    /// Of this round.
+    turns: u32,
+    time: Duration,
 }
 
 impl Allowance {
-    /// One that is never left with less than this share.
-    fn new(least: f64) -> Self {
-        Allowance { share: Share::new(least), each: Average::default() }
+    fn new(terms: Terms) -> Self {
+        Allowance { share: Share::new(terms), each: Average::default(), turns: 0, time: Duration::ZERO }
     }
 
     /// Whether there is anything to spend, where nobody waits and nobody counts rounds.
@@ -427,60 +464,71 @@ impl Allowance {
         self.share.credit >= 0.0
     }
 
-    /// Says how long the poll took that a turn was for.
+    /// A turn was handed out.
+    fn granted(&mut self) {
+        self.turns += 1;
+    }
+
+    /// Says how long a poll took that a turn was for; there may be several for one.
     fn took(&mut self, time: Duration) {
-        self.each.add(time);
+        self.time += time;
         self.share.spend(time);
     }
 
     /// A round took `lag`: how many turns there are in the next.
     fn after_round(&mut self, lag: Duration, now: Instant) -> u32 {
+        self.each.add(std::mem::take(&mut self.turns), std::mem::take(&mut self.time));
         self.share.after_round(lag, now);
         self.each.fit_into(self.share.credit)
     }
 }
 
-/// Seconds that a poll takes, on average over the last ones.
-struct Average(f64);
+/// Seconds that a turn takes, on average over the last rounds in which there were any.
+struct Average {
+    seconds: f64,
+    turns: f64,
+}
 
 impl Default for Average {
     fn default() -> Self {
-        Average(50e-6)
+        Average { seconds: 100e-6, turns: 1.0 }
     }
 }
 
 impl Average {
-    fn add(&mut self, time: Duration) {
-        self.0 += (time.as_secs_f64() - self.0) / 16.0;
+    fn add(&mut self, turns: u32, time: Duration) {
+        if turns > 0 || !time.is_zero() {
+            self.seconds += (time.as_secs_f64() - self.seconds) / 16.0;
+            self.turns += (f64::from(turns) - self.turns) / 16.0;
+        }
     }
 
-    /// How many polls fit into so many seconds; one always does, if nothing is owed.
+    /// How many turns fit into so many seconds; one always does, if nothing is owed.
     fn fit_into(&self, seconds: f64) -> u32 {
-        if seconds < 0.0 { 0 } else { (seconds / self.0.max(1e-6)) as u32 + 1 }
+        if seconds < 0.0 { 0 } else { (seconds * self.turns / self.seconds.max(1e-6)) as u32 + 1 }
     }
 }
 
 /// The share of the worker's time that a class may use: more by a little while rounds are short, less by much when one is
 /// long.
 struct Share {
-    /// Between `least` and 1.
+    terms: Terms,
     now: f64,
-    least: f64,
     /// Seconds that may be spent; below zero after a turn that took longer.
     credit: f64,
     since: Option<Instant>,
 }
 
 impl Share {
-    /// Credit is not saved beyond this, so that what it pays for makes no long round; nor is debt.
-    const SAVED_SECONDS: f64 = 0.0005;
+    /// A debt beyond this is forgiven.
     const OWED_SECONDS: f64 = 0.005;
     /// The share doubles in about a tenth of a second of short rounds, and is halved by fourteen long ones.
     const GROWTH_PER_SECOND: f64 = 7.0;
     const CUT: f64 = 0.95;
 
-    fn new(least: f64) -> Self {
-        Share { now: 0.5, least, credit: 0.0, since: None }
+    fn new(terms: Terms) -> Self {
+        let now = terms.most / 2.0;
+        Share { now: now.max(terms.least), terms, credit: 0.0, since: None }
     }
 
     fn spend(&mut self, time: Duration) {
@@ -490,7 +538,7 @@ impl Share {
     /// Gives credit for the time since it was last asked. Says how many seconds that are.
     fn accrue(&mut self, now: Instant) -> f64 {
         let passed = self.since.replace(now).map_or(0.0, |since| (now - since).as_secs_f64());
-        self.credit = (self.credit + self.now * passed).min(Self::SAVED_SECONDS);
+        self.credit = (self.credit + self.now * passed).min(self.terms.saved.as_secs_f64());
         passed
     }
 
@@ -498,10 +546,10 @@ impl Share {
     fn after_round(&mut self, lag: Duration, now: Instant) {
         let passed = self.accrue(now);
         if lag > LAG_AIM {
-            self.now = (self.now * Self::CUT).max(self.least);
+            self.now = (self.now * Self::CUT).max(self.terms.least);
         } else {
             let growth = 1.0 + Self::GROWTH_PER_SECOND * passed.min(0.01);
-            self.now = (self.now * growth).min(1.0);
+            self.now = (self.now * growth).min(self.terms.most);
         }
     }
 
@@ -517,39 +565,50 @@ impl Share {
 
 #[cfg(test)]
 mod tests {
+    use tokio::sync::Semaphore;
+
     use super::*;
     use crate::client::connection::tests::connection;
+    use crate::metrics::LANE_CLASSES;
+
+    fn lanes() -> Arc<Lanes> {
+        Lanes::new(Metrics::new(0, Vec::new()), Backlog::new(&Arc::new(Semaphore::new(100)), 1))
+    }
 
     fn lane() -> Arc<Lane> {
-        Lanes::new(Metrics::new(0, Vec::new())).here()
+        lanes().here()
     }
 
     async fn turn(mut turn: Turn) {
         std::future::poll_fn(|cx| turn.poll(cx)).await;
     }
 
-    /// In which order those who wait have their turns.
-    fn order(lane: &Lane, waiting: &[(char, Turn)]) -> String {
+    /// In which order those who wait to spool have their turns.
+    fn order(lane: &Lane, waiting: &[(char, Turn)], no_disk: bool) -> String {
         let whose =
             |slot: Arc<Slot>| waiting.iter().find(|(_, turn)| Arc::ptr_eq(&turn.slot, &slot)).map(|(who, _)| who);
-        std::iter::from_fn(|| lane.lock().next()).filter_map(whose).collect()
+        std::iter::from_fn(|| lane.lock().of(Class::Spool).next(no_disk)).filter_map(whose).collect()
+    }
+
+    fn waiting(lane: &Lane) -> i64 {
+        lane.metrics.waiting.iter().map(|gauge| gauge.get()).sum()
     }
 
     #[tokio::test]
     async fn whoever_is_nearest_to_the_end_comes_first() {
         let lane = lane();
-        let wait = |(who, missing)| (who, lane.queue(Class::Spool, missing));
-        let waiting = [('d', u64::MAX), ('c', 300), ('a', 100), ('b', 200)].map(wait);
-        assert_eq!(order(&lane, &waiting), "abcd");
+        let wait = |(who, missing, disk)| (who, lane.queue(Class::Spool, missing, disk));
+        let waiting = [('d', u64::MAX, false), ('c', 300, true), ('a', 100, true), ('b', 200, false)].map(wait);
+        assert_eq!(order(&lane, &waiting, false), "abcd");
     }
 
     #[tokio::test]
     async fn nobody_starves() {
         let lane = lane();
-        let patient = lane.queue(Class::Pass, u64::MAX);
+        let patient = lane.queue(Class::Pass, u64::MAX, false);
         let stream = async {
             loop {
-                turn(lane.queue(Class::Pass, 1)).await;
+                turn(lane.queue(Class::Pass, 1, true)).await;
             }
         };
         tokio::select! {
@@ -561,21 +620,50 @@ mod tests {
     #[tokio::test]
     async fn whoever_leaves_the_queue_is_not_waited_for() {
         let lane = lane();
-        let gone = lane.queue(Class::Spool, 1);
-        let stays = lane.queue(Class::Spool, 2);
-        assert_eq!(lane.metrics.waiting.get(), 2);
+        let gone = lane.queue(Class::Spool, 1, true);
+        let stays = lane.queue(Class::Spool, 2, false);
+        assert_eq!(waiting(&lane), 2);
         drop(gone);
         turn(stays).await;
-        assert_eq!(lane.metrics.waiting.get(), 0);
+        assert_eq!(waiting(&lane), 0);
     }
 
     #[tokio::test]
-    async fn whoever_passes_comes_before_those_who_spool_and_not_always() {
+    async fn whoever_needs_the_disk_threads_waits_while_they_have_enough_to_do() {
+        let slots = Arc::new(Semaphore::new(100));
+        let lane = Lanes::new(Metrics::new(0, Vec::new()), Backlog::new(&slots, 1)).here();
+        let jobs = slots.try_acquire_many(50).expect("permits");
+        let wait = |(who, missing, disk)| (who, lane.queue(Class::Spool, missing, disk));
+        let places = [('a', 100, true), ('b', 200, false)].map(wait);
+        assert_eq!(order(&lane, &places, true), "b");
+        let [(_, a), _] = places;
+        for _ in 0..10 {
+            assert_eq!(lane.round(Instant::now()), Some(DISK_PAUSE));
+        }
+        assert!(!a.slot.granted.load(Ordering::Relaxed));
+        drop(jobs);
+        turn(a).await;
+        // A disk that does not come back is not waited for here.
+        let _jobs = slots.try_acquire_many(50).expect("permits");
+        let (_, c) = wait(('c', 300, true));
+        assert_eq!(lane.round(Instant::now()), Some(DISK_PAUSE));
+        lane.lock().deep = Instant::now().checked_sub(DISK_PAUSES_MOST);
+        turn(c).await;
+    }
+
+    #[tokio::test]
+    async fn a_class_has_its_own_time() {
         let lane = lane();
-        let spools = [(); 2].map(|()| ('s', lane.queue(Class::Spool, 1)));
-        let passes = [(); 5].map(|()| ('p', lane.queue(Class::Pass, 1)));
-        let waiting: Vec<_> = spools.into_iter().chain(passes).collect();
-        assert_eq!(order(&lane, &waiting), "pppspps");
+        lane.took(Class::Spool, Duration::from_secs(1));
+        let _spools = lane.queue(Class::Spool, 1, false);
+        turn(lane.queue(Class::Pass, u64::MAX, false)).await;
+        assert_eq!(lane.metrics.waiting[Class::Spool as usize].get(), 1);
+    }
+
+    #[test]
+    fn the_classes_are_those_of_the_metrics() {
+        assert_eq!(Class::ALL.map(|class| format!("{class:?}").to_lowercase()), LANE_CLASSES);
+        assert_eq!(Class::ALL.map(|class| class as usize), [0, 1, 2]);
     }
 
     #[test]
@@ -594,7 +682,7 @@ mod tests {
         let lane = lane();
         let now = Instant::now();
         assert!(lane.queue_newcomer(now).is_none());
-        lane.lock().newcomers_time.took(Duration::from_millis(1));
+        lane.took(Class::Newcomer, Duration::from_millis(1));
         let order = Mutex::new(Vec::new());
         let crowd = (0..100).map(|number| {
             let place = lane.queue_newcomer(now).expect("a place in the queue");
@@ -606,7 +694,7 @@ mod tests {
         });
         futures::future::join_all(crowd).await;
         assert_eq!(order.into_inner().expect("no panic"), (0..100).collect::<Vec<_>>());
-        assert_eq!(lane.metrics.waiting.get(), 0);
+        assert_eq!(waiting(&lane), 0);
         assert!(lane.queue_newcomer(Instant::now() + ARRIVAL).is_none(), "nobody waits any more");
     }
 
@@ -623,7 +711,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_newcomer_waits_until_there_is_time_and_once_settled_no_more() {
-        let lanes = Lanes::new(Metrics::new(0, Vec::new()));
+        let lanes = lanes();
         let lane = lanes.here();
         let connection = connection("");
         let mut polls = 0;
@@ -634,14 +722,14 @@ mod tests {
         let mut newcomer = Newcomer::new(future, connection.clone(), lanes);
         let mut poll = || Pin::new(&mut newcomer).poll(&mut Context::from_waker(std::task::Waker::noop()));
         assert!(poll().is_pending());
-        assert_eq!(lane.metrics.waiting.get(), 0, "there was time");
-        lane.lock().newcomers_time.took(Duration::from_secs(1));
-        lane.lock().newcomers_time.share.now = 0.0;
+        assert_eq!(waiting(&lane), 0, "there was time");
+        lane.took(Class::Newcomer, Duration::from_secs(1));
+        lane.lock().of(Class::Newcomer).time.share.now = 0.0;
         assert!(poll().is_pending());
-        assert_eq!(lane.metrics.waiting.get(), 1);
+        assert_eq!(waiting(&lane), 1);
         connection.settle();
         assert!(poll().is_pending());
-        assert_eq!(lane.metrics.waiting.get(), 0, "it has left the queue");
+        assert_eq!(waiting(&lane), 0, "it has left the queue");
         assert!(poll().is_ready());
         assert_eq!(polls, 3);
     }
@@ -662,10 +750,25 @@ mod tests {
         assert_eq!(taken.load(Ordering::Relaxed), ACCEPTS_MOST);
     }
 
+    #[tokio::test]
+    async fn a_poll_that_ends_for_lack_of_budget_is_followed_by_another() {
+        let mut polls = 0;
+        let future = std::future::poll_fn(|cx| {
+            polls += 1;
+            if polls == 1 {
+                assert!(!ends_for_lack_of_budget(cx));
+                exhaust_budget(cx);
+            }
+            if ends_for_lack_of_budget(cx) { Poll::Pending } else { Poll::Ready(()) }
+        });
+        tokio::time::timeout(Duration::from_secs(10), future).await.expect("it was woken");
+        assert_eq!(polls, 2);
+    }
+
     #[test]
     fn the_share_grows_while_rounds_are_short_and_falls_when_they_are_long() {
         let begin = Instant::now();
-        let mut share = Share { now: 0.2, ..Share::new(0.1) };
+        let mut share = Share { now: 0.2, ..Share::new(PASS) };
         let after = |share: &mut Share, round: u32, lag| {
             share.after_round(lag, begin + round * Duration::from_millis(1));
             share.now
@@ -676,12 +779,15 @@ mod tests {
         let late = (200..215).map(|round| after(&mut share, round, 2 * LAG_AIM)).last().expect("rounds");
         assert!(late < grown / 2.0, "{grown} {late}");
         let least = (215..1_000).map(|round| after(&mut share, round, 2 * LAG_AIM)).last().expect("rounds");
-        assert_eq!(least, share.least);
+        assert_eq!(least, PASS.least);
+        let mut spool = Share::new(SPOOL);
+        let most = (1_000..2_000).map(|round| after(&mut spool, round, Duration::ZERO)).last().expect("rounds");
+        assert_eq!(most, SPOOL.most);
     }
 
     #[test]
     fn a_turn_that_took_long_is_followed_by_a_pause() {
-        let mut time = Allowance::new(0.1);
+        let mut time = Allowance::new(PASS);
         let now = Instant::now();
         assert!(time.after_round(Duration::ZERO, now) > 0);
         time.took(Duration::from_millis(2));
@@ -696,9 +802,12 @@ mod tests {
 
     #[test]
     fn the_shorter_the_turns_the_more_there_are_in_a_round() {
-        let mut each = Average(100e-6);
+        let mut each = Average { seconds: 100e-6, turns: 1.0 };
         assert_eq!([-1.0, 0.0, 50e-6, 450e-6].map(|seconds| each.fit_into(seconds)), [0, 1, 1, 5]);
-        (0..100).for_each(|_| each.add(Duration::from_micros(200)));
+        // Of several polls for one turn.
+        (0..100).for_each(|round| each.add(u32::from(round % 2 == 0), Duration::from_micros(100)));
         assert_eq!(each.fit_into(450e-6), 3);
+        (0..100).for_each(|_| each.add(0, Duration::ZERO));
+        assert_eq!(each.fit_into(450e-6), 3, "nothing is learnt where nothing happens");
     }
 }

@@ -8,7 +8,7 @@
 //! It stands from the end of the request filters to the end of the exchange; [`Link::reclaim`] puts the client's own
 //! session back, so that keep-alive works as ever. Upgrades are never wrapped.
 
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, ready};
 use std::time::{Duration, Instant};
@@ -26,7 +26,7 @@ use pingora::protocols::l4::socket::SocketAddr;
 use pingora::{Error, ErrorType, Result};
 
 use super::intake::{Intake, IntakeTerms, Unread};
-use super::lane::{Lanes, OPERATIONS_PER_POLL, spend_budget};
+use super::lane::{Class, Lanes, OPERATIONS_PER_POLL, exhaust_budget, spend_budget};
 use super::spool::{Depot, Held};
 use super::stream::{Bypass, ClientStream};
 use super::waiting::{Alarm, Timer, Who};
@@ -95,13 +95,15 @@ pub struct Link {
     spilled: AtomicU64,
     /// That of the client's own session, for what it writes by itself.
     write_timeout: Option<Duration>,
-    /// The present poll uses a turn of the lane.
-    in_turn: AtomicBool,
+    /// The class of the turn of the lane that is being used, as its place in `Class::ALL`; `NO_TURN`.
+    turn: AtomicUsize,
     lanes: Arc<Lanes>,
 }
 
 /// What is not due at all.
 const NEVER: u64 = u64::MAX;
+
+const NO_TURN: usize = usize::MAX;
 
 const SENDING: u64 = 0;
 const WAITING: u64 = 1;
@@ -350,8 +352,12 @@ impl Gate for Link {
     }
 
     fn polled(&self, time: Duration) {
-        if self.in_turn.swap(false, Ordering::Relaxed) {
-            self.lanes.here().took(time);
+        if let Some(&class) = Class::ALL.get(self.turn.load(Ordering::Relaxed)) {
+            self.lanes.here().took(class, time);
+            // What it lets in of an answer is taken in a later poll, and only then held up again.
+            if self.holding.load(Ordering::Relaxed) || self.stage.load(Ordering::Relaxed) != RECEIVING {
+                self.turn.store(NO_TURN, Ordering::Relaxed);
+            }
         }
     }
 }
@@ -430,7 +436,7 @@ impl BufferedSession {
             buffered: AtomicU64::new(0),
             spilled: AtomicU64::new(0),
             write_timeout,
-            in_turn: AtomicBool::new(false),
+            turn: AtomicUsize::new(NO_TURN),
             lanes: lanes.clone(),
         });
         adopt(link.clone());
@@ -495,7 +501,7 @@ impl BufferedSession {
             let filled = intake.poll_fill(cx, &mut link.wire(), &mut waits);
             intake.name_client(request);
             if intake.used_turn() {
-                link.in_turn.store(true, Ordering::Relaxed);
+                link.turn.store(Class::Pass as usize, Ordering::Relaxed);
             }
             filled
         })
@@ -569,10 +575,15 @@ impl BufferedSession {
             let mut wire = link.wire();
             let more = wire.poll_more(cx);
             wire.name_client(&self.request);
-            if wire.used_turn() {
-                link.in_turn.store(true, Ordering::Relaxed);
+            if let Some(class) = wire.used_turn() {
+                link.turn.store(class as usize, Ordering::Relaxed);
             }
-            link.holding.store(may_hold && more.is_pending(), Ordering::Relaxed);
+            let holds = may_hold && more.is_pending();
+            link.holding.store(holds, Ordering::Relaxed);
+            if holds {
+                // Else Pingora would read on in this poll, and what it reads would wait in its channel.
+                exhaust_budget(cx);
+            }
             ready!(more);
             Poll::Ready(match wire.take_error() {
                 Some(error) => Err(error),

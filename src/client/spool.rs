@@ -258,6 +258,11 @@ impl Spool {
         self.spilled
     }
 
+    /// Whether what comes now is for the file.
+    pub fn needs_disk(&self) -> bool {
+        self.disk_left() > 0 && (self.held() >= self.limits.memory || self.depot.budget.spills())
+    }
+
     /// Appends a piece. It always fits; ask [`Spool::room`] before it comes, and again after it, or say [`Spool::idle`]:
     /// what is to be written is written there.
     pub fn push(&mut self, piece: Bytes) {

@@ -19,9 +19,8 @@ use http::{Version, header};
 use pingora::http::{RequestHeader, ResponseHeader};
 use pingora::protocols::http::{HttpTask, ServerSession};
 use pingora::{Error, ErrorType, Result};
-use tokio::task::coop::has_budget_remaining;
 
-use super::lane::{Bulk, Class, Lanes, Turn};
+use super::lane::{Bulk, Class, Lanes, Turn, ends_for_lack_of_budget};
 use super::pace::Pace;
 use super::slow::Entry;
 use super::spool::{Depot, Limits, Room, Spool, SpoolError};
@@ -264,8 +263,8 @@ pub struct Wire {
     bulk: Option<Bulk>,
     /// More may come: nothing has come since that was found.
     admitted: bool,
-    /// The present poll uses a turn of the lane.
-    in_turn: bool,
+    /// The class of a turn that the last poll was for.
+    in_turn: Option<Class>,
     /// That of the endpoint's connection, if it is the exchange's alone.
     window: Option<Window>,
     depot: Arc<Depot>,
@@ -326,7 +325,7 @@ impl Wire {
             turn: None,
             bulk: None,
             admitted: false,
-            in_turn: false,
+            in_turn: None,
             window: None,
             depot,
             lanes,
@@ -351,9 +350,9 @@ impl Wire {
         self.state = State::Idle(session);
     }
 
-    /// Whether the last poll used a turn of the lane.
-    pub fn used_turn(&mut self) -> bool {
-        std::mem::take(&mut self.in_turn)
+    /// The class of the turn of the lane that the last poll was for.
+    pub fn used_turn(&mut self) -> Option<Class> {
+        self.in_turn.take()
     }
 
     /// Whether the client speaks HTTP/2.
@@ -601,7 +600,7 @@ impl Wire {
                         self.written(outcome);
                     }
                     // It is the poll that ends, and not the client that takes nothing.
-                    Poll::Pending if !has_budget_remaining() => return Poll::Pending,
+                    Poll::Pending if ends_for_lack_of_budget(cx) => return Poll::Pending,
                     Poll::Pending => {
                         let blame = ready!(self.poll_patience(cx));
                         self.fail(blame);
@@ -627,7 +626,7 @@ impl Wire {
                 let failed = |error| Error::because(ErrorType::WriteError, "writing the answer", error).into_down();
                 self.written(outcome.map(|()| self.end_written).map_err(failed));
             }
-            Poll::Pending if !has_budget_remaining() => return Poll::Pending,
+            Poll::Pending if ends_for_lack_of_budget(cx) => return Poll::Pending,
             Poll::Pending => {
                 self.spare();
                 let blame = ready!(self.poll_patience(cx));
@@ -886,9 +885,10 @@ impl Wire {
             self.turn = None;
             return Poll::Ready(());
         }
-        if has_budget_remaining() {
-            self.set_aside();
+        if written.is_pending() && ends_for_lack_of_budget(cx) {
+            return Poll::Pending;
         }
+        self.set_aside();
         if written.is_ready() && !self.held {
             if self.is_bulk() {
                 let Wire { bulk, lanes, .. } = self;
@@ -899,7 +899,7 @@ impl Wire {
         } else {
             // Without the final header there is nothing to spool: interim answers wait for their client.
             let interim = self.head.is_none() && !self.held;
-            if self.leave == Leave::Stream || interim || !has_budget_remaining() {
+            if self.leave == Leave::Stream || interim {
                 return Poll::Pending;
             }
             ready!(self.poll_room(cx));
@@ -951,17 +951,19 @@ impl Wire {
     }
 
     fn poll_turn(&mut self, cx: &mut Context<'_>, class: Class) -> Poll<()> {
-        let Wire { turn, lanes, head, came, .. } = self;
+        let Wire { turn, lanes, head, came, spool, .. } = self;
         if turn.as_ref().is_some_and(|turn| turn.class() != class) {
             *turn = None;
         }
         let turn = turn.get_or_insert_with(|| {
             let length = head.and_then(|head| head.length);
-            lanes.here().queue(class, length.map_or(u64::MAX, |length| length.saturating_sub(*came)))
+            let missing = length.map_or(u64::MAX, |length| length.saturating_sub(*came));
+            let disk = class == Class::Spool && spool.as_ref().is_some_and(Spool::needs_disk);
+            lanes.here().queue(class, missing, disk)
         });
         ready!(turn.poll(cx));
         self.turn = None;
-        self.in_turn = true;
+        self.in_turn = Some(class);
         Poll::Ready(())
     }
 

@@ -187,10 +187,10 @@ families! {
         "Writes and reads of spools that are queued or under way.";
     DISK_FAILURES: "forebay_disk_failures_total", Counter, ["operation"],
         "Writes and reads of spools that failed.";
-    LANE_WAITING: "forebay_lane_waiting", Gauge, ["worker"],
-        "Exchanges that move much and wait for their turn.";
-    LANE_SHARE: "forebay_lane_share_ratio", Gauge, ["worker"],
-        "Of its time, what a worker may give to bulk, as the lag of its event loop allows.";
+    LANE_WAITING: "forebay_lane_waiting", Gauge, ["worker", "class"],
+        "Exchanges that wait for their turn: new connections, bodies that pass, answers that are spooled.";
+    LANE_SHARE: "forebay_lane_share_ratio", Gauge, ["worker", "class"],
+        "Of its time, what a worker may give to a class of exchanges, as the lag of its event loop allows.";
     LANE_BYTES: "forebay_lane_bytes_total", Counter, ["worker"],
         "Bytes that were spooled.";
     ACCESS_LOG_LINES: "forebay_access_log_lines_total", Counter, [],

@@ -26,7 +26,7 @@ use crate::client::budget::Share;
 use crate::metrics::{OperationMetrics, SpoolMetrics};
 
 /// How much nicer than the workers the threads are, and the nicest that there is.
-const NICER: i32 = 10;
+const NICER: i32 = 15;
 const NICEST: i32 = 19;
 
 /// A system call writes no more. Most kernels interrupt none for the sake of a worker on the same CPU that has something to do,
@@ -40,7 +40,33 @@ const PIECES_MAX: usize = 1024;
 pub struct Disk {
     queue: Sender<Job>,
     slots: Arc<Semaphore>,
+    backlog: Backlog,
     metrics: SpoolMetrics,
+}
+
+/// So many pieces of work for each thread keep it busy for some milliseconds.
+const DEEP_PER_THREAD: usize = 8;
+
+/// How much the disk threads have to do. Clones see the same.
+#[derive(Clone)]
+pub struct Backlog {
+    slots: Arc<Semaphore>,
+    /// If fewer are left it is deep.
+    least: usize,
+}
+
+impl Backlog {
+    /// That of a queue with so many slots, all of them free, before so many threads.
+    pub fn new(slots: &Arc<Semaphore>, threads: usize) -> Self {
+        let deep = threads.saturating_mul(DEEP_PER_THREAD);
+        let least = (slots.available_permits() + 1).saturating_sub(deep).max(1);
+        Backlog { slots: slots.clone(), least }
+    }
+
+    /// Whether they have so much to do that what more there were would only wait.
+    pub fn is_deep(&self) -> bool {
+        self.slots.available_permits() < self.least
+    }
 }
 
 /// The right to queue one piece of work. It is given back when the work is done.
@@ -86,13 +112,20 @@ impl Disk {
     ) -> io::Result<Disk> {
         let (sender, receiver) = channel();
         let receiver = Arc::new(Mutex::new(receiver));
-        for number in 0..threads.max(1) {
+        let threads = threads.max(1);
+        for number in 0..threads {
             let (files, receiver, metrics) = (files.clone(), receiver.clone(), metrics.clone());
             let work = move || Worker { files, metrics }.run(&receiver);
             std::thread::Builder::new().name(format!("disk-{number}")).spawn(work)?;
         }
-        let slots = queue.clamp(1, Semaphore::MAX_PERMITS);
-        Ok(Disk { queue: sender, slots: Arc::new(Semaphore::new(slots)), metrics: metrics.clone() })
+        let slots = Arc::new(Semaphore::new(queue.clamp(1, Semaphore::MAX_PERMITS)));
+        let backlog = Backlog::new(&slots, threads);
+        Ok(Disk { queue: sender, slots, backlog, metrics: metrics.clone() })
+    }
+
+    /// How much there is to do.
+    pub fn backlog(&self) -> Backlog {
+        self.backlog.clone()
     }
 
     /// The right to queue something, if there is room for it now.

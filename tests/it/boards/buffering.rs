@@ -151,13 +151,13 @@ pub fn board() -> Board {
                 .at_least(1.0),
             Panel::lines("Spooled", "Bytes per second that each worker took in for slow clients.", "Bps")
                 .query("sum by (instance, worker) (rate(forebay_lane_bytes_total[R]))", "{{instance}} #{{worker}}"),
-            Panel::lines("Lane, share", "Of its time, what each worker may give to bulk, as the lag of its event loop \
-                allows.", "percentunit")
-                .query("sum by (instance, worker) (forebay_lane_share_ratio)", "{{instance}} #{{worker}}")
+            Panel::lines("Lane, share", "Of its time, what each worker may give to new connections, to bodies that pass \
+                and to answers that are spooled, as the lag of its event loop allows.", "percentunit")
+                .query("sum by (instance, worker, class) (forebay_lane_share_ratio)", "{{instance}} #{{worker}} {{class}}")
                 .max(1.0),
-            Panel::lines("Lane, waiting", "Exchanges that move much and wait for their turn, so that small ones need \
-                not.", "short")
-                .query("sum by (instance, worker) (forebay_lane_waiting)", "{{instance}} #{{worker}}")
+            Panel::lines("Lane, waiting", "Exchanges that wait for their turn, so that others need not: new connections, \
+                bodies that pass, answers that are spooled.", "short")
+                .query("sum by (instance, worker, class) (forebay_lane_waiting)", "{{instance}} #{{worker}} {{class}}")
                 .at_least(1.0),
         ],
     )
