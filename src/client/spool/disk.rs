@@ -19,19 +19,18 @@ use bytes::Bytes;
 use rustix::buffer::spare_capacity;
 use rustix::fs::OFlags;
 use rustix::io::Errno;
-use rustix::process::{getpriority_process, setpriority_process};
+use rustix::process::setpriority_process;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
 
 use crate::client::budget::Share;
 use crate::metrics::{OperationMetrics, SpoolMetrics};
 
-/// How much nicer than the workers the threads are, and the nicest that there is.
-const NICER: i32 = 15;
-const NICEST: i32 = 19;
+/// As nice as can be: the workers come first, and where these leave no CPU, what is spooled waits (see `lane`).
+const NICENESS: i32 = 19;
 
 /// A system call writes no more. Most kernels interrupt none for the sake of a worker on the same CPU that has something to do,
 /// and to write 256 KiB takes a millisecond where memory is slow.
-const CALL_BYTES: usize = 128 << 10;
+const CALL_BYTES: usize = 64 << 10;
 /// How many pieces one system call can take (`IOV_MAX`).
 const PIECES_MAX: usize = 1024;
 
@@ -309,8 +308,7 @@ fn take(queue: &Mutex<Receiver<Job>>) -> Option<Job> {
 
 /// Lowers the priority of the calling thread: on Linux that is what "the calling process" means here.
 fn be_nice() -> rustix::io::Result<()> {
-    let nice = getpriority_process(None)?;
-    setpriority_process(None, (nice + NICER).min(NICEST))
+    setpriority_process(None, NICENESS)
 }
 
 /// The system calls, one each; so that tests can be a disk that is slow, fills up or fails.
@@ -447,7 +445,7 @@ mod tests {
     }
 
     #[test]
-    fn the_threads_are_nicer_than_the_workers() {
+    fn the_threads_are_as_nice_as_can_be() {
         struct Asking(Mutex<mpsc::Sender<(i32, String)>>);
         impl Files for Asking {
             fn create(&self) -> io::Result<File> {
@@ -467,8 +465,7 @@ mod tests {
         let held = Share::new(&budget(&metrics), Direction::Request);
         let _written = disk.write(disk.try_permit().unwrap(), None, 0, vec![Bytes::from_static(b"x")], held);
 
-        let ours = nice_and_name().0;
-        assert_eq!(answers.recv_timeout(PATIENCE).unwrap(), ((ours + NICER).min(NICEST), "disk-0".to_owned()));
+        assert_eq!(answers.recv_timeout(PATIENCE).unwrap(), (NICENESS, "disk-0".to_owned()));
     }
 
     #[test]
