@@ -344,6 +344,10 @@ impl Lane {
         }
         let pause = queues.tracks.iter().filter_map(|track| track.pause(no_disk)).min();
         queues.driven = pause.is_some();
+        if !queues.driven {
+            // Nobody sees whether the disk threads go on.
+            queues.deep = None;
+        }
         pause
     }
 

@@ -293,6 +293,30 @@ fn who_waits_for_the_disk_for_too_long_is_refused() {
     Ask::put(4 * MIB).over(Protocol::Http1, process.web()).arrived(4 * MIB, "content-length: 4194304");
 }
 
+#[test]
+fn a_crowd_that_waits_for_the_disk_for_too_long_is_refused_and_holds_up_nobody_who_does_without() {
+    let origin = built_in();
+    let process = that_spools(&origin, "1s").spawn();
+    let still = process.still_disk();
+    let begin = || {
+        let mut upload = Ask::put(4 * MIB).begin(Protocol::Http1, process.web());
+        upload.send(MIB);
+        upload
+    };
+    // More than may move much without turns, and more than keep the disk threads busy.
+    let uploads: Vec<_> = (0..60).map(|_| begin()).collect();
+    process.wait_metric("forebay_lane_waiting{class=\"pass\"}", |waiting| waiting > 0.0);
+    for _ in 0..20 {
+        Ask::put(50_000).over(Protocol::Http1, process.web()).arrived(50_000, "content-length: 50000");
+    }
+    for upload in uploads {
+        upload.answer().refused(500, "buffer.disk_failed");
+    }
+    drop(still);
+    process.wait_at_rest();
+    assert_eq!(origin.requests(), 20);
+}
+
 /// What `forebay` says to this configuration, and its exit code.
 fn forebay(command: &str, setup: &Setup) -> (Option<i32>, String) {
     let file = setup.path("forebay.yaml");
