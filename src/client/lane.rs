@@ -77,7 +77,7 @@ pub const OPERATIONS_PER_POLL: usize = 128;
 pub enum Class {
     /// To be polled at all: the first exchange of a connection, until its answer comes.
     Newcomer,
-    /// To move what a client waits for: an answer that it takes, an upload.
+    /// To move what a client waits for: an answer that it takes, one that is held until it is whole, an upload.
     Pass,
     /// To hold an answer for a client that does not take it.
     Spool,
@@ -150,9 +150,12 @@ pub fn spend_budget(cx: &mut Context<'_>, units: usize) {
     }
 }
 
-/// Takes all that is left of the task's budget: nothing else goes on in this poll.
+/// Takes all that is left of the task's budget, if it has one: nothing else goes on in this poll.
 pub fn exhaust_budget(cx: &mut Context<'_>) {
-    while has_budget_remaining() {
+    for _ in 0..OPERATIONS_PER_POLL {
+        if !has_budget_remaining() {
+            return;
+        }
         spend_budget(cx, 1);
     }
 }
@@ -246,11 +249,11 @@ impl Track {
 
     /// How long there will be no turn; `None` if nobody waits for one.
     fn pause(&self, no_disk: bool) -> Option<Duration> {
-        match &self.queues {
-            [without, with] if without.is_empty() && with.is_empty() => None,
-            [without, _] if without.is_empty() && no_disk => Some(DISK_PAUSE),
-            _ => Some(self.time.share.pause()),
+        if self.is_empty() {
+            return None;
         }
+        let for_disk = no_disk && self.queues[0].is_empty();
+        Some(if for_disk { DISK_PAUSE } else { self.time.share.pause() })
     }
 }
 
@@ -767,6 +770,15 @@ mod tests {
         });
         tokio::time::timeout(Duration::from_secs(10), future).await.expect("it was woken");
         assert_eq!(polls, 2);
+    }
+
+    #[tokio::test]
+    async fn a_task_without_a_budget_goes_on() {
+        tokio::task::unconstrained(std::future::poll_fn(|cx| {
+            exhaust_budget(cx);
+            Poll::Ready(())
+        }))
+        .await;
     }
 
     #[test]

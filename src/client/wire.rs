@@ -893,7 +893,7 @@ impl Wire {
             if self.is_bulk() {
                 let Wire { bulk, lanes, .. } = self;
                 if bulk.get_or_insert_with(|| lanes.here().enter()).is_crowded() {
-                    ready!(self.poll_turn(cx, Class::Pass));
+                    ready!(self.poll_turn(cx, Class::Pass, false));
                 }
             }
         } else {
@@ -903,7 +903,10 @@ impl Wire {
                 return Poll::Pending;
             }
             ready!(self.poll_room(cx));
-            ready!(self.poll_turn(cx, Class::Spool));
+            // For one that is held until it is whole, its client waits.
+            let class = if self.held { Class::Pass } else { Class::Spool };
+            let disk = self.spool.as_ref().is_some_and(Spool::needs_disk);
+            ready!(self.poll_turn(cx, class, disk));
         }
         if self.came > 0 {
             self.window.iter_mut().for_each(Window::open);
@@ -950,15 +953,14 @@ impl Wire {
         Poll::Pending
     }
 
-    fn poll_turn(&mut self, cx: &mut Context<'_>, class: Class) -> Poll<()> {
-        let Wire { turn, lanes, head, came, spool, .. } = self;
+    fn poll_turn(&mut self, cx: &mut Context<'_>, class: Class, disk: bool) -> Poll<()> {
+        let Wire { turn, lanes, head, came, .. } = self;
         if turn.as_ref().is_some_and(|turn| turn.class() != class) {
             *turn = None;
         }
         let turn = turn.get_or_insert_with(|| {
             let length = head.and_then(|head| head.length);
             let missing = length.map_or(u64::MAX, |length| length.saturating_sub(*came));
-            let disk = class == Class::Spool && spool.as_ref().is_some_and(Spool::needs_disk);
             lanes.here().queue(class, missing, disk)
         });
         ready!(turn.poll(cx));
