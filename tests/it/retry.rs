@@ -130,9 +130,10 @@ fn an_answer_that_breaks_off_before_any_of_it_has_left_is_asked_for_again() {
     }
 }
 
+/// It is so large that its end is not here before its beginning has left: else it is asked for again.
 #[test]
 fn an_answer_of_which_a_part_has_left_is_not_asked_for_again() {
-    let (origins, gateway) = behind("/fault/half", "attempts: 3");
+    let (origins, gateway) = behind("/fault/half/2MiB", "attempts: 3");
     assert_eq!(gateway.client().get("/").status, 200);
     assert_eq!(gateway.log_line().reason(), "receive.reset");
     assert_eq!(origins.each_ref().map(Running::requests).iter().sum::<u64>(), 1);
