@@ -90,7 +90,6 @@ impl Desk {
         refusal: &'static Refusal,
         clock: &mut Clock,
     ) {
-        refusal.count();
         let now = Instant::now();
         clock.settle(now);
         let own = own_time(now);
@@ -103,6 +102,7 @@ impl Desk {
             status: refusal.status,
             received: 0,
             sent: 0,
+            refusal: Some(refusal),
         });
         let Some(log) = &self.log else { return };
         let (method, target) = head::request_line(bytes);

@@ -4,7 +4,6 @@
 //! is for the operator: what in the configuration could not be built, with its path in the YAML.
 
 use std::fmt;
-use std::sync::atomic::{AtomicU64, Ordering};
 
 /// Why Forebay itself ended an exchange or a connection.
 ///
@@ -18,23 +17,17 @@ pub struct Refusal {
     pub status: u16,
     /// One sentence for the client; no detail of the inside.
     pub message: &'static str,
-    seen: AtomicU64,
 }
 
 impl Refusal {
     /// Declares a refusal; meant for a `static`.
     pub const fn new(reason: &'static str, status: u16, message: &'static str) -> Self {
-        Refusal { reason, status, message, seen: AtomicU64::new(0) }
-    }
-
-    /// Counts one occurrence; `forebay_refusals_total` reads it.
-    pub fn count(&self) {
-        self.seen.fetch_add(1, Ordering::Relaxed);
+        Refusal { reason, status, message }
     }
 
     /// The body of its answer and the media type of it.
     pub fn body(&self, json: bool) -> (&'static str, String) {
-        let Refusal { reason, status, message, .. } = self;
+        let Refusal { reason, status, message } = self;
         if json {
             // Reasons and messages are literals without quotes or backslashes; a test holds them to it.
             let body = format!(r#"{{"status":{status},"reason":"{reason}","message":"{message}"}}"#);
@@ -60,11 +53,6 @@ impl Refusal {
             &refusal::QUEUE_TIMEOUT,
         ];
         passing.contains(&self).then_some(5)
-    }
-
-    /// How often it occurred since the process started.
-    pub fn seen(&self) -> u64 {
-        self.seen.load(Ordering::Relaxed)
     }
 }
 

@@ -177,7 +177,7 @@ impl Gateway {
 
     fn build(catalog: &Catalog, config: Config) -> Result<Gateway, StartError> {
         let refusals: Vec<_> = refusal::ALL.iter().copied().chain(catalog.refusals()).collect();
-        let metrics = Metrics::new(config.observability.metrics.max_series.0, refusals.clone());
+        let metrics = Metrics::new(config.observability.metrics.max_series.0, refusals);
         let wrong = |errors: Vec<BuildError>| StartError::Build(config.report(&errors));
         if !catalog.conflicts().is_empty() {
             return Err(wrong(catalog.conflicts().to_vec()));
@@ -273,7 +273,6 @@ impl Gateway {
                 listeners: listed,
                 routes,
                 upstreams: parts.upstreams.into_values().collect(),
-                refusals,
             };
             let app = status::add(app, Status::new(sources));
             let service = admin::service(socket.key(), socket.is_unix(), app);

@@ -30,6 +30,7 @@ use crate::phase::Phase;
 use endpoints::{EndpointCollector, EndpointMetrics, Group, Groups};
 use mirror::MirrorMetrics;
 use phases::{PhaseCollector, Roll};
+use refusals::RefusalCollector;
 use retry::RetryMetrics;
 use route::Series;
 
@@ -40,6 +41,7 @@ pub const LOOP: &str = "loop";
 
 pub use limits::{LimitMetrics, QueueMetrics};
 pub use phases::{PhaseState, Seat};
+pub use refusals::RefusalMetrics;
 pub use route::{Direction, Distribution, RouteFigures, RouteMetrics, Spills, Summary};
 
 /// All metrics of one gateway. Clones are cheap and share everything.
@@ -50,6 +52,7 @@ struct Inner {
     registry: Registry,
     families: Families,
     phases: Roll,
+    refusals: RefusalMetrics,
     workers: IntGauge,
     routes_folded: IntGauge,
     series_left: AtomicU64,
@@ -118,17 +121,18 @@ impl Metrics {
     /// The value of the label `pingora`; `Cargo.toml` pins it.
     pub const PINGORA_VERSION: &str = "0.9.1";
 
-    /// Metrics whose routes may make `series_max` series between them, and that show the counts of these refusals.
+    /// Metrics whose routes may make `series_max` series between them, and that show these refusals from the start.
     pub fn new(series_max: u64, refusals: Vec<&'static Refusal>) -> Self {
         let registry = Registry::new();
         let families = Families::register(&registry);
         let build_info = family::BUILD_INFO.gauge(&registry);
         build_info.with_label_values(&[Self::VERSION, Self::PINGORA_VERSION]).set(1);
         let phases = Roll::new(Instant::now());
+        let refusals = RefusalMetrics::new(refusals);
         let groups = Groups::default();
         let collectors: [Box<dyn Collector>; 4] = [
             Box::new(EndpointCollector::new(groups.clone())),
-            Box::new(refusals::Refusals::new(refusals)),
+            Box::new(RefusalCollector::new(refusals.clone())),
             Box::new(PhaseCollector::new(phases.clone())),
             Box::new(ProcessCollector::for_self()),
         ];
@@ -139,6 +143,7 @@ impl Metrics {
         }
         Metrics(Arc::new(Inner {
             phases,
+            refusals,
             workers: single(&family::WORKERS.gauge(&registry)),
             routes_folded: single(&family::ROUTES_FOLDED.gauge(&registry)),
             series_left: AtomicU64::new(series_max),
@@ -173,6 +178,11 @@ impl Metrics {
         self.0.other.get().map(|series| series.figures())
     }
 
+    /// How often this gateway refused, for each reason.
+    pub fn refusals(&self) -> &RefusalMetrics {
+        &self.0.refusals
+    }
+
     /// Those of exchanges that found no route, or were refused before one was sought; labelled `_none`.
     pub fn unrouted(&self) -> Arc<RouteMetrics> {
         Arc::new(RouteMetrics::unbudgeted("_none", self.clone()))
@@ -187,6 +197,7 @@ impl Metrics {
             accepted: families.client_connections_total.with_label_values(&[name]),
             http1_requests: requests("http1"),
             h2_requests: requests("h2"),
+            refusals: self.refusals().clone(),
             open: STATES.map(open),
         }
     }
@@ -475,6 +486,8 @@ pub struct ListenerMetrics {
     pub http1_requests: IntCounter,
     /// Requests over HTTP/2.
     pub h2_requests: IntCounter,
+    /// Of the whole gateway: for what is refused before there is an exchange.
+    pub refusals: RefusalMetrics,
     /// In the order of `ConnectionState`.
     open: [IntGauge; 3],
 }

@@ -22,7 +22,6 @@ use super::{Admin, Readiness, Ready};
 use crate::client::connection::Listener;
 use crate::client::lane::Class;
 use crate::client::slow::{SlowClient, SlowClients};
-use crate::error::Refusal;
 use crate::eventloop::Loops;
 use crate::metrics::{Distribution, Metrics, RouteFigures, RouteMetrics, family};
 use crate::phase::Phase;
@@ -60,8 +59,6 @@ pub struct Sources {
     pub routes: Vec<(Arc<RouteMetrics>, Vec<String>)>,
     /// The upstreams.
     pub upstreams: Vec<Arc<Upstream>>,
-    /// All refusals that there are.
-    pub refusals: Vec<&'static Refusal>,
 }
 
 /// How the gateway is at one moment. Fields are added, but not taken away and not given another meaning.
@@ -415,7 +412,7 @@ impl Status {
                 ..slow_clients(metrics)
             },
             spools: spools(metrics),
-            refusals: refused(&self.sources.refusals),
+            refusals: refused(metrics),
             bounds: Bounds {
                 exchange_seconds: family::EXCHANGE_SECONDS.bounds().to_vec(),
                 lag_seconds: family::LOOP_LAG.bounds().to_vec(),
@@ -579,12 +576,9 @@ pub fn quantile(bounds: &[f64], buckets: &[u64], quantile: f64) -> Option<f64> {
     bounds.last().copied()
 }
 
-fn refused(refusals: &[&'static Refusal]) -> BTreeMap<String, u64> {
-    let mut reasons = BTreeMap::new();
-    for refusal in refusals.iter().filter(|refusal| refusal.seen() > 0) {
-        *reasons.entry(refusal.reason.to_owned()).or_default() += refusal.seen();
-    }
-    reasons
+fn refused(metrics: &Metrics) -> BTreeMap<String, u64> {
+    let counts = metrics.refusals().counts();
+    counts.into_iter().filter(|(_, count)| *count > 0).map(|(reason, count)| (reason.to_owned(), count)).collect()
 }
 
 /// An upstream, with so many of its endpoints at most.

@@ -393,7 +393,7 @@ impl Core {
             return Poll::Pending;
         };
         ready!(deadline.as_mut().poll(cx));
-        refusal::HEADER_TIMEOUT.count();
+        self.connection.listener.metrics.refusals.count(&refusal::HEADER_TIMEOUT);
         self.connection.set_fault(&refusal::HEADER_TIMEOUT);
         Poll::Ready(Err(io::Error::new(io::ErrorKind::TimedOut, "unfinished HTTP/2 frame")))
     }

@@ -10,6 +10,7 @@ use prometheus::core::Metric;
 use prometheus::{Counter, Histogram, IntCounter};
 
 use super::{Families, Metrics, family};
+use crate::error::Refusal;
 use crate::phase::{Clock, Phase};
 
 /// What one finished exchange adds to the metrics of its route.
@@ -31,6 +32,8 @@ pub struct Summary<'a> {
     pub received: u64,
     /// Bytes that went to the client.
     pub sent: u64,
+    /// Why Forebay itself ended it, if it did.
+    pub refusal: Option<&'static Refusal>,
 }
 
 /// Which way a body goes.
@@ -294,6 +297,9 @@ impl Series {
         self.saved.inc_by(exchange.saved.as_secs_f64());
         self.received.inc_by(exchange.received);
         self.sent.inc_by(exchange.sent);
+        if let Some(refusal) = exchange.refusal {
+            metrics.refusals().count(refusal);
+        }
     }
 
     pub(super) fn figures(&self) -> RouteFigures {
@@ -369,6 +375,7 @@ pub(super) mod tests {
             status: 200,
             received: 100,
             sent: 2_000,
+            refusal: None,
         }
     }
 

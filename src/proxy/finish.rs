@@ -62,10 +62,8 @@ pub fn settle(exchange: &mut Exchange, session: &mut ServerSession, unrouted: &R
     let blocked = exchange.link.as_ref().map(|link| link.blocked()).unwrap_or_default();
     let (held, saved) = (exchange.held, exchange.saved);
     let (buffered, spilled) = exchange.link.as_ref().map(|link| link.spooled()).unwrap_or_default();
-    metrics.record(&Summary { clock: &exchange.clock, own, blocked, held, saved, status, received, sent });
-    if let Some(refusal) = exchange.refusal {
-        refusal.count();
-    }
+    let refusal = exchange.refusal;
+    metrics.record(&Summary { clock: &exchange.clock, own, blocked, held, saved, status, received, sent, refusal });
 
     let request = session.req_header();
     if let Some(journal) = journal.as_ref().filter(|_| tellers.recorder.is_recording()) {

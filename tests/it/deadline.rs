@@ -20,7 +20,7 @@ fn hurried(addresses: &[impl ToString]) -> Setup {
 fn over(gateway: &Gateway, began: Instant, reason: &str) {
     assert!(began.elapsed() < ms(5_000), "{:?}", began.elapsed());
     assert_eq!(gateway.log_line().reason(), reason);
-    gateway.wait_metric(&format!("forebay_refusals_total{{reason=\"{reason}\"}}"), |count| count >= 1.0);
+    gateway.refused_once(reason);
 }
 
 #[test]
@@ -132,7 +132,7 @@ fn a_client_for_which_the_backend_has_to_wait_is_cut() {
     let mut client = Client::slow(gateway.web());
     client.send(request("GET", "/bytes/64MiB", "", ""));
     let began = Instant::now();
-    gateway.wait_metric("forebay_refusals_total{reason=\"receive.deadline\"}", |count| count == 1.0);
+    gateway.refused_once("receive.deadline");
     over(&gateway, began, "receive.deadline");
     assert_eq!(client.response().end, End::Cut);
 }

@@ -7,6 +7,7 @@ use std::time::Instant;
 
 use crate::harness::client::request;
 use crate::harness::gateway::Watched;
+use crate::harness::metrics::Scrape;
 use crate::harness::{End, Gateway, H2Client, Origin, Setup, eventually, ms, ok};
 
 /// An origin and a gateway before it.
@@ -20,6 +21,7 @@ fn strict() -> (Origin, Gateway) {
 /// metric and the closed connection are checked on the way.
 fn refusal(gateway: &Gateway, bytes: impl AsRef<[u8]>) -> (u16, String) {
     let lines = gateway.log_lines(0).len();
+    let before = Scrape::of(gateway.admin());
     let mut client = gateway.client();
     client.try_send(&bytes);
     let shown = || String::from_utf8_lossy(&bytes.as_ref()[..bytes.as_ref().len().min(200)]).into_owned();
@@ -34,7 +36,7 @@ fn refusal(gateway: &Gateway, bytes: impl AsRef<[u8]>) -> (u16, String) {
         gateway.log_lines(0).into_iter().skip(lines).find(|line| line.status() == u64::from(answer.status))
     });
     let selector = format!("forebay_refusals_total{{reason=\"{}\"}}", line.reason());
-    gateway.wait_metric(&selector, |count| count >= 1.0);
+    gateway.wait_metric(&selector, |count| count == before.sum(&selector) + 1.0);
     (answer.status, line.reason().to_owned())
 }
 
@@ -61,7 +63,7 @@ fn a_header_that_trickles_is_cut_at_the_deadline_for_the_whole_of_it() {
 
     let line = gateway.log_line();
     assert_eq!((line.status(), line.reason()), (408, "header.timeout"));
-    gateway.wait_metric("forebay_refusals_total{reason=\"header.timeout\"}", |count| count >= 1.0);
+    gateway.refused_once("header.timeout");
     assert_eq!(origin.connections(), 0);
 }
 

@@ -31,7 +31,7 @@ fn upload_is_refused(mode: &str, client: &str, sent: u64, pause: Duration, reaso
         upload.answer().refused(408, reason);
         let line = gateway.log_line();
         assert_eq!((line.status(), line.reason()), (408, reason));
-        gateway.wait_metric(&format!("forebay_refusals_total{{reason=\"{reason}\"}}"), |count| count >= 1.0);
+        gateway.refused_once(reason);
         gateway.wait_at_rest();
         assert_eq!(origin.accepted() == 0, mode != "stream", "{mode}: what the backend heard");
     }

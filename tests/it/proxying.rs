@@ -194,7 +194,7 @@ fn an_upstream_may_speak_http_2_over_tls_and_its_certificate_is_verified() {
 
     let strict = setup.spawn();
     assert_eq!(strict.client().get("/protocol").status, 502);
-    strict.wait_metric("forebay_refusals_total{reason=\"connect.tls\"}", |count| count == 1.0);
+    strict.refused_once("connect.tls");
 }
 
 #[test]

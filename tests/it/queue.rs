@@ -44,7 +44,7 @@ fn answer_next(connection: &mut Connection) -> String {
 fn rejected(gateway: &Gateway, reason: &str) {
     let selector = format!("forebay_upstream_rejected_total{{upstream=\"app\",reason=\"{reason}\"}}");
     gateway.wait_metric(&selector, |count| count == 1.0);
-    gateway.wait_metric(&format!("forebay_refusals_total{{reason=\"{reason}\"}}"), |count| count >= 1.0);
+    gateway.refused_once(reason);
 }
 
 #[test]

@@ -154,7 +154,7 @@ fn a_request_that_no_route_takes_is_refused_404() {
 
     let line = gateway.log_line();
     assert_eq!((line.status(), line.reason()), (404, "route.no_match"));
-    gateway.wait_metric("forebay_refusals_total{reason=\"route.no_match\"}", |count| count >= 1.0);
+    gateway.refused_once("route.no_match");
     gateway.wait_metric("forebay_exchanges_total{route=\"_none\",code=\"404\"}", |count| count == 1.0);
 }
 

@@ -34,7 +34,7 @@ fn a_client_that_stops_reading_is_cut_and_the_backend_let_go() {
 
     let line = gateway.log_line();
     assert_eq!((line.status(), line.reason()), (200, "write.timeout"));
-    gateway.wait_metric("forebay_refusals_total{reason=\"write.timeout\"}", |count| count >= 1.0);
+    gateway.refused_once("write.timeout");
     sender.join().expect("the origin");
     assert_eq!(client.response().end, End::Cut);
 }

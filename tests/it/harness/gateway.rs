@@ -524,6 +524,14 @@ pub trait Watched {
         eventually(&format!("{selector} to be as wanted"), found)
     }
 
+    /// Waits until this gateway has counted one refusal: this one.
+    fn refused_once(&self, reason: &str) {
+        let selector = format!("forebay_refusals_total{{reason=\"{reason}\"}}");
+        self.wait_metric(&selector, |count| count >= 1.0);
+        let all = self.metric("forebay_refusals_total");
+        assert_eq!((self.metric(&selector), all), (1.0, 1.0), "one refusal, of `{reason}`");
+    }
+
     /// Waits until an exchange is in this phase.
     fn wait_phase(&self, phase: Phase) {
         self.wait_metric(&format!("forebay_phase_active{{phase=\"{phase}\"}}"), |count| count >= 1.0);
