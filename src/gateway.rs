@@ -33,7 +33,7 @@ use crate::client::spool::{Depot, Limits};
 use crate::client::wire::{Leave, Manner, Throttle};
 use crate::client::{Desk, Front};
 use crate::config::route::retry::ATTEMPTS_MAX;
-use crate::config::route::{BufferMode, OnDiskFull};
+use crate::config::route::{BufferMode, Grpc, OnDiskFull};
 use crate::config::server::{Resources, Rung, Threads};
 use crate::config::units::Size;
 use crate::config::{self, Config, Report};
@@ -368,6 +368,7 @@ fn route(
         name: written.name.clone(),
         chain,
         destination,
+        grpc: written.grpc == Grpc::Auto,
         holds_bodies: written.buffering.request.mode != BufferMode::Stream,
         intake: intake(written, resources, &metrics),
         manner: manner(written, resources, &metrics),
@@ -410,6 +411,7 @@ fn intake(written: &config::Route, resources: &Resources, metrics: &Arc<RouteMet
         stream_without_disk,
         max_body: request.max_body.0,
         announced: None,
+        duplex: false,
         idle: client.body_idle.0,
         total: client.body_total.0,
         pace: Pace::new(client.min_rate.read.0, client.min_rate.grace.0),

@@ -97,7 +97,7 @@ impl ProxyHttp for Proxy {
             }
         }
         let Some(route) = exchange.route.clone() else { return Ok(false) };
-        let Some(upstream) = route.destination.next() else {
+        let Some(upstream) = route.destination.next().cloned() else {
             return refuse(session, exchange, plain(&refusal::SELECT_NO_ENDPOINT)).await;
         };
         if self.depot.budget.sheds() {
@@ -115,7 +115,7 @@ impl ProxyHttp for Proxy {
         } else {
             let (depot, lanes) = (&self.depot, &self.lanes);
             let client = &mut session.downstream_session;
-            buffer::request(exchange, client, &route, upstream.timeouts, depot, lanes).await?;
+            buffer::request(exchange, client, &route, &upstream, depot, lanes).await?;
             if session.is_body_empty() || exchange.link.as_ref().is_some_and(|link| link.length().is_some()) {
                 deadline::begin(exchange, Instant::now());
             }

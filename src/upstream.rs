@@ -213,6 +213,11 @@ impl Upstream {
         self.transport.protocol == Protocol::Http1
     }
 
+    /// Whether its endpoints can be asked by gRPC, which is nothing without HTTP/2.
+    pub fn speaks_grpc(&self) -> bool {
+        !self.is_http1()
+    }
+
     /// What [`Upstream::select`] wants of an exchange: the hash of its key, or any, if it has none. Asked once for each
     /// exchange, so that every attempt goes by the same.
     pub fn hash(&self, asked: &Asked<'_>) -> u64 {

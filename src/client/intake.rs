@@ -41,6 +41,8 @@ pub struct IntakeTerms {
     pub announced: Option<u64>,
     /// Between two pieces.
     pub idle: Duration,
+    /// Both sides may speak at once: a piece of the answer is a sign of life, too, and `idle` begins anew.
+    pub duplex: bool,
     /// From its first byte to its last.
     pub total: Duration,
     /// The minimum rate.
@@ -213,6 +215,13 @@ impl Intake {
         match &self.spool {
             None if !self.is_empty() && !self.forgotten => wire.session()?.get_retry_buffer(),
             _ => None,
+        }
+    }
+
+    /// A piece of the answer has passed.
+    pub fn answer_moved(&mut self) {
+        if self.terms.duplex {
+            self.stop_waiting(0);
         }
     }
 

@@ -559,6 +559,7 @@ impl BufferedSession {
     /// Hands over what came from the upstream, and waits until more may come.
     async fn pass(&mut self, tasks: Vec<HttpTask>) -> Result<bool> {
         let link = &self.link;
+        self.intake.answer_moved();
         let taken = link.wire().take(tasks);
         if let Err(error) = taken {
             if link.begun() {

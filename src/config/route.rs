@@ -43,15 +43,30 @@ pub struct Route {
     #[serde(default)]
     pub client: Client,
     /// From the last byte of the request to the last byte that comes from the upstream, all attempts included; longer is answered
-    /// 504, or cut. As long as it takes, if absent. Upgrades have none.
+    /// 504, or cut. As long as it takes, if absent. Of a gRPC call it holds for the request, too. A WebSocket has none.
     #[serde(default)]
     pub deadline: Option<Time>,
+    /// Whether a gRPC call is treated as one: neither side of it is held back.
+    #[serde(default)]
+    pub grpc: Grpc,
     /// When a request that failed is sent again.
     #[serde(default)]
     pub retry: Retry,
     /// Whether another upstream gets copies.
     #[serde(default)]
     pub mirror: Option<Mirror>,
+}
+
+/// Whether a gRPC call is treated as one. It is a POST over HTTP/2 with `te: trailers` and the media type `application/grpc`, so
+/// that every client may make one of any request.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Grpc {
+    /// Where its upstream is asked over HTTP/2: neither side of it is held back, and `client.min_rate.read` does not count.
+    #[default]
+    Auto,
+    /// It is a request like any other.
+    Never,
 }
 
 /// One side of a split.
@@ -188,7 +203,7 @@ impl<'de> Visitor<'de> for ValueCondition {
     }
 }
 
-/// What is held back of each direction. Upgrades and gRPC are always streamed.
+/// What is held back of each direction. WebSockets and gRPC calls (see `grpc`) are streamed.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Buffering {

@@ -3,7 +3,7 @@
 //! After `route`; before `select`. The clock enters the phase only when the client has to be waited for.
 
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use http::header;
 use pingora::http::RequestHeader;
@@ -12,6 +12,7 @@ use pingora::{Error, ErrorType, Result};
 
 use super::deadline;
 use super::exchange::Exchange;
+use super::header::is_grpc;
 use super::mirror::{Body, Copy, Mirror};
 use super::receive::BodyFilters;
 use super::route::Route;
@@ -26,9 +27,7 @@ use crate::error::{Refusal, refusal};
 use crate::filter::Refused;
 use crate::metrics::mirror::Fate;
 use crate::phase::Phase;
-use crate::upstream::Timeouts;
-/// As good as no limit, and safe to add to a clock.
-const A_YEAR: Duration = Duration::from_secs(366 * 24 * 3600);
+use crate::upstream::Upstream;
 
 /// What becomes of a request body.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -47,21 +46,20 @@ pub async fn request(
     exchange: &mut Exchange,
     client: &mut Box<ServerSession>,
     route: &Route,
-    timeouts: Timeouts,
+    upstream: &Upstream,
     depot: &Arc<Depot>,
     lanes: &Arc<Lanes>,
 ) -> Result<()> {
     let announced = announced(client.req_header());
-    let grpc = is_grpc(client.req_header());
+    let grpc = route.grpc && upstream.speaks_grpc() && is_grpc(client.req_header());
     let mut intake = route.intake.clone();
     intake.announced = announced;
     let mut manner = route.manner.clone();
     if grpc {
         manner.leave = Leave::Stream;
-        // A call may last and be silent for as long as both sides like.
+        // Either side may speak when it likes, so that no rate can be asked of it; but neither may be silent for ever.
         intake.pace = Pace::unlimited();
-        intake.total = A_YEAR;
-        intake.idle = A_YEAR;
+        intake.duplex = true;
         deadline::begin_grpc(exchange, &client.req_header().headers, Instant::now());
     }
     let plan = plan(route.holds_bodies && !grpc, &intake);
@@ -69,7 +67,7 @@ pub async fn request(
         return Err(refused(exchange, refusal));
     }
     let terms = Terms {
-        patience: route.patience(timeouts),
+        patience: route.patience(upstream.timeouts),
         intake,
         holds_body: plan == Plan::Hold,
         manner,
@@ -139,11 +137,6 @@ fn plan(holds: bool, intake: &IntakeTerms) -> Plan {
 
 fn announced(request: &RequestHeader) -> Option<u64> {
     request.headers.get(header::CONTENT_LENGTH)?.to_str().ok()?.trim().parse().ok()
-}
-
-/// A gRPC call may stream both ways: neither side may wait for the other to end.
-pub fn is_grpc(request: &RequestHeader) -> bool {
-    request.headers.get(header::CONTENT_TYPE).is_some_and(|kind| kind.as_bytes().starts_with(b"application/grpc"))
 }
 
 fn reason(exchange: &Exchange, unread: Unread) -> &'static Refusal {

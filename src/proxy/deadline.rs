@@ -21,6 +21,8 @@ pub struct Dues {
     pub exchange: Option<Instant>,
     /// The attempt, until its answer is here.
     pub attempt: Option<Instant>,
+    /// What the client says of the exchange (`grpc-timeout`).
+    pub client: Option<Instant>,
     /// Whether the exchange has no more time because its client says so: that it is over says nothing against an endpoint.
     pub is_clients: bool,
 }
@@ -31,14 +33,20 @@ pub fn begin(exchange: &mut Exchange, now: Instant) {
         return;
     }
     if let Some(deadline) = exchange.route.as_ref().and_then(|route| route.deadline) {
+        // In place of what held while the request came.
+        exchange.dues.exchange = exchange.dues.client;
         bound(exchange, now + deadline, false);
     }
 }
 
-/// A gRPC client says for how long it waits at most: from now on, as far as we can know.
+/// A gRPC client says for how long it waits at most: from now on, as far as we can know. The end of its request may be far off,
+/// so until then the deadline of the route runs from here. If that is over, the endpoint may have waited for its client.
 pub fn begin_grpc(exchange: &mut Exchange, headers: &HeaderMap, now: Instant) {
-    if let Some(timeout) = headers.get("grpc-timeout").and_then(|value| grpc_timeout(value.to_str().ok()?)) {
-        bound(exchange, now + timeout, true);
+    let timeout = headers.get("grpc-timeout").and_then(|value| grpc_timeout(value.to_str().ok()?));
+    exchange.dues.client = timeout.map(|timeout| now + timeout);
+    let deadline = exchange.route.as_ref().and_then(|route| route.deadline);
+    for due in deadline.map(|deadline| now + deadline).into_iter().chain(exchange.dues.client) {
+        bound(exchange, due, true);
     }
 }
 

@@ -4,7 +4,7 @@
 
 use std::net::IpAddr;
 
-use http::{HeaderName, HeaderValue, Method, header};
+use http::{HeaderMap, HeaderName, HeaderValue, Method, header};
 use ipnet::IpNet;
 use pingora::http::RequestHeader;
 
@@ -82,6 +82,36 @@ fn check_http1_form(request: &RequestHeader) -> Result<(), &'static Refusal> {
     }
     let lengths = request.headers.get_all(header::CONTENT_LENGTH).iter().count();
     if lengths > 1 { Err(&refusal::HEADER_FRAMING) } else { Ok(()) }
+}
+
+/// Whether this is a gRPC call, by its form: a POST over HTTP/2 that takes trailers, of the media type `application/grpc`, alone
+/// or with a suffix (`+proto`) or parameters. Whether it is treated as one, the route and its upstream say.
+pub fn is_grpc(request: &RequestHeader) -> bool {
+    request.version == http::Version::HTTP_2
+        && request.method == Method::POST
+        && takes_trailers(&request.headers)
+        && is_grpc_type(&request.headers)
+}
+
+fn is_grpc_type(headers: &HeaderMap) -> bool {
+    const GRPC: &[u8] = b"application/grpc";
+    let mut kinds = headers.get_all(header::CONTENT_TYPE).iter();
+    // Two media types are none: an endpoint may read either.
+    let (Some(kind), None) = (kinds.next(), kinds.next()) else { return false };
+    let Some((kind, rest)) = kind.as_bytes().split_at_checked(GRPC.len()) else { return false };
+    kind.eq_ignore_ascii_case(GRPC) && matches!(rest.trim_ascii_start().first(), None | Some(b'+' | b';'))
+}
+
+/// Whether `TE` names `trailers` (RFC 9110 §10.1.4).
+fn takes_trailers(headers: &HeaderMap) -> bool {
+    tokens(headers, &header::TE).any(|token| token.eq_ignore_ascii_case(b"trailers"))
+}
+
+/// The members of a list of tokens, over all fields of this name, without their parameters (RFC 9110 §5.6.1).
+fn tokens<'h>(headers: &'h HeaderMap, name: &HeaderName) -> impl Iterator<Item = &'h [u8]> {
+    let members = headers.get_all(name).iter().flat_map(|value| value.as_bytes().split(|&byte| byte == b','));
+    let tokens = members.map(|member| member.split(|&byte| byte == b';').next().unwrap_or_default().trim_ascii());
+    tokens.filter(|token| !token.is_empty())
 }
 
 /// RFC 9113 §8.2.3: HTTP/2 may cut a cookie into crumbs; HTTP/1 knows one field.
@@ -251,6 +281,40 @@ pub(super) mod tests {
         assert_eq!(alone.headers.get("host").map(|host| host.as_bytes()), Some(&b"shop.example"[..]));
 
         assert_eq!(check_authority(&mut request(&[])), Err(&refusal::HEADER_HOST));
+    }
+
+    #[test]
+    fn a_grpc_call_is_known_by_its_whole_form() {
+        let call = |version, method: &str, te: &[&str], kinds: &[&str]| {
+            let fields = te.iter().map(|te| ("te", *te)).chain(kinds.iter().map(|kind| ("content-type", *kind)));
+            let mut request = request(&fields.collect::<Vec<_>>());
+            request.set_version(version);
+            request.set_method(method.parse().expect("a method"));
+            is_grpc(&request)
+        };
+        let of = |kind| call(http::Version::HTTP_2, "POST", &["trailers"], &[kind]);
+        for kind in ["application/grpc", "Application/gRPC", "application/grpc+proto", "application/grpc;charset=utf-8"]
+        {
+            assert!(of(kind), "{kind}");
+        }
+        for kind in ["application/grpc ; v=1", "application/grpc+json; v=1"] {
+            assert!(of(kind), "{kind}");
+        }
+        for kind in
+            ["application/grpc-web", "application/grpc-web+proto", "application/grpcx", "application/grp", "", "x"]
+        {
+            assert!(!of(kind), "{kind}");
+        }
+        assert!(!of("text/plain; x=application/grpc"));
+        let kind = ["application/grpc"];
+        assert!(call(http::Version::HTTP_2, "POST", &["gzip, Trailers;q=1"], &kind));
+        assert!(call(http::Version::HTTP_2, "POST", &["gzip", "trailers"], &kind));
+        assert!(!call(http::Version::HTTP_2, "POST", &["xtrailers"], &kind));
+        assert!(!call(http::Version::HTTP_2, "POST", &[], &kind));
+        assert!(!call(http::Version::HTTP_2, "GET", &["trailers"], &kind));
+        assert!(!call(http::Version::HTTP_11, "POST", &["trailers"], &kind));
+        assert!(!call(http::Version::HTTP_2, "POST", &["trailers"], &[]));
+        assert!(!call(http::Version::HTTP_2, "POST", &["trailers"], &["application/grpc", "text/plain"]));
     }
 
     #[test]

@@ -31,6 +31,8 @@ pub struct Route {
     pub chain: Chain,
     /// Where its requests go.
     pub destination: Destination,
+    /// Whether gRPC calls are treated as such.
+    pub grpc: bool,
     /// Whether its request bodies are held back until they are whole.
     pub holds_bodies: bool,
     /// How its request bodies are taken.

@@ -12,12 +12,15 @@ use crate::harness::client::{chunked, request};
 use crate::harness::gateway::Watched;
 use crate::harness::nginx::noise;
 use crate::harness::origin::{Closed, built_in, first_fails};
-use crate::harness::{Ask, Client, Gateway, H2Origin, Leave, Origin, Protocol, Setup, eventually, ms, ok};
+use crate::harness::{Ask, Client, End, Gateway, H2Origin, Leave, Origin, Protocol, Setup, eventually, ms, ok};
 
 /// On either side of what is held in memory, and of the pieces that HTTP/2 and the disk work in.
 const SIZES: [u64; 6] = [0, 1, 63 << 10, 64 << 10, 65 << 10, 1 << 20];
 
 const MIB: u64 = 1 << 20;
+
+/// How often an endpoint was chosen.
+const SELECTIONS: &str = "forebay_upstream_selections_total";
 
 /// A gateway that speaks both protocols and holds request bodies back as `request` says.
 fn before_all(addresses: &[SocketAddr], request: &str) -> Setup {
@@ -236,6 +239,57 @@ fn grpc_goes_both_ways_at_once_in_every_mode() {
         answer.is_content(30);
         assert_eq!(answer.trailers, ["grpc-status: 0"]);
     }
+}
+
+#[test]
+fn what_only_looks_like_grpc_is_held_back_as_anything_else() {
+    let (h1, h2) = (built_in(), H2Origin::start());
+    let [to_http1, to_h2c, never] =
+        [(h1.address(), "", ""), (h2.address(), "protocol: h2c", ""), (h2.address(), "protocol: h2c", "grpc: never")]
+            .map(|(address, upstream, route)| {
+                before_all(&[address], "mode: auto").upstream(upstream).route(route).start()
+            });
+    let kind = |kind| Ask::post(10).to("/headers").field("content-type", kind);
+    for (gateway, protocol, ask) in [
+        (&to_http1, Protocol::Http1, kind("application/grpc").field("te", "trailers")),
+        (&to_http1, Protocol::Http2, kind("application/grpc").field("te", "trailers")),
+        (&to_h2c, Protocol::Http1, kind("application/grpc").field("te", "trailers")),
+        (&to_h2c, Protocol::Http2, kind("application/grpc")),
+        (&to_h2c, Protocol::Http2, kind("application/grpc-web").field("te", "trailers")),
+        (&to_h2c, Protocol::Http2, Ask::put(10).grpc()),
+        (&never, Protocol::Http2, Ask::post(10).grpc()),
+    ] {
+        let chosen = gateway.metric(SELECTIONS);
+        let mut call = ask.begin(protocol, gateway.web());
+        assert!(call.send(5));
+        gateway.wait_phase(Phase::Buffer);
+        assert_eq!(gateway.metric(SELECTIONS), chosen, "{protocol:?}");
+        call.send(5);
+        call.finish_body();
+        assert_eq!(call.answer().status, 200);
+        gateway.wait_at_rest();
+    }
+}
+
+#[test]
+fn a_grpc_client_that_falls_silent_is_let_go() {
+    let origin = H2Origin::start();
+    let setup = before_all(&[origin.address()], "mode: auto").upstream("protocol: h2c");
+    let gateway = setup.route("client: { body_idle: 300ms }").start();
+    let mut call = Ask::post(30).grpc().chunked().to("/echo").begin(Protocol::Http2, gateway.web());
+    assert!(call.send(10));
+    assert_eq!((call.read(10), call.answer().end), (10, End::Cut));
+    assert_eq!(gateway.log_line().reason(), "send.body_timeout");
+}
+
+#[test]
+fn a_grpc_client_may_be_silent_while_it_is_answered() {
+    let origin = H2Origin::start();
+    let setup = before_all(&[origin.address()], "mode: auto").upstream("protocol: h2c");
+    let gateway = setup.route("client: { body_idle: 600ms }").start();
+    let mut call = Ask::post(30).grpc().chunked().to("/ticks").begin(Protocol::Http2, gateway.web());
+    // It takes a second, in which the client says nothing.
+    assert_eq!(call.read(20), 20);
 }
 
 #[test]

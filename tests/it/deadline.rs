@@ -177,7 +177,7 @@ fn a_grpc_call_ends_when_its_own_timeout_is_over() {
     let origin = H2Origin::start();
     let setup = Setup::before_all(&[origin.address()]).upstream("protocol: h2c").listener("protocols: [h2c]");
     let gateway = setup.start();
-    let call = Ask::post(100).to("/echo").field("content-type", "application/grpc").field("grpc-timeout", "300m");
+    let call = Ask::post(100).to("/echo").grpc().field("grpc-timeout", "300m");
     // The client never ends its side, and the origin echoes for as long as it does not.
     let mut exchange = call.chunked().begin(Protocol::Http2, gateway.web());
     assert_eq!(exchange.status(), 200);
@@ -193,7 +193,7 @@ fn that_a_client_is_impatient_says_nothing_against_an_endpoint() {
     let setup = Setup::before_all(&[origin.address()]).upstream(keys).listener("protocols: [h2c]");
     let gateway = setup.start();
     for n in 1..=5 {
-        let call = Ask::post(100).to("/echo").field("content-type", "application/grpc").field("grpc-timeout", "50m");
+        let call = Ask::post(100).to("/echo").grpc().field("grpc-timeout", "500m");
         let mut exchange = call.chunked().begin(Protocol::Http2, gateway.web());
         assert_eq!(exchange.status(), 200, "call {n}");
         assert_eq!(exchange.answer().end, End::Cut);

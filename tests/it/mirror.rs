@@ -98,12 +98,15 @@ fn what_cannot_be_copied_is_counted() {
     let gateway = mirrored(&origin, &copies, "").route("buffering: { request: { memory: 16KiB } }").start();
     assert_eq!(Ask::put(1 << 20).over(Protocol::Http1, gateway.web()).status, 200);
     outcome(&gateway, "too_large", 1.0);
-    let call = Ask::post(10).field("content-type", "application/grpc");
-    assert_eq!(call.over(Protocol::Http2, gateway.web()).status, 200);
-    outcome(&gateway, "grpc", 1.0);
     let upgrade = "Connection: Upgrade\r\nUpgrade: websocket\r\n";
     assert_eq!(gateway.client().ask("GET", "/", upgrade, "").status, 200);
     outcome(&gateway, "upgrade", 1.0);
+
+    let rpc = H2Origin::start();
+    let setup = Setup::before_all(&[rpc.address()]).upstream("protocol: h2c").also("copies", &copies);
+    let gateway = setup.listener("protocols: [h2c]").route("mirror: { upstream: copies }").start();
+    assert_eq!(Ask::post(10).grpc().over(Protocol::Http2, gateway.web()).status, 200);
+    outcome(&gateway, "grpc", 1.0);
 
     let gateway = mirrored(&origin, &copies, "").route("buffering: { request: { mode: stream } }").start();
     assert_eq!(Ask::put(1000).over(Protocol::Http1, gateway.web()).status, 200);

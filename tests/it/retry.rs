@@ -269,7 +269,7 @@ fn a_grpc_call_that_finds_its_service_unavailable_is_made_again() {
     let setup = Setup::before_all(&[origin.address()]).upstream("protocol: h2c").listener("protocols: [h2c]");
     let rules = "retry: { on: [grpc_unavailable], non_idempotent: true, same_endpoint: true }";
     let gateway = setup.route(rules).start();
-    let call = Ask::post(100).to("/unavailable-once").field("content-type", "application/grpc").chunked();
+    let call = Ask::post(100).to("/unavailable-once").grpc().chunked();
     let answer = call.over(Protocol::Http2, gateway.web());
     assert_eq!((answer.status, answer.length, &answer.trailers[..]), (200, 100, &["grpc-status: 0".to_owned()][..]));
     made(&gateway, "grpc", 1.0);

@@ -172,6 +172,11 @@ impl Ask {
         self
     }
 
+    /// It says that it is a gRPC call.
+    pub fn grpc(self) -> Ask {
+        self.field("content-type", "application/grpc").field("te", "trailers")
+    }
+
     /// The length of the body is not said: chunks on HTTP/1, nothing at all on HTTP/2.
     pub fn chunked(self) -> Ask {
         Ask { length_is_said: false, ..self }

@@ -12,9 +12,12 @@ use serde_json::json;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::runtime::{Builder, Runtime};
 
+use super::ms;
+
 /// It answers by path. `/trailers`: a body, then the trailer field `x-trailer`. `/echo`: every piece of the request as
 /// soon as it comes, then `grpc-status: 0`. `/refused-once`: the first request is refused unseen. `/unavailable-once`: to
-/// the first, a header with `grpc-status: 14` and no more; then as `/echo`. The health protocol of gRPC: it serves the
+/// the first, a header with `grpc-status: 14` and no more; then as `/echo`. `/ticks`: a byte every 50 ms, twenty of them,
+/// whether the request has ended or not, then `grpc-status: 0`. The health protocol of gRPC: it serves the
 /// service `well` and not `sick`, and knows no others. Anything else: what it got, as the built-in origin tells it at
 /// `/headers`.
 pub struct H2Origin {
@@ -83,6 +86,14 @@ async fn answer(request: Request<RecvStream>, mut respond: SendResponse<Bytes>, 
             let mut send = respond.send_response(Response::new(()), false)?;
             while let Some(piece) = next(&mut body).await? {
                 send.send_data(piece, false)?;
+            }
+            send.send_trailers(trailer("grpc-status", "0"))
+        }
+        "/ticks" => {
+            let mut send = respond.send_response(Response::new(()), false)?;
+            for _ in 0..20 {
+                tokio::time::sleep(ms(50)).await;
+                send.send_data(".".into(), false)?;
             }
             send.send_trailers(trailer("grpc-status", "0"))
         }
