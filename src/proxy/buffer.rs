@@ -129,8 +129,8 @@ fn plan(holds: bool, intake: &IntakeTerms) -> Plan {
     }
     let room = intake.limits.memory.saturating_add(intake.limits.disk);
     match intake.announced {
-        Some(length) if length > room && intake.stream_large => Plan::Stream,
-        Some(length) if length > room => Plan::Refuse(&refusal::BUFFER_TOO_LARGE),
+        Some(length) if length > room && !intake.stream_large => Plan::Refuse(&refusal::BUFFER_TOO_LARGE),
+        // What is announced is not here yet, and may never come: only what has come and does not fit is streamed on.
         _ => Plan::Hold,
     }
 }

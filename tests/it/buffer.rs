@@ -293,6 +293,22 @@ fn a_grpc_client_may_be_silent_while_it_is_answered() {
 }
 
 #[test]
+fn a_body_that_says_it_is_too_large_to_be_held_is_held_for_as_long_as_it_is_not() {
+    let origin = built_in();
+    let gateway = before(&origin, "memory: 64KiB, disk: 0B").start();
+    for protocol in Protocol::BOTH {
+        let chosen = gateway.metric(SELECTIONS);
+        let mut upload = Ask::put(MIB).begin(protocol, gateway.web());
+        assert!(upload.send(32 << 10));
+        gateway.wait_phase(Phase::Buffer);
+        assert_eq!(gateway.metric(SELECTIONS), chosen, "{protocol:?}");
+        assert!(upload.finish_body());
+        upload.answer().arrived(MIB, &format!("content-length: {MIB}"));
+        gateway.wait_at_rest();
+    }
+}
+
+#[test]
 fn an_upgrade_is_never_held_back() {
     let origin = Origin::scripted();
     let full = "buffering: { request: { mode: full }, response: { mode: full } }";
