@@ -42,7 +42,8 @@ pub struct Record<'a> {
     pub target: &'a [u8],
     /// The version, such as `HTTP/1.1`.
     pub protocol: &'a str,
-    /// The status the client got; 0 if none was sent.
+    /// The status the client got; 0 if none was sent. A gRPC call that was refused got 200, and what it would have been over
+    /// HTTP is here.
     pub status: u16,
     /// Bytes that came from the client.
     pub received: u64,
@@ -72,6 +73,8 @@ pub struct Record<'a> {
     pub failed: &'a [Failed],
     /// Why Forebay ended the exchange, if it did.
     pub reason: Option<&'static str>,
+    /// How a gRPC call went: the endpoint's `grpc-status`, or that of our own answer.
+    pub grpc_status: Option<u16>,
     /// The id of the request.
     pub request_id: Option<&'a [u8]>,
     /// The trace that it belongs to.

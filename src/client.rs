@@ -129,6 +129,7 @@ impl Desk {
             attempts: 0,
             failed: &[],
             reason: Some(refusal.reason),
+            grpc_status: None,
             request_id: None,
             trace: None,
             referer: None,

@@ -3,6 +3,8 @@
 //! A [`Refusal`] is for the client: what Forebay itself answers, or why it cut an exchange short. A [`BuildError`]
 //! is for the operator: what in the configuration could not be built, with its path in the YAML.
 
+pub mod grpc;
+
 use std::fmt;
 
 /// Why Forebay itself ended an exchange or a connection.

@@ -9,6 +9,7 @@ pub mod connect;
 pub mod deadline;
 pub mod exchange;
 pub mod finish;
+pub mod grpc;
 pub mod header;
 pub mod mirror;
 pub mod queue;
@@ -24,6 +25,7 @@ use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
 use bytes::Bytes;
+use http::HeaderMap;
 use pingora::http::{RequestHeader, ResponseHeader};
 use pingora::protocols::Digest;
 use pingora::server::ShutdownWatch;
@@ -198,6 +200,17 @@ impl ProxyHttp for Proxy {
         receive::header(exchange, session.req_header_mut(), response, self.manners.via).await
     }
 
+    /// What follows the body of an answer.
+    async fn response_trailer_filter(
+        &self,
+        _session: &mut Session,
+        trailers: &mut HeaderMap,
+        exchange: &mut Exchange,
+    ) -> Result<Option<Bytes>> {
+        receive::trailers(exchange, trailers);
+        Ok(None)
+    }
+
     /// `receive` ends with the last piece; `write` begins.
     fn response_body_filter(
         &self,
@@ -235,7 +248,7 @@ impl ProxyHttp for Proxy {
         exchange.refusal = Some(refused.refusal);
         exchange.enter(Phase::Write);
         tracing::debug!(reason = refused.refusal.reason, %error, "an exchange failed");
-        if write::cut_if_begun(exchange, &mut session.downstream_session).await {
+        if write::cut_if_begun(exchange, &mut session.downstream_session, Some(error)).await {
             return FailToProxy { error_code: refused.refusal.status, can_reuse_downstream: false };
         }
         let client = session.as_downstream_mut();
@@ -268,6 +281,7 @@ impl ProxyHttp for Proxy {
 
 impl Proxy {
     async fn route(&self, request: &mut RequestHeader, exchange: &mut Exchange) -> Verdict {
+        exchange.grpc = grpc::Call::of(request);
         let checked = header::check(exchange, request, &self.trusted);
         if let Some(tracer) = &self.tracer {
             exchange.trace(tracer.place(&request.headers, exchange.peer_is_trusted));

@@ -65,6 +65,9 @@ pub(super) fn json(line: &mut Vec<u8>, record: &Record<'_>) {
         millis(line, ",\"saved_ms\":", micros(record.saved));
     }
     json_option(line, "reason", record.reason.map(str::as_bytes));
+    if let Some(status) = record.grpc_status {
+        number(line, ",\"grpc_status\":", status.into());
+    }
     json_option(line, "request_id", record.request_id);
     if let Some(trace) = record.trace {
         put(line, format_args!(",\"trace_id\":\"{trace}\""));
@@ -122,6 +125,10 @@ pub(super) fn combined(line: &mut Vec<u8>, record: &Record<'_>) {
     }
     line.extend_from_slice(if record.failed.is_empty() { b" failed=-" } else { b"\"" });
     combined_text(line, " reason=", record.reason.map(str::as_bytes));
+    match record.grpc_status {
+        Some(status) => number(line, " grpc_status=", status.into()),
+        None => line.extend_from_slice(b" grpc_status=-"),
+    }
     combined_text(line, " request_id=", record.request_id);
     number(line, " buffered=", record.buffered);
     number(line, " spilled=", record.spilled);
@@ -313,6 +320,7 @@ pub(super) mod tests {
             attempts: 1,
             failed: &[],
             reason: None,
+            grpc_status: None,
             request_id: None,
             trace: None,
             referer: None,
@@ -355,7 +363,7 @@ pub(super) mod tests {
             r#"192.0.2.7 - - [10/Oct/2000:13:55:36 +0000] "GET /cart?id=7 HTTP/1.1" 200 5120 "a \x22quote\x22" "curl/8.5.0""#,
             r#" total_ms=5.129 own_ms=0.041 phases="header=0.120 wait=5.000 finish=0.009""#,
             r#" listener="web" host="shop.example.com" received=310 route="shop" upstream="app" endpoint="127.0.0.1:3000""#,
-            r#" attempts=1 failed=- reason="wait.timeout" request_id="-""#,
+            r#" attempts=1 failed=- reason="wait.timeout" grpc_status=- request_id="-""#,
             " buffered=0 spilled=0 held_ms=- saved_ms=0.000 trace_id=-\n",
         );
         assert_eq!(combined_of(&record), expected);
@@ -379,6 +387,15 @@ pub(super) mod tests {
             line.ends_with(" buffered=4194304 spilled=4128768 held_ms=26.400 saved_ms=2097.001 trace_id=-\n"),
             "{line}"
         );
+    }
+
+    #[test]
+    fn how_a_grpc_call_went_is_said_in_both_formats() {
+        let clock = clock();
+        let record = Record { grpc_status: Some(14), status: 503, reason: Some("queue.full"), ..record(&clock) };
+        let json: Value = serde_json::from_str(&json_of(&record)).unwrap();
+        assert_eq!((&json["status"], &json["grpc_status"]), (&503.into(), &14.into()));
+        assert!(combined_of(&record).contains(r#" reason="queue.full" grpc_status=14 request_id="#));
     }
 
     #[test]

@@ -10,6 +10,7 @@ use http::{StatusCode, Uri};
 use pingora::http::{RequestHeader, ResponseHeader};
 
 use super::deadline::Dues;
+use super::grpc::Call;
 use super::mirror::Copy;
 use super::route::Route;
 use crate::access_log::{Failed, Why};
@@ -44,6 +45,8 @@ pub struct Exchange {
     pub scheme: &'static str,
     /// The target as the client sent it, if a filter might change it.
     pub target: Option<Uri>,
+    /// It is a gRPC call, and this is known of it.
+    pub grpc: Option<Call>,
     /// The route it took.
     pub route: Option<Arc<Route>>,
     /// What the filters of the route keep for it.
@@ -247,6 +250,7 @@ impl Exchange {
             peer_is_trusted: false,
             scheme: "http",
             target: None,
+            grpc: None,
             route: None,
             filters: None,
             upstream: None,

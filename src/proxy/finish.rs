@@ -47,8 +47,9 @@ pub fn settle(exchange: &mut Exchange, session: &mut ServerSession, unrouted: &R
             )
         }
     };
-    let status = match exchange.refusal {
-        Some(refusal) if answered < 200 && answered != 101 => refusal.status,
+    let status = match (exchange.refusal, exchange.grpc.and_then(|call| call.stands_for)) {
+        (_, Some(stands_for)) if answered > 0 => stands_for,
+        (Some(refusal), _) if answered < 200 && answered != 101 => refusal.status,
         _ => answered,
     };
     end_filters(exchange, session.req_header_mut(), status);
@@ -117,6 +118,7 @@ pub fn settle(exchange: &mut Exchange, session: &mut ServerSession, unrouted: &R
         attempts: exchange.attempts,
         failed: &exchange.failed,
         reason: exchange.refusal.map(|refusal| refusal.reason),
+        grpc_status: exchange.grpc.and_then(|call| call.status),
         request_id: field(REQUEST_ID),
         trace: trace(exchange, request),
         referer: field(header::REFERER),

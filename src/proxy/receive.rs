@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use async_trait::async_trait;
 use bytes::Bytes;
-use http::{HeaderName, HeaderValue, Method, StatusCode, header};
+use http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, header};
 use pingora::http::{RequestHeader, ResponseHeader};
 use pingora::{Error, ErrorType, Result};
 
@@ -48,6 +48,9 @@ pub async fn header(
     if let Some(link) = &exchange.link {
         link.receiving();
     }
+    if let Some(call) = &mut exchange.grpc {
+        call.note(&response.headers);
+    }
     have_client_stay(exchange, response)?;
     if response.status == StatusCode::SWITCHING_PROTOCOLS {
         if let Some(connection) = &exchange.connection {
@@ -75,6 +78,13 @@ pub async fn header(
         unfix_length(request, response)?;
     }
     Ok(())
+}
+
+/// The trailers are here, with which the answer ends.
+pub fn trailers(exchange: &mut Exchange, trailers: &HeaderMap) {
+    if let Some(call) = &mut exchange.grpc {
+        call.note(trailers);
+    }
 }
 
 /// Tells a client, if it does not know yet, by which cookie it stays at the endpoint that has answered. One that fails is not

@@ -7,17 +7,21 @@ use std::time::Instant;
 
 use http::{HeaderName, HeaderValue, Method, StatusCode, header};
 use pingora::http::ResponseHeader;
-use pingora::protocols::http::ServerSession;
+use pingora::protocols::http::{HttpTask, ServerSession};
 use pingora::{Error, ErrorType, Result};
 
 use super::blame;
 use super::exchange::Exchange;
-use crate::error::Refusal;
+use super::grpc::{self, TrailersOnly};
+use crate::error::{Refusal, refusal};
 use crate::filter::{Answer, Refused};
 use crate::phase::Phase;
 
 /// Refuses an exchange of which nothing was sent yet.
-pub async fn refuse(exchange: &Exchange, session: &mut ServerSession, refused: &Refused) -> Result<()> {
+pub async fn refuse(exchange: &mut Exchange, session: &mut ServerSession, refused: &Refused) -> Result<()> {
+    if exchange.grpc.is_some() {
+        return trailers_only(exchange, session, grpc::refusal(refused)?).await;
+    }
     let json = session
         .get_header(header::ACCEPT)
         .is_some_and(|accept| memchr::memmem::find(accept.as_bytes(), b"application/json").is_some());
@@ -35,9 +39,24 @@ pub async fn refuse(exchange: &Exchange, session: &mut ServerSession, refused: &
 }
 
 /// Sends the answer of a filter.
-pub async fn answer(exchange: &Exchange, session: &mut ServerSession, answer: Answer) -> Result<()> {
+pub async fn answer(exchange: &mut Exchange, session: &mut ServerSession, answer: Answer) -> Result<()> {
+    if exchange.grpc.is_some()
+        && let Some(error) = grpc::answer(&answer)?
+    {
+        return trailers_only(exchange, session, error).await;
+    }
     let response = ResponseHeader::build(answer.status, Some(answer.headers.len() + 3))?;
     write(exchange, session, response, &answer.headers, answer.body).await
+}
+
+/// Answers a gRPC call with one frame: a header that ends the stream.
+async fn trailers_only(exchange: &mut Exchange, session: &mut ServerSession, answer: TrailersOnly) -> Result<()> {
+    let TrailersOnly { code, stands_for, mut header } = answer;
+    if let Some(call) = &mut exchange.grpc {
+        call.refused(code, stands_for);
+    }
+    let _ = exchange.filter_response(session.req_header_mut(), &mut header).await;
+    session.response_duplex_vec(vec![HttpTask::Header(Box::new(header), true)]).await.map(|_| ())
 }
 
 async fn write(
@@ -75,12 +94,12 @@ pub async fn drain(exchange: &mut Exchange, client: &mut Box<ServerSession>) {
     let error = drained.err().unwrap_or_else(|| Error::new_down(ErrorType::WriteError));
     exchange.refusal = Some(blame::reason(exchange, &error));
     tracing::debug!(%error, "an answer was not taken to its end");
-    cut_if_begun(exchange, client).await;
+    cut_if_begun(exchange, client, Some(&error)).await;
 }
 
 /// Cuts an answer of which bytes have left, so that nobody takes it for a whole one. `false`: none had, and the client's
 /// own session is back, so that it can still be told anything.
-pub async fn cut_if_begun(exchange: &Exchange, client: &mut Box<ServerSession>) -> bool {
+pub async fn cut_if_begun(exchange: &Exchange, client: &mut Box<ServerSession>, error: Option<&Error>) -> bool {
     if let Some(link) = &exchange.link
         && client.is_custom()
     {
@@ -95,21 +114,21 @@ pub async fn cut_if_begun(exchange: &Exchange, client: &mut Box<ServerSession>) 
     }
     let begun = !is_unanswered(client);
     if begun {
-        cut(exchange, client).await;
+        cut(exchange, client, error).await;
     }
     begun
 }
 
 /// Bytes of an answer have left and the rest will not come. Where its end is told by the connection's end alone, the
 /// connection is reset, so that nobody takes what came for the whole.
-async fn cut(exchange: &Exchange, session: &mut ServerSession) {
+async fn cut(exchange: &Exchange, session: &mut ServerSession, error: Option<&Error>) {
     let framed = session.response_written().is_none_or(|response| {
         response.headers.contains_key(header::CONTENT_LENGTH)
             || response.headers.contains_key(header::TRANSFER_ENCODING)
     });
     if session.is_http2() {
-        // Resets the stream; Pingora would else end it in good order if it does not know of the failure.
-        session.shutdown().await;
+        // Pingora would else end the stream in good order if it does not know of the failure.
+        session.shutdown_with_reason(grpc::reset_code(exchange.refusal.unwrap_or(&refusal::INTERNAL), error));
         return;
     }
     if let Some(connection) = exchange.connection.as_ref().filter(|_| !framed) {

@@ -1,4 +1,4 @@
-//! gRPC by a real library at both ends, tonic: every kind of call, errors, cancellation and deadlines, over h2c and TLS.
+//! gRPC by a real library at both ends, tonic: every kind of call, errors, cancellation, deadlines and refusals, over h2c and TLS.
 
 use std::convert::Infallible;
 use std::fs;
@@ -13,7 +13,7 @@ use futures::stream::{self, Stream, StreamExt};
 use http::uri::PathAndQuery;
 use tokio::runtime::{Builder, Runtime};
 use tonic::codegen::{BoxFuture, Service};
-use tonic::metadata::MetadataMap;
+use tonic::metadata::{AsciiMetadataKey, MetadataMap};
 use tonic::transport::server::TcpIncoming;
 use tonic::transport::{Channel, Endpoint, Identity, Server, ServerTlsConfig};
 use tonic::{Code, Request, Response, Status, Streaming};
@@ -21,7 +21,7 @@ use tonic_prost::ProstCodec;
 
 use crate::harness::gateway::Watched;
 use crate::harness::secure::Authority;
-use crate::harness::{DEADLINE, Gateway, Setup};
+use crate::harness::{DEADLINE, Gateway, H2Client, Setup};
 
 #[derive(Clone, PartialEq, prost::Message)]
 struct Word {
@@ -226,6 +226,69 @@ impl Call {
     }
 }
 
+/// One way to be refused: what differs in the gateway, what is called, and what the client and the log are told.
+pub struct Refusing {
+    /// The reason in the log; empty for an answer of the filter `respond`.
+    pub reason: &'static str,
+    /// The status in the log.
+    pub http_status: u16,
+    /// The status of gRPC.
+    pub code: u8,
+    /// What `Say` is called with.
+    pub word: &'static str,
+    /// The last of so many calls is refused.
+    pub calls: usize,
+    /// How many fields of metadata the call has.
+    pub fields: u32,
+    setup: fn(Setup) -> Setup,
+}
+
+impl Refusing {
+    const fn new(reason: &'static str, http_status: u16, code: u8, setup: fn(Setup) -> Setup) -> Refusing {
+        Refusing { reason, http_status, code, word: "one", calls: 1, fields: 0, setup }
+    }
+
+    /// The setup with what makes it refuse.
+    pub fn setup(&self, setup: Setup) -> Setup {
+        (self.setup)(setup)
+    }
+
+    /// How the message to the client begins.
+    pub fn message(&self) -> &str {
+        if self.reason.is_empty() { "Back in two minutes." } else { self.reason }
+    }
+
+    /// Finds it in the log.
+    #[track_caller]
+    pub fn is_logged(&self, gateway: &Gateway) {
+        let line = gateway.log_lines(self.calls).remove(self.calls - 1);
+        let found = (line.number("status"), line.number("grpc_status"));
+        assert_eq!(found, (f64::from(self.http_status), f64::from(self.code)), "{line:?}");
+        assert_eq!(line.reason(), self.reason);
+    }
+}
+
+/// Each kind of refusal that needs no more than one client to come about.
+pub const REFUSALS: &[Refusing] = &[
+    Refusing::new("route.no_match", 404, 12, |setup| setup.route("match: { path: { prefix: /elsewhere } }")),
+    Refusing::new("route.access", 403, 7, |setup| setup.filters("access: { deny: [127.0.0.0/8] }")),
+    Refusing::new("", 401, 16, |setup| setup.filters("respond: { status: 401, body: Back in two minutes. }")),
+    Refusing::new("", 503, 14, |setup| setup.filters("respond: { status: 503, body: Back in two minutes. }")),
+    Refusing {
+        calls: 2,
+        ..Refusing::new("route.rate_limit", 429, 8, |setup| setup.filters("rate_limit: { rate: 1/m }"))
+    },
+    Refusing {
+        fields: 40,
+        ..Refusing::new("header.too_many", 431, 8, |setup| setup.listener("limits: { headers: 30 }"))
+    },
+    Refusing { word: "never", ..Refusing::new("wait.deadline", 504, 4, |setup| setup.route("deadline: 300ms")) },
+    Refusing {
+        word: "never",
+        ..Refusing::new("wait.timeout", 504, 4, |setup| setup.upstream("timeouts: { wait: 300ms }"))
+    },
+];
+
 fn path(method: &str) -> PathAndQuery {
     format!("/test.Dictionary/{method}").parse().expect("a path")
 }
@@ -297,7 +360,55 @@ fn a_deadline_ends_a_call_at_both_ends() {
     let mut request = Request::new(word("never"));
     request.set_timeout(Duration::from_millis(300));
     let error = call.say(request).expect_err("its time is over");
+    // The client's own clock is Cancelled, the gateway's answer DeadlineExceeded.
     assert!(matches!(error.code(), Code::Cancelled | Code::DeadlineExceeded), "{error}");
     call.hears_of("say");
     assert_eq!(call.say(Request::new(word("next"))).expect("an answer"), "next");
+}
+
+#[test]
+fn what_is_refused_has_the_status_of_its_reason() {
+    for refusing in REFUSALS {
+        let call = Call::with(Server::builder(), |address| {
+            refusing.setup(Setup::before_all(&[address]).upstream("protocol: h2c"))
+        });
+        let said = || {
+            let mut request = Request::new(word(refusing.word));
+            for n in 0..refusing.fields {
+                let name: AsciiMetadataKey = format!("x-{n}").parse().expect("a name");
+                request.metadata_mut().insert(name, "1".parse().expect("a value"));
+            }
+            call.say(request)
+        };
+        (1..refusing.calls).for_each(|_| assert!(said().is_ok(), "{}", refusing.reason));
+        let error = said().expect_err("a refusal");
+        assert_eq!(error.code(), Code::from(i32::from(refusing.code)), "{}: {error}", refusing.reason);
+        assert!(error.message().starts_with(refusing.message()), "{}: {error}", refusing.reason);
+        if refusing.http_status == 429 {
+            assert!(error.metadata().contains_key("retry-after"), "{error}");
+        }
+        refusing.is_logged(&call.gateway);
+    }
+}
+
+#[test]
+fn a_refusal_is_one_frame() {
+    let gateway = Setup::before_all(&["127.0.0.1:1"])
+        .listener("protocols: [h2c]")
+        .filters("access: { deny: [127.0.0.0/8] }")
+        .start();
+    let client = H2Client::connect(gateway.web());
+    let call = |kind: &str| {
+        let request = http::Request::post("http://test/test.Dictionary/Say");
+        request.header("content-type", kind).header("te", "trailers").body(()).expect("a request")
+    };
+    let (answer, _request) = client.begin(call("application/grpc+proto"), false);
+    let (head, body) = client.step(answer).expect("an answer").into_parts();
+    assert_eq!((head.status.as_u16(), body.is_end_stream()), (200, true), "END_STREAM is on the header");
+    assert_eq!(head.headers["content-type"], "application/grpc");
+    assert_eq!(head.headers["grpc-status"], "7");
+    assert!(!head.headers.contains_key("content-length"), "{head:?}");
+
+    let page = client.ask(call("text/plain"), b"").expect("an answer");
+    assert_eq!((page.status, page.headers.contains_key("grpc-status")), (403, false), "as over HTTP");
 }

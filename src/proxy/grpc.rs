@@ -1,0 +1,221 @@
+//! What is different about a gRPC call, once it is known to be one: how it is refused, how it is cut, what the log says of it.
+//!
+//! The route and the filters treat it as any other request. Its refusals are answers of gRPC (`write`), and how it went is in
+//! `grpc-status`: in the header of the answer, or in its trailers.
+
+use h2::Reason;
+use http::{HeaderMap, HeaderName, HeaderValue, header};
+use pingora::Error;
+use pingora::http::{RequestHeader, ResponseHeader};
+
+use super::header::is_grpc;
+use crate::error::Refusal;
+use crate::error::grpc::{Code, encode};
+use crate::filter::{Answer, Refused};
+
+/// How a call went.
+pub const GRPC_STATUS: HeaderName = HeaderName::from_static("grpc-status");
+const GRPC_MESSAGE: HeaderName = HeaderName::from_static("grpc-message");
+
+/// What a filter answers is a message if it is no longer than this; else it is a page, which no gRPC client shows.
+const MESSAGE_BYTES: usize = 1 << 10;
+
+/// What is known of an exchange as a gRPC call.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Call {
+    /// Its `grpc-status`, the endpoint's or our own.
+    pub status: Option<u16>,
+    /// The HTTP status that our own answer stands for.
+    pub stands_for: Option<u16>,
+}
+
+impl Call {
+    /// The call that this request is, if it is one.
+    pub fn of(request: &RequestHeader) -> Option<Call> {
+        is_grpc(request).then(Call::default)
+    }
+
+    /// Notes how it went, if these are the fields that say so.
+    pub fn note(&mut self, fields: &HeaderMap) {
+        let status = fields.get(&GRPC_STATUS).and_then(|status| status.to_str().ok()?.parse().ok());
+        self.status = status.or(self.status);
+    }
+
+    /// Notes our own answer in place of one with an HTTP status.
+    pub fn refused(&mut self, code: Code, status: u16) {
+        *self = Call { status: Some(code as u16), stands_for: Some(status) };
+    }
+}
+
+/// A whole answer that is a header and nothing else ("Trailers-Only").
+pub struct TrailersOnly {
+    /// The code in it.
+    pub code: Code,
+    /// The HTTP status that it stands for.
+    pub stands_for: u16,
+    /// The header.
+    pub header: ResponseHeader,
+}
+
+/// What a client is told whose call is refused.
+///
+/// # Errors
+///
+/// None that could come about: all fields are well-formed.
+pub fn refusal(refused: &Refused) -> pingora::Result<TrailersOnly> {
+    let Refused { refusal, headers } = refused;
+    let mut answer = trailers_only(refusal.grpc_code(), refusal.status, &refusal.grpc_message(), headers)?;
+    if let Some(seconds) = refusal.retry_after() {
+        answer.header.insert_header(header::RETRY_AFTER, HeaderValue::from(seconds))?;
+    }
+    Ok(answer)
+}
+
+/// What a client is told in place of an answer of a filter, if that is an error and not gRPC itself.
+///
+/// # Errors
+///
+/// None that could come about, as above.
+pub fn answer(answer: &Answer) -> pingora::Result<Option<TrailersOnly>> {
+    let is_grpc = answer.headers.iter().any(|(name, _)| *name == GRPC_STATUS);
+    if is_grpc || answer.status.as_u16() < 400 {
+        return Ok(None);
+    }
+    let text = std::str::from_utf8(&answer.body).ok().map(str::trim);
+    let text = text.filter(|text| !text.is_empty() && text.len() <= MESSAGE_BYTES);
+    let message = text.or(answer.status.canonical_reason()).unwrap_or_default();
+    let status = answer.status.as_u16();
+    trailers_only(Code::of_http(status), status, &encode(message), &answer.headers).map(Some)
+}
+
+fn trailers_only(
+    code: Code,
+    stands_for: u16,
+    message: &str,
+    headers: &[(HeaderName, HeaderValue)],
+) -> pingora::Result<TrailersOnly> {
+    let mut header = ResponseHeader::build(200, Some(headers.len() + 4))?;
+    header.insert_header(header::CONTENT_TYPE, HeaderValue::from_static("application/grpc"))?;
+    header.insert_header(GRPC_STATUS, HeaderValue::from(code as u16))?;
+    header.insert_header(GRPC_MESSAGE, message)?;
+    for (name, value) in headers {
+        // There is no body for them to be about.
+        if ![header::CONTENT_TYPE, header::CONTENT_ENCODING, header::CONTENT_LENGTH].contains(name) {
+            header.append_header(name.clone(), value.clone())?;
+        }
+    }
+    Ok(TrailersOnly { code, stands_for, header })
+}
+
+/// With which code a stream is reset whose answer had begun (RFC 9113 §7), so that a gRPC client gets the right status of it.
+///
+/// `CANCEL` says that the rest is not wanted any more: clients take it for DEADLINE_EXCEEDED once their deadline is over, and
+/// for CANCELLED else. What the endpoint said of the stream itself is passed on; what concerns its connection is not.
+pub fn reset_code(refusal: &Refusal, error: Option<&Error>) -> Reason {
+    let told =
+        error.and_then(endpoint_reset).filter(|&code| matches!(code, Reason::CANCEL | Reason::ENHANCE_YOUR_CALM));
+    let time_is_over = matches!(refusal.grpc_code(), Code::DeadlineExceeded | Code::Cancelled);
+    told.unwrap_or(if time_is_over { Reason::CANCEL } else { Reason::INTERNAL_ERROR })
+}
+
+/// The code with which the endpoint has reset its stream, if that is what went wrong.
+fn endpoint_reset(error: &Error) -> Option<Reason> {
+    let mut cause: &(dyn std::error::Error + 'static) = error.cause.as_deref()?;
+    loop {
+        if let Some(error) = cause.downcast_ref::<h2::Error>() {
+            return error.reason().filter(|_| error.is_reset() && error.is_remote());
+        }
+        cause = cause.source()?;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use bytes::Bytes;
+    use http::StatusCode;
+    use pingora::ErrorType;
+
+    use super::*;
+    use crate::error::refusal as refusals;
+
+    fn fields(answer: &TrailersOnly) -> Vec<(&str, &str)> {
+        let fields = answer.header.headers.iter();
+        fields.map(|(name, value)| (name.as_str(), value.to_str().expect("text"))).collect()
+    }
+
+    #[test]
+    fn a_refusal_keeps_its_fields_and_its_http_status() {
+        let headers = vec![(header::RETRY_AFTER, HeaderValue::from_static("7"))];
+        static LIMITED: Refusal = Refusal::new("route.limited", 429, "Slow down: 50 % is enough.");
+        let answer = refusal(&Refused { refusal: &LIMITED, headers }).expect("an answer");
+        assert_eq!((answer.header.status.as_u16(), answer.stands_for), (200, 429));
+        assert_eq!(
+            fields(&answer),
+            [
+                ("content-type", "application/grpc"),
+                ("grpc-status", "8"),
+                ("grpc-message", "route.limited: Slow down: 50 %25 is enough."),
+                ("retry-after", "7"),
+            ]
+        );
+        let full = refusal(&Refused::from(&refusals::QUEUE_FULL)).expect("an answer");
+        assert!(fields(&full).contains(&("retry-after", "5")), "as over HTTP");
+    }
+
+    #[test]
+    fn an_error_that_a_filter_answers_is_one_of_grpc() {
+        let of = |status, body: &str, headers| {
+            let answer = Answer {
+                status: StatusCode::from_u16(status).expect("a status"),
+                headers,
+                body: Bytes::copy_from_slice(body.as_bytes()),
+            };
+            super::answer(&answer).expect("an answer")
+        };
+        let closed =
+            of(503, "Back in two minutes.\n", vec![(header::CONTENT_TYPE, HeaderValue::from_static("text/plain"))]);
+        assert_eq!(
+            fields(&closed.expect("gRPC")),
+            [("content-type", "application/grpc"), ("grpc-status", "14"), ("grpc-message", "Back in two minutes.")]
+        );
+        let page = of(401, &"<p>".repeat(400), Vec::new()).expect("gRPC");
+        assert!(fields(&page).contains(&("grpc-message", "Unauthorized")), "a page is no message");
+        let own = vec![(GRPC_STATUS, HeaderValue::from_static("5"))];
+        assert!(of(404, "", own).is_none(), "it speaks gRPC itself");
+        assert!(of(200, "", Vec::new()).is_none() && of(302, "", Vec::new()).is_none(), "no error");
+    }
+
+    #[test]
+    fn how_a_call_went_is_said_in_the_header_or_later() {
+        let fields = |status: &str| HeaderMap::from_iter([(GRPC_STATUS, status.parse().expect("a value"))]);
+        let mut call = Call::default();
+        call.note(&HeaderMap::new());
+        assert_eq!(call.status, None);
+        call.note(&fields("5"));
+        call.note(&fields("five"));
+        assert_eq!(call.status, Some(5));
+        call.refused(Code::DeadlineExceeded, 504);
+        assert_eq!((call.status, call.stands_for), (Some(4), Some(504)));
+    }
+
+    #[test]
+    fn a_call_that_is_cut_is_reset_with_a_code_that_says_why() {
+        for (refusal, code) in [
+            (&refusals::RECEIVE_DEADLINE, Reason::CANCEL),
+            (&refusals::RECEIVE_TIMEOUT, Reason::CANCEL),
+            (&refusals::WRITE_TIMEOUT, Reason::CANCEL),
+            (&refusals::RECEIVE_ABORTED, Reason::CANCEL),
+            (&refusals::RECEIVE_RESET, Reason::INTERNAL_ERROR),
+            (&refusals::WRITE_DISK_FAILED, Reason::INTERNAL_ERROR),
+            (&refusals::INTERNAL, Reason::INTERNAL_ERROR),
+        ] {
+            assert_eq!(reset_code(refusal, None), code, "{refusal:?}");
+        }
+        let broken = Error::because(ErrorType::ReadError, "reading", h2::Error::from(Reason::CANCEL));
+        assert_eq!(
+            reset_code(&refusals::RECEIVE_RESET, Some(&broken)),
+            Reason::INTERNAL_ERROR,
+            "not the endpoint's word"
+        );
+    }
+}
