@@ -4,6 +4,7 @@
 //! let Pingora's proxy run one exchange, take the stream back, park again. On HTTP/2 Pingora owns the connection and
 //! `Http2` sees every stream begin. What is refused before Pingora could see it is answered, counted and logged here.
 
+pub mod broken;
 pub mod budget;
 pub mod chunked;
 pub mod connection;

@@ -33,7 +33,7 @@ use crate::client::spool::{Depot, Limits};
 use crate::client::wire::{Leave, Manner, Throttle};
 use crate::client::{Desk, Front};
 use crate::config::route::retry::ATTEMPTS_MAX;
-use crate::config::route::{BufferMode, Grpc, OnDiskFull};
+use crate::config::route::{BufferMode, Grpc, HalfClose, OnDiskFull};
 use crate::config::server::{Resources, Rung, Threads};
 use crate::config::units::Size;
 use crate::config::{self, Config, Report};
@@ -373,6 +373,7 @@ fn route(
         intake: intake(written, resources, &metrics),
         manner: manner(written, resources, &metrics),
         write_idle: written.client.write_idle.0,
+        half_close_aborts: written.client.half_close == HalfClose::Abort,
         mirror: None,
         deadline: written.deadline.map(|time| time.0),
         retry: Rules::new(&written.retry),

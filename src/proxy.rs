@@ -110,6 +110,7 @@ impl ProxyHttp for Proxy {
         let asked = exchange.asked(session.req_header());
         (exchange.hash, exchange.stuck) = (upstream.hash(&asked), upstream.stuck(&asked));
         patience_for_writing(session, exchange, route.write_idle);
+        exchange.connection.iter().for_each(|client| client.set_half_close_aborts(route.half_close_aborts));
         if session.is_upgrade_req() {
             // Once upgraded, a client may be silent for as long as its upstream is not.
             session.set_read_timeout(None);

@@ -183,6 +183,7 @@ pub struct Connection {
     /// In which cycle of its worker; `None` unless somebody wanted to know. Boxed, for most connections have none.
     pub accepted_in: Option<Box<Cycle>>,
     write_idle_ms: AtomicU64,
+    half_close_aborts: AtomicBool,
     settled: AtomicBool,
     raw: AtomicBool,
     reset: AtomicBool,
@@ -205,6 +206,7 @@ impl Connection {
             accepted: Instant::now(),
             accepted_in: worker::cycle_if_wanted().map(Box::new),
             write_idle_ms: AtomicU64::new(listener.header_timeout.as_millis() as u64),
+            half_close_aborts: AtomicBool::new(false),
             settled: AtomicBool::new(false),
             raw: AtomicBool::new(false),
             reset: AtomicBool::new(false),
@@ -225,6 +227,15 @@ impl Connection {
 
     pub(super) fn write_idle(&self) -> Duration {
         Duration::from_millis(self.write_idle_ms.load(Ordering::Relaxed))
+    }
+
+    /// What it means that the client closes its sending side behind a whole request: whether it is gone.
+    pub fn set_half_close_aborts(&self, aborts: bool) {
+        self.half_close_aborts.store(aborts, Ordering::Relaxed);
+    }
+
+    pub(super) fn half_close_aborts(&self) -> bool {
+        self.half_close_aborts.load(Ordering::Relaxed)
     }
 
     /// It has been served, if only with the beginning of an answer: from now on it is no newcomer.

@@ -23,6 +23,7 @@ use pingora::protocols::{
 use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt, ReadBuf};
 use tokio::time::Sleep;
 
+use super::broken::Look;
 use super::chunked::Chunks;
 use super::connection::Connection;
 use super::frames::Frames;
@@ -96,6 +97,10 @@ struct Core {
     linger: Option<Pin<Box<Sleep>>>,
     /// What may still be thrown away.
     waste_left: u64,
+    /// The client has closed its sending side.
+    half_closed: bool,
+    /// Sees a reset where reading does not.
+    look: Look,
 }
 
 /// What the session may still read.
@@ -128,6 +133,8 @@ impl ClientStream {
             stalled: None,
             linger: None,
             waste_left: u64::MAX,
+            half_closed: false,
+            look: Look::default(),
         };
         ClientStream { core: Arc::new(Mutex::new(core)) }
     }
@@ -151,6 +158,7 @@ impl ClientStream {
             }
             core.inbox = BytesMut::new();
             core.outbox = BytesMut::new();
+            core.look = Look::default();
         }
         matches!(std::future::poll_fn(|cx| self.core().poll_fill(cx)).await, Ok(true))
     }
@@ -197,6 +205,12 @@ impl Bypass {
     /// The next piece of the request body, in a buffer no larger than it needs. `None` at its end.
     pub fn poll_piece(&self, cx: &mut Context<'_>) -> Poll<io::Result<Option<Bytes>>> {
         lock(&self.core).poll_piece(cx)
+    }
+
+    /// Whether no request can follow this one: the client has closed its sending side, and nothing is left of what it sent.
+    pub fn is_last(&self) -> bool {
+        let core = lock(&self.core);
+        core.half_closed && core.inbox.is_empty()
     }
 
     /// Whether what the session writes waits for what [`Bypass::poll_send`] will send.
@@ -263,15 +277,17 @@ impl Core {
     }
 
     /// The request is read; tells the session only if the client goes away, and keeps what it sends for later.
+    ///
+    /// A client that closes its sending side behind a whole request waits for its answer (RFC 9112 §9.6), unless its route
+    /// takes it for gone. What tells for certain is a reset, or a write that fails.
     fn poll_gone(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        if !self.inbox.is_empty() {
-            // Pipelined bytes wait. No waker is needed: the session moves on when its upstream does.
-            return Poll::Pending;
+        while self.inbox.is_empty() && !self.half_closed {
+            self.half_closed = !ready!(self.poll_fill(cx))?;
         }
-        match ready!(self.poll_fill(cx))? {
-            true => Poll::Pending,
-            false => Poll::Ready(Ok(())),
+        if self.half_closed && self.connection.half_close_aborts() {
+            return Poll::Ready(Ok(()));
         }
+        self.look.poll(cx, self.io.id()).map(Err)
     }
 
     /// Hands on up to `limit` bytes, from the inbox first.

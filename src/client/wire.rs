@@ -770,7 +770,7 @@ impl Wire {
             session.set_keepalive(None);
         }
         if answers && let Some(past) = &mut self.past {
-            if past.framing == Framing::UntilClose {
+            if past.framing == Framing::UntilClose || past.bypass.is_last() {
                 session.set_keepalive(None);
             }
             past.corked = self.ended || !self.ready.is_empty();

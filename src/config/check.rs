@@ -810,7 +810,7 @@ impl<'a> Check<'a> {
     }
 
     fn client(&mut self, client: &Client, path: &str) {
-        let Client { body_total, body_idle, write_idle, min_rate, limit_rate } = client;
+        let Client { body_total, body_idle, write_idle, half_close: _, min_rate, limit_rate } = client;
         self.time(&format!("{path}.body_total"), *body_total);
         self.time(&format!("{path}.body_idle"), *body_idle);
         self.time(&format!("{path}.write_idle"), *write_idle);

@@ -297,6 +297,10 @@ pub struct Client {
     pub body_idle: Time,
     /// Between two pieces of the response that it takes; longer, and the connection is cut.
     pub write_idle: Time,
+    /// What it means that a client of HTTP/1 closes its sending side while it waits for its answer. `answer`: it has sent
+    /// all that it wants to send, and gets its answer. `abort`: it is gone, and the upstream is let go. A reset always
+    /// means that it is gone.
+    pub half_close: HalfClose,
     /// How slow it may be in the long run.
     pub min_rate: MinRate,
     /// How fast an answer is sent to it. As fast as it takes it, if absent.
@@ -310,10 +314,22 @@ impl Default for Client {
             body_total: Time::seconds(3600),
             body_idle: Time::seconds(60),
             write_idle: Time::seconds(60),
+            half_close: HalfClose::default(),
             min_rate: MinRate::default(),
             limit_rate: None,
         }
     }
+}
+
+/// What the end of a client's sending side means behind a complete request (RFC 9112 §9.6).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum HalfClose {
+    /// The client waits for its answer.
+    #[default]
+    Answer,
+    /// The client is gone.
+    Abort,
 }
 
 /// How slow a client may be in the long run. Whoever keeps the rate may take as long as it likes; whoever is slower

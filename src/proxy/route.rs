@@ -47,6 +47,8 @@ pub struct Route {
     pub retry: Rules,
     /// How long its clients may take between two pieces of a response.
     pub write_idle: std::time::Duration,
+    /// Whether a client that closes its sending side behind its request is gone.
+    pub half_close_aborts: bool,
     /// Names it where a worker is found stalled.
     pub tag: RouteTag,
     /// Its counters.

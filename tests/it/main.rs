@@ -21,6 +21,7 @@ mod eventloop;
 mod filters;
 mod finish;
 mod grpc;
+mod half_close;
 mod header;
 mod health;
 mod imports;

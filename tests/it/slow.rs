@@ -294,8 +294,9 @@ fn a_client_that_goes_away_after_the_backend_is_done_leaves_nothing_behind() {
 #[test]
 fn a_client_that_goes_away_in_any_phase_leaves_nothing_behind() {
     let origin = built_in();
-    let both = "buffering: { request: { mode: full }, response: { mode: auto } }";
-    let setup = Setup::before_all(&[origin.address()]).listener("protocols: [http1, h2c]").spooling("").route(both);
+    // One that closes its connection has gone, and does not only stop sending.
+    let route = "buffering: { request: { mode: full }, response: { mode: auto } }, client: { half_close: abort }";
+    let setup = Setup::before_all(&[origin.address()]).listener("protocols: [http1, h2c]").spooling("").route(route);
     let process = setup.spawn();
     let idle = process.open_files().len();
     let get = |path: &str| Ask::get(path).narrow();
@@ -332,7 +333,7 @@ fn a_client_that_goes_away_while_a_backend_does_not_take_its_upload_lets_it_go()
         [Leave::Close, Leave::Reset, Leave::Stream].into_iter().flat_map(|how| Protocol::BOTH.map(|p| (how, p)))
     {
         let origin = built_in();
-        let route = "buffering: { request: { mode: full } }";
+        let route = "buffering: { request: { mode: full } }, client: { half_close: abort }";
         let setup =
             Setup::before_all(&[origin.address()]).listener("protocols: [http1, h2c]").spooling("").route(route);
         let gateway = setup.start();

@@ -127,6 +127,11 @@ impl Client {
         assert_eq!(String::from_utf8_lossy(&self.rest()), "", "something came before the connection closed");
     }
 
+    /// Closes its sending side: it asks for nothing more, and still reads.
+    pub fn end(&mut self) {
+        self.wire.end();
+    }
+
     /// Goes away without a word.
     pub fn reset(self) {
         self.wire.reset();

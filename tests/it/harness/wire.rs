@@ -3,7 +3,7 @@
 //! The parser accepts nothing that a careful peer would not, so a story that reads a message has also checked its form.
 
 use std::io::{self, Read, Write};
-use std::net::SocketAddr;
+use std::net::{Shutdown, SocketAddr};
 use std::ops::Deref;
 use std::time::Duration;
 
@@ -138,6 +138,11 @@ impl Wire {
     pub fn into_socket(self) -> Socket {
         assert!(self.read.is_empty(), "bytes were read already");
         self.socket
+    }
+
+    /// Closes the sending side: nothing more is sent, and what comes is still read.
+    pub fn end(&mut self) {
+        self.socket.shutdown(Shutdown::Write).expect("a connection");
     }
 
     /// Closes with a reset instead of an end.

@@ -1,0 +1,95 @@
+//! Finds out that a connection is broken while nobody reads from it.
+//!
+//! A client that has closed its sending side, or has sent the beginning of its next request, is not read any more, and the
+//! kernel tells of a reset only those who read or write. So the state of the socket is looked at in intervals. That
+//! costs neither a descriptor nor a thread, and only those connections that cannot be watched by reading.
+
+use std::io;
+use std::os::fd::RawFd;
+use std::task::{Context, Poll, ready};
+use std::time::{Duration, Instant};
+
+use super::waiting::Timer;
+
+/// How often is looked. An endpoint works for a client that is gone for no longer than this.
+const INTERVAL: Duration = Duration::from_millis(250);
+
+/// A look at a socket that is repeated. Costs nothing until it is first polled.
+#[derive(Default)]
+pub struct Look {
+    timer: Timer,
+    due: Option<Instant>,
+}
+
+impl Look {
+    /// Ready, with an error, once the connection is broken: it was reset, or nothing can be received and nothing be sent.
+    pub fn poll(&mut self, cx: &mut Context<'_>, socket: RawFd) -> Poll<io::Error> {
+        loop {
+            if let Some(due) = self.due {
+                ready!(self.timer.poll(cx, due));
+            }
+            if is_broken(socket) {
+                return Poll::Ready(io::ErrorKind::ConnectionReset.into());
+            }
+            self.due = Some(Instant::now() + INTERVAL);
+        }
+    }
+}
+
+/// Whether a connection is no more. One of which only the other side's sending direction has ended is not broken.
+fn is_broken(socket: RawFd) -> bool {
+    // An error and the end of both directions are told whatever is asked for.
+    let mut asked = libc::pollfd { fd: socket, events: 0, revents: 0 };
+    // SAFETY: the pointer is to one `pollfd`, as the count says; with a timeout of 0 the call does not wait.
+    let found = unsafe { libc::poll(&raw mut asked, 1, 0) };
+    found == 1 && asked.revents & (libc::POLLERR | libc::POLLHUP) != 0
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::net::{Shutdown, TcpListener, TcpStream};
+    use std::os::fd::AsRawFd;
+    use std::os::unix::net::UnixStream;
+
+    fn pair() -> (TcpStream, TcpStream) {
+        let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
+        let client = TcpStream::connect(listener.local_addr().expect("bound")).expect("a connection");
+        let (server, _) = listener.accept().expect("a connection");
+        (client, server)
+    }
+
+    /// Waits for something of the other side to arrive.
+    fn arrives(server: &TcpStream) {
+        let mut asked = libc::pollfd { fd: server.as_raw_fd(), events: libc::POLLIN | libc::POLLRDHUP, revents: 0 };
+        // SAFETY: as above.
+        assert_eq!(unsafe { libc::poll(&raw mut asked, 1, 10_000) }, 1, "nothing arrived");
+    }
+
+    #[test]
+    fn half_a_connection_is_not_broken_and_a_reset_one_is_whatever_is_unread() {
+        let (client, server) = pair();
+        assert!(!is_broken(server.as_raw_fd()));
+        std::io::Write::write_all(&mut &client, b"GET").expect("room");
+        arrives(&server);
+        assert!(!is_broken(server.as_raw_fd()), "there is something to read");
+        client.shutdown(Shutdown::Write).expect("a connection");
+        assert!(!is_broken(server.as_raw_fd()), "it can still be written to");
+        socket2::SockRef::from(&client).set_linger(Some(Duration::ZERO)).expect("linger");
+        drop(client);
+        let until = Instant::now() + Duration::from_secs(10);
+        while !is_broken(server.as_raw_fd()) {
+            assert!(Instant::now() < until, "the reset went unnoticed");
+            std::thread::yield_now();
+        }
+    }
+
+    #[test]
+    fn a_unix_socket_tells_a_client_that_is_gone_from_one_that_has_only_stopped_sending() {
+        let (client, server) = UnixStream::pair().expect("two sockets");
+        client.shutdown(Shutdown::Write).expect("a connection");
+        assert!(!is_broken(server.as_raw_fd()));
+        drop(client);
+        assert!(is_broken(server.as_raw_fd()));
+    }
+}
