@@ -15,11 +15,11 @@ as_root() {
     if [ "$(id -u)" -eq 0 ]; then "$@"; else sudo "$@"; fi
 }
 
-# perl-base is on every Debian, but the modules that OpenSSL's Configure uses come with the package perl.
+# BoringSSL is C++ that cmake configures and git patches; its bindings are made by libclang.
 has() {
     case $1 in
         dnsmasq-base) command -v dnsmasq >/dev/null ;;
-        perl) perl -MFile::Compare -MFindBin -MIPC::Cmd -MTime::Piece -e 1 2>/dev/null ;;
+        libclang-dev) compgen -G '/usr/lib/llvm-*/lib/libclang.so*' >/dev/null && compgen -G '/usr/lib/llvm-*/lib/clang/*/include/stddef.h' >/dev/null ;;
         *) command -v "$1" >/dev/null ;;
     esac
 }
@@ -28,7 +28,7 @@ has() {
 commands=()
 for purpose in "$@"; do
     case $purpose in
-        build) commands+=(cmake perl) ;;
+        build) commands+=(clang cmake g++ git libclang-dev) ;;
         test) commands+=(chromium curl dnsmasq-base nginx prometheus slowhttptest tmux wrk) ;;
         bench) commands+=(haproxy nginx wrk) ;;
         *) echo "install-tools.sh: unknown purpose '$purpose': build, test or bench" >&2; exit 2 ;;

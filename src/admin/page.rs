@@ -7,6 +7,7 @@ use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use http::HeaderValue;
 use http::header::{CONTENT_SECURITY_POLICY, REFERRER_POLICY, VARY};
+use sha2::{Digest, Sha256};
 
 use super::answer::Answer;
 
@@ -54,7 +55,7 @@ fn inside<'p>(page: &'p str, element: &str) -> &'p str {
 
 /// As CSP wants it (W3C CSP3 §2.3.1).
 fn digest(text: &str) -> String {
-    format!("sha256-{}", STANDARD.encode(openssl::sha::sha256(text.as_bytes())))
+    format!("sha256-{}", STANDARD.encode(Sha256::digest(text)))
 }
 
 #[cfg(test)]

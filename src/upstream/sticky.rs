@@ -10,12 +10,9 @@ use std::time::{Duration, SystemTime};
 
 use base64::Engine;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
+use hmac::{Hmac, Mac};
 use http::HeaderValue;
-use openssl::error::ErrorStack;
-use openssl::hash::MessageDigest;
-use openssl::memcmp;
-use openssl::pkey::{PKey, Private};
-use openssl::sign::Signer;
+use sha2::Sha256;
 
 use crate::config::upstream::sticky::{SameSite, StickyCookie};
 use crate::error::BuildError;
@@ -35,12 +32,15 @@ pub struct Sticky {
     /// The name of the cookie.
     pub name: Box<str>,
     /// The first signs; all are believed.
-    secrets: Box<[PKey<Private>]>,
+    secrets: Box<[Secret]>,
     /// Of which upstream it tells: cookies of others, which may have the same secret, are not for us.
     upstream: Box<str>,
     ttl: Option<Duration>,
     same_site: SameSite,
 }
+
+/// HMAC-SHA256 under a secret, with nothing signed yet.
+type Secret = Hmac<Sha256>;
 
 /// An endpoint as cookies call it: under one of the secrets.
 pub type Name = u64;
@@ -60,7 +60,7 @@ impl Sticky {
     /// # Errors
     /// A secret that cannot be one.
     pub fn build(written: &StickyCookie, upstream: &str) -> Result<Sticky, BuildError> {
-        let secrets = written.secret.0.iter().map(|secret| PKey::hmac(secret.as_bytes()));
+        let secrets = written.secret.0.iter().map(|secret| Secret::new_from_slice(secret.as_bytes()));
         let secrets: Box<[_]> = secrets
             .collect::<Result<_, _>>()
             .map_err(|error| BuildError::new("secret", format!("this cannot be a secret: {error}")))?;
@@ -78,12 +78,11 @@ impl Sticky {
 
     /// What cookies call the endpoint of this identity: one name for each secret, in their order.
     pub fn names(&self, identity: &str) -> Box<[Name]> {
-        let name = |secret: &PKey<Private>| {
-            let mac = mac(secret, &[b"endpoint", self.upstream.as_bytes(), identity.as_bytes()])?;
-            Ok::<_, ErrorStack>(Name::from_be_bytes(first(&mac)))
+        let name = |secret: &Secret| {
+            let mac = mac(secret, &[b"endpoint", self.upstream.as_bytes(), identity.as_bytes()]);
+            Name::from_be_bytes(first(&mac.finalize().into_bytes()))
         };
-        // An endpoint without a name is one that no client can stay at. OpenSSL fails at this only if memory does.
-        self.secrets.iter().map(|secret| name(secret).unwrap_or_default()).collect()
+        self.secrets.iter().map(name).collect()
     }
 
     /// What the cookie of a request says; `None` if we have not said it, or not for now.
@@ -96,9 +95,9 @@ impl Sticky {
             return None;
         }
         let (said, signature) = bytes[..COOKIE_BYTES].split_at(SAID_BYTES);
-        let signed_by = self.secrets.iter().position(|secret| {
-            self.sign(secret, said).is_ok_and(|mac| memcmp::eq(&first::<MAC_BYTES>(&mac), signature))
-        })?;
+        // The comparison takes as long whatever the signature is.
+        let signed_by =
+            self.secrets.iter().position(|secret| self.sign(secret, said).verify_truncated_left(signature).is_ok())?;
         let expiry = u32::from_be_bytes(first(&said[9..]));
         let left = match expiry {
             0 => None,
@@ -120,7 +119,7 @@ impl Sticky {
         bytes[0] = VERSION;
         bytes[1..9].copy_from_slice(&name.to_be_bytes());
         bytes[9..SAID_BYTES].copy_from_slice(&expiry.to_be_bytes());
-        let mac = self.sign(secret, &bytes[..SAID_BYTES]).ok()?;
+        let mac = self.sign(secret, &bytes[..SAID_BYTES]).finalize().into_bytes();
         bytes[SAID_BYTES..].copy_from_slice(&mac[..MAC_BYTES]);
 
         let mut field = format!("{}={}; Path=/", self.name, URL_SAFE_NO_PAD.encode(bytes));
@@ -134,21 +133,19 @@ impl Sticky {
         HeaderValue::try_from(field).ok()
     }
 
-    fn sign(&self, secret: &PKey<Private>, said: &[u8]) -> Result<[u8; 32], ErrorStack> {
+    fn sign(&self, secret: &Secret, said: &[u8]) -> Secret {
         mac(secret, &[b"cookie", self.upstream.as_bytes(), said])
     }
 }
 
 /// HMAC-SHA256 of the parts, of which none can pass for a part of another.
-fn mac(secret: &PKey<Private>, parts: &[&[u8]]) -> Result<[u8; 32], ErrorStack> {
-    let mut signer = Signer::new(MessageDigest::sha256(), secret)?;
+fn mac(secret: &Secret, parts: &[&[u8]]) -> Secret {
+    let mut mac = secret.clone();
     for part in parts {
-        signer.update(&(part.len() as u64).to_be_bytes())?;
-        signer.update(part)?;
+        mac.update(&(part.len() as u64).to_be_bytes());
+        mac.update(part);
     }
-    let mut mac = [0; 32];
-    signer.sign(&mut mac)?;
-    Ok(mac)
+    mac
 }
 
 /// The first bytes; zeros where there are none.

@@ -10,11 +10,11 @@ use std::hash::Hasher;
 use std::net::IpAddr;
 use std::sync::Arc;
 
-use openssl::pkey::PKey;
-use openssl::ssl::SslRef;
-use openssl::x509::X509;
 use pingora::protocols::Digest;
 use pingora::protocols::tls::{CaType, HandshakeCompleteHook, SslDigest};
+use pingora::tls::pkey::PKey;
+use pingora::tls::ssl::SslRef;
+use pingora::tls::x509::X509;
 use pingora::upstreams::peer::HttpPeer;
 use pingora::utils::tls::CertKey;
 use xxhash_rust::xxh3::Xxh3;
@@ -136,7 +136,7 @@ fn names(certificate: &X509, address: IpAddr) -> bool {
 fn identity(certificate: &str, private: &str, key: &mut Xxh3) -> Result<CertKey, Vec<BuildError>> {
     let certificates = certificates("certificate", certificate, key);
     let private_key = read("key", private).and_then(|pem| {
-        // Without a callback OpenSSL would ask for the password at the terminal.
+        // Without a callback the library would ask for the password at the terminal.
         PKey::private_key_from_pem_callback(&pem, |_| Ok(0)).map_err(|_| {
             let message = format!("`{private}` holds no private key in PEM, or one with a password");
             BuildError::new("key", message)

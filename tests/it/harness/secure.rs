@@ -12,8 +12,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 
-use openssl::nid::Nid;
-use openssl::ssl::{AlpnError, NameType, SslAcceptor, SslFiletype, SslMethod, SslRef, SslVerifyMode};
+use pingora::tls::nid::Nid;
+use pingora::tls::ssl::{self, AlpnError, NameType, SslAcceptor, SslFiletype, SslMethod, SslRef, SslVerifyMode};
 use ppp::v2::{Addresses, Command, Header};
 use rcgen::{BasicConstraints, CertificateParams, DnType, IsCa, Issuer, KeyPair};
 use serde_json::{Value, json};
@@ -99,7 +99,7 @@ impl Layers {
         acceptor.set_certificate_chain_file(&identity.certificate).expect("a certificate");
         acceptor.set_private_key_file(&identity.key, SslFiletype::PEM).expect("a key");
         acceptor.set_alpn_select_callback(|_, offered| {
-            openssl::ssl::select_next_proto(b"\x08http/1.1", offered).ok_or(AlpnError::NOACK)
+            ssl::select_next_proto(b"\x08http/1.1", offered).ok_or(AlpnError::NOACK)
         });
         if let Some(authority) = clients {
             acceptor.set_ca_file(authority.file()).expect("an authority");
