@@ -77,6 +77,10 @@ pub struct Record<'a> {
     pub grpc_status: Option<u16>,
     /// The id of the request.
     pub request_id: Option<&'a [u8]>,
+    /// The version of TLS that its client spoke.
+    pub tls: Option<&'a str>,
+    /// Who its client has proved to be, by a certificate.
+    pub client_subject: Option<&'a str>,
     /// The trace that it belongs to.
     pub trace: Option<TraceId>,
     /// Its `Referer`.

@@ -5,6 +5,7 @@
 //! code to exit with: 0, 1 for what failed at run time, 2 for wrong usage, 78 for a wrong configuration.
 
 mod admin;
+mod certs;
 mod check;
 mod config_file;
 mod figures;
@@ -69,6 +70,8 @@ enum Command {
     Check(ConfigFile),
     /// Print the JSON Schema of the configuration, for editors
     Schema,
+    /// List the certificates of the configuration: names, keys, when they end, what is wrong; exit code 1 if anything is
+    Certs(ConfigFile),
     /// Run the built-in test origin alone
     #[command(after_help = format!("Paths:\n{}", origin::PATHS))]
     Origin {
@@ -194,6 +197,7 @@ fn dispatch(builder: Builder, line: CommandLine) -> Result<(), Failure> {
         Command::Run(run) if run.demo => run::demo(builder, &run.addresses),
         Command::Run(run) => run::run(builder, run.config),
         Command::Check(file) => check::check(&builder, file),
+        Command::Certs(file) => certs::certs(&builder, file),
         Command::Schema => print(&format!("{:#}", builder.schema())),
         Command::Origin { listen } => run_origin(listen),
         Command::Healthcheck(Healthcheck { url, config }) => healthcheck::healthcheck(&builder, url, config),

@@ -8,15 +8,21 @@ pub mod broken;
 pub mod budget;
 pub mod chunked;
 pub mod connection;
+pub mod entrance;
 pub mod frames;
 pub mod head;
+pub mod hello;
 pub mod intake;
 pub mod lane;
+pub mod names;
 pub mod pace;
+pub mod proxy_protocol;
+pub mod relay;
 pub mod session;
 pub mod slow;
 pub mod spool;
 pub mod stream;
+pub mod tls;
 pub mod waiting;
 pub mod wire;
 
@@ -43,8 +49,10 @@ use crate::eventloop::{Metered, own_time, worker};
 use crate::metrics::{ConnectionState, Direction, Metrics, RouteMetrics, Summary, UNROUTED};
 use crate::phase::journal::Cycle;
 use crate::phase::{Clock, Phase};
-use connection::{Begin, Connection, Inflight, Introduced, Listener, Listeners, StateGauge};
+use connection::{Begin, Connection, Counted, Inflight, Introduced, Listener, Listeners, StateGauge};
+use entrance::{Ends, Entered};
 use lane::{Lanes, Newcomer};
+use relay::{Passed, Relay};
 use slow::SlowClients;
 use stream::{ClientStream, Opening};
 use waiting::Waiting;
@@ -132,6 +140,8 @@ impl Desk {
             reason: Some(refusal.reason),
             grpc_status: None,
             request_id: None,
+            tls: None,
+            client_subject: None,
             trace: None,
             referer: None,
             user_agent: None,
@@ -164,32 +174,121 @@ where
         // An IPv4 client of a listener on [::] is an IPv4 client.
         let canonical = |end: &SocketAddr| SocketAddr::new(end.ip().to_canonical(), end.port());
         let (peer, local) = (peer.map(canonical), local.and_then(|local| local.as_inet()).map(canonical));
-        match Connection::admit(listener, peer, local) {
-            Ok(connection) => {
-                let stream = Box::new(ClientStream::new(io, connection.clone()));
-                tokio::spawn(Visit::new(self.clone(), connection, shutdown.clone()).serve(stream));
+        let ends = Ends { peer, local };
+        match Counted::take(listener) {
+            Ok(counted) if entrance::is_needed(listener) => {
+                tokio::spawn(self.clone().enter(io, counted, ends, shutdown.clone()));
             }
-            Err(refusal) => {
-                let mut clock = Clock::start(Phase::Accept, Instant::now());
-                self.desk.record((listener, peer), b"", refusal, &mut clock);
-                turn_away(io, refusal).await;
+            Ok(counted) => match counted.admit(peer.map(|peer| peer.ip())) {
+                Ok(counted) => {
+                    let connection = Connection::new(counted, peer, local);
+                    let stream = Box::new(ClientStream::new(io, connection.clone()));
+                    tokio::spawn(Visit::new(self.clone(), connection, shutdown.clone()).serve(stream));
+                }
+                Err(refusal) => self.desk.turn_away(io, listener, ends, refusal).await,
+            },
+            // There is nothing that a client of another protocol would understand.
+            Err(refusal) if entrance::speaks_tls(listener) || listener.tcp.is_some() => {
+                listener.metrics.refusals.count(refusal)
             }
+            Err(refusal) => self.desk.turn_away(io, listener, ends, refusal).await,
         }
         None
     }
 }
 
-/// Answers a connection that is one too many, in little time: it reads what was sent, lest a reset overtakes the answer.
-async fn turn_away(mut io: Stream, refusal: &'static Refusal) {
-    let answer = answer_http1(refusal, false);
-    let _ = tokio::time::timeout(TURN_AWAY, async {
-        io.write_all(&answer).await?;
-        io.flush().await?;
-        let _ = io.shutdown().await;
-        while io.read(&mut [0; 1024]).await? > 0 {}
-        std::io::Result::Ok(())
-    })
-    .await;
+impl<P> Front<P>
+where
+    P: ProxyHttp + Send + Sync + 'static,
+    P::CTX: Send + Sync,
+{
+    /// Takes a connection through what stands before HTTP, and serves it.
+    async fn enter(self: Arc<Self>, io: Stream, counted: Counted, ends: Ends, mut shutdown: ShutdownWatch) {
+        let listener = counted.listener().clone();
+        let entered = tokio::select! {
+            // Boxed, so that a parked connection does not hold the room that this needs.
+            entered = Box::pin(entrance::enter(io, counted, ends, &self.desk.metrics)) => entered,
+            _ = shutdown.wait_for(|stopping| *stopping) => return,
+        };
+        match entered {
+            Ok(Some(Entered::Http { io, inbox, connection })) => {
+                let stream = Box::new(ClientStream::begun(io, inbox, connection.clone()));
+                Visit::new(self, connection, shutdown).serve(stream).await;
+            }
+            Ok(Some(Entered::Relay { raw, relay, name, connection })) => {
+                let _state = StateGauge::new(listener.clone(), ConnectionState::Active);
+                let _inflight = self.desk.inflight.enter();
+                let passed = relay.pass(*raw, &connection).await;
+                self.desk.record_passed(&connection, &relay, name.as_deref(), &passed);
+            }
+            Ok(None) => {}
+            Err(entrance::Refused { refusal, answerable, peer }) => {
+                let ends = Ends { peer, ..ends };
+                match answerable {
+                    Some(io) => self.desk.turn_away(io, &listener, ends, refusal).await,
+                    // It is no exchange: nobody was answered, and whoever scans ports would fill the log.
+                    None => listener.metrics.refusals.count(refusal),
+                }
+                tracing::debug!(listener = %listener.name, peer = ?ends.peer, reason = refusal.reason, "a connection was given up");
+            }
+        }
+    }
+}
+
+impl Desk {
+    /// Logs a connection that was passed on.
+    fn record_passed(&self, connection: &Connection, relay: &Relay, name: Option<&str>, passed: &Passed) {
+        let Some(log) = &self.log else { return };
+        let mut clock = Clock::start(Phase::Accept, connection.accepted);
+        clock.enter(Phase::Receive, passed.began);
+        clock.settle(Instant::now());
+        log.record(&Record {
+            time: SystemTime::now(),
+            listener: &connection.listener.name,
+            client: connection.peer.map(|peer| peer.ip()),
+            method: "",
+            host: name.unwrap_or_default().as_bytes(),
+            target: b"",
+            protocol: if name.is_some() { "TLS" } else { "TCP" },
+            status: 0,
+            received: passed.received,
+            sent: passed.sent,
+            buffered: 0,
+            spilled: 0,
+            held: None,
+            saved: Duration::ZERO,
+            clock: &clock,
+            own: Duration::ZERO,
+            route: UNROUTED,
+            upstream: Some(&relay.upstream.name),
+            endpoint: passed.endpoint.as_deref(),
+            attempts: passed.attempts,
+            failed: &[],
+            reason: passed.refusal.map(|refusal| refusal.reason),
+            grpc_status: None,
+            request_id: None,
+            tls: None,
+            client_subject: None,
+            trace: None,
+            referer: None,
+            user_agent: None,
+        });
+    }
+
+    /// Answers a connection that is not let in, in little time: it reads what was sent, lest a reset overtakes the answer.
+    async fn turn_away(&self, mut io: Stream, listener: &Listener, ends: Ends, refusal: &'static Refusal) {
+        let mut clock = Clock::start(Phase::Accept, Instant::now());
+        self.record((listener, ends.peer), b"", refusal, &mut clock);
+        let answer = answer_http1(refusal, false);
+        let _ = tokio::time::timeout(TURN_AWAY, async {
+            io.write_all(&answer).await?;
+            io.flush().await?;
+            let _ = io.shutdown().await;
+            while io.read(&mut [0; 1024]).await? > 0 {}
+            std::io::Result::Ok(())
+        })
+        .await;
+    }
 }
 
 /// One connection from its first byte to its end, or until it turns out to be HTTP/2.
@@ -205,6 +304,7 @@ struct Visit<P> {
 #[derive(Clone, Copy)]
 struct Arrival {
     accept: Option<Duration>,
+    handshake: Option<Duration>,
     header_since: Instant,
     header_in: Option<Cycle>,
 }
@@ -214,6 +314,9 @@ impl Arrival {
         let mut clock = Clock::start(Phase::Header, self.header_since);
         if let Some(accept) = self.accept {
             clock.credit(Phase::Accept, accept);
+        }
+        if let Some(handshake) = self.handshake {
+            clock.credit(Phase::Handshake, handshake);
         }
         clock
     }
@@ -225,7 +328,7 @@ where
     P::CTX: Send + Sync,
 {
     fn new(front: Arc<Front<P>>, connection: Arc<Connection>, shutdown: ShutdownWatch) -> Self {
-        let state = StateGauge::new(connection.clone());
+        let state = StateGauge::new(connection.listener.clone(), ConnectionState::Idle);
         Visit { front, connection, state, shutdown, served: 0 }
     }
 
@@ -257,8 +360,10 @@ where
     /// Reads one header and runs its exchange. Gives the stream back if the connection is kept.
     async fn exchange(&mut self, mut stream: Box<ClientStream>) -> Option<Box<ClientStream>> {
         let header_since = Instant::now();
-        let accept = (self.served == 1).then(|| header_since - self.connection.accepted);
-        let arrival = Arrival { accept, header_since, header_in: worker::cycle_if_wanted() };
+        let handshake = self.connection.handshake().map(|(_, took)| took).filter(|_| self.served == 1);
+        let before = header_since - self.connection.accepted;
+        let accept = (self.served == 1).then(|| before.saturating_sub(handshake.unwrap_or_default()));
+        let arrival = Arrival { accept, handshake, header_since, header_in: worker::cycle_if_wanted() };
         let inflight = self.front.desk.inflight.enter();
         let opening = self.read_header(&mut stream, header_since).await;
         self.state.enter(ConnectionState::Active);
@@ -314,9 +419,9 @@ where
         session.set_keepalive(Some(0));
         session.set_keepalive_reuses_remaining((self.served >= listener.requests_max).then_some(0));
 
-        let Arrival { accept, header_since, header_in } = arrival;
+        let Arrival { accept, handshake, header_since, header_in } = arrival;
         let connection = self.connection.clone();
-        let begin = Begin { connection, accept, header_since, header_in, header_done: Instant::now() };
+        let begin = Begin { connection, accept, handshake, header_since, header_in, header_done: Instant::now() };
         let exchange = Introduced::new(begin, self.front.proxy.process_new_http(session, &self.shutdown));
         let (stream, _) = Metered::new(exchange).await?.consume();
         stream.into_any().downcast::<ClientStream>().ok()
@@ -388,17 +493,19 @@ where
         let listener = &self.connection.listener;
         let _inflight = desk.inflight.enter();
         listener.metrics.h2_requests.inc();
-        if self.opened.fetch_add(1, Ordering::Relaxed) + 1 == listener.requests_max {
+        let opened = self.opened.fetch_add(1, Ordering::Relaxed) + 1;
+        if opened == listener.requests_max {
             self.end();
         }
         let now = Instant::now();
         let (connection, header_in) = (self.connection.clone(), worker::cycle_if_wanted());
-        let begin = Begin { connection, accept: None, header_since: now, header_in, header_done: now };
+        let handshake = connection.handshake().map(|(_, took)| took).filter(|_| opened == 1);
+        let begin = Begin { connection, accept: None, handshake, header_since: now, header_in, header_done: now };
         Metered::new(Introduced::new(begin, proxy.process_new_http(session, shutdown))).await
     }
 
     fn h2_options(&self) -> Option<H2Options> {
-        Some(self.connection.listener.h2.clone())
+        Some(self.connection.listener.h2_options.clone())
     }
 
     fn server_options(&self) -> Option<&HttpServerOptions> {

@@ -88,6 +88,24 @@ macro_rules! refusals {
 refusals! {
     ACCEPT_CONNECTIONS: "accept.connections", 503, "The gateway has reached its limit of connections.";
     ACCEPT_CONNECTIONS_PER_IP: "accept.connections_per_ip", 429, "Too many connections from this address.";
+    ACCEPT_PROXY_PROTOCOL: "accept.proxy_protocol", 400, "This connection must begin with the PROXY protocol.";
+    ACCEPT_PROXY_TIMEOUT: "accept.proxy_timeout", 408, "The header of the PROXY protocol did not arrive in time.";
+    ACCEPT_PROXY_UNTRUSTED: "accept.proxy_untrusted", 403, "This address may not use the PROXY protocol.";
+    HANDSHAKE_TIMEOUT: "handshake.timeout", 408, "The TLS handshake did not end in time.";
+    HANDSHAKE_ABORTED: "handshake.aborted", 499, "The client went away in the middle of the TLS handshake.";
+    HANDSHAKE_HTTP: "handshake.http", 400, "This port speaks TLS: use https instead of http.";
+    HANDSHAKE_NOT_TLS: "handshake.not_tls", 400, "This port speaks TLS, and what was sent is something else.";
+    HANDSHAKE_MALFORMED: "handshake.malformed", 400, "The ClientHello could not be understood.";
+    HANDSHAKE_TOO_LARGE: "handshake.too_large", 400, "The ClientHello is too large.";
+    HANDSHAKE_NO_NAME: "handshake.no_name", 400, "The client asked for no name.";
+    HANDSHAKE_UNKNOWN_NAME: "handshake.unknown_name", 400, "Nothing is served under the name that was asked for.";
+    HANDSHAKE_VERSION: "handshake.version", 400, "No version of TLS could be agreed on.";
+    HANDSHAKE_CIPHER: "handshake.cipher", 400, "No cipher suite, group or signature scheme could be agreed on.";
+    HANDSHAKE_PROTOCOL: "handshake.protocol", 400, "No protocol could be agreed on by ALPN.";
+    HANDSHAKE_NO_CERTIFICATE: "handshake.no_certificate", 400, "The client has shown no certificate.";
+    HANDSHAKE_CERTIFICATE: "handshake.certificate", 400, "The certificate of the client is not accepted.";
+    HANDSHAKE_ALERT: "handshake.alert", 400, "The client ended the TLS handshake with an alert.";
+    HANDSHAKE_FAILED: "handshake.failed", 400, "The TLS handshake failed.";
     HEADER_TIMEOUT: "header.timeout", 408, "The request header did not arrive in time.";
     HEADER_ABORTED: "header.aborted", 499, "The client went away in the middle of its request header.";
     HEADER_TOO_LARGE: "header.too_large", 431, "The request header is too large.";
@@ -97,6 +115,7 @@ refusals! {
     HEADER_FRAMING: "header.framing", 400, "The length of the request body is ambiguous.";
     HEADER_ENCODING: "header.encoding", 501, "This transfer coding is not supported.";
     HEADER_HOST: "header.host", 400, "The Host of the request is missing, doubled or malformed.";
+    HEADER_MISDIRECTED: "header.misdirected", 421, "This host is served over another connection.";
     HEADER_METHOD: "header.method", 405, "This method is not allowed.";
     ROUTE_NO_MATCH: "route.no_match", 404, "No route matches this request.";
     ROUTE_PRESSURE: "route.pressure", 503, "The gateway has no room for further requests; try again later.";

@@ -24,18 +24,21 @@ use crate::access_log::AccessLog;
 use crate::admin::status::{self, Sources, Status};
 use crate::admin::{self, Admin, Readiness, trace};
 use crate::client::budget::{self, Budget};
-use crate::client::connection::{Inflight, Listener, Listeners};
+use crate::client::connection::{Fittings, Inflight, Listener, Listeners};
 use crate::client::intake::IntakeTerms;
 use crate::client::lane::{Door, Lanes};
+use crate::client::names::Names;
 use crate::client::pace::Pace;
+use crate::client::relay::Relay;
 use crate::client::spool::disk::Disk;
 use crate::client::spool::{Depot, Limits};
+use crate::client::tls::{self, Tls};
 use crate::client::wire::{Leave, Manner, Throttle};
 use crate::client::{Desk, Front};
 use crate::config::route::retry::ATTEMPTS_MAX;
 use crate::config::route::{BufferMode, Grpc, HalfClose, OnDiskFull};
 use crate::config::server::{Resources, Rung, Threads};
-use crate::config::units::Size;
+use crate::config::units::{Size, Time};
 use crate::config::{self, Config, Report};
 use crate::error::{BuildError, refusal};
 use crate::eventloop::runtime::{POLL_TIME_BUCKETS, POLL_TIME_FIRST_MICROS};
@@ -111,7 +114,13 @@ impl Builder {
     pub fn check(&self, config: &Config) -> Vec<BuildError> {
         let metrics = Metrics::new(config.observability.metrics.max_series.0, Vec::new());
         let mut errors = self.catalog.conflicts().to_vec();
-        errors.extend(Parts::build(&self.catalog, config, &metrics).err().unwrap_or_default());
+        match Parts::build(&self.catalog, config, &metrics) {
+            // A gateway with these would start; whoever asks beforehand wants to know.
+            Ok(parts) => {
+                errors.extend(parts.tls.iter().enumerate().flat_map(|(index, tls)| expired(tls.as_ref(), index)))
+            }
+            Err(found) => errors.extend(found),
+        }
         let dir = &config.server.spool_dir;
         errors.extend(Disk::probe(Path::new(dir)).err().map(|error| no_spool_dir(dir, &error)));
         errors
@@ -182,7 +191,7 @@ impl Gateway {
         if !catalog.conflicts().is_empty() {
             return Err(wrong(catalog.conflicts().to_vec()));
         }
-        let parts = Parts::build(catalog, &config, &metrics).map_err(wrong)?;
+        let mut parts = Parts::build(catalog, &config, &metrics).map_err(wrong)?;
         let log = AccessLog::open(&config.observability.access_log, metrics.access_log())
             .map_err(|error| wrong(vec![error]))?
             .map(Arc::new);
@@ -203,9 +212,14 @@ impl Gateway {
         let mut listed = Vec::new();
         let mut sockets = Vec::new();
         let mut places = Vec::new();
-        for written in &config.listeners {
+        let mut secured = Vec::new();
+        for (index, written) in config.listeners.iter().enumerate() {
+            let tls = parts.tls[index].take().map(|tls| started(tls, index)).transpose();
+            let tls = tls.map_err(|error| wrong(vec![error]))?;
             let socket = bind(&written.address, &written.name)?;
-            let listener = Arc::new(Listener::build(written, &metrics));
+            secured.extend(tls.clone());
+            let listener =
+                Arc::new(Listener::build(written, fittings(written, tls, &parts.upstreams, &metrics), &metrics));
             listed.push((socket.key().to_owned(), listener.clone()));
             match socket.tcp {
                 Some(address) => listeners.add_tcp(address, listener),
@@ -253,6 +267,9 @@ impl Gateway {
         let find_workers = move || found.attach(threads, pingora_runtime::current_handle);
         server.add_service(Bound::new(web, sockets, Some(stopped)).first(find_workers));
         server.add_service(upstream::background(parts.upstreams.values()));
+        if !secured.is_empty() {
+            server.add_service(tls::background(secured));
+        }
 
         let mut admin = None;
         if config.admin.enabled {
@@ -300,6 +317,8 @@ struct Parts {
     routes: Table<Arc<Route>>,
     /// The routes as `/status` shows them, in the order of the file.
     listed: Vec<(Arc<RouteMetrics>, Vec<String>)>,
+    /// The TLS of each listener, in the order of the file.
+    tls: Vec<Option<Tls>>,
 }
 
 impl Parts {
@@ -318,6 +337,19 @@ impl Parts {
             }
         }
         errors.extend(upstream::look_up(upstreams.values()));
+        let mut tls = Vec::new();
+        for (index, written) in config.listeners.iter().enumerate() {
+            let built = written
+                .tls
+                .as_ref()
+                .map(|tls| Tls::build(tls, &written.name, written.spoken(), metrics.tls(&written.name)));
+            match built.transpose() {
+                Ok(built) => tls.push(built),
+                Err(found) => {
+                    errors.extend(found.into_iter().map(|error| error.under(&format!("listeners[{index}].tls"))));
+                }
+            }
+        }
         let mirrors = config.routes.iter().any(|route| route.mirror.is_some());
         let connector = mirrors.then(|| Arc::new(Connector::new(Some(ConnectorOptions::new(MIRROR_POOL)))));
         let (mut rules, mut listed) = (Vec::new(), Vec::new());
@@ -338,7 +370,7 @@ impl Parts {
             }
         }
         match Table::build(rules) {
-            Ok(routes) if errors.is_empty() => Ok(Parts { upstreams, routes, listed }),
+            Ok(routes) if errors.is_empty() => Ok(Parts { upstreams, routes, listed, tls }),
             Ok(_) => Err(errors),
             Err(found) => {
                 errors.extend(found.into_iter().map(|error| error.under("routes")));
@@ -346,6 +378,51 @@ impl Parts {
             }
         }
     }
+}
+
+/// What a listener has besides itself: TLS, and where connections are passed on to.
+fn fittings(
+    written: &config::Listener,
+    tls: Option<Arc<Tls>>,
+    upstreams: &BTreeMap<String, Arc<Upstream>>,
+    metrics: &Metrics,
+) -> Fittings {
+    // The configuration was checked: there is an upstream of this name.
+    let relay = |name: &String, idle: Time, label: &str| {
+        let upstream = upstreams.get(name)?.clone();
+        Some(Arc::new(Relay { upstream, idle: idle.0, metrics: metrics.relay(&written.name, label) }))
+    };
+    let mut passthrough = Names::default();
+    for one in &written.passthrough {
+        // One for each name, which is a label of its metrics.
+        for name in &one.sni {
+            let name = name.to_ascii_lowercase();
+            if let Some(relay) = relay(&one.upstream, one.idle, &name) {
+                passthrough.insert(&name, relay);
+            }
+        }
+    }
+    let tcp = written.tcp.as_ref().and_then(|tcp| relay(&tcp.upstream, tcp.idle, "tcp"));
+    Fittings { tls, passthrough, tcp }
+}
+
+/// What clients would not accept of the certificates of a listener.
+fn expired(tls: Option<&Tls>, listener: usize) -> Vec<BuildError> {
+    let certificates = tls.map(Tls::certificates).unwrap_or_default();
+    let problems = certificates.into_iter().enumerate().filter_map(|(index, facts)| {
+        let path = format!("listeners[{listener}].tls.certificates[{index}].cert");
+        facts.problem.map(|problem| BuildError::new(path, format!("`{}` is of no use: {problem}", facts.file)))
+    });
+    problems.collect()
+}
+
+/// Makes the TLS of a listener ready for clients, and tells of certificates that they will not accept.
+fn started(mut tls: Tls, listener: usize) -> Result<Arc<Tls>, BuildError> {
+    tls.start().map_err(|error| error.under("tls").under(&format!("listeners[{listener}]")))?;
+    for error in expired(Some(&tls), listener) {
+        tracing::warn!("{error}");
+    }
+    Ok(Arc::new(tls))
 }
 
 fn route(

@@ -10,8 +10,10 @@ mod limits;
 pub mod mirror;
 mod phases;
 mod refusals;
+mod relay;
 pub mod retry;
 mod route;
+mod tls;
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -42,6 +44,9 @@ pub const LOOP: &str = "loop";
 pub use limits::{LimitMetrics, QueueMetrics};
 pub use phases::{PhaseState, Seat};
 pub use refusals::RefusalMetrics;
+pub use relay::RelayMetrics;
+pub use tls::TlsMetrics;
+
 pub use route::{Direction, Distribution, RouteFigures, RouteMetrics, Spills, Summary};
 
 /// All metrics of one gateway. Clones are cheap and share everything.
@@ -78,6 +83,8 @@ struct Families {
     client_connections: IntGaugeVec,
     client_connections_total: IntCounterVec,
     client_requests: IntCounterVec,
+    tls: tls::Families,
+    relays: relay::Families,
     upstream_selections: IntCounterVec,
     upstream_connects: IntCounterVec,
     upstream_connect_failures: IntCounterVec,
@@ -200,6 +207,16 @@ impl Metrics {
             refusals: self.refusals().clone(),
             open: STATES.map(open),
         }
+    }
+
+    /// Those of the TLS of the listener of this name.
+    pub fn tls(&self, listener: &str) -> TlsMetrics {
+        self.families().tls.listener(listener)
+    }
+
+    /// Those of what a listener passes on as it is, under this name.
+    pub fn relay(&self, listener: &str, name: &str) -> RelayMetrics {
+        self.families().relays.relay(listener, name)
     }
 
     /// Those of the upstream of this name.
@@ -424,6 +441,8 @@ impl Families {
             client_connections: family::CLIENT_CONNECTIONS.gauge(registry),
             client_connections_total: family::CLIENT_CONNECTIONS_TOTAL.counter(registry),
             client_requests: family::CLIENT_REQUESTS.counter(registry),
+            tls: tls::Families::register(registry),
+            relays: relay::Families::register(registry),
             upstream_selections: family::UPSTREAM_SELECTIONS.counter(registry),
             upstream_connects: family::UPSTREAM_CONNECTS.counter(registry),
             upstream_connect_failures: family::UPSTREAM_CONNECT_FAILURES.counter(registry),
@@ -472,6 +491,8 @@ fn single(gauges: &IntGaugeVec) -> IntGauge {
 pub enum ConnectionState {
     /// Waits for its next request.
     Idle,
+    /// What stands before HTTP arrives: the PROXY protocol, the TLS handshake.
+    Handshake,
     /// A request header arrives.
     Header,
     /// It has an exchange or, on HTTP/2, several.
@@ -489,15 +510,15 @@ pub struct ListenerMetrics {
     /// Of the whole gateway: for what is refused before there is an exchange.
     pub refusals: RefusalMetrics,
     /// In the order of `ConnectionState`.
-    open: [IntGauge; 3],
+    open: [IntGauge; 4],
 }
 
 /// The values of the label `state` of connections, in the order of [`ConnectionState`].
-const STATES: [&str; 3] = ["idle", "header", "active"];
+const STATES: [&str; 4] = ["idle", "handshake", "header", "active"];
 
 impl ListenerMetrics {
     /// Connections that are open now, by what they do.
-    pub fn open(&self) -> [(&'static str, i64); 3] {
+    pub fn open(&self) -> [(&'static str, i64); 4] {
         std::array::from_fn(|state| (STATES[state], self.open[state].get()))
     }
 
@@ -769,6 +790,8 @@ mod tests {
         route.record(&exchange);
         route.spills(Direction::Request);
         metrics.listener("web");
+        metrics.relay("web", "tcp");
+        metrics.tls("web").show([("a.test", "RSA", 0)]);
         let upstream = metrics.upstream("app");
         let endpoint = upstream.endpoint("127.0.0.1:3000");
         upstream.health_checks();

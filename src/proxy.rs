@@ -11,6 +11,7 @@ pub mod exchange;
 pub mod finish;
 pub mod grpc;
 pub mod header;
+pub mod https;
 pub mod mirror;
 pub mod queue;
 pub mod receive;
@@ -289,6 +290,9 @@ impl Proxy {
         }
         if let Err(refusal) = checked {
             return refusal.into();
+        }
+        if let Some(verdict) = https::redirect(exchange, request) {
+            return verdict;
         }
         match route::find(&self.routes, request) {
             Ok(route) => route::take(exchange, route.clone(), request).await,

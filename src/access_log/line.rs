@@ -69,6 +69,8 @@ pub(super) fn json(line: &mut Vec<u8>, record: &Record<'_>) {
         number(line, ",\"grpc_status\":", status.into());
     }
     json_option(line, "request_id", record.request_id);
+    json_option(line, "tls", record.tls.map(str::as_bytes));
+    json_option(line, "client_subject", record.client_subject.map(str::as_bytes));
     if let Some(trace) = record.trace {
         put(line, format_args!(",\"trace_id\":\"{trace}\""));
     }
@@ -137,6 +139,8 @@ pub(super) fn combined(line: &mut Vec<u8>, record: &Record<'_>) {
         None => line.extend_from_slice(b" held_ms=-"),
     }
     millis(line, " saved_ms=", micros(record.saved));
+    combined_text(line, " tls=", record.tls.map(str::as_bytes));
+    combined_text(line, " client_subject=", record.client_subject.map(str::as_bytes));
     match record.trace {
         Some(trace) => put(line, format_args!(" trace_id={trace}")),
         None => line.extend_from_slice(b" trace_id=-"),
@@ -322,6 +326,8 @@ pub(super) mod tests {
             reason: None,
             grpc_status: None,
             request_id: None,
+            tls: None,
+            client_subject: None,
             trace: None,
             referer: None,
             user_agent: Some(b"curl/8.5.0"),
@@ -364,7 +370,7 @@ pub(super) mod tests {
             r#" total_ms=5.129 own_ms=0.041 phases="header=0.120 wait=5.000 finish=0.009""#,
             r#" listener="web" host="shop.example.com" received=310 route="shop" upstream="app" endpoint="127.0.0.1:3000""#,
             r#" attempts=1 failed=- reason="wait.timeout" grpc_status=- request_id="-""#,
-            " buffered=0 spilled=0 held_ms=- saved_ms=0.000 trace_id=-\n",
+            " buffered=0 spilled=0 held_ms=- saved_ms=0.000 tls=\"-\" client_subject=\"-\" trace_id=-\n",
         );
         assert_eq!(combined_of(&record), expected);
     }
@@ -384,7 +390,7 @@ pub(super) mod tests {
         assert!(json.contains(said), "{json}");
         let line = combined_of(&record);
         assert!(
-            line.ends_with(" buffered=4194304 spilled=4128768 held_ms=26.400 saved_ms=2097.001 trace_id=-\n"),
+            line.ends_with(" buffered=4194304 spilled=4128768 held_ms=26.400 saved_ms=2097.001 tls=\"-\" client_subject=\"-\" trace_id=-\n"),
             "{line}"
         );
     }
@@ -405,6 +411,14 @@ pub(super) mod tests {
         let id = "00000000000000000000000000004bf9";
         assert!(json_of(&record).contains(&format!(r#""trace_id":"{id}""#)));
         assert!(combined_of(&record).ends_with(&format!(" trace_id={id}\n")));
+    }
+
+    #[test]
+    fn who_a_client_has_proved_to_be_stands_in_both_formats() {
+        let clock = clock();
+        let record = Record { tls: Some("TLSv1.3"), client_subject: Some("CN=Ada,O=\"x\""), ..record(&clock) };
+        assert!(json_of(&record).contains(r#","tls":"TLSv1.3","client_subject":"CN=Ada,O=\"x\"""#));
+        assert!(combined_of(&record).contains(r#" tls="TLSv1.3" client_subject="CN=Ada,O=\x22x\x22" trace_id=-"#));
     }
 
     #[test]

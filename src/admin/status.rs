@@ -179,7 +179,7 @@ pub struct ListenerStatus {
     pub listener: String,
     /// Where it listens.
     pub address: String,
-    /// What it speaks: `http1`, `h2c`.
+    /// What it speaks: `tls`, `http1`, `h2`, `h2c`.
     pub protocols: Vec<String>,
     /// Connections that were accepted.
     pub accepted: u64,
@@ -515,7 +515,8 @@ fn once_asked(status: &Status, ask: &Ask) -> Result<Answer, String> {
 
 fn listened(address: &str, listener: &Listener) -> ListenerStatus {
     let metrics = &listener.metrics;
-    let spoken = [(listener.http1, "http1"), (listener.h2c, "h2c")];
+    let tls = listener.tls.is_some();
+    let spoken = [(tls, "tls"), (listener.http1, "http1"), (listener.h2, "h2"), (listener.h2c, "h2c")];
     ListenerStatus {
         listener: listener.name.clone(),
         address: address.to_owned(),

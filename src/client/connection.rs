@@ -10,11 +10,17 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
+use http::HeaderValue;
 use pingora::apps::HttpServerOptions;
 use pingora::protocols::http::v2::server::{H2Options, default_h2_options};
 use tokio::sync::Notify;
 
 use super::head::HeadLimits;
+use super::names::Names;
+use super::proxy_protocol::Expected;
+use super::relay::Relay;
+use super::tls::Tls;
+use super::tls::handshake::Facts;
 use crate::config;
 use crate::config::listener::Protocol;
 use crate::error::{Refusal, refusal};
@@ -30,6 +36,20 @@ pub struct Listener {
     pub http1: bool,
     /// Whether HTTP/2 in clear text is spoken.
     pub h2c: bool,
+    /// Whether HTTP/2 is spoken over TLS.
+    pub h2: bool,
+    /// Who is to speak the PROXY protocol, if anybody is.
+    pub proxy_protocol: Option<Expected>,
+    /// TLS, if it is spoken.
+    pub tls: Option<Arc<Tls>>,
+    /// Names of TLS whose connections are passed on as they are, and whereto.
+    pub passthrough: Names<Arc<Relay>>,
+    /// Whereto every connection is passed on as it is, if they are.
+    pub tcp: Option<Arc<Relay>>,
+    /// Whereto all clients are sent, if they are.
+    pub redirect: Option<Redirect>,
+    /// `Strict-Transport-Security`, if it is sent.
+    pub hsts: Option<HeaderValue>,
     /// What a request header may be.
     pub head: HeadLimits,
     /// For a whole request header.
@@ -39,7 +59,7 @@ pub struct Listener {
     /// Requests on one connection.
     pub requests_max: u64,
     /// What HTTP/2 clients are told of the limits.
-    pub h2: H2Options,
+    pub h2_options: H2Options,
     /// How Pingora is to run HTTP/2 connections.
     pub h2_server: HttpServerOptions,
     /// Its counters.
@@ -50,19 +70,38 @@ pub struct Listener {
     per_ip: Mutex<HashMap<IpAddr, u64>>,
 }
 
+/// What a listener has that others have as well, or that has to be started.
+#[derive(Default)]
+pub struct Fittings {
+    /// TLS.
+    pub tls: Option<Arc<Tls>>,
+    /// Names of TLS that are passed on.
+    pub passthrough: Names<Arc<Relay>>,
+    /// Where everything is passed on to.
+    pub tcp: Option<Arc<Relay>>,
+}
+
 impl Listener {
     /// Builds the listener that was written.
-    pub fn build(written: &config::Listener, metrics: &Metrics) -> Self {
-        let limits = &written.limits;
+    pub fn build(written: &config::Listener, fittings: Fittings, metrics: &Metrics) -> Self {
+        let Fittings { tls, passthrough, tcp } = fittings;
+        let (limits, spoken) = (&written.limits, written.spoken());
         Listener {
             name: written.name.clone(),
-            http1: written.protocols.contains(&Protocol::Http1),
-            h2c: written.protocols.contains(&Protocol::H2c),
+            http1: spoken.contains(&Protocol::Http1),
+            h2c: spoken.contains(&Protocol::H2c),
+            h2: spoken.contains(&Protocol::H2),
+            proxy_protocol: written.proxy_protocol.as_ref().map(Expected::build),
+            tls,
+            passthrough,
+            tcp,
+            redirect: written.redirect_https.map(|written| Redirect { port: written.port, status: written.status }),
+            hsts: hsts(written),
             head: HeadLimits { fields: limits.headers.0 as usize, bytes: limits.header_bytes.0 as usize },
             header_timeout: written.timeouts.header.0,
             idle_timeout: written.timeouts.idle.0,
             requests_max: limits.requests_per_connection.0,
-            h2: h2_options(limits),
+            h2_options: h2_options(limits),
             h2_server: h2_server_options(written.timeouts.idle.0),
             metrics: metrics.listener(&written.name),
             connections_max: limits.connections.0,
@@ -72,18 +111,13 @@ impl Listener {
         }
     }
 
-    /// Counts a connection in, unless a limit is met.
+    /// Counts a client in, unless it has as many connections as it may.
     fn admit(&self, client: Option<IpAddr>) -> Result<(), &'static Refusal> {
-        if self.connections.fetch_add(1, Ordering::Relaxed) >= self.connections_max {
-            self.connections.fetch_sub(1, Ordering::Relaxed);
-            return Err(&refusal::ACCEPT_CONNECTIONS);
-        }
         if let Some(client) = client.filter(|_| self.limits_per_ip()) {
             // Taken once per connection and held for one look-up; there is no wait inside.
             let mut per_ip = self.per_ip.lock().unwrap_or_else(PoisonError::into_inner);
             let open = per_ip.entry(client).or_default();
             if *open >= self.per_ip_max {
-                self.connections.fetch_sub(1, Ordering::Relaxed);
                 return Err(&refusal::ACCEPT_CONNECTIONS_PER_IP);
             }
             *open += 1;
@@ -91,9 +125,8 @@ impl Listener {
         Ok(())
     }
 
-    fn dismiss(&self, client: Option<IpAddr>) {
-        self.connections.fetch_sub(1, Ordering::Relaxed);
-        if let Some(client) = client.filter(|_| self.limits_per_ip()) {
+    fn dismiss(&self, client: IpAddr) {
+        if self.limits_per_ip() {
             let mut per_ip = self.per_ip.lock().unwrap_or_else(PoisonError::into_inner);
             if let Some(open) = per_ip.get_mut(&client) {
                 *open -= 1;
@@ -107,6 +140,21 @@ impl Listener {
     fn limits_per_ip(&self) -> bool {
         self.per_ip_max != config::units::Count::UNLIMITED.0
     }
+}
+
+/// How clients are sent to HTTPS.
+#[derive(Clone, Copy, Debug)]
+pub struct Redirect {
+    /// The port there.
+    pub port: u16,
+    /// The status of the answer.
+    pub status: u16,
+}
+
+fn hsts(written: &config::Listener) -> Option<HeaderValue> {
+    let hsts = written.tls.as_ref()?.hsts.as_ref()?;
+    // It is made of digits and words.
+    HeaderValue::try_from(hsts.value()).ok()
 }
 
 fn h2_options(limits: &config::listener::Limits) -> H2Options {
@@ -170,6 +218,67 @@ impl Default for Listeners {
     }
 }
 
+/// One of the connections that a listener may have; given back when this is dropped.
+pub struct Counted {
+    listener: Arc<Listener>,
+    /// Whom it is counted for, once that is known.
+    client: Option<IpAddr>,
+    accepted: Instant,
+    accepted_in: Option<Box<Cycle>>,
+}
+
+impl Counted {
+    /// Counts a connection in that was taken from the kernel just now, unless there are as many as there may be.
+    ///
+    /// # Errors
+    ///
+    /// There is no place.
+    pub fn take(listener: &Arc<Listener>) -> Result<Counted, &'static Refusal> {
+        if listener.connections.fetch_add(1, Ordering::Relaxed) >= listener.connections_max {
+            listener.connections.fetch_sub(1, Ordering::Relaxed);
+            return Err(&refusal::ACCEPT_CONNECTIONS);
+        }
+        let accepted_in = worker::cycle_if_wanted().map(Box::new);
+        Ok(Counted { listener: listener.clone(), client: None, accepted: Instant::now(), accepted_in })
+    }
+
+    /// Counts it for this client, unless that has as many as it may.
+    ///
+    /// # Errors
+    ///
+    /// It has no further place.
+    pub fn admit(mut self, client: Option<IpAddr>) -> Result<Counted, &'static Refusal> {
+        self.listener.admit(client)?;
+        self.listener.metrics.accepted.inc();
+        self.client = client;
+        Ok(self)
+    }
+
+    /// Where it came in.
+    pub fn listener(&self) -> &Arc<Listener> {
+        &self.listener
+    }
+
+    /// When it was taken from the kernel.
+    pub fn accepted(&self) -> Instant {
+        self.accepted
+    }
+
+    /// Counts it among those that do this.
+    pub fn state(&self, state: ConnectionState) -> StateGauge {
+        StateGauge::new(self.listener.clone(), state)
+    }
+}
+
+impl Drop for Counted {
+    fn drop(&mut self) {
+        self.listener.connections.fetch_sub(1, Ordering::Relaxed);
+        if let Some(client) = self.client {
+            self.listener.dismiss(client);
+        }
+    }
+}
+
 /// One client connection; shared by its stream and its exchanges.
 pub struct Connection {
     /// Where it came in.
@@ -184,34 +293,78 @@ pub struct Connection {
     pub accepted_in: Option<Box<Cycle>>,
     write_idle_ms: AtomicU64,
     half_close_aborts: AtomicBool,
+    /// Bytes that the socket has taken of what TLS made of the answers.
+    taken: AtomicU64,
     settled: AtomicBool,
     raw: AtomicBool,
     reset: AtomicBool,
     fault: OnceLock<&'static Refusal>,
+    secured: OnceLock<Box<Secured>>,
+    /// Given back with the connection.
+    _counted: Counted,
+}
+
+/// What a handshake came to, and when it began and how long it took.
+struct Secured {
+    facts: Facts,
+    begun: Instant,
+    took: Duration,
 }
 
 impl Connection {
-    /// Counts a new connection in, unless a limit of its listener is met.
-    pub fn admit(
-        listener: &Arc<Listener>,
-        peer: Option<SocketAddr>,
-        local: Option<SocketAddr>,
-    ) -> Result<Arc<Self>, &'static Refusal> {
-        listener.admit(peer.map(|peer| peer.ip()))?;
-        listener.metrics.accepted.inc();
-        Ok(Arc::new(Connection {
-            listener: listener.clone(),
+    /// A connection that has a place.
+    pub fn new(mut counted: Counted, peer: Option<SocketAddr>, local: Option<SocketAddr>) -> Arc<Self> {
+        let listener = counted.listener.clone();
+        Arc::new(Connection {
             peer,
             local,
-            accepted: Instant::now(),
-            accepted_in: worker::cycle_if_wanted().map(Box::new),
+            accepted: counted.accepted,
+            accepted_in: counted.accepted_in.take(),
             write_idle_ms: AtomicU64::new(listener.header_timeout.as_millis() as u64),
             half_close_aborts: AtomicBool::new(false),
+            taken: AtomicU64::new(0),
             settled: AtomicBool::new(false),
             raw: AtomicBool::new(false),
             reset: AtomicBool::new(false),
             fault: OnceLock::new(),
-        }))
+            secured: OnceLock::new(),
+            listener,
+            _counted: counted,
+        })
+    }
+
+    /// The handshake is done, which began at this time.
+    pub(super) fn secure(&self, facts: Facts, begun: Instant, took: Duration) {
+        // There is one handshake on a connection.
+        let _ = self.secured.set(Box::new(Secured { facts, begun, took }));
+    }
+
+    /// What is known of its TLS. `None`: it is in clear text.
+    pub fn tls(&self) -> Option<&Facts> {
+        self.secured.get().map(|secured| &secured.facts)
+    }
+
+    /// When its handshake began and how long it took, if there was one.
+    pub fn handshake(&self) -> Option<(Instant, Duration)> {
+        self.secured.get().map(|secured| (secured.begun, secured.took))
+    }
+
+    /// Whether a request for `host` may come over it, which may ask for other terms than those of its TLS.
+    pub fn may_serve(&self, host: &str) -> bool {
+        match (&self.listener.tls, self.tls()) {
+            (Some(tls), Some(facts)) => tls.table.load().may_serve(host, facts.policy),
+            _ => true,
+        }
+    }
+
+    /// The socket has taken so many bytes of what is encrypted.
+    pub(super) fn took(&self, bytes: usize) {
+        self.taken.fetch_add(bytes as u64, Ordering::Relaxed);
+    }
+
+    /// How many bytes that were in all.
+    pub(super) fn taken(&self) -> u64 {
+        self.taken.load(Ordering::Relaxed)
     }
 
     /// How long the client may take nothing of what is written to it. Until a route says, it is the header's time.
@@ -276,35 +429,29 @@ impl Connection {
     }
 }
 
-impl Drop for Connection {
-    fn drop(&mut self) {
-        self.listener.dismiss(self.peer.map(|peer| peer.ip()));
-    }
-}
-
 /// Counts a connection among those of its state until it is dropped.
 pub struct StateGauge {
-    connection: Arc<Connection>,
+    listener: Arc<Listener>,
     state: ConnectionState,
 }
 
 impl StateGauge {
-    /// A connection that is idle.
-    pub fn new(connection: Arc<Connection>) -> Self {
-        connection.listener.metrics.enter(None, Some(ConnectionState::Idle));
-        StateGauge { connection, state: ConnectionState::Idle }
+    /// A connection of this listener that is in this state.
+    pub fn new(listener: Arc<Listener>, state: ConnectionState) -> Self {
+        listener.metrics.enter(None, Some(state));
+        StateGauge { listener, state }
     }
 
     /// Goes on to `state`.
     pub fn enter(&mut self, state: ConnectionState) {
-        self.connection.listener.metrics.enter(Some(self.state), Some(state));
+        self.listener.metrics.enter(Some(self.state), Some(state));
         self.state = state;
     }
 }
 
 impl Drop for StateGauge {
     fn drop(&mut self) {
-        self.connection.listener.metrics.enter(Some(self.state), None);
+        self.listener.metrics.enter(Some(self.state), None);
     }
 }
 
@@ -312,8 +459,10 @@ impl Drop for StateGauge {
 pub struct Begin {
     /// Its connection.
     pub connection: Arc<Connection>,
-    /// From the connection to its first byte; for the first exchange only.
+    /// From the connection to its first byte, without the handshake; for the first exchange only.
     pub accept: Option<Duration>,
+    /// What its handshake took; for the first exchange only.
+    pub handshake: Option<Duration>,
     /// The first byte of its header.
     pub header_since: Instant,
     /// The cycle of its worker in which that came; `None` unless somebody wanted to know.
@@ -408,7 +557,7 @@ pub(super) mod tests {
     pub fn connection(listener: &str) -> Arc<Connection> {
         let text = format!("{{ name: web, address: 127.0.0.1:80, {listener} }}");
         let written = serde_yaml::from_str(&text).expect("a listener");
-        let listener = Arc::new(Listener::build(&written, &Metrics::new(0, Vec::new())));
-        Connection::admit(&listener, None, None).expect("room")
+        let listener = Arc::new(Listener::build(&written, Fittings::default(), &Metrics::new(0, Vec::new())));
+        Connection::new(Counted::take(&listener).expect("room"), None, None)
     }
 }

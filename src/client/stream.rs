@@ -101,6 +101,8 @@ struct Core {
     half_closed: bool,
     /// Sees a reset where reading does not.
     look: Look,
+    /// What the socket had taken when the client was last waited for; only TLS tells.
+    taken: u64,
 }
 
 /// What the session may still read.
@@ -121,7 +123,12 @@ struct Http2 {
 impl ClientStream {
     /// Takes over an accepted socket.
     pub fn new(io: Stream, connection: Arc<Connection>) -> Self {
-        let (inbox, outbox) = (BytesMut::new(), BytesMut::new());
+        ClientStream::begun(io, BytesMut::new(), connection)
+    }
+
+    /// Takes over a socket of which these bytes were read already.
+    pub fn begun(io: Stream, inbox: BytesMut, connection: Arc<Connection>) -> Self {
+        let outbox = BytesMut::new();
         let core = Core {
             io,
             connection,
@@ -135,6 +142,7 @@ impl ClientStream {
             waste_left: u64::MAX,
             half_closed: false,
             look: Look::default(),
+            taken: 0,
         };
         ClientStream { core: Arc::new(Mutex::new(core)) }
     }
@@ -227,7 +235,9 @@ impl Bypass {
 
 impl Core {
     fn poll_open(&mut self, cx: &mut Context<'_>, scanner: &mut Scanner) -> Poll<Result<Opening, &'static Refusal>> {
-        let h2c = self.connection.listener.h2c;
+        // Over TLS, what ALPN agreed on is spoken and nothing else.
+        let agreed = self.connection.tls().map(|tls| tls.h2);
+        let h2c = agreed.unwrap_or(self.connection.listener.h2c);
         loop {
             if h2c && self.inbox.starts_with(PREFACE) {
                 self.gulp = usize::MAX;
@@ -235,6 +245,13 @@ impl Core {
                 return Poll::Ready(Ok(Opening::Http2));
             }
             if !(h2c && PREFACE.starts_with(&self.inbox)) {
+                if agreed == Some(true) {
+                    // There is no answer that such a client would understand.
+                    self.connection.set_fault(&refusal::HEADER_MALFORMED);
+                    self.connection.listener.metrics.refusals.count(&refusal::HEADER_MALFORMED);
+                    self.inbox.clear();
+                    return Poll::Ready(Ok(Opening::Closed));
+                }
                 self.skip_empty_lines();
                 if let Some(end) = scanner.scan(&self.inbox, self.connection.listener.head)? {
                     return Poll::Ready(self.close_header(end).map(Opening::Http1));
@@ -428,6 +445,10 @@ impl Core {
             self.stalled = None;
             return written;
         }
+        let taken = self.connection.taken();
+        if taken != std::mem::replace(&mut self.taken, taken) {
+            self.stalled = None;
+        }
         let patience = self.connection.write_idle();
         let stalled = self.stalled.get_or_insert_with(|| Box::pin(tokio::time::sleep(patience)));
         ready!(stalled.as_mut().poll(cx));
@@ -466,7 +487,8 @@ impl Core {
             self.stalled = None;
             self.outbox.advance(sent);
         }
-        Poll::Ready(Ok(()))
+        // TLS may hold what it has encrypted and the socket did not take.
+        Pin::new(&mut self.io).poll_flush(cx)
     }
 
     fn poll_send(&mut self, cx: &mut Context<'_>, pieces: &mut VecDeque<Bytes>) -> Poll<io::Result<()>> {
@@ -498,8 +520,8 @@ impl Core {
                 pieces.pop_front();
             }
         }
-        self.stalled = None;
-        Poll::Ready(Ok(()))
+        let flushed = Pin::new(&mut self.io).poll_flush(cx);
+        self.poll_patience(cx, flushed)
     }
 
     /// Closes the writing side; if something is `unread`, reads what the client still sends for a while, for a socket that

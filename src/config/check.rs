@@ -17,7 +17,7 @@ use super::decode::Parts;
 use super::explain::{expected, join};
 use super::filter::FilterKind;
 use super::key::Key;
-use super::listener::{Limits, Listener};
+use super::listener::{Limits, Listener, Protocol as ListenerProtocol, Tls};
 use super::report::{Finding, Spot};
 use super::route::retry::{ATTEMPTS_MAX, Backoff, Retry};
 use super::route::{BufferMode, Client, Match, PathMatch, Route, ValueMatch};
@@ -41,6 +41,8 @@ const DISK_QUEUE_MAX: u64 = 1_000_000;
 const MEMORY_MIN: Size = Size::kib(1024);
 /// Whoever fails so often in a row has been down for hours.
 const STREAK_MAX: u64 = 10_000;
+/// More than any machine has processors.
+const HANDSHAKE_THREADS_MAX: u64 = 256;
 /// Each takes a socket.
 const CHECKS_AT_ONCE_MAX: u64 = 10_000;
 /// Whoever waits in a queue costs what its request does; nobody's patience lasts for more.
@@ -257,10 +259,60 @@ impl<'a> Check<'a> {
     }
 
     fn listener(&mut self, listener: &Listener, path: &str) {
-        let protocols = &listener.protocols;
+        let protocols = listener.spoken();
+        let (clear, secure) = ("`http1` and `h2c`", "`http1` and `h2`");
         if protocols.is_empty() && !self.parts.broken.within(&format!("{path}.protocols")) {
             let finding = Finding::error(value(format!("{path}.protocols")), "a listener must speak some protocol");
-            self.wrong(finding.label("expected one or both of `http1` and `h2c`"));
+            let known = if listener.tls.is_some() { secure } else { clear };
+            self.wrong(finding.label(format!("expected one or both of {known}")));
+        }
+        for (index, protocol) in protocols.iter().enumerate() {
+            let at = self.item(&format!("{path}.protocols"), index);
+            match (protocol, &listener.tls) {
+                (ListenerProtocol::H2, None) => {
+                    let finding = Finding::error(value(at), "`h2` is HTTP/2 over TLS, and this listener has no `tls`");
+                    self.wrong(finding.label(format!("expected one or both of {clear}")));
+                }
+                (ListenerProtocol::H2c, Some(_)) => {
+                    let finding =
+                        Finding::error(value(at), "`h2c` is HTTP/2 in clear text, and this listener has `tls`");
+                    self.wrong(finding.label(format!("expected one or both of {secure}")));
+                }
+                _ => {}
+            }
+        }
+        self.passed_on(listener, path);
+        if let Some(redirect) = &listener.redirect_https {
+            let at = format!("{path}.redirect_https");
+            if listener.tls.is_some() {
+                let finding =
+                    Finding::error(Spot::Key(at.clone()), "a listener with `tls` would send its clients to itself");
+                self.wrong(finding.label("it belongs to a listener in clear text"));
+            }
+            if ![301, 302, 307, 308].contains(&redirect.status) {
+                let finding = Finding::error(value(format!("{at}.status")), "this status is no redirect that fits");
+                self.wrong(finding.label("expected 301, 302, 307 or 308"));
+            }
+            if redirect.port == 0 {
+                let finding = Finding::error(value(format!("{at}.port")), "nothing can be reached at port 0");
+                self.wrong(finding.label("expected a port from 1 to 65535"));
+            }
+        }
+        if let Some(tls) = &listener.tls {
+            self.tls(tls, &format!("{path}.tls"));
+        }
+        if let Some(proxy) = &listener.proxy_protocol {
+            self.time(&format!("{path}.proxy_protocol.timeout"), proxy.timeout);
+            let unix = matches!(listener.address.target(), Ok(Target::Unix(_)));
+            if proxy.from.is_empty() && !unix && !self.parts.broken.within(&format!("{path}.proxy_protocol")) {
+                let finding =
+                    Finding::error(value(format!("{path}.proxy_protocol")), "nobody may speak the PROXY protocol");
+                self.wrong(
+                    finding
+                        .label("expected `from` with at least one network")
+                        .help("name the proxies: `from: [10.0.0.0/8]`"),
+                );
+            }
         }
         for (index, protocol) in protocols.iter().enumerate() {
             if let Some(first) = protocols[..index].iter().position(|earlier| earlier == protocol) {
@@ -287,6 +339,106 @@ impl<'a> Check<'a> {
         self.time(&format!("{path}timeouts.idle"), listener.timeouts.idle);
     }
 
+    /// What is passed on as it is.
+    fn passed_on(&mut self, listener: &Listener, path: &str) {
+        let mut names = Seen::<String>::default();
+        for (index, passthrough) in listener.passthrough.iter().enumerate() {
+            let at = self.item(&format!("{path}.passthrough"), index);
+            self.relay(&passthrough.upstream, passthrough.idle, &at);
+            if passthrough.sni.is_empty() {
+                let finding = Finding::error(value(format!("{at}.sni")), "no name is passed through");
+                self.wrong(finding.label("expected at least one name"));
+            }
+            for (number, name) in passthrough.sni.iter().enumerate() {
+                let spot = format!("{at}.sni[{number}]");
+                let rest = name.strip_prefix("*.").unwrap_or(name);
+                if !rest.split('.').all(is_label) {
+                    let finding = Finding::error(value(&spot), format!("`{name}` is no name of a host"));
+                    self.wrong(finding.label("expected a name such as `db.example.com` or `*.example.com`"));
+                } else if let Some(first) = Seen::first(&mut names, &name.to_ascii_lowercase(), spot.clone()) {
+                    self.twice(spot, first, format!("`{name}` is passed through twice"));
+                }
+            }
+        }
+        let Some(tcp) = &listener.tcp else { return };
+        self.relay(&tcp.upstream, tcp.idle, &format!("{path}.tcp"));
+        let others = [
+            ("tls", listener.tls.is_some()),
+            ("passthrough", !listener.passthrough.is_empty()),
+            ("redirect_https", listener.redirect_https.is_some()),
+            ("protocols", listener.protocols.is_some()),
+        ];
+        for (key, _) in others.into_iter().filter(|(_, is_there)| *is_there) {
+            let at = Spot::Key(format!("{path}.{key}"));
+            let finding = Finding::error(at, format!("`{key}` has no effect where every connection is passed on"));
+            self.wrong(finding.label("leave it out, or `tcp`"));
+        }
+    }
+
+    fn relay(&mut self, upstream: &str, idle: Time, path: &str) {
+        self.time(&format!("{path}.idle"), idle);
+        match self.parts.upstreams.get(upstream) {
+            None => self.upstream_exists(upstream, format!("{path}.upstream")),
+            Some(Some(there)) if there.tls.is_some() || there.protocol == Protocol::H2 => {
+                let at = value(format!("{path}.upstream"));
+                let finding =
+                    Finding::error(at, format!("the upstream `{upstream}` speaks TLS, and bytes pass as they are"));
+                self.wrong(finding.label("expected an upstream without `tls`").help(
+                    "what clients send is passed on, TLS included: take the upstream's `tls` away, or route HTTP to it",
+                ));
+            }
+            Some(_) => {}
+        }
+    }
+
+    fn tls(&mut self, tls: &Tls, path: &str) {
+        let list = format!("{path}.certificates");
+        if tls.certificates.is_empty() && !self.parts.broken.within(&list) {
+            let finding = Finding::error(value(&list), "TLS needs a certificate");
+            self.wrong(
+                finding
+                    .label("expected at least one")
+                    .help("write `- { cert: /etc/forebay/shop.pem, key: /etc/forebay/shop.key }`"),
+            );
+        }
+        if tls.groups.is_empty() && !self.parts.broken.within(&format!("{path}.groups")) {
+            let finding = Finding::error(value(format!("{path}.groups")), "TLS needs a group for the key exchange");
+            self.wrong(finding.label("expected at least one"));
+        }
+        if tls.ciphers.is_empty() && !self.parts.broken.within(&format!("{path}.ciphers")) {
+            let finding = Finding::error(value(format!("{path}.ciphers")), "TLS 1.2 needs a cipher suite");
+            self.wrong(
+                finding.label("expected at least one").help("to speak TLS 1.3 alone, write `min_version: \"1.3\"`"),
+            );
+        }
+        for (index, group) in tls.groups.iter().enumerate() {
+            if let Some(first) = tls.groups[..index].iter().position(|earlier| earlier == group) {
+                let list = format!("{path}.groups");
+                let (again, first) = (self.item(&list, index), self.item(&list, first));
+                self.twice(again, first, "a group is listed twice".to_owned());
+            }
+        }
+        self.time(&format!("{path}.handshake_timeout"), tls.handshake_timeout);
+        self.time(&format!("{path}.refresh"), tls.refresh);
+        self.time(&format!("{path}.tickets.rotate"), tls.tickets.rotate);
+        self.count(&format!("{path}.handshake_threads"), tls.handshake_threads, 0, HANDSHAKE_THREADS_MAX);
+        for key in ["rotate", "keys_file"] {
+            if !tls.tickets.enabled && self.is_written(&format!("{path}.tickets.{key}")) {
+                let at = format!("{path}.tickets.{key}");
+                let finding =
+                    Finding::error(Spot::Key(at), format!("`{key}` has no effect where there are no tickets"));
+                self.wrong(finding.label("leave it out, or `enabled: false`"));
+            }
+        }
+        if tls.tickets.keys_file.is_some() && self.is_written(&format!("{path}.tickets.rotate")) {
+            let finding = Finding::error(
+                Spot::Key(format!("{path}.tickets.rotate")),
+                "keys of a file are rotated by whoever writes it",
+            );
+            self.wrong(finding.label("leave it out, or `keys_file`"));
+        }
+    }
+
     fn upstreams(&mut self) {
         let used = self.used_upstreams();
         for (name, upstream) in &self.parts.upstreams {
@@ -306,7 +458,12 @@ impl<'a> Check<'a> {
     fn used_upstreams(&self) -> Option<HashSet<&'a str>> {
         let written = self.parts.routes.as_ref().filter(|routes| !routes.is_empty())?;
         let routes: Option<Vec<&Route>> = written.iter().map(Option::as_ref).collect();
-        let used: HashSet<&str> = routes?.into_iter().flat_map(asked).collect();
+        let listeners = self.parts.listeners.iter().flatten().flatten();
+        let passed_on = listeners.flat_map(|listener| {
+            let names = listener.passthrough.iter().map(|passthrough| passthrough.upstream.as_str());
+            names.chain(listener.tcp.as_ref().map(|tcp| tcp.upstream.as_str()))
+        });
+        let used: HashSet<&str> = routes?.into_iter().flat_map(asked).chain(passed_on).collect();
         let all_exist = used.iter().all(|name| self.parts.upstreams.contains_key(*name));
         (all_exist && !self.parts.broken.within("routes")).then_some(used)
     }

@@ -3,6 +3,10 @@
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+pub mod tls;
+
+pub use tls::{Passthrough, ProxyProtocol, RedirectHttps, Tcp, Tls};
+
 use super::Address;
 use super::units::{Count, Size, Time};
 
@@ -14,9 +18,24 @@ pub struct Listener {
     pub name: String,
     /// `host:port`, `[v6]:port` or `unix:/path`.
     pub address: Address,
-    /// What clients may speak on it.
-    #[serde(default = "Listener::default_protocols")]
-    pub protocols: Vec<Protocol>,
+    /// What clients may speak on it: by default `http1`, and with `tls` `http1` and `h2`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub protocols: Option<Vec<Protocol>>,
+    /// The PROXY protocol, which says who the client is.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub proxy_protocol: Option<ProxyProtocol>,
+    /// Has clients sent to HTTPS, whatever they ask for; no route is looked for.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub redirect_https: Option<RedirectHttps>,
+    /// TLS. Without it everything is in clear text.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tls: Option<Tls>,
+    /// Names of TLS whose connections pass as they are, without being decrypted here.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub passthrough: Vec<Passthrough>,
+    /// Has every connection passed on as it is, whatever is spoken on it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tcp: Option<Tcp>,
     /// What clients may cost.
     #[serde(default)]
     pub limits: Limits,
@@ -26,8 +45,13 @@ pub struct Listener {
 }
 
 impl Listener {
-    pub(crate) fn default_protocols() -> Vec<Protocol> {
-        vec![Protocol::Http1]
+    /// What clients may speak on it.
+    pub fn spoken(&self) -> &[Protocol] {
+        match &self.protocols {
+            Some(written) => written,
+            None if self.tls.is_some() => &[Protocol::Http1, Protocol::H2],
+            None => &[Protocol::Http1],
+        }
     }
 }
 
@@ -37,6 +61,8 @@ impl Listener {
 pub enum Protocol {
     /// HTTP/1.0 and HTTP/1.1.
     Http1,
+    /// HTTP/2 over TLS, where the client agrees on it (ALPN, RFC 9113 §3.2).
+    H2,
     /// HTTP/2 in clear text, by prior knowledge (RFC 9113 §3.3).
     H2c,
 }

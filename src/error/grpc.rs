@@ -51,7 +51,7 @@ impl Code {
             413 | 414 | 429 | 431 => Code::ResourceExhausted,
             416 => Code::OutOfRange,
             499 => Code::Cancelled,
-            502 | 503 => Code::Unavailable,
+            421 | 502 | 503 => Code::Unavailable,
             _ => Code::Unknown,
         }
     }

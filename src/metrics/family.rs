@@ -53,6 +53,9 @@ const EXCHANGE: &[f64] = &[0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0
 /// Seconds until a connection stands: from this machine to the other end of the world, TLS included.
 const CONNECT: &[f64] = &[0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 5.0];
 
+/// Seconds of a TLS handshake with a client: a resumed one on this machine to a full one on the other side of the world.
+const HANDSHAKE: &[f64] = &[0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 5.0, 10.0];
+
 /// Seconds that Forebay itself costs.
 const OWN: &[f64] = &[0.00001, 0.000025, 0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.05];
 
@@ -131,6 +134,22 @@ families! {
         "Client connections that were accepted.";
     CLIENT_REQUESTS: "forebay_client_requests_total", Counter, ["listener", "protocol"],
         "Requests whose header arrived, by the protocol that the client spoke.";
+    TLS_HANDSHAKES: "forebay_tls_handshakes_total", Counter, ["listener", "version", "resumed"],
+        "TLS handshakes with clients that were done; those that failed are refusals of the phase handshake.";
+    TLS_HANDSHAKE_SECONDS: "forebay_tls_handshake_seconds", Histogram(HANDSHAKE), ["listener"],
+        "Time of TLS handshakes with clients, from the first byte of the ClientHello to the end.";
+    TLS_CERTIFICATE_NOT_AFTER: "forebay_tls_certificate_not_after_timestamp_seconds", Gauge, ["listener", "name", "key"],
+        "When a certificate that clients are shown ceases to be valid, by its first name and the kind of its key.";
+    TLS_RELOADS: "forebay_tls_reloads_total", Counter, ["listener", "outcome"],
+        "Times that files of certificates had changed, by whether what they hold was taken or refused.";
+    TLS_CERTIFICATES_REFUSED: "forebay_tls_certificates_refused", Gauge, ["listener"],
+        "Certificates whose files hold something now that was refused: an older one is served.";
+    RELAYED_CONNECTIONS: "forebay_relayed_connections", Gauge, ["listener", "name"],
+        "Client connections that are passed on as they are now, by the name of TLS that they asked for or tcp.";
+    RELAYED_CONNECTIONS_TOTAL: "forebay_relayed_connections_total", Counter, ["listener", "name"],
+        "Client connections that were passed on as they are.";
+    RELAYED_BYTES: "forebay_relayed_bytes_total", Counter, ["listener", "name", "direction"],
+        "Bytes of connections that were passed on as they are, counted when these end.";
     UPSTREAM_SELECTIONS: "forebay_upstream_selections_total", Counter, ["upstream", "endpoint"],
         "Times that an endpoint was chosen.";
     UPSTREAM_CONNECTS: "forebay_upstream_connects_total", Counter, ["upstream", "outcome"],

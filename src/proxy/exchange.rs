@@ -238,9 +238,14 @@ impl Exchange {
         if let Some(accept) = begin.as_ref().and_then(|begin| begin.accept) {
             clock.credit(Phase::Accept, accept);
         }
+        if let Some(handshake) = begin.as_ref().and_then(|begin| begin.handshake) {
+            clock.credit(Phase::Handshake, handshake);
+        }
         let routed = begin.as_ref().map_or(now, |begin| begin.header_done);
         clock.enter(Phase::Route, routed);
         eventloop::enter(Phase::Route);
+        let secure = begin.as_ref().is_some_and(|begin| begin.connection.tls().is_some());
+        let scheme = if secure { "https" } else { "http" };
         let journal = journal::wanted().then(|| Box::new(opened(begin.as_ref(), routed)));
         Exchange {
             clock,
@@ -248,7 +253,7 @@ impl Exchange {
             connection: begin.map(|begin| begin.connection),
             client: None,
             peer_is_trusted: false,
-            scheme: "http",
+            scheme,
             target: None,
             grpc: None,
             route: None,
@@ -432,6 +437,11 @@ fn opened(begin: Option<&Begin>, routed: Instant) -> Journal {
             let connection = &begin.connection;
             let accepted = Tick { at: connection.accepted, cycle: connection.accepted_in.as_deref().copied() };
             let mut journal = Journal::begin(Phase::Accept, Note::early(accepted));
+            if let Some((begun, took)) = connection.handshake() {
+                let at = |at| Note::early(Tick { at, cycle: None });
+                journal.enter(Phase::Handshake, at(begun));
+                journal.enter(Phase::Accept, at(begun + took));
+            }
             journal.enter(Phase::Header, header);
             journal
         }

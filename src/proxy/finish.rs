@@ -94,6 +94,7 @@ pub fn settle(exchange: &mut Exchange, session: &mut ServerSession, unrouted: &R
         tracer.tell(story(exchange, (notes, journal), request, now, status));
     }
     let Some(log) = tellers.log else { return };
+    let tls = exchange.connection.as_ref().and_then(|connection| connection.tls());
     let field = |name| request.headers.get(name).map(|value| value.as_bytes());
     log.record(&Record {
         time: SystemTime::now(),
@@ -120,6 +121,8 @@ pub fn settle(exchange: &mut Exchange, session: &mut ServerSession, unrouted: &R
         reason: exchange.refusal.map(|refusal| refusal.reason),
         grpc_status: exchange.grpc.and_then(|call| call.status),
         request_id: field(REQUEST_ID),
+        tls: tls.map(|tls| tls.version),
+        client_subject: tls.and_then(|tls| tls.client.as_ref()).map(|client| &*client.subject),
         trace: trace(exchange, request),
         referer: field(header::REFERER),
         user_agent: field(header::USER_AGENT),

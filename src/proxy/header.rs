@@ -9,6 +9,7 @@ use ipnet::IpNet;
 use pingora::http::RequestHeader;
 
 use super::exchange::Exchange;
+use super::route::without_port;
 use crate::client::head::is_host;
 use crate::error::{Refusal, refusal};
 
@@ -49,7 +50,13 @@ pub fn check(
     }
     drop_other_upgrades(request);
     identify(exchange, request, trusted);
-    Ok(())
+    introduce(exchange, request)?;
+    let host = request.headers.get(header::HOST).and_then(|host| host.to_str().ok()).unwrap_or_default();
+    // RFC 9110 §15.5.20. A connection on which nothing was asked of the client opens no door of a host that asks.
+    match exchange.connection.as_ref() {
+        Some(connection) if !connection.may_serve(without_port(host)) => Err(&refusal::HEADER_MISDIRECTED),
+        _ => Ok(()),
+    }
 }
 
 /// RFC 9113 §8.3.1: `:authority` decides; a `Host` that disagrees with it is refused. One of the two must be there.
@@ -170,19 +177,52 @@ fn identify(exchange: &mut Exchange, request: &RequestHeader, trusted: &TrustedP
     if let Some(client) = forwarded_client(request, trusted) {
         exchange.client = Some(client);
     }
-    if forwarded_https(request) {
-        exchange.scheme = "https";
+    if let Some(https) = forwarded_https(request) {
+        exchange.scheme = if https { "https" } else { "http" };
     }
 }
 
-/// Whether the nearest proxy says that its client came by TLS.
-fn forwarded_https(request: &RequestHeader) -> bool {
+/// Who a client has proved to be by its certificate: its subject, its further names, its SHA-256 and its number. Set by
+/// Forebay alone, or by a proxy that is trusted: routes, filters, logs and upstreams may rely on them.
+const CLIENT_CERTIFICATE: [HeaderName; 4] = [
+    HeaderName::from_static("x-client-cert-subject"),
+    HeaderName::from_static("x-client-cert-names"),
+    HeaderName::from_static("x-client-cert-fingerprint"),
+    HeaderName::from_static("x-client-cert-serial"),
+];
+
+/// Longer, and no origin would take it.
+const CERTIFICATE_FIELD_BYTES_MAX: usize = 8 << 10;
+
+/// Says who the client has proved to be, in place of what it says itself.
+fn introduce(exchange: &Exchange, request: &mut RequestHeader) -> Result<(), &'static Refusal> {
+    let proved = exchange.connection.as_ref().and_then(|connection| connection.tls()?.client.as_ref());
+    if proved.is_none() && exchange.peer_is_trusted {
+        return Ok(());
+    }
+    for name in &CLIENT_CERTIFICATE {
+        request.remove_header(name);
+    }
+    let Some(client) = proved else { return Ok(()) };
+    let said = [&client.subject, &client.names, &client.fingerprint, &client.serial];
+    for (name, text) in CLIENT_CERTIFICATE.iter().zip(said).filter(|(_, text)| !text.is_empty()) {
+        // Cut or changed, it might be somebody else's.
+        let whole = text.len() <= CERTIFICATE_FIELD_BYTES_MAX;
+        let value =
+            HeaderValue::from_bytes(text.as_bytes()).ok().filter(|_| whole).ok_or(&refusal::HEADER_MALFORMED)?;
+        request.insert_header(name.clone(), value).map_err(|_| &refusal::HEADER_MALFORMED)?;
+    }
+    Ok(())
+}
+
+/// Whether the nearest proxy says that its client came by TLS; `None` if it does not say.
+fn forwarded_https(request: &RequestHeader) -> Option<bool> {
     if let Some(proto) = request.headers.get(X_FORWARDED_PROTO) {
-        return proto.as_bytes().eq_ignore_ascii_case(b"https");
+        return Some(proto.as_bytes().eq_ignore_ascii_case(b"https"));
     }
     let last = request.headers.get_all(header::FORWARDED).iter().next_back();
     let element = last.and_then(|value| value.to_str().ok()?.rsplit(',').next());
-    element.and_then(|element| parameter(element, "proto")).is_some_and(|proto| proto.eq_ignore_ascii_case("https"))
+    element.and_then(|element| parameter(element, "proto")).map(|proto| proto.eq_ignore_ascii_case("https"))
 }
 
 /// `X-Forwarded-Proto`.
@@ -261,8 +301,9 @@ pub(super) mod tests {
         let said =
             request(&[("forwarded", "for=6.6.6.6, For=\"[2001:db8::1]:4711\";proto=https, for=10.0.0.1;proto=http")]);
         assert_eq!(forwarded_client(&said, &trusted), "2001:db8::1".parse().ok());
-        assert!(!forwarded_https(&said));
-        assert!(forwarded_https(&request(&[("forwarded", "for=1.2.3.4;Proto=HTTPS")])));
+        assert_eq!(forwarded_https(&said), Some(false));
+        assert_eq!(forwarded_https(&request(&[("forwarded", "for=1.2.3.4;Proto=HTTPS")])), Some(true));
+        assert_eq!(forwarded_https(&request(&[("forwarded", "for=1.2.3.4")])), None);
     }
 
     #[test]

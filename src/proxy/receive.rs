@@ -11,6 +11,7 @@ use pingora::http::{RequestHeader, ResponseHeader};
 use pingora::{Error, ErrorType, Result};
 
 use super::exchange::{Exchange, FilterStates};
+use super::https;
 use super::route::Route;
 use crate::client::session::Tap;
 use crate::error::refusal;
@@ -74,6 +75,7 @@ pub async fn header(
         exchange.refuse(refused);
         return Err(Error::new_in(ErrorType::InternalError));
     }
+    https::insist(exchange, response);
     if exchange.route.as_ref().is_some_and(|route| route.chain.wants(Stages::RESPONSE_BODY)) {
         unfix_length(request, response)?;
     }

@@ -115,7 +115,7 @@ pub async fn take(exchange: &mut Exchange, route: Arc<Route>, request: &mut Requ
     verdict
 }
 
-fn without_port(host: &str) -> &str {
+pub(super) fn without_port(host: &str) -> &str {
     match host.rfind(':') {
         Some(colon) if !host.ends_with(']') => &host[..colon],
         _ => host,

@@ -13,6 +13,7 @@ use pingora::{Error, ErrorType, Result};
 use super::blame;
 use super::exchange::Exchange;
 use super::grpc::{self, TrailersOnly};
+use super::https;
 use crate::error::{Refusal, refusal};
 use crate::filter::{Answer, Refused};
 use crate::phase::Phase;
@@ -74,6 +75,7 @@ async fn write(
     }
     // The filters of the route see our answers as they see an endpoint's; here, a refusal of theirs changes nothing.
     let _ = exchange.filter_response(session.req_header_mut(), &mut response).await;
+    https::insist(exchange, &mut response);
     let without_body = body.is_empty() || session.req_header().method == Method::HEAD;
     session.write_response_header(Box::new(response)).await?;
     if without_body { session.finish_body().await } else { session.write_response_body(body, true).await }

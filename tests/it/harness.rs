@@ -16,6 +16,7 @@ pub mod moody;
 pub mod nginx;
 pub mod origin;
 pub mod secure;
+pub mod tls;
 pub mod wire;
 
 use std::net::{SocketAddr, TcpListener, TcpStream};

@@ -1,6 +1,7 @@
 //! A gateway under a mixed load, and a real Prometheus that scrapes it: does every panel have something to show?
 
 use std::path::Path;
+use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
@@ -11,6 +12,8 @@ use forebay::origin::Running;
 use crate::harness::client::{H2Client, get, request};
 use crate::harness::metrics::Prometheus;
 use crate::harness::origin::{Closed, built_in};
+use crate::harness::secure::Authority;
+use crate::harness::tls::{Tls, pair};
 use crate::harness::{Client, DEADLINE, Gateway, Setup, ms};
 
 /// Over what rates are taken: all of the load, which is short.
@@ -35,6 +38,9 @@ impl Drop for Over<'_> {
 /// A gateway that has every kind of trouble before it and behind it.
 fn troubled() -> (Gateway, impl Drop) {
     let (origin, closed) = (built_in(), Closed::refusing());
+    let certificate = pair(&authority().issue(&["a.test"]));
+    let secure =
+        format!("{{ name: secure, address: \"127.0.0.1:0\", tls: {{ certificates: [ {{ {certificate} }} ] }} }}");
     // It says that all is well and forgets what it got, which a collector of a story does not.
     let tracing = format!("tracing: {{ endpoint: \"http://{}/status/200\", sample: 50% }}", origin.address());
     let setup = Setup::before_all(&[origin.address(), closed.address()]);
@@ -42,6 +48,8 @@ fn troubled() -> (Gateway, impl Drop) {
     let setup = setup
         .server(&format!("threads: 2, spool_dir: \"{}\"", spool.display()))
         .listener("protocols: [http1, h2c]")
+        .also_listener(&secure)
+        .also_listener("{ name: passed, address: \"127.0.0.1:0\", tcp: { upstream: copies } }")
         .upstream("limits: { requests: 1 }")
         .observability(&tracing)
         .filters("{ request_id: {} }")
@@ -98,6 +106,25 @@ fn slow_to_take(gateway: &Gateway) {
     client.response();
 }
 
+/// A client that is passed on.
+fn passed(gateway: &Gateway) {
+    get(gateway.address("passed"), "/bytes/1KiB");
+}
+
+/// A client that speaks TLS, and one that does not trust whom it meets.
+fn secure(gateway: &Gateway) {
+    let client = Tls::to(gateway.address("secure"), authority(), "a.test");
+    let (_, first) = client.get("/bytes/1KiB").expect("an answer");
+    client.resuming(first.session()).get("/bytes/1KiB").expect("an answer");
+    assert!(Tls::to(gateway.address("secure"), authority(), "b.test").connect().is_err());
+}
+
+/// Whom they trust.
+fn authority() -> &'static Authority {
+    static AUTHORITY: OnceLock<Authority> = OnceLock::new();
+    AUTHORITY.get_or_init(Authority::new)
+}
+
 /// A client that speaks HTTP/2.
 fn h2(gateway: &Gateway) {
     H2Client::connect(gateway.web()).get("/bytes/1KiB");
@@ -109,7 +136,7 @@ fn every_panel_of_every_board_shows_something_of_a_gateway_under_load() {
     let prometheus = Prometheus::scraping(gateway.admin());
     let over = AtomicBool::new(false);
     let empty = std::thread::scope(|scope| {
-        for client in [fast, slow_to_send, slow_to_take, h2] {
+        for client in [fast, slow_to_send, slow_to_take, h2, secure, passed] {
             let (gateway, over) = (&gateway, &over);
             scope.spawn(move || repeat(over, || client(gateway)));
         }

@@ -7,8 +7,8 @@ use super::phrases;
 pub fn board() -> Board {
     Board::new(
         "process",
-        "What is running: version, uptime, CPU, memory, files, the connections of each listener and \
-        the logs.",
+        "What is running: version, uptime, CPU, memory, files, the connections of each listener, TLS, \
+        certificates and the logs.",
     )
     .strip([
         Panel::stat("Up", "Processes that Prometheus reaches.", "short", "sum(up)"),
@@ -108,6 +108,72 @@ pub fn board() -> Board {
                 "reqps",
             )
             .query("sum by (protocol) (rate(forebay_client_requests_total[R]))", "{{protocol}}"),
+        ],
+    )
+    .row(
+        9,
+        [
+            Panel::stack("TLS handshakes", "Handshakes with clients that were done, per second, by version.", "ops")
+                .query("sum by (version) (rate(forebay_tls_handshakes_total[R]))", "{{version}}"),
+            Panel::lines(
+                "Sessions resumed",
+                "Share of the handshakes that resumed a session, which costs a tenth of a full one.",
+                "percentunit",
+            )
+            .query(
+                "sum by (listener) (rate(forebay_tls_handshakes_total{resumed=\"yes\"}[R])) / (sum by (listener) \
+                    (rate(forebay_tls_handshakes_total[R])) > 0)",
+                "{{listener}}",
+            )
+            .max(1.0),
+            Panel::lines("Handshake time", "From the first byte of the ClientHello to the end.", "s")
+                .percentiles("forebay_tls_handshake_seconds_bucket"),
+            Panel::stack("Failed handshakes", "Handshakes that came to nothing, per second, by reason.", "ops")
+                .query("sum by (reason) (rate(forebay_refusals_total{reason=~\"handshake.+\"}[R])) > 0", "{{reason}}"),
+        ],
+    )
+    .row(
+        8,
+        [
+            Panel::table(
+                "Certificates",
+                "What clients are shown, by its first name: how long it is still valid.",
+                "name",
+            )
+            .column("time left", "s", "min by (name) (forebay_tls_certificate_not_after_timestamp_seconds) - time()")
+            .wide(2),
+            Panel::stack(
+                "Certificates read anew",
+                "Changed files of certificates, per second, by what became of them.",
+                "ops",
+            )
+            .query("sum by (outcome) (rate(forebay_tls_reloads_total[R]))", "{{outcome}}"),
+            Panel::lines(
+                "Certificates refused",
+                "Certificates whose files are wrong now, so that an older one is served.",
+                "short",
+            )
+            .query("sum by (listener) (forebay_tls_certificates_refused)", "{{listener}}")
+            .at_least(1.0),
+        ],
+    )
+    .row(
+        8,
+        [
+            Panel::lines(
+                "Connections passed on",
+                "Client connections that are passed on as they are now, by name.",
+                "short",
+            )
+            .query("sum by (name) (forebay_relayed_connections)", "{{name}}"),
+            Panel::lines("Passed on", "Client connections per second that were passed on as they are, by name.", "cps")
+                .query("sum by (name) (rate(forebay_relayed_connections_total[R]))", "{{name}}"),
+            Panel::lines(
+                "Bytes passed on",
+                "Bytes per second of connections that were passed on and have ended.",
+                "Bps",
+            )
+            .query("sum by (direction) (rate(forebay_relayed_bytes_total[R]))", "{{direction}}"),
         ],
     )
     .row(

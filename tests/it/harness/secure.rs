@@ -8,6 +8,7 @@ use std::io::{self, Read, Write};
 use std::net::{SocketAddr, TcpListener};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
+use std::process;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
@@ -22,6 +23,7 @@ use tempfile::TempDir;
 /// Signs certificates, and keeps all its files in a directory.
 pub struct Authority {
     issuer: Issuer<'static, KeyPair>,
+    issued: AtomicUsize,
     dir: TempDir,
 }
 
@@ -43,7 +45,8 @@ impl Authority {
         params.distinguished_name.push(DnType::CommonName, "an authority of a test");
         let certificate = params.self_signed(&key).expect("its certificate");
         fs::write(dir.path().join("ca.pem"), certificate.pem()).expect("a file");
-        Authority { issuer: Issuer::new(params, key), dir }
+        fs::write(dir.path().join("ca.key"), key.serialize_pem()).expect("a file");
+        Authority { issuer: Issuer::new(params, key), issued: AtomicUsize::new(0), dir }
     }
 
     /// The file of its own certificate.
@@ -51,14 +54,36 @@ impl Authority {
         self.dir.path().join("ca.pem")
     }
 
+    /// Its own certificate and key.
+    pub fn identity(&self) -> Identity {
+        Identity { certificate: self.file(), key: self.dir.path().join("ca.key") }
+    }
+
     /// A certificate for a server or a client with these names; the first is its common name, too.
     pub fn issue(&self, names: &[&str]) -> Identity {
+        self.issue_with(names, KeyPair::generate().expect("a key"))
+    }
+
+    /// The same with a key of RSA.
+    pub fn issue_rsa(&self, names: &[&str]) -> Identity {
+        let made = process::Command::new("openssl")
+            .args(["genpkey", "-quiet", "-algorithm", "RSA", "-pkeyopt", "rsa_keygen_bits:2048"])
+            .output()
+            .expect("openssl runs");
+        let pem = String::from_utf8(made.stdout).expect("PEM");
+        self.issue_with(names, KeyPair::from_pem_and_sign_algo(&pem, &rcgen::PKCS_RSA_SHA256).expect("a key of RSA"))
+    }
+
+    fn issue_with(&self, names: &[&str], key: KeyPair) -> Identity {
         let names: Vec<String> = names.iter().map(ToString::to_string).collect();
-        let (file, key) = (self.dir.path().join(names[0].replace(':', "_")), KeyPair::generate().expect("a key"));
+        let number = self.issued.fetch_add(1, Ordering::Relaxed);
+        // Each has files of its own, though it may have the names of another.
+        let file = self.dir.path().join(format!("{}-{number}", names[0].replace([':', '*'], "_")));
         let mut params = CertificateParams::new(names.clone()).expect("parameters");
         params.distinguished_name.push(DnType::CommonName, &*names[0]);
         let signed = params.signed_by(&key, &self.issuer).expect("a certificate");
-        let identity = Identity { certificate: file.with_extension("cert.pem"), key: file.with_extension("key.pem") };
+        let named = |what: &str| PathBuf::from(format!("{}.{what}", file.display()));
+        let identity = Identity { certificate: named("cert.pem"), key: named("key.pem") };
         fs::write(&identity.certificate, signed.pem()).expect("a file");
         fs::write(&identity.key, key.serialize_pem()).expect("a file");
         identity

@@ -1,0 +1,127 @@
+//! `forebay certs`: the certificates of a configuration as their files are now, and what is wrong with them.
+
+use super::{ConfigFile, Failure, print};
+use crate::client::tls::{self, CertificateFacts};
+use crate::gateway::Builder;
+
+/// A certificate that ends within so many seconds is a problem: whoever renews it should have done so.
+const SOON_SECONDS: i64 = 7 * 86_400;
+const DAY_SECONDS: i64 = 86_400;
+
+/// One line of the table.
+struct Row {
+    cells: [String; 6],
+    problem: Option<String>,
+}
+
+/// Lists them.
+pub fn certs(builder: &Builder, file: ConfigFile) -> Result<(), Failure> {
+    let (_, config) = file.load(builder)?;
+    let now = tls::now();
+    let mut rows = Vec::new();
+    for listener in &config.listeners {
+        for certificate in listener.tls.iter().flat_map(|tls| &tls.certificates) {
+            let row = match tls::inspect(certificate) {
+                Ok(facts) => known(&listener.name, &facts, now),
+                Err(errors) => {
+                    let problem = errors.iter().map(ToString::to_string).collect::<Vec<_>>().join("; ");
+                    unknown(&listener.name, &certificate.cert, problem)
+                }
+            };
+            rows.push(row);
+        }
+    }
+    if rows.is_empty() {
+        return print("no listener has certificates");
+    }
+    print(table(&rows).trim_end())?;
+    match rows.iter().filter(|row| row.problem.is_some()).count() {
+        0 => Ok(()),
+        1 => Err(Failure::Runtime("one certificate has a problem".to_owned())),
+        count => Err(Failure::Runtime(format!("{count} certificates have problems"))),
+    }
+}
+
+fn known(listener: &str, facts: &CertificateFacts, now: i64) -> Row {
+    let left = facts.not_after.saturating_sub(now);
+    let soon = (left < SOON_SECONDS).then(|| "it ends within a week, and should have been renewed".to_owned());
+    let days = if left < 0 { "over".to_owned() } else { format!("{} d", left / DAY_SECONDS) };
+    let names: Vec<&str> = facts.names.iter().map(|name| &**name).collect();
+    Row {
+        cells: [
+            listener.to_owned(),
+            names.join(" "),
+            facts.kind.name().to_owned(),
+            day(facts.not_after),
+            days,
+            day(facts.renewal()),
+        ],
+        problem: facts.problem.clone().or(soon),
+    }
+}
+
+fn unknown(listener: &str, file: &str, problem: String) -> Row {
+    let dash = || "-".to_owned();
+    Row { cells: [listener.to_owned(), file.to_owned(), dash(), dash(), dash(), dash()], problem: Some(problem) }
+}
+
+/// The day alone.
+fn day(seconds: i64) -> String {
+    tls::certificate::date(seconds).split('T').next().unwrap_or_default().to_owned()
+}
+
+fn table(rows: &[Row]) -> String {
+    let head = ["LISTENER", "NAMES", "KEY", "ENDS", "LEFT", "RENEW FROM"].map(str::to_owned);
+    let widths: [usize; 6] = std::array::from_fn(|column| {
+        let cells = rows.iter().map(|row| &row.cells[column]).chain([&head[column]]);
+        cells.map(|cell| cell.chars().count()).max().unwrap_or(0)
+    });
+    let line = |cells: &[String; 6], problem: &str| {
+        let padded = cells.iter().zip(widths).map(|(cell, width)| format!("{cell:width$}  "));
+        (padded.collect::<String>() + problem).trim_end().to_owned() + "\n"
+    };
+    let mut text = line(&head, "PROBLEM");
+    for row in rows {
+        text += &line(&row.cells, row.problem.as_deref().unwrap_or("-"));
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::client::hello::KeyKind;
+
+    fn facts(not_after: i64, problem: Option<&str>) -> CertificateFacts {
+        CertificateFacts {
+            file: "/etc/a.pem".to_owned(),
+            names: vec!["a.test".into(), "*.a.test".into()],
+            kind: KeyKind::P256,
+            not_before: 0,
+            not_after,
+            serial: "01".to_owned(),
+            issuer: "CN=An Authority".to_owned(),
+            problem: problem.map(str::to_owned),
+        }
+    }
+
+    #[test]
+    fn a_line_says_what_a_certificate_is_for_and_until_when() {
+        let rows = [
+            known("web", &facts(90 * DAY_SECONDS, None), DAY_SECONDS),
+            known("web", &facts(90 * DAY_SECONDS, None), 88 * DAY_SECONDS),
+            known("web", &facts(90 * DAY_SECONDS, Some("it expired")), 91 * DAY_SECONDS),
+            unknown("admin", "/etc/b.pem", "cert: `/etc/b.pem` holds no certificate in PEM".to_owned()),
+        ];
+        assert_eq!(
+            table(&rows),
+            "LISTENER  NAMES            KEY          ENDS        LEFT  RENEW FROM  PROBLEM\n\
+             web       a.test *.a.test  ECDSA P-256  1970-04-01  89 d  1970-03-02  -\n\
+             web       a.test *.a.test  ECDSA P-256  1970-04-01  2 d   1970-03-02  \
+             it ends within a week, and should have been renewed\n\
+             web       a.test *.a.test  ECDSA P-256  1970-04-01  over  1970-03-02  it expired\n\
+             admin     /etc/b.pem       -            -           -     -           \
+             cert: `/etc/b.pem` holds no certificate in PEM\n"
+        );
+    }
+}

@@ -1,0 +1,271 @@
+//! What stands between an accepted socket and HTTP: the PROXY protocol, the ClientHello, the handshake.
+//!
+//! All of it runs in the connection's own task, each wait under a deadline of its own. What comes out is a connection with
+//! its true client and its bytes in the clear, or the reason why there is none.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use bytes::BytesMut;
+use pingora::protocols::Stream;
+
+use super::connection::{Connection, Counted, Listener};
+use super::hello::{self, Hello};
+use super::proxy_protocol::{self, Expected};
+use super::relay::Relay;
+use super::tls;
+use super::tls::handshake::{self, Facts};
+use super::tls::stream::{Raw, TlsStream};
+use crate::error::{Refusal, refusal};
+use crate::metrics::{ConnectionState, Metrics};
+use crate::phase::Phase;
+
+/// For a ClientHello, where there is no `tls` that says otherwise.
+const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// The two ends of a connection, as far as they have addresses.
+#[derive(Clone, Copy, Debug)]
+pub struct Ends {
+    /// The client's.
+    pub peer: Option<SocketAddr>,
+    /// Ours.
+    pub local: Option<SocketAddr>,
+}
+
+/// What becomes of a connection.
+pub enum Entered {
+    /// HTTP begins on it.
+    Http {
+        /// Its bytes, in the clear.
+        io: Stream,
+        /// What was read of them already.
+        inbox: BytesMut,
+        /// What is known of it.
+        connection: Arc<Connection>,
+    },
+    /// It is passed on as it is.
+    Relay {
+        /// The socket, and what was read of it already.
+        raw: Box<Raw>,
+        /// Whereto.
+        relay: Arc<Relay>,
+        /// The name that was asked for, if it is TLS.
+        name: Option<Box<str>>,
+        /// What is known of it.
+        connection: Arc<Connection>,
+    },
+}
+
+/// A connection that was given up.
+pub struct Refused {
+    /// Why.
+    pub refusal: &'static Refusal,
+    /// The socket, if the client can be answered in clear text.
+    pub answerable: Option<Stream>,
+    /// Who it was, as far as that is known.
+    pub peer: Option<SocketAddr>,
+}
+
+/// Whether anything stands between the sockets of a listener and HTTP.
+pub fn is_needed(listener: &Listener) -> bool {
+    listener.proxy_protocol.is_some() || speaks_tls(listener) || listener.tcp.is_some()
+}
+
+/// Whether clients begin with a ClientHello.
+pub fn speaks_tls(listener: &Listener) -> bool {
+    listener.tls.is_some() || !listener.passthrough.is_empty()
+}
+
+/// Takes a socket as far as HTTP. `None`: the client closed before it said anything.
+///
+/// # Errors
+///
+/// Why it was given up.
+pub async fn enter(io: Stream, counted: Counted, ends: Ends, metrics: &Metrics) -> Result<Option<Entered>, Refused> {
+    let listener = counted.listener().clone();
+    let mut state = counted.state(ConnectionState::Idle);
+    let mut raw = Raw::new(io);
+    let ends = match &listener.proxy_protocol {
+        None => ends,
+        Some(expected) => {
+            state.enter(ConnectionState::Handshake);
+            let _seat = metrics.enter_phase(Phase::Accept, counted.accepted());
+            match introduced(&mut raw, expected, ends, &counted, listener.idle_timeout).await {
+                Ok(Some(ends)) => ends,
+                Ok(None) => return Ok(None),
+                Err(refusal) => return Err(Refused { refusal, answerable: None, peer: ends.peer }),
+            }
+        }
+    };
+    let counted = match counted.admit(ends.peer.map(|peer| peer.ip())) {
+        Ok(counted) => counted,
+        Err(refusal) => {
+            let is_http = !speaks_tls(&listener) && listener.tcp.is_none();
+            let answerable = is_http.then(|| raw.into_parts().0);
+            return Err(Refused { refusal, answerable, peer: ends.peer });
+        }
+    };
+    let connection = Connection::new(counted, ends.peer, ends.local);
+    if let Some(relay) = &listener.tcp {
+        return Ok(Some(Entered::Relay { raw: Box::new(raw), relay: relay.clone(), name: None, connection }));
+    }
+    if !speaks_tls(&listener) {
+        let (io, inbox) = raw.into_parts();
+        return Ok(Some(Entered::Http { io, inbox, connection }));
+    }
+    let patience = listener.tls.as_ref().map_or(HANDSHAKE_TIMEOUT, |tls| tls.timeout);
+    {
+        state.enter(ConnectionState::Idle);
+        let _seat = metrics.enter_phase(Phase::Accept, connection.accepted);
+        // Who says nothing at all is no better than who says it slowly.
+        let patience = patience.min(listener.idle_timeout);
+        if raw.front().is_empty()
+            && !tokio::time::timeout(patience, raw.fill()).await.is_ok_and(|read| read.unwrap_or(false))
+        {
+            return Ok(None);
+        }
+    }
+    state.enter(ConnectionState::Handshake);
+    let begun = Instant::now();
+    let _seat = metrics.enter_phase(Phase::Handshake, begun);
+    raw.tell(connection.clone());
+    // Boxed, so that a parked connection does not hold the room that a handshake needs.
+    let secured = tokio::time::timeout(patience, Box::pin(secure(raw, &listener))).await;
+    match secured.unwrap_or(Err((&refusal::HANDSHAKE_TIMEOUT, None))) {
+        Ok(Secured::Here(stream, facts)) => {
+            let took = begun.elapsed();
+            if let Some(tls) = &listener.tls {
+                tls.metrics.shaken(facts.version, facts.resumed, took);
+            }
+            connection.secure(*facts, begun, took);
+            Ok(Some(Entered::Http { io: stream, inbox: BytesMut::new(), connection }))
+        }
+        Ok(Secured::Elsewhere(raw, relay, name)) => {
+            Ok(Some(Entered::Relay { raw, relay, name: Some(name), connection }))
+        }
+        Err((refusal, answerable)) => Err(Refused { refusal, answerable, peer: ends.peer }),
+    }
+}
+
+/// Reads who the client is, if this peer is to say so; else makes sure that it does not.
+async fn introduced(
+    raw: &mut Raw,
+    expected: &Expected,
+    ends: Ends,
+    counted: &Counted,
+    idle: Duration,
+) -> Result<Option<Ends>, &'static Refusal> {
+    if !expected.is_required_from(ends.peer.map(|peer| peer.ip())) {
+        let look = async {
+            while !proxy_protocol::rule_out(raw.front()).map_err(fault)? {
+                if !raw.fill().await.unwrap_or(false) {
+                    return Ok(None);
+                }
+            }
+            Ok(Some(ends))
+        };
+        return tokio::time::timeout(idle, look).await.unwrap_or(Ok(None));
+    }
+    let read = async {
+        loop {
+            if let Some(told) = proxy_protocol::read(raw.front()).map_err(fault)? {
+                raw.skip(told.length);
+                let canonical = |end: SocketAddr| SocketAddr::new(end.ip().to_canonical(), end.port());
+                return Ok(Some(told.parties.map_or(ends, |(client, gateway)| Ends {
+                    peer: Some(canonical(client)),
+                    local: Some(canonical(gateway)),
+                })));
+            }
+            if !raw.fill().await.unwrap_or(false) {
+                // A check of its health that only connects is no fault of a proxy.
+                return if raw.front().is_empty() { Ok(None) } else { Err(&refusal::ACCEPT_PROXY_PROTOCOL) };
+            }
+        }
+    };
+    let left = expected.timeout.saturating_sub(counted.accepted().elapsed());
+    tokio::time::timeout(left, read).await.unwrap_or(Err(&refusal::ACCEPT_PROXY_TIMEOUT))
+}
+
+fn fault(fault: proxy_protocol::Fault) -> &'static Refusal {
+    match fault {
+        proxy_protocol::Fault::Malformed => &refusal::ACCEPT_PROXY_PROTOCOL,
+        proxy_protocol::Fault::Untrusted => &refusal::ACCEPT_PROXY_UNTRUSTED,
+    }
+}
+
+/// Why there is no connection, and its socket if the client can be answered in clear text.
+type Failure = (&'static Refusal, Option<Stream>);
+
+/// What a ClientHello leads to.
+enum Secured {
+    /// A connection of TLS.
+    Here(Box<TlsStream>, Box<Facts>),
+    /// Somebody else's, who is asked for by this name.
+    Elsewhere(Box<Raw>, Arc<Relay>, Box<str>),
+}
+
+async fn secure(mut raw: Raw, listener: &Listener) -> Result<Secured, Failure> {
+    let hello = match read_hello(&mut raw).await {
+        Ok(hello) => hello,
+        Err(why) if why == &refusal::HANDSHAKE_HTTP => return Err((why, Some(raw.into_parts().0))),
+        Err(why) => {
+            refuse(raw, why).await;
+            return Err((why, None));
+        }
+    };
+    if let Some(name) = &hello.name
+        && let Some(relay) = listener.passthrough.find(name)
+    {
+        return Ok(Secured::Elsewhere(Box::new(raw), relay.clone(), name.clone()));
+    }
+    // The table is held for a look-up, and the context for the handshake: a swap in between does not disturb it.
+    let found = match &listener.tls {
+        Some(tls) => tls.table.load().find(hello.name.as_deref()).cloned(),
+        None if hello.name.is_none() => Err(&refusal::HANDSHAKE_NO_NAME),
+        None => Err(&refusal::HANDSHAKE_UNKNOWN_NAME),
+    };
+    let host = match found {
+        Ok(host) => host,
+        Err(why) => {
+            refuse(raw, why).await;
+            return Err((why, None));
+        }
+    };
+    let Some((kind, context)) = host.choose(&hello).cloned() else { return Err((&refusal::HANDSHAKE_FAILED, None)) };
+    let threads = listener.tls.as_ref().and_then(|tls| tls.threads.as_ref());
+    let stream = handshake::shake(context, kind, raw, threads).await.map_err(|why| (why, None))?;
+    let (stream, facts) = handshake::complete(stream, &hello, host.policy()).map_err(|why| (why, None))?;
+    Ok(Secured::Here(Box::new(stream), Box::new(facts)))
+}
+
+async fn read_hello(raw: &mut Raw) -> Result<Hello, &'static Refusal> {
+    let mut reader = hello::Reader::default();
+    loop {
+        match reader.read(raw.front()) {
+            Ok(Some(hello)) => return Ok(hello),
+            Ok(None) => {}
+            Err(hello::Fault::Http) => return Err(&refusal::HANDSHAKE_HTTP),
+            Err(hello::Fault::NotTls) => return Err(&refusal::HANDSHAKE_NOT_TLS),
+            Err(hello::Fault::Malformed) => return Err(&refusal::HANDSHAKE_MALFORMED),
+            Err(hello::Fault::TooLarge) => return Err(&refusal::HANDSHAKE_TOO_LARGE),
+        }
+        if !raw.fill().await.unwrap_or(false) {
+            return Err(&refusal::HANDSHAKE_ABORTED);
+        }
+    }
+}
+
+/// Tells a client of TLS why it is refused before the library has seen it, with a fatal alert (RFC 8446 §6.2).
+async fn refuse(mut raw: Raw, why: &'static Refusal) {
+    const DECODE_ERROR: u8 = 50;
+    const UNRECOGNIZED_NAME: u8 = 112;
+    let alert = if why == &refusal::HANDSHAKE_UNKNOWN_NAME || why == &refusal::HANDSHAKE_NO_NAME {
+        UNRECOGNIZED_NAME
+    } else if why == &refusal::HANDSHAKE_MALFORMED || why == &refusal::HANDSHAKE_TOO_LARGE {
+        DECODE_ERROR
+    } else {
+        return;
+    };
+    tls::handshake::alert(&mut raw, alert).await;
+}

@@ -1,0 +1,388 @@
+//! Bytes that pass as they are, both ways, between a client and an endpoint: a listener for TCP, or a name of TLS that is
+//! passed through (`listeners[].tcp`, `listeners[].passthrough`).
+//!
+//! The endpoint is chosen as for a request: by policy and health, within its limits, with the same counters. Nothing is
+//! retried once a byte has passed. [`Passage`] moves the bytes and owns a buffer only while one side does not take them.
+
+use std::future::poll_fn;
+use std::io;
+use std::mem::MaybeUninit;
+use std::os::fd::AsRawFd;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll, ready};
+use std::time::{Duration, Instant};
+
+use bytes::{Buf, BytesMut};
+use http::{HeaderMap, StatusCode, Uri};
+use pingora::connectors::L4Connect;
+use pingora::protocols::l4::stream::Stream as Socket;
+use pingora::upstreams::peer::Peer;
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::time::Sleep;
+
+use super::connection::Connection;
+use crate::error::{Refusal, refusal};
+use crate::filter::key::Asked;
+use crate::metrics::RelayMetrics;
+use crate::upstream::transport::greeting::Parties;
+use crate::upstream::window::Window;
+use crate::upstream::{Choice, Ended, Endpoint, Engaged, Outcome, Upstream};
+
+/// Read at once, on the stack.
+const PIECE_BYTES: usize = 16 << 10;
+/// How many endpoints are tried for one connection.
+const ATTEMPTS_MAX: usize = 3;
+
+/// Where connections of one kind are passed on to.
+pub struct Relay {
+    /// Whose endpoints.
+    pub upstream: Arc<Upstream>,
+    /// How long neither side may say anything.
+    pub idle: Duration,
+    /// Its counters.
+    pub metrics: RelayMetrics,
+}
+
+/// What became of a connection that was passed on.
+pub struct Passed {
+    /// Bytes from the client.
+    pub received: u64,
+    /// Bytes to the client.
+    pub sent: u64,
+    /// The endpoint that it went to.
+    pub endpoint: Option<Arc<str>>,
+    /// How many were asked.
+    pub attempts: u32,
+    /// Why it ended, unless both sides had said all that they had to say.
+    pub refusal: Option<&'static Refusal>,
+    /// When it was passed on.
+    pub began: Instant,
+}
+
+/// An endpoint that is connected. What became of it is told to its upstream, whatever happens.
+struct Attempt<'u> {
+    upstream: &'u Upstream,
+    engaged: Engaged,
+    chosen: Instant,
+    connect: Option<Duration>,
+    outcome: Outcome,
+}
+
+impl Drop for Attempt<'_> {
+    fn drop(&mut self) {
+        let now = Instant::now();
+        let ended = Ended { outcome: self.outcome, connect: self.connect, wait: None, total: now - self.chosen };
+        self.upstream.ended(&mut self.engaged, &ended, now);
+    }
+}
+
+impl Relay {
+    /// Passes a connection on until it ends.
+    pub async fn pass<C>(&self, client: C, connection: &Connection) -> Passed
+    where
+        C: AsyncRead + AsyncWrite + Unpin,
+    {
+        let _open = self.metrics.enter();
+        let mut passed =
+            Passed { received: 0, sent: 0, endpoint: None, attempts: 0, refusal: None, began: Instant::now() };
+        let (mut attempt, endpoint) = match self.connect(connection, &mut passed).await {
+            Ok(connected) => connected,
+            Err(refusal) => {
+                connection.listener.metrics.refusals.count(refusal);
+                passed.refusal = Some(refusal);
+                return passed;
+            }
+        };
+        let mut passage = Passage::new(client, endpoint, self.idle);
+        let ended = poll_fn(|cx| passage.poll(cx)).await;
+        (passed.received, passed.sent) = (passage.up.bytes, passage.down.bytes);
+        self.metrics.count(passed.received, passed.sent);
+        attempt.outcome = match ended {
+            Ok(()) => Outcome::Answered(StatusCode::OK),
+            Err(refusal) => {
+                connection.listener.metrics.refusals.count(refusal);
+                passed.refusal = Some(refusal);
+                // An endpoint that has said nothing at all is no good one.
+                let silent = passed.sent == 0 && refusal == &refusal::RECEIVE_RESET;
+                if silent { Outcome::Failed(refusal) } else { Outcome::Cancelled }
+            }
+        };
+        passed
+    }
+
+    /// Connects to the endpoint whose turn it is, or to another one.
+    async fn connect(
+        &self,
+        connection: &Connection,
+        passed: &mut Passed,
+    ) -> Result<(Attempt<'_>, Socket), &'static Refusal> {
+        let upstream = &*self.upstream;
+        let client = connection.peer.map(|peer| peer.ip());
+        let (target, headers) = (Uri::default(), HeaderMap::new());
+        let hash = upstream.hash(&Asked { client, route: "", target: &target, headers: &headers });
+        let parties = connection.peer.zip(connection.local).map(|(client, gateway)| Parties { client, gateway });
+        let mut tried: Vec<Arc<Endpoint>> = Vec::new();
+        let mut last = &refusal::SELECT_NO_ENDPOINT;
+        while tried.len() < ATTEMPTS_MAX {
+            let engaged = match self.choose(hash, &tried).await? {
+                Some(engaged) => engaged,
+                None => break,
+            };
+            passed.attempts += 1;
+            let endpoint = engaged.endpoint().clone();
+            passed.endpoint = Some(endpoint.label.clone());
+            tried.push(endpoint.clone());
+            let chosen = Instant::now();
+            let mut attempt = Attempt { upstream, engaged, chosen, connect: None, outcome: Outcome::Cancelled };
+            match tokio::time::timeout(upstream.timeouts.connect, dial(&endpoint, parties)).await {
+                Ok(Ok(socket)) => {
+                    upstream.metrics.connects_new.inc();
+                    attempt.connect = Some(chosen.elapsed());
+                    return Ok((attempt, socket));
+                }
+                Ok(Err(refusal)) => last = refusal,
+                Err(_) => last = &refusal::CONNECT_TIMEOUT,
+            }
+            upstream.metrics.connects_failed.inc();
+            attempt.outcome = Outcome::Connect(last);
+        }
+        Err(last)
+    }
+
+    /// An endpoint with room, waited for if need be. `None`: there is no other one.
+    async fn choose(&self, hash: u64, tried: &[Arc<Endpoint>]) -> Result<Option<Engaged>, &'static Refusal> {
+        let upstream = &*self.upstream;
+        let reject = |refusal: &'static Refusal| {
+            upstream.metrics.limits.reject(refusal);
+            refusal
+        };
+        match upstream.select(hash, tried, Instant::now()) {
+            Choice::Engaged(engaged) => return Ok(Some(engaged)),
+            Choice::Nobody => return Ok(None),
+            Choice::Away(_) => return Err(reject(&refusal::SELECT_BREAKER_OPEN)),
+            Choice::Full => {}
+        }
+        let Some(mut place) = upstream.queue(tried, Instant::now()) else { return Err(reject(&refusal::QUEUE_FULL)) };
+        let due = tokio::time::Instant::now() + upstream.admission.queue().timeout;
+        loop {
+            let turn = tokio::time::timeout_at(due, poll_fn(|cx| place.poll_turn(cx)));
+            if turn.await.is_err() {
+                return Err(reject(&refusal::QUEUE_TIMEOUT));
+            }
+            match upstream.select_in_turn(None, hash, tried, Instant::now()) {
+                Choice::Engaged(engaged) => {
+                    place.served();
+                    return Ok(Some(engaged));
+                }
+                Choice::Full => {
+                    place.missed();
+                    tokio::task::yield_now().await;
+                }
+                Choice::Nobody => return Ok(None),
+                Choice::Away(_) => return Err(reject(&refusal::SELECT_BREAKER_OPEN)),
+            }
+        }
+    }
+}
+
+/// Makes a connection to an endpoint, and says for whom it is if the upstream is to hear that.
+async fn dial(endpoint: &Endpoint, parties: Option<Parties>) -> Result<Socket, &'static Refusal> {
+    let peer = endpoint.peer_for(|| parties);
+    let connect: &Arc<dyn L4Connect + Send + Sync> = peer.options.custom_l4.as_ref().ok_or(&refusal::CONNECT_FAILED)?;
+    let socket = connect.connect(peer.address()).await.map_err(|error| match error.etype() {
+        pingora::ErrorType::ConnectRefused => &refusal::CONNECT_REFUSED,
+        pingora::ErrorType::ConnectTimedout => &refusal::CONNECT_TIMEOUT,
+        _ => &refusal::CONNECT_FAILED,
+    })?;
+    // Nothing is held back here, so nothing need be kept in the kernel's way.
+    Window::new(socket.as_raw_fd()).open();
+    Ok(socket)
+}
+
+/// One direction.
+#[derive(Default)]
+struct Way {
+    /// Read and not yet taken by the other side.
+    held: BytesMut,
+    /// Bytes that the other side has taken.
+    bytes: u64,
+    /// This side says nothing more.
+    ended: bool,
+    /// The other side was told so.
+    closed: bool,
+}
+
+/// Who does not go on.
+enum Fault {
+    Read,
+    Write,
+}
+
+impl Way {
+    /// Moves what there is. Ready when this side has said all and the other has taken it.
+    fn poll<R, W>(
+        &mut self,
+        cx: &mut Context<'_>,
+        from: &mut R,
+        to: &mut W,
+        moved: &mut bool,
+    ) -> Poll<Result<(), Fault>>
+    where
+        R: AsyncRead + Unpin,
+        W: AsyncWrite + Unpin,
+    {
+        loop {
+            while !self.held.is_empty() {
+                let taken = ready!(Pin::new(&mut *to).poll_write(cx, &self.held)).map_err(|_| Fault::Write)?;
+                if taken == 0 {
+                    return Poll::Ready(Err(Fault::Write));
+                }
+                self.took(taken, moved);
+                self.held.advance(taken);
+            }
+            if self.held.capacity() > 0 {
+                self.held = BytesMut::new();
+            }
+            if self.ended {
+                if !self.closed {
+                    // A side that has gone already need not be told.
+                    let _: Result<(), io::Error> = ready!(Pin::new(&mut *to).poll_shutdown(cx));
+                    self.closed = true;
+                }
+                return Poll::Ready(Ok(()));
+            }
+            let mut space = [MaybeUninit::<u8>::uninit(); PIECE_BYTES];
+            let mut piece = ReadBuf::uninit(&mut space);
+            if let Poll::Ready(Err(_)) = Pin::new(&mut *to).poll_flush(cx) {
+                return Poll::Ready(Err(Fault::Write));
+            }
+            ready!(Pin::new(&mut *from).poll_read(cx, &mut piece)).map_err(|_| Fault::Read)?;
+            let mut rest = piece.filled();
+            if rest.is_empty() {
+                self.ended = true;
+                continue;
+            }
+            *moved = true;
+            // Most of the time it is taken at once, and nothing is kept.
+            while !rest.is_empty() {
+                match Pin::new(&mut *to).poll_write(cx, rest) {
+                    Poll::Ready(Ok(taken)) if taken > 0 => {
+                        self.took(taken, moved);
+                        rest = &rest[taken..];
+                    }
+                    Poll::Ready(_) => return Poll::Ready(Err(Fault::Write)),
+                    Poll::Pending => {
+                        self.held.extend_from_slice(rest);
+                        return Poll::Pending;
+                    }
+                }
+            }
+        }
+    }
+
+    fn took(&mut self, bytes: usize, moved: &mut bool) {
+        self.bytes += bytes as u64;
+        *moved = true;
+    }
+}
+
+/// A client and an endpoint, and what is on its way between them.
+struct Passage<C, E> {
+    client: C,
+    endpoint: E,
+    up: Way,
+    down: Way,
+    idle: Duration,
+    timer: Pin<Box<Sleep>>,
+}
+
+impl<C, E> Passage<C, E>
+where
+    C: AsyncRead + AsyncWrite + Unpin,
+    E: AsyncRead + AsyncWrite + Unpin,
+{
+    fn new(client: C, endpoint: E, idle: Duration) -> Self {
+        let timer = Box::pin(tokio::time::sleep(idle));
+        Passage { client, endpoint, up: Way::default(), down: Way::default(), idle, timer }
+    }
+
+    /// Ready when both sides have said all, when one has broken off, or when neither has said anything for too long.
+    fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), &'static Refusal>> {
+        let mut moved = false;
+        let up = self.up.poll(cx, &mut self.client, &mut self.endpoint, &mut moved);
+        let down = self.down.poll(cx, &mut self.endpoint, &mut self.client, &mut moved);
+        match (up, down) {
+            (Poll::Ready(Ok(())), Poll::Ready(Ok(()))) => return Poll::Ready(Ok(())),
+            (Poll::Ready(Err(Fault::Read)), _) | (_, Poll::Ready(Err(Fault::Write))) => {
+                return Poll::Ready(Err(&refusal::RECEIVE_ABORTED));
+            }
+            (_, Poll::Ready(Err(Fault::Read))) | (Poll::Ready(Err(Fault::Write)), _) => {
+                return Poll::Ready(Err(&refusal::RECEIVE_RESET));
+            }
+            _ => {}
+        }
+        if moved {
+            self.timer.as_mut().reset(tokio::time::Instant::now() + self.idle);
+        }
+        match self.timer.as_mut().poll(cx) {
+            Poll::Ready(()) => Poll::Ready(Err(&refusal::RECEIVE_TIMEOUT)),
+            Poll::Pending => Poll::Pending,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream, duplex};
+
+    type Sides = (DuplexStream, DuplexStream, tokio::task::JoinHandle<(Result<(), &'static Refusal>, u64, u64)>);
+
+    fn passing(room: usize, idle: Duration) -> Sides {
+        let ((client, ours), (theirs, endpoint)) = (duplex(room), duplex(room));
+        let task = tokio::spawn(async move {
+            let mut passage = Passage::new(ours, theirs, idle);
+            let ended = poll_fn(|cx| passage.poll(cx)).await;
+            (ended, passage.up.bytes, passage.down.bytes)
+        });
+        (client, endpoint, task)
+    }
+
+    #[tokio::test]
+    async fn bytes_pass_both_ways_and_each_side_ends_for_itself() {
+        let (mut client, mut endpoint, task) = passing(64, Duration::from_secs(10));
+        let sent: Vec<u8> = (0..100_000).map(|n| n as u8).collect();
+        let upload = sent.clone();
+        let sender = tokio::spawn(async move {
+            client.write_all(&upload).await.expect("room");
+            client.shutdown().await.expect("an end");
+            let mut answer = Vec::new();
+            client.read_to_end(&mut answer).await.expect("an answer");
+            answer
+        });
+        let mut got = Vec::new();
+        endpoint.read_to_end(&mut got).await.expect("all of it");
+        assert_eq!(got, sent);
+        endpoint.write_all(b"after the end of the other side").await.expect("room");
+        endpoint.shutdown().await.expect("an end");
+        assert_eq!(sender.await.expect("the client"), b"after the end of the other side");
+        assert_eq!(task.await.expect("no panic"), (Ok(()), 100_000, 31));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn silence_on_both_sides_ends_it_and_bytes_on_either_do_not() {
+        let idle = Duration::from_secs(10);
+        let (mut client, mut endpoint, task) = passing(64, idle);
+        let mut byte = [0];
+        for _ in 0..4 {
+            tokio::time::sleep(idle * 2 / 3).await;
+            client.write_all(b"x").await.expect("room");
+            endpoint.read_exact(&mut byte).await.expect("a byte");
+        }
+        let began = tokio::time::Instant::now();
+        let (ended, up, _) = task.await.expect("no panic");
+        assert_eq!((ended, up), (Err(&refusal::RECEIVE_TIMEOUT), 4));
+        assert!(began.elapsed() >= idle);
+    }
+}

@@ -1,0 +1,500 @@
+//! Certificates as files hold them: read, looked through, and refused with their place if something is wrong.
+//!
+//! A private key is read into memory that is overwritten when it is let go; so is the library's own copy of it.
+
+use std::fs::File;
+use std::io::Read;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+
+use boring::asn1::{Asn1Time, Asn1TimeRef};
+use pingora::tls::pkey::{Id, PKey, Private};
+use pingora::tls::x509::X509;
+use sha2::{Digest, Sha256};
+use zeroize::Zeroizing;
+
+use super::staple::{self, Staple};
+use crate::client::hello::KeyKind;
+use crate::config::listener::tls::{Certificate, ClientMode};
+use crate::error::BuildError;
+
+/// A file of certificates or a key may have so many bytes, a list of what was revoked more.
+const FILE_BYTES_MAX: u64 = 1 << 20;
+const CRL_BYTES_MAX: u64 = 64 << 20;
+/// Shorter ones are refused by clients, too.
+const RSA_BITS_MIN: u32 = 2048;
+
+/// What the files of one certificate hold, not yet looked at.
+pub struct Files {
+    cert: Vec<u8>,
+    key: Zeroizing<Vec<u8>>,
+    staple: Option<Vec<u8>>,
+    ca: Option<Vec<u8>>,
+    crl: Option<Vec<u8>>,
+}
+
+/// A certificate with its key, and all that is shown with it or asked of clients.
+pub struct Loaded {
+    /// The certificate and those between it and its authority.
+    pub chain: Vec<X509>,
+    /// Its private key.
+    pub key: PKey<Private>,
+    /// What that signs with.
+    pub kind: KeyKind,
+    /// The names that it is used for, in lower case.
+    pub names: Vec<Box<str>>,
+    /// When it begins to be valid, in seconds since 1970.
+    pub not_before: i64,
+    /// When it ceases to be valid, in seconds since 1970.
+    pub not_after: i64,
+    /// Its number, in hexadecimal.
+    pub serial: String,
+    /// Who issued it.
+    pub issuer: String,
+    /// The proof that it is not revoked.
+    pub staple: Option<Staple>,
+    /// What is asked of clients.
+    pub clients: Option<Clients>,
+}
+
+/// What is asked of clients' certificates.
+pub struct Clients {
+    /// Whether there must be one.
+    pub mode: ClientMode,
+    /// The authorities that are trusted.
+    pub authorities: Vec<X509>,
+    /// What they have revoked, in PEM.
+    pub crl: Option<Vec<u8>>,
+}
+
+impl Files {
+    /// Reads the files that are named.
+    ///
+    /// # Errors
+    ///
+    /// Every file that cannot be read, with the key that names it.
+    pub fn read(written: &Certificate) -> Result<Files, Vec<BuildError>> {
+        let mut errors = Vec::new();
+        let mut whole = |at: &str, path: &str, max: u64| {
+            read(at, path, max).map_err(|error| errors.push(error)).unwrap_or_default()
+        };
+        let client = written.client.as_ref();
+        let files = Files {
+            cert: whole("cert", &written.cert, FILE_BYTES_MAX).to_vec(),
+            key: whole("key", &written.key, FILE_BYTES_MAX),
+            staple: written.staple.as_ref().map(|path| whole("staple", path, FILE_BYTES_MAX).to_vec()),
+            ca: client.map(|client| whole("client.ca", &client.ca, FILE_BYTES_MAX).to_vec()),
+            crl: client.and_then(|it| it.crl.as_ref()).map(|path| whole("client.crl", path, CRL_BYTES_MAX).to_vec()),
+        };
+        if errors.is_empty() { Ok(files) } else { Err(errors) }
+    }
+
+    /// What tells these contents from others.
+    pub fn digest(&self) -> [u8; 32] {
+        let parts = [Some(&self.cert), Some(&self.key), self.staple.as_ref(), self.ca.as_ref(), self.crl.as_ref()];
+        digest(parts.map(|part| part.map(Vec::as_slice)))
+    }
+
+    /// What tells what is asked of clients from other terms; a session of one kind is worth nothing in another.
+    pub fn policy(&self, written: &Certificate) -> Option<[u8; 32]> {
+        let client = written.client.as_ref()?;
+        let mode: &[u8] = if client.mode == ClientMode::Required { b"required" } else { b"optional" };
+        Some(digest([Some(mode), self.ca.as_deref(), self.crl.as_deref()]))
+    }
+}
+
+/// SHA-256 of parts that cannot pass for each other.
+fn digest<'p>(parts: impl IntoIterator<Item = Option<&'p [u8]>>) -> [u8; 32] {
+    let mut hash = Sha256::new();
+    for part in parts {
+        hash.update(part.map_or(u64::MAX, |part| part.len() as u64).to_be_bytes());
+        hash.update(part.unwrap_or_default());
+    }
+    hash.finalize().into()
+}
+
+impl Loaded {
+    /// Looks through what was read.
+    ///
+    /// # Errors
+    ///
+    /// Everything that is wrong with it. That it has expired is not among that: see [`Loaded::problem`].
+    pub fn parse(written: &Certificate, files: &Files) -> Result<Loaded, Vec<BuildError>> {
+        let mut errors = Vec::new();
+        let chain = certificates("cert", &written.cert, &files.cert).map_err(|error| errors.push(error)).ok();
+        let key = private_key(&written.key, &files.key).map_err(|error| errors.push(error)).ok();
+        let clients = written.client.as_ref().zip(files.ca.as_ref()).and_then(|(client, ca)| {
+            let authorities = certificates("client.ca", &client.ca, ca).map_err(|error| errors.push(error)).ok()?;
+            if let (Some(path), Some(pem)) = (&client.crl, &files.crl)
+                && count(pem, b"-----BEGIN X509 CRL-----") == 0
+            {
+                let message = format!("`{path}` holds no list of revoked certificates in PEM");
+                errors.push(BuildError::new("client.crl", message));
+            }
+            Some(Clients { mode: client.mode, authorities, crl: files.crl.clone() })
+        });
+        let (Some(chain), Some(key)) = (chain, key) else { return Err(errors) };
+        let leaf = &chain[0];
+        if !leaf.public_key().is_ok_and(|public| public.public_eq(&key)) {
+            let belongs = chain.iter().any(|one| one.public_key().is_ok_and(|public| public.public_eq(&key)));
+            let message = match belongs {
+                true => {
+                    format!("`{}` is the key of a certificate in `{}` that must stand first", written.key, written.cert)
+                }
+                false => format!("`{}` is not the key of the first certificate in `{}`", written.key, written.cert),
+            };
+            errors.push(BuildError::new("key", message));
+        }
+        let kind = kind(&key).map_err(|what| {
+            errors.push(BuildError::new("key", format!("`{}` is {what}", written.key)));
+        });
+        let names = names(written, leaf).map_err(|found| errors.extend(found));
+        let serial = serial(leaf);
+        let staple = files.staple.as_ref().zip(written.staple.as_ref()).and_then(|(der, path)| {
+            let wrong = |what| BuildError::new("staple", format!("`{path}` {what}"));
+            staple::parse(der, &serial).map_err(|what| errors.push(wrong(what))).ok()
+        });
+        match (kind, names) {
+            (Ok(kind), Ok(names)) if errors.is_empty() => Ok(Loaded {
+                not_before: seconds(leaf.not_before()),
+                not_after: seconds(leaf.not_after()),
+                issuer: text(leaf.issuer_name()),
+                chain,
+                key,
+                kind,
+                names,
+                serial,
+                staple,
+                clients,
+            }),
+            _ => Err(errors),
+        }
+    }
+
+    /// Why clients would not accept it at this time, in seconds since 1970, if so.
+    pub fn problem(&self, now: i64) -> Option<String> {
+        if now > self.not_after {
+            return Some(format!("it expired on {}", date(self.not_after)));
+        }
+        if now < self.not_before {
+            return Some(format!("it is not valid before {}", date(self.not_before)));
+        }
+        let staple = self.staple.as_ref()?;
+        (now > staple.next_update).then(|| format!("its staple expired on {}", date(staple.next_update)))
+    }
+}
+
+/// The number of a certificate, in hexadecimal.
+pub(super) fn serial(certificate: &X509) -> String {
+    let number = certificate.serial_number().to_bn().and_then(|number| Ok(number.to_hex_str()?.to_string()));
+    number.unwrap_or_default().to_ascii_lowercase()
+}
+
+/// A distinguished name in one line, such as `CN=Ada,O=Example`.
+pub(super) fn text(name: &pingora::tls::x509::X509NameRef) -> String {
+    let entries = name.entries().map(|entry| {
+        let key = entry.object().nid().short_name().unwrap_or("?");
+        let value = String::from_utf8_lossy(entry.data().as_slice()).into_owned();
+        // RFC 4514 §2.4: what would end the value is escaped.
+        let escaped = value.replace('\\', "\\\\").replace(',', "\\,").replace('+', "\\+").replace('"', "\\\"");
+        format!("{key}={escaped}")
+    });
+    entries.collect::<Vec<_>>().join(",")
+}
+
+/// `2026-11-29T16:00:00Z`.
+pub fn date(seconds: i64) -> String {
+    let since = std::time::Duration::from_secs(u64::try_from(seconds).unwrap_or(0).min(253_402_300_799));
+    humantime::format_rfc3339_seconds(std::time::SystemTime::UNIX_EPOCH + since).to_string()
+}
+
+/// Seconds since 1970; the end of all time for one that cannot be read, which the library would have refused.
+fn seconds(time: &Asn1TimeRef) -> i64 {
+    let since = Asn1Time::from_unix(0).and_then(|epoch| epoch.diff(time));
+    since.map_or(i64::MAX, |since| i64::from(since.days) * 86_400 + i64::from(since.secs))
+}
+
+/// The certificates in a file, of which there is at least one.
+fn certificates(at: &str, path: &str, pem: &[u8]) -> Result<Vec<X509>, BuildError> {
+    let wrong = |what: String| BuildError::new(at, format!("`{path}` {what}"));
+    let begun = count(pem, b"-----BEGIN CERTIFICATE-----") + count(pem, b"-----BEGIN TRUSTED CERTIFICATE-----");
+    if begun == 0 {
+        return Err(wrong("holds no certificate in PEM".to_owned()));
+    }
+    let found =
+        X509::stack_from_pem(pem).map_err(|_| wrong("holds a certificate that is cut short or garbled".to_owned()))?;
+    // The library passes over what it does not recognize.
+    if found.len() == begun {
+        return Ok(found);
+    }
+    Err(wrong("holds a certificate that is cut short or garbled".to_owned()))
+}
+
+fn private_key(path: &str, pem: &[u8]) -> Result<PKey<Private>, BuildError> {
+    let wrong = |what: &str| BuildError::new("key", format!("`{path}` {what}"));
+    if count(pem, b"PRIVATE KEY-----") == 0 {
+        return Err(wrong("holds no private key in PEM"));
+    }
+    if count(pem, b"BEGIN ENCRYPTED PRIVATE KEY") + count(pem, b"Proc-Type: 4,ENCRYPTED") > 0 {
+        return Err(wrong("is encrypted: take its password off, and let nobody but Forebay read the file"));
+    }
+    // Without a callback the library would ask for a password at the terminal.
+    PKey::private_key_from_pem_callback(pem, |_| Ok(0)).map_err(|_| wrong("holds a key that is cut short or garbled"))
+}
+
+fn kind(key: &PKey<Private>) -> Result<KeyKind, String> {
+    match (key.id(), key.bits()) {
+        (Id::EC, 256) => Ok(KeyKind::P256),
+        (Id::EC, 384) => Ok(KeyKind::P384),
+        (Id::EC, 521) => Ok(KeyKind::P521),
+        (Id::ED25519, _) => Ok(KeyKind::Ed25519),
+        (Id::RSA, RSA_BITS_MIN..) => Ok(KeyKind::Rsa),
+        (Id::RSA, bits) => Err(format!("an RSA key of {bits} bits: at least {RSA_BITS_MIN} are needed")),
+        _ => Err("a key of a kind that TLS has no use for: take ECDSA P-256 or RSA".to_owned()),
+    }
+}
+
+fn names(written: &Certificate, leaf: &X509) -> Result<Vec<Box<str>>, Vec<BuildError>> {
+    if !written.names.is_empty() {
+        let wrong = |index: usize, message| BuildError::new(format!("names[{index}]"), message);
+        let checked =
+            written.names.iter().enumerate().map(|(index, name)| host(name).map_err(|what| wrong(index, what)));
+        let (good, bad): (Vec<_>, Vec<_>) = checked.partition(Result::is_ok);
+        let bad: Vec<_> = bad.into_iter().filter_map(Result::err).collect();
+        return if bad.is_empty() { Ok(good.into_iter().flatten().collect()) } else { Err(bad) };
+    }
+    let alternatives = leaf.subject_alt_names();
+    let mut names: Vec<Box<str>> = Vec::new();
+    for alternative in alternatives.iter().flatten() {
+        let name = alternative.dnsname().map(str::to_owned).or_else(|| alternative.ipaddress().and_then(address));
+        let Some(name) = name.and_then(|name| host(&name).ok()) else { continue };
+        if !names.contains(&name) {
+            names.push(name);
+        }
+    }
+    if names.is_empty() {
+        let message =
+            format!("the certificate in `{}` is made out to no host: say with `names` which it is for", written.cert);
+        return Err(vec![BuildError::new("cert", message)]);
+    }
+    Ok(names)
+}
+
+fn address(octets: &[u8]) -> Option<String> {
+    match octets.len() {
+        4 => Some(IpAddr::from(Ipv4Addr::from(<[u8; 4]>::try_from(octets).ok()?)).to_string()),
+        16 => Some(IpAddr::from(Ipv6Addr::from(<[u8; 16]>::try_from(octets).ok()?)).to_string()),
+        _ => None,
+    }
+}
+
+/// A name of a host as it is looked up: in lower case, perhaps with `*` as its first label.
+pub(super) fn host(written: &str) -> Result<Box<str>, String> {
+    let name = written.strip_suffix('.').unwrap_or(written).to_ascii_lowercase();
+    let rest = name.strip_prefix("*.").unwrap_or(&name);
+    let is_label = |label: &str| {
+        !label.is_empty()
+            && label.len() <= 63
+            && label.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"-_".contains(&byte))
+    };
+    if rest.parse::<IpAddr>().is_ok() || (name.len() <= 253 && rest.split('.').all(is_label)) {
+        return Ok(name.into());
+    }
+    Err(format!("`{written}` is no name of a host: write one such as `shop.example.com` or `*.example.com`"))
+}
+
+fn count(text: &[u8], what: &[u8]) -> usize {
+    memchr::memmem::find_iter(text, what).count()
+}
+
+/// The whole of a file, in memory that is overwritten when it is let go.
+pub(super) fn read(at: &str, path: &str, max: u64) -> Result<Zeroizing<Vec<u8>>, BuildError> {
+    let wrong = |what: String| BuildError::new(at, format!("`{path}` {what}"));
+    let open = File::open(path).and_then(|file| Ok((file.metadata()?.len(), file)));
+    let (length, file) = open.map_err(|error| wrong(format!("cannot be read: {error}")))?;
+    // Room for all of it at once: a vector that grows would leave parts of a key behind.
+    let room = usize::try_from(length.min(max)).unwrap_or(usize::MAX).saturating_add(1);
+    let mut bytes = Zeroizing::new(Vec::with_capacity(room));
+    file.take(max + 1).read_to_end(&mut bytes).map_err(|error| wrong(format!("cannot be read: {error}")))?;
+    if bytes.len() as u64 > max {
+        return Err(wrong(format!("is larger than {}", crate::config::units::Size(max))));
+    }
+    Ok(bytes)
+}
+
+#[cfg(test)]
+pub(super) mod tests {
+    use super::*;
+
+    use std::path::Path;
+    use std::process::Command;
+
+    use crate::config::listener::tls::ClientCertificates;
+
+    /// Writes a certificate for these names, with a key of this kind, into `dir`.
+    pub fn issue(dir: &Path, file: &str, names: &[&str]) -> Certificate {
+        let key = rcgen::KeyPair::generate().expect("a key");
+        let names: Vec<String> = names.iter().map(ToString::to_string).collect();
+        let params = rcgen::CertificateParams::new(names).expect("parameters");
+        let (cert, pem) = (params.self_signed(&key).expect("a certificate"), key.serialize_pem());
+        Certificate {
+            cert: put(dir, &format!("{file}.pem"), cert.pem().as_bytes()),
+            key: put(dir, &format!("{file}.key"), pem.as_bytes()),
+            names: Vec::new(),
+            staple: None,
+            client: None,
+        }
+    }
+
+    pub fn put(dir: &Path, name: &str, bytes: &[u8]) -> String {
+        let path = dir.join(name);
+        std::fs::write(&path, bytes).expect("a file");
+        path.display().to_string()
+    }
+
+    pub fn load(written: &Certificate) -> Result<Loaded, Vec<String>> {
+        let loaded = Files::read(written).and_then(|files| Loaded::parse(written, &files));
+        loaded.map_err(|errors| errors.iter().map(ToString::to_string).collect())
+    }
+
+    fn openssl(arguments: &[&str]) -> Vec<u8> {
+        let output = Command::new("openssl").args(arguments).output().expect("openssl runs");
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        output.stdout
+    }
+
+    #[test]
+    fn a_certificate_is_used_for_the_names_in_it_or_those_that_are_written() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let mut written = issue(dir.path(), "a", &["Shop.Example.com", "*.example.com", "10.0.0.1"]);
+        let loaded = load(&written).expect("a certificate");
+        let names: Vec<&str> = loaded.names.iter().map(|name| &**name).collect();
+        assert_eq!(names, ["shop.example.com", "*.example.com", "10.0.0.1"]);
+        assert_eq!(loaded.kind, KeyKind::P256);
+
+        written.names = vec!["B.test.".to_owned()];
+        assert_eq!(load(&written).expect("a certificate").names, ["b.test".into()]);
+        written.names = vec!["good.test".to_owned(), "a b".to_owned(), "a.*.test".to_owned()];
+        assert_eq!(
+            load(&written).err().expect("an error"),
+            [
+                "names[1]: `a b` is no name of a host: write one such as `shop.example.com` or `*.example.com`",
+                "names[2]: `a.*.test` is no name of a host: write one such as `shop.example.com` or `*.example.com`"
+            ]
+        );
+        let nameless = issue(dir.path(), "nameless", &[]);
+        let told = load(&nameless).err().expect("an error");
+        assert!(told[0].ends_with("is made out to no host: say with `names` which it is for"), "{told:?}");
+    }
+
+    #[test]
+    fn files_that_are_not_what_they_should_be_are_told_with_their_place() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let (one, two) = (issue(dir.path(), "one", &["a.test"]), issue(dir.path(), "two", &["a.test"]));
+        let told = |cert: &str, key: &str| {
+            let written = Certificate { cert: cert.to_owned(), key: key.to_owned(), ..one.clone() };
+            load(&written).err().unwrap_or_default()
+        };
+        let text = |path: &str| std::fs::read(path).expect("a file");
+        let part = |path: &str, share: usize| text(path)[..text(path).len() * share / 100].to_vec();
+        assert_eq!(told(&one.cert, &one.key), [""; 0]);
+        assert_eq!(
+            told(&one.cert, &two.key),
+            [format!("key: `{}` is not the key of the first certificate in `{}`", two.key, one.cert)]
+        );
+        let nonsense = put(dir.path(), "nonsense", b"no PEM at all");
+        assert_eq!(
+            told(&nonsense, &nonsense),
+            [
+                format!("cert: `{nonsense}` holds no certificate in PEM"),
+                format!("key: `{nonsense}` holds no private key in PEM")
+            ]
+        );
+        let (cut, cut_key) =
+            (put(dir.path(), "cut", &part(&one.cert, 60)), put(dir.path(), "cut.key", &part(&one.key, 60)));
+        assert_eq!(
+            told(&cut, &cut_key),
+            [
+                format!("cert: `{cut}` holds a certificate that is cut short or garbled"),
+                format!("key: `{cut_key}` holds no private key in PEM")
+                    .replace("holds no private key in PEM", "holds a key that is cut short or garbled"),
+            ]
+        );
+        // The second of a chain is cut short: the library alone would have passed over it.
+        let half = put(dir.path(), "half", &[text(&one.cert), part(&two.cert, 60)].concat());
+        assert_eq!(told(&half, &one.key), [format!("cert: `{half}` holds a certificate that is cut short or garbled")]);
+        let wrong_order = put(dir.path(), "order", &[text(&two.cert), text(&one.cert)].concat());
+        assert_eq!(
+            told(&wrong_order, &one.key),
+            [format!("key: `{}` is the key of a certificate in `{wrong_order}` that must stand first", one.key)]
+        );
+        let missing = dir.path().join("missing").display().to_string();
+        assert_eq!(
+            told(&missing, &one.key),
+            [format!("cert: `{missing}` cannot be read: No such file or directory (os error 2)")]
+        );
+
+        let key = dir.path().join("encrypted.key").display().to_string();
+        openssl(&["pkey", "-in", &one.key, "-aes128", "-passout", "pass:secret", "-out", &key]);
+        let encrypted =
+            format!("key: `{key}` is encrypted: take its password off, and let nobody but Forebay read the file");
+        assert_eq!(told(&one.cert, &key), [encrypted]);
+    }
+
+    #[test]
+    fn keys_that_clients_would_not_take_are_refused() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let made = |kind: &[&str]| {
+            let (cert, key) = (dir.path().join("made.pem"), dir.path().join("made.key"));
+            let (cert, key) = (cert.display().to_string(), key.display().to_string());
+            let base = ["req", "-x509", "-nodes", "-subj", "/CN=a.test", "-addext", "subjectAltName=DNS:a.test"];
+            openssl(&[&base[..], &["-keyout", &key, "-out", &cert], kind].concat());
+            let written = Certificate { cert, key, names: Vec::new(), staple: None, client: None };
+            load(&written).map(|loaded| loaded.kind)
+        };
+        assert_eq!(made(&["-newkey", "rsa:2048"]), Ok(KeyKind::Rsa));
+        assert_eq!(made(&["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-384"]), Ok(KeyKind::P384));
+        assert_eq!(made(&["-newkey", "ed25519"]), Ok(KeyKind::Ed25519));
+        let weak = made(&["-newkey", "rsa:1024"]).expect_err("an error");
+        assert!(weak[0].ends_with("is an RSA key of 1024 bits: at least 2048 are needed"), "{weak:?}");
+        let odd = made(&["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:secp224r1"]).expect_err("an error");
+        assert!(odd[0].contains("take ECDSA P-256 or RSA"), "{odd:?}");
+    }
+
+    #[test]
+    fn what_is_asked_of_clients_is_told_apart_by_its_contents() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let (one, two) = (issue(dir.path(), "one", &["a.test"]), issue(dir.path(), "two", &["b.test"]));
+        let with = |client: Option<ClientCertificates>| {
+            let written = Certificate { client, ..one.clone() };
+            Files::read(&written).expect("files").policy(&written)
+        };
+        let asks = |mode, ca: &str| Some(ClientCertificates { mode, ca: ca.to_owned(), crl: None });
+        assert_eq!(with(None), None);
+        let required = with(asks(ClientMode::Required, &one.cert));
+        assert_eq!(with(asks(ClientMode::Required, &one.cert)), required);
+        assert_ne!(with(asks(ClientMode::Optional, &one.cert)), required);
+        assert_ne!(with(asks(ClientMode::Required, &two.cert)), required);
+    }
+
+    #[test]
+    fn the_time_of_a_certificate_is_read_and_its_end_is_told() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let key = rcgen::KeyPair::generate().expect("a key");
+        let mut params = rcgen::CertificateParams::new(vec!["a.test".to_owned()]).expect("parameters");
+        params.not_before = rcgen::date_time_ymd(2020, 1, 1);
+        params.not_after = rcgen::date_time_ymd(2021, 1, 1);
+        let cert = params.self_signed(&key).expect("a certificate");
+        let written = Certificate {
+            cert: put(dir.path(), "old.pem", cert.pem().as_bytes()),
+            key: put(dir.path(), "old.key", key.serialize_pem().as_bytes()),
+            names: Vec::new(),
+            staple: None,
+            client: None,
+        };
+        let loaded = load(&written).expect("a certificate");
+        assert_eq!((loaded.not_before, loaded.not_after), (1_577_836_800, 1_609_459_200));
+        assert_eq!(loaded.problem(1_600_000_000), None);
+        assert_eq!(loaded.problem(1_700_000_000).as_deref(), Some("it expired on 2021-01-01T00:00:00Z"));
+        assert_eq!(loaded.problem(1_500_000_000).as_deref(), Some("it is not valid before 2020-01-01T00:00:00Z"));
+    }
+}

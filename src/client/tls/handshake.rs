@@ -1,0 +1,228 @@
+//! The handshake: a context and the first bytes of a client become a connection of TLS, or a reason why not.
+//!
+//! One with an ECDSA key takes a worker some 0.1 ms and runs there. One with an RSA key takes about a millisecond and runs on
+//! threads of its own ([`Threads`]), so that nobody waits for it.
+
+use std::os::fd::BorrowedFd;
+use std::pin::Pin;
+
+use boring::ssl::SslContext;
+use pingora::tls::hash::MessageDigest;
+use pingora::tls::ssl::{ErrorCode, NameType, Ssl, SslRef};
+use pingora::tls::ssl_sys as ffi;
+use pingora::tls::tokio_ssl::SslStream;
+use pingora::tls::x509::X509;
+
+use super::certificate;
+use super::stream::{Raw, TlsStream};
+use super::table::Policy;
+use crate::client::hello::{Hello, KeyKind};
+use crate::error::{Refusal, refusal};
+
+/// What a handshake came to, as far as anybody asks later.
+#[derive(Debug)]
+pub struct Facts {
+    /// The name that the client asked for.
+    pub name: Option<Box<str>>,
+    /// The version, such as `TLSv1.3`.
+    pub version: &'static str,
+    /// The cipher suite, by its name in the standard.
+    pub cipher: &'static str,
+    /// Whether HTTP/2 was agreed on.
+    pub h2: bool,
+    /// Whether a session was resumed.
+    pub resumed: bool,
+    /// What was asked of the client's certificate.
+    pub policy: Policy,
+    /// The client's certificate, which was verified.
+    pub client: Option<ClientCertificate>,
+}
+
+/// Who a client has proved to be.
+#[derive(Debug)]
+pub struct ClientCertificate {
+    /// Its subject, such as `CN=Ada,O=Example`.
+    pub subject: String,
+    /// Its further names: hosts, addresses of mail and URIs, separated by commas.
+    pub names: String,
+    /// SHA-256 of it, in hexadecimal.
+    pub fingerprint: String,
+    /// Its number, in hexadecimal.
+    pub serial: String,
+}
+
+/// Threads for handshakes that would hold a worker up.
+pub struct Threads(Option<tokio::runtime::Runtime>);
+
+impl Threads {
+    /// So many threads.
+    ///
+    /// # Errors
+    ///
+    /// The system has none to give.
+    pub fn start(threads: usize) -> std::io::Result<Threads> {
+        let mut runtime = tokio::runtime::Builder::new_multi_thread();
+        runtime.worker_threads(threads).thread_name("handshakes").enable_all();
+        Ok(Threads(Some(runtime.build()?)))
+    }
+}
+
+impl Drop for Threads {
+    fn drop(&mut self) {
+        // Wherever it is let go, that must not wait.
+        if let Some(runtime) = self.0.take() {
+            runtime.shutdown_background();
+        }
+    }
+}
+
+/// Shakes hands, on the threads if there are any and the key is RSA's.
+///
+/// # Errors
+///
+/// Why it came to nothing. What there was to be said to the client has been said.
+pub async fn shake(
+    context: SslContext,
+    kind: KeyKind,
+    raw: Raw,
+    threads: Option<&Threads>,
+) -> Result<SslStream<Raw>, &'static Refusal> {
+    let threads = threads.filter(|_| kind == KeyKind::Rsa).and_then(|threads| threads.0.as_ref());
+    match threads {
+        Some(threads) => {
+            // Given up with the connection: whoever stops waiting for it drops the guard, and the task with it.
+            let task = Given(threads.spawn(accept(context, raw)));
+            task.await.unwrap_or(Err(&refusal::HANDSHAKE_FAILED))
+        }
+        None => accept(context, raw).await,
+    }
+}
+
+/// A task that ends when nobody waits for it any more.
+struct Given<T>(tokio::task::JoinHandle<T>);
+
+impl<T> Future for Given<T> {
+    type Output = Result<T, tokio::task::JoinError>;
+
+    fn poll(mut self: Pin<&mut Self>, cx: &mut std::task::Context<'_>) -> std::task::Poll<Self::Output> {
+        Pin::new(&mut self.0).poll(cx)
+    }
+}
+
+impl<T> Drop for Given<T> {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
+}
+
+async fn accept(context: SslContext, raw: Raw) -> Result<SslStream<Raw>, &'static Refusal> {
+    let ssl = Ssl::new(&context).map_err(|_| &refusal::HANDSHAKE_FAILED)?;
+    let mut stream = SslStream::new(ssl, raw).map_err(|_| &refusal::HANDSHAKE_FAILED)?;
+    let shaken = Pin::new(&mut stream).accept().await;
+    if let Err(error) = shaken {
+        let why = reason(&error);
+        if why != &refusal::HANDSHAKE_ABORTED {
+            farewell(stream.get_mut()).await;
+        }
+        return Err(why);
+    }
+    acknowledge(stream.get_ref());
+    Ok(stream)
+}
+
+/// Has the client's last flight acknowledged at once. The library has sent its tickets already, so nothing else answers it; a
+/// client with Nagle's algorithm would wait some 40 ms for that before it sends its request.
+fn acknowledge(raw: &Raw) {
+    // SAFETY: the descriptor belongs to `raw` and outlives this borrow.
+    let socket = unsafe { BorrowedFd::borrow_raw(raw.id()) };
+    // A unix socket has no such thing and needs none.
+    let _ = socket2::SockRef::from(&socket).set_tcp_quickack(true);
+}
+
+/// What is left to be said leaves, and is read before the connection goes: a socket that is closed with bytes unread is reset,
+/// and the reset can overtake the alert.
+async fn farewell(raw: &mut Raw) {
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    let _ = tokio::time::timeout(super::FAREWELL, async {
+        raw.shutdown().await?;
+        let mut waste = [0; 1024];
+        while raw.read(&mut waste).await? > 0 {}
+        std::io::Result::Ok(())
+    })
+    .await;
+}
+
+/// Says with a fatal alert why there will be no handshake.
+pub async fn alert(raw: &mut Raw, description: u8) {
+    use tokio::io::AsyncWriteExt;
+    // What was written stands in `raw` until it is flushed, which does not fail before.
+    let _ = raw.write_all(&[21, 3, 3, 0, 2, 2, description]).await;
+    farewell(raw).await;
+}
+
+/// The connection, and what is known of it.
+///
+/// # Errors
+///
+/// The library has read another name than we have.
+pub fn complete(stream: SslStream<Raw>, hello: &Hello, policy: Policy) -> Result<(TlsStream, Facts), &'static Refusal> {
+    let ssl = stream.ssl();
+    // Two parsers must not disagree about who is asked for.
+    let named = ssl.servername(NameType::HOST_NAME).map(str::to_ascii_lowercase);
+    if named.as_deref() != hello.name.as_deref() {
+        return Err(&refusal::HANDSHAKE_MALFORMED);
+    }
+    let facts = Facts {
+        name: hello.name.clone(),
+        version: ssl.version_str(),
+        cipher: ssl.current_cipher().and_then(|cipher| cipher.standard_name()).unwrap_or_default(),
+        h2: ssl.selected_alpn_protocol() == Some(b"h2"),
+        resumed: ssl.session_reused(),
+        policy,
+        client: client(ssl),
+    };
+    Ok((TlsStream::new(stream), facts))
+}
+
+fn client(ssl: &SslRef) -> Option<ClientCertificate> {
+    let certificate: X509 = ssl.peer_certificate()?;
+    let hex = |bytes: &[u8]| bytes.iter().map(|byte| format!("{byte:02x}")).collect::<String>();
+    let alternatives = certificate.subject_alt_names();
+    let names = alternatives.iter().flatten().filter_map(|name| name.dnsname().or(name.email()).or(name.uri()));
+    Some(ClientCertificate {
+        subject: certificate::text(certificate.subject_name()),
+        names: names.collect::<Vec<_>>().join(","),
+        fingerprint: certificate.digest(MessageDigest::sha256()).map(|digest| hex(&digest)).unwrap_or_default(),
+        serial: certificate::serial(&certificate),
+    })
+}
+
+/// Why a handshake came to nothing, by what the library says.
+fn reason(error: &pingora::tls::ssl::Error) -> &'static Refusal {
+    if let Some(stack) = error.ssl_error() {
+        let codes = stack.errors().iter().map(|error| error.reason_code());
+        return codes.map(of_code).find(|why| *why != &refusal::HANDSHAKE_FAILED).unwrap_or(&refusal::HANDSHAKE_FAILED);
+    }
+    // The client closed, reset, or went silent: without an error of the library's own.
+    match error.code() {
+        ErrorCode::SYSCALL | ErrorCode::ZERO_RETURN => &refusal::HANDSHAKE_ABORTED,
+        _ => &refusal::HANDSHAKE_FAILED,
+    }
+}
+
+fn of_code(code: i32) -> &'static Refusal {
+    match code {
+        ffi::SSL_R_UNSUPPORTED_PROTOCOL | ffi::SSL_R_WRONG_VERSION_NUMBER | ffi::SSL_R_INAPPROPRIATE_FALLBACK => {
+            &refusal::HANDSHAKE_VERSION
+        }
+        ffi::SSL_R_NO_SHARED_CIPHER | ffi::SSL_R_NO_SHARED_GROUP | ffi::SSL_R_NO_COMMON_SIGNATURE_ALGORITHMS => {
+            &refusal::HANDSHAKE_CIPHER
+        }
+        ffi::SSL_R_NO_APPLICATION_PROTOCOL => &refusal::HANDSHAKE_PROTOCOL,
+        ffi::SSL_R_PEER_DID_NOT_RETURN_A_CERTIFICATE => &refusal::HANDSHAKE_NO_CERTIFICATE,
+        ffi::SSL_R_CERTIFICATE_VERIFY_FAILED => &refusal::HANDSHAKE_CERTIFICATE,
+        // The alerts of the client, 1000 and its number.
+        1000..=1255 => &refusal::HANDSHAKE_ALERT,
+        _ => &refusal::HANDSHAKE_FAILED,
+    }
+}

@@ -1,0 +1,198 @@
+//! An answer of OCSP from a file (RFC 6960): whether it is one, for which certificate, and until when it holds.
+//!
+//! It is shown as it is; clients verify its signature. Fetching it is left to other programs.
+
+/// An answer to be shown with a certificate.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Staple {
+    /// The answer, in DER.
+    pub der: Vec<u8>,
+    /// When a newer one is due, in seconds since 1970.
+    pub next_update: i64,
+}
+
+const SEQUENCE: u8 = 0x30;
+const INTEGER: u8 = 0x02;
+const OCTETS: u8 = 0x04;
+const OBJECT: u8 = 0x06;
+const ENUMERATED: u8 = 0x0a;
+const TIME: u8 = 0x18;
+/// Context-specific tags, explicit or constructed.
+const TAG_0: u8 = 0xa0;
+const TAG_1: u8 = 0xa1;
+/// `good [0] IMPLICIT NULL`.
+const GOOD: u8 = 0x80;
+/// id-pkix-ocsp-basic, 1.3.6.1.5.5.7.48.1.1.
+const BASIC: &[u8] = &[0x2b, 0x06, 0x01, 0x05, 0x05, 0x07, 0x30, 0x01, 0x01];
+
+/// Takes DER apart, front to back.
+struct Der<'a>(&'a [u8]);
+
+impl<'a> Der<'a> {
+    /// The contents of the next element, which has this tag.
+    fn take(&mut self, tag: u8) -> Option<&'a [u8]> {
+        let (found, contents) = self.any()?;
+        (found == tag).then_some(contents)
+    }
+
+    /// The contents of the next element if it has this tag; else it stays.
+    fn optional(&mut self, tag: u8) -> Option<&'a [u8]> {
+        if self.0.first() == Some(&tag) { self.take(tag) } else { None }
+    }
+
+    fn any(&mut self) -> Option<(u8, &'a [u8])> {
+        let (&tag, rest) = self.0.split_first()?;
+        let (&first, mut rest) = rest.split_first()?;
+        let length = match first {
+            0..=0x7f => usize::from(first),
+            // 0x80 is a length that is told by its end, which DER does not have.
+            0x81..=0x83 => {
+                let (bytes, after) = rest.split_at_checked(usize::from(first - 0x80))?;
+                rest = after;
+                bytes.iter().fold(0, |length, byte| length << 8 | usize::from(*byte))
+            }
+            _ => return None,
+        };
+        let (contents, after) = rest.split_at_checked(length)?;
+        self.0 = after;
+        Some((tag, contents))
+    }
+}
+
+/// Looks through an answer for the certificate with this number, in hexadecimal.
+///
+/// # Errors
+///
+/// What is wrong with it, as the end of a sentence that begins with the name of the file.
+pub fn parse(der: &[u8], serial: &str) -> Result<Staple, &'static str> {
+    let Some((status, basic)) = outer(der) else { return Err("is no answer of OCSP in DER") };
+    let Some(basic) = basic.filter(|_| status == [0]) else {
+        return Err("is an answer of OCSP that says that its responder failed");
+    };
+    let Some(single) = find(basic, serial) else {
+        return Err("is an answer of OCSP about another certificate, or about none");
+    };
+    if single.status != GOOD {
+        return Err("is an answer of OCSP that says that the certificate is revoked or unknown");
+    }
+    let next_update = single.next_update.and_then(seconds);
+    // RFC 6960 §4.2.2.1: without it there is always newer information, and nothing to be stapled.
+    let next_update = next_update.ok_or("is an answer of OCSP that does not say until when it holds")?;
+    Ok(Staple { der: der.to_vec(), next_update })
+}
+
+/// The status of an answer, and its basic response, if it has one.
+fn outer(der: &[u8]) -> Option<(&[u8], Option<&[u8]>)> {
+    let mut whole = Der(der);
+    let mut answer = Der(whole.take(SEQUENCE)?);
+    if !whole.0.is_empty() {
+        return None;
+    }
+    let status = answer.take(ENUMERATED)?;
+    let Some(bytes) = answer.optional(TAG_0) else { return Some((status, None)) };
+    let mut bytes = Der(Der(bytes).take(SEQUENCE)?);
+    (bytes.take(OBJECT)? == BASIC).then_some(())?;
+    Some((status, Some(bytes.take(OCTETS)?)))
+}
+
+struct Single<'a> {
+    status: u8,
+    next_update: Option<&'a [u8]>,
+}
+
+/// What a basic response says of one certificate.
+fn find<'a>(basic: &'a [u8], serial: &str) -> Option<Single<'a>> {
+    let mut data = Der(Der(Der(basic).take(SEQUENCE)?).take(SEQUENCE)?);
+    data.optional(TAG_0);
+    // Who answers: by name or by key.
+    data.any().filter(|(tag, _)| [TAG_1, 0xa2].contains(tag))?;
+    data.take(TIME)?;
+    let mut responses = Der(data.take(SEQUENCE)?);
+    while let Some(response) = responses.take(SEQUENCE) {
+        let mut response = Der(response);
+        let mut certificate = Der(response.take(SEQUENCE)?);
+        certificate.take(SEQUENCE)?;
+        certificate.take(OCTETS)?;
+        certificate.take(OCTETS)?;
+        let number = certificate.take(INTEGER)?;
+        let (status, _) = response.any()?;
+        response.take(TIME)?;
+        let next_update = response.optional(TAG_0).and_then(|next| Der(next).take(TIME));
+        if is_number(number, serial) {
+            return Some(Single { status, next_update });
+        }
+    }
+    None
+}
+
+/// Whether these bytes are the number that is written in hexadecimal.
+fn is_number(bytes: &[u8], written: &str) -> bool {
+    let shown: String = bytes.iter().map(|byte| format!("{byte:02x}")).collect();
+    let bare = |text: &str| text.trim_start_matches('0').to_ascii_lowercase();
+    bare(&shown) == bare(written)
+}
+
+/// `YYYYMMDDHHMMSSZ`, which is all that DER allows here (RFC 5280 §4.1.2.5.2).
+fn seconds(time: &[u8]) -> Option<i64> {
+    let text = std::str::from_utf8(time).ok().filter(|text| text.len() == 15 && text.is_ascii())?;
+    let rfc3339 =
+        format!("{}-{}-{}T{}:{}:{}", &text[..4], &text[4..6], &text[6..8], &text[8..10], &text[10..12], &text[12..]);
+    let time = humantime::parse_rfc3339(&rfc3339).ok()?;
+    i64::try_from(time.duration_since(std::time::SystemTime::UNIX_EPOCH).ok()?.as_secs()).ok()
+}
+
+#[cfg(test)]
+pub(in crate::client) mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn element(tag: u8, parts: &[&[u8]]) -> Vec<u8> {
+        let contents = parts.concat();
+        let length = u16::try_from(contents.len()).expect("a short element").to_be_bytes();
+        [&[tag, 0x82][..], &length, &contents].concat()
+    }
+
+    /// An answer about the certificate with this number, which nobody has signed.
+    pub fn answer(serial: &[u8], status: u8, next_update: &str) -> Vec<u8> {
+        let empty = element(SEQUENCE, &[]);
+        let id =
+            element(SEQUENCE, &[&empty, &element(OCTETS, &[]), &element(OCTETS, &[]), &element(INTEGER, &[serial])]);
+        let this = element(TIME, &[b"20260101000000Z"]);
+        let next = element(TAG_0, &[&element(TIME, &[next_update.as_bytes()])]);
+        let single = element(SEQUENCE, &[&id, &element(status, &[]), &this, &next]);
+        let data = element(SEQUENCE, &[&element(TAG_1, &[&empty]), &this, &element(SEQUENCE, &[&single])]);
+        let basic = element(SEQUENCE, &[&data, &empty, &element(0x03, &[&[0]])]);
+        let bytes = element(SEQUENCE, &[&element(OBJECT, &[BASIC]), &element(OCTETS, &[&basic])]);
+        element(SEQUENCE, &[&element(ENUMERATED, &[&[0]]), &element(TAG_0, &[&bytes])])
+    }
+
+    #[test]
+    fn an_answer_is_known_by_its_certificate_and_ends_with_its_time() {
+        let good = answer(&[0x00, 0xab, 0xcd], GOOD, "20261231235959Z");
+        assert_eq!(parse(&good, "ABCD").map(|staple| staple.next_update), Ok(1_798_761_599));
+        assert_eq!(parse(&good, "ABCE"), Err("is an answer of OCSP about another certificate, or about none"));
+        let revoked = answer(&[0x01], TAG_1, "20261231235959Z");
+        assert_eq!(
+            parse(&revoked, "01"),
+            Err("is an answer of OCSP that says that the certificate is revoked or unknown")
+        );
+        let timeless = answer(&[0x01], GOOD, "tomorrow");
+        assert_eq!(parse(&timeless, "01"), Err("is an answer of OCSP that does not say until when it holds"));
+        assert_eq!(
+            parse(b"\x30\x03\x0a\x01\x06", "01"),
+            Err("is an answer of OCSP that says that its responder failed")
+        );
+        assert_eq!(parse(b"-----BEGIN", "01"), Err("is no answer of OCSP in DER"));
+        assert_eq!(parse(&[&good[..], b"\n"].concat(), "ABCD"), Err("is no answer of OCSP in DER"));
+    }
+
+    proptest! {
+        #[test]
+        fn anything_may_stand_in_the_file(bytes in prop::collection::vec(any::<u8>(), 0..200), cut in 0usize..300) {
+            let _ = parse(&bytes, "01");
+            let good = answer(&[1], GOOD, "20261231235959Z");
+            let cut = cut.min(good.len() - 1);
+            prop_assert!(parse(&good[..cut], "01").is_err());
+        }
+    }
+}

@@ -1,0 +1,320 @@
+//! A connection of TLS as a stream of bytes, and the socket beneath it with what was read from it before TLS began.
+//!
+//! The library never waits for the socket in the middle of a record: what it has encrypted stands in [`Raw`] until the socket
+//! takes it, and nothing more is encrypted meanwhile. So a write that had to wait may be followed by any other, as on a
+//! plain socket; and several records leave in one system call.
+
+use std::cell::Cell;
+use std::io::{self, IoSlice};
+use std::mem::MaybeUninit;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll, ready};
+
+use async_trait::async_trait;
+use bytes::{Buf, BytesMut};
+use pingora::protocols::raw_connect::ProxyDigest;
+use pingora::protocols::{
+    GetProxyDigest, GetSocketDigest, GetTimingDigest, Peek, Shutdown, SocketDigest, Ssl, Stream, TimingDigest,
+    UniqueID, UniqueIDType,
+};
+use pingora::tls::tokio_ssl::SslStream;
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+
+use crate::client::connection::Connection;
+
+/// The plain bytes of one record (RFC 8446 §5.1).
+const RECORD_BYTES: usize = 16 << 10;
+/// How many plain bytes are encrypted before the socket is asked to take them.
+const BURST_BYTES: usize = 4 * RECORD_BYTES;
+/// Read at once from the socket, on the stack, so that the header of a record and the record come in one system call.
+const READ_BYTES: usize = 4096;
+
+thread_local! {
+    /// A buffer for what is encrypted; a connection has it only while it writes.
+    static CIPHER: Cell<Vec<u8>> = const { Cell::new(Vec::new()) };
+    /// A buffer in which small pieces become one record.
+    static RECORD: Cell<Vec<u8>> = const { Cell::new(Vec::new()) };
+}
+
+/// A socket whose first bytes were read already.
+pub struct Raw {
+    io: Stream,
+    /// Read and not yet handed on.
+    front: BytesMut,
+    /// Encrypted and not yet taken by the socket, from `sent` on.
+    cipher: Vec<u8>,
+    sent: usize,
+    /// Hears of what the socket takes.
+    connection: Option<Arc<Connection>>,
+}
+
+impl Raw {
+    /// A socket of which nothing was read.
+    pub fn new(io: Stream) -> Self {
+        Raw { io, front: BytesMut::new(), cipher: Vec::new(), sent: 0, connection: None }
+    }
+
+    /// What was read and not yet handed on.
+    pub fn front(&self) -> &[u8] {
+        &self.front
+    }
+
+    /// Drops so many bytes from the front.
+    pub fn skip(&mut self, bytes: usize) {
+        self.front.advance(bytes.min(self.front.len()));
+    }
+
+    /// Reads what is there. `false`: the client closed.
+    pub async fn fill(&mut self) -> io::Result<bool> {
+        std::future::poll_fn(|cx| self.poll_fill(cx)).await.map(|read| read > 0)
+    }
+
+    /// The socket, and what was read of it.
+    pub fn into_parts(self) -> (Stream, BytesMut) {
+        (self.io, self.front)
+    }
+
+    /// Has `connection` told of what the socket takes.
+    pub fn tell(&mut self, connection: Arc<Connection>) {
+        self.connection = Some(connection);
+    }
+
+    /// The number of the socket.
+    pub fn id(&self) -> UniqueIDType {
+        self.io.id()
+    }
+
+    fn poll_fill(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<usize>> {
+        let mut space = [MaybeUninit::<u8>::uninit(); READ_BYTES];
+        let mut read = ReadBuf::uninit(&mut space);
+        ready!(Pin::new(&mut self.io).poll_read(cx, &mut read))?;
+        self.front.extend_from_slice(read.filled());
+        Poll::Ready(Ok(read.filled().len()))
+    }
+
+    /// Has the socket take what is encrypted.
+    fn poll_send(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        while self.sent < self.cipher.len() {
+            let taken = ready!(Pin::new(&mut self.io).poll_write(cx, &self.cipher[self.sent..]))?;
+            if taken == 0 {
+                return Poll::Ready(Err(io::ErrorKind::WriteZero.into()));
+            }
+            self.sent += taken;
+            if let Some(connection) = &self.connection {
+                connection.took(taken);
+            }
+        }
+        self.sent = 0;
+        let mut buffer = std::mem::take(&mut self.cipher);
+        if buffer.capacity() > 0 {
+            buffer.clear();
+            CIPHER.set(buffer);
+        }
+        Poll::Ready(Ok(()))
+    }
+}
+
+impl AsyncRead for Raw {
+    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, out: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        if self.front.is_empty() {
+            if out.remaining() >= READ_BYTES {
+                return Pin::new(&mut self.io).poll_read(cx, out);
+            }
+            if ready!(self.poll_fill(cx))? == 0 {
+                return Poll::Ready(Ok(()));
+            }
+        }
+        let length = out.remaining().min(self.front.len());
+        out.put_slice(&self.front[..length]);
+        self.front.advance(length);
+        if self.front.is_empty() {
+            // An idle connection owns no buffer.
+            self.front = BytesMut::new();
+        }
+        Poll::Ready(Ok(()))
+    }
+}
+
+impl AsyncWrite for Raw {
+    /// Takes what the library has encrypted. It is bounded: [`TlsStream`] encrypts nothing while some of it is left.
+    fn poll_write(mut self: Pin<&mut Self>, _: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        if self.cipher.capacity() == 0 {
+            self.cipher = CIPHER.take();
+        }
+        self.cipher.extend_from_slice(bytes);
+        Poll::Ready(Ok(bytes.len()))
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        ready!(self.poll_send(cx))?;
+        Pin::new(&mut self.io).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        ready!(self.poll_send(cx))?;
+        Pin::new(&mut self.io).poll_shutdown(cx)
+    }
+}
+
+impl std::fmt::Debug for Raw {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Raw").field("id", &self.io.id()).finish_non_exhaustive()
+    }
+}
+
+/// A connection whose handshake is done.
+#[derive(Debug)]
+pub struct TlsStream {
+    ssl: SslStream<Raw>,
+    /// It was said that nothing more comes.
+    closed: bool,
+}
+
+impl TlsStream {
+    /// Takes over a connection whose handshake is done.
+    pub fn new(ssl: SslStream<Raw>) -> Self {
+        TlsStream { ssl, closed: false }
+    }
+
+    fn raw(&mut self) -> &mut Raw {
+        self.ssl.get_mut()
+    }
+
+    /// Encrypts one piece. [`Raw`] takes all that the library gives it, so there is nothing that this could wait for.
+    fn encrypt(&mut self, cx: &mut Context<'_>, bytes: &[u8]) -> io::Result<usize> {
+        let mut rest = bytes;
+        while !rest.is_empty() {
+            match Pin::new(&mut self.ssl).poll_write(cx, rest) {
+                Poll::Ready(Ok(0)) | Poll::Pending => return Err(io::ErrorKind::WriteZero.into()),
+                Poll::Ready(written) => rest = &rest[written?..],
+            }
+        }
+        Ok(bytes.len())
+    }
+
+    /// Encrypts up to a burst of these pieces, small ones together; tells how many bytes that were.
+    fn encrypt_all(&mut self, cx: &mut Context<'_>, slices: &[IoSlice<'_>]) -> io::Result<usize> {
+        let mut record = RECORD.take();
+        let encrypted = self.encrypt_in_records(cx, slices, &mut record);
+        record.clear();
+        RECORD.set(record);
+        encrypted
+    }
+
+    fn encrypt_in_records(
+        &mut self,
+        cx: &mut Context<'_>,
+        slices: &[IoSlice<'_>],
+        record: &mut Vec<u8>,
+    ) -> io::Result<usize> {
+        let mut written = 0;
+        for slice in slices {
+            let mut rest: &[u8] = slice;
+            while !rest.is_empty() && written + record.len() < BURST_BYTES {
+                if record.is_empty() && rest.len() >= RECORD_BYTES {
+                    let (whole, after) = rest.split_at(RECORD_BYTES);
+                    written += self.encrypt(cx, whole)?;
+                    rest = after;
+                    continue;
+                }
+                let (part, after) = rest.split_at(rest.len().min(RECORD_BYTES - record.len()));
+                record.extend_from_slice(part);
+                rest = after;
+                if record.len() == RECORD_BYTES {
+                    written += self.encrypt(cx, record)?;
+                    record.clear();
+                }
+            }
+        }
+        if !record.is_empty() {
+            written += self.encrypt(cx, record)?;
+        }
+        Ok(written)
+    }
+}
+
+impl AsyncRead for TlsStream {
+    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, out: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        let read = Pin::new(&mut self.ssl).poll_read(cx, out);
+        // What the library has to say for itself, as an answer to a change of keys, leaves at once.
+        if let Poll::Ready(Err(error)) = self.raw().poll_send(cx) {
+            return Poll::Ready(Err(error));
+        }
+        read
+    }
+}
+
+impl AsyncWrite for TlsStream {
+    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        self.poll_write_vectored(cx, &[IoSlice::new(bytes)])
+    }
+
+    /// Takes what is given, as a socket with a buffer does. What could not leave yet does so with the next write or flush.
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        slices: &[IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        ready!(self.raw().poll_send(cx))?;
+        let written = self.encrypt_all(cx, slices)?;
+        match self.raw().poll_send(cx) {
+            Poll::Ready(Err(error)) => Poll::Ready(Err(error)),
+            _ => Poll::Ready(Ok(written)),
+        }
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        true
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(self.raw()).poll_flush(cx)
+    }
+
+    /// Says that nothing more comes (`close_notify`), and closes the writing side of the socket.
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        if !std::mem::replace(&mut self.closed, true) {
+            // Asked once: a second time, the library would wait for what the client says to it.
+            return Pin::new(&mut self.ssl).poll_shutdown(cx);
+        }
+        Pin::new(self.raw()).poll_shutdown(cx)
+    }
+}
+
+#[async_trait]
+impl Shutdown for TlsStream {
+    async fn shutdown(&mut self) {
+        // The client may be gone, to whom nothing need be said.
+        let _ = std::future::poll_fn(|cx| Pin::new(&mut *self).poll_shutdown(cx)).await;
+    }
+}
+
+impl UniqueID for TlsStream {
+    fn id(&self) -> UniqueIDType {
+        self.ssl.get_ref().id()
+    }
+}
+
+/// Nothing, so that Pingora goes by what `client` has found out and takes HTTP/2 as it takes it in clear text.
+impl Ssl for TlsStream {}
+
+impl Peek for TlsStream {}
+
+impl GetTimingDigest for TlsStream {
+    fn get_timing_digest(&self) -> Vec<Option<TimingDigest>> {
+        Vec::new()
+    }
+}
+
+impl GetProxyDigest for TlsStream {
+    fn get_proxy_digest(&self) -> Option<Arc<ProxyDigest>> {
+        None
+    }
+}
+
+impl GetSocketDigest for TlsStream {
+    fn get_socket_digest(&self) -> Option<Arc<SocketDigest>> {
+        self.ssl.get_ref().io.get_socket_digest()
+    }
+}

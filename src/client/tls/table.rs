@@ -1,0 +1,204 @@
+//! Which name is served with what: exact names before wildcards, and the default for the rest.
+//!
+//! A table is made off the workers and swapped whole, so that a connection sees one state of it.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use boring::ssl::SslContext;
+
+use crate::client::hello::{Hello, KeyKind};
+use crate::client::names::Names;
+use crate::error::{BuildError, Refusal, refusal};
+
+/// What is asked of clients' certificates, as far as two of them can differ. `None`: nothing.
+pub type Policy = Option<[u8; 32]>;
+
+/// One certificate, ready to be served.
+#[derive(Clone)]
+pub struct Served {
+    /// Its names; a wildcard begins with `*.`.
+    pub names: Vec<Box<str>>,
+    /// What its key signs with.
+    pub kind: KeyKind,
+    /// What is asked of clients.
+    pub policy: Policy,
+    /// What the library needs.
+    pub context: SslContext,
+}
+
+/// What one name is served with.
+pub struct Host {
+    /// In the order of preference: where a client can verify several, it gets the cheapest for both sides.
+    contexts: Vec<(KeyKind, SslContext)>,
+    policy: Policy,
+}
+
+/// All names of a listener.
+#[derive(Default)]
+pub struct Table {
+    names: Names<Arc<Host>>,
+    default: Option<Arc<Host>>,
+    /// Names differ in what they ask of clients.
+    mixed: bool,
+}
+
+impl Host {
+    /// What a client gets that says this of itself. One that can verify nothing of it gets something all the same: the library
+    /// then finds the words to refuse it.
+    pub fn choose(&self, hello: &Hello) -> Option<&(KeyKind, SslContext)> {
+        self.contexts.iter().find(|(kind, _)| hello.verifies(*kind)).or(self.contexts.last())
+    }
+
+    /// What is asked of clients.
+    pub fn policy(&self) -> Policy {
+        self.policy
+    }
+}
+
+impl Table {
+    /// A table of these certificates; `default` is the name for clients that ask for none of them.
+    ///
+    /// # Errors
+    ///
+    /// A name that has two certificates of one kind, or two that ask different things of clients; a default that has none.
+    pub fn build(served: &[Served], default: Option<&str>) -> Result<Table, Vec<BuildError>> {
+        let mut errors = Vec::new();
+        let mut names: HashMap<&str, Vec<usize>> = HashMap::new();
+        for (index, one) in served.iter().enumerate() {
+            for name in &one.names {
+                let before = names.entry(name).or_default();
+                let wrong = |what: &str| BuildError::new(format!("certificates[{index}]"), format!("`{name}` {what}"));
+                if before.iter().any(|&other| served[other].kind == one.kind) {
+                    errors.push(wrong(&format!(
+                        "has two certificates with {} keys: say with `names` which one is used for it",
+                        one.kind.name()
+                    )));
+                } else if before.iter().any(|&other| served[other].policy != one.policy) {
+                    errors.push(wrong(
+                        "has two certificates that ask different things of clients: give both the same `client`",
+                    ));
+                }
+                before.push(index);
+            }
+        }
+        let mut table = Table::default();
+        for (name, mut of) in names {
+            of.sort_by_key(|&index| served[index].kind);
+            let contexts = of.iter().map(|&index| (served[index].kind, served[index].context.clone())).collect();
+            let host = Arc::new(Host { contexts, policy: served[of[0]].policy });
+            table.names.insert(name, host);
+        }
+        if let Some(written) = default {
+            table.default = table.names.find(&written.to_ascii_lowercase()).cloned();
+            if table.default.is_none() {
+                let message = format!("no certificate is made out to `{written}`");
+                errors.push(BuildError::new("default", message));
+            }
+        }
+        let first = served.first().and_then(|one| one.policy);
+        table.mixed = served.iter().any(|one| one.policy != first);
+        if errors.is_empty() { Ok(table) } else { Err(errors) }
+    }
+
+    /// What a client gets that asks for this name, in lower case.
+    ///
+    /// # Errors
+    ///
+    /// Nothing is served under this name, or without one.
+    pub fn find(&self, name: Option<&str>) -> Result<&Arc<Host>, &'static Refusal> {
+        let named = name.and_then(|name| self.names.find(name));
+        let why = if name.is_some() { &refusal::HANDSHAKE_UNKNOWN_NAME } else { &refusal::HANDSHAKE_NO_NAME };
+        named.or(self.default.as_ref()).ok_or(why)
+    }
+
+    /// Whether a request for `host` may come over a connection whose client was asked `policy`: if not, the host asks for
+    /// something else, and the client is to open another connection for it (RFC 9110 §15.5.20).
+    pub fn may_serve(&self, host: &str, policy: Policy) -> bool {
+        if !self.mixed {
+            return true;
+        }
+        let host = host.to_ascii_lowercase();
+        // A host that nothing is served under asks for nothing: no route of another host is reached by it.
+        self.find(Some(&host)).map_or(policy.is_none(), |found| found.policy == policy)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use pingora::tls::ssl::SslMethod;
+
+    fn served(names: &[&str], kind: KeyKind, policy: u8) -> Served {
+        let context = SslContext::builder(SslMethod::tls()).expect("a context").build();
+        let policy = (policy > 0).then_some([policy; 32]);
+        Served { names: names.iter().map(|&name| name.into()).collect(), kind, policy, context }
+    }
+
+    fn kinds(host: &Host) -> Vec<KeyKind> {
+        host.contexts.iter().map(|(kind, _)| *kind).collect()
+    }
+
+    fn told(served: &[Served], default: Option<&str>) -> Vec<String> {
+        let errors = Table::build(served, default).err().unwrap_or_default();
+        errors.iter().map(ToString::to_string).collect()
+    }
+
+    #[test]
+    fn an_exact_name_goes_before_a_wildcard_and_the_default_takes_the_rest() {
+        let all = [
+            served(&["*.a.test"], KeyKind::P256, 0),
+            served(&["b.a.test"], KeyKind::P384, 0),
+            served(&["c.test"], KeyKind::Ed25519, 0),
+        ];
+        let table = Table::build(&all, Some("C.test")).expect("a table");
+        let found = |name| kinds(table.find(name).expect("a host"))[0];
+        assert_eq!(found(Some("b.a.test")), KeyKind::P384);
+        assert_eq!(found(Some("b.a.test.")), KeyKind::P384);
+        assert_eq!(found(Some("d.a.test")), KeyKind::P256);
+        assert_eq!(found(Some("d.b.a.test")), KeyKind::Ed25519, "a wildcard stands for one label");
+        assert_eq!(found(Some("a.test")), KeyKind::Ed25519);
+        assert_eq!(found(None), KeyKind::Ed25519);
+
+        let strict = Table::build(&all, None).expect("a table");
+        assert_eq!(strict.find(Some("a.test")).err(), Some(&refusal::HANDSHAKE_UNKNOWN_NAME));
+        assert_eq!(strict.find(None).err(), Some(&refusal::HANDSHAKE_NO_NAME));
+    }
+
+    #[test]
+    fn ecdsa_goes_before_rsa_where_a_name_has_both() {
+        let all = [served(&["a.test"], KeyKind::Rsa, 0), served(&["a.test"], KeyKind::P256, 0)];
+        let table = Table::build(&all, None).expect("a table");
+        assert_eq!(kinds(table.find(Some("a.test")).expect("a host")), [KeyKind::P256, KeyKind::Rsa]);
+    }
+
+    #[test]
+    fn what_contradicts_itself_is_refused_with_its_place() {
+        assert_eq!(
+            told(&[served(&["a.test"], KeyKind::P256, 0), served(&["b.test", "a.test"], KeyKind::P256, 0)], None),
+            ["certificates[1]: `a.test` has two certificates with ECDSA P-256 keys: \
+              say with `names` which one is used for it"]
+        );
+        assert_eq!(
+            told(&[served(&["a.test"], KeyKind::P256, 0), served(&["a.test"], KeyKind::Rsa, 1)], None),
+            ["certificates[1]: `a.test` has two certificates that ask different things of clients: \
+              give both the same `client`"]
+        );
+        assert_eq!(
+            told(&[served(&["a.test"], KeyKind::P256, 0)], Some("b.test")),
+            ["default: no certificate is made out to `b.test`"]
+        );
+    }
+
+    #[test]
+    fn a_connection_serves_no_host_that_asks_something_else_of_clients() {
+        let all = [served(&["open.test"], KeyKind::P256, 0), served(&["closed.test"], KeyKind::P256, 1)];
+        let table = Table::build(&all, None).expect("a table");
+        assert!(table.may_serve("open.test", None) && table.may_serve("Closed.test", Some([1; 32])));
+        assert!(!table.may_serve("closed.test", None) && !table.may_serve("open.test", Some([1; 32])));
+        assert!(!table.may_serve("CLOSED.test.", None));
+        assert!(table.may_serve("elsewhere.test", None) && !table.may_serve("elsewhere.test", Some([1; 32])));
+        let alike = Table::build(&all[..1], None).expect("a table");
+        assert!(alike.may_serve("anything.test", None));
+    }
+}

@@ -1,0 +1,107 @@
+//! Looks after the TLS of all listeners: files that change, and keys of tickets that are due.
+
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use async_trait::async_trait;
+use futures::FutureExt;
+use futures::future::join_all;
+use notify::{RecommendedWatcher, RecursiveMode, Watcher};
+use pingora::server::ShutdownWatch;
+use pingora::services::background::{BackgroundService, GenBackgroundService};
+use tokio::sync::Notify;
+
+use super::Tls;
+
+/// Between the first word of a change and the look at the files: a certificate and its key are two of them.
+const SETTLE: Duration = Duration::from_millis(100);
+
+/// What looks after the TLS of all listeners.
+pub struct Upkeep {
+    listeners: Vec<Arc<Tls>>,
+}
+
+/// A service that looks after these.
+pub fn background(listeners: Vec<Arc<Tls>>) -> GenBackgroundService<Upkeep> {
+    GenBackgroundService::new("tls".to_owned(), Arc::new(Upkeep { listeners }))
+}
+
+#[async_trait]
+impl BackgroundService for Upkeep {
+    async fn start(&self, mut shutdown: ShutdownWatch) {
+        let tasks = self.listeners.iter().flat_map(|tls| [keep_files(tls).boxed(), keep_tickets(tls).boxed()]);
+        tokio::select! {
+            _ = join_all(tasks) => {}
+            _ = shutdown.changed() => {}
+        }
+    }
+}
+
+async fn keep_files(tls: &Arc<Tls>) {
+    let told = Arc::new(Notify::new());
+    let files = files(tls);
+    let watcher = watcher(&files, told.clone());
+    if let Err(error) = &watcher {
+        let refresh = tls.written.refresh;
+        tracing::warn!(listener = %tls.listener, "certificates are looked at every {refresh} only: {error}");
+    }
+    loop {
+        tokio::select! {
+            () = told.notified() => tokio::time::sleep(SETTLE).await,
+            () = tokio::time::sleep(tls.written.refresh.0) => {}
+        }
+        let looked_at = tls.clone();
+        let look = move || {
+            looked_at.reload();
+            if looked_at.written.tickets.keys_file.is_some() {
+                looked_at.renew_tickets();
+            }
+        };
+        // It reads files.
+        if let Err(error) = tokio::task::spawn_blocking(look).await {
+            tracing::error!("certificates could not be looked at: {error}");
+        }
+    }
+}
+
+async fn keep_tickets(tls: &Arc<Tls>) {
+    if tls.written.tickets.keys_file.is_some() {
+        return;
+    }
+    loop {
+        tokio::time::sleep(tls.written.tickets.rotate.0).await;
+        tls.renew_tickets();
+    }
+}
+
+/// All files that are named.
+fn files(tls: &Tls) -> Vec<&str> {
+    let mut files = Vec::new();
+    for one in &tls.written.certificates {
+        files.extend([Some(&one.cert), Some(&one.key), one.staple.as_ref()]);
+        files.extend(one.client.as_ref().map(|client| &client.ca).map(Some));
+        files.push(one.client.as_ref().and_then(|client| client.crl.as_ref()));
+    }
+    files.push(tls.written.tickets.keys_file.as_ref());
+    files.into_iter().flatten().map(String::as_str).collect()
+}
+
+/// Watches the directories, so that a file that is renamed to another is seen, and a link that is turned.
+fn watcher(files: &[&str], told: Arc<Notify>) -> notify::Result<RecommendedWatcher> {
+    let mut watcher = notify::recommended_watcher(move |event: notify::Result<notify::Event>| {
+        // That it is read is an event as well, and ours.
+        if !event.is_ok_and(|event| event.kind.is_access()) {
+            told.notify_one();
+        }
+    })?;
+    let directory = |file: &&str| match Path::new(file).parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent.to_owned(),
+        _ => PathBuf::from("."),
+    };
+    for directory in files.iter().map(directory).collect::<BTreeSet<_>>() {
+        watcher.watch(&directory, RecursiveMode::NonRecursive)?;
+    }
+    Ok(watcher)
+}

@@ -1,0 +1,89 @@
+//! What is counted of the TLS of listeners.
+
+use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
+
+use prometheus::{Histogram, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Registry};
+
+use super::family;
+
+/// The values of the label `version`.
+const VERSIONS: [&str; 2] = ["TLSv1.2", "TLSv1.3"];
+
+/// The families of all listeners.
+pub(super) struct Families {
+    handshakes: IntCounterVec,
+    seconds: HistogramVec,
+    not_after: IntGaugeVec,
+    reloads: IntCounterVec,
+    wrong: IntGaugeVec,
+}
+
+/// The metrics of the TLS of one listener.
+pub struct TlsMetrics {
+    /// Handshakes by version, and in each by whether a session was resumed.
+    handshakes: [[IntCounter; 2]; 2],
+    seconds: Histogram,
+    /// Changed files that were taken.
+    pub reloaded: IntCounter,
+    /// Changed files that were refused.
+    pub refused: IntCounter,
+    /// Certificates whose files are wrong now.
+    pub wrong: IntGauge,
+    not_after: IntGaugeVec,
+    listener: Box<str>,
+    /// The certificates that are shown: name and kind of key.
+    shown: Mutex<Vec<(String, &'static str)>>,
+}
+
+impl Families {
+    pub(super) fn register(registry: &Registry) -> Self {
+        Families {
+            handshakes: family::TLS_HANDSHAKES.counter(registry),
+            seconds: family::TLS_HANDSHAKE_SECONDS.histogram(registry),
+            not_after: family::TLS_CERTIFICATE_NOT_AFTER.gauge(registry),
+            reloads: family::TLS_RELOADS.counter(registry),
+            wrong: family::TLS_CERTIFICATES_REFUSED.gauge(registry),
+        }
+    }
+
+    pub(super) fn listener(&self, name: &str) -> TlsMetrics {
+        let handshakes =
+            |version| ["no", "yes"].map(|resumed| self.handshakes.with_label_values(&[name, version, resumed]));
+        TlsMetrics {
+            handshakes: VERSIONS.map(handshakes),
+            seconds: self.seconds.with_label_values(&[name]),
+            reloaded: self.reloads.with_label_values(&[name, "taken"]),
+            refused: self.reloads.with_label_values(&[name, "refused"]),
+            wrong: self.wrong.with_label_values(&[name]),
+            not_after: self.not_after.clone(),
+            listener: name.into(),
+            shown: Mutex::default(),
+        }
+    }
+}
+
+impl TlsMetrics {
+    /// Counts a handshake that is done.
+    pub fn shaken(&self, version: &str, resumed: bool, took: Duration) {
+        self.seconds.observe(took.as_secs_f64());
+        if let Some(version) = VERSIONS.iter().position(|known| *known == version) {
+            self.handshakes[version][usize::from(resumed)].inc();
+        }
+    }
+
+    /// Shows when these certificates cease to be valid: name, kind of key, seconds since 1970. Others are shown no longer.
+    pub fn show<'c>(&self, certificates: impl IntoIterator<Item = (&'c str, &'static str, i64)>) {
+        // Held by whoever has looked at files, off the workers.
+        let mut shown = self.shown.lock().unwrap_or_else(PoisonError::into_inner);
+        let before = std::mem::take(&mut *shown);
+        for (name, key, not_after) in certificates {
+            self.not_after.with_label_values(&[&*self.listener, name, key]).set(not_after);
+            shown.push((name.to_owned(), key));
+        }
+        for gone in before.iter().filter(|one| !shown.contains(one)) {
+            // It was shown, so it can be removed.
+            let _ = self.not_after.remove_label_values(&[&*self.listener, &gone.0, gone.1]);
+        }
+    }
+}

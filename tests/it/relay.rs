@@ -1,0 +1,102 @@
+//! Connections that are passed on as they are: by the name that a client of TLS asks for, or all of a listener.
+
+use forebay::phase::Phase;
+
+use crate::harness::gateway::Watched;
+use crate::harness::origin::Closed;
+use crate::harness::secure::{Authority, Layers, Secure};
+use crate::harness::tls::{Tls, pair};
+use crate::harness::{Client, Origin, Setup};
+
+#[test]
+fn a_name_is_passed_through_and_the_others_are_served_here() {
+    let authority = Authority::new();
+    let there = Secure::start(Layers::tls(&authority.issue(&["there.test"])));
+    let here = authority.issue(&["here.test"]);
+    let origin = Origin::named("app");
+    let keys = format!(
+        "tls: {{ certificates: [ {{ {} }} ] }}, passthrough: [ {{ sni: [there.test, \"*.there.test\"], upstream: db }} ]",
+        pair(&here)
+    );
+    let upstream = format!("endpoints: [ {{ address: \"{}\" }} ]", there.address());
+    let gateway = Setup::before(&origin).listener(&keys).also_upstream("db", &upstream).start();
+    let (got, passed) = Tls::to(gateway.web(), &authority, "there.test").get("/").expect("an answer");
+    assert!(got.body.contains("\"name\":\"there.test\""), "{}", got.body);
+    drop(passed);
+    let (got, _) = Tls::to(gateway.web(), &authority, "here.test").get("/").expect("an answer");
+    assert_eq!(got.body, "app");
+    assert!(Tls::to(gateway.web(), &authority, "elsewhere.test").connect().is_err());
+    let line = gateway.log_lines(2).into_iter().find(|line| line.text("protocol") == "TLS").expect("a line of it");
+    assert_eq!((line.text("host"), line.text("upstream")), ("there.test", "db"));
+    assert!(line.number("received") > 200.0 && line.number("sent") > 200.0 && line.phase(Phase::Receive).is_some());
+    gateway.wait_metric("forebay_relayed_connections{name=\"there.test\"}", |open| open == 0.0);
+    assert_eq!(gateway.metric("forebay_relayed_connections_total{listener=\"web\",name=\"there.test\"}"), 1.0);
+}
+
+#[test]
+fn every_connection_of_a_tcp_listener_is_passed_on_and_one_that_is_refused_goes_elsewhere() {
+    let (origin, closed) = (Origin::scripted(), Closed::refusing());
+    let upstream = format!(
+        "endpoints: [ {{ address: \"{}\" }}, {{ address: \"{}\" }} ], load_balancing: {{ policy: round_robin }}",
+        closed.address(),
+        origin.address()
+    );
+    let gateway = Setup::before(&origin)
+        .also_upstream("db", &upstream)
+        .also_listener("{ name: db, address: \"127.0.0.1:0\", tcp: { upstream: db } }")
+        .start();
+    for _ in 0..2 {
+        let mut client = Client::connect(gateway.address("db"));
+        client.send(b"what is this?");
+        let mut connection = origin.accept();
+        assert_eq!(connection.bytes(13), b"what is this?");
+        connection.send(b"no HTTP");
+        assert_eq!(client.bytes(7), b"no HTTP");
+        connection.close();
+        client.closed();
+    }
+    let lines = gateway.log_lines(2);
+    assert!(lines.iter().all(|line| line.text("protocol") == "TCP" && line.number("sent") == 7.0));
+    gateway.wait_at_rest();
+}
+
+#[test]
+fn silence_ends_a_connection_that_is_passed_on() {
+    let origin = Origin::scripted();
+    let gateway = Setup::before(&origin)
+        .also_listener("{ name: db, address: \"127.0.0.1:0\", tcp: { upstream: app, idle: 200ms } }")
+        .start();
+    let mut client = Client::connect(gateway.address("db"));
+    client.send(b"hello");
+    let mut connection = origin.accept();
+    connection.bytes(5);
+    client.closed();
+    connection.closed();
+    assert_eq!(gateway.log_line().reason(), "receive.timeout");
+}
+
+#[test]
+fn where_nobody_serves_the_connection_is_closed_and_counted() {
+    let closed = Closed::refusing();
+    let gateway = Setup::before_all(&[closed.address()])
+        .also_listener("{ name: db, address: \"127.0.0.1:0\", tcp: { upstream: app } }")
+        .start();
+    Client::connect(gateway.address("db")).closed();
+    assert_eq!(gateway.log_line().reason(), "connect.refused");
+    gateway.wait_metric("forebay_refusals_total{reason=\"connect.refused\"}", |count| count == 1.0);
+}
+
+#[test]
+fn the_upstream_is_told_of_the_client_by_the_proxy_protocol() {
+    let origin = Secure::start(Layers::none().introduced());
+    let gateway = Setup::before_all(&[origin.address()])
+        .upstream("proxy_protocol: v2")
+        .also_listener(
+            "{ name: db, address: \"127.0.0.1:0\", proxy_protocol: { from: [127.0.0.1] }, tcp: { upstream: app } }",
+        )
+        .start();
+    let mut client = Client::connect(gateway.address("db"));
+    client.send(b"PROXY TCP4 203.0.113.7 192.0.2.1 4711 443\r\n");
+    let answer = client.get("/");
+    assert!(answer.text().contains("203.0.113.7:4711"), "{}", answer.text());
+}
