@@ -166,7 +166,7 @@ impl ProxyHttp for Proxy {
         request: &mut RequestHeader,
         exchange: &mut Exchange,
     ) -> Result<()> {
-        send::header(exchange, self.manners, request)?;
+        send::header(exchange, self.manners, session.req_header(), request)?;
         mirror::header(exchange, request);
         if session.is_body_empty() {
             // Over HTTP/2, Pingora has no further word on a request without a body.

@@ -14,6 +14,7 @@ use pingora::protocols::http::ServerSession;
 use pingora::{Error, ErrorSource, ErrorType, Result, RetryType};
 
 use super::blame;
+use super::buffer::is_grpc;
 use super::deadline;
 use super::exchange::Exchange;
 use super::header::{X_FORWARDED_FOR, X_FORWARDED_PROTO};
@@ -47,8 +48,17 @@ pub struct Manners {
     pub via: bool,
 }
 
-/// Prepares the header that the upstream gets. Pingora has removed what is hop-by-hop (RFC 9110 §7.6.1).
-pub fn header(exchange: &Exchange, manners: Manners, request: &mut RequestHeader) -> Result<()> {
+/// Prepares the header that the upstream gets. Pingora has removed from it what is hop-by-hop (RFC 9110 §7.6.1); `client` is
+/// the header as the client sent it and the filters have left it.
+pub fn header(
+    exchange: &Exchange,
+    manners: Manners,
+    client: &RequestHeader,
+    request: &mut RequestHeader,
+) -> Result<()> {
+    if exchange.upstream.as_ref().is_some_and(|upstream| !upstream.is_http1()) {
+        accept_trailers(client, request)?;
+    }
     if !exchange.peer_is_trusted {
         drop_hearsay(request);
     }
@@ -76,6 +86,18 @@ pub fn header(exchange: &Exchange, manners: Manners, request: &mut RequestHeader
     // A filter that sees the body may change its length.
     if exchange.route.as_ref().is_some_and(|route| route.chain.wants(Stages::REQUEST_BODY)) {
         request.remove_header(&header::CONTENT_LENGTH);
+    }
+    Ok(())
+}
+
+/// `TE` is about one connection, yet `trailers` in it is a promise that a gateway can repeat towards HTTP/2, where it is the one
+/// value that may be sent (RFC 9113 §8.2.2). Servers on the gRPC C core reset each stream without it.
+fn accept_trailers(client: &RequestHeader, request: &mut RequestHeader) -> Result<()> {
+    let takes_trailers = client.headers.get_all(header::TE).iter().any(|te| {
+        te.as_bytes().split(|&byte| byte == b',').any(|coding| coding.trim_ascii().eq_ignore_ascii_case(b"trailers"))
+    });
+    if takes_trailers || is_grpc(client) {
+        request.insert_header(header::TE, HeaderValue::from_static("trailers"))?;
     }
     Ok(())
 }
@@ -260,6 +282,22 @@ mod tests {
         assert_eq!(value(&request, "x-forwarded-for").as_deref(), Some("1.2.3.4, 10.0.0.1, 10.0.0.2"));
         assert_eq!(value(&request, "x-forwarded-proto").as_deref(), Some("http"));
         assert_eq!(value(&request, "x-forwarded-host").as_deref(), Some("shop"));
+    }
+
+    #[test]
+    fn towards_http_2_trailers_are_accepted_where_the_client_or_grpc_does() {
+        for (fields, sent) in [
+            (&[("te", "trailers")][..], true),
+            (&[("te", "gzip;q=0.5, Trailers")], true),
+            (&[("te", "gzip"), ("te", "trailers")], true),
+            (&[("content-type", "application/grpc+proto")], true),
+            (&[("te", "gzip")], false),
+            (&[], false),
+        ] {
+            let mut towards = request(&[]);
+            accept_trailers(&request(fields), &mut towards).expect("a header");
+            assert_eq!(value(&towards, "te").as_deref(), sent.then_some("trailers"), "{fields:?}");
+        }
     }
 
     #[test]

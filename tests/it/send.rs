@@ -2,9 +2,9 @@
 
 use forebay::phase::Phase;
 
-use crate::harness::client::{H2Client, request};
+use crate::harness::client::request;
 use crate::harness::gateway::Watched;
-use crate::harness::{Origin, Setup, eventually, ms};
+use crate::harness::{H2Client, H2Origin, Origin, Setup, eventually, ms};
 
 /// Held back, an upload that stalls never gets as far as this phase.
 const STREAM: &str = "buffering: { request: { mode: stream } }";
@@ -160,4 +160,24 @@ fn an_upload_is_passed_on_while_it_arrives() {
     assert_eq!(client.response().text(), "all of it");
     let spent = eventually("its log line", || gateway.log_line().phase(Phase::Send));
     assert!(spent > 0.0);
+}
+
+#[test]
+fn an_http_2_endpoint_hears_that_trailers_are_accepted() {
+    let origin = H2Origin::start();
+    let setup = Setup::before_all(&[origin.address()]).upstream("protocol: h2c");
+    let gateway = setup.listener("protocols: [http1, h2c]").start();
+    let (mut http1, http2) = (gateway.client(), H2Client::connect(gateway.web()));
+    for (name, value, te) in
+        [("te", "trailers", "trailers"), ("te", "gzip, trailers", "trailers"), ("x-none", "", ""), ("te", "gzip", "")]
+    {
+        let told = http1.ask("GET", "/", &format!("{name}: {value}\r\n"), "").json();
+        assert_eq!(told["te"].as_str().unwrap_or_default(), te, "HTTP/1.1, {name}: {value}");
+        if value == "trailers" || name != "te" {
+            let request = http::Request::get("http://test/").header(name, value).body(()).expect("a request");
+            let told: serde_json::Value =
+                serde_json::from_slice(&http2.ask(request, b"").expect("an answer").body).expect("JSON");
+            assert_eq!(told["te"].as_str().unwrap_or_default(), te, "HTTP/2, {name}: {value}");
+        }
+    }
 }

@@ -132,6 +132,7 @@ async fn told(headers: &HeaderMap, body: &mut RecvStream, mut respond: SendRespo
     let seen = json!({
         "body_bytes": digest.length(),
         "body_sha256": digest.sha256(),
+        "te": headers.get("te").and_then(|te| te.to_str().ok()),
         "body_framing": length.map_or("none".to_owned(), |length| format!("content-length: {length}")),
     });
     let mut send: SendStream<Bytes> = respond.send_response(Response::new(()), false)?;
