@@ -9,6 +9,7 @@ pub mod budget;
 pub mod chunked;
 pub mod connection;
 pub mod entrance;
+pub mod farewell;
 pub mod frames;
 pub mod head;
 pub mod hello;
@@ -29,7 +30,7 @@ pub mod wire;
 use std::future::Future;
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::time::{Duration, Instant, SystemTime};
 
 use async_trait::async_trait;
@@ -340,10 +341,13 @@ where
             let exchange = Newcomer::new(Box::pin(self.exchange(stream)), connection, lanes).await;
             self.connection.settle();
             match exchange {
-                Some(kept) if !*self.shutdown.borrow() => stream = kept,
-                _ => return,
+                Some(kept) => stream = kept,
+                None => return,
             }
         }
+        // A stop waits until the client has the end of the last answer.
+        let _inflight = self.front.desk.inflight.enter();
+        stream.close().await;
     }
 
     /// Waits for a request. `false`: there will be none.
@@ -432,14 +436,22 @@ where
         let (last, ending) = watch::channel(false);
         self.connection.settle();
         let connection = self.connection.clone();
-        let http2 = Arc::new(Http2 { front: self.front.clone(), connection, opened: AtomicU64::new(0), last });
+        let http2 = Arc::new(Http2 { front: self.front.clone(), connection, streams: Streams::default(), last });
+        let (progress, mut ended) = (stream.progress(), ending.clone());
         let mut serve = std::pin::pin!(http2.process_new(stream, &ending));
         tokio::select! {
             _ = &mut serve => return,
             _ = self.shutdown.wait_for(|stopping| *stopping) => {}
+            _ = ended.wait_for(|ended| *ended) => {}
+            () = http2.streams.idle(self.connection.listener.idle_timeout) => {}
         }
+        // GOAWAY. A stop waits until the client has the end of the last answer.
         http2.end();
-        serve.await;
+        let _inflight = self.front.desk.inflight.enter();
+        tokio::select! {
+            _ = &mut serve => {}
+            () = progress.ended(|| http2.streams.active() > 0) => {}
+        }
     }
 
     fn record(&self, stream: &ClientStream, refusal: &'static Refusal, arrival: Arrival) {
@@ -465,10 +477,58 @@ fn answer_http1(refusal: &'static Refusal, json: bool) -> Vec<u8> {
 struct Http2<P> {
     front: Arc<Front<P>>,
     connection: Arc<Connection>,
-    /// Streams that were opened.
-    opened: AtomicU64,
+    streams: Streams,
     /// Tells Pingora to take no further stream (GOAWAY) and to close once all have ended.
     last: watch::Sender<bool>,
+}
+
+/// The streams of one HTTP/2 connection.
+struct Streams {
+    begin: Instant,
+    opened: AtomicU64,
+    active: AtomicUsize,
+    /// When the last one ended, in milliseconds after `begin`.
+    quiet_since_ms: AtomicU64,
+}
+
+impl Default for Streams {
+    fn default() -> Self {
+        let (opened, active, quiet_since_ms) = (AtomicU64::new(0), AtomicUsize::new(0), AtomicU64::new(0));
+        Streams { begin: Instant::now(), opened, active, quiet_since_ms }
+    }
+}
+
+impl Streams {
+    /// Counts a stream in until the guard is dropped; tells how many there were with it.
+    fn open(&self) -> (u64, ActiveStream<'_>) {
+        self.active.fetch_add(1, Ordering::Relaxed);
+        (self.opened.fetch_add(1, Ordering::Relaxed) + 1, ActiveStream(self))
+    }
+
+    fn active(&self) -> usize {
+        self.active.load(Ordering::Relaxed)
+    }
+
+    /// Waits until the connection has had no stream for `time`.
+    async fn idle(&self, time: Duration) {
+        let mut left = time;
+        while !left.is_zero() {
+            tokio::time::sleep(left).await;
+            let quiet_since = self.begin + Duration::from_millis(self.quiet_since_ms.load(Ordering::Relaxed));
+            left = if self.active() > 0 { time } else { time.saturating_sub(quiet_since.elapsed()) };
+        }
+    }
+}
+
+/// One stream of HTTP/2 that has not ended.
+struct ActiveStream<'s>(&'s Streams);
+
+impl Drop for ActiveStream<'_> {
+    fn drop(&mut self) {
+        let now = u64::try_from(self.0.begin.elapsed().as_millis()).unwrap_or(u64::MAX);
+        self.0.quiet_since_ms.store(now, Ordering::Relaxed);
+        self.0.active.fetch_sub(1, Ordering::Relaxed);
+    }
 }
 
 impl<P> Http2<P> {
@@ -493,7 +553,7 @@ where
         let listener = &self.connection.listener;
         let _inflight = desk.inflight.enter();
         listener.metrics.h2_requests.inc();
-        let opened = self.opened.fetch_add(1, Ordering::Relaxed) + 1;
+        let (opened, _active) = self.streams.open();
         if opened == listener.requests_max {
             self.end();
         }

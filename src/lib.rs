@@ -13,6 +13,7 @@ pub mod eventloop;
 pub mod filter;
 pub mod gateway;
 pub mod metrics;
+pub mod net;
 pub mod origin;
 pub mod phase;
 pub mod proxy;

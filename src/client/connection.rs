@@ -102,7 +102,7 @@ impl Listener {
             idle_timeout: written.timeouts.idle.0,
             requests_max: limits.requests_per_connection.0,
             h2_options: h2_options(limits),
-            h2_server: h2_server_options(written.timeouts.idle.0),
+            h2_server: h2_server_options(),
             metrics: metrics.listener(&written.name),
             connections_max: limits.connections.0,
             connections: AtomicU64::new(0),
@@ -165,10 +165,10 @@ fn h2_options(limits: &config::listener::Limits) -> H2Options {
     options
 }
 
-fn h2_server_options(idle: Duration) -> HttpServerOptions {
+/// Idle connections are ended by `client::Http2`, with a GOAWAY: Pingora would drop them.
+fn h2_server_options() -> HttpServerOptions {
     let mut options = HttpServerOptions::default();
     options.h2c = true;
-    options.h2_idle_timeout = Some(idle);
     options
 }
 

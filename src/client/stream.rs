@@ -26,9 +26,11 @@ use tokio::time::Sleep;
 use super::broken::Look;
 use super::chunked::Chunks;
 use super::connection::Connection;
+use super::farewell::Farewell;
 use super::frames::Frames;
 use super::head::{self, Framing, Scanner};
 use crate::error::{Refusal, refusal};
+use crate::net;
 
 /// The first bytes of an HTTP/2 connection (RFC 9113 §3.4).
 pub const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
@@ -49,10 +51,6 @@ const OUTBOX_BYTES: usize = 4096;
 
 /// So many pieces are sent with one system call.
 const SLICES_MAX: usize = 16;
-
-/// How long is read and thrown away after a refusal, so that the client gets to read it before a reset. There is no limit
-/// of bytes: some clients (curl) look for an answer only while they can send.
-const LINGER: Duration = Duration::from_secs(2);
 
 /// How much is thrown away of a header that was refused. Of a body there is no such limit: its client is no less honest
 /// for being told in the middle of it, and the time is short.
@@ -78,6 +76,24 @@ pub struct Bypass {
     core: Arc<Mutex<Core>>,
 }
 
+/// What a connection has sent and its client has not taken yet; see [`ClientStream::progress`].
+pub struct Progress {
+    core: Arc<Mutex<Core>>,
+}
+
+impl Progress {
+    /// Waits while `busy` says so and for as long as the client takes what was sent; see [`Farewell`].
+    pub async fn ended(&self, busy: impl Fn() -> bool) {
+        let mut farewell = None;
+        std::future::poll_fn(|cx| {
+            let core = lock(&self.core);
+            let farewell = farewell.get_or_insert_with(|| Farewell::begin(core.unsent()));
+            farewell.poll(cx, core.connection.write_idle(), || (core.unsent(), busy()))
+        })
+        .await
+    }
+}
+
 /// What the session and whoever reads past it use in turns: one task, so that the lock is never waited for.
 struct Core {
     io: Stream,
@@ -93,8 +109,8 @@ struct Core {
     gulp: usize,
     /// Runs while the client takes nothing of what is written.
     stalled: Option<Pin<Box<Sleep>>>,
-    /// Runs once the writing side is closed and the client still sends.
-    linger: Option<Pin<Box<Sleep>>>,
+    /// Runs from the end of what is written to the close.
+    farewell: Option<Farewell>,
     /// What may still be thrown away.
     waste_left: u64,
     /// The client has closed its sending side.
@@ -138,7 +154,7 @@ impl ClientStream {
             rest: Rest::Length(0),
             gulp: usize::MAX,
             stalled: None,
-            linger: None,
+            farewell: None,
             waste_left: u64::MAX,
             half_closed: false,
             look: Look::default(),
@@ -183,6 +199,16 @@ impl ClientStream {
         if self.write_all(answer).await.is_ok() && self.flush().await.is_ok() {
             let _ = std::future::poll_fn(|cx| self.core().poll_close(cx, true)).await;
         }
+    }
+
+    /// Ends a connection that waits for its next request: what was sent last still reaches the client.
+    pub async fn close(&mut self) {
+        let _ = std::future::poll_fn(|cx| self.core().poll_close(cx, false)).await;
+    }
+
+    /// Watches whether the client still takes what was sent, while the stream itself is elsewhere.
+    pub fn progress(&self) -> Progress {
+        Progress { core: self.core.clone() }
     }
 
     /// The way past the session. The session must be made to believe that there are no bodies.
@@ -524,36 +550,57 @@ impl Core {
         self.poll_patience(cx, flushed)
     }
 
-    /// Closes the writing side; if something is `unread`, reads what the client still sends for a while, for a socket that
-    /// is closed with bytes unread is reset, and the reset can overtake the answer (RFC 9112 §9.6).
+    /// Closes the writing side and lets the client take what was sent ([`Farewell`]), reading on meanwhile: a socket that is
+    /// closed with bytes unread is reset, and the reset destroys what the client has not taken (RFC 9112 §9.6). It need not
+    /// wait if nothing was left `unread`, nothing more comes and all is taken.
     fn poll_close(&mut self, cx: &mut Context<'_>, unread: bool) -> Poll<io::Result<()>> {
         ready!(self.poll_flush(cx))?;
         if self.connection.resets() {
             // No end is to be seen before the reset, which comes with the drop.
             return Poll::Ready(Ok(()));
         }
-        if self.linger.is_none() {
+        if self.farewell.is_none() {
             ready!(Pin::new(&mut self.io).poll_shutdown(cx))?;
+            // The FIN counts as one.
+            if !unread
+                && self.inbox.is_empty()
+                && self.unsent() <= 1
+                && !matches!(self.poll_waste(cx), Poll::Ready(true))
+            {
+                return Poll::Ready(Ok(()));
+            }
+            self.farewell = Some(Farewell::begin(self.unsent()));
         }
-        if unread {
-            ready!(self.poll_linger(cx));
-        }
+        ready!(self.poll_linger(cx));
         Poll::Ready(Ok(()))
     }
 
-    /// Throws away what comes until the client closes or it took too long.
+    /// Throws away what comes until the client closes or the farewell is over.
     fn poll_linger(&mut self, cx: &mut Context<'_>) -> Poll<()> {
-        let deadline = self.linger.get_or_insert_with(|| Box::pin(tokio::time::sleep(LINGER)));
-        while deadline.as_mut().poll(cx).is_pending() {
-            let mut space = [std::mem::MaybeUninit::<u8>::uninit(); FIRST_READ_BYTES];
-            let mut waste = ReadBuf::uninit(&mut space);
-            let read = ready!(Pin::new(&mut self.io).poll_read(cx, &mut waste));
-            self.waste_left = self.waste_left.saturating_sub(waste.filled().len() as u64);
-            if read.is_err() || waste.filled().is_empty() || self.waste_left == 0 {
-                break;
+        loop {
+            let (unsent, patience) = (self.unsent(), self.connection.write_idle());
+            let over = self
+                .farewell
+                .as_mut()
+                .is_none_or(|farewell| farewell.poll(cx, patience, || (unsent, false)).is_ready());
+            if over || !ready!(self.poll_waste(cx)) {
+                return Poll::Ready(());
             }
         }
-        Poll::Ready(())
+    }
+
+    /// Reads something and throws it away. `false`: the client has closed, or has sent more than is taken in.
+    fn poll_waste(&mut self, cx: &mut Context<'_>) -> Poll<bool> {
+        let mut space = [std::mem::MaybeUninit::<u8>::uninit(); FIRST_READ_BYTES];
+        let mut waste = ReadBuf::uninit(&mut space);
+        let read = ready!(Pin::new(&mut self.io).poll_read(cx, &mut waste));
+        self.waste_left = self.waste_left.saturating_sub(waste.filled().len() as u64);
+        Poll::Ready(read.is_ok() && !waste.filled().is_empty() && self.waste_left > 0)
+    }
+
+    /// Bytes that were written to the connection and that the client's host has not acknowledged.
+    fn unsent(&self) -> usize {
+        self.outbox.len() + net::unacknowledged(self.io.id())
     }
 
     fn set_reset(&self) {

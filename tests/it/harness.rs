@@ -9,6 +9,7 @@ pub mod client;
 pub mod collector;
 pub mod dnsmasq;
 pub mod exchange;
+pub mod frames;
 pub mod gateway;
 pub mod h2_origin;
 pub mod metrics;

@@ -17,6 +17,7 @@ mod config;
 mod connect;
 mod deadline;
 mod discovery;
+mod endings;
 mod eventloop;
 mod filters;
 mod finish;

@@ -34,6 +34,11 @@ impl Client {
         Client::with(address, Some(1))
     }
 
+    /// The same with a receive buffer of so many bytes, which the kernel doubles.
+    pub fn with_receive_buffer(address: SocketAddr, bytes: usize) -> Client {
+        Client::with(address, Some(bytes))
+    }
+
     /// Connects to a unix socket.
     pub fn unix(path: &Path) -> Client {
         Client { wire: Wire::new(UnixStream::connect(path).expect("the unix socket to accept")) }
