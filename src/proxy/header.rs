@@ -100,7 +100,8 @@ pub fn is_grpc(request: &RequestHeader) -> bool {
         && is_grpc_type(&request.headers)
 }
 
-fn is_grpc_type(headers: &HeaderMap) -> bool {
+/// Whether the media type is that of gRPC.
+pub fn is_grpc_type(headers: &HeaderMap) -> bool {
     const GRPC: &[u8] = b"application/grpc";
     let mut kinds = headers.get_all(header::CONTENT_TYPE).iter();
     // Two media types are none: an endpoint may read either.
@@ -110,7 +111,7 @@ fn is_grpc_type(headers: &HeaderMap) -> bool {
 }
 
 /// Whether `TE` names `trailers` (RFC 9110 §10.1.4).
-fn takes_trailers(headers: &HeaderMap) -> bool {
+pub fn takes_trailers(headers: &HeaderMap) -> bool {
     tokens(headers, &header::TE).any(|token| token.eq_ignore_ascii_case(b"trailers"))
 }
 

@@ -14,10 +14,9 @@ use pingora::protocols::http::ServerSession;
 use pingora::{Error, ErrorSource, ErrorType, Result, RetryType};
 
 use super::blame;
-use super::buffer::is_grpc;
 use super::deadline;
 use super::exchange::Exchange;
-use super::header::{X_FORWARDED_FOR, X_FORWARDED_PROTO};
+use super::header::{X_FORWARDED_FOR, X_FORWARDED_PROTO, is_grpc_type, takes_trailers};
 use super::mirror;
 use super::retry::{self, Failure};
 use crate::access_log::Why;
@@ -93,10 +92,7 @@ pub fn header(
 /// `TE` is about one connection, yet `trailers` in it is a promise that a gateway can repeat towards HTTP/2, where it is the one
 /// value that may be sent (RFC 9113 §8.2.2). Servers on the gRPC C core reset each stream without it.
 fn accept_trailers(client: &RequestHeader, request: &mut RequestHeader) -> Result<()> {
-    let takes_trailers = client.headers.get_all(header::TE).iter().any(|te| {
-        te.as_bytes().split(|&byte| byte == b',').any(|coding| coding.trim_ascii().eq_ignore_ascii_case(b"trailers"))
-    });
-    if takes_trailers || is_grpc(client) {
+    if takes_trailers(&client.headers) || is_grpc_type(&client.headers) {
         request.insert_header(header::TE, HeaderValue::from_static("trailers"))?;
     }
     Ok(())
