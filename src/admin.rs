@@ -2,8 +2,8 @@
 //! others add to its [`table`].
 //!
 //! It is a Pingora service of its own, with a thread of its own: writing down a hundred thousand series takes tens of
-//! milliseconds, in which no worker may stand still. So does everything an entry works out. It has no authentication,
-//! which is why it listens on loopback unless told otherwise, and takes changes from this machine only (`guard`).
+//! milliseconds, in which no worker may stand still. So does everything an entry works out. It listens on
+//! loopback unless told otherwise; a token and TLS are there for when it is (`guard`, [`Reception`]).
 
 pub mod answer;
 mod guard;
@@ -24,8 +24,9 @@ use async_trait::async_trait;
 use bytes::{Bytes, BytesMut};
 use futures::StreamExt;
 use http::{HeaderMap, HeaderValue, Method, StatusCode, header};
-use pingora::apps::{HttpPersistentSettings, HttpServerApp, ReusedHttpStream};
+use pingora::apps::{HttpPersistentSettings, HttpServerApp, ReusedHttpStream, ServerApp};
 use pingora::http::ResponseHeader;
+use pingora::protocols::Stream;
 use pingora::protocols::http::ServerSession;
 use pingora::protocols::l4::socket::SocketAddr;
 use pingora::server::ShutdownWatch;
@@ -33,9 +34,11 @@ use pingora::services::listening::Service;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::timeout;
 
+use crate::client::entrance;
+use crate::client::tls::Tls;
 use crate::metrics::{AdminMetrics, Metrics, StreamGuard};
 use answer::{Answer, Body, Pieces};
-use guard::Peer;
+use guard::{Caller, Peer};
 use page::Page;
 use table::{Ask, Found, Table};
 
@@ -82,6 +85,9 @@ pub struct Admin {
     page: Page,
     metrics: AdminMetrics,
     streams: Arc<Semaphore>,
+    token: Option<String>,
+    /// Whether it is reached by TLS, and whether all who come so have shown a certificate.
+    tls: Option<bool>,
 }
 
 /// From the connection, or the answer before, to the last byte of a request header: longer than scrapes lie apart.
@@ -107,6 +113,8 @@ impl Admin {
             page: Page::new(),
             metrics: metrics.admin(),
             streams: Arc::new(Semaphore::new(streams_max.min(Semaphore::MAX_PERMITS))),
+            token: None,
+            tls: None,
         };
         let scrape = move |_: &Ask| Answer::whole(prometheus::TEXT_FORMAT, metrics.render());
         let readyz = move |_: &Ask| match readiness.now() {
@@ -118,6 +126,26 @@ impl Admin {
             .get("/metrics", "what it counts, for Prometheus", scrape)
             .get("/healthz", "200 while the process lives", |_| Answer::text("ok\n"))
             .get("/readyz", "200 while exchanges are taken, else 503 and why not", readyz)
+    }
+
+    /// Has whoever asks show this token.
+    pub fn with_token(mut self, token: Option<String>) -> Self {
+        self.token = token;
+        self
+    }
+
+    /// Says that it is reached by TLS, and whether all who come so have shown a certificate.
+    pub fn with_tls(mut self, certified: Option<bool>) -> Self {
+        self.tls = certified;
+        self
+    }
+
+    /// Who asks.
+    fn caller(&self, http: &ServerSession) -> Caller {
+        let peer = peer(http);
+        let headers = &http.req_header().headers;
+        let known = self.tls == Some(true) || self.token.as_ref().is_some_and(|token| guard::shows(headers, token));
+        Caller { peer, secure: self.tls.is_some(), known }
     }
 
     /// Adds what is shown at `path`; see [`table`]. `says` is what the index says of it.
@@ -147,8 +175,16 @@ impl Admin {
 
     /// What is answered, and at which path of the table. The body of a request is read only for whoever may change something.
     async fn answer(&self, http: &mut ServerSession) -> (&'static str, Answer) {
+        let caller = self.caller(http);
         let request = http.req_header();
         let (method, uri) = (request.method.clone(), request.uri.clone());
+        // What load balancers and supervisors ask says nothing that a token would have to keep.
+        let open = matches!(uri.path(), "/healthz" | "/readyz");
+        if self.token.is_some() && !caller.known && caller.peer != Peer::Unix && !open {
+            let answer = Answer::error(StatusCode::UNAUTHORIZED, "the token is asked for: admin.token");
+            let ways = HeaderValue::from_static("Bearer, Basic realm=\"forebay\"");
+            return ("_other", answer.with_header(header::WWW_AUTHENTICATE, ways));
+        }
         let (entry, parts) = match self.table.find(&method, uri.path()) {
             Found::Entry(entry, parts) => (entry, parts),
             Found::Nothing if uri.path() == "/" && matches!(method, Method::GET | Method::HEAD) => {
@@ -167,7 +203,7 @@ impl Admin {
         let html = wants_html(&request.headers);
         let mut body = Bytes::new();
         if entry.method == Method::POST {
-            if let Err(why) = guard::check(peer(http), &http.req_header().headers) {
+            if let Err(why) = guard::check(caller, &http.req_header().headers) {
                 return (entry.path, Answer::error(StatusCode::FORBIDDEN, why));
             }
             match read_body(http).await {
@@ -329,9 +365,29 @@ fn slow() -> Box<pingora::Error> {
     pingora::Error::explain(pingora::ErrorType::WriteTimedout, "it was not taken in time")
 }
 
+/// Takes connections to the admin endpoint, by TLS or in clear text.
+pub struct Reception {
+    admin: Arc<Admin>,
+    tls: Option<Arc<Tls>>,
+}
+
+#[async_trait]
+impl ServerApp for Reception {
+    async fn process_new(self: &Arc<Self>, io: Stream, shutdown: &ShutdownWatch) -> Option<Stream> {
+        let Some(tls) = &self.tls else { return self.admin.process_new(io, shutdown).await };
+        match entrance::secure_with(io, tls).await {
+            Ok(stream) => self.admin.process_new(stream, shutdown).await,
+            Err(refusal) => {
+                tracing::debug!(reason = refusal.reason, "a connection to the admin endpoint was given up");
+                None
+            }
+        }
+    }
+}
+
 /// The admin endpoint as a Pingora service: on `host:port` or, if `unix`, on a socket file that its group may use.
-pub fn service(address: &str, unix: bool, admin: Admin) -> Service<Admin> {
-    let mut service = Service::new("admin".to_owned(), admin);
+pub fn service(address: &str, unix: bool, admin: Admin, tls: Option<Arc<Tls>>) -> Service<Reception> {
+    let mut service = Service::new("admin".to_owned(), Reception { admin: Arc::new(admin), tls });
     service.threads = Some(1);
     if unix {
         service.add_uds(address, Some(Permissions::from_mode(0o660)));

@@ -38,6 +38,7 @@ const EXIT_CONFIG: u8 = 78;
 const AFTER_HELP: &str = "\
 Environment:
   FOREBAY_CONFIG      the configuration file, where no -c is given
+  FOREBAY_ADMIN_TOKEN the token of an admin endpoint that is named by --admin
   FOREBAY_LOG         what is logged on stderr, such as `debug` or `warn,forebay=debug`
   FOREBAY_LOG_FORMAT  `compact` (the default) or `json`
   NO_COLOR            no colours, whatever its value

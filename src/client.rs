@@ -276,20 +276,25 @@ impl Desk {
         });
     }
 
-    /// Answers a connection that is not let in, in little time: it reads what was sent, lest a reset overtakes the answer.
-    async fn turn_away(&self, mut io: Stream, listener: &Listener, ends: Ends, refusal: &'static Refusal) {
+    /// Answers a connection that is not let in.
+    async fn turn_away(&self, io: Stream, listener: &Listener, ends: Ends, refusal: &'static Refusal) {
         let mut clock = Clock::start(Phase::Accept, Instant::now());
         self.record((listener, ends.peer), b"", refusal, &mut clock);
-        let answer = answer_http1(refusal, false);
-        let _ = tokio::time::timeout(TURN_AWAY, async {
-            io.write_all(&answer).await?;
-            io.flush().await?;
-            let _ = io.shutdown().await;
-            while io.read(&mut [0; 1024]).await? > 0 {}
-            std::io::Result::Ok(())
-        })
-        .await;
+        turn_away(io, refusal).await;
     }
+}
+
+/// Answers in clear text, in little time: it reads what was sent, lest a reset overtakes the answer.
+async fn turn_away(mut io: Stream, refusal: &'static Refusal) {
+    let answer = answer_http1(refusal, false);
+    let _ = tokio::time::timeout(TURN_AWAY, async {
+        io.write_all(&answer).await?;
+        io.flush().await?;
+        let _ = io.shutdown().await;
+        while io.read(&mut [0; 1024]).await? > 0 {}
+        std::io::Result::Ok(())
+    })
+    .await;
 }
 
 /// One connection from its first byte to its end, or until it turns out to be HTTP/2.

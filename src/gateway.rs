@@ -2,6 +2,7 @@
 //!
 //! The only place where names of the configuration become the things they name. Nothing here runs per request.
 
+pub mod privileges;
 pub mod sockets;
 pub mod stop;
 
@@ -35,6 +36,8 @@ use crate::client::spool::{Depot, Limits};
 use crate::client::tls::{self, Tls};
 use crate::client::wire::{Leave, Manner, Throttle};
 use crate::client::{Desk, Front};
+use crate::config::listener::Protocol;
+use crate::config::listener::tls::ClientMode;
 use crate::config::route::retry::ATTEMPTS_MAX;
 use crate::config::route::{BufferMode, Grpc, HalfClose, OnDiskFull};
 use crate::config::server::{Resources, Rung, Threads};
@@ -56,6 +59,7 @@ use crate::proxy::send::Manners;
 use crate::recorder::Recorder;
 use crate::spans::Tracer;
 use crate::upstream::{self, Split, Upstream};
+use privileges::User;
 use sockets::{Bound, Place, Socket};
 use stop::{Handle, Stop};
 
@@ -117,10 +121,13 @@ impl Builder {
         match Parts::build(&self.catalog, config, &metrics) {
             // A gateway with these would start; whoever asks beforehand wants to know.
             Ok(parts) => {
-                errors.extend(parts.tls.iter().enumerate().flat_map(|(index, tls)| expired(tls.as_ref(), index)))
+                let listeners = parts.tls.iter().enumerate();
+                errors.extend(listeners.flat_map(|(index, tls)| expired(tls.as_ref(), &format!("listeners[{index}]"))));
+                errors.extend(expired(parts.admin_tls.as_ref(), "admin"));
             }
             Err(found) => errors.extend(found),
         }
+        errors.extend(config.server.user.as_deref().and_then(|user| User::find(user).err()));
         let dir = &config.server.spool_dir;
         errors.extend(Disk::probe(Path::new(dir)).err().map(|error| no_spool_dir(dir, &error)));
         errors
@@ -192,6 +199,7 @@ impl Gateway {
             return Err(wrong(catalog.conflicts().to_vec()));
         }
         let mut parts = Parts::build(catalog, &config, &metrics).map_err(wrong)?;
+        let user = config.server.user.as_deref().map(User::find).transpose().map_err(|error| wrong(vec![error]))?;
         let log = AccessLog::open(&config.observability.access_log, metrics.access_log())
             .map_err(|error| wrong(vec![error]))?
             .map(Arc::new);
@@ -214,7 +222,7 @@ impl Gateway {
         let mut places = Vec::new();
         let mut secured = Vec::new();
         for (index, written) in config.listeners.iter().enumerate() {
-            let tls = parts.tls[index].take().map(|tls| started(tls, index)).transpose();
+            let tls = parts.tls[index].take().map(|tls| started(tls, &format!("listeners[{index}]"))).transpose();
             let tls = tls.map_err(|error| wrong(vec![error]))?;
             let socket = bind(&written.address, &written.name)?;
             secured.extend(tls.clone());
@@ -267,6 +275,9 @@ impl Gateway {
         let find_workers = move || found.attach(threads, pingora_runtime::current_handle);
         server.add_service(Bound::new(web, sockets, Some(stopped)).first(find_workers));
         server.add_service(upstream::background(parts.upstreams.values()));
+        let admin_tls = parts.admin_tls.take().map(|tls| started(tls, "admin")).transpose();
+        let admin_tls = admin_tls.map_err(|error| wrong(vec![error]))?;
+        secured.extend(admin_tls.clone());
         if !secured.is_empty() {
             server.add_service(tls::background(secured));
         }
@@ -292,8 +303,17 @@ impl Gateway {
                 upstreams: parts.upstreams.into_values().collect(),
             };
             let app = status::add(app, Status::new(sources));
-            let service = admin::service(socket.key(), socket.is_unix(), app);
+            let certified = config.admin.tls.as_ref().map(demands_certificates);
+            let app = app.with_token(config.admin.token.clone()).with_tls(certified);
+            let service = admin::service(socket.key(), socket.is_unix(), app, admin_tls);
             server.add_service(Bound::new(service, vec![socket], None));
+        }
+        if let Some(user) = user {
+            let become_it = user.become_it().and_then(|()| Disk::probe(Path::new(&config.server.spool_dir)));
+            become_it.map_err(|error| {
+                let message = format!("as this user, Forebay cannot go on: {error}");
+                wrong(vec![BuildError::new("server.user", message)])
+            })?;
         }
         let stop = Stop {
             asked: Arc::new(Notify::new()),
@@ -319,6 +339,8 @@ struct Parts {
     listed: Vec<(Arc<RouteMetrics>, Vec<String>)>,
     /// The TLS of each listener, in the order of the file.
     tls: Vec<Option<Tls>>,
+    /// That of the admin endpoint.
+    admin_tls: Option<Tls>,
 }
 
 impl Parts {
@@ -352,6 +374,12 @@ impl Parts {
         }
         let mirrors = config.routes.iter().any(|route| route.mirror.is_some());
         let connector = mirrors.then(|| Arc::new(Connector::new(Some(ConnectorOptions::new(MIRROR_POOL)))));
+        let admin_tls = config.admin.tls.as_ref().filter(|_| config.admin.enabled);
+        let admin_tls = admin_tls.map(|tls| Tls::build(tls, "admin", &[Protocol::Http1], metrics.tls("admin")));
+        let admin_tls = admin_tls.transpose().unwrap_or_else(|found| {
+            errors.extend(found.into_iter().map(|error| error.under("admin.tls")));
+            None
+        });
         let (mut rules, mut listed) = (Vec::new(), Vec::new());
         for (index, written) in config.routes.iter().enumerate() {
             match catalog.chain(&written.filters) {
@@ -370,7 +398,7 @@ impl Parts {
             }
         }
         match Table::build(rules) {
-            Ok(routes) if errors.is_empty() => Ok(Parts { upstreams, routes, listed, tls }),
+            Ok(routes) if errors.is_empty() => Ok(Parts { upstreams, routes, listed, tls, admin_tls }),
             Ok(_) => Err(errors),
             Err(found) => {
                 errors.extend(found.into_iter().map(|error| error.under("routes")));
@@ -406,20 +434,26 @@ fn fittings(
     Fittings { tls, passthrough, tcp }
 }
 
+/// Whether nobody comes in without a certificate.
+fn demands_certificates(tls: &config::listener::Tls) -> bool {
+    let demands = |one: &config::listener::tls::ClientCertificates| one.mode == ClientMode::Required;
+    tls.certificates.iter().all(|one| one.client.as_ref().is_some_and(demands))
+}
+
 /// What clients would not accept of the certificates of a listener.
-fn expired(tls: Option<&Tls>, listener: usize) -> Vec<BuildError> {
+fn expired(tls: Option<&Tls>, owner: &str) -> Vec<BuildError> {
     let certificates = tls.map(Tls::certificates).unwrap_or_default();
     let problems = certificates.into_iter().enumerate().filter_map(|(index, facts)| {
-        let path = format!("listeners[{listener}].tls.certificates[{index}].cert");
+        let path = format!("{owner}.tls.certificates[{index}].cert");
         facts.problem.map(|problem| BuildError::new(path, format!("`{}` is of no use: {problem}", facts.file)))
     });
     problems.collect()
 }
 
 /// Makes the TLS of a listener ready for clients, and tells of certificates that they will not accept.
-fn started(mut tls: Tls, listener: usize) -> Result<Arc<Tls>, BuildError> {
-    tls.start().map_err(|error| error.under("tls").under(&format!("listeners[{listener}]")))?;
-    for error in expired(Some(&tls), listener) {
+fn started(mut tls: Tls, owner: &str) -> Result<Arc<Tls>, BuildError> {
+    tls.start().map_err(|error| error.under("tls").under(owner))?;
+    for error in expired(Some(&tls), owner) {
         tracing::warn!("{error}");
     }
     Ok(Arc::new(tls))

@@ -1,6 +1,7 @@
 //! Who may change anything through the admin endpoint.
 //!
-//! It asks for no password, so a change must come from this machine: from loopback or over the unix socket. That is not
+//! Whoever has shown the token, or a certificate that is demanded, may. Where nothing of the kind is asked for, a change must
+//! come from this machine: from loopback or over the unix socket. That is not
 //! enough, for a browser on this machine sends what any page on the web tells it to. Browsers say whose page it was
 //! (`Origin`, `Sec-Fetch-Site`), and programs such as curl say nothing of the kind; so what comes from a page must come
 //! from our own. A page may also have pointed its own name at 127.0.0.1 (DNS rebinding): then `Host` and `Origin` agree,
@@ -8,9 +9,12 @@
 
 use std::net::IpAddr;
 
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD;
 use http::HeaderMap;
-use http::header::{HOST, HeaderName, ORIGIN};
+use http::header::{AUTHORIZATION, HOST, HeaderName, ORIGIN};
 use http::uri::Authority;
+use sha2::{Digest, Sha256};
 
 const SEC_FETCH_SITE: HeaderName = HeaderName::from_static("sec-fetch-site");
 
@@ -25,9 +29,41 @@ pub enum Peer {
     Unknown,
 }
 
-/// Whether `peer` may change something with a request with these headers; else why not.
-pub fn check(peer: Peer, headers: &HeaderMap) -> Result<(), &'static str> {
-    match peer {
+/// How whoever asks has come.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Caller {
+    /// From where.
+    pub peer: Peer,
+    /// By TLS.
+    pub secure: bool,
+    /// It has shown who it is.
+    pub known: bool,
+}
+
+/// Whether a request with these header fields shows the token.
+pub fn shows(headers: &HeaderMap, token: &str) -> bool {
+    let Some(said) = headers.get(AUTHORIZATION).and_then(|said| said.to_str().ok()) else { return false };
+    let Some((scheme, shown)) = said.split_once(' ') else { return false };
+    let shown = shown.trim();
+    if scheme.eq_ignore_ascii_case("bearer") {
+        return is_same(shown.as_bytes(), token.as_bytes());
+    }
+    // Browsers ask for a name and a password; the name says nothing.
+    let decoded = if scheme.eq_ignore_ascii_case("basic") { STANDARD.decode(shown).ok() } else { None };
+    let decoded = decoded.unwrap_or_default();
+    let password = decoded.iter().position(|&byte| byte == b':').map(|colon| &decoded[colon + 1..]);
+    password.is_some_and(|password| is_same(password, token.as_bytes()))
+}
+
+/// Takes as long whatever differs: the digests of both are compared, of which nobody can choose a part.
+fn is_same(one: &[u8], other: &[u8]) -> bool {
+    Sha256::digest(one) == Sha256::digest(other)
+}
+
+/// Whether a caller may change something with a request with these headers; else why not.
+pub fn check(caller: Caller, headers: &HeaderMap) -> Result<(), &'static str> {
+    match caller.peer {
+        _ if caller.known => {}
         Peer::Unix => {}
         Peer::Tcp(address) if address.to_canonical().is_loopback() => {}
         _ => return Err("changes are taken over the loopback or the unix socket only"),
@@ -40,8 +76,9 @@ pub fn check(peer: Peer, headers: &HeaderMap) -> Result<(), &'static str> {
         return Ok(());
     }
     let host = headers.get(HOST).and_then(|host| host.to_str().ok()).unwrap_or_default();
-    let ours = format!("http://{host}");
-    if !is_address(host) || said(ORIGIN).any(|origin| *origin != *ours) {
+    let ours = format!("{}://{host}", if caller.secure { "https" } else { "http" });
+    // Where a name was pointed at us, a browser would not show what it knows of another.
+    if (!caller.known && !is_address(host)) || said(ORIGIN).any(|origin| *origin != *ours) {
         return Err("changes are not taken from other sites");
     }
     Ok(())
@@ -66,14 +103,55 @@ mod tests {
         said.iter().map(|(name, value)| (name.parse().unwrap(), value.parse().unwrap())).collect()
     }
 
+    fn plain(peer: Peer) -> Caller {
+        Caller { peer, secure: false, known: false }
+    }
+
+    #[test]
+    fn a_token_is_shown_as_a_bearer_or_as_a_password() {
+        let token = "a token of 16 or more".replace(' ', "-");
+        let shown = |value: String| {
+            let mut headers = HeaderMap::new();
+            headers.insert("authorization", value.parse().unwrap());
+            shows(&headers, &token)
+        };
+        let basic = |pair: String| format!("Basic {}", STANDARD.encode(pair));
+        assert!(shown(format!("Bearer {token}")) && shown(format!("bearer {token}")));
+        assert!(shown(basic(format!("anybody:{token}"))) && shown(basic(format!(":{token}"))));
+        for wrong in [
+            format!("Bearer {token}x"),
+            "Bearer ".to_owned(),
+            token.clone(),
+            format!("Basic {token}"),
+            basic(token.clone()),
+            basic(format!("{token}:")),
+            format!("Digest {token}"),
+        ] {
+            assert!(!shown(wrong.clone()), "{wrong}");
+        }
+        assert!(!shows(&HeaderMap::new(), &token));
+    }
+
+    #[test]
+    fn who_has_shown_the_token_may_come_from_anywhere_and_not_from_another_page() {
+        let far = Peer::Tcp([192, 0, 2, 1].into());
+        let known = Caller { peer: far, secure: true, known: true };
+        assert_eq!(check(known, &headers(&[("host", "admin.example")])), Ok(()));
+        let own = headers(&[("host", "admin.example"), ("origin", "https://admin.example")]);
+        assert_eq!(check(known, &own), Ok(()));
+        let foreign = headers(&[("host", "admin.example"), ("origin", "https://evil.example")]);
+        assert!(check(known, &foreign).is_err());
+        assert!(check(Caller { known: false, ..known }, &own).is_err());
+    }
+
     #[test]
     fn a_change_comes_from_this_machine() {
         let curl = headers(&[("host", "127.0.0.1:9100")]);
         for peer in [LOCAL, Peer::Unix, Peer::Tcp(Ipv6Addr::LOCALHOST.into()), mapped([127, 0, 0, 1])] {
-            assert_eq!(check(peer, &curl), Ok(()), "{peer:?}");
+            assert_eq!(check(plain(peer), &curl), Ok(()), "{peer:?}");
         }
         for peer in [Peer::Unknown, Peer::Tcp([192, 0, 2, 1].into()), mapped([192, 0, 2, 1])] {
-            assert!(check(peer, &curl).is_err(), "{peer:?}");
+            assert!(check(plain(peer), &curl).is_err(), "{peer:?}");
         }
     }
 
@@ -86,7 +164,7 @@ mod tests {
         for host in ["127.0.0.1:9100", "[::1]:9100", "localhost:8888", "localhost"] {
             let origin: &'static str = format!("http://{host}").leak();
             let own = headers(&[("host", host), ("origin", origin), ("sec-fetch-site", "same-origin")]);
-            assert_eq!(check(LOCAL, &own), Ok(()), "{host}");
+            assert_eq!(check(plain(LOCAL), &own), Ok(()), "{host}");
         }
         for foreign in [
             &[("host", "127.0.0.1:9100"), ("origin", "https://evil.example")][..],
@@ -106,7 +184,7 @@ mod tests {
                 map.append(*name, value.parse().unwrap());
             }
             for peer in [LOCAL, Peer::Unix] {
-                assert!(check(peer, &map).is_err(), "{foreign:?}");
+                assert!(check(plain(peer), &map).is_err(), "{foreign:?}");
             }
         }
     }

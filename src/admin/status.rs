@@ -179,7 +179,7 @@ pub struct ListenerStatus {
     pub listener: String,
     /// Where it listens.
     pub address: String,
-    /// What it speaks: `tls`, `http1`, `h2`, `h2c`.
+    /// What it speaks: `tcp`, `tls`, `http1`, `h2`, `h2c`.
     pub protocols: Vec<String>,
     /// Connections that were accepted.
     pub accepted: u64,
@@ -515,12 +515,14 @@ fn once_asked(status: &Status, ask: &Ask) -> Result<Answer, String> {
 
 fn listened(address: &str, listener: &Listener) -> ListenerStatus {
     let metrics = &listener.metrics;
-    let tls = listener.tls.is_some();
-    let spoken = [(tls, "tls"), (listener.http1, "http1"), (listener.h2, "h2"), (listener.h2c, "h2c")];
+    let (tls, tcp) = (listener.tls.is_some(), listener.tcp.is_some());
+    let http = [(listener.http1, "http1"), (listener.h2, "h2"), (listener.h2c, "h2c")]
+        .map(|(speaks, name)| (speaks && !tcp, name));
+    let spoken = [(tcp, "tcp"), (tls, "tls")].into_iter().chain(http);
     ListenerStatus {
         listener: listener.name.clone(),
         address: address.to_owned(),
-        protocols: spoken.into_iter().filter(|(speaks, _)| *speaks).map(|(_, name)| name.to_owned()).collect(),
+        protocols: spoken.filter(|(speaks, _)| *speaks).map(|(_, name)| name.to_owned()).collect(),
         accepted: metrics.accepted.get(),
         connections: metrics.open().into_iter().map(|(state, count)| (state.to_owned(), count)).collect(),
         requests: [("http1", &metrics.http1_requests), ("h2", &metrics.h2_requests)]

@@ -3,11 +3,15 @@
 use std::io::{self, BufRead, BufReader, ErrorKind, Read, Write};
 use std::net::{TcpStream, ToSocketAddrs};
 use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use clap::Args;
+use pingora::tls::ssl::{SslConnector, SslMethod, SslStream, SslVerifyMode};
+use pingora::tls::x509::X509;
 
 use super::{ConfigFile, Failure};
+use crate::config::server::Admin;
 use crate::gateway::Builder;
 
 /// For a connection to stand, and for each piece of an answer.
@@ -31,6 +35,10 @@ pub struct Where {
 pub struct AdminEndpoint {
     /// `host:port`, or `unix:/path`.
     pub address: String,
+    /// What it asks for.
+    pub token: Option<String>,
+    /// The file of its certificate, if it is reached by TLS: that one and no other is trusted.
+    pub certificate: Option<PathBuf>,
 }
 
 /// A connection to it.
@@ -48,7 +56,7 @@ impl Where {
             return match address.starts_with("unix:/")
                 || address.rsplit_once(':').is_some_and(|(host, _)| host != "unix")
             {
-                true => Ok(AdminEndpoint { address }),
+                true => Ok(AdminEndpoint { address, token: token_of_environment(), certificate: None }),
                 false => Err(Failure::Usage(format!(
                     "`{address}` is no admin address: write one like 127.0.0.1:9100 or unix:/run/forebay.sock"
                 ))),
@@ -58,7 +66,7 @@ impl Where {
         if !config.admin.enabled {
             return Err(Failure::Runtime(format!("{}: the admin endpoint is off", path.display())));
         }
-        Ok(AdminEndpoint { address: reachable(&config.admin.address.0) })
+        Ok(AdminEndpoint::of(&config.admin))
     }
 }
 
@@ -71,7 +79,22 @@ pub fn reachable(address: &str) -> String {
     }
 }
 
+/// The token for an endpoint that is named by its address alone.
+fn token_of_environment() -> Option<String> {
+    std::env::var("FOREBAY_ADMIN_TOKEN").ok().filter(|token| !token.is_empty())
+}
+
 impl AdminEndpoint {
+    /// The endpoint of a configuration.
+    pub fn of(admin: &Admin) -> Self {
+        let certificate = admin.tls.as_ref().and_then(|tls| tls.certificates.first());
+        AdminEndpoint {
+            address: reachable(&admin.address.0),
+            token: admin.token.clone().or_else(token_of_environment),
+            certificate: certificate.map(|certificate| PathBuf::from(&certificate.cert)),
+        }
+    }
+
     /// The body of what it answers to a GET. An error says what went wrong, as one would say it.
     pub fn get(&self, target: &str) -> Result<Vec<u8>, String> {
         let mut body = Vec::new();
@@ -100,7 +123,9 @@ impl AdminEndpoint {
             let mut socket = self.connect(patience)?;
             let host = if self.address.starts_with("unix:") { "localhost" } else { &*self.address };
             let length = if method == "POST" { "Content-Length: 0\r\n" } else { "" };
-            write!(socket, "{method} {target} HTTP/1.0\r\nHost: {host}\r\n{length}\r\n")?;
+            let token =
+                self.token.as_ref().map(|token| format!("Authorization: Bearer {token}\r\n")).unwrap_or_default();
+            write!(socket, "{method} {target} HTTP/1.0\r\nHost: {host}\r\n{token}{length}\r\n")?;
             let mut answer = BufReader::new(socket);
             let head = head(&mut answer)?;
             io::Result::Ok((head, answer))
@@ -134,13 +159,32 @@ impl AdminEndpoint {
                 Ok(socket) => {
                     socket.set_read_timeout(Some(patience))?;
                     socket.set_write_timeout(Some(DEADLINE))?;
-                    return Ok(Box::new(socket));
+                    return match &self.certificate {
+                        Some(file) => secure(socket, file).map(|socket| Box::new(socket) as Box<dyn Socket>),
+                        None => Ok(Box::new(socket)),
+                    };
                 }
                 Err(error) => last = error,
             }
         }
         Err(last)
     }
+}
+
+/// Shakes hands with a server that must have the certificate of this file. Whose name is in it does not matter: it is reached
+/// by its address.
+fn secure(socket: TcpStream, file: &Path) -> io::Result<SslStream<TcpStream>> {
+    let expected = X509::from_pem(&std::fs::read(file)?)?;
+    let mut connector = SslConnector::builder(SslMethod::tls())?;
+    connector.set_verify(SslVerifyMode::NONE);
+    let mut configured = connector.build().configure()?;
+    configured.set_use_server_name_indication(true);
+    configured.set_verify_hostname(false);
+    let names = expected.subject_alt_names();
+    let name = names.iter().flatten().find_map(|name| name.dnsname().map(|name| name.replace('*', "any")));
+    let stream = configured.connect(name.as_deref().unwrap_or("admin.invalid"), socket).map_err(io::Error::other)?;
+    let shown = stream.ssl().peer_certificate().map(|shown| shown.to_der()).transpose()?;
+    if shown == Some(expected.to_der()?) { Ok(stream) } else { Err(io::Error::other("it shows another certificate")) }
 }
 
 /// What matters of the header of an answer.

@@ -8,7 +8,7 @@ use tokio::io::{AsyncBufReadExt, AsyncRead, AsyncReadExt, AsyncWrite, AsyncWrite
 use tokio::net::{TcpStream, UnixStream};
 use tokio::time::timeout;
 
-use super::admin::reachable;
+use super::admin::{AdminEndpoint, reachable};
 use super::{ConfigFile, Failure, print};
 use crate::gateway::Builder;
 
@@ -26,6 +26,11 @@ pub fn healthcheck(builder: &Builder, url: Option<Uri>, file: ConfigFile) -> Res
             let (path, config) = file.load(builder)?;
             if !config.admin.enabled {
                 return Err(Failure::Runtime(format!("{}: the admin endpoint is off", path.display())));
+            }
+            if config.admin.tls.is_some() {
+                let endpoint = AdminEndpoint::of(&config.admin);
+                let ready = endpoint.get("/readyz").map_err(|why| Failure::Runtime(format!("not ready: {why}")));
+                return ready.and_then(|_| print(&format!("https://{}/readyz answers 200", endpoint.address)));
             }
             Target::readyz(&config.admin.address.0)
         }

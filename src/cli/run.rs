@@ -6,6 +6,7 @@ use std::net::SocketAddr;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
 use super::{ConfigFile, DemoAddresses, Failure, logs, print};
+use crate::gateway::privileges::keep_memory_private;
 use crate::gateway::{Builder, Gateway, StartError};
 use crate::origin::Origin;
 
@@ -13,6 +14,9 @@ use crate::origin::Origin;
 pub fn run(builder: Builder, file: ConfigFile) -> Result<(), Failure> {
     logs::start()?;
     let (path, config) = file.load(&builder)?;
+    if config.admin.tls.is_some() || config.listeners.iter().any(|listener| listener.tls.is_some()) {
+        keep_memory_private();
+    }
     let gateway = builder.build(config).map_err(failure)?;
     let open_files = raise_open_files();
     tracing::info!(config = %path.display(), version = env!("CARGO_PKG_VERSION"), open_files, "forebay starts");

@@ -127,7 +127,7 @@ fn addresses(gateway: &Gateway) -> Result<(SocketAddr, SocketAddr), Failure> {
 
 /// Lets the clients loose and gives their exchanges, in the order in which they began.
 fn record(asked: &Timeline, web: SocketAddr, admin: SocketAddr) -> Result<Vec<Recorded>, Failure> {
-    let endpoint = AdminEndpoint { address: admin.to_string() };
+    let endpoint = AdminEndpoint { address: admin.to_string(), token: None, certificate: None };
     let target = format!("/trace?count={}&for={}s", Client::ALL.len(), DEADLINE.as_secs());
     let mut telling = Telling::begin(endpoint, &target, DEADLINE)?;
     let mut recorded = Vec::new();

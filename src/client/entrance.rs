@@ -12,11 +12,12 @@ use pingora::protocols::Stream;
 
 use super::connection::{Connection, Counted, Listener};
 use super::hello::{self, Hello};
+use super::names::Names;
 use super::proxy_protocol::{self, Expected};
 use super::relay::Relay;
-use super::tls;
 use super::tls::handshake::{self, Facts};
 use super::tls::stream::{Raw, TlsStream};
+use super::tls::{self, Tls};
 use crate::error::{Refusal, refusal};
 use crate::metrics::{ConnectionState, Metrics};
 use crate::phase::Phase;
@@ -131,7 +132,8 @@ pub async fn enter(io: Stream, counted: Counted, ends: Ends, metrics: &Metrics) 
     let _seat = metrics.enter_phase(Phase::Handshake, begun);
     raw.tell(connection.clone());
     // Boxed, so that a parked connection does not hold the room that a handshake needs.
-    let secured = tokio::time::timeout(patience, Box::pin(secure(raw, &listener))).await;
+    let secured =
+        tokio::time::timeout(patience, Box::pin(secure(raw, listener.tls.as_deref(), &listener.passthrough))).await;
     match secured.unwrap_or(Err((&refusal::HANDSHAKE_TIMEOUT, None))) {
         Ok(Secured::Here(stream, facts)) => {
             let took = begun.elapsed();
@@ -197,6 +199,29 @@ fn fault(fault: proxy_protocol::Fault) -> &'static Refusal {
 /// Why there is no connection, and its socket if the client can be answered in clear text.
 type Failure = (&'static Refusal, Option<Stream>);
 
+/// Shakes hands on a socket that is no listener's.
+///
+/// # Errors
+///
+/// Why it came to nothing.
+pub async fn secure_with(io: Stream, tls: &Tls) -> Result<Stream, &'static Refusal> {
+    let begun = Instant::now();
+    let secured = tokio::time::timeout(tls.timeout, Box::pin(secure(Raw::new(io), Some(tls), &Names::default()))).await;
+    match secured.unwrap_or(Err((&refusal::HANDSHAKE_TIMEOUT, None))) {
+        Ok(Secured::Here(stream, facts)) => {
+            tls.metrics.shaken(facts.version, facts.resumed, begun.elapsed());
+            Ok(stream)
+        }
+        Ok(Secured::Elsewhere(..)) => Err(&refusal::HANDSHAKE_FAILED),
+        Err((refusal, answerable)) => {
+            if let Some(io) = answerable {
+                super::turn_away(io, refusal).await;
+            }
+            Err(refusal)
+        }
+    }
+}
+
 /// What a ClientHello leads to.
 enum Secured {
     /// A connection of TLS.
@@ -205,7 +230,7 @@ enum Secured {
     Elsewhere(Box<Raw>, Arc<Relay>, Box<str>),
 }
 
-async fn secure(mut raw: Raw, listener: &Listener) -> Result<Secured, Failure> {
+async fn secure(mut raw: Raw, tls: Option<&Tls>, passthrough: &Names<Arc<Relay>>) -> Result<Secured, Failure> {
     let hello = match read_hello(&mut raw).await {
         Ok(hello) => hello,
         Err(why) if why == &refusal::HANDSHAKE_HTTP => return Err((why, Some(raw.into_parts().0))),
@@ -215,12 +240,12 @@ async fn secure(mut raw: Raw, listener: &Listener) -> Result<Secured, Failure> {
         }
     };
     if let Some(name) = &hello.name
-        && let Some(relay) = listener.passthrough.find(name)
+        && let Some(relay) = passthrough.find(name)
     {
         return Ok(Secured::Elsewhere(Box::new(raw), relay.clone(), name.clone()));
     }
     // The table is held for a look-up, and the context for the handshake: a swap in between does not disturb it.
-    let found = match &listener.tls {
+    let found = match tls {
         Some(tls) => tls.table.load().find(hello.name.as_deref()).cloned(),
         None if hello.name.is_none() => Err(&refusal::HANDSHAKE_NO_NAME),
         None => Err(&refusal::HANDSHAKE_UNKNOWN_NAME),
@@ -233,7 +258,7 @@ async fn secure(mut raw: Raw, listener: &Listener) -> Result<Secured, Failure> {
         }
     };
     let Some((kind, context)) = host.choose(&hello).cloned() else { return Err((&refusal::HANDSHAKE_FAILED, None)) };
-    let threads = listener.tls.as_ref().and_then(|tls| tls.threads.as_ref());
+    let threads = tls.and_then(|tls| tls.threads.as_ref());
     let stream = handshake::shake(context, kind, raw, threads).await.map_err(|why| (why, None))?;
     let (stream, facts) = handshake::complete(stream, &hello, host.policy()).map_err(|why| (why, None))?;
     Ok(Secured::Here(Box::new(stream), Box::new(facts)))

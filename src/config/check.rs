@@ -17,11 +17,12 @@ use super::decode::Parts;
 use super::explain::{expected, join};
 use super::filter::FilterKind;
 use super::key::Key;
+use super::listener::tls::{Certificate, ClientMode};
 use super::listener::{Limits, Listener, Protocol as ListenerProtocol, Tls};
 use super::report::{Finding, Spot};
 use super::route::retry::{ATTEMPTS_MAX, Backoff, Retry};
 use super::route::{BufferMode, Client, Match, PathMatch, Route, ValueMatch};
-use super::server::{EventLoop, Resources, Tracing};
+use super::server::{Admin, EventLoop, Resources, Tracing};
 use super::units::{ByteRate, Count, Size, Time};
 use super::upstream::health::{HealthCheck, HttpCheck};
 use super::upstream::outlier::OutlierDetection;
@@ -33,6 +34,8 @@ const RESERVED_NAME: &str = "_other";
 /// The writer of the access log holds a place for each line that may wait.
 const LOG_QUEUE_MAX: u64 = 1_000_000;
 const ADMIN_STREAMS_MAX: u64 = 1024;
+/// Shorter ones are tried out.
+const TOKEN_BYTES_MIN: usize = 16;
 /// More would not make a disk faster.
 const DISK_THREADS_MAX: u64 = 64;
 /// The disk threads hold a place for each piece that may wait.
@@ -122,13 +125,47 @@ impl<'a> Check<'a> {
         self.count("admin.streams", rest.admin.streams, 1, ADMIN_STREAMS_MAX);
         self.event_loop(&rest.observability.event_loop);
         self.tracing(&rest.observability.tracing);
-        if rest.admin.enabled && is_open(&rest.admin.address) {
+        self.admin(&rest.admin);
+    }
+
+    fn admin(&mut self, admin: &Admin) {
+        if let Some(tls) = &admin.tls {
+            self.tls(tls, "admin.tls");
+            if tls.hsts.is_some() {
+                let finding =
+                    Finding::error(Spot::Key("admin.tls.hsts".to_owned()), "the admin endpoint sends no `hsts`");
+                self.wrong(finding.label("leave it out"));
+            }
+        }
+        if admin.token.as_ref().is_some_and(|token| token.len() < TOKEN_BYTES_MIN) {
+            let finding = Finding::error(value("admin.token"), "this token could be guessed");
+            self.wrong(
+                finding
+                    .label(format!("expected at least {TOKEN_BYTES_MIN} letters"))
+                    .help("make one with `openssl rand -base64 32`, and write `${VAR}` or `${file:/path}`"),
+            );
+        }
+        if admin.token.as_ref().is_some_and(|token| !token.bytes().all(|byte| byte.is_ascii_graphic())) {
+            let finding = Finding::error(value("admin.token"), "a token is one word of ASCII");
+            self.wrong(finding.label("expected letters, digits and signs without spaces"));
+        }
+        if !admin.enabled || !is_open(&admin.address) {
+            return;
+        }
+        let asks = admin.tls.as_ref().is_some_and(|tls| {
+            let required = |one: &Certificate| one.client.as_ref().is_some_and(|it| it.mode == ClientMode::Required);
+            tls.certificates.iter().all(required)
+        });
+        if admin.token.is_none() && !asks {
             let finding =
                 Finding::warning(value("admin.address"), "everyone who can reach this machine can reach `admin`")
                     .label("not a loopback address");
-            self.wrong(
-                finding.help("it asks for no password: let it listen on 127.0.0.1, or keep others out by a firewall"),
-            );
+            self.wrong(finding.help("give it a `token`, let it listen on 127.0.0.1, or keep others out by a firewall"));
+        } else if admin.tls.is_none() {
+            let finding =
+                Finding::warning(value("admin.address"), "the token of `admin` goes over the network in clear text")
+                    .label("not a loopback address");
+            self.wrong(finding.help("give it `tls: { certificates: [ … ] }`, too"));
         }
     }
 

@@ -17,6 +17,10 @@ use super::units::{Count, Percent, Size, Time};
 pub struct Server {
     /// Worker threads: `auto` is one per core.
     pub threads: Threads,
+    /// Whom Forebay becomes once it has bound its ports and read its keys, as root: a name or a number. That user must be able
+    /// to read certificates and keys when they are renewed, and to write to `spool_dir` and to the access log.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub user: Option<String>,
     /// Lets idle workers take tasks from busy ones. Off: a connection stays with its worker, which is cheaper and fairer.
     pub work_stealing: bool,
     /// Idle connections to upstreams that are kept, over all upstreams. Keep it above the concurrency you expect.
@@ -36,6 +40,7 @@ impl Default for Server {
     fn default() -> Self {
         Server {
             threads: Threads::Auto,
+            user: None,
             work_stealing: false,
             keepalive_pool: Count(4_000),
             spool_dir: "/tmp".to_owned(),
@@ -182,15 +187,23 @@ pub enum Forwarded {
 pub struct Admin {
     /// Whether there is one.
     pub enabled: bool,
-    /// Where it listens: loopback unless told otherwise, for it has no authentication.
+    /// Where it listens: loopback unless told otherwise.
     pub address: super::Address,
+    /// What whoever asks must know, sent as `Authorization: Bearer …` or as the password of `Basic`; `/healthz` and `/readyz`
+    /// need none. Without it everybody who can connect may look, and whoever is on this machine may change things.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub token: Option<String>,
+    /// TLS, as of a listener.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub tls: Option<super::listener::Tls>,
     /// Answers that go on, such as that of the status page, which may be under way at once: from 1 to 1,024.
     pub streams: Count,
 }
 
 impl Default for Admin {
     fn default() -> Self {
-        Admin { enabled: true, address: super::Address("127.0.0.1:9100".to_owned()), streams: Count(16) }
+        let address = super::Address("127.0.0.1:9100".to_owned());
+        Admin { enabled: true, address, token: None, tls: None, streams: Count(16) }
     }
 }
 

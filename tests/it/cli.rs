@@ -333,3 +333,39 @@ fn the_demo_answers_through_the_gateway_and_prints_three_lines_to_try() {
     assert!(get(&address(lines[0]), "/bytes/16").ends_with("\r\n\r\n000000000000000\n"));
     assert_eq!(demo.terminate(), Some(0));
 }
+
+#[test]
+fn certificates_are_listed_and_what_is_wrong_with_them_is_told_by_check_with_its_place() {
+    use crate::harness::secure::Authority;
+    use crate::harness::tls::pair;
+
+    let authority = Authority::new();
+    let (good, other) = (authority.issue(&["good.test", "*.good.test"]), authority.issue(&["other.test"]));
+    let dir = tempfile::tempdir().expect("a directory");
+    let file = dir.path().join("forebay.yaml");
+    let write = |certificates: &str| {
+        let yaml = format!(
+            "listeners:\n  - name: web\n    address: 127.0.0.1:0\n    tls:\n      certificates:\n{certificates}\n\
+             upstreams: {{ app: {{ endpoints: [ {{ address: 127.0.0.1:1 }} ] }} }}\nroutes: [ {{ name: all, upstream: app }} ]\n"
+        );
+        std::fs::write(&file, yaml).expect("a file");
+    };
+    let run = |command: &str| {
+        let output = Command::new(env!("CARGO_BIN_EXE_forebay")).args([command, "-c"]).arg(&file).output();
+        let output = output.expect("the program runs");
+        (output.status.code(), String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned())
+    };
+    write(&format!("        - {{ {} }}", pair(&good)));
+    let (code, said) = run("certs");
+    assert_eq!(code, Some(0), "{said}");
+    assert!(said.contains("good.test *.good.test") && said.contains("ECDSA P-256"), "{said}");
+    assert_eq!(run("check").0, Some(0));
+
+    let crossed = format!("cert: \"{}\", key: \"{}\"", good.certificate.display(), other.key.display());
+    write(&format!("        - {{ {} }}\n        - {{ {crossed} }}", pair(&good)));
+    let (code, said) = run("check");
+    assert_eq!(code, Some(78), "{said}");
+    assert!(said.contains("is not the key of the first certificate in") && said.contains(":7:"), "{said}");
+    let (code, said) = run("certs");
+    assert!(code == Some(1) && said.contains("one certificate has a problem"), "{said}");
+}

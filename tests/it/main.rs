@@ -6,6 +6,7 @@ mod harness;
 
 mod accept;
 mod actors;
+mod admin;
 mod balance;
 mod bench;
 mod boards;
@@ -32,6 +33,7 @@ mod observe;
 mod origin;
 mod pace;
 mod page;
+mod privileges;
 mod proxy_protocol;
 mod proxying;
 mod queue;

@@ -435,6 +435,13 @@ impl Process {
         resident.and_then(|kib| kib.trim().parse::<u64>().ok()).expect("its resident set") * 1024
     }
 
+    /// The words of a line of `/proc/PID/status`.
+    pub fn status(&self, line: &str) -> Vec<String> {
+        let status = fs::read_to_string(format!("/proc/{}/status", self.child.id())).expect("its status");
+        let found = status.lines().find_map(|one| one.strip_prefix(line)?.strip_prefix(':'));
+        found.expect("a line of its status").split_whitespace().map(str::to_owned).collect()
+    }
+
     /// What its file descriptors are open on: a path, or a kind and a number.
     pub fn open_files(&self) -> Vec<String> {
         let open = fs::read_dir(format!("/proc/{}/fd", self.child.id())).expect("its open files");
