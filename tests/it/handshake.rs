@@ -612,3 +612,52 @@ fn clients_are_sent_to_https_and_told_to_stay_there() {
     let answer = moved.response();
     assert_eq!((answer.status, answer.head.value("location")), (301, Some("https://shop.test:8443/")));
 }
+
+/// Versions and suites that a scanner would try, old ones first.
+const OFFERS: [(&str, &str); 16] = [
+    ("-tls1", "ALL"),
+    ("-tls1_1", "ALL"),
+    ("-tls1_2", "AES128-GCM-SHA256"),
+    ("-tls1_2", "AES256-SHA"),
+    ("-tls1_2", "DHE-RSA-AES128-GCM-SHA256"),
+    ("-tls1_2", "ECDHE-RSA-AES128-SHA"),
+    ("-tls1_2", "ECDHE-ECDSA-AES256-SHA384"),
+    ("-tls1_2", "ECDHE-RSA-AES128-GCM-SHA256"),
+    ("-tls1_2", "ECDHE-RSA-AES256-GCM-SHA384"),
+    ("-tls1_2", "ECDHE-RSA-CHACHA20-POLY1305"),
+    ("-tls1_2", "ECDHE-ECDSA-AES128-GCM-SHA256"),
+    ("-tls1_2", "ECDHE-ECDSA-AES256-GCM-SHA384"),
+    ("-tls1_2", "ECDHE-ECDSA-CHACHA20-POLY1305"),
+    ("-tls1_3", "TLS_AES_128_GCM_SHA256"),
+    ("-tls1_3", "TLS_AES_256_GCM_SHA384"),
+    ("-tls1_3", "TLS_CHACHA20_POLY1305_SHA256"),
+];
+
+/// Before and behind the table in the manual.
+const MARKS: [&str; 2] = ["<!-- the table of a scan: made by a test -->\n", "<!-- its end -->\n"];
+
+#[test]
+fn the_manual_says_which_versions_and_suites_a_scan_finds() {
+    let authority = Authority::new();
+    let certificates = [pair(&authority.issue_rsa(&["a.test"])), pair(&authority.issue(&["a.test"]))];
+    let gateway = answering(&certificates, "").start();
+    let mut table = String::from("| version | offered | served |\n|---|---|---|\n");
+    for (version, suite) in OFFERS {
+        let old = format!("{suite}:@SECLEVEL=0");
+        let offer = if version == "-tls1_3" { ["-ciphersuites", suite] } else { ["-cipher", &old] };
+        let said = s_client(&gateway, &authority, &[&[version], &offer[..]].concat());
+        let served = said.contains("Verify return code: 0 (ok)") && said.contains("served");
+        let shown = version.trim_start_matches("-tls").replace('_', ".");
+        let answer = if served { "yes" } else { "no" };
+        table += &format!("| TLS {} | {suite} | {answer} |\n", if shown == "1" { "1.0" } else { &shown });
+    }
+    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/conf/manual/tls.md");
+    let manual = std::fs::read_to_string(path).expect("the manual");
+    let (before, rest) = manual.split_once(MARKS[0]).expect("a mark");
+    let (_, behind) = rest.split_once(MARKS[1]).expect("a mark");
+    let made = [before, MARKS[0], &table, MARKS[1], behind].concat();
+    if std::env::var_os("UPDATE_MANUAL").is_some() {
+        std::fs::write(path, &made).expect("to write the manual");
+    }
+    assert_eq!(std::fs::read_to_string(path).expect("the manual"), made, "UPDATE_MANUAL=1 writes it anew");
+}
