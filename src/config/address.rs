@@ -164,6 +164,70 @@ impl JsonSchema for Network {
     }
 }
 
+/// How many leading bits of an IPv6 address tell clients apart where something is limited for each of them: from 1 to 128,
+/// 64 by default. Whoever has one address of a /64 has all of them (RFC 4291 §2.5.4, RFC 6177 §2), and could else begin
+/// anew with each.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Ipv6Prefix(u8);
+
+impl Ipv6Prefix {
+    /// The client that this address belongs to, as the first address of its network. An IPv4 address is one client, and so
+    /// is one that came in by way of IPv6 (`::ffff:192.0.2.1`).
+    pub fn client(self, address: IpAddr) -> IpAddr {
+        match address.to_canonical() {
+            IpAddr::V4(v4) => v4.into(),
+            IpAddr::V6(v6) => {
+                let host_bits = 128 - u32::from(self.0);
+                IpAddr::V6(Ipv6Addr::from_bits(v6.to_bits() >> host_bits << host_bits))
+            }
+        }
+    }
+}
+
+impl Default for Ipv6Prefix {
+    fn default() -> Self {
+        Ipv6Prefix(64)
+    }
+}
+
+impl FromStr for Ipv6Prefix {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let bits = text.strip_prefix('/').unwrap_or(text).parse().ok().filter(|bits| (1..=128).contains(bits));
+        bits.map(Ipv6Prefix).ok_or_else(|| {
+            format!("`{text}` is not the length of an IPv6 prefix: write a number from 1 to 128, such as `64`")
+        })
+    }
+}
+
+impl<'de> Deserialize<'de> for Ipv6Prefix {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        deserializer.deserialize_any(Scalar("the length of a prefix such as `64`"))?.parse().map_err(de::Error::custom)
+    }
+}
+
+impl Serialize for Ipv6Prefix {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        self.0.serialize(serializer)
+    }
+}
+
+impl JsonSchema for Ipv6Prefix {
+    fn schema_name() -> Cow<'static, str> {
+        "Ipv6Prefix".into()
+    }
+
+    fn json_schema(_: &mut SchemaGenerator) -> Schema {
+        json_schema!({
+            "type": "integer",
+            "minimum": 1,
+            "maximum": 128,
+            "description": "how many leading bits of an IPv6 address tell clients apart",
+        })
+    }
+}
+
 /// Reads networks where the field holds them bare.
 pub(super) fn networks<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<IpNet>, D::Error> {
     Ok(Vec::<Network>::deserialize(deserializer)?.into_iter().map(|Network(net)| net).collect())
@@ -184,6 +248,31 @@ mod tests {
         assert_eq!(target("[::1]:8080"), Ok(Target::Tcp("::1", 8080)));
         assert_eq!(target("my_app.svc.local:80"), Ok(Target::Tcp("my_app.svc.local", 80)));
         assert_eq!(target("unix:/run/app.sock"), Ok(Target::Unix(Path::new("/run/app.sock"))));
+    }
+
+    #[test]
+    fn a_client_is_an_ipv4_address_or_an_ipv6_network() {
+        let client = |prefix: &str, address: &str| {
+            let prefix: Ipv6Prefix = prefix.parse().unwrap();
+            prefix.client(address.parse().unwrap()).to_string()
+        };
+        for address in ["192.0.2.1", "::ffff:192.0.2.1"] {
+            assert_eq!(client("64", address), "192.0.2.1");
+            assert_eq!(client("1", address), "192.0.2.1");
+        }
+        for (prefix, network) in [
+            ("1", "::"),
+            ("48", "2001:db8:1::"),
+            ("56", "2001:db8:1:200::"),
+            ("/64", "2001:db8:1:2ff::"),
+            ("128", "2001:db8:1:2ff:f::1"),
+        ] {
+            assert_eq!(client(prefix, "2001:db8:1:2ff:f::1"), network);
+        }
+        assert_eq!(Ipv6Prefix::default(), "64".parse().unwrap());
+        for prefix in ["0", "129", "-1", "64.5", "/", ""] {
+            assert!(prefix.parse::<Ipv6Prefix>().unwrap_err().contains("from 1 to 128"), "{prefix}");
+        }
     }
 
     #[test]

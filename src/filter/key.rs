@@ -11,6 +11,7 @@ use xxhash_rust::xxh3::{Xxh3, xxh3_64};
 
 use super::Scope;
 use crate::config;
+use crate::config::address::Ipv6Prefix;
 use crate::error::BuildError;
 
 /// A key as it is looked for in a request.
@@ -18,6 +19,8 @@ use crate::error::BuildError;
 pub enum Key {
     /// The client's address.
     ClientIp,
+    /// The client's address, of IPv6 as much as tells clients apart.
+    Client(Ipv6Prefix),
     /// The path of the request, as it was sent.
     Path,
     /// The name of the route.
@@ -74,10 +77,16 @@ impl Key {
         })
     }
 
+    /// The same key where it limits something for each client: a client has more than one IPv6 address.
+    pub fn for_limits(self, prefix: Ipv6Prefix) -> Key {
+        if self == Key::ClientIp { Key::Client(prefix) } else { self }
+    }
+
     /// The value of this key; `None` if the request has none, or an empty one.
     pub fn of<'s>(&self, asked: &Asked<'s>) -> Option<Value<'s>> {
         let value = match self {
             Key::ClientIp => Value::from(asked.client?),
+            Key::Client(prefix) => Value::from(prefix.client(asked.client?)),
             Key::Path => Value::Plain(asked.target.path().as_bytes()),
             Key::Route => Value::Plain(asked.route.as_bytes()),
             Key::Header(name) => Value::Plain(asked.headers.get(name)?.as_bytes()),

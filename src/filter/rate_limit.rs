@@ -5,6 +5,7 @@
 //!     key: client_ip             # or { header: X-Api-Key }, { cookie: sid }, { query: token }, path, route
 //!     rate: 10/s                 # what may come in the long run
 //!     burst: 20                  # what may come at once
+//!     ipv6_prefix: 64            # how much of an IPv6 address is one client
 //!     max_keys: 100k             # how many keys are remembered
 //! ```
 //!
@@ -27,6 +28,7 @@ use serde::Deserialize;
 
 use super::{Filter, FilterType, Key, Refused, Scope, Stages, Verdict};
 use crate::config;
+use crate::config::address::Ipv6Prefix;
 use crate::config::units::{Count, Rate};
 use crate::error::{BuildError, Refusal};
 
@@ -46,6 +48,9 @@ pub struct Settings {
     /// How many keys are remembered, at about 80 bytes each.
     #[serde(default = "Settings::max_keys")]
     pub max_keys: Count,
+    /// How many leading bits of an IPv6 address `client_ip` counts as one client: who has one address of a network has many.
+    #[serde(default)]
+    pub ipv6_prefix: Ipv6Prefix,
 }
 
 impl Settings {
@@ -96,7 +101,7 @@ impl FilterType for RateLimit {
     type Settings = Settings;
 
     fn build(settings: &Settings) -> Result<Self, BuildError> {
-        let key = Key::build(&settings.key).map_err(|error| error.under("key"))?;
+        let key = Key::build(&settings.key).map_err(|error| error.under("key"))?.for_limits(settings.ipv6_prefix);
         let Count(burst) = settings.burst.unwrap_or(Count(settings.rate.events));
         if burst == 0 || burst == Count::UNLIMITED.0 {
             return Err(BuildError::new("burst", "a limit needs a number here, of at least 1"));
@@ -271,6 +276,24 @@ mod tests {
     }
 
     #[test]
+    fn all_addresses_of_an_ipv6_network_are_one_client() {
+        let passed_of_40 = |settings: &str, address: &dyn Fn(u16) -> String| {
+            let mut rehearsal = Rehearsal::of(&format!("- rate_limit: {{ rate: 1/m, {settings} }}"));
+            let mut passes = |n| {
+                rehearsal.client = Some(address(n).parse().unwrap());
+                matches!(rehearsal.verdict(), Verdict::Continue)
+            };
+            (0..40).filter(|&n| passes(n)).count()
+        };
+        let (one_64, one_48) = (|n| format!("2001:db8:1:2::{n:x}"), |n| format!("2001:db8:1:{n:x}::1"));
+        assert_eq!((passed_of_40("", &one_64), passed_of_40("", &one_48)), (1, 40));
+        assert_eq!(passed_of_40("ipv6_prefix: 48", &one_48), 1);
+        assert_eq!(passed_of_40("ipv6_prefix: 128", &one_64), 40);
+        assert_eq!(passed_of_40("", &|n| format!("192.0.2.{n}")), 40, "an IPv4 address is one client");
+        assert_eq!(passed_of_40("ipv6_prefix: 1", &|n| format!("::ffff:192.0.2.{n}")), 40);
+    }
+
+    #[test]
     fn headers_and_cookies_are_counted_apart_whoever_sends_them() {
         for (key, name, one, two) in [("header: x-key", "x-key", "1", "2"), ("cookie: sid", "cookie", "sid=1", "sid=2")]
         {
@@ -384,7 +407,7 @@ mod tests {
             let told = "[0].rate_limit.max_keys: memory has an end: write a number of at least 1";
             assert_eq!(error(&format!("- rate_limit: {{ rate: 1/s, max_keys: {keys} }}")), told);
         }
-        let told = "[0].rate_limit.brust: unknown field `brust`, expected one of `key`, `rate`, `burst`, `max_keys`";
+        let told = "[0].rate_limit.brust: unknown field `brust`, expected one of `key`, `rate`, `burst`, `max_keys`, `ipv6_prefix`";
         assert_eq!(error("- rate_limit: { rate: 1/s, brust: 2 }"), told);
     }
 
