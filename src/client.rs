@@ -4,10 +4,12 @@
 //! let Pingora's proxy run one exchange, take the stream back, park again. On HTTP/2 Pingora owns the connection and
 //! `Http2` sees every stream begin. What is refused before Pingora could see it is answered, counted and logged here.
 
+pub mod account;
 pub mod broken;
 pub mod budget;
 pub mod chunked;
 pub mod connection;
+pub mod descriptors;
 pub mod entrance;
 pub mod farewell;
 pub mod frames;
@@ -20,6 +22,7 @@ pub mod pace;
 pub mod proxy_protocol;
 pub mod relay;
 pub mod session;
+pub mod shares;
 pub mod slow;
 pub mod spool;
 pub mod stream;
@@ -60,6 +63,8 @@ use waiting::Waiting;
 
 /// What a connection that is one too many is given to hear so.
 const TURN_AWAY: Duration = Duration::from_millis(200);
+/// So many hear so at a time. They are open meanwhile and hold nothing else; further ones are closed without a word.
+const TURN_AWAY_AT_ONCE: usize = 64;
 
 /// Where Pingora hands accepted sockets to.
 pub struct Front<P> {
@@ -70,6 +75,7 @@ pub struct Front<P> {
 /// What connections share.
 pub struct Desk {
     listeners: Listeners,
+    turned_away: AtomicUsize,
     metrics: Metrics,
     unrouted: Arc<RouteMetrics>,
     log: Option<Arc<AccessLog>>,
@@ -89,7 +95,7 @@ impl Desk {
         lanes: Arc<Lanes>,
         unrouted: Arc<RouteMetrics>,
     ) -> Self {
-        Desk { listeners, metrics, unrouted, log, inflight, slow, lanes }
+        Desk { listeners, turned_away: AtomicUsize::new(0), metrics, unrouted, log, inflight, slow, lanes }
     }
 
     /// Counts and logs a refusal that no exchange was made for.
@@ -280,6 +286,7 @@ impl Desk {
     async fn turn_away(&self, io: Stream, listener: &Listener, ends: Ends, refusal: &'static Refusal) {
         let mut clock = Clock::start(Phase::Accept, Instant::now());
         self.record((listener, ends.peer), b"", refusal, &mut clock);
+        let Some(_hears) = Hearing::enter(&self.turned_away) else { return };
         turn_away(io, refusal).await;
     }
 }
@@ -295,6 +302,22 @@ async fn turn_away(mut io: Stream, refusal: &'static Refusal) {
         std::io::Result::Ok(())
     })
     .await;
+}
+
+/// One that is turned away and hears so.
+struct Hearing<'d>(&'d AtomicUsize);
+
+impl<'d> Hearing<'d> {
+    fn enter(count: &'d AtomicUsize) -> Option<Self> {
+        let more = |hearing: usize| (hearing < TURN_AWAY_AT_ONCE).then_some(hearing + 1);
+        count.fetch_update(Ordering::Relaxed, Ordering::Relaxed, more).ok().map(|_| Hearing(count))
+    }
+}
+
+impl Drop for Hearing<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
+    }
 }
 
 /// One connection from its first byte to its end, or until it turns out to be HTTP/2.

@@ -68,6 +68,9 @@ pub struct Config {
     #[serde(default, deserialize_with = "address::networks")]
     #[schemars(with = "Vec<address::Network>")]
     pub trusted_proxies: Vec<IpNet>,
+    /// How many leading bits of an IPv6 address are one client, where something is limited for each client.
+    #[serde(default)]
+    pub ipv6_prefix: address::Ipv6Prefix,
     /// Which headers tell the upstream who the client is.
     #[serde(default)]
     pub forwarded: server::Forwarded,

@@ -49,6 +49,7 @@ impl Refusal {
     pub fn retry_after(&self) -> Option<u32> {
         let passing = [
             &refusal::ROUTE_PRESSURE,
+            &refusal::ROUTE_REQUESTS_PER_IP,
             &refusal::BUFFER_PRESSURE,
             &refusal::BUFFER_DISK_FULL,
             &refusal::QUEUE_FULL,
@@ -119,6 +120,7 @@ refusals! {
     HEADER_METHOD: "header.method", 405, "This method is not allowed.";
     ROUTE_NO_MATCH: "route.no_match", 404, "No route matches this request.";
     ROUTE_PRESSURE: "route.pressure", 503, "The gateway has no room for further requests; try again later.";
+    ROUTE_REQUESTS_PER_IP: "route.requests_per_ip", 429, "Too many requests of this address are under way; try again later.";
     BUFFER_TOO_LARGE: "buffer.too_large", 413, "The request body is larger than is allowed here.";
     BUFFER_TIMEOUT: "buffer.timeout", 408, "The request body did not arrive in time.";
     BUFFER_MIN_RATE: "buffer.min_rate", 408, "The request body arrives too slowly.";
@@ -217,6 +219,7 @@ mod tests {
             told.map(|row| (row.reason, row.status)).collect::<Vec<_>>(),
             [
                 ("route.pressure", 503),
+                ("route.requests_per_ip", 429),
                 ("buffer.disk_full", 503),
                 ("buffer.pressure", 503),
                 ("queue.full", 503),

@@ -7,12 +7,14 @@ pub mod sockets;
 pub mod stop;
 
 use std::collections::BTreeMap;
+use std::fs::File;
 use std::net::SocketAddr;
 use std::path::Path;
 use std::sync::atomic::AtomicU32;
 use std::sync::{Arc, Weak};
 
 use http::HeaderValue;
+use nix::sys::resource::{Resource, getrlimit};
 use pingora::connectors::ConnectorOptions;
 use pingora::connectors::http::Connector;
 use pingora::server::configuration::{RuntimeMetricsPollTimeHistogramScale, ServerConf};
@@ -24,8 +26,10 @@ use tokio::sync::{Notify, watch};
 use crate::access_log::AccessLog;
 use crate::admin::status::{self, Sources, Status};
 use crate::admin::{self, Admin, Readiness, trace};
+use crate::client::account::Accounts;
 use crate::client::budget::{self, Budget};
-use crate::client::connection::{Fittings, Inflight, Listener, Listeners};
+use crate::client::connection::{Common, Fittings, Inflight, Listener, Listeners};
+use crate::client::descriptors::{Doorway, Shares, lowest_free};
 use crate::client::intake::IntakeTerms;
 use crate::client::lane::{Door, Lanes};
 use crate::client::names::Names;
@@ -40,7 +44,7 @@ use crate::config::listener::Protocol;
 use crate::config::listener::tls::ClientMode;
 use crate::config::route::retry::ATTEMPTS_MAX;
 use crate::config::route::{BufferMode, Grpc, HalfClose, OnDiskFull};
-use crate::config::server::{Resources, Rung, Threads};
+use crate::config::server::{OpenFiles, Resources, Rung, Threads};
 use crate::config::units::{Size, Time};
 use crate::config::{self, Config, Report};
 use crate::error::{BuildError, refusal};
@@ -211,7 +215,8 @@ impl Gateway {
         let threads = threads(config.server.threads);
         metrics.set_workers(threads);
         let loops = Loops::new(&metrics, loop_terms(&config));
-        let mut server = Server::new_with_opt_and_conf(None, server_conf(&config, threads));
+        let shares = shares(&config, threads).map_err(|error| wrong(vec![error]))?;
+        let mut server = Server::new_with_opt_and_conf(None, server_conf(&config, threads, &shares));
         let (listeners_stop, stopped) = watch::channel(false);
         let inflight = Arc::new(Inflight::default());
         let readiness = Readiness::default();
@@ -221,13 +226,15 @@ impl Gateway {
         let mut sockets = Vec::new();
         let mut places = Vec::new();
         let mut secured = Vec::new();
+        let accounts = Accounts::new(config.ipv6_prefix, &config.trusted_proxies, config.listeners.len());
+        let common = Common::new(shares, accounts);
         for (index, written) in config.listeners.iter().enumerate() {
             let tls = parts.tls[index].take().map(|tls| started(tls, &format!("listeners[{index}]"))).transpose();
             let tls = tls.map_err(|error| wrong(vec![error]))?;
             let socket = bind(&written.address, &written.name)?;
             secured.extend(tls.clone());
-            let listener =
-                Arc::new(Listener::build(written, fittings(written, tls, &parts.upstreams, &metrics), &metrics));
+            let fittings = fittings(written, tls, &parts.upstreams, &metrics);
+            let listener = Arc::new(Listener::build(written, index, fittings, &common, &metrics));
             listed.push((socket.key().to_owned(), listener.clone()));
             match socket.tcp {
                 Some(address) => listeners.add_tcp(address, listener),
@@ -269,7 +276,9 @@ impl Gateway {
         for socket in &sockets {
             web.add_listener(socket.listener_config());
         }
-        web.set_connection_filter(Arc::new(Door));
+        let doorway = Doorway::new(shares.accepts_below(), metrics.doorway())
+            .map_err(|error| wrong(vec![no_open_files(&error)]))?;
+        web.set_connection_filter(Arc::new(Door(doorway)));
         web.threads = Some(threads);
         let found = loops.clone();
         let find_workers = move || found.attach(threads, pingora_runtime::current_handle);
@@ -599,11 +608,41 @@ fn loop_terms(config: &Config) -> eventloop::Terms {
     eventloop::Terms { stall_threshold: written.stall_threshold.0, heartbeat: written.heartbeat.0 }
 }
 
-fn server_conf(config: &Config, threads: usize) -> ServerConf {
+/// What of the open files is for whom; says so where that is less than was written.
+fn shares(config: &Config, threads: usize) -> Result<Shares, BuildError> {
+    let known = File::open("/dev/null").map_err(|error| no_open_files(&error))?.into();
+    let opened = lowest_free(&known).and_then(|next| u64::try_from(next).ok()).unwrap_or_default();
+    let sockets = config.listeners.len() as u64 + u64::from(config.admin.enabled);
+    let limit = getrlimit(Resource::RLIMIT_NOFILE).map_or(u64::MAX, |(soft, _)| soft);
+    let OpenFiles { clients, spools } = config.server.open_files;
+    let shares = Shares::new(limit, Shares::own(opened + sockets, threads), clients.ratio(), spools.ratio());
+    let (connections, spool_files) = (shares.clients(), shares.spools());
+    tracing::info!(open_files = limit, connections, spool_files, "the open files are shared out");
+    for listener in &config.listeners {
+        let written = listener.limits.connections;
+        if written.0 > shares.clients() {
+            tracing::warn!(
+                listener = listener.name,
+                %written,
+                connections,
+                open_files = limit,
+                "the open files allow fewer connections than limits.connections, over all listeners together"
+            );
+        }
+    }
+    Ok(shares)
+}
+
+fn no_open_files(error: &std::io::Error) -> BuildError {
+    BuildError::new("", format!("no file can be opened: {error}"))
+}
+
+fn server_conf(config: &Config, threads: usize, shares: &Shares) -> ServerConf {
+    let pool = config.server.keepalive_pool.0.min(shares.pool());
     ServerConf {
         threads,
         work_stealing: config.server.work_stealing,
-        upstream_keepalive_pool_size: usize::try_from(config.server.keepalive_pool.0).unwrap_or(usize::MAX),
+        upstream_keepalive_pool_size: usize::try_from(pool).unwrap_or(usize::MAX),
         // The rules of a route decide; and one attempt may be free of them.
         max_retries: ATTEMPTS_MAX as usize + 1,
         // Pingora has no effect of these without `tokio_unstable`.

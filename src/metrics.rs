@@ -82,6 +82,9 @@ struct Families {
     bytes: IntCounterVec,
     client_connections: IntGaugeVec,
     client_connections_total: IntCounterVec,
+    client_connections_limit: IntGaugeVec,
+    accept_pauses: IntCounterVec,
+    accept_paused: IntGaugeVec,
     client_requests: IntCounterVec,
     tls: tls::Families,
     relays: relay::Families,
@@ -202,10 +205,20 @@ impl Metrics {
         let requests = |protocol| families.client_requests.with_label_values(&[name, protocol]);
         ListenerMetrics {
             accepted: families.client_connections_total.with_label_values(&[name]),
+            connections_max: families.client_connections_limit.with_label_values(&[name]),
             http1_requests: requests("http1"),
             h2_requests: requests("h2"),
             refusals: self.refusals().clone(),
             open: STATES.map(open),
+        }
+    }
+
+    /// Those of accepting connections, over all listeners.
+    pub fn doorway(&self) -> DoorwayMetrics {
+        let families = self.families();
+        DoorwayMetrics {
+            pauses: families.accept_pauses.with_label_values::<&str>(&[]),
+            paused: single(&families.accept_paused),
         }
     }
 
@@ -440,6 +453,9 @@ impl Families {
             bytes: family::BYTES.counter(registry),
             client_connections: family::CLIENT_CONNECTIONS.gauge(registry),
             client_connections_total: family::CLIENT_CONNECTIONS_TOTAL.counter(registry),
+            client_connections_limit: family::CLIENT_CONNECTIONS_LIMIT.gauge(registry),
+            accept_pauses: family::ACCEPT_PAUSES.counter(registry),
+            accept_paused: family::ACCEPT_PAUSED.gauge(registry),
             client_requests: family::CLIENT_REQUESTS.counter(registry),
             tls: tls::Families::register(registry),
             relays: relay::Families::register(registry),
@@ -503,6 +519,8 @@ pub enum ConnectionState {
 pub struct ListenerMetrics {
     /// Connections that were accepted.
     pub accepted: IntCounter,
+    /// Connections that may be open.
+    pub connections_max: IntGauge,
     /// Requests over HTTP/1.
     pub http1_requests: IntCounter,
     /// Requests over HTTP/2.
@@ -511,6 +529,14 @@ pub struct ListenerMetrics {
     pub refusals: RefusalMetrics,
     /// In the order of `ConnectionState`.
     open: [IntGauge; 4],
+}
+
+/// The metrics of accepting connections.
+pub struct DoorwayMetrics {
+    /// Times that a listener stopped because open files ran short.
+    pub pauses: IntCounter,
+    /// Listeners that have stopped now.
+    pub paused: IntGauge,
 }
 
 /// The values of the label `state` of connections, in the order of [`ConnectionState`].
@@ -790,6 +816,7 @@ mod tests {
         route.record(&exchange);
         route.spills(Direction::Request);
         metrics.listener("web");
+        metrics.doorway();
         metrics.relay("web", "tcp");
         metrics.tls("web").show([("a.test", "RSA", 0)]);
         let upstream = metrics.upstream("app");

@@ -288,7 +288,7 @@ impl Proxy {
         if let Some(tracer) = &self.tracer {
             exchange.trace(tracer.place(&request.headers, exchange.peer_is_trusted));
         }
-        if let Err(refusal) = checked {
+        if let Err(refusal) = checked.and_then(|()| exchange.take_place()) {
             return refusal.into();
         }
         if let Some(verdict) = https::redirect(exchange, request) {

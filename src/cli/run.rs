@@ -17,8 +17,9 @@ pub fn run(builder: Builder, file: ConfigFile) -> Result<(), Failure> {
     if config.admin.tls.is_some() || config.listeners.iter().any(|listener| listener.tls.is_some()) {
         keep_memory_private();
     }
-    let gateway = builder.build(config).map_err(failure)?;
+    // Before it is built: what there may be of all that is open depends on it.
     let open_files = raise_open_files();
+    let gateway = builder.build(config).map_err(failure)?;
     tracing::info!(config = %path.display(), version = env!("CARGO_PKG_VERSION"), open_files, "forebay starts");
     gateway.run();
     Ok(())
@@ -29,6 +30,7 @@ pub fn demo(builder: Builder, addresses: &DemoAddresses) -> Result<(), Failure> 
     logs::start()?;
     let origin = Origin::bind("127.0.0.1:0").and_then(Origin::spawn).map_err(Failure::io("start the test origin"))?;
     let config = builder.parse("demo", &demo_config(addresses, origin.address())).map_err(Failure::Report)?;
+    raise_open_files();
     let gateway = builder.build(config).map_err(|error| match error {
         StartError::Listen { address, source, .. } => {
             let option = if address == addresses.admin.to_string() { "--admin" } else { "--listen" };
@@ -36,7 +38,6 @@ pub fn demo(builder: Builder, addresses: &DemoAddresses) -> Result<(), Failure> 
         }
         other => failure(other),
     })?;
-    raise_open_files();
     print(&demo_text(&gateway, addresses, origin.address()))?;
     gateway.run();
     Ok(())

@@ -1,12 +1,11 @@
 //! A client's connection: the listener it came through, what it is allowed, and the facts that outlive one exchange.
 
 use std::cell::RefCell;
-use std::collections::HashMap;
 use std::future::Future;
 use std::net::{IpAddr, SocketAddr};
 use std::pin::Pin;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, OnceLock};
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
@@ -15,14 +14,18 @@ use pingora::apps::HttpServerOptions;
 use pingora::protocols::http::v2::server::{H2Options, default_h2_options};
 use tokio::sync::Notify;
 
+use super::account::{Account, Accounts, Counting, Quota};
+use super::descriptors::Shares;
 use super::head::HeadLimits;
 use super::names::Names;
 use super::proxy_protocol::Expected;
 use super::relay::Relay;
+use super::shares::{CONNECTIONS_OF_ONE_CLIENT, Denial, Store};
 use super::tls::Tls;
 use super::tls::handshake::Facts;
 use crate::config;
 use crate::config::listener::Protocol;
+use crate::config::units::Count;
 use crate::error::{Refusal, refusal};
 use crate::eventloop::worker;
 use crate::metrics::{ConnectionState, ListenerMetrics, Metrics};
@@ -64,10 +67,59 @@ pub struct Listener {
     pub h2_server: HttpServerOptions,
     /// Its counters.
     pub metrics: ListenerMetrics,
-    connections_max: u64,
-    connections: AtomicU64,
-    per_ip_max: u64,
-    per_ip: Mutex<HashMap<IpAddr, u64>>,
+    /// Its place among the listeners.
+    number: usize,
+    common: Arc<Common>,
+    connections: Crowd,
+    connections_per_ip: u64,
+    requests_per_ip: u64,
+}
+
+/// What all listeners share.
+pub struct Common {
+    shares: Shares,
+    /// The connections of all listeners.
+    crowd: Crowd,
+    /// What each client has of them.
+    accounts: Arc<Accounts>,
+}
+
+impl Common {
+    /// Together they have so many connections as these shares of the open files allow.
+    pub fn new(shares: Shares, accounts: Arc<Accounts>) -> Arc<Self> {
+        Arc::new(Common { shares, crowd: Crowd::new(shares.clients()), accounts })
+    }
+}
+
+/// Connections that are open, and how many may be.
+struct Crowd {
+    most: u64,
+    open: AtomicU64,
+    one_client: Store,
+}
+
+impl Crowd {
+    fn new(most: u64) -> Self {
+        let one_client = Store::new(most, 0.0, CONNECTIONS_OF_ONE_CLIENT);
+        Crowd { most, open: AtomicU64::new(0), one_client }
+    }
+
+    /// Counts one in, unless there are as many as may be.
+    fn enter(&self) -> Result<(), &'static Refusal> {
+        let more = |open: u64| (open < self.most).then_some(open + 1);
+        let entered = self.open.fetch_update(Ordering::Relaxed, Ordering::Relaxed, more);
+        entered.map(drop).map_err(|_| &refusal::ACCEPT_CONNECTIONS)
+    }
+
+    /// Whether a client that has so many already may have one that was counted in.
+    fn admits(&self, client: u64) -> bool {
+        let others = self.open.load(Ordering::Relaxed).saturating_sub(1);
+        self.one_client.admits(others, client, 1) != Err(Denial::Client)
+    }
+
+    fn leave(&self) {
+        self.open.fetch_sub(1, Ordering::Relaxed);
+    }
 }
 
 /// What a listener has that others have as well, or that has to be started.
@@ -82,10 +134,20 @@ pub struct Fittings {
 }
 
 impl Listener {
-    /// Builds the listener that was written.
-    pub fn build(written: &config::Listener, fittings: Fittings, metrics: &Metrics) -> Self {
+    /// Builds the listener that was written as the one of this `number`. What the open files allow is the most that its
+    /// limits can be.
+    pub fn build(
+        written: &config::Listener,
+        number: usize,
+        fittings: Fittings,
+        common: &Arc<Common>,
+        metrics: &Metrics,
+    ) -> Self {
         let Fittings { tls, passthrough, tcp } = fittings;
         let (limits, spoken) = (&written.limits, written.spoken());
+        let connections = limits.connections.0.min(common.shares.clients());
+        let metrics = metrics.listener(&written.name);
+        metrics.connections_max.set(i64::try_from(connections).unwrap_or(i64::MAX));
         Listener {
             name: written.name.clone(),
             http1: spoken.contains(&Protocol::Http1),
@@ -103,42 +165,24 @@ impl Listener {
             requests_max: limits.requests_per_connection.0,
             h2_options: h2_options(limits),
             h2_server: h2_server_options(),
-            metrics: metrics.listener(&written.name),
-            connections_max: limits.connections.0,
-            connections: AtomicU64::new(0),
-            per_ip_max: limits.connections_per_ip.0,
-            per_ip: Mutex::default(),
+            metrics,
+            number,
+            connections: Crowd::new(connections),
+            connections_per_ip: limits.connections_per_ip.0,
+            requests_per_ip: common.shares.requests_of_client(limits.requests_per_ip.0),
+            common: common.clone(),
         }
     }
 
-    /// Counts a client in, unless it has as many connections as it may.
-    fn admit(&self, client: Option<IpAddr>) -> Result<(), &'static Refusal> {
-        if let Some(client) = client.filter(|_| self.limits_per_ip()) {
-            // Taken once per connection and held for one look-up; there is no wait inside.
-            let mut per_ip = self.per_ip.lock().unwrap_or_else(PoisonError::into_inner);
-            let open = per_ip.entry(client).or_default();
-            if *open >= self.per_ip_max {
-                return Err(&refusal::ACCEPT_CONNECTIONS_PER_IP);
-            }
-            *open += 1;
+    /// Counts a connection in for its client, unless that has as many as it may. `None`: its peer speaks for many clients.
+    fn admit(&self, client: Option<IpAddr>) -> Result<Option<Counting>, &'static Refusal> {
+        let Some(account) = client.and_then(|client| self.common.accounts.of(client)) else { return Ok(None) };
+        let has = account.count(Quota::Connections);
+        if self.connections_per_ip != Count::UNLIMITED.0 && !self.common.crowd.admits(has) {
+            return Err(&refusal::ACCEPT_CONNECTIONS_PER_IP);
         }
-        Ok(())
-    }
-
-    fn dismiss(&self, client: IpAddr) {
-        if self.limits_per_ip() {
-            let mut per_ip = self.per_ip.lock().unwrap_or_else(PoisonError::into_inner);
-            if let Some(open) = per_ip.get_mut(&client) {
-                *open -= 1;
-                if *open == 0 {
-                    per_ip.remove(&client);
-                }
-            }
-        }
-    }
-
-    fn limits_per_ip(&self) -> bool {
-        self.per_ip_max != config::units::Count::UNLIMITED.0
+        let counting = account.enter(Quota::Connections, self.number, self.connections_per_ip);
+        counting.map(Some).ok_or(&refusal::ACCEPT_CONNECTIONS_PER_IP)
     }
 }
 
@@ -221,8 +265,8 @@ impl Default for Listeners {
 /// One of the connections that a listener may have; given back when this is dropped.
 pub struct Counted {
     listener: Arc<Listener>,
-    /// Whom it is counted for, once that is known.
-    client: Option<IpAddr>,
+    /// Its place among the connections of its client, once that is known; `None` if its peer speaks for many clients.
+    client: Option<Counting>,
     accepted: Instant,
     accepted_in: Option<Box<Cycle>>,
 }
@@ -234,10 +278,8 @@ impl Counted {
     ///
     /// There is no place.
     pub fn take(listener: &Arc<Listener>) -> Result<Counted, &'static Refusal> {
-        if listener.connections.fetch_add(1, Ordering::Relaxed) >= listener.connections_max {
-            listener.connections.fetch_sub(1, Ordering::Relaxed);
-            return Err(&refusal::ACCEPT_CONNECTIONS);
-        }
+        listener.connections.enter()?;
+        listener.common.crowd.enter().inspect_err(|_| listener.connections.leave())?;
         let accepted_in = worker::cycle_if_wanted().map(Box::new);
         Ok(Counted { listener: listener.clone(), client: None, accepted: Instant::now(), accepted_in })
     }
@@ -248,9 +290,8 @@ impl Counted {
     ///
     /// It has no further place.
     pub fn admit(mut self, client: Option<IpAddr>) -> Result<Counted, &'static Refusal> {
-        self.listener.admit(client)?;
+        self.client = self.listener.admit(client)?;
         self.listener.metrics.accepted.inc();
-        self.client = client;
         Ok(self)
     }
 
@@ -272,10 +313,8 @@ impl Counted {
 
 impl Drop for Counted {
     fn drop(&mut self) {
-        self.listener.connections.fetch_sub(1, Ordering::Relaxed);
-        if let Some(client) = self.client {
-            self.listener.dismiss(client);
-        }
+        self.listener.connections.leave();
+        self.listener.common.crowd.leave();
     }
 }
 
@@ -301,7 +340,7 @@ pub struct Connection {
     fault: OnceLock<&'static Refusal>,
     secured: OnceLock<Box<Secured>>,
     /// Given back with the connection.
-    _counted: Counted,
+    counted: Counted,
 }
 
 /// What a handshake came to, and when it began and how long it took.
@@ -329,8 +368,24 @@ impl Connection {
             fault: OnceLock::new(),
             secured: OnceLock::new(),
             listener,
-            _counted: counted,
+            counted,
         })
+    }
+
+    /// The account of its client; `None` if its peer speaks for many clients.
+    pub fn account(&self) -> Option<&Arc<Account>> {
+        self.counted.client.as_ref().map(Counting::account)
+    }
+
+    /// Counts one more request of its client in, unless too many are under way. `None`: those of its peer are not counted,
+    /// for it speaks for many clients.
+    ///
+    /// # Errors
+    /// What the client is told.
+    pub fn begin_request(&self) -> Result<Option<Counting>, &'static Refusal> {
+        let Some(account) = self.account() else { return Ok(None) };
+        let counting = account.enter(Quota::Requests, self.listener.number, self.listener.requests_per_ip);
+        counting.map(Some).ok_or(&refusal::ROUTE_REQUESTS_PER_IP)
     }
 
     /// The handshake is done, which began at this time.
@@ -557,7 +612,10 @@ pub(super) mod tests {
     pub fn connection(listener: &str) -> Arc<Connection> {
         let text = format!("{{ name: web, address: 127.0.0.1:80, {listener} }}");
         let written = serde_yaml::from_str(&text).expect("a listener");
-        let listener = Arc::new(Listener::build(&written, Fittings::default(), &Metrics::new(0, Vec::new())));
+        let accounts = Accounts::new(Default::default(), &[], 1);
+        let common = Common::new(Shares::new(1 << 20, 0, 0.5, 0.25), accounts);
+        let metrics = Metrics::new(0, Vec::new());
+        let listener = Arc::new(Listener::build(&written, 0, Fittings::default(), &common, &metrics));
         Connection::new(Counted::take(&listener).expect("room"), None, None)
     }
 }

@@ -32,6 +32,7 @@ use pingora::listeners::ConnectionFilter;
 use tokio::task::coop::{has_budget_remaining, poll_proceed};
 
 use super::connection::Connection;
+use super::descriptors::Doorway;
 use super::spool::disk::Backlog;
 use crate::eventloop::worker;
 use crate::metrics::{LaneMetrics, Metrics};
@@ -122,16 +123,18 @@ impl Lanes {
     }
 }
 
-/// Takes few connections in one round of the event loop: the kernel keeps the others meanwhile.
+/// Takes few connections in one round of the event loop, and none while open files are short: the kernel keeps the others
+/// meanwhile.
 ///
 /// Pingora would take 128, for that is how many operations tokio lets a task go on with in one poll. So each is made to count
 /// for more than one.
 #[derive(Debug)]
-pub struct Door;
+pub struct Door(pub Doorway);
 
 #[async_trait]
 impl ConnectionFilter for Door {
     async fn should_accept(&self, _: Option<&SocketAddr>) -> bool {
+        self.0.pass().await;
         std::future::poll_fn(|cx| {
             spend_budget(cx, OPERATIONS_PER_POLL / ACCEPTS_MOST);
             Poll::Ready(true)
@@ -743,12 +746,13 @@ mod tests {
 
     #[tokio::test]
     async fn few_connections_are_taken_at_a_time() {
+        let door = Door(crate::client::descriptors::tests::doorway(i32::MAX));
         let taken = AtomicUsize::new(0);
         let accept = async {
             loop {
                 // As a listener's socket counts each.
                 tokio::task::coop::consume_budget().await;
-                Door.should_accept(None).await;
+                door.should_accept(None).await;
                 taken.fetch_add(1, Ordering::Relaxed);
             }
         };

@@ -22,7 +22,7 @@ use super::listener::{Limits, Listener, Protocol as ListenerProtocol, Tls};
 use super::report::{Finding, Spot};
 use super::route::retry::{ATTEMPTS_MAX, Backoff, Retry};
 use super::route::{BufferMode, Client, Match, PathMatch, Route, ValueMatch};
-use super::server::{Admin, EventLoop, Resources, Tracing};
+use super::server::{Admin, EventLoop, OpenFiles, Resources, Tracing};
 use super::units::{ByteRate, Count, Size, Time};
 use super::upstream::health::{HealthCheck, HttpCheck};
 use super::upstream::outlier::OutlierDetection;
@@ -40,6 +40,8 @@ const TOKEN_BYTES_MIN: usize = 16;
 const DISK_THREADS_MAX: u64 = 64;
 /// The disk threads hold a place for each piece that may wait.
 const DISK_QUEUE_MAX: u64 = 1_000_000;
+/// What is left, in percent, is little enough for connections to backends, and cannot be done without.
+const OPEN_FILES_MAX: f64 = 90.0;
 /// Below this, sixteen slow clients would have spent it, at what a route gives each by default.
 const MEMORY_MIN: Size = Size::kib(1024);
 /// Whoever fails so often in a row has been down for hours.
@@ -118,6 +120,7 @@ impl<'a> Check<'a> {
         }
         self.count("server.disk_threads", rest.server.disk_threads, 1, DISK_THREADS_MAX);
         self.count("server.disk_queue", rest.server.disk_queue, 1, DISK_QUEUE_MAX);
+        self.open_files(&rest.server.open_files);
         self.time("server.shutdown.deadline", rest.server.shutdown.deadline);
         self.resources(&rest.resources);
         self.count("observability.access_log.queue", rest.observability.access_log.queue, 1, LOG_QUEUE_MAX);
@@ -166,6 +169,21 @@ impl<'a> Check<'a> {
                 Finding::warning(value("admin.address"), "the token of `admin` goes over the network in clear text")
                     .label("not a loopback address");
             self.wrong(finding.help("give it `tls: { certificates: [ … ] }`, too"));
+        }
+    }
+
+    fn open_files(&mut self, open_files: &OpenFiles) {
+        let OpenFiles { clients, spools } = open_files;
+        if clients.0 < 1.0 {
+            let path = "server.open_files.clients";
+            let finding = Finding::error(value(path), format!("`{path}` is out of range"));
+            self.wrong(finding.label("expected a share of at least 1%"));
+        }
+        if clients.0 + spools.0 > OPEN_FILES_MAX {
+            let finding =
+                Finding::error(value("server.open_files"), "nearly all open files are for clients and spools");
+            let both = format!("{clients} and {spools}; expected at most {OPEN_FILES_MAX}% together");
+            self.wrong(finding.label(both).help("what is left is for connections to backends and for Forebay itself"));
         }
     }
 
@@ -358,9 +376,17 @@ impl<'a> Check<'a> {
                 self.twice(again, first, "a protocol is listed twice".to_owned());
             }
         }
-        let Limits { connections, connections_per_ip, headers, header_bytes, requests_per_connection, streams } =
-            &listener.limits;
+        let Limits {
+            connections,
+            connections_per_ip,
+            requests_per_ip,
+            headers,
+            header_bytes,
+            requests_per_connection,
+            streams,
+        } = &listener.limits;
         let path = format!("{path}.limits");
+        self.count(&format!("{path}.requests_per_ip"), *requests_per_ip, 1, u64::MAX);
         self.count(&format!("{path}.connections"), *connections, 1, u64::MAX);
         self.count(&format!("{path}.connections_per_ip"), *connections_per_ip, 1, u64::MAX);
         self.count(&format!("{path}.headers"), *headers, 1, 256);

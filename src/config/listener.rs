@@ -71,10 +71,17 @@ pub enum Protocol {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Limits {
-    /// Open connections. One more is answered 503 and closed.
+    /// Open connections. One more is answered 503 and closed. All listeners together have no more than the open files of
+    /// the process allow, see `server.open_files`.
     pub connections: Count,
-    /// Open connections of one client address. One more is answered 429 and closed. Unix sockets have none.
+    /// Open connections of one client address, of IPv6 as much of it as `ipv6_prefix` says. One more is answered 429 and
+    /// closed. Peers of `trusted_proxies` and of unix sockets speak for many clients and are not limited. Unless it is
+    /// `unlimited`, an address has no more than three times as many as the open files of the process leave to others.
     pub connections_per_ip: Count,
+    /// Requests of one client address that are under way: over HTTP/2 a connection has many at once. One more is answered
+    /// 429. As for connections, trusted proxies are not limited. Unless it is `unlimited`, a quarter as many as the open
+    /// files allow connections is the most.
+    pub requests_per_ip: Count,
     /// Header fields of a request, at most 256. One more is answered 431.
     pub headers: Count,
     /// Bytes of a request header, request line included. More is answered 431.
@@ -89,7 +96,8 @@ impl Default for Limits {
     fn default() -> Self {
         Limits {
             connections: Count(50_000),
-            connections_per_ip: Count::UNLIMITED,
+            connections_per_ip: Count(10_000),
+            requests_per_ip: Count(4_000),
             headers: Count(100),
             header_bytes: Size::kib(32),
             requests_per_connection: Count(10_000),

@@ -32,6 +32,8 @@ pub struct Server {
     pub disk_threads: Count,
     /// Pieces of work that may wait for those threads; exchanges that would add one wait meanwhile. From 1 to a million.
     pub disk_queue: Count,
+    /// Who may use the open files that the process may have.
+    pub open_files: OpenFiles,
     /// What happens on SIGTERM.
     pub shutdown: Shutdown,
 }
@@ -46,8 +48,26 @@ impl Default for Server {
             spool_dir: "/tmp".to_owned(),
             disk_threads: Count(2),
             disk_queue: Count(1_024),
+            open_files: OpenFiles::default(),
             shutdown: Shutdown::default(),
         }
+    }
+}
+
+/// Who may use the open files that the process may have (`ulimit -Hn`), besides those that Forebay itself needs. What is
+/// left is for connections to backends, the admin endpoint and name look-ups; at least a tenth.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct OpenFiles {
+    /// Connections of clients, over all listeners. While open files run short for all, none is accepted.
+    pub clients: Percent,
+    /// Files of bodies that memory is too small for, one each.
+    pub spools: Percent,
+}
+
+impl Default for OpenFiles {
+    fn default() -> Self {
+        OpenFiles { clients: Percent(50.0), spools: Percent(25.0) }
     }
 }
 

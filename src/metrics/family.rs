@@ -132,6 +132,12 @@ families! {
         "Client connections that are open now, by what they do.";
     CLIENT_CONNECTIONS_TOTAL: "forebay_client_connections_total", Counter, ["listener"],
         "Client connections that were accepted.";
+    CLIENT_CONNECTIONS_LIMIT: "forebay_client_connections_limit", Gauge, ["listener"],
+        "Client connections that a listener may have open at once, as its limit and the open files of the process allow.";
+    ACCEPT_PAUSES: "forebay_accept_pauses_total", Counter, [],
+        "Times that a listener stopped accepting connections because open files ran short.";
+    ACCEPT_PAUSED: "forebay_accept_paused", Gauge, [],
+        "Listeners that accept no connection now because open files run short.";
     CLIENT_REQUESTS: "forebay_client_requests_total", Counter, ["listener", "protocol"],
         "Requests whose header arrived, by the protocol that the client spoke.";
     TLS_HANDSHAKES: "forebay_tls_handshakes_total", Counter, ["listener", "version", "resumed"],

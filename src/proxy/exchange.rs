@@ -14,6 +14,7 @@ use super::grpc::Call;
 use super::mirror::Copy;
 use super::route::Route;
 use crate::access_log::{Failed, Why};
+use crate::client::account::Counting;
 use crate::client::connection::{Begin, Connection, introduction};
 use crate::client::session::Link;
 use crate::error::Refusal;
@@ -37,6 +38,8 @@ pub struct Exchange {
     pub seat: Seat,
     /// The connection it came over. `None` only for sessions that were not made by `client::Front`.
     pub connection: Option<Arc<Connection>>,
+    /// Its place among the requests of its client that are under way.
+    pub place: Option<Counting>,
     /// The client's address: the peer's, or what a trusted proxy said.
     pub client: Option<IpAddr>,
     /// Whether the peer is a trusted proxy.
@@ -251,6 +254,7 @@ impl Exchange {
             clock,
             seat: metrics.enter_phase(Phase::Route, routed),
             connection: begin.map(|begin| begin.connection),
+            place: None,
             client: None,
             peer_is_trusted: false,
             scheme,
@@ -283,6 +287,14 @@ impl Exchange {
             notes: None,
             journal,
         }
+    }
+
+    /// Counts it among the requests of its client, unless too many are under way.
+    pub fn take_place(&mut self) -> Result<(), &'static Refusal> {
+        if let Some(connection) = &self.connection {
+            self.place = connection.begin_request()?;
+        }
+        Ok(())
     }
 
     /// Gives it its place in a trace; from here on it is noted what it does, if it is recorded. It is in `route`.

@@ -39,6 +39,7 @@ mod proxying;
 mod queue;
 mod receive;
 mod relay;
+mod reserves;
 mod retry;
 mod route;
 mod select;

@@ -97,8 +97,17 @@ pub fn board() -> Board {
             Panel::lines("Open files", "File descriptors of each process; the line is what it may have.", "short")
                 .query("sum by (instance) (process_open_fds)", "{{instance}}")
                 .limit("min(process_max_fds)"),
-            Panel::stack("Client connections", "Client connections that are open now, by what they do.", "short")
-                .query("sum by (state) (forebay_client_connections)", "{{state}}"),
+            Panel::stack("Client connections", "Client connections that are open now, by what they do; the line is what there may be.", "short")
+                .query("sum by (state) (forebay_client_connections)", "{{state}}")
+                .limit("sum(forebay_client_connections_limit)"),
+            Panel::lines(
+                "Accepting stopped",
+                "Listeners that accept no connection now because open files run short, and how often per second one stopped.",
+                "short",
+            )
+            .query("sum by (instance) (forebay_accept_paused)", "{{instance}}, now")
+            .query("sum by (instance) (rate(forebay_accept_pauses_total[R]))", "{{instance}}, per second")
+            .at_least(1.0),
             Panel::lines("Connections accepted", "Client connections per second, by listener.", "cps")
                 .query("sum by (listener) (rate(forebay_client_connections_total[R]))", "{{listener}}"),
             Panel::stack(

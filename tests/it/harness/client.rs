@@ -1,6 +1,6 @@
 //! The client of a story: one that sends what it is told, as slowly as it is told, and reads as little as it likes.
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::Duration;
@@ -26,17 +26,22 @@ pub struct Client {
 impl Client {
     /// Connects.
     pub fn connect(address: SocketAddr) -> Client {
-        Client::with(address, None)
+        Client::with(address, None, None)
+    }
+
+    /// Connects from an address of this machine: all of 127.0.0.0/8 is.
+    pub fn from(own: impl Into<IpAddr>, address: SocketAddr) -> Client {
+        Client::with(address, Some(own.into()), None)
     }
 
     /// Connects with the smallest receive buffer that the kernel grants: what it does not read stays with the gateway.
     pub fn slow(address: SocketAddr) -> Client {
-        Client::with(address, Some(1))
+        Client::with(address, None, Some(1))
     }
 
     /// The same with a receive buffer of so many bytes, which the kernel doubles.
     pub fn with_receive_buffer(address: SocketAddr, bytes: usize) -> Client {
-        Client::with(address, Some(bytes))
+        Client::with(address, None, Some(bytes))
     }
 
     /// Connects to a unix socket.
@@ -44,8 +49,9 @@ impl Client {
         Client { wire: Wire::new(UnixStream::connect(path).expect("the unix socket to accept")) }
     }
 
-    fn with(address: SocketAddr, receive_buffer: Option<usize>) -> Client {
-        Client { wire: Wire::new(connected(address, receive_buffer)) }
+    /// Connects, from this address and with this receive buffer if one is named.
+    pub fn with(address: SocketAddr, own: Option<IpAddr>, receive_buffer: Option<usize>) -> Client {
+        Client { wire: Wire::new(connected(address, own, receive_buffer)) }
     }
 
     /// Its own address.
@@ -143,9 +149,12 @@ impl Client {
     }
 }
 
-/// A socket that is connected, and has this receive buffer if one is named.
-fn connected(address: SocketAddr, receive_buffer: Option<usize>) -> Socket {
+/// A socket that is connected, from this address and with this receive buffer if one is named.
+fn connected(address: SocketAddr, own: Option<IpAddr>, receive_buffer: Option<usize>) -> Socket {
     let socket = Socket::new(Domain::for_address(address), Type::STREAM, None).expect("a socket");
+    if let Some(own) = own {
+        socket.bind(&SocketAddr::new(own, 0).into()).expect("an address of this machine");
+    }
     if let Some(size) = receive_buffer {
         socket.set_recv_buffer_size(size).expect("a small buffer");
         // As over Ethernet. With the 64 KiB of loopback, the gateway's kernel would take megabytes before it says no.
@@ -205,16 +214,20 @@ pub struct H2Response {
 impl H2Client {
     /// Connects and exchanges settings.
     pub fn connect(address: SocketAddr) -> H2Client {
-        H2Client::with(address, &h2::client::Builder::new())
+        H2Client::with(connected(address, None, None), &h2::client::Builder::new())
+    }
+
+    /// Connects from an address of this machine: all of 127.0.0.0/8 is.
+    pub fn from(own: impl Into<IpAddr>, address: SocketAddr) -> H2Client {
+        H2Client::with(connected(address, Some(own.into()), None), &h2::client::Builder::new())
     }
 
     /// Connects and lets the gateway send no more than so many bytes of an answer ahead of what is read.
     pub fn narrow(address: SocketAddr, window: u32) -> H2Client {
-        H2Client::with(address, h2::client::Builder::new().initial_window_size(window))
+        H2Client::with(connected(address, None, None), h2::client::Builder::new().initial_window_size(window))
     }
 
-    fn with(address: SocketAddr, settings: &h2::client::Builder) -> H2Client {
-        let socket = connected(address, None);
+    fn with(socket: Socket, settings: &h2::client::Builder) -> H2Client {
         let stream = std::net::TcpStream::from(socket.try_clone().expect("a second handle"));
         stream.set_nonblocking(true).expect("a socket that never blocks");
         // One thread besides the story's own, so that the connection lives on while the story does something else.

@@ -41,6 +41,7 @@ pub struct Setup {
     more: String,
     filters: Vec<fn(Builder) -> Builder>,
     tmpfs: Option<&'static str>,
+    open_files: Option<usize>,
     dir: Arc<TempDir>,
 }
 
@@ -119,6 +120,7 @@ impl Setup {
             more: String::new(),
             filters: Vec::new(),
             tmpfs: None,
+            open_files: None,
         }
     }
 
@@ -237,6 +239,11 @@ impl Setup {
         Setup { tmpfs: Some(size), ..self }
     }
 
+    /// Lets the program open so many files and no more, so it must be spawned.
+    pub fn open_files(self, count: usize) -> Setup {
+        Setup { open_files: Some(count), ..self }
+    }
+
     /// The directory for spooled bodies.
     pub fn spool_dir(&self) -> PathBuf {
         let spool = self.path("spool");
@@ -330,6 +337,11 @@ impl Setup {
     fn program(&self) -> Command {
         const PROGRAM: &str = env!("CARGO_BIN_EXE_forebay");
         const MOUNT: &str = r#"mount -t tmpfs -o "size=$1" tmpfs "$2" && shift 2 && exec "$@""#;
+        if let Some(count) = self.open_files {
+            let mut command = Command::new("prlimit");
+            command.arg(format!("--nofile={count}:{count}")).arg(PROGRAM);
+            return command;
+        }
         let Some(size) = self.tmpfs else { return Command::new(PROGRAM) };
         let mut command = Command::new("unshare");
         // Who is not root becomes it in a namespace of users; where there are none of these either, the story fails.

@@ -112,6 +112,11 @@ impl Origin {
         self.accepted.recv_timeout(DEADLINE).expect("a connection to the origin")
     }
 
+    /// The next connection, if it is there already.
+    pub fn try_accept(&self) -> Option<Connection> {
+        self.accepted.try_recv().ok()
+    }
+
     /// How many connections were made to it.
     pub fn connections(&self) -> usize {
         *self.seen.connections.lock().unwrap()

@@ -1,0 +1,227 @@
+//! What each client address has of what all clients share: connections, and requests under way.
+//!
+//! An IPv4 address is one client, and so is an IPv6 network ([`Ipv6Prefix`]): whoever has one address of it has all. A
+//! connection looks its account up once and keeps it; an account ends with the last that keeps it. Addresses that speak
+//! for many clients have none: trusted proxies, and unix sockets, which have no address at all.
+
+use std::collections::HashMap;
+use std::hash::{BuildHasher, RandomState};
+use std::net::IpAddr;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+
+use ipnet::IpNet;
+
+use crate::config::address::Ipv6Prefix;
+
+/// Locks among which accounts are spread, so that workers rarely meet at one.
+const SHARDS: usize = 16;
+
+/// The accounts of all clients that are here.
+pub struct Accounts {
+    prefix: Ipv6Prefix,
+    /// Those who speak for many clients.
+    exempt: Vec<IpNet>,
+    listeners: usize,
+    shards: [Mutex<HashMap<IpAddr, Weak<Account>>>; SHARDS],
+    seed: RandomState,
+}
+
+impl Accounts {
+    /// None yet. There are so many listeners, each of which has limits of its own; addresses in `exempt` have no account.
+    pub fn new(prefix: Ipv6Prefix, exempt: &[IpNet], listeners: usize) -> Arc<Self> {
+        let shards = std::array::from_fn(|_| Mutex::default());
+        Arc::new(Accounts { prefix, exempt: exempt.to_vec(), listeners, shards, seed: RandomState::new() })
+    }
+
+    /// The account of the client at this address; `None` if that speaks for many.
+    pub fn of(self: &Arc<Self>, address: IpAddr) -> Option<Arc<Account>> {
+        let address = address.to_canonical();
+        if self.exempt.iter().any(|network| network.contains(&address)) {
+            return None;
+        }
+        let client = self.prefix.client(address);
+        let mut accounts = self.shard(client);
+        if let Some(known) = accounts.get(&client).and_then(Weak::upgrade) {
+            return Some(known);
+        }
+        let tallies = (0..self.listeners).map(|_| Tally::default()).collect();
+        let account = Arc::new(Account { client, tallies, accounts: self.clone() });
+        accounts.insert(client, Arc::downgrade(&account));
+        Some(account)
+    }
+
+    /// How many there are.
+    pub fn count(&self) -> usize {
+        self.shards.iter().map(|shard| lock(shard).len()).sum()
+    }
+
+    fn shard(&self, client: IpAddr) -> MutexGuard<'_, HashMap<IpAddr, Weak<Account>>> {
+        lock(&self.shards[(self.seed.hash_one(client) % SHARDS as u64) as usize])
+    }
+}
+
+/// Taken once by each connection at either end, and held for one look-up.
+fn lock<T>(shard: &Mutex<T>) -> MutexGuard<'_, T> {
+    shard.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// What one client has.
+pub struct Account {
+    client: IpAddr,
+    /// At each listener.
+    tallies: Box<[Tally]>,
+    accounts: Arc<Accounts>,
+}
+
+#[derive(Default)]
+struct Tally {
+    connections: AtomicU64,
+    requests: AtomicU64,
+}
+
+/// What is limited for each client at a listener.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Quota {
+    /// Connections that are open.
+    Connections,
+    /// Requests under way.
+    Requests,
+}
+
+impl Account {
+    /// Counts one more at the listener of this number; `None` if there are `most` already.
+    pub fn enter(self: &Arc<Self>, what: Quota, listener: usize, most: u64) -> Option<Counting> {
+        let more = |count: u64| (count < most).then_some(count + 1);
+        self.tally(what, listener).fetch_update(Ordering::Relaxed, Ordering::Relaxed, more).ok()?;
+        Some(Counting { account: self.clone(), what, listener })
+    }
+
+    /// How many are counted at all listeners.
+    pub fn count(&self, what: Quota) -> u64 {
+        (0..self.tallies.len()).map(|listener| self.tally(what, listener).load(Ordering::Relaxed)).sum()
+    }
+
+    fn tally(&self, what: Quota, listener: usize) -> &AtomicU64 {
+        let tally = &self.tallies[listener];
+        match what {
+            Quota::Connections => &tally.connections,
+            Quota::Requests => &tally.requests,
+        }
+    }
+}
+
+impl Drop for Account {
+    fn drop(&mut self) {
+        let mut accounts = self.accounts.shard(self.client);
+        // Another one may have been opened since the last that kept this one was dropped.
+        if accounts.get(&self.client).is_some_and(|known| known.strong_count() == 0) {
+            accounts.remove(&self.client);
+        }
+    }
+}
+
+/// One that is counted until this is dropped.
+pub struct Counting {
+    account: Arc<Account>,
+    what: Quota,
+    listener: usize,
+}
+
+impl Counting {
+    /// The account in which it is counted.
+    pub fn account(&self) -> &Arc<Account> {
+        &self.account
+    }
+}
+
+impl Drop for Counting {
+    fn drop(&mut self) {
+        self.account.tally(self.what, self.listener).fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn accounts(exempt: &[&str]) -> Arc<Accounts> {
+        let exempt: Vec<IpNet> = exempt.iter().map(|network| network.parse().unwrap()).collect();
+        Accounts::new(Ipv6Prefix::default(), &exempt, 2)
+    }
+
+    fn account(accounts: &Arc<Accounts>, address: &str) -> Arc<Account> {
+        accounts.of(address.parse().unwrap()).unwrap()
+    }
+
+    #[test]
+    fn a_client_may_have_so_many_at_each_listener_and_gives_them_back() {
+        let accounts = accounts(&[]);
+        let account = account(&accounts, "192.0.2.1");
+        let enter = |listener| account.enter(Quota::Connections, listener, 2);
+        let (first, second) = (enter(0), enter(0));
+        assert!(first.is_some() && second.is_some() && enter(0).is_none());
+        assert!(enter(1).is_some(), "another listener");
+        assert!(account.enter(Quota::Requests, 0, 1).is_some(), "requests are counted apart");
+        drop(first);
+        assert!(enter(0).is_some(), "a place that is given back");
+        let third = account.enter(Quota::Connections, 1, u64::MAX);
+        assert_eq!((account.count(Quota::Connections), account.count(Quota::Requests)), (2, 0));
+        drop((second, third));
+        assert_eq!(account.count(Quota::Connections), 0);
+    }
+
+    #[test]
+    fn all_addresses_of_an_ipv6_network_have_one_account_between_them() {
+        let accounts = accounts(&[]);
+        let one = account(&accounts, "2001:db8:0:1::1");
+        assert!(Arc::ptr_eq(&one, &account(&accounts, "2001:db8:0:1:ffff:ffff:ffff:ffff")));
+        assert!(!Arc::ptr_eq(&one, &account(&accounts, "2001:db8:0:2::1")));
+        let four = account(&accounts, "192.0.2.1");
+        assert!(Arc::ptr_eq(&four, &account(&accounts, "::ffff:192.0.2.1")));
+        assert!(!Arc::ptr_eq(&four, &account(&accounts, "192.0.2.2")));
+    }
+
+    #[test]
+    fn who_speaks_for_many_has_none() {
+        let accounts = accounts(&["10.0.0.0/8", "fd00::/8"]);
+        for address in ["10.1.2.3", "::ffff:10.1.2.3", "fd00::1"] {
+            assert!(accounts.of(address.parse().unwrap()).is_none(), "{address}");
+        }
+        assert!(accounts.of("11.1.2.3".parse().unwrap()).is_some());
+    }
+
+    #[test]
+    fn an_account_is_gone_with_the_last_who_keeps_it() {
+        let accounts = accounts(&[]);
+        let (one, other) = (account(&accounts, "192.0.2.1"), account(&accounts, "192.0.2.2"));
+        let counted = one.enter(Quota::Connections, 0, 9);
+        drop((one, other));
+        assert_eq!(accounts.count(), 1, "what is counted keeps it");
+        drop(counted);
+        assert_eq!(accounts.count(), 0);
+    }
+
+    #[test]
+    fn accounts_that_come_and_go_on_many_threads_count_right() {
+        let accounts = accounts(&[]);
+        let most = std::thread::scope(|scope| {
+            let threads: Vec<_> = (0..4)
+                .map(|_| {
+                    scope.spawn(|| {
+                        let one = |n: u32| {
+                            let counted = account(&accounts, ["192.0.2.1", "::1"][n as usize % 2]);
+                            let counted = counted.enter(Quota::Requests, 0, 3);
+                            let seen = counted.as_ref().map(|counted| counted.account().count(Quota::Requests));
+                            seen.unwrap_or_default()
+                        };
+                        (0..20_000).map(one).max().unwrap()
+                    })
+                })
+                .collect();
+            threads.into_iter().map(|thread| thread.join().unwrap()).max().unwrap()
+        });
+        assert!((1..=3).contains(&most), "{most}");
+        assert_eq!(accounts.count(), 0);
+    }
+}
