@@ -20,6 +20,8 @@ has() {
     case $1 in
         dnsmasq-base) command -v dnsmasq >/dev/null ;;
         libclang-dev) compgen -G '/usr/lib/llvm-*/lib/libclang.so*' >/dev/null && compgen -G '/usr/lib/llvm-*/lib/clang/*/include/stddef.h' >/dev/null ;;
+        # Debian's Python has Debian's modules, whatever other one is first in PATH.
+        python3-grpcio) /usr/bin/python3 -c 'import grpc' 2>/dev/null ;;
         *) command -v "$1" >/dev/null ;;
     esac
 }
@@ -29,7 +31,7 @@ commands=()
 for purpose in "$@"; do
     case $purpose in
         build) commands+=(clang cmake g++ git libclang-dev) ;;
-        test) commands+=(chromium curl dnsmasq-base nginx openssl prometheus python3 slowhttptest tmux wrk) ;;
+        test) commands+=(chromium curl dnsmasq-base nginx openssl prometheus python3 python3-grpcio slowhttptest tmux wrk) ;;
         bench) commands+=(haproxy nginx wrk) ;;
         *) echo "install-tools.sh: unknown purpose '$purpose': build, test or bench" >&2; exit 2 ;;
     esac

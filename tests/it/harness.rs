@@ -11,6 +11,7 @@ pub mod dnsmasq;
 pub mod exchange;
 pub mod frames;
 pub mod gateway;
+pub mod grpcio;
 pub mod h2_origin;
 pub mod metrics;
 pub mod moody;

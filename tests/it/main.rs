@@ -23,6 +23,7 @@ mod eventloop;
 mod filters;
 mod finish;
 mod grpc;
+mod grpcio;
 mod half_close;
 mod handshake;
 mod header;

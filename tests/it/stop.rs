@@ -35,7 +35,7 @@ fn in_a_process_of_its_own(story: &str) -> bool {
     false
 }
 
-fn refuses(address: SocketAddr) {
+pub fn refuses(address: SocketAddr) {
     eventually("the listener to close", || TcpStream::connect(address).is_err().then_some(()));
 }
 
