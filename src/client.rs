@@ -1,8 +1,8 @@
 //! The slow side of the gateway: clients' connections, from the accepted socket to the exchange and back to being parked.
 //!
 //! [`Front`] is what Pingora hands sockets to. On HTTP/1 it owns the keep-alive loop: park, read the header, check it,
-//! let Pingora's proxy run one exchange, take the stream back, park again. On HTTP/2 Pingora owns the connection and
-//! `Http2` sees every stream begin. What is refused before Pingora could see it is answered, counted and logged here.
+//! let Pingora's proxy run one exchange, take the stream back, park again. On HTTP/2 [`http2`] owns the connection and
+//! every stream is an exchange of its own. What is refused before Pingora could see it is answered, counted and logged here.
 
 pub mod account;
 pub mod broken;
@@ -15,6 +15,7 @@ pub mod farewell;
 pub mod frames;
 pub mod head;
 pub mod hello;
+pub mod http2;
 pub mod intake;
 pub mod lane;
 pub mod names;
@@ -27,6 +28,7 @@ pub mod slow;
 pub mod spool;
 pub mod stream;
 pub mod tls;
+pub mod trailers;
 pub mod waiting;
 pub mod wire;
 
@@ -38,10 +40,9 @@ use std::time::{Duration, Instant, SystemTime};
 
 use async_trait::async_trait;
 use bytes::BytesMut;
-use pingora::apps::{HttpServerApp, HttpServerOptions, ReusedHttpStream, ServerApp};
+use pingora::apps::{HttpServerApp, ServerApp};
 use pingora::protocols::Stream;
 use pingora::protocols::http::ServerSession;
-use pingora::protocols::http::v2::server::H2Options;
 use pingora::server::ShutdownWatch;
 use pingora_proxy::{HttpProxy, ProxyHttp};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -453,20 +454,25 @@ where
 
         let Arrival { accept, handshake, header_since, header_in } = arrival;
         let connection = self.connection.clone();
-        let begin = Begin { connection, accept, handshake, header_since, header_in, header_done: Instant::now() };
+        let (header_done, control) = (Instant::now(), None);
+        let begin = Begin { connection, accept, handshake, header_since, header_in, header_done, control };
         let exchange = Introduced::new(begin, self.front.proxy.process_new_http(session, &self.shutdown));
         let (stream, _) = Metered::new(exchange).await?.consume();
         stream.into_any().downcast::<ClientStream>().ok()
     }
 
-    /// Lets Pingora run a connection of HTTP/2 to its end: the client's, ours at a stop, or that of its last request.
+    /// Runs a connection of HTTP/2 to its end: the client's, ours at a stop, or that of its last request.
     async fn serve_http2(&mut self, stream: Box<ClientStream>) {
         let (last, ending) = watch::channel(false);
         self.connection.settle();
         let connection = self.connection.clone();
         let http2 = Arc::new(Http2 { front: self.front.clone(), connection, streams: Streams::default(), last });
         let (progress, mut ended) = (stream.progress(), ending.clone());
-        let mut serve = std::pin::pin!(http2.process_new(stream, &ending));
+        let begin = |stream| {
+            // On whichever worker Pingora draws, so that one connection does not keep one of them busy.
+            pingora_runtime::current_handle().spawn(http2.clone().exchange(stream, ending.clone()));
+        };
+        let mut serve = std::pin::pin!(http2::serve(stream, &self.connection.listener.h2_options, ending.clone(), begin));
         tokio::select! {
             _ = &mut serve => return,
             _ = self.shutdown.wait_for(|stopping| *stopping) => {}
@@ -501,12 +507,12 @@ fn answer_http1(refusal: &'static Refusal, json: bool) -> Vec<u8> {
     .into_bytes()
 }
 
-/// One HTTP/2 connection: Pingora runs it, and every stream passes here on its way to the proxy.
+/// One HTTP/2 connection: every stream passes here on its way to the proxy.
 struct Http2<P> {
     front: Arc<Front<P>>,
     connection: Arc<Connection>,
     streams: Streams,
-    /// Tells Pingora to take no further stream (GOAWAY) and to close once all have ended.
+    /// Says that no further stream is to be taken (GOAWAY), and that the connection closes once all have ended.
     last: watch::Sender<bool>,
 }
 
@@ -566,17 +572,13 @@ impl<P> Http2<P> {
     }
 }
 
-#[async_trait]
-impl<P> HttpServerApp for Http2<P>
+impl<P> Http2<P>
 where
     P: ProxyHttp + Send + Sync + 'static,
     P::CTX: Send + Sync,
 {
-    async fn process_new_http(
-        self: &Arc<Self>,
-        session: ServerSession,
-        shutdown: &ShutdownWatch,
-    ) -> Option<ReusedHttpStream> {
+    /// Lets Pingora run the exchange of one stream.
+    async fn exchange(self: Arc<Self>, stream: http2::Stream, ending: ShutdownWatch) {
         let Front { proxy, desk } = &*self.front;
         let listener = &self.connection.listener;
         let _inflight = desk.inflight.enter();
@@ -588,15 +590,9 @@ where
         let now = Instant::now();
         let (connection, header_in) = (self.connection.clone(), worker::cycle_if_wanted());
         let handshake = connection.handshake().map(|(_, took)| took).filter(|_| opened == 1);
-        let begin = Begin { connection, accept: None, handshake, header_since: now, header_in, header_done: now };
-        Metered::new(Introduced::new(begin, proxy.process_new_http(session, shutdown))).await
-    }
-
-    fn h2_options(&self) -> Option<H2Options> {
-        Some(self.connection.listener.h2_options.clone())
-    }
-
-    fn server_options(&self) -> Option<&HttpServerOptions> {
-        Some(&self.connection.listener.h2_server)
+        let (accept, control) = (None, Some(stream.control()));
+        let begin = Begin { connection, accept, handshake, header_since: now, header_in, header_done: now, control };
+        let session = ServerSession::new_custom(Box::new(stream));
+        Metered::new(Introduced::new(begin, proxy.process_new_http(session, &ending))).await;
     }
 }

@@ -256,7 +256,7 @@ impl ProxyHttp for Proxy {
         let client = session.as_downstream_mut();
         if write::is_heard(refused.refusal) {
             client.set_keepalive(None);
-            if write::refuse(exchange, client, &refused).await.is_ok() && !client.is_http2() {
+            if write::refuse(exchange, client, &refused).await.is_ok() && exchange.control.is_none() {
                 client.shutdown().await;
             }
         }
@@ -304,7 +304,7 @@ impl Proxy {
 /// HTTP/1 has one exchange at a time, so its stream can watch every write; HTTP/2 watches each stream, and the connection.
 fn patience_for_writing(session: &mut Session, exchange: &Exchange, idle: Duration) {
     let connection = exchange.connection.as_ref();
-    if session.is_http2() {
+    if exchange.control.is_some() {
         session.set_write_timeout(Some(idle));
         connection.inspect(|connection| connection.extend_write_idle(idle));
     } else {

@@ -10,13 +10,13 @@ use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
 use http::HeaderValue;
-use pingora::apps::HttpServerOptions;
 use pingora::protocols::http::v2::server::{H2Options, default_h2_options};
 use tokio::sync::Notify;
 
 use super::account::{Account, Accounts, Counting, Quota};
 use super::descriptors::Shares;
 use super::head::HeadLimits;
+use super::http2::Control;
 use super::names::Names;
 use super::proxy_protocol::Expected;
 use super::relay::Relay;
@@ -63,8 +63,6 @@ pub struct Listener {
     pub requests_max: u64,
     /// What HTTP/2 clients are told of the limits.
     pub h2_options: H2Options,
-    /// How Pingora is to run HTTP/2 connections.
-    pub h2_server: HttpServerOptions,
     /// Its counters.
     pub metrics: ListenerMetrics,
     /// Its place among the listeners.
@@ -164,7 +162,6 @@ impl Listener {
             idle_timeout: written.timeouts.idle.0,
             requests_max: limits.requests_per_connection.0,
             h2_options: h2_options(limits),
-            h2_server: h2_server_options(),
             metrics,
             number,
             connections: Crowd::new(connections),
@@ -206,13 +203,6 @@ fn h2_options(limits: &config::listener::Limits) -> H2Options {
     let mut options = default_h2_options();
     options.max_header_list_size(capped(limits.header_bytes.0));
     options.max_concurrent_streams(capped(limits.streams.0));
-    options
-}
-
-/// Idle connections are ended by `client::Http2`, with a GOAWAY: Pingora would drop them.
-fn h2_server_options() -> HttpServerOptions {
-    let mut options = HttpServerOptions::default();
-    options.h2c = true;
     options
 }
 
@@ -524,6 +514,8 @@ pub struct Begin {
     pub header_in: Option<Cycle>,
     /// When the header was complete.
     pub header_done: Instant,
+    /// What can be done with its stream, on HTTP/2.
+    pub control: Option<Control>,
 }
 
 thread_local! {

@@ -25,6 +25,7 @@ use pingora::protocols::http::{HttpTask, ServerSession};
 use pingora::protocols::l4::socket::SocketAddr;
 use pingora::{Error, ErrorType, Result};
 
+use super::http2::Control;
 use super::intake::{Intake, IntakeTerms, Unread};
 use super::lane::{Class, Lanes, OPERATIONS_PER_POLL, exhaust_budget, spend_budget};
 use super::spool::{Depot, Held};
@@ -64,6 +65,8 @@ pub struct Terms {
     pub manner: Manner,
     /// Whose exchange it is.
     pub who: Who,
+    /// What can be done with its stream, on HTTP/2.
+    pub control: Option<Control>,
     /// Sees the pieces of the answer.
     pub tap: Option<Box<dyn Tap>>,
     /// What spools share.
@@ -88,6 +91,8 @@ pub struct Link {
     bell: Mutex<Timer>,
     fault: Mutex<Option<&'static Refusal>>,
     wire: Mutex<Wire>,
+    /// The buffered session is in the place of the client's own.
+    stands_in: AtomicBool,
     received: AtomicU64,
     /// The length of a body that was buffered whole; `u64::MAX` if there is none.
     length: AtomicU64,
@@ -227,6 +232,11 @@ impl Link {
         std::future::poll_fn(|cx| self.wire().poll_drain(cx)).await
     }
 
+    /// Whether the buffered session is in the place of the client's own.
+    pub fn stands_in(&self) -> bool {
+        self.stands_in.load(Ordering::Relaxed)
+    }
+
     /// Drops what the client has not taken, and a write under way with the client's session.
     pub fn abandon(&self) {
         self.wire().abandon();
@@ -234,7 +244,7 @@ impl Link {
 
     /// Puts the client's own session back. `false`: it was lost with a write that was given up.
     pub fn reclaim(&self, session: &mut Box<ServerSession>) -> bool {
-        if !session.is_custom() {
+        if !self.stands_in() {
             return true;
         }
         if self.wire().session().is_none() {
@@ -243,6 +253,7 @@ impl Link {
         // Dropping ours puts the request header back.
         **session = nobody();
         self.give(session);
+        self.stands_in.store(false, Ordering::Relaxed);
         true
     }
 
@@ -398,7 +409,7 @@ impl Drop for BufferedSession {
 impl BufferedSession {
     /// Takes the client's session. Until [`BufferedSession::stand_in`] there is nobody in its place.
     pub fn take(session: &mut Box<ServerSession>, terms: Terms) -> Result<(Arc<Link>, Self)> {
-        let Terms { patience, intake, holds_body, manner, who, tap, depot, lanes } = terms;
+        let Terms { patience, intake, holds_body, manner, who, control, tap, depot, lanes } = terms;
         let bypass = bypass(session);
         let method = session.req_header().method.clone();
         let without_body = method == Method::HEAD;
@@ -430,7 +441,8 @@ impl BufferedSession {
             exchange_due: AtomicU64::new(NEVER),
             bell: Mutex::default(),
             fault: Mutex::new(None),
-            wire: Mutex::new(Wire::new(own, past, manner, who, depot, lanes.clone())),
+            wire: Mutex::new(Wire::new(own, past, control, manner, who, depot, lanes.clone())),
+            stands_in: AtomicBool::new(false),
             received: AtomicU64::new(0),
             length: AtomicU64::new(u64::MAX),
             buffered: AtomicU64::new(0),
@@ -445,6 +457,7 @@ impl BufferedSession {
 
     /// Takes the client's place towards Pingora.
     pub fn stand_in(self, session: &mut Box<ServerSession>) {
+        self.link.stands_in.store(true, Ordering::Relaxed);
         **session = ServerSession::new_custom(Box::new(self));
     }
 
@@ -470,7 +483,7 @@ impl BufferedSession {
         link.give(session);
     }
 
-    /// Tells the client that its body is wanted (RFC 9110 §10.1.1). On HTTP/2 Pingora has no way to say so.
+    /// Tells the client that its body is wanted (RFC 9110 §10.1.1).
     pub async fn invite(&mut self) -> Result<()> {
         let mut own = self.link.wire().release();
         let outcome = match &mut own {

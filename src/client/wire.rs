@@ -15,16 +15,18 @@ use std::task::{Context, Poll, ready};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use http::{Version, header};
+use http::{HeaderMap, Version, header};
 use pingora::http::{RequestHeader, ResponseHeader};
 use pingora::protocols::http::{HttpTask, ServerSession};
 use pingora::{Error, ErrorType, Result};
 
+use super::http2::Control;
 use super::lane::{Bulk, Class, Lanes, Turn, ends_for_lack_of_budget};
 use super::pace::Pace;
 use super::slow::Entry;
 use super::spool::{Depot, Limits, Room, Spool, SpoolError};
 use super::stream::Bypass;
+use super::trailers::last_chunk;
 use super::waiting::{Timer, Waiting, Who};
 use crate::error::{Refusal, refusal};
 use crate::metrics::{Direction, RouteMetrics};
@@ -175,10 +177,10 @@ impl Past {
         }
     }
 
-    /// Marks the end of the body. `false`: it is shorter than was announced.
-    fn end(&mut self) -> bool {
+    /// Marks the end of the body, with what follows it. `false`: it is shorter than was announced.
+    fn end(&mut self, trailers: Option<&HeaderMap>) -> bool {
         if self.framing == Framing::Chunked {
-            self.pieces.push_back(Bytes::from_static(b"0\r\n\r\n"));
+            self.pieces.push_back(last_chunk(trailers));
         }
         !matches!(self.framing, Framing::Length(1..))
     }
@@ -215,7 +217,8 @@ pub struct Wire {
     state: State,
     /// On HTTP/1.
     past: Option<Past>,
-    http2: bool,
+    /// On HTTP/2.
+    control: Option<Control>,
     http10: bool,
     manner: Manner,
     /// What precedes the spool: headers, and body that has just come.
@@ -284,17 +287,18 @@ impl Wire {
     pub fn new(
         session: Box<ServerSession>,
         past: Option<Past>,
+        control: Option<Control>,
         manner: Manner,
         who: Who,
         depot: Arc<Depot>,
         lanes: Arc<Lanes>,
     ) -> Self {
-        let (http2, http10) = (session.is_http2(), session.req_header().version == Version::HTTP_10);
+        let http10 = session.req_header().version == Version::HTTP_10;
         Wire {
             state: State::Idle(session),
             piece: if past.is_some() { PIECE_MOST } else { PIECE_LEAST },
             past,
-            http2,
+            control,
             http10,
             leave: manner.leave,
             held: manner.leave == Leave::Full,
@@ -357,7 +361,7 @@ impl Wire {
 
     /// Whether the client speaks HTTP/2.
     pub fn is_http2(&self) -> bool {
-        self.http2
+        self.control.is_some()
     }
 
     /// Whether all of the answer is here.
@@ -523,8 +527,10 @@ impl Wire {
         let spooling = self.held || self.spool.as_ref().is_some_and(|spool| spool.unread() > 0);
         for task in tasks {
             match task {
+                // RFC 9110 §15.2: such a client knows none of them.
+                HttpTask::Header(head, _) if self.http10 && head.status.is_informational() => {}
                 HttpTask::Header(mut head, end) => {
-                    if self.http10 && !head.status.is_informational() {
+                    if self.http10 {
                         // RFC 9112 §6.1: such a client knows no chunks; the end of the connection is the end of the body.
                         head.remove_header(&header::TRANSFER_ENCODING);
                         self.last_on_connection |= !head.headers.contains_key(header::CONTENT_LENGTH);
@@ -792,12 +798,15 @@ impl Wire {
         self.writing = batch.iter().map(|task| body_len(task) as u64).sum();
         let Some(past) = &mut self.past else { return };
         past.sends = true;
+        let mut trailers = None;
         for task in batch {
-            if let HttpTask::Body(Some(piece), _) = task {
-                past.push(piece);
+            match task {
+                HttpTask::Body(Some(piece), _) => past.push(piece),
+                HttpTask::Trailer(fields) => trailers = fields,
+                _ => {}
             }
         }
-        if self.end_written && !past.end() {
+        if self.end_written && !past.end(trailers.as_deref()) {
             past.sends = false;
             self.written(
                 Err(Error::explain(ErrorType::WriteError, "the answer is shorter than announced").into_down()),
@@ -817,7 +826,7 @@ impl Wire {
             None => {
                 // What it takes at once counts for it, too.
                 self.manner.pace.moved(self.writing, Duration::ZERO);
-                let most = match (&self.past, self.http2) {
+                let most = match (&self.past, self.control.is_some()) {
                     (Some(past), _) if past.framing != Framing::Chunked => SEND_MOST,
                     (None, true) => PIECE_MOST_H2,
                     _ => PIECE_MOST,
@@ -844,7 +853,7 @@ impl Wire {
         let since = blocked.get_or_insert_with(begin).since;
         let slow = self.manner.pace.patience(self.writing).map(|patience| (patience, &refusal::WRITE_MIN_RATE));
         // On HTTP/1 the stream sees every byte that leaves, and keeps this more exactly.
-        let still = self.http2.then_some((self.manner.write_idle, &refusal::WRITE_TIMEOUT));
+        let still = self.control.is_some().then_some((self.manner.write_idle, &refusal::WRITE_TIMEOUT));
         let first = slow.into_iter().chain(still).min_by_key(|(patience, _)| *patience);
         let Some((patience, blame)) = first else { return Poll::Pending };
         self.timer.poll(cx, since + patience).map(|()| blame)
@@ -971,10 +980,11 @@ impl Wire {
 
     /// Ready when the client has gone; only looked at while no write is under way, which would find out by itself.
     pub fn poll_gone(&mut self, cx: &mut Context<'_>) -> Poll<Box<Error>> {
-        let Some(session) = self.session() else { return Poll::Pending };
-        if let Some(mut closed) = session.watch_h2_stream_close() {
-            let closed = ready!(Pin::new(&mut closed).poll(cx));
-            return Poll::Ready(closed.err().unwrap_or_else(|| Error::new_down(ErrorType::H2Error)));
+        if self.session().is_none() {
+            return Poll::Pending;
+        }
+        if let Some(control) = &self.control {
+            return control.poll_closed(cx);
         }
         if self.body_is_read() != Some(true) {
             // Reading the body finds out.

@@ -5,7 +5,7 @@
 use std::sync::Arc;
 use std::time::Instant;
 
-use http::header;
+use http::{Version, header};
 use pingora::http::RequestHeader;
 use pingora::protocols::http::ServerSession;
 use pingora::{Error, ErrorType, Result};
@@ -72,18 +72,23 @@ pub async fn request(
         holds_body: plan == Plan::Hold,
         manner,
         who: Who { client: exchange.client, target: exchange.target.clone() },
+        control: exchange.control.clone(),
         tap: BodyFilters::of(exchange),
         depot: depot.clone(),
         lanes: lanes.clone(),
     };
     let (link, mut session) = BufferedSession::take(client, terms)?;
     exchange.link = Some(link);
-    if plan == Plan::Hold && session.has_body() {
-        let held = hold(exchange, &mut session).await;
-        if let Err(unread) = held {
-            session.give_back(client);
-            return Err(refused(exchange, reason(exchange, unread)));
-        }
+    let read = match plan {
+        _ if !session.has_body() => Ok(()),
+        Plan::Hold => hold(exchange, &mut session).await,
+        // What an endpoint of HTTP/2 says to it does not arrive: Pingora reads the final answer only.
+        _ if !upstream.is_http1() => invite(&mut session).await,
+        _ => Ok(()),
+    };
+    if let Err(unread) = read {
+        session.give_back(client);
+        return Err(refused(exchange, reason(exchange, unread)));
     }
     if let Some(mirror) = route.mirror.as_ref().filter(|mirror| mirror.draws()) {
         exchange.copy = copy(mirror, &mut session, grpc, plan);
@@ -107,17 +112,26 @@ fn copy(mirror: &Arc<Mirror>, session: &mut BufferedSession, grpc: bool, plan: P
 }
 
 async fn hold(exchange: &mut Exchange, session: &mut BufferedSession) -> Result<(), Unread> {
-    let request = session.request_mut();
-    if request.headers.get(header::EXPECT).is_some_and(|expect| expect.as_bytes().eq_ignore_ascii_case(b"100-continue"))
-    {
-        // It is answered here and is not the upstream's to answer any more.
-        request.remove_header(&header::EXPECT);
-        session.invite().await.map_err(Unread::Failed)?;
-    }
+    invite(session).await?;
     let mut waits = || {
         exchange.enter(Phase::Buffer);
     };
     session.fill(&mut waits).await
+}
+
+/// Answers `Expect: 100-continue` if the client said so; it is not the upstream's to answer any more.
+async fn invite(session: &mut BufferedSession) -> Result<(), Unread> {
+    let request = session.request_mut();
+    let expect = request.headers.get(header::EXPECT);
+    if !expect.is_some_and(|expect| expect.as_bytes().eq_ignore_ascii_case(b"100-continue")) {
+        return Ok(());
+    }
+    request.remove_header(&header::EXPECT);
+    // RFC 9110 §10.1.1: a client of HTTP/1.0 does not mean it.
+    if request.version == Version::HTTP_10 {
+        return Ok(());
+    }
+    session.invite().await.map_err(Unread::Failed)
 }
 
 fn plan(holds: bool, intake: &IntakeTerms) -> Plan {

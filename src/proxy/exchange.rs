@@ -16,6 +16,7 @@ use super::route::Route;
 use crate::access_log::{Failed, Why};
 use crate::client::account::Counting;
 use crate::client::connection::{Begin, Connection, introduction};
+use crate::client::http2::Control;
 use crate::client::session::Link;
 use crate::error::Refusal;
 use crate::eventloop::{own_time, worker as eventloop};
@@ -40,6 +41,8 @@ pub struct Exchange {
     pub connection: Option<Arc<Connection>>,
     /// Its place among the requests of its client that are under way.
     pub place: Option<Counting>,
+    /// What can be done with its stream, on HTTP/2.
+    pub control: Option<Control>,
     /// The client's address: the peer's, or what a trusted proxy said.
     pub client: Option<IpAddr>,
     /// Whether the peer is a trusted proxy.
@@ -48,6 +51,8 @@ pub struct Exchange {
     pub scheme: &'static str,
     /// The target as the client sent it, if a filter might change it.
     pub target: Option<Uri>,
+    /// How many interim answers have come for it.
+    pub interim: u32,
     /// It is a gRPC call, and this is known of it.
     pub grpc: Option<Call>,
     /// The route it took.
@@ -253,12 +258,14 @@ impl Exchange {
         Exchange {
             clock,
             seat: metrics.enter_phase(Phase::Route, routed),
+            control: begin.as_ref().and_then(|begin| begin.control.clone()),
             connection: begin.map(|begin| begin.connection),
             place: None,
             client: None,
             peer_is_trusted: false,
             scheme,
             target: None,
+            interim: 0,
             grpc: None,
             route: None,
             filters: None,

@@ -36,7 +36,7 @@ pub fn settle(exchange: &mut Exchange, session: &mut ServerSession, unrouted: &R
     exchange.enter(Phase::Finish);
     // If the client's session was lost with a write that was given up, its stand-in knows.
     let (answered, received, sent) = match &exchange.link {
-        Some(link) if session.is_custom() => link.outcome(),
+        Some(link) if link.stands_in() => link.outcome(),
         link => {
             // What was read and sent past the session is known to its stand-in alone.
             let (_, received, sent) = link.as_ref().map(|link| link.outcome()).unwrap_or_default();

@@ -81,10 +81,12 @@ fn check_authority(request: &mut RequestHeader) -> Result<(), &'static Refusal> 
     }
 }
 
-/// What the HTTP/2 library lets pass and a request of HTTP/1 cannot say (RFC 9112 §3.2.4, §6.3): `*` as the target of
-/// anything but OPTIONS, and a length that stands twice.
+/// What the HTTP/2 library lets pass and a request of HTTP/1 cannot say (RFC 9112 §3.2, §6.3): a target that is no path, but for
+/// `*` of OPTIONS; spaces and line ends in it; and a length that stands twice.
 fn check_http1_form(request: &RequestHeader) -> Result<(), &'static Refusal> {
-    if request.uri.path() == "*" && request.method != Method::OPTIONS {
+    let target = request.raw_path();
+    let is_target = target.starts_with(b"/") || (target == b"*" && request.method == Method::OPTIONS);
+    if !is_target || target.iter().any(|byte| matches!(byte, 0..=b' ' | 0x7f)) {
         return Err(&refusal::HEADER_MALFORMED);
     }
     let lengths = request.headers.get_all(header::CONTENT_LENGTH).iter().count();

@@ -21,6 +21,7 @@ use super::exchange::{Attempt, Exchange};
 use crate::client::spool::Held;
 use crate::error::refusal;
 use crate::metrics::mirror::{Fate, MirrorMetrics};
+use crate::upstream::transport::final_status;
 use crate::upstream::transport::greeting::Parties;
 use crate::upstream::transport::tls::Flaw;
 use crate::upstream::{Choice, Outcome, Timeouts, Upstream};
@@ -225,18 +226,6 @@ async fn exchange(
         mirror.connector.release_http_session(session, peer, peer.idle_timeout()).await;
     }
     Ok(status)
-}
-
-/// The status of the answer, once the interim ones are past.
-async fn final_status(session: &mut HttpSession) -> Result<StatusCode> {
-    loop {
-        session.read_response_header().await?;
-        match session.response_header().map(|response| response.status) {
-            Some(status) if status.is_informational() => {}
-            Some(status) => return Ok(status),
-            None => return Err(Error::new_up(ErrorType::InvalidHTTPHeader)),
-        }
-    }
 }
 
 fn late() -> Box<Error> {

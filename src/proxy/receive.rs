@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use async_trait::async_trait;
 use bytes::Bytes;
-use http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, header};
+use http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, Version, header};
 use pingora::http::{RequestHeader, ResponseHeader};
 use pingora::{Error, ErrorType, Result};
 
@@ -14,12 +14,15 @@ use super::exchange::{Exchange, FilterStates};
 use super::https;
 use super::route::Route;
 use crate::client::session::Tap;
+use crate::client::trailers;
 use crate::error::refusal;
 use crate::filter::{Refused, Stages, Verdict, View};
 use crate::phase::Phase;
 
 /// How an endpoint asks nginx, and us, not to hold its answer back. It is not for the client.
 const X_ACCEL_BUFFERING: &str = "x-accel-buffering";
+/// An endpoint that says more before its answer will not come to it.
+const INTERIM_MAX: u32 = 1_000;
 const HOP_BY_HOP: [HeaderName; 3] =
     [HeaderName::from_static("keep-alive"), HeaderName::from_static("proxy-connection"), header::TE];
 
@@ -31,7 +34,7 @@ pub async fn header(
     via: bool,
 ) -> Result<()> {
     if response.status.is_informational() && response.status != StatusCode::SWITCHING_PROTOCOLS {
-        return Ok(());
+        return interim(exchange, response);
     }
     if response.status == StatusCode::SWITCHING_PROTOCOLS && exchange.link.is_some() {
         // RFC 9110 §15.2.2: nobody asked. What the client sends next is its next request, and is not to pass unread.
@@ -79,14 +82,47 @@ pub async fn header(
     if exchange.route.as_ref().is_some_and(|route| route.chain.wants(Stages::RESPONSE_BODY)) {
         unfix_length(request, response)?;
     }
+    if response.headers.contains_key(header::TRAILER) {
+        match trailers::announcement(&response.headers, trailers_pass(exchange, request, response)) {
+            Some(names) => response.insert_header(header::TRAILER, names)?,
+            None => drop(response.remove_header(&header::TRAILER)),
+        }
+    }
+    Ok(())
+}
+
+/// An interim answer is here (RFC 9110 §15.2). It has no body, and it is passed on as it is: the final answer is still to come.
+fn interim(exchange: &mut Exchange, response: &mut ResponseHeader) -> Result<()> {
+    exchange.interim += 1;
+    if exchange.interim > INTERIM_MAX {
+        exchange.refuse(Refused { refusal: &refusal::WAIT_MALFORMED, headers: Vec::new() });
+        return Err(Error::new_up(ErrorType::InvalidHTTPHeader));
+    }
+    strip_hop_by_hop(response);
+    for name in [header::CONTENT_LENGTH, header::TRANSFER_ENCODING, header::TRAILER] {
+        response.remove_header(&name);
+    }
     Ok(())
 }
 
 /// The trailers are here, with which the answer ends.
-pub fn trailers(exchange: &mut Exchange, trailers: &HeaderMap) {
+pub fn trailers(exchange: &mut Exchange, trailers: &mut HeaderMap) {
+    trailers::strip(trailers, exchange.grpc.is_some());
     if let Some(call) = &mut exchange.grpc {
         call.note(trailers);
     }
+}
+
+/// Whether trailers of this answer reach the client. Over HTTP/1 they can only follow a chunked body; those of an endpoint that speaks
+/// HTTP/1 Pingora throws away.
+fn trailers_pass(exchange: &Exchange, request: &RequestHeader, response: &ResponseHeader) -> bool {
+    let come = exchange.link.is_some() && exchange.upstream.as_ref().is_some_and(|upstream| !upstream.is_http1());
+    let go = match request.version {
+        Version::HTTP_2 => true,
+        Version::HTTP_11 => !response.headers.contains_key(header::CONTENT_LENGTH),
+        _ => false,
+    };
+    come && go && !has_no_body(request, response)
 }
 
 /// Tells a client, if it does not know yet, by which cookie it stays at the endpoint that has answered. One that fails is not

@@ -82,6 +82,8 @@ pub fn header(
         request.remove_header(&header::TRANSFER_ENCODING);
         request.insert_header(header::CONTENT_LENGTH, length)?;
     }
+    // Those of a request do not pass: Pingora reads none, and writes none.
+    request.remove_header(&header::TRAILER);
     // A filter that sees the body may change its length.
     if exchange.route.as_ref().is_some_and(|route| route.chain.wants(Stages::REQUEST_BODY)) {
         request.remove_header(&header::CONTENT_LENGTH);

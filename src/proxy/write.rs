@@ -83,7 +83,9 @@ async fn write(
 
 /// Lets the client take what it has not taken yet. Its endpoint is released; this is the time that buffering saved it.
 pub async fn drain(exchange: &mut Exchange, client: &mut Box<ServerSession>) {
-    let Some(link) = exchange.link.clone().filter(|_| client.is_custom() && exchange.refusal.is_none()) else { return };
+    let Some(link) = exchange.link.clone().filter(|link| link.stands_in() && exchange.refusal.is_none()) else {
+        return;
+    };
     exchange.enter(Phase::Write);
     let released = Instant::now();
     let drained = link.drain().await;
@@ -103,7 +105,7 @@ pub async fn drain(exchange: &mut Exchange, client: &mut Box<ServerSession>) {
 /// own session is back, so that it can still be told anything.
 pub async fn cut_if_begun(exchange: &Exchange, client: &mut Box<ServerSession>, error: Option<&Error>) -> bool {
     if let Some(link) = &exchange.link
-        && client.is_custom()
+        && link.stands_in()
     {
         if link.begun() && !link.framed() && !link.is_http2() {
             // Before the write under way is dropped, and its connection with it.
@@ -111,6 +113,7 @@ pub async fn cut_if_begun(exchange: &Exchange, client: &mut Box<ServerSession>, 
         }
         link.abandon();
         if !link.reclaim(client) {
+            reset(exchange, error);
             return true;
         }
     }
@@ -128,9 +131,7 @@ async fn cut(exchange: &Exchange, session: &mut ServerSession, error: Option<&Er
         response.headers.contains_key(header::CONTENT_LENGTH)
             || response.headers.contains_key(header::TRANSFER_ENCODING)
     });
-    if session.is_http2() {
-        // Pingora would else end the stream in good order if it does not know of the failure.
-        session.shutdown_with_reason(grpc::reset_code(exchange.refusal.unwrap_or(&refusal::INTERNAL), error));
+    if reset(exchange, error) {
         return;
     }
     if let Some(connection) = exchange.connection.as_ref().filter(|_| !framed) {
@@ -139,6 +140,14 @@ async fn cut(exchange: &Exchange, session: &mut ServerSession, error: Option<&Er
     // What came of the answer is sent before the connection goes.
     session.set_keepalive(None);
     session.shutdown().await;
+}
+
+/// Resets the stream of an exchange of HTTP/2: Pingora would else end it in good order if it does not know of the failure.
+/// `false`: it is one of HTTP/1.
+fn reset(exchange: &Exchange, error: Option<&Error>) -> bool {
+    let Some(control) = &exchange.control else { return false };
+    control.reset(grpc::reset_code(exchange.refusal.unwrap_or(&refusal::INTERNAL), error));
+    true
 }
 
 /// Whether a refusal can still be told: nothing but interim responses has left.

@@ -14,9 +14,12 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
+use http::StatusCode;
 use pingora::protocols::Digest;
+use pingora::protocols::http::client::HttpSession;
 use pingora::protocols::l4::socket::SocketAddr;
 use pingora::upstreams::peer::{HttpPeer, PeerOptions, Scheme};
+use pingora::{Error, ErrorType, Result};
 use prometheus::IntGauge;
 use xxhash_rust::xxh3::Xxh3;
 
@@ -189,6 +192,22 @@ impl Transport {
         std::hash::Hash::hash(&parties, &mut key);
         peer.group_key = key.finish();
         peer.options.custom_l4 = Some(Arc::new(dialer.greeting(greeting::of(parties))));
+    }
+}
+
+/// Reads the header of an answer that nobody gets, and those of the interim answers before it (RFC 9110 §15.2): its status.
+///
+/// # Errors
+///
+/// Those of Pingora's session.
+pub async fn final_status(session: &mut HttpSession) -> Result<StatusCode> {
+    loop {
+        session.read_response_header().await?;
+        match session.response_header().map(|response| response.status) {
+            Some(status) if status.is_informational() => {}
+            Some(status) => return Ok(status),
+            None => return Err(Error::new_up(ErrorType::InvalidHTTPHeader)),
+        }
     }
 }
 

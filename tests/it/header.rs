@@ -436,8 +436,8 @@ fn an_http_2_authority_and_a_host_that_disagree_are_refused() {
         let request = http::Request::get("http://a.example/").header("host", host).body(()).expect("a request");
         client.ask(request, b"").expect("an answer")
     };
-    // Pingora itself refuses this one, before an exchange exists: there is no line and no reason.
     assert_eq!(asked("b.example").status, 400);
+    assert_eq!(gateway.log_line().reason(), "header.host");
     assert_eq!(asked("a.example").body, b"a.example");
     assert_eq!(origin.requests().len(), 1);
 }
@@ -450,6 +450,9 @@ fn what_http_1_cannot_say_is_refused_over_http_2() {
     let twice = http::Request::post("http://test/").header("content-length", "2").header("content-length", "2");
     assert_eq!(client.ask(twice.body(()).expect("a request"), b"ok").expect("an answer").status, 400);
     assert_eq!(gateway.log_line().reason(), "header.framing");
+    let star = http::Request::get("*").header("host", "test").body(()).expect("a request");
+    assert_eq!(client.ask(star, b"").expect("an answer").status, 400);
+    assert_eq!(gateway.log_lines(2)[1].reason(), "header.malformed");
     assert_eq!(origin.connections(), 0);
 }
 

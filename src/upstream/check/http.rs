@@ -14,6 +14,7 @@ use pingora_load_balancing::health_check::HealthCheck;
 use super::probe::{endpoint, sound, wrong};
 use crate::config::upstream::health::{HttpCheck, Statuses};
 use crate::upstream::endpoint::Endpoint;
+use crate::upstream::transport::final_status;
 use crate::upstream::transport::tls::Flaw;
 
 /// So much of a body is read in search of a text.
@@ -67,9 +68,7 @@ impl HealthCheck for Http {
         }
         session.write_request_header(Box::new(request)).await?;
         session.finish_request_body().await?;
-        session.read_response_header().await?;
-        let Some(answer) = session.response_header() else { return wrong("it answered nothing") };
-        self.judge(answer.status.as_u16())?;
+        self.judge(final_status(&mut session).await?.as_u16())?;
         let Some(wanted) = &self.body else { return Ok(()) };
         let mut body = Vec::new();
         while body.len() < BODY_BYTES_MAX

@@ -1,5 +1,6 @@
 //! The client of a story: one that sends what it is told, as slowly as it is told, and reads as little as it likes.
 
+use std::future::poll_fn;
 use std::net::{IpAddr, SocketAddr};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
@@ -256,6 +257,11 @@ impl H2Client {
             let mut send = self.send.clone().ready().await.expect("a ready connection");
             send.send_request(request, end).expect("a stream")
         })
+    }
+
+    /// The next interim answer (1xx); `None` if the answer itself comes next.
+    pub fn interim(&self, response: &mut ResponseFuture) -> Option<http::Response<()>> {
+        self.step(poll_fn(|cx| response.poll_informational(cx))).map(|interim| interim.expect("an interim answer"))
     }
 
     /// Goes away without a word.

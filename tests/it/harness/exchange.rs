@@ -403,16 +403,16 @@ impl Side {
                 }
             }
             Side::Http2 { client, coming, .. } => {
-                let response = match coming {
-                    Coming::Header(response) => client.step(response.take()?),
-                    Coming::Early(response) => *response.take()?,
+                let (interim, response) = match coming {
+                    Coming::Header(response) => client.step(answered(response.take()?)),
+                    Coming::Early(response) => (Vec::new(), *response.take()?),
                     Coming::Body(_) => return None,
                 };
                 let response = response.ok()?;
                 let status = response.status().as_u16();
                 let fields = lines(response.headers());
                 *coming = Coming::Body(response.into_body());
-                Some((status, Vec::new(), fields))
+                Some((status, interim, fields))
             }
         }
     }
@@ -455,6 +455,15 @@ impl Side {
             Side::Http2 { .. } => Vec::new(),
         }
     }
+}
+
+/// The statuses of the interim answers, and the answer.
+async fn answered(mut response: ResponseFuture) -> (Vec<u16>, Result<http::Response<RecvStream>, h2::Error>) {
+    let mut interim = Vec::new();
+    while let Some(Ok(early)) = poll_fn(|cx| response.poll_informational(cx)).await {
+        interim.push(early.status().as_u16());
+    }
+    (interim, response.await)
 }
 
 fn lines(fields: &HeaderMap) -> Vec<(String, String)> {

@@ -14,7 +14,8 @@ use tokio::runtime::{Builder, Runtime};
 
 use super::ms;
 
-/// It answers by path. `/trailers`: a body, then the trailer field `x-trailer`. `/echo`: every piece of the request as
+/// It answers by path. `/trailers`: a body, then the trailer field `x-trailer`. `/announced`: the same, announced with others that
+/// must not come, one of which does; `/announced-with-length`: and a length. `/echo`: every piece of the request as
 /// soon as it comes, then `grpc-status: 0`. `/refused-once`: the first request is refused unseen. `/unavailable-once`: to
 /// the first, a header with `grpc-status: 14` and no more; then as `/echo`. `/ticks`: a byte every 50 ms, twenty of them,
 /// whether the request has ended or not, then `grpc-status: 0`. The health protocol of gRPC: it serves the
@@ -72,6 +73,23 @@ async fn answer(request: Request<RecvStream>, mut respond: SendResponse<Bytes>, 
             let mut send = respond.send_response(Response::new(()), false)?;
             send.send_data("A trailer follows.\n".into(), false)?;
             send.send_trailers(trailer("x-trailer", "the end"))
+        }
+        "/announced" | "/announced-with-length" => {
+            while next(&mut body).await?.is_some() {}
+            let mut header =
+                Response::builder().header("trailer", "X-Trailer, Content-Length").header("trailer", "Set-Cookie");
+            if head.uri.path() == "/announced-with-length" {
+                header = header.header("content-length", "4");
+            }
+            let end = head.method == http::Method::HEAD;
+            let mut send = respond.send_response(header.body(()).expect("a response"), end)?;
+            if end {
+                return Ok(());
+            }
+            send.send_data("body".into(), false)?;
+            let mut trailers = trailer("x-trailer", "the end");
+            trailers.extend(trailer("set-cookie", "a=b"));
+            send.send_trailers(trailers)
         }
         "/refused-once" if first => {
             respond.send_reset(h2::Reason::REFUSED_STREAM);

@@ -1,0 +1,430 @@
+//! HTTP/2 from clients: a connection and its streams, by the library that Pingora uses, too.
+//!
+//! Pingora's session of HTTP/2 keeps the library's handles to itself. With it, nothing can send interim answers (RFC 9110 §15.2),
+//! read the trailers of a request, or reset a stream for a reason while a write has the session. So the connection is
+//! accepted here: a [`Stream`] is the session that Pingora and `client::wire` use, and [`Control`] is what else can be done with it.
+
+use std::future::poll_fn;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::task::{Context, Poll, ready};
+use std::time::Duration;
+
+use async_trait::async_trait;
+use bytes::Bytes;
+use futures::Stream as Messages;
+use h2::server::SendResponse;
+use h2::{Reason, RecvStream, SendStream};
+use http::{HeaderMap, HeaderName, Request, Response, header};
+use pingora::http::{RequestHeader, ResponseHeader};
+use pingora::protocols::Digest;
+use pingora::protocols::http::HttpTask;
+use pingora::protocols::http::body_buffer::FixedBuffer;
+use pingora::protocols::http::custom::CustomMessageWrite;
+use pingora::protocols::http::custom::server::Session as CustomSession;
+use pingora::protocols::http::date::get_cached_date;
+use pingora::protocols::http::v2::server::H2Options;
+use pingora::protocols::http::v2::write_body;
+use pingora::protocols::l4::socket::SocketAddr;
+use pingora::{Error, ErrorType, OrErr, Result};
+use tokio::sync::watch;
+
+use super::stream::ClientStream;
+
+/// What is kept of a request body that is streamed, so that it can be sent again. As much as Pingora keeps on HTTP/1.
+const KEPT_BYTES: usize = 64 << 10;
+
+/// Fields that are about a connection of HTTP/1 and must not be on HTTP/2 (RFC 9113 §8.2.2).
+const OF_HTTP1: [HeaderName; 5] = [
+    header::TRANSFER_ENCODING,
+    header::CONNECTION,
+    header::UPGRADE,
+    HeaderName::from_static("keep-alive"),
+    HeaderName::from_static("proxy-connection"),
+];
+
+/// Runs a connection to its end, and hands every stream to `begin`. Once `ending` says so, the client is told to open no more
+/// (GOAWAY), and the connection ends with its last stream.
+pub async fn serve(
+    io: Box<ClientStream>,
+    options: &H2Options,
+    mut ending: watch::Receiver<bool>,
+    mut begin: impl FnMut(Stream),
+) {
+    let mut connection = match options.handshake::<_, Bytes>(io).await {
+        Ok(connection) => connection,
+        Err(error) => return tracing::debug!(%error, "a handshake of HTTP/2 failed"),
+    };
+    let mut ends = false;
+    loop {
+        // The library works for all streams of the connection while it waits for the next.
+        let accepted = tokio::select! {
+            biased;
+            _ = ending.wait_for(|ending| *ending), if !ends => {
+                connection.graceful_shutdown();
+                ends = true;
+                continue;
+            }
+            accepted = connection.accept() => accepted,
+        };
+        match accepted {
+            Some(Ok((request, respond))) => begin(Stream::new(request, respond)),
+            Some(Err(error)) => return tracing::debug!(%error, "a connection of HTTP/2 failed"),
+            None => return,
+        }
+    }
+}
+
+/// The library's handles of one stream.
+struct Core {
+    body: RecvStream,
+    respond: SendResponse<Bytes>,
+    /// Once the header of the answer is out, unless a write has it.
+    send: Option<SendStream<Bytes>>,
+    /// The end of the answer was given to the library.
+    ended: bool,
+    /// What followed the body of the request.
+    trailers: Option<HeaderMap>,
+}
+
+impl Core {
+    fn poll_read(&mut self, cx: &mut Context<'_>) -> Poll<Result<Option<Bytes>>> {
+        const READING: &str = "reading the request body";
+        match ready!(self.body.poll_data(cx)) {
+            Some(Ok(data)) => {
+                // An error would mean that the stream is over, and the next read says so.
+                let _ = self.body.flow_control().release_capacity(data.len());
+                Poll::Ready(Ok(Some(data)))
+            }
+            Some(Err(error)) => Poll::Ready(Err(Error::because(ErrorType::ReadError, READING, error).into_down())),
+            None => Poll::Ready(match ready!(self.body.poll_trailers(cx)) {
+                Ok(trailers) => {
+                    self.trailers = trailers.or(self.trailers.take());
+                    Ok(None)
+                }
+                Err(error) => Err(Error::because(ErrorType::ReadError, READING, error).into_down()),
+            }),
+        }
+    }
+
+    /// Ready when the client has given the stream up; only looked at while no write is under way.
+    fn poll_closed(&mut self, cx: &mut Context<'_>) -> Poll<Box<Error>> {
+        let reset = match &mut self.send {
+            Some(send) => send.poll_reset(cx),
+            None if self.ended => return Poll::Pending,
+            None => self.respond.poll_reset(cx),
+        };
+        Poll::Ready(match ready!(reset) {
+            Ok(reason) => Error::explain(ErrorType::H2Error, format!("the client has reset the stream: {reason}")),
+            Err(error) => Error::because(ErrorType::H2Error, "waiting for the client", error),
+        })
+        .map(|error| error.into_down())
+    }
+}
+
+/// What can be done with a stream whoever has its session.
+#[derive(Clone)]
+pub struct Control(Arc<Mutex<Core>>);
+
+impl Control {
+    fn core(&self) -> MutexGuard<'_, Core> {
+        // One task uses it, in turns; the lock is never waited for.
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Ready when the client has given the stream up, or its connection has failed. Not told while a write is under way, which
+    /// finds out by itself.
+    pub fn poll_closed(&self, cx: &mut Context<'_>) -> Poll<Box<Error>> {
+        self.core().poll_closed(cx)
+    }
+
+    /// Gives the stream up, unless its answer is whole already.
+    pub fn reset(&self, reason: Reason) {
+        let mut core = self.core();
+        if !core.ended {
+            core.ended = true;
+            core.respond.send_reset(reason);
+        }
+    }
+}
+
+/// One exchange of HTTP/2, as a session of Pingora.
+pub struct Stream {
+    request: RequestHeader,
+    control: Control,
+    empty: bool,
+    answered: Option<Box<ResponseHeader>>,
+    read: usize,
+    sent: usize,
+    kept: Option<FixedBuffer>,
+    write_timeout: Option<Duration>,
+}
+
+impl Stream {
+    fn new(request: Request<RecvStream>, respond: SendResponse<Bytes>) -> Stream {
+        let (head, body) = request.into_parts();
+        let request = RequestHeader::from(head);
+        let length = request.headers.get(header::CONTENT_LENGTH);
+        let empty = body.is_end_stream() || length.is_some_and(|length| length.as_bytes() == b"0");
+        let core = Core { body, respond, send: None, ended: false, trailers: None };
+        Stream {
+            request,
+            control: Control(Arc::new(Mutex::new(core))),
+            empty,
+            answered: None,
+            read: 0,
+            sent: 0,
+            kept: None,
+            write_timeout: None,
+        }
+    }
+
+    /// What else can be done with it.
+    pub fn control(&self) -> Control {
+        self.control.clone()
+    }
+
+    fn write_header(&mut self, mut answer: Box<ResponseHeader>, end: bool) -> Result<()> {
+        let mut core = self.control.core();
+        if core.ended || self.answered.is_some() {
+            tracing::debug!("a second header of an answer is dropped");
+            return Ok(());
+        }
+        for name in &OF_HTTP1 {
+            answer.remove_header(name);
+        }
+        const WRITING: &str = "writing the header of an answer";
+        if answer.status.is_informational() {
+            let interim = Response::from_parts(answer.as_owned_parts(), ());
+            return core.respond.send_informational(interim).or_err(ErrorType::WriteError, WRITING);
+        }
+        answer.insert_header(header::DATE, get_cached_date())?;
+        let response = Response::from_parts(answer.as_owned_parts(), ());
+        let send = core.respond.send_response(response, end).or_err(ErrorType::WriteError, WRITING)?;
+        core.send = Some(send);
+        core.ended = end;
+        self.answered = Some(answer);
+        Ok(())
+    }
+
+    /// The sending side, to be put back by [`Stream::sent`].
+    fn sending(&self) -> Result<Option<SendStream<Bytes>>> {
+        let mut core = self.control.core();
+        if core.ended {
+            return Ok(None);
+        }
+        let send = core.send.take();
+        send.map(Some).ok_or_else(|| Error::explain(ErrorType::H2Error, "a body before its header"))
+    }
+
+    fn sent(&mut self, send: SendStream<Bytes>, bytes: usize, end: bool) {
+        let mut core = self.control.core();
+        core.send = Some(send);
+        core.ended |= end;
+        self.sent += bytes;
+    }
+
+    async fn write(&mut self, data: Bytes, end: bool) -> Result<()> {
+        let Some(mut send) = self.sending()? else { return Ok(()) };
+        let bytes = data.len();
+        let written = write_body(&mut send, data, end, self.write_timeout).await;
+        self.sent(send, if written.is_ok() { bytes } else { 0 }, end && written.is_ok());
+        written
+    }
+
+    fn end(&mut self, trailers: Option<HeaderMap>) -> Result<()> {
+        // Without an answer there is nothing to end: the stream is reset when it is dropped.
+        if self.answered.is_none() {
+            return Ok(());
+        }
+        let Some(mut send) = self.sending()? else { return Ok(()) };
+        let ended = match trailers {
+            Some(trailers) => send.send_trailers(trailers),
+            None => send.send_data(Bytes::new(), true),
+        };
+        self.sent(send, 0, ended.is_ok());
+        ended.or_err(ErrorType::WriteError, "ending an answer")
+    }
+}
+
+#[async_trait]
+impl CustomSession for Stream {
+    fn req_header(&self) -> &RequestHeader {
+        &self.request
+    }
+
+    fn req_header_mut(&mut self) -> &mut RequestHeader {
+        &mut self.request
+    }
+
+    async fn read_body_bytes(&mut self) -> Result<Option<Bytes>> {
+        let data = poll_fn(|cx| self.control.core().poll_read(cx)).await?;
+        if let Some(data) = &data {
+            self.read += data.len();
+            if let Some(kept) = &mut self.kept {
+                kept.write_to_buffer(data);
+            }
+        }
+        Ok(data)
+    }
+
+    async fn read_body_or_idle(&mut self, no_body_expected: bool) -> Result<Option<Bytes>> {
+        if no_body_expected || self.is_body_done() {
+            return Err(poll_fn(|cx| self.control.poll_closed(cx)).await);
+        }
+        self.read_body_bytes().await
+    }
+
+    async fn drain_request_body(&mut self) -> Result<()> {
+        while !self.is_body_done() && self.read_body_bytes().await?.is_some() {}
+        Ok(())
+    }
+
+    async fn write_response_header(&mut self, answer: Box<ResponseHeader>, end: bool) -> Result<()> {
+        self.write_header(answer, end)
+    }
+
+    async fn write_response_header_ref(&mut self, answer: &ResponseHeader, end: bool) -> Result<()> {
+        self.write_header(Box::new(answer.clone()), end)
+    }
+
+    async fn write_body(&mut self, data: Bytes, end: bool) -> Result<()> {
+        self.write(data, end).await.map_err(|error| error.into_down())
+    }
+
+    async fn write_trailers(&mut self, trailers: HeaderMap) -> Result<()> {
+        self.end(Some(trailers)).map_err(|error| error.into_down())
+    }
+
+    async fn response_duplex_vec(&mut self, tasks: Vec<HttpTask>) -> Result<bool> {
+        let mut ended = false;
+        for task in tasks {
+            ended |= task.is_end();
+            match task {
+                HttpTask::Header(header, end) => self.write_header(header, end),
+                HttpTask::Body(Some(data), end) if !data.is_empty() => self.write(data, end).await,
+                HttpTask::Trailer(Some(trailers)) => self.end(Some(*trailers)),
+                HttpTask::Body(..) | HttpTask::Trailer(None) | HttpTask::Done => Ok(()),
+                HttpTask::UpgradedBody(..) => Error::e_explain(ErrorType::InternalError, "HTTP/2 knows no upgrades"),
+                HttpTask::Failed(error) => return Err(error),
+            }
+            .map_err(|error| error.into_down())?;
+        }
+        if ended {
+            self.end(None).map_err(|error| error.into_down())?;
+        }
+        Ok(ended)
+    }
+
+    async fn finish(&mut self) -> Result<()> {
+        self.end(None)
+    }
+
+    async fn finish_custom(&mut self) -> Result<()> {
+        Ok(())
+    }
+
+    async fn shutdown(&mut self, _code: u32, _context: &str) {
+        self.control.reset(Reason::INTERNAL_ERROR);
+    }
+
+    fn response_written(&self) -> Option<&ResponseHeader> {
+        self.answered.as_deref()
+    }
+
+    fn request_summary(&self) -> String {
+        format!("{} {}", self.request.method, self.request.uri)
+    }
+
+    fn pseudo_raw_h1_request_header(&self) -> Bytes {
+        Bytes::new()
+    }
+
+    fn is_body_done(&mut self) -> bool {
+        self.is_body_empty() || self.control.core().body.is_end_stream()
+    }
+
+    fn is_body_empty(&mut self) -> bool {
+        self.empty && self.read == 0
+    }
+
+    fn body_bytes_sent(&self) -> usize {
+        self.sent
+    }
+
+    fn body_bytes_read(&self) -> usize {
+        self.read
+    }
+
+    // The exchange knows its connection; nothing asks the session about it.
+
+    fn digest(&self) -> Option<&Digest> {
+        None
+    }
+
+    fn digest_mut(&mut self) -> Option<&mut Digest> {
+        None
+    }
+
+    fn client_addr(&self) -> Option<&SocketAddr> {
+        None
+    }
+
+    fn server_addr(&self) -> Option<&SocketAddr> {
+        None
+    }
+
+    // The deadline for a request body is the intake's; nothing drains one that nobody wants.
+
+    fn set_read_timeout(&mut self, _timeout: Option<Duration>) {}
+
+    fn get_read_timeout(&self) -> Option<Duration> {
+        None
+    }
+
+    fn set_write_timeout(&mut self, timeout: Option<Duration>) {
+        self.write_timeout = timeout;
+    }
+
+    fn get_write_timeout(&self) -> Option<Duration> {
+        self.write_timeout
+    }
+
+    fn set_total_drain_timeout(&mut self, _timeout: Option<Duration>) {}
+
+    fn get_total_drain_timeout(&self) -> Option<Duration> {
+        None
+    }
+
+    fn enable_retry_buffering(&mut self) {
+        self.kept.get_or_insert_with(|| FixedBuffer::new(KEPT_BYTES));
+    }
+
+    fn retry_buffer_truncated(&self) -> bool {
+        self.kept.as_ref().is_some_and(FixedBuffer::is_truncated)
+    }
+
+    fn get_retry_buffer(&self) -> Option<Bytes> {
+        self.kept.as_ref().filter(|kept| !kept.is_truncated())?.get_buffer()
+    }
+
+    // Custom messages belong to protocols that are not HTTP; there are none here.
+
+    fn take_custom_message_reader(&mut self) -> Option<Box<dyn Messages<Item = Result<Bytes>> + Unpin + Send + Sync>> {
+        None
+    }
+
+    fn restore_custom_message_reader(
+        &mut self,
+        _reader: Box<dyn Messages<Item = Result<Bytes>> + Unpin + Send + Sync>,
+    ) -> Result<()> {
+        Ok(())
+    }
+
+    fn take_custom_message_writer(&mut self) -> Option<Box<dyn CustomMessageWrite>> {
+        None
+    }
+
+    fn restore_custom_message_writer(&mut self, _writer: Box<dyn CustomMessageWrite>) -> Result<()> {
+        Ok(())
+    }
+}
