@@ -54,6 +54,7 @@ use crate::eventloop::{Metered, own_time, worker};
 use crate::metrics::{ConnectionState, Direction, Metrics, RouteMetrics, Summary, UNROUTED};
 use crate::phase::journal::Cycle;
 use crate::phase::{Clock, Phase};
+use crate::upstream::transport::http2::Http2 as Endpoints;
 use connection::{Begin, Connection, Counted, Inflight, Introduced, Listener, Listeners, StateGauge};
 use entrance::{Ends, Entered};
 use lane::{Lanes, Newcomer};
@@ -69,7 +70,7 @@ const TURN_AWAY_AT_ONCE: usize = 64;
 
 /// Where Pingora hands accepted sockets to.
 pub struct Front<P> {
-    proxy: Arc<HttpProxy<P>>,
+    proxy: Arc<HttpProxy<P, Endpoints>>,
     desk: Arc<Desk>,
 }
 
@@ -159,7 +160,7 @@ impl Desk {
 
 impl<P> Front<P> {
     /// Puts the reception before the proxy.
-    pub fn new(proxy: Arc<HttpProxy<P>>, desk: Arc<Desk>) -> Self {
+    pub fn new(proxy: Arc<HttpProxy<P, Endpoints>>, desk: Arc<Desk>) -> Self {
         Front { proxy, desk }
     }
 }
@@ -472,7 +473,8 @@ where
             // On whichever worker Pingora draws, so that one connection does not keep one of them busy.
             pingora_runtime::current_handle().spawn(http2.clone().exchange(stream, ending.clone()));
         };
-        let mut serve = std::pin::pin!(http2::serve(stream, &self.connection.listener.h2_options, ending.clone(), begin));
+        let mut serve =
+            std::pin::pin!(http2::serve(stream, &self.connection.listener.h2_options, ending.clone(), begin));
         tokio::select! {
             _ = &mut serve => return,
             _ = self.shutdown.wait_for(|stopping| *stopping) => {}

@@ -8,6 +8,7 @@ pub mod stop;
 
 use std::collections::BTreeMap;
 use std::fs::File;
+use std::mem::ManuallyDrop;
 use std::net::SocketAddr;
 use std::path::Path;
 use std::sync::atomic::AtomicU32;
@@ -17,10 +18,11 @@ use http::HeaderValue;
 use nix::sys::resource::{Resource, getrlimit};
 use pingora::connectors::ConnectorOptions;
 use pingora::connectors::http::Connector;
+use pingora::connectors::http::custom::Connector as CustomConnector;
 use pingora::server::configuration::{RuntimeMetricsPollTimeHistogramScale, ServerConf};
 use pingora::server::{RunArgs, Server};
 use pingora::services::listening::Service as ListeningService;
-use pingora_proxy::http_proxy;
+use pingora_proxy::{HttpProxy, ProcessCustomSession, ProxyServiceBuilder};
 use tokio::sync::{Notify, watch};
 
 use crate::access_log::AccessLog;
@@ -62,6 +64,7 @@ use crate::proxy::route::{Destination, Route};
 use crate::proxy::send::Manners;
 use crate::recorder::Recorder;
 use crate::spans::Tracer;
+use crate::upstream::transport::http2::Http2;
 use crate::upstream::{self, Split, Upstream};
 use privileges::User;
 use sockets::{Bound, Place, Socket};
@@ -262,7 +265,10 @@ impl Gateway {
             tracer: tracer.clone(),
             recorder: recorder.clone(),
         };
-        let proxy = http_proxy(&server.configuration, proxy);
+        let endpoints = Http2::new(ConnectorOptions::from_server_conf(&server.configuration));
+        let nobody: ProcessCustomSession<_, _> = Arc::new(|_, _, _| Box::pin(std::future::ready(None)));
+        let builder = ProxyServiceBuilder::new(&server.configuration, proxy).custom(endpoints, nobody);
+        let proxy = unpacked(builder.build());
         let desk = Desk::new(
             listeners,
             metrics.clone(),
@@ -335,6 +341,14 @@ impl Gateway {
         };
         Ok(Gateway { server, stop, places, admin, log, tracer, loops })
     }
+}
+
+/// The proxy that a service was built round. Pingora makes one with a connector of ours in no other way.
+fn unpacked<P, C: CustomConnector>(service: ListeningService<HttpProxy<P, C>>) -> HttpProxy<P, C> {
+    let service = ManuallyDrop::new(service);
+    let proxy = service.app_logic().expect("a service that was just built has what it serves");
+    // SAFETY: the service is never used again and never dropped, so that the proxy has one owner.
+    unsafe { std::ptr::read(proxy) }
 }
 
 /// How many idle connections to upstreams of mirrors are kept.

@@ -168,6 +168,7 @@ impl ProxyHttp for Proxy {
     ) -> Result<()> {
         send::header(exchange, self.manners, session.req_header(), request)?;
         mirror::header(exchange, request);
+        send::prepare_trailers(exchange, request)?;
         if session.is_body_empty() {
             // Over HTTP/2, Pingora has no further word on a request without a body.
             send::ended(exchange);

@@ -137,6 +137,11 @@ impl Control {
         self.core().poll_closed(cx)
     }
 
+    /// What followed the body of the request, once that was read to its end.
+    pub fn take_trailers(&self) -> Option<HeaderMap> {
+        self.core().trailers.take()
+    }
+
     /// Gives the stream up, unless its answer is whole already.
     pub fn reset(&self, reason: Reason) {
         let mut core = self.core();

@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
 use bytes::Bytes;
-use futures::Stream;
+use futures::{Stream, stream};
 use http::{HeaderMap, Method};
 use pingora::http::{RequestHeader, ResponseHeader};
 use pingora::protocols::Digest;
@@ -67,6 +67,8 @@ pub struct Terms {
     pub who: Who,
     /// What can be done with its stream, on HTTP/2.
     pub control: Option<Control>,
+    /// The upstream is one that Pingora calls custom.
+    pub custom: bool,
     /// Sees the pieces of the answer.
     pub tap: Option<Box<dyn Tap>>,
     /// What spools share.
@@ -395,6 +397,8 @@ pub struct BufferedSession {
     request: RequestHeader,
     intake: Intake,
     tap: Option<Box<dyn Tap>>,
+    /// The upstream is one that Pingora calls custom.
+    custom: bool,
 }
 
 impl Drop for BufferedSession {
@@ -409,7 +413,7 @@ impl Drop for BufferedSession {
 impl BufferedSession {
     /// Takes the client's session. Until [`BufferedSession::stand_in`] there is nobody in its place.
     pub fn take(session: &mut Box<ServerSession>, terms: Terms) -> Result<(Arc<Link>, Self)> {
-        let Terms { patience, intake, holds_body, manner, who, control, tap, depot, lanes } = terms;
+        let Terms { patience, intake, holds_body, manner, who, control, custom, tap, depot, lanes } = terms;
         let bypass = bypass(session);
         let method = session.req_header().method.clone();
         let without_body = method == Method::HEAD;
@@ -452,7 +456,7 @@ impl BufferedSession {
             lanes: lanes.clone(),
         });
         adopt(link.clone());
-        Ok((link.clone(), BufferedSession { link, request, intake, tap }))
+        Ok((link.clone(), BufferedSession { link, request, intake, tap, custom }))
     }
 
     /// Takes the client's place towards Pingora.
@@ -788,12 +792,13 @@ impl CustomSession for BufferedSession {
         self.intake.retry_buffer(&mut self.link.wire())
     }
 
-    // Custom messages belong to protocols that are not HTTP; there are none here.
+    // Custom messages belong to protocols that are not HTTP; there are none here. Where an upstream is of a protocol that Pingora
+    // does not know itself, it asks for both ends all the same.
 
     fn take_custom_message_reader(
         &mut self,
     ) -> Option<Box<dyn Stream<Item = Result<Bytes>> + Unpin + Send + Sync + 'static>> {
-        None
+        self.custom.then(|| Box::new(stream::empty()) as _)
     }
 
     fn restore_custom_message_reader(
@@ -804,7 +809,7 @@ impl CustomSession for BufferedSession {
     }
 
     fn take_custom_message_writer(&mut self) -> Option<Box<dyn CustomMessageWrite>> {
-        None
+        self.custom.then(|| Box::new(()) as _)
     }
 
     fn restore_custom_message_writer(&mut self, _writer: Box<dyn CustomMessageWrite>) -> Result<()> {

@@ -73,22 +73,19 @@ pub async fn request(
         manner,
         who: Who { client: exchange.client, target: exchange.target.clone() },
         control: exchange.control.clone(),
+        custom: !upstream.is_http1(),
         tap: BodyFilters::of(exchange),
         depot: depot.clone(),
         lanes: lanes.clone(),
     };
     let (link, mut session) = BufferedSession::take(client, terms)?;
     exchange.link = Some(link);
-    let read = match plan {
-        _ if !session.has_body() => Ok(()),
-        Plan::Hold => hold(exchange, &mut session).await,
-        // What an endpoint of HTTP/2 says to it does not arrive: Pingora reads the final answer only.
-        _ if !upstream.is_http1() => invite(&mut session).await,
-        _ => Ok(()),
-    };
-    if let Err(unread) = read {
-        session.give_back(client);
-        return Err(refused(exchange, reason(exchange, unread)));
+    if plan == Plan::Hold && session.has_body() {
+        let held = hold(exchange, &mut session).await;
+        if let Err(unread) = held {
+            session.give_back(client);
+            return Err(refused(exchange, reason(exchange, unread)));
+        }
     }
     if let Some(mirror) = route.mirror.as_ref().filter(|mirror| mirror.draws()) {
         exchange.copy = copy(mirror, &mut session, grpc, plan);

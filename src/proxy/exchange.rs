@@ -6,7 +6,7 @@ use std::os::fd::RawFd;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use http::{StatusCode, Uri};
+use http::{HeaderMap, StatusCode, Uri};
 use pingora::http::{RequestHeader, ResponseHeader};
 
 use super::deadline::Dues;
@@ -29,6 +29,7 @@ use crate::spans::{Context, Notes};
 use crate::upstream::retries::Permit;
 use crate::upstream::sticky::Stuck;
 use crate::upstream::transport::greeting::Parties;
+use crate::upstream::transport::http2::RequestTrailers;
 use crate::upstream::{Ended, Endpoint, Engaged, Outcome, Upstream, window};
 
 /// The state of one exchange.
@@ -51,6 +52,10 @@ pub struct Exchange {
     pub scheme: &'static str,
     /// The target as the client sent it, if a filter might change it.
     pub target: Option<Uri>,
+    /// What followed the body of the request, once it is whole.
+    pub trailers: Option<HeaderMap>,
+    /// Where its endpoint looks for them.
+    pub trailers_slot: Option<RequestTrailers>,
     /// How many interim answers have come for it.
     pub interim: u32,
     /// It is a gRPC call, and this is known of it.
@@ -265,6 +270,8 @@ impl Exchange {
             peer_is_trusted: false,
             scheme,
             target: None,
+            trailers: None,
+            trailers_slot: None,
             interim: 0,
             grpc: None,
             route: None,

@@ -15,6 +15,7 @@ use super::queue;
 use crate::error::{Refusal, refusal};
 use crate::filter::Refused;
 use crate::phase::Phase;
+use crate::upstream::transport::http2;
 use crate::upstream::{Choice, Upstream};
 
 /// Chooses the endpoint of the next attempt: one that was not tried yet. Waits for one that has room, if need be, and while the
@@ -60,6 +61,9 @@ async fn choose(exchange: &mut Exchange, client: &mut ServerSession) -> Result<B
     deadline::begin_attempt(exchange, &mut peer, now);
     if std::mem::take(&mut exchange.fresh) {
         separate(&mut peer);
+    }
+    if exchange.upstream.as_ref().is_some_and(|upstream| !upstream.is_http1()) {
+        http2::mark(&mut peer);
     }
     Ok(peer)
 }

@@ -5,6 +5,7 @@
 
 use std::fmt::Write;
 use std::net::IpAddr;
+use std::sync::PoisonError;
 use std::time::Instant;
 
 use bytes::Bytes;
@@ -20,11 +21,14 @@ use super::header::{X_FORWARDED_FOR, X_FORWARDED_PROTO, is_grpc_type, takes_trai
 use super::mirror;
 use super::retry::{self, Failure};
 use crate::access_log::Why;
+use crate::client::http2::Control;
+use crate::client::trailers;
 use crate::config::server::Forwarded;
 use crate::filter::{Stages, Verdict, View};
 use crate::phase::Phase;
 use crate::spans::pass_on;
 use crate::upstream::Outcome;
+use crate::upstream::transport::http2::RequestTrailers;
 
 const X_FORWARDED_HOST: HeaderName = HeaderName::from_static("x-forwarded-host");
 const X_FORWARDED_PORT: HeaderName = HeaderName::from_static("x-forwarded-port");
@@ -56,6 +60,10 @@ pub fn header(
     request: &mut RequestHeader,
 ) -> Result<()> {
     if exchange.upstream.as_ref().is_some_and(|upstream| !upstream.is_http1()) {
+        if !request.raw_path_is_utf8() {
+            return Error::e_explain(ErrorType::InvalidHTTPHeader, "HTTP/2 cannot say this target").map_err(into_down);
+        }
+        strip_named_by_connection(request);
         accept_trailers(client, request)?;
     }
     if !exchange.peer_is_trusted {
@@ -82,13 +90,57 @@ pub fn header(
         request.remove_header(&header::TRANSFER_ENCODING);
         request.insert_header(header::CONTENT_LENGTH, length)?;
     }
-    // Those of a request do not pass: Pingora reads none, and writes none.
-    request.remove_header(&header::TRAILER);
     // A filter that sees the body may change its length.
     if exchange.route.as_ref().is_some_and(|route| route.chain.wants(Stages::REQUEST_BODY)) {
         request.remove_header(&header::CONTENT_LENGTH);
     }
     Ok(())
+}
+
+fn into_down(error: Box<Error>) -> Box<Error> {
+    error.into_down()
+}
+
+/// RFC 9110 §7.6.1: what `Connection` names concerns the client's connection. Towards HTTP/1, Pingora has removed it.
+fn strip_named_by_connection(request: &mut RequestHeader) {
+    while let Some(connection) = request.remove_header(&header::CONNECTION) {
+        for name in connection.as_bytes().split(|&byte| byte == b',') {
+            if let Ok(name) = HeaderName::from_bytes(name.trim_ascii())
+                && name != header::HOST
+            {
+                request.remove_header(&name);
+            }
+        }
+    }
+}
+
+/// Gives trailers of the request a place, if the endpoint can have them; else none are announced.
+pub fn prepare_trailers(exchange: &mut Exchange, request: &mut RequestHeader) -> Result<()> {
+    let to_http2 = exchange.upstream.as_ref().is_some_and(|upstream| !upstream.is_http1());
+    let may_pass = to_http2 && exchange.control.is_some();
+    if request.headers.contains_key(header::TRAILER) {
+        match trailers::announcement(&request.headers, may_pass) {
+            Some(names) => request.insert_header(header::TRAILER, names)?,
+            None => drop(request.remove_header(&header::TRAILER)),
+        }
+    }
+    if may_pass {
+        let slot = RequestTrailers::default();
+        request.extensions_mut().insert(slot.clone());
+        exchange.trailers_slot = Some(slot);
+    }
+    Ok(())
+}
+
+/// The request is here whole: what followed its body goes the same way.
+fn pass_trailers(exchange: &mut Exchange) {
+    if let Some(mut trailers) = exchange.control.as_ref().and_then(Control::take_trailers) {
+        trailers::strip(&mut trailers, exchange.grpc.is_some());
+        exchange.trailers = Some(trailers).filter(|trailers| !trailers.is_empty());
+    }
+    if let (Some(slot), Some(trailers)) = (&exchange.trailers_slot, &exchange.trailers) {
+        *slot.lock().unwrap_or_else(PoisonError::into_inner) = Some(trailers.clone());
+    }
 }
 
 /// `TE` is about one connection, yet `trailers` in it is a promise that a gateway can repeat towards HTTP/2, where it is the one
@@ -120,6 +172,7 @@ pub async fn piece(
         }
     }
     if end {
+        pass_trailers(exchange);
         ended(exchange);
     }
     Ok(())

@@ -1,11 +1,12 @@
 //! How the endpoints of an upstream are connected to: what is spoken, whom is trusted, for how long a connection lives.
 //!
 //! All of it is read and parsed when the upstream is built, certificates included; an endpoint keeps a template of
-//! it, and an exchange takes a copy. [`dial`] makes the connections, [`tls`] says whom they may lead to,
+//! it, and an exchange takes a copy. [`dial`] makes the connections, [`http2`] speaks HTTP/2 over them, [`tls`] says whom they may lead to,
 //! [`pair`] which of two addresses of one server is asked, [`greeting`] what is said first of the client.
 
 pub mod dial;
 pub mod greeting;
+pub mod http2;
 pub mod pair;
 pub mod tls;
 

@@ -84,8 +84,11 @@ fn imports_point_down_and_never_round_in_a_circle() {
 #[test]
 fn only_proxy_and_client_know_the_session_of_pingora() {
     let session = Regex::new(r"\bSession\b").expect("a pattern");
+    // What goes over connections to endpoints has that name, too.
+    let to_endpoints = Regex::new(r"(?:client::|Connected::|type )Session\b").expect("a pattern");
     for (module, code) in modules() {
         if !["proxy", "client"].contains(&module.as_str()) {
+            let code = to_endpoints.replace_all(&code, "");
             assert!(!session.is_match(&code), "`{module}` names a Session");
         }
     }

@@ -6,7 +6,7 @@ use http::Request;
 use crate::harness::client::{H2Client, request};
 use crate::harness::gateway::Watched;
 use crate::harness::origin::Connection;
-use crate::harness::{Origin, Setup, ok};
+use crate::harness::{H2Origin, Origin, Setup, ok};
 
 const HINTS: &str = "HTTP/1.1 103 Early Hints\r\nLink: </a.css>\r\nLink: </b.css>\r\n\r\n";
 const MORE_HINTS: &str = "HTTP/1.1 103 Early Hints\r\nLink: </c.css>\r\nConnection: x-own, close\r\nX-Own: 1\r\n\
@@ -118,7 +118,7 @@ fn a_client_of_http_2_that_waits_is_told_to_go_on() {
     for (route, upstream) in
         [("buffering: { request: { mode: full } }", ""), ("buffering: { request: { mode: stream } }", "protocol: h2c")]
     {
-        let (origin, h2_origin) = (Origin::named("origin"), crate::harness::H2Origin::start());
+        let (origin, h2_origin) = (Origin::named("origin"), H2Origin::start());
         let address = if upstream.is_empty() { origin.address() } else { h2_origin.address() };
         let gateway =
             Setup::before_all(&[address]).upstream(upstream).route(route).listener("protocols: [h2c]").start();
@@ -149,6 +149,33 @@ fn what_an_endpoint_says_of_a_streamed_body_reaches_a_client_of_http_2() {
     assert_eq!(client.interim(&mut answer).expect("an interim answer").status(), 100);
     body.send_data(Bytes::from_static(b"ten bytes!"), true).expect("a stream");
     connection.send(ok("final"));
+    assert_eq!(client.step(answer).expect("an answer").status(), 200);
+}
+
+#[test]
+fn those_of_an_http_2_endpoint_pass_before_the_request_is_whole() {
+    let origin = H2Origin::start();
+    let setup = Setup::before_all(&[origin.address()]).upstream("protocol: h2c").listener("protocols: [http1, h2c]");
+    let gateway = setup.route("buffering: { request: { mode: stream } }").start();
+    let post = request("POST", "/hints", "Content-Length: 2\r\n", "");
+    let mut client = gateway.client();
+    client.send(post);
+    for link in ["</a.css>", "</b.css>"] {
+        let hints = client.response();
+        assert_eq!((hints.status, hints.value("link")), (103, Some(link)));
+    }
+    client.send("ok");
+    assert_eq!(client.response().status, 200);
+
+    let client = H2Client::connect(gateway.web());
+    let post = Request::post("http://test/hints").body(()).expect("a request");
+    let (mut answer, mut body) = client.begin(post, false);
+    for link in ["</a.css>", "</b.css>"] {
+        let hints = client.interim(&mut answer).expect("an interim answer");
+        assert_eq!((hints.status().as_u16(), hints.headers()["link"].as_bytes()), (103, link.as_bytes()));
+    }
+    body.send_data(Bytes::from_static(b"ok"), true).expect("a stream");
+    assert!(client.interim(&mut answer).is_none());
     assert_eq!(client.step(answer).expect("an answer").status(), 200);
 }
 

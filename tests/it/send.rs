@@ -4,7 +4,7 @@ use forebay::phase::Phase;
 
 use crate::harness::client::request;
 use crate::harness::gateway::Watched;
-use crate::harness::{H2Origin, Origin, Setup, eventually, ms};
+use crate::harness::{H2Client, H2Origin, Origin, Setup, eventually, ms};
 
 /// Held back, an upload that stalls never gets as far as this phase.
 const STREAM: &str = "buffering: { request: { mode: stream } }";

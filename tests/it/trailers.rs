@@ -1,7 +1,7 @@
 //! Trailers: between the versions that can carry them, without the fields that must not be there, and announced as they come.
 
 use crate::harness::client::request;
-use crate::harness::{Ask, End, H2Origin, Origin, Protocol, Setup, ok};
+use crate::harness::{Ask, End, H2Client, H2Origin, Origin, Protocol, Setup, ok};
 
 fn before(origin: &H2Origin) -> Setup {
     Setup::before_all(&[origin.address()]).upstream("protocol: h2c").listener("protocols: [http1, h2c]")
@@ -40,6 +40,26 @@ fn over_http_1_they_need_a_chunked_body() {
     let head = client.ask("HEAD", "/announced", "", "");
     assert_eq!((head.status, head.value("trailer")), (200, None), "there is no body for them to follow");
     assert_eq!(client.get("/announced").status, 200, "and the connection is where it should be");
+}
+
+#[test]
+fn those_of_a_request_reach_an_endpoint_of_http_2() {
+    let origin = H2Origin::start();
+    for mode in ["full", "auto", "stream"] {
+        let gateway = before(&origin).route(&format!("buffering: {{ request: {{ mode: {mode} }} }}")).start();
+        let client = H2Client::connect(gateway.web());
+        let post = http::Request::post("http://test/request-trailers").header("trailer", "X-Sum, Host");
+        let (answer, mut body) = client.begin(post.body(()).expect("a request"), false);
+        body.send_data("body".into(), false).expect("a stream");
+        let fields = [("x-sum", "1"), ("authorization", "no"), ("x-time", "2")];
+        let fields = fields.map(|(name, value)| (name.parse().expect("a name"), value.parse().expect("a value")));
+        body.send_trailers(http::HeaderMap::from_iter(fields)).expect("a stream");
+        let told = client.step(async move {
+            let mut body = answer.await.expect("an answer").into_body();
+            body.data().await.expect("a body").expect("a piece")
+        });
+        assert_eq!(told, "announced X-Sum; x-sum: 1, x-time: 2", "{mode}");
+    }
 }
 
 #[test]

@@ -15,7 +15,9 @@ use tokio::runtime::{Builder, Runtime};
 use super::ms;
 
 /// It answers by path. `/trailers`: a body, then the trailer field `x-trailer`. `/announced`: the same, announced with others that
-/// must not come, one of which does; `/announced-with-length`: and a length. `/echo`: every piece of the request as
+/// must not come, one of which does; `/announced-with-length`: and a length. `/hints`: two interim answers (103) at once, and the
+/// answer when the request is whole. `/request-trailers`: what was announced of them, and they themselves. A request with
+/// `expect` is told to go on. `/echo`: every piece of the request as
 /// soon as it comes, then `grpc-status: 0`. `/refused-once`: the first request is refused unseen. `/unavailable-once`: to
 /// the first, a header with `grpc-status: 14` and no more; then as `/echo`. `/ticks`: a byte every 50 ms, twenty of them,
 /// whether the request has ended or not, then `grpc-status: 0`. The health protocol of gRPC: it serves the
@@ -67,7 +69,29 @@ async fn converse(stream: TcpStream, seen: Arc<Mutex<Vec<String>>>) {
 
 async fn answer(request: Request<RecvStream>, mut respond: SendResponse<Bytes>, first: bool) -> Result<(), h2::Error> {
     let (head, mut body) = request.into_parts();
+    if head.headers.contains_key("expect") {
+        respond.send_informational(interim(100).body(()).expect("a response"))?;
+    }
     match head.uri.path() {
+        "/hints" => {
+            for style in ["/a.css", "/b.css"] {
+                respond.send_informational(
+                    interim(103).header("link", format!("<{style}>")).body(()).expect("a response"),
+                )?;
+            }
+            while next(&mut body).await?.is_some() {}
+            respond.send_response(Response::new(()), true).map(drop)
+        }
+        "/request-trailers" => {
+            while next(&mut body).await?.is_some() {}
+            let trailers = body.trailers().await?.unwrap_or_default();
+            let mut told: Vec<_> =
+                trailers.iter().map(|(name, value)| format!("{name}: {}", value.to_str().unwrap_or("?"))).collect();
+            told.sort();
+            let announced = head.headers.get("trailer").and_then(|names| names.to_str().ok()).unwrap_or("none");
+            let mut send = respond.send_response(Response::new(()), false)?;
+            send.send_data(format!("announced {announced}; {}", told.join(", ")).into(), true)
+        }
         "/trailers" => {
             while next(&mut body).await?.is_some() {}
             let mut send = respond.send_response(Response::new(()), false)?;
@@ -161,6 +185,10 @@ async fn next(body: &mut RecvStream) -> Result<Option<Bytes>, h2::Error> {
     let Some(piece) = body.data().await.transpose()? else { return Ok(None) };
     body.flow_control().release_capacity(piece.len())?;
     Ok(Some(piece))
+}
+
+fn interim(status: u16) -> http::response::Builder {
+    Response::builder().status(status)
 }
 
 fn trailer(name: &'static str, value: &'static str) -> HeaderMap {

@@ -1,0 +1,662 @@
+//! HTTP/2 towards endpoints, by the library that Pingora uses, too.
+//!
+//! Pingora's own client keeps the library's handles to itself: interim answers are lost on it, and a request cannot end with
+//! trailers. So exchanges with an endpoint of HTTP/2 go over a [`Http2`], which Pingora's proxy calls as a custom protocol. It keeps
+//! connections as Pingora does: shared by as many streams as both sides allow, and closed when none has used them for a while.
+
+use std::any::Any;
+use std::collections::HashMap;
+use std::future::poll_fn;
+use std::io::ErrorKind;
+use std::pin::Pin;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::task::{Poll, ready};
+use std::time::{Duration, Instant};
+
+use async_trait::async_trait;
+use bytes::Bytes;
+use futures::{Stream as Messages, stream};
+use h2::client::{Builder, ResponseFuture, SendRequest};
+use h2::{Reason, RecvStream, SendStream};
+use http::uri::{Authority, PathAndQuery, Uri};
+use http::{HeaderMap, HeaderName, Request, StatusCode, header};
+use pingora::connectors::http::custom::{Connection as Connected, Connector};
+use pingora::connectors::{ConnectorOptions, TransportConnector};
+use pingora::http::{RequestHeader, ResponseHeader};
+use pingora::protocols::http::custom::{BodyWrite, CustomMessageWrite, client};
+use pingora::protocols::http::v2::write_body;
+use pingora::protocols::l4::socket::SocketAddr;
+use pingora::protocols::tls::CustomALPN;
+use pingora::protocols::{Digest, Stream, UniqueIDType};
+use pingora::upstreams::peer::{ALPN, HttpPeer, Peer};
+use pingora::{Error, ErrorType, OrErr, Result, RetryType};
+use tokio::sync::Notify;
+
+/// What Pingora takes for windows if nothing is written.
+const WINDOW_BYTES: u32 = 8 << 20;
+/// Endpoints may send larger frames than the least that is allowed.
+const FRAME_BYTES: u32 = 64 << 10;
+
+/// For how long a connection is kept at most while nobody uses it; and one that is to be kept for less than this is not kept.
+const MOST_IDLE: Duration = Duration::from_secs(24 * 3600);
+const LEAST_IDLE: Duration = Duration::from_millis(10);
+
+/// Fields that are about a connection of HTTP/1 and must not be on HTTP/2 (RFC 9113 §8.2.2), or that are for this hop alone.
+const OF_HTTP1: [HeaderName; 9] = [
+    header::TRANSFER_ENCODING,
+    header::CONNECTION,
+    header::UPGRADE,
+    header::PROXY_AUTHENTICATE,
+    header::PROXY_AUTHORIZATION,
+    header::HOST,
+    HeaderName::from_static("keep-alive"),
+    HeaderName::from_static("proxy-connection"),
+    HeaderName::from_static("http2-settings"),
+];
+
+/// The trailers of a request, which come when its body has been sent. The request carries the place for them among its
+/// extensions.
+pub type RequestTrailers = Arc<Mutex<Option<HeaderMap>>>;
+
+/// Has an exchange with this endpoint go over a connection of [`Http2`].
+pub fn mark(peer: &mut HttpPeer) {
+    // A word that only Pingora's proxy reads: on the wire it is `h2`.
+    peer.options.alpn = ALPN::Custom(CustomALPN::new(b"forebay-h2".to_vec()));
+}
+
+/// Connections to endpoints that speak HTTP/2.
+pub struct Http2 {
+    transport: TransportConnector,
+    pool: Arc<Pool>,
+}
+
+/// The connections that are kept.
+struct Pool {
+    kept: Mutex<Kept>,
+    /// So many are kept that nobody uses.
+    idle_max: usize,
+}
+
+#[derive(Default)]
+struct Kept {
+    /// By the key that says who may share them.
+    connections: HashMap<u64, Vec<Arc<Connection>>>,
+    /// How many of them nobody uses.
+    idle: usize,
+}
+
+/// One connection.
+struct Connection {
+    key: u64,
+    send: SendRequest<Bytes>,
+    /// So many streams it may have.
+    most: usize,
+    usage: Mutex<Usage>,
+    /// For how long it is kept while nobody uses it.
+    idle: Duration,
+    tls: bool,
+    /// Its endpoint, for requests that name no host.
+    address: String,
+    socket: UniqueIDType,
+    digest: Digest,
+}
+
+/// Who uses a connection; changed under the lock of the pool alone.
+struct Usage {
+    streams: usize,
+    /// Since when there is no stream.
+    idle_since: Option<Instant>,
+    /// It takes no further stream.
+    over: bool,
+}
+
+impl Connection {
+    fn usage(&self) -> MutexGuard<'_, Usage> {
+        self.usage.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Pool {
+    fn kept(&self) -> MutexGuard<'_, Kept> {
+        // Held for one look-up.
+        self.kept.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A kept connection with a place for a stream, which is taken.
+    fn find(&self, key: u64) -> Option<Arc<Connection>> {
+        let Kept { connections, idle } = &mut *self.kept();
+        let free = |connection: &&Arc<Connection>| {
+            let usage = connection.usage();
+            !usage.over && usage.streams < connection.most.min(connection.send.current_max_send_streams())
+        };
+        let connection = connections.get(&key)?.iter().find(free)?;
+        let mut usage = connection.usage();
+        usage.streams += 1;
+        *idle -= usize::from(usage.idle_since.take().is_some());
+        Some(Arc::clone(connection))
+    }
+
+    fn keep(&self, connection: &Arc<Connection>) {
+        self.kept().connections.entry(connection.key).or_default().push(Arc::clone(connection));
+    }
+
+    /// Keeps a connection no longer. Those who use it go on; it is closed with the last of them.
+    fn retire(&self, connection: &Arc<Connection>) {
+        self.kept().retire(connection);
+    }
+
+    /// A stream of this connection is over.
+    fn leave(&self, connection: &Arc<Connection>) {
+        let mut kept = self.kept();
+        let mut usage = connection.usage();
+        usage.streams -= 1;
+        if usage.streams > 0 || usage.over {
+            return;
+        }
+        usage.idle_since = Some(Instant::now());
+        drop(usage);
+        kept.idle += 1;
+        // One that is not to be kept for any time is closed at once.
+        if kept.idle > self.idle_max || connection.idle < LEAST_IDLE {
+            kept.retire(connection);
+        }
+    }
+
+    /// Closes a connection that nobody has used for its time; else says how long it still has.
+    fn expire(&self, connection: &Arc<Connection>) -> Option<Duration> {
+        let mut kept = self.kept();
+        let unused = connection.usage().idle_since.map_or(Duration::ZERO, |since| since.elapsed());
+        let left = connection.idle.saturating_sub(unused);
+        if left.is_zero() {
+            kept.retire(connection);
+            return None;
+        }
+        Some(left)
+    }
+}
+
+impl Kept {
+    fn retire(&mut self, connection: &Arc<Connection>) {
+        let mut usage = connection.usage();
+        if std::mem::replace(&mut usage.over, true) {
+            return;
+        }
+        self.idle -= usize::from(usage.idle_since.take().is_some());
+        if let Some(kept) = self.connections.get_mut(&connection.key) {
+            kept.retain(|one| !Arc::ptr_eq(one, connection));
+            if kept.is_empty() {
+                self.connections.remove(&connection.key);
+            }
+        }
+    }
+}
+
+impl Http2 {
+    /// Connects as these options say, and keeps so many connections that nobody uses.
+    pub fn new(options: ConnectorOptions) -> Http2 {
+        let pool = Pool { kept: Mutex::default(), idle_max: options.keepalive_pool_size };
+        Http2 { transport: TransportConnector::new(Some(options)), pool: Arc::new(pool) }
+    }
+
+    async fn connect(&self, peer: &HttpPeer) -> Result<Arc<Connection>> {
+        let mut peer = peer.clone();
+        peer.options.alpn = ALPN::H2;
+        let stream = self.transport.new_stream(&peer).await?;
+        let digest = Digest {
+            ssl_digest: stream.get_ssl_digest(),
+            timing_digest: stream.get_timing_digest(),
+            proxy_digest: stream.get_proxy_digest(),
+            socket_digest: stream.get_socket_digest(),
+        };
+        let socket = stream.id();
+        let (send, driver) = Builder::new()
+            .enable_push(false)
+            .initial_max_send_streams(peer.options.max_h2_streams)
+            .max_concurrent_streams(1)
+            .max_frame_size(FRAME_BYTES)
+            .initial_window_size(peer.options.h2_stream_window_size.unwrap_or(WINDOW_BYTES))
+            .initial_connection_window_size(peer.options.h2_connection_window_size.unwrap_or(WINDOW_BYTES))
+            .handshake::<_, Bytes>(stream)
+            .await
+            .or_err(ErrorType::HandshakeError, "beginning HTTP/2")?;
+        let connection = Arc::new(Connection {
+            key: peer.reuse_hash(),
+            send,
+            most: peer.options.max_h2_streams,
+            usage: Mutex::new(Usage { streams: 1, idle_since: None, over: false }),
+            idle: peer.options.idle_timeout.unwrap_or(MOST_IDLE).min(MOST_IDLE),
+            tls: peer.is_tls(),
+            address: peer._address.to_string(),
+            socket,
+            digest,
+        });
+        self.pool.keep(&connection);
+        pingora_runtime::current_handle().spawn(drive(driver, self.pool.clone(), Arc::downgrade(&connection)));
+        Ok(connection)
+    }
+
+    /// A stream on this connection, whose place was taken; `None` if it takes no more.
+    async fn open(&self, connection: Arc<Connection>) -> Option<Exchange> {
+        match connection.send.clone().ready().await {
+            Ok(send) => Some(Exchange::new(connection, self.pool.clone(), send)),
+            Err(error) => {
+                tracing::debug!(%error, "an endpoint takes no further stream on this connection");
+                self.pool.retire(&connection);
+                self.pool.leave(&connection);
+                None
+            }
+        }
+    }
+}
+
+#[async_trait]
+impl Connector for Http2 {
+    type Session = Exchange;
+
+    async fn get_http_session<P: Peer + Send + Sync + 'static>(&self, peer: &P) -> Result<(Connected<Exchange>, bool)> {
+        let peer = (peer as &dyn Any).downcast_ref::<HttpPeer>();
+        let peer = peer.ok_or_else(|| Error::explain(ErrorType::InternalError, "a peer of another kind"))?;
+        let connection = self.connect(peer).await?;
+        let opened = self.open(connection).await;
+        let opened = opened.ok_or_else(|| Error::explain(ErrorType::H2Error, "a new connection takes no stream"))?;
+        Ok((Connected::Session(opened), false))
+    }
+
+    async fn reused_http_session<P: Peer + Send + Sync + 'static>(&self, peer: &P) -> Option<Exchange> {
+        while let Some(connection) = self.pool.find(peer.reuse_hash()) {
+            let opened = self.open(connection).await;
+            if opened.is_some() {
+                return opened;
+            }
+        }
+        None
+    }
+
+    async fn release_http_session<P: Peer + Send + Sync + 'static>(
+        &self,
+        session: Exchange,
+        _peer: &P,
+        _idle_timeout: Option<Duration>,
+    ) {
+        drop(session);
+    }
+}
+
+/// Works for a connection to its end: the endpoint's, or ours once nobody has used it for its time.
+async fn drive(driver: h2::client::Connection<Stream, Bytes>, pool: Arc<Pool>, connection: Weak<Connection>) {
+    let mut driver = std::pin::pin!(driver);
+    let mut next = connection.upgrade().and_then(|connection| pool.expire(&connection));
+    loop {
+        let tick = async {
+            match next {
+                Some(left) => tokio::time::sleep(left).await,
+                // It closes when the last one has let go of it.
+                None => std::future::pending().await,
+            }
+        };
+        tokio::select! {
+            ended = &mut driver => {
+                if let Err(error) = ended {
+                    tracing::debug!(%error, "a connection to an endpoint of HTTP/2 failed");
+                }
+                break;
+            }
+            () = tick => next = connection.upgrade().and_then(|connection| pool.expire(&connection)),
+        }
+    }
+    if let Some(connection) = connection.upgrade() {
+        pool.retire(&connection);
+    }
+}
+
+/// One stream to an endpoint, as a session of Pingora.
+pub struct Exchange {
+    connection: Arc<Connection>,
+    pool: Arc<Pool>,
+    send: SendRequest<Bytes>,
+    body: Option<SendStream<Bytes>>,
+    trailers: Option<RequestTrailers>,
+    answer: Option<ResponseFuture>,
+    header: Option<ResponseHeader>,
+    incoming: Option<RecvStream>,
+    /// Told when the endpoint has taken nothing of the request for too long.
+    stuck: Arc<Notify>,
+    read_timeout: Option<Duration>,
+    write_timeout: Option<Duration>,
+}
+
+impl Drop for Exchange {
+    fn drop(&mut self) {
+        self.pool.leave(&self.connection);
+    }
+}
+
+impl Exchange {
+    fn new(connection: Arc<Connection>, pool: Arc<Pool>, send: SendRequest<Bytes>) -> Exchange {
+        Exchange {
+            connection,
+            pool,
+            send,
+            body: None,
+            trailers: None,
+            answer: None,
+            header: None,
+            incoming: None,
+            stuck: Arc::default(),
+            read_timeout: None,
+            write_timeout: None,
+        }
+    }
+
+    /// Waits for something from the endpoint, for no longer than it may take.
+    async fn bounded<T>(&self, reading: impl Future<Output = Result<T>>) -> Result<T> {
+        let stuck = async {
+            self.stuck.notified().await;
+            Error::e_explain(ErrorType::WriteTimedout, "the endpoint takes no more of the request")
+        };
+        let reading = async {
+            match self.read_timeout {
+                Some(time) => tokio::time::timeout(time, reading).await.unwrap_or_else(|_| {
+                    // It may hang as a whole.
+                    self.pool.retire(&self.connection);
+                    Error::e_explain(ErrorType::ReadTimedout, "waiting for the endpoint")
+                }),
+                None => reading.await,
+            }
+        };
+        tokio::select! {
+            biased;
+            stuck = stuck => stuck,
+            read = reading => read,
+        }
+    }
+}
+
+/// The header as HTTP/2 has it: no fields about a connection, and the host in `:authority` (RFC 9113 §8.3.1).
+fn converted(mut request: RequestHeader, tls: bool, address: &str) -> Result<Request<()>> {
+    let host = request.headers.get(header::HOST).cloned();
+    for name in &OF_HTTP1 {
+        request.remove_header(name);
+    }
+    if request.headers.get(header::TE).is_some_and(|te| te.as_bytes() != b"trailers") {
+        request.remove_header(&header::TE);
+    }
+    let authority = match &host {
+        Some(host) => Authority::try_from(host.as_bytes()),
+        None => request.uri.authority().map_or_else(|| Authority::try_from(address), |named| Ok(named.clone())),
+    };
+    let path = request.uri.path_and_query().cloned().unwrap_or_else(|| PathAndQuery::from_static("/"));
+    let uri = Uri::builder()
+        .scheme(if tls { "https" } else { "http" })
+        .authority(authority.or_err(ErrorType::InvalidHTTPHeader, "the host of a request")?)
+        .path_and_query(path)
+        .build()
+        .or_err(ErrorType::InvalidHTTPHeader, "the target of a request")?;
+    request.set_uri(uri);
+    request.set_version(http::Version::HTTP_2);
+    let parts: http::request::Parts = request.into();
+    Ok(Request::from_parts(parts, ()))
+}
+
+/// An error before the answer: whether the request may be sent again, since the endpoint cannot have begun with it.
+fn before_answer(error: h2::Error) -> Box<Error> {
+    let refused = error.is_reset() && error.reason() == Some(Reason::REFUSED_STREAM);
+    let ends = error.is_go_away() && error.reason() == Some(Reason::NO_ERROR);
+    let unbegun = error.is_remote() && (refused || ends);
+    let broken = error.get_io().map(std::io::Error::kind);
+    let kind = if broken.is_some() { ErrorType::ReadError } else { ErrorType::H2Error };
+    let mut told = Error::because(kind, "waiting for an answer of HTTP/2", error);
+    if unbegun {
+        told.retry = RetryType::Decided(true);
+    } else if matches!(broken, Some(ErrorKind::ConnectionReset | ErrorKind::TimedOut | ErrorKind::BrokenPipe)) {
+        // One that was kept may have died unnoticed.
+        told.retry = RetryType::ReusedOnly;
+    }
+    told
+}
+
+/// What comes next from an endpoint.
+enum Next {
+    Interim(http::Response<()>),
+    Final(http::Response<RecvStream>),
+}
+
+#[async_trait]
+impl client::Session for Exchange {
+    async fn write_request_header(&mut self, mut request: Box<RequestHeader>, end: bool) -> Result<()> {
+        self.trailers = request.extensions_mut().remove::<RequestTrailers>();
+        let request = converted(*request, self.connection.tls, &self.connection.address)?;
+        let (answer, body) =
+            self.send.send_request(request, end).or_err(ErrorType::H2Error, "sending a header over HTTP/2")?;
+        (self.answer, self.body) = (Some(answer), Some(body));
+        Ok(())
+    }
+
+    async fn write_request_body(&mut self, data: Bytes, end: bool) -> Result<()> {
+        let Some(body) = &mut self.body else { return Ok(()) };
+        write_body(body, data, end, self.write_timeout).await
+    }
+
+    async fn finish_request_body(&mut self) -> Result<()> {
+        self.write_request_body(Bytes::new(), true).await
+    }
+
+    fn set_read_timeout(&mut self, timeout: Option<Duration>) {
+        self.read_timeout = timeout;
+    }
+
+    fn set_write_timeout(&mut self, timeout: Option<Duration>) {
+        self.write_timeout = timeout;
+    }
+
+    async fn read_response_header(&mut self) -> Result<()> {
+        let Some(mut answer) = self.answer.take() else {
+            return Error::e_explain(ErrorType::InternalError, "an answer is read twice");
+        };
+        let next = poll_fn(|cx| {
+            // The library drops an interim answer that is not asked for before the final one.
+            match ready!(answer.poll_informational(cx)) {
+                Some(interim) => Poll::Ready(interim.map(Next::Interim).map_err(before_answer)),
+                None => Pin::new(&mut answer).poll(cx).map(|last| last.map(Next::Final).map_err(before_answer)),
+            }
+        });
+        match self.bounded(next).await? {
+            Next::Interim(interim) if interim.status() == StatusCode::SWITCHING_PROTOCOLS => {
+                return Error::e_explain(ErrorType::InvalidHTTPHeader, "101 over HTTP/2");
+            }
+            Next::Interim(interim) => {
+                self.header = Some(ResponseHeader::from(interim.into_parts().0));
+                self.answer = Some(answer);
+            }
+            Next::Final(last) => {
+                let (head, incoming) = last.into_parts();
+                self.header = Some(ResponseHeader::from(head));
+                self.incoming = Some(incoming);
+            }
+        }
+        Ok(())
+    }
+
+    async fn read_response_body(&mut self) -> Result<Option<Bytes>> {
+        let Some(mut incoming) = self.incoming.take() else { return Ok(None) };
+        let read = poll_fn(|cx| incoming.poll_data(cx));
+        let piece =
+            self.bounded(async { read.await.transpose().or_err(ErrorType::ReadError, "reading over HTTP/2") }).await;
+        if let Ok(Some(piece)) = &piece {
+            // An error means that the stream is over; the next reading says how.
+            let _ = incoming.flow_control().release_capacity(piece.len());
+        }
+        self.incoming = Some(incoming);
+        piece
+    }
+
+    fn response_finished(&self) -> bool {
+        self.incoming.as_ref().is_some_and(RecvStream::is_end_stream)
+    }
+
+    async fn check_response_end_or_error(&mut self, _header: bool) -> Result<bool> {
+        let Some(incoming) = self.incoming.as_mut().filter(|incoming| incoming.is_end_stream()) else {
+            return Ok(false);
+        };
+        // The library says that of a stream that failed, too; what is read next tells them apart.
+        let mut context = std::task::Context::from_waker(std::task::Waker::noop());
+        match incoming.poll_data(&mut context) {
+            Poll::Ready(None) => Ok(true),
+            Poll::Ready(Some(Err(error))) => Error::e_because(ErrorType::H2Error, "at the end of a stream", error),
+            Poll::Ready(Some(Ok(_))) | Poll::Pending => {
+                Error::e_explain(ErrorType::H2Error, "data behind the end of a stream")
+            }
+        }
+    }
+
+    async fn read_trailers(&mut self) -> Result<Option<HeaderMap>> {
+        let Some(mut incoming) = self.incoming.take() else { return Ok(None) };
+        let read = poll_fn(|cx| incoming.poll_trailers(cx));
+        let trailers = self.bounded(async { Ok(read.await) }).await?;
+        self.incoming = Some(incoming);
+        trailers.or_else(|error| {
+            // The answer is whole, and what is left of the request is not wanted (RFC 9113 §8.1).
+            let whole = error.is_remote() && error.reason() == Some(Reason::NO_ERROR);
+            if whole { Ok(None) } else { Error::e_because(ErrorType::ReadError, "reading trailers", error) }
+        })
+    }
+
+    fn take_request_body_writer(&mut self) -> Option<Box<dyn BodyWrite>> {
+        let body = self.body.take()?;
+        let (stuck, trailers, timeout) = (self.stuck.clone(), self.trailers.take(), self.write_timeout);
+        Some(Box::new(Body { body, ended: false, trailers, stuck, timeout }))
+    }
+
+    async fn shutdown(&mut self, _code: u32, _context: &str) {
+        if let Some(body) = &mut self.body {
+            body.send_reset(Reason::CANCEL);
+        }
+    }
+
+    fn response_header(&self) -> Option<&ResponseHeader> {
+        self.header.as_ref()
+    }
+
+    fn was_upgraded(&self) -> bool {
+        false
+    }
+
+    fn digest(&self) -> Option<&Digest> {
+        Some(&self.connection.digest)
+    }
+
+    fn digest_mut(&mut self) -> Option<&mut Digest> {
+        None
+    }
+
+    fn server_addr(&self) -> Option<&SocketAddr> {
+        self.connection.digest.socket_digest.as_ref()?.peer_addr()
+    }
+
+    fn client_addr(&self) -> Option<&SocketAddr> {
+        self.connection.digest.socket_digest.as_ref()?.local_addr()
+    }
+
+    fn fd(&self) -> UniqueIDType {
+        self.connection.socket
+    }
+
+    // Custom messages belong to protocols that are not HTTP; there are none here, but Pingora asks for both ends.
+
+    fn take_custom_message_reader(&mut self) -> Option<Box<dyn Messages<Item = Result<Bytes>> + Unpin + Send + Sync>> {
+        Some(Box::new(stream::empty()))
+    }
+
+    async fn drain_custom_messages(&mut self) -> Result<()> {
+        Ok(())
+    }
+
+    fn take_custom_message_writer(&mut self) -> Option<Box<dyn CustomMessageWrite>> {
+        Some(Box::new(()))
+    }
+
+    async fn finish_custom(&mut self) -> Result<()> {
+        Ok(())
+    }
+}
+
+/// The body of a request on its way. That an endpoint takes no more of it is no error here: it may have answered all the same, and
+/// whoever reads the answer hears how the stream went.
+struct Body {
+    body: SendStream<Bytes>,
+    ended: bool,
+    trailers: Option<RequestTrailers>,
+    stuck: Arc<Notify>,
+    timeout: Option<Duration>,
+}
+
+#[async_trait]
+impl BodyWrite for Body {
+    async fn write_all_buf(&mut self, data: &mut Bytes) -> Result<()> {
+        let data = data.split_off(0);
+        if self.ended || data.is_empty() {
+            return Ok(());
+        }
+        if let Err(error) = write_body(&mut self.body, data, false, self.timeout).await {
+            self.ended = true;
+            if *error.etype() == ErrorType::WriteTimedout {
+                self.stuck.notify_one();
+                self.body.send_reset(Reason::CANCEL);
+            }
+        }
+        Ok(())
+    }
+
+    async fn finish(&mut self) -> Result<()> {
+        if std::mem::replace(&mut self.ended, true) {
+            return Ok(());
+        }
+        let trailers =
+            self.trailers.as_ref().and_then(|trailers| trailers.lock().unwrap_or_else(PoisonError::into_inner).take());
+        // As above, an error is the answer's to tell.
+        let _ = match trailers {
+            Some(trailers) => self.body.send_trailers(trailers),
+            None => self.body.send_data(Bytes::new(), true),
+        };
+        Ok(())
+    }
+
+    async fn cleanup(&mut self) -> Result<()> {
+        Ok(())
+    }
+
+    fn upgrade_body_writer(&mut self) {}
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn sent(fields: &[(&'static str, &str)], tls: bool) -> Request<()> {
+        let mut request = RequestHeader::build("GET", b"/a?b=c", None).expect("a request");
+        for (name, value) in fields {
+            request.append_header(*name, *value).expect("a field");
+        }
+        converted(request, tls, "10.0.0.1:80").expect("a request of HTTP/2")
+    }
+
+    #[test]
+    fn a_request_has_its_host_in_its_target_and_nothing_about_a_connection() {
+        let request = sent(
+            &[("host", "shop:81"), ("connection", "close"), ("te", "gzip"), ("upgrade", "x"), ("x-own", "1")],
+            false,
+        );
+        assert_eq!(request.uri(), "http://shop:81/a?b=c");
+        let names: Vec<_> = request.headers().keys().map(HeaderName::as_str).collect();
+        assert_eq!(names, ["x-own"]);
+        let request = sent(&[("te", "trailers")], true);
+        assert_eq!(request.uri(), "https://10.0.0.1:80/a?b=c", "the endpoint, where no host is named");
+        assert_eq!(request.headers()["te"], "trailers");
+    }
+
+    #[test]
+    fn what_an_endpoint_has_not_begun_may_be_sent_again() {
+        let refused = before_answer(h2::Error::from(Reason::REFUSED_STREAM));
+        assert!(matches!(refused.retry, RetryType::Decided(false)), "unless it is our own word");
+    }
+}
