@@ -42,8 +42,8 @@ pub struct Record<'a> {
     pub target: &'a [u8],
     /// The version, such as `HTTP/1.1`.
     pub protocol: &'a str,
-    /// The status the client got; 0 if none was sent. A gRPC call that was refused got 200, and what it would have been over
-    /// HTTP is here.
+    /// The status the client got; 0 if none was sent. A gRPC call that was refused got 200, and what it would have been
+    /// over HTTP is here.
     pub status: u16,
     /// Bytes that came from the client.
     pub received: u64,

@@ -1,8 +1,10 @@
-//! The slow side of the gateway: clients' connections, from the accepted socket to the exchange and back to being parked.
+//! The slow side of the gateway: clients' connections, from the accepted socket to the exchange and back to being
+//! parked.
 //!
 //! [`Front`] is what Pingora hands sockets to. On HTTP/1 it owns the keep-alive loop: park, read the header, check it,
 //! let Pingora's proxy run one exchange, take the stream back, park again. On HTTP/2 [`http2`] owns the connection and
-//! every stream is an exchange of its own. What is refused before Pingora could see it is answered, counted and logged here.
+//! every stream is an exchange of its own. What is refused before Pingora could see it is answered, counted and logged
+//! here.
 
 pub mod account;
 pub mod broken;

@@ -1,8 +1,9 @@
 //! HTTP/2 from clients: a connection and its streams, by the library that Pingora uses, too.
 //!
-//! Pingora's session of HTTP/2 keeps the library's handles to itself. With it, nothing can send interim answers (RFC 9110 §15.2),
-//! read the trailers of a request, or reset a stream for a reason while a write has the session. So the connection is
-//! accepted here: a [`Stream`] is the session that Pingora and `client::wire` use, and [`Control`] is what else can be done with it.
+//! Pingora's session of HTTP/2 keeps the library's handles to itself. With it, nothing can send interim answers (RFC
+//! 9110 §15.2), read the trailers of a request, or reset a stream for a reason while a write has the session. So the
+//! connection is accepted here: a [`Stream`] is the session that Pingora and `client::wire` use, and [`Control`] is
+//! what else can be done with it.
 
 use std::future::poll_fn;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -42,8 +43,8 @@ const OF_HTTP1: [HeaderName; 5] = [
     HeaderName::from_static("proxy-connection"),
 ];
 
-/// Runs a connection to its end, and hands every stream to `begin`. Once `ending` says so, the client is told to open no more
-/// (GOAWAY), and the connection ends with its last stream.
+/// Runs a connection to its end, and hands every stream to `begin`. Once `ending` says so, the client is told to open
+/// no more (GOAWAY), and the connection ends with its last stream.
 pub async fn serve(
     io: Box<ClientStream>,
     options: &H2Options,
@@ -131,8 +132,8 @@ impl Control {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Ready when the client has given the stream up, or its connection has failed. Not told while a write is under way, which
-    /// finds out by itself.
+    /// Ready when the client has given the stream up, or its connection has failed. Not told while a write is under
+    /// way, which finds out by itself.
     pub fn poll_closed(&self, cx: &mut Context<'_>) -> Poll<Box<Error>> {
         self.core().poll_closed(cx)
     }

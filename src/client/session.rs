@@ -792,8 +792,8 @@ impl CustomSession for BufferedSession {
         self.intake.retry_buffer(&mut self.link.wire())
     }
 
-    // Custom messages belong to protocols that are not HTTP; there are none here. Where an upstream is of a protocol that Pingora
-    // does not know itself, it asks for both ends all the same.
+    // Custom messages belong to protocols that are not HTTP; there are none here. Where an upstream is of a protocol
+    // that Pingora does not know itself, it asks for both ends all the same.
 
     fn take_custom_message_reader(
         &mut self,

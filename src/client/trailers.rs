@@ -3,8 +3,8 @@
 use bytes::Bytes;
 use http::{HeaderMap, HeaderName, HeaderValue, header};
 
-/// Fields that must be known before the content, or that are about the connection (RFC 9110 §6.5.1): framing, routing, what is
-/// asked for, authentication, control of answers and caches, the form of the content.
+/// Fields that must be known before the content, or that are about the connection (RFC 9110 §6.5.1): framing, routing,
+/// what is asked for, authentication, control of answers and caches, the form of the content.
 const NEVER: [HeaderName; 42] = [
     header::TRANSFER_ENCODING,
     header::CONTENT_LENGTH,
@@ -60,8 +60,8 @@ pub fn strip(trailers: &mut HeaderMap, is_grpc: bool) {
     }
 }
 
-/// What may be left of a `Trailer` field, which announces names; `None`: nothing. `may_pass` says whether there can be trailers at
-/// all.
+/// What may be left of a `Trailer` field, which announces names; `None`: nothing. `may_pass` says whether there can be
+/// trailers at all.
 pub fn announcement(headers: &HeaderMap, may_pass: bool) -> Option<HeaderValue> {
     if !may_pass {
         return None;

@@ -1,7 +1,7 @@
 //! What a refusal is to a gRPC client: a status code, and a message that fits into a header.
 //!
-//! gRPC answers every call with HTTP 200 and says how it went in `grpc-status`. A client that gets any other HTTP status guesses
-//! a code from it, and guesses wrong where it matters: 504 becomes UNAVAILABLE, which means "try again".
+//! gRPC answers every call with HTTP 200 and says how it went in `grpc-status`. A client that gets any other HTTP
+//! status guesses a code from it, and guesses wrong where it matters: 504 becomes UNAVAILABLE, which means "try again".
 
 use std::fmt::Write;
 

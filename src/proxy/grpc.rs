@@ -1,7 +1,8 @@
-//! What is different about a gRPC call, once it is known to be one: how it is refused, how it is cut, what the log says of it.
+//! What is different about a gRPC call, once it is known to be one: how it is refused, how it is cut, what the log says
+//! of it.
 //!
-//! The route and the filters treat it as any other request. Its refusals are answers of gRPC (`write`), and how it went is in
-//! `grpc-status`: in the header of the answer, or in its trailers.
+//! The route and the filters treat it as any other request. Its refusals are answers of gRPC (`write`), and how it went
+//! is in `grpc-status`: in the header of the answer, or in its trailers.
 
 use h2::Reason;
 use http::{HeaderMap, HeaderName, HeaderValue, header};
@@ -107,10 +108,12 @@ fn trailers_only(
     Ok(TrailersOnly { code, stands_for, header })
 }
 
-/// With which code a stream is reset whose answer had begun (RFC 9113 §7), so that a gRPC client gets the right status of it.
+/// With which code a stream is reset whose answer had begun (RFC 9113 §7), so that a gRPC client gets the right status
+/// of it.
 ///
-/// `CANCEL` says that the rest is not wanted any more: clients take it for DEADLINE_EXCEEDED once their deadline is over, and
-/// for CANCELLED else. What the endpoint said of the stream itself is passed on; what concerns its connection is not.
+/// `CANCEL` says that the rest is not wanted any more: clients take it for DEADLINE_EXCEEDED once their deadline is
+/// over, and for CANCELLED else. What the endpoint said of the stream itself is passed on; what concerns its connection
+/// is not.
 pub fn reset_code(refusal: &Refusal, error: Option<&Error>) -> Reason {
     let told =
         error.and_then(endpoint_reset).filter(|&code| matches!(code, Reason::CANCEL | Reason::ENHANCE_YOUR_CALM));

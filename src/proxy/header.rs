@@ -81,8 +81,8 @@ fn check_authority(request: &mut RequestHeader) -> Result<(), &'static Refusal> 
     }
 }
 
-/// What the HTTP/2 library lets pass and a request of HTTP/1 cannot say (RFC 9112 §3.2, §6.3): a target that is no path, but for
-/// `*` of OPTIONS; spaces and line ends in it; and a length that stands twice.
+/// What the HTTP/2 library lets pass and a request of HTTP/1 cannot say (RFC 9112 §3.2, §6.3): a target that is no
+/// path, but for `*` of OPTIONS; spaces and line ends in it; and a length that stands twice.
 fn check_http1_form(request: &RequestHeader) -> Result<(), &'static Refusal> {
     let target = request.raw_path();
     let is_target = target.starts_with(b"/") || (target == b"*" && request.method == Method::OPTIONS);

@@ -91,7 +91,8 @@ pub async fn header(
     Ok(())
 }
 
-/// An interim answer is here (RFC 9110 §15.2). It has no body, and it is passed on as it is: the final answer is still to come.
+/// An interim answer is here (RFC 9110 §15.2). It has no body, and it is passed on as it is: the final answer is still
+/// to come.
 fn interim(exchange: &mut Exchange, response: &mut ResponseHeader) -> Result<()> {
     exchange.interim += 1;
     if exchange.interim > INTERIM_MAX {
@@ -113,8 +114,8 @@ pub fn trailers(exchange: &mut Exchange, trailers: &mut HeaderMap) {
     }
 }
 
-/// Whether trailers of this answer reach the client. Over HTTP/1 they can only follow a chunked body; those of an endpoint that speaks
-/// HTTP/1 Pingora throws away.
+/// Whether trailers of this answer reach the client. Over HTTP/1 they can only follow a chunked body; those of an
+/// endpoint that speaks HTTP/1 Pingora throws away.
 fn trailers_pass(exchange: &Exchange, request: &RequestHeader, response: &ResponseHeader) -> bool {
     let come = exchange.link.is_some() && exchange.upstream.as_ref().is_some_and(|upstream| !upstream.is_http1());
     let go = match request.version {

@@ -142,8 +142,8 @@ async fn cut(exchange: &Exchange, session: &mut ServerSession, error: Option<&Er
     session.shutdown().await;
 }
 
-/// Resets the stream of an exchange of HTTP/2: Pingora would else end it in good order if it does not know of the failure.
-/// `false`: it is one of HTTP/1.
+/// Resets the stream of an exchange of HTTP/2: Pingora would else end it in good order if it does not know of the
+/// failure. `false`: it is one of HTTP/1.
 fn reset(exchange: &Exchange, error: Option<&Error>) -> bool {
     let Some(control) = &exchange.control else { return false };
     control.reset(grpc::reset_code(exchange.refusal.unwrap_or(&refusal::INTERNAL), error));

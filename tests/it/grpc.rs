@@ -1,4 +1,5 @@
-//! gRPC by a real library at both ends, tonic: every kind of call, errors, cancellation, deadlines and refusals, over h2c and TLS.
+//! gRPC by a real library at both ends, tonic: every kind of call, errors, cancellation, deadlines and refusals, over
+//! h2c and TLS.
 
 use std::convert::Infallible;
 use std::fs;

@@ -1,4 +1,5 @@
-//! Trailers: between the versions that can carry them, without the fields that must not be there, and announced as they come.
+//! Trailers: between the versions that can carry them, without the fields that must not be there, and announced as they
+//! come.
 
 use crate::harness::client::request;
 use crate::harness::{Ask, End, H2Client, H2Origin, Origin, Protocol, Setup, ok};

@@ -2,10 +2,11 @@
 
     grpc_client.py ADDRESS
 
-It reads one call a line from standard input, as JSON, and answers with one line of JSON. `call` is `unary`, `repeat`, `join`,
-`echo` or `open`; `method` its path; `messages` what is said, as text, or `size` for one message of so many bytes; `timeout` in
-seconds; `metadata` pairs; `times` how many calls run at once. `cancel` gives a call up after so many replies. `open` begins a
-call that goes both ways; `{"say": TEXT}` then says something and tells the reply, `{"say": null}` ends it.
+It reads one call a line from standard input, as JSON, and answers with one line of JSON. `call` is `unary`,
+`repeat`, `join`, `echo` or `open`; `method` its path; `messages` what is said, as text, or `size` for one message of
+so many bytes; `timeout` in seconds; `metadata` pairs; `times` how many calls run at once. `cancel` gives a call up
+after so many replies. `open` begins a call that goes both ways; `{"say": TEXT}` then says something and tells the
+reply, `{"say": null}` ends it.
 """
 
 import json

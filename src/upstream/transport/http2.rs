@@ -1,8 +1,9 @@
 //! HTTP/2 towards endpoints, by the library that Pingora uses, too.
 //!
-//! Pingora's own client keeps the library's handles to itself: interim answers are lost on it, and a request cannot end with
-//! trailers. So exchanges with an endpoint of HTTP/2 go over a [`Http2`], which Pingora's proxy calls as a custom protocol. It keeps
-//! connections as Pingora does: shared by as many streams as both sides allow, and closed when none has used them for a while.
+//! Pingora's own client keeps the library's handles to itself: interim answers are lost on it, and a request cannot end
+//! with trailers. So exchanges with an endpoint of HTTP/2 go over a [`Http2`], which Pingora's proxy calls as a custom
+//! protocol. It keeps connections as Pingora does: shared by as many streams as both sides allow, and closed when none
+//! has used them for a while.
 
 use std::any::Any;
 use std::collections::HashMap;
@@ -37,11 +38,13 @@ const WINDOW_BYTES: u32 = 8 << 20;
 /// Endpoints may send larger frames than the least that is allowed.
 const FRAME_BYTES: u32 = 64 << 10;
 
-/// For how long a connection is kept at most while nobody uses it; and one that is to be kept for less than this is not kept.
+/// For how long a connection is kept at most while nobody uses it; and one that is to be kept for less than this is not
+/// kept.
 const MOST_IDLE: Duration = Duration::from_secs(24 * 3600);
 const LEAST_IDLE: Duration = Duration::from_millis(10);
 
-/// Fields that are about a connection of HTTP/1 and must not be on HTTP/2 (RFC 9113 §8.2.2), or that are for this hop alone.
+/// Fields that are about a connection of HTTP/1 and must not be on HTTP/2 (RFC 9113 §8.2.2), or that are for this hop
+/// alone.
 const OF_HTTP1: [HeaderName; 9] = [
     header::TRANSFER_ENCODING,
     header::CONNECTION,
@@ -580,8 +583,8 @@ impl client::Session for Exchange {
     }
 }
 
-/// The body of a request on its way. That an endpoint takes no more of it is no error here: it may have answered all the same, and
-/// whoever reads the answer hears how the stream went.
+/// The body of a request on its way. That an endpoint takes no more of it is no error here: it may have answered all
+/// the same, and whoever reads the answer hears how the stream went.
 struct Body {
     body: SendStream<Bytes>,
     ended: bool,
@@ -655,8 +658,8 @@ mod tests {
     }
 
     #[test]
-    fn what_an_endpoint_has_not_begun_may_be_sent_again() {
+    fn a_stream_that_we_gave_up_ourselves_is_not_unbegun() {
         let refused = before_answer(h2::Error::from(Reason::REFUSED_STREAM));
-        assert!(matches!(refused.retry, RetryType::Decided(false)), "unless it is our own word");
+        assert!(matches!(refused.retry, RetryType::Decided(false)), "only the endpoint can say so");
     }
 }

@@ -1,4 +1,5 @@
-//! gRPC by its C core, as Python, C++, Ruby, PHP and C# have it: a server and a client, each a program of `tests/peers`.
+//! gRPC by its C core, as Python, C++, Ruby, PHP and C# have it: a server and a client, each a program of
+//! `tests/peers`.
 
 use std::io::{BufRead, BufReader, Write};
 use std::net::SocketAddr;

@@ -14,15 +14,14 @@ use tokio::runtime::{Builder, Runtime};
 
 use super::ms;
 
-/// It answers by path. `/trailers`: a body, then the trailer field `x-trailer`. `/announced`: the same, announced with others that
-/// must not come, one of which does; `/announced-with-length`: and a length. `/hints`: two interim answers (103) at once, and the
-/// answer when the request is whole. `/request-trailers`: what was announced of them, and they themselves. A request with
-/// `expect` is told to go on. `/echo`: every piece of the request as
-/// soon as it comes, then `grpc-status: 0`. `/refused-once`: the first request is refused unseen. `/unavailable-once`: to
-/// the first, a header with `grpc-status: 14` and no more; then as `/echo`. `/ticks`: a byte every 50 ms, twenty of them,
-/// whether the request has ended or not, then `grpc-status: 0`. The health protocol of gRPC: it serves the
-/// service `well` and not `sick`, and knows no others. Anything else: what it got, as the built-in origin tells it at
-/// `/headers`.
+/// It answers by path. `/trailers`: a body, then the trailer field `x-trailer`. `/announced`: the same, announced with
+/// others that must not come, one of which does; `/announced-with-length`: and a length. `/hints`: two interim answers
+/// (103) at once, and the answer when the request is whole. `/request-trailers`: what was announced of them, and they
+/// themselves. A request with `expect` is told to go on. `/echo`: every piece of the request as soon as it comes, then
+/// `grpc-status: 0`. `/refused-once`: the first request is refused unseen. `/unavailable-once`: to the first, a header
+/// with `grpc-status: 14` and no more; then as `/echo`. `/ticks`: a byte every 50 ms, twenty of them, whether the
+/// request has ended or not, then `grpc-status: 0`. The health protocol of gRPC: it serves the service `well` and not
+/// `sick`, and knows no others. Anything else: what it got, as the built-in origin tells it at `/headers`.
 pub struct H2Origin {
     address: SocketAddr,
     seen: Arc<Mutex<Vec<String>>>,
