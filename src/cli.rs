@@ -29,6 +29,7 @@ use clap::{Args, CommandFactory, Parser, Subcommand};
 use crate::config::Report;
 use crate::gateway::Builder;
 use crate::origin::{self, Origin};
+use crate::printable::shown;
 
 const EXIT_RUNTIME: u8 = 1;
 const EXIT_USAGE: u8 = 2;
@@ -156,10 +157,10 @@ impl Failure {
     /// Tells it on stderr and gives the code to exit with.
     fn tell(self) -> ExitCode {
         let (text, code) = match self {
-            Failure::Usage(message) => (format!("forebay: {message}"), EXIT_USAGE),
+            Failure::Usage(message) => (told(&message), EXIT_USAGE),
             Failure::Report(report) => (report.render(colourful(&io::stderr())), EXIT_CONFIG),
-            Failure::Config(message) => (format!("forebay: {message}"), EXIT_CONFIG),
-            Failure::Runtime(message) => (format!("forebay: {message}"), EXIT_RUNTIME),
+            Failure::Config(message) => (told(&message), EXIT_CONFIG),
+            Failure::Runtime(message) => (told(&message), EXIT_RUNTIME),
         };
         complain(text.trim_end());
         ExitCode::from(code)
@@ -222,6 +223,11 @@ fn run_origin(listen: SocketAddr) -> Result<(), Failure> {
     origin.run(stop::asked()).map_err(Failure::io("run the test origin"))
 }
 
+/// What is told of a failure. Its words may come from elsewhere: from an admin endpoint, say.
+fn told(message: &str) -> String {
+    format!("forebay: {}", shown(message, |character| character == '\n'))
+}
+
 /// Writes to stdout. A reader that went away (`| head -1`) had what it wanted.
 fn print(text: &str) -> Result<(), Failure> {
     let mut stdout = io::stdout().lock();
@@ -256,6 +262,11 @@ mod tests {
     #[test]
     fn the_command_line_is_well_formed() {
         CommandLine::command().debug_assert();
+    }
+
+    #[test]
+    fn a_failure_is_told_in_words_that_steer_no_terminal() {
+        assert_eq!(told("it says\n\u{1b}[2J\u{9b}H\u{202e}"), "forebay: it says\n\\u001b[2J\\u009bH\\u202e");
     }
 
     #[test]

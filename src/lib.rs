@@ -16,6 +16,7 @@ pub mod metrics;
 pub mod net;
 pub mod origin;
 pub mod phase;
+pub mod printable;
 pub mod proxy;
 pub mod recorder;
 pub mod spans;

@@ -9,6 +9,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use super::Record;
 use crate::phase::{Clock, Phase};
+use crate::printable::{escape, steers};
 
 /// One JSON object. What is not UTF-8 is written `\xNN`, as text.
 ///
@@ -187,10 +188,7 @@ fn escape_json(line: &mut Vec<u8>, bytes: &[u8]) {
         for char in chunk.valid().chars() {
             match char {
                 '"' | '\\' => line.extend_from_slice(&[b'\\', char as u8]),
-                // The last two end a line for some readers, though not in JSON.
-                _ if char.is_control() || matches!(char, '\u{2028}' | '\u{2029}') => {
-                    put(line, format_args!("\\u{:04x}", u32::from(char)));
-                }
+                _ if steers(char) => escape(char, |unit| put(line, format_args!("\\u{unit:04x}"))),
                 _ => line.extend_from_slice(char.encode_utf8(&mut [0; 4]).as_bytes()),
             }
         }
@@ -483,9 +481,9 @@ pub(super) mod tests {
     #[test]
     fn nothing_in_a_line_can_end_it_or_steer_a_terminal() {
         let clock = clock();
-        let nasty = "\u{1b}[31m\r\n\u{85}\u{2028}\u{9b}ü\u{7f}".as_bytes();
+        let nasty = "\u{1b}[31m\r\n\u{85}\u{2028}\u{9b}ü\u{7f}\u{202e}".as_bytes();
         let line = json_of(&Record { target: nasty, host: b"\xff\"\\", ..record(&clock) });
-        let target = r#""target":"\u001b[31m\u000d\u000a\u0085\u2028\u009bü\u007f""#;
+        let target = r#""target":"\u001b[31m\u000d\u000a\u0085\u2028\u009bü\u007f\u202e""#;
         assert!(line.contains(target), "{line}");
         assert!(line.contains(r#""host":"\\xFF\"\\""#), "{line}");
     }

@@ -1,10 +1,12 @@
 //! What the process says of itself on stderr; the access log is another matter (`access_log`).
 
+use std::io::Write;
 use std::{env, io};
 
 use tracing_subscriber::EnvFilter;
 
 use super::{Failure, colourful};
+use crate::printable::shown;
 
 /// What a client or a backend did wrong is in the access log, with its reason. Pingora tells it here too, most of it as
 /// warnings, so that strangers could fill the log; and to its connector a kept connection that was closed is an error.
@@ -17,7 +19,7 @@ pub fn start() -> Result<(), Failure> {
     let written = env::var("FOREBAY_LOG").ok().filter(|text| !text.is_empty());
     let filter = EnvFilter::try_new(written.as_deref().unwrap_or(DEFAULT))
         .map_err(|error| wrong("FOREBAY_LOG", error.to_string()))?;
-    let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(io::stderr);
+    let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(|| Shown(io::stderr()));
     let format = env::var("FOREBAY_LOG_FORMAT").unwrap_or_default();
     let started = match format.as_str() {
         "" | "compact" => log.compact().with_ansi(colourful(&io::stderr())).try_init(),
@@ -27,4 +29,32 @@ pub fn start() -> Result<(), Failure> {
     // The only error there is: a logger was set before.
     let _ = started;
     Ok(())
+}
+
+/// Writes lines so that nothing in them steers a terminal but the colours of the log itself. What steers in its fields, the log
+/// has escaped, except for what changes the direction of writing.
+struct Shown<W>(W);
+
+impl<W: Write> Write for Shown<W> {
+    fn write(&mut self, line: &[u8]) -> io::Result<usize> {
+        let text = String::from_utf8_lossy(line);
+        self.0.write_all(shown(&text, |character| matches!(character, '\n' | '\t' | '\u{1b}')).as_bytes())?;
+        Ok(line.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.0.flush()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_line_of_the_log_keeps_its_colours_and_nothing_else_that_steers() {
+        let mut written = Shown(Vec::new());
+        written.write_all("\u{1b}[2mwarn\u{1b}[0m \u{202e}a\u{9b}b\n".as_bytes()).expect("a vector grows");
+        assert_eq!(String::from_utf8(written.0).expect("text"), "\u{1b}[2mwarn\u{1b}[0m \\u202ea\\u009bb\n");
+    }
 }

@@ -10,6 +10,7 @@ use super::admin::{AdminEndpoint, Lines, Where};
 use super::waterfall::{Axis, Paint, bars, title};
 use super::{Failure, colourful, print};
 use crate::gateway::Builder;
+use crate::printable::printable;
 use crate::recorder::Recorded;
 
 /// What is printed where nobody says how wide the screen is.
@@ -95,7 +96,7 @@ pub fn trace(builder: &Builder, asked: Trace) -> Result<(), Failure> {
     let mut telling = Telling::begin(endpoint, &target, patience)?;
     if asked.json {
         while let Some(line) = telling.line()? {
-            print(&line)?;
+            print(&printable(&line))?;
         }
         return Ok(());
     }

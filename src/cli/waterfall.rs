@@ -1,6 +1,7 @@
 //! A waterfall: the phases of an exchange as bars on one axis of time.
 
 use super::figures::{bytes, time};
+use crate::printable::printable;
 use crate::recorder::{Recorded, RecordedPhase};
 
 /// A part of the time of a process, which bars are drawn on.
@@ -84,16 +85,17 @@ impl Paint {
     }
 }
 
-/// What is said of an exchange above its bars.
+/// What is said of an exchange above its bars. Much of it was chosen by its client.
 pub fn title(recorded: &Recorded, paint: Paint) -> String {
     let Recorded { method, path, status, route, upstream, endpoint, client, reason, .. } = recorded;
-    let mut words = vec![format!("{}  {status}", paint.bold(&format!("{method} {path}")))];
-    words.extend(reason.iter().map(|reason| format!("({reason})")));
+    let asked = format!("{method} {path}");
+    let mut words = vec![format!("{}  {status}", paint.bold(&printable(&asked)))];
+    words.extend(reason.iter().map(|reason| format!("({})", printable(reason))));
     words.push(format!("in {}, of which {} its own", time(recorded.total_seconds), time(recorded.own_seconds)));
     let upstream = upstream.as_ref().map(|upstream| format!(" → {upstream}")).unwrap_or_default();
     let endpoint = endpoint.as_ref().map(|endpoint| format!(" {endpoint}")).unwrap_or_default();
     let attempts = if recorded.attempts > 1 { format!(", {} attempts", recorded.attempts) } else { String::new() };
-    words.push(paint.faint(&format!("{route}{upstream}{endpoint}{attempts}")));
+    words.push(paint.faint(&printable(&format!("{route}{upstream}{endpoint}{attempts}"))));
     let client = client.map_or("a unix socket".to_owned(), |client| client.to_string());
     words.push(paint.faint(&format!("from {client}")));
     words.join("  ")
@@ -108,7 +110,7 @@ pub fn bars(recorded: &Recorded, axis: Axis, paint: Paint) -> Vec<String> {
         let next = recorded.phases.get(place + 1);
         lines.push(format!(
             "  {:<9} {} {:>8}  {}  {}",
-            phase.phase,
+            printable(&phase.phase),
             paint.phase(&phase.phase, &bar),
             time(phase.seconds),
             paint.faint(&format!("{:<18}", cycles(phase))),
@@ -211,6 +213,15 @@ mod tests {
         );
         assert!(title(&one, Paint(false)).starts_with("GET /a  200  in 1.0 s, of which 2.0 ms its own  all → app"));
         assert!(bars(&one, axis, Paint(true))[1].contains("\x1b[35m"));
+    }
+
+    #[test]
+    fn what_a_client_chose_steers_no_terminal() {
+        let nasty = "\u{1b}]0;owned\u{7}\u{9b}31m\u{202e}fdp";
+        let one = Recorded { path: nasty.to_owned(), route: nasty.to_owned(), ..recorded() };
+        let said = title(&one, Paint(false));
+        assert!(!said.chars().any(crate::printable::steers), "{said:?}");
+        assert!(said.contains("\\u001b]0;owned\\u0007\\u009b31m\\u202efdp"), "{said}");
     }
 
     #[test]

@@ -5,6 +5,7 @@ use std::cmp::Ordering;
 use super::super::figures::{bytes, number, or_dash, share, time};
 use super::history::History;
 use crate::admin::status::{Document, EndpointStatus, RouteStatus, UpstreamStatus, WorkerStatus};
+use crate::printable::printable;
 
 /// What is looked at.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -81,8 +82,9 @@ enum Key {
 }
 
 impl Cell {
+    /// A text, which a client may have chosen.
     fn text(shown: impl Into<String>) -> Self {
-        Cell { shown: shown.into(), tone: Tone::Plain, key: Key::Text }
+        Cell { shown: printable(&shown.into()).into_owned(), tone: Tone::Plain, key: Key::Text }
     }
 
     fn figure(figure: Option<f64>, shown: impl Fn(f64) -> String) -> Self {

@@ -12,6 +12,7 @@ use super::super::figures::{bytes, number, or_dash, time};
 use super::sheet::{Sheet, Tone, Topic};
 use super::{Screen, sheet};
 use crate::admin::status::{Document, PhaseStatus};
+use crate::printable::printable;
 
 /// A terminal that is less high has no phases above its table.
 const HEIGHT_FOR_PHASES: u16 = 14;
@@ -200,7 +201,7 @@ fn last_line(screen: &Screen) -> Line<'static> {
     match &screen.trouble {
         Some((why, since)) => {
             let ago = time(since.elapsed().as_secs_f64());
-            let words = iter::once(Span::styled(format!("no answer for {ago}: {why}"), style(Tone::Bad)));
+            let words = iter::once(Span::styled(format!("no answer for {ago}: {}", printable(why)), style(Tone::Bad)));
             words.collect()
         }
         None => Line::styled(KEYS, style(Tone::Faint)),

@@ -1,0 +1,82 @@
+//! Text that others have chosen, made fit to be shown: it can neither steer a terminal nor look like something else.
+//!
+//! A client chooses its path, its host and more, and an operator looks at them on a terminal. Control characters, C0 and C1
+//! alike, move its cursor and change its colours; those that change the direction of writing, and those without a width, make a
+//! text look like another one. The access log and the command line escape the same characters, which are listed here once.
+
+use std::borrow::Cow;
+
+/// Whether a character does something else than to be seen: a control character, one that changes the direction of
+/// writing, one without a width, one that ends a line.
+pub fn steers(character: char) -> bool {
+    character.is_control()
+        || matches!(character,
+            '\u{ad}' | '\u{61c}' | '\u{180e}' | '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}'
+            | '\u{2060}'..='\u{206f}' | '\u{feff}' | '\u{fff9}'..='\u{fffb}' | '\u{e0000}'..='\u{e007f}')
+}
+
+/// The text with each character that [`steers`] written as JSON would escape it: `\u009b`. So a line of JSON stays one, and
+/// means the same. Copied only if there is such a character.
+pub fn printable(text: &str) -> Cow<'_, str> {
+    shown(text, |_| false)
+}
+
+/// The same, but for the characters that `stay`.
+pub fn shown(text: &str, stay: impl Fn(char) -> bool) -> Cow<'_, str> {
+    let escaped = |character: char| steers(character) && !stay(character);
+    if !text.chars().any(escaped) {
+        return Cow::Borrowed(text);
+    }
+    let mut shown = String::with_capacity(text.len() + 16);
+    for character in text.chars() {
+        if escaped(character) {
+            escape(character, |unit| shown.push_str(&format!("\\u{unit:04x}")));
+        } else {
+            shown.push(character);
+        }
+    }
+    Cow::Owned(shown)
+}
+
+/// Calls `each` for the one or two units of UTF-16 that JSON escapes a character by (RFC 8259 §7).
+pub fn escape(character: char, each: impl FnMut(u16)) {
+    character.encode_utf16(&mut [0; 2]).iter().copied().for_each(each);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_only_seen_stays_as_it_is() {
+        for text in ["", "GET /cart?id=7", "/käse/日本/🧀", "a\u{301}"] {
+            assert!(matches!(printable(text), Cow::Borrowed(shown) if shown == text), "{text}");
+        }
+    }
+
+    #[test]
+    fn what_steers_a_terminal_is_written_out() {
+        for (text, shown) in [
+            ("\u{1b}[31m", "\\u001b[31m"),
+            ("a\r\n\tb\u{7f}", "a\\u000d\\u000a\\u0009b\\u007f"),
+            ("\u{9b}31m", "\\u009b31m"),
+            ("\u{85}\u{2028}\u{2029}", "\\u0085\\u2028\\u2029"),
+            ("/\u{202e}gpj.exe", "/\\u202egpj.exe"),
+            ("\u{2066}a\u{2069}\u{61c}\u{200f}", "\\u2066a\\u2069\\u061c\\u200f"),
+            ("\u{feff}\u{200b}", "\\ufeff\\u200b"),
+            ("\u{e0041}", "\\udb40\\udc41"),
+        ] {
+            assert_eq!(printable(text), shown);
+            assert!(!printable(text).chars().any(steers));
+        }
+    }
+
+    #[test]
+    fn a_line_of_json_means_the_same_afterwards() {
+        let nasty = "\u{9b}\u{202e}\u{e0041}ü\"\\";
+        let line = serde_json::json!({ "path": nasty }).to_string();
+        let shown = printable(&line);
+        assert!(!shown.chars().any(steers));
+        assert_eq!(serde_json::from_str::<serde_json::Value>(&shown).expect("JSON")["path"], nasty);
+    }
+}
