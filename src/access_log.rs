@@ -15,7 +15,7 @@ use std::time::{Duration, SystemTime};
 
 use prometheus::IntCounter;
 
-use crate::config::server::{AccessLog as Settings, LogFormat};
+use crate::config::server::{AccessLog as Settings, LogFormat, Query};
 use crate::error::BuildError;
 use crate::metrics::AccessLogMetrics;
 use crate::phase::{Clock, Phase};
@@ -89,6 +89,14 @@ pub struct Record<'a> {
     pub user_agent: Option<&'a [u8]>,
 }
 
+impl<'a> Record<'a> {
+    /// The same without what may be secret: the query of its target, and that of the page that led to it.
+    fn without_queries(&self) -> Record<'a> {
+        let bare = |target: &'a [u8]| target.split(|&byte| byte == b'?').next().unwrap_or_default();
+        Record { target: bare(self.target), referer: self.referer.map(bare), ..*self }
+    }
+}
+
 /// An attempt that came to nothing.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Failed {
@@ -126,6 +134,7 @@ impl fmt::Display for Why {
 /// The access log. Dropping it closes it.
 pub struct AccessLog {
     format: LogFormat,
+    query: Query,
     shared: Arc<Shared>,
     dropped: IntCounter,
 }
@@ -158,11 +167,19 @@ impl AccessLog {
         let shared = Arc::new(Shared::new(Queue::new(settings.queue.0)));
         let dropped = metrics.dropped_full.clone();
         writer::start(shared.clone(), sink, metrics).map_err(failed)?;
-        Ok(Some(AccessLog { format: settings.format, shared, dropped }))
+        Ok(Some(AccessLog { format: settings.format, query: settings.query, shared, dropped }))
     }
 
     /// Adds a line. Never waits for the disk: a line that finds the queue full is dropped and counted.
     pub fn record(&self, record: &Record<'_>) {
+        let bare;
+        let record = match self.query {
+            Query::Keep => record,
+            Query::Drop => {
+                bare = record.without_queries();
+                &bare
+            }
+        };
         LINE.with_borrow_mut(|line| {
             match self.format {
                 LogFormat::Json => line::json(line, record),
@@ -239,6 +256,29 @@ mod tests {
         assert_eq!(targets(&path), written);
         assert_eq!(metrics.access_log().lines.get(), 1_000);
         assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o137, 0, "others may read the log");
+    }
+
+    #[test]
+    fn queries_are_in_no_line_where_they_are_to_be_dropped() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("access.log");
+        let metrics = Metrics::new(0, Vec::new());
+        let path_written = path.to_str().unwrap().to_owned();
+        let settings = Settings { path: path_written, query: Query::Drop, ..Settings::default() };
+        let log = AccessLog::open(&settings, metrics.access_log()).unwrap().unwrap();
+        let clock = Clock::start(Phase::Header, Instant::now());
+        for target in ["/cart?token=secret", "/cart?", "/cart"] {
+            let referer = Some(&b"https://shop.example/login?token=secret"[..]);
+            log.record(&Record { target: target.as_bytes(), referer, ..line::tests::record(&clock) });
+        }
+        log.close();
+
+        assert_eq!(targets(&path), ["/cart"; 3]);
+        let written = fs::read_to_string(&path).unwrap();
+        assert!(
+            written.contains(r#""referer":"https://shop.example/login""#) && !written.contains("secret"),
+            "{written}"
+        );
     }
 
     #[test]

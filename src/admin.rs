@@ -15,7 +15,6 @@ pub mod upstreams;
 
 use std::fs::Permissions;
 use std::future::{Future, ready};
-use std::os::unix::fs::PermissionsExt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::time::Duration;
@@ -38,6 +37,7 @@ use crate::client::entrance;
 use crate::client::tls::Tls;
 use crate::metrics::{AdminMetrics, Metrics, StreamGuard};
 use answer::{Answer, Body, Pieces};
+pub use guard::Hosts;
 use guard::{Caller, Peer};
 use page::Page;
 use table::{Ask, Found, Table};
@@ -88,6 +88,7 @@ pub struct Admin {
     token: Option<String>,
     /// Whether it is reached by TLS, and whether all who come so have shown a certificate.
     tls: Option<bool>,
+    hosts: Hosts,
 }
 
 /// From the connection, or the answer before, to the last byte of a request header: longer than scrapes lie apart.
@@ -106,8 +107,8 @@ const ANSWER: Duration = Duration::from_secs(30);
 const KEPT_SECONDS: u64 = 65;
 
 impl Admin {
-    /// One that shows these, and has at most so many answers under way that go on.
-    pub fn new(metrics: Metrics, readiness: Readiness, streams_max: usize) -> Self {
+    /// One that shows these, has at most so many answers under way that go on, and is asked under the names of these hosts.
+    pub fn new(metrics: Metrics, readiness: Readiness, streams_max: usize, hosts: Hosts) -> Self {
         let admin = Admin {
             table: Table::default(),
             page: Page::new(),
@@ -115,6 +116,7 @@ impl Admin {
             streams: Arc::new(Semaphore::new(streams_max.min(Semaphore::MAX_PERMITS))),
             token: None,
             tls: None,
+            hosts,
         };
         let scrape = move |_: &Ask| Answer::whole(prometheus::TEXT_FORMAT, metrics.render());
         let readyz = move |_: &Ask| match readiness.now() {
@@ -178,6 +180,9 @@ impl Admin {
         let caller = self.caller(http);
         let request = http.req_header();
         let (method, uri) = (request.method.clone(), request.uri.clone());
+        if let Err(why) = self.hosts.check(caller, &request.headers) {
+            return ("_other", Answer::error(StatusCode::FORBIDDEN, why));
+        }
         // What load balancers and supervisors ask says nothing that a token would have to keep.
         let open = matches!(uri.path(), "/healthz" | "/readyz");
         if self.token.is_some() && !caller.known && caller.peer != Peer::Unix && !open {
@@ -385,14 +390,13 @@ impl ServerApp for Reception {
     }
 }
 
-/// The admin endpoint as a Pingora service: on `host:port` or, if `unix`, on a socket file that its group may use.
-pub fn service(address: &str, unix: bool, admin: Admin, tls: Option<Arc<Tls>>) -> Service<Reception> {
+/// The admin endpoint as a Pingora service: on `host:port`, or on a unix socket with a file of this mode.
+pub fn service(address: &str, unix: Option<Permissions>, admin: Admin, tls: Option<Arc<Tls>>) -> Service<Reception> {
     let mut service = Service::new("admin".to_owned(), Reception { admin: Arc::new(admin), tls });
     service.threads = Some(1);
-    if unix {
-        service.add_uds(address, Some(Permissions::from_mode(0o660)));
-    } else {
-        service.add_tcp(address);
+    match unix {
+        Some(permissions) => service.add_uds(address, Some(permissions)),
+        None => service.add_tcp(address),
     }
     service
 }
@@ -406,7 +410,7 @@ mod tests {
 
     fn admin() -> (Admin, Readiness) {
         let readiness = Readiness::new();
-        (Admin::new(Metrics::new(0, Vec::new()), readiness.clone(), 1), readiness)
+        (Admin::new(Metrics::new(0, Vec::new()), readiness.clone(), 1, Hosts::default()), readiness)
     }
 
     /// Sends these bytes to an admin endpoint that serves one request in the background.
@@ -438,7 +442,7 @@ mod tests {
     }
 
     async fn get(admin: Admin, path: &str) -> String {
-        exchange_with(admin, format!("GET {path} HTTP/1.1\r\nHost: a\r\n\r\n").as_bytes()).await.0
+        exchange_with(admin, format!("GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n").as_bytes()).await.0
     }
 
     #[tokio::test]
@@ -453,6 +457,15 @@ mod tests {
             let (one, readiness) = admin();
             readiness.set(ready);
             assert!(get(one, "/healthz").await.starts_with("HTTP/1.1 200 "));
+        }
+    }
+
+    #[tokio::test]
+    async fn a_page_that_has_pointed_its_name_here_is_shown_nothing() {
+        for request in ["GET /metrics", "GET /", "GET /healthz", "HEAD /metrics", "GET /nothing", "POST /metrics"] {
+            let (answer, _) = exchange(&format!("{request} HTTP/1.1\r\nHost: rebound.example\r\n\r\n")).await;
+            assert!(answer.starts_with("HTTP/1.1 403 "), "{request}: {answer}");
+            assert!(!answer.contains("forebay_"), "{request}: {answer}");
         }
     }
 
@@ -474,22 +487,22 @@ mod tests {
     #[tokio::test]
     async fn other_paths_are_not_found_and_other_methods_not_allowed() {
         assert!(get(admin().0, "/metrics/").await.starts_with("HTTP/1.1 404 "));
-        assert!(exchange("POST /config HTTP/1.1\r\nHost: a\r\n\r\n").await.0.starts_with("HTTP/1.1 404 "));
-        let (answer, _) = exchange("POST /metrics HTTP/1.1\r\nHost: a\r\n\r\n").await;
+        assert!(exchange("POST /config HTTP/1.1\r\nHost: localhost\r\n\r\n").await.0.starts_with("HTTP/1.1 404 "));
+        let (answer, _) = exchange("POST /metrics HTTP/1.1\r\nHost: localhost\r\n\r\n").await;
         assert!(answer.starts_with("HTTP/1.1 405 "), "{answer}");
         assert!(answer.to_ascii_lowercase().contains("allow: get, head\r\n"), "{answer}");
     }
 
     #[tokio::test]
     async fn a_connection_is_kept_between_scrapes() {
-        let (answer, kept) = exchange("GET /healthz HTTP/1.1\r\nHost: a\r\n\r\n").await;
+        let (answer, kept) = exchange("GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n").await;
         assert!(answer.starts_with("HTTP/1.1 200 OK\r\n") && answer.ends_with("\r\n\r\nok\n"), "{answer}");
         assert!(kept);
     }
 
     #[tokio::test]
     async fn head_gets_the_length_without_the_body() {
-        let (answer, kept) = exchange("HEAD /healthz HTTP/1.1\r\nHost: a\r\n\r\n").await;
+        let (answer, kept) = exchange("HEAD /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n").await;
         assert!(
             answer.to_ascii_lowercase().contains("content-length: 3\r\n") && answer.ends_with("\r\n\r\n"),
             "{answer}"
@@ -499,7 +512,8 @@ mod tests {
 
     #[tokio::test]
     async fn a_request_whose_body_is_not_read_closes_its_connection() {
-        let (answer, kept) = exchange("POST /metrics HTTP/1.1\r\nHost: a\r\nContent-Length: 1000\r\n\r\n").await;
+        let (answer, kept) =
+            exchange("POST /metrics HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000\r\n\r\n").await;
         assert!(answer.starts_with("HTTP/1.1 405 "), "{answer}");
         assert!(!kept);
     }
@@ -507,7 +521,7 @@ mod tests {
     #[tokio::test]
     async fn a_change_from_nobody_knows_where_is_not_made() {
         let admin = admin().0.post("/change", "changes it", |_| async { unreachable!("it was made") });
-        let request = "POST /change HTTP/1.1\r\nHost: a\r\nContent-Length: 0\r\n\r\n";
+        let request = "POST /change HTTP/1.1\r\nHost: localhost\r\nContent-Length: 0\r\n\r\n";
         let (answer, _) = exchange_with(admin, request.as_bytes()).await;
         assert!(answer.starts_with("HTTP/1.1 403 ") && answer.contains("\"error\": \"changes are taken"), "{answer}");
     }
@@ -519,7 +533,7 @@ mod tests {
             Answer::events(Box::pin(first.chain(futures::stream::pending())))
         });
         let admin = Arc::new(admin);
-        let request = b"GET /events HTTP/1.1\r\nHost: a\r\n\r\n";
+        let request = b"GET /events HTTP/1.1\r\nHost: localhost\r\n\r\n";
         let (mut client, served) = begin(&admin, request).await;
         let mut received = String::new();
         while !received.contains("event: one\ndata: 1\n\n") {

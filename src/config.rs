@@ -33,7 +33,6 @@ use std::io::{self, Read};
 use std::path::Path;
 use std::sync::Arc;
 
-use ipnet::IpNet;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -64,10 +63,10 @@ pub struct Config {
     /// How the process runs.
     #[serde(default)]
     pub server: server::Server,
-    /// Proxies in front of Forebay whose word on the client's address is believed (`X-Forwarded-For`, `Forwarded`).
-    #[serde(default, deserialize_with = "address::networks")]
-    #[schemars(with = "Vec<address::Network>")]
-    pub trusted_proxies: Vec<IpNet>,
+    /// Proxies in front of Forebay whose word on the client is believed (`X-Forwarded-For`, `Forwarded` and the like); `unix`
+    /// stands for whoever connects to a unix socket. Of others, these fields are dropped.
+    #[serde(default)]
+    pub trusted_proxies: Vec<address::Proxy>,
     /// How many leading bits of an IPv6 address are one client, where something is limited for each client.
     #[serde(default)]
     pub ipv6_prefix: address::Ipv6Prefix,

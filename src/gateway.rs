@@ -27,7 +27,7 @@ use tokio::sync::{Notify, watch};
 
 use crate::access_log::AccessLog;
 use crate::admin::status::{self, Sources, Status};
-use crate::admin::{self, Admin, Readiness, trace};
+use crate::admin::{self, Admin, Hosts, Readiness, trace};
 use crate::client::account::Accounts;
 use crate::client::budget::{self, Budget};
 use crate::client::connection::{Common, Fittings, Inflight, Listener, Listeners};
@@ -47,7 +47,7 @@ use crate::config::listener::tls::ClientMode;
 use crate::config::route::retry::ATTEMPTS_MAX;
 use crate::config::route::{BufferMode, Grpc, HalfClose, OnDiskFull};
 use crate::config::server::{OpenFiles, Resources, Rung, Threads};
-use crate::config::units::{Size, Time};
+use crate::config::units::{FileMode, Size, Time};
 use crate::config::{self, Config, Report};
 use crate::error::{BuildError, refusal};
 use crate::eventloop::runtime::{POLL_TIME_BUCKETS, POLL_TIME_FIRST_MICROS};
@@ -234,7 +234,7 @@ impl Gateway {
         for (index, written) in config.listeners.iter().enumerate() {
             let tls = parts.tls[index].take().map(|tls| started(tls, &format!("listeners[{index}]"))).transpose();
             let tls = tls.map_err(|error| wrong(vec![error]))?;
-            let socket = bind(&written.address, &written.name)?;
+            let socket = bind(&written.address, written.mode, &written.name)?;
             secured.extend(tls.clone());
             let fittings = fittings(written, tls, &parts.upstreams, &metrics);
             let listener = Arc::new(Listener::build(written, index, fittings, &common, &metrics));
@@ -299,11 +299,11 @@ impl Gateway {
 
         let mut admin = None;
         if config.admin.enabled {
-            let socket = bind(&config.admin.address, "admin")?;
+            let socket = bind(&config.admin.address, config.admin.mode, "admin")?;
             places.push(Place::of("admin", &socket));
             admin = socket.tcp;
             let streams = usize::try_from(config.admin.streams.0).unwrap_or(usize::MAX);
-            let app = Admin::new(metrics.clone(), readiness.clone(), streams);
+            let app = Admin::new(metrics.clone(), readiness.clone(), streams, Hosts::new(&config.admin));
             let app = admin::upstreams::add(app, parts.upstreams.values().cloned().collect());
             let names = config.routes.iter().map(|route| route.name.clone()).chain([UNROUTED.to_owned()]);
             let app = trace::add(app, recorder, names.collect());
@@ -320,7 +320,7 @@ impl Gateway {
             let app = status::add(app, Status::new(sources));
             let certified = config.admin.tls.as_ref().map(demands_certificates);
             let app = app.with_token(config.admin.token.clone()).with_tls(certified);
-            let service = admin::service(socket.key(), socket.is_unix(), app, admin_tls);
+            let service = admin::service(socket.key(), socket.permissions(), app, admin_tls);
             server.add_service(Bound::new(service, vec![socket], None));
         }
         if let Some(user) = user {
@@ -602,8 +602,8 @@ fn no_spool_dir(dir: &str, error: &std::io::Error) -> BuildError {
     BuildError::new("server.spool_dir", format!("server.spool_dir: no file can be made in `{dir}`: {error}"))
 }
 
-fn bind(address: &config::Address, listener: &str) -> Result<Socket, StartError> {
-    Socket::bind(address).map_err(|source| StartError::Listen {
+fn bind(address: &config::Address, mode: FileMode, listener: &str) -> Result<Socket, StartError> {
+    Socket::bind(address, mode).map_err(|source| StartError::Listen {
         listener: listener.to_owned(),
         address: address.0.clone(),
         source,

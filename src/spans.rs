@@ -18,7 +18,7 @@ use http::{HeaderMap, HeaderValue, Method};
 use pingora::http::RequestHeader;
 use prometheus::IntCounter;
 
-use crate::config::server::Tracing;
+use crate::config::server::{Query, Tracing};
 use crate::error::{BuildError, Refusal};
 use crate::metrics::SpanMetrics;
 use crate::phase::Phase;
@@ -134,6 +134,7 @@ impl Story {
 /// Gives exchanges their place in a trace, and takes the stories of those that are recorded.
 pub struct Tracer {
     sampler: Sampler,
+    query: Query,
     queue: Arc<Queue>,
     dropped: IntCounter,
     patience: Duration,
@@ -149,8 +150,8 @@ impl Tracer {
         let dropped = metrics.dropped.clone();
         export(settings, queue.clone(), metrics)
             .map_err(|error| BuildError::new("observability.tracing.endpoint", error))?;
-        let tracer = Tracer { sampler: Sampler::new(settings), queue, dropped, patience: settings.timeout.0 };
-        Ok(Some(Arc::new(tracer)))
+        let (sampler, query, patience) = (Sampler::new(settings), settings.query, settings.timeout.0);
+        Ok(Some(Arc::new(Tracer { sampler, query, queue, dropped, patience })))
     }
 
     /// The place of a new exchange, whose peer may be a trusted proxy.
@@ -159,7 +160,10 @@ impl Tracer {
     }
 
     /// Takes the story of an exchange. Never waits: one that finds the queue full is dropped and counted.
-    pub fn tell(&self, story: Story) {
+    pub fn tell(&self, mut story: Story) {
+        if let (Query::Drop, Some((path, _))) = (self.query, story.target.split_once('?')) {
+            story.target = path.into();
+        }
         let spans = story.spans();
         if !self.queue.push(story) {
             self.dropped.inc_by(spans);

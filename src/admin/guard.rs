@@ -1,11 +1,12 @@
-//! Who may change anything through the admin endpoint.
+//! Who is answered by the admin endpoint, and who may change anything through it.
 //!
 //! Whoever has shown the token, or a certificate that is demanded, may. Where nothing of the kind is asked for, a change must
 //! come from this machine: from loopback or over the unix socket. That is not
 //! enough, for a browser on this machine sends what any page on the web tells it to. Browsers say whose page it was
 //! (`Origin`, `Sec-Fetch-Site`), and programs such as curl say nothing of the kind; so what comes from a page must come
-//! from our own. A page may also have pointed its own name at 127.0.0.1 (DNS rebinding): then `Host` and `Origin` agree,
-//! and that is why a browser must have called us by an address or as `localhost`.
+//! from our own. A page may also have pointed its own name at 127.0.0.1 (DNS rebinding): then `Host` and `Origin` agree, and
+//! the browser lets the page read what comes, too. Of this the browser says nothing at all in a GET, so that nobody is answered
+//! who calls us by a name that we do not know ([`Hosts`]).
 
 use std::net::IpAddr;
 
@@ -15,6 +16,9 @@ use http::HeaderMap;
 use http::header::{AUTHORIZATION, HOST, HeaderName, ORIGIN};
 use http::uri::Authority;
 use sha2::{Digest, Sha256};
+
+use crate::config;
+use crate::config::address::Target;
 
 const SEC_FETCH_SITE: HeaderName = HeaderName::from_static("sec-fetch-site");
 
@@ -60,6 +64,50 @@ fn is_same(one: &[u8], other: &[u8]) -> bool {
     Sha256::digest(one) == Sha256::digest(other)
 }
 
+/// The names by which the admin endpoint is called.
+#[derive(Debug, Default)]
+pub struct Hosts(Vec<String>);
+
+impl Hosts {
+    /// Those that were written, the host of its address, and the name of this machine, which are its operator's.
+    pub fn new(written: &config::server::Admin) -> Hosts {
+        let own = match written.address.target() {
+            Ok(Target::Tcp(host, _)) => Some(host.to_owned()),
+            _ => None,
+        };
+        let machine = nix::unistd::gethostname().ok().and_then(|name| name.into_string().ok());
+        Hosts(written.hosts.iter().cloned().chain(own).chain(machine).map(|name| bare(&name)).collect())
+    }
+
+    /// Whether a request with these headers calls us by a name that is ours; else why it is not answered. By TLS a browser has made sure
+    /// of the name itself, and a page that has pointed its name here knows no token.
+    pub fn check(&self, caller: Caller, headers: &HeaderMap) -> Result<(), &'static str> {
+        const WHY: &str = "this endpoint is not known by that host: admin.hosts lists the names that it answers to";
+        let mut hosts = headers.get_all(HOST).iter();
+        let host = match (hosts.next(), hosts.next()) {
+            // No browser leaves it out, nor does one speak to a unix socket.
+            (None, _) => return Ok(()),
+            _ if caller.peer == Peer::Unix || caller.secure || caller.known => return Ok(()),
+            (Some(host), None) => host.to_str().map_err(|_| WHY)?,
+            (Some(_), Some(_)) => return Err(WHY),
+        };
+        if self.know(host) { Ok(()) } else { Err(WHY) }
+    }
+
+    fn know(&self, host: &str) -> bool {
+        is_address(host)
+            || host.parse::<Authority>().is_ok_and(|authority| {
+                let name = bare(authority.host());
+                self.0.contains(&name)
+            })
+    }
+}
+
+/// A name as it is compared: in lower case, without the dot of the root.
+fn bare(name: &str) -> String {
+    name.strip_suffix('.').unwrap_or(name).to_ascii_lowercase()
+}
+
 /// Whether a caller may change something with a request with these headers; else why not.
 pub fn check(caller: Caller, headers: &HeaderMap) -> Result<(), &'static str> {
     match caller.peer {
@@ -88,7 +136,7 @@ pub fn check(caller: Caller, headers: &HeaderMap) -> Result<(), &'static str> {
 fn is_address(host: &str) -> bool {
     let Ok(authority) = host.parse::<Authority>() else { return false };
     let name = authority.host().trim_start_matches('[').trim_end_matches(']');
-    name.eq_ignore_ascii_case("localhost") || name.parse::<IpAddr>().is_ok()
+    bare(name) == "localhost" || name.parse::<IpAddr>().is_ok()
 }
 
 #[cfg(test)]
@@ -157,6 +205,41 @@ mod tests {
 
     fn mapped(address: [u8; 4]) -> Peer {
         Peer::Tcp(Ipv4Addr::from(address).to_ipv6_mapped().into())
+    }
+
+    #[test]
+    fn it_answers_to_addresses_and_to_names_that_it_knows() {
+        let written = config::server::Admin {
+            address: "Forebay.internal:9100".parse().unwrap(),
+            hosts: vec!["Metrics.example".to_owned()],
+            ..Default::default()
+        };
+        let hosts = Hosts::new(&written);
+        let asked = |caller: Caller, said: &[(&'static str, &'static str)]| {
+            let mut map = HeaderMap::new();
+            for (name, value) in said {
+                map.append(*name, value.parse().unwrap());
+            }
+            hosts.check(caller, &map).is_ok()
+        };
+        for host in ["127.0.0.1:9100", "[::1]:9100", "10.1.2.3", "localhost:9100", "LOCALHOST.", "forebay.internal:1"] {
+            assert!(asked(plain(LOCAL), &[("host", host)]), "{host}");
+        }
+        for host in ["metrics.example", "metrics.example.:9100", "METRICS.example:80"] {
+            assert!(asked(plain(LOCAL), &[("host", host)]), "{host}");
+        }
+        for host in ["evil.example", "127.0.0.1.evil.example", "localhost.evil.example", "x.metrics.example", "", "a b"]
+        {
+            assert!(!asked(plain(LOCAL), &[("host", host)]), "{host}");
+            for caller in
+                [plain(Peer::Unix), Caller { secure: true, ..plain(LOCAL) }, Caller { known: true, ..plain(LOCAL) }]
+            {
+                assert!(asked(caller, &[("host", host)]), "{host}");
+            }
+        }
+        assert!(!asked(plain(LOCAL), &[("host", "127.0.0.1"), ("host", "evil.example")]));
+        assert!(!asked(plain(Peer::Unknown), &[("host", "evil.example")]));
+        assert!(asked(plain(LOCAL), &[]), "HTTP/1.0");
     }
 
     #[test]

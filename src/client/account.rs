@@ -12,7 +12,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use ipnet::IpNet;
 
-use crate::config::address::Ipv6Prefix;
+use crate::config::address::{Ipv6Prefix, Proxy};
 
 /// Locks among which accounts are spread, so that workers rarely meet at one.
 const SHARDS: usize = 16;
@@ -28,10 +28,14 @@ pub struct Accounts {
 }
 
 impl Accounts {
-    /// None yet. There are so many listeners, each of which has limits of its own; addresses in `exempt` have no account.
-    pub fn new(prefix: Ipv6Prefix, exempt: &[IpNet], listeners: usize) -> Arc<Self> {
+    /// None yet. There are so many listeners, each of which has limits of its own; addresses of `exempt` proxies have no account.
+    pub fn new(prefix: Ipv6Prefix, exempt: &[Proxy], listeners: usize) -> Arc<Self> {
+        let networks = exempt.iter().filter_map(|proxy| match proxy {
+            Proxy::Network(network) => Some(*network),
+            Proxy::Unix => None,
+        });
         let shards = std::array::from_fn(|_| Mutex::default());
-        Arc::new(Accounts { prefix, exempt: exempt.to_vec(), listeners, shards, seed: RandomState::new() })
+        Arc::new(Accounts { prefix, exempt: networks.collect(), listeners, shards, seed: RandomState::new() })
     }
 
     /// The account of the client at this address; `None` if that speaks for many.
@@ -146,7 +150,7 @@ mod tests {
     use super::*;
 
     fn accounts(exempt: &[&str]) -> Arc<Accounts> {
-        let exempt: Vec<IpNet> = exempt.iter().map(|network| network.parse().unwrap()).collect();
+        let exempt: Vec<Proxy> = exempt.iter().map(|network| network.parse().unwrap()).collect();
         Accounts::new(Ipv6Prefix::default(), &exempt, 2)
     }
 

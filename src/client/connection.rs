@@ -35,6 +35,8 @@ use crate::phase::journal::Cycle;
 pub struct Listener {
     /// Its name in metrics and logs.
     pub name: String,
+    /// Whether it is a unix socket: its clients have no address.
+    pub unix: bool,
     /// Whether HTTP/1 is spoken.
     pub http1: bool,
     /// Whether HTTP/2 in clear text is spoken.
@@ -148,6 +150,7 @@ impl Listener {
         metrics.connections_max.set(i64::try_from(connections).unwrap_or(i64::MAX));
         Listener {
             name: written.name.clone(),
+            unix: written.address.unix_path().is_some(),
             http1: spoken.contains(&Protocol::Http1),
             h2c: spoken.contains(&Protocol::H2c),
             h2: spoken.contains(&Protocol::H2),

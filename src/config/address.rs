@@ -122,115 +122,66 @@ impl JsonSchema for Address {
     }
 }
 
-/// An IP address or a network: `10.1.2.3`, `10.0.0.0/8`, `fd00::/8`.
+/// Peers that are proxies in front of us: an IP address or a network (`10.1.2.3`, `10.0.0.0/8`, `fd00::/8`), or `unix`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Network(pub IpNet);
+pub enum Proxy {
+    /// Those with an address of this network.
+    Network(IpNet),
+    /// Those who connect to a unix socket.
+    Unix,
+}
 
-impl FromStr for Network {
+impl FromStr for Proxy {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
+        if text == "unix" {
+            return Ok(Proxy::Unix);
+        }
         let net = text.parse::<IpNet>().or_else(|_| text.parse::<IpAddr>().map(IpNet::from));
-        net.map(Network).map_err(|_| {
-            format!("`{text}` is not a network: write an IP address, alone or with the length of its prefix, such as `10.0.0.0/8`")
+        net.map(Proxy::Network).map_err(|_| {
+            format!(
+                "`{text}` is not a network: write an IP address, alone or with the length of its prefix, such as \
+                 `10.0.0.0/8`, or `unix`"
+            )
         })
     }
 }
 
-impl<'de> Deserialize<'de> for Network {
+impl fmt::Display for Proxy {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Proxy::Network(net) => net.fmt(f),
+            Proxy::Unix => f.write_str("unix"),
+        }
+    }
+}
+
+impl<'de> Deserialize<'de> for Proxy {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         deserializer.deserialize_any(Scalar("a network such as `10.0.0.0/8`"))?.parse().map_err(de::Error::custom)
     }
 }
 
-impl Serialize for Network {
+impl Serialize for Proxy {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        serializer.collect_str(&self.0)
+        serializer.collect_str(self)
     }
 }
 
-impl JsonSchema for Network {
+impl JsonSchema for Proxy {
     fn schema_name() -> Cow<'static, str> {
-        "Network".into()
+        "Proxy".into()
     }
 
     fn json_schema(_: &mut SchemaGenerator) -> Schema {
         json_schema!({
             "type": "string",
-            "pattern": r"^[0-9a-fA-F.:]+(/[0-9]{1,3})?$|\$\{",
-            "description": "an IP address or a network",
-            "examples": ["10.0.0.0/8", "fd00::/8", "127.0.0.1"],
+            "pattern": r"^[0-9a-fA-F.:]+(/[0-9]{1,3})?$|^unix$|\$\{",
+            "description": "an IP address, a network, or `unix`",
+            "examples": ["10.0.0.0/8", "fd00::/8", "127.0.0.1", "unix"],
         })
     }
-}
-
-/// How many leading bits of an IPv6 address tell clients apart where something is limited for each of them: from 1 to 128,
-/// 64 by default. Whoever has one address of a /64 has all of them (RFC 4291 §2.5.4, RFC 6177 §2), and could else begin
-/// anew with each.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Ipv6Prefix(u8);
-
-impl Ipv6Prefix {
-    /// The client that this address belongs to, as the first address of its network. An IPv4 address is one client, and so
-    /// is one that came in by way of IPv6 (`::ffff:192.0.2.1`).
-    pub fn client(self, address: IpAddr) -> IpAddr {
-        match address.to_canonical() {
-            IpAddr::V4(v4) => v4.into(),
-            IpAddr::V6(v6) => {
-                let host_bits = 128 - u32::from(self.0);
-                IpAddr::V6(Ipv6Addr::from_bits(v6.to_bits() >> host_bits << host_bits))
-            }
-        }
-    }
-}
-
-impl Default for Ipv6Prefix {
-    fn default() -> Self {
-        Ipv6Prefix(64)
-    }
-}
-
-impl FromStr for Ipv6Prefix {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        let bits = text.strip_prefix('/').unwrap_or(text).parse().ok().filter(|bits| (1..=128).contains(bits));
-        bits.map(Ipv6Prefix).ok_or_else(|| {
-            format!("`{text}` is not the length of an IPv6 prefix: write a number from 1 to 128, such as `64`")
-        })
-    }
-}
-
-impl<'de> Deserialize<'de> for Ipv6Prefix {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        deserializer.deserialize_any(Scalar("the length of a prefix such as `64`"))?.parse().map_err(de::Error::custom)
-    }
-}
-
-impl Serialize for Ipv6Prefix {
-    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        self.0.serialize(serializer)
-    }
-}
-
-impl JsonSchema for Ipv6Prefix {
-    fn schema_name() -> Cow<'static, str> {
-        "Ipv6Prefix".into()
-    }
-
-    fn json_schema(_: &mut SchemaGenerator) -> Schema {
-        json_schema!({
-            "type": "integer",
-            "minimum": 1,
-            "maximum": 128,
-            "description": "how many leading bits of an IPv6 address tell clients apart",
-        })
-    }
-}
-
-/// Reads networks where the field holds them bare.
-pub(super) fn networks<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<IpNet>, D::Error> {
-    Ok(Vec::<Network>::deserialize(deserializer)?.into_iter().map(|Network(net)| net).collect())
 }
 
 #[cfg(test)]
@@ -292,8 +243,9 @@ mod tests {
 
     #[test]
     fn a_network_may_be_a_single_address() {
-        assert_eq!("10.0.0.0/8".parse(), Ok(Network("10.0.0.0/8".parse().unwrap())));
-        assert_eq!("::1".parse(), Ok(Network("::1/128".parse().unwrap())));
-        assert!("10.0.0.0/99".parse::<Network>().unwrap_err().contains("`10.0.0.0/99` is not a network"));
+        assert_eq!("10.0.0.0/8".parse(), Ok(Proxy::Network("10.0.0.0/8".parse().unwrap())));
+        assert_eq!("::1".parse(), Ok(Proxy::Network("::1/128".parse().unwrap())));
+        assert_eq!("unix".parse(), Ok(Proxy::Unix));
+        assert!("10.0.0.0/99".parse::<Proxy>().unwrap_err().contains("`10.0.0.0/99` is not a network"));
     }
 }

@@ -23,7 +23,7 @@ use super::report::{Finding, Spot};
 use super::route::retry::{ATTEMPTS_MAX, Backoff, Retry};
 use super::route::{BufferMode, Client, Match, PathMatch, Route, ValueMatch};
 use super::server::{Admin, EventLoop, OpenFiles, Resources, Tracing};
-use super::units::{ByteRate, Count, Size, Time};
+use super::units::{ByteRate, Count, FileMode, Size, Time};
 use super::upstream::health::{HealthCheck, HttpCheck};
 use super::upstream::outlier::OutlierDetection;
 use super::upstream::sticky::{Secrets, Sticky, StickyCookie};
@@ -126,6 +126,14 @@ impl<'a> Check<'a> {
         self.count("observability.access_log.queue", rest.observability.access_log.queue, 1, LOG_QUEUE_MAX);
         self.count("observability.metrics.max_series", rest.observability.metrics.max_series, 1, u64::MAX);
         self.count("admin.streams", rest.admin.streams, 1, ADMIN_STREAMS_MAX);
+        self.mode("admin", &rest.admin.address, rest.admin.mode);
+        for (index, host) in rest.admin.hosts.iter().enumerate() {
+            if host.len() > 253 || !host.split('.').all(is_label) {
+                let finding =
+                    Finding::error(value(self.item("admin.hosts", index)), format!("`{host}` is no host name"));
+                self.wrong(finding.label("expected a name such as `gateway.example.com`, without a port"));
+            }
+        }
         self.event_loop(&rest.observability.event_loop);
         self.tracing(&rest.observability.tracing);
         self.admin(&rest.admin);
@@ -313,7 +321,16 @@ impl<'a> Check<'a> {
         }
     }
 
+    /// A TCP address has no file that could have a mode.
+    fn mode(&mut self, path: &str, address: &Address, mode: FileMode) {
+        if mode != FileMode::default() && address.unix_path().is_none() {
+            let finding = Finding::error(Spot::Key(format!("{path}.mode")), "only a unix socket has a mode");
+            self.wrong(finding.label(format!("`{address}` is none")));
+        }
+    }
+
     fn listener(&mut self, listener: &Listener, path: &str) {
+        self.mode(path, &listener.address, listener.mode);
         let protocols = listener.spoken();
         let (clear, secure) = ("`http1` and `h2c`", "`http1` and `h2`");
         if protocols.is_empty() && !self.parts.broken.within(&format!("{path}.protocols")) {

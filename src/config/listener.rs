@@ -8,7 +8,7 @@ pub mod tls;
 pub use tls::{Passthrough, ProxyProtocol, RedirectHttps, Tcp, Tls};
 
 use super::Address;
-use super::units::{Count, Size, Time};
+use super::units::{Count, FileMode, Size, Time};
 
 /// A place where clients connect.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -18,6 +18,9 @@ pub struct Listener {
     pub name: String,
     /// `host:port`, `[v6]:port` or `unix:/path`.
     pub address: Address,
+    /// Who may connect to its unix socket: the owner and the group, unless told otherwise.
+    #[serde(default)]
+    pub mode: FileMode,
     /// What clients may speak on it: by default `http1`, and with `tls` `http1` and `h2`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub protocols: Option<Vec<Protocol>>,

@@ -9,7 +9,7 @@ use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 use serde::de::{self, Deserializer, Unexpected, Visitor};
 use serde::{Deserialize, Serialize, Serializer};
 
-use super::units::{Count, Percent, Size, Time};
+use super::units::{Count, FileMode, Percent, Size, Time};
 
 /// How the process runs.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -209,6 +209,11 @@ pub struct Admin {
     pub enabled: bool,
     /// Where it listens: loopback unless told otherwise.
     pub address: super::Address,
+    /// Who may connect to its unix socket: the owner and the group, unless told otherwise.
+    pub mode: FileMode,
+    /// Names of hosts under which it is asked, without ports. Addresses, `localhost`, the host of `address` and the name of this
+    /// machine need not be listed. A request for any other host is refused: a page on the web may have pointed its own name here.
+    pub hosts: Vec<String>,
     /// What whoever asks must know, sent as `Authorization: Bearer …` or as the password of `Basic`; `/healthz` and `/readyz`
     /// need none. Without it everybody who can connect may look, and whoever is on this machine may change things.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -223,7 +228,15 @@ pub struct Admin {
 impl Default for Admin {
     fn default() -> Self {
         let address = super::Address("127.0.0.1:9100".to_owned());
-        Admin { enabled: true, address, token: None, tls: None, streams: Count(16) }
+        Admin {
+            enabled: true,
+            address,
+            mode: FileMode::default(),
+            hosts: Vec::new(),
+            token: None,
+            tls: None,
+            streams: Count(16),
+        }
     }
 }
 
@@ -250,8 +263,10 @@ pub struct Tracing {
     pub endpoint: String,
     /// Of the traces that begin here, the share that is recorded. One that began elsewhere is recorded if its parent is.
     pub sample: Percent,
-    /// Whose `traceparent` is believed; that of others is replaced by a new one.
+    /// Whose `traceparent` is believed, and so may say that a trace is recorded; that of others is replaced by a new one.
     pub parent: Parent,
+    /// What spans have of the query of a request.
+    pub query: Query,
     /// The name of this service in traces.
     pub service_name: String,
     /// Header fields of each export, such as a key of the collector.
@@ -279,7 +294,8 @@ impl Default for Tracing {
         Tracing {
             endpoint: Tracing::OFF.to_owned(),
             sample: Percent(1.0),
-            parent: Parent::Always,
+            parent: Parent::TrustedProxies,
+            query: Query::Keep,
             service_name: "forebay".to_owned(),
             headers: BTreeMap::new(),
             timeout: Time::seconds(5),
@@ -289,11 +305,22 @@ impl Default for Tracing {
     }
 }
 
+/// What is kept of the query of a request, in which there may be secrets.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Query {
+    /// All of it.
+    #[default]
+    Keep,
+    /// Nothing, from the `?` on.
+    Drop,
+}
+
 /// Whose `traceparent` is believed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Parent {
-    /// Everyone's, so that a trace shows the client's side, too.
+    /// Everyone's, so that a trace shows the client's side, too. Then everyone can have any number of exchanges recorded.
     Always,
     /// That of `trusted_proxies`.
     TrustedProxies,
@@ -325,13 +352,15 @@ pub struct AccessLog {
     pub format: LogFormat,
     /// `stdout`, `stderr`, `off`, or a file, which is reopened on SIGUSR1.
     pub path: String,
+    /// What a line has of the query of the request, and of that of its `Referer`.
+    pub query: Query,
     /// Lines that may wait for the writer; further ones are dropped and counted.
     pub queue: Count,
 }
 
 impl Default for AccessLog {
     fn default() -> Self {
-        AccessLog { format: LogFormat::Json, path: "stdout".to_owned(), queue: Count(8_000) }
+        AccessLog { format: LogFormat::Json, path: "stdout".to_owned(), query: Query::Keep, queue: Count(8_000) }
     }
 }
 

@@ -216,6 +216,77 @@ impl fmt::Display for Percent {
     }
 }
 
+/// Who may use a file or a unix socket, in the octal digits of chmod(1): `"0660"`, the default, is the owner and the group.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct FileMode(pub u32);
+
+impl Default for FileMode {
+    fn default() -> Self {
+        FileMode(0o660)
+    }
+}
+
+impl FromStr for FileMode {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let octal = (3..=4).contains(&text.len()) && text.bytes().all(|digit| matches!(digit, b'0'..=b'7'));
+        let mode = u32::from_str_radix(text, 8).ok().filter(|&mode| octal && mode <= 0o777);
+        mode.map(FileMode).ok_or_else(|| {
+            format!("`{text}` is not a mode: write three octal digits after a zero, in quotes, such as `\"0660\"`")
+        })
+    }
+}
+
+impl fmt::Display for FileMode {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:04o}", self.0)
+    }
+}
+
+impl Serialize for FileMode {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(self)
+    }
+}
+
+impl<'de> Deserialize<'de> for FileMode {
+    /// From text alone: YAML takes `0o660` for the number 432, which nobody would see.
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        deserializer.deserialize_any(Text("a mode in quotes such as `\"0660\"`"))?.parse().map_err(de::Error::custom)
+    }
+}
+
+impl JsonSchema for FileMode {
+    fn schema_name() -> Cow<'static, str> {
+        "FileMode".into()
+    }
+
+    fn json_schema(_: &mut SchemaGenerator) -> Schema {
+        json_schema!({
+            "type": "string",
+            "pattern": r"^0?[0-7]{3}$|\$\{",
+            "description": "a mode such as `\"0660\"`",
+            "examples": ["0660", "0600"],
+        })
+    }
+}
+
+/// Reads text, and no number.
+struct Text(&'static str);
+
+impl Visitor<'_> for Text {
+    type Value = String;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.0)
+    }
+
+    fn visit_str<E: de::Error>(self, text: &str) -> Result<String, E> {
+        Ok(text.to_owned())
+    }
+}
+
 /// Reads a scalar as text first, so that `50k`, `100` and `10/s` share one path and one error.
 pub(super) struct Scalar(pub &'static str);
 
@@ -298,6 +369,21 @@ mod tests {
         assert_eq!("0B/s".parse(), Ok(ByteRate(0)));
         assert_eq!("12.5%".parse(), Ok(Percent(12.5)));
         assert_eq!("600/m".parse(), Ok(Rate { events: 600, per: Duration::from_secs(60) }));
+    }
+
+    #[test]
+    fn a_mode_is_octal_and_text() {
+        for (text, mode) in [("0660", 0o660), ("600", 0o600), ("0777", 0o777), ("0000", 0)] {
+            assert_eq!(text.parse(), Ok(FileMode(mode)), "{text}");
+            let yaml: FileMode = serde_yaml::from_str(&format!("\"{text}\"")).expect("a mode");
+            assert_eq!((yaml, yaml.to_string().len()), (FileMode(mode), 4));
+        }
+        for text in ["", "0", "66", "0888", "1660", "00660", "+660", "rw-", "0o660"] {
+            assert!(text.parse::<FileMode>().is_err(), "{text}");
+        }
+        for number in ["660", "0o660", "432"] {
+            assert!(serde_yaml::from_str::<FileMode>(number).is_err(), "{number} is a number in YAML");
+        }
     }
 
     #[test]

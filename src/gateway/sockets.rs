@@ -3,12 +3,13 @@
 //!
 //! Pingora is handed the bound sockets the way it would take them over from an older process.
 
+use std::fs::{self, Permissions};
+use std::io;
 use std::net::{SocketAddr, ToSocketAddrs};
 use std::os::fd::{IntoRawFd, OwnedFd, RawFd};
-use std::os::unix::fs::FileTypeExt;
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::fs::{FileTypeExt, PermissionsExt};
+use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
-use std::{fs, io};
 
 use async_trait::async_trait;
 use pingora::listeners::ListenerConfig;
@@ -17,6 +18,7 @@ use pingora::server::{ListenFds, RuntimeOpts, ShutdownWatch};
 use pingora::services::Service;
 
 use crate::config::Address;
+use crate::config::units::FileMode;
 
 /// Connections that may wait in the kernel to be accepted, as Pingora sets it too.
 const BACKLOG: i32 = 65_535;
@@ -27,15 +29,17 @@ pub struct Socket {
     pub tcp: Option<SocketAddr>,
     /// The address as Pingora is told it.
     key: String,
-    unix: bool,
+    /// The mode of its file, if it is a unix socket.
+    unix: Option<Permissions>,
     fd: OwnedFd,
 }
 
 impl Socket {
-    /// Binds and listens. A unix socket that nobody listens on any more is replaced; a live one is an error.
-    pub fn bind(address: &Address) -> io::Result<Socket> {
+    /// Binds and listens. A unix socket that nobody listens on any more is replaced; a live one is an error. Its file has this
+    /// mode before anybody can connect to it.
+    pub fn bind(address: &Address, mode: FileMode) -> io::Result<Socket> {
         match address.unix_path() {
-            Some(path) => Self::bind_unix(path),
+            Some(path) => Self::bind_unix(path, mode),
             None => Self::bind_tcp(&address.0),
         }
     }
@@ -60,25 +64,35 @@ impl Socket {
         socket.set_nonblocking(true)?;
         let bound = socket.local_addr()?.as_socket();
         let key = bound.unwrap_or(address).to_string();
-        Ok(Socket { tcp: bound, key, unix: false, fd: socket.into() })
+        Ok(Socket { tcp: bound, key, unix: None, fd: socket.into() })
     }
 
-    fn bind_unix(path: &str) -> io::Result<Socket> {
+    fn bind_unix(path: &str, mode: FileMode) -> io::Result<Socket> {
+        use socket2::{Domain, SockAddr, Type};
         if fs::symlink_metadata(path).is_ok_and(|found| found.file_type().is_socket()) {
             if UnixStream::connect(path).is_ok() {
                 return Err(io::ErrorKind::AddrInUse.into());
             }
             fs::remove_file(path)?;
         }
-        let listener = UnixListener::bind(path)?;
-        listener.set_nonblocking(true)?;
-        Ok(Socket { tcp: None, key: path.to_owned(), unix: true, fd: listener.into() })
+        let socket = socket2::Socket::new(Domain::UNIX, Type::STREAM, None)?;
+        socket.bind(&SockAddr::unix(path)?)?;
+        // Nobody can connect before it listens, so that neither the umask of the process nor the moment in between matters.
+        let permissions = Permissions::from_mode(mode.0);
+        fs::set_permissions(path, permissions.clone())?;
+        socket.listen(BACKLOG)?;
+        socket.set_nonblocking(true)?;
+        Ok(Socket { tcp: None, key: path.to_owned(), unix: Some(permissions), fd: socket.into() })
     }
 
     /// What Pingora's service is to listen on.
     pub fn listener_config(&self) -> ListenerConfig {
         // Unbuffered: `client::stream` gathers writes itself and gives its buffers back between requests.
-        let config = if self.unix { ListenerConfig::uds(&self.key) } else { ListenerConfig::tcp(&self.key) };
+        let config = match &self.unix {
+            // Else Pingora would let everyone connect.
+            Some(permissions) => ListenerConfig::uds(&self.key).permissions(permissions.clone()),
+            None => ListenerConfig::tcp(&self.key),
+        };
         config.l4_buffer(L4BufferSettings::unbuffered())
     }
 
@@ -87,9 +101,9 @@ impl Socket {
         &self.key
     }
 
-    /// Whether it is a unix socket.
-    pub fn is_unix(&self) -> bool {
-        self.unix
+    /// The mode of its file, if it is a unix socket.
+    pub fn permissions(&self) -> Option<Permissions> {
+        self.unix.clone()
     }
 }
 
@@ -113,7 +127,7 @@ impl Place {
             listener: listener.to_owned(),
             address: socket.key.clone(),
             tcp: socket.tcp,
-            file: socket.unix.then(|| PathBuf::from(&socket.key)),
+            file: socket.unix.is_some().then(|| PathBuf::from(&socket.key)),
         }
     }
 }
@@ -174,10 +188,10 @@ mod tests {
 
     #[test]
     fn a_port_of_the_systems_choice_is_known_and_a_taken_one_is_an_error() {
-        let first = Socket::bind(&"127.0.0.1:0".parse().expect("an address")).expect("a socket");
+        let first = Socket::bind(&"127.0.0.1:0".parse().expect("an address"), FileMode::default()).expect("a socket");
         let address = first.tcp.expect("a TCP address");
         assert_ne!(address.port(), 0);
-        let again = Socket::bind(&address.to_string().parse().expect("an address")).map(|_| ());
+        let again = Socket::bind(&address.to_string().parse().expect("an address"), FileMode::default()).map(|_| ());
         assert_eq!(again.map_err(|error| error.kind()), Err(io::ErrorKind::AddrInUse));
     }
 
@@ -186,9 +200,22 @@ mod tests {
         let folder = tempfile::tempdir().expect("a folder");
         let path = folder.path().join("web.sock");
         let address: Address = format!("unix:{}", path.display()).parse().expect("an address");
-        let live = Socket::bind(&address).expect("a socket");
-        assert_eq!(Socket::bind(&address).map(|_| ()).map_err(|error| error.kind()), Err(io::ErrorKind::AddrInUse));
+        let live = Socket::bind(&address, FileMode::default()).expect("a socket");
+        let again = Socket::bind(&address, FileMode::default()).map(|_| ());
+        assert_eq!(again.map_err(|error| error.kind()), Err(io::ErrorKind::AddrInUse));
         drop(live);
-        assert!(Socket::bind(&address).is_ok());
+        assert!(Socket::bind(&address, FileMode::default()).is_ok());
+    }
+
+    #[test]
+    fn a_unix_socket_is_for_its_owner_and_its_group_unless_told_otherwise() {
+        let folder = tempfile::tempdir().expect("a folder");
+        for mode in [FileMode::default(), FileMode(0o600), FileMode(0o666)] {
+            let path = folder.path().join(format!("{mode}.sock"));
+            let address: Address = format!("unix:{}", path.display()).parse().expect("an address");
+            let socket = Socket::bind(&address, mode).expect("a socket");
+            let found = fs::metadata(&path).expect("its file").permissions().mode() & 0o777;
+            assert_eq!((found, socket.permissions().map(|mode| mode.mode())), (mode.0, Some(mode.0)));
+        }
     }
 }

@@ -10,21 +10,35 @@ use pingora::http::RequestHeader;
 
 use super::exchange::Exchange;
 use super::route::without_port;
+use crate::client::connection::Connection;
 use crate::client::head::is_host;
+use crate::config::address::Proxy;
 use crate::error::{Refusal, refusal};
 
 /// Proxies whose word on the client is believed.
-pub struct TrustedProxies(Vec<IpNet>);
+pub struct TrustedProxies {
+    networks: Vec<IpNet>,
+    unix: bool,
+}
 
 impl TrustedProxies {
-    /// These networks.
-    pub fn new(networks: &[IpNet]) -> Self {
-        TrustedProxies(networks.to_vec())
+    /// These.
+    pub fn new(written: &[Proxy]) -> Self {
+        let network = |proxy: &Proxy| if let Proxy::Network(network) = proxy { Some(*network) } else { None };
+        TrustedProxies { networks: written.iter().filter_map(network).collect(), unix: written.contains(&Proxy::Unix) }
     }
 
     fn contains(&self, address: IpAddr) -> bool {
         let address = address.to_canonical();
-        self.0.iter().any(|network| network.contains(&address))
+        self.networks.iter().any(|network| network.contains(&address))
+    }
+
+    /// Whether the peer of this connection is one. One over TCP whose address is not known, for it has gone, is none.
+    fn is_peer_of(&self, connection: &Connection) -> bool {
+        match connection.peer {
+            Some(peer) => self.contains(peer.ip()),
+            None => connection.listener.unix && self.unix,
+        }
     }
 }
 
@@ -172,8 +186,7 @@ fn identify(exchange: &mut Exchange, request: &RequestHeader, trusted: &TrustedP
     let Some(connection) = &exchange.connection else { return };
     let peer = connection.peer.map(|peer| peer.ip());
     exchange.client = peer;
-    // Whoever can reach a unix socket is on this host and was let in by its permissions.
-    exchange.peer_is_trusted = peer.is_none_or(|peer| trusted.contains(peer));
+    exchange.peer_is_trusted = trusted.is_peer_of(connection);
     if !exchange.peer_is_trusted {
         return;
     }
@@ -280,7 +293,7 @@ pub(super) mod tests {
     }
 
     fn client_behind(trusted: &[&str], forwarded: &[&str]) -> Option<String> {
-        let networks: Vec<IpNet> = trusted.iter().map(|network| network.parse().expect("a network")).collect();
+        let networks: Vec<Proxy> = trusted.iter().map(|network| network.parse().expect("a network")).collect();
         let fields: Vec<_> = forwarded.iter().map(|value| ("x-forwarded-for", *value)).collect();
         forwarded_client(&request(&fields), &TrustedProxies::new(&networks)).map(|client| client.to_string())
     }

@@ -60,6 +60,34 @@ fn a_unix_socket_is_a_listener_like_any_other() {
 }
 
 #[test]
+fn a_unix_socket_is_for_its_owner_and_its_group_unless_told_otherwise() {
+    use std::os::unix::fs::PermissionsExt;
+    let origin = Origin::named("origin");
+    for (keys, mode) in [("", 0o660), ("mode: \"0600\"", 0o600), ("mode: \"0666\"", 0o666)] {
+        let setup = Setup::before(&origin);
+        let path = setup.path("web.sock");
+        let listener = format!("{{ name: local, address: \"unix:{}\", {keys} }}", path.display());
+        let _gateway = setup.also_listener(&listener).start();
+        assert_eq!(Client::unix(&path).get("/").status, 200);
+        assert_eq!(std::fs::metadata(&path).expect("its file").permissions().mode() & 0o777, mode);
+    }
+}
+
+#[test]
+fn who_comes_by_a_unix_socket_is_believed_only_if_that_is_said() {
+    let origin = Origin::answering(|request| ok(request.value("x-forwarded-for").unwrap_or("none")));
+    for (trusted, seen) in [("[]", "none"), ("[127.0.0.1]", "none"), ("[unix]", "192.0.2.1")] {
+        let setup = Setup::before(&origin);
+        let path = setup.path("web.sock");
+        let setup = setup.also_listener(&format!("{{ name: local, address: \"unix:{}\" }}", path.display()));
+        let gateway = setup.more(&format!("trusted_proxies: {trusted}")).start();
+        let forged = "X-Forwarded-For: 192.0.2.1\r\n";
+        assert_eq!(Client::unix(&path).ask("GET", "/", forged, "").text(), seen, "{trusted}");
+        assert_eq!(gateway.log_line().has("client"), seen != "none", "{trusted}");
+    }
+}
+
+#[test]
 fn a_unix_socket_that_a_dead_process_left_is_taken_over() {
     let origin = Origin::named("origin");
     let setup = Setup::before(&origin);

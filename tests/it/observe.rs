@@ -168,7 +168,7 @@ fn the_admin_endpoint_is_no_listener_and_proxies_nothing() {
 fn an_admin_endpoint_that_is_off_is_not_there() {
     let origin = Origin::named("origin");
     let setup = Setup::before(&origin);
-    let yaml = setup.yaml().replace("admin: { address: \"127.0.0.1:0\" }", "admin: { enabled: false }");
+    let yaml = setup.yaml().replace("admin: { address: \"127.0.0.1:0\", hosts: [test] }", "admin: { enabled: false }");
     let config = setup.builder().parse("test.yaml", &yaml).unwrap_or_else(|e| panic!("{e}"));
     let gateway = setup.builder().build(config).unwrap_or_else(|e| panic!("{e}"));
     assert_eq!(gateway.admin_address(), None);

@@ -91,7 +91,7 @@ fn spans_say_what_the_conventions_for_http_want() {
 fn a_trace_that_began_elsewhere_goes_on_here() {
     let (origin, collector) = (Origin::named("origin"), Collector::start());
     let setup = Setup::before(&origin).observability(&tracing(collector.address(), "sample: 0%"));
-    let gateway = setup.start();
+    let gateway = setup.more("trusted_proxies: [127.0.0.1]").start();
     ask(&gateway, &format!("00-{TRACE}-{SPAN}-01"));
     let spans = collector.exchange("/");
     assert_eq!((&*spans[0].trace_id(), &*spans[0].state), (TRACE, "vendor=value"));
@@ -104,7 +104,7 @@ fn a_trace_that_began_elsewhere_goes_on_here() {
 #[test]
 fn a_trace_that_is_not_recorded_passes_as_it_came() {
     let (origin, collector) = (Origin::named("origin"), Collector::start());
-    let gateway = recording(&origin, &collector).start();
+    let gateway = recording(&origin, &collector).more("trusted_proxies: [127.0.0.1]").start();
     ask(&gateway, &format!("00-{TRACE}-{SPAN}-00"));
     assert_eq!(told(&origin), ["00", TRACE, SPAN, "00"]);
     assert_eq!(gateway.log_line().text("trace_id"), TRACE);
@@ -122,6 +122,34 @@ fn a_malformed_traceparent_is_replaced_and_its_state_is_gone() {
     assert_eq!(told(&origin), ["00", &spans[0].trace_id(), &spans[1].span_id(), "01"]);
     assert_ne!(spans[0].trace_id(), TRACE);
     assert_eq!(origin.request().head.value("tracestate"), None);
+}
+
+#[test]
+fn a_stranger_cannot_have_its_requests_recorded_unless_that_is_said() {
+    let (origin, collector) = (Origin::named("origin"), Collector::start());
+    for (parent, spans) in [("", 0.0), ("parent: trusted_proxies", 0.0), ("parent: always", 11.0)] {
+        let keys = tracing(collector.address(), &format!("sample: 0%, {parent}"));
+        let gateway = Setup::before(&origin).observability(&keys).start();
+        ask(&gateway, &format!("00-{TRACE}-{SPAN}-01"));
+        assert_eq!(
+            (gateway.log_line().text("trace_id") == TRACE, told(&origin)[3] == "01"),
+            (spans > 0.0, spans > 0.0)
+        );
+        gateway.wait_metric("forebay_spans_total{outcome=\"exported\"}", |exported| exported == spans);
+    }
+}
+
+#[test]
+fn a_span_has_no_query_where_it_is_to_be_dropped() {
+    let (origin, collector) = (Origin::named("origin"), Collector::start());
+    let keys = tracing(collector.address(), "sample: 100%, query: drop");
+    let gateway = Setup::before(&origin).observability(&keys).access_log("query: drop").start();
+    gateway.client().ask("GET", "/login?token=secret", "Referer: http://test/?token=secret\r\n", "");
+    let spans = collector.exchange("/login");
+    assert_eq!((&*spans[0].text("url.path"), spans[0].text("url.query")), ("/login", String::new()));
+    let line = gateway.log_line();
+    assert_eq!((line.text("target"), line.text("referer")), ("/login", "http://test/"));
+    assert_eq!(origin.request().target(), "/login?token=secret");
 }
 
 #[test]

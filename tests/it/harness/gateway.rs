@@ -269,7 +269,7 @@ impl Setup {
             ("upstreams", format!("{{ {} }}", joined(&[&format!("app: {{ {} }}", self.upstream), &self.upstreams]))),
             ("routes", format!("[ {} ]", joined(&[self.routes.as_ref().unwrap_or(&route), &self.more_routes]))),
             ("server", format!("{{ {} }}", self.server)),
-            ("admin", format!("{{ {} }}", joined(&["address: \"127.0.0.1:0\"", &self.admin]))),
+            ("admin", format!("{{ {} }}", joined(&["address: \"127.0.0.1:0\", hosts: [test]", &self.admin]))),
             ("observability", format!("{{ {} }}", joined(&[&log, &self.observability]))),
         ] {
             writeln!(yaml, "{key}: {value}").expect("a string grows");
