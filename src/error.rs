@@ -118,6 +118,8 @@ refusals! {
     HEADER_HOST: "header.host", 400, "The Host of the request is missing, doubled or malformed.";
     HEADER_MISDIRECTED: "header.misdirected", 421, "This host is served over another connection.";
     HEADER_METHOD: "header.method", 405, "This method is not allowed.";
+    HEADER_CONNECTION: "header.connection", 400, "The Connection field names what it must not.";
+    HEADER_NAME: "header.name", 400, "A header field has a name that is not allowed here.";
     ROUTE_NO_MATCH: "route.no_match", 404, "No route matches this request.";
     ROUTE_PRESSURE: "route.pressure", 503, "The gateway has no room for further requests; try again later.";
     ROUTE_REQUESTS_PER_IP: "route.requests_per_ip", 429, "Too many requests of this address are under way; try again later.";

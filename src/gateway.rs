@@ -56,9 +56,9 @@ use crate::eventloop::{self, Loops};
 use crate::filter::{Catalog, FilterType};
 use crate::metrics::{Metrics, RouteMetrics, UNROUTED};
 use crate::proxy::Proxy;
-use crate::proxy::header::TrustedProxies;
+use crate::proxy::header::{Rules, TrustedProxies};
 use crate::proxy::mirror::Mirror;
-use crate::proxy::retry::Rules;
+use crate::proxy::retry;
 use crate::proxy::route::table::Table;
 use crate::proxy::route::{Destination, Route};
 use crate::proxy::send::Manners;
@@ -254,7 +254,7 @@ impl Gateway {
         routes.push((unrouted.clone(), Vec::new()));
         let proxy = Proxy {
             routes: parts.routes,
-            trusted: TrustedProxies::new(&config.trusted_proxies),
+            rules: Rules { trusted: TrustedProxies::new(&config.trusted_proxies) },
             manners: Manners { forwarded: config.forwarded, via: config.via },
             metrics: metrics.clone(),
             unrouted: unrouted.clone(),
@@ -510,7 +510,7 @@ fn route(
         half_close_aborts: written.client.half_close == HalfClose::Abort,
         mirror: None,
         deadline: written.deadline.map(|time| time.0),
-        retry: Rules::new(&written.retry),
+        retry: retry::Rules::new(&written.retry),
         tag: RouteTag::new(&written.name),
         metrics,
     }

@@ -9,6 +9,7 @@ pub mod connect;
 pub mod deadline;
 pub mod exchange;
 pub mod finish;
+pub mod forwarded;
 pub mod grpc;
 pub mod header;
 pub mod https;
@@ -39,14 +40,12 @@ use crate::client::lane::Lanes;
 use crate::client::spool::Depot;
 use crate::error::{Refusal, refusal};
 use crate::filter::{Refused, Verdict};
-use crate::metrics::mirror::Fate;
 use crate::metrics::{Metrics, RouteMetrics};
 use crate::phase::Phase;
 use crate::recorder::Recorder;
 use crate::spans::Tracer;
 use exchange::{Attempt, Exchange};
 use finish::Tellers;
-use header::TrustedProxies;
 use route::Route;
 use route::table::Table;
 use send::Manners;
@@ -55,8 +54,8 @@ use send::Manners;
 pub struct Proxy {
     /// Which request goes where.
     pub routes: Table<Arc<Route>>,
-    /// Proxies in front of us that are believed.
-    pub trusted: TrustedProxies,
+    /// What holds for the headers of all requests.
+    pub rules: header::Rules,
     /// What is added to every request.
     pub manners: Manners,
     /// Gauges of the phases.
@@ -112,17 +111,11 @@ impl ProxyHttp for Proxy {
         (exchange.hash, exchange.stuck) = (upstream.hash(&asked), upstream.stuck(&asked));
         patience_for_writing(session, exchange, route.write_idle);
         exchange.connection.iter().for_each(|client| client.set_half_close_aborts(route.half_close_aborts));
-        if session.is_upgrade_req() {
-            // Once upgraded, a client may be silent for as long as its upstream is not.
-            session.set_read_timeout(None);
-            route.mirror.iter().for_each(|mirror| mirror.leaves(Fate::Upgrade));
-        } else {
-            let (depot, lanes) = (&self.depot, &self.lanes);
-            let client = &mut session.downstream_session;
-            buffer::request(exchange, client, &route, &upstream, depot, lanes).await?;
-            if session.is_body_empty() || exchange.link.as_ref().is_some_and(|link| link.length().is_some()) {
-                deadline::begin(exchange, Instant::now());
-            }
+        exchange.upgrade = session.is_upgrade_req();
+        let client = &mut session.downstream_session;
+        buffer::request(exchange, client, &route, &upstream, &self.depot, &self.lanes).await?;
+        if session.is_body_empty() || exchange.link.as_ref().is_some_and(|link| link.length().is_some()) {
+            deadline::begin(exchange, Instant::now());
         }
         Ok(false)
     }
@@ -185,6 +178,16 @@ impl ProxyHttp for Proxy {
         exchange: &mut Exchange,
     ) -> Result<()> {
         send::piece(exchange, session.req_header_mut(), piece, end).await
+    }
+
+    /// `wait` is done, perhaps with leave to speak another protocol.
+    async fn upstream_response_filter(
+        &self,
+        session: &mut Session,
+        response: &mut ResponseHeader,
+        exchange: &mut Exchange,
+    ) -> Result<()> {
+        receive::switch(exchange, &mut session.downstream_session, response)
     }
 
     /// `wait` is done; `receive` begins, unless there is to be another attempt.
@@ -285,7 +288,7 @@ impl ProxyHttp for Proxy {
 impl Proxy {
     async fn route(&self, request: &mut RequestHeader, exchange: &mut Exchange) -> Verdict {
         exchange.grpc = grpc::Call::of(request);
-        let checked = header::check(exchange, request, &self.trusted);
+        let checked = header::check(exchange, request, &self.rules);
         if let Some(tracer) = &self.tracer {
             exchange.trace(tracer.place(&request.headers, exchange.peer_is_trusted));
         }

@@ -24,7 +24,7 @@ use super::shares::{CONNECTIONS_OF_ONE_CLIENT, Denial, Store};
 use super::tls::Tls;
 use super::tls::handshake::Facts;
 use crate::config;
-use crate::config::listener::Protocol;
+use crate::config::listener::{OddNames, Protocol};
 use crate::config::units::Count;
 use crate::error::{Refusal, refusal};
 use crate::eventloop::worker;
@@ -57,6 +57,8 @@ pub struct Listener {
     pub hsts: Option<HeaderValue>,
     /// What a request header may be.
     pub head: HeadLimits,
+    /// What becomes of fields with odd names.
+    pub odd_names: OddNames,
     /// For a whole request header.
     pub header_timeout: Duration,
     /// Between requests.
@@ -161,6 +163,7 @@ impl Listener {
             redirect: written.redirect_https.map(|written| Redirect { port: written.port, status: written.status }),
             hsts: hsts(written),
             head: HeadLimits { fields: limits.headers.0 as usize, bytes: limits.header_bytes.0 as usize },
+            odd_names: written.odd_header_names,
             header_timeout: written.timeouts.header.0,
             idle_timeout: written.timeouts.idle.0,
             requests_max: limits.requests_per_connection.0,

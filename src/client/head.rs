@@ -214,7 +214,7 @@ pub fn is_host(bytes: &[u8]) -> bool {
 }
 
 /// A byte that may stand in a method (RFC 9110 §5.6.2).
-pub(super) fn is_token(byte: u8) -> bool {
+pub fn is_token(byte: u8) -> bool {
     byte.is_ascii_alphanumeric() || b"!#$%&'*+-.^_`|~".contains(&byte)
 }
 

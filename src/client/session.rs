@@ -6,7 +6,8 @@
 //! Pingora lacks: a deadline for the upstream's whole response header, for gaps in its body, and for the client's body.
 //!
 //! It stands from the end of the request filters to the end of the exchange; [`Link::reclaim`] puts the client's own
-//! session back, so that keep-alive works as ever. Upgrades are never wrapped.
+//! session back, so that keep-alive works as ever. It steps aside
+//! where the client and the endpoint agree on another protocol.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -257,6 +258,16 @@ impl Link {
         self.give(session);
         self.stands_in.store(false, Ordering::Relaxed);
         true
+    }
+
+    /// The client and the endpoint have agreed on another protocol: the client's own session takes its place again, and all clocks
+    /// stop. `false`: it was lost with a write that was given up.
+    pub fn step_aside(&self, session: &mut Box<ServerSession>) -> bool {
+        self.due(None, None);
+        self.enter(DONE);
+        self.holding.store(false, Ordering::Relaxed);
+        self.wire().open_window();
+        self.reclaim(session)
     }
 
     /// Gives the client's own session back, if no write has it.

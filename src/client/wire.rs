@@ -500,6 +500,13 @@ impl Wire {
         self.window = window;
     }
 
+    /// What comes from the endpoint from here on is not taken here: nothing is to hold it up.
+    pub fn open_window(&mut self) {
+        if let Some(mut window) = self.window.take() {
+            window.open();
+        }
+    }
+
     /// Leaves the answer to itself from here on: server-sent events, or an upstream that says so.
     pub fn stream(&mut self) {
         self.leave = Leave::Stream;
@@ -539,7 +546,7 @@ impl Wire {
                     self.ended |= end;
                     self.ready.push_back(HttpTask::Header(head, end));
                 }
-                // Upgrades are never wrapped.
+                // After an upgrade nothing comes this way.
                 HttpTask::Body(piece, end) | HttpTask::UpgradedBody(piece, end) => {
                     self.ended |= end;
                     let Some(piece) = piece.filter(|piece| !piece.is_empty()) else { continue };

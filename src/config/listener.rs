@@ -39,6 +39,10 @@ pub struct Listener {
     /// Has every connection passed on as it is, whatever is spoken on it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tcp: Option<Tcp>,
+    /// What becomes of header fields whose names have anything but letters, digits and hyphens. CGI, WSGI, Rack and PHP read
+    /// `X_Forwarded_For` as `X-Forwarded-For`, so that a client can forge what a proxy says.
+    #[serde(default)]
+    pub odd_header_names: OddNames,
     /// What clients may cost.
     #[serde(default)]
     pub limits: Limits,
@@ -68,6 +72,19 @@ pub enum Protocol {
     H2,
     /// HTTP/2 in clear text, by prior knowledge (RFC 9113 §3.3).
     H2c,
+}
+
+/// What becomes of header fields whose names have anything but letters, digits and hyphens.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum OddNames {
+    /// They are dropped.
+    #[default]
+    Drop,
+    /// The request is refused with 400.
+    Refuse,
+    /// They pass, but for those that could be taken for a field of a proxy, of framing or of the connection.
+    Keep,
 }
 
 /// What the clients of a listener may cost.

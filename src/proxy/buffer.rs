@@ -88,7 +88,12 @@ pub async fn request(
         }
     }
     if let Some(mirror) = route.mirror.as_ref().filter(|mirror| mirror.draws()) {
-        exchange.copy = copy(mirror, &mut session, grpc, plan);
+        exchange.copy = if exchange.upgrade {
+            mirror.leaves(Fate::Upgrade);
+            None
+        } else {
+            copy(mirror, &mut session, grpc, plan)
+        };
     }
     session.stand_in(client);
     Ok(())

@@ -50,7 +50,7 @@ pub struct Exchange {
     pub peer_is_trusted: bool,
     /// `http` or `https`, as the client spoke it.
     pub scheme: &'static str,
-    /// The target as the client sent it, if a filter might change it.
+    /// The target before filters, if one might change it.
     pub target: Option<Uri>,
     /// What followed the body of the request, once it is whole.
     pub trailers: Option<HeaderMap>,
@@ -60,6 +60,8 @@ pub struct Exchange {
     pub interim: u32,
     /// It is a gRPC call, and this is known of it.
     pub grpc: Option<Call>,
+    /// The client asks for a WebSocket.
+    pub upgrade: bool,
     /// The route it took.
     pub route: Option<Arc<Route>>,
     /// What the filters of the route keep for it.
@@ -74,7 +76,7 @@ pub struct Exchange {
     pub tried: Vec<Arc<Endpoint>>,
     /// How often an endpoint was chosen.
     pub attempts: u32,
-    /// The session that stands between Pingora and the client.
+    /// The session that stands between Pingora and the client. `None` once they have switched to another protocol.
     pub link: Option<Arc<Link>>,
     /// It has had the one attempt that counts as none, for a connection that was of no use. A second one of this kind says
     /// something against its endpoint.
@@ -274,6 +276,7 @@ impl Exchange {
             trailers_slot: None,
             interim: 0,
             grpc: None,
+            upgrade: false,
             route: None,
             filters: None,
             upstream: None,
@@ -322,7 +325,7 @@ impl Exchange {
         }
     }
 
-    /// What keys are looked for in: the target as it was sent, and the header as the filters have left it.
+    /// What keys are looked for in: the target before the filters, and the header as they have left it.
     pub fn asked<'e>(&'e self, request: &'e RequestHeader) -> Asked<'e> {
         Asked {
             client: self.client,

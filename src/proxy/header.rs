@@ -1,18 +1,24 @@
 //! Phase `header`, the part that holds for every protocol: what may not pass, and who the client is.
 //!
-//! Before it, `client` has read the header and, on HTTP/1, checked its framing. After it comes `route`.
+//! Before it, `client` has read the header and, on HTTP/1, checked its framing. After it comes `route`, which sees of the header what
+//! is meant for it: what ends here ([`hop`]) and what only others may say ([`names`]) is gone.
+
+pub mod hop;
+pub mod names;
 
 use std::net::IpAddr;
 
-use http::{HeaderMap, HeaderName, HeaderValue, Method, header};
+use http::{HeaderMap, HeaderValue, Method, header};
 use ipnet::IpNet;
 use pingora::http::RequestHeader;
 
 use super::exchange::Exchange;
+use super::forwarded;
 use super::route::without_port;
 use crate::client::connection::Connection;
 use crate::client::head::is_host;
 use crate::config::address::Proxy;
+use crate::config::listener::OddNames;
 use crate::error::{Refusal, refusal};
 
 /// Proxies whose word on the client is believed.
@@ -42,17 +48,21 @@ impl TrustedProxies {
     }
 }
 
-/// Looks at a request header that has just arrived.
-pub fn check(
-    exchange: &mut Exchange,
-    request: &mut RequestHeader,
-    trusted: &TrustedProxies,
-) -> Result<(), &'static Refusal> {
+/// What holds for the headers of all requests.
+pub struct Rules {
+    /// Proxies in front of us that are believed.
+    pub trusted: TrustedProxies,
+}
+
+/// Looks at a request header that has just arrived, and leaves of it what is meant for routes, filters and the endpoint.
+pub fn check(exchange: &mut Exchange, request: &mut RequestHeader, rules: &Rules) -> Result<(), &'static Refusal> {
+    let connection = exchange.connection.clone();
+    exchange.peer_is_trusted = connection.as_ref().is_some_and(|connection| rules.trusted.is_peer_of(connection));
     if matches!(request.method, Method::CONNECT | Method::TRACE) {
         return Err(&refusal::HEADER_METHOD);
     }
     if request.version == http::Version::HTTP_2 {
-        let fields_max = exchange.connection.as_ref().map_or(usize::MAX, |connection| connection.listener.head.fields);
+        let fields_max = connection.as_ref().map_or(usize::MAX, |connection| connection.listener.head.fields);
         if request.headers.len() > fields_max {
             return Err(&refusal::HEADER_TOO_MANY);
         }
@@ -62,8 +72,12 @@ pub fn check(
     } else {
         make_origin_form(request)?;
     }
-    drop_other_upgrades(request);
-    identify(exchange, request, trusted);
+    hop::end(request)?;
+    let odd = connection.as_ref().map_or(OddNames::Drop, |connection| connection.listener.odd_names);
+    names::check(request, odd, exchange.peer_is_trusted)?;
+    if let Some(connection) = &connection {
+        identify(exchange, connection, &request.headers, &rules.trusted);
+    }
     introduce(exchange, request)?;
     let host = request.headers.get(header::HOST).and_then(|host| host.to_str().ok()).unwrap_or_default();
     // RFC 9110 §15.5.20. A connection on which nothing was asked of the client opens no door of a host that asks.
@@ -112,7 +126,7 @@ fn check_http1_form(request: &RequestHeader) -> Result<(), &'static Refusal> {
 pub fn is_grpc(request: &RequestHeader) -> bool {
     request.version == http::Version::HTTP_2
         && request.method == Method::POST
-        && takes_trailers(&request.headers)
+        && hop::takes_trailers(&request.headers)
         && is_grpc_type(&request.headers)
 }
 
@@ -124,18 +138,6 @@ pub fn is_grpc_type(headers: &HeaderMap) -> bool {
     let (Some(kind), None) = (kinds.next(), kinds.next()) else { return false };
     let Some((kind, rest)) = kind.as_bytes().split_at_checked(GRPC.len()) else { return false };
     kind.eq_ignore_ascii_case(GRPC) && matches!(rest.trim_ascii_start().first(), None | Some(b'+' | b';'))
-}
-
-/// Whether `TE` names `trailers` (RFC 9110 §10.1.4).
-pub fn takes_trailers(headers: &HeaderMap) -> bool {
-    tokens(headers, &header::TE).any(|token| token.eq_ignore_ascii_case(b"trailers"))
-}
-
-/// The members of a list of tokens, over all fields of this name, without their parameters (RFC 9110 §5.6.1).
-fn tokens<'h>(headers: &'h HeaderMap, name: &HeaderName) -> impl Iterator<Item = &'h [u8]> {
-    let members = headers.get_all(name).iter().flat_map(|value| value.as_bytes().split(|&byte| byte == b','));
-    let tokens = members.map(|member| member.split(|&byte| byte == b';').next().unwrap_or_default().trim_ascii());
-    tokens.filter(|token| !token.is_empty())
 }
 
 /// RFC 9113 §8.2.3: HTTP/2 may cut a cookie into crumbs; HTTP/1 knows one field.
@@ -165,35 +167,16 @@ fn make_origin_form(request: &mut RequestHeader) -> Result<(), &'static Refusal>
     request.set_raw_path(&path).map_err(|_| &refusal::HEADER_MALFORMED)
 }
 
-/// Only WebSocket is an upgrade that passes, as with Pingora. One to h2c above all would let the client speak past the
-/// routes and filters (RFC 9113 §3.1 has abolished it).
-fn drop_other_upgrades(request: &mut RequestHeader) {
-    const HTTP2_SETTINGS: HeaderName = HeaderName::from_static("http2-settings");
-    let Some(upgrade) = request.headers.get(header::UPGRADE) else { return };
-    let websocket = upgrade.as_bytes().eq_ignore_ascii_case(b"websocket")
-        // RFC 6455 §4.1. Whatever else says so would go round the limits for request bodies.
-        && request.method == Method::GET
-        && !request.headers.contains_key(header::CONTENT_LENGTH)
-        && !request.headers.contains_key(header::TRANSFER_ENCODING);
-    if !websocket {
-        request.remove_header(&header::UPGRADE);
-        request.remove_header(&HTTP2_SETTINGS);
-    }
-}
-
-/// Finds the client: the peer, or, where the peer is trusted, the last address in `X-Forwarded-For` that is not.
-fn identify(exchange: &mut Exchange, request: &RequestHeader, trusted: &TrustedProxies) {
-    let Some(connection) = &exchange.connection else { return };
-    let peer = connection.peer.map(|peer| peer.ip());
-    exchange.client = peer;
-    exchange.peer_is_trusted = trusted.is_peer_of(connection);
+/// Finds the client: the peer, or, where the peer is trusted, whom it names.
+fn identify(exchange: &mut Exchange, connection: &Connection, headers: &HeaderMap, trusted: &TrustedProxies) {
+    exchange.client = connection.peer.map(|peer| peer.ip());
     if !exchange.peer_is_trusted {
         return;
     }
-    if let Some(client) = forwarded_client(request, trusted) {
+    if let Some(client) = forwarded::client(headers, |address| trusted.contains(address)) {
         exchange.client = Some(client);
     }
-    if let Some(https) = forwarded_https(request) {
+    if let Some(https) = forwarded::is_https(headers) {
         exchange.scheme = if https { "https" } else { "http" };
     }
 }
@@ -210,16 +193,13 @@ const CLIENT_CERTIFICATE: [HeaderName; 4] = [
 /// Longer, and no origin would take it.
 const CERTIFICATE_FIELD_BYTES_MAX: usize = 8 << 10;
 
-/// Says who the client has proved to be, in place of what it says itself.
+/// Says who the client has proved to be. What it says of the kind itself has been removed ([`names`]), unless it is a trusted proxy.
 fn introduce(exchange: &Exchange, request: &mut RequestHeader) -> Result<(), &'static Refusal> {
     let proved = exchange.connection.as_ref().and_then(|connection| connection.tls()?.client.as_ref());
-    if proved.is_none() && exchange.peer_is_trusted {
-        return Ok(());
-    }
+    let Some(client) = proved else { return Ok(()) };
     for name in &CLIENT_CERTIFICATE {
         request.remove_header(name);
     }
-    let Some(client) = proved else { return Ok(()) };
     let said = [&client.subject, &client.names, &client.fingerprint, &client.serial];
     for (name, text) in CLIENT_CERTIFICATE.iter().zip(said).filter(|(_, text)| !text.is_empty()) {
         // Cut or changed, it might be somebody else's.
@@ -229,54 +209,6 @@ fn introduce(exchange: &Exchange, request: &mut RequestHeader) -> Result<(), &'s
         request.insert_header(name.clone(), value).map_err(|_| &refusal::HEADER_MALFORMED)?;
     }
     Ok(())
-}
-
-/// Whether the nearest proxy says that its client came by TLS; `None` if it does not say.
-fn forwarded_https(request: &RequestHeader) -> Option<bool> {
-    if let Some(proto) = request.headers.get(X_FORWARDED_PROTO) {
-        return Some(proto.as_bytes().eq_ignore_ascii_case(b"https"));
-    }
-    let last = request.headers.get_all(header::FORWARDED).iter().next_back();
-    let element = last.and_then(|value| value.to_str().ok()?.rsplit(',').next());
-    element.and_then(|element| parameter(element, "proto")).map(|proto| proto.eq_ignore_ascii_case("https"))
-}
-
-/// `X-Forwarded-Proto`.
-pub const X_FORWARDED_PROTO: HeaderName = HeaderName::from_static("x-forwarded-proto");
-/// `X-Forwarded-For`.
-pub const X_FORWARDED_FOR: HeaderName = HeaderName::from_static("x-forwarded-for");
-
-/// Walks from the nearest hop outwards; stops at the first address that is not a trusted proxy, or at nonsense.
-/// `X-Forwarded-For` is asked first, `Forwarded` (RFC 7239) if there is none.
-fn forwarded_client(request: &RequestHeader, trusted: &TrustedProxies) -> Option<IpAddr> {
-    let standard = !request.headers.contains_key(X_FORWARDED_FOR);
-    let name = if standard { header::FORWARDED } else { X_FORWARDED_FOR };
-    let mut client = None;
-    for value in request.headers.get_all(name).iter().rev() {
-        for hop in value.to_str().ok()?.rsplit(',') {
-            let hop = if standard { parameter(hop, "for").unwrap_or_default() } else { hop.trim() };
-            let Some(address) = hop_address(hop) else { return client };
-            client = Some(address);
-            if !trusted.contains(address) {
-                return client;
-            }
-        }
-    }
-    client
-}
-
-/// The value of a parameter in an element of `Forwarded` (RFC 7239 §4), without its quotes.
-fn parameter<'e>(element: &'e str, name: &str) -> Option<&'e str> {
-    let mut pairs = element.split(';').filter_map(|pair| pair.trim().split_once('='));
-    pairs.find(|(found, _)| found.eq_ignore_ascii_case(name)).map(|(_, value)| value.trim_matches('"'))
-}
-
-/// An address as it stands in `X-Forwarded-For`: bare, or with a port as some proxies write it.
-fn hop_address(hop: &str) -> Option<IpAddr> {
-    let bare = hop.parse().ok();
-    let with_port = || hop.parse::<std::net::SocketAddr>().ok().map(|address| address.ip());
-    let bracketed = || hop.strip_prefix('[')?.strip_suffix(']')?.parse().ok();
-    bare.or_else(with_port).or_else(bracketed).map(|address: IpAddr| address.to_canonical())
 }
 
 #[cfg(test)]
@@ -290,36 +222,6 @@ pub(super) mod tests {
             request.append_header(*name, *value).expect("a header");
         }
         request
-    }
-
-    fn client_behind(trusted: &[&str], forwarded: &[&str]) -> Option<String> {
-        let networks: Vec<Proxy> = trusted.iter().map(|network| network.parse().expect("a network")).collect();
-        let fields: Vec<_> = forwarded.iter().map(|value| ("x-forwarded-for", *value)).collect();
-        forwarded_client(&request(&fields), &TrustedProxies::new(&networks)).map(|client| client.to_string())
-    }
-
-    #[test]
-    fn the_client_is_the_last_address_that_no_trusted_proxy_has() {
-        let trusted = ["10.0.0.0/8", "fd00::/8"];
-        assert_eq!(client_behind(&trusted, &["1.2.3.4"]), Some("1.2.3.4".into()));
-        assert_eq!(client_behind(&trusted, &["6.6.6.6, 1.2.3.4, 10.0.0.7"]), Some("1.2.3.4".into()));
-        assert_eq!(client_behind(&trusted, &["6.6.6.6", "1.2.3.4", "10.0.0.7"]), Some("1.2.3.4".into()));
-        assert_eq!(client_behind(&trusted, &["10.0.0.1, 10.0.0.2"]), Some("10.0.0.1".into()));
-        assert_eq!(client_behind(&trusted, &["[2001:db8::1]:4711"]), Some("2001:db8::1".into()));
-        assert_eq!(client_behind(&trusted, &["::ffff:1.2.3.4"]), Some("1.2.3.4".into()));
-        assert_eq!(client_behind(&trusted, &["nonsense, 10.0.0.1"]), Some("10.0.0.1".into()));
-        assert_eq!(client_behind(&trusted, &[]), None);
-    }
-
-    #[test]
-    fn forwarded_is_believed_where_there_is_no_x_forwarded_for() {
-        let trusted = TrustedProxies::new(&["10.0.0.0/8".parse().expect("a network")]);
-        let said =
-            request(&[("forwarded", "for=6.6.6.6, For=\"[2001:db8::1]:4711\";proto=https, for=10.0.0.1;proto=http")]);
-        assert_eq!(forwarded_client(&said, &trusted), "2001:db8::1".parse().ok());
-        assert_eq!(forwarded_https(&said), Some(false));
-        assert_eq!(forwarded_https(&request(&[("forwarded", "for=1.2.3.4;Proto=HTTPS")])), Some(true));
-        assert_eq!(forwarded_https(&request(&[("forwarded", "for=1.2.3.4")])), None);
     }
 
     #[test]
@@ -383,17 +285,5 @@ pub(super) mod tests {
             assert_eq!(make_origin_form(&mut request), Ok(()));
             assert_eq!(String::from_utf8_lossy(request.raw_path()), path, "{target}");
         }
-    }
-
-    #[test]
-    fn an_upgrade_to_anything_but_websocket_is_dropped() {
-        for other in ["H2C", "h2c, websocket", "echo"] {
-            let mut request = request(&[("upgrade", other), ("http2-settings", "AAMAAABk")]);
-            drop_other_upgrades(&mut request);
-            assert!(request.headers.get("upgrade").is_none() && request.headers.get("http2-settings").is_none());
-        }
-        let mut websocket = request(&[("upgrade", "WebSocket")]);
-        drop_other_upgrades(&mut websocket);
-        assert!(websocket.headers.get("upgrade").is_some());
     }
 }

@@ -73,9 +73,8 @@ fn turn(exchange: &Exchange, upstream: &Upstream) -> Choice {
 
 /// Ready when the client has gone.
 pub(super) fn poll_gone(exchange: &Exchange, client: &mut ServerSession, cx: &mut Context<'_>) -> Poll<()> {
-    if let Some(link) = &exchange.link {
-        return link.poll_gone(cx);
+    match &exchange.link {
+        Some(link) => link.poll_gone(cx),
+        None => pin!(client.read_body_or_idle(true)).poll(cx).map(drop),
     }
-    // An upgrade: what the client sends already stays where it is.
-    pin!(client.read_body_or_idle(true)).poll(cx).map(drop)
 }

@@ -8,9 +8,12 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, Version, header};
 use pingora::http::{RequestHeader, ResponseHeader};
+use pingora::protocols::http::ServerSession;
 use pingora::{Error, ErrorType, Result};
 
+use super::deadline::Dues;
 use super::exchange::{Exchange, FilterStates};
+use super::header::hop::members;
 use super::https;
 use super::route::Route;
 use crate::client::session::Tap;
@@ -26,6 +29,27 @@ const INTERIM_MAX: u32 = 1_000;
 const HOP_BY_HOP: [HeaderName; 3] =
     [HeaderName::from_static("keep-alive"), HeaderName::from_static("proxy-connection"), header::TE];
 
+/// If this is the answer that the client's wish for a WebSocket waits for, and no other, the client's own session takes its place again
+/// and both sides speak as they like. Until then the exchange was bounded as any other is, and with any other answer it stays so.
+pub fn switch(exchange: &mut Exchange, client: &mut Box<ServerSession>, response: &ResponseHeader) -> Result<()> {
+    if response.status != StatusCode::SWITCHING_PROTOCOLS || !(exchange.upgrade && names_websocket(response)) {
+        return Ok(());
+    }
+    if let Some(link) = exchange.link.take()
+        && !link.step_aside(client)
+    {
+        return Err(Error::new_in(ErrorType::InternalError));
+    }
+    exchange.dues = Dues::default();
+    Ok(())
+}
+
+/// RFC 9110 §7.8: a 101 says what it switches to.
+fn names_websocket(response: &ResponseHeader) -> bool {
+    let mut protocols = members(&response.headers, &header::UPGRADE);
+    protocols.next().is_some_and(|protocol| protocol.eq_ignore_ascii_case(b"websocket")) && protocols.next().is_none()
+}
+
 /// The response header is here.
 pub async fn header(
     exchange: &mut Exchange,
@@ -37,7 +61,7 @@ pub async fn header(
         return interim(exchange, response);
     }
     if response.status == StatusCode::SWITCHING_PROTOCOLS && exchange.link.is_some() {
-        // RFC 9110 §15.2.2: nobody asked. What the client sends next is its next request, and is not to pass unread.
+        // RFC 9110 §15.2.2: nobody asked for that. What the client sends next is its next request, and is not to pass unread.
         exchange.refuse(Refused { refusal: &refusal::WAIT_MALFORMED, headers: Vec::new() });
         return Err(Error::new_up(ErrorType::InvalidHTTPHeader));
     }

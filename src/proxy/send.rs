@@ -3,13 +3,11 @@
 //! After `connect`; `wait` begins when Pingora has taken the last piece of the body. Up to four pieces may still be in
 //! Pingora's channel then.
 
-use std::fmt::Write;
-use std::net::IpAddr;
 use std::sync::PoisonError;
 use std::time::Instant;
 
 use bytes::Bytes;
-use http::{HeaderName, HeaderValue, header};
+use http::{HeaderValue, header};
 use pingora::http::RequestHeader;
 use pingora::protocols::http::ServerSession;
 use pingora::{Error, ErrorSource, ErrorType, Result, RetryType};
@@ -17,7 +15,9 @@ use pingora::{Error, ErrorSource, ErrorType, Result, RetryType};
 use super::blame;
 use super::deadline;
 use super::exchange::Exchange;
-use super::header::{X_FORWARDED_FOR, X_FORWARDED_PROTO, is_grpc_type, takes_trailers};
+use super::forwarded::{self, Own};
+use super::header::hop::takes_trailers;
+use super::header::is_grpc_type;
 use super::mirror;
 use super::retry::{self, Failure};
 use crate::access_log::Why;
@@ -29,18 +29,6 @@ use crate::phase::Phase;
 use crate::spans::pass_on;
 use crate::upstream::Outcome;
 use crate::upstream::transport::http2::RequestTrailers;
-
-const X_FORWARDED_HOST: HeaderName = HeaderName::from_static("x-forwarded-host");
-const X_FORWARDED_PORT: HeaderName = HeaderName::from_static("x-forwarded-port");
-/// Said by others of the client, believed by many applications; only a trusted proxy may say it.
-const HEARSAY: [HeaderName; 6] = [
-    X_FORWARDED_FOR,
-    X_FORWARDED_PROTO,
-    X_FORWARDED_HOST,
-    X_FORWARDED_PORT,
-    HeaderName::from_static("x-real-ip"),
-    header::FORWARDED,
-];
 
 /// What Forebay adds to every request.
 #[derive(Clone, Copy, Debug)]
@@ -63,21 +51,17 @@ pub fn header(
         if !request.raw_path_is_utf8() {
             return Error::e_explain(ErrorType::InvalidHTTPHeader, "HTTP/2 cannot say this target").map_err(into_down);
         }
-        strip_named_by_connection(request);
         accept_trailers(client, request)?;
     }
-    if !exchange.peer_is_trusted {
-        drop_hearsay(request);
-    }
-    let peer = exchange.connection.as_ref().and_then(|connection| connection.peer).map(|peer| peer.ip());
+    let connection = exchange.connection.as_ref();
     let host = request.headers.get(header::HOST).cloned();
-    if matches!(manners.forwarded, Forwarded::XForwarded | Forwarded::Both) {
-        let port = exchange.connection.as_ref().and_then(|connection| connection.local).map(|local| local.port());
-        x_forwarded(request, peer, exchange.scheme, host.clone(), port)?;
-    }
-    if matches!(manners.forwarded, Forwarded::Rfc7239 | Forwarded::Both) {
-        rfc7239(request, peer, exchange.scheme, host.as_ref())?;
-    }
+    let own = Own {
+        peer: connection.and_then(|connection| connection.peer).map(|peer| peer.ip()),
+        scheme: exchange.scheme,
+        host: host.as_ref(),
+        port: connection.and_then(|connection| connection.local).map(|local| local.port()),
+    };
+    forwarded::tell(request, manners.forwarded, own)?;
     if manners.via {
         request.append_header(header::VIA, HeaderValue::from_static("1.1 forebay"))?;
     }
@@ -99,19 +83,6 @@ pub fn header(
 
 fn into_down(error: Box<Error>) -> Box<Error> {
     error.into_down()
-}
-
-/// RFC 9110 §7.6.1: what `Connection` names concerns the client's connection. Towards HTTP/1, Pingora has removed it.
-fn strip_named_by_connection(request: &mut RequestHeader) {
-    while let Some(connection) = request.remove_header(&header::CONNECTION) {
-        for name in connection.as_bytes().split(|&byte| byte == b',') {
-            if let Ok(name) = HeaderName::from_bytes(name.trim_ascii())
-                && name != header::HOST
-            {
-                request.remove_header(&name);
-            }
-        }
-    }
 }
 
 /// Gives trailers of the request a place, if the endpoint can have them; else none are announced.
@@ -242,98 +213,10 @@ fn failure(exchange: &Exchange, error: &Error, reused: bool) -> Option<Failure> 
     })
 }
 
-/// Most requests bring none of it: one look over the names is cheaper than a look-up for each.
-fn drop_hearsay(request: &mut RequestHeader) {
-    if request.headers.keys().any(|name| HEARSAY.contains(name)) {
-        for name in &HEARSAY {
-            request.remove_header(name);
-        }
-    }
-}
-
-/// Adds the peer to the hops; of the rest, what a trusted proxy said stands.
-fn x_forwarded(
-    request: &mut RequestHeader,
-    peer: Option<IpAddr>,
-    scheme: &'static str,
-    host: Option<HeaderValue>,
-    port: Option<u16>,
-) -> Result<()> {
-    if let Some(peer) = peer {
-        let mut hops = joined(request, &X_FORWARDED_FOR);
-        append(&mut hops, format_args!("{peer}"));
-        request.insert_header(X_FORWARDED_FOR, hops)?;
-    }
-    let said = [
-        (X_FORWARDED_PROTO, Some(HeaderValue::from_static(scheme))),
-        (X_FORWARDED_HOST, host),
-        (X_FORWARDED_PORT, port.map(HeaderValue::from)),
-    ];
-    for (name, value) in said {
-        if let Some(value) = value.filter(|_| !request.headers.contains_key(&name)) {
-            request.insert_header(name, value)?;
-        }
-    }
-    Ok(())
-}
-
-/// RFC 7239 §4: one element a hop, IPv6 addresses and hosts quoted.
-fn rfc7239(
-    request: &mut RequestHeader,
-    peer: Option<IpAddr>,
-    scheme: &'static str,
-    host: Option<&HeaderValue>,
-) -> Result<()> {
-    let mut hops = joined(request, &header::FORWARDED);
-    match peer {
-        Some(IpAddr::V4(peer)) => append(&mut hops, format_args!("for={peer}")),
-        Some(IpAddr::V6(peer)) => append(&mut hops, format_args!("for=\"[{peer}]\"")),
-        None => append(&mut hops, format_args!("for=unknown")),
-    }
-    if let Some(host) = host.and_then(|host| host.to_str().ok()) {
-        let _ = write!(hops, ";host=\"{host}\"");
-    }
-    let _ = write!(hops, ";proto={scheme}");
-    request.insert_header(header::FORWARDED, hops)
-}
-
-/// The values of a list header in one.
-fn joined(request: &RequestHeader, name: &HeaderName) -> String {
-    let mut list = String::with_capacity(40);
-    for value in request.headers.get_all(name) {
-        if let Ok(value) = value.to_str() {
-            append(&mut list, format_args!("{value}"));
-        }
-    }
-    list
-}
-
-fn append(list: &mut String, item: std::fmt::Arguments<'_>) {
-    if !list.is_empty() {
-        list.push_str(", ");
-    }
-    // Writing to a string cannot fail.
-    let _ = list.write_fmt(item);
-}
-
 #[cfg(test)]
 mod tests {
     use super::super::header::tests::request;
     use super::*;
-
-    fn value(request: &RequestHeader, name: &str) -> Option<String> {
-        request.headers.get(name).map(|value| String::from_utf8_lossy(value.as_bytes()).into_owned())
-    }
-
-    #[test]
-    fn a_hop_is_added_to_those_before() {
-        let mut request = request(&[("x-forwarded-for", "1.2.3.4"), ("x-forwarded-for", "10.0.0.1")]);
-        x_forwarded(&mut request, "10.0.0.2".parse().ok(), "http", Some(HeaderValue::from_static("shop")), Some(80))
-            .expect("headers");
-        assert_eq!(value(&request, "x-forwarded-for").as_deref(), Some("1.2.3.4, 10.0.0.1, 10.0.0.2"));
-        assert_eq!(value(&request, "x-forwarded-proto").as_deref(), Some("http"));
-        assert_eq!(value(&request, "x-forwarded-host").as_deref(), Some("shop"));
-    }
 
     #[test]
     fn towards_http_2_trailers_are_accepted_where_the_client_or_grpc_does() {
@@ -347,18 +230,7 @@ mod tests {
         ] {
             let mut towards = request(&[]);
             accept_trailers(&request(fields), &mut towards).expect("a header");
-            assert_eq!(value(&towards, "te").as_deref(), sent.then_some("trailers"), "{fields:?}");
+            assert_eq!(towards.headers.get("te").is_some_and(|te| te == "trailers"), sent, "{fields:?}");
         }
-    }
-
-    #[test]
-    fn forwarded_quotes_what_must_be_quoted() {
-        let mut request = request(&[]);
-        rfc7239(&mut request, "2001:db8::1".parse().ok(), "https", Some(&HeaderValue::from_static("shop:8080")))
-            .expect("headers");
-        assert_eq!(
-            value(&request, "forwarded").as_deref(),
-            Some("for=\"[2001:db8::1]\";host=\"shop:8080\";proto=https")
-        );
     }
 }

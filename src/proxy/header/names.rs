@@ -1,0 +1,163 @@
+//! Fields that do not pass because of their names: those that one backend reads as another field than we do, and those that only a
+//! proxy in front of us, or Forebay itself, may say.
+//!
+//! They go before routes and filters see the request, so that no condition on a header can be met by a forged one, and what a filter
+//! sets under such a name stays.
+
+use http::HeaderName;
+use pingora::http::RequestHeader;
+
+use crate::config::listener::OddNames;
+use crate::error::{Refusal, refusal};
+
+/// What is said of a client by a proxy in front of us, and believed by many applications; so are all names that begin like this.
+const HEARSAY_BEGINS: [&str; 3] = ["x-forwarded-", "x-forebay-", "x-client-cert-"];
+/// The same, by their whole names.
+const HEARSAY: [&str; 7] = [
+    "forwarded",
+    "x-real-ip",
+    "x-client-ip",
+    "true-client-ip",
+    "x-cluster-client-ip",
+    "x-original-url",
+    "x-rewrite-url",
+];
+
+/// Fields by which a message is framed or sent, and those that a client must not say at all.
+const GUARDED: [&str; 12] = [
+    "connection",
+    "content-length",
+    "content-type",
+    "cookie",
+    "authorization",
+    "host",
+    "proxy",
+    "te",
+    "trailer",
+    "transfer-encoding",
+    "upgrade",
+    "via",
+];
+
+/// Removes the fields that do not pass; `trusted`: from a proxy whose word is believed.
+///
+/// # Errors
+///
+/// There is one with an odd name, where such requests are refused.
+pub fn check(request: &mut RequestHeader, odd: OddNames, trusted: bool) -> Result<(), &'static Refusal> {
+    let mut dropped: Vec<HeaderName> = Vec::new();
+    for name in request.headers.keys() {
+        let text = name.as_str();
+        let drop = match (is_odd(text), odd) {
+            (true, OddNames::Refuse) => return Err(&refusal::HEADER_NAME),
+            (true, OddNames::Drop) => true,
+            (true, OddNames::Keep) => stands_for_more(text),
+            // CGI makes the variable HTTP_PROXY of it, by which many libraries are told of a proxy (CVE-2016-5385).
+            (false, _) => text == "proxy" || (!trusted && is_hearsay(text)),
+        };
+        if drop {
+            dropped.push(name.clone());
+        }
+    }
+    for name in &dropped {
+        request.remove_header(name);
+    }
+    Ok(())
+}
+
+/// Whether only a trusted proxy may say this. The name is in lower case.
+pub fn is_hearsay(name: &str) -> bool {
+    HEARSAY_BEGINS.iter().any(|begin| name.starts_with(begin)) || HEARSAY.contains(&name)
+}
+
+/// Whether there is anything in it but letters, digits and hyphens. CGI, WSGI, Rack and PHP make one name of `X_Edge` and `X-Edge`.
+fn is_odd(name: &str) -> bool {
+    !name.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'-')
+}
+
+/// Whether a backend could take it for a field that we look at or set.
+fn stands_for_more(name: &str) -> bool {
+    let plain: String = name.chars().map(|char| if char.is_ascii_alphanumeric() { char } else { '-' }).collect();
+    is_hearsay(&plain) || GUARDED.contains(&&*plain)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::tests::request;
+    use super::*;
+
+    fn left(odd: OddNames, trusted: bool, names: &[&'static str]) -> Vec<String> {
+        let fields: Vec<_> = names.iter().map(|name| (*name, "1")).collect();
+        let mut request = request(&fields);
+        check(&mut request, odd, trusted).expect("no refusal");
+        let mut left: Vec<_> = request.headers.keys().map(|name| name.as_str().to_owned()).collect();
+        left.sort_unstable();
+        left
+    }
+
+    #[test]
+    fn a_stranger_cannot_say_what_a_proxy_says() {
+        let names = [
+            "x-forwarded-for",
+            "X-Forwarded-Client-Cert",
+            "forwarded",
+            "x-real-ip",
+            "true-client-ip",
+            "x-original-url",
+        ];
+        let ours = ["x-forebay-mirror", "X-Forebay-Anything", "x-client-cert-subject"];
+        assert_eq!(
+            left(OddNames::Drop, false, &[&names[..], &ours, &["x-own", "x-forwarded"]].concat()),
+            ["x-forwarded", "x-own"]
+        );
+        assert_eq!(left(OddNames::Drop, true, &[&names[..], &ours].concat()).len(), names.len() + ours.len());
+    }
+
+    #[test]
+    fn nobody_can_set_the_proxy_of_a_cgi_program() {
+        for trusted in [false, true] {
+            assert_eq!(left(OddNames::Drop, trusted, &["Proxy", "proxy-x"]), ["proxy-x"]);
+        }
+    }
+
+    #[test]
+    fn names_that_a_backend_may_read_as_others_are_dropped() {
+        let odd = [
+            "X_Edge",
+            "X_Forwarded_For",
+            "Transfer_Encoding",
+            "Content_Length",
+            "x.edge",
+            "x~edge",
+            "_",
+            "x-edge_",
+            "HTTP_HOST",
+        ];
+        for trusted in [false, true] {
+            assert_eq!(left(OddNames::Drop, trusted, &[&odd[..], &["X-Edge", "a1"]].concat()), ["a1", "x-edge"]);
+        }
+    }
+
+    #[test]
+    fn such_a_request_is_refused_where_that_is_said() {
+        for name in ["X_Edge", "x.edge"] {
+            assert_eq!(check(&mut request(&[(name, "1")]), OddNames::Refuse, true), Err(&refusal::HEADER_NAME));
+        }
+        assert_eq!(left(OddNames::Refuse, true, &["x-edge"]), ["x-edge"]);
+    }
+
+    #[test]
+    fn where_they_are_kept_those_that_stand_for_more_still_go() {
+        let odd = [
+            "X_Forwarded_For",
+            "x.real.ip",
+            "Transfer_Encoding",
+            "content_length",
+            "HOST_",
+            "_proxy",
+            "x_client_cert_subject",
+        ];
+        assert_eq!(left(OddNames::Keep, true, &odd), ["_proxy", "host_"]);
+        assert_eq!(left(OddNames::Keep, false, &["api_key", "x.y"]), ["api_key", "x.y"]);
+    }
+}
