@@ -10,6 +10,7 @@ pub mod address;
 pub mod filter;
 pub mod key;
 pub mod listener;
+pub mod paths;
 pub mod route;
 pub mod server;
 pub mod units;
@@ -40,6 +41,7 @@ pub use address::Address;
 pub use filter::FilterKind;
 pub use key::Key;
 pub use listener::Listener;
+pub use paths::Paths;
 pub use report::Report;
 pub use route::Route;
 pub use schema::schema;
@@ -76,6 +78,9 @@ pub struct Config {
     /// Whether `Via` is added to requests and responses (RFC 9110 §7.6.3).
     #[serde(default)]
     pub via: bool,
+    /// How the paths of requests are read.
+    #[serde(default)]
+    pub paths: Paths,
     /// Where clients connect.
     pub listeners: Vec<Listener>,
     /// Named groups of endpoints.

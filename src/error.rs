@@ -120,6 +120,7 @@ refusals! {
     HEADER_METHOD: "header.method", 405, "This method is not allowed.";
     HEADER_CONNECTION: "header.connection", 400, "The Connection field names what it must not.";
     HEADER_NAME: "header.name", 400, "A header field has a name that is not allowed here.";
+    HEADER_PATH: "header.path", 400, "The path of the request can be read in more than one way.";
     ROUTE_NO_MATCH: "route.no_match", 404, "No route matches this request.";
     ROUTE_PRESSURE: "route.pressure", 503, "The gateway has no room for further requests; try again later.";
     ROUTE_REQUESTS_PER_IP: "route.requests_per_ip", 429, "Too many requests of this address are under way; try again later.";

@@ -45,7 +45,7 @@ use crate::client::{Desk, Front};
 use crate::config::listener::Protocol;
 use crate::config::listener::tls::ClientMode;
 use crate::config::route::retry::ATTEMPTS_MAX;
-use crate::config::route::{BufferMode, Grpc, HalfClose, OnDiskFull};
+use crate::config::route::{BufferMode, Grpc, HalfClose, Match, OnDiskFull, PathMatch};
 use crate::config::server::{OpenFiles, Resources, Rung, Threads};
 use crate::config::units::{FileMode, Size, Time};
 use crate::config::{self, Config, Report};
@@ -59,6 +59,7 @@ use crate::proxy::Proxy;
 use crate::proxy::header::{Rules, TrustedProxies};
 use crate::proxy::mirror::Mirror;
 use crate::proxy::retry;
+use crate::proxy::route::path::Paths;
 use crate::proxy::route::table::Table;
 use crate::proxy::route::{Destination, Route};
 use crate::proxy::send::Manners;
@@ -254,7 +255,7 @@ impl Gateway {
         routes.push((unrouted.clone(), Vec::new()));
         let proxy = Proxy {
             routes: parts.routes,
-            rules: Rules { trusted: TrustedProxies::new(&config.trusted_proxies) },
+            rules: Rules { trusted: TrustedProxies::new(&config.trusted_proxies), paths: Paths::new(&config.paths) },
             manners: Manners { forwarded: config.forwarded, via: config.via },
             metrics: metrics.clone(),
             unrouted: unrouted.clone(),
@@ -403,7 +404,7 @@ impl Parts {
             errors.extend(found.into_iter().map(|error| error.under("admin.tls")));
             None
         });
-        let (mut rules, mut listed) = (Vec::new(), Vec::new());
+        let (mut rules, mut listed, paths) = (Vec::new(), Vec::new(), Paths::new(&config.paths));
         for (index, written) in config.routes.iter().enumerate() {
             match catalog.chain(&written.filters) {
                 Ok(chain) => {
@@ -411,7 +412,10 @@ impl Parts {
                     route.mirror = mirror(written, &upstreams, connector.as_ref(), metrics);
                     let split = written.upstreams.iter().map(|side| side.name.clone());
                     listed.push((route.metrics.clone(), written.upstream.iter().cloned().chain(split).collect()));
-                    rules.push((&written.matches, Arc::new(route)));
+                    match in_one_form(&written.matches, paths) {
+                        Ok(matches) => rules.push((matches, Arc::new(route))),
+                        Err(error) => errors.push(error.under(&format!("routes[{index}].match.path"))),
+                    }
                 }
                 Err(found) => {
                     errors.extend(
@@ -420,7 +424,7 @@ impl Parts {
                 }
             }
         }
-        match Table::build(rules) {
+        match Table::build(rules.iter().map(|(matches, route)| (matches, route.clone())).collect()) {
             Ok(routes) if errors.is_empty() => Ok(Parts { upstreams, routes, listed, tls, admin_tls }),
             Ok(_) => Err(errors),
             Err(found) => {
@@ -480,6 +484,20 @@ fn started(mut tls: Tls, owner: &str) -> Result<Arc<Tls>, BuildError> {
         tracing::warn!("{error}");
     }
     Ok(Arc::new(tls))
+}
+
+/// The same with its path in the form in which the paths of requests are looked up.
+fn in_one_form(matches: &Match, paths: Paths) -> Result<Match, BuildError> {
+    let path = match &matches.path {
+        Some(PathMatch::Exact(path)) => {
+            paths.written(path).map(PathMatch::Exact).map_err(|error| error.under("exact"))?
+        }
+        Some(PathMatch::Prefix(path)) => {
+            paths.written(path).map(PathMatch::Prefix).map_err(|error| error.under("prefix"))?
+        }
+        _ => return Ok(matches.clone()),
+    };
+    Ok(Match { path: Some(path), ..matches.clone() })
 }
 
 fn route(

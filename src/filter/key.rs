@@ -21,7 +21,7 @@ pub enum Key {
     ClientIp,
     /// The client's address, of IPv6 as much as tells clients apart.
     Client(Ipv6Prefix),
-    /// The path of the request, as it was sent.
+    /// The path of the request, in its one form.
     Path,
     /// The name of the route.
     Route,

@@ -1,4 +1,5 @@
-//! `rewrite`: changes the path that the upstream sees. The query stays, and percent-encoding is neither added nor removed.
+//! `rewrite`: changes the path that the upstream sees. The query stays, and percent-encoding is neither added nor removed: the path
+//! is in its one form (`paths` of the configuration), in which a regular expression sees `%C3%A4` and never `ä`.
 //!
 //! ```yaml
 //! - rewrite: { path: { prefix: { from: /api, to: /v1 } } }
@@ -104,7 +105,7 @@ impl FilterType for Rewrite {
 
 impl Rule {
     fn prefix(from: &str, to: &str) -> Result<Rule, BuildError> {
-        check_path(from, from).map_err(|message| BuildError::new("from", message))?;
+        check_path(from, from).and_then(|()| check_form(from)).map_err(|message| BuildError::new("from", message))?;
         check_path(to, to).map_err(|message| BuildError::new("to", message))?;
         let bare = |path: &str| path.trim_end_matches('/').to_owned();
         Ok(Rule::Prefix { from: bare(from), to: bare(to) })
@@ -197,6 +198,11 @@ fn check_path(path: &str, written: &str) -> Result<(), String> {
     }
     let fit = PathAndQuery::try_from(path).is_ok();
     if fit { Ok(()) } else { Err(format!("`{written}` is no path: spaces and the like must be percent-encoded")) }
+}
+
+/// Whether a path of a request could be this one: what is not ASCII is encoded in those.
+fn check_form(path: &str) -> Result<(), String> {
+    if path.is_ascii() { Ok(()) } else { Err(format!("`{path}` is met by no request: write it percent-encoded")) }
 }
 
 /// Puts `path` before the query. `None` if that gives no request target, or if the old one is not UTF-8, so that
@@ -311,6 +317,8 @@ mod tests {
         let space = "[0].rewrite.path.prefix.to: `/b c` is no path: spaces and the like must be percent-encoded";
         assert_eq!(told("{ from: /a, to: /b c }"), space);
         assert_eq!(told("{ from: /a }"), "[0].rewrite.path.prefix: missing field `to`");
+        let encoded = "[0].rewrite.path.prefix.from: `/ä` is met by no request: write it percent-encoded";
+        assert_eq!(told("{ from: /ä, to: /a }"), encoded);
         let unknown = "[0].rewrite.path.prefix.too: unknown field `too`, expected `from` or `to`";
         assert_eq!(told("{ from: /a, too: /b }"), unknown);
     }

@@ -50,7 +50,7 @@ pub struct Exchange {
     pub peer_is_trusted: bool,
     /// `http` or `https`, as the client spoke it.
     pub scheme: &'static str,
-    /// The target before filters, if one might change it.
+    /// The target before filters, if one might change it. Its path is in the one form of paths.
     pub target: Option<Uri>,
     /// What followed the body of the request, once it is whole.
     pub trailers: Option<HeaderMap>,

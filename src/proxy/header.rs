@@ -1,19 +1,22 @@
 //! Phase `header`, the part that holds for every protocol: what may not pass, and who the client is.
 //!
 //! Before it, `client` has read the header and, on HTTP/1, checked its framing. After it comes `route`, which sees of the header what
-//! is meant for it: what ends here ([`hop`]) and what only others may say ([`names`]) is gone.
+//! is meant for it: what ends here ([`hop`]) and what only others may say ([`names`]) is gone, and the path has its one form.
 
 pub mod hop;
 pub mod names;
 
+use std::borrow::Cow;
 use std::net::IpAddr;
 
-use http::{HeaderMap, HeaderValue, Method, header};
+use http::uri::PathAndQuery;
+use http::{HeaderMap, HeaderValue, Method, Uri, header};
 use ipnet::IpNet;
 use pingora::http::RequestHeader;
 
 use super::exchange::Exchange;
 use super::forwarded;
+use super::route::path::Paths;
 use super::route::without_port;
 use crate::client::connection::Connection;
 use crate::client::head::is_host;
@@ -52,6 +55,8 @@ impl TrustedProxies {
 pub struct Rules {
     /// Proxies in front of us that are believed.
     pub trusted: TrustedProxies,
+    /// How paths are read.
+    pub paths: Paths,
 }
 
 /// Looks at a request header that has just arrived, and leaves of it what is meant for routes, filters and the endpoint.
@@ -75,6 +80,7 @@ pub fn check(exchange: &mut Exchange, request: &mut RequestHeader, rules: &Rules
     hop::end(request)?;
     let odd = connection.as_ref().map_or(OddNames::Drop, |connection| connection.listener.odd_names);
     names::check(request, odd, exchange.peer_is_trusted)?;
+    give_one_path(request, rules.paths)?;
     if let Some(connection) = &connection {
         identify(exchange, connection, &request.headers, &rules.trusted);
     }
@@ -165,6 +171,23 @@ fn make_origin_form(request: &mut RequestHeader) -> Result<(), &'static Refusal>
         None => b"/".to_vec(),
     };
     request.set_raw_path(&path).map_err(|_| &refusal::HEADER_MALFORMED)
+}
+
+/// Brings the path into the one form in which everything here, and the endpoint, sees it.
+fn give_one_path(request: &mut RequestHeader, paths: Paths) -> Result<(), &'static Refusal> {
+    let target = request.raw_path();
+    let (path, query) = target.split_at(target.iter().position(|&byte| byte == b'?').unwrap_or(target.len()));
+    let path = paths.canonical(path).map_err(|_| &refusal::HEADER_PATH)?;
+    let Cow::Owned(path) = path else { return Ok(()) };
+    let target = [&path, query].concat();
+    if request.uri.authority().is_none() {
+        return request.set_raw_path(&target).map_err(|_| &refusal::HEADER_PATH);
+    }
+    // On HTTP/2 the URI has the `:authority`, which stays.
+    let mut parts = request.uri.clone().into_parts();
+    parts.path_and_query = Some(PathAndQuery::try_from(target).map_err(|_| &refusal::HEADER_PATH)?);
+    request.set_uri(Uri::from_parts(parts).map_err(|_| &refusal::HEADER_PATH)?);
+    Ok(())
 }
 
 /// Finds the client: the peer, or, where the peer is trusted, whom it names.
@@ -285,5 +308,37 @@ pub(super) mod tests {
             assert_eq!(make_origin_form(&mut request), Ok(()));
             assert_eq!(String::from_utf8_lossy(request.raw_path()), path, "{target}");
         }
+    }
+
+    fn one_path(target: &str, authority: bool) -> Result<String, &'static Refusal> {
+        let mut request = RequestHeader::build("GET", target.as_bytes(), None).expect("a request");
+        if authority {
+            request.set_uri(format!("http://shop.example{target}").parse().expect("a URI"));
+        }
+        give_one_path(&mut request, Paths::new(&Default::default()))?;
+        assert_eq!(request.uri.authority().is_some(), authority);
+        assert_eq!(request.uri.path_and_query().map(|target| target.as_str().as_bytes()), Some(request.raw_path()));
+        Ok(String::from_utf8_lossy(request.raw_path()).into_owned())
+    }
+
+    #[test]
+    fn the_path_has_one_form_and_the_query_stays() {
+        for authority in [false, true] {
+            for (target, path) in [
+                ("/a?b=//../%61", "/a?b=//../%61"),
+                ("//%61/../b?c=/../d", "/b?c=/../d"),
+                ("/x//y?", "/x/y?"),
+                ("/a%2fb?%2f", "/a%2Fb?%2f"),
+            ] {
+                assert_eq!(one_path(target, authority).as_deref(), Ok(path), "{target}");
+            }
+            assert_eq!(one_path("/a/..%2fb?c", authority), Err(&refusal::HEADER_PATH));
+        }
+        let mut request = RequestHeader::build("GET", b"//\xff?\xff", None).expect("a request");
+        assert_eq!(give_one_path(&mut request, Paths::new(&Default::default())), Ok(()));
+        assert_eq!(request.raw_path(), b"/%FF?\xff");
+        let mut options = RequestHeader::build("OPTIONS", b"*", None).expect("a request");
+        assert_eq!(give_one_path(&mut options, Paths::new(&Default::default())), Ok(()));
+        assert_eq!(options.raw_path(), b"*");
     }
 }

@@ -90,7 +90,7 @@ pub fn find<'t>(routes: &'t Table<Arc<Route>>, request: &RequestHeader) -> Resul
         .find(&Query {
             method: &request.method,
             host: without_port(host),
-            path: &path::canonical(request.uri.path()),
+            path: request.uri.path(),
             query: request.uri.query(),
             headers: &request.headers,
         })

@@ -39,11 +39,11 @@ fn a_line_of_the_log_is_one_line_whatever_the_client_sends() {
     let origin = Origin::named("origin");
     let gateway = Setup::before(&origin).start();
     let mut client = gateway.client();
-    client.ask("GET", "/%0a%22\"'\\{}", "User-Agent: \"quoted\" \\ and \u{e9}\tend\r\n", "");
+    client.ask("GET", "/%0a?%0a%22'\\{}", "User-Agent: \"quoted\" \\ and \u{e9}\tend\r\n", "");
     client.get("/next");
     let lines = gateway.log_lines(2);
     assert_eq!(lines.len(), 2);
-    assert_eq!(lines[0].text("target"), "/%0a%22\"'\\{}");
+    assert_eq!(lines[0].text("target"), "/%0A?%0a%22'\\{}");
 }
 
 #[test]

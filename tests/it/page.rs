@@ -142,7 +142,7 @@ fn what_clients_say_is_text_on_the_page_and_the_page_may_do_nothing_else() {
     let _client = upload(&gateway, "/'\"&lt;img+onerror=x");
     let mut browser = Browser::start();
     look(&mut browser, gateway.admin());
-    browser.wait_text("#slow td:last-child", |target| target == "POST /'\"&lt;img+onerror=x");
+    browser.wait_text("#slow td:last-child", |target| target == "POST /'%22&lt;img+onerror=x");
     // What the policy does not name by its digest does not run.
     browser.eval(
         "document.body.append(Object.assign(document.createElement('script'), { textContent: 'window.ran = 1' }))",
