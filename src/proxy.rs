@@ -20,6 +20,7 @@ pub mod retry;
 pub mod route;
 pub mod select;
 pub mod send;
+pub mod trust;
 pub mod write;
 
 use std::sync::Arc;

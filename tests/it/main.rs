@@ -58,6 +58,7 @@ mod top;
 mod trace;
 mod trailers;
 mod transport;
+mod trust;
 mod upstreams;
 mod wait;
 mod write;
