@@ -12,7 +12,6 @@ use pingora::{Error, ErrorType, Result};
 
 use super::deadline;
 use super::exchange::Exchange;
-use super::header::is_grpc;
 use super::mirror::{Body, Copy, Mirror};
 use super::receive::BodyFilters;
 use super::route::Route;
@@ -51,7 +50,7 @@ pub async fn request(
     lanes: &Arc<Lanes>,
 ) -> Result<()> {
     let announced = announced(client.req_header());
-    let grpc = route.grpc && upstream.speaks_grpc() && is_grpc(client.req_header());
+    let grpc = route.grpc && upstream.speaks_grpc() && exchange.grpc.is_some();
     let mut intake = route.intake.clone();
     intake.announced = announced;
     let mut manner = route.manner.clone();
