@@ -44,7 +44,7 @@ pub struct Ended<'e> {
     pub client: Option<IpAddr>,
     /// The method.
     pub method: &'e str,
-    /// The path, as the client sent it.
+    /// The path, in its one form.
     pub path: &'e str,
     /// The protocol.
     pub protocol: &'static str,

@@ -99,7 +99,7 @@ pub struct Story {
     pub scheme: &'static str,
     /// The host that was asked for.
     pub host: Box<str>,
-    /// The path and the query as they were written.
+    /// The path in its one form, and the query as it was written.
     pub target: Box<str>,
     /// The version, such as `1.1`.
     pub version: &'static str,

@@ -16,7 +16,7 @@ use crate::error::BuildError;
 pub enum Key {
     /// The client's address.
     ClientIp,
-    /// The path of the request, as it was sent.
+    /// The path of the request, in the one form that `paths` gives it.
     Path,
     /// The name of the route.
     Route,

@@ -43,7 +43,8 @@ pub struct Route {
     #[serde(default)]
     pub client: Client,
     /// From the last byte of the request to the last byte that comes from the upstream, all attempts included; longer is answered
-    /// 504, or cut. As long as it takes, if absent. Of a gRPC call it holds for the request, too. A WebSocket has none.
+    /// 504, or cut. As long as it takes, if absent. Of a gRPC call it holds for the request, too. A WebSocket has none
+    /// once the upstream has agreed to it.
     #[serde(default)]
     pub deadline: Option<Time>,
     /// Whether a gRPC call is treated as one: neither side of it is held back.

@@ -182,7 +182,7 @@ fn end_filters(exchange: &Exchange, request: &mut RequestHeader, status: u16) {
     }
 }
 
-/// The target as the client sent it.
+/// The target before filters, its path in its one form.
 fn target<'e>(exchange: &'e Exchange, request: &'e RequestHeader) -> &'e [u8] {
     match exchange.target.as_ref().and_then(|target| target.path_and_query()) {
         Some(target) => target.as_str().as_bytes(),
