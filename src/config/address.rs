@@ -122,7 +122,118 @@ impl JsonSchema for Address {
     }
 }
 
-/// Peers that are proxies in front of us: an IP address or a network (`10.1.2.3`, `10.0.0.0/8`, `fd00::/8`), or `unix`.
+/// An IP address or a network: `10.1.2.3`, `10.0.0.0/8`, `fd00::/8`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Network(pub IpNet);
+
+impl FromStr for Network {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let net = text.parse::<IpNet>().or_else(|_| text.parse::<IpAddr>().map(IpNet::from));
+        net.map(Network).map_err(|_| {
+            format!("`{text}` is not a network: write an IP address, alone or with the length of its prefix, such as `10.0.0.0/8`")
+        })
+    }
+}
+
+impl<'de> Deserialize<'de> for Network {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        deserializer.deserialize_any(Scalar("a network such as `10.0.0.0/8`"))?.parse().map_err(de::Error::custom)
+    }
+}
+
+impl Serialize for Network {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(&self.0)
+    }
+}
+
+impl JsonSchema for Network {
+    fn schema_name() -> Cow<'static, str> {
+        "Network".into()
+    }
+
+    fn json_schema(_: &mut SchemaGenerator) -> Schema {
+        json_schema!({
+            "type": "string",
+            "pattern": r"^[0-9a-fA-F.:]+(/[0-9]{1,3})?$|\$\{",
+            "description": "an IP address or a network",
+            "examples": ["10.0.0.0/8", "fd00::/8", "127.0.0.1"],
+        })
+    }
+}
+
+/// How many leading bits of an IPv6 address tell clients apart where something is limited for each of them: from 1 to 128,
+/// 64 by default. Whoever has one address of a /64 has all of them (RFC 4291 §2.5.4, RFC 6177 §2), and could else begin
+/// anew with each.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Ipv6Prefix(u8);
+
+impl Ipv6Prefix {
+    /// The client that this address belongs to, as the first address of its network. An IPv4 address is one client, and so
+    /// is one that came in by way of IPv6 (`::ffff:192.0.2.1`).
+    pub fn client(self, address: IpAddr) -> IpAddr {
+        match address.to_canonical() {
+            IpAddr::V4(v4) => v4.into(),
+            IpAddr::V6(v6) => {
+                let host_bits = 128 - u32::from(self.0);
+                IpAddr::V6(Ipv6Addr::from_bits(v6.to_bits() >> host_bits << host_bits))
+            }
+        }
+    }
+}
+
+impl Default for Ipv6Prefix {
+    fn default() -> Self {
+        Ipv6Prefix(64)
+    }
+}
+
+impl FromStr for Ipv6Prefix {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let bits = text.strip_prefix('/').unwrap_or(text).parse().ok().filter(|bits| (1..=128).contains(bits));
+        bits.map(Ipv6Prefix).ok_or_else(|| {
+            format!("`{text}` is not the length of an IPv6 prefix: write a number from 1 to 128, such as `64`")
+        })
+    }
+}
+
+impl<'de> Deserialize<'de> for Ipv6Prefix {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        deserializer.deserialize_any(Scalar("the length of a prefix such as `64`"))?.parse().map_err(de::Error::custom)
+    }
+}
+
+impl Serialize for Ipv6Prefix {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        self.0.serialize(serializer)
+    }
+}
+
+impl JsonSchema for Ipv6Prefix {
+    fn schema_name() -> Cow<'static, str> {
+        "Ipv6Prefix".into()
+    }
+
+    fn json_schema(_: &mut SchemaGenerator) -> Schema {
+        json_schema!({
+            "type": "integer",
+            "minimum": 1,
+            "maximum": 128,
+            "description": "how many leading bits of an IPv6 address tell clients apart",
+        })
+    }
+}
+
+/// Reads networks where the field holds them bare.
+pub(super) fn networks<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<IpNet>, D::Error> {
+    Ok(Vec::<Network>::deserialize(deserializer)?.into_iter().map(|Network(net)| net).collect())
+}
+
+/// Peers that are proxies in front of us: a network, or `unix`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Proxy {
     /// Those with an address of this network.
@@ -138,13 +249,8 @@ impl FromStr for Proxy {
         if text == "unix" {
             return Ok(Proxy::Unix);
         }
-        let net = text.parse::<IpNet>().or_else(|_| text.parse::<IpAddr>().map(IpNet::from));
-        net.map(Proxy::Network).map_err(|_| {
-            format!(
-                "`{text}` is not a network: write an IP address, alone or with the length of its prefix, such as \
-                 `10.0.0.0/8`, or `unix`"
-            )
-        })
+        let network = text.parse().map(|Network(network)| Proxy::Network(network));
+        network.map_err(|why: String| format!("{why}, or `unix`"))
     }
 }
 

@@ -104,6 +104,12 @@ pub static TABLE: &[Row] = &[
         keys: &["upstreams.protocol"],
     },
     Row {
+        fields: "X-Client-Cert-*",
+        effect: "who a client has proved to be by its certificate: Forebay sets them where it has asked for one",
+        default: "only of trusted proxies; of others they are removed",
+        keys: &["trusted_proxies", "listeners.tls.certificates.client"],
+    },
+    Row {
         fields: "X-Forebay-*",
         effect: "what Forebay says to endpoints, such as `X-Forebay-Mirror`",
         default: "only of trusted proxies; of others they are removed",

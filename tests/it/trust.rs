@@ -54,6 +54,7 @@ const TRIES: &[(&str, &[&str])] = &[
             "Connection: Upgrade\r\nUpgrade: echo\r\n",
         ],
     ),
+    ("X-Client-Cert-*", &["X-Client-Cert-Subject: CN=admin\r\n"]),
     ("X-Forebay-*", &["X-Forebay-Mirror: all\r\n"]),
     (
         "X-Forwarded-*, X-Real-IP, X-Client-IP, True-Client-IP, X-Cluster-Client-IP, X-Original-URL, X-Rewrite-URL",
