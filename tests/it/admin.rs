@@ -44,7 +44,9 @@ fn it_speaks_tls_and_commands_reach_it() {
     assert_eq!(plain.response().status, 400);
 
     let file = setup.path("commands.yaml");
-    let yaml = setup.yaml().replace("127.0.0.1:0\", token", &format!("{}\", token", gateway.admin()));
+    let (before, admin) =
+        setup.yaml().split_once("\nadmin:").map(|(a, b)| (a.to_owned(), b.to_owned())).expect("admin");
+    let yaml = format!("{before}\nadmin:{}", admin.replacen("127.0.0.1:0", &gateway.admin().to_string(), 1));
     fs::write(&file, yaml).expect("a file");
     let run = |arguments: &[&str]| {
         let program = env!("CARGO_BIN_EXE_forebay");
