@@ -167,6 +167,8 @@ impl Config {
 ///
 /// The first thing that is wrong with it, with its place.
 pub fn endpoints(file: &str, text: &str) -> Result<Vec<upstream::Endpoint>, String> {
+    let line = |byte: usize| text.get(..byte).map_or(1, |before| before.matches('\n').count() + 1);
+    place::survey(text).map_err(|stop| format!("{file}:{}: {}", line(stop.at.start), stop.title()))?;
     let yaml: serde_yaml::Value = serde_yaml::from_str(text).map_err(|error| {
         let place = error.location().map_or(1, |place| place.line());
         format!("{file}:{place}: this is no YAML: {error}")
@@ -179,8 +181,7 @@ pub fn endpoints(file: &str, text: &str) -> Result<Vec<upstream::Endpoint>, Stri
     let wrong = |path: &str, message: &str| {
         let places = place::Places::of(text);
         let start = places.find(path).map_or(0, |found| found.key.unwrap_or(found.value).start);
-        let line = text.get(..start).map_or(1, |before| before.matches('\n').count() + 1);
-        format!("{file}:{line}: {path}: {message}")
+        format!("{file}:{}: {path}: {message}", line(start))
     };
     let endpoints: Vec<upstream::Endpoint> =
         filter::decode(&yaml).map_err(|error| wrong(&error.path, &error.message))?;

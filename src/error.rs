@@ -4,6 +4,7 @@
 //! is for the operator: what in the configuration could not be built, with its path in the YAML.
 
 pub mod grpc;
+pub mod path;
 
 use std::fmt;
 
@@ -183,16 +184,19 @@ pub struct BuildError {
 }
 
 impl BuildError {
-    /// An error at `path`.
+    /// An error at `path`, in which names stand as [`path::key`] writes them.
     pub fn new(path: impl Into<String>, message: impl Into<String>) -> Self {
         BuildError { path: path.into(), message: message.into() }
     }
 
+    /// An error at the entry of this name, which may be any text, such as that of a header.
+    pub fn at_key(name: &str, message: impl Into<String>) -> Self {
+        BuildError::new(path::key(name), message)
+    }
+
     /// The same error seen from a level further out: `path` is put before its own.
-    pub fn under(mut self, path: &str) -> Self {
-        let joint = if self.path.is_empty() || self.path.starts_with('[') { "" } else { "." };
-        self.path = format!("{path}{joint}{}", self.path);
-        self
+    pub fn under(self, path: &str) -> Self {
+        BuildError { path: path::join(path, &self.path), ..self }
     }
 }
 

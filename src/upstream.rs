@@ -53,6 +53,7 @@ use crate::config;
 use crate::config::upstream::balance::Policy;
 use crate::config::upstream::{LoadBalancing, Protocol};
 use crate::error::BuildError;
+use crate::error::path::{self, join};
 use crate::filter::key::{Asked, Keys, cookie};
 use crate::metrics::UpstreamMetrics;
 use crate::metrics::endpoints::{Group, Present};
@@ -147,7 +148,7 @@ impl Upstream {
         metrics: UpstreamMetrics,
         resolver: Option<Box<dyn Resolve>>,
     ) -> Result<Upstream, Vec<BuildError>> {
-        let place = format!("upstreams.{name}");
+        let place = join("upstreams", &path::key(name));
         let timeouts = Timeouts::from(&written.timeouts);
         let transport =
             Transport::build(name, written, metrics.connections.clone()).map_err(|errors| at(&place, errors))?;
@@ -484,7 +485,7 @@ impl Upstream {
     async fn look_up(&self) -> Vec<BuildError> {
         let errors = self.discovery.look(&self.name).await;
         self.discovered(self.discovery.found());
-        at(&format!("upstreams.{}", self.name), errors)
+        at(&join("upstreams", &path::key(&self.name)), errors)
     }
 }
 

@@ -10,11 +10,11 @@ use std::time::Duration;
 
 use http::uri::{Authority, PathAndQuery};
 use http::{HeaderName, HeaderValue, Method, Uri};
-use serde_yaml::{Mapping, Value as Yaml};
+use serde_yaml::Value as Yaml;
 
 use super::address::{Address, Target, is_label};
 use super::decode::Parts;
-use super::explain::{expected, join};
+use super::explain::expected;
 use super::filter::FilterKind;
 use super::key::Key;
 use super::listener::tls::{Certificate, ClientMode};
@@ -28,6 +28,7 @@ use super::upstream::health::{HealthCheck, HttpCheck};
 use super::upstream::outlier::OutlierDetection;
 use super::upstream::sticky::{Secrets, Sticky, StickyCookie};
 use super::upstream::{CircuitBreaker, Dns, FileSource, LoadBalancing, Protocol, Upstream};
+use crate::error::path::{self, join};
 
 /// The name under which `/metrics` counts what is beyond a limit.
 const RESERVED_NAME: &str = "_other";
@@ -67,7 +68,7 @@ const EXPORT_MAX: Time = Time::seconds(60);
 const GATHER_MAX: Time = Time::seconds(60);
 
 /// Everything that is wrong with `parts` beyond their form; `written` is the file that they come from.
-pub(super) fn check(parts: &Parts, written: &Mapping, kinds: &[FilterKind]) -> Vec<Finding> {
+pub(super) fn check(parts: &Parts, written: &Yaml, kinds: &[FilterKind]) -> Vec<Finding> {
     let mut check = Check { parts, written, kinds, findings: Vec::new() };
     check.globals();
     check.listeners();
@@ -79,7 +80,7 @@ pub(super) fn check(parts: &Parts, written: &Mapping, kinds: &[FilterKind]) -> V
 
 struct Check<'a> {
     parts: &'a Parts,
-    written: &'a Mapping,
+    written: &'a Yaml,
     kinds: &'a [FilterKind],
     findings: Vec<Finding>,
 }
@@ -100,15 +101,11 @@ impl<'a> Check<'a> {
         self.parts.broken.item(list, index)
     }
 
-    /// Whether a value stands at `path`, in which no name has a dot; if not, a default is in effect there.
+    /// Whether a value is written at `path`; if not, a default is in effect there.
     fn is_written(&self, path: &str) -> bool {
-        let mut steps = path.split(['.', '[', ']']).filter(|step| !step.is_empty());
-        let first = steps.next().and_then(|key| self.written.get(key));
-        let value = steps.try_fold(first, |value, step| match (value?, step.parse::<usize>()) {
-            (Yaml::Sequence(items), Ok(index)) => Some(items.get(index)),
-            (value, _) => Some(value.get(step)),
-        });
-        value.flatten().is_some_and(|value| !value.is_null())
+        let mut steps = path::follow(self.written, path);
+        steps.by_ref().for_each(drop);
+        steps.is_whole() && !steps.at().is_null()
     }
 
     fn globals(&mut self) {
@@ -223,7 +220,7 @@ impl<'a> Check<'a> {
             }
         }
         for (name, text) in headers {
-            let at = path(&format!("headers.{name}"));
+            let at = join(&path("headers"), &path::key(name));
             if HeaderName::from_bytes(name.as_bytes()).is_err() {
                 let finding = Finding::error(Spot::Key(at.clone()), format!("`{name}` is not the name of a header"));
                 self.wrong(finding.label("expected a name such as `Authorization`"));
@@ -522,7 +519,7 @@ impl<'a> Check<'a> {
     fn upstreams(&mut self) {
         let used = self.used_upstreams();
         for (name, upstream) in &self.parts.upstreams {
-            let path = format!("upstreams.{name}");
+            let path = join("upstreams", &path::key(name));
             self.name(name, Spot::Key(path.clone()));
             if used.as_ref().is_some_and(|used| !used.contains(name.as_str())) {
                 let finding = Finding::warning(Spot::Key(path.clone()), format!("no route uses the upstream `{name}`"));
@@ -1173,7 +1170,7 @@ impl<'a> Check<'a> {
         }
         let mut names = Seen::default();
         for (name, condition) in &matches.headers {
-            let at = format!("{path}.headers.{name}");
+            let at = join(&format!("{path}.headers"), &path::key(name));
             if HeaderName::from_bytes(name.as_bytes()).is_err() {
                 let finding = Finding::error(Spot::Key(at.clone()), format!("`{name}` is not the name of a header"));
                 self.wrong(finding.label("expected letters, digits and `-`"));
@@ -1185,7 +1182,7 @@ impl<'a> Check<'a> {
             self.condition(condition, &at);
         }
         for (name, condition) in &matches.queries {
-            self.condition(condition, &format!("{path}.queries.{name}"));
+            self.condition(condition, &join(&format!("{path}.queries"), &path::key(name)));
         }
     }
 
@@ -1403,9 +1400,9 @@ fn host_pattern(host: &str) -> Result<(), &'static str> {
 /// Sizes such as `64k`, alone or as a rate, which mean 64,000 bytes and hardly ever are meant to.
 ///
 /// Which scalars are sizes only the schema knows.
-pub(super) fn decimal_sizes(schema: &serde_json::Value, written: &Mapping) -> Vec<Finding> {
+pub(super) fn decimal_sizes(schema: &serde_json::Value, written: &Yaml) -> Vec<Finding> {
     let mut findings = Vec::new();
-    sizes(schema, schema, &Yaml::Mapping(written.clone()), String::new(), &mut |path, text, per| {
+    sizes(schema, schema, written, String::new(), &mut |path, text, per| {
         let Some((number, binary)) = decimal(text) else { return };
         let (Ok(decimal), Ok(size)) = (text.parse::<Size>(), binary.parse::<Size>()) else { return };
         let title = format!("`{text}{per}` is {} bytes", decimal.0);
@@ -1448,7 +1445,7 @@ fn sizes(
         Yaml::Mapping(map) => {
             for (key, inner) in map.iter().filter_map(|(key, inner)| Some((key.as_str()?, inner))) {
                 let property = schema["properties"].get(key).unwrap_or(&schema["additionalProperties"]);
-                sizes(root, property, inner, join(&path, key), found);
+                sizes(root, property, inner, join(&path, &path::key(key)), found);
             }
         }
         Yaml::Sequence(items) => {

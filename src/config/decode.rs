@@ -8,14 +8,16 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
 
 use serde::de::DeserializeOwned;
+use serde_path_to_error::Segment;
 use serde_yaml::{Mapping, Value};
 
-use super::explain::{Complaint, expected, join};
+use super::explain::{Complaint, expected};
 use super::filter::{DecodeError, Decoded, FilterEntry, FilterKind};
 use super::interpolate::{Variables, interpolate};
 use super::place::Places;
 use super::report::{Finding, Report, Secret, Source, Spot};
 use super::{Config, Listener, Route, Upstream, check, schema, syntax};
+use crate::error::path::{self, Step, Tree, join};
 
 /// What was decoded of a file; what could not be is `None`, so that the places of the others stay true.
 pub(super) struct Parts {
@@ -43,9 +45,8 @@ impl Broken {
 
     /// Whether anything is wrong at `path` or inside of it.
     pub fn within(&self, path: &str) -> bool {
-        let begins = self.paths.range(path.to_owned()..).map_while(|broken| broken.strip_prefix(path));
-        path.is_empty() && !self.paths.is_empty()
-            || begins.into_iter().any(|rest| rest.is_empty() || rest.starts_with(['.', '[']))
+        let mut begin = self.paths.range(path.to_owned()..).take_while(|broken| broken.starts_with(path));
+        begin.any(|broken| path::is_within(broken, path))
     }
 
     /// The path, as it was written, of what is item `index` of `list` now.
@@ -59,9 +60,9 @@ impl Broken {
     }
 
     /// The path, as it was written, of what `steps` lead to from `at`.
-    fn path(&self, at: &str, steps: &[Step]) -> String {
+    fn path(&self, at: &str, steps: &[Step<'_>]) -> String {
         steps.iter().fold(at.to_owned(), |path, step| match step {
-            Step::Key(name) => join(&path, name),
+            Step::Key(name) => join(&path, &path::key(name)),
             Step::Index(index) => self.item(&path, *index),
         })
     }
@@ -103,10 +104,21 @@ pub(super) fn parse(file: &str, text: &str, kinds: &[FilterKind], variables: Var
 pub fn decode<T: DeserializeOwned>(value: &Value) -> Result<T, DecodeError> {
     let mut track = serde_path_to_error::Track::new();
     let tracked = serde_path_to_error::Deserializer::new(value, &mut track);
-    serde_yaml::with::singleton_map_recursive::deserialize(tracked).map_err(|error: serde_yaml::Error| {
-        let path = track.path().to_string();
-        DecodeError { path: path.trim_end_matches('?').trim_matches('.').to_owned(), message: error.to_string() }
-    })
+    serde_yaml::with::singleton_map_recursive::deserialize(tracked)
+        .map_err(|error: serde_yaml::Error| DecodeError { path: written(&track.path()), message: error.to_string() })
+}
+
+/// A path as we write it, as far as it is known.
+fn written(path: &serde_path_to_error::Path) -> String {
+    let mut text = String::new();
+    for segment in path {
+        text = match segment {
+            Segment::Seq { index } => format!("{text}[{index}]"),
+            Segment::Map { key: name } | Segment::Enum { variant: name } => join(&text, &path::key(name)),
+            Segment::Unknown => break,
+        };
+    }
+    text
 }
 
 impl Parts {
@@ -135,8 +147,8 @@ struct Decoding<'k> {
 }
 
 impl Decoding<'_> {
-    fn parts(&mut self, written: &Mapping, variables: Variables<'_>) -> Parts {
-        let mut root = written.clone();
+    fn parts(&mut self, written: &Value, variables: Variables<'_>) -> Parts {
+        let mut root = written.as_mapping().cloned().unwrap_or_default();
         self.interpolate_map(&mut root, "", variables);
 
         let listeners = self.take_list(&mut root, "listeners");
@@ -149,7 +161,7 @@ impl Decoding<'_> {
         let upstreams = upstreams
             .into_iter()
             .map(|(name, upstream)| {
-                let upstream = self.all(upstream, &format!("upstreams.{name}"), decode);
+                let upstream = self.all(upstream, &join("upstreams", &path::key(&name)), decode);
                 (name, upstream)
             })
             .collect();
@@ -202,7 +214,7 @@ impl Decoding<'_> {
 
     fn interpolate_map(&mut self, map: &mut Mapping, path: &str, variables: Variables<'_>) {
         for (key, inner) in map {
-            self.interpolate(inner, join(path, key.as_str().unwrap_or("?")), variables);
+            self.interpolate(inner, join(path, &path::key(key.as_str().unwrap_or("?"))), variables);
         }
     }
 
@@ -290,8 +302,8 @@ impl Decoding<'_> {
         let finding = match &entry {
             Value::Mapping(map) if map.len() == 1 => match map.iter().next() {
                 Some((Value::String(key), settings)) => match self.kinds.iter().find(|kind| kind.key == key) {
-                    Some(kind) => return self.settings(kind, settings.clone(), &join(path, key)),
-                    None => unknown(Spot::Key(join(path, key)), key),
+                    Some(kind) => return self.settings(kind, settings.clone(), &join(path, &path::key(key))),
+                    None => unknown(Spot::Key(join(path, &path::key(key))), key),
                 },
                 _ => Finding::error(Spot::Value(path.to_owned()), "the name of a filter must be text"),
             },
@@ -325,16 +337,16 @@ impl Decoding<'_> {
                 Ok(decoded) => return Some(decoded),
                 Err(error) => error,
             };
-            let steps = Step::follow(&value, &error.path);
+            let steps: Vec<Step<'_>> = path::follow(&value, &error.path).map(|(step, _)| step).collect();
             let path = self.broken.path(at, &steps);
             if let Some(text) = self.texts.remove(&path) {
-                *Step::walk(&mut value, &steps)? = Value::String(text);
+                *walk(&mut value, &steps)? = Value::String(text);
                 continue;
             }
             let message = with_choices(&mut value, &steps, error.message, &decode);
-            let found = Step::walk(&mut value, &steps).cloned();
+            let found = walk(&mut value, &steps).cloned();
             self.note(&path, &message, found.as_ref());
-            Step::remove(&mut value, &steps)?;
+            remove(&mut value, &steps)?;
             if let Some((Step::Index(index), list)) = steps.split_last() {
                 let list = self.broken.path(at, list);
                 let index = self.broken.written_index(&list, *index);
@@ -347,7 +359,7 @@ impl Decoding<'_> {
     fn note(&mut self, path: &str, message: &str, value: Option<&Value>) {
         let complaint = Complaint::of(message);
         let known = match &complaint {
-            Complaint::MissingKey(key) => self.broken.at(&join(path, key)),
+            Complaint::MissingKey(key) => self.broken.at(&join(path, &path::key(key))),
             Complaint::UnknownKey { .. } => false,
             _ => self.broken.within(path),
         };
@@ -371,15 +383,15 @@ fn scalar(text: &str) -> Option<Value> {
 /// Serde does not say which choices an enum has if it finds no text at all: asks again with a text.
 fn with_choices<T>(
     value: &mut Value,
-    steps: &[Step],
+    steps: &[Step<'_>],
     message: String,
     decode: impl Fn(&Value) -> Result<T, DecodeError>,
 ) -> String {
     let Some((found, _)) = message.rsplit_once(", expected enum ") else { return message };
-    let Some(node) = Step::walk(value, steps) else { return message };
+    let Some(node) = walk(value, steps) else { return message };
     let original = std::mem::replace(node, Value::String(String::new()));
     let choices = decode(value).err().map(|error| error.message);
-    if let Some(node) = Step::walk(value, steps) {
+    if let Some(node) = walk(value, steps) {
         *node = original;
     }
     match choices.as_deref().and_then(|choices| choices.strip_prefix("unknown variant ``, expected ")) {
@@ -388,60 +400,31 @@ fn with_choices<T>(
     }
 }
 
-/// A step from a value into it.
-#[derive(Clone, Debug)]
-enum Step {
-    Key(String),
-    Index(usize),
+impl Tree for Value {
+    fn child(&self, step: &Step<'_>) -> Option<&Self> {
+        match step {
+            Step::Key(name) => self.get(&**name),
+            Step::Index(index) => self.get(*index),
+        }
+    }
 }
 
-impl Step {
-    /// The steps of `path`, as far as they exist. Names may hold dots, so the longest one that fits is meant.
-    fn follow(mut value: &Value, path: &str) -> Vec<Step> {
-        let mut steps = Vec::new();
-        let mut rest = path;
-        loop {
-            let step = match value {
-                Value::Sequence(items) => {
-                    rest.strip_prefix('[').and_then(|rest| rest.split_once(']')).and_then(|(index, rest)| {
-                        let index = index.parse().ok()?;
-                        Some((items.get(index)?, Step::Index(index), rest))
-                    })
-                }
-                Value::Mapping(map) => {
-                    let rest = rest.strip_prefix('.').unwrap_or(rest);
-                    let begins = |name: &str| {
-                        rest.strip_prefix(name).is_some_and(|after| after.is_empty() || after.starts_with(['.', '[']))
-                    };
-                    let entries = map.iter().filter_map(|(key, inner)| Some((key.as_str()?, inner)));
-                    let entry = entries.filter(|(name, _)| begins(name)).max_by_key(|(name, _)| name.len());
-                    entry.map(|(name, inner)| (inner, Step::Key(name.to_owned()), &rest[name.len()..]))
-                }
-                _ => None,
-            };
-            let Some((inner, step, after)) = step.filter(|_| !rest.is_empty()) else { return steps };
-            steps.push(step);
-            (value, rest) = (inner, after);
-        }
-    }
+fn walk<'v>(value: &'v mut Value, steps: &[Step<'_>]) -> Option<&'v mut Value> {
+    steps.iter().try_fold(value, |value, step| match step {
+        Step::Key(name) => value.get_mut(&**name),
+        Step::Index(index) => value.get_mut(*index),
+    })
+}
 
-    fn walk<'v>(value: &'v mut Value, steps: &[Step]) -> Option<&'v mut Value> {
-        steps.iter().try_fold(value, |value, step| match step {
-            Step::Key(name) => value.get_mut(name.as_str()),
-            Step::Index(index) => value.get_mut(*index),
-        })
+/// Takes out what `steps` lead to; `None` if that is everything.
+fn remove(value: &mut Value, steps: &[Step<'_>]) -> Option<()> {
+    let (last, outer) = steps.split_last()?;
+    match (last, walk(value, outer)?) {
+        (Step::Key(name), Value::Mapping(map)) => _ = map.remove(&**name)?,
+        (Step::Index(index), Value::Sequence(items)) => _ = items.remove(*index),
+        _ => return None,
     }
-
-    /// Takes out what `steps` lead to; `None` if that is everything.
-    fn remove(value: &mut Value, steps: &[Step]) -> Option<()> {
-        let (last, outer) = steps.split_last()?;
-        match (last, Step::walk(value, outer)?) {
-            (Step::Key(name), Value::Mapping(map)) => _ = map.remove(name.as_str())?,
-            (Step::Index(index), Value::Sequence(items)) => _ = items.remove(*index),
-            _ => return None,
-        }
-        Some(())
-    }
+    Some(())
 }
 
 #[cfg(test)]

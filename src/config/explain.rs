@@ -5,6 +5,7 @@
 use serde_yaml::Value;
 
 use super::report::{Finding, Spot, nearest};
+use crate::error::path::{self, parent};
 
 /// What a decode error complains of.
 #[derive(Debug, PartialEq, Eq)]
@@ -70,7 +71,7 @@ impl<'m> Complaint<'m> {
         match self {
             Complaint::UnknownKey { key, known } => {
                 let near = nearest(key, known.iter().copied())?;
-                Some(join(parent(path, key)?, near))
+                Some(path::join(parent(path, key)?, &path::key(near)))
             }
             _ => None,
         }
@@ -166,18 +167,6 @@ pub(super) fn expected(known: &[&str]) -> String {
 /// The names between backticks.
 fn quoted(text: &str) -> Vec<&str> {
     text.split('`').skip(1).step_by(2).collect()
-}
-
-/// The path of the map in which `key` stands, if `path` ends with it.
-fn parent<'p>(path: &'p str, key: &str) -> Option<&'p str> {
-    let map = path.strip_suffix(key)?;
-    if map.is_empty() { Some(map) } else { map.strip_suffix('.') }
-}
-
-/// The path of `inner` as seen from where `outer` begins.
-pub(super) fn join(outer: &str, inner: &str) -> String {
-    let joint = if outer.is_empty() || inner.is_empty() || inner.starts_with('[') { "" } else { "." };
-    format!("{outer}{joint}{inner}")
 }
 
 fn within(path: &str) -> String {

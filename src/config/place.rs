@@ -3,26 +3,70 @@
 //! `serde_yaml` forgets places once it has made a value, so the text is read a second time, by a parser that reports
 //! events with their spans. What that yields is a tree of the same shape as the value, aliases and merge keys
 //! followed: an error inside of what an anchor brought points at where the anchor stands. `report` draws the places.
+//!
+//! It goes first, in one pass, and [`Bounds`] stop it where a text nests too deeply or its aliases stand for too much:
+//! `serde_yaml` takes time that grows with the square of the depth, and memory for every value that an alias repeats.
 
 use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::ops::Range;
 use std::sync::Arc;
 
-use saphyr_parser::{Event, Parser, ScalarStyle, Span};
+use saphyr_parser::{Event, Parser, ScalarStyle, ScanError, Span};
 
-/// Nodes deeper than this have no place of their own; `serde_yaml` refuses to go deeper, too.
+use crate::error::path::{self, Step, Tree};
+
+/// How deep lists and maps may be nested, aliases followed. `serde_yaml` has the same limit.
 const DEPTH_MAX: usize = 128;
+/// So many values a text may always stand for, aliases followed; a longer one, as many as it has bytes.
+const VALUES_LEAST: usize = 100_000;
 
 /// The places of a file.
 #[derive(Default)]
 pub(super) struct Places {
-    root: Option<Arc<Node>>,
+    root: Option<Place>,
     /// Keys that stand in their map already.
     pub duplicates: Vec<Duplicate>,
     /// Values of `<<` that are neither a map nor a list of maps.
     pub bad_merges: Vec<Range<usize>>,
     /// Where a second document begins.
     pub second_document: Option<Range<usize>>,
+    /// Why the text was not read to its end.
+    pub stop: Option<Stop>,
+}
+
+/// Where the reading of a text stopped, and why.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Stop {
+    /// The bytes that could not be read.
+    pub at: Range<usize>,
+    /// What is wrong there.
+    pub why: Why,
+}
+
+/// Why the reading of a text stopped.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum Why {
+    /// Lists and maps are nested in more than `DEPTH_MAX` levels.
+    Depth,
+    /// With aliases followed, the text stands for more than this many values.
+    Values(usize),
+    /// An alias stands inside of what it stands for.
+    Circle,
+    /// The text is no YAML, in the parser's words.
+    Syntax(String),
+}
+
+impl Stop {
+    /// What is wrong, in a sentence.
+    pub fn title(&self) -> String {
+        match &self.why {
+            Why::Depth => format!("lists and maps are nested in more than {DEPTH_MAX} levels"),
+            Why::Values(most) => format!("with its aliases followed, the file stands for more than {most} values"),
+            Why::Circle => "an alias stands inside of what it stands for".to_owned(),
+            Why::Syntax(words) => format!("invalid YAML: {words}"),
+        }
+    }
 }
 
 /// A key that its map has twice.
@@ -42,6 +86,13 @@ pub(super) struct Found {
     pub whole: bool,
 }
 
+/// A node, and the key under which it stands, if any.
+#[derive(Clone)]
+struct Place {
+    key: Option<Range<usize>>,
+    node: Arc<Node>,
+}
+
 struct Node {
     /// All of a scalar or a flow collection; the beginning of a block collection.
     span: Range<usize>,
@@ -50,83 +101,192 @@ struct Node {
 
 enum Inside {
     Scalar(String),
-    List(Vec<Arc<Node>>),
-    Map(Vec<Entry>),
+    List(Vec<Place>),
+    Map {
+        /// The key that is written first.
+        first: Option<Range<usize>>,
+        entries: HashMap<String, Place>,
+    },
 }
 
-#[derive(Clone)]
-struct Entry {
-    name: String,
-    key: Range<usize>,
-    node: Arc<Node>,
+/// Reads whether a text keeps to the bounds, without its places.
+///
+/// # Errors
+///
+/// Where it does not, or where it is no YAML.
+pub(super) fn survey(text: &str) -> Result<(), Stop> {
+    let characters = Characters::of(text);
+    let mut bounds = Bounds::of(text);
+    for next in Parser::new_from_str(text) {
+        let (event, span) = next.map_err(|error| characters.syntax(&error))?;
+        bounds.event(&event).map_err(|why| Stop { at: characters.bytes(span), why })?;
+    }
+    Ok(())
 }
 
 impl Places {
     /// Reads `text`, as far as it can be read.
     pub fn of(text: &str) -> Places {
         let mut reading = Reading::new(text);
-        for (event, span) in Parser::new_from_str(text).map_while(Result::ok) {
-            reading.event(event, span);
+        let mut bounds = Bounds::of(text);
+        for next in Parser::new_from_str(text) {
+            let stop = match next {
+                Ok((event, span)) => match bounds.event(&event) {
+                    Ok(()) => {
+                        reading.event(event, span);
+                        continue;
+                    }
+                    Err(why) => Stop { at: reading.characters.bytes(span), why },
+                },
+                Err(error) => reading.characters.syntax(&error),
+            };
+            reading.places.stop = Some(stop);
+            break;
         }
         reading.places
     }
 
     /// Follows `path` as far as it leads; `None` if that is nowhere.
     pub fn find(&self, path: &str) -> Option<Found> {
-        let mut node = self.root.as_deref()?;
-        let mut key = None;
-        let mut rest = path;
-        while let Some((inner, inner_key, after)) = node.step(rest) {
-            (node, key, rest) = (inner, inner_key, after);
-        }
-        let nowhere = !path.is_empty() && rest.len() == path.len();
-        (!nowhere).then(|| Found { value: node.caret(key.clone()), key, whole: rest.is_empty() })
+        let mut steps = path::follow(self.root.as_ref()?, path);
+        let taken = steps.by_ref().count();
+        let place = steps.at();
+        let nowhere = taken == 0 && !steps.is_whole();
+        (!nowhere).then(|| Found { value: place.caret(), key: place.key.clone(), whole: steps.is_whole() })
     }
 }
 
-impl Node {
-    /// Takes the first step of `path`: the node it leads to, its key, and the rest of the path.
-    fn step<'n, 'p>(&'n self, path: &'p str) -> Option<(&'n Node, Option<Range<usize>>, &'p str)> {
-        match &self.inside {
-            Inside::Scalar(_) => None,
-            Inside::List(items) => {
-                let (index, rest) = path.strip_prefix('[')?.split_once(']')?;
-                Some((items.get(index.parse::<usize>().ok()?)?, None, rest))
+impl Tree for Place {
+    fn child(&self, step: &Step<'_>) -> Option<&Self> {
+        match (&self.node.inside, step) {
+            (Inside::List(items), Step::Index(index)) => items.get(*index),
+            (Inside::Map { entries, .. }, Step::Key(name)) => entries.get(&**name),
+            _ => None,
+        }
+    }
+}
+
+impl Place {
+    /// What to underline for this value: itself where it has a visible extent, else its key, else its first child.
+    fn caret(&self) -> Range<usize> {
+        let Node { span, inside } = &*self.node;
+        if span.len() > 1 || (span.len() == 1 && matches!(inside, Inside::Scalar(_))) {
+            return span.clone();
+        }
+        self.key.clone().unwrap_or_else(|| match inside {
+            Inside::Map { first: Some(first), .. } => first.clone(),
+            Inside::List(items) if !items.is_empty() => items[0].caret(),
+            _ => span.clone(),
+        })
+    }
+}
+
+/// The parser counts characters, and we count bytes.
+struct Characters<'t> {
+    text: &'t str,
+    /// The byte at which each character begins; `None` if every character is one byte.
+    starts: Option<Vec<usize>>,
+}
+
+impl<'t> Characters<'t> {
+    fn of(text: &'t str) -> Self {
+        let starts = (!text.is_ascii()).then(|| text.char_indices().map(|(byte, _)| byte).collect());
+        Characters { text, starts }
+    }
+
+    fn byte(&self, index: usize) -> usize {
+        match &self.starts {
+            Some(starts) => starts.get(index).copied().unwrap_or(self.text.len()),
+            None => index.min(self.text.len()),
+        }
+    }
+
+    fn bytes(&self, span: Span) -> Range<usize> {
+        self.byte(span.start.index())..self.byte(span.end.index())
+    }
+
+    fn syntax(&self, error: &ScanError) -> Stop {
+        let index = error.marker().index();
+        let why = match error.info() {
+            // The parser has a limit of its own for flow collections. It reads ahead of its events, so it may be first.
+            "recursion limit exceeded" => Why::Depth,
+            words => Why::Syntax(words.to_owned()),
+        };
+        Stop { at: self.byte(index)..self.byte(index + 1), why }
+    }
+}
+
+/// What bounds the cost of a text, whatever reads it: its depth, and the number of values that it stands for.
+struct Bounds {
+    values_max: usize,
+    /// Collections that are open, the innermost last.
+    open: Vec<(usize, Extent)>,
+    /// What each anchor stands for.
+    anchors: HashMap<usize, Extent>,
+    /// Values outside of what is open.
+    values: usize,
+}
+
+/// How far a value extends, aliases followed.
+#[derive(Clone, Copy)]
+struct Extent {
+    /// Itself and what is inside.
+    values: usize,
+    /// Levels of lists and maps; none for a scalar.
+    depth: usize,
+}
+
+impl Bounds {
+    fn of(text: &str) -> Self {
+        let values_max = text.len().max(VALUES_LEAST);
+        Bounds { values_max, open: Vec::new(), anchors: HashMap::new(), values: 0 }
+    }
+
+    fn event(&mut self, event: &Event<'_>) -> Result<(), Why> {
+        match event {
+            Event::Scalar(_, _, anchor, _) => self.value(*anchor, Extent { values: 1, depth: 0 }),
+            Event::Alias(anchor) => {
+                let extent = *self.anchors.get(anchor).ok_or(Why::Circle)?;
+                self.value(0, extent)
             }
-            // Names may hold dots, so the longest one that fits is meant.
-            Inside::Map(entries) => {
-                let path = path.strip_prefix('.').unwrap_or(path);
-                let begins = |entry: &&Entry| {
-                    path.strip_prefix(entry.name.as_str())
-                        .is_some_and(|rest| rest.is_empty() || rest.starts_with(['.', '[']))
-                };
-                let entry = entries.iter().filter(begins).max_by_key(|entry| entry.name.len())?;
-                Some((&entry.node, Some(entry.key.clone()), &path[entry.name.len()..]))
+            Event::SequenceStart(anchor, _) | Event::MappingStart(anchor, _) => {
+                self.open.push((*anchor, Extent { values: 1, depth: 1 }));
+                if self.open.len() > DEPTH_MAX { Err(Why::Depth) } else { Ok(()) }
+            }
+            Event::SequenceEnd | Event::MappingEnd => match self.open.pop() {
+                Some((anchor, extent)) => self.value(anchor, extent),
+                None => Ok(()),
+            },
+            Event::StreamStart | Event::StreamEnd | Event::DocumentStart(_) | Event::DocumentEnd | Event::Nothing => {
+                Ok(())
             }
         }
     }
 
-    /// What to underline for this value: itself where it has a visible extent, else its key, else its first child.
-    fn caret(&self, key: Option<Range<usize>>) -> Range<usize> {
-        if self.span.len() > 1 || (self.span.len() == 1 && matches!(self.inside, Inside::Scalar(_))) {
-            return self.span.clone();
+    /// Adds a value that is whole to what it stands in.
+    fn value(&mut self, anchor: usize, extent: Extent) -> Result<(), Why> {
+        if anchor != 0 {
+            self.anchors.insert(anchor, extent);
         }
-        key.unwrap_or_else(|| match &self.inside {
-            Inside::Map(entries) if !entries.is_empty() => entries[0].key.clone(),
-            Inside::List(items) if !items.is_empty() => items[0].caret(None),
-            _ => self.span.clone(),
-        })
+        if self.open.len() + extent.depth > DEPTH_MAX {
+            return Err(Why::Depth);
+        }
+        let values = match self.open.last_mut() {
+            Some((_, outer)) => {
+                outer.depth = outer.depth.max(extent.depth + 1);
+                &mut outer.values
+            }
+            None => &mut self.values,
+        };
+        *values = values.saturating_add(extent.values);
+        if *values > self.values_max { Err(Why::Values(self.values_max)) } else { Ok(()) }
     }
 }
 
 /// The tree while it grows: collections that are still open, the innermost last.
 struct Reading<'t> {
-    text: &'t str,
-    /// The byte at which each character begins; `None` if every character is one byte. The parser counts characters.
-    bytes: Option<Vec<usize>>,
+    characters: Characters<'t>,
     open: Vec<Open>,
-    /// Collections open beyond [`DEPTH_MAX`].
-    too_deep: usize,
     anchors: HashMap<usize, Arc<Node>>,
     documents: usize,
     places: Places,
@@ -138,18 +298,13 @@ struct Open {
     inside: Inside,
     /// The key of a map whose value comes next.
     key: Option<(String, Range<usize>)>,
-    /// Where each name of a map stands among its entries.
-    names: HashMap<String, usize>,
 }
 
 impl<'t> Reading<'t> {
     fn new(text: &'t str) -> Self {
-        let bytes = (!text.is_ascii()).then(|| text.char_indices().map(|(byte, _)| byte).collect());
         Reading {
-            text,
-            bytes,
+            characters: Characters::of(text),
             open: Vec::new(),
-            too_deep: 0,
             anchors: HashMap::new(),
             documents: 0,
             places: Places::default(),
@@ -157,7 +312,7 @@ impl<'t> Reading<'t> {
     }
 
     fn event(&mut self, event: Event<'_>, span: Span) {
-        let span = self.byte(span.start.index())..self.byte(span.end.index());
+        let span = self.characters.bytes(span);
         match event {
             Event::DocumentStart(_) => {
                 self.documents += 1;
@@ -169,70 +324,63 @@ impl<'t> Reading<'t> {
                 let span = self.scalar_span(span, style);
                 self.node(anchor, Node { span, inside: Inside::Scalar(text.into_owned()) });
             }
-            Event::Alias(anchor) => match self.anchors.get(&anchor) {
-                Some(node) => self.put(Arc::clone(node), span),
-                None => self.node(0, Node { span, inside: Inside::Scalar(String::new()) }),
-            },
+            Event::Alias(anchor) => {
+                if let Some(node) = self.anchors.get(&anchor) {
+                    self.put(Arc::clone(node), span);
+                }
+            }
             Event::SequenceStart(anchor, _) => self.begin(anchor, span.start, Inside::List(Vec::new())),
-            Event::MappingStart(anchor, _) => self.begin(anchor, span.start, Inside::Map(Vec::new())),
+            Event::MappingStart(anchor, _) => {
+                self.begin(anchor, span.start, Inside::Map { first: None, entries: HashMap::new() });
+            }
             Event::SequenceEnd | Event::MappingEnd => self.end(span),
             Event::StreamStart | Event::StreamEnd | Event::DocumentEnd | Event::Nothing => {}
         }
     }
 
-    fn byte(&self, index: usize) -> usize {
-        match &self.bytes {
-            Some(bytes) => bytes.get(index).copied().unwrap_or(self.text.len()),
-            None => index.min(self.text.len()),
-        }
-    }
-
     /// The parser's spans of quoted scalars run on to the next token: ends them at the closing quote.
     fn scalar_span(&self, span: Range<usize>, style: ScalarStyle) -> Range<usize> {
-        let quote = match style {
-            ScalarStyle::SingleQuoted => '\'',
-            ScalarStyle::DoubleQuoted => '"',
-            _ => return span.start..span.start + self.text[span.clone()].trim_end().len(),
+        let written = &self.characters.text[span.clone()];
+        let len = match style {
+            ScalarStyle::SingleQuoted => quoted_len(written, '\''),
+            ScalarStyle::DoubleQuoted => quoted_len(written, '"'),
+            _ => written.trim_end().len(),
         };
-        span.start..span.start + quoted_len(&self.text[span.clone()], quote)
+        span.start..span.start + len
     }
 
     fn begin(&mut self, anchor: usize, start: usize, inside: Inside) {
-        if self.open.len() >= DEPTH_MAX {
-            self.too_deep += 1;
-        } else {
-            self.open.push(Open { anchor, start, inside, key: None, names: HashMap::new() });
-        }
+        self.open.push(Open { anchor, start, inside, key: None });
     }
 
     fn end(&mut self, span: Range<usize>) {
-        if self.too_deep > 0 {
-            self.too_deep -= 1;
-            return;
-        }
         let Some(mut open) = self.open.pop() else { return };
-        if let Inside::Map(entries) = &mut open.inside {
-            self.merge(entries, &open.names);
+        if let Inside::Map { entries, .. } = &mut open.inside {
+            self.merge(entries);
         }
         // Only the end of a flow collection, its bracket, has an extent.
         let end = if span.is_empty() { open.start } else { span.end };
         self.node(open.anchor, Node { span: open.start..end, inside: open.inside });
     }
 
-    /// Follows `<<`: entries of the merged maps stand behind the map's own.
-    fn merge(&mut self, entries: &mut Vec<Entry>, names: &HashMap<String, usize>) {
-        let Some(merge) = names.get("<<").map(|&at| entries[at].clone()) else { return };
+    /// Follows `<<`: the map's own entries win, then those of the maps that are merged first.
+    fn merge(&mut self, entries: &mut HashMap<String, Place>) {
+        let Some(merge) = entries.get("<<").cloned() else { return };
         let sources = match &merge.node.inside {
-            Inside::List(items) => items.clone(),
-            _ => vec![Arc::clone(&merge.node)],
+            Inside::List(items) => items.as_slice(),
+            _ => std::slice::from_ref(&merge),
         };
         for source in sources {
-            match &source.inside {
-                Inside::Map(merged) => {
-                    let fresh = merged.iter().filter(|entry| !names.contains_key(&entry.name)).cloned();
-                    entries.extend(fresh.collect::<Vec<_>>());
+            match &source.node.inside {
+                Inside::Map { entries: merged, .. } => {
+                    for (name, place) in merged {
+                        entries.entry(name.clone()).or_insert_with(|| place.clone());
+                    }
                 }
-                _ => self.places.bad_merges.push(source.caret(Some(merge.key.clone()))),
+                _ => {
+                    let key = source.key.clone().or(merge.key.clone());
+                    self.places.bad_merges.push(Place { key, ..source.clone() }.caret());
+                }
             }
         }
     }
@@ -248,36 +396,30 @@ impl<'t> Reading<'t> {
 
     /// Puts a node where it belongs: the root, an item, a key, or the value of the key before it.
     fn put(&mut self, node: Arc<Node>, span: Range<usize>) {
-        if self.too_deep > 0 {
-            return;
-        }
         let Some(open) = self.open.last_mut() else {
-            self.places.root.get_or_insert(node);
+            self.places.root.get_or_insert(Place { key: None, node });
             return;
         };
         match &mut open.inside {
             Inside::Scalar(_) => {}
-            Inside::List(items) => items.push(node),
-            Inside::Map(entries) => match open.key.take() {
+            Inside::List(items) => items.push(Place { key: None, node }),
+            Inside::Map { first, entries } => match open.key.take() {
                 None => {
+                    first.get_or_insert_with(|| span.clone());
                     let name = match &node.inside {
                         Inside::Scalar(text) => text.clone(),
                         _ => "?".to_owned(),
                     };
                     open.key = Some((name, span));
                 }
-                Some((name, key)) => match open.names.get(&name) {
-                    Some(&at) => {
-                        self.places.duplicates.push(Duplicate {
-                            key: name,
-                            first: entries[at].key.clone(),
-                            again: key,
-                        });
+                Some((name, key)) => match entries.entry(name) {
+                    Entry::Occupied(there) => {
+                        if let Some(first) = there.get().key.clone() {
+                            let duplicate = Duplicate { key: there.key().clone(), first, again: key };
+                            self.places.duplicates.push(duplicate);
+                        }
                     }
-                    None => {
-                        open.names.insert(name.clone(), entries.len());
-                        entries.push(Entry { name, key, node });
-                    }
+                    Entry::Vacant(free) => _ = free.insert(Place { key: Some(key), node }),
                 },
             },
         }
@@ -322,10 +464,17 @@ mod tests {
     }
 
     #[test]
-    fn names_with_dots_are_told_from_paths() {
-        let text = "a: {b: 1}\na.b: 2\na.b.c: {d: 3}\n";
-        assert_eq!(value(text, "a.b"), "2");
-        assert_eq!(value(text, "a.b.c.d"), "3");
+    fn names_are_told_from_paths_whatever_stands_in_them() {
+        let text = "a: {b: 1}\na.b: {c: 2}\na.b.c: 3\na[0]: 4\na: b: 5\n\"two words\": {ü.ä: 6}\n\"\": 7\n";
+        let text = &text.replace("a: b: 5", "'a\"b': 5");
+        assert_eq!(value(text, "a.b"), "1");
+        assert_eq!(value(text, "\"a.b\".c"), "2");
+        assert_eq!(value(text, "\"a.b.c\""), "3");
+        assert_eq!(value(text, "\"a[0]\""), "4");
+        assert_eq!(value(text, r#""a\"b""#), "5");
+        assert_eq!(value(text, "\"two words\".\"ü.ä\""), "6");
+        assert_eq!(value(text, "\"\""), "7");
+        assert!(!Places::of(text).find("a.b.c").unwrap().whole, "`a.b` has no `c`; another name begins like it");
     }
 
     #[test]
@@ -353,8 +502,60 @@ mod tests {
     }
 
     #[test]
-    fn a_very_deep_file_is_no_danger() {
-        let text = "[".repeat(100_000);
-        assert!(Places::of(&text).find("[0][0]").is_none());
+    fn of_merged_maps_the_first_wins() {
+        let text = "one: &o {x: 1}\ntwo: &t {x: 2, y: 3}\nboth: {<<: [*o, *t]}\n";
+        assert_eq!((value(text, "both.x"), value(text, "both.y")), ("1", "3"));
+    }
+
+    /// Why the reading of this stopped, by either way to read it.
+    fn stopped(text: &str) -> Option<Why> {
+        let stop = Places::of(text).stop;
+        assert_eq!(survey(text).err(), stop);
+        stop.map(|stop| stop.why)
+    }
+
+    #[test]
+    fn a_text_may_nest_so_deep_and_no_deeper() {
+        let nested = |depth| "[".repeat(depth) + &"]".repeat(depth);
+        assert_eq!(stopped(&nested(DEPTH_MAX)), None);
+        assert!(serde_yaml::from_str::<serde_yaml::Value>(&nested(DEPTH_MAX)).is_ok(), "our bound is serde_yaml's");
+        assert_eq!(stopped(&nested(DEPTH_MAX + 1)), Some(Why::Depth));
+        assert!(serde_yaml::from_str::<serde_yaml::Value>(&nested(DEPTH_MAX + 1)).is_err());
+        let by_alias = |outer| format!("a: &a {}\nb: {}*a{}\n", nested(100), "[".repeat(outer), "]".repeat(outer));
+        assert_eq!(stopped(&by_alias(27)), None);
+        assert_eq!(stopped(&by_alias(28)), Some(Why::Depth));
+    }
+
+    #[test]
+    fn a_hostile_text_is_given_up_in_one_pass() {
+        let began = std::time::Instant::now();
+        for repeated in ["[", "{a: ", "- ", "? ", "[[{", "a: [", "[?", "{? "] {
+            for end in ["", "\n", "x"] {
+                let text = repeated.repeat(4_000_000 / repeated.len()) + end;
+                assert_eq!(stopped(&text), Some(Why::Depth), "{repeated:?} {end:?}");
+            }
+        }
+        let bombs = [
+            "a: &a [1,1,1,1,1,1,1,1,1,1]\nb: &b [*a,*a,*a,*a,*a,*a,*a,*a,*a,*a]\nc: &c [*b,*b,*b,*b,*b,*b,*b,*b,*b,*b]\n\
+             d: &d [*c,*c,*c,*c,*c,*c,*c,*c,*c,*c]\ne: &e [*d,*d,*d,*d,*d,*d,*d,*d,*d,*d]\nf: [*e,*e,*e,*e,*e,*e,*e,*e,*e,*e]",
+            &format!("a: &a {{{}}}\nb: [{}]", "k: v, ".repeat(100_000), "{<<: *a}, ".repeat(100_000)),
+        ];
+        for bomb in bombs {
+            assert!(matches!(stopped(bomb), Some(Why::Values(_))));
+        }
+        // Seconds in all, without optimization and beside other builds; hours, if the square of any of them were taken.
+        assert!(began.elapsed().as_secs() < 120, "{:?}", began.elapsed());
+    }
+
+    #[test]
+    fn an_alias_inside_of_what_it_stands_for_leads_nowhere() {
+        assert_eq!(stopped("a: &a [1, *a]\n"), Some(Why::Circle));
+        assert_eq!(stopped("a: &a {b: 1}\nc: [*a, *a]\n"), None);
+    }
+
+    #[test]
+    fn what_is_no_yaml_stops_where_it_is_none() {
+        let Some(Stop { at, why: Why::Syntax(_) }) = Places::of("ä: 1\nb: \"x").stop else { panic!("no stop") };
+        assert!(at.start >= 3, "{at:?}");
     }
 }

@@ -11,6 +11,7 @@ use std::sync::Arc;
 use annotate_snippets::{AnnotationKind, Group, Level, Origin, Renderer, Snippet};
 
 use super::place::Places;
+use crate::error::path;
 
 /// The words of a finding are cut beyond so many characters; a value in them may be of any length.
 const WORDS_MAX: usize = 240;
@@ -322,9 +323,7 @@ impl Source {
 impl Secret {
     /// Whether words about `path` may hold this: it stands there, or somewhere inside.
     fn concerns(&self, path: &str) -> bool {
-        self.path
-            .strip_prefix(path)
-            .is_some_and(|rest| path.is_empty() || rest.is_empty() || rest.starts_with(['.', '[']))
+        path::is_within(&self.path, path)
     }
 }
 

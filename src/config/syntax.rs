@@ -3,14 +3,22 @@
 use std::string::FromUtf8Error;
 use std::sync::Arc;
 
-use serde_yaml::{Mapping, Value};
+use serde::de::IgnoredAny;
+use serde_yaml::Value;
 
-use super::place::Places;
+use super::place::{Places, Stop, Why};
 use super::report::{Finding, Report, Source, Spot};
 
+/// What is no YAML is read a second time for better words about it, if it has at most so many bytes and brackets: that
+/// reader's time grows with the product of both.
+const REREAD_MAX: (usize, usize) = (1024 * 1024, 4096);
+
 /// Reads the text of a file to a map, its merge keys followed.
-pub(super) fn read(source: &Source) -> Result<Mapping, Vec<Finding>> {
+pub(super) fn read(source: &Source) -> Result<Value, Vec<Finding>> {
     let places = &source.places;
+    if let Some(stop) = &places.stop {
+        return Err(vec![stopped(&source.text, stop)]);
+    }
     let value: Result<Value, _> = serde_yaml::from_str(&source.text);
     if let Some(second) = &places.second_document {
         return Err(vec![
@@ -29,7 +37,7 @@ pub(super) fn read(source: &Source) -> Result<Mapping, Vec<Finding>> {
     }
     value.apply_merge().map_err(|_| vec![bad_merge(Spot::File)])?;
     match value {
-        Value::Mapping(map) => Ok(map),
+        Value::Mapping(_) => Ok(value),
         Value::Null => Err(vec![Finding::error(Spot::File, "the file is empty").help(SMALLEST)]),
         other => {
             let found = match other {
@@ -71,6 +79,22 @@ fn duplicates(source: &Source) -> Vec<Finding> {
 
 fn bad_merge(spot: Spot) -> Finding {
     Finding::error(spot, "`<<` can merge maps only").label("expected an alias of a map, such as `*defaults`")
+}
+
+/// Why the reading of a text stopped. Both readers must accept a text; libyaml's words are the better known ones.
+fn stopped(text: &str, stop: &Stop) -> Finding {
+    let finding = Finding::error(Spot::Bytes(stop.at.clone()), stop.title());
+    let brackets = || text.bytes().filter(|byte| matches!(byte, b'[' | b'{')).count();
+    match &stop.why {
+        Why::Depth => finding.label("this goes too deep").help("is this a configuration?"),
+        Why::Values(_) => finding.label("from here on it is too much"),
+        Why::Circle => finding.label("this never ends"),
+        Why::Syntax(_) if text.len() > REREAD_MAX.0 || brackets() > REREAD_MAX.1 => finding,
+        Why::Syntax(_) => match serde_yaml::from_str::<IgnoredAny>(text) {
+            Err(error) => invalid(text, &error),
+            Ok(_) => finding,
+        },
+    }
 }
 
 /// What libyaml says, in words that help.

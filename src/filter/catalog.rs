@@ -5,9 +5,7 @@
 use std::sync::Arc;
 
 use schemars::JsonSchema;
-use serde_path_to_error::Track;
 use serde_yaml::Value;
-use serde_yaml::with::singleton_map_recursive;
 
 use super::access::Access;
 use super::chain::Chain;
@@ -18,8 +16,8 @@ use super::request_id::RequestId;
 use super::respond::Respond;
 use super::rewrite::Rewrite;
 use super::{Filter, FilterType};
-use crate::config::filter::{DecodeError, Decoded, FilterEntry, FilterKind, Settings};
-use crate::error::{BuildError, Refusal, refusal};
+use crate::config::filter::{self, DecodeError, Decoded, FilterEntry, FilterKind, Settings};
+use crate::error::{BuildError, Refusal, path, refusal};
 
 /// The filters that a configuration may name.
 #[derive(Clone, Default)]
@@ -50,7 +48,7 @@ impl Catalog {
     pub fn with<T: FilterType>(mut self) -> Catalog {
         if self.kinds.iter().any(|kind| kind.key == T::KEY) {
             let message = "two filters are registered under this key; one of them needs another `KEY`";
-            self.conflicts.push(BuildError::new(T::KEY, message));
+            self.conflicts.push(BuildError::at_key(T::KEY, message));
             return self;
         }
         self.declare(T::KEY, T::REFUSALS);
@@ -110,7 +108,7 @@ impl Catalog {
             Some(decoded) => decoded.clone(),
             None => self.decode(&entry.written)?,
         };
-        let filter = self.build(&decoded).map_err(|error| error.under(decoded.key))?;
+        let filter = self.build(&decoded).map_err(|error| error.under(&path::key(decoded.key)))?;
         Ok((decoded.key, filter))
     }
 
@@ -121,7 +119,7 @@ impl Catalog {
         };
         let kind = self.kinds.iter().find(|kind| kind.key == key).ok_or_else(|| unknown(key))?;
         let settings = (kind.decode)(settings.clone())
-            .map_err(|error| BuildError::new(error.path, error.message).under(kind.key))?;
+            .map_err(|error| BuildError::new(error.path, error.message).under(&path::key(kind.key)))?;
         Ok(Decoded { key: kind.key, settings })
     }
 
@@ -133,7 +131,7 @@ impl Catalog {
                 Some(known) if std::ptr::eq(*known, new) => {}
                 Some(_) => {
                     let message = format!("its refusal `{}` has a reason that is already taken", new.reason);
-                    self.conflicts.push(BuildError::new(key, message));
+                    self.conflicts.push(BuildError::at_key(key, message));
                 }
             }
         }
@@ -141,20 +139,11 @@ impl Catalog {
 }
 
 fn unknown(key: &str) -> BuildError {
-    BuildError::new(key, format!("no filter is registered as `{key}`"))
+    BuildError::at_key(key, format!("no filter is registered as `{key}`"))
 }
 
-/// Decodes by way of a path tracker, so that the error names the exact place; enums are one-key maps at every depth.
 fn decode<T: FilterType>(written: Value) -> Result<Settings, DecodeError> {
-    let mut track = Track::new();
-    let settings = serde_path_to_error::Deserializer::new(written, &mut track);
-    match singleton_map_recursive::deserialize::<T::Settings, _>(settings) {
-        Ok(settings) => Ok(Arc::new(settings)),
-        Err(error) => {
-            let path = track.path().to_string();
-            Err(DecodeError { path: if path == "." { String::new() } else { path }, message: error.to_string() })
-        }
-    }
+    Ok(Arc::new(filter::decode::<T::Settings>(&written)?))
 }
 
 fn build<T: FilterType>(settings: &Settings) -> Result<Box<dyn Filter>, BuildError> {

@@ -134,7 +134,7 @@ impl Changes {
 /// Fields from names and values; errors stand at the name.
 fn fields(written: &BTreeMap<String, String>) -> Result<Vec<Field>, BuildError> {
     let field = |(name, value): (&String, &String)| {
-        let at = |message| BuildError::new(name, message);
+        let at = |message| BuildError::at_key(name, message);
         field::free_name(name).map_err(at)?;
         let value = field::value(value).map_err(at)?;
         Ok(Field { name: Bytes::copy_from_slice(name.as_bytes()), value })
@@ -146,7 +146,7 @@ fn fields(written: &BTreeMap<String, String>) -> Result<Vec<Field>, BuildError> 
 fn check_once(set: &BTreeMap<String, String>) -> Result<(), BuildError> {
     let twin = |name: &&String| set.range::<String, _>(..*name).any(|(other, _)| other.eq_ignore_ascii_case(name));
     match set.keys().find(twin) {
-        Some(name) => Err(BuildError::new(name, format!("`{name}` is set twice, for case makes no difference"))),
+        Some(name) => Err(BuildError::at_key(name, format!("`{name}` is set twice, for case makes no difference"))),
         None => Ok(()),
     }
 }
@@ -157,7 +157,7 @@ fn take_host(set: &mut BTreeMap<String, String>) -> Result<Option<(Field, Author
         return Ok(None);
     };
     let written = set.remove(&name).unwrap_or_default();
-    let at = |message: String| BuildError::new(format!("request.set.{name}"), message);
+    let at = |message: String| BuildError::at_key(&name, message).under("request.set");
     let authority = field::host(&written).ok_or_else(|| {
         at(format!("`{written}` is no host: write a name or an address, with a port if need be: `app.internal:8080`"))
     })?;
@@ -241,7 +241,7 @@ mod tests {
         let told = "[0].headers: nothing to do: write `request` or `response` with `remove`, `set` or `add`";
         assert_eq!(error("- headers: {}"), told);
         assert_eq!(error("- headers: { request: { set: {} } }"), told);
-        let told = "[0].headers.request.set.X Y: `X Y` is no header name";
+        let told = "[0].headers.request.set.\"X Y\": `X Y` is no header name";
         assert_eq!(error("- headers: { request: { set: { X Y: z } } }"), told);
         let told = "[0].headers.response.add.X-Y: a header value is one line of text, without control characters";
         assert_eq!(error(r#"- headers: { response: { add: { X-Y: "a\r\nb: c" } } }"#), told);

@@ -83,7 +83,7 @@ impl FilterType for Respond {
 }
 
 fn field((name, value): (&String, &String)) -> Result<(HeaderName, HeaderValue), BuildError> {
-    let at = |message| BuildError::new(name, message).under("headers");
+    let at = |message| BuildError::at_key(name, message).under("headers");
     Ok((field::free_name(name).map_err(at)?, field::value(value).map_err(at)?))
 }
 

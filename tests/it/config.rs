@@ -11,6 +11,7 @@ use forebay::config::filter::{Settings, decode};
 use forebay::config::units::{ByteRate, Size};
 use forebay::config::{Config, FilterKind, schema};
 use forebay::error::BuildError;
+use rustix::fs::{CWD, FileType, Mode, mknodat};
 use schemars::JsonSchema;
 use serde::Deserialize;
 use serde_json::Value as Json;
@@ -139,6 +140,7 @@ wrong! {
     two_of_one_name
     two_of_one_address
     names_that_are_none
+    names_that_look_like_paths
     an_unknown_upstream
     a_route_that_leads_nowhere_or_to_too_much
     an_unreachable_route
@@ -211,12 +213,66 @@ fn a_file_that_is_not_there() {
 #[test]
 fn a_folder_is_no_file() {
     insta::assert_snapshot!(Config::load(Path::new("tests"), &kinds()).unwrap_err(), @r"
-    error: the file cannot be read: is a directory
+    error: the file cannot be read: it is a directory and not a plain file
     --> tests
      = help: it must be a file of text
 
     error: 1 error in tests
     ");
+}
+
+#[test]
+fn a_named_pipe_is_no_file_and_not_waited_for() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("forebay.yaml");
+    mknodat(CWD, &path, FileType::Fifo, Mode::RUSR | Mode::WUSR, 0).unwrap();
+    let said = Config::load(&path, &kinds()).unwrap_err().to_string();
+    assert!(said.contains("the file cannot be read: it is a named pipe and not a plain file"), "{said}");
+}
+
+#[test]
+fn a_file_that_nests_too_deeply_is_refused_in_one_pass() {
+    for text in ["[".repeat(1 << 20), format!("listeners: {}", "{a: [".repeat(1 << 17)), "- ".repeat(1 << 19)] {
+        let said = said_of_bytes(text.as_bytes());
+        assert!(
+            said.contains("error: lists and maps are nested in more than 128 levels\n --> forebay.yaml:1:"),
+            "{said}"
+        );
+    }
+}
+
+#[test]
+fn a_file_whose_aliases_stand_for_too_much_is_refused() {
+    let ten = |name: &str, of: &str| format!("{name}: &{name} [{}]\n", vec![of; 10].join(","));
+    let bomb = ["a1", "b*a", "c*b", "d*c", "e*d", "f*e"].map(|step| ten(&step[..1], &step[1..])).concat();
+    insta::assert_snapshot!(said_of_bytes(bomb.as_bytes()), @r"
+    error: with its aliases followed, the file stands for more than 100000 values
+     --> forebay.yaml:5:35
+      |
+    5 | e: &e [*d,*d,*d,*d,*d,*d,*d,*d,*d,*d]
+      |                                   ^^ from here on it is too much
+
+    error: 1 error in forebay.yaml
+    ");
+    insta::assert_snapshot!(said_of_bytes(b"a: &a [1, *a]\n"), @r"
+    error: an alias stands inside of what it stands for
+     --> forebay.yaml:1:11
+      |
+    1 | a: &a [1, *a]
+      |           ^^ this never ends
+
+    error: 1 error in forebay.yaml
+    ");
+}
+
+#[test]
+fn an_upstream_may_have_dots_in_its_name() {
+    let config = parse(
+        "listeners: [ { name: web, address: 127.0.0.1:8080 } ]\nupstreams: { my.app: { dns: { name: localhost, port: 3000 } } }\n\
+         routes: [ { name: all, upstream: my.app } ]\n",
+    );
+    assert!(config.upstreams["my.app"].dns.is_some());
+    assert!(config.warnings().is_empty(), "{}", config.warnings());
 }
 
 const RIGHT: &str = "\

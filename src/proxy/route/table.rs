@@ -30,6 +30,7 @@ use regex_syntax::hir::literal::Extractor;
 
 use crate::config::route::{Match, PathMatch, ValueMatch};
 use crate::error::BuildError;
+use crate::error::path::{self, join};
 
 /// Rules, each of which stands for a `T`.
 #[derive(Debug)]
@@ -281,7 +282,7 @@ impl<T> Rule<T> {
             }
         }
         for (name, value) in &written.headers {
-            let place = format!("headers.{name}");
+            let place = join("headers", &path::key(name));
             match (name.parse(), Condition::build(value)) {
                 (Ok(name), Ok(condition)) => rule.headers.push((name, condition)),
                 (Err(_), _) => report(BuildError::new(place, format!("`{name}` cannot be the name of a header"))),
@@ -291,7 +292,7 @@ impl<T> Rule<T> {
         for (name, value) in &written.queries {
             match Condition::build(value) {
                 Ok(condition) => rule.queries.push((name.as_str().into(), condition)),
-                Err(error) => report(error.under(&format!("queries.{name}"))),
+                Err(error) => report(error.under(&join("queries", &path::key(name)))),
             }
         }
         rule
@@ -922,7 +923,7 @@ mod tests {
                 "[1].match.path.regex",
                 "[1].match.methods[1]",
                 "[1].match.methods[2]",
-                "[1].match.headers.x y",
+                "[1].match.headers.\"x y\"",
                 "[1].match.headers.x-z.regex",
                 "[1].match.queries.v.regex",
                 "[2].match.path.prefix",
