@@ -20,6 +20,7 @@ pub mod upstream;
 mod check;
 mod decode;
 mod explain;
+pub mod file;
 mod interpolate;
 mod place;
 mod report;
@@ -29,8 +30,7 @@ mod syntax;
 use std::collections::BTreeMap;
 use std::env;
 use std::fmt;
-use std::fs::File;
-use std::io::{self, Read};
+use std::io;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -48,10 +48,12 @@ pub use schema::schema;
 pub use upstream::Upstream;
 
 use crate::error::BuildError;
+use file::Unreadable;
 use report::{Finding, Source, Spot};
+use units::Size;
 
-/// A configuration file may have so many bytes.
-const FILE_BYTES_MAX: u64 = 16 * 1024 * 1024;
+/// A configuration file may be so large.
+const FILE_MAX: Size = Size::kib(16 * 1024);
 
 /// A whole configuration file.
 ///
@@ -112,21 +114,23 @@ impl Config {
     /// Everything that is wrong with it. Warnings alone are no error; see [`Config::warnings`].
     pub fn load(path: &Path, kinds: &[FilterKind]) -> Result<Config, Report> {
         let file = path.display().to_string();
-        let bytes = read(path).map_err(|error| {
-            let help = match error.kind() {
-                io::ErrorKind::NotFound => "name another file, or make this one",
-                io::ErrorKind::PermissionDenied => "let the user that Forebay runs as read it",
-                _ => "it must be a file of text",
+        let bytes = file::read(path, FILE_MAX).map_err(|error| {
+            let help = match &error {
+                Unreadable::TooLarge(most) => {
+                    let title = format!("the file is larger than {most}");
+                    return Report::unreadable(&file, title, "is it a configuration?");
+                }
+                Unreadable::System(error) if error.kind() == io::ErrorKind::NotFound => {
+                    "name another file, or make this one"
+                }
+                Unreadable::System(error) if error.kind() == io::ErrorKind::PermissionDenied => {
+                    "let the user that Forebay runs as read it"
+                }
+                Unreadable::System(_) | Unreadable::NotPlain(_) => "it must be a file of text",
             };
-            Report::unreadable(&file, format!("the file cannot be read: {}", interpolate::reason(&error)), help)
+            let why = interpolate::reason(&error.to_string());
+            Report::unreadable(&file, format!("the file cannot be read: {why}"), help)
         })?;
-        if bytes.len() as u64 > FILE_BYTES_MAX {
-            return Err(Report::unreadable(
-                &file,
-                "the file is larger than 16MiB".to_owned(),
-                "is it a configuration?",
-            ));
-        }
         match String::from_utf8(bytes) {
             Ok(text) => Config::parse(&file, &text, kinds),
             Err(error) => Err(syntax::no_text(file, &error)),
@@ -209,10 +213,4 @@ impl fmt::Debug for Config {
             .field("routes", &self.routes.len())
             .finish_non_exhaustive()
     }
-}
-
-fn read(path: &Path) -> io::Result<Vec<u8>> {
-    let mut bytes = Vec::new();
-    File::open(path)?.take(FILE_BYTES_MAX + 1).read_to_end(&mut bytes)?;
-    Ok(bytes)
 }

@@ -14,6 +14,8 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
+
 use crate::metrics::AccessLogMetrics;
 
 /// How long lines may gather before they are written.
@@ -273,8 +275,13 @@ impl Sink {
     }
 }
 
+/// Opens a file for appending. A named pipe that no process reads is an error: to open it would wait for one.
 fn append(path: &Path) -> io::Result<File> {
-    OpenOptions::new().append(true).create(true).mode(0o640).open(path)
+    let nonblocking = libc::O_NONBLOCK;
+    let file = OpenOptions::new().append(true).create(true).mode(0o640).custom_flags(nonblocking).open(path)?;
+    let flags = fcntl_getfl(&file)?;
+    fcntl_setfl(&file, flags.difference(OFlags::NONBLOCK))?;
+    Ok(file)
 }
 
 #[cfg(test)]
@@ -289,6 +296,27 @@ mod tests {
         assert_eq!(queue.push(b"c\n"), Push::Dropped);
         assert_eq!(mem::take(&mut queue.batch).bytes, b"a\nb\n");
         assert_eq!(queue.push(b"d\n"), Push::Wake);
+    }
+
+    #[test]
+    fn a_named_pipe_is_written_to_if_somebody_reads_it_and_not_waited_for_if_nobody_does() {
+        use rustix::fs::{CWD, FileType, Mode, mknodat};
+
+        let dir = tempfile::tempdir().unwrap();
+        let pipe = dir.path().join("pipe");
+        mknodat(CWD, &pipe, FileType::Fifo, Mode::RUSR | Mode::WUSR, 0).unwrap();
+        assert_eq!(append(&pipe).unwrap_err().raw_os_error(), Some(libc::ENXIO));
+        let reader = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(&pipe).unwrap();
+        let mut log = append(&pipe).unwrap();
+        log.write_all(b"a line\n").unwrap();
+        assert!(
+            !fcntl_getfl(&log).unwrap().contains(OFlags::NONBLOCK),
+            "a full pipe is waited for, by the log's thread"
+        );
+        let mut read = String::new();
+        drop(log);
+        io::Read::read_to_string(&mut &reader, &mut read).unwrap();
+        assert_eq!(read, "a line\n");
     }
 
     #[test]

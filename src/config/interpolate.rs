@@ -3,12 +3,13 @@
 //! It happens after the parse and in values only, so what a variable holds can never become YAML, and lines stay
 //! true. What was put in is a secret from then on: `report` prints `${VAR}` in its place.
 
-use std::fs::File;
-use std::io::Read;
 use std::path::Path;
 
-/// A file that `${file:…}` names may have so many bytes.
-const FILE_BYTES_MAX: u64 = 1024 * 1024;
+use super::file;
+use super::units::Size;
+
+/// A file that `${file:…}` names may be so large.
+const FILE_MAX: Size = Size::kib(1024);
 
 /// Where variables come from; the environment, but for tests.
 pub(super) type Variables<'a> = &'a dyn Fn(&str) -> Option<String>;
@@ -107,22 +108,15 @@ fn read(path: &str) -> Result<String, Problem> {
         return Err(Problem::new(format!("`{path}` is not an absolute path"), "write `${file:/path}`"));
     }
     let failed = |why: &str| Problem::new(format!("the file `{path}` cannot be read"), why);
-    let mut bytes = Vec::new();
-    File::open(path)
-        .and_then(|file| file.take(FILE_BYTES_MAX + 1).read_to_end(&mut bytes))
-        .map_err(|error| failed(&reason(&error)))?;
-    if bytes.len() as u64 > FILE_BYTES_MAX {
-        return Err(failed("it is larger than 1MiB"));
-    }
+    let bytes = file::read(Path::new(path), FILE_MAX).map_err(|error| failed(&reason(&error.to_string())))?;
     let mut text = String::from_utf8(bytes).map_err(|_| failed("it is not UTF-8 text"))?;
     text.truncate(text.trim_end_matches(['\n', '\r']).len());
     Ok(text)
 }
 
 /// The system's words for an error, without its number.
-pub(super) fn reason(error: &std::io::Error) -> String {
-    let text = error.to_string();
-    text.split(" (os error").next().unwrap_or_default().to_lowercase()
+pub(super) fn reason(error: &str) -> String {
+    error.split(" (os error").next().unwrap_or_default().to_lowercase()
 }
 
 #[cfg(test)]
@@ -176,6 +170,7 @@ mod tests {
         assert_eq!(problem("${A:-${PORT}}").0, "`${` inside of `${…}`");
         assert_eq!(problem("${file:secret}").0, "`secret` is not an absolute path");
         assert_eq!(problem("${file:/no/such}").1, "no such file or directory");
+        assert_eq!(problem("${file:/dev/zero}").1, "it is a device and not a plain file");
     }
 
     #[test]

@@ -2,9 +2,12 @@
 
 use std::fs;
 use std::net::{Ipv6Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::os::unix::fs::symlink;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
+
+use rustix::fs::{CWD, FileType, Mode, mknodat};
 
 use crate::harness::client::request;
 use crate::harness::dnsmasq::Dnsmasq;
@@ -227,7 +230,14 @@ fn a_file_that_is_broken_gone_or_huge_changes_nothing() {
     let [a, b] = ["a", "b"].map(Origin::named);
     let (gateway, path) = listed(&a);
     let mut client = gateway.client();
-    let broken = ["", "- addres: 10.0.0.1:80", "- { address: 10.0.0.1:80", "endpoints: []", &"# long\n".repeat(10_000)];
+    let broken = [
+        "",
+        "- addres: 10.0.0.1:80",
+        "- { address: 10.0.0.1:80",
+        "endpoints: []",
+        &"# long\n".repeat(10_000),
+        &"[".repeat(60_000),
+    ];
     for text in broken {
         rename_to(&path, text);
         one_more(&gateway, "failed");
@@ -244,13 +254,30 @@ fn a_file_that_is_broken_gone_or_huge_changes_nothing() {
 }
 
 #[test]
+fn what_is_no_plain_file_is_not_waited_for_and_changes_nothing() {
+    let [a, b] = ["a", "b"].map(Origin::named);
+    let (gateway, path) = listed(&a);
+    let mut client = gateway.client();
+    let [pipe, link] = ["pipe", "link"].map(|name| path.with_file_name(name));
+    mknodat(CWD, &pipe, FileType::Fifo, Mode::RUSR | Mode::WUSR, 0).expect("a named pipe");
+    for to in [&*pipe, Path::new("/dev/zero"), Path::new("/")] {
+        symlink(to, &link).and_then(|()| fs::rename(&link, &path)).expect("a link in place of the file");
+        one_more(&gateway, "failed");
+        one_more(&gateway, "failed");
+        assert_eq!(client.get("/").text(), "a", "{to:?}");
+    }
+    rename_to(&path, &format!("- address: {}", b.address()));
+    eventually("the new list", || (client.get("/").text() == "b").then_some(()));
+}
+
+#[test]
 fn a_file_that_is_changed_by_turning_a_link_is_read_again() {
     let [a, b] = ["a", "b"].map(Origin::named);
     let (gateway, path) = listed(&a);
     let [one, two] = ["one", "two"].map(|name| path.with_file_name(name));
     fs::create_dir(&two).expect("a directory");
     fs::write(two.join("endpoints.yaml"), format!("- address: {}", b.address())).expect("a file");
-    std::os::unix::fs::symlink(two.join("endpoints.yaml"), &one).expect("a link");
+    symlink(two.join("endpoints.yaml"), &one).expect("a link");
     fs::rename(&one, &path).expect("to put the link there");
     let mut client = gateway.client();
     eventually("what the link leads to", || (client.get("/").text() == "b").then_some(()));

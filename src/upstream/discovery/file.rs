@@ -3,8 +3,7 @@
 //! The system tells of changes in its directory (so that a file that is renamed to it is seen, and a link that is turned), and
 //! it is looked at every now and then as well, for not every file system tells.
 
-use std::fs::File;
-use std::io::{self, Read};
+use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -15,6 +14,8 @@ use tracing::warn;
 use xxhash_rust::xxh3::xxh3_64;
 
 use crate::config;
+use crate::config::file::{self, Unreadable};
+use crate::config::units::Size;
 use crate::config::upstream::{Endpoint, FileSource};
 
 /// Between the first word of a change and the look at it: who writes in place needs more than one write for it.
@@ -25,7 +26,7 @@ const SETTLE: Duration = Duration::from_millis(100);
 pub struct Listed {
     path: PathBuf,
     written: String,
-    bytes_max: u64,
+    size_max: Size,
     refresh: Duration,
 }
 
@@ -41,7 +42,7 @@ impl Listed {
         Listed {
             path: path.to_owned(),
             written: written.path.clone(),
-            bytes_max: written.max_size.0,
+            size_max: written.max_size,
             refresh: written.refresh.0,
         }
     }
@@ -66,15 +67,12 @@ impl Listed {
     }
 
     fn read(&self) -> Result<String, String> {
-        let mut bytes = Vec::new();
-        let read = File::open(&self.path).and_then(|file| file.take(self.bytes_max + 1).read_to_end(&mut bytes));
-        match read {
-            Err(error) => Err(format!("`{}` cannot be read: {error}", self.written)),
-            Ok(_) if bytes.len() as u64 > self.bytes_max => {
-                let max = config::units::Size(self.bytes_max);
-                Err(format!("`{}` is larger than {max}, which is its `max_size`", self.written))
+        match file::read(&self.path, self.size_max) {
+            Err(Unreadable::TooLarge(most)) => {
+                Err(format!("`{}` is larger than {most}, which is its `max_size`", self.written))
             }
-            Ok(_) => String::from_utf8(bytes).map_err(|_| format!("`{}` is no text in UTF-8", self.written)),
+            Err(error) => Err(format!("`{}` cannot be read: {error}", self.written)),
+            Ok(bytes) => String::from_utf8(bytes).map_err(|_| format!("`{}` is no text in UTF-8", self.written)),
         }
     }
 
@@ -137,7 +135,7 @@ mod tests {
             std::fs::write(&path, text).unwrap();
         }
         let refresh = Duration::from_secs(1);
-        let listed = Listed { path, written: "endpoints.yaml".to_owned(), bytes_max, refresh };
+        let listed = Listed { path, written: "endpoints.yaml".to_owned(), size_max: Size(bytes_max), refresh };
         let look = listed.look(None).unwrap();
         assert!(listed.look(Some(look.hash)).is_none(), "the same again is nothing new");
         look.listed.map(|listed| listed.into_iter().map(|endpoint| endpoint.address.0).collect())

@@ -19,7 +19,7 @@ use hickory_resolver::system_conf::read_system_conf;
 
 use super::memory::Answer;
 
-/// What the system asks by; read again when they change.
+/// What the system asks by; read again when they change, and only if they are plain files.
 const SYSTEM_FILES: [&str; 2] = ["/etc/resolv.conf", "/etc/hosts"];
 
 /// How often a server that says nothing is asked within the time that a look-up may take.
@@ -87,7 +87,13 @@ impl Resolver {
         let (config, mut options) = if self.servers.is_empty() {
             // Without that file, or with none in it, the system asks the machine itself (resolv.conf(5)).
             let itself = || ResolverConfig::from_parts(None, Vec::new(), vec![server(&([127, 0, 0, 1], 53).into())]);
-            read_system_conf().unwrap_or_else(|_| (itself(), ResolverOpts::default()))
+            let [resolv, hosts] = SYSTEM_FILES.map(|file| !fs::metadata(file).is_ok_and(|file| !file.is_file()));
+            let read = if resolv { read_system_conf().ok() } else { None };
+            let (config, mut options) = read.unwrap_or_else(|| (itself(), ResolverOpts::default()));
+            if !hosts {
+                options.use_hosts_file = ResolveHosts::Never;
+            }
+            (config, options)
         } else {
             let servers = self.servers.iter().map(server).collect();
             let mut options = ResolverOpts::default();

@@ -5,9 +5,9 @@
 //! connection with such a [`Flaw`] is refused by `proxy/connect.rs`.
 
 use std::any::Any;
-use std::fs;
 use std::hash::Hasher;
 use std::net::IpAddr;
+use std::path::Path;
 use std::sync::Arc;
 
 use pingora::protocols::Digest;
@@ -20,8 +20,13 @@ use pingora::utils::tls::CertKey;
 use xxhash_rust::xxh3::Xxh3;
 
 use crate::config;
+use crate::config::file;
+use crate::config::units::Size;
 use crate::config::upstream::Protocol;
 use crate::error::BuildError;
+
+/// A file of certificates or of a key may be so large; the certificates that a system trusts take a quarter of a MiB.
+const PEM_MAX: Size = Size::kib(16 * 1024);
 
 /// How the endpoints of an upstream are spoken to over TLS.
 #[derive(Debug)]
@@ -167,14 +172,15 @@ fn certificates(at: &str, path: &str, key: &mut Xxh3) -> Result<Vec<X509>, Build
 }
 
 fn read(at: &str, path: &str) -> Result<Vec<u8>, BuildError> {
-    fs::read(path).map_err(|error| BuildError::new(at, format!("`{path}` cannot be read: {error}")))
+    file::read(Path::new(path), PEM_MAX)
+        .map_err(|error| BuildError::new(at, format!("`{path}` cannot be read: {error}")))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    use std::path::Path;
+    use std::fs;
 
     use pingora::protocols::l4::socket::SocketAddr;
     use pingora::upstreams::peer::Peer;
@@ -219,6 +225,10 @@ mod tests {
                 format!("tls.certificate: `{key}` holds no certificate in PEM"),
                 format!("tls.key: `{certificate}` holds no private key in PEM, or one with a password"),
             ]
+        );
+        assert_eq!(
+            said("{ ca: /dev/zero }".to_owned()),
+            ["tls.ca: `/dev/zero` cannot be read: it is a device and not a plain file"]
         );
         assert_eq!(
             said(format!("{{ certificate: {certificate}, key: {other} }}")),

@@ -1,0 +1,114 @@
+//! Files that are named in a configuration, and the configuration itself: plain files of a bounded size.
+//!
+//! To open a named pipe waits for somebody who writes to it, and to read a device may never end. So anything but a plain
+//! file, or a link to one, is refused before it is opened.
+
+use std::fmt;
+use std::fs::{self, FileType, OpenOptions};
+use std::io::{self, Read};
+use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
+use std::path::Path;
+
+use super::units::Size;
+
+/// Why a file was not read.
+#[derive(Debug)]
+pub enum Unreadable {
+    /// The system refused.
+    System(io::Error),
+    /// It is no plain file, but this.
+    NotPlain(&'static str),
+    /// It is larger than this.
+    TooLarge(Size),
+}
+
+impl fmt::Display for Unreadable {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Unreadable::System(error) => error.fmt(f),
+            Unreadable::NotPlain(kind) => write!(f, "it is {kind} and not a plain file"),
+            Unreadable::TooLarge(most) => write!(f, "it is larger than {most}"),
+        }
+    }
+}
+
+impl From<io::Error> for Unreadable {
+    fn from(error: io::Error) -> Self {
+        Unreadable::System(error)
+    }
+}
+
+/// Reads a plain file of at most this size.
+///
+/// # Errors
+///
+/// If it is missing, may not be read, is larger, or is anything but a plain file.
+pub fn read(path: &Path, most: Size) -> Result<Vec<u8>, Unreadable> {
+    // Looked at before it is opened, since to open a device may do something, and again once it cannot change any more.
+    plain(fs::metadata(path)?.file_type())?;
+    let file = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY).open(path)?;
+    let metadata = file.metadata()?;
+    plain(metadata.file_type())?;
+    let mut bytes = Vec::new();
+    if metadata.len() <= most.0 {
+        file.take(most.0.saturating_add(1)).read_to_end(&mut bytes)?;
+    }
+    if metadata.len().max(bytes.len() as u64) > most.0 { Err(Unreadable::TooLarge(most)) } else { Ok(bytes) }
+}
+
+fn plain(kind: FileType) -> Result<(), Unreadable> {
+    let kind = match kind {
+        _ if kind.is_file() => return Ok(()),
+        _ if kind.is_dir() => "a directory",
+        _ if kind.is_fifo() => "a named pipe",
+        _ if kind.is_socket() => "a socket",
+        _ => "a device",
+    };
+    Err(Unreadable::NotPlain(kind))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::symlink;
+    use std::os::unix::net::UnixListener;
+
+    use rustix::fs::{CWD, FileType, Mode, mknodat};
+
+    use super::*;
+
+    #[test]
+    fn a_plain_file_is_read_to_its_end_also_by_a_link() {
+        let dir = tempfile::tempdir().unwrap();
+        let [file, link] = ["file", "link"].map(|name| dir.path().join(name));
+        fs::write(&file, "text").unwrap();
+        symlink(&file, &link).unwrap();
+        for path in [file, link] {
+            assert_eq!(read(&path, Size(4)).unwrap(), b"text");
+            assert!(matches!(read(&path, Size(3)), Err(Unreadable::TooLarge(Size(3)))));
+        }
+        assert!(!read(Path::new("/proc/self/status"), Size(1 << 20)).unwrap().is_empty(), "one without a known size");
+        assert!(matches!(read(Path::new("/proc/self/status"), Size(10)), Err(Unreadable::TooLarge(_))));
+    }
+
+    #[test]
+    fn what_is_no_plain_file_is_refused_without_waiting_also_by_a_link() {
+        let dir = tempfile::tempdir().unwrap();
+        let [pipe, socket, link] = ["pipe", "socket", "link"].map(|name| dir.path().join(name));
+        mknodat(CWD, &pipe, FileType::Fifo, Mode::RUSR | Mode::WUSR, 0).unwrap();
+        let _socket = UnixListener::bind(&socket).unwrap();
+        symlink(&pipe, &link).unwrap();
+        let said = |path: &Path| read(path, Size(10)).unwrap_err().to_string();
+        for path in [&pipe, &link] {
+            assert_eq!(said(path), "it is a named pipe and not a plain file");
+        }
+        assert_eq!(said(&socket), "it is a socket and not a plain file");
+        assert_eq!(said(Path::new("/dev/zero")), "it is a device and not a plain file");
+        assert_eq!(said(dir.path()), "it is a directory and not a plain file");
+    }
+
+    #[test]
+    fn what_the_system_says_is_passed_on() {
+        let error = read(Path::new("/no/such/file"), Size(10)).unwrap_err();
+        assert_eq!(error.to_string(), "No such file or directory (os error 2)");
+    }
+}
