@@ -121,6 +121,13 @@ mod tests {
     use super::*;
 
     #[test]
+    fn a_deadline_that_is_over_before_a_connection_exists_is_told_by_its_phase() {
+        let told =
+            [Phase::Select, Phase::Queue, Phase::Connect].map(|phase| (refusal(phase).reason, refusal(phase).status));
+        assert_eq!(told, [("select.deadline", 504), ("queue.deadline", 504), ("connect.deadline", 504)]);
+    }
+
+    #[test]
     fn the_timeout_of_a_grpc_call_has_digits_and_a_unit() {
         let hours = Duration::from_secs(99_999_999 * 3600);
         for (value, expected) in [

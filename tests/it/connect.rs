@@ -10,7 +10,8 @@ use crate::harness::{Origin, Setup, eventually};
 #[test]
 fn after_a_refused_connection_the_next_endpoint_is_asked() {
     let (dead, alive) = (Closed::refusing(), Origin::named("alive"));
-    let gateway = Setup::before_all(&[dead.address(), alive.address()]).start();
+    let in_turn = "load_balancing: { policy: round_robin }";
+    let gateway = Setup::before_all(&[dead.address(), alive.address()]).upstream(in_turn).start();
     let mut client = gateway.client();
     for _ in 0..2 {
         let answer = client.ask("POST", "/", "", "nothing was sent yet, so a POST may go on");
@@ -33,6 +34,15 @@ fn if_every_endpoint_refuses_the_client_gets_502() {
     let line = gateway.log_line();
     assert_eq!((line.status(), line.reason(), line.number("attempts")), (502, "connect.refused", 2.0));
     gateway.refused_once("connect.refused");
+}
+
+#[test]
+fn an_endpoint_that_cannot_be_reached_is_a_502() {
+    // No connection can lead to the broadcast address, so nothing leaves this machine.
+    let gateway = Setup::before_all(&["255.255.255.255:80"]).start();
+    assert_eq!(gateway.client().get("/").status, 502);
+    assert_eq!(gateway.log_line().reason(), "connect.failed");
+    gateway.refused_once("connect.failed");
 }
 
 #[test]

@@ -16,9 +16,9 @@ fn hurried(addresses: &[impl ToString]) -> Setup {
     Setup::before_all(addresses).route(DEADLINE).listener("protocols: [http1, h2c]")
 }
 
-/// It was over in time, for this reason.
-fn over(gateway: &Gateway, began: Instant, reason: &str) {
-    assert!(began.elapsed() < ms(5_000), "{:?}", began.elapsed());
+/// It was over for this reason. That it was in time needs no clock: whatever else ends an exchange takes longer than any
+/// story waits.
+fn over(gateway: &Gateway, reason: &str) {
     assert_eq!(gateway.log_line().reason(), reason);
     gateway.refused_once(reason);
 }
@@ -34,7 +34,7 @@ fn a_backend_that_does_not_answer_before_the_deadline_is_a_504() {
         connection.request();
         exchange.answer().refused(504, "wait.deadline");
         assert!(began.elapsed() >= ms(300));
-        over(&gateway, began, "wait.deadline");
+        over(&gateway, "wait.deadline");
         connection.closed();
     }
 }
@@ -42,13 +42,12 @@ fn a_backend_that_does_not_answer_before_the_deadline_is_a_504() {
 #[test]
 fn a_deadline_spans_all_attempts_and_the_pauses_between_them() {
     let origins = [Origin::scripted(), Origin::scripted(), Origin::scripted()];
-    let rules = "retry: { attempts: 10, on: [timeout], per_try_timeout: 120ms, same_endpoint: true }";
-    let gateway = hurried(&origins.each_ref().map(Origin::address)).route(rules).start();
-    let began = Instant::now();
+    let rules = "retry: { attempts: 10, on: [timeout], per_try_timeout: 300ms, same_endpoint: true }";
+    let setup = Setup::before_all(&origins.each_ref().map(Origin::address)).route("deadline: 1500ms");
+    let gateway = setup.route(rules).start();
     assert_eq!(gateway.client().get("/").status, 504);
     let line = gateway.log_line();
-    assert!((2.0..=3.0).contains(&line.number("attempts")), "{} attempts", line.number("attempts"));
-    assert!(began.elapsed() < ms(5_000), "{:?}", began.elapsed());
+    assert!((2.0..=5.0).contains(&line.number("attempts")), "{} attempts", line.number("attempts"));
     // Where no further attempt could begin before the deadline, the last one's reason stands.
     assert!(line.reason().ends_with(".deadline") || line.reason() == "wait.timeout", "{}", line.reason());
     gateway.wait_metric("forebay_retries_refused_total{reason=\"deadline\"}", |count| count == 1.0);
@@ -58,9 +57,8 @@ fn a_deadline_spans_all_attempts_and_the_pauses_between_them() {
 fn a_connection_that_does_not_come_about_before_the_deadline_is_a_504() {
     let silent = Closed::silent();
     let gateway = hurried(&[silent.address()]).start();
-    let began = Instant::now();
     assert_eq!(gateway.client().get("/").status, 504);
-    over(&gateway, began, "connect.deadline");
+    over(&gateway, "connect.deadline");
 }
 
 #[test]
@@ -68,10 +66,9 @@ fn an_answer_that_does_not_end_before_the_deadline_is_cut() {
     for protocol in Protocol::BOTH {
         let origin = built_in();
         let gateway = hurried(&[origin.address()]).start();
-        let began = Instant::now();
         let answer = Ask::get("/fault/stall").over(protocol, gateway.web());
         assert_eq!((answer.status, answer.length, answer.end), (200, 500, End::Cut));
-        over(&gateway, began, "receive.deadline");
+        over(&gateway, "receive.deadline");
         gateway.wait_at_rest();
     }
 }
@@ -82,10 +79,9 @@ fn a_backend_that_does_not_take_the_request_before_the_deadline_is_given_up() {
     let gateway = hurried(&[origin.address()]).start();
     let mut client = gateway.client();
     client.try_send(request("PUT", "/", "", vec![b'x'; 64 << 20]));
-    let began = Instant::now();
     assert_eq!(client.try_response_to("PUT").map(|answer| answer.status), Some(504));
     let _held = origin.accept();
-    over(&gateway, began, "send.deadline");
+    over(&gateway, "send.deadline");
 }
 
 #[test]
@@ -132,10 +128,25 @@ fn a_client_for_which_the_backend_has_to_wait_is_cut() {
     let gateway = setup.start();
     let mut client = Client::slow(gateway.web());
     client.send(request("GET", "/bytes/64MiB", "", ""));
-    let began = Instant::now();
     gateway.refused_once("receive.deadline");
-    over(&gateway, began, "receive.deadline");
+    over(&gateway, "receive.deadline");
     assert_eq!(client.response().end, End::Cut);
+}
+
+#[test]
+fn an_exchange_waits_in_the_queue_no_longer_than_its_deadline() {
+    let origin = Origin::scripted();
+    let patient = "{ name: patient, match: { path: { exact: /patient } }, upstream: app }";
+    let setup = hurried(&[origin.address()]).upstream("limits: { endpoint: { requests: 1 } }").also_route(patient);
+    let gateway = setup.start();
+    let mut first = gateway.client();
+    first.send(request("GET", "/patient", "", ""));
+    let mut connection = origin.accept();
+    connection.request();
+    assert_eq!(gateway.client().get("/").status, 504);
+    over(&gateway, "queue.deadline");
+    connection.answer("the one before it");
+    assert_eq!(first.response().text(), "the one before it");
 }
 
 #[test]
@@ -158,11 +169,9 @@ fn an_attempt_that_takes_too_long_is_followed_by_another_where_the_route_says_so
 #[test]
 fn an_attempt_that_does_not_connect_in_its_time_is_followed_by_another() {
     let (silent, alive) = (Closed::silent(), Origin::named("alive"));
-    let setup = Setup::before_all(&[silent.address(), alive.address()]);
+    let setup = Setup::before_all(&[silent.address(), alive.address()]).upstream("timeouts: { connect: 10m }");
     let gateway = setup.route("retry: { per_try_timeout: 200ms }").start();
-    let began = Instant::now();
     assert_eq!(gateway.client().get("/").text(), "alive");
-    assert!(began.elapsed() < ms(4_000), "{:?}", began.elapsed());
 }
 
 #[test]

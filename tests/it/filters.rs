@@ -69,6 +69,25 @@ fn rewrite_changes_the_path_and_leaves_the_query() {
 }
 
 #[test]
+fn a_path_that_would_be_too_long_is_not_rewritten_but_refused() {
+    let origin = Origin::named("origin");
+    let rewrite = format!("rewrite: {{ path: {{ prefix: {{ from: /, to: /{} }} }} }}", "x".repeat(100));
+    let gateway = Setup::before(&origin).listener("limits: { header_bytes: 256KiB }").filters(&rewrite).start();
+    assert_eq!(gateway.client().get(&format!("/{}", "y".repeat(65_500))).status, 400);
+    gateway.refused_once("route.rewrite");
+    assert_eq!(origin.connections(), 0);
+}
+
+#[test]
+fn a_request_without_a_host_is_not_redirected_to_one() {
+    let (_origin, gateway) = filtered("redirect: { to: 'https://{host}/' }");
+    let mut client = gateway.client();
+    client.send("GET / HTTP/1.0\r\n\r\n");
+    assert_eq!(client.response().status, 400);
+    gateway.refused_once("route.redirect");
+}
+
+#[test]
 fn redirect_sends_the_client_elsewhere_and_asks_no_origin() {
     let (origin, gateway) = filtered("redirect: { to: 'https://{host}{path_and_query}', status: 301 }");
     let mut client = gateway.client();
@@ -112,13 +131,14 @@ fn rate_limit_refuses_what_comes_too_fast_and_says_when_to_come_again() {
     assert_eq!(origin.requests().len(), 3);
     let line = gateway.log_lines(4).swap_remove(2);
     assert_eq!(line.status(), 429);
-    gateway.refused_once(line.reason());
+    gateway.refused_once("route.rate_limit");
 }
 
 #[test]
 fn access_lets_in_whom_it_may_and_nobody_else() {
     let (origin, gateway) = filtered("access: { deny: [ 127.0.0.0/8 ] }");
     assert_eq!(gateway.client().get("/").status, 403);
+    gateway.refused_once("route.access");
     assert_eq!(origin.connections(), 0);
     let (_origin, gateway) = filtered("access: { allow: [ 127.0.0.1/32 ] }");
     assert_eq!(gateway.client().get("/").status, 200);

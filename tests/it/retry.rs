@@ -343,3 +343,18 @@ fn no_idempotent_request_fails_while_endpoints_close_kept_connections_as_request
     });
     assert!(gateway.metric("forebay_retries_total{reason=\"stale\"}") >= 10.0, "hardly any of them was closed");
 }
+
+#[test]
+fn a_client_that_leaves_between_two_attempts_ends_the_exchange() {
+    let busy = Origin::answering(|_| response("503 Service Unavailable", "Retry-After: 50\r\n", ""));
+    let rules = "retry: { on: [503], same_endpoint: true, backoff: { max: 60s } }";
+    let gateway = Setup::before(&busy).route(rules).start();
+    let mut client = gateway.client();
+    client.send(request("GET", "/", "", ""));
+    made(&gateway, "status", 1.0);
+    gateway.wait_phase(Phase::Select);
+    client.reset();
+    let line = gateway.log_line();
+    assert_eq!((line.status(), line.reason(), line.number("attempts")), (499, "select.aborted", 1.0));
+    gateway.refused_once("select.aborted");
+}

@@ -70,6 +70,23 @@ fn a_client_that_ends_its_connection_in_the_middle_of_its_upload_is_no_whole_req
 }
 
 #[test]
+fn a_streamed_body_that_is_not_framed_as_its_header_says_is_refused() {
+    let origin = Origin::scripted();
+    let gateway = Setup::before(&origin).route(STREAM).start();
+    let mut client = gateway.client();
+    client.send("POST / HTTP/1.1\r\nHost: test\r\nTransfer-Encoding: chunked\r\n\r\n4\r\nhalf\r\n");
+    let mut connection = origin.accept();
+    connection.header();
+    client.send("no size\r\n");
+    assert_eq!(client.response().status, 400);
+    client.closed();
+    connection.closed();
+    let line = gateway.log_line();
+    assert_eq!((line.status(), line.reason()), (400, "send.body_malformed"));
+    gateway.refused_once("send.body_malformed");
+}
+
+#[test]
 fn a_backend_that_does_not_take_the_request_is_given_up() {
     let origin = Origin::scripted();
     // After a send that failed, Pingora still listens for an early answer, for as long as the longer of `wait` and

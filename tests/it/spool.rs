@@ -11,7 +11,7 @@ use crate::harness::client::request;
 use crate::harness::exchange::{Answer, Exchange};
 use crate::harness::gateway::Watched;
 use crate::harness::origin::built_in;
-use crate::harness::{Ask, Client, Gateway, Protocol, Setup, eventually, may_open_files, ms};
+use crate::harness::{Ask, Client, End, Gateway, Protocol, Setup, eventually, may_open_files, ms};
 
 const MIB: u64 = 1 << 20;
 
@@ -315,6 +315,22 @@ fn a_crowd_that_waits_for_the_disk_for_too_long_is_refused_and_holds_up_nobody_w
     drop(still);
     process.wait_at_rest();
     assert_eq!(origin.requests(), 20);
+}
+
+#[test]
+fn an_answer_that_the_disk_does_not_give_back_is_cut() {
+    let origin = built_in();
+    let process = that_spools(&origin, "300ms").spawn();
+    for (protocol, count) in Protocol::BOTH.into_iter().zip([1, 2]) {
+        let mut slow = Ask::get("/bytes/32MiB").narrow().begin(protocol, process.web());
+        assert_eq!(slow.read(1_000), 1_000);
+        process.wait_phase(Phase::Write);
+        let still = process.still_disk();
+        assert_eq!(slow.answer().end, End::Cut);
+        assert_eq!(process.log_lines(count)[count - 1].reason(), "write.disk_failed");
+        drop(still);
+        process.wait_at_rest();
+    }
 }
 
 /// What `forebay` says to this configuration, and its exit code.
