@@ -193,8 +193,10 @@ fn a_body_that_is_here_with_its_header_goes_straight_on() {
     let mut client = gateway.client();
     assert_eq!(client.ask("PUT", "/headers", "", "small").json()["body_bytes"], 5);
     assert_eq!(gateway.metric("forebay_spool_spills_total"), 0.0);
-    let held = gateway.log_line().phase(Phase::Buffer).unwrap_or(0.0);
-    assert!(held < 50.0, "{held} ms in buffer");
+    // In one poll: what a worker that is itself held up takes for it says nothing.
+    let line = gateway.log_line();
+    let held = line.phase(Phase::Buffer).unwrap_or(0.0);
+    assert!(held <= line.number("own_ms"), "{held} ms in buffer: {line:?}");
 }
 
 #[test]

@@ -23,11 +23,9 @@ fn upload_is_refused(mode: &str, client: &str, sent: u64, pause: Duration, reaso
     for protocol in Protocol::BOTH {
         let origin = built_in();
         let gateway = before(&origin, mode, client);
-        let started = Instant::now();
         let mut upload = Ask::put(1_000).sending(1, pause).begin(protocol, gateway.web());
         upload.send(sent);
         assert_eq!(upload.status(), 408, "{reason} {protocol:?}");
-        assert!(started.elapsed() < ms(5_000), "{:?}", started.elapsed());
         upload.answer().refused(408, reason);
         let line = gateway.log_line();
         assert_eq!((line.status(), line.reason()), (408, reason));
@@ -158,12 +156,12 @@ fn seconds_of(gateway: &Gateway, protocol: Protocol, length: u64) -> f64 {
 fn answers_are_held_to_their_rate_after_a_first_burst() {
     let origin = built_in();
     for mode in ["auto", "full", "stream"] {
-        let gateway = before(&origin, mode, "limit_rate: { rate: 200KiB/s, after: 200KiB }");
+        let gateway = before(&origin, mode, "limit_rate: { rate: 50KiB/s, after: 200KiB }");
         for protocol in Protocol::BOTH {
             let burst = seconds_of(&gateway, protocol, 200 << 10);
-            assert!(burst < 0.7, "the burst took {burst} s with {mode} {protocol:?}");
-            let limited = seconds_of(&gateway, protocol, 500 << 10);
-            assert!((1.0..4.0).contains(&limited), "{limited} s for 300 KiB at 200 KiB/s with {mode} {protocol:?}");
+            assert!(burst < 3.0, "the burst took {burst} s with {mode} {protocol:?}, and 4 s at that rate");
+            let limited = seconds_of(&gateway, protocol, 275 << 10);
+            assert!((1.0..5.0).contains(&limited), "{limited} s for 75 KiB at 50 KiB/s with {mode} {protocol:?}");
         }
     }
 }
@@ -187,7 +185,7 @@ fn uploads_are_not_held_to_the_rate_of_answers() {
     let gateway = before(&origin, "full", "limit_rate: { rate: 100KiB/s, after: 10KiB }");
     let started = Instant::now();
     Ask::put(4 << 20).over(Protocol::Http1, gateway.web()).arrived(4 << 20, "content-length: 4194304");
-    assert!(started.elapsed() < ms(8_000), "{:?}", started.elapsed());
+    assert!(started.elapsed() < ms(30_000), "{:?}, and 40 s at that rate", started.elapsed());
 }
 
 #[test]

@@ -242,6 +242,8 @@ fn half_an_answer_never_ends_as_a_whole_one_however_slowly_it_is_read() {
         if slow.status() == 502 {
             // It failed before any of it had left, which a short answer may: so the client is told.
             assert_eq!(fault, "/fault/half-chunked");
+            slow.answer().refused(502, "receive.reset");
+            assert_eq!((gateway.log_line().status(), gateway.log_line().reason()), (502, "receive.reset"));
             gateway.wait_at_rest();
             continue;
         }

