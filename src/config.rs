@@ -174,8 +174,8 @@ pub fn endpoints(file: &str, text: &str) -> Result<Vec<upstream::Endpoint>, Stri
     let line = |byte: usize| text.get(..byte).map_or(1, |before| before.matches('\n').count() + 1);
     place::survey(text).map_err(|stop| format!("{file}:{}: {}", line(stop.at.start), stop.title()))?;
     let yaml: serde_yaml::Value = serde_yaml::from_str(text).map_err(|error| {
-        let place = error.location().map_or(1, |place| place.line());
-        format!("{file}:{place}: this is no YAML: {error}")
+        let at = syntax::place(text, &error).unwrap_or_default();
+        format!("{file}:{}: this is no YAML: {error}", line(at))
     })?;
     if !yaml.is_sequence() {
         return Err(format!(

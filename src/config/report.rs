@@ -3,6 +3,7 @@
 //! The parts of the pipeline make findings, each at a path; a [`Report`] looks the paths up in the file's [`Places`],
 //! takes secrets out of the words, and draws.
 
+use std::borrow::Cow;
 use std::collections::HashSet;
 use std::fmt;
 use std::ops::Range;
@@ -241,7 +242,7 @@ impl Drawn {
         let mut group = match source.window(&self.spots) {
             None => title.element(Origin::path(&source.file)),
             Some(window) => {
-                let shown = Snippet::source(&source.text[window.clone()]).path(&source.file);
+                let shown = Snippet::source(printable(&source.text[window.clone()])).path(&source.file);
                 let mut kind = AnnotationKind::Primary;
                 let mut annotations = Vec::new();
                 for (range, label) in &self.spots {
@@ -366,6 +367,16 @@ fn tidy(words: &str) -> String {
     tidy
 }
 
+/// Lines of a file as they may be shown. The renderer replaces all control characters but those of the second half, which
+/// may steer a terminal as well; what stands for them here is as long.
+fn printable(text: &str) -> Cow<'_, str> {
+    if text.contains(is_c1) { text.replace(is_c1, "\u{b7}").into() } else { text.into() }
+}
+
+fn is_c1(c: char) -> bool {
+    ('\u{80}'..='\u{9f}').contains(&c)
+}
+
 /// The one of `known` that `wrong` is most likely a misspelling of.
 pub(super) fn nearest<'k>(wrong: &str, known: impl IntoIterator<Item = &'k str>) -> Option<&'k str> {
     let wrong = wrong.to_lowercase();
@@ -397,6 +408,15 @@ mod tests {
         let findings = vec![twice.clone(), Finding::error(value("a"), "first"), twice];
         let report = Report::new(Arc::new(source("a: 1\nb: 2\n")), findings);
         assert_eq!(report.findings.iter().map(|f| f.title.as_str()).collect::<Vec<_>>(), ["first", "second"]);
+    }
+
+    #[test]
+    fn what_is_shown_of_a_file_steers_no_terminal() {
+        let text = "a: \u{1b}[31m\u{9b}31m\u{85}\u{202e}\u{7f} \nb: 1\n";
+        let report = Report::new(Arc::new(source(text)), vec![Finding::error(Spot::Bytes(3..7), "wrong")]);
+        let said = report.to_string();
+        assert!(said.contains("31m") && !said.chars().any(|c| c.is_control() && c != '\n'), "{said:?}");
+        assert!(!said.contains('\u{202e}'), "{said:?}");
     }
 
     #[test]

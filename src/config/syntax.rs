@@ -104,7 +104,7 @@ fn invalid(text: &str, error: &serde_yaml::Error) -> Finding {
     let (problem, _) = position(problem);
     let (context, context_at) = position(context);
     let context = plain(context);
-    let Some(at) = error.location().map(|at| byte(text, at.line(), at.column())) else {
+    let Some(at) = place(text, error) else {
         return Finding::error(Spot::File, format!("invalid YAML: {problem}"));
     };
     let spot = Spot::Bytes(at..at + text[at..].chars().next().map_or(0, char::len_utf8));
@@ -169,11 +169,24 @@ fn position(message: &str) -> (&str, Option<(usize, usize)>) {
     (words, numbers)
 }
 
-/// The byte at a line and a column, both counted from 1, the column in characters.
+/// The byte at a line and a column, both counted from 1, the column in characters. Lines end as libyaml ends them: it counts
+/// more characters for line ends than editors do.
 fn byte(text: &str, line: usize, column: usize) -> usize {
-    let start: usize = text.split_inclusive('\n').take(line - 1).map(str::len).sum();
+    let mut ends = text.char_indices().filter(|&(at, c)| match c {
+        '\r' => !text[at + 1..].starts_with('\n'),
+        _ => matches!(c, '\n' | '\u{85}' | '\u{2028}' | '\u{2029}'),
+    });
+    let start = match line.checked_sub(2) {
+        Some(before) => ends.nth(before).map_or(text.len(), |(at, c)| at + c.len_utf8()),
+        None => 0,
+    };
     let rest = &text[start..];
-    start + rest.char_indices().nth(column - 1).map_or(rest.len(), |(at, _)| at)
+    start + rest.char_indices().nth(column.saturating_sub(1)).map_or(rest.len(), |(at, _)| at)
+}
+
+/// The byte where an error of libyaml lies.
+pub(super) fn place(text: &str, error: &serde_yaml::Error) -> Option<usize> {
+    error.location().map(|at| byte(text, at.line(), at.column()))
 }
 
 #[cfg(test)]
@@ -190,5 +203,7 @@ mod tests {
     fn lines_and_columns_are_counted_in_characters() {
         assert_eq!(byte("ä: 1\nbö: 2", 2, 3), 9);
         assert_eq!(byte("a", 7, 9), 1);
+        assert_eq!(byte("a\rb\r\nc\u{85}d\u{2028}e", 5, 1), 12);
+        assert_eq!(byte("a", 1, 0), 0);
     }
 }
