@@ -3,6 +3,7 @@
 use std::time::Instant;
 
 use forebay::origin::Running;
+use forebay::phase::Phase;
 
 use crate::harness::client::request;
 use crate::harness::gateway::Watched;
@@ -112,11 +113,11 @@ fn a_streamed_upload_that_is_over_has_a_deadline_for_its_answer() {
 #[test]
 fn a_client_that_takes_slowly_what_is_held_for_it_is_not_cut() {
     let origin = built_in();
-    // On a machine that is busy with other things, what is held takes its time, too.
     let gateway = Setup::before_all(&[origin.address()]).route("deadline: 3s").start();
     let mut client = Client::slow(gateway.web());
     client.send(request("GET", "/bytes/4MiB", "", ""));
-    client.dawdle(ms(3_500));
+    gateway.wait_phase(Phase::Write);
+    client.dawdle(ms(3_200));
     let answer = client.response();
     assert_eq!((answer.status, answer.body.len(), answer.end), (200, 4 << 20, End::Complete));
 }

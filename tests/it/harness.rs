@@ -34,8 +34,8 @@ pub use nginx::Nginx;
 pub use origin::{Origin, ok};
 pub use wire::End;
 
-/// How long any wait may take: long beside what is waited for, short beside a hung test run.
-pub const DEADLINE: Duration = Duration::from_secs(15);
+/// How long any wait may take: long beside what is waited for, also where others have the CPU; short beside a hung test run.
+pub const DEADLINE: Duration = Duration::from_secs(45);
 
 /// Asks `probe` again and again until it has an answer.
 ///

@@ -42,7 +42,7 @@ pub fn refuses(address: SocketAddr) {
 #[test]
 fn on_term_what_is_in_flight_ends_well_and_then_the_process_ends_at_once() {
     let origin = Origin::scripted();
-    let (mut process, mut client, mut connection) = in_flight(&origin, "pause: 0s, deadline: 60s");
+    let (mut process, mut client, mut connection) = in_flight(&origin, "pause: 0s, deadline: 10m");
     process.signal(libc::SIGTERM);
     refuses(process.web());
     assert!(process.runs(), "an exchange is in flight");
@@ -75,7 +75,7 @@ fn on_term_readiness_goes_first_and_whoever_comes_in_the_pause_is_served() {
 #[test]
 fn on_term_the_listeners_close_after_the_pause() {
     let origin = Origin::scripted();
-    let (mut process, mut client, mut connection) = in_flight(&origin, "pause: 500ms, deadline: 60s");
+    let (mut process, mut client, mut connection) = in_flight(&origin, "pause: 500ms, deadline: 10m");
     let started = Instant::now();
     process.signal(libc::SIGTERM);
     refuses(process.web());
@@ -102,7 +102,7 @@ fn on_term_what_is_not_done_by_the_deadline_is_cut() {
 #[test]
 fn on_term_idle_connections_hold_up_nothing() {
     let origin = Origin::named("origin");
-    let setup = Setup::before(&origin).listener("protocols: [http1, h2c]").server("shutdown: { deadline: 60s }");
+    let setup = Setup::before(&origin).listener("protocols: [http1, h2c]").server("shutdown: { deadline: 10m }");
     let mut process = setup.spawn();
     let (mut kept, mut silent) = (process.client(), process.client());
     assert_eq!(kept.get("/").status, 200);
@@ -126,7 +126,7 @@ fn on_int_the_process_ends_at_once() {
 #[test]
 fn a_second_term_changes_nothing_and_int_during_a_drain_ends_it() {
     let origin = Origin::scripted();
-    let (mut process, _client, _connection) = in_flight(&origin, "deadline: 60s");
+    let (mut process, _client, _connection) = in_flight(&origin, "deadline: 10m");
     process.signal(libc::SIGTERM);
     refuses(process.web());
     process.signal(libc::SIGTERM);
