@@ -243,7 +243,7 @@ fn a_file_that_nests_too_deeply_is_refused_in_one_pass() {
 
 #[test]
 fn a_file_whose_aliases_stand_for_too_much_is_refused() {
-    let ten = |name: &str, of: &str| format!("{name}: &{name} [{}]\n", vec![of; 10].join(","));
+    let ten = |name: &str, of: &str| format!("{name}: &{name} [{}]\n", [of; 10].join(","));
     let bomb = ["a1", "b*a", "c*b", "d*c", "e*d", "f*e"].map(|step| ten(&step[..1], &step[1..])).concat();
     insta::assert_snapshot!(said_of_bytes(bomb.as_bytes()), @r"
     error: with its aliases followed, the file stands for more than 100000 values
