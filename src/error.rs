@@ -55,6 +55,7 @@ impl Refusal {
             &refusal::BUFFER_DISK_FULL,
             &refusal::QUEUE_FULL,
             &refusal::QUEUE_TIMEOUT,
+            &refusal::CONNECT_EXHAUSTED,
         ];
         passing.contains(&self).then_some(5)
     }
@@ -145,6 +146,7 @@ refusals! {
     CONNECT_TIMEOUT: "connect.timeout", 504, "The backend did not accept the connection in time.";
     CONNECT_TLS: "connect.tls", 502, "No secure connection to the backend could be made.";
     CONNECT_FAILED: "connect.failed", 502, "The backend could not be reached.";
+    CONNECT_EXHAUSTED: "connect.exhausted", 503, "The gateway has no room for further connections; try again later.";
     CONNECT_DEADLINE: "connect.deadline", 504, "No backend answered in the time that there was.";
     SEND_TIMEOUT: "send.timeout", 504, "The backend did not take the request in time.";
     SEND_RESET: "send.reset", 502, "The backend closed the connection while the request was sent.";
@@ -230,7 +232,8 @@ mod tests {
                 ("buffer.disk_full", 503),
                 ("buffer.pressure", 503),
                 ("queue.full", 503),
-                ("queue.timeout", 503)
+                ("queue.timeout", 503),
+                ("connect.exhausted", 503)
             ]
         );
     }

@@ -144,10 +144,13 @@ thread_local! {
 /// registered whatever opens it again.
 pub trait Gate: Send + Sync {
     /// Ready: the exchange may go on.
-    fn poll_open(&self, cx: &mut Context<'_>) -> Poll<()>;
+    fn poll_open(&self, cx: &mut Context<'_>, now: Instant) -> Poll<()>;
 
     /// The exchange was polled, which took so long.
     fn polled(&self, time: Duration);
+
+    /// The exchange waits. Has it woken in time to see that it waits for too long.
+    fn waits(&self, cx: &mut Context<'_>);
 }
 
 thread_local! {
@@ -182,7 +185,7 @@ impl<F: Future + Unpin> Future for Metered<F> {
 
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<F::Output> {
         let begin = Instant::now();
-        let closed = self.gate.as_ref().is_some_and(|gate| gate.poll_open(cx).is_pending());
+        let closed = self.gate.as_ref().is_some_and(|gate| gate.poll_open(cx, begin).is_pending());
         if closed {
             self.spent += begin.elapsed();
             return Poll::Pending;
@@ -200,6 +203,9 @@ impl<F: Future + Unpin> Future for Metered<F> {
         let time = begin.elapsed();
         if let Some(gate) = &self.gate {
             gate.polled(time);
+            if polled.is_pending() {
+                gate.waits(cx);
+            }
         }
         self.spent += time;
         polled

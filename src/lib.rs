@@ -15,6 +15,7 @@ pub mod gateway;
 pub mod metrics;
 pub mod net;
 pub mod origin;
+pub mod party;
 pub mod phase;
 pub mod printable;
 pub mod proxy;

@@ -251,7 +251,8 @@ impl ProxyHttp for Proxy {
     /// The exchange failed: the client is refused, or cut off if its answer had begun.
     async fn fail_to_proxy(&self, session: &mut Session, error: &Error, exchange: &mut Exchange) -> FailToProxy {
         let earlier = exchange.take_refused().or_else(|| exchange.refusal.map(plain));
-        let refused = earlier.unwrap_or_else(|| plain(blame::reason(exchange, error)));
+        let fault = || exchange.failure.unwrap_or_else(|| blame::fault(exchange, error, false));
+        let refused = earlier.unwrap_or_else(|| plain(blame::row(fault()).refusal));
         exchange.refusal = Some(refused.refusal);
         exchange.enter(Phase::Write);
         tracing::debug!(reason = refused.refusal.reason, %error, "an exchange failed");

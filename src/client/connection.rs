@@ -29,6 +29,8 @@ use crate::config::units::Count;
 use crate::error::{Refusal, refusal};
 use crate::eventloop::worker;
 use crate::metrics::{ConnectionState, ListenerMetrics, Metrics};
+use crate::party::{Fault, Party, What};
+use crate::phase::Phase;
 use crate::phase::journal::Cycle;
 
 /// A listener as it runs.
@@ -333,7 +335,7 @@ pub struct Connection {
     settled: AtomicBool,
     raw: AtomicBool,
     reset: AtomicBool,
-    fault: OnceLock<&'static Refusal>,
+    fault: OnceLock<Fault>,
     secured: OnceLock<Box<Secured>>,
     /// Given back with the connection.
     counted: Counted,
@@ -470,13 +472,13 @@ impl Connection {
     }
 
     /// What the stream found wrong with the bytes of the client, if anything.
-    pub fn fault(&self) -> Option<&'static Refusal> {
+    pub fn fault(&self) -> Option<Fault> {
         self.fault.get().copied()
     }
 
-    pub(super) fn set_fault(&self, refusal: &'static Refusal) {
+    pub(super) fn set_fault(&self, phase: Phase, what: What) {
         // A second fault of a connection that is already condemned adds nothing.
-        let _ = self.fault.set(refusal);
+        let _ = self.fault.set(Fault::new(Party::Client, phase, what));
     }
 }
 

@@ -17,8 +17,8 @@ use super::slow::Entry;
 use super::spool::{Depot, Held, Limits, Room, Spool, SpoolError};
 use super::waiting::{Timer, Waiting, Who};
 use super::wire::Wire;
-use crate::error::{Refusal, refusal};
 use crate::metrics::{Direction, RouteMetrics};
+use crate::party::{Fault, Party, What};
 use crate::phase::Phase;
 
 /// How much is read without a pause before the next exchange has its turn.
@@ -56,38 +56,22 @@ pub struct IntakeTerms {
 /// Why a body could not be read.
 #[derive(Debug)]
 pub enum Unread {
-    /// The client is to be told.
-    Refused(&'static Refusal),
+    /// For this reason, which the client is told.
+    Fault(Fault),
     /// Reading failed.
     Failed(Box<Error>),
 }
 
-impl From<&'static Refusal> for Unread {
-    fn from(refusal: &'static Refusal) -> Self {
-        Unread::Refused(refusal)
+impl From<Fault> for Unread {
+    fn from(fault: Fault) -> Self {
+        Unread::Fault(fault)
     }
 }
 
-/// What a client did not keep, in whose phase.
-struct Blame {
-    phase: Phase,
-    idle: &'static Refusal,
-    total: &'static Refusal,
-    pace: &'static Refusal,
+/// The client did this with its body.
+fn client(phase: Phase, what: What) -> Fault {
+    Fault::new(Party::Client, phase, what)
 }
-
-const BUFFERING: Blame = Blame {
-    phase: Phase::Buffer,
-    idle: &refusal::BUFFER_TIMEOUT,
-    total: &refusal::BUFFER_TIMEOUT,
-    pace: &refusal::BUFFER_MIN_RATE,
-};
-const STREAMING: Blame = Blame {
-    phase: Phase::Send,
-    idle: &refusal::SEND_BODY_TIMEOUT,
-    total: &refusal::SEND_BODY_TOTAL,
-    pace: &refusal::SEND_MIN_RATE,
-};
 
 /// See the module.
 pub struct Intake {
@@ -262,7 +246,7 @@ impl Intake {
             }
             match wire.poll_read(cx) {
                 Poll::Ready(Ok(Some(piece))) => {
-                    self.arrived(&piece, &refusal::BUFFER_TOO_LARGE)?;
+                    self.arrived(&piece, Phase::Buffer)?;
                     self.hold(piece);
                     self.whole = self.is_at_end(wire);
                 }
@@ -277,7 +261,7 @@ impl Intake {
                         spool.idle(cx);
                     }
                     self.run = 0;
-                    let late = ready!(self.poll_late(cx, &BUFFERING));
+                    let late = ready!(self.poll_late(cx, Phase::Buffer));
                     return Poll::Ready(Err(late.into()));
                 }
             }
@@ -294,7 +278,7 @@ impl Intake {
                 Ok(piece) => Ok(piece),
                 Err(error) => {
                     tracing::error!(%error, "a spooled request body could not be read back");
-                    Err(Unread::Refused(&refusal::BUFFER_DISK_FAILED))
+                    Err(Fault::new(Party::Disk, Phase::Send, What::Failed).into())
                 }
             });
         }
@@ -303,7 +287,7 @@ impl Intake {
         }
         match wire.poll_read(cx) {
             Poll::Ready(Ok(Some(piece))) => {
-                self.arrived(&piece, &refusal::SEND_TOO_LARGE)?;
+                self.arrived(&piece, Phase::Send)?;
                 self.beyond += piece.len() as u64;
                 // What was held of it could not be replayed any more.
                 self.forget();
@@ -317,8 +301,13 @@ impl Intake {
             Poll::Ready(Err(error)) => Poll::Ready(Err(Unread::Failed(error))),
             // A write has the session: it is not the client's body that is waited for.
             Poll::Pending if wire.session().is_none() => Poll::Pending,
-            Poll::Pending => self.poll_late(cx, &STREAMING).map(|late| Err(late.into())),
+            Poll::Pending => self.poll_late(cx, Phase::Send).map(|late| Err(late.into())),
         }
+    }
+
+    /// The party that the next piece is waited for from.
+    pub fn waits_for(&self) -> Party {
+        if self.spool.as_ref().is_some_and(|spool| spool.unread() > 0) { Party::Disk } else { Party::Client }
     }
 
     /// If the client was waited for: says what it had asked for.
@@ -344,12 +333,12 @@ impl Intake {
         }
     }
 
-    fn arrived(&mut self, piece: &Bytes, too_large: &'static Refusal) -> Result<(), Unread> {
+    fn arrived(&mut self, piece: &Bytes, phase: Phase) -> Result<(), Unread> {
         let bytes = piece.len() as u64;
         self.received += bytes;
         self.stop_waiting(bytes);
         self.since.get_or_insert_with(Instant::now);
-        if self.received > self.terms.max_body { Err(too_large.into()) } else { Ok(()) }
+        if self.received > self.terms.max_body { Err(client(phase, What::TooLarge).into()) } else { Ok(()) }
     }
 
     fn hold(&mut self, piece: Bytes) {
@@ -380,18 +369,19 @@ impl Intake {
         if !matches!(room, Ok(Room::Pressure | Room::Disk)) {
             self.paused = None;
         }
-        let no_disk = |stream: bool| if stream { Ok(false) } else { Err(Unread::from(&refusal::BUFFER_DISK_FULL)) };
+        let refuse = |party, what| Err(Unread::from(Fault::new(party, Phase::Buffer, what)));
+        let no_disk = |stream: bool| if stream { Ok(false) } else { refuse(Party::Disk, What::Full) };
         Poll::Ready(match room {
             Ok(Room::Free) => Ok(true),
             Ok(Room::Disk) => {
                 let since = *self.paused.get_or_insert_with(Instant::now);
                 ready!(self.timer.poll(cx, since + self.terms.disk_max));
-                Err(Unread::from(&refusal::BUFFER_DISK_FAILED))
+                refuse(Party::Disk, What::Failed)
             }
             Ok(Room::Pressure) => {
                 let since = *self.paused.get_or_insert_with(Instant::now);
                 ready!(self.timer.poll(cx, since + self.depot.budget.pause_max()));
-                Err(Unread::from(&refusal::BUFFER_PRESSURE))
+                refuse(Party::Gateway, What::Full)
             }
             // The body may be over: only a further byte is too much.
             Ok(Room::Full) if spool.pushed() == limit && self.received == limit && !self.asked_at_limit => {
@@ -400,37 +390,37 @@ impl Intake {
             }
             Ok(Room::Full) if spool.pushed() < limit => no_disk(self.terms.stream_without_disk),
             Ok(Room::Full) if self.terms.stream_large => Ok(false),
-            Ok(Room::Full) => Err(Unread::from(&refusal::BUFFER_TOO_LARGE)),
+            Ok(Room::Full) => refuse(Party::Client, What::TooLarge),
             Err(SpoolError::Full(error)) => {
                 tracing::warn!(%error, "no disk left for request bodies");
                 no_disk(self.terms.stream_without_disk)
             }
             Err(SpoolError::Failed(error)) => {
                 tracing::error!(%error, "a request body could not be spooled to disk");
-                Err(Unread::from(&refusal::BUFFER_DISK_FAILED))
+                refuse(Party::Disk, What::Failed)
             }
         })
     }
 
-    /// Ready when the client takes too long: with what it is to be told.
-    fn poll_late(&mut self, cx: &mut Context<'_>, blame: &Blame) -> Poll<&'static Refusal> {
+    /// Ready when the client takes too long in this phase: with what it did not keep.
+    fn poll_late(&mut self, cx: &mut Context<'_>, phase: Phase) -> Poll<Fault> {
         let Intake { waiting, depot, slow, who, terms, received, .. } = self;
         let waiting = waiting.get_or_insert_with(|| {
             let enter = || depot.slow.enter(Direction::Request, Some(&terms.route), who.client);
             let entry = slow.get_or_insert_with(enter);
             let missing = terms.announced.map_or(u64::MAX, |announced| announced.saturating_sub(*received));
-            entry.set(blame.phase, missing);
+            entry.set(phase, missing);
             Waiting::begin(Some(depot.budget.slow(Direction::Request)), entry)
         });
         let since = waiting.since;
         let whole = *self.since.get_or_insert(since);
         let dues = [
-            (Some(since + self.terms.idle), blame.idle),
-            (Some(whole + self.terms.total), blame.total),
-            (self.terms.pace.patience(0).map(|patience| since + patience), blame.pace),
+            (Some(since + self.terms.idle), What::Silent),
+            (Some(whole + self.terms.total), What::Late),
+            (self.terms.pace.patience(0).map(|patience| since + patience), What::Slow),
         ];
-        let first = dues.into_iter().filter_map(|(due, blame)| Some((due?, blame))).min_by_key(|(due, _)| *due);
-        let Some((due, blame)) = first else { return Poll::Pending };
-        self.timer.poll(cx, due).map(|()| blame)
+        let first = dues.into_iter().filter_map(|(due, what)| Some((due?, what))).min_by_key(|(due, _)| *due);
+        let Some((due, what)) = first else { return Poll::Pending };
+        self.timer.poll(cx, due).map(|()| client(phase, what))
     }
 }

@@ -9,7 +9,7 @@
 //! session back, so that keep-alive works as ever. It steps aside
 //! where the client and the endpoint agree on another protocol.
 
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, ready};
 use std::time::{Duration, Instant};
@@ -31,10 +31,12 @@ use super::intake::{Intake, IntakeTerms, Unread};
 use super::lane::{Class, Lanes, OPERATIONS_PER_POLL, exhaust_budget, spend_budget};
 use super::spool::{Depot, Held};
 use super::stream::{Bypass, ClientStream};
-use super::waiting::{Alarm, Timer, Who};
+use super::waiting::{Alarm, Who};
 use super::wire::{Manner, Past, Wire};
-use crate::error::{Refusal, refusal};
 use crate::eventloop::{Gate, adopt};
+use crate::party::limits::Seen;
+use crate::party::{Bounds, Deadline, Fault, KeepsWaiting, Look, Party, Patience, Stage, Waits, What};
+use crate::phase::Phase;
 use crate::phase::journal::Passed;
 use crate::upstream::window::Window;
 
@@ -43,15 +45,6 @@ use crate::upstream::window::Window;
 pub trait Tap: Send + Sync {
     /// A piece passes; `end` with the last one. An error cuts the response.
     async fn piece(&mut self, request: &mut RequestHeader, piece: &mut Option<Bytes>, end: bool) -> Result<()>;
-}
-
-/// How long the upstream may take.
-#[derive(Clone, Copy, Debug)]
-pub struct Patience {
-    /// From the request's end to the end of the response header.
-    pub wait: Duration,
-    /// Between two pieces of the response.
-    pub receive: Duration,
 }
 
 /// What an exchange's session is made of, besides the client's own.
@@ -80,19 +73,16 @@ pub struct Terms {
 
 /// What the exchange and its session share: the clocks, the wire, and the way back to the client's own session.
 pub struct Link {
-    begin: Instant,
-    patience: Patience,
-    stage: AtomicU64,
-    /// Nanoseconds after `begin`.
-    since: AtomicU64,
-    alarm: Mutex<Alarm>,
+    /// The party that is waited for, and for how long each was in this attempt.
+    waits: Waits,
+    /// A [`Stage`].
+    stage: AtomicU8,
+    /// All of the request was passed on.
+    whole: AtomicBool,
+    clock: Mutex<Clock>,
     /// The session waits for its client, or for a turn, with an answer in hand: the upstream is not to be read.
     holding: AtomicBool,
-    /// When the attempt, and the exchange, have taken too long, as nanoseconds after `begin`; `NEVER`.
-    attempt_due: AtomicU64,
-    exchange_due: AtomicU64,
-    bell: Mutex<Timer>,
-    fault: Mutex<Option<&'static Refusal>>,
+    fault: Mutex<Option<Fault>>,
     wire: Mutex<Wire>,
     /// The buffered session is in the place of the client's own.
     stands_in: AtomicBool,
@@ -108,21 +98,19 @@ pub struct Link {
     lanes: Arc<Lanes>,
 }
 
-/// What is not due at all.
-const NEVER: u64 = u64::MAX;
+/// The limits of the present attempt, and the timer that rings when one of them may be exceeded.
+struct Clock {
+    bounds: Bounds,
+    alarm: Alarm,
+    look: Look,
+}
 
 const NO_TURN: usize = usize::MAX;
 
-const SENDING: u64 = 0;
-const WAITING: u64 = 1;
-const RECEIVING: u64 = 2;
-const DONE: u64 = 3;
-const QUEUEING: u64 = 4;
-
 impl Link {
-    /// An endpoint is waited for.
+    /// An endpoint is looked for.
     pub fn queueing(&self) {
-        self.enter(QUEUEING);
+        self.enter(Stage::Unconnected);
     }
 
     /// Ready when the client has gone, while nobody reads its body or writes its answer.
@@ -130,37 +118,56 @@ impl Link {
         self.wire().poll_gone(cx).map(drop)
     }
 
-    /// A new attempt begins: the request is sent again, and what the one before was given up for is over.
-    pub fn sending(&self) {
+    /// A new attempt begins: the request is sent again once a connection is there, and what the attempt before was given up
+    /// for is over.
+    pub fn begin_attempt(&self, now: Instant) {
         *self.fault.lock().unwrap_or_else(PoisonError::into_inner) = None;
-        self.due(None, None);
-        self.enter(SENDING);
+        self.whole.store(false, Ordering::Relaxed);
+        self.enter(Stage::Unconnected);
+        self.waits.begin_attempt(now);
     }
 
-    /// When the present attempt is to have its answer, and when the exchange is to have all of it. Counts while a connection
-    /// stands.
-    pub fn due(&self, attempt: Option<Instant>, exchange: Option<Instant>) {
-        let nanos = |due: Instant| u64::try_from(due.saturating_duration_since(self.begin).as_nanos()).unwrap_or(NEVER);
-        self.attempt_due.store(attempt.map_or(NEVER, nanos), Ordering::Relaxed);
-        self.exchange_due.store(exchange.map_or(NEVER, nanos), Ordering::Relaxed);
+    /// The connection of the attempt is there.
+    pub fn sending(&self) {
+        self.enter(Stage::Sending);
     }
 
-    /// The request is out: the response header is due.
+    /// For how long the endpoint of the present attempt may be waited for until its response header is here, and when the
+    /// exchange is to have all of its answer.
+    pub fn bound(&self, attempt: Option<Duration>, deadline: Option<Deadline>) {
+        let mut clock = self.clock();
+        (clock.bounds.attempt, clock.bounds.deadline) = (attempt, deadline);
+    }
+
+    /// The request is out: the response header is due. If it came before the request's end, the rest of the answer is.
     pub fn waiting(&self) {
-        // An answer that came before the request's end is not waited for any more.
-        if self.stage.load(Ordering::Relaxed) == SENDING {
-            self.enter(WAITING);
+        self.whole.store(true, Ordering::Relaxed);
+        if self.stage() == Stage::Sending {
+            self.enter(Stage::Waiting);
         }
+        self.waits.restart(Party::Endpoint, Instant::now());
     }
 
     /// The response header is here: its body may not pause for too long.
     pub fn receiving(&self) {
-        self.enter(RECEIVING);
+        self.enter(Stage::Receiving);
+        self.waits.restart(self.answering_party(), Instant::now());
     }
 
     /// The response is whole: the upstream is waited for no longer.
     pub fn done(&self) {
-        self.enter(DONE);
+        self.enter(Stage::Done);
+        self.waits.turn_to(Party::Client, Instant::now());
+    }
+
+    /// `party` is waited for, by somebody who works for this exchange.
+    pub fn waits_for(&self, party: Party) {
+        self.waits.turn_to(party, Instant::now());
+    }
+
+    /// The party that is waited for, and for how long each was in this attempt.
+    pub fn waits(&self) -> &Waits {
+        &self.waits
     }
 
     /// The connection is to close after this answer, and the answer is to say so.
@@ -179,9 +186,8 @@ impl Link {
     }
 
     /// Why the session gave up, if it did.
-    pub fn fault(&self) -> Option<&'static Refusal> {
-        let fault = *self.fault.lock().unwrap_or_else(PoisonError::into_inner);
-        fault.or_else(|| self.wire().fault())
+    pub fn fault(&self) -> Option<Fault> {
+        self.given_up().or_else(|| self.wire().fault())
     }
 
     /// For how long writing to the client was blocked.
@@ -263,8 +269,7 @@ impl Link {
     /// The client and the endpoint have agreed on another protocol: the client's own session takes its place again, and all clocks
     /// stop. `false`: it was lost with a write that was given up.
     pub fn step_aside(&self, session: &mut Box<ServerSession>) -> bool {
-        self.due(None, None);
-        self.enter(DONE);
+        self.done();
         self.holding.store(false, Ordering::Relaxed);
         self.wire().open_window();
         self.reclaim(session)
@@ -287,89 +292,91 @@ impl Link {
         self.wire.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn enter(&self, stage: u64) {
-        self.stage.store(stage, Ordering::Relaxed);
-        self.touch();
+    fn clock(&self) -> MutexGuard<'_, Clock> {
+        self.clock.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn touch(&self) {
-        self.since.store(self.begin.elapsed().as_nanos() as u64, Ordering::Relaxed);
+    fn stage(&self) -> Stage {
+        Stage::ALL[usize::from(self.stage.load(Ordering::Relaxed))]
     }
 
-    /// Ready when the upstream has been silent for too long in its present stage, or when all of it took too long.
-    fn poll_overdue(&self, cx: &mut Context<'_>) -> Poll<&'static Refusal> {
-        let patience = match self.stage.load(Ordering::Relaxed) {
-            WAITING => Some((self.patience.wait, &refusal::WAIT_TIMEOUT)),
-            RECEIVING => Some((self.patience.receive, &refusal::RECEIVE_TIMEOUT)),
-            _ => None,
-        };
-        let since = Duration::from_nanos(self.since.load(Ordering::Relaxed));
-        let silence = patience.map(|(patience, refusal)| (since + patience, refusal));
-        let first = silence.into_iter().chain(self.limit()).min_by_key(|(due, _)| *due);
-        // If nothing is due, whoever changes the stage polls the session anew.
-        let Some((due, refusal)) = first else { return Poll::Pending };
-        self.alarm.lock().unwrap_or_else(PoisonError::into_inner).poll(cx, self.begin + due).map(|()| refusal)
+    fn enter(&self, stage: Stage) {
+        self.stage.store(stage as u8, Ordering::Relaxed);
     }
 
-    /// When the attempt or the exchange will have taken too long, and what it is told then.
-    fn limit(&self) -> Option<(Duration, &'static Refusal)> {
-        let (attempt, exchange) = match self.stage.load(Ordering::Relaxed) {
-            SENDING => (Some(&refusal::SEND_TIMEOUT), Some(&refusal::SEND_DEADLINE)),
-            WAITING => (Some(&refusal::WAIT_TIMEOUT), Some(&refusal::WAIT_DEADLINE)),
-            RECEIVING => (None, Some(&refusal::RECEIVE_DEADLINE)),
-            _ => (None, None),
-        };
-        let due = |due: &AtomicU64, refusal: Option<&'static Refusal>| {
-            let nanos = due.load(Ordering::Relaxed);
-            refusal.filter(|_| nanos != NEVER).map(|refusal| (Duration::from_nanos(nanos), refusal))
-        };
-        let dues = [due(&self.attempt_due, attempt), due(&self.exchange_due, exchange)];
-        dues.into_iter().flatten().min_by_key(|(due, _)| *due)
+    /// The party that is waited for while an answer comes and nothing holds it up: as long as the client sends on, the
+    /// endpoint may be waiting for what comes next.
+    fn answering_party(&self) -> Party {
+        if self.whole.load(Ordering::Relaxed) { Party::Endpoint } else { Party::Client }
     }
 
-    /// Keeps the limits where nobody asks [`Link::poll_overdue`]: while the endpoint takes no more of the body, while the client's body
-    /// is waited for, and while the client holds the answer up.
-    fn poll_limit(&self, cx: &mut Context<'_>, wire: &mut Wire) {
-        let Some((due, refusal)) = self.limit() else { return };
-        let rung = self.bell.lock().unwrap_or_else(PoisonError::into_inner).poll(cx, self.begin + due).is_ready();
-        if rung && self.given_up().is_none() {
-            self.fail(refusal, ErrorType::ReadTimedout);
-            if self.stage.load(Ordering::Relaxed) == RECEIVING {
-                wire.fail(refusal);
-            }
-            wire.abort();
+    /// When the present wait will have lasted too long, and which fault that is.
+    fn due(&self, clock: &Clock) -> Option<(Instant, Fault)> {
+        clock.bounds.due(self.stage(), self.whole.load(Ordering::Relaxed), &self.waits)
+    }
+
+    /// Gives up the attempt, or the exchange, if the present wait has lasted too long by `now`.
+    fn keep_time(&self, wire: &mut Wire, now: Instant) {
+        let clock = &mut *self.clock();
+        let Some((due, fault)) = self.due(clock).filter(|&(due, _)| clock.look.next(due) <= now) else { return };
+        if clock.look.at(due, now) != Seen::Over || self.given_up().is_some() {
+            return;
+        }
+        self.fail(fault, ErrorType::ReadTimedout);
+        if fault.what == What::Overdue && fault.phase == Phase::Receive {
+            // The answer may be held up by its client, of which Pingora asks nothing then.
+            wire.fail(fault);
+        }
+        wire.abort();
+    }
+
+    /// Has this task woken when the present wait may have lasted too long.
+    fn set_alarm(&self, cx: &mut Context<'_>) {
+        let clock = &mut *self.clock();
+        let Some((due, _)) = self.due(clock).filter(|_| self.given_up().is_none()) else { return };
+        let next = clock.look.next(due);
+        if clock.alarm.poll(cx, next).is_ready() {
+            cx.waker().wake_by_ref();
         }
     }
 
     /// Why the present attempt is given up, if it is, by a clock or because the client has gone.
-    fn given_up(&self) -> Option<&'static Refusal> {
+    fn given_up(&self) -> Option<Fault> {
         *self.fault.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn fail(&self, refusal: &'static Refusal, kind: ErrorType) -> Box<Error> {
-        *self.fault.lock().unwrap_or_else(PoisonError::into_inner) = Some(refusal);
-        Error::explain(kind, refusal.reason)
+    /// The client has gone, as this error says.
+    fn gone(&self, error: Box<Error>) -> Box<Error> {
+        self.fail(left(self.stage()), error.etype().clone());
+        error
+    }
+
+    fn fail(&self, fault: Fault, kind: ErrorType) -> Box<Error> {
+        *self.fault.lock().unwrap_or_else(PoisonError::into_inner) = Some(fault);
+        told(fault, kind)
     }
 }
 
 impl Gate for Link {
     /// While the answer waits for its client, only the client's side is looked after: nothing is read from the upstream.
-    fn poll_open(&self, cx: &mut Context<'_>) -> Poll<()> {
+    fn poll_open(&self, cx: &mut Context<'_>, now: Instant) -> Poll<()> {
         let mut wire = self.wire();
-        self.poll_limit(cx, &mut wire);
+        self.keep_time(&mut wire, now);
         if self.holding.load(Ordering::Relaxed) {
-            return wire.poll_more(cx);
+            let more = wire.poll_more(cx);
+            if more.is_pending() {
+                self.waits.turn_to(wire.waits_for(), now);
+                self.set_alarm(cx);
+            }
+            return more;
         }
         // While a body is sent, and after it as long as its last pieces are in its channel, Pingora asks neither after the
         // answer nor after the client.
         wire.poll_writing(cx);
-        let blame = match self.stage.load(Ordering::Relaxed) {
-            SENDING => &refusal::SEND_ABORTED,
-            WAITING => &refusal::WAIT_ABORTED,
-            _ => return Poll::Ready(()),
-        };
-        if self.length().is_some() && wire.poll_gone(cx).is_ready() {
-            self.fail(blame, ErrorType::ConnectionClosed);
+        let stage = self.stage();
+        if matches!(stage, Stage::Sending | Stage::Waiting) && self.length().is_some() && wire.poll_gone(cx).is_ready()
+        {
+            self.fail(left(stage), ErrorType::ConnectionClosed);
             wire.abort();
         }
         Poll::Ready(())
@@ -379,11 +386,31 @@ impl Gate for Link {
         if let Some(&class) = Class::ALL.get(self.turn.load(Ordering::Relaxed)) {
             self.lanes.here().took(class, time);
             // What it lets in of an answer is taken in a later poll, and only then held up again.
-            if self.holding.load(Ordering::Relaxed) || self.stage.load(Ordering::Relaxed) != RECEIVING {
+            if self.holding.load(Ordering::Relaxed) || self.stage() != Stage::Receiving {
                 self.turn.store(NO_TURN, Ordering::Relaxed);
             }
         }
     }
+
+    fn waits(&self, cx: &mut Context<'_>) {
+        self.set_alarm(cx);
+    }
+}
+
+impl KeepsWaiting for Link {
+    fn kept_waiting(&self, now: Instant) -> Duration {
+        self.waits.kept_waiting(now)
+    }
+}
+
+/// The client went away in this stage.
+fn left(stage: Stage) -> Fault {
+    Fault::new(Party::Client, stage.phase(), What::Left)
+}
+
+/// A fault as an error of Pingora, which hands it on to the proxy and does not know more of it.
+fn told(fault: Fault, kind: ErrorType) -> Box<Error> {
+    Error::explain(kind, format!("{fault:?}"))
 }
 
 /// How many operations a poll may go on with once an answer is on its way and others are, too: in one poll Pingora would else
@@ -446,15 +473,15 @@ impl BufferedSession {
         debug_assert!(settled);
         let past = bypass.map(|bypass| Past::new(bypass, reads_past, without_body));
         let link = Arc::new(Link {
-            begin: Instant::now(),
-            patience,
-            stage: AtomicU64::new(SENDING),
-            since: AtomicU64::new(0),
-            alarm: Mutex::default(),
+            waits: Waits::new(Instant::now()),
+            stage: AtomicU8::new(Stage::Unconnected as u8),
+            whole: AtomicBool::new(false),
+            clock: Mutex::new(Clock {
+                bounds: Bounds { patience, attempt: None, deadline: None },
+                alarm: Alarm::default(),
+                look: Look::default(),
+            }),
             holding: AtomicBool::new(false),
-            attempt_due: AtomicU64::new(NEVER),
-            exchange_due: AtomicU64::new(NEVER),
-            bell: Mutex::default(),
             fault: Mutex::new(None),
             wire: Mutex::new(Wire::new(own, past, control, manner, who, depot, lanes.clone())),
             stands_in: AtomicBool::new(false),
@@ -560,11 +587,12 @@ impl BufferedSession {
     }
 
     fn poll_body(&mut self, cx: &mut Context<'_>) -> Poll<Result<Option<Bytes>>> {
-        if let Some(refusal) = self.link.given_up() {
-            return Poll::Ready(Err(Error::explain(ErrorType::ReadTimedout, refusal.reason)));
+        if let Some(fault) = self.link.given_up() {
+            return Poll::Ready(Err(told(fault, ErrorType::ReadTimedout)));
         }
         let mut wire = self.link.wire();
         let piece = self.intake.poll_piece(cx, &mut wire);
+        self.link.waits_for(if piece.is_pending() { self.intake.waits_for() } else { Party::Endpoint });
         self.intake.name_client(&self.request);
         if let Some(error) = wire.take_error() {
             return Poll::Ready(Err(error));
@@ -573,14 +601,14 @@ impl BufferedSession {
         if self.intake.whole().is_some()
             && let Poll::Ready(gone) = wire.poll_gone(cx)
         {
-            return Poll::Ready(Err(gone));
+            return Poll::Ready(Err(self.link.gone(gone)));
         }
         drop(wire);
         let piece = ready!(piece);
         self.link.received.store(self.intake.received(), Ordering::Relaxed);
         Poll::Ready(piece.map_err(|unread| match unread {
             Unread::Failed(error) => error,
-            Unread::Refused(refusal) => self.link.fail(refusal, ErrorType::ReadTimedout),
+            Unread::Fault(fault) => self.link.fail(fault, ErrorType::ReadTimedout),
         }))
     }
 
@@ -609,6 +637,9 @@ impl BufferedSession {
             }
             let holds = may_hold && more.is_pending();
             link.holding.store(holds, Ordering::Relaxed);
+            if more.is_pending() {
+                link.waits_for(wire.waits_for());
+            }
             if holds {
                 // Else Pingora would read on in this poll, and what it reads would wait in its channel.
                 exhaust_budget(cx);
@@ -620,9 +651,9 @@ impl BufferedSession {
             })
         })
         .await;
-        if link.stage.load(Ordering::Relaxed) == RECEIVING {
+        if link.stage() == Stage::Receiving {
             // The upstream could not go on while we held it: its clock starts anew.
-            link.touch();
+            link.waits.restart(link.answering_party(), Instant::now());
         }
         ended
     }
@@ -639,21 +670,21 @@ impl CustomSession for BufferedSession {
             return self.read_body_bytes().await;
         }
         let link = &self.link;
-        tokio::select! {
-            biased;
-            error = std::future::poll_fn(|cx| {
-                if link.stage.load(Ordering::Relaxed) == RECEIVING && link.lanes.here().is_crowded() {
-                    spend_budget(cx, OPERATIONS_PER_POLL - OPERATIONS);
-                }
-                let mut wire = link.wire();
-                let _ = wire.poll_write(cx);
-                match wire.take_error() {
-                    Some(error) => Poll::Ready(error),
-                    None => wire.poll_gone(cx),
-                }
-            }) => Err(error),
-            refusal = std::future::poll_fn(|cx| link.poll_overdue(cx)) => Err(link.fail(refusal, ErrorType::ReadTimedout)),
-        }
+        let error = std::future::poll_fn(|cx| {
+            if let Some(fault) = link.given_up() {
+                return Poll::Ready(told(fault, ErrorType::ReadTimedout));
+            }
+            if link.stage() == Stage::Receiving && link.lanes.here().is_crowded() {
+                spend_budget(cx, OPERATIONS_PER_POLL - OPERATIONS);
+            }
+            let mut wire = link.wire();
+            let _ = wire.poll_write(cx);
+            match wire.take_error() {
+                Some(error) => Poll::Ready(error),
+                None => wire.poll_gone(cx).map(|gone| link.gone(gone)),
+            }
+        });
+        Err(error.await)
     }
 
     async fn response_duplex_vec(&mut self, mut tasks: Vec<HttpTask>) -> Result<bool> {

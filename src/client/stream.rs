@@ -31,6 +31,8 @@ use super::frames::Frames;
 use super::head::{self, Framing, Scanner};
 use crate::error::{Refusal, refusal};
 use crate::net;
+use crate::party::What;
+use crate::phase::Phase;
 
 /// The first bytes of an HTTP/2 connection (RFC 9113 §3.4).
 pub const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
@@ -362,7 +364,7 @@ impl Core {
         };
         let Ok(taken) = chunks.take(&out.filled()[before..]) else {
             out.set_filled(before);
-            self.connection.set_fault(&refusal::SEND_BODY_MALFORMED);
+            self.connection.set_fault(Phase::Send, What::Malformed);
             return Poll::Ready(Err(io::Error::new(io::ErrorKind::InvalidData, "malformed chunked body")));
         };
         let next = &out.filled()[before + taken..];
@@ -398,7 +400,7 @@ impl Core {
                 Rest::Raw | Rest::Http2(_) => Ok((0, 0)),
             };
             let Ok((taken, body)) = taken else {
-                self.connection.set_fault(&refusal::SEND_BODY_MALFORMED);
+                self.connection.set_fault(Phase::Send, What::Malformed);
                 return Poll::Ready(Err(io::Error::new(io::ErrorKind::InvalidData, "malformed chunked body")));
             };
             // What follows the body begins the next request.
@@ -453,7 +455,7 @@ impl Core {
         };
         ready!(deadline.as_mut().poll(cx));
         self.connection.listener.metrics.refusals.count(&refusal::HEADER_TIMEOUT);
-        self.connection.set_fault(&refusal::HEADER_TIMEOUT);
+        self.connection.set_fault(Phase::Header, What::Silent);
         Poll::Ready(Err(io::Error::new(io::ErrorKind::TimedOut, "unfinished HTTP/2 frame")))
     }
 
@@ -478,7 +480,7 @@ impl Core {
         let patience = self.connection.write_idle();
         let stalled = self.stalled.get_or_insert_with(|| Box::pin(tokio::time::sleep(patience)));
         ready!(stalled.as_mut().poll(cx));
-        self.connection.set_fault(&refusal::WRITE_TIMEOUT);
+        self.connection.set_fault(Phase::Write, What::Silent);
         Poll::Ready(Err(io::Error::new(io::ErrorKind::TimedOut, "the client takes nothing")))
     }
 
@@ -734,6 +736,7 @@ impl std::fmt::Debug for ClientStream {
 mod tests {
     use super::*;
     use crate::client::connection::tests::connection;
+    use crate::party::{Fault, Party};
     use futures::FutureExt;
     use proptest::prelude::*;
     use tokio::io::AsyncReadExt;
@@ -830,7 +833,7 @@ mod tests {
         };
         assert_eq!(written.map_err(|error| error.kind()), Err(io::ErrorKind::TimedOut));
         assert!(begin.elapsed() > Duration::from_millis(8 * 60 + 150), "{:?}", begin.elapsed());
-        assert_eq!(stream.core().connection.fault(), Some(&refusal::WRITE_TIMEOUT));
+        assert_eq!(stream.core().connection.fault(), Some(Fault::new(Party::Client, Phase::Write, What::Silent)));
     }
 
     #[tokio::test]

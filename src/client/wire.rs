@@ -28,8 +28,8 @@ use super::spool::{Depot, Limits, Room, Spool, SpoolError};
 use super::stream::Bypass;
 use super::trailers::last_chunk;
 use super::waiting::{Timer, Waiting, Who};
-use crate::error::{Refusal, refusal};
 use crate::metrics::{Direction, RouteMetrics};
+use crate::party::{Fault, Party, What};
 use crate::phase::Phase;
 use crate::upstream::window::Window;
 
@@ -243,7 +243,9 @@ pub struct Wire {
     /// Writing has failed: the answer will never be whole.
     broken: bool,
     error: Option<Box<Error>>,
-    fault: Option<&'static Refusal>,
+    fault: Option<Fault>,
+    /// The party that the last write waits for.
+    waits_for: Party,
     /// Body bytes that came from the upstream, and those that the session has taken.
     came: u64,
     gone: u64,
@@ -315,6 +317,7 @@ impl Wire {
             broken: false,
             error: None,
             fault: None,
+            waits_for: Party::Client,
             came: 0,
             gone: 0,
             spooled: (0, 0),
@@ -491,8 +494,13 @@ impl Wire {
     }
 
     /// Why the wire gave up, if it did.
-    pub fn fault(&self) -> Option<&'static Refusal> {
+    pub fn fault(&self) -> Option<Fault> {
         self.fault
+    }
+
+    /// The party that is waited for before more may be written, or may come.
+    pub fn waits_for(&self) -> Party {
+        self.waits_for
     }
 
     /// Where the answer comes from, for this attempt; `None` once its connection is no longer the exchange's.
@@ -615,8 +623,8 @@ impl Wire {
                     // It is the poll that ends, and not the client that takes nothing.
                     Poll::Pending if ends_for_lack_of_budget(cx) => return Poll::Pending,
                     Poll::Pending => {
-                        let blame = ready!(self.poll_patience(cx));
-                        self.fail(blame);
+                        let fault = ready!(self.poll_patience(cx));
+                        self.fail(fault);
                         self.given_up = true;
                     }
                 },
@@ -642,8 +650,8 @@ impl Wire {
             Poll::Pending if ends_for_lack_of_budget(cx) => return Poll::Pending,
             Poll::Pending => {
                 self.spare();
-                let blame = ready!(self.poll_patience(cx));
-                self.fail(blame);
+                let fault = ready!(self.poll_patience(cx));
+                self.fail(fault);
             }
         }
         Poll::Ready(())
@@ -736,9 +744,10 @@ impl Wire {
         let Some(spool) = &mut self.spool else { return Poll::Ready(None) };
         let Poll::Ready(next) = spool.poll_next(cx, limit) else {
             let since = *self.fetching.get_or_insert_with(Instant::now);
+            self.waits_for = Party::Disk;
             ready!(self.timer.poll(cx, since + self.manner.disk_max));
             tracing::error!("the disk does not give back a spooled answer");
-            self.fail(&refusal::WRITE_DISK_FAILED);
+            self.fail(Fault::new(Party::Disk, Phase::Write, What::Silent));
             return Poll::Ready(None);
         };
         self.fetching = None;
@@ -746,7 +755,7 @@ impl Wire {
             Ok(piece) => Poll::Ready(piece),
             Err(error) => {
                 tracing::error!(%error, "a spooled answer could not be read back");
-                self.fail(&refusal::WRITE_DISK_FAILED);
+                self.fail(Fault::new(Party::Disk, Phase::Write, What::Failed));
                 Poll::Ready(None)
             }
         }
@@ -764,6 +773,7 @@ impl Wire {
         if Instant::now() >= due {
             return Poll::Ready(());
         }
+        self.waits_for = Party::Gateway;
         self.timer.poll(cx, due)
     }
 
@@ -815,6 +825,7 @@ impl Wire {
         }
         if self.end_written && !past.end(trailers.as_deref()) {
             past.sends = false;
+            self.fault.get_or_insert(Fault::new(Party::Endpoint, Phase::Receive, What::Malformed));
             self.written(
                 Err(Error::explain(ErrorType::WriteError, "the answer is shorter than announced").into_down()),
             );
@@ -843,6 +854,7 @@ impl Wire {
         }
         self.writing = 0;
         if let Err(error) = outcome {
+            self.fault.get_or_insert(Fault::new(Party::Client, self.phase(), What::Left));
             self.forget();
             self.broken = true;
             self.error = Some(error);
@@ -850,20 +862,26 @@ impl Wire {
     }
 
     /// Ready when the write under way takes too long: with what the client did not keep.
-    fn poll_patience(&mut self, cx: &mut Context<'_>) -> Poll<&'static Refusal> {
-        let phase = if self.ended { Phase::Write } else { Phase::Receive };
+    fn poll_patience(&mut self, cx: &mut Context<'_>) -> Poll<Fault> {
+        let phase = self.phase();
+        self.waits_for = Party::Client;
         let left = self.left();
         let Wire { blocked, depot, slow, who, manner, .. } = self;
         let entry = slow.get_or_insert_with(|| depot.slow.enter(Direction::Response, Some(&manner.route), who.client));
         entry.set(phase, left);
         let begin = || Waiting::begin(Some(depot.budget.slow(Direction::Response)), entry);
         let since = blocked.get_or_insert_with(begin).since;
-        let slow = self.manner.pace.patience(self.writing).map(|patience| (patience, &refusal::WRITE_MIN_RATE));
+        let slow = self.manner.pace.patience(self.writing).map(|patience| (patience, What::Slow));
         // On HTTP/1 the stream sees every byte that leaves, and keeps this more exactly.
-        let still = self.control.is_some().then_some((self.manner.write_idle, &refusal::WRITE_TIMEOUT));
+        let still = self.control.is_some().then_some((self.manner.write_idle, What::Silent));
         let first = slow.into_iter().chain(still).min_by_key(|(patience, _)| *patience);
-        let Some((patience, blame)) = first else { return Poll::Pending };
-        self.timer.poll(cx, since + patience).map(|()| blame)
+        let Some((patience, what)) = first else { return Poll::Pending };
+        self.timer.poll(cx, since + patience).map(|()| Fault::new(Party::Client, phase, what))
+    }
+
+    /// The phase in which a client is waited for.
+    fn phase(&self) -> Phase {
+        if self.ended { Phase::Write } else { Phase::Receive }
     }
 
     /// Body bytes that are here and that the client has not taken.
@@ -879,12 +897,12 @@ impl Wire {
     }
 
     /// The answer will never be whole, for this reason.
-    pub fn fail(&mut self, fault: &'static Refusal) {
+    pub fn fail(&mut self, fault: Fault) {
         self.fault.get_or_insert(fault);
         self.broken = true;
         self.forget();
         self.end_blocked();
-        self.error = Some(Error::explain(ErrorType::WriteError, fault.reason).into_down());
+        self.error = Some(Error::explain(ErrorType::WriteError, format!("{fault:?}")).into_down());
     }
 
     /// Ready when more may come from the upstream: the client has taken all there is, or there is room in the spool and
@@ -902,6 +920,7 @@ impl Wire {
             return Poll::Ready(());
         }
         if written.is_pending() && ends_for_lack_of_budget(cx) {
+            self.waits_for = Party::Gateway;
             return Poll::Pending;
         }
         self.set_aside();
@@ -954,7 +973,10 @@ impl Wire {
         spool.idle(cx);
         match spool.room(cx) {
             Ok(Room::Free) => return Poll::Ready(()),
-            Ok(Room::Disk) => return Poll::Pending,
+            Ok(Room::Disk) => {
+                self.waits_for = Party::Disk;
+                return Poll::Pending;
+            }
             Ok(Room::Pressure | Room::Full) => {}
             // It is in memory still; there is just no further room.
             Err(SpoolError::Full(_)) => {}
@@ -979,7 +1001,10 @@ impl Wire {
             let missing = length.map_or(u64::MAX, |length| length.saturating_sub(*came));
             lanes.here().queue(class, missing, disk)
         });
-        ready!(turn.poll(cx));
+        if turn.poll(cx).is_pending() {
+            self.waits_for = Party::Gateway;
+            return Poll::Pending;
+        }
         self.turn = None;
         self.in_turn = Some(class);
         Poll::Ready(())
@@ -1039,7 +1064,10 @@ impl Wire {
         if let Some(spool) = &mut self.spool {
             spool.idle(cx);
         }
-        self.poll_gone(cx).map(Err)
+        self.poll_gone(cx).map(|gone| {
+            self.fault.get_or_insert(Fault::new(Party::Client, Phase::Write, What::Left));
+            Err(gone)
+        })
     }
 }
 

@@ -74,10 +74,10 @@ pub struct Upstream {
 pub struct Timeouts {
     /// To accept a connection, TLS included.
     pub connect: Time,
-    /// Between two pieces of the request that the endpoint takes. On HTTP/1 an early answer is then still awaited, for
-    /// the longer of `wait` and `receive`.
+    /// Between two pieces of the request that the endpoint takes.
     pub send: Time,
-    /// From the last byte of the request to the end of the response header: the whole of it.
+    /// From the last byte of the request to the end of the response header: the whole of it. While the client is waited
+    /// for, no time of the endpoint passes, here as in the others.
     pub wait: Time,
     /// Between two pieces of the response.
     pub receive: Time,

@@ -40,6 +40,8 @@ labels! {
         Reset: "reset",
         /// Sending or waiting took too long.
         Timeout: "timeout",
+        /// The gateway itself had no descriptor, port or memory for a connection.
+        Exhausted: "exhausted",
         /// The status of the answer.
         Status: "status",
         /// The gRPC status of the answer.

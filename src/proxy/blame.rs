@@ -1,72 +1,359 @@
-//! Whose fault it was: turns an error of Pingora, seen in some phase, into the one reason that metrics, log and client get.
+//! What follows from a fault: one table from party, phase and what happened to the answer of the client, to a further
+//! attempt, and to what is held against the endpoint.
+//!
+//! Faults are noted where they happen ([`Fault`]); what a library reports by itself, such as a connection that breaks off,
+//! becomes one here. An endpoint is accused only of what it did or failed to do while it was waited for. What circuit
+//! breakers, outlier detection, latency and probes make of an accusation, `upstream/ended.rs` says.
 
-use pingora::{Error, ErrorSource, ErrorType};
+use std::time::Instant;
+
+use pingora::{Error, ErrorSource, ErrorType, RetryType};
 
 use super::exchange::Exchange;
+use super::retry::Failure;
 use crate::error::{Refusal, refusal};
+use crate::party::limits::DAWDLING;
+use crate::party::{Fault, KeepsWaiting, Party, What};
 use crate::phase::Phase;
+use crate::upstream::Outcome;
+use crate::upstream::transport::dial;
 
-/// Why this exchange failed.
-///
-/// What our own stream and session found comes first: they know more than the error that Pingora made of it.
-pub fn reason(exchange: &Exchange, error: &Error) -> &'static Refusal {
-    if let Some(found) = found(exchange) {
-        return found;
-    }
-    match error.esource() {
-        ErrorSource::Upstream => of_upstream(exchange, error.etype()),
-        ErrorSource::Downstream => of_client(exchange.clock.phase(), error.etype()),
-        _ => &refusal::INTERNAL,
+/// What an endpoint is accused of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Charge {
+    /// Nothing.
+    Nothing,
+    /// No connection to it could be made.
+    Unconnected,
+    /// It had a connection and did not answer as it should.
+    Failed,
+}
+
+/// A row of the table.
+pub struct Row {
+    party: Party,
+    phases: &'static [Phase],
+    what: What,
+    /// Reason, status and message.
+    pub refusal: &'static Refusal,
+    /// What the rules for a further attempt know it as. `None`: there is none.
+    pub failure: Option<Failure>,
+    /// What the endpoint is accused of.
+    pub charge: Charge,
+}
+
+impl Row {
+    /// What the upstream is told of the attempt.
+    pub fn outcome(&self) -> Outcome {
+        match self.charge {
+            Charge::Nothing => Outcome::Cancelled,
+            Charge::Unconnected => Outcome::Connect(self.refusal),
+            Charge::Failed => Outcome::Failed(self.refusal),
+        }
     }
 }
 
-/// What our own stream or session found wrong, if anything.
-pub fn found(exchange: &Exchange) -> Option<&'static Refusal> {
+macro_rules! table {
+    ($($party:ident $what:ident in $($phase:ident)*: $refusal:ident $failure:tt $charge:ident;)*) => {
+        /// Every fault that can end an exchange, or an attempt of it, once its route is known.
+        static TABLE: &[Row] = &[$(Row {
+            party: Party::$party,
+            phases: &[$(Phase::$phase),*],
+            what: What::$what,
+            refusal: &refusal::$refusal,
+            failure: table!(@ $failure),
+            charge: Charge::$charge,
+        }),*];
+    };
+    (@ -) => { None };
+    (@ $failure:ident) => { Some(Failure::$failure) };
+}
+
+table! {
+    // While the request body is held back, its client is waited for, or room is.
+    Client Silent in Buffer: BUFFER_TIMEOUT - Nothing;
+    Client Late in Buffer: BUFFER_TIMEOUT - Nothing;
+    Client Slow in Buffer: BUFFER_MIN_RATE - Nothing;
+    Client TooLarge in Buffer: BUFFER_TOO_LARGE - Nothing;
+    Client Malformed in Buffer: BUFFER_MALFORMED - Nothing;
+    Client Left in Buffer: BUFFER_ABORTED - Nothing;
+    Disk Full in Buffer: BUFFER_DISK_FULL - Nothing;
+    Disk Failed in Buffer Send: BUFFER_DISK_FAILED - Nothing;
+    Gateway Full in Buffer: BUFFER_PRESSURE - Nothing;
+
+    // Until an endpoint is connected to.
+    Gateway Full in Queue: QUEUE_FULL - Nothing;
+    Gateway Silent in Queue: QUEUE_TIMEOUT - Nothing;
+    Client Left in Queue: QUEUE_ABORTED - Nothing;
+    Client Left in Select: SELECT_ABORTED - Nothing;
+    Endpoint Refused in Connect: CONNECT_REFUSED Connect Unconnected;
+    Endpoint Silent in Connect: CONNECT_TIMEOUT Connect Unconnected;
+    Endpoint Insecure in Connect: CONNECT_TLS Connect Unconnected;
+    Endpoint Unreachable in Connect: CONNECT_FAILED Connect Unconnected;
+    Gateway Exhausted in Connect: CONNECT_EXHAUSTED Exhausted Nothing;
+
+    // While the request is passed on, either end may be waited for.
+    Client Silent in Send: SEND_BODY_TIMEOUT - Nothing;
+    Client Late in Send: SEND_BODY_TOTAL - Nothing;
+    Client Slow in Send: SEND_MIN_RATE - Nothing;
+    Client TooLarge in Send: SEND_TOO_LARGE - Nothing;
+    Client Malformed in Send: SEND_BODY_MALFORMED - Nothing;
+    Client Left in Route Connect Send: SEND_ABORTED - Nothing;
+    Endpoint Silent in Send: SEND_TIMEOUT Timeout Failed;
+    Endpoint Broke in Send: SEND_RESET Reset Failed;
+    Endpoint GaveUp in Send: SEND_RESET Reset Nothing;
+    Endpoint Stale in Send: SEND_RESET Stale Nothing;
+    Endpoint Unprocessed in Send: SEND_RESET Unprocessed Nothing;
+
+    // The request is out: the endpoint is waited for.
+    Endpoint Silent in Wait: WAIT_TIMEOUT Timeout Failed;
+    Endpoint Broke in Wait: WAIT_RESET Reset Failed;
+    Endpoint GaveUp in Wait: WAIT_RESET Reset Nothing;
+    Endpoint Stale in Wait: WAIT_RESET Stale Nothing;
+    Endpoint Unprocessed in Wait: WAIT_RESET Unprocessed Nothing;
+    Endpoint Malformed in Send Wait: WAIT_MALFORMED Reset Failed;
+    Client Left in Wait: WAIT_ABORTED - Nothing;
+
+    // The answer comes, and goes to the client.
+    Endpoint Silent in Receive: RECEIVE_TIMEOUT Timeout Failed;
+    Endpoint Broke in Receive: RECEIVE_RESET Reset Failed;
+    Endpoint GaveUp in Receive: RECEIVE_RESET Reset Nothing;
+    Endpoint Unprocessed in Receive: RECEIVE_RESET Unprocessed Nothing;
+    Endpoint Malformed in Receive: RECEIVE_MALFORMED Reset Failed;
+    Endpoint Broke in Write: RECEIVE_RESET - Nothing;
+    Endpoint GaveUp in Write: RECEIVE_RESET - Nothing;
+    Client Left in Receive: RECEIVE_ABORTED - Nothing;
+    Client Left in Write Finish: WRITE_ABORTED - Nothing;
+    Client Silent in Wait Receive Write Finish: WRITE_TIMEOUT - Nothing;
+    Client Slow in Receive Write: WRITE_MIN_RATE - Nothing;
+    Disk Silent in Receive Write: WRITE_DISK_FAILED - Nothing;
+    Disk Failed in Receive Write: WRITE_DISK_FAILED - Nothing;
+
+    // The deadline of the exchange is over. An endpoint that was waited for for nearly all of that time is at fault.
+    Gateway Overdue in Select: SELECT_DEADLINE - Nothing;
+    Gateway Overdue in Queue: QUEUE_DEADLINE - Nothing;
+    Client Overdue in Select: SELECT_DEADLINE - Nothing;
+    Client Overdue in Queue: QUEUE_DEADLINE - Nothing;
+    Endpoint Overdue in Connect: CONNECT_DEADLINE Connect Unconnected;
+    Endpoint Overdue in Send: SEND_DEADLINE Timeout Failed;
+    Endpoint Overdue in Wait: WAIT_DEADLINE Timeout Failed;
+    Endpoint Overdue in Receive: RECEIVE_DEADLINE Timeout Failed;
+    Client Overdue in Connect: CONNECT_DEADLINE Connect Nothing;
+    Client Overdue in Send: SEND_DEADLINE Timeout Nothing;
+    Client Overdue in Wait: WAIT_DEADLINE Timeout Nothing;
+    Client Overdue in Receive: RECEIVE_DEADLINE Timeout Nothing;
+    Disk Overdue in Send: SEND_DEADLINE Timeout Nothing;
+    Disk Overdue in Receive: RECEIVE_DEADLINE Timeout Nothing;
+    Gateway Overdue in Connect: CONNECT_DEADLINE Connect Nothing;
+    Gateway Overdue in Send: SEND_DEADLINE Timeout Nothing;
+    Gateway Overdue in Wait: WAIT_DEADLINE Timeout Nothing;
+    Gateway Overdue in Receive: RECEIVE_DEADLINE Timeout Nothing;
+
+    // The net beneath all clocks: nothing has come for long, and no clock of the endpoint has run for so long.
+    Gateway Silent in Send Wait: WAIT_TIMEOUT Timeout Nothing;
+    Gateway Silent in Receive: RECEIVE_TIMEOUT Timeout Nothing;
+
+    // A client whose header or framing is found wrong only by the library that passes it on.
+    Client Malformed in Header Route Connect: HEADER_MALFORMED - Nothing;
+    Client Silent in Header: HEADER_TIMEOUT - Nothing;
+}
+
+/// What there is for a fault that no row expects: it is the gateway's own.
+static INTERNAL: Row = Row {
+    party: Party::Gateway,
+    phases: &Phase::ALL,
+    what: What::Failed,
+    refusal: &refusal::INTERNAL,
+    failure: None,
+    charge: Charge::Nothing,
+};
+
+/// What follows from this fault.
+pub fn row(fault: Fault) -> &'static Row {
+    let fits = |row: &&Row| row.party == fault.party && row.what == fault.what && row.phases.contains(&fault.phase);
+    TABLE.iter().find(fits).unwrap_or(&INTERNAL)
+}
+
+/// Why this exchange failed, its last attempt having ended with this error.
+pub fn fault(exchange: &Exchange, error: &Error, reused: bool) -> Fault {
+    found(exchange).unwrap_or_else(|| reported(exchange, error, reused))
+}
+
+/// What our own stream or session found wrong, if anything: they know more than the error that Pingora made of it.
+fn found(exchange: &Exchange) -> Option<Fault> {
     let stream = exchange.connection.as_ref().and_then(|connection| connection.fault());
-    stream.or_else(|| exchange.link.as_ref()?.fault())
+    let found = stream.or_else(|| exchange.link.as_ref()?.fault())?;
+    let phase = if found.what == What::Left { exchange.clock.phase() } else { found.phase };
+    Some(Fault { phase, ..found })
 }
 
-/// Whether this speaks against the endpoint, and not against the client or ourselves.
-pub fn is_upstreams(refusal: &Refusal) -> bool {
-    matches!(refusal.status, 502 | 504)
-}
-
-/// Whether the endpoint took too long, by a clock of ours.
-pub fn is_timeout(refusal: &Refusal) -> bool {
-    let late = [&refusal::SEND_TIMEOUT, &refusal::WAIT_TIMEOUT, &refusal::RECEIVE_TIMEOUT];
-    late.contains(&refusal) || is_deadline(refusal)
-}
-
-/// Whether the time of the whole exchange was over while an endpoint was busy with it.
-pub fn is_deadline(refusal: &Refusal) -> bool {
-    [&refusal::SEND_DEADLINE, &refusal::WAIT_DEADLINE, &refusal::RECEIVE_DEADLINE].contains(&refusal)
-}
-
-fn of_upstream(exchange: &Exchange, kind: &ErrorType) -> &'static Refusal {
-    use ErrorType::{ConnectionClosed, H2Error, ReadError, ReadTimedout, WriteError, WriteTimedout};
-    match (exchange.clock.phase(), kind) {
-        (Phase::Select | Phase::Connect, _) => exchange.failure.unwrap_or(&refusal::CONNECT_FAILED),
-        (_, WriteTimedout) => &refusal::SEND_TIMEOUT,
-        (Phase::Send | Phase::Wait, ReadTimedout) => &refusal::WAIT_TIMEOUT,
-        (Phase::Send, ConnectionClosed | ReadError | WriteError | H2Error) => &refusal::SEND_RESET,
-        (Phase::Wait, ConnectionClosed | ReadError | WriteError | H2Error) => &refusal::WAIT_RESET,
-        (Phase::Send | Phase::Wait, _) => &refusal::WAIT_MALFORMED,
-        (_, ReadTimedout) => &refusal::RECEIVE_TIMEOUT,
-        (_, ConnectionClosed | ReadError | WriteError | H2Error) => &refusal::RECEIVE_RESET,
-        _ => &refusal::RECEIVE_MALFORMED,
+/// What an error of Pingora says: on which side something broke, and how. It says nothing of who was slow.
+fn reported(exchange: &Exchange, error: &Error, reused: bool) -> Fault {
+    let phase = exchange.clock.phase();
+    match error.esource() {
+        ErrorSource::Upstream => of_endpoint(exchange, phase, error, reused),
+        ErrorSource::Downstream => of_client(phase, error.etype()),
+        _ => Fault::new(Party::Gateway, phase, What::Failed),
     }
 }
 
-fn of_client(phase: Phase, kind: &ErrorType) -> &'static Refusal {
-    match (phase, kind) {
-        (_, ErrorType::WriteTimedout) => &refusal::WRITE_TIMEOUT,
-        (Phase::Send, ErrorType::ReadTimedout) => &refusal::SEND_BODY_TIMEOUT,
-        (Phase::Send, ErrorType::InvalidHTTPHeader) => &refusal::HEADER_MALFORMED,
+fn of_endpoint(exchange: &Exchange, phase: Phase, error: &Error, reused: bool) -> Fault {
+    use ErrorType::{ConnectionClosed, H2Error, ReadError, ReadTimedout, WriteError, WriteTimedout};
+    let endpoint = |what| Fault::new(Party::Endpoint, phase, what);
+    let is_free = !exchange.had_free_attempt;
+    // So Pingora marks what an HTTP/2 endpoint has refused or announced not to answer.
+    if matches!(error.retry, RetryType::Decided(true)) && is_free {
+        return endpoint(What::Unprocessed);
+    }
+    match error.etype() {
+        // It runs only while there is something to be written.
+        WriteTimedout => Fault::new(Party::Endpoint, Phase::Send, What::Silent),
+        // Our own clocks are finer. Before an upgrade there are none, and the request is out at once.
+        ReadTimedout if exchange.link.is_none() && phase != Phase::Receive => {
+            Fault::new(Party::Endpoint, Phase::Wait, What::Silent)
+        }
+        ReadTimedout => Fault::new(Party::Gateway, phase, What::Silent),
+        ConnectionClosed | ReadError | WriteError | H2Error => {
+            let kept = reused && exchange.upstream.as_ref().is_some_and(|upstream| upstream.is_http1());
+            match kept && phase != Phase::Receive && is_free && !matches!(error.etype(), H2Error) {
+                true => endpoint(What::Stale),
+                false if has_reason_to_leave(exchange) => endpoint(What::GaveUp),
+                false => endpoint(What::Broke),
+            }
+        }
+        _ => endpoint(What::Malformed),
+    }
+}
+
+/// Whether an endpoint may close its connection without being at fault: it was kept waiting for long, or another protocol is
+/// spoken over it, which has ends of its own.
+fn has_reason_to_leave(exchange: &Exchange) -> bool {
+    match &exchange.link {
+        Some(link) => link.kept_waiting(Instant::now()) > DAWDLING,
+        None => exchange.clock.phase() == Phase::Receive,
+    }
+}
+
+fn of_client(phase: Phase, kind: &ErrorType) -> Fault {
+    let what = match (phase, kind) {
+        (_, ErrorType::WriteTimedout) => return Fault::new(Party::Client, Phase::Write, What::Silent),
+        (Phase::Send, ErrorType::ReadTimedout) => What::Silent,
+        (Phase::Send, ErrorType::InvalidHTTPHeader) => {
+            return Fault::new(Party::Client, Phase::Header, What::Malformed);
+        }
         // Pingora's own reading of chunks and trailers.
-        (Phase::Send, ErrorType::Custom(_)) => &refusal::SEND_BODY_MALFORMED,
-        (Phase::Route | Phase::Select | Phase::Connect | Phase::Send, _) => &refusal::SEND_ABORTED,
-        (Phase::Wait, _) => &refusal::WAIT_ABORTED,
-        (Phase::Write | Phase::Finish, _) => &refusal::WRITE_ABORTED,
-        _ => &refusal::RECEIVE_ABORTED,
+        (Phase::Send, ErrorType::Custom(_)) => What::Malformed,
+        _ => What::Left,
+    };
+    Fault::new(Party::Client, phase, what)
+}
+
+/// Why no connection came about, as far as the error says: that there was no time left, it does not.
+pub fn connecting(error: &Error) -> Fault {
+    let (party, what) = match error.etype() {
+        kind if *kind == dial::EXHAUSTED => (Party::Gateway, What::Exhausted),
+        ErrorType::ConnectTimedout => (Party::Endpoint, What::Silent),
+        ErrorType::ConnectRefused => (Party::Endpoint, What::Refused),
+        ErrorType::TLSHandshakeFailure
+        | ErrorType::TLSHandshakeTimedout
+        | ErrorType::TLSWantX509Lookup
+        | ErrorType::InvalidCert => (Party::Endpoint, What::Insecure),
+        _ => (Party::Endpoint, What::Unreachable),
+    };
+    Fault::new(party, Phase::Connect, what)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Every row for every phase that it is for.
+    fn rows() -> impl Iterator<Item = (Fault, &'static Row)> {
+        let faults =
+            |row: &'static Row| row.phases.iter().map(move |&phase| (Fault::new(row.party, phase, row.what), row));
+        TABLE.iter().flat_map(faults)
+    }
+
+    #[test]
+    fn each_fault_has_one_row() {
+        let mut known = std::collections::HashSet::new();
+        for (fault, found) in rows() {
+            assert!(known.insert(fault), "{fault:?} has two rows");
+            assert!(std::ptr::eq(row(fault), found));
+        }
+    }
+
+    #[test]
+    fn only_endpoints_are_accused_and_only_of_what_they_did() {
+        use What::{Broke, Insecure, Malformed, Overdue, Refused, Silent, Unreachable};
+        for (fault, row) in rows().filter(|(_, row)| row.charge != Charge::Nothing) {
+            assert_eq!(fault.party, Party::Endpoint, "{fault:?}");
+            let acts = [Silent, Overdue, Broke, Malformed, Refused, Unreachable, Insecure];
+            assert!(acts.contains(&fault.what), "{fault:?}");
+            assert_eq!(row.charge == Charge::Unconnected, fault.phase == Phase::Connect, "{fault:?}");
+        }
+    }
+
+    #[test]
+    fn an_endpoint_at_fault_is_a_bad_gateway_and_no_other_party_is() {
+        for (fault, row) in rows() {
+            let status = row.refusal.status;
+            match fault.party {
+                Party::Endpoint => assert!(matches!(status, 502 | 504), "{fault:?} {status}"),
+                _ if fault.what == What::Overdue => assert_eq!(status, 504, "{fault:?}"),
+                Party::Client => assert!((400..500).contains(&status), "{fault:?} {status}"),
+                Party::Disk | Party::Gateway => assert!(status >= 500, "{fault:?} {status}"),
+            }
+        }
+    }
+
+    #[test]
+    fn a_reason_names_the_phase_in_which_it_is_found_or_the_one_that_waits_for_its_cause() {
+        for (fault, row) in rows() {
+            let named = row.refusal.reason.split('.').next().unwrap_or_default();
+            let here = fault.phase.name() == named;
+            let elsewhere = match (fault.phase, named) {
+                // Streamed, a request has no phase of its own before; read back, a body comes from where it was held.
+                (Phase::Route | Phase::Connect, "send" | "header") | (Phase::Send, "buffer" | "wait") => true,
+                // An answer is written while it comes, and is settled once it is written.
+                (Phase::Wait | Phase::Receive | Phase::Finish, "write") | (Phase::Write, "receive") => true,
+                _ => false,
+            };
+            assert!(here || elsewhere, "{fault:?} is {}", row.refusal.reason);
+        }
+    }
+
+    #[test]
+    fn every_refusal_of_an_exchange_with_a_route_has_a_row_or_is_no_fault() {
+        /// What the gateway decides without having waited.
+        const DECISIONS: [&Refusal; 4] = [
+            &refusal::SELECT_BREAKER_OPEN,
+            &refusal::SELECT_NO_ENDPOINT,
+            &refusal::FINISH_SHUTDOWN,
+            &refusal::INTERNAL,
+        ];
+        for refusal in refusal::ALL {
+            let early = ["accept.", "header.", "route."].iter().any(|phase| refusal.reason.starts_with(phase));
+            let known = rows().any(|(_, row)| row.refusal == *refusal) || DECISIONS.contains(refusal);
+            assert!(early || known, "{} has no row", refusal.reason);
+        }
+    }
+
+    #[test]
+    fn a_fault_that_no_row_expects_is_the_gateways_own() {
+        let unexpected = row(Fault::new(Party::Disk, Phase::Accept, What::Refused));
+        assert_eq!((unexpected.refusal, unexpected.failure), (&refusal::INTERNAL, None));
+        assert_eq!(unexpected.outcome(), Outcome::Cancelled);
+    }
+
+    #[test]
+    fn an_error_of_a_connection_says_whose_it_is() {
+        let fault = |kind| connecting(&Error::new_up(kind));
+        let endpoint = |what| Fault::new(Party::Endpoint, Phase::Connect, what);
+        assert_eq!(fault(ErrorType::ConnectRefused), endpoint(What::Refused));
+        assert_eq!(fault(ErrorType::ConnectTimedout), endpoint(What::Silent));
+        assert_eq!(fault(ErrorType::InvalidCert), endpoint(What::Insecure));
+        assert_eq!(fault(ErrorType::ConnectNoRoute), endpoint(What::Unreachable));
+        assert_eq!(fault(dial::EXHAUSTED), Fault::new(Party::Gateway, Phase::Connect, What::Exhausted));
     }
 }

@@ -10,6 +10,7 @@ use pingora::http::RequestHeader;
 use pingora::protocols::http::ServerSession;
 use pingora::{Error, ErrorType, Result};
 
+use super::blame;
 use super::deadline;
 use super::exchange::Exchange;
 use super::mirror::{Body, Copy, Mirror};
@@ -25,6 +26,7 @@ use crate::client::wire::Leave;
 use crate::error::{Refusal, refusal};
 use crate::filter::Refused;
 use crate::metrics::mirror::Fate;
+use crate::party::{Fault, Party, What};
 use crate::phase::Phase;
 use crate::upstream::Upstream;
 
@@ -155,17 +157,18 @@ fn announced(request: &RequestHeader) -> Option<u64> {
 }
 
 fn reason(exchange: &Exchange, unread: Unread) -> &'static Refusal {
+    let client = |what| Fault::new(Party::Client, Phase::Buffer, what);
     let found = exchange.connection.as_ref().and_then(|connection| connection.fault());
-    match (found, unread) {
-        (Some(fault), _) if *fault == refusal::SEND_BODY_MALFORMED => &refusal::BUFFER_MALFORMED,
-        (Some(fault), _) => fault,
-        (None, Unread::Refused(refusal)) => refusal,
+    let fault = match (found, unread) {
+        (Some(Fault { what: What::Malformed, .. }), _) => client(What::Malformed),
+        (Some(fault), _) | (None, Unread::Fault(fault)) => fault,
         (None, Unread::Failed(error)) => match error.etype() {
-            ErrorType::ConnectionClosed | ErrorType::ReadError | ErrorType::H2Error => &refusal::BUFFER_ABORTED,
+            ErrorType::ConnectionClosed | ErrorType::ReadError | ErrorType::H2Error => client(What::Left),
             // Pingora's own reading of chunks and trailers.
-            _ => &refusal::BUFFER_MALFORMED,
+            _ => client(What::Malformed),
         },
-    }
+    };
+    blame::row(fault).refusal
 }
 
 fn refused(exchange: &mut Exchange, refusal: &'static Refusal) -> Box<Error> {

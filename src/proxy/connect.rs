@@ -11,13 +11,13 @@ use pingora::upstreams::peer::HttpPeer;
 use pingora::{Error, ErrorType, Result};
 use socket2::SockRef;
 
+use super::blame;
 use super::deadline;
 use super::exchange::Exchange;
-use super::retry::{self, Failure};
+use super::retry;
 use crate::access_log::Why;
-use crate::error::{Refusal, refusal};
+use crate::party::What;
 use crate::phase::Phase;
-use crate::upstream::Outcome;
 use crate::upstream::transport::tls::Flaw;
 use crate::upstream::window::{self, Window};
 
@@ -45,6 +45,9 @@ pub fn made(
     let now = exchange.enter(Phase::Send);
     exchange.connected(reused, now);
     deadline::keep(exchange);
+    if let Some(link) = &exchange.link {
+        link.sending();
+    }
     if let (Some(attempt), Some(upstream)) = (&mut exchange.attempt, &exchange.upstream) {
         let outdated = upstream.transport.age(digest).filter(|&age| upstream.transport.is_outdated(age, socket));
         if http1 {
@@ -69,38 +72,24 @@ fn leads_to(socket: RawFd, peer: &HttpPeer) -> bool {
 /// No connection could be made. No byte of the request has left, so any method may be tried elsewhere.
 pub fn failed(exchange: &mut Exchange, client: &ServerSession, mut error: Box<Error>) -> Box<Error> {
     let now = Instant::now();
-    let is_over = deadline::is_over(exchange, now);
-    let failure = match is_over {
-        true => deadline::refusal(Phase::Connect),
-        false => reason(&error),
+    let fault = match blame::connecting(&error) {
+        fault if fault.what == What::Silent => deadline::of_connection(exchange),
+        fault => fault,
     };
+    let row = blame::row(fault);
     let label = exchange.endpoint().map(|endpoint| &*endpoint.label);
     match &exchange.upstream {
-        Some(upstream) if failure == &refusal::CONNECT_TLS && upstream.transport.may_complain(now) => {
+        Some(upstream) if fault.what == What::Insecure && upstream.transport.may_complain(now) => {
             tracing::warn!(upstream = %upstream.name, endpoint = label, %error, "no secure connection");
         }
         _ => tracing::debug!(endpoint = label, %error, "no connection"),
     }
-    exchange.failure = Some(failure);
-    exchange.note_failure(Why::Refusal(failure.reason), now);
-    // What was left of an exchange's time may be less than any endpoint takes.
-    exchange.release(|_| if is_over { Outcome::Cancelled } else { Outcome::Connect(failure) }, now);
+    exchange.failure = Some(fault);
+    exchange.note_failure(Why::Refusal(row.refusal.reason), now);
+    exchange.release(|_| row.outcome(), now);
     if let Some(upstream) = &exchange.upstream {
         upstream.metrics.connects_failed.inc();
     }
-    let again = retry::again(exchange, client, Failure::Connect, None);
-    error.set_retry(again);
+    error.set_retry(row.failure.is_some_and(|failure| retry::again(exchange, client, failure, None)));
     error
-}
-
-fn reason(error: &Error) -> &'static Refusal {
-    match error.etype() {
-        ErrorType::ConnectTimedout => &refusal::CONNECT_TIMEOUT,
-        ErrorType::ConnectRefused => &refusal::CONNECT_REFUSED,
-        ErrorType::TLSHandshakeFailure
-        | ErrorType::TLSHandshakeTimedout
-        | ErrorType::TLSWantX509Lookup
-        | ErrorType::InvalidCert => &refusal::CONNECT_TLS,
-        _ => &refusal::CONNECT_FAILED,
-    }
 }

@@ -23,6 +23,7 @@ use crate::eventloop::{own_time, worker as eventloop};
 use crate::filter::key::Asked;
 use crate::filter::{Refused, Stages, States, Verdict, View};
 use crate::metrics::{Metrics, Seat};
+use crate::party::Fault;
 use crate::phase::journal::{self, Journal, Note, Passed, Tick};
 use crate::phase::{Clock, Phase};
 use crate::spans::{Context, Notes};
@@ -107,8 +108,8 @@ pub struct Exchange {
     refused: Option<Refused>,
     /// Why Forebay ended it, if it did.
     pub refusal: Option<&'static Refusal>,
-    /// Why the last attempt failed.
-    pub failure: Option<&'static Refusal>,
+    /// Why the last attempt failed, as long as there is no answer.
+    pub failure: Option<Fault>,
     /// Its place in a trace, if there are any.
     pub trace: Option<Context>,
     /// What is noted of its attempts for its spans, if it is recorded.
@@ -213,9 +214,14 @@ impl Attempt {
         &self.endpoint
     }
 
+    /// The status of its answer, once the header is here.
+    pub fn status(&self) -> Option<StatusCode> {
+        self.answered.map(|(_, status)| status)
+    }
+
     /// What came of it if nothing went wrong.
     pub fn outcome(&self) -> Outcome {
-        self.answered.map_or(Outcome::Cancelled, |(_, status)| Outcome::Answered(status))
+        self.status().map_or(Outcome::Cancelled, Outcome::Answered)
     }
 
     /// Whether its connection stands.

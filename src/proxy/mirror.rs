@@ -14,13 +14,15 @@ use pingora::connectors::http::Connector;
 use pingora::http::RequestHeader;
 use pingora::protocols::http::client::HttpSession;
 use pingora::upstreams::peer::{HttpPeer, Peer};
-use pingora::{Error, ErrorType, Result};
+use pingora::{Error, ErrorSource, ErrorType, Result};
 use tokio::time::timeout;
 
+use super::blame;
 use super::exchange::{Attempt, Exchange};
 use crate::client::spool::Held;
-use crate::error::refusal;
 use crate::metrics::mirror::{Fate, MirrorMetrics};
+use crate::party::{Fault, Party, What};
+use crate::phase::Phase;
 use crate::upstream::transport::final_status;
 use crate::upstream::transport::greeting::Parties;
 use crate::upstream::transport::tls::Flaw;
@@ -154,15 +156,26 @@ async fn attempt(mirror: &Mirror, request: RequestHeader, body: Option<Held>, pa
             if !attempt.is_connected() {
                 upstream.metrics.connects_failed.inc();
             }
-            let failed = match (attempt.is_connected(), error.etype()) {
-                (false, ErrorType::InvalidCert) => Outcome::Connect(&refusal::CONNECT_TLS),
-                (false, _) => Outcome::Connect(&refusal::CONNECT_FAILED),
-                (true, ErrorType::ReadTimedout) => Outcome::Failed(&refusal::WAIT_TIMEOUT),
-                (true, _) => Outcome::Failed(&refusal::WAIT_RESET),
-            };
-            attempt.end(failed, now);
+            attempt.end(blame::row(fault(&attempt, &error)).outcome(), now);
             Fate::Failed
         }
+    }
+}
+
+/// Why a copy came to nothing. Its body was here from the start, so that the endpoint alone was waited for.
+fn fault(attempt: &Attempt, error: &Error) -> Fault {
+    use ErrorType::{ConnectionClosed, H2Error, ReadError, ReadTimedout, WriteError, WriteTimedout};
+    let phase = match (attempt.is_connected(), attempt.status()) {
+        (false, _) => return blame::connecting(error),
+        (true, None) => Phase::Wait,
+        (true, Some(_)) => Phase::Receive,
+    };
+    match error.etype() {
+        // A header that this side would not write.
+        _ if *error.esource() == ErrorSource::Internal => Fault::new(Party::Gateway, phase, What::Failed),
+        ReadTimedout | WriteTimedout => Fault::new(Party::Endpoint, phase, What::Silent),
+        ConnectionClosed | ReadError | WriteError | H2Error => Fault::new(Party::Endpoint, phase, What::Broke),
+        _ => Fault::new(Party::Endpoint, phase, What::Malformed),
     }
 }
 
@@ -193,7 +206,7 @@ async fn exchange(
     session.set_read_timeout(Some(wait.max(receive)));
     let length = body.as_ref().map(|body| body.pieces.iter().map(Bytes::len).sum::<usize>());
     let http2 = matches!(session, HttpSession::H2(_));
-    prepare(&mut request, http2, peer.is_tls(), length, &mirror.route)?;
+    prepare(&mut request, http2, peer.is_tls(), length, &mirror.route).map_err(Error::into_in)?;
     let whole = async {
         session.write_request_header(Box::new(request)).await?;
         for piece in body.iter().flat_map(|body| &body.pieces) {
@@ -212,8 +225,12 @@ async fn exchange(
         }
         Ok::<_, Box<Error>>(status)
     };
-    // Each step has its limit; so have all of them together, however it trickles.
-    let status = timeout(connect + send + wait + receive, whole).await.map_err(|_| late())??;
+    // Each step has its limit; so have all of them together, however it trickles. An answer that has begun is one; nobody
+    // waits for its end.
+    let Ok(whole) = timeout(connect + send + wait + receive, whole).await else {
+        return attempt.status().ok_or_else(late);
+    };
+    let status = whole?;
     let is_last = match outdated {
         // Further requests go over another connection, and this one ends with those that it has.
         Some(age) if http2 => {

@@ -13,7 +13,7 @@ use pingora::protocols::http::ServerSession;
 
 use super::exchange::Exchange;
 use crate::client::waiting::Timer;
-use crate::error::{Refusal, refusal};
+use crate::party::{Fault, Party, What};
 use crate::phase::Phase;
 use crate::upstream::{Choice, Upstream};
 
@@ -29,9 +29,11 @@ pub async fn wait(
     exchange: &mut Exchange,
     client: &mut ServerSession,
     upstream: &Arc<Upstream>,
-) -> Result<Choice, &'static Refusal> {
+) -> Result<Choice, Fault> {
     let now = exchange.enter(Phase::Queue);
-    let Some(mut place) = upstream.queue(&exchange.tried, now) else { return Err(&refusal::QUEUE_FULL) };
+    let Some(mut place) = upstream.queue(&exchange.tried, now) else {
+        return Err(Fault::new(Party::Gateway, Phase::Queue, What::Full));
+    };
     if let Some(link) = &exchange.link {
         link.queueing();
     }
@@ -49,8 +51,8 @@ pub async fn wait(
             timer.poll(cx, due).map(|()| Event::TooLate)
         });
         match event.await {
-            Event::TooLate => return Err(&refusal::QUEUE_TIMEOUT),
-            Event::Gone => return Err(&refusal::QUEUE_ABORTED),
+            Event::TooLate => return Err(Fault::new(Party::Gateway, Phase::Queue, What::Silent)),
+            Event::Gone => return Err(Fault::new(Party::Client, Phase::Queue, What::Left)),
             Event::Turn => match turn(exchange, upstream) {
                 Choice::Full => {
                     place.missed();

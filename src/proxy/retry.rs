@@ -55,6 +55,8 @@ pub enum Failure {
     Reset,
     /// Sending or waiting took too long.
     Timeout,
+    /// The gateway could not make a further connection.
+    Exhausted,
     /// This was the status of the answer.
     Status(StatusCode),
     /// This was the gRPC status of the answer, of which there was nothing else.
@@ -102,6 +104,7 @@ impl Failure {
             Failure::Unprocessed => Cause::Unprocessed,
             Failure::Reset => Cause::Reset,
             Failure::Timeout => Cause::Timeout,
+            Failure::Exhausted => Cause::Exhausted,
             Failure::Status(_) => Cause::Status,
             Failure::Grpc(_) => Cause::Grpc,
         }
@@ -118,12 +121,12 @@ impl Failure {
 
     /// Whether no endpoint can have begun with the request.
     fn is_unbegun(self) -> bool {
-        matches!(self, Failure::Connect | Failure::Unprocessed)
+        matches!(self, Failure::Connect | Failure::Unprocessed | Failure::Exhausted)
     }
 
     /// Whether an endpoint may have worked on it, so that sending it again is additional load.
     pub fn is_load(self) -> bool {
-        !matches!(self, Failure::Connect | Failure::Stale | Failure::Unprocessed)
+        !matches!(self, Failure::Connect | Failure::Exhausted | Failure::Stale | Failure::Unprocessed)
     }
 
     /// Whether it tells of a connection alone and nothing of the endpoint: it costs no attempt, and any endpoint will do.
@@ -189,7 +192,9 @@ impl Rules {
         if let Some(objection) = self.objection(situation) {
             return Verdict::Refused(objection);
         }
-        if situation.elsewhere && !failure.is_load() || failure.is_of_connection() {
+        // What the gateway lacks, it lacks elsewhere as well, at least for a moment.
+        let at_once = situation.elsewhere && !failure.is_load() && failure != Failure::Exhausted;
+        if at_once || failure.is_of_connection() {
             return Verdict::Again(Duration::ZERO);
         }
         let pause = self.backoff.pause(situation.attempts, dice);
@@ -205,7 +210,7 @@ impl Rules {
         match failure {
             Failure::Stale | Failure::Unprocessed => true,
             _ if self.attempts == 1 => false,
-            Failure::Connect => self.connect_error,
+            Failure::Connect | Failure::Exhausted => self.connect_error,
             Failure::Reset => self.reset,
             Failure::Timeout => self.timeout,
             // It was found to be one by these rules.
@@ -308,7 +313,7 @@ pub fn answered(exchange: &mut Exchange, client: &ServerSession, response: &Resp
         }
     }
     // Whatever comes now is the answer.
-    exchange.permit = None;
+    (exchange.permit, exchange.failure) = (None, None);
     Ok(())
 }
 

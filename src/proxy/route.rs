@@ -14,12 +14,12 @@ use super::exchange::{Exchange, FilterStates};
 use super::mirror::Mirror;
 use super::retry::Rules;
 use crate::client::intake::IntakeTerms;
-use crate::client::session::Patience;
 use crate::client::wire::Manner;
 use crate::error::{Refusal, refusal};
 use crate::eventloop::worker::{RouteTag, take_route};
 use crate::filter::{Chain, Stages, Verdict, View};
 use crate::metrics::RouteMetrics;
+use crate::party::Patience;
 use crate::upstream::{Split, Timeouts, Upstream};
 use table::{Query, Table};
 
@@ -79,7 +79,7 @@ impl Destination {
 impl Route {
     /// How long the upstream may take.
     pub fn patience(&self, timeouts: Timeouts) -> Patience {
-        Patience { wait: timeouts.wait, receive: timeouts.receive }
+        Patience { send: timeouts.send, wait: timeouts.wait, receive: timeouts.receive }
     }
 }
 

@@ -9,11 +9,13 @@ use http::{HeaderValue, header};
 use pingora::protocols::http::ServerSession;
 use pingora::upstreams::peer::HttpPeer;
 
+use super::blame;
 use super::deadline;
 use super::exchange::Exchange;
 use super::queue;
 use crate::error::{Refusal, refusal};
 use crate::filter::Refused;
+use crate::party::{Fault, Party, What};
 use crate::phase::Phase;
 use crate::upstream::transport::http2;
 use crate::upstream::{Choice, Upstream};
@@ -21,9 +23,9 @@ use crate::upstream::{Choice, Upstream};
 /// Chooses the endpoint of the next attempt: one that was not tried yet. Waits for one that has room, if need be, and while the
 /// exchange has time. What it gives is all that Pingora needs to connect.
 pub async fn next(exchange: &mut Exchange, client: &mut ServerSession) -> Result<Box<HttpPeer>, Refused> {
-    let Some(due) = exchange.dues.exchange else { return choose(exchange, client).await };
-    let chosen = tokio::time::timeout_at(due.into(), choose(exchange, client)).await;
-    chosen.unwrap_or_else(|_| Err(deadline::refusal(exchange.clock.phase()).into()))
+    let Some(deadline) = exchange.dues.exchange else { return choose(exchange, client).await };
+    let chosen = tokio::time::timeout_at(deadline.due.into(), choose(exchange, client)).await;
+    chosen.unwrap_or_else(|_| Err(refused(Fault::new(Party::Gateway, exchange.clock.phase(), What::Overdue))))
 }
 
 async fn choose(exchange: &mut Exchange, client: &mut ServerSession) -> Result<Box<HttpPeer>, Refused> {
@@ -32,7 +34,9 @@ async fn choose(exchange: &mut Exchange, client: &mut ServerSession) -> Result<B
     if !pause.is_zero() {
         tokio::select! {
             () = tokio::time::sleep(pause) => now = Instant::now(),
-            () = poll_fn(|cx| queue::poll_gone(exchange, client, cx)) => return Err(Refused::from(&refusal::SELECT_ABORTED)),
+            () = poll_fn(|cx| queue::poll_gone(exchange, client, cx)) => {
+                return Err(refused(Fault::new(Party::Client, Phase::Select, What::Left)));
+            }
         }
     }
     let Some(upstream) = exchange.upstream.clone() else { return Err(Refused::from(&refusal::SELECT_NO_ENDPOINT)) };
@@ -44,21 +48,22 @@ async fn choose(exchange: &mut Exchange, client: &mut ServerSession) -> Result<B
         Ok(Choice::Engaged(engaged)) => engaged,
         Ok(Choice::Away(time)) => return Err(away(exchange, &upstream, time)),
         Ok(Choice::Full | Choice::Nobody) => return Err(nobody(exchange, &upstream)),
-        Err(refusal) => return Err(reject(&upstream, refusal).into()),
+        Err(fault) => return Err(reject(&upstream, blame::row(fault).refusal).into()),
     };
     if let Some(permit) = &mut exchange.permit {
         permit.begun();
     }
     exchange.attempts += 1;
-    if let Some(link) = &exchange.link {
-        link.sending();
-    }
     let endpoint = engaged.endpoint().clone();
     exchange.tried.push(endpoint.clone());
     let now = exchange.enter(Phase::Connect);
+    if let Some(link) = &exchange.link {
+        link.begin_attempt(now);
+    }
     exchange.engage(upstream, engaged, now);
     let mut peer = endpoint.peer_for(|| exchange.parties());
     deadline::begin_attempt(exchange, &mut peer, now);
+    deadline::leave_clocks_to_session(exchange, &mut peer);
     if std::mem::take(&mut exchange.fresh) {
         separate(&mut peer);
     }
@@ -79,7 +84,7 @@ fn separate(peer: &mut HttpPeer) {
 /// If all were tried, what went wrong with the last one is the better answer.
 fn nobody(exchange: &Exchange, upstream: &Upstream) -> Refused {
     match exchange.failure {
-        Some(failure) => failure.into(),
+        Some(fault) => refused(fault),
         None => reject(upstream, &refusal::SELECT_NO_ENDPOINT).into(),
     }
 }
@@ -87,12 +92,16 @@ fn nobody(exchange: &Exchange, upstream: &Upstream) -> Refused {
 /// The breaker is open; the client is told when it lets somebody through again. An attempt of this exchange that failed a
 /// moment ago, and may be what has opened it, is the better answer.
 fn away(exchange: &Exchange, upstream: &Upstream, time: Duration) -> Refused {
-    if let Some(failure) = exchange.failure {
-        return failure.into();
+    if let Some(fault) = exchange.failure {
+        return refused(fault);
     }
     let seconds = time.as_secs() + u64::from(time.subsec_nanos() > 0);
     let refusal = reject(upstream, &refusal::SELECT_BREAKER_OPEN);
     Refused { refusal, headers: vec![(header::RETRY_AFTER, HeaderValue::from(seconds.max(1)))] }
+}
+
+fn refused(fault: Fault) -> Refused {
+    blame::row(fault).refusal.into()
 }
 
 fn reject(upstream: &Upstream, refusal: &'static Refusal) -> &'static Refusal {

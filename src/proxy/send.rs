@@ -10,7 +10,7 @@ use bytes::Bytes;
 use http::{HeaderValue, header};
 use pingora::http::RequestHeader;
 use pingora::protocols::http::ServerSession;
-use pingora::{Error, ErrorSource, ErrorType, Result, RetryType};
+use pingora::{Error, ErrorType, Result};
 
 use super::blame;
 use super::deadline;
@@ -19,7 +19,7 @@ use super::forwarded::{self, Own};
 use super::header::hop::takes_trailers;
 use super::header::is_grpc_type;
 use super::mirror;
-use super::retry::{self, Failure};
+use super::retry;
 use crate::access_log::Why;
 use crate::client::http2::Control;
 use crate::client::trailers;
@@ -27,7 +27,6 @@ use crate::config::server::Forwarded;
 use crate::filter::{Stages, Verdict, View};
 use crate::phase::Phase;
 use crate::spans::pass_on;
-use crate::upstream::Outcome;
 use crate::upstream::transport::http2::RequestTrailers;
 
 /// What Forebay adds to every request.
@@ -139,7 +138,8 @@ pub async fn piece(
         filters.put(states);
         if let Verdict::Refuse(refused) = verdict {
             exchange.refuse(refused);
-            return Err(Error::new_in(ErrorType::InternalError));
+            // Over HTTP/2, Pingora takes any other error for a reason to wait for an early answer.
+            return Err(Error::new_down(ErrorType::InternalError));
         }
     }
     if end {
@@ -172,45 +172,16 @@ pub fn failed(exchange: &mut Exchange, client: &ServerSession, mut error: Box<Er
         error.set_retry(true);
         return error;
     }
-    let refusal = blame::reason(exchange, &error);
-    let failure = failure(exchange, &error, reused);
-    exchange.failure = Some(refusal);
-    let says_nothing = failure.is_none_or(Failure::is_of_connection)
-        || !blame::is_upstreams(refusal)
-        || (exchange.dues.is_clients && blame::is_deadline(refusal));
-    let outcome = if says_nothing { Outcome::Cancelled } else { Outcome::Failed(refusal) };
+    let fault = blame::fault(exchange, &error, reused);
+    let row = blame::row(fault);
+    exchange.failure = Some(fault);
     let now = Instant::now();
-    if failure.is_some() {
-        exchange.note_failure(Why::Refusal(refusal.reason), now);
+    if row.failure.is_some() {
+        exchange.note_failure(Why::Refusal(row.refusal.reason), now);
     }
-    exchange.release(|_| outcome, now);
-    error.set_retry(failure.is_some_and(|failure| retry::again(exchange, client, failure, None)));
+    exchange.release(|_| row.outcome(), now);
+    error.set_retry(row.failure.is_some_and(|failure| retry::again(exchange, client, failure, None)));
     error
-}
-
-/// What the attempt failed for; `None`: for the client, or for ourselves.
-fn failure(exchange: &Exchange, error: &Error, reused: bool) -> Option<Failure> {
-    use ErrorType::{ConnectionClosed, ReadError, ReadTimedout, WriteError, WriteTimedout};
-    if let Some(found) = blame::found(exchange) {
-        return blame::is_timeout(found).then_some(Failure::Timeout);
-    }
-    if *error.esource() != ErrorSource::Upstream {
-        return None;
-    }
-    // So Pingora marks what an HTTP/2 endpoint has refused or announced not to answer.
-    if matches!(error.retry, RetryType::Decided(true)) && !exchange.had_free_attempt {
-        return Some(Failure::Unprocessed);
-    }
-    let kept = reused && exchange.upstream.as_ref().is_some_and(|upstream| upstream.is_http1());
-    Some(match error.etype() {
-        ReadTimedout | WriteTimedout => Failure::Timeout,
-        ConnectionClosed | ReadError | WriteError
-            if kept && exchange.clock.phase() != Phase::Receive && !exchange.had_free_attempt =>
-        {
-            Failure::Stale
-        }
-        _ => Failure::Reset,
-    })
 }
 
 #[cfg(test)]

@@ -96,7 +96,7 @@ pub async fn drain(exchange: &mut Exchange, client: &mut Box<ServerSession>) {
         return;
     }
     let error = drained.err().unwrap_or_else(|| Error::new_down(ErrorType::WriteError));
-    exchange.refusal = Some(blame::reason(exchange, &error));
+    exchange.refusal = Some(blame::row(blame::fault(exchange, &error, false)).refusal);
     tracing::debug!(%error, "an answer was not taken to its end");
     cut_if_begun(exchange, client, Some(&error)).await;
 }

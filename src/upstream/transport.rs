@@ -162,7 +162,8 @@ impl Transport {
         options.connection_timeout = Some(self.timeouts.connect);
         options.total_connection_timeout = Some(self.timeouts.connect);
         options.write_timeout = Some(self.timeouts.send);
-        // A net beneath the clocks for `wait` and `receive`, which the exchange keeps: Pingora has one for both.
+        // Pingora has one clock for `wait` and `receive`, which runs whichever party is waited for. It is right for an upgrade,
+        // whose request has no body; other exchanges have clocks of their own (`party/limits.rs`).
         options.read_timeout = Some(self.timeouts.wait.max(self.timeouts.receive));
         options.idle_timeout = Some(self.idle);
         match self.protocol {

@@ -9,6 +9,7 @@ mod actors;
 mod admin;
 mod balance;
 mod bench;
+mod blame;
 mod boards;
 mod breaker;
 mod buffer;

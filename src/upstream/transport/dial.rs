@@ -28,6 +28,9 @@ use crate::upstream::window;
 /// After so long the second address of a server is asked as well (RFC 8305 §5).
 const HEAD_START: Duration = Duration::from_millis(250);
 
+/// The gateway itself has no descriptors, ports or memory for a connection: that says nothing of the endpoint.
+pub const EXHAUSTED: ErrorType = ErrorType::new("no resources for a connection");
+
 /// Makes the connections to one endpoint.
 pub struct Dialer {
     connections: Arc<Connections>,
@@ -134,16 +137,24 @@ impl fmt::Debug for Dialer {
     }
 }
 
-/// The kinds are Pingora's, as its own connector would give them.
+/// The kinds are Pingora's, as its own connector would give them, and [`EXHAUSTED`].
 fn told(address: &SocketAddr, error: io::Error) -> Box<Error> {
     use io::ErrorKind;
     let kind = match error.kind() {
+        _ if is_own(&error) => EXHAUSTED,
         ErrorKind::ConnectionRefused => ErrorType::ConnectRefused,
         ErrorKind::TimedOut => ErrorType::ConnectTimedout,
         ErrorKind::HostUnreachable | ErrorKind::NetworkUnreachable => ErrorType::ConnectNoRoute,
         _ => ErrorType::ConnectError,
     };
     Error::because(kind, format!("connecting to {address}"), error)
+}
+
+/// Whether the system refused us what a connection takes: a descriptor, in this process or at all, memory, or a free port
+/// towards that address. An address that this machine does not have gives the same error as the last; we never ask for one.
+fn is_own(error: &io::Error) -> bool {
+    const OWN: [libc::c_int; 5] = [libc::EMFILE, libc::ENFILE, libc::ENOBUFS, libc::ENOMEM, libc::EADDRNOTAVAIL];
+    error.raw_os_error().is_some_and(|code| OWN.contains(&code))
 }
 
 /// Counts a connection from the attempt to its end: Pingora keeps it with the stream.

@@ -1,0 +1,142 @@
+//! For how long an exchange has waited for each party.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use super::Party;
+
+/// The party that an exchange waits for now, since when, and for how long it has waited for each party in the present
+/// attempt. The task of the exchange writes it; other threads may read it at any moment.
+#[derive(Debug)]
+pub struct Waits {
+    began: Instant,
+    /// Nanoseconds from `began` to the beginning of the present wait, times four, plus the number of the party. One word,
+    /// so that a reader sees a party and its own beginning.
+    now: AtomicU64,
+    /// Nanoseconds of the waits that are over, by party.
+    spent: [AtomicU64; 4],
+}
+
+/// Something that can say for how long it kept an endpoint waiting.
+pub trait KeepsWaiting: Send + Sync {
+    /// For how long parties other than the endpoint have been waited for in the present attempt.
+    fn kept_waiting(&self, now: Instant) -> Duration;
+}
+
+impl Waits {
+    /// The waits of an exchange that has no endpoint yet.
+    pub fn new(began: Instant) -> Waits {
+        Waits { began, now: AtomicU64::new(Party::Gateway as u64), spent: Default::default() }
+    }
+
+    /// An attempt begins: its endpoint is waited for, and earlier attempts do not count.
+    pub fn begin_attempt(&self, now: Instant) {
+        self.spent.iter().for_each(|spent| spent.store(0, Ordering::Relaxed));
+        self.now.store(self.word(Party::Endpoint, now), Ordering::Relaxed);
+    }
+
+    /// From now on `party` is waited for. If it was already, its present wait goes on.
+    pub fn turn_to(&self, party: Party, now: Instant) {
+        if self.party() != party {
+            self.restart(party, now);
+        }
+    }
+
+    /// From now on `party` is waited for. If it was already, it has done something, and its present wait begins anew.
+    pub fn restart(&self, party: Party, now: Instant) {
+        let (before, since) = self.present();
+        let lasted = now.saturating_duration_since(since);
+        self.spent[before as usize].fetch_add(nanos(lasted), Ordering::Relaxed);
+        self.now.store(self.word(party, now), Ordering::Relaxed);
+    }
+
+    /// The party that is waited for.
+    pub fn party(&self) -> Party {
+        self.present().0
+    }
+
+    /// The party that is waited for, and since when.
+    pub fn present(&self) -> (Party, Instant) {
+        let word = self.now.load(Ordering::Relaxed);
+        (Party::ALL[(word & 3) as usize], self.began + Duration::from_nanos(word >> 2))
+    }
+
+    /// For how long `party` has been waited for in the present attempt, the present wait included.
+    pub fn spent(&self, party: Party, now: Instant) -> Duration {
+        let (present, since) = self.present();
+        let lasts = if present == party { now.saturating_duration_since(since) } else { Duration::ZERO };
+        Duration::from_nanos(self.spent[party as usize].load(Ordering::Relaxed)) + lasts
+    }
+
+    fn word(&self, party: Party, now: Instant) -> u64 {
+        nanos(now.saturating_duration_since(self.began)) << 2 | party as u64
+    }
+}
+
+impl KeepsWaiting for Waits {
+    fn kept_waiting(&self, now: Instant) -> Duration {
+        let others = Party::ALL.into_iter().filter(|&party| party != Party::Endpoint);
+        others.map(|party| self.spent(party, now)).sum()
+    }
+}
+
+/// At most 146 years, so that there is room for a party.
+fn nanos(time: Duration) -> u64 {
+    u64::try_from(time.as_nanos()).unwrap_or(u64::MAX).min(u64::MAX >> 2)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    use proptest::prelude::*;
+
+    fn ms(millis: u64) -> Duration {
+        Duration::from_millis(millis)
+    }
+
+    #[test]
+    fn a_wait_that_goes_on_keeps_its_beginning_and_one_that_begins_anew_does_not() {
+        let began = Instant::now();
+        let waits = Waits::new(began);
+        waits.begin_attempt(began + ms(10));
+        waits.turn_to(Party::Endpoint, began + ms(20));
+        assert_eq!(waits.present(), (Party::Endpoint, began + ms(10)));
+        waits.restart(Party::Endpoint, began + ms(30));
+        assert_eq!(waits.present(), (Party::Endpoint, began + ms(30)));
+        assert_eq!(waits.spent(Party::Endpoint, began + ms(35)), ms(25));
+        assert_eq!(waits.kept_waiting(began + ms(35)), ms(0));
+    }
+
+    #[test]
+    fn an_attempt_knows_nothing_of_the_one_before() {
+        let began = Instant::now();
+        let waits = Waits::new(began);
+        waits.begin_attempt(began);
+        waits.turn_to(Party::Client, began + ms(5));
+        waits.begin_attempt(began + ms(50));
+        assert_eq!(waits.kept_waiting(began + ms(60)), ms(0));
+        assert_eq!(waits.spent(Party::Endpoint, began + ms(60)), ms(10));
+    }
+
+    proptest! {
+        #[test]
+        fn what_was_waited_for_all_parties_adds_up_to_the_time_that_passed(
+            turns in prop::collection::vec((0usize..4, any::<bool>(), 0u64..1_000), 0..50),
+        ) {
+            let began = Instant::now();
+            let waits = Waits::new(began);
+            waits.begin_attempt(began);
+            let (mut now, mut expected, mut party) = (began, [ms(0); 4], Party::Endpoint);
+            for (next, anew, millis) in turns {
+                now += ms(millis);
+                expected[party as usize] += ms(millis);
+                party = Party::ALL[next];
+                if anew { waits.restart(party, now) } else { waits.turn_to(party, now) }
+                prop_assert_eq!(waits.party(), party);
+            }
+            prop_assert_eq!(Party::ALL.map(|party| waits.spent(party, now)), expected);
+            prop_assert_eq!(waits.kept_waiting(now) + waits.spent(Party::Endpoint, now), now - began);
+        }
+    }
+}

@@ -1,0 +1,197 @@
+//! An endpoint that answers in time is never accused, whatever its clients do; one that does not is.
+
+use std::net::SocketAddr;
+
+use bytes::Bytes;
+
+use crate::harness::client::{H2Client, request};
+use crate::harness::gateway::Watched;
+use crate::harness::origin::response;
+use crate::harness::{Client, Gateway, H2Origin, Origin, Setup, ms, ok};
+
+/// A single failure has consequences.
+const STRICT: &str = "\
+    circuit_breaker: { consecutive: 1, min_requests: unlimited, open: 90s, max_open: 90s }, \
+    outlier_detection: { consecutive_gateway_errors: 1, connect_failures: 1, max_ejected: 100% }";
+/// An endpoint has little time, and the clients of these stories take more.
+const IMPATIENT: &str = "timeouts: { connect: 5s, send: 200ms, wait: 200ms, receive: 200ms }";
+const LONGER: std::time::Duration = ms(700);
+
+const STREAM: &str = "buffering: { request: { mode: stream }, response: { mode: stream } }";
+
+/// An origin that answers each request once it is whole, and what its upstream needs besides.
+enum Backend {
+    Http1(Origin),
+    Http2(H2Origin),
+}
+
+impl Backend {
+    fn both() -> [Backend; 2] {
+        [Backend::Http1(Origin::answering(|request| ok(&request.body))), Backend::Http2(H2Origin::start())]
+    }
+
+    fn setup(&self) -> Setup {
+        let (address, protocol): (SocketAddr, _) = match self {
+            Backend::Http1(origin) => (origin.address(), "protocol: http1"),
+            Backend::Http2(origin) => (origin.address(), "protocol: h2c"),
+        };
+        Setup::before_all(&[address]).upstream(protocol).upstream(STRICT).upstream(IMPATIENT).route(STREAM)
+    }
+}
+
+/// Whether the endpoint of the only upstream was accused of something.
+fn is_accused(gateway: &Gateway) -> bool {
+    gateway.metric("forebay_upstream_breaker_open") != 0.0 || gateway.metric("forebay_upstream_ejections_total") != 0.0
+}
+
+/// Uploads a hundred bytes with a pause in the middle.
+fn upload_slowly(client: &mut Client, fields: &str) -> u16 {
+    client.send(format!("POST / HTTP/1.1\r\nHost: test\r\n{fields}Content-Length: 100\r\n\r\n"));
+    client.send("x");
+    client.dawdle(LONGER);
+    client.send([b'y'; 99]);
+    client.response().status
+}
+
+#[test]
+fn a_client_may_take_longer_to_send_its_body_than_the_endpoint_to_answer() {
+    for backend in Backend::both() {
+        let gateway = backend.setup().start();
+        for fields in ["", "Content-Type: application/grpc\r\nTE: trailers\r\n"] {
+            assert_eq!(upload_slowly(&mut gateway.client(), fields), 200, "{fields}");
+        }
+        assert!(!is_accused(&gateway));
+    }
+}
+
+#[test]
+fn the_time_of_an_attempt_does_not_run_while_its_client_is_waited_for() {
+    for backend in Backend::both() {
+        let gateway = backend.setup().route("retry: { per_try_timeout: 200ms }").start();
+        assert_eq!(upload_slowly(&mut gateway.client(), ""), 200);
+        assert!(!is_accused(&gateway));
+    }
+}
+
+#[test]
+fn a_client_that_stops_in_the_middle_of_its_body_is_what_is_waited_for() {
+    for backend in Backend::both() {
+        let gateway = backend.setup().route("client: { body_idle: 700ms }").start();
+        let mut client = gateway.client();
+        client.send("POST / HTTP/1.1\r\nHost: test\r\nContent-Length: 100\r\n\r\nx");
+        assert_eq!(client.response().status, 408);
+        assert_eq!(gateway.log_line().reason(), "send.body_timeout");
+        assert_eq!(gateway.client().get("/").status, 200);
+        assert!(!is_accused(&gateway));
+    }
+}
+
+#[test]
+fn both_ends_of_a_stream_may_be_silent_while_the_client_has_not_ended_it() {
+    let origin = H2Origin::start();
+    let backend = Backend::Http2(origin);
+    let gateway = backend.setup().listener("protocols: [h2c]").start();
+    let client = H2Client::connect(gateway.web());
+    let request = http::Request::post("http://test/echo").header("content-type", "application/grpc");
+    let (response, mut send) = client.begin(request.header("te", "trailers").body(()).expect("a request"), false);
+    send.send_data(Bytes::from_static(b"one"), false).expect("room");
+    let mut body = client.step(response).expect("an answer").into_body();
+    assert_eq!(&client.step(body.data()).expect("a piece").expect("the first one")[..], b"one");
+    std::thread::sleep(LONGER);
+    send.send_data(Bytes::from_static(b"two"), true).expect("room");
+    assert_eq!(&client.step(body.data()).expect("a piece").expect("the second one")[..], b"two");
+    client.step(body.trailers()).expect("an end");
+    let line = gateway.log_line();
+    assert_eq!((line.status(), line.reason()), (200, ""));
+    assert!(!is_accused(&gateway));
+}
+
+#[test]
+fn an_endpoint_that_gives_a_client_up_that_dawdles_is_not_accused() {
+    let origin = Origin::scripted();
+    let setup = Setup::before(&origin).upstream(STRICT).route(STREAM);
+    let gateway = setup.start();
+    let mut client = gateway.client();
+    client.send("POST /slow HTTP/1.1\r\nHost: test\r\nContent-Length: 100\r\n\r\nx");
+    let mut connection = origin.accept();
+    connection.header();
+    client.dawdle(ms(1_300));
+    connection.reset();
+    client.try_send("y");
+    assert_eq!(client.response().status, 502);
+    assert!(gateway.log_line_of("/slow").reason().ends_with(".reset"));
+    assert!(!is_accused(&gateway));
+
+    let mut client = gateway.client();
+    client.send(request("GET", "/prompt", "", ""));
+    let mut connection = origin.accept();
+    connection.request();
+    connection.reset();
+    assert_eq!(client.response().status, 502);
+    assert!(is_accused(&gateway), "this client kept it waiting for nothing");
+}
+
+#[test]
+fn a_deadline_that_a_reader_uses_up_is_not_held_against_the_endpoint() {
+    let origin = Origin::answering(|_| ok(vec![b'x'; 8 << 20]));
+    let gateway = Setup::before(&origin).upstream(STRICT).route(STREAM).route("deadline: 600ms").start();
+    let mut client = Client::slow(gateway.web());
+    client.send(request("GET", "/", "", ""));
+    let line = gateway.log_line();
+    assert_eq!(line.reason(), "receive.deadline");
+    assert!(!is_accused(&gateway));
+    drop(client);
+}
+
+#[test]
+fn a_deadline_that_the_endpoint_uses_up_is_held_against_it() {
+    let origin = Origin::scripted();
+    let setup = Setup::before(&origin).upstream(STRICT).route("deadline: 400ms");
+    let (gateway, mut client, _connection) = setup.asked(&origin);
+    assert_eq!(client.response().status, 504);
+    assert_eq!(gateway.log_line().reason(), "wait.deadline");
+    assert!(is_accused(&gateway));
+}
+
+#[test]
+fn an_endpoint_that_is_silent_is_accused_over_both_protocols() {
+    let mute = Origin::scripted();
+    for backend in [Backend::Http1(mute), Backend::Http2(H2Origin::start())] {
+        let gateway = backend.setup().start();
+        assert_eq!(gateway.client().get("/hung").status, 504);
+        assert_eq!(gateway.log_line().reason(), "wait.timeout");
+        assert!(is_accused(&gateway));
+    }
+}
+
+#[test]
+fn what_happens_in_a_tunnel_is_not_held_against_the_endpoint() {
+    const UPGRADE: &str = "GET / HTTP/1.1\r\nHost: test\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\
+                           Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n\r\n";
+    let origin = Origin::scripted();
+    let gateway = Setup::before(&origin).upstream(STRICT).upstream(IMPATIENT).start();
+    for resets in [false, true] {
+        let mut client = gateway.client();
+        client.send(UPGRADE);
+        let mut connection = origin.accept();
+        connection.header();
+        connection.send("HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n");
+        assert_eq!(client.response().status, 101);
+        if resets {
+            connection.reset();
+            client.rest();
+        } else {
+            // Nobody says anything: the tunnel is closed.
+            client.rest();
+            connection.closed();
+        }
+    }
+    gateway.log_lines(2);
+    assert!(!is_accused(&gateway));
+    let mut client = gateway.client();
+    client.send(request("GET", "/", "", ""));
+    let mut connection = origin.accept();
+    connection.request();
+    connection.send(response("200 OK", "", "well"));
+    assert_eq!(client.response().text(), "well");
+}
