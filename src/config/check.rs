@@ -55,6 +55,9 @@ const CHECKS_AT_ONCE_MAX: u64 = 10_000;
 const QUEUE_MAX: u64 = 1_000_000;
 /// More are no trial any more.
 const PROBES_MAX: u64 = 1000;
+/// A frame of HTTP/2 has up to 16 KiB (RFC 9113 §4.2); and a connection no more than 2 GiB on its way, a hundred times as much.
+const H2_WINDOW_LEAST: u64 = 16 << 10;
+const H2_WINDOW_MOST: u64 = 16 << 20;
 /// More often would cost more than it shows.
 const HEARTBEAT_MIN: Time = Time::milliseconds(1);
 /// More seldom, most stalls would pass unseen.
@@ -723,6 +726,14 @@ impl<'a> Check<'a> {
             let at = format!("{path}.keepalive.pool");
             let finding = Finding::error(Spot::Key(at), "`pool` counts connections that serve one request at a time");
             self.wrong(finding.label("only with `protocol: http1`"));
+        }
+        let (at, window) = (format!("{path}.http2.stream_window"), upstream.http2.stream_window.0);
+        if upstream.protocol == Protocol::Http1 && self.is_written(&at) {
+            let finding = Finding::error(Spot::Key(at), "`http2` is for endpoints that are spoken to over HTTP/2");
+            self.wrong(finding.label("only with `protocol: h2` or `h2c`"));
+        } else if !(H2_WINDOW_LEAST..=H2_WINDOW_MOST).contains(&window) {
+            let finding = Finding::error(value(&at), format!("`{at}` is out of range"));
+            self.wrong(finding.label("expected a size from `16KiB` to `16MiB`"));
         }
         let Some(tls) = &upstream.tls else { return };
         let at = |key: &str| format!("{path}.tls.{key}");

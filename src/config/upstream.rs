@@ -18,7 +18,7 @@ pub use discovery::{Dns, Endpoint, FileSource};
 pub use health::HealthCheck;
 pub use limits::{CircuitBreaker, Limits, Queue};
 pub use outlier::OutlierDetection;
-pub use transport::{Keepalive, Protocol, ProxyProtocol, Tls};
+pub use transport::{Http2, Keepalive, Protocol, ProxyProtocol, Tls};
 
 /// A named group of endpoints that serve the same.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -45,6 +45,9 @@ pub struct Upstream {
     /// How long its endpoints may take.
     #[serde(default)]
     pub timeouts: Timeouts,
+    /// How HTTP/2 is spoken to its endpoints, where it is.
+    #[serde(default)]
+    pub http2: Http2,
     /// How its endpoints are asked whether they are well. Without it, nobody asks them.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub health_check: Option<HealthCheck>,

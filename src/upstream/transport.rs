@@ -52,6 +52,8 @@ pub struct Transport {
     max_age: Duration,
     /// How many connections are kept that nobody uses; `u64::MAX`: as many as the gateway keeps at all.
     pool: u64,
+    /// Bytes of one answer over HTTP/2 that an endpoint may send ahead.
+    stream_window: u32,
     tls: Option<Tls>,
     proxy_protocol: bool,
     /// Tells its connections from those of other upstreams, and from its own under other settings: a kept connection is
@@ -95,6 +97,7 @@ impl Transport {
             idle: written.keepalive.idle.0,
             max_age: written.keepalive.max_age.0,
             pool: written.keepalive.pool.0,
+            stream_window: u32::try_from(written.http2.stream_window.0).unwrap_or(u32::MAX),
             tls,
             proxy_protocol: written.proxy_protocol.is_some(),
             key: key.finish(),
@@ -171,6 +174,11 @@ impl Transport {
             Protocol::H2 | Protocol::H2c => options.set_http_version(2, 2),
         }
         options.max_h2_streams = H2_STREAMS_MAX;
+        // Answers that wait for their clients stay in the h2 library, and take room of the connection that all share. So there
+        // is room for as many as there can be: else a few slow clients would keep everybody's answers from coming.
+        options.h2_stream_window_size = Some(self.stream_window);
+        options.h2_connection_window_size =
+            Some(self.stream_window.saturating_mul(H2_STREAMS_MAX as u32).min(i32::MAX as u32));
         options.custom_l4 = Some(dialer);
         // Not `HttpPeer::new`, which resolves names, and blocks meanwhile.
         let mut peer = HttpPeer {
@@ -257,6 +265,17 @@ pub(super) mod tests {
         assert_eq!((h2.sni.as_str(), h2.address().to_string().as_str()), ("api.test", "10.0.0.1:8443"));
         let https = of("tls: {}");
         assert!(https.is_tls() && https.options.alpn == ALPN::H1 && https.verify_cert() && https.verify_hostname());
+    }
+
+    #[test]
+    fn streams_that_are_all_full_leave_room_for_one_more_on_their_connection() {
+        for (keys, window) in [("protocol: h2c", 64 << 10), ("protocol: h2, http2: { stream_window: 16MiB }", 16 << 20)]
+        {
+            let options = peer(keys, Some("api.test")).options;
+            let (stream, connection) = (options.h2_stream_window_size, options.h2_connection_window_size);
+            assert_eq!(stream, Some(window));
+            assert!(connection >= stream.map(|stream| stream * options.max_h2_streams as u32), "{connection:?}");
+        }
     }
 
     #[test]

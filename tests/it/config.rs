@@ -117,6 +117,7 @@ wrong! {
     circuit_breakers_that_break_nothing
     an_unknown_protocol
     tls_that_cannot_be_meant
+    windows_of_http_2_that_are_none
     sources_of_endpoints_that_are_none
     version_2
     addresses_that_are_none

@@ -3,7 +3,7 @@
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::config::units::{Count, Time};
+use crate::config::units::{Count, Size, Time};
 
 /// What is spoken to an endpoint.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
@@ -72,5 +72,22 @@ pub struct Keepalive {
 impl Default for Keepalive {
     fn default() -> Self {
         Keepalive { idle: Time::seconds(60), max_age: Time::seconds(3600), pool: Count::UNLIMITED }
+    }
+}
+
+/// How HTTP/2 is spoken to the endpoints of an upstream.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct Http2 {
+    /// How much of one answer an endpoint may send ahead of what is read of it, 16KiB to 16MiB. So much of an answer that
+    /// its client does not take stays in memory; all answers on a connection together have room for as much each. More is
+    /// faster where endpoints are far away.
+    pub stream_window: Size,
+}
+
+impl Default for Http2 {
+    /// Nearly that of the protocol (RFC 9113 §6.9.2).
+    fn default() -> Self {
+        Http2 { stream_window: Size(64 << 10) }
     }
 }
