@@ -723,6 +723,7 @@ impl UpstreamMetrics {
             failed: outcome("failed"),
             timed_out: outcome("timeout"),
             late: outcome("late"),
+            unable: outcome("unable"),
         }
     }
 }
@@ -749,6 +750,8 @@ pub struct HealthCheckMetrics {
     pub timed_out: IntCounter,
     /// Checks that began late, because so many were under way.
     pub late: IntCounter,
+    /// Checks for which the gateway itself had no descriptor, port or memory.
+    pub unable: IntCounter,
 }
 
 /// The metrics of the access log.

@@ -175,7 +175,7 @@ families! {
     UPSTREAM_DISCOVERIES: "forebay_upstream_discoveries_total", Counter, ["upstream", "outcome"],
         "Look-ups of names and looks at files that say where endpoints are; after a failed one the last good answer stays.";
     UPSTREAM_HEALTH_CHECKS: "forebay_upstream_health_checks_total", Counter, ["upstream", "outcome"],
-        "Health checks by what came of them; those that began late, for so many were under way, are counted as late besides.";
+        "Health checks by what came of them, unable: the gateway had no descriptor or port for them; those that began late, for so many were under way, are counted as late besides.";
     UPSTREAM_CONNECTIONS: "forebay_upstream_connections", Gauge, ["upstream"],
         "Connections to endpoints that are open now, in use or kept, or that are being made.";
     UPSTREAM_EJECTIONS: "forebay_upstream_ejections_total", Counter, ["upstream", "reason"],

@@ -24,6 +24,7 @@ use tracing::{debug, info, warn};
 use super::Upstream;
 use super::endpoint::Endpoint;
 use super::health::{Failure, Health, Thresholds};
+use super::transport::dial::EXHAUSTED;
 use crate::config;
 use crate::config::upstream::health::Initial;
 use crate::metrics::HealthCheckMetrics;
@@ -49,8 +50,16 @@ struct Terms {
     at_once: usize,
 }
 
-/// What a check came to: `Err` says what is wrong, and whether it is that nothing was said in time.
-type Verdict = Result<(), (String, bool)>;
+/// What a check came to.
+enum Verdict {
+    Passed,
+    /// This is wrong.
+    Failed(String),
+    /// Nothing was said in time.
+    Late(String),
+    /// The gateway itself had no descriptor, port or memory to ask with: that says nothing of the endpoint.
+    Unable,
+}
 
 impl Checks {
     /// The checks that are written.
@@ -117,8 +126,10 @@ impl Checks {
 
     async fn check(&self, turn: Turn<Arc<Endpoint>>, began: Instant) -> (Turn<Arc<Endpoint>>, Instant, Verdict) {
         let verdict = match timeout(self.terms.timeout, self.probe.ask(&turn.who)).await {
-            Ok(said) => said.map_err(|error| (words(&error), false)),
-            Err(_) => Err((format!("no answer within {}", config::units::Time(self.terms.timeout)), true)),
+            Ok(Ok(())) => Verdict::Passed,
+            Ok(Err(error)) if error.etype == EXHAUSTED => Verdict::Unable,
+            Ok(Err(error)) => Verdict::Failed(words(&error)),
+            Err(_) => Verdict::Late(format!("no answer within {}", config::units::Time(self.terms.timeout))),
         };
         (turn, began, verdict)
     }
@@ -130,21 +141,22 @@ impl Checks {
     }
 
     fn note(&self, upstream: &Upstream, endpoint: &Endpoint, verdict: Verdict, now: Instant) {
-        match &verdict {
-            Ok(()) => self.metrics.passed.inc(),
-            Err((_, false)) => self.metrics.failed.inc(),
-            Err((_, true)) => self.metrics.timed_out.inc(),
-        }
-        if verdict.is_ok() && upstream.ejector.connected(endpoint, now) {
+        let (count, problem) = match verdict {
+            Verdict::Passed => (&self.metrics.passed, None),
+            Verdict::Failed(problem) => (&self.metrics.failed, Some(problem)),
+            Verdict::Late(problem) => (&self.metrics.timed_out, Some(problem)),
+            Verdict::Unable => return self.metrics.unable.inc(),
+        };
+        count.inc();
+        if problem.is_none() && upstream.ejector.connected(endpoint, now) {
             upstream.reassess();
         }
-        let problem = verdict.as_ref().err().map(|(message, _)| message.clone());
         let (before, after) = {
             let mut record = endpoint.checks();
             let before = record.health();
-            match verdict {
-                Ok(()) => record.passed(self.terms.thresholds),
-                Err((message, _)) => record.failed(Failure { message, at: now }, self.terms.thresholds),
+            match problem.clone() {
+                None => record.passed(self.terms.thresholds),
+                Some(message) => record.failed(Failure { message, at: now }, self.terms.thresholds),
             };
             (before, record.health())
         };

@@ -95,7 +95,7 @@ impl Dialer {
         if let Some(bytes) = self.receive_bytes {
             window::narrow(socket.as_raw_fd(), bytes);
         }
-        let stream = socket.connect(address).await?;
+        let stream = socket.connect(address).await.map_err(|error| without_ports(error, address))?;
         if self.receive_bytes.is_some() {
             window::put_off_tuning(stream.as_raw_fd());
         }
@@ -150,11 +150,25 @@ fn told(address: &SocketAddr, error: io::Error) -> Box<Error> {
     Error::because(kind, format!("connecting to {address}"), error)
 }
 
-/// Whether the system refused us what a connection takes: a descriptor, in this process or at all, memory, or a free port
-/// towards that address. An address that this machine does not have gives the same error as the last; we never ask for one.
+/// Whether the system refused us what a connection takes: a descriptor, in this process or at all, memory, or a port.
 fn is_own(error: &io::Error) -> bool {
     const OWN: [libc::c_int; 5] = [libc::EMFILE, libc::ENFILE, libc::ENOBUFS, libc::ENOMEM, libc::EADDRNOTAVAIL];
     error.raw_os_error().is_some_and(|code| OWN.contains(&code))
+}
+
+/// `EADDRNOTAVAIL` says that no port is free towards an address, or that this machine has no address from which it could be
+/// reached, such as where IPv6 is off. In the second case a datagram has no way there, either, and the endpoint is as
+/// unreachable as without a route.
+fn without_ports(error: io::Error, to: net::SocketAddr) -> io::Error {
+    if error.raw_os_error() != Some(libc::EADDRNOTAVAIL) {
+        return error;
+    }
+    let any = if to.is_ipv4() { net::IpAddr::from([0; 4]) } else { net::IpAddr::from([0; 16]) };
+    let socket = net::UdpSocket::bind((any, 0));
+    match socket.and_then(|socket| socket.connect(to)) {
+        Err(way) if way.raw_os_error() == Some(libc::EADDRNOTAVAIL) => io::ErrorKind::NetworkUnreachable.into(),
+        _ => error,
+    }
 }
 
 /// Counts a connection from the attempt to its end: Pingora keeps it with the stream.
@@ -184,5 +198,35 @@ impl Tracing for Open {
 
     fn boxed_clone(&self) -> Box<dyn Tracing> {
         Box::new(Open::new(&self.0))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn kind(code: i32) -> ErrorType {
+        told(&SocketAddr::Inet("10.0.0.1:80".parse().unwrap()), io::Error::from_raw_os_error(code)).etype.clone()
+    }
+
+    #[test]
+    fn what_this_machine_lacks_is_not_held_against_an_endpoint() {
+        for code in [libc::EMFILE, libc::ENFILE, libc::ENOBUFS, libc::ENOMEM, libc::EADDRNOTAVAIL] {
+            assert_eq!(kind(code), EXHAUSTED, "{}", io::Error::from_raw_os_error(code));
+        }
+        assert_eq!(kind(libc::ECONNREFUSED), ErrorType::ConnectRefused);
+        assert_eq!(kind(libc::ETIMEDOUT), ErrorType::ConnectTimedout);
+        assert_eq!(kind(libc::ENETUNREACH), ErrorType::ConnectNoRoute);
+        // The backlog of a unix socket is full: that is the endpoint's.
+        assert_eq!(kind(libc::EAGAIN), ErrorType::ConnectError);
+    }
+
+    #[test]
+    fn a_port_is_missing_only_where_there_is_a_way() {
+        let missing = || io::Error::from_raw_os_error(libc::EADDRNOTAVAIL);
+        let here = "127.0.0.1:9".parse().unwrap();
+        assert_eq!(without_ports(missing(), here).raw_os_error(), Some(libc::EADDRNOTAVAIL));
+        let refused = io::Error::from_raw_os_error(libc::ECONNREFUSED);
+        assert_eq!(without_ports(refused, here).raw_os_error(), Some(libc::ECONNREFUSED));
     }
 }
