@@ -106,7 +106,8 @@ impl Loops {
         let watches = (0..all.len() + usize::from(shared)).map(|_| Watch::new(self.0.terms.stall_threshold)).collect();
         let metrics = self.0.metrics.loops(all.len());
         let period = self.0.terms.heartbeat;
-        let pacemaker = Pacemaker { epoch, period, pulses, workers: all.clone(), shared, metrics, watches };
+        let lags = vec![Duration::ZERO; all.len()];
+        let pacemaker = Pacemaker { epoch, period, pulses, workers: all.clone(), shared, metrics, watches, lags };
         let (stop, stopped) = sync_channel(0);
         match std::thread::Builder::new().name("heartbeat".to_owned()).spawn(move || pacemaker.run(&stopped)) {
             Ok(thread) => *self.watching() = Some(Watching { stop, thread, workers: all }),

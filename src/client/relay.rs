@@ -25,6 +25,8 @@ use super::connection::Connection;
 use crate::error::{Refusal, refusal};
 use crate::filter::key::Asked;
 use crate::metrics::RelayMetrics;
+use crate::party::limits::DAWDLING;
+use crate::upstream::transport::dial::EXHAUSTED;
 use crate::upstream::transport::greeting::Parties;
 use crate::upstream::window::Window;
 use crate::upstream::{Choice, Ended, Endpoint, Engaged, Outcome, Upstream};
@@ -72,7 +74,9 @@ struct Attempt<'u> {
 impl Drop for Attempt<'_> {
     fn drop(&mut self) {
         let now = Instant::now();
-        let ended = Ended { outcome: self.outcome, connect: self.connect, wait: None, total: now - self.chosen };
+        // What either side does with the connection is no time of the endpoint's.
+        let own = self.connect.unwrap_or(now - self.chosen);
+        let ended = Ended { outcome: self.outcome, connect: self.connect, wait: None, own };
         self.upstream.ended(&mut self.engaged, &ended, now);
     }
 }
@@ -103,8 +107,9 @@ impl Relay {
             Err(refusal) => {
                 connection.listener.metrics.refusals.count(refusal);
                 passed.refusal = Some(refusal);
-                // An endpoint that has said nothing at all is no good one.
-                let silent = passed.sent == 0 && refusal == &refusal::RECEIVE_RESET;
+                // An endpoint that has said nothing at all is no good one, unless its client kept it waiting.
+                let prompt = passed.began.elapsed() <= DAWDLING;
+                let silent = prompt && passed.sent == 0 && refusal == &refusal::RECEIVE_RESET;
                 if silent { Outcome::Failed(refusal) } else { Outcome::Cancelled }
             }
         };
@@ -145,7 +150,10 @@ impl Relay {
                 Err(_) => last = &refusal::CONNECT_TIMEOUT,
             }
             upstream.metrics.connects_failed.inc();
-            attempt.outcome = Outcome::Connect(last);
+            // What the gateway itself lacks says nothing of an endpoint.
+            if last != &refusal::CONNECT_EXHAUSTED {
+                attempt.outcome = Outcome::Connect(last);
+            }
         }
         Err(last)
     }
@@ -193,6 +201,7 @@ async fn dial(endpoint: &Endpoint, parties: Option<Parties>) -> Result<Socket, &
     let socket = connect.connect(peer.address()).await.map_err(|error| match error.etype() {
         pingora::ErrorType::ConnectRefused => &refusal::CONNECT_REFUSED,
         pingora::ErrorType::ConnectTimedout => &refusal::CONNECT_TIMEOUT,
+        kind if *kind == EXHAUSTED => &refusal::CONNECT_EXHAUSTED,
         _ => &refusal::CONNECT_FAILED,
     })?;
     // Nothing is held back here, so nothing need be kept in the kernel's way.

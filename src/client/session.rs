@@ -33,7 +33,7 @@ use super::spool::{Depot, Held};
 use super::stream::{Bypass, ClientStream};
 use super::waiting::{Alarm, Who};
 use super::wire::{Manner, Past, Wire};
-use crate::eventloop::{Gate, adopt};
+use crate::eventloop::{Gate, adopt, worker};
 use crate::party::limits::Seen;
 use crate::party::{Bounds, Deadline, Fault, KeepsWaiting, Look, Party, Patience, Stage, Waits, What};
 use crate::phase::Phase;
@@ -124,7 +124,7 @@ impl Link {
         *self.fault.lock().unwrap_or_else(PoisonError::into_inner) = None;
         self.whole.store(false, Ordering::Relaxed);
         self.enter(Stage::Unconnected);
-        self.waits.begin_attempt(now);
+        self.waits.begin_attempt(worker::lag(), now);
     }
 
     /// The connection of the attempt is there.
@@ -361,6 +361,7 @@ impl Gate for Link {
     /// While the answer waits for its client, only the client's side is looked after: nothing is read from the upstream.
     fn poll_open(&self, cx: &mut Context<'_>, now: Instant) -> Poll<()> {
         let mut wire = self.wire();
+        self.waits.note_lag(worker::lag(), now);
         self.keep_time(&mut wire, now);
         if self.holding.load(Ordering::Relaxed) {
             let more = wire.poll_more(cx);

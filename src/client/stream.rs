@@ -275,7 +275,7 @@ impl Core {
             if !(h2c && PREFACE.starts_with(&self.inbox)) {
                 if agreed == Some(true) {
                     // There is no answer that such a client would understand.
-                    self.connection.set_fault(&refusal::HEADER_MALFORMED);
+                    self.connection.set_fault(Phase::Header, What::Malformed);
                     self.connection.listener.metrics.refusals.count(&refusal::HEADER_MALFORMED);
                     self.inbox.clear();
                     return Poll::Ready(Ok(Opening::Closed));

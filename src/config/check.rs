@@ -611,7 +611,8 @@ impl<'a> Check<'a> {
     }
 
     fn circuit_breaker(&mut self, breaker: &CircuitBreaker, path: &str) {
-        let CircuitBreaker { failures, window, min_requests, consecutive, open, max_open, probes } = breaker;
+        let CircuitBreaker { failures, window, min_requests, consecutive, open, max_open, probes, probe_client: _ } =
+            breaker;
         if failures.ratio() <= 0.0 {
             let finding = Finding::error(value(format!("{path}.failures")), "this breaker opens without any failure");
             self.wrong(finding.label("expected more than `0%`"));

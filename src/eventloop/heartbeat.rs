@@ -87,7 +87,12 @@ pub(super) struct Pacemaker {
     pub(super) shared: bool,
     pub(super) metrics: LoopMetrics,
     pub(super) watches: Vec<Watch>,
+    /// Of each worker, by how much it was late, all stalls that are over together.
+    pub(super) lags: Vec<Duration>,
 }
+
+/// A worker that is late by no more is busy and nothing else.
+const STALL_LEAST: Duration = Duration::from_millis(20);
 
 impl Pacemaker {
     /// Asks until `stop` is dropped.
@@ -105,13 +110,17 @@ impl Pacemaker {
         let mut late = vec![Duration::ZERO; self.pulses.len()];
         for (place, pulse) in self.pulses.iter().enumerate() {
             match pulse.state(now) {
-                Answer::Awaited(time) => late[place] = time,
+                Answer::Awaited(time) => {
+                    late[place] = time;
+                    self.lags(place, time);
+                }
                 Answer::Came { lag, by, first } => {
                     if !first {
                         self.metrics.lag[by.min(self.metrics.lag.len() - 1)].observe(lag.as_secs_f64());
                     }
                     if !self.shared {
                         self.watches[place].came(lag);
+                        self.lags[place] = self.lags(place, lag);
                     }
                     pulse.ask(now);
                 }
@@ -124,6 +133,16 @@ impl Pacemaker {
         }
         let stalled = self.watches.iter().filter(|watch| watch.is_stalled()).count();
         self.metrics.stalled.set(stalled as i64);
+    }
+
+    /// Tells a worker, and whoever runs on it, by how much it has been late up to now, the present stall included.
+    fn lags(&self, place: usize, present: Duration) -> Duration {
+        let present = if present < STALL_LEAST { Duration::ZERO } else { present };
+        let lag = self.lags[place] + present;
+        if !self.shared && !present.is_zero() {
+            self.workers[place].set_lag(lag);
+        }
+        lag
     }
 
     /// How each worker looks; if they share their tasks there is one look more, at all of them together.

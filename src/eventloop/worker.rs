@@ -118,11 +118,13 @@ pub struct Worker {
     doing: AtomicU64,
     /// When the present poll began, in nanoseconds since the epoch.
     since: AtomicU64,
+    /// Nanoseconds by which its loop was late, all stalls together, as far as the heartbeat has seen them.
+    lag: AtomicU64,
 }
 
 impl Worker {
     pub(super) fn new(index: usize, place: usize, epoch: Instant) -> Self {
-        Worker { index, place, epoch, doing: AtomicU64::new(0), since: AtomicU64::new(0) }
+        Worker { index, place, epoch, doing: AtomicU64::new(0), since: AtomicU64::new(0), lag: AtomicU64::new(0) }
     }
 
     /// An exchange is polled from now on. Gives what was polled before, which is nothing unless futures are nested.
@@ -145,6 +147,11 @@ impl Worker {
         let word = Word(self.doing.load(Ordering::Acquire));
         let since = self.epoch + Duration::from_nanos(self.since.load(Ordering::Relaxed));
         (word != Word::default()).then(|| (word, now.saturating_duration_since(since)))
+    }
+
+    /// Its loop has been late by so much, all stalls together.
+    pub(super) fn set_lag(&self, lag: Duration) {
+        self.lag.store(nanos(lag), Ordering::Relaxed);
     }
 
     fn word(&self) -> Word {
@@ -222,6 +229,12 @@ fn thread_number(_: &Crew) -> Option<usize> {
 #[cfg(not(tokio_unstable))]
 fn thread_number(crew: &Crew) -> Option<usize> {
     Some(crew.joined.fetch_add(1, Ordering::Relaxed))
+}
+
+/// By how much the loop of this thread has been late since it began, all stalls together. Zero on threads that are no workers,
+/// and where workers share their tasks.
+pub fn lag() -> Duration {
+    here().map_or(Duration::ZERO, |worker| Duration::from_nanos(worker.lag.load(Ordering::Relaxed)))
 }
 
 /// The cycle of the loop that this thread is in. `None` on threads that are no workers.

@@ -194,6 +194,8 @@ families! {
         "Exchanges that an upstream turned away, by the reason of their refusal.";
     UPSTREAM_BREAKER_OPEN: "forebay_upstream_breaker_open", Gauge, ["upstream"],
         "What the circuit breaker does: 0 all are let through, 1 a few are, to see how they fare, 2 none is.";
+    UPSTREAM_BREAKER_PROBES_REPLACED: "forebay_upstream_breaker_probes_replaced_total", Counter, ["upstream"],
+        "Probes of a half-open circuit breaker whose client took so long that other requests got their places.";
     MIRROR: "forebay_mirror_total", Counter, ["upstream", "outcome"],
         "Requests of which the upstream was to get a copy, by what became of it, or why there was none.";
     SPOOL_BYTES: "forebay_spool_bytes", Gauge, ["direction", "store"],

@@ -11,6 +11,7 @@ pub(super) struct Families {
     queue_seconds: HistogramVec,
     rejected: IntCounterVec,
     breaker: IntGaugeVec,
+    probes_replaced: IntCounterVec,
 }
 
 impl Families {
@@ -20,6 +21,7 @@ impl Families {
             queue_seconds: family::UPSTREAM_QUEUE_SECONDS.histogram(registry),
             rejected: family::UPSTREAM_REJECTED.counter(registry),
             breaker: family::UPSTREAM_BREAKER_OPEN.gauge(registry),
+            probes_replaced: family::UPSTREAM_BREAKER_PROBES_REPLACED.counter(registry),
         }
     }
 
@@ -33,6 +35,7 @@ impl Families {
             },
             rejected: REASONS.map(rejected),
             breaker: self.breaker.with_label_values(&[name]),
+            probes_replaced: self.probes_replaced.with_label_values(&[name]),
         }
     }
 }
@@ -48,6 +51,8 @@ pub struct LimitMetrics {
     pub queue: QueueMetrics,
     /// What its breaker does; see `upstream::breaker::State`.
     pub breaker: IntGauge,
+    /// Its probes that kept their endpoint waiting, so that others took their places.
+    pub probes_replaced: IntCounter,
     rejected: [(&'static Refusal, IntCounter); REASONS.len()],
 }
 

@@ -187,7 +187,7 @@ mod tests {
     fn attempt() -> (Waits, Instant) {
         let began = Instant::now();
         let waits = Waits::new(began);
-        waits.begin_attempt(began);
+        waits.begin_attempt(Duration::ZERO, began);
         (waits, began)
     }
 

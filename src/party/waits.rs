@@ -13,8 +13,10 @@ pub struct Waits {
     /// Nanoseconds from `began` to the beginning of the present wait, times four, plus the number of the party. One word,
     /// so that a reader sees a party and its own beginning.
     now: AtomicU64,
-    /// Nanoseconds of the waits that are over, by party.
+    /// Nanoseconds by party of the waits that are over, less what of the present wait is not its party's.
     spent: [AtomicU64; 4],
+    /// Nanoseconds by which the worker had been late in all, when that was looked at last.
+    lag: AtomicU64,
 }
 
 /// Something that can say for how long it kept an endpoint waiting.
@@ -26,11 +28,13 @@ pub trait KeepsWaiting: Send + Sync {
 impl Waits {
     /// The waits of an exchange that has no endpoint yet.
     pub fn new(began: Instant) -> Waits {
-        Waits { began, now: AtomicU64::new(Party::Gateway as u64), spent: Default::default() }
+        let now = AtomicU64::new(Party::Gateway as u64);
+        Waits { began, now, spent: Default::default(), lag: AtomicU64::new(0) }
     }
 
-    /// An attempt begins: its endpoint is waited for, and earlier attempts do not count.
-    pub fn begin_attempt(&self, now: Instant) {
+    /// An attempt begins: its endpoint is waited for, and earlier attempts do not count. The worker has been late by `lag`.
+    pub fn begin_attempt(&self, lag: Duration, now: Instant) {
+        self.lag.store(nanos(lag), Ordering::Relaxed);
         self.spent.iter().for_each(|spent| spent.store(0, Ordering::Relaxed));
         self.now.store(self.word(Party::Endpoint, now), Ordering::Relaxed);
     }
@@ -50,6 +54,19 @@ impl Waits {
         self.now.store(self.word(party, now), Ordering::Relaxed);
     }
 
+    /// The worker has been late by `lag` by now, all stalls together: what of it is new was not the time of the party that was
+    /// waited for meanwhile. That party may have done what it had to do while there was nobody to see it.
+    pub fn note_lag(&self, lag: Duration, now: Instant) {
+        let lag = nanos(lag);
+        let late = lag.saturating_sub(self.lag.swap(lag, Ordering::Relaxed));
+        if late > 0 {
+            let (party, since) = self.present();
+            let late = late.min(nanos(now.saturating_duration_since(since)));
+            self.spent[party as usize].fetch_sub(late, Ordering::Relaxed);
+            self.spent[Party::Gateway as usize].fetch_add(late, Ordering::Relaxed);
+        }
+    }
+
     /// The party that is waited for.
     pub fn party(&self) -> Party {
         self.present().0
@@ -64,8 +81,10 @@ impl Waits {
     /// For how long `party` has been waited for in the present attempt, the present wait included.
     pub fn spent(&self, party: Party, now: Instant) -> Duration {
         let (present, since) = self.present();
-        let lasts = if present == party { now.saturating_duration_since(since) } else { Duration::ZERO };
-        Duration::from_nanos(self.spent[party as usize].load(Ordering::Relaxed)) + lasts
+        let lasts = if present == party { nanos(now.saturating_duration_since(since)) } else { 0 };
+        // Below zero as long as the present wait does not count as a whole; a reader on another thread may see it so.
+        let spent = self.spent[party as usize].load(Ordering::Relaxed).wrapping_add(lasts);
+        Duration::from_nanos(if spent > i64::MAX as u64 { 0 } else { spent })
     }
 
     fn word(&self, party: Party, now: Instant) -> u64 {
@@ -99,7 +118,7 @@ mod tests {
     fn a_wait_that_goes_on_keeps_its_beginning_and_one_that_begins_anew_does_not() {
         let began = Instant::now();
         let waits = Waits::new(began);
-        waits.begin_attempt(began + ms(10));
+        waits.begin_attempt(ms(0), began + ms(10));
         waits.turn_to(Party::Endpoint, began + ms(20));
         assert_eq!(waits.present(), (Party::Endpoint, began + ms(10)));
         waits.restart(Party::Endpoint, began + ms(30));
@@ -112,11 +131,27 @@ mod tests {
     fn an_attempt_knows_nothing_of_the_one_before() {
         let began = Instant::now();
         let waits = Waits::new(began);
-        waits.begin_attempt(began);
+        waits.begin_attempt(ms(0), began);
         waits.turn_to(Party::Client, began + ms(5));
-        waits.begin_attempt(began + ms(50));
+        waits.begin_attempt(ms(0), began + ms(50));
         assert_eq!(waits.kept_waiting(began + ms(60)), ms(0));
         assert_eq!(waits.spent(Party::Endpoint, began + ms(60)), ms(10));
+    }
+
+    #[test]
+    fn time_in_which_the_worker_stood_still_is_the_gateways() {
+        let began = Instant::now();
+        let waits = Waits::new(began);
+        waits.begin_attempt(ms(900), began);
+        waits.note_lag(ms(900), began + ms(10));
+        assert_eq!(waits.kept_waiting(began + ms(10)), ms(0), "it was late before");
+        waits.note_lag(ms(960), began + ms(100));
+        assert_eq!(waits.present(), (Party::Endpoint, began), "its clock runs on");
+        assert_eq!(waits.spent(Party::Endpoint, began + ms(100)), ms(40));
+        assert_eq!(waits.spent(Party::Gateway, began + ms(100)), ms(60));
+        waits.turn_to(Party::Client, began + ms(110));
+        waits.note_lag(ms(9_000), began + ms(120));
+        assert_eq!(Party::ALL.map(|party| waits.spent(party, began + ms(120))), [0, 50, 0, 70].map(ms));
     }
 
     proptest! {
@@ -126,7 +161,7 @@ mod tests {
         ) {
             let began = Instant::now();
             let waits = Waits::new(began);
-            waits.begin_attempt(began);
+            waits.begin_attempt(ms(0), began);
             let (mut now, mut expected, mut party) = (began, [ms(0); 4], Party::Endpoint);
             for (next, anew, millis) in turns {
                 now += ms(millis);

@@ -5,7 +5,10 @@
 //! becomes one here. An endpoint is accused only of what it did or failed to do while it was waited for. What circuit
 //! breakers, outlier detection, latency and probes make of an accusation, `upstream/ended.rs` says.
 
-use std::time::Instant;
+#[cfg(test)]
+mod model;
+
+use std::time::{Duration, Instant};
 
 use pingora::{Error, ErrorSource, ErrorType, RetryType};
 
@@ -143,6 +146,7 @@ table! {
     Client Overdue in Wait: WAIT_DEADLINE Timeout Nothing;
     Client Overdue in Receive: RECEIVE_DEADLINE Timeout Nothing;
     Disk Overdue in Send: SEND_DEADLINE Timeout Nothing;
+    Disk Overdue in Wait: WAIT_DEADLINE Timeout Nothing;
     Disk Overdue in Receive: RECEIVE_DEADLINE Timeout Nothing;
     Gateway Overdue in Connect: CONNECT_DEADLINE Connect Nothing;
     Gateway Overdue in Send: SEND_DEADLINE Timeout Nothing;
@@ -208,30 +212,36 @@ fn of_endpoint(exchange: &Exchange, phase: Phase, error: &Error, reused: bool) -
     match error.etype() {
         // It runs only while there is something to be written.
         WriteTimedout => Fault::new(Party::Endpoint, Phase::Send, What::Silent),
-        // Our own clocks are finer. Before an upgrade there are none, and the request is out at once.
-        ReadTimedout if exchange.link.is_none() && phase != Phase::Receive => {
-            Fault::new(Party::Endpoint, Phase::Wait, What::Silent)
-        }
+        // Our own clocks are finer. Before an upgrade there are none.
+        ReadTimedout if phase == Phase::Wait && has_had_its_time(exchange) => endpoint(What::Silent),
         ReadTimedout => Fault::new(Party::Gateway, phase, What::Silent),
         ConnectionClosed | ReadError | WriteError | H2Error => {
             let kept = reused && exchange.upstream.as_ref().is_some_and(|upstream| upstream.is_http1());
             match kept && phase != Phase::Receive && is_free && !matches!(error.etype(), H2Error) {
                 true => endpoint(What::Stale),
-                false if has_reason_to_leave(exchange) => endpoint(What::GaveUp),
-                false => endpoint(What::Broke),
+                false => endpoint(match &exchange.link {
+                    Some(link) => breakage(link.kept_waiting(Instant::now())),
+                    // Another protocol has ends of its own.
+                    None if phase == Phase::Receive => What::GaveUp,
+                    None => What::Broke,
+                }),
             }
         }
         _ => endpoint(What::Malformed),
     }
 }
 
-/// Whether an endpoint may close its connection without being at fault: it was kept waiting for long, or another protocol is
-/// spoken over it, which has ends of its own.
-fn has_reason_to_leave(exchange: &Exchange) -> bool {
-    match &exchange.link {
-        Some(link) => link.kept_waiting(Instant::now()) > DAWDLING,
-        None => exchange.clock.phase() == Phase::Receive,
-    }
+/// Whether an endpoint that might have switched protocols was waited for for long enough, and not its client.
+fn has_had_its_time(exchange: &Exchange) -> bool {
+    let (None, Some(attempt), Some(upstream)) = (&exchange.link, &exchange.attempt, &exchange.upstream) else {
+        return false;
+    };
+    attempt.waits_since().elapsed() >= upstream.timeouts.wait
+}
+
+/// What it means that a connection breaks off while, or after, other parties have kept its endpoint waiting for so long.
+fn breakage(kept_waiting: Duration) -> What {
+    if kept_waiting > DAWDLING { What::GaveUp } else { What::Broke }
 }
 
 fn of_client(phase: Phase, kind: &ErrorType) -> Fault {
@@ -333,7 +343,8 @@ mod tests {
             &refusal::INTERNAL,
         ];
         for refusal in refusal::ALL {
-            let early = ["accept.", "header.", "route."].iter().any(|phase| refusal.reason.starts_with(phase));
+            let early =
+                ["accept.", "handshake.", "header.", "route."].iter().any(|phase| refusal.reason.starts_with(phase));
             let known = rows().any(|(_, row)| row.refusal == *refusal) || DECISIONS.contains(refusal);
             assert!(early || known, "{} has no row", refusal.reason);
         }

@@ -23,7 +23,7 @@ use crate::eventloop::{own_time, worker as eventloop};
 use crate::filter::key::Asked;
 use crate::filter::{Refused, Stages, States, Verdict, View};
 use crate::metrics::{Metrics, Seat};
-use crate::party::Fault;
+use crate::party::{Fault, Party};
 use crate::phase::journal::{self, Journal, Note, Passed, Tick};
 use crate::phase::{Clock, Phase};
 use crate::spans::{Context, Notes};
@@ -156,25 +156,43 @@ impl FilterStates {
 pub struct Attempt {
     upstream: Arc<Upstream>,
     endpoint: Engaged,
+    link: Option<Arc<Link>>,
     chosen: Instant,
     /// When its connection stood.
     connected: Option<Instant>,
     /// Whether that connection was kept from an earlier exchange.
     reused: bool,
-    /// When the request was out.
-    sent: Option<Instant>,
-    /// When the response header was here, and its status.
-    answered: Option<(Instant, StatusCode)>,
+    /// When a piece of the request was passed on last, before the answer.
+    given: Option<Instant>,
+    /// The request is out.
+    sent: bool,
+    /// For how long the endpoint was waited for until its response header was here, and its status.
+    answered: Option<(Duration, StatusCode)>,
     /// A connection that it has for itself, and whether it is to be the last to have it.
     own: Option<(RawFd, bool)>,
     ended: bool,
 }
 
 impl Attempt {
-    /// An attempt with an endpoint of this upstream, chosen just now.
-    pub fn new(upstream: Arc<Upstream>, endpoint: Engaged, chosen: Instant) -> Self {
-        let (connected, sent, answered, own) = (None, None, None, None);
-        Attempt { upstream, endpoint, chosen, connected, reused: false, sent, answered, own, ended: false }
+    /// An attempt with an endpoint of this upstream, chosen just now. `link` knows how long each party is waited for; without
+    /// it, the endpoint is all the time.
+    pub fn new(upstream: Arc<Upstream>, endpoint: Engaged, link: Option<Arc<Link>>, chosen: Instant) -> Self {
+        if let Some(link) = link.as_ref().filter(|_| endpoint.is_probe()) {
+            endpoint.watch(link.clone());
+        }
+        Attempt {
+            upstream,
+            endpoint,
+            link,
+            chosen,
+            connected: None,
+            reused: false,
+            given: None,
+            sent: false,
+            answered: None,
+            own: None,
+            ended: false,
+        }
     }
 
     /// Its connection stands.
@@ -191,21 +209,33 @@ impl Attempt {
     /// The answer is here whole. A connection that is not to be kept is closed now: Pingora then finds it so, and would
     /// otherwise keep it.
     pub fn answered_whole(&mut self) {
-        if let Some((socket, last)) = self.own.take_if(|_| self.sent.is_some())
+        if let Some((socket, last)) = self.own.take_if(|_| self.sent)
             && (last || self.upstream.has_surplus_connections())
         {
             window::close(socket);
         }
     }
 
+    /// A piece of the request is passed on.
+    pub fn gave(&mut self, now: Instant) {
+        if self.answered.is_none() {
+            self.given = Some(now);
+        }
+    }
+
     /// The request is out, as far as can be seen.
     pub fn sent(&mut self, now: Instant) {
-        self.sent.get_or_insert(now);
+        self.gave(now);
+        self.sent = true;
     }
 
     /// The response header is here.
     pub fn answered(&mut self, status: StatusCode, now: Instant) {
-        self.answered.get_or_insert((now, status));
+        if self.answered.is_none() {
+            let connect = self.connected.map_or(Duration::ZERO, |connected| connected - self.chosen);
+            let wait = (now - self.waits_since()).min(self.own_time(now).saturating_sub(connect));
+            self.answered = Some((wait, status));
+        }
         self.endpoint.answered(status, now);
     }
 
@@ -224,6 +254,19 @@ impl Attempt {
         self.status().map_or(Outcome::Cancelled, Outcome::Answered)
     }
 
+    /// For how long the endpoint has been waited for, and no other party, since it was chosen.
+    fn own_time(&self, now: Instant) -> Duration {
+        match &self.link {
+            Some(link) => link.waits().spent(Party::Endpoint, now),
+            None => now - self.chosen,
+        }
+    }
+
+    /// Since when the endpoint has been given nothing more.
+    pub fn waits_since(&self) -> Instant {
+        self.given.or(self.connected).unwrap_or(self.chosen)
+    }
+
     /// Whether its connection stands.
     pub fn is_connected(&self) -> bool {
         self.connected.is_some()
@@ -235,11 +278,8 @@ impl Attempt {
             return;
         }
         let connect = self.connected.filter(|_| !self.reused).map(|connected| connected - self.chosen);
-        // An answer may come before the request is out.
-        let wait = self.answered.zip(self.connected).map(|((answered, _), connected)| {
-            answered.saturating_duration_since(self.sent.map_or(connected, |sent| sent.min(answered)))
-        });
-        let ended = Ended { outcome, connect, wait, total: now - self.chosen };
+        let wait = self.answered.map(|(wait, _)| wait);
+        let ended = Ended { outcome, connect, wait, own: self.own_time(now) };
         self.upstream.ended(&mut self.endpoint, &ended, now);
     }
 }
@@ -363,7 +403,7 @@ impl Exchange {
         if let Some(notes) = &mut self.notes {
             notes.attempt(&upstream.name, &engaged.endpoint().label, now);
         }
-        self.attempt = Some(Attempt::new(upstream, engaged, now));
+        self.attempt = Some(Attempt::new(upstream, engaged, self.link.clone(), now));
     }
 
     /// The connection of the present attempt stands.

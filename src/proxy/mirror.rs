@@ -143,7 +143,7 @@ async fn attempt(mirror: &Mirror, request: RequestHeader, body: Option<Held>, pa
         return Fate::NoEndpoint;
     };
     let peer = engaged.peer_for(|| parties);
-    let mut attempt = Attempt::new(Arc::clone(upstream), engaged, Instant::now());
+    let mut attempt = Attempt::new(Arc::clone(upstream), engaged, None, Instant::now());
     let answered = exchange(mirror, &peer, request, body, &mut attempt).await;
     let now = Instant::now();
     match answered {

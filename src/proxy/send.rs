@@ -145,6 +145,8 @@ pub async fn piece(
     if end {
         pass_trailers(exchange);
         ended(exchange);
+    } else if let Some(attempt) = &mut exchange.attempt {
+        attempt.gave(Instant::now());
     }
     Ok(())
 }

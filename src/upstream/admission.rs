@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use http::StatusCode;
 
 use super::breaker::{Breaker, Leave, Verdict};
-use super::ended::{Ended, Outcome};
+use super::ended::Ended;
 use super::endpoint::Endpoint;
 use super::queue::Queue;
 use super::transport::H2_STREAMS_MAX;
@@ -20,6 +20,7 @@ use crate::config;
 use crate::config::units::Count;
 use crate::config::upstream::Protocol;
 use crate::metrics::LimitMetrics;
+use crate::party::KeepsWaiting;
 
 /// How many exchanges may be under way at once.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -66,7 +67,10 @@ impl Admission {
             limits: Limits::new(&written.limits, written.protocol),
             inflight: AtomicU32::new(0),
             queue: Arc::new(Queue::new(&written.queue, metrics.queue.clone())),
-            breaker: breaker.map(|written| Breaker::new(written.into(), metrics.breaker.clone(), now)),
+            breaker: breaker.map(|written| {
+                let (gauge, replaced) = (metrics.breaker.clone(), metrics.probes_replaced.clone());
+                Breaker::new(written.into(), gauge, replaced, now)
+            }),
             metrics,
         })
     }
@@ -163,14 +167,28 @@ impl Engaged {
 
     /// The response header is here. A breaker that waits for this one alone need not wait for the rest, which may take hours.
     pub fn answered(&mut self, status: StatusCode, now: Instant) {
-        if self.leave.as_ref().is_some_and(Leave::is_probe) {
-            self.note(verdict(Outcome::Answered(status)), now);
+        if self.is_probe() {
+            let verdict = if status.is_server_error() { Verdict::Bad } else { Verdict::Good };
+            self.note(verdict, now);
+        }
+    }
+
+    /// Whether a breaker lets few others through until it has heard what came of this one.
+    pub fn is_probe(&self) -> bool {
+        self.leave.as_ref().is_some_and(Leave::is_probe)
+    }
+
+    /// If it is a probe: says who can tell how long its endpoint is kept waiting. A probe whose client dawdles gives its place
+    /// to another one.
+    pub fn watch(&self, exchange: Arc<dyn KeepsWaiting>) {
+        if let (Some(breaker), Some(leave)) = (&self.admission.breaker, &self.leave) {
+            breaker.watch(leave, exchange);
         }
     }
 
     /// It is over.
     pub(super) fn ended(&mut self, ended: &Ended, now: Instant) {
-        self.note(verdict(ended.outcome), now);
+        self.note(ended.seen().breaker, now);
     }
 
     fn note(&mut self, verdict: Verdict, now: Instant) {
@@ -179,14 +197,6 @@ impl Engaged {
             // Nobody in line will be served: they are told so.
             self.admission.queue.changed(u32::MAX);
         }
-    }
-}
-
-fn verdict(outcome: Outcome) -> Verdict {
-    match outcome {
-        Outcome::Answered(status) if status.as_u16() < 500 => Verdict::Good,
-        Outcome::Answered(_) | Outcome::Connect(_) | Outcome::Failed(_) => Verdict::Bad,
-        Outcome::Cancelled => Verdict::Neither,
     }
 }
 

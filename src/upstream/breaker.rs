@@ -7,13 +7,15 @@
 //! Outlier detection leaves out an endpoint that does worse than its peers; this is for when there is nobody better. Nothing
 //! here knows a socket or a clock. While it is closed, letting through is one load, and counting is one atomic.
 
+use std::fmt;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use prometheus::IntGauge;
+use prometheus::{IntCounter, IntGauge};
 
 use crate::config::upstream::limits as written;
+use crate::party::KeepsWaiting;
 
 /// When it opens, and for how long.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -32,6 +34,8 @@ pub struct Terms {
     pub max_open: Duration,
     /// How many are let through while it is half open, all of which must go well.
     pub probes: u32,
+    /// For how long a probe may keep its endpoint waiting before another one takes its place.
+    pub probe_client: Duration,
 }
 
 impl From<&written::CircuitBreaker> for Terms {
@@ -45,6 +49,7 @@ impl From<&written::CircuitBreaker> for Terms {
             open: written.open.0,
             max_open: written.max_open.0,
             probes: count(written.probes),
+            probe_client: written.probe_client.0,
         }
     }
 }
@@ -87,13 +92,14 @@ pub enum Verdict {
 pub struct Leave {
     /// In which round it was given: what it comes to says nothing of a later one.
     round: u64,
-    probe: bool,
+    /// The number of its place, if it is a probe.
+    probe: Option<u64>,
 }
 
 impl Leave {
     /// Whether all others wait for what becomes of it.
     pub fn is_probe(&self) -> bool {
-        self.probe
+        self.probe.is_some()
     }
 }
 
@@ -111,12 +117,15 @@ pub struct Breaker {
     /// Held for some instructions by whoever changes the state or takes part in a trial.
     trial: Mutex<Trial>,
     gauge: IntGauge,
+    replaced: IntCounter,
 }
 
 #[derive(Debug, Default)]
 struct Trial {
-    /// Probes that are under way.
-    out: u32,
+    /// The places of probes that are under way.
+    places: Vec<Place>,
+    /// How many places there were.
+    given: u64,
     /// Probes that went well.
     good: u32,
     /// How often it has opened, less what good behaviour has made up for.
@@ -125,12 +134,25 @@ struct Trial {
     closed: Option<Instant>,
 }
 
+/// The place of a probe.
+struct Place {
+    number: u64,
+    /// Says how long it keeps its endpoint waiting.
+    exchange: Option<Arc<dyn KeepsWaiting>>,
+}
+
+impl fmt::Debug for Place {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Place").field("number", &self.number).finish_non_exhaustive()
+    }
+}
+
 /// When to look again while probes are under way: nobody knows how long these take.
 const SOON: Duration = Duration::from_secs(1);
 
 impl Breaker {
-    /// A closed one, which says in `gauge` how it is.
-    pub fn new(terms: Terms, gauge: IntGauge, now: Instant) -> Breaker {
+    /// A closed one, which says in `gauge` how it is and counts the probes that are `replaced`.
+    pub fn new(terms: Terms, gauge: IntGauge, replaced: IntCounter, now: Instant) -> Breaker {
         gauge.set(State::Closed as i64);
         Breaker {
             terms,
@@ -141,6 +163,7 @@ impl Breaker {
             in_a_row: AtomicU32::new(0),
             trial: Mutex::default(),
             gauge,
+            replaced,
         }
     }
 
@@ -152,7 +175,7 @@ impl Breaker {
     /// Leave to ask the upstream, or how long to stay away.
     pub fn admit(&self, now: Instant) -> Result<Leave, Duration> {
         match read(self.state.load(Ordering::Acquire)) {
-            (round, State::Closed) => Ok(Leave { round, probe: false }),
+            (round, State::Closed) => Ok(Leave { round, probe: None }),
             (_, State::Open) => match self.left(now) {
                 Some(left) => Err(left),
                 None => self.probe(now),
@@ -185,7 +208,7 @@ impl Breaker {
                     && f64::from(failures) >= self.terms.failures * f64::from(passes);
                 (share || in_a_row >= self.terms.consecutive) && self.open(round, now)
             }
-            (State::HalfOpen, verdict) => self.tried(round, verdict, now),
+            (State::HalfOpen, verdict) => self.tried(leave, verdict, now),
             (State::Closed, Verdict::Neither) | (State::Open, _) => false,
         }
     }
@@ -196,30 +219,50 @@ impl Breaker {
         let Ok(mut trial) = self.trial.try_lock() else { return Err(SOON) };
         let (mut round, state) = read(self.state.load(Ordering::Acquire));
         match state {
-            State::Closed => return Ok(Leave { round, probe: false }),
+            State::Closed => return Ok(Leave { round, probe: None }),
             State::Open => {
                 if let Some(left) = self.left(now) {
                     return Err(left);
                 }
-                (trial.out, trial.good) = (0, 0);
+                trial.places.clear();
+                trial.good = 0;
                 round = self.enter(round, State::HalfOpen);
             }
             State::HalfOpen => {}
         }
-        if trial.out + trial.good >= self.terms.probes {
-            return Err(SOON);
+        if trial.places.len() as u64 + u64::from(trial.good) >= u64::from(self.terms.probes) {
+            // What becomes of a probe that is replaced counts as before; it is only not waited for.
+            let Some(place) = trial.places.iter().position(|place| self.dawdles(place, now)) else { return Err(SOON) };
+            trial.places.swap_remove(place);
+            self.replaced.inc();
         }
-        trial.out += 1;
-        Ok(Leave { round, probe: true })
+        trial.given += 1;
+        let number = trial.given;
+        trial.places.push(Place { number, exchange: None });
+        Ok(Leave { round, probe: Some(number) })
+    }
+
+    /// Whether other parties than its endpoint are why this probe is still under way.
+    fn dawdles(&self, place: &Place, now: Instant) -> bool {
+        place.exchange.as_ref().is_some_and(|exchange| exchange.kept_waiting(now) > self.terms.probe_client)
+    }
+
+    /// Says who can tell how long a probe keeps its endpoint waiting.
+    pub fn watch(&self, leave: &Leave, exchange: Arc<dyn KeepsWaiting>) {
+        let mut trial = self.trial();
+        if let Some(place) = trial.places.iter_mut().find(|place| leave.probe == Some(place.number)) {
+            place.exchange = Some(exchange);
+        }
     }
 
     /// A probe has come back. Whether the breaker has opened by it.
-    fn tried(&self, round: u64, verdict: Verdict, now: Instant) -> bool {
+    fn tried(&self, leave: &Leave, verdict: Verdict, now: Instant) -> bool {
+        let round = leave.round;
         let mut trial = self.trial();
         if read(self.state.load(Ordering::Acquire)).0 != round {
             return false;
         }
-        trial.out = trial.out.saturating_sub(1);
+        trial.places.retain(|place| leave.probe != Some(place.number));
         match verdict {
             Verdict::Neither => false,
             Verdict::Bad => {
@@ -370,6 +413,7 @@ mod tests {
         open: Duration::from_secs(4),
         max_open: Duration::from_secs(20),
         probes: 2,
+        probe_client: Duration::from_secs(1),
     };
 
     /// A breaker and a clock.
@@ -381,7 +425,9 @@ mod tests {
     impl Story {
         fn new(terms: Terms) -> Story {
             let now = Instant::now();
-            Story { breaker: Breaker::new(terms, IntGauge::new("open", "of a test").unwrap(), now), now }
+            let gauge = IntGauge::new("open", "of a test").unwrap();
+            let replaced = IntCounter::new("replaced", "of a test").unwrap();
+            Story { breaker: Breaker::new(terms, gauge, replaced, now), now }
         }
 
         fn later(&mut self, millis: u64) {
@@ -487,6 +533,32 @@ mod tests {
         story.away();
     }
 
+    /// An exchange that has kept its endpoint waiting for so many milliseconds.
+    struct Slow(AtomicU64);
+
+    impl KeepsWaiting for Slow {
+        fn kept_waiting(&self, _: Instant) -> Duration {
+            Duration::from_millis(self.0.load(Ordering::Relaxed))
+        }
+    }
+
+    #[test]
+    fn a_probe_whose_client_dawdles_makes_room_for_another_and_is_still_heard() {
+        for (verdict, state) in [(Good, State::Closed), (Bad, State::Open), (Neither, State::HalfOpen)] {
+            let story = Story::opened(Terms { probes: 1, ..TERMS });
+            let (leave, slow) = (story.leave(), Arc::new(Slow(AtomicU64::new(1_000))));
+            story.breaker.watch(&leave, slow.clone());
+            assert_eq!(story.away(), 1_000, "it may take its time");
+            slow.0.store(1_001, Ordering::Relaxed);
+            let other = story.leave();
+            assert!(other.is_probe());
+            assert_eq!((story.away(), story.breaker.replaced.get()), (1_000, 1), "one place is one place");
+            assert_eq!(story.note(&leave, verdict), verdict == Bad);
+            assert_eq!(story.state(), state);
+            story.note(&other, Neither);
+        }
+    }
+
     #[test]
     fn good_behaviour_makes_up_for_how_often_it_opened() {
         for (good_millis, length) in [(0, 8_000), (4_000, 4_000), (3_600_000, 4_000)] {
@@ -577,7 +649,7 @@ mod tests {
                     Event::Later(millis) => story.later(millis),
                 }
                 let round = read(story.breaker.state.load(Ordering::Relaxed)).0;
-                let out = under_way.iter().filter(|leave| leave.probe && leave.round == round).count();
+                let out = under_way.iter().filter(|leave| leave.is_probe() && leave.round == round).count();
                 prop_assert!(out as u32 <= probes);
             }
             // Whoever is still under way ends, and then all goes well: it closes.

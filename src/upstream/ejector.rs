@@ -13,9 +13,9 @@ use tokio::time::{MissedTickBehavior, interval_at, sleep_until};
 use tracing::{info, warn};
 
 use super::Upstream;
-use super::ended::{Ended, Outcome};
+use super::ended::Ended;
 use super::endpoint::Endpoint;
-use super::outlier::{self, Pass, Reason, Rules, Sample};
+use super::outlier::{self, Reason, Rules, Sample};
 use crate::config;
 use crate::config::units::{Count, Time};
 use crate::metrics::EjectionMetrics;
@@ -58,14 +58,8 @@ impl Ejector {
 
     /// An attempt at `endpoint` has ended. On the way of a request: no lock, and for a good one hardly a write.
     pub fn hear(&self, endpoint: &Endpoint, ended: &Ended) {
-        let pass = match ended.outcome {
-            Outcome::Answered(status) => Pass::Answered(status.as_u16()),
-            Outcome::Connect(_) => Pass::Unconnected,
-            Outcome::Failed(_) => Pass::Failed,
-            Outcome::Cancelled => return,
-        };
-        let latency = ended.wait.map_or(ended.total, |wait| ended.connect.unwrap_or_default() + wait);
-        let guilty = endpoint.score.note(pass, latency, &self.rules);
+        let Some(pass) = ended.seen().outlier else { return };
+        let guilty = endpoint.score.note(pass, ended.to_header(), &self.rules);
         if let Some(reason) = guilty.filter(|_| !endpoint.availability().is_ejected())
             && endpoint.accusation.raise(reason)
         {

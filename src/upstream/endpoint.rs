@@ -16,7 +16,7 @@ use pingora::upstreams::peer::HttpPeer;
 
 use super::availability::{Availability, Change, Word};
 use super::ejector::Accusation;
-use super::ended::{Ended, Outcome};
+use super::ended::{Ended, Lesson};
 use super::health::{Health, Record};
 use super::latency::Latency;
 use super::outlier::{Ejections, Score};
@@ -240,9 +240,9 @@ impl Endpoint {
 
     /// Learns from the end of an attempt how long it takes.
     pub(super) fn learn(&self, ended: &Ended, now: Instant) {
-        match (ended.outcome, ended.wait) {
-            (Outcome::Answered(_), Some(wait)) => self.latency.observe(ended.connect.unwrap_or_default() + wait, now),
-            _ => self.latency.observe_failure(ended.total, now),
+        match ended.seen().latency {
+            Lesson::Took(time) => self.latency.observe(time, now),
+            Lesson::AtLeast(time) => self.latency.observe_failure(time, now),
         }
     }
 }

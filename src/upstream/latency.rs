@@ -46,7 +46,7 @@ impl Latency {
         self.update(took, now, false);
     }
 
-    /// An attempt failed after `took`. That makes an estimate worse and never better: who refuses at once is not fast.
+    /// An attempt ended without an answer after the endpoint had `took` so long. That makes an estimate worse and never better: who refuses at once is not fast.
     pub fn observe_failure(&self, took: Duration, now: Instant) {
         self.update(took, now, true);
     }

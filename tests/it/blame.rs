@@ -7,7 +7,7 @@ use bytes::Bytes;
 use crate::harness::client::{H2Client, request};
 use crate::harness::gateway::Watched;
 use crate::harness::origin::response;
-use crate::harness::{Client, Gateway, H2Origin, Origin, Setup, ms, ok};
+use crate::harness::{Client, Gateway, H2Origin, Origin, Setup, eventually, ms, ok};
 
 /// A single failure has consequences.
 const STRICT: &str = "\
@@ -193,5 +193,121 @@ fn what_happens_in_a_tunnel_is_not_held_against_the_endpoint() {
     let mut connection = origin.accept();
     connection.request();
     connection.send(response("200 OK", "", "well"));
+    assert_eq!(client.response().text(), "well");
+}
+
+/// A breaker that is open for a moment, and lets one request through then.
+const ONE_PROBE: &str = "circuit_breaker: { consecutive: 1, min_requests: unlimited, open: 1ms, max_open: 1ms, \
+                         probes: 1, probe_client: 300ms }";
+
+#[test]
+fn a_probe_that_dawdles_does_not_keep_all_others_out() {
+    let origin = Origin::scripted();
+    let (gateway, mut client, mut connection) = Setup::before(&origin).upstream(ONE_PROBE).route(STREAM).asked(&origin);
+    connection.send(response("500 Internal Server Error", "", "sick"));
+    assert_eq!(client.response().text(), "sick");
+    client.dawdle(ms(20));
+    client.send("POST /slow HTTP/1.1\r\nHost: test\r\nContent-Length: 100\r\n\r\nx");
+    connection.header();
+    gateway.wait_metric("forebay_upstream_breaker_open", |state| state == 1.0);
+    assert_eq!(gateway.client().get("/").status, 503, "it may take its time, and is the only one");
+    client.dawdle(ms(600));
+    let mut other = gateway.client();
+    other.send(request("GET", "/", "", ""));
+    let mut connection = origin.accept();
+    connection.request();
+    connection.answer("well");
+    assert_eq!(other.response().text(), "well");
+    gateway.wait_metric("forebay_upstream_breaker_open", |state| state == 0.0);
+    assert_eq!(gateway.metric("forebay_upstream_breaker_probes_replaced_total"), 1.0);
+}
+
+#[test]
+fn an_upload_that_is_given_up_does_not_make_its_endpoint_slow() {
+    let endpoint = || {
+        Origin::answering(|_| {
+            std::thread::sleep(ms(20));
+            ok("well")
+        })
+    };
+    let origins = [endpoint(), endpoint()];
+    let setup = Setup::before_all(&origins.each_ref().map(Origin::address)).route(STREAM);
+    let gateway = setup.upstream("load_balancing: { policy: peak_ewma }").start();
+    let mut client = gateway.client();
+    // Both are known.
+    while origins.iter().any(|origin| origin.answered() == 0) {
+        client.get("/");
+    }
+    let mut slow = gateway.client();
+    slow.send("POST / HTTP/1.1\r\nHost: test\r\nContent-Length: 100\r\n\r\nx");
+    slow.dawdle(ms(1_500));
+    slow.reset();
+    let uploads = |origin: &Origin| origin.requests().iter().any(|request| request.method() == "POST");
+    let asked = eventually("the upload at its endpoint", || origins.iter().find(|origin| uploads(origin)));
+    let before = asked.answered();
+    (0..30).for_each(|_| assert_eq!(client.get("/").status, 200));
+    assert!(asked.answered() >= before + 5, "{} of 30", asked.answered() - before);
+}
+
+#[test]
+fn a_client_that_leaves_while_the_rest_of_its_answer_is_held_back_is_no_failure_of_the_gateway() {
+    let origin = Origin::answering(|_| ok(vec![b'x'; 1 << 20]));
+    let gateway = Setup::before(&origin).route("client: { limit_rate: { rate: 16KiB/s, after: 16KiB } }").start();
+    let mut client = gateway.client();
+    client.send(request("GET", "/", "", ""));
+    client.bytes(1_000);
+    gateway.wait_phase(forebay::phase::Phase::Write);
+    drop(client);
+    assert_eq!(gateway.log_line().reason(), "write.aborted");
+}
+
+#[test]
+fn readers_that_take_nothing_keep_no_answers_from_others_on_a_connection_that_all_share() {
+    let origin = H2Origin::start();
+    let setup = Setup::before_all(&[origin.address()]).upstream("protocol: h2c").upstream(STRICT).route(STREAM);
+    let gateway = setup.upstream("timeouts: { receive: 5s }").start();
+    let mut client = gateway.client();
+    assert_eq!(client.get("/first").status, 200);
+    let slow: Vec<Client> = (0..3)
+        .map(|_| {
+            let mut slow = Client::slow(gateway.web());
+            slow.send(request("GET", "/large", "", ""));
+            slow.bytes(100);
+            slow
+        })
+        .collect();
+    for _ in 0..2 {
+        assert_eq!(client.get("/large").body.len(), 16 << 20);
+    }
+    assert_eq!(gateway.metric("forebay_upstream_connects_total{outcome=\"new\"}"), 1.0);
+    assert!(!is_accused(&gateway));
+    drop(slow);
+}
+
+#[test]
+fn an_endpoint_is_not_accused_of_what_the_gateway_lacks() {
+    let origin = Origin::scripted();
+    // Only what the limits do not keep from coming can use up what there is.
+    let limits = "protocols: [http1, h2c], limits: { requests_per_ip: unlimited }";
+    let gateway = Setup::before(&origin).upstream(STRICT).listener(limits).open_files(200).spawn();
+    let clients: Vec<H2Client> = (0..3).map(|_| H2Client::connect(gateway.web())).collect();
+    let ask = |client: &H2Client| client.begin(http::Request::get("http://test/").body(()).expect("a request"), true).0;
+    let answers: Vec<_> = clients.iter().flat_map(|client| (0..100).map(|_| ask(client)).collect::<Vec<_>>()).collect();
+    let (refused, _, others) = clients[0].step(futures::future::select_all(answers));
+    assert_eq!(refused.expect("an answer").status(), 503);
+    drop((others, clients));
+    gateway.wait_metric("forebay_refusals_total{reason=\"connect.exhausted\"}", |count| count >= 1.0);
+    gateway.wait_metric("forebay_phase_active", |count| count == 0.0);
+    assert_eq!(gateway.metric("forebay_refusals_total{reason=\"connect.failed\"}"), 0.0);
+    assert!(gateway.metric("forebay_upstream_breaker_open") == 0.0);
+    assert!(gateway.metric("forebay_upstream_ejections_total") == 0.0);
+    let mut client = gateway.client();
+    client.send(request("GET", "/after", "", ""));
+    let mut connection = eventually("the request at the origin", || {
+        // Those before it are of clients that have gone.
+        let mut connection = origin.accept();
+        connection.next_request().filter(|request| request.target() == "/after").map(|_| connection)
+    });
+    connection.answer("well");
     assert_eq!(client.response().text(), "well");
 }

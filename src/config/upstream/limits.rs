@@ -79,6 +79,9 @@ pub struct CircuitBreaker {
     pub max_open: Time,
     /// So many requests are let through then. If all of them go well it closes, and with the first that fails it opens again.
     pub probes: Count,
+    /// For how long such a request may wait for its client, mostly for the rest of its body. Then another one is let through
+    /// in its place.
+    pub probe_client: Time,
 }
 
 impl Default for CircuitBreaker {
@@ -91,6 +94,7 @@ impl Default for CircuitBreaker {
             open: Time::seconds(5),
             max_open: Time::seconds(60),
             probes: Count(3),
+            probe_client: Time::seconds(1),
         }
     }
 }

@@ -160,14 +160,18 @@ pub fn board() -> Board {
             .query("sum by (upstream, reason) (rate(forebay_retries_refused_total[R]))", "{{upstream}} {{reason}}"),
             Panel::stack(
                 "Turned away",
-                "Exchanges that an upstream had no place for, per second, by which \
-                limit.",
+                "Exchanges that an upstream had no place for, per second, by which limit, and probes of its \
+                circuit breaker that lost their place to others, for their client dawdled.",
                 "ops",
             )
             .query(
                 "sum by (upstream, reason) (rate(forebay_upstream_rejected_total[R]))",
                 "{{upstream}} \
                     {{reason}}",
+            )
+            .query(
+                "sum by (upstream) (rate(forebay_upstream_breaker_probes_replaced_total[R]))",
+                "{{upstream}} probe replaced",
             ),
         ],
     )

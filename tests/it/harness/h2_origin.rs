@@ -25,7 +25,7 @@ use super::ms;
 /// It answers by path. `/trailers`: a body, then the trailer field `x-trailer`. `/echo`: every piece of the request as
 /// soon as it comes, then `grpc-status: 0`. `/refused-once`: the first request is refused unseen. `/unavailable-once`: to
 /// the first, a header with `grpc-status: 14` and no more; then as `/echo`. `/ticks`: a byte every 50 ms, twenty of them,
-/// whether the request has ended or not, then `grpc-status: 0`. `/hung`: never. The health protocol of gRPC: it serves the
+/// whether the request has ended or not, then `grpc-status: 0`. `/hung`: never. `/large`: 16 MiB. The health protocol of gRPC: it serves the
 /// service `well` and not `sick`, and knows no others. Anything else: what it got, as the built-in origin tells it at
 /// `/headers`.
 pub struct H2Origin {
@@ -121,6 +121,10 @@ async fn answer(request: Request<RecvStream>, mut respond: SendResponse<Bytes>, 
             send.send_trailers(trailers)
         }
         "/hung" => std::future::pending().await,
+        "/large" => {
+            let mut send = respond.send_response(Response::new(()), false)?;
+            send.send_data(vec![b'x'; 16 << 20].into(), true)
+        }
         "/refused-once" if first => {
             respond.send_reset(h2::Reason::REFUSED_STREAM);
             Ok(())
