@@ -81,8 +81,12 @@ pub fn begin_attempt(exchange: &mut Exchange, peer: &mut HttpPeer, now: Instant)
 /// Takes Pingora's own clock for reading away, which runs whichever party is waited for: the session has better ones, and
 /// breaks off the connection when they say so. A connection that other exchanges share cannot be broken off; for the few
 /// states in which Pingora does not ask the session, its clock stays, with the longest time for which a client may be
-/// waited for on top.
+/// waited for on top. A request that asks for an upgrade has no body, and the session steps aside with a 101: there Pingora's
+/// clock is right, and the only one.
 pub fn leave_clocks_to_session(exchange: &Exchange, peer: &mut HttpPeer) {
+    if exchange.upgrade {
+        return;
+    }
     let (Some(_), Some(upstream), Some(route)) = (&exchange.link, &exchange.upstream, &exchange.route) else {
         return;
     };
