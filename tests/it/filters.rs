@@ -17,7 +17,7 @@ use serde::Deserialize;
 
 use crate::harness::client::request;
 use crate::harness::gateway::Watched;
-use crate::harness::{Client, End, Gateway, H2Origin, Origin, Setup, eventually, ok};
+use crate::harness::{Client, End, Gateway, Origin, Setup, eventually, ok};
 
 /// An origin that says what path it was asked for, and a gateway with these filters before it.
 fn filtered(filters: &str) -> (Origin, Gateway) {
@@ -311,11 +311,6 @@ fn a_strangers_filter_may_refuse_the_request_body() {
     assert_eq!(gateway.client().ask("POST", "/", "", "body").status, 402);
     assert!(origin.requests().iter().all(|request| request.end == End::Cut), "the origin took it for whole");
     assert_eq!(gateway.log_line().reason(), "route.toll");
-
-    let origin = H2Origin::start();
-    let setup = Setup::before_all(&[origin.address()]).upstream("protocol: h2c").filter::<Toll>();
-    let gateway = setup.filters("toll: { name: refuse-h2-body, refuse_at: request_body }").start();
-    assert_eq!(gateway.client().ask("POST", "/hung", "", "body").status, 402, "it does not wait for an answer");
 }
 
 #[test]
