@@ -516,11 +516,15 @@ fn route(
         let sides = written.upstreams.iter().filter_map(|side| Some((named(&side.name)?, side.weight)));
         Split::new(sides).map_or(Destination::Nowhere, Destination::Split)
     };
+    let grpc = written.grpc == Grpc::Auto;
+    let mut asked = written.upstream.iter().chain(written.upstreams.iter().map(|side| &side.name));
+    let only_grpc = grpc && asked.all(|name| upstreams.get(name).is_some_and(|upstream| upstream.speaks_grpc()));
     Route {
         name: written.name.clone(),
         chain,
         destination,
-        grpc: written.grpc == Grpc::Auto,
+        grpc,
+        only_grpc,
         holds_bodies: written.buffering.request.mode != BufferMode::Stream,
         intake: intake(written, resources, &metrics),
         manner: manner(written, resources, &metrics),

@@ -301,7 +301,13 @@ impl Proxy {
             return verdict;
         }
         match route::find(&self.routes, request) {
-            Ok(route) => route::take(exchange, route.clone(), request).await,
+            Ok(route) => {
+                if exchange.grpc.is_some() && !route.only_grpc {
+                    // Metadata of gRPC may have odd names; but not all who could get these speak it.
+                    header::names::drop_odd(request, exchange.odd_names());
+                }
+                route::take(exchange, route.clone(), request).await
+            }
             Err(refusal) => refusal.into(),
         }
     }

@@ -52,7 +52,7 @@ pub async fn request(
     lanes: &Arc<Lanes>,
 ) -> Result<()> {
     let announced = announced(client.req_header());
-    let grpc = route.grpc && upstream.speaks_grpc() && exchange.grpc.is_some();
+    let grpc = exchange.is_treated_as_grpc();
     let mut intake = route.intake.clone();
     intake.announced = announced;
     let mut manner = route.manner.clone();

@@ -18,6 +18,7 @@ use crate::client::account::Counting;
 use crate::client::connection::{Begin, Connection, introduction};
 use crate::client::http2::Control;
 use crate::client::session::Link;
+use crate::config::listener::OddNames;
 use crate::error::Refusal;
 use crate::eventloop::{own_time, worker as eventloop};
 use crate::filter::key::Asked;
@@ -379,6 +380,17 @@ impl Exchange {
             target: self.target.as_ref().unwrap_or(&request.uri),
             headers: &request.headers,
         }
+    }
+
+    /// Whether it is a gRPC call, and its route and its upstream take it for one.
+    pub fn is_treated_as_grpc(&self) -> bool {
+        let route = self.route.as_ref().is_some_and(|route| route.grpc);
+        route && self.grpc.is_some() && self.upstream.as_ref().is_some_and(|upstream| upstream.speaks_grpc())
+    }
+
+    /// What becomes of fields with odd names.
+    pub fn odd_names(&self) -> OddNames {
+        self.connection.as_ref().map_or(OddNames::Drop, |connection| connection.listener.odd_names)
     }
 
     /// Goes on to `phase`; tells when that was.

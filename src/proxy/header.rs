@@ -78,7 +78,11 @@ pub fn check(exchange: &mut Exchange, request: &mut RequestHeader, rules: &Rules
         make_origin_form(request)?;
     }
     hop::end(request)?;
-    let odd = connection.as_ref().map_or(OddNames::Drop, |connection| connection.listener.odd_names);
+    let odd = match exchange.odd_names() {
+        // Metadata may have such names. Whether they may pass, the route says once it is found.
+        OddNames::Drop if exchange.grpc.is_some() => OddNames::Keep,
+        odd => odd,
+    };
     names::check(request, odd, exchange.peer_is_trusted)?;
     give_one_path(request, rules.paths)?;
     if let Some(connection) = &connection {

@@ -33,6 +33,8 @@ pub struct Route {
     pub destination: Destination,
     /// Whether gRPC calls are treated as such.
     pub grpc: bool,
+    /// They are, and each of its upstreams speaks gRPC.
+    pub only_grpc: bool,
     /// Whether its request bodies are held back until they are whole.
     pub holds_bodies: bool,
     /// How its request bodies are taken.

@@ -17,12 +17,13 @@ use super::deadline;
 use super::exchange::Exchange;
 use super::forwarded::{self, Own};
 use super::header::hop::takes_trailers;
-use super::header::is_grpc_type;
+use super::header::{is_grpc_type, names};
 use super::mirror;
 use super::retry;
 use crate::access_log::Why;
 use crate::client::http2::Control;
 use crate::client::trailers;
+use crate::config::listener::OddNames;
 use crate::config::server::Forwarded;
 use crate::filter::{Stages, Verdict, View};
 use crate::phase::Phase;
@@ -106,6 +107,8 @@ pub fn prepare_trailers(exchange: &mut Exchange, request: &mut RequestHeader) ->
 fn pass_trailers(exchange: &mut Exchange) {
     if let Some(mut trailers) = exchange.control.as_ref().and_then(Control::take_trailers) {
         trailers::strip(&mut trailers, exchange.grpc.is_some());
+        let odd = if exchange.is_treated_as_grpc() { OddNames::Keep } else { exchange.odd_names() };
+        names::strip(&mut trailers, odd, exchange.peer_is_trusted);
         exchange.trailers = Some(trailers).filter(|trailers| !trailers.is_empty());
     }
     if let (Some(slot), Some(trailers)) = (&exchange.trailers_slot, &exchange.trailers) {

@@ -15,7 +15,7 @@ use crate::harness::client::request;
 use crate::harness::gateway::Watched;
 use crate::harness::origin::{built_in, response};
 use crate::harness::{
-    Ask, Client, End, Gateway, H2Client, Origin, Protocol, Setup, eventually, may_open_files, ms, ok,
+    Ask, Client, End, Gateway, H2Client, H2Origin, Origin, Protocol, Setup, eventually, may_open_files, ms, ok,
 };
 
 /// What clients write into a header to be treated otherwise: lines, each with its CRLF. A body in chunks follows where no
@@ -326,6 +326,20 @@ fn no_field_under_another_name_reaches_a_backend() {
             }
         }
     }
+}
+
+#[test]
+fn metadata_of_grpc_may_have_odd_names_where_grpc_is_spoken() {
+    let origin = Origin::answering(|request| ok(request.value("x_user").unwrap_or("none")));
+    let rpc = H2Origin::start();
+    let call =
+        Ask::post(1).grpc().to("/fields").field("x_user", "ann").field("x.user", "ann").field("x_real_ip", "6.6.6.6");
+    let to_http1 = Setup::before(&origin).listener("protocols: [h2c]").start();
+    assert_eq!(call.over(Protocol::Http2, to_http1.web()).text(), "none");
+    let to_grpc = Setup::before_all(&[rpc.address()]).upstream("protocol: h2c").listener("protocols: [h2c]").start();
+    let seen = call.over(Protocol::Http2, to_grpc.web());
+    let names: Vec<_> = seen.text().split(' ').filter(|name| name.contains(['_', '.'])).collect();
+    assert_eq!(names, ["x.user", "x_user"]);
 }
 
 #[test]

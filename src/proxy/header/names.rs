@@ -4,7 +4,7 @@
 //! They go before routes and filters see the request, so that no condition on a header can be met by a forged one, and what a filter
 //! sets under such a name stays.
 
-use http::HeaderName;
+use http::{HeaderMap, HeaderName};
 use pingora::http::RequestHeader;
 
 use crate::config::listener::OddNames;
@@ -45,24 +45,38 @@ const GUARDED: [&str; 12] = [
 ///
 /// There is one with an odd name, where such requests are refused.
 pub fn check(request: &mut RequestHeader, odd: OddNames, trusted: bool) -> Result<(), &'static Refusal> {
-    let mut dropped: Vec<HeaderName> = Vec::new();
-    for name in request.headers.keys() {
-        let text = name.as_str();
-        let drop = match (is_odd(text), odd) {
-            (true, OddNames::Refuse) => return Err(&refusal::HEADER_NAME),
-            (true, OddNames::Drop) => true,
-            (true, OddNames::Keep) => stands_for_more(text),
-            // CGI makes the variable HTTP_PROXY of it, by which many libraries are told of a proxy (CVE-2016-5385).
-            (false, _) => text == "proxy" || (!trusted && is_hearsay(text)),
-        };
-        if drop {
-            dropped.push(name.clone());
-        }
+    if odd == OddNames::Refuse && request.headers.keys().any(|name| is_odd(name.as_str())) {
+        return Err(&refusal::HEADER_NAME);
     }
-    for name in &dropped {
+    for name in &dropped(&request.headers, odd, trusted) {
         request.remove_header(name);
     }
     Ok(())
+}
+
+/// Removes the fields with odd names, which were left for a route that might want them.
+pub fn drop_odd(request: &mut RequestHeader, odd: OddNames) {
+    for name in &dropped(&request.headers, odd, true) {
+        request.remove_header(name);
+    }
+}
+
+/// The same for trailers, which some backends put with the header. The request is on its way, so that none is refused any more.
+pub fn strip(trailers: &mut HeaderMap, odd: OddNames, trusted: bool) {
+    for name in &dropped(trailers, odd, trusted) {
+        trailers.remove(name);
+    }
+}
+
+/// The names of those that do not pass.
+fn dropped(headers: &HeaderMap, odd: OddNames, trusted: bool) -> Vec<HeaderName> {
+    let goes = |name: &str| match (is_odd(name), odd) {
+        (true, OddNames::Drop | OddNames::Refuse) => true,
+        (true, OddNames::Keep) => stands_for_more(name),
+        // CGI makes the variable HTTP_PROXY of it, by which many libraries are told of a proxy (CVE-2016-5385).
+        (false, _) => name == "proxy" || (!trusted && is_hearsay(name)),
+    };
+    headers.keys().filter(|name| goes(name.as_str())).cloned().collect()
 }
 
 /// Whether only a trusted proxy may say this. The name is in lower case.
@@ -159,5 +173,21 @@ mod tests {
         ];
         assert_eq!(left(OddNames::Keep, true, &odd), ["_proxy", "host_"]);
         assert_eq!(left(OddNames::Keep, false, &["api_key", "x.y"]), ["api_key", "x.y"]);
+    }
+
+    #[test]
+    fn trailers_have_no_other_names_than_headers_may_have() {
+        let fields = [("x_edge", "1"), ("x-forwarded-for", "1"), ("proxy", "1"), ("x-checksum", "1"), ("grpc.x", "1")];
+        for (odd, trusted, expected) in [
+            (OddNames::Drop, false, &["x-checksum"][..]),
+            (OddNames::Refuse, true, &["x-checksum", "x-forwarded-for"]),
+            (OddNames::Keep, false, &["grpc.x", "x-checksum", "x_edge"]),
+        ] {
+            let mut trailers = request(&fields).headers.clone();
+            strip(&mut trailers, odd, trusted);
+            let mut left: Vec<_> = trailers.keys().map(|name| name.as_str()).collect();
+            left.sort_unstable();
+            assert_eq!(left, expected, "{odd:?}");
+        }
     }
 }

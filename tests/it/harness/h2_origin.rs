@@ -20,14 +20,9 @@ use super::ms;
 /// themselves. A request with `expect` is told to go on. `/echo`: every piece of the request as soon as it comes, then
 /// `grpc-status: 0`. `/refused-once`: the first request is refused unseen. `/unavailable-once`: to the first, a header
 /// with `grpc-status: 14` and no more; then as `/echo`. `/ticks`: a byte every 50 ms, twenty of them, whether the
-/// request has ended or not, then `grpc-status: 0`. The health protocol of gRPC: it serves the service `well` and not
-/// `sick`, and knows no others. Anything else: what it got, as the built-in origin tells it at `/headers`.
-/// It answers by path. `/trailers`: a body, then the trailer field `x-trailer`. `/echo`: every piece of the request as
-/// soon as it comes, then `grpc-status: 0`. `/refused-once`: the first request is refused unseen. `/unavailable-once`: to
-/// the first, a header with `grpc-status: 14` and no more; then as `/echo`. `/ticks`: a byte every 50 ms, twenty of them,
-/// whether the request has ended or not, then `grpc-status: 0`. `/hung`: never. `/large`: 16 MiB. The health protocol of gRPC: it serves the
-/// service `well` and not `sick`, and knows no others. Anything else: what it got, as the built-in origin tells it at
-/// `/headers`.
+/// request has ended or not, then `grpc-status: 0`. `/fields`: the names of the fields that came. `/hung`: never.
+/// `/large`: 16 MiB. The health protocol of gRPC: it serves the service `well` and not `sick`, and knows no others.
+/// Anything else: what it got, as the built-in origin tells it at `/headers`.
 pub struct H2Origin {
     address: SocketAddr,
     seen: Arc<Mutex<Vec<String>>>,
@@ -140,6 +135,12 @@ async fn answer(request: Request<RecvStream>, mut respond: SendResponse<Bytes>, 
                 send.send_data(piece, false)?;
             }
             send.send_trailers(trailer("grpc-status", "0"))
+        }
+        "/fields" => {
+            let mut names: Vec<_> = head.headers.keys().map(http::HeaderName::as_str).collect();
+            names.sort_unstable();
+            let mut send = respond.send_response(Response::new(()), false)?;
+            send.send_data(names.join(" ").into(), true)
         }
         "/ticks" => {
             let mut send = respond.send_response(Response::new(()), false)?;
