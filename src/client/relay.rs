@@ -2,7 +2,7 @@
 //! passed through (`listeners[].tcp`, `listeners[].passthrough`).
 //!
 //! The endpoint is chosen as for a request: by policy and health, within its limits, with the same counters. Nothing is
-//! retried once a byte has passed. [`Passage`] moves the bytes and owns a buffer only while one side does not take them.
+//! retried once a byte has passed. `Passage` moves the bytes and owns a buffer only while one side does not take them.
 
 use std::future::poll_fn;
 use std::io;
