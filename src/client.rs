@@ -9,7 +9,6 @@
 pub mod account;
 pub mod broken;
 pub mod budget;
-pub mod chunked;
 pub mod connection;
 pub mod descriptors;
 pub mod entrance;
@@ -297,7 +296,7 @@ impl Desk {
 
 /// Answers in clear text, in little time: it reads what was sent, lest a reset overtakes the answer.
 async fn turn_away(mut io: Stream, refusal: &'static Refusal) {
-    let answer = answer_http1(refusal, false);
+    let answer = answer_http1(refusal, b"");
     let _ = tokio::time::timeout(TURN_AWAY, async {
         io.write_all(&answer).await?;
         io.flush().await?;
@@ -404,7 +403,7 @@ where
         let opening = self.read_header(&mut stream, header_since).await;
         self.state.enter(ConnectionState::Active);
         match opening {
-            Ok(Opening::Http1(header)) => self.proxy(stream, header, arrival).await,
+            Ok(Opening::Http1 { bytes, closes }) => self.proxy(stream, bytes, closes, arrival).await,
             Ok(Opening::Http2) => {
                 // Its exchanges count for themselves.
                 drop(inflight);
@@ -419,7 +418,7 @@ where
             }
             Err(refusal) => {
                 self.record(&stream, refusal, arrival);
-                let answer = answer_http1(refusal, stream.inbox(head::wants_json));
+                let answer = stream.inbox(|inbox| answer_http1(refusal, inbox));
                 stream.refuse(&answer).await;
                 None
             }
@@ -447,13 +446,21 @@ where
     }
 
     /// Lets Pingora run the exchange whose header is at hand.
-    async fn proxy(&self, stream: Box<ClientStream>, header: BytesMut, arrival: Arrival) -> Option<Box<ClientStream>> {
+    async fn proxy(
+        &self,
+        stream: Box<ClientStream>,
+        header: BytesMut,
+        closes: bool,
+        arrival: Arrival,
+    ) -> Option<Box<ClientStream>> {
         let listener = &self.connection.listener;
         listener.metrics.http1_requests.inc();
         let mut session = ServerSession::new_http1(stream);
         session.set_pipelined_prefix(header);
         session.set_keepalive(Some(0));
-        session.set_keepalive_reuses_remaining((self.served >= listener.requests_max).then_some(0));
+        // Of several fields `Connection` Pingora sees the first.
+        let last = closes || self.served >= listener.requests_max;
+        session.set_keepalive_reuses_remaining(last.then_some(0));
 
         let Arrival { accept, handshake, header_since, header_in } = arrival;
         let connection = self.connection.clone();
@@ -498,15 +505,17 @@ where
     }
 }
 
-/// The whole answer of a refusal, for a connection that has no session yet.
-fn answer_http1(refusal: &'static Refusal, json: bool) -> Vec<u8> {
-    let (kind, body) = refusal.body(json);
+/// The whole answer of a refusal to the header that is at hand, for a connection that has no session yet.
+fn answer_http1(refusal: &'static Refusal, header: &[u8]) -> Vec<u8> {
+    let (kind, body) = refusal.body(head::wants_json(header));
+    let length = body.len();
+    // RFC 9110 §9.3.2: a client that asks for a header alone may take a body for its next answer.
+    let body = if head::request_line(header).0 == "HEAD" { "" } else { &body };
     let status = http::StatusCode::from_u16(refusal.status).unwrap_or(http::StatusCode::INTERNAL_SERVER_ERROR);
     let date = httpdate::fmt_http_date(SystemTime::now());
     let allow = refusal.allow().map(|methods| format!("Allow: {methods}\r\n")).unwrap_or_default();
     format!(
-        "HTTP/1.1 {status}\r\nDate: {date}\r\nContent-Type: {kind}\r\n{allow}Content-Length: {}\r\nConnection: close\r\n\r\n{body}",
-        body.len()
+        "HTTP/1.1 {status}\r\nDate: {date}\r\nContent-Type: {kind}\r\n{allow}Content-Length: {length}\r\nConnection: close\r\n\r\n{body}"
     )
     .into_bytes()
 }

@@ -11,6 +11,7 @@ pub mod config;
 pub mod error;
 pub mod eventloop;
 pub mod filter;
+pub mod framing;
 pub mod gateway;
 pub mod metrics;
 pub mod net;

@@ -6,7 +6,11 @@
 
 use std::mem::MaybeUninit;
 
+use bytes::BytesMut;
+use http::Version;
+
 use crate::error::{Refusal, refusal};
+use crate::framing::{self, Body, Said, decimal, is_token};
 
 /// Header fields that can be parsed at all; `limits.headers` lies at or below it. Pingora has the same limit.
 pub const FIELDS_MAX: usize = 256;
@@ -67,17 +71,35 @@ impl Scanner {
     }
 }
 
-/// How the end of a request body is told.
+/// What a checked header says of what follows it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Framing {
-    /// So many bytes, perhaps none.
-    Length(u64),
-    /// Chunks (RFC 9112 §7.1).
-    Chunked,
+pub struct Head {
+    /// How the body behind it is framed.
+    pub body: Body,
+    /// It is the last request of its connection: a field `Connection` says so, whichever it is.
+    pub closes: bool,
+    /// The form of its target.
+    pub target: Target,
 }
 
-/// Checks a complete header; tells how the body behind it ends.
-pub fn inspect(bytes: &[u8]) -> Result<Framing, &'static Refusal> {
+/// The form of a target (RFC 9112 §3.2).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Target {
+    /// A path, or `*`.
+    Origin,
+    /// A URL; whether there is a field `Host` besides.
+    Absolute {
+        /// There is.
+        names_host: bool,
+    },
+}
+
+/// Checks a complete header.
+///
+/// # Errors
+///
+/// What the client is told.
+pub fn inspect(bytes: &[u8]) -> Result<Head, &'static Refusal> {
     let mut fields = [const { MaybeUninit::uninit() }; FIELDS_MAX];
     let mut request = httparse::Request::new(&mut []);
     match request.parse_with_uninit_headers(bytes, &mut fields) {
@@ -102,19 +124,52 @@ pub fn inspect(bytes: &[u8]) -> Result<Framing, &'static Refusal> {
         return Err(&refusal::HEADER_MALFORMED);
     }
 
-    let mut lengths = Values::default();
-    let mut encodings = Values::default();
+    let mut said = Said::default();
     let mut hosts = Values::default();
+    let mut closes = false;
     for field in request.headers.iter() {
         match field.name.len() {
             4 if field.name.eq_ignore_ascii_case("host") => hosts.add(field.value),
-            14 if field.name.eq_ignore_ascii_case("content-length") => lengths.add(field.value),
-            17 if field.name.eq_ignore_ascii_case("transfer-encoding") => encodings.add(field.value),
+            10 if field.name.eq_ignore_ascii_case("connection") => closes |= framing::names([field.value], "close"),
+            14 if field.name.eq_ignore_ascii_case("content-length") => said.add_length(field.value),
+            17 if field.name.eq_ignore_ascii_case("transfer-encoding") => said.add_coding(field.value),
             _ => {}
         }
     }
     check_host(&hosts, target, minor)?;
-    framing(&lengths, &encodings, minor)
+    let version = if minor == 0 { Version::HTTP_10 } else { Version::HTTP_11 };
+    let target = absolute(target).map_or(Target::Origin, |_| Target::Absolute { names_host: hosts.first.is_some() });
+    Ok(Head { body: framing::request::read(version, &said)?, closes, target })
+}
+
+/// A checked header with an absolute target, as it would be without: an origin gets the path alone (RFC 9112 §3.2.1). The authority
+/// of the target is that of `Host`, which was checked against it, or becomes it where none is named, as HTTP/1.0 may.
+///
+/// Nothing behind this knows more than one form: Pingora would compare the two letter for letter, and answer without a word of ours.
+pub fn in_origin_form(header: &[u8], names_host: bool) -> BytesMut {
+    let mut words = header.splitn(3, |&byte| byte == b' ');
+    let mut word = || words.next().unwrap_or_default();
+    let (method, target, rest) = (word(), word(), word());
+    let Some((version, fields)) = memchr::memmem::find(rest, b"\r\n").map(|end| rest.split_at(end + 2)) else {
+        return header.into();
+    };
+    let authority = memchr::memmem::find(target, b"://").map_or(target, |scheme| &target[scheme + 3..]);
+    let (authority, path) =
+        authority.split_at(authority.iter().position(|byte| b"/?".contains(byte)).unwrap_or(authority.len()));
+    let path: &[&[u8]] = match path.first() {
+        Some(b'/') => &[path],
+        Some(_) => &[b"/", path],
+        // RFC 9112 §3.2.4: it is the server as a whole that is asked.
+        None if method == b"OPTIONS" => &[b"*"],
+        None => &[b"/"],
+    };
+    let host: &[&[u8]] = if names_host { &[] } else { &[b"Host: ", authority, b"\r\n"] };
+    let mut formed = BytesMut::with_capacity(header.len() + host.len() * authority.len());
+    [&[method, b" "], path, &[b" ", version], host, &[fields]]
+        .into_iter()
+        .flatten()
+        .for_each(|part| formed.extend_from_slice(part));
+    formed
 }
 
 /// Method and target of a request line that may be anything, for the log line of a refusal.
@@ -135,7 +190,12 @@ pub fn wants_json(bytes: &[u8]) -> bool {
     bytes
         .split(|&byte| byte == b'\n')
         .filter(|line| line.len() > 7 && line[..7].eq_ignore_ascii_case(b"accept:"))
-        .any(|line| memchr::memmem::find(line, b"application/json").is_some())
+        .any(|line| accepts_json(line[7..].trim_ascii()))
+}
+
+/// Whether this value of `Accept` asks for JSON by its name (RFC 9110 §12.5.1).
+pub fn accepts_json(accept: &[u8]) -> bool {
+    framing::items(accept).any(|range| framing::is_media_type(range, "application/json"))
 }
 
 /// The value of a field that may stand once, and whether it stood more often.
@@ -152,47 +212,23 @@ impl<'h> Values<'h> {
     }
 }
 
-/// RFC 9112 §6.3, without its leniencies: a doubled or listed length, a length beside a coding, a coding that is not
-/// just `chunked`, or any coding in HTTP/1.0 is refused.
-fn framing(lengths: &Values<'_>, encodings: &Values<'_>, minor: u8) -> Result<Framing, &'static Refusal> {
-    match (lengths.first, encodings.first) {
-        (None, None) => Ok(Framing::Length(0)),
-        (Some(_), None) if lengths.more => Err(&refusal::HEADER_FRAMING),
-        (Some(length), None) => decimal(length).map(Framing::Length).ok_or(&refusal::HEADER_FRAMING),
-        (None, Some(coding)) if minor == 1 && !encodings.more => {
-            if coding.eq_ignore_ascii_case(b"chunked") {
-                Ok(Framing::Chunked)
-            } else {
-                Err(&refusal::HEADER_ENCODING)
-            }
-        }
-        (_, Some(_)) => Err(&refusal::HEADER_FRAMING),
-    }
-}
-
 /// What follows the scheme of an absolute target (RFC 9112 §3.2.2), if this is one.
 fn absolute(target: &str) -> Option<&str> {
     let (scheme, rest) = target.split_once("://")?;
     (scheme.eq_ignore_ascii_case("http") || scheme.eq_ignore_ascii_case("https")).then_some(rest)
 }
 
-fn decimal(digits: &[u8]) -> Option<u64> {
-    if digits.is_empty() || digits.len() > 18 || !digits.iter().all(u8::is_ascii_digit) {
-        return None;
-    }
-    Some(digits.iter().fold(0, |number, digit| number * 10 + u64::from(digit - b'0')))
-}
-
 /// RFC 9112 §3.2: HTTP/1.1 needs exactly one well-formed `Host`; an absolute target must not contradict it.
 fn check_host(hosts: &Values<'_>, target: &str, minor: u8) -> Result<(), &'static Refusal> {
-    let host = match hosts.first {
-        None if minor == 0 => return Ok(()),
-        Some(host) if !hosts.more && is_host(host) => host,
-        _ => return Err(&refusal::HEADER_HOST),
+    let authority = absolute(target).map(|rest| rest.split(['/', '?', '#']).next().unwrap_or_default().as_bytes());
+    let is_one = match (hosts.first, authority) {
+        (None, None) => minor == 0,
+        (None, Some(authority)) => minor == 0 && is_host(authority),
+        (Some(host), authority) => {
+            !hosts.more && is_host(host) && authority.is_none_or(|authority| authority.eq_ignore_ascii_case(host))
+        }
     };
-    let Some(rest) = absolute(target) else { return Ok(()) };
-    let authority = rest.split(['/', '?', '#']).next().unwrap_or_default();
-    if authority.as_bytes().eq_ignore_ascii_case(host) { Ok(()) } else { Err(&refusal::HEADER_HOST) }
+    if is_one { Ok(()) } else { Err(&refusal::HEADER_HOST) }
 }
 
 /// Whether this is `host` or `host:port` (RFC 3986 §3.2.2), not empty.
@@ -213,16 +249,12 @@ pub fn is_host(bytes: &[u8]) -> bool {
     name_is_valid && port.is_none_or(|port| decimal(port).is_some_and(|port| port <= 65_535))
 }
 
-/// A byte that may stand in a method (RFC 9110 §5.6.2).
-pub fn is_token(byte: u8) -> bool {
-    byte.is_ascii_alphanumeric() || b"!#$%&'*+-.^_`|~".contains(&byte)
-}
-
-/// Whether `http::Uri` can hold this target. `httparse` lets more pass, and Pingora would answer it without a word of
-/// ours. RFC 3986 §2 allows none of what is refused here.
+/// Whether `http::Uri` can hold this target, and as a whole. `httparse` lets more pass, and Pingora would answer it without a word
+/// of ours; of a fragment (RFC 9112 §3.2 knows none) routes would see nothing, and the endpoint would. RFC 3986 §2 allows none of
+/// what is refused here.
 fn is_uri(target: &str) -> bool {
     let (path, query) = target.split_once('?').unwrap_or((target, ""));
-    !path.contains(['<', '>', '`']) && !query.contains(['<', '>', '"'])
+    !target.contains('#') && !path.contains(['<', '>', '`']) && !query.contains(['<', '>', '"'])
 }
 
 /// Tells a well-formed request of another HTTP version from garbage.
@@ -286,9 +318,10 @@ mod tests {
 
     #[test]
     fn a_body_ends_by_its_length_or_its_last_chunk() {
-        assert_eq!(inspect(with("").as_bytes()), Ok(Framing::Length(0)));
-        assert_eq!(inspect(with("Content-Length: 12\r\n").as_bytes()), Ok(Framing::Length(12)));
-        assert_eq!(inspect(with("Transfer-Encoding: Chunked\r\n").as_bytes()), Ok(Framing::Chunked));
+        let body = |fields| inspect(with(fields).as_bytes()).map(|head| head.body);
+        assert_eq!(body(""), Ok(Body::None));
+        assert_eq!(body("Content-Length: 12\r\n"), Ok(Body::Length(12)));
+        assert_eq!(body("Transfer-Encoding: Chunked\r\n"), Ok(Body::Chunked));
     }
 
     #[test]
@@ -333,6 +366,28 @@ mod tests {
     }
 
     #[test]
+    fn an_absolute_target_becomes_a_path() {
+        let formed =
+            |header: &str, names_host| String::from_utf8(in_origin_form(header.as_bytes(), names_host).to_vec());
+        for (line, origin) in [
+            ("GET http://a/x?y HTTP/1.1", "GET /x?y HTTP/1.1"),
+            ("GET HTTP://A:80 HTTP/1.1", "GET / HTTP/1.1"),
+            ("GET https://[::1]:80?y HTTP/1.1", "GET /?y HTTP/1.1"),
+            ("OPTIONS http://a HTTP/1.1", "OPTIONS * HTTP/1.1"),
+            ("OPTIONS http://a/ HTTP/1.1", "OPTIONS / HTTP/1.1"),
+            ("GET http://a/x?u=http://b/ HTTP/1.1", "GET /x?u=http://b/ HTTP/1.1"),
+        ] {
+            let fields = "Host: a\r\nX: http://b c\r\n\r\n";
+            let expected = format!("{origin}\r\n{fields}");
+            assert_eq!(formed(&format!("{line}\r\n{fields}"), true).as_deref(), Ok(&*expected));
+        }
+        let without = formed("GET http://a:81/x HTTP/1.0\r\nX: 1\r\n\r\n", false);
+        assert_eq!(without.as_deref(), Ok("GET /x HTTP/1.0\r\nHost: a:81\r\nX: 1\r\n\r\n"));
+        assert_eq!(reason("GET http:///x HTTP/1.0\r\n\r\n"), "header.host");
+        assert_eq!(reason("GET http://u@a/x HTTP/1.0\r\n\r\n"), "header.host");
+    }
+
+    #[test]
     fn a_target_is_a_path_or_absolute_or_for_options_a_star() {
         assert_eq!(reason("GET nowhere HTTP/1.1\r\nHost: a\r\n\r\n"), "header.malformed");
         assert_eq!(reason("GET ftp://a/ HTTP/1.1\r\nHost: a\r\n\r\n"), "header.malformed");
@@ -347,7 +402,8 @@ mod tests {
         for target in bytes.chain([long(TARGET_BYTES_MAX), long(TARGET_BYTES_MAX + 1), "//".into(), "/%".into()]) {
             let accepted = reason(&format!("GET {target} HTTP/1.1\r\nHost: a\r\n\r\n")) == "accepted";
             let made = pingora::http::RequestHeader::build("GET", target.as_bytes(), None).is_ok();
-            assert_eq!(accepted, made, "{}", &target[..target.len().min(9)]);
+            // One with a fragment it would cut.
+            assert_eq!(accepted, made && !target.contains('#'), "{}", &target[..target.len().min(9)]);
         }
         assert_eq!(reason(&format!("GET {} HTTP/1.1\r\nHost: a\r\n\r\n", long(65_535))), "header.too_large");
     }
@@ -362,6 +418,16 @@ mod tests {
         assert_eq!(reason("TRACE / HTTP/1.1\r\nHost: a\r\n\r\n"), "header.method");
         for fields in ["A : b\r\n", "A\u{0}: b\r\n", "A: \u{0}\r\n", "A\r\n", ": b\r\n"] {
             assert_eq!(reason(&with(fields)), "header.malformed", "{fields:?}");
+        }
+    }
+
+    #[test]
+    fn json_is_asked_for_by_name_in_whatever_case() {
+        for accept in ["application/json", "text/html, Application/JSON;q=0.9", "*/*,application/json"] {
+            assert!(wants_json(format!("GET /\r\nACCEPT: {accept}\r\n").as_bytes()), "{accept}");
+        }
+        for accept in ["*/*", "application/jsonx", "text/plain;a=application/json"] {
+            assert!(!wants_json(format!("GET /\r\nAccept: {accept}\r\n").as_bytes()), "{accept}");
         }
     }
 

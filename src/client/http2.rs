@@ -169,8 +169,8 @@ impl Stream {
     fn new(request: Request<RecvStream>, respond: SendResponse<Bytes>) -> Stream {
         let (head, body) = request.into_parts();
         let request = RequestHeader::from(head);
-        let length = request.headers.get(header::CONTENT_LENGTH);
-        let empty = body.is_end_stream() || length.is_some_and(|length| length.as_bytes() == b"0");
+        // A length of 0 is a promise until the stream ends (RFC 9113 §8.1.1).
+        let empty = body.is_end_stream();
         let core = Core { body, respond, send: None, ended: false, trailers: None };
         Stream {
             request,

@@ -24,12 +24,13 @@ use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt, ReadBuf};
 use tokio::time::Sleep;
 
 use super::broken::Look;
-use super::chunked::Chunks;
 use super::connection::Connection;
 use super::farewell::Farewell;
 use super::frames::Frames;
-use super::head::{self, Framing, Scanner};
+use super::head::{self, Scanner, Target};
 use crate::error::{Refusal, refusal};
+use crate::framing::Body;
+use crate::framing::chunked::Chunks;
 use crate::net;
 use crate::party::What;
 use crate::phase::Phase;
@@ -61,7 +62,12 @@ const LINGER_HEADER_BYTES: u64 = 1 << 20;
 /// What a client wants first.
 pub enum Opening {
     /// An HTTP/1 request: its header, checked. The stream is set to hand on its body next.
-    Http1(BytesMut),
+    Http1 {
+        /// The header.
+        bytes: BytesMut,
+        /// It says that it is the last request of its connection.
+        closes: bool,
+    },
     /// HTTP/2; the preface is still in the stream.
     Http2,
     /// Nothing: it closed.
@@ -179,14 +185,16 @@ impl ClientStream {
                 debug_assert!(false, "a body was left unread");
                 return false;
             }
-            if !core.inbox.is_empty() {
+            if !core.is_quiet() {
                 return true;
             }
-            core.inbox = BytesMut::new();
+            if core.inbox.is_empty() {
+                core.inbox = BytesMut::new();
+            }
             core.outbox = BytesMut::new();
             core.look = Look::default();
         }
-        matches!(std::future::poll_fn(|cx| self.core().poll_fill(cx)).await, Ok(true))
+        std::future::poll_fn(|cx| self.core().poll_begin(cx)).await
     }
 
     /// Reads a request header to its end and checks it.
@@ -280,9 +288,10 @@ impl Core {
                     self.inbox.clear();
                     return Poll::Ready(Ok(Opening::Closed));
                 }
-                self.skip_empty_lines();
-                if let Some(end) = scanner.scan(&self.inbox, self.connection.listener.head)? {
-                    return Poll::Ready(self.close_header(end).map(Opening::Http1));
+                if !self.is_quiet()
+                    && let Some(end) = scanner.scan(&self.inbox, self.connection.listener.head)?
+                {
+                    return Poll::Ready(self.close_header(end));
                 }
             }
             if !matches!(ready!(self.poll_fill(cx)), Ok(true)) {
@@ -291,25 +300,47 @@ impl Core {
         }
     }
 
-    /// RFC 9112 §2.2: empty lines before a request line are passed over. The header deadline bounds them.
-    fn skip_empty_lines(&mut self) {
-        while self.inbox.starts_with(b"\r\n") {
-            self.inbox.advance(2);
+    /// Ready when a request has begun, or a preface (`true`), or when none will. Empty lines are no beginning: some clients
+    /// send one behind a body.
+    fn poll_begin(&mut self, cx: &mut Context<'_>) -> Poll<bool> {
+        loop {
+            if !matches!(ready!(self.poll_fill(cx)), Ok(true)) {
+                return Poll::Ready(false);
+            }
+            if !self.is_quiet() {
+                return Poll::Ready(true);
+            }
         }
     }
 
-    fn close_header(&mut self, end: usize) -> Result<BytesMut, &'static Refusal> {
-        let framing = head::inspect(&self.inbox[..end])?;
+    /// Whether nothing is here but empty lines before a request line, which are passed over (RFC 9112 §2.2), or half of one. The
+    /// deadline for the header bounds them, or that of an idle connection.
+    fn is_quiet(&mut self) -> bool {
+        while self.inbox.starts_with(b"\r\n") {
+            self.inbox.advance(2);
+        }
+        matches!(&self.inbox[..], b"" | b"\r")
+    }
+
+    fn close_header(&mut self, end: usize) -> Result<Opening, &'static Refusal> {
+        let head = head::inspect(&self.inbox[..end])?;
         if !self.connection.listener.http1 {
             return Err(&refusal::HEADER_VERSION);
         }
         self.gulp = FIRST_GULP_BYTES;
-        self.rest = match framing {
-            Framing::Length(length) => Rest::Length(length),
-            Framing::Chunked => Rest::Chunked(Chunks::default()),
+        self.rest = match head.body {
+            Body::Length(length) => Rest::Length(length),
+            Body::Chunked => Rest::Chunked(Chunks::default()),
+            // No request of HTTP/1 ends with its connection.
+            Body::None | Body::UntilEnd => Rest::Length(0),
         };
         // Taking the whole buffer keeps it unshared, which is the common case of a request without a body.
-        Ok(if end == self.inbox.len() { std::mem::take(&mut self.inbox) } else { self.inbox.split_to(end) })
+        let whole = end == self.inbox.len();
+        let mut bytes = if whole { std::mem::take(&mut self.inbox) } else { self.inbox.split_to(end) };
+        if let Target::Absolute { names_host } = head.target {
+            bytes = head::in_origin_form(&bytes, names_host);
+        }
+        Ok(Opening::Http1 { bytes, closes: head.closes })
     }
 
     /// Reads what is there into the inbox. `false`: the client closed.
@@ -792,8 +823,10 @@ mod tests {
                 });
                 for (header, body) in requests {
                     prop_assert!(stream.park().await);
-                    let Ok(Opening::Http1(opened)) = stream.open().await else { panic!("no request was opened") };
-                    prop_assert_eq!(&opened[..], &header[..]);
+                    let Ok(Opening::Http1 { bytes, closes: false }) = stream.open().await else {
+                        panic!("no request was opened")
+                    };
+                    prop_assert_eq!(&bytes[..], &header[..]);
                     let mut got = Vec::new();
                     let mut piece = vec![0; space];
                     while got.len() < body.len() {

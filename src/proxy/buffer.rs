@@ -5,7 +5,7 @@
 use std::sync::Arc;
 use std::time::Instant;
 
-use http::{Version, header};
+use http::header;
 use pingora::http::RequestHeader;
 use pingora::protocols::http::ServerSession;
 use pingora::{Error, ErrorType, Result};
@@ -25,6 +25,7 @@ use crate::client::waiting::Who;
 use crate::client::wire::Leave;
 use crate::error::{Refusal, refusal};
 use crate::filter::Refused;
+use crate::framing::{self, Said};
 use crate::metrics::mirror::Fate;
 use crate::party::{Fault, Party, What};
 use crate::phase::Phase;
@@ -125,15 +126,11 @@ async fn hold(exchange: &mut Exchange, session: &mut BufferedSession) -> Result<
 /// Answers `Expect: 100-continue` if the client said so; it is not the upstream's to answer any more.
 async fn invite(session: &mut BufferedSession) -> Result<(), Unread> {
     let request = session.request_mut();
-    let expect = request.headers.get(header::EXPECT);
-    if !expect.is_some_and(|expect| expect.as_bytes().eq_ignore_ascii_case(b"100-continue")) {
+    let expects = request.headers.get_all(header::EXPECT).iter().map(|expect| expect.as_bytes());
+    if !framing::names(expects, "100-continue") {
         return Ok(());
     }
     request.remove_header(&header::EXPECT);
-    // RFC 9110 §10.1.1: a client of HTTP/1.0 does not mean it.
-    if request.version == Version::HTTP_10 {
-        return Ok(());
-    }
     session.invite().await.map_err(Unread::Failed)
 }
 
@@ -153,7 +150,10 @@ fn plan(holds: bool, intake: &IntakeTerms) -> Plan {
 }
 
 fn announced(request: &RequestHeader) -> Option<u64> {
-    request.headers.get(header::CONTENT_LENGTH)?.to_str().ok()?.trim().parse().ok()
+    match framing::request::read(request.version, &Said::of(&request.headers)) {
+        Ok(framing::Body::Length(length)) => Some(length),
+        _ => None,
+    }
 }
 
 fn reason(exchange: &Exchange, unread: Unread) -> &'static Refusal {

@@ -10,7 +10,7 @@ use std::borrow::Cow;
 use std::net::IpAddr;
 
 use http::uri::PathAndQuery;
-use http::{HeaderMap, HeaderName, HeaderValue, Method, Uri, header};
+use http::{HeaderMap, HeaderName, HeaderValue, Method, Uri, Version, header};
 use ipnet::IpNet;
 use pingora::http::RequestHeader;
 
@@ -23,6 +23,7 @@ use crate::client::head::is_host;
 use crate::config::address::Proxy;
 use crate::config::listener::OddNames;
 use crate::error::{Refusal, refusal};
+use crate::framing::{self, Said};
 
 /// Proxies whose word on the client is believed.
 pub struct TrustedProxies {
@@ -66,16 +67,17 @@ pub fn check(exchange: &mut Exchange, request: &mut RequestHeader, rules: &Rules
     if matches!(request.method, Method::CONNECT | Method::TRACE) {
         return Err(&refusal::HEADER_METHOD);
     }
-    if request.version == http::Version::HTTP_2 {
+    if request.version == Version::HTTP_2 {
         let fields_max = connection.as_ref().map_or(usize::MAX, |connection| connection.listener.head.fields);
         if request.headers.len() > fields_max {
             return Err(&refusal::HEADER_TOO_MANY);
         }
         check_authority(request)?;
-        check_http1_form(request)?;
+        check_http2_form(request)?;
         join_cookies(request);
-    } else {
-        make_origin_form(request)?;
+    } else if request.version == Version::HTTP_10 {
+        // RFC 9110 §10.1.1: it knows no expectations, and its endpoint, which gets HTTP/1.1, does.
+        request.remove_header(&header::EXPECT);
     }
     hop::end(request)?;
     let odd = match exchange.odd_names() {
@@ -119,22 +121,26 @@ fn check_authority(request: &mut RequestHeader) -> Result<(), &'static Refusal> 
     }
 }
 
-/// What the HTTP/2 library lets pass and a request of HTTP/1 cannot say (RFC 9112 §3.2, §6.3): a target that is no
-/// path, but for `*` of OPTIONS; spaces and line ends in it; and a length that stands twice.
-fn check_http1_form(request: &RequestHeader) -> Result<(), &'static Refusal> {
+/// What the HTTP/2 library lets pass and is no request all the same (RFC 9113 §8.3.1, §8.1.1), or one that HTTP/1 cannot say
+/// (RFC 9112 §3.2): another scheme than those of HTTP, a target that is neither a path nor `*` for OPTIONS, spaces and line ends
+/// in it, a length that stands twice.
+fn check_http2_form(request: &RequestHeader) -> Result<(), &'static Refusal> {
+    let is_http = request
+        .uri
+        .scheme_str()
+        .is_none_or(|scheme| scheme.eq_ignore_ascii_case("http") || scheme.eq_ignore_ascii_case("https"));
     let target = request.raw_path();
     let is_target = target.starts_with(b"/") || (target == b"*" && request.method == Method::OPTIONS);
-    if !is_target || target.iter().any(|byte| matches!(byte, 0..=b' ' | 0x7f)) {
+    if !is_http || !is_target || target.iter().any(|byte| matches!(byte, 0..=b' ' | 0x7f)) {
         return Err(&refusal::HEADER_MALFORMED);
     }
-    let lengths = request.headers.get_all(header::CONTENT_LENGTH).iter().count();
-    if lengths > 1 { Err(&refusal::HEADER_FRAMING) } else { Ok(()) }
+    framing::request::read(request.version, &Said::of(&request.headers)).map(drop)
 }
 
 /// Whether this is a gRPC call, by its form: a POST over HTTP/2 that takes trailers, of the media type `application/grpc`, alone
 /// or with a suffix (`+proto`) or parameters. Whether it is treated as one, the route and its upstream say.
 pub fn is_grpc(request: &RequestHeader) -> bool {
-    request.version == http::Version::HTTP_2
+    request.version == Version::HTTP_2
         && request.method == Method::POST
         && hop::takes_trailers(&request.headers)
         && is_grpc_type(&request.headers)
@@ -159,22 +165,6 @@ fn join_cookies(request: &mut RequestHeader) {
         // A header of this name and value was there before; it cannot be refused now.
         let _ = request.insert_header(header::COOKIE, cookie);
     }
-}
-
-/// RFC 9112 §3.2.1: an origin gets the path alone. The authority of an absolute target is that of `Host`; it was checked.
-fn make_origin_form(request: &mut RequestHeader) -> Result<(), &'static Refusal> {
-    let target = request.raw_path();
-    if target.starts_with(b"/") {
-        return Ok(());
-    }
-    let Some(scheme) = memchr::memmem::find(target, b"://") else { return Ok(()) };
-    let rest = &target[scheme + 3..];
-    let path = match rest.iter().position(|byte| b"/?".contains(byte)) {
-        Some(slash) if rest[slash] == b'/' => rest[slash..].to_vec(),
-        Some(query) => [b"/", &rest[query..]].concat(),
-        None => b"/".to_vec(),
-    };
-    request.set_raw_path(&path).map_err(|_| &refusal::HEADER_MALFORMED)
 }
 
 /// Brings the path into the one form in which everything here, and the endpoint, sees it.
@@ -278,7 +268,7 @@ pub(super) mod tests {
             request.set_method(method.parse().expect("a method"));
             is_grpc(&request)
         };
-        let of = |kind| call(http::Version::HTTP_2, "POST", &["trailers"], &[kind]);
+        let of = |kind| call(Version::HTTP_2, "POST", &["trailers"], &[kind]);
         for kind in ["application/grpc", "Application/gRPC", "application/grpc+proto", "application/grpc;charset=utf-8"]
         {
             assert!(of(kind), "{kind}");
@@ -293,25 +283,36 @@ pub(super) mod tests {
         }
         assert!(!of("text/plain; x=application/grpc"));
         let kind = ["application/grpc"];
-        assert!(call(http::Version::HTTP_2, "POST", &["gzip, Trailers;q=1"], &kind));
-        assert!(call(http::Version::HTTP_2, "POST", &["gzip", "trailers"], &kind));
-        assert!(!call(http::Version::HTTP_2, "POST", &["xtrailers"], &kind));
-        assert!(!call(http::Version::HTTP_2, "POST", &[], &kind));
-        assert!(!call(http::Version::HTTP_2, "GET", &["trailers"], &kind));
-        assert!(!call(http::Version::HTTP_11, "POST", &["trailers"], &kind));
-        assert!(!call(http::Version::HTTP_2, "POST", &["trailers"], &[]));
-        assert!(!call(http::Version::HTTP_2, "POST", &["trailers"], &["application/grpc", "text/plain"]));
+        assert!(call(Version::HTTP_2, "POST", &["gzip, Trailers;q=1"], &kind));
+        assert!(call(Version::HTTP_2, "POST", &["gzip", "trailers"], &kind));
+        assert!(!call(Version::HTTP_2, "POST", &["xtrailers"], &kind));
+        assert!(!call(Version::HTTP_2, "POST", &[], &kind));
+        assert!(!call(Version::HTTP_2, "GET", &["trailers"], &kind));
+        assert!(!call(Version::HTTP_11, "POST", &["trailers"], &kind));
+        assert!(!call(Version::HTTP_2, "POST", &["trailers"], &[]));
+        assert!(!call(Version::HTTP_2, "POST", &["trailers"], &["application/grpc", "text/plain"]));
     }
 
     #[test]
-    fn an_origin_gets_the_path_of_an_absolute_target() {
-        for (target, path) in
-            [("http://a/x?y", "/x?y"), ("http://a", "/"), ("http://a?y", "/?y"), ("/p?u=http://b/", "/p?u=http://b/")]
-        {
-            let mut request = RequestHeader::build("GET", target.as_bytes(), None).expect("a request");
-            assert_eq!(make_origin_form(&mut request), Ok(()));
-            assert_eq!(String::from_utf8_lossy(request.raw_path()), path, "{target}");
+    fn what_http_2_lets_pass_must_be_a_request_of_http_1_too() {
+        let of = |method: &str, uri: &str, lengths: &[&'static str]| {
+            let built = http::Request::builder().method(method).uri(uri).version(Version::HTTP_2).body(());
+            let mut request = RequestHeader::from(built.expect("a request").into_parts().0);
+            for length in lengths {
+                request.append_header("content-length", *length).expect("a field");
+            }
+            check_http2_form(&request).err().map(|refusal| refusal.reason)
+        };
+        for uri in ["http://a/", "https://a/x?y", "HTTP://a/", "http://a/*"] {
+            assert_eq!(of("GET", uri, &[]), None, "{uri}");
         }
+        assert_eq!(of("GET", "ftp://a/", &[]), Some("header.malformed"));
+        assert_eq!((of("OPTIONS", "*", &[]), of("GET", "*", &[])), (None, Some("header.malformed")));
+        assert_eq!(
+            (of("POST", "http://a/", &["5"]), of("POST", "http://a/", &["5", "5"])),
+            (None, Some("header.framing"))
+        );
+        assert_eq!(of("POST", "http://a/", &["+5"]), Some("header.framing"));
     }
 
     fn one_path(target: &str, authority: bool) -> Result<String, &'static Refusal> {

@@ -26,6 +26,7 @@ use crate::client::trailers;
 use crate::config::listener::OddNames;
 use crate::config::server::Forwarded;
 use crate::filter::{Stages, Verdict, View};
+use crate::framing::{self, Body};
 use crate::phase::Phase;
 use crate::spans::pass_on;
 use crate::upstream::transport::http2::RequestTrailers;
@@ -71,12 +72,17 @@ pub fn header(
     }
     if let Some(length) = exchange.link.as_ref().and_then(|link| link.length()) {
         // The body is here whole: its length is known, whatever the client said of it.
-        request.remove_header(&header::TRANSFER_ENCODING);
-        request.insert_header(header::CONTENT_LENGTH, length)?;
+        framing::request::apply(Body::Length(length), request)?;
     }
     // A filter that sees the body may change its length.
     if exchange.route.as_ref().is_some_and(|route| route.chain.wants(Stages::REQUEST_BODY)) {
         request.remove_header(&header::CONTENT_LENGTH);
+    }
+    if host.is_none()
+        && let Some(endpoint) = exchange.endpoint()
+    {
+        // HTTP/1.0 may name none; its endpoint is asked in a version that must (RFC 9112 §3.2, RFC 9113 §8.3.1).
+        request.insert_header(header::HOST, endpoint.authority().as_str())?;
     }
     Ok(())
 }
@@ -146,6 +152,9 @@ pub async fn piece(
         }
     }
     if end {
+        // Pingora would write an empty piece as a last chunk, and then the last chunk: the endpoint would take that for its next
+        // request.
+        *piece = piece.take().filter(|piece| !piece.is_empty());
         pass_trailers(exchange);
         ended(exchange);
     } else if let Some(attempt) = &mut exchange.attempt {

@@ -11,6 +11,7 @@ use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use http::uri::Authority;
 use pingora::protocols::l4::socket::SocketAddr;
 use pingora::upstreams::peer::HttpPeer;
 
@@ -176,6 +177,12 @@ impl Endpoint {
     /// Exchanges that have it now.
     pub fn inflight(&self) -> u32 {
         self.inflight.load(Ordering::Relaxed)
+    }
+
+    /// The host that is named to it where nobody else has named one: its address as it is written, if that is a host at all.
+    pub fn authority(&self) -> Authority {
+        let parsed = self.label.parse().ok().or_else(|| self.address.to_string().parse().ok());
+        parsed.unwrap_or(Authority::from_static("localhost"))
     }
 
     /// Expected seconds of one request; 0 if nothing is known.

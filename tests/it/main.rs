@@ -23,6 +23,7 @@ mod endings;
 mod eventloop;
 mod filters;
 mod finish;
+mod framing;
 mod grpc;
 mod grpcio;
 mod half_close;

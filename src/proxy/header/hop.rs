@@ -11,8 +11,8 @@ use http::{HeaderMap, HeaderName, HeaderValue, Method, Version};
 use pingora::http::RequestHeader;
 
 use super::names::is_hearsay;
-use crate::client::head::is_token;
 use crate::error::{Refusal, refusal};
+use crate::framing::is_token;
 
 /// More options than these are none: each costs a look-up.
 const OPTIONS_MAX: usize = 16;

@@ -7,6 +7,7 @@ use bytes::Bytes;
 use forebay::origin::Digest;
 use h2::server::SendResponse;
 use h2::{RecvStream, SendStream};
+use http::request::Parts;
 use http::{HeaderMap, HeaderValue, Request, Response};
 use serde_json::json;
 use tokio::net::{TcpListener, TcpStream};
@@ -22,7 +23,7 @@ use super::ms;
 /// with `grpc-status: 14` and no more; then as `/echo`. `/ticks`: a byte every 50 ms, twenty of them, whether the
 /// request has ended or not, then `grpc-status: 0`. `/fields`: the names of the fields that came. `/hung`: never.
 /// `/large`: 16 MiB. The health protocol of gRPC: it serves the service `well` and not `sick`, and knows no others.
-/// Anything else: what it got, as the built-in origin tells it at `/headers`.
+/// Anything else: what it got, as the built-in origin tells it at `/headers`, and from which `authority`.
 pub struct H2Origin {
     address: SocketAddr,
     seen: Arc<Mutex<Vec<String>>>,
@@ -157,7 +158,7 @@ async fn answer(request: Request<RecvStream>, mut respond: SendResponse<Bytes>, 
             }
             health(&question, respond)
         }
-        _ => told(&head.headers, &mut body, respond).await,
+        _ => told(&head, &mut body, respond).await,
     }
 }
 
@@ -176,16 +177,17 @@ fn health(question: &[u8], mut respond: SendResponse<Bytes>) -> Result<(), h2::E
     send.send_trailers(trailer("grpc-status", "0"))
 }
 
-async fn told(headers: &HeaderMap, body: &mut RecvStream, mut respond: SendResponse<Bytes>) -> Result<(), h2::Error> {
+async fn told(head: &Parts, body: &mut RecvStream, mut respond: SendResponse<Bytes>) -> Result<(), h2::Error> {
     let mut digest = Digest::default();
     while let Some(piece) = next(body).await? {
         digest.add(&piece);
     }
-    let length = headers.get("content-length").and_then(|length| length.to_str().ok());
+    let length = head.headers.get("content-length").and_then(|length| length.to_str().ok());
     let seen = json!({
+        "authority": head.uri.authority().map(http::uri::Authority::as_str),
         "body_bytes": digest.length(),
         "body_sha256": digest.sha256(),
-        "te": headers.get("te").and_then(|te| te.to_str().ok()),
+        "te": head.headers.get("te").and_then(|te| te.to_str().ok()),
         "body_framing": length.map_or("none".to_owned(), |length| format!("content-length: {length}")),
     });
     let mut send: SendStream<Bytes> = respond.send_response(Response::new(()), false)?;

@@ -1,0 +1,269 @@
+//! How the body of a message is marked off (RFC 9112 §6, RFC 9113 §8.1.1).
+//!
+//! One function decides it for requests ([`request::read`]) and one for answers ([`answer::frame`]), for every version. Whoever
+//! reads, writes, holds back, copies, checks or refuses asks them: two places that take one message for two different ones are
+//! how requests are smuggled, and how a client reads the next answer as the rest of this one. They know no socket.
+//!
+//! [`Said`] collects what a header says, [`Body`] is what follows from it, and [`chunked`] follows chunks byte for byte.
+
+pub mod answer;
+pub mod chunked;
+pub mod request;
+
+use std::borrow::Borrow;
+
+use http::{HeaderMap, header};
+
+/// How the end of a body is told.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Body {
+    /// There is none, whatever the header says of a length.
+    None,
+    /// So many bytes, perhaps 0.
+    Length(u64),
+    /// Chunks (RFC 9112 §7.1), on HTTP/1.1.
+    Chunked,
+    /// The end of what carries it: of the stream on HTTP/2, of the connection on HTTP/1, where only an answer may end so.
+    UntilEnd,
+}
+
+/// What a header says of the length of its body: all values of `Content-Length` and `Transfer-Encoding`, however many fields
+/// they are in.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Said {
+    length: Length,
+    coding: Coding,
+    /// Fields `Transfer-Encoding`, and items in all of them; more than two are as good as two.
+    coding_fields: u8,
+    coding_items: u8,
+    /// A coding is not written as `chunked`, letter for letter.
+    coding_differs: bool,
+}
+
+/// All values of `Content-Length` (RFC 9110 §8.6).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+enum Length {
+    #[default]
+    Absent,
+    /// One number in one field.
+    One(u64),
+    /// The same number several times, in a list or in several fields.
+    Repeated(u64),
+    /// Different numbers, or something that is no number.
+    Faulty,
+}
+
+/// All values of `Transfer-Encoding` (RFC 9112 §6.1), in order.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+enum Coding {
+    #[default]
+    Absent,
+    /// Nothing is coded: empty, or `identity`, which earlier versions of HTTP had a name for.
+    Plain,
+    /// Chunks and nothing else. The last value is `chunked`.
+    Chunked,
+    /// Chunks, and behind them a value that names no coding: some readers see chunks and some do not.
+    ChunkedUnclearly,
+    /// Something else, or chunks twice.
+    Other,
+}
+
+impl Said {
+    /// What these fields say.
+    pub fn of(headers: &HeaderMap) -> Said {
+        let mut said = Said::default();
+        headers.get_all(header::CONTENT_LENGTH).iter().for_each(|value| said.add_length(value.as_bytes()));
+        headers.get_all(header::TRANSFER_ENCODING).iter().for_each(|value| said.add_coding(value.as_bytes()));
+        said
+    }
+
+    /// Whether it says anything.
+    pub fn is_anything(&self) -> bool {
+        *self != Said::default()
+    }
+
+    /// A further field `Content-Length`.
+    pub fn add_length(&mut self, value: &[u8]) {
+        for item in items(value) {
+            self.length = match (self.length, decimal(item)) {
+                (Length::Absent, Some(number)) => Length::One(number),
+                (Length::One(before) | Length::Repeated(before), Some(number)) if before == number => {
+                    Length::Repeated(number)
+                }
+                _ => Length::Faulty,
+            };
+        }
+    }
+
+    /// A further field `Transfer-Encoding`.
+    pub fn add_coding(&mut self, value: &[u8]) {
+        self.coding_fields = (self.coding_fields + 1).min(2);
+        for item in items(value) {
+            self.coding_items = (self.coding_items + 1).min(2);
+            self.coding_differs |= item != b"chunked";
+            let names_none = item.is_empty() || item.eq_ignore_ascii_case(b"identity");
+            self.coding = match self.coding {
+                Coding::Absent | Coding::Plain if names_none => Coding::Plain,
+                Coding::Absent | Coding::Plain if item.eq_ignore_ascii_case(b"chunked") => Coding::Chunked,
+                Coding::Chunked | Coding::ChunkedUnclearly if names_none => Coding::ChunkedUnclearly,
+                _ => Coding::Other,
+            };
+        }
+    }
+}
+
+/// The items of a list (RFC 9110 §5.6.1), empty ones included.
+pub fn items(list: &[u8]) -> impl Iterator<Item = &[u8]> {
+    list.split(|&byte| byte == b',').map(trim)
+}
+
+/// Without the white space around it, which is spaces and tabs only (RFC 9110 §5.6.3).
+fn trim(mut bytes: &[u8]) -> &[u8] {
+    while let [b' ' | b'\t', rest @ ..] | [rest @ .., b' ' | b'\t'] = bytes {
+        bytes = rest;
+    }
+    bytes
+}
+
+/// Whether one of these lists of tokens has this one, in whatever case.
+pub fn names<V: Borrow<[u8]>>(lists: impl IntoIterator<Item = V>, token: &str) -> bool {
+    lists.into_iter().any(|list| items(list.borrow()).any(|item| item.eq_ignore_ascii_case(token.as_bytes())))
+}
+
+/// Whether a field `Content-Type` names this media type, in whatever case and with whatever parameters (RFC 9110 §8.3.1).
+pub fn is_media_type(value: &[u8], kind: &str) -> bool {
+    let named = value.split(|&byte| byte == b';').next().unwrap_or_default();
+    trim(named).eq_ignore_ascii_case(kind.as_bytes())
+}
+
+/// The number that these digits are, if they are nothing else and no more than 2⁶³, which every reader can hold.
+pub fn decimal(digits: &[u8]) -> Option<u64> {
+    if digits.is_empty() {
+        return None;
+    }
+    let number = digits.iter().try_fold(0_u64, |number, digit| {
+        let digit = digit.is_ascii_digit().then(|| u64::from(digit - b'0'))?;
+        number.checked_mul(10)?.checked_add(digit)
+    })?;
+    (number <= i64::MAX as u64).then_some(number)
+}
+
+/// A byte that may stand in a token (RFC 9110 §5.6.2).
+pub fn is_token(byte: u8) -> bool {
+    byte.is_ascii_alphanumeric() || b"!#$%&'*+-.^_`|~".contains(&byte)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn said(lengths: &[&str], codings: &[&str]) -> Said {
+        let mut said = Said::default();
+        lengths.iter().for_each(|value| said.add_length(value.as_bytes()));
+        codings.iter().for_each(|value| said.add_coding(value.as_bytes()));
+        said
+    }
+
+    #[test]
+    fn lengths_are_one_number_or_none() {
+        for (values, length) in [
+            (&[][..], Length::Absent),
+            (&["0"], Length::One(0)),
+            (&["007"], Length::One(7)),
+            (&[" 7\t"], Length::One(7)),
+            (&["9223372036854775807"], Length::One(i64::MAX as u64)),
+            (&["7, 7"], Length::Repeated(7)),
+            (&["7", "7"], Length::Repeated(7)),
+            (&["7,07", "7 , 7"], Length::Repeated(7)),
+        ] {
+            assert_eq!(said(values, &[]).length, length, "{values:?}");
+        }
+        for values in [
+            &[""][..],
+            &["7,"],
+            &[",7"],
+            &["7,,7"],
+            &["7, 8"],
+            &["7", "8"],
+            &["7", ""],
+            &["+7"],
+            &["-7"],
+            &["0x7"],
+            &["7.0"],
+            &["7 7"],
+            &["7;7"],
+            &["\"7\""],
+            &["1e3"],
+            &["9223372036854775808"],
+            &["18446744073709551616"],
+            &["\u{661}"],
+        ] {
+            assert_eq!(said(values, &[]).length, Length::Faulty, "{values:?}");
+        }
+    }
+
+    #[test]
+    fn codings_are_told_by_name_in_whatever_case_and_however_many_fields() {
+        for (values, coding) in [
+            (&[][..], Coding::Absent),
+            (&[""], Coding::Plain),
+            (&["identity"], Coding::Plain),
+            (&["Identity", ""], Coding::Plain),
+            (&["chunked"], Coding::Chunked),
+            (&["Chunked"], Coding::Chunked),
+            (&[" CHUNKED\t"], Coding::Chunked),
+            (&[",chunked"], Coding::Chunked),
+            (&["", "chunked"], Coding::Chunked),
+            (&["identity, chunked"], Coding::Chunked),
+            (&["chunked,"], Coding::ChunkedUnclearly),
+            (&["chunked", ""], Coding::ChunkedUnclearly),
+            (&["chunked, identity"], Coding::ChunkedUnclearly),
+            (&["chunked, chunked"], Coding::Other),
+            (&["chunked", "chunked"], Coding::Other),
+            (&["gzip"], Coding::Other),
+            (&["gzip, chunked"], Coding::Other),
+            (&["gzip", "chunked"], Coding::Other),
+            (&["chunked, gzip"], Coding::Other),
+            (&["chunked;q=1"], Coding::Other),
+            (&["\"chunked\""], Coding::Other),
+            (&["xchunked"], Coding::Other),
+            (&["chunked chunked"], Coding::Other),
+            (&["chunked\u{b}"], Coding::Other),
+            (&["chunked\u{c}"], Coding::Other),
+        ] {
+            assert_eq!(said(&[], values).coding, coding, "{values:?}");
+        }
+    }
+
+    #[test]
+    fn fields_are_collected_from_a_map_in_order() {
+        let mut headers = HeaderMap::new();
+        for (name, value) in [("transfer-encoding", "gzip"), ("content-length", "3"), ("Transfer-Encoding", "chunked")]
+        {
+            headers.append(
+                http::HeaderName::from_bytes(name.as_bytes()).expect("a name"),
+                value.parse().expect("a value"),
+            );
+        }
+        assert_eq!(Said::of(&headers), said(&["3"], &["gzip", "chunked"]));
+        assert!(Said::of(&headers).is_anything() && !Said::of(&HeaderMap::new()).is_anything());
+    }
+
+    #[test]
+    fn a_media_type_is_known_in_whatever_case_and_with_whatever_parameters() {
+        for kind in
+            ["text/event-stream", "Text/Event-Stream", " text/event-stream ; charset=utf-8", "text/event-stream;x"]
+        {
+            assert!(is_media_type(kind.as_bytes(), "text/event-stream"), "{kind:?}");
+        }
+        for kind in ["", "text/event-streams", "text/event-stream, text/plain", "text/plain; a=text/event-stream"] {
+            assert!(!is_media_type(kind.as_bytes(), "text/event-stream"), "{kind:?}");
+        }
+    }
+
+    #[test]
+    fn a_token_is_found_in_any_field_and_case() {
+        assert!(names([&b"x"[..], b"keep-alive , Close"], "close"));
+        assert!(!names([&b"closed, not-close"[..], b""], "close"));
+    }
+}
