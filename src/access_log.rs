@@ -17,6 +17,7 @@ use prometheus::IntCounter;
 
 use crate::config::server::{AccessLog as Settings, LogFormat, Query};
 use crate::error::BuildError;
+use crate::expression::named::{Named, Said};
 use crate::metrics::AccessLogMetrics;
 use crate::phase::{Clock, Phase};
 use crate::spans::TraceId;
@@ -88,6 +89,8 @@ pub struct Record<'a> {
     pub referer: Option<&'a [u8]>,
     /// Its `User-Agent`.
     pub user_agent: Option<&'a [u8]>,
+    /// Further fields that the configuration names.
+    pub fields: &'a [Said<'a>],
 }
 
 impl<'a> Record<'a> {
@@ -134,6 +137,8 @@ impl fmt::Display for Why {
 
 /// The access log. Dropping it closes it.
 pub struct AccessLog {
+    /// Further fields of each line.
+    pub fields: Named,
     format: LogFormat,
     query: Query,
     shared: Arc<Shared>,
@@ -152,7 +157,7 @@ impl AccessLog {
     /// Opens the log and starts its thread; `None` if it is `off`.
     ///
     /// A file is created with mode 0640 or appended to. The error names the key `path` of the access log.
-    pub fn open(settings: &Settings, metrics: AccessLogMetrics) -> Result<Option<Self>, BuildError> {
+    pub fn open(settings: &Settings, fields: Named, metrics: AccessLogMetrics) -> Result<Option<Self>, BuildError> {
         if settings.path == "off" {
             return Ok(None);
         }
@@ -168,7 +173,7 @@ impl AccessLog {
         let shared = Arc::new(Shared::new(Queue::new(settings.queue.0)));
         let dropped = metrics.dropped_full.clone();
         writer::start(shared.clone(), sink, metrics).map_err(failed)?;
-        Ok(Some(AccessLog { format: settings.format, query: settings.query, shared, dropped }))
+        Ok(Some(AccessLog { fields, format: settings.format, query: settings.query, shared, dropped }))
     }
 
     /// Adds a line. Never waits for the disk: a line that finds the queue full is dropped and counted.
@@ -229,7 +234,7 @@ mod tests {
     fn open(path: &Path) -> (AccessLog, Metrics) {
         let metrics = Metrics::new(0, Vec::new());
         let settings = Settings { path: path.to_str().unwrap().to_owned(), ..Settings::default() };
-        let log = AccessLog::open(&settings, metrics.access_log()).unwrap().unwrap();
+        let log = AccessLog::open(&settings, Named::default(), metrics.access_log()).unwrap().unwrap();
         (log, metrics)
     }
 
@@ -266,7 +271,7 @@ mod tests {
         let metrics = Metrics::new(0, Vec::new());
         let path_written = path.to_str().unwrap().to_owned();
         let settings = Settings { path: path_written, query: Query::Drop, ..Settings::default() };
-        let log = AccessLog::open(&settings, metrics.access_log()).unwrap().unwrap();
+        let log = AccessLog::open(&settings, Named::default(), metrics.access_log()).unwrap().unwrap();
         let clock = Clock::start(Phase::Header, Instant::now());
         for target in ["/cart?token=secret", "/cart?", "/cart"] {
             let referer = Some(&b"https://shop.example/login?token=secret"[..]);
@@ -337,10 +342,11 @@ mod tests {
     fn a_log_that_is_off_is_none_and_one_that_cannot_be_opened_says_why() {
         let metrics = Metrics::new(0, Vec::new());
         let at = |path: &str| Settings { path: path.to_owned(), queue: Count::UNLIMITED, ..Settings::default() };
-        assert!(AccessLog::open(&at("off"), metrics.access_log()).unwrap().is_none());
-        assert!(AccessLog::open(&at("stderr"), metrics.access_log()).unwrap().is_some());
+        let open = |path| AccessLog::open(&at(path), Named::default(), metrics.access_log());
+        assert!(open("off").unwrap().is_none());
+        assert!(open("stderr").unwrap().is_some());
 
-        let error = AccessLog::open(&at("/no/such/dir/a.log"), metrics.access_log()).err().unwrap();
+        let error = open("/no/such/dir/a.log").err().unwrap();
         assert_eq!(error.path, "observability.access_log.path");
         assert!(error.message.starts_with("`/no/such/dir/a.log` cannot be opened"), "{error}");
     }

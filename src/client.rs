@@ -155,6 +155,7 @@ impl Desk {
             trace: None,
             referer: None,
             user_agent: None,
+            fields: &[],
         });
     }
 }
@@ -282,6 +283,7 @@ impl Desk {
             trace: None,
             referer: None,
             user_agent: None,
+            fields: &[],
         });
     }
 

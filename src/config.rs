@@ -13,6 +13,7 @@ pub mod listener;
 pub mod paths;
 pub mod route;
 pub mod server;
+pub mod text;
 pub mod units;
 pub mod upstream;
 
@@ -45,6 +46,7 @@ pub use paths::Paths;
 pub use report::Report;
 pub use route::Route;
 pub use schema::schema;
+pub use text::Text;
 pub use upstream::Upstream;
 
 use crate::error::BuildError;
@@ -155,7 +157,11 @@ impl Config {
     pub fn report(&self, errors: &[BuildError]) -> Report {
         let findings = errors.iter().map(|error| {
             let (title, label) = explain::halves(&error.message);
-            Finding::error(Spot::Value(error.path.clone()), title).label(label).foreign()
+            let spot = match &error.inside {
+                Some(inside) => Spot::Inside(error.path.clone(), inside.clone()),
+                None => Spot::Value(error.path.clone()),
+            };
+            Finding::error(spot, title).label(label).foreign()
         });
         Report::new(Arc::clone(&self.source), findings.collect())
     }

@@ -7,6 +7,7 @@ pub mod grpc;
 pub mod path;
 
 use std::fmt;
+use std::ops::Range;
 
 /// Why Forebay itself ended an exchange or a connection.
 ///
@@ -177,18 +178,56 @@ refusals! {
 
 /// A configuration that is well-formed and yet cannot be built: an address that does not resolve, a regex that is none.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("{path}: {message}")]
+#[error("{path}{}: {message}", .inside.as_ref().map(Inside::told).unwrap_or_default())]
 pub struct BuildError {
     /// Where it stands in the YAML, such as `routes[2].match.path.regex`.
     pub path: String,
     /// What was found and what would be right.
     pub message: String,
+    /// Where inside of the text at `path`, if that is an expression.
+    pub inside: Option<Inside>,
+}
+
+/// A place inside of a text.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Inside {
+    /// Its bytes.
+    pub bytes: Range<usize>,
+    /// The line of its beginning, from 1.
+    pub line: usize,
+    /// The column of its beginning in characters, from 1.
+    pub column: usize,
+}
+
+impl Inside {
+    /// The place of these bytes of `text`.
+    pub fn of(text: &str, bytes: Range<usize>) -> Self {
+        let mut start = bytes.start.min(text.len());
+        while !text.is_char_boundary(start) {
+            start -= 1;
+        }
+        let before = &text[..start];
+        let line_start = before.rfind('\n').map_or(0, |at| at + 1);
+        let (line, column) = (1 + before.matches('\n').count(), 1 + before[line_start..].chars().count());
+        Inside { bytes, line, column }
+    }
+
+    /// The place in words.
+    pub fn told(&self) -> String {
+        format!(" (at {}:{} of the expression)", self.line, self.column)
+    }
 }
 
 impl BuildError {
     /// An error at `path`, in which names stand as [`path::key`] writes them.
     pub fn new(path: impl Into<String>, message: impl Into<String>) -> Self {
-        BuildError { path: path.into(), message: message.into() }
+        BuildError { path: path.into(), message: message.into(), inside: None }
+    }
+
+    /// The same error about a part of the text at its path.
+    pub fn inside(mut self, inside: Inside) -> Self {
+        self.inside = Some(inside);
+        self
     }
 
     /// An error at the entry of this name, which may be any text, such as that of a header.
@@ -200,6 +239,19 @@ impl BuildError {
     pub fn under(self, path: &str) -> Self {
         BuildError { path: path::join(path, &self.path), ..self }
     }
+}
+
+/// The one of `known` that `wrong` is most likely a misspelling of.
+pub fn nearest<'k>(wrong: &str, known: impl IntoIterator<Item = &'k str>) -> Option<&'k str> {
+    let wrong = wrong.to_lowercase();
+    let distance = |name: &str| {
+        // A word that was left out or added, as in `hosts` for `host_names`, is near as well.
+        let begun = wrong.len() >= 3 && (name.starts_with(&wrong) || wrong.starts_with(name));
+        if begun { 1 } else { strsim::damerau_levenshtein(&wrong, &name.to_lowercase()) }
+    };
+    let (near, distance) =
+        known.into_iter().map(|name| (name, distance(name))).min_by_key(|&(_, distance)| distance)?;
+    (distance <= (wrong.chars().count() + 1) / 3).then_some(near)
 }
 
 #[cfg(test)]

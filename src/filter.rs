@@ -10,6 +10,7 @@
 //! use async_trait::async_trait;
 //! use forebay::config::filter::FilterEntry;
 //! use forebay::error::{BuildError, Refusal};
+//! use forebay::expression::Facts;
 //! use forebay::filter::{Catalog, Filter, FilterType, Scope, Stages, Verdict, View};
 //! use pingora::http::RequestHeader;
 //!
@@ -53,8 +54,9 @@
 //! let filters: Vec<FilterEntry> = serde_yaml::from_str("[ { badge: { header: X-Badge } } ]")?;
 //! let chain = Catalog::builtin().with::<Badge>().chain(&filters).map_err(|errors| errors[0].clone())?;
 //! let mut request = RequestHeader::build("GET", b"/", None)?;
-//! let view = View { client: None, scheme: "http", route: "all", request: &mut request };
-//! assert!(matches!(chain.request(&mut chain.states(), view).await, Verdict::Refuse(refused) if refused.refusal == &NO_BADGE));
+//! let view = View { facts: Facts::of("all", "/"), request: &mut request };
+//! assert!(matches!(chain.request(&mut chain.states(), view).await, Verdict::Refuse(refused) if refused.refusal ==
+//! &NO_BADGE));
 //! # Ok(())
 //! # }
 //! ```
@@ -74,7 +76,6 @@ pub mod respond;
 pub mod rewrite;
 
 use std::any::Any;
-use std::net::IpAddr;
 use std::ops::BitOr;
 
 use async_trait::async_trait;
@@ -85,6 +86,7 @@ use schemars::JsonSchema;
 use serde::de::DeserializeOwned;
 
 use crate::error::{BuildError, Refusal};
+use crate::expression::{Asked, Facts};
 
 pub use catalog::Catalog;
 pub use chain::{Chain, States, View};
@@ -97,8 +99,8 @@ pub enum Verdict {
     Continue,
     /// Forebay refuses it, for this reason. After the response has begun, the connection is cut instead.
     Refuse(Refused),
-    /// The filter answers itself; no upstream is asked. Only in [`Filter::request`]; later it is an error of the filter,
-    /// and the exchange is refused as `internal`.
+    /// The filter answers itself; no upstream is asked. Only in [`Filter::request`]; later it is an error of the
+    /// filter, and the exchange is refused as `internal`.
     Answer(Answer),
 }
 
@@ -136,12 +138,8 @@ pub struct Answer {
 
 /// What every filter of an exchange sees, whatever the stage.
 pub struct Scope<'a> {
-    /// The client's address: the peer's, or what a trusted proxy said. `None` on a unix socket.
-    pub client: Option<IpAddr>,
-    /// `http` or `https`, as the client spoke it.
-    pub scheme: &'static str,
-    /// The name of the route.
-    pub route: &'a str,
+    /// What is known of the exchange: the client's address, the route and so on.
+    pub facts: Facts<'a>,
     /// The request header. Changes made in [`Filter::request`] are what the upstream sees.
     pub request: &'a mut RequestHeader,
     /// What this filter keeps for this exchange, from stage to stage; see [`Scope::keep`].
@@ -149,6 +147,11 @@ pub struct Scope<'a> {
 }
 
 impl Scope<'_> {
+    /// What keys and expressions are asked of: the request is what filters before this one have made of it.
+    pub fn asked(&self) -> Asked<'_> {
+        self.facts.asked(self.request)
+    }
+
     /// Keeps `value` until the exchange is over, in place of what this filter kept before.
     pub fn keep<T: Any + Send + Sync>(&mut self, value: T) {
         *self.state = Some(Box::new(value));
@@ -210,9 +213,12 @@ pub struct Outcome {
 
 /// Something done to the exchanges of a route, at one or more stages of their life.
 ///
-/// Every stage but the last may wait for something and may refuse; waiting holds up this exchange only. The filters of
-/// a route are layers round its upstream, the first one outermost: requests pass them in the order of the list, responses
-/// and the end in the reverse. The first verdict other than [`Verdict::Continue`] ends a stage.
+/// Every stage but the last may wait for something and may refuse; waiting holds up this exchange only. The
+/// filters of a route are layers round its upstream, the first one outermost: requests pass them in the order of
+/// the list, responses and the end in the reverse. The first verdict other than [`Verdict::Continue`] ends a stage.
+///
+/// A filter with a `when:` is called at no stage of an exchange for which that does not hold. It is asked once:
+/// before the request stage of the filter, or before the response stages if it reads the response.
 #[async_trait]
 pub trait Filter: Send + Sync + 'static {
     /// The stages this filter wants.

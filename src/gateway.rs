@@ -47,12 +47,14 @@ use crate::config::listener::tls::ClientMode;
 use crate::config::route::retry::ATTEMPTS_MAX;
 use crate::config::route::{BufferMode, Grpc, HalfClose, Match, OnDiskFull, PathMatch};
 use crate::config::server::{OpenFiles, Resources, Rung, Threads};
+use crate::config::text;
 use crate::config::units::{FileMode, Size, Time};
 use crate::config::{self, Config, Report};
 use crate::error::{BuildError, refusal};
 use crate::eventloop::runtime::{POLL_TIME_BUCKETS, POLL_TIME_FIRST_MICROS};
 use crate::eventloop::worker::RouteTag;
 use crate::eventloop::{self, Loops};
+use crate::expression::named::Named;
 use crate::filter::{Catalog, FilterType};
 use crate::metrics::{Metrics, RouteMetrics, UNROUTED};
 use crate::proxy::Proxy;
@@ -181,8 +183,8 @@ impl Gateway {
 
     /// Runs until it is stopped, by a signal or a [`Handle`], and all is drained.
     ///
-    /// Once in a process: without work stealing, Pingora keeps its runtimes by thread, and a gateway that starts after
-    /// another has stopped may be handed a runtime that is gone.
+    /// Once in a process: without work stealing, Pingora keeps its runtimes by thread, and a gateway that starts
+    /// after another has stopped may be handed a runtime that is gone.
     pub fn run(self) {
         let Gateway { server, stop, log, tracer, places, loops, .. } = self;
         server.run(RunArgs { shutdown_signal: Box::new(stop) });
@@ -208,12 +210,13 @@ impl Gateway {
         }
         let mut parts = Parts::build(catalog, &config, &metrics).map_err(wrong)?;
         let user = config.server.user.as_deref().map(User::find).transpose().map_err(|error| wrong(vec![error]))?;
-        let log = AccessLog::open(&config.observability.access_log, metrics.access_log())
+        let log = AccessLog::open(&config.observability.access_log, parts.log_fields.clone(), metrics.access_log())
             .map_err(|error| wrong(vec![error]))?
             .map(Arc::new);
 
         let tracing = &config.observability.tracing;
-        let tracer = Tracer::start(tracing, metrics.spans()).map_err(|error| wrong(vec![error]))?;
+        let tracer = Tracer::start(tracing, parts.span_attributes.clone(), metrics.spans())
+            .map_err(|error| wrong(vec![error]))?;
 
         let depot = Arc::new(depot(&config, &metrics).map_err(|error| wrong(vec![error]))?);
         let threads = threads(config.server.threads);
@@ -365,6 +368,10 @@ struct Parts {
     tls: Vec<Option<Tls>>,
     /// That of the admin endpoint.
     admin_tls: Option<Tls>,
+    /// Further fields of the access log.
+    log_fields: Named,
+    /// Further attributes of spans.
+    span_attributes: Named,
 }
 
 impl Parts {
@@ -408,7 +415,8 @@ impl Parts {
         for (index, written) in config.routes.iter().enumerate() {
             match catalog.chain(&written.filters) {
                 Ok(chain) => {
-                    let mut route = route(written, chain.timed(metrics), &upstreams, &config.resources, metrics);
+                    let mut route =
+                        route(written, chain.timed(&written.name, metrics), &upstreams, &config.resources, metrics);
                     route.mirror = mirror(written, &upstreams, connector.as_ref(), metrics);
                     let split = written.upstreams.iter().map(|side| side.name.clone());
                     listed.push((route.metrics.clone(), written.upstream.iter().cloned().chain(split).collect()));
@@ -421,11 +429,28 @@ impl Parts {
                     errors.extend(
                         found.into_iter().map(|error| error.under("filters").under(&format!("routes[{index}]"))),
                     );
+                    // It has no place in the table, and what is wrong with its `match` is told all the same.
+                    let alone = Table::build(vec![(&written.matches, ())]).err().unwrap_or_default();
+                    errors.extend(alone.into_iter().map(|error| {
+                        let path = error.path.trim_start_matches("[0]").to_owned();
+                        BuildError { path: format!("routes[{index}]{path}"), ..error }
+                    }));
                 }
             }
         }
+        let observability = &config.observability;
+        let mut named = |written, path: &str| {
+            text::named(written).unwrap_or_else(|found| {
+                errors.extend(found.into_iter().map(|error| error.under(path)));
+                Named::default()
+            })
+        };
+        let log_fields = named(&observability.access_log.fields, "observability.access_log.fields");
+        let span_attributes = named(&observability.tracing.attributes, "observability.tracing.attributes");
         match Table::build(rules.iter().map(|(matches, route)| (matches, route.clone())).collect()) {
-            Ok(routes) if errors.is_empty() => Ok(Parts { upstreams, routes, listed, tls, admin_tls }),
+            Ok(routes) if errors.is_empty() => {
+                Ok(Parts { upstreams, routes, listed, tls, admin_tls, log_fields, span_attributes })
+            }
             Ok(_) => Err(errors),
             Err(found) => {
                 errors.extend(found.into_iter().map(|error| error.under("routes")));
@@ -600,7 +625,8 @@ fn limits(memory: Size, disk: Size, resources: &Resources) -> Limits {
     Limits { memory: memory.0.min(resources.memory.0), disk: disk.0.min(resources.disk.0) }
 }
 
-/// What bodies are held in. Starts the disk threads, and proves that there is a place for files if there are to be any.
+/// What bodies are held in. Starts the disk threads, and proves that there is a place for files if there are to be
+/// any.
 fn depot(config: &Config, metrics: &Metrics) -> Result<Depot, BuildError> {
     let (server, resources) = (&config.server, &config.resources);
     let spools = metrics.spools();

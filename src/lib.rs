@@ -10,6 +10,7 @@ pub mod client;
 pub mod config;
 pub mod error;
 pub mod eventloop;
+pub mod expression;
 pub mod filter;
 pub mod framing;
 pub mod gateway;

@@ -117,6 +117,7 @@ struct Families {
     stalled_workers: IntGaugeVec,
     stalls: IntCounterVec,
     filter_poll: HistogramVec,
+    filter_skipped: IntCounterVec,
     access_log_lines: IntCounterVec,
     access_log_dropped: IntCounterVec,
     spans: IntCounterVec,
@@ -166,8 +167,8 @@ impl Metrics {
         }))
     }
 
-    /// Those of the route of this name. Ask once, when the route is built, and keep it: when nobody has it any more, its
-    /// series are removed.
+    /// Those of the route of this name. Ask once, when the route is built, and keep it: when nobody has it any
+    /// more, its series are removed.
     pub fn route(&self, name: &str) -> Arc<RouteMetrics> {
         let mut routes = self.routes();
         if let Some(known) = routes.get(name).and_then(Weak::upgrade) {
@@ -348,6 +349,13 @@ impl Metrics {
         self.families().filter_poll.with_label_values(&[key])
     }
 
+    /// Exchanges of a route in which a filter did nothing, for its condition did not hold. Ask once, when one is
+    /// built. Routes beyond the limit of series are counted together.
+    pub fn filter_skipped(&self, route: &str, key: &str) -> IntCounter {
+        let route = if self.reserve_series(1) { route } else { "_other" };
+        self.families().filter_skipped.with_label_values(&[route, key])
+    }
+
     /// Asks one more whenever the metrics are rendered.
     pub fn collect_too(&self, collector: Box<dyn Collector>) {
         if let Err(error) = self.0.registry.register(collector) {
@@ -488,6 +496,7 @@ impl Families {
             stalled_workers: family::STALLED_WORKERS.gauge(registry),
             stalls: family::STALLS.counter(registry),
             filter_poll: family::FILTER_POLL_SECONDS.histogram(registry),
+            filter_skipped: family::FILTER_SKIPPED.counter(registry),
             access_log_lines: family::ACCESS_LOG_LINES.counter(registry),
             access_log_dropped: family::ACCESS_LOG_DROPPED.counter(registry),
             spans: family::SPANS.counter(registry),
@@ -570,7 +579,8 @@ fn shift(gauges: &[IntGauge], from: Option<usize>, to: Option<usize>) {
 /// The values of the label `direction` of what is spooled, in the order in which gauges stand in [`SpoolMetrics`].
 const DIRECTIONS: [&str; 2] = ["request", "response"];
 
-/// The metrics of what spools share. Where there are two of a kind, the first is of requests and the second of responses.
+/// The metrics of what spools share. Where there are two of a kind, the first is of requests and the second of
+/// responses.
 #[derive(Clone)]
 pub struct SpoolMetrics {
     /// Bytes in memory.
@@ -781,7 +791,8 @@ pub struct AdminMetrics {
 }
 
 impl AdminMetrics {
-    /// Counts a request. `path` is of the endpoint's table and not the client's word. Looks labels up: nobody asks it often.
+    /// Counts a request. `path` is of the endpoint's table and not the client's word. Looks labels up: nobody asks
+    /// it often.
     pub fn count(&self, path: &str, status: u16) {
         self.requests.with_label_values(&[path, &status.to_string()]).inc();
     }

@@ -300,7 +300,7 @@ impl Proxy {
         if let Some(verdict) = https::redirect(exchange, request) {
             return verdict;
         }
-        match route::find(&self.routes, request) {
+        match route::find(exchange, &self.routes, request) {
             Ok(route) => {
                 if exchange.grpc.is_some() && !route.only_grpc {
                     // Metadata of gRPC may have odd names; but not all who could get these speak it.

@@ -20,6 +20,7 @@ use prometheus::IntCounter;
 
 use crate::config::server::{Query, Tracing};
 use crate::error::{BuildError, Refusal};
+use crate::expression::named::Named;
 use crate::metrics::SpanMetrics;
 use crate::phase::Phase;
 use crate::phase::journal::{Journal, Span};
@@ -117,6 +118,8 @@ pub struct Story {
     pub status: u16,
     /// Why Forebay ended it, if it did.
     pub refusal: Option<&'static Refusal>,
+    /// Further attributes that the configuration names.
+    pub attributes: Box<[(Box<str>, Box<str>)]>,
 }
 
 impl Story {
@@ -133,6 +136,8 @@ impl Story {
 
 /// Gives exchanges their place in a trace, and takes the stories of those that are recorded.
 pub struct Tracer {
+    /// Further attributes of the span of each exchange.
+    pub attributes: Named,
     sampler: Sampler,
     query: Query,
     queue: Arc<Queue>,
@@ -142,7 +147,11 @@ pub struct Tracer {
 
 impl Tracer {
     /// Starts to trace, with a thread of its own; `None` if that is `off`.
-    pub fn start(settings: &Tracing, metrics: SpanMetrics) -> Result<Option<Arc<Tracer>>, BuildError> {
+    pub fn start(
+        settings: &Tracing,
+        attributes: Named,
+        metrics: SpanMetrics,
+    ) -> Result<Option<Arc<Tracer>>, BuildError> {
         if !settings.is_on() {
             return Ok(None);
         }
@@ -151,7 +160,7 @@ impl Tracer {
         export(settings, queue.clone(), metrics)
             .map_err(|error| BuildError::new("observability.tracing.endpoint", error))?;
         let (sampler, query, patience) = (Sampler::new(settings), settings.query, settings.timeout.0);
-        Ok(Some(Arc::new(Tracer { sampler, query, queue, dropped, patience })))
+        Ok(Some(Arc::new(Tracer { attributes, sampler, query, queue, dropped, patience })))
     }
 
     /// The place of a new exchange, whose peer may be a trusted proxy.

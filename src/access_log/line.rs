@@ -77,6 +77,7 @@ pub(super) fn json(line: &mut Vec<u8>, record: &Record<'_>) {
     }
     json_option(line, "referer", record.referer);
     json_option(line, "user_agent", record.user_agent);
+    record.fields.iter().for_each(|(name, text)| json_text(line, name, text));
     line.extend_from_slice(b"}\n");
 }
 
@@ -145,6 +146,11 @@ pub(super) fn combined(line: &mut Vec<u8>, record: &Record<'_>) {
     match record.trace {
         Some(trace) => put(line, format_args!(" trace_id={trace}")),
         None => line.extend_from_slice(b" trace_id=-"),
+    }
+    for (name, text) in record.fields {
+        line.push(b' ');
+        line.extend_from_slice(name.as_bytes());
+        combined_text(line, "=", Some(text));
     }
     line.push(b'\n');
 }
@@ -276,12 +282,15 @@ fn common_log_time(time: SystemTime) -> [u8; 26] {
 
 #[cfg(test)]
 pub(super) mod tests {
+    use std::borrow::Cow;
     use std::time::Instant;
 
     use proptest::prelude::*;
     use serde_json::Value;
 
+    use super::super::{Failed, Why};
     use super::*;
+    use crate::config::server::AccessLog;
     use crate::spans::TraceId;
 
     /// 2000-10-10T13:55:36.123Z
@@ -329,6 +338,7 @@ pub(super) mod tests {
             trace: None,
             referer: None,
             user_agent: Some(b"curl/8.5.0"),
+            fields: &[],
         }
     }
 
@@ -357,6 +367,45 @@ pub(super) mod tests {
             "\n",
         );
         assert_eq!(json_of(&record(&clock)), expected);
+    }
+
+    #[test]
+    fn further_fields_stand_at_the_end_and_cannot_end_the_line() {
+        let clock = clock();
+        let fields =
+            [("tenant", Cow::Borrowed(b"shop".as_slice())), ("who", Cow::Borrowed(b"a\"\r\nb\xff".as_slice()))];
+        let record = Record { fields: &fields, ..record(&clock) };
+        let line = json_of(&record);
+        assert_eq!(line.matches('\n').count(), 1);
+        let json: Value = serde_json::from_str(&line).unwrap();
+        assert_eq!((json["tenant"].as_str(), json["who"].as_str()), (Some("shop"), Some("a\"\r\nb\\xFF")));
+        let line = combined_of(&record);
+        assert!(line.ends_with(" tenant=\"shop\" who=\"a\\x22\\x0D\\x0Ab\\xFF\"\n"), "{line}");
+        assert_eq!(line.matches('\n').count(), 1);
+    }
+
+    #[test]
+    fn every_field_of_a_line_is_reserved() {
+        let clock = clock();
+        let failed = [Failed { endpoint: "a".into(), phase: Phase::Wait, why: Why::Status(503), took: Duration::ZERO }];
+        let record = Record {
+            buffered: 1,
+            spilled: 1,
+            held: Some(Duration::from_secs(1)),
+            saved: Duration::from_secs(1),
+            failed: &failed,
+            reason: Some("wait.timeout"),
+            grpc_status: Some(14),
+            request_id: Some(b"x"),
+            tls: Some("TLSv1.3"),
+            client_subject: Some("CN=x"),
+            trace: Some(TraceId(7)),
+            referer: Some(b"x"),
+            ..record(&clock)
+        };
+        let json: Value = serde_json::from_str(&json_of(&record)).unwrap();
+        let found: std::collections::BTreeSet<&str> = json.as_object().unwrap().keys().map(String::as_str).collect();
+        assert_eq!(found, AccessLog::FIELDS.iter().copied().collect());
     }
 
     #[test]

@@ -14,7 +14,7 @@ use std::task::{Context, Poll, ready};
 use std::time::{Duration, Instant};
 
 use bytes::{Buf, BytesMut};
-use http::{HeaderMap, StatusCode, Uri};
+use http::{HeaderMap, Method, StatusCode, Uri, Version};
 use pingora::connectors::L4Connect;
 use pingora::protocols::l4::stream::Stream as Socket;
 use pingora::upstreams::peer::Peer;
@@ -23,7 +23,7 @@ use tokio::time::Sleep;
 
 use super::connection::Connection;
 use crate::error::{Refusal, refusal};
-use crate::filter::key::Asked;
+use crate::expression::{Asked, Facts};
 use crate::metrics::RelayMetrics;
 use crate::party::limits::DAWDLING;
 use crate::upstream::transport::dial::EXHAUSTED;
@@ -125,7 +125,15 @@ impl Relay {
         let upstream = &*self.upstream;
         let client = connection.peer.map(|peer| peer.ip());
         let (target, headers) = (Uri::default(), HeaderMap::new());
-        let hash = upstream.hash(&Asked { client, route: "", target: &target, headers: &headers });
+        let asked = Asked {
+            facts: Facts { client, ..Facts::of("", "") },
+            method: &Method::CONNECT,
+            target: &target,
+            version: Version::HTTP_11,
+            headers: &headers,
+            response: None,
+        };
+        let hash = upstream.hash(&asked);
         let parties = connection.peer.zip(connection.local).map(|(client, gateway)| Parties { client, gateway });
         let mut tried: Vec<Arc<Endpoint>> = Vec::new();
         let mut last = &refusal::SELECT_NO_ENDPOINT;

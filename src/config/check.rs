@@ -14,7 +14,7 @@ use serde_yaml::Value as Yaml;
 
 use super::address::{Address, Target, is_label};
 use super::decode::Parts;
-use super::explain::expected;
+use super::explain::{expected, halves};
 use super::filter::FilterKind;
 use super::key::Key;
 use super::listener::tls::{Certificate, ClientMode};
@@ -22,7 +22,8 @@ use super::listener::{Limits, Listener, Protocol as ListenerProtocol, Tls};
 use super::report::{Finding, Spot};
 use super::route::retry::{ATTEMPTS_MAX, Backoff, Retry};
 use super::route::{BufferMode, Client, Match, PathMatch, Route, ValueMatch};
-use super::server::{Admin, EventLoop, OpenFiles, Resources, Tracing};
+use super::server::{AccessLog, Admin, EventLoop, OpenFiles, Resources, Tracing};
+use super::text::Text;
 use super::units::{ByteRate, Count, FileMode, Size, Time};
 use super::upstream::health::{HealthCheck, HttpCheck};
 use super::upstream::outlier::OutlierDetection;
@@ -124,6 +125,7 @@ impl<'a> Check<'a> {
         self.time("server.shutdown.deadline", rest.server.shutdown.deadline);
         self.resources(&rest.resources);
         self.count("observability.access_log.queue", rest.observability.access_log.queue, 1, LOG_QUEUE_MAX);
+        self.log_fields(&rest.observability.access_log.fields);
         self.count("observability.metrics.max_series", rest.observability.metrics.max_series, 1, u64::MAX);
         self.count("admin.streams", rest.admin.streams, 1, ADMIN_STREAMS_MAX);
         self.mode("admin", &rest.admin.address, rest.admin.mode);
@@ -192,6 +194,20 @@ impl<'a> Check<'a> {
                 Finding::error(value("server.open_files"), "nearly all open files are for clients and spools");
             let both = format!("{clients} and {spools}; expected at most {OPEN_FILES_MAX}% together");
             self.wrong(finding.label(both).help("what is left is for connections to backends and for Forebay itself"));
+        }
+    }
+
+    fn log_fields(&mut self, fields: &BTreeMap<String, Text>) {
+        for name in fields.keys() {
+            let at = join("observability.access_log.fields", &path::key(name));
+            let fine = |c: char| c.is_ascii_alphanumeric() || matches!(c, '_' | '-' | '.');
+            if name.is_empty() || !name.chars().all(fine) {
+                let finding = Finding::error(Spot::Key(at), format!("`{name}` is no name of a field"));
+                self.wrong(finding.label("expected letters, digits, `_`, `-` and `.`"));
+            } else if AccessLog::FIELDS.contains(&name.as_str()) {
+                let finding = Finding::error(Spot::Key(at), format!("a line has a field `{name}` already"));
+                self.wrong(finding.label("expected another name"));
+            }
         }
     }
 
@@ -794,7 +810,13 @@ impl<'a> Check<'a> {
             let Err(error) = key.check() else { continue };
             let item = self.item(&at, index);
             let item = if self.is_written(&item) { item } else { at.clone() };
-            self.wrong(Finding::error(value(join(&item, &error.path)), error.message));
+            let at = join(&item, &error.path);
+            let spot = match error.inside {
+                Some(inside) => Spot::Inside(at, inside),
+                None => value(at),
+            };
+            let (title, label) = halves(&error.message);
+            self.wrong(Finding::error(spot, title).label(label).foreign());
         }
         if bounded_load.is_some_and(|factor| !(factor > 1.0 && factor.is_finite())) {
             let finding = Finding::error(value(format!("{path}.bounded_load")), "`bounded_load` leaves no room");
@@ -1084,7 +1106,8 @@ impl<'a> Check<'a> {
     fn destination(&mut self, route: &Route, path: &str) {
         let answers = |key: &&str| self.kinds.iter().any(|kind| kind.answers && kind.key == *key);
         let filters = route.filters.iter().filter_map(|filter| filter.decoded.as_ref());
-        let answering = filters.map(|decoded| decoded.key).find(answers);
+        let always = filters.filter(|decoded| decoded.when.is_none());
+        let answering = always.map(|decoded| decoded.key).find(answers);
         let (one, several) = (format!("{path}.upstream"), format!("{path}.upstreams"));
         match (&route.upstream, route.upstreams.is_empty()) {
             (Some(_), false) => {
@@ -1349,6 +1372,7 @@ struct Claim<'r> {
     method: Option<&'r str>,
     headers: BTreeMap<String, &'r ValueMatch>,
     queries: &'r BTreeMap<String, ValueMatch>,
+    when: Option<&'r str>,
 }
 
 impl<'r> Claim<'r> {
@@ -1369,6 +1393,7 @@ impl<'r> Claim<'r> {
             method,
             headers: matches.headers.iter().map(|(name, condition)| (name.to_ascii_lowercase(), condition)).collect(),
             queries: &matches.queries,
+            when: matches.when.as_deref(),
         };
         let methods = each(&matches.methods);
         each(&matches.hosts)

@@ -292,7 +292,28 @@ impl Decoding<'_> {
         Some(Route { filters: entries.unwrap_or_default(), ..route })
     }
 
-    fn filter(&mut self, entry: Value, path: &str) -> Option<Decoded> {
+    fn filter(&mut self, mut entry: Value, path: &str) -> Option<Decoded> {
+        let when = match entry.as_mapping_mut().and_then(|entry| entry.remove(FilterEntry::WHEN)) {
+            None => None,
+            Some(Value::String(when)) => Some(when),
+            Some(other) => {
+                let at = join(path, FilterEntry::WHEN);
+                if let Some(text) = self.texts.remove(&at) {
+                    return self.filter_under(entry, Some(text), path);
+                }
+                self.mismatch(at.clone(), &other, "a string");
+                if other.is_null() && !self.broken.at(&at) {
+                    let finding = Finding::error(Spot::Key(at.clone()), "a condition is missing");
+                    self.broken(at, finding.label("expected an expression such as `request.method == \"GET\"`"));
+                }
+                None
+            }
+        };
+        self.filter_under(entry, when, path)
+    }
+
+    /// The filter of an entry from which its condition was taken.
+    fn filter_under(&mut self, entry: Value, when: Option<String>, path: &str) -> Option<Decoded> {
         let known: Vec<&str> = self.kinds.iter().map(|kind| kind.key).collect();
         let unknown = |spot: Spot, key: &str| {
             Finding::error(spot, format!("unknown filter `{key}`"))
@@ -302,7 +323,10 @@ impl Decoding<'_> {
         let finding = match &entry {
             Value::Mapping(map) if map.len() == 1 => match map.iter().next() {
                 Some((Value::String(key), settings)) => match self.kinds.iter().find(|kind| kind.key == key) {
-                    Some(kind) => return self.settings(kind, settings.clone(), &join(path, &path::key(key))),
+                    Some(kind) => {
+                        let decoded = self.settings(kind, settings.clone(), &join(path, &path::key(key)))?;
+                        return Some(Decoded { when, ..decoded });
+                    }
                     None => unknown(Spot::Key(join(path, &path::key(key))), key),
                 },
                 _ => Finding::error(Spot::Value(path.to_owned()), "the name of a filter must be text"),
@@ -326,7 +350,7 @@ impl Decoding<'_> {
             settings = Value::Mapping(Mapping::new());
         }
         let settings = self.all(settings, path, |settings| (kind.decode)(settings.clone()))?;
-        Some(Decoded { key: kind.key, settings })
+        Some(Decoded { key: kind.key, settings, when: None })
     }
 
     /// Decodes `value`, which stands at `at`, and notes every error in it. What does not fit is taken out and left to

@@ -4,7 +4,8 @@
 
 use serde_yaml::Value;
 
-use super::report::{Finding, Spot, nearest};
+use super::report::{Finding, Spot};
+use crate::error::nearest;
 use crate::error::path::{self, parent};
 
 /// What a decode error complains of.

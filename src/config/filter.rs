@@ -1,4 +1,5 @@
-//! `filters:` of a route: one-key maps whose keys are the registered filters, ours and yours alike.
+//! `filters:` of a route: maps of one key, which is that of a registered filter, ours or yours, and perhaps
+//! `when:` beside it.
 //!
 //! The keys are not known to serde, so an entry is kept as it was written and decoded by the [`FilterKind`] of its
 //! key, with the path of every error inside.
@@ -39,11 +40,11 @@ pub struct DecodeError {
     pub message: String,
 }
 
-/// One entry of `filters:`: a key and its settings.
+/// One entry of `filters:`: a key and its settings, and perhaps `when:`.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct FilterEntry {
-    /// The one-key map, as written: what `${…}` stands for is not in it.
+    /// The map, as written: what `${…}` stands for is not in it.
     pub written: Value,
     /// The settings, once the configuration was checked against the registered filters.
     #[serde(skip)]
@@ -57,6 +58,13 @@ pub struct Decoded {
     pub key: &'static str,
     /// The settings of the type that its filter declared.
     pub settings: Settings,
+    /// The condition under which it acts; always, if there is none.
+    pub when: Option<String>,
+}
+
+impl FilterEntry {
+    /// The key of an entry that stands beside its filter: the condition under which it acts.
+    pub const WHEN: &'static str = "when";
 }
 
 impl fmt::Debug for Decoded {
@@ -72,6 +80,6 @@ impl JsonSchema for FilterEntry {
 
     /// A placeholder: `config::schema` puts the registered filters in its place.
     fn json_schema(_: &mut SchemaGenerator) -> Schema {
-        json_schema!({ "type": "object", "minProperties": 1, "maxProperties": 1 })
+        json_schema!({ "type": "object", "minProperties": 1, "maxProperties": 2 })
     }
 }

@@ -7,10 +7,11 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::error::BuildError;
+use crate::expression::{self, Moment};
 
 /// Where rate limits, hashes and the like take their key from.
 ///
-/// In YAML: `client_ip`, `path`, `route`, `{ header: x }`, `{ cookie: x }` or `{ query: x }`.
+/// In YAML: `client_ip`, `path`, `route`, `{ header: x }`, `{ cookie: x }`, `{ query: x }` or `{ cel: "…" }`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Key {
@@ -26,13 +27,15 @@ pub enum Key {
     Cookie(String),
     /// The value of a query argument, percent-decoded; the first one, if there are several.
     Query(String),
+    /// What an expression makes; see `conf/manual/expressions.md`.
+    Cel(String),
 }
 
 impl Key {
     /// Whether such a key can exist at all.
     ///
     /// # Errors
-    /// A name that no header or cookie can have; the path is `header`, `cookie` or `query`.
+    /// A name that no header or cookie can have, or an expression that is none; the path is that of the choice.
     pub fn check(&self) -> Result<(), BuildError> {
         match self {
             Key::ClientIp | Key::Path | Key::Route => Ok(()),
@@ -43,6 +46,9 @@ impl Key {
             }
             Key::Query(name) if name.is_empty() => Err(BuildError::new("query", "a query argument needs a name")),
             Key::Query(_) => Ok(()),
+            Key::Cel(written) => {
+                expression::Value::build(written, Moment::Request).map(drop).map_err(|error| error.under("cel"))
+            }
         }
     }
 }

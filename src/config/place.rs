@@ -100,7 +100,7 @@ struct Node {
 }
 
 enum Inside {
-    Scalar(String),
+    Scalar(String, ScalarStyle),
     List(Vec<Place>),
     Map {
         /// The key that is written first.
@@ -146,6 +146,21 @@ impl Places {
         reading.places
     }
 
+    /// The bytes of the file `text` that a part of the scalar at `path` is written with. `None` if that cannot be
+    /// told: the scalar holds a `${…}`, or came from elsewhere.
+    pub fn inside(&self, text: &str, path: &str, part: &Range<usize>) -> Option<Range<usize>> {
+        let mut steps = path::follow(self.root.as_ref()?, path);
+        steps.by_ref().for_each(drop);
+        let node = &*steps.at().node;
+        let Inside::Scalar(scalar, style) = &node.inside else { return None };
+        if !steps.is_whole() || scalar.contains("${") {
+            return None;
+        }
+        let written = text.get(node.span.clone())?;
+        let inner = aligned(written, *style, scalar, part)?;
+        Some(node.span.start + inner.start..node.span.start + inner.end)
+    }
+
     /// Follows `path` as far as it leads; `None` if that is nowhere.
     pub fn find(&self, path: &str) -> Option<Found> {
         let mut steps = path::follow(self.root.as_ref()?, path);
@@ -170,7 +185,7 @@ impl Place {
     /// What to underline for this value: itself where it has a visible extent, else its key, else its first child.
     fn caret(&self) -> Range<usize> {
         let Node { span, inside } = &*self.node;
-        if span.len() > 1 || (span.len() == 1 && matches!(inside, Inside::Scalar(_))) {
+        if span.len() > 1 || (span.len() == 1 && matches!(inside, Inside::Scalar(..))) {
             return span.clone();
         }
         self.key.clone().unwrap_or_else(|| match inside {
@@ -322,7 +337,7 @@ impl<'t> Reading<'t> {
             }
             Event::Scalar(text, style, anchor, _) => {
                 let span = self.scalar_span(span, style);
-                self.node(anchor, Node { span, inside: Inside::Scalar(text.into_owned()) });
+                self.node(anchor, Node { span, inside: Inside::Scalar(text.into_owned(), style) });
             }
             Event::Alias(anchor) => {
                 if let Some(node) = self.anchors.get(&anchor) {
@@ -401,13 +416,13 @@ impl<'t> Reading<'t> {
             return;
         };
         match &mut open.inside {
-            Inside::Scalar(_) => {}
+            Inside::Scalar(..) => {}
             Inside::List(items) => items.push(Place { key: None, node }),
             Inside::Map { first, entries } => match open.key.take() {
                 None => {
                     first.get_or_insert_with(|| span.clone());
                     let name = match &node.inside {
-                        Inside::Scalar(text) => text.clone(),
+                        Inside::Scalar(text, _) => text.clone(),
                         _ => "?".to_owned(),
                     };
                     open.key = Some((name, span));
@@ -424,6 +439,61 @@ impl<'t> Reading<'t> {
             },
         }
     }
+}
+
+/// The bytes of `written`, quotes, indentation and all, that stand for a part of the scalar that was read from it.
+/// Both are walked side by side; where they cannot be brought together, there is no answer.
+fn aligned(written: &str, style: ScalarStyle, scalar: &str, part: &Range<usize>) -> Option<Range<usize>> {
+    let quote = match style {
+        ScalarStyle::SingleQuoted => Some('\''),
+        ScalarStyle::DoubleQuoted => Some('"'),
+        ScalarStyle::Plain | ScalarStyle::Literal | ScalarStyle::Folded => None,
+    };
+    let mut at = quote.map_or(0, char::len_utf8);
+    let (mut start, mut end) = (None, None);
+    for (place, c) in scalar.char_indices() {
+        let behind = loop {
+            let rest = &written[at..];
+            let Some(next) = rest.chars().next() else {
+                // The span of a block ends before its last line breaks.
+                if c.is_whitespace() { break at } else { return None }
+            };
+            match (quote, next) {
+                // The span of a block begins behind its first empty lines.
+                (None, _) if at == 0 && c == '\n' => break 0,
+                (Some('\''), '\'') if c == '\'' => break at + 2,
+                (Some('"'), '\\') if rest[1..].starts_with(['\n', '\r']) => {
+                    at += 1 + rest[1..].len() - rest[1..].trim_start().len();
+                }
+                (Some('"'), '\\') => {
+                    let digits = match rest[1..].chars().next()? {
+                        'x' => 2,
+                        'u' => 4,
+                        'U' => 8,
+                        _ => 0,
+                    };
+                    break at + 1 + rest[1..].chars().next()?.len_utf8() + digits;
+                }
+                // A fold: the break and the blanks round it are one blank, or one break.
+                _ if c == ' ' && matches!(next, '\n' | '\r') => break at + rest.len() - rest.trim_start().len(),
+                _ if next == c => break at + c.len_utf8(),
+                (_, '\r') if c == '\n' => break at + if rest.starts_with("\r\n") { 2 } else { 1 },
+                _ if next.is_whitespace() => at += next.len_utf8(),
+                _ => return None,
+            }
+        };
+        if place == part.start {
+            start = Some(at);
+        }
+        at = behind;
+        if place + c.len_utf8() == part.end {
+            end = Some(at);
+        }
+    }
+    // What is missing is missing behind the last character.
+    let start = start.or((part.start >= scalar.len()).then_some(at))?;
+    let end = end.unwrap_or(start).max(start);
+    (end <= written.len()).then_some(start..end)
 }
 
 /// The bytes of `text` up to the quote that closes its first one.
@@ -492,6 +562,42 @@ mod tests {
         assert_eq!(value(text, "one.x"), "1");
         assert_eq!(value(text, "one.y"), "3");
         assert_eq!(value(text, "two.y"), "2");
+    }
+
+    #[test]
+    fn a_part_of_a_scalar_is_found_however_it_is_written() {
+        for (text, part, expected) in [
+            ("a: one two three", "two", "two"),
+            ("a: 'it''s two'", "two", "two"),
+            ("a: \"say \\\"one\\\" two\"", "two", "two"),
+            ("a: \"say \\\"one\\\" two\"", "\"one\"", "\\\"one\\\""),
+            ("a: \"\\u00e4 \\x41 two\"", "two", "two"),
+            ("a: |\n  one\n  ü two\n  three\n", "two", "two"),
+            ("a: |\n  one\n    two\n", "two", "two"),
+            ("a: |\r\n  one\r\n  two\r\n", "two", "two"),
+            ("a: >-\r  one\r  two\r", "two", "two"),
+            ("a: |2- # two\n\n    one\n  two\n", "two", "two"),
+            ("a: |\n  \"one\" two\n  three\n", "two", "two"),
+            ("a: >-\n  'one'\n  | two\n  > three\n", "three", "three"),
+            ("a: >-\n  one\n  two\n\n  three\n", "three", "three"),
+            ("a: >-\n  one\n  two\n", "one two", "one\n  two"),
+            ("a: one\n  two\n  three", "three", "three"),
+            ("a: \"one\n  two \\\n  three\"", "three", "three"),
+        ] {
+            let places = Places::of(text);
+            let root = places.root.as_ref().expect("a map");
+            let Some(Inside::Scalar(scalar, _)) = root.child(&Step::Key("a".into())).map(|place| &place.node.inside)
+            else {
+                panic!("{text} has no scalar")
+            };
+            let from = scalar.find(part).unwrap_or_else(|| panic!("{scalar}"));
+            let found = places.inside(text, "a", &(from..from + part.len()));
+            assert_eq!(found.map(|found| &text[found]), Some(expected), "{text}");
+        }
+        let text = "a: 'x ${Y} z'";
+        assert_eq!(Places::of(text).inside(text, "a", &(0..1)), None);
+        let text = "a: 'x'";
+        assert_eq!(Places::of(text).inside(text, "a", &(1..1)).map(|found| found.start), Some(5));
     }
 
     #[test]

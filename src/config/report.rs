@@ -12,7 +12,7 @@ use std::sync::Arc;
 use annotate_snippets::{AnnotationKind, Group, Level, Origin, Renderer, Snippet};
 
 use super::place::Places;
-use crate::error::path;
+use crate::error::{Inside, nearest, path};
 
 /// The words of a finding are cut beyond so many characters; a value in them may be of any length.
 const WORDS_MAX: usize = 240;
@@ -49,6 +49,8 @@ pub(super) enum Spot {
     Value(String),
     /// The key at this path.
     Key(String),
+    /// A part of the text at this path.
+    Inside(String, Inside),
     /// These bytes.
     Bytes(Range<usize>),
     /// The file as a whole.
@@ -58,7 +60,7 @@ pub(super) enum Spot {
 impl Spot {
     fn path(&self) -> Option<&str> {
         match self {
-            Spot::Value(path) | Spot::Key(path) => Some(path),
+            Spot::Value(path) | Spot::Key(path) | Spot::Inside(path, _) => Some(path),
             Spot::Bytes(_) | Spot::File => None,
         }
     }
@@ -275,6 +277,11 @@ impl Source {
         if let Some(path) = self.unwritten(&spot) {
             title = format!("`{path}`: {title}");
         }
+        if let Spot::Inside(path, inside) = &spot
+            && self.places.inside(&self.text, path, &inside.bytes).is_none()
+        {
+            title.push_str(&inside.told());
+        }
         if let Some((spot, label)) = also {
             secrets.extend(self.secrets_at(&spot));
             spots.extend(self.range(&spot).map(|range| (range, label)));
@@ -300,6 +307,10 @@ impl Source {
         let range = match spot {
             Spot::Bytes(range) => range.clone(),
             Spot::Value(path) => self.places.find(path)?.value,
+            Spot::Inside(path, inside) => {
+                let found = self.places.inside(&self.text, path, &inside.bytes);
+                found.or_else(|| Some(self.places.find(path)?.value))?
+            }
             Spot::Key(path) => {
                 let found = self.places.find(path)?;
                 found.key.filter(|_| found.whole).unwrap_or(found.value)
@@ -375,19 +386,6 @@ fn printable(text: &str) -> Cow<'_, str> {
 
 fn is_c1(c: char) -> bool {
     ('\u{80}'..='\u{9f}').contains(&c)
-}
-
-/// The one of `known` that `wrong` is most likely a misspelling of.
-pub(super) fn nearest<'k>(wrong: &str, known: impl IntoIterator<Item = &'k str>) -> Option<&'k str> {
-    let wrong = wrong.to_lowercase();
-    let distance = |name: &str| {
-        // A word that was left out or added, as in `hosts` for `host_names`, is near as well.
-        let begun = wrong.len() >= 3 && (name.starts_with(&wrong) || wrong.starts_with(name));
-        if begun { 1 } else { strsim::damerau_levenshtein(&wrong, &name.to_lowercase()) }
-    };
-    let (near, distance) =
-        known.into_iter().map(|name| (name, distance(name))).min_by_key(|&(_, distance)| distance)?;
-    (distance <= (wrong.chars().count() + 1) / 3).then_some(near)
 }
 
 #[cfg(test)]

@@ -58,12 +58,13 @@ pub struct Route {
     pub mirror: Option<Mirror>,
 }
 
-/// Whether a gRPC call is treated as one. It is a POST over HTTP/2 with `te: trailers` and the media type `application/grpc`, so
-/// that every client may make one of any request.
+/// Whether a gRPC call is treated as one. It is a POST over HTTP/2 with `te: trailers` and the media type
+/// `application/grpc`, so that every client may make one of any request.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Grpc {
-    /// Where its upstream is asked over HTTP/2: neither side of it is held back, and `client.min_rate.read` does not count.
+    /// Where its upstream is asked over HTTP/2: neither side of it is held back, and `client.min_rate.read` does
+    /// not count.
     #[default]
     Auto,
     /// It is a request like any other.
@@ -98,6 +99,10 @@ pub struct Match {
     pub headers: BTreeMap<String, ValueMatch>,
     /// Query arguments by name; all must match.
     pub queries: BTreeMap<String, ValueMatch>,
+    /// A condition in CEL, such as `request.cookies["beta"] == "1"`, that is asked when all else matches; see
+    /// `conf/manual/expressions.md`. A route with one goes before one without.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub when: Option<String>,
 }
 
 /// A condition on the path.
@@ -226,7 +231,8 @@ pub struct RequestBuffering {
     /// Bytes of one body that are held on disk. One that does not fit into this and `memory` is streamed with `auto`;
     /// with `full` it is refused with 413, unless `on_disk_full` is `stream`.
     pub disk: Size,
-    /// The longest request body. A longer one is refused with 413, before a byte of it is read if its length is known.
+    /// The longest request body. A longer one is refused with 413, before a byte of it is read if its length is
+    /// known.
     pub max_body: Size,
     /// What happens to a body for which there is no room left on the disk, or in `resources.disk`.
     pub on_disk_full: OnDiskFull,
@@ -298,9 +304,9 @@ pub struct Client {
     pub body_idle: Time,
     /// Between two pieces of the response that it takes; longer, and the connection is cut.
     pub write_idle: Time,
-    /// What it means that a client of HTTP/1 closes its sending side while it waits for its answer. `answer`: it has sent
-    /// all that it wants to send, and gets its answer. `abort`: it is gone, and the upstream is let go. A reset always
-    /// means that it is gone.
+    /// What it means that a client of HTTP/1 closes its sending side while it waits for its answer. `answer`: it
+    /// has sent all that it wants to send, and gets its answer. `abort`: it is gone, and the upstream is let go. A
+    /// reset always means that it is gone.
     pub half_close: HalfClose,
     /// How slow it may be in the long run.
     pub min_rate: MinRate,
@@ -342,8 +348,8 @@ pub struct MinRate {
     pub read: ByteRate,
     /// At which the client must take its answer; slower, and the connection is cut. `0B/s`: however slow.
     pub write: ByteRate,
-    /// How far it may fall behind: waiting for the client uses this up, and each byte gives back the time that it takes
-    /// at the minimum rate, up to the whole of it.
+    /// How far it may fall behind: waiting for the client uses this up, and each byte gives back the time that it
+    /// takes at the minimum rate, up to the whole of it.
     pub grace: Time,
 }
 

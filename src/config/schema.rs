@@ -6,7 +6,7 @@ use schemars::generate::SchemaSettings;
 use serde_json::{Map, Value, json};
 
 use super::Config;
-use super::filter::FilterKind;
+use super::filter::{FilterEntry, FilterKind};
 
 /// The JSON Schema (draft 2020-12) of a configuration that may name these filters.
 pub fn schema(kinds: &[FilterKind]) -> Value {
@@ -15,9 +15,10 @@ pub fn schema(kinds: &[FilterKind]) -> Value {
         .iter()
         .map(|kind| {
             let settings = (kind.schema)(&mut generator);
+            let when = json!({ "type": "string", "description": "A condition in CEL under which the filter acts." });
             json!({
                 "type": "object",
-                "properties": { kind.key: settings },
+                "properties": { kind.key: settings, FilterEntry::WHEN: when },
                 "required": [kind.key],
                 "additionalProperties": false,
             })

@@ -9,6 +9,7 @@ use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 use serde::de::{self, Deserializer, Unexpected, Visitor};
 use serde::{Deserialize, Serialize, Serializer};
 
+use super::text::Text;
 use super::units::{Count, FileMode, Percent, Size, Time};
 
 /// How the process runs.
@@ -277,6 +278,8 @@ pub struct Tracing {
     pub queue: Count,
     /// For how long spans gather before they are exported: up to a minute.
     pub interval: Time,
+    /// Further attributes of the span of each exchange by name; one that is empty is left out.
+    pub attributes: BTreeMap<String, Text>,
 }
 
 impl Tracing {
@@ -301,6 +304,7 @@ impl Default for Tracing {
             timeout: Time::seconds(5),
             queue: Count(2_000),
             interval: Time::seconds(1),
+            attributes: BTreeMap::new(),
         }
     }
 }
@@ -356,11 +360,55 @@ pub struct AccessLog {
     pub query: Query,
     /// Lines that may wait for the writer; further ones are dropped and counted.
     pub queue: Count,
+    /// Further fields by name, such as `tenant: { cel: 'request.headers["x-tenant"]' }`; one that is empty is left out.
+    pub fields: BTreeMap<String, Text>,
+}
+
+impl AccessLog {
+    /// What every line has, in one format or the other: no further field can have such a name.
+    pub const FIELDS: &[&str] = &[
+        "time",
+        "listener",
+        "client",
+        "method",
+        "host",
+        "target",
+        "protocol",
+        "status",
+        "received",
+        "sent",
+        "total_ms",
+        "own_ms",
+        "phases",
+        "route",
+        "upstream",
+        "endpoint",
+        "attempts",
+        "failed",
+        "buffered",
+        "spilled",
+        "held_ms",
+        "saved_ms",
+        "reason",
+        "grpc_status",
+        "request_id",
+        "tls",
+        "client_subject",
+        "trace_id",
+        "referer",
+        "user_agent",
+    ];
 }
 
 impl Default for AccessLog {
     fn default() -> Self {
-        AccessLog { format: LogFormat::Json, path: "stdout".to_owned(), query: Query::Keep, queue: Count(8_000) }
+        AccessLog {
+            format: LogFormat::Json,
+            path: "stdout".to_owned(),
+            query: Query::Keep,
+            queue: Count(8_000),
+            fields: BTreeMap::new(),
+        }
     }
 }
 

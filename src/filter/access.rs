@@ -62,7 +62,7 @@ impl Filter for Access {
     }
 
     async fn request(&self, scope: &mut Scope<'_>) -> Verdict {
-        if self.admits(scope.client) { Verdict::Continue } else { Verdict::from(&DENIED) }
+        if self.admits(scope.facts.client) { Verdict::Continue } else { Verdict::from(&DENIED) }
     }
 }
 

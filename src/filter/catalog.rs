@@ -8,16 +8,17 @@ use schemars::JsonSchema;
 use serde_yaml::Value;
 
 use super::access::Access;
-use super::chain::Chain;
+use super::chain::{Chain, Link};
 use super::headers::Headers;
 use super::rate_limit::RateLimit;
 use super::redirect::Redirect;
 use super::request_id::RequestId;
 use super::respond::Respond;
 use super::rewrite::Rewrite;
-use super::{Filter, FilterType};
+use super::{Filter, FilterType, Stages};
 use crate::config::filter::{self, DecodeError, Decoded, FilterEntry, FilterKind, Settings};
 use crate::error::{BuildError, Refusal, path, refusal};
+use crate::expression::{Condition, Moment};
 
 /// The filters that a configuration may name.
 #[derive(Clone, Default)]
@@ -103,24 +104,34 @@ impl Catalog {
         if errors.is_empty() { Ok(Chain::new(filters)) } else { Err(errors) }
     }
 
-    fn link(&self, entry: &FilterEntry) -> Result<(&'static str, Box<dyn Filter>), BuildError> {
+    fn link(&self, entry: &FilterEntry) -> Result<Link, BuildError> {
         let decoded = match &entry.decoded {
             Some(decoded) => decoded.clone(),
             None => self.decode(&entry.written)?,
         };
         let filter = self.build(&decoded).map_err(|error| error.under(&path::key(decoded.key)))?;
-        Ok((decoded.key, filter))
+        let when = match &decoded.when {
+            Some(when) => Some(condition(when, &*filter).map_err(|error| error.under(FilterEntry::WHEN))?),
+            None => None,
+        };
+        Ok(Link::new(decoded.key, filter, when))
     }
 
     fn decode(&self, written: &Value) -> Result<Decoded, BuildError> {
-        let mut keys = written.as_mapping().into_iter().flatten();
-        let (Some((Value::String(key), settings)), None) = (keys.next(), keys.next()) else {
+        let entries = written.as_mapping().into_iter().flatten();
+        let (when, keys): (Vec<_>, Vec<_>) = entries.partition(|(key, _)| *key == FilterEntry::WHEN);
+        let when = match when.first() {
+            None => None,
+            Some((_, Value::String(when))) => Some(when.clone()),
+            Some(_) => return Err(BuildError::new(FilterEntry::WHEN, "expected an expression in quotes")),
+        };
+        let [(Value::String(key), settings)] = &keys[..] else {
             return Err(BuildError::new("", "expected one filter and its settings, such as `request_id: {}`"));
         };
         let kind = self.kinds.iter().find(|kind| kind.key == key).ok_or_else(|| unknown(key))?;
-        let settings = (kind.decode)(settings.clone())
+        let settings = (kind.decode)((*settings).clone())
             .map_err(|error| BuildError::new(error.path, error.message).under(&path::key(kind.key)))?;
-        Ok(Decoded { key: kind.key, settings })
+        Ok(Decoded { key: kind.key, settings, when })
     }
 
     /// Two rows with one reason would be two time series with the same labels, which no Prometheus takes.
@@ -136,6 +147,12 @@ impl Catalog {
             }
         }
     }
+}
+
+/// Makes ready the condition of a filter. What acts on requests must know by then whether it does.
+fn condition(written: &str, filter: &dyn Filter) -> Result<Condition, BuildError> {
+    let on_requests = filter.stages().intersects(Stages::REQUEST | Stages::REQUEST_BODY);
+    Condition::build(written, if on_requests { Moment::Request } else { Moment::Response })
 }
 
 fn unknown(key: &str) -> BuildError {
@@ -158,9 +175,8 @@ mod tests {
     use async_trait::async_trait;
     use serde_json::Value;
 
-    use super::super::Stages;
     use super::super::rehearsal::{chain, error};
-    use super::{Arc, BuildError, Catalog, Decoded, Filter, FilterEntry, FilterType, Refusal, refusal};
+    use super::{Arc, BuildError, Catalog, Decoded, Filter, FilterEntry, FilterType, Refusal, Stages, refusal};
 
     struct Stranger<const TWIN: bool>;
 
@@ -249,6 +265,27 @@ mod tests {
     }
 
     #[test]
+    fn a_condition_stands_beside_the_filter() {
+        let chain = chain(r#"[ { access: { deny: ["::1"] }, when: 'request.method == "GET"' } ]"#).unwrap_or_default();
+        assert!(chain.wants(Stages::REQUEST));
+        let told = "[0].when (at 1:1 of the expression): nothing is called `request.pth`: did you mean `request.path`?";
+        assert_eq!(error("- { access: { deny: ['::1'] }, when: request.pth }"), told);
+        let told = "[0].when (at 1:1 of the expression): `response.code` comes too early: \
+                    there is no response yet where this is asked";
+        assert_eq!(error("- { access: { deny: ['::1'] }, when: response.code == 500 }"), told);
+        assert_eq!(error("- { access: { deny: ['::1'] }, when: true }"), "[0].when: expected an expression in quotes");
+        assert_eq!(error("- when: 'true'"), "[0]: expected one filter and its settings, such as `request_id: {}`");
+    }
+
+    #[test]
+    fn what_acts_on_responses_alone_may_ask_for_them() {
+        let yaml = "- { headers: { response: { remove: [Server] } }, when: response.code >= 500 }";
+        assert!(chain(yaml).unwrap_or_default().wants(Stages::RESPONSE));
+        let both = "- { headers: { request: { remove: [A] }, response: { remove: [B] } }, when: response.code == 500 }";
+        assert!(error(both).contains("comes too early"));
+    }
+
+    #[test]
     fn a_key_with_nothing_behind_it_takes_every_default() {
         assert!(chain("- request_id:").is_ok());
         assert_eq!(error("- rate_limit:"), "[0].rate_limit: missing field `rate`");
@@ -266,7 +303,7 @@ mod tests {
     #[test]
     fn settings_of_one_filter_do_not_build_another() {
         let catalog = Catalog::builtin();
-        let mixed = Decoded { key: "access", settings: Arc::new(()) };
+        let mixed = Decoded { key: "access", settings: Arc::new(()), when: None };
         let error = catalog.build(&mixed).err().map(|error| error.to_string());
         assert_eq!(error.as_deref(), Some(": these settings were decoded for another filter"));
     }

@@ -4,14 +4,16 @@
 //! up by name, and nothing is allocated but the futures of the filters that run and one list of states.
 
 use std::any::Any;
-use std::net::IpAddr;
 
 use bytes::Bytes;
 use pingora::http::{RequestHeader, ResponseHeader};
+use prometheus::IntCounter;
 
 use super::{Filter, Outcome, Scope, Stages, Verdict};
 use crate::error::refusal;
 use crate::eventloop::Watched;
+use crate::expression::facts::Response;
+use crate::expression::{Asked, Condition, Facts};
 use crate::metrics::Metrics;
 
 /// The filters of one route.
@@ -29,41 +31,49 @@ pub struct Chain {
 }
 
 /// A filter, the key under which it was written, and how the event loop sees it.
-struct Link {
+pub(super) struct Link {
     key: &'static str,
     watched: Watched,
     filter: Box<dyn Filter>,
+    when: Option<When>,
+}
+
+/// The condition under which a filter acts.
+struct When {
+    condition: Condition,
+    /// Exchanges for which it did not hold; counted once there are metrics.
+    skipped: Option<IntCounter>,
 }
 
 type State = Option<Box<dyn Any + Send + Sync>>;
 
 /// What the filters of a chain keep for one exchange: a slot each. The default suits every chain.
 #[derive(Default)]
-pub struct States(Vec<State>);
+pub struct States(Vec<Slot>);
+
+#[derive(Default)]
+struct Slot {
+    state: State,
+    /// Whether the filter acts, once its condition was asked.
+    acts: Option<bool>,
+}
 
 /// What all filters of an exchange see: a [`Scope`] without the state, which is each filter's own.
 pub struct View<'a> {
-    /// The client's address; `None` on a unix socket.
-    pub client: Option<IpAddr>,
-    /// `http` or `https`, as the client spoke it.
-    pub scheme: &'static str,
-    /// The name of the route.
-    pub route: &'a str,
+    /// What is known of the exchange.
+    pub facts: Facts<'a>,
     /// The request header.
     pub request: &'a mut RequestHeader,
 }
 
 impl Chain {
-    /// A chain of filters, each with its key, in the order in which they were written.
-    pub(super) fn new(filters: Vec<(&'static str, Box<dyn Filter>)>) -> Chain {
-        let links: Vec<Link> =
-            filters.into_iter().map(|(key, filter)| Link { key, watched: Watched::untimed(key), filter }).collect();
-        let inwards = |stage| -> Vec<usize> {
-            (0..links.len()).filter(|&index| links[index].filter.stages().contains(stage)).collect()
-        };
+    /// A chain of filters, in the order in which they were written.
+    pub(super) fn new(links: Vec<Link>) -> Chain {
+        let inwards =
+            |stage| -> Vec<usize> { (0..links.len()).filter(|&index| links[index].stages().contains(stage)).collect() };
         let outwards = |stage| inwards(stage).into_iter().rev().collect();
         Chain {
-            stages: links.iter().fold(Stages::NONE, |all, link| all | link.filter.stages()),
+            stages: links.iter().fold(Stages::NONE, |all, link| all | link.stages()),
             request: inwards(Stages::REQUEST),
             request_body: inwards(Stages::REQUEST_BODY),
             response: outwards(Stages::RESPONSE),
@@ -73,10 +83,13 @@ impl Chain {
         }
     }
 
-    /// Times the polls of its filters.
-    pub fn timed(mut self, metrics: &Metrics) -> Chain {
+    /// Times the polls of its filters, and counts the exchanges of this route in which they do nothing.
+    pub fn timed(mut self, route: &str, metrics: &Metrics) -> Chain {
         for link in &mut self.links {
             link.watched.time(metrics.filter_polls(link.key));
+            if let Some(when) = &mut link.when {
+                when.skipped = Some(metrics.filter_skipped(route, link.key));
+            }
         }
         self
     }
@@ -88,13 +101,19 @@ impl Chain {
 
     /// Fresh states for one exchange; an empty chain allocates nothing.
     pub fn states(&self) -> States {
-        States(self.links.iter().map(|_| None).collect())
+        States(self.links.iter().map(|_| Slot::default()).collect())
     }
 
     /// Runs [`Filter::request`].
     pub async fn request(&self, states: &mut States, mut view: View<'_>) -> Verdict {
         for &index in &self.request {
             let link = &self.links[index];
+            if !link.acts(states.slot(index), || view.facts.asked(view.request)) {
+                continue;
+            }
+            if !link.wants(Stages::REQUEST) {
+                continue;
+            }
             let mut scope = view.scope(states, index);
             let verdict = link.watched.run(link.filter.request(&mut scope)).await;
             let Verdict::Continue = verdict else { return verdict };
@@ -112,6 +131,9 @@ impl Chain {
     ) -> Verdict {
         for &index in &self.request_body {
             let link = &self.links[index];
+            if !link.acts(states.slot(index), || view.facts.asked(view.request)) {
+                continue;
+            }
             let mut scope = view.scope(states, index);
             let call = link.filter.request_body(&mut scope, piece, end);
             let verdict = link.watched.run(call).await;
@@ -124,6 +146,13 @@ impl Chain {
     pub async fn response(&self, states: &mut States, mut view: View<'_>, response: &mut ResponseHeader) -> Verdict {
         for &index in &self.response {
             let link = &self.links[index];
+            let acts = {
+                let asked = view.facts.asked(view.request);
+                link.acts(states.slot(index), || asked.answered(response))
+            };
+            if !acts || !link.wants(Stages::RESPONSE) {
+                continue;
+            }
             let mut scope = view.scope(states, index);
             let call = link.filter.response(&mut scope, response);
             let verdict = link.watched.run(call).await;
@@ -142,6 +171,9 @@ impl Chain {
     ) -> Verdict {
         for &index in &self.response_body {
             let link = &self.links[index];
+            if !link.acts(states.slot(index), || view.facts.asked(view.request)) {
+                continue;
+            }
             let mut scope = view.scope(states, index);
             let call = link.filter.response_body(&mut scope, piece, end);
             let verdict = link.watched.run(call).await;
@@ -154,12 +186,48 @@ impl Chain {
     pub fn end(&self, states: &mut States, mut view: View<'_>, outcome: Outcome) {
         for &index in &self.end {
             let link = &self.links[index];
+            let response = Some(Response { code: outcome.status, headers: None });
+            if !link.acts(states.slot(index), || Asked { response, ..view.facts.asked(view.request) }) {
+                continue;
+            }
             link.watched.call(|| link.filter.end(&mut view.scope(states, index), outcome));
         }
     }
 }
 
 impl Link {
+    /// A filter that was written under `key`, and the condition under which it acts.
+    pub(super) fn new(key: &'static str, filter: Box<dyn Filter>, when: Option<Condition>) -> Link {
+        let when = when.map(|condition| When { condition, skipped: None });
+        Link { key, watched: Watched::untimed(key), filter, when }
+    }
+
+    /// The stages at which it is called, or at which its condition is asked.
+    fn stages(&self) -> Stages {
+        let asked = match &self.when {
+            None => Stages::NONE,
+            Some(when) if when.condition.reads_response() => Stages::RESPONSE,
+            Some(_) => Stages::REQUEST,
+        };
+        self.filter.stages() | asked
+    }
+
+    fn wants(&self, stage: Stages) -> bool {
+        self.filter.stages().contains(stage)
+    }
+
+    /// Whether it acts in this exchange. Its condition is asked once, for it may read what filters change.
+    fn acts<'a>(&self, slot: &mut Slot, asked: impl FnOnce() -> Asked<'a>) -> bool {
+        let Some(when) = &self.when else { return true };
+        *slot.acts.get_or_insert_with(|| {
+            let holds = when.condition.holds(&asked());
+            if !holds && let Some(skipped) = &when.skipped {
+                skipped.inc();
+            }
+            holds
+        })
+    }
+
     /// The verdict of a stage that comes too late for an answer.
     fn late(&self, stage: &str, verdict: Verdict) -> Verdict {
         match verdict {
@@ -174,9 +242,9 @@ impl Link {
 
 impl States {
     /// Slots are added as they are asked for, so that states of another chain can never panic.
-    fn slot(&mut self, index: usize) -> &mut State {
+    fn slot(&mut self, index: usize) -> &mut Slot {
         if index >= self.0.len() {
-            self.0.resize_with(index + 1, || None);
+            self.0.resize_with(index + 1, Slot::default);
         }
         &mut self.0[index]
     }
@@ -184,13 +252,7 @@ impl States {
 
 impl View<'_> {
     fn scope<'s>(&'s mut self, states: &'s mut States, index: usize) -> Scope<'s> {
-        Scope {
-            client: self.client,
-            scheme: self.scheme,
-            route: self.route,
-            request: self.request,
-            state: states.slot(index),
-        }
+        Scope { facts: self.facts, request: self.request, state: &mut states.slot(index).state }
     }
 }
 
@@ -202,6 +264,7 @@ mod tests {
 
     use super::super::Answer;
     use super::*;
+    use crate::expression::Moment;
 
     /// Writes its name into the header or the body at each stage, and stops where it is told to.
     struct Witness {
@@ -248,8 +311,16 @@ mod tests {
     }
 
     fn chain(witnesses: impl IntoIterator<Item = Witness>) -> Chain {
-        let boxed = |witness: Witness| (witness.name, Box::new(witness) as Box<dyn Filter>);
-        Chain::new(witnesses.into_iter().map(boxed).collect())
+        Chain::new(witnesses.into_iter().map(|witness| Link::new(witness.name, Box::new(witness), None)).collect())
+    }
+
+    /// The same, each of which acts only where its condition holds.
+    fn chain_where<const N: usize>(witnesses: [(Witness, &str); N]) -> Chain {
+        let link = |(witness, when): (Witness, &str)| {
+            let when = Condition::build(when, Moment::Response).unwrap();
+            Link::new(witness.name, Box::new(witness), Some(when))
+        };
+        Chain::new(witnesses.into_iter().map(link).collect())
     }
 
     fn request() -> RequestHeader {
@@ -257,7 +328,7 @@ mod tests {
     }
 
     fn view(request: &mut RequestHeader) -> View<'_> {
-        View { client: None, scheme: "http", route: "all", request }
+        View { facts: Facts::of("all", "/"), request }
     }
 
     fn seen<'a>(headers: &'a http::HeaderMap, name: &str) -> Vec<&'a str> {
@@ -314,6 +385,61 @@ mod tests {
         assert_eq!(seen(&request.headers, "ended"), ["b"]);
         assert!(chain.wants(Stages::RESPONSE | Stages::RESPONSE_BODY));
         assert!(!chain.wants(Stages::REQUEST_BODY | Stages::RESPONSE_BODY));
+    }
+
+    #[test]
+    fn a_condition_is_asked_once_and_holds_for_every_stage() {
+        let chain = chain_where([
+            (witness("a"), r#"!("seen" in request.headers)"#),
+            (witness("b"), r#"request.method == "POST""#),
+            (witness("c"), r#"!("seen" in request.headers)"#),
+        ]);
+        let (mut request, mut states) = (request(), chain.states());
+        let mut response = ResponseHeader::build(200, None).unwrap();
+        let mut piece = None;
+        chain.request(&mut states, view(&mut request)).now_or_never().unwrap();
+        assert!(request.headers.contains_key("seen"), "the condition of `a` would not hold any more");
+        chain.request_body(&mut states, view(&mut request), &mut piece, true).now_or_never().unwrap();
+        chain.response(&mut states, view(&mut request), &mut response).now_or_never().unwrap();
+        chain.end(&mut states, view(&mut request), OVER);
+
+        assert_eq!(seen(&request.headers, "seen"), ["a"]);
+        assert_eq!(piece.as_deref(), Some(b"a".as_slice()));
+        assert_eq!(seen(&response.headers, "seen"), ["a"]);
+        assert_eq!(seen(&request.headers, "ended"), ["a"]);
+    }
+
+    #[test]
+    fn a_condition_on_the_response_is_asked_when_there_is_one() {
+        let late = || Witness { stages: Stages::RESPONSE | Stages::RESPONSE_BODY | Stages::END, ..witness("a") };
+        let on = |code: u16| {
+            let chain = chain_where([(late(), "response.code >= 500")]);
+            let (mut request, mut states) = (request(), chain.states());
+            let mut response = ResponseHeader::build(code, None).unwrap();
+            let mut piece = None;
+            chain.request(&mut states, view(&mut request)).now_or_never().unwrap();
+            chain.response(&mut states, view(&mut request), &mut response).now_or_never().unwrap();
+            chain.response_body(&mut states, view(&mut request), &mut piece, true).now_or_never().unwrap();
+            chain.end(&mut states, view(&mut request), OVER);
+            (response.headers.contains_key("seen"), piece.is_some(), request.headers.contains_key("ended"))
+        };
+        assert_eq!(on(502), (true, true, true));
+        assert_eq!(on(200), (false, false, false));
+    }
+
+    #[test]
+    fn a_condition_that_was_not_asked_before_a_refusal_is_asked_behind_it() {
+        let refuses = Witness { verdict: || Verdict::from(&refusal::HEADER_METHOD), ..witness("a") };
+        let chain =
+            chain_where([(refuses, "true"), (witness("b"), r#"request.method == "GET""#), (witness("c"), "false")]);
+        let (mut request, mut states) = (request(), chain.states());
+        let mut response = ResponseHeader::build(405, None).unwrap();
+        chain.request(&mut states, view(&mut request)).now_or_never().unwrap();
+        chain.response(&mut states, view(&mut request), &mut response).now_or_never().unwrap();
+        chain.end(&mut states, view(&mut request), OVER);
+        assert_eq!(seen(&request.headers, "seen"), ["a"]);
+        assert_eq!(seen(&response.headers, "seen"), ["nothing", "a"], "`b` acts, and has kept nothing");
+        assert_eq!(seen(&request.headers, "ended"), ["b", "a"]);
     }
 
     #[test]

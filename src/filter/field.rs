@@ -8,11 +8,46 @@ use http::header::{self, HeaderName};
 use http::uri::Authority;
 use pingora::http::{RequestHeader, ResponseHeader};
 
+use crate::config::Text;
+use crate::error::BuildError;
+use crate::expression::{self, Asked, Moment};
+
 /// A field with its name in the case in which it was written, which HTTP/1 keeps.
 #[derive(Clone, Debug)]
 pub(super) struct Field {
     pub name: Bytes,
     pub value: HeaderValue,
+}
+
+/// The value of a field: fixed, or made for each exchange.
+#[derive(Clone, Debug)]
+pub(super) enum Words {
+    Fixed(HeaderValue),
+    Made(expression::Value),
+}
+
+impl Words {
+    /// Makes ready what is `written`, to be asked for at this moment. The path of an error is `cel` or empty.
+    pub fn build(written: &Text, moment: Moment) -> Result<Words, BuildError> {
+        match written {
+            Text::Fixed(text) => value(text).map(Words::Fixed).map_err(|message| BuildError::new("", message)),
+            Text::Made { cel } => {
+                expression::Value::build(cel, moment).map(Words::Made).map_err(|error| error.under("cel"))
+            }
+        }
+    }
+
+    /// The value for this exchange. `None` for one that was made and is empty, or could not stand in a header: a line break
+    /// in it would be a field of the client's choice.
+    pub fn value(&self, asked: &Asked<'_>) -> Option<HeaderValue> {
+        match self {
+            Words::Fixed(value) => Some(value.clone()),
+            Words::Made(made) => {
+                let made = made.of(asked);
+                HeaderValue::from_bytes(&made).ok().filter(|value| !value.is_empty())
+            }
+        }
+    }
 }
 
 /// The name of a header.

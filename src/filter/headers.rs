@@ -10,6 +10,10 @@
 //!       set: { Strict-Transport-Security: max-age=31536000 }
 //!       add: { Link: "</style.css>; rel=preload" }       # besides what is there
 //! ```
+//!
+//! A value may be `{ cel: "…" }`, which makes one for each exchange. Where it makes an empty one, or one that
+//! cannot stand in a header, there is no such field afterwards; so a field that a client sends by the same name
+//! never stays in its place.
 
 use std::collections::BTreeMap;
 
@@ -17,14 +21,17 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use http::header::HOST;
 use http::uri::Authority;
-use http::{HeaderName, Uri};
+use http::{HeaderName, HeaderValue, Uri};
 use pingora::http::{RequestHeader, ResponseHeader};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::field::{self, Field, Fields};
+use super::field::{self, Field, Fields, Words};
 use super::{Filter, FilterType, Scope, Stages, Verdict};
-use crate::error::BuildError;
+use crate::config::Text;
+use crate::error::path::{self, join};
+use crate::error::{BuildError, Refusal};
+use crate::expression::{self, Moment};
 
 /// Removes, sets and adds header fields. Fields that frame a message or belong to a connection cannot be touched.
 #[derive(Clone, Debug, Default, Deserialize, JsonSchema)]
@@ -42,51 +49,79 @@ pub struct Settings {
 pub struct HeaderChanges {
     /// Fields that are taken away.
     pub remove: Vec<String>,
-    /// Fields that stand in place of all of the same name.
-    pub set: BTreeMap<String, String>,
-    /// Fields that are added to those of the same name.
-    pub add: BTreeMap<String, String>,
+    /// Fields that stand in place of all of the same name; a value is text or `{ cel: … }`.
+    pub set: BTreeMap<String, Text>,
+    /// Fields that are added to those of the same name; a value is text or `{ cel: … }`.
+    pub add: BTreeMap<String, Text>,
 }
+
+static UNFIT: Refusal = Refusal::new("route.headers", 400, "The request cannot be given a host.");
 
 /// Changes header fields.
 pub struct Headers {
     request: Changes,
     response: Changes,
     /// The `Host` that `request` sets.
-    host: Option<Authority>,
+    host: Option<Host>,
 }
 
 #[derive(Default)]
 struct Changes {
     remove: Vec<HeaderName>,
-    set: Vec<Field>,
-    add: Vec<Field>,
+    set: Vec<Change>,
+    add: Vec<Change>,
+}
+
+/// A field and where its value comes from.
+struct Change {
+    name: HeaderName,
+    /// The same name in the case in which it goes out.
+    written: Bytes,
+    value: Words,
+}
+
+/// A host that is fixed, or made for each exchange.
+enum Host {
+    Fixed(Authority),
+    Made(expression::Value),
 }
 
 #[async_trait]
 impl Filter for Headers {
     fn stages(&self) -> Stages {
-        let request = if self.request.is_empty() { Stages::NONE } else { Stages::REQUEST };
+        let request = if self.request.is_empty() && self.host.is_none() { Stages::NONE } else { Stages::REQUEST };
         let response = if self.response.is_empty() { Stages::NONE } else { Stages::RESPONSE };
         request | response
     }
 
     async fn request(&self, scope: &mut Scope<'_>) -> Verdict {
-        self.request.apply(scope.request);
-        if let Some(host) = &self.host {
-            agree(scope.request, host);
+        let facts = scope.facts;
+        self.request.apply(scope.request, |request, words| words.value(&facts.asked(request)));
+        let host = match &self.host {
+            None => return Verdict::Continue,
+            Some(Host::Fixed(host)) => Some(host.clone()),
+            Some(Host::Made(made)) => std::str::from_utf8(&made.of(&scope.asked())).ok().and_then(field::host),
+        };
+        match host.and_then(|host| Some((field::value(host.as_str()).ok()?, host))) {
+            Some((value, host)) => {
+                scope.request.set(&Field { name: Bytes::from_static(b"Host"), value });
+                agree(scope.request, &host);
+                Verdict::Continue
+            }
+            None => Verdict::from(&UNFIT),
         }
-        Verdict::Continue
     }
 
-    async fn response(&self, _: &mut Scope<'_>, response: &mut ResponseHeader) -> Verdict {
-        self.response.apply(response);
+    async fn response(&self, scope: &mut Scope<'_>, response: &mut ResponseHeader) -> Verdict {
+        let asked = scope.asked();
+        self.response.apply(response, |response, words| words.value(&asked.answered(response)));
         Verdict::Continue
     }
 }
 
 impl FilterType for Headers {
     const KEY: &'static str = "headers";
+    const REFUSALS: &'static [&'static Refusal] = &[&UNFIT];
     type Settings = Settings;
 
     fn build(settings: &Settings) -> Result<Self, BuildError> {
@@ -95,28 +130,25 @@ impl FilterType for Headers {
         }
         let mut written = settings.request.clone();
         let host = take_host(&mut written.set)?;
-        let mut request = Changes::build(&written).map_err(|error| error.under("request"))?;
-        if let Some((field, _)) = &host {
-            request.set.push(field.clone());
-        }
-        let response = Changes::build(&settings.response).map_err(|error| error.under("response"))?;
-        if request.is_empty() && response.is_empty() {
+        let request = Changes::build(&written, Moment::Request).map_err(|error| error.under("request"))?;
+        let response = Changes::build(&settings.response, Moment::Response).map_err(|error| error.under("response"))?;
+        if request.is_empty() && response.is_empty() && host.is_none() {
             let message = "nothing to do: write `request` or `response` with `remove`, `set` or `add`";
             return Err(BuildError::new("", message));
         }
-        Ok(Headers { request, response, host: host.map(|(_, authority)| authority) })
+        Ok(Headers { request, response, host })
     }
 }
 
 impl Changes {
-    fn build(written: &HeaderChanges) -> Result<Changes, BuildError> {
+    fn build(written: &HeaderChanges, moment: Moment) -> Result<Changes, BuildError> {
         let remove = written.remove.iter().enumerate().map(|(index, name)| {
             field::free_name(name).map_err(|message| BuildError::new(format!("remove[{index}]"), message))
         });
         Ok(Changes {
             remove: remove.collect::<Result<_, _>>()?,
-            set: fields(&written.set).map_err(|error| error.under("set"))?,
-            add: fields(&written.add).map_err(|error| error.under("add"))?,
+            set: changes(&written.set, moment).map_err(|error| error.under("set"))?,
+            add: changes(&written.add, moment).map_err(|error| error.under("add"))?,
         })
     }
 
@@ -124,26 +156,35 @@ impl Changes {
         self.remove.is_empty() && self.set.is_empty() && self.add.is_empty()
     }
 
-    fn apply(&self, header: &mut impl Fields) {
+    /// Each value sees what the changes before it have made.
+    fn apply<H: Fields>(&self, header: &mut H, value: impl Fn(&H, &Words) -> Option<HeaderValue>) {
         self.remove.iter().for_each(|name| header.remove(name));
-        self.set.iter().for_each(|field| header.set(field));
-        self.add.iter().for_each(|field| header.add(field));
+        for change in &self.set {
+            match value(header, &change.value) {
+                Some(value) => header.set(&Field { name: change.written.clone(), value }),
+                None => header.remove(&change.name),
+            }
+        }
+        for change in &self.add {
+            if let Some(value) = value(header, &change.value) {
+                header.add(&Field { name: change.written.clone(), value });
+            }
+        }
     }
 }
 
 /// Fields from names and values; errors stand at the name.
-fn fields(written: &BTreeMap<String, String>) -> Result<Vec<Field>, BuildError> {
-    let field = |(name, value): (&String, &String)| {
-        let at = |message| BuildError::at_key(name, message);
-        field::free_name(name).map_err(at)?;
-        let value = field::value(value).map_err(at)?;
-        Ok(Field { name: Bytes::copy_from_slice(name.as_bytes()), value })
+fn changes(written: &BTreeMap<String, Text>, moment: Moment) -> Result<Vec<Change>, BuildError> {
+    let change = |(written, value): (&String, &Text)| {
+        let name = field::free_name(written).map_err(|message| BuildError::at_key(written, message))?;
+        let value = Words::build(value, moment).map_err(|error| error.under(&path::key(written)))?;
+        Ok(Change { name, written: Bytes::copy_from_slice(written.as_bytes()), value })
     };
-    written.iter().map(field).collect()
+    written.iter().map(change).collect()
 }
 
 /// YAML tells `X-A` and `x-a` apart and HTTP does not: one of two such values would be lost.
-fn check_once(set: &BTreeMap<String, String>) -> Result<(), BuildError> {
+fn check_once(set: &BTreeMap<String, Text>) -> Result<(), BuildError> {
     let twin = |name: &&String| set.range::<String, _>(..*name).any(|(other, _)| other.eq_ignore_ascii_case(name));
     match set.keys().find(twin) {
         Some(name) => Err(BuildError::at_key(name, format!("`{name}` is set twice, for case makes no difference"))),
@@ -152,17 +193,24 @@ fn check_once(set: &BTreeMap<String, String>) -> Result<(), BuildError> {
 }
 
 /// Takes `Host`, in any case, from what is to be set on the request: it is checked as a host, not as any value.
-fn take_host(set: &mut BTreeMap<String, String>) -> Result<Option<(Field, Authority)>, BuildError> {
+fn take_host(set: &mut BTreeMap<String, Text>) -> Result<Option<Host>, BuildError> {
     let Some(name) = set.keys().find(|name| name.eq_ignore_ascii_case(HOST.as_str())).cloned() else {
         return Ok(None);
     };
-    let written = set.remove(&name).unwrap_or_default();
-    let at = |message: String| BuildError::at_key(&name, message).under("request.set");
-    let authority = field::host(&written).ok_or_else(|| {
-        at(format!("`{written}` is no host: write a name or an address, with a port if need be: `app.internal:8080`"))
-    })?;
-    let value = field::value(&written).map_err(at)?;
-    Ok(Some((Field { name: Bytes::from_static(b"Host"), value }, authority)))
+    let at = join("request.set", &path::key(&name));
+    match set.remove(&name).unwrap_or_default() {
+        Text::Made { cel } => match expression::Value::build(&cel, Moment::Request) {
+            Ok(made) => Ok(Some(Host::Made(made))),
+            Err(error) => Err(error.under("cel").under(&at)),
+        },
+        Text::Fixed(written) => match field::host(&written) {
+            Some(host) => Ok(Some(Host::Fixed(host))),
+            None => {
+                let help = "write a name or an address, with a port if need be: `app.internal:8080`";
+                Err(BuildError::new(at, format!("`{written}` is no host: {help}")))
+            }
+        },
+    }
 }
 
 /// Makes the request target say the same as `Host`, if it names a host at all: on HTTP/2 Pingora would put the
@@ -214,7 +262,7 @@ mod tests {
 
     #[test]
     fn a_side_that_is_left_alone_costs_nothing() {
-        let wants = |yaml| chain(yaml).unwrap_or_default().wants(Stages::RESPONSE);
+        let wants = |yaml: &str| chain(yaml).unwrap_or_default().wants(Stages::RESPONSE);
         assert!(wants("- headers: { response: { remove: [Server] } }"));
         assert!(!wants("- headers: { request: { remove: [Cookie] } }"));
     }
@@ -250,12 +298,58 @@ mod tests {
         let told = "[0].headers.response.set.Content-Length: \
                     `Content-Length` belongs to the connection, and Forebay sets it itself";
         assert_eq!(error("- headers: { response: { set: { Content-Length: '3' } } }"), told);
-        let told = "[0].headers.request.set.X-Count: invalid type: integer `3`, expected a string";
+        let told = "[0].headers.request.set.X-Count: \
+                    invalid type: integer `3`, expected text (a number stands in quotes), or `{ cel: … }`";
         assert_eq!(error("- headers: { request: { set: { X-Count: 3 } } }"), told);
         let told = "[0].headers.requests: unknown field `requests`, expected `request` or `response`";
         assert_eq!(error("- headers: { requests: {} }"), told);
         let told = "[0].headers.request.delete: unknown field `delete`, expected one of `remove`, `set`, `add`";
         assert_eq!(error("- headers: { request: { delete: [] } }"), told);
+    }
+
+    #[test]
+    fn a_value_is_made_for_each_exchange() {
+        let mut rehearsal = Rehearsal::of(
+            r#"- headers:
+                request:
+                  set: { X-Tenant: { cel: 'request.host.split(".")[0]' }, X-User: { cel: 'request.cookies["user"]' } }
+                  add: { X-Seen: { cel: 'request.headers["x-tenant"] + "!"' } }
+                response: { set: { X-Code: { cel: "string(response.code)" }, X-Kind: { cel: 'response.headers["x-kind"] + "2"' } } }"#,
+        );
+        rehearsal =
+            rehearsal.asking("/", &[("host", "shop.example.com"), ("x-user", "forged"), ("x-tenant", "forged")]);
+        let headers = &rehearsal.pass().headers;
+        assert_eq!(values(headers, "x-tenant"), ["shop"]);
+        assert_eq!(values(headers, "x-user"), [""; 0], "what makes nothing leaves nothing that a client sent");
+        assert_eq!(values(headers, "x-seen"), ["shop!"]);
+        let headers = rehearsal.respond(&[("x-kind", "a")]);
+        assert_eq!((values(&headers, "x-code"), values(&headers, "x-kind")), (vec!["200"], vec!["a2"]));
+    }
+
+    #[test]
+    fn a_value_that_would_be_another_field_is_none() {
+        let filter = r#"- headers: { request: { set: { X-A: { cel: 'request.args["a"]' } } } }"#;
+        let mut rehearsal = Rehearsal::of(filter).asking("/?a=b%0d%0aX-Admin:%201", &[("x-a", "1")]);
+        let headers = &rehearsal.pass().headers;
+        assert_eq!((values(headers, "x-a"), values(headers, "x-admin")), (vec![], vec![]));
+    }
+
+    #[test]
+    fn a_host_that_is_made_is_a_host_or_the_request_is_refused() {
+        let filter = r#"- headers: { request: { set: { Host: { cel: 'request.args["h"] + ".internal"' } } } }"#;
+        let mut rehearsal = Rehearsal::of(filter).asking("/?h=app", &[("host", "x")]);
+        assert_eq!(values(&rehearsal.pass().headers, "host"), ["app.internal"]);
+        let mut rehearsal = Rehearsal::of(filter).asking("/?h=a%20b", &[("host", "x")]);
+        assert_eq!(rehearsal.refused().refusal, &UNFIT);
+    }
+
+    #[test]
+    fn a_wrong_expression_is_told_with_its_place() {
+        let told = "[0].headers.request.set.X-A.cel (at 1:1 of the expression): \
+                    nothing is called `request.pth`: did you mean `request.path`?";
+        assert_eq!(error("- headers: { request: { set: { X-A: { cel: request.pth } } } }"), told);
+        let early = error(r#"- headers: { request: { add: { X-A: { cel: 'response.headers["a"]' } } } }"#);
+        assert!(early.contains("`response.headers` comes too early"), "{early}");
     }
 
     #[test]

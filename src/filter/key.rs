@@ -5,14 +5,14 @@
 use std::borrow::Cow;
 use std::net::IpAddr;
 
-use http::header::COOKIE;
-use http::{HeaderMap, HeaderName, Uri};
+use http::HeaderName;
 use xxhash_rust::xxh3::{Xxh3, xxh3_64};
 
-use super::Scope;
 use crate::config;
 use crate::config::address::Ipv6Prefix;
 use crate::error::BuildError;
+use crate::expression::fields::{self, cookie, decoded};
+use crate::expression::{self, Asked, Moment};
 
 /// A key as it is looked for in a request.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -31,23 +31,12 @@ pub enum Key {
     Cookie(Box<[u8]>),
     /// The value of a query argument, percent-decoded; the first one, if there are several.
     Query(Box<[u8]>),
-}
-
-/// What keys are looked for in.
-#[derive(Clone, Copy, Debug)]
-pub struct Asked<'s> {
-    /// The client's address; `None` on a unix socket.
-    pub client: Option<IpAddr>,
-    /// The name of the route.
-    pub route: &'s str,
-    /// The target of the request.
-    pub target: &'s Uri,
-    /// The header of the request.
-    pub headers: &'s HeaderMap,
+    /// What an expression makes.
+    Made(expression::Value),
 }
 
 /// The value of a key in one request.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Value<'s> {
     /// Bytes of the request, as they are.
     Plain(&'s [u8]),
@@ -55,15 +44,19 @@ pub enum Value<'s> {
     Encoded(&'s str),
     /// The octets of an address, and how many there are.
     Octets([u8; 16], usize),
+    /// A text that was put together.
+    Made(Vec<u8>),
 }
 
 impl Key {
     /// Makes ready the key that is `written`.
     ///
     /// # Errors
-    /// A name that no header or cookie can have; the path is `header`, `cookie` or `query`.
+    /// A name that no header or cookie can have, or an expression that is none; the path is that of the choice.
     pub fn build(written: &config::Key) -> Result<Key, BuildError> {
-        written.check()?;
+        if !matches!(written, config::Key::Cel(_)) {
+            written.check()?;
+        }
         Ok(match written {
             config::Key::ClientIp => Key::ClientIp,
             config::Key::Path => Key::Path,
@@ -74,6 +67,10 @@ impl Key {
             }
             config::Key::Cookie(name) => Key::Cookie(name.as_bytes().into()),
             config::Key::Query(name) => Key::Query(name.as_bytes().into()),
+            config::Key::Cel(written) => {
+                let made = expression::Value::build(written, Moment::Request);
+                Key::Made(made.map_err(|error| error.under("cel"))?)
+            }
         })
     }
 
@@ -83,24 +80,21 @@ impl Key {
     }
 
     /// The value of this key; `None` if the request has none, or an empty one.
-    pub fn of<'s>(&self, asked: &Asked<'s>) -> Option<Value<'s>> {
+    pub fn of<'s>(&'s self, asked: &Asked<'s>) -> Option<Value<'s>> {
         let value = match self {
-            Key::ClientIp => Value::from(asked.client?),
-            Key::Client(prefix) => Value::from(prefix.client(asked.client?)),
+            Key::ClientIp => Value::from(asked.facts.client?),
+            Key::Client(prefix) => Value::from(prefix.client(asked.facts.client?)),
             Key::Path => Value::Plain(asked.target.path().as_bytes()),
-            Key::Route => Value::Plain(asked.route.as_bytes()),
+            Key::Route => Value::Plain(asked.facts.route.as_bytes()),
             Key::Header(name) => Value::Plain(asked.headers.get(name)?.as_bytes()),
             Key::Cookie(name) => Value::Plain(cookie(asked.headers, name)?),
             Key::Query(name) => argument(asked.target.query()?, name)?,
+            Key::Made(made) => match made.of(asked) {
+                Cow::Borrowed(text) => Value::Plain(text),
+                Cow::Owned(text) => Value::Made(text),
+            },
         };
         (!value.is_empty()).then_some(value)
-    }
-}
-
-impl Scope<'_> {
-    /// What keys are looked for in. The target is what filters before this one have made of it.
-    pub fn asked(&self) -> Asked<'_> {
-        Asked { client: self.client, route: self.route, target: &self.request.uri, headers: &self.request.headers }
     }
 }
 
@@ -111,6 +105,7 @@ impl Value<'_> {
             Value::Plain(bytes) => Cow::Borrowed(bytes),
             Value::Encoded(text) => Cow::Owned(decoded(text).collect()),
             Value::Octets(octets, number) => Cow::Borrowed(&octets[..*number]),
+            Value::Made(text) => Cow::Borrowed(text),
         }
     }
 
@@ -132,6 +127,7 @@ impl Value<'_> {
             Value::Plain(bytes) => bytes.is_empty(),
             Value::Encoded(text) => text.is_empty(),
             Value::Octets(_, number) => *number == 0,
+            Value::Made(text) => text.is_empty(),
         }
     }
 }
@@ -179,37 +175,11 @@ impl Keys {
     }
 }
 
-/// RFC 6265 §4.2.1: pairs between semicolons. HTTP/2 may split them over several fields (RFC 9113 §8.2.3).
-pub fn cookie<'s>(headers: &'s HeaderMap, name: &[u8]) -> Option<&'s [u8]> {
-    let fields = headers.get_all(COOKIE).iter();
-    let mut pairs = fields.flat_map(|field| field.as_bytes().split(|&byte| byte == b';'));
-    pairs.find_map(|pair| pair.trim_ascii().strip_prefix(name)?.strip_prefix(b"="))
-}
-
 /// The value of the first argument of this name in `query`.
 fn argument<'q>(query: &'q str, name: &[u8]) -> Option<Value<'q>> {
-    let mut pairs = query.split('&').map(|pair| pair.split_once('=').unwrap_or((pair, "")));
-    let (_, value) = pairs.find(|(key, _)| decoded(key).eq(name.iter().copied()))?;
+    let value = fields::argument(query, name)?;
     let encoded = value.bytes().any(|byte| matches!(byte, b'%' | b'+'));
     Some(if encoded { Value::Encoded(value) } else { Value::Plain(value.as_bytes()) })
-}
-
-/// Undoes `%41` and `+`, as forms write them. A `%` without two hex digits stands for itself.
-fn decoded(text: &str) -> impl Iterator<Item = u8> + '_ {
-    let mut rest = text.as_bytes();
-    std::iter::from_fn(move || {
-        let (&byte, after) = rest.split_first()?;
-        let escaped = if byte == b'%' { after.split_at_checked(2).and_then(hex) } else { None };
-        let (byte, after) = escaped.unwrap_or((if byte == b'+' { b' ' } else { byte }, after));
-        rest = after;
-        Some(byte)
-    })
-}
-
-/// The byte that two hex digits stand for, and what follows them.
-fn hex<'t>((digits, after): (&'t [u8], &'t [u8])) -> Option<(u8, &'t [u8])> {
-    let digit = |byte: u8| char::from(byte).to_digit(16).and_then(|digit| u8::try_from(digit).ok());
-    Some((digit(digits[0])? << 4 | digit(digits[1])?, after))
 }
 
 #[cfg(test)]
@@ -218,15 +188,17 @@ mod tests {
 
     use super::super::rehearsal::request;
     use super::*;
+    use crate::expression::Facts;
 
     /// The key that `written` takes from a request.
     fn key(written: &str, client: Option<&str>, target: &str, headers: &[(&'static str, &str)]) -> String {
         let value = serde_yaml::from_str(written).unwrap();
         let key = serde_yaml::with::singleton_map_recursive::deserialize::<_, serde_yaml::Value>(value).unwrap();
-        let (mut request, mut state) = (request(target, headers), None);
+        let request = request(target, headers);
         let client = client.map(|client| client.parse().unwrap());
-        let scope = Scope { client, scheme: "http", route: "shop", request: &mut request, state: &mut state };
-        let value = Key::build(&key).unwrap().of(&scope.asked());
+        let facts = Facts { client, ..Facts::of("shop", "/") };
+        let key = Key::build(&key).unwrap();
+        let value = key.of(&facts.asked(&request));
         value.map(|value| String::from_utf8_lossy(&value.bytes()).into_owned()).unwrap_or_default()
     }
 
@@ -276,6 +248,17 @@ mod tests {
     }
 
     #[test]
+    fn a_key_may_be_made_by_an_expression() {
+        let made = "cel: 'request.headers[\"x-key\"].orValue(string(source.address))'";
+        assert_eq!(key(made, Some("192.0.2.1"), "/", &[("x-key", "one")]), "one");
+        assert_eq!(key(made, Some("192.0.2.1"), "/", &[]), "192.0.2.1");
+        assert_eq!(key(made, None, "/", &[]), "");
+        let wrong = Key::build(&config::Key::Cel("request.pth".into())).unwrap_err();
+        let told = "cel (at 1:1 of the expression): nothing is called `request.pth`: did you mean `request.path`?";
+        assert_eq!(wrong.to_string(), told);
+    }
+
+    #[test]
     fn half_an_escape_stands_for_itself() {
         assert_eq!(query("q", "/?q=100%"), "100%");
         assert_eq!(query("q", "/?q=%4"), "%4");
@@ -294,7 +277,8 @@ mod tests {
         let hash = |client: Option<&str>, headers: &[(&'static str, &str)]| {
             let request = request("/", headers);
             let client = client.map(|client| client.parse().unwrap());
-            keys.hash(&Asked { client, route: "shop", target: &request.uri, headers: &request.headers })
+            let facts = Facts { client, ..Facts::of("shop", "/") };
+            keys.hash(&facts.asked(&request))
         };
         assert_eq!(hash(Some("192.0.2.1"), &[("x-user", "ann")]), Some(xxh3_64(b"ann")));
         assert_eq!(hash(Some("192.0.2.1"), &[]), Some(xxh3_64(&[192, 0, 2, 1])));

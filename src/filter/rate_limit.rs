@@ -2,7 +2,7 @@
 //!
 //! ```yaml
 //! - rate_limit:
-//!     key: client_ip             # or { header: X-Api-Key }, { cookie: sid }, { query: token }, path, route
+//!     key: client_ip             # or { header: X-Api-Key }, { cookie: sid }, { query: token }, path, route, { cel: "…" }
 //!     rate: 10/s                 # what may come in the long run
 //!     burst: 20                  # what may come at once
 //!     ipv6_prefix: 64            # how much of an IPv6 address is one client
@@ -82,7 +82,8 @@ impl Filter for RateLimit {
     }
 
     async fn request(&self, scope: &mut Scope<'_>) -> Verdict {
-        let key = self.key.of(&scope.asked());
+        let asked = scope.asked();
+        let key = self.key.of(&asked);
         let key = key.as_ref().map(|key| key.bytes()).unwrap_or_default();
         match self.admit(&key, self.started.elapsed()) {
             Ok(()) => Verdict::Continue,
@@ -417,7 +418,8 @@ mod tests {
         assert_eq!(told("{ header: a b }"), "[0].rate_limit.key.header: `a b` is no header name");
         assert_eq!(told("{ cookie: '' }"), "[0].rate_limit.key.cookie: `` is no name of a cookie");
         assert_eq!(told("{ query: '' }"), "[0].rate_limit.key.query: a query argument needs a name");
-        let unknown = "unknown variant `ip`, expected one of `client_ip`, `path`, `route`, `header`, `cookie`, `query`";
+        let unknown =
+            "unknown variant `ip`, expected one of `client_ip`, `path`, `route`, `header`, `cookie`, `query`, `cel`";
         assert_eq!(told("ip"), format!("[0].rate_limit.key: {unknown}"));
     }
 }

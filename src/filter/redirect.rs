@@ -8,7 +8,7 @@
 //!
 //! A redirect is how phishers borrow a good name, so that neither the path nor the query can ever decide to which host
 //! the client is sent: they cannot stand in the host of `to`, and a `to` without a host stays on this one, whatever
-//! slashes the path begins with.
+//! slashes the path begins with. With `to: { cel: "…" }` the host must be the one that was asked for, or one of `hosts`.
 
 use async_trait::async_trait;
 use bytes::Bytes;
@@ -20,19 +20,24 @@ use schemars::JsonSchema;
 use serde::Deserialize;
 
 use super::{Answer, Filter, FilterType, Scope, Stages, Verdict, field};
+use crate::config::Text;
 use crate::error::{BuildError, Refusal};
+use crate::expression::{self, Moment};
 
 /// Sends the client elsewhere; no upstream is asked.
 #[derive(Clone, Debug, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Settings {
     /// Where to: a URL, or a path on the same host. Placeholders: `{scheme}`, `{host}` (without port), `{path}`,
-    /// `{query}` (without `?`) and `{path_and_query}`.
-    pub to: String,
+    /// `{query}` (without `?`) and `{path_and_query}`. Or `{ cel: … }`, which makes one; what is none is answered 400.
+    pub to: Text,
     /// 301, 302, 303, 307 or 308. With 307 and 308 the client keeps method and body.
     #[serde(default = "Settings::status")]
     #[schemars(extend("enum" = [301, 302, 303, 307, 308]))]
     pub status: u16,
+    /// Hosts to which `to: { cel: … }` may lead, beside the one that was asked for.
+    #[serde(default)]
+    pub hosts: Vec<String>,
 }
 
 impl Settings {
@@ -47,9 +52,21 @@ static UNFIT: Refusal =
 /// Answers with a redirect.
 pub struct Redirect {
     status: StatusCode,
-    to: Vec<Piece>,
-    /// Whether `to` names no host, so that the client must stay on this one.
-    local: bool,
+    to: Target,
+}
+
+/// Where to.
+enum Target {
+    Pieces {
+        pieces: Vec<Piece>,
+        /// Whether it names no host, so that the client must stay on this one.
+        local: bool,
+    },
+    Made {
+        place: expression::Value,
+        /// In lower case.
+        hosts: Vec<String>,
+    },
 }
 
 /// A part of the new place.
@@ -78,7 +95,14 @@ impl Filter for Redirect {
     }
 
     async fn request(&self, scope: &mut Scope<'_>) -> Verdict {
-        match self.location(scope) {
+        let location = match &self.to {
+            Target::Pieces { pieces, local } => location(scope, pieces, *local),
+            Target::Made { place, hosts } => {
+                let asked = scope.asked();
+                made(&place.of(&asked), hosts, host(scope.request))
+            }
+        };
+        match location {
             Some(location) => {
                 Verdict::Answer(Answer { status: self.status, headers: vec![(LOCATION, location)], body: Bytes::new() })
             }
@@ -102,45 +126,89 @@ impl FilterType for Redirect {
             BuildError::new("status", format!("`{}` is no redirect: write 301, 302, 303, 307 or 308", settings.status))
         })?;
         let at = |message| BuildError::new("to", message);
-        let to = template(&settings.to).map_err(at)?;
-        let local = check(&settings.to, &to).map_err(at)?;
-        Ok(Redirect { status, to, local })
+        let to = match &settings.to {
+            Text::Fixed(_) if !settings.hosts.is_empty() => {
+                return Err(BuildError::new(
+                    "hosts",
+                    "only an expression needs leave: take it out, or write `to: { cel: … }`",
+                ));
+            }
+            Text::Fixed(to) => {
+                let pieces = template(to).map_err(at)?;
+                let local = check(to, &pieces).map_err(at)?;
+                Target::Pieces { pieces, local }
+            }
+            Text::Made { cel } => {
+                let place =
+                    expression::Value::build(cel, Moment::Request).map_err(|error| error.under("cel").under("to"))?;
+                let host = |(index, written): (usize, &String)| match field::host(written) {
+                    Some(host) if host.port().is_none() => Ok(host.host().to_ascii_lowercase()),
+                    _ => {
+                        let told = format!("`{written}` is no host: write one such as `example.com`, without a port");
+                        Err(BuildError::new(format!("hosts[{index}]"), told))
+                    }
+                };
+                Target::Made { place, hosts: settings.hosts.iter().enumerate().map(host).collect::<Result<_, _>>()? }
+            }
+        };
+        Ok(Redirect { status, to })
     }
 }
 
-impl Redirect {
-    /// The new place; `None` if this request lacks what it takes.
-    fn location(&self, scope: &Scope<'_>) -> Option<HeaderValue> {
-        if !scope.request.raw_path_is_utf8() {
-            return None;
-        }
-        let uri = &scope.request.uri;
-        // `OPTIONS *` has no path.
-        let path = if uri.path().starts_with('/') { uri.path() } else { "/" };
-        let mut location = String::with_capacity(128);
-        for piece in &self.to {
-            match piece {
-                Piece::Text(text) => location.push_str(text),
-                Piece::Scheme => location.push_str(scope.scheme),
-                Piece::Host => location.push_str(host(scope.request)?.host()),
-                Piece::Path => push_encoded(&mut location, path),
-                Piece::Query => push_encoded(&mut location, uri.query().unwrap_or_default()),
-                Piece::PathAndQuery => {
-                    push_encoded(&mut location, path);
-                    if let Some(query) = uri.query() {
-                        location.push('?');
-                        push_encoded(&mut location, query);
-                    }
+/// The new place; `None` if this request lacks what it takes.
+fn location(scope: &Scope<'_>, pieces: &[Piece], local: bool) -> Option<HeaderValue> {
+    if !scope.request.raw_path_is_utf8() {
+        return None;
+    }
+    let uri = &scope.request.uri;
+    // `OPTIONS *` has no path.
+    let path = if uri.path().starts_with('/') { uri.path() } else { "/" };
+    let mut location = String::with_capacity(128);
+    for piece in pieces {
+        match piece {
+            Piece::Text(text) => location.push_str(text),
+            Piece::Scheme => location.push_str(scope.facts.scheme),
+            Piece::Host => location.push_str(host(scope.request)?.host()),
+            Piece::Path => push_encoded(&mut location, path),
+            Piece::Query => push_encoded(&mut location, uri.query().unwrap_or_default()),
+            Piece::PathAndQuery => {
+                push_encoded(&mut location, path);
+                if let Some(query) = uri.query() {
+                    location.push('?');
+                    push_encoded(&mut location, query);
                 }
             }
         }
-        if self.local {
-            // Browsers take `//evil.example` and `/\evil.example` for another host.
-            let slashes = location.find(|c| !matches!(c, '/' | '\\')).unwrap_or(location.len());
-            location.replace_range(..slashes, "/");
-        }
-        HeaderValue::try_from(location).ok()
     }
+    if local {
+        stay(&mut location);
+    }
+    HeaderValue::try_from(location).ok()
+}
+
+/// Browsers take `//evil.example` and `/\evil.example` for another host.
+fn stay(location: &mut String) {
+    let slashes = location.find(|c| !matches!(c, '/' | '\\')).unwrap_or(location.len());
+    location.replace_range(..slashes, "/");
+}
+
+/// The place that an expression has made: a path on this host, or a URL on it or on one of `hosts`. `None` for anything else.
+fn made(place: &[u8], hosts: &[String], asked: Option<Authority>) -> Option<HeaderValue> {
+    let mut location = String::with_capacity(place.len());
+    push_encoded(&mut location, std::str::from_utf8(place).ok()?);
+    if location.starts_with('/') {
+        stay(&mut location);
+    } else {
+        // The parser's notion of a host and a browser's differ on `\`, which is in neither's grammar.
+        let uri = location.parse::<Uri>().ok().filter(|_| !location.contains('\\'))?;
+        let known = matches!(uri.scheme_str(), Some("http" | "https"));
+        let host = uri.authority().and_then(|host| field::host(host.as_str())).filter(|_| known)?;
+        let host = host.host().to_ascii_lowercase();
+        if !hosts.contains(&host) && asked.is_none_or(|asked| !asked.host().eq_ignore_ascii_case(&host)) {
+            return None;
+        }
+    }
+    HeaderValue::try_from(location).ok()
 }
 
 /// The host that the client asked for, if it is one.
@@ -280,6 +348,44 @@ mod tests {
     }
 
     #[test]
+    fn an_expression_leads_where_it_may_and_nowhere_else() {
+        let to = r#"- redirect: { to: { cel: 'request.args["to"]' }, hosts: [Login.example.com] }"#;
+        let asking = |target: &str| Rehearsal::of(to).asking(target, &[HOST]);
+        for (target, expected) in [
+            ("/?to=/a/b%3fc%3dd", "/a/b?c=d"),
+            ("/?to=//evil.example/x", "/evil.example/x"),
+            ("/?to=/%5cevil.example", "/evil.example"),
+            ("/?to=https://shop.example.com/x", "https://shop.example.com/x"),
+            ("/?to=http://LOGIN.example.com:8443/x", "http://LOGIN.example.com:8443/x"),
+            ("/?to=/a%0d%0aset-cookie:x", "/a%0D%0Aset-cookie:x"),
+        ] {
+            assert_eq!(location(&asking(target).answer()), expected, "{target}");
+        }
+        for target in [
+            "/?to=https://evil.example/x",
+            "/?to=https://shop.example.com@evil.example/",
+            "/?to=https://shop.example.com%5c.evil.example/",
+            "/?to=https://evil.example%5c@shop.example.com/",
+            "/?to=javascript:alert(1)",
+            "/?to=evil.example",
+            "/?to=",
+            "/",
+        ] {
+            assert_eq!(asking(target).refused().refusal, &UNFIT, "{target}");
+        }
+    }
+
+    #[test]
+    fn an_expression_that_leads_nowhere_is_told_with_its_place() {
+        let told = error("- redirect: { to: { cel: request.pth } }");
+        assert!(told.starts_with("[0].redirect.to.cel (at 1:1 of the expression): nothing is called"), "{told}");
+        let told = "[0].redirect.hosts: only an expression needs leave: take it out, or write `to: { cel: … }`";
+        assert_eq!(error("- redirect: { to: /x, hosts: [a] }"), told);
+        let told = "[0].redirect.hosts[0]: `a:80` is no host: write one such as `example.com`, without a port";
+        assert_eq!(error("- redirect: { to: { cel: request.path }, hosts: ['a:80'] }"), told);
+    }
+
+    #[test]
     fn a_path_never_chooses_the_host() {
         for (target, local) in [
             ("//evil.example/x", "/evil.example/x"),
@@ -348,7 +454,7 @@ mod tests {
         let told = "[0].redirect.status: `304` is no redirect: write 301, 302, 303, 307 or 308";
         assert_eq!(error("- redirect: { to: /x, status: 304 }"), told);
         assert_eq!(error("- redirect: {}"), "[0].redirect: missing field `to`");
-        let told = "[0].redirect.code: unknown field `code`, expected `to` or `status`";
+        let told = "[0].redirect.code: unknown field `code`, expected one of `to`, `status`, `hosts`";
         assert_eq!(error("- redirect: { to: /x, code: 301 }"), told);
     }
 }

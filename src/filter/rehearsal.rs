@@ -9,6 +9,7 @@ use pingora::http::{RequestHeader, ResponseHeader};
 use super::{Answer, Catalog, Chain, Refused, States, Verdict, View};
 use crate::config::filter::FilterEntry;
 use crate::error::BuildError;
+use crate::expression::Facts;
 
 /// One exchange after another with the same filters.
 pub struct Rehearsal {
@@ -43,7 +44,9 @@ impl Rehearsal {
 
     /// The verdict of the request stage.
     pub fn verdict(&mut self) -> Verdict {
-        let view = View { client: self.client, scheme: "http", route: "shop", request: &mut self.request };
+        let (path, facts) =
+            (self.request.uri.path().to_owned(), Facts { client: self.client, ..Facts::of("shop", "") });
+        let view = View { facts: Facts { path: &path, ..facts }, request: &mut self.request };
         self.chain.request(&mut self.states, view).now_or_never().expect("none of our filters waits")
     }
 
@@ -77,7 +80,9 @@ impl Rehearsal {
         for &(name, value) in headers {
             response.append_header(name, value).unwrap();
         }
-        let view = View { client: self.client, scheme: "http", route: "shop", request: &mut self.request };
+        let (path, facts) =
+            (self.request.uri.path().to_owned(), Facts { client: self.client, ..Facts::of("shop", "") });
+        let view = View { facts: Facts { path: &path, ..facts }, request: &mut self.request };
         let verdict = self.chain.response(&mut self.states, view, &mut response).now_or_never();
         assert!(matches!(verdict, Some(Verdict::Continue)), "{verdict:?}");
         response.headers.clone()

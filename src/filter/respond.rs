@@ -6,6 +6,8 @@
 //!     headers: { Retry-After: "120" }
 //!     body: "Back in two minutes."
 //! ```
+//!
+//! The body and the values of the headers may be `{ cel: "…" }`, which makes them for each request.
 
 use std::collections::BTreeMap;
 
@@ -16,8 +18,11 @@ use http::{HeaderName, HeaderValue, StatusCode};
 use schemars::JsonSchema;
 use serde::Deserialize;
 
+use super::field::Words;
 use super::{Answer, Filter, FilterType, Scope, Stages, Verdict, field};
-use crate::error::BuildError;
+use crate::config::Text;
+use crate::error::{BuildError, path};
+use crate::expression::{self, Moment};
 
 /// A fixed answer; no upstream is asked.
 #[derive(Clone, Debug, Deserialize, JsonSchema)]
@@ -28,22 +33,27 @@ pub struct Settings {
     pub status: u16,
     /// Header fields. `Content-Length` is added, and `Content-Type: text/plain; charset=utf-8` if there is a body and
     /// none is given.
-    pub headers: BTreeMap<String, String>,
-    /// The body.
-    pub body: String,
+    pub headers: BTreeMap<String, Text>,
+    /// The body: text or `{ cel: … }`.
+    pub body: Text,
 }
 
 impl Default for Settings {
     fn default() -> Self {
-        Settings { status: 200, headers: BTreeMap::new(), body: String::new() }
+        Settings { status: 200, headers: BTreeMap::new(), body: Text::default() }
     }
 }
 
 /// Answers every request in the same way.
 pub struct Respond {
     status: StatusCode,
-    headers: Vec<(HeaderName, HeaderValue)>,
-    body: Bytes,
+    headers: Vec<(HeaderName, Words)>,
+    body: Body,
+}
+
+enum Body {
+    Fixed(Bytes),
+    Made(expression::Value),
 }
 
 #[async_trait]
@@ -52,8 +62,14 @@ impl Filter for Respond {
         Stages::REQUEST
     }
 
-    async fn request(&self, _: &mut Scope<'_>) -> Verdict {
-        Verdict::Answer(Answer { status: self.status, headers: self.headers.clone(), body: self.body.clone() })
+    async fn request(&self, scope: &mut Scope<'_>) -> Verdict {
+        let asked = scope.asked();
+        let headers = self.headers.iter().filter_map(|(name, value)| Some((name.clone(), value.value(&asked)?)));
+        let body = match &self.body {
+            Body::Fixed(body) => body.clone(),
+            Body::Made(made) => Bytes::from(made.of(&asked).into_owned()),
+        };
+        Verdict::Answer(Answer { status: self.status, headers: headers.collect(), body })
     }
 }
 
@@ -76,15 +92,24 @@ impl FilterType for Respond {
         }
         let mut headers = settings.headers.iter().map(field).collect::<Result<Vec<_>, _>>()?;
         if !settings.body.is_empty() && !headers.iter().any(|(name, _)| name == CONTENT_TYPE) {
-            headers.push((CONTENT_TYPE, HeaderValue::from_static("text/plain; charset=utf-8")));
+            headers.push((CONTENT_TYPE, Words::Fixed(HeaderValue::from_static("text/plain; charset=utf-8"))));
         }
-        Ok(Respond { status, headers, body: Bytes::copy_from_slice(settings.body.as_bytes()) })
+        let body = match &settings.body {
+            Text::Fixed(body) => Body::Fixed(Bytes::copy_from_slice(body.as_bytes())),
+            Text::Made { cel } => {
+                let made = expression::Value::build(cel, Moment::Request);
+                Body::Made(made.map_err(|error| error.under("cel").under("body"))?)
+            }
+        };
+        Ok(Respond { status, headers, body })
     }
 }
 
-fn field((name, value): (&String, &String)) -> Result<(HeaderName, HeaderValue), BuildError> {
-    let at = |message| BuildError::at_key(name, message).under("headers");
-    Ok((field::free_name(name).map_err(at)?, field::value(value).map_err(at)?))
+fn field((written, value): (&String, &Text)) -> Result<(HeaderName, Words), BuildError> {
+    let name = field::free_name(written).map_err(|message| BuildError::at_key(written, message).under("headers"))?;
+    let value =
+        Words::build(value, Moment::Request).map_err(|error| error.under(&path::key(written)).under("headers"))?;
+    Ok((name, value))
 }
 
 #[cfg(test)]
@@ -119,6 +144,18 @@ mod tests {
     #[test]
     fn a_body_is_plain_text_unless_told_otherwise() {
         assert_eq!(answer("{ body: hello }").headers, [(CONTENT_TYPE, "text/plain; charset=utf-8".parse().unwrap())]);
+    }
+
+    #[test]
+    fn an_answer_is_made_for_each_request() {
+        let settings = r#"{ headers: { X-You: { cel: "string(source.address)" }, X-No: { cel: 'request.headers["x"]' } },
+                            body: { cel: '"You asked for " + request.path + ".\n"' } }"#;
+        let answer = answer(settings);
+        assert_eq!(answer.body, "You asked for /.\n");
+        let headers: Vec<String> = answer.headers.iter().map(|(name, value)| format!("{name}: {value:?}")).collect();
+        assert_eq!(headers, [r#"x-you: "192.0.2.1""#, r#"content-type: "text/plain; charset=utf-8""#]);
+        let told = error("- respond: { body: { cel: request.size } }");
+        assert!(told.starts_with("[0].respond.body.cel (at 1:1 of the expression): this is a whole number"), "{told}");
     }
 
     #[test]

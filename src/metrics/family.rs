@@ -256,6 +256,8 @@ families! {
         "Times that a worker was late by more than stall_threshold, by the filter or phase that held it up.";
     FILTER_POLL_SECONDS: "forebay_filter_poll_seconds", Histogram(FILTER_POLL), ["filter"],
         "Time of one poll of a filter, in which nobody else on its worker gets anything done.";
+    FILTER_SKIPPED: "forebay_filter_skipped_total", Counter, ["route", "filter"],
+        "Exchanges in which a filter did nothing, since its `when:` did not hold.";
     WORKERS: "forebay_workers", Gauge, [],
         "Worker threads that serve clients.";
     BUILD_INFO: "forebay_build_info", Gauge, ["version", "pingora"],

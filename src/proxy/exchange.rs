@@ -18,10 +18,11 @@ use crate::client::account::Counting;
 use crate::client::connection::{Begin, Connection, introduction};
 use crate::client::http2::Control;
 use crate::client::session::Link;
+use crate::client::tls::handshake;
 use crate::config::listener::OddNames;
 use crate::error::Refusal;
 use crate::eventloop::{own_time, worker as eventloop};
-use crate::filter::key::Asked;
+use crate::expression::{Asked, Facts, Pace, Secured};
 use crate::filter::{Refused, Stages, States, Verdict, View};
 use crate::metrics::{Metrics, Seat};
 use crate::party::{Fault, Party};
@@ -372,13 +373,46 @@ impl Exchange {
         }
     }
 
-    /// What keys are looked for in: the target before the filters, and the header as they have left it.
+    /// What keys and expressions are asked of: the target before the filters, and the header as they have left it.
     pub fn asked<'e>(&'e self, request: &'e RequestHeader) -> Asked<'e> {
+        let target = self.target.as_ref().unwrap_or(&request.uri);
+        let facts = self.facts(self.route.as_ref().map_or("", |route| &route.name));
+        let facts = Facts { path: target.path(), ..facts };
         Asked {
-            client: self.client,
-            route: self.route.as_ref().map_or("", |route| &route.name),
-            target: self.target.as_ref().unwrap_or(&request.uri),
+            facts,
+            method: &request.method,
+            target,
+            version: request.version,
             headers: &request.headers,
+            response: None,
+        }
+    }
+
+    /// What is known of it beside its headers, on its way through this route.
+    pub fn facts<'e>(&'e self, route: &'e str) -> Facts<'e> {
+        let peer = self.connection.as_ref().and_then(|connection| connection.peer);
+        let path = self.target.as_ref().map(Uri::path).unwrap_or_default();
+        Facts {
+            client: self.client,
+            port: peer.filter(|peer| Some(peer.ip()) == self.client).map_or(0, |peer| peer.port()),
+            scheme: self.scheme,
+            route,
+            path,
+            secured: self.connection.as_ref().and_then(|connection| connection.tls()).map(secured).unwrap_or_default(),
+            pace: self.pace(),
+        }
+    }
+
+    /// How the client did in the last phase in which it was waited for.
+    fn pace(&self) -> Pace {
+        let passed = || self.link.as_ref().map(|link| link.passed()).unwrap_or_default();
+        let spent = |phase: Phase| self.clock.spent(phase).filter(|_| self.clock.phase() > phase);
+        if let Some(age) = spent(Phase::Write) {
+            Pace { phase: Phase::Write, age, bytes: Some(passed().sent) }
+        } else if let Some(age) = spent(Phase::Buffer) {
+            Pace { phase: Phase::Buffer, age, bytes: Some(passed().received) }
+        } else {
+            Pace { phase: Phase::Header, age: spent(Phase::Header).unwrap_or_default(), bytes: None }
         }
     }
 
@@ -483,7 +517,7 @@ impl Exchange {
             && route.chain.wants(Stages::RESPONSE)
             && let Some(mut states) = filters.take()
         {
-            let view = View { client: self.client, scheme: self.scheme, route: &route.name, request };
+            let view = View { facts: self.facts(&route.name), request };
             let verdict = route.chain.response(&mut states, view, response).await;
             filters.put(states);
             return verdict;
@@ -511,6 +545,15 @@ impl Exchange {
     /// What a filter refused, here or in the response tap.
     pub fn take_refused(&mut self) -> Option<Refused> {
         self.refused.take().or_else(|| self.filters.as_ref()?.take_refused())
+    }
+}
+
+/// The TLS of a connection, as expressions ask for it.
+fn secured(tls: &handshake::Facts) -> Secured<'_> {
+    Secured {
+        version: tls.version,
+        sni: tls.name.as_deref().unwrap_or_default(),
+        subject: tls.client.as_ref().map_or("", |client| &client.subject),
     }
 }
 

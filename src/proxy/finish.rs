@@ -5,12 +5,15 @@
 use std::time::{Instant, SystemTime};
 
 use http::header;
-use pingora::http::RequestHeader;
+use pingora::http::{RequestHeader, ResponseHeader};
 use pingora::protocols::http::ServerSession;
 
 use super::exchange::Exchange;
 use crate::access_log::{AccessLog, Record};
 use crate::eventloop::own_time;
+use crate::expression::Asked;
+use crate::expression::facts::Response;
+use crate::expression::named::Said;
 use crate::filter::{Outcome, Stages, View};
 use crate::metrics::{RouteMetrics, Summary, UNROUTED};
 use crate::phase::Phase;
@@ -66,7 +69,7 @@ pub fn settle(exchange: &mut Exchange, session: &mut ServerSession, unrouted: &R
     let refusal = exchange.refusal;
     metrics.record(&Summary { clock: &exchange.clock, own, blocked, held, saved, status, received, sent, refusal });
 
-    let request = session.req_header();
+    let (request, response) = (session.req_header(), session.response_written());
     if let Some(journal) = journal.as_ref().filter(|_| tellers.recorder.is_recording()) {
         let path = target(exchange, request).split(|&byte| byte == b'?').next().unwrap_or_default();
         tellers.recorder.ended(
@@ -91,12 +94,18 @@ pub fn settle(exchange: &mut Exchange, session: &mut ServerSession, unrouted: &R
         );
     }
     if let (Some(tracer), Some(notes), Some(journal)) = (tellers.tracer, notes, journal) {
-        tracer.tell(story(exchange, (notes, journal), request, now, status));
+        let asked = asked(exchange, request, status, response);
+        let attributes = tracer.attributes.of(&asked);
+        let text = |(name, text): &Said<'_>| (Box::from(*name), String::from_utf8_lossy(text).into());
+        let attributes = attributes.iter().map(text).collect();
+        tracer.tell(Story { attributes, ..story(exchange, (notes, journal), request, now, status) });
     }
     let Some(log) = tellers.log else { return };
     let tls = exchange.connection.as_ref().and_then(|connection| connection.tls());
     let field = |name| request.headers.get(name).map(|value| value.as_bytes());
+    let asked = asked(exchange, request, status, response);
     log.record(&Record {
+        fields: &log.fields.of(&asked),
         time: SystemTime::now(),
         listener: exchange.connection.as_ref().map_or("", |connection| &connection.listener.name),
         client: exchange.client,
@@ -139,6 +148,17 @@ fn route_name(exchange: &Exchange) -> &str {
     exchange.route.as_ref().map_or(UNROUTED, |route| &route.name)
 }
 
+/// What further fields of the log, and attributes of spans, are made of.
+fn asked<'e>(
+    exchange: &'e Exchange,
+    request: &'e RequestHeader,
+    status: u16,
+    response: Option<&'e ResponseHeader>,
+) -> Asked<'e> {
+    let headers = response.map(|response| &response.headers);
+    Asked { response: Some(Response { code: status, headers }), ..exchange.asked(request) }
+}
+
 /// All that spans are made of.
 fn story(
     exchange: &Exchange,
@@ -169,6 +189,7 @@ fn story(
         route: route_name(exchange).into(),
         status,
         refusal: exchange.refusal,
+        attributes: Box::default(),
     }
 }
 
@@ -177,7 +198,7 @@ fn end_filters(exchange: &Exchange, request: &mut RequestHeader, status: u16) {
         && route.chain.wants(Stages::END)
         && let Some(mut states) = filters.take()
     {
-        let view = View { client: exchange.client, scheme: exchange.scheme, route: &route.name, request };
+        let view = View { facts: exchange.facts(&route.name), request };
         route.chain.end(&mut states, view, Outcome { status, refusal: exchange.refusal });
     }
 }

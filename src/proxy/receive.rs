@@ -2,6 +2,7 @@
 //!
 //! `wait` ends with the whole response header; `receive` with the last byte from the endpoint, and `write` begins.
 
+use std::net::IpAddr;
 use std::sync::Arc;
 
 use async_trait::async_trait;
@@ -19,6 +20,7 @@ use super::route::Route;
 use crate::client::session::Tap;
 use crate::client::trailers;
 use crate::error::refusal;
+use crate::expression::{Facts, Pace};
 use crate::filter::{Refused, Stages, Verdict, View};
 use crate::phase::Phase;
 
@@ -177,8 +179,16 @@ pub fn ended(exchange: &mut Exchange) {
 pub struct BodyFilters {
     route: Arc<Route>,
     filters: Arc<FilterStates>,
-    client: Option<std::net::IpAddr>,
+    told: Told,
+}
+
+/// What the tap tells filters of the exchange, which is out of its reach.
+struct Told {
+    client: Option<IpAddr>,
+    port: u16,
     scheme: &'static str,
+    path: Box<str>,
+    pace: Pace,
 }
 
 impl BodyFilters {
@@ -186,7 +196,9 @@ impl BodyFilters {
     pub fn of(exchange: &Exchange) -> Option<Box<dyn Tap>> {
         let route = exchange.route.as_ref().filter(|route| route.chain.wants(Stages::RESPONSE_BODY))?;
         let filters = exchange.filters.clone()?;
-        Some(Box::new(BodyFilters { route: route.clone(), filters, client: exchange.client, scheme: exchange.scheme }))
+        let Facts { client, port, scheme, path, pace, .. } = exchange.facts(&route.name);
+        let told = Told { client, port, scheme, path: path.into(), pace };
+        Some(Box::new(BodyFilters { route: route.clone(), filters, told }))
     }
 }
 
@@ -194,7 +206,10 @@ impl BodyFilters {
 impl Tap for BodyFilters {
     async fn piece(&mut self, request: &mut RequestHeader, piece: &mut Option<Bytes>, end: bool) -> Result<()> {
         let Some(mut states) = self.filters.take() else { return Ok(()) };
-        let view = View { client: self.client, scheme: self.scheme, route: &self.route.name, request };
+        let Told { client, port, scheme, path, pace } = &self.told;
+        let (client, port, scheme, pace) = (*client, *port, *scheme, *pace);
+        let facts = Facts { client, port, scheme, pace, ..Facts::of(&self.route.name, path) };
+        let view = View { facts, request };
         let verdict = self.route.chain.response_body(&mut states, view, piece, end).await;
         self.filters.put(states);
         if let Verdict::Refuse(refused) = verdict {

@@ -17,6 +17,7 @@ use crate::client::intake::IntakeTerms;
 use crate::client::wire::Manner;
 use crate::error::{Refusal, refusal};
 use crate::eventloop::worker::{RouteTag, take_route};
+use crate::expression::{Condition, Facts};
 use crate::filter::{Chain, Stages, Verdict, View};
 use crate::metrics::RouteMetrics;
 use crate::party::Patience;
@@ -86,17 +87,25 @@ impl Route {
 }
 
 /// Finds the route of a request.
-pub fn find<'t>(routes: &'t Table<Arc<Route>>, request: &RequestHeader) -> Result<&'t Arc<Route>, &'static Refusal> {
+pub fn find<'t>(
+    exchange: &Exchange,
+    routes: &'t Table<Arc<Route>>,
+    request: &RequestHeader,
+) -> Result<&'t Arc<Route>, &'static Refusal> {
     let host = request.headers.get(header::HOST).and_then(|host| host.to_str().ok()).unwrap_or_default();
-    routes
-        .find(&Query {
-            method: &request.method,
-            host: without_port(host),
-            path: request.uri.path(),
-            query: request.uri.query(),
-            headers: &request.headers,
-        })
-        .ok_or(&refusal::ROUTE_NO_MATCH)
+    let path = request.uri.path();
+    let query = Query {
+        method: &request.method,
+        host: without_port(host),
+        path,
+        query: request.uri.query(),
+        headers: &request.headers,
+    };
+    let holds = |route: &Arc<Route>, when: &Condition| {
+        let facts = Facts { path, ..exchange.facts(&route.name) };
+        when.holds(&facts.asked(request))
+    };
+    routes.find(&query, holds).ok_or(&refusal::ROUTE_NO_MATCH)
 }
 
 /// Takes the route and runs its request filters.
@@ -106,11 +115,9 @@ pub async fn take(exchange: &mut Exchange, route: Arc<Route>, request: &mut Requ
         exchange.route = Some(route);
         return Verdict::Continue;
     }
-    if route.chain.wants(Stages::REQUEST) {
-        exchange.target = Some(request.uri.clone());
-    }
+    exchange.target = Some(request.uri.clone());
     let mut states = route.chain.states();
-    let view = View { client: exchange.client, scheme: exchange.scheme, route: &route.name, request };
+    let view = View { facts: exchange.facts(&route.name), request };
     let verdict = route.chain.request(&mut states, view).await;
     exchange.filters = Some(FilterStates::new(states));
     exchange.route = Some(route);

@@ -142,7 +142,7 @@ pub async fn piece(
         && route.chain.wants(Stages::REQUEST_BODY)
         && let Some(mut states) = filters.take()
     {
-        let view = View { client: exchange.client, scheme: exchange.scheme, route: &route.name, request };
+        let view = View { facts: exchange.facts(&route.name), request };
         let verdict = route.chain.request_body(&mut states, view, piece, end).await;
         filters.put(states);
         if let Verdict::Refuse(refused) = verdict {

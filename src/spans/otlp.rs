@@ -222,6 +222,8 @@ impl Story {
             let kind = self.refusal.map_or_else(|| self.status.to_string().into(), |refusal| Cow::from(refusal.reason));
             attributes.push(KeyValue::new("error.type", kind));
         }
+        let further = self.attributes.iter().map(|(name, said)| KeyValue::new(name.to_string(), text(said)));
+        attributes.extend(further);
         attributes
     }
 
@@ -358,6 +360,7 @@ pub(super) mod tests {
             request_id: Some("id".into()),
             route: "all".into(),
             status: 200,
+            attributes: Box::default(),
             refusal: None,
         }
     }

@@ -65,8 +65,10 @@ fn find(c: &mut Criterion) {
             let rules: Vec<Match> = (0..number).map(rule).collect();
             let table = Table::build(rules.iter().zip(0usize..).collect()).expect("the rules of this bench are sound");
             for (outcome, query, expected) in [("hit", hit, Some(&7)), ("miss", miss, None)] {
-                assert_eq!(table.find(&query), expected, "{kind}");
-                group.bench_function(BenchmarkId::new(outcome, number), |b| b.iter(|| table.find(black_box(&query))));
+                assert_eq!(table.find(&query, |_, _| true), expected, "{kind}");
+                group.bench_function(BenchmarkId::new(outcome, number), |b| {
+                    b.iter(|| table.find(black_box(&query), |_, _| true))
+                });
             }
         }
     }

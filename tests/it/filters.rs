@@ -206,7 +206,7 @@ impl Filter for Toll {
 
     async fn request(&self, scope: &mut Scope<'_>) -> Verdict {
         *scope.state = Some(Box::new(Vec::<u8>::new()));
-        self.stage("request", &format!("{} by {}", scope.request.uri.path(), scope.route)).await
+        self.stage("request", &format!("{} by {}", scope.request.uri.path(), scope.facts.route)).await
     }
 
     async fn request_body(&self, _: &mut Scope<'_>, piece: &mut Option<Bytes>, end: bool) -> Verdict {

@@ -7,8 +7,9 @@ use std::path::{Path, PathBuf};
 use regex::Regex;
 
 /// The levels, from the ground up. A module imports from its own level and from below it.
-const LEVELS: [&[&str]; 7] = [
+const LEVELS: [&[&str]; 8] = [
     &["phase", "party", "error", "framing", "net", "printable"],
+    &["expression"],
     &["config", "metrics"],
     &["client", "filter", "upstream", "access_log", "eventloop", "origin", "recorder", "spans"],
     &["admin", "proxy"],

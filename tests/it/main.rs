@@ -21,6 +21,7 @@ mod deadline;
 mod discovery;
 mod endings;
 mod eventloop;
+mod expressions;
 mod filters;
 mod finish;
 mod framing;

@@ -17,8 +17,8 @@ use crate::config::units::{Percent, Time};
 pub struct LoadBalancing {
     /// The policy.
     pub policy: Policy,
-    /// What `ring_hash` and `maglev` hash: `client_ip`, `path`, `route`, `{ header: x }`, `{ cookie: x }`, `{ query: x }`, or
-    /// a list, of which the first that a request has counts. One that has none of them goes anywhere. These policies must have it, others must not.
+    /// What `ring_hash` and `maglev` hash: `client_ip`, `path`, `route`, `{ header: x }`, `{ cookie: x }`, `{ query: x }`,
+    /// `{ cel: "…" }`, or a list, of which the first that a request has counts. One that has none of them goes anywhere. These policies must have it, others must not.
     #[serde(skip_serializing_if = "HashKey::is_empty")]
     pub hash_key: HashKey,
     /// With `ring_hash` and `maglev`: no endpoint gets more than so many times its share of what is in flight; what is above
@@ -149,7 +149,7 @@ impl JsonSchema for HashKey {
                 { "enum": ["client_ip", "path", "route"] },
                 {
                     "type": "object",
-                    "patternProperties": { "^(header|cookie|query)$": { "type": "string" } },
+                    "patternProperties": { "^(header|cookie|query|cel)$": { "type": "string" } },
                     "additionalProperties": false,
                     "minProperties": 1,
                     "maxProperties": 1,

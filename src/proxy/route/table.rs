@@ -8,10 +8,11 @@
 //! 3. a rule for certain methods, before one for all;
 //! 4. the greater number of header conditions;
 //! 5. the greater number of query conditions;
-//! 6. the order in the file.
+//! 6. a rule with a condition of its own (`when:`), before one without;
+//! 7. the order in the file.
 //!
-//! The Gateway API leaves the rank of regular expressions open. Here the prefix `/`, which takes everything as no path
-//! does, stands behind them; else no expression could stand beside a catch-all.
+//! The Gateway API leaves the rank of regular expressions open. Here the prefix `/`, which takes everything as no
+//! path does, stands behind them; else no expression could stand beside a catch-all.
 //!
 //! A more specific place does not settle it: if none of its rules takes the request (a header is missing, say), the
 //! next less specific place is asked, down to rules without a host.
@@ -31,11 +32,12 @@ use regex_syntax::hir::literal::Extractor;
 use crate::config::route::{Match, PathMatch, ValueMatch};
 use crate::error::BuildError;
 use crate::error::path::{self, join};
+use crate::expression::{Condition, Moment};
 
 /// Rules, each of which stands for a `T`.
 #[derive(Debug)]
 pub struct Table<T> {
-    /// Every rule, best first by points 3 to 6 above. Its index is its [`Rank`].
+    /// Every rule, best first by points 3 to 7 above. Its index is its [`Rank`].
     rules: Vec<Rule<T>>,
     hosts: HashMap<Box<[u8]>, Paths>,
     /// By what follows the `*.` of a wildcard.
@@ -87,10 +89,15 @@ impl<T> Table<T> {
 
     /// The best rule that takes this request.
     ///
-    /// Time does not depend on the number of rules, with one exception: rules of one host whose regular expressions begin
-    /// alike (`.*\.php`, `.*\.html`) are all tried, in 0.1 ms for 10,000 of them.
-    pub fn find(&self, query: &Query<'_>) -> Option<&T> {
-        let rank = self.search(query, |rank| self.rules[rank as usize].takes(query))?;
+    /// Time does not depend on the number of rules, with one exception: rules of one host whose regular
+    /// expressions begin alike (`.*\.php`, `.*\.html`) are all tried, in 0.1 ms for 10,000 of them.
+    ///
+    /// Conditions in CEL are asked last, by `holds`, and only those of rules that take the request otherwise.
+    pub fn find(&self, query: &Query<'_>, holds: impl Fn(&T, &Condition) -> bool) -> Option<&T> {
+        let rank = self.search(query, |rank| {
+            let rule = &self.rules[rank as usize];
+            rule.takes(query) && rule.when.as_ref().is_none_or(|when| holds(&rule.target, when))
+        })?;
         Some(&self.rules[rank as usize].target)
     }
 
@@ -268,13 +275,14 @@ struct Rule<T> {
     target: T,
     /// Any, if empty.
     methods: Vec<Method>,
-    headers: Vec<(HeaderName, Condition)>,
-    queries: Vec<(Box<str>, Condition)>,
+    headers: Vec<(HeaderName, ValueCondition)>,
+    queries: Vec<(Box<str>, ValueCondition)>,
+    when: Option<Condition>,
 }
 
 impl<T> Rule<T> {
     fn build(written: &Match, target: T, report: &mut impl FnMut(BuildError)) -> Rule<T> {
-        let mut rule = Rule { target, methods: Vec::new(), headers: Vec::new(), queries: Vec::new() };
+        let mut rule = Rule { target, methods: Vec::new(), headers: Vec::new(), queries: Vec::new(), when: None };
         for (index, name) in written.methods.iter().enumerate() {
             match method(name) {
                 Ok(method) => rule.methods.push(method),
@@ -283,16 +291,22 @@ impl<T> Rule<T> {
         }
         for (name, value) in &written.headers {
             let place = join("headers", &path::key(name));
-            match (name.parse(), Condition::build(value)) {
+            match (name.parse(), ValueCondition::build(value)) {
                 (Ok(name), Ok(condition)) => rule.headers.push((name, condition)),
                 (Err(_), _) => report(BuildError::new(place, format!("`{name}` cannot be the name of a header"))),
                 (_, Err(error)) => report(error.under(&place)),
             }
         }
         for (name, value) in &written.queries {
-            match Condition::build(value) {
+            match ValueCondition::build(value) {
                 Ok(condition) => rule.queries.push((name.as_str().into(), condition)),
                 Err(error) => report(error.under(&join("queries", &path::key(name)))),
+            }
+        }
+        if let Some(written) = &written.when {
+            match Condition::build(written, Moment::Request) {
+                Ok(when) => rule.when = Some(when),
+                Err(error) => report(error.under("when")),
             }
         }
         rule
@@ -300,7 +314,7 @@ impl<T> Rule<T> {
 
     /// The smaller wins.
     fn precedence(&self) -> impl Ord + use<T> {
-        (self.methods.is_empty(), Reverse(self.headers.len()), Reverse(self.queries.len()))
+        (self.methods.is_empty(), Reverse(self.headers.len()), Reverse(self.queries.len()), self.when.is_none())
     }
 
     /// Whether it takes this request, which is at its place.
@@ -332,33 +346,33 @@ fn method(written: &str) -> Result<Method, String> {
 
 /// A condition on the value of a header or a query argument.
 #[derive(Debug)]
-enum Condition {
+enum ValueCondition {
     Exact(Box<str>),
     Regex(regex::bytes::Regex),
     Present(bool),
 }
 
-impl Condition {
-    fn build(written: &ValueMatch) -> Result<Condition, BuildError> {
+impl ValueCondition {
+    fn build(written: &ValueMatch) -> Result<ValueCondition, BuildError> {
         match written {
-            ValueMatch::Exact(value) => Ok(Condition::Exact(value.as_str().into())),
-            ValueMatch::Present { present } => Ok(Condition::Present(*present)),
-            ValueMatch::Regex { regex } => whole(regex, regex::bytes::Regex::new).map(Condition::Regex),
+            ValueMatch::Exact(value) => Ok(ValueCondition::Exact(value.as_str().into())),
+            ValueMatch::Present { present } => Ok(ValueCondition::Present(*present)),
+            ValueMatch::Regex { regex } => whole(regex, regex::bytes::Regex::new).map(ValueCondition::Regex),
         }
     }
 
     fn exact(&self) -> Option<&str> {
         match self {
-            Condition::Exact(value) => Some(value),
-            Condition::Regex(_) | Condition::Present(_) => None,
+            ValueCondition::Exact(value) => Some(value),
+            ValueCondition::Regex(_) | ValueCondition::Present(_) => None,
         }
     }
 
     fn holds(&self, value: Option<Cow<'_, [u8]>>) -> bool {
         match self {
-            Condition::Present(present) => value.is_some() == *present,
-            Condition::Exact(expected) => value.is_some_and(|value| *value == *expected.as_bytes()),
-            Condition::Regex(regex) => value.is_some_and(|value| regex.is_match(&value)),
+            ValueCondition::Present(present) => value.is_some() == *present,
+            ValueCondition::Exact(expected) => value.is_some_and(|value| *value == *expected.as_bytes()),
+            ValueCondition::Regex(regex) => value.is_some_and(|value| regex.is_match(&value)),
         }
     }
 }
@@ -422,7 +436,8 @@ impl Regexes {
     fn seal(&mut self) {
         let set = |ranked: &[(Rank, String)]| {
             let patterns = ranked.iter().map(|(_, pattern)| pattern);
-            // Each was compiled alone and held to the usual limit of size; without one for all there is nothing to fail.
+            // Each was compiled alone and held to the usual limit of size; without one for all there is nothing to
+            // fail.
             RegexSetBuilder::new(patterns).size_limit(usize::MAX).build().expect("sound expressions make a sound set")
         };
         self.sets = self.ranked.chunks(Self::SET_MAX).map(set).collect();
@@ -674,8 +689,44 @@ mod tests {
     fn assert_found(rules: &[Match], cases: &[(&str, Option<usize>)]) {
         let table = table(rules);
         for (line, expected) in cases {
-            assert_eq!(table.find(&Request::new(line, &[]).query()).copied(), *expected, "{line}");
+            assert_eq!(table.find(&Request::new(line, &[]).query(), |_, _| true).copied(), *expected, "{line}");
         }
+    }
+
+    #[test]
+    fn a_condition_is_asked_last_and_of_candidates_only() {
+        let conditional = |base: Match, when: &str| Match { when: Some(when.to_owned()), ..base };
+        let rules = [
+            prefix("/a"),
+            conditional(prefix("/a"), "true"),
+            conditional(prefix("/a"), "false"),
+            conditional(prefix("/b"), "true"),
+            conditional(Match { methods: vec!["POST".to_owned()], ..prefix("/a") }, "true"),
+        ];
+        let table = table(&rules);
+        let asked = std::cell::RefCell::new(Vec::new());
+        let found = |line: &str, holds: bool| {
+            asked.borrow_mut().clear();
+            table.find(&Request::new(line, &[]).query(), |rule, _| {
+                asked.borrow_mut().push(*rule);
+                holds
+            })
+        };
+        assert_eq!(found("GET a /a", true), Some(&1));
+        assert_eq!(*asked.borrow(), [1]);
+        assert_eq!(found("GET a /a", false), Some(&0), "the rule without a condition is the last resort");
+        assert_eq!(*asked.borrow(), [1, 2]);
+        assert_eq!(found("GET a /c", true), None);
+        assert_eq!(*asked.borrow(), [0; 0]);
+    }
+
+    #[test]
+    fn a_condition_that_is_none_is_told_with_its_place() {
+        let rule = Match { when: Some("request.pth".to_owned()), ..Match::default() };
+        let errors = Table::build(vec![(&rule, 0)]).unwrap_err();
+        let told =
+            "[0].match.when (at 1:1 of the expression): nothing is called `request.pth`: did you mean `request.path`?";
+        assert_eq!(errors[0].to_string(), told);
     }
 
     #[test]
@@ -739,8 +790,9 @@ mod tests {
             ("/é/foo", "/é", true),
         ];
         for (requested, written, expected) in cases {
-            let found =
-                table(&[prefix(written)]).find(&Request::new(&format!("GET a {requested}"), &[]).query()).is_some();
+            let found = table(&[prefix(written)])
+                .find(&Request::new(&format!("GET a {requested}"), &[]).query(), |_, _| true)
+                .is_some();
             assert_eq!(found, expected, "{requested} below {written}");
         }
     }
@@ -818,7 +870,9 @@ mod tests {
             methods(&["GET"]),
         ];
         let table = table(&rules);
-        let found = |line: &str, fields: &[(&str, &str)]| *table.find(&Request::new(line, fields).query()).unwrap();
+        let found = |line: &str, fields: &[(&str, &str)]| {
+            *table.find(&Request::new(line, fields).query(), |_, _| true).unwrap()
+        };
         assert_eq!(found("GET a /?v=2&w=", &[("x-a", "1")]), 5, "a method counts more than any header");
         assert_eq!(found("PUT a /?v=2&w=", &[("x-a", "1")]), 4, "two headers count more than one and two arguments");
         assert_eq!(found("PUT a /?v=2&w=", &[("x-a", "1"), ("x-b", "")]), 3);
@@ -865,7 +919,7 @@ mod tests {
         for (condition, fields, expected) in cases {
             let table = table(&[headers(&[("x-Version", condition)])]);
             assert_eq!(
-                table.find(&Request::new("GET a /", fields).query()).is_some(),
+                table.find(&Request::new("GET a /", fields).query(), |_, _| true).is_some(),
                 *expected,
                 "{condition} {fields:?}"
             );
@@ -895,7 +949,7 @@ mod tests {
         ];
         for (name, condition, query, expected) in cases {
             let request = Request { query: Some(query.to_owned()), ..Request::new("GET a /", &[]) };
-            let found = table(&[queries(&[(name, condition)])]).find(&request.query()).is_some();
+            let found = table(&[queries(&[(name, condition)])]).find(&request.query(), |_, _| true).is_some();
             assert_eq!(found, expected, "{name} {condition} in {query}");
         }
         assert_found(&[queries(&[("v", "present:true")])], &[("GET a /", None)]);
@@ -909,6 +963,7 @@ mod tests {
             methods: vec!["GET".into(), "get".into(), "A B".into()],
             headers: values(&[("x y", "1"), ("x-z", "regex:[")]),
             queries: values(&[("v", "regex:a)(b")]),
+            when: Some("request.pth".to_owned()),
         };
         let rules = [Match::default(), wrong, prefix("api"), exact("api")];
         let errors = Table::build(rules.iter().zip(0..).collect()).unwrap_err();
@@ -926,12 +981,13 @@ mod tests {
                 "[1].match.headers.\"x y\"",
                 "[1].match.headers.x-z.regex",
                 "[1].match.queries.v.regex",
+                "[1].match.when",
                 "[2].match.path.prefix",
                 "[3].match.path.exact",
             ]
         );
         assert_eq!(errors[4].message, "`/a(` is no regular expression that can be used: unclosed group");
-        assert_eq!(errors[10].message, "`api` is no path: it must begin with `/`");
+        assert_eq!(errors[11].message, "`api` is no path: it must begin with `/`");
     }
 
     #[test]
@@ -1039,8 +1095,9 @@ mod tests {
                 .prop_map(|regex| PathMatch::Regex(regex.to_owned())),
         ];
         let methods = prop::collection::vec(prop::sample::select(vec!["GET", "PUT"]).prop_map(str::to_owned), 0..3);
-        (hosts, prop::option::of(path), methods, some_values(["x-a", "x-b"]), some_values(["v", "w"]))
-            .prop_map(|(hosts, path, methods, headers, queries)| Match { hosts, path, methods, headers, queries })
+        (hosts, prop::option::of(path), methods, some_values(["x-a", "x-b"]), some_values(["v", "w"])).prop_map(
+            |(hosts, path, methods, headers, queries)| Match { hosts, path, methods, headers, queries, when: None },
+        )
     }
 
     fn some_request() -> impl Strategy<Value = Request> {
@@ -1085,7 +1142,7 @@ mod tests {
         ) {
             let table = table(&rules);
             for request in &requests {
-                prop_assert_eq!(table.find(&request.query()).copied(), by_looking_at_all(&rules, request), "{:?}", request);
+                prop_assert_eq!(table.find(&request.query(), |_, _| true).copied(), by_looking_at_all(&rules, request), "{:?}", request);
             }
         }
     }

@@ -52,7 +52,7 @@ fn troubled() -> (Gateway, impl Drop) {
         .also_listener("{ name: passed, address: \"127.0.0.1:0\", tcp: { upstream: copies } }")
         .upstream("limits: { requests: 1 }")
         .observability(&tracing)
-        .filters("{ request_id: {} }")
+        .filters("{ request_id: {} }, { access: { deny: ['::1'] }, when: 'request.method == \"DELETE\"' }")
         .also_route("{ name: files, match: { path: { prefix: /bytes } }, upstream: app }")
         .also_route("{ name: uploads, match: { path: { prefix: /echo } }, upstream: app }")
         .also_route("{ name: checked, match: { path: { prefix: /delay } }, upstream: checked }")

@@ -161,6 +161,12 @@ pub fn board() -> Board {
                 ),
                 "{{route}}",
             ),
+            Panel::lines(
+                "Filters that did nothing",
+                "Exchanges per second in which the `when:` of a filter did not hold; the ten of them with most.",
+                "reqps",
+            )
+            .query("topk(10, sum by (route, filter) (rate(forebay_filter_skipped_total[R])))", "{{route}} {{filter}}"),
             Panel::lines("Traffic", "Bytes from and to clients.", "Bps")
                 .query("sum by (direction) (rate(forebay_bytes_total[R]))", "{{direction}}"),
         ],

@@ -1,0 +1,201 @@
+//! Expressions in CEL: conditions (`when:`) and values (`{ cel: "…" }`), checked when the file is loaded.
+//!
+//! The `cel` crate parses and keeps the place of every node (`expression/parse.rs`). A planner of our own gives
+//! each node a type (`expression/planner.rs`) and makes a [`plan`] of it, which is what runs. So an unknown name,
+//! an unknown function, a wrong type and a bad pattern are errors of the file, with their place inside the
+//! expression; patterns and header names are made ready once; and the request is read where it lies.
+//!
+//! The language is total: nothing fails when a request comes. A header, a cookie or an argument that is missing
+//! reads as an empty text, so that a rule such as `request.headers["x-token"] != "…"` holds for a client that
+//! sends none. Its cost is bounded by the length of the expression and of what it reads: there are no loops,
+//! patterns are linear by nature, and what an expression may grow is limited.
+//!
+//! `expression/names.rs` is the one list of names and functions; `conf/manual/expressions.md` is made of it.
+
+pub mod facts;
+pub mod fields;
+pub mod named;
+pub mod names;
+mod parse;
+mod plan;
+mod planner;
+
+use std::borrow::Cow;
+use std::fmt;
+use std::ops::Range;
+use std::sync::Arc;
+use std::thread;
+
+pub use facts::{Asked, Facts, Pace, Secured};
+
+use crate::error::{BuildError, Inside};
+use plan::{Condition as Plan, Text};
+use planner::{Kind, Plan as Planned, Planner};
+
+/// An expression may have so many bytes. At most a thousand nodes fit.
+pub const BYTES_MAX: usize = 4096;
+
+/// Parsing recurses, deeper than the stack of a worker or of a test allows in a build without optimisation. Only
+/// pages that are used take memory.
+const STACK_BYTES: usize = 64 << 20;
+
+/// When an expression is asked: what there is by then.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Moment {
+    /// The request header is here, and no response.
+    Request,
+    /// The response header is here, or the exchange has ended.
+    Response,
+}
+
+/// What is wrong with an expression: the bytes that it is about, and what to do behind a colon.
+#[derive(Debug)]
+struct Mistake {
+    place: Range<usize>,
+    message: String,
+}
+
+impl Mistake {
+    fn new(place: Range<usize>, message: impl Into<String>) -> Self {
+        Mistake { place, message: message.into() }
+    }
+}
+
+/// An expression that holds or does not: `when:`.
+#[derive(Clone)]
+pub struct Condition(Arc<Source<Plan>>);
+
+/// An expression that makes a text: `{ cel: "…" }`.
+#[derive(Clone)]
+pub struct Value(Arc<Source<Text>>);
+
+struct Source<P> {
+    written: Box<str>,
+    plan: P,
+    reads_response: bool,
+}
+
+impl Condition {
+    /// Makes ready the condition that is `written`, to be asked at this moment.
+    ///
+    /// # Errors
+    /// What is wrong with it and where inside; the path is empty.
+    pub fn build(written: &str, moment: Moment) -> Result<Condition, BuildError> {
+        built(written, moment, |planned, whole| match planned {
+            Planned::Condition(plan) => Ok(plan),
+            other => {
+                let told = format!(
+                    "this is {}, and a condition holds or does not: compare it, as in `request.method == \"GET\"`",
+                    other.kind().told()
+                );
+                Err(Mistake::new(whole, told))
+            }
+        })
+        .map(|source| Condition(Arc::new(source)))
+    }
+
+    /// Whether it holds. Never fails, and allocates only where it makes text.
+    pub fn holds(&self, asked: &Asked<'_>) -> bool {
+        self.0.plan.holds(asked)
+    }
+
+    /// Whether it reads anything of the response, so that it can be asked only when there is one.
+    pub fn reads_response(&self) -> bool {
+        self.0.reads_response
+    }
+}
+
+impl Value {
+    /// Makes ready the expression that is `written`, to be asked at this moment.
+    ///
+    /// # Errors
+    /// What is wrong with it and where inside; the path is empty.
+    pub fn build(written: &str, moment: Moment) -> Result<Value, BuildError> {
+        built(written, moment, |planned, whole| match planned {
+            Planned::Text(plan) => Ok(plan),
+            other => {
+                let kind = other.kind();
+                let help = match kind {
+                    Kind::Int | Kind::Double | Kind::Bool | Kind::Address => "write `string(…)` around it",
+                    _ => "take an item of it",
+                };
+                Err(Mistake::new(whole, format!("this is {}, and text is expected here: {help}", kind.told())))
+            }
+        })
+        .map(|source| Value(Arc::new(source)))
+    }
+
+    /// The text that it makes. Never fails, and allocates only where it puts a new one together. What it reads of
+    /// a request may be no UTF-8.
+    pub fn of<'a>(&'a self, asked: &Asked<'a>) -> Cow<'a, [u8]> {
+        self.0.plan.of(asked)
+    }
+}
+
+/// Parses and plans on a thread with a stack that suffices for whatever fits into [`BYTES_MAX`].
+fn built<P: Send>(
+    written: &str,
+    moment: Moment,
+    typed: impl FnOnce(Planned, Range<usize>) -> Result<P, Mistake> + Send,
+) -> Result<Source<P>, BuildError> {
+    build(written, moment, typed)
+        .map_err(|mistake| BuildError::new("", mistake.message).inside(Inside::of(written, mistake.place)))
+}
+
+fn build<P: Send>(
+    written: &str,
+    moment: Moment,
+    typed: impl FnOnce(Planned, Range<usize>) -> Result<P, Mistake> + Send,
+) -> Result<Source<P>, Mistake> {
+    let whole = 0..written.len();
+    if written.len() > BYTES_MAX {
+        let told = format!("this expression is longer than {BYTES_MAX} bytes: split it, or write a filter");
+        return Err(Mistake::new(0..0, told));
+    }
+    if written.trim().is_empty() {
+        return Err(Mistake::new(0..0, "this expression is empty: write one such as `request.method == \"GET\"`"));
+    }
+    let read = || {
+        let tree = parse::tree(written)?;
+        let mut planner = Planner::new(&tree, moment);
+        let plan = typed(planner.plan(&tree.root)?, whole.clone())?;
+        Ok(Source { written: written.into(), plan, reads_response: planner.reads_response })
+    };
+    let thread = thread::Builder::new().name("expression".to_owned()).stack_size(STACK_BYTES);
+    thread::scope(|scope| match thread.spawn_scoped(scope, read) {
+        Ok(running) => running.join().unwrap_or_else(|_| {
+            Err(Mistake::new(whole.clone(), "this expression is not understood: write it in a simpler way"))
+        }),
+        Err(error) => Err(Mistake::new(whole.clone(), format!("no thread could be started to read this: {error}"))),
+    })
+}
+
+impl<P> Source<P> {
+    fn is(&self, other: &Self) -> bool {
+        self.written == other.written
+    }
+}
+
+/// Two are the same if they are written in the same way.
+macro_rules! by_text {
+    ($($kind:ty),*) => {$(
+        impl PartialEq for $kind {
+            fn eq(&self, other: &Self) -> bool {
+                self.0.is(&other.0)
+            }
+        }
+
+        impl Eq for $kind {}
+
+        impl fmt::Debug for $kind {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str(&self.0.written)
+            }
+        }
+    )*};
+}
+
+by_text!(Condition, Value);
+
+#[cfg(test)]
+mod tests;

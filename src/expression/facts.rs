@@ -1,0 +1,142 @@
+//! What an expression is asked of: facts of the exchange, the request, and the response where there is one.
+
+use std::net::IpAddr;
+use std::time::Duration;
+
+use http::{HeaderMap, Method, Uri, Version};
+use pingora::http::{RequestHeader, ResponseHeader};
+
+use crate::phase::Phase;
+
+/// What is known of an exchange beside its headers.
+#[derive(Clone, Copy, Debug)]
+pub struct Facts<'a> {
+    /// The client's address: the peer's, or what a trusted proxy said. `None` on a unix socket.
+    pub client: Option<IpAddr>,
+    /// The client's port; 0 if a proxy stands between, or on a unix socket.
+    pub port: u16,
+    /// `http` or `https`, as the client spoke it.
+    pub scheme: &'static str,
+    /// The name of the route.
+    pub route: &'a str,
+    /// The path of the request as routes see it: the client's, in its canonical form.
+    pub path: &'a str,
+    /// The TLS connection of the client.
+    pub secured: Secured<'a>,
+    /// How fast the client is.
+    pub pace: Pace,
+}
+
+impl<'a> Facts<'a> {
+    /// Those of an exchange of which nothing is known but its route and the path that it asks for.
+    pub fn of(route: &'a str, path: &'a str) -> Self {
+        let (client, port, scheme) = (None, 0, "http");
+        Facts { client, port, scheme, route, path, secured: Secured::default(), pace: Pace::default() }
+    }
+}
+
+impl Facts<'_> {
+    /// What expressions are asked of, with this request.
+    pub fn asked<'h>(&'h self, request: &'h RequestHeader) -> Asked<'h> {
+        Asked {
+            facts: *self,
+            method: &request.method,
+            target: &request.uri,
+            version: request.version,
+            headers: &request.headers,
+            response: None,
+        }
+    }
+}
+
+/// What is known of the client's TLS connection; all empty in clear text.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Secured<'a> {
+    /// The version, such as `TLSv1.3`.
+    pub version: &'a str,
+    /// The server name that the client asked for (SNI).
+    pub sni: &'a str,
+    /// The subject of the client's certificate.
+    pub subject: &'a str,
+}
+
+/// How the client did in the last phase in which it was waited for: `header` while its request comes, `buffer`
+/// once its body has come, `write` once it has taken the answer.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Pace {
+    /// That phase.
+    pub phase: Phase,
+    /// How long it lasted.
+    pub age: Duration,
+    /// The bytes that the client moved in it; `None` if they are those of the request header.
+    pub bytes: Option<u64>,
+}
+
+impl Default for Pace {
+    fn default() -> Self {
+        Pace { phase: Phase::Header, age: Duration::ZERO, bytes: None }
+    }
+}
+
+/// A client that took at least so long ...
+const SLOW_AGE: Duration = Duration::from_secs(1);
+/// ... and moved less than so many bytes a second is slow.
+const SLOW_RATE: f64 = 4096.0;
+
+/// What an expression, or a key, is looked for in.
+#[derive(Clone, Copy, Debug)]
+pub struct Asked<'a> {
+    /// What is known of the exchange.
+    pub facts: Facts<'a>,
+    /// The method.
+    pub method: &'a Method,
+    /// The target of the request.
+    pub target: &'a Uri,
+    /// The version of HTTP that the client speaks.
+    pub version: Version,
+    /// The header of the request.
+    pub headers: &'a HeaderMap,
+    /// The response, where there is one.
+    pub response: Option<Response<'a>>,
+}
+
+/// A response as it is asked about.
+#[derive(Clone, Copy, Debug)]
+pub struct Response<'a> {
+    /// Its status; 0 if none was sent.
+    pub code: u16,
+    /// Its header, if there is one left.
+    pub headers: Option<&'a HeaderMap>,
+}
+
+impl Asked<'_> {
+    /// The same, with this response.
+    pub fn answered<'h>(&'h self, response: &'h ResponseHeader) -> Asked<'h> {
+        let response = Response { code: response.status.as_u16(), headers: Some(&response.headers) };
+        Asked { response: Some(response), ..*self }
+    }
+}
+
+impl Asked<'_> {
+    /// Seconds of the client's last phase.
+    pub(super) fn phase_age(&self) -> f64 {
+        self.facts.pace.age.as_secs_f64()
+    }
+
+    /// Bytes a second. A phase of less than a millisecond counts as one: nobody can tell a rate by it.
+    pub(super) fn rate(&self) -> f64 {
+        let bytes = self.facts.pace.bytes.unwrap_or_else(|| self.header_bytes());
+        bytes as f64 / self.phase_age().max(0.001)
+    }
+
+    pub(super) fn is_slow(&self) -> bool {
+        self.facts.pace.age >= SLOW_AGE && self.rate() < SLOW_RATE
+    }
+
+    /// About what the header takes on HTTP/1: two bytes stand between a name and its value, two behind it.
+    fn header_bytes(&self) -> u64 {
+        let fields = self.headers.iter().map(|(name, value)| name.as_str().len() + value.len() + 4);
+        let line = self.method.as_str().len() + self.target.path_and_query().map_or(1, |it| it.as_str().len()) + 12;
+        (line + fields.sum::<usize>()) as u64
+    }
+}

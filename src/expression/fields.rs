@@ -1,0 +1,35 @@
+//! How fields of a request are read that are no headers: cookies, and arguments of the query.
+
+use http::HeaderMap;
+use http::header::COOKIE;
+
+/// RFC 6265 §4.2.1: pairs between semicolons. HTTP/2 may split them over several fields (RFC 9113 §8.2.3).
+pub fn cookie<'s>(headers: &'s HeaderMap, name: &[u8]) -> Option<&'s [u8]> {
+    let fields = headers.get_all(COOKIE).iter();
+    let mut pairs = fields.flat_map(|field| field.as_bytes().split(|&byte| byte == b';'));
+    pairs.find_map(|pair| pair.trim_ascii().strip_prefix(name)?.strip_prefix(b"="))
+}
+
+/// The value of the first argument of this name in `query`, as it was sent; [`decoded`] makes it what it means.
+pub fn argument<'q>(query: &'q str, name: &[u8]) -> Option<&'q str> {
+    let mut pairs = query.split('&').map(|pair| pair.split_once('=').unwrap_or((pair, "")));
+    pairs.find(|(key, _)| decoded(key).eq(name.iter().copied())).map(|(_, value)| value)
+}
+
+/// Undoes `%41` and `+`, as forms write them. A `%` without two hex digits stands for itself.
+pub fn decoded(text: &str) -> impl Iterator<Item = u8> + '_ {
+    let mut rest = text.as_bytes();
+    std::iter::from_fn(move || {
+        let (&byte, after) = rest.split_first()?;
+        let escaped = if byte == b'%' { after.split_at_checked(2).and_then(hex) } else { None };
+        let (byte, after) = escaped.unwrap_or((if byte == b'+' { b' ' } else { byte }, after));
+        rest = after;
+        Some(byte)
+    })
+}
+
+/// The byte that two hex digits stand for, and what follows them.
+fn hex<'t>((digits, after): (&'t [u8], &'t [u8])) -> Option<(u8, &'t [u8])> {
+    let digit = |byte: u8| char::from(byte).to_digit(16).and_then(|digit| u8::try_from(digit).ok());
+    Some((digit(digits[0])? << 4 | digit(digits[1])?, after))
+}

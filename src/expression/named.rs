@@ -1,0 +1,41 @@
+//! Texts under names: further fields of the access log, and attributes of spans.
+
+use std::borrow::Cow;
+
+use super::{Asked, Value};
+
+/// Names with their texts, in the order of their names.
+#[derive(Clone, Debug, Default)]
+pub struct Named(Box<[(Box<str>, Words)]>);
+
+/// A name and its text in one exchange.
+pub type Said<'a> = (&'a str, Cow<'a, [u8]>);
+
+/// A text that is fixed, or made for each exchange.
+#[derive(Clone, Debug)]
+pub enum Words {
+    /// As it is.
+    Fixed(Box<str>),
+    /// What an expression makes.
+    Made(Value),
+}
+
+impl FromIterator<(Box<str>, Words)> for Named {
+    fn from_iter<I: IntoIterator<Item = (Box<str>, Words)>>(named: I) -> Self {
+        Named(named.into_iter().collect())
+    }
+}
+
+impl Named {
+    /// The texts of this exchange, without those that are empty. Allocates nothing if there are no names.
+    pub fn of<'a>(&'a self, asked: &Asked<'a>) -> Box<[Said<'a>]> {
+        let text = |(name, words): &'a (Box<str>, Words)| {
+            let text = match words {
+                Words::Fixed(text) => Cow::Borrowed(text.as_bytes()),
+                Words::Made(made) => made.of(asked),
+            };
+            (!text.is_empty()).then_some((&**name, text))
+        };
+        self.0.iter().filter_map(text).collect()
+    }
+}

@@ -1,0 +1,607 @@
+//! What runs: an expression as a tree of typed nodes, in which names are looked up, patterns compiled and literals
+//! ready.
+//!
+//! Text is bytes, for a header may hold any; it is borrowed wherever it stands in the request as it is. Patterns and
+//! characters are of UTF-8: a byte that belongs to none counts as one character, which a pattern sees as U+FFFD.
+
+use std::borrow::Cow;
+use std::cmp::Ordering;
+use std::net::IpAddr;
+
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD;
+use base64::engine::{DecodePaddingMode, GeneralPurpose, GeneralPurposeConfig};
+use http::{HeaderMap, HeaderName, Version, header};
+use ipnet::IpNet;
+use memchr::memmem::{Finder, find};
+use regex::Regex;
+use xxhash_rust::xxh3::xxh3_64;
+
+use super::facts::Asked;
+use super::fields::{self, cookie, decoded};
+
+/// From so many bytes on, `replace` leaves the rest of a text as it is: else a few of them within each other would
+/// make text without end.
+pub(super) const REPLACED_BYTES_MAX: usize = 16 * 1024;
+
+/// Text of a request, of the file, or put together.
+pub(super) type Bytes<'a> = Cow<'a, [u8]>;
+
+/// A node that holds or does not.
+#[derive(Debug)]
+pub(super) enum Condition {
+    Literal(bool),
+    Not(Box<Condition>),
+    All(Box<[Condition]>),
+    Any(Box<[Condition]>),
+    Choice(Box<(Condition, Condition, Condition)>),
+    /// Both hold, or neither does.
+    Same(Box<[Condition; 2]>),
+    Has(Field),
+    IsSlow,
+    Equal(Box<[Text; 2]>),
+    /// A text and a literal.
+    Is(Text, Box<[u8]>),
+    Compare(Comparison, Box<[Text; 2]>),
+    StartsWith(Box<[Text; 2]>),
+    EndsWith(Box<[Text; 2]>),
+    Contains(Box<[Text; 2]>),
+    ContainsLiteral(Text, Box<Finder<'static>>),
+    Matches(Text, Box<Regex>),
+    OneOf(Text, Box<[Text]>),
+    /// An item of what `split` gives.
+    Listed(Text, Box<Split>),
+    Number(Comparison, Box<[Number; 2]>),
+    NumberOneOf(Number, Box<[Number]>),
+    SameAddress(Box<[Address; 2]>),
+    AddressOneOf(Address, Box<[Address]>),
+    Within(Box<IpNet>, Address),
+    IsAddress(Text),
+}
+
+/// `==`, `<` and the like.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Comparison {
+    Equal,
+    Less,
+    LessEqual,
+    Greater,
+    GreaterEqual,
+}
+
+impl Comparison {
+    /// What is not a number is not equal to anything, and neither less nor greater.
+    fn holds(self, order: Option<Ordering>) -> bool {
+        match self {
+            Comparison::Equal => order == Some(Ordering::Equal),
+            Comparison::Less => order == Some(Ordering::Less),
+            Comparison::LessEqual => matches!(order, Some(Ordering::Less | Ordering::Equal)),
+            Comparison::Greater => order == Some(Ordering::Greater),
+            Comparison::GreaterEqual => matches!(order, Some(Ordering::Greater | Ordering::Equal)),
+        }
+    }
+}
+
+/// Something that is there under a name, or is not.
+#[derive(Debug)]
+pub(super) enum Field {
+    Header(HeaderName),
+    Cookie(Box<[u8]>),
+    Argument(Box<[u8]>),
+    ResponseHeader(HeaderName),
+}
+
+/// A node that makes text.
+#[derive(Debug)]
+pub(super) enum Text {
+    Literal(Box<[u8]>),
+    Method,
+    Path,
+    Target,
+    Query,
+    Host,
+    Scheme,
+    Version,
+    Id,
+    Route,
+    TlsVersion,
+    Sni,
+    PeerSubject,
+    Field(Field),
+    Lower(Box<Text>),
+    Upper(Box<Text>),
+    Trim(Box<Text>),
+    Join(Box<[Text]>),
+    Replace(Box<[Text; 3]>),
+    Substring(Box<(Text, Int, Option<Int>)>),
+    Item(Box<(Split, Int)>),
+    OrValue(Box<[Text; 2]>),
+    Encode(Box<Text>),
+    Decode(Box<Text>),
+    OfInt(Box<Int>),
+    OfDouble(Box<Double>),
+    OfCondition(Box<Condition>),
+    OfAddress(Box<Address>),
+    Choice(Box<(Condition, Text, Text)>),
+}
+
+/// The pieces of a text between its separators.
+#[derive(Debug)]
+pub(super) struct Split {
+    pub of: Text,
+    pub by: Text,
+}
+
+/// A node that makes a whole number.
+#[derive(Debug)]
+pub(super) enum Int {
+    Literal(i64),
+    Size,
+    Port,
+    Code,
+    Length(Box<Text>),
+    Items(Box<Split>),
+    Parse(Box<Text>),
+    OfDouble(Box<Double>),
+    Hash(Box<Text>),
+    HashAddress(Box<Address>),
+    Negate(Box<Int>),
+    Add(Box<[Int; 2]>),
+    Subtract(Box<[Int; 2]>),
+    Multiply(Box<[Int; 2]>),
+    Divide(Box<[Int; 2]>),
+    Remainder(Box<[Int; 2]>),
+    Choice(Box<(Condition, Int, Int)>),
+}
+
+/// A node that makes a number.
+#[derive(Debug)]
+pub(super) enum Double {
+    Literal(f64),
+    PhaseAge,
+    Rate,
+    Parse(Box<Text>),
+    OfInt(Box<Int>),
+    Negate(Box<Double>),
+    Add(Box<[Double; 2]>),
+    Subtract(Box<[Double; 2]>),
+    Multiply(Box<[Double; 2]>),
+    Divide(Box<[Double; 2]>),
+    Choice(Box<(Condition, Double, Double)>),
+}
+
+/// A number of either kind, to be compared with another.
+#[derive(Debug)]
+pub(super) enum Number {
+    Int(Int),
+    Double(Double),
+}
+
+/// A node that makes an address; there may be none.
+#[derive(Debug)]
+pub(super) enum Address {
+    Client,
+    Literal(IpAddr),
+    Parse(Text),
+}
+
+impl Condition {
+    pub fn holds(&self, asked: &Asked<'_>) -> bool {
+        match self {
+            Condition::Literal(truth) => *truth,
+            Condition::Not(condition) => !condition.holds(asked),
+            Condition::All(all) => all.iter().all(|one| one.holds(asked)),
+            Condition::Any(any) => any.iter().any(|one| one.holds(asked)),
+            Condition::Choice(choice) => {
+                let (condition, yes, no) = &**choice;
+                if condition.holds(asked) { yes.holds(asked) } else { no.holds(asked) }
+            }
+            Condition::Same(both) => both[0].holds(asked) == both[1].holds(asked),
+            Condition::Has(field) => field.is_there(asked),
+            Condition::IsSlow => asked.is_slow(),
+            Condition::Equal(both) => both[0].of(asked) == both[1].of(asked),
+            Condition::Is(text, literal) => *text.of(asked) == **literal,
+            Condition::Compare(comparison, both) => {
+                comparison.holds(Some(both[0].of(asked).as_ref().cmp(both[1].of(asked).as_ref())))
+            }
+            Condition::StartsWith(both) => both[0].of(asked).starts_with(&both[1].of(asked)),
+            Condition::EndsWith(both) => both[0].of(asked).ends_with(&both[1].of(asked)),
+            Condition::Contains(both) => find(&both[0].of(asked), &both[1].of(asked)).is_some(),
+            Condition::ContainsLiteral(text, finder) => finder.find(&text.of(asked)).is_some(),
+            Condition::Matches(text, pattern) => {
+                let text = text.of(asked);
+                match std::str::from_utf8(&text) {
+                    Ok(text) => pattern.is_match(text),
+                    Err(_) => pattern.is_match(&String::from_utf8_lossy(&text)),
+                }
+            }
+            Condition::OneOf(text, all) => {
+                let text = text.of(asked);
+                all.iter().any(|one| one.of(asked) == text)
+            }
+            Condition::Listed(text, split) => {
+                let text = text.of(asked);
+                let (of, by) = (split.of.of(asked), split.by.of(asked));
+                pieces(&of, &by).any(|piece| *piece == *text)
+            }
+            Condition::Number(comparison, both) => comparison.holds(both[0].compare(&both[1], asked)),
+            Condition::NumberOneOf(number, all) => {
+                all.iter().any(|one| number.compare(one, asked) == Some(Ordering::Equal))
+            }
+            Condition::SameAddress(both) => both[0].of(asked) == both[1].of(asked),
+            Condition::AddressOneOf(address, all) => {
+                let address = address.of(asked);
+                all.iter().any(|one| one.of(asked) == address)
+            }
+            Condition::Within(network, address) => address.of(asked).is_some_and(|address| network.contains(&address)),
+            Condition::IsAddress(text) => parsed_address(&text.of(asked)).is_some(),
+        }
+    }
+}
+
+impl Field {
+    fn is_there(&self, asked: &Asked<'_>) -> bool {
+        match self {
+            Field::Header(name) => asked.headers.contains_key(name),
+            Field::Cookie(name) => cookie(asked.headers, name).is_some(),
+            Field::Argument(name) => asked.target.query().is_some_and(|query| argument(query, name).is_some()),
+            Field::ResponseHeader(name) => {
+                asked.response.and_then(|response| response.headers).is_some_and(|headers| headers.contains_key(name))
+            }
+        }
+    }
+
+    /// Empty if it is not there.
+    fn of<'a>(&self, asked: &Asked<'a>) -> Bytes<'a> {
+        match self {
+            Field::Header(name) => values(asked.headers, name),
+            Field::Cookie(name) => cookie(asked.headers, name).map_or(EMPTY, Cow::Borrowed),
+            Field::Argument(name) => asked.target.query().and_then(|query| argument(query, name)).unwrap_or(EMPTY),
+            Field::ResponseHeader(name) => match asked.response.and_then(|response| response.headers) {
+                Some(headers) => values(headers, name),
+                None => EMPTY,
+            },
+        }
+    }
+}
+
+const EMPTY: Bytes<'static> = Cow::Borrowed(&[]);
+
+/// All values of a header in one, as RFC 9110 §5.3 has it: a rule that saw the first one only could be gone round
+/// with a second.
+fn values<'a>(headers: &'a HeaderMap, name: &HeaderName) -> Bytes<'a> {
+    let mut values = headers.get_all(name).iter();
+    let Some(first) = values.next() else { return EMPTY };
+    let Some(second) = values.next() else { return Cow::Borrowed(first.as_bytes()) };
+    let mut all = first.as_bytes().to_vec();
+    for value in [second].into_iter().chain(values) {
+        all.extend_from_slice(b", ");
+        all.extend_from_slice(value.as_bytes());
+    }
+    Cow::Owned(all)
+}
+
+/// The value of the first argument of this name in `query`, decoded.
+fn argument<'q>(query: &'q str, name: &[u8]) -> Option<Bytes<'q>> {
+    let value = fields::argument(query, name)?;
+    let encoded = value.bytes().any(|byte| matches!(byte, b'%' | b'+'));
+    Some(if encoded { Cow::Owned(decoded(value).collect()) } else { Cow::Borrowed(value.as_bytes()) })
+}
+
+const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+
+impl Text {
+    /// The text that it makes.
+    pub fn of<'a>(&'a self, asked: &Asked<'a>) -> Bytes<'a> {
+        match self {
+            Text::Literal(text) => Cow::Borrowed(text),
+            Text::Method => Cow::Borrowed(asked.method.as_str().as_bytes()),
+            Text::Path => Cow::Borrowed(asked.facts.path.as_bytes()),
+            Text::Target => {
+                let target = asked.target.path_and_query().map_or(asked.target.path(), |target| target.as_str());
+                Cow::Borrowed(target.as_bytes())
+            }
+            Text::Query => Cow::Borrowed(asked.target.query().unwrap_or_default().as_bytes()),
+            Text::Host => host(asked.headers.get(header::HOST).map_or(&[], |host| host.as_bytes())),
+            Text::Scheme => Cow::Borrowed(asked.facts.scheme.as_bytes()),
+            Text::Version => Cow::Borrowed(version(asked.version).as_bytes()),
+            Text::Id => values(asked.headers, &REQUEST_ID),
+            Text::Route => Cow::Borrowed(asked.facts.route.as_bytes()),
+            Text::TlsVersion => Cow::Borrowed(asked.facts.secured.version.as_bytes()),
+            Text::Sni => Cow::Borrowed(asked.facts.secured.sni.as_bytes()),
+            Text::PeerSubject => Cow::Borrowed(asked.facts.secured.subject.as_bytes()),
+            Text::Field(field) => field.of(asked),
+            Text::Lower(text) => cased(text.of(asked), u8::is_ascii_uppercase, <[u8]>::make_ascii_lowercase),
+            Text::Upper(text) => cased(text.of(asked), u8::is_ascii_lowercase, <[u8]>::make_ascii_uppercase),
+            Text::Trim(text) => match text.of(asked) {
+                Cow::Borrowed(text) => Cow::Borrowed(text.trim_ascii()),
+                Cow::Owned(text) => Cow::Owned(text.trim_ascii().to_vec()),
+            },
+            Text::Join(parts) => {
+                let mut joined = Vec::new();
+                parts.iter().for_each(|part| joined.extend_from_slice(&part.of(asked)));
+                Cow::Owned(joined)
+            }
+            Text::Replace(parts) => replaced(parts[0].of(asked), &parts[1].of(asked), &parts[2].of(asked)),
+            Text::Substring(parts) => {
+                let (text, from, to) = &**parts;
+                let (text, from) = (text.of(asked), from.of(asked));
+                let to = to.as_ref().map(|to| to.of(asked));
+                substring(text, from, to)
+            }
+            Text::Item(item) => {
+                let (split, number) = &**item;
+                let (of, by) = (split.of.of(asked), split.by.of(asked));
+                let Ok(number) = usize::try_from(number.of(asked)) else { return EMPTY };
+                match &of {
+                    Cow::Borrowed(of) => Cow::Borrowed(pieces(of, &by).nth(number).unwrap_or_default()),
+                    Cow::Owned(of) => Cow::Owned(pieces(of, &by).nth(number).unwrap_or_default().to_vec()),
+                }
+            }
+            Text::OrValue(both) => {
+                let text = both[0].of(asked);
+                if text.is_empty() { both[1].of(asked) } else { text }
+            }
+            Text::Encode(text) => Cow::Owned(STANDARD.encode(text.of(asked)).into_bytes()),
+            Text::Decode(text) => Cow::Owned(LENIENT.decode(&*text.of(asked)).unwrap_or_default()),
+            Text::OfInt(int) => Cow::Owned(int.of(asked).to_string().into_bytes()),
+            Text::OfDouble(double) => Cow::Owned(double.of(asked).to_string().into_bytes()),
+            Text::OfCondition(condition) => {
+                Cow::Borrowed(if condition.holds(asked) { b"true".as_slice() } else { b"false" })
+            }
+            Text::OfAddress(address) => match address.of(asked) {
+                Some(address) => Cow::Owned(address.to_string().into_bytes()),
+                None => EMPTY,
+            },
+            Text::Choice(choice) => {
+                let (condition, yes, no) = &**choice;
+                if condition.holds(asked) { yes.of(asked) } else { no.of(asked) }
+            }
+        }
+    }
+}
+
+/// Padding may be there or not, as in the tokens of browsers and of mail.
+const LENIENT: GeneralPurpose = GeneralPurpose::new(
+    &base64::alphabet::STANDARD,
+    GeneralPurposeConfig::new().with_decode_padding_mode(DecodePaddingMode::Indifferent),
+);
+
+fn version(version: Version) -> &'static str {
+    match version {
+        Version::HTTP_10 => "1.0",
+        Version::HTTP_2 => "2",
+        Version::HTTP_3 => "3",
+        _ => "1.1",
+    }
+}
+
+/// The host as routes see it: without its port, in lower case, without the dot of the root.
+fn host(written: &[u8]) -> Bytes<'_> {
+    let port = written.iter().rposition(|&byte| byte == b':').filter(|_| !written.ends_with(b"]"));
+    let name = &written[..port.unwrap_or(written.len())];
+    let name = name.strip_suffix(b".").unwrap_or(name);
+    cased(Cow::Borrowed(name), u8::is_ascii_uppercase, <[u8]>::make_ascii_lowercase)
+}
+
+/// Changes the case of a text that has letters of the other one.
+fn cased(text: Bytes<'_>, other: fn(&u8) -> bool, change: fn(&mut [u8])) -> Bytes<'_> {
+    if !text.iter().any(other) {
+        return text;
+    }
+    let mut text = text.into_owned();
+    change(&mut text);
+    Cow::Owned(text)
+}
+
+/// Puts `new` in the place of each `old`, until the text has [`REPLACED_BYTES_MAX`]; the rest stays. An empty
+/// `old` is nowhere.
+fn replaced<'a>(text: Bytes<'a>, old: &[u8], new: &[u8]) -> Bytes<'a> {
+    if old.is_empty() {
+        return text;
+    }
+    let finder = Finder::new(old);
+    let Some(mut at) = finder.find(&text) else { return text };
+    let mut done = Vec::with_capacity(text.len());
+    let mut rest = &*text;
+    loop {
+        done.extend_from_slice(&rest[..at]);
+        done.extend_from_slice(new);
+        rest = &rest[at + old.len()..];
+        match finder.find(rest) {
+            Some(next) if done.len() < REPLACED_BYTES_MAX => at = next,
+            _ => {
+                done.extend_from_slice(rest);
+                return Cow::Owned(done);
+            }
+        }
+    }
+}
+
+/// From one character to before another; what lies outside of the text is cut off.
+fn substring(text: Bytes<'_>, from: i64, to: Option<i64>) -> Bytes<'_> {
+    let at = |number: i64| {
+        let number = usize::try_from(number).unwrap_or(0);
+        characters(&text).nth(number).map_or(text.len(), |(at, _)| at)
+    };
+    let (from, to) = (at(from), to.map_or(text.len(), at));
+    let part = from.min(to)..to;
+    match text {
+        Cow::Borrowed(text) => Cow::Borrowed(&text[part]),
+        Cow::Owned(text) => Cow::Owned(text[part].to_vec()),
+    }
+}
+
+/// The characters of a text with their places and lengths in bytes; a byte that belongs to none is one by itself.
+fn characters(text: &[u8]) -> impl Iterator<Item = (usize, usize)> + '_ {
+    let mut start = 0;
+    text.utf8_chunks().flat_map(move |chunk| {
+        let (valid, from) = (chunk.valid(), start);
+        let bad = from + valid.len();
+        start = bad + chunk.invalid().len();
+        let good = valid.char_indices().map(move |(at, c)| (from + at, c.len_utf8()));
+        good.chain((bad..start).map(|at| (at, 1)))
+    })
+}
+
+/// What stands between the separators; each character, if the separator is empty.
+fn pieces<'t>(text: &'t [u8], by: &[u8]) -> impl Iterator<Item = &'t [u8]> {
+    let finder = (!by.is_empty()).then(|| Finder::new(by).into_owned());
+    let mut letters = by.is_empty().then(|| characters(text));
+    let (mut rest, length) = (Some(text), by.len());
+    std::iter::from_fn(move || {
+        if let Some(letters) = &mut letters {
+            return letters.next().map(|(at, length)| &text[at..at + length]);
+        }
+        let now = rest?;
+        let (piece, after) = match finder.as_ref().and_then(|finder| finder.find(now)) {
+            Some(at) => (&now[..at], Some(&now[at + length..])),
+            None => (now, None),
+        };
+        rest = after;
+        Some(piece)
+    })
+}
+
+impl Int {
+    /// The number that it makes. What is too large for 64 bits stays at their end, and a division by zero gives zero.
+    pub fn of(&self, asked: &Asked<'_>) -> i64 {
+        let both = |both: &[Int; 2]| (both[0].of(asked), both[1].of(asked));
+        match self {
+            Int::Literal(number) => *number,
+            Int::Size => announced(asked.headers),
+            Int::Port => asked.facts.port.into(),
+            Int::Code => asked.response.map_or(0, |response| response.code.into()),
+            Int::Length(text) => length(&text.of(asked)),
+            Int::Items(split) => {
+                let (of, by) = (split.of.of(asked), split.by.of(asked));
+                count(pieces(&of, &by).count())
+            }
+            Int::Parse(text) => std::str::from_utf8(&text.of(asked)).ok().and_then(|it| it.parse().ok()).unwrap_or(0),
+            // Too large a number is the largest, and what is none is 0.
+            Int::OfDouble(double) => double.of(asked) as i64,
+            Int::Hash(text) => positive(xxh3_64(&text.of(asked))),
+            Int::HashAddress(address) => match address.of(asked) {
+                Some(IpAddr::V4(address)) => positive(xxh3_64(&address.octets())),
+                Some(IpAddr::V6(address)) => positive(xxh3_64(&address.octets())),
+                None => positive(xxh3_64(&[])),
+            },
+            Int::Negate(number) => number.of(asked).saturating_neg(),
+            Int::Add(numbers) => {
+                let (a, b) = both(numbers);
+                a.saturating_add(b)
+            }
+            Int::Subtract(numbers) => {
+                let (a, b) = both(numbers);
+                a.saturating_sub(b)
+            }
+            Int::Multiply(numbers) => {
+                let (a, b) = both(numbers);
+                a.saturating_mul(b)
+            }
+            Int::Divide(numbers) => match both(numbers) {
+                (_, 0) => 0,
+                (a, b) => a.saturating_div(b),
+            },
+            Int::Remainder(numbers) => match both(numbers) {
+                (_, 0) => 0,
+                (a, b) => a.wrapping_rem(b),
+            },
+            Int::Choice(choice) => {
+                let (condition, yes, no) = &**choice;
+                if condition.holds(asked) { yes.of(asked) } else { no.of(asked) }
+            }
+        }
+    }
+}
+
+/// The length that a request announces; 0 without a body, and -1 for one whose length is not known before its end.
+fn announced(headers: &HeaderMap) -> i64 {
+    match headers.get(header::CONTENT_LENGTH) {
+        Some(length) => length.to_str().ok().and_then(|length| length.parse().ok()).unwrap_or(-1),
+        None if headers.contains_key(header::TRANSFER_ENCODING) => -1,
+        None => 0,
+    }
+}
+
+fn length(text: &[u8]) -> i64 {
+    count(if text.is_ascii() { text.len() } else { characters(text).count() })
+}
+
+fn count(number: usize) -> i64 {
+    i64::try_from(number).unwrap_or(i64::MAX)
+}
+
+/// So that `%` gives no negative number.
+fn positive(hash: u64) -> i64 {
+    (hash >> 1).cast_signed()
+}
+
+impl Double {
+    /// The number that it makes, which may be infinite or none at all (IEEE 754).
+    pub fn of(&self, asked: &Asked<'_>) -> f64 {
+        let both = |both: &[Double; 2]| (both[0].of(asked), both[1].of(asked));
+        match self {
+            Double::Literal(number) => *number,
+            Double::PhaseAge => asked.phase_age(),
+            Double::Rate => asked.rate(),
+            Double::Parse(text) => {
+                std::str::from_utf8(&text.of(asked)).ok().and_then(|it| it.parse().ok()).unwrap_or(0.0)
+            }
+            Double::OfInt(int) => int.of(asked) as f64,
+            Double::Negate(number) => -number.of(asked),
+            Double::Add(numbers) => {
+                let (a, b) = both(numbers);
+                a + b
+            }
+            Double::Subtract(numbers) => {
+                let (a, b) = both(numbers);
+                a - b
+            }
+            Double::Multiply(numbers) => {
+                let (a, b) = both(numbers);
+                a * b
+            }
+            Double::Divide(numbers) => {
+                let (a, b) = both(numbers);
+                a / b
+            }
+            Double::Choice(choice) => {
+                let (condition, yes, no) = &**choice;
+                if condition.holds(asked) { yes.of(asked) } else { no.of(asked) }
+            }
+        }
+    }
+}
+
+impl Number {
+    fn compare(&self, other: &Number, asked: &Asked<'_>) -> Option<Ordering> {
+        match (self, other) {
+            (Number::Int(a), Number::Int(b)) => Some(a.of(asked).cmp(&b.of(asked))),
+            (a, b) => a.double(asked).partial_cmp(&b.double(asked)),
+        }
+    }
+
+    fn double(&self, asked: &Asked<'_>) -> f64 {
+        match self {
+            Number::Int(int) => int.of(asked) as f64,
+            Number::Double(double) => double.of(asked),
+        }
+    }
+}
+
+impl Address {
+    /// The address; one of IPv4 that came in by way of IPv6 is one of IPv4.
+    fn of(&self, asked: &Asked<'_>) -> Option<IpAddr> {
+        match self {
+            Address::Client => asked.facts.client.map(|client| client.to_canonical()),
+            Address::Literal(address) => Some(*address),
+            Address::Parse(text) => parsed_address(&text.of(asked)),
+        }
+    }
+}
+
+/// An address as it is written, such as `192.0.2.1`.
+pub(super) fn parsed_address(text: &[u8]) -> Option<IpAddr> {
+    std::str::from_utf8(text).ok()?.parse::<IpAddr>().ok().map(|address| address.to_canonical())
+}
