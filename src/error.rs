@@ -54,6 +54,7 @@ impl Refusal {
             &refusal::ROUTE_REQUESTS_PER_IP,
             &refusal::BUFFER_PRESSURE,
             &refusal::BUFFER_DISK_FULL,
+            &refusal::BUFFER_PER_CLIENT,
             &refusal::QUEUE_FULL,
             &refusal::QUEUE_TIMEOUT,
             &refusal::CONNECT_EXHAUSTED,
@@ -134,6 +135,7 @@ refusals! {
     BUFFER_MALFORMED: "buffer.malformed", 400, "The request body is not framed as its header says.";
     BUFFER_DISK_FULL: "buffer.disk_full", 503, "The gateway has no room for this request body; try again later.";
     BUFFER_DISK_FAILED: "buffer.disk_failed", 500, "The gateway could not keep the request body.";
+    BUFFER_PER_CLIENT: "buffer.per_client", 429, "The gateway has no room for further request bodies of this address; try again later.";
     BUFFER_PRESSURE: "buffer.pressure", 503, "The gateway has no room for further request bodies; try again later.";
     QUEUE_FULL: "queue.full", 503, "Every backend is busy and too many wait already; try again later.";
     QUEUE_TIMEOUT: "queue.timeout", 503, "No backend had room in time; try again later.";
@@ -282,6 +284,7 @@ mod tests {
                 ("route.pressure", 503),
                 ("route.requests_per_ip", 429),
                 ("buffer.disk_full", 503),
+                ("buffer.per_client", 429),
                 ("buffer.pressure", 503),
                 ("queue.full", 503),
                 ("queue.timeout", 503),

@@ -218,11 +218,13 @@ impl Gateway {
         let tracer = Tracer::start(tracing, parts.span_attributes.clone(), metrics.spans())
             .map_err(|error| wrong(vec![error]))?;
 
-        let depot = Arc::new(depot(&config, &metrics).map_err(|error| wrong(vec![error]))?);
         let threads = threads(config.server.threads);
+        let shares = shares(&config, threads).map_err(|error| wrong(vec![error]))?;
+        let accounts = Accounts::new(config.ipv6_prefix, &config.trusted_proxies, config.listeners.len());
+        let depot = depot(&config, &shares, accounts.clone(), &metrics).map_err(|error| wrong(vec![error]))?;
+        let depot = Arc::new(depot);
         metrics.set_workers(threads);
         let loops = Loops::new(&metrics, loop_terms(&config));
-        let shares = shares(&config, threads).map_err(|error| wrong(vec![error]))?;
         let mut server = Server::new_with_opt_and_conf(None, server_conf(&config, threads, &shares));
         let (listeners_stop, stopped) = watch::channel(false);
         let inflight = Arc::new(Inflight::default());
@@ -233,7 +235,6 @@ impl Gateway {
         let mut sockets = Vec::new();
         let mut places = Vec::new();
         let mut secured = Vec::new();
-        let accounts = Accounts::new(config.ipv6_prefix, &config.trusted_proxies, config.listeners.len());
         let common = Common::new(shares, accounts);
         for (index, written) in config.listeners.iter().enumerate() {
             let tls = parts.tls[index].take().map(|tls| started(tls, &format!("listeners[{index}]"))).transpose();
@@ -625,9 +626,8 @@ fn limits(memory: Size, disk: Size, resources: &Resources) -> Limits {
     Limits { memory: memory.0.min(resources.memory.0), disk: disk.0.min(resources.disk.0) }
 }
 
-/// What bodies are held in. Starts the disk threads, and proves that there is a place for files if there are to be
-/// any.
-fn depot(config: &Config, metrics: &Metrics) -> Result<Depot, BuildError> {
+/// What bodies are held in. Starts the disk threads, and proves that there is a place for files if there are to be any.
+fn depot(config: &Config, shares: &Shares, accounts: Arc<Accounts>, metrics: &Metrics) -> Result<Depot, BuildError> {
     let (server, resources) = (&config.server, &config.resources);
     let spools = metrics.spools();
     let threads = usize::try_from(server.disk_threads.0).unwrap_or(usize::MAX);
@@ -638,12 +638,15 @@ fn depot(config: &Config, metrics: &Metrics) -> Result<Depot, BuildError> {
     let resources = budget::Resources {
         memory: resources.memory.0,
         disk: resources.disk.0,
+        files: shares.spools(),
+        answers: resources.responses.ratio(),
+        client: resources.per_client.ratio(),
         spill: rung(Rung::Spill),
         pause: rung(Rung::Pause),
         shed: rung(Rung::Shed),
         pause_max: resources.pause.0,
     };
-    Ok(Depot::new(disk, Budget::new(resources, spools)))
+    Ok(Depot::new(disk, Budget::new(resources, spools), accounts))
 }
 
 fn no_spool_dir(dir: &str, error: &std::io::Error) -> BuildError {
@@ -679,6 +682,7 @@ fn shares(config: &Config, threads: usize) -> Result<Shares, BuildError> {
     let OpenFiles { clients, spools } = config.server.open_files;
     let shares = Shares::new(limit, Shares::own(opened + sockets, threads), clients.ratio(), spools.ratio());
     let (connections, spool_files) = (shares.clients(), shares.spools());
+    upstream::transport::dial::leave_descriptors_from(shares.backends_below());
     tracing::info!(open_files = limit, connections, spool_files, "the open files are shared out");
     for listener in &config.listeners {
         let written = listener.limits.connections;

@@ -104,6 +104,7 @@ struct Families {
     mirrored: IntCounterVec,
     spool_bytes: IntGaugeVec,
     spool_limit: IntGaugeVec,
+    spool_denials: IntCounterVec,
     slow_clients: IntGaugeVec,
     pressure_total: IntCounterVec,
     pressure: IntGaugeVec,
@@ -298,6 +299,9 @@ impl Metrics {
             disk: bytes("disk"),
             memory_limit: limit("memory"),
             disk_limit: limit("disk"),
+            denials: DIRECTIONS.map(|direction| {
+                SPOOL_LIMITS.map(|limit| families.spool_denials.with_label_values(&[direction, limit]))
+            }),
             slow: DIRECTIONS.map(|direction| families.slow_clients.with_label_values(&[direction])),
             spill: rung("spill"),
             pause: rung("pause"),
@@ -483,6 +487,7 @@ impl Families {
             mirrored: family::MIRROR.counter(registry),
             spool_bytes: family::SPOOL_BYTES.gauge(registry),
             spool_limit: family::SPOOL_LIMIT_BYTES.gauge(registry),
+            spool_denials: family::SPOOL_DENIALS.counter(registry),
             slow_clients: family::SLOW_CLIENTS.gauge(registry),
             pressure_total: family::PRESSURE_TOTAL.counter(registry),
             pressure: family::PRESSURE.gauge(registry),
@@ -579,8 +584,11 @@ fn shift(gauges: &[IntGauge], from: Option<usize>, to: Option<usize>) {
 /// The values of the label `direction` of what is spooled, in the order in which gauges stand in [`SpoolMetrics`].
 const DIRECTIONS: [&str; 2] = ["request", "response"];
 
-/// The metrics of what spools share. Where there are two of a kind, the first is of requests and the second of
-/// responses.
+/// The values of the label `limit` of what spools are denied: that of all of them, of responses, of one client, of one
+/// response where others need room, and of files.
+pub const SPOOL_LIMITS: [&str; 5] = ["all", "responses", "client", "spool", "files"];
+
+/// The metrics of what spools share. Where there are two of a kind, the first is of requests and the second of responses.
 #[derive(Clone)]
 pub struct SpoolMetrics {
     /// Bytes in memory.
@@ -591,6 +599,8 @@ pub struct SpoolMetrics {
     pub memory_limit: IntGauge,
     /// Bytes that files may have between them.
     pub disk_limit: IntGauge,
+    /// Times that a spool got no more disk, in the order of [`SPOOL_LIMITS`].
+    pub denials: [[IntCounter; SPOOL_LIMITS.len()]; 2],
     /// Clients that are waited for.
     pub slow: [IntGauge; 2],
     /// Writes to disk that only pressure caused.

@@ -65,7 +65,7 @@ pub enum What {
     Unprocessed,
     /// It has no descriptors, ports or memory for a further connection.
     Exhausted,
-    /// It has no room.
+    /// It has no room; a client: it has all that one may have.
     Full,
     /// It did not do its work.
     Failed,

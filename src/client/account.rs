@@ -1,10 +1,11 @@
-//! What each client address has of what all clients share: connections, and requests under way.
+//! What each client address has of what all clients share: connections, requests under way, and what is held for it.
 //!
 //! An IPv4 address is one client, and so is an IPv6 network ([`Ipv6Prefix`]): whoever has one address of it has all. A
 //! connection looks its account up once and keeps it; an account ends with the last that keeps it. Addresses that speak
 //! for many clients have none: trusted proxies, and unix sockets, which have no address at all.
 
 use std::collections::HashMap;
+use std::fmt;
 use std::hash::{BuildHasher, RandomState};
 use std::net::IpAddr;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -12,7 +13,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use ipnet::IpNet;
 
+use super::budget::Held;
 use crate::config::address::{Ipv6Prefix, Proxy};
+use crate::metrics::Direction;
 
 /// Locks among which accounts are spread, so that workers rarely meet at one.
 const SHARDS: usize = 16;
@@ -50,7 +53,7 @@ impl Accounts {
             return Some(known);
         }
         let tallies = (0..self.listeners).map(|_| Tally::default()).collect();
-        let account = Arc::new(Account { client, tallies, accounts: self.clone() });
+        let account = Arc::new(Account { client, tallies, held: Default::default(), accounts: self.clone() });
         accounts.insert(client, Arc::downgrade(&account));
         Some(account)
     }
@@ -75,6 +78,8 @@ pub struct Account {
     client: IpAddr,
     /// At each listener.
     tallies: Box<[Tally]>,
+    /// Of its bodies, by their direction.
+    held: [Held; 2],
     accounts: Arc<Accounts>,
 }
 
@@ -101,6 +106,11 @@ impl Account {
         Some(Counting { account: self.clone(), what, listener })
     }
 
+    /// What spools hold of its bodies.
+    pub(super) fn held(&self, direction: Direction) -> &Held {
+        &self.held[direction as usize]
+    }
+
     /// How many are counted at all listeners.
     pub fn count(&self, what: Quota) -> u64 {
         (0..self.tallies.len()).map(|listener| self.tally(what, listener).load(Ordering::Relaxed)).sum()
@@ -112,6 +122,12 @@ impl Account {
             Quota::Connections => &tally.connections,
             Quota::Requests => &tally.requests,
         }
+    }
+}
+
+impl fmt::Debug for Account {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("Account").field(&self.client).finish()
     }
 }
 

@@ -343,8 +343,11 @@ impl Intake {
 
     fn hold(&mut self, piece: Bytes) {
         let bytes = piece.len() as u64;
-        let Intake { spool, depot, terms, lanes, .. } = self;
-        let begin = || Spool::keeping(depot, Direction::Request, terms.limits, Some(&terms.route));
+        let Intake { spool, depot, terms, lanes, who, .. } = self;
+        let begin = || {
+            let account = who.account(&depot.accounts);
+            Spool::keeping(depot, Direction::Request, terms.limits, account.as_ref(), Some(&terms.route))
+        };
         spool.get_or_insert_with(begin).push(piece);
         self.run += bytes;
         if self.run >= TURN_BYTES {
@@ -370,7 +373,8 @@ impl Intake {
             self.paused = None;
         }
         let refuse = |party, what| Err(Unread::from(Fault::new(party, Phase::Buffer, what)));
-        let no_disk = |stream: bool| if stream { Ok(false) } else { refuse(Party::Disk, What::Full) };
+        let full = |party| refuse(if spool.exceeds_client() { Party::Client } else { party }, What::Full);
+        let no_disk = |stream: bool| if stream { Ok(false) } else { full(Party::Disk) };
         Poll::Ready(match room {
             Ok(Room::Free) => Ok(true),
             Ok(Room::Disk) => {
@@ -381,7 +385,7 @@ impl Intake {
             Ok(Room::Pressure) => {
                 let since = *self.paused.get_or_insert_with(Instant::now);
                 ready!(self.timer.poll(cx, since + self.depot.budget.pause_max()));
-                refuse(Party::Gateway, What::Full)
+                full(Party::Gateway)
             }
             // The body may be over: only a further byte is too much.
             Ok(Room::Full) if spool.pushed() == limit && self.received == limit && !self.asked_at_limit => {

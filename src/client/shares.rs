@@ -9,10 +9,10 @@
 //! is left for the next to come. And who holds most is the first to get no more: of the answers, those whose clients are
 //! slowest.
 
-/// Which limit stands against more.
+/// Which limit stands against more; in the order of [`SPOOL_LIMITS`](crate::metrics::SPOOL_LIMITS).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Denial {
-    /// That of all spools together.
+    /// That of all together.
     All,
     /// That of answers.
     Answers,
@@ -20,24 +20,8 @@ pub enum Denial {
     Client,
     /// That of one answer, where others need room as well.
     Spool,
-    /// That of files.
+    /// That of files, of all or of answers.
     Files,
-}
-
-impl Denial {
-    /// Every one, as the metrics have them.
-    pub const ALL: [Denial; 5] = [Denial::All, Denial::Answers, Denial::Client, Denial::Spool, Denial::Files];
-
-    /// The word for it in metrics and logs.
-    pub fn name(self) -> &'static str {
-        match self {
-            Denial::All => "all",
-            Denial::Answers => "answers",
-            Denial::Client => "client",
-            Denial::Spool => "spool",
-            Denial::Files => "files",
-        }
-    }
 }
 
 /// What one client alone may have of the connections that the open files allow. Others, who have come by then, leave it less.

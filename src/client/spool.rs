@@ -20,7 +20,9 @@ use std::task::{Context, Poll};
 use bytes::Bytes;
 use tokio::sync::oneshot;
 
+use super::account::{Account, Accounts};
 use super::budget::{Budget, Share, Wait};
+use super::shares::Denial;
 use super::slow::SlowClients;
 use crate::metrics::{Direction, RouteMetrics};
 use disk::{Disk, Permit, Read, Unwritten, Written};
@@ -40,14 +42,17 @@ pub struct Depot {
     pub budget: Arc<Budget>,
     /// Who is waited for meanwhile.
     pub slow: SlowClients,
+    /// What each client has of it.
+    pub accounts: Arc<Accounts>,
     chunk: u64,
     small_chunk: u64,
 }
 
 impl Depot {
     /// Puts together what spools share.
-    pub fn new(disk: Disk, budget: Arc<Budget>) -> Self {
-        Depot { disk, budget, slow: SlowClients::default(), chunk: CHUNK_BYTES, small_chunk: SMALL_CHUNK_BYTES }
+    pub fn new(disk: Disk, budget: Arc<Budget>, accounts: Arc<Accounts>) -> Self {
+        let (chunk, small_chunk) = (CHUNK_BYTES, SMALL_CHUNK_BYTES);
+        Depot { disk, budget, slow: SlowClients::default(), accounts, chunk, small_chunk }
     }
 }
 
@@ -88,6 +93,8 @@ impl From<io::Error> for SpoolError {
     fn from(error: io::Error) -> Self {
         match error.kind() {
             io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => SpoolError::Full(error),
+            // What is lacking is a descriptor for the file.
+            _ if matches!(error.raw_os_error(), Some(libc::EMFILE | libc::ENFILE)) => SpoolError::Full(error),
             _ => SpoolError::Failed(error),
         }
     }
@@ -126,6 +133,8 @@ pub struct Spool {
     /// What was read back and is popped next.
     fetched: Bytes,
 
+    /// Why it gets no more disk, if so.
+    denied: Option<Denial>,
     /// What `room` has yet to say.
     failure: Option<SpoolError>,
     /// Whether nothing is written any more, since that has failed.
@@ -179,9 +188,10 @@ impl Spool {
         depot: &Arc<Depot>,
         direction: Direction,
         limits: Limits,
+        account: Option<&Arc<Account>>,
         route: Option<&Arc<RouteMetrics>>,
     ) -> Self {
-        Spool::new(depot, direction, limits, route, false)
+        Spool::new(depot, direction, limits, account, route, false)
     }
 
     /// A spool that keeps what is popped, so that [`Spool::rewind`] can begin again.
@@ -189,15 +199,17 @@ impl Spool {
         depot: &Arc<Depot>,
         direction: Direction,
         limits: Limits,
+        account: Option<&Arc<Account>>,
         route: Option<&Arc<RouteMetrics>>,
     ) -> Self {
-        Spool::new(depot, direction, limits, route, true)
+        Spool::new(depot, direction, limits, account, route, true)
     }
 
     fn new(
         depot: &Arc<Depot>,
         direction: Direction,
         limits: Limits,
+        account: Option<&Arc<Account>>,
         route: Option<&Arc<RouteMetrics>>,
         keeps: bool,
     ) -> Self {
@@ -207,7 +219,7 @@ impl Spool {
             direction,
             route: route.cloned(),
             keeps,
-            share: Share::new(&depot.budget, direction),
+            share: Share::new(&depot.budget, direction, account),
             next: 0,
             head: Pieces::new(0),
             stored: 0..0,
@@ -219,6 +231,7 @@ impl Spool {
             read: None,
             read_turn: Turn::default(),
             fetched: Bytes::new(),
+            denied: None,
             failure: None,
             broken: false,
             pause: None,
@@ -260,7 +273,12 @@ impl Spool {
 
     /// Whether what comes now is for the file.
     pub fn needs_disk(&self) -> bool {
-        self.disk_left() > 0 && (self.held() >= self.limits.memory || self.depot.budget.spills())
+        self.disk_left() > 0 && (self.held() >= self.limits.memory || self.share.spills())
+    }
+
+    /// Whether what its client may have is what stands against more.
+    pub fn exceeds_client(&self) -> bool {
+        self.denied == Some(Denial::Client) || self.share.is_client_full()
     }
 
     /// Appends a piece. It always fits; ask [`Spool::room`] before it comes, and again after it, or say [`Spool::idle`]:
@@ -289,11 +307,11 @@ impl Spool {
             return Ok(Room::Full);
         }
         let writes = self.write.is_some() || flush == Flush::Queues;
-        if self.depot.budget.full() {
+        if self.share.is_full() {
             return Ok(if writes { Room::Disk } else { self.pause(cx) });
         }
         self.pause = None;
-        let gathered = if self.depot.budget.spills() { self.tail.len() } else { self.excess() };
+        let gathered = if self.share.spills() { self.tail.len() } else { self.excess() };
         Ok(if writes && gathered >= self.depot.chunk { Room::Disk } else { Room::Free })
     }
 
@@ -338,10 +356,10 @@ impl Spool {
     /// All that it holds, to be kept beyond it and without a copy, if all of that is in memory. It counts on its own then,
     /// though it is the same memory for as long as both are there.
     pub fn share_memory(&mut self) -> Option<Held> {
-        if !self.stored.is_empty() || self.write.is_some() || self.depot.budget.spills() {
+        if !self.stored.is_empty() || self.write.is_some() || self.share.spills() {
             return None;
         }
-        let mut share = Share::new(&self.depot.budget, self.direction);
+        let mut share = self.share.another();
         share.grow_memory(self.head.len() + self.tail.len());
         let mut pieces = Vec::new();
         for run in [&mut self.head, &mut self.tail] {
@@ -391,12 +409,12 @@ impl Spool {
 
     /// How much of the tail should be written now, and why.
     fn due(&self, idle: bool) -> Option<(u64, Cause)> {
-        let Depot { budget, chunk, small_chunk, .. } = &*self.depot;
+        let Depot { chunk, small_chunk, .. } = &*self.depot;
         let most = self.disk_left().min(*chunk);
         if most == 0 {
             return None;
         }
-        let (full, spills) = (budget.full(), budget.spills());
+        let (full, spills) = (self.share.is_full(), self.share.spills());
         let worthwhile = match (full, spills, idle) {
             // What goes to disk anyway goes now.
             (true, false, _) => 1,
@@ -423,9 +441,13 @@ impl Spool {
             };
             let Poll::Ready(permit) = self.write_turn.poll(&self.depot.disk, cx) else { return Flush::Queues };
             let grown = (self.offset() + bytes).saturating_sub(self.share.disk());
-            if grown > 0 && !self.share.grow_disk(grown) {
+            if let Err(denial) = self.share.grow_disk(grown) {
+                if self.denied.replace(denial) != Some(denial) {
+                    self.depot.budget.count_denial(self.direction, denial);
+                }
                 return Flush::Denied;
             }
+            self.denied = None;
             self.write(permit, bytes, cause);
             self.count(cause);
             // It may be done already; else the task is woken when it is.
@@ -538,7 +560,7 @@ impl Spool {
         if budget.pause_max().is_zero() {
             return Room::Pressure;
         }
-        let pause = self.pause.get_or_insert_with(|| budget.room());
+        let pause = self.pause.get_or_insert_with(|| self.share.room());
         if pause.as_mut().poll(cx).is_pending() {
             return Room::Pressure;
         }
@@ -605,6 +627,7 @@ mod tests {
     use super::*;
     use crate::client::budget::Resources;
     use crate::client::spool::faults::{Faults, PATIENCE};
+    use crate::config::address::Ipv6Prefix;
     use crate::metrics::{Metrics, SpoolMetrics};
 
     const CHUNK: u64 = 1024;
@@ -612,6 +635,9 @@ mod tests {
     const RESOURCES: Resources = Resources {
         memory: 1 << 30,
         disk: 1 << 30,
+        files: 1 << 20,
+        answers: 1.0,
+        client: 1.0,
         spill: true,
         pause: true,
         shed: true,
@@ -631,17 +657,19 @@ mod tests {
         let (faults, files) = Faults::new();
         let disk = Disk::start(files, 2, 4, &metrics).unwrap();
         let budget = Budget::new(resources, metrics.clone());
-        let depot = Arc::new(Depot { disk, budget, slow: SlowClients::default(), chunk, small_chunk: chunk / 8 });
+        let accounts = Accounts::new(Ipv6Prefix::default(), &[], 1);
+        let slow = SlowClients::default();
+        let depot = Arc::new(Depot { disk, budget, slow, accounts, chunk, small_chunk: chunk / 8 });
         Stage { depot, faults, metrics, route: all.route("all") }
     }
 
     impl Stage {
         fn consuming(&self, limits: Limits) -> Spool {
-            Spool::consuming(&self.depot, Direction::Response, limits, Some(&self.route))
+            Spool::consuming(&self.depot, Direction::Response, limits, None, Some(&self.route))
         }
 
         fn keeping(&self, limits: Limits) -> Spool {
-            Spool::keeping(&self.depot, Direction::Request, limits, Some(&self.route))
+            Spool::keeping(&self.depot, Direction::Request, limits, None, Some(&self.route))
         }
 
         fn spills(&self, direction: Direction) -> (u64, u64) {
@@ -921,11 +949,13 @@ mod tests {
     #[tokio::test]
     async fn when_the_disk_of_all_is_used_up_it_makes_do_with_its_memory() {
         let stage = stage(Resources { disk: 2 * CHUNK, ..RESOURCES }, CHUNK);
-        let [mut one, mut other] = [stage.consuming(LIMITS), stage.consuming(LIMITS)];
+        let [mut one, mut other] = [stage.keeping(LIMITS), stage.consuming(LIMITS)];
         assert_eq!(fill(&mut one).await, Room::Full);
         assert_eq!(stage.depot.budget.disk(), 2 * CHUNK);
         assert_eq!(fill(&mut other).await, Room::Full);
-        assert_eq!(other.spilled(), 0);
+        assert_eq!((other.spilled(), other.exceeds_client()), (0, false));
+        let denials = stage.metrics.denials.map(|denials| denials[0].get());
+        assert_eq!(denials, [1, 1], "each is counted once, however often it asks");
         drop(one);
         drain(&mut other).await;
     }
@@ -933,7 +963,7 @@ mod tests {
     #[tokio::test]
     async fn under_pressure_little_is_written_too_and_counted() {
         let stage = stage(Resources { memory: 4000, ..RESOURCES }, CHUNK);
-        let mut hog = Share::new(&stage.depot.budget, Direction::Request);
+        let mut hog = Share::new(&stage.depot.budget, Direction::Request, None);
         let mut spool = stage.consuming(LIMITS);
         push(&mut spool, 200);
         now(|cx| spool.idle(cx));
@@ -948,7 +978,7 @@ mod tests {
     #[tokio::test]
     async fn when_memory_is_full_a_spool_writes_what_it_has_and_then_waits() {
         let stage = stage(Resources { memory: 4000, ..RESOURCES }, CHUNK);
-        let mut hog = Share::new(&stage.depot.budget, Direction::Request);
+        let mut hog = Share::new(&stage.depot.budget, Direction::Request, None);
         let mut spool = stage.consuming(LIMITS);
         push(&mut spool, 10);
         hog.grow_memory(4000);
@@ -1096,7 +1126,7 @@ mod tests {
         fn new(keeps: bool, limits: Limits, chunk: u64) -> Self {
             let stage = stage(Resources { memory: 1_000_000, disk: 900_000, ..RESOURCES }, chunk);
             let spool = if keeps { stage.keeping(limits) } else { stage.consuming(limits) };
-            let others = Share::new(&stage.depot.budget, Direction::Request);
+            let others = Share::new(&stage.depot.budget, Direction::Request, None);
             Trial { stage, spool, limits, sent: Vec::new(), others, faulty: false, largest_pop: 0, forgotten: 0 }
         }
 

@@ -3,6 +3,7 @@
 
 use std::net::IpAddr;
 use std::pin::Pin;
+use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
@@ -10,6 +11,7 @@ use pingora::http::RequestHeader;
 use prometheus::IntGauge;
 use tokio::time::Sleep;
 
+use super::account::{Account, Accounts};
 use super::slow::Entry;
 
 /// A deadline that may move. Costs nothing until it is first polled.
@@ -87,11 +89,18 @@ impl Drop for Waiting {
 pub struct Who {
     /// The client's address.
     pub client: Option<IpAddr>,
+    /// Its account, if its connection has it.
+    pub account: Option<Arc<Account>>,
     /// What it asked for, where a filter may have changed that.
     pub target: Option<http::Uri>,
 }
 
 impl Who {
+    /// On whose account its bodies are held. Looked for only where a proxy speaks for the client.
+    pub fn account(&self, accounts: &Arc<Accounts>) -> Option<Arc<Account>> {
+        self.account.clone().or_else(|| accounts.of(self.client?))
+    }
+
     /// Method and path, without the query: that may hold what is nobody's business.
     pub fn asked(&self, request: &RequestHeader) -> String {
         format!("{} {}", request.method, self.target.as_ref().unwrap_or(&request.uri).path())

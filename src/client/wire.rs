@@ -597,9 +597,12 @@ impl Wire {
     }
 
     fn push(&mut self, piece: Bytes) {
-        let Wire { spool, depot, manner, lanes, .. } = self;
+        let Wire { spool, depot, manner, lanes, who, .. } = self;
         lanes.here().spooled(piece.len() as u64);
-        let begin = || Spool::consuming(depot, Direction::Response, manner.limits, Some(&manner.route));
+        let begin = || {
+            let account = who.account(&depot.accounts);
+            Spool::consuming(depot, Direction::Response, manner.limits, account.as_ref(), Some(&manner.route))
+        };
         spool.get_or_insert_with(begin).push(piece);
     }
 

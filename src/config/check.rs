@@ -44,6 +44,8 @@ const DISK_THREADS_MAX: u64 = 64;
 const DISK_QUEUE_MAX: u64 = 1_000_000;
 /// What is left, in percent, is little enough for connections to backends, and cannot be done without.
 const OPEN_FILES_MAX: f64 = 90.0;
+/// With less, in percent, next to nothing could be held.
+const SHARE_MIN: f64 = 1.0;
 /// Below this, sixteen slow clients would have spent it, at what a route gives each by default.
 const MEMORY_MIN: Size = Size::kib(1024);
 /// Whoever fails so often in a row has been down for hours.
@@ -275,6 +277,14 @@ impl<'a> Check<'a> {
                     .label(format!("expected a size of at least {MEMORY_MIN}"))
                     .help("to hold nothing back, write `mode: stream` for both directions of every route"),
             );
+        }
+        for (path, share) in
+            [("resources.responses", resources.responses), ("resources.per_client", resources.per_client)]
+        {
+            if share.0 < SHARE_MIN {
+                let finding = Finding::error(value(path), format!("`{path}` is out of range"));
+                self.wrong(finding.label(format!("expected a share of at least {SHARE_MIN}%")));
+            }
         }
         let rungs = &resources.on_pressure;
         if rungs.is_empty() && !self.parts.broken.within("resources.on_pressure") {

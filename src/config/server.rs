@@ -159,6 +159,14 @@ pub struct Resources {
     /// Bytes of bodies in spool files, of both directions and all routes; `0B`: nothing is written to disk. A route
     /// whose own `disk` is larger and is not written is held to this.
     pub disk: Size,
+    /// Of memory and of disk, what responses may have together; the rest is for request bodies alone. The endpoint of a
+    /// response that finds no room waits for its client. The fuller it is, the less one response may have, so that the
+    /// slowest clients are the first whose endpoints wait.
+    pub responses: Percent,
+    /// Of what all bodies in one direction may have, what those of one client address may have; of IPv6 as much of it as
+    /// `ipv6_prefix` says. The more others have, the less it is: so much in proportion to what is free. A request body that
+    /// finds no room is refused with 429, a response waits. Clients of trusted proxies are told apart by their own address.
+    pub per_client: Percent,
     /// What is done as the memory runs out; what is not listed is never done.
     pub on_pressure: Vec<Rung>,
     /// How long a request body may wait for memory, after which it is refused with 503; and how long one of either direction
@@ -170,7 +178,9 @@ impl Default for Resources {
     fn default() -> Self {
         Resources {
             memory: Size::kib(512 * 1024),
-            disk: Size::kib(4 * 1024 * 1024),
+            disk: Size::kib(8 * 1024 * 1024),
+            responses: Percent(80.0),
+            per_client: Percent(80.0),
             on_pressure: vec![Rung::Spill, Rung::Pause, Rung::Shed],
             pause: Time::seconds(30),
         }

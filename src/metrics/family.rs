@@ -202,6 +202,8 @@ families! {
         "Bytes of bodies that are held for a slow side now, by where; on disk, what their files have grown to.";
     SPOOL_LIMIT_BYTES: "forebay_spool_limit_bytes", Gauge, ["store"],
         "Bytes that all spools together may hold.";
+    SPOOL_DENIALS: "forebay_spool_denials_total", Counter, ["direction", "limit"],
+        "Times that a spool got no more disk, by the limit that it met: its endpoint waits then, or its upload is refused.";
     SLOW_CLIENTS: "forebay_slow_clients", Gauge, ["direction"],
         "Clients that are waited for now: to send their requests or to take their responses.";
     PRESSURE_TOTAL: "forebay_pressure_total", Counter, ["rung"],

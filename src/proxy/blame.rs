@@ -83,6 +83,7 @@ table! {
     Disk Full in Buffer: BUFFER_DISK_FULL - Nothing;
     Disk Failed in Buffer Send: BUFFER_DISK_FAILED - Nothing;
     Gateway Full in Buffer: BUFFER_PRESSURE - Nothing;
+    Client Full in Buffer: BUFFER_PER_CLIENT - Nothing;
 
     // Until an endpoint is connected to.
     Gateway Full in Queue: QUEUE_FULL - Nothing;

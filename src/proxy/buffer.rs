@@ -21,7 +21,6 @@ use crate::client::lane::Lanes;
 use crate::client::pace::Pace;
 use crate::client::session::{BufferedSession, Terms};
 use crate::client::spool::Depot;
-use crate::client::waiting::Who;
 use crate::client::wire::Leave;
 use crate::error::{Refusal, refusal};
 use crate::filter::Refused;
@@ -73,7 +72,7 @@ pub async fn request(
         intake,
         holds_body: plan == Plan::Hold,
         manner,
-        who: Who { client: exchange.client, target: exchange.target.clone() },
+        who: exchange.who(),
         control: exchange.control.clone(),
         custom: !upstream.is_http1(),
         tap: BodyFilters::of(exchange),

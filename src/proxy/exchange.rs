@@ -19,6 +19,7 @@ use crate::client::connection::{Begin, Connection, introduction};
 use crate::client::http2::Control;
 use crate::client::session::Link;
 use crate::client::tls::handshake;
+use crate::client::waiting::Who;
 use crate::config::listener::OddNames;
 use crate::error::Refusal;
 use crate::eventloop::{own_time, worker as eventloop};
@@ -352,6 +353,14 @@ impl Exchange {
             notes: None,
             journal,
         }
+    }
+
+    /// Whom is waited for, and on whose account its bodies are held: the peer's, unless that speaks for another client.
+    pub fn who(&self) -> Who {
+        let connection = self.connection.as_ref();
+        let peer = connection.and_then(|connection| connection.peer).map(|peer| peer.ip());
+        let account = connection.and_then(|connection| connection.account()).filter(|_| self.client == peer);
+        Who { client: self.client, account: account.cloned(), target: self.target.clone() }
     }
 
     /// Counts it among the requests of its client, unless too many are under way.

@@ -5,10 +5,12 @@
 use std::net::Ipv4Addr;
 use std::thread;
 
+use forebay::origin::Running;
+
 use crate::harness::client::get;
 use crate::harness::gateway::Watched;
 use crate::harness::origin::built_in;
-use crate::harness::{Client, H2Client, Origin, Process, Setup, eventually, may_open_files};
+use crate::harness::{Ask, Client, Gateway, H2Client, Origin, Process, Protocol, Setup, eventually, may_open_files};
 
 /// What the kernel lets the program open in these stories. Some 50 of them it needs itself, so there are about 230
 /// connections of clients.
@@ -182,4 +184,91 @@ fn connections_wait_in_the_kernel_while_open_files_run_short_and_are_served_then
     assert_eq!(late.response().text(), "served late");
     process.wait_metric("forebay_accept_paused", |paused| paused == 0.0);
     assert_eq!(process.stderr().matches("no connection is accepted").count(), 1, "it says so once");
+}
+
+const MIB: u64 = 1 << 20;
+
+/// A gateway whose spools share 20 MiB of disk and little memory, of which answers may have four fifths.
+fn sharing_20_mib(origin: &Running, per_client: &str) -> Setup {
+    let request = "mode: full, memory: 16KiB, disk: 20MiB";
+    let buffering = format!("buffering: {{ request: {{ {request} }}, response: {{ memory: 16KiB, disk: 20MiB }} }}");
+    let resources = format!("resources: {{ memory: 16MiB, disk: 20MiB, responses: 80%, per_client: {per_client} }}");
+    let setup = Setup::before_all(&[origin.address()]).listener("protocols: [http1, h2c]").spooling("");
+    setup.route(&buffering).more(&resources)
+}
+
+fn on_disk(gateway: &Gateway, direction: &str) -> u64 {
+    gateway.metric(&format!("forebay_spool_bytes{{direction=\"{direction}\",store=\"disk\"}}")) as u64
+}
+
+fn denied(gateway: &Gateway, direction: &str, limit: &str) -> f64 {
+    gateway.metric(&format!("forebay_spool_denials_total{{direction=\"{direction}\",limit=\"{limit}\"}}"))
+}
+
+#[test]
+fn sixteen_slow_readers_leave_room_on_the_disk_for_uploads_and_for_shorter_answers() {
+    let origin = built_in();
+    for protocol in Protocol::BOTH {
+        let gateway = sharing_20_mib(&origin, "100%").start();
+        let read = |number: usize, path: &str| {
+            let mut reader = Ask::get(path).narrow().from(stranger(number)).begin(protocol, gateway.web());
+            assert_eq!(reader.read(1_000), 1_000);
+            reader
+        };
+        // None of them fits, even if it comes while there are no others.
+        let readers: Vec<_> = (0..16).map(|number| read(number, "/bytes/32MiB")).collect();
+        let held = || denied(&gateway, "response", "spool") + denied(&gateway, "response", "responses");
+        eventually("all of them to be held", || (held() >= 16.0).then_some(()));
+        assert_eq!(origin.busy(), 16, "their backends wait for them");
+        assert!(on_disk(&gateway, "response") <= 16 * MIB);
+
+        // One of another client, and one of a client that reads slowly as well.
+        for from in [stranger(99), stranger(3)] {
+            Ask::put(3 * MIB).from(from).over(protocol, gateway.web()).arrived(3 * MIB, "content-length: 3145728");
+        }
+        let short = read(98, "/bytes/500KiB");
+        eventually("the backend of a shorter answer to be let go", || (origin.busy() == 16).then_some(()));
+        short.answer().is_content(500 << 10);
+        readers.into_iter().next().expect("the first").answer().is_content(32 * MIB);
+        gateway.wait_at_rest();
+    }
+}
+
+#[test]
+fn uploads_of_one_client_leave_room_on_the_disk_for_those_of_others() {
+    let origin = built_in();
+    for protocol in Protocol::BOTH {
+        let gateway = sharing_20_mib(&origin, "50%").start();
+        let begin = |number: usize| Ask::put(6 * MIB).from(stranger(number)).begin(protocol, gateway.web());
+        let mut uploads = [begin(1), begin(1)];
+        assert!(uploads.iter_mut().all(|upload| upload.send(4 * MIB)));
+        eventually("them to be on disk", || (on_disk(&gateway, "request") > 7 * MIB).then_some(()));
+        let mut third = begin(1);
+        third.finish_body();
+        third.answer().refused(429, "buffer.per_client");
+        assert!(denied(&gateway, "request", "client") >= 1.0);
+
+        let other = Ask::put(3 * MIB).from(stranger(2));
+        other.over(protocol, gateway.web()).arrived(3 * MIB, "content-length: 3145728");
+        drop(uploads);
+        gateway.wait_at_rest();
+        begin(1).answer_to_all().arrived(6 * MIB, "content-length: 6291456");
+    }
+}
+
+#[test]
+fn clients_behind_a_trusted_proxy_have_a_share_each() {
+    let origin = built_in();
+    let gateway = sharing_20_mib(&origin, "50%").more("trusted_proxies: [127.1.0.0/16]").start();
+    let begin = |client: &str| {
+        let ask = Ask::put(6 * MIB).field("x-forwarded-for", client).from(stranger(1));
+        ask.begin(Protocol::Http1, gateway.web())
+    };
+    let mut uploads = [begin("2001:db8::1"), begin("2001:db8::2")];
+    assert!(uploads.iter_mut().all(|upload| upload.send(4 * MIB)));
+    eventually("them to be on disk", || (on_disk(&gateway, "request") > 7 * MIB).then_some(()));
+    begin("2001:db8::3").answer_to_all().refused(429, "buffer.per_client");
+    for other in ["2001:db8:0:1::1", "192.0.2.1"] {
+        begin(other).answer_to_all().arrived(6 * MIB, "content-length: 6291456");
+    }
 }

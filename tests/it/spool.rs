@@ -19,7 +19,9 @@ const MIB: u64 = 1 << 20;
 fn sharing(origin: &Running, resources: &str, request: &str, response: &str) -> Setup {
     let buffering = format!("buffering: {{ request: {{ mode: full, {request} }}, response: {{ {response} }} }}");
     let setup = Setup::before_all(&[origin.address()]).listener("protocols: [http1, h2c]").spooling("");
-    setup.route(&buffering).more(&format!("resources: {{ memory: 1MiB, {resources} }}"))
+    // All clients have one address here.
+    let shares = "responses: 100%, per_client: 100%";
+    setup.route(&buffering).more(&format!("resources: {{ memory: 1MiB, {shares}, {resources} }}"))
 }
 
 /// A client that reads nothing of an answer that takes all memory there is to share, or all but a sixteenth of it
@@ -280,7 +282,8 @@ fn while_the_disk_stands_still_who_needs_it_waits_and_the_worker_goes_on() {
 #[test]
 fn who_waits_for_the_disk_for_too_long_is_refused() {
     let origin = built_in();
-    let process = that_spools(&origin, "300ms").spawn();
+    // Long enough for the threads of a disk that works, which are as nice as can be, on a machine that has other things to do.
+    let process = that_spools(&origin, "3s").spawn();
     for protocol in Protocol::BOTH {
         let still = process.still_disk();
         let mut upload = Ask::put(4 * MIB).begin(protocol, process.web());
@@ -373,8 +376,12 @@ fn sharing_64_mib(origin: &Running) -> (crate::harness::Process, u64) {
     let setup = Setup::before_all(&[origin.address()])
         .listener(limits)
         .spooling("")
-        .more("resources: { memory: 64MiB, on_pressure: [spill, pause] }");
-    let process = setup.route("buffering: { request: { mode: full } }").spawn();
+        // All clients have one address here. And none is given up because a busy machine has little time for the disk threads.
+        .more(
+            "resources: { memory: 64MiB, responses: 100%, per_client: 100%, on_pressure: [spill, pause], pause: 10m }",
+        );
+    let patient = "client: { body_idle: 10m, write_idle: 10m, min_rate: { read: 0B/s, write: 0B/s } }";
+    let process = setup.route(&format!("buffering: {{ request: {{ mode: full }} }}, {patient}")).spawn();
     Ask::put(4 * MIB).over(Protocol::Http1, process.web()).arrived(4 * MIB, "content-length: 4194304");
     process.wait_at_rest();
     let idle = process.resident_bytes();

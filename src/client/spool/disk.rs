@@ -367,8 +367,17 @@ mod tests {
     use crate::metrics::{Direction, Metrics};
 
     fn budget(metrics: &SpoolMetrics) -> Arc<Budget> {
-        let resources =
-            Resources { memory: 1 << 30, disk: 1 << 30, spill: true, pause: true, shed: true, pause_max: PATIENCE };
+        let resources = Resources {
+            memory: 1 << 30,
+            disk: 1 << 30,
+            files: 1 << 20,
+            answers: 1.0,
+            client: 1.0,
+            spill: true,
+            pause: true,
+            shed: true,
+            pause_max: PATIENCE,
+        };
         Budget::new(resources, metrics.clone())
     }
 
@@ -388,7 +397,7 @@ mod tests {
 
     impl Stage {
         fn share(&self, bytes: u64) -> Share {
-            let mut share = Share::new(&self.budget, Direction::Request);
+            let mut share = Share::new(&self.budget, Direction::Request, None);
             share.grow_memory(bytes);
             share
         }
@@ -462,7 +471,7 @@ mod tests {
         let metrics = Metrics::new(u64::MAX, Vec::new()).spools();
         let (sender, answers) = mpsc::channel();
         let disk = Disk::start(Arc::new(Asking(Mutex::new(sender))), 1, 1, &metrics).unwrap();
-        let held = Share::new(&budget(&metrics), Direction::Request);
+        let held = Share::new(&budget(&metrics), Direction::Request, None);
         let _written = disk.write(disk.try_permit().unwrap(), None, 0, vec![Bytes::from_static(b"x")], held);
 
         assert_eq!(answers.recv_timeout(PATIENCE).unwrap(), (NICENESS, "disk-0".to_owned()));

@@ -6,9 +6,9 @@
 use std::fmt;
 use std::io;
 use std::net;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicI32, Ordering};
 use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwapOption;
@@ -23,6 +23,7 @@ use tokio::net::{TcpSocket, TcpStream, UnixStream};
 
 use super::Connections;
 use super::pair::{Pair, race};
+use crate::eventloop::worker;
 use crate::upstream::window;
 
 /// After so long the second address of a server is asked as well (RFC 8305 §5).
@@ -30,6 +31,22 @@ const HEAD_START: Duration = Duration::from_millis(250);
 
 /// The gateway itself has no descriptors, ports or memory for a connection: that says nothing of the endpoint.
 pub const EXHAUSTED: ErrorType = ErrorType::new("no resources for a connection");
+
+/// No connection is made for a client with a descriptor from here on: the last ones are for the admin endpoint, checks,
+/// look-ups and files of Forebay itself. As the limit of open files, it holds for the process.
+static FOR_CLIENTS_BELOW: AtomicI32 = AtomicI32::new(i32::MAX);
+
+/// Leaves the descriptors from this one on to others than clients.
+pub fn leave_descriptors_from(first: RawFd) {
+    FOR_CLIENTS_BELOW.store(first, Ordering::Relaxed);
+}
+
+/// Whether a socket that was just made may be used. The kernel gives the lowest number that is free.
+fn is_to_spare(socket: RawFd) -> io::Result<()> {
+    // Only what is done for clients is done by workers.
+    let reserved = socket >= FOR_CLIENTS_BELOW.load(Ordering::Relaxed) && worker::here().is_some();
+    if reserved { Err(io::Error::from_raw_os_error(libc::EMFILE)) } else { Ok(()) }
+}
 
 /// Makes the connections to one endpoint.
 pub struct Dialer {
@@ -92,6 +109,7 @@ impl Dialer {
 
     async fn tcp_to(&self, address: net::SocketAddr) -> io::Result<TcpStream> {
         let socket = if address.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() }?;
+        is_to_spare(socket.as_raw_fd())?;
         if let Some(bytes) = self.receive_bytes {
             window::narrow(socket.as_raw_fd(), bytes);
         }
@@ -114,6 +132,7 @@ impl Dialer {
             SocketAddr::Unix(address) => {
                 let path = address.as_pathname().ok_or(io::ErrorKind::AddrNotAvailable)?;
                 let mut stream = UnixStream::connect(path).await?;
+                is_to_spare(stream.as_raw_fd())?;
                 stream.write_all(greeting).await?;
                 Ok(stream.into())
             }

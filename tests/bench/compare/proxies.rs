@@ -391,7 +391,7 @@ fn haproxy_config(address: SocketAddr, origins: Origins) -> String {
 }
 
 /// Metrics and phases cannot be turned off, the access log is on. All routes but the last name paths and hosts that no
-/// request of ours has: the request comes past them all.
+/// request of ours has: the request comes past them all. All clients have one address, so one address may have everything.
 fn forebay_config(address: SocketAddr, origins: Origins, dir: &Path, routes: usize, keys: &Keys) -> String {
     let others = (1..routes).map(|n| {
         let host = if n % 2 == 0 { format!("hosts: [shop-{n}.example.com], ") } else { String::new() };
@@ -415,6 +415,7 @@ listeners: [ {{ name: web, address: \"{address}\" }} ]
 upstreams: {{ app: {{ endpoints: [ {{ address: \"{origin}\" }} ] }}{bulk_upstream} }}
 admin: {{ address: \"127.0.0.1:0\" }}
 observability: {{ access_log: {{ path: \"{log}\" }} }}
+resources: {{ per_client: 100% }}
 routes:
 {others}{bulk_routes}  - {{ name: all, upstream: app{route} }}
 ",

@@ -91,6 +91,13 @@ pub fn board() -> Board {
                 .query("sum by (direction) (forebay_spool_bytes{store=\"disk\"})", "{{direction}}")
                 .limit("sum(forebay_spool_limit_bytes{store=\"disk\"})"),
             Panel::stack(
+                "Disk denied, by why",
+                "Spools per second that got no more disk: that of all, of responses, of one client, of one response where \
+                    others need room, or of files was used up. The backends of responses wait then; uploads are refused.",
+                "ops",
+            )
+            .query("sum by (direction, limit) (rate(forebay_spool_denials_total[R]))", "{{direction}}, {{limit}}"),
+            Panel::stack(
                 "Spills, by why",
                 "Bodies of which a part went to disk, per second: larger than their route lets them have in memory, or \
                     memory was short for all.",

@@ -215,20 +215,26 @@ pub struct H2Response {
 impl H2Client {
     /// Connects and exchanges settings.
     pub fn connect(address: SocketAddr) -> H2Client {
-        H2Client::with(connected(address, None, None), &h2::client::Builder::new())
+        H2Client::with(address, None, None)
     }
 
     /// Connects from an address of this machine: all of 127.0.0.0/8 is.
     pub fn from(own: impl Into<IpAddr>, address: SocketAddr) -> H2Client {
-        H2Client::with(connected(address, Some(own.into()), None), &h2::client::Builder::new())
+        H2Client::with(address, Some(own.into()), None)
     }
 
     /// Connects and lets the gateway send no more than so many bytes of an answer ahead of what is read.
     pub fn narrow(address: SocketAddr, window: u32) -> H2Client {
-        H2Client::with(connected(address, None, None), h2::client::Builder::new().initial_window_size(window))
+        H2Client::with(address, None, Some(window))
     }
 
-    fn with(socket: Socket, settings: &h2::client::Builder) -> H2Client {
+    /// Connects, from this address if it is to be a certain one, and with such a window if it is to be narrow.
+    pub fn with(address: SocketAddr, own: Option<IpAddr>, window: Option<u32>) -> H2Client {
+        let socket = connected(address, own, None);
+        let mut settings = h2::client::Builder::new();
+        if let Some(window) = window {
+            settings.initial_window_size(window);
+        }
         let stream = std::net::TcpStream::from(socket.try_clone().expect("a second handle"));
         stream.set_nonblocking(true).expect("a socket that never blocks");
         // One thread besides the story's own, so that the connection lives on while the story does something else.

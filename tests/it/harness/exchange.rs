@@ -3,7 +3,7 @@
 //! Neither body is kept: what is sent is the content of the built-in test origin, and what comes is counted and hashed.
 
 use std::future::poll_fn;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::pin::Pin;
 use std::task::{Context, Poll};
 use std::thread;
@@ -59,6 +59,7 @@ pub struct Ask {
     sending: Pace,
     reading: Pace,
     narrow: bool,
+    from: Option<IpAddr>,
 }
 
 /// How a client goes away.
@@ -143,6 +144,7 @@ impl Ask {
             sending: AT_ONCE,
             reading: AT_ONCE,
             narrow: false,
+            from: None,
         }
     }
 
@@ -198,6 +200,11 @@ impl Ask {
         Ask { narrow: true, ..self }
     }
 
+    /// Comes from an address of this machine: all of 127.0.0.0/8 is.
+    pub fn from(self, own: impl Into<IpAddr>) -> Ask {
+        Ask { from: Some(own.into()), ..self }
+    }
+
     /// Connects and sends the header.
     pub fn begin(&self, protocol: Protocol, address: SocketAddr) -> Exchange {
         let side = match protocol {
@@ -225,7 +232,7 @@ impl Ask {
     }
 
     fn begin_http1(&self, address: SocketAddr) -> Side {
-        let client = if self.narrow { Client::slow(address) } else { Client::connect(address) };
+        let client = Client::with(address, self.from, self.narrow.then_some(1));
         let mut head = format!("{} {} HTTP/1.1\r\nHost: test\r\n", self.method, self.path);
         for (name, value) in &self.fields {
             head += &format!("{name}: {value}\r\n");
@@ -241,7 +248,7 @@ impl Ask {
     }
 
     fn begin_http2(&self, address: SocketAddr) -> Side {
-        let client = if self.narrow { H2Client::narrow(address, NARROW_BYTES) } else { H2Client::connect(address) };
+        let client = H2Client::with(address, self.from, self.narrow.then_some(NARROW_BYTES));
         let mut request = http::Request::builder().method(self.method).uri(format!("http://test{}", self.path));
         for (name, value) in &self.fields {
             request = request.header(name, value);
@@ -333,6 +340,12 @@ impl Exchange {
     /// How many bytes of the answer were read.
     pub fn has_read(&self) -> u64 {
         self.digest.length()
+    }
+
+    /// Sends the rest of the body, as far as the gateway takes it, and reads the answer to its end.
+    pub fn answer_to_all(mut self) -> Answer {
+        self.finish_body();
+        self.answer()
     }
 
     /// Reads the answer to its end.
@@ -490,7 +503,7 @@ impl Answer {
         assert_eq!((self.status, self.end), (status, End::Complete), "{}", self.text());
         assert!(self.text().contains(reason), "{reason} was expected: {}", self.text());
         // A refusal that will pass says when to come again.
-        assert_eq!(self.value("retry-after").is_some(), status == 503, "{:?}", self.fields);
+        assert_eq!(self.value("retry-after").is_some(), matches!(status, 429 | 503), "{:?}", self.fields);
     }
 
     /// The test origin got the first `length` bytes of its content and nothing else, framed like this: `chunked`,
