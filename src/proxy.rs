@@ -29,6 +29,7 @@ use std::time::{Duration, Instant};
 use async_trait::async_trait;
 use bytes::Bytes;
 use http::HeaderMap;
+use http::header::HOST;
 use pingora::http::{RequestHeader, ResponseHeader};
 use pingora::protocols::Digest;
 use pingora::server::ShutdownWatch;
@@ -161,7 +162,7 @@ impl ProxyHttp for Proxy {
         exchange: &mut Exchange,
     ) -> Result<()> {
         send::header(exchange, self.manners, session.req_header(), request)?;
-        mirror::header(exchange, request);
+        mirror::header(exchange, request, session.req_header().headers.contains_key(HOST));
         send::prepare_trailers(exchange, request)?;
         if session.is_body_empty() {
             // Over HTTP/2, Pingora has no further word on a request without a body.
@@ -181,13 +182,15 @@ impl ProxyHttp for Proxy {
         send::piece(exchange, session.req_header_mut(), piece, end).await
     }
 
-    /// `wait` is done, perhaps with leave to speak another protocol.
+    /// A response header has come, an interim one (1xx) or the final one, and nothing else has seen it; `wait` may be done, perhaps with
+    /// leave to speak another protocol.
     async fn upstream_response_filter(
         &self,
         session: &mut Session,
         response: &mut ResponseHeader,
         exchange: &mut Exchange,
     ) -> Result<()> {
+        receive::frame(session.req_header(), response)?;
         receive::switch(exchange, &mut session.downstream_session, response)
     }
 

@@ -455,7 +455,7 @@ impl BufferedSession {
         let Terms { patience, intake, holds_body, manner, who, control, custom, tap, depot, lanes } = terms;
         let bypass = bypass(session);
         let method = session.req_header().method.clone();
-        let without_body = method == Method::HEAD;
+        let head_only = method == Method::HEAD;
         // An answer to HEAD has no body: so the session writes the header and leaves the rest to us.
         let stub = if bypass.is_some() { Method::HEAD } else { method };
         let mut stub = RequestHeader::build(stub, b"/", Some(0))?;
@@ -472,7 +472,7 @@ impl BufferedSession {
         // It settles with the first such question how the body is framed, and the stand-in says that there is none.
         let settled = !reads_past || own.is_body_done();
         debug_assert!(settled);
-        let past = bypass.map(|bypass| Past::new(bypass, reads_past, without_body));
+        let past = bypass.map(|bypass| Past::new(bypass, reads_past, head_only));
         let link = Arc::new(Link {
             waits: Waits::new(Instant::now()),
             stage: AtomicU8::new(Stage::Unconnected as u8),

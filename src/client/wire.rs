@@ -15,7 +15,7 @@ use std::task::{Context, Poll, ready};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use http::{HeaderMap, Version, header};
+use http::{HeaderMap, Method, Version};
 use pingora::http::{RequestHeader, ResponseHeader};
 use pingora::protocols::http::{HttpTask, ServerSession};
 use pingora::{Error, ErrorType, Result};
@@ -28,6 +28,7 @@ use super::spool::{Depot, Limits, Room, Spool, SpoolError};
 use super::stream::Bypass;
 use super::trailers::last_chunk;
 use super::waiting::{Timer, Waiting, Who};
+use crate::framing::{Body, Said, answer};
 use crate::metrics::{Direction, RouteMetrics};
 use crate::party::{Fault, Party, What};
 use crate::phase::Phase;
@@ -110,26 +111,15 @@ enum State {
     Gone,
 }
 
-/// How the body of an answer is marked off on HTTP/1 (RFC 9112 §6.3).
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Framing {
-    /// There is none, whatever the header says.
-    None,
-    /// So many bytes are still to come.
-    Length(u64),
-    Chunked,
-    /// The end of the connection is its end.
-    UntilClose,
-}
-
 /// The way past a session of HTTP/1, which writes headers and believes that nothing follows them.
 pub struct Past {
     bypass: Bypass,
     /// The request body is read past the session as well.
     reads: bool,
-    /// The request is such that no answer has a body.
-    without_body: bool,
-    framing: Framing,
+    /// The request has the method HEAD; the session believes so in any case.
+    head_only: bool,
+    /// How the body leaves; of a length, what is still to come.
+    framing: Body,
     /// What is being sent.
     pieces: VecDeque<Bytes>,
     /// Something is, if only what the session has written.
@@ -140,37 +130,25 @@ pub struct Past {
 
 impl Past {
     /// Nothing is sent yet.
-    pub fn new(bypass: Bypass, reads: bool, without_body: bool) -> Self {
-        let pieces = VecDeque::new();
-        Past { bypass, reads, without_body, framing: Framing::None, pieces, sends: false, corked: false }
-    }
-
-    /// Notes how the header says that the body is framed.
-    fn note(&mut self, header: &ResponseHeader, length: Option<u64>) {
-        let without_body = self.without_body || matches!(header.status.as_u16(), 204 | 304);
-        self.framing = match (without_body, header.headers.contains_key(header::TRANSFER_ENCODING), length) {
-            (true, ..) => Framing::None,
-            (false, true, _) => Framing::Chunked,
-            (false, false, Some(length)) => Framing::Length(length),
-            (false, false, None) => Framing::UntilClose,
-        };
+    pub fn new(bypass: Bypass, reads: bool, head_only: bool) -> Self {
+        Past { bypass, reads, head_only, framing: Body::None, pieces: VecDeque::new(), sends: false, corked: false }
     }
 
     /// Takes a piece to be sent.
     fn push(&mut self, mut piece: Bytes) {
         match &mut self.framing {
-            Framing::None => return,
-            Framing::Length(left) => {
+            Body::None => return,
+            Body::Length(left) => {
                 // More than was announced would be taken for the next answer.
                 piece.truncate(usize::try_from(*left).unwrap_or(usize::MAX));
                 *left -= piece.len() as u64;
             }
-            Framing::Chunked if !piece.is_empty() => {
+            Body::Chunked if !piece.is_empty() => {
                 self.pieces.push_back(format!("{:x}\r\n", piece.len()).into());
                 self.pieces.push_back(piece);
                 piece = Bytes::from_static(b"\r\n");
             }
-            Framing::Chunked | Framing::UntilClose => {}
+            Body::Chunked | Body::UntilEnd => {}
         }
         if !piece.is_empty() {
             self.pieces.push_back(piece);
@@ -179,16 +157,16 @@ impl Past {
 
     /// Marks the end of the body, with what follows it. `false`: it is shorter than was announced.
     fn end(&mut self, trailers: Option<&HeaderMap>) -> bool {
-        if self.framing == Framing::Chunked {
+        if self.framing == Body::Chunked {
             self.pieces.push_back(last_chunk(trailers));
         }
-        !matches!(self.framing, Framing::Length(1..))
+        !matches!(self.framing, Body::Length(1..))
     }
 
     /// Gives back what need not be kept of that which is being sent, in order; nothing where its framing is on its way.
     fn spare(&mut self) -> Vec<Bytes> {
         let bytes: usize = self.pieces.iter().map(Bytes::len).sum();
-        if self.framing == Framing::Chunked || bytes <= SEND_LEFT {
+        if self.framing == Body::Chunked || bytes <= SEND_LEFT {
             return Vec::new();
         }
         let (mut kept, mut spared) = (VecDeque::new(), Vec::new());
@@ -205,7 +183,7 @@ impl Past {
             }
         }
         self.pieces = kept;
-        if let Framing::Length(left) = &mut self.framing {
+        if let Body::Length(left) = &mut self.framing {
             *left += spared.iter().map(|piece| piece.len() as u64).sum::<u64>();
         }
         spared
@@ -219,7 +197,10 @@ pub struct Wire {
     past: Option<Past>,
     /// On HTTP/2.
     control: Option<Control>,
-    http10: bool,
+    /// The client's.
+    version: Version,
+    /// The request has the method HEAD.
+    head_only: bool,
     manner: Manner,
     /// What precedes the spool: headers, and body that has just come.
     ready: VecDeque<HttpTask>,
@@ -280,7 +261,8 @@ pub struct Wire {
 #[derive(Clone, Copy)]
 struct Head {
     status: u16,
-    framed: bool,
+    /// How the body leaves.
+    body: Body,
     length: Option<u64>,
 }
 
@@ -295,13 +277,16 @@ impl Wire {
         depot: Arc<Depot>,
         lanes: Arc<Lanes>,
     ) -> Self {
-        let http10 = session.req_header().version == Version::HTTP_10;
+        let asked = session.req_header();
+        let (version, is_head) = (asked.version, asked.method == Method::HEAD);
+        let head_only = past.as_ref().map_or(is_head, |past| past.head_only);
         Wire {
             state: State::Idle(session),
             piece: if past.is_some() { PIECE_MOST } else { PIECE_LEAST },
             past,
             control,
-            http10,
+            version,
+            head_only,
             leave: manner.leave,
             held: manner.leave == Leave::Full,
             last_on_connection: false,
@@ -462,7 +447,7 @@ impl Wire {
 
     /// Whether the client can tell a cut answer from a whole one by its framing.
     pub fn framed(&self) -> bool {
-        self.head.is_none_or(|head| head.framed)
+        self.head.is_none_or(|head| self.is_http2() || head.body != Body::UntilEnd)
     }
 
     /// Body bytes that the client's session has taken.
@@ -543,14 +528,11 @@ impl Wire {
         for task in tasks {
             match task {
                 // RFC 9110 §15.2: such a client knows none of them.
-                HttpTask::Header(head, _) if self.http10 && head.status.is_informational() => {}
+                HttpTask::Header(head, _) if self.version == Version::HTTP_10 && head.status.is_informational() => {}
                 HttpTask::Header(mut head, end) => {
-                    if self.http10 {
-                        // RFC 9112 §6.1: such a client knows no chunks; the end of the connection is the end of the body.
-                        head.remove_header(&header::TRANSFER_ENCODING);
-                        self.last_on_connection |= !head.headers.contains_key(header::CONTENT_LENGTH);
+                    if !head.status.is_informational() {
+                        self.frame(&mut head, end)?;
                     }
-                    self.note(&head);
                     self.ended |= end;
                     self.ready.push_back(HttpTask::Header(head, end));
                 }
@@ -584,16 +566,22 @@ impl Wire {
         self.held = false;
     }
 
-    fn note(&mut self, header: &ResponseHeader) {
-        if header.status.is_informational() {
-            return;
-        }
-        let length = header.headers.get(header::CONTENT_LENGTH).and_then(|length| length.to_str().ok()?.parse().ok());
-        let framed = length.is_some() || header.headers.contains_key(header::TRANSFER_ENCODING);
+    /// Has the header of the final answer say how its body leaves. `end`: it has none, whatever it says.
+    ///
+    /// It was found sound when it came, and has been as on HTTP/1.1 since; an error is of a filter.
+    fn frame(&mut self, header: &mut ResponseHeader, end: bool) -> Result<()> {
+        let (status, said) = (header.status.as_u16(), Said::of(&header.headers));
+        let framed = answer::frame(self.head_only, status, Version::HTTP_11, &said, self.version)
+            .map_err(|fault| Error::explain(ErrorType::InternalError, fault.words()))?;
+        let framed = if end { framed.ended() } else { framed };
+        framed.apply(&said, header)?;
         if let Some(past) = &mut self.past {
-            past.note(header, length);
+            past.framing = framed.write;
+            // The end of the connection is that of the body.
+            self.last_on_connection |= framed.write == Body::UntilEnd;
         }
-        self.head = Some(Head { status: header.status.as_u16(), framed, length });
+        self.head = Some(Head { status, body: framed.write, length: framed.length });
+        Ok(())
     }
 
     fn push(&mut self, piece: Bytes) {
@@ -796,7 +784,7 @@ impl Wire {
             session.set_keepalive(None);
         }
         if answers && let Some(past) = &mut self.past {
-            if past.framing == Framing::UntilClose || past.bypass.is_last() {
+            if past.bypass.is_last() {
                 session.set_keepalive(None);
             }
             past.corked = self.ended || !self.ready.is_empty();
@@ -805,6 +793,10 @@ impl Wire {
             }
         }
         self.writing = batch.iter().map(|task| body_len(task) as u64).sum();
+        if self.past.is_none() && self.is_misframed() {
+            self.state = State::Idle(session);
+            return self.written(Err(shorter_or_longer()));
+        }
         self.state = State::Writing(Box::pin(async move {
             let outcome = session.response_duplex_vec(batch).await;
             (session, outcome)
@@ -829,10 +821,15 @@ impl Wire {
         if self.end_written && !past.end(trailers.as_deref()) {
             past.sends = false;
             self.fault.get_or_insert(Fault::new(Party::Endpoint, Phase::Receive, What::Malformed));
-            self.written(
-                Err(Error::explain(ErrorType::WriteError, "the answer is shorter than announced").into_down()),
-            );
+            self.written(Err(shorter_or_longer()));
         }
+    }
+
+    /// Whether what is being written would belie the length that was announced (RFC 9113 §8.1.1).
+    fn is_misframed(&self) -> bool {
+        let Some(Head { body: Body::Length(length), .. }) = self.head else { return false };
+        let sent = self.gone + self.writing;
+        sent > length || (self.end_written && sent < length)
     }
 
     fn written(&mut self, outcome: Result<bool>) {
@@ -848,7 +845,7 @@ impl Wire {
                 // What it takes at once counts for it, too.
                 self.manner.pace.moved(self.writing, Duration::ZERO);
                 let most = match (&self.past, self.control.is_some()) {
-                    (Some(past), _) if past.framing != Framing::Chunked => SEND_MOST,
+                    (Some(past), _) if past.framing != Body::Chunked => SEND_MOST,
                     (None, true) => PIECE_MOST_H2,
                     _ => PIECE_MOST,
                 };
@@ -1072,6 +1069,10 @@ impl Wire {
             Err(gone)
         })
     }
+}
+
+fn shorter_or_longer() -> Box<Error> {
+    Error::explain(ErrorType::WriteError, "the answer is shorter or longer than announced").into_down()
 }
 
 /// Whether it belongs to the final answer.

@@ -8,8 +8,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Instant;
 
-use bytes::Bytes;
-use http::{HeaderName, HeaderValue, StatusCode, Version, header};
+use http::uri::Authority;
+use http::{HeaderName, HeaderValue, Method, StatusCode, Version, header};
 use pingora::connectors::http::Connector;
 use pingora::http::RequestHeader;
 use pingora::protocols::http::client::HttpSession;
@@ -20,6 +20,7 @@ use tokio::time::timeout;
 use super::blame;
 use super::exchange::{Attempt, Exchange};
 use crate::client::spool::Held;
+use crate::framing;
 use crate::metrics::mirror::{Fate, MirrorMetrics};
 use crate::party::{Fault, Party, What};
 use crate::phase::Phase;
@@ -116,10 +117,14 @@ impl Drop for Place {
     }
 }
 
-/// Remembers the header that the original is sent with.
-pub fn header(exchange: &mut Exchange, request: &RequestHeader) {
+/// Remembers the header that the original is sent with. If its client named no host, what it names is its endpoint and none of
+/// the mirror's.
+pub fn header(exchange: &mut Exchange, request: &RequestHeader, names_host: bool) {
     if let Some(copy) = exchange.copy.as_deref_mut().filter(|copy| copy.request.is_none()) {
-        copy.request = Some(Box::new(request.clone()));
+        let request = copy.request.insert(Box::new(request.clone()));
+        if !names_host {
+            request.remove_header(&header::HOST);
+        }
     }
 }
 
@@ -204,9 +209,11 @@ async fn exchange(
     let outdated = transport.age(session.digest()).filter(|&age| transport.is_outdated(age, rand::random()));
     session.set_write_timeout(Some(send));
     session.set_read_timeout(Some(wait.max(receive)));
-    let length = body.as_ref().map(|body| body.pieces.iter().map(Bytes::len).sum::<usize>());
+    let length = body.as_ref().map(|body| body.pieces.iter().map(|piece| piece.len() as u64).sum());
     let http2 = matches!(session, HttpSession::H2(_));
-    prepare(&mut request, http2, peer.is_tls(), length, &mirror.route).map_err(Error::into_in)?;
+    let head = request.method == Method::HEAD;
+    let own = attempt.endpoint().authority();
+    prepare(&mut request, &own, http2.then_some(peer.is_tls()), length, &mirror.route).map_err(Error::into_in)?;
     let whole = async {
         session.write_request_header(Box::new(request)).await?;
         for piece in body.iter().flat_map(|body| &body.pieces) {
@@ -216,7 +223,7 @@ async fn exchange(
         // It is sent: what it held in memory is not needed any more.
         drop(body);
         attempt.sent(Instant::now());
-        let status = timeout(wait, final_status(&mut session)).await.map_err(|_| late())??;
+        let status = timeout(wait, final_status(&mut session, head)).await.map_err(|_| late())??;
         attempt.answered(status, Instant::now());
         let mut left = DISCARDED_BYTES;
         while let Some(piece) = timeout(receive, session.read_response_body()).await.map_err(|_| late())?? {
@@ -250,35 +257,30 @@ fn late() -> Box<Error> {
 }
 
 /// Makes of the header of an original, which may have been sent over another protocol, that of a copy.
+///
+/// `own` is the host of an original that named none; `h2` says whether it goes over TLS, if it goes by HTTP/2.
 fn prepare(
     request: &mut RequestHeader,
-    http2: bool,
-    tls: bool,
-    length: Option<usize>,
+    own: &Authority,
+    h2: Option<bool>,
+    length: Option<u64>,
     route: &HeaderValue,
 ) -> Result<()> {
     request.insert_header(MARK, route.clone())?;
-    for name in [header::TRANSFER_ENCODING, header::CONNECTION, header::UPGRADE, header::EXPECT] {
+    for name in [header::CONNECTION, header::UPGRADE, header::EXPECT] {
         request.remove_header(&name);
     }
-    match length {
-        Some(length) => request.insert_header(header::CONTENT_LENGTH, length)?,
-        None => drop(request.remove_header(&header::CONTENT_LENGTH)),
-    }
-    let host = request.headers.get(header::HOST).cloned();
+    let version = if h2.is_some() { Version::HTTP_2 } else { Version::HTTP_11 };
+    framing::request::apply(framing::request::send(version, length, framing::Body::None), request)?;
+    request.set_version(version);
+    let host = request.remove_header(&header::HOST);
     let host =
         host.as_ref().map(HeaderValue::as_bytes).or(request.uri.authority().map(|name| name.as_str().as_bytes()));
-    let host =
-        HeaderValue::from_bytes(host.unwrap_or_default()).map_err(|_| Error::new(ErrorType::InvalidHTTPHeader))?;
-    if !http2 {
-        request.set_version(Version::HTTP_11);
-        return request.insert_header(header::HOST, host);
-    }
-    request.set_version(Version::HTTP_2);
-    request.remove_header(&header::HOST);
+    let host = host.unwrap_or(own.as_str().as_bytes()).to_vec();
+    let Some(tls) = h2 else { return request.insert_header(header::HOST, host) };
     let path = request.uri.path_and_query().cloned().unwrap_or_else(|| http::uri::PathAndQuery::from_static("/"));
-    let uri =
-        http::Uri::builder().scheme(if tls { "https" } else { "http" }).authority(host.as_bytes()).path_and_query(path);
+    let scheme = if tls { "https" } else { "http" };
+    let uri = http::Uri::builder().scheme(scheme).authority(host).path_and_query(path);
     request.set_uri(uri.build().map_err(|_| Error::new(ErrorType::InvalidHTTPHeader))?);
     Ok(())
 }
@@ -299,20 +301,26 @@ mod tests {
     #[test]
     fn a_copy_is_marked_and_framed_for_the_protocol_that_it_is_sent_with() {
         let route = HeaderValue::from_static("all");
+        let own = Authority::from_static("mirror:1");
         for version in [Version::HTTP_11, Version::HTTP_2] {
             let mut copy = original(version);
-            prepare(&mut copy, false, false, Some(3), &route).expect("a copy");
+            prepare(&mut copy, &own, None, Some(3), &route).expect("a copy");
             let field = |name| copy.headers[name].to_str().expect("text");
             let fields = ["host", "content-length", "x-own", "x-forebay-mirror"].map(field);
             assert_eq!((copy.version, fields), (Version::HTTP_11, ["shop:8080", "3", "1", "all"]));
             assert!(!copy.headers.contains_key("transfer-encoding"));
 
             let mut copy = original(version);
-            prepare(&mut copy, true, true, None, &route).expect("a copy");
+            prepare(&mut copy, &own, Some(true), None, &route).expect("a copy");
             assert_eq!((copy.version, copy.uri.to_string().as_str()), (Version::HTTP_2, "https://shop:8080/a?b=c"));
             assert!(
                 ["host", "content-length", "transfer-encoding"].iter().all(|name| !copy.headers.contains_key(*name))
             );
+            // An original of HTTP/1.0 that named no host.
+            let mut copy = original(version);
+            copy.remove_header("host");
+            prepare(&mut copy, &own, Some(false), None, &route).expect("a copy");
+            assert_eq!(copy.uri.to_string(), "http://mirror:1/a?b=c");
         }
     }
 }

@@ -22,6 +22,7 @@ use crate::client::trailers;
 use crate::error::refusal;
 use crate::expression::{Facts, Pace};
 use crate::filter::{Refused, Stages, Verdict, View};
+use crate::framing::{Said, answer, is_media_type};
 use crate::phase::Phase;
 
 /// How an endpoint asks nginx, and us, not to hold its answer back. It is not for the client.
@@ -52,6 +53,23 @@ fn names_websocket(response: &ResponseHeader) -> bool {
     protocols.next().is_some_and(|protocol| protocol.eq_ignore_ascii_case(b"websocket")) && protocols.next().is_none()
 }
 
+/// The header of an answer, an interim one or the final one, has come: from here on it says only how its body is marked off,
+/// as on HTTP/1.1, whatever it was sent over. Pingora goes by that, and for the client the wire frames it once more.
+///
+/// An error is the endpoint's.
+pub fn frame(request: &RequestHeader, response: &mut ResponseHeader) -> Result<()> {
+    let said = Said::of(&response.headers);
+    let (head, status) = (request.method == Method::HEAD, response.status.as_u16());
+    let framed = answer::frame(head, status, response.version, &said, Version::HTTP_11)
+        .map_err(|fault| Error::explain(ErrorType::InvalidHTTPHeader, fault.words()).into_up())?;
+    framed.apply(&said, response)?;
+    if response.version != Version::HTTP_2 {
+        // RFC 9110 §6.2: it is our version that the client is told, and what HTTP/1.0 cannot say may have been added.
+        response.set_version(Version::HTTP_11);
+    }
+    Ok(())
+}
+
 /// The response header is here.
 pub async fn header(
     exchange: &mut Exchange,
@@ -71,7 +89,8 @@ pub async fn header(
     exchange.connection.iter().for_each(|connection| connection.settle());
     if let Some(attempt) = &mut exchange.attempt {
         attempt.answered(response.status, now);
-        if is_bodiless(request, response) {
+        // Pingora has no further word on one that is here whole with its header.
+        if is_bodiless(request, response) || says_zero(response) {
             attempt.answered_whole();
         }
     }
@@ -149,7 +168,7 @@ fn trailers_pass(exchange: &Exchange, request: &RequestHeader, response: &Respon
         Version::HTTP_11 => !response.headers.contains_key(header::CONTENT_LENGTH),
         _ => false,
     };
-    come && go && !has_no_body(request, response)
+    come && go && !is_bodiless(request, response)
 }
 
 /// Tells a client, if it does not know yet, by which cookie it stays at the endpoint that has answered. One that fails is not
@@ -238,30 +257,25 @@ fn strip_hop_by_hop(response: &mut ResponseHeader) {
 
 /// Server-sent events: whoever waits for one is not to be kept waiting, and old ones are of no use.
 fn is_event_stream(response: &ResponseHeader) -> bool {
-    response.headers.get(header::CONTENT_TYPE).is_some_and(|kind| kind.as_bytes().starts_with(b"text/event-stream"))
+    response.headers.get(header::CONTENT_TYPE).is_some_and(|kind| is_media_type(kind.as_bytes(), "text/event-stream"))
 }
 
 /// Whether there can be no body, whatever the header says of its length.
-fn has_no_body(request: &RequestHeader, response: &ResponseHeader) -> bool {
-    request.method == Method::HEAD || matches!(response.status, StatusCode::NO_CONTENT | StatusCode::NOT_MODIFIED)
+fn is_bodiless(request: &RequestHeader, response: &ResponseHeader) -> bool {
+    answer::is_bodiless(request.method == Method::HEAD, response.status.as_u16())
 }
 
-/// Whether the answer is here whole with its header: Pingora has no further word on it then.
-fn is_bodiless(request: &RequestHeader, response: &ResponseHeader) -> bool {
-    has_no_body(request, response)
-        || response.headers.get(header::CONTENT_LENGTH).is_some_and(|length| length.as_bytes() == b"0")
+fn says_zero(response: &ResponseHeader) -> bool {
+    response.headers.get(header::CONTENT_LENGTH).is_some_and(|length| length.as_bytes() == b"0")
 }
 
 /// A filter that sees the body may change its length: it is told by its end instead.
 fn unfix_length(request: &RequestHeader, response: &mut ResponseHeader) -> Result<()> {
-    if has_no_body(request, response) {
+    if is_bodiless(request, response) {
         return Ok(());
     }
     response.remove_header(&header::CONTENT_LENGTH);
-    if request.version == http::Version::HTTP_11 && !response.headers.contains_key(header::TRANSFER_ENCODING) {
-        response.insert_header(header::TRANSFER_ENCODING, HeaderValue::from_static("chunked"))?;
-    }
-    Ok(())
+    response.insert_header(header::TRANSFER_ENCODING, HeaderValue::from_static("chunked"))
 }
 
 #[cfg(test)]

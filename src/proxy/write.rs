@@ -5,7 +5,7 @@
 
 use std::time::Instant;
 
-use http::{HeaderName, HeaderValue, Method, StatusCode, header};
+use http::{HeaderName, HeaderValue, Method, StatusCode, Version, header};
 use pingora::http::ResponseHeader;
 use pingora::protocols::http::{HttpTask, ServerSession};
 use pingora::{Error, ErrorType, Result};
@@ -14,8 +14,10 @@ use super::blame;
 use super::exchange::Exchange;
 use super::grpc::{self, TrailersOnly};
 use super::https;
+use crate::client::head::accepts_json;
 use crate::error::{Refusal, refusal};
 use crate::filter::{Answer, Refused};
+use crate::framing::{Body, Said, answer};
 use crate::phase::Phase;
 
 /// Refuses an exchange of which nothing was sent yet.
@@ -23,9 +25,8 @@ pub async fn refuse(exchange: &mut Exchange, session: &mut ServerSession, refuse
     if exchange.grpc.is_some() {
         return trailers_only(exchange, session, grpc::refusal(refused)?).await;
     }
-    let json = session
-        .get_header(header::ACCEPT)
-        .is_some_and(|accept| memchr::memmem::find(accept.as_bytes(), b"application/json").is_some());
+    let mut accept = session.req_header().headers.get_all(header::ACCEPT).iter();
+    let json = accept.any(|accept| accepts_json(accept.as_bytes()));
     let (kind, body) = refused.refusal.body(json);
     let status = StatusCode::from_u16(refused.refusal.status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
     let mut response = ResponseHeader::build(status, Some(refused.headers.len() + 5))?;
@@ -70,13 +71,18 @@ async fn write(
     for (name, value) in headers {
         response.append_header(name.clone(), value.clone())?;
     }
-    if response.status != StatusCode::NO_CONTENT && response.status != StatusCode::NOT_MODIFIED {
+    if response.status != StatusCode::NOT_MODIFIED {
         response.insert_header(header::CONTENT_LENGTH, body.len())?;
     }
     // The filters of the route see our answers as they see an endpoint's; here, a refusal of theirs changes nothing.
     let _ = exchange.filter_response(session.req_header_mut(), &mut response).await;
     https::insist(exchange, &mut response);
-    let without_body = body.is_empty() || session.req_header().method == Method::HEAD;
+    let (said, request) = (Said::of(&response.headers), session.req_header());
+    let (head, status) = (request.method == Method::HEAD, response.status.as_u16());
+    let framed = answer::frame(head, status, Version::HTTP_11, &said, request.version)
+        .map_err(|fault| Error::explain(ErrorType::InternalError, fault.words()))?;
+    framed.apply(&said, &mut response)?;
+    let without_body = body.is_empty() || framed.write == Body::None;
     session.write_response_header(Box::new(response)).await?;
     if without_body { session.finish_body().await } else { session.write_response_body(body, true).await }
 }
@@ -150,9 +156,12 @@ fn reset(exchange: &Exchange, error: Option<&Error>) -> bool {
     true
 }
 
-/// Whether a refusal can still be told: nothing but interim responses has left.
+/// Whether a refusal can still be told: nothing but interim responses has left. Behind a 101 (RFC 9110 §15.2.2) it would be taken
+/// for words of the other protocol.
 fn is_unanswered(session: &ServerSession) -> bool {
-    session.response_written().is_none_or(|response| response.status.is_informational())
+    session
+        .response_written()
+        .is_none_or(|response| response.status.is_informational() && response.status != StatusCode::SWITCHING_PROTOCOLS)
 }
 
 /// Whether there is a client left to tell this to.

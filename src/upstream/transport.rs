@@ -15,7 +15,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use http::StatusCode;
+use http::{StatusCode, Version};
+use pingora::http::ResponseHeader;
 use pingora::protocols::Digest;
 use pingora::protocols::http::client::HttpSession;
 use pingora::protocols::l4::socket::SocketAddr;
@@ -29,6 +30,7 @@ use super::window::NARROW_BYTES;
 use crate::config;
 use crate::config::upstream::Protocol;
 use crate::error::BuildError;
+use crate::framing::{Said, answer};
 use dial::Dialer;
 use greeting::Parties;
 use tls::Tls;
@@ -205,20 +207,32 @@ impl Transport {
     }
 }
 
-/// Reads the header of an answer that nobody gets, and those of the interim answers before it (RFC 9110 §15.2): its status.
+/// The status of the answer, once the interim ones (1xx) are past. `head`: the request had the method HEAD.
 ///
 /// # Errors
 ///
-/// Those of Pingora's session.
-pub async fn final_status(session: &mut HttpSession) -> Result<StatusCode> {
+/// There is none that a client could have: what is not passed on is no answer.
+pub async fn final_status(session: &mut HttpSession, head: bool) -> Result<StatusCode> {
     loop {
         session.read_response_header().await?;
-        match session.response_header().map(|response| response.status) {
-            Some(status) if status.is_informational() => {}
-            Some(status) => return Ok(status),
+        match session.response_header() {
+            Some(interim) if interim.status.is_informational() => {}
+            Some(answer) => return readable(answer, head),
             None => return Err(Error::new_up(ErrorType::InvalidHTTPHeader)),
         }
     }
+}
+
+/// The status of an answer that could be passed on to a client.
+///
+/// # Errors
+///
+/// It could not.
+pub fn readable(answer: &ResponseHeader, head: bool) -> Result<StatusCode> {
+    let (status, said) = (answer.status, Said::of(&answer.headers));
+    answer::frame(head, status.as_u16(), answer.version, &said, Version::HTTP_11)
+        .map_err(|fault| Error::explain(ErrorType::InvalidHTTPHeader, fault.words()).into_up())?;
+    Ok(status)
 }
 
 #[cfg(test)]

@@ -17,6 +17,8 @@ pub mod metrics;
 pub mod moody;
 pub mod nginx;
 pub mod origin;
+pub mod peers;
+pub mod raw_h2;
 pub mod secure;
 pub mod tls;
 pub mod wire;

@@ -16,6 +16,7 @@ use pingora_load_balancing::health_check::HealthCheck;
 use super::http::{alone, host, request};
 use super::probe::{endpoint, sound, wrong};
 use crate::config::upstream::health::GrpcCheck;
+use crate::upstream::transport::readable;
 use crate::upstream::transport::tls::Flaw;
 
 const PATH: &str = "/grpc.health.v1.Health/Check";
@@ -61,6 +62,7 @@ impl HealthCheck for Grpc {
         if answer.status != 200 {
             return wrong(format!("it answered {} instead of 200", answer.status.as_u16()));
         }
+        readable(answer, false)?;
         // An answer without a message has in its header what others have in their trailers.
         judge_status(&answer.headers, false)?;
         let mut message = Vec::new();

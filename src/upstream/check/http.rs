@@ -68,7 +68,7 @@ impl HealthCheck for Http {
         }
         session.write_request_header(Box::new(request)).await?;
         session.finish_request_body().await?;
-        self.judge(final_status(&mut session).await?.as_u16())?;
+        self.judge(final_status(&mut session, false).await?.as_u16())?;
         let Some(wanted) = &self.body else { return Ok(()) };
         let mut body = Vec::new();
         while body.len() < BODY_BYTES_MAX
@@ -97,8 +97,7 @@ pub(super) fn alone(endpoint: &Endpoint) -> pingora::upstreams::peer::HttpPeer {
 
 /// The host that is named to an endpoint: what is written, or its address as it is written, if that is a host at all.
 pub(super) fn host(written: Option<&Authority>, endpoint: &Endpoint) -> Authority {
-    let own = || endpoint.label.parse().ok().or_else(|| endpoint.address.to_string().parse().ok());
-    written.cloned().or_else(own).unwrap_or(Authority::from_static("localhost"))
+    written.cloned().unwrap_or_else(|| endpoint.authority())
 }
 
 /// A request without a body; `h2` says whether it goes over TLS, if it goes by HTTP/2.

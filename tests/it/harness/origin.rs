@@ -73,6 +73,30 @@ impl Origin {
         })
     }
 
+    /// An origin that plays every connection in this way, each on a thread of its own.
+    pub fn playing(play: impl Fn(Connection) + Send + Sync + 'static) -> Origin {
+        let play = Arc::new(play);
+        Origin::start(move |connection, _| {
+            let play = play.clone();
+            thread::spawn(move || play(connection));
+        })
+    }
+
+    /// An origin that answers one request of a connection with the bytes that `answer` makes of it, and closes. To a HEAD it says the
+    /// header only.
+    pub fn answering_once(answer: impl Fn(&Request) -> Vec<u8> + Send + Sync + 'static) -> Origin {
+        let answer = Arc::new(answer);
+        Origin::start(move |mut connection, _| {
+            let answer = answer.clone();
+            thread::spawn(move || {
+                if let Some(request) = connection.next_request() {
+                    // Whether the gateway takes all of it is the story's business.
+                    let _ = connection.wire.send(without_body(&request, answer(&request)));
+                }
+            });
+        })
+    }
+
     /// The same on a socket of the story's.
     pub fn named_on(listener: TcpListener, name: &'static str) -> Origin {
         let serve = answer_all(move |_| ok(name));
@@ -152,17 +176,21 @@ fn answer_all(
         let answer = answer.clone();
         thread::spawn(move || {
             while let Some(request) = connection.next_request() {
-                let mut bytes = answer(&request);
-                if let Some(end) = find(&bytes, b"\r\n\r\n").filter(|_| request.method() == "HEAD") {
-                    bytes.truncate(end + 4);
-                }
-                if connection.wire.send(bytes).is_err() {
+                if connection.wire.send(without_body(&request, answer(&request))).is_err() {
                     return;
                 }
                 *connection.seen.answered.lock().unwrap() += 1;
             }
         });
     }
+}
+
+/// An answer as it is sent: to a HEAD, its header alone.
+fn without_body(request: &Request, mut answer: Vec<u8>) -> Vec<u8> {
+    if let Some(end) = find(&answer, b"\r\n\r\n").filter(|_| request.method() == "HEAD") {
+        answer.truncate(end + 4);
+    }
+    answer
 }
 
 impl Connection {
@@ -216,6 +244,11 @@ impl Connection {
     /// The socket, for a protocol that takes over.
     pub fn into_socket(self) -> Socket {
         self.wire.into_socket()
+    }
+
+    /// The connection itself.
+    pub fn into_wire(self) -> Wire {
+        self.wire
     }
 
     /// Closes it.
