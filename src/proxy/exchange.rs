@@ -66,6 +66,8 @@ pub struct Exchange {
     pub grpc: Option<Call>,
     /// The client asks for a WebSocket.
     pub upgrade: bool,
+    /// The client's connection, of HTTP/1, is to end once the exchange is settled.
+    pub closes: bool,
     /// The route it took.
     pub route: Option<Arc<Route>>,
     /// What the filters of the route keep for it.
@@ -326,6 +328,7 @@ impl Exchange {
             interim: 0,
             grpc: None,
             upgrade: false,
+            closes: false,
             route: None,
             filters: None,
             upstream: None,

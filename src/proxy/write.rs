@@ -109,7 +109,7 @@ pub async fn drain(exchange: &mut Exchange, client: &mut Box<ServerSession>) {
 
 /// Cuts an answer of which bytes have left, so that nobody takes it for a whole one. `false`: none had, and the client's
 /// own session is back, so that it can still be told anything.
-pub async fn cut_if_begun(exchange: &Exchange, client: &mut Box<ServerSession>, error: Option<&Error>) -> bool {
+pub async fn cut_if_begun(exchange: &mut Exchange, client: &mut Box<ServerSession>, error: Option<&Error>) -> bool {
     if let Some(link) = &exchange.link
         && link.stands_in()
     {
@@ -125,14 +125,14 @@ pub async fn cut_if_begun(exchange: &Exchange, client: &mut Box<ServerSession>, 
     }
     let begun = !is_unanswered(client);
     if begun {
-        cut(exchange, client, error).await;
+        cut(exchange, client, error);
     }
     begun
 }
 
 /// Bytes of an answer have left and the rest will not come. Where its end is told by the connection's end alone, the
 /// connection is reset, so that nobody takes what came for the whole.
-async fn cut(exchange: &Exchange, session: &mut ServerSession, error: Option<&Error>) {
+fn cut(exchange: &mut Exchange, session: &mut ServerSession, error: Option<&Error>) {
     let framed = session.response_written().is_none_or(|response| {
         response.headers.contains_key(header::CONTENT_LENGTH)
             || response.headers.contains_key(header::TRANSFER_ENCODING)
@@ -145,7 +145,7 @@ async fn cut(exchange: &Exchange, session: &mut ServerSession, error: Option<&Er
     }
     // What came of the answer is sent before the connection goes.
     session.set_keepalive(None);
-    session.shutdown().await;
+    exchange.closes = true;
 }
 
 /// Resets the stream of an exchange of HTTP/2: Pingora would else end it in good order if it does not know of the

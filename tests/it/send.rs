@@ -28,6 +28,21 @@ fn a_client_that_stops_sending_its_body_is_answered_408_and_the_backend_is_let_g
 }
 
 #[test]
+fn the_time_in_which_a_refused_client_may_close_its_side_is_none_of_the_exchange() {
+    let origin = Origin::scripted();
+    let gateway = Setup::before(&origin).route(STREAM).route("client: { body_idle: 200ms }").start();
+    let mut client = gateway.client();
+    client.send(UPLOAD);
+    let mut connection = origin.accept();
+    connection.header();
+    assert_eq!(client.response().status, 408);
+    // The gateway reads on for two seconds, since the client does not close.
+    client.closed();
+    let written = gateway.log_line().phase(Phase::Write).expect("a phase");
+    assert!(written < 2_000.0, "{written} ms of it in `write`");
+}
+
+#[test]
 fn a_client_that_sends_slowly_but_steadily_is_not_cut() {
     let origin = Origin::answering(|request| crate::harness::ok(&request.body));
     let gateway = Setup::before(&origin).route("client: { body_idle: 300ms }").start();

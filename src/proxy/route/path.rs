@@ -255,6 +255,12 @@ mod tests {
                 ("/%25%36%31", "/%2561"),
                 ("/%%361dmin", "/%2561dmin"),
                 ("/%\u{e9}", "/%25%C3%A9"),
+                // What is decoded is not part of another code.
+                ("/%5%61", "/%255a"),
+                ("/%%35%61", "/%255a"),
+                ("/%2%35%36%31", "/%252561"),
+                ("/%25%35%61", "/%255a"),
+                ("/%%5a", "/%25Z"),
             ],
         );
         assert_eq!(KEEP.canonical(b"/\xff").expect("a path"), &b"/%FF"[..]);
@@ -375,7 +381,7 @@ mod tests {
                     Just("/".to_owned()), Just("..".to_owned()), Just(".".to_owned()), Just("%2e".to_owned()),
                     Just("%2F".to_owned()), Just("%5c".to_owned()), Just("\\".to_owned()), Just("%".to_owned()),
                     Just("%25".to_owned()), Just(";x".to_owned()), Just("%3b".to_owned()), Just("2".to_owned()),
-                    Just("e".to_owned()), Just("a".to_owned()), "[ -~]", "\\PC",
+                    Just("e".to_owned()), Just("a".to_owned()), "%[0-9a-f]", "%[2-7][0-9A-Fa-f]", "[ -~]", "\\PC",
                 ],
                 0..24,
             ),

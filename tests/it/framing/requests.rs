@@ -3,7 +3,7 @@
 
 use crate::harness::client::Client;
 use crate::harness::gateway::Watched;
-use crate::harness::{Gateway, H2Origin, Origin, Setup, ok};
+use crate::harness::{Gateway, H2Origin, Origin, Setup, ms, ok};
 
 /// What becomes of a request.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -297,6 +297,34 @@ fn bodies_that_are_streamed_are_read_as_strictly_as_those_that_are_held() {
         .into_iter()
         .filter(|(sent, fate)| sent.contains("Transfer-Encoding: chunked\r\n\r\n") && matches!(fate, Passes(..)));
     assert_eq!(whole, passing.count());
+}
+
+#[test]
+fn a_streamed_body_has_one_end_however_its_last_chunk_comes() {
+    let origin = Origin::scripted();
+    let route = "buffering: { request: { mode: stream } }";
+    let gateway = Setup::before(&origin).route(route).start();
+    let mut client = gateway.client();
+    let mut kept = None;
+    // How many bytes come in one read; of the others, each in a read of its own.
+    for together in 0..=5 {
+        client.send("PUT /x HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n4\r\nbody\r\n");
+        let connection = kept.get_or_insert_with(|| origin.accept());
+        assert_eq!(connection.header().target(), "/x", "{together}");
+        assert_eq!(connection.bytes(9), b"4\r\nbody\r\n", "{together}");
+        let (first, rest) = b"0\r\n\r\n".split_at(together);
+        client.send(first);
+        assert!(client.drip(rest, ms(10)));
+        assert_eq!(connection.bytes(5), b"0\r\n\r\n", "{together}");
+        connection.answer("done");
+        assert_eq!(client.response().text(), "done", "{together}");
+        client.send("GET /next HTTP/1.1\r\nHost: a\r\n\r\n");
+        // What was left of the body would be the beginning of this one.
+        assert_eq!(connection.request().target(), "/next", "{together}");
+        connection.answer("next");
+        assert_eq!(client.response().text(), "next", "{together}");
+    }
+    assert_eq!(origin.connections(), 1);
 }
 
 #[test]
