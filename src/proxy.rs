@@ -265,9 +265,7 @@ impl ProxyHttp for Proxy {
         let client = session.as_downstream_mut();
         if write::is_heard(refused.refusal) {
             client.set_keepalive(None);
-            if write::refuse(exchange, client, &refused).await.is_ok() && exchange.control.is_none() {
-                client.shutdown().await;
-            }
+            exchange.closes = write::refuse(exchange, client, &refused).await.is_ok() && exchange.control.is_none();
         }
         FailToProxy { error_code: refused.refusal.status, can_reuse_downstream: false }
     }
@@ -278,6 +276,10 @@ impl ProxyHttp for Proxy {
         write::drain(exchange, &mut session.downstream_session).await;
         let tellers = Tellers { log: self.log.as_deref(), tracer: self.tracer.as_deref(), recorder: &self.recorder };
         finish::settle(exchange, session.as_downstream_mut(), &self.unrouted, tellers);
+        if exchange.closes {
+            // The client may take its time to close its side, which is none of the exchange's.
+            session.as_downstream_mut().shutdown().await;
+        }
     }
 
     /// The access log and the metrics say it all, once.
