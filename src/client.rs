@@ -53,6 +53,7 @@ use crate::access_log::{AccessLog, Record};
 use crate::error::{Refusal, refusal};
 use crate::eventloop::{Metered, own_time, worker};
 use crate::metrics::{ConnectionState, Direction, Metrics, RouteMetrics, Summary, UNROUTED};
+use crate::party::What;
 use crate::phase::journal::Cycle;
 use crate::phase::{Clock, Phase};
 use crate::upstream::transport::http2::Http2 as Endpoints;
@@ -480,12 +481,24 @@ where
         let connection = self.connection.clone();
         let http2 = Arc::new(Http2 { front: self.front.clone(), connection, streams: Streams::default(), last });
         let (progress, mut ended) = (stream.progress(), ending.clone());
-        let begin = |stream| {
-            // On whichever worker Pingora draws, so that one connection does not keep one of them busy.
-            pingora_runtime::current_handle().spawn(http2.clone().exchange(stream, ending.clone()));
+        let (desk, connection) = (&self.front.desk, &self.connection);
+        let refuse = |refusal| {
+            if refusal == &refusal::HEADER_TIMEOUT {
+                connection.set_fault(Phase::Header, What::Silent);
+            }
+            let mut clock = Clock::start(Phase::Header, Instant::now());
+            desk.record((&connection.listener, connection.peer), b"", refusal, &mut clock);
         };
-        let mut serve =
-            std::pin::pin!(http2::serve(stream, &self.connection.listener.h2_options, ending.clone(), begin));
+        let begin = |stream: http2::Stream| {
+            // The library counts a request no more once its client has given it up, though it is still wound up here.
+            let Some(active) = ActiveStream::enter(&http2) else {
+                stream.control().reset(h2::Reason::REFUSED_STREAM);
+                return refuse(&refusal::HEADER_H2_STREAMS);
+            };
+            // On whichever worker Pingora draws, so that one connection does not keep one of them busy.
+            pingora_runtime::current_handle().spawn(active.exchange(stream, ending.clone()));
+        };
+        let mut serve = std::pin::pin!(http2::serve(stream, &connection.listener, ending.clone(), begin, refuse));
         tokio::select! {
             _ = &mut serve => return,
             _ = self.shutdown.wait_for(|stopping| *stopping) => {}
@@ -548,12 +561,6 @@ impl Default for Streams {
 }
 
 impl Streams {
-    /// Counts a stream in until the guard is dropped; tells how many there were with it.
-    fn open(&self) -> (u64, ActiveStream<'_>) {
-        self.active.fetch_add(1, Ordering::Relaxed);
-        (self.opened.fetch_add(1, Ordering::Relaxed) + 1, ActiveStream(self))
-    }
-
     fn active(&self) -> usize {
         self.active.load(Ordering::Relaxed)
     }
@@ -570,13 +577,29 @@ impl Streams {
 }
 
 /// One stream of HTTP/2 that has not ended.
-struct ActiveStream<'s>(&'s Streams);
+struct ActiveStream<P> {
+    http2: Arc<Http2<P>>,
+    /// How many there have been on its connection, with it.
+    number: u64,
+}
 
-impl Drop for ActiveStream<'_> {
+impl<P> ActiveStream<P> {
+    /// Counts one in, unless there are as many as there may be.
+    fn enter(http2: &Arc<Http2<P>>) -> Option<Self> {
+        let (streams, most) = (&http2.streams, http2.connection.listener.streams_max);
+        let more = |active: usize| (active < most).then_some(active + 1);
+        streams.active.fetch_update(Ordering::Relaxed, Ordering::Relaxed, more).ok()?;
+        let number = streams.opened.fetch_add(1, Ordering::Relaxed) + 1;
+        Some(ActiveStream { http2: http2.clone(), number })
+    }
+}
+
+impl<P> Drop for ActiveStream<P> {
     fn drop(&mut self) {
-        let now = u64::try_from(self.0.begin.elapsed().as_millis()).unwrap_or(u64::MAX);
-        self.0.quiet_since_ms.store(now, Ordering::Relaxed);
-        self.0.active.fetch_sub(1, Ordering::Relaxed);
+        let streams = &self.http2.streams;
+        let now = u64::try_from(streams.begin.elapsed().as_millis()).unwrap_or(u64::MAX);
+        streams.quiet_since_ms.store(now, Ordering::Relaxed);
+        streams.active.fetch_sub(1, Ordering::Relaxed);
     }
 }
 
@@ -587,24 +610,24 @@ impl<P> Http2<P> {
     }
 }
 
-impl<P> Http2<P>
+impl<P> ActiveStream<P>
 where
     P: ProxyHttp + Send + Sync + 'static,
     P::CTX: Send + Sync,
 {
     /// Lets Pingora run the exchange of one stream.
-    async fn exchange(self: Arc<Self>, stream: http2::Stream, ending: ShutdownWatch) {
-        let Front { proxy, desk } = &*self.front;
-        let listener = &self.connection.listener;
+    async fn exchange(self, stream: http2::Stream, ending: ShutdownWatch) {
+        let http2 = &self.http2;
+        let Front { proxy, desk } = &*http2.front;
+        let listener = &http2.connection.listener;
         let _inflight = desk.inflight.enter();
         listener.metrics.h2_requests.inc();
-        let (opened, _active) = self.streams.open();
-        if opened == listener.requests_max {
-            self.end();
+        if self.number == listener.requests_max {
+            http2.end();
         }
         let now = Instant::now();
-        let (connection, header_in) = (self.connection.clone(), worker::cycle_if_wanted());
-        let handshake = connection.handshake().map(|(_, took)| took).filter(|_| opened == 1);
+        let (connection, header_in) = (http2.connection.clone(), worker::cycle_if_wanted());
+        let handshake = connection.handshake().map(|(_, took)| took).filter(|_| self.number == 1);
         let (accept, control) = (None, Some(stream.control()));
         let begin = Begin { connection, accept, handshake, header_since: now, header_in, header_done: now, control };
         let session = ServerSession::new_custom(Box::new(stream));

@@ -125,6 +125,18 @@ refusals! {
     HEADER_CONNECTION: "header.connection", 400, "The Connection field names what it must not.";
     HEADER_NAME: "header.name", 400, "A header field has a name that is not allowed here.";
     HEADER_PATH: "header.path", 400, "The path of the request can be read in more than one way.";
+    HEADER_ALPN: "header.alpn", 400, "The client speaks another protocol than it has agreed on by ALPN.";
+    HEADER_H2_PROTOCOL: "header.h2_protocol", 400, "The client broke the rules of HTTP/2.";
+    HEADER_H2_STREAMS: "header.h2_streams", 429, "The client has more requests under way on one connection than it may.";
+    HEADER_H2_RESETS: "header.h2_resets", 429, "The client gives up too many of its requests.";
+    HEADER_H2_PROVOKED: "header.h2_provoked_resets", 429, "The client had too many of its requests reset by mistakes.";
+    HEADER_H2_PINGS: "header.h2_pings", 429, "The client sends too many pings.";
+    HEADER_H2_SETTINGS: "header.h2_settings", 429, "The client changes its settings too often.";
+    HEADER_H2_WINDOW_UPDATES: "header.h2_window_updates", 429, "The client gives credit in too small pieces.";
+    HEADER_H2_PRIORITY: "header.h2_priority", 429, "The client changes priorities too often.";
+    HEADER_H2_CONTINUATION: "header.h2_continuation", 431, "The request header came in too many pieces.";
+    HEADER_H2_EMPTY_DATA: "header.h2_empty_data", 429, "The client sends too many frames without content.";
+    HEADER_H2_UNKNOWN: "header.h2_unknown_frames", 429, "The client sends too many frames that say nothing.";
     ROUTE_NO_MATCH: "route.no_match", 404, "No route matches this request.";
     ROUTE_PRESSURE: "route.pressure", 503, "The gateway has no room for further requests; try again later.";
     ROUTE_REQUESTS_PER_IP: "route.requests_per_ip", 429, "Too many requests of this address are under way; try again later.";

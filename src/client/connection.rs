@@ -17,6 +17,7 @@ use super::account::{Account, Accounts, Counting, Quota};
 use super::descriptors::Shares;
 use super::head::HeadLimits;
 use super::http2::Control;
+use super::http2::conduct::Rules;
 use super::names::Names;
 use super::proxy_protocol::Expected;
 use super::relay::Relay;
@@ -67,8 +68,12 @@ pub struct Listener {
     pub idle_timeout: Duration,
     /// Requests on one connection.
     pub requests_max: u64,
+    /// Requests that are under way on one connection of HTTP/2.
+    pub streams_max: usize,
     /// What HTTP/2 clients are told of the limits.
     pub h2_options: H2Options,
+    /// How HTTP/2 clients may behave.
+    pub http2_rules: Rules,
     /// Its counters.
     pub metrics: ListenerMetrics,
     /// Its place among the listeners.
@@ -149,6 +154,7 @@ impl Listener {
     ) -> Self {
         let Fittings { tls, passthrough, tcp } = fittings;
         let (limits, spoken) = (&written.limits, written.spoken());
+        let http2_rules = Rules::build(&written.http2);
         let connections = limits.connections.0.min(common.shares.clients());
         let metrics = metrics.listener(&written.name);
         metrics.connections_max.set(i64::try_from(connections).unwrap_or(i64::MAX));
@@ -169,7 +175,9 @@ impl Listener {
             header_timeout: written.timeouts.header.0,
             idle_timeout: written.timeouts.idle.0,
             requests_max: limits.requests_per_connection.0,
-            h2_options: h2_options(limits),
+            streams_max: usize::try_from(limits.streams.0).unwrap_or(usize::MAX),
+            h2_options: h2_options(written, &http2_rules),
+            http2_rules,
             metrics,
             number,
             connections: Crowd::new(connections),
@@ -206,11 +214,15 @@ fn hsts(written: &config::Listener) -> Option<HeaderValue> {
     HeaderValue::try_from(hsts.value()).ok()
 }
 
-fn h2_options(limits: &config::listener::Limits) -> H2Options {
+fn h2_options(written: &config::Listener, rules: &Rules) -> H2Options {
     let capped = |limit: u64| u32::try_from(limit).unwrap_or(u32::MAX);
+    let many = |limit: u64| usize::try_from(limit).unwrap_or(usize::MAX);
     let mut options = default_h2_options();
-    options.max_header_list_size(capped(limits.header_bytes.0));
-    options.max_concurrent_streams(capped(limits.streams.0));
+    options.max_header_list_size(capped(written.limits.header_bytes.0));
+    options.max_concurrent_streams(capped(written.limits.streams.0));
+    options.max_local_error_reset_streams(Some(many(written.http2.provoked_resets.0)));
+    // How many may come at once is ours to say.
+    options.max_pending_accept_reset_streams(rules.resets_at_once());
     options
 }
 

@@ -1,16 +1,81 @@
-//! Follows the frames of an HTTP/2 connection (RFC 9113 §4.1) just far enough to know whether the client has begun
-//! something and not finished it: a frame, or a header block that waits for CONTINUATION.
+//! Follows the frames of an HTTP/2 connection (RFC 9113 §4.1): the nine bytes before each, and the end of RST_STREAM
+//! and GOAWAY.
 //!
-//! That is what `timeouts.header` bounds on HTTP/2. A connection that is merely quiet is the idle timeout's, and a
-//! slow DATA frame is the body's.
+//! It keeps no other payload and allocates nothing. `client::http2` hands it the bytes of both directions, and learns
+//! from it which frames pass, and whether the client has begun something and not finished it: a frame, or a header
+//! block that waits for CONTINUATION. That is what `timeouts.header` bounds on HTTP/2. A connection that is merely
+//! quiet is the idle timeout's, and a slow DATA frame is the body's.
 
 const FRAME_HEADER_BYTES: usize = 9;
 const PREFACE_BYTES: usize = 24;
-const DATA: u8 = 0x0;
-const HEADERS: u8 = 0x1;
-const PUSH_PROMISE: u8 = 0x5;
-const CONTINUATION: u8 = 0x9;
-const END_HEADERS: u8 = 0x4;
+
+/// The kinds of frames (RFC 9113 §6).
+pub mod kind {
+    /// Bytes of a body.
+    pub const DATA: u8 = 0x0;
+    /// A header block, or the beginning of one.
+    pub const HEADERS: u8 = 0x1;
+    /// Advice that RFC 9113 has done away with.
+    pub const PRIORITY: u8 = 0x2;
+    /// A stream is given up.
+    pub const RST_STREAM: u8 = 0x3;
+    /// What an end asks of the other.
+    pub const SETTINGS: u8 = 0x4;
+    /// A request that a server announces.
+    pub const PUSH_PROMISE: u8 = 0x5;
+    /// A sign of life.
+    pub const PING: u8 = 0x6;
+    /// No further streams.
+    pub const GOAWAY: u8 = 0x7;
+    /// Credit for bytes of bodies.
+    pub const WINDOW_UPDATE: u8 = 0x8;
+    /// More of a header block.
+    pub const CONTINUATION: u8 = 0x9;
+    /// Advice in the words of RFC 9218.
+    pub const PRIORITY_UPDATE: u8 = 0x10;
+}
+
+/// The flag of DATA and HEADERS that ends a stream.
+pub const END_STREAM: u8 = 0x1;
+/// The flag of SETTINGS and PING that answers one.
+pub const ACK: u8 = 0x1;
+/// The flag of HEADERS and CONTINUATION that ends a block.
+pub const END_HEADERS: u8 = 0x4;
+/// The flag of DATA and HEADERS that says that the first byte is the length of a padding.
+pub const PADDED: u8 = 0x8;
+/// The flag of HEADERS that says that five bytes are about priority.
+pub const PRIORITY: u8 = 0x20;
+
+/// What stands before the payload of a frame.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Head {
+    /// Bytes of payload.
+    pub length: u32,
+    /// What it is.
+    pub kind: u8,
+    /// Its flags.
+    pub flags: u8,
+    /// Its stream; 0 is the connection.
+    pub stream: u32,
+}
+
+impl Head {
+    /// Whether it has this flag.
+    pub fn has(&self, flag: u8) -> bool {
+        self.flags & flag != 0
+    }
+}
+
+/// What passes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Passed {
+    /// A frame begins; its payload may still be on its way.
+    Head(Head),
+    /// A whole RST_STREAM: its stream and its code (RFC 9113 §6.4).
+    Reset(u32, u32),
+    /// A whole GOAWAY: its last eight bytes, which are the end of what it says beside its code (RFC 9113 §6.8).
+    Goodbye([u8; 8]),
+}
 
 /// Where in the sequence of frames the next byte stands.
 #[derive(Debug)]
@@ -19,18 +84,28 @@ pub struct Frames {
     header: [u8; FRAME_HEADER_BYTES],
     filled: usize,
     payload: usize,
+    /// The last bytes of the payload of a RST_STREAM or a GOAWAY.
+    tail: u64,
     block: bool,
 }
 
-impl Default for Frames {
-    fn default() -> Self {
-        Frames { preface: PREFACE_BYTES, header: [0; FRAME_HEADER_BYTES], filled: 0, payload: 0, block: false }
-    }
-}
-
 impl Frames {
-    /// Takes bytes as they come from the client, preface included.
-    pub fn take(&mut self, mut bytes: &[u8]) {
+    /// Those that a client sends, which begin with its preface.
+    pub fn of_client() -> Self {
+        Frames { preface: PREFACE_BYTES, ..Frames::of_server() }
+    }
+
+    /// Those that a server sends.
+    pub fn of_server() -> Self {
+        Frames { preface: 0, header: [0; FRAME_HEADER_BYTES], filled: 0, payload: 0, tail: 0, block: false }
+    }
+
+    /// Takes bytes as they come, and shows what passes. What comes after an error is not taken.
+    ///
+    /// # Errors
+    ///
+    /// Whatever `show` fails with.
+    pub fn take<E>(&mut self, mut bytes: &[u8], mut show: impl FnMut(Passed) -> Result<(), E>) -> Result<(), E> {
         let preface = self.preface.min(bytes.len());
         self.preface -= preface;
         bytes = &bytes[preface..];
@@ -38,6 +113,16 @@ impl Frames {
             if self.payload > 0 {
                 let skipped = self.payload.min(bytes.len());
                 self.payload -= skipped;
+                if matches!(self.header[3], kind::RST_STREAM | kind::GOAWAY) {
+                    self.tail = bytes[..skipped].iter().fold(self.tail, |tail, byte| tail << 8 | u64::from(*byte));
+                    match (self.payload, self.head()) {
+                        (0, Head { kind: kind::RST_STREAM, stream, .. }) => {
+                            show(Passed::Reset(stream, self.tail as u32))?;
+                        }
+                        (0, _) => show(Passed::Goodbye(self.tail.to_be_bytes()))?,
+                        _ => {}
+                    }
+                }
                 bytes = &bytes[skipped..];
                 continue;
             }
@@ -49,30 +134,41 @@ impl Frames {
             self.filled += wanted;
             bytes = &bytes[wanted..];
             if self.filled == FRAME_HEADER_BYTES {
-                self.begin_frame();
+                let head = self.head();
+                self.payload = head.length as usize;
+                self.tail = 0;
+                if matches!(head.kind, kind::HEADERS | kind::PUSH_PROMISE | kind::CONTINUATION) {
+                    self.block = !head.has(END_HEADERS);
+                }
+                show(Passed::Head(head))?;
             }
         }
+        Ok(())
     }
 
-    /// Whether the client has begun a frame or a header block and not finished it. DATA may take its time.
+    /// Whether something was begun and not finished: a frame or a header block. DATA may take its time.
     pub fn unfinished(&self) -> bool {
         let in_header = self.filled > 0 && self.filled < FRAME_HEADER_BYTES;
-        let in_payload = self.payload > 0 && self.header[3] != DATA;
+        let in_payload = self.payload > 0 && self.header[3] != kind::DATA;
         self.preface > 0 || self.block || in_header || in_payload
     }
 
-    fn begin_frame(&mut self) {
-        let [high, middle, low, kind, flags, ..] = self.header;
-        self.payload = usize::from(high) << 16 | usize::from(middle) << 8 | usize::from(low);
-        if matches!(kind, HEADERS | PUSH_PROMISE | CONTINUATION) {
-            self.block = flags & END_HEADERS == 0;
+    fn head(&self) -> Head {
+        let [high, middle, low, kind, flags, stream @ ..] = self.header;
+        Head {
+            length: u32::from_be_bytes([0, high, middle, low]),
+            kind,
+            flags,
+            stream: u32::from_be_bytes(stream) & (u32::MAX >> 1),
         }
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use super::kind::{CONTINUATION, DATA, GOAWAY, HEADERS, PING, RST_STREAM, SETTINGS};
     use super::*;
+    use proptest::prelude::*;
 
     const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 
@@ -83,13 +179,23 @@ mod tests {
         bytes
     }
 
-    fn after(parts: &[&[u8]]) -> bool {
-        let mut whole = Frames::default();
-        let mut single = Frames::default();
-        for byte in parts.concat() {
-            single.take(&[byte]);
+    /// What passes of these bytes, in pieces of this size.
+    fn passed(frames: &mut Frames, bytes: &[u8], piece: usize) -> Vec<Passed> {
+        let mut seen = Vec::new();
+        for piece in bytes.chunks(piece) {
+            let taken: Result<(), ()> = frames.take(piece, |passed| {
+                seen.push(passed);
+                Ok(())
+            });
+            taken.expect("nothing fails");
         }
-        whole.take(&parts.concat());
+        seen
+    }
+
+    fn after(parts: &[&[u8]]) -> bool {
+        let (mut whole, mut single) = (Frames::of_client(), Frames::of_client());
+        let bytes = parts.concat();
+        assert_eq!(passed(&mut whole, &bytes, bytes.len()), passed(&mut single, &bytes, 1));
         assert_eq!(whole.unfinished(), single.unfinished(), "the cut must not matter");
         whole.unfinished()
     }
@@ -98,17 +204,17 @@ mod tests {
     fn whole_frames_leave_nothing_unfinished() {
         assert!(!after(&[
             PREFACE,
-            &frame(0x4, 0, &[0; 12]),
+            &frame(SETTINGS, 0, &[0; 12]),
             &frame(HEADERS, END_HEADERS, b"block"),
-            &frame(0x6, 0, &[0; 8])
+            &frame(PING, 0, &[0; 8])
         ]));
     }
 
     #[test]
     fn a_partial_preface_frame_or_header_block_is_unfinished() {
         assert!(after(&[&PREFACE[..20]]));
-        assert!(after(&[PREFACE, &frame(0x4, 0, &[0; 12])[..5]]));
-        assert!(after(&[PREFACE, &frame(0x4, 0, &[0; 12])[..15]]));
+        assert!(after(&[PREFACE, &frame(SETTINGS, 0, &[0; 12])[..5]]));
+        assert!(after(&[PREFACE, &frame(SETTINGS, 0, &[0; 12])[..15]]));
         assert!(after(&[PREFACE, &frame(HEADERS, 0, b"block")]));
         assert!(after(&[PREFACE, &frame(HEADERS, 0, b"block"), &frame(CONTINUATION, 0, b"more")]));
         assert!(!after(&[PREFACE, &frame(HEADERS, 0, b"block"), &frame(CONTINUATION, END_HEADERS, b"")]));
@@ -117,5 +223,39 @@ mod tests {
     #[test]
     fn a_slow_data_frame_is_not_the_headers_matter() {
         assert!(!after(&[PREFACE, &frame(DATA, 0, &[0; 100])[..50]]));
+    }
+
+    #[test]
+    fn a_reset_and_a_goodbye_show_their_ends_once_they_are_whole() {
+        let mut frames = Frames::of_server();
+        let bytes = frame(RST_STREAM, 0, &[0, 0, 1, 7]);
+        let head = Head { length: 4, kind: RST_STREAM, flags: 0, stream: 1 };
+        assert_eq!(passed(&mut frames, &bytes[..12], 5), [Passed::Head(head)]);
+        assert_eq!(passed(&mut frames, &bytes[12..], 5), [Passed::Reset(1, 0x107)]);
+        let bytes = frame(GOAWAY, 0, b"\0\0\0\x07\0\0\0\x0btoo_many_resets");
+        assert_eq!(passed(&mut frames, &bytes, 3)[1..], [Passed::Goodbye(*b"y_resets")]);
+    }
+
+    #[test]
+    fn nothing_is_taken_after_an_error() {
+        let mut frames = Frames::of_server();
+        let bytes = [frame(PING, 0, &[0; 8]), frame(GOAWAY, 0, &[0; 8])].concat();
+        let mut seen = 0;
+        let taken = frames.take(&bytes, |_| {
+            seen += 1;
+            Err("enough")
+        });
+        assert_eq!((taken, seen), (Err("enough"), 1));
+    }
+
+    proptest! {
+        #[test]
+        fn any_bytes_are_followed_and_the_cut_does_not_matter(
+            bytes in prop::collection::vec(any::<u8>(), 0..600), piece in 1usize..40,
+        ) {
+            let (mut whole, mut cut) = (Frames::of_client(), Frames::of_client());
+            prop_assert_eq!(passed(&mut whole, &bytes, bytes.len().max(1)), passed(&mut cut, &bytes, piece));
+            prop_assert_eq!(whole.unfinished(), cut.unfinished());
+        }
     }
 }

@@ -3,11 +3,14 @@
 //! Pingora's session of HTTP/2 keeps the library's handles to itself. With it, nothing can send interim answers (RFC
 //! 9110 §15.2), read the trailers of a request, or reset a stream for a reason while a write has the session. So the
 //! connection is accepted here: a [`Stream`] is the session that Pingora and `client::wire` use, and [`Control`] is
-//! what else can be done with it.
+//! what else can be done with it. [`guard`] looks on, and [`conduct`] says what a client may do.
+
+pub mod conduct;
+pub mod guard;
 
 use std::future::poll_fn;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::task::{Context, Poll, ready};
+use std::task::{Context, Poll, Waker, ready};
 use std::time::Duration;
 
 use async_trait::async_trait;
@@ -23,13 +26,16 @@ use pingora::protocols::http::body_buffer::FixedBuffer;
 use pingora::protocols::http::custom::CustomMessageWrite;
 use pingora::protocols::http::custom::server::Session as CustomSession;
 use pingora::protocols::http::date::get_cached_date;
-use pingora::protocols::http::v2::server::H2Options;
 use pingora::protocols::http::v2::write_body;
 use pingora::protocols::l4::socket::SocketAddr;
 use pingora::{Error, ErrorType, OrErr, Result};
 use tokio::sync::watch;
 
+use super::connection::Listener;
 use super::stream::ClientStream;
+use crate::error::{Refusal, refusal};
+use conduct::Offence;
+use guard::{Guard, Watch};
 
 /// What is kept of a request body that is streamed, so that it can be sent again. As much as Pingora keeps on HTTP/1.
 const KEPT_BYTES: usize = 64 << 10;
@@ -43,34 +49,89 @@ const OF_HTTP1: [HeaderName; 5] = [
     HeaderName::from_static("proxy-connection"),
 ];
 
-/// Runs a connection to its end, and hands every stream to `begin`. Once `ending` says so, the client is told to open
-/// no more (GOAWAY), and the connection ends with its last stream.
+/// What happens on a connection.
+#[expect(clippy::large_enum_variant, reason = "there is one at a time, and nearly all are requests")]
+enum Event {
+    /// A request.
+    Request(Request<RecvStream>, SendResponse<Bytes>),
+    /// The library has refused a request by itself.
+    Refused(&'static Refusal),
+    /// The client is to be cut off.
+    Offence(Offence),
+    /// It has ended, by an error or in good order.
+    End(Option<h2::Error>),
+}
+
+/// Runs a connection to its end, hands every stream to `begin`, and tells `refuse` of what comes to nothing before
+/// there is a stream: a request that the library refuses, and a client that is cut off. Once `ending` says so, the
+/// client is told to open no more (GOAWAY), and the connection ends with its last stream.
 pub async fn serve(
     io: Box<ClientStream>,
-    options: &H2Options,
+    listener: &Listener,
     mut ending: watch::Receiver<bool>,
     mut begin: impl FnMut(Stream),
+    mut refuse: impl FnMut(&'static Refusal),
 ) {
-    let mut connection = match options.handshake::<_, Bytes>(io).await {
+    let (watch, progress) = (Watch::new(&listener.http2_rules), io.progress());
+    let guard = Guard::new(io, watch.clone(), listener.header_timeout);
+    let mut connection = match listener.h2_options.handshake::<_, Bytes>(guard).await {
         Ok(connection) => connection,
         Err(error) => return tracing::debug!(%error, "a handshake of HTTP/2 failed"),
     };
-    let mut ends = false;
+    let (mut ends, mut cut) = (false, false);
     loop {
-        // The library works for all streams of the connection while it waits for the next.
-        let accepted = tokio::select! {
+        let next = poll_fn(|cx| {
+            // The library works for all streams of the connection while it is asked for the next.
+            Poll::Ready(match connection.poll_accept(cx) {
+                Poll::Ready(Some(Ok((request, respond)))) => Event::Request(request, respond),
+                Poll::Ready(Some(Err(error))) => Event::End(Some(error)),
+                Poll::Ready(None) => Event::End(None),
+                Poll::Pending => match (watch.refused(), watch.offence()) {
+                    (Some(refusal), _) => Event::Refused(refusal),
+                    (None, Some(offence)) if !cut => Event::Offence(offence),
+                    _ => return Poll::Pending,
+                },
+            })
+        });
+        let event = tokio::select! {
             biased;
             _ = ending.wait_for(|ending| *ending), if !ends => {
                 connection.graceful_shutdown();
                 ends = true;
                 continue;
             }
-            accepted = connection.accept() => accepted,
+            event = next => event,
         };
-        match accepted {
-            Some(Ok((request, respond))) => begin(Stream::new(request, respond)),
-            Some(Err(error)) => return tracing::debug!(%error, "a connection of HTTP/2 failed"),
-            None => return,
+        match event {
+            Event::Request(request, mut respond) => {
+                watch.claim(respond.stream_id().as_u32());
+                // What was given up before anybody could begin with it costs no endpoint anything.
+                let mut context = Context::from_waker(Waker::noop());
+                if respond.poll_reset(&mut context).is_ready() {
+                    refuse(&refusal::HEADER_ABORTED);
+                } else {
+                    begin(Stream::new(request, respond));
+                }
+            }
+            Event::Refused(refusal) => refuse(refusal),
+            Event::Offence(Offence { refusal, code }) => {
+                cut = true;
+                refuse(refusal);
+                progress.condemn();
+                connection.abrupt_shutdown(code);
+            }
+            Event::End(error) => {
+                while let Some(refusal) = watch.refused() {
+                    refuse(refusal);
+                }
+                if let Some(error) = error {
+                    if let Some(refusal) = watch.verdict(&error) {
+                        refuse(refusal);
+                    }
+                    tracing::debug!(%error, "a connection of HTTP/2 failed");
+                }
+                return;
+            }
         }
     }
 }

@@ -26,7 +26,6 @@ use tokio::time::Sleep;
 use super::broken::Look;
 use super::connection::Connection;
 use super::farewell::Farewell;
-use super::frames::Frames;
 use super::head::{self, Scanner, Target};
 use crate::error::{Refusal, refusal};
 use crate::framing::Body;
@@ -37,6 +36,9 @@ use crate::phase::Phase;
 
 /// The first bytes of an HTTP/2 connection (RFC 9113 §3.4).
 pub const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
+
+/// As much of it as could be taken for the first line of a request of HTTP/1.
+const FIRST_LINE: &[u8] = b"PRI * HTTP/2.0\r\n";
 
 /// Read at once while no session exists, on the stack: an idle connection owns no buffer.
 const FIRST_READ_BYTES: usize = 4096;
@@ -55,7 +57,7 @@ const OUTBOX_BYTES: usize = 4096;
 /// So many pieces are sent with one system call.
 const SLICES_MAX: usize = 16;
 
-/// How much is thrown away of a header that was refused. Of a body there is no such limit: its client is no less honest
+/// How much is thrown away of a header that was refused, or of a client that was cut off. Of a body there is no such limit: its client is no less honest
 /// for being told in the middle of it, and the time is short.
 const LINGER_HEADER_BYTES: u64 = 1 << 20;
 
@@ -90,6 +92,11 @@ pub struct Progress {
 }
 
 impl Progress {
+    /// The client is cut off: little of what it still sends is taken in.
+    pub fn condemn(&self) {
+        lock(&self.core).waste_left = LINGER_HEADER_BYTES;
+    }
+
     /// Waits while `busy` says so and for as long as the client takes what was sent; see [`Farewell`].
     pub async fn ended(&self, busy: impl Fn() -> bool) {
         let mut farewell = None;
@@ -135,13 +142,7 @@ enum Rest {
     Chunked(Chunks),
     /// Another protocol after a 101.
     Raw,
-    Http2(Box<Http2>),
-}
-
-/// HTTP/2 in the hands of Pingora; only its header deadline is ours.
-struct Http2 {
-    frames: Frames,
-    deadline: Option<Pin<Box<Sleep>>>,
+    Http2,
 }
 
 impl ClientStream {
@@ -277,16 +278,13 @@ impl Core {
         loop {
             if h2c && self.inbox.starts_with(PREFACE) {
                 self.gulp = usize::MAX;
-                self.rest = Rest::Http2(Box::new(Http2 { frames: Frames::default(), deadline: None }));
+                self.rest = Rest::Http2;
                 return Poll::Ready(Ok(Opening::Http2));
             }
             if !(h2c && PREFACE.starts_with(&self.inbox)) {
-                if agreed == Some(true) {
-                    // There is no answer that such a client would understand.
+                if agreed == Some(true) || (agreed == Some(false) && self.inbox.starts_with(FIRST_LINE)) {
                     self.connection.set_fault(Phase::Header, What::Malformed);
-                    self.connection.listener.metrics.refusals.count(&refusal::HEADER_MALFORMED);
-                    self.inbox.clear();
-                    return Poll::Ready(Ok(Opening::Closed));
+                    return Poll::Ready(Err(&refusal::HEADER_ALPN));
                 }
                 if !self.is_quiet()
                     && let Some(end) = scanner.scan(&self.inbox, self.connection.listener.head)?
@@ -428,7 +426,7 @@ impl Core {
                     Ok((taken, taken))
                 }
                 Rest::Chunked(chunks) => chunks.unwrap(&mut piece),
-                Rest::Raw | Rest::Http2(_) => Ok((0, 0)),
+                Rest::Raw | Rest::Http2 => Ok((0, 0)),
             };
             let Ok((taken, body)) = taken else {
                 self.connection.set_fault(Phase::Send, What::Malformed);
@@ -464,37 +462,11 @@ impl Core {
         Poll::Ready(Ok(buffer))
     }
 
-    /// Bytes of HTTP/2 pass as they are; a frame or header block that is begun must be finished in time.
-    fn poll_http2(&mut self, cx: &mut Context<'_>, out: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
-        let before = out.filled().len();
-        let passed = self.poll_pass(cx, out, usize::MAX);
-        let timeout = self.connection.listener.header_timeout;
-        let Rest::Http2(http2) = &mut self.rest else {
-            return passed.map_ok(|_| ());
-        };
-        if passed.is_ready() {
-            http2.frames.take(&out.filled()[before..]);
-            if !http2.frames.unfinished() {
-                http2.deadline = None;
-            } else if http2.deadline.is_none() {
-                http2.deadline = Some(Box::pin(tokio::time::sleep(timeout)));
-            }
-            return passed.map_ok(|_| ());
-        }
-        let Some(deadline) = &mut http2.deadline else {
-            return Poll::Pending;
-        };
-        ready!(deadline.as_mut().poll(cx));
-        self.connection.listener.metrics.refusals.count(&refusal::HEADER_TIMEOUT);
-        self.connection.set_fault(Phase::Header, What::Silent);
-        Poll::Ready(Err(io::Error::new(io::ErrorKind::TimedOut, "unfinished HTTP/2 frame")))
-    }
-
     fn body_is_read(&self) -> bool {
         match &self.rest {
             Rest::Length(left) => *left == 0,
             Rest::Chunked(chunks) => chunks.ended(),
-            Rest::Raw | Rest::Http2(_) => true,
+            Rest::Raw | Rest::Http2 => true,
         }
     }
 
@@ -659,8 +631,7 @@ impl Core {
             return Poll::Ready(Err(error));
         }
         match self.rest {
-            Rest::Http2(_) => self.poll_http2(cx, out),
-            Rest::Raw => self.poll_pass(cx, out, usize::MAX).map_ok(|_| ()),
+            Rest::Raw | Rest::Http2 => self.poll_pass(cx, out, usize::MAX).map_ok(|_| ()),
             _ if self.body_is_read() && self.connection.is_raw() => {
                 self.rest = Rest::Raw;
                 self.poll_pass(cx, out, usize::MAX).map_ok(|_| ())

@@ -18,7 +18,7 @@ use super::explain::{expected, halves};
 use super::filter::FilterKind;
 use super::key::Key;
 use super::listener::tls::{Certificate, ClientMode};
-use super::listener::{Limits, Listener, Protocol as ListenerProtocol, Tls};
+use super::listener::{Http2, Limits, Listener, Protocol as ListenerProtocol, Tls};
 use super::report::{Finding, Spot};
 use super::route::retry::{ATTEMPTS_MAX, Backoff, Retry};
 use super::route::{BufferMode, Client, Match, PathMatch, Route, ValueMatch};
@@ -441,6 +441,10 @@ impl<'a> Check<'a> {
             self.wrong(finding.label("expected a size from 1KiB to 1MiB"));
         }
         let path = path.trim_end_matches("limits");
+        let Http2 { provoked_resets, continuations, empty_data, .. } = &listener.http2;
+        self.count(&format!("{path}http2.provoked_resets"), *provoked_resets, 1, u64::MAX);
+        self.count(&format!("{path}http2.continuations"), *continuations, 0, u64::MAX);
+        self.count(&format!("{path}http2.empty_data"), *empty_data, 0, 100);
         self.time(&format!("{path}timeouts.header"), listener.timeouts.header);
         self.time(&format!("{path}timeouts.idle"), listener.timeouts.idle);
     }

@@ -8,7 +8,7 @@ pub mod tls;
 pub use tls::{Passthrough, ProxyProtocol, RedirectHttps, Tcp, Tls};
 
 use super::Address;
-use super::units::{Count, FileMode, Size, Time};
+use super::units::{Count, FileMode, Percent, Rate, Size, Time};
 
 /// A place where clients connect.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -46,6 +46,9 @@ pub struct Listener {
     /// What clients may cost.
     #[serde(default)]
     pub limits: Limits,
+    /// How clients of HTTP/2 may behave.
+    #[serde(default)]
+    pub http2: Http2,
     /// How long clients may take.
     #[serde(default)]
     pub timeouts: Timeouts,
@@ -122,6 +125,53 @@ impl Default for Limits {
             header_bytes: Size::kib(32),
             requests_per_connection: Count(10_000),
             streams: Count(128),
+        }
+    }
+}
+
+/// What a client of HTTP/2 may do that costs the gateway work, on one connection. Who does more is cut off, with GOAWAY and
+/// ENHANCE_YOUR_CALM. Of a rate, ten seconds' worth may come at once.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct Http2 {
+    /// Requests that it gives up (RST_STREAM).
+    pub resets: Rate,
+    /// The share of its requests that it may give up within a second, once it has begun 200; `100%`: all of them.
+    pub reset_share: Percent,
+    /// Requests that the gateway gives up because of what the client did wrong, as one that comes although `limits.streams`
+    /// are open, in all.
+    pub provoked_resets: Count,
+    /// Pings. Each frame that it is sent of an answer allows one more.
+    pub pings: Rate,
+    /// Changes of its settings.
+    pub settings: Rate,
+    /// Pieces in which it gives credit for answers. Every 32 bytes of an answer that it is sent allow one more.
+    pub window_updates: Rate,
+    /// Words on priorities (PRIORITY, PRIORITY_UPDATE). Each request allows two more.
+    pub priorities: Rate,
+    /// Frames that say nothing to the gateway.
+    pub unknown_frames: Rate,
+    /// Pieces that may follow the first of a request header (CONTINUATION), besides the last. More than 5 have an effect
+    /// only where `header_bytes` is above 64KiB.
+    pub continuations: Count,
+    /// Pieces of bodies without content, besides the last of each body, in all: at most 100.
+    pub empty_data: Count,
+}
+
+impl Default for Http2 {
+    fn default() -> Self {
+        let a_second = |events| Rate { events, per: std::time::Duration::from_secs(1) };
+        Http2 {
+            resets: a_second(20),
+            reset_share: Percent(75.0),
+            provoked_resets: Count(200),
+            pings: a_second(10),
+            settings: a_second(5),
+            window_updates: a_second(100),
+            priorities: a_second(40),
+            unknown_frames: a_second(10),
+            continuations: Count(5),
+            empty_data: Count(100),
         }
     }
 }

@@ -74,6 +74,7 @@ pub fn check(exchange: &mut Exchange, request: &mut RequestHeader, rules: &Rules
         }
         check_authority(request)?;
         check_http2_form(request)?;
+        check_values(&request.headers)?;
         join_cookies(request);
     } else if request.version == Version::HTTP_10 {
         // RFC 9110 §10.1.1: it knows no expectations, and its endpoint, which gets HTTP/1.1, does.
@@ -122,19 +123,32 @@ fn check_authority(request: &mut RequestHeader) -> Result<(), &'static Refusal> 
 }
 
 /// What the HTTP/2 library lets pass and is no request all the same (RFC 9113 §8.3.1, §8.1.1), or one that HTTP/1 cannot say
-/// (RFC 9112 §3.2): another scheme than those of HTTP, a target that is neither a path nor `*` for OPTIONS, spaces and line ends
+/// (RFC 9112 §3.2): another scheme than those of HTTP, no target at all, a target that is neither a path nor `*` for OPTIONS, spaces and line ends
 /// in it, a length that stands twice.
 fn check_http2_form(request: &RequestHeader) -> Result<(), &'static Refusal> {
     let is_http = request
         .uri
         .scheme_str()
         .is_none_or(|scheme| scheme.eq_ignore_ascii_case("http") || scheme.eq_ignore_ascii_case("https"));
+    // An absent one is shown as `/`, and is not equal to it.
+    let is_absent = |path: &PathAndQuery| path.as_str() == "/" && *path != PathAndQuery::from_static("/");
+    if request.uri.path_and_query().is_none_or(is_absent) {
+        return Err(&refusal::HEADER_MALFORMED);
+    }
     let target = request.raw_path();
     let is_target = target.starts_with(b"/") || (target == b"*" && request.method == Method::OPTIONS);
     if !is_http || !is_target || target.iter().any(|byte| matches!(byte, 0..=b' ' | 0x7f)) {
         return Err(&refusal::HEADER_MALFORMED);
     }
     framing::request::read(request.version, &Said::of(&request.headers)).map(drop)
+}
+
+/// RFC 9113 §8.2.1: no value begins or ends with white space. The HTTP/2 library lets it pass; HTTP/1 cannot say it.
+fn check_values(headers: &HeaderMap) -> Result<(), &'static Refusal> {
+    let is_white = |byte: Option<&u8>| matches!(byte, Some(b' ' | b'\t'));
+    let mut values = headers.values().map(HeaderValue::as_bytes);
+    let is_wrong = values.any(|value| is_white(value.first()) || is_white(value.last()));
+    if is_wrong { Err(&refusal::HEADER_MALFORMED) } else { Ok(()) }
 }
 
 /// Whether this is a gRPC call, by its form: a POST over HTTP/2 that takes trailers, of the media type `application/grpc`, alone

@@ -503,6 +503,22 @@ fn openssl_s_client_is_served_with_both_versions() {
 }
 
 #[test]
+fn a_client_that_speaks_another_protocol_than_it_has_agreed_on_is_refused_with_a_reason() {
+    let (authority, _, gateway) = simple("");
+    let http1 = "GET / HTTP/1.1\r\nHost: a.test\r\n\r\n";
+    let preface = "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
+    for (offered, said) in [(&b"\x02h2"[..], http1), (b"\x08http/1.1", preface)] {
+        let mut client = Tls::to(gateway.web(), &authority, "a.test").alpn(offered).connect().expect("TLS");
+        let answer = refused_as(&gateway, "header.alpn", || client.ask(said).expect("an answer"));
+        assert_eq!(answer.status, 400, "{said}");
+        assert_eq!(client.rest().0, b"", "the connection closes");
+    }
+    // Without ALPN, HTTP/1 is spoken (RFC 9113 §3.2).
+    let mut client = Tls::to(gateway.web(), &authority, "a.test").alpn(b"").connect().expect("TLS");
+    assert_eq!(refused_as(&gateway, "header.alpn", || client.ask(preface).expect("an answer")).status, 400);
+}
+
+#[test]
 fn curl_is_served_over_http_2_and_http_1() {
     let (authority, _, gateway) = simple("");
     let port = gateway.web().port();

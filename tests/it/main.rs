@@ -31,6 +31,7 @@ mod half_close;
 mod handshake;
 mod header;
 mod health;
+mod http2;
 mod imports;
 mod interim;
 mod mirror;

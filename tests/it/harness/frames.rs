@@ -1,9 +1,7 @@
 //! HTTP/2 on a socket, frame by frame (RFC 9113 §4.1): a client without a library, which does what one would not do.
 
 use std::io::{Read, Write};
-use std::net::SocketAddr;
-
-use socket2::Socket;
+use std::net::{IpAddr, SocketAddr};
 
 use super::{Client, DEADLINE};
 
@@ -14,11 +12,27 @@ pub const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 pub mod kind {
     pub const DATA: u8 = 0x0;
     pub const HEADERS: u8 = 0x1;
+    pub const PRIORITY: u8 = 0x2;
     pub const RST_STREAM: u8 = 0x3;
     pub const SETTINGS: u8 = 0x4;
+    pub const PUSH_PROMISE: u8 = 0x5;
     pub const PING: u8 = 0x6;
     pub const GOAWAY: u8 = 0x7;
     pub const WINDOW_UPDATE: u8 = 0x8;
+    pub const CONTINUATION: u8 = 0x9;
+}
+
+/// Codes of errors (RFC 9113 §7).
+pub mod code {
+    pub const NO_ERROR: u32 = 0x0;
+    pub const PROTOCOL_ERROR: u32 = 0x1;
+    pub const FLOW_CONTROL_ERROR: u32 = 0x3;
+    pub const STREAM_CLOSED: u32 = 0x5;
+    pub const FRAME_SIZE_ERROR: u32 = 0x6;
+    pub const REFUSED_STREAM: u32 = 0x7;
+    pub const CANCEL: u32 = 0x8;
+    pub const COMPRESSION_ERROR: u32 = 0x9;
+    pub const ENHANCE_YOUR_CALM: u32 = 0xb;
 }
 
 /// The flag of DATA and HEADERS that ends a stream.
@@ -47,9 +61,25 @@ impl Frame {
         Frame { kind, flags, stream, payload: payload.into() }
     }
 
-    /// A GET of `/` on `http://test`, which is all of its stream. The fields are in the static table of HPACK, but for the name.
+    /// A GET of `/` on `http://test`, which is all of its stream. The fields are in the static table of HPACK, but for
+    /// the name.
     pub fn get(stream: u32) -> Frame {
         Frame::new(kind::HEADERS, END_STREAM | END_HEADERS, stream, [0x82, 0x86, 0x84, 0x41, 4, b't', b'e', b's', b't'])
+    }
+
+    /// The beginning of a POST to `/` on `http://test`, whose body follows.
+    pub fn post(stream: u32) -> Frame {
+        Frame::new(kind::HEADERS, END_HEADERS, stream, [0x83, 0x86, 0x84, 0x41, 4, b't', b'e', b's', b't'])
+    }
+
+    /// A stream is given up.
+    pub fn reset(stream: u32, code: u32) -> Frame {
+        Frame::new(kind::RST_STREAM, 0, stream, code.to_be_bytes())
+    }
+
+    /// A ping.
+    pub fn ping(payload: [u8; 8]) -> Frame {
+        Frame::new(kind::PING, 0, 0, payload)
     }
 
     /// Credit for so many bytes.
@@ -62,21 +92,72 @@ impl Frame {
         matches!(self.kind, kind::DATA | kind::HEADERS) && self.flags & END_STREAM != 0
     }
 
-    fn bytes(&self) -> Vec<u8> {
+    /// The code of a RST_STREAM or a GOAWAY.
+    ///
+    /// # Panics
+    /// If it is neither.
+    pub fn code(&self) -> u32 {
+        let at = match self.kind {
+            kind::RST_STREAM => 0,
+            kind::GOAWAY => 4,
+            kind => panic!("a frame of kind {kind:#x} has no code"),
+        };
+        u32::from_be_bytes(self.payload[at..at + 4].try_into().expect("four bytes"))
+    }
+
+    /// The status of the answer that these HEADERS begin: it comes first, as a number of HPACK's table or in Huffman
+    /// codes.
+    pub fn status(&self) -> Option<u16> {
+        let status = match self.payload[..] {
+            [number @ 0x88..=0x8e, ..] => [200, 204, 206, 304, 400, 404, 500][usize::from(number) - 0x88],
+            [0x48 | 0x08, 0x80..=0xff, a, b, ..] => digits(u32::from_be_bytes([a, b, 0xff, 0xff]))?,
+            [0x48 | 0x08, 3, a, b, c, ..] => std::str::from_utf8(&[a, b, c]).ok()?.parse().ok()?,
+            _ => return None,
+        };
+        Some(status)
+    }
+
+    /// As it goes over the wire.
+    pub fn bytes(&self) -> Vec<u8> {
         let length = u32::try_from(self.payload.len()).expect("a small frame").to_be_bytes();
         [&length[1..], &[self.kind, self.flags], &self.stream.to_be_bytes(), &self.payload].concat()
     }
 }
 
+/// Three digits in the Huffman code of HPACK: 0 to 2 have five bits, 3 to 9 have six.
+fn digits(mut bits: u32) -> Option<u16> {
+    let mut number = 0;
+    for _ in 0..3 {
+        let (digit, length) = match (bits >> 27, bits >> 26) {
+            (short @ 0..=2, _) => (short, 5),
+            (_, long @ 0x19..=0x1f) => (long - 0x19 + 3, 6),
+            _ => return None,
+        };
+        number = 10 * number + u16::try_from(digit).ok()?;
+        bits <<= length;
+    }
+    Some(number)
+}
+
+/// What frames go through: a socket, or TLS over one.
+pub trait Pipe: Read + Write + Send {}
+
+impl<P: Read + Write + Send> Pipe for P {}
+
 /// A client that speaks frames.
 pub struct Frames {
-    socket: Socket,
+    pipe: Box<dyn Pipe>,
 }
 
 impl Frames {
     /// Connects and sends preface and settings.
     pub fn connect(address: SocketAddr) -> Frames {
         Frames::with(Client::connect(address))
+    }
+
+    /// The same from an address of this machine.
+    pub fn from(own: impl Into<IpAddr>, address: SocketAddr) -> Frames {
+        Frames::with(Client::from(own, address))
     }
 
     /// The same with a small receive buffer: most of what it does not read stays with the gateway.
@@ -87,10 +168,34 @@ impl Frames {
     fn with(client: Client) -> Frames {
         let socket = client.into_wire().into_socket();
         socket.set_read_timeout(Some(DEADLINE)).expect("a read timeout");
-        let mut frames = Frames { socket };
-        frames.socket.write_all(PREFACE).expect("the gateway to take bytes");
+        Frames::over(socket)
+    }
+
+    /// Sends preface and settings through this.
+    pub fn over(pipe: impl Pipe + 'static) -> Frames {
+        let mut frames = Frames::silent(pipe);
+        frames.send_bytes(PREFACE);
         frames.send(&Frame::new(kind::SETTINGS, 0, 0, []));
         frames
+    }
+
+    /// Says nothing yet.
+    pub fn silent(pipe: impl Pipe + 'static) -> Frames {
+        Frames { pipe: Box::new(pipe) }
+    }
+
+    /// Sends bytes as they are.
+    ///
+    /// # Panics
+    /// If the gateway has gone.
+    pub fn send_bytes(&mut self, bytes: &[u8]) {
+        self.pipe.write_all(bytes).expect("the gateway to take bytes");
+    }
+
+    /// Sends many frames at once, whether or not the gateway is still there.
+    pub fn try_send_all<'f>(&mut self, frames: impl IntoIterator<Item = &'f Frame>) -> bool {
+        let bytes: Vec<u8> = frames.into_iter().flat_map(Frame::bytes).collect();
+        self.pipe.write_all(&bytes).is_ok()
     }
 
     /// Sends a frame.
@@ -98,12 +203,12 @@ impl Frames {
     /// # Panics
     /// If the gateway has gone.
     pub fn send(&mut self, frame: &Frame) {
-        self.socket.write_all(&frame.bytes()).expect("the gateway to take a frame");
+        self.pipe.write_all(&frame.bytes()).expect("the gateway to take a frame");
     }
 
     /// Sends a frame, whether or not the gateway is still there.
     pub fn try_send(&mut self, frame: &Frame) -> bool {
-        self.socket.write_all(&frame.bytes()).is_ok()
+        self.pipe.write_all(&frame.bytes()).is_ok()
     }
 
     /// The next frame, settings and pings being answered; `None` if the connection has ended, in good order or not.
@@ -137,7 +242,22 @@ impl Frames {
         }
     }
 
-    /// Reads the answer on a stream and returns credit for it in small pieces: how much of a body came, and whether all of it.
+    /// Waits until the gateway ends the connection, and tells with which code.
+    ///
+    /// # Panics
+    /// If it does so without GOAWAY.
+    pub fn goodbye(&mut self) -> u32 {
+        let mut code = None;
+        while let Some(frame) = self.next() {
+            if frame.kind == kind::GOAWAY {
+                code = Some(frame.code());
+            }
+        }
+        code.expect("a GOAWAY before the end of the connection")
+    }
+
+    /// Reads the answer on a stream and returns credit for it in small pieces: how much of a body came, and whether all
+    /// of it.
     pub fn answer(&mut self, stream: u32, piece: usize) -> (usize, bool) {
         let (mut body, mut owed) = (0, 0);
         while let Some(frame) = self.next() {
@@ -164,7 +284,7 @@ impl Frames {
     }
 
     fn exactly(&mut self, bytes: &mut [u8]) -> Option<()> {
-        match self.socket.read_exact(bytes) {
+        match self.pipe.read_exact(bytes) {
             Ok(()) => Some(()),
             Err(e) if e.kind() == std::io::ErrorKind::WouldBlock => panic!("nothing came for {DEADLINE:?}"),
             Err(_) => None,

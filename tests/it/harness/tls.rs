@@ -199,6 +199,22 @@ impl Tls {
     }
 }
 
+impl Read for Secured {
+    fn read(&mut self, space: &mut [u8]) -> io::Result<usize> {
+        self.stream.read(space)
+    }
+}
+
+impl Write for Secured {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.stream.write(bytes)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.stream.flush()
+    }
+}
+
 impl Secured {
     /// The version that was agreed on.
     pub fn version(&self) -> &'static str {

@@ -1,0 +1,227 @@
+//! Looks on while the HTTP/2 library reads and writes: a stream of bytes that counts the frames that pass.
+//!
+//! The library refuses some requests by itself and tells nobody. It shows in what it writes: a RST_STREAM, or a whole
+//! answer, on a stream that it has never handed out. And a client that the library would bear with is noticed before
+//! the library sees what it sends: then no further byte is read, and whoever runs the connection ends it.
+
+use std::collections::VecDeque;
+use std::future::Future;
+use std::io;
+use std::pin::Pin;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::task::{Context, Poll};
+use std::time::{Duration, Instant};
+
+use h2::Reason;
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::time::Sleep;
+
+use super::conduct::{Conduct, Offence, Rules};
+use crate::client::frames::{END_STREAM, Frames, Passed, kind};
+use crate::error::{Refusal, refusal};
+
+/// The most streams that were opened and not handed out that are remembered. The library refuses a stream at once, so
+/// there are no more than came with one read, unless the client takes nothing of what is written.
+const UNCLAIMED_MAX: usize = 1_024;
+
+/// What is known of a connection; shared by the stream of bytes and whoever runs the connection.
+#[derive(Clone)]
+pub struct Watch(Arc<Mutex<Seen>>);
+
+struct Seen {
+    rules: Rules,
+    conduct: Conduct,
+    received: Frames,
+    sent: Frames,
+    offence: Option<Offence>,
+    /// Streams that the client has opened and that the library has not handed out, in order.
+    unclaimed: VecDeque<u32>,
+    last_opened: u32,
+    /// What the library itself has answered, and on which stream, since it was last asked for.
+    verdicts: VecDeque<(u32, &'static Refusal)>,
+    /// Which of its limits the library says goodbye for.
+    excess: Option<&'static Refusal>,
+}
+
+impl Watch {
+    /// Nothing has passed yet.
+    pub fn new(rules: &Rules) -> Watch {
+        Watch(Arc::new(Mutex::new(Seen {
+            rules: rules.clone(),
+            conduct: Conduct::default(),
+            received: Frames::of_client(),
+            sent: Frames::of_server(),
+            offence: None,
+            unclaimed: VecDeque::new(),
+            last_opened: 0,
+            verdicts: VecDeque::new(),
+            excess: None,
+        })))
+    }
+
+    /// The library has handed this stream out.
+    pub fn claim(&self, stream: u32) {
+        let mut seen = self.seen();
+        if let Ok(place) = seen.unclaimed.binary_search(&stream) {
+            seen.unclaimed.remove(place);
+        }
+    }
+
+    /// A request that the library has refused by itself. To be asked for once it has nothing more to hand out.
+    pub fn refused(&self) -> Option<&'static Refusal> {
+        let mut seen = self.seen();
+        while let Some((stream, refusal)) = seen.verdicts.pop_front() {
+            if let Ok(place) = seen.unclaimed.binary_search(&stream) {
+                seen.unclaimed.remove(place);
+                return Some(refusal);
+            }
+        }
+        None
+    }
+
+    /// Why the connection is to end, if it is.
+    pub fn offence(&self) -> Option<Offence> {
+        self.seen().offence
+    }
+
+    /// Why the library has ended the connection, if this error says that it did and not the client or the network.
+    pub fn verdict(&self, error: &h2::Error) -> Option<&'static Refusal> {
+        let by_library = error.is_library() && error.is_go_away();
+        by_library.then(|| self.seen().excess.unwrap_or(&refusal::HEADER_H2_PROTOCOL))
+    }
+
+    fn seen(&self) -> MutexGuard<'_, Seen> {
+        // One task uses it, so that the lock is never waited for.
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Seen {
+    fn read(&mut self, bytes: &[u8]) -> Result<(), Offence> {
+        let now = Instant::now();
+        let Seen { rules, conduct, received, unclaimed, last_opened, .. } = self;
+        received.take(bytes, |passed| {
+            conduct.received(passed, rules, now)?;
+            if let Passed::Head(head) = passed
+                && head.kind == kind::HEADERS
+                && head.stream > *last_opened
+            {
+                *last_opened = head.stream;
+                if unclaimed.len() == UNCLAIMED_MAX {
+                    unclaimed.pop_front();
+                }
+                unclaimed.push_back(head.stream);
+            }
+            Ok(())
+        })
+    }
+
+    fn written(&mut self, bytes: &[u8]) {
+        let Seen { conduct, sent, verdicts, unclaimed, excess, .. } = self;
+        let mut judge = |stream: u32, refusal| {
+            // Only the library itself writes on a stream that nobody was handed.
+            if unclaimed.binary_search(&stream).is_ok() {
+                verdicts.push_back((stream, refusal));
+            }
+        };
+        let _: Result<(), ()> = sent.take(bytes, |passed| {
+            match passed {
+                Passed::Head(head) => {
+                    conduct.sent(&head);
+                    if head.kind == kind::HEADERS && head.has(END_STREAM) {
+                        judge(head.stream, &refusal::HEADER_TOO_LARGE);
+                    }
+                }
+                Passed::Reset(stream, code) if code == u32::from(Reason::REFUSED_STREAM) => {
+                    judge(stream, &refusal::HEADER_H2_STREAMS);
+                }
+                Passed::Reset(stream, _) => judge(stream, &refusal::HEADER_MALFORMED),
+                Passed::Goodbye(end) => *excess = excess_of_library(end),
+            }
+            Ok(())
+        });
+    }
+}
+
+/// The limit of the library that a GOAWAY is for, whose debug data ends so. There are words for it and no code; h2
+/// 0.4.20 has these.
+fn excess_of_library(end: [u8; 8]) -> Option<&'static Refusal> {
+    Some(match &end {
+        // too_many_internal_resets
+        b"l_resets" => &refusal::HEADER_H2_PROVOKED,
+        // too_many_resets
+        b"y_resets" => &refusal::HEADER_H2_RESETS,
+        // too_many_continuations
+        b"nuations" => &refusal::HEADER_H2_CONTINUATION,
+        // header_list_way_too_large
+        b"oo_large" => &refusal::HEADER_TOO_LARGE,
+        // too_many_data_frames
+        b"a_frames" => &refusal::HEADER_H2_EMPTY_DATA,
+        _ => return None,
+    })
+}
+
+/// The bytes of a connection, looked at as they pass.
+pub struct Guard<I> {
+    io: I,
+    watch: Watch,
+    /// For a frame or a header block that was begun.
+    patience: Duration,
+    deadline: Option<Pin<Box<Sleep>>>,
+}
+
+impl<I> Guard<I> {
+    /// Looks at what passes through `io`. What the client begins it has to finish within `patience`.
+    pub fn new(io: I, watch: Watch, patience: Duration) -> Self {
+        Guard { io, watch, patience, deadline: None }
+    }
+}
+
+impl<I: AsyncRead + Unpin> AsyncRead for Guard<I> {
+    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, out: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        let Guard { io, watch, patience, deadline } = &mut *self;
+        let mut seen = watch.seen();
+        if seen.offence.is_some() {
+            // Whoever runs the connection looks for it as soon as nothing more is read.
+            return Poll::Pending;
+        }
+        let before = out.filled().len();
+        if let Poll::Ready(read) = Pin::new(io).poll_read(cx, out) {
+            if let Err(offence) = seen.read(&out.filled()[before..]) {
+                seen.offence = Some(offence);
+                out.set_filled(before);
+                return Poll::Pending;
+            }
+            if !seen.received.unfinished() {
+                *deadline = None;
+            } else if deadline.is_none() {
+                *deadline = Some(Box::pin(tokio::time::sleep(*patience)));
+            }
+            return Poll::Ready(read);
+        }
+        if let Some(deadline) = deadline
+            && deadline.as_mut().poll(cx).is_ready()
+        {
+            seen.offence = Some(Offence::excess(&refusal::HEADER_TIMEOUT));
+        }
+        Poll::Pending
+    }
+}
+
+impl<I: AsyncWrite + Unpin> AsyncWrite for Guard<I> {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        let written = Pin::new(&mut self.io).poll_write(cx, bytes);
+        if let Poll::Ready(Ok(written)) = written {
+            self.watch.seen().written(&bytes[..written]);
+        }
+        written
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.io).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.io).poll_shutdown(cx)
+    }
+}
