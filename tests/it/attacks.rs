@@ -1,0 +1,184 @@
+//! Attacks at a bound load, and beside each a client that wants nothing but an answer: it is served in time, the attack
+//! is counted, and what it took is given back.
+//!
+//! All of 127.0.0.0/8 is this machine: attackers and their victim come from addresses of their own. Bounds are
+//! generous, for others may have the CPU.
+
+use std::net::Ipv4Addr;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use crate::harness::frames::{END_HEADERS, END_STREAM, Frame, Frames, code, kind};
+use crate::harness::gateway::Watched;
+use crate::harness::{H2Client, Origin, Process, Setup, eventually, ms, ok};
+
+/// Attackers at work at the same time, each from an address of its own.
+const ATTACKERS: u8 = 4;
+/// How often the client beside asks.
+const ASKED: usize = 20;
+/// How long it may wait for an answer.
+const IN_TIME: Duration = Duration::from_secs(10);
+/// What the process may be larger after an attack than before, in bytes: the allocator keeps some of what it had.
+const KEPT_BYTES: f64 = 96.0 * 1024.0 * 1024.0;
+
+fn attacker(number: u8) -> Ipv4Addr {
+    Ipv4Addr::new(127, 66, 6, number)
+}
+
+/// Lets attackers attack, again and again, while somebody asks.
+fn beside(process: &Process, reason: &str, attack: impl Fn(u8) + Sync, mut ask: impl FnMut()) {
+    let memory = || process.metric("process_resident_memory_bytes");
+    let selector = format!("forebay_refusals_total{{reason=\"{reason}\"}}");
+    ask();
+    let (before, over) = (memory(), AtomicBool::new(false));
+    let mut longest = Duration::ZERO;
+    thread::scope(|scope| {
+        let (over, attack) = (&over, &attack);
+        for number in 1..=ATTACKERS {
+            scope.spawn(move || {
+                while !over.load(Ordering::Relaxed) {
+                    attack(number);
+                }
+            });
+        }
+        let asked = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+            process.wait_metric(&selector, |count| count >= 1.0);
+            for _ in 0..ASKED {
+                let begun = Instant::now();
+                ask();
+                longest = longest.max(begun.elapsed());
+            }
+            process.wait_metric(&selector, |count| count >= f64::from(ATTACKERS));
+        }));
+        over.store(true, Ordering::Relaxed);
+        asked.expect("a client that is served beside the attack");
+    });
+    let (counted, during) = (process.metric(&selector), memory());
+    println!("{reason}: counted {counted} times; the longest wait beside it was {longest:?}");
+    assert!(longest < IN_TIME, "{reason}: {longest:?}");
+    process.wait_metric("forebay_client_connections", |open| open <= 1.0);
+    process.wait_at_rest();
+    eventually(&format!("memory to return from {during} to about {before}"), || {
+        (memory() < before + KEPT_BYTES).then_some(())
+    });
+}
+
+/// A gateway for HTTP/2 in clear text before an origin with an answer of 100 KB.
+fn cleartext(keys: &str) -> (Origin, Process) {
+    let origin = Origin::answering(|_| ok(vec![b'x'; 100_000]));
+    let process = Setup::before(&origin).listener("protocols: [http1, h2c]").listener(keys).spawn();
+    (origin, process)
+}
+
+/// Attacks over HTTP/2 with what `flood` makes for each connection, until it is cut off.
+fn flooded(reason: &str, keys: &str, flood: impl Fn(&mut Frames) + Sync) {
+    let (_origin, process) = cleartext(keys);
+    let web = process.web();
+    let attack = |number| {
+        let mut client = Frames::from(attacker(number), web);
+        flood(&mut client);
+        // Whether the end is seen or a reset, the connection has gone.
+        while client.next().is_some() {}
+    };
+    let client = H2Client::from(Ipv4Addr::new(127, 7, 7, 7), web);
+    beside(&process, reason, attack, || {
+        let answer = client.get("/");
+        assert_eq!((answer.status, answer.body.len()), (200, 100_000));
+    });
+}
+
+/// Sends these again and again until the gateway has had enough.
+fn again_and_again(client: &mut Frames, frames: &[Frame]) {
+    for _ in 0..2_000 {
+        if !client.try_send_all(frames) {
+            return;
+        }
+    }
+}
+
+#[test]
+fn rapid_reset() {
+    flooded("header.h2_resets", "", |client| {
+        let mut stream = 1;
+        while client.try_send_all(&[Frame::get(stream), Frame::reset(stream, code::CANCEL)]) && stream < 9_999 {
+            stream += 2;
+        }
+    });
+}
+
+#[test]
+fn resets_that_keep_below_the_rate() {
+    flooded("header.h2_resets", "http2: { resets: 100k/s }", |client| {
+        for number in 0..600 {
+            let stream = 2 * number + 1;
+            if !client.try_send_all(&[Frame::get(stream), Frame::reset(stream, code::CANCEL)]) {
+                return;
+            }
+            thread::park_timeout(ms(1));
+        }
+    });
+}
+
+#[test]
+fn resets_that_the_gateway_is_made_to_send() {
+    flooded("header.h2_provoked_resets", "", |client| {
+        let mut stream = 1;
+        let overflow = |stream| Frame::credit(stream, (1 << 31) - 1);
+        while client.try_send_all(&[Frame::get(stream), overflow(stream)]) && stream < 9_999 {
+            stream += 2;
+        }
+    });
+}
+
+#[test]
+fn a_flood_of_continuation() {
+    flooded("header.h2_continuation", "", |client| {
+        client.try_send_all(&[Frame::new(kind::HEADERS, END_STREAM, 1, [0x82])]);
+        again_and_again(client, &[Frame::new(kind::CONTINUATION, 0, 1, [])]);
+    });
+}
+
+#[test]
+fn a_flood_of_settings() {
+    flooded("header.h2_settings", "", |client| {
+        again_and_again(client, &[Frame::new(kind::SETTINGS, 0, 0, [0, 4, 0, 0, 0, 9, 0, 4, 0, 1, 0, 0])]);
+    });
+}
+
+#[test]
+fn a_flood_of_pings() {
+    flooded("header.h2_pings", "", |client| again_and_again(client, &vec![Frame::ping([0; 8]); 50]));
+}
+
+#[test]
+fn a_flood_of_empty_data() {
+    flooded("header.h2_empty_data", "", |client| {
+        client.try_send_all(&[Frame::post(1)]);
+        again_and_again(client, &vec![Frame::new(kind::DATA, 0, 1, []); 50]);
+    });
+}
+
+#[test]
+fn credit_for_one_byte_at_a_time() {
+    flooded("header.h2_window_updates", "", |client| {
+        client.try_send_all(&[Frame::new(kind::SETTINGS, 0, 0, [0, 4, 0, 0, 0, 1]), Frame::get(1)]);
+        for _ in 0..20_000 {
+            if !client.try_send_all(&[Frame::credit(1, 1)]) {
+                return;
+            }
+        }
+    });
+}
+
+#[test]
+fn a_header_list_that_grows_when_it_is_unpacked() {
+    flooded("header.too_large", "", |client| {
+        // A field of 4,000 bytes for the table of HPACK, and then 10,000 times a byte that stands for it: 63, behind
+        // the authority.
+        let field = [&Frame::get(1).payload[..], &[0x40, 1, b'a', 0x7f, 0xa1, 0x1e], &[b'b'; 4_000]].concat();
+        client.try_send_all(&[Frame::new(kind::HEADERS, END_STREAM | END_HEADERS, 1, field)]);
+        let bomb = [&Frame::get(1).payload[..], &[0xbf; 10_000]].concat();
+        client.try_send_all(&[Frame::new(kind::HEADERS, END_STREAM | END_HEADERS, 3, bomb)]);
+    });
+}
