@@ -118,7 +118,7 @@ fn http_2_is_spoken_where_alpn_agrees_on_it() {
     // What ALPN did not agree on is not spoken.
     let mut http1 = client.connect().unwrap();
     http1.send(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0");
-    assert!(String::from_utf8_lossy(&http1.rest().0).starts_with("HTTP/1.1 505 "));
+    assert!(String::from_utf8_lossy(&http1.rest().0).starts_with("HTTP/1.1 400 "));
     let mut h2 = client.alpn(b"\x02h2").connect().unwrap();
     h2.send(b"GET / HTTP/1.1\r\nHost: a.test\r\n\r\n");
     let (came, _) = h2.rest();
