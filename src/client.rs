@@ -22,6 +22,7 @@ pub mod lane;
 pub mod names;
 pub mod pace;
 pub mod proxy_protocol;
+pub mod rates;
 pub mod relay;
 pub mod session;
 pub mod shares;

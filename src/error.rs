@@ -51,6 +51,7 @@ impl Refusal {
     pub fn retry_after(&self) -> Option<u32> {
         let passing = [
             &refusal::ROUTE_PRESSURE,
+            &refusal::ROUTE_REQUESTS,
             &refusal::ROUTE_REQUESTS_PER_IP,
             &refusal::BUFFER_PRESSURE,
             &refusal::BUFFER_DISK_FULL,
@@ -93,9 +94,15 @@ macro_rules! refusals {
 refusals! {
     ACCEPT_CONNECTIONS: "accept.connections", 503, "The gateway has reached its limit of connections.";
     ACCEPT_CONNECTIONS_PER_IP: "accept.connections_per_ip", 429, "Too many connections from this address.";
+    ACCEPT_RATE: "accept.rate", 503, "Connections come faster than the gateway takes them; try again later.";
+    ACCEPT_RATE_PER_IP: "accept.rate_per_ip", 429, "Connections from this address come too fast; try again later.";
     ACCEPT_PROXY_PROTOCOL: "accept.proxy_protocol", 400, "This connection must begin with the PROXY protocol.";
     ACCEPT_PROXY_TIMEOUT: "accept.proxy_timeout", 408, "The header of the PROXY protocol did not arrive in time.";
     ACCEPT_PROXY_UNTRUSTED: "accept.proxy_untrusted", 403, "This address may not use the PROXY protocol.";
+    HANDSHAKE_LIMIT: "handshake.limit", 503, "Too many TLS handshakes are under way.";
+    HANDSHAKE_LIMIT_PER_IP: "handshake.limit_per_ip", 429, "Too many TLS handshakes of this address are under way.";
+    HANDSHAKE_RATE: "handshake.rate", 503, "TLS handshakes come faster than the gateway does them.";
+    HANDSHAKE_RATE_PER_IP: "handshake.rate_per_ip", 429, "TLS handshakes of this address come too fast.";
     HANDSHAKE_TIMEOUT: "handshake.timeout", 408, "The TLS handshake did not end in time.";
     HANDSHAKE_ABORTED: "handshake.aborted", 499, "The client went away in the middle of the TLS handshake.";
     HANDSHAKE_HTTP: "handshake.http", 400, "This port speaks TLS: use https instead of http.";
@@ -139,6 +146,7 @@ refusals! {
     HEADER_H2_UNKNOWN: "header.h2_unknown_frames", 429, "The client sends too many frames that say nothing.";
     ROUTE_NO_MATCH: "route.no_match", 404, "No route matches this request.";
     ROUTE_PRESSURE: "route.pressure", 503, "The gateway has no room for further requests; try again later.";
+    ROUTE_REQUESTS: "route.requests", 503, "Too many requests are under way; try again later.";
     ROUTE_REQUESTS_PER_IP: "route.requests_per_ip", 429, "Too many requests of this address are under way; try again later.";
     BUFFER_TOO_LARGE: "buffer.too_large", 413, "The request body is larger than is allowed here.";
     BUFFER_TIMEOUT: "buffer.timeout", 408, "The request body did not arrive in time.";
@@ -294,6 +302,7 @@ mod tests {
             told.map(|row| (row.reason, row.status)).collect::<Vec<_>>(),
             [
                 ("route.pressure", 503),
+                ("route.requests", 503),
                 ("route.requests_per_ip", 429),
                 ("buffer.disk_full", 503),
                 ("buffer.per_client", 429),

@@ -65,6 +65,7 @@ pub mod access;
 mod catalog;
 mod chain;
 mod field;
+pub mod gcra;
 pub mod headers;
 pub mod key;
 pub mod rate_limit;

@@ -86,6 +86,7 @@ pub struct Account {
 #[derive(Default)]
 struct Tally {
     connections: AtomicU64,
+    handshakes: AtomicU64,
     requests: AtomicU64,
 }
 
@@ -94,11 +95,18 @@ struct Tally {
 pub enum Quota {
     /// Connections that are open.
     Connections,
+    /// TLS handshakes under way.
+    Handshakes,
     /// Requests under way.
     Requests,
 }
 
 impl Account {
+    /// Whose it is: an address, of IPv6 the network of one client.
+    pub fn client(&self) -> IpAddr {
+        self.client
+    }
+
     /// Counts one more at the listener of this number; `None` if there are `most` already.
     pub fn enter(self: &Arc<Self>, what: Quota, listener: usize, most: u64) -> Option<Counting> {
         let more = |count: u64| (count < most).then_some(count + 1);
@@ -120,6 +128,7 @@ impl Account {
         let tally = &self.tallies[listener];
         match what {
             Quota::Connections => &tally.connections,
+            Quota::Handshakes => &tally.handshakes,
             Quota::Requests => &tally.requests,
         }
     }

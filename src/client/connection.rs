@@ -20,6 +20,7 @@ use super::http2::Control;
 use super::http2::conduct::Rules;
 use super::names::Names;
 use super::proxy_protocol::Expected;
+use super::rates::{Excess, Places, Rates};
 use super::relay::Relay;
 use super::shares::{CONNECTIONS_OF_ONE_CLIENT, Denial, Store};
 use super::tls::Tls;
@@ -81,6 +82,11 @@ pub struct Listener {
     common: Arc<Common>,
     connections: Crowd,
     connections_per_ip: u64,
+    connection_rates: Rates,
+    handshakes: Places,
+    handshakes_per_ip: u64,
+    handshake_rates: Rates,
+    requests: Places,
     requests_per_ip: u64,
 }
 
@@ -102,32 +108,28 @@ impl Common {
 
 /// Connections that are open, and how many may be.
 struct Crowd {
-    most: u64,
-    open: AtomicU64,
+    places: Places,
     one_client: Store,
 }
 
 impl Crowd {
     fn new(most: u64) -> Self {
-        let one_client = Store::new(most, 0.0, CONNECTIONS_OF_ONE_CLIENT);
-        Crowd { most, open: AtomicU64::new(0), one_client }
+        Crowd { places: Places::new(most), one_client: Store::new(most, 0.0, CONNECTIONS_OF_ONE_CLIENT) }
     }
 
     /// Counts one in, unless there are as many as may be.
     fn enter(&self) -> Result<(), &'static Refusal> {
-        let more = |open: u64| (open < self.most).then_some(open + 1);
-        let entered = self.open.fetch_update(Ordering::Relaxed, Ordering::Relaxed, more);
-        entered.map(drop).map_err(|_| &refusal::ACCEPT_CONNECTIONS)
+        if self.places.enter() { Ok(()) } else { Err(&refusal::ACCEPT_CONNECTIONS) }
     }
 
     /// Whether a client that has so many already may have one that was counted in.
     fn admits(&self, client: u64) -> bool {
-        let others = self.open.load(Ordering::Relaxed).saturating_sub(1);
+        let others = self.places.taken().saturating_sub(1);
         self.one_client.admits(others, client, 1) != Err(Denial::Client)
     }
 
     fn leave(&self) {
-        self.open.fetch_sub(1, Ordering::Relaxed);
+        self.places.leave();
     }
 }
 
@@ -182,20 +184,53 @@ impl Listener {
             number,
             connections: Crowd::new(connections),
             connections_per_ip: limits.connections_per_ip.0,
+            connection_rates: Rates::new(limits.connection_rate, limits.connection_rate_per_ip),
+            handshakes: Places::new(limits.handshakes.0),
+            handshakes_per_ip: limits.handshakes_per_ip.0,
+            handshake_rates: Rates::new(limits.handshake_rate, limits.handshake_rate_per_ip),
+            requests: Places::new(limits.requests.0),
             requests_per_ip: common.shares.requests_of_client(limits.requests_per_ip.0),
             common: common.clone(),
         }
     }
 
-    /// Counts a connection in for its client, unless that has as many as it may. `None`: its peer speaks for many clients.
+    /// Counts a connection in for its client, unless that has as many as it may, or connections come too fast. `None`: its
+    /// peer speaks for many clients.
     fn admit(&self, client: Option<IpAddr>) -> Result<Option<Counting>, &'static Refusal> {
-        let Some(account) = client.and_then(|client| self.common.accounts.of(client)) else { return Ok(None) };
+        let account = client.and_then(|client| self.common.accounts.of(client));
+        let owner = account.as_ref().map(|account| account.client());
+        self.connection_rates.admit(owner, Instant::now()).map_err(|excess| match excess {
+            Excess::Client => &refusal::ACCEPT_RATE_PER_IP,
+            Excess::All => &refusal::ACCEPT_RATE,
+        })?;
+        let Some(account) = account else { return Ok(None) };
         let has = account.count(Quota::Connections);
         if self.connections_per_ip != Count::UNLIMITED.0 && !self.common.crowd.admits(has) {
             return Err(&refusal::ACCEPT_CONNECTIONS_PER_IP);
         }
         let counting = account.enter(Quota::Connections, self.number, self.connections_per_ip);
         counting.map(Some).ok_or(&refusal::ACCEPT_CONNECTIONS_PER_IP)
+    }
+}
+
+/// What is under way at a listener, as one of those that there may be; given back when this is dropped.
+pub struct UnderWay {
+    listener: Arc<Listener>,
+    places: fn(&Listener) -> &Places,
+    /// Its place among those of its client, unless its peer speaks for many.
+    _client: Option<Counting>,
+}
+
+impl UnderWay {
+    /// Takes a place, unless there are as many as may be: `None`.
+    fn enter(listener: &Arc<Listener>, places: fn(&Listener) -> &Places, client: Option<Counting>) -> Option<UnderWay> {
+        places(listener).enter().then(|| UnderWay { listener: listener.clone(), places, _client: client })
+    }
+}
+
+impl Drop for UnderWay {
+    fn drop(&mut self) {
+        (self.places)(&self.listener).leave();
     }
 }
 
@@ -387,15 +422,37 @@ impl Connection {
         self.counted.client.as_ref().map(Counting::account)
     }
 
-    /// Counts one more request of its client in, unless too many are under way. `None`: those of its peer are not counted,
-    /// for it speaks for many clients.
+    /// Counts one more request in, unless too many of its client or of all are under way.
     ///
     /// # Errors
     /// What the client is told.
-    pub fn begin_request(&self) -> Result<Option<Counting>, &'static Refusal> {
-        let Some(account) = self.account() else { return Ok(None) };
-        let counting = account.enter(Quota::Requests, self.listener.number, self.listener.requests_per_ip);
-        counting.map(Some).ok_or(&refusal::ROUTE_REQUESTS_PER_IP)
+    pub fn begin_request(&self) -> Result<UnderWay, &'static Refusal> {
+        let client = self.place_of_client(Quota::Requests, self.listener.requests_per_ip);
+        let client = client.ok_or(&refusal::ROUTE_REQUESTS_PER_IP)?;
+        UnderWay::enter(&self.listener, |listener| &listener.requests, client).ok_or(&refusal::ROUTE_REQUESTS)
+    }
+
+    /// Counts a handshake in that begins now, unless too many do, or are under way.
+    ///
+    /// # Errors
+    /// Why it does not take place.
+    pub fn begin_handshake(&self) -> Result<UnderWay, &'static Refusal> {
+        let owner = self.account().map(|account| account.client());
+        self.listener.handshake_rates.admit(owner, Instant::now()).map_err(|excess| match excess {
+            Excess::Client => &refusal::HANDSHAKE_RATE_PER_IP,
+            Excess::All => &refusal::HANDSHAKE_RATE,
+        })?;
+        let client = self.place_of_client(Quota::Handshakes, self.listener.handshakes_per_ip);
+        let client = client.ok_or(&refusal::HANDSHAKE_LIMIT_PER_IP)?;
+        UnderWay::enter(&self.listener, |listener| &listener.handshakes, client).ok_or(&refusal::HANDSHAKE_LIMIT)
+    }
+
+    /// `None`: its client has as many as it may. A peer that speaks for many clients has no place and needs none.
+    fn place_of_client(&self, what: Quota, most: u64) -> Option<Option<Counting>> {
+        match self.account() {
+            None => Some(None),
+            Some(account) => account.enter(what, self.listener.number, most).map(Some),
+        }
     }
 
     /// The handshake is done, which began at this time.

@@ -127,6 +127,8 @@ pub async fn enter(io: Stream, counted: Counted, ends: Ends, metrics: &Metrics) 
             return Ok(None);
         }
     }
+    let _shaking =
+        connection.begin_handshake().map_err(|refusal| Refused { refusal, answerable: None, peer: ends.peer })?;
     state.enter(ConnectionState::Handshake);
     let begun = Instant::now();
     let _seat = metrics.enter_phase(Phase::Handshake, begun);

@@ -24,7 +24,7 @@ use super::route::retry::{ATTEMPTS_MAX, Backoff, Retry};
 use super::route::{BufferMode, Client, Match, PathMatch, Route, ValueMatch};
 use super::server::{AccessLog, Admin, EventLoop, OpenFiles, Resources, Tracing};
 use super::text::Text;
-use super::units::{ByteRate, Count, FileMode, Size, Time};
+use super::units::{ByteRate, Count, FileMode, Rate, Size, Time};
 use super::upstream::health::{HealthCheck, HttpCheck};
 use super::upstream::outlier::OutlierDetection;
 use super::upstream::sticky::{Secrets, Sticky, StickyCookie};
@@ -422,6 +422,13 @@ impl<'a> Check<'a> {
         let Limits {
             connections,
             connections_per_ip,
+            connection_rate,
+            connection_rate_per_ip,
+            handshakes,
+            handshakes_per_ip,
+            handshake_rate,
+            handshake_rate_per_ip,
+            requests,
             requests_per_ip,
             headers,
             header_bytes,
@@ -432,6 +439,17 @@ impl<'a> Check<'a> {
         self.count(&format!("{path}.requests_per_ip"), *requests_per_ip, 1, u64::MAX);
         self.count(&format!("{path}.connections"), *connections, 1, u64::MAX);
         self.count(&format!("{path}.connections_per_ip"), *connections_per_ip, 1, u64::MAX);
+        self.count(&format!("{path}.handshakes"), *handshakes, 1, u64::MAX);
+        self.count(&format!("{path}.handshakes_per_ip"), *handshakes_per_ip, 1, u64::MAX);
+        self.count(&format!("{path}.requests"), *requests, 1, u64::MAX);
+        for (key, rate) in [
+            ("connection_rate", connection_rate),
+            ("connection_rate_per_ip", connection_rate_per_ip),
+            ("handshake_rate", handshake_rate),
+            ("handshake_rate_per_ip", handshake_rate_per_ip),
+        ] {
+            self.rate(&format!("{path}.{key}"), *rate);
+        }
         self.count(&format!("{path}.headers"), *headers, 1, 256);
         self.count(&format!("{path}.requests_per_connection"), *requests_per_connection, 1, u64::MAX);
         self.count(&format!("{path}.streams"), *streams, 1, u64::MAX);
@@ -447,6 +465,14 @@ impl<'a> Check<'a> {
         self.count(&format!("{path}http2.empty_data"), *empty_data, 0, 100);
         self.time(&format!("{path}timeouts.header"), listener.timeouts.header);
         self.time(&format!("{path}timeouts.idle"), listener.timeouts.idle);
+    }
+
+    /// A rate that can be counted.
+    fn rate(&mut self, path: &str, rate: Option<Rate>) {
+        if rate.is_some_and(|rate| rate.events as f64 > rate.per.as_micros() as f64) {
+            let finding = Finding::error(value(path), format!("`{path}` is out of range"));
+            self.wrong(finding.label("expected at most one a microsecond"));
+        }
     }
 
     /// What is passed on as it is.

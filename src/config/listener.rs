@@ -101,6 +101,25 @@ pub struct Limits {
     /// closed. Peers of `trusted_proxies` and of unix sockets speak for many clients and are not limited. Unless it is
     /// `unlimited`, an address has no more than three times as many as the open files of the process leave to others.
     pub connections_per_ip: Count,
+    /// New connections, of all clients. One that comes sooner is answered 503 and closed. As much as the rate names may come
+    /// at once.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub connection_rate: Option<Rate>,
+    /// New connections of one client address. One that comes sooner is answered 429 and closed. Trusted proxies are not limited.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub connection_rate_per_ip: Option<Rate>,
+    /// TLS handshakes that are under way, from the first byte to the end. One more is closed.
+    pub handshakes: Count,
+    /// TLS handshakes of one client address that are under way. Trusted proxies are not limited.
+    pub handshakes_per_ip: Count,
+    /// TLS handshakes that begin, of all clients. One that comes sooner is closed.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub handshake_rate: Option<Rate>,
+    /// TLS handshakes of one client address that begin. Trusted proxies are not limited.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub handshake_rate_per_ip: Option<Rate>,
+    /// Requests of all clients that are under way. One more is answered 503.
+    pub requests: Count,
     /// Requests of one client address that are under way: over HTTP/2 a connection has many at once. One more is answered
     /// 429. As for connections, trusted proxies are not limited. Unless it is `unlimited`, a quarter as many as the open
     /// files allow connections is the most.
@@ -120,6 +139,13 @@ impl Default for Limits {
         Limits {
             connections: Count(50_000),
             connections_per_ip: Count(10_000),
+            connection_rate: None,
+            connection_rate_per_ip: None,
+            handshakes: Count(10_000),
+            handshakes_per_ip: Count(1_000),
+            handshake_rate: None,
+            handshake_rate_per_ip: None,
+            requests: Count(50_000),
             requests_per_ip: Count(4_000),
             headers: Count(100),
             header_bytes: Size::kib(32),

@@ -9,23 +9,23 @@
 //!     max_keys: 100k             # how many keys are remembered
 //! ```
 //!
-//! The rule is GCRA, the token bucket without a bucket: one number per key, no timers. Keys are remembered by a 64-bit
+//! The rule is GCRA (`gcra.rs`). Keys are remembered by a 64-bit
 //! SipHash under a seed of this process, never as sent: clients choose them, and 100,000 cookies of 8 KiB would be
 //! 800 MB, where the hashes take about 8 MB. That two of 100,000 keys share a limit has a chance of one in four thousand
 //! million, and without the seed nobody can bring it about. When `max_keys` is reached, the key unseen for longest is
 //! forgotten and begins anew: too many keys can make the limit lenient, never the memory large.
 
 use std::hash::{BuildHasher, RandomState};
-use std::sync::{Mutex, Once, PoisonError};
+use std::sync::Once;
 use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
 use http::HeaderValue;
 use http::header::RETRY_AFTER;
-use lru::LruCache;
 use schemars::JsonSchema;
 use serde::Deserialize;
 
+use super::gcra::{Gcra, Keys, nanoseconds};
 use super::{Filter, FilterType, Key, Refused, Scope, Stages, Verdict};
 use crate::config;
 use crate::config::address::Ipv6Prefix;
@@ -140,84 +140,8 @@ impl RateLimit {
     }
 }
 
-/// The generic cell rate algorithm (ITU-T I.371), as a virtual schedule in nanoseconds: each request is due one interval
-/// after the one before, and may come early by a tolerance. It decides as a token bucket would that holds `burst` and is
-/// filled evenly.
-#[derive(Clone, Copy, Debug)]
-struct Gcra {
-    interval: u64,
-    tolerance: u64,
-}
-
-impl Gcra {
-    /// `burst` is what an idle key may do at once, at least 1. `None` if the rate is above one a microsecond: below that, what
-    /// rounding to nanoseconds takes from the rate is less than 0.1 %.
-    fn new(rate: Rate, burst: u64) -> Option<Gcra> {
-        let interval = nanoseconds(rate.per).div_ceil(rate.events);
-        (interval >= 1_000).then(|| Gcra { interval, tolerance: interval.saturating_mul(burst - 1) })
-    }
-
-    /// Admits a request `now` and moves `due`, when the next one is expected; 0 for a key that is new. Else it leaves `due`
-    /// alone and tells how long to wait.
-    fn admit(self, due: &mut u64, now: u64) -> Result<(), u64> {
-        let early = due.saturating_sub(now);
-        if early > self.tolerance {
-            return Err(early - self.tolerance);
-        }
-        *due = (*due).max(now).saturating_add(self.interval);
-        Ok(())
-    }
-}
-
-/// Nanoseconds as GCRA counts them; 584 years fit.
-fn nanoseconds(time: Duration) -> u64 {
-    u64::try_from(time.as_nanos()).unwrap_or(u64::MAX)
-}
-
-/// When each key is due, for the keys seen last.
-///
-/// Every lock is held for one look-up in memory and never across an `await`, and there are several, so that
-/// workers rarely meet at one; that is why these are plain mutexes.
-struct Keys {
-    shards: Vec<Mutex<LruCache<u64, u64>>>,
-    /// How many keys a shard may hold.
-    room: usize,
-}
-
-impl Keys {
-    const SHARDS_MAX: usize = 16;
-    /// Below this, a shard would forget keys noticeably before all others are full.
-    const ROOM_MIN: usize = 1_024;
-
-    fn new(max: usize) -> Keys {
-        let shards = (max / Keys::ROOM_MIN).clamp(1, Keys::SHARDS_MAX);
-        // Unbounded, and held to `room` in `with`: a bounded one allocates its whole table at once.
-        let shard = |_| Mutex::new(LruCache::unbounded());
-        Keys { shards: (0..shards).map(shard).collect(), room: max / shards }
-    }
-
-    /// Applies `decide` to the time at which `key` is due. `true` if another key had to be forgotten.
-    fn with<T>(&self, key: u64, decide: impl FnOnce(&mut u64) -> T) -> (T, bool) {
-        let shard = &self.shards[(key % self.shards.len() as u64) as usize];
-        // Nothing that runs under the lock can panic half-way; a poisoned one is as good as new.
-        let mut shard = shard.lock().unwrap_or_else(PoisonError::into_inner);
-        let decided = decide(shard.get_or_insert_mut(key, || 0));
-        let full = shard.len() > self.room;
-        if full {
-            shard.pop_lru();
-        }
-        (decided, full)
-    }
-
-    fn max(&self) -> usize {
-        self.room * self.shards.len()
-    }
-}
-
 #[cfg(test)]
 mod tests {
-    use proptest::prelude::*;
-
     use super::super::rehearsal::{Rehearsal, chain, error, example};
     use super::*;
 
@@ -329,67 +253,6 @@ mod tests {
         assert!(admits(b"c"), "new, and takes the place of b");
         assert!(!admits(b"a"));
         assert!(admits(b"b"), "forgotten");
-    }
-
-    #[test]
-    fn memory_is_bounded_however_many_keys_come() {
-        for max in [1, 10, 1_023, 5_000, 40_000] {
-            let keys = Keys::new(max);
-            assert!(keys.max() <= max && max < keys.max() + Keys::SHARDS_MAX);
-            let forgotten = (0..100_000).filter(|&key| keys.with(key, |_| ()).1).count();
-            let held: usize = keys.shards.iter().map(|shard| shard.lock().unwrap().len()).sum();
-            assert_eq!((held, forgotten), (keys.max(), 100_000 - keys.max()));
-        }
-    }
-
-    #[test]
-    fn nothing_overflows_at_the_end_of_time() {
-        let limit = Gcra::new(Rate { events: 1, per: Duration::from_secs(3600) }, u64::MAX - 1).unwrap();
-        let mut due = u64::MAX - 1;
-        assert_eq!(limit.admit(&mut due, u64::MAX), Ok(()));
-        assert_eq!(due, u64::MAX);
-    }
-
-    /// What GCRA must agree with: a bucket of `burst` tokens, one more each interval, counted in nanoseconds.
-    struct Bucket {
-        level: u64,
-        filled: u64,
-    }
-
-    impl Bucket {
-        fn admit(&mut self, limit: Gcra, burst: u64, now: u64) -> Result<(), u64> {
-            self.level = (self.level + (now - self.filled)).min(limit.interval * burst);
-            self.filled = now;
-            self.level = self.level.checked_sub(limit.interval).ok_or_else(|| limit.interval - self.level)?;
-            Ok(())
-        }
-    }
-
-    proptest! {
-        #[test]
-        fn gcra_decides_as_a_token_bucket_does(
-            events in 1..5_000u64,
-            seconds in prop::sample::select(vec![1u64, 60, 3600]),
-            burst in 1..50u64,
-            gaps in prop::collection::vec(prop_oneof![Just(0), 0..1_000_000u64, 0..10_000_000_000u64], 1..200),
-        ) {
-            let limit = Gcra::new(Rate { events, per: Duration::from_secs(seconds) }, burst).unwrap();
-            let mut bucket = Bucket { level: limit.interval * burst, filled: 0 };
-            let (mut due, mut now) = (0, 0);
-            for gap in gaps {
-                now += gap;
-                prop_assert_eq!(limit.admit(&mut due, now), bucket.admit(limit, burst, now));
-            }
-        }
-
-        #[test]
-        fn who_waits_as_told_is_admitted_and_who_comes_earlier_is_not(burst in 1..20u64, now in 0..1_000_000_000u64) {
-            let limit = Gcra::new(Rate { events: 7, per: Duration::from_secs(1) }, burst).unwrap();
-            let mut due = 0;
-            let wait = std::iter::repeat_with(|| limit.admit(&mut due, now)).find_map(Result::err).unwrap();
-            prop_assert!(limit.admit(&mut due, now + wait - 1).is_err());
-            prop_assert_eq!(limit.admit(&mut due, now + wait), Ok(()));
-        }
     }
 
     #[test]

@@ -14,8 +14,7 @@ use super::grpc::Call;
 use super::mirror::Copy;
 use super::route::Route;
 use crate::access_log::{Failed, Why};
-use crate::client::account::Counting;
-use crate::client::connection::{Begin, Connection, introduction};
+use crate::client::connection::{Begin, Connection, UnderWay, introduction};
 use crate::client::http2::Control;
 use crate::client::session::Link;
 use crate::client::tls::handshake;
@@ -45,7 +44,7 @@ pub struct Exchange {
     /// The connection it came over. `None` only for sessions that were not made by `client::Front`.
     pub connection: Option<Arc<Connection>>,
     /// Its place among the requests of its client that are under way.
-    pub place: Option<Counting>,
+    pub place: Option<UnderWay>,
     /// What can be done with its stream, on HTTP/2.
     pub control: Option<Control>,
     /// The client's address: the peer's, or what a trusted proxy said.
@@ -369,7 +368,7 @@ impl Exchange {
     /// Counts it among the requests of its client, unless too many are under way.
     pub fn take_place(&mut self) -> Result<(), &'static Refusal> {
         if let Some(connection) = &self.connection {
-            self.place = connection.begin_request()?;
+            self.place = Some(connection.begin_request()?);
         }
         Ok(())
     }

@@ -4,6 +4,7 @@
 //! All of 127.0.0.0/8 is this machine: attackers and their victim come from addresses of their own. Bounds are
 //! generous, for others may have the CPU.
 
+use std::io::Write;
 use std::net::Ipv4Addr;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
@@ -11,7 +12,9 @@ use std::time::{Duration, Instant};
 
 use crate::harness::frames::{END_HEADERS, END_STREAM, Frame, Frames, code, kind};
 use crate::harness::gateway::Watched;
-use crate::harness::{H2Client, Origin, Process, Setup, eventually, ms, ok};
+use crate::harness::secure::Authority;
+use crate::harness::tls::{Tls, pair};
+use crate::harness::{Client, H2Client, Origin, Process, Setup, eventually, ms, ok};
 
 /// Attackers at work at the same time, each from an address of its own.
 const ATTACKERS: u8 = 4;
@@ -181,4 +184,56 @@ fn a_header_list_that_grows_when_it_is_unpacked() {
         let bomb = [&Frame::get(1).payload[..], &[0xbf; 10_000]].concat();
         client.try_send_all(&[Frame::new(kind::HEADERS, END_STREAM | END_HEADERS, 3, bomb)]);
     });
+}
+
+/// A gateway for TLS, and who its clients trust.
+fn secure(keys: &str) -> (Authority, Process) {
+    let authority = Authority::new();
+    let identity = authority.issue(&["a.test"]);
+    let process = Setup::found("endpoints: [ { address: \"127.0.0.1:1\" } ]")
+        .listener(&format!("tls: {{ certificates: [ {{ {} }} ], handshake_timeout: 2s }}, {keys}", pair(&identity)))
+        .routes("{ name: all, filters: [ { respond: { body: served } } ], upstream: app }")
+        .spawn();
+    (authority, process)
+}
+
+#[test]
+fn client_hellos_that_come_slowly() {
+    let (authority, process) = secure("limits: { handshakes_per_ip: 30 }");
+    let web = process.web();
+    // The beginning of one of 512 bytes, whose rest comes byte by byte.
+    let begun = [0x16, 3, 1, 2, 0, 1, 0, 1, 0xfc, 3, 3];
+    let attack = |number| {
+        let mut crowd: Vec<_> = (0..40)
+            .map(|_| {
+                let mut client = Client::from(attacker(number), web).into_wire().into_socket();
+                let _ = client.write_all(&begun);
+                client
+            })
+            .collect();
+        for _ in 0..30 {
+            thread::park_timeout(ms(100));
+            crowd.retain_mut(|client| client.write_all(&[7]).is_ok());
+        }
+    };
+    let client = Tls::to(web, &authority, "a.test").from(Ipv4Addr::new(127, 7, 7, 7));
+    let ask = || assert_eq!(client.get("/").expect("an answer").0.body, "served");
+    beside(&process, "handshake.limit_per_ip", attack, ask);
+    assert!(process.metric("forebay_refusals_total{reason=\"handshake.timeout\"}") >= 1.0);
+}
+
+#[test]
+fn a_flood_of_handshakes() {
+    let (authority, process) = secure("limits: { handshake_rate_per_ip: 5/s }");
+    let web = process.web();
+    let attack = |number| {
+        // Whether it is let in or not.
+        let _ = Tls::to(web, &authority, "a.test").from(attacker(number)).connect();
+    };
+    let client = Tls::to(web, &authority, "a.test").from(Ipv4Addr::new(127, 7, 7, 7));
+    let ask = || {
+        thread::park_timeout(ms(250));
+        assert_eq!(client.get("/").expect("an answer").0.body, "served");
+    };
+    beside(&process, "handshake.rate_per_ip", attack, ask);
 }

@@ -44,6 +44,7 @@ mod privileges;
 mod proxy_protocol;
 mod proxying;
 mod queue;
+mod rates;
 mod receive;
 mod relay;
 mod reserves;

@@ -1,7 +1,7 @@
 //! Clients of TLS: one that says what it wants and tells what it got, and what it is given to trust and to show.
 
 use std::io::{self, Read, Write};
-use std::net::{SocketAddr, TcpStream};
+use std::net::{Ipv4Addr, SocketAddr, TcpStream};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -10,6 +10,7 @@ use pingora::tls::ssl::{
     SslConnector, SslFiletype, SslMethod, SslSession, SslSessionCacheMode, SslStream, SslVerifyMode, SslVersion,
     StatusType,
 };
+use socket2::{Domain, Socket, Type};
 
 use super::DEADLINE;
 use super::secure::{Authority, Identity};
@@ -18,6 +19,7 @@ use super::secure::{Authority, Identity};
 #[derive(Clone)]
 pub struct Tls {
     address: SocketAddr,
+    own: Option<Ipv4Addr>,
     name: Option<String>,
     authority: PathBuf,
     version: Option<SslVersion>,
@@ -81,6 +83,7 @@ impl Tls {
     pub fn to(address: SocketAddr, authority: &Authority, name: &str) -> Tls {
         Tls {
             address,
+            own: None,
             name: Some(name.to_owned()),
             authority: authority.file(),
             version: None,
@@ -91,6 +94,12 @@ impl Tls {
             before: Vec::new(),
             drip: false,
         }
+    }
+
+    /// It connects from this address of this machine.
+    pub fn from(mut self, own: Ipv4Addr) -> Tls {
+        self.own = Some(own);
+        self
     }
 
     /// It asks for no name, and takes any certificate.
@@ -175,7 +184,12 @@ impl Tls {
             // SAFETY: a session is used by one connection at a time.
             unsafe { configured.set_session(session).expect("a session") };
         }
-        let mut socket = TcpStream::connect(self.address).expect("the listener to accept");
+        let socket = Socket::new(Domain::for_address(self.address), Type::STREAM, None).expect("a socket");
+        if let Some(own) = self.own {
+            socket.bind(&SocketAddr::from((own, 0)).into()).expect("an address of this machine");
+        }
+        socket.connect(&self.address.into()).map_err(|error| error.to_string())?;
+        let mut socket = TcpStream::from(socket);
         socket.set_nodelay(true).expect("no delay");
         socket.set_read_timeout(Some(DEADLINE)).expect("a read timeout");
         socket.set_write_timeout(Some(DEADLINE)).expect("a write timeout");
