@@ -9,6 +9,7 @@
 pub mod account;
 pub mod broken;
 pub mod budget;
+pub mod challenges;
 pub mod connection;
 pub mod descriptors;
 pub mod entrance;

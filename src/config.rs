@@ -6,6 +6,7 @@
 //! goes through `place` (path to line and column) and `explain` (serde's words to ours) into a [`Report`].
 
 // What may be written, a file a section.
+pub mod acme;
 pub mod address;
 pub mod filter;
 pub mod key;
@@ -92,6 +93,9 @@ pub struct Config {
     pub upstreams: BTreeMap<String, Upstream>,
     /// Which request goes where.
     pub routes: Vec<Route>,
+    /// Authorities that issue certificates by themselves, by the names by which certificates of listeners ask for them.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub acme: BTreeMap<String, acme::Issuer>,
     /// What all exchanges together may hold back.
     #[serde(default)]
     pub resources: server::Resources,
@@ -164,6 +168,12 @@ impl Config {
             Finding::error(spot, title).label(label).foreign()
         });
         Report::new(Arc::clone(&self.source), findings.collect())
+    }
+
+    /// The issuer of this name: the one that is written, or one that is known without that.
+    pub fn issuer(&self, name: &str) -> Option<acme::Issuer> {
+        let known = || acme::Issuer::WELL_KNOWN.iter().any(|(known, _)| *known == name);
+        self.acme.get(name).cloned().or_else(|| known().then(acme::Issuer::default))
     }
 
     fn version() -> u32 {

@@ -111,6 +111,7 @@ refusals! {
     HANDSHAKE_TOO_LARGE: "handshake.too_large", 400, "The ClientHello is too large.";
     HANDSHAKE_NO_NAME: "handshake.no_name", 400, "The client asked for no name.";
     HANDSHAKE_UNKNOWN_NAME: "handshake.unknown_name", 400, "Nothing is served under the name that was asked for.";
+    HANDSHAKE_AWAITED: "handshake.awaited", 503, "The certificate of this name is still to be issued.";
     HANDSHAKE_VERSION: "handshake.version", 400, "No version of TLS could be agreed on.";
     HANDSHAKE_CIPHER: "handshake.cipher", 400, "No cipher suite, group or signature scheme could be agreed on.";
     HANDSHAKE_PROTOCOL: "handshake.protocol", 400, "No protocol could be agreed on by ALPN.";

@@ -26,10 +26,13 @@ use pingora_proxy::{HttpProxy, ProcessCustomSession, ProxyServiceBuilder};
 use tokio::sync::{Notify, watch};
 
 use crate::access_log::AccessLog;
+use crate::acme;
+use crate::acme::plan::{Asked, Plan};
 use crate::admin::status::{self, Sources, Status};
 use crate::admin::{self, Admin, Hosts, Readiness, trace};
 use crate::client::account::Accounts;
 use crate::client::budget::{self, Budget};
+use crate::client::challenges::Challenges;
 use crate::client::connection::{Common, Fittings, Inflight, Listener, Listeners};
 use crate::client::descriptors::{Doorway, Shares, lowest_free};
 use crate::client::intake::IntakeTerms;
@@ -131,6 +134,8 @@ impl Builder {
         match Parts::build(&self.catalog, config, &metrics) {
             // A gateway with these would start; whoever asks beforehand wants to know.
             Ok(parts) => {
+                errors.extend(parts.issuers.iter().filter_map(Asked::inspect));
+                errors.extend(acme::build(parts.issuers, &parts.challenges, &[], &metrics).err().unwrap_or_default());
                 let listeners = parts.tls.iter().enumerate();
                 errors.extend(listeners.flat_map(|(index, tls)| expired(tls.as_ref(), &format!("listeners[{index}]"))));
                 errors.extend(expired(parts.admin_tls.as_ref(), "admin"));
@@ -267,6 +272,7 @@ impl Gateway {
             log: log.clone(),
             depot: depot.clone(),
             lanes: lanes.clone(),
+            challenges: parts.challenges.clone(),
             tracer: tracer.clone(),
             recorder: recorder.clone(),
         };
@@ -298,6 +304,10 @@ impl Gateway {
         let admin_tls = parts.admin_tls.take().map(|tls| started(tls, "admin")).transpose();
         let admin_tls = admin_tls.map_err(|error| wrong(vec![error]))?;
         secured.extend(admin_tls.clone());
+        let acme = acme::build(parts.issuers, &parts.challenges, &secured, &metrics).map_err(wrong)?;
+        if let Some(acme) = &acme {
+            acme.prepare(user.as_ref().and_then(User::to_become)).map_err(|error| wrong(vec![error]))?;
+        }
         if !secured.is_empty() {
             server.add_service(tls::background(secured));
         }
@@ -334,6 +344,10 @@ impl Gateway {
                 let message = format!("as this user, Forebay cannot go on: {error}");
                 wrong(vec![BuildError::new("server.user", message)])
             })?;
+        }
+        if let Some(acme) = acme {
+            acme.probe().map_err(|error| wrong(vec![error]))?;
+            server.add_service(acme.background());
         }
         let stop = Stop {
             asked: Arc::new(Notify::new()),
@@ -373,6 +387,10 @@ struct Parts {
     log_fields: Named,
     /// Further attributes of spans.
     span_attributes: Named,
+    /// Who is asked for certificates.
+    issuers: Vec<Asked>,
+    /// What they may ask.
+    challenges: Arc<Challenges>,
 }
 
 impl Parts {
@@ -391,12 +409,18 @@ impl Parts {
             }
         }
         errors.extend(upstream::look_up(upstreams.values()));
+        let challenges = Challenges::new(metrics.challenges());
+        let Plan { listeners: sources, admin: admin_sources, issuers } = Plan::of(config).unwrap_or_else(|found| {
+            errors.extend(found);
+            Plan::default()
+        });
         let mut tls = Vec::new();
-        for (index, written) in config.listeners.iter().enumerate() {
+        for (index, (written, sources)) in config.listeners.iter().zip(sources).enumerate() {
+            let (name, spoken) = (&written.name, written.spoken());
             let built = written
                 .tls
                 .as_ref()
-                .map(|tls| Tls::build(tls, &written.name, written.spoken(), metrics.tls(&written.name)));
+                .map(|tls| Tls::build(tls, sources, name, spoken, challenges.clone(), metrics.tls(name)));
             match built.transpose() {
                 Ok(built) => tls.push(built),
                 Err(found) => {
@@ -407,7 +431,11 @@ impl Parts {
         let mirrors = config.routes.iter().any(|route| route.mirror.is_some());
         let connector = mirrors.then(|| Arc::new(Connector::new(Some(ConnectorOptions::new(MIRROR_POOL)))));
         let admin_tls = config.admin.tls.as_ref().filter(|_| config.admin.enabled);
-        let admin_tls = admin_tls.map(|tls| Tls::build(tls, "admin", &[Protocol::Http1], metrics.tls("admin")));
+        let admin_tls = admin_tls.map(|tls| {
+            // No issuer comes here.
+            let unasked = Challenges::new(metrics.challenges());
+            Tls::build(tls, admin_sources, "admin", &[Protocol::Http1], unasked, metrics.tls("admin"))
+        });
         let admin_tls = admin_tls.transpose().unwrap_or_else(|found| {
             errors.extend(found.into_iter().map(|error| error.under("admin.tls")));
             None
@@ -450,7 +478,18 @@ impl Parts {
         let span_attributes = named(&observability.tracing.attributes, "observability.tracing.attributes");
         match Table::build(rules.iter().map(|(matches, route)| (matches, route.clone())).collect()) {
             Ok(routes) if errors.is_empty() => {
-                Ok(Parts { upstreams, routes, listed, tls, admin_tls, log_fields, span_attributes })
+                let parts = Parts {
+                    upstreams,
+                    routes,
+                    listed,
+                    tls,
+                    admin_tls,
+                    log_fields,
+                    span_attributes,
+                    issuers,
+                    challenges,
+                };
+                Ok(parts)
             }
             Ok(_) => Err(errors),
             Err(found) => {
@@ -493,11 +532,11 @@ fn demands_certificates(tls: &config::listener::Tls) -> bool {
     tls.certificates.iter().all(|one| one.client.as_ref().is_some_and(demands))
 }
 
-/// What clients would not accept of the certificates of a listener.
+/// What clients would not accept of the certificates of a listener, but for those that Forebay renews.
 fn expired(tls: Option<&Tls>, owner: &str) -> Vec<BuildError> {
     let certificates = tls.map(Tls::certificates).unwrap_or_default();
     let problems = certificates.into_iter().enumerate().filter_map(|(index, facts)| {
-        let path = format!("{owner}.tls.certificates[{index}].cert");
+        let (facts, path) = (facts.filter(|facts| !facts.issued)?, format!("{owner}.tls.certificates[{index}].cert"));
         facts.problem.map(|problem| BuildError::new(path, format!("`{}` is of no use: {problem}", facts.file)))
     });
     problems.collect()

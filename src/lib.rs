@@ -4,6 +4,7 @@
 //! way of a request from the client through the filters to an upstream, and last how all of it is put together.
 
 pub mod access_log;
+pub mod acme;
 pub mod admin;
 pub mod cli;
 pub mod client;

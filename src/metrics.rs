@@ -4,6 +4,7 @@
 //! path only the children that a handle keeps are touched, for a look-up costs ten times as much. The registry is our
 //! own and not the crate's global one, so that two gateways in one process do not count each other's exchanges.
 
+mod acme;
 pub mod endpoints;
 pub mod family;
 mod limits;
@@ -41,6 +42,7 @@ pub const UNROUTED: &str = "_none";
 /// The value of the label `where` for what no phase or filter is to blame for.
 pub const LOOP: &str = "loop";
 
+pub use acme::{AcmeMetrics, ChallengeMetrics};
 pub use limits::{LimitMetrics, QueueMetrics};
 pub use phases::{PhaseState, Seat};
 pub use refusals::RefusalMetrics;
@@ -87,6 +89,7 @@ struct Families {
     accept_paused: IntGaugeVec,
     client_requests: IntCounterVec,
     tls: tls::Families,
+    acme: acme::Families,
     relays: relay::Families,
     upstream_selections: IntCounterVec,
     upstream_connects: IntCounterVec,
@@ -227,6 +230,16 @@ impl Metrics {
     /// Those of the TLS of the listener of this name.
     pub fn tls(&self, listener: &str) -> TlsMetrics {
         self.families().tls.listener(listener)
+    }
+
+    /// Those of the issuer of certificates of this name.
+    pub fn acme(&self, issuer: &str) -> AcmeMetrics {
+        self.families().acme.issuer(issuer)
+    }
+
+    /// Those of the answers to issuers of certificates.
+    pub fn challenges(&self) -> ChallengeMetrics {
+        self.families().acme.challenges()
     }
 
     /// Those of what a listener passes on as it is, under this name.
@@ -470,6 +483,7 @@ impl Families {
             accept_paused: family::ACCEPT_PAUSED.gauge(registry),
             client_requests: family::CLIENT_REQUESTS.counter(registry),
             tls: tls::Families::register(registry),
+            acme: acme::Families::register(registry),
             relays: relay::Families::register(registry),
             upstream_selections: family::UPSTREAM_SELECTIONS.counter(registry),
             upstream_connects: family::UPSTREAM_CONNECTS.counter(registry),
@@ -842,6 +856,8 @@ mod tests {
         metrics.listener("web");
         metrics.doorway();
         metrics.relay("web", "tcp");
+        metrics.acme("ours").show("a.test", 0, 0);
+        metrics.challenges();
         metrics.tls("web").show([("a.test", "RSA", 0)]);
         let upstream = metrics.upstream("app");
         let endpoint = upstream.endpoint("127.0.0.1:3000");

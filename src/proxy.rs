@@ -38,6 +38,7 @@ use pingora::{Error, ErrorType, Result};
 use pingora_proxy::{FailToProxy, ProxyHttp, ProxyWarnLogContext, Session};
 
 use crate::access_log::AccessLog;
+use crate::client::challenges::Challenges;
 use crate::client::lane::Lanes;
 use crate::client::spool::Depot;
 use crate::error::{Refusal, refusal};
@@ -72,6 +73,8 @@ pub struct Proxy {
     pub depot: Arc<Depot>,
     /// Where turns for holding them are had.
     pub lanes: Arc<Lanes>,
+    /// What issuers of certificates are waited for to ask.
+    pub challenges: Arc<Challenges>,
     /// Traces, if there are any.
     pub tracer: Option<Arc<Tracer>>,
     /// Recordings of exchanges with their phases.
@@ -301,6 +304,9 @@ impl Proxy {
         }
         if let Err(refusal) = checked.and_then(|()| exchange.take_place()) {
             return refusal.into();
+        }
+        if let Some(verdict) = https::prove(&self.challenges, request) {
+            return verdict;
         }
         if let Some(verdict) = https::redirect(exchange, request) {
             return verdict;

@@ -31,7 +31,7 @@ commands=()
 for purpose in "$@"; do
     case $purpose in
         build) commands+=(clang cmake g++ git libclang-dev) ;;
-        test) commands+=(chromium curl dnsmasq-base haproxy nginx openssl prometheus python3 python3-grpcio slowhttptest tmux wrk) ;;
+        test) commands+=(chromium curl dnsmasq-base haproxy nginx openssl pebble prometheus python3 python3-grpcio slowhttptest tmux wrk) ;;
         bench) commands+=(haproxy nginx wrk) ;;
         *) echo "install-tools.sh: unknown purpose '$purpose': build, test or bench" >&2; exit 2 ;;
     esac

@@ -11,7 +11,8 @@ use pingora::tls::ssl::{SslConnector, SslMethod, SslStream, SslVerifyMode};
 use pingora::tls::x509::X509;
 
 use super::{ConfigFile, Failure};
-use crate::config::server::Admin;
+use crate::acme::plan::Plan;
+use crate::config::Config;
 use crate::gateway::Builder;
 
 /// For a connection to stand, and for each piece of an answer.
@@ -66,7 +67,7 @@ impl Where {
         if !config.admin.enabled {
             return Err(Failure::Runtime(format!("{}: the admin endpoint is off", path.display())));
         }
-        Ok(AdminEndpoint::of(&config.admin))
+        Ok(AdminEndpoint::of(&config))
     }
 }
 
@@ -86,12 +87,14 @@ fn token_of_environment() -> Option<String> {
 
 impl AdminEndpoint {
     /// The endpoint of a configuration.
-    pub fn of(admin: &Admin) -> Self {
-        let certificate = admin.tls.as_ref().and_then(|tls| tls.certificates.first());
+    pub fn of(config: &Config) -> Self {
+        let admin = &config.admin;
+        // What is wrong with the configuration is told elsewhere.
+        let sources = Plan::of(config).map(|plan| plan.admin).unwrap_or_default();
         AdminEndpoint {
             address: reachable(&admin.address.0),
             token: admin.token.clone().or_else(token_of_environment),
-            certificate: certificate.map(|certificate| PathBuf::from(&certificate.cert)),
+            certificate: sources.first().map(|source| PathBuf::from(&source.cert)),
         }
     }
 

@@ -1,6 +1,12 @@
 //! `forebay certs`: the certificates of a configuration as their files are now, and what is wrong with them.
 
+use std::path::Path;
+
 use super::{ConfigFile, Failure, print};
+use crate::acme;
+use crate::acme::plan::{Asked, Plan};
+use crate::acme::schedule::Record;
+use crate::client::tls::certificate::Source;
 use crate::client::tls::{self, CertificateFacts};
 use crate::gateway::Builder;
 
@@ -17,20 +23,12 @@ struct Row {
 /// Lists them.
 pub fn certs(builder: &Builder, file: ConfigFile) -> Result<(), Failure> {
     let (_, config) = file.load(builder)?;
+    let plan = Plan::of(&config).map_err(|errors| Failure::Report(config.report(&errors)))?;
     let now = tls::now();
-    let mut rows = Vec::new();
-    for listener in &config.listeners {
-        for certificate in listener.tls.iter().flat_map(|tls| &tls.certificates) {
-            let row = match tls::inspect(certificate) {
-                Ok(facts) => known(&listener.name, &facts, now),
-                Err(errors) => {
-                    let problem = errors.iter().map(ToString::to_string).collect::<Vec<_>>().join("; ");
-                    unknown(&listener.name, &certificate.cert, problem)
-                }
-            };
-            rows.push(row);
-        }
-    }
+    let names = config.listeners.iter().map(|listener| &*listener.name).chain(["admin"]);
+    let sources = plan.listeners.iter().chain([&plan.admin]);
+    let all = names.zip(sources).flat_map(|(listener, sources)| sources.iter().map(move |source| (listener, source)));
+    let rows: Vec<Row> = all.map(|(listener, source)| row(listener, source, &plan.issuers, now)).collect();
     if rows.is_empty() {
         return print("no listener has certificates");
     }
@@ -39,6 +37,27 @@ pub fn certs(builder: &Builder, file: ConfigFile) -> Result<(), Failure> {
         0 => Ok(()),
         1 => Err(Failure::Runtime("one certificate has a problem".to_owned())),
         count => Err(Failure::Runtime(format!("{count} certificates have problems"))),
+    }
+}
+
+fn row(listener: &str, source: &Source, issuers: &[Asked], now: i64) -> Row {
+    let found = tls::inspect(source);
+    let asked = issuers.iter().find_map(|asked| {
+        let wanted = asked.certificates.iter().find(|wanted| Path::new(&source.cert) == wanted.path)?;
+        Some(acme::record(asked, wanted).unwrap_or_default())
+    });
+    match (found, asked) {
+        (Ok(Some(facts)), None) => known(listener, &facts, now),
+        (Ok(Some(facts)), Some(record)) => ordered(known(listener, &facts, now), &facts, &record),
+        (Ok(None), record) => {
+            let why = record.and_then(|record| record.problem).map(|problem| format!(": {problem}"));
+            let problem = format!("it is not issued yet{}", why.unwrap_or_default());
+            unknown(listener, &source.names.join(" "), problem)
+        }
+        (Err(errors), _) => {
+            let problem = errors.iter().map(ToString::to_string).collect::<Vec<_>>().join("; ");
+            unknown(listener, &source.cert, problem)
+        }
     }
 }
 
@@ -58,6 +77,22 @@ fn known(listener: &str, facts: &CertificateFacts, now: i64) -> Row {
         ],
         problem: facts.problem.clone().or(soon),
     }
+}
+
+/// The same of one from an issuer: what is remembered says when it is renewed, and why it was not.
+fn ordered(row: Row, facts: &CertificateFacts, record: &Record) -> Row {
+    let Row { mut cells, problem } = row;
+    if record.serial.as_ref() == Some(&facts.serial) {
+        cells[5] = day(i64::try_from(record.due).unwrap_or(i64::MAX));
+    }
+    // One that lives for a few days is renewed on the last of them.
+    let is_short = facts.not_after.saturating_sub(facts.not_before) < 3 * SOON_SECONDS;
+    let problem = problem.filter(|_| facts.problem.is_some() || !is_short);
+    let missing = (!facts.missing.is_empty()).then(|| {
+        let names: Vec<&str> = facts.missing.iter().map(|name| &**name).collect();
+        format!("it is not issued for {} yet", names.join(" "))
+    });
+    Row { cells, problem: record.problem.clone().or(missing).or(problem) }
 }
 
 fn unknown(listener: &str, file: &str, problem: String) -> Row {
@@ -96,12 +131,14 @@ mod tests {
         CertificateFacts {
             file: "/etc/a.pem".to_owned(),
             names: vec!["a.test".into(), "*.a.test".into()],
+            missing: Vec::new(),
             kind: KeyKind::P256,
             not_before: 0,
             not_after,
             serial: "01".to_owned(),
             issuer: "CN=An Authority".to_owned(),
             problem: problem.map(str::to_owned),
+            issued: false,
         }
     }
 

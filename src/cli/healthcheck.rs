@@ -28,7 +28,7 @@ pub fn healthcheck(builder: &Builder, url: Option<Uri>, file: ConfigFile) -> Res
                 return Err(Failure::Runtime(format!("{}: the admin endpoint is off", path.display())));
             }
             if config.admin.tls.is_some() {
-                let endpoint = AdminEndpoint::of(&config.admin);
+                let endpoint = AdminEndpoint::of(&config);
                 let ready = endpoint.get("/readyz").map_err(|why| Failure::Runtime(format!("not ready: {why}")));
                 return ready.and_then(|_| print(&format!("https://{}/readyz answers 200", endpoint.address)));
             }

@@ -15,6 +15,7 @@ use super::hello::{self, Hello};
 use super::names::Names;
 use super::proxy_protocol::{self, Expected};
 use super::relay::Relay;
+use super::tls::certificate::ISSUED_KIND;
 use super::tls::handshake::{self, Facts};
 use super::tls::stream::{Raw, TlsStream};
 use super::tls::{self, Tls};
@@ -145,6 +146,8 @@ pub async fn enter(io: Stream, counted: Counted, ends: Ends, metrics: &Metrics) 
             connection.secure(*facts, begun, took);
             Ok(Some(Entered::Http { io: stream, inbox: BytesMut::new(), connection }))
         }
+        // RFC 8737 §3: nothing follows.
+        Ok(Secured::Proved) => Ok(None),
         Ok(Secured::Elsewhere(raw, relay, name)) => {
             Ok(Some(Entered::Relay { raw, relay, name: Some(name), connection }))
         }
@@ -214,7 +217,7 @@ pub async fn secure_with(io: Stream, tls: &Tls) -> Result<Stream, &'static Refus
             tls.metrics.shaken(facts.version, facts.resumed, begun.elapsed());
             Ok(stream)
         }
-        Ok(Secured::Elsewhere(..)) => Err(&refusal::HANDSHAKE_FAILED),
+        Ok(Secured::Elsewhere(..) | Secured::Proved) => Err(&refusal::HANDSHAKE_FAILED),
         Err((refusal, answerable)) => {
             if let Some(io) = answerable {
                 super::turn_away(io, refusal).await;
@@ -230,6 +233,8 @@ enum Secured {
     Here(Box<TlsStream>, Box<Facts>),
     /// Somebody else's, who is asked for by this name.
     Elsewhere(Box<Raw>, Arc<Relay>, Box<str>),
+    /// The end: an issuer of certificates has seen that the name is served here.
+    Proved,
 }
 
 async fn secure(mut raw: Raw, tls: Option<&Tls>, passthrough: &Names<Arc<Relay>>) -> Result<Secured, Failure> {
@@ -246,6 +251,14 @@ async fn secure(mut raw: Raw, tls: Option<&Tls>, passthrough: &Names<Arc<Relay>>
     {
         return Ok(Secured::Elsewhere(Box::new(raw), relay.clone(), name.clone()));
     }
+    if let Some(tls) = tls
+        && let Some(context) = tls.challenges.tls(&hello)
+    {
+        let stream = handshake::shake(context, ISSUED_KIND, raw, None).await.map_err(|why| (why, None))?;
+        tls.challenges.metrics.tls_alpn_01.inc();
+        handshake::close(stream).await;
+        return Ok(Secured::Proved);
+    }
     // The table is held for a look-up, and the context for the handshake: a swap in between does not disturb it.
     let found = match tls {
         Some(tls) => tls.table.load().find(hello.name.as_deref()).cloned(),
@@ -259,7 +272,13 @@ async fn secure(mut raw: Raw, tls: Option<&Tls>, passthrough: &Names<Arc<Relay>>
             return Err((why, None));
         }
     };
-    let Some((kind, context)) = host.choose(&hello).cloned() else { return Err((&refusal::HANDSHAKE_FAILED, None)) };
+    let (kind, context) = match host.choose(&hello).cloned() {
+        Ok(chosen) => chosen,
+        Err(why) => {
+            refuse(raw, why).await;
+            return Err((why, None));
+        }
+    };
     let threads = tls.and_then(|tls| tls.threads.as_ref());
     let stream = handshake::shake(context, kind, raw, threads).await.map_err(|why| (why, None))?;
     let (stream, facts) = handshake::complete(stream, &hello, host.policy()).map_err(|why| (why, None))?;
@@ -286,11 +305,14 @@ async fn read_hello(raw: &mut Raw) -> Result<Hello, &'static Refusal> {
 /// Tells a client of TLS why it is refused before the library has seen it, with a fatal alert (RFC 8446 §6.2).
 async fn refuse(mut raw: Raw, why: &'static Refusal) {
     const DECODE_ERROR: u8 = 50;
+    const INTERNAL_ERROR: u8 = 80;
     const UNRECOGNIZED_NAME: u8 = 112;
     let alert = if why == &refusal::HANDSHAKE_UNKNOWN_NAME || why == &refusal::HANDSHAKE_NO_NAME {
         UNRECOGNIZED_NAME
     } else if why == &refusal::HANDSHAKE_MALFORMED || why == &refusal::HANDSHAKE_TOO_LARGE {
         DECODE_ERROR
+    } else if why == &refusal::HANDSHAKE_AWAITED {
+        INTERNAL_ERROR
     } else {
         return;
     };

@@ -4,6 +4,7 @@
 //! when one of them changes; what is wrong changes nothing. `client/entrance.rs` reads the ClientHello and asks the table.
 
 pub mod certificate;
+pub mod challenge;
 mod context;
 pub mod handshake;
 mod staple;
@@ -17,13 +18,13 @@ use std::time::{Duration, SystemTime};
 
 use arc_swap::ArcSwap;
 
+use crate::client::challenges::Challenges;
 use crate::client::hello::KeyKind;
 use crate::config;
 use crate::config::listener::Protocol;
-use crate::config::listener::tls::Certificate;
 use crate::error::BuildError;
 use crate::metrics::TlsMetrics;
-use certificate::{Files, Loaded};
+use certificate::{Clients, Files, Loaded, Source};
 use context::Terms;
 use handshake::Threads;
 use table::{Served, Table};
@@ -44,10 +45,14 @@ pub struct Tls {
     pub threads: Option<Threads>,
     /// Its counters.
     pub metrics: TlsMetrics,
+    /// What issuers of certificates are waited for to ask.
+    pub challenges: Arc<Challenges>,
     listener: Box<str>,
     terms: Terms,
     tickets: Option<Tickets>,
     written: config::listener::Tls,
+    /// Where its certificates come from, in the order of the file.
+    sources: Vec<Source>,
     /// What is served now of each certificate; taken only when files are looked at.
     current: Mutex<Vec<Current>>,
 }
@@ -57,7 +62,8 @@ pub struct Tls {
 struct Current {
     digest: [u8; 32],
     served: Served,
-    facts: CertificateFacts,
+    /// `None`: an issuer has given none yet.
+    facts: Option<CertificateFacts>,
     /// Contents that were refused, so that this is told once.
     refused: Option<[u8; 32]>,
 }
@@ -69,6 +75,8 @@ pub struct CertificateFacts {
     pub file: String,
     /// Its names.
     pub names: Vec<Box<str>>,
+    /// Names that it was wanted for and that it is not made out to.
+    pub missing: Vec<Box<str>>,
     /// What its key signs with.
     pub kind: KeyKind,
     /// When it begins to be valid, in seconds since 1970.
@@ -81,6 +89,8 @@ pub struct CertificateFacts {
     pub issuer: String,
     /// Why clients do not accept it, if so.
     pub problem: Option<String>,
+    /// Whether Forebay has it from an issuer, and renews it.
+    pub issued: bool,
 }
 
 impl Tls {
@@ -91,21 +101,22 @@ impl Tls {
     /// Everything that is wrong with it, but for certificates that have expired: see [`Tls::certificates`].
     pub fn build(
         written: &config::listener::Tls,
+        sources: Vec<Source>,
         listener: &str,
         protocols: &[Protocol],
+        challenges: Arc<Challenges>,
         metrics: TlsMetrics,
     ) -> Result<Tls, Vec<BuildError>> {
         let mut errors = Vec::new();
         let tickets = tickets(written).map_err(|error| errors.push(error)).ok().flatten();
         let terms = Terms::build(written, protocols, tickets.clone()).map_err(|found| errors.extend(found)).ok();
         let mut current = Vec::new();
-        for (index, certificate) in written.certificates.iter().enumerate() {
+        for (index, source) in sources.iter().enumerate() {
             let under = |found: Vec<BuildError>| {
                 found.into_iter().map(move |error| error.under(&format!("certificates[{index}]"))).collect::<Vec<_>>()
             };
-            let loaded = Files::read(certificate).and_then(|files| Ok((Loaded::parse(certificate, &files)?, files)));
-            match (loaded, &terms) {
-                (Ok((loaded, files)), Some(terms)) => match serve(certificate, &loaded, &files, terms) {
+            match (read(source), &terms) {
+                (Ok((loaded, files)), Some(terms)) => match serve(source, loaded.as_ref(), &files, terms) {
                     Ok(served) => current.push(served),
                     Err(error) => errors.extend(under(vec![error])),
                 },
@@ -121,13 +132,15 @@ impl Tls {
             timeout: written.handshake_timeout.0,
             threads: None,
             metrics,
+            challenges,
             listener: listener.into(),
             terms,
             tickets,
             written: written.clone(),
+            sources,
             current: Mutex::new(current),
         };
-        tls.metrics.show(tls.current().iter().map(|one| one.facts.series()));
+        tls.metrics.show(tls.current().iter().filter_map(Current::series));
         Ok(tls)
     }
 
@@ -145,11 +158,16 @@ impl Tls {
         Ok(())
     }
 
-    /// What is served now.
-    pub fn certificates(&self) -> Vec<CertificateFacts> {
+    /// What is served now, in the order of the file. `None`: an issuer has given none yet.
+    pub fn certificates(&self) -> Vec<Option<CertificateFacts>> {
         let now = now();
         let current = self.current();
-        current.iter().map(|one| one.facts.clone()).map(|facts| facts.at(now)).collect()
+        current.iter().map(|one| one.facts.clone().map(|facts| facts.at(now))).collect()
+    }
+
+    /// Whether one of its certificates is in this file.
+    pub fn serves(&self, file: &str) -> bool {
+        self.sources.iter().any(|source| source.cert == file)
     }
 
     /// Looks at the files again. What changed and is right is served from now on; what is wrong is told once, and what was
@@ -158,8 +176,8 @@ impl Tls {
         let mut current = self.current();
         let mut taken = Vec::new();
         let mut wrong = 0;
-        for (index, certificate) in self.written.certificates.iter().enumerate() {
-            match current[index].look(certificate, &self.terms) {
+        for (index, source) in self.sources.iter().enumerate() {
+            match current[index].look(source, &self.terms) {
                 Look::Same => current[index].refused = None,
                 Look::Refused => wrong += 1,
                 Look::Wrong(digest, errors) => {
@@ -179,8 +197,8 @@ impl Tls {
                     *current = next;
                     self.metrics.reloaded.inc();
                     for (index, _) in &taken {
-                        let facts = &current[*index].facts;
-                        tracing::info!(listener = %self.listener, "the certificate in `{}` was read anew", facts.file);
+                        let file = &self.sources[*index].cert;
+                        tracing::info!(listener = %self.listener, "the certificate in `{file}` was read anew");
                     }
                 }
                 Err(errors) => {
@@ -191,7 +209,7 @@ impl Tls {
             }
         }
         self.metrics.wrong.set(i64::try_from(wrong).unwrap_or(i64::MAX));
-        self.metrics.show(current.iter().map(|one| one.facts.series()));
+        self.metrics.show(current.iter().filter_map(Current::series));
     }
 
     /// Tells what is wrong with what has changed, once.
@@ -225,27 +243,50 @@ impl Tls {
     }
 }
 
-/// Looks at the files of one certificate.
+/// Looks at the files of one certificate. `None`: an issuer has given none yet.
 ///
 /// # Errors
 ///
 /// Everything that is wrong with them.
-pub fn inspect(written: &Certificate) -> Result<CertificateFacts, Vec<BuildError>> {
-    let files = Files::read(written)?;
-    Ok(CertificateFacts::of(written, &Loaded::parse(written, &files)?))
+pub fn inspect(source: &Source) -> Result<Option<CertificateFacts>, Vec<BuildError>> {
+    let files = Files::read(source)?;
+    if files.awaited {
+        return Ok(None);
+    }
+    Ok(Some(CertificateFacts::of(source, &Loaded::parse(source, &files)?)))
+}
+
+/// Reads what is to be served when the gateway starts. One from an issuer that is of no use is as good as none: a new one is
+/// asked for.
+fn read(source: &Source) -> Result<(Option<Loaded>, Files), Vec<BuildError>> {
+    let files = Files::read(source)?;
+    if files.awaited {
+        Clients::parse(source, &files)?;
+        return Ok((None, files));
+    }
+    match Loaded::parse(source, &files) {
+        Ok(loaded) => Ok((Some(loaded), files)),
+        Err(found) if source.issued && found.iter().all(|error| ["cert", "key"].contains(&error.path.as_str())) => {
+            found.iter().for_each(|error| tracing::warn!("a certificate that was issued is not served: {error}"));
+            Ok((None, files))
+        }
+        Err(found) => Err(found),
+    }
 }
 
 impl CertificateFacts {
-    fn of(written: &Certificate, loaded: &Loaded) -> Self {
+    fn of(source: &Source, loaded: &Loaded) -> Self {
         CertificateFacts {
-            file: written.cert.clone(),
+            file: source.cert.clone(),
             names: loaded.names.clone(),
+            missing: loaded.missing.clone(),
             kind: loaded.kind,
             not_before: loaded.not_before,
             not_after: loaded.not_after,
             serial: loaded.serial.clone(),
             issuer: loaded.issuer.clone(),
             problem: loaded.problem(now()),
+            issued: source.issued,
         }
     }
 
@@ -281,15 +322,22 @@ enum Look {
 }
 
 impl Current {
-    fn look(&self, written: &Certificate, terms: &Terms) -> Look {
+    /// The labels and the value of its series.
+    fn series(&self) -> Option<(&str, &'static str, i64)> {
+        self.facts.as_ref().map(CertificateFacts::series)
+    }
+
+    fn look(&self, source: &Source, terms: &Terms) -> Look {
         let unreadable = |errors: Vec<BuildError>| {
             let told = errors.iter().map(ToString::to_string).collect::<String>();
             let mut digest = [0xff; 32];
             digest[..16].copy_from_slice(&xxhash_rust::xxh3::xxh3_128(told.as_bytes()).to_be_bytes());
             (digest, errors)
         };
-        let (digest, errors) = match Files::read(written) {
+        let (digest, errors) = match Files::read(source) {
             Err(errors) => unreadable(errors),
+            // What is served stays, should anybody have taken the file away.
+            Ok(files) if files.awaited => return Look::Same,
             Ok(files) => {
                 let digest = files.digest();
                 if digest == self.digest {
@@ -298,13 +346,12 @@ impl Current {
                 if self.refused == Some(digest) {
                     return Look::Refused;
                 }
-                let taken = Loaded::parse(written, &files).and_then(|loaded| {
+                let taken = Loaded::parse(source, &files).and_then(|loaded| {
                     // One that clients do not accept is no better than the one before.
-                    let problem = loaded
-                        .problem(now())
-                        .map(|what| BuildError::new("cert", format!("`{}`: {what}", written.cert)));
+                    let problem =
+                        loaded.problem(now()).map(|what| BuildError::new("cert", format!("`{}`: {what}", source.cert)));
                     problem.map_or(Ok(()), |problem| Err(vec![problem]))?;
-                    serve(written, &loaded, &files, terms).map_err(|error| vec![error])
+                    serve(source, Some(&loaded), &files, terms).map_err(|error| vec![error])
                 });
                 match taken {
                     Ok(taken) => return Look::Taken(Box::new(taken)),
@@ -316,14 +363,21 @@ impl Current {
     }
 }
 
-fn serve(written: &Certificate, loaded: &Loaded, files: &Files, terms: &Terms) -> Result<Current, BuildError> {
-    let policy = files.policy(written);
+/// What is served of a certificate. `None`: an issuer has given none yet, and its names have a place all the same.
+fn serve(source: &Source, loaded: Option<&Loaded>, files: &Files, terms: &Terms) -> Result<Current, BuildError> {
+    let (policy, digest) = (files.policy(source), files.digest());
+    let Some(loaded) = loaded else {
+        let awaited = source.names.iter().filter_map(|name| certificate::host(name).ok()).collect();
+        let served = Served { names: Vec::new(), awaited, kind: certificate::ISSUED_KIND, policy, context: None };
+        return Ok(Current { digest, served, facts: None, refused: None });
+    };
     let context = terms
         .context(loaded, policy)
-        .map_err(|error| BuildError::new("cert", format!("`{}` cannot be served: {error}", written.cert)))?;
-    let served = Served { names: loaded.names.clone(), kind: loaded.kind, policy, context };
-    let facts = CertificateFacts::of(written, loaded);
-    Ok(Current { digest: files.digest(), served, facts, refused: None })
+        .map_err(|error| BuildError::new("cert", format!("`{}` cannot be served: {error}", source.cert)))?;
+    let (names, awaited) = (loaded.names.clone(), loaded.missing.clone());
+    let served = Served { names, awaited, kind: loaded.kind, policy, context: Some(context) };
+    let facts = CertificateFacts::of(source, loaded);
+    Ok(Current { digest, served, facts: Some(facts), refused: None })
 }
 
 fn tickets(written: &config::listener::Tls) -> Result<Option<Tickets>, BuildError> {

@@ -3,6 +3,8 @@
 //!
 //! It works on what could be decoded, however much is missing, and keeps silent where something is wrong already.
 
+mod acme;
+
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::hash::Hash;
 use std::net::{IpAddr, Ipv6Addr};
@@ -141,6 +143,7 @@ impl<'a> Check<'a> {
         self.event_loop(&rest.observability.event_loop);
         self.tracing(&rest.observability.tracing);
         self.admin(&rest.admin);
+        self.issuers(&rest.acme);
     }
 
     fn admin(&mut self, admin: &Admin) {
@@ -537,6 +540,7 @@ impl<'a> Check<'a> {
                     .help("write `- { cert: /etc/forebay/shop.pem, key: /etc/forebay/shop.key }`"),
             );
         }
+        self.certificates(&tls.certificates, path);
         if tls.groups.is_empty() && !self.parts.broken.within(&format!("{path}.groups")) {
             let finding = Finding::error(value(format!("{path}.groups")), "TLS needs a group for the key exchange");
             self.wrong(finding.label("expected at least one"));

@@ -37,6 +37,13 @@ impl User {
         Ok(user)
     }
 
+    /// The user and the group, where there is something to become.
+    pub fn to_become(&self) -> Option<(u32, u32)> {
+        // SAFETY: it has no arguments and cannot fail.
+        let own = unsafe { libc::geteuid() };
+        (own == 0).then_some((self.uid, self.gid))
+    }
+
     /// Becomes this user, all threads at once and for good.
     ///
     /// # Errors

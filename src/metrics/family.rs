@@ -150,6 +150,16 @@ families! {
         "Times that files of certificates had changed, by whether what they hold was taken or refused.";
     TLS_CERTIFICATES_REFUSED: "forebay_tls_certificates_refused", Gauge, ["listener"],
         "Certificates whose files hold something now that was refused: an older one is served.";
+    ACME_ORDERS: "forebay_acme_orders_total", Counter, ["issuer", "outcome"],
+        "Orders for certificates that ended, by whether one was issued.";
+    ACME_CHALLENGES: "forebay_acme_challenges_total", Counter, ["challenge"],
+        "Requests and handshakes of issuers of certificates that were answered to prove a name.";
+    ACME_FAILURES: "forebay_acme_failures", Gauge, ["issuer", "name"],
+        "Orders for a certificate that failed since one did not, by its first name.";
+    ACME_DUE: "forebay_acme_due_timestamp_seconds", Gauge, ["issuer", "name"],
+        "When the next order for a certificate is due, by its first name.";
+    ACME_ACTIVE: "forebay_acme_active", Gauge, ["issuer"],
+        "Whether this process orders the certificates: of several that share a store, one does.";
     RELAYED_CONNECTIONS: "forebay_relayed_connections", Gauge, ["listener", "name"],
         "Client connections that are passed on as they are now, by the name of TLS that they asked for or tcp.";
     RELAYED_CONNECTIONS_TOTAL: "forebay_relayed_connections_total", Counter, ["listener", "name"],

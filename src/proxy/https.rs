@@ -1,15 +1,28 @@
-//! From HTTP to HTTPS: a listener in clear text that sends its clients to the secure one, and `Strict-Transport-Security`,
+//! From HTTP to HTTPS: how an issuer of certificates is shown that a name is served here, a listener in clear text that sends its clients to the secure one, and `Strict-Transport-Security`,
 //! by which browsers come there by themselves (RFC 6797).
 
 use bytes::Bytes;
 use http::uri::Authority;
-use http::{HeaderName, HeaderValue, StatusCode, header};
+use http::{HeaderName, HeaderValue, Method, StatusCode, header};
 use pingora::http::{RequestHeader, ResponseHeader};
 
 use super::exchange::Exchange;
+use crate::client::challenges::Challenges;
 use crate::client::connection::Redirect;
 use crate::error::refusal;
 use crate::filter::{Answer, Verdict};
+
+/// Answers an issuer of certificates that makes sure that a name is served here (RFC 8555 §8.3). `None`: it is somebody else, or
+/// asks for what nobody waits for.
+pub fn prove(challenges: &Challenges, request: &RequestHeader) -> Option<Verdict> {
+    let answer = challenges.http(request.uri.path())?;
+    if ![Method::GET, Method::HEAD].contains(&request.method) {
+        return None;
+    }
+    challenges.metrics.http_01.inc();
+    let headers = vec![(header::CONTENT_TYPE, HeaderValue::from_static("application/octet-stream"))];
+    Some(Verdict::Answer(Answer { status: StatusCode::OK, headers, body: Bytes::copy_from_slice(answer.as_bytes()) }))
+}
 
 /// Answers a request on a listener that does nothing but send its clients to HTTPS. `None`: this one serves requests.
 pub fn redirect(exchange: &Exchange, request: &RequestHeader) -> Option<Verdict> {

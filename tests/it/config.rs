@@ -497,8 +497,18 @@ fn full_yaml_shows_the_defaults_of_the_code() {
         config["upstreams"].as_object_mut().unwrap().retain(|name, _| name == "app");
         // These have no default.
         config["server"].as_object_mut().unwrap().remove("user");
+        // Nobody is asked for certificates.
+        config.as_object_mut().unwrap().remove("acme");
         config["admin"].as_object_mut().unwrap().retain(|key, _| !["token", "tls"].contains(&&**key));
         config
     };
     assert_eq!(effective("full.yaml"), effective("forebay.yaml"));
+}
+
+#[test]
+fn full_yaml_shows_the_defaults_of_an_issuer() {
+    use forebay::config::acme::Issuer;
+    let shown = shipped_file("full.yaml").0.acme["letsencrypt"].clone();
+    assert_eq!(shown.directory.as_deref(), Issuer::default().directory("letsencrypt"));
+    assert_eq!(Issuer { directory: None, email: None, ..shown }, Issuer::default());
 }

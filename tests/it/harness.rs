@@ -17,6 +17,7 @@ pub mod metrics;
 pub mod moody;
 pub mod nginx;
 pub mod origin;
+pub mod pebble;
 pub mod peers;
 pub mod raw_h2;
 pub mod secure;

@@ -12,7 +12,7 @@ const LEVELS: [&[&str]; 8] = [
     &["expression"],
     &["config", "metrics"],
     &["client", "filter", "upstream", "access_log", "eventloop", "origin", "recorder", "spans"],
-    &["admin", "proxy"],
+    &["acme", "admin", "proxy"],
     &["gateway"],
     &["cli"],
     &["main"],

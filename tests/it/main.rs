@@ -5,6 +5,7 @@
 mod harness;
 
 mod accept;
+mod acme;
 mod actors;
 mod admin;
 mod attacks;

@@ -14,7 +14,7 @@ use zeroize::Zeroizing;
 
 use super::staple::{self, Staple};
 use crate::client::hello::KeyKind;
-use crate::config::listener::tls::{Certificate, ClientMode};
+use crate::config::listener::tls::{Certificate, ClientCertificates, ClientMode};
 use crate::error::BuildError;
 
 /// A file of certificates or a key may have so many bytes, a list of what was revoked more.
@@ -23,13 +23,54 @@ const CRL_BYTES_MAX: u64 = 64 << 20;
 /// Shorter ones are refused by clients, too.
 const RSA_BITS_MIN: u32 = 2048;
 
+/// The keys of certificates from issuers: every client verifies them, and they cost the least.
+pub const ISSUED_KIND: KeyKind = KeyKind::P256;
+
+/// Where a certificate comes from, and whom it is shown to.
+#[derive(Clone, Debug)]
+pub struct Source {
+    /// A file with the certificate and those between it and its authority, in PEM.
+    pub cert: String,
+    /// A file with its private key, in PEM; perhaps the same one.
+    pub key: String,
+    /// The names that it is used for; if there are none, those that are in it.
+    pub names: Vec<String>,
+    /// A file with the proof that it is not revoked.
+    pub staple: Option<String>,
+    /// What is asked of clients.
+    pub client: Option<ClientCertificates>,
+    /// Forebay gets it from an issuer: there may be none yet, or one that is not for all of the names.
+    pub issued: bool,
+}
+
+impl Source {
+    /// The files that are written.
+    pub fn written(written: &Certificate) -> Source {
+        Source {
+            cert: written.cert.clone().unwrap_or_default(),
+            key: written.key.clone().unwrap_or_default(),
+            names: written.names.these().to_vec(),
+            staple: written.staple.clone(),
+            client: written.client.clone(),
+            issued: false,
+        }
+    }
+
+    /// The file that one from an issuer is kept in, with its key, for these names.
+    pub fn issued(path: &str, names: Vec<String>, written: &Certificate) -> Source {
+        Source { cert: path.to_owned(), key: path.to_owned(), names, issued: true, ..Source::written(written) }
+    }
+}
+
 /// What the files of one certificate hold, not yet looked at.
 pub struct Files {
-    cert: Vec<u8>,
+    cert: Zeroizing<Vec<u8>>,
     key: Zeroizing<Vec<u8>>,
     staple: Option<Vec<u8>>,
     ca: Option<Vec<u8>>,
     crl: Option<Vec<u8>>,
+    /// An issuer has given no certificate yet.
+    pub awaited: bool,
 }
 
 /// A certificate with its key, and all that is shown with it or asked of clients.
@@ -42,6 +83,8 @@ pub struct Loaded {
     pub kind: KeyKind,
     /// The names that it is used for, in lower case.
     pub names: Vec<Box<str>>,
+    /// Names that it was wanted for and that it is not made out to, in lower case.
+    pub missing: Vec<Box<str>>,
     /// When it begins to be valid, in seconds since 1970.
     pub not_before: i64,
     /// When it ceases to be valid, in seconds since 1970.
@@ -66,22 +109,52 @@ pub struct Clients {
     pub crl: Option<Vec<u8>>,
 }
 
+impl Clients {
+    /// Looks through what was read. `None`: nothing is asked of clients.
+    ///
+    /// # Errors
+    ///
+    /// Everything that is wrong with it.
+    pub fn parse(source: &Source, files: &Files) -> Result<Option<Clients>, Vec<BuildError>> {
+        let (Some(client), Some(ca)) = (&source.client, &files.ca) else { return Ok(None) };
+        let authorities = certificates("client.ca", &client.ca, ca).map_err(|error| vec![error])?;
+        if let (Some(path), Some(pem)) = (&client.crl, &files.crl)
+            && count(pem, b"-----BEGIN X509 CRL-----") == 0
+        {
+            let message = format!("`{path}` holds no list of revoked certificates in PEM");
+            return Err(vec![BuildError::new("client.crl", message)]);
+        }
+        Ok(Some(Clients { mode: client.mode, authorities, crl: files.crl.clone() }))
+    }
+}
+
 impl Files {
     /// Reads the files that are named.
     ///
     /// # Errors
     ///
     /// Every file that cannot be read, with the key that names it.
-    pub fn read(written: &Certificate) -> Result<Files, Vec<BuildError>> {
+    pub fn read(source: &Source) -> Result<Files, Vec<BuildError>> {
         let mut errors = Vec::new();
         let mut whole = |at: &str, path: &str, max: u64| {
             read(at, path, max).map_err(|error| errors.push(error)).unwrap_or_default()
         };
-        let client = written.client.as_ref();
+        let client = source.client.as_ref();
+        let awaited = source.issued && is_missing(&source.cert);
+        let (cert, key) = if awaited {
+            (Zeroizing::default(), Zeroizing::default())
+        } else if source.cert == source.key {
+            // Read once, so that both are of one moment.
+            let both = whole("cert", &source.cert, FILE_BYTES_MAX);
+            (both.clone(), both)
+        } else {
+            (whole("cert", &source.cert, FILE_BYTES_MAX), whole("key", &source.key, FILE_BYTES_MAX))
+        };
         let files = Files {
-            cert: whole("cert", &written.cert, FILE_BYTES_MAX).to_vec(),
-            key: whole("key", &written.key, FILE_BYTES_MAX),
-            staple: written.staple.as_ref().map(|path| whole("staple", path, FILE_BYTES_MAX).to_vec()),
+            cert,
+            key,
+            awaited,
+            staple: source.staple.as_ref().map(|path| whole("staple", path, FILE_BYTES_MAX).to_vec()),
             ca: client.map(|client| whole("client.ca", &client.ca, FILE_BYTES_MAX).to_vec()),
             crl: client.and_then(|it| it.crl.as_ref()).map(|path| whole("client.crl", path, CRL_BYTES_MAX).to_vec()),
         };
@@ -90,13 +163,13 @@ impl Files {
 
     /// What tells these contents from others.
     pub fn digest(&self) -> [u8; 32] {
-        let parts = [Some(&self.cert), Some(&self.key), self.staple.as_ref(), self.ca.as_ref(), self.crl.as_ref()];
+        let parts = [Some(&*self.cert), Some(&*self.key), self.staple.as_ref(), self.ca.as_ref(), self.crl.as_ref()];
         digest(parts.map(|part| part.map(Vec::as_slice)))
     }
 
     /// What tells what is asked of clients from other terms; a session of one kind is worth nothing in another.
-    pub fn policy(&self, written: &Certificate) -> Option<[u8; 32]> {
-        let client = written.client.as_ref()?;
+    pub fn policy(&self, source: &Source) -> Option<[u8; 32]> {
+        let client = source.client.as_ref()?;
         let mode: &[u8] = if client.mode == ClientMode::Required { b"required" } else { b"optional" };
         Some(digest([Some(mode), self.ca.as_deref(), self.crl.as_deref()]))
     }
@@ -118,20 +191,11 @@ impl Loaded {
     /// # Errors
     ///
     /// Everything that is wrong with it. That it has expired is not among that: see [`Loaded::problem`].
-    pub fn parse(written: &Certificate, files: &Files) -> Result<Loaded, Vec<BuildError>> {
+    pub fn parse(written: &Source, files: &Files) -> Result<Loaded, Vec<BuildError>> {
         let mut errors = Vec::new();
         let chain = certificates("cert", &written.cert, &files.cert).map_err(|error| errors.push(error)).ok();
         let key = private_key(&written.key, &files.key).map_err(|error| errors.push(error)).ok();
-        let clients = written.client.as_ref().zip(files.ca.as_ref()).and_then(|(client, ca)| {
-            let authorities = certificates("client.ca", &client.ca, ca).map_err(|error| errors.push(error)).ok()?;
-            if let (Some(path), Some(pem)) = (&client.crl, &files.crl)
-                && count(pem, b"-----BEGIN X509 CRL-----") == 0
-            {
-                let message = format!("`{path}` holds no list of revoked certificates in PEM");
-                errors.push(BuildError::new("client.crl", message));
-            }
-            Some(Clients { mode: client.mode, authorities, crl: files.crl.clone() })
-        });
+        let clients = Clients::parse(written, files).map_err(|found| errors.extend(found)).ok().flatten();
         let (Some(chain), Some(key)) = (chain, key) else { return Err(errors) };
         let leaf = &chain[0];
         if !leaf.public_key().is_ok_and(|public| public.public_eq(&key)) {
@@ -154,7 +218,8 @@ impl Loaded {
             staple::parse(der, &serial).map_err(|what| errors.push(wrong(what))).ok()
         });
         match (kind, names) {
-            (Ok(kind), Ok(names)) if errors.is_empty() => Ok(Loaded {
+            (Ok(kind), Ok((names, missing))) if errors.is_empty() => Ok(Loaded {
+                missing,
                 not_before: seconds(leaf.not_before()),
                 not_after: seconds(leaf.not_after()),
                 issuer: text(leaf.issuer_name()),
@@ -253,15 +318,37 @@ fn kind(key: &PKey<Private>) -> Result<KeyKind, String> {
     }
 }
 
-fn names(written: &Certificate, leaf: &X509) -> Result<Vec<Box<str>>, Vec<BuildError>> {
-    if !written.names.is_empty() {
+/// The names that a certificate is used for, and those that it is wanted for and not made out to.
+type Split = (Vec<Box<str>>, Vec<Box<str>>);
+
+fn names(source: &Source, leaf: &X509) -> Result<Split, Vec<BuildError>> {
+    if !source.names.is_empty() {
         let wrong = |index: usize, message| BuildError::new(format!("names[{index}]"), message);
         let checked =
-            written.names.iter().enumerate().map(|(index, name)| host(name).map_err(|what| wrong(index, what)));
+            source.names.iter().enumerate().map(|(index, name)| host(name).map_err(|what| wrong(index, what)));
         let (good, bad): (Vec<_>, Vec<_>) = checked.partition(Result::is_ok);
         let bad: Vec<_> = bad.into_iter().filter_map(Result::err).collect();
-        return if bad.is_empty() { Ok(good.into_iter().flatten().collect()) } else { Err(bad) };
+        if !bad.is_empty() {
+            return Err(bad);
+        }
+        let good = good.into_iter().flatten();
+        if !source.issued {
+            return Ok((good.collect(), Vec::new()));
+        }
+        let own = own_names(leaf);
+        return Ok(good.partition(|name| own.contains(name)));
     }
+    let names = own_names(leaf);
+    if names.is_empty() {
+        let message =
+            format!("the certificate in `{}` is made out to no host: say with `names` which it is for", source.cert);
+        return Err(vec![BuildError::new("cert", message)]);
+    }
+    Ok((names, Vec::new()))
+}
+
+/// The names that a certificate is made out to.
+fn own_names(leaf: &X509) -> Vec<Box<str>> {
     let alternatives = leaf.subject_alt_names();
     let mut names: Vec<Box<str>> = Vec::new();
     for alternative in alternatives.iter().flatten() {
@@ -271,12 +358,12 @@ fn names(written: &Certificate, leaf: &X509) -> Result<Vec<Box<str>>, Vec<BuildE
             names.push(name);
         }
     }
-    if names.is_empty() {
-        let message =
-            format!("the certificate in `{}` is made out to no host: say with `names` which it is for", written.cert);
-        return Err(vec![BuildError::new("cert", message)]);
-    }
-    Ok(names)
+    names
+}
+
+fn is_missing(path: &str) -> bool {
+    use std::io::ErrorKind::{NotADirectory, NotFound};
+    std::fs::metadata(path).is_err_and(|error| [NotFound, NotADirectory].contains(&error.kind()))
 }
 
 fn address(octets: &[u8]) -> Option<String> {
@@ -331,17 +418,18 @@ pub(super) mod tests {
     use crate::config::listener::tls::ClientCertificates;
 
     /// Writes a certificate for these names, with a key of this kind, into `dir`.
-    pub fn issue(dir: &Path, file: &str, names: &[&str]) -> Certificate {
+    pub fn issue(dir: &Path, file: &str, names: &[&str]) -> Source {
         let key = rcgen::KeyPair::generate().expect("a key");
         let names: Vec<String> = names.iter().map(ToString::to_string).collect();
         let params = rcgen::CertificateParams::new(names).expect("parameters");
         let (cert, pem) = (params.self_signed(&key).expect("a certificate"), key.serialize_pem());
-        Certificate {
+        Source {
             cert: put(dir, &format!("{file}.pem"), cert.pem().as_bytes()),
             key: put(dir, &format!("{file}.key"), pem.as_bytes()),
             names: Vec::new(),
             staple: None,
             client: None,
+            issued: false,
         }
     }
 
@@ -351,7 +439,7 @@ pub(super) mod tests {
         path.display().to_string()
     }
 
-    pub fn load(written: &Certificate) -> Result<Loaded, Vec<String>> {
+    pub fn load(written: &Source) -> Result<Loaded, Vec<String>> {
         let loaded = Files::read(written).and_then(|files| Loaded::parse(written, &files));
         loaded.map_err(|errors| errors.iter().map(ToString::to_string).collect())
     }
@@ -391,7 +479,7 @@ pub(super) mod tests {
         let dir = tempfile::tempdir().expect("a directory");
         let (one, two) = (issue(dir.path(), "one", &["a.test"]), issue(dir.path(), "two", &["a.test"]));
         let told = |cert: &str, key: &str| {
-            let written = Certificate { cert: cert.to_owned(), key: key.to_owned(), ..one.clone() };
+            let written = Source { cert: cert.to_owned(), key: key.to_owned(), ..one.clone() };
             load(&written).err().unwrap_or_default()
         };
         let text = |path: &str| std::fs::read(path).expect("a file");
@@ -448,7 +536,7 @@ pub(super) mod tests {
             let (cert, key) = (cert.display().to_string(), key.display().to_string());
             let base = ["req", "-x509", "-nodes", "-subj", "/CN=a.test", "-addext", "subjectAltName=DNS:a.test"];
             openssl(&[&base[..], &["-keyout", &key, "-out", &cert], kind].concat());
-            let written = Certificate { cert, key, names: Vec::new(), staple: None, client: None };
+            let written = Source { cert, key, names: Vec::new(), staple: None, client: None, issued: false };
             load(&written).map(|loaded| loaded.kind)
         };
         assert_eq!(made(&["-newkey", "rsa:2048"]), Ok(KeyKind::Rsa));
@@ -465,7 +553,7 @@ pub(super) mod tests {
         let dir = tempfile::tempdir().expect("a directory");
         let (one, two) = (issue(dir.path(), "one", &["a.test"]), issue(dir.path(), "two", &["b.test"]));
         let with = |client: Option<ClientCertificates>| {
-            let written = Certificate { client, ..one.clone() };
+            let written = Source { client, ..one.clone() };
             Files::read(&written).expect("files").policy(&written)
         };
         let asks = |mode, ca: &str| Some(ClientCertificates { mode, ca: ca.to_owned(), crl: None });
@@ -484,12 +572,13 @@ pub(super) mod tests {
         params.not_before = rcgen::date_time_ymd(2020, 1, 1);
         params.not_after = rcgen::date_time_ymd(2021, 1, 1);
         let cert = params.self_signed(&key).expect("a certificate");
-        let written = Certificate {
+        let written = Source {
             cert: put(dir.path(), "old.pem", cert.pem().as_bytes()),
             key: put(dir.path(), "old.key", key.serialize_pem().as_bytes()),
             names: Vec::new(),
             staple: None,
             client: None,
+            issued: false,
         };
         let loaded = load(&written).expect("a certificate");
         assert_eq!((loaded.not_before, loaded.not_after), (1_577_836_800, 1_609_459_200));

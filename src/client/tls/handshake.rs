@@ -156,6 +156,14 @@ async fn farewell(raw: &mut Raw) {
     .await;
 }
 
+/// Ends a connection on which nothing is to follow.
+pub async fn close(mut stream: SslStream<Raw>) {
+    use tokio::io::AsyncWriteExt;
+    // Whoever is gone already needs no farewell.
+    let _ = tokio::time::timeout(super::FAREWELL, stream.shutdown()).await;
+    farewell(stream.get_mut()).await;
+}
+
 /// Says with a fatal alert why there will be no handshake.
 pub async fn alert(raw: &mut Raw, description: u8) {
     use tokio::io::AsyncWriteExt;

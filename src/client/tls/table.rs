@@ -19,17 +19,20 @@ pub type Policy = Option<[u8; 32]>;
 pub struct Served {
     /// Its names; a wildcard begins with `*.`.
     pub names: Vec<Box<str>>,
+    /// Names that an issuer is to make it out to, and has not yet.
+    pub awaited: Vec<Box<str>>,
     /// What its key signs with.
     pub kind: KeyKind,
     /// What is asked of clients.
     pub policy: Policy,
-    /// What the library needs.
-    pub context: SslContext,
+    /// What the library needs. `None`: there is none yet, for any of its names.
+    pub context: Option<SslContext>,
 }
 
 /// What one name is served with.
 pub struct Host {
-    /// In the order of preference: where a client can verify several, it gets the cheapest for both sides.
+    /// In the order of preference: where a client can verify several, it gets the cheapest for both sides. There is none while
+    /// an issuer is waited for.
     contexts: Vec<(KeyKind, SslContext)>,
     policy: Policy,
 }
@@ -46,8 +49,13 @@ pub struct Table {
 impl Host {
     /// What a client gets that says this of itself. One that can verify nothing of it gets something all the same: the library
     /// then finds the words to refuse it.
-    pub fn choose(&self, hello: &Hello) -> Option<&(KeyKind, SslContext)> {
-        self.contexts.iter().find(|(kind, _)| hello.verifies(*kind)).or(self.contexts.last())
+    ///
+    /// # Errors
+    ///
+    /// Its certificate is still to be issued.
+    pub fn choose(&self, hello: &Hello) -> Result<&(KeyKind, SslContext), &'static Refusal> {
+        let verifiable = self.contexts.iter().find(|(kind, _)| hello.verifies(*kind));
+        verifiable.or(self.contexts.last()).ok_or(&refusal::HANDSHAKE_AWAITED)
     }
 
     /// What is asked of clients.
@@ -66,7 +74,7 @@ impl Table {
         let mut errors = Vec::new();
         let mut names: HashMap<&str, Vec<usize>> = HashMap::new();
         for (index, one) in served.iter().enumerate() {
-            for name in &one.names {
+            for name in one.names.iter().chain(&one.awaited) {
                 let before = names.entry(name).or_default();
                 let wrong = |what: &str| BuildError::new(format!("certificates[{index}]"), format!("`{name}` {what}"));
                 if before.iter().any(|&other| served[other].kind == one.kind) {
@@ -83,10 +91,25 @@ impl Table {
             }
         }
         let mut table = Table::default();
+        let mut awaited = Vec::new();
         for (name, mut of) in names {
             of.sort_by_key(|&index| served[index].kind);
-            let contexts = of.iter().map(|&index| (served[index].kind, served[index].context.clone())).collect();
-            let host = Arc::new(Host { contexts, policy: served[of[0]].policy });
+            let ready = of.iter().filter(|&&index| served[index].names.iter().any(|own| **own == *name));
+            let contexts: Vec<_> =
+                ready.filter_map(|&index| Some((served[index].kind, served[index].context.clone()?))).collect();
+            let policy = served[of[0]].policy;
+            if contexts.is_empty() {
+                awaited.push((name, policy));
+            } else {
+                table.names.insert(name, Arc::new(Host { contexts, policy }));
+            }
+        }
+        // Until a name has its own, it is served with what it is served with elsewhere: a wildcard.
+        let hosts = awaited.into_iter().map(|(name, policy)| {
+            let wildcard = table.names.find(name).filter(|host| host.policy == policy).cloned();
+            (name, wildcard.unwrap_or_else(|| Arc::new(Host { contexts: Vec::new(), policy })))
+        });
+        for (name, host) in hosts.collect::<Vec<_>>() {
             table.names.insert(name, host);
         }
         if let Some(written) = default {
@@ -132,7 +155,8 @@ mod tests {
     fn served(names: &[&str], kind: KeyKind, policy: u8) -> Served {
         let context = SslContext::builder(SslMethod::tls()).expect("a context").build();
         let policy = (policy > 0).then_some([policy; 32]);
-        Served { names: names.iter().map(|&name| name.into()).collect(), kind, policy, context }
+        let names = names.iter().map(|&name| name.into()).collect();
+        Served { names, awaited: Vec::new(), kind, policy, context: Some(context) }
     }
 
     fn kinds(host: &Host) -> Vec<KeyKind> {
@@ -170,6 +194,31 @@ mod tests {
         let all = [served(&["a.test"], KeyKind::Rsa, 0), served(&["a.test"], KeyKind::P256, 0)];
         let table = Table::build(&all, None).expect("a table");
         assert_eq!(kinds(table.find(Some("a.test")).expect("a host")), [KeyKind::P256, KeyKind::Rsa]);
+    }
+
+    #[test]
+    fn a_name_whose_certificate_is_awaited_has_its_place_and_is_served_by_a_wildcard_until_then() {
+        let awaited = |names: &[&str], policy| {
+            let one = served(names, KeyKind::P256, policy);
+            Served { names: Vec::new(), awaited: one.names, context: None, ..one }
+        };
+        let all = [
+            served(&["*.a.test"], KeyKind::P384, 0),
+            awaited(&["b.a.test", "c.test"], 0),
+            awaited(&["closed.a.test"], 1),
+            served(&["c.test"], KeyKind::Rsa, 0),
+        ];
+        let table = Table::build(&all, Some("closed.a.test")).expect("a table");
+        let found = |name| table.find(Some(name)).expect("a host");
+        assert_eq!(kinds(found("b.a.test")), [KeyKind::P384]);
+        assert_eq!(kinds(found("c.test")), [KeyKind::Rsa], "the other of its two");
+        let closed = found("closed.a.test");
+        assert!(kinds(closed).is_empty() && closed.policy == Some([1; 32]), "a wildcard asks for something else");
+        assert_eq!(closed.choose(&Hello::default()).err(), Some(&refusal::HANDSHAKE_AWAITED));
+        assert!(!table.may_serve("closed.a.test", None));
+
+        let twice = [awaited(&["a.test"], 0), served(&["a.test"], KeyKind::P256, 0)];
+        assert_eq!(told(&twice, None).len(), 1, "found before it is issued");
     }
 
     #[test]

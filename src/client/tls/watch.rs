@@ -79,7 +79,7 @@ async fn keep_tickets(tls: &Arc<Tls>) {
 /// All files that are named.
 fn files(tls: &Tls) -> Vec<&str> {
     let mut files = Vec::new();
-    for one in &tls.written.certificates {
+    for one in &tls.sources {
         files.extend([Some(&one.cert), Some(&one.key), one.staple.as_ref()]);
         files.extend(one.client.as_ref().map(|client| &client.ca).map(Some));
         files.push(one.client.as_ref().and_then(|client| client.crl.as_ref()));

@@ -79,23 +79,109 @@ impl Tls {
     }
 }
 
-/// A certificate with its key, and whom it is shown to.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+/// A certificate with its key, and whom it is shown to: files (`cert` and `key`), or one that Forebay gets (`acme`).
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Certificate {
     /// A file with the certificate and those between it and its authority, in PEM.
-    pub cert: String,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cert: Option<String>,
     /// A file with its private key, in PEM and without a password.
-    pub key: String,
-    /// The names that it is used for, such as `shop.example.com` or `*.example.com`; by default those that are in it.
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub names: Vec<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub key: Option<String>,
+    /// The issuer that Forebay gets it from: one of `acme`, `letsencrypt` or `letsencrypt-staging`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub acme: Option<String>,
+    /// The names that it is used for, such as `shop.example.com` or `*.example.com`; by default those that are in it. An issuer
+    /// is asked for these, none of them a wildcard; `auto`: for the hosts of all routes that no other certificate is for.
+    #[serde(default, skip_serializing_if = "CertificateNames::is_empty")]
+    pub names: CertificateNames,
     /// A file with the answer of its authority that it is not revoked (OCSP), in DER, which is shown with it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub staple: Option<String>,
     /// Whether clients show certificates, too.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub client: Option<ClientCertificates>,
+}
+
+/// The names of a certificate.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum CertificateNames {
+    /// These.
+    These(Vec<String>),
+    /// The hosts of all routes.
+    Auto,
+}
+
+impl CertificateNames {
+    /// Whether none are written.
+    pub fn is_empty(&self) -> bool {
+        self.these().is_empty() && *self != CertificateNames::Auto
+    }
+
+    /// Those that are written.
+    pub fn these(&self) -> &[String] {
+        match self {
+            CertificateNames::These(names) => names,
+            CertificateNames::Auto => &[],
+        }
+    }
+}
+
+impl Default for CertificateNames {
+    fn default() -> Self {
+        CertificateNames::These(Vec::new())
+    }
+}
+
+impl Serialize for CertificateNames {
+    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        match self {
+            CertificateNames::These(names) => names.serialize(serializer),
+            CertificateNames::Auto => serializer.serialize_str("auto"),
+        }
+    }
+}
+
+impl<'de> Deserialize<'de> for CertificateNames {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        deserializer.deserialize_any(CertificateNamesVisitor)
+    }
+}
+
+struct CertificateNamesVisitor;
+
+impl<'de> Visitor<'de> for CertificateNamesVisitor {
+    type Value = CertificateNames;
+
+    fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("a list of names such as `[shop.example.com]`, or `auto`")
+    }
+
+    fn visit_str<E: de::Error>(self, text: &str) -> Result<CertificateNames, E> {
+        match text {
+            "auto" => Ok(CertificateNames::Auto),
+            other => Err(E::invalid_value(de::Unexpected::Str(other), &self)),
+        }
+    }
+
+    fn visit_seq<A: de::SeqAccess<'de>>(self, list: A) -> Result<CertificateNames, A::Error> {
+        Vec::deserialize(de::value::SeqAccessDeserializer::new(list)).map(CertificateNames::These)
+    }
+}
+
+impl JsonSchema for CertificateNames {
+    fn schema_name() -> Cow<'static, str> {
+        "CertificateNames".into()
+    }
+
+    fn json_schema(generator: &mut SchemaGenerator) -> Schema {
+        let names = generator.subschema_for::<Vec<String>>();
+        json_schema!({
+            "description": "a list of names, or `auto`: the hosts of all routes",
+            "anyOf": [names, { "const": "auto" }],
+        })
+    }
 }
 
 /// The certificates of clients.

@@ -28,9 +28,9 @@ use crate::error::BuildError;
 /// A file of certificates or of a key may be so large; the certificates that a system trusts take a quarter of a MiB.
 const PEM_MAX: Size = Size::kib(16 * 1024);
 
-/// How the endpoints of an upstream are spoken to over TLS.
+/// How the endpoints of an upstream are spoken to over TLS, and who else is.
 #[derive(Debug)]
-pub(super) struct Tls {
+pub struct Tls {
     verify: bool,
     server_name: Option<Box<str>>,
     /// `None`: whom the system trusts.

@@ -39,13 +39,19 @@ impl Drop for Over<'_> {
 fn troubled() -> (Gateway, impl Drop) {
     let (origin, closed) = (built_in(), Closed::refusing());
     let certificate = pair(&authority().issue(&["a.test"]));
-    let secure =
-        format!("{{ name: secure, address: \"127.0.0.1:0\", tls: {{ certificates: [ {{ {certificate} }} ] }} }}");
+    let certificates = format!("{{ {certificate} }}, {{ acme: away, names: [c.test] }}");
+    let secure = format!("{{ name: secure, address: \"127.0.0.1:0\", tls: {{ certificates: [ {certificates} ] }} }}");
     // It says that all is well and forgets what it got, which a collector of a story does not.
     let tracing = format!("tracing: {{ endpoint: \"http://{}/status/200\", sample: 50% }}", origin.address());
     let setup = Setup::before_all(&[origin.address(), closed.address()]);
-    let spool = setup.spool_dir();
+    let (spool, store) = (setup.spool_dir(), setup.path("store"));
+    let away = format!(
+        "acme: {{ away: {{ directory: \"https://{}/\", store: \"{}\", retry: {{ first: 1s, max: 1s }} }} }}",
+        closed.address(),
+        store.display()
+    );
     let setup = setup
+        .more(&away)
         .server(&format!("threads: 2, spool_dir: \"{}\"", spool.display()))
         .listener("protocols: [http1, h2c]")
         .also_listener(&secure)

@@ -169,6 +169,30 @@ pub fn board() -> Board {
     .row(
         8,
         [
+            Panel::table(
+                "Certificates from issuers",
+                "What Forebay orders by itself, by its first name: orders that failed in a row, and how long it is until the next.",
+                "name",
+            )
+            .column("failures", "short", "max by (name) (forebay_acme_failures)")
+            .column("next order in", "s", "min by (name) (forebay_acme_due_timestamp_seconds) - time()")
+            .wide(2),
+            Panel::stack("Orders", "Orders for certificates that ended, per second, by whether one was issued.", "ops")
+                .query("sum by (outcome) (rate(forebay_acme_orders_total[R]))", "{{outcome}}"),
+            Panel::lines("Challenges", "Answers to issuers that made sure of a name, per second.", "ops")
+                .query("sum by (challenge) (rate(forebay_acme_challenges_total[R]))", "{{challenge}}"),
+            Panel::lines(
+                "Processes that order",
+                "For each issuer there is one, however many share its store; with none, nothing is renewed.",
+                "short",
+            )
+            .query("sum by (issuer) (forebay_acme_active)", "{{issuer}}")
+            .at_least(1.0),
+        ],
+    )
+    .row(
+        8,
+        [
             Panel::lines(
                 "Connections passed on",
                 "Client connections that are passed on as they are now, by name.",

@@ -74,6 +74,14 @@ impl Authority {
         self.issue_with(names, KeyPair::from_pem_and_sign_algo(&pem, &rcgen::PKCS_RSA_SHA256).expect("a key of RSA"))
     }
 
+    /// A certificate that is valid from the first day of one year to that of another, and its key, in PEM.
+    pub fn issue_for_years(&self, name: &str, [from, to]: [i32; 2]) -> String {
+        let key = KeyPair::generate().expect("a key");
+        let mut params = CertificateParams::new(vec![name.to_owned()]).expect("parameters");
+        (params.not_before, params.not_after) = (rcgen::date_time_ymd(from, 1, 1), rcgen::date_time_ymd(to, 1, 1));
+        params.signed_by(&key, &self.issuer).expect("a certificate").pem() + &key.serialize_pem()
+    }
+
     fn issue_with(&self, names: &[&str], key: KeyPair) -> Identity {
         let names: Vec<String> = names.iter().map(ToString::to_string).collect();
         let number = self.issued.fetch_add(1, Ordering::Relaxed);

@@ -21,6 +21,7 @@ pub struct Tls {
     address: SocketAddr,
     own: Option<Ipv4Addr>,
     name: Option<String>,
+    verifies: bool,
     authority: PathBuf,
     version: Option<SslVersion>,
     rsa_only: bool,
@@ -81,11 +82,17 @@ impl Write for Tap {
 impl Tls {
     /// A client that trusts this authority and asks for this name.
     pub fn to(address: SocketAddr, authority: &Authority, name: &str) -> Tls {
+        Tls::trusting(address, &authority.file(), name)
+    }
+
+    /// A client that trusts what goes back to the certificate in this file, and asks for this name.
+    pub fn trusting(address: SocketAddr, root: &Path, name: &str) -> Tls {
         Tls {
             address,
             own: None,
             name: Some(name.to_owned()),
-            authority: authority.file(),
+            verifies: true,
+            authority: root.to_owned(),
             version: None,
             rsa_only: false,
             alpn: b"\x08http/1.1",
@@ -105,6 +112,12 @@ impl Tls {
     /// It asks for no name, and takes any certificate.
     pub fn nameless(mut self) -> Tls {
         self.name = None;
+        self.unverified()
+    }
+
+    /// It takes any certificate.
+    pub fn unverified(mut self) -> Tls {
+        self.verifies = false;
         self
     }
 
@@ -173,13 +186,13 @@ impl Tls {
         let session = Arc::new(Mutex::new(None));
         let kept = session.clone();
         connector.set_new_session_callback(move |_, session| *kept.lock().unwrap() = Some(session));
-        if self.name.is_none() {
+        if !self.verifies {
             connector.set_verify(SslVerifyMode::NONE);
         }
         let mut configured = connector.build().configure().expect("a configuration");
         configured.set_status_type(StatusType::OCSP).expect("to ask for a staple");
         configured.set_use_server_name_indication(self.name.is_some());
-        configured.set_verify_hostname(self.name.is_some());
+        configured.set_verify_hostname(self.verifies);
         if let Some(session) = &self.session {
             // SAFETY: a session is used by one connection at a time.
             unsafe { configured.set_session(session).expect("a session") };
@@ -259,6 +272,12 @@ impl Secured {
     pub fn serial(&self) -> String {
         let shown = self.stream.ssl().peer_certificate().expect("a certificate of the server");
         shown.serial_number().to_bn().and_then(|number| number.to_hex_str()).expect("a number").to_string()
+    }
+
+    /// The server's certificate, in DER.
+    pub fn certificate(&self) -> Vec<u8> {
+        let shown = self.stream.ssl().peer_certificate().expect("a certificate of the server");
+        shown.to_der().expect("DER")
     }
 
     /// Whether the key of the server's certificate is RSA's.

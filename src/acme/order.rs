@@ -1,0 +1,338 @@
+//! One order, from the names to the certificate (RFC 8555 §7.4): prove every name, send a request for a certificate, fetch it.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use base64::Engine;
+use base64::prelude::BASE64_URL_SAFE_NO_PAD;
+use boring::error::ErrorStack;
+use boring::hash::MessageDigest;
+use boring::pkey::{PKey, Private};
+use boring::stack::Stack;
+use boring::x509::extension::SubjectAlternativeName;
+use boring::x509::{X509, X509Extension, X509NameBuilder, X509Req};
+use instant_acme::{
+    Account, AuthorizationHandle, AuthorizationStatus, CertificateIdentifier, ChallengeType, Error, Identifier,
+    NewOrder, Order, OrderStatus, Problem, RetryPolicy,
+};
+use zeroize::Zeroizing;
+
+use crate::client::challenges::{Awaited, Challenges};
+use crate::client::tls::challenge;
+use crate::config::acme::Challenge;
+use crate::printable::printable;
+
+/// What an issuer says of itself is shown no longer than this.
+const PROBLEM_CHARS_MAX: usize = 600;
+
+/// How a name is proved.
+pub struct Proof<'a> {
+    /// The kind.
+    pub challenge: Challenge,
+    /// What answers.
+    pub challenges: &'a Arc<Challenges>,
+}
+
+/// Why an order came to nothing.
+#[derive(Debug)]
+pub struct Failure {
+    /// In words.
+    pub problem: String,
+    /// The issuer does not know the account.
+    pub is_unknown: bool,
+}
+
+/// Orders a certificate. What comes is its chain and its key, in PEM; `patience` is for the issuer to look at proofs and to sign.
+///
+/// # Errors
+///
+/// Why there is none.
+pub async fn order(
+    account: &Account,
+    names: &[String],
+    proof: Proof<'_>,
+    replaces: Option<CertificateIdentifier<'static>>,
+    patience: Duration,
+) -> Result<Zeroizing<Vec<u8>>, Failure> {
+    let identifiers: Vec<Identifier> = names.iter().cloned().map(Identifier::Dns).collect();
+    let mut order = begin(account, &identifiers, replaces).await?;
+    // Answered until the order is ready: an issuer asks more than once, from several places.
+    let mut awaited = proof.challenges.wait();
+    let mut authorizations = order.authorizations();
+    while let Some(authorization) = authorizations.next().await {
+        prove(authorization?, proof.challenge, &mut awaited).await?;
+    }
+    let polls = RetryPolicy::new().initial_delay(Duration::from_millis(500)).backoff(1.3).timeout(patience);
+    match order.poll_ready(&polls).await {
+        Ok(OrderStatus::Ready) => {}
+        Ok(status) => return Err(unproved(&mut order, format!("the order is {}", word(status))).await),
+        Err(error) => return Err(unproved(&mut order, told(&error)).await),
+    }
+    drop(awaited);
+    let key = challenge::key()?;
+    order.finalize_csr(&request(names, &key)?).await?;
+    let chain = order.poll_certificate(&polls).await?;
+    check(&chain, names, &key)?;
+    let mut pem = Zeroizing::new(Vec::with_capacity(chain.len() + 1024));
+    pem.extend_from_slice(chain.trim_end().as_bytes());
+    pem.push(b'\n');
+    pem.extend_from_slice(&Zeroizing::new(key.private_key_to_pem_pkcs8()?));
+    Ok(pem)
+}
+
+/// Makes an order that says which certificate it replaces, if the issuer wants to know; one that does not like that is asked
+/// without (RFC 9773 §5).
+async fn begin(
+    account: &Account,
+    identifiers: &[Identifier],
+    replaces: Option<CertificateIdentifier<'static>>,
+) -> Result<Order, Failure> {
+    if let Some(replaces) = replaces {
+        match account.new_order(&NewOrder::new(identifiers).replaces(replaces)).await {
+            Ok(order) => return Ok(order),
+            Err(error) if is_about_replacing(&error) => {
+                tracing::debug!("an order that names the certificate before was not taken: {}", told(&error));
+            }
+            Err(error) => return Err(error.into()),
+        }
+    }
+    Ok(account.new_order(&NewOrder::new(identifiers)).await?)
+}
+
+async fn prove(
+    mut authorization: AuthorizationHandle<'_>,
+    challenge: Challenge,
+    awaited: &mut Awaited,
+) -> Result<(), Failure> {
+    let name = authorization.identifier().to_string();
+    match authorization.status {
+        AuthorizationStatus::Valid => return Ok(()),
+        AuthorizationStatus::Pending => {}
+        _ => return Err(Failure::new(format!("`{name}` cannot be proved any more"))),
+    }
+    let kind = match challenge {
+        Challenge::TlsAlpn01 => ChallengeType::TlsAlpn01,
+        Challenge::Http01 => ChallengeType::Http01,
+    };
+    let Some(mut offered) = authorization.challenge(kind) else {
+        return Err(Failure::new(format!("the issuer does not take `{}` for `{name}`", challenge.name())));
+    };
+    let key_authorization = offered.key_authorization();
+    match challenge {
+        Challenge::Http01 => awaited.token(&offered.token, key_authorization.as_str()),
+        Challenge::TlsAlpn01 => {
+            let digest = key_authorization.digest();
+            let digest = digest.as_ref().try_into().map_err(|_| Failure::new("a digest of no 32 bytes".to_owned()))?;
+            awaited.name(&name.to_ascii_lowercase(), &challenge::context(&name, digest)?);
+        }
+    }
+    Ok(offered.set_ready().await?)
+}
+
+/// Why an order is not ready: the problems of its names, or `otherwise`.
+async fn unproved(order: &mut Order, otherwise: String) -> Failure {
+    let mut problems = Vec::new();
+    let mut authorizations = order.authorizations();
+    while let Some(Ok(mut authorization)) = authorizations.next().await {
+        let name = authorization.identifier().to_string();
+        let Ok(state) = authorization.refresh().await else { continue };
+        let found = state.challenges.iter().filter_map(|challenge| challenge.error.as_ref());
+        problems.extend(found.map(|problem| format!("`{name}`: {}", words(problem))));
+    }
+    Failure::new(if problems.is_empty() { otherwise } else { problems.join("; ") })
+}
+
+/// A request for a certificate with these names, in DER (RFC 2986).
+fn request(names: &[String], key: &PKey<Private>) -> Result<Vec<u8>, ErrorStack> {
+    let mut request = X509Req::builder()?;
+    request.set_version(0)?;
+    // The names are in the extension: a common name has room for 64 letters, and is of no use any more.
+    request.set_subject_name(&X509NameBuilder::new()?.build())?;
+    request.set_pubkey(key)?;
+    let mut alternatives = SubjectAlternativeName::new();
+    for name in names {
+        alternatives.dns(name);
+    }
+    let mut extensions: Stack<X509Extension> = Stack::new()?;
+    extensions.push(alternatives.build(&request.x509v3_context(None))?)?;
+    request.add_extensions(&extensions)?;
+    request.sign(key, MessageDigest::sha256())?;
+    request.build().to_der()
+}
+
+/// Makes sure that what was issued is what was asked for.
+fn check(chain: &str, names: &[String], key: &PKey<Private>) -> Result<(), Failure> {
+    let wrong = |what: &str| Failure::new(format!("what was issued {what}"));
+    let chain = X509::stack_from_pem(chain.as_bytes()).map_err(|_| wrong("is no certificate in PEM"))?;
+    let leaf = chain.first().ok_or_else(|| wrong("is no certificate in PEM"))?;
+    if !leaf.public_key().is_ok_and(|public| public.public_eq(key)) {
+        return Err(wrong("is for another key"));
+    }
+    let alternatives = leaf.subject_alt_names();
+    let own: Vec<String> =
+        alternatives.iter().flatten().filter_map(|name| name.dnsname()).map(str::to_ascii_lowercase).collect();
+    match names.iter().find(|name| !own.contains(name)) {
+        Some(missing) => Err(wrong(&format!("is not made out to `{missing}`"))),
+        None => Ok(()),
+    }
+}
+
+/// What tells a certificate from all others of its issuer (RFC 9773 §4.1). `None`: it does not say who issued it.
+pub fn identifier(leaf: &X509) -> Option<CertificateIdentifier<'static>> {
+    let authority = leaf.authority_key_id()?.as_slice();
+    let mut serial = leaf.serial_number().to_bn().ok()?.to_vec();
+    // As it stands in the certificate: a number that would look negative begins with a zero.
+    if serial.first().is_none_or(|first| *first >= 0x80) {
+        serial.insert(0, 0);
+    }
+    Some(CertificateIdentifier {
+        authority_key_identifier: BASE64_URL_SAFE_NO_PAD.encode(authority).into(),
+        serial: BASE64_URL_SAFE_NO_PAD.encode(serial).into(),
+    })
+}
+
+impl Failure {
+    /// One of these words.
+    pub fn new(problem: String) -> Failure {
+        let shown = printable(&problem);
+        let problem = match shown.char_indices().nth(PROBLEM_CHARS_MAX) {
+            Some((end, _)) => format!("{}…", &shown[..end]),
+            None => shown.into_owned(),
+        };
+        Failure { problem, is_unknown: false }
+    }
+}
+
+impl From<Error> for Failure {
+    fn from(error: Error) -> Failure {
+        let is_unknown = matches!(&error, Error::Api(problem) if is_of(problem, "accountDoesNotExist"));
+        Failure { is_unknown, ..Failure::new(told(&error)) }
+    }
+}
+
+impl From<ErrorStack> for Failure {
+    fn from(error: ErrorStack) -> Failure {
+        Failure::new(format!("the TLS library failed: {error}"))
+    }
+}
+
+/// What an operator shall read of an error.
+fn told(error: &Error) -> String {
+    match error {
+        Error::Api(problem) => words(problem),
+        Error::Json(error) => format!("its answer is not what the protocol asks for: {error}"),
+        Error::Timeout(_) => "it did not come to an end in time".to_owned(),
+        other => other.to_string(),
+    }
+}
+
+/// What an issuer says is wrong (RFC 7807).
+fn words(problem: &Problem) -> String {
+    let of = |detail: &Option<String>, kind: &Option<String>| {
+        let kind = kind.as_deref().map(|kind| kind.strip_prefix(KIND).unwrap_or(kind));
+        match (detail, kind) {
+            (Some(detail), Some(kind)) => format!("{detail} ({kind})"),
+            (Some(detail), None) => detail.clone(),
+            (None, kind) => kind.unwrap_or("it does not say what is wrong").to_owned(),
+        }
+    };
+    let parts = problem.subproblems.iter().map(|part| {
+        let name = part.identifier.clone().map(|identifier| match identifier {
+            Identifier::Dns(name) => format!("`{name}`: "),
+            _ => String::new(),
+        });
+        name.unwrap_or_default() + &of(&part.detail, &part.r#type)
+    });
+    [of(&problem.detail, &problem.r#type)].into_iter().chain(parts).collect::<Vec<_>>().join("; ")
+}
+
+/// What the kinds of RFC 8555 §6.7 begin with.
+const KIND: &str = "urn:ietf:params:acme:error:";
+
+fn is_of(problem: &Problem, kind: &str) -> bool {
+    problem.r#type.as_deref().and_then(|it| it.strip_prefix(KIND)) == Some(kind)
+}
+
+/// Whether an order could do better without the certificate that it replaces.
+fn is_about_replacing(error: &Error) -> bool {
+    match error {
+        Error::Unsupported(_) | Error::Other(_) => true,
+        Error::Api(problem) => ["alreadyReplaced", "malformed"].iter().any(|kind| is_of(problem, kind)),
+        _ => false,
+    }
+}
+
+fn word(status: OrderStatus) -> &'static str {
+    match status {
+        OrderStatus::Pending => "pending",
+        OrderStatus::Ready => "ready",
+        OrderStatus::Processing => "being processed",
+        OrderStatus::Valid => "done",
+        OrderStatus::Invalid => "invalid",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_request_has_all_names_and_is_signed_by_the_key() {
+        let key = challenge::key().expect("a key");
+        let names = ["a.test".to_owned(), "b.test".to_owned()];
+        let der = request(&names, &key).expect("a request");
+        let read = X509Req::from_der(&der).expect("a request");
+        assert!(read.verify(&key).expect("a signature"));
+        assert_eq!(read.extensions().expect("extensions").len(), 1);
+        assert!(names.iter().all(|name| memchr::memmem::find(&der, name.as_bytes()).is_some()));
+    }
+
+    #[test]
+    fn what_was_issued_must_fit_the_key_and_the_names() {
+        let pair = rcgen::KeyPair::generate().expect("a key");
+        let params = rcgen::CertificateParams::new(vec!["A.test".to_owned()]).expect("names");
+        let chain = params.self_signed(&pair).expect("a certificate").pem();
+        let key = PKey::private_key_from_pem(pair.serialize_pem().as_bytes()).expect("a key");
+        let told = |chain: &str, name: &str, key: &PKey<Private>| {
+            check(chain, &[name.to_owned()], key).err().map(|failure| failure.problem)
+        };
+        assert_eq!(told(&chain, "a.test", &key), None);
+        assert_eq!(told(&chain, "b.test", &key).as_deref(), Some("what was issued is not made out to `b.test`"));
+        assert_eq!(told("", "a.test", &key).as_deref(), Some("what was issued is no certificate in PEM"));
+        let other = challenge::key().expect("a key");
+        assert_eq!(told(&chain, "a.test", &other).as_deref(), Some("what was issued is for another key"));
+    }
+
+    #[test]
+    fn a_problem_is_told_in_words_that_cannot_steer_a_terminal() {
+        let problem: Problem = serde_json::from_str(
+            r#"{ "type": "urn:ietf:params:acme:error:malformed", "detail": "no\u001b[31m", "subproblems": [
+                 { "identifier": { "type": "dns", "value": "a.test" }, "detail": "not public" } ] }"#,
+        )
+        .expect("a problem");
+        let failure = Failure::from(Error::Api(problem));
+        assert_eq!(failure.problem, "no\\u001b[31m (malformed); `a.test`: not public");
+        assert!(!failure.is_unknown);
+        let gone: Problem =
+            serde_json::from_str(r#"{ "type": "urn:ietf:params:acme:error:accountDoesNotExist" }"#).expect("a problem");
+        let gone = Failure::from(Error::Api(gone));
+        assert!(gone.is_unknown && gone.problem == "accountDoesNotExist");
+        assert_eq!(Failure::new("ä".repeat(2000)).problem.chars().count(), PROBLEM_CHARS_MAX + 1);
+    }
+
+    /// The example of RFC 9773 §4.1.
+    #[test]
+    fn a_certificate_is_told_from_others_by_its_authority_and_its_number() {
+        let pem = "-----BEGIN CERTIFICATE-----\n\
+MIIBQzCB66ADAgECAgUAh2VDITAKBggqhkjOPQQDAjAVMRMwEQYDVQQDEwpFeGFt\n\
+cGxlIENBMCIYDzAwMDEwMTAxMDAwMDAwWhgPMDAwMTAxMDEwMDAwMDBaMBYxFDAS\n\
+BgNVBAMTC2V4YW1wbGUuY29tMFkwEwYHKoZIzj0CAQYIKoZIzj0DAQcDQgAEeBZu\n\
+7cbpAYNXZLbbh8rNIzuOoqOOtmxA1v7cRm//AwyMwWxyHz4zfwmBhcSrf47NUAFf\n\
+qzLQ2PPQxdTXREYEnKMjMCEwHwYDVR0jBBgwFoAUaYhba4dGQEHhs3uEe6CuLN4B\n\
+yNQwCgYIKoZIzj0EAwIDRwAwRAIge09+S5TZAlw5tgtiVvuERV6cT4mfutXIlwTb\n\
++FYN/8oCIClDsqBklhB9KAelFiYt9+6FDj3z4KGVelYM5MdsO3pK\n\
+-----END CERTIFICATE-----\n";
+        let leaf = X509::from_pem(pem.as_bytes()).expect("a certificate");
+        assert_eq!(identifier(&leaf).expect("an identifier").to_string(), "aYhba4dGQEHhs3uEe6CuLN4ByNQ.AIdlQyE");
+    }
+}

@@ -1,0 +1,123 @@
+//! What issuers of certificates ask to make sure that a name is served here, while an order is under way (`acme.rs`).
+//!
+//! A request for a token is answered before any route (HTTP-01), a handshake with the protocol `acme-tls/1` before any other
+//! certificate (TLS-ALPN-01). What nobody waits for is not answered here: it goes the way of everything else.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use arc_swap::ArcSwap;
+use boring::ssl::SslContext;
+
+use super::hello::Hello;
+use crate::metrics::ChallengeMetrics;
+
+/// Where tokens are asked for (RFC 8555 §8.3).
+const WELL_KNOWN: &str = "/.well-known/acme-challenge/";
+
+/// Everything that is waited for. It is read by workers without a lock, and changed a few times an order.
+pub struct Challenges {
+    tokens: ArcSwap<HashMap<Box<str>, Arc<str>>>,
+    names: ArcSwap<HashMap<Box<str>, SslContext>>,
+    /// What was answered.
+    pub metrics: ChallengeMetrics,
+}
+
+/// Has challenges answered until it is dropped.
+pub struct Awaited {
+    challenges: Arc<Challenges>,
+    tokens: Vec<Box<str>>,
+    names: Vec<Box<str>>,
+}
+
+impl Challenges {
+    /// Nothing is waited for.
+    pub fn new(metrics: ChallengeMetrics) -> Arc<Challenges> {
+        Arc::new(Challenges { tokens: ArcSwap::default(), names: ArcSwap::default(), metrics })
+    }
+
+    /// The answer to a request for this path, if it is for a token that is waited for.
+    pub fn http(&self, path: &str) -> Option<Arc<str>> {
+        let token = path.strip_prefix(WELL_KNOWN)?;
+        self.tokens.load().get(token).cloned()
+    }
+
+    /// What shakes hands with an issuer that asks for a name that is waited for.
+    pub fn tls(&self, hello: &Hello) -> Option<SslContext> {
+        let name = hello.name.as_deref().filter(|_| hello.acme)?;
+        self.names.load().get(name).cloned()
+    }
+
+    /// Begins to wait for what is added to it.
+    pub fn wait(self: &Arc<Self>) -> Awaited {
+        Awaited { challenges: self.clone(), tokens: Vec::new(), names: Vec::new() }
+    }
+}
+
+impl Awaited {
+    /// Has requests for this token answered.
+    pub fn token(&mut self, token: &str, answer: &str) {
+        change(&self.challenges.tokens, |tokens| drop(tokens.insert(token.into(), answer.into())));
+        self.tokens.push(token.into());
+    }
+
+    /// Has handshakes for this name done in this context.
+    pub fn name(&mut self, name: &str, context: &SslContext) {
+        change(&self.challenges.names, |names| drop(names.insert(name.into(), context.clone())));
+        self.names.push(name.into());
+    }
+}
+
+impl Drop for Awaited {
+    fn drop(&mut self) {
+        change(&self.challenges.tokens, |tokens| tokens.retain(|token, _| !self.tokens.contains(token)));
+        change(&self.challenges.names, |names| names.retain(|name, _| !self.names.contains(name)));
+    }
+}
+
+fn change<V: Clone>(map: &ArcSwap<HashMap<Box<str>, V>>, change: impl Fn(&mut HashMap<Box<str>, V>)) {
+    map.rcu(|before| {
+        let mut next = HashMap::clone(before);
+        change(&mut next);
+        next
+    });
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::metrics::Metrics;
+    use pingora::tls::ssl::SslMethod;
+
+    #[test]
+    fn what_is_waited_for_is_answered_and_nothing_else() {
+        let challenges = Challenges::new(Metrics::new(10, Vec::new()).challenges());
+        let context = SslContext::builder(SslMethod::tls()).expect("a context").build();
+        let acme = |name: Option<&str>, acme| {
+            let mut hello = Hello::default();
+            (hello.name, hello.acme) = (name.map(Into::into), acme);
+            hello
+        };
+        let mut first = challenges.wait();
+        first.token("abc", "abc.key");
+        first.name("a.test", &context);
+        let mut second = challenges.wait();
+        second.token("def", "def.key");
+
+        assert_eq!(challenges.http("/.well-known/acme-challenge/abc").as_deref(), Some("abc.key"));
+        for path in ["/.well-known/acme-challenge/", "/.well-known/acme-challenge/x", "/abc", "abc", ""] {
+            assert_eq!(challenges.http(path), None, "{path}");
+        }
+        assert!(challenges.tls(&acme(Some("a.test"), true)).is_some());
+        assert!(
+            challenges.tls(&acme(Some("a.test"), false)).is_none()
+                && challenges.tls(&acme(Some("b.test"), true)).is_none()
+        );
+        assert!(challenges.tls(&acme(None, true)).is_none());
+
+        drop(first);
+        assert_eq!(challenges.http("/.well-known/acme-challenge/abc"), None);
+        assert!(challenges.tls(&acme(Some("a.test"), true)).is_none());
+        assert_eq!(challenges.http("/.well-known/acme-challenge/def").as_deref(), Some("def.key"));
+    }
+}
