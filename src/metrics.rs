@@ -869,6 +869,7 @@ mod tests {
         metrics.spools();
         metrics.lane(0);
         metrics.filter_polls("respond");
+        metrics.filter_skipped("all", "respond");
         crate::eventloop::tests::attach(&metrics);
         metrics.access_log();
         metrics.spans();
