@@ -17,6 +17,7 @@ pub mod fields;
 pub mod named;
 pub mod names;
 mod parse;
+mod pattern;
 mod plan;
 mod planner;
 

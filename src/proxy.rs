@@ -91,6 +91,7 @@ impl ProxyHttp for Proxy {
 
     /// `header`, `route`, `buffer`.
     async fn request_filter(&self, session: &mut Session, exchange: &mut Exchange) -> Result<bool> {
+        exchange.ended_with_header = exchange.control.is_some() && session.is_body_empty();
         let verdict = self.route(session.req_header_mut(), exchange).await;
         match verdict {
             Verdict::Continue => {}

@@ -23,6 +23,8 @@ pub struct Facts<'a> {
     pub path: &'a str,
     /// The TLS connection of the client.
     pub secured: Secured<'a>,
+    /// The request ended with its header, whatever that announces: HTTP/2 says so.
+    pub ended: bool,
     /// How fast the client is.
     pub pace: Pace,
 }
@@ -31,7 +33,7 @@ impl<'a> Facts<'a> {
     /// Those of an exchange of which nothing is known but its route and the path that it asks for.
     pub fn of(route: &'a str, path: &'a str) -> Self {
         let (client, port, scheme) = (None, 0, "http");
-        Facts { client, port, scheme, route, path, secured: Secured::default(), pace: Pace::default() }
+        Facts { client, port, scheme, route, path, secured: Secured::default(), ended: false, pace: Pace::default() }
     }
 }
 
@@ -58,6 +60,10 @@ pub struct Secured<'a> {
     pub sni: &'a str,
     /// The subject of the client's certificate.
     pub subject: &'a str,
+    /// The further names of that certificate, with a comma between two.
+    pub names: &'a str,
+    /// SHA-256 of that certificate, in hexadecimal.
+    pub fingerprint: &'a str,
 }
 
 /// How the client did in the last phase in which it was waited for: `header` while its request comes, `buffer`

@@ -5,15 +5,25 @@ use http::header::COOKIE;
 
 /// RFC 6265 §4.2.1: pairs between semicolons. HTTP/2 may split them over several fields (RFC 9113 §8.2.3).
 pub fn cookie<'s>(headers: &'s HeaderMap, name: &[u8]) -> Option<&'s [u8]> {
+    cookies(headers, name).next()
+}
+
+/// The values of all cookies of this name.
+pub fn cookies<'s>(headers: &'s HeaderMap, name: &[u8]) -> impl Iterator<Item = &'s [u8]> {
     let fields = headers.get_all(COOKIE).iter();
-    let mut pairs = fields.flat_map(|field| field.as_bytes().split(|&byte| byte == b';'));
-    pairs.find_map(|pair| pair.trim_ascii().strip_prefix(name)?.strip_prefix(b"="))
+    let pairs = fields.flat_map(|field| field.as_bytes().split(|&byte| byte == b';'));
+    pairs.filter_map(move |pair| pair.trim_ascii().strip_prefix(name)?.strip_prefix(b"="))
 }
 
 /// The value of the first argument of this name in `query`, as it was sent; [`decoded`] makes it what it means.
 pub fn argument<'q>(query: &'q str, name: &[u8]) -> Option<&'q str> {
-    let mut pairs = query.split('&').map(|pair| pair.split_once('=').unwrap_or((pair, "")));
-    pairs.find(|(key, _)| decoded(key).eq(name.iter().copied())).map(|(_, value)| value)
+    arguments(query, name).next()
+}
+
+/// The values of all arguments of this name, as they were sent.
+pub fn arguments<'q>(query: &'q str, name: &[u8]) -> impl Iterator<Item = &'q str> {
+    let pairs = query.split('&').map(|pair| pair.split_once('=').unwrap_or((pair, "")));
+    pairs.filter(move |(key, _)| decoded(key).eq(name.iter().copied())).map(|(_, value)| value)
 }
 
 /// Undoes `%41` and `+`, as forms write them. A `%` without two hex digits stands for itself.

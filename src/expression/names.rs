@@ -49,17 +49,24 @@ variables! {
     "request.version": "string", "`1.0`, `1.1` or `2`.";
     "request.id": "string", "`X-Request-Id`; behind the filter `request_id`, the id that it gave.";
     "request.size": "int",
-        "What `Content-Length` announces; 0 without a body, -1 for one whose length is not known before its end.";
+        "What `Content-Length` announces; 0 without a body. A body whose length is not known before its end counts as \
+         9223372036854775807 bytes, so that no limit is got past by leaving the length out.";
     "request.headers": "map",
         "Headers by name, in any case: `request.headers[\"x-user\"]`, or `request.headers.host`. Several values \
          are joined by `, `.";
-    "request.cookies": "map", "Cookies by name; of several of one name, the first.";
-    "request.args": "map", "Arguments of the query by name, decoded; of several of one name, the first.";
+    "request.cookies": "map", "Cookies by name. Several values are joined by `, `.";
+    "request.args": "map", "Arguments of the query by name, decoded. Several values are joined by `, `.";
     "source.address": "ip", "The client's address, as seen through `trusted_proxies`; none on a unix socket.";
+    "source.network": "string",
+        "What counts as one client: its address, of IPv6 the network of 64 bits that it is in, such as \
+         `2001:db8::/64`. `\"\"` on a unix socket.";
     "source.port": "int", "The client's port; 0 behind a trusted proxy and on a unix socket.";
     "connection.tls_version": "string", "The version of TLS, such as `TLSv1.3`; `\"\"` in clear text.";
     "connection.sni": "string", "The server name that the client asked for in TLS; `\"\"` if it named none.";
     "connection.peer_subject": "string", "The subject of the client's certificate; `\"\"` if it showed none.";
+    "connection.peer_names": "list",
+        "The further names in it: hosts, mail addresses and URIs. A comma in one of them is `%2C`.";
+    "connection.peer_fingerprint": "string", "SHA-256 of it, in hexadecimal.";
     "route.name": "string", "The name of the route.";
     "response.code": "int", "The status of the response; 0 if none was sent.";
     "response.headers": "map", "Headers of the response, as `request.headers`.";
@@ -84,7 +91,7 @@ functions! {
     "contains", "string.contains(string) bool":
         "Whether the other text is somewhere in it.", r#""shopping".contains("opp")"#;
     "matches", "string.matches(string) bool":
-        "Whether the pattern, a literal, matches some part of it (RE2 syntax; `^` and `$` bind it to the ends).",
+        "Whether the pattern, a literal, matches some part of it (RE2 syntax; `^` and `$` bind it to the ends, and `.` is a line break, too).",
         r#""Googlebot/2.1".matches("(?i)bot|crawler")"#;
     "lowerAscii", "string.lowerAscii() string":
         "The text with ASCII letters in lower case.", r#""ABC".lowerAscii() == "abc""#;
@@ -92,7 +99,7 @@ functions! {
         "The text with ASCII letters in upper case.", r#""abc".upperAscii() == "ABC""#;
     "trim", "string.trim() string": "The text without blanks at its ends.", r#"" a b ".trim() == "a b""#;
     "replace", "string.replace(string, string) string":
-        "The text with the third in the place of each second. From 16 KiB on the rest stays as it is.",
+        "The text with the third in the place of each second. What exceeds 256 KiB is cut off.",
         r#""a-b-c".replace("-", "") == "abc""#;
     "substring", "string.substring(int[, int]) string":
         "The characters from the first number on, before the second; what lies outside is cut off.",
@@ -100,6 +107,10 @@ functions! {
     "split", "string.split(string) list":
         "The pieces between separators. Take one by `[0]` (`\"\"` if there is none), ask by `in`, count by \
          `size`.", r#""a.b.c".split(".")[1] == "b" && "c" in "a.b.c".split(".")"#;
+    "values", "map.values(string) list":
+        "Each value of a name by itself; of a header also each item between commas. Take one by `[0]`, ask by `in`, \
+         count by `size`.",
+        "!(\"1\" in request.args.values(\"no such argument\"))";
     "size", "size(string | list) int":
         "How many characters, or items.", r#"size("abc") == 3 && "a,b".split(",").size() == 2"#;
     "orValue", "string.orValue(string) string":

@@ -18,11 +18,13 @@ use regex::Regex;
 use xxhash_rust::xxh3::xxh3_64;
 
 use super::facts::Asked;
-use super::fields::{self, cookie, decoded};
+use super::fields::{arguments, cookies, decoded};
 
-/// From so many bytes on, `replace` leaves the rest of a text as it is: else a few of them within each other would
-/// make text without end.
-pub(super) const REPLACED_BYTES_MAX: usize = 16 * 1024;
+/// What `replace` makes larger than this is cut off, unless the text was larger before: else a few of them within each
+/// other would make text without end. It is much more than a header of the usual limit becomes if each of its
+/// characters is replaced by an escape. A replacement that is no longer than what it replaces has no limit, so that
+/// padding cannot keep anything from being removed.
+pub(super) const REPLACED_BYTES_MAX: usize = 256 * 1024;
 
 /// Text of a request, of the file, or put together.
 pub(super) type Bytes<'a> = Cow<'a, [u8]>;
@@ -51,6 +53,8 @@ pub(super) enum Condition {
     OneOf(Text, Box<[Text]>),
     /// An item of what `split` gives.
     Listed(Text, Box<Split>),
+    /// One of the values under a name.
+    Among(Text, Box<Field>),
     Number(Comparison, Box<[Number; 2]>),
     NumberOneOf(Number, Box<[Number]>),
     SameAddress(Box<[Address; 2]>),
@@ -89,6 +93,8 @@ pub(super) enum Field {
     Cookie(Box<[u8]>),
     Argument(Box<[u8]>),
     ResponseHeader(HeaderName),
+    /// The further names in the client's certificate.
+    PeerNames,
 }
 
 /// A node that makes text.
@@ -107,7 +113,11 @@ pub(super) enum Text {
     TlsVersion,
     Sni,
     PeerSubject,
+    PeerFingerprint,
+    Network,
     Field(Field),
+    /// One of the values under a name.
+    Value(Box<(Field, Int)>),
     Lower(Box<Text>),
     Upper(Box<Text>),
     Trim(Box<Text>),
@@ -141,6 +151,7 @@ pub(super) enum Int {
     Code,
     Length(Box<Text>),
     Items(Box<Split>),
+    Values(Box<Field>),
     Parse(Box<Text>),
     OfDouble(Box<Double>),
     Hash(Box<Text>),
@@ -224,6 +235,10 @@ impl Condition {
                 let (of, by) = (split.of.of(asked), split.by.of(asked));
                 pieces(&of, &by).any(|piece| *piece == *text)
             }
+            Condition::Among(text, field) => {
+                let text = text.of(asked);
+                field.any(asked, |value| value == text)
+            }
             Condition::Number(comparison, both) => comparison.holds(both[0].compare(&both[1], asked)),
             Condition::NumberOneOf(number, all) => {
                 all.iter().any(|one| number.compare(one, asked) == Some(Ordering::Equal))
@@ -243,49 +258,78 @@ impl Field {
     fn is_there(&self, asked: &Asked<'_>) -> bool {
         match self {
             Field::Header(name) => asked.headers.contains_key(name),
-            Field::Cookie(name) => cookie(asked.headers, name).is_some(),
-            Field::Argument(name) => asked.target.query().is_some_and(|query| argument(query, name).is_some()),
+            Field::Cookie(name) => cookies(asked.headers, name).next().is_some(),
+            Field::Argument(name) => queried(asked, name).next().is_some(),
             Field::ResponseHeader(name) => {
                 asked.response.and_then(|response| response.headers).is_some_and(|headers| headers.contains_key(name))
             }
+            Field::PeerNames => !asked.facts.secured.names.is_empty(),
         }
     }
 
-    /// Empty if it is not there.
+    /// All that is there under the name, in one; empty if nothing is.
     fn of<'a>(&self, asked: &Asked<'a>) -> Bytes<'a> {
         match self {
-            Field::Header(name) => values(asked.headers, name),
-            Field::Cookie(name) => cookie(asked.headers, name).map_or(EMPTY, Cow::Borrowed),
-            Field::Argument(name) => asked.target.query().and_then(|query| argument(query, name)).unwrap_or(EMPTY),
+            Field::Header(name) => header_of(asked.headers, name),
+            Field::Cookie(name) => joined(cookies(asked.headers, name).map(Cow::Borrowed)),
+            Field::Argument(name) => joined(queried(asked, name)),
             Field::ResponseHeader(name) => match asked.response.and_then(|response| response.headers) {
-                Some(headers) => values(headers, name),
+                Some(headers) => header_of(headers, name),
                 None => EMPTY,
             },
+            Field::PeerNames => Cow::Borrowed(asked.facts.secured.names.as_bytes()),
+        }
+    }
+
+    /// Whether this holds for one of the values under the name; those after that are not asked.
+    fn any<'a>(&self, asked: &Asked<'a>, mut holds: impl FnMut(Bytes<'a>) -> bool) -> bool {
+        match self {
+            Field::Header(name) => listed(asked.headers, name).any(|value| holds(Cow::Borrowed(value))),
+            Field::Cookie(name) => cookies(asked.headers, name).any(|value| holds(Cow::Borrowed(value))),
+            Field::Argument(name) => queried(asked, name).any(holds),
+            Field::ResponseHeader(name) => asked
+                .response
+                .and_then(|response| response.headers)
+                .is_some_and(|headers| listed(headers, name).any(|value| holds(Cow::Borrowed(value)))),
+            Field::PeerNames => {
+                let names = asked.facts.secured.names;
+                !names.is_empty() && names.split(',').any(|name| holds(Cow::Borrowed(name.as_bytes())))
+            }
         }
     }
 }
 
 const EMPTY: Bytes<'static> = Cow::Borrowed(&[]);
 
-/// All values of a header in one, as RFC 9110 §5.3 has it: a rule that saw the first one only could be gone round
-/// with a second.
-fn values<'a>(headers: &'a HeaderMap, name: &HeaderName) -> Bytes<'a> {
-    let mut values = headers.get_all(name).iter();
+/// Values of one name as one text, as RFC 9110 §5.3 has it for headers: a rule that saw the first one only could be gone
+/// round with a second.
+fn joined<'a>(mut values: impl Iterator<Item = Bytes<'a>>) -> Bytes<'a> {
     let Some(first) = values.next() else { return EMPTY };
-    let Some(second) = values.next() else { return Cow::Borrowed(first.as_bytes()) };
-    let mut all = first.as_bytes().to_vec();
+    let Some(second) = values.next() else { return first };
+    let mut all = first.into_owned();
     for value in [second].into_iter().chain(values) {
         all.extend_from_slice(b", ");
-        all.extend_from_slice(value.as_bytes());
+        all.extend_from_slice(&value);
     }
     Cow::Owned(all)
 }
 
-/// The value of the first argument of this name in `query`, decoded.
-fn argument<'q>(query: &'q str, name: &[u8]) -> Option<Bytes<'q>> {
-    let value = fields::argument(query, name)?;
-    let encoded = value.bytes().any(|byte| matches!(byte, b'%' | b'+'));
-    Some(if encoded { Cow::Owned(decoded(value).collect()) } else { Cow::Borrowed(value.as_bytes()) })
+fn header_of<'a>(headers: &'a HeaderMap, name: &HeaderName) -> Bytes<'a> {
+    joined(headers.get_all(name).iter().map(|value| Cow::Borrowed(value.as_bytes())))
+}
+
+/// The items of a header that is a list (RFC 9110 §5.6.1): those between commas, of each of its lines, but no empty ones.
+fn listed<'a>(headers: &'a HeaderMap, name: &HeaderName) -> impl Iterator<Item = &'a [u8]> {
+    let items = headers.get_all(name).iter().flat_map(|line| line.as_bytes().split(|&byte| byte == b','));
+    items.map(<[u8]>::trim_ascii).filter(|item| !item.is_empty())
+}
+
+/// The values of the arguments of this name, decoded.
+fn queried<'a>(asked: &Asked<'a>, name: &[u8]) -> impl Iterator<Item = Bytes<'a>> {
+    arguments(asked.target.query().unwrap_or_default(), name).map(|value| {
+        let encoded = value.bytes().any(|byte| matches!(byte, b'%' | b'+'));
+        if encoded { Cow::Owned(decoded(value).collect()) } else { Cow::Borrowed(value.as_bytes()) }
+    })
 }
 
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
@@ -305,12 +349,30 @@ impl Text {
             Text::Host => host(asked.headers.get(header::HOST).map_or(&[], |host| host.as_bytes())),
             Text::Scheme => Cow::Borrowed(asked.facts.scheme.as_bytes()),
             Text::Version => Cow::Borrowed(version(asked.version).as_bytes()),
-            Text::Id => values(asked.headers, &REQUEST_ID),
+            Text::Id => header_of(asked.headers, &REQUEST_ID),
             Text::Route => Cow::Borrowed(asked.facts.route.as_bytes()),
             Text::TlsVersion => Cow::Borrowed(asked.facts.secured.version.as_bytes()),
             Text::Sni => Cow::Borrowed(asked.facts.secured.sni.as_bytes()),
             Text::PeerSubject => Cow::Borrowed(asked.facts.secured.subject.as_bytes()),
+            Text::PeerFingerprint => Cow::Borrowed(asked.facts.secured.fingerprint.as_bytes()),
+            Text::Network => network_of(asked.facts.client).map_or(EMPTY, |text| Cow::Owned(text.into_bytes())),
             Text::Field(field) => field.of(asked),
+            Text::Value(value) => {
+                let (field, number) = &**value;
+                let Ok(mut left) = usize::try_from(number.of(asked)) else { return EMPTY };
+                let mut found = EMPTY;
+                let is_there = field.any(asked, |value| {
+                    found = value;
+                    match left.checked_sub(1) {
+                        Some(less) => {
+                            left = less;
+                            false
+                        }
+                        None => true,
+                    }
+                });
+                if is_there { found } else { EMPTY }
+            }
             Text::Lower(text) => cased(text.of(asked), u8::is_ascii_uppercase, <[u8]>::make_ascii_lowercase),
             Text::Upper(text) => cased(text.of(asked), u8::is_ascii_lowercase, <[u8]>::make_ascii_uppercase),
             Text::Trim(text) => match text.of(asked) {
@@ -384,6 +446,17 @@ fn host(written: &[u8]) -> Bytes<'_> {
     cased(Cow::Borrowed(name), u8::is_ascii_uppercase, <[u8]>::make_ascii_lowercase)
 }
 
+/// What counts as one client: an address of IPv4, or 64 bits of one of IPv6, whose owner has all the others of them.
+fn network_of(client: Option<IpAddr>) -> Option<String> {
+    Some(match client?.to_canonical() {
+        IpAddr::V4(address) => address.to_string(),
+        IpAddr::V6(address) => {
+            let network = u128::from(address) & !u128::from(u64::MAX);
+            format!("{}/64", std::net::Ipv6Addr::from(network))
+        }
+    })
+}
+
 /// Changes the case of a text that has letters of the other one.
 fn cased(text: Bytes<'_>, other: fn(&u8) -> bool, change: fn(&mut [u8])) -> Bytes<'_> {
     if !text.iter().any(other) {
@@ -394,14 +467,14 @@ fn cased(text: Bytes<'_>, other: fn(&u8) -> bool, change: fn(&mut [u8])) -> Byte
     Cow::Owned(text)
 }
 
-/// Puts `new` in the place of each `old`, until the text has [`REPLACED_BYTES_MAX`]; the rest stays. An empty
-/// `old` is nowhere.
+/// Puts `new` in the place of each `old`; what is beyond [`REPLACED_BYTES_MAX`] is cut off. An empty `old` is nowhere.
 fn replaced<'a>(text: Bytes<'a>, old: &[u8], new: &[u8]) -> Bytes<'a> {
     if old.is_empty() {
         return text;
     }
     let finder = Finder::new(old);
     let Some(mut at) = finder.find(&text) else { return text };
+    let most = text.len().max(REPLACED_BYTES_MAX);
     let mut done = Vec::with_capacity(text.len());
     let mut rest = &*text;
     loop {
@@ -409,9 +482,10 @@ fn replaced<'a>(text: Bytes<'a>, old: &[u8], new: &[u8]) -> Bytes<'a> {
         done.extend_from_slice(new);
         rest = &rest[at + old.len()..];
         match finder.find(rest) {
-            Some(next) if done.len() < REPLACED_BYTES_MAX => at = next,
+            Some(next) if done.len() < most => at = next,
             _ => {
                 done.extend_from_slice(rest);
+                done.truncate(most);
                 return Cow::Owned(done);
             }
         }
@@ -469,13 +543,21 @@ impl Int {
         let both = |both: &[Int; 2]| (both[0].of(asked), both[1].of(asked));
         match self {
             Int::Literal(number) => *number,
-            Int::Size => announced(asked.headers),
+            Int::Size => announced(asked),
             Int::Port => asked.facts.port.into(),
             Int::Code => asked.response.map_or(0, |response| response.code.into()),
             Int::Length(text) => length(&text.of(asked)),
             Int::Items(split) => {
                 let (of, by) = (split.of.of(asked), split.by.of(asked));
                 count(pieces(&of, &by).count())
+            }
+            Int::Values(field) => {
+                let mut values = 0;
+                field.any(asked, |_| {
+                    values += 1;
+                    false
+                });
+                values
             }
             Int::Parse(text) => std::str::from_utf8(&text.of(asked)).ok().and_then(|it| it.parse().ok()).unwrap_or(0),
             // Too large a number is the largest, and what is none is 0.
@@ -515,11 +597,14 @@ impl Int {
     }
 }
 
-/// The length that a request announces; 0 without a body, and -1 for one whose length is not known before its end.
-fn announced(headers: &HeaderMap) -> i64 {
-    match headers.get(header::CONTENT_LENGTH) {
-        Some(length) => length.to_str().ok().and_then(|length| length.parse().ok()).unwrap_or(-1),
-        None if headers.contains_key(header::TRANSFER_ENCODING) => -1,
+/// The length that a request announces, and 0 without a body. One whose length is not known before its end counts as
+/// longer than any: else a limit could be gone round by not saying it.
+fn announced(asked: &Asked<'_>) -> i64 {
+    match asked.headers.get(header::CONTENT_LENGTH) {
+        Some(length) => length.to_str().ok().and_then(|length| length.parse().ok()).unwrap_or(i64::MAX),
+        None if asked.facts.ended => 0,
+        // HTTP/2 marks bodies off by its frames, and needs no header for that.
+        None if asked.version == Version::HTTP_2 || asked.headers.contains_key(header::TRANSFER_ENCODING) => i64::MAX,
         None => 0,
     }
 }

@@ -6,20 +6,18 @@ use cel::common::ast::{CallExpr, Expr, IdedExpr, LiteralValue};
 use http::HeaderName;
 use ipnet::IpNet;
 use memchr::memmem::Finder;
-use regex::{Regex, RegexBuilder};
+use regex::Regex;
 
 use super::names::{FUNCTIONS, VARIABLES};
 use super::parse::{LOOPS, Tree};
 use super::plan::{Address, Comparison, Condition, Double, Field, Int, Number, Split, Text, parsed_address};
-use super::{Mistake, Moment};
+use super::{Mistake, Moment, pattern};
 use crate::error::nearest;
 
 /// Nodes within nodes. What is longer in one row (`a && b && …`, `a + b + …` of texts) is one node.
 const DEPTH_MAX: usize = 100;
 /// Texts that are put together in one expression, so that it reads what a client sends only so many times.
 const JOINED_MAX: usize = 64;
-/// What a compiled pattern may take. Its time is linear in the text whatever it is.
-const PATTERN_BYTES_MAX: usize = 1 << 20;
 
 /// A planned node of any type.
 pub(super) enum Plan {
@@ -30,6 +28,8 @@ pub(super) enum Plan {
     Address(Address),
     Network(IpNet),
     Split(Split),
+    /// The values under a name.
+    Values(Field),
     List(Vec<Plan>),
     Map(Map),
 }
@@ -81,7 +81,7 @@ impl Plan {
             Plan::Double(_) => Kind::Double,
             Plan::Address(_) => Kind::Address,
             Plan::Network(_) => Kind::Network,
-            Plan::Split(_) | Plan::List(_) => Kind::List,
+            Plan::Split(_) | Plan::Values(_) | Plan::List(_) => Kind::List,
             Plan::Map(_) => Kind::Map,
         }
     }
@@ -217,10 +217,13 @@ impl<'t> Planner<'t> {
             "request.cookies" => Plan::Map(Map::Cookies),
             "request.args" => Plan::Map(Map::Arguments),
             "source.address" => Plan::Address(Address::Client),
+            "source.network" => Plan::Text(Text::Network),
             "source.port" => Plan::Int(Int::Port),
             "connection.tls_version" => Plan::Text(Text::TlsVersion),
             "connection.sni" => Plan::Text(Text::Sni),
             "connection.peer_subject" => Plan::Text(Text::PeerSubject),
+            "connection.peer_names" => Plan::Values(Field::PeerNames),
+            "connection.peer_fingerprint" => Plan::Text(Text::PeerFingerprint),
             "route.name" => Plan::Text(Text::Route),
             "response.code" => Plan::Int(Int::Code),
             "response.headers" => Plan::Map(Map::ResponseHeaders),
@@ -560,6 +563,13 @@ impl<'t> Planner<'t> {
                 }
                 Ok(Plan::Text(Text::Item(Box::new((split, number)))))
             }
+            Plan::Values(field) => {
+                let number = self.int(index)?;
+                if let Int::Literal(..0) = number {
+                    return self.wrong(index, "items are counted from 0");
+                }
+                Ok(Plan::Text(Text::Value(Box::new((field, number)))))
+            }
             Plan::List(_) => self.wrong(at, "an item of a list that is written here: write the item itself"),
             other => self.mistyped(
                 of,
@@ -590,6 +600,7 @@ impl<'t> Planner<'t> {
                 }
             },
             (Plan::Text(item), Plan::Split(split)) => Condition::Listed(item, Box::new(split)),
+            (Plan::Text(item), Plan::Values(field)) => Condition::Among(item, Box::new(field)),
             (Plan::Text(item), Plan::List(items)) => {
                 let text = |(at, plan): (&IdedExpr, Plan)| match plan {
                     Plan::Text(text) => Ok(text),
@@ -690,9 +701,19 @@ impl<'t> Planner<'t> {
                 Plan::Text(Text::Substring(Box::new(parts)))
             }
             ("split", [of, by]) => Plan::Split(Split { of: self.text(of)?, by: self.text(by)? }),
+            ("values", [of, name]) => {
+                let Plan::Map(map) = self.plan(of)? else {
+                    let told = "`values` asks `request.headers`, `request.cookies`, `request.args` or \
+                                `response.headers`, as in `\"1\" in request.args.values(\"debug\")`";
+                    return self.wrong(of, told);
+                };
+                let written = self.key(name, "this is named by a literal, so that it is looked up once")?;
+                Plan::Values(self.field(name, map, &written, true)?)
+            }
             ("size", [of]) => Plan::Int(match self.plan(of)? {
                 Plan::Text(text) => Int::Length(Box::new(text)),
                 Plan::Split(split) => Int::Items(Box::new(split)),
+                Plan::Values(field) => Int::Values(Box::new(field)),
                 Plan::List(items) => Int::Literal(i64::try_from(items.len()).unwrap_or(i64::MAX)),
                 other => return self.mistyped(of, other.kind(), "text or a list"),
             }),
@@ -773,11 +794,8 @@ impl<'t> Planner<'t> {
 
     fn pattern(&mut self, at: &IdedExpr) -> Planned<Regex> {
         let written = self.key(at, "a pattern is a literal, so that it is compiled once")?;
-        RegexBuilder::new(&written).size_limit(PATTERN_BYTES_MAX).build().or_else(|error| {
-            let told = error.to_string();
-            let cause = told.lines().last().unwrap_or_default().trim().trim_start_matches("error: ");
-            self.wrong(at, format!("`{written}` is no pattern that can be used: {cause}"))
-        })
+        pattern::compile(&written)
+            .or_else(|cause| self.wrong(at, format!("`{written}` is no pattern that can be used: {cause}")))
     }
 
     fn network(&self, at: &IdedExpr, written: &str) -> Planned<IpNet> {

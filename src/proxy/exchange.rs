@@ -17,7 +17,6 @@ use crate::access_log::{Failed, Why};
 use crate::client::connection::{Begin, Connection, UnderWay, introduction};
 use crate::client::http2::Control;
 use crate::client::session::Link;
-use crate::client::tls::handshake;
 use crate::client::waiting::Who;
 use crate::config::listener::OddNames;
 use crate::error::Refusal;
@@ -53,6 +52,8 @@ pub struct Exchange {
     pub peer_is_trusted: bool,
     /// `http` or `https`, as the client spoke it.
     pub scheme: &'static str,
+    /// The request ended with its header, whatever that announces: HTTP/2 says so.
+    pub ended_with_header: bool,
     /// The target before filters, if one might change it. Its path is in the one form of paths.
     pub target: Option<Uri>,
     /// What followed the body of the request, once it is whole.
@@ -321,6 +322,7 @@ impl Exchange {
             client: None,
             peer_is_trusted: false,
             scheme,
+            ended_with_header: false,
             target: None,
             trailers: None,
             trailers_slot: None,
@@ -409,7 +411,8 @@ impl Exchange {
             scheme: self.scheme,
             route,
             path,
-            secured: self.connection.as_ref().and_then(|connection| connection.tls()).map(secured).unwrap_or_default(),
+            secured: secured(self.connection.as_deref()),
+            ended: self.ended_with_header,
             pace: self.pace(),
         }
     }
@@ -560,12 +563,11 @@ impl Exchange {
 }
 
 /// The TLS of a connection, as expressions ask for it.
-fn secured(tls: &handshake::Facts) -> Secured<'_> {
-    Secured {
-        version: tls.version,
-        sni: tls.name.as_deref().unwrap_or_default(),
-        subject: tls.client.as_ref().map_or("", |client| &client.subject),
-    }
+pub(super) fn secured(connection: Option<&Connection>) -> Secured<'_> {
+    let Some(tls) = connection.and_then(Connection::tls) else { return Secured::default() };
+    let (version, sni) = (tls.version, tls.name.as_deref().unwrap_or_default());
+    let Some(client) = &tls.client else { return Secured { version, sni, ..Secured::default() } };
+    Secured { version, sni, subject: &client.subject, names: &client.names, fingerprint: &client.fingerprint }
 }
 
 /// A journal with what came before the exchange had a context; `routed` is when it got one.

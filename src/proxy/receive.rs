@@ -13,10 +13,11 @@ use pingora::protocols::http::ServerSession;
 use pingora::{Error, ErrorType, Result};
 
 use super::deadline::Dues;
-use super::exchange::{Exchange, FilterStates};
+use super::exchange::{Exchange, FilterStates, secured};
 use super::header::hop::members;
 use super::https;
 use super::route::Route;
+use crate::client::connection::Connection;
 use crate::client::session::Tap;
 use crate::client::trailers;
 use crate::error::refusal;
@@ -207,7 +208,16 @@ struct Told {
     port: u16,
     scheme: &'static str,
     path: Box<str>,
+    connection: Option<Arc<Connection>>,
+    ended: bool,
     pace: Pace,
+}
+
+impl Told {
+    fn facts<'t>(&'t self, route: &'t str) -> Facts<'t> {
+        let Told { client, port, scheme, ref path, ref connection, ended, pace } = *self;
+        Facts { client, port, scheme, route, path, secured: secured(connection.as_deref()), ended, pace }
+    }
 }
 
 impl BodyFilters {
@@ -215,8 +225,9 @@ impl BodyFilters {
     pub fn of(exchange: &Exchange) -> Option<Box<dyn Tap>> {
         let route = exchange.route.as_ref().filter(|route| route.chain.wants(Stages::RESPONSE_BODY))?;
         let filters = exchange.filters.clone()?;
-        let Facts { client, port, scheme, path, pace, .. } = exchange.facts(&route.name);
-        let told = Told { client, port, scheme, path: path.into(), pace };
+        let Facts { client, port, scheme, path, ended, pace, .. } = exchange.facts(&route.name);
+        let connection = exchange.connection.clone();
+        let told = Told { client, port, scheme, path: path.into(), connection, ended, pace };
         Some(Box::new(BodyFilters { route: route.clone(), filters, told }))
     }
 }
@@ -225,9 +236,7 @@ impl BodyFilters {
 impl Tap for BodyFilters {
     async fn piece(&mut self, request: &mut RequestHeader, piece: &mut Option<Bytes>, end: bool) -> Result<()> {
         let Some(mut states) = self.filters.take() else { return Ok(()) };
-        let Told { client, port, scheme, path, pace } = &self.told;
-        let (client, port, scheme, pace) = (*client, *port, *scheme, *pace);
-        let facts = Facts { client, port, scheme, pace, ..Facts::of(&self.route.name, path) };
+        let facts = self.told.facts(&self.route.name);
         let view = View { facts, request };
         let verdict = self.route.chain.response_body(&mut states, view, piece, end).await;
         self.filters.put(states);

@@ -25,7 +25,7 @@ const CONDITIONS: [(&str, &str); 6] = [
 const VALUES: [(&str, &str); 3] = [
     ("header", r#"request.headers["x-user"]"#),
     ("first label of the host", r#"request.host.split(".")[0]"#),
-    ("key or address", r#"request.headers["x-api-key"].orValue(string(source.address))"#),
+    ("key or address", r#"request.headers["x-api-key"].orValue(source.network)"#),
 ];
 
 /// The header of a browser's request, 14 fields.

@@ -3,9 +3,11 @@
 
 use std::process::Command;
 
-use crate::harness::client::request;
+use crate::harness::client::{H2Client, request};
 use crate::harness::collector::Collector;
 use crate::harness::gateway::Watched;
+use crate::harness::secure::Authority;
+use crate::harness::tls::{Tls, pair};
 use crate::harness::{Gateway, Origin, Setup, ok};
 
 /// An origin that says what path it was asked for, and a gateway with these filters before it.
@@ -64,6 +66,107 @@ fn leaving_a_header_out_does_not_get_past_a_rule_that_refuses() {
     assert_eq!(client.ask("GET", "/", "X-Token: wrong\r\n", "").status, 403);
     assert_eq!(client.ask("GET", "/", "X-Token: s3cret\r\nX-Token: s3cret\r\n", "").status, 403, "two are not the one");
     assert_eq!(client.ask("GET", "/", "X-Token: s3cret\r\n", "").status, 200);
+}
+
+#[test]
+fn no_way_to_say_it_gets_past_a_rule_that_refuses_a_value() {
+    let when = |written: &str| format!("{{ access: {{ deny: [0.0.0.0/0, \"::/0\"] }}, when: '{written}' }}");
+    let rules = [
+        "\"1\" in request.headers.values(\"X-Debug\")",
+        "\"admin\" in request.cookies.values(\"role\")",
+        "\"1\" in request.args.values(\"debug\")",
+        "request.args[\"q\"].lowerAscii().matches(\"union.*select\")",
+        "request.path.startsWith(\"/admin\")",
+        "request.host == \"closed.test\"",
+    ];
+    let origin = Origin::answering(|request| ok(request.target()));
+    let filters = rules.map(when).join(", ");
+    let gateway = Setup::before(&origin).listener("protocols: [http1, h2c]").filters(&filters).start();
+    let mut client = gateway.client();
+    for (path, fields) in [
+        ("/", "X-Debug: 1\r\n"),
+        ("/", "x-debug: 0\r\nX-DEBUG: 1\r\n"),
+        ("/", "X-Debug: 0 ,\t1\r\n"),
+        ("/", "Cookie: role=user; role=admin\r\n"),
+        ("/", "Cookie: role=user\r\nCookie: a=b;role=admin\r\n"),
+        ("/?debug=0&debug=1", ""),
+        ("/?%64ebug=%31", ""),
+        ("/?a&debug=1&debug=0", ""),
+        ("/?q=UNION%0D%0A+Select", ""),
+        ("/%61dmin", ""),
+        ("//admin", ""),
+        ("/x/..//%2e/admin/x", ""),
+    ] {
+        assert_eq!(client.ask("GET", path, fields, "").status, 403, "{path} {fields}");
+    }
+    for host in ["closed.test", "Closed.TEST:80", "closed.test."] {
+        let ask = format!("GET / HTTP/1.1\r\nHost: {host}\r\n\r\n");
+        client.send(ask);
+        assert_eq!(client.response().status, 403, "{host}");
+    }
+    let crumbs = http::Request::get("http://test/").header("cookie", "role=user").header("cookie", "role=admin");
+    let over_http2 = H2Client::connect(gateway.web()).ask(crumbs.body(()).expect("a request"), b"");
+    assert_eq!(over_http2.expect("an answer").status, 403);
+    assert_eq!(origin.requests().len(), 0);
+    let fields = "X-Debug: 10\r\nCookie: role=user\r\n";
+    assert_eq!(client.ask("GET", "/open?debug=0&q=select", fields, "").status, 200);
+}
+
+#[test]
+fn a_limit_on_the_length_holds_for_a_body_that_does_not_say_its_own() {
+    let origin = Origin::answering(|request| ok(request.target()));
+    let filters = "{ respond: { status: 413 }, when: request.size > 10 }";
+    let gateway = Setup::before(&origin).listener("protocols: [http1, h2c]").filters(filters).start();
+    let mut client = gateway.client();
+    assert_eq!(client.ask("POST", "/", "", "0123456789").status, 200);
+    assert_eq!(client.get("/").status, 200);
+    assert_eq!(gateway.client().ask("POST", "/", "", "01234567890").status, 413);
+    let mut chunked = gateway.client();
+    chunked.send("POST / HTTP/1.1\r\nHost: test\r\nTransfer-Encoding: chunked\r\n\r\n1\r\nx\r\n0\r\n\r\n");
+    assert_eq!(chunked.response().status, 413);
+    let over_http2 = H2Client::connect(gateway.web());
+    let ask = |body: &[u8]| {
+        let request = http::Request::post("http://test/").body(()).expect("a request");
+        over_http2.ask(request, body).expect("an answer").status
+    };
+    assert_eq!((ask(b""), ask(b"x")), (200, 413));
+}
+
+#[test]
+fn who_a_client_has_proved_to_be_and_where_it_comes_from_is_known_to_conditions() {
+    let (servers, clients) = (Authority::new(), Authority::new());
+    let origin = Origin::named("app");
+    let asks = format!("client: {{ mode: optional, ca: \"{}\" }}", clients.file().display());
+    let tls = format!("tls: {{ certificates: [ {{ {}, {asks} }} ] }}", pair(&servers.issue(&["a.test"])));
+    let when = [
+        "\"ada.example\" in connection.peer_names && connection.peer_fingerprint.size() == 64",
+        "connection.peer_subject.contains(\"CN=ada.test\")",
+        "connection.sni == \"a.test\" && connection.tls_version == \"TLSv1.3\" && request.scheme == \"https\"",
+        "source.address == \"127.0.0.1\" && source.network == \"127.0.0.1\" && source.port > 0",
+    ];
+    let route = format!("{{ name: ada, match: {{ when: '{}' }}, upstream: app }}", when.join(" && "));
+    let gateway = Setup::before(&origin).listener(&tls).routes(&route).start();
+    let to = || Tls::to(gateway.web(), &servers, "a.test");
+    let ask =
+        "GET / HTTP/1.1\r\nHost: a.test\r\nX-Client-Cert-Names: ada.example\r\nX-Forwarded-For: 127.0.0.1\r\n\r\n";
+    assert_eq!(to().connect().unwrap().ask(ask).unwrap().status, 404);
+    assert_eq!(to().showing(&clients.issue(&["eve.test"])).connect().unwrap().ask(ask).unwrap().status, 404);
+    let ada = clients.issue(&["ada.test", "ada.example"]);
+    assert_eq!(to().showing(&ada).connect().unwrap().ask(ask).unwrap().status, 200);
+}
+
+#[test]
+fn the_address_of_a_client_is_that_behind_trusted_proxies_and_of_no_others() {
+    let rule =
+        "{ access: { deny: [0.0.0.0/0, \"::/0\"] }, when: '!cidr(\"192.0.2.0/24\").containsIP(source.address)' }";
+    let origin = Origin::named("app");
+    let forwarded = |trusted: &str, said: &str| {
+        let gateway = Setup::before(&origin).filters(rule).more(&format!("trusted_proxies: {trusted}")).start();
+        gateway.client().ask("GET", "/", &format!("X-Forwarded-For: {said}\r\n"), "").status
+    };
+    assert_eq!(forwarded("[127.0.0.1]", "192.0.2.7"), 200);
+    assert_eq!(forwarded("[127.0.0.1]", "192.0.2.7, 198.51.100.1"), 403, "the proxy has seen another one");
+    assert_eq!(forwarded("[]", "192.0.2.7"), 403);
 }
 
 #[test]

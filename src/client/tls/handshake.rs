@@ -44,7 +44,8 @@ pub struct Facts {
 pub struct ClientCertificate {
     /// Its subject, such as `CN=Ada,O=Example`.
     pub subject: String,
-    /// Its further names: hosts, addresses of mail and URIs, separated by commas.
+    /// Its further names: hosts, addresses of mail and URIs, separated by commas. A comma in one of them is `%2C`, so that it
+    /// cannot pass for two.
     pub names: String,
     /// SHA-256 of it, in hexadecimal.
     pub fingerprint: String,
@@ -203,7 +204,7 @@ fn client(ssl: &SslRef) -> Option<ClientCertificate> {
     let names = alternatives.iter().flatten().filter_map(|name| name.dnsname().or(name.email()).or(name.uri()));
     Some(ClientCertificate {
         subject: certificate::text(certificate.subject_name()),
-        names: names.collect::<Vec<_>>().join(","),
+        names: names.map(|name| name.replace(',', "%2C")).collect::<Vec<_>>().join(","),
         fingerprint: certificate.digest(MessageDigest::sha256()).map(|digest| hex(&digest)).unwrap_or_default(),
         serial: certificate::serial(&certificate),
     })

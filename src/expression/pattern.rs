@@ -1,0 +1,223 @@
+//! Patterns of `matches`: with the meaning that they have in CEL, and of bounded cost.
+//!
+//! The time of a search is linear in the text, but what one byte costs depends on the pattern: about a nanosecond where an automaton
+//! of a modest number of states decides, and tens of microseconds where thousands of ways to match have to be followed side by side.
+//! A client chooses the text, so that a header would keep a worker busy for seconds. So all states of the automaton are visited when
+//! the file is loaded, and a pattern that has too many is refused.
+
+use std::collections::HashSet;
+use std::ops::Range;
+
+use regex::{Regex, RegexBuilder};
+use regex_automata::hybrid::dfa::DFA;
+use regex_automata::nfa::thompson::{self, WhichCaptures};
+use regex_automata::util::syntax;
+use regex_automata::{Anchored, Input};
+use regex_syntax::ast::{self, Ast, ClassPerl, ClassPerlKind, ClassSetItem, Visitor};
+
+/// What a compiled pattern may take, before its automaton.
+const BYTES_MAX: usize = 1 << 20;
+/// What its automaton may take. It is made as texts need it, and fits in here as a whole.
+const AUTOMATON_BYTES_MAX: usize = 2 << 20;
+/// A pattern that the automaton leaves to a slower way, where a text has characters beyond ASCII, may have so many states there.
+const SLOW_STATES_MAX: usize = 100;
+
+/// Compiles a pattern.
+///
+/// # Errors
+/// Why it is none that can be used.
+pub(super) fn compile(written: &str) -> Result<Regex, String> {
+    let ast = ast::parse::Parser::new().parse(written).map_err(|error| error.kind().to_string())?;
+    let pattern = in_ascii(written, &ast);
+    // `.` is a line break, too: `%0A` in an argument would hide what stands behind it from `a.*b`.
+    let mut builder = RegexBuilder::new(&pattern);
+    builder.dot_matches_new_line(true).size_limit(BYTES_MAX).dfa_size_limit(2 * AUTOMATON_BYTES_MAX);
+    let compiled = builder.build().map_err(|error| {
+        let told = error.to_string();
+        told.lines().last().unwrap_or_default().trim().trim_start_matches("error: ").to_owned()
+    })?;
+    if is_bounded(&pattern) { Ok(compiled) } else { Err(TOO_COSTLY.to_owned()) }
+}
+
+const TOO_COSTLY: &str = "a long text would take too long; count less, or let it begin with `^`";
+
+/// RE2, which CEL means, has `\d`, `\s`, `\w` and `\b` for ASCII. Those of Unicode would take a hundred times as many states.
+fn in_ascii(written: &str, ast: &Ast) -> String {
+    let mut pattern = String::with_capacity(written.len());
+    let mut rest = 0;
+    for (place, plain) in ast::visit(ast, Found::default()).unwrap_or_default() {
+        pattern.push_str(&written[rest..place.start]);
+        pattern.push_str(plain);
+        rest = place.end;
+    }
+    pattern + &written[rest..]
+}
+
+/// What is to be replaced in a pattern, in its order.
+#[derive(Default)]
+struct Found(Vec<(Range<usize>, &'static str)>);
+
+impl Found {
+    fn note(&mut self, span: &ast::Span, plain: &'static str) {
+        self.0.push((span.start.offset..span.end.offset, plain));
+    }
+
+    fn class(&mut self, class: &ClassPerl) {
+        let plain = match (&class.kind, class.negated) {
+            (ClassPerlKind::Digit, false) => "[0-9]",
+            (ClassPerlKind::Digit, true) => "[^0-9]",
+            (ClassPerlKind::Space, false) => r"[\t\n\x0b\x0c\r ]",
+            (ClassPerlKind::Space, true) => r"[^\t\n\x0b\x0c\r ]",
+            (ClassPerlKind::Word, false) => "[0-9A-Za-z_]",
+            (ClassPerlKind::Word, true) => "[^0-9A-Za-z_]",
+        };
+        self.note(&class.span, plain);
+    }
+}
+
+impl Visitor for Found {
+    type Output = Vec<(Range<usize>, &'static str)>;
+    type Err = ();
+
+    fn finish(self) -> Result<Self::Output, ()> {
+        Ok(self.0)
+    }
+
+    fn visit_post(&mut self, ast: &Ast) -> Result<(), ()> {
+        match ast {
+            Ast::ClassPerl(class) => self.class(class),
+            Ast::Assertion(assertion) if assertion.kind == ast::AssertionKind::WordBoundary => {
+                self.note(&assertion.span, r"(?-u:\b)");
+            }
+            _ => {}
+        }
+        Ok(())
+    }
+
+    fn visit_class_set_item_post(&mut self, item: &ClassSetItem) -> Result<(), ()> {
+        if let ClassSetItem::Perl(class) = item {
+            self.class(class);
+        }
+        Ok(())
+    }
+}
+
+/// Whether all that the automaton of a pattern can become fits into its bounds. It is found by going everywhere.
+fn is_bounded(pattern: &str) -> bool {
+    let config = DFA::config()
+        .cache_capacity(AUTOMATON_BYTES_MAX)
+        .minimum_cache_clear_count(Some(0))
+        .unicode_word_boundary(true);
+    let automaton = DFA::builder()
+        .configure(config)
+        .syntax(syntax::Config::new().dot_matches_new_line(true))
+        .thompson(thompson::Config::new().which_captures(WhichCaptures::None))
+        .build(pattern);
+    // One that is too large for a single of its states is not built at all.
+    let Ok(automaton) = automaton else { return false };
+    let mut cache = automaton.create_cache();
+    let Ok(start) = automaton.start_state_forward(&mut cache, &Input::new("").anchored(Anchored::No)) else {
+        return false;
+    };
+    let (mut known, mut open, mut quits) = (HashSet::from([start]), vec![start], false);
+    while let Some(state) = open.pop() {
+        for byte in automaton.byte_classes().representatives(0..=u8::MAX).filter_map(|unit| unit.as_u8()) {
+            let Ok(next) = automaton.next_state(&mut cache, state, byte) else { return false };
+            quits |= next.is_quit();
+            // Behind a match nothing is looked for.
+            if !(next.is_quit() || next.is_dead() || next.is_match()) && known.insert(next) {
+                open.push(next);
+            }
+        }
+    }
+    !quits || automaton.get_nfa().states().len() <= SLOW_STATES_MAX
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::time::{Duration, Instant};
+
+    #[test]
+    fn classes_are_those_of_re2() {
+        for (pattern, text, matches) in [
+            (r"^\w+$", "a_Z9", true),
+            (r"^\w$", "ä", false),
+            (r"^[\w.-]+$", "a.b-c", true),
+            (r"^[^\w]$", "ä", true),
+            (r"^\W$", "ä", true),
+            (r"^\d$", "٣", false),
+            (r"^\D\S\s$", "a\u{e4}\t", true),
+            (r"\bbot\b", "a bot, b", true),
+            (r"\bbot\b", "robot", false),
+            (r"\bbot\b", "ä-bot\u{e4}", true),
+            (r"(?x) \d  # \w", "7", true),
+            (r"\\d", "\\d", true),
+            (r"^\p{L}$", "ä", true),
+            (r"(?i)^ÄÖ$", "äö", true),
+            ("a.b", "a\nb", true),
+            ("(?-s)a.b", "a\nb", false),
+        ] {
+            assert_eq!(compile(pattern).map(|regex| regex.is_match(text)), Ok(matches), "{pattern} {text}");
+        }
+    }
+
+    #[test]
+    fn what_people_write_is_taken() {
+        for pattern in [
+            r"(?i)bot|crawler|spider|scrapy|curl|python-requests|go-http-client|libwww|headless",
+            r"^/api/v\d+/(users|orders)/[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}$",
+            r"^[\w.+-]{1,64}@[\w-]{1,63}(\.[\w-]{1,63}){1,4}$",
+            r"(?i)(union\s+(all\s+)?select|insert\s+into|drop\s+table|\bor\b\s+1=1)",
+            r"^(?:[A-Za-z0-9_-]{2,400}\.){2}[A-Za-z0-9_-]{2,400}$",
+            r"^(25[0-5]|2[0-4]\d|1?\d?\d)(\.(25[0-5]|2[0-4]\d|1?\d?\d)){3}$",
+            r"(\.\./|%2e%2e|\x00)",
+            r"^.{0,200}$",
+            r"(?i)^(.*\.)?example\.(com|org)$",
+            r"[^\x20-\x7e]",
+        ] {
+            assert!(compile(pattern).is_ok(), "{pattern}: {:?}", compile(pattern));
+        }
+    }
+
+    #[test]
+    fn no_pattern_takes_long_whatever_the_text() {
+        let texts = [
+            (0..30_000u32).map(|at| if (at * at / 7 + at / 3) % 3 == 0 { 'a' } else { 'b' }).collect::<String>(),
+            "a".repeat(30_000),
+            "ab ".repeat(10_000) + "\u{e4}",
+        ];
+        let mut refused = 0;
+        for pattern in [
+            r"[ab]*a[ab]{12}[^ab]",
+            r"[ab]*a[ab]{4000}[^ab]",
+            r"([ab]{1,60}){1,60}[^a-z]",
+            r"([ab][ab]?){1,2000}[^a-z]",
+            r"(a?){500}a{500}[^a-z]",
+            r"(\w+\s*){2,10}[^a-z ]",
+            r"\B([ab][ab]?){1,2000}[^a-z]",
+            r"(.*a.{12})+z",
+            r"(?i)(x|y|.*)*(a|b|ab)*\p{L}{1,9}!",
+            r"((a{0,9}){0,9}){0,9}[^a]",
+        ] {
+            let begun = Instant::now();
+            let Ok(regex) = compile(pattern) else {
+                refused += 1;
+                assert!(begun.elapsed() < Duration::from_secs(30), "{pattern} took {:?} to refuse", begun.elapsed());
+                continue;
+            };
+            for text in &texts {
+                // The first search makes the automaton.
+                regex.is_match(text);
+                let best = (0..3).map(|_| {
+                    let begun = Instant::now();
+                    regex.is_match(text);
+                    begun.elapsed()
+                });
+                // Some 50 µs in a build with optimisation, on a machine for itself.
+                assert!(best.min().unwrap_or_default() < Duration::from_millis(100), "{pattern}");
+            }
+        }
+        assert!(refused >= 3, "{refused}");
+    }
+}
