@@ -12,11 +12,15 @@ use pingora::tls::x509::X509;
 
 use super::{ConfigFile, Failure};
 use crate::acme::plan::Plan;
-use crate::config::Config;
+use crate::config::units::Size;
+use crate::config::{Config, file};
 use crate::gateway::Builder;
 
 /// For a connection to stand, and for each piece of an answer.
 const DEADLINE: Duration = Duration::from_secs(5);
+
+/// The largest file of a certificate that is read.
+const CERTIFICATE_MAX: Size = Size::kib(1024);
 
 /// The longest answer that is read whole.
 const ANSWER_BYTES_MAX: u64 = 64 << 20;
@@ -176,8 +180,9 @@ impl AdminEndpoint {
 
 /// Shakes hands with a server that must have the certificate of this file. Whose name is in it does not matter: it is reached
 /// by its address.
-fn secure(socket: TcpStream, file: &Path) -> io::Result<SslStream<TcpStream>> {
-    let expected = X509::from_pem(&std::fs::read(file)?)?;
+fn secure(socket: TcpStream, certificate: &Path) -> io::Result<SslStream<TcpStream>> {
+    let pem = file::read(certificate, CERTIFICATE_MAX).map_err(|error| io::Error::other(error.to_string()))?;
+    let expected = X509::from_pem(&pem)?;
     let mut connector = SslConnector::builder(SslMethod::tls())?;
     connector.set_verify(SslVerifyMode::NONE);
     let mut configured = connector.build().configure()?;

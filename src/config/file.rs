@@ -4,7 +4,7 @@
 //! file, or a link to one, is refused before it is opened.
 
 use std::fmt;
-use std::fs::{self, FileType, OpenOptions};
+use std::fs::{self, File, FileType, OpenOptions};
 use std::io::{self, Read};
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::Path;
@@ -38,22 +38,32 @@ impl From<io::Error> for Unreadable {
     }
 }
 
-/// Reads a plain file of at most this size.
+/// Opens a plain file; tells how long it says it is, which some files of the system do not know.
 ///
 /// # Errors
 ///
-/// If it is missing, may not be read, is larger, or is anything but a plain file.
-pub fn read(path: &Path, most: Size) -> Result<Vec<u8>, Unreadable> {
+/// If it is missing, may not be read, or is anything but a plain file.
+pub fn open(path: &Path) -> Result<(File, u64), Unreadable> {
     // Looked at before it is opened, since to open a device may do something, and again once it cannot change any more.
     plain(fs::metadata(path)?.file_type())?;
     let file = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY).open(path)?;
     let metadata = file.metadata()?;
     plain(metadata.file_type())?;
+    Ok((file, metadata.len()))
+}
+
+/// Reads a plain file of at most this size.
+///
+/// # Errors
+///
+/// As for [`open`], or if it is larger.
+pub fn read(path: &Path, most: Size) -> Result<Vec<u8>, Unreadable> {
+    let (file, length) = open(path)?;
     let mut bytes = Vec::new();
-    if metadata.len() <= most.0 {
+    if length <= most.0 {
         file.take(most.0.saturating_add(1)).read_to_end(&mut bytes)?;
     }
-    if metadata.len().max(bytes.len() as u64) > most.0 { Err(Unreadable::TooLarge(most)) } else { Ok(bytes) }
+    if length.max(bytes.len() as u64) > most.0 { Err(Unreadable::TooLarge(most)) } else { Ok(bytes) }
 }
 
 fn plain(kind: FileType) -> Result<(), Unreadable> {

@@ -2,9 +2,9 @@
 //!
 //! A private key is read into memory that is overwritten when it is let go; so is the library's own copy of it.
 
-use std::fs::File;
 use std::io::Read;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::path::Path;
 
 use boring::asn1::{Asn1Time, Asn1TimeRef};
 use pingora::tls::pkey::{Id, PKey, Private};
@@ -14,6 +14,7 @@ use zeroize::Zeroizing;
 
 use super::staple::{self, Staple};
 use crate::client::hello::KeyKind;
+use crate::config::file;
 use crate::config::listener::tls::{Certificate, ClientCertificates, ClientMode};
 use crate::error::BuildError;
 
@@ -396,8 +397,7 @@ fn count(text: &[u8], what: &[u8]) -> usize {
 /// The whole of a file, in memory that is overwritten when it is let go.
 pub(super) fn read(at: &str, path: &str, max: u64) -> Result<Zeroizing<Vec<u8>>, BuildError> {
     let wrong = |what: String| BuildError::new(at, format!("`{path}` {what}"));
-    let open = File::open(path).and_then(|file| Ok((file.metadata()?.len(), file)));
-    let (length, file) = open.map_err(|error| wrong(format!("cannot be read: {error}")))?;
+    let (file, length) = file::open(Path::new(path)).map_err(|error| wrong(format!("cannot be read: {error}")))?;
     // Room for all of it at once: a vector that grows would leave parts of a key behind.
     let room = usize::try_from(length.min(max)).unwrap_or(usize::MAX).saturating_add(1);
     let mut bytes = Zeroizing::new(Vec::with_capacity(room));
@@ -412,7 +412,6 @@ pub(super) fn read(at: &str, path: &str, max: u64) -> Result<Zeroizing<Vec<u8>>,
 pub(super) mod tests {
     use super::*;
 
-    use std::path::Path;
     use std::process::Command;
 
     use crate::config::listener::tls::ClientCertificates;
