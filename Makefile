@@ -6,7 +6,7 @@ TOOLS := conf/packaging/install-tools.sh
 export PATH := $(PATH):/usr/sbin:/sbin
 
 .DEFAULT_GOAL := help
-.PHONY: help run demo test check build fmt lint doc bench clean
+.PHONY: help run demo test fuzz check build fmt lint doc bench clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -24,6 +24,10 @@ test: ## run all tests, against real servers too; installs them without starting
 	else \
 		set -x; $(CARGO) test --locked; \
 	fi
+
+fuzz: ## explore every fuzz target for ten minutes: tests/fuzz/README.md
+	@$(TOOLS) build test
+	FOREBAY_FUZZ_SECONDS=$${FOREBAY_FUZZ_SECONDS:-600} $(CARGO) nextest run --locked --profile fuzz
 
 check: lint test doc ## formatting, clippy, tests and documentation: all that must hold before a commit
 

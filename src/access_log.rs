@@ -4,7 +4,7 @@
 //! lines out in batches and is the only one that waits for the disk. `access_log/line.rs` is how a line looks.
 //! `proxy` makes the [`Record`] in the phase `finish`; `client` makes one for a header that it refused.
 
-mod line;
+pub mod line;
 mod writer;
 
 use std::cell::RefCell;

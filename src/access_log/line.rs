@@ -186,7 +186,8 @@ fn is_plain(byte: u8) -> bool {
     matches!(byte, b' '..=b'~') && byte != b'"' && byte != b'\\'
 }
 
-fn escape_json(line: &mut Vec<u8>, bytes: &[u8]) {
+/// Escapes what stands in a text of JSON; bytes that are not UTF-8 become `\xNN`, as text.
+pub fn escape_json(line: &mut Vec<u8>, bytes: &[u8]) {
     if bytes.iter().copied().all(is_plain) {
         return line.extend_from_slice(bytes);
     }
@@ -204,7 +205,8 @@ fn escape_json(line: &mut Vec<u8>, bytes: &[u8]) {
     }
 }
 
-fn escape_combined(line: &mut Vec<u8>, bytes: &[u8]) {
+/// Escapes what stands in the combined format: all but printable ASCII, and `"` and `\`, become `\xNN`.
+pub fn escape_combined(line: &mut Vec<u8>, bytes: &[u8]) {
     if bytes.iter().copied().all(is_plain) {
         return line.extend_from_slice(bytes);
     }

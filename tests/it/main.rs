@@ -70,3 +70,6 @@ mod trust;
 mod upstreams;
 mod wait;
 mod write;
+
+#[path = "../fuzz/fuzz.rs"]
+mod fuzz;

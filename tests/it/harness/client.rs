@@ -144,6 +144,11 @@ impl Client {
         self.wire.end();
     }
 
+    /// The same, whether or not the gateway is still there.
+    pub fn try_end(&mut self) -> bool {
+        self.wire.try_end()
+    }
+
     /// Goes away without a word.
     pub fn reset(self) {
         self.wire.reset();

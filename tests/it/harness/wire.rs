@@ -142,7 +142,12 @@ impl Wire {
 
     /// Closes the sending side: nothing more is sent, and what comes is still read.
     pub fn end(&mut self) {
-        self.socket.shutdown(Shutdown::Write).expect("a connection");
+        assert!(self.try_end(), "a connection");
+    }
+
+    /// The same; says whether there was a connection.
+    pub fn try_end(&mut self) -> bool {
+        self.socket.shutdown(Shutdown::Write).is_ok()
     }
 
     /// Closes with a reset instead of an end.
