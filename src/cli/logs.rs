@@ -8,10 +8,11 @@ use tracing_subscriber::EnvFilter;
 use super::{Failure, colourful};
 use crate::printable::shown;
 
-/// What a client or a backend did wrong is in the access log, with its reason. Pingora tells it here too, most of it as
-/// warnings, so that strangers could fill the log; and to its connector a kept connection that was closed is an error.
+/// What a client or a backend did wrong is in the access log, with its reason. Pingora and h2 tell it here too, most of
+/// it as warnings, so that strangers could fill the log; and to Pingora's connector a kept connection that was closed is
+/// an error.
 const DEFAULT: &str = "info,pingora=error,pingora_core=error,pingora_core::apps=off,pingora_core::connectors=off,\
-                       pingora_proxy=error";
+                       pingora_proxy=error,h2=error";
 
 /// Starts logging as `FOREBAY_LOG` and `FOREBAY_LOG_FORMAT` say. Where the program has a logger already, that one stays.
 pub fn start() -> Result<(), Failure> {

@@ -19,7 +19,7 @@ use super::decode::Parts;
 use super::explain::{expected, halves};
 use super::filter::FilterKind;
 use super::key::Key;
-use super::listener::tls::{Certificate, ClientMode};
+use super::listener::tls::{Certificate, ClientMode, Tickets};
 use super::listener::{Http2, Limits, Listener, Protocol as ListenerProtocol, Tls};
 use super::report::{Finding, Spot};
 use super::route::retry::{ATTEMPTS_MAX, Backoff, Retry};
@@ -562,18 +562,19 @@ impl<'a> Check<'a> {
         self.time(&format!("{path}.refresh"), tls.refresh);
         self.time(&format!("{path}.tickets.rotate"), tls.tickets.rotate);
         self.count(&format!("{path}.handshake_threads"), tls.handshake_threads, 0, HANDSHAKE_THREADS_MAX);
-        for key in ["rotate", "keys_file"] {
-            if !tls.tickets.enabled && self.is_written(&format!("{path}.tickets.{key}")) {
+        let rotates = tls.tickets.rotate != Tickets::default().rotate;
+        for (key, is_set) in [("rotate", rotates), ("keys_file", tls.tickets.keys_file.is_some())] {
+            if !tls.tickets.enabled && is_set {
                 let at = format!("{path}.tickets.{key}");
                 let finding =
                     Finding::error(Spot::Key(at), format!("`{key}` has no effect where there are no tickets"));
                 self.wrong(finding.label("leave it out, or `enabled: false`"));
             }
         }
-        if tls.tickets.keys_file.is_some() && self.is_written(&format!("{path}.tickets.rotate")) {
+        if tls.tickets.keys_file.is_some() && rotates {
             let finding = Finding::error(
                 Spot::Key(format!("{path}.tickets.rotate")),
-                "keys of a file are rotated by whoever writes it",
+                "Forebay does not rotate the keys of a file: the program that writes the file does",
             );
             self.wrong(finding.label("leave it out, or `keys_file`"));
         }
@@ -789,7 +790,7 @@ impl<'a> Check<'a> {
             self.wrong(finding.label("only with `protocol: http1`"));
         }
         let (at, window) = (format!("{path}.http2.stream_window"), upstream.http2.stream_window.0);
-        if upstream.protocol == Protocol::Http1 && self.is_written(&at) {
+        if upstream.protocol == Protocol::Http1 && upstream.http2 != Default::default() {
             let finding = Finding::error(Spot::Key(at), "`http2` is for endpoints that are spoken to over HTTP/2");
             self.wrong(finding.label("only with `protocol: h2` or `h2c`"));
         } else if !(H2_WINDOW_LEAST..=H2_WINDOW_MOST).contains(&window) {

@@ -218,7 +218,7 @@ pub struct Tickets {
     /// How long a key makes tickets; two older keys are still known.
     pub rotate: Time,
     /// A file of 80-byte keys that several Forebays share, as nginx has them: the first makes tickets, all are known. Forebay
-    /// only reads it, and whoever writes it rotates the keys.
+    /// only reads it; the program that writes it rotates the keys.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub keys_file: Option<String>,
 }
