@@ -3,12 +3,14 @@
 //! A target is a test. It sees every input of its corpus (`corpus/<target>`), and then mutations of these for a second,
 //! or for as long as `FOREBAY_FUZZ_SECONDS` says. `README.md` says what to do with a finding.
 
+mod bodies;
 mod config;
 mod frames;
 mod head;
 mod lines;
 mod mix;
 mod mutate;
+mod paths;
 
 use std::fs;
 use std::path::PathBuf;
@@ -28,7 +30,7 @@ fn corpus(target: &str) -> Vec<Vec<u8>> {
 
 #[test]
 fn every_corpus_belongs_to_a_target() {
-    let sources: String = ["config", "frames", "head", "lines"]
+    let sources: String = ["bodies", "config", "frames", "head", "lines", "paths"]
         .iter()
         .map(|name| fs::read_to_string(format!("tests/fuzz/{name}.rs")).expect("a target"))
         .collect();

@@ -1,6 +1,7 @@
 //! A request header: what is let through is what any careful reader takes it for, however the bytes arrive.
 
-use forebay::client::head::{Framing, HeadLimits, Scanner, inspect};
+use forebay::client::head::{HeadLimits, Scanner, Target, in_origin_form, inspect};
+use forebay::framing::Body;
 
 use super::mutate;
 
@@ -67,9 +68,16 @@ fn check(bytes: &[u8]) {
     let header = &bytes[..end];
     forebay::client::head::request_line(header);
     forebay::client::head::wants_json(header);
-    if let Ok(framing) = inspect(header) {
+    if let Ok(head) = inspect(header) {
         let seen = Seen::of(header).unwrap_or_else(|| panic!("let through: {:?}", String::from_utf8_lossy(header)));
-        seen.agrees(framing);
+        seen.agrees(head.body);
+        if let Target::Absolute { names_host } = head.target {
+            let formed = in_origin_form(header, names_host);
+            let again = Seen::of(&formed).unwrap_or_else(|| panic!("formed: {:?}", String::from_utf8_lossy(&formed)));
+            seen.is_formed(&again, names_host);
+            let once_more = inspect(&formed).map(|formed| (formed.body, formed.closes, formed.target));
+            assert_eq!(once_more, Ok((head.body, head.closes, Target::Origin)));
+        }
     }
 }
 
@@ -120,20 +128,21 @@ impl<'h> Seen<'h> {
     }
 
     /// Whether a body that ends so is the one that this header announces.
-    fn agrees(&self, framing: Framing) {
+    fn agrees(&self, body: Body) {
         let (lengths, codings) = (self.values("content-length"), self.values("transfer-encoding"));
-        match framing {
-            Framing::Length(0) if lengths.is_empty() => assert!(codings.is_empty()),
-            Framing::Length(length) => {
+        match body {
+            Body::None => assert!(lengths.is_empty() && codings.is_empty()),
+            Body::Length(length) => {
                 assert!(codings.is_empty() && lengths.len() == 1);
                 let digits = std::str::from_utf8(lengths[0]).expect("digits");
                 assert!(digits.bytes().all(|digit| digit.is_ascii_digit()), "{digits}");
                 assert_eq!(digits.parse(), Ok(length));
             }
-            Framing::Chunked => {
+            Body::Chunked => {
                 assert!(lengths.is_empty() && self.minor == 1);
                 assert!(codings.len() == 1 && codings[0].eq_ignore_ascii_case(b"chunked"));
             }
+            Body::UntilEnd => panic!("no request over HTTP/1 ends with its connection"),
         }
         let hosts = self.values("host");
         assert!(hosts.len() == 1 || hosts.is_empty() && self.minor == 0, "{hosts:?}");
@@ -146,6 +155,24 @@ impl<'h> Seen<'h> {
             name.parse::<http::HeaderName>().expect("a name");
             http::HeaderValue::from_bytes(value).expect("a value");
         }
+    }
+
+    /// Whether `formed` is this header with its target in origin form (RFC 9112 §3.2.1), and a host in any case.
+    fn is_formed(&self, formed: &Seen<'_>, names_host: bool) {
+        let (_, rest) = self.target.split_once("://").expect("an absolute target");
+        let at = rest.find(['/', '?']).unwrap_or(rest.len());
+        let (authority, path) = rest.split_at(at);
+        let path = match path {
+            "" if self.method == "OPTIONS" => "*".to_owned(),
+            _ if path.starts_with('/') => path.to_owned(),
+            _ => format!("/{path}"),
+        };
+        assert_eq!((formed.method, formed.minor, formed.target), (self.method, self.minor, path.as_str()));
+        let mut fields = self.fields.clone();
+        if !names_host {
+            fields.insert(0, ("Host", authority.as_bytes()));
+        }
+        assert_eq!(formed.fields, fields);
     }
 }
 

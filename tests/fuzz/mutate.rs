@@ -69,6 +69,11 @@ impl<'w> Mutator<'w> {
         Mutator { seed, dice: StdRng::seed_from_u64(seed), session: Session::new().seed(seed), corpus, words }
     }
 
+    /// What makes these inputs.
+    pub fn seed(&self) -> u64 {
+        self.seed
+    }
+
     /// The next input.
     pub fn input(&mut self) -> Vec<u8> {
         let mut input = self.corpus.choose(&mut self.dice).cloned().unwrap_or_default();

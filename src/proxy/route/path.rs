@@ -38,7 +38,7 @@ impl Paths {
     /// - Empty segments are removed, but for the last.
     /// - `%2F` stays, becomes a `/`, or the path is refused; so do `%5C` and a backslash, which some backends take for one.
     ///
-    /// A path is refused in any case that has a `%00`, or in which a backend would find `..` or `.` once it has decoded `%2F` or `%5C`, or
+    /// A path is refused in any case that has a NUL, encoded or not, or in which a backend would find `..` or `.` once it has decoded `%2F` or `%5C`, or
     /// has cut off parameters (`/..;x/`). A target that does not begin with `/`, such as `*`, is no path and stays as it is.
     ///
     /// # Errors
@@ -99,6 +99,7 @@ impl Paths {
                     self.slash(byte, &mut decoded)?;
                     continue;
                 }
+                (0, _) => return Err(Unfit),
                 (byte, _) if byte == b'/' || is_pchar(byte) => {
                     decoded.push(byte);
                     continue;
@@ -294,6 +295,7 @@ mod tests {
                 ("/a;x=../b", "/a;x=../b"),
                 ("/..a%2fb", "/..a%2Fb"),
                 ("/a%00", "refused"),
+                ("/a\0", "refused"),
                 ("/%00/../admin", "refused"),
             ],
         );
