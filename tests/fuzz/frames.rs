@@ -2,6 +2,7 @@
 //!
 //! A connection in the wrong may be ended. The gateway goes on: others are served, and nothing of it is left.
 
+use std::convert::Infallible;
 use std::time::Instant;
 
 use forebay::client::frames::Frames;
@@ -25,13 +26,21 @@ const WORDS: &[&str] = &[
 #[test]
 fn the_end_of_a_frame_is_where_its_length_says_however_the_bytes_arrive() {
     mutate::explore("frames", WORDS, |bytes: &[u8]| {
-        let unfinished = |size: usize| {
-            let mut frames = Frames::default();
-            bytes.chunks(size).for_each(|piece| frames.take(piece));
-            frames.unfinished()
+        let seen = |size: usize| {
+            let (mut frames, mut passed) = (Frames::of_client(), Vec::new());
+            for piece in bytes.chunks(size) {
+                let shown = frames.take(piece, |what| {
+                    passed.push(what);
+                    Ok::<_, Infallible>(())
+                });
+                shown.expect("what cannot fail");
+            }
+            (passed, frames.unfinished())
         };
-        let whole = unfinished(bytes.len().max(1));
-        assert!([1, 2, 9, 100].iter().all(|&size| unfinished(size) == whole));
+        let whole = seen(bytes.len().max(1));
+        for size in [1, 2, 9, 100] {
+            assert_eq!(seen(size), whole, "in pieces of {size}");
+        }
     });
 }
 

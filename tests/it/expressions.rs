@@ -58,6 +58,21 @@ fn a_filter_acts_where_its_condition_holds_and_what_it_skips_is_counted() {
 }
 
 #[test]
+fn a_request_whose_host_cannot_be_made_is_refused() {
+    let filter = "headers: { request: { set: { Host: { cel: 'request.args[\"tenant\"]' } } } }";
+    let (origin, gateway) = filtered(filter);
+    let mut client = gateway.client();
+    assert_eq!(client.get("/?tenant=a.test").status, 200);
+    assert_eq!(origin.requests()[0].value("host"), Some("a.test"));
+    for path in ["/", "/?tenant=a%20b", "/?tenant=a%0d%0ax:%20y"] {
+        let refused = client.get(path);
+        assert_eq!(refused.status, 400, "{path}");
+        assert!(refused.text().starts_with("400 route.headers: "), "{}", refused.text());
+    }
+    assert_eq!(origin.requests().len(), 1);
+}
+
+#[test]
 fn leaving_a_header_out_does_not_get_past_a_rule_that_refuses() {
     let (_origin, gateway) =
         filtered("{ access: { deny: [0.0.0.0/0] }, when: 'request.headers[\"x-token\"] != \"s3cret\"' }");

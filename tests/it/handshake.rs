@@ -1,10 +1,11 @@
 //! Phase `handshake`: TLS with clients of three libraries, and with those that are none.
 
-use std::io::Write as _;
-use std::net::TcpStream;
+use std::io::{self, Write as _};
+use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
 
 use forebay::phase::Phase;
 use pingora::tls::ssl::SslVersion;
@@ -155,6 +156,56 @@ fn what_is_no_tls_is_closed_and_counted() {
 }
 
 #[test]
+fn a_client_that_ends_the_handshake_with_an_alert_is_counted() {
+    let (_, _, gateway) = simple("");
+    // It trusts another authority.
+    let stranger = Authority::new();
+    for version in VERSIONS {
+        let client = Tls::to(gateway.web(), &stranger, "a.test").version(version);
+        refused_as(&gateway, "handshake.alert", || assert!(client.get("/").is_err()));
+    }
+    let said = refused_as(&gateway, "handshake.alert", || s_client(&gateway, &stranger, &["-tls1_2"]));
+    assert!(said.contains("certificate verify failed"), "{said}");
+    // OpenSSL does not encrypt this alert with TLS 1.3, so that it is no alert.
+    let said = refused_as(&gateway, "handshake.failed", || s_client(&gateway, &stranger, &["-tls1_3"]));
+    assert!(said.contains("certificate verify failed"), "{said}");
+    gateway.wait_metric("forebay_client_connections", |open| open == 0.0);
+}
+
+/// Passes a connection on to `to`, and changes the first byte of the second record of its client.
+fn tampering(to: SocketAddr) -> SocketAddr {
+    let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
+    let address = listener.local_addr().expect("an address");
+    thread::spawn(move || {
+        let (mut client, _) = listener.accept().expect("a client");
+        let mut server = TcpStream::connect(to).expect("the gateway");
+        let mut hello = vec![0; 5];
+        io::Read::read_exact(&mut client, &mut hello).expect("the head of a record");
+        hello.resize(5 + usize::from(u16::from_be_bytes([hello[3], hello[4]])), 0);
+        io::Read::read_exact(&mut client, &mut hello[5..]).expect("a record");
+        server.write_all(&hello).expect("a gateway that reads");
+        let (mut from_server, mut to_client) =
+            (server.try_clone().expect("a socket"), client.try_clone().expect("one"));
+        let back = thread::spawn(move || io::copy(&mut from_server, &mut to_client));
+        let mut more = vec![0; 16 << 10];
+        let count = io::Read::read(&mut client, &mut more).expect("a second flight");
+        more[5] ^= 1;
+        server.write_all(&more[..count]).expect("a gateway that reads");
+        let _ = back.join();
+        let _ = client.shutdown(Shutdown::Both);
+    });
+    address
+}
+
+#[test]
+fn a_handshake_that_was_changed_on_its_way_fails_and_is_counted() {
+    let (authority, _, gateway) = simple("");
+    let client = Tls::to(tampering(gateway.web()), &authority, "a.test");
+    refused_as(&gateway, "handshake.failed", || assert!(client.get("/").is_err()));
+    gateway.wait_metric("forebay_client_connections", |open| open == 0.0);
+}
+
+#[test]
 fn a_handshake_that_does_not_end_is_given_up_in_time() {
     let (_, _, gateway) = simple(", handshake_timeout: 200ms");
     let mut begun = Client::connect(gateway.web());
@@ -224,7 +275,7 @@ fn certificates_are_swapped_under_load_and_no_handshake_fails() {
     let gateway = answering(&[pair(&served)], ", refresh: 50ms").start();
     let client = Tls::to(gateway.web(), &authority, "a.test");
     let done = AtomicBool::new(false);
-    std::thread::scope(|scope| {
+    thread::scope(|scope| {
         let shaking = (0..2).map(|_| {
             scope.spawn(|| {
                 let mut serials = std::collections::BTreeSet::new();
@@ -334,7 +385,7 @@ fn a_host_with_other_terms_for_clients_is_served_over_a_connection_of_its_own() 
     assert_eq!(open.ask(&status("closed.test")).unwrap().status, 421);
     assert_eq!(open.ask(&status("CLOSED.test.:443")).unwrap().status, 421);
     assert_eq!(open.ask(&status("open.test")).unwrap().status, 200, "and the connection goes on");
-    gateway.log_line_of_status(421);
+    assert_eq!(gateway.log_line_of_status(421).reason(), "header.misdirected");
     let mut closed =
         Tls::to(gateway.web(), &servers, "closed.test").showing(&clients.issue(&["ada.test"])).connect().unwrap();
     assert_eq!(closed.ask(&status("closed.test")).unwrap().status, 200);
@@ -586,7 +637,7 @@ fn a_client_that_reads_slowly_over_tls_is_waited_for_and_one_that_takes_nothing_
     let mut taken = 0;
     while taken < 2_000_000 {
         taken += slow.bytes(100_000).len();
-        std::thread::sleep(ms(40));
+        thread::sleep(ms(40));
     }
     let (rest, said) = slow.rest();
     assert!(said && taken + rest.len() > 8_000_000);

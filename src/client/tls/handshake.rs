@@ -234,7 +234,8 @@ fn of_code(code: i32) -> &'static Refusal {
         ffi::SSL_R_NO_APPLICATION_PROTOCOL => &refusal::HANDSHAKE_PROTOCOL,
         ffi::SSL_R_PEER_DID_NOT_RETURN_A_CERTIFICATE => &refusal::HANDSHAKE_NO_CERTIFICATE,
         ffi::SSL_R_CERTIFICATE_VERIFY_FAILED => &refusal::HANDSHAKE_CERTIFICATE,
-        // The alerts of the client, 1000 and its number.
+        // The alerts of the client, 1000 and its number. OpenSSL sends an alert of TLS 1.3 in clear if it refuses the certificate;
+        // BoringSSL takes that for a record that it cannot decrypt.
         1000..=1255 => &refusal::HANDSHAKE_ALERT,
         _ => &refusal::HANDSHAKE_FAILED,
     }
