@@ -58,7 +58,7 @@ use crate::metrics::{ConnectionState, Direction, Metrics, RouteMetrics, Summary,
 use crate::party::What;
 use crate::phase::journal::Cycle;
 use crate::phase::{Clock, Phase};
-use crate::upstream::transport::http2::Http2 as Endpoints;
+use crate::upstream::transport::connector::Endpoints;
 use connection::{Begin, Connection, Counted, Inflight, Introduced, Listener, Listeners, StateGauge};
 use entrance::{Ends, Entered};
 use lane::{Lanes, Newcomer};

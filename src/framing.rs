@@ -5,9 +5,11 @@
 //! how requests are smuggled, and how a client reads the next answer as the rest of this one. They know no socket.
 //!
 //! [`Said`] collects what a header says, [`Body`] is what follows from it, and [`chunked`] follows chunks byte for byte.
+//! [`follow`] finds the trailers of a message beside a library that passes over them.
 
 pub mod answer;
 pub mod chunked;
+pub mod follow;
 pub mod request;
 
 use std::borrow::Borrow;

@@ -70,7 +70,7 @@ use crate::proxy::route::{Destination, Route};
 use crate::proxy::send::Manners;
 use crate::recorder::Recorder;
 use crate::spans::Tracer;
-use crate::upstream::transport::http2::Http2;
+use crate::upstream::transport::connector::Endpoints;
 use crate::upstream::{self, Split, Upstream};
 use privileges::User;
 use sockets::{Bound, Place, Socket};
@@ -276,7 +276,7 @@ impl Gateway {
             tracer: tracer.clone(),
             recorder: recorder.clone(),
         };
-        let endpoints = Http2::new(ConnectorOptions::from_server_conf(&server.configuration));
+        let endpoints = Endpoints::new(ConnectorOptions::from_server_conf(&server.configuration));
         let nobody: ProcessCustomSession<_, _> = Arc::new(|_, _, _| Box::pin(std::future::ready(None)));
         let builder = ProxyServiceBuilder::new(&server.configuration, proxy).custom(endpoints, nobody);
         let proxy = unpacked(builder.build());

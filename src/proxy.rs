@@ -165,10 +165,14 @@ impl ProxyHttp for Proxy {
         request: &mut RequestHeader,
         exchange: &mut Exchange,
     ) -> Result<()> {
+        if exchange.link.as_ref().is_some_and(|link| link.length().is_some()) {
+            send::note_trailers(exchange);
+        }
         send::header(exchange, self.manners, session.req_header(), request)?;
         mirror::header(exchange, request, session.req_header().headers.contains_key(HOST));
-        send::prepare_trailers(exchange, request)?;
-        if session.is_body_empty() {
+        let empty = session.is_body_empty();
+        send::prepare_trailers(exchange, session.req_header(), request, !empty)?;
+        if empty {
             // Over HTTP/2, Pingora has no further word on a request without a body.
             send::ended(exchange);
         }

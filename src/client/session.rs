@@ -175,6 +175,16 @@ impl Link {
         self.wire().close_after_answer();
     }
 
+    /// The trailers of a request of HTTP/1 whose body is here whole, once.
+    pub fn take_request_trailers(&self) -> Option<HeaderMap> {
+        self.wire().take_request_trailers()
+    }
+
+    /// The answer ends with these trailers, of which Pingora does not know.
+    pub fn end_with(&self, trailers: HeaderMap) {
+        self.wire().end_with(trailers);
+    }
+
     /// Through which connection the answer to the present attempt comes.
     pub fn comes_through(&self, window: Option<Window>) {
         self.wire().comes_through(window);

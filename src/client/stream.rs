@@ -15,6 +15,7 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use bytes::{Buf, Bytes, BytesMut};
+use http::HeaderMap;
 use pingora::protocols::raw_connect::ProxyDigest;
 use pingora::protocols::{
     GetProxyDigest, GetSocketDigest, GetTimingDigest, Peek, Shutdown, SocketDigest, Ssl, Stream, TimingDigest,
@@ -245,6 +246,14 @@ impl Bypass {
     /// Whether all of the request body was read.
     pub fn is_read(&self) -> bool {
         lock(&self.core).body_is_read()
+    }
+
+    /// What followed a request body in chunks that was read to its end, once.
+    pub fn take_trailers(&self) -> Option<HeaderMap> {
+        match &mut lock(&self.core).rest {
+            Rest::Chunked(chunks) if chunks.ended() => Some(chunks.take_trailers()).filter(|fields| !fields.is_empty()),
+            _ => None,
+        }
     }
 
     /// The next piece of the request body, in a buffer no larger than it needs. `None` at its end.

@@ -365,6 +365,16 @@ impl Wire {
         }
     }
 
+    /// The trailers of a request whose body is here whole, once; on HTTP/2 its stream has them.
+    pub fn take_request_trailers(&self) -> Option<HeaderMap> {
+        self.past.as_ref()?.bypass.take_trailers()
+    }
+
+    /// The answer ends with these trailers.
+    pub fn end_with(&mut self, trailers: HeaderMap) {
+        self.last = Some(HttpTask::Trailer(Some(Box::new(trailers))));
+    }
+
     /// Whether the session cannot be kept for another request, and does not know: bytes of this one are still to come.
     fn leaves_body(&self) -> bool {
         self.past.as_ref().is_some_and(|past| past.reads && !past.bypass.is_read())

@@ -9,7 +9,9 @@
 //! chunk-ext = *( BWS ";" BWS token [ BWS "=" BWS ( token / quoted-string ) ] )
 //! ```
 
-use super::is_token;
+use http::{HeaderMap, HeaderName, HeaderValue};
+
+use super::{is_token, trim};
 
 /// Bytes of chunk extensions that a body may be ahead of its data, and bytes that its trailer section may have.
 const EXTRA_BYTES_MAX: usize = 16 * 1024;
@@ -31,6 +33,8 @@ pub struct Chunks {
     at: At,
     left: u64,
     extra: usize,
+    /// The lines of the trailer section so far.
+    trailers: Vec<u8>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -66,7 +70,7 @@ enum At {
 
 impl Default for Chunks {
     fn default() -> Self {
-        Chunks { at: At::FirstDigit, left: 0, extra: 0 }
+        Chunks { at: At::FirstDigit, left: 0, extra: 0, trailers: Vec::new() }
     }
 }
 
@@ -74,6 +78,27 @@ impl Chunks {
     /// Whether the last byte of the body has passed.
     pub fn ended(&self) -> bool {
         self.at == At::End
+    }
+
+    /// Whether the next byte begins a chunk, perhaps the last one.
+    pub fn is_between(&self) -> bool {
+        self.at == At::FirstDigit
+    }
+
+    /// The fields that followed the last chunk (RFC 9112 §7.1.2), once.
+    pub fn take_trailers(&mut self) -> HeaderMap {
+        let mut fields = HeaderMap::new();
+        for line in std::mem::take(&mut self.trailers).split(|&byte| byte == b'\n') {
+            let line = line.strip_suffix(b"\r").unwrap_or(line);
+            let Some(colon) = memchr::memchr(b':', line) else { continue };
+            let (name, value) =
+                (HeaderName::from_bytes(&line[..colon]), HeaderValue::from_bytes(trim(&line[colon + 1..])));
+            if let (Ok(name), Ok(value)) = (name, value) {
+                // Their bytes are limited, so that there cannot be too many.
+                let _ = fields.try_append(name, value);
+            }
+        }
+        fields
     }
 
     /// Takes `bytes` as they follow; tells how many of them belong to this body.
@@ -130,6 +155,9 @@ impl Chunks {
     }
 
     fn step(&mut self, byte: u8) -> Result<(), Malformed> {
+        if matches!(self.at, At::TrailerStart | At::TrailerName | At::Trailer | At::TrailerLf) {
+            self.trailers.push(byte);
+        }
         self.at = match (self.at, byte) {
             (At::FirstDigit, _) => self.digit(byte, 1)?,
             (At::Digits(count), b'0'..=b'9' | b'a'..=b'f' | b'A'..=b'F') => self.digit(byte, count + 1)?,
@@ -226,6 +254,24 @@ mod tests {
             }
             assert_eq!((&data[..], &whole[taken..]), (&b"abcdefgh"[..], &b"GET"[..]), "{cut}");
         }
+    }
+
+    #[test]
+    fn the_fields_of_the_trailer_section_are_kept() {
+        let body = b"3\r\nabc\r\n0\r\nX-Sum:1\r\nx-sum: \t2 3 \r\nEmpty:\r\nA: b:c\r\n\r\nNext: 1\r\n\r\n";
+        for cut in 1..body.len() {
+            let mut chunks = Chunks::default();
+            let taken: usize = body.chunks(cut).map(|part| chunks.take(part).expect("well formed")).sum();
+            assert!(body[taken..].starts_with(b"Next"), "{cut}");
+            let fields = chunks.take_trailers();
+            let fields: Vec<_> =
+                fields.iter().map(|(name, value)| format!("{name}={}", value.to_str().unwrap())).collect();
+            assert_eq!(fields, ["x-sum=1", "x-sum=2 3", "empty=", "a=b:c"], "{cut}");
+            assert!(chunks.take_trailers().is_empty(), "they are given once");
+        }
+        let mut none = Chunks::default();
+        assert_eq!(none.take(b"0\r\n\r\n"), Ok(5));
+        assert!(none.take_trailers().is_empty());
     }
 
     #[test]

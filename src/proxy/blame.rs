@@ -187,7 +187,11 @@ pub fn fault(exchange: &Exchange, error: &Error, reused: bool) -> Fault {
 /// What our own stream or session found wrong, if anything: they know more than the error that Pingora made of it.
 fn found(exchange: &Exchange) -> Option<Fault> {
     let stream = exchange.connection.as_ref().and_then(|connection| connection.fault());
-    let found = stream.or_else(|| exchange.link.as_ref()?.fault())?;
+    let endpoint = || {
+        let malformed = exchange.tail.as_ref().is_some_and(|tail| tail.is_malformed());
+        malformed.then(|| Fault::new(Party::Endpoint, exchange.clock.phase(), What::Malformed))
+    };
+    let found = stream.or_else(|| exchange.link.as_ref()?.fault()).or_else(endpoint)?;
     let phase = if found.what == What::Left { exchange.clock.phase() } else { found.phase };
     Some(Fault { phase, ..found })
 }

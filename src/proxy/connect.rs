@@ -18,6 +18,7 @@ use super::retry;
 use crate::access_log::Why;
 use crate::party::What;
 use crate::phase::Phase;
+use crate::upstream::transport::http1::Tail;
 use crate::upstream::transport::tls::Flaw;
 use crate::upstream::window::{self, Window};
 
@@ -38,6 +39,7 @@ pub fn made(
         let metrics = &upstream.metrics;
         if reused { metrics.connects_reused.inc() } else { metrics.connects_new.inc() }
     }
+    exchange.tail = Tail::of(digest);
     let http1 = exchange.upstream.as_ref().is_some_and(|upstream| upstream.is_http1());
     if let (Some(link), true) = (&exchange.link, http1) {
         link.comes_through(Some(Window::new(socket)));

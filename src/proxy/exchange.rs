@@ -31,6 +31,7 @@ use crate::spans::{Context, Notes};
 use crate::upstream::retries::Permit;
 use crate::upstream::sticky::Stuck;
 use crate::upstream::transport::greeting::Parties;
+use crate::upstream::transport::http1::Tail;
 use crate::upstream::transport::http2::RequestTrailers;
 use crate::upstream::{Ended, Endpoint, Engaged, Outcome, Upstream, window};
 
@@ -60,6 +61,8 @@ pub struct Exchange {
     pub trailers: Option<HeaderMap>,
     /// Where its endpoint looks for them.
     pub trailers_slot: Option<RequestTrailers>,
+    /// What the connection of the present attempt knows of the ends of messages, over HTTP/1.
+    pub tail: Option<Arc<Tail>>,
     /// How many interim answers have come for it.
     pub interim: u32,
     /// It is a gRPC call, and this is known of it.
@@ -326,6 +329,7 @@ impl Exchange {
             target: None,
             trailers: None,
             trailers_slot: None,
+            tail: None,
             interim: 0,
             grpc: None,
             upgrade: false,
@@ -509,6 +513,8 @@ impl Exchange {
 
     /// The present attempt is over, if there is one: its endpoint is busy with it no longer.
     pub fn release(&mut self, end: impl FnOnce(&Attempt) -> Outcome, now: Instant) {
+        // Its connection may be another exchange's by now.
+        self.tail = None;
         let Some(mut attempt) = self.attempt.take() else { return };
         if let Some(connected) = attempt.connected {
             *self.held.get_or_insert_default() += now - connected;

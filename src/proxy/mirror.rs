@@ -267,7 +267,7 @@ fn prepare(
     route: &HeaderValue,
 ) -> Result<()> {
     request.insert_header(MARK, route.clone())?;
-    for name in [header::CONNECTION, header::UPGRADE, header::EXPECT] {
+    for name in [header::CONNECTION, header::UPGRADE, header::EXPECT, header::TE, header::TRAILER] {
         request.remove_header(&name);
     }
     let version = if h2.is_some() { Version::HTTP_2 } else { Version::HTTP_11 };

@@ -33,8 +33,8 @@ const INTERIM_MAX: u32 = 1_000;
 const HOP_BY_HOP: [HeaderName; 3] =
     [HeaderName::from_static("keep-alive"), HeaderName::from_static("proxy-connection"), header::TE];
 
-/// If this is the answer that the client's wish for a WebSocket waits for, and no other, the client's own session takes its place again
-/// and both sides speak as they like. Until then the exchange was bounded as any other is, and with any other answer it stays so.
+/// If this is the answer that the client's wish for another protocol waits for, and no other, the client's own session takes its place
+/// again and both sides speak as they like. Until then the exchange was bounded as any other is, and with any other answer it stays so.
 pub fn switch(exchange: &mut Exchange, client: &mut Box<ServerSession>, response: &ResponseHeader) -> Result<()> {
     if response.status != StatusCode::SWITCHING_PROTOCOLS || !(exchange.upgrade && names_websocket(response)) {
         return Ok(());
@@ -160,10 +160,9 @@ pub fn trailers(exchange: &mut Exchange, trailers: &mut HeaderMap) {
     }
 }
 
-/// Whether trailers of this answer reach the client. Over HTTP/1 they can only follow a chunked body; those of an
-/// endpoint that speaks HTTP/1 Pingora throws away.
+/// Whether trailers of this answer can come, and reach the client. Over HTTP/1 they can only follow a body in chunks.
 fn trailers_pass(exchange: &Exchange, request: &RequestHeader, response: &ResponseHeader) -> bool {
-    let come = exchange.link.is_some() && exchange.upstream.as_ref().is_some_and(|upstream| !upstream.is_http1());
+    let come = exchange.link.is_some() && exchange.tail.as_ref().is_none_or(|tail| tail.is_chunked());
     let go = match request.version {
         Version::HTTP_2 => true,
         Version::HTTP_11 => !response.headers.contains_key(header::CONTENT_LENGTH),
@@ -185,7 +184,15 @@ fn have_client_stay(exchange: &Exchange, response: &mut ResponseHeader) -> Resul
 }
 
 /// The last byte has come from the endpoint; what is left goes to the client.
+    // Pingora has passed over those of an endpoint of HTTP/1.
+    let trailers = exchange.tail.as_ref().and_then(|tail| tail.take_trailers()).map(|mut fields| {
+        self::trailers(exchange, &mut fields);
+        fields
+    });
 pub fn ended(exchange: &mut Exchange) {
+        if let Some(trailers) = trailers.filter(|fields| !fields.is_empty()) {
+            link.end_with(trailers);
+        }
     exchange.enter(Phase::Write);
     if let Some(attempt) = &mut exchange.attempt {
         attempt.answered_whole();

@@ -17,7 +17,7 @@ use crate::error::{Refusal, refusal};
 use crate::filter::Refused;
 use crate::party::{Fault, Party, What};
 use crate::phase::Phase;
-use crate::upstream::transport::http2;
+use crate::upstream::transport::connector;
 use crate::upstream::{Choice, Upstream};
 
 /// Chooses the endpoint of the next attempt: one that was not tried yet. Waits for one that has room, if need be, and while the
@@ -67,9 +67,8 @@ async fn choose(exchange: &mut Exchange, client: &mut ServerSession) -> Result<B
     if std::mem::take(&mut exchange.fresh) {
         separate(&mut peer);
     }
-    if exchange.upstream.as_ref().is_some_and(|upstream| !upstream.is_http1()) {
-        http2::mark(&mut peer);
-    }
+    let http1 = exchange.upstream.as_ref().is_some_and(|upstream| upstream.is_http1());
+    connector::mark(&mut peer, http1);
     Ok(peer)
 }
 

@@ -7,7 +7,7 @@ use std::sync::PoisonError;
 use std::time::Instant;
 
 use bytes::Bytes;
-use http::{HeaderValue, header};
+use http::{HeaderValue, Method, header};
 use pingora::http::RequestHeader;
 use pingora::protocols::http::ServerSession;
 use pingora::{Error, ErrorType, Result};
@@ -21,7 +21,6 @@ use super::header::{is_grpc_type, names};
 use super::mirror;
 use super::retry;
 use crate::access_log::Why;
-use crate::client::http2::Control;
 use crate::client::trailers;
 use crate::config::listener::OddNames;
 use crate::config::server::Forwarded;
@@ -48,7 +47,8 @@ pub fn header(
     client: &RequestHeader,
     request: &mut RequestHeader,
 ) -> Result<()> {
-    if exchange.upstream.as_ref().is_some_and(|upstream| !upstream.is_http1()) {
+    let http1 = exchange.upstream.as_ref().is_none_or(|upstream| upstream.is_http1());
+    if !http1 {
         if !request.raw_path_is_utf8() {
             return Error::e_explain(ErrorType::InvalidHTTPHeader, "HTTP/2 cannot say this target").map_err(into_down);
         }
@@ -71,8 +71,9 @@ pub fn header(
         pass_on(place, attempt, request)?;
     }
     if let Some(length) = exchange.link.as_ref().and_then(|link| link.length()) {
-        // The body is here whole: its length is known, whatever the client said of it.
-        framing::request::apply(Body::Length(length), request)?;
+        // The body is here whole: its length is known, whatever the client said of it. Over HTTP/1 trailers need chunks.
+        let body = if http1 && exchange.trailers.is_some() { Body::Chunked } else { Body::Length(length) };
+        framing::request::apply(body, request)?;
     }
     // A filter that sees the body may change its length.
     if exchange.route.as_ref().is_some_and(|route| route.chain.wants(Stages::REQUEST_BODY)) {
@@ -91,17 +92,45 @@ fn into_down(error: Box<Error>) -> Box<Error> {
     error.into_down()
 }
 
-/// Gives trailers of the request a place, if the endpoint can have them; else none are announced.
-pub fn prepare_trailers(exchange: &mut Exchange, request: &mut RequestHeader) -> Result<()> {
-    let to_http2 = exchange.upstream.as_ref().is_some_and(|upstream| !upstream.is_http1());
-    let may_pass = to_http2 && exchange.control.is_some();
-    if request.headers.contains_key(header::TRAILER) {
-        match trailers::announcement(&request.headers, may_pass) {
-            Some(names) => request.insert_header(header::TRAILER, names)?,
-            None => drop(request.remove_header(&header::TRAILER)),
-        }
+/// Keeps what followed the body of the request, once that is here whole.
+pub fn note_trailers(exchange: &mut Exchange) {
+    let noted = match &exchange.control {
+        Some(control) => control.take_trailers(),
+        None => exchange.link.as_ref().and_then(|link| link.take_request_trailers()),
+    };
+    if let Some(mut fields) = noted {
+        trailers::strip(&mut fields, exchange.grpc.is_some());
+        let odd = if exchange.is_treated_as_grpc() { OddNames::Keep } else { exchange.odd_names() };
+        names::strip(&mut fields, odd, exchange.peer_is_trusted);
+        exchange.trailers = Some(fields).filter(|fields| !fields.is_empty());
     }
-    if may_pass {
+}
+
+/// Gives trailers of the request a place, if the endpoint can have them; else none are announced. `has_body`: the request has
+/// one, as far as is known.
+pub fn prepare_trailers(
+    exchange: &mut Exchange,
+    client: &RequestHeader,
+    request: &mut RequestHeader,
+    has_body: bool,
+) -> Result<()> {
+    let to_http1 = exchange.upstream.as_ref().is_some_and(|upstream| upstream.is_http1());
+    let may_come = match exchange.link.as_ref().and_then(|link| link.length()) {
+        // It is here whole, and so are they.
+        Some(_) => exchange.trailers.is_some(),
+        None => exchange.control.is_some() || client.headers.contains_key(header::TRANSFER_ENCODING),
+    };
+    // Pingora writes a body in chunks that has no length.
+    let in_chunks = request.headers.contains_key(header::TRANSFER_ENCODING)
+        || (has_body && !request.headers.contains_key(header::CONTENT_LENGTH));
+    let may_pass = may_come && (!to_http1 || in_chunks);
+    match trailers::announcement(&client.headers, may_pass) {
+        Some(names) => request.insert_header(header::TRAILER, names)?,
+        None => drop(request.remove_header(&header::TRAILER)),
+    }
+    if let Some(tail) = &exchange.tail {
+        tail.begin(request.method == Method::HEAD, may_pass);
+    } else if may_pass {
         let slot = RequestTrailers::default();
         request.extensions_mut().insert(slot.clone());
         exchange.trailers_slot = Some(slot);
@@ -111,14 +140,12 @@ pub fn prepare_trailers(exchange: &mut Exchange, request: &mut RequestHeader) ->
 
 /// The request is here whole: what followed its body goes the same way.
 fn pass_trailers(exchange: &mut Exchange) {
-    if let Some(mut trailers) = exchange.control.as_ref().and_then(Control::take_trailers) {
-        trailers::strip(&mut trailers, exchange.grpc.is_some());
-        let odd = if exchange.is_treated_as_grpc() { OddNames::Keep } else { exchange.odd_names() };
-        names::strip(&mut trailers, odd, exchange.peer_is_trusted);
-        exchange.trailers = Some(trailers).filter(|trailers| !trailers.is_empty());
-    }
-    if let (Some(slot), Some(trailers)) = (&exchange.trailers_slot, &exchange.trailers) {
-        *slot.lock().unwrap_or_else(PoisonError::into_inner) = Some(trailers.clone());
+    note_trailers(exchange);
+    let Some(fields) = &exchange.trailers else { return };
+    match (&exchange.tail, &exchange.trailers_slot) {
+        (Some(tail), _) => tail.end_with(trailers::last_chunk(Some(fields))),
+        (None, Some(slot)) => *slot.lock().unwrap_or_else(PoisonError::into_inner) = Some(fields.clone()),
+        (None, None) => {}
     }
 }
 

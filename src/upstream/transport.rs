@@ -4,8 +4,10 @@
 //! it, and an exchange takes a copy. [`dial`] makes the connections, [`http2`] speaks HTTP/2 over them, [`tls`] says whom they may lead to,
 //! [`pair`] which of two addresses of one server is asked, [`greeting`] what is said first of the client.
 
+pub mod connector;
 pub mod dial;
 pub mod greeting;
+pub mod http1;
 pub mod http2;
 pub mod pair;
 pub mod tls;

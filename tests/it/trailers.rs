@@ -1,8 +1,9 @@
 //! Trailers: between the versions that can carry them, without the fields that must not be there, and announced as they
 //! come.
 
-use crate::harness::client::request;
-use crate::harness::{Ask, End, H2Client, H2Origin, Origin, Protocol, Setup, ok};
+use crate::harness::gateway::Watched;
+use crate::harness::wire::Request;
+use crate::harness::{Ask, End, Gateway, H2Client, H2Origin, Origin, Protocol, Setup, ok};
 
 fn before(origin: &H2Origin) -> Setup {
     Setup::before_all(&[origin.address()]).upstream("protocol: h2c").listener("protocols: [http1, h2c]")
@@ -43,38 +44,152 @@ fn over_http_1_they_need_a_chunked_body() {
     assert_eq!(client.get("/announced").status, 200, "and the connection is where it should be");
 }
 
+/// A request of HTTP/1 whose body is `body`, with these trailers.
+fn post(trailers: &str) -> String {
+    let fields = "Host: test\r\nTransfer-Encoding: chunked\r\nTrailer: X-Sum, Host\r\n";
+    format!("POST /request-trailers HTTP/1.1\r\n{fields}\r\n4\r\nbody\r\n0\r\n{trailers}\r\n")
+}
+
+/// Fields that may be in trailers, and some that must not.
+const FIELDS: [(&str, &str); 4] = [("x-sum", "1"), ("authorization", "no"), ("x-time", "2"), ("content-length", "3")];
+
+/// What the endpoint says of the trailers that a client of HTTP/1 or HTTP/2 has sent.
+fn told(gateway: &Gateway, protocol: Protocol) -> String {
+    if protocol == Protocol::Http1 {
+        let mut client = gateway.client();
+        client.send(post(&FIELDS.map(|(name, value)| format!("{name}: {value}\r\n")).concat()));
+        let told = client.response().text().to_owned();
+        // Not a byte is left of the first request.
+        assert_eq!(client.ask("POST", "/request-trailers", "", "").text(), "announced none; ");
+        return told;
+    }
+    let client = H2Client::connect(gateway.web());
+    let post = http::Request::post("http://test/request-trailers").header("trailer", "X-Sum, Host");
+    let (answer, mut body) = client.begin(post.body(()).expect("a request"), false);
+    body.send_data("body".into(), false).expect("a stream");
+    let fields = FIELDS.map(|(name, value)| (name.parse().expect("a name"), value.parse().expect("a value")));
+    body.send_trailers(http::HeaderMap::from_iter(fields)).expect("a stream");
+    client.step(async move {
+        let mut body = answer.await.expect("an answer").into_body();
+        let piece = body.data().await.expect("a body").expect("a piece");
+        String::from_utf8(piece.to_vec()).expect("text")
+    })
+}
+
 #[test]
 fn those_of_a_request_reach_an_endpoint_of_http_2() {
     let origin = H2Origin::start();
     for mode in ["full", "auto", "stream"] {
         let gateway = before(&origin).route(&format!("buffering: {{ request: {{ mode: {mode} }} }}")).start();
-        let client = H2Client::connect(gateway.web());
-        let post = http::Request::post("http://test/request-trailers").header("trailer", "X-Sum, Host");
-        let (answer, mut body) = client.begin(post.body(()).expect("a request"), false);
-        body.send_data("body".into(), false).expect("a stream");
-        let fields = [("x-sum", "1"), ("authorization", "no"), ("x-time", "2")];
-        let fields = fields.map(|(name, value)| (name.parse().expect("a name"), value.parse().expect("a value")));
-        body.send_trailers(http::HeaderMap::from_iter(fields)).expect("a stream");
-        let told = client.step(async move {
-            let mut body = answer.await.expect("an answer").into_body();
-            body.data().await.expect("a body").expect("a piece")
-        });
-        assert_eq!(told, "announced X-Sum; x-sum: 1, x-time: 2", "{mode}");
+        for protocol in Protocol::BOTH {
+            assert_eq!(told(&gateway, protocol), "announced X-Sum; x-sum: 1, x-time: 2", "{mode} {protocol:?}");
+        }
+    }
+}
+
+/// What an endpoint of HTTP/1 says of a request.
+fn tells(request: &Request) -> Vec<u8> {
+    let mut trailers = request.trailers.clone();
+    trailers.sort();
+    ok(format!("announced {}; {}", request.value("trailer").unwrap_or("none"), trailers.join(", ")))
+}
+
+#[test]
+fn those_of_a_request_reach_an_endpoint_of_http_1() {
+    let origin = Origin::answering(tells);
+    for mode in ["full", "auto", "stream"] {
+        let route = format!("buffering: {{ request: {{ mode: {mode} }} }}");
+        let gateway = Setup::before(&origin).listener("protocols: [http1, h2c]").route(&route).start();
+        for protocol in Protocol::BOTH {
+            assert_eq!(told(&gateway, protocol), "announced X-Sum; x-sum: 1, x-time: 2", "{mode} {protocol:?}");
+        }
+        // A body that is held and has none is sent with its length.
+        let mut client = gateway.client();
+        client.send(post(""));
+        let announced = if mode == "stream" { "X-Sum" } else { "none" };
+        assert_eq!(client.response().text(), format!("announced {announced}; "), "{mode}");
+    }
+    let bodies: Vec<_> = origin.requests().iter().map(|request| (request.body.clone(), request.end)).collect();
+    assert_eq!(bodies.iter().filter(|body| **body == (b"body".to_vec(), End::Complete)).count(), 9);
+}
+
+#[test]
+fn a_request_without_a_body_may_have_trailers() {
+    let origin = Origin::answering(tells);
+    for mode in ["full", "stream"] {
+        let gateway = Setup::before(&origin).route(&format!("buffering: {{ request: {{ mode: {mode} }} }}")).start();
+        let mut client = gateway.client();
+        for _ in 0..2 {
+            client.send("POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n0\r\nX-Sum: 1\r\n\r\n");
+            assert_eq!(client.response().text(), "announced none; x-sum: 1", "{mode}");
+        }
     }
 }
 
 #[test]
-fn none_are_announced_that_do_not_come() {
-    let chunks = "Transfer-Encoding: chunked\r\nTrailer: X-Sum\r\n";
-    let origin = Origin::answering(move |request| {
-        if request.value("trailer").is_some() {
-            return ok("announced");
-        }
-        format!("HTTP/1.1 200 OK\r\n{chunks}\r\n4\r\nbody\r\n0\r\nX-Sum: 1\r\n\r\n").into_bytes()
-    });
-    let gateway = Setup::before(&origin).start();
+fn a_request_that_is_sent_again_has_its_trailers_again() {
+    let origin = Origin::scripted();
+    let retry = "retry: { attempts: 2, on: [reset], non_idempotent: true, same_endpoint: true }";
+    let gateway = Setup::before(&origin).route(retry).start();
     let mut client = gateway.client();
-    client.send([request("POST", "/", chunks, ""), b"0\r\nX-Sum: 1\r\n\r\n".to_vec()].concat());
-    let answer = client.response();
-    assert_eq!((answer.text(), answer.value("trailer")), ("body", None));
+    client.send(post("X-Sum: 1\r\n"));
+    for attempt in 1..=2 {
+        let mut connection = origin.accept();
+        let request = connection.request();
+        assert_eq!((request.trailers, request.body), (vec!["x-sum: 1".to_owned()], b"body".to_vec()), "{attempt}");
+        if attempt == 2 {
+            connection.answer("done");
+        }
+    }
+    assert_eq!(client.response().text(), "done");
+}
+
+#[test]
+fn those_of_an_endpoint_of_http_1_reach_clients_of_both_versions() {
+    let fields = "Transfer-Encoding: chunked\r\nTrailer: X-Sum, Content-Length\r\nTrailer: Set-Cookie\r\n";
+    let trailers = "X-Sum: 1\r\nSet-Cookie: a=b\r\nX-Time: 2\r\n";
+    let origin = Origin::answering(move |request| match request.target() {
+        "/with-length" => b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\nTrailer: X-Sum\r\n\r\nbody".to_vec(),
+        "/empty" => format!("HTTP/1.1 200 OK\r\n{fields}\r\n0\r\n{trailers}\r\n").into_bytes(),
+        _ => format!("HTTP/1.1 200 OK\r\n{fields}\r\n4\r\nbody\r\n0\r\n{trailers}\r\n").into_bytes(),
+    });
+    for mode in ["full", "auto", "stream"] {
+        let route = format!("buffering: {{ response: {{ mode: {mode} }} }}");
+        let gateway = Setup::before(&origin).listener("protocols: [http1, h2c]").route(&route).start();
+        for protocol in Protocol::BOTH {
+            for (path, body) in [("/", "body"), ("/empty", "")] {
+                let answer = Ask::get(path).over(protocol, gateway.web());
+                assert_eq!((answer.text(), answer.end), (body, End::Complete), "{mode} {protocol:?}");
+                assert_eq!(answer.trailers, ["x-sum: 1", "x-time: 2"], "{mode} {protocol:?}");
+                assert_eq!(answer.value("trailer"), Some("X-Sum"), "{mode} {protocol:?}");
+            }
+            let with_length = Ask::get("/with-length").over(protocol, gateway.web());
+            assert_eq!((with_length.text(), with_length.value("trailer")), ("body", None));
+        }
+        let mut client = gateway.client();
+        for method in ["GET", "HEAD", "GET"] {
+            let answer = client.ask(method, "/", "", "");
+            assert_eq!(answer.value("trailer"), Some("X-Sum").filter(|_| method == "GET"), "{mode} {method}");
+        }
+        let mut old = gateway.client();
+        old.send("GET / HTTP/1.0\r\nHost: test\r\n\r\n");
+        let answer = old.response();
+        assert_eq!((answer.text(), answer.value("trailer")), ("body", None), "{mode}");
+        gateway.wait_at_rest();
+    }
+    assert_eq!(origin.connections(), 3, "each gateway has kept its connection");
+}
+
+#[test]
+fn they_pass_over_a_connection_that_is_kept_and_do_not_stay_on_it() {
+    let origin = Origin::answering(tells);
+    let gateway = Setup::before(&origin).route("buffering: { request: { mode: stream } }").start();
+    for sum in 0..5 {
+        let mut client = gateway.client();
+        client.send(post(&format!("X-Sum: {sum}\r\n")));
+        assert_eq!(client.response().text(), format!("announced X-Sum; x-sum: {sum}"));
+        // One without any follows on the same connection.
+        assert_eq!(client.get("/").text(), "announced none; ");
+    }
+    assert_eq!(origin.connections(), 1);
 }

@@ -27,7 +27,6 @@ use pingora::http::{RequestHeader, ResponseHeader};
 use pingora::protocols::http::custom::{BodyWrite, CustomMessageWrite, client};
 use pingora::protocols::http::v2::write_body;
 use pingora::protocols::l4::socket::SocketAddr;
-use pingora::protocols::tls::CustomALPN;
 use pingora::protocols::{Digest, Stream, UniqueIDType};
 use pingora::upstreams::peer::{ALPN, HttpPeer, Peer};
 use pingora::{Error, ErrorType, OrErr, Result, RetryType};
@@ -60,12 +59,6 @@ const OF_HTTP1: [HeaderName; 9] = [
 /// The trailers of a request, which come when its body has been sent. The request carries the place for them among its
 /// extensions.
 pub type RequestTrailers = Arc<Mutex<Option<HeaderMap>>>;
-
-/// Has an exchange with this endpoint go over a connection of [`Http2`].
-pub fn mark(peer: &mut HttpPeer) {
-    // A word that only Pingora's proxy reads: on the wire it is `h2`.
-    peer.options.alpn = ALPN::Custom(CustomALPN::new(b"forebay-h2".to_vec()));
-}
 
 /// Connections to endpoints that speak HTTP/2.
 pub struct Http2 {

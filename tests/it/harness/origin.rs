@@ -10,7 +10,7 @@ use std::time::Duration;
 use forebay::origin::{Detour, Running};
 use socket2::{Domain, Socket, Type};
 
-use super::wire::{Head, Request, Wire, find};
+use super::wire::{Framing, Head, Request, Wire, find};
 use super::{DEADLINE, ms};
 
 /// A backend on a loopback port of its own.
@@ -197,8 +197,10 @@ impl Connection {
     /// Reads the next request whole; `None` if the peer closed instead.
     pub fn next_request(&mut self) -> Option<Request> {
         let head = self.wire.head()?;
-        let (body, end) = self.wire.body(head.request_framing());
-        let request = Request { head, body, end };
+        let framing = head.request_framing();
+        let (body, end) = self.wire.body(framing);
+        let trailers = if framing == Framing::Chunked { self.wire.trailers().to_vec() } else { Vec::new() };
+        let request = Request { head, body, end, trailers };
         self.seen.requests.lock().unwrap().push(request.clone());
         Some(request)
     }

@@ -48,6 +48,8 @@ pub struct Request {
     pub body: Vec<u8>,
     /// Whether the body was all there.
     pub end: End,
+    /// Its trailer fields, each as a line.
+    pub trailers: Vec<String>,
 }
 
 /// A response, as a client got it.

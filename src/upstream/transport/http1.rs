@@ -1,0 +1,261 @@
+//! Connections to endpoints of HTTP/1, on which trailers pass.
+//!
+//! Pingora speaks HTTP/1 on a connection, but discards the trailers of an answer and writes none behind a request. So it gets a
+//! [`Followed`] stream, which sees the same bytes: it keeps the trailers that come, writes those that are to leave into the last
+//! chunk, and ends an answer whose chunks do not follow the grammar. Exchange and stream share a [`Tail`].
+
+use std::io::{self, IoSlice};
+use std::pin::Pin;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::task::{Context, Poll, ready};
+use std::time::Duration;
+
+use async_trait::async_trait;
+use bytes::{Buf, Bytes};
+use http::HeaderMap;
+use pingora::Result;
+use pingora::http::ResponseHeader;
+use pingora::protocols::raw_connect::ProxyDigest;
+use pingora::protocols::tls::{SslDigest, TlsRef};
+use pingora::protocols::{
+    Digest, GetProxyDigest, GetSocketDigest, GetTimingDigest, Peek, Shutdown, SocketDigest, Ssl, Stream, TimingDigest,
+    UniqueID, UniqueIDType,
+};
+use pingora::upstreams::peer::ALPN;
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+
+use crate::framing::follow;
+
+/// What an exchange and its connection to an endpoint tell each other about the ends of messages.
+#[derive(Debug, Default)]
+pub struct Tail {
+    // The task of the exchange uses it, in turns: it is never waited for.
+    state: Mutex<State>,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    answer: follow::Answer,
+    request: follow::Request,
+    /// The last chunk of the request, with trailers.
+    last_chunk: Option<Bytes>,
+    /// The chunks of the answer do not follow the grammar.
+    malformed: bool,
+}
+
+impl Tail {
+    /// That of the connection with this digest, if its messages are followed.
+    pub fn of(digest: Option<&Digest>) -> Option<Arc<Tail>> {
+        digest?.proxy_digest.as_ref()?.user_data.as_ref()?.downcast_ref::<Arc<Tail>>().cloned()
+    }
+
+    /// A request is sent next. `head_only`: it has the method HEAD; `in_chunks`: so does its body leave.
+    pub fn begin(&self, head_only: bool, in_chunks: bool) {
+        let state = &mut *self.state();
+        state.answer.begin(head_only);
+        state.request.begin(in_chunks);
+        (state.last_chunk, state.malformed) = (None, false);
+    }
+
+    /// The request ends with this last chunk, which has trailers, if it is in chunks. It has not left yet.
+    pub fn end_with(&self, last_chunk: Bytes) {
+        self.state().last_chunk = Some(last_chunk);
+    }
+
+    /// Whether the answer comes in chunks, so that trailers may follow it.
+    pub fn is_chunked(&self) -> bool {
+        self.state().answer.is_chunked()
+    }
+
+    /// The trailers of an answer that is here whole, once.
+    pub fn take_trailers(&self) -> Option<HeaderMap> {
+        self.state().answer.take_trailers()
+    }
+
+    /// Whether the chunks of the answer were found not to follow the grammar.
+    pub fn is_malformed(&self) -> bool {
+        self.state().malformed
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Takes bytes as they come. An error: the answer is not what its header says.
+    fn received(&self, bytes: &[u8]) -> io::Result<()> {
+        let state = &mut *self.state();
+        state.answer.take(bytes).map_err(|_| {
+            state.malformed = true;
+            io::Error::new(io::ErrorKind::InvalidData, "malformed chunked body")
+        })
+    }
+
+    /// Takes bytes that have left.
+    fn sent(&self, bytes: &[u8]) {
+        self.state().request.take(bytes);
+    }
+
+    /// What leaves instead of these bytes, if they are the last chunk and trailers belong into it.
+    fn instead_of(&self, next: &[u8]) -> Option<Bytes> {
+        let state = &mut *self.state();
+        let chunk = state.last_chunk.take_if(|_| state.request.ends_with(next));
+        if chunk.is_some() {
+            state.request.ended();
+        }
+        chunk
+    }
+}
+
+/// A connection to an endpoint; see the module.
+pub struct Followed {
+    io: Stream,
+    tail: Arc<Tail>,
+    /// Carries `tail` to the exchange.
+    digest: Arc<ProxyDigest>,
+    /// A last chunk that is leaving instead of Pingora's.
+    leaving: Option<Bytes>,
+}
+
+impl Followed {
+    /// Follows the messages on this connection.
+    ///
+    /// # Errors
+    ///
+    /// None that can be met.
+    pub fn new(io: Stream) -> Result<Followed> {
+        let tail = Arc::<Tail>::default();
+        // It is made for what a CONNECT proxy has answered, and there is none.
+        let answer = Box::new(ResponseHeader::build(200, Some(0))?);
+        let digest = Arc::new(ProxyDigest::new(answer, Some(Box::new(tail.clone()))));
+        Ok(Followed { io, tail, digest, leaving: None })
+    }
+}
+
+impl AsyncRead for Followed {
+    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, out: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        let before = out.filled().len();
+        ready!(Pin::new(&mut self.io).poll_read(cx, out))?;
+        let received = self.tail.received(&out.filled()[before..]);
+        if received.is_err() {
+            out.set_filled(before);
+        }
+        Poll::Ready(received)
+    }
+}
+
+impl AsyncWrite for Followed {
+    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        let Followed { io, tail, leaving, .. } = self.get_mut();
+        if leaving.is_none() {
+            *leaving = tail.instead_of(bytes);
+        }
+        if let Some(chunk) = leaving {
+            while !chunk.is_empty() {
+                match ready!(Pin::new(&mut *io).poll_write(cx, chunk))? {
+                    0 => return Poll::Ready(Err(io::ErrorKind::WriteZero.into())),
+                    sent => chunk.advance(sent),
+                }
+            }
+            *leaving = None;
+            return Poll::Ready(Ok(bytes.len()));
+        }
+        let sent = ready!(Pin::new(io).poll_write(cx, bytes))?;
+        tail.sent(&bytes[..sent]);
+        Poll::Ready(Ok(sent))
+    }
+
+    fn poll_write_vectored(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bytes: &[IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        // A last chunk is written by itself.
+        let Followed { io, tail, .. } = self.get_mut();
+        let sent = ready!(Pin::new(io).poll_write_vectored(cx, bytes))?;
+        let mut left = sent;
+        for slice in bytes {
+            let some = left.min(slice.len());
+            tail.sent(&slice[..some]);
+            left -= some;
+        }
+        Poll::Ready(Ok(sent))
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.io.is_write_vectored()
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.io).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.io).poll_shutdown(cx)
+    }
+}
+
+#[async_trait]
+impl Shutdown for Followed {
+    async fn shutdown(&mut self) {
+        self.io.shutdown().await;
+    }
+}
+
+#[async_trait]
+impl Peek for Followed {
+    async fn try_peek(&mut self, seen: &mut [u8]) -> io::Result<bool> {
+        self.io.try_peek(seen).await
+    }
+}
+
+impl UniqueID for Followed {
+    fn id(&self) -> UniqueIDType {
+        self.io.id()
+    }
+}
+
+impl Ssl for Followed {
+    fn get_ssl(&self) -> Option<&TlsRef> {
+        self.io.get_ssl()
+    }
+
+    fn get_ssl_digest(&self) -> Option<Arc<SslDigest>> {
+        self.io.get_ssl_digest()
+    }
+
+    fn selected_alpn_proto(&self) -> Option<ALPN> {
+        self.io.selected_alpn_proto()
+    }
+}
+
+impl GetTimingDigest for Followed {
+    fn get_timing_digest(&self) -> Vec<Option<TimingDigest>> {
+        self.io.get_timing_digest()
+    }
+
+    fn get_read_pending_time(&self) -> Duration {
+        self.io.get_read_pending_time()
+    }
+
+    fn get_write_pending_time(&self) -> Duration {
+        self.io.get_write_pending_time()
+    }
+}
+
+impl GetProxyDigest for Followed {
+    fn get_proxy_digest(&self) -> Option<Arc<ProxyDigest>> {
+        Some(self.digest.clone())
+    }
+}
+
+impl GetSocketDigest for Followed {
+    fn get_socket_digest(&self) -> Option<Arc<SocketDigest>> {
+        self.io.get_socket_digest()
+    }
+}
+
+impl std::fmt::Debug for Followed {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Followed").field("io", &self.io).finish_non_exhaustive()
+    }
+}
