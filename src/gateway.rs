@@ -61,6 +61,7 @@ use crate::expression::named::Named;
 use crate::filter::{Catalog, FilterType};
 use crate::metrics::{Metrics, RouteMetrics, UNROUTED};
 use crate::proxy::Proxy;
+use crate::proxy::header::upgrade::Upgrades;
 use crate::proxy::header::{Rules, TrustedProxies};
 use crate::proxy::mirror::Mirror;
 use crate::proxy::retry;
@@ -598,6 +599,7 @@ fn route(
         mirror: None,
         deadline: written.deadline.map(|time| time.0),
         retry: retry::Rules::new(&written.retry),
+        upgrades: Upgrades::new(&written.upgrades),
         tag: RouteTag::new(&written.name),
         metrics,
     }

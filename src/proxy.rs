@@ -29,7 +29,7 @@ use std::time::{Duration, Instant};
 use async_trait::async_trait;
 use bytes::Bytes;
 use http::HeaderMap;
-use http::header::HOST;
+use http::header::{HOST, UPGRADE};
 use pingora::http::{RequestHeader, ResponseHeader};
 use pingora::protocols::Digest;
 use pingora::server::ShutdownWatch;
@@ -117,7 +117,7 @@ impl ProxyHttp for Proxy {
         (exchange.hash, exchange.stuck) = (upstream.hash(&asked), upstream.stuck(&asked));
         patience_for_writing(session, exchange, route.write_idle);
         exchange.connection.iter().for_each(|client| client.set_half_close_aborts(route.half_close_aborts));
-        exchange.upgrade = session.is_upgrade_req();
+        exchange.upgrade = session.get_header(UPGRADE).filter(|_| session.is_upgrade_req()).cloned();
         let client = &mut session.downstream_session;
         buffer::request(exchange, client, &route, &upstream, &self.depot, &self.lanes).await?;
         if session.is_body_empty() || exchange.link.as_ref().is_some_and(|link| link.length().is_some()) {
@@ -322,6 +322,7 @@ impl Proxy {
                     // Metadata of gRPC may have odd names; but not all who could get these speak it.
                     header::names::drop_odd(request, exchange.odd_names());
                 }
+                route::settle_upgrade(route, request);
                 route::take(exchange, route.clone(), request).await
             }
             Err(refusal) => refusal.into(),

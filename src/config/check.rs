@@ -1186,7 +1186,7 @@ impl<'a> Check<'a> {
             let title = format!("the filter `{filter}` answers every request of this route");
             self.wrong(Finding::warning(Spot::Key(format!("{path}.{key}")), title).label("never asked"));
         }
-        for key in ["buffering", "retry", "deadline", "grpc", "mirror"].map(|key| format!("{path}.{key}")) {
+        for key in ["buffering", "retry", "deadline", "grpc", "mirror", "upgrades"].map(|key| format!("{path}.{key}")) {
             if let Some(filter) = answering.filter(|_| self.is_written(&key)) {
                 let title = format!("the filter `{filter}` answers every request of this route");
                 self.wrong(Finding::warning(Spot::Key(key), title).label("never used: this is about upstreams"));

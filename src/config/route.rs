@@ -2,6 +2,7 @@
 
 pub mod mirror;
 pub mod retry;
+pub mod upgrade;
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -17,6 +18,7 @@ use super::units::{ByteRate, Size, Time};
 
 pub use mirror::Mirror;
 pub use retry::Retry;
+pub use upgrade::Protocol;
 
 /// Requests of one kind and what becomes of them.
 #[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
@@ -50,12 +52,23 @@ pub struct Route {
     /// Whether a gRPC call is treated as one: neither side of it is held back.
     #[serde(default)]
     pub grpc: Grpc,
+    /// Protocols besides HTTP that clients may ask for with `Upgrade` over HTTP/1.1, such as `tcp` or `SPDY/3.1`. Behind the 101 of
+    /// an endpoint they are a tunnel, with `timeouts.receive` of the upstream and no other limit. A request for another one, and any over
+    /// an upstream of HTTP/2, is an ordinary request. `h2c` cannot be among them.
+    #[serde(default = "Route::default_upgrades")]
+    pub upgrades: Vec<Protocol>,
     /// When a request that failed is sent again.
     #[serde(default)]
     pub retry: Retry,
     /// Whether another upstream gets copies.
     #[serde(default)]
     pub mirror: Option<Mirror>,
+}
+
+impl Route {
+    fn default_upgrades() -> Vec<Protocol> {
+        Protocol::parse(Protocol::WEBSOCKET).into_iter().collect()
+    }
 }
 
 /// Whether a gRPC call is treated as one. It is a POST over HTTP/2 with `te: trailers` and the media type

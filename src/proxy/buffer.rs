@@ -89,7 +89,7 @@ pub async fn request(
         }
     }
     if let Some(mirror) = route.mirror.as_ref().filter(|mirror| mirror.draws()) {
-        exchange.copy = if exchange.upgrade {
+        exchange.copy = if exchange.upgrade.is_some() {
             mirror.leaves(Fate::Upgrade);
             None
         } else {

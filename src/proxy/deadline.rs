@@ -84,7 +84,7 @@ pub fn begin_attempt(exchange: &mut Exchange, peer: &mut HttpPeer, now: Instant)
 /// waited for on top. A request that asks for an upgrade has no body, and the session steps aside with a 101: there Pingora's
 /// clock is right, and the only one.
 pub fn leave_clocks_to_session(exchange: &Exchange, peer: &mut HttpPeer) {
-    if exchange.upgrade {
+    if exchange.upgrade.is_some() {
         return;
     }
     let (Some(_), Some(upstream), Some(route)) = (&exchange.link, &exchange.upstream, &exchange.route) else {

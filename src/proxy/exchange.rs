@@ -6,7 +6,7 @@ use std::os::fd::RawFd;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use http::{HeaderMap, StatusCode, Uri};
+use http::{HeaderMap, HeaderValue, StatusCode, Uri};
 use pingora::http::{RequestHeader, ResponseHeader};
 
 use super::deadline::Dues;
@@ -67,8 +67,8 @@ pub struct Exchange {
     pub interim: u32,
     /// It is a gRPC call, and this is known of it.
     pub grpc: Option<Call>,
-    /// The client asks for a WebSocket.
-    pub upgrade: bool,
+    /// The protocol besides HTTP that the client asks for, as its route allows.
+    pub upgrade: Option<HeaderValue>,
     /// The client's connection, of HTTP/1, is to end once the exchange is settled.
     pub closes: bool,
     /// The route it took.
@@ -332,7 +332,7 @@ impl Exchange {
             tail: None,
             interim: 0,
             grpc: None,
-            upgrade: false,
+            upgrade: None,
             closes: false,
             route: None,
             filters: None,

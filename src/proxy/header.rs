@@ -5,6 +5,7 @@
 
 pub mod hop;
 pub mod names;
+pub mod upgrade;
 
 use std::borrow::Cow;
 use std::net::IpAddr;

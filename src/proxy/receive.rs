@@ -14,7 +14,7 @@ use pingora::{Error, ErrorType, Result};
 
 use super::deadline::Dues;
 use super::exchange::{Exchange, FilterStates, secured};
-use super::header::hop::members;
+use super::header::upgrade;
 use super::https;
 use super::route::Route;
 use crate::client::connection::Connection;
@@ -36,7 +36,8 @@ const HOP_BY_HOP: [HeaderName; 3] =
 /// If this is the answer that the client's wish for another protocol waits for, and no other, the client's own session takes its place
 /// again and both sides speak as they like. Until then the exchange was bounded as any other is, and with any other answer it stays so.
 pub fn switch(exchange: &mut Exchange, client: &mut Box<ServerSession>, response: &ResponseHeader) -> Result<()> {
-    if response.status != StatusCode::SWITCHING_PROTOCOLS || !(exchange.upgrade && names_websocket(response)) {
+    let agreed = exchange.upgrade.as_ref().is_some_and(|protocol| upgrade::agrees(response, protocol));
+    if response.status != StatusCode::SWITCHING_PROTOCOLS || !agreed {
         return Ok(());
     }
     if let Some(link) = exchange.link.take()
@@ -46,12 +47,6 @@ pub fn switch(exchange: &mut Exchange, client: &mut Box<ServerSession>, response
     }
     exchange.dues = Dues::default();
     Ok(())
-}
-
-/// RFC 9110 §7.8: a 101 says what it switches to.
-fn names_websocket(response: &ResponseHeader) -> bool {
-    let mut protocols = members(&response.headers, &header::UPGRADE);
-    protocols.next().is_some_and(|protocol| protocol.eq_ignore_ascii_case(b"websocket")) && protocols.next().is_none()
 }
 
 /// The header of an answer, an interim one or the final one, has come: from here on it says only how its body is marked off,
@@ -184,20 +179,20 @@ fn have_client_stay(exchange: &Exchange, response: &mut ResponseHeader) -> Resul
 }
 
 /// The last byte has come from the endpoint; what is left goes to the client.
+pub fn ended(exchange: &mut Exchange) {
+    exchange.enter(Phase::Write);
+    if let Some(attempt) = &mut exchange.attempt {
+        attempt.answered_whole();
+    }
     // Pingora has passed over those of an endpoint of HTTP/1.
     let trailers = exchange.tail.as_ref().and_then(|tail| tail.take_trailers()).map(|mut fields| {
         self::trailers(exchange, &mut fields);
         fields
     });
-pub fn ended(exchange: &mut Exchange) {
+    if let Some(link) = &exchange.link {
         if let Some(trailers) = trailers.filter(|fields| !fields.is_empty()) {
             link.end_with(trailers);
         }
-    exchange.enter(Phase::Write);
-    if let Some(attempt) = &mut exchange.attempt {
-        attempt.answered_whole();
-    }
-    if let Some(link) = &exchange.link {
         link.done();
     }
 }

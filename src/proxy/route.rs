@@ -6,11 +6,13 @@ pub mod path;
 pub mod table;
 
 use std::sync::Arc;
+use std::time::Instant;
 
 use http::header;
 use pingora::http::RequestHeader;
 
 use super::exchange::{Exchange, FilterStates};
+use super::header::upgrade::Upgrades;
 use super::mirror::Mirror;
 use super::retry::Rules;
 use crate::client::intake::IntakeTerms;
@@ -48,6 +50,8 @@ pub struct Route {
     pub deadline: Option<std::time::Duration>,
     /// When a request that failed is sent again.
     pub retry: Rules,
+    /// Protocols that its clients may switch to.
+    pub upgrades: Upgrades,
     /// How long its clients may take between two pieces of a response.
     pub write_idle: std::time::Duration,
     /// Whether a client that closes its sending side behind its request is gone.
@@ -122,6 +126,18 @@ pub async fn take(exchange: &mut Exchange, route: Arc<Route>, request: &mut Requ
     exchange.filters = Some(FilterStates::new(states));
     exchange.route = Some(route);
     verdict
+}
+
+/// Leaves of an `Upgrade` what the route allows; else it is an ordinary request.
+pub fn settle_upgrade(route: &Route, request: &mut RequestHeader) {
+    let Some(protocol) = request.headers.get(header::UPGRADE).filter(|protocol| !route.upgrades.allow(protocol)) else {
+        return;
+    };
+    if route.upgrades.may_tell(Instant::now()) {
+        let protocol = String::from_utf8_lossy(protocol.as_bytes());
+        tracing::warn!(route = %route.name, ?protocol, "a client asks for a protocol that its route does not allow; see `upgrades`");
+    }
+    request.remove_header(&header::UPGRADE);
 }
 
 pub(super) fn without_port(host: &str) -> &str {

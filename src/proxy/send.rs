@@ -54,6 +54,11 @@ pub fn header(
         }
         accept_trailers(client, request)?;
     }
+    if let Some(protocol) = exchange.upgrade.as_ref().filter(|_| http1) {
+        // Pingora lets none but WebSocket pass.
+        request.insert_header(header::UPGRADE, protocol.clone())?;
+        request.insert_header(header::CONNECTION, HeaderValue::from_static("Upgrade"))?;
+    }
     let connection = exchange.connection.as_ref();
     let host = request.headers.get(header::HOST).cloned();
     let own = Own {

@@ -99,9 +99,9 @@ pub static TABLE: &[Row] = &[
     },
     Row {
         fields: "Upgrade",
-        effect: "`websocket` in a GET over HTTP/1.1 without a body, with `Connection: upgrade`: passes to the endpoint. Once it has answered 101, nothing is held back and no limit of time holds but those of silence; until then, and with any other answer, all do",
-        default: "everyone's, where the upstream is asked over HTTP/1",
-        keys: &["upstreams.protocol"],
+        effect: "one protocol besides HTTP, over HTTP/1.1, without a body and with `Connection: upgrade`: passes to the endpoint where the route allows it. Once it has answered 101, nothing is held back and no limit of time holds but those of silence; until then, and with any other answer, all do",
+        default: "`websocket` of everyone, where the upstream is asked over HTTP/1",
+        keys: &["routes.upgrades", "upstreams.protocol"],
     },
     Row {
         fields: "X-Client-Cert-*",

@@ -146,6 +146,7 @@ wrong! {
     a_route_that_leads_nowhere_or_to_too_much
     an_unreachable_route
     a_match_that_matches_nothing
+    an_upgrade_that_is_none
     conditions_that_are_none
     a_regular_expression_that_is_none
     an_unknown_filter

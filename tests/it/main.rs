@@ -67,6 +67,7 @@ mod trace;
 mod trailers;
 mod transport;
 mod trust;
+mod upgrades;
 mod upstreams;
 mod wait;
 mod write;

@@ -1,0 +1,137 @@
+//! Other protocols than HTTP on a client's connection: which pass, and what a tunnel is once an endpoint has agreed to one.
+
+use crate::harness::gateway::Watched;
+use crate::harness::{Client, Gateway, Origin, Setup, ok};
+
+fn asking(method: &str, protocol: &str, fields: &str) -> String {
+    format!("{method} /attach HTTP/1.1\r\nHost: a\r\nConnection: Upgrade\r\nUpgrade: {protocol}\r\n{fields}\r\n")
+}
+
+fn agreeing(protocol: &str) -> String {
+    format!("HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: {protocol}\r\n\r\n")
+}
+
+/// What an endpoint hears of an upgrade.
+fn echo() -> Origin {
+    Origin::answering(|request| {
+        let field = |name| request.value(name).unwrap_or("none").to_owned();
+        ok(format!("{} {}", field("upgrade"), field("connection")))
+    })
+}
+
+fn heard(gateway: &Gateway, method: &str, protocol: &str, fields: &str) -> String {
+    let mut client = gateway.client();
+    client.send(asking(method, protocol, fields));
+    client.response().text().to_owned()
+}
+
+#[test]
+fn a_protocol_passes_where_its_route_allows_it() {
+    let origin = Origin::scripted();
+    let gateway = Setup::before(&origin).route("upgrades: [tcp, SPDY/3.1]").start();
+    for (method, protocol, fields) in
+        [("GET", "tcp", ""), ("POST", "TCP", "Content-Length: 0\r\n"), ("POST", "SPDY/3.1", "X-Own: 1\r\n")]
+    {
+        let mut client = gateway.client();
+        client.send(asking(method, protocol, fields));
+        let mut connection = origin.accept();
+        let asked = connection.request();
+        assert_eq!((asked.value("upgrade"), asked.value("connection")), (Some(protocol), Some("Upgrade")));
+        connection.send(format!("{}from the endpoint", agreeing(protocol)));
+        let answer = client.response();
+        assert_eq!((answer.status, answer.value("upgrade")), (101, Some(protocol)));
+        assert_eq!(client.bytes(17), b"from the endpoint");
+        client.send("from the client");
+        assert_eq!(connection.bytes(15), b"from the client");
+        connection.send("and back");
+        connection.close();
+        assert_eq!(client.rest(), b"and back");
+    }
+    assert!(gateway.log_lines(3).iter().all(|line| line.status() == 101 && line.reason().is_empty()));
+}
+
+#[test]
+fn one_that_a_route_does_not_allow_is_an_ordinary_request() {
+    let origin = echo();
+    let gateway = Setup::before(&origin).start();
+    assert_eq!(heard(&gateway, "GET", "tcp", ""), "none none");
+    assert_eq!(
+        heard(&gateway, "GET", "websocket", ""),
+        "websocket Upgrade",
+        "it is allowed unless it is written otherwise"
+    );
+    let gateway = Setup::before(&origin).route("upgrades: []").start();
+    assert_eq!(heard(&gateway, "GET", "websocket", ""), "none none");
+    let gateway = Setup::before(&origin).route("upgrades: [tcp, websocket]").start();
+    assert_eq!(heard(&gateway, "GET", "tcp", ""), "tcp Upgrade");
+    for (method, protocol, fields) in [
+        ("GET", "h2c", "HTTP2-Settings: AAMAAABkAAQAAP__\r\n"),
+        ("GET", "TLS/1.0", ""),
+        ("GET", "tcp, h2c", ""),
+        ("GET", "tcp, websocket", ""),
+        ("GET", "spdy/3.1", ""),
+        ("POST", "websocket", ""),
+    ] {
+        assert_eq!(heard(&gateway, method, protocol, fields), "none none", "{method} {protocol}");
+    }
+}
+
+#[test]
+fn the_operator_is_told_of_a_protocol_that_is_not_allowed() {
+    let origin = echo();
+    let process = Setup::before(&origin).spawn();
+    let mut client = process.client();
+    client.send(asking("GET", "tcp", ""));
+    assert_eq!(client.response().text(), "none none");
+    process.says("a client asks for a protocol that its route does not allow");
+    process.says("protocol=\"tcp\"");
+}
+
+#[test]
+fn an_endpoint_that_agrees_to_another_protocol_is_a_502() {
+    let origin = Origin::scripted();
+    let gateway = Setup::before(&origin).route("upgrades: [tcp, websocket]").start();
+    for (asked, agreed) in [("tcp", "websocket"), ("websocket", "tcp"), ("tcp", "tcp, websocket"), ("tcp", "")] {
+        let mut client = gateway.client();
+        client.send(asking("GET", asked, ""));
+        let mut connection = origin.accept();
+        connection.request();
+        connection.send(agreeing(agreed));
+        assert_eq!(client.response().status, 502, "{asked} {agreed}");
+        connection.closed();
+    }
+}
+
+#[test]
+fn behind_a_101_there_is_nothing_but_the_tunnel() {
+    let origin = Origin::scripted();
+    let setup = Setup::before(&origin).upstream("timeouts: { wait: 300ms, receive: 300ms }");
+    let gateway = setup.route("upgrades: [websocket, tcp]").start();
+    for protocol in ["websocket", "tcp"] {
+        let begin = || {
+            let mut client: Client = gateway.client();
+            client.send(asking("GET", protocol, ""));
+            let mut connection = origin.accept();
+            connection.request();
+            connection.send(format!("{}first", agreeing(protocol)));
+            assert_eq!(client.response().status, 101);
+            assert_eq!(client.bytes(5), b"first");
+            (client, connection)
+        };
+        // The endpoint breaks off, closes, or is silent for too long.
+        let (mut client, connection) = begin();
+        connection.reset();
+        assert_eq!(client.rest(), b"", "{protocol}, reset");
+        let (mut client, connection) = begin();
+        connection.close();
+        assert_eq!(client.rest(), b"", "{protocol}, closed");
+        let (mut client, mut connection) = begin();
+        assert_eq!(client.rest(), b"", "{protocol}, silent");
+        connection.closed();
+        // So does the client.
+        let (client, mut connection) = begin();
+        client.reset();
+        connection.closed();
+    }
+    gateway.wait_at_rest();
+}
