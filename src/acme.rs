@@ -3,8 +3,9 @@
 //! [`plan`] says what is asked of whom. One loop for each issuer orders what is due ([`schedule`]), one order at a time
 //! ([`order`]), and puts what is issued into the [`store`]; the listeners that serve it read it from there. An order that fails
 //! is tried again later, and what was issued before is served meanwhile. Workers only answer challenges
-//! (`client/challenges.rs`). Of several processes with one store, one orders.
+//! (`client/challenges.rs`). Of several processes with one store, one orders and all answer ([`answers`]).
 
+mod answers;
 mod http;
 pub mod order;
 pub mod plan;
@@ -30,13 +31,14 @@ use crate::config::listener::tls::Certificate;
 use crate::error::{BuildError, path};
 use crate::metrics::{AcmeMetrics, Metrics};
 use crate::printable::printable;
+use answers::Followed;
 use http::Http;
 use order::{Failure, Proof};
 use plan::{Asked, Wanted};
 use schedule::{Held, Record, seconds};
 
-/// How often a process looks whether the one that orders is gone.
-const LOCK_INTERVAL: Duration = Duration::from_secs(2);
+/// How often a process that does not order looks what it is to answer, and whether the one that orders is gone.
+const FOLLOW_INTERVAL: Duration = Duration::from_millis(250);
 /// The clock may be set, and a machine may sleep: nothing waits for longer than this without a look at the time.
 const LOOK_INTERVAL: Duration = Duration::from_secs(600);
 
@@ -143,9 +145,10 @@ impl BackgroundService for Acme {
 impl Issuer {
     /// Waits until no other process orders for this store, and does so from then on.
     async fn keep(&self) {
-        let (mut told, issuer) = (false, &self.asked.name);
+        let (mut told, issuer, store) = (false, &self.asked.name, &self.asked.store);
+        let (mut followed, mut following) = (Followed::default(), None);
         let _lock = loop {
-            let found = self.asked.store.lock();
+            let found = store.lock();
             match &found {
                 _ if told => {}
                 Ok(None) => tracing::info!(%issuer, "another process orders the certificates that are kept here"),
@@ -156,8 +159,15 @@ impl Issuer {
                 break lock;
             }
             told = true;
-            tokio::time::sleep(LOCK_INTERVAL).await;
+            following = following.or_else(|| store.follow().ok().flatten());
+            followed.look(store, &self.challenges);
+            tokio::time::sleep(FOLLOW_INTERVAL).await;
         };
+        drop((followed, following));
+        // What was under way when the one before ended.
+        for left in store.challenges() {
+            let _ = std::fs::remove_file(left);
+        }
         self.metrics.active.set(1);
         self.run().await;
     }
@@ -259,7 +269,7 @@ impl Issuer {
         let written = &self.asked.written;
         let account = self.account(account).await?;
         let replaces = load(wanted).and_then(|loaded| order::identifier(loaded.chain.first()?));
-        let proof = Proof { challenge: written.challenge, challenges: &self.challenges };
+        let proof = Proof { challenge: written.challenge, challenges: &self.challenges, store: &self.asked.store };
         let pem = order::order(&account, &wanted.names, proof, replaces, written.timeouts.order.0).await?;
         let kept = store::replace(&wanted.path, &pem);
         kept.map_err(|error| Failure::new(format!("what was issued cannot be kept: {error}")))?;
@@ -411,7 +421,7 @@ impl From<Loaded> for Held {
     }
 }
 
-/// The time that is so many seconds after the beginning of 1970; what is beyond all clocks is far away.
+/// The time at these seconds since 1970, at most the end of the year 9999, which every clock can represent.
 fn at(seconds: u64) -> SystemTime {
     const FAR: u64 = 253_402_300_799;
     SystemTime::UNIX_EPOCH + Duration::from_secs(seconds.min(FAR))

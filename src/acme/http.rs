@@ -87,7 +87,7 @@ impl Inner {
         let (parts, body) = request.into_parts();
         let Ok(body) = body.collect().await.map(Collected::to_bytes);
         let host = parts.uri.host().filter(|_| parts.uri.scheme_str() == Some("https"));
-        let Some(host) = host else { return Err(other(format!("`{}` is no URL of https", parts.uri))) };
+        let Some(host) = host else { return Err(other(format!("`{}` is not an https URL", parts.uri))) };
         let bare = host.trim_matches(['[', ']']);
         let port = parts.uri.port_u16().unwrap_or(443);
         // On threads of the runtime that are there for it.

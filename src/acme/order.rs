@@ -12,12 +12,14 @@ use boring::stack::Stack;
 use boring::x509::extension::SubjectAlternativeName;
 use boring::x509::{X509, X509Extension, X509NameBuilder, X509Req};
 use instant_acme::{
-    Account, AuthorizationHandle, AuthorizationStatus, CertificateIdentifier, ChallengeType, Error, Identifier,
-    NewOrder, Order, OrderStatus, Problem, RetryPolicy,
+    Account, AuthorizationHandle, AuthorizationStatus, CertificateIdentifier, ChallengeHandle, ChallengeType, Error,
+    Identifier, NewOrder, Order, OrderStatus, Problem, RetryPolicy,
 };
 use zeroize::Zeroizing;
 
-use crate::client::challenges::{Awaited, Challenges};
+use super::answers::{Answer, Answers};
+use super::store::Store;
+use crate::client::challenges::Challenges;
 use crate::client::tls::challenge;
 use crate::config::acme::Challenge;
 use crate::printable::printable;
@@ -25,12 +27,17 @@ use crate::printable::printable;
 /// What an issuer says of itself is shown no longer than this.
 const PROBLEM_CHARS_MAX: usize = 600;
 
+/// Other processes with the same store have this time to read an answer before the issuer is asked to look for it.
+const SPREAD: Duration = Duration::from_secs(1);
+
 /// How a name is proved.
 pub struct Proof<'a> {
     /// The kind.
     pub challenge: Challenge,
-    /// What answers.
+    /// What answers here.
     pub challenges: &'a Arc<Challenges>,
+    /// By which other processes learn of it.
+    pub store: &'a Store,
 }
 
 /// Why an order came to nothing.
@@ -57,10 +64,22 @@ pub async fn order(
     let identifiers: Vec<Identifier> = names.iter().cloned().map(Identifier::Dns).collect();
     let mut order = begin(account, &identifiers, replaces).await?;
     // Answered until the order is ready: an issuer asks more than once, from several places.
-    let mut awaited = proof.challenges.wait();
+    let mut answers = Answers::new(proof.challenges, proof.store);
     let mut authorizations = order.authorizations();
     while let Some(authorization) = authorizations.next().await {
-        prove(authorization?, proof.challenge, &mut awaited).await?;
+        if let Some(offered) = offered(&mut authorization?, proof.challenge)? {
+            answers.add(&answer(&offered, proof.challenge)?)?;
+        }
+    }
+    if proof.store.is_followed() {
+        tokio::time::sleep(SPREAD).await;
+    }
+    // What is known of them is kept: this asks for nothing.
+    let mut authorizations = order.authorizations();
+    while let Some(authorization) = authorizations.next().await {
+        if let Some(mut offered) = offered(&mut authorization?, proof.challenge)? {
+            offered.set_ready().await?;
+        }
     }
     let polls = RetryPolicy::new().initial_delay(Duration::from_millis(500)).backoff(1.3).timeout(patience);
     match order.poll_ready(&polls).await {
@@ -68,7 +87,7 @@ pub async fn order(
         Ok(status) => return Err(unproved(&mut order, format!("the order is {}", word(status))).await),
         Err(error) => return Err(unproved(&mut order, told(&error)).await),
     }
-    drop(awaited);
+    drop(answers);
     let key = challenge::key()?;
     order.finalize_csr(&request(names, &key)?).await?;
     let chain = order.poll_certificate(&polls).await?;
@@ -99,14 +118,14 @@ async fn begin(
     Ok(account.new_order(&NewOrder::new(identifiers)).await?)
 }
 
-async fn prove(
-    mut authorization: AuthorizationHandle<'_>,
+/// The challenge by which a name is proved. `None`: it has been.
+fn offered<'a>(
+    authorization: &'a mut AuthorizationHandle<'a>,
     challenge: Challenge,
-    awaited: &mut Awaited,
-) -> Result<(), Failure> {
+) -> Result<Option<ChallengeHandle<'a>>, Failure> {
     let name = authorization.identifier().to_string();
     match authorization.status {
-        AuthorizationStatus::Valid => return Ok(()),
+        AuthorizationStatus::Valid => return Ok(None),
         AuthorizationStatus::Pending => {}
         _ => return Err(Failure::new(format!("`{name}` cannot be proved any more"))),
     }
@@ -114,19 +133,25 @@ async fn prove(
         Challenge::TlsAlpn01 => ChallengeType::TlsAlpn01,
         Challenge::Http01 => ChallengeType::Http01,
     };
-    let Some(mut offered) = authorization.challenge(kind) else {
-        return Err(Failure::new(format!("the issuer does not take `{}` for `{name}`", challenge.name())));
-    };
+    match authorization.challenge(kind) {
+        Some(offered) => Ok(Some(offered)),
+        None => Err(Failure::new(format!("the issuer does not take `{}` for `{name}`", challenge.name()))),
+    }
+}
+
+fn answer(offered: &ChallengeHandle<'_>, challenge: Challenge) -> Result<Answer, Failure> {
     let key_authorization = offered.key_authorization();
-    match challenge {
-        Challenge::Http01 => awaited.token(&offered.token, key_authorization.as_str()),
+    Ok(match challenge {
+        Challenge::Http01 => {
+            Answer::Http01 { token: offered.token.clone(), answer: key_authorization.as_str().to_owned() }
+        }
         Challenge::TlsAlpn01 => {
             let digest = key_authorization.digest();
-            let digest = digest.as_ref().try_into().map_err(|_| Failure::new("a digest of no 32 bytes".to_owned()))?;
-            awaited.name(&name.to_ascii_lowercase(), &challenge::context(&name, digest)?);
+            let digest =
+                digest.as_ref().try_into().map_err(|_| Failure::new("a digest that has not 32 bytes".to_owned()))?;
+            Answer::TlsAlpn01 { name: offered.identifier().to_string().to_ascii_lowercase(), digest }
         }
-    }
-    Ok(offered.set_ready().await?)
+    })
 }
 
 /// Why an order is not ready: the problems of its names, or `otherwise`.
@@ -163,8 +188,8 @@ fn request(names: &[String], key: &PKey<Private>) -> Result<Vec<u8>, ErrorStack>
 /// Makes sure that what was issued is what was asked for.
 fn check(chain: &str, names: &[String], key: &PKey<Private>) -> Result<(), Failure> {
     let wrong = |what: &str| Failure::new(format!("what was issued {what}"));
-    let chain = X509::stack_from_pem(chain.as_bytes()).map_err(|_| wrong("is no certificate in PEM"))?;
-    let leaf = chain.first().ok_or_else(|| wrong("is no certificate in PEM"))?;
+    let chain = X509::stack_from_pem(chain.as_bytes()).map_err(|_| wrong("is not a certificate in PEM"))?;
+    let leaf = chain.first().ok_or_else(|| wrong("is not a certificate in PEM"))?;
     if !leaf.public_key().is_ok_and(|public| public.public_eq(key)) {
         return Err(wrong("is for another key"));
     }
@@ -181,7 +206,7 @@ fn check(chain: &str, names: &[String], key: &PKey<Private>) -> Result<(), Failu
 pub fn identifier(leaf: &X509) -> Option<CertificateIdentifier<'static>> {
     let authority = leaf.authority_key_id()?.as_slice();
     let mut serial = leaf.serial_number().to_bn().ok()?.to_vec();
-    // As it stands in the certificate: a number that would look negative begins with a zero.
+    // As in the certificate (DER): a number whose first bit is set begins with a zero byte.
     if serial.first().is_none_or(|first| *first >= 0x80) {
         serial.insert(0, 0);
     }
@@ -298,7 +323,7 @@ mod tests {
         };
         assert_eq!(told(&chain, "a.test", &key), None);
         assert_eq!(told(&chain, "b.test", &key).as_deref(), Some("what was issued is not made out to `b.test`"));
-        assert_eq!(told("", "a.test", &key).as_deref(), Some("what was issued is no certificate in PEM"));
+        assert_eq!(told("", "a.test", &key).as_deref(), Some("what was issued is not a certificate in PEM"));
         let other = challenge::key().expect("a key");
         assert_eq!(told(&chain, "a.test", &other).as_deref(), Some("what was issued is for another key"));
     }

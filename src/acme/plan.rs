@@ -183,7 +183,7 @@ fn hosts<'c>(
         let source = Source::written(other);
         let names = match source.names.is_empty() {
             false => source.names,
-            // What is wrong with a file is told where it is read to be served.
+            // Errors in a file are reported where it is read to be served.
             true if other.acme.is_none() => match tls::inspect(&source) {
                 Ok(Some(facts)) => facts.names.iter().map(ToString::to_string).collect(),
                 _ => Vec::new(),

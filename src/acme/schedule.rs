@@ -51,8 +51,8 @@ pub struct Held {
 }
 
 impl Record {
-    /// When the next order is due, if this record and this certificate were found at start. What failed is tried again after the
-    /// first wait, however long the waits had become: somebody has perhaps put it right.
+    /// When the next order is due, if this record and this certificate were found at start. An order that failed is tried again
+    /// after the first wait, however long the waits had become: the cause may have been removed.
     pub fn at_start(&self, held: Option<&Held>, directory: &str, now: u64, first: Duration, random: f64) -> u64 {
         let from_elsewhere = !self.directory.is_empty() && self.directory != directory;
         if self.failures > 0 && !from_elsewhere {
@@ -88,7 +88,7 @@ pub fn renewal(not_before: u64, not_after: u64, random: f64) -> u64 {
     not_before + life / 3 * 2 + (life as f64 * RENEWAL_SPREAD * random) as u64
 }
 
-/// How long is waited after so many failures in a row. `random` is from 0 to 1.
+/// The wait after this number of failures in a row. `random` is from 0 to 1.
 pub fn backoff(first: Duration, max: Duration, failures: u32, random: f64) -> Duration {
     let doubled = first.saturating_mul(1 << failures.saturating_sub(1).min(30));
     doubled.min(max).mul_f64(1.0 + RETRY_SPREAD * (2.0 * random - 1.0))

@@ -14,6 +14,8 @@ use serde::de::DeserializeOwned;
 
 /// No file of the store is larger.
 const FILE_BYTES_MAX: u64 = 1 << 20;
+/// What the files of answers to challenges begin with.
+const CHALLENGE: &str = "challenge-";
 
 /// The files of one issuer.
 #[derive(Clone, Debug)]
@@ -21,7 +23,7 @@ pub struct Store {
     dir: PathBuf,
 }
 
-/// Held by the one process that orders.
+/// A file that is locked: by the one process that orders, or by those that follow it.
 #[derive(Debug)]
 pub struct Lock(#[expect(dead_code, reason = "it is locked while it is open")] File);
 
@@ -41,9 +43,25 @@ impl Store {
         self.dir.join(format!("{name}.json"))
     }
 
-    /// The file of the account that is told from others by `key`.
+    /// The file of an account; `key` identifies it.
     pub fn account(&self, key: u64) -> PathBuf {
         self.dir.join(format!("account-{key:016x}.json"))
+    }
+
+    /// The file of the answer to a challenge; `key` identifies it.
+    pub fn challenge(&self, key: u64) -> PathBuf {
+        self.dir.join(format!("{CHALLENGE}{key:016x}.json"))
+    }
+
+    /// The files of all answers that are given now.
+    pub fn challenges(&self) -> Vec<PathBuf> {
+        let files = fs::read_dir(&self.dir).into_iter().flatten().flatten();
+        let named = files.filter(|file| {
+            let name = file.file_name();
+            let name = name.to_string_lossy();
+            name.starts_with(CHALLENGE) && name.ends_with(".json")
+        });
+        named.map(|file| file.path()).collect()
     }
 
     /// Makes its directory, and those above it, for Forebay or whom it becomes: a user and a group.
@@ -82,9 +100,27 @@ impl Store {
     ///
     /// What the system says.
     pub fn lock(&self) -> io::Result<Option<Lock>> {
-        let path = self.dir.join("lock");
+        self.try_lock("lock", FlockOperation::NonBlockingLockExclusive)
+    }
+
+    /// Tells the process that orders that this one answers as well, for as long as the lock is held.
+    ///
+    /// # Errors
+    ///
+    /// What the system says.
+    pub fn follow(&self) -> io::Result<Option<Lock>> {
+        self.try_lock("followers", FlockOperation::NonBlockingLockShared)
+    }
+
+    /// Whether other processes answer as well.
+    pub fn is_followed(&self) -> bool {
+        matches!(self.try_lock("followers", FlockOperation::NonBlockingLockExclusive), Ok(None))
+    }
+
+    fn try_lock(&self, file: &str, operation: FlockOperation) -> io::Result<Option<Lock>> {
+        let path = self.dir.join(file);
         let file = OpenOptions::new().write(true).create(true).truncate(false).mode(0o600).open(path)?;
-        match flock(&file, FlockOperation::NonBlockingLockExclusive) {
+        match flock(&file, operation) {
             Ok(()) => Ok(Some(Lock(file))),
             Err(rustix::io::Errno::WOULDBLOCK) => Ok(None),
             Err(error) => Err(error.into()),
@@ -105,7 +141,7 @@ impl Store {
     }
 }
 
-/// Puts a file in place of what was there, at once and for good: whoever reads it gets the old one or the new one whole.
+/// Replaces a file atomically and durably: a reader gets the old contents or the new ones, whole.
 ///
 /// # Errors
 ///
@@ -137,7 +173,7 @@ pub fn replace_json(path: &Path, value: &impl Serialize) -> io::Result<()> {
 ///
 /// # Errors
 ///
-/// What the system says, or that it is no such value.
+/// What the system says, or that the file holds something else.
 pub fn read_json<T: DeserializeOwned>(path: &Path) -> io::Result<Option<T>> {
     let file = match File::open(path) {
         Ok(file) => file,
@@ -189,6 +225,12 @@ mod tests {
         assert!(store.lock().expect("a lock file").is_none());
         drop(first);
         assert!(store.lock().expect("a lock file").is_some());
+
+        assert!(!store.is_followed());
+        let followers = [store.follow(), store.follow()];
+        assert!(followers.iter().all(|lock| matches!(lock, Ok(Some(_)))) && store.is_followed());
+        drop(followers);
+        assert!(!store.is_followed());
     }
 
     #[test]

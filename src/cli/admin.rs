@@ -93,7 +93,7 @@ impl AdminEndpoint {
     /// The endpoint of a configuration.
     pub fn of(config: &Config) -> Self {
         let admin = &config.admin;
-        // What is wrong with the configuration is told elsewhere.
+        // Errors in the configuration are reported where it is loaded.
         let sources = Plan::of(config).map(|plan| plan.admin).unwrap_or_default();
         AdminEndpoint {
             address: reachable(&admin.address.0),

@@ -107,7 +107,7 @@ pub struct Eab {
 }
 
 impl Eab {
-    /// The bytes of the key. `None`: it is no base64url.
+    /// The bytes of the key. `None`: it is not base64url.
     pub fn key(&self) -> Option<Vec<u8>> {
         use base64::Engine;
         use base64::prelude::BASE64_URL_SAFE_NO_PAD;
@@ -165,7 +165,7 @@ pub fn issuable(name: &str) -> Result<(), &'static str> {
         return Err("neither `tls_alpn_01` nor `http_01` proves a wildcard: write the names, or take a file");
     }
     if name.trim_matches(['[', ']']).parse::<IpAddr>().is_ok() {
-        return Err("an address is no name: expected one such as `www.example.com`");
+        return Err("an address is not a name: expected one such as `www.example.com`");
     }
     if !name.is_ascii() {
         return Err("expected ASCII, such as `xn--bcher-kva.example.com`");

@@ -12,8 +12,8 @@ use crate::client::connection::Redirect;
 use crate::error::refusal;
 use crate::filter::{Answer, Verdict};
 
-/// Answers an issuer of certificates that makes sure that a name is served here (RFC 8555 §8.3). `None`: it is somebody else, or
-/// asks for what nobody waits for.
+/// Answers an issuer of certificates that checks that a name is served here (RFC 8555 §8.3). `None`: this request asks for
+/// something else, or for a token that no order waits for.
 pub fn prove(challenges: &Challenges, request: &RequestHeader) -> Option<Verdict> {
     let answer = challenges.http(request.uri.path())?;
     if ![Method::GET, Method::HEAD].contains(&request.method) {

@@ -1,8 +1,8 @@
 //! Certificates that Forebay gets by itself, from a real authority that really looks: Debian's `pebble`.
 
 use std::fs;
-use std::net::SocketAddr;
-use std::os::unix::fs::PermissionsExt;
+use std::net::{SocketAddr, TcpListener};
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::Path;
 use std::process::Command;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
@@ -15,21 +15,20 @@ use crate::harness::{Client, Gateway, Setup, eventually};
 
 /// A gateway with these certificates, which asks this authority for some of them, and a listener in clear text.
 fn asking(pebble: &Pebble, certificates: &str, keys: &str) -> Setup {
+    asking_at(&pebble.directory(), pebble, certificates, keys)
+}
+
+fn asking_at(directory: &str, pebble: &Pebble, certificates: &str, keys: &str) -> Setup {
     let setup = Setup::found("endpoints: [ { address: \"127.0.0.1:1\" } ]")
         .listener(&format!("tls: {{ certificates: [ {certificates} ] }}"))
         .also_listener("{ name: plain, address: \"127.0.0.1:0\", redirect_https: true }")
         .routes("{ name: all, filters: [ { respond: { body: served } } ], upstream: app }");
-    let issuer = issuer(pebble, &setup.path("store"), keys);
-    setup.more(&format!("acme: {{ ours: {{ {issuer} }} }}"))
-}
-
-fn issuer(pebble: &Pebble, store: &Path, keys: &str) -> String {
-    format!(
-        "directory: \"{}\", ca: \"{}\", store: \"{}\", email: ops@example.com, retry: {{ first: 200ms, max: 1s }}{keys}",
-        pebble.directory(),
+    let issuer = format!(
+        "directory: \"{directory}\", ca: \"{}\", store: \"{}\", email: ops@example.com, retry: {{ first: 200ms, max: 1s }}{keys}",
         pebble.ca().display(),
-        store.display(),
-    )
+        setup.path("store").display(),
+    );
+    setup.more(&format!("acme: {{ ours: {{ {issuer} }} }}"))
 }
 
 const HTTP_01: &str = ", challenge: http_01";
@@ -90,7 +89,7 @@ fn a_first_certificate_is_proved_by_requests_and_others_are_served_until_then() 
     let now = forebay::client::tls::now() as f64;
     assert!(gateway.metric("forebay_acme_due_timestamp_seconds{issuer=\"ours\",name=\"a.test\"}") > now);
 
-    // What nobody waits for goes the way of everything else on this listener.
+    // A token that no order waits for is redirected like any other path.
     let got = Client::connect(gateway.address("plain")).get("/.well-known/acme-challenge/other");
     assert_eq!(got.status, 308);
 }
@@ -107,7 +106,7 @@ fn a_certificate_with_several_names_is_proved_by_handshakes() {
     assert!(gateway.metric("forebay_acme_challenges_total{challenge=\"tls_alpn_01\"}") >= 3.0);
     assert_eq!(orders(&gateway, "issued"), 1.0);
 
-    // Nobody is waited for any more.
+    // No order waits any more.
     let late = Tls::trusting(gateway.web(), &pebble.root(), "a.test").alpn(b"\x0aacme-tls/1").connect().err();
     assert!(late.expect("an alert").contains("NO_APPLICATION_PROTOCOL"));
 }
@@ -157,7 +156,7 @@ fn what_is_kept_is_for_forebay_alone_and_a_restart_asks_for_nothing() {
     assert_eq!([mode(&store), mode(&store.join("ours"))], [0o700; 2]);
     let files: Vec<_> =
         fs::read_dir(store.join("ours")).expect("files").map(|file| file.expect("a file").path()).collect();
-    assert_eq!(files.len(), 4, "{files:?}");
+    assert_eq!(files.len(), 5, "{files:?}");
     assert!(files.iter().all(|file| mode(file) == 0o600), "{files:?}");
 
     let asked = pebble.requests();
@@ -275,7 +274,7 @@ fn names_are_taken_from_the_routes() {
 }
 
 #[test]
-fn of_two_gateways_with_one_store_one_orders_and_the_other_takes_over() {
+fn of_two_gateways_with_one_store_one_orders_both_answer_and_the_other_takes_over() {
     let pebble = Pebble::knowing(&["a.test"]);
     let setup = asking(&pebble, "{ acme: ours, names: [a.test] }", "");
     let mut first = setup.start();
@@ -283,9 +282,12 @@ fn of_two_gateways_with_one_store_one_orders_and_the_other_takes_over() {
         (first.metric("forebay_acme_active{issuer=\"ours\"}") == 1.0).then_some(())
     });
     let second = setup.start();
-    reachable(&pebble, &first);
+    // The authority comes to the one that does not order.
+    reachable(&pebble, &second);
     let serial = issued(&pebble, first.web(), "a.test");
     assert_eq!(issued(&pebble, second.web(), "a.test"), serial);
+    let answered = "forebay_acme_challenges_total{challenge=\"tls_alpn_01\"}";
+    assert!(second.metric(answered) >= 1.0 && first.metric(answered) == 0.0);
     assert_eq!((orders(&first, "issued"), orders(&second, "issued")), (1.0, 0.0));
     assert_eq!(second.metric("forebay_acme_active{issuer=\"ours\"}"), 0.0);
     first.stop();
@@ -325,6 +327,58 @@ fn an_account_may_be_bound_to_one_that_the_issuer_knows() {
     let gateway = asking(&pebble, "{ acme: ours, names: [a.test] }", &keys).start();
     reachable(&pebble, &gateway);
     issued(&pebble, gateway.web(), "a.test");
+}
+
+#[test]
+fn an_issuer_whose_terms_are_not_agreed_to_makes_no_account() {
+    let pebble = Pebble::knowing(&["a.test"]);
+    let gateway = asking(&pebble, "{ acme: ours, names: [a.test] }", ", agree_to_terms: false").spawn();
+    gateway.says("terms of service");
+    assert_eq!(orders(&gateway, "issued"), 0.0);
+}
+
+#[test]
+fn an_issuer_that_says_nothing_is_given_up_and_told_of() {
+    let pebble = Pebble::knowing(&["a.test"]);
+    // It accepts connections, in the kernel, and never looks at them.
+    let silent = TcpListener::bind("127.0.0.1:0").expect("a loopback port");
+    let directory = format!("https://{}/dir", silent.local_addr().expect("its address"));
+    let keys = ", timeouts: { request: 300ms, order: 1m }";
+    asking_at(&directory, &pebble, "{ acme: ours, names: [a.test] }", keys).spawn().says("did not answer within 300ms");
+    let keys = ", timeouts: { request: 1m, order: 300ms }";
+    asking_at(&directory, &pebble, "{ acme: ours, names: [a.test] }", keys)
+        .spawn()
+        .says("it was not issued within 300ms");
+}
+
+#[test]
+fn a_wildcard_from_a_file_serves_a_name_until_its_own_certificate_is_there() {
+    let pebble = Pebble::knowing(&["a.b.test"]);
+    let own = Authority::new();
+    let file = pair(&own.issue(&["*.b.test"]));
+    let gateway = asking(&pebble, &format!("{{ acme: ours, names: [a.b.test] }}, {{ {file} }}"), "").start();
+    assert_eq!(Tls::to(gateway.web(), &own, "a.b.test").get("/").expect("an answer").0.status, 200);
+    reachable(&pebble, &gateway);
+    issued(&pebble, gateway.web(), "a.b.test");
+    assert_eq!(Tls::to(gateway.web(), &own, "c.b.test").get("/").expect("an answer").0.status, 200);
+}
+
+#[test]
+fn what_is_issued_is_kept_by_the_user_that_forebay_becomes() {
+    let pebble = Pebble::knowing(&["a.test"]);
+    // SAFETY: it has no arguments and cannot fail.
+    let is_root = unsafe { libc::geteuid() } == 0;
+    let user = if is_root { "threads: 1, user: nobody" } else { "threads: 1" };
+    let setup = asking(&pebble, "{ acme: ours, names: [a.test] }", "").server(user);
+    fs::set_permissions(setup.path("."), fs::Permissions::from_mode(0o755)).expect("a directory for all");
+    let gateway = setup.spawn();
+    pebble.validates(gateway.web(), gateway.web());
+    issued(&pebble, gateway.web(), "a.test");
+    let user: u32 = gateway.status("Uid")[0].parse().expect("a number");
+    assert_ne!(user, 0, "root is given up");
+    for kept in ["store", "store/ours", "store/ours/a.test.pem", "store/ours/lock"] {
+        assert_eq!(fs::metadata(setup.path(kept)).expect("a file").uid(), user, "{kept}");
+    }
 }
 
 #[test]
@@ -384,7 +438,7 @@ fn what_no_issuer_can_be_asked_for_is_told_with_its_place() {
             "letsencrypt",
         ),
         (names("[\"*.a.test\"]"), "no issuer is asked for `*.a.test`", "test.yaml:6:36", "proves a wildcard"),
-        (names("[10.0.0.1]"), "no issuer is asked for `10.0.0.1`", "test.yaml:6:36", "an address is no name"),
+        (names("[10.0.0.1]"), "no issuer is asked for `10.0.0.1`", "test.yaml:6:36", "an address is not a name"),
         (names("[bücher.test]"), "no issuer is asked for `bücher.test`", "test.yaml:6:36", "xn--"),
         (names("[a.test, A.test]"), "`A.test` is listed twice", "test.yaml:6:44", "again here"),
         (names("[]"), "must be told which names", "test.yaml:6:35", "names: auto"),

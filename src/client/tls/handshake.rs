@@ -160,7 +160,7 @@ async fn farewell(raw: &mut Raw) {
 /// Ends a connection on which nothing is to follow.
 pub async fn close(mut stream: SslStream<Raw>) {
     use tokio::io::AsyncWriteExt;
-    // Whoever is gone already needs no farewell.
+    // An error means that the client has closed already.
     let _ = tokio::time::timeout(super::FAREWELL, stream.shutdown()).await;
     farewell(stream.get_mut()).await;
 }
