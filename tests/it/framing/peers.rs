@@ -9,8 +9,8 @@ use crate::harness::{Origin, Setup};
 
 /// An answer, what a client gets of it by nginx, by HAProxy and by Forebay, and why they differ.
 ///
-/// `200 body`: the status and the body, freed from its framing. `200 half`: a part of it, and then the end of the connection, which
-/// the framing shows to be too early. `502`: the proxy's own answer. `-`: no answer at all.
+/// `200 body`: the status and the body, freed from its framing. `200 half`: a part of it, and then the end of the
+/// connection, which the framing shows to be too early. `502`: the proxy's own answer. `-`: no answer at all.
 struct Row {
     answer: &'static str,
     nginx: &'static str,
@@ -33,7 +33,7 @@ const CHUNKS: &str = "4\r\nbody\r\n0\r\n\r\n";
 const FAULTY_LENGTH: &str =
     "nginx 1.22 passes over a length that it cannot read; Forebay and HAProxy take it for a fault (RFC 9110 §8.6)";
 const CODED: &str = "nginx 1.22 looks for the letters `chunked` and nothing else, and the client gets coded bytes for plain ones; Forebay and \
-    HAProxy refuse a coding that nobody asked for (RFC 9112 §6.1)";
+    HAProxy refuse a coding that no client asked for (RFC 9112 §6.1)";
 const LISTED: &str = "an empty element of a list is none (RFC 9110 §5.6.1), so that this is `chunked` and nothing else; HAProxy refuses any \
     list that does not begin with it";
 const UNCLEAR: &str = "by its last word it is no chunks, by RFC 9110 §5.6.1 it is; nginx 1.22 and HAProxy read chunks, and HAProxy passes the \
@@ -41,6 +41,8 @@ const UNCLEAR: &str = "by its last word it is no chunks, by RFC 9110 §5.6.1 it 
 const IDENTITY: &str = "earlier versions of HTTP had a name for no coding; the end of the connection tells (RFC 9112 §6.3). HAProxy refuses it";
 const BROKEN: &str = "once its chunks are found to be none, nginx closes without a word, since it has begun with the answer; HAProxy, which \
     had waited for the first piece, and Forebay, which drops what has not left, say 502";
+const GRAMMAR: &str = "Forebay holds to the grammar of RFC 9112 §7.1: no white space behind a size, no extension without a name, sizes of up to 15 \
+    digits. nginx and HAProxy forgive these";
 const HALF: &str = "Forebay, too, passes on what has come, unless nothing of it had left when the endpoint broke off: then it says 502";
 
 #[rustfmt::skip]
@@ -98,6 +100,11 @@ fn table() -> Vec<Row> {
         row("HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n+4\r\nbody\r\n0\r\n\r\n", ["-", "502", "502"], BROKEN),
         row("HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n4\nbody\r\n0\r\n\r\n", ["200 body", "200 body", "502"],
             "a size ends with CRLF (RFC 9112 §7.1); nginx and HAProxy forgive a bare line feed"),
+        row("HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n4 \r\nbody\r\n0\r\n\r\n", ["200 body", "200 body", "502"], GRAMMAR),
+        row("HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n4;\r\nbody\r\n0\r\n\r\n", ["200 body", "200 body", "502"], GRAMMAR),
+        row("HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n0000000000000004\r\nbody\r\n0\r\n\r\n", ["200 body", "200 body", "502"], GRAMMAR),
+        row("HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n4\r\nbody\r\n0\r\nno colon\r\n\r\n", ["200 body", "502", "502"],
+            "nginx 1.22 passes over trailers, whatever they are (RFC 9112 §7.1.2)"),
         passes("HTTP/1.1 200 OK\r\nNo colon\r\n\r\nbody", "502"),
         passes("", "502"),
     ]
