@@ -1,11 +1,11 @@
-//! How the body of a message is marked off (RFC 9112 §6, RFC 9113 §8.1.1).
+//! Where the body of a message ends (RFC 9112 §6, RFC 9113 §8.1.1).
 //!
-//! One function decides it for requests ([`request::read`]) and one for answers ([`answer::frame`]), for every version. Whoever
-//! reads, writes, holds back, copies, checks or refuses asks them: two places that take one message for two different ones are
-//! how requests are smuggled, and how a client reads the next answer as the rest of this one. They know no socket.
+//! [`request::read`] decides it for requests and [`answer::frame`] for answers, for every version of HTTP. All code
+//! that reads, writes, holds back, copies, checks or refuses a message asks these two. Two readers that disagree let a
+//! client smuggle a request, or have it read the next answer as the rest of this one. The functions know no socket.
 //!
-//! [`Said`] collects what a header says, [`Body`] is what follows from it, and [`chunked`] follows chunks byte for byte.
-//! [`follow`] finds the trailers of a message beside a library that passes over them.
+//! [`Said`] collects what a header says, [`Body`] is what follows from it, and [`chunked`] follows chunks byte for
+//! byte. [`follow`] finds the trailers of a message beside a library that passes over them.
 
 pub mod answer;
 pub mod chunked;
@@ -16,21 +16,22 @@ use std::borrow::Borrow;
 
 use http::{HeaderMap, header};
 
-/// How the end of a body is told.
+/// How a body ends.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Body {
     /// There is none, whatever the header says of a length.
     None,
-    /// So many bytes, perhaps 0.
+    /// After this number of bytes, perhaps 0.
     Length(u64),
     /// Chunks (RFC 9112 §7.1), on HTTP/1.1.
     Chunked,
-    /// The end of what carries it: of the stream on HTTP/2, of the connection on HTTP/1, where only an answer may end so.
+    /// The end of what carries it: of the stream on HTTP/2, of the connection on HTTP/1, where only an answer may end
+    /// so.
     UntilEnd,
 }
 
-/// What a header says of the length of its body: all values of `Content-Length` and `Transfer-Encoding`, however many fields
-/// they are in.
+/// What a header says of the length of its body: all values of `Content-Length` and `Transfer-Encoding`, however many
+/// fields they are in.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Said {
     length: Length,
@@ -132,7 +133,8 @@ pub fn names<V: Borrow<[u8]>>(lists: impl IntoIterator<Item = V>, token: &str) -
     lists.into_iter().any(|list| items(list.borrow()).any(|item| item.eq_ignore_ascii_case(token.as_bytes())))
 }
 
-/// Whether a field `Content-Type` names this media type, in whatever case and with whatever parameters (RFC 9110 §8.3.1).
+/// Whether a field `Content-Type` names this media type, in whatever case and with whatever parameters (RFC 9110
+/// §8.3.1).
 pub fn is_media_type(value: &[u8], kind: &str) -> bool {
     let named = value.split(|&byte| byte == b';').next().unwrap_or_default();
     trim(named).eq_ignore_ascii_case(kind.as_bytes())

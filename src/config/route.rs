@@ -44,17 +44,17 @@ pub struct Route {
     /// How long the client may take, and how fast it is served.
     #[serde(default)]
     pub client: Client,
-    /// From the last byte of the request to the last byte that comes from the upstream, all attempts included; longer is answered
-    /// 504, or cut. As long as it takes, if absent. Of a gRPC call it holds for the request, too. A WebSocket has none
-    /// once the upstream has agreed to it.
+    /// From the last byte of the request to the last byte that comes from the upstream, all attempts included; longer
+    /// is answered 504, or cut. As long as it takes, if absent. Of a gRPC call it holds for the request, too. A
+    /// WebSocket has none once the upstream has agreed to it.
     #[serde(default)]
     pub deadline: Option<Time>,
     /// Whether a gRPC call is treated as one: neither side of it is held back.
     #[serde(default)]
     pub grpc: Grpc,
-    /// Protocols besides HTTP that clients may ask for with `Upgrade` over HTTP/1.1, such as `tcp` or `SPDY/3.1`. Behind the 101 of
-    /// an endpoint they are a tunnel, with `timeouts.receive` of the upstream and no other limit. A request for another one, and any over
-    /// an upstream of HTTP/2, is an ordinary request. `h2c` cannot be among them.
+    /// Protocols besides HTTP that clients may ask for with `Upgrade` over HTTP/1.1, such as `tcp` or `SPDY/3.1`.
+    /// Behind the 101 of an endpoint they are a tunnel, with `timeouts.receive` of the upstream and no other limit. A
+    /// request for another one, and any over an upstream of HTTP/2, is an ordinary request. `h2c` cannot be among them.
     #[serde(default = "Route::default_upgrades")]
     pub upgrades: Vec<Protocol>,
     /// When a request that failed is sent again.

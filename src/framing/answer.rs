@@ -1,9 +1,9 @@
 //! How the body of an answer is marked off: where it comes from, and where it goes to.
 //!
 //! Pingora reads the answers of endpoints on HTTP/1. What is decided here is what it really does (its `v1::client` and
-//! `v1::common`): it goes by the last word of the last `Transfer-Encoding`, reads to the end of the connection whatever is not
-//! `chunked` by that, and has taken away a length beside a coding. Where that is one reading of several, or leaves a body that
-//! the client could not read, the answer is faulty; all others are framed anew for their client.
+//! `v1::common`): it goes by the last word of the last `Transfer-Encoding`, reads to the end of the connection whatever
+//! is not `chunked` by that, and has taken away a length beside a coding. Where that is one reading of several, or
+//! leaves a body that the client could not read, the answer is faulty; all others are framed anew for their client.
 
 use http::{HeaderValue, Version, header};
 use pingora::Result;
@@ -18,8 +18,8 @@ pub struct Framed {
     pub read: Body,
     /// How its body leaves.
     pub write: Body,
-    /// The length that the client is told. Where no body follows, it is the one that there would have been
-    /// (RFC 9110 §8.6).
+    /// The `Content-Length` for the client. Where no body follows, it is the length that the body would have (RFC 9110
+    /// §8.6).
     pub length: Option<u64>,
 }
 
@@ -28,7 +28,7 @@ pub struct Framed {
 pub enum Fault {
     /// Its lengths differ, or are no lengths.
     Length,
-    /// Its body is coded in a way that nobody asked for, or that readers understand differently.
+    /// Its body has a coding that the client did not ask for, or that readers understand differently.
     Coding,
     /// It switches to another protocol (101) in a version that does not know of it.
     Switch,
@@ -45,14 +45,14 @@ impl Fault {
     }
 }
 
-/// Whether there is no body after such a header, whatever it says (RFC 9112 §6.3): the request had the method HEAD, or it is the
-/// status that says so.
+/// Whether there is no body after such a header, whatever it says (RFC 9112 §6.3): the request had the method HEAD, or
+/// it is the status that says so.
 pub fn is_bodiless(head: bool, status: u16) -> bool {
     head || matches!(status, 100..=199 | 204 | 304)
 }
 
-/// How an answer is framed that comes over the version `from` and whose header says this, for a client of the version `to`.
-/// `head`: the request had the method HEAD.
+/// How an answer is framed that comes over the version `from` and whose header says this, for a client of the version
+/// `to`. `head`: the request had the method HEAD.
 ///
 /// # Errors
 ///
@@ -81,7 +81,7 @@ pub fn frame(head: bool, status: u16, from: Version, said: &Said, to: Version) -
         _ if from == Version::HTTP_2 => return Err(Fault::Coding),
         (Coding::Plain, _) => Body::UntilEnd,
         (Coding::Chunked, _) => Body::Chunked,
-        // Of a coding that nobody knows of, the client would get the coded bytes for the plain ones.
+        // The client does not know of the coding, and would take the coded bytes for the plain ones.
         (Coding::ChunkedUnclearly | Coding::Other, _) => return Err(Fault::Coding),
     };
     let write = match read {
@@ -161,7 +161,8 @@ mod tests {
     struct Row(Version, u16, &'static [(char, &'static str)], Expected);
 
     enum Expected {
-        /// To GET: how it comes, and how it leaves for clients of HTTP/1.0, HTTP/1.1 and HTTP/2. To HEAD: the length that is told.
+        /// To GET: how it comes, and how it leaves for clients of HTTP/1.0, HTTP/1.1 and HTTP/2. To HEAD: its
+        /// `Content-Length`.
         Passes(&'static str, [&'static str; 3], Option<u64>),
         /// A fault of both; or one of GET, where HEAD passes with this length.
         Faulty(Fault),
@@ -235,7 +236,7 @@ mod tests {
         Row(V10, 200, &[('c', "identity")], Passes("end", ANY, None)),
         Row(V11, 200, &[('c', "identity"), ('l', "5")], Passes("end", ANY, None)),
         Row(V11, 200, &[('c', "identity"), ('c', "")], Passes("end", ANY, None)),
-        // Codings that nobody asked for, and chunks of which it is not clear whether they are any.
+        // Codings that no client asked for, and chunks of which it is not clear whether they are any.
         Row(V11, 200, &[('c', "gzip")], FaultyBody(BadCoding)),
         Row(V11, 200, &[('c', "gzip, chunked")], FaultyBody(BadCoding)),
         Row(V11, 200, &[('c', "gzip"), ('c', "chunked")], FaultyBody(BadCoding)),

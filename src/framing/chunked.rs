@@ -1,8 +1,8 @@
 //! Follows a chunked body by the grammar of RFC 9112 §7.1, byte for byte, and finds its end.
 //!
-//! It decides which bytes belong to the body, so that whoever reads it sees no byte of the next message. Everything that the
-//! grammar does not allow is an error: bare line feeds, signs, white space in the wrong place, extensions that are not a
-//! token with a token or a quoted string. A lenient reader beside a strict one is how requests are smuggled.
+//! It decides which bytes belong to the body, so that its reader sees no byte of the next message. Everything that the
+//! grammar does not allow is an error: bare line feeds, signs, white space in the wrong place, extensions that are not
+//! a token with a token or a quoted string. A lenient reader beside a strict one is how requests are smuggled.
 //!
 //! ```text
 //! chunk     = chunk-size [ chunk-ext ] CRLF chunk-data CRLF
@@ -16,8 +16,8 @@ use super::{is_token, trim};
 /// Bytes of chunk extensions that a body may be ahead of its data, and bytes that its trailer section may have.
 const EXTRA_BYTES_MAX: usize = 16 * 1024;
 
-/// Bytes of extensions that each chunk pays for, besides two for each byte of its data: a sender that signs each chunk may
-/// send as many as it likes, and one that sends nothing but extensions may not.
+/// Bytes of extensions that each chunk pays for, besides two for each byte of its data: a sender that signs each chunk
+/// may send as many as it likes, and one that sends nothing but extensions may not.
 const EXTRA_BYTES_PER_CHUNK: usize = 16;
 
 /// Digits of a size; fifteen are 2⁶⁰ bytes and enough.
@@ -27,7 +27,7 @@ const DIGITS_MAX: u8 = 15;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Malformed;
 
-/// Where in a chunked body the next byte stands.
+/// To which part of a chunked body the next byte belongs.
 #[derive(Clone, Debug)]
 pub struct Chunks {
     at: At,
@@ -119,8 +119,8 @@ impl Chunks {
         Ok(taken)
     }
 
-    /// Takes `bytes` as they follow, and moves the data among them to the front. Tells how many of them belong to this body,
-    /// and how much of that is data; between the two nothing is left.
+    /// Takes `bytes` as they follow, and moves the data among them to the front. Tells how many of them belong to this
+    /// body, and how much of that is data; between the two nothing is left.
     ///
     /// # Errors
     ///

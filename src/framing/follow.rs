@@ -1,8 +1,9 @@
-//! Follows the messages on a connection to an endpoint of HTTP/1, byte for byte, beside the library that reads and writes them.
+//! Follows the messages on a connection to an endpoint of HTTP/1, byte for byte, beside the library that reads and
+//! writes them.
 //!
-//! Pingora passes over the trailers of an answer, ends the chunks of a request without any, and reads chunks less strictly than
-//! RFC 9112 §7.1. So these types see the same bytes: [`Answer`] checks the chunks of an answer and keeps its trailers, [`Request`]
-//! finds the place where those of a request belong.
+//! Pingora passes over the trailers of an answer, ends the chunks of a request without any, and reads chunks less
+//! strictly than RFC 9112 §7.1. So these types see the same bytes: [`Answer`] checks the chunks of an answer and keeps
+//! its trailers, [`Request`] finds the place where those of a request belong.
 
 use http::{HeaderMap, Version};
 
@@ -145,7 +146,7 @@ enum Out {
     /// There is no place for trailers, or it is past.
     #[default]
     Elsewhere,
-    /// In the header, of whose end so many bytes have passed.
+    /// In the header: this number of bytes of the empty line that ends it have passed.
     Header(usize),
     Chunks(Chunks),
 }
@@ -198,7 +199,7 @@ impl Request {
 mod tests {
     use super::*;
 
-    /// What is found in these bytes if so many come at once: whether the answer is in chunks, and its trailers.
+    /// What is found in these bytes if they come in pieces of `cut`: whether the answer is in chunks, and its trailers.
     fn found(bytes: &[u8], cut: usize, head_only: bool) -> Result<(bool, Vec<String>), Malformed> {
         let mut answer = Answer::default();
         answer.begin(head_only);

@@ -8,13 +8,13 @@ use crate::error::{Refusal, refusal};
 
 /// How the body of a request is marked off whose header says this (RFC 9112 §6.3, RFC 9113 §8.1.1).
 ///
-/// Where the RFC leaves a choice, the stricter one is made, for whoever stands behind may have made the other: a length that
-/// is said twice, a length beside a coding, and any coding in HTTP/1.0 are refused. On HTTP/2 the body ends with its stream,
-/// and a length is a promise.
+/// Where the RFC leaves a choice, this makes the stricter one, since the endpoint may have made the other: a length
+/// that is said twice, a length beside a coding, and any coding in HTTP/1.0 are refused. On HTTP/2 the body ends with
+/// its stream, and a length is a promise.
 ///
 /// # Errors
 ///
-/// What the client is told.
+/// The refusal for the client.
 pub fn read(version: Version, said: &Said) -> Result<Body, &'static Refusal> {
     let coded = said.coding != Coding::Absent;
     if coded && (version != Version::HTTP_11 || said.length != Length::Absent || said.coding_fields > 1) {
@@ -30,8 +30,8 @@ pub fn read(version: Version, said: &Said) -> Result<Body, &'static Refusal> {
     }
 }
 
-/// How a request is framed that is sent on over this version: `held` is the length of a body that is here whole, `body` how it
-/// was framed when it came.
+/// How a request is framed that is sent on over this version: `held` is the length of a body that is here whole, `body`
+/// how it was framed when it came.
 pub fn send(version: Version, held: Option<u64>, body: Body) -> Body {
     match (held, body) {
         // What the client said of it does not count any more.

@@ -33,8 +33,9 @@ const INTERIM_MAX: u32 = 1_000;
 const HOP_BY_HOP: [HeaderName; 3] =
     [HeaderName::from_static("keep-alive"), HeaderName::from_static("proxy-connection"), header::TE];
 
-/// If this is the answer that the client's wish for another protocol waits for, and no other, the client's own session takes its place
-/// again and both sides speak as they like. Until then the exchange was bounded as any other is, and with any other answer it stays so.
+/// If this is the answer that the client's wish for another protocol waits for, and no other, the client's own session
+/// takes its place again and both sides speak as they like. Until then the exchange was bounded as any other is, and
+/// with any other answer it stays so.
 pub fn switch(exchange: &mut Exchange, client: &mut Box<ServerSession>, response: &ResponseHeader) -> Result<()> {
     let agreed = exchange.upgrade.as_ref().is_some_and(|protocol| upgrade::agrees(response, protocol));
     if response.status != StatusCode::SWITCHING_PROTOCOLS || !agreed {
@@ -49,8 +50,9 @@ pub fn switch(exchange: &mut Exchange, client: &mut Box<ServerSession>, response
     Ok(())
 }
 
-/// The header of an answer, an interim one or the final one, has come: from here on it says only how its body is marked off,
-/// as on HTTP/1.1, whatever it was sent over. Pingora goes by that, and for the client the wire frames it once more.
+/// The header of an answer, an interim one or the final one, has come: from here on it says only how its body is marked
+/// off, as on HTTP/1.1, whatever it was sent over. Pingora goes by that, and for the client the wire frames it once
+/// more.
 ///
 /// An error is the endpoint's.
 pub fn frame(request: &RequestHeader, response: &mut ResponseHeader) -> Result<()> {
@@ -77,7 +79,8 @@ pub async fn header(
         return interim(exchange, response);
     }
     if response.status == StatusCode::SWITCHING_PROTOCOLS && exchange.link.is_some() {
-        // RFC 9110 §15.2.2: nobody asked for that. What the client sends next is its next request, and is not to pass unread.
+        // RFC 9110 §15.2.2: nobody asked for that. What the client sends next is its next request, and is not to pass
+        // unread.
         exchange.refuse(Refused { refusal: &refusal::WAIT_MALFORMED, headers: Vec::new() });
         return Err(Error::new_up(ErrorType::InvalidHTTPHeader));
     }
@@ -166,8 +169,8 @@ fn trailers_pass(exchange: &Exchange, request: &RequestHeader, response: &Respon
     come && go && !is_bodiless(request, response)
 }
 
-/// Tells a client, if it does not know yet, by which cookie it stays at the endpoint that has answered. One that fails is not
-/// to be stayed at.
+/// Tells a client, if it does not know yet, by which cookie it stays at the endpoint that has answered. One that fails
+/// is not to be stayed at.
 fn have_client_stay(exchange: &Exchange, response: &mut ResponseHeader) -> Result<()> {
     if let (Some(upstream), Some(endpoint)) = (&exchange.upstream, exchange.endpoint())
         && !response.status.is_server_error()

@@ -39,8 +39,8 @@ pub struct Manners {
     pub via: bool,
 }
 
-/// Prepares the header that the upstream gets. Pingora has removed from it what is hop-by-hop (RFC 9110 §7.6.1); `client` is
-/// the header as the client sent it and the filters have left it.
+/// Prepares the header that the upstream gets. Pingora has removed from it what is hop-by-hop (RFC 9110 §7.6.1);
+/// `client` is the header as the client sent it and the filters have left it.
 pub fn header(
     exchange: &Exchange,
     manners: Manners,
@@ -76,7 +76,8 @@ pub fn header(
         pass_on(place, attempt, request)?;
     }
     if let Some(length) = exchange.link.as_ref().and_then(|link| link.length()) {
-        // The body is here whole: its length is known, whatever the client said of it. Over HTTP/1 trailers need chunks.
+        // The body is here whole: its length is known, whatever the client said of it. Over HTTP/1 trailers need
+        // chunks.
         let body = if http1 && exchange.trailers.is_some() { Body::Chunked } else { Body::Length(length) };
         framing::request::apply(body, request)?;
     }
@@ -111,8 +112,8 @@ pub fn note_trailers(exchange: &mut Exchange) {
     }
 }
 
-/// Gives trailers of the request a place, if the endpoint can have them; else none are announced. `has_body`: the request has
-/// one, as far as is known.
+/// Gives trailers of the request a place, if the endpoint can have them; else none are announced. `has_body`: the
+/// request has one, as far as is known.
 pub fn prepare_trailers(
     exchange: &mut Exchange,
     client: &RequestHeader,
@@ -154,8 +155,8 @@ fn pass_trailers(exchange: &mut Exchange) {
     }
 }
 
-/// `TE` is about one connection, yet `trailers` in it is a promise that a gateway can repeat towards HTTP/2, where it is the one
-/// value that may be sent (RFC 9113 §8.2.2). Servers on the gRPC C core reset each stream without it.
+/// `TE` is about one connection, yet `trailers` in it is a promise that a gateway can repeat towards HTTP/2, where it
+/// is the one value that may be sent (RFC 9113 §8.2.2). Servers on the gRPC C core reset each stream without it.
 fn accept_trailers(client: &RequestHeader, request: &mut RequestHeader) -> Result<()> {
     if takes_trailers(&client.headers) || is_grpc_type(&client.headers) {
         request.insert_header(header::TE, HeaderValue::from_static("trailers"))?;
@@ -184,8 +185,8 @@ pub async fn piece(
         }
     }
     if end {
-        // Pingora would write an empty piece as a last chunk, and then the last chunk: the endpoint would take that for its next
-        // request.
+        // Pingora would write an empty piece as a last chunk, and then the last chunk: the endpoint would take that for
+        // its next request.
         *piece = piece.take().filter(|piece| !piece.is_empty());
         pass_trailers(exchange);
         ended(exchange);
@@ -211,8 +212,8 @@ pub fn ended(exchange: &mut Exchange) {
     mirror::send(exchange);
 }
 
-/// An attempt failed after its connection stood, or its answer is not taken. Whether there is another one, the rules of the
-/// route say; that the body is buffered alone makes nothing safe.
+/// An attempt failed after its connection stood, or its answer is not taken. Whether there is another one, the rules of
+/// the route say; that the body is buffered alone makes nothing safe.
 pub fn failed(exchange: &mut Exchange, client: &ServerSession, mut error: Box<Error>, reused: bool) -> Box<Error> {
     if std::mem::take(&mut exchange.again) {
         error.set_retry(true);

@@ -1,4 +1,5 @@
-//! Other protocols than HTTP on a client's connection: which pass, and what a tunnel is once an endpoint has agreed to one.
+//! Other protocols than HTTP on a client's connection: which pass, and what a tunnel is once an endpoint has agreed to
+//! one.
 
 use crate::harness::gateway::Watched;
 use crate::harness::{Client, Gateway, Origin, Setup, ok};

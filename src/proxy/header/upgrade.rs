@@ -1,7 +1,8 @@
 //! Other protocols that a client asks for with `Upgrade` (RFC 9110 §7.8), and which of them pass.
 //!
-//! Behind a 101 nothing of an exchange can be checked, held back or refused. So a protocol passes where its route allows it, and
-//! only those can be allowed that leave HTTP. `h2c` never passes: requests that follow in it would go round all routes and filters.
+//! Behind a 101 nothing of an exchange can be checked, held back or refused. So a protocol passes where its route
+//! allows it, and only those can be allowed that leave HTTP. `h2c` never passes: requests that follow in it would go
+//! round all routes and filters.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -13,11 +14,12 @@ use pingora::http::{RequestHeader, ResponseHeader};
 use super::hop::members;
 use crate::config::route::Protocol;
 
-/// How often the operator is told that clients of a route ask for a protocol that it does not allow.
+/// How often the log says that clients of a route ask for a protocol that it does not allow.
 const TOLD_EVERY: Duration = Duration::from_secs(60);
 
-/// The one protocol that a request asks for besides HTTP: over HTTP/1.1, by an `Upgrade` that `Connection` names, and without a
-/// body, which would be read as the beginning of the other protocol. A WebSocket is asked for by a GET (RFC 6455 §4.1).
+/// The one protocol that a request asks for besides HTTP: over HTTP/1.1, by an `Upgrade` that `Connection` names, and
+/// without a body, which would be read as the beginning of the other protocol. A WebSocket is asked for by a GET (RFC
+/// 6455 §4.1).
 pub fn wish(request: &RequestHeader) -> Option<HeaderValue> {
     let headers = &request.headers;
     let named = || members(headers, &CONNECTION).any(|option| option.eq_ignore_ascii_case(b"upgrade"));
@@ -50,7 +52,7 @@ fn one(headers: &HeaderMap) -> Option<&[u8]> {
 pub struct Upgrades {
     allowed: Vec<Protocol>,
     began: Instant,
-    /// When the operator was told last, in milliseconds from `began`; 0: never.
+    /// When the log said so last, in milliseconds from `began`; 0: never.
     told: AtomicU64,
 }
 
@@ -65,7 +67,7 @@ impl Upgrades {
         self.allowed.iter().any(|allowed| allowed.is(protocol.as_bytes()))
     }
 
-    /// Whether it is time to tell the operator of one that is not.
+    /// Whether it is time to log one that is not.
     pub fn may_tell(&self, now: Instant) -> bool {
         let since = now.saturating_duration_since(self.began).as_millis();
         let now = u64::try_from(since).unwrap_or(u64::MAX).saturating_add(1);

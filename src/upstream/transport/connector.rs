@@ -1,7 +1,7 @@
 //! Connects to endpoints over the version of HTTP that a peer is marked with.
 //!
-//! Pingora's proxy asks it before its own connectors. Over HTTP/2 exchanges go by our own client ([`Http2`]), over HTTP/1 by
-//! Pingora's, on a stream that is followed ([`Followed`]). Kept connections of HTTP/1 are in Pingora's pool.
+//! Pingora's proxy asks it before its own connectors. Over HTTP/2 exchanges go by our own client ([`Http2`]), over
+//! HTTP/1 by Pingora's, on a stream that is followed ([`Followed`]). Kept connections of HTTP/1 are in Pingora's pool.
 
 use std::any::Any;
 use std::sync::LazyLock;

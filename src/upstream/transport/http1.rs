@@ -1,8 +1,9 @@
 //! Connections to endpoints of HTTP/1, on which trailers pass.
 //!
-//! Pingora speaks HTTP/1 on a connection, but discards the trailers of an answer and writes none behind a request. So it gets a
-//! [`Followed`] stream, which sees the same bytes: it keeps the trailers that come, writes those that are to leave into the last
-//! chunk, and ends an answer whose chunks do not follow the grammar. Exchange and stream share a [`Tail`].
+//! Pingora speaks HTTP/1 on a connection, but discards the trailers of an answer and writes none behind a request. So
+//! it gets a [`Followed`] stream, which sees the same bytes: it keeps the trailers that come, writes those that are to
+//! leave into the last chunk, and ends an answer whose chunks do not follow the grammar. Exchange and stream share a
+//! [`Tail`].
 
 use std::io::{self, IoSlice};
 use std::pin::Pin;

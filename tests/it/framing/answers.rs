@@ -1,5 +1,5 @@
-//! What an endpoint answers, byte by byte, and what clients of HTTP/1.0, HTTP/1.1 and HTTP/2 read of it by GET and HEAD: the body, or
-//! that there is none that can be believed; and behind it the next answer, and nothing in between.
+//! What an endpoint answers, byte by byte, and what clients of HTTP/1.0, HTTP/1.1 and HTTP/2 read of it by GET and
+//! HEAD: the body, or that there is none that can be believed; and behind it the next answer, and nothing in between.
 
 use http::Request;
 
@@ -73,7 +73,7 @@ const TABLE: &[(&str, Read)] = &[
     ("HTTP/1.1 200 OK\r\nTransfer-Encoding: identity\r\n\r\nbody", Body("body", None)),
     ("HTTP/1.1 200 OK\r\nTransfer-Encoding: Identity\r\nContent-Length: 2\r\n\r\nbody", Body("body", None)),
     ("HTTP/1.0 200 OK\r\nTransfer-Encoding: identity\r\n\r\nbody", Body("body", None)),
-    // Codings that nobody asked for, and such as are read in two ways.
+    // Codings that no client asked for, and such as are read in two ways.
     ("HTTP/1.1 200 OK\r\nTransfer-Encoding: gzip\r\n\r\n4\r\nbody\r\n0\r\n\r\n", BadBody),
     ("HTTP/1.1 200 OK\r\nTransfer-Encoding: gzip, chunked\r\n\r\n4\r\nbody\r\n0\r\n\r\n", BadBody),
     ("HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked, gzip\r\n\r\n4\r\nbody\r\n0\r\n\r\n", BadBody),

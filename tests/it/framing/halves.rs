@@ -1,5 +1,5 @@
-//! Half an answer never ends as a whole one: for each way in which it can be marked off, each way in which an endpoint can break it off,
-//! each version that a client speaks, and each mode of buffering.
+//! Half an answer never ends as a whole one: for each way in which it can be marked off, each way in which an endpoint
+//! can break it off, each version that a client speaks, and each mode of buffering.
 
 use crate::harness::gateway::Watched;
 use crate::harness::raw_h2::{Ended, RawH2};
@@ -13,7 +13,8 @@ enum Break {
     Reset,
 }
 
-/// Headers, and what comes of the body. Where the end of the connection is the end of the body, only a reset breaks it off.
+/// Headers, and what comes of the body. Where the end of the connection is the end of the body, only a reset breaks it
+/// off.
 const HALVES: &[(&str, &str)] = &[
     ("Content-Length: 400000\r\n", "half"),
     ("Content-Length: 400000, 400000\r\n", "half"),
@@ -30,8 +31,8 @@ const HALVES: &[(&str, &str)] = &[
     ("Transfer-Encoding: identity\r\n", "half"),
 ];
 
-/// Has an endpoint send half an answer, long enough for a part of it to leave, and break off; what the client then has: `None` if it
-/// was told that the answer failed, else how it ended.
+/// Has an endpoint send half an answer, long enough for a part of it to leave, and break off; what the client then has:
+/// `None` if it was told that the answer failed, else how it ended.
 fn broken_off(gateway: &Gateway, origin: &Origin, half: (&str, &str), how: Break, version: &str) -> Option<End> {
     let case = format!("{half:?} {how:?} HTTP/{version}");
     let play = || {

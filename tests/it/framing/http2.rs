@@ -1,4 +1,5 @@
-//! HTTP/2 frame by frame: lengths against what comes, in both directions, and fields where they do not belong (RFC 9113 §8).
+//! HTTP/2 frame by frame: lengths against what comes, in both directions, and fields where they do not belong (RFC 9113
+//! §8).
 
 use crate::harness::client::Client;
 use crate::harness::gateway::Watched;

@@ -1,5 +1,6 @@
-//! A hundred and more requests, each on a connection of its own with a second one right behind it: what passes is read to its last
-//! byte and no further, and what is refused ends the connection before anybody could take its rest for a request.
+//! A hundred and more requests, each on a connection of its own with a second one right behind it: what passes is read
+//! to its last byte and no further, and what is refused ends the connection before anybody could take its rest for a
+//! request.
 
 use crate::harness::client::Client;
 use crate::harness::gateway::Watched;
@@ -239,8 +240,8 @@ fn start(mode: &str) -> (Origin, Gateway) {
     (origin, gateway)
 }
 
-/// Sends a request and another one behind it, and says what became of both: `None` if the connection ended before the second
-/// was answered.
+/// Sends a request and another one behind it, and says what became of both: `None` if the connection ended before the
+/// second was answered.
 fn answers(gateway: &Gateway, sent: &str) -> (String, Option<String>) {
     let mut client = gateway.client();
     client.try_send(format!("{sent}GET /next HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n"));
