@@ -99,11 +99,19 @@ fn read_v1(bytes: &[u8]) -> Result<Option<Introduction>, Fault> {
         return if line.len() < V1_BYTES_MAX { Ok(None) } else { Err(Fault::Malformed) };
     };
     let length = end + 1;
+    // The library takes a bare line feed behind `UNKNOWN`.
+    if !bytes[..length].ends_with(b"\r\n") {
+        return Err(Fault::Malformed);
+    }
     let header = v1::Header::try_from(&bytes[..length]).map_err(|_| Fault::Malformed)?;
     if header.header.len() != length {
         return Err(Fault::Malformed);
     }
     let parties = match header.addresses {
+        // The library takes a port with a sign.
+        v1::Addresses::Tcp4(_) | v1::Addresses::Tcp6(_) if line[..length].contains(&b'+') => {
+            return Err(Fault::Malformed);
+        }
         v1::Addresses::Tcp4(it) => {
             Some(((it.source_address, it.source_port).into(), (it.destination_address, it.destination_port).into()))
         }
@@ -207,6 +215,8 @@ mod tests {
             b"PROXY TCP4 1.2.3.4 5.6.7.8 1 2\rX\n",
             b"PROXY TCP4 1.2.3.4 5.6.7.8 1 2 3\r\n",
             b"PROXY UNKNOWN\xff\xfe\r\n",
+            b"PROXY UNKNOWN \n",
+            b"PROXY TCP4 192.0.2.1 192.0.2.2 +51000 443\r\n",
             &[&b"PROXY UNKNOWN "[..], &[b'x'; 100]].concat(),
             &binary(0x31, 0x11, &FOUR),
             &binary(0x22, 0x11, &FOUR),

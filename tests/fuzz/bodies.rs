@@ -46,7 +46,7 @@ const WORDS: &[&str] = &[
 
 /// What bytes are that should begin with a chunked body.
 #[derive(Debug, PartialEq)]
-enum Body {
+pub enum Body {
     /// A body with this content, and how many bytes it took.
     Whole(Vec<u8>, usize),
     /// The beginning of one, with this content so far.
@@ -56,7 +56,8 @@ enum Body {
 }
 
 impl Body {
-    fn of(bytes: &[u8]) -> Body {
+    /// Reads it from the front of `bytes`.
+    pub fn of(bytes: &[u8]) -> Body {
         let mut content = Vec::new();
         let mut rest = bytes;
         loop {
@@ -233,6 +234,7 @@ fn a_body_goes_through_a_whole_exchange_as_it_is_or_not_at_all() {
     assert!(!process.stderr().contains("panicked"), "{}", process.stderr());
 }
 
-fn lossy(bytes: &[u8]) -> String {
+/// For a message.
+pub fn lossy(bytes: &[u8]) -> String {
     String::from_utf8_lossy(bytes).into_owned()
 }

@@ -3,8 +3,10 @@
 //! A target is a test. It sees every input of its corpus (`corpus/<target>`), and then mutations of these for a second,
 //! or for as long as `FOREBAY_FUZZ_SECONDS` says. `README.md` says what to do with a finding.
 
+mod answers;
 mod bodies;
 mod config;
+mod entrance;
 mod frames;
 mod head;
 mod lines;
@@ -30,7 +32,7 @@ fn corpus(target: &str) -> Vec<Vec<u8>> {
 
 #[test]
 fn every_corpus_belongs_to_a_target() {
-    let sources: String = ["bodies", "config", "frames", "head", "lines", "paths"]
+    let sources: String = ["answers", "bodies", "config", "entrance", "frames", "head", "lines", "paths"]
         .iter()
         .map(|name| fs::read_to_string(format!("tests/fuzz/{name}.rs")).expect("a target"))
         .collect();
