@@ -11,6 +11,7 @@ pub mod broken;
 pub mod budget;
 pub mod challenges;
 pub mod connection;
+pub mod cut;
 pub mod descriptors;
 pub mod entrance;
 pub mod farewell;
@@ -25,6 +26,7 @@ pub mod pace;
 pub mod proxy_protocol;
 pub mod rates;
 pub mod relay;
+pub mod remains;
 pub mod session;
 pub mod shares;
 pub mod slow;
@@ -43,7 +45,7 @@ use std::time::{Duration, Instant, SystemTime};
 
 use async_trait::async_trait;
 use bytes::BytesMut;
-use pingora::apps::{HttpServerApp, ServerApp};
+use pingora::apps::{HttpServerApp, ReusedHttpStream, ServerApp};
 use pingora::protocols::Stream;
 use pingora::protocols::http::ServerSession;
 use pingora::server::ShutdownWatch;
@@ -53,16 +55,18 @@ use tokio::sync::watch;
 
 use crate::access_log::{AccessLog, Record};
 use crate::error::{Refusal, refusal};
-use crate::eventloop::{Metered, own_time, worker};
+use crate::eventloop::{GivenUp, Metered, own_time, worker};
 use crate::metrics::{ConnectionState, Direction, Metrics, RouteMetrics, Summary, UNROUTED};
 use crate::party::What;
 use crate::phase::journal::Cycle;
 use crate::phase::{Clock, Phase};
 use crate::upstream::transport::connector::Endpoints;
 use connection::{Begin, Connection, Counted, Inflight, Introduced, Listener, Listeners, StateGauge};
+use cut::Cut;
 use entrance::{Ends, Entered};
 use lane::{Lanes, Newcomer};
 use relay::{Passed, Relay};
+use remains::Undertaker;
 use slow::SlowClients;
 use stream::{ClientStream, Opening};
 use waiting::Waiting;
@@ -85,9 +89,27 @@ pub struct Desk {
     metrics: Metrics,
     unrouted: Arc<RouteMetrics>,
     log: Option<Arc<AccessLog>>,
-    inflight: Arc<Inflight>,
+    ending: Ending,
     slow: SlowClients,
     lanes: Arc<Lanes>,
+}
+
+/// What there is of a stop, and who sees to exchanges that do not end by themselves.
+pub struct Ending {
+    /// Whether answers are to say that they are the last of their connection.
+    pub stopping: ShutdownWatch,
+    /// Says when the time of exchanges is over.
+    pub cut: Arc<Cut>,
+    /// What is under way, and waited for.
+    pub inflight: Arc<Inflight>,
+    /// Settles those that were dropped.
+    pub undertaker: Arc<dyn Undertaker>,
+}
+
+impl Ending {
+    fn is_near(&self) -> bool {
+        *self.stopping.borrow()
+    }
 }
 
 impl Desk {
@@ -96,12 +118,12 @@ impl Desk {
         listeners: Listeners,
         metrics: Metrics,
         log: Option<Arc<AccessLog>>,
-        inflight: Arc<Inflight>,
+        ending: Ending,
         slow: SlowClients,
         lanes: Arc<Lanes>,
         unrouted: Arc<RouteMetrics>,
     ) -> Self {
-        Desk { listeners, turned_away: AtomicUsize::new(0), metrics, unrouted, log, inflight, slow, lanes }
+        Desk { listeners, turned_away: AtomicUsize::new(0), metrics, unrouted, log, ending, slow, lanes }
     }
 
     /// Counts and logs a refusal that no exchange was made for.
@@ -231,8 +253,8 @@ where
             }
             Ok(Some(Entered::Relay { raw, relay, name, connection })) => {
                 let _state = StateGauge::new(listener.clone(), ConnectionState::Active);
-                let _inflight = self.desk.inflight.enter();
-                let passed = relay.pass(*raw, &connection).await;
+                let _inflight = self.desk.ending.inflight.enter();
+                let passed = relay.pass(*raw, &connection, &self.desk.ending.cut).await;
                 self.desk.record_passed(&connection, &relay, name.as_deref(), &passed);
             }
             Ok(None) => {}
@@ -250,6 +272,25 @@ where
 }
 
 impl Desk {
+    /// Runs an exchange to its end, or until the time of all of them is over.
+    async fn run<F>(&self, mut exchange: Metered<F>) -> Option<ReusedHttpStream>
+    where
+        F: Future<Output = Option<ReusedHttpStream>> + Unpin,
+    {
+        let ended = tokio::select! {
+            biased;
+            ended = &mut exchange => ended,
+            () = self.ending.cut.told() => {
+                exchange.stop();
+                (&mut exchange).await
+            }
+        };
+        ended.unwrap_or_else(|GivenUp| {
+            exchange.end(|future| self.ending.undertaker.settle(remains::collect(|| drop(future))));
+            None
+        })
+    }
+
     /// Logs a connection that was passed on.
     fn record_passed(&self, connection: &Connection, relay: &Relay, name: Option<&str>, passed: &Passed) {
         let Some(log) = &self.log else { return };
@@ -381,9 +422,12 @@ where
                 None => return,
             }
         }
-        // A stop waits until the client has the end of the last answer.
-        let _inflight = self.front.desk.inflight.enter();
-        stream.close().await;
+        // A stop waits until the client has the end of the last answer, or its time is over.
+        let _inflight = self.front.desk.ending.inflight.enter();
+        tokio::select! {
+            () = stream.close() => {}
+            () = self.front.desk.ending.cut.told() => {}
+        }
     }
 
     /// Waits for a request. `false`: there will be none.
@@ -404,7 +448,7 @@ where
         let before = header_since - self.connection.accepted;
         let accept = (self.served == 1).then(|| before.saturating_sub(handshake.unwrap_or_default()));
         let arrival = Arrival { accept, handshake, header_since, header_in: worker::cycle_if_wanted() };
-        let inflight = self.front.desk.inflight.enter();
+        let inflight = self.front.desk.ending.inflight.enter();
         let opening = self.read_header(&mut stream, header_since).await;
         self.state.enter(ConnectionState::Active);
         match opening {
@@ -424,7 +468,11 @@ where
             Err(refusal) => {
                 self.record(&stream, refusal, arrival);
                 let answer = stream.inbox(|inbox| answer_http1(refusal, inbox));
-                stream.refuse(&answer).await;
+                if stream.refuse(&answer).await {
+                    // A stop does not wait until a client of half a header has taken it.
+                    let _inflight = Some(inflight).filter(|_| refusal != &refusal::FINISH_SHUTDOWN);
+                    stream.farewell().await;
+                }
                 None
             }
         }
@@ -447,7 +495,11 @@ where
             opening
         });
         let opening = tokio::time::timeout(self.connection.listener.header_timeout, open);
-        opening.await.unwrap_or(Err(&refusal::HEADER_TIMEOUT))
+        tokio::select! {
+            biased;
+            opening = opening => opening.unwrap_or(Err(&refusal::HEADER_TIMEOUT)),
+            _ = self.shutdown.wait_for(|closing| *closing) => Err(&refusal::FINISH_SHUTDOWN),
+        }
     }
 
     /// Lets Pingora run the exchange whose header is at hand.
@@ -463,8 +515,8 @@ where
         let mut session = ServerSession::new_http1(stream);
         session.set_pipelined_prefix(header);
         session.set_keepalive(Some(0));
-        // Of several fields `Connection` Pingora sees the first.
-        let last = closes || self.served >= listener.requests_max;
+        // Of several fields `Connection` Pingora sees the first. While the gateway is about to stop, every answer is the last.
+        let last = closes || self.served >= listener.requests_max || self.front.desk.ending.is_near();
         session.set_keepalive_reuses_remaining(last.then_some(0));
 
         let Arrival { accept, handshake, header_since, header_in } = arrival;
@@ -472,7 +524,7 @@ where
         let (header_done, control) = (Instant::now(), None);
         let begin = Begin { connection, accept, handshake, header_since, header_in, header_done, control };
         let exchange = Introduced::new(begin, self.front.proxy.process_new_http(session, &self.shutdown));
-        let (stream, _) = Metered::new(exchange).await?.consume();
+        let (stream, _) = self.front.desk.run(Metered::new(exchange)).await?.consume();
         stream.into_any().downcast::<ClientStream>().ok()
     }
 
@@ -503,16 +555,25 @@ where
         let mut serve = std::pin::pin!(http2::serve(stream, &connection.listener, ending.clone(), begin, refuse));
         tokio::select! {
             _ = &mut serve => return,
-            _ = self.shutdown.wait_for(|stopping| *stopping) => {}
+            _ = self.shutdown.wait_for(|closing| *closing) => {}
+            () = http2.is_to_move() => {}
             _ = ended.wait_for(|ended| *ended) => {}
             () = http2.streams.idle(self.connection.listener.idle_timeout) => {}
         }
         // GOAWAY. A stop waits until the client has the end of the last answer.
         http2.end();
-        let _inflight = self.front.desk.inflight.enter();
+        let inflight = self.front.desk.ending.inflight.enter();
+        let mut told = std::pin::pin!(progress.ended(|| http2.streams.active() > 0));
+        tokio::select! {
+            _ = &mut serve => return,
+            () = &mut told => return,
+            () = self.front.desk.ending.cut.told() => {}
+        }
+        // Its time is over, but for the last words of exchanges, which count for themselves.
+        drop(inflight);
         tokio::select! {
             _ = &mut serve => {}
-            () = progress.ended(|| http2.streams.active() > 0) => {}
+            () = &mut told => {}
         }
     }
 
@@ -610,6 +671,15 @@ impl<P> Http2<P> {
         // An error would mean that the connection has ended already.
         let _ = self.last.send(true);
     }
+
+    /// Ends when the client is to go on elsewhere because the gateway is about to stop. A connection that is used for the
+    /// first time only now is told so with its first stream: told earlier, it would be of no use.
+    async fn is_to_move(&self) {
+        let _ = self.front.desk.ending.stopping.clone().wait_for(|stopping| *stopping).await;
+        if self.streams.opened.load(Ordering::Relaxed) == 0 {
+            std::future::pending::<()>().await;
+        }
+    }
 }
 
 impl<P> ActiveStream<P>
@@ -622,9 +692,9 @@ where
         let http2 = &self.http2;
         let Front { proxy, desk } = &*http2.front;
         let listener = &http2.connection.listener;
-        let _inflight = desk.inflight.enter();
+        let _inflight = desk.ending.inflight.enter();
         listener.metrics.h2_requests.inc();
-        if self.number == listener.requests_max {
+        if self.number == listener.requests_max || desk.ending.is_near() {
             http2.end();
         }
         let now = Instant::now();
@@ -633,6 +703,6 @@ where
         let (accept, control) = (None, Some(stream.control()));
         let begin = Begin { connection, accept, handshake, header_since: now, header_in, header_done: now, control };
         let session = ServerSession::new_custom(Box::new(stream));
-        Metered::new(Introduced::new(begin, proxy.process_new_http(session, &ending))).await;
+        desk.run(Metered::new(Introduced::new(begin, proxy.process_new_http(session, &ending)))).await;
     }
 }

@@ -21,6 +21,7 @@ use std::time::{Duration, Instant};
 
 use prometheus::Histogram;
 use tokio::runtime::{Handle, RuntimeFlavor};
+use tokio::time::Sleep;
 
 use crate::metrics::Metrics;
 use crate::phase::Phase;
@@ -152,7 +153,20 @@ pub trait Gate: Send + Sync {
 
     /// The exchange waits. Has it woken in time to see that it waits for too long.
     fn waits(&self, cx: &mut Context<'_>);
+
+    /// The gateway stops: the exchange is to end, with what words it has left for its client.
+    fn stop(&self);
+
+    /// Whether it is to end, whatever it waits for.
+    fn is_given_up(&self) -> bool;
 }
+
+/// How long an exchange that is given up may take to end by itself: to tell its client, or to let go of its endpoint.
+pub const LAST_WORDS: Duration = Duration::from_millis(500);
+
+/// The exchange had to end, and has not done so by itself: it is to be dropped.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct GivenUp;
 
 thread_local! {
     /// The gate that the exchange which is being polled has just set up.
@@ -166,39 +180,83 @@ pub fn adopt(gate: Arc<dyn Gate>) {
 
 /// The future of an exchange: its polls are timed, and its gate is asked before each. Code that runs inside asks
 /// [`own_time`].
+///
+/// One that is given up has a moment to end by itself ([`LAST_WORDS`]). What it waits for may be something that only
+/// dropping it breaks off: then it is [`GivenUp`], and whoever runs it drops it.
 pub struct Metered<F> {
-    future: F,
+    /// `None` once it was dropped.
+    future: Option<F>,
     spent: Duration,
     gate: Option<Arc<dyn Gate>>,
     /// What it was at when it was last polled.
     at: Word,
+    stopped: bool,
+    /// Runs once it is given up.
+    last_words: Option<Pin<Box<Sleep>>>,
 }
 
 impl<F> Metered<F> {
     /// Times the polls of `future`.
     pub fn new(future: F) -> Self {
-        Metered { future, spent: Duration::ZERO, gate: None, at: Word::at(Spot::phase(Phase::Header)) }
+        let (gate, at) = (None, Word::at(Spot::phase(Phase::Header)));
+        Metered { future: Some(future), spent: Duration::ZERO, gate, at, stopped: false, last_words: None }
     }
-}
 
-impl<F: Future + Unpin> Future for Metered<F> {
-    type Output = F::Output;
-
-    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<F::Output> {
-        let begin = Instant::now();
-        let closed = self.gate.as_ref().is_some_and(|gate| gate.poll_open(cx, begin).is_pending());
-        if closed {
-            self.spent += begin.elapsed();
-            return Poll::Pending;
+    /// The gateway stops: it is to end. To be polled again.
+    pub fn stop(&mut self) {
+        self.stopped = true;
+        if let Some(gate) = &self.gate {
+            gate.stop();
         }
+    }
+
+    /// Has it dropped, and what follows from that done, as a part of it.
+    pub fn end(&mut self, end: impl FnOnce(Option<F>)) {
+        let future = self.future.take();
+        self.measured(Instant::now(), |_| end(future));
+    }
+
+    /// Counts what is done as a part of the exchange.
+    fn measured<T>(&mut self, begin: Instant, work: impl FnOnce(&mut Self) -> T) -> T {
         let worker = worker::here().map(|worker| (worker, worker.begin(self.at, begin)));
         let outer = POLLED_SINCE.replace(begin.checked_sub(self.spent));
-        let polled = Pin::new(&mut self.future).poll(cx);
+        let done = work(self);
         POLLED_SINCE.set(outer);
         if let Some((worker, outer)) = worker {
             self.at = worker.end(outer);
         }
+        done
+    }
+
+    /// Ready when it is given up and has had its last words.
+    fn poll_last_words(&mut self, cx: &mut Context<'_>) -> Poll<GivenUp> {
+        if !self.stopped && !self.gate.as_ref().is_some_and(|gate| gate.is_given_up()) {
+            return Poll::Pending;
+        }
+        let last_words = self.last_words.get_or_insert_with(|| Box::pin(tokio::time::sleep(LAST_WORDS)));
+        last_words.as_mut().poll(cx).map(|()| GivenUp)
+    }
+}
+
+impl<F: Future + Unpin> Future for Metered<F> {
+    type Output = Result<F::Output, GivenUp>;
+
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        let begin = Instant::now();
+        let closed = self.gate.as_ref().is_some_and(|gate| gate.poll_open(cx, begin).is_pending());
+        if closed {
+            self.spent += begin.elapsed();
+            return self.poll_last_words(cx).map(Err);
+        }
+        let polled = self.measured(begin, |own| match &mut own.future {
+            Some(future) => Pin::new(future).poll(cx),
+            None => Poll::Pending,
+        });
         if let Some(gate) = ADOPTED.take() {
+            if self.stopped {
+                gate.stop();
+                cx.waker().wake_by_ref();
+            }
             self.gate = Some(gate);
         }
         let time = begin.elapsed();
@@ -209,7 +267,10 @@ impl<F: Future + Unpin> Future for Metered<F> {
             }
         }
         self.spent += time;
-        polled
+        match polled {
+            Poll::Ready(ended) => Poll::Ready(Ok(ended)),
+            Poll::Pending => self.poll_last_words(cx).map(Err),
+        }
     }
 }
 
@@ -255,6 +316,8 @@ impl Watched {
 
 #[cfg(test)]
 pub(crate) mod tests {
+    use std::sync::atomic::{AtomicBool, Ordering};
+
     use super::*;
 
     const TERMS: Terms = Terms { stall_threshold: Duration::from_millis(100), heartbeat: Duration::from_millis(5) };
@@ -289,9 +352,62 @@ pub(crate) mod tests {
             busy(Duration::from_millis(5));
             own_time(Instant::now())
         };
-        let own = Metered::new(Box::pin(exchange)).await;
+        let own = Metered::new(Box::pin(exchange)).await.expect("nobody gives it up");
         assert!(own >= Duration::from_millis(10), "{own:?}");
         assert!(own < Duration::from_millis(90), "{own:?}");
         assert_eq!(own_time(Instant::now()), Duration::ZERO);
+    }
+
+    /// One that ends when it is told, or that does not listen.
+    #[derive(Default)]
+    struct Ending {
+        listens: bool,
+        told: AtomicBool,
+    }
+
+    impl Gate for Ending {
+        fn poll_open(&self, _: &mut Context<'_>, _: Instant) -> Poll<()> {
+            Poll::Ready(())
+        }
+
+        fn polled(&self, _: Duration) {}
+
+        fn waits(&self, _: &mut Context<'_>) {}
+
+        fn stop(&self) {
+            self.told.store(true, Ordering::Relaxed);
+        }
+
+        fn is_given_up(&self) -> bool {
+            self.told.load(Ordering::Relaxed)
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn an_exchange_that_is_given_up_may_end_by_itself_and_else_is_over_a_moment_later() {
+        let gate = |listens| Some(Arc::new(Ending { listens, ..Ending::default() }));
+        for (gate, expected, after) in [
+            (gate(true), Ok("ended well"), Duration::ZERO),
+            (gate(false), Err(GivenUp), LAST_WORDS),
+            (None, Err(GivenUp), LAST_WORDS),
+        ] {
+            let mut exchange = Metered::new(Box::pin(async move {
+                if let Some(gate) = &gate {
+                    adopt(gate.clone());
+                }
+                let listens = gate.as_ref().filter(|gate| gate.listens);
+                std::future::poll_fn(|_| match listens {
+                    Some(gate) if gate.is_given_up() => Poll::Ready("ended well"),
+                    _ => Poll::Pending,
+                })
+                .await
+            }));
+            assert!(tokio::time::timeout(Duration::from_secs(60), &mut exchange).await.is_err(), "it waits");
+            exchange.stop();
+            let begin = tokio::time::Instant::now();
+            assert_eq!((&mut exchange).await, expected);
+            assert!(begin.elapsed() >= after && begin.elapsed() < after + Duration::from_millis(10));
+            exchange.end(|future| assert!(future.is_some()));
+        }
     }
 }

@@ -34,6 +34,7 @@ use crate::client::account::Accounts;
 use crate::client::budget::{self, Budget};
 use crate::client::challenges::Challenges;
 use crate::client::connection::{Common, Fittings, Inflight, Listener, Listeners};
+use crate::client::cut::Cut;
 use crate::client::descriptors::{Doorway, Shares, lowest_free};
 use crate::client::intake::IntakeTerms;
 use crate::client::lane::{Door, Lanes};
@@ -44,7 +45,7 @@ use crate::client::spool::disk::Disk;
 use crate::client::spool::{Depot, Limits};
 use crate::client::tls::{self, Tls};
 use crate::client::wire::{Leave, Manner, Throttle};
-use crate::client::{Desk, Front};
+use crate::client::{Desk, Ending, Front};
 use crate::config::listener::Protocol;
 use crate::config::listener::tls::ClientMode;
 use crate::config::route::retry::ATTEMPTS_MAX;
@@ -61,6 +62,7 @@ use crate::expression::named::Named;
 use crate::filter::{Catalog, FilterType};
 use crate::metrics::{Metrics, RouteMetrics, UNROUTED};
 use crate::proxy::Proxy;
+use crate::proxy::finish::Settler;
 use crate::proxy::header::upgrade::Upgrades;
 use crate::proxy::header::{Rules, TrustedProxies};
 use crate::proxy::mirror::Mirror;
@@ -233,6 +235,8 @@ impl Gateway {
         let loops = Loops::new(&metrics, loop_terms(&config));
         let mut server = Server::new_with_opt_and_conf(None, server_conf(&config, threads, &shares));
         let (listeners_stop, stopped) = watch::channel(false);
+        let (stopping, about_to_stop) = watch::channel(false);
+        let cut = Arc::new(Cut::default());
         let inflight = Arc::new(Inflight::default());
         let readiness = Readiness::default();
 
@@ -263,19 +267,22 @@ impl Gateway {
         let recorder = Recorder::default();
         let mut routes = parts.listed;
         routes.push((unrouted.clone(), Vec::new()));
+        let settler = Arc::new(Settler {
+            unrouted: unrouted.clone(),
+            log: log.clone(),
+            tracer: tracer.clone(),
+            recorder: recorder.clone(),
+        });
         let proxy = Proxy {
             routes: parts.routes,
             rules: Rules { trusted: TrustedProxies::new(&config.trusted_proxies), paths: Paths::new(&config.paths) },
             manners: Manners { forwarded: config.forwarded, via: config.via },
             metrics: metrics.clone(),
-            unrouted: unrouted.clone(),
-            stopping: stopped.clone(),
-            log: log.clone(),
+            settler: settler.clone(),
+            stopping: about_to_stop.clone(),
             depot: depot.clone(),
             lanes: lanes.clone(),
             challenges: parts.challenges.clone(),
-            tracer: tracer.clone(),
-            recorder: recorder.clone(),
         };
         let endpoints = Endpoints::new(ConnectorOptions::from_server_conf(&server.configuration));
         let nobody: ProcessCustomSession<_, _> = Arc::new(|_, _, _| Box::pin(std::future::ready(None)));
@@ -285,7 +292,7 @@ impl Gateway {
             listeners,
             metrics.clone(),
             log.clone(),
-            inflight.clone(),
+            Ending { stopping: about_to_stop, cut: cut.clone(), inflight: inflight.clone(), undertaker: settler },
             depot.slow.clone(),
             lanes,
             unrouted.clone(),
@@ -354,6 +361,8 @@ impl Gateway {
             asked: Arc::new(Notify::new()),
             readiness,
             times: config.server.shutdown.clone(),
+            stopping,
+            cut,
             listeners: listeners_stop,
             inflight,
             log: log.clone(),

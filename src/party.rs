@@ -69,6 +69,8 @@ pub enum What {
     Full,
     /// It did not do its work.
     Failed,
+    /// It stops, and waits no longer.
+    Stopped,
 }
 
 /// Why an exchange, or an attempt of it, came to nothing.

@@ -37,18 +37,15 @@ use pingora::upstreams::peer::HttpPeer;
 use pingora::{Error, ErrorType, Result};
 use pingora_proxy::{FailToProxy, ProxyHttp, ProxyWarnLogContext, Session};
 
-use crate::access_log::AccessLog;
 use crate::client::challenges::Challenges;
 use crate::client::lane::Lanes;
 use crate::client::spool::Depot;
 use crate::error::{Refusal, refusal};
 use crate::filter::{Refused, Verdict};
-use crate::metrics::{Metrics, RouteMetrics};
+use crate::metrics::Metrics;
 use crate::phase::Phase;
-use crate::recorder::Recorder;
-use crate::spans::Tracer;
-use exchange::{Attempt, Exchange};
-use finish::Tellers;
+use exchange::{Attempt, Carried, Exchange};
+use finish::Settler;
 use route::Route;
 use route::table::Table;
 use send::Manners;
@@ -63,36 +60,33 @@ pub struct Proxy {
     pub manners: Manners,
     /// Gauges of the phases.
     pub metrics: Metrics,
-    /// The counters of requests that no route takes.
-    pub unrouted: Arc<RouteMetrics>,
     /// Says when the gateway stops: answers then announce the end of their connection.
     pub stopping: ShutdownWatch,
-    /// The access log.
-    pub log: Option<Arc<AccessLog>>,
+    /// Who is told of each exchange.
+    pub settler: Arc<Settler>,
     /// What bodies and answers are held in.
     pub depot: Arc<Depot>,
     /// Where turns for holding them are had.
     pub lanes: Arc<Lanes>,
     /// What issuers of certificates are waited for to ask.
     pub challenges: Arc<Challenges>,
-    /// Traces, if there are any.
-    pub tracer: Option<Arc<Tracer>>,
-    /// Recordings of exchanges with their phases.
-    pub recorder: Recorder,
 }
 
 #[async_trait]
 impl ProxyHttp for Proxy {
-    type CTX = Exchange;
+    type CTX = Carried;
 
-    fn new_ctx(&self) -> Exchange {
-        Exchange::begin(&self.metrics)
+    fn new_ctx(&self) -> Carried {
+        Carried::new(Exchange::begin(&self.metrics))
     }
 
     /// `header`, `route`, `buffer`.
-    async fn request_filter(&self, session: &mut Session, exchange: &mut Exchange) -> Result<bool> {
+    async fn request_filter(&self, session: &mut Session, exchange: &mut Carried) -> Result<bool> {
         exchange.ended_with_header = exchange.control.is_some() && session.is_body_empty();
         let verdict = self.route(session.req_header_mut(), exchange).await;
+        if *self.stopping.borrow() {
+            session.set_keepalive(None);
+        }
         match verdict {
             Verdict::Continue => {}
             Verdict::Refuse(refused) => return refuse(session, exchange, refused).await,
@@ -127,7 +121,7 @@ impl ProxyHttp for Proxy {
     }
 
     /// `select`, with `queue` in it.
-    async fn upstream_peer(&self, session: &mut Session, exchange: &mut Exchange) -> Result<Box<HttpPeer>> {
+    async fn upstream_peer(&self, session: &mut Session, exchange: &mut Carried) -> Result<Box<HttpPeer>> {
         select::next(exchange, session.as_downstream_mut()).await.map_err(|refused| {
             exchange.refuse(refused);
             Error::new_up(ErrorType::ConnectError)
@@ -139,7 +133,7 @@ impl ProxyHttp for Proxy {
         &self,
         session: &mut Session,
         _peer: &HttpPeer,
-        exchange: &mut Exchange,
+        exchange: &mut Carried,
         error: Box<Error>,
     ) -> Box<Error> {
         connect::failed(exchange, session.as_downstream(), error)
@@ -153,7 +147,7 @@ impl ProxyHttp for Proxy {
         peer: &HttpPeer,
         socket: std::os::fd::RawFd,
         digest: Option<&Digest>,
-        exchange: &mut Exchange,
+        exchange: &mut Carried,
     ) -> Result<()> {
         connect::made(exchange, reused, peer, socket, digest)
     }
@@ -163,7 +157,7 @@ impl ProxyHttp for Proxy {
         &self,
         session: &mut Session,
         request: &mut RequestHeader,
-        exchange: &mut Exchange,
+        exchange: &mut Carried,
     ) -> Result<()> {
         if exchange.link.as_ref().is_some_and(|link| link.length().is_some()) {
             send::note_trailers(exchange);
@@ -185,7 +179,7 @@ impl ProxyHttp for Proxy {
         session: &mut Session,
         piece: &mut Option<Bytes>,
         end: bool,
-        exchange: &mut Exchange,
+        exchange: &mut Carried,
     ) -> Result<()> {
         send::piece(exchange, session.req_header_mut(), piece, end).await
     }
@@ -196,7 +190,7 @@ impl ProxyHttp for Proxy {
         &self,
         session: &mut Session,
         response: &mut ResponseHeader,
-        exchange: &mut Exchange,
+        exchange: &mut Carried,
     ) -> Result<()> {
         receive::frame(session.req_header(), response)?;
         receive::switch(exchange, &mut session.downstream_session, response)
@@ -207,7 +201,7 @@ impl ProxyHttp for Proxy {
         &self,
         session: &mut Session,
         response: &mut ResponseHeader,
-        exchange: &mut Exchange,
+        exchange: &mut Carried,
     ) -> Result<()> {
         retry::answered(exchange, session.as_downstream(), response)?;
         if *self.stopping.borrow()
@@ -223,7 +217,7 @@ impl ProxyHttp for Proxy {
         &self,
         _session: &mut Session,
         trailers: &mut HeaderMap,
-        exchange: &mut Exchange,
+        exchange: &mut Carried,
     ) -> Result<Option<Bytes>> {
         receive::trailers(exchange, trailers);
         Ok(None)
@@ -235,7 +229,7 @@ impl ProxyHttp for Proxy {
         _session: &mut Session,
         _piece: &mut Option<Bytes>,
         end: bool,
-        exchange: &mut Exchange,
+        exchange: &mut Carried,
     ) -> Result<Option<Duration>> {
         if end {
             receive::ended(exchange);
@@ -249,7 +243,7 @@ impl ProxyHttp for Proxy {
         _peer: &HttpPeer,
         session: &mut Session,
         error: Box<Error>,
-        exchange: &mut Exchange,
+        exchange: &mut Carried,
         reused: bool,
     ) -> Box<Error> {
         if exchange.clock.phase() == Phase::Connect {
@@ -260,7 +254,7 @@ impl ProxyHttp for Proxy {
     }
 
     /// The exchange failed: the client is refused, or cut off if its answer had begun.
-    async fn fail_to_proxy(&self, session: &mut Session, error: &Error, exchange: &mut Exchange) -> FailToProxy {
+    async fn fail_to_proxy(&self, session: &mut Session, error: &Error, exchange: &mut Carried) -> FailToProxy {
         let earlier = exchange.take_refused().or_else(|| exchange.refusal.map(plain));
         let fault = || exchange.failure.unwrap_or_else(|| blame::fault(exchange, error, false));
         let refused = earlier.unwrap_or_else(|| plain(blame::row(fault()).refusal));
@@ -279,11 +273,10 @@ impl ProxyHttp for Proxy {
     }
 
     /// The rest of `write`, the upstream being released; `finish`.
-    async fn logging(&self, session: &mut Session, _error: Option<&Error>, exchange: &mut Exchange) {
+    async fn logging(&self, session: &mut Session, _error: Option<&Error>, exchange: &mut Carried) {
         exchange.release(Attempt::outcome, Instant::now());
         write::drain(exchange, &mut session.downstream_session).await;
-        let tellers = Tellers { log: self.log.as_deref(), tracer: self.tracer.as_deref(), recorder: &self.recorder };
-        finish::settle(exchange, session.as_downstream_mut(), &self.unrouted, tellers);
+        self.settler.settle(exchange, session.as_downstream_mut());
         if exchange.closes {
             // The client may take its time to close its side, which is none of the exchange's.
             session.as_downstream_mut().shutdown().await;
@@ -291,11 +284,11 @@ impl ProxyHttp for Proxy {
     }
 
     /// The access log and the metrics say it all, once.
-    fn suppress_error_log(&self, _session: &Session, _exchange: &Exchange, _error: &Error) -> bool {
+    fn suppress_error_log(&self, _session: &Session, _exchange: &Carried, _error: &Error) -> bool {
         true
     }
 
-    fn suppress_proxy_warn_log(&self, _: &Session, _: &Exchange, _: &Error, _: ProxyWarnLogContext) -> bool {
+    fn suppress_proxy_warn_log(&self, _: &Session, _: &Carried, _: &Error, _: ProxyWarnLogContext) -> bool {
         true
     }
 }
@@ -304,7 +297,7 @@ impl Proxy {
     async fn route(&self, request: &mut RequestHeader, exchange: &mut Exchange) -> Verdict {
         exchange.grpc = grpc::Call::of(request);
         let checked = header::check(exchange, request, &self.rules);
-        if let Some(tracer) = &self.tracer {
+        if let Some(tracer) = &self.settler.tracer {
             exchange.trace(tracer.place(&request.headers, exchange.peer_is_trusted));
         }
         if let Err(refusal) = checked.and_then(|()| exchange.take_place()) {

@@ -527,7 +527,8 @@ impl Connection {
         self.raw.store(true, Ordering::Relaxed);
     }
 
-    pub(super) fn is_raw(&self) -> bool {
+    /// Whether it did.
+    pub fn is_raw(&self) -> bool {
         self.raw.load(Ordering::Relaxed)
     }
 

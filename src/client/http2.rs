@@ -18,7 +18,7 @@ use bytes::Bytes;
 use futures::Stream as Messages;
 use h2::server::SendResponse;
 use h2::{Reason, RecvStream, SendStream};
-use http::{HeaderMap, HeaderName, Request, Response, header};
+use http::{HeaderMap, HeaderName, Method, Request, Response, header};
 use pingora::http::{RequestHeader, ResponseHeader};
 use pingora::protocols::Digest;
 use pingora::protocols::http::HttpTask;
@@ -32,6 +32,7 @@ use pingora::{Error, ErrorType, OrErr, Result};
 use tokio::sync::watch;
 
 use super::connection::Listener;
+use super::remains;
 use super::stream::ClientStream;
 use crate::error::{Refusal, refusal};
 use conduct::Offence;
@@ -310,6 +311,16 @@ impl Stream {
         };
         self.sent(send, 0, ended.is_ok());
         ended.or_err(ErrorType::WriteError, "ending an answer")
+    }
+}
+
+impl Drop for Stream {
+    fn drop(&mut self) {
+        if remains::are_wanted()
+            && let Ok(stub) = RequestHeader::build(Method::GET, b"/", Some(0))
+        {
+            remains::leave_request(std::mem::replace(&mut self.request, stub));
+        }
     }
 }
 

@@ -218,8 +218,8 @@ impl Intake {
         }
     }
 
-    /// Ready when the body is whole, or when the rest of it is to be streamed on. Calls `waiting` when the client is
-    /// waited for, with what has come of it.
+    /// Ready when the body is whole, or when the rest of it is to be streamed on. Calls `waiting` when the client, or room
+    /// for more, is waited for, with what has come of it.
     pub fn poll_fill(
         &mut self,
         cx: &mut Context<'_>,
@@ -239,6 +239,7 @@ impl Intake {
             let Poll::Ready(room) = self.poll_room(cx) else {
                 // It is not the client that is waited for.
                 self.stop_waiting(0);
+                waiting(self.received);
                 return Poll::Pending;
             };
             if !room? {

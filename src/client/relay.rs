@@ -22,6 +22,7 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::time::Sleep;
 
 use super::connection::Connection;
+use super::cut::Cut;
 use crate::error::{Refusal, refusal};
 use crate::expression::{Asked, Facts};
 use crate::metrics::RelayMetrics;
@@ -82,15 +83,19 @@ impl Drop for Attempt<'_> {
 }
 
 impl Relay {
-    /// Passes a connection on until it ends.
-    pub async fn pass<C>(&self, client: C, connection: &Connection) -> Passed
+    /// Passes a connection on until it ends, or its time is over.
+    pub async fn pass<C>(&self, client: C, connection: &Connection, cut: &Cut) -> Passed
     where
         C: AsyncRead + AsyncWrite + Unpin,
     {
         let _open = self.metrics.enter();
         let mut passed =
             Passed { received: 0, sent: 0, endpoint: None, attempts: 0, refusal: None, began: Instant::now() };
-        let (mut attempt, endpoint) = match self.connect(connection, &mut passed).await {
+        let connected = tokio::select! {
+            connected = self.connect(connection, &mut passed) => connected,
+            () = cut.told() => Err(&refusal::FINISH_SHUTDOWN),
+        };
+        let (mut attempt, endpoint) = match connected {
             Ok(connected) => connected,
             Err(refusal) => {
                 connection.listener.metrics.refusals.count(refusal);
@@ -99,7 +104,10 @@ impl Relay {
             }
         };
         let mut passage = Passage::new(client, endpoint, self.idle);
-        let ended = poll_fn(|cx| passage.poll(cx)).await;
+        let ended = tokio::select! {
+            ended = poll_fn(|cx| passage.poll(cx)) => ended,
+            () = cut.told() => Err(&refusal::FINISH_SHUTDOWN),
+        };
         (passed.received, passed.sent) = (passage.up.bytes, passage.down.bytes);
         self.metrics.count(passed.received, passed.sent);
         attempt.outcome = match ended {

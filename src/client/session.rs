@@ -29,6 +29,7 @@ use pingora::{Error, ErrorType, Result};
 use super::http2::Control;
 use super::intake::{Intake, IntakeTerms, Unread};
 use super::lane::{Class, Lanes, OPERATIONS_PER_POLL, exhaust_budget, spend_budget};
+use super::remains;
 use super::spool::{Depot, Held};
 use super::stream::{Bypass, ClientStream};
 use super::waiting::{Alarm, Who};
@@ -83,6 +84,8 @@ pub struct Link {
     /// The session waits for its client, or for a turn, with an answer in hand: the upstream is not to be read.
     holding: AtomicBool,
     fault: Mutex<Option<Fault>>,
+    /// Why the exchange is to end, whatever it is at.
+    over: Mutex<Option<Fault>>,
     wire: Mutex<Wire>,
     /// The buffered session is in the place of the client's own.
     stands_in: AtomicBool,
@@ -113,15 +116,34 @@ impl Link {
         self.enter(Stage::Unconnected);
     }
 
-    /// Ready when the client has gone, while nobody reads its body or writes its answer.
-    pub fn poll_gone(&self, cx: &mut Context<'_>) -> Poll<()> {
-        self.wire().poll_gone(cx).map(drop)
+    /// Ready when there is no sense in waiting on in this phase: the client has gone, while nobody reads its body or writes
+    /// its answer, or the exchange is to end.
+    pub fn poll_over(&self, cx: &mut Context<'_>, phase: Phase) -> Poll<Fault> {
+        if let Some(over) = self.over() {
+            return Poll::Ready(Fault { phase, ..over });
+        }
+        self.wire().poll_gone(cx).map(|_| Fault::new(Party::Client, phase, What::Left))
+    }
+
+    /// Why the exchange is to end, whatever it is at.
+    fn over(&self) -> Option<Fault> {
+        *self.over.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Ends the exchange, whatever it is at: whoever it waits for is waited for no longer.
+    fn end(&self, fault: Fault, wire: &mut Wire) {
+        self.over.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(fault);
+        self.fail(fault, ErrorType::ConnectionClosed);
+        if matches!(self.stage(), Stage::Receiving | Stage::Done) {
+            wire.fail(fault);
+        }
+        wire.abort();
     }
 
     /// A new attempt begins: the request is sent again once a connection is there, and what the attempt before was given up
     /// for is over.
     pub fn begin_attempt(&self, now: Instant) {
-        *self.fault.lock().unwrap_or_else(PoisonError::into_inner) = None;
+        *self.fault.lock().unwrap_or_else(PoisonError::into_inner) = self.over();
         self.whole.store(false, Ordering::Relaxed);
         self.enter(Stage::Unconnected);
         self.waits.begin_attempt(worker::lag(), now);
@@ -406,6 +428,14 @@ impl Gate for Link {
     fn waits(&self, cx: &mut Context<'_>) {
         self.set_alarm(cx);
     }
+
+    fn stop(&self) {
+        self.end(Fault::new(Party::Gateway, self.stage().phase(), What::Stopped), &mut self.wire());
+    }
+
+    fn is_given_up(&self) -> bool {
+        self.over().is_some()
+    }
 }
 
 impl KeepsWaiting for Link {
@@ -453,6 +483,11 @@ pub struct BufferedSession {
 impl Drop for BufferedSession {
     fn drop(&mut self) {
         self.note_spooled();
+        if remains::are_wanted()
+            && let Ok(stub) = RequestHeader::build(Method::GET, b"/", Some(0))
+        {
+            return remains::leave_request(std::mem::replace(&mut self.request, stub));
+        }
         if let Some(session) = self.link.wire().session() {
             std::mem::swap(session.req_header_mut(), &mut self.request);
         }
@@ -494,6 +529,7 @@ impl BufferedSession {
             }),
             holding: AtomicBool::new(false),
             fault: Mutex::new(None),
+            over: Mutex::new(None),
             wire: Mutex::new(Wire::new(own, past, control, manner, who, depot, lanes.clone())),
             stands_in: AtomicBool::new(false),
             received: AtomicU64::new(0),
@@ -560,6 +596,9 @@ impl BufferedSession {
     pub async fn fill(&mut self, waiting: &mut (dyn FnMut() + Send)) -> Result<(), Unread> {
         let BufferedSession { link, intake, request, .. } = self;
         let filled = std::future::poll_fn(|cx| {
+            if let Some(fault) = link.over() {
+                return Poll::Ready(Err(Unread::Fault(fault)));
+            }
             let mut waits = |received| {
                 link.received.store(received, Ordering::Relaxed);
                 waiting();

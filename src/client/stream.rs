@@ -205,12 +205,15 @@ impl ClientStream {
         std::future::poll_fn(|cx| self.core().poll_open(cx, &mut scanner)).await
     }
 
-    /// Sends a refusal before any session exists, and lets the client read it before the connection goes.
-    pub async fn refuse(&mut self, answer: &[u8]) {
+    /// Sends a refusal before any session exists. `false`: it could not be sent.
+    pub async fn refuse(&mut self, answer: &[u8]) -> bool {
+        self.write_all(answer).await.is_ok() && self.flush().await.is_ok()
+    }
+
+    /// Lets the client read a refusal before the connection goes.
+    pub async fn farewell(&mut self) {
         self.core().waste_left = LINGER_HEADER_BYTES;
-        if self.write_all(answer).await.is_ok() && self.flush().await.is_ok() {
-            let _ = std::future::poll_fn(|cx| self.core().poll_close(cx, true)).await;
-        }
+        let _ = std::future::poll_fn(|cx| self.core().poll_close(cx, true)).await;
     }
 
     /// Ends a connection that waits for its next request: what was sent last still reaches the client.

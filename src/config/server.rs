@@ -137,15 +137,16 @@ impl JsonSchema for Threads {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Shutdown {
-    /// Time between `/readyz` turning 503 and the listeners closing, for load balancers to notice.
+    /// Time between `/readyz` turning 503 and the listeners closing, for load balancers to notice: longer than they take to
+    /// find out. Meanwhile all is served, and every answer says that its connection ends: by `Connection: close`, or GOAWAY.
     pub pause: Time,
-    /// Time given to exchanges in flight, after which they are cut.
+    /// Time given to exchanges in flight, after which they are cut; the log has a line of each.
     pub deadline: Time,
 }
 
 impl Default for Shutdown {
     fn default() -> Self {
-        Shutdown { pause: Time::seconds(0), deadline: Time::seconds(30) }
+        Shutdown { pause: Time::seconds(5), deadline: Time::seconds(30) }
     }
 }
 

@@ -1,8 +1,8 @@
 //! Signals, and the order of a graceful stop.
 //!
 //! Pingora would sleep through its whole grace period and then drop what is left. So Pingora's own watch is kept still,
-//! and a watch of ours is flipped when it is time: not ready, pause, no new connections, the exchanges in flight end,
-//! exit. The admin endpoint answers to the end.
+//! and a watch of ours is flipped when it is time: not ready, and every answer says so; pause; no new connections, and idle
+//! ones close; the exchanges in flight end, or are cut and logged; exit. The admin endpoint answers to the end.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -16,10 +16,14 @@ use tokio::sync::{Notify, watch};
 use crate::access_log::AccessLog;
 use crate::admin::{Readiness, Ready};
 use crate::client::connection::Inflight;
+use crate::client::cut::Cut;
 use crate::config::server::Shutdown;
 
 /// Lets a connection that was just accepted become an exchange before the last one is looked for.
 const SETTLE: Duration = Duration::from_millis(20);
+
+/// For the last words of exchanges that are cut, and their lines in the log: twice as long as each has.
+const CUT: Duration = Duration::from_secs(1);
 
 /// Stops a running gateway from within the process, as SIGTERM does from without.
 #[derive(Clone)]
@@ -37,6 +41,9 @@ pub struct Stop {
     pub(super) asked: Arc<Notify>,
     pub(super) readiness: Readiness,
     pub(super) times: Shutdown,
+    /// Answers say that they are the last of their connection from then on.
+    pub(super) stopping: watch::Sender<bool>,
+    pub(super) cut: Arc<Cut>,
     pub(super) listeners: watch::Sender<bool>,
     pub(super) inflight: Arc<Inflight>,
     pub(super) log: Option<Arc<AccessLog>>,
@@ -120,12 +127,19 @@ impl Stop {
         let (pause, deadline) = (self.times.pause.0, self.times.deadline.0);
         tracing::info!(?pause, ?deadline, inflight = self.inflight.count(), "stopping");
         self.readiness.set(Ready::Stopping);
+        // From now on clients are told to come back by another connection, which a balancer leads elsewhere once it has
+        // noticed. Connections that are idle stay open meanwhile: a request that crosses their end would be lost.
+        self.stopping.send_replace(true);
         tokio::time::sleep(pause).await;
         self.close_listeners();
         tokio::time::sleep(SETTLE).await;
-        match tokio::time::timeout(deadline, self.inflight.drained()).await {
-            Ok(()) => tracing::info!("the last exchange has ended"),
-            Err(_) => tracing::warn!(cut = self.inflight.count(), "the deadline is over; the rest is cut"),
+        if tokio::time::timeout(deadline, self.inflight.drained()).await.is_ok() {
+            tracing::info!("the last exchange has ended");
+            return;
         }
+        tracing::warn!(cut = self.inflight.count(), "the deadline is over; the rest is cut");
+        self.cut.now();
+        // What is left then are connections whose clients take their time to close them.
+        let _ = tokio::time::timeout(CUT, self.inflight.drained()).await;
     }
 }

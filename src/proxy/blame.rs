@@ -158,6 +158,9 @@ table! {
     Gateway Silent in Send Wait: WAIT_TIMEOUT Timeout Nothing;
     Gateway Silent in Receive: RECEIVE_TIMEOUT Timeout Nothing;
 
+    // The time is over that a stop leaves.
+    Gateway Stopped in Route Buffer Queue Select Connect Send Wait Receive Write Finish: FINISH_SHUTDOWN - Nothing;
+
     // A client whose header or framing is found wrong only by the library that passes it on.
     Client Malformed in Header Route Connect: HEADER_MALFORMED - Nothing;
     Client Silent in Header: HEADER_TIMEOUT - Nothing;
@@ -185,14 +188,15 @@ pub fn fault(exchange: &Exchange, error: &Error, reused: bool) -> Fault {
 }
 
 /// What our own stream or session found wrong, if anything: they know more than the error that Pingora made of it.
-fn found(exchange: &Exchange) -> Option<Fault> {
+pub fn found(exchange: &Exchange) -> Option<Fault> {
     let stream = exchange.connection.as_ref().and_then(|connection| connection.fault());
     let endpoint = || {
         let malformed = exchange.tail.as_ref().is_some_and(|tail| tail.is_malformed());
         malformed.then(|| Fault::new(Party::Endpoint, exchange.clock.phase(), What::Malformed))
     };
     let found = stream.or_else(|| exchange.link.as_ref()?.fault()).or_else(endpoint)?;
-    let phase = if found.what == What::Left { exchange.clock.phase() } else { found.phase };
+    let whenever = matches!(found.what, What::Left | What::Stopped);
+    let phase = if whenever { exchange.clock.phase() } else { found.phase };
     Some(Fault { phase, ..found })
 }
 
@@ -332,6 +336,8 @@ mod tests {
                 (Phase::Route | Phase::Connect, "send" | "header") | (Phase::Send, "buffer" | "wait") => true,
                 // An answer is written while it comes, and is settled once it is written.
                 (Phase::Wait | Phase::Receive | Phase::Finish, "write") | (Phase::Write, "receive") => true,
+                // Wherever it is when the gateway stops, that is its end.
+                (_, "finish") => true,
                 _ => false,
             };
             assert!(here || elsewhere, "{fault:?} is {}", row.refusal.reason);
@@ -341,12 +347,8 @@ mod tests {
     #[test]
     fn every_refusal_of_an_exchange_with_a_route_has_a_row_or_is_no_fault() {
         /// What the gateway decides without having waited.
-        const DECISIONS: [&Refusal; 4] = [
-            &refusal::SELECT_BREAKER_OPEN,
-            &refusal::SELECT_NO_ENDPOINT,
-            &refusal::FINISH_SHUTDOWN,
-            &refusal::INTERNAL,
-        ];
+        const DECISIONS: [&Refusal; 3] =
+            [&refusal::SELECT_BREAKER_OPEN, &refusal::SELECT_NO_ENDPOINT, &refusal::INTERNAL];
         for refusal in refusal::ALL {
             let early =
                 ["accept.", "handshake.", "header.", "route."].iter().any(|phase| refusal.reason.starts_with(phase));

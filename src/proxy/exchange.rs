@@ -2,6 +2,7 @@
 //! to hook; the phases read and fill it.
 
 use std::net::{IpAddr, SocketAddr};
+use std::ops::{Deref, DerefMut};
 use std::os::fd::RawFd;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -16,6 +17,7 @@ use super::route::Route;
 use crate::access_log::{Failed, Why};
 use crate::client::connection::{Begin, Connection, UnderWay, introduction};
 use crate::client::http2::Control;
+use crate::client::remains;
 use crate::client::session::Link;
 use crate::client::waiting::Who;
 use crate::config::listener::OddNames;
@@ -71,6 +73,8 @@ pub struct Exchange {
     pub upgrade: Option<HeaderValue>,
     /// The client's connection, of HTTP/1, is to end once the exchange is settled.
     pub closes: bool,
+    /// The request, once client and endpoint have switched to another protocol: only Pingora's own session has it then.
+    pub switched: Option<Box<RequestHeader>>,
     /// The route it took.
     pub route: Option<Arc<Route>>,
     /// What the filters of the route keep for it.
@@ -124,6 +128,49 @@ pub struct Exchange {
     pub notes: Option<Box<Notes>>,
     /// What it does when, if somebody wants to know.
     pub journal: Option<Box<Journal>>,
+}
+
+/// An exchange as Pingora carries it from hook to hook. One that is dropped before it was settled is left to whoever
+/// dropped it.
+pub struct Carried(Option<Exchange>);
+
+impl Carried {
+    /// Has it carried.
+    pub fn new(exchange: Exchange) -> Self {
+        Carried(Some(exchange))
+    }
+}
+
+impl Deref for Carried {
+    type Target = Exchange;
+
+    fn deref(&self) -> &Exchange {
+        self.0.as_ref().expect("it is there until this is dropped")
+    }
+}
+
+impl DerefMut for Carried {
+    fn deref_mut(&mut self) -> &mut Exchange {
+        self.0.as_mut().expect("it is there until this is dropped")
+    }
+}
+
+impl Drop for Carried {
+    fn drop(&mut self) {
+        if !remains::are_wanted() {
+            return;
+        }
+        let Some(exchange) = self.0.take_if(|exchange| exchange.clock.phase() != Phase::Finish) else { return };
+        if let (Some(link), Some(connection)) = (&exchange.link, &exchange.connection)
+            && link.begun()
+            && !link.framed()
+            && !link.is_http2()
+        {
+            // Nobody is to take what came for the whole.
+            connection.close_with_reset();
+        }
+        remains::leave(Box::new(exchange));
+    }
 }
 
 /// Filter states that the exchange and its response tap take turns with. There is one task, so a lock never waits;
@@ -334,6 +381,7 @@ impl Exchange {
             grpc: None,
             upgrade: None,
             closes: false,
+            switched: None,
             route: None,
             filters: None,
             upstream: None,

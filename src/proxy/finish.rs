@@ -2,146 +2,206 @@
 //!
 //! The last phase. It adds nothing that a client waits for: its answer has left.
 
+use std::sync::Arc;
 use std::time::{Instant, SystemTime};
 
 use http::header;
 use pingora::http::{RequestHeader, ResponseHeader};
 use pingora::protocols::http::ServerSession;
 
+use super::blame;
 use super::exchange::Exchange;
 use crate::access_log::{AccessLog, Record};
+use crate::client::remains::{Remains, Undertaker};
 use crate::eventloop::own_time;
 use crate::expression::Asked;
 use crate::expression::facts::Response;
 use crate::expression::named::Said;
 use crate::filter::{Outcome, Stages, View};
 use crate::metrics::{RouteMetrics, Summary, UNROUTED};
+use crate::party::{Fault, Party, What};
 use crate::phase::Phase;
 use crate::phase::journal::{Journal, Passed};
 use crate::recorder::{Ended, Recorder};
 use crate::spans::context::TRACESTATE;
 use crate::spans::{Notes, Story, TraceId, TraceParent, Tracer};
+use crate::upstream::Outcome as Became;
 
 const REQUEST_ID: http::HeaderName = http::HeaderName::from_static("x-request-id");
 
-/// Who is told of each exchange.
-pub struct Tellers<'t> {
+/// Settles exchanges, and tells of each whoever wants to know.
+pub struct Settler {
+    /// The counters of requests that no route takes.
+    pub unrouted: Arc<RouteMetrics>,
     /// The access log.
-    pub log: Option<&'t AccessLog>,
-    /// Traces.
-    pub tracer: Option<&'t Tracer>,
-    /// Recordings.
-    pub recorder: &'t Recorder,
+    pub log: Option<Arc<AccessLog>>,
+    /// Traces, if there are any.
+    pub tracer: Option<Arc<Tracer>>,
+    /// Recordings of exchanges with their phases.
+    pub recorder: Recorder,
 }
 
-/// Settles the exchange.
-pub fn settle(exchange: &mut Exchange, session: &mut ServerSession, unrouted: &RouteMetrics, tellers: Tellers<'_>) {
-    exchange.enter(Phase::Finish);
-    // If the client's session was lost with a write that was given up, its stand-in knows.
-    let (answered, received, sent) = match &exchange.link {
-        Some(link) if link.stands_in() => link.outcome(),
-        link => {
-            // What was read and sent past the session is known to its stand-in alone.
-            let (_, received, sent) = link.as_ref().map(|link| link.outcome()).unwrap_or_default();
-            (
-                session.response_written().map_or(0, |response| response.status.as_u16()),
-                received.max(session.body_bytes_read() as u64),
-                sent.max(session.body_bytes_sent() as u64),
-            )
+/// What has left, and what has come.
+struct Totals {
+    /// As the log has it.
+    status: u16,
+    /// Bytes of the request body.
+    received: u64,
+    /// Bytes of the answer's body.
+    sent: u64,
+}
+
+impl Settler {
+    /// Settles an exchange that has ended.
+    pub fn settle(&self, exchange: &mut Exchange, session: &mut ServerSession) {
+        exchange.enter(Phase::Finish);
+        // If the client's session was lost with a write that was given up, its stand-in knows.
+        let (answered, received, sent) = match &exchange.link {
+            Some(link) if link.stands_in() => link.outcome(),
+            link => {
+                // What was read and sent past the session is known to its stand-in alone.
+                let (_, received, sent) = link.as_ref().map(|link| link.outcome()).unwrap_or_default();
+                (
+                    session.response_written().map_or(0, |response| response.status.as_u16()),
+                    received.max(session.body_bytes_read() as u64),
+                    sent.max(session.body_bytes_sent() as u64),
+                )
+            }
+        };
+        let status = match (exchange.refusal, exchange.grpc.and_then(|call| call.stands_for)) {
+            (_, Some(stands_for)) if answered > 0 => stands_for,
+            (Some(refusal), _) if answered < 200 && answered != 101 => refusal.status,
+            _ => answered,
+        };
+        end_filters(exchange, session.req_header_mut(), status);
+        let now = Instant::now();
+        exchange.clock.settle(now);
+        let messages = (Some(session.req_header()), session.response_written());
+        self.tell(exchange, messages, Totals { status, received, sent }, now);
+    }
+
+    /// Tells of an exchange with as much of its header and of that of its answer as is known.
+    fn tell(
+        &self,
+        exchange: &mut Exchange,
+        (request, response): (Option<&RequestHeader>, Option<&ResponseHeader>),
+        Totals { status, received, sent }: Totals,
+        now: Instant,
+    ) {
+        let own = own_time(now);
+        let notes = exchange.notes.take();
+        let journal = exchange.close_journal(now, Passed { received, sent, ..Passed::default() });
+        let metrics = exchange.route.as_ref().map_or(&self.unrouted, |route| &route.metrics);
+        let blocked = exchange.link.as_ref().map(|link| link.blocked()).unwrap_or_default();
+        let (held, saved) = (exchange.held, exchange.saved);
+        let (buffered, spilled) = exchange.link.as_ref().map(|link| link.spooled()).unwrap_or_default();
+        let refusal = exchange.refusal;
+        metrics.record(&Summary { clock: &exchange.clock, own, blocked, held, saved, status, received, sent, refusal });
+
+        let method = request.map_or("", |request| request.method.as_str());
+        let target = target(exchange, request);
+        let spoken = request.map_or("", |request| protocol(request.version));
+        if let Some(journal) = journal.as_ref().filter(|_| self.recorder.is_recording()) {
+            let path = target.split(|&byte| byte == b'?').next().unwrap_or_default();
+            self.recorder.ended(
+                &Ended {
+                    at: now,
+                    listener: exchange.connection.as_ref().map_or("", |connection| &connection.listener.name),
+                    client: exchange.client,
+                    method,
+                    path: &String::from_utf8_lossy(path),
+                    protocol: spoken,
+                    status,
+                    reason: exchange.refusal.map(|refusal| refusal.reason),
+                    route: route_name(exchange),
+                    upstream: exchange.upstream.as_ref().map(|upstream| &*upstream.name),
+                    endpoint: exchange.endpoint().map(|endpoint| &*endpoint.label),
+                    attempts: exchange.attempts,
+                    bytes: (received, sent),
+                    own,
+                    trace: trace(exchange, request).map(|trace| trace.to_string()),
+                },
+                journal,
+            );
         }
-    };
-    let status = match (exchange.refusal, exchange.grpc.and_then(|call| call.stands_for)) {
-        (_, Some(stands_for)) if answered > 0 => stands_for,
-        (Some(refusal), _) if answered < 200 && answered != 101 => refusal.status,
-        _ => answered,
-    };
-    end_filters(exchange, session.req_header_mut(), status);
-
-    let now = Instant::now();
-    exchange.clock.settle(now);
-    let own = own_time(now);
-    let notes = exchange.notes.take();
-    let journal = exchange.close_journal(now, Passed { received, sent, ..Passed::default() });
-    let metrics = exchange.route.as_ref().map_or(unrouted, |route| &route.metrics);
-    let blocked = exchange.link.as_ref().map(|link| link.blocked()).unwrap_or_default();
-    let (held, saved) = (exchange.held, exchange.saved);
-    let (buffered, spilled) = exchange.link.as_ref().map(|link| link.spooled()).unwrap_or_default();
-    let refusal = exchange.refusal;
-    metrics.record(&Summary { clock: &exchange.clock, own, blocked, held, saved, status, received, sent, refusal });
-
-    let (request, response) = (session.req_header(), session.response_written());
-    if let Some(journal) = journal.as_ref().filter(|_| tellers.recorder.is_recording()) {
-        let path = target(exchange, request).split(|&byte| byte == b'?').next().unwrap_or_default();
-        tellers.recorder.ended(
-            &Ended {
-                at: now,
-                listener: exchange.connection.as_ref().map_or("", |connection| &connection.listener.name),
-                client: exchange.client,
-                method: request.method.as_str(),
-                path: &String::from_utf8_lossy(path),
-                protocol: protocol(request.version),
-                status,
-                reason: exchange.refusal.map(|refusal| refusal.reason),
-                route: route_name(exchange),
-                upstream: exchange.upstream.as_ref().map(|upstream| &*upstream.name),
-                endpoint: exchange.endpoint().map(|endpoint| &*endpoint.label),
-                attempts: exchange.attempts,
-                bytes: (received, sent),
-                own,
-                trace: trace(exchange, request).map(|trace| trace.to_string()),
-            },
-            journal,
-        );
+        if let (Some(tracer), Some(notes), Some(journal), Some(request)) = (&self.tracer, notes, journal, request) {
+            let asked = asked(exchange, request, status, response);
+            let attributes = tracer.attributes.of(&asked);
+            let text = |(name, text): &Said<'_>| (Box::from(*name), String::from_utf8_lossy(text).into());
+            let attributes = attributes.iter().map(text).collect();
+            tracer.tell(Story { attributes, ..story(exchange, (notes, journal), request, now, status) });
+        }
+        let Some(log) = &self.log else { return };
+        let tls = exchange.connection.as_ref().and_then(|connection| connection.tls());
+        let field = |name| request.and_then(|request| request.headers.get(name)).map(|value| value.as_bytes());
+        let asked = request.map(|request| asked(exchange, request, status, response));
+        log.record(&Record {
+            fields: &asked.as_ref().map(|asked| log.fields.of(asked)).unwrap_or_default(),
+            time: SystemTime::now(),
+            listener: exchange.connection.as_ref().map_or("", |connection| &connection.listener.name),
+            client: exchange.client,
+            method,
+            host: field(header::HOST).unwrap_or_default(),
+            target,
+            protocol: spoken,
+            status,
+            received,
+            sent,
+            buffered,
+            spilled,
+            held,
+            saved,
+            clock: &exchange.clock,
+            own,
+            route: route_name(exchange),
+            upstream: exchange.upstream.as_ref().map(|upstream| &*upstream.name),
+            endpoint: exchange.endpoint().map(|endpoint| &*endpoint.label),
+            attempts: exchange.attempts,
+            failed: &exchange.failed,
+            reason: exchange.refusal.map(|refusal| refusal.reason),
+            grpc_status: exchange.grpc.and_then(|call| call.status),
+            request_id: field(REQUEST_ID),
+            tls: tls.map(|tls| tls.version),
+            client_subject: tls.and_then(|tls| tls.client.as_ref()).map(|client| &*client.subject),
+            trace: trace(exchange, request),
+            referer: field(header::REFERER),
+            user_agent: field(header::USER_AGENT),
+        });
     }
-    if let (Some(tracer), Some(notes), Some(journal)) = (tellers.tracer, notes, journal) {
-        let asked = asked(exchange, request, status, response);
-        let attributes = tracer.attributes.of(&asked);
-        let text = |(name, text): &Said<'_>| (Box::from(*name), String::from_utf8_lossy(text).into());
-        let attributes = attributes.iter().map(text).collect();
-        tracer.tell(Story { attributes, ..story(exchange, (notes, journal), request, now, status) });
+}
+
+impl Undertaker for Settler {
+    /// Settles an exchange that was dropped: it had to end, and waited for something that nothing else breaks off.
+    fn settle(&self, remains: Remains) {
+        let Some(mut exchange) = remains.exchange.and_then(|left| left.downcast::<Exchange>().ok()) else { return };
+        let found = || blame::found(&exchange).unwrap_or(Fault::new(Party::Gateway, Phase::Finish, What::Stopped));
+        let refusal = exchange.refusal.unwrap_or_else(|| blame::row(found()).refusal);
+        exchange.refusal = Some(refusal);
+        let now = exchange.enter(Phase::Finish);
+        exchange.release(|_| Became::Cancelled, now);
+        let mut request = remains.request.or_else(|| exchange.switched.take().map(|request| *request));
+        let (answered, received, sent) = exchange.link.as_ref().map(|link| link.outcome()).unwrap_or_default();
+        let is_raw = exchange.connection.as_ref().is_some_and(|connection| connection.is_raw());
+        let status = if is_raw {
+            101
+        } else if answered >= 200 {
+            answered
+        } else {
+            refusal.status
+        };
+        if let Some(request) = &mut request {
+            end_filters(&exchange, request, status);
+        }
+        let now = Instant::now();
+        exchange.clock.settle(now);
+        self.tell(&mut exchange, (request.as_ref(), None), Totals { status, received, sent }, now);
     }
-    let Some(log) = tellers.log else { return };
-    let tls = exchange.connection.as_ref().and_then(|connection| connection.tls());
-    let field = |name| request.headers.get(name).map(|value| value.as_bytes());
-    let asked = asked(exchange, request, status, response);
-    log.record(&Record {
-        fields: &log.fields.of(&asked),
-        time: SystemTime::now(),
-        listener: exchange.connection.as_ref().map_or("", |connection| &connection.listener.name),
-        client: exchange.client,
-        method: request.method.as_str(),
-        host: field(header::HOST).unwrap_or_default(),
-        target: target(exchange, request),
-        protocol: protocol(request.version),
-        status,
-        received,
-        sent,
-        buffered,
-        spilled,
-        held,
-        saved,
-        clock: &exchange.clock,
-        own,
-        route: route_name(exchange),
-        upstream: exchange.upstream.as_ref().map(|upstream| &*upstream.name),
-        endpoint: exchange.endpoint().map(|endpoint| &*endpoint.label),
-        attempts: exchange.attempts,
-        failed: &exchange.failed,
-        reason: exchange.refusal.map(|refusal| refusal.reason),
-        grpc_status: exchange.grpc.and_then(|call| call.status),
-        request_id: field(REQUEST_ID),
-        tls: tls.map(|tls| tls.version),
-        client_subject: tls.and_then(|tls| tls.client.as_ref()).map(|client| &*client.subject),
-        trace: trace(exchange, request),
-        referer: field(header::REFERER),
-        user_agent: field(header::USER_AGENT),
-    });
 }
 
 /// The trace that it belongs to: where Forebay keeps none itself, the one that the client names.
-fn trace(exchange: &Exchange, request: &RequestHeader) -> Option<TraceId> {
+fn trace(exchange: &Exchange, request: Option<&RequestHeader>) -> Option<TraceId> {
     let place = exchange.trace.map(|place| place.trace);
-    place.or_else(|| TraceParent::of(&request.headers).map(|parent| parent.trace))
+    place.or_else(|| TraceParent::of(&request?.headers).map(|parent| parent.trace))
 }
 
 fn route_name(exchange: &Exchange) -> &str {
@@ -180,7 +240,7 @@ fn story(
         method: request.method.clone(),
         scheme: exchange.scheme,
         host: field(header::HOST).unwrap_or_default(),
-        target: text(target(exchange, request)),
+        target: text(target(exchange, Some(request))),
         version: version(request.version),
         client: exchange.client,
         peer: exchange.connection.as_ref().and_then(|connection| connection.peer),
@@ -204,10 +264,13 @@ fn end_filters(exchange: &Exchange, request: &mut RequestHeader, status: u16) {
 }
 
 /// The target before filters, its path in its one form.
-fn target<'e>(exchange: &'e Exchange, request: &'e RequestHeader) -> &'e [u8] {
-    match exchange.target.as_ref().and_then(|target| target.path_and_query()) {
-        Some(target) => target.as_str().as_bytes(),
-        None => request.uri.path_and_query().map_or(request.raw_path(), |target| target.as_str().as_bytes()),
+fn target<'e>(exchange: &'e Exchange, request: Option<&'e RequestHeader>) -> &'e [u8] {
+    match (exchange.target.as_ref().and_then(|target| target.path_and_query()), request) {
+        (Some(target), _) => target.as_str().as_bytes(),
+        (None, Some(request)) => {
+            request.uri.path_and_query().map_or(request.raw_path(), |target| target.as_str().as_bytes())
+        }
+        (None, None) => b"",
     }
 }
 

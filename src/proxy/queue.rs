@@ -21,7 +21,7 @@ use crate::upstream::{Choice, Upstream};
 enum Event {
     Turn,
     TooLate,
-    Gone,
+    Over(Fault),
 }
 
 /// Waits until this exchange may have an endpoint, and takes it.
@@ -45,14 +45,14 @@ pub async fn wait(
             if place.poll_turn(cx).is_ready() {
                 return Poll::Ready(Event::Turn);
             }
-            if poll_gone(exchange, client, cx).is_ready() {
-                return Poll::Ready(Event::Gone);
+            if let Poll::Ready(fault) = poll_over(exchange, client, cx) {
+                return Poll::Ready(Event::Over(fault));
             }
             timer.poll(cx, due).map(|()| Event::TooLate)
         });
         match event.await {
             Event::TooLate => return Err(Fault::new(Party::Gateway, Phase::Queue, What::Silent)),
-            Event::Gone => return Err(Fault::new(Party::Client, Phase::Queue, What::Left)),
+            Event::Over(fault) => return Err(fault),
             Event::Turn => match turn(exchange, upstream) {
                 Choice::Full => {
                     place.missed();
@@ -73,10 +73,11 @@ fn turn(exchange: &Exchange, upstream: &Upstream) -> Choice {
     upstream.select_in_turn(exchange.stuck.as_ref(), exchange.hash, &exchange.tried, Instant::now())
 }
 
-/// Ready when the client has gone.
-pub(super) fn poll_gone(exchange: &Exchange, client: &mut ServerSession, cx: &mut Context<'_>) -> Poll<()> {
+/// Ready when the client has gone, or the exchange is to end.
+pub(super) fn poll_over(exchange: &Exchange, client: &mut ServerSession, cx: &mut Context<'_>) -> Poll<Fault> {
+    let phase = exchange.clock.phase();
     match &exchange.link {
-        Some(link) => link.poll_gone(cx),
-        None => pin!(client.read_body_or_idle(true)).poll(cx).map(drop),
+        Some(link) => link.poll_over(cx, phase),
+        None => pin!(client.read_body_or_idle(true)).poll(cx).map(|_| Fault::new(Party::Client, phase, What::Left)),
     }
 }

@@ -47,6 +47,7 @@ pub fn switch(exchange: &mut Exchange, client: &mut Box<ServerSession>, response
         return Err(Error::new_in(ErrorType::InternalError));
     }
     exchange.dues = Dues::default();
+    exchange.switched = Some(Box::new(client.req_header().clone()));
     Ok(())
 }
 

@@ -34,9 +34,7 @@ async fn choose(exchange: &mut Exchange, client: &mut ServerSession) -> Result<B
     if !pause.is_zero() {
         tokio::select! {
             () = tokio::time::sleep(pause) => now = Instant::now(),
-            () = poll_fn(|cx| queue::poll_gone(exchange, client, cx)) => {
-                return Err(refused(Fault::new(Party::Client, Phase::Select, What::Left)));
-            }
+            fault = poll_fn(|cx| queue::poll_over(exchange, client, cx)) => return Err(refused(fault)),
         }
     }
     let Some(upstream) = exchange.upstream.clone() else { return Err(Refused::from(&refusal::SELECT_NO_ENDPOINT)) };

@@ -70,6 +70,7 @@ mod trust;
 mod upgrades;
 mod upstreams;
 mod wait;
+mod waits;
 mod write;
 
 #[path = "../fuzz/fuzz.rs"]

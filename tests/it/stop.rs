@@ -73,6 +73,78 @@ fn on_term_readiness_goes_first_and_whoever_comes_in_the_pause_is_served() {
 }
 
 #[test]
+fn once_it_is_not_ready_every_answer_says_that_its_connection_ends() {
+    let origin = Origin::named("origin");
+    let setup = Setup::before(&origin).listener("protocols: [http1, h2c]");
+    let mut process = setup.server("threads: 1, shutdown: { pause: 10m, deadline: 10m }").spawn();
+    let (mut kept, mut other) = (process.client(), process.client());
+    for client in [&mut kept, &mut other] {
+        assert_ne!(client.get("/").value("connection"), Some("close"));
+    }
+    let h2 = H2Client::connect(process.web());
+    assert_eq!(h2.get("/").status, 200);
+    process.signal(libc::SIGTERM);
+    eventually("readiness to go", || (get(process.admin(), "/readyz").status == 503).then_some(()));
+
+    h2.closed();
+    let answer = kept.get("/");
+    assert_eq!((answer.status, answer.value("connection")), (200, Some("close")));
+    kept.closed();
+    // A refusal says so, too, and whatever the client wishes.
+    for (fields, status) in [("Connection: keep-alive\r\n", 200), ("Connection: keep-alive, host\r\n", 400)] {
+        let answer = process.client().ask("GET", "/", fields, "");
+        assert_eq!((answer.status, answer.value("connection")), (status, Some("close")));
+    }
+    // Whoever comes only now is served once, and told then.
+    let late = H2Client::connect(process.web());
+    assert_eq!(late.get("/").status, 200);
+    late.closed();
+    // An idle connection is not closed while a request may be on its way.
+    let answer = other.get("/");
+    assert_eq!((answer.status, answer.value("connection")), (200, Some("close")));
+    assert!(process.runs());
+}
+
+#[test]
+fn at_the_end_of_the_pause_idle_connections_are_closed_first() {
+    let origin = Origin::scripted();
+    let (mut process, mut client, mut connection) = in_flight(&origin, "pause: 300ms, deadline: 10m");
+    let mut idle = process.client();
+    process.wait_metric("forebay_client_connections{state=\"idle\"}", |idle| idle == 1.0);
+    process.signal(libc::SIGTERM);
+    idle.closed();
+    assert!(process.runs(), "an exchange is in flight");
+    connection.answer("done");
+    assert_eq!(client.response().text(), "done");
+    assert_eq!(process.ended().code(), Some(0));
+}
+
+#[test]
+fn on_term_half_a_header_is_refused_at_once() {
+    let origin = Origin::named("origin");
+    let listener = "protocols: [http1, h2c], timeouts: { header: 10m }";
+    let mut process = Setup::before(&origin).listener(listener).server("shutdown: { deadline: 10m }").spawn();
+    let mut halves = ["GET / HTTP/1.1\r\nHost: te", "PRI * HTTP/2.0\r\n"].map(|half| {
+        let mut client = process.client();
+        client.send(half);
+        client
+    });
+    process.wait_metric("forebay_client_connections{state=\"header\"}", |count| count == 2.0);
+    let begun = Instant::now();
+    process.signal(libc::SIGTERM);
+    let answer = halves[0].response();
+    assert_eq!((answer.status, answer.value("connection")), (503, Some("close")));
+    assert!(answer.text().contains("finish.shutdown"), "{}", answer.text());
+    // Both clients are still there, and do not close.
+    assert_eq!(process.ended().code(), Some(0));
+    assert!(begun.elapsed() < ms(20_000), "{:?}", begun.elapsed());
+    for line in process.log_lines(2) {
+        assert_eq!((line.status(), line.reason()), (503, "finish.shutdown"));
+    }
+    drop(halves);
+}
+
+#[test]
 fn on_term_the_listeners_close_after_the_pause() {
     let origin = Origin::scripted();
     let (mut process, mut client, mut connection) = in_flight(&origin, "pause: 500ms, deadline: 10m");
@@ -97,6 +169,8 @@ fn on_term_what_is_not_done_by_the_deadline_is_cut() {
     assert_eq!(status.code(), Some(0));
     assert!(started.elapsed() >= ms(300), "{:?}", started.elapsed());
     assert_eq!(client.response().end, crate::harness::End::Cut);
+    let line = process.log_line();
+    assert_eq!((line.status(), line.reason(), line.text("target")), (200, "finish.shutdown", "/in-flight"));
 }
 
 #[test]
@@ -206,4 +280,6 @@ fn an_upgraded_connection_is_in_flight_until_the_deadline() {
     assert_eq!(client.bytes(10), b"still here");
     assert_eq!(process.ended().code(), Some(0));
     client.rest();
+    let line = process.log_line();
+    assert_eq!((line.status(), line.reason(), line.text("method")), (101, "finish.shutdown", "GET"));
 }

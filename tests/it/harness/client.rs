@@ -83,6 +83,16 @@ impl Client {
         self.wire.drip(bytes, pause)
     }
 
+    /// Sends this again and again, until the gateway takes nothing for a while.
+    pub fn fill(&mut self, piece: &[u8]) {
+        self.wire.fill_up(piece);
+    }
+
+    /// What there is to read now, once there is something.
+    pub fn what_is_there(&mut self) -> Vec<u8> {
+        self.wire.what_is_there()
+    }
+
     /// Whether the gateway has said nothing by now that was not read.
     pub fn is_silent(&mut self) -> bool {
         self.wire.is_silent()
@@ -262,6 +272,11 @@ impl H2Client {
         self.runtime.block_on(limited).expect("an end of the step before the deadline")
     }
 
+    /// Runs one step of an exchange for a moment; `None` if that is not enough.
+    pub fn soon<T>(&self, step: impl Future<Output = T>) -> Option<T> {
+        self.runtime.block_on(async { tokio::time::timeout(Duration::from_millis(20), step).await }).ok()
+    }
+
     /// Begins a request; `end` if its header is all of it.
     pub fn begin(&self, request: http::Request<()>, end: bool) -> (ResponseFuture, SendStream<Bytes>) {
         self.step(async {
@@ -273,6 +288,12 @@ impl H2Client {
     /// The next interim answer (1xx); `None` if the answer itself comes next.
     pub fn interim(&self, response: &mut ResponseFuture) -> Option<http::Response<()>> {
         self.step(poll_fn(|cx| response.poll_informational(cx))).map(|interim| interim.expect("an interim answer"))
+    }
+
+    /// Waits until the gateway has ended the connection.
+    pub fn closed(&self) {
+        let ended = || self.step(async { self.send.clone().ready().await.is_err().then_some(()) });
+        eventually("the end of the connection", ended);
     }
 
     /// Goes away without a word.

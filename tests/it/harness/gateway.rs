@@ -268,13 +268,24 @@ impl Setup {
             ("listeners", format!("[ {} ]", joined(&[&listener, &self.listeners]))),
             ("upstreams", format!("{{ {} }}", joined(&[&format!("app: {{ {} }}", self.upstream), &self.upstreams]))),
             ("routes", format!("[ {} ]", joined(&[self.routes.as_ref().unwrap_or(&route), &self.more_routes]))),
-            ("server", format!("{{ {} }}", self.server)),
+            ("server", format!("{{ {} }}", self.server_keys())),
             ("admin", format!("{{ {} }}", joined(&["address: \"127.0.0.1:0\", hosts: [test]", &self.admin]))),
             ("observability", format!("{{ {} }}", joined(&[&log, &self.observability]))),
         ] {
             writeln!(yaml, "{key}: {value}").expect("a string grows");
         }
         yaml + &self.more
+    }
+
+    /// The keys of `server`. Where a story says nothing of it, nobody is given time to notice that a gateway stops.
+    fn server_keys(&self) -> String {
+        if self.server.contains("pause:") {
+            self.server.clone()
+        } else if self.server.contains("shutdown: {") {
+            self.server.replace("shutdown: {", "shutdown: { pause: 0s,")
+        } else {
+            joined(&[&self.server, "shutdown: { pause: 0s }"])
+        }
     }
 
     /// The builder with the filters of this setup.
@@ -495,7 +506,15 @@ pub struct StillDisk {
 
 impl Drop for StillDisk {
     fn drop(&mut self) {
-        self.threads.iter().for_each(|&thread| trace(libc::PTRACE_DETACH, thread));
+        for &thread in &self.threads {
+            let none = std::ptr::null_mut::<libc::c_void>();
+            // SAFETY: no pointer is passed; the thread is one that this thread traces.
+            if unsafe { libc::ptrace(libc::PTRACE_DETACH, thread, none, none) } != 0 {
+                // It has ended with its process, which has not ended before its tracer knows.
+                // SAFETY: as above.
+                unsafe { libc::waitpid(thread, std::ptr::null_mut(), libc::__WALL) };
+            }
+        }
     }
 }
 

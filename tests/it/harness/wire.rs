@@ -165,6 +165,21 @@ impl Wire {
         silent
     }
 
+    /// Sends this again and again, until the peer takes nothing for a while, or is gone.
+    pub fn fill_up(&mut self, piece: &[u8]) {
+        self.socket.set_write_timeout(Some(Duration::from_millis(300))).expect("a write timeout");
+        while self.socket.write(piece).is_ok() {}
+        self.socket.set_write_timeout(None).expect("no write timeout");
+    }
+
+    /// What there is to read now, once there is something; nothing if the peer has gone.
+    pub fn what_is_there(&mut self) -> Vec<u8> {
+        if self.read.is_empty() {
+            self.fill();
+        }
+        std::mem::take(&mut self.read)
+    }
+
     /// Waits until the peer has closed or reset, and says what came before that.
     pub fn rest(&mut self) -> Vec<u8> {
         while self.fill() {}
