@@ -20,6 +20,7 @@ use crate::party::{Fault, KeepsWaiting, Party, What};
 use crate::phase::Phase;
 use crate::upstream::Outcome;
 use crate::upstream::transport::dial;
+use crate::upstream::transport::http2::HUNG_UP;
 
 /// What an endpoint is accused of.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -203,6 +204,9 @@ pub fn found(exchange: &Exchange) -> Option<Fault> {
 /// What an error of Pingora says: on which side something broke, and how. It says nothing of who was slow.
 fn reported(exchange: &Exchange, error: &Error, reused: bool) -> Fault {
     let phase = exchange.clock.phase();
+    if *error.etype() == HUNG_UP {
+        return Fault::new(Party::Gateway, phase, What::Failed);
+    }
     match error.esource() {
         ErrorSource::Upstream => of_endpoint(exchange, phase, error, reused),
         ErrorSource::Downstream => of_client(phase, error.etype()),

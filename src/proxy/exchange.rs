@@ -34,7 +34,7 @@ use crate::upstream::retries::Permit;
 use crate::upstream::sticky::Stuck;
 use crate::upstream::transport::greeting::Parties;
 use crate::upstream::transport::http1::Tail;
-use crate::upstream::transport::http2::RequestTrailers;
+use crate::upstream::transport::http2::{HangUp, RequestTrailers};
 use crate::upstream::{Ended, Endpoint, Engaged, Outcome, Upstream, window};
 
 /// The state of one exchange.
@@ -65,6 +65,8 @@ pub struct Exchange {
     pub trailers_slot: Option<RequestTrailers>,
     /// What the connection of the present attempt knows of the ends of messages, over HTTP/1.
     pub tail: Option<Arc<Tail>>,
+    /// Has its endpoint waited for no longer.
+    pub hang_up: Option<HangUp>,
     /// How many interim answers have come for it.
     pub interim: u32,
     /// It is a gRPC call, and this is known of it.
@@ -377,6 +379,7 @@ impl Exchange {
             trailers: None,
             trailers_slot: None,
             tail: None,
+            hang_up: None,
             interim: 0,
             grpc: None,
             upgrade: None,

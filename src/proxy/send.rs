@@ -28,7 +28,7 @@ use crate::filter::{Stages, Verdict, View};
 use crate::framing::{self, Body};
 use crate::phase::Phase;
 use crate::spans::pass_on;
-use crate::upstream::transport::http2::RequestTrailers;
+use crate::upstream::transport::http2::{HangUp, RequestTrailers};
 
 /// What Forebay adds to every request.
 #[derive(Clone, Copy, Debug)]
@@ -144,6 +144,17 @@ pub fn prepare_trailers(
     Ok(())
 }
 
+/// Has the endpoint waited for no longer once a filter refuses the body of the request. Over HTTP/1 that ends with the
+/// connection; with the stream of HTTP/2, Pingora would wait for an early answer all the same.
+pub fn prepare_to_hang_up(exchange: &mut Exchange, request: &mut RequestHeader) {
+    let may_refuse = exchange.route.as_ref().is_some_and(|route| route.chain.wants(Stages::REQUEST_BODY));
+    if may_refuse && exchange.upstream.as_ref().is_some_and(|upstream| !upstream.is_http1()) {
+        let hang_up = HangUp::default();
+        request.extensions_mut().insert(hang_up.clone());
+        exchange.hang_up = Some(hang_up);
+    }
+}
+
 /// The request is here whole: what followed its body goes the same way.
 fn pass_trailers(exchange: &mut Exchange) {
     note_trailers(exchange);
@@ -180,7 +191,7 @@ pub async fn piece(
         filters.put(states);
         if let Verdict::Refuse(refused) = verdict {
             exchange.refuse(refused);
-            // Over HTTP/2, Pingora takes any other error for a reason to wait for an early answer.
+            exchange.hang_up.take().iter().for_each(HangUp::now);
             return Err(Error::new_down(ErrorType::InternalError));
         }
     }

@@ -17,7 +17,7 @@ use serde::Deserialize;
 
 use crate::harness::client::request;
 use crate::harness::gateway::Watched;
-use crate::harness::{Client, End, Gateway, Origin, Setup, eventually, ok};
+use crate::harness::{Client, End, Gateway, H2Origin, Origin, Setup, eventually, ok};
 
 /// An origin that says what path it was asked for, and a gateway with these filters before it.
 fn filtered(filters: &str) -> (Origin, Gateway) {
@@ -311,6 +311,21 @@ fn a_strangers_filter_may_refuse_the_request_body() {
     assert_eq!(gateway.client().ask("POST", "/", "", "body").status, 402);
     assert!(origin.requests().iter().all(|request| request.end == End::Cut), "the origin took it for whole");
     assert_eq!(gateway.log_line().reason(), "route.toll");
+}
+
+#[test]
+fn a_strangers_filter_that_refuses_the_request_body_waits_for_no_endpoint() {
+    let hung = H2Origin::start();
+    let setup = Setup::before_all(&[hung.address()]).filters("toll: { name: refuse-hung, refuse_at: request_body }");
+    let upstream = "protocol: h2c, timeouts: { connect: 10m, send: 10m, wait: 10m, receive: 10m }";
+    for mode in ["stream", "full"] {
+        let route = format!("buffering: {{ request: {{ mode: {mode} }} }}");
+        let gateway = setup.clone().upstream(upstream).route(&route).filter::<Toll>().start();
+        let answer = gateway.client().ask("POST", "/hung", "", "body");
+        assert_eq!((answer.status, answer.text().contains("Pay first.")), (402, true), "{mode}");
+        assert_eq!(gateway.log_line().reason(), "route.toll");
+        gateway.wait_at_rest();
+    }
 }
 
 #[test]

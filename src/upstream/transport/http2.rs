@@ -60,6 +60,21 @@ const OF_HTTP1: [HeaderName; 9] = [
 /// extensions.
 pub type RequestTrailers = Arc<Mutex<Option<HeaderMap>>>;
 
+/// Ends an exchange with an endpoint that is waited for, from elsewhere in its task. The request carries it among its
+/// extensions.
+#[derive(Clone, Debug, Default)]
+pub struct HangUp(Arc<Notify>);
+
+/// We hung up: that says nothing of the endpoint.
+pub const HUNG_UP: ErrorType = ErrorType::new("nobody waits for the answer");
+
+impl HangUp {
+    /// The endpoint is waited for no longer.
+    pub fn now(&self) {
+        self.0.notify_one();
+    }
+}
+
 /// Connections to endpoints that speak HTTP/2.
 pub struct Http2 {
     transport: TransportConnector,
@@ -317,6 +332,8 @@ pub struct Exchange {
     incoming: Option<RecvStream>,
     /// Told when the endpoint has taken nothing of the request for too long.
     stuck: Arc<Notify>,
+    /// Told when its answer is of no use.
+    hang_up: Option<HangUp>,
     read_timeout: Option<Duration>,
     write_timeout: Option<Duration>,
 }
@@ -339,6 +356,7 @@ impl Exchange {
             header: None,
             incoming: None,
             stuck: Arc::default(),
+            hang_up: None,
             read_timeout: None,
             write_timeout: None,
         }
@@ -360,8 +378,16 @@ impl Exchange {
                 None => reading.await,
             }
         };
+        let hung_up = async {
+            match &self.hang_up {
+                Some(hang_up) => hang_up.0.notified().await,
+                None => std::future::pending().await,
+            }
+            Error::e_explain(HUNG_UP, "the exchange is over")
+        };
         tokio::select! {
             biased;
+            hung_up = hung_up => hung_up,
             stuck = stuck => stuck,
             read = reading => read,
         }
@@ -421,6 +447,7 @@ enum Next {
 impl client::Session for Exchange {
     async fn write_request_header(&mut self, mut request: Box<RequestHeader>, end: bool) -> Result<()> {
         self.trailers = request.extensions_mut().remove::<RequestTrailers>();
+        self.hang_up = request.extensions_mut().remove::<HangUp>();
         let request = converted(*request, self.connection.tls, &self.connection.address)?;
         let (answer, body) =
             self.send.send_request(request, end).or_err(ErrorType::H2Error, "sending a header over HTTP/2")?;
