@@ -317,6 +317,25 @@ fn an_account_that_the_issuer_has_forgotten_is_made_anew() {
 }
 
 #[test]
+fn an_address_of_mail_that_has_changed_is_told_to_the_issuer() {
+    let pebble = Pebble::knowing(&["a.test"]);
+    let setup = asking(&pebble, "{ acme: ours, names: [a.test] }", "");
+    once(&pebble, &setup);
+    let files = fs::read_dir(setup.path("store/ours")).expect("files").map(|file| file.expect("a file").path());
+    let account = files.filter(|file| file.display().to_string().contains("account-")).last().expect("an account");
+    let kept = fs::read_to_string(&account).expect("an account");
+    fs::write(&account, kept.replace("mailto:ops@", "mailto:earlier@")).expect("a file");
+    for kept in ["pem", "json"] {
+        fs::remove_file(setup.path(&format!("store/ours/a.test.{kept}"))).expect("to have it ordered again");
+    }
+    let again = setup.spawn();
+    pebble.validates(again.web(), again.web());
+    again.wait_metric("forebay_acme_orders_total{issuer=\"ours\",outcome=\"issued\"}", |issued| issued == 1.0);
+    // It is written only after the issuer has taken it.
+    assert_eq!(fs::read_to_string(&account).expect("an account"), kept);
+}
+
+#[test]
 fn an_account_may_be_bound_to_one_that_the_issuer_knows() {
     // 32 bytes in base64url.
     const KEY: &str = "zWNDZM6eQGHWpSRTPal5eIUYFTu7EajVIoguysqZ9wG44nMEtx3MUAsUDkMTQ12W";
