@@ -487,7 +487,28 @@ pub(super) mod tests {
                 let at = at.index(real.len());
                 real[at] = byte;
             }
-            let _ = read(&real);
+            if let Ok(Some(Hello { name: Some(name), .. })) = read(&real) {
+                let is_letter = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit() || b"-._".contains(&byte);
+                prop_assert!(!name.is_empty() && name.bytes().all(is_letter), "{name:?}");
+            }
+        }
+
+        #[test]
+        fn one_with_a_share_of_a_post_quantum_group_comes_in_several_segments(cuts in prop::collection::vec(1usize..1800, 0..5)) {
+            // A share of X25519MLKEM768 has 1,216 bytes (group 0x11ec), so that no segment of Ethernet holds the message.
+            let share = [&numbers(&[0x11ec])[..], &vector(2, &[7; 1_216])].concat();
+            let shares = extension(51, &vector(2, &share));
+            let message = message(GCM, &[sni(b"a.test"), versions(&[0x0304]), schemes(&[0x0403]), shares]);
+            let bytes = records(&message, 1 << 14);
+            let mut reader = Reader::default();
+            let mut ends: Vec<usize> = cuts.into_iter().filter(|&cut| cut < bytes.len()).collect();
+            ends.sort_unstable();
+            for end in ends {
+                prop_assert_eq!(reader.read(&bytes[..end]), Ok(None));
+            }
+            let whole = reader.read(&bytes).expect("no fault").expect("all of it");
+            prop_assert!(whole.tls13 && whole.verifies(KeyKind::P256));
+            prop_assert_eq!(whole.name.as_deref(), Some("a.test"));
         }
     }
 }

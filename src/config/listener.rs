@@ -160,7 +160,7 @@ impl Default for Limits {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Http2 {
-    /// Requests that it gives up (RST_STREAM).
+    /// Requests that it gives up (RST_STREAM) within about a second. Later ones are bounded by `limits.streams`.
     pub resets: Rate,
     /// The share of its requests that it may give up within a second, once it has begun 200; `100%`: all of them.
     pub reset_share: Percent,

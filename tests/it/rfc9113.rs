@@ -640,6 +640,11 @@ fn messages() -> Vec<Row> {
         ),
         row("8.3.1", "a Host that is not the :authority", &[get_with(&[("host", "other")])], Status(1, 400)),
         malformed(
+            "8.5, RFC 8441",
+            "an extended CONNECT, which was not offered",
+            &[asks(&[(":method", "CONNECT"), (":protocol", "websocket"), GET[1], GET[2], GET[3]])],
+        ),
+        malformed(
             "8.5",
             "CONNECT with :path",
             &[asks(&[(":method", "CONNECT"), (":authority", "test:1"), (":path", "/")])],

@@ -23,6 +23,8 @@ const EARLY: Duration = Duration::from_secs(1);
 const STREAMS_MIN: u32 = 200;
 /// The share is that of about so many streams: beyond them, older ones count half.
 const STREAMS_MAX: u32 = 1_000;
+/// A stream is reset once. So many more may be, as it can be reset by both ends at the same time.
+const STRAY_RESETS: u64 = 100;
 /// So many bytes of bodies that the client gets pay for one WINDOW_UPDATE.
 const BYTES_OF_CREDIT: u32 = 32;
 /// So many frames of priority may come with a stream: clients say it when they begin and once more when they know
@@ -106,7 +108,7 @@ impl Allowance {
 /// What is left of an allowance.
 #[derive(Clone, Copy, Debug, Default)]
 struct Bucket {
-    /// What was taken and has not come back; below 0 where more was paid in than taken.
+    /// What was taken and has not come back.
     spent: f64,
     /// When it was last looked at; `None`: never.
     at: Option<Instant>,
@@ -130,6 +132,11 @@ impl Bucket {
 /// stream was the last.
 #[derive(Debug, Default)]
 struct Streams {
+    /// How many have been opened.
+    ever: u64,
+    /// How many resets there were, of whatever.
+    resets: u64,
+    /// How many of late were opened, and reset early.
     opened: u32,
     reset_early: u32,
     /// The highest stream that the client has opened.
@@ -149,13 +156,22 @@ impl Streams {
             self.reset_early /= 2;
         }
         self.opened += 1;
+        self.ever += 1;
     }
 
-    /// Whether more than this share was reset early, with this one.
-    fn reset(&mut self, stream: u32, share: f64, now: Instant) -> bool {
+    /// Whether the stream is young.
+    fn reset(&mut self, stream: u32, now: Instant) -> bool {
         self.tick(now);
-        self.reset_early += u32::from(self.older.is_none_or(|older| stream > older));
-        self.opened >= STREAMS_MIN && f64::from(self.reset_early) > share * f64::from(self.opened)
+        self.resets += 1;
+        let early = self.older.is_none_or(|older| stream > older);
+        self.reset_early += u32::from(early);
+        early
+    }
+
+    /// Whether there are no more resets than streams, and no more early ones than this share.
+    fn are_credible(&self, share: f64) -> bool {
+        let seldom = self.opened < STREAMS_MIN || f64::from(self.reset_early) <= share * f64::from(self.opened);
+        seldom && self.resets <= self.ever + STRAY_RESETS
     }
 
     fn tick(&mut self, now: Instant) {
@@ -219,9 +235,10 @@ impl Conduct {
                 (self.continuations <= rules.continuations, &refusal::HEADER_H2_CONTINUATION)
             }
             kind::RST_STREAM => {
-                let within = self.resets.take(rules.resets, now);
-                let early = self.streams.reset(head.stream, rules.reset_share, now);
-                (within && !early, &refusal::HEADER_H2_RESETS)
+                // What is given up late has been one of those that may be open at once, which bounds it.
+                let early = self.streams.reset(head.stream, now);
+                let within = !early || self.resets.take(rules.resets, now);
+                (within && self.streams.are_credible(rules.reset_share), &refusal::HEADER_H2_RESETS)
             }
             kind::PING if head.has(ACK) => return self.ignored(rules, now),
             kind::PING => (self.pings.take(rules.pings, now), &refusal::HEADER_H2_PINGS),
@@ -327,7 +344,14 @@ mod tests {
         let frame = |kind, flags, stream, length| {
             times(AT_ONCE, |conduct, _, now| conduct.received(head(kind, flags, stream, length), &rules(), now))
         };
-        assert_eq!(frame(kind::RST_STREAM, 0, 1, 4), (200, "header.h2_resets"));
+        let resets = |reset_share| {
+            let rules = Rules { reset_share, ..rules() };
+            times(AT_ONCE, |conduct, time, now| {
+                conduct.received(head(kind::HEADERS, END_HEADERS, 2 * time + 1, 10), &rules, now)?;
+                conduct.received(head(kind::RST_STREAM, 0, 2 * time + 1, 4), &rules, now)
+            })
+        };
+        assert_eq!([resets(0.75), resets(1.0)], [(199, "header.h2_resets"), (200, "header.h2_resets")]);
         assert_eq!(frame(kind::PING, 0, 0, 8), (100, "header.h2_pings"));
         assert_eq!(frame(kind::SETTINGS, 0, 0, 0), (49, "header.h2_settings"));
         assert_eq!(frame(kind::WINDOW_UPDATE, 0, 1, 4), (1_000, "header.h2_window_updates"));
@@ -346,8 +370,16 @@ mod tests {
             let every = Duration::from_secs(1) / a_second;
             times(every, |conduct, _, now| conduct.received(head(kind, 0, 1, length), &rules(), now)).0
         };
-        assert_eq!(paced(kind::RST_STREAM, 4, 20), 5_000);
-        assert!(paced(kind::RST_STREAM, 4, 30) < 1_000);
+        let resets = |a_second| {
+            let rules = Rules { reset_share: 1.0, ..rules() };
+            times(Duration::from_secs(1) / a_second, |conduct, time, now| {
+                conduct.received(head(kind::HEADERS, END_HEADERS, 2 * time + 1, 10), &rules, now)?;
+                conduct.received(head(kind::RST_STREAM, 0, 2 * time + 1, 4), &rules, now)
+            })
+            .0
+        };
+        assert_eq!(resets(20), 5_000);
+        assert!(resets(30) < 1_000);
         assert_eq!(paced(kind::PING, 8, 10), 5_000);
         assert!(paced(kind::PING, 8, 15) < 500);
     }
@@ -371,15 +403,25 @@ mod tests {
 
     #[test]
     fn streams_that_are_reset_late_are_not_held_against_a_client() {
-        // Each stream is given up when the 60 that follow it have come, three seconds later.
-        let late = times(Duration::from_millis(50), |conduct, time, now| {
+        // Each stream is given up when the 300 that follow it have come, three seconds later.
+        let late = times(Duration::from_millis(10), |conduct, time, now| {
             conduct.received(head(kind::HEADERS, END_HEADERS, 2 * time + 1, 10), &rules(), now)?;
-            match time.checked_sub(60) {
+            match time.checked_sub(300) {
                 Some(earlier) => conduct.received(head(kind::RST_STREAM, 0, 2 * earlier + 1, 4), &rules(), now),
                 None => Ok(()),
             }
         });
         assert_eq!(late.0, 5_000);
+    }
+
+    #[test]
+    fn a_stream_is_reset_once() {
+        let begin = Instant::now();
+        let mut conduct = introduced(begin);
+        conduct.received(head(kind::HEADERS, END_HEADERS, 1, 10), &rules(), begin).expect("a stream");
+        let later = begin + Duration::from_secs(60);
+        let mut reset = || conduct.received(head(kind::RST_STREAM, 0, 1, 4), &rules(), later);
+        assert_eq!((0..200).take_while(|_| reset().is_ok()).count(), 101);
     }
 
     #[test]
