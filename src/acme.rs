@@ -3,7 +3,7 @@
 //! [`plan`] says what is asked of whom. One loop for each issuer orders what is due ([`schedule`]), one order at a time
 //! ([`order`]), and puts what is issued into the [`store`]; the listeners that serve it read it from there. An order that fails
 //! is tried again later, and what was issued before is served meanwhile. Workers only answer challenges
-//! (`client/challenges.rs`). Of several processes with one store, one orders and all answer ([`answers`]).
+//! (`client/challenges.rs`). Of several processes with one store, one orders and all answer (`answers`).
 
 mod answers;
 mod http;

@@ -1,7 +1,7 @@
 //! Expressions in CEL: conditions (`when:`) and values (`{ cel: "…" }`), checked when the file is loaded.
 //!
 //! The `cel` crate parses and keeps the place of every node (`expression/parse.rs`). A planner of our own gives
-//! each node a type (`expression/planner.rs`) and makes a [`plan`] of it, which is what runs. So an unknown name,
+//! each node a type (`expression/planner.rs`) and makes a `plan` of it, which is what runs. So an unknown name,
 //! an unknown function, a wrong type and a bad pattern are errors of the file, with their place inside the
 //! expression; patterns and header names are made ready once; and the request is read where it lies.
 //!

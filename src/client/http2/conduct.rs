@@ -2,7 +2,7 @@
 //! not do.
 //!
 //! [`Conduct`] counts frames by their kind and says when the connection is to end. It knows no socket and keeps no
-//! payload. A [`Bucket`] bounds each kind: a rate in the long run, and ten seconds' worth of it at once. Where honest
+//! payload. A `Bucket` bounds each kind: a rate in the long run, and ten seconds' worth of it at once. Where honest
 //! clients send a kind of frame because of what they are sent, as credit and pings are, what was sent fills the bucket,
 //! too.
 
