@@ -240,7 +240,7 @@ pub struct Wire {
     blocked: Option<Waiting>,
     who: Who,
     slow: Option<Entry>,
-    /// Since when the disk is waited for.
+    /// Since when the disk is waited for, to give back what it has or to take more of an answer that is held.
     fetching: Option<Instant>,
     blocked_before: Duration,
     timer: Timer,
@@ -947,11 +947,13 @@ impl Wire {
             if self.leave == Leave::Stream || interim {
                 return Poll::Pending;
             }
-            ready!(self.poll_room(cx));
-            // For one that is held until it is whole, its client waits.
-            let class = if self.held { Class::Pass } else { Class::Spool };
-            let disk = self.spool.as_ref().is_some_and(Spool::needs_disk);
-            ready!(self.poll_turn(cx, class, disk));
+            let admitted = self.poll_admitted(cx);
+            if admitted.is_pending() && self.held {
+                ready!(self.poll_held(cx));
+                return Poll::Ready(());
+            }
+            ready!(admitted);
+            self.fetching = None;
         }
         if self.came > 0 {
             self.window.iter_mut().for_each(Window::open);
@@ -999,6 +1001,30 @@ impl Wire {
             cx.waker().wake_by_ref();
         }
         Poll::Pending
+    }
+
+    /// Ready when there is room for more that does not leave now, and it is this exchange's turn.
+    fn poll_admitted(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        ready!(self.poll_room(cx));
+        // For one that is held until it is whole, its client waits.
+        let class = if self.held { Class::Pass } else { Class::Spool };
+        let disk = self.spool.as_ref().is_some_and(Spool::needs_disk);
+        self.poll_turn(cx, class, disk)
+    }
+
+    /// An answer that is held until it is whole waits for the disk, or for its turn, and for nothing else: no longer than
+    /// that may take, and only while its client is there. Ready when the answer has failed.
+    fn poll_held(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        let since = *self.fetching.get_or_insert_with(Instant::now);
+        let fault = if self.poll_gone(cx).is_ready() {
+            Fault::new(Party::Client, Phase::Receive, What::Left)
+        } else {
+            ready!(self.timer.poll(cx, since + self.manner.disk_max));
+            tracing::error!("the disk does not take an answer that is held");
+            Fault::new(Party::Disk, Phase::Receive, What::Silent)
+        };
+        self.fail(fault);
+        Poll::Ready(())
     }
 
     fn poll_turn(&mut self, cx: &mut Context<'_>, class: Class, disk: bool) -> Poll<()> {

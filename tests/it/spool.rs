@@ -11,7 +11,7 @@ use crate::harness::client::request;
 use crate::harness::exchange::{Answer, Exchange};
 use crate::harness::gateway::Watched;
 use crate::harness::origin::built_in;
-use crate::harness::{Ask, Client, End, Gateway, Protocol, Setup, eventually, may_open_files, ms};
+use crate::harness::{Ask, Client, End, Gateway, Leave, Protocol, Setup, eventually, may_open_files, ms};
 
 const MIB: u64 = 1 << 20;
 
@@ -333,6 +333,46 @@ fn an_answer_that_the_disk_does_not_give_back_is_cut() {
         assert_eq!(process.log_lines(count)[count - 1].reason(), "write.disk_failed");
         drop(still);
         process.wait_at_rest();
+    }
+}
+
+/// A program that holds answers until they are whole, and gives the disk so long to take them.
+fn that_holds_answers(origin: &Running, patience: &str) -> Setup {
+    let setup = Setup::before_all(&[origin.address()]).listener("protocols: [http1, h2c]").spooling("");
+    let setup = setup.route("buffering: { response: { mode: full, memory: 64KiB, disk: 64MiB } }");
+    setup.more(&format!("resources: {{ pause: {patience} }}"))
+}
+
+#[test]
+fn a_full_answer_that_the_disk_does_not_take_is_given_up_in_time() {
+    let origin = built_in();
+    let process = that_holds_answers(&origin, "3s").spawn();
+    for protocol in Protocol::BOTH {
+        let still = process.still_disk();
+        Ask::get("/bytes/32MiB").over(protocol, process.web()).refused(500, "write.disk_failed");
+        drop(still);
+        process.wait_at_rest();
+    }
+    Ask::get("/bytes/4MiB").over(Protocol::Http1, process.web()).is_content(4 * MIB);
+}
+
+#[test]
+fn a_full_answer_that_waits_for_the_disk_ends_with_its_client() {
+    let origin = built_in();
+    let process = that_holds_answers(&origin, "10m").spawn();
+    for (protocol, how) in
+        [(Protocol::Http1, Leave::Reset), (Protocol::Http2, Leave::Reset), (Protocol::Http2, Leave::Stream)]
+    {
+        let still = process.still_disk();
+        let asked = Ask::get("/bytes/32MiB").begin(protocol, process.web());
+        process.wait_metric("forebay_disk_queue", |queued| queued >= 1.0);
+        let _connection = asked.leave(how);
+        process.wait_metric("forebay_endpoint_inflight", |inflight| inflight == 0.0);
+        process.wait_metric("forebay_phase_active", |active| active == 0.0);
+        drop(still);
+    }
+    for line in process.log_lines(3) {
+        assert_eq!(line.reason(), "receive.aborted");
     }
 }
 
