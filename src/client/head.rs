@@ -231,7 +231,8 @@ fn check_host(hosts: &Values<'_>, target: &str, minor: u8) -> Result<(), &'stati
     if is_one { Ok(()) } else { Err(&refusal::HEADER_HOST) }
 }
 
-/// Whether this is `host` or `host:port` (RFC 3986 §3.2.2), not empty.
+/// Whether this is `host` or `host:port` (RFC 3986 §3.2.2), not empty. A name has no codes: `a%2eb` would be another host to
+/// routes than to an endpoint that decodes it, and HTTP/2 cannot carry it.
 pub fn is_host(bytes: &[u8]) -> bool {
     let (name, port) = match bytes.iter().rposition(|&byte| byte == b':') {
         Some(colon) if !bytes.ends_with(b"]") => (&bytes[..colon], Some(&bytes[colon + 1..])),
@@ -243,7 +244,7 @@ pub fn is_host(bytes: &[u8]) -> bool {
         }
         None => {
             !name.is_empty()
-                && name.iter().all(|byte| byte.is_ascii_alphanumeric() || b"-._~%!$&'()*+,;=".contains(byte))
+                && name.iter().all(|byte| byte.is_ascii_alphanumeric() || b"-._~!$&'()*+,;=".contains(byte))
         }
     };
     name_is_valid && port.is_none_or(|port| decimal(port).is_some_and(|port| port <= 65_535))
