@@ -157,6 +157,11 @@ impl Config {
         &self.warnings
     }
 
+    /// The directory that its file is in.
+    pub fn directory(&self) -> &Path {
+        Path::new(&self.source.file).parent().unwrap_or(Path::new(""))
+    }
+
     /// Shows errors that were found when the configuration was built, at their places in its file.
     pub fn report(&self, errors: &[BuildError]) -> Report {
         let findings = errors.iter().map(|error| {

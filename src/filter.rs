@@ -11,7 +11,7 @@
 //! use forebay::config::filter::FilterEntry;
 //! use forebay::error::{BuildError, Refusal};
 //! use forebay::expression::Facts;
-//! use forebay::filter::{Catalog, Filter, FilterType, Scope, Stages, Verdict, View};
+//! use forebay::filter::{Catalog, Filter, FilterType, Scope, Stages, Surroundings, Verdict, View};
 //! use pingora::http::RequestHeader;
 //!
 //! /// `badge: { header: X-Badge }`: refuses who shows none.
@@ -42,7 +42,7 @@
 //!     const REFUSALS: &'static [&'static Refusal] = &[&NO_BADGE];
 //!     type Settings = Settings;
 //!
-//!     fn build(settings: &Settings) -> Result<Self, BuildError> {
+//!     fn build(settings: &Settings, _: &Surroundings<'_>) -> Result<Self, BuildError> {
 //!         let name = settings.header.parse();
 //!         name.map(Badge).map_err(|_| BuildError::new("header", format!("`{}` is no header name", settings.header)))
 //!     }
@@ -62,6 +62,7 @@
 //! ```
 
 pub mod access;
+pub mod call;
 mod catalog;
 mod chain;
 mod field;
@@ -89,6 +90,7 @@ use serde::de::DeserializeOwned;
 use crate::error::{BuildError, Refusal};
 use crate::expression::{Asked, Facts};
 
+pub use call::Surroundings;
 pub use catalog::Catalog;
 pub use chain::{Chain, States, View};
 pub use key::Key;
@@ -262,6 +264,7 @@ pub trait FilterType: Filter + Sized {
     /// What is written below its key. Use `deny_unknown_fields`, so that a typing error is found.
     type Settings: DeserializeOwned + JsonSchema + Send + Sync + 'static;
 
-    /// Builds the filter of one route; errors carry the path inside the settings.
-    fn build(settings: &Self::Settings) -> Result<Self, BuildError>;
+    /// Builds the filter of one route; errors carry the path inside the settings. `around` has what it may need besides: the
+    /// upstreams that it calls, the directory of the configuration, and a place for metrics of its own.
+    fn build(settings: &Self::Settings, around: &Surroundings<'_>) -> Result<Self, BuildError>;
 }

@@ -59,9 +59,10 @@ use crate::eventloop::runtime::{POLL_TIME_BUCKETS, POLL_TIME_FIRST_MICROS};
 use crate::eventloop::worker::RouteTag;
 use crate::eventloop::{self, Loops};
 use crate::expression::named::Named;
-use crate::filter::{Catalog, FilterType};
+use crate::filter::{Catalog, FilterType, Surroundings};
 use crate::metrics::{Metrics, RouteMetrics, UNROUTED};
 use crate::proxy::Proxy;
+use crate::proxy::call::Directory;
 use crate::proxy::finish::Settler;
 use crate::proxy::header::upgrade::Upgrades;
 use crate::proxy::header::{Rules, TrustedProxies};
@@ -451,8 +452,10 @@ impl Parts {
             None
         });
         let (mut rules, mut listed, paths) = (Vec::new(), Vec::new(), Paths::new(&config.paths));
+        let callees = Directory::new(&upstreams, metrics);
         for (index, written) in config.routes.iter().enumerate() {
-            match catalog.chain(&written.filters) {
+            let around = Surroundings::new(config.directory(), &written.name, metrics, &callees);
+            match catalog.chain_in(&written.filters, &around) {
                 Ok(chain) => {
                     let mut route =
                         route(written, chain.timed(&written.name, metrics), &upstreams, &config.resources, metrics);

@@ -5,6 +5,7 @@
 //! own and not the crate's global one, so that two gateways in one process do not count each other's exchanges.
 
 mod acme;
+pub mod call;
 pub mod endpoints;
 pub mod family;
 mod limits;
@@ -30,6 +31,7 @@ use prometheus::{
 
 use crate::error::{Refusal, refusal};
 use crate::phase::Phase;
+use call::CallMetrics;
 use endpoints::{EndpointCollector, EndpointMetrics, Group, Groups};
 use mirror::MirrorMetrics;
 use phases::{PhaseCollector, Roll};
@@ -105,6 +107,8 @@ struct Families {
     retries_refused: IntCounterVec,
     limits: limits::Families,
     mirrored: IntCounterVec,
+    calls: IntCounterVec,
+    call_seconds: HistogramVec,
     spool_bytes: IntGaugeVec,
     spool_limit: IntGaugeVec,
     spool_denials: IntCounterVec,
@@ -287,6 +291,11 @@ impl Metrics {
     /// Held for a look-up, when an endpoint comes or goes.
     fn endpoints(&self) -> MutexGuard<'_, endpoints::Known> {
         self.0.endpoints.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Those of the calls of this filter to the upstream of this name.
+    pub fn calls(&self, filter: &str, upstream: &str) -> CallMetrics {
+        CallMetrics::of(filter, upstream, &self.families().calls, &self.families().call_seconds)
     }
 
     /// Those of the copies that the upstream of this name gets.
@@ -499,6 +508,8 @@ impl Families {
             retries_refused: family::RETRIES_REFUSED.counter(registry),
             limits: limits::Families::register(registry),
             mirrored: family::MIRROR.counter(registry),
+            calls: family::FILTER_CALLS.counter(registry),
+            call_seconds: family::FILTER_CALL_SECONDS.histogram(registry),
             spool_bytes: family::SPOOL_BYTES.gauge(registry),
             spool_limit: family::SPOOL_LIMIT_BYTES.gauge(registry),
             spool_denials: family::SPOOL_DENIALS.counter(registry),
@@ -864,6 +875,7 @@ mod tests {
         upstream.health_checks();
         upstream.ejections(["latency"]);
         metrics.mirror("copy");
+        metrics.calls("ask", "auth");
         let group: Arc<dyn Group> = Arc::new(endpoints::tests::Two);
         metrics.count_endpoints(Arc::downgrade(&group));
         metrics.spools();

@@ -5,6 +5,7 @@
 
 pub mod blame;
 pub mod buffer;
+pub mod call;
 pub mod connect;
 pub mod deadline;
 pub mod exchange;

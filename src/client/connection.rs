@@ -3,6 +3,7 @@
 use std::cell::RefCell;
 use std::future::Future;
 use std::net::{IpAddr, SocketAddr};
+use std::os::fd::RawFd;
 use std::pin::Pin;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
@@ -382,6 +383,7 @@ pub struct Connection {
     settled: AtomicBool,
     raw: AtomicBool,
     reset: AtomicBool,
+    socket: OnceLock<RawFd>,
     fault: OnceLock<Fault>,
     secured: OnceLock<Box<Secured>>,
     /// Given back with the connection.
@@ -410,11 +412,23 @@ impl Connection {
             settled: AtomicBool::new(false),
             raw: AtomicBool::new(false),
             reset: AtomicBool::new(false),
+            socket: OnceLock::new(),
             fault: OnceLock::new(),
             secured: OnceLock::new(),
             listener,
             counted,
         })
+    }
+
+    /// It goes over this socket, which stays open while an exchange is under way.
+    pub(super) fn goes_over(&self, socket: RawFd) {
+        // It is the same for all of its life.
+        let _ = self.socket.set(socket);
+    }
+
+    /// The number of its socket.
+    pub fn socket(&self) -> Option<RawFd> {
+        self.socket.get().copied()
     }
 
     /// The account of its client; `None` if its peer speaks for many clients.

@@ -154,6 +154,7 @@ impl ClientStream {
 
     /// Takes over a socket of which these bytes were read already.
     pub fn begun(io: Stream, inbox: BytesMut, connection: Arc<Connection>) -> Self {
+        connection.goes_over(io.id());
         let outbox = BytesMut::new();
         let core = Core {
             io,

@@ -16,7 +16,7 @@ use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::{Filter, FilterType, Scope, Stages, Verdict};
+use super::{Filter, FilterType, Scope, Stages, Surroundings, Verdict};
 use crate::error::{BuildError, Refusal};
 
 /// Lets clients in or keeps them out by their address: `deny` goes before `allow`, and if `allow` names anyone, everyone
@@ -71,7 +71,7 @@ impl FilterType for Access {
     const REFUSALS: &'static [&'static Refusal] = &[&DENIED];
     type Settings = Settings;
 
-    fn build(settings: &Settings) -> Result<Self, BuildError> {
+    fn build(settings: &Settings, _: &Surroundings<'_>) -> Result<Self, BuildError> {
         if settings.allow.is_empty() && settings.deny.is_empty() {
             return Err(BuildError::new("", "neither `allow` nor `deny` names anyone, so this would let everyone in"));
         }

@@ -15,7 +15,7 @@ use super::redirect::Redirect;
 use super::request_id::RequestId;
 use super::respond::Respond;
 use super::rewrite::Rewrite;
-use super::{Filter, FilterType, Stages};
+use super::{Filter, FilterType, Stages, Surroundings};
 use crate::config::filter::{self, DecodeError, Decoded, FilterEntry, FilterKind, Settings};
 use crate::error::{BuildError, Refusal, path, refusal};
 use crate::expression::{Condition, Moment};
@@ -30,7 +30,7 @@ pub struct Catalog {
     conflicts: Vec<BuildError>,
 }
 
-type Build = fn(&Settings) -> Result<Box<dyn Filter>, BuildError>;
+type Build = fn(&Settings, &Surroundings<'_>) -> Result<Box<dyn Filter>, BuildError>;
 
 impl Catalog {
     /// The filters of Forebay.
@@ -82,21 +82,29 @@ impl Catalog {
     ///
     /// # Errors
     /// What the filter says of its settings, with the path inside them.
-    pub fn build(&self, decoded: &Decoded) -> Result<Box<dyn Filter>, BuildError> {
+    pub fn build(&self, decoded: &Decoded, around: &Surroundings<'_>) -> Result<Box<dyn Filter>, BuildError> {
         match self.kinds.iter().position(|kind| kind.key == decoded.key) {
-            Some(index) => self.builders[index](&decoded.settings),
+            Some(index) => self.builders[index](&decoded.settings, &around.of(self.kinds[index].key)),
             None => Err(unknown(decoded.key)),
         }
+    }
+
+    /// Builds a chain with nothing around it, as for a test of a filter.
+    ///
+    /// # Errors
+    /// As [`Catalog::chain_in`].
+    pub fn chain(&self, entries: &[FilterEntry]) -> Result<Chain, Vec<BuildError>> {
+        self.chain_in(entries, &Surroundings::rehearsal(&()))
     }
 
     /// Builds the chain of one route. Entries that no configuration has decoded yet are decoded here.
     ///
     /// # Errors
     /// All of them, with paths such as `[1].rate_limit.rate`.
-    pub fn chain(&self, entries: &[FilterEntry]) -> Result<Chain, Vec<BuildError>> {
+    pub fn chain_in(&self, entries: &[FilterEntry], around: &Surroundings<'_>) -> Result<Chain, Vec<BuildError>> {
         let (mut filters, mut errors) = (Vec::with_capacity(entries.len()), Vec::new());
         for (index, entry) in entries.iter().enumerate() {
-            match self.link(entry) {
+            match self.link(entry, around) {
                 Ok(link) => filters.push(link),
                 Err(error) => errors.push(error.under(&format!("[{index}]"))),
             }
@@ -104,12 +112,12 @@ impl Catalog {
         if errors.is_empty() { Ok(Chain::new(filters)) } else { Err(errors) }
     }
 
-    fn link(&self, entry: &FilterEntry) -> Result<Link, BuildError> {
+    fn link(&self, entry: &FilterEntry, around: &Surroundings<'_>) -> Result<Link, BuildError> {
         let decoded = match &entry.decoded {
             Some(decoded) => decoded.clone(),
             None => self.decode(&entry.written)?,
         };
-        let filter = self.build(&decoded).map_err(|error| error.under(&path::key(decoded.key)))?;
+        let filter = self.build(&decoded, around).map_err(|error| error.under(&path::key(decoded.key)))?;
         let when = match &decoded.when {
             Some(when) => Some(condition(when, &*filter).map_err(|error| error.under(FilterEntry::WHEN))?),
             None => None,
@@ -163,9 +171,9 @@ fn decode<T: FilterType>(written: Value) -> Result<Settings, DecodeError> {
     Ok(Arc::new(filter::decode::<T::Settings>(&written)?))
 }
 
-fn build<T: FilterType>(settings: &Settings) -> Result<Box<dyn Filter>, BuildError> {
+fn build<T: FilterType>(settings: &Settings, around: &Surroundings<'_>) -> Result<Box<dyn Filter>, BuildError> {
     match settings.downcast_ref() {
-        Some(settings) => Ok(Box::new(T::build(settings)?)),
+        Some(settings) => Ok(Box::new(T::build(settings, around)?)),
         None => Err(BuildError::new("", "these settings were decoded for another filter")),
     }
 }
@@ -176,7 +184,9 @@ mod tests {
     use serde_json::Value;
 
     use super::super::rehearsal::{chain, error};
-    use super::{Arc, BuildError, Catalog, Decoded, Filter, FilterEntry, FilterType, Refusal, Stages, refusal};
+    use super::{
+        Arc, BuildError, Catalog, Decoded, Filter, FilterEntry, FilterType, Refusal, Stages, Surroundings, refusal,
+    };
 
     struct Stranger<const TWIN: bool>;
 
@@ -195,7 +205,7 @@ mod tests {
         const REFUSALS: &'static [&'static Refusal] = if TWIN { &[] } else { &[&MINE, &TAKEN, &refusal::INTERNAL] };
         type Settings = ();
 
-        fn build((): &()) -> Result<Self, BuildError> {
+        fn build((): &(), _: &Surroundings<'_>) -> Result<Self, BuildError> {
             Ok(Stranger)
         }
     }
@@ -304,7 +314,7 @@ mod tests {
     fn settings_of_one_filter_do_not_build_another() {
         let catalog = Catalog::builtin();
         let mixed = Decoded { key: "access", settings: Arc::new(()), when: None };
-        let error = catalog.build(&mixed).err().map(|error| error.to_string());
+        let error = catalog.build(&mixed, &Surroundings::rehearsal(&())).err().map(|error| error.to_string());
         assert_eq!(error.as_deref(), Some(": these settings were decoded for another filter"));
     }
 }

@@ -27,7 +27,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::field::{self, Field, Fields, Words};
-use super::{Filter, FilterType, Scope, Stages, Verdict};
+use super::{Filter, FilterType, Scope, Stages, Surroundings, Verdict};
 use crate::config::Text;
 use crate::error::path::{self, join};
 use crate::error::{BuildError, Refusal};
@@ -124,7 +124,7 @@ impl FilterType for Headers {
     const REFUSALS: &'static [&'static Refusal] = &[&UNFIT];
     type Settings = Settings;
 
-    fn build(settings: &Settings) -> Result<Self, BuildError> {
+    fn build(settings: &Settings, _: &Surroundings<'_>) -> Result<Self, BuildError> {
         for (side, changes) in [("request", &settings.request), ("response", &settings.response)] {
             check_once(&changes.set).map_err(|error| error.under("set").under(side))?;
         }

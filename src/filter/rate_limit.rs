@@ -26,7 +26,7 @@ use schemars::JsonSchema;
 use serde::Deserialize;
 
 use super::gcra::{Gcra, Keys, nanoseconds};
-use super::{Filter, FilterType, Key, Refused, Scope, Stages, Verdict};
+use super::{Filter, FilterType, Key, Refused, Scope, Stages, Surroundings, Verdict};
 use crate::config;
 use crate::config::address::Ipv6Prefix;
 use crate::config::units::{Count, Rate};
@@ -101,7 +101,7 @@ impl FilterType for RateLimit {
     const REFUSALS: &'static [&'static Refusal] = &[&LIMITED];
     type Settings = Settings;
 
-    fn build(settings: &Settings) -> Result<Self, BuildError> {
+    fn build(settings: &Settings, _: &Surroundings<'_>) -> Result<Self, BuildError> {
         let key = Key::build(&settings.key).map_err(|error| error.under("key"))?.for_limits(settings.ipv6_prefix);
         let Count(burst) = settings.burst.unwrap_or(Count(settings.rate.events));
         if burst == 0 || burst == Count::UNLIMITED.0 {
@@ -157,7 +157,7 @@ mod tests {
 
     fn filter(yaml: &str) -> RateLimit {
         let settings = serde_yaml::from_str(yaml).unwrap();
-        RateLimit::build(&settings).unwrap()
+        RateLimit::build(&settings, &Surroundings::rehearsal(&())).unwrap()
     }
 
     #[test]

@@ -19,7 +19,7 @@ use pingora::http::RequestHeader;
 use schemars::JsonSchema;
 use serde::Deserialize;
 
-use super::{Answer, Filter, FilterType, Scope, Stages, Verdict, field};
+use super::{Answer, Filter, FilterType, Scope, Stages, Surroundings, Verdict, field};
 use crate::config::Text;
 use crate::error::{BuildError, Refusal};
 use crate::expression::{self, Moment};
@@ -117,7 +117,7 @@ impl FilterType for Redirect {
     const REFUSALS: &'static [&'static Refusal] = &[&UNFIT];
     type Settings = Settings;
 
-    fn build(settings: &Settings) -> Result<Self, BuildError> {
+    fn build(settings: &Settings, _: &Surroundings<'_>) -> Result<Self, BuildError> {
         let status = match settings.status {
             code @ (301 | 302 | 303 | 307 | 308) => StatusCode::from_u16(code).ok(),
             _ => None,

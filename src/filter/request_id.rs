@@ -19,7 +19,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::field::{self, Field, Fields};
-use super::{Filter, FilterType, Scope, Stages, Verdict};
+use super::{Filter, FilterType, Scope, Stages, Surroundings, Verdict};
 use crate::error::BuildError;
 
 /// Gives every request an id of 32 hex digits (128 random bits), in a header that the upstream sees.
@@ -88,7 +88,7 @@ impl FilterType for RequestId {
     const KEY: &'static str = "request_id";
     type Settings = Settings;
 
-    fn build(settings: &Settings) -> Result<Self, BuildError> {
+    fn build(settings: &Settings, _: &Surroundings<'_>) -> Result<Self, BuildError> {
         let name = field::free_name(&settings.header).map_err(|message| BuildError::new("header", message))?;
         let written = Bytes::copy_from_slice(settings.header.as_bytes());
         Ok(RequestId { name, written, trust: settings.trust, response: settings.response })

@@ -19,7 +19,7 @@ use schemars::JsonSchema;
 use serde::Deserialize;
 
 use super::field::Words;
-use super::{Answer, Filter, FilterType, Scope, Stages, Verdict, field};
+use super::{Answer, Filter, FilterType, Scope, Stages, Surroundings, Verdict, field};
 use crate::config::Text;
 use crate::error::{BuildError, path};
 use crate::expression::{self, Moment};
@@ -78,7 +78,7 @@ impl FilterType for Respond {
     const ANSWERS: bool = true;
     type Settings = Settings;
 
-    fn build(settings: &Settings) -> Result<Self, BuildError> {
+    fn build(settings: &Settings, _: &Surroundings<'_>) -> Result<Self, BuildError> {
         let status = StatusCode::from_u16(settings.status).ok().filter(|_| (200..=599).contains(&settings.status));
         let status = status.ok_or_else(|| {
             BuildError::new("status", format!("`{}` is no status of an answer: write 200 to 599", settings.status))

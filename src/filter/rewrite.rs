@@ -15,7 +15,7 @@ use regex::Regex;
 use schemars::JsonSchema;
 use serde::Deserialize;
 
-use super::{Filter, FilterType, Scope, Stages, Verdict};
+use super::{Filter, FilterType, Scope, Stages, Surroundings, Verdict};
 use crate::error::{BuildError, Refusal};
 
 /// Changes the path that the upstream sees; the query stays. Paths that do not match go on as they are.
@@ -94,7 +94,7 @@ impl FilterType for Rewrite {
     const REFUSALS: &'static [&'static Refusal] = &[&UNFIT];
     type Settings = Settings;
 
-    fn build(settings: &Settings) -> Result<Self, BuildError> {
+    fn build(settings: &Settings, _: &Surroundings<'_>) -> Result<Self, BuildError> {
         let rule = match &settings.path {
             PathRewrite::Prefix { from, to } => Rule::prefix(from, to).map_err(|error| error.under("path.prefix")),
             PathRewrite::Regex { pattern, to } => Rule::regex(pattern, to).map_err(|error| error.under("path.regex")),

@@ -86,6 +86,7 @@ const FILTER_POLL: &[f64] = &[0.000001, 0.000005, 0.000025, 0.0001, 0.0005, 0.00
 const DISK: &[f64] = &[0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.1, 0.5, 1.0, 5.0];
 
 /// Seconds in the queue of an upstream: from a place that is free in a moment to the end of all patience.
+const CALL: &[f64] = &[0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0];
 const QUEUE: &[f64] = &[0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0];
 
 macro_rules! families {
@@ -270,6 +271,10 @@ families! {
         "Time of one poll of a filter, in which nobody else on its worker gets anything done.";
     FILTER_SKIPPED: "forebay_filter_skipped_total", Counter, ["route", "filter"],
         "Exchanges in which a filter did nothing, since its `when:` did not hold.";
+    FILTER_CALLS: "forebay_filter_calls_total", Counter, ["filter", "upstream", "outcome"],
+        "Requests that filters sent to an upstream, by what became of them.";
+    FILTER_CALL_SECONDS: "forebay_filter_call_seconds", Histogram(CALL), ["filter", "upstream"],
+        "Time of a request that a filter sent to an upstream, from when it was to be sent until its answer was here whole.";
     WORKERS: "forebay_workers", Gauge, [],
         "Worker threads that serve clients.";
     BUILD_INFO: "forebay_build_info", Gauge, ["version", "pingora"],

@@ -324,6 +324,11 @@ impl Attempt {
         self.given.or(self.connected).unwrap_or(self.chosen)
     }
 
+    /// Whether its connection was kept from an earlier exchange.
+    pub fn is_reused(&self) -> bool {
+        self.reused
+    }
+
     /// Whether its connection stands.
     pub fn is_connected(&self) -> bool {
         self.connected.is_some()

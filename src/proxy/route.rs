@@ -5,7 +5,11 @@
 pub mod path;
 pub mod table;
 
+use std::future::{Future, poll_fn};
+use std::os::fd::RawFd;
+use std::pin::pin;
 use std::sync::Arc;
+use std::task::{Context, Poll};
 use std::time::Instant;
 
 use http::header;
@@ -15,6 +19,8 @@ use super::exchange::{Exchange, FilterStates};
 use super::header::upgrade::Upgrades;
 use super::mirror::Mirror;
 use super::retry::Rules;
+use crate::client::broken::Look;
+use crate::client::http2::Control;
 use crate::client::intake::IntakeTerms;
 use crate::client::wire::Manner;
 use crate::error::{Refusal, refusal};
@@ -121,8 +127,16 @@ pub async fn take(exchange: &mut Exchange, route: Arc<Route>, request: &mut Requ
     }
     exchange.target = Some(request.uri.clone());
     let mut states = route.chain.states();
+    let mut client = Watch::of(exchange);
     let view = View { facts: exchange.facts(&route.name), request };
-    let verdict = route.chain.request(&mut states, view).await;
+    let verdict = {
+        let mut filters = pin!(route.chain.request(&mut states, view));
+        poll_fn(|cx| match filters.as_mut().poll(cx) {
+            Poll::Ready(verdict) => Poll::Ready(verdict),
+            Poll::Pending => client.poll_gone(cx).map(|()| Verdict::from(&refusal::ROUTE_ABORTED)),
+        })
+        .await
+    };
     exchange.filters = Some(FilterStates::new(states));
     exchange.route = Some(route);
     verdict
@@ -138,6 +152,29 @@ pub fn settle_upgrade(route: &Route, request: &mut RequestHeader) {
         tracing::warn!(route = %route.name, ?protocol, "a client asks for a protocol that its route does not allow; see `upgrades`");
     }
     request.remove_header(&header::UPGRADE);
+}
+
+/// Sees the client go away while filters wait. Its session, which they change the header of, is out of reach meanwhile.
+struct Watch {
+    control: Option<Control>,
+    socket: Option<RawFd>,
+    look: Look,
+}
+
+impl Watch {
+    fn of(exchange: &Exchange) -> Watch {
+        let socket = exchange.connection.as_ref().and_then(|connection| connection.socket());
+        Watch { control: exchange.control.clone(), socket, look: Look::default() }
+    }
+
+    /// Ready once the client has given its stream up, or its connection is broken. Costs nothing before it is asked.
+    fn poll_gone(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        match (&self.control, self.socket) {
+            (Some(control), _) => control.poll_closed(cx).map(drop),
+            (None, Some(socket)) => self.look.poll(cx, socket).map(drop),
+            (None, None) => Poll::Pending,
+        }
+    }
 }
 
 pub(super) fn without_port(host: &str) -> &str {

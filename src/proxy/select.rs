@@ -72,7 +72,7 @@ async fn choose(exchange: &mut Exchange, client: &mut ServerSession) -> Result<B
 
 /// Has a connection made, and not kept: connections to one endpoint that are kept tend to die together, and the next one
 /// would be of no more use than the last.
-fn separate(peer: &mut HttpPeer) {
+pub(super) fn separate(peer: &mut HttpPeer) {
     // Pingora knows kept connections by this among others.
     peer.group_key = rand::random();
     peer.options.idle_timeout = Some(Duration::from_millis(1));

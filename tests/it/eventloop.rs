@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
 use forebay::error::BuildError;
-use forebay::filter::{Filter, FilterType, Scope, Stages, Verdict};
+use forebay::filter::{Filter, FilterType, Scope, Stages, Surroundings, Verdict};
 
 use crate::harness::gateway::Watched;
 use crate::harness::metrics::Scrape;
@@ -50,7 +50,7 @@ impl FilterType for Sleepy {
     const KEY: &'static str = "sleepy";
     type Settings = Nothing;
 
-    fn build(_: &Nothing) -> Result<Self, BuildError> {
+    fn build(_: &Nothing, _: &Surroundings<'_>) -> Result<Self, BuildError> {
         Ok(Sleepy)
     }
 }

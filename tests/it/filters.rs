@@ -10,7 +10,7 @@ use std::time::Duration;
 use async_trait::async_trait;
 use bytes::Bytes;
 use forebay::error::{BuildError, Refusal};
-use forebay::filter::{Filter, FilterType, Outcome, Scope, Stages, Verdict};
+use forebay::filter::{Filter, FilterType, Outcome, Scope, Stages, Surroundings, Verdict};
 use pingora::http::ResponseHeader;
 use schemars::JsonSchema;
 use serde::Deserialize;
@@ -237,7 +237,7 @@ impl FilterType for Toll {
     const REFUSALS: &'static [&'static Refusal] = &[&UNPAID];
     type Settings = TollSettings;
 
-    fn build(settings: &TollSettings) -> Result<Self, BuildError> {
+    fn build(settings: &TollSettings, _: &Surroundings<'_>) -> Result<Self, BuildError> {
         if settings.name.is_empty() {
             return Err(BuildError::new("name", "a toll needs a name"));
         }

@@ -15,6 +15,7 @@ mod blame;
 mod boards;
 mod breaker;
 mod buffer;
+mod calls;
 mod churn;
 mod cli;
 mod config;

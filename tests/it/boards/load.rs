@@ -9,6 +9,7 @@ use super::board::BOARDS;
 use super::{committed, expressions, panels, query, record};
 use forebay::origin::Running;
 
+use crate::calls::Ask;
 use crate::harness::client::{H2Client, get, request};
 use crate::harness::metrics::Prometheus;
 use crate::harness::origin::{Closed, built_in};
@@ -59,7 +60,8 @@ fn troubled() -> (Gateway, impl Drop) {
         .upstream("limits: { requests: 1 }")
         .observability(&tracing)
         .filters("{ request_id: {} }, { access: { deny: ['::1'] }, when: 'request.method == \"DELETE\"' }")
-        .also_route("{ name: files, match: { path: { prefix: /bytes } }, upstream: app }")
+        .filter::<Ask>()
+        .also_route("{ name: files, match: { path: { prefix: /bytes } }, filters: [ ask: { upstream: copies, path: /status/200 } ], upstream: app }")
         .also_route("{ name: uploads, match: { path: { prefix: /echo } }, upstream: app }")
         .also_route("{ name: checked, match: { path: { prefix: /delay } }, upstream: checked }")
         .more("resources: { memory: 4MiB, disk: 64MiB }")

@@ -167,6 +167,24 @@ pub fn board() -> Board {
                 "reqps",
             )
             .query("topk(10, sum by (route, filter) (rate(forebay_filter_skipped_total[R])))", "{{route}} {{filter}}"),
+            Panel::lines(
+                "Calls of filters",
+                "Requests per second that filters send to upstreams, by what becomes of them.",
+                "reqps",
+            )
+            .query(
+                "sum by (filter, upstream, outcome) (rate(forebay_filter_calls_total[R]))",
+                "{{filter}} {{upstream}} {{outcome}}",
+            ),
+            Panel::lines(
+                "Waiting for calls, p99",
+                "99 of 100 requests that filters sent to an upstream were answered in less.",
+                "s",
+            )
+            .query(
+                "histogram_quantile(0.99, sum by (le, filter, upstream) (rate(forebay_filter_call_seconds_bucket[R])))",
+                "{{filter}} {{upstream}}",
+            ),
             Panel::lines("Traffic", "Bytes from and to clients.", "Bps")
                 .query("sum by (direction) (rate(forebay_bytes_total[R]))", "{{direction}}"),
         ],

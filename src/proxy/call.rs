@@ -1,0 +1,406 @@
+//! One request of our own to an upstream: the calls of filters, and the copies for mirrors.
+//!
+//! [`Line::converse`] has one endpoint and sends it a request whose body is here whole. A call is such a request with an endpoint found
+//! as for an exchange: by the policy of its upstream, within its limits, and after waiting in its queue if need be.
+
+use std::collections::BTreeMap;
+use std::future::poll_fn;
+use std::sync::{Arc, OnceLock};
+use std::time::Instant;
+
+use async_trait::async_trait;
+use bytes::{Bytes, BytesMut};
+use http::uri::Authority;
+use http::{HeaderValue, Method, Version, header};
+use pingora::connectors::ConnectorOptions;
+use pingora::connectors::http::Connector;
+use pingora::http::{RequestHeader, ResponseHeader};
+use pingora::protocols::http::client::HttpSession;
+use pingora::upstreams::peer::{HttpPeer, Peer};
+use pingora::{Error, ErrorSource, ErrorType, Result};
+use tokio::time::timeout;
+
+use super::blame;
+use super::exchange::Attempt;
+use super::select;
+use crate::client::spool::Held;
+use crate::error::{Refusal, refusal};
+use crate::filter::call::{Answered, Call, CallError, Callees, Caller, Calls};
+use crate::framing;
+use crate::metrics::Metrics;
+use crate::metrics::call::{CallMetrics, End};
+use crate::party::{Fault, Party, What};
+use crate::phase::Phase;
+use crate::upstream::transport::final_status;
+use crate::upstream::transport::tls::Flaw;
+use crate::upstream::{Choice, Engaged, Outcome, Timeouts, Upstream};
+
+/// Connections that are kept for calls, of all upstreams together.
+const POOL: usize = 128;
+
+/// What took longer than all the times of its upstream together.
+const OVERDUE: ErrorType = ErrorType::Custom("overdue");
+
+/// The way to one endpoint.
+pub(super) struct Line<'a> {
+    pub connector: &'a Connector,
+    pub upstream: &'a Upstream,
+    pub peer: &'a HttpPeer,
+}
+
+/// The body of a request of our own, let go when it has been sent.
+pub(super) enum Load {
+    /// What an exchange holds.
+    Held(Held),
+    /// One piece.
+    Whole(Bytes),
+    /// There is none.
+    Nothing,
+}
+
+impl Load {
+    fn pieces(&self) -> &[Bytes] {
+        match self {
+            Load::Held(held) => &held.pieces,
+            Load::Whole(body) => std::slice::from_ref(body),
+            Load::Nothing => &[],
+        }
+    }
+
+    fn length(&self) -> Option<u64> {
+        match self {
+            Load::Nothing => None,
+            load => Some(load.pieces().iter().map(|piece| piece.len() as u64).sum()),
+        }
+    }
+}
+
+impl Line<'_> {
+    /// Sends a request and reads the answer, within the timeouts of the upstream. Each piece of its body is given to `take`, until
+    /// that says that no more is wanted.
+    pub async fn converse(
+        &self,
+        mut request: RequestHeader,
+        load: Load,
+        attempt: &mut Attempt,
+        mut take: impl FnMut(Bytes) -> bool,
+    ) -> Result<ResponseHeader> {
+        let Line { connector, upstream, peer } = *self;
+        let Timeouts { connect, send, wait, receive } = upstream.timeouts;
+        let (mut session, reused) = connector.get_http_session(peer).await?;
+        if let Some(flaw) = Flaw::of(session.digest()) {
+            // Dropped with the session: it is not to be given to anybody else, either.
+            return Error::e_explain(ErrorType::InvalidCert, flaw.to_string());
+        }
+        let metrics = &upstream.metrics;
+        if reused {
+            metrics.connects_reused.inc()
+        } else {
+            metrics.connects_new.inc()
+        }
+        let now = Instant::now();
+        attempt.connected(reused, now);
+        let transport = &upstream.transport;
+        let outdated = transport.age(session.digest()).filter(|&age| transport.is_outdated(age, rand::random()));
+        session.set_write_timeout(Some(send));
+        session.set_read_timeout(Some(wait.max(receive)));
+        let http2 = matches!(session, HttpSession::H2(_));
+        let (head, own) = (request.method == Method::HEAD, attempt.endpoint().authority());
+        prepare(&mut request, &own, http2.then_some(peer.is_tls()), load.length()).map_err(Error::into_in)?;
+        let whole = async {
+            session.write_request_header(Box::new(request)).await?;
+            for piece in load.pieces().iter().filter(|piece| !piece.is_empty()) {
+                session.write_request_body(piece.clone(), false).await?;
+            }
+            session.finish_request_body().await?;
+            // It is sent: what it held in memory is not needed any more.
+            drop(load);
+            attempt.sent(Instant::now());
+            let status = timeout(wait, final_status(&mut session, head)).await.map_err(|_| late())??;
+            attempt.answered(status, Instant::now());
+            let header = session.response_header().cloned();
+            let header = header.ok_or_else(|| Error::new_up(ErrorType::InvalidHTTPHeader))?;
+            while let Some(piece) = timeout(receive, session.read_response_body()).await.map_err(|_| late())?? {
+                if !take(piece) {
+                    break;
+                }
+            }
+            Ok::<_, Box<Error>>(header)
+        };
+        // Each step has its limit; so have all of them together, however it trickles.
+        let Ok(whole) = timeout(connect + send + wait + receive, whole).await else {
+            return Err(Error::new_up(OVERDUE));
+        };
+        let header = whole?;
+        let is_last = match outdated {
+            // Further requests go over another connection, and this one ends with those that it has.
+            Some(age) if http2 => {
+                attempt.endpoint().renew(age, now);
+                false
+            }
+            outdated => outdated.is_some() || (!http2 && upstream.has_surplus_connections()),
+        };
+        if session.response_done() && !is_last {
+            connector.release_http_session(session, peer, peer.idle_timeout()).await;
+        }
+        Ok(header)
+    }
+}
+
+/// Whether something took longer than all the times of its upstream together.
+pub(super) fn is_overdue(error: &Error) -> bool {
+    *error.etype() == OVERDUE
+}
+
+fn late() -> Box<Error> {
+    Error::new_up(ErrorType::ReadTimedout)
+}
+
+/// Why a request of our own came to nothing. Its body was here from the start, so that the endpoint alone was waited for.
+pub(super) fn fault(attempt: &Attempt, error: &Error) -> Fault {
+    use ErrorType::{ConnectionClosed, H2Error, ReadError, ReadTimedout, WriteError, WriteTimedout};
+    let phase = match (attempt.is_connected(), attempt.status()) {
+        (false, _) => return blame::connecting(error),
+        (true, None) => Phase::Wait,
+        (true, Some(_)) => Phase::Receive,
+    };
+    match error.etype() {
+        // A header that this side would not write.
+        _ if *error.esource() == ErrorSource::Internal => Fault::new(Party::Gateway, phase, What::Failed),
+        _ if is_overdue(error) => Fault::new(Party::Endpoint, phase, What::Silent),
+        ReadTimedout | WriteTimedout => Fault::new(Party::Endpoint, phase, What::Silent),
+        ConnectionClosed | ReadError | WriteError | H2Error => Fault::new(Party::Endpoint, phase, What::Broke),
+        _ => Fault::new(Party::Endpoint, phase, What::Malformed),
+    }
+}
+
+/// Makes of a header, which may be meant for another protocol, one for this.
+///
+/// `own` is the host if it names none; `h2` says whether it goes over TLS, if it goes by HTTP/2.
+fn prepare(request: &mut RequestHeader, own: &Authority, h2: Option<bool>, length: Option<u64>) -> Result<()> {
+    for name in [header::CONNECTION, header::UPGRADE, header::EXPECT, header::TE, header::TRAILER] {
+        request.remove_header(&name);
+    }
+    let version = if h2.is_some() { Version::HTTP_2 } else { Version::HTTP_11 };
+    framing::request::apply(framing::request::send(version, length, framing::Body::None), request)?;
+    request.set_version(version);
+    let host = request.remove_header(&header::HOST);
+    let host =
+        host.as_ref().map(HeaderValue::as_bytes).or(request.uri.authority().map(|name| name.as_str().as_bytes()));
+    let host = host.unwrap_or(own.as_str().as_bytes()).to_vec();
+    let Some(tls) = h2 else { return request.insert_header(header::HOST, host) };
+    let path = request.uri.path_and_query().cloned().unwrap_or_else(|| http::uri::PathAndQuery::from_static("/"));
+    let scheme = if tls { "https" } else { "http" };
+    let uri = http::Uri::builder().scheme(scheme).authority(host).path_and_query(path);
+    request.set_uri(uri.build().map_err(|_| Error::new(ErrorType::InvalidHTTPHeader))?);
+    Ok(())
+}
+
+/// The upstreams of a configuration, for filters that call them.
+pub struct Directory<'a> {
+    upstreams: &'a BTreeMap<String, Arc<Upstream>>,
+    metrics: &'a Metrics,
+    /// Made for the first filter that calls anybody.
+    connector: OnceLock<Arc<Connector>>,
+}
+
+impl<'a> Directory<'a> {
+    /// These upstreams.
+    pub fn new(upstreams: &'a BTreeMap<String, Arc<Upstream>>, metrics: &'a Metrics) -> Self {
+        Directory { upstreams, metrics, connector: OnceLock::new() }
+    }
+}
+
+impl Callees for Directory<'_> {
+    fn caller(&self, upstream: &str, filter: &'static str) -> Option<Caller> {
+        let upstream = self.upstreams.get(upstream)?.clone();
+        let metrics = self.metrics.calls(filter, &upstream.name);
+        let connector = self.connector.get_or_init(|| Arc::new(Connector::new(Some(ConnectorOptions::new(POOL)))));
+        let connector = connector.clone();
+        Some(Caller::new(Arc::new(Callee { upstream, connector, metrics })))
+    }
+
+    fn names(&self) -> Vec<&str> {
+        self.upstreams.keys().map(String::as_str).collect()
+    }
+}
+
+/// One upstream, for one filter.
+struct Callee {
+    upstream: Arc<Upstream>,
+    connector: Arc<Connector>,
+    metrics: CallMetrics,
+}
+
+/// Counts a call, even if nobody waits for its end.
+struct Counting<'a> {
+    metrics: &'a CallMetrics,
+    begun: Instant,
+    end: End,
+}
+
+impl Drop for Counting<'_> {
+    fn drop(&mut self) {
+        self.metrics.ended(self.end, self.begun.elapsed());
+    }
+}
+
+#[async_trait]
+impl Calls for Callee {
+    async fn send(&self, call: Call) -> Result<Answered, CallError> {
+        let mut counting = Counting { metrics: &self.metrics, begun: Instant::now(), end: End::Dropped };
+        let answered = timeout(call.deadline, self.answered(call)).await.unwrap_or(Err(CallError::Late));
+        counting.end = match &answered {
+            Ok(_) => End::Answered,
+            Err(CallError::Busy) => End::Busy,
+            Err(CallError::Away) => End::Away,
+            Err(CallError::NoEndpoint) => End::NoEndpoint,
+            Err(CallError::Late) => End::Late,
+            Err(CallError::Failed) => End::Failed,
+            Err(CallError::TooLarge) => End::TooLarge,
+        };
+        answered
+    }
+}
+
+impl Callee {
+    async fn answered(&self, call: Call) -> Result<Answered, CallError> {
+        let Call { request, body, answer_bytes_max, .. } = call;
+        let mut fresh = false;
+        loop {
+            let engaged = self.engage().await?;
+            let mut peer = engaged.peer_for(|| None);
+            if fresh {
+                select::separate(&mut peer);
+            }
+            let mut attempt = Attempt::new(self.upstream.clone(), engaged, None, Instant::now());
+            // RFC 9110 §8.6: a method that means something with a body says so if there is none.
+            let bodiless = body.is_empty() && !matches!(request.method, Method::POST | Method::PUT | Method::PATCH);
+            let load = if bodiless { Load::Nothing } else { Load::Whole(body.clone()) };
+            let line = Line { connector: &self.connector, upstream: &self.upstream, peer: &peer };
+            let (mut taken, mut too_large) = (BytesMut::new(), false);
+            let take = |piece: Bytes| {
+                too_large = piece.len() > answer_bytes_max - taken.len();
+                if !too_large {
+                    taken.extend_from_slice(&piece);
+                }
+                !too_large
+            };
+            let said = line.converse(request.clone(), load, &mut attempt, take).await;
+            let now = Instant::now();
+            let error = match said {
+                Ok(header) => {
+                    attempt.end(Outcome::Answered(header.status), now);
+                    return if too_large {
+                        Err(CallError::TooLarge)
+                    } else {
+                        Ok(Answered { header, body: taken.freeze() })
+                    };
+                }
+                Err(error) => error,
+            };
+            tracing::debug!(upstream = %self.upstream.name, %error, "a call of a filter failed");
+            if !attempt.is_connected() {
+                self.upstream.metrics.connects_failed.inc();
+            }
+            let fault = fault(&attempt, &error);
+            let stale = attempt.is_reused() && attempt.status().is_none() && fault.what == What::Broke;
+            attempt.end(blame::row(fault).outcome(), now);
+            if stale && !fresh && request.method.is_idempotent() {
+                // A kept connection had died unnoticed: nobody has begun with this.
+                fresh = true;
+                continue;
+            }
+            return Err(if fault.what == What::Silent { CallError::Late } else { CallError::Failed });
+        }
+    }
+
+    /// An endpoint that has room, once there is one.
+    async fn engage(&self) -> Result<Engaged, CallError> {
+        let (upstream, now) = (&self.upstream, Instant::now());
+        let choice = match upstream.select(rand::random(), &[], now) {
+            Choice::Full => {
+                let patience = upstream.admission.queue().timeout;
+                let Some(place) = upstream.queue(&[], now) else {
+                    return Err(self.reject(&refusal::QUEUE_FULL, CallError::Busy));
+                };
+                match timeout(patience, in_line(upstream, place)).await {
+                    Ok(choice) => choice,
+                    Err(_) => return Err(self.reject(&refusal::QUEUE_TIMEOUT, CallError::Busy)),
+                }
+            }
+            choice => choice,
+        };
+        match choice {
+            Choice::Engaged(engaged) => Ok(engaged),
+            Choice::Away(_) => Err(self.reject(&refusal::SELECT_BREAKER_OPEN, CallError::Away)),
+            Choice::Full | Choice::Nobody => Err(self.reject(&refusal::SELECT_NO_ENDPOINT, CallError::NoEndpoint)),
+        }
+    }
+
+    fn reject(&self, refusal: &'static Refusal, error: CallError) -> CallError {
+        self.upstream.metrics.limits.reject(refusal);
+        error
+    }
+}
+
+/// Waits for a turn that leads to something.
+async fn in_line(upstream: &Upstream, mut place: crate::upstream::queue::Place) -> Choice {
+    loop {
+        poll_fn(|cx| place.poll_turn(cx)).await;
+        match upstream.select_in_turn(None, rand::random(), &[], Instant::now()) {
+            Choice::Full => {
+                place.missed();
+                // There may be many turns to spare, and each is a look at all endpoints: others go first.
+                tokio::task::yield_now().await;
+            }
+            Choice::Engaged(engaged) => {
+                place.served();
+                return Choice::Engaged(engaged);
+            }
+            other => return other,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn original(version: Version) -> RequestHeader {
+        let mut request = RequestHeader::build("PUT", b"/a?b=c", None).expect("a request");
+        request.set_version(version);
+        for (name, value) in [("host", "shop:8080"), ("transfer-encoding", "chunked"), ("x-own", "1")] {
+            request.insert_header(name, value).expect("a header");
+        }
+        request
+    }
+
+    #[test]
+    fn a_request_is_framed_for_the_protocol_that_it_is_sent_with() {
+        let own = Authority::from_static("mirror:1");
+        for version in [Version::HTTP_11, Version::HTTP_2] {
+            let mut request = original(version);
+            prepare(&mut request, &own, None, Some(3)).expect("a request");
+            let field = |name| request.headers[name].to_str().expect("text");
+            let fields = ["host", "content-length", "x-own"].map(field);
+            assert_eq!((request.version, fields), (Version::HTTP_11, ["shop:8080", "3", "1"]));
+            assert!(!request.headers.contains_key("transfer-encoding"));
+
+            let mut request = original(version);
+            prepare(&mut request, &own, Some(true), None).expect("a request");
+            assert_eq!(
+                (request.version, request.uri.to_string().as_str()),
+                (Version::HTTP_2, "https://shop:8080/a?b=c")
+            );
+            assert!(
+                ["host", "content-length", "transfer-encoding"].iter().all(|name| !request.headers.contains_key(*name))
+            );
+            // An original of HTTP/1.0 that named no host.
+            let mut request = original(version);
+            request.remove_header("host");
+            prepare(&mut request, &own, Some(false), None).expect("a request");
+            assert_eq!(request.uri.to_string(), "http://mirror:1/a?b=c");
+        }
+    }
+}
