@@ -3,6 +3,8 @@
 use std::fs;
 use std::time::{Duration, Instant};
 
+use forebay::error::refusal;
+use forebay::filter::Catalog;
 use forebay::phase::Phase;
 
 use crate::harness::client::{Client, get};
@@ -215,4 +217,28 @@ fn routes_beyond_the_limit_of_series_are_counted_together() {
     gateway.wait_metric("forebay_exchanges_total{route=\"_other\",code=\"200\"}", |count| count == 2.0);
     assert_eq!(gateway.metric("forebay_exchanges_total{route=\"one\"}"), 0.0);
     assert_eq!(gateway.log_line().text("route"), "one", "the log knows better");
+}
+
+/// Reasons that no story can bring about at will, and what stands in for one.
+const WITHOUT_A_STORY: &[(&str, &str)] = &[
+    ("internal", "a fault of the gateway itself: every story of the fuzz targets says that there was none"),
+    ("select.deadline", "a race of two timers: `deadline::refusal` has a test"),
+];
+
+#[test]
+fn every_reason_for_a_refusal_has_a_story() {
+    let stories: String = fs::read_dir("tests/it")
+        .unwrap()
+        .map(|entry| entry.unwrap().path())
+        .filter(|path| path.extension().is_some_and(|extension| extension == "rs") && !path.ends_with("observe.rs"))
+        .map(|path| fs::read_to_string(path).unwrap())
+        .collect();
+    let rows = refusal::ALL.iter().copied().chain(Catalog::builtin().refusals());
+    let untold = |reason: &&str| {
+        let known = WITHOUT_A_STORY.iter().any(|(without, _)| without == reason);
+        let forms = [format!("\"{reason}\""), format!("\\\"{reason}\\\""), format!(" {reason}: ")];
+        !known && !forms.iter().any(|form| stories.contains(form))
+    };
+    let untold: Vec<&str> = rows.map(|row| row.reason).filter(untold).collect();
+    assert!(untold.is_empty(), "no story of `tests/it` names these: {untold:?}");
 }
