@@ -233,7 +233,7 @@ const ANSWERS: &[Row] = &[
     (&[(":status", "200"), ("content-length", "4")], &["body", "!"], Then::End, Longer("body")),
     (&[(":status", "200"), ("content-length", "4")], &[], Then::End, Failed),
     (&[(":status", "200"), ("content-length", "4")], &[""], Then::End, Failed),
-    (&[(":status", "200"), ("content-length", "0")], &["body"], Then::End, Failed),
+    (&[(":status", "200"), ("content-length", "0")], &["body"], Then::End, Longer("")),
     (&[(":status", "200"), ("content-length", "5")], &["body"], Then::Trailers("x-sum", "1"), Failed),
     // No length.
     (&[(":status", "200"), ("content-length", "4, 5")], &["body"], Then::End, Failed),
