@@ -49,7 +49,7 @@ use crate::client::{Desk, Ending, Front};
 use crate::config::listener::Protocol;
 use crate::config::listener::tls::ClientMode;
 use crate::config::route::retry::ATTEMPTS_MAX;
-use crate::config::route::{BufferMode, Grpc, HalfClose, Match, OnDiskFull, PathMatch};
+use crate::config::route::{BufferMode, Grpc, GrpcWeb, HalfClose, Match, OnDiskFull, PathMatch};
 use crate::config::server::{OpenFiles, Resources, Rung, Threads};
 use crate::config::text;
 use crate::config::units::{FileMode, Size, Time};
@@ -603,6 +603,7 @@ fn route(
         destination,
         grpc,
         only_grpc,
+        grpc_web: written.grpc_web == GrpcWeb::Bridge,
         holds_bodies: written.buffering.request.mode != BufferMode::Stream,
         intake: intake(written, resources, &metrics),
         manner: manner(written, resources, &metrics),

@@ -221,8 +221,7 @@ impl ProxyHttp for Proxy {
         trailers: &mut HeaderMap,
         exchange: &mut Carried,
     ) -> Result<Option<Bytes>> {
-        receive::trailers(exchange, trailers);
-        Ok(None)
+        Ok(receive::trailers(exchange, trailers))
     }
 
     /// `receive` ends with the last piece; `write` begins.
@@ -313,6 +312,9 @@ impl Proxy {
         }
         match route::find(exchange, &self.routes, request) {
             Ok(route) => {
+                if route.grpc_web && exchange.grpc.is_none() {
+                    exchange.grpc = grpc::Call::of_web(request);
+                }
                 if exchange.grpc.is_some() && !route.only_grpc {
                     // Metadata of gRPC may have odd names; but not all who could get these speak it.
                     header::names::drop_odd(request, exchange.odd_names());

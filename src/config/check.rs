@@ -23,7 +23,7 @@ use super::listener::tls::{Certificate, ClientMode, Tickets};
 use super::listener::{Http2, Limits, Listener, Protocol as ListenerProtocol, Tls};
 use super::report::{Finding, Spot};
 use super::route::retry::{ATTEMPTS_MAX, Backoff, Retry};
-use super::route::{BufferMode, Client, Match, PathMatch, Route, ValueMatch};
+use super::route::{BufferMode, Client, GrpcWeb, Match, PathMatch, Route, ValueMatch};
 use super::server::{AccessLog, Admin, EventLoop, OpenFiles, Resources, Tracing};
 use super::text::Text;
 use super::units::{ByteRate, Count, FileMode, Rate, Size, Time};
@@ -1186,7 +1186,21 @@ impl<'a> Check<'a> {
             let title = format!("the filter `{filter}` answers every request of this route");
             self.wrong(Finding::warning(Spot::Key(format!("{path}.{key}")), title).label("never asked"));
         }
-        for key in ["buffering", "retry", "deadline", "grpc", "mirror", "upgrades"].map(|key| format!("{path}.{key}")) {
+        if route.grpc_web == GrpcWeb::Bridge {
+            let mut asked = route.upstream.iter().chain(route.upstreams.iter().map(|side| &side.name));
+            let over_http1 = asked.find(|&name| {
+                let upstream = self.parts.upstreams.get(name).and_then(Option::as_ref);
+                upstream.is_some_and(|upstream| upstream.protocol == Protocol::Http1)
+            });
+            if let Some(name) = over_http1 {
+                let title = format!("gRPC is spoken over HTTP/2 only, and the upstream `{name}` is asked over HTTP/1");
+                let finding = Finding::error(Spot::Key(format!("{path}.grpc_web")), title);
+                self.wrong(finding.label("expected an upstream with `protocol: h2` or `h2c`"));
+            }
+        }
+        for key in ["buffering", "retry", "deadline", "grpc", "grpc_web", "mirror", "upgrades"]
+            .map(|key| format!("{path}.{key}"))
+        {
             if let Some(filter) = answering.filter(|_| self.is_written(&key)) {
                 let title = format!("the filter `{filter}` answers every request of this route");
                 self.wrong(Finding::warning(Spot::Key(key), title).label("never used: this is about upstreams"));

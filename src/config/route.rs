@@ -52,6 +52,9 @@ pub struct Route {
     /// Whether a gRPC call is treated as one: neither side of it is held back.
     #[serde(default)]
     pub grpc: Grpc,
+    /// What becomes of calls of gRPC-Web, which is what browsers speak.
+    #[serde(default)]
+    pub grpc_web: GrpcWeb,
     /// Protocols besides HTTP that clients may ask for with `Upgrade` over HTTP/1.1, such as `tcp` or `SPDY/3.1`.
     /// Behind the 101 of an endpoint they are a tunnel, with `timeouts.receive` of the upstream and no other limit. A
     /// request for another one, and any over an upstream of HTTP/2, is an ordinary request. `h2c` cannot be among them.
@@ -82,6 +85,18 @@ pub enum Grpc {
     Auto,
     /// It is a request like any other.
     Never,
+}
+
+/// What becomes of calls of gRPC-Web in their binary form (`application/grpc-web`, alone or with a suffix).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum GrpcWeb {
+    /// They pass as they are.
+    #[default]
+    Pass,
+    /// Their upstream, which must be asked over HTTP/2, gets calls of gRPC. The trailers of its answers come at the end
+    /// of the body.
+    Bridge,
 }
 
 /// One side of a split.

@@ -58,12 +58,16 @@ pub async fn request(
     let mut manner = route.manner.clone();
     if grpc {
         manner.leave = Leave::Stream;
+        deadline::begin_grpc(exchange, &client.req_header().headers, Instant::now());
+    }
+    // A call of gRPC-Web is all there before its answer begins.
+    let duplex = grpc && !exchange.is_grpc_web();
+    if duplex {
         // Either side may speak when it likes, so that no rate can be asked of it; but neither may be silent for ever.
         intake.pace = Pace::unlimited();
         intake.duplex = true;
-        deadline::begin_grpc(exchange, &client.req_header().headers, Instant::now());
     }
-    let plan = plan(route.holds_bodies && !grpc, &intake);
+    let plan = plan(route.holds_bodies && !duplex, &intake);
     if let Plan::Refuse(refusal) = plan {
         return Err(refused(exchange, refusal));
     }

@@ -496,6 +496,11 @@ impl Exchange {
         route && self.grpc.is_some() && self.upstream.as_ref().is_some_and(|upstream| upstream.speaks_grpc())
     }
 
+    /// Whether it is a call of gRPC-Web that is bridged.
+    pub fn is_grpc_web(&self) -> bool {
+        self.grpc.is_some_and(|call| call.web)
+    }
+
     /// What becomes of fields with odd names.
     pub fn odd_names(&self) -> OddNames {
         self.connection.as_ref().map_or(OddNames::Drop, |connection| connection.listener.odd_names)

@@ -4,6 +4,8 @@
 //! The route and the filters treat it as any other request. Its refusals are answers of gRPC (`write`), and how it went
 //! is in `grpc-status`: in the header of the answer, or in its trailers.
 
+pub mod web;
+
 use h2::Reason;
 use http::{HeaderMap, HeaderName, HeaderValue, header};
 use pingora::Error;
@@ -28,12 +30,21 @@ pub struct Call {
     pub status: Option<u16>,
     /// The HTTP status that our own answer stands for.
     pub stands_for: Option<u16>,
+    /// It is one of gRPC-Web, which is bridged.
+    pub web: bool,
+    /// So is its answer: the trailers are to come in the body.
+    pub answers_web: bool,
 }
 
 impl Call {
     /// The call that this request is, if it is one.
     pub fn of(request: &RequestHeader) -> Option<Call> {
         is_grpc(request).then(Call::default)
+    }
+
+    /// The call of gRPC-Web that this request is, if it is one.
+    pub fn of_web(request: &RequestHeader) -> Option<Call> {
+        web::is_call(request).then(|| Call { web: true, ..Call::default() })
     }
 
     /// Notes how it went, if these are the fields that say so.
@@ -44,7 +55,7 @@ impl Call {
 
     /// Notes our own answer in place of one with an HTTP status.
     pub fn refused(&mut self, code: Code, status: u16) {
-        *self = Call { status: Some(code as u16), stands_for: Some(status) };
+        *self = Call { status: Some(code as u16), stands_for: Some(status), ..*self };
     }
 }
 

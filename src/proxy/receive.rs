@@ -14,6 +14,7 @@ use pingora::{Error, ErrorType, Result};
 
 use super::deadline::Dues;
 use super::exchange::{Exchange, FilterStates, secured};
+use super::grpc::web;
 use super::header::upgrade;
 use super::https;
 use super::route::Route;
@@ -119,6 +120,12 @@ pub async fn header(
     if via {
         response.append_header(header::VIA, HeaderValue::from_static("1.1 forebay"))?;
     }
+    if let Some(call) = exchange.grpc.as_mut().filter(|call| call.web) {
+        call.answers_web = web::to_client(response)?;
+        if call.answers_web {
+            unfix_length(request, response)?;
+        }
+    }
     if let Verdict::Refuse(refused) = exchange.filter_response(request, response).await {
         exchange.refuse(refused);
         return Err(Error::new_in(ErrorType::InternalError));
@@ -151,12 +158,12 @@ fn interim(exchange: &mut Exchange, response: &mut ResponseHeader) -> Result<()>
     Ok(())
 }
 
-/// The trailers are here, with which the answer ends.
-pub fn trailers(exchange: &mut Exchange, trailers: &mut HeaderMap) {
+/// The trailers are here, with which the answer ends. Where they are to be bytes of its body, these.
+pub fn trailers(exchange: &mut Exchange, trailers: &mut HeaderMap) -> Option<Bytes> {
     trailers::strip(trailers, exchange.grpc.is_some());
-    if let Some(call) = &mut exchange.grpc {
-        call.note(trailers);
-    }
+    let call = exchange.grpc.as_mut()?;
+    call.note(trailers);
+    call.answers_web.then(|| web::last_message(trailers))
 }
 
 /// Whether trailers of this answer can come, and reach the client. Over HTTP/1 they can only follow a body in chunks.

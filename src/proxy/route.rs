@@ -44,6 +44,8 @@ pub struct Route {
     pub grpc: bool,
     /// They are, and each of its upstreams speaks gRPC.
     pub only_grpc: bool,
+    /// Calls of gRPC-Web become calls of gRPC.
+    pub grpc_web: bool,
     /// Whether its request bodies are held back until they are whole.
     pub holds_bodies: bool,
     /// How its request bodies are taken.

@@ -16,6 +16,7 @@ use super::blame;
 use super::deadline;
 use super::exchange::Exchange;
 use super::forwarded::{self, Own};
+use super::grpc::web;
 use super::header::hop::takes_trailers;
 use super::header::{is_grpc_type, names};
 use super::mirror;
@@ -53,6 +54,9 @@ pub fn header(
             return Error::e_explain(ErrorType::InvalidHTTPHeader, "HTTP/2 cannot say this target").map_err(into_down);
         }
         accept_trailers(client, request)?;
+    }
+    if exchange.is_grpc_web() {
+        web::to_endpoint(request)?;
     }
     if let Some(protocol) = exchange.upgrade.as_ref().filter(|_| http1) {
         // Pingora lets none but WebSocket pass.

@@ -39,9 +39,9 @@ pub static TABLE: &[Row] = &[
     },
     Row {
         fields: "Content-Type",
-        effect: "`application/grpc` in a POST with `TE: trailers` over HTTP/2: neither body is held back and `min_rate.read` does not count; all other limits of time hold",
+        effect: "`application/grpc` in a POST with `TE: trailers` over HTTP/2: neither body is held back and `min_rate.read` does not count; all other limits of time hold; `application/grpc-web` in a POST becomes gRPC where the route bridges it",
         default: "everyone's, where the upstream is asked over HTTP/2",
-        keys: &["routes.grpc", "upstreams.protocol"],
+        keys: &["routes.grpc", "routes.grpc_web", "upstreams.protocol"],
     },
     Row {
         fields: "Expect",

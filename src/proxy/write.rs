@@ -12,7 +12,7 @@ use pingora::{Error, ErrorType, Result};
 
 use super::blame;
 use super::exchange::Exchange;
-use super::grpc::{self, TrailersOnly};
+use super::grpc::{self, TrailersOnly, web};
 use super::https;
 use crate::client::head::accepts_json;
 use crate::error::{Refusal, refusal};
@@ -53,12 +53,16 @@ pub async fn answer(exchange: &mut Exchange, session: &mut ServerSession, answer
 
 /// Answers a gRPC call with one frame: a header that ends the stream.
 async fn trailers_only(exchange: &mut Exchange, session: &mut ServerSession, answer: TrailersOnly) -> Result<()> {
-    let TrailersOnly { code, stands_for, mut header } = answer;
+    let TrailersOnly { code, stands_for, header: mut fields } = answer;
     if let Some(call) = &mut exchange.grpc {
         call.refused(code, stands_for);
     }
-    let _ = exchange.filter_response(session.req_header_mut(), &mut header).await;
-    session.response_duplex_vec(vec![HttpTask::Header(Box::new(header), true)]).await.map(|_| ())
+    if exchange.is_grpc_web() {
+        web::to_client(&mut fields)?;
+        fields.insert_header(header::CONTENT_LENGTH, 0)?;
+    }
+    let _ = exchange.filter_response(session.req_header_mut(), &mut fields).await;
+    session.response_duplex_vec(vec![HttpTask::Header(Box::new(fields), true)]).await.map(|_| ())
 }
 
 async fn write(

@@ -109,6 +109,7 @@ wrong! {
     an_unknown_policy
     hash_keys_that_are_missing_or_idle
     health_checks_that_are_none
+    grpc_web_without_http_2
     outliers_and_tiers_that_are_none
     spans_that_can_go_nowhere
     spans_that_would_go_over_tls

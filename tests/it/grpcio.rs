@@ -5,10 +5,11 @@ use std::net::SocketAddr;
 use serde_json::{Value, json};
 
 use crate::grpc::{REFUSALS, Refusing};
+use crate::harness::client::request;
 use crate::harness::gateway::Watched;
 use crate::harness::grpcio::{GrpcClient, GrpcServer};
 use crate::harness::secure::Authority;
-use crate::harness::{Gateway, Setup, free_port};
+use crate::harness::{Ask, Gateway, H2Client, H2Origin, Protocol, Setup, free_port};
 use crate::stop::refuses;
 
 /// A server, a gateway before it and a client.
@@ -228,4 +229,129 @@ fn calls_under_way_come_to_their_end_when_the_gateway_stops() {
     replied(&client.ask(&json!({ "say": null })), json!([]));
     assert!(gateway.ended().success());
     assert_eq!(client.say("too late")["code"], 14);
+}
+
+/// A message of gRPC as it goes over the wire.
+fn message(flags: u8, content: &[u8]) -> Vec<u8> {
+    let length = u32::try_from(content.len()).expect("a short message").to_be_bytes();
+    [&[flags][..], &length, content].concat()
+}
+
+/// The messages of an answer of gRPC-Web: their flags, and what is in them.
+fn messages(mut body: &[u8]) -> Vec<(u8, String)> {
+    let mut messages = Vec::new();
+    while let [flags, a, b, c, d, rest @ ..] = body {
+        let (content, after) = rest.split_at(u32::from_be_bytes([*a, *b, *c, *d]) as usize);
+        messages.push((*flags, String::from_utf8_lossy(content).into_owned()));
+        body = after;
+    }
+    messages
+}
+
+/// A gateway that bridges gRPC-Web, for clients of HTTP/1 and HTTP/2.
+fn bridge(server: SocketAddr) -> Setup {
+    let setup = Setup::before_all(&[server]).upstream("protocol: h2c").route("grpc_web: bridge");
+    setup.listener("protocols: [http1, h2c]")
+}
+
+/// The same, before a server of the C core.
+fn bridging() -> (GrpcServer, Gateway) {
+    let server = GrpcServer::start();
+    let gateway = bridge(server.address()).start();
+    (server, gateway)
+}
+
+const WEB: &str = "Content-Type: application/grpc-web+proto\r\nX-Grpc-Web: 1\r\n";
+
+#[test]
+fn a_browser_speaks_to_a_server_of_grpc_over_http_1_and_2() {
+    let (_server, gateway) = bridging();
+    let said = |last: &[(u8, String)]| {
+        assert_eq!(last[0], (0, "a word".to_owned()));
+        assert_eq!(last[1].0, 0x80);
+        let lines: Vec<&str> = last[1].1.split_terminator("\r\n").collect();
+        assert!(lines.contains(&"grpc-status: 0") && lines.contains(&"x-after: said"), "{lines:?}");
+        assert_eq!(last.len(), 2);
+    };
+    let mut client = gateway.client();
+    for _ in 0..2 {
+        let fields = format!("{WEB}X-Meta: kept\r\n");
+        let answer = client.ask("POST", "/test.Peer/Say", &fields, message(0, b"a word"));
+        assert_eq!((answer.status, answer.value("content-type")), (200, Some("application/grpc-web")));
+        assert_eq!(answer.value("x-meta"), Some("kept"));
+        said(&messages(&answer.body));
+    }
+    let over_http2 = H2Client::connect(gateway.web());
+    let request = http::Request::post("http://test/test.Peer/Say").header("content-type", "application/grpc-web");
+    let answer = over_http2.ask(request.body(()).expect("a request"), &message(0, b"a word")).expect("an answer");
+    assert_eq!(
+        (answer.status, &answer.headers["content-type"]),
+        (200, &"application/grpc-web".parse().expect("a value"))
+    );
+    said(&messages(&answer.body));
+    let line = gateway.log_line();
+    assert_eq!((line.status(), line.number("grpc_status")), (200, 0.0));
+}
+
+#[test]
+fn messages_of_a_server_reach_a_browser_one_by_one_with_their_status_behind() {
+    let (_server, gateway) = bridging();
+    let answer = gateway.client().ask("POST", "/test.Peer/Repeat", WEB, message(0, b"again"));
+    let got = messages(&answer.body);
+    assert_eq!(got[..3], vec![(0, "again".to_owned()); 3]);
+    assert!(
+        got[3].1.contains("grpc-status: 11\r\n") && got[3].1.contains("grpc-message: three is enough\r\n"),
+        "{got:?}"
+    );
+
+    // A stream that goes on shows its first message at once.
+    let mut client = gateway.client();
+    client.send(request("POST", "/test.Peer/Repeat", WEB, message(0, b"forever")));
+    let mut wire = client.into_wire();
+    let head = wire.head().expect("a header");
+    assert_eq!(head.status(), 200);
+    let mut left = head.response_framing("POST").begin();
+    assert_eq!(wire.piece(&mut left, 12), message(0, b"forever"));
+}
+
+#[test]
+fn a_browser_learns_why_its_call_is_refused() {
+    let (server, gateway) = bridging();
+    let answer = gateway.client().ask("POST", "/test.Peer/Early", WEB, message(0, b""));
+    let in_header = answer.value("grpc-status") == Some("7");
+    let in_body =
+        messages(&answer.body).iter().any(|(flags, text)| *flags == 0x80 && text.contains("grpc-status: 7\r\n"));
+    assert!(in_header || in_body, "{:?}", answer.text());
+
+    // What the gateway refuses itself has its status in the header.
+    let lost = bridge(SocketAddr::from(([127, 0, 0, 1], 1))).start();
+    let denying = bridge(server.address()).filters("access: { deny: [127.0.0.0/8] }").start();
+    let mut client = denying.client();
+    for (answer, status) in [
+        (lost.client().ask("POST", "/test.Peer/Say", WEB, message(0, b"a word")), "14"),
+        (client.ask("POST", "/test.Peer/Say", WEB, ""), "7"),
+        (client.ask("POST", "/test.Peer/Say", WEB, ""), "7"),
+    ] {
+        assert_eq!((answer.status, answer.value("grpc-status")), (200, Some(status)));
+        assert_eq!(answer.value("content-type"), Some("application/grpc-web"));
+        assert_eq!((answer.value("content-length"), answer.text()), (Some("0"), ""));
+    }
+}
+
+#[test]
+fn what_is_not_binary_grpc_web_passes_a_bridge_as_it_came() {
+    let origin = H2Origin::start();
+    let gateway = bridge(origin.address()).start();
+    for protocol in Protocol::BOTH {
+        let text = |path| {
+            let kind = "application/grpc-web-text+proto";
+            Ask::post(10).to(path).field("content-type", kind).over(protocol, gateway.web())
+        };
+        let echo = text("/echo");
+        echo.is_content(10);
+        assert_eq!(echo.trailers, ["grpc-status: 0"], "{protocol:?}");
+        let told: Value = serde_json::from_str(text("/headers").text()).expect("JSON");
+        assert_eq!(told["content_type"], "application/grpc-web-text+proto", "{protocol:?}");
+    }
+    assert_eq!(Trio::with(|setup| setup.route("grpc_web: bridge")).client.say("gRPC")["code"], json!(0));
 }

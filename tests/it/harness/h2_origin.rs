@@ -23,7 +23,7 @@ use super::ms;
 /// with `grpc-status: 14` and no more; then as `/echo`. `/ticks`: a byte every 50 ms, twenty of them, whether the
 /// request has ended or not, then `grpc-status: 0`. `/fields`: the names of the fields that came. `/hung`: never.
 /// `/large`: 16 MiB. The health protocol of gRPC: it serves the service `well` and not `sick`, and knows no others.
-/// Anything else: what it got, as the built-in origin tells it at `/headers`, and from which `authority`.
+/// Anything else: what it got, as the built-in origin tells it at `/headers`, with its `content_type` and `authority`.
 pub struct H2Origin {
     address: SocketAddr,
     seen: Arc<Mutex<Vec<String>>>,
@@ -182,13 +182,14 @@ async fn told(head: &Parts, body: &mut RecvStream, mut respond: SendResponse<Byt
     while let Some(piece) = next(body).await? {
         digest.add(&piece);
     }
-    let length = head.headers.get("content-length").and_then(|length| length.to_str().ok());
+    let value = |name| head.headers.get(name).and_then(|value| value.to_str().ok());
     let seen = json!({
         "authority": head.uri.authority().map(http::uri::Authority::as_str),
         "body_bytes": digest.length(),
         "body_sha256": digest.sha256(),
-        "te": head.headers.get("te").and_then(|te| te.to_str().ok()),
-        "body_framing": length.map_or("none".to_owned(), |length| format!("content-length: {length}")),
+        "te": value("te"),
+        "content_type": value("content-type"),
+        "body_framing": value("content-length").map_or("none".to_owned(), |length| format!("content-length: {length}")),
     });
     let mut send: SendStream<Bytes> = respond.send_response(Response::new(()), false)?;
     send.send_data(seen.to_string().into(), true)
