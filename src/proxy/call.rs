@@ -1,6 +1,6 @@
 //! One request of our own to an upstream: the calls of filters, and the copies for mirrors.
 //!
-//! [`Line::converse`] has one endpoint and sends it a request whose body is here whole. A call is such a request with an endpoint found
+//! `Line::converse` has one endpoint and sends it a request whose body is here whole. A call is such a request with an endpoint found
 //! as for an exchange: by the policy of its upstream, within its limits, and after waiting in its queue if need be.
 
 use std::collections::BTreeMap;
