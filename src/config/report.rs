@@ -317,9 +317,10 @@ impl Source {
             }
             Spot::File => return None,
         };
-        let start = range.start.min(self.text.len());
+        // A reader may count a mark that lies behind the last character in bytes of its own.
+        let start = self.text.floor_char_boundary(range.start);
         let line_end = self.text[start..].find(['\n', '\r']).map_or(self.text.len(), |at| start + at);
-        Some(start..range.end.clamp(start, line_end))
+        Some(start..self.text.ceil_char_boundary(range.end.clamp(start, line_end)))
     }
 
     /// The whole lines that hold all of `spots`: what is drawn need not be the whole file.
