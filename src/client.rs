@@ -254,7 +254,7 @@ where
             Ok(Some(Entered::Relay { raw, relay, name, connection })) => {
                 let _state = StateGauge::new(listener.clone(), ConnectionState::Active);
                 let _inflight = self.desk.ending.inflight.enter();
-                let passed = relay.pass(*raw, &connection, &self.desk.ending.cut).await;
+                let passed = relay.pass(*raw, name.is_some(), &connection, &self.desk.ending.cut).await;
                 self.desk.record_passed(&connection, &relay, name.as_deref(), &passed);
             }
             Ok(None) => {}

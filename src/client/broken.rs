@@ -14,6 +14,17 @@ use super::waiting::Timer;
 /// How often is looked. An endpoint works for a client that is gone for no longer than this.
 const INTERVAL: Duration = Duration::from_millis(250);
 
+/// What shows that a client has left, besides a connection that is broken.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Leaving {
+    /// Nothing: a client that has only closed its sending side waits for an answer.
+    Broken,
+    /// The end of its sending side, if no unread byte comes before it: the client has asked for nothing.
+    Silent,
+    /// The end of its sending side, whatever is unread before it.
+    Ended,
+}
+
 /// A look at a socket that is repeated. Costs nothing until it is first polled.
 #[derive(Default)]
 pub struct Look {
@@ -22,13 +33,14 @@ pub struct Look {
 }
 
 impl Look {
-    /// Ready, with an error, once the connection is broken: it was reset, or nothing can be received and nothing be sent.
-    pub fn poll(&mut self, cx: &mut Context<'_>, socket: RawFd) -> Poll<io::Error> {
+    /// Ready, with an error, once the client has left: its connection was reset, or nothing can be received and nothing be
+    /// sent, or it has ended its sending side and that counts as `leaving`.
+    pub fn poll(&mut self, cx: &mut Context<'_>, socket: RawFd, leaving: Leaving) -> Poll<io::Error> {
         loop {
             if let Some(due) = self.due {
                 ready!(self.timer.poll(cx, due));
             }
-            if is_broken(socket) {
+            if has_left(socket, leaving) {
                 return Poll::Ready(io::ErrorKind::ConnectionReset.into());
             }
             self.due = Some(Instant::now() + INTERVAL);
@@ -36,13 +48,25 @@ impl Look {
     }
 }
 
-/// Whether a connection is no more. One of which only the other side's sending direction has ended is not broken.
-fn is_broken(socket: RawFd) -> bool {
+/// Whether the client of a connection has left.
+fn has_left(socket: RawFd, leaving: Leaving) -> bool {
     // An error and the end of both directions are told whatever is asked for.
-    let mut asked = libc::pollfd { fd: socket, events: 0, revents: 0 };
+    let events = if leaving == Leaving::Broken { 0 } else { libc::POLLRDHUP };
+    let mut asked = libc::pollfd { fd: socket, events, revents: 0 };
     // SAFETY: the pointer is to one `pollfd`, as the count says; with a timeout of 0 the call does not wait.
     let found = unsafe { libc::poll(&raw mut asked, 1, 0) };
-    found == 1 && asked.revents & (libc::POLLERR | libc::POLLHUP) != 0
+    if found != 1 {
+        return false;
+    }
+    let ended = asked.revents & libc::POLLRDHUP != 0;
+    asked.revents & (libc::POLLERR | libc::POLLHUP) != 0 || ended && (leaving == Leaving::Ended || !has_unread(socket))
+}
+
+/// Whether there is something to read before the end of a connection.
+fn has_unread(socket: RawFd) -> bool {
+    let mut byte = 0u8;
+    // SAFETY: the buffer has room for the one byte that is asked for, which stays in the socket; the call does not wait.
+    unsafe { libc::recv(socket, (&raw mut byte).cast(), 1, libc::MSG_PEEK | libc::MSG_DONTWAIT) > 0 }
 }
 
 #[cfg(test)]
@@ -51,6 +75,10 @@ mod tests {
     use std::net::{Shutdown, TcpListener, TcpStream};
     use std::os::fd::AsRawFd;
     use std::os::unix::net::UnixStream;
+
+    fn is_broken(socket: RawFd) -> bool {
+        has_left(socket, Leaving::Broken)
+    }
 
     fn pair() -> (TcpStream, TcpStream) {
         let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
@@ -81,6 +109,24 @@ mod tests {
         while !is_broken(server.as_raw_fd()) {
             assert!(Instant::now() < until, "the reset went unnoticed");
             std::thread::yield_now();
+        }
+    }
+
+    #[test]
+    fn the_end_of_the_sending_side_is_seen_behind_unread_bytes_and_counts_where_it_is_to() {
+        for (sent, left) in [("", [false, true, true]), ("G", [false, false, true])] {
+            let (client, server) = pair();
+            let look =
+                || [Leaving::Broken, Leaving::Silent, Leaving::Ended].map(|way| has_left(server.as_raw_fd(), way));
+            assert_eq!(look(), [false; 3]);
+            std::io::Write::write_all(&mut &client, sent.as_bytes()).expect("room");
+            assert_eq!(look(), [false; 3]);
+            client.shutdown(Shutdown::Write).expect("a connection");
+            let until = Instant::now() + Duration::from_secs(10);
+            while look() != left {
+                assert!(Instant::now() < until, "{:?} instead of {left:?} behind {sent:?}", look());
+                std::thread::yield_now();
+            }
         }
     }
 

@@ -7,7 +7,7 @@
 use std::future::poll_fn;
 use std::io;
 use std::mem::MaybeUninit;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, RawFd};
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll, ready};
@@ -21,8 +21,10 @@ use pingora::upstreams::peer::Peer;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::time::Sleep;
 
+use super::broken::{Leaving, Look};
 use super::connection::Connection;
 use super::cut::Cut;
+use super::tls::stream::Raw;
 use crate::error::{Refusal, refusal};
 use crate::expression::{Asked, Facts};
 use crate::metrics::RelayMetrics;
@@ -82,17 +84,48 @@ impl Drop for Attempt<'_> {
     }
 }
 
+/// The client while it is not read: an endpoint, or room at one, is waited for.
+struct Watched {
+    socket: RawFd,
+    leaving: Leaving,
+    look: Look,
+}
+
+impl Watched {
+    /// `named`: the client speaks TLS and has sent its ClientHello.
+    fn new(client: &Raw, named: bool) -> Self {
+        let leaving = if named {
+            // It cannot end its handshake any more.
+            Leaving::Ended
+        } else if client.front().is_empty() {
+            Leaving::Silent
+        } else {
+            // It has sent something, which may be all that it has to say.
+            Leaving::Broken
+        };
+        Watched { socket: client.id(), leaving, look: Look::default() }
+    }
+
+    /// Waits, but not for longer than the client is there. `None`: it has left.
+    async fn during<T>(&mut self, wait: impl Future<Output = T>) -> Option<T> {
+        tokio::select! {
+            biased;
+            done = wait => Some(done),
+            _ = poll_fn(|cx| self.look.poll(cx, self.socket, self.leaving)) => None,
+        }
+    }
+}
+
 impl Relay {
-    /// Passes a connection on until it ends, or its time is over.
-    pub async fn pass<C>(&self, client: C, connection: &Connection, cut: &Cut) -> Passed
-    where
-        C: AsyncRead + AsyncWrite + Unpin,
-    {
+    /// Passes a connection on until it ends, or its time is over. `named`: it is one of TLS, whose client has asked for a
+    /// name.
+    pub async fn pass(&self, client: Raw, named: bool, connection: &Connection, cut: &Cut) -> Passed {
         let _open = self.metrics.enter();
         let mut passed =
             Passed { received: 0, sent: 0, endpoint: None, attempts: 0, refusal: None, began: Instant::now() };
+        let mut watched = Watched::new(&client, named);
         let connected = tokio::select! {
-            connected = self.connect(connection, &mut passed) => connected,
+            connected = self.connect(connection, &mut watched, &mut passed) => connected,
             () = cut.told() => Err(&refusal::FINISH_SHUTDOWN),
         };
         let (mut attempt, endpoint) = match connected {
@@ -128,6 +161,7 @@ impl Relay {
     async fn connect(
         &self,
         connection: &Connection,
+        watched: &mut Watched,
         passed: &mut Passed,
     ) -> Result<(Attempt<'_>, Socket), &'static Refusal> {
         let upstream = &*self.upstream;
@@ -146,7 +180,7 @@ impl Relay {
         let mut tried: Vec<Arc<Endpoint>> = Vec::new();
         let mut last = &refusal::SELECT_NO_ENDPOINT;
         while tried.len() < ATTEMPTS_MAX {
-            let engaged = match self.choose(hash, &tried).await? {
+            let engaged = match self.choose(hash, &tried, watched).await? {
                 Some(engaged) => engaged,
                 None => break,
             };
@@ -156,7 +190,8 @@ impl Relay {
             tried.push(endpoint.clone());
             let chosen = Instant::now();
             let mut attempt = Attempt { upstream, engaged, chosen, connect: None, outcome: Outcome::Cancelled };
-            match tokio::time::timeout(upstream.timeouts.connect, dial(&endpoint, parties)).await {
+            let dialled = tokio::time::timeout(upstream.timeouts.connect, dial(&endpoint, parties));
+            match watched.during(dialled).await.ok_or(&refusal::SEND_ABORTED)? {
                 Ok(Ok(socket)) => {
                     upstream.metrics.connects_new.inc();
                     attempt.connect = Some(chosen.elapsed());
@@ -175,7 +210,12 @@ impl Relay {
     }
 
     /// An endpoint with room, waited for if need be. `None`: there is no other one.
-    async fn choose(&self, hash: u64, tried: &[Arc<Endpoint>]) -> Result<Option<Engaged>, &'static Refusal> {
+    async fn choose(
+        &self,
+        hash: u64,
+        tried: &[Arc<Endpoint>],
+        watched: &mut Watched,
+    ) -> Result<Option<Engaged>, &'static Refusal> {
         let upstream = &*self.upstream;
         let reject = |refusal: &'static Refusal| {
             upstream.metrics.limits.reject(refusal);
@@ -191,7 +231,7 @@ impl Relay {
         let due = tokio::time::Instant::now() + upstream.admission.queue().timeout;
         loop {
             let turn = tokio::time::timeout_at(due, poll_fn(|cx| place.poll_turn(cx)));
-            if turn.await.is_err() {
+            if watched.during(turn).await.ok_or(&refusal::QUEUE_ABORTED)?.is_err() {
                 return Err(reject(&refusal::QUEUE_TIMEOUT));
             }
             match upstream.select_in_turn(None, hash, tried, Instant::now()) {

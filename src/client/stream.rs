@@ -24,7 +24,7 @@ use pingora::protocols::{
 use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt, ReadBuf};
 use tokio::time::Sleep;
 
-use super::broken::Look;
+use super::broken::{Leaving, Look};
 use super::connection::Connection;
 use super::farewell::Farewell;
 use super::head::{self, Scanner, Target};
@@ -374,7 +374,7 @@ impl Core {
         if self.half_closed && self.connection.half_close_aborts() {
             return Poll::Ready(Ok(()));
         }
-        self.look.poll(cx, self.io.id()).map(Err)
+        self.look.poll(cx, self.io.id(), Leaving::Broken).map(Err)
     }
 
     /// Hands on up to `limit` bytes, from the inbox first.

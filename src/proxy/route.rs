@@ -19,7 +19,7 @@ use super::exchange::{Exchange, FilterStates};
 use super::header::upgrade::Upgrades;
 use super::mirror::Mirror;
 use super::retry::Rules;
-use crate::client::broken::Look;
+use crate::client::broken::{Leaving, Look};
 use crate::client::http2::Control;
 use crate::client::intake::IntakeTerms;
 use crate::client::wire::Manner;
@@ -173,7 +173,7 @@ impl Watch {
     fn poll_gone(&mut self, cx: &mut Context<'_>) -> Poll<()> {
         match (&self.control, self.socket) {
             (Some(control), _) => control.poll_closed(cx).map(drop),
-            (None, Some(socket)) => self.look.poll(cx, socket).map(drop),
+            (None, Some(socket)) => self.look.poll(cx, socket, Leaving::Broken).map(drop),
             (None, None) => Poll::Pending,
         }
     }

@@ -60,6 +60,104 @@ fn every_connection_of_a_tcp_listener_is_passed_on_and_one_that_is_refused_goes_
     gateway.wait_at_rest();
 }
 
+/// A listener whose clients queue for one endpoint, and one that passes `db.test` on to it by its name.
+fn relaying(upstream: &str) -> Setup {
+    // Longer than any test waits.
+    let long = "timeouts: { connect: 60s }, queue: { size: 4, timeout: 60s }";
+    let (tcp, sni) = ("tcp: { upstream: db }", "passthrough: [ { sni: [db.test], upstream: db } ]");
+    Setup::before(&Origin::scripted())
+        .also_upstream("db", &format!("{upstream}, {long}"))
+        .also_listener(&format!("{{ name: db, address: \"127.0.0.1:0\", {tcp} }}"))
+        .also_listener(&format!("{{ name: sni, address: \"127.0.0.1:0\", {sni} }}"))
+}
+
+/// The ClientHello of a client that asks for this name (RFC 8446 §4.1.2).
+fn client_hello(name: &str) -> Vec<u8> {
+    fn counted(width: usize, parts: &[&[u8]]) -> Vec<u8> {
+        let bytes = parts.concat();
+        [&bytes.len().to_be_bytes()[8 - width..], &bytes].concat()
+    }
+    let host_name = counted(2, &[&[0], &counted(2, &[name.as_bytes()])]);
+    let server_name = [&[0, 0][..], &counted(2, &[&host_name])].concat();
+    let versions = [0, 43, 0, 3, 2, 3, 4];
+    let extensions = counted(2, &[&server_name, &versions]);
+    let hello = counted(3, &[&[3, 3], &[7; 32], &[0], &[0, 2, 0x13, 1], &[1, 0], &extensions]);
+    [&[22, 3, 1][..], &counted(2, &[&[1], &hello])].concat()
+}
+
+type Leaves = fn(Client) -> Option<Client>;
+
+/// A FIN, after which the client is kept until the gateway has noticed, and a RST.
+const LEAVES: [Leaves; 2] = [
+    |mut client| {
+        client.end();
+        Some(client)
+    },
+    |client| {
+        client.reset();
+        None
+    },
+];
+
+/// By which listener clients come, what they send, and how they leave.
+fn visits() -> impl Iterator<Item = (&'static str, Vec<u8>, Leaves)> {
+    let said = [("db", Vec::new()), ("sni", client_hello("db.test"))];
+    said.into_iter().flat_map(|(listener, said)| LEAVES.map(|leave| (listener, said.clone(), leave)))
+}
+
+#[test]
+fn a_client_that_leaves_the_queue_of_a_relay_gives_its_place_up() {
+    const QUEUE: &str = "forebay_upstream_queue{upstream=\"db\"}";
+    let origin = Origin::scripted();
+    let one =
+        format!("endpoints: [ {{ address: \"{}\" }} ], limits: {{ endpoint: {{ requests: 1 }} }}", origin.address());
+    let gateway = relaying(&one).start();
+    let first = Client::connect(gateway.address("db"));
+    let connection = origin.accept();
+    for (listener, said, leave) in visits() {
+        let mut client = Client::connect(gateway.address(listener));
+        client.send(said);
+        gateway.wait_metric(QUEUE, |waiting| waiting == 1.0);
+        let _kept = leave(client);
+        gateway.wait_metric(QUEUE, |waiting| waiting == 0.0);
+    }
+    let lines = gateway.log_lines(4);
+    assert!(lines.iter().all(|line| line.reason() == "queue.aborted" && line.number("attempts") == 0.0));
+    gateway.wait_metric("forebay_refusals_total{reason=\"queue.aborted\"}", |count| count == 4.0);
+    // One that has said something and then closed its sending side waits for what there is to be said to that.
+    let mut patient = Client::connect(gateway.address("db"));
+    patient.send("all that I have to say");
+    patient.end();
+    gateway.wait_metric(QUEUE, |waiting| waiting == 1.0);
+    drop(first);
+    connection.close();
+    let mut next = origin.accept();
+    assert_eq!(next.bytes(22), b"all that I have to say");
+    next.send("well");
+    next.close();
+    assert_eq!(patient.bytes(4), b"well");
+    gateway.wait_metric(QUEUE, |waiting| waiting == 0.0);
+}
+
+#[test]
+fn a_client_that_leaves_while_a_relay_connects_gives_its_permit_up() {
+    let silent = Closed::silent();
+    let one = format!("endpoints: [ {{ address: \"{}\" }} ]", silent.address());
+    let gateway = relaying(&one).start();
+    let busy = format!("forebay_endpoint_inflight{{upstream=\"db\",endpoint=\"{}\"}}", silent.address());
+    for (listener, said, leave) in visits() {
+        let mut client = Client::connect(gateway.address(listener));
+        client.send(said);
+        gateway.wait_metric(&busy, |permits| permits == 1.0);
+        let _kept = leave(client);
+        gateway.wait_metric(&busy, |permits| permits == 0.0);
+    }
+    let lines = gateway.log_lines(4);
+    assert!(lines.iter().all(|line| line.reason() == "send.aborted" && line.number("attempts") == 1.0));
+    gateway.wait_metric("forebay_refusals_total{reason=\"send.aborted\"}", |count| count == 4.0);
+    gateway.wait_at_rest();
+}
+
 #[test]
 fn silence_ends_a_connection_that_is_passed_on() {
     let origin = Origin::scripted();
