@@ -371,10 +371,12 @@ impl Core {
         while self.inbox.is_empty() && !self.half_closed {
             self.half_closed = !ready!(self.poll_fill(cx))?;
         }
-        if self.half_closed && self.connection.half_close_aborts() {
+        // What is kept of the next request hides the end from reading.
+        let leaving = if self.connection.half_close_aborts() { Leaving::Ended } else { Leaving::Broken };
+        if self.half_closed && leaving == Leaving::Ended {
             return Poll::Ready(Ok(()));
         }
-        self.look.poll(cx, self.io.id(), Leaving::Broken).map(Err)
+        self.look.poll(cx, self.io.id(), leaving).map(Err)
     }
 
     /// Hands on up to `limit` bytes, from the inbox first.

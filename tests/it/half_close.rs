@@ -258,3 +258,34 @@ fn a_route_may_take_the_end_for_an_abort() {
     assert_eq!((gateway.log_line().status(), gateway.log_line().reason()), (499, "wait.aborted"));
     eventually("nothing to be left", || (gateway.metric("forebay_phase_active") == 0.0).then_some(()));
 }
+
+#[test]
+fn such_a_route_sees_the_end_behind_the_beginning_of_the_next_request() {
+    for next in ["G", "GET /next HTTP/1.1\r\nHost: test\r\n\r\n"] {
+        let origin = Origin::scripted();
+        let abort = "client: { half_close: abort }";
+        let (gateway, mut client, mut connection) = Setup::before(&origin).route(abort).asked(&origin);
+        client.send(next);
+        gateway.wait_phase(Phase::Wait);
+        client.end();
+        connection.closed();
+        client.closed();
+        assert_eq!((gateway.log_line().status(), gateway.log_line().reason()), (499, "wait.aborted"), "{next:?}");
+        gateway.wait_at_rest();
+    }
+}
+
+#[test]
+fn such_a_route_leaves_the_queue_to_others_at_an_end_behind_the_beginning_of_the_next_request() {
+    let origin = Origin::scripted();
+    let one = "limits: { endpoint: { requests: 1 } }, queue: { size: 2, timeout: 60s }";
+    let setup = Setup::before(&origin).upstream(one).route("client: { half_close: abort }");
+    let (gateway, _first, _connection) = setup.asked(&origin);
+    let mut gone = gateway.client();
+    gone.send(request("GET", "/gone", "", ""));
+    gateway.wait_metric(QUEUE, |waiting| waiting == 1.0);
+    gone.send("G");
+    gone.end();
+    gateway.wait_metric(QUEUE, |waiting| waiting == 0.0);
+    assert_eq!(gateway.log_line_of("/gone").reason(), "queue.aborted");
+}
