@@ -149,6 +149,7 @@ refusals! {
     ROUTE_PRESSURE: "route.pressure", 503, "The gateway has no room for further requests; try again later.";
     ROUTE_REQUESTS: "route.requests", 503, "Too many requests are under way; try again later.";
     ROUTE_REQUESTS_PER_IP: "route.requests_per_ip", 429, "Too many requests of this address are under way; try again later.";
+    ROUTE_FILTER_TIMEOUT: "route.filter_timeout", 504, "A filter of the gateway did not decide in time.";
     ROUTE_ABORTED: "route.aborted", 499, "The client went away while a filter waited.";
     BUFFER_TOO_LARGE: "buffer.too_large", 413, "The request body is larger than is allowed here.";
     BUFFER_TIMEOUT: "buffer.timeout", 408, "The request body did not arrive in time.";

@@ -457,8 +457,8 @@ impl Parts {
             let around = Surroundings::new(config.directory(), &written.name, metrics, &callees);
             match catalog.chain_in(&written.filters, &around) {
                 Ok(chain) => {
-                    let mut route =
-                        route(written, chain.timed(&written.name, metrics), &upstreams, &config.resources, metrics);
+                    let chain = chain.timed(&written.name, metrics).bounded(written.filter_timeout.0);
+                    let mut route = route(written, chain, &upstreams, &config.resources, metrics);
                     route.mirror = mirror(written, &upstreams, connector.as_ref(), metrics);
                     let split = written.upstreams.iter().map(|side| side.name.clone());
                     listed.push((route.metrics.clone(), written.upstream.iter().cloned().chain(split).collect()));

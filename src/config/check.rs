@@ -1025,6 +1025,7 @@ impl<'a> Check<'a> {
             self.client(&route.client, &format!("{path}.client"));
             self.retry(&route.retry, &format!("{path}.retry"));
             self.deadline(route, &path);
+            self.time(&format!("{path}.filter_timeout"), route.filter_timeout);
             self.mirror(route, &format!("{path}.mirror"));
         }
     }

@@ -32,6 +32,10 @@ pub struct Route {
     /// What is done to them, in order.
     #[serde(default)]
     pub filters: Vec<FilterEntry>,
+    /// For how long one call of a filter may wait: for the request, for a piece of a body, for the answer. The exchange
+    /// is then refused as `route.filter_timeout` (504), or cut if its answer has begun; no endpoint is accused.
+    #[serde(default = "Route::default_filter_timeout")]
+    pub filter_timeout: Time,
     /// Where they go; or see `upstreams`.
     #[serde(default)]
     pub upstream: Option<String>,
@@ -69,6 +73,10 @@ pub struct Route {
 }
 
 impl Route {
+    fn default_filter_timeout() -> Time {
+        Time::seconds(30)
+    }
+
     fn default_upgrades() -> Vec<Protocol> {
         Protocol::parse(Protocol::WEBSOCKET).into_iter().collect()
     }

@@ -4,10 +4,15 @@
 //! up by name, and nothing is allocated but the futures of the filters that run and one list of states.
 
 use std::any::Any;
+use std::future::{Future, poll_fn};
+use std::pin::{Pin, pin};
+use std::task::{Poll, ready};
+use std::time::Duration;
 
 use bytes::Bytes;
 use pingora::http::{RequestHeader, ResponseHeader};
 use prometheus::IntCounter;
+use tokio::time::{Sleep, sleep};
 
 use super::{Filter, Outcome, Scope, Stages, Verdict};
 use crate::error::refusal;
@@ -20,6 +25,8 @@ use crate::metrics::Metrics;
 #[derive(Default)]
 pub struct Chain {
     links: Vec<Link>,
+    /// For how long one call of a filter may wait. `None`: for as long as it likes.
+    patience: Option<Duration>,
     /// What at least one of the links wants.
     stages: Stages,
     /// Places in `links`, in the order in which they are called at each stage.
@@ -73,6 +80,7 @@ impl Chain {
             |stage| -> Vec<usize> { (0..links.len()).filter(|&index| links[index].stages().contains(stage)).collect() };
         let outwards = |stage| inwards(stage).into_iter().rev().collect();
         Chain {
+            patience: None,
             stages: links.iter().fold(Stages::NONE, |all, link| all | link.stages()),
             request: inwards(Stages::REQUEST),
             request_body: inwards(Stages::REQUEST_BODY),
@@ -92,6 +100,11 @@ impl Chain {
             }
         }
         self
+    }
+
+    /// Refuses the exchange (`route.filter_timeout`) once one call of a filter has waited for longer than `patience`.
+    pub fn bounded(self, patience: Duration) -> Chain {
+        Chain { patience: Some(patience), ..self }
     }
 
     /// Whether a filter wants one of these stages; if not, there is no need to call them.
@@ -115,7 +128,7 @@ impl Chain {
                 continue;
             }
             let mut scope = view.scope(states, index);
-            let verdict = link.watched.run(link.filter.request(&mut scope)).await;
+            let verdict = link.run(link.filter.request(&mut scope), self.patience).await;
             let Verdict::Continue = verdict else { return verdict };
         }
         Verdict::Continue
@@ -136,7 +149,7 @@ impl Chain {
             }
             let mut scope = view.scope(states, index);
             let call = link.filter.request_body(&mut scope, piece, end);
-            let verdict = link.watched.run(call).await;
+            let verdict = link.run(call, self.patience).await;
             let Verdict::Continue = verdict else { return link.late("request_body", verdict) };
         }
         Verdict::Continue
@@ -155,7 +168,7 @@ impl Chain {
             }
             let mut scope = view.scope(states, index);
             let call = link.filter.response(&mut scope, response);
-            let verdict = link.watched.run(call).await;
+            let verdict = link.run(call, self.patience).await;
             let Verdict::Continue = verdict else { return link.late("response", verdict) };
         }
         Verdict::Continue
@@ -176,7 +189,7 @@ impl Chain {
             }
             let mut scope = view.scope(states, index);
             let call = link.filter.response_body(&mut scope, piece, end);
-            let verdict = link.watched.run(call).await;
+            let verdict = link.run(call, self.patience).await;
             let Verdict::Continue = verdict else { return link.late("response_body", verdict) };
         }
         Verdict::Continue
@@ -196,6 +209,23 @@ impl Chain {
 }
 
 impl Link {
+    /// Runs a call of the filter, and gives it up once it has waited for longer than it may.
+    async fn run(&self, call: impl Future<Output = Verdict> + Unpin, patience: Option<Duration>) -> Verdict {
+        let mut call = pin!(self.watched.run(call));
+        // Most calls wait for nothing, and need none.
+        let mut timer: Option<Pin<Box<Sleep>>> = None;
+        poll_fn(|cx| {
+            if let Poll::Ready(verdict) = call.as_mut().poll(cx) {
+                return Poll::Ready(verdict);
+            }
+            let Some(patience) = patience else { return Poll::Pending };
+            ready!(timer.get_or_insert_with(|| Box::pin(sleep(patience))).as_mut().poll(cx));
+            tracing::debug!(filter = self.key, "a filter has not decided in time");
+            Poll::Ready(Verdict::from(&refusal::ROUTE_FILTER_TIMEOUT))
+        })
+        .await
+    }
+
     /// A filter that was written under `key`, and the condition under which it acts.
     pub(super) fn new(key: &'static str, filter: Box<dyn Filter>, when: Option<Condition>) -> Link {
         let when = when.map(|condition| When { condition, skipped: None });

@@ -129,7 +129,7 @@ pub async fn take(exchange: &mut Exchange, route: Arc<Route>, request: &mut Requ
     }
     exchange.target = Some(request.uri.clone());
     let mut states = route.chain.states();
-    let mut client = Watch::of(exchange);
+    let mut client = Watch::of(exchange, &route);
     let view = View { facts: exchange.facts(&route.name), request };
     let verdict = {
         let mut filters = pin!(route.chain.request(&mut states, view));
@@ -160,20 +160,22 @@ pub fn settle_upgrade(route: &Route, request: &mut RequestHeader) {
 struct Watch {
     control: Option<Control>,
     socket: Option<RawFd>,
+    leaving: Leaving,
     look: Look,
 }
 
 impl Watch {
-    fn of(exchange: &Exchange) -> Watch {
+    fn of(exchange: &Exchange, route: &Route) -> Watch {
         let socket = exchange.connection.as_ref().and_then(|connection| connection.socket());
-        Watch { control: exchange.control.clone(), socket, look: Look::default() }
+        let leaving = if route.half_close_aborts { Leaving::Ended } else { Leaving::Broken };
+        Watch { control: exchange.control.clone(), socket, leaving, look: Look::default() }
     }
 
-    /// Ready once the client has given its stream up, or its connection is broken. Costs nothing before it is asked.
+    /// Ready once the client has given its stream up, or has left. Costs nothing before it is asked.
     fn poll_gone(&mut self, cx: &mut Context<'_>) -> Poll<()> {
         match (&self.control, self.socket) {
             (Some(control), _) => control.poll_closed(cx).map(drop),
-            (None, Some(socket)) => self.look.poll(cx, socket, Leaving::Broken).map(drop),
+            (None, Some(socket)) => self.look.poll(cx, socket, self.leaving).map(drop),
             (None, None) => Poll::Pending,
         }
     }

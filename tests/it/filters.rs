@@ -11,6 +11,7 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use forebay::error::{BuildError, Refusal};
 use forebay::filter::{Filter, FilterType, Outcome, Scope, Stages, Surroundings, Verdict};
+use forebay::phase::Phase;
 use pingora::http::ResponseHeader;
 use schemars::JsonSchema;
 use serde::Deserialize;
@@ -181,6 +182,9 @@ struct TollSettings {
     /// The stage at which it refuses.
     #[serde(default)]
     refuse_at: Option<String>,
+    /// The stage at which it waits for ever.
+    #[serde(default)]
+    hang_at: Option<String>,
     /// How many pieces it holds back before it lets them pass.
     #[serde(default)]
     hold: usize,
@@ -190,6 +194,9 @@ impl Toll {
     async fn stage(&self, stage: &str, detail: &str) -> Verdict {
         tokio::time::sleep(Duration::from_millis(1)).await;
         self.note(format!("{stage} {detail}"));
+        if self.0.hang_at.as_deref() == Some(stage) {
+            std::future::pending::<()>().await;
+        }
         if self.0.refuse_at.as_deref() == Some(stage) { Verdict::from(&UNPAID) } else { Verdict::Continue }
     }
 
@@ -290,6 +297,56 @@ fn a_strangers_filter_sees_every_stage_and_may_wait_at_each() {
     }
     assert!(notes.contains(&"response 200".to_owned()));
     assert_eq!(notes.last().map(String::as_str), Some("end 200 "));
+}
+
+#[test]
+fn a_filter_that_waits_for_too_long_is_given_up_at_every_stage() {
+    for stage in ["request", "request_body", "response", "response_body"] {
+        let origin = Origin::answering(|_| ok("answer"));
+        let toll = format!("toll: {{ name: hung-{stage}, hang_at: {stage} }}");
+        let setup = Setup::before(&origin).filter::<Toll>().filters(&toll);
+        let breaker = "circuit_breaker: { consecutive: 1 }";
+        let gateway = setup.upstream(breaker).route("filter_timeout: 200ms").start();
+        for _ in 0..2 {
+            let mut client = gateway.client();
+            client.send(request("POST", "/", "", "body"));
+            let answer = client.try_response_to("POST");
+            // The header of an answer may have left before the body is here.
+            let cut = stage == "response_body" && answer.as_ref().is_none_or(|answer| answer.end == End::Cut);
+            let refused = answer.as_ref().is_some_and(|a| a.status == 504 && a.text().contains("route.filter_timeout"));
+            assert!(cut || refused, "{stage}: {answer:?}");
+        }
+        let reasons: Vec<String> = gateway.log_lines(2).iter().map(|line| line.reason().to_owned()).collect();
+        assert_eq!(reasons, ["route.filter_timeout"; 2], "{stage}: no endpoint is accused");
+        gateway.wait_metric("forebay_refusals_total{reason=\"route.filter_timeout\"}", |count| count == 2.0);
+        gateway.wait_at_rest();
+    }
+}
+
+#[test]
+fn a_client_that_leaves_ends_the_wait_of_a_filter() {
+    let origin = Origin::named("origin");
+    let setup = Setup::before(&origin).filter::<Toll>().filters("toll: { name: left, hang_at: request }");
+    let gateway = setup.route("client: { half_close: abort }, filter_timeout: 10m").start();
+    let leave: [fn(Client) -> Option<Client>; 2] = [
+        |mut client| {
+            client.end();
+            Some(client)
+        },
+        |client| {
+            client.reset();
+            None
+        },
+    ];
+    for (index, leave) in leave.into_iter().enumerate() {
+        let mut client = gateway.client();
+        client.send(request("GET", &format!("/{index}"), "", ""));
+        gateway.wait_phase(Phase::Route);
+        let _kept = leave(client);
+        assert_eq!(gateway.log_line_of(&format!("/{index}")).reason(), "route.aborted");
+        gateway.wait_at_rest();
+    }
+    assert_eq!(origin.connections(), 0);
 }
 
 #[test]
