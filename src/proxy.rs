@@ -22,6 +22,7 @@ pub mod route;
 pub mod select;
 pub mod send;
 pub mod trust;
+pub mod watch;
 pub mod write;
 
 use std::sync::Arc;

@@ -14,6 +14,7 @@ use super::deadline::Dues;
 use super::grpc::Call;
 use super::mirror::Copy;
 use super::route::Route;
+use super::watch::Watch;
 use crate::access_log::{Failed, Why};
 use crate::client::connection::{Begin, Connection, UnderWay, introduction};
 use crate::client::http2::Control;
@@ -21,7 +22,7 @@ use crate::client::remains;
 use crate::client::session::Link;
 use crate::client::waiting::Who;
 use crate::config::listener::OddNames;
-use crate::error::Refusal;
+use crate::error::{Refusal, refusal};
 use crate::eventloop::{own_time, worker as eventloop};
 use crate::expression::{Asked, Facts, Pace, Secured};
 use crate::filter::{Refused, Stages, States, Verdict, View};
@@ -599,7 +600,8 @@ impl Exchange {
             && let Some(mut states) = filters.take()
         {
             let view = View { facts: self.facts(&route.name), request };
-            let verdict = route.chain.response(&mut states, view, response).await;
+            let call = route.chain.response(&mut states, view, response);
+            let verdict = Watch::of(self, route).during(call, &refusal::RECEIVE_ABORTED).await;
             filters.put(states);
             return verdict;
         }

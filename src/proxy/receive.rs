@@ -18,6 +18,7 @@ use super::grpc::web;
 use super::header::upgrade;
 use super::https;
 use super::route::Route;
+use super::watch::Watch;
 use crate::client::connection::Connection;
 use crate::client::session::Tap;
 use crate::client::trailers;
@@ -213,6 +214,7 @@ pub struct BodyFilters {
     route: Arc<Route>,
     filters: Arc<FilterStates>,
     told: Told,
+    client: Watch,
 }
 
 /// What the tap tells filters of the exchange, which is out of its reach.
@@ -241,7 +243,7 @@ impl BodyFilters {
         let Facts { client, port, scheme, path, ended, pace, .. } = exchange.facts(&route.name);
         let connection = exchange.connection.clone();
         let told = Told { client, port, scheme, path: path.into(), connection, ended, pace };
-        Some(Box::new(BodyFilters { route: route.clone(), filters, told }))
+        Some(Box::new(BodyFilters { route: route.clone(), filters, told, client: Watch::of(exchange, route) }))
     }
 }
 
@@ -251,7 +253,8 @@ impl Tap for BodyFilters {
         let Some(mut states) = self.filters.take() else { return Ok(()) };
         let facts = self.told.facts(&self.route.name);
         let view = View { facts, request };
-        let verdict = self.route.chain.response_body(&mut states, view, piece, end).await;
+        let call = self.route.chain.response_body(&mut states, view, piece, end);
+        let verdict = self.client.during(call, &refusal::RECEIVE_ABORTED).await;
         self.filters.put(states);
         if let Verdict::Refuse(refused) = verdict {
             self.filters.refuse(refused);

@@ -5,11 +5,7 @@
 pub mod path;
 pub mod table;
 
-use std::future::{Future, poll_fn};
-use std::os::fd::RawFd;
-use std::pin::pin;
 use std::sync::Arc;
-use std::task::{Context, Poll};
 use std::time::Instant;
 
 use http::header;
@@ -19,8 +15,7 @@ use super::exchange::{Exchange, FilterStates};
 use super::header::upgrade::Upgrades;
 use super::mirror::Mirror;
 use super::retry::Rules;
-use crate::client::broken::{Leaving, Look};
-use crate::client::http2::Control;
+use super::watch::Watch;
 use crate::client::intake::IntakeTerms;
 use crate::client::wire::Manner;
 use crate::error::{Refusal, refusal};
@@ -131,14 +126,7 @@ pub async fn take(exchange: &mut Exchange, route: Arc<Route>, request: &mut Requ
     let mut states = route.chain.states();
     let mut client = Watch::of(exchange, &route);
     let view = View { facts: exchange.facts(&route.name), request };
-    let verdict = {
-        let mut filters = pin!(route.chain.request(&mut states, view));
-        poll_fn(|cx| match filters.as_mut().poll(cx) {
-            Poll::Ready(verdict) => Poll::Ready(verdict),
-            Poll::Pending => client.poll_gone(cx).map(|()| Verdict::from(&refusal::ROUTE_ABORTED)),
-        })
-        .await
-    };
+    let verdict = client.during(route.chain.request(&mut states, view), &refusal::ROUTE_ABORTED).await;
     exchange.filters = Some(FilterStates::new(states));
     exchange.route = Some(route);
     verdict
@@ -154,31 +142,6 @@ pub fn settle_upgrade(route: &Route, request: &mut RequestHeader) {
         tracing::warn!(route = %route.name, ?protocol, "a client asks for a protocol that its route does not allow; see `upgrades`");
     }
     request.remove_header(&header::UPGRADE);
-}
-
-/// Sees the client go away while filters wait. Its session, which they change the header of, is out of reach meanwhile.
-struct Watch {
-    control: Option<Control>,
-    socket: Option<RawFd>,
-    leaving: Leaving,
-    look: Look,
-}
-
-impl Watch {
-    fn of(exchange: &Exchange, route: &Route) -> Watch {
-        let socket = exchange.connection.as_ref().and_then(|connection| connection.socket());
-        let leaving = if route.half_close_aborts { Leaving::Ended } else { Leaving::Broken };
-        Watch { control: exchange.control.clone(), socket, leaving, look: Look::default() }
-    }
-
-    /// Ready once the client has given its stream up, or has left. Costs nothing before it is asked.
-    fn poll_gone(&mut self, cx: &mut Context<'_>) -> Poll<()> {
-        match (&self.control, self.socket) {
-            (Some(control), _) => control.poll_closed(cx).map(drop),
-            (None, Some(socket)) => self.look.poll(cx, socket, self.leaving).map(drop),
-            (None, None) => Poll::Pending,
-        }
-    }
 }
 
 pub(super) fn without_port(host: &str) -> &str {

@@ -21,10 +21,12 @@ use super::header::hop::takes_trailers;
 use super::header::{is_grpc_type, names};
 use super::mirror;
 use super::retry;
+use super::watch::Watch;
 use crate::access_log::Why;
 use crate::client::trailers;
 use crate::config::listener::OddNames;
 use crate::config::server::Forwarded;
+use crate::error::refusal;
 use crate::filter::{Stages, Verdict, View};
 use crate::framing::{self, Body};
 use crate::phase::Phase;
@@ -191,7 +193,9 @@ pub async fn piece(
         && let Some(mut states) = filters.take()
     {
         let view = View { facts: exchange.facts(&route.name), request };
-        let verdict = route.chain.request_body(&mut states, view, piece, end).await;
+        let mut client = Watch::of(exchange, &route);
+        let call = route.chain.request_body(&mut states, view, piece, end);
+        let verdict = client.during(call, &refusal::SEND_ABORTED).await;
         filters.put(states);
         if let Verdict::Refuse(refused) = verdict {
             exchange.refuse(refused);

@@ -11,7 +11,6 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use forebay::error::{BuildError, Refusal};
 use forebay::filter::{Filter, FilterType, Outcome, Scope, Stages, Surroundings, Verdict};
-use forebay::phase::Phase;
 use pingora::http::ResponseHeader;
 use schemars::JsonSchema;
 use serde::Deserialize;
@@ -325,9 +324,6 @@ fn a_filter_that_waits_for_too_long_is_given_up_at_every_stage() {
 
 #[test]
 fn a_client_that_leaves_ends_the_wait_of_a_filter() {
-    let origin = Origin::named("origin");
-    let setup = Setup::before(&origin).filter::<Toll>().filters("toll: { name: left, hang_at: request }");
-    let gateway = setup.route("client: { half_close: abort }, filter_timeout: 10m").start();
     let leave: [fn(Client) -> Option<Client>; 2] = [
         |mut client| {
             client.end();
@@ -338,15 +334,31 @@ fn a_client_that_leaves_ends_the_wait_of_a_filter() {
             None
         },
     ];
-    for (index, leave) in leave.into_iter().enumerate() {
-        let mut client = gateway.client();
-        client.send(request("GET", &format!("/{index}"), "", ""));
-        gateway.wait_phase(Phase::Route);
-        let _kept = leave(client);
-        assert_eq!(gateway.log_line_of(&format!("/{index}")).reason(), "route.aborted");
-        gateway.wait_at_rest();
+    let stages = [
+        ("request", "route.aborted"),
+        ("request_body", "send.aborted"),
+        ("response", "receive.aborted"),
+        ("response_body", "receive.aborted"),
+    ];
+    for (stage, reason) in stages {
+        let origin = Origin::answering(|_| ok("answer"));
+        let toll = format!("toll: {{ name: left-{stage}, hang_at: {stage} }}");
+        let setup = Setup::before(&origin).filter::<Toll>().filters(&toll);
+        let gateway = setup.route("client: { half_close: abort }, filter_timeout: 10m").start();
+        for (index, leave) in leave.into_iter().enumerate() {
+            let mut client = gateway.client();
+            client.send(request("POST", &format!("/{index}"), "", "body"));
+            eventually("the filter to wait", || {
+                let seen = SEEN.lock().unwrap();
+                let of_stage = |note: &&String| note.split(' ').next() == Some(stage);
+                let count = seen.get(&format!("left-{stage}"))?.iter().filter(of_stage).count();
+                (count > index).then_some(())
+            });
+            let _kept = leave(client);
+            assert_eq!(gateway.log_line_of(&format!("/{index}")).reason(), reason, "{stage}");
+            gateway.wait_at_rest();
+        }
     }
-    assert_eq!(origin.connections(), 0);
 }
 
 #[test]

@@ -1,0 +1,51 @@
+//! Sees the client leave while filters wait. Its session, which they change the header of, is out of reach meanwhile.
+
+use std::future::{Future, poll_fn};
+use std::os::fd::RawFd;
+use std::pin::pin;
+use std::task::{Context, Poll};
+
+use super::exchange::Exchange;
+use super::route::Route;
+use crate::client::broken::{Leaving, Look};
+use crate::client::http2::Control;
+use crate::error::Refusal;
+use crate::filter::Verdict;
+
+/// See the module.
+pub struct Watch {
+    control: Option<Control>,
+    socket: Option<RawFd>,
+    leaving: Leaving,
+    look: Look,
+}
+
+impl Watch {
+    /// The client of an exchange that takes this route.
+    pub fn of(exchange: &Exchange, route: &Route) -> Watch {
+        let socket = exchange.connection.as_ref().and_then(|connection| connection.socket());
+        // In a tunnel each direction ends by itself.
+        let aborts = route.half_close_aborts && exchange.switched.is_none();
+        let leaving = if aborts { Leaving::Ended } else { Leaving::Broken };
+        Watch { control: exchange.control.clone(), socket, leaving, look: Look::default() }
+    }
+
+    /// The verdict of filters; the refusal `left` once the client has left. Looks only while they wait.
+    pub async fn during(&mut self, filters: impl Future<Output = Verdict>, left: &'static Refusal) -> Verdict {
+        let mut filters = pin!(filters);
+        poll_fn(|cx| match filters.as_mut().poll(cx) {
+            Poll::Ready(verdict) => Poll::Ready(verdict),
+            Poll::Pending => self.poll_left(cx).map(|()| Verdict::from(left)),
+        })
+        .await
+    }
+
+    /// Ready once the client has given its stream up, or has left.
+    fn poll_left(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        match (&self.control, self.socket) {
+            (Some(control), _) => control.poll_closed(cx).map(drop),
+            (None, Some(socket)) => self.look.poll(cx, socket, self.leaving).map(drop),
+            (None, None) => Poll::Pending,
+        }
+    }
+}
