@@ -245,6 +245,7 @@ mod tests {
     #[test]
     fn who_is_waited_for_longest_comes_first_and_only_so_many_are_shown() {
         let slow = SlowClients::default();
+        drop(slow.enter(Direction::Response, None, None));
         let begin = Instant::now();
         let entries: Vec<Entry> = (0..10u8)
             .map(|n| {
@@ -267,8 +268,9 @@ mod tests {
     #[test]
     fn pauses_add_up_and_a_client_that_goes_on_is_forgotten_after_a_while() {
         let slow = SlowClients::default();
-        let begin = Instant::now() + ms(10);
         let entry = slow.enter(Direction::Request, None, None);
+        // Times are counted from the first entry of a thread on.
+        let begin = Instant::now();
         assert_eq!(slow.longest(1, begin).1, 0, "nobody waits for it yet");
         for at in [0, 200] {
             entry.begin(begin + ms(at));
