@@ -142,6 +142,8 @@ fn a_request_is_as_long_as_it_says_and_says_nothing_that_does_not_belong_there()
             match fate {
                 // What is streamed may be refused in the middle, by whichever side sees it first.
                 Malformed if mode == "stream" => assert_ne!(outcome.status, 200, "{case}: {outcome:?}"),
+                // If the header is read before the data comes, the gateway refuses what the library would reset.
+                Malformed if outcome.status == 400 => assert_eq!(outcome.end, Ended::Whole, "{case}: {outcome:?}"),
                 _ => judge(*fate, &outcome, &case),
             }
             passed += usize::from(matches!(fate, Passes(_)));
