@@ -722,6 +722,8 @@ proptest! {
     fn no_request_makes_a_rule_fail(written in prop_oneof![condition(), sound()], story in hostile()) {
         prop_assume!(written.len() <= BYTES_MAX);
         let condition = Condition::build(&written, Moment::Response);
+        // What is generated may put more together than an expression may.
+        prop_assume!(!matches!(&condition, Err(error) if error.message.contains("split the expression")));
         prop_assert!(condition.is_ok(), "{written}: {condition:?}");
         let condition = condition.unwrap();
         prop_assert_eq!(condition.holds(&story.asked()), condition.holds(&story.asked()), "{}", written);
