@@ -720,14 +720,16 @@ proptest! {
 
     #[test]
     fn no_request_makes_a_rule_fail(written in prop_oneof![condition(), sound()], story in hostile()) {
-        prop_assume!(written.len() <= BYTES_MAX);
+        // What is generated may be longer, or put more together, than an expression may.
+        let is_bounded = |message: &str| message.contains("split it") || message.contains("split the expression");
         let condition = Condition::build(&written, Moment::Response);
-        // What is generated may put more together than an expression may.
-        prop_assume!(!matches!(&condition, Err(error) if error.message.contains("split the expression")));
+        prop_assume!(!matches!(&condition, Err(error) if is_bounded(&error.message)));
         prop_assert!(condition.is_ok(), "{written}: {condition:?}");
         let condition = condition.unwrap();
         prop_assert_eq!(condition.holds(&story.asked()), condition.holds(&story.asked()), "{}", written);
-        let text = Value::build(&format!("string({written})"), Moment::Response).unwrap();
+        let text = Value::build(&format!("string({written})"), Moment::Response);
+        prop_assume!(!matches!(&text, Err(error) if is_bounded(&error.message)));
+        let text = text.unwrap();
         prop_assert!(matches!(&*text.of(&story.asked()), b"true" | b"false"));
     }
 }
