@@ -39,8 +39,8 @@ pub struct Record<'a> {
     pub method: &'a str,
     /// The host that was asked for, as it was written.
     pub host: &'a [u8],
-    /// The target of the request: its path in its one form, and the query as it was written; both as they were written, if the header
-    /// could not be understood.
+    /// The target of the request: its path in its one form, and the query as it was written; both as they were written,
+    /// if the header could not be understood.
     pub target: &'a [u8],
     /// The version, such as `HTTP/1.1`.
     pub protocol: &'a str,

@@ -1,8 +1,9 @@
-//! Certificates that Forebay gets by itself (ACME, RFC 8555): ordered in the background, kept in files, served like any others.
+//! Certificates that Forebay gets by itself (ACME, RFC 8555): ordered in the background, kept in files, served like any
+//! others.
 //!
 //! [`plan`] says what is asked of whom. One loop for each issuer orders what is due ([`schedule`]), one order at a time
-//! ([`order`]), and puts what is issued into the [`store`]; the listeners that serve it read it from there. An order that fails
-//! is tried again later, and what was issued before is served meanwhile. Workers only answer challenges
+//! ([`order`]), and puts what is issued into the [`store`]; the listeners that serve it read it from there. An order
+//! that fails is tried again later, and what was issued before is served meanwhile. Workers only answer challenges
 //! (`client/challenges.rs`). Of several processes with one store, one orders and all answer (`answers`).
 
 mod answers;
@@ -209,8 +210,8 @@ impl Issuer {
     async fn attempt(&self, state: &mut State<'_>, account: &mut Option<Account>) {
         let (began, written) = (SystemTime::now(), &self.asked.written);
         state.record.attempted = seconds(began);
-        // An order that is cut short counts as one that failed: a process that ends and starts again and again shall not order
-        // each time.
+        // An order that is cut short counts as one that failed: a process that ends and starts again and again shall
+        // not order each time.
         let failures = state.record.failures.saturating_add(1);
         let unfinished = Record {
             directory: self.asked.directory.clone(),

@@ -107,7 +107,8 @@ const ANSWER: Duration = Duration::from_secs(30);
 const KEPT_SECONDS: u64 = 65;
 
 impl Admin {
-    /// One that shows these, has at most so many answers under way that go on, and is asked under the names of these hosts.
+    /// One that shows these, has at most so many answers under way that go on, and is asked under the names of these
+    /// hosts.
     pub fn new(metrics: Metrics, readiness: Readiness, streams_max: usize, hosts: Hosts) -> Self {
         let admin = Admin {
             table: Table::default(),
@@ -175,7 +176,8 @@ impl Admin {
         self
     }
 
-    /// What is answered, and at which path of the table. The body of a request is read only for whoever may change something.
+    /// What is answered, and at which path of the table. The body of a request is read only for whoever may change
+    /// something.
     async fn answer(&self, http: &mut ServerSession) -> (&'static str, Answer) {
         let caller = self.caller(http);
         let request = http.req_header();

@@ -72,7 +72,8 @@ enum Command {
     Check(ConfigFile),
     /// Print the JSON Schema of the configuration, for editors
     Schema,
-    /// List the certificates of the configuration: names, keys, when they end, what is wrong; exit code 1 if anything is
+    /// List the certificates of the configuration: names, keys, when they end, what is wrong; exit code 1 if anything
+    /// is
     Certs(ConfigFile),
     /// Run the built-in test origin alone
     #[command(after_help = format!("Paths:\n{}", origin::PATHS))]

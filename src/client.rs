@@ -515,7 +515,8 @@ where
         let mut session = ServerSession::new_http1(stream);
         session.set_pipelined_prefix(header);
         session.set_keepalive(Some(0));
-        // Of several fields `Connection` Pingora sees the first. While the gateway is about to stop, every answer is the last.
+        // Of several fields `Connection` Pingora sees the first. While the gateway is about to stop, every answer is
+        // the last.
         let last = closes || self.served >= listener.requests_max || self.front.desk.ending.is_near();
         session.set_keepalive_reuses_remaining(last.then_some(0));
 
@@ -672,8 +673,8 @@ impl<P> Http2<P> {
         let _ = self.last.send(true);
     }
 
-    /// Ends when the client is to go on elsewhere because the gateway is about to stop. A connection that is used for the
-    /// first time only now is told so with its first stream: told earlier, it would be of no use.
+    /// Ends when the client is to go on elsewhere because the gateway is about to stop. A connection that is used for
+    /// the first time only now is told so with its first stream: told earlier, it would be of no use.
     async fn is_to_move(&self) {
         let _ = self.front.desk.ending.stopping.clone().wait_for(|stopping| *stopping).await;
         if self.streams.opened.load(Ordering::Relaxed) == 0 {

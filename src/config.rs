@@ -1,9 +1,10 @@
 //! The configuration as it was written: YAML to typed values, with every error at its place.
 //!
-//! These types say nothing of how Forebay runs; `gateway` builds the runtime from them. The request path sees none of them.
+//! These types say nothing of how Forebay runs; `gateway` builds the runtime from them. The request path sees none of
+//! them.
 //!
-//! A file passes through `syntax` (YAML), `interpolate` (`${…}`), `decode` (types) and `check` (meaning). What they find
-//! goes through `place` (path to line and column) and `explain` (serde's words to ours) into a [`Report`].
+//! A file passes through `syntax` (YAML), `interpolate` (`${…}`), `decode` (types) and `check` (meaning). What they
+//! find goes through `place` (path to line and column) and `explain` (serde's words to ours) into a [`Report`].
 
 // What may be written, a file a section.
 pub mod acme;
@@ -70,8 +71,8 @@ pub struct Config {
     /// How the process runs.
     #[serde(default)]
     pub server: server::Server,
-    /// Proxies in front of Forebay whose word on the client is believed (`X-Forwarded-For`, `Forwarded` and the like); `unix`
-    /// stands for whoever connects to a unix socket. Of others, these fields are dropped.
+    /// Proxies in front of Forebay whose word on the client is believed (`X-Forwarded-For`, `Forwarded` and the like);
+    /// `unix` stands for whoever connects to a unix socket. Of others, these fields are dropped.
     #[serde(default)]
     pub trusted_proxies: Vec<address::Proxy>,
     /// How many leading bits of an IPv6 address are one client, where something is limited for each client.

@@ -1,9 +1,10 @@
-//! What the loop of a worker costs and how it does: the time that Forebay itself spends on an exchange, what runs on each
-//! worker and for how long, and who stalls it.
+//! What the loop of a worker costs and how it does: the time that Forebay itself spends on an exchange, what runs on
+//! each worker and for how long, and who stalls it.
 //!
 //! An exchange mostly waits, for the client or for its upstream. What it costs is the time in which its future is
-//! polled; it is measured where that future is made ([`Metered`]) and is not derived from phases. [`worker`] says what is
-//! polled, [`runtime`] what tokio knows, and `heartbeat` looks who is late; [`stall`] decides. [`Loops`] has them all.
+//! polled; it is measured where that future is made ([`Metered`]) and is not derived from phases. [`worker`] says what
+//! is polled, [`runtime`] what tokio knows, and `heartbeat` looks who is late; [`stall`] decides. [`Loops`] has them
+//! all.
 
 mod heartbeat;
 pub mod runtime;
@@ -93,7 +94,8 @@ impl Loops {
         for handle in &handles {
             let threads = if shared { handle.metrics().num_workers() } else { 1 };
             let first = all.len();
-            // A word that threads write to as long as they live; there are as many as workers, and they end with the process.
+            // A word that threads write to as long as they live; there are as many as workers, and they end with the
+            // process.
             all.extend((0..threads).map(|place| &*Box::leak(Box::new(Worker::new(first + place, place, epoch)))));
             worker::enrol(handle.id(), all[first..].to_vec());
             self.0.runtimes.add(Runtime::new(handle, &all[first..], epoch));
@@ -142,8 +144,8 @@ thread_local! {
     static POLLED_SINCE: Cell<Option<Instant>> = const { Cell::new(None) };
 }
 
-/// Says whether an exchange is to be polled at all. While it is closed, whoever closed it does what there is to do and has
-/// registered whatever opens it again.
+/// Says whether an exchange is to be polled at all. While it is closed, whoever closed it does what there is to do and
+/// has registered whatever opens it again.
 pub trait Gate: Send + Sync {
     /// Ready: the exchange may go on.
     fn poll_open(&self, cx: &mut Context<'_>, now: Instant) -> Poll<()>;

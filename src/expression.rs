@@ -33,7 +33,7 @@ use crate::error::{BuildError, Inside};
 use plan::{Condition as Plan, Text};
 use planner::{Kind, Plan as Planned, Planner};
 
-/// An expression may have so many bytes. At most a thousand nodes fit.
+/// The length limit of an expression, in bytes. At most a thousand nodes fit.
 pub const BYTES_MAX: usize = 4096;
 
 /// Parsing recurses, deeper than the stack of a worker or of a test allows in a build without optimisation. Only

@@ -265,7 +265,7 @@ pub trait FilterType: Filter + Sized {
     /// What is written below its key. Use `deny_unknown_fields`, so that a typing error is found.
     type Settings: DeserializeOwned + JsonSchema + Send + Sync + 'static;
 
-    /// Builds the filter of one route; errors carry the path inside the settings. `around` has what it may need besides: the
-    /// upstreams that it calls, the directory of the configuration, and a place for metrics of its own.
+    /// Builds the filter of one route; errors carry the path inside the settings. `around` has what it may need
+    /// besides: the upstreams that it calls, the directory of the configuration, and a place for metrics of its own.
     fn build(settings: &Self::Settings, around: &Surroundings<'_>) -> Result<Self, BuildError>;
 }

@@ -613,7 +613,8 @@ const DIRECTIONS: [&str; 2] = ["request", "response"];
 /// response where others need room, and of files.
 pub const SPOOL_LIMITS: [&str; 5] = ["all", "responses", "client", "spool", "files"];
 
-/// The metrics of what spools share. Where there are two of a kind, the first is of requests and the second of responses.
+/// The metrics of what spools share. Where there are two of a kind, the first is of requests and the second of
+/// responses.
 #[derive(Clone)]
 pub struct SpoolMetrics {
     /// Bytes in memory.

@@ -1,8 +1,9 @@
 //! Which party an exchange waits for, and what went wrong with which party.
 //!
-//! Every wait says where it begins which party it is for ([`Waits`]), and every failure is noted where it is found, as a
-//! [`Fault`]: the party, the phase, and what happened. `proxy/blame.rs` has one table of what follows from a fault. Nothing
-//! is concluded afterwards from an error of a library: that knows which socket failed, but not who kept it waiting.
+//! Every wait says where it begins which party it is for ([`Waits`]), and every failure is noted where it is found, as
+//! a [`Fault`]: the party, the phase, and what happened. `proxy/blame.rs` has one table of what follows from a fault.
+//! Nothing is concluded afterwards from an error of a library: that knows which socket failed, but not who kept it
+//! waiting.
 
 pub mod limits;
 pub mod waits;
@@ -46,8 +47,8 @@ pub enum What {
     Left,
     /// Its connection broke off.
     Broke,
-    /// Its connection broke off after other parties had kept it waiting for longer than [`limits::DAWDLING`]: an endpoint,
-    /// too, may run out of patience with a client.
+    /// Its connection broke off after other parties had kept it waiting for longer than [`limits::DAWDLING`]: an
+    /// endpoint, too, may run out of patience with a client.
     GaveUp,
     /// It sent something that does not follow the protocol.
     Malformed,

@@ -1,8 +1,9 @@
 //! Text that others have chosen, made fit to be shown: it can neither steer a terminal nor look like something else.
 //!
-//! A client chooses its path, its host and more, and an operator looks at them on a terminal. Control characters, C0 and C1
-//! alike, move its cursor and change its colours; those that change the direction of writing, and those without a width, make a
-//! text look like another one. The access log and the command line escape the same characters, which are listed here once.
+//! A client chooses its path, its host and more, and an operator looks at them on a terminal. Control characters, C0
+//! and C1 alike, move its cursor and change its colours; those that change the direction of writing, and those without
+//! a width, make a text look like another one. The access log and the command line escape the same characters, which
+//! are listed here once.
 
 use std::borrow::Cow;
 
@@ -15,8 +16,8 @@ pub fn steers(character: char) -> bool {
             | '\u{2060}'..='\u{206f}' | '\u{feff}' | '\u{fff9}'..='\u{fffb}' | '\u{e0000}'..='\u{e007f}')
 }
 
-/// The text with each character that [`steers`] written as JSON would escape it: `\u009b`. So a line of JSON stays one, and
-/// means the same. Copied only if there is such a character.
+/// The text with each character that [`steers`] written as JSON would escape it: `\u009b`. So a line of JSON stays one,
+/// and means the same. Copied only if there is such a character.
 pub fn printable(text: &str) -> Cow<'_, str> {
     shown(text, |_| false)
 }

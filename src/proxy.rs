@@ -187,8 +187,8 @@ impl ProxyHttp for Proxy {
         send::piece(exchange, session.req_header_mut(), piece, end).await
     }
 
-    /// A response header has come, an interim one (1xx) or the final one, and nothing else has seen it; `wait` may be done, perhaps with
-    /// leave to speak another protocol.
+    /// A response header has come, an interim one (1xx) or the final one, and nothing else has seen it; `wait` may be
+    /// done, perhaps with leave to speak another protocol.
     async fn upstream_response_filter(
         &self,
         session: &mut Session,
@@ -328,7 +328,8 @@ impl Proxy {
     }
 }
 
-/// HTTP/1 has one exchange at a time, so its stream can watch every write; HTTP/2 watches each stream, and the connection.
+/// HTTP/1 has one exchange at a time, so its stream can watch every write; HTTP/2 watches each stream, and the
+/// connection.
 fn patience_for_writing(session: &mut Session, exchange: &Exchange, idle: Duration) {
     let connection = exchange.connection.as_ref();
     if exchange.control.is_some() {

@@ -1,8 +1,9 @@
 //! Recordings: the next exchanges that match, each with all of its phases, for whoever asks for them.
 //!
-//! `admin/trace.rs` begins a recording; `proxy/finish.rs` tells of every exchange that kept a [`Journal`], which exchanges do
-//! only while a recording runs. A recording is bounded: so many exchanges, for so long, and at most as many recordings at once
-//! as the admin endpoint has streams. What is recorded is handed to the one who asked, and kept nowhere.
+//! `admin/trace.rs` begins a recording; `proxy/finish.rs` tells of every exchange that kept a [`Journal`], which
+//! exchanges do only while a recording runs. A recording is bounded: so many exchanges, for so long, and at most as
+//! many recordings at once as the admin endpoint has streams. What is recorded is handed to the one who asked, and kept
+//! nowhere.
 
 use std::net::IpAddr;
 use std::sync::atomic::{AtomicU32, Ordering};

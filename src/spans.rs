@@ -1,9 +1,9 @@
 //! Traces: the place of each exchange in one, and the spans of those that are recorded.
 //!
-//! `proxy` asks the [`Tracer`] for a place when a header has come (`spans/context.rs`), hands each attempt a span of its own to
-//! pass on to its endpoint, and tells the whole [`Story`] in the phase `finish`. A worker puts it into a queue
-//! (`spans/queue.rs`); a thread makes spans of it (`spans/otlp.rs`, with the feature `otel`) and sends them to a collector.
-//! Where tracing is off there is none of this, and `traceparent` passes as it came.
+//! `proxy` asks the [`Tracer`] for a place when a header has come (`spans/context.rs`), hands each attempt a span of
+//! its own to pass on to its endpoint, and tells the whole [`Story`] in the phase `finish`. A worker puts it into a
+//! queue (`spans/queue.rs`); a thread makes spans of it (`spans/otlp.rs`, with the feature `otel`) and sends them to a
+//! collector. Where tracing is off there is none of this, and `traceparent` passes as it came.
 
 pub mod context;
 #[cfg(feature = "otel")]
@@ -196,8 +196,8 @@ fn export(_: &Tracing, _: Arc<Queue>, _: SpanMetrics) -> Result<(), String> {
     Err("this Forebay was built without tracing: build it with the feature `otel`".to_owned())
 }
 
-/// Tells an endpoint of its place in the trace: below the attempt if that is recorded; else as the client said it, or in a new
-/// trace that nobody is to record. What was said of another trace is gone then.
+/// Tells an endpoint of its place in the trace: below the attempt if that is recorded; else as the client said it, or
+/// in a new trace that nobody is to record. What was said of another trace is gone then.
 pub fn pass_on(context: Context, attempt: Option<SpanId>, request: &mut RequestHeader) -> pingora::Result<()> {
     let Context { trace, span, parent, sampled } = context;
     if parent.is_none() {

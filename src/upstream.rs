@@ -1,8 +1,8 @@
 //! A named group of endpoints: which of them takes the next exchange, and how it is connected to.
 //!
 //! `proxy/select.rs` asks [`Upstream::select`] and hands [`Endpoint::peer`] to Pingora; what became of it is told to
-//! [`Upstream::ended`]. Everything that may take time, such as resolving names and working out who may be chosen, is done at
-//! start or in the background ([`background`]).
+//! [`Upstream::ended`]. Everything that may take time, such as resolving names and working out who may be chosen, is
+//! done at start or in the background ([`background`]).
 
 pub mod admission;
 pub mod availability;
@@ -77,8 +77,8 @@ pub use ended::{Ended, Outcome};
 pub use endpoint::{Endpoint, Found};
 pub use roster::Choice;
 
-/// How long nothing is done after a roster was made, for each microsecond that it took: so a roster of many endpoints, of which
-/// one after the other changes, takes no more than a tenth of the thread that checks them as well.
+/// How long nothing is done after a roster was made, for each microsecond that it took: so a roster of many endpoints,
+/// of which one after the other changes, takes no more than a tenth of the thread that checks them as well.
 const ROSTER_REST: Duration = Duration::from_micros(10);
 
 /// How often it is asked whether endpoints that were removed have ended what they had, so that they can be forgotten.
@@ -131,7 +131,8 @@ pub struct Timeouts {
 }
 
 impl Upstream {
-    /// Builds the upstream `name`. It reads the files that are named in it; names are still to be looked up ([`look_up`]).
+    /// Builds the upstream `name`. It reads the files that are named in it; names are still to be looked up
+    /// ([`look_up`]).
     ///
     /// # Errors
     ///
@@ -233,20 +234,23 @@ impl Upstream {
         sticky.read(cookie(asked.headers, sticky.name.as_bytes())?, SystemTime::now())
     }
 
-    /// The `Set-Cookie` by which a client stays at the endpoint that has answered; `None` if it does so anyhow, or shall not.
+    /// The `Set-Cookie` by which a client stays at the endpoint that has answered; `None` if it does so anyhow, or
+    /// shall not.
     pub fn cookie(&self, stuck: Option<&Stuck>, endpoint: &Endpoint, https: bool) -> Option<HeaderValue> {
         let sticky = self.sticky.as_ref()?;
         let stays = stuck.is_some_and(|stuck| !stuck.is_old && endpoint.names.contains(&stuck.endpoint));
         if stays { None } else { sticky.write(&endpoint.names, https, SystemTime::now()) }
     }
 
-    /// The endpoint that is to serve next, but none of `tried`. Whoever gets one tells [`Upstream::ended`] what became of it.
-    /// `hash` is that of the exchange's key; policies without one take no notice of it. While others wait, this waits, too.
+    /// The endpoint that is to serve next, but none of `tried`. Whoever gets one tells [`Upstream::ended`] what became
+    /// of it. `hash` is that of the exchange's key; policies without one take no notice of it. While others wait, this
+    /// waits, too.
     pub fn select(&self, hash: u64, tried: &[Arc<Endpoint>], now: Instant) -> Choice {
         self.select_for(None, hash, tried, now)
     }
 
-    /// The same for a client that may be stuck to an endpoint: that one goes before all others, if it may be chosen and has room.
+    /// The same for a client that may be stuck to an endpoint: that one goes before all others, if it may be chosen and
+    /// has room.
     pub fn select_for(&self, stuck: Option<&Stuck>, hash: u64, tried: &[Arc<Endpoint>], now: Instant) -> Choice {
         match self.admission.queue().bars() {
             true => self.with_leave(now, || Choice::Full),
@@ -304,8 +308,8 @@ impl Upstream {
         self.roster.load().has_more(tried)
     }
 
-    /// Leave to send one of its endpoints what it, or another one, was sent already; `None` if too much of what is under way is
-    /// of this kind.
+    /// Leave to send one of its endpoints what it, or another one, was sent already; `None` if too much of what is
+    /// under way is of this kind.
     pub fn permit_retry(&self, allowance: Allowance) -> Option<Permit> {
         self.retries.permit(self.admission.inflight(), allowance)
     }
@@ -335,10 +339,12 @@ impl Upstream {
         self.members.load_full()
     }
 
-    /// Takes over what a source has found, which is all that there is. Endpoints that stay keep what they have in flight and
-    /// all that is known of them; those that go are given nothing new and end what they have. Not for workers.
+    /// Takes over what a source has found, which is all that there is. Endpoints that stay keep what they have in
+    /// flight and all that is known of them; those that go are given nothing new and end what they have. Not for
+    /// workers.
     ///
-    /// An address that is found twice is one endpoint with both weights, in the more preferred tier, under the first label.
+    /// An address that is found twice is one endpoint with both weights, in the more preferred tier, under the first
+    /// label.
     pub fn discovered(&self, found: Vec<Found>) {
         let _changing = self.changing.lock().unwrap_or_else(PoisonError::into_inner);
         let now = Instant::now();
@@ -385,8 +391,8 @@ impl Upstream {
         }
     }
 
-    /// Gives an order to the endpoints that are called so, by their label or by their address, which it is enough to have in
-    /// common with one of them; tells which these are. It holds until the next reload. Not for workers.
+    /// Gives an order to the endpoints that are called so, by their label or by their address, which it is enough to
+    /// have in common with one of them; tells which these are. It holds until the next reload. Not for workers.
     pub fn order(&self, name: &str, order: Order) -> Vec<Arc<Endpoint>> {
         let now = Instant::now();
         let members = self.members.load();
@@ -404,8 +410,8 @@ impl Upstream {
         self.orders.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Something is known anew of an endpoint's availability: the roster will be made again, in the background. Cheap, from
-    /// anywhere.
+    /// Something is known anew of an endpoint's availability: the roster will be made again, in the background. Cheap,
+    /// from anywhere.
     pub fn reassess(&self) {
         self.reassess.notify_one();
     }
@@ -429,7 +435,8 @@ impl Upstream {
                 let members = self.members.load().to_vec();
                 self.publish(members, Vec::new());
             }
-            // Whoever may be chosen no longer is passed over at once; the others can wait where a roster takes long to make.
+            // Whoever may be chosen no longer is passed over at once; the others can wait where a roster takes long to
+            // make.
             sleep(ROSTER_REST * u32::try_from(began.elapsed().as_micros()).unwrap_or(u32::MAX)).await;
         }
     }
@@ -453,8 +460,8 @@ impl Upstream {
         }
     }
 
-    /// Makes the roster of these members; the caller holds `changing`. Those that are `leaving` are removed after that, so that
-    /// there is somebody to choose at any moment; those that are busy no longer are forgotten.
+    /// Makes the roster of these members; the caller holds `changing`. Those that are `leaving` are removed after that,
+    /// so that there is somebody to choose at any moment; those that are busy no longer are forgotten.
     fn publish(&self, mut members: Vec<Arc<Endpoint>>, leaving: Vec<Arc<Endpoint>>) {
         members.retain(Self::is_kept);
         let before = self.roster.load();
@@ -476,7 +483,8 @@ impl Upstream {
             }
         }
         if !self.admission.queue().is_empty() {
-            // Those in line have turns for what room there is now; where nobody serves any more, all of them hear of it.
+            // Those in line have turns for what room there is now; where nobody serves any more, all of them hear of
+            // it.
             let room = if roster.is_empty() { u32::MAX } else { self.admission.room(roster.members()) };
             self.admission.queue().changed(room);
         }
@@ -545,8 +553,8 @@ impl From<&config::upstream::Timeouts> for Timeouts {
     }
 }
 
-/// Looks up every name in these upstreams, all at the same time: this may block for some seconds. What cannot be told now is
-/// asked for again in the background.
+/// Looks up every name in these upstreams, all at the same time: this may block for some seconds. What cannot be told
+/// now is asked for again in the background.
 ///
 /// # Errors
 ///

@@ -219,7 +219,8 @@ pub fn escape_combined(line: &mut Vec<u8>, bytes: &[u8]) {
     }
 }
 
-/// Writes `key` and a number. By hand: a line has a score of numbers; it costs 760 ns so, and 1,270 ns with `format_args!`.
+/// Writes `key` and a number. By hand: a line has a score of numbers; it costs 760 ns so, and 1,270 ns with
+/// `format_args!`.
 fn number(line: &mut Vec<u8>, key: &str, number: u64) {
     line.extend_from_slice(key.as_bytes());
     digits(line, number, 1);

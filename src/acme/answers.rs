@@ -1,5 +1,5 @@
-//! What answers the challenges of an order: this process, and every other one that shares its store, since an issuer may come to
-//! any of them.
+//! What answers the challenges of an order: this process, and every other one that shares its store, since an issuer
+//! may come to any of them.
 //!
 //! The process that orders writes each answer into the store; those that do not order look there ([`Followed`]).
 

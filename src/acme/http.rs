@@ -1,7 +1,7 @@
 //! How issuers are spoken to: HTTP/1.1 over TLS by the same library as everything else, one connection a request.
 //!
-//! An order takes a dozen requests every other month: a connection that is kept would save little, and one that has died
-//! unnoticed would fail an order.
+//! An order takes a dozen requests every other month: a connection that is kept would save little, and one that has
+//! died unnoticed would fail an order.
 
 use std::future::Future;
 use std::net::SocketAddr;

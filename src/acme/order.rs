@@ -1,4 +1,5 @@
-//! One order, from the names to the certificate (RFC 8555 §7.4): prove every name, send a request for a certificate, fetch it.
+//! One order, from the names to the certificate (RFC 8555 §7.4): prove every name, send a request for a certificate,
+//! fetch it.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -49,7 +50,8 @@ pub struct Failure {
     pub is_unknown: bool,
 }
 
-/// Orders a certificate. What comes is its chain and its key, in PEM; `patience` is for the issuer to look at proofs and to sign.
+/// Orders a certificate. What comes is its chain and its key, in PEM; `patience` is for the issuer to look at proofs
+/// and to sign.
 ///
 /// # Errors
 ///
@@ -99,8 +101,8 @@ pub async fn order(
     Ok(pem)
 }
 
-/// Makes an order that says which certificate it replaces, if the issuer wants to know; one that does not like that is asked
-/// without (RFC 9773 §5).
+/// Makes an order that says which certificate it replaces, if the issuer wants to know; one that does not like that is
+/// asked without (RFC 9773 §5).
 async fn begin(
     account: &Account,
     identifiers: &[Identifier],

@@ -1,4 +1,5 @@
-//! From the configuration to what is asked of whom: the source of every certificate, and the certificates of every issuer.
+//! From the configuration to what is asked of whom: the source of every certificate, and the certificates of every
+//! issuer.
 
 use std::net::IpAddr;
 use std::path::PathBuf;

@@ -4,7 +4,8 @@ use std::time::{Duration, SystemTime};
 
 use serde::{Deserialize, Serialize};
 
-/// Of its life, so much may be added to two thirds of it, so that certificates that were issued at once are not renewed at once.
+/// Of its life, so much may be added to two thirds of it, so that certificates that were issued at once are not renewed
+/// at once.
 const RENEWAL_SPREAD: f64 = 1.0 / 30.0;
 /// The share by which a wait after a failure may be longer or shorter.
 const RETRY_SPREAD: f64 = 0.25;
@@ -51,8 +52,8 @@ pub struct Held {
 }
 
 impl Record {
-    /// When the next order is due, if this record and this certificate were found at start. An order that failed is tried again
-    /// after the first wait, however long the waits had become: the cause may have been removed.
+    /// When the next order is due, if this record and this certificate were found at start. An order that failed is
+    /// tried again after the first wait, however long the waits had become: the cause may have been removed.
     pub fn at_start(&self, held: Option<&Held>, directory: &str, now: u64, first: Duration, random: f64) -> u64 {
         let from_elsewhere = !self.directory.is_empty() && self.directory != directory;
         if self.failures > 0 && !from_elsewhere {
@@ -63,8 +64,8 @@ impl Record {
         if is_known { self.due } else { renewal(held.not_before, held.not_after, random) }
     }
 
-    /// Notes the window of the issuer; if it is another one than before, a point in it is chosen: no sooner than `soonest`, nor
-    /// when little is left of the certificate's life.
+    /// Notes the window of the issuer; if it is another one than before, a point in it is chosen: no sooner than
+    /// `soonest`, nor when little is left of the certificate's life.
     pub fn window(&mut self, window: (u64, u64), held: &Held, soonest: u64, random: f64) {
         if self.window == Some(window) {
             return;
@@ -82,7 +83,8 @@ impl Record {
     }
 }
 
-/// When a certificate is renewed: at two thirds of its life, and up to a thirtieth of it later. `random` is from 0 to 1.
+/// When a certificate is renewed: at two thirds of its life, and up to a thirtieth of it later. `random` is from 0 to
+/// 1.
 pub fn renewal(not_before: u64, not_after: u64, random: f64) -> u64 {
     let life = not_after.saturating_sub(not_before);
     not_before + life / 3 * 2 + (life as f64 * RENEWAL_SPREAD * random) as u64

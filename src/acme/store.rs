@@ -1,7 +1,9 @@
-//! Where accounts, keys and certificates are kept: `STORE/ISSUER/`, files for Forebay alone, each written beside and put in place.
+//! Where accounts, keys and certificates are kept: `STORE/ISSUER/`, files for Forebay alone, each written beside and
+//! put in place.
 //!
-//! For each certificate there are `NAME.pem`, the certificate with its chain and its key, and `NAME.json`, what is remembered of
-//! it. Of several processes that share a store, the one that has locked `lock` orders; all serve what is there.
+//! For each certificate there are `NAME.pem`, the certificate with its chain and its key, and `NAME.json`, what is
+//! remembered of it. Of several processes that share a store, the one that has locked `lock` orders; all serve what is
+//! there.
 
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{self, Read, Write};

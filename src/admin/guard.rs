@@ -1,12 +1,12 @@
 //! Who is answered by the admin endpoint, and who may change anything through it.
 //!
-//! Whoever has shown the token, or a certificate that is demanded, may. Where nothing of the kind is asked for, a change must
-//! come from this machine: from loopback or over the unix socket. That is not
-//! enough, for a browser on this machine sends what any page on the web tells it to. Browsers say whose page it was
-//! (`Origin`, `Sec-Fetch-Site`), and programs such as curl say nothing of the kind; so what comes from a page must come
-//! from our own. A page may also have pointed its own name at 127.0.0.1 (DNS rebinding): then `Host` and `Origin` agree, and
-//! the browser lets the page read what comes, too. Of this the browser says nothing at all in a GET, so that nobody is answered
-//! who calls us by a name that we do not know ([`Hosts`]).
+//! Whoever has shown the token, or a certificate that is demanded, may. Where nothing of the kind is asked for, a
+//! change must come from this machine: from loopback or over the unix socket. That is not enough, for a browser on this
+//! machine sends what any page on the web tells it to. Browsers say whose page it was (`Origin`, `Sec-Fetch-Site`), and
+//! programs such as curl say nothing of the kind; so what comes from a page must come from our own. A page may also
+//! have pointed its own name at 127.0.0.1 (DNS rebinding): then `Host` and `Origin` agree, and the browser lets the
+//! page read what comes, too. Of this the browser says nothing at all in a GET, so that nobody is answered who calls us
+//! by a name that we do not know ([`Hosts`]).
 
 use std::net::IpAddr;
 
@@ -79,8 +79,8 @@ impl Hosts {
         Hosts(written.hosts.iter().cloned().chain(own).chain(machine).map(|name| bare(&name)).collect())
     }
 
-    /// Whether a request with these headers calls us by a name that is ours; else why it is not answered. By TLS a browser has made sure
-    /// of the name itself, and a page that has pointed its name here knows no token.
+    /// Whether a request with these headers calls us by a name that is ours; else why it is not answered. By TLS a
+    /// browser has made sure of the name itself, and a page that has pointed its name here knows no token.
     pub fn check(&self, caller: Caller, headers: &HeaderMap) -> Result<(), &'static str> {
         const WHY: &str = "this endpoint is not known by that host: admin.hosts lists the names that it answers to";
         let mut hosts = headers.get_all(HOST).iter();

@@ -178,8 +178,8 @@ impl AdminEndpoint {
     }
 }
 
-/// Shakes hands with a server that must have the certificate of this file. Whose name is in it does not matter: it is reached
-/// by its address.
+/// Shakes hands with a server that must have the certificate of this file. Whose name is in it does not matter: it is
+/// reached by its address.
 fn secure(socket: TcpStream, certificate: &Path) -> io::Result<SslStream<TcpStream>> {
     let pem = file::read(certificate, CERTIFICATE_MAX).map_err(|error| io::Error::other(error.to_string()))?;
     let expected = X509::from_pem(&pem)?;

@@ -9,12 +9,13 @@ use super::{Failure, colourful};
 use crate::printable::shown;
 
 /// What a client or a backend did wrong is in the access log, with its reason. Pingora and h2 tell it here too, most of
-/// it as warnings, so that strangers could fill the log; and to Pingora's connector a kept connection that was closed is
-/// an error.
+/// it as warnings, so that strangers could fill the log; and to Pingora's connector a kept connection that was closed
+/// is an error.
 const DEFAULT: &str = "info,pingora=error,pingora_core=error,pingora_core::apps=off,pingora_core::connectors=off,\
                        pingora_proxy=error,h2=error";
 
-/// Starts logging as `FOREBAY_LOG` and `FOREBAY_LOG_FORMAT` say. Where the program has a logger already, that one stays.
+/// Starts logging as `FOREBAY_LOG` and `FOREBAY_LOG_FORMAT` say. Where the program has a logger already, that one
+/// stays.
 pub fn start() -> Result<(), Failure> {
     let wrong = |name: &str, why: String| Failure::Config(format!("${name}: {why}"));
     let written = env::var("FOREBAY_LOG").ok().filter(|text| !text.is_empty());
@@ -32,8 +33,8 @@ pub fn start() -> Result<(), Failure> {
     Ok(())
 }
 
-/// Writes lines so that nothing in them steers a terminal but the colours of the log itself. What steers in its fields, the log
-/// has escaped, except for what changes the direction of writing.
+/// Writes lines so that nothing in them steers a terminal but the colours of the log itself. What steers in its fields,
+/// the log has escaped, except for what changes the direction of writing.
 struct Shown<W>(W);
 
 impl<W: Write> Write for Shown<W> {

@@ -101,8 +101,8 @@ pub fn title(recorded: &Recorded, paint: Paint) -> String {
     words.join("  ")
 }
 
-/// The bars, a line for each phase: its name, its bar, how long it lasted, in which cycles of which worker, and what had
-/// passed.
+/// The bars, a line for each phase: its name, its bar, how long it lasted, in which cycles of which worker, and what
+/// had passed.
 pub fn bars(recorded: &Recorded, axis: Axis, paint: Paint) -> Vec<String> {
     let mut lines = Vec::new();
     for (place, phase) in recorded.phases.iter().enumerate() {

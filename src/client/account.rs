@@ -31,7 +31,8 @@ pub struct Accounts {
 }
 
 impl Accounts {
-    /// None yet. There are so many listeners, each of which has limits of its own; addresses of `exempt` proxies have no account.
+    /// None yet. There are so many listeners, each of which has limits of its own; addresses of `exempt` proxies have
+    /// no account.
     pub fn new(prefix: Ipv6Prefix, exempt: &[Proxy], listeners: usize) -> Arc<Self> {
         let networks = exempt.iter().filter_map(|proxy| match proxy {
             Proxy::Network(network) => Some(*network),

@@ -1,7 +1,7 @@
 //! Finds out that a connection is broken while nobody reads from it.
 //!
-//! A client that has closed its sending side, or has sent the beginning of its next request, is not read any more, and the
-//! kernel tells of a reset only those who read or write. So the state of the socket is looked at in intervals. That
+//! A client that has closed its sending side, or has sent the beginning of its next request, is not read any more, and
+//! the kernel tells of a reset only those who read or write. So the state of the socket is looked at in intervals. That
 //! costs neither a descriptor nor a thread, and only those connections that cannot be watched by reading.
 
 use std::io;
@@ -33,8 +33,8 @@ pub struct Look {
 }
 
 impl Look {
-    /// Ready, with an error, once the client has left: its connection was reset, or nothing can be received and nothing be
-    /// sent, or it has ended its sending side and that counts as `leaving`.
+    /// Ready, with an error, once the client has left: its connection was reset, or nothing can be received and nothing
+    /// be sent, or it has ended its sending side and that counts as `leaving`.
     pub fn poll(&mut self, cx: &mut Context<'_>, socket: RawFd, leaving: Leaving) -> Poll<io::Error> {
         loop {
             if let Some(due) = self.due {
@@ -65,7 +65,8 @@ fn has_left(socket: RawFd, leaving: Leaving) -> bool {
 /// Whether there is something to read before the end of a connection.
 fn has_unread(socket: RawFd) -> bool {
     let mut byte = 0u8;
-    // SAFETY: the buffer has room for the one byte that is asked for, which stays in the socket; the call does not wait.
+    // SAFETY: the buffer has room for the one byte that is asked for, which stays in the socket; the call does not
+    // wait.
     unsafe { libc::recv(socket, (&raw mut byte).cast(), 1, libc::MSG_PEEK | libc::MSG_DONTWAIT) > 0 }
 }
 

@@ -1,16 +1,16 @@
 //! What all spools together may hold in memory and on disk, and what is done when memory runs short.
 //!
 //! A spool owns a [`Share`] and tells it of every byte that it takes or lets go; the sums stand in the [`Budget`]. As
-//! memory fills, three rungs are climbed. *Spill*, from three quarters: spools keep nothing new in memory that they could
-//! write to disk. *Pause*, from fifteen sixteenths: nobody takes more until something was let go. *Shed*, from the limit,
-//! which first pieces can still fill: new exchanges are turned away, which is the proxy's to do.
+//! memory fills, three rungs are climbed. *Spill*, from three quarters: spools keep nothing new in memory that they
+//! could write to disk. *Pause*, from fifteen sixteenths: nobody takes more until something was let go. *Shed*, from
+//! the limit, which first pieces can still fill: new exchanges are turned away, which is the proxy's to do.
 //!
-//! Of all this, answers may have a share, so that something is left for uploads, and each client may have a share in each
-//! direction. The first two rungs hold within these shares as well; of the disk, [`shares`](super::shares) says who gets
-//! more.
+//! Of all this, answers may have a share, so that something is left for uploads, and each client may have a share in
+//! each direction. The first two rungs hold within these shares as well; of the disk, [`shares`](super::shares) says
+//! who gets more.
 //!
-//! Every piece that passes a spool comes by here twice, so this is a few atomics: no lock and no clock. A lock is taken only when
-//! somebody pauses.
+//! Every piece that passes a spool comes by here twice, so this is a few atomics: no lock and no clock. A lock is taken
+//! only when somebody pauses.
 
 use std::pin::Pin;
 use std::sync::Arc;
@@ -288,7 +288,7 @@ impl Owner {
         self.pools().any(|(pool, rungs)| pool.used() >= rungs.full_at)
     }
 
-    /// Lets go of so many bytes of memory.
+    /// Releases this many bytes of memory.
     fn shrink_memory(&self, bytes: u64) {
         self.budget.shrink_memory(bytes);
         for (pool, rungs) in self.narrower() {
@@ -393,8 +393,8 @@ impl Share {
         self.owner.pools().any(|(pool, rungs)| pool.used() >= rungs.spill_at)
     }
 
-    /// Whether as much memory is used that its owner may take no more. Without the rung pause that is all of it, and one
-    /// does not wait, see [`Budget::pause_max`].
+    /// Whether as much memory is used that its owner may take no more. Without the rung pause that is all of it, and
+    /// one does not wait, see [`Budget::pause_max`].
     pub fn is_full(&self) -> bool {
         self.owner.is_full()
     }
@@ -405,10 +405,11 @@ impl Share {
         self.owner.held().is_some_and(|held| held.memory.used() >= rungs.full_at)
     }
 
-    /// Ends when there is memory: at once if there is. Counts as a pause from its first poll until it is over or dropped.
+    /// Ends when there is memory: at once if there is. Counts as a pause from its first poll until it is over or
+    /// dropped.
     ///
-    /// Those who wait are woken one after the other, for as long as there is room: take what you came for before you wait
-    /// for anything else, or ask [`Share::is_full`] again.
+    /// Those who wait are woken one after the other, for as long as there is room: take what you came for before you
+    /// wait for anything else, or ask [`Share::is_full`] again.
     pub fn room(&self) -> Wait<()> {
         let owner = self.owner.clone();
         Box::pin(async move {
@@ -433,7 +434,7 @@ impl Share {
         }
     }
 
-    /// Lets go of so many bytes of memory.
+    /// Releases this many bytes of memory.
     pub fn shrink_memory(&mut self, bytes: u64) {
         debug_assert!(self.memory >= bytes, "a spool let go of more than it had");
         let bytes = bytes.min(self.memory);

@@ -1,7 +1,8 @@
 //! What issuers of certificates ask to make sure that a name is served here, while an order is under way (`acme.rs`).
 //!
-//! A request for a token is answered before any route (HTTP-01), a handshake with the protocol `acme-tls/1` before any other
-//! certificate (TLS-ALPN-01). Tokens and names that no order waits for are not answered here: routes and certificates decide.
+//! A request for a token is answered before any route (HTTP-01), a handshake with the protocol `acme-tls/1` before any
+//! other certificate (TLS-ALPN-01). Tokens and names that no order waits for are not answered here: routes and
+//! certificates decide.
 
 use std::collections::HashMap;
 use std::sync::Arc;

@@ -195,8 +195,8 @@ impl Listener {
         }
     }
 
-    /// Counts a connection in for its client, unless that has as many as it may, or connections come too fast. `None`: its
-    /// peer speaks for many clients.
+    /// Counts a connection in for its client, unless that has as many as it may, or connections come too fast. `None`:
+    /// its peer speaks for many clients.
     fn admit(&self, client: Option<IpAddr>) -> Result<Option<Counting>, &'static Refusal> {
         let account = client.and_then(|client| self.common.accounts.of(client));
         let owner = account.as_ref().map(|account| account.client());

@@ -1,6 +1,7 @@
 //! Tells all exchanges that are under way to end, when the time that a stop leaves them is over.
 //!
-//! Every exchange waits for it, so the waiters of each worker have a list of their own, whose lock they share with nobody.
+//! Every exchange waits for it, so the waiters of each worker have a list of their own, whose lock they share with
+//! nobody.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 

@@ -1,7 +1,7 @@
 //! What stands between an accepted socket and HTTP: the PROXY protocol, the ClientHello, the handshake.
 //!
-//! All of it runs in the connection's own task, each wait under a deadline of its own. What comes out is a connection with
-//! its true client and its bytes in the clear, or the reason why there is none.
+//! All of it runs in the connection's own task, each wait under a deadline of its own. What comes out is a connection
+//! with its true client and its bytes in the clear, or the reason why there is none.
 
 use std::net::SocketAddr;
 use std::sync::Arc;

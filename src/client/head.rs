@@ -142,10 +142,12 @@ pub fn inspect(bytes: &[u8]) -> Result<Head, &'static Refusal> {
     Ok(Head { body: framing::request::read(version, &said)?, closes, target })
 }
 
-/// A checked header with an absolute target, as it would be without: an origin gets the path alone (RFC 9112 §3.2.1). The authority
-/// of the target is that of `Host`, which was checked against it, or becomes it where none is named, as HTTP/1.0 may.
+/// A checked header with an absolute target, as it would be without: an origin gets the path alone (RFC 9112 §3.2.1).
+/// The authority of the target is that of `Host`, which was checked against it, or becomes it where none is named, as
+/// HTTP/1.0 may.
 ///
-/// Nothing behind this knows more than one form: Pingora would compare the two letter for letter, and answer without a word of ours.
+/// Nothing behind this knows more than one form: Pingora would compare the two letter for letter, and answer without a
+/// word of ours.
 pub fn in_origin_form(header: &[u8], names_host: bool) -> BytesMut {
     let mut words = header.splitn(3, |&byte| byte == b' ');
     let mut word = || words.next().unwrap_or_default();
@@ -231,8 +233,8 @@ fn check_host(hosts: &Values<'_>, target: &str, minor: u8) -> Result<(), &'stati
     if is_one { Ok(()) } else { Err(&refusal::HEADER_HOST) }
 }
 
-/// Whether this is `host` or `host:port` (RFC 3986 §3.2.2), not empty. A name has no codes: `a%2eb` would be another host to
-/// routes than to an endpoint that decodes it, and HTTP/2 cannot carry it.
+/// Whether this is `host` or `host:port` (RFC 3986 §3.2.2), not empty. A name has no codes: `a%2eb` would be another
+/// host to routes than to an endpoint that decodes it, and HTTP/2 cannot carry it.
 pub fn is_host(bytes: &[u8]) -> bool {
     let (name, port) = match bytes.iter().rposition(|&byte| byte == b':') {
         Some(colon) if !bytes.ends_with(b"]") => (&bytes[..colon], Some(&bytes[colon + 1..])),
@@ -250,9 +252,9 @@ pub fn is_host(bytes: &[u8]) -> bool {
     name_is_valid && port.is_none_or(|port| decimal(port).is_some_and(|port| port <= 65_535))
 }
 
-/// Whether `http::Uri` can hold this target, and as a whole. `httparse` lets more pass, and Pingora would answer it without a word
-/// of ours; of a fragment (RFC 9112 §3.2 knows none) routes would see nothing, and the endpoint would. RFC 3986 §2 allows none of
-/// what is refused here.
+/// Whether `http::Uri` can hold this target, and as a whole. `httparse` lets more pass, and Pingora would answer it
+/// without a word of ours; of a fragment (RFC 9112 §3.2 knows none) routes would see nothing, and the endpoint would.
+/// RFC 3986 §2 allows none of what is refused here.
 fn is_uri(target: &str) -> bool {
     let (path, query) = target.split_once('?').unwrap_or((target, ""));
     !target.contains('#') && !path.contains(['<', '>', '`']) && !query.contains(['<', '>', '"'])

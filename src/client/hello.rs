@@ -1,9 +1,9 @@
 //! The ClientHello: what a client of TLS asks for, read before any TLS library sees a byte (RFC 8446 §4.1.2, RFC 5246
 //! §7.4.1.2).
 //!
-//! The name decides whether a connection is passed through, refused, or served, and with what; what the client can verify
-//! decides which of several certificates it gets. [`Reader`] gathers the message from its records and knows no socket. It
-//! is the first to read bytes that anybody may send, so it takes no more than [`HELLO_BYTES_MAX`].
+//! The name decides whether a connection is passed through, refused, or served, and with what; what the client can
+//! verify decides which of several certificates it gets. [`Reader`] gathers the message from its records and knows no
+//! socket. It is the first to read bytes that anybody may send, so it takes no more than [`HELLO_BYTES_MAX`].
 
 /// The longest ClientHello that is read. With a post-quantum key share one has some 1,800 bytes.
 pub const HELLO_BYTES_MAX: usize = 16 << 10;
@@ -25,7 +25,8 @@ pub struct Hello {
     pub tls13: bool,
     /// It speaks TLS 1.2.
     pub tls12: bool,
-    /// It wants to verify that Forebay controls the name, for an authority (RFC 8737): `acme-tls/1` is all that it offers.
+    /// It wants to verify that Forebay controls the name, for an authority (RFC 8737): `acme-tls/1` is all that it
+    /// offers.
     pub acme: bool,
     /// A suite of TLS 1.2 for certificates of ECDSA or EdDSA.
     ecdsa_suite: bool,
@@ -94,7 +95,8 @@ impl Hello {
         let curves = self.curves;
         let curve = |knows: fn(Curves) -> bool| curves.is_none_or(knows);
         let any_ecdsa = self.p256 || self.p384 || self.p521;
-        // TLS 1.3 binds a scheme to its curve; before, the scheme names the hash, and the curve is of another extension.
+        // TLS 1.3 binds a scheme to its curve; before, the scheme names the hash, and the curve is of another
+        // extension.
         let ecdsa = |scheme: bool, curve: bool| {
             (self.tls13 && scheme) || (self.tls12 && any_ecdsa && self.ecdsa_suite && curve)
         };
@@ -495,7 +497,8 @@ pub(super) mod tests {
 
         #[test]
         fn one_with_a_share_of_a_post_quantum_group_comes_in_several_segments(cuts in prop::collection::vec(1usize..1800, 0..5)) {
-            // A share of X25519MLKEM768 has 1,216 bytes (group 0x11ec), so that no segment of Ethernet holds the message.
+            // A share of X25519MLKEM768 has 1,216 bytes (group 0x11ec), so that no segment of Ethernet holds the
+            // message.
             let share = [&numbers(&[0x11ec])[..], &vector(2, &[7; 1_216])].concat();
             let shares = extension(51, &vector(2, &share));
             let message = message(GCM, &[sni(b"a.test"), versions(&[0x0304]), schemes(&[0x0403]), shares]);

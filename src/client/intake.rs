@@ -1,4 +1,5 @@
-//! The request body on its way in: held back until it is whole and replayed as often as it takes, or passed on as it comes.
+//! The request body on its way in: held back until it is whole and replayed as often as it takes, or passed on as it
+//! comes.
 //!
 //! Either way the client is bounded: in bytes (`max_body`), in all its time (`body_total`), in its pauses (`body_idle`)
 //! and in its pace (`min_rate.read`). What is held back takes turns with other bulk in the lane of its worker.
@@ -218,8 +219,8 @@ impl Intake {
         }
     }
 
-    /// Ready when the body is whole, or when the rest of it is to be streamed on. Calls `waiting` when the client, or room
-    /// for more, is waited for, with what has come of it.
+    /// Ready when the body is whole, or when the rest of it is to be streamed on. Calls `waiting` when the client, or
+    /// room for more, is waited for, with what has come of it.
     pub fn poll_fill(
         &mut self,
         cx: &mut Context<'_>,

@@ -1,4 +1,5 @@
-//! The PROXY protocol on the way in: which client a proxy in front of Forebay speaks for (haproxy.org, proxy-protocol.txt).
+//! The PROXY protocol on the way in: which client a proxy in front of Forebay speaks for (haproxy.org,
+//! proxy-protocol.txt).
 //!
 //! It comes before everything else of a connection, TLS included. [`Expected`] says from whom it is believed, [`read`]
 //! takes it apart; neither knows a socket. `client/entrance.rs` reads the bytes and bounds the time.
@@ -13,7 +14,8 @@ use crate::config::listener::ProxyProtocol;
 
 /// The longest header of version 1, with its line end.
 const V1_BYTES_MAX: usize = 107;
-/// The longest header of version 2 that is taken: addresses and some fields of the proxy's own (TLVs), which are skipped.
+/// The longest header of version 2 that is taken: addresses and some fields of the proxy's own (TLVs), which are
+/// skipped.
 const V2_BYTES_MAX: usize = 4096;
 const V1_START: &[u8] = b"PROXY ";
 const V2_START: &[u8] = v2::PROTOCOL_PREFIX;
@@ -51,8 +53,8 @@ impl Expected {
         Expected { from: written.from.clone(), timeout: written.timeout.0 }
     }
 
-    /// Whether a connection from here must begin with a header. On a unix socket every one must: whoever can reach it is
-    /// on this host and was let in by its permissions.
+    /// Whether a connection from here must begin with a header. On a unix socket every one must: whoever can reach it
+    /// is on this host and was let in by its permissions.
     pub fn is_required_from(&self, peer: Option<IpAddr>) -> bool {
         peer.is_none_or(|peer| {
             let peer = peer.to_canonical();

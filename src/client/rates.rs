@@ -61,7 +61,7 @@ impl Rates {
     }
 }
 
-/// Places for what is under way, of which there are so many.
+/// A bounded number of places for what is under way.
 pub struct Places {
     most: u64,
     taken: AtomicU64,

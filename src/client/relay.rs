@@ -1,5 +1,5 @@
-//! Bytes that pass as they are, both ways, between a client and an endpoint: a listener for TCP, or a name of TLS that is
-//! passed through (`listeners[].tcp`, `listeners[].passthrough`).
+//! Bytes that pass as they are, both ways, between a client and an endpoint: a listener for TCP, or a name of TLS that
+//! is passed through (`listeners[].tcp`, `listeners[].passthrough`).
 //!
 //! The endpoint is chosen as for a request: by policy and health, within its limits, with the same counters. Nothing is
 //! retried once a byte has passed. `Passage` moves the bytes and owns a buffer only while one side does not take them.
@@ -117,8 +117,8 @@ impl Watched {
 }
 
 impl Relay {
-    /// Passes a connection on until it ends, or its time is over. `named`: it is one of TLS, whose client has asked for a
-    /// name.
+    /// Passes a connection on until it ends, or its time is over. `named`: it is one of TLS, whose client has asked for
+    /// a name.
     pub async fn pass(&self, client: Raw, named: bool, connection: &Connection, cut: &Cut) -> Passed {
         let _open = self.metrics.enter();
         let mut passed =

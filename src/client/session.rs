@@ -116,8 +116,8 @@ impl Link {
         self.enter(Stage::Unconnected);
     }
 
-    /// Ready when there is no sense in waiting on in this phase: the client has gone, while nobody reads its body or writes
-    /// its answer, or the exchange is to end.
+    /// Ready when there is no sense in waiting on in this phase: the client has gone, while nobody reads its body or
+    /// writes its answer, or the exchange is to end.
     pub fn poll_over(&self, cx: &mut Context<'_>, phase: Phase) -> Poll<Fault> {
         if let Some(over) = self.over() {
             return Poll::Ready(Fault { phase, ..over });
@@ -140,8 +140,8 @@ impl Link {
         wire.abort();
     }
 
-    /// A new attempt begins: the request is sent again once a connection is there, and what the attempt before was given up
-    /// for is over.
+    /// A new attempt begins: the request is sent again once a connection is there, and what the attempt before was
+    /// given up for is over.
     pub fn begin_attempt(&self, now: Instant) {
         *self.fault.lock().unwrap_or_else(PoisonError::into_inner) = self.over();
         self.whole.store(false, Ordering::Relaxed);
@@ -154,8 +154,8 @@ impl Link {
         self.enter(Stage::Sending);
     }
 
-    /// For how long the endpoint of the present attempt may be waited for until its response header is here, and when the
-    /// exchange is to have all of its answer.
+    /// For how long the endpoint of the present attempt may be waited for until its response header is here, and when
+    /// the exchange is to have all of its answer.
     pub fn bound(&self, attempt: Option<Duration>, deadline: Option<Deadline>) {
         let mut clock = self.clock();
         (clock.bounds.attempt, clock.bounds.deadline) = (attempt, deadline);
@@ -248,7 +248,8 @@ impl Link {
         (wire.status(), self.received.load(Ordering::Relaxed), wire.sent())
     }
 
-    /// Bytes of bodies that have passed, for a journal. While a request body comes, the wire is at work, and has sent nothing.
+    /// Bytes of bodies that have passed, for a journal. While a request body comes, the wire is at work, and has sent
+    /// nothing.
     pub fn passed(&self) -> Passed {
         let received = self.received.load(Ordering::Relaxed);
         match self.wire.try_lock() {
@@ -298,8 +299,8 @@ impl Link {
         true
     }
 
-    /// The client and the endpoint have agreed on another protocol: the client's own session takes its place again, and all clocks
-    /// stop. `false`: it was lost with a write that was given up.
+    /// The client and the endpoint have agreed on another protocol: the client's own session takes its place again, and
+    /// all clocks stop. `false`: it was lost with a write that was given up.
     pub fn step_aside(&self, session: &mut Box<ServerSession>) -> bool {
         self.done();
         self.holding.store(false, Ordering::Relaxed);
@@ -390,7 +391,8 @@ impl Link {
 }
 
 impl Gate for Link {
-    /// While the answer waits for its client, only the client's side is looked after: nothing is read from the upstream.
+    /// While the answer waits for its client, only the client's side is looked after: nothing is read from the
+    /// upstream.
     fn poll_open(&self, cx: &mut Context<'_>, now: Instant) -> Poll<()> {
         let mut wire = self.wire();
         self.waits.note_lag(worker::lag(), now);
@@ -403,8 +405,8 @@ impl Gate for Link {
             }
             return more;
         }
-        // While a body is sent, and after it as long as its last pieces are in its channel, Pingora asks neither after the
-        // answer nor after the client.
+        // While a body is sent, and after it as long as its last pieces are in its channel, Pingora asks neither after
+        // the answer nor after the client.
         wire.poll_writing(cx);
         let stage = self.stage();
         if matches!(stage, Stage::Sending | Stage::Waiting) && self.length().is_some() && wire.poll_gone(cx).is_ready()
@@ -454,8 +456,8 @@ fn told(fault: Fault, kind: ErrorType) -> Box<Error> {
     Error::explain(kind, format!("{fault:?}"))
 }
 
-/// How many operations a poll may go on with once an answer is on its way and others are, too: in one poll Pingora would else
-/// read as much of an answer as its channel holds, some 300 KiB, before it looks at the client.
+/// How many operations a poll may go on with once an answer is on its way and others are, too: in one poll Pingora
+/// would else read as much of an answer as its channel holds, some 300 KiB, before it looks at the client.
 const OPERATIONS: usize = 2;
 
 /// The way past this session, on HTTP/1.
@@ -669,7 +671,8 @@ impl BufferedSession {
         let taken = link.wire().take(tasks);
         if let Err(error) = taken {
             if link.begun() {
-                // What came before the failure leaves if it can. If nothing had left, the client may yet get a better answer.
+                // What came before the failure leaves if it can. If nothing had left, the client may yet get a better
+                // answer.
                 std::future::poll_fn(|cx| Poll::Ready(link.wire().poll_write(cx).is_ready())).await;
             }
             return Err(error);

@@ -1,13 +1,13 @@
 //! What one client, and one answer, may have of that which all share, the fuller it is: pure arithmetic.
 //!
-//! Answers together have no more than their share of the disk: the endpoint of one that finds no room waits for its client,
-//! which costs a backend, but an upload that finds none is refused; so what is beyond the share of answers is for uploads
-//! alone. One client has no more than its share either, in each direction.
+//! Answers together have no more than their share of the disk: the endpoint of one that finds no room waits for its
+//! client, which costs a backend, but an upload that finds none is refused; so what is beyond the share of answers is
+//! for uploads alone. One client has no more than its share either, in each direction.
 //!
-//! Within these, the fuller it is the less each may have: so much in proportion to what is free. That is how switches share
-//! a buffer between ports ("dynamic thresholds"), and it has two effects. However many take as much as they can, something
-//! is left for the next to come. And who holds most is the first to get no more: of the answers, those whose clients are
-//! slowest.
+//! Within these, the fuller it is the less each may have: so much in proportion to what is free. That is how switches
+//! share a buffer between ports ("dynamic thresholds"), and it has two effects. However many take as much as they can,
+//! something is left for the next to come. And who holds most is the first to get no more: of the answers, those whose
+//! clients are slowest.
 
 /// Which limit stands against more; in the order of [`SPOOL_LIMITS`](crate::metrics::SPOOL_LIMITS).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -24,7 +24,8 @@ pub enum Denial {
     Files,
 }
 
-/// What one client alone may have of the connections that the open files allow. Others, who have come by then, leave it less.
+/// What one client alone may have of the connections that the open files allow. Others, who have come by then, leave it
+/// less.
 pub const CONNECTIONS_OF_ONE_CLIENT: f64 = 0.75;
 
 /// A store that all share.
@@ -52,8 +53,8 @@ pub struct InUse {
 }
 
 impl Store {
-    /// A store of so much, of which answers may have a share, and one client alone a share of what its direction may have.
-    /// Shares are ratios.
+    /// A store of so much, of which answers may have a share, and one client alone a share of what its direction may
+    /// have. Shares are ratios.
     pub fn new(limit: u64, answers: f64, client: f64) -> Store {
         let client = client.clamp(0.0, 1.0);
         // With nobody else, `client = factor × (all - client)`.
@@ -61,8 +62,8 @@ impl Store {
         Store { limit, answers: (limit as f64 * answers.clamp(0.0, 1.0)) as u64, client_factor }
     }
 
-    /// Whether so much more may be taken, by a client that has this much already. Who has nothing yet is not limited as one
-    /// of many.
+    /// Whether so much more may be taken, by a client that has this much already. Who has nothing yet is not limited as
+    /// one of many.
     pub fn admits(&self, all: u64, client: u64, more: u64) -> Result<(), Denial> {
         self.admits_upload(InUse { all, client, ..InUse::default() }, more)
     }

@@ -1,8 +1,8 @@
 //! Who is waited for: the clients that are slow now, for whoever asks.
 //!
-//! A client comes on the list when it is waited for the first time in an exchange, and leaves it with the exchange; most
-//! never do. Beginning and ending to wait are stores into its own entry. Each worker has a list of its own, whose lock it
-//! shares with nobody but those who ask; they take one list after the other, and copy what they need.
+//! A client comes on the list when it is waited for the first time in an exchange, and leaves it with the exchange;
+//! most never do. Beginning and ending to wait are stores into its own entry. Each worker has a list of its own, whose
+//! lock it shares with nobody but those who ask; they take one list after the other, and copy what they need.
 
 use std::cell::RefCell;
 use std::net::IpAddr;

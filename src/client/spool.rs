@@ -1,9 +1,10 @@
 //! What waits for a slow side: one queue of bytes, in memory as far as it may and in a file beyond that.
 //!
-//! The session pushes what one side of an exchange sends and pops what the other takes; requests and responses alike. In
-//! order, the bytes stand in the head (memory), the file, and the tail (memory, until as much has gathered that a
-//! write is worth it). Nothing here waits: what the disk threads ([`disk`]) are asked to do is polled for, and what there
-//! is for all is asked of the [`Budget`]. A spool that never exceeds its memory is a queue of pieces that are not copied.
+//! The session pushes what one side of an exchange sends and pops what the other takes; requests and responses alike.
+//! In order, the bytes stand in the head (memory), the file, and the tail (memory, until as much has gathered that a
+//! write is worth it). Nothing here waits: what the disk threads ([`disk`]) are asked to do is polled for, and what
+//! there is for all is asked of the [`Budget`]. A spool that never exceeds its memory is a queue of pieces that are not
+//! copied.
 
 pub mod disk;
 #[cfg(test)]
@@ -72,7 +73,8 @@ pub enum Room {
     Free,
     /// Not before the disk is done; the task is woken then.
     Disk,
-    /// Not before somebody lets go of memory; the task is woken then. Without the rung pause it is not, and should not wait.
+    /// Not before somebody lets go of memory; the task is woken then. Without the rung pause it is not, and should not
+    /// wait.
     Pressure,
     /// Not before something is popped: memory and disk of this spool are used up, or the disk of all.
     Full,
@@ -102,7 +104,8 @@ impl From<io::Error> for SpoolError {
 
 /// The bytes of one direction of one exchange that one side has sent and the other has not yet taken.
 ///
-/// Dropping it at any moment lets go of everything: what the disk threads still hold for it follows as soon as they come to it.
+/// Dropping it at any moment lets go of everything: what the disk threads still hold for it follows as soon as they
+/// come to it.
 pub struct Spool {
     depot: Arc<Depot>,
     limits: Limits,
@@ -281,8 +284,8 @@ impl Spool {
         self.denied == Some(Denial::Client) || self.share.is_client_full()
     }
 
-    /// Appends a piece. It always fits; ask [`Spool::room`] before it comes, and again after it, or say [`Spool::idle`]:
-    /// what is to be written is written there.
+    /// Appends a piece. It always fits; ask [`Spool::room`] before it comes, and again after it, or say
+    /// [`Spool::idle`]: what is to be written is written there.
     pub fn push(&mut self, piece: Bytes) {
         if !piece.is_empty() {
             self.share.grow_memory(piece.len() as u64);
@@ -321,8 +324,8 @@ impl Spool {
         self.flush(cx, true);
     }
 
-    /// The next bytes in order, at most `max` of them, which are read back at once if they are in the file; `None` if there
-    /// are none now, which is no promise to wake anybody when some come.
+    /// The next bytes in order, at most `max` of them, which are read back at once if they are in the file; `None` if
+    /// there are none now, which is no promise to wake anybody when some come.
     ///
     /// # Errors
     /// The file could not be read. The next call tries again.
@@ -353,8 +356,8 @@ impl Spool {
         Poll::Ready(Ok(Some(popped)))
     }
 
-    /// All that it holds, to be kept beyond it and without a copy, if all of that is in memory. It counts on its own then,
-    /// though it is the same memory for as long as both are there.
+    /// All that it holds, to be kept beyond it and without a copy, if all of that is in memory. It counts on its own
+    /// then, though it is the same memory for as long as both are there.
     pub fn share_memory(&mut self) -> Option<Held> {
         if !self.stored.is_empty() || self.write.is_some() || self.share.spills() {
             return None;
@@ -1246,7 +1249,8 @@ mod tests {
             assert_eq!((spool.pushed(), spool.unread()), (sent, sent - spool.next));
             assert_eq!(spool.len(), if spool.keeps { sent } else { sent - spool.next });
             assert!(self.stage.depot.budget.disk() <= self.limits.disk.min(900_000));
-            // What the disk threads are done with is let go of before the spool knows; what it forgot, when they come to it.
+            // What the disk threads are done with is let go of before the spool knows; what it forgot, when they come
+            // to it.
             let most = spool.memory() + self.others.memory() + self.forgotten;
             assert!(self.stage.depot.budget.memory() <= most);
             assert!(spool.memory() + spool.spilled() >= spool.unread());

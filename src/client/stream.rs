@@ -2,8 +2,8 @@
 //! and then exactly the bytes of this request handed to Pingora, never one of the next.
 //!
 //! Before it stands Pingora's socket, unbuffered; after it a `ServerSession` of Pingora, which lives for one exchange.
-//! Bodies can be read and written past that session ([`Bypass`]): Pingora would keep 64 KiB of room for each request body
-//! that is slow and copy every byte once more, and write each piece of an answer by itself.
+//! Bodies can be read and written past that session ([`Bypass`]): Pingora would keep 64 KiB of room for each request
+//! body that is slow and copy every byte once more, and write each piece of an answer by itself.
 
 use std::collections::VecDeque;
 use std::io::{self, IoSlice};
@@ -48,7 +48,8 @@ const FIRST_READ_BYTES: usize = 4096;
 /// never made present. A slow upload comes in small pieces anyway.
 const FIRST_GULP_BYTES: usize = 4096;
 
-/// The least and the most that is read at once of a body that is held back, into a buffer that goes again if nothing is there.
+/// The least and the most that is read at once of a body that is held back, into a buffer that goes again if nothing is
+/// there.
 const GULP_BYTES_LEAST: usize = 16 << 10;
 const GULP_BYTES_MAX: usize = 128 << 10;
 
@@ -58,8 +59,8 @@ const OUTBOX_BYTES: usize = 4096;
 /// So many pieces are sent with one system call.
 const SLICES_MAX: usize = 16;
 
-/// How much is thrown away of a header that was refused, or of a client that was cut off. Of a body there is no such limit: its client is no less honest
-/// for being told in the middle of it, and the time is short.
+/// How much is thrown away of a header that was refused, or of a client that was cut off. Of a body there is no such
+/// limit: its client is no less honest for being told in the middle of it, and the time is short.
 const LINGER_HEADER_BYTES: u64 = 1 << 20;
 
 /// What a client wants first.
@@ -265,7 +266,8 @@ impl Bypass {
         lock(&self.core).poll_piece(cx)
     }
 
-    /// Whether no request can follow this one: the client has closed its sending side, and nothing is left of what it sent.
+    /// Whether no request can follow this one: the client has closed its sending side, and nothing is left of what it
+    /// sent.
     pub fn is_last(&self) -> bool {
         let core = lock(&self.core);
         core.half_closed && core.inbox.is_empty()
@@ -276,8 +278,8 @@ impl Bypass {
         lock(&self.core).corked = corked;
     }
 
-    /// Sends what the session has written and then these pieces, many at once and without copying them. What is sent is gone
-    /// from the front.
+    /// Sends what the session has written and then these pieces, many at once and without copying them. What is sent is
+    /// gone from the front.
     pub fn poll_send(&self, cx: &mut Context<'_>, pieces: &mut VecDeque<Bytes>) -> Poll<io::Result<()>> {
         lock(&self.core).poll_send(cx, pieces)
     }
@@ -311,8 +313,8 @@ impl Core {
         }
     }
 
-    /// Ready when a request has begun, or a preface (`true`), or when none will. Empty lines are no beginning: some clients
-    /// send one behind a body.
+    /// Ready when a request has begun, or a preface (`true`), or when none will. Empty lines are no beginning: some
+    /// clients send one behind a body.
     fn poll_begin(&mut self, cx: &mut Context<'_>) -> Poll<bool> {
         loop {
             if !matches!(ready!(self.poll_fill(cx)), Ok(true)) {
@@ -324,8 +326,8 @@ impl Core {
         }
     }
 
-    /// Whether nothing is here but empty lines before a request line, which are passed over (RFC 9112 §2.2), or half of one. The
-    /// deadline for the header bounds them, or that of an idle connection.
+    /// Whether nothing is here but empty lines before a request line, which are passed over (RFC 9112 §2.2), or half of
+    /// one. The deadline for the header bounds them, or that of an idle connection.
     fn is_quiet(&mut self) -> bool {
         while self.inbox.starts_with(b"\r\n") {
             self.inbox.advance(2);
@@ -365,8 +367,8 @@ impl Core {
 
     /// The request is read; tells the session only if the client goes away, and keeps what it sends for later.
     ///
-    /// A client that closes its sending side behind a whole request waits for its answer (RFC 9112 §9.6), unless its route
-    /// takes it for gone. What tells for certain is a reset, or a write that fails.
+    /// A client that closes its sending side behind a whole request waits for its answer (RFC 9112 §9.6), unless its
+    /// route takes it for gone. What tells for certain is a reset, or a write that fails.
     fn poll_gone(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         while self.inbox.is_empty() && !self.half_closed {
             self.half_closed = !ready!(self.poll_fill(cx))?;
@@ -570,9 +572,9 @@ impl Core {
         self.poll_patience(cx, flushed)
     }
 
-    /// Closes the writing side and lets the client take what was sent ([`Farewell`]), reading on meanwhile: a socket that is
-    /// closed with bytes unread is reset, and the reset destroys what the client has not taken (RFC 9112 §9.6). It need not
-    /// wait if nothing was left `unread`, nothing more comes and all is taken.
+    /// Closes the writing side and lets the client take what was sent ([`Farewell`]), reading on meanwhile: a socket
+    /// that is closed with bytes unread is reset, and the reset destroys what the client has not taken (RFC 9112 §9.6).
+    /// It need not wait if nothing was left `unread`, nothing more comes and all is taken.
     fn poll_close(&mut self, cx: &mut Context<'_>, unread: bool) -> Poll<io::Result<()>> {
         ready!(self.poll_flush(cx))?;
         if self.connection.resets() {
@@ -641,7 +643,8 @@ impl Drop for Core {
 
 impl Core {
     fn poll_read(&mut self, cx: &mut Context<'_>, out: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
-        // Whoever reads has nothing to write for now: what was gathered leaves, so that an answer is passed on as it comes.
+        // Whoever reads has nothing to write for now: what was gathered leaves, so that an answer is passed on as it
+        // comes.
         if let Poll::Ready(Err(error)) = self.poll_flush(cx) {
             return Poll::Ready(Err(error));
         }

@@ -1,7 +1,8 @@
 //! TLS towards clients: which certificate a client gets, kept up to date with the files, and the handshake.
 //!
-//! [`Tls`] is what a listener has of it. Its table is made off the workers, of the files that are named, and swapped whole
-//! when one of them changes; what is wrong changes nothing. `client/entrance.rs` reads the ClientHello and asks the table.
+//! [`Tls`] is what a listener has of it. Its table is made off the workers, of the files that are named, and swapped
+//! whole when one of them changes; what is wrong changes nothing. `client/entrance.rs` reads the ClientHello and asks
+//! the table.
 
 pub mod certificate;
 pub mod challenge;
@@ -170,8 +171,8 @@ impl Tls {
         self.sources.iter().any(|source| source.cert == file)
     }
 
-    /// Looks at the files again. What changed and is right is served from now on; what is wrong is told once, and what was
-    /// served before goes on to be served.
+    /// Looks at the files again. What changed and is right is served from now on; what is wrong is told once, and what
+    /// was served before goes on to be served.
     pub fn reload(&self) {
         let mut current = self.current();
         let mut taken = Vec::new();
@@ -256,8 +257,8 @@ pub fn inspect(source: &Source) -> Result<Option<CertificateFacts>, Vec<BuildErr
     Ok(Some(CertificateFacts::of(source, &Loaded::parse(source, &files)?)))
 }
 
-/// Reads what is to be served when the gateway starts. One from an issuer that is of no use is as good as none: a new one is
-/// asked for.
+/// Reads what is to be served when the gateway starts. One from an issuer that is of no use is as good as none: a new
+/// one is asked for.
 fn read(source: &Source) -> Result<(Option<Loaded>, Files), Vec<BuildError>> {
     let files = Files::read(source)?;
     if files.awaited {

@@ -1,10 +1,11 @@
 //! The wire to the client: its own session, and the part of the response that it has not taken yet.
 //!
 //! A write is a stored future that *owns* the client's session, so it is never cancelled half-way and works the same on
-//! HTTP/1 and HTTP/2. On HTTP/1 that is so for the header alone: the body is sent past the session ([`Past`]), many pieces
-//! with one system call, and what the client did not take of it can be set aside. It is driven by whoever polls: Pingora through `client::session` while the upstream answers, the
-//! gate of the exchange while the upstream is held back, `logging` once the upstream is released. What the client does
-//! not take goes to a spool; in a `Stream` response nothing does, and whoever has more waits.
+//! HTTP/1 and HTTP/2. On HTTP/1 that is so for the header alone: the body is sent past the session ([`Past`]), many
+//! pieces with one system call, and what the client did not take of it can be set aside. It is driven by whoever polls:
+//! Pingora through `client::session` while the upstream answers, the gate of the exchange while the upstream is held
+//! back, `logging` once the upstream is released. What the client does not take goes to a spool; in a `Stream` response
+//! nothing does, and whoever has more waits.
 
 use std::collections::VecDeque;
 use std::future::Future;
@@ -962,8 +963,8 @@ impl Wire {
         Poll::Ready(())
     }
 
-    /// Whether it moves much. One that says so takes turns from its first piece on: in a crowd its window stays narrow until
-    /// then, and it holds little.
+    /// Whether it moves much. One that says so takes turns from its first piece on: in a crowd its window stays narrow
+    /// until then, and it holds little.
     fn is_bulk(&self) -> bool {
         let announced = self.head.and_then(|head| head.length).unwrap_or_default();
         self.came > BULK_BYTES || (self.came > 0 && announced > BULK_BYTES)
@@ -1012,8 +1013,8 @@ impl Wire {
         self.poll_turn(cx, class, disk)
     }
 
-    /// An answer that is held until it is whole waits for the disk, or for its turn, and for nothing else: no longer than
-    /// that may take, and only while its client is there. Ready when the answer has failed.
+    /// An answer that is held until it is whole waits for the disk, or for its turn, and for nothing else: no longer
+    /// than that may take, and only while its client is there. Ready when the answer has failed.
     fn poll_held(&mut self, cx: &mut Context<'_>) -> Poll<()> {
         let since = *self.fetching.get_or_insert_with(Instant::now);
         let fault = if self.poll_gone(cx).is_ready() {

@@ -22,16 +22,16 @@ pub struct Issuer {
     /// The address that it may write to, if something is wrong with the account or a certificate.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub email: Option<String>,
-    /// Whether its terms of service are agreed to, without which most issue nothing. Naming an issuer agrees, unless this says
-    /// otherwise.
+    /// Whether its terms of service are agreed to, without which most issue nothing. Naming an issuer agrees, unless
+    /// this says otherwise.
     pub agree_to_terms: bool,
     /// How it is shown that the names are served here.
     pub challenge: Challenge,
-    /// The directory where the account, keys and certificates are kept. Forebay makes it if there is none; several issuers may
-    /// share one.
+    /// The directory where the account, keys and certificates are kept. Forebay makes it if there is none; several
+    /// issuers may share one.
     pub store: String,
-    /// A file with the certificates of the authorities that the directory's own certificate may be signed by, in PEM; by default
-    /// those that the system trusts.
+    /// A file with the certificates of the authorities that the directory's own certificate may be signed by, in PEM;
+    /// by default those that the system trusts.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub ca: Option<String>,
     /// The account with the issuer that this one is to belong to, where it asks for one.

@@ -164,15 +164,15 @@ impl JsonSchema for Network {
     }
 }
 
-/// How many leading bits of an IPv6 address tell clients apart where something is limited for each of them: from 1 to 128,
-/// 64 by default. Whoever has one address of a /64 has all of them (RFC 4291 §2.5.4, RFC 6177 §2), and could else begin
-/// anew with each.
+/// How many leading bits of an IPv6 address tell clients apart where something is limited for each of them: from 1 to
+/// 128, 64 by default. Whoever has one address of a /64 has all of them (RFC 4291 §2.5.4, RFC 6177 §2), and could else
+/// begin anew with each.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Ipv6Prefix(u8);
 
 impl Ipv6Prefix {
-    /// The client that this address belongs to, as the first address of its network. An IPv4 address is one client, and so
-    /// is one that came in by way of IPv6 (`::ffff:192.0.2.1`).
+    /// The client that this address belongs to, as the first address of its network. An IPv4 address is one client, and
+    /// so is one that came in by way of IPv6 (`::ffff:192.0.2.1`).
     pub fn client(self, address: IpAddr) -> IpAddr {
         match address.to_canonical() {
             IpAddr::V4(v4) => v4.into(),

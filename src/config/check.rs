@@ -60,7 +60,8 @@ const CHECKS_AT_ONCE_MAX: u64 = 10_000;
 const QUEUE_MAX: u64 = 1_000_000;
 /// More are no trial any more.
 const PROBES_MAX: u64 = 1000;
-/// A frame of HTTP/2 has up to 16 KiB (RFC 9113 §4.2); and a connection no more than 2 GiB on its way, a hundred times as much.
+/// A frame of HTTP/2 has up to 16 KiB (RFC 9113 §4.2); and a connection no more than 2 GiB on its way, a hundred times
+/// as much.
 const H2_WINDOW_LEAST: u64 = 16 << 10;
 const H2_WINDOW_MOST: u64 = 16 << 20;
 /// More often would cost more than it shows.

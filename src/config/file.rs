@@ -1,7 +1,7 @@
 //! Files that are named in a configuration, and the configuration itself: plain files of a bounded size.
 //!
-//! To open a named pipe waits for somebody who writes to it, and to read a device may never end. So anything but a plain
-//! file, or a link to one, is refused before it is opened.
+//! To open a named pipe waits for somebody who writes to it, and to read a device may never end. So anything but a
+//! plain file, or a link to one, is refused before it is opened.
 
 use std::fmt;
 use std::fs::{self, File, FileType, OpenOptions};

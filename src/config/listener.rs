@@ -39,8 +39,8 @@ pub struct Listener {
     /// Has every connection passed on as it is, whatever is spoken on it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tcp: Option<Tcp>,
-    /// What becomes of header fields whose names have anything but letters, digits and hyphens. CGI, WSGI, Rack and PHP read
-    /// `X_Forwarded_For` as `X-Forwarded-For`, so that a client can forge what a proxy says.
+    /// What becomes of header fields whose names have anything but letters, digits and hyphens. CGI, WSGI, Rack and PHP
+    /// read `X_Forwarded_For` as `X-Forwarded-For`, so that a client can forge what a proxy says.
     #[serde(default)]
     pub odd_header_names: OddNames,
     /// What clients may cost.
@@ -94,18 +94,20 @@ pub enum OddNames {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Limits {
-    /// Open connections. One more is answered 503 and closed. All listeners together have no more than the open files of
-    /// the process allow, see `server.open_files`.
+    /// Open connections. One more is answered 503 and closed. All listeners together have no more than the open files
+    /// of the process allow, see `server.open_files`.
     pub connections: Count,
-    /// Open connections of one client address, of IPv6 as much of it as `ipv6_prefix` says. One more is answered 429 and
-    /// closed. Peers of `trusted_proxies` and of unix sockets speak for many clients and are not limited. Unless it is
-    /// `unlimited`, an address has no more than three times as many as the open files of the process leave to others.
+    /// Open connections of one client address, of IPv6 as much of it as `ipv6_prefix` says. One more is answered 429
+    /// and closed. Peers of `trusted_proxies` and of unix sockets speak for many clients and are not limited. Unless it
+    /// is `unlimited`, an address has no more than three times as many as the open files of the process leave to
+    /// others.
     pub connections_per_ip: Count,
-    /// New connections, of all clients. One that comes sooner is answered 503 and closed. As much as the rate names may come
-    /// at once.
+    /// New connections, of all clients. One that comes sooner is answered 503 and closed. As much as the rate names may
+    /// come at once.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub connection_rate: Option<Rate>,
-    /// New connections of one client address. One that comes sooner is answered 429 and closed. Trusted proxies are not limited.
+    /// New connections of one client address. One that comes sooner is answered 429 and closed. Trusted proxies are not
+    /// limited.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub connection_rate_per_ip: Option<Rate>,
     /// TLS handshakes that are under way, from the first byte to the end. One more is closed.
@@ -120,7 +122,8 @@ pub struct Limits {
     pub handshake_rate_per_ip: Option<Rate>,
     /// Requests of all clients that are under way. One more is answered 503.
     pub requests: Count,
-    /// Requests of one client address that are under way: over HTTP/2 a connection has many at once. One more is answered
+    /// Requests of one client address that are under way: over HTTP/2 a connection has many at once. One more is
+    /// answered
     /// 429. As for connections, trusted proxies are not limited. Unless it is `unlimited`, a quarter as many as the open
     /// files allow connections is the most.
     pub requests_per_ip: Count,
@@ -155,8 +158,8 @@ impl Default for Limits {
     }
 }
 
-/// What a client of HTTP/2 may do that costs the gateway work, on one connection. Who does more is cut off, with GOAWAY and
-/// ENHANCE_YOUR_CALM. Of a rate, ten seconds' worth may come at once.
+/// What a client of HTTP/2 may do that costs the gateway work, on one connection. Who does more is cut off, with GOAWAY
+/// and ENHANCE_YOUR_CALM. Of a rate, ten seconds' worth may come at once.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Http2 {
@@ -164,8 +167,8 @@ pub struct Http2 {
     pub resets: Rate,
     /// The share of its requests that it may give up within a second, once it has begun 200; `100%`: all of them.
     pub reset_share: Percent,
-    /// Requests that the gateway gives up because of what the client did wrong, as one that comes although `limits.streams`
-    /// are open, in all.
+    /// Requests that the gateway gives up because of what the client did wrong, as one that comes although
+    /// `limits.streams` are open, in all.
     pub provoked_resets: Count,
     /// Pings. Each frame that it is sent of an answer allows one more.
     pub pings: Rate,
@@ -177,8 +180,8 @@ pub struct Http2 {
     pub priorities: Rate,
     /// Frames that say nothing to the gateway.
     pub unknown_frames: Rate,
-    /// Pieces that may follow the first of a request header (CONTINUATION), besides the last. More than 5 have an effect
-    /// only where `header_bytes` is above 64KiB.
+    /// Pieces that may follow the first of a request header (CONTINUATION), besides the last. More than 5 have an
+    /// effect only where `header_bytes` is above 64KiB.
     pub continuations: Count,
     /// Pieces of bodies without content, besides the last of each body, in all: at most 100.
     pub empty_data: Count,

@@ -3,10 +3,11 @@
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-/// How the paths of requests are read: by routes, filters, keys, the log and, so that nobody reads them in another way, the upstream.
+/// How the paths of requests are read: by routes, filters, keys, the log and, so that nobody reads them in another way,
+/// the upstream.
 ///
-/// It holds for all listeners, for routes do: were a path read differently on two of them, a route that guards it could be gone
-/// round through the other.
+/// It holds for all listeners, for routes do: were a path read differently on two of them, a route that guards it could
+/// be gone round through the other.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Paths {

@@ -379,8 +379,8 @@ fn tidy(words: &str) -> String {
     tidy
 }
 
-/// Lines of a file as they may be shown. The renderer replaces all control characters but those of the second half, which
-/// may steer a terminal as well; what stands for them here is as long.
+/// Lines of a file as they may be shown. The renderer replaces all control characters but those of the second half,
+/// which may steer a terminal as well; what stands for them here is as long.
 fn printable(text: &str) -> Cow<'_, str> {
     if text.contains(is_c1) { text.replace(is_c1, "\u{b7}").into() } else { text.into() }
 }

@@ -18,11 +18,12 @@ use super::units::{Count, FileMode, Percent, Size, Time};
 pub struct Server {
     /// Worker threads: `auto` is one per core.
     pub threads: Threads,
-    /// Whom Forebay becomes once it has bound its ports and read its keys, as root: a name or a number. That user must be able
-    /// to read certificates and keys when they are renewed, and to write to `spool_dir` and to the access log.
+    /// Whom Forebay becomes once it has bound its ports and read its keys, as root: a name or a number. That user must
+    /// be able to read certificates and keys when they are renewed, and to write to `spool_dir` and to the access log.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub user: Option<String>,
-    /// Lets idle workers take tasks from busy ones. Off: a connection stays with its worker, which is cheaper and fairer.
+    /// Lets idle workers take tasks from busy ones. Off: a connection stays with its worker, which is cheaper and
+    /// fairer.
     pub work_stealing: bool,
     /// Idle connections to upstreams that are kept, over all upstreams. Keep it above the concurrency you expect.
     pub keepalive_pool: Count,
@@ -31,7 +32,8 @@ pub struct Server {
     pub spool_dir: String,
     /// Threads that write and read those files, so that no worker waits for a disk: from 1 to 64.
     pub disk_threads: Count,
-    /// Pieces of work that may wait for those threads; exchanges that would add one wait meanwhile. From 1 to a million.
+    /// Pieces of work that may wait for those threads; exchanges that would add one wait meanwhile. From 1 to a
+    /// million.
     pub disk_queue: Count,
     /// Who may use the open files that the process may have.
     pub open_files: OpenFiles,
@@ -55,8 +57,8 @@ impl Default for Server {
     }
 }
 
-/// Who may use the open files that the process may have (`ulimit -Hn`), besides those that Forebay itself needs. What is
-/// left is for connections to backends, the admin endpoint and name look-ups; at least a tenth.
+/// Who may use the open files that the process may have (`ulimit -Hn`), besides those that Forebay itself needs. What
+/// is left is for connections to backends, the admin endpoint and name look-ups; at least a tenth.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct OpenFiles {
@@ -137,8 +139,9 @@ impl JsonSchema for Threads {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Shutdown {
-    /// Time between `/readyz` turning 503 and the listeners closing, for load balancers to notice: longer than they take to
-    /// find out. Meanwhile all is served, and every answer says that its connection ends: by `Connection: close`, or GOAWAY.
+    /// Time between `/readyz` turning 503 and the listeners closing, for load balancers to notice: longer than they
+    /// take to find out. Meanwhile all is served, and every answer says that its connection ends: by `Connection:
+    /// close`, or GOAWAY.
     pub pause: Time,
     /// Time given to exchanges in flight, after which they are cut; the log has a line of each.
     pub deadline: Time,
@@ -164,14 +167,15 @@ pub struct Resources {
     /// response that finds no room waits for its client. The fuller it is, the less one response may have, so that the
     /// slowest clients are the first whose endpoints wait.
     pub responses: Percent,
-    /// Of what all bodies in one direction may have, what those of one client address may have; of IPv6 as much of it as
-    /// `ipv6_prefix` says. The more others have, the less it is: so much in proportion to what is free. A request body that
-    /// finds no room is refused with 429, a response waits. Clients of trusted proxies are told apart by their own address.
+    /// Of what all bodies in one direction may have, what those of one client address may have; of IPv6 as much of it
+    /// as `ipv6_prefix` says. The more others have, the less it is: so much in proportion to what is free. A request
+    /// body that finds no room is refused with 429, a response waits. Clients of trusted proxies are told apart by
+    /// their own address.
     pub per_client: Percent,
     /// What is done as the memory runs out; what is not listed is never done.
     pub on_pressure: Vec<Rung>,
-    /// How long a request body may wait for memory, after which it is refused with 503; and how long one of either direction
-    /// may wait for the disk. Answers wait for their client, who makes room.
+    /// How long a request body may wait for memory, after which it is refused with 503; and how long one of either
+    /// direction may wait for the disk. Answers wait for their client, who makes room.
     pub pause: Time,
 }
 
@@ -223,11 +227,13 @@ pub struct Admin {
     pub address: super::Address,
     /// Who may connect to its unix socket: the owner and the group, unless told otherwise.
     pub mode: FileMode,
-    /// Names of hosts under which it is asked, without ports. Addresses, `localhost`, the host of `address` and the name of this
-    /// machine need not be listed. A request for any other host is refused: a page on the web may have pointed its own name here.
+    /// Names of hosts under which it is asked, without ports. Addresses, `localhost`, the host of `address` and the
+    /// name of this machine need not be listed. A request for any other host is refused: a page on the web may have
+    /// pointed its own name here.
     pub hosts: Vec<String>,
-    /// What whoever asks must know, sent as `Authorization: Bearer …` or as the password of `Basic`; `/healthz` and `/readyz`
-    /// need none. Without it everybody who can connect may look, and whoever is on this machine may change things.
+    /// What whoever asks must know, sent as `Authorization: Bearer …` or as the password of `Basic`; `/healthz` and
+    /// `/readyz` need none. Without it everybody who can connect may look, and whoever is on this machine may change
+    /// things.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub token: Option<String>,
     /// TLS, as of a listener.
@@ -270,12 +276,14 @@ pub struct Observability {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Tracing {
-    /// Where a collector takes OTLP over HTTP, such as `http://127.0.0.1:4318`; `/v1/traces` is added where there is no path.
-    /// `off`: there are no spans, and `traceparent` passes as it came.
+    /// Where a collector takes OTLP over HTTP, such as `http://127.0.0.1:4318`; `/v1/traces` is added where there is no
+    /// path. `off`: there are no spans, and `traceparent` passes as it came.
     pub endpoint: String,
-    /// Of the traces that begin here, the share that is recorded. One that began elsewhere is recorded if its parent is.
+    /// Of the traces that begin here, the share that is recorded. One that began elsewhere is recorded if its parent
+    /// is.
     pub sample: Percent,
-    /// Whose `traceparent` is believed, and so may say that a trace is recorded; that of others is replaced by a new one.
+    /// Whose `traceparent` is believed, and so may say that a trace is recorded; that of others is replaced by a new
+    /// one.
     pub parent: Parent,
     /// What spans have of the query of a request.
     pub query: Query,
@@ -335,7 +343,8 @@ pub enum Query {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Parent {
-    /// Everyone's, so that a trace shows the client's side, too. Then everyone can have any number of exchanges recorded.
+    /// Everyone's, so that a trace shows the client's side, too. Then everyone can have any number of exchanges
+    /// recorded.
     Always,
     /// That of `trusted_proxies`.
     TrustedProxies,

@@ -169,8 +169,8 @@ fn position(message: &str) -> (&str, Option<(usize, usize)>) {
     (words, numbers)
 }
 
-/// The byte at a line and a column, both counted from 1, the column in characters. Lines end as libyaml ends them: it counts
-/// more characters for line ends than editors do.
+/// The byte at a line and a column, both counted from 1, the column in characters. Lines end as libyaml ends them: it
+/// counts more characters for line ends than editors do.
 fn byte(text: &str, line: usize, column: usize) -> usize {
     let mut ends = text.char_indices().filter(|&(at, c)| match c {
         '\r' => !text[at + 1..].starts_with('\n'),

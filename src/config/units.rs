@@ -1,4 +1,5 @@
-//! The one grammar for sizes, times, counts, rates and shares: strings such as `64KiB`, `1m30s`, `50k`, `10/s`, `512B/s`, `20%`.
+//! The one grammar for sizes, times, counts, rates and shares: strings such as `64KiB`, `1m30s`, `50k`, `10/s`,
+//! `512B/s`, `20%`.
 //!
 //! A bare number never means bytes or seconds, so nobody has to guess the unit of a key.
 
@@ -216,7 +217,8 @@ impl fmt::Display for Percent {
     }
 }
 
-/// Who may use a file or a unix socket, in the octal digits of chmod(1): `"0660"`, the default, is the owner and the group.
+/// Who may use a file or a unix socket, in the octal digits of chmod(1): `"0660"`, the default, is the owner and the
+/// group.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct FileMode(pub u32);
 

@@ -54,7 +54,8 @@ pub struct Upstream {
     /// TLS towards its endpoints; always with `protocol: h2`, and with `http1` if this is written.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tls: Option<Tls>,
-    /// Whether endpoints are told of the client by the PROXY protocol. Its connections are then shared by no two clients.
+    /// Whether endpoints are told of the client by the PROXY protocol. Its connections are then shared by no two
+    /// clients.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub proxy_protocol: Option<ProxyProtocol>,
     /// How much it may have under way at once.

@@ -1,8 +1,9 @@
 //! The heartbeat: a thread that is no worker asks every worker for a sign of life, and looks who is late.
 //!
-//! Each worker has a task that does nothing but answer. How long an answer takes is the lag: how late a task that was ready
-//! ran. The asking thread has no runtime, so that it goes on when all of them stand still, and a process that was halted as a
-//! whole was not late. Timers would do without it, but those of tokio count whole milliseconds and are late by one or two.
+//! Each worker has a task that does nothing but answer. How long an answer takes is the lag: how late a task that was
+//! ready ran. The asking thread has no runtime, so that it goes on when all of them stand still, and a process that was
+//! halted as a whole was not late. Timers would do without it, but those of tokio count whole milliseconds and are late
+//! by one or two.
 //!
 //! `client::lane` measures the loop's rounds by itself while it hands out turns: it must know of each of them, many a
 //! millisecond, and a beat every ten is none the wiser.
@@ -151,8 +152,8 @@ impl Pacemaker {
         if !self.shared {
             return doing.zip(late).map(|(doing, &late)| Look { late, doing }).collect();
         }
-        // Nobody answers for a single one. Those that are held up by an exchange are seen by it; where none is and yet no
-        // answer comes, all are late together.
+        // Nobody answers for a single one. Those that are held up by an exchange are seen by it; where none is and yet
+        // no answer comes, all are late together.
         let each = doing.map(|doing| Look { late: doing.map_or(Duration::ZERO, |(_, time)| time), doing });
         let mut looks: Vec<Look> = each.collect();
         let all = late.iter().copied().min().unwrap_or_default();

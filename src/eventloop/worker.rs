@@ -1,7 +1,7 @@
 //! What runs on a worker just now: a word for each, which the worker writes and others read.
 //!
-//! An exchange's future, the phase it is in and the filter that is called set it in passing: plain stores to memory that
-//! only this worker writes. So a thread that stands still can be asked what it is doing.
+//! An exchange's future, the phase it is in and the filter that is called set it in passing: plain stores to memory
+//! that only this worker writes. So a thread that stands still can be asked what it is doing.
 
 use std::cell::Cell;
 use std::collections::BTreeMap;
@@ -231,8 +231,8 @@ fn thread_number(crew: &Crew) -> Option<usize> {
     Some(crew.joined.fetch_add(1, Ordering::Relaxed))
 }
 
-/// By how much the loop of this thread has been late since it began, all stalls together. Zero on threads that are no workers,
-/// and where workers share their tasks.
+/// By how much the loop of this thread has been late since it began, all stalls together. Zero on threads that are no
+/// workers, and where workers share their tasks.
 pub fn lag() -> Duration {
     here().map_or(Duration::ZERO, |worker| Duration::from_nanos(worker.lag.load(Ordering::Relaxed)))
 }

@@ -1,9 +1,9 @@
 //! Patterns of `matches`: with the meaning that they have in CEL, and of bounded cost.
 //!
-//! The time of a search is linear in the text, but what one byte costs depends on the pattern: about a nanosecond where an automaton
-//! of a modest number of states decides, and tens of microseconds where thousands of ways to match have to be followed side by side.
-//! A client chooses the text, so that a header would keep a worker busy for seconds. So all states of the automaton are visited when
-//! the file is loaded, and a pattern that has too many is refused.
+//! The time of a search is linear in the text, but what one byte costs depends on the pattern: about a nanosecond where
+//! an automaton of a modest number of states decides, and tens of microseconds where thousands of ways to match have to
+//! be followed side by side. A client chooses the text, so that a header would keep a worker busy for seconds. So all
+//! states of the automaton are visited when the file is loaded, and a pattern that has too many is refused.
 
 use std::collections::HashSet;
 use std::ops::Range;
@@ -19,7 +19,8 @@ use regex_syntax::ast::{self, Ast, ClassPerl, ClassPerlKind, ClassSetItem, Visit
 const BYTES_MAX: usize = 1 << 20;
 /// What its automaton may take. It is made as texts need it, and fits in here as a whole.
 const AUTOMATON_BYTES_MAX: usize = 2 << 20;
-/// A pattern that the automaton leaves to a slower way, where a text has characters beyond ASCII, may have so many states there.
+/// A pattern that the automaton leaves to a slower way, where a text has characters beyond ASCII, may have so many
+/// states there.
 const SLOW_STATES_MAX: usize = 100;
 
 /// Compiles a pattern.
@@ -41,7 +42,8 @@ pub(super) fn compile(written: &str) -> Result<Regex, String> {
 
 const TOO_COSTLY: &str = "a long text would take too long; count less, or let it begin with `^`";
 
-/// RE2, which CEL means, has `\d`, `\s`, `\w` and `\b` for ASCII. Those of Unicode would take a hundred times as many states.
+/// RE2, which CEL means, has `\d`, `\s`, `\w` and `\b` for ASCII. Those of Unicode would take a hundred times as many
+/// states.
 fn in_ascii(written: &str, ast: &Ast) -> String {
     let mut pattern = String::with_capacity(written.len());
     let mut rest = 0;

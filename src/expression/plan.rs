@@ -301,8 +301,8 @@ impl Field {
 
 const EMPTY: Bytes<'static> = Cow::Borrowed(&[]);
 
-/// Values of one name as one text, as RFC 9110 §5.3 has it for headers: a rule that saw the first one only could be gone
-/// round with a second.
+/// Values of one name as one text, as RFC 9110 §5.3 has it for headers: a rule that saw the first one only could be
+/// gone round with a second.
 fn joined<'a>(mut values: impl Iterator<Item = Bytes<'a>>) -> Bytes<'a> {
     let Some(first) = values.next() else { return EMPTY };
     let Some(second) = values.next() else { return first };
@@ -318,7 +318,8 @@ fn header_of<'a>(headers: &'a HeaderMap, name: &HeaderName) -> Bytes<'a> {
     joined(headers.get_all(name).iter().map(|value| Cow::Borrowed(value.as_bytes())))
 }
 
-/// The items of a header that is a list (RFC 9110 §5.6.1): those between commas, of each of its lines, but no empty ones.
+/// The items of a header that is a list (RFC 9110 §5.6.1): those between commas, of each of its lines, but no empty
+/// ones.
 fn listed<'a>(headers: &'a HeaderMap, name: &HeaderName) -> impl Iterator<Item = &'a [u8]> {
     let items = headers.get_all(name).iter().flat_map(|line| line.as_bytes().split(|&byte| byte == b','));
     items.map(<[u8]>::trim_ascii).filter(|item| !item.is_empty())

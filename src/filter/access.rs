@@ -6,8 +6,8 @@
 //!     deny: [10.0.13.37]                     # goes before `allow`
 //! ```
 //!
-//! The address is the client's own, as seen through `trusted_proxies`. Over a unix socket there is none: such a client is
-//! in no list, so `deny` lets it pass and `allow` keeps it out.
+//! The address is the client's own, as seen through `trusted_proxies`. Over a unix socket there is none: such a client
+//! is in no list, so `deny` lets it pass and `allow` keeps it out.
 
 use std::net::IpAddr;
 
@@ -19,8 +19,8 @@ use serde::{Deserialize, Serialize};
 use super::{Filter, FilterType, Scope, Stages, Surroundings, Verdict};
 use crate::error::{BuildError, Refusal};
 
-/// Lets clients in or keeps them out by their address: `deny` goes before `allow`, and if `allow` names anyone, everyone
-/// else is kept out with 403.
+/// Lets clients in or keeps them out by their address: `deny` goes before `allow`, and if `allow` names anyone,
+/// everyone else is kept out with 403.
 #[derive(Clone, Debug, Default, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Settings {

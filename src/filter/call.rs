@@ -1,9 +1,11 @@
-//! What a filter can ask of others while its exchange waits: a request of its own to an upstream, and the whole answer to it.
+//! What a filter can ask of others while its exchange waits: a request of its own to an upstream, and the whole answer
+//! to it.
 //!
-//! A filter gets a [`Caller`] for each upstream that its settings name when it is built ([`Surroundings::caller`]). So an unknown name is
-//! an error of `check`, and nothing is looked up on the way of a request. A call goes through the connections, limits, queue and
-//! circuit breaker of its upstream as an exchange does, and its endpoints are judged by what becomes of it (`proxy/call.rs`). It holds
-//! up the exchange whose filter waits for it, and no worker; if the client goes away meanwhile, it is dropped.
+//! A filter gets a [`Caller`] for each upstream that its settings name when it is built ([`Surroundings::caller`]). So
+//! an unknown name is an error of `check`, and nothing is looked up on the way of a request. A call goes through the
+//! connections, limits, queue and circuit breaker of its upstream as an exchange does, and its endpoints are judged by
+//! what becomes of it (`proxy/call.rs`). It holds up the exchange whose filter waits for it, and no worker; if the
+//! client goes away meanwhile, it is dropped.
 
 use std::fmt;
 use std::path::Path;
@@ -22,15 +24,15 @@ use crate::metrics::Metrics;
 /// A request that a filter sends to an upstream.
 #[derive(Debug)]
 pub struct Call {
-    /// Its header. `Content-Length` is that of the body, and fields that concern a connection are left out. Without a `Host`, it
-    /// gets that of the endpoint.
+    /// Its header. `Content-Length` is that of the body, and fields that concern a connection are left out. Without a
+    /// `Host`, it gets that of the endpoint.
     pub request: RequestHeader,
     /// Its body.
     pub body: Bytes,
-    /// All of it has to be done in this time: waiting for an endpoint with room, connecting, and the whole answer. The timeouts
-    /// of the upstream hold besides.
+    /// All of it has to be done in this time: waiting for an endpoint with room, connecting, and the whole answer. The
+    /// timeouts of the upstream hold besides.
     pub deadline: Duration,
-    /// The body of an answer may have so many bytes; one that has more is [`CallError::TooLarge`].
+    /// The length limit of an answer's body, in bytes; one that has more is [`CallError::TooLarge`].
     pub answer_bytes_max: usize,
 }
 

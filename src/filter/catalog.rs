@@ -73,7 +73,8 @@ impl Catalog {
         self.refusals.clone()
     }
 
-    /// Filters that cannot stand side by side; each error's path is the key of a filter. A gateway refuses to start with any.
+    /// Filters that cannot stand side by side; each error's path is the key of a filter. A gateway refuses to start
+    /// with any.
     pub fn conflicts(&self) -> &[BuildError] {
         &self.conflicts
     }

@@ -1,7 +1,7 @@
 //! The filters of one route, in order: who is called at which stage is decided when the chain is built.
 //!
-//! `proxy` calls a chain and never a filter; [`Catalog`](super::Catalog) builds it. On the way of a request nothing is looked
-//! up by name, and nothing is allocated but the futures of the filters that run and one list of states.
+//! `proxy` calls a chain and never a filter; [`Catalog`](super::Catalog) builds it. On the way of a request nothing is
+//! looked up by name, and nothing is allocated but the futures of the filters that run and one list of states.
 
 use std::any::Any;
 use std::future::{Future, poll_fn};

@@ -37,8 +37,8 @@ impl Words {
         }
     }
 
-    /// The value for this exchange. `None` for one that was made and is empty, or could not stand in a header: a line break
-    /// in it would be a field of the client's choice.
+    /// The value for this exchange. `None` for one that was made and is empty, or could not stand in a header: a line
+    /// break in it would be a field of the client's choice.
     pub fn value(&self, asked: &Asked<'_>) -> Option<HeaderValue> {
         match self {
             Words::Fixed(value) => Some(value.clone()),

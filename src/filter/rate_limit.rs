@@ -9,11 +9,11 @@
 //!     max_keys: 100k             # how many keys are remembered
 //! ```
 //!
-//! The rule is GCRA (`gcra.rs`). Keys are remembered by a 64-bit
-//! SipHash under a seed of this process, never as sent: clients choose them, and 100,000 cookies of 8 KiB would be
-//! 800 MB, where the hashes take about 8 MB. That two of 100,000 keys share a limit has a chance of one in four thousand
-//! million, and without the seed nobody can bring it about. When `max_keys` is reached, the key unseen for longest is
-//! forgotten and begins anew: too many keys can make the limit lenient, never the memory large.
+//! The rule is GCRA (`gcra.rs`). Keys are remembered by a 64-bit SipHash under a seed of this process, never as sent:
+//! clients choose them, and 100,000 cookies of 8 KiB would be 800 MB, where the hashes take about 8 MB. That two of
+//! 100,000 keys share a limit has a chance of one in four thousand million, and without the seed nobody can bring it
+//! about. When `max_keys` is reached, the key unseen for longest is forgotten and begins anew: too many keys can make
+//! the limit lenient, never the memory large.
 
 use std::hash::{BuildHasher, RandomState};
 use std::sync::Once;
@@ -48,7 +48,8 @@ pub struct Settings {
     /// How many keys are remembered, at about 80 bytes each.
     #[serde(default = "Settings::max_keys")]
     pub max_keys: Count,
-    /// How many leading bits of an IPv6 address `client_ip` counts as one client: who has one address of a network has many.
+    /// How many leading bits of an IPv6 address `client_ip` counts as one client: who has one address of a network has
+    /// many.
     #[serde(default)]
     pub ipv6_prefix: Ipv6Prefix,
 }

@@ -8,7 +8,8 @@
 //!
 //! A redirect is how phishers borrow a good name, so that neither the path nor the query can ever decide to which host
 //! the client is sent: they cannot stand in the host of `to`, and a `to` without a host stays on this one, whatever
-//! slashes the path begins with. With `to: { cel: "…" }` the host must be the one that was asked for, or one of `hosts`.
+//! slashes the path begins with. With `to: { cel: "…" }` the host must be the one that was asked for, or one of
+//! `hosts`.
 
 use async_trait::async_trait;
 use bytes::Bytes;
@@ -192,7 +193,8 @@ fn stay(location: &mut String) {
     location.replace_range(..slashes, "/");
 }
 
-/// The place that an expression has made: a path on this host, or a URL on it or on one of `hosts`. `None` for anything else.
+/// The place that an expression has made: a path on this host, or a URL on it or on one of `hosts`. `None` for anything
+/// else.
 fn made(place: &[u8], hosts: &[String], asked: Option<Authority>) -> Option<HeaderValue> {
     let mut location = String::with_capacity(place.len());
     push_encoded(&mut location, std::str::from_utf8(place).ok()?);

@@ -1,5 +1,6 @@
-//! `rewrite`: changes the path that the upstream sees. The query stays, and percent-encoding is neither added nor removed: the path
-//! is in its one form (`paths` of the configuration), in which a regular expression sees `%C3%A4` and never `ä`.
+//! `rewrite`: changes the path that the upstream sees. The query stays, and percent-encoding is neither added nor
+//! removed: the path is in its one form (`paths` of the configuration), in which a regular expression sees `%C3%A4` and
+//! never `ä`.
 //!
 //! ```yaml
 //! - rewrite: { path: { prefix: { from: /api, to: /v1 } } }
@@ -116,7 +117,8 @@ impl Rule {
         alone(pattern)?;
         let pattern = alone(&format!(r"\A(?:{pattern})\z"))?;
         let pieces = template(to, &pattern).map_err(|message| BuildError::new("to", message))?;
-        // A group may match nothing, so the text must be fit for a path by itself; a leading group brings its own slash.
+        // A group may match nothing, so the text must be fit for a path by itself; a leading group brings its own
+        // slash.
         let mut text = if let Some(Piece::Group(_)) = pieces.first() { "/".to_owned() } else { String::new() };
         text.extend(pieces.iter().map(|piece| if let Piece::Text(text) = piece { text } else { "" }));
         check_path(&text, to).map_err(|message| BuildError::new("to", message))?;

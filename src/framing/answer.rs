@@ -26,7 +26,7 @@ pub struct Framed {
 /// Why an answer cannot be passed on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Fault {
-    /// Its lengths differ, or are no lengths.
+    /// Its lengths differ, or one of them is not a number.
     Length,
     /// Its body has a coding that the client did not ask for, or that readers understand differently.
     Coding,

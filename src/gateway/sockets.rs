@@ -35,8 +35,8 @@ pub struct Socket {
 }
 
 impl Socket {
-    /// Binds and listens. A unix socket that nobody listens on any more is replaced; a live one is an error. Its file has this
-    /// mode before anybody can connect to it.
+    /// Binds and listens. A unix socket that nobody listens on any more is replaced; a live one is an error. Its file
+    /// has this mode before anybody can connect to it.
     pub fn bind(address: &Address, mode: FileMode) -> io::Result<Socket> {
         match address.unix_path() {
             Some(path) => Self::bind_unix(path, mode),
@@ -77,7 +77,8 @@ impl Socket {
         }
         let socket = socket2::Socket::new(Domain::UNIX, Type::STREAM, None)?;
         socket.bind(&SockAddr::unix(path)?)?;
-        // Nobody can connect before it listens, so that neither the umask of the process nor the moment in between matters.
+        // Nobody can connect before it listens, so that neither the umask of the process nor the moment in between
+        // matters.
         let permissions = Permissions::from_mode(mode.0);
         fs::set_permissions(path, permissions.clone())?;
         socket.listen(BACKLOG)?;

@@ -1,8 +1,8 @@
 //! Signals, and the order of a graceful stop.
 //!
 //! Pingora would sleep through its whole grace period and then drop what is left. So Pingora's own watch is kept still,
-//! and a watch of ours is flipped when it is time: not ready, and every answer says so; pause; no new connections, and idle
-//! ones close; the exchanges in flight end, or are cut and logged; exit. The admin endpoint answers to the end.
+//! and a watch of ours is flipped when it is time: not ready, and every answer says so; pause; no new connections, and
+//! idle ones close; the exchanges in flight end, or are cut and logged; exit. The admin endpoint answers to the end.
 
 use std::sync::Arc;
 use std::time::Duration;

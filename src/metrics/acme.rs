@@ -63,8 +63,8 @@ impl Families {
 }
 
 impl AcmeMetrics {
-    /// Shows of the certificate with this first name how often in a row no order for it came to anything, and when the next
-    /// one is due, in seconds since 1970.
+    /// Shows of the certificate with this first name how often in a row no order for it came to anything, and when the
+    /// next one is due, in seconds since 1970.
     pub fn show(&self, name: &str, failures: u32, due: i64) {
         self.failures.with_label_values(&[&*self.issuer, name]).set(failures.into());
         self.due.with_label_values(&[&*self.issuer, name]).set(due);

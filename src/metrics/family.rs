@@ -1,7 +1,7 @@
 //! The table of every metric: one row is its name, kind, labels and help.
 //!
-//! `metrics` builds its vectors from these rows and adds nothing. The tests make `dashboards/metrics.md` and the boards of
-//! them, and ask that each metric is on some board.
+//! `metrics` builds its vectors from these rows and adds nothing. The tests make `dashboards/metrics.md` and the boards
+//! of them, and ask that each metric is on some board.
 
 use prometheus::core::Desc;
 use prometheus::proto::{Bucket, Counter as CounterValue, Gauge as GaugeValue, Histogram as HistogramValue};
@@ -43,8 +43,8 @@ impl Kind {
     }
 }
 
-/// Seconds of one phase, from routing (microseconds) to a slow client (a minute). Eight, for every route has them for each
-/// of its phases; where it matters, the access log has the figure itself.
+/// Seconds of one phase, from routing (microseconds) to a slow client (a minute). Eight, for every route has them for
+/// each of its phases; where it matters, the access log has the figure itself.
 const PHASE: &[f64] = &[0.0005, 0.0025, 0.01, 0.05, 0.25, 1.0, 5.0, 30.0];
 
 /// Seconds of a whole exchange.
@@ -53,7 +53,8 @@ const EXCHANGE: &[f64] = &[0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0
 /// Seconds until a connection stands: from this machine to the other end of the world, TLS included.
 const CONNECT: &[f64] = &[0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 5.0];
 
-/// Seconds of a TLS handshake with a client: a resumed one on this machine to a full one on the other side of the world.
+/// Seconds of a TLS handshake with a client: a resumed one on this machine to a full one on the other side of the
+/// world.
 const HANDSHAKE: &[f64] = &[0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 5.0, 10.0];
 
 /// Seconds that Forebay itself costs.

@@ -12,8 +12,8 @@ use crate::phase::Phase;
 /// endpoint gave up.
 pub const DAWDLING: Duration = Duration::from_secs(1);
 
-/// An endpoint that was waited for for this share of an exchange's deadline is at fault when the deadline passes. The rest
-/// is what the gateway itself takes; with less, other parties had a part in it.
+/// An endpoint that was waited for for this share of an exchange's deadline is at fault when the deadline passes. The
+/// rest is what the gateway itself takes; with less, other parties had a part in it.
 const OF_DEADLINE: f64 = 0.9;
 
 /// How an attempt proceeds, as far as its clocks are concerned.
@@ -123,10 +123,10 @@ impl Deadline {
 
 /// Looks again before it finds that a limit is exceeded.
 ///
-/// A clock that has run out proves nothing if it was the gateway that came late: what was waited for may be here by then, in
-/// a socket or with another task. So after the first look there are two more, each after a timer of its own, and with it
-/// after a turn of the event loop in which sockets are read: in the first one the connection hands over what came, in the
-/// second one the exchange takes it.
+/// A clock that has run out proves nothing if it was the gateway that came late: what was waited for may be here by
+/// then, in a socket or with another task. So after the first look there are two more, each after a timer of its own,
+/// and with it after a turn of the event loop in which sockets are read: in the first one the connection hands over
+/// what came, in the second one the exchange takes it.
 #[derive(Debug, Default)]
 pub struct Look {
     /// Looks that there were, the due time that they were for, and when the next one is.
@@ -147,8 +147,8 @@ impl Look {
     /// The finest that timers are.
     const PAUSE: Duration = Duration::from_millis(1);
 
-    /// When the next look is at a wait that is to be over when it is `due`. As soon as something else is waited for, `due`
-    /// is another time, and everything begins anew.
+    /// When the next look is at a wait that is to be over when it is `due`. As soon as something else is waited for,
+    /// `due` is another time, and everything begins anew.
     pub fn next(&self, due: Instant) -> Instant {
         self.before.filter(|before| before.0 == due).map_or(due, |(_, _, next)| next)
     }

@@ -10,8 +10,8 @@ use super::Party;
 #[derive(Debug)]
 pub struct Waits {
     began: Instant,
-    /// Nanoseconds from `began` to the beginning of the present wait, times four, plus the number of the party. One word,
-    /// so that a reader sees a party and its own beginning.
+    /// Nanoseconds from `began` to the beginning of the present wait, times four, plus the number of the party. One
+    /// word, so that a reader sees a party and its own beginning.
     now: AtomicU64,
     /// Nanoseconds by party of the waits that are over, less what of the present wait is not its party's.
     spent: [AtomicU64; 4],
@@ -32,7 +32,8 @@ impl Waits {
         Waits { began, now, spent: Default::default(), lag: AtomicU64::new(0) }
     }
 
-    /// An attempt begins: its endpoint is waited for, and earlier attempts do not count. The worker has been late by `lag`.
+    /// An attempt begins: its endpoint is waited for, and earlier attempts do not count. The worker has been late by
+    /// `lag`.
     pub fn begin_attempt(&self, lag: Duration, now: Instant) {
         self.lag.store(nanos(lag), Ordering::Relaxed);
         self.spent.iter().for_each(|spent| spent.store(0, Ordering::Relaxed));
@@ -54,8 +55,8 @@ impl Waits {
         self.now.store(self.word(party, now), Ordering::Relaxed);
     }
 
-    /// The worker has been late by `lag` by now, all stalls together: what of it is new was not the time of the party that was
-    /// waited for meanwhile. That party may have done what it had to do while there was nobody to see it.
+    /// The worker has been late by `lag` by now, all stalls together: what of it is new was not the time of the party
+    /// that was waited for meanwhile. That party may have done what it had to do while there was nobody to see it.
     pub fn note_lag(&self, lag: Duration, now: Instant) {
         let lag = nanos(lag);
         let late = lag.saturating_sub(self.lag.swap(lag, Ordering::Relaxed));

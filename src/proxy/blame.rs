@@ -1,9 +1,9 @@
 //! What follows from a fault: one table from party, phase and what happened to the answer of the client, to a further
 //! attempt, and to what is held against the endpoint.
 //!
-//! Faults are noted where they happen ([`Fault`]); what a library reports by itself, such as a connection that breaks off,
-//! becomes one here. An endpoint is accused only of what it did or failed to do while it was waited for. What circuit
-//! breakers, outlier detection, latency and probes make of an accusation, `upstream/ended.rs` says.
+//! Faults are noted where they happen ([`Fault`]); what a library reports by itself, such as a connection that breaks
+//! off, becomes one here. An endpoint is accused only of what it did or failed to do while it was waited for. What
+//! circuit breakers, outlier detection, latency and probes make of an accusation, `upstream/ended.rs` says.
 
 #[cfg(test)]
 mod model;
@@ -252,7 +252,8 @@ fn has_had_its_time(exchange: &Exchange) -> bool {
     attempt.waits_since().elapsed() >= upstream.timeouts.wait
 }
 
-/// What it means that a connection breaks off while, or after, other parties have kept its endpoint waiting for so long.
+/// What it means that a connection breaks off while, or after, other parties have kept its endpoint waiting for so
+/// long.
 fn breakage(kept_waiting: Duration) -> What {
     if kept_waiting > DAWDLING { What::GaveUp } else { What::Broke }
 }

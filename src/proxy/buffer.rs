@@ -40,7 +40,8 @@ enum Plan {
     Refuse(&'static Refusal),
 }
 
-/// Puts the buffered session between Pingora and the client and has it hold the request body back, if the route says so.
+/// Puts the buffered session between Pingora and the client and has it hold the request body back, if the route says
+/// so.
 ///
 /// An error is the client's, and the reason is in the exchange.
 pub async fn request(

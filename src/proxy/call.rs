@@ -1,7 +1,8 @@
 //! One request of our own to an upstream: the calls of filters, and the copies for mirrors.
 //!
-//! `Line::converse` has one endpoint and sends it a request whose body is here whole. A call is such a request with an endpoint found
-//! as for an exchange: by the policy of its upstream, within its limits, and after waiting in its queue if need be.
+//! `Line::converse` has one endpoint and sends it a request whose body is here whole. A call is such a request with an
+//! endpoint found as for an exchange: by the policy of its upstream, within its limits, and after waiting in its queue
+//! if need be.
 
 use std::collections::BTreeMap;
 use std::future::poll_fn;
@@ -76,8 +77,8 @@ impl Load {
 }
 
 impl Line<'_> {
-    /// Sends a request and reads the answer, within the timeouts of the upstream. Each piece of its body is given to `take`, until
-    /// that says that no more is wanted.
+    /// Sends a request and reads the answer, within the timeouts of the upstream. Each piece of its body is given to
+    /// `take`, until that says that no more is wanted.
     pub async fn converse(
         &self,
         mut request: RequestHeader,
@@ -156,7 +157,8 @@ fn late() -> Box<Error> {
     Error::new_up(ErrorType::ReadTimedout)
 }
 
-/// Why a request of our own came to nothing. Its body was here from the start, so that the endpoint alone was waited for.
+/// Why a request of our own came to nothing. Its body was here from the start, so that the endpoint alone was waited
+/// for.
 pub(super) fn fault(attempt: &Attempt, error: &Error) -> Fault {
     use ErrorType::{ConnectionClosed, H2Error, ReadError, ReadTimedout, WriteError, WriteTimedout};
     let phase = match (attempt.is_connected(), attempt.status()) {
@@ -232,7 +234,7 @@ struct Callee {
     metrics: CallMetrics,
 }
 
-/// Counts a call, even if nobody waits for its end.
+/// Counts a call, even if its end is not awaited.
 struct Counting<'a> {
     metrics: &'a CallMetrics,
     begun: Instant,

@@ -1,10 +1,10 @@
 //! How long an exchange may take as a whole, and an attempt of it: `deadline` and `retry.per_try_timeout` of a route.
 //!
-//! As with Envoy's timeouts, the deadline runs from the last byte of the request to the last byte that comes from the endpoint,
-//! all attempts and the pauses between them included: neither a slow upload nor a client that takes its answer slowly counts,
-//! unless the endpoint has to wait for it. An attempt's time runs from the choice of its endpoint to the header of the answer,
-//! and while that endpoint is what is waited for.
-//! The clocks are kept by `client/session.rs` once the connection is there, and by Pingora while it is made.
+//! As with Envoy's timeouts, the deadline runs from the last byte of the request to the last byte that comes from the
+//! endpoint, all attempts and the pauses between them included: neither a slow upload nor a client that takes its
+//! answer slowly counts, unless the endpoint has to wait for it. An attempt's time runs from the choice of its endpoint
+//! to the header of the answer, and while that endpoint is what is waited for. The clocks are kept by
+//! `client/session.rs` once the connection is there, and by Pingora while it is made.
 
 use std::time::{Duration, Instant};
 
@@ -43,8 +43,9 @@ pub fn begin(exchange: &mut Exchange, now: Instant) {
     }
 }
 
-/// A gRPC client says for how long it waits at most: from now on, as far as we can know. The end of its request may be far off,
-/// so until then the deadline of the route runs from here. If that is over, the endpoint may have waited for its client.
+/// A gRPC client says for how long it waits at most: from now on, as far as we can know. The end of its request may be
+/// far off, so until then the deadline of the route runs from here. If that is over, the endpoint may have waited for
+/// its client.
 pub fn begin_grpc(exchange: &mut Exchange, headers: &HeaderMap, now: Instant) {
     let after = |length| Deadline { due: now + length, length, is_clients: true };
     let timeout = headers.get("grpc-timeout").and_then(|value| grpc_timeout(value.to_str().ok()?));
@@ -78,11 +79,11 @@ pub fn begin_attempt(exchange: &mut Exchange, peer: &mut HttpPeer, now: Instant)
     }
 }
 
-/// Takes Pingora's own clock for reading away, which runs whichever party is waited for: the session has better ones, and
-/// breaks off the connection when they say so. A connection that other exchanges share cannot be broken off; for the few
-/// states in which Pingora does not ask the session, its clock stays, with the longest time for which a client may be
-/// waited for on top. A request that asks for an upgrade has no body, and the session steps aside with a 101: there Pingora's
-/// clock is right, and the only one.
+/// Takes Pingora's own clock for reading away, which runs whichever party is waited for: the session has better ones,
+/// and breaks off the connection when they say so. A connection that other exchanges share cannot be broken off; for
+/// the few states in which Pingora does not ask the session, its clock stays, with the longest time for which a client
+/// may be waited for on top. A request that asks for an upgrade has no body, and the session steps aside with a 101:
+/// there Pingora's clock is right, and the only one.
 pub fn leave_clocks_to_session(exchange: &Exchange, peer: &mut HttpPeer) {
     if exchange.upgrade.is_some() {
         return;

@@ -94,8 +94,8 @@ pub struct Exchange {
     pub attempts: u32,
     /// The session that stands between Pingora and the client. `None` once they have switched to another protocol.
     pub link: Option<Arc<Link>>,
-    /// It has had the one attempt that counts as none, for a connection that was of no use. A second one of this kind says
-    /// something against its endpoint.
+    /// It has had the one attempt that counts as none, for a connection that was of no use. A second one of this kind
+    /// says something against its endpoint.
     pub had_free_attempt: bool,
     /// What came is not taken: there is to be another attempt.
     pub again: bool,
@@ -232,8 +232,8 @@ pub struct Attempt {
 }
 
 impl Attempt {
-    /// An attempt with an endpoint of this upstream, chosen just now. `link` knows how long each party is waited for; without
-    /// it, the endpoint is all the time.
+    /// An attempt with an endpoint of this upstream, chosen just now. `link` knows how long each party is waited for;
+    /// without it, the endpoint is all the time.
     pub fn new(upstream: Arc<Upstream>, endpoint: Engaged, link: Option<Arc<Link>>, chosen: Instant) -> Self {
         if let Some(link) = link.as_ref().filter(|_| endpoint.is_probe()) {
             endpoint.watch(link.clone());

@@ -1,8 +1,10 @@
-//! The hops before us: read from `X-Forwarded-For` or `Forwarded` (RFC 7239), and told to the endpoint in either or in both.
+//! The hops before us: read from `X-Forwarded-For` or `Forwarded` (RFC 7239), and told to the endpoint in either or in
+//! both.
 //!
-//! Only a trusted proxy is believed; what others say of the kind was dropped (`header::names`). Proxies mostly write one of the two
-//! and pass the other as it came, so that a client can forge it. So there is one chain, and one field that it is read from:
-//! `X-Forwarded-For` where there is one, else `Forwarded`. Whatever the endpoint is told, it is told of that chain.
+//! Only a trusted proxy is believed; what others say of the kind was dropped (`header::names`). Proxies mostly write
+//! one of the two and pass the other as it came, so that a client can forge it. So there is one chain, and one field
+//! that it is read from: `X-Forwarded-For` where there is one, else `Forwarded`. Whatever the endpoint is told, it is
+//! told of that chain.
 
 use std::borrow::Cow;
 use std::fmt::Write;
@@ -45,8 +47,8 @@ pub struct Own<'o> {
     pub port: Option<u16>,
 }
 
-/// Finds the client: from the nearest hop outwards, the first that is not a trusted proxy. What cannot be understood ends the chain:
-/// then it is the last that was. `None` if nobody is named.
+/// Finds the client: from the nearest hop outwards, the first that is not a trusted proxy. What cannot be understood
+/// ends the chain: then it is the last that was. `None` if nobody is named.
 pub fn client(headers: &HeaderMap, is_trusted: impl Fn(IpAddr) -> bool) -> Option<IpAddr> {
     let mut client = None;
     for node in chain(headers).into_iter().rev() {
@@ -68,7 +70,8 @@ pub fn is_https(headers: &HeaderMap) -> Option<bool> {
     said.map(|proto| proto.eq_ignore_ascii_case("https"))
 }
 
-/// Tells the endpoint of the hops and of us. A chain in a format that is not written is removed: it would end before us.
+/// Tells the endpoint of the hops and of us. A chain in a format that is not written is removed: it would end before
+/// us.
 pub fn tell(request: &mut RequestHeader, format: Forwarded, own: Own<'_>) -> Result<()> {
     let standard = match format {
         Forwarded::XForwarded => None,

@@ -1,7 +1,8 @@
 //! Phase `header`, the part that holds for every protocol: what may not pass, and who the client is.
 //!
-//! Before it, `client` has read the header and, on HTTP/1, checked its framing. After it comes `route`, which sees of the header what
-//! is meant for it: what ends here ([`hop`]) and what only others may say ([`names`]) is gone, and the path has its one form.
+//! Before it, `client` has read the header and, on HTTP/1, checked its framing. After it comes `route`, which sees of
+//! the header what is meant for it: what ends here ([`hop`]) and what only others may say ([`names`]) is gone, and the
+//! path has its one form.
 
 pub mod hop;
 pub mod names;
@@ -61,7 +62,8 @@ pub struct Rules {
     pub paths: Paths,
 }
 
-/// Looks at a request header that has just arrived, and leaves of it what is meant for routes, filters and the endpoint.
+/// Looks at a request header that has just arrived, and leaves of it what is meant for routes, filters and the
+/// endpoint.
 pub fn check(exchange: &mut Exchange, request: &mut RequestHeader, rules: &Rules) -> Result<(), &'static Refusal> {
     let connection = exchange.connection.clone();
     exchange.peer_is_trusted = connection.as_ref().is_some_and(|connection| rules.trusted.is_peer_of(connection));
@@ -123,9 +125,9 @@ fn check_authority(request: &mut RequestHeader) -> Result<(), &'static Refusal> 
     }
 }
 
-/// What the HTTP/2 library lets pass and is no request all the same (RFC 9113 §8.3.1, §8.1.1), or one that HTTP/1 cannot say
-/// (RFC 9112 §3.2): another scheme than those of HTTP, no target at all, a target that is neither a path nor `*` for OPTIONS, spaces and line ends
-/// in it, a length that stands twice.
+/// What the HTTP/2 library lets pass and is no request all the same (RFC 9113 §8.3.1, §8.1.1), or one that HTTP/1
+/// cannot say (RFC 9112 §3.2): another scheme than those of HTTP, no target at all, a target that is neither a path nor
+/// `*` for OPTIONS, spaces and line ends in it, a length that stands twice.
 fn check_http2_form(request: &RequestHeader) -> Result<(), &'static Refusal> {
     let is_http = request
         .uri
@@ -152,8 +154,9 @@ fn check_values(headers: &HeaderMap) -> Result<(), &'static Refusal> {
     if is_wrong { Err(&refusal::HEADER_MALFORMED) } else { Ok(()) }
 }
 
-/// Whether this is a gRPC call, by its form: a POST over HTTP/2 that takes trailers, of the media type `application/grpc`, alone
-/// or with a suffix (`+proto`) or parameters. Whether it is treated as one, the route and its upstream say.
+/// Whether this is a gRPC call, by its form: a POST over HTTP/2 that takes trailers, of the media type
+/// `application/grpc`, alone or with a suffix (`+proto`) or parameters. Whether it is treated as one, the route and its
+/// upstream say.
 pub fn is_grpc(request: &RequestHeader) -> bool {
     request.version == Version::HTTP_2
         && request.method == Method::POST
@@ -225,7 +228,8 @@ const CLIENT_CERTIFICATE: [HeaderName; 4] = [
 /// Longer, and no origin would take it.
 const CERTIFICATE_FIELD_BYTES_MAX: usize = 8 << 10;
 
-/// Says who the client has proved to be. What it says of the kind itself has been removed ([`names`]), unless it is a trusted proxy.
+/// Says who the client has proved to be. What it says of the kind itself has been removed ([`names`]), unless it is a
+/// trusted proxy.
 fn introduce(exchange: &Exchange, request: &mut RequestHeader) -> Result<(), &'static Refusal> {
     let proved = exchange.connection.as_ref().and_then(|connection| connection.tls()?.client.as_ref());
     let Some(client) = proved else { return Ok(()) };

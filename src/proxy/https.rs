@@ -1,5 +1,6 @@
-//! From HTTP to HTTPS: how an issuer of certificates is shown that a name is served here, a listener in clear text that sends its clients to the secure one, and `Strict-Transport-Security`,
-//! by which browsers come there by themselves (RFC 6797).
+//! From HTTP to HTTPS: how an issuer of certificates is shown that a name is served here, a listener in clear text that
+//! sends its clients to the secure one, and `Strict-Transport-Security`, by which browsers come there by themselves
+//! (RFC 6797).
 
 use bytes::Bytes;
 use http::uri::Authority;
@@ -12,8 +13,8 @@ use crate::client::connection::Redirect;
 use crate::error::refusal;
 use crate::filter::{Answer, Verdict};
 
-/// Answers an issuer of certificates that checks that a name is served here (RFC 8555 §8.3). `None`: this request asks for
-/// something else, or for a token that no order waits for.
+/// Answers an issuer of certificates that checks that a name is served here (RFC 8555 §8.3). `None`: this request asks
+/// for something else, or for a token that no order waits for.
 pub fn prove(challenges: &Challenges, request: &RequestHeader) -> Option<Verdict> {
     let answer = challenges.http(request.uri.path())?;
     if ![Method::GET, Method::HEAD].contains(&request.method) {
@@ -59,7 +60,8 @@ fn location(redirect: Redirect, host: &str, target: &str) -> Option<HeaderValue>
     HeaderValue::try_from(place).ok()
 }
 
-/// Has browsers come by HTTPS from now on, where the listener says so. Over clear text it would mean nothing (RFC 6797 §7.2).
+/// Has browsers come by HTTPS from now on, where the listener says so. Over clear text it would mean nothing (RFC 6797
+/// §7.2).
 pub fn insist(exchange: &Exchange, response: &mut ResponseHeader) {
     let connection = exchange.connection.as_ref().filter(|connection| connection.tls().is_some());
     if let Some(hsts) = connection.and_then(|connection| connection.listener.hsts.clone()) {

@@ -1,8 +1,9 @@
 //! Mirrors: a copy of a request goes to another upstream, and its answer to nobody.
 //!
-//! What is copied is decided in `buffer`, once the body is whole; the copy leaves when the original has been sent, in a task of
-//! its own, so that it never slows the original or fails it. The body is shared with the spool of the original, and counted by
-//! the budget for as long as the copy needs it. There are only so many copies at a time; what cannot be copied is counted.
+//! What is copied is decided in `buffer`, once the body is whole; the copy leaves when the original has been sent, in a
+//! task of its own, so that it never slows the original or fails it. The body is shared with the spool of the original,
+//! and counted by the budget for as long as the copy needs it. There are only so many copies at a time; what cannot be
+//! copied is counted.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -109,8 +110,8 @@ impl Drop for Place {
     }
 }
 
-/// Remembers the header that the original is sent with. If its client named no host, what it names is its endpoint and none of
-/// the mirror's.
+/// Remembers the header that the original is sent with. If its client named no host, what it names is its endpoint and
+/// none of the mirror's.
 pub fn header(exchange: &mut Exchange, request: &RequestHeader, names_host: bool) {
     if let Some(copy) = exchange.copy.as_deref_mut().filter(|copy| copy.request.is_none()) {
         let request = copy.request.insert(Box::new(request.clone()));

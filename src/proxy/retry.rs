@@ -1,7 +1,8 @@
 //! Whether a request that failed is sent again: the rules of a route, and what they come to for one exchange.
 //!
-//! Asked by whichever phase an attempt failed in; `select` follows, after a pause. What is decided here is only whether a
-//! further attempt would be safe and of use: whether the upstream can bear it, its budget says (`upstream/retries.rs`).
+//! Asked by whichever phase an attempt failed in; `select` follows, after a pause. What is decided here is only whether
+//! a further attempt would be safe and of use: whether the upstream can bear it, its budget says
+//! (`upstream/retries.rs`).
 
 use std::time::{Duration, Instant};
 
@@ -129,7 +130,8 @@ impl Failure {
         !matches!(self, Failure::Connect | Failure::Exhausted | Failure::Stale | Failure::Unprocessed)
     }
 
-    /// Whether it tells of a connection alone and nothing of the endpoint: it costs no attempt, and any endpoint will do.
+    /// Whether it tells of a connection alone and nothing of the endpoint: it costs no attempt, and any endpoint will
+    /// do.
     pub fn is_of_connection(self) -> bool {
         matches!(self, Failure::Stale | Failure::Unprocessed)
     }
@@ -245,8 +247,8 @@ impl Backoff {
     }
 }
 
-/// Whether the exchange is to have another attempt after one that failed for this; if so, it is ready for `select`. What was
-/// told to the client or to the upstream of the last attempt is not undone here.
+/// Whether the exchange is to have another attempt after one that failed for this; if so, it is ready for `select`.
+/// What was told to the client or to the upstream of the last attempt is not undone here.
 pub fn again(exchange: &mut Exchange, client: &ServerSession, failure: Failure, after: Option<Duration>) -> bool {
     let (Some(route), Some(upstream)) = (exchange.route.clone(), exchange.upstream.clone()) else { return false };
     let rules = &route.retry;
@@ -292,8 +294,8 @@ pub fn again(exchange: &mut Exchange, client: &ServerSession, failure: Failure, 
     }
 }
 
-/// The answer to an attempt is here. An error: it is a failure, and there is to be another attempt in its place; nothing of
-/// it goes to the client. With HTTP/1, Pingora gives up its connection.
+/// The answer to an attempt is here. An error: it is a failure, and there is to be another attempt in its place;
+/// nothing of it goes to the client. With HTTP/1, Pingora gives up its connection.
 pub fn answered(exchange: &mut Exchange, client: &ServerSession, response: &ResponseHeader) -> Result<(), Box<Error>> {
     if response.status.is_informational() {
         return Ok(());

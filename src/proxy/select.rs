@@ -20,8 +20,8 @@ use crate::phase::Phase;
 use crate::upstream::transport::connector;
 use crate::upstream::{Choice, Upstream};
 
-/// Chooses the endpoint of the next attempt: one that was not tried yet. Waits for one that has room, if need be, and while the
-/// exchange has time. What it gives is all that Pingora needs to connect.
+/// Chooses the endpoint of the next attempt: one that was not tried yet. Waits for one that has room, if need be, and
+/// while the exchange has time. What it gives is all that Pingora needs to connect.
 pub async fn next(exchange: &mut Exchange, client: &mut ServerSession) -> Result<Box<HttpPeer>, Refused> {
     let Some(deadline) = exchange.dues.exchange else { return choose(exchange, client).await };
     let chosen = tokio::time::timeout_at(deadline.due.into(), choose(exchange, client)).await;
@@ -70,8 +70,8 @@ async fn choose(exchange: &mut Exchange, client: &mut ServerSession) -> Result<B
     Ok(peer)
 }
 
-/// Has a connection made, and not kept: connections to one endpoint that are kept tend to die together, and the next one
-/// would be of no more use than the last.
+/// Has a connection made, and not kept: connections to one endpoint that are kept tend to die together, and the next
+/// one would be of no more use than the last.
 pub(super) fn separate(peer: &mut HttpPeer) {
     // Pingora knows kept connections by this among others.
     peer.group_key = rand::random();
@@ -86,8 +86,8 @@ fn nobody(exchange: &Exchange, upstream: &Upstream) -> Refused {
     }
 }
 
-/// The breaker is open; the client is told when it lets somebody through again. An attempt of this exchange that failed a
-/// moment ago, and may be what has opened it, is the better answer.
+/// The breaker is open; the client is told when it lets somebody through again. An attempt of this exchange that failed
+/// a moment ago, and may be what has opened it, is the better answer.
 fn away(exchange: &Exchange, upstream: &Upstream, time: Duration) -> Refused {
     if let Some(fault) = exchange.failure {
         return refused(fault);

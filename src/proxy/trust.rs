@@ -1,7 +1,8 @@
 //! The header fields of a request by which a client changes how it is treated: all of them, with what each does.
 //!
-//! Whatever a client writes into a header, it has written alone: a field must not switch a protection off, unless what a route or an
-//! upstream says allows that. So there is one list of what there is, which `conf/manual/security.md` shows and a test walks.
+//! Whatever a client writes into a header, it has written alone: a field must not switch a protection off, unless what
+//! a route or an upstream says allows that. So there is one list of what there is, which `conf/manual/security.md`
+//! shows and a test walks.
 
 /// One field, or several that do the same.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -16,8 +17,8 @@ pub struct Row {
     pub keys: &'static [&'static str],
 }
 
-/// Every field that has an effect of its own. What a route matches by, and what filters, keys and cookies are told to look at, is the
-/// configuration's choice.
+/// Every field that has an effect of its own. What a route matches by, and what filters, keys and cookies are told to
+/// look at, is the configuration's choice.
 pub static TABLE: &[Row] = &[
     Row {
         fields: "Accept",

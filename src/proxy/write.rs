@@ -1,7 +1,7 @@
 //! Phase `write`: what Forebay itself tells the client, and what the client is not to take for a whole answer.
 //!
-//! The upstream's answer is written by `client::wire`, and what the client has not taken when the upstream is released is
-//! waited for here. Refusals and the answers of filters are written here.
+//! The upstream's answer is written by `client::wire`, and what the client has not taken when the upstream is released
+//! is waited for here. Refusals and the answers of filters are written here.
 
 use std::time::Instant;
 
@@ -111,8 +111,8 @@ pub async fn drain(exchange: &mut Exchange, client: &mut Box<ServerSession>) {
     cut_if_begun(exchange, client, Some(&error)).await;
 }
 
-/// Cuts an answer of which bytes have left, so that nobody takes it for a whole one. `false`: none had, and the client's
-/// own session is back, so that it can still be told anything.
+/// Cuts an answer of which bytes have left, so that nobody takes it for a whole one. `false`: none had, and the
+/// client's own session is back, so that it can still be told anything.
 pub async fn cut_if_begun(exchange: &mut Exchange, client: &mut Box<ServerSession>, error: Option<&Error>) -> bool {
     if let Some(link) = &exchange.link
         && link.stands_in()
@@ -160,8 +160,8 @@ fn reset(exchange: &Exchange, error: Option<&Error>) -> bool {
     true
 }
 
-/// Whether a refusal can still be told: nothing but interim responses has left. Behind a 101 (RFC 9110 §15.2.2) it would be taken
-/// for words of the other protocol.
+/// Whether a refusal can still be told: nothing but interim responses has left. Behind a 101 (RFC 9110 §15.2.2) it
+/// would be taken for words of the other protocol.
 fn is_unanswered(session: &ServerSession) -> bool {
     session
         .response_written()

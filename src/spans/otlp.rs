@@ -1,9 +1,9 @@
 //! From stories to spans, and to a collector: OTLP over HTTP, on a thread of its own.
 //!
-//! An exchange is a span of kind SERVER; each attempt is one of kind CLIENT below it. Phases are spans of kind INTERNAL, below
-//! the attempt that they are of, and else below the exchange. Names and attributes are those of the semantic conventions of
-//! OpenTelemetry for HTTP where there are any, and else begin with `forebay.`. What a connection did before its first
-//! exchange is no part of it.
+//! An exchange is a span of kind SERVER; each attempt is one of kind CLIENT below it. Phases are spans of kind
+//! INTERNAL, below the attempt that they are of, and else below the exchange. Names and attributes are those of the
+//! semantic conventions of OpenTelemetry for HTTP where there are any, and else begin with `forebay.`. What a
+//! connection did before its first exchange is no part of it.
 
 use std::borrow::Cow;
 use std::io;

@@ -1,8 +1,9 @@
-//! Who is let in: what an upstream and its endpoints may have under way at once, whether the upstream is asked at all, and
-//! the line of those who wait.
+//! Who is let in: what an upstream and its endpoints may have under way at once, whether the upstream is asked at all,
+//! and the line of those who wait.
 //!
-//! Each exchange that has an endpoint is counted there and at the upstream, in one step with the question whether there is
-//! room; so no limit is exceeded, not even for a moment, and what is counted is let go by whoever has it ([`Engaged`]).
+//! Each exchange that has an endpoint is counted there and at the upstream, in one step with the question whether there
+//! is room; so no limit is exceeded, not even for a moment, and what is counted is let go by whoever has it
+//! ([`Engaged`]).
 
 use std::ops::Deref;
 use std::sync::Arc;
@@ -165,7 +166,8 @@ impl Engaged {
         &self.endpoint
     }
 
-    /// The response header is here. A breaker that waits for this one alone need not wait for the rest, which may take hours.
+    /// The response header is here. A breaker that waits for this one alone need not wait for the rest, which may take
+    /// hours.
     pub fn answered(&mut self, status: StatusCode, now: Instant) {
         if self.is_probe() {
             let verdict = if status.is_server_error() { Verdict::Bad } else { Verdict::Good };
@@ -178,8 +180,8 @@ impl Engaged {
         self.leave.as_ref().is_some_and(Leave::is_probe)
     }
 
-    /// If it is a probe: says who can tell how long its endpoint is kept waiting. A probe whose client dawdles gives its place
-    /// to another one.
+    /// If it is a probe: says who can tell how long its endpoint is kept waiting. A probe whose client dawdles gives
+    /// its place to another one.
     pub fn watch(&self, exchange: Arc<dyn KeepsWaiting>) {
         if let (Some(breaker), Some(leave)) = (&self.admission.breaker, &self.leave) {
             breaker.watch(leave, exchange);

@@ -1,11 +1,11 @@
 //! When an upstream is left alone as a whole, and how it comes back: a circuit breaker.
 //!
-//! It is *closed* while all goes well, and what fails is counted. Enough failures *open* it: nobody asks the upstream, and
-//! clients are told at once when to come again. After a while it is *half open*: a few requests are let through. If all of
-//! them go well it closes; with the first that fails it opens again, for twice as long.
+//! It is *closed* while all goes well, and what fails is counted. Enough failures *open* it: nobody asks the upstream,
+//! and clients are told at once when to come again. After a while it is *half open*: a few requests are let through. If
+//! all of them go well it closes; with the first that fails it opens again, for twice as long.
 //!
-//! Outlier detection leaves out an endpoint that does worse than its peers; this is for when there is nobody better. Nothing
-//! here knows a socket or a clock. While it is closed, letting through is one load, and counting is one atomic.
+//! Outlier detection leaves out an endpoint that does worse than its peers; this is for when there is nobody better.
+//! Nothing here knows a socket or a clock. While it is closed, letting through is one load, and counting is one atomic.
 
 use std::fmt;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};

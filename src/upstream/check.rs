@@ -1,9 +1,10 @@
 //! Asks the endpoints of an upstream whether they are well, in the background and never on a worker.
 //!
-//! One loop for each upstream that has a `health_check`: who is due is taken off the [`Agenda`] and asked by the [`Probe`],
-//! so many at once; what it says goes to the endpoint's `Record` (`upstream/health.rs`), and a change of it to the roster.
-//! Endpoints that an operator has taken out are asked on; those that their source names no longer are not. A probe speaks to an
-//! endpoint as exchanges do, TLS and all, but over a new connection: a kept one would hide that nobody can connect any more.
+//! One loop for each upstream that has a `health_check`: who is due is taken off the [`Agenda`] and asked by the
+//! [`Probe`], so many at once; what it says goes to the endpoint's `Record` (`upstream/health.rs`), and a change of it
+//! to the roster. Endpoints that an operator has taken out are asked on; those that their source names no longer are
+//! not. A probe speaks to an endpoint as exchanges do, TLS and all, but over a new connection: a kept one would hide
+//! that nobody can connect any more.
 
 mod agenda;
 mod grpc;

@@ -1,8 +1,8 @@
 //! Takes endpoints out that passing requests speak against, and back in after a while.
 //!
-//! Workers only count ([`Ejector::hear`]): atomics of the endpoint, and where it has failed too often, a word that somebody
-//! should look at it. That somebody is one loop in the background, for whether it may be ejected depends on how many others
-//! are, and whether it is slow on how fast they are. The rules are `upstream/outlier.rs`.
+//! Workers only count ([`Ejector::hear`]): atomics of the endpoint, and where it has failed too often, a word that
+//! somebody should look at it. That somebody is one loop in the background, for whether it may be ejected depends on
+//! how many others are, and whether it is slow on how fast they are. The rules are `upstream/outlier.rs`.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, Ordering};

@@ -1,8 +1,8 @@
-//! What the end of an attempt means: what the proxy tells an upstream of each endpoint that it was given, exactly once, and
-//! what those who watch endpoints make of it.
+//! What the end of an attempt means: what the proxy tells an upstream of each endpoint that it was given, exactly once,
+//! and what those who watch endpoints make of it.
 //!
-//! The second half of one table: `proxy/blame.rs` says which fault becomes which [`Outcome`], [`Ended::seen`] what breaker,
-//! outlier detection and latency see of it. A probe of a half-open breaker sees what the breaker sees.
+//! The second half of one table: `proxy/blame.rs` says which fault becomes which [`Outcome`], [`Ended::seen`] what
+//! breaker, outlier detection and latency see of it. A probe of a half-open breaker sees what the breaker sees.
 
 use std::time::Duration;
 

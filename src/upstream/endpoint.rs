@@ -1,8 +1,8 @@
 //! One server of an upstream: who it is, how it does just now, and how it is connected to.
 //!
 //! What changes with every exchange, in flight and latency, are atomics of its own, read with every choice. All that a
-//! connection needs is made once, by `transport`, as a template; an exchange takes a copy and resolves nothing. Sources tell
-//! of endpoints ([`Found`]), `Upstream::discovered` makes them, `roster` lists those that may be chosen.
+//! connection needs is made once, by `transport`, as a template; an exchange takes a copy and resolves nothing. Sources
+//! tell of endpoints ([`Found`]), `Upstream::discovered` makes them, `roster` lists those that may be chosen.
 
 use std::fmt;
 use std::net;
@@ -44,7 +44,8 @@ pub struct Found {
     pub alternate: Option<net::SocketAddr>,
 }
 
-/// One server of an upstream, and how it does. A name with several addresses makes several of these, with the same label.
+/// One server of an upstream, and how it does. A name with several addresses makes several of these, with the same
+/// label.
 ///
 /// It lives as long as its source names it, and as anybody is busy with it: that the list of endpoints changes does not
 /// make it forget what it has in flight.
@@ -76,7 +77,8 @@ pub struct Endpoint {
     /// What checks have said. Nobody asks for it on the way of a request.
     checks: Mutex<Record>,
     dialer: Arc<Dialer>,
-    /// Milliseconds from `base` to when connections that are shared by several exchanges were last replaced by new ones.
+    /// Milliseconds from `base` to when connections that are shared by several exchanges were last replaced by new
+    /// ones.
     renewed: AtomicU64,
     /// What passing requests say against it.
     pub(super) score: Score,
@@ -134,8 +136,8 @@ impl Endpoint {
         peer
     }
 
-    /// A connection of this age, which exchanges share, is to get no further ones: those that begin from now on share a new
-    /// one. Nothing happens if that was seen to since it was made.
+    /// A connection of this age, which exchanges share, is to get no further ones: those that begin from now on share a
+    /// new one. Nothing happens if that was seen to since it was made.
     pub fn renew(&self, age: Duration, now: Instant) {
         let millis =
             |time: Instant| u64::try_from(time.saturating_duration_since(self.base).as_millis()).unwrap_or(u64::MAX);
@@ -179,7 +181,8 @@ impl Endpoint {
         self.inflight.load(Ordering::Relaxed)
     }
 
-    /// The host that is named to it where nobody else has named one: its address as it is written, if that is a host at all.
+    /// The host that is named to it where nobody else has named one: its address as it is written, if that is a host at
+    /// all.
     pub fn authority(&self) -> Authority {
         let parsed = self.label.parse().ok().or_else(|| self.address.to_string().parse().ok());
         parsed.unwrap_or(Authority::from_static("localhost"))

@@ -1,8 +1,9 @@
 //! How long an endpoint is expected to take: a moving average that peaks raise at once.
 //!
-//! `peak_ewma` chooses by it. An average over all answers would say of an endpoint that has just stalled that it is fast,
-//! for as long as it answers nothing; so a slow answer is believed at once, and forgotten with time (Finagle's peak EWMA).
-//! Whoever is slow gets few requests or none and could never show that it has recovered: so the estimate decays by itself.
+//! `peak_ewma` chooses by it. An average over all answers would say of an endpoint that has just stalled that it is
+//! fast, for as long as it answers nothing; so a slow answer is believed at once, and forgotten with time (Finagle's
+//! peak EWMA). Whoever is slow gets few requests or none and could never show that it has recovered: so the estimate
+//! decays by itself.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -46,7 +47,8 @@ impl Latency {
         self.update(took, now, false);
     }
 
-    /// An attempt ended without an answer after the endpoint had `took` so long. That makes an estimate worse and never better: who refuses at once is not fast.
+    /// An attempt ended without an answer after the endpoint had `took` so long. That makes an estimate worse and never
+    /// better: who refuses at once is not fast.
     pub fn observe_failure(&self, took: Duration, now: Instant) {
         self.update(took, now, true);
     }

@@ -1,8 +1,9 @@
 //! How the endpoints of an upstream are connected to: what is spoken, whom is trusted, for how long a connection lives.
 //!
-//! All of it is read and parsed when the upstream is built, certificates included; an endpoint keeps a template of
-//! it, and an exchange takes a copy. [`dial`] makes the connections, [`http2`] speaks HTTP/2 over them, [`tls`] says whom they may lead to,
-//! [`pair`] which of two addresses of one server is asked, [`greeting`] what is said first of the client.
+//! All of it is read and parsed when the upstream is built, certificates included; an endpoint keeps a template of it,
+//! and an exchange takes a copy. [`dial`] makes the connections, [`http2`] speaks HTTP/2 over them, [`tls`] says whom
+//! they may lead to, [`pair`] which of two addresses of one server is asked, [`greeting`] what is said first of the
+//! client.
 
 pub mod connector;
 pub mod dial;
@@ -126,8 +127,8 @@ impl Transport {
         self.connections.open.load(Ordering::Relaxed)
     }
 
-    /// Whether a connection, of which nothing more is wanted just now, is one too many to be kept: others that nobody uses
-    /// fill the pool. `inflight` is how many exchanges have an endpoint, each with a connection of its own.
+    /// Whether a connection, of which nothing more is wanted just now, is one too many to be kept: others that nobody
+    /// uses fill the pool. `inflight` is how many exchanges have an endpoint, each with a connection of its own.
     pub fn is_surplus(&self, inflight: u32) -> bool {
         self.pool != u64::MAX && u64::from(self.connections().saturating_sub(inflight)) >= self.pool
     }
@@ -169,8 +170,8 @@ impl Transport {
         options.connection_timeout = Some(self.timeouts.connect);
         options.total_connection_timeout = Some(self.timeouts.connect);
         options.write_timeout = Some(self.timeouts.send);
-        // Pingora has one clock for `wait` and `receive`, which runs whichever party is waited for. It is right for an upgrade,
-        // whose request has no body; other exchanges have clocks of their own (`party/limits.rs`).
+        // Pingora has one clock for `wait` and `receive`, which runs whichever party is waited for. It is right for an
+        // upgrade, whose request has no body; other exchanges have clocks of their own (`party/limits.rs`).
         options.read_timeout = Some(self.timeouts.wait.max(self.timeouts.receive));
         options.idle_timeout = Some(self.idle);
         match self.protocol {
@@ -178,8 +179,9 @@ impl Transport {
             Protocol::H2 | Protocol::H2c => options.set_http_version(2, 2),
         }
         options.max_h2_streams = H2_STREAMS_MAX;
-        // Answers that wait for their clients stay in the h2 library, and take room of the connection that all share. So there
-        // is room for as many as there can be: else a few slow clients would keep everybody's answers from coming.
+        // Answers that wait for their clients stay in the h2 library, and take room of the connection that all share.
+        // So there is room for as many as there can be: else a few slow clients would keep everybody's answers from
+        // coming.
         options.h2_stream_window_size = Some(self.stream_window);
         options.h2_connection_window_size =
             Some(self.stream_window.saturating_mul(H2_STREAMS_MAX as u32).min(i32::MAX as u32));

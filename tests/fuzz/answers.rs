@@ -1,5 +1,5 @@
-//! Answers of an endpoint: whatever it sends, its client gets one answer that any strict reader reads alike, or half a one that
-//! looks like half. The answer behind it is that to the next request.
+//! Answers of an endpoint: whatever it sends, its client gets one answer that any strict reader reads alike, or half a
+//! one that looks like half. The answer behind it is that to the next request.
 
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
@@ -88,8 +88,8 @@ fn whatever_an_endpoint_answers_its_client_reads_one_answer_and_the_next() {
     assert_eq!(process.metric("forebay_refusals_total{reason=\"internal\"}"), 0.0);
 }
 
-/// Takes one answer, with its interim answers, off the front of what a client got: what follows, and whether it says that the
-/// connection ends. `Some(None)`: it is cut. `None`: it is no answer (RFC 9112).
+/// Takes one answer, with its interim answers, off the front of what a client got: what follows, and whether it says
+/// that the connection ends. `Some(None)`: it is cut. `None`: it is no answer (RFC 9112).
 fn one<'b>(mut bytes: &'b [u8], method: &str) -> Option<Option<(&'b [u8], bool)>> {
     loop {
         let Some(end) = bytes.windows(4).position(|four| four == b"\r\n\r\n") else { return Some(None) };

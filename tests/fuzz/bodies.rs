@@ -1,6 +1,7 @@
 //! Chunked bodies: by the decoder alone, and through a whole exchange to an origin and back.
 //!
-//! What is a body is said by a decoder that was written for this test alone, after RFC 9112 §7.1 and without any leniency.
+//! What is a body is said by a decoder that was written for this test alone, after RFC 9112 §7.1 and without any
+//! leniency.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex};

@@ -1,5 +1,5 @@
-//! The first bytes of a connection: the PROXY protocol and the ClientHello. They are read one by one or all at once, and mean
-//! the same.
+//! The first bytes of a connection: the PROXY protocol and the ClientHello. They are read one by one or all at once,
+//! and mean the same.
 
 use std::net::IpAddr;
 

@@ -57,7 +57,8 @@ fn failures(gateway: &impl Watched, name: &str) -> f64 {
     gateway.metric(&format!("forebay_acme_failures{{issuer=\"ours\",name=\"{name}\"}}"))
 }
 
-/// Puts a certificate into the store that another authority has issued, and whose renewal is due; returns that authority.
+/// Puts a certificate into the store that another authority has issued, and whose renewal is due; returns that
+/// authority.
 fn seed(store: &Path, name: &str) -> Authority {
     let authority = Authority::new();
     // Its third third has begun, and it outlives these tests.
@@ -131,7 +132,8 @@ fn a_challenge_is_answered_with_the_certificate_that_the_standard_asks_for_and_n
     issued(&pebble, gateway.web(), "a.test");
 }
 
-/// Gets a certificate, and ends in an orderly way once all is kept. What a gateway leaves behind is another process's to find.
+/// Gets a certificate, and ends in an orderly way once all is kept. What a gateway leaves behind is another process's
+/// to find.
 fn once(pebble: &Pebble, setup: &Setup) -> String {
     let mut gateway = setup.spawn();
     pebble.validates(gateway.web(), gateway.web());

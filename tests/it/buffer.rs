@@ -62,7 +62,8 @@ fn uploads_of_every_size_arrive_byte_for_byte_from_memory_and_from_disk() {
 #[test]
 fn the_log_says_how_much_of_an_upload_was_held_back_and_how_much_of_that_on_disk() {
     let origin = built_in();
-    // On disk is all but the first 64 KiB, and at the end what gathered during a write: 256 KiB, and the piece that made it full.
+    // On disk is all but the first 64 KiB, and at the end what gathered during a write: 256 KiB, and the piece that
+    // made it full.
     for (memory, on_disk) in [("2MiB", 0..=0), ("64KiB", MIB - ((64 + 256 + 64) << 10)..=MIB)] {
         for protocol in Protocol::BOTH {
             let gateway = before(&origin, &format!("mode: full, memory: {memory}")).start();

@@ -17,8 +17,8 @@ fn hurried(addresses: &[impl ToString]) -> Setup {
     Setup::before_all(addresses).route(DEADLINE).listener("protocols: [http1, h2c]")
 }
 
-/// It was over for this reason. That it was in time needs no clock: whatever else ends an exchange takes longer than any
-/// story waits.
+/// It was over for this reason. That it was in time needs no clock: whatever else ends an exchange takes longer than
+/// any story waits.
 fn over(gateway: &Gateway, reason: &str) {
     assert_eq!(gateway.log_line().reason(), reason);
     gateway.refused_once(reason);

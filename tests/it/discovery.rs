@@ -30,8 +30,8 @@ fn named(server: SocketAddr, port: u16, keys: &str) -> Setup {
     Setup::found(&format!("dns: {{ name: app.test, port: {port}, refresh: 200ms, servers: [\"{server}\"]{keys} }}"))
 }
 
-/// Asks one thing after the other while the story goes on, and until the answers are as it wants them in the end; none may
-/// fail on the way.
+/// Asks one thing after the other while the story goes on, and until the answers are as it wants them in the end; none
+/// may fail on the way.
 fn under_load(gateway: &Gateway, story: impl FnOnce(), wanted: &str) {
     let over = AtomicBool::new(false);
     std::thread::scope(|scope| {

@@ -13,8 +13,8 @@ use crate::harness::gateway::Watched;
 use crate::harness::metrics::Scrape;
 use crate::harness::{Client, DEADLINE, Origin, Setup, eventually, may_open_files};
 
-/// A filter that does what must not be done: it sleeps on the worker, for as many milliseconds as a header says, and then
-/// until the story wakes it by the name in another.
+/// A filter that does what must not be done: it sleeps on the worker, for as many milliseconds as a header says, and
+/// then until the story wakes it by the name in another.
 struct Sleepy;
 
 /// The names that were called.
@@ -59,7 +59,8 @@ fn sleepy(origin: &Origin) -> Setup {
     Setup::before(origin).filter::<Sleepy>().filters("{ sleepy: {} }")
 }
 
-/// A machine that is short of processors may hold any worker up for a while, and that is not what these stories are about.
+/// A machine that is short of processors may hold any worker up for a while, and that is not what these stories are
+/// about.
 fn patient(setup: Setup) -> Setup {
     setup.observability("event_loop: { stall_threshold: 3s }")
 }

@@ -1,5 +1,5 @@
-//! Clients that close their sending side: behind a whole request they wait for its answer (RFC 9112 §9.6), behind half of one
-//! they are gone; and a reset means that they are gone, wherever it is met.
+//! Clients that close their sending side: behind a whole request they wait for its answer (RFC 9112 §9.6), behind half
+//! of one they are gone; and a reset means that they are gone, wherever it is met.
 
 use forebay::phase::Phase;
 

@@ -37,7 +37,8 @@ pub use nginx::Nginx;
 pub use origin::{Origin, ok};
 pub use wire::End;
 
-/// How long any wait may take: long beside what is waited for, also where others have the CPU; short beside a hung test run.
+/// How long any wait may take: long beside what is waited for, also where others have the CPU; short beside a hung test
+/// run.
 pub const DEADLINE: Duration = Duration::from_secs(45);
 
 /// Asks `probe` again and again until it has an answer.

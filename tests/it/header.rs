@@ -303,7 +303,8 @@ fn an_absolute_target_decides_the_host_and_reaches_the_origin_as_a_path() {
     client.send("GET http://a.example/path?q HTTP/1.1\r\nHost: a.example\r\n\r\n");
     assert_eq!(client.response().text(), "/path?q");
 
-    // RFC 9112 §3.2.2: a proxy ignores a Host that disagrees. Refusing it is the careful way, passing it on the wrong one.
+    // RFC 9112 §3.2.2: a proxy ignores a Host that disagrees. Refusing it is the careful way, passing it on the wrong
+    // one.
     let mut client = gateway.client();
     client.send("GET http://a.example/other HTTP/1.1\r\nHost: b.example\r\n\r\n");
     let status = client.response().status;

@@ -124,8 +124,8 @@ fn a_slow_honest_reader_lives() {
     let origin = built_in();
     let lives = |mode, protocol| {
         let gateway = before(&origin, mode, "write_idle: 1500ms, min_rate: { write: 10KiB/s, grace: 1500ms }");
-        // At most 100 KB/s, for longer than its grace, which is long enough for what a kernel acknowledges at once; then
-        // the rest, which the kernel does not hold.
+        // At most 100 KB/s, for longer than its grace, which is long enough for what a kernel acknowledges at once;
+        // then the rest, which the kernel does not hold.
         let mut slow = Ask::get("/bytes/8MiB").reading(1_000, ms(10)).begin(protocol, gateway.web());
         let read = slow.read(250_000);
         let cut = ["write.timeout", "write.min_rate"]
@@ -203,8 +203,9 @@ fn a_client_that_goes_away_while_it_is_held_to_a_rate_leaves_nothing_behind() {
     }
 }
 
-/// A thousand connections of slowhttptest in one of its modes, for five seconds. Others are served meanwhile, as newcomers like
-/// these: within milliseconds on a machine that does nothing else, and several before the attack is over on any.
+/// A thousand connections of slowhttptest in one of its modes, for five seconds. Others are served meanwhile, as
+/// newcomers like these: within milliseconds on a machine that does nothing else, and several before the attack is over
+/// on any.
 fn stands_up_to(mode: &[&str]) {
     let origin = built_in();
     let gateway = before(&origin, "auto", "body_idle: 60s");

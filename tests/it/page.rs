@@ -239,7 +239,8 @@ fn the_manual_shows_the_page() {
     }
 }
 
-/// Shows a browser the page of a gateway with fast clients and slow ones, failures and refusals, once its lines have a shape.
+/// Shows a browser the page of a gateway with fast clients and slow ones, failures and refusals, once its lines have a
+/// shape.
 fn of_a_busy_gateway(picture: impl FnOnce(&mut Browser)) {
     let (origin, closed, over) = (built_in(), Closed::refusing(), AtomicBool::new(false));
     let routes = "{ name: shop, match: { path: { prefix: /delay } }, upstream: app }\n\

@@ -1,4 +1,5 @@
-//! What strangers cannot use up: open files, memory and disk have a reserve, and each client address has a share of them.
+//! What strangers cannot use up: open files, memory and disk have a reserve, and each client address has a share of
+//! them.
 //!
 //! All of 127.0.0.0/8 is this machine, so clients here come from as many addresses as a story needs.
 

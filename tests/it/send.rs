@@ -4,7 +4,7 @@ use forebay::phase::Phase;
 
 use crate::harness::client::request;
 use crate::harness::gateway::Watched;
-use crate::harness::{H2Client, H2Origin, Origin, Setup, eventually, ms};
+use crate::harness::{Client, Gateway, H2Client, H2Origin, Origin, Setup, eventually, ms};
 
 /// Held back, an upload that stalls never gets as far as this phase.
 const STREAM: &str = "buffering: { request: { mode: stream } }";
@@ -13,9 +13,7 @@ const UPLOAD: &str = "POST /upload HTTP/1.1\r\nHost: test\r\nContent-Length: 100
 #[test]
 fn a_client_that_stops_sending_its_body_is_answered_408_and_the_backend_is_let_go() {
     let origin = Origin::scripted();
-    let gateway = Setup::before(&origin).route(STREAM).route("client: { body_idle: 200ms }").start();
-    let mut client = gateway.client();
-    client.send(UPLOAD);
+    let (gateway, mut client) = stopped(&origin);
     let mut connection = origin.accept();
     connection.header();
     assert_eq!(client.response().status, 408);
@@ -30,9 +28,7 @@ fn a_client_that_stops_sending_its_body_is_answered_408_and_the_backend_is_let_g
 #[test]
 fn the_time_in_which_a_refused_client_may_close_its_side_is_none_of_the_exchange() {
     let origin = Origin::scripted();
-    let gateway = Setup::before(&origin).route(STREAM).route("client: { body_idle: 200ms }").start();
-    let mut client = gateway.client();
-    client.send(UPLOAD);
+    let (gateway, mut client) = stopped(&origin);
     let mut connection = origin.accept();
     connection.header();
     assert_eq!(client.response().status, 408);
@@ -40,6 +36,14 @@ fn the_time_in_which_a_refused_client_may_close_its_side_is_none_of_the_exchange
     client.closed();
     let written = gateway.log_line().phase(Phase::Write).expect("a phase");
     assert!(written < 2_000.0, "{written} ms of it in `write`");
+}
+
+/// A gateway that streams to `origin`, and a client that stops in the middle of its body.
+fn stopped(origin: &Origin) -> (Gateway, Client) {
+    let gateway = Setup::before(origin).route(STREAM).route("client: { body_idle: 200ms }").start();
+    let mut client = gateway.client();
+    client.send(UPLOAD);
+    (gateway, client)
 }
 
 #[test]

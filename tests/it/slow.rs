@@ -1,4 +1,5 @@
-//! The answer is held back for a client that does not take it: the backend is let go, and what the client gets is whole.
+//! The answer is held back for a client that does not take it: the backend is let go, and what the client gets is
+//! whole.
 
 use std::net::SocketAddr;
 use std::thread;

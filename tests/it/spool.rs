@@ -1,4 +1,5 @@
-//! What is held back is bounded: too much of it goes to disk, then waits, then is refused; and a disk may be full or absent.
+//! What is held back is bounded: too much of it goes to disk, then waits, then is refused; and a disk may be full or
+//! absent.
 
 use std::path::Path;
 use std::process::Command;
@@ -282,7 +283,8 @@ fn while_the_disk_stands_still_who_needs_it_waits_and_the_worker_goes_on() {
 #[test]
 fn who_waits_for_the_disk_for_too_long_is_refused() {
     let origin = built_in();
-    // Long enough for the threads of a disk that works, which are as nice as can be, on a machine that has other things to do.
+    // Long enough for the threads of a disk that works, which are as nice as can be, on a machine that has other things
+    // to do.
     let process = that_spools(&origin, "3s").spawn();
     for protocol in Protocol::BOTH {
         let still = process.still_disk();
@@ -416,7 +418,8 @@ fn sharing_64_mib(origin: &Running) -> (crate::harness::Process, u64) {
     let setup = Setup::before_all(&[origin.address()])
         .listener(limits)
         .spooling("")
-        // All clients have one address here. And none is given up because a busy machine has little time for the disk threads.
+        // All clients have one address here. And none is given up because a busy machine has little time for the disk
+        // threads.
         .more(
             "resources: { memory: 64MiB, responses: 100%, per_client: 100%, on_pressure: [spill, pause], pause: 10m }",
         );

@@ -18,8 +18,8 @@ use crate::harness::{
     Ask, Client, End, Gateway, H2Client, H2Origin, Origin, Protocol, Setup, eventually, may_open_files, ms, ok,
 };
 
-/// What clients write into a header to be treated otherwise: lines, each with its CRLF. A body in chunks follows where no
-/// framing is said.
+/// What clients write into a header to be treated otherwise: lines, each with its CRLF. A body in chunks follows where
+/// no framing is said.
 const TRIES: &[(&str, &[&str])] = &[
     ("Accept", &["Accept: application/json\r\n"]),
     ("Connection", &["Connection: close\r\n", "Connection: X-Own\r\nX-Own: 1\r\n", "Connection: upgrade\r\n"]),
@@ -116,7 +116,8 @@ fn connected(number: usize, address: SocketAddr) -> TcpStream {
     socket.into()
 }
 
-/// Every client is waited for in the phase `buffer`, no endpoint was chosen for any of them, and somebody else is served.
+/// Every client is waited for in the phase `buffer`, no endpoint was chosen for any of them, and somebody else is
+/// served.
 fn none_holds_an_endpoint(gateway: &Gateway, origin: &Origin) {
     gateway.wait_metric("forebay_phase_active{phase=\"buffer\"}", |count| count == CLIENTS as f64);
     assert_eq!((gateway.metric(SELECTIONS), origin.connections()), (0.0, 0));

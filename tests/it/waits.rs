@@ -1,6 +1,7 @@
 //! Whatever an exchange waits for, it notices that the gateway's time is over.
 //!
-//! [`Place`] is every place in which an exchange waits. Each test brings an exchange there, with all deadlines far away.
+//! [`Place`] is every place in which an exchange waits. Each test brings an exchange there, with all deadlines far
+//! away.
 
 use std::time::Instant;
 

@@ -128,8 +128,8 @@ fn side(phase: &str) -> Tone {
     }
 }
 
-/// Three rows and an empty one on either side: names, counts, for how long the first has been there. Where there is little
-/// room, phases without anybody go.
+/// Three rows and an empty one on either side: names, counts, for how long the first has been there. Where there is
+/// little room, phases without anybody go.
 fn draw_phases(frame: &mut Frame, area: Rect, phases: &[PhaseStatus]) {
     const WIDTH: u16 = 10;
     let room = usize::from(area.width / WIDTH);

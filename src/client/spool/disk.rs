@@ -1,8 +1,9 @@
 //! The disk threads: what spools write to files and read back, done where no worker waits for it.
 //!
-//! A worker with work stealing off has a blocking pool of its own, so `spawn_blocking` would give as many pools as there are
-//! workers and no say over their priority. These are a few threads of our own, nicer than the workers, with one queue
-//! before them. The queue is bounded by [`Permit`]s: who has none waits for one as a future, and no worker ever blocks.
+//! A worker with work stealing off has a blocking pool of its own, so `spawn_blocking` would give as many pools as
+//! there are workers and no say over their priority. These are a few threads of our own, nicer than the workers, with
+//! one queue before them. The queue is bounded by [`Permit`]s: who has none waits for one as a future, and no worker
+//! ever blocks.
 //!
 //! Files have no name: they are gone when they are closed, after a crash too. Closing one gives its pages and blocks
 //! back to the kernel, which takes long enough to be done here as well.
@@ -28,8 +29,8 @@ use crate::metrics::{OperationMetrics, SpoolMetrics};
 /// As nice as can be: the workers come first, and where these leave no CPU, what is spooled waits (see `lane`).
 const NICENESS: i32 = 19;
 
-/// A system call writes no more. Most kernels interrupt none for the sake of a worker on the same CPU that has something to do,
-/// and to write 256 KiB takes a millisecond where memory is slow.
+/// A system call writes no more. Most kernels interrupt none for the sake of a worker on the same CPU that has
+/// something to do, and to write 256 KiB takes a millisecond where memory is slow.
 const CALL_BYTES: usize = 64 << 10;
 /// How many pieces one system call can take (`IOV_MAX`).
 const PIECES_MAX: usize = 1024;

@@ -1,4 +1,5 @@
-//! The certificate that answers TLS-ALPN-01: made out to the name, with the digest of what the issuer wants to see (RFC 8737 §3).
+//! The certificate that answers TLS-ALPN-01: made out to the name, with the digest of what the issuer wants to see (RFC
+//! 8737 §3).
 
 use boring::asn1::{Asn1Integer, Asn1Time};
 use boring::bn::BigNum;

@@ -1,7 +1,7 @@
 //! The handshake: a context and the first bytes of a client become a connection of TLS, or a reason why not.
 //!
-//! One with an ECDSA key takes a worker some 0.1 ms and runs there. One with an RSA key takes about a millisecond and runs on
-//! threads of its own ([`Threads`]), so that nobody waits for it.
+//! One with an ECDSA key takes a worker some 0.1 ms and runs there. One with an RSA key takes about a millisecond and
+//! runs on threads of its own ([`Threads`]), so that nobody waits for it.
 
 use std::os::fd::BorrowedFd;
 use std::pin::Pin;
@@ -44,8 +44,8 @@ pub struct Facts {
 pub struct ClientCertificate {
     /// Its subject, such as `CN=Ada,O=Example`.
     pub subject: String,
-    /// Its further names: hosts, addresses of mail and URIs, separated by commas. A comma in one of them is `%2C`, so that it
-    /// cannot pass for two.
+    /// Its further names: hosts, addresses of mail and URIs, separated by commas. A comma in one of them is `%2C`, so
+    /// that it cannot pass for two.
     pub names: String,
     /// SHA-256 of it, in hexadecimal.
     pub fingerprint: String,
@@ -135,8 +135,8 @@ async fn accept(context: SslContext, raw: Raw) -> Result<SslStream<Raw>, &'stati
     Ok(stream)
 }
 
-/// Has the client's last flight acknowledged at once. The library has sent its tickets already, so nothing else answers it; a
-/// client with Nagle's algorithm would wait some 40 ms for that before it sends its request.
+/// Has the client's last flight acknowledged at once. The library has sent its tickets already, so nothing else answers
+/// it; a client with Nagle's algorithm would wait some 40 ms for that before it sends its request.
 fn acknowledge(raw: &Raw) {
     // SAFETY: the descriptor belongs to `raw` and outlives this borrow.
     let socket = unsafe { BorrowedFd::borrow_raw(raw.id()) };
@@ -144,8 +144,8 @@ fn acknowledge(raw: &Raw) {
     let _ = socket2::SockRef::from(&socket).set_tcp_quickack(true);
 }
 
-/// What is left to be said leaves, and is read before the connection goes: a socket that is closed with bytes unread is reset,
-/// and the reset can overtake the alert.
+/// What is left to be said leaves, and is read before the connection goes: a socket that is closed with bytes unread is
+/// reset, and the reset can overtake the alert.
 async fn farewell(raw: &mut Raw) {
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
     let _ = tokio::time::timeout(super::FAREWELL, async {
@@ -234,8 +234,8 @@ fn of_code(code: i32) -> &'static Refusal {
         ffi::SSL_R_NO_APPLICATION_PROTOCOL => &refusal::HANDSHAKE_PROTOCOL,
         ffi::SSL_R_PEER_DID_NOT_RETURN_A_CERTIFICATE => &refusal::HANDSHAKE_NO_CERTIFICATE,
         ffi::SSL_R_CERTIFICATE_VERIFY_FAILED => &refusal::HANDSHAKE_CERTIFICATE,
-        // The alerts of the client, 1000 and its number. OpenSSL sends an alert of TLS 1.3 in clear if it refuses the certificate;
-        // BoringSSL takes that for a record that it cannot decrypt.
+        // The alerts of the client, 1000 and its number. OpenSSL sends an alert of TLS 1.3 in clear if it refuses the
+        // certificate; BoringSSL takes that for a record that it cannot decrypt.
         1000..=1255 => &refusal::HANDSHAKE_ALERT,
         _ => &refusal::HANDSHAKE_FAILED,
     }

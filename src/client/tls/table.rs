@@ -31,8 +31,8 @@ pub struct Served {
 
 /// What one name is served with.
 pub struct Host {
-    /// In the order of preference: where a client can verify several, it gets the cheapest for both sides. There is none while
-    /// an issuer is waited for.
+    /// In the order of preference: where a client can verify several, it gets the cheapest for both sides. There is
+    /// none while an issuer is waited for.
     contexts: Vec<(KeyKind, SslContext)>,
     policy: Policy,
 }
@@ -47,8 +47,8 @@ pub struct Table {
 }
 
 impl Host {
-    /// What a client gets that says this of itself. One that can verify nothing of it gets something all the same: the library
-    /// then finds the words to refuse it.
+    /// What a client gets that says this of itself. One that can verify nothing of it gets something all the same: the
+    /// library then finds the words to refuse it.
     ///
     /// # Errors
     ///
@@ -69,7 +69,8 @@ impl Table {
     ///
     /// # Errors
     ///
-    /// A name that has two certificates of one kind, or two that ask different things of clients; a default that has none.
+    /// A name that has two certificates of one kind, or two that ask different things of clients; a default that has
+    /// none.
     pub fn build(served: &[Served], default: Option<&str>) -> Result<Table, Vec<BuildError>> {
         let mut errors = Vec::new();
         let mut names: HashMap<&str, Vec<usize>> = HashMap::new();
@@ -135,8 +136,8 @@ impl Table {
         named.or(self.default.as_ref()).ok_or(why)
     }
 
-    /// Whether a request for `host` may come over a connection whose client was asked `policy`: if not, the host asks for
-    /// something else, and the client is to open another connection for it (RFC 9110 §15.5.20).
+    /// Whether a request for `host` may come over a connection whose client was asked `policy`: if not, the host asks
+    /// for something else, and the client is to open another connection for it (RFC 9110 §15.5.20).
     pub fn may_serve(&self, host: &str, policy: Policy) -> bool {
         if !self.mixed {
             return true;

@@ -1,8 +1,9 @@
-//! Keys of session tickets: what a client needs to resume its session without a full handshake (RFC 5077, RFC 8446 §4.6.1).
+//! Keys of session tickets: what a client needs to resume its session without a full handshake (RFC 5077, RFC 8446
+//! §4.6.1).
 //!
-//! All contexts of a listener share them, so that a session outlives a new certificate. The first key makes tickets, all of
-//! them are known; a ticket that was used is replaced, for clients of TLS 1.3 use one once. Made in memory they are changed
-//! for new ones by the clock; from a file, by the program that writes it.
+//! All contexts of a listener share them, so that a session outlives a new certificate. The first key makes tickets,
+//! all of them are known; a ticket that was used is replaced, for clients of TLS 1.3 use one once. Made in memory they
+//! are changed for new ones by the clock; from a file, by the program that writes it.
 
 use std::sync::Arc;
 

@@ -14,18 +14,18 @@ use crate::config::units::{Count, Time};
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Tls {
-    /// The certificates. A client gets one that is made out to the name it asks for, with a key that it can verify: ECDSA
-    /// before RSA where a name has both. A name that is written out goes before a wildcard.
+    /// The certificates. A client gets one that is made out to the name it asks for, with a key that it can verify:
+    /// ECDSA before RSA where a name has both. A name that is written out goes before a wildcard.
     pub certificates: Vec<Certificate>,
-    /// The name whose certificate a client gets that asks for none or for one that is not here. Without it such a client is
-    /// refused.
+    /// The name whose certificate a client gets that asks for none or for one that is not here. Without it such a
+    /// client is refused.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub default: Option<String>,
     /// The oldest version that is spoken: `"1.2"` or `"1.3"`.
     #[serde(default)]
     pub min_version: Version,
-    /// The cipher suites of TLS 1.2, the preferred ones first, by the names that OpenSSL gives them; by default those of
-    /// Mozilla's intermediate profile. Those of TLS 1.3 are fixed.
+    /// The cipher suites of TLS 1.2, the preferred ones first, by the names that OpenSSL gives them; by default those
+    /// of Mozilla's intermediate profile. Those of TLS 1.3 are fixed.
     #[serde(default = "Tls::default_ciphers")]
     pub ciphers: Vec<String>,
     /// The groups for the key exchange, the preferred ones first.
@@ -37,7 +37,8 @@ pub struct Tls {
     /// How long a client may take from its first byte to the end of the handshake, and to its first byte.
     #[serde(default = "Tls::default_handshake_timeout")]
     pub handshake_timeout: Time,
-    /// Threads for handshakes with RSA keys, each of which takes a worker about a millisecond; `0`: workers do it themselves.
+    /// Threads for handshakes with RSA keys, each of which takes a worker about a millisecond; `0`: workers do it
+    /// themselves.
     #[serde(default = "Tls::default_handshake_threads")]
     pub handshake_threads: Count,
     /// How often the files are looked at, besides when the system tells that one has changed.
@@ -92,8 +93,9 @@ pub struct Certificate {
     /// The issuer that Forebay gets it from: one of `acme`, `letsencrypt` or `letsencrypt-staging`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub acme: Option<String>,
-    /// The names that it is used for, such as `shop.example.com` or `*.example.com`; by default those that are in it. An issuer
-    /// is asked for these, none of them a wildcard; `auto`: for the hosts of all routes that no other certificate is for.
+    /// The names that it is used for, such as `shop.example.com` or `*.example.com`; by default those that are in it.
+    /// An issuer is asked for these, none of them a wildcard; `auto`: for the hosts of all routes that no other
+    /// certificate is for.
     #[serde(default, skip_serializing_if = "CertificateNames::is_empty")]
     pub names: CertificateNames,
     /// A file with the answer of its authority that it is not revoked (OCSP), in DER, which is shown with it.
@@ -193,7 +195,8 @@ pub struct ClientCertificates {
     pub mode: ClientMode,
     /// A file with the certificates of the authorities that are trusted, in PEM.
     pub ca: String,
-    /// A file with the lists of what they have revoked, in PEM: one of each authority that signs certificates of clients.
+    /// A file with the lists of what they have revoked, in PEM: one of each authority that signs certificates of
+    /// clients.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub crl: Option<String>,
 }
@@ -217,8 +220,8 @@ pub struct Tickets {
     pub enabled: bool,
     /// How long a key makes tickets; two older keys are still known.
     pub rotate: Time,
-    /// A file of 80-byte keys that several Forebays share, as nginx has them: the first makes tickets, all are known. Forebay
-    /// only reads it; the program that writes it rotates the keys.
+    /// A file of 80-byte keys that several Forebays share, as nginx has them: the first makes tickets, all are known.
+    /// Forebay only reads it; the program that writes it rotates the keys.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub keys_file: Option<String>,
 }
@@ -446,7 +449,8 @@ impl JsonSchema for Version {
 /// A group for the key exchange.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
 pub enum Group {
-    /// X25519 and ML-KEM-768 together: what was recorded today cannot be read by a quantum computer later. TLS 1.3 only.
+    /// X25519 and ML-KEM-768 together: what was recorded today cannot be read by a quantum computer later. TLS 1.3
+    /// only.
     #[serde(rename = "X25519MLKEM768")]
     X25519MlKem768,
     /// X25519.
@@ -475,12 +479,13 @@ impl Group {
     }
 }
 
-/// The PROXY protocol, version 1 or 2, at the beginning of connections: which client a proxy in front of Forebay speaks for.
+/// The PROXY protocol, version 1 or 2, at the beginning of connections: which client a proxy in front of Forebay speaks
+/// for.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct ProxyProtocol {
-    /// The proxies that speak it. Every connection of theirs must begin with it, and no other may; on a unix socket every
-    /// connection must.
+    /// The proxies that speak it. Every connection of theirs must begin with it, and no other may; on a unix socket
+    /// every connection must.
     #[serde(deserialize_with = "address::networks")]
     #[schemars(with = "Vec<address::Network>")]
     pub from: Vec<IpNet>,

@@ -17,12 +17,13 @@ use crate::config::units::{Percent, Time};
 pub struct LoadBalancing {
     /// The policy.
     pub policy: Policy,
-    /// What `ring_hash` and `maglev` hash: `client_ip`, `path`, `route`, `{ header: x }`, `{ cookie: x }`, `{ query: x }`,
-    /// `{ cel: "…" }`, or a list, of which the first that a request has counts. One that has none of them goes anywhere. These policies must have it, others must not.
+    /// What `ring_hash` and `maglev` hash: `client_ip`, `path`, `route`, `{ header: x }`, `{ cookie: x }`, `{ query: x
+    /// }`, `{ cel: "…" }`, or a list, of which the first that a request has counts. One that has none of them goes
+    /// anywhere. These policies must have it, others must not.
     #[serde(skip_serializing_if = "HashKey::is_empty")]
     pub hash_key: HashKey,
-    /// With `ring_hash` and `maglev`: no endpoint gets more than so many times its share of what is in flight; what is above
-    /// goes to the next one. Greater than 1, such as 1.25. Without it, popular keys may overload an endpoint.
+    /// With `ring_hash` and `maglev`: no endpoint gets more than so many times its share of what is in flight; what is
+    /// above goes to the next one. Greater than 1, such as 1.25. Without it, popular keys may overload an endpoint.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(extend("exclusiveMinimum" = 1))]
     pub bounded_load: Option<f64>,
@@ -31,8 +32,8 @@ pub struct LoadBalancing {
     pub sticky: Option<Sticky>,
     /// Over which time the share of an endpoint that has come back, or is new, grows from a tenth to all of it.
     pub slow_start: Time,
-    /// Of the endpoints of a tier, the share that must be available. Where fewer are, and no other tier makes up for it, requests
-    /// go to all of them: what is said of so many is more likely wrong than right. 0%: never.
+    /// Of the endpoints of a tier, the share that must be available. Where fewer are, and no other tier makes up for
+    /// it, requests go to all of them: what is said of so many is more likely wrong than right. 0%: never.
     pub panic: Percent,
 }
 
@@ -60,7 +61,8 @@ pub enum Policy {
     /// Of two that are drawn by weight, the one with fewer requests in flight for its weight.
     #[default]
     LeastRequest,
-    /// Of two that are drawn by weight, the one that is expected to be done first, by its latency and its requests in flight.
+    /// Of two that are drawn by weight, the one that is expected to be done first, by its latency and its requests in
+    /// flight.
     PeakEwma,
     /// By the hash of a key, on a ring: when an endpoint leaves, its keys move and no others.
     RingHash,

@@ -1,5 +1,5 @@
-//! `limits:`, `queue:` and `circuit_breaker:` of an upstream: how much it is asked at once, what waits meanwhile, and when
-//! it is left alone.
+//! `limits:`, `queue:` and `circuit_breaker:` of an upstream: how much it is asked at once, what waits meanwhile, and
+//! when it is left alone.
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -12,8 +12,8 @@ use crate::config::units::{Count, Percent, Time};
 pub struct Limits {
     /// Requests at all endpoints together.
     pub requests: Count,
-    /// Connections in use at all endpoints together. Over HTTP/1 each request has one for itself; over HTTP/2 a hundred share
-    /// one.
+    /// Connections in use at all endpoints together. Over HTTP/1 each request has one for itself; over HTTP/2 a hundred
+    /// share one.
     pub connections: Count,
     /// The same for each endpoint.
     pub endpoint: EndpointLimits,
@@ -25,8 +25,8 @@ pub struct Limits {
 pub struct EndpointLimits {
     /// Requests at this endpoint.
     pub requests: Count,
-    /// Connections to this endpoint in use. Connections that are kept unused do not count: they are used before another is
-    /// made.
+    /// Connections to this endpoint in use. Connections that are kept unused do not count: they are used before another
+    /// is made.
     pub connections: Count,
 }
 
@@ -37,8 +37,9 @@ impl Default for Limits {
 }
 
 impl Default for EndpointLimits {
-    /// What a backend can take only its operator knows, and a limit that is met by surprise is an outage: so there is none,
-    /// as with nginx and HAProxy, but for what the kernel has ports for (28,232 to one address, unless it is told otherwise).
+    /// What a backend can take only its operator knows, and a limit that is met by surprise is an outage: so there is
+    /// none, as with nginx and HAProxy, but for what the kernel has ports for (28,232 to one address, unless it is told
+    /// otherwise).
     fn default() -> Self {
         EndpointLimits { requests: Count::UNLIMITED, connections: Count(20_000) }
     }
@@ -60,8 +61,8 @@ impl Default for Queue {
     }
 }
 
-/// When an upstream that fails is left alone for a while, as a whole. A failure is a connection that could not be made, an
-/// answer that did not come whole, and a status of 500 and above.
+/// When an upstream that fails is left alone for a while, as a whole. A failure is a connection that could not be made,
+/// an answer that did not come whole, and a status of 500 and above.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct CircuitBreaker {
@@ -77,10 +78,11 @@ pub struct CircuitBreaker {
     pub open: Time,
     /// For how long at most.
     pub max_open: Time,
-    /// So many requests are let through then. If all of them go well it closes, and with the first that fails it opens again.
+    /// So many requests are let through then. If all of them go well it closes, and with the first that fails it opens
+    /// again.
     pub probes: Count,
-    /// For how long such a request may wait for its client, mostly for the rest of its body. Then another one is let through
-    /// in its place.
+    /// For how long such a request may wait for its client, mostly for the rest of its body. Then another one is let
+    /// through in its place.
     pub probe_client: Time,
 }
 

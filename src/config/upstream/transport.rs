@@ -18,22 +18,24 @@ pub enum Protocol {
     H2c,
 }
 
-/// TLS towards the endpoints. `tls: {}` is enough where their certificates are signed by an authority that the system trusts.
+/// TLS towards the endpoints. `tls: {}` is enough where their certificates are signed by an authority that the system
+/// trusts.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Tls {
     /// Whether an endpoint must show a certificate that is valid, trusted, and made out to its name. If not, anybody
     /// who gets in between can pose as it.
     pub verify: bool,
-    /// The name, or the IP address, that endpoints are asked for (SNI) and that their certificates must be made out to; by
-    /// default the host of their address. A unix socket has none.
+    /// The name, or the IP address, that endpoints are asked for (SNI) and that their certificates must be made out to;
+    /// by default the host of their address. A unix socket has none.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub server_name: Option<String>,
-    /// A file with the certificates of the authorities that are trusted, in PEM; by default those that the system trusts.
+    /// A file with the certificates of the authorities that are trusted, in PEM; by default those that the system
+    /// trusts.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub ca: Option<String>,
-    /// A file with the certificate that Forebay shows to endpoints that ask for one, and those between it and its authority,
-    /// in PEM. It comes with a `key`.
+    /// A file with the certificate that Forebay shows to endpoints that ask for one, and those between it and its
+    /// authority, in PEM. It comes with a `key`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub certificate: Option<String>,
     /// A file with the private key of `certificate`, in PEM and without a password.
@@ -64,8 +66,9 @@ pub struct Keepalive {
     /// How old a connection may become: a request that ends on an older one is its last. On HTTP/2 no request begins on
     /// an older one, and it is closed when it has been unused for `idle`.
     pub max_age: Time,
-    /// How many unused connections of this upstream are kept; with 0 each request has one of its own. With HTTP/2, where a
-    /// connection serves many requests at once, it cannot be said. `server.keepalive_pool` holds for all upstreams together.
+    /// How many unused connections of this upstream are kept; with 0 each request has one of its own. With HTTP/2,
+    /// where a connection serves many requests at once, it cannot be said. `server.keepalive_pool` holds for all
+    /// upstreams together.
     pub pool: Count,
 }
 
@@ -79,9 +82,9 @@ impl Default for Keepalive {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Http2 {
-    /// How much of one answer an endpoint may send ahead of what is read of it, 16KiB to 16MiB. So much of an answer that
-    /// its client does not take stays in memory; all answers on a connection together have room for as much each. More is
-    /// faster where endpoints are far away.
+    /// How much of one answer an endpoint may send ahead of what is read of it, 16KiB to 16MiB. So much of an answer
+    /// that its client does not take stays in memory; all answers on a connection together have room for as much each.
+    /// More is faster where endpoints are far away.
     pub stream_window: Size,
 }
 

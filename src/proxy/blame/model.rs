@@ -1,8 +1,8 @@
-//! A model of an attempt: client, endpoint, disk and gateway take the time that a random schedule gives them. It shows that an
-//! endpoint that keeps its limits is never accused, whatever the others do, and that one that does not is.
+//! A model of an attempt: client, endpoint, disk and gateway take the time that a random schedule gives them. It shows
+//! that an endpoint that keeps its limits is never accused, whatever the others do, and that one that does not is.
 //!
-//! The clocks, the table, the breaker, the score and the average are the real ones; the model is what stands between them: the
-//! session, the event loop and its heartbeat.
+//! The clocks, the table, the breaker, the score and the average are the real ones; the model is what stands between
+//! them: the session, the event loop and its heartbeat.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -26,7 +26,7 @@ const PATIENCE: Patience = Patience { send: ms(SEND), wait: ms(WAIT), receive: m
 
 /// What the heartbeat does not see of a stall: it looks every so often.
 const UNSEEN: u64 = 10;
-/// Stalls that are shorter are no stalls to it.
+/// Shorter stalls are ignored.
 const STALL_LEAST: u64 = 20;
 
 const fn ms(millis: u64) -> Duration {
@@ -36,11 +36,11 @@ const fn ms(millis: u64) -> Duration {
 /// Something that happens in an attempt, in the order of the schedule.
 #[derive(Clone, Copy, Debug)]
 enum Step {
-    /// This party is waited for, and acts after so many milliseconds.
+    /// This party is waited for, and acts after this many milliseconds.
     Wait(Party, u64),
     /// The last piece of the request is passed on.
     Whole,
-    /// The response header comes, after so many milliseconds.
+    /// The response header comes after this many milliseconds.
     Header(u64),
     /// The client goes away.
     Leave,
@@ -112,7 +112,8 @@ impl<'s> Attempt<'s> {
         self.began + ms(millis)
     }
 
-    /// When the loop gets round to what is ready at `time`, and by how much it has been late by then, as far as is known.
+    /// When the loop gets round to what is ready at `time`, and by how much it has been late by then, as far as is
+    /// known.
     fn round(&self, time: u64) -> (u64, u64) {
         let (mut end, mut lag, mut time) = (0, 0, time);
         for &(after, length) in &self.schedule.stalls {

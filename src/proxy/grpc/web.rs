@@ -1,8 +1,8 @@
 //! gRPC-Web: calls of browsers, which cannot read trailers (`routes[].grpc_web`).
 //!
 //! A call has the media type of gRPC-Web and is otherwise a call of gRPC. Its answer has the trailers at the end of its
-//! body: a message whose flags have the highest bit set, with a line for each field (gRPC, PROTOCOL-WEB). Only the binary
-//! form is bridged. The other one (`application/grpc-web-text`), whose body is base64, passes as it came.
+//! body: a message whose flags have the highest bit set, with a line for each field (gRPC, PROTOCOL-WEB). Only the
+//! binary form is bridged. The other one (`application/grpc-web-text`), whose body is base64, passes as it came.
 
 use bytes::{BufMut, Bytes, BytesMut};
 use http::{HeaderMap, HeaderName, HeaderValue, Method, header};
@@ -40,8 +40,8 @@ pub fn to_endpoint(request: &mut RequestHeader) -> Result<()> {
     request.insert_header(header::TE, HeaderValue::from_static("trailers"))
 }
 
-/// Makes of the header of an answer of gRPC that of one of gRPC-Web, which has no trailers of HTTP to announce. `false`:
-/// the answer is not one of gRPC, and it stays as it is.
+/// Makes of the header of an answer of gRPC that of one of gRPC-Web, which has no trailers of HTTP to announce.
+/// `false`: the answer is not one of gRPC, and it stays as it is.
 ///
 /// # Errors
 ///

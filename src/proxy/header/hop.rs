@@ -1,8 +1,9 @@
 //! What concerns the client's connection alone, and ends here (RFC 9110 §7.6.1).
 //!
-//! It is removed before routes and filters see the request: else a client could have what a filter sets for the endpoint removed,
-//! by naming it in `Connection`. Three of these fields say something that is needed later, and stay in one form each:
-//! `TE: trailers`, an `Upgrade` that may pass ([`super::upgrade`]), and `Transfer-Encoding`, which is framing.
+//! It is removed before routes and filters see the request: else a client could have what a filter sets for the
+//! endpoint removed, by naming it in `Connection`. Three of these fields say something that is needed later, and stay
+//! in one form each: `TE: trailers`, an `Upgrade` that may pass ([`super::upgrade`]), and `Transfer-Encoding`, which is
+//! framing.
 
 use http::header::{
     CONNECTION, CONTENT_LENGTH, HOST, PROXY_AUTHENTICATE, PROXY_AUTHORIZATION, TE, TRANSFER_ENCODING, UPGRADE,
@@ -70,8 +71,8 @@ fn named(headers: &HeaderMap) -> Result<Vec<HeaderName>, &'static Refusal> {
     Ok(named)
 }
 
-/// What no client can mean for this connection alone: how the request is framed, where it goes, and what a proxy in front of us says
-/// of the client. A proxy that passes `Connection` on as it came would have its own word removed.
+/// What no client can mean for this connection alone: how the request is framed, where it goes, and what a proxy in
+/// front of us says of the client. A proxy that passes `Connection` on as it came would have its own word removed.
 fn is_protected(name: &HeaderName) -> bool {
     [HOST, CONTENT_LENGTH, TRANSFER_ENCODING].contains(name) || is_hearsay(name.as_str())
 }

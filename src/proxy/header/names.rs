@@ -1,8 +1,8 @@
-//! Fields that do not pass because of their names: those that one backend reads as another field than we do, and those that only a
-//! proxy in front of us, or Forebay itself, may say.
+//! Fields that do not pass because of their names: those that one backend reads as another field than we do, and those
+//! that only a proxy in front of us, or Forebay itself, may say.
 //!
-//! They go before routes and filters see the request, so that no condition on a header can be met by a forged one, and what a filter
-//! sets under such a name stays.
+//! They go before routes and filters see the request, so that no condition on a header can be met by a forged one, and
+//! what a filter sets under such a name stays.
 
 use http::{HeaderMap, HeaderName};
 use pingora::http::RequestHeader;
@@ -10,7 +10,8 @@ use pingora::http::RequestHeader;
 use crate::config::listener::OddNames;
 use crate::error::{Refusal, refusal};
 
-/// What is said of a client by a proxy in front of us, and believed by many applications; so are all names that begin like this.
+/// What is said of a client by a proxy in front of us, and believed by many applications; so are all names that begin
+/// like this.
 const HEARSAY_BEGINS: [&str; 3] = ["x-forwarded-", "x-forebay-", "x-client-cert-"];
 /// The same, by their whole names.
 const HEARSAY: [&str; 7] = [
@@ -61,7 +62,8 @@ pub fn drop_odd(request: &mut RequestHeader, odd: OddNames) {
     }
 }
 
-/// The same for trailers, which some backends put with the header. The request is on its way, so that none is refused any more.
+/// The same for trailers, which some backends put with the header. The request is on its way, so that none is refused
+/// any more.
 pub fn strip(trailers: &mut HeaderMap, odd: OddNames, trusted: bool) {
     for name in &dropped(trailers, odd, trusted) {
         trailers.remove(name);
@@ -84,7 +86,8 @@ pub fn is_hearsay(name: &str) -> bool {
     HEARSAY_BEGINS.iter().any(|begin| name.starts_with(begin)) || HEARSAY.contains(&name)
 }
 
-/// Whether there is anything in it but letters, digits and hyphens. CGI, WSGI, Rack and PHP make one name of `X_Edge` and `X-Edge`.
+/// Whether there is anything in it but letters, digits and hyphens. CGI, WSGI, Rack and PHP make one name of `X_Edge`
+/// and `X-Edge`.
 fn is_odd(name: &str) -> bool {
     !name.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'-')
 }

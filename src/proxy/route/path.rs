@@ -1,9 +1,9 @@
 //! The one path of a request: the client's, in the form in which everything here and the endpoint sees it.
 //!
-//! A path can be written in many ways that a backend takes for one. If the route is looked up by one way and the endpoint gets
-//! another, then `//admin` goes round a route for `/admin`, and `/x/../files/a` takes the route of `/x`. So the path is brought into
-//! one form when the request comes, and that form is all there is: for the look-up, for filters and keys, in the log, and at the endpoint.
-//! What has two readings even so is refused.
+//! A path can be written in many ways that a backend takes for one. If the route is looked up by one way and the
+//! endpoint gets another, then `//admin` goes round a route for `/admin`, and `/x/../files/a` takes the route of `/x`.
+//! So the path is brought into one form when the request comes, and that form is all there is: for the look-up, for
+//! filters and keys, in the log, and at the endpoint. What has two readings even so is refused.
 
 use std::borrow::Cow;
 
@@ -38,8 +38,9 @@ impl Paths {
     /// - Empty segments are removed, but for the last.
     /// - `%2F` stays, becomes a `/`, or the path is refused; so do `%5C` and a backslash, which some backends take for one.
     ///
-    /// A path is refused in any case that has a NUL, encoded or not, or in which a backend would find `..` or `.` once it has decoded `%2F` or `%5C`, or
-    /// has cut off parameters (`/..;x/`). A target that does not begin with `/`, such as `*`, is no path and stays as it is.
+    /// A path is refused in any case that has a NUL, encoded or not, or in which a backend would find `..` or `.` once
+    /// it has decoded `%2F` or `%5C`, or has cut off parameters (`/..;x/`). A target that does not begin with `/`, such
+    /// as `*`, is no path and stays as it is.
     ///
     /// # Errors
     ///
@@ -355,7 +356,8 @@ mod tests {
         })
     }
 
-    /// What a lenient backend makes of a path: it decodes all codes, takes backslashes for slashes, cuts parameters off and follows dots.
+    /// What a lenient backend makes of a path: it decodes all codes, takes backslashes for slashes, cuts parameters off
+    /// and follows dots.
     fn resolved(path: &[u8]) -> Vec<Vec<u8>> {
         let (mut bytes, mut rest) = (Vec::new(), path);
         while let Some((&byte, after)) = rest.split_first() {

@@ -1,7 +1,7 @@
 //! A file that lists endpoints: read at start, and again when it changes. One that is missing or wrong changes nothing.
 //!
-//! The system tells of changes in its directory (so that a file that is renamed to it is seen, and a link that is turned), and
-//! it is looked at every now and then as well, for not every file system tells.
+//! The system tells of changes in its directory (so that a file that is renamed to it is seen, and a link that is
+//! turned), and it is looked at every now and then as well, for not every file system tells.
 
 use std::io;
 use std::path::{Path, PathBuf};

@@ -1,7 +1,7 @@
 //! Makes a connection to an endpoint: TCP or a unix socket, one address or the better of two, and what is said first.
 //!
-//! Pingora asks this in place of its own connector, which knows one address and says nothing first; TLS, if there is any,
-//! is Pingora's again. It also counts connections, from the attempt to their end.
+//! Pingora asks this in place of its own connector, which knows one address and says nothing first; TLS, if there is
+//! any, is Pingora's again. It also counts connections, from the attempt to their end.
 
 use std::fmt;
 use std::io;
@@ -175,9 +175,9 @@ fn is_own(error: &io::Error) -> bool {
     error.raw_os_error().is_some_and(|code| OWN.contains(&code))
 }
 
-/// `EADDRNOTAVAIL` says that no port is free towards an address, or that this machine has no address from which it could be
-/// reached, such as where IPv6 is off. In the second case a datagram has no way there, either, and the endpoint is as
-/// unreachable as without a route.
+/// `EADDRNOTAVAIL` says that no port is free towards an address, or that this machine has no address from which it
+/// could be reached, such as where IPv6 is off. In the second case a datagram has no way there, either, and the
+/// endpoint is as unreachable as without a route.
 fn without_ports(error: io::Error, to: net::SocketAddr) -> io::Error {
     if error.raw_os_error() != Some(libc::EADDRNOTAVAIL) {
         return error;

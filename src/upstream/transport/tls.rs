@@ -92,8 +92,8 @@ impl Tls {
         })
     }
 
-    /// Why an endpoint at `host` (`None`: a unix socket) cannot be connected to, if so. Without a name Pingora would verify
-    /// nothing at all: better no gateway than one that trusts anybody.
+    /// Why an endpoint at `host` (`None`: a unix socket) cannot be connected to, if so. Without a name Pingora would
+    /// verify nothing at all: better no gateway than one that trusts anybody.
     pub fn objection(&self, host: Option<&str>) -> Option<&'static str> {
         (self.verify && self.server_name.is_none() && host.is_none()).then_some(
             "a unix socket has no name that its certificate could be made out to: write `tls: { server_name: … }`",

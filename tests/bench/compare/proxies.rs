@@ -355,8 +355,8 @@ fn nginx_config(address: SocketAddr, origins: Origins, dir: &Path, more: &str) -
     nginx_frame(dir, &http)
 }
 
-/// What every HAProxy has, and `backends` behind it, the first of which is `app`. The log goes to stdout, which is a file here: it has
-/// no other way to one.
+/// What every HAProxy has, and `backends` behind it, the first of which is `app`. The log goes to stdout, which is a
+/// file here: it has no other way to one.
 pub fn haproxy_frame(address: SocketAddr, (connect, answer): (&str, &str), choice: &str, backends: &str) -> String {
     format!(
         "global
@@ -391,7 +391,8 @@ fn haproxy_config(address: SocketAddr, origins: Origins) -> String {
 }
 
 /// Metrics and phases cannot be turned off, the access log is on. All routes but the last name paths and hosts that no
-/// request of ours has: the request comes past them all. All clients have one address, so one address may have everything.
+/// request of ours has: the request comes past them all. All clients have one address, so one address may have
+/// everything.
 fn forebay_config(address: SocketAddr, origins: Origins, dir: &Path, routes: usize, keys: &Keys) -> String {
     let others = (1..routes).map(|n| {
         let host = if n % 2 == 0 { format!("hosts: [shop-{n}.example.com], ") } else { String::new() };

@@ -1,4 +1,5 @@
-//! One request and its answer on either protocol: of any size, at any pace, in steps or as a whole, broken off anywhere.
+//! One request and its answer on either protocol: of any size, at any pace, in steps or as a whole, broken off
+//! anywhere.
 //!
 //! Neither body is kept: what is sent is the content of the built-in test origin, and what comes is counted and hashed.
 

@@ -82,8 +82,8 @@ impl Origin {
         })
     }
 
-    /// An origin that answers one request of a connection with the bytes that `answer` makes of it, and closes. To a HEAD it says the
-    /// header only.
+    /// An origin that answers one request of a connection with the bytes that `answer` makes of it, and closes. To a
+    /// HEAD it says the header only.
     pub fn answering_once(answer: impl Fn(&Request) -> Vec<u8> + Send + Sync + 'static) -> Origin {
         let answer = Arc::new(answer);
         Origin::start(move |mut connection, _| {

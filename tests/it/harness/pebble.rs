@@ -1,7 +1,8 @@
-//! A real authority that speaks ACME: Debian's `pebble`, with a DNS server and with gates through which it comes to look at names.
+//! A real authority that speaks ACME: Debian's `pebble`, with a DNS server and with gates through which it comes to
+//! look at names.
 //!
-//! It validates at two ports that are fixed when it starts. A gate is such a port. It leads to a listener of a gateway once the
-//! story says to which, and holds connections back until then.
+//! It validates at two ports that are fixed when it starts. A gate is such a port. It leads to a listener of a gateway
+//! once the story says to which, and holds connections back until then.
 
 use std::fs;
 use std::io::{self, BufRead, BufReader, Write};

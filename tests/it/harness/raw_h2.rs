@@ -1,5 +1,5 @@
-//! HTTP/2 on a socket, frame by frame, for what no library would send. Fields go as literals (RFC 7541 §6.2.2), so that any name and
-//! any value can be said; of what comes, a stream's status, body and end are read.
+//! HTTP/2 on a socket, frame by frame, for what no library would send. Fields go as literals (RFC 7541 §6.2.2), so that
+//! any name and any value can be said; of what comes, a stream's status, body and end are read.
 
 use std::net::SocketAddr;
 
