@@ -5,7 +5,7 @@
 use std::borrow::Cow;
 use std::net::IpAddr;
 
-use http::HeaderName;
+use http::{HeaderMap, HeaderName};
 use xxhash_rust::xxh3::{Xxh3, xxh3_64};
 
 use crate::config;
@@ -25,7 +25,7 @@ pub enum Key {
     Path,
     /// The name of the route.
     Route,
-    /// The value of a header; the first one, if there are several.
+    /// The value of a header; of several fields of this name, all of them.
     Header(HeaderName),
     /// The value of a cookie.
     Cookie(Box<[u8]>),
@@ -79,16 +79,18 @@ impl Key {
         if self == Key::ClientIp { Key::Client(prefix) } else { self }
     }
 
-    /// The value of this key; `None` if the request has none, or an empty one.
+    /// The value of this key; `None` if the request has none, or an empty one. Several fields of one name are one list
+    /// (RFC 9110 §5.3); of cookies and arguments of one name, the first counts. For who limits something that is not
+    /// enough, see [`Key::each`].
     pub fn of<'s>(&'s self, asked: &Asked<'s>) -> Option<Value<'s>> {
         let value = match self {
             Key::ClientIp => Value::from(asked.facts.client?),
             Key::Client(prefix) => Value::from(prefix.client(asked.facts.client?)),
             Key::Path => Value::Plain(asked.target.path().as_bytes()),
             Key::Route => Value::Plain(asked.facts.route.as_bytes()),
-            Key::Header(name) => Value::Plain(asked.headers.get(name)?.as_bytes()),
+            Key::Header(name) => combined(asked.headers, name)?,
             Key::Cookie(name) => Value::Plain(cookie(asked.headers, name)?),
-            Key::Query(name) => argument(asked.target.query()?, name)?,
+            Key::Query(name) => argument(fields::argument(asked.target.query()?, name)?),
             Key::Made(made) => match made.of(asked) {
                 Cow::Borrowed(text) => Value::Plain(text),
                 Cow::Owned(text) => Value::Made(text),
@@ -96,6 +98,37 @@ impl Key {
         };
         (!value.is_empty()).then_some(value)
     }
+
+    /// Every value that this key has in a request: of a header, a cookie or an argument there may be several, and which
+    /// of them an endpoint goes by is not known here. Whoever limits something by its key has to count them all, for
+    /// else a client hides the value that counts behind another one.
+    pub fn each<'s>(&'s self, asked: &Asked<'s>) -> impl Iterator<Item = Value<'s>> {
+        let Asked { headers, target, .. } = *asked;
+        let (mut header, mut cookie, mut query, mut other) = (None, None, None, None);
+        match self {
+            Key::Header(name) => {
+                header = Some(headers.get_all(name).iter().map(|value| Value::Plain(value.as_bytes())))
+            }
+            Key::Cookie(name) => cookie = Some(fields::cookies(headers, name).map(Value::Plain)),
+            Key::Query(name) => query = target.query().map(|query| fields::arguments(query, name).map(argument)),
+            _ => other = self.of(asked),
+        }
+        let several = header.into_iter().flatten().chain(cookie.into_iter().flatten());
+        several.chain(query.into_iter().flatten()).chain(other).filter(|value| !value.is_empty())
+    }
+}
+
+/// The value of all fields of this name.
+fn combined<'s>(headers: &'s HeaderMap, name: &HeaderName) -> Option<Value<'s>> {
+    let mut values = headers.get_all(name).iter();
+    let first = values.next()?.as_bytes();
+    let Some(second) = values.next() else { return Some(Value::Plain(first)) };
+    let mut all = first.to_vec();
+    for value in std::iter::once(second).chain(values) {
+        all.extend_from_slice(b", ");
+        all.extend_from_slice(value.as_bytes());
+    }
+    Some(Value::Made(all))
 }
 
 impl Value<'_> {
@@ -175,11 +208,10 @@ impl Keys {
     }
 }
 
-/// The value of the first argument of this name in `query`.
-fn argument<'q>(query: &'q str, name: &[u8]) -> Option<Value<'q>> {
-    let value = fields::argument(query, name)?;
+/// The value of an argument, as it was sent.
+fn argument(value: &str) -> Value<'_> {
     let encoded = value.bytes().any(|byte| matches!(byte, b'%' | b'+'));
-    Some(if encoded { Value::Encoded(value) } else { Value::Plain(value.as_bytes()) })
+    if encoded { Value::Encoded(value) } else { Value::Plain(value.as_bytes()) }
 }
 
 #[cfg(test)]
@@ -224,7 +256,8 @@ mod tests {
     fn path_route_and_header_are_taken_as_they_are() {
         assert_eq!(key("path", None, "/a%20b?c=d", &[]), "/a%20b");
         assert_eq!(key("route", None, "/", &[]), "shop");
-        assert_eq!(key("header: X-Key", None, "/", &[("x-key", "one"), ("x-key", "two")]), "one");
+        assert_eq!(key("header: X-Key", None, "/", &[("x-key", "one")]), "one");
+        assert_eq!(key("header: X-Key", None, "/", &[("x-key", "one"), ("x-key", "two")]), "one, two");
         assert_eq!(key("header: X-Key", None, "/", &[]), "");
     }
 
@@ -267,8 +300,27 @@ mod tests {
 
     #[test]
     fn only_a_query_argument_that_was_encoded_is_decoded() {
-        assert_eq!(argument("q=plain", b"q"), Some(Value::Plain(b"plain")));
-        assert_eq!(argument("q=a%20b", b"q"), Some(Value::Encoded("a%20b")));
+        assert_eq!(argument("plain"), Value::Plain(b"plain"));
+        assert_eq!(argument("a%20b"), Value::Encoded("a%20b"));
+    }
+
+    #[test]
+    fn whoever_counts_by_a_key_sees_all_its_values() {
+        let each = |written: &config::Key, target: &str, headers: &[(&'static str, &str)]| {
+            let (key, request) = (Key::build(written).unwrap(), request(target, headers));
+            let facts = Facts::of("shop", "/");
+            let asked = facts.asked(&request);
+            let texts = key.each(&asked).map(|value| String::from_utf8_lossy(&value.bytes()).into_owned());
+            texts.collect::<Vec<_>>()
+        };
+        let fields = [("x-key", "one"), ("x-key", "two"), ("x-key", "")];
+        assert_eq!(each(&config::Key::Header("X-Key".into()), "/", &fields), ["one", "two"]);
+        let cookies = [("cookie", "sid=1; a=b"), ("cookie", "sid=2; sid=3")];
+        assert_eq!(each(&config::Key::Cookie("sid".into()), "/", &cookies), ["1", "2", "3"]);
+        assert_eq!(each(&config::Key::Query("q".into()), "/?q=1&q=a%20b&%71=3&q&r=4", &[]), ["1", "a b", "3"]);
+        assert_eq!(each(&config::Key::Path, "/a?q=1", &[]), ["/a"]);
+        assert!(each(&config::Key::Header("X-Other".into()), "/", &fields).is_empty());
+        assert!(each(&config::Key::ClientIp, "/", &fields).is_empty());
     }
 
     #[test]

@@ -9,6 +9,9 @@
 //!     max_keys: 100k             # how many keys are remembered
 //! ```
 //!
+//! Of several headers, cookies or arguments of the name, each counts: a request passes if none of its keys is over its limit. A
+//! client cannot hide the one that its backend goes by behind another. One with more than 16 of them is refused.
+//!
 //! The rule is GCRA (`gcra.rs`). Keys are remembered by a 64-bit SipHash under a seed of this process, never as sent:
 //! clients choose them, and 100,000 cookies of 8 KiB would be 800 MB, where the hashes take about 8 MB. That two of
 //! 100,000 keys share a limit has a chance of one in four thousand million, and without the seed nobody can bring it
@@ -37,7 +40,8 @@ use crate::error::{BuildError, Refusal};
 #[derive(Clone, Debug, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Settings {
-    /// What is counted apart. Requests without the key (no such header, a client on a unix socket) share one limit.
+    /// What is counted apart. Requests without the key (no such header, a client on a unix socket) share one limit. One
+    /// with several headers, cookies or arguments of the name counts for each of them.
     #[serde(default = "Settings::key")]
     pub key: config::Key,
     /// What may come in the long run, such as `10/s`; at most one a microsecond.
@@ -66,6 +70,9 @@ impl Settings {
 
 static LIMITED: Refusal = Refusal::new("route.rate_limit", 429, "Too many requests; try again later.");
 
+/// A request may have so many values of a key. One with more has no good reason for it, and each is a place in memory.
+const VALUES_MAX: usize = 16;
+
 /// Refuses what comes too fast.
 pub struct RateLimit {
     key: Key,
@@ -84,16 +91,23 @@ impl Filter for RateLimit {
 
     async fn request(&self, scope: &mut Scope<'_>) -> Verdict {
         let asked = scope.asked();
-        let key = self.key.of(&asked);
-        let key = key.as_ref().map(|key| key.bytes()).unwrap_or_default();
-        match self.admit(&key, self.started.elapsed()) {
-            Ok(()) => Verdict::Continue,
-            Err(wait) => {
-                let seconds = wait.as_secs() + u64::from(wait.subsec_nanos() > 0);
-                let headers = vec![(RETRY_AFTER, HeaderValue::from(seconds.max(1)))];
-                Verdict::Refuse(Refused { refusal: &LIMITED, headers })
+        let (mut hashes, mut count) = ([0; VALUES_MAX], 0);
+        for value in self.key.each(&asked) {
+            let hash = self.hash(&value.bytes());
+            if hashes[..count].contains(&hash) {
+                continue;
             }
+            let Some(place) = hashes.get_mut(count) else { return limited(Duration::ZERO) };
+            *place = hash;
+            count += 1;
         }
+        if count == 0 {
+            (hashes[0], count) = (self.hash(b""), 1);
+        }
+        let now = self.started.elapsed();
+        // It counts against each of them, whichever it is that stops it.
+        let waits = hashes[..count].iter().filter_map(|&hash| self.admit(hash, now).err());
+        waits.max().map_or(Verdict::Continue, limited)
     }
 }
 
@@ -127,11 +141,21 @@ impl FilterType for RateLimit {
     }
 }
 
+/// What comes too fast, and may come again after this time.
+fn limited(wait: Duration) -> Verdict {
+    let seconds = wait.as_secs() + u64::from(wait.subsec_nanos() > 0);
+    let headers = vec![(RETRY_AFTER, HeaderValue::from(seconds.max(1)))];
+    Verdict::Refuse(Refused { refusal: &LIMITED, headers })
+}
+
 impl RateLimit {
-    /// Admits a request of `key` that comes `now`, or tells how long it must wait.
-    fn admit(&self, key: &[u8], now: Duration) -> Result<(), Duration> {
-        let (admitted, forgotten) =
-            self.keys.with(self.seed.hash_one(key), |due| self.limit.admit(due, nanoseconds(now)));
+    fn hash(&self, key: &[u8]) -> u64 {
+        self.seed.hash_one(key)
+    }
+
+    /// Admits a request whose key has this hash and that comes `now`, or tells how long it must wait.
+    fn admit(&self, key: u64, now: Duration) -> Result<(), Duration> {
+        let (admitted, forgotten) = self.keys.with(key, |due| self.limit.admit(due, nanoseconds(now)));
         if forgotten {
             self.full.call_once(|| {
                 tracing::warn!(max_keys = self.keys.max(), "rate_limit remembers no more keys; the oldest begin anew");
@@ -143,7 +167,7 @@ impl RateLimit {
 
 #[cfg(test)]
 mod tests {
-    use super::super::rehearsal::{Rehearsal, chain, error, example};
+    use super::super::rehearsal::{Rehearsal, chain, error, example, request};
     use super::*;
 
     /// A filter with these settings beside `rate: 1/s`.
@@ -234,9 +258,38 @@ mod tests {
     }
 
     #[test]
+    fn a_second_value_hides_no_first_one() {
+        let passes = |key: &str, asks: &dyn Fn(usize) -> (String, Vec<(&'static str, String)>)| {
+            let mut rehearsal = limit(&format!("burst: 2, key: {{ {key} }}"));
+            let mut passes = |n| {
+                let (target, fields) = asks(n);
+                let fields: Vec<_> = fields.iter().map(|(name, value)| (*name, &**value)).collect();
+                rehearsal.request = request(&target, &fields);
+                matches!(rehearsal.verdict(), Verdict::Continue)
+            };
+            (0..10).filter(|&n| passes(n)).count()
+        };
+        let fields = |values: [String; 2], name| values.map(|value| (name, value)).to_vec();
+        for first in [false, true] {
+            let pair =
+                |n: usize| if first { ["real".to_owned(), n.to_string()] } else { [n.to_string(), "real".into()] };
+            let headers = passes("header: x-key", &|n| ("/".into(), fields(pair(n), "x-key")));
+            let cookies = |n| pair(n).map(|value| format!("sid={value}"));
+            let jars = passes("cookie: sid", &|n| ("/".into(), fields(cookies(n), "cookie")));
+            let jar = passes("cookie: sid", &|n| ("/".into(), vec![("cookie", cookies(n).join("; "))]));
+            let queries = passes("query: q", &|n| (format!("/?q={}&q={}", pair(n)[0], pair(n)[1]), Vec::new()));
+            assert_eq!([headers, jars, jar, queries], [2; 4], "the real one comes first: {first}");
+        }
+        let twice = passes("header: x-key", &|_| ("/".into(), fields(["real".into(), "real".into()], "x-key")));
+        assert_eq!(twice, 2, "the same value counts once");
+        let many = |n: usize| (0..17).map(|value| ("x-key", format!("{n}-{value}"))).collect();
+        assert_eq!(passes("header: x-key", &|n| ("/".into(), many(n))), 0, "nobody needs as many");
+    }
+
+    #[test]
     fn a_limit_frees_itself_in_time() {
         let filter = filter("{ rate: 10/s, burst: 2 }");
-        let at = |millis| filter.admit(b"a", Duration::from_millis(millis));
+        let at = |millis| filter.admit(filter.hash(b"a"), Duration::from_millis(millis));
         assert_eq!([at(0), at(0)], [Ok(()), Ok(())]);
         assert_eq!(at(30), Err(Duration::from_millis(70)));
         assert_eq!(at(100), Ok(()));
@@ -248,7 +301,7 @@ mod tests {
     #[test]
     fn the_key_unseen_for_longest_is_forgotten_and_no_other() {
         let filter = filter("{ rate: 1/h, burst: 1, max_keys: 2 }");
-        let admits = |key: &[u8]| filter.admit(key, Duration::ZERO).is_ok();
+        let admits = |key: &[u8]| filter.admit(filter.hash(key), Duration::ZERO).is_ok();
         assert!(admits(b"a") && admits(b"b"));
         assert!(!admits(b"a"), "known, and from now on the last one seen");
         assert!(admits(b"c"), "new, and takes the place of b");
