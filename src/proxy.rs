@@ -229,10 +229,13 @@ impl ProxyHttp for Proxy {
     fn response_body_filter(
         &self,
         _session: &mut Session,
-        _piece: &mut Option<Bytes>,
+        piece: &mut Option<Bytes>,
         end: bool,
         exchange: &mut Carried,
     ) -> Result<Option<Duration>> {
+        if exchange.switched.is_some() {
+            exchange.tunnelled.1 += piece.as_ref().map_or(0, |piece| piece.len() as u64);
+        }
         if end {
             receive::ended(exchange);
         }

@@ -78,6 +78,8 @@ pub struct Exchange {
     pub closes: bool,
     /// The request, once client and endpoint have switched to another protocol: only Pingora's own session has it then.
     pub switched: Option<Box<RequestHeader>>,
+    /// Bytes that have passed since: from the client, and to it.
+    pub tunnelled: (u64, u64),
     /// The route it took.
     pub route: Option<Arc<Route>>,
     /// What the filters of the route keep for it.
@@ -391,6 +393,7 @@ impl Exchange {
             upgrade: None,
             closes: false,
             switched: None,
+            tunnelled: (0, 0),
             route: None,
             filters: None,
             upstream: None,

@@ -180,7 +180,11 @@ impl Undertaker for Settler {
         let now = exchange.enter(Phase::Finish);
         exchange.release(|_| Became::Cancelled, now);
         let mut request = remains.request.or_else(|| exchange.switched.take().map(|request| *request));
-        let (answered, received, sent) = exchange.link.as_ref().map(|link| link.outcome()).unwrap_or_default();
+        let (answered, received, sent) = match &exchange.link {
+            Some(link) => link.outcome(),
+            // The session that has counted is gone.
+            None => (0, exchange.tunnelled.0, exchange.tunnelled.1),
+        };
         let is_raw = exchange.connection.as_ref().is_some_and(|connection| connection.is_raw());
         let status = if is_raw {
             101

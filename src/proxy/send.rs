@@ -188,6 +188,9 @@ pub async fn piece(
     piece: &mut Option<Bytes>,
     end: bool,
 ) -> Result<()> {
+    if exchange.switched.is_some() {
+        exchange.tunnelled.0 += piece.as_ref().map_or(0, |piece| piece.len() as u64);
+    }
     if let (Some(route), Some(filters)) = (exchange.route.clone(), &exchange.filters)
         && route.chain.wants(Stages::REQUEST_BODY)
         && let Some(mut states) = filters.take()

@@ -278,8 +278,11 @@ fn an_upgraded_connection_is_in_flight_until_the_deadline() {
     refuses(process.web());
     connection.send("still here");
     assert_eq!(client.bytes(10), b"still here");
+    client.send("so am I");
+    assert_eq!(connection.bytes(7), b"so am I");
     assert_eq!(process.ended().code(), Some(0));
     client.rest();
     let line = process.log_line();
     assert_eq!((line.status(), line.reason(), line.text("method")), (101, "finish.shutdown", "GET"));
+    assert_eq!((line.number("received"), line.number("sent")), (7.0, 10.0));
 }
