@@ -31,6 +31,7 @@ use crate::client::tls::certificate::{self, Files, Loaded, Source};
 use crate::config::listener::tls::Certificate;
 use crate::error::{BuildError, path};
 use crate::metrics::{AcmeMetrics, Metrics};
+use crate::party::wait::{NoClient, within};
 use crate::printable::printable;
 use answers::Followed;
 use http::Http;
@@ -222,9 +223,9 @@ impl Issuer {
         };
         self.note(state.wanted, &unfinished);
         let patience = written.timeouts.order;
-        let ordered = match tokio::time::timeout(patience.0, self.order(state.wanted, account)).await {
-            Ok(ordered) => ordered,
-            Err(_) => Err(Failure::new(format!("it was not issued within {patience}"))),
+        let ordered = match within(patience.0, NoClient::Issuer, self.order(state.wanted, account)).await {
+            Some(ordered) => ordered,
+            None => Err(Failure::new(format!("it was not issued within {patience}"))),
         };
         let issuer = &self.asked.name;
         let names = state.wanted.names.join(", ");
@@ -351,9 +352,9 @@ impl Issuer {
                 Err(error) => Err(Failure::from(error)),
             }
         };
-        match tokio::time::timeout(self.asked.written.timeouts.order.0, asked).await {
-            Ok(Ok(None)) => state.record.ask = None,
-            Ok(Ok(Some((window, again, held)))) => {
+        match within(self.asked.written.timeouts.order.0, NoClient::Issuer, asked).await {
+            Some(Ok(None)) => state.record.ask = None,
+            Some(Ok(Some((window, again, held)))) => {
                 let [start, end] = [window.start, window.end].map(|point| point.unix_timestamp());
                 let window = (u64::try_from(start).unwrap_or_default(), u64::try_from(end).unwrap_or_default());
                 // An issuer that wants each certificate replaced at once gets no order after the other.
@@ -362,11 +363,11 @@ impl Issuer {
                 state.record.ask_again(now, again);
                 state.due = at(state.record.due);
             }
-            Ok(Err(failure)) => {
+            Some(Err(failure)) => {
                 tracing::debug!(issuer = %self.asked.name, "when to renew was not told: {}", failure.problem);
                 state.record.ask = Some(now + schedule::ASK_AGAIN.as_secs());
             }
-            Err(_) => state.record.ask = Some(now + schedule::ASK_AGAIN.as_secs()),
+            None => state.record.ask = Some(now + schedule::ASK_AGAIN.as_secs()),
         }
         self.note(state.wanted, &state.record);
     }

@@ -31,11 +31,11 @@ use pingora::protocols::l4::socket::SocketAddr;
 use pingora::server::ShutdownWatch;
 use pingora::services::listening::Service;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
-use tokio::time::timeout;
 
 use crate::client::entrance;
 use crate::client::tls::Tls;
 use crate::metrics::{AdminMetrics, Metrics, StreamGuard};
+use crate::party::wait::{NoClient, within};
 use answer::{Answer, Body, Pieces};
 pub use guard::Hosts;
 use guard::{Caller, Peer};
@@ -218,8 +218,8 @@ impl Admin {
                 Err(answer) => return (entry.path, answer),
             }
         }
-        let answer = timeout(ANSWER, (entry.answer)(Ask::new(parts, &uri, html, body))).await;
-        let late = |_| Answer::error(StatusCode::GATEWAY_TIMEOUT, "this takes too long; it may still be done");
+        let answer = within(ANSWER, NoClient::Operator, (entry.answer)(Ask::new(parts, &uri, html, body))).await;
+        let late = || Answer::error(StatusCode::GATEWAY_TIMEOUT, "this takes too long; it may still be done");
         (entry.path, answer.unwrap_or_else(late))
     }
 
@@ -282,11 +282,13 @@ async fn read_body(http: &mut ServerSession) -> Result<Bytes, Answer> {
         }
         Ok::<_, Box<pingora::Error>>(body.freeze())
     };
-    match timeout(BODY, read).await {
-        Ok(Ok(body)) if body.len() > BODY_BYTES_MAX => too_large(),
-        Ok(Ok(body)) => Ok(body),
-        Ok(Err(error)) => Err(Answer::error(StatusCode::BAD_REQUEST, &format!("the body could not be read: {error}"))),
-        Err(_) => Err(Answer::error(StatusCode::REQUEST_TIMEOUT, "the body did not come in time")),
+    match within(BODY, NoClient::Operator, read).await {
+        Some(Ok(body)) if body.len() > BODY_BYTES_MAX => too_large(),
+        Some(Ok(body)) => Ok(body),
+        Some(Err(error)) => {
+            Err(Answer::error(StatusCode::BAD_REQUEST, &format!("the body could not be read: {error}")))
+        }
+        None => Err(Answer::error(StatusCode::REQUEST_TIMEOUT, "the body did not come in time")),
     }
 }
 
@@ -297,11 +299,11 @@ impl HttpServerApp for Admin {
         mut http: ServerSession,
         shutdown: &ShutdownWatch,
     ) -> Option<ReusedHttpStream> {
-        match timeout(REQUEST, http.read_request()).await {
-            Ok(Ok(true)) => {}
+        match within(REQUEST, NoClient::Operator, http.read_request()).await {
+            Some(Ok(true)) => {}
             // Nobody learns anything from a word about a port scan or a scraper that went away.
-            Ok(Ok(false)) | Err(_) => return None,
-            Ok(Err(error)) => {
+            Some(Ok(false)) | None => return None,
+            Some(Err(error)) => {
                 tracing::debug!("a request to the admin endpoint could not be read: {error}");
                 return None;
             }
@@ -315,7 +317,7 @@ impl HttpServerApp for Admin {
         let (parts, body) = answer.0.into_parts();
         let header = ResponseHeader::from(parts);
         let sent = match body {
-            Body::Whole(body) => timeout(ANSWER, send(http, header, body)).await.unwrap_or_else(|_| Err(slow())),
+            Body::Whole(body) => in_time(send(http, header, body)).await,
             Body::Stream(pieces) => stream(http, header, pieces, shutdown.clone()).await,
         };
         sent.unwrap_or_else(|error| {
@@ -353,7 +355,7 @@ async fn stream(
     if http.req_header().version == http::Version::HTTP_11 {
         header.insert_header(header::TRANSFER_ENCODING, "chunked")?;
     }
-    timeout(ANSWER, http.write_response_header(Box::new(header))).await.map_err(|_| slow())??;
+    in_time(http.write_response_header(Box::new(header))).await?;
     loop {
         let piece = tokio::select! {
             piece = pieces.next() => piece,
@@ -362,14 +364,16 @@ async fn stream(
             _ = stop.changed() => None,
         };
         let Some(piece) = piece else { break };
-        timeout(ANSWER, http.write_response_body(piece, false)).await.map_err(|_| slow())??;
+        in_time(http.write_response_body(piece, false)).await?;
     }
-    timeout(ANSWER, http.finish()).await.map_err(|_| slow())??;
+    in_time(http.finish()).await?;
     Ok(None)
 }
 
-fn slow() -> Box<pingora::Error> {
-    pingora::Error::explain(pingora::ErrorType::WriteTimedout, "it was not taken in time")
+/// Hands a part of an answer over, unless nobody takes it in time.
+async fn in_time<T>(part: impl Future<Output = pingora::Result<T>>) -> pingora::Result<T> {
+    let slow = || pingora::Error::e_explain(pingora::ErrorType::WriteTimedout, "it was not taken in time");
+    within(ANSWER, NoClient::Operator, part).await.unwrap_or_else(slow)
 }
 
 /// Takes connections to the admin endpoint, by TLS or in clear text.

@@ -58,6 +58,7 @@ use crate::error::{Refusal, refusal};
 use crate::eventloop::{GivenUp, Metered, own_time, worker};
 use crate::metrics::{ConnectionState, Direction, Metrics, RouteMetrics, Summary, UNROUTED};
 use crate::party::What;
+use crate::party::wait::{NoClient, within};
 use crate::phase::journal::Cycle;
 use crate::phase::{Clock, Phase};
 use crate::upstream::transport::connector::Endpoints;
@@ -343,14 +344,14 @@ impl Desk {
 /// Answers in clear text, in little time: it reads what was sent, lest a reset overtakes the answer.
 async fn turn_away(mut io: Stream, refusal: &'static Refusal) {
     let answer = answer_http1(refusal, b"");
-    let _ = tokio::time::timeout(TURN_AWAY, async {
+    let told = async {
         io.write_all(&answer).await?;
         io.flush().await?;
         let _ = io.shutdown().await;
         while io.read(&mut [0; 1024]).await? > 0 {}
         std::io::Result::Ok(())
-    })
-    .await;
+    };
+    let _ = within(TURN_AWAY, NoClient::ItsIo, told).await;
 }
 
 /// One that is turned away and hears so.
@@ -435,8 +436,9 @@ where
         self.state.enter(ConnectionState::Idle);
         let metrics = &self.front.desk.metrics;
         let _accept = (self.served == 0).then(|| metrics.enter_phase(Phase::Accept, self.connection.accepted));
+        let idle = self.connection.listener.idle_timeout;
         tokio::select! {
-            came = tokio::time::timeout(self.connection.listener.idle_timeout, stream.park()) => came.unwrap_or(false),
+            came = within(idle, NoClient::ItsIo, stream.park()) => came.unwrap_or(false),
             _ = self.shutdown.wait_for(|stopping| *stopping) => false,
         }
     }
@@ -494,7 +496,7 @@ where
             }
             opening
         });
-        let opening = tokio::time::timeout(self.connection.listener.header_timeout, open);
+        let opening = within(self.connection.listener.header_timeout, NoClient::ItsIo, open);
         tokio::select! {
             biased;
             opening = opening => opening.unwrap_or(Err(&refusal::HEADER_TIMEOUT)),

@@ -159,8 +159,8 @@ pub trait Gate: Send + Sync {
     /// The gateway stops: the exchange is to end, with what words it has left for its client.
     fn stop(&self);
 
-    /// Whether it is to end, whatever it waits for.
-    fn is_given_up(&self) -> bool;
+    /// If it is to end, whatever it waits for: how long it has left to end by itself.
+    fn last_words(&self) -> Option<Duration>;
 }
 
 /// How long an exchange that is given up may take to end by itself: to tell its client, or to let go of its endpoint.
@@ -232,10 +232,9 @@ impl<F> Metered<F> {
 
     /// Ready when it is given up and has had its last words.
     fn poll_last_words(&mut self, cx: &mut Context<'_>) -> Poll<GivenUp> {
-        if !self.stopped && !self.gate.as_ref().is_some_and(|gate| gate.is_given_up()) {
-            return Poll::Pending;
-        }
-        let last_words = self.last_words.get_or_insert_with(|| Box::pin(tokio::time::sleep(LAST_WORDS)));
+        let gate = self.gate.as_ref().and_then(|gate| gate.last_words());
+        let Some(left) = gate.or(self.stopped.then_some(LAST_WORDS)) else { return Poll::Pending };
+        let last_words = self.last_words.get_or_insert_with(|| Box::pin(tokio::time::sleep(left)));
         last_words.as_mut().poll(cx).map(|()| GivenUp)
     }
 }
@@ -380,8 +379,8 @@ pub(crate) mod tests {
             self.told.store(true, Ordering::Relaxed);
         }
 
-        fn is_given_up(&self) -> bool {
-            self.told.load(Ordering::Relaxed)
+        fn last_words(&self) -> Option<Duration> {
+            self.told.load(Ordering::Relaxed).then_some(LAST_WORDS)
         }
     }
 
@@ -399,7 +398,7 @@ pub(crate) mod tests {
                 }
                 let listens = gate.as_ref().filter(|gate| gate.listens);
                 std::future::poll_fn(|_| match listens {
-                    Some(gate) if gate.is_given_up() => Poll::Ready("ended well"),
+                    Some(gate) if gate.last_words().is_some() => Poll::Ready("ended well"),
                     _ => Poll::Pending,
                 })
                 .await

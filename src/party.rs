@@ -6,6 +6,7 @@
 //! waiting.
 
 pub mod limits;
+pub mod wait;
 pub mod waits;
 
 use crate::phase::Phase;

@@ -168,7 +168,7 @@ impl ProxyHttp for Proxy {
         mirror::header(exchange, request, session.req_header().headers.contains_key(HOST));
         let empty = session.is_body_empty();
         send::prepare_trailers(exchange, session.req_header(), request, !empty)?;
-        send::prepare_to_hang_up(exchange, request);
+        send::hold_stream(exchange, request);
         if empty {
             // Over HTTP/2, Pingora has no further word on a request without a body.
             send::ended(exchange);

@@ -17,13 +17,13 @@ use pingora::ErrorType;
 use pingora::connectors::http::Connector;
 use pingora::http::RequestHeader;
 use pingora::upstreams::peer::HttpPeer;
-use tokio::time::timeout;
 use xxhash_rust::xxh3::Xxh3;
 
 use crate::config;
 use crate::config::acme::Issuer;
 use crate::config::upstream::Protocol;
 use crate::error::BuildError;
+use crate::party::wait::{NoClient, within};
 use crate::upstream::transport::final_status;
 use crate::upstream::transport::tls::{Flaw, Tls};
 
@@ -76,8 +76,8 @@ impl HttpClient for Http {
         Box::pin(async move {
             let patience = config::units::Time(this.timeout);
             let host = request.uri().host().unwrap_or_default().to_owned();
-            let answered = timeout(this.timeout, this.ask(request)).await;
-            answered.unwrap_or_else(|_| Err(other(format!("`{host}` did not answer within {patience}"))))
+            let answered = within(this.timeout, NoClient::Issuer, this.ask(request)).await;
+            answered.unwrap_or_else(|| Err(other(format!("`{host}` did not answer within {patience}"))))
         })
     }
 }

@@ -9,7 +9,7 @@ use std::os::fd::RawFd;
 use std::task::{Context, Poll, ready};
 use std::time::{Duration, Instant};
 
-use super::waiting::Timer;
+use crate::party::wait::Timer;
 
 /// How often is looked. An endpoint works for a client that is gone for no longer than this.
 const INTERVAL: Duration = Duration::from_millis(250);
@@ -17,6 +17,8 @@ const INTERVAL: Duration = Duration::from_millis(250);
 /// What shows that a client has left, besides a connection that is broken.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Leaving {
+    /// Nothing, not even that both directions have ended: what the client has sent before is still to be passed on.
+    Reset,
     /// Nothing: a client that has only closed its sending side waits for an answer.
     Broken,
     /// The end of its sending side, if no unread byte comes before it: the client has asked for nothing.
@@ -51,7 +53,7 @@ impl Look {
 /// Whether the client of a connection has left.
 fn has_left(socket: RawFd, leaving: Leaving) -> bool {
     // An error and the end of both directions are told whatever is asked for.
-    let events = if leaving == Leaving::Broken { 0 } else { libc::POLLRDHUP };
+    let events = if matches!(leaving, Leaving::Silent | Leaving::Ended) { libc::POLLRDHUP } else { 0 };
     let mut asked = libc::pollfd { fd: socket, events, revents: 0 };
     // SAFETY: the pointer is to one `pollfd`, as the count says; with a timeout of 0 the call does not wait.
     let found = unsafe { libc::poll(&raw mut asked, 1, 0) };
@@ -59,7 +61,8 @@ fn has_left(socket: RawFd, leaving: Leaving) -> bool {
         return false;
     }
     let ended = asked.revents & libc::POLLRDHUP != 0;
-    asked.revents & (libc::POLLERR | libc::POLLHUP) != 0 || ended && (leaving == Leaving::Ended || !has_unread(socket))
+    let broken = if leaving == Leaving::Reset { libc::POLLERR } else { libc::POLLERR | libc::POLLHUP };
+    asked.revents & broken != 0 || ended && (leaving == Leaving::Ended || !has_unread(socket))
 }
 
 /// Whether there is something to read before the end of a connection.
@@ -129,6 +132,20 @@ mod tests {
                 std::thread::yield_now();
             }
         }
+    }
+
+    #[test]
+    fn a_client_that_has_said_all_and_heard_all_is_not_reset() {
+        let (client, server) = pair();
+        std::io::Write::write_all(&mut &client, b"the end of it").expect("room");
+        server.shutdown(Shutdown::Write).expect("a connection");
+        client.shutdown(Shutdown::Write).expect("a connection");
+        let until = Instant::now() + Duration::from_secs(10);
+        while !is_broken(server.as_raw_fd()) {
+            assert!(Instant::now() < until, "both directions have ended");
+            std::thread::yield_now();
+        }
+        assert!(!has_left(server.as_raw_fd(), Leaving::Reset), "what it said can still be read");
     }
 
     #[test]

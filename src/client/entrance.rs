@@ -21,6 +21,7 @@ use super::tls::stream::{Raw, TlsStream};
 use super::tls::{self, Tls};
 use crate::error::{Refusal, refusal};
 use crate::metrics::{ConnectionState, Metrics};
+use crate::party::wait::{NoClient, within};
 use crate::phase::Phase;
 
 /// For a ClientHello, where there is no `tls` that says otherwise.
@@ -123,7 +124,7 @@ pub async fn enter(io: Stream, counted: Counted, ends: Ends, metrics: &Metrics) 
         // Who says nothing at all is no better than who says it slowly.
         let patience = patience.min(listener.idle_timeout);
         if raw.front().is_empty()
-            && !tokio::time::timeout(patience, raw.fill()).await.is_ok_and(|read| read.unwrap_or(false))
+            && !within(patience, NoClient::ItsIo, raw.fill()).await.is_some_and(|read| read.unwrap_or(false))
         {
             return Ok(None);
         }
@@ -135,8 +136,8 @@ pub async fn enter(io: Stream, counted: Counted, ends: Ends, metrics: &Metrics) 
     let _seat = metrics.enter_phase(Phase::Handshake, begun);
     raw.tell(connection.clone());
     // Boxed, so that a parked connection does not hold the room that a handshake needs.
-    let secured =
-        tokio::time::timeout(patience, Box::pin(secure(raw, listener.tls.as_deref(), &listener.passthrough))).await;
+    let secured = Box::pin(secure(raw, listener.tls.as_deref(), &listener.passthrough));
+    let secured = within(patience, NoClient::ItsIo, secured).await;
     match secured.unwrap_or(Err((&refusal::HANDSHAKE_TIMEOUT, None))) {
         Ok(Secured::Here(stream, facts)) => {
             let took = begun.elapsed();
@@ -172,7 +173,7 @@ async fn introduced(
             }
             Ok(Some(ends))
         };
-        return tokio::time::timeout(idle, look).await.unwrap_or(Ok(None));
+        return within(idle, NoClient::ItsIo, look).await.unwrap_or(Ok(None));
     }
     let read = async {
         loop {
@@ -191,7 +192,7 @@ async fn introduced(
         }
     };
     let left = expected.timeout.saturating_sub(counted.accepted().elapsed());
-    tokio::time::timeout(left, read).await.unwrap_or(Err(&refusal::ACCEPT_PROXY_TIMEOUT))
+    within(left, NoClient::ItsIo, read).await.unwrap_or(Err(&refusal::ACCEPT_PROXY_TIMEOUT))
 }
 
 fn fault(fault: proxy_protocol::Fault) -> &'static Refusal {
@@ -211,7 +212,9 @@ type Failure = (&'static Refusal, Option<Stream>);
 /// Why it came to nothing.
 pub async fn secure_with(io: Stream, tls: &Tls) -> Result<Stream, &'static Refusal> {
     let begun = Instant::now();
-    let secured = tokio::time::timeout(tls.timeout, Box::pin(secure(Raw::new(io), Some(tls), &Names::default()))).await;
+    let nowhere = Names::default();
+    let secured = Box::pin(secure(Raw::new(io), Some(tls), &nowhere));
+    let secured = within(tls.timeout, NoClient::ItsIo, secured).await;
     match secured.unwrap_or(Err((&refusal::HANDSHAKE_TIMEOUT, None))) {
         Ok(Secured::Here(stream, facts)) => {
             tls.metrics.shaken(facts.version, facts.resumed, begun.elapsed());

@@ -16,9 +16,10 @@ use super::lane::{Bulk, Class, Lanes, Turn};
 use super::pace::Pace;
 use super::slow::Entry;
 use super::spool::{Depot, Held, Limits, Room, Spool, SpoolError};
-use super::waiting::{Timer, Waiting, Who};
+use super::waiting::{Waiting, Who};
 use super::wire::Wire;
 use crate::metrics::{Direction, RouteMetrics};
+use crate::party::wait::Timer;
 use crate::party::{Fault, Party, What};
 use crate::phase::Phase;
 
@@ -305,6 +306,11 @@ impl Intake {
             Poll::Pending if wire.session().is_none() => Poll::Pending,
             Poll::Pending => self.poll_late(cx, Phase::Send).map(|late| Err(late.into())),
         }
+    }
+
+    /// Whether the last poll found nothing to read from the client, and will find out if it leaves.
+    pub fn is_reading(&self) -> bool {
+        self.waiting.is_some()
     }
 
     /// The party that the next piece is waited for from.

@@ -41,6 +41,7 @@ use futures::task::AtomicWaker;
 use pingora::listeners::ConnectionFilter;
 use tokio::task::coop::{has_budget_remaining, poll_proceed};
 
+use super::broken::{Leaving, Look};
 use super::connection::Connection;
 use super::descriptors::Doorway;
 use super::spool::disk::Backlog;
@@ -77,6 +78,10 @@ const PAUSE_MOST: Duration = Duration::from_millis(20);
 /// then each exchange waits for itself, and has a deadline.
 const DISK_PAUSE: Duration = Duration::from_millis(1);
 const DISK_PAUSES_MOST: Duration = Duration::from_secs(1);
+/// A turn that has not come by then is given whatever it costs: it is about who is first, and nobody is to fail for it. So
+/// often is looked who is overdue, for that is a look at all.
+const TURN_MOST: Duration = Duration::from_secs(10);
+const TURN_LOOK: Duration = Duration::from_millis(250);
 
 /// So many connections are taken in one round.
 const ACCEPTS_MOST: usize = 4;
@@ -198,13 +203,21 @@ struct Queues {
     arrival: Option<Instant>,
     /// Since when the disk threads have had enough to do.
     deep: Option<Instant>,
+    /// When it was last looked who is overdue.
+    looked: Option<Instant>,
     /// Whether a task hands out turns; it ends when nobody waits.
     driven: bool,
 }
 
 impl Default for Queues {
     fn default() -> Self {
-        Queues { tracks: [NEWCOMERS, PASS, SPOOL].map(Track::new), arrival: None, deep: None, driven: false }
+        Queues {
+            tracks: [NEWCOMERS, PASS, SPOOL].map(Track::new),
+            arrival: None,
+            deep: None,
+            looked: None,
+            driven: false,
+        }
     }
 }
 
@@ -218,6 +231,15 @@ impl Queues {
     fn waits_for_disk(&mut self, deep: bool, now: Instant) -> bool {
         self.deep = self.deep.filter(|_| deep).or(deep.then_some(now));
         self.deep.is_some_and(|since| now.saturating_duration_since(since) < DISK_PAUSES_MOST)
+    }
+
+    /// Whether it is time to look who is overdue.
+    fn is_to_look(&mut self, now: Instant) -> bool {
+        let looks = now.saturating_duration_since(*self.looked.get_or_insert(now)) >= TURN_LOOK;
+        if looks {
+            self.looked = Some(now);
+        }
+        looks
     }
 
     fn of(&mut self, class: Class) -> &mut Track {
@@ -260,6 +282,13 @@ impl Track {
         self.remove(key)
     }
 
+    /// Those who have waited for as long as anybody may, wherever they stand.
+    fn overdue(&mut self, now: Instant) -> Vec<Arc<Slot>> {
+        let late = |slot: &Slot| now.saturating_duration_since(slot.since) >= TURN_MOST;
+        let queues = self.queues.iter_mut();
+        queues.flat_map(|queue| queue.extract_if(.., |_, slot| late(slot)).map(|(_, slot)| slot)).collect()
+    }
+
     /// How long there will be no turn; `None` if nobody waits for one.
     fn pause(&self, no_disk: bool) -> Option<Duration> {
         if self.is_empty() {
@@ -270,10 +299,17 @@ impl Track {
     }
 }
 
-#[derive(Default)]
 struct Slot {
+    since: Instant,
     granted: AtomicBool,
     waker: AtomicWaker,
+}
+
+impl Slot {
+    fn grant(&self) {
+        self.granted.store(true, Ordering::Release);
+        self.waker.wake();
+    }
 }
 
 /// A place in a queue. Dropping it gives the place up.
@@ -321,7 +357,7 @@ impl Lane {
         let track = queues.of(class);
         let key = (missing, track.tickets);
         track.tickets += 1;
-        let slot = Arc::new(Slot::default());
+        let slot = Arc::new(Slot { since: Instant::now(), granted: AtomicBool::new(false), waker: AtomicWaker::new() });
         track.queues[usize::from(disk)].insert(key, slot.clone());
         self.metrics.waiting[class as usize].inc();
         if !std::mem::replace(&mut queues.driven, true) {
@@ -347,14 +383,19 @@ impl Lane {
         let lag = now - since;
         let mut queues = self.lock();
         let no_disk = queues.waits_for_disk(self.backlog.is_deep(), now);
+        let looks = queues.is_to_look(now);
         for class in Class::ALL {
             let track = queues.of(class);
+            for slot in if looks { track.overdue(now) } else { Vec::new() } {
+                track.time.granted();
+                self.metrics.waiting[class as usize].dec();
+                slot.grant();
+            }
             for _ in 0..track.time.after_round(lag, now) {
                 let Some(slot) = track.next(no_disk) else { break };
                 track.time.granted();
                 self.metrics.waiting[class as usize].dec();
-                slot.granted.store(true, Ordering::Release);
-                slot.waker.wake();
+                slot.grant();
             }
             self.metrics.share[class as usize].set(track.time.share.now);
         }
@@ -363,6 +404,7 @@ impl Lane {
         if !queues.driven {
             // Nobody sees whether the disk threads go on.
             queues.deep = None;
+            queues.looked = None;
         }
         pause
     }
@@ -416,12 +458,14 @@ pub struct Newcomer<F> {
     connection: Arc<Connection>,
     lanes: Arc<Lanes>,
     turn: Option<Turn>,
+    /// Sees its client leave while it waits for its turn.
+    look: Look,
 }
 
 impl<F> Newcomer<F> {
     /// That which `future` runs. It is none any more once its connection is settled.
     pub fn new(future: F, connection: Arc<Connection>, lanes: Arc<Lanes>) -> Self {
-        Newcomer { future, connection, lanes, turn: None }
+        Newcomer { future, connection, lanes, turn: None, look: Look::default() }
     }
 }
 
@@ -438,9 +482,14 @@ impl<F: Future + Unpin> Future for Newcomer<F> {
         if self.turn.is_none() {
             self.turn = lane.queue_newcomer(begin);
         }
-        if let Some(turn) = &mut self.turn {
-            ready!(turn.poll(cx));
-            self.turn = None;
+        let Newcomer { turn: place, connection, look, .. } = &mut *self;
+        if let Some(turn) = place {
+            if turn.poll(cx).is_pending() {
+                // For one whose client has left there is nothing to do but to find that out.
+                let Some(socket) = connection.socket() else { return Poll::Pending };
+                ready!(look.poll(cx, socket, Leaving::Broken));
+            }
+            *place = None;
         }
         let polled = Pin::new(&mut self.future).poll(cx);
         lane.took(Class::Newcomer, begin.elapsed());
@@ -669,6 +718,31 @@ mod tests {
         assert_eq!(lane.round(Instant::now()), Some(DISK_PAUSE));
         lane.lock().deep = Instant::now().checked_sub(DISK_PAUSES_MOST);
         turn(c).await;
+    }
+
+    #[tokio::test]
+    async fn a_turn_that_does_not_come_is_given_in_the_end_and_no_other_before_it() {
+        let slots = Arc::new(Semaphore::new(100));
+        let lane = Lanes::new(Metrics::new(0, Vec::new()), Backlog::new(&slots, 1)).here();
+        let _jobs = slots.try_acquire_many(50).expect("permits");
+        lane.lock().driven = true;
+        let [old, new] = [300, 100].map(|missing| lane.queue(Class::Spool, missing, true));
+        let now = Instant::now();
+        {
+            let mut queues = lane.lock();
+            assert!(!queues.is_to_look(now), "the first look is a while after the first turn");
+            assert!(queues.of(Class::Spool).overdue(now + TURN_MOST / 2).is_empty());
+            let (key, slot) = queues.of(Class::Spool).queues[1].pop_last().expect("the older one");
+            let since = now.checked_sub(TURN_MOST).expect("the machine has been up for as long");
+            let aged = Arc::new(Slot { since, granted: AtomicBool::new(false), waker: AtomicWaker::new() });
+            queues.of(Class::Spool).queues[1].insert(key, aged);
+            drop(slot);
+            assert!(queues.is_to_look(now + TURN_LOOK));
+            assert_eq!(queues.of(Class::Spool).overdue(now).len(), 1);
+            assert!(queues.of(Class::Spool).overdue(now).is_empty(), "it has its turn");
+        }
+        assert!(!new.slot.granted.load(Ordering::Relaxed));
+        drop((old, new));
     }
 
     #[tokio::test]

@@ -29,6 +29,7 @@ use crate::error::{Refusal, refusal};
 use crate::expression::{Asked, Facts};
 use crate::metrics::RelayMetrics;
 use crate::party::limits::DAWDLING;
+use crate::party::wait::{self, Eye, Wait};
 use crate::upstream::transport::dial::EXHAUSTED;
 use crate::upstream::transport::greeting::Parties;
 use crate::upstream::window::Window;
@@ -105,14 +106,13 @@ impl Watched {
         };
         Watched { socket: client.id(), leaving, look: Look::default() }
     }
+}
 
-    /// Waits, but not for longer than the client is there. `None`: it has left.
-    async fn during<T>(&mut self, wait: impl Future<Output = T>) -> Option<T> {
-        tokio::select! {
-            biased;
-            done = wait => Some(done),
-            _ = poll_fn(|cx| self.look.poll(cx, self.socket, self.leaving)) => None,
-        }
+impl Eye for Watched {
+    type Left = ();
+
+    fn poll_left(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        self.look.poll(cx, self.socket, self.leaving).map(drop)
     }
 }
 
@@ -136,7 +136,9 @@ impl Relay {
                 return passed;
             }
         };
+        let socket = client.id();
         let mut passage = Passage::new(client, endpoint, self.idle);
+        passage.watch(socket);
         let ended = tokio::select! {
             ended = poll_fn(|cx| passage.poll(cx)) => ended,
             () = cut.told() => Err(&refusal::FINISH_SHUTDOWN),
@@ -190,15 +192,16 @@ impl Relay {
             tried.push(endpoint.clone());
             let chosen = Instant::now();
             let mut attempt = Attempt { upstream, engaged, chosen, connect: None, outcome: Outcome::Cancelled };
-            let dialled = tokio::time::timeout(upstream.timeouts.connect, dial(&endpoint, parties));
-            match watched.during(dialled).await.ok_or(&refusal::SEND_ABORTED)? {
-                Ok(Ok(socket)) => {
+            let mut wait = Wait::at_most(upstream.timeouts.connect, &mut *watched);
+            match wait.on(dial(&endpoint, parties)).await {
+                wait::Ended::Done(Ok(socket)) => {
                     upstream.metrics.connects_new.inc();
                     attempt.connect = Some(chosen.elapsed());
                     return Ok((attempt, socket));
                 }
-                Ok(Err(refusal)) => last = refusal,
-                Err(_) => last = &refusal::CONNECT_TIMEOUT,
+                wait::Ended::Done(Err(refusal)) => last = refusal,
+                wait::Ended::Late => last = &refusal::CONNECT_TIMEOUT,
+                wait::Ended::Left(()) => return Err(&refusal::SEND_ABORTED),
             }
             upstream.metrics.connects_failed.inc();
             // What the gateway itself lacks says nothing of an endpoint.
@@ -228,11 +231,12 @@ impl Relay {
             Choice::Full => {}
         }
         let Some(mut place) = upstream.queue(tried, Instant::now()) else { return Err(reject(&refusal::QUEUE_FULL)) };
-        let due = tokio::time::Instant::now() + upstream.admission.queue().timeout;
+        let mut wait = Wait::at_most(upstream.admission.queue().timeout, watched);
         loop {
-            let turn = tokio::time::timeout_at(due, poll_fn(|cx| place.poll_turn(cx)));
-            if watched.during(turn).await.ok_or(&refusal::QUEUE_ABORTED)?.is_err() {
-                return Err(reject(&refusal::QUEUE_TIMEOUT));
+            match wait.on(poll_fn(|cx| place.poll_turn(cx))).await {
+                wait::Ended::Done(()) => {}
+                wait::Ended::Left(()) => return Err(&refusal::QUEUE_ABORTED),
+                wait::Ended::Late => return Err(reject(&refusal::QUEUE_TIMEOUT)),
             }
             match upstream.select_in_turn(None, hash, tried, Instant::now()) {
                 Choice::Engaged(engaged) => {
@@ -360,6 +364,9 @@ struct Passage<C, E> {
     down: Way,
     idle: Duration,
     timer: Pin<Box<Sleep>>,
+    /// That of the client, and what sees it broken while nothing is read from it.
+    socket: Option<RawFd>,
+    look: Look,
 }
 
 impl<C, E> Passage<C, E>
@@ -369,7 +376,22 @@ where
 {
     fn new(client: C, endpoint: E, idle: Duration) -> Self {
         let timer = Box::pin(tokio::time::sleep(idle));
-        Passage { client, endpoint, up: Way::default(), down: Way::default(), idle, timer }
+        let (socket, look) = (None, Look::default());
+        Passage { client, endpoint, up: Way::default(), down: Way::default(), idle, timer, socket, look }
+    }
+
+    /// Has the socket of the client looked at while its endpoint takes nothing, or the client has said all.
+    fn watch(&mut self, socket: RawFd) {
+        self.socket = Some(socket);
+    }
+
+    /// Ready once the client has broken off, though nothing is read from it.
+    fn poll_broken(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        let is_read = self.up.held.is_empty() && !self.up.ended;
+        let Some(socket) = self.socket.filter(|_| !is_read) else { return Poll::Pending };
+        // Once it was told that nothing more comes, both directions may have ended in good order.
+        let leaving = if self.down.closed { Leaving::Reset } else { Leaving::Broken };
+        self.look.poll(cx, socket, leaving).map(drop)
     }
 
     /// Ready when both sides have said all, when one has broken off, or when neither has said anything for too long.
@@ -386,6 +408,9 @@ where
                 return Poll::Ready(Err(&refusal::RECEIVE_RESET));
             }
             _ => {}
+        }
+        if self.poll_broken(cx).is_ready() {
+            return Poll::Ready(Err(&refusal::RECEIVE_ABORTED));
         }
         if moved {
             self.timer.as_mut().reset(tokio::time::Instant::now() + self.idle);

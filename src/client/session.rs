@@ -38,13 +38,15 @@ use super::lane::{Class, Lanes, OPERATIONS_PER_POLL, exhaust_budget, spend_budge
 use super::remains;
 use super::spool::{Depot, Held};
 use super::stream::{Bypass, ClientStream};
-use super::waiting::{Alarm, Who};
+use super::waiting::Who;
 use super::wire::{Manner, Past, Wire};
-use crate::eventloop::{Gate, adopt, worker};
+use crate::eventloop::{Gate, LAST_WORDS, adopt, worker};
 use crate::party::limits::Seen;
+use crate::party::wait::Alarm;
 use crate::party::{Bounds, Deadline, Fault, KeepsWaiting, Look, Party, Patience, Stage, Waits, What};
 use crate::phase::Phase;
 use crate::phase::journal::Passed;
+use crate::upstream::transport::http2::StreamHandle;
 use crate::upstream::window::Window;
 
 /// Sees the pieces of a response body on their way to the client, and may wait.
@@ -89,6 +91,10 @@ pub struct Link {
     clock: Mutex<Clock>,
     /// The session waits for its client, or for a turn, with an answer in hand: the upstream is not to be read.
     holding: AtomicBool,
+    /// The body of the request is being read: that finds out if its client leaves.
+    reads: AtomicBool,
+    /// The endpoint has not taken what it was given of the request, as far as that can be seen.
+    untaken: AtomicBool,
     fault: Mutex<Option<Fault>>,
     /// Why the exchange is to end, whatever it is at.
     over: Mutex<Option<Fault>>,
@@ -146,12 +152,13 @@ impl Link {
         wire.abort();
     }
 
-    /// A new attempt begins: the request is sent again once a connection is there, and what the attempt before was
-    /// given up for is over.
+    /// A new attempt begins, with a connection: the request is sent again once that is there, and what the attempt
+    /// before was given up for is over.
     pub fn begin_attempt(&self, now: Instant) {
         *self.fault.lock().unwrap_or_else(PoisonError::into_inner) = self.over();
         self.whole.store(false, Ordering::Relaxed);
-        self.enter(Stage::Unconnected);
+        self.untaken.store(false, Ordering::Relaxed);
+        self.enter(Stage::Connecting);
         self.waits.begin_attempt(worker::lag(), now);
     }
 
@@ -216,6 +223,11 @@ impl Link {
     /// Through which connection the answer to the present attempt comes.
     pub fn comes_through(&self, window: Option<Window>) {
         self.wire().comes_through(window);
+    }
+
+    /// Through which stream it comes, of a connection that others share.
+    pub fn comes_by(&self, stream: StreamHandle) {
+        self.wire().comes_by(stream);
     }
 
     /// The answer is never to be held back: its kind or its upstream says so.
@@ -326,6 +338,29 @@ impl Link {
         }
     }
 
+    /// Has the exchange end once its client has left, while nothing reads from that or writes to it: both would find
+    /// out. Everything that an exchange waits for with a session of ours comes by here, so none of it is waited for in
+    /// vain.
+    fn watch(&self, wire: &mut Wire, cx: &mut Context<'_>) {
+        let stage = self.stage();
+        let has_body = || self.received.load(Ordering::Relaxed) > 0 || self.length().is_some();
+        let unwatched = match stage {
+            Stage::Unconnected | Stage::Connecting | Stage::Sending => true,
+            // Pingora asks the session, unless it has still to get rid of the last pieces of a body.
+            Stage::Waiting => has_body(),
+            Stage::Receiving => self.holding.load(Ordering::Relaxed) || self.untaken.load(Ordering::Relaxed),
+            Stage::Done => false,
+        };
+        if unwatched
+            && self.over().is_none()
+            && self.given_up().is_none()
+            && wire.poll_left(cx, self.reads.load(Ordering::Relaxed)).is_ready()
+        {
+            self.end(left(stage), wire);
+            cx.waker().wake_by_ref();
+        }
+    }
+
     fn wire(&self) -> MutexGuard<'_, Wire> {
         // One task uses it, in turns; the lock is never waited for.
         self.wire.lock().unwrap_or_else(PoisonError::into_inner)
@@ -351,7 +386,13 @@ impl Link {
 
     /// When the present wait will have lasted too long, and which fault that is.
     fn due(&self, clock: &Clock) -> Option<(Instant, Fault)> {
-        clock.bounds.due(self.stage(), self.whole.load(Ordering::Relaxed), &self.waits)
+        let (stage, whole) = (self.stage(), self.whole.load(Ordering::Relaxed));
+        if stage == Stage::Receiving && self.untaken.load(Ordering::Relaxed) {
+            // Its answer has begun, and yet it is to take the rest, or go on.
+            let bounds = Bounds { attempt: None, ..clock.bounds };
+            return bounds.due(Stage::Sending, whole, &self.waits);
+        }
+        clock.bounds.due(stage, whole, &self.waits)
     }
 
     /// Gives up the attempt, or the exchange, if the present wait has lasted too long by `now`.
@@ -408,18 +449,13 @@ impl Gate for Link {
             if more.is_pending() {
                 self.waits.turn_to(wire.waits_for(), now);
                 self.set_alarm(cx);
+                self.watch(&mut wire, cx);
             }
             return more;
         }
         // While a body is sent, and after it as long as its last pieces are in its channel, Pingora asks neither after
         // the answer nor after the client.
         wire.poll_writing(cx);
-        let stage = self.stage();
-        if matches!(stage, Stage::Sending | Stage::Waiting) && self.length().is_some() && wire.poll_gone(cx).is_ready()
-        {
-            self.fail(left(stage), ErrorType::ConnectionClosed);
-            wire.abort();
-        }
         Poll::Ready(())
     }
 
@@ -435,14 +471,18 @@ impl Gate for Link {
 
     fn waits(&self, cx: &mut Context<'_>) {
         self.set_alarm(cx);
+        self.watch(&mut self.wire(), cx);
     }
 
     fn stop(&self) {
         self.end(Fault::new(Party::Gateway, self.stage().phase(), What::Stopped), &mut self.wire());
     }
 
-    fn is_given_up(&self) -> bool {
-        self.over().is_some()
+    fn last_words(&self) -> Option<Duration> {
+        let over = self.over()?;
+        // Nothing but dropping it breaks off a connection that is being made, and a client that has left hears nothing.
+        let in_vain = over.party == Party::Client && self.stage() == Stage::Connecting;
+        Some(if in_vain { Duration::ZERO } else { LAST_WORDS })
     }
 }
 
@@ -536,6 +576,8 @@ impl BufferedSession {
                 look: Look::default(),
             }),
             holding: AtomicBool::new(false),
+            reads: AtomicBool::new(false),
+            untaken: AtomicBool::new(false),
             fault: Mutex::new(None),
             over: Mutex::new(None),
             wire: Mutex::new(Wire::new(own, past, control, manner, who, depot, lanes.clone())),
@@ -605,7 +647,7 @@ impl BufferedSession {
         let BufferedSession { link, intake, request, .. } = self;
         let filled = std::future::poll_fn(|cx| {
             if let Some(fault) = link.over() {
-                return Poll::Ready(Err(Unread::Fault(fault)));
+                return Poll::Ready(Err(Unread::Fault(Fault { phase: Phase::Buffer, ..fault })));
             }
             let mut waits = |received| {
                 link.received.store(received, Ordering::Relaxed);
@@ -613,6 +655,7 @@ impl BufferedSession {
             };
             let filled = intake.poll_fill(cx, &mut link.wire(), &mut waits);
             intake.name_client(request);
+            link.reads.store(filled.is_pending() && intake.is_reading(), Ordering::Relaxed);
             if intake.used_turn() {
                 link.turn.store(Class::Pass as usize, Ordering::Relaxed);
             }
@@ -649,8 +692,17 @@ impl BufferedSession {
             return Poll::Ready(Err(told(fault, ErrorType::ReadTimedout)));
         }
         let mut wire = self.link.wire();
-        let piece = self.intake.poll_piece(cx, &mut wire);
-        self.link.waits_for(if piece.is_pending() { self.intake.waits_for() } else { Party::Endpoint });
+        let taken = wire.poll_taken(cx, self.link.stage() == Stage::Done);
+        let piece = if taken.is_ready() { self.intake.poll_piece(cx, &mut wire) } else { Poll::Pending };
+        match &piece {
+            Poll::Pending if taken.is_ready() => self.link.waits_for(self.intake.waits_for()),
+            Poll::Pending => self.link.waits_for(Party::Endpoint),
+            // It is asked for, so that what was given before is taken: from here on it is the next one that is to be.
+            Poll::Ready(_) => self.link.waits.restart(Party::Endpoint, Instant::now()),
+        }
+        self.link.untaken.store(taken.is_pending(), Ordering::Relaxed);
+        let reads = taken.is_ready() && piece.is_pending() && self.intake.is_reading();
+        self.link.reads.store(reads, Ordering::Relaxed);
         self.intake.name_client(&self.request);
         if let Some(error) = wire.take_error() {
             return Poll::Ready(Err(error));

@@ -266,6 +266,16 @@ impl Bypass {
         lock(&self.core).poll_piece(cx)
     }
 
+    /// Ready once the client has left in the middle of a body that nobody reads just now.
+    pub fn poll_left(&self, cx: &mut Context<'_>) -> Poll<io::Error> {
+        let core = &mut *lock(&self.core);
+        // The end of its sending side says so only if nothing of the body is before it: neither here, nor in the socket,
+        // nor where TLS keeps what it has decrypted.
+        let is_seen = core.inbox.is_empty() && core.connection.tls().is_none() && !core.body_is_read();
+        let leaving = if is_seen { Leaving::Silent } else { Leaving::Broken };
+        core.look.poll(cx, core.io.id(), leaving)
+    }
+
     /// Whether no request can follow this one: the client has closed its sending side, and nothing is left of what it
     /// sent.
     pub fn is_last(&self) -> bool {

@@ -1,54 +1,14 @@
-//! What waiting takes: a timer that is set anew without being made anew, the gauge of those who are waited for, and the
-//! list of who they are.
+//! Who is waited for: the gauge of clients that keep their exchanges waiting, and the list of who they are.
 
 use std::net::IpAddr;
-use std::pin::Pin;
 use std::sync::Arc;
-use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
 use pingora::http::RequestHeader;
 use prometheus::IntGauge;
-use tokio::time::Sleep;
 
 use super::account::{Account, Accounts};
 use super::slow::Entry;
-
-/// A deadline that may move. Costs nothing until it is first polled.
-#[derive(Default)]
-pub struct Timer(Option<Pin<Box<Sleep>>>);
-
-impl Timer {
-    /// Ready once it is `due`.
-    pub fn poll(&mut self, cx: &mut Context<'_>, due: Instant) -> Poll<()> {
-        let due = tokio::time::Instant::from_std(due);
-        let timer = self.0.get_or_insert_with(|| Box::pin(tokio::time::sleep_until(due)));
-        if timer.deadline() != due {
-            timer.as_mut().reset(due);
-        }
-        timer.as_mut().poll(cx)
-    }
-}
-
-/// A deadline that mostly moves away before it is met, and often: the timer beneath is only set anew when it fires.
-#[derive(Default)]
-pub struct Alarm {
-    timer: Timer,
-    set: Option<Instant>,
-}
-
-impl Alarm {
-    /// Ready once it is `due`.
-    pub fn poll(&mut self, cx: &mut Context<'_>, due: Instant) -> Poll<()> {
-        let set = self.set.filter(|&set| set <= due);
-        let early = *self.set.insert(set.unwrap_or(due));
-        if self.timer.poll(cx, early).is_pending() {
-            return Poll::Pending;
-        }
-        self.set = Some(due);
-        self.timer.poll(cx, due)
-    }
-}
 
 /// A client is waited for, and counted among those, until this is dropped.
 pub struct Waiting {

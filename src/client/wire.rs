@@ -28,11 +28,13 @@ use super::slow::Entry;
 use super::spool::{Depot, Limits, Room, Spool, SpoolError};
 use super::stream::Bypass;
 use super::trailers::last_chunk;
-use super::waiting::{Timer, Waiting, Who};
+use super::waiting::{Waiting, Who};
 use crate::framing::{Body, Said, answer};
 use crate::metrics::{Direction, RouteMetrics};
+use crate::party::wait::Timer;
 use crate::party::{Fault, Party, What};
 use crate::phase::Phase;
+use crate::upstream::transport::http2::StreamHandle;
 use crate::upstream::window::Window;
 
 /// Up to this, tasks are written at once, which copies them together; above it one by one, which does not.
@@ -254,6 +256,8 @@ pub struct Wire {
     in_turn: Option<Class>,
     /// That of the endpoint's connection, if it is the exchange's alone.
     window: Option<Window>,
+    /// Else, its stream of one that others share.
+    stream: Option<StreamHandle>,
     depot: Arc<Depot>,
     lanes: Arc<Lanes>,
 }
@@ -320,6 +324,7 @@ impl Wire {
             admitted: false,
             in_turn: None,
             window: None,
+            stream: None,
             depot,
             lanes,
         }
@@ -436,6 +441,7 @@ impl Wire {
     /// Breaks off where the answer comes from.
     pub fn abort(&mut self) {
         self.window.iter_mut().for_each(Window::abort);
+        self.stream.iter().for_each(StreamHandle::hang_up);
     }
 
     /// Lets a write under way go on.
@@ -502,6 +508,21 @@ impl Wire {
     /// Where the answer comes from, for this attempt; `None` once its connection is no longer the exchange's.
     pub fn comes_through(&mut self, window: Option<Window>) {
         self.window = window;
+    }
+
+    /// Through which stream the answer to this attempt comes, of a connection that is not the exchange's alone.
+    pub fn comes_by(&mut self, stream: StreamHandle) {
+        self.stream = Some(stream);
+    }
+
+    /// Ready when the endpoint has taken what it was given of the request, as far as can be seen; also if it need not, since
+    /// it has `answered`.
+    pub fn poll_taken(&self, cx: &mut Context<'_>, answered: bool) -> Poll<()> {
+        let Some(stream) = &self.stream else { return Poll::Ready(()) };
+        if answered {
+            stream.end_request();
+        }
+        stream.poll_taken(cx)
     }
 
     /// What comes from the endpoint from here on is not taken here: nothing is to hold it up.
@@ -1066,6 +1087,17 @@ impl Wire {
             // HTTP/1 hands on nothing after the body.
             Ok(_) => Poll::Pending,
         }
+    }
+
+    /// As [`Wire::poll_gone`], also while there is a body to be read that nobody reads just now. `reads`: somebody does.
+    pub fn poll_left(&mut self, cx: &mut Context<'_>, reads: bool) -> Poll<()> {
+        if self.control.is_none() && self.body_is_read() == Some(false) {
+            return match &self.past {
+                Some(past) if !reads => past.bypass.poll_left(cx).map(drop),
+                _ => Poll::Pending,
+            };
+        }
+        self.poll_gone(cx).map(drop)
     }
 
     /// Reads a piece of the request body. Unless that is read past the session, it waits for a write that is under way,

@@ -4,15 +4,12 @@
 //! looked up by name, and nothing is allocated but the futures of the filters that run and one list of states.
 
 use std::any::Any;
-use std::future::{Future, poll_fn};
-use std::pin::{Pin, pin};
-use std::task::{Poll, ready};
+use std::future::Future;
 use std::time::Duration;
 
 use bytes::Bytes;
 use pingora::http::{RequestHeader, ResponseHeader};
 use prometheus::IntCounter;
-use tokio::time::{Sleep, sleep};
 
 use super::{Filter, Outcome, Scope, Stages, Verdict};
 use crate::error::refusal;
@@ -20,6 +17,7 @@ use crate::eventloop::Watched;
 use crate::expression::facts::Response;
 use crate::expression::{Asked, Condition, Facts};
 use crate::metrics::Metrics;
+use crate::party::wait::{FAR, NoClient, within};
 
 /// The filters of one route.
 #[derive(Default)]
@@ -195,6 +193,12 @@ impl Chain {
         Verdict::Continue
     }
 
+    /// How long its filters may take in one stage, all of them together.
+    pub fn patience(&self) -> Duration {
+        let filters = u32::try_from(self.links.len()).unwrap_or(u32::MAX);
+        self.patience.map_or(FAR, |patience| patience.saturating_mul(filters))
+    }
+
     /// Runs [`Filter::end`], the last filter first: each one that wants it, whatever happened before.
     pub fn end(&self, states: &mut States, mut view: View<'_>, outcome: Outcome) {
         for &index in &self.end {
@@ -211,19 +215,12 @@ impl Chain {
 impl Link {
     /// Runs a call of the filter, and gives it up once it has waited for longer than it may.
     async fn run(&self, call: impl Future<Output = Verdict> + Unpin, patience: Option<Duration>) -> Verdict {
-        let mut call = pin!(self.watched.run(call));
-        // Most calls wait for nothing, and need none.
-        let mut timer: Option<Pin<Box<Sleep>>> = None;
-        poll_fn(|cx| {
-            if let Poll::Ready(verdict) = call.as_mut().poll(cx) {
-                return Poll::Ready(verdict);
-            }
-            let Some(patience) = patience else { return Poll::Pending };
-            ready!(timer.get_or_insert_with(|| Box::pin(sleep(patience))).as_mut().poll(cx));
+        // Whoever runs the chain sees the client leave.
+        let decided = within(patience.unwrap_or(FAR), NoClient::Within, self.watched.run(call)).await;
+        decided.unwrap_or_else(|| {
             tracing::debug!(filter = self.key, "a filter has not decided in time");
-            Poll::Ready(Verdict::from(&refusal::ROUTE_FILTER_TIMEOUT))
+            Verdict::from(&refusal::ROUTE_FILTER_TIMEOUT)
         })
-        .await
     }
 
     /// A filter that was written under `key`, and the condition under which it acts.

@@ -22,6 +22,8 @@ const OF_DEADLINE: f64 = 0.9;
 pub enum Stage {
     /// There is no connection to an endpoint.
     Unconnected,
+    /// A connection to an endpoint is being made.
+    Connecting,
     /// The request is passed on.
     Sending,
     /// The request is out as a whole; the response header is due.
@@ -34,12 +36,13 @@ pub enum Stage {
 
 impl Stage {
     /// All of them; each is at the place of its number.
-    pub const ALL: [Stage; 5] = [Stage::Unconnected, Stage::Sending, Stage::Waiting, Stage::Receiving, Stage::Done];
+    pub const ALL: [Stage; 6] =
+        [Stage::Unconnected, Stage::Connecting, Stage::Sending, Stage::Waiting, Stage::Receiving, Stage::Done];
 
     /// The phase that an exchange in this stage is in.
     pub fn phase(self) -> Phase {
         match self {
-            Stage::Unconnected => Phase::Connect,
+            Stage::Unconnected | Stage::Connecting => Phase::Connect,
             Stage::Sending => Phase::Send,
             Stage::Waiting => Phase::Wait,
             Stage::Receiving => Phase::Receive,
@@ -86,7 +89,8 @@ impl Bounds {
     /// was passed on. `None`: nothing is limited here; the client's own clocks are elsewhere.
     pub fn due(&self, stage: Stage, whole: bool, waits: &Waits) -> Option<(Instant, Fault)> {
         let silence = self.silence(stage, whole, waits);
-        let deadline = self.deadline.filter(|_| !matches!(stage, Stage::Unconnected | Stage::Done));
+        let connected = matches!(stage, Stage::Sending | Stage::Waiting | Stage::Receiving);
+        let deadline = self.deadline.filter(|_| connected);
         let overdue = deadline.map(|deadline| (deadline.due, deadline.fault(stage.phase(), waits)));
         silence.into_iter().chain(overdue).min_by_key(|(due, _)| *due)
     }
@@ -98,7 +102,7 @@ impl Bounds {
             Stage::Waiting => self.patience.wait,
             // As long as the client sends on, the endpoint may be waiting for what comes next.
             Stage::Receiving if whole => self.patience.receive,
-            Stage::Receiving | Stage::Unconnected | Stage::Done => return None,
+            Stage::Receiving | Stage::Unconnected | Stage::Connecting | Stage::Done => return None,
         };
         let attempt = self.attempt.filter(|_| stage != Stage::Receiving);
         let left = attempt.map(|attempt| attempt.saturating_sub(waits.spent(Party::Endpoint, since)));
@@ -202,6 +206,7 @@ mod tests {
         let silent = |phase| Fault::new(Party::Endpoint, phase, What::Silent);
         for (stage, whole, expected) in [
             (Stage::Unconnected, false, None),
+            (Stage::Connecting, false, None),
             (Stage::Sending, false, Some((300, silent(Phase::Send)))),
             (Stage::Waiting, true, Some((600, silent(Phase::Wait)))),
             (Stage::Receiving, true, Some((900, silent(Phase::Receive)))),

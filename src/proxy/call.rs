@@ -19,7 +19,6 @@ use pingora::http::{RequestHeader, ResponseHeader};
 use pingora::protocols::http::client::HttpSession;
 use pingora::upstreams::peer::{HttpPeer, Peer};
 use pingora::{Error, ErrorSource, ErrorType, Result};
-use tokio::time::timeout;
 
 use super::blame;
 use super::exchange::Attempt;
@@ -30,6 +29,7 @@ use crate::filter::call::{Answered, Call, CallError, Callees, Caller, Calls};
 use crate::framing;
 use crate::metrics::Metrics;
 use crate::metrics::call::{CallMetrics, End};
+use crate::party::wait::{NoClient, within};
 use crate::party::{Fault, Party, What};
 use crate::phase::Phase;
 use crate::upstream::transport::final_status;
@@ -117,11 +117,13 @@ impl Line<'_> {
             // It is sent: what it held in memory is not needed any more.
             drop(load);
             attempt.sent(Instant::now());
-            let status = timeout(wait, final_status(&mut session, head)).await.map_err(|_| late())??;
+            let status = within(wait, NoClient::Within, final_status(&mut session, head)).await.ok_or_else(late)??;
             attempt.answered(status, Instant::now());
             let header = session.response_header().cloned();
             let header = header.ok_or_else(|| Error::new_up(ErrorType::InvalidHTTPHeader))?;
-            while let Some(piece) = timeout(receive, session.read_response_body()).await.map_err(|_| late())?? {
+            while let Some(piece) =
+                within(receive, NoClient::Within, session.read_response_body()).await.ok_or_else(late)??
+            {
                 if !take(piece) {
                     break;
                 }
@@ -129,7 +131,7 @@ impl Line<'_> {
             Ok::<_, Box<Error>>(header)
         };
         // Each step has its limit; so have all of them together, however it trickles.
-        let Ok(whole) = timeout(connect + send + wait + receive, whole).await else {
+        let Some(whole) = within(connect + send + wait + receive, NoClient::Within, whole).await else {
             return Err(Error::new_up(OVERDUE));
         };
         let header = whole?;
@@ -251,7 +253,8 @@ impl Drop for Counting<'_> {
 impl Calls for Callee {
     async fn send(&self, call: Call) -> Result<Answered, CallError> {
         let mut counting = Counting { metrics: &self.metrics, begun: Instant::now(), end: End::Dropped };
-        let answered = timeout(call.deadline, self.answered(call)).await.unwrap_or(Err(CallError::Late));
+        let answered = within(call.deadline, NoClient::Within, self.answered(call)).await;
+        let answered = answered.unwrap_or(Err(CallError::Late));
         counting.end = match &answered {
             Ok(_) => End::Answered,
             Err(CallError::Busy) => End::Busy,
@@ -326,9 +329,9 @@ impl Callee {
                 let Some(place) = upstream.queue(&[], now) else {
                     return Err(self.reject(&refusal::QUEUE_FULL, CallError::Busy));
                 };
-                match timeout(patience, in_line(upstream, place)).await {
-                    Ok(choice) => choice,
-                    Err(_) => return Err(self.reject(&refusal::QUEUE_TIMEOUT, CallError::Busy)),
+                match within(patience, NoClient::Within, in_line(upstream, place)).await {
+                    Some(choice) => choice,
+                    None => return Err(self.reject(&refusal::QUEUE_TIMEOUT, CallError::Busy)),
                 }
             }
             choice => choice,

@@ -35,7 +35,7 @@ use crate::upstream::retries::Permit;
 use crate::upstream::sticky::Stuck;
 use crate::upstream::transport::greeting::Parties;
 use crate::upstream::transport::http1::Tail;
-use crate::upstream::transport::http2::{HangUp, RequestTrailers};
+use crate::upstream::transport::http2::{RequestTrailers, StreamHandle};
 use crate::upstream::{Ended, Endpoint, Engaged, Outcome, Upstream, window};
 
 /// The state of one exchange.
@@ -66,8 +66,8 @@ pub struct Exchange {
     pub trailers_slot: Option<RequestTrailers>,
     /// What the connection of the present attempt knows of the ends of messages, over HTTP/1.
     pub tail: Option<Arc<Tail>>,
-    /// Has its endpoint waited for no longer.
-    pub hang_up: Option<HangUp>,
+    /// The stream of the present attempt, over HTTP/2.
+    pub stream: Option<StreamHandle>,
     /// How many interim answers have come for it.
     pub interim: u32,
     /// It is a gRPC call, and this is known of it.
@@ -387,7 +387,7 @@ impl Exchange {
             trailers: None,
             trailers_slot: None,
             tail: None,
-            hang_up: None,
+            stream: None,
             interim: 0,
             grpc: None,
             upgrade: None,
@@ -604,7 +604,7 @@ impl Exchange {
         {
             let view = View { facts: self.facts(&route.name), request };
             let call = route.chain.response(&mut states, view, response);
-            let verdict = Watch::of(self, route).during(call, &refusal::RECEIVE_ABORTED).await;
+            let verdict = Watch::of(self, route).during(route.chain.patience(), call, &refusal::RECEIVE_ABORTED).await;
             filters.put(states);
             return verdict;
         }

@@ -12,16 +12,31 @@ use std::time::Instant;
 use pingora::protocols::http::ServerSession;
 
 use super::exchange::Exchange;
-use crate::client::waiting::Timer;
+use crate::party::wait::{Ended, Eye, Wait};
 use crate::party::{Fault, Party, What};
 use crate::phase::Phase;
 use crate::upstream::{Choice, Upstream};
 
-/// What the one who waits hears of first.
-enum Event {
-    Turn,
-    TooLate,
-    Over(Fault),
+/// An exchange that waits for an endpoint, and its client: an eye for that wait.
+pub(super) struct Line<'e> {
+    pub exchange: &'e Exchange,
+    pub client: &'e mut ServerSession,
+}
+
+impl Eye for Line<'_> {
+    type Left = Fault;
+
+    /// Ready when the client has gone, or the exchange is to end.
+    fn poll_left(&mut self, cx: &mut Context<'_>) -> Poll<Fault> {
+        let phase = self.exchange.clock.phase();
+        match &self.exchange.link {
+            Some(link) => link.poll_over(cx, phase),
+            None => {
+                let idle = pin!(self.client.read_body_or_idle(true));
+                idle.poll(cx).map(|_| Fault::new(Party::Client, phase, What::Left))
+            }
+        }
+    }
 }
 
 /// Waits until this exchange may have an endpoint, and takes it.
@@ -39,21 +54,12 @@ pub async fn wait(
     }
     let spent = exchange.clock.spent(Phase::Queue).unwrap_or_default();
     let due = now + upstream.admission.queue().timeout.saturating_sub(spent);
-    let mut timer = Timer::default();
+    let mut wait = Wait::until(due, Line { exchange, client });
     loop {
-        let event = poll_fn(|cx| {
-            if place.poll_turn(cx).is_ready() {
-                return Poll::Ready(Event::Turn);
-            }
-            if let Poll::Ready(fault) = poll_over(exchange, client, cx) {
-                return Poll::Ready(Event::Over(fault));
-            }
-            timer.poll(cx, due).map(|()| Event::TooLate)
-        });
-        match event.await {
-            Event::TooLate => return Err(Fault::new(Party::Gateway, Phase::Queue, What::Silent)),
-            Event::Over(fault) => return Err(fault),
-            Event::Turn => match turn(exchange, upstream) {
+        match wait.on(poll_fn(|cx| place.poll_turn(cx))).await {
+            Ended::Late => return Err(Fault::new(Party::Gateway, Phase::Queue, What::Silent)),
+            Ended::Left(fault) => return Err(fault),
+            Ended::Done(()) => match turn(exchange, upstream) {
                 Choice::Full => {
                     place.missed();
                     // There may be many turns to spare, and each is a look at all endpoints: others go first.
@@ -71,13 +77,4 @@ pub async fn wait(
 
 fn turn(exchange: &Exchange, upstream: &Upstream) -> Choice {
     upstream.select_in_turn(exchange.stuck.as_ref(), exchange.hash, &exchange.tried, Instant::now())
-}
-
-/// Ready when the client has gone, or the exchange is to end.
-pub(super) fn poll_over(exchange: &Exchange, client: &mut ServerSession, cx: &mut Context<'_>) -> Poll<Fault> {
-    let phase = exchange.clock.phase();
-    match &exchange.link {
-        Some(link) => link.poll_over(cx, phase),
-        None => pin!(client.read_body_or_idle(true)).poll(cx).map(|_| Fault::new(Party::Client, phase, What::Left)),
-    }
 }

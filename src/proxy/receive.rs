@@ -254,7 +254,7 @@ impl Tap for BodyFilters {
         let facts = self.told.facts(&self.route.name);
         let view = View { facts, request };
         let call = self.route.chain.response_body(&mut states, view, piece, end);
-        let verdict = self.client.during(call, &refusal::RECEIVE_ABORTED).await;
+        let verdict = self.client.during(self.route.chain.patience(), call, &refusal::RECEIVE_ABORTED).await;
         self.filters.put(states);
         if let Verdict::Refuse(refused) = verdict {
             self.filters.refuse(refused);

@@ -126,7 +126,8 @@ pub async fn take(exchange: &mut Exchange, route: Arc<Route>, request: &mut Requ
     let mut states = route.chain.states();
     let mut client = Watch::of(exchange, &route);
     let view = View { facts: exchange.facts(&route.name), request };
-    let verdict = client.during(route.chain.request(&mut states, view), &refusal::ROUTE_ABORTED).await;
+    let call = route.chain.request(&mut states, view);
+    let verdict = client.during(route.chain.patience(), call, &refusal::ROUTE_ABORTED).await;
     exchange.filters = Some(FilterStates::new(states));
     exchange.route = Some(route);
     verdict

@@ -2,7 +2,6 @@
 //!
 //! After `route` and `buffer`, with `queue` in it where everybody is full; before `connect`.
 
-use std::future::poll_fn;
 use std::time::{Duration, Instant};
 
 use http::{HeaderValue, header};
@@ -15,6 +14,7 @@ use super::exchange::Exchange;
 use super::queue;
 use crate::error::{Refusal, refusal};
 use crate::filter::Refused;
+use crate::party::wait::{NoClient, Wait};
 use crate::party::{Fault, Party, What};
 use crate::phase::Phase;
 use crate::upstream::transport::connector;
@@ -24,18 +24,20 @@ use crate::upstream::{Choice, Upstream};
 /// while the exchange has time. What it gives is all that Pingora needs to connect.
 pub async fn next(exchange: &mut Exchange, client: &mut ServerSession) -> Result<Box<HttpPeer>, Refused> {
     let Some(deadline) = exchange.dues.exchange else { return choose(exchange, client).await };
-    let chosen = tokio::time::timeout_at(deadline.due.into(), choose(exchange, client)).await;
-    chosen.unwrap_or_else(|_| Err(refused(Fault::new(Party::Gateway, exchange.clock.phase(), What::Overdue))))
+    // The pause and the queue in it see the client leave.
+    let chosen = Wait::until(deadline.due, NoClient::Within).on(choose(exchange, client)).await.in_time();
+    chosen.unwrap_or_else(|| Err(refused(Fault::new(Party::Gateway, exchange.clock.phase(), What::Overdue))))
 }
 
 async fn choose(exchange: &mut Exchange, client: &mut ServerSession) -> Result<Box<HttpPeer>, Refused> {
     let mut now = exchange.enter(Phase::Select);
     let pause = std::mem::take(&mut exchange.pause);
     if !pause.is_zero() {
-        tokio::select! {
-            () = tokio::time::sleep(pause) => now = Instant::now(),
-            fault = poll_fn(|cx| queue::poll_over(exchange, client, cx)) => return Err(refused(fault)),
+        let line = queue::Line { exchange, client };
+        if let Some(fault) = Wait::at_most(pause, line).out().await {
+            return Err(refused(fault));
         }
+        now = Instant::now();
     }
     let Some(upstream) = exchange.upstream.clone() else { return Err(Refused::from(&refusal::SELECT_NO_ENDPOINT)) };
     let choice = match upstream.select_for(exchange.stuck.as_ref(), exchange.hash, &exchange.tried, now) {

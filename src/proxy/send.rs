@@ -31,7 +31,7 @@ use crate::filter::{Stages, Verdict, View};
 use crate::framing::{self, Body};
 use crate::phase::Phase;
 use crate::spans::pass_on;
-use crate::upstream::transport::http2::{HangUp, RequestTrailers};
+use crate::upstream::transport::http2::{RequestTrailers, StreamHandle};
 
 /// What Forebay adds to every request.
 #[derive(Clone, Copy, Debug)]
@@ -150,14 +150,15 @@ pub fn prepare_trailers(
     Ok(())
 }
 
-/// Has the endpoint waited for no longer once a filter refuses the body of the request. Over HTTP/1 that ends with the
-/// connection; with the stream of HTTP/2, Pingora would wait for an early answer all the same.
-pub fn prepare_to_hang_up(exchange: &mut Exchange, request: &mut RequestHeader) {
-    let may_refuse = exchange.route.as_ref().is_some_and(|route| route.chain.wants(Stages::REQUEST_BODY));
-    if may_refuse && exchange.upstream.as_ref().is_some_and(|upstream| !upstream.is_http1()) {
-        let hang_up = HangUp::default();
-        request.extensions_mut().insert(hang_up.clone());
-        exchange.hang_up = Some(hang_up);
+/// Keeps a hold on the stream of this attempt. The body goes there at the pace of its endpoint, and it is waited for no
+/// longer once a filter refuses the body, a clock of the exchange says so, or its client leaves. Over HTTP/1 that ends with
+/// the connection; a stream of HTTP/2 has none of its own.
+pub fn hold_stream(exchange: &mut Exchange, request: &mut RequestHeader) {
+    if exchange.upstream.as_ref().is_some_and(|upstream| !upstream.is_http1()) {
+        let stream = StreamHandle::default();
+        request.extensions_mut().insert(stream.clone());
+        exchange.link.iter().for_each(|link| link.comes_by(stream.clone()));
+        exchange.stream = Some(stream);
     }
 }
 
@@ -198,11 +199,11 @@ pub async fn piece(
         let view = View { facts: exchange.facts(&route.name), request };
         let mut client = Watch::of(exchange, &route);
         let call = route.chain.request_body(&mut states, view, piece, end);
-        let verdict = client.during(call, &refusal::SEND_ABORTED).await;
+        let verdict = client.during(route.chain.patience(), call, &refusal::SEND_ABORTED).await;
         filters.put(states);
         if let Verdict::Refuse(refused) = verdict {
             exchange.refuse(refused);
-            exchange.hang_up.take().iter().for_each(HangUp::now);
+            exchange.stream.take().iter().for_each(StreamHandle::hang_up);
             return Err(Error::new_down(ErrorType::InternalError));
         }
     }

@@ -1,16 +1,17 @@
 //! Sees the client leave while filters wait. Its session, which they change the header of, is out of reach meanwhile.
 
-use std::future::{Future, poll_fn};
+use std::future::Future;
 use std::os::fd::RawFd;
-use std::pin::pin;
 use std::task::{Context, Poll};
+use std::time::Duration;
 
 use super::exchange::Exchange;
 use super::route::Route;
 use crate::client::broken::{Leaving, Look};
 use crate::client::http2::Control;
-use crate::error::Refusal;
+use crate::error::{Refusal, refusal};
 use crate::filter::Verdict;
+use crate::party::wait::{Ended, Eye, Wait};
 
 /// See the module.
 pub struct Watch {
@@ -30,15 +31,24 @@ impl Watch {
         Watch { control: exchange.control.clone(), socket, leaving, look: Look::default() }
     }
 
-    /// The verdict of filters; the refusal `left` once the client has left. Looks only while they wait.
-    pub async fn during(&mut self, filters: impl Future<Output = Verdict>, left: &'static Refusal) -> Verdict {
-        let mut filters = pin!(filters);
-        poll_fn(|cx| match filters.as_mut().poll(cx) {
-            Poll::Ready(verdict) => Poll::Ready(verdict),
-            Poll::Pending => self.poll_left(cx).map(|()| Verdict::from(left)),
-        })
-        .await
+    /// The verdict of filters; the refusal `left` once the client has left. Looks only while they wait. Each filter has a
+    /// deadline of its own; `patience` is that of all of them together.
+    pub async fn during(
+        &mut self,
+        patience: Duration,
+        filters: impl Future<Output = Verdict>,
+        left: &'static Refusal,
+    ) -> Verdict {
+        match Wait::at_most(patience, self).on(filters).await {
+            Ended::Done(verdict) => verdict,
+            Ended::Left(()) => left.into(),
+            Ended::Late => Verdict::from(&refusal::ROUTE_FILTER_TIMEOUT),
+        }
     }
+}
+
+impl Eye for Watch {
+    type Left = ();
 
     /// Ready once the client has given its stream up, or has left.
     fn poll_left(&mut self, cx: &mut Context<'_>) -> Poll<()> {

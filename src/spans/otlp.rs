@@ -22,6 +22,7 @@ use super::queue::Queue;
 use super::{Attempt, SpanId, Story};
 use crate::config::server::Tracing;
 use crate::metrics::{Metrics, SpanMetrics};
+use crate::party::wait::{NoClient, within};
 use crate::phase::Phase;
 
 /// As many spans leave in one export, unless one exchange has more.
@@ -86,11 +87,11 @@ impl Sender {
         if count == 0 {
             return;
         }
-        let export = async { tokio::time::timeout(self.patience, self.exporter.export(batch)).await };
+        let export = async { within(self.patience, NoClient::Export, self.exporter.export(batch)).await };
         let failure = match self.runtime.block_on(export) {
-            Ok(Ok(())) => None,
-            Ok(Err(error)) => Some(error.to_string()),
-            Err(_) => Some(format!("the collector has not answered within {:?}", self.patience)),
+            Some(Ok(())) => None,
+            Some(Err(error)) => Some(error.to_string()),
+            None => Some(format!("the collector has not answered within {:?}", self.patience)),
         };
         match &failure {
             None => self.metrics.exported.inc_by(count),

@@ -19,7 +19,7 @@ use pingora::Error;
 use pingora::ErrorType::{ConnectNoRoute, ConnectRefused, ConnectTimedout, Custom};
 use rand::Rng;
 use tokio::sync::Notify;
-use tokio::time::{sleep_until, timeout};
+use tokio::time::sleep_until;
 use tracing::{debug, info, warn};
 
 use super::Upstream;
@@ -29,6 +29,7 @@ use super::transport::dial::EXHAUSTED;
 use crate::config;
 use crate::config::upstream::health::Initial;
 use crate::metrics::HealthCheckMetrics;
+use crate::party::wait::{NoClient, within};
 use agenda::{Agenda, Turn};
 use probe::Probe;
 
@@ -126,11 +127,11 @@ impl Checks {
     }
 
     async fn check(&self, turn: Turn<Arc<Endpoint>>, began: Instant) -> (Turn<Arc<Endpoint>>, Instant, Verdict) {
-        let verdict = match timeout(self.terms.timeout, self.probe.ask(&turn.who)).await {
-            Ok(Ok(())) => Verdict::Passed,
-            Ok(Err(error)) if error.etype == EXHAUSTED => Verdict::Unable,
-            Ok(Err(error)) => Verdict::Failed(words(&error)),
-            Err(_) => Verdict::Late(format!("no answer within {}", config::units::Time(self.terms.timeout))),
+        let verdict = match within(self.terms.timeout, NoClient::HealthCheck, self.probe.ask(&turn.who)).await {
+            Some(Ok(())) => Verdict::Passed,
+            Some(Err(error)) if error.etype == EXHAUSTED => Verdict::Unable,
+            Some(Err(error)) => Verdict::Failed(words(&error)),
+            None => Verdict::Late(format!("no answer within {}", config::units::Time(self.terms.timeout))),
         };
         (turn, began, verdict)
     }

@@ -8,7 +8,7 @@ use forebay::phase::Phase;
 use crate::harness::client::request;
 use crate::harness::gateway::Watched;
 use crate::harness::origin::{Closed, built_in, first_fails};
-use crate::harness::{Ask, Client, End, Gateway, H2Origin, Origin, Protocol, Setup, ms, ok};
+use crate::harness::{Ask, Client, End, Gateway, H2Origin, Leave, Origin, Protocol, Setup, ms, ok};
 
 const DEADLINE: &str = "deadline: 300ms";
 
@@ -83,6 +83,59 @@ fn a_backend_that_does_not_take_the_request_before_the_deadline_is_given_up() {
     assert_eq!(client.try_response_to("PUT").map(|answer| answer.status), Some(504));
     let _held = origin.accept();
     over(&gateway, "send.deadline");
+}
+
+/// An endpoint of HTTP/2 that takes a connection and nothing of a body: its windows stay as small as they begin.
+fn takes_nothing() -> Origin {
+    // An empty SETTINGS frame, and the acknowledgement of ours (RFC 9113 §6.5).
+    const SETTINGS: [u8; 18] = [0, 0, 0, 4, 0, 0, 0, 0, 0, 0, 0, 0, 4, 1, 0, 0, 0, 0];
+    Origin::playing(|connection| {
+        let mut wire = connection.into_wire();
+        if wire.send(SETTINGS).is_ok() {
+            wire.rest();
+        }
+    })
+}
+
+#[test]
+fn a_backend_of_http_2_that_takes_no_more_of_the_request_is_given_up_as_well() {
+    let origin = takes_nothing();
+    let keys =
+        [("deadline: 300ms", "send.deadline"), ("retry: { attempts: 1, per_try_timeout: 300ms }", "send.timeout")];
+    for (mode, (rule, reason)) in ["full", "stream"].into_iter().flat_map(|mode| keys.map(|key| (mode, key))) {
+        // A stream that is not whole has no deadline yet.
+        if (mode, reason) == ("stream", "send.deadline") {
+            continue;
+        }
+        let setup =
+            Setup::before_all(&[origin.address()]).upstream("protocol: h2c, timeouts: { send: 60s, wait: 60s }");
+        let gateway = setup.route(rule).route(&format!("buffering: {{ request: {{ mode: {mode} }} }}")).start();
+        let mut client = gateway.client();
+        client.try_send(request("PUT", "/", "", vec![b'x'; 200_000]));
+        assert_eq!(client.try_response_to("PUT").map(|answer| answer.status), Some(504), "{mode}, {rule}");
+        over(&gateway, reason);
+        gateway.wait_metric("forebay_endpoint_inflight", |inflight| inflight == 0.0);
+    }
+}
+
+#[test]
+fn a_client_that_leaves_ends_what_a_backend_of_http_2_does_not_take() {
+    let origin = takes_nothing();
+    for (protocol, mode) in
+        Protocol::BOTH.into_iter().flat_map(|protocol| ["full", "stream"].map(|mode| (protocol, mode)))
+    {
+        let setup = Setup::before_all(&[origin.address()]).listener("protocols: [http1, h2c]");
+        let setup = setup.upstream("protocol: h2c, timeouts: { send: 60s, wait: 60s }");
+        let gateway = setup.route(&format!("buffering: {{ request: {{ mode: {mode} }} }}")).start();
+        let mut exchange = Ask::put(100_000).begin(protocol, gateway.web());
+        exchange.finish_body();
+        gateway.wait_metric("forebay_endpoint_inflight", |inflight| inflight == 1.0);
+        let began = Instant::now();
+        exchange.leave(Leave::Reset);
+        gateway.wait_metric("forebay_endpoint_inflight", |inflight| inflight == 0.0);
+        assert!(began.elapsed() < ms(10_000), "{protocol:?}, {mode}: {:?}", began.elapsed());
+        assert!(gateway.log_line().reason().ends_with(".aborted"), "{protocol:?}, {mode}");
+    }
 }
 
 #[test]

@@ -159,6 +159,28 @@ fn a_client_that_leaves_while_a_relay_connects_gives_its_permit_up() {
 }
 
 #[test]
+fn a_client_that_breaks_off_ends_a_connection_that_is_passed_on_to_who_takes_nothing() {
+    let origin = Origin::scripted();
+    let one = format!("endpoints: [ {{ address: \"{}\" }} ]", origin.address());
+    let gateway = relaying(&one).start();
+    for ends_first in [false, true] {
+        let mut client = Client::connect(gateway.address("db"));
+        client.send("hello");
+        let mut connection = origin.accept();
+        connection.bytes(5);
+        let mut wire = connection.into_wire();
+        if ends_first {
+            wire.end();
+            client.closed();
+        }
+        client.fill(&[b'x'; 64 << 10]);
+        client.reset();
+        gateway.wait_metric("forebay_relayed_connections", |open| open == 0.0);
+    }
+    assert!(gateway.log_lines(2).iter().all(|line| line.reason() == "receive.aborted"));
+}
+
+#[test]
 fn silence_ends_a_connection_that_is_passed_on() {
     let origin = Origin::scripted();
     let gateway = Setup::before(&origin)

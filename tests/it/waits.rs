@@ -1,8 +1,13 @@
-//! Whatever an exchange waits for, it notices that the gateway's time is over.
+//! Whatever an exchange waits for, it notices that its client has left, that the other side takes too long, and that the
+//! gateway's time is over.
 //!
-//! [`Place`] is every place in which an exchange waits. Each test brings an exchange there, with all deadlines far
-//! away.
+//! [`Place`] is every place in which an exchange waits. Each test brings an exchange there, with all deadlines far away
+//! but the one that it is about. What passes by `party/wait.rs` has a deadline and an eye on its client by its type; the
+//! last test looks for what goes round it.
 
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use bytes::Bytes;
@@ -10,6 +15,7 @@ use forebay::origin::Running;
 use forebay::phase::Phase;
 use h2::SendStream;
 use h2::client::ResponseFuture;
+use regex::Regex;
 
 use crate::harness::client::request;
 use crate::harness::gateway::{StillDisk, Watched};
@@ -102,7 +108,32 @@ impl Place {
 /// Who waits there.
 enum Someone {
     One(Client),
-    Two { client: H2Client, response: Option<ResponseFuture>, _body: SendStream<Bytes> },
+    Two { client: H2Client, response: Option<ResponseFuture>, body: SendStream<Bytes> },
+}
+
+/// How a client goes away.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Leaving {
+    /// It closes its connection in good order.
+    Fin,
+    Reset,
+    /// It resets, and has sent a byte of its next request before.
+    ResetBehindAByte,
+    /// It resets its stream alone.
+    Stream,
+}
+
+/// Deadlines that are not far away: of the listener, of the upstream, of the route, of the resources, of a stop.
+#[derive(Clone, Copy, Default)]
+struct Near {
+    header: Option<&'static str>,
+    client: Option<&'static str>,
+    upstream: Option<&'static str>,
+    queue: Option<&'static str>,
+    pause: Option<&'static str>,
+    stop: Option<&'static str>,
+    /// A client that closes its sending side behind its request is gone.
+    aborts: bool,
 }
 
 /// A program, what stands behind it, and what keeps an exchange waiting.
@@ -122,8 +153,8 @@ struct Scene {
 const OTHERS: [&str; 2] = ["/first", "/bytes/32MiB"];
 
 impl Scene {
-    /// One with all deadlines far away but that of a stop.
-    fn set(place: Place, stop: &str) -> Scene {
+    /// One with all deadlines far away but those that are `near`.
+    fn set(place: Place, near: Near) -> Scene {
         let (origin, built_in) = (Origin::scripted(), built_in());
         let silent = (place == Connect).then(Closed::silent);
         let target = match (place, &silent) {
@@ -140,28 +171,66 @@ impl Scene {
         let buffering =
             format!("buffering: {{ request: {{ mode: {mode}, {limits} }}, response: {{ mode: {answer}, {limits} }} }}");
         let client = if place == Throttle { "limit_rate: { rate: 512B/s }, " } else { "" };
-        let client = format!("client: {{ {client}body_idle: 60s, write_idle: 60s }}");
+        let half_close = if near.aborts { "half_close: abort, " } else { "" };
+        let idle = near.client.unwrap_or("body_idle: 60s, write_idle: 60s");
+        let client = format!("client: {{ {client}{half_close}{idle} }}");
         let retry = if place == Backoff {
             "attempts: 10, same_endpoint: true, backoff: { base: 60s, max: 60s }"
         } else {
             "attempts: 1"
         };
         let limits = if place == Queue { ", limits: { requests: 1 }" } else { "" };
-        let upstream = format!("queue: {{ timeout: 60s }}{limits}");
-        let timeouts = "connect: 60s, send: 60s, wait: 60s, receive: 60s";
+        let upstream = format!("queue: {{ timeout: {} }}{limits}", near.queue.unwrap_or("60s"));
+        let timeouts = near.upstream.unwrap_or("connect: 60s, send: 60s, wait: 60s, receive: 60s");
+        let (header, pause) = (near.header.unwrap_or("60s"), near.pause.unwrap_or("60s"));
+        let resources = "memory: 1MiB, responses: 100%, per_client: 100%, on_pressure: [pause]";
         let setup = Setup::before_all(&[target])
-            .listener("protocols: [http1, h2c], timeouts: { header: 60s }")
+            .listener(&format!("protocols: [http1, h2c], timeouts: {{ header: {header} }}"))
             .upstream(&format!("timeouts: {{ {timeouts} }}, {upstream}"))
             .route(&format!("{buffering}, {client}, retry: {{ {retry} }}"))
-            .more("resources: { memory: 1MiB, responses: 100%, per_client: 100%, pause: 60s, on_pressure: [pause] }");
-        let keys = format!("shutdown: {{ pause: 0s, deadline: {stop} }}");
+            .more(&format!("resources: {{ {resources}, pause: {pause} }}"));
+        let keys = format!("shutdown: {{ pause: 0s, deadline: {} }}", near.stop.unwrap_or("60s"));
         let process = setup.spooling(&keys).spawn();
         let (kept, others, disk) = (Vec::new(), Vec::new(), None);
         Scene { place, process, origin, kept, others, disk, _built_in: built_in, _silent: silent }
     }
 
-    /// Brings somebody there.
+    /// Nothing is held any more but what keeps others waiting, and the connection of a client that has given up its stream
+    /// alone.
+    fn is_left(&mut self, connection: bool) {
+        let others = self.others.len() as f64;
+        if !connection {
+            self.process.wait_metric("forebay_client_connections", |count| count <= others);
+        }
+        self.process.wait_metric("forebay_phase_active", |active| active <= others);
+        self.process.wait_metric("forebay_upstream_queue", |queued| queued == 0.0);
+        self.process.wait_metric("forebay_endpoint_inflight", |inflight| inflight <= others);
+        self.process.wait_metric("forebay_lane_waiting", |waiting| waiting == 0.0);
+        if self.place != Memory && self.disk.is_none() {
+            self.process.wait_metric("forebay_spool_bytes", |bytes| bytes == 0.0);
+        }
+        if matches!(self.place, Wait | Receive | Send) {
+            // Nobody waits for what its endpoint would say.
+            self.kept.pop().expect("its connection").into_wire().rest();
+        }
+    }
+
+    /// Brings somebody there, and waits until the exchange is there.
     fn enter(&mut self, protocol: Protocol) -> Someone {
+        let someone = self.approach(protocol);
+        if self.place != AnswerFromDisk {
+            self.process.wait_phase(self.place.phase());
+        }
+        match self.place {
+            Memory => drop(self.process.wait_metric("forebay_pressure{rung=\"pause\"}", |paused| paused >= 1.0)),
+            UploadToDisk | AnswerToDisk => drop(self.process.wait_metric("forebay_disk_queue", |queue| queue >= 1.0)),
+            _ => {}
+        }
+        someone
+    }
+
+    /// Has somebody do what leads there.
+    fn approach(&mut self, protocol: Protocol) -> Someone {
         if self.place == Queue && self.kept.is_empty() {
             let mut first = self.process.client();
             first.send(request("GET", OTHERS[0], "", ""));
@@ -191,18 +260,13 @@ impl Scene {
                 connection.send("HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\nhalf");
             }
         }
-        self.process.wait_phase(self.place.phase());
-        match self.place {
-            Memory => drop(self.process.wait_metric("forebay_pressure{rung=\"pause\"}", |paused| paused >= 1.0)),
-            UploadToDisk | AnswerToDisk => drop(self.process.wait_metric("forebay_disk_queue", |queue| queue >= 1.0)),
-            AnswerFromDisk => {
-                let disk = "forebay_spool_bytes{direction=\"response\",store=\"disk\"}";
-                self.process.wait_metric(disk, |bytes| bytes > 0.0);
-                self.process.wait_metric("forebay_disk_queue", |queue| queue == 0.0);
-                self.disk = Some(self.process.still_disk());
-                someone.take(4 * MIB, &self.process);
-            }
-            _ => {}
+        if self.place == AnswerFromDisk {
+            self.process.wait_phase(Phase::Write);
+            let disk = "forebay_spool_bytes{direction=\"response\",store=\"disk\"}";
+            self.process.wait_metric(disk, |bytes| bytes > 0.0);
+            self.process.wait_metric("forebay_disk_queue", |queue| queue == 0.0);
+            self.disk = Some(self.process.still_disk());
+            someone.take(4 * MIB, &self.process);
         }
         someone
     }
@@ -247,7 +311,7 @@ impl Scene {
                     let some = if self.place == Body { 4 } else { 16 * MIB };
                     body.send_data(Bytes::from(vec![b'x'; some]), false).expect("a stream");
                 }
-                Someone::Two { client, response: Some(response), _body: body }
+                Someone::Two { client, response: Some(response), body }
             }
         }
     }
@@ -283,8 +347,77 @@ impl Someone {
     }
 }
 
+impl Someone {
+    /// Goes away; its connection, if that stays.
+    fn leave(self, how: Leaving) -> Option<Someone> {
+        match (self, how) {
+            (someone, Leaving::Fin) => drop(someone),
+            (Someone::One(mut client), Leaving::ResetBehindAByte) => {
+                client.send("G");
+                client.reset();
+            }
+            (Someone::Two { client, response, mut body }, Leaving::Stream) => {
+                body.send_reset(h2::Reason::CANCEL);
+                return Some(Someone::Two { client, response, body });
+            }
+            (Someone::One(client), _) => client.reset(),
+            (Someone::Two { client, .. }, _) => client.reset(),
+        }
+        None
+    }
+}
+
+/// How a client of a place can leave so that it must be noticed. The end of a connection behind bytes that nobody reads
+/// just now may be behind the end of the body as well: there it is found out once there is room for them.
+fn leavings(place: Place) -> Vec<(Protocol, Leaving)> {
+    let mut all = vec![(Protocol::Http1, Leaving::Reset), (Protocol::Http2, Leaving::Reset)];
+    all.push((Protocol::Http2, Leaving::Fin));
+    if !place.uploads() || place == Body {
+        all.push((Protocol::Http1, Leaving::Fin));
+    }
+    if place != Header {
+        all.push((Protocol::Http2, Leaving::Stream));
+    }
+    if !place.uploads() && place != Header {
+        all.push((Protocol::Http1, Leaving::ResetBehindAByte));
+    }
+    all
+}
+
+fn notices_that_its_client_leaves(place: Place) {
+    let mut scene = Scene::set(place, Near { aborts: true, ..Near::default() });
+    let leavings = leavings(place);
+    for &(protocol, how) in &leavings {
+        let someone = scene.enter(protocol);
+        let begun = Instant::now();
+        let stays = someone.leave(how);
+        scene.is_left(stays.is_some());
+        println!("{place:?}, {protocol:?}, {how:?}: nothing is held after {:?}", begun.elapsed());
+        // The deadlines are a minute. A reset is looked for four times a second; the rest is for a busy machine.
+        assert!(begun.elapsed() < ms(10_000), "{place:?}, {protocol:?}, {how:?}: {:?}", begun.elapsed());
+        if place == AnswerFromDisk {
+            scene.disk = None;
+        }
+    }
+    // Nobody has asked for anything with half a header, or half a preface.
+    let logged = if place == Header { 0 } else { leavings.len() };
+    for line in scene.process.log_lines(logged) {
+        assert!(line.reason().ends_with(".aborted"), "{place:?}: {}", line.reason());
+    }
+}
+
 macro_rules! places {
     ($($name:ident: $place:ident;)*) => {
+        mod leaves {
+            use super::*;
+            $(
+                #[test]
+                fn $name() {
+                    notices_that_its_client_leaves($place);
+                }
+            )*
+        }
+
         mod stops {
             use super::*;
             $(
@@ -321,7 +454,7 @@ places! {
 
 fn ends_and_is_logged_when_the_time_of_a_stop_is_over(place: Place) {
     for protocol in Protocol::BOTH {
-        let mut scene = Scene::set(place, "300ms");
+        let mut scene = Scene::set(place, Near { stop: Some("300ms"), ..Near::default() });
         let _someone = scene.enter(protocol);
         let begun = Instant::now();
         scene.process.signal(libc::SIGTERM);
@@ -341,4 +474,136 @@ fn ends_and_is_logged_when_the_time_of_a_stop_is_over(place: Place) {
         drop(scene.disk.take());
         assert_eq!(scene.process.ended().code(), Some(0), "{place:?}, {protocol:?}");
     }
+}
+
+#[test]
+fn each_wait_for_another_party_ends_by_a_deadline_of_its_own() {
+    let near = Near::default();
+    for (place, near, status, reason) in [
+        (Header, Near { header: Some("300ms"), ..near }, 408, "header.timeout"),
+        (Body, Near { client: Some("body_idle: 300ms"), ..near }, 408, "buffer.timeout"),
+        (Memory, Near { pause: Some("300ms"), ..near }, 503, "buffer.pressure"),
+        (UploadToDisk, Near { pause: Some("300ms"), ..near }, 500, "buffer.disk_failed"),
+        (Queue, Near { queue: Some("300ms"), ..near }, 503, "queue.timeout"),
+        (Connect, Near { upstream: Some("connect: 300ms"), ..near }, 504, "connect.timeout"),
+        (Send, Near { upstream: Some("send: 300ms, connect: 60s"), ..near }, 504, "send.timeout"),
+        (Wait, Near { upstream: Some("wait: 300ms"), ..near }, 504, "wait.timeout"),
+        (Receive, Near { upstream: Some("receive: 300ms"), ..near }, 200, "receive.timeout"),
+        (AnswerToDisk, Near { pause: Some("300ms"), ..near }, 500, "write.disk_failed"),
+        (Write, Near { client: Some("write_idle: 300ms"), ..near }, 200, "write.timeout"),
+        (AnswerFromDisk, Near { pause: Some("300ms"), ..near }, 200, "write.disk_failed"),
+    ] {
+        let mut scene = Scene::set(place, near);
+        let _someone = scene.approach(Protocol::Http1);
+        let others = scene.others.len();
+        let line = eventually(&format!("the end of {place:?}"), || {
+            let lines = scene.process.log_lines(0);
+            lines.into_iter().find(|line| !OTHERS.contains(&line.text("target")))
+        });
+        assert_eq!((line.status(), line.reason()), (status, reason), "{place:?}");
+        scene.process.wait_metric("forebay_endpoint_inflight", |inflight| inflight <= others as f64);
+        scene.disk = None;
+    }
+}
+
+#[test]
+fn a_client_that_leaves_half_a_body_is_noticed_while_nobody_reads_from_it() {
+    let silent = Closed::silent();
+    let setup = Setup::before_all(&[silent.address()]).upstream("timeouts: { connect: 60s }");
+    let process = setup.route("buffering: { request: { mode: stream } }").spawn();
+    // The end of half a body is seen if no byte of it is unread.
+    for (sent, resets) in [("some", true), ("", true), ("", false)] {
+        let mut client = process.client();
+        client.send(format!("POST / HTTP/1.1\r\nHost: test\r\nContent-Length: 100\r\n\r\n{sent}"));
+        process.wait_phase(Connect.phase());
+        let begun = Instant::now();
+        if resets {
+            client.reset()
+        } else {
+            client.end()
+        }
+        process.wait_metric("forebay_phase_active", |active| active == 0.0);
+        assert!(begun.elapsed() < ms(10_000), "{sent:?}, {resets}: {:?}", begun.elapsed());
+    }
+    assert!(process.log_lines(3).iter().all(|line| line.reason() == "send.aborted"));
+}
+
+/// What waits in the source without the type for it, by file: how often, and why that is right.
+const WAITS: &[(&str, usize, &str)] = &[
+    ("acme.rs", 3, "the pauses of a background task"),
+    ("acme/order.rs", 4, "`Issuers` bounds an order as a whole; a list of an answer that is here"),
+    ("admin.rs", 1, "a stream for an operator goes on until its reader leaves, which writing finds out"),
+    ("admin/trace.rs", 1, "until the time of the recording is over, as its operator has said"),
+    ("client.rs", 15, "a stop beside a wait that has both"),
+    ("client/budget.rs", 1, "stored and polled by a spool, whose exchange waits for no longer than `resources.pause`"),
+    ("client/connection.rs", 1, "the time of a stop bounds it"),
+    ("client/cut.rs", 1, "ends with the exchange that it is beside"),
+    ("client/descriptors.rs", 1, "the pause of a listener: connections wait in the kernel"),
+    ("client/farewell.rs", 1, "a tick of what is itself a deadline"),
+    ("client/http2.rs", 2, "a stop beside the frames of a connection, which reading and the guard bound"),
+    ("client/http2/guard.rs", 1, "it is the deadline of a frame"),
+    ("client/lane.rs", 1, "the pause between two rounds"),
+    ("client/relay.rs", 3, "a stop beside a wait that has both; the deadline of a passage"),
+    (
+        "client/spool/disk.rs",
+        1,
+        "stored and polled by a spool, whose exchange waits for no longer than `resources.pause`",
+    ),
+    ("client/stream.rs", 1, "it is the deadline of a write"),
+    ("client/tls/watch.rs", 5, "the pauses of a background task"),
+    ("eventloop.rs", 1, "it is the deadline of an exchange that is given up"),
+    ("gateway/stop.rs", 7, "the times of a stop"),
+    ("party/wait.rs", 1, "the timer itself"),
+    ("recorder.rs", 1, "`admin/trace.rs` says until when"),
+    ("upstream.rs", 4, "the pauses of a background task"),
+    ("upstream/check.rs", 3, "the pauses of a background task"),
+    ("upstream/discovery.rs", 3, "the pauses of a background task"),
+    ("upstream/discovery/file.rs", 3, "the pauses of a background task"),
+    ("upstream/ejector.rs", 3, "the pauses of a background task"),
+    ("upstream/transport/http2.rs", 2, "the time for which a connection is kept while nobody uses it"),
+    ("upstream/transport/pair.rs", 1, "two connections that are being made, each with the deadline of its peer"),
+];
+
+#[test]
+fn nothing_waits_without_a_deadline_and_an_eye_on_its_client() {
+    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
+    let waits = [
+        r"(?:^|[\s(:=])(?:timeout|timeout_at|sleep|sleep_until)\(",
+        r"\.notified\(\)",
+        r"\.(?:recv|changed|closed|ready|next)\(\)\.await",
+        r"\.acquire\w*\([^)]*\)\.await",
+        r"\.wait_for\(",
+        r"\bselect!\s*\{",
+    ];
+    let waits = Regex::new(&waits.join("|")).expect("a pattern");
+    let mut found: BTreeMap<String, Vec<String>> = BTreeMap::new();
+    let tests = Regex::new(r"#\[cfg\(test\)\][^;{]*\{").expect("a pattern");
+    // The other programs of the binary have no clients.
+    for file in sources(&source)
+        .into_iter()
+        .filter(|file| !["cli", "origin", "origin.rs"].iter().any(|other| file.starts_with(source.join(other))))
+    {
+        let text = fs::read_to_string(&file).expect("a source file");
+        let code = tests.split(&text).next().unwrap_or_default();
+        let name = file.strip_prefix(&source).expect("a file of src").display().to_string();
+        for line in code.lines().filter(|line| !line.trim_start().starts_with("//")) {
+            if !line.contains("fn ") && waits.is_match(line) {
+                found.entry(name.clone()).or_default().push(line.trim().to_owned());
+            }
+        }
+    }
+    let known: BTreeMap<&str, usize> = WAITS.iter().map(|(file, count, _)| (*file, *count)).collect();
+    for (file, lines) in &found {
+        let allowed = known.get(&**file).copied().unwrap_or_default();
+        assert_eq!(lines.len(), allowed, "src/{file} waits by itself; use party/wait.rs, or say why not:\n{lines:#?}");
+    }
+    for (file, _, reason) in WAITS {
+        assert!(found.contains_key(*file), "src/{file} does not wait by itself any more");
+        assert!(reason.len() > 10, "src/{file} has no reason");
+    }
+}
+
+fn sources(folder: &Path) -> Vec<PathBuf> {
+    let entries = fs::read_dir(folder).expect("a folder of sources").map(|entry| entry.expect("an entry").path());
+    entries.flat_map(|path| if path.is_dir() { sources(&path) } else { vec![path] }).collect()
 }

@@ -19,6 +19,7 @@ use super::stream::{Raw, TlsStream};
 use super::table::Policy;
 use crate::client::hello::{Hello, KeyKind};
 use crate::error::{Refusal, refusal};
+use crate::party::wait::{NoClient, within};
 
 /// What a handshake came to, as far as anybody asks later.
 #[derive(Debug)]
@@ -148,20 +149,20 @@ fn acknowledge(raw: &Raw) {
 /// reset, and the reset can overtake the alert.
 async fn farewell(raw: &mut Raw) {
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
-    let _ = tokio::time::timeout(super::FAREWELL, async {
+    let leaves = async {
         raw.shutdown().await?;
         let mut waste = [0; 1024];
         while raw.read(&mut waste).await? > 0 {}
         std::io::Result::Ok(())
-    })
-    .await;
+    };
+    let _ = within(super::FAREWELL, NoClient::ItsIo, leaves).await;
 }
 
 /// Ends a connection on which nothing is to follow.
 pub async fn close(mut stream: SslStream<Raw>) {
     use tokio::io::AsyncWriteExt;
     // An error means that the client has closed already.
-    let _ = tokio::time::timeout(super::FAREWELL, stream.shutdown()).await;
+    let _ = within(super::FAREWELL, NoClient::ItsIo, stream.shutdown()).await;
     farewell(stream.get_mut()).await;
 }
 

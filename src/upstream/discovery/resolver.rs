@@ -18,6 +18,7 @@ use hickory_resolver::proto::rr::{RData, RecordType};
 use hickory_resolver::system_conf::read_system_conf;
 
 use super::memory::Answer;
+use crate::party::wait::{NoClient, within};
 
 /// What the system asks by; read again when they change, and only if they are plain files.
 const SYSTEM_FILES: [&str; 2] = ["/etc/resolv.conf", "/etc/hosts"];
@@ -156,7 +157,7 @@ impl Resolver {
 
     async fn in_time<T>(&self, name: &str, answer: impl Future<Output = Answer<T>>) -> Answer<T> {
         let late = || Answer::Failed(format!("nobody told the addresses of `{name}` within {:?}", self.timeout));
-        tokio::time::timeout(self.timeout, answer).await.unwrap_or_else(|_| late())
+        within(self.timeout, NoClient::Discovery, answer).await.unwrap_or_else(late)
     }
 }
 

@@ -10,12 +10,14 @@ use std::collections::HashMap;
 use std::future::poll_fn;
 use std::io::ErrorKind;
 use std::pin::Pin;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
-use std::task::{Poll, ready};
+use std::task::{Context, Poll, ready};
 use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
 use bytes::Bytes;
+use futures::task::AtomicWaker;
 use futures::{Stream as Messages, stream};
 use h2::client::{Builder, ResponseFuture, SendRequest};
 use h2::{Reason, RecvStream, SendStream};
@@ -25,12 +27,12 @@ use pingora::connectors::http::custom::{Connection as Connected, Connector};
 use pingora::connectors::{ConnectorOptions, TransportConnector};
 use pingora::http::{RequestHeader, ResponseHeader};
 use pingora::protocols::http::custom::{BodyWrite, CustomMessageWrite, client};
-use pingora::protocols::http::v2::write_body;
 use pingora::protocols::l4::socket::SocketAddr;
 use pingora::protocols::{Digest, Stream, UniqueIDType};
 use pingora::upstreams::peer::{ALPN, HttpPeer, Peer};
 use pingora::{Error, ErrorType, OrErr, Result, RetryType};
-use tokio::sync::Notify;
+
+use crate::party::wait::{Ended, Eye, FAR, NoClient, Wait, within};
 
 /// What Pingora takes for windows if nothing is written.
 const WINDOW_BYTES: u32 = 8 << 20;
@@ -60,18 +62,75 @@ const OF_HTTP1: [HeaderName; 9] = [
 /// extensions.
 pub type RequestTrailers = Arc<Mutex<Option<HeaderMap>>>;
 
-/// Ends an exchange with an endpoint that is waited for, from elsewhere in its task. The request carries it among its
+/// What can be done with the stream of an attempt from elsewhere in its task. The request carries it among its
 /// extensions.
-#[derive(Clone, Debug, Default)]
-pub struct HangUp(Arc<Notify>);
+#[derive(Clone, Default)]
+pub struct StreamHandle(Arc<Shared>);
+
+#[derive(Default)]
+struct Shared {
+    /// The endpoint is waited for no longer.
+    over: AtomicBool,
+    /// The answer is whole: nobody wants the rest of the request.
+    unwanted: AtomicBool,
+    reader: AtomicWaker,
+    /// Where the body of the request goes, while it does.
+    send: Mutex<Option<SendStream<Bytes>>>,
+}
 
 /// We hung up: that says nothing of the endpoint.
 pub const HUNG_UP: ErrorType = ErrorType::new("nobody waits for the answer");
 
-impl HangUp {
+impl StreamHandle {
     /// The endpoint is waited for no longer.
-    pub fn now(&self) {
-        self.0.notify_one();
+    pub fn hang_up(&self) {
+        self.0.over.store(true, Ordering::Release);
+        self.0.reader.wake();
+    }
+
+    /// What the endpoint has not taken yet of the request it need not take.
+    pub fn end_request(&self) {
+        self.0.unwanted.store(true, Ordering::Release);
+    }
+
+    /// Ready when the endpoint has taken what it was given of the request, or never will.
+    ///
+    /// A piece is handed to the library whole, and the next one waits here. Waiting where it is handed over would hold up
+    /// the answer as well: Pingora does one after the other, and an endpoint may answer before it has taken all.
+    pub fn poll_taken(&self, cx: &mut Context<'_>) -> Poll<()> {
+        let mut send = self.send();
+        let Some(send) = send.as_mut().filter(|_| !self.is_over()) else { return Poll::Ready(()) };
+        // As much as is waiting already, and a byte more.
+        send.reserve_capacity(1);
+        while send.capacity() == 0 {
+            let Some(Ok(_)) = ready!(send.poll_capacity(cx)) else { return Poll::Ready(()) };
+        }
+        Poll::Ready(())
+    }
+
+    fn is_over(&self) -> bool {
+        self.0.over.load(Ordering::Acquire) || self.0.unwanted.load(Ordering::Acquire)
+    }
+
+    fn send(&self) -> MutexGuard<'_, Option<SendStream<Bytes>>> {
+        // One task uses it, in turns; the lock is never waited for.
+        self.0.send.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Sees that the answer is waited for no longer.
+struct Ends<'e>(&'e StreamHandle);
+
+impl Eye for Ends<'_> {
+    type Left = Box<Error>;
+
+    fn poll_left(&mut self, cx: &mut Context<'_>) -> Poll<Box<Error>> {
+        let Shared { reader, over, .. } = &*self.0.0;
+        reader.register(cx.waker());
+        if !over.load(Ordering::Acquire) {
+            return Poll::Pending;
+        }
+        Poll::Ready(Error::explain(HUNG_UP, "the exchange is over"))
     }
 }
 
@@ -220,16 +279,17 @@ impl Http2 {
             socket_digest: stream.get_socket_digest(),
         };
         let socket = stream.id();
-        let (send, driver) = Builder::new()
+        let begun = Builder::new()
             .enable_push(false)
             .initial_max_send_streams(peer.options.max_h2_streams)
             .max_concurrent_streams(1)
             .max_frame_size(FRAME_BYTES)
             .initial_window_size(peer.options.h2_stream_window_size.unwrap_or(WINDOW_BYTES))
             .initial_connection_window_size(peer.options.h2_connection_window_size.unwrap_or(WINDOW_BYTES))
-            .handshake::<_, Bytes>(stream)
-            .await
-            .or_err(ErrorType::HandshakeError, "beginning HTTP/2")?;
+            .handshake::<_, Bytes>(stream);
+        let begun = within(patience(&peer), NoClient::Within, begun).await;
+        let begun = begun.ok_or_else(|| Error::explain(ErrorType::ConnectTimedout, "beginning HTTP/2"))?;
+        let (send, driver) = begun.or_err(ErrorType::HandshakeError, "beginning HTTP/2")?;
         let connection = Arc::new(Connection {
             key: peer.reuse_hash(),
             send,
@@ -247,11 +307,12 @@ impl Http2 {
     }
 
     /// A stream on this connection, whose place was taken; `None` if it takes no more.
-    async fn open(&self, connection: Arc<Connection>) -> Option<Exchange> {
-        match connection.send.clone().ready().await {
-            Ok(send) => Some(Exchange::new(connection, self.pool.clone(), send)),
-            Err(error) => {
-                tracing::debug!(%error, "an endpoint takes no further stream on this connection");
+    async fn open(&self, connection: Arc<Connection>, patience: Duration) -> Option<Exchange> {
+        match within(patience, NoClient::Within, connection.send.clone().ready()).await {
+            Some(Ok(send)) => Some(Exchange::new(connection, self.pool.clone(), send)),
+            none => {
+                let error = none.and_then(Result::err);
+                tracing::debug!(?error, "an endpoint takes no further stream on this connection");
                 self.pool.retire(&connection);
                 self.pool.leave(&connection);
                 None
@@ -268,14 +329,14 @@ impl Connector for Http2 {
         let peer = (peer as &dyn Any).downcast_ref::<HttpPeer>();
         let peer = peer.ok_or_else(|| Error::explain(ErrorType::InternalError, "a peer of another kind"))?;
         let connection = self.connect(peer).await?;
-        let opened = self.open(connection).await;
+        let opened = self.open(connection, patience(peer)).await;
         let opened = opened.ok_or_else(|| Error::explain(ErrorType::H2Error, "a new connection takes no stream"))?;
         Ok((Connected::Session(opened), false))
     }
 
     async fn reused_http_session<P: Peer + Send + Sync + 'static>(&self, peer: &P) -> Option<Exchange> {
         while let Some(connection) = self.pool.find(peer.reuse_hash()) {
-            let opened = self.open(connection).await;
+            let opened = self.open(connection, patience(peer)).await;
             if opened.is_some() {
                 return opened;
             }
@@ -291,6 +352,11 @@ impl Connector for Http2 {
     ) {
         drop(session);
     }
+}
+
+/// How long it may take until a stream to a peer is there.
+fn patience<P: Peer>(peer: &P) -> Duration {
+    peer.total_connection_timeout().unwrap_or(FAR)
 }
 
 /// Works for a connection to its end: the endpoint's, or ours once nobody has used it for its time.
@@ -330,10 +396,8 @@ pub struct Exchange {
     answer: Option<ResponseFuture>,
     header: Option<ResponseHeader>,
     incoming: Option<RecvStream>,
-    /// Told when the endpoint has taken nothing of the request for too long.
-    stuck: Arc<Notify>,
-    /// Told when its answer is of no use.
-    hang_up: Option<HangUp>,
+    /// What else can be done with it.
+    handle: StreamHandle,
     read_timeout: Option<Duration>,
     write_timeout: Option<Duration>,
 }
@@ -355,8 +419,7 @@ impl Exchange {
             answer: None,
             header: None,
             incoming: None,
-            stuck: Arc::default(),
-            hang_up: None,
+            handle: StreamHandle::default(),
             read_timeout: None,
             write_timeout: None,
         }
@@ -364,34 +427,31 @@ impl Exchange {
 
     /// Waits for something from the endpoint, for no longer than it may take.
     async fn bounded<T>(&self, reading: impl Future<Output = Result<T>>) -> Result<T> {
-        let stuck = async {
-            self.stuck.notified().await;
-            Error::e_explain(ErrorType::WriteTimedout, "the endpoint takes no more of the request")
-        };
-        let reading = async {
-            match self.read_timeout {
-                Some(time) => tokio::time::timeout(time, reading).await.unwrap_or_else(|_| {
-                    // It may hang as a whole.
-                    self.pool.retire(&self.connection);
-                    Error::e_explain(ErrorType::ReadTimedout, "waiting for the endpoint")
-                }),
-                None => reading.await,
+        let mut wait = Wait::at_most(self.read_timeout.unwrap_or(FAR), Ends(&self.handle));
+        match wait.on(reading).await {
+            Ended::Done(read) => read,
+            Ended::Left(why) => Err(why),
+            Ended::Late => {
+                // It may hang as a whole.
+                self.pool.retire(&self.connection);
+                Error::e_explain(ErrorType::ReadTimedout, "waiting for the endpoint")
             }
-        };
-        let hung_up = async {
-            match &self.hang_up {
-                Some(hang_up) => hang_up.0.notified().await,
-                None => std::future::pending().await,
-            }
-            Error::e_explain(HUNG_UP, "the exchange is over")
-        };
-        tokio::select! {
-            biased;
-            hung_up = hung_up => hung_up,
-            stuck = stuck => stuck,
-            read = reading => read,
         }
     }
+}
+
+/// Hands a piece of a request of our own on as the endpoint takes it. It may do nothing for `patience`.
+async fn write(body: &mut SendStream<Bytes>, mut data: Bytes, patience: Option<Duration>) -> Result<()> {
+    while !data.is_empty() {
+        body.reserve_capacity(data.len());
+        let room = poll_fn(|cx| body.poll_capacity(cx));
+        let room = within(patience.unwrap_or(FAR), NoClient::Within, room).await;
+        let room = room.ok_or_else(|| Error::explain(ErrorType::WriteTimedout, "the endpoint takes nothing"))?;
+        let room = room.ok_or_else(|| Error::explain(ErrorType::H2Error, "the stream is over"))?;
+        let part = data.split_to(room.or_err(ErrorType::H2Error, "while waiting for room")?.min(data.len()));
+        body.send_data(part, false).or_err(ErrorType::WriteError, "sending a body over HTTP/2")?;
+    }
+    Ok(())
 }
 
 /// The header as HTTP/2 has it: no fields about a connection, and the host in `:authority` (RFC 9113 §8.3.1).
@@ -447,7 +507,9 @@ enum Next {
 impl client::Session for Exchange {
     async fn write_request_header(&mut self, mut request: Box<RequestHeader>, end: bool) -> Result<()> {
         self.trailers = request.extensions_mut().remove::<RequestTrailers>();
-        self.hang_up = request.extensions_mut().remove::<HangUp>();
+        if let Some(handle) = request.extensions_mut().remove::<StreamHandle>() {
+            self.handle = handle;
+        }
         let request = converted(*request, self.connection.tls, &self.connection.address)?;
         let (answer, body) =
             self.send.send_request(request, end).or_err(ErrorType::H2Error, "sending a header over HTTP/2")?;
@@ -457,7 +519,11 @@ impl client::Session for Exchange {
 
     async fn write_request_body(&mut self, data: Bytes, end: bool) -> Result<()> {
         let Some(body) = &mut self.body else { return Ok(()) };
-        write_body(body, data, end, self.write_timeout).await
+        write(body, data, self.write_timeout).await?;
+        if end {
+            body.send_data(Bytes::new(), true).or_err(ErrorType::WriteError, "ending a body over HTTP/2")?;
+        }
+        Ok(())
     }
 
     async fn finish_request_body(&mut self) -> Result<()> {
@@ -545,9 +611,8 @@ impl client::Session for Exchange {
     }
 
     fn take_request_body_writer(&mut self) -> Option<Box<dyn BodyWrite>> {
-        let body = self.body.take()?;
-        let (stuck, trailers, timeout) = (self.stuck.clone(), self.trailers.take(), self.write_timeout);
-        Some(Box::new(Body { body, ended: false, trailers, stuck, timeout }))
+        *self.handle.send() = Some(self.body.take()?);
+        Some(Box::new(Body { handle: self.handle.clone(), ended: false, trailers: self.trailers.take() }))
     }
 
     async fn shutdown(&mut self, _code: u32, _context: &str) {
@@ -603,14 +668,20 @@ impl client::Session for Exchange {
     }
 }
 
-/// The body of a request on its way. That an endpoint takes no more of it is no error here: it may have answered all
-/// the same, and whoever reads the answer hears how the stream went.
+/// The body of a request on its way. Whoever gives it has seen that there is room ([`StreamHandle::poll_taken`]). That an
+/// endpoint takes no more of it is no error here: it may have answered all the same, and whoever reads the answer hears how
+/// the stream went.
 struct Body {
-    body: SendStream<Bytes>,
+    handle: StreamHandle,
     ended: bool,
     trailers: Option<RequestTrailers>,
-    stuck: Arc<Notify>,
-    timeout: Option<Duration>,
+}
+
+impl Drop for Body {
+    /// The stream ends with its body, unless that was whole.
+    fn drop(&mut self) {
+        *self.handle.send() = None;
+    }
 }
 
 #[async_trait]
@@ -620,12 +691,12 @@ impl BodyWrite for Body {
         if self.ended || data.is_empty() {
             return Ok(());
         }
-        if let Err(error) = write_body(&mut self.body, data, false, self.timeout).await {
+        if self.handle.is_over() {
             self.ended = true;
-            if *error.etype() == ErrorType::WriteTimedout {
-                self.stuck.notify_one();
-                self.body.send_reset(Reason::CANCEL);
-            }
+            self.handle.send().iter_mut().for_each(|send| send.send_reset(Reason::CANCEL));
+        } else {
+            let sent = self.handle.send().as_mut().map(|send| send.send_data(data, false));
+            self.ended = !matches!(sent, Some(Ok(())));
         }
         Ok(())
     }
@@ -636,10 +707,12 @@ impl BodyWrite for Body {
         }
         let trailers =
             self.trailers.as_ref().and_then(|trailers| trailers.lock().unwrap_or_else(PoisonError::into_inner).take());
+        let mut send = self.handle.send();
+        let Some(send) = send.as_mut() else { return Ok(()) };
         // As above, an error is the answer's to tell.
         let _ = match trailers {
-            Some(trailers) => self.body.send_trailers(trailers),
-            None => self.body.send_data(Bytes::new(), true),
+            Some(trailers) => send.send_trailers(trailers),
+            None => send.send_data(Bytes::new(), true),
         };
         Ok(())
     }

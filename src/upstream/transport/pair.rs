@@ -12,6 +12,8 @@ use std::pin::pin;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
+use crate::party::wait::{NoClient, within};
+
 /// For how long the address that answered is asked first (RFC 8305 §8 has about as much).
 const KEPT: Duration = Duration::from_secs(600);
 
@@ -66,10 +68,10 @@ pub(super) async fn race<T>(
     delay: Duration,
 ) -> io::Result<(T, bool)> {
     let (mut first, mut second) = (pin!(first), pin!(second));
-    match tokio::time::timeout(delay, &mut first).await {
-        Ok(Ok(made)) => return Ok((made, false)),
-        Ok(Err(error)) => return second.await.map(|made| (made, true)).map_err(|_| error),
-        Err(_) => {}
+    match within(delay, NoClient::Within, &mut first).await {
+        Some(Ok(made)) => return Ok((made, false)),
+        Some(Err(error)) => return second.await.map(|made| (made, true)).map_err(|_| error),
+        None => {}
     }
     tokio::select! {
         made = &mut first => match made {

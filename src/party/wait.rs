@@ -1,0 +1,262 @@
+//! The one way to wait: for something, no longer than until a deadline, and only while the client is there.
+//!
+//! A [`Wait`] cannot be made without a deadline and an [`Eye`] on the client. A wait that has no client, such as that of
+//! a health check, says so by the name of its [`NoClient`]. Which of the three comes first is one pure decision
+//! ([`Ended::of`]); the rest is a timer. A test (`tests/it/waits.rs`) looks for waits in the source that go round this.
+
+use std::convert::Infallible;
+use std::future::{Future, poll_fn};
+use std::pin::{Pin, pin};
+use std::task::{Context, Poll};
+use std::time::{Duration, Instant};
+
+use tokio::time::Sleep;
+
+/// Longer than anything is waited for that has no limit in the configuration.
+pub const FAR: Duration = Duration::from_secs(24 * 3600);
+
+/// Sees whether there is still somebody to wait for it.
+pub trait Eye {
+    /// What is seen when there is not.
+    type Left;
+
+    /// Ready once the client has left, or the exchange is to end for another reason. Wakes the task then.
+    fn poll_left(&mut self, cx: &mut Context<'_>) -> Poll<Self::Left>;
+}
+
+impl<E: Eye> Eye for &mut E {
+    type Left = E::Left;
+
+    fn poll_left(&mut self, cx: &mut Context<'_>) -> Poll<E::Left> {
+        (**self).poll_left(cx)
+    }
+}
+
+/// Why a wait has no client to look after.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum NoClient {
+    /// The gateway asks an endpoint how it is.
+    HealthCheck,
+    /// The gateway asks where endpoints are.
+    Discovery,
+    /// The gateway asks an issuer for a certificate.
+    Issuer,
+    /// The gateway sends what it has recorded to a collector.
+    Export,
+    /// A copy for a mirror: the client of the original has its answer from elsewhere.
+    Mirror,
+    /// It is a part of another wait, which has the eye and drops this one.
+    Within,
+    /// An operator asks, and is cut off by this deadline alone.
+    Operator,
+    /// It is the client that is read from or written to, which finds out by itself.
+    ItsIo,
+}
+
+impl Eye for NoClient {
+    type Left = Infallible;
+
+    fn poll_left(&mut self, _: &mut Context<'_>) -> Poll<Infallible> {
+        Poll::Pending
+    }
+}
+
+/// How a wait ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Ended<T, L = Infallible> {
+    /// What was waited for is here.
+    Done(T),
+    /// There is nobody any more to wait for it.
+    Left(L),
+    /// The deadline is over.
+    Late,
+}
+
+impl<T, L> Ended<T, L> {
+    /// How a wait ends that has come to this; `None`: it goes on. What is here counts even if the client has left or the
+    /// deadline is over: somebody may have taken it already. A client that has left is not told that it is late.
+    pub fn of(done: Poll<T>, left: Poll<L>, late: bool) -> Option<Self> {
+        match (done, left) {
+            (Poll::Ready(done), _) => Some(Ended::Done(done)),
+            (Poll::Pending, Poll::Ready(left)) => Some(Ended::Left(left)),
+            (Poll::Pending, Poll::Pending) => late.then_some(Ended::Late),
+        }
+    }
+}
+
+impl<T> Ended<T> {
+    /// What was waited for, if it came in time.
+    pub fn in_time(self) -> Option<T> {
+        match self {
+            Ended::Done(done) => Some(done),
+            Ended::Late => None,
+        }
+    }
+}
+
+/// When a wait is over at the latest.
+#[derive(Clone, Copy)]
+enum Due {
+    At(Instant),
+    /// So long after it is first found that there is something to wait for: most of the time there is not.
+    After(Duration),
+}
+
+/// See the module.
+pub struct Wait<E> {
+    due: Due,
+    eye: E,
+    timer: Timer,
+}
+
+impl<E: Eye> Wait<E> {
+    /// Waits until `due` at most, for as long as `eye` sees somebody.
+    pub fn until(due: Instant, eye: E) -> Self {
+        Wait { due: Due::At(due), eye, timer: Timer::default() }
+    }
+
+    /// Waits for so long at most, from the first look on that finds nothing.
+    pub fn at_most(time: Duration, eye: E) -> Self {
+        Wait { due: Due::After(time.min(FAR)), eye, timer: Timer::default() }
+    }
+
+    /// Looks at what is waited for, which was just polled, and then at the client and the clock.
+    pub fn poll<T>(&mut self, cx: &mut Context<'_>, done: Poll<T>) -> Poll<Ended<T, E::Left>> {
+        if done.is_ready() {
+            return Ended::of(done, Poll::Pending, false).map_or(Poll::Pending, Poll::Ready);
+        }
+        let due = match self.due {
+            Due::At(due) => due,
+            Due::After(time) => tokio::time::Instant::now().into_std() + time,
+        };
+        self.due = Due::At(due);
+        let left = self.eye.poll_left(cx);
+        let late = left.is_pending() && self.timer.poll(cx, due).is_ready();
+        Ended::of(done, left, late).map_or(Poll::Pending, Poll::Ready)
+    }
+
+    /// Waits for `future`.
+    pub async fn on<F: Future>(&mut self, future: F) -> Ended<F::Output, E::Left> {
+        let mut future = pin!(future);
+        poll_fn(|cx| {
+            let done = future.as_mut().poll(cx);
+            self.poll(cx, done)
+        })
+        .await
+    }
+
+    /// Waits for nothing but the deadline. `Some`: there is nobody any more to wait for it.
+    pub async fn out(&mut self) -> Option<E::Left> {
+        match self.on(std::future::pending::<Infallible>()).await {
+            Ended::Left(left) => Some(left),
+            Ended::Late => None,
+        }
+    }
+}
+
+/// Waits for `future` for so long at most, where there is no client; `None`: it took longer.
+pub async fn within<F: Future>(time: Duration, reason: NoClient, future: F) -> Option<F::Output> {
+    Wait::at_most(time, reason).on(future).await.in_time()
+}
+
+/// A deadline that may move. Costs nothing until it is first polled.
+#[derive(Default)]
+pub struct Timer(Option<Pin<Box<Sleep>>>);
+
+impl Timer {
+    /// Ready once it is `due`.
+    pub fn poll(&mut self, cx: &mut Context<'_>, due: Instant) -> Poll<()> {
+        let due = tokio::time::Instant::from_std(due);
+        let timer = self.0.get_or_insert_with(|| Box::pin(tokio::time::sleep_until(due)));
+        if timer.deadline() != due {
+            timer.as_mut().reset(due);
+        }
+        timer.as_mut().poll(cx)
+    }
+}
+
+/// A deadline that mostly moves away before it is met, and often: the timer beneath is only set anew when it fires.
+#[derive(Default)]
+pub struct Alarm {
+    timer: Timer,
+    set: Option<Instant>,
+}
+
+impl Alarm {
+    /// Ready once it is `due`.
+    pub fn poll(&mut self, cx: &mut Context<'_>, due: Instant) -> Poll<()> {
+        let set = self.set.filter(|&set| set <= due);
+        let early = *self.set.insert(set.unwrap_or(due));
+        if self.timer.poll(cx, early).is_pending() {
+            return Poll::Pending;
+        }
+        self.set = Some(due);
+        self.timer.poll(cx, due)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    use futures::channel::oneshot;
+
+    /// Sees the client leave when it is told.
+    struct Told(oneshot::Receiver<()>);
+
+    impl Eye for Told {
+        type Left = &'static str;
+
+        fn poll_left(&mut self, cx: &mut Context<'_>) -> Poll<&'static str> {
+            Pin::new(&mut self.0).poll(cx).map(|_| "left")
+        }
+    }
+
+    const LONG: Duration = Duration::from_secs(60);
+
+    #[test]
+    fn what_is_here_counts_then_the_client_then_the_clock() {
+        let here = [Poll::Ready(1), Poll::Pending];
+        let left = [Poll::Ready("left"), Poll::Pending];
+        let ended = |done: usize, gone: usize, late| Ended::of(here[done], left[gone], late);
+        for late in [false, true] {
+            assert_eq!(ended(0, 0, late), Some(Ended::Done(1)));
+            assert_eq!(ended(0, 1, late), Some(Ended::Done(1)));
+            assert_eq!(ended(1, 0, late), Some(Ended::Left("left")));
+        }
+        assert_eq!(ended(1, 1, true), Some(Ended::Late));
+        assert_eq!(ended(1, 1, false), None);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_wait_ends_with_what_it_is_for_with_its_client_or_by_its_deadline() {
+        let (_stays, eye) = oneshot::channel();
+        assert_eq!(Wait::at_most(LONG, Told(eye)).on(async { 7 }).await, Ended::Done(7));
+
+        let (goes, eye) = oneshot::channel();
+        tokio::spawn(async move {
+            tokio::time::sleep(LONG / 2).await;
+            goes.send(())
+        });
+        let began = tokio::time::Instant::now();
+        let mut wait = Wait::at_most(LONG, Told(eye));
+        assert_eq!(wait.on(std::future::pending::<()>()).await, Ended::Left("left"));
+        assert_eq!(began.elapsed(), LONG / 2);
+
+        let (_stays, eye) = oneshot::channel();
+        let began = tokio::time::Instant::now();
+        assert_eq!(Wait::at_most(LONG, Told(eye)).on(std::future::pending::<()>()).await, Ended::Late);
+        assert!(began.elapsed() >= LONG);
+        assert_eq!(within(LONG, NoClient::HealthCheck, std::future::pending::<()>()).await, None);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_deadline_holds_for_all_that_is_waited_for_by_turns() {
+        let mut wait = Wait::at_most(LONG, NoClient::Within);
+        let began = tokio::time::Instant::now();
+        assert_eq!(wait.on(tokio::time::sleep(LONG / 3)).await, Ended::Done(()));
+        assert_eq!(wait.on(tokio::time::sleep(LONG)).await, Ended::Late);
+        let lasted = began.elapsed();
+        assert!(lasted >= LONG && lasted < LONG + Duration::from_millis(10), "{lasted:?}");
+    }
+}
