@@ -11,7 +11,7 @@ mod frames;
 mod head;
 mod lines;
 mod mix;
-mod mutate;
+pub mod mutate;
 mod paths;
 
 use std::fs;

@@ -18,8 +18,8 @@ use crate::harness::{Ask, DEADLINE, Protocol, Setup, eventually, may_open_files}
 use habits::{HABITS, Scene};
 
 const CLIENTS: usize = 200;
-/// How long they go on: long enough for each habit to be drawn some dozen times.
-const TIME: Duration = Duration::from_secs(10);
+/// How long they go on: long enough for each habit to be drawn some hundred times.
+const TIME: Duration = Duration::from_secs(30);
 
 /// Gauges that say what was learned or is the case right now, and not what is held.
 const OF_THE_MOMENT: &[&str] = &["forebay_lane_share_ratio", "forebay_loop_run_queue"];

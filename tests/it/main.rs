@@ -53,6 +53,7 @@ mod reserves;
 mod retry;
 mod rfc9113;
 mod route;
+mod schedules;
 mod select;
 mod send;
 mod slow;

@@ -1,0 +1,364 @@
+//! Random schedules of clients, endpoints, the disk and the gateway's own load, over real sockets: an endpoint that answers
+//! in time is never accused, whatever the others do.
+//!
+//! Each endpoint of HTTP/1 measures itself from the moment at which it has what it waits for, and a thread beside them all
+//! how late it is woken. So a machine that is too busy to run an endpoint in time is told from a gateway that accuses one
+//! wrongly.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use rand::rngs::StdRng;
+use rand::{Rng, SeedableRng};
+
+use crate::fuzz::mutate;
+use crate::harness::client::{H2Client, request};
+use crate::harness::gateway::{Process, Watched};
+use crate::harness::origin::{Connection, response};
+use crate::harness::wire::Left;
+use crate::harness::{Client, H2Origin, Origin, Setup, ms};
+
+const SCHEDULES: usize = 36;
+/// At the same time.
+const CLIENTS: usize = 12;
+/// For how long an endpoint may do nothing; what a client does may take longer than this.
+const PATIENCE: Duration = ms(2_500);
+/// The longest that an endpoint makes anybody wait.
+const PAUSE_OF_ENDPOINT: u64 = 200;
+/// An endpoint that was later than this, for want of a CPU, has not answered in time.
+const IN_TIME: Duration = ms(1_500);
+const BODY_MOST: usize = 1 << 20;
+
+/// A single failure has consequences.
+const STRICT: &str = "circuit_breaker: { consecutive: 1, min_requests: unlimited, open: 90s, max_open: 90s }, \
+    outlier_detection: { consecutive_gateway_errors: 1, consecutive_5xx: 1, connect_failures: 1, max_ejected: 100% }";
+
+/// What nothing but an endpoint can be the reason of.
+const ACCUSING: [&str; 12] = [
+    "connect.refused",
+    "connect.timeout",
+    "connect.failed",
+    "send.timeout",
+    "send.reset",
+    "wait.timeout",
+    "wait.reset",
+    "wait.malformed",
+    "receive.timeout",
+    "receive.reset",
+    "receive.malformed",
+    "select.breaker_open",
+];
+
+/// Chance, the same for the same seed, whoever asks when.
+struct Dice(StdRng);
+
+impl Dice {
+    fn of(seed: u64, who: u64) -> Dice {
+        Dice(StdRng::seed_from_u64(seed ^ who.wrapping_mul(0x9e37_79b9_7f4a_7c15)))
+    }
+
+    fn chance(&mut self, percent: u32) -> bool {
+        self.0.gen_range(0..100) < percent
+    }
+
+    fn one<T: Copy>(&mut self, of: &[T]) -> T {
+        of[self.0.gen_range(0..of.len())]
+    }
+
+    /// Mostly short, sometimes up to `most`.
+    fn pause(&mut self, most: u64) {
+        let most = if self.chance(80) { most / 20 } else { most };
+        thread::sleep(ms(self.0.gen_range(0..=most)));
+    }
+
+    /// Mostly small, sometimes up to `most`.
+    fn size(&mut self, most: usize) -> usize {
+        let most = if self.chance(50) { most / 64 } else { most };
+        self.0.gen_range(0..=most)
+    }
+}
+
+/// How late an endpoint was at worst, beyond the pauses that it makes on purpose.
+#[derive(Default)]
+struct Lateness(AtomicU64);
+
+impl Lateness {
+    /// Notes what was done since `began`, all of it the endpoint's own.
+    fn note(&self, began: Instant) {
+        self.0.fetch_max(began.elapsed().as_millis() as u64, Ordering::Relaxed);
+    }
+
+    /// Notes how late this thread is woken, until it is `over`.
+    fn watch(&self, over: &AtomicBool) {
+        while !over.load(Ordering::Relaxed) {
+            let due = Instant::now() + ms(50);
+            thread::sleep(ms(50));
+            self.note(due);
+        }
+    }
+}
+
+/// An endpoint of HTTP/1 that takes and gives at a pace of its own, and is never idle for long while it is waited for.
+fn paced(seed: u64, lateness: Arc<Lateness>) -> Origin {
+    let connections = AtomicU64::new(0);
+    Origin::playing(move |connection| {
+        let dice = Dice::of(seed, 1_000 + connections.fetch_add(1, Ordering::Relaxed));
+        // A gateway that gives an exchange up ends its connection.
+        let _ = converse(connection, dice, &lateness);
+    })
+}
+
+fn converse(connection: Connection, mut dice: Dice, lateness: &Lateness) -> std::io::Result<()> {
+    let mut wire = connection.into_wire();
+    while let Some(head) = wire.head() {
+        let mut left = head.request_framing().begin();
+        while !matches!(left, Left::Nothing(_)) {
+            let piece = wire.piece(&mut left, 64 << 10);
+            let began = Instant::now();
+            if !piece.is_empty() && dice.chance(20) {
+                dice.pause(PAUSE_OF_ENDPOINT);
+            }
+            lateness.note(began);
+        }
+        if matches!(left, Left::Nothing(crate::harness::End::Cut)) {
+            return Ok(());
+        }
+        let began = Instant::now();
+        dice.pause(PAUSE_OF_ENDPOINT);
+        let body = vec![b'x'; dice.size(4 * BODY_MOST)];
+        let whole = response("200 OK", "", &body);
+        if head.method() == "HEAD" {
+            wire.send(&whole[..whole.len() - body.len()])?;
+            continue;
+        }
+        lateness.note(began);
+        for piece in whole.chunks(dice.one(&[1 << 10, 64 << 10, 1 << 20])) {
+            // As long as the gateway takes nothing, it is not the endpoint that is waited for.
+            wire.send(piece)?;
+            let began = Instant::now();
+            if dice.chance(2) {
+                dice.pause(PAUSE_OF_ENDPOINT);
+            }
+            lateness.note(began);
+        }
+    }
+    Ok(())
+}
+
+/// What a client asks of an endpoint of HTTP/2, which answers each of these at once.
+const OF_HTTP2: [&str; 4] = ["/echo", "/ticks", "/large", "/other"];
+
+/// How a client does what it does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Habit {
+    /// To the end.
+    Patient,
+    /// It leaves before it has sent all.
+    GivesUp,
+    /// It leaves before it has taken all.
+    Stops,
+    /// It closes its sending side behind its request.
+    HalfCloses,
+}
+
+/// One client of HTTP/1: sends and reads with pauses that may be longer than an endpoint has.
+fn ask(address: SocketAddr, target: &str, dice: &mut Dice) -> Option<()> {
+    let longest = PATIENCE.as_millis() as u64 * 13 / 10;
+    let habit = dice.one(&[Habit::Patient, Habit::Patient, Habit::GivesUp, Habit::Stops, Habit::HalfCloses]);
+    let mut client = if dice.chance(50) { Client::slow(address) } else { Client::connect(address) };
+    let uploads = dice.chance(60);
+    let body = vec![b'y'; if uploads { dice.size(BODY_MOST) } else { 0 }];
+    let whole = request(if uploads { "POST" } else { "GET" }, target, "", &body);
+    // One pause that may be long, and others that are not.
+    let long = dice.0.gen_range(0..4);
+    let leaves = if habit == Habit::GivesUp { dice.0.gen_range(0..whole.len()) } else { whole.len() };
+    for (n, piece) in whole[..leaves].chunks((leaves / 4).max(16 << 10)).enumerate() {
+        if n > 0 {
+            dice.pause(if n == long { longest } else { 20 });
+        }
+        if !client.try_send(piece) {
+            return None;
+        }
+    }
+    match habit {
+        Habit::GivesUp => {
+            dice.pause(longest / 4);
+            if dice.chance(50) {
+                client.reset()
+            } else {
+                drop(client)
+            }
+            return None;
+        }
+        Habit::HalfCloses => drop(client.try_end()),
+        Habit::Patient | Habit::Stops => {}
+    }
+    let mut wire = client.into_wire();
+    if dice.chance(30) {
+        dice.pause(longest);
+    }
+    let head = wire.head()?;
+    let mut left = head.response_framing("GET").begin();
+    let (mut taken, mut pauses) = (0, 0);
+    while !matches!(left, Left::Nothing(_)) {
+        taken += wire.piece(&mut left, 64 << 10).len();
+        if habit == Habit::Stops && taken > 1_000 {
+            dice.pause(longest / 4);
+            wire.reset();
+            return None;
+        }
+        if pauses < 4 && dice.chance(10) {
+            pauses += 1;
+            dice.pause(if pauses == 1 { longest } else { 200 });
+        }
+    }
+    Some(())
+}
+
+/// One client of HTTP/2, with a stream of which it gives up or reads slowly.
+fn ask_by_stream(address: SocketAddr, target: &str, dice: &mut Dice) -> Option<()> {
+    let longest = PATIENCE.as_millis() as u64 * 13 / 10;
+    let client = H2Client::with(address, None, dice.chance(50).then_some(16 << 10));
+    let uploads = dice.chance(60);
+    let asked = http::Request::builder().method(if uploads { "POST" } else { "GET" });
+    let asked = asked.uri(format!("http://test{target}")).body(()).expect("a request");
+    let (response, mut send) = client.begin(asked, !uploads);
+    if uploads {
+        let pieces = dice.0.gen_range(1..5);
+        for piece in 0..pieces {
+            let data = Bytes::from(vec![b'y'; dice.size(64 << 10)]);
+            send.send_data(data, piece + 1 == pieces).ok()?;
+            client.soon(std::future::pending::<()>());
+            dice.pause(if piece == 0 { longest } else { 50 });
+            if dice.chance(10) {
+                send.send_reset(h2::Reason::CANCEL);
+                client.soon(std::future::pending::<()>());
+                return None;
+            }
+        }
+    }
+    let mut body = client.step(response).ok()?.into_body();
+    let mut pauses = 0;
+    while let Some(piece) = client.step(body.data()) {
+        let piece = piece.ok()?;
+        if pauses < 4 && dice.chance(5) {
+            pauses += 1;
+            dice.pause(if pauses == 1 { longest } else { 200 });
+            if dice.chance(20) {
+                return None;
+            }
+        }
+        body.flow_control().release_capacity(piece.len()).ok()?;
+    }
+    Some(())
+}
+
+fn gateway(endpoint: SocketAddr, protocol: &str) -> Process {
+    let timeouts =
+        format!("timeouts: {{ connect: 20s, send: {0}ms, wait: {0}ms, receive: {0}ms }}", PATIENCE.as_millis());
+    let limits =
+        "request: { mode: MODE, memory: 64KiB, disk: 64MiB }, response: { mode: MODE, memory: 64KiB, disk: 64MiB }";
+    let clocks = "client: { body_idle: 20s, write_idle: 20s }, retry: { attempts: 1 }";
+    let setup = Setup::before_all(&[endpoint])
+        .listener("protocols: [http1, h2c]")
+        .upstream(&format!("protocol: {protocol}, {timeouts}"))
+        .upstream(STRICT)
+        .route(&format!("buffering: {{ {} }}, {clocks}", limits.replace("MODE", "auto")));
+    ["full", "stream"]
+        .into_iter()
+        .fold(setup, |setup, mode| {
+            let buffering = limits.replace("MODE", mode);
+            let matched = format!("match: {{ queries: {{ mode: {mode} }} }}");
+            setup.also_route(&format!(
+                "{{ name: {mode}, {matched}, buffering: {{ {buffering} }}, {clocks}, upstream: app }}"
+            ))
+        })
+        .spooling("")
+        .more("resources: { memory: 8MiB, pause: 20s }")
+        .spawn()
+}
+
+/// Stops the disk of a gateway now and then, and sometimes the whole gateway for longer than its endpoints have.
+fn disturb(process: &Process, mut dice: Dice, over: &AtomicBool) {
+    let longest = PATIENCE.as_millis() as u64 * 12 / 10;
+    while !over.load(Ordering::Relaxed) {
+        match dice.one(&[0, 0, 1, 2]) {
+            0 => {
+                let still = process.still_disk();
+                dice.pause(1_000);
+                drop(still);
+            }
+            1 => {
+                process.signal(libc::SIGSTOP);
+                dice.pause(longest);
+                process.signal(libc::SIGCONT);
+            }
+            _ => {}
+        }
+        dice.pause(1_000);
+    }
+}
+
+fn an_endpoint_is_never_accused(seed: u64, over_http2: bool) {
+    let lateness = Arc::new(Lateness::default());
+    let paced = paced(seed, lateness.clone());
+    let h2 = H2Origin::start();
+    let (endpoint, protocol) = if over_http2 { (h2.address(), "h2c") } else { (paced.address(), "http1") };
+    let process = gateway(endpoint, protocol);
+    let (over, whole, web) = (AtomicBool::new(false), AtomicU64::new(0), process.web());
+    let visit = &|schedule: usize| {
+        let mut dice = Dice::of(seed, schedule as u64);
+        let path = if over_http2 { dice.one(&OF_HTTP2) } else { "/any" };
+        let target = format!("{path}?mode={}&schedule={schedule}", dice.one(&["full", "stream", "auto"]));
+        let ask: fn(SocketAddr, &str, &mut Dice) -> Option<()> = if dice.chance(50) { ask } else { ask_by_stream };
+        if ask(web, &target, &mut dice).is_some() {
+            whole.fetch_add(1, Ordering::Relaxed);
+        }
+    };
+    thread::scope(|scope| {
+        scope.spawn(|| lateness.watch(&over));
+        scope.spawn(|| disturb(&process, Dice::of(seed, 999), &over));
+        let clients =
+            (0..CLIENTS).map(|client| scope.spawn(move || (client..SCHEDULES).step_by(CLIENTS).for_each(visit)));
+        let clients: Vec<_> = clients.collect();
+        let ended: Vec<_> = clients.into_iter().map(|client| client.join()).collect();
+        over.store(true, Ordering::Relaxed);
+        ended.into_iter().for_each(|client| client.expect("a client"));
+    });
+    process.wait_metric("forebay_phase_active", |active| active == 0.0);
+    let late = Duration::from_millis(lateness.0.load(Ordering::Relaxed));
+    let whole = whole.load(Ordering::Relaxed);
+    println!("over {protocol}: {whole} of {SCHEDULES} were answered whole; the endpoint was {late:?} late at most");
+    if late > IN_TIME {
+        return println!("the machine was too busy to run the endpoint in time");
+    }
+    let accused: Vec<_> = process
+        .log_lines(0)
+        .into_iter()
+        .filter(|line| ACCUSING.contains(&line.reason()) || line.status() == 502 || line.number("attempts") > 1.0)
+        .map(|line| format!("{} {} {}", line.text("target"), line.status(), line.reason()))
+        .collect();
+    assert!(accused.is_empty(), "{protocol}, FOREBAY_FUZZ_SEED={seed}: {accused:#?}");
+    for metric in ["forebay_upstream_breaker_open", "forebay_upstream_ejections_total", "forebay_retries_total"] {
+        assert_eq!(process.metric(metric), 0.0, "{protocol}, FOREBAY_FUZZ_SEED={seed}: {metric}");
+    }
+    assert!(whole > 0, "nobody was answered");
+}
+
+#[test]
+fn an_endpoint_of_http_1_that_answers_in_time_is_never_accused() {
+    let seed = mutate::seed();
+    println!("FOREBAY_FUZZ_SEED={seed}");
+    an_endpoint_is_never_accused(seed, false);
+}
+
+#[test]
+fn an_endpoint_of_http_2_that_answers_in_time_is_never_accused() {
+    let seed = mutate::seed();
+    println!("FOREBAY_FUZZ_SEED={seed}");
+    an_endpoint_is_never_accused(seed, true);
+}
