@@ -6,7 +6,7 @@ TOOLS := conf/packaging/install-tools.sh
 export PATH := $(PATH):/usr/sbin:/sbin
 
 .DEFAULT_GOAL := help
-.PHONY: help run demo test fuzz check build fmt lint doc bench clean
+.PHONY: help run demo test fuzz check build fmt lint doc bench gate clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -51,6 +51,10 @@ doc: ## build the documentation; a broken link is an error
 bench: build ## compare with nginx and haproxy, one worker each; ARGS picks cells and rounds, see tests/bench/README.md
 	@$(TOOLS) bench
 	$(CARGO) bench --locked --profile dev --bench compare -- $(ARGS)
+
+gate: build ## count the instructions of an exchange under callgrind; fails where there are more than allowed
+	@$(TOOLS) gate
+	$(CARGO) bench --locked --profile dev --bench instructions -- $(ARGS)
 
 clean: ## remove what was built
 	$(CARGO) clean

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Installs the Debian packages that a make target needs and that are missing; does nothing if all are there.
 #
-#   install-tools.sh build|test|bench...
+#   install-tools.sh build|test|bench|gate...
 #
 # The servers among them are test subjects and must not start: policy-rc.d answers 101 ("forbidden") while
 # they are installed, and what was there before is put back, also when the installation fails.
@@ -33,7 +33,8 @@ for purpose in "$@"; do
         build) commands+=(clang cmake g++ git libclang-dev) ;;
         test) commands+=(chromium curl dnsmasq-base haproxy nginx openssl pebble prometheus python3 python3-grpcio slowhttptest tmux wrk) ;;
         bench) commands+=(haproxy nginx wrk) ;;
-        *) echo "install-tools.sh: unknown purpose '$purpose': build, test or bench" >&2; exit 2 ;;
+        gate) commands+=(valgrind) ;;
+        *) echo "install-tools.sh: unknown purpose '$purpose': build, test, bench or gate" >&2; exit 2 ;;
     esac
 done
 

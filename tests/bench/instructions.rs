@@ -1,0 +1,322 @@
+//! The gate that noise cannot move: how many instructions the worker of a Forebay spends on an exchange.
+//!
+//! `cargo bench --profile dev --bench instructions` (`make gate`) starts `target/release/forebay` (or `FOREBAY_BIN`) under
+//! callgrind, twice for each cell, with fewer and with more requests. The difference, divided by the difference of the
+//! requests, is free of what a start costs. It fails where a cell spends more than its bound. Only instructions in user
+//! mode count, so other load on the machine changes nothing; system calls are not in it.
+//!
+//! `-- small upload` measures these cells only; `-- --keep DIR` keeps what callgrind wrote, for `callgrind_annotate`.
+
+use std::fs;
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::thread::{self, sleep};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+use bytes::Bytes;
+use clap::Parser;
+
+/// The requests of the two runs.
+const FEWER: usize = 1_000;
+const MORE: usize = 3_000;
+/// Clients at a time; callgrind is so slow that all of them always wait.
+const CLIENTS: usize = 16;
+/// For any single wait: callgrind makes a program some fifty times slower.
+const PATIENCE: Duration = Duration::from_secs(120);
+
+/// What is measured, and how many thousand instructions it may take.
+struct Cell {
+    name: &'static str,
+    work: Work,
+    bound: f64,
+}
+
+#[derive(Clone, Copy, PartialEq)]
+enum Work {
+    /// Requests on connections that are kept.
+    Kept,
+    /// Each on a connection of its own.
+    Connecting,
+    /// Each a stream of HTTP/2, four at a time on four connections.
+    Http2,
+}
+
+const CELLS: &[Cell] = &[
+    Cell { name: "small", work: Work::Kept, bound: 125.0 },
+    Cell { name: "connect", work: Work::Connecting, bound: 175.0 },
+    Cell { name: "1m", work: Work::Kept, bound: 1_265.0 },
+    Cell { name: "h2c", work: Work::Http2, bound: 127.0 },
+    Cell { name: "upload", work: Work::Kept, bound: 400.0 },
+];
+
+#[derive(Parser)]
+struct Options {
+    /// The cells to measure; all of them if none is named.
+    cells: Vec<String>,
+    /// Where to leave what callgrind writes.
+    #[arg(long)]
+    keep: Option<PathBuf>,
+    /// Cargo says so.
+    #[arg(long, hide = true)]
+    bench: bool,
+}
+
+fn main() -> Result<()> {
+    let options = Options::parse();
+    let dir = tempfile::tempdir()?;
+    let out = options.keep.clone().unwrap_or_else(|| dir.path().to_owned());
+    fs::create_dir_all(&out)?;
+    let origin = origin()?;
+    let mut exceeded = Vec::new();
+    println!("{:8} {:>12} {:>12} {:>10}", "cell", "worker", "all threads", "bound");
+    for cell in CELLS {
+        if !options.cells.is_empty() && !options.cells.iter().any(|named| named == cell.name) {
+            continue;
+        }
+        let [fewer, more] = [FEWER, MORE].map(|count| run(cell, count, origin, dir.path(), &out));
+        let (fewer, more) = (fewer?, more?);
+        let each = |few: u64, many: u64| many.saturating_sub(few) as f64 / (MORE - FEWER) as f64 / 1_000.0;
+        let worker = each(busiest(&fewer), busiest(&more));
+        let all = each(fewer.iter().sum(), more.iter().sum());
+        println!("{:8} {worker:>11.1}k {all:>11.1}k {:>9.1}k", cell.name, cell.bound);
+        if worker > cell.bound {
+            exceeded.push(format!("{}: {worker:.1}k, bound {:.1}k", cell.name, cell.bound));
+        }
+    }
+    ensure!(exceeded.is_empty(), "too many instructions: {}", exceeded.join("; "));
+    Ok(())
+}
+
+/// The worker is the thread that does most.
+fn busiest(threads: &[u64]) -> u64 {
+    threads.iter().copied().max().unwrap_or_default()
+}
+
+/// Instructions of each thread of a Forebay that has served so many requests.
+fn run(cell: &Cell, count: usize, origin: SocketAddr, dir: &Path, out: &Path) -> Result<Vec<u64>> {
+    let [web, admin] = [free_address()?, free_address()?];
+    let file = dir.join(format!("{}.yaml", cell.name));
+    let config = format!(
+        "server: {{ threads: 1, spool_dir: {dir} }}
+listeners: [ {{ name: web, address: \"{web}\", protocols: [http1, h2c] }} ]
+upstreams: {{ app: {{ endpoints: [ {{ address: \"{origin}\" }} ] }} }}
+admin: {{ address: \"{admin}\" }}
+observability: {{ access_log: {{ path: \"{dir}/access.log\" }}, event_loop: {{ heartbeat: 1s }} }}
+routes: [ {{ name: all, upstream: app }} ]
+",
+        dir = dir.display()
+    );
+    fs::write(&file, config)?;
+    let written = out.join(format!("{}.{count}.out", cell.name));
+    let binary = std::env::var("FOREBAY_BIN").unwrap_or_else(|_| "target/release/forebay".to_owned());
+    let mut command = Command::new("valgrind");
+    command.args(["-q", "--tool=callgrind", "--separate-threads=yes"]);
+    command.arg(format!("--callgrind-out-file={}", written.display())).arg(binary);
+    command.arg("run").arg("-c").arg(&file).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+    let mut forebay = Forebay(command.spawn().context("valgrind")?);
+    forebay.wait_until_it_listens(web)?;
+    match cell.work {
+        Work::Http2 => http2(web, count)?,
+        work => http1(web, cell.name, work, count)?,
+    }
+    forebay.stop()?;
+    threads(&written)
+}
+
+/// What callgrind wrote of each thread.
+fn threads(written: &Path) -> Result<Vec<u64>> {
+    let (dir, name) = (written.parent().context("a folder")?, written.file_name().context("a name")?);
+    let prefix = format!("{}-", name.to_string_lossy());
+    let mut found = Vec::new();
+    for entry in fs::read_dir(dir)? {
+        let path = entry?.path();
+        if path.file_name().is_some_and(|name| name.to_string_lossy().starts_with(&prefix)) {
+            found.push(total(&fs::read_to_string(&path)?).with_context(|| path.display().to_string())?);
+        }
+    }
+    ensure!(!found.is_empty(), "callgrind wrote nothing to {}", written.display());
+    Ok(found)
+}
+
+fn total(text: &str) -> Option<u64> {
+    text.lines().rev().find_map(|line| line.strip_prefix("totals: ")?.trim().parse().ok())
+}
+
+struct Forebay(Child);
+
+impl Forebay {
+    fn wait_until_it_listens(&mut self, address: SocketAddr) -> Result<()> {
+        let begin = Instant::now();
+        while TcpStream::connect(address).is_err() {
+            if let Some(status) = self.0.try_wait()? {
+                bail!("valgrind ended with {status} before Forebay listened");
+            }
+            ensure!(begin.elapsed() < PATIENCE, "Forebay does not listen");
+            sleep(Duration::from_millis(50));
+        }
+        Ok(())
+    }
+
+    fn stop(&mut self) -> Result<()> {
+        let pid = i32::try_from(self.0.id())?;
+        // SAFETY: kill has no memory effects; the child is ours and was not waited for, so the id is its own.
+        ensure!(unsafe { libc::kill(pid, libc::SIGTERM) } == 0, "Forebay cannot be stopped");
+        let begin = Instant::now();
+        while self.0.try_wait()?.is_none() {
+            ensure!(begin.elapsed() < PATIENCE, "Forebay does not stop");
+            sleep(Duration::from_millis(50));
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Forebay {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+fn free_address() -> Result<SocketAddr> {
+    Ok(TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?.local_addr()?)
+}
+
+/// An origin: 100 bytes with five fields, or 1 MiB at `/1m`. Requests are read to their end.
+fn origin() -> Result<SocketAddr> {
+    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
+    let address = listener.local_addr()?;
+    thread::spawn(move || {
+        for stream in listener.incoming().flatten() {
+            thread::spawn(move || answer(stream));
+        }
+    });
+    Ok(address)
+}
+
+fn answer(stream: TcpStream) -> Result<()> {
+    stream.set_nodelay(true)?;
+    let fields = "Content-Type: text/plain\r\nCache-Control: no-store\r\nETag: \"1\"\r\nServer: origin";
+    let whole = |body: &str| format!("HTTP/1.1 200 OK\r\n{fields}\r\nContent-Length: {}\r\n\r\n{body}", body.len());
+    let (small, large) = (whole(&"x".repeat(100)), whole(&"x".repeat(1 << 20)));
+    let mut reader = BufReader::new(stream.try_clone()?);
+    let mut stream = stream;
+    loop {
+        let (mut is_large, mut length, mut first) = (false, 0, true);
+        loop {
+            let mut line = String::new();
+            if reader.read_line(&mut line)? == 0 {
+                return Ok(());
+            }
+            is_large |= first && line.contains("/1m");
+            first = false;
+            if let Some(said) = line.to_ascii_lowercase().strip_prefix("content-length:") {
+                length = said.trim().parse()?;
+            }
+            if line == "\r\n" {
+                break;
+            }
+        }
+        std::io::copy(&mut (&mut reader).take(length), &mut std::io::sink())?;
+        stream.write_all(if is_large { large.as_bytes() } else { small.as_bytes() })?;
+    }
+}
+
+/// Lets the clients make `count` requests together.
+fn http1(web: SocketAddr, cell: &str, work: Work, count: usize) -> Result<()> {
+    let body = if cell == "upload" { "x".repeat(64 << 10) } else { String::new() };
+    let (method, length) = match body.len() {
+        0 => ("GET", String::new()),
+        length => ("POST", format!("Content-Length: {length}\r\n")),
+    };
+    let closes = if work == Work::Connecting { "Connection: close\r\n" } else { "" };
+    let request = format!(
+        "{method} /{cell} HTTP/1.1\r\nHost: {web}\r\nUser-Agent: bench\r\nAccept: */*\r\n{length}{closes}\r\n{body}"
+    );
+    thread::scope(|scope| {
+        let client = |number: usize| {
+            let share = count / CLIENTS + usize::from(number < count % CLIENTS);
+            let request = request.as_bytes();
+            scope.spawn(move || -> Result<()> {
+                let mut kept = None;
+                for _ in 0..share {
+                    let mut connection = match kept.take() {
+                        Some(connection) => connection,
+                        None => connect(web)?,
+                    };
+                    connection.get_mut().write_all(request)?;
+                    read_answer(&mut connection)?;
+                    kept = Some(connection).filter(|_| work == Work::Kept);
+                }
+                Ok(())
+            })
+        };
+        let clients: Vec<_> = (0..CLIENTS).map(client).collect();
+        clients.into_iter().try_for_each(|client| client.join().expect("a client"))
+    })
+}
+
+fn connect(web: SocketAddr) -> Result<BufReader<TcpStream>> {
+    let stream = TcpStream::connect(web)?;
+    stream.set_nodelay(true)?;
+    stream.set_read_timeout(Some(PATIENCE))?;
+    Ok(BufReader::new(stream))
+}
+
+fn read_answer(connection: &mut BufReader<TcpStream>) -> Result<()> {
+    let mut length = None;
+    for number in 0.. {
+        let mut line = String::new();
+        ensure!(connection.read_line(&mut line)? > 0, "the connection was closed");
+        ensure!(number > 0 || line.contains(" 200 "), "{line}");
+        if let Some(said) = line.to_ascii_lowercase().strip_prefix("content-length:") {
+            length = Some(said.trim().parse()?);
+        }
+        if line == "\r\n" {
+            break;
+        }
+    }
+    let length: u64 = length.context("no length")?;
+    let read = std::io::copy(&mut connection.take(length), &mut std::io::sink())?;
+    ensure!(read == length, "half an answer");
+    Ok(())
+}
+
+/// Four connections with four streams each at a time.
+fn http2(web: SocketAddr, count: usize) -> Result<()> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    runtime.block_on(async {
+        let mut clients = Vec::new();
+        for number in 0..CLIENTS / 4 {
+            let stream = tokio::net::TcpStream::connect(web).await?;
+            stream.set_nodelay(true)?;
+            let (send, connection) = h2::client::handshake(stream).await?;
+            tokio::spawn(connection);
+            for stream in 0..4 {
+                let number = 4 * number + stream;
+                let share = count / CLIENTS + usize::from(number < count % CLIENTS);
+                clients.push(tokio::spawn(ask(send.clone(), web, share)));
+            }
+        }
+        for client in clients {
+            client.await??;
+        }
+        Ok(())
+    })
+}
+
+async fn ask(send: h2::client::SendRequest<Bytes>, web: SocketAddr, count: usize) -> Result<()> {
+    for _ in 0..count {
+        let request = http::Request::get(format!("http://{web}/small")).header("user-agent", "bench").body(())?;
+        let (answer, _) = send.clone().ready().await?.send_request(request, true)?;
+        let answer = answer.await?;
+        ensure!(answer.status() == 200, "{}", answer.status());
+        let mut body = answer.into_body();
+        while let Some(piece) = body.data().await {
+            body.flow_control().release_capacity(piece?.len())?;
+        }
+    }
+    Ok(())
+}
