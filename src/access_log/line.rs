@@ -4,7 +4,9 @@
 //! whatever the bytes, a line is one line, and in JSON it is one object. Times are in milliseconds with three decimals,
 //! cut and not rounded, and the total is the sum of the phases as they stand, so that a line adds up.
 
+use std::cell::Cell;
 use std::io::Write;
+use std::net::IpAddr;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use super::Record;
@@ -20,7 +22,9 @@ pub(super) fn json(line: &mut Vec<u8>, record: &Record<'_>) {
     line.push(b'"');
     json_text(line, "listener", record.listener.as_bytes());
     if let Some(client) = record.client {
-        put(line, format_args!(",\"client\":\"{client}\""));
+        line.extend_from_slice(b",\"client\":\"");
+        address(line, client);
+        line.push(b'"');
     }
     json_text(line, "method", record.method.as_bytes());
     json_text(line, "host", record.host);
@@ -86,7 +90,7 @@ pub(super) fn json(line: &mut Vec<u8>, record: &Record<'_>) {
 /// Bytes other than printable ASCII, and `"` and `\`, are written `\xNN`, as nginx does.
 pub(super) fn combined(line: &mut Vec<u8>, record: &Record<'_>) {
     match record.client {
-        Some(client) => put(line, format_args!("{client}")),
+        Some(client) => address(line, client),
         None => line.push(b'-'),
     }
     line.extend_from_slice(b" - - [");
@@ -181,6 +185,33 @@ fn combined_text(line: &mut Vec<u8>, key: &str, value: Option<&[u8]>) {
     line.push(b'"');
 }
 
+/// Writes an address. One of IPv4 by hand, for each line has one.
+fn address(line: &mut Vec<u8>, address: IpAddr) {
+    let IpAddr::V4(address) = address else { return put(line, format_args!("{address}")) };
+    for (place, byte) in address.octets().into_iter().enumerate() {
+        if place > 0 {
+            line.push(b'.');
+        }
+        digits(line, byte.into(), 1);
+    }
+}
+
+/// Whether all bytes stand for themselves in both formats. Looks at eight at a time: most of a line is text that does.
+fn are_plain(bytes: &[u8]) -> bool {
+    const ONES: u64 = 0x0101_0101_0101_0101;
+    const HIGH: u64 = ONES << 7;
+    // The highest bit of a byte is set where one is less than `n`, or it or a higher one may be: only whether there is
+    // any is asked.
+    let less = |word: u64, n: u8| word.wrapping_sub(ONES * u64::from(n)) & !word & HIGH;
+    let is = |word: u64, byte: u8| less(word ^ (ONES * u64::from(byte)), 1);
+    let (words, rest) = bytes.as_chunks::<8>();
+    let odd = words.iter().fold(0, |odd, word| {
+        let word = u64::from_le_bytes(*word);
+        odd | (word & HIGH) | less(word, b' ') | is(word, b'"') | is(word, b'\\') | is(word, 0x7f)
+    });
+    odd == 0 && rest.iter().copied().all(is_plain)
+}
+
 /// Whether a byte stands for itself in both formats.
 fn is_plain(byte: u8) -> bool {
     matches!(byte, b' '..=b'~') && byte != b'"' && byte != b'\\'
@@ -188,7 +219,7 @@ fn is_plain(byte: u8) -> bool {
 
 /// Escapes what stands in a text of JSON; bytes that are not UTF-8 become `\xNN`, as text.
 pub fn escape_json(line: &mut Vec<u8>, bytes: &[u8]) {
-    if bytes.iter().copied().all(is_plain) {
+    if are_plain(bytes) {
         return line.extend_from_slice(bytes);
     }
     for chunk in bytes.utf8_chunks() {
@@ -207,7 +238,7 @@ pub fn escape_json(line: &mut Vec<u8>, bytes: &[u8]) {
 
 /// Escapes what stands in the combined format: all but printable ASCII, and `"` and `\`, become `\xNN`.
 pub fn escape_combined(line: &mut Vec<u8>, bytes: &[u8]) {
-    if bytes.iter().copied().all(is_plain) {
+    if are_plain(bytes) {
         return line.extend_from_slice(bytes);
     }
     for &byte in bytes {
@@ -235,6 +266,9 @@ fn millis(line: &mut Vec<u8>, key: &str, micros: u64) {
 
 /// Writes at least so many digits.
 fn digits(line: &mut Vec<u8>, mut number: u64, least: usize) {
+    if number < 10 && least == 1 {
+        return line.push(b'0' + number as u8);
+    }
     // `u64::MAX` has twenty digits.
     let mut text = [b'0'; 20];
     let mut start = text.len();
@@ -260,8 +294,28 @@ fn total(clock: &Clock) -> u64 {
     visited(clock).map(|(_, spent)| spent).fold(0, u64::saturating_add)
 }
 
-/// `2000-10-10T13:55:36.123Z`
+thread_local! {
+    /// The second that this thread wrote last, and how.
+    static SECOND: Cell<(u64, [u8; 24])> = const { Cell::new((u64::MAX, [b'0'; 24])) };
+}
+
+/// `2000-10-10T13:55:36.123Z`. Of a second that was written before only the milliseconds are made anew.
 fn rfc3339(time: SystemTime) -> [u8; 24] {
+    let Ok(since) = time.duration_since(UNIX_EPOCH) else { return whole_rfc3339(time) };
+    let (second, mut text) = SECOND.get();
+    if second != since.as_secs() {
+        text = whole_rfc3339(time);
+        SECOND.set((since.as_secs(), text));
+        return text;
+    }
+    let millis = since.subsec_millis();
+    for (place, unit) in [(20, 100), (21, 10), (22, 1)] {
+        text[place] = b'0' + (millis / unit % 10) as u8;
+    }
+    text
+}
+
+fn whole_rfc3339(time: SystemTime) -> [u8; 24] {
     // Outside these, a clock that is set absurdly, there is no such text: humantime panics before and fails after.
     let last = UNIX_EPOCH + Duration::from_secs(253_402_300_799);
     let mut text = [b'0'; 24];
@@ -295,6 +349,33 @@ pub(super) mod tests {
     use super::*;
     use crate::config::server::AccessLog;
     use crate::spans::TraceId;
+
+    proptest! {
+        #[test]
+        fn a_text_is_plain_if_each_of_its_bytes_is(bytes in prop::collection::vec(any::<u8>(), 0..40), odd in any::<u8>()) {
+            prop_assert_eq!(are_plain(&bytes), bytes.iter().copied().all(is_plain));
+            let mut text = vec![b'a'; 23];
+            text[usize::from(odd) % 23] = odd;
+            prop_assert_eq!(are_plain(&text), is_plain(odd));
+        }
+
+        #[test]
+        fn a_time_is_written_the_same_whatever_was_written_before(millis in prop::collection::vec(0u64..5_000, 1..20)) {
+            for millis in millis {
+                let time = time() + Duration::from_millis(millis);
+                prop_assert_eq!(rfc3339(time), whole_rfc3339(time));
+            }
+        }
+
+        #[test]
+        fn an_address_is_written_as_it_is_read(v4 in any::<u32>(), v6 in any::<u128>()) {
+            for address in [IpAddr::from(v4.to_be_bytes()), IpAddr::from(v6.to_be_bytes())] {
+                let mut line = Vec::new();
+                super::address(&mut line, address);
+                prop_assert_eq!(String::from_utf8_lossy(&line).into_owned(), address.to_string());
+            }
+        }
+    }
 
     /// 2000-10-10T13:55:36.123Z
     fn time() -> SystemTime {
