@@ -71,6 +71,8 @@ pub struct Record<'a> {
     pub endpoint: Option<&'a str>,
     /// How many endpoints were asked.
     pub attempts: u32,
+    /// Why it went by Pingora's driver and not by ours; absent if it did not.
+    pub handed_over: Option<&'static str>,
     /// The attempts that came to nothing, in their order; absent if there are none.
     pub failed: &'a [Failed],
     /// Why Forebay ended the exchange, if it did.

@@ -2,7 +2,7 @@
 //! parked.
 //!
 //! [`Front`] is what Pingora hands sockets to. On HTTP/1 it owns the keep-alive loop: park, read the header, check it,
-//! let Pingora's proxy run one exchange, take the stream back, park again. On HTTP/2 [`http2`] owns the connection and
+//! let the [`driver`] run one exchange, take the stream back, park again. On HTTP/2 [`http2`] owns the connection and
 //! every stream is an exchange of its own. What is refused before Pingora could see it is answered, counted and logged
 //! here.
 
@@ -13,6 +13,7 @@ pub mod challenges;
 pub mod connection;
 pub mod cut;
 pub mod descriptors;
+pub mod driver;
 pub mod entrance;
 pub mod farewell;
 pub mod frames;
@@ -45,11 +46,10 @@ use std::time::{Duration, Instant, SystemTime};
 
 use async_trait::async_trait;
 use bytes::BytesMut;
-use pingora::apps::{HttpServerApp, ReusedHttpStream, ServerApp};
+use pingora::apps::ServerApp;
 use pingora::protocols::Stream;
 use pingora::protocols::http::ServerSession;
 use pingora::server::ShutdownWatch;
-use pingora_proxy::{HttpProxy, ProxyHttp};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::sync::watch;
 
@@ -61,9 +61,9 @@ use crate::party::What;
 use crate::party::wait::{NoClient, within};
 use crate::phase::journal::Cycle;
 use crate::phase::{Clock, Phase};
-use crate::upstream::transport::connector::Endpoints;
 use connection::{Begin, Connection, Counted, Inflight, Introduced, Listener, Listeners, StateGauge};
 use cut::Cut;
+use driver::{Driven, Driver};
 use entrance::{Ends, Entered};
 use lane::{Lanes, Newcomer};
 use relay::{Passed, Relay};
@@ -79,7 +79,7 @@ const TURN_AWAY_AT_ONCE: usize = 64;
 
 /// Where Pingora hands accepted sockets to.
 pub struct Front<P> {
-    proxy: Arc<HttpProxy<P, Endpoints>>,
+    driver: Driver<P>,
     desk: Arc<Desk>,
 }
 
@@ -172,6 +172,7 @@ impl Desk {
             upstream: None,
             endpoint: None,
             attempts: 0,
+            handed_over: None,
             failed: &[],
             reason: Some(refusal.reason),
             grpc_status: None,
@@ -188,16 +189,16 @@ impl Desk {
 
 impl<P> Front<P> {
     /// Puts the reception before the proxy.
-    pub fn new(proxy: Arc<HttpProxy<P, Endpoints>>, desk: Arc<Desk>) -> Self {
-        Front { proxy, desk }
+    pub fn new(driver: Driver<P>, desk: Arc<Desk>) -> Self {
+        Front { driver, desk }
     }
 }
 
 #[async_trait]
 impl<P> ServerApp for Front<P>
 where
-    P: ProxyHttp + Send + Sync + 'static,
-    P::CTX: Send + Sync,
+    P: Driven + Send + Sync + 'static,
+    P::CTX: Send + Sync + 'static,
 {
     /// Gives the connection a small task of its own and lets Pingora's, which is large, end.
     async fn process_new(self: &Arc<Self>, io: Stream, shutdown: &ShutdownWatch) -> Option<Stream> {
@@ -236,8 +237,8 @@ where
 
 impl<P> Front<P>
 where
-    P: ProxyHttp + Send + Sync + 'static,
-    P::CTX: Send + Sync,
+    P: Driven + Send + Sync + 'static,
+    P::CTX: Send + Sync + 'static,
 {
     /// Takes a connection through what stands before HTTP, and serves it.
     async fn enter(self: Arc<Self>, io: Stream, counted: Counted, ends: Ends, mut shutdown: ShutdownWatch) {
@@ -274,9 +275,9 @@ where
 
 impl Desk {
     /// Runs an exchange to its end, or until the time of all of them is over.
-    async fn run<F>(&self, mut exchange: Metered<F>) -> Option<ReusedHttpStream>
+    async fn run<F, T>(&self, mut exchange: Metered<F>) -> Option<T>
     where
-        F: Future<Output = Option<ReusedHttpStream>> + Unpin,
+        F: Future<Output = Option<T>> + Unpin,
     {
         let ended = tokio::select! {
             biased;
@@ -319,6 +320,7 @@ impl Desk {
             upstream: Some(&relay.upstream.name),
             endpoint: passed.endpoint.as_deref(),
             attempts: passed.attempts,
+            handed_over: None,
             failed: &[],
             reason: passed.refusal.map(|refusal| refusal.reason),
             grpc_status: None,
@@ -403,8 +405,8 @@ impl Arrival {
 
 impl<P> Visit<P>
 where
-    P: ProxyHttp + Send + Sync + 'static,
-    P::CTX: Send + Sync,
+    P: Driven + Send + Sync + 'static,
+    P::CTX: Send + Sync + 'static,
 {
     fn new(front: Arc<Front<P>>, connection: Arc<Connection>, shutdown: ShutdownWatch) -> Self {
         let state = StateGauge::new(connection.listener.clone(), ConnectionState::Idle);
@@ -504,7 +506,7 @@ where
         }
     }
 
-    /// Lets Pingora run the exchange whose header is at hand.
+    /// Runs the exchange whose header is at hand.
     async fn proxy(
         &self,
         stream: Box<ClientStream>,
@@ -526,8 +528,8 @@ where
         let connection = self.connection.clone();
         let (header_done, control) = (Instant::now(), None);
         let begin = Begin { connection, accept, handshake, header_since, header_in, header_done, control };
-        let exchange = Introduced::new(begin, self.front.proxy.process_new_http(session, &self.shutdown));
-        let (stream, _) = self.front.desk.run(Metered::new(exchange)).await?.consume();
+        let exchange = Introduced::new(begin, Box::pin(self.front.driver.run(session, &self.shutdown)));
+        let stream = self.front.desk.run(Metered::new(exchange)).await?;
         stream.into_any().downcast::<ClientStream>().ok()
     }
 
@@ -687,13 +689,13 @@ impl<P> Http2<P> {
 
 impl<P> ActiveStream<P>
 where
-    P: ProxyHttp + Send + Sync + 'static,
-    P::CTX: Send + Sync,
+    P: Driven + Send + Sync + 'static,
+    P::CTX: Send + Sync + 'static,
 {
-    /// Lets Pingora run the exchange of one stream.
+    /// Runs the exchange of one stream.
     async fn exchange(self, stream: http2::Stream, ending: ShutdownWatch) {
         let http2 = &self.http2;
-        let Front { proxy, desk } = &*http2.front;
+        let Front { driver, desk } = &*http2.front;
         let listener = &http2.connection.listener;
         let _inflight = desk.ending.inflight.enter();
         listener.metrics.h2_requests.inc();
@@ -706,6 +708,6 @@ where
         let (accept, control) = (None, Some(stream.control()));
         let begin = Begin { connection, accept, handshake, header_since: now, header_in, header_done: now, control };
         let session = ServerSession::new_custom(Box::new(stream));
-        desk.run(Metered::new(Introduced::new(begin, proxy.process_new_http(session, &ending)))).await;
+        desk.run(Metered::new(Introduced::new(begin, Box::pin(driver.run(session, &ending))))).await;
     }
 }

@@ -36,6 +36,8 @@ use crate::client::challenges::Challenges;
 use crate::client::connection::{Common, Fittings, Inflight, Listener, Listeners};
 use crate::client::cut::Cut;
 use crate::client::descriptors::{Doorway, Shares, lowest_free};
+use crate::client::driver::course::Reason;
+use crate::client::driver::{self, Driver};
 use crate::client::intake::IntakeTerms;
 use crate::client::lane::{Door, Lanes};
 use crate::client::names::Names;
@@ -61,7 +63,6 @@ use crate::eventloop::{self, Loops};
 use crate::expression::named::Named;
 use crate::filter::{Catalog, FilterType, Surroundings};
 use crate::metrics::{Metrics, RouteMetrics, UNROUTED};
-use crate::proxy::Proxy;
 use crate::proxy::call::Directory;
 use crate::proxy::finish::Settler;
 use crate::proxy::header::upgrade::Upgrades;
@@ -72,6 +73,7 @@ use crate::proxy::route::path::Paths;
 use crate::proxy::route::table::Table;
 use crate::proxy::route::{Destination, Route};
 use crate::proxy::send::Manners;
+use crate::proxy::{Proxy, Steering};
 use crate::recorder::Recorder;
 use crate::spans::Tracer;
 use crate::upstream::transport::connector::Endpoints;
@@ -275,8 +277,11 @@ impl Gateway {
             recorder: recorder.clone(),
         });
         let proxy = Proxy {
-            routes: parts.routes,
-            rules: Rules { trusted: TrustedProxies::new(&config.trusted_proxies), paths: Paths::new(&config.paths) },
+            routes: Arc::new(parts.routes),
+            rules: Arc::new(Rules {
+                trusted: TrustedProxies::new(&config.trusted_proxies),
+                paths: Paths::new(&config.paths),
+            }),
             manners: Manners { forwarded: config.forwarded, via: config.via },
             metrics: metrics.clone(),
             settler: settler.clone(),
@@ -284,11 +289,18 @@ impl Gateway {
             depot: depot.clone(),
             lanes: lanes.clone(),
             challenges: parts.challenges.clone(),
+            steering: Steering {
+                on: uses_own_driver(),
+                shares_tasks: config.server.work_stealing,
+                metrics: Arc::new(metrics.driver(Reason::ALL.map(Reason::name))),
+            },
         };
+        let kept = server.configuration.upstream_keepalive_pool_size.div_ceil(threads);
+        let terms = driver::Terms { pool: kept, attempts: server.configuration.max_retries };
         let endpoints = Endpoints::new(ConnectorOptions::from_server_conf(&server.configuration));
         let nobody: ProcessCustomSession<_, _> = Arc::new(|_, _, _| Box::pin(std::future::ready(None)));
-        let builder = ProxyServiceBuilder::new(&server.configuration, proxy).custom(endpoints, nobody);
-        let proxy = unpacked(builder.build());
+        let builder = ProxyServiceBuilder::new(&server.configuration, proxy.clone()).custom(endpoints, nobody);
+        let driver = Driver::new(proxy, Arc::new(unpacked(builder.build())), terms);
         let desk = Desk::new(
             listeners,
             metrics.clone(),
@@ -298,7 +310,7 @@ impl Gateway {
             lanes,
             unrouted.clone(),
         );
-        let mut web = ListeningService::new("web".to_owned(), Front::new(Arc::new(proxy), Arc::new(desk)));
+        let mut web = ListeningService::new("web".to_owned(), Front::new(driver, Arc::new(desk)));
         for socket in &sockets {
             web.add_listener(socket.listener_config());
         }
@@ -379,6 +391,11 @@ fn unpacked<P, C: CustomConnector>(service: ListeningService<HttpProxy<P, C>>) -
     let proxy = service.app_logic().expect("a service that was just built has what it serves");
     // SAFETY: the service is never used again and never dropped, so that the proxy has one owner.
     unsafe { std::ptr::read(proxy) }
+}
+
+/// Whether plain exchanges go by our own driver. Tests have them all go by Pingora's, too.
+fn uses_own_driver() -> bool {
+    std::env::var_os("FOREBAY_TEST_DRIVER").is_none_or(|driver| driver != "pingora")
 }
 
 /// How many idle connections to upstreams of mirrors are kept.

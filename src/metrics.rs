@@ -6,6 +6,7 @@
 
 mod acme;
 pub mod call;
+pub mod driver;
 pub mod endpoints;
 pub mod family;
 mod limits;
@@ -32,6 +33,7 @@ use prometheus::{
 use crate::error::{Refusal, refusal};
 use crate::phase::Phase;
 use call::CallMetrics;
+use driver::DriverMetrics;
 use endpoints::{EndpointCollector, EndpointMetrics, Group, Groups};
 use mirror::MirrorMetrics;
 use phases::{PhaseCollector, Roll};
@@ -79,6 +81,7 @@ struct Families {
     exchange_seconds: HistogramVec,
     phase_seconds: HistogramVec,
     own_seconds: HistogramVec,
+    driver_exchanges: IntCounterVec,
     write_blocked: CounterVec,
     upstream_held: HistogramVec,
     upstream_saved: CounterVec,
@@ -220,6 +223,11 @@ impl Metrics {
             refusals: self.refusals().clone(),
             open: STATES.map(open),
         }
+    }
+
+    /// Those of the drivers of exchanges, for these reasons to go by Pingora's.
+    pub fn driver(&self, reasons: impl IntoIterator<Item = &'static str>) -> DriverMetrics {
+        DriverMetrics::of(&self.families().driver_exchanges, reasons)
     }
 
     /// Those of accepting connections, over all listeners.
@@ -480,6 +488,7 @@ impl Families {
             exchange_seconds: family::EXCHANGE_SECONDS.histogram(registry),
             phase_seconds: family::PHASE_SECONDS.histogram(registry),
             own_seconds: family::OWN_SECONDS.histogram(registry),
+            driver_exchanges: family::DRIVER_EXCHANGES.counter(registry),
             write_blocked: family::WRITE_BLOCKED.seconds(registry),
             upstream_held: family::UPSTREAM_HELD.histogram(registry),
             upstream_saved: family::UPSTREAM_SAVED.seconds(registry),
@@ -867,6 +876,7 @@ mod tests {
         route.spills(Direction::Request);
         metrics.listener("web");
         metrics.doorway();
+        metrics.driver(["off"]);
         metrics.relay("web", "tcp");
         metrics.acme("ours").show("a.test", 0, 0);
         metrics.challenges();

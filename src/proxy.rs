@@ -40,24 +40,30 @@ use pingora::{Error, ErrorType, Result};
 use pingora_proxy::{FailToProxy, ProxyHttp, ProxyWarnLogContext, Session};
 
 use crate::client::challenges::Challenges;
+use crate::client::driver::course::{Course, Facts, Reason};
+use crate::client::driver::{Driven, handover};
 use crate::client::lane::Lanes;
 use crate::client::spool::Depot;
 use crate::error::{Refusal, refusal};
 use crate::filter::{Refused, Verdict};
 use crate::metrics::Metrics;
+use crate::metrics::driver::DriverMetrics;
 use crate::phase::Phase;
+use crate::upstream::Upstream;
+use crate::upstream::transport::dial::Dialer;
 use exchange::{Attempt, Carried, Exchange};
 use finish::Settler;
 use route::Route;
 use route::table::Table;
 use send::Manners;
 
-/// The gateway as Pingora sees it.
+/// The gateway as Pingora and our own driver see it. Clones share what they are made of.
+#[derive(Clone)]
 pub struct Proxy {
     /// Which request goes where.
-    pub routes: Table<Arc<Route>>,
+    pub routes: Arc<Table<Arc<Route>>>,
     /// What holds for the headers of all requests.
-    pub rules: header::Rules,
+    pub rules: Arc<header::Rules>,
     /// What is added to every request.
     pub manners: Manners,
     /// Gauges of the phases.
@@ -72,6 +78,29 @@ pub struct Proxy {
     pub lanes: Arc<Lanes>,
     /// What issuers of certificates are waited for to ask.
     pub challenges: Arc<Challenges>,
+    /// Which exchanges go by our own driver.
+    pub steering: Steering,
+}
+
+/// What holds for all exchanges as to which driver they go by.
+#[derive(Clone)]
+pub struct Steering {
+    /// Our own driver is in use.
+    pub on: bool,
+    /// Workers share their tasks.
+    pub shares_tasks: bool,
+    /// Counts exchanges by their driver.
+    pub metrics: Arc<DriverMetrics>,
+}
+
+impl Steering {
+    /// Which driver this exchange goes by, which is counted.
+    fn steer(&self, exchange: &Exchange, upstream: &Upstream) -> Course {
+        let (upgrade, spoken) = (exchange.upgrade.is_some(), upstream.spoken());
+        let course = Course::choose(Facts { on: self.on, shares_tasks: self.shares_tasks, upgrade, spoken });
+        self.metrics.driven(course.reason().map(Reason::name)).inc();
+        course
+    }
 }
 
 #[async_trait]
@@ -79,11 +108,19 @@ impl ProxyHttp for Proxy {
     type CTX = Carried;
 
     fn new_ctx(&self) -> Carried {
+        // Pingora's driver may go on with one that ours has begun.
+        if let Some(exchange) = handover::begun() {
+            return exchange;
+        }
         Carried::new(Exchange::begin(&self.metrics))
     }
 
     /// `header`, `route`, `buffer`.
     async fn request_filter(&self, session: &mut Session, exchange: &mut Carried) -> Result<bool> {
+        if exchange.course.is_some() {
+            // It has passed them.
+            return Ok(false);
+        }
         exchange.ended_with_header = exchange.control.is_some() && session.is_body_empty();
         let verdict = self.route(session.req_header_mut(), exchange).await;
         if *self.stopping.borrow() {
@@ -119,6 +156,7 @@ impl ProxyHttp for Proxy {
         if session.is_body_empty() || exchange.link.as_ref().is_some_and(|link| link.length().is_some()) {
             deadline::begin(exchange, Instant::now());
         }
+        exchange.course = Some(self.steering.steer(exchange, &upstream));
         Ok(false)
     }
 
@@ -295,6 +333,21 @@ impl ProxyHttp for Proxy {
 
     fn suppress_proxy_warn_log(&self, _: &Session, _: &Carried, _: &Error, _: ProxyWarnLogContext) -> bool {
         true
+    }
+}
+
+impl Driven for Proxy {
+    fn course(exchange: &Carried) -> Course {
+        // Without an upstream there is nobody to be asked; Pingora's driver is told so as any other.
+        exchange.course.unwrap_or(Course::Own)
+    }
+
+    fn dialer(exchange: &Carried) -> Option<Arc<Dialer>> {
+        exchange.endpoint().map(|endpoint| endpoint.dialer().clone())
+    }
+
+    fn keeps_connection(exchange: &Carried) -> bool {
+        exchange.attempt.as_ref().is_some_and(|attempt| !attempt.has_closed())
     }
 }
 

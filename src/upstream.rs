@@ -130,6 +130,17 @@ pub struct Timeouts {
     pub receive: Duration,
 }
 
+/// What is spoken with endpoints.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Spoken {
+    /// HTTP/1; else HTTP/2.
+    pub http1: bool,
+    /// It is spoken over TLS.
+    pub tls: bool,
+    /// The endpoint is told first of the client that a connection is for.
+    pub proxy_protocol: bool,
+}
+
 impl Upstream {
     /// Builds the upstream `name`. It reads the files that are named in it; names are still to be looked up
     /// ([`look_up`]).
@@ -215,6 +226,15 @@ impl Upstream {
     /// Whether an exchange has a connection to its endpoint for itself.
     pub fn is_http1(&self) -> bool {
         self.transport.protocol == Protocol::Http1
+    }
+
+    /// What is spoken with its endpoints, and over what.
+    pub fn spoken(&self) -> Spoken {
+        Spoken {
+            http1: self.is_http1(),
+            tls: self.transport.is_secure(),
+            proxy_protocol: self.transport.introduces_clients(),
+        }
     }
 
     /// Whether its endpoints can be asked by gRPC, which is nothing without HTTP/2.

@@ -46,6 +46,7 @@ pub(super) fn json(line: &mut Vec<u8>, record: &Record<'_>) {
     json_option(line, "upstream", record.upstream.map(str::as_bytes));
     json_option(line, "endpoint", record.endpoint.map(str::as_bytes));
     number(line, ",\"attempts\":", record.attempts.into());
+    json_option(line, "handed_over", record.handed_over.map(str::as_bytes));
     for (place, failed) in record.failed.iter().enumerate() {
         line.extend_from_slice(if place == 0 { b",\"failed\":[{" } else { b",{" });
         line.extend_from_slice(b"\"endpoint\":\"");
@@ -132,6 +133,7 @@ pub(super) fn combined(line: &mut Vec<u8>, record: &Record<'_>) {
         millis(line, " ", micros(failed.took));
     }
     line.extend_from_slice(if record.failed.is_empty() { b" failed=-" } else { b"\"" });
+    combined_text(line, " handed_over=", record.handed_over.map(str::as_bytes));
     combined_text(line, " reason=", record.reason.map(str::as_bytes));
     match record.grpc_status {
         Some(status) => number(line, " grpc_status=", status.into()),
@@ -413,6 +415,7 @@ pub(super) mod tests {
             upstream: Some("app"),
             endpoint: Some("127.0.0.1:3000"),
             attempts: 1,
+            handed_over: None,
             failed: &[],
             reason: None,
             grpc_status: None,
@@ -500,7 +503,7 @@ pub(super) mod tests {
             r#"192.0.2.7 - - [10/Oct/2000:13:55:36 +0000] "GET /cart?id=7 HTTP/1.1" 200 5120 "a \x22quote\x22" "curl/8.5.0""#,
             r#" total_ms=5.129 own_ms=0.041 phases="header=0.120 wait=5.000 finish=0.009""#,
             r#" listener="web" host="shop.example.com" received=310 route="shop" upstream="app" endpoint="127.0.0.1:3000""#,
-            r#" attempts=1 failed=- reason="wait.timeout" grpc_status=- request_id="-""#,
+            r#" attempts=1 failed=- handed_over="-" reason="wait.timeout" grpc_status=- request_id="-""#,
             " buffered=0 spilled=0 held_ms=- saved_ms=0.000 tls=\"-\" client_subject=\"-\" trace_id=-\n",
         );
         assert_eq!(combined_of(&record), expected);

@@ -114,6 +114,8 @@ families! {
         "Exchanges, and connections before their first one, that are in a phase now.";
     PHASE_OLDEST: "forebay_phase_oldest_seconds", Gauge, ["phase"],
         "For how long the first of those that are in a phase now has been in it; 0 if there is none.";
+    DRIVER_EXCHANGES: "forebay_driver_exchanges_total", Counter, ["driver", "reason"],
+        "Exchanges that went to an upstream, by the driver that they went by, and why it was not Forebay's own.";
     OWN_SECONDS: "forebay_own_seconds", Histogram(OWN), ["route"],
         "Time that Forebay itself cost an exchange: the polls of its future, without any waiting.";
     WRITE_BLOCKED: "forebay_write_blocked_seconds_total", Counter, ["route"],

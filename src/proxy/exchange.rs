@@ -17,6 +17,7 @@ use super::route::Route;
 use super::watch::Watch;
 use crate::access_log::{Failed, Why};
 use crate::client::connection::{Begin, Connection, UnderWay, introduction};
+use crate::client::driver::course::Course;
 use crate::client::http2::Control;
 use crate::client::remains;
 use crate::client::session::Link;
@@ -86,6 +87,8 @@ pub struct Exchange {
     pub filters: Option<Arc<FilterStates>>,
     /// The upstream it goes to.
     pub upstream: Option<Arc<Upstream>>,
+    /// By which driver, once its filters have let it pass.
+    pub course: Option<Course>,
     /// The hash of its key, for upstreams that go by one.
     pub hash: u64,
     /// Where its client stays, by a cookie of ours.
@@ -230,6 +233,8 @@ pub struct Attempt {
     answered: Option<(Duration, StatusCode)>,
     /// A connection that it has for itself, and whether it is to be the last to have it.
     own: Option<(RawFd, bool)>,
+    /// That connection was closed, so that nobody has it after this one.
+    closed: bool,
     ended: bool,
 }
 
@@ -251,6 +256,7 @@ impl Attempt {
             sent: false,
             answered: None,
             own: None,
+            closed: false,
             ended: false,
         }
     }
@@ -273,7 +279,13 @@ impl Attempt {
             && (last || self.upstream.has_surplus_connections())
         {
             window::close(socket);
+            self.closed = true;
         }
+    }
+
+    /// Whether its connection was closed because it is not to be kept.
+    pub fn has_closed(&self) -> bool {
+        self.closed
     }
 
     /// A piece of the request is passed on.
@@ -397,6 +409,7 @@ impl Exchange {
             route: None,
             filters: None,
             upstream: None,
+            course: None,
             hash: 0,
             stuck: None,
             tried: Vec::new(),

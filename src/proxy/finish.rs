@@ -157,6 +157,7 @@ impl Settler {
             upstream: exchange.upstream.as_ref().map(|upstream| &*upstream.name),
             endpoint: exchange.endpoint().map(|endpoint| &*endpoint.label),
             attempts: exchange.attempts,
+            handed_over: exchange.course.and_then(|course| course.reason()).map(|reason| reason.name()),
             failed: &exchange.failed,
             reason: exchange.refusal.map(|refusal| refusal.reason),
             grpc_status: exchange.grpc.and_then(|call| call.status),

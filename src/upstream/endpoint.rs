@@ -136,6 +136,11 @@ impl Endpoint {
         peer
     }
 
+    /// Who makes connections to it that nobody is told of first.
+    pub fn dialer(&self) -> &Arc<Dialer> {
+        &self.dialer
+    }
+
     /// A connection of this age, which exchanges share, is to get no further ones: those that begin from now on share a
     /// new one. Nothing happens if that was seen to since it was made.
     pub fn renew(&self, age: Duration, now: Instant) {

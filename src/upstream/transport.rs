@@ -117,6 +117,11 @@ impl Transport {
         self.tls.as_ref()?.objection(host)
     }
 
+    /// Whether TLS is spoken.
+    pub fn is_secure(&self) -> bool {
+        self.tls.is_some()
+    }
+
     /// Whether an endpoint is told whom a connection is for.
     pub fn introduces_clients(&self) -> bool {
         self.proxy_protocol

@@ -22,6 +22,7 @@ mod config;
 mod connect;
 mod deadline;
 mod discovery;
+mod driver;
 mod endings;
 mod eventloop;
 mod expressions;

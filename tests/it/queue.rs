@@ -7,7 +7,7 @@ use forebay::phase::Phase;
 
 use crate::harness::client::{H2Client, request};
 use crate::harness::gateway::Watched;
-use crate::harness::origin::Connection;
+use crate::harness::origin::{Connection, response};
 use crate::harness::{Client, Gateway, Origin, Setup, eventually, may_open_files, ok};
 
 const QUEUE: &str = "forebay_upstream_queue{upstream=\"app\"}";
@@ -205,7 +205,9 @@ fn a_websocket_that_waits_leaves_when_its_client_does_and_is_let_through_when_it
     let (gone, stays) = (ask(1.0), ask(2.0));
     gone.reset();
     gateway.wait_metric(QUEUE, |waiting| waiting == 1.0);
-    connection.answer("first");
+    // Else it might go over the same connection or not: the two drivers share none.
+    connection.send(response("200 OK", "Connection: close\r\n", "first"));
+    let mut connection = origin.accept();
     assert_eq!(connection.request().value("upgrade"), Some("websocket"));
     connection.send("HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n\r\nhello");
     let mut socket = stays.into_wire();

@@ -539,6 +539,8 @@ const WAITS: &[(&str, usize, &str)] = &[
     ("client/connection.rs", 1, "the time of a stop bounds it"),
     ("client/cut.rs", 1, "ends with the exchange that it is beside"),
     ("client/descriptors.rs", 1, "the pause of a listener: connections wait in the kernel"),
+    ("client/driver/attempt.rs", 1, "client and endpoint at once; the gate of the exchange has the clocks and the eye"),
+    ("client/driver/pool.rs", 1, "the pauses of a background task"),
     ("client/farewell.rs", 1, "a tick of what is itself a deadline"),
     ("client/http2.rs", 2, "a stop beside the frames of a connection, which reading and the guard bound"),
     ("client/http2/guard.rs", 1, "it is the deadline of a frame"),

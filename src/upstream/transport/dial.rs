@@ -120,31 +120,68 @@ impl Dialer {
         Ok(stream)
     }
 
-    async fn dial(&self, address: &SocketAddr) -> io::Result<Stream> {
+    /// Makes a connection of our own to `address`, for whoever speaks over it without Pingora.
+    ///
+    /// # Errors
+    ///
+    /// Of the kinds that Pingora's own connector gives, and [`EXHAUSTED`].
+    pub async fn open(&self, address: &SocketAddr) -> Result<Opened> {
+        let open = Open::new(&self.connections);
+        let socket = self.dial(address).await.map_err(|error| told(address, error))?;
+        Ok(Opened { socket, _open: open })
+    }
+
+    async fn dial(&self, address: &SocketAddr) -> io::Result<Socket> {
         // A greeting fits into the empty buffer of a new socket, so that nobody is waited for.
         let greeting = self.greeting.as_deref().unwrap_or_default();
         match address {
             SocketAddr::Inet(address) => {
                 let mut stream = self.tcp(*address).await?;
                 stream.write_all(greeting).await?;
-                Ok(stream.into())
+                Ok(Socket::Tcp(stream))
             }
             SocketAddr::Unix(address) => {
                 let path = address.as_pathname().ok_or(io::ErrorKind::AddrNotAvailable)?;
                 let mut stream = UnixStream::connect(path).await?;
                 is_to_spare(stream.as_raw_fd())?;
                 stream.write_all(greeting).await?;
-                Ok(stream.into())
+                Ok(Socket::Unix(stream))
             }
         }
     }
+}
+
+/// A connection to an endpoint as the kernel knows it.
+#[derive(Debug)]
+pub enum Socket {
+    /// Over TCP.
+    Tcp(TcpStream),
+    /// On this machine.
+    Unix(UnixStream),
+}
+
+impl From<Socket> for Stream {
+    fn from(socket: Socket) -> Stream {
+        match socket {
+            Socket::Tcp(stream) => stream.into(),
+            Socket::Unix(stream) => stream.into(),
+        }
+    }
+}
+
+/// A connection of ours, which is counted among those of its upstream until it is dropped.
+#[derive(Debug)]
+pub struct Opened {
+    /// What it goes over.
+    pub socket: Socket,
+    _open: Open,
 }
 
 #[async_trait]
 impl L4Connect for Dialer {
     async fn connect(&self, address: &SocketAddr) -> Result<Stream> {
         let open = Open::new(&self.connections);
-        let mut stream = self.dial(address).await.map_err(|error| told(address, error))?;
+        let mut stream = Stream::from(self.dial(address).await.map_err(|error| told(address, error))?);
         stream.tracer = Some(Tracer(Box::new(open)));
         Ok(stream)
     }

@@ -219,6 +219,12 @@ pub fn board() -> Board {
                 "ops",
             )
             .query("sum by (outcome) (rate(forebay_upstream_discoveries_total[R]))", "{{outcome}}"),
+            Panel::stack(
+                "Handed over",
+                "Exchanges per second that go to upstreams by Pingora's driver and not by Forebay's own, by why.",
+                "ops",
+            )
+            .query("sum by (reason) (rate(forebay_driver_exchanges_total{driver=\"pingora\"}[R]))", "{{reason}}"),
             Panel::stack("Mirrored", "Copies of requests sent elsewhere, per second, by what came of them.", "ops")
                 .query("sum by (outcome) (rate(forebay_mirror_total[R]))", "{{outcome}}"),
         ],

@@ -1,0 +1,208 @@
+//! The driver of plain exchanges: from a client's session to an endpoint of HTTP/1, over sockets of our own.
+//!
+//! It calls the hooks of any [`ProxyHttp`] in the order in which Pingora's driver calls them, so that one description
+//! of the phases serves both. Two things differ: connections to endpoints belong to the worker ([`pool`]), and a
+//! message is passed on in the task that reads it, without channels between two halves. What is not plain goes on with
+//! Pingora's driver, as it stands ([`course`], [`handover`]). Caches, modules and subrequests of Pingora are not
+//! called.
+
+pub mod answer;
+pub mod attempt;
+pub mod connection;
+pub mod course;
+pub mod handover;
+pub mod pool;
+pub mod request;
+pub mod sessions;
+
+use std::sync::Arc;
+
+use pingora::apps::HttpServerApp;
+use pingora::protocols::Stream;
+use pingora::protocols::http::ServerSession;
+use pingora::server::ShutdownWatch;
+use pingora::upstreams::peer::{HttpPeer, Peer};
+use pingora::{Error, ErrorType, Result};
+use pingora_proxy::{HttpProxy, ProxyHttp, ProxyWarnLogContext, Session};
+
+use self::connection::Connection;
+use self::course::Course;
+use self::handover::HandedOver;
+use crate::upstream::transport::connector::Endpoints;
+use crate::upstream::transport::dial::Dialer;
+
+/// What the driver asks of a proxy besides its hooks.
+pub trait Driven: ProxyHttp {
+    /// Which driver an exchange goes by whose request filters have let it pass.
+    fn course(exchange: &Self::CTX) -> Course;
+
+    /// Who connects to the endpoint that was chosen.
+    fn dialer(exchange: &Self::CTX) -> Option<Arc<Dialer>>;
+
+    /// Whether the connection of an exchange that went well may be kept.
+    fn keeps_connection(exchange: &Self::CTX) -> bool;
+}
+
+/// How the driver works.
+#[derive(Clone, Copy, Debug)]
+pub struct Terms {
+    /// How many connections a worker keeps that nobody uses.
+    pub pool: usize,
+    /// How many attempts an exchange has at most.
+    pub attempts: usize,
+}
+
+/// See the module.
+pub struct Driver<P> {
+    proxy: P,
+    pingora: Arc<HttpProxy<P, Endpoints>>,
+    terms: Terms,
+}
+
+/// What became of an exchange, or of an attempt of it.
+struct Ended {
+    /// Whether the client's connection may be kept.
+    keeps_client: bool,
+    error: Option<Box<Error>>,
+}
+
+impl Ended {
+    fn failed(error: Box<Error>) -> Self {
+        Ended { keeps_client: false, error: Some(error) }
+    }
+}
+
+impl<P> Driver<P>
+where
+    P: Driven + Send + Sync + 'static,
+    P::CTX: Send + Sync + 'static,
+{
+    /// A driver of this proxy. What is not plain goes by `pingora`, of the same proxy.
+    pub fn new(proxy: P, pingora: Arc<HttpProxy<P, Endpoints>>, terms: Terms) -> Self {
+        Driver { proxy, pingora, terms }
+    }
+
+    /// Runs the exchange of a session. Gives the client's stream back if it may be kept.
+    pub async fn run(&self, mut client: ServerSession, shutdown: &ShutdownWatch) -> Option<Stream> {
+        match client.read_request().await {
+            Ok(true) => {}
+            Ok(false) => return None,
+            Err(error) => {
+                if *error.etype() == ErrorType::InvalidHTTPHeader {
+                    // If that fails, too, there is nobody left to tell.
+                    let _ = client.respond_error(400).await;
+                }
+                client.shutdown().await;
+                return None;
+            }
+        }
+        if *shutdown.borrow() {
+            client.set_keepalive(None);
+        }
+        let mut session = sessions::take(client);
+        let mut exchange = self.proxy.new_ctx();
+        match self.admit(&mut session, &mut exchange).await {
+            Ok(true) => {}
+            Ok(false) => {
+                self.proxy.logging(&mut session, None, &mut exchange).await;
+                return finish(session).await;
+            }
+            Err(error) => return self.fail(session, &mut exchange, error).await,
+        }
+        if let Course::Pingora(_) = P::course(&exchange) {
+            let client = sessions::give_back(session);
+            let further = self.pingora.process_new_http(client, shutdown);
+            let (stream, _) = HandedOver::new(exchange, further).await?.consume();
+            return Some(stream);
+        }
+        let Ended { keeps_client, error } = self.attempts(&mut session, &mut exchange).await;
+        if let Some(error) = &error {
+            let told = self.proxy.fail_to_proxy(&mut session, error, &mut exchange).await;
+            if !self.proxy.suppress_error_log(&session, &exchange, error) {
+                tracing::error!(%error, status = told.error_code, "an exchange failed");
+            }
+        }
+        self.proxy.logging(&mut session, error.as_deref(), &mut exchange).await;
+        if let Some(error) = error {
+            session.on_proxy_failure(error);
+        }
+        if keeps_client { finish(session).await } else { None }
+    }
+
+    /// Runs the filters of the request. `false`: it was answered.
+    async fn admit(&self, session: &mut Session, exchange: &mut P::CTX) -> Result<bool> {
+        self.proxy.early_request_filter(session, exchange).await?;
+        if self.proxy.request_filter(session, exchange).await? {
+            return Ok(false);
+        }
+        let passes = self.proxy.proxy_upstream_filter(session, exchange).await?;
+        if !passes && session.response_written().is_none() {
+            session.respond_error(502).await?;
+        }
+        Ok(passes)
+    }
+
+    /// It failed before any attempt.
+    async fn fail(&self, mut session: Session, exchange: &mut P::CTX, error: Box<Error>) -> Option<Stream> {
+        let told = self.proxy.fail_to_proxy(&mut session, &error, exchange).await;
+        if !self.proxy.suppress_error_log(&session, exchange, &error) {
+            tracing::error!(%error, status = told.error_code, "a request failed");
+        }
+        self.proxy.logging(&mut session, Some(&error), exchange).await;
+        session.on_proxy_failure(error);
+        if told.can_reuse_downstream { finish(session).await } else { None }
+    }
+
+    /// Asks endpoints until one has answered, or no further one is to be asked.
+    async fn attempts(&self, session: &mut Session, exchange: &mut P::CTX) -> Ended {
+        let mut ended = Ended { keeps_client: false, error: None };
+        for _ in 0..self.terms.attempts {
+            ended = self.attempt(session, exchange).await;
+            let Some(error) = ended.error.as_ref().filter(|error| error.retry()) else { break };
+            let context = ProxyWarnLogContext::UpstreamRetry;
+            if !self.proxy.suppress_proxy_warn_log(session, exchange, error, context) {
+                tracing::warn!(%error, "an attempt failed");
+            }
+        }
+        ended
+    }
+
+    async fn attempt(&self, session: &mut Session, exchange: &mut P::CTX) -> Ended {
+        let peer = match self.proxy.upstream_peer(session, exchange).await {
+            Ok(peer) => peer,
+            Err(error) => return Ended::failed(error),
+        };
+        let key = peer.reuse_hash();
+        let (mut connection, reused) = match self.connect(exchange, &peer, key).await {
+            Ok(connected) => connected,
+            Err(mut error) => {
+                error.as_up();
+                return Ended::failed(self.proxy.fail_to_connect(session, &peer, exchange, error).into_up());
+            }
+        };
+        let over = attempt::Over { reused, peer: &peer };
+        let attempt::Outcome { keeps_client, keeps_connection, error } =
+            attempt::run(&self.proxy, session, exchange, &mut connection, over).await;
+        if keeps_connection && P::keeps_connection(exchange) {
+            pool::put(key, connection, peer.idle_timeout(), self.terms.pool);
+        } else {
+            drop(connection);
+        }
+        let error = error.map(|error| self.proxy.error_while_proxy(&peer, session, error, exchange, reused));
+        Ended { keeps_client, error }
+    }
+
+    async fn connect(&self, exchange: &P::CTX, peer: &HttpPeer, key: u64) -> Result<(Connection, bool)> {
+        if let Some(kept) = pool::take(key) {
+            return Ok((kept, true));
+        }
+        let dialer = P::dialer(exchange).ok_or_else(|| Error::new_in(ErrorType::InternalError))?;
+        Ok((Connection::open(&dialer, peer).await?, false))
+    }
+}
+
+/// The stream of a client whose exchange is over, if it may be kept.
+async fn finish(session: Session) -> Option<Stream> {
+    let reusable = sessions::give_back(session).finish().await.ok()??;
+    Some(reusable.into_parts().0)
+}

@@ -1,0 +1,411 @@
+//! Reads an answer of HTTP/1 out of the bytes of a connection to an endpoint: a pure function of what has come.
+//!
+//! The rules are those of Pingora's client and stricter where RFC 9112 is: how a body is marked off says
+//! [`framing::answer`](crate::framing::answer), and chunks follow the grammar.
+
+use bytes::{Buf, Bytes, BytesMut};
+use http::{HeaderMap, Version, header};
+use pingora::http::{IntoCaseHeaderName, ResponseHeader, header_value_from_raw};
+use pingora::{Error, ErrorType, Result};
+
+use crate::framing::chunked::Chunks;
+use crate::framing::{self, Body, Said, answer};
+
+/// Pingora's limits for a header.
+const FIELDS_MAX: usize = 256;
+const HEADER_BYTES_MAX: usize = 1 << 20;
+
+/// Up to this, an answer is read at once to begin with.
+const GULP_LEAST: usize = 16 << 10;
+/// The most that is read of a body at once.
+const GULP_MOST: usize = 64 << 10;
+
+/// What comes of an answer.
+#[derive(Debug)]
+pub enum Part {
+    /// A header, an interim one or the final one; whether the answer ends with it.
+    Header(Box<ResponseHeader>, bool),
+    /// A piece of the body, perhaps an empty one; whether it is the last.
+    Body(Bytes, bool),
+}
+
+/// An answer on its way in.
+#[derive(Debug)]
+pub struct Answer {
+    head_only: bool,
+    at: At,
+    /// Its header leaves the connection to further exchanges.
+    keeps: bool,
+    gulp: usize,
+}
+
+#[derive(Debug)]
+enum At {
+    Header,
+    Length(u64),
+    Chunks(Chunks),
+    UntilEnd,
+    Ended,
+}
+
+impl Answer {
+    /// An answer comes next. `head_only`: the request has the method HEAD.
+    pub fn new(head_only: bool) -> Self {
+        Answer { head_only, at: At::Header, keeps: false, gulp: GULP_LEAST }
+    }
+
+    /// Whether all of it has come.
+    pub fn ended(&self) -> bool {
+        match &self.at {
+            At::Ended => true,
+            At::Chunks(chunks) => chunks.ended(),
+            At::Header | At::Length(_) | At::UntilEnd => false,
+        }
+    }
+
+    /// Whether another answer can follow it on its connection.
+    pub fn keeps_connection(&self) -> bool {
+        self.keeps && self.ended()
+    }
+
+    /// Whether its header is still to come.
+    pub fn is_in_header(&self) -> bool {
+        matches!(self.at, At::Header)
+    }
+
+    /// How much is to be read at once of what follows; `got` of what was asked for came the last time.
+    pub fn room(&mut self, got: usize) -> usize {
+        if got >= self.gulp {
+            self.gulp = (2 * self.gulp).min(GULP_MOST);
+        }
+        match self.at {
+            At::Length(left) => self.gulp.min(usize::try_from(left).unwrap_or(usize::MAX)),
+            _ => self.gulp,
+        }
+    }
+
+    /// What followed a body in chunks that has ended, once.
+    pub fn take_trailers(&mut self) -> Option<HeaderMap> {
+        match &mut self.at {
+            At::Chunks(chunks) if chunks.ended() => Some(chunks.take_trailers()).filter(|fields| !fields.is_empty()),
+            _ => None,
+        }
+    }
+
+    /// The next part of it, out of what has come. `None`: more is needed, or it has ended.
+    ///
+    /// # Errors
+    ///
+    /// What has come is no answer, or not what its header says.
+    pub fn take(&mut self, inbox: &mut BytesMut) -> Result<Option<Part>> {
+        if inbox.is_empty() || self.ended() {
+            return Ok(None);
+        }
+        match &mut self.at {
+            At::Header => self.header(inbox),
+            At::Length(left) => {
+                let piece = inbox.split_to(inbox.len().min(usize::try_from(*left).unwrap_or(usize::MAX)));
+                *left -= piece.len() as u64;
+                if *left == 0 {
+                    self.at = At::Ended;
+                }
+                Ok(Some(Part::Body(piece.freeze(), self.ended())))
+            }
+            At::Chunks(chunks) => {
+                let (taken, data) = chunks.unwrap(inbox).map_err(|_| malformed("its chunks"))?;
+                let piece = inbox.split_to(data).freeze();
+                inbox.advance(taken - data);
+                let ended = chunks.ended();
+                Ok((ended || !piece.is_empty()).then_some(Part::Body(piece, ended)))
+            }
+            At::UntilEnd => Ok(Some(Part::Body(inbox.split().freeze(), false))),
+            At::Ended => Ok(None),
+        }
+    }
+
+    /// The endpoint has closed its connection. `true`: that is the end of the answer.
+    pub fn close(&mut self) -> bool {
+        if matches!(self.at, At::UntilEnd) {
+            self.at = At::Ended;
+        }
+        self.ended()
+    }
+
+    fn header(&mut self, inbox: &mut BytesMut) -> Result<Option<Part>> {
+        let Some(bytes) = cut_header(inbox)? else { return Ok(None) };
+        let mut fields = [const { std::mem::MaybeUninit::uninit() }; FIELDS_MAX];
+        let mut parsed = httparse::Response::new(&mut []);
+        let outcome = parser().parse_response_with_uninit_headers(&mut parsed, &bytes, &mut fields);
+        let Ok(httparse::Status::Complete(end)) = outcome else { return Err(malformed("its header")) };
+        if end < bytes.len() {
+            // It ended before, with a line feed alone.
+            let mut rest = BytesMut::from(&bytes[end..]);
+            rest.extend_from_slice(inbox);
+            *inbox = rest;
+        }
+
+        let status = parsed.code.unwrap_or_default();
+        let mut header = Box::new(ResponseHeader::build(status, Some(parsed.headers.len()))?);
+        let version = if parsed.version == Some(1) { Version::HTTP_11 } else { Version::HTTP_10 };
+        header.set_version(version);
+        header.set_reason_phrase(parsed.reason)?;
+        let mut said = Said::default();
+        let (mut closes, mut stays, mut lengths, mut codings) = (false, false, false, false);
+        for field in parsed.headers.iter() {
+            match field.name.len() {
+                10 if field.name.eq_ignore_ascii_case("connection") => {
+                    closes |= framing::names([field.value], "close");
+                    stays |= framing::names([field.value], "keep-alive");
+                }
+                14 if field.name.eq_ignore_ascii_case("content-length") => {
+                    lengths = true;
+                    said.add_length(field.value);
+                }
+                17 if field.name.eq_ignore_ascii_case("transfer-encoding") => {
+                    codings = true;
+                    said.add_coding(field.value);
+                }
+                _ => {}
+            }
+            let name = bytes.slice_ref(field.name.as_bytes()).into_case_header_name();
+            header.append_header(name, header_value_from_raw(unfolded(&bytes, field.value)))?;
+        }
+        if matches!(status, 100..=199) && status != 101 {
+            return Ok(Some(Part::Header(header, false)));
+        }
+        let framed = answer::frame(self.head_only, status, version, &said, Version::HTTP_11)
+            .map_err(|fault| malformed(fault.words()))?;
+        // A coding overrides a length (RFC 9112 §6.3).
+        if lengths && codings {
+            header.remove_header(&header::CONTENT_LENGTH);
+        }
+        if framed.read != Body::Chunked {
+            // None can come, whatever is announced.
+            header.remove_header(&header::TRAILER);
+        }
+        let persistent = if version == Version::HTTP_11 { !closes } else { stays && !closes && !codings };
+        // Who says both may have written something else than was read (RFC 9112 §6.3).
+        self.keeps = persistent && framed.read != Body::UntilEnd && status != 101 && !(lengths && codings);
+        self.at = match framed.read {
+            Body::None | Body::Length(0) => At::Ended,
+            Body::Length(length) => At::Length(length),
+            Body::Chunked => At::Chunks(Chunks::default()),
+            Body::UntilEnd => At::UntilEnd,
+        };
+        Ok(Some(Part::Header(header, framed.is_whole())))
+    }
+}
+
+/// Pingora's settings, so that no endpoint is refused that it would understand.
+fn parser() -> httparse::ParserConfig {
+    let mut parser = httparse::ParserConfig::default();
+    parser.allow_spaces_after_header_name_in_responses(true);
+    parser.allow_obsolete_multiline_headers_in_responses(true);
+    parser
+}
+
+/// Cuts a header off at its end, or behind it, if that is here.
+fn cut_header(inbox: &mut BytesMut) -> Result<Option<Bytes>> {
+    if let Some(end @ 1..) = memchr::memmem::find(inbox, b"\r\n\r\n") {
+        return Ok(Some(inbox.split_to(end + 4).freeze()));
+    }
+    // Lines may end without a CR, the last one, too: only the parser knows.
+    let mut fields = [const { std::mem::MaybeUninit::uninit() }; FIELDS_MAX];
+    let mut parsed = httparse::Response::new(&mut []);
+    match parser().parse_response_with_uninit_headers(&mut parsed, inbox, &mut fields) {
+        Ok(httparse::Status::Complete(end)) => Ok(Some(inbox.split_to(end).freeze())),
+        Ok(httparse::Status::Partial) if inbox.len() > HEADER_BYTES_MAX => Err(malformed("its header is too large")),
+        Ok(httparse::Status::Partial) => Ok(None),
+        Err(_) => Err(malformed("its header")),
+    }
+}
+
+/// A value without the line ends of a field that goes over several lines (RFC 9112 §5.2): a proxy writes spaces.
+fn unfolded(header: &Bytes, value: &[u8]) -> Bytes {
+    if memchr::memchr2(b'\r', b'\n', value).is_none() {
+        return header.slice_ref(value);
+    }
+    let blank = |&byte: &u8| if matches!(byte, b'\r' | b'\n') { b' ' } else { byte };
+    value.iter().map(blank).collect()
+}
+
+fn malformed(what: &'static str) -> Box<Error> {
+    Error::explain(ErrorType::InvalidHTTPHeader, what).into_up()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    /// What is read of these bytes when they come in pieces of this size, the connection being closed afterwards:
+    /// status, body, trailers, whether the connection is kept, and what is left in it.
+    #[derive(Debug, PartialEq)]
+    struct Read {
+        interim: Vec<u16>,
+        status: u16,
+        fields: Vec<String>,
+        body: Vec<u8>,
+        trailers: Vec<String>,
+        keeps: bool,
+        left: Vec<u8>,
+    }
+
+    fn lines(fields: &HeaderMap) -> Vec<String> {
+        fields.iter().map(|(name, value)| format!("{name}: {}", String::from_utf8_lossy(value.as_bytes()))).collect()
+    }
+
+    fn read(bytes: &[u8], size: usize, head_only: bool) -> Result<Read, String> {
+        let (mut answer, mut inbox) = (Answer::new(head_only), BytesMut::new());
+        let (mut interim, mut found, mut body) = (Vec::new(), None, Vec::new());
+        for piece in bytes.chunks(size) {
+            inbox.extend_from_slice(piece);
+            while let Some(part) = answer.take(&mut inbox).map_err(|error| error.to_string())? {
+                match part {
+                    Part::Header(header, false) if header.status.is_informational() => {
+                        interim.push(header.status.as_u16())
+                    }
+                    Part::Header(header, whole) => {
+                        assert_eq!(whole, answer.ended());
+                        found = Some(header);
+                    }
+                    Part::Body(piece, end) => {
+                        body.extend_from_slice(&piece);
+                        assert_eq!(end, answer.ended());
+                    }
+                }
+            }
+        }
+        if !answer.close() {
+            return Err("cut".to_owned());
+        }
+        let header = found.expect("a header");
+        let trailers = answer.take_trailers().map(|fields| lines(&fields)).unwrap_or_default();
+        Ok(Read {
+            interim,
+            status: header.status.as_u16(),
+            fields: lines(&header.headers),
+            body,
+            trailers,
+            keeps: answer.keeps_connection(),
+            left: inbox.to_vec(),
+        })
+    }
+
+    /// The same, however the bytes come.
+    fn read_anyhow(bytes: &str, head_only: bool) -> Result<Read, String> {
+        let whole = read(bytes.as_bytes(), bytes.len(), head_only);
+        for size in [1, 2, 3, 7, 64] {
+            assert_eq!(read(bytes.as_bytes(), size, head_only).is_ok(), whole.is_ok(), "{size} {bytes:?}");
+            if let Ok(whole) = &whole {
+                let in_pieces = read(bytes.as_bytes(), size, head_only).expect("the same");
+                let left = (whole.left.clone(), in_pieces.left.clone());
+                assert_eq!(
+                    Read { left: left.0, ..in_pieces },
+                    Read { left: left.1, ..read(bytes.as_bytes(), bytes.len(), head_only).expect("the same") }
+                );
+            }
+        }
+        whole
+    }
+
+    #[test]
+    fn an_answer_ends_where_its_header_says() {
+        for (bytes, head_only, body, keeps) in [
+            ("HTTP/1.1 200 OK\r\nContent-Length: 3\r\n\r\nabc", false, "abc", true),
+            ("HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n", false, "", true),
+            ("HTTP/1.1 200 OK\r\nContent-Length: 3\r\n\r\n", true, "", true),
+            ("HTTP/1.1 204 No Content\r\n\r\n", false, "", true),
+            ("HTTP/1.1 304 Not Modified\r\nContent-Length: 9\r\n\r\n", false, "", true),
+            ("HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n0\r\n\r\n", false, "abc", true),
+            ("HTTP/1.1 200 OK\r\n\r\nabc", false, "abc", false),
+            ("HTTP/1.1 200 OK\r\n\r\n", false, "", false),
+            ("HTTP/1.1 200 OK\r\nConnection: x, Close\r\nContent-Length: 3\r\n\r\nabc", false, "abc", false),
+            ("HTTP/1.0 200 OK\r\nContent-Length: 3\r\n\r\nabc", false, "abc", false),
+            ("HTTP/1.0 200 OK\r\nConnection: keep-alive\r\nContent-Length: 3\r\n\r\nabc", false, "abc", true),
+            ("HTTP/1.1 200 OK\nContent-Length: 3\n\nabc", false, "abc", true),
+            // A coding overrides a length, and nobody knows what follows.
+            (
+                "HTTP/1.1 200 OK\r\nContent-Length: 9\r\nTransfer-Encoding: chunked\r\n\r\n1\r\na\r\n0\r\n\r\n",
+                false,
+                "a",
+                false,
+            ),
+        ] {
+            let read = read_anyhow(bytes, head_only).unwrap_or_else(|error| panic!("{bytes:?}: {error}"));
+            assert_eq!((read.body, read.keeps, read.left.is_empty()), (body.into(), keeps, true), "{bytes:?}");
+        }
+    }
+
+    #[test]
+    fn what_is_no_answer_or_only_half_of_one_is_an_error() {
+        for bytes in [
+            "HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\nabc",
+            "HTTP/1.1 200 OK\r\nContent-Length: 3",
+            "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n",
+            "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n3\nabc\r\n0\r\n\r\n",
+            "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n+3\r\nabc\r\n0\r\n\r\n",
+            "HTTP/1.1 200 OK\r\nTransfer-Encoding: gzip, chunked\r\n\r\n0\r\n\r\n",
+            "HTTP/1.1 200 OK\r\nContent-Length: 3\r\nContent-Length: 4\r\n\r\nabc",
+            "HTTP/1.1 200 OK\r\nContent-Length: +3\r\n\r\nabc",
+            "HTTP/1.1 200 OK\r\nContent Length: 3\r\n\r\nabc",
+            "HTTP/1.0 101 Switching Protocols\r\n\r\n",
+            "HTTP/2 200 OK\r\n\r\n",
+            "220 mail.example ESMTP\r\n",
+            "",
+        ] {
+            assert!(read(bytes.as_bytes(), bytes.len().max(1), false).is_err(), "{bytes:?}");
+        }
+        let many = format!("HTTP/1.1 200 OK\r\n{}\r\n", "a: b\r\n".repeat(FIELDS_MAX + 1));
+        assert!(read(many.as_bytes(), many.len(), false).is_err());
+        let large = format!("HTTP/1.1 200 OK\r\na: {}", "x".repeat(HEADER_BYTES_MAX));
+        assert!(read(large.as_bytes(), large.len(), false).is_err_and(|error| error.contains("too large")));
+    }
+
+    #[test]
+    fn interim_answers_come_before_the_final_one_and_bytes_behind_it_stay() {
+        let bytes = "HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 103 Early Hints\r\nLink: </a>\r\n\r\nHTTP/1.1 200 OK\r\nContent-Length: 1\r\n\r\nabc";
+        let read = read_anyhow(bytes, false).expect("an answer");
+        assert_eq!(
+            (read.interim, read.status, read.body, read.left),
+            (vec![100, 103], 200, b"a".to_vec(), b"bc".to_vec())
+        );
+    }
+
+    #[test]
+    fn trailers_follow_chunks_and_are_announced_nowhere_else() {
+        let chunked = "HTTP/1.1 200 OK\r\nTrailer: x\r\nTransfer-Encoding: chunked\r\n\r\n1\r\na\r\n0\r\nX: y\r\n\r\n";
+        let read = read_anyhow(chunked, false).expect("an answer");
+        assert_eq!((&read.trailers[..], read.keeps), (&["x: y".to_owned()][..], true));
+        assert!(read.fields.contains(&"trailer: x".to_owned()));
+        let plain =
+            read_anyhow("HTTP/1.1 200 OK\r\nTrailer: x\r\nContent-Length: 1\r\n\r\na", false).expect("an answer");
+        assert_eq!(plain.fields, ["content-length: 1"]);
+    }
+
+    #[test]
+    fn a_field_over_several_lines_becomes_one() {
+        let read =
+            read_anyhow("HTTP/1.1 200 OK\r\na: b\r\n\tc\r\nContent-Length: 0\r\n\r\n", false).expect("an answer");
+        assert_eq!(read.fields, ["a: b  \tc", "content-length: 0"]);
+    }
+
+    proptest! {
+        #[test]
+        fn a_body_in_chunks_is_the_same_however_it_is_cut(
+            pieces in prop::collection::vec(prop::collection::vec(any::<u8>(), 1..300), 0..8),
+            size in 1usize..97,
+        ) {
+            let mut bytes = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n".to_vec();
+            for piece in &pieces {
+                bytes.extend_from_slice(format!("{:x}\r\n", piece.len()).as_bytes());
+                bytes.extend_from_slice(piece);
+                bytes.extend_from_slice(b"\r\n");
+            }
+            bytes.extend_from_slice(b"0\r\n\r\n");
+            let read = read(&bytes, size, false).expect("an answer");
+            prop_assert_eq!(read.body, pieces.concat());
+            prop_assert!(read.keeps && read.left.is_empty());
+        }
+    }
+}

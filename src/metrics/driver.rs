@@ -1,0 +1,26 @@
+//! Which driver exchanges go by.
+
+use prometheus::{IntCounter, IntCounterVec};
+
+/// The counters of exchanges by their driver.
+pub struct DriverMetrics {
+    own: IntCounter,
+    handed_over: Vec<(&'static str, IntCounter)>,
+}
+
+impl DriverMetrics {
+    /// Those of the family, for these reasons to hand over.
+    pub(super) fn of(family: &IntCounterVec, reasons: impl IntoIterator<Item = &'static str>) -> DriverMetrics {
+        let handed_over = |reason| (reason, family.with_label_values(&["pingora", reason]));
+        DriverMetrics {
+            own: family.with_label_values(&["forebay", ""]),
+            handed_over: reasons.into_iter().map(handed_over).collect(),
+        }
+    }
+
+    /// Those that go by our own driver, or by Pingora's for this reason.
+    pub fn driven(&self, handed_over: Option<&'static str>) -> &IntCounter {
+        let of = |reason| self.handed_over.iter().find(|(known, _)| *known == reason).map(|(_, counter)| counter);
+        handed_over.and_then(of).unwrap_or(&self.own)
+    }
+}
