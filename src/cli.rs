@@ -10,7 +10,9 @@ mod check;
 mod config_file;
 mod figures;
 mod healthcheck;
+mod init;
 mod logs;
+mod proxy;
 mod run;
 mod stop;
 mod timeline;
@@ -67,6 +69,10 @@ struct CommandLine {
 enum Command {
     /// Run the gateway until it is told to stop
     Run(Run),
+    /// Write a first configuration: small, with comments, and ready to run
+    Init(init::Init),
+    /// Run a gateway without a file: from one address to one or more backends
+    Proxy(proxy::Proxy),
     /// Check the configuration: tell all its errors, or that it is ok
     #[command(visible_alias = "validate")]
     Check(ConfigFile),
@@ -199,6 +205,8 @@ fn dispatch(builder: Builder, line: CommandLine) -> Result<(), Failure> {
     match command {
         Command::Run(run) if run.demo => run::demo(builder, &run.addresses),
         Command::Run(run) => run::run(builder, run.config),
+        Command::Init(asked) => init::init(&builder, &asked),
+        Command::Proxy(asked) => proxy::proxy(builder, &asked),
         Command::Check(file) => check::check(&builder, file),
         Command::Certs(file) => certs::certs(&builder, file),
         Command::Schema => print(&format!("{:#}", builder.schema())),

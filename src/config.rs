@@ -30,6 +30,9 @@ mod report;
 mod schema;
 mod syntax;
 
+// How it is written.
+pub mod write;
+
 use std::collections::BTreeMap;
 use std::env;
 use std::fmt;

@@ -6,6 +6,7 @@ use std::net::SocketAddr;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
 use super::{ConfigFile, DemoAddresses, Failure, logs, print};
+use crate::config::Config;
 use crate::gateway::privileges::keep_memory_private;
 use crate::gateway::{Builder, Gateway, StartError};
 use crate::origin::Origin;
@@ -14,15 +15,21 @@ use crate::origin::Origin;
 pub fn run(builder: Builder, file: ConfigFile) -> Result<(), Failure> {
     logs::start()?;
     let (path, config) = file.load(&builder)?;
+    let gateway = ready(builder, config)?;
+    let open_files = getrlimit(Resource::RLIMIT_NOFILE).map_or(0, |(soft, _)| soft);
+    tracing::info!(config = %path.display(), version = env!("CARGO_PKG_VERSION"), open_files, "forebay starts");
+    gateway.run();
+    Ok(())
+}
+
+/// Builds the gateway, in a process that is ready for it.
+pub fn ready(builder: Builder, config: Config) -> Result<Gateway, Failure> {
     if config.admin.tls.is_some() || config.listeners.iter().any(|listener| listener.tls.is_some()) {
         keep_memory_private();
     }
     // Before it is built: what there may be of all that is open depends on it.
-    let open_files = raise_open_files();
-    let gateway = builder.build(config).map_err(failure)?;
-    tracing::info!(config = %path.display(), version = env!("CARGO_PKG_VERSION"), open_files, "forebay starts");
-    gateway.run();
-    Ok(())
+    raise_open_files();
+    builder.build(config).map_err(failure)
 }
 
 /// Runs the gateway in front of a test origin on a free port, and tells what to try.
@@ -75,11 +82,14 @@ The access log follows, a line for each exchange with the milliseconds of each p
     )
 }
 
-/// Raises the soft limit of open files to the hard one, as Go and HAProxy do, and tells the limit that holds then. Systems
-/// set 1,024 for programs that use `select`; here it would be 500 clients.
-fn raise_open_files() -> u64 {
-    let Ok((soft, hard)) = getrlimit(Resource::RLIMIT_NOFILE) else { return 0 };
-    if soft < hard && setrlimit(Resource::RLIMIT_NOFILE, hard, hard).is_ok() { hard } else { soft }
+/// Raises the soft limit of open files to the hard one, as Go and HAProxy do. Systems set 1,024 for programs that use
+/// `select`; here it would be 500 clients. Where it cannot be raised, what is built fits what there is.
+fn raise_open_files() {
+    if let Ok((soft, hard)) = getrlimit(Resource::RLIMIT_NOFILE)
+        && soft < hard
+    {
+        let _ = setrlimit(Resource::RLIMIT_NOFILE, hard, hard);
+    }
 }
 
 pub fn failure(error: StartError) -> Failure {

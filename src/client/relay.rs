@@ -170,7 +170,7 @@ impl Relay {
         let client = connection.peer.map(|peer| peer.ip());
         let (target, headers) = (Uri::default(), HeaderMap::new());
         let asked = Asked {
-            facts: Facts { client, ..Facts::of("", "") },
+            facts: Facts { client, listener: &connection.listener.name, ..Facts::of("", "") },
             method: &Method::CONNECT,
             target: &target,
             version: Version::HTTP_11,

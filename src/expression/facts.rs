@@ -17,6 +17,8 @@ pub struct Facts<'a> {
     pub port: u16,
     /// `http` or `https`, as the client spoke it.
     pub scheme: &'static str,
+    /// The name of the listener that the client came to.
+    pub listener: &'a str,
     /// The name of the route.
     pub route: &'a str,
     /// The path of the request as routes see it: the client's, in its canonical form.
@@ -32,8 +34,9 @@ pub struct Facts<'a> {
 impl<'a> Facts<'a> {
     /// Those of an exchange of which nothing is known but its route and the path that it asks for.
     pub fn of(route: &'a str, path: &'a str) -> Self {
-        let (client, port, scheme) = (None, 0, "http");
-        Facts { client, port, scheme, route, path, secured: Secured::default(), ended: false, pace: Pace::default() }
+        let (client, port, scheme, listener) = (None, 0, "http", "");
+        let (secured, pace) = (Secured::default(), Pace::default());
+        Facts { client, port, scheme, listener, route, path, secured, ended: false, pace }
     }
 }
 

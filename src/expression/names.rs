@@ -61,6 +61,7 @@ variables! {
         "What counts as one client: its address, of IPv6 the network of 64 bits that it is in, such as \
          `2001:db8::/64`. `\"\"` on a unix socket.";
     "source.port": "int", "The client's port; 0 behind a trusted proxy and on a unix socket.";
+    "connection.listener": "string", "The name of the listener that the client came to.";
     "connection.tls_version": "string", "The version of TLS, such as `TLSv1.3`; `\"\"` in clear text.";
     "connection.sni": "string", "The server name that the client asked for in TLS; `\"\"` if it named none.";
     "connection.peer_subject": "string", "The subject of the client's certificate; `\"\"` if it showed none.";

@@ -220,6 +220,7 @@ impl<'t> Planner<'t> {
             "source.network" => Plan::Text(Text::Network),
             "source.port" => Plan::Int(Int::Port),
             "connection.tls_version" => Plan::Text(Text::TlsVersion),
+            "connection.listener" => Plan::Text(Text::Listener),
             "connection.sni" => Plan::Text(Text::Sni),
             "connection.peer_subject" => Plan::Text(Text::PeerSubject),
             "connection.peer_names" => Plan::Values(Field::PeerNames),

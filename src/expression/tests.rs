@@ -64,6 +64,7 @@ impl Story {
             client: self.client.map(|client| client.parse().unwrap()),
             port: 4711,
             scheme: "https",
+            listener: "web",
             route: "shop",
             path: "/api/v1/a",
             secured: Secured {
@@ -161,7 +162,7 @@ fn a_request_is_read_as_routes_see_it() {
         r#"source.address == "192.0.2.7" && source.address in ["::1", "192.0.2.7"] && source.port == 4711"#,
         r#"string(source.address) == "192.0.2.7""#,
         r#"connection.tls_version == "TLSv1.3" && connection.sni == "shop.example.com""#,
-        r#"connection.peer_subject == "CN=joe" && route.name == "shop""#,
+        r#"connection.listener == "web" && connection.peer_subject == "CN=joe" && route.name == "shop""#,
         r#"connection.peer_fingerprint == "ab12" && connection.peer_names.size() == 2"#,
         r#""joe.example.com" in connection.peer_names && !("sue" in connection.peer_names)"#,
         r#"connection.peer_names[1] == "urn:joe%2Csue" && connection.peer_names[2] == """#,

@@ -486,6 +486,7 @@ impl Exchange {
             client: self.client,
             port: peer.filter(|peer| Some(peer.ip()) == self.client).map_or(0, |peer| peer.port()),
             scheme: self.scheme,
+            listener: self.connection.as_ref().map_or("", |connection| &connection.listener.name),
             route,
             path,
             secured: secured(self.connection.as_deref()),

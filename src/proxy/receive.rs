@@ -231,7 +231,8 @@ struct Told {
 impl Told {
     fn facts<'t>(&'t self, route: &'t str) -> Facts<'t> {
         let Told { client, port, scheme, ref path, ref connection, ended, pace } = *self;
-        Facts { client, port, scheme, route, path, secured: secured(connection.as_deref()), ended, pace }
+        let listener = connection.as_ref().map_or("", |connection| &connection.listener.name);
+        Facts { client, port, scheme, listener, route, path, secured: secured(connection.as_deref()), ended, pace }
     }
 }
 

@@ -28,6 +28,7 @@ mod eventloop;
 mod expressions;
 mod filters;
 mod finish;
+mod first_steps;
 mod framing;
 mod grpc;
 mod grpcio;
