@@ -20,6 +20,7 @@ mod churn;
 mod cli;
 mod config;
 mod connect;
+mod cookbook;
 mod deadline;
 mod discovery;
 mod driver;

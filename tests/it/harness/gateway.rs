@@ -42,6 +42,7 @@ pub struct Setup {
     filters: Vec<fn(Builder) -> Builder>,
     tmpfs: Option<&'static str>,
     open_files: Option<usize>,
+    whole: Option<String>,
     dir: Arc<TempDir>,
 }
 
@@ -121,6 +122,7 @@ impl Setup {
             filters: Vec::new(),
             tmpfs: None,
             open_files: None,
+            whole: None,
         }
     }
 
@@ -256,8 +258,26 @@ impl Setup {
         self.dir.path().join(name)
     }
 
+    /// A gateway with this file and nothing else of it: one worker, an admin endpoint and the access log are put in.
+    ///
+    /// # Panics
+    /// If it is no YAML.
+    pub fn whole(written: &str) -> Setup {
+        let setup = Setup::new("");
+        let mut file: serde_yaml::Value = serde_yaml::from_str(written).unwrap_or_else(|e| panic!("{written}\n{e}"));
+        put(&mut file, &["server", "threads"], 1.into());
+        put(&mut file, &["server", "shutdown", "pause"], "0s".into());
+        put(&mut file, &["admin", "address"], "127.0.0.1:0".into());
+        put(&mut file, &["admin", "hosts"], vec![serde_yaml::Value::from("test")].into());
+        put(&mut file, &["observability", "access_log", "path"], setup.log.display().to_string().into());
+        Setup { whole: Some(serde_yaml::to_string(&file).expect("YAML")), ..setup }
+    }
+
     /// The file that this makes.
     pub fn yaml(&self) -> String {
+        if let Some(whole) = &self.whole {
+            return whole.clone();
+        }
         let mut yaml = String::new();
         let route = format!("{{ name: all, {} }}", joined(&["upstream: app", &self.route]));
         let route = if self.route.contains("upstreams:") { route.replace("upstream: app, ", "") } else { route };
@@ -691,6 +711,19 @@ pub fn read_lines(file: &Path, count: usize) -> Vec<String> {
         let lines: Vec<String> = whole.lines().map(str::to_owned).collect();
         (lines.len() >= count).then_some(lines)
     })
+}
+
+/// Puts a value at a path of keys; maps that are missing are made.
+fn put(at: &mut serde_yaml::Value, path: &[&str], value: serde_yaml::Value) {
+    let Some((key, rest)) = path.split_first() else {
+        *at = value;
+        return;
+    };
+    if !at.is_mapping() {
+        *at = serde_yaml::Value::Mapping(Default::default());
+    }
+    let map = at.as_mapping_mut().expect("a map");
+    put(map.entry((*key).into()).or_insert(serde_yaml::Value::Null), rest, value);
 }
 
 fn log_path(dir: &TempDir) -> PathBuf {
