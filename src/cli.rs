@@ -12,6 +12,7 @@ mod figures;
 mod healthcheck;
 mod init;
 mod logs;
+mod man;
 mod proxy;
 mod run;
 mod stop;
@@ -102,6 +103,12 @@ enum Command {
     Completions {
         /// The shell
         shell: clap_complete::Shell,
+    },
+    /// Write the manual pages
+    #[command(hide = true)]
+    Man {
+        /// Where to; it is made
+        directory: PathBuf,
     },
 }
 
@@ -221,6 +228,7 @@ fn dispatch(builder: Builder, line: CommandLine) -> Result<(), Failure> {
             clap_complete::generate(shell, &mut CommandLine::command(), "forebay", &mut script);
             print(String::from_utf8_lossy(&script).trim_end())
         }
+        Command::Man { directory } => man::man(&directory),
     }
 }
 

@@ -1,0 +1,88 @@
+//! `forebay man`: writes the manual pages that packages bring, one for each command and one for the configuration file.
+//!
+//! They are made of what `--help` prints and of `conf/full.yaml`, so that they cannot fall behind either. The command is
+//! hidden: people who install a package have the pages already.
+
+use std::fs;
+use std::path::Path;
+
+use clap::CommandFactory;
+
+use super::{CommandLine, Failure};
+
+const FULL: &str = include_str!("../../conf/full.yaml");
+
+/// Writes `forebay.1`, `forebay-COMMAND.1` for each command, and `forebay.yaml.5` into `directory`, which is made.
+///
+/// # Errors
+///
+/// The directory or a page cannot be written.
+pub fn man(directory: &Path) -> Result<(), Failure> {
+    fs::create_dir_all(directory).map_err(Failure::io("make the directory"))?;
+    clap_mangen::generate_to(CommandLine::command(), directory).map_err(Failure::io("write the manual pages"))?;
+    fs::write(directory.join("forebay.yaml.5"), page_of_the_file(FULL)).map_err(Failure::io("write the manual pages"))
+}
+
+/// The page about the configuration file, which shows it as it is.
+fn page_of_the_file(full: &str) -> String {
+    let mut page = format!(
+        ".TH forebay.yaml 5 \"\" \"forebay {}\"\n\
+         .SH NAME\n\
+         forebay.yaml \\- the configuration of forebay\n\
+         .SH DESCRIPTION\n\
+         .B forebay run\n\
+         reads its configuration from the file of\n\
+         .BR \\-c ,\n\
+         else from the one that $FOREBAY_CONFIG names, else from ./forebay.yaml, else from /etc/forebay/forebay.yaml.\n\
+         .B forebay check\n\
+         reports all errors of a file, and\n\
+         .B forebay schema\n\
+         prints its JSON Schema.\n\
+         .SH EXAMPLE\n\
+         All keys, with their defaults:\n\
+         .PP\n\
+         .nf\n",
+        env!("CARGO_PKG_VERSION")
+    );
+    for line in full.lines() {
+        page.push_str(&verbatim(line));
+        page.push('\n');
+    }
+    page.push_str(".fi\n.SH SEE ALSO\n.BR forebay (1)\n");
+    page
+}
+
+/// A line of text as roff prints it unchanged. A dot at its beginning would be a request, and so would an apostrophe.
+fn verbatim(line: &str) -> String {
+    let mut text = String::from(if line.starts_with('.') { "\\&" } else { "" });
+    for character in line.chars() {
+        match character {
+            '\\' => text.push_str("\\e"),
+            '-' => text.push_str("\\-"),
+            '\'' => text.push_str("\\(aq"),
+            '`' => text.push_str("\\(ga"),
+            '^' => text.push_str("\\(ha"),
+            '~' => text.push_str("\\(ti"),
+            character if character.is_ascii() => text.push(character),
+            other => text.push_str(&format!("\\[u{:04X}]", u32::from(other))),
+        }
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_line_of_yaml_is_no_request_of_roff() {
+        assert_eq!(verbatim(".TH a\\.b"), "\\&.TH a\\e.b");
+        assert_eq!(verbatim("'tis: a-b…"), "\\(aqtis: a\\-b\\[u2026]");
+    }
+
+    #[test]
+    fn the_page_of_the_file_holds_every_line_of_it() {
+        let page = page_of_the_file("one:\n  two: three\n");
+        assert!(page.contains("\n.nf\none:\n  two: three\n.fi\n"), "{page}");
+    }
+}
