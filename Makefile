@@ -6,7 +6,7 @@ TOOLS := conf/packaging/install-tools.sh
 export PATH := $(PATH):/usr/sbin:/sbin
 
 .DEFAULT_GOAL := help
-.PHONY: help run demo test fuzz check build quick release fmt lint doc bench gate clean
+.PHONY: help run demo test fuzz check build quick release package package-test fmt lint doc bench gate clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -44,6 +44,14 @@ quick:
 release: ## build target/dist/release/forebay, with LTO and PGO: what packages hold; half an hour on two cores
 	@$(TOOLS) build release
 	conf/packaging/release.sh
+
+package: release ## the Debian package and the tarball of that, in target/dist
+	@$(TOOLS) package
+	conf/packaging/package.sh
+
+package-test: ## install, start, upgrade and purge that package in a fresh Debian; as root
+	@$(TOOLS) package-test
+	conf/packaging/package-test.sh
 
 fmt: ## format the code
 	$(CARGO) fmt

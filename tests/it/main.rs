@@ -44,6 +44,7 @@ mod mirror;
 mod observe;
 mod origin;
 mod pace;
+mod packaging;
 mod page;
 mod privileges;
 mod proxy_protocol;
