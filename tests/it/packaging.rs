@@ -24,6 +24,14 @@ fn text(path: &str) -> String {
     fs::read_to_string(tree(path)).unwrap_or_else(|error| panic!("{path}: {error}"))
 }
 
+/// A tool of PyPI, where `make test` has put it.
+fn pypi(name: &str) -> PathBuf {
+    let asked = said(Command::new(tree("conf/packaging/install-tools.sh")).args(["--directory", "test"]));
+    let path = Path::new(asked.trim()).join("bin").join(name);
+    assert!(path.exists(), "{} is missing: `conf/packaging/install-tools.sh test` installs it", path.display());
+    path
+}
+
 /// What a command says, on stdout and then on stderr; it must succeed.
 fn said(command: &mut Command) -> String {
     let Output { status, stdout, stderr } = command.output().unwrap_or_else(|error| panic!("{command:?}: {error}"));
@@ -167,6 +175,36 @@ fn the_directories_of_the_package_are_those_that_its_configuration_names() {
     assert!(text("conf/packaging/forebay.logrotate").starts_with(&format!("{}/*.log ", log.display())));
     let users = text("conf/packaging/forebay.sysusers");
     assert!(users.starts_with(&format!("u {} ", unit("User")[0])), "{users}");
+}
+
+/// The words of an instruction of the Dockerfile that is written as a list.
+fn instruction(name: &str) -> Vec<String> {
+    let dockerfile = text("Dockerfile");
+    let line = dockerfile.lines().filter(|line| line.starts_with(name)).next_back();
+    let line = line.unwrap_or_else(|| panic!("the Dockerfile has no {name}"));
+    let list = &line[line.find('[').expect("a list")..];
+    serde_json::from_str(list).unwrap_or_else(|error| panic!("{line}: {error}"))
+}
+
+#[test]
+fn hadolint_accepts_the_dockerfile() {
+    assert_eq!(said(Command::new(pypi("hadolint")).arg(tree("Dockerfile"))), "");
+}
+
+#[test]
+fn a_container_runs_and_is_healthy_by_the_commands_of_its_image() {
+    assert_eq!(instruction("ENTRYPOINT"), ["forebay"]);
+    let command = instruction("CMD");
+    let arguments: Vec<_> = command.iter().map(String::as_str).collect();
+    let mut shipped = Shipped::start("conf/packaging/container.yaml", &arguments);
+    assert!(shipped.get().starts_with("HTTP/1.1 200"));
+    let check = instruction("HEALTHCHECK");
+    assert_eq!(check[0], "forebay");
+    let arguments: Vec<_> = check[1..].iter().map(String::as_str).collect();
+    said(forebay(&arguments).env("FOREBAY_CONFIG", &shipped.config));
+    shipped.stop();
+    let after = forebay(&arguments).env("FOREBAY_CONFIG", &shipped.config).output().unwrap();
+    assert_eq!(after.status.code(), Some(1), "{after:?}");
 }
 
 #[test]
