@@ -11,7 +11,7 @@ mod load;
 mod overview;
 mod phrases;
 mod process;
-mod query;
+pub mod query;
 mod record;
 mod reference;
 mod routes;

@@ -2,6 +2,8 @@
 //!
 //! The package itself is built, installed and purged by `make package-test`, which needs root and a release build.
 
+mod kubernetes;
+
 use std::collections::BTreeSet;
 use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};
