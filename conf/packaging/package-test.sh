@@ -39,11 +39,11 @@ sed -i 's/^Version: .*/&+next/' "$work/next/DEBIAN/control"
 echo "# a line of the next version" >>"$work/next/etc/forebay/forebay.yaml"
 (cd "$work/next" && find . -path ./DEBIAN -prune -o -type f -printf '%P\0' | sort -z | xargs -0 md5sum >DEBIAN/md5sums)
 
-mkdir -p "$root/root/test"
-cp "$package" "$root/root/test/forebay.deb"
-dpkg-deb --root-owner-group --build "$work/next" "$root/root/test/next.deb" >/dev/null
-tar --extract --directory "$root/root/test" --file "$tarball"
-cp conf/packaging/package-test-inside.sh "$root/root/test/inside.sh"
+mkdir -p "$root/srv/test"
+cp "$package" "$root/srv/test/forebay.deb"
+dpkg-deb --root-owner-group --build "$work/next" "$root/srv/test/next.deb" >/dev/null
+tar --extract --directory "$root/srv/test" --file "$tarball"
+cp conf/packaging/package-test-inside.sh "$root/srv/test/inside.sh"
 cat >"$root/etc/systemd/system/package-test.service" <<'UNIT'
 [Unit]
 After=multi-user.target
@@ -52,21 +52,21 @@ FailureAction=poweroff-force
 [Service]
 Type=oneshot
 Environment=DEBIAN_FRONTEND=noninteractive LC_ALL=C.UTF-8
-ExecStart=/bin/bash /root/test/inside.sh
-StandardOutput=file:/root/test/log
+ExecStart=/bin/bash /srv/test/inside.sh
+StandardOutput=file:/srv/test/log
 StandardError=inherit
 [Install]
 WantedBy=default.target
 UNIT
 systemctl --root="$root" --quiet enable package-test.service
-: >"$root/root/test/log"
-tail --lines=+1 --follow "$root/root/test/log" &
+: >"$root/srv/test/log"
+tail --lines=+1 --follow "$root/srv/test/log" &
 follower=$!
 timeout --signal=TERM --kill-after=30 600 systemd-nspawn --quiet --directory="$root" --machine="forebay-$$" --boot \
     --register=no --keep-unit --private-network --console=pipe >"$work/console" 2>&1 </dev/null || true
 sleep 1
 kill "$follower"
-if ! grep -q '^passed$' "$root/root/test/log"; then
+if ! grep -q '^passed$' "$root/srv/test/log"; then
     tail -n 20 "$work/console" >&2
     echo "package-test.sh: it failed" >&2
     exit 1

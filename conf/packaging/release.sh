@@ -22,15 +22,19 @@ export BORING_BSSL_RUST_CPPLIB=static=stdc++
 cpp=$(dirname "$(g++ -print-file-name=libstdc++.a)")
 
 # Cargo does not see that the flags of the wrapper changed. Without these files it compiles the crates of the program
-# again, and keeps what was made for build scripts, and what these made.
-forget_crates() {
-    local known=$CARGO_TARGET_DIR/$host/release/.fingerprint
+# again, and keeps what was made for build scripts, and what these made. A build that was ended goes on where it was.
+forget_crates_of_other_flags() {
+    local flags=$1 known=$CARGO_TARGET_DIR/$host/release/.fingerprint kept=$CARGO_TARGET_DIR/flags
+    [ "$flags" != "$(cat "$kept" 2>/dev/null)" ] || return 0
     [ ! -d "$known" ] || find "$known" -type f \( -name '*lib-*' -o -name '*bin-*' \) -delete
+    mkdir -p "$CARGO_TARGET_DIR"
+    echo "$flags" >"$kept"
 }
 
 build() {
-    forget_crates
-    FOREBAY_RUSTC_FLAGS="-Lnative=$cpp $*" cargo build --locked --release --target "$host" --bin forebay
+    local flags="-Lnative=$cpp $*"
+    forget_crates_of_other_flags "$flags $(sha256sum "$profile" 2>/dev/null || echo untrained)"
+    FOREBAY_RUSTC_FLAGS=$flags cargo build --locked --release --target "$host" --bin forebay
 }
 
 keep() {

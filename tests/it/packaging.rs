@@ -182,7 +182,7 @@ fn the_directories_of_the_package_are_those_that_its_configuration_names() {
 /// The words of an instruction of the Dockerfile that is written as a list.
 fn instruction(name: &str) -> Vec<String> {
     let dockerfile = text("Dockerfile");
-    let line = dockerfile.lines().filter(|line| line.starts_with(name)).next_back();
+    let line = dockerfile.lines().rfind(|line| line.starts_with(name));
     let line = line.unwrap_or_else(|| panic!("the Dockerfile has no {name}"));
     let list = &line[line.find('[').expect("a list")..];
     serde_json::from_str(list).unwrap_or_else(|error| panic!("{line}: {error}"))
