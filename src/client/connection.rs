@@ -35,6 +35,7 @@ use crate::metrics::{ConnectionState, ListenerMetrics, Metrics};
 use crate::party::{Fault, Party, What};
 use crate::phase::Phase;
 use crate::phase::journal::Cycle;
+use crate::upstream::transport::tunnel::Tunnel;
 
 /// A listener as it runs.
 pub struct Listener {
@@ -381,7 +382,7 @@ pub struct Connection {
     /// Bytes that the socket has taken of what TLS made of the answers.
     taken: AtomicU64,
     settled: AtomicBool,
-    raw: AtomicBool,
+    tunnel: OnceLock<Arc<Tunnel>>,
     reset: AtomicBool,
     socket: OnceLock<RawFd>,
     fault: OnceLock<Fault>,
@@ -410,7 +411,7 @@ impl Connection {
             half_close_aborts: AtomicBool::new(false),
             taken: AtomicU64::new(0),
             settled: AtomicBool::new(false),
-            raw: AtomicBool::new(false),
+            tunnel: OnceLock::new(),
             reset: AtomicBool::new(false),
             socket: OnceLock::new(),
             fault: OnceLock::new(),
@@ -537,13 +538,19 @@ impl Connection {
     }
 
     /// The client agreed on another protocol (101): all further bytes pass as they are.
-    pub fn switch_to_raw(&self) {
-        self.raw.store(true, Ordering::Relaxed);
+    pub fn switch_to_raw(&self, tunnel: Arc<Tunnel>) {
+        // It happens once: nothing else is spoken on this connection afterwards.
+        let _ = self.tunnel.set(tunnel);
     }
 
     /// Whether it did.
     pub fn is_raw(&self) -> bool {
-        self.raw.load(Ordering::Relaxed)
+        self.tunnel.get().is_some()
+    }
+
+    /// Where those bytes go.
+    pub(super) fn tunnel(&self) -> Option<&Arc<Tunnel>> {
+        self.tunnel.get()
     }
 
     /// The answer was cut short and its end could be taken for a real one: close with a reset (RFC 9112 §8).

@@ -34,6 +34,7 @@ use crate::framing::chunked::Chunks;
 use crate::net;
 use crate::party::What;
 use crate::phase::Phase;
+use crate::upstream::transport::tunnel::Way;
 
 /// The first bytes of an HTTP/2 connection (RFC 9113 §3.4).
 pub const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
@@ -659,10 +660,11 @@ impl Core {
             return Poll::Ready(Err(error));
         }
         match self.rest {
-            Rest::Raw | Rest::Http2 => self.poll_pass(cx, out, usize::MAX).map_ok(|_| ()),
+            Rest::Http2 => self.poll_pass(cx, out, usize::MAX).map_ok(|_| ()),
+            Rest::Raw => self.poll_tunnel(cx, out),
             _ if self.body_is_read() && self.connection.is_raw() => {
                 self.rest = Rest::Raw;
-                self.poll_pass(cx, out, usize::MAX).map_ok(|_| ())
+                self.poll_tunnel(cx, out)
             }
             _ if self.body_is_read() => self.poll_gone(cx),
             Rest::Length(left) => {
@@ -673,6 +675,36 @@ impl Core {
             }
             Rest::Chunked(_) => self.poll_chunks(cx, out),
         }
+    }
+
+    /// Reads in a tunnel, each of whose directions ends by itself; see [`Tunnel`].
+    fn poll_tunnel(&mut self, cx: &mut Context<'_>, out: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        let connection = self.connection.clone();
+        let Some(tunnel) = connection.tunnel() else { return self.poll_pass(cx, out, usize::MAX).map_ok(drop) };
+        // A client that does not take the end has gone, and reading says so.
+        if tunnel.is_to_tell(Way::Down) && self.outbox.is_empty() && Pin::new(&mut self.io).poll_shutdown(cx).is_ready()
+        {
+            tunnel.told(Way::Down);
+            // The endpoint's side may wait for that.
+            cx.waker().wake_by_ref();
+        }
+        if !tunnel.has_ended(Way::Up) {
+            let passed = ready!(self.poll_pass(cx, out, usize::MAX))?;
+            tunnel.read(Way::Up, passed);
+            if passed > 0 || out.remaining() == 0 || connection.half_close_aborts() {
+                return Poll::Ready(Ok(()));
+            }
+            tunnel.end(Way::Up);
+            cx.waker().wake_by_ref();
+        }
+        if tunnel.is_over() {
+            return Poll::Ready(Ok(()));
+        }
+        if tunnel.is_told(Way::Down) {
+            // Both sides have said all. That the socket is closed is no news, and the endpoint's side goes next.
+            return Poll::Pending;
+        }
+        self.look.poll(cx, self.io.id(), Leaving::Broken).map(Err)
     }
 
     fn poll_flush(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
@@ -694,6 +726,9 @@ impl AsyncWrite for ClientStream {
     fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
         let mut core = self.core();
         let written = core.poll_gathered_write(cx, bytes);
+        if let (Some(tunnel), Poll::Ready(Ok(written))) = (core.connection.tunnel(), &written) {
+            tunnel.wrote_down(&bytes[..*written]);
+        }
         core.poll_patience(cx, written)
     }
 

@@ -32,6 +32,8 @@ enum At {
     /// In a header, of which this has come. It is empty as a rule: most headers come at once.
     Header(Vec<u8>),
     Chunks(Chunks),
+    /// Behind a 101, by so many bytes.
+    Tunnel(u64),
 }
 
 impl Answer {
@@ -49,6 +51,10 @@ impl Answer {
         match &mut self.at {
             At::Elsewhere => Ok(()),
             At::Chunks(chunks) => chunks.take(bytes).map(drop),
+            At::Tunnel(passed) => {
+                *passed += bytes.len() as u64;
+                Ok(())
+            }
             At::Header(begun) if begun.is_empty() => self.take_header(bytes),
             At::Header(begun) => {
                 let mut begun = std::mem::take(begun);
@@ -74,10 +80,16 @@ impl Answer {
                     chunks.take(&bytes[end..])?;
                     At::Chunks(chunks)
                 }
+                Read::Switch(end) => At::Tunnel((bytes.len() - end) as u64),
             };
             self.at = next;
             return Ok(());
         }
+    }
+
+    /// Bytes that have come behind a 101.
+    pub fn tunneled(&self) -> u64 {
+        if let At::Tunnel(passed) = self.at { passed } else { 0 }
     }
 
     /// Whether its body comes in chunks, as far as its header is here.
@@ -98,6 +110,8 @@ impl Answer {
 enum Read {
     Part,
     Interim(usize),
+    /// The header of a 101.
+    Switch(usize),
     /// The header of an answer whose body is in chunks.
     Chunked(usize),
     /// Anything else.
@@ -118,7 +132,7 @@ fn header(bytes: &[u8], head_only: bool) -> Read {
     };
     let status = response.code.unwrap_or_default();
     if matches!(status, 100..=199) {
-        return if status == 101 { Read::Nothing } else { Read::Interim(end) };
+        return if status == 101 { Read::Switch(end) } else { Read::Interim(end) };
     }
     let mut said = Said::default();
     for field in response.headers.iter() {
@@ -146,32 +160,48 @@ enum Out {
     /// There is no place for trailers, or it is past.
     #[default]
     Elsewhere,
-    /// In the header: this number of bytes of the empty line that ends it have passed.
-    Header(usize),
+    Header(HeaderEnd),
     Chunks(Chunks),
 }
 
 const HEADER_END: &[u8] = b"\r\n\r\n";
 
+/// Finds the end of a header that leaves in pieces: so many bytes of the empty line that ends it have passed.
+#[derive(Debug, Default)]
+pub struct HeaderEnd(usize);
+
+impl HeaderEnd {
+    /// Tells how many of these bytes belong to the header: all of them until its end was found, and none behind it.
+    pub fn take(&mut self, bytes: &[u8]) -> usize {
+        let mut taken = 0;
+        while taken < bytes.len() && !self.is_found() {
+            self.0 = match bytes[taken] {
+                byte if byte == HEADER_END[self.0] => self.0 + 1,
+                b'\r' => 1,
+                _ => 0,
+            };
+            taken += 1;
+        }
+        taken
+    }
+
+    /// Whether the header has ended.
+    pub fn is_found(&self) -> bool {
+        self.0 == HEADER_END.len()
+    }
+}
+
 impl Request {
     /// A request goes out next; whether its body is in chunks.
     pub fn begin(&mut self, in_chunks: bool) {
-        self.at = if in_chunks { Out::Header(0) } else { Out::Elsewhere };
+        self.at = if in_chunks { Out::Header(HeaderEnd::default()) } else { Out::Elsewhere };
     }
 
     /// Takes bytes that have left.
     pub fn take(&mut self, mut bytes: &[u8]) {
-        if let Out::Header(matched) = &mut self.at {
-            let mut taken = 0;
-            while taken < bytes.len() && *matched < HEADER_END.len() {
-                *matched = match bytes[taken] {
-                    byte if byte == HEADER_END[*matched] => *matched + 1,
-                    b'\r' => 1,
-                    _ => 0,
-                };
-                taken += 1;
-            }
-            if *matched < HEADER_END.len() {
+        if let Out::Header(end) = &mut self.at {
+            let taken = end.take(bytes);
+            if !end.is_found() {
                 return;
             }
             bytes = &bytes[taken..];

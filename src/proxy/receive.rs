@@ -27,6 +27,7 @@ use crate::expression::{Facts, Pace};
 use crate::filter::{Refused, Stages, Verdict, View};
 use crate::framing::{Said, answer, is_media_type};
 use crate::phase::Phase;
+use crate::upstream::transport::tunnel::Tunnel;
 
 /// How an endpoint asks nginx, and us, not to hold its answer back. It is not for the client.
 const X_ACCEL_BUFFERING: &str = "x-accel-buffering";
@@ -104,8 +105,12 @@ pub async fn header(
     }
     have_client_stay(exchange, response)?;
     if response.status == StatusCode::SWITCHING_PROTOCOLS {
+        let tunnel = Arc::<Tunnel>::default();
+        if let Some(tail) = &exchange.tail {
+            tail.switch(tunnel.clone());
+        }
         if let Some(connection) = &exchange.connection {
-            connection.switch_to_raw();
+            connection.switch_to_raw(tunnel);
         }
         return Ok(());
     }

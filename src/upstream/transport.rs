@@ -12,6 +12,7 @@ pub mod http1;
 pub mod http2;
 pub mod pair;
 pub mod tls;
+pub mod tunnel;
 
 use std::hash::Hasher;
 use std::sync::Arc;

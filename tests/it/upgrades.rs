@@ -1,6 +1,8 @@
 //! Other protocols than HTTP on a client's connection: which pass, and what a tunnel is once an endpoint has agreed to
 //! one.
 
+use std::thread;
+
 use crate::harness::gateway::Watched;
 use crate::harness::{Client, Gateway, Origin, Setup, ok};
 
@@ -134,5 +136,72 @@ fn behind_a_101_there_is_nothing_but_the_tunnel() {
         client.reset();
         connection.closed();
     }
+    gateway.wait_at_rest();
+}
+
+/// Wholly there and back, whoever ends first.
+#[test]
+fn each_direction_of_a_tunnel_ends_by_itself() {
+    const MUCH: usize = 3 << 20;
+    let origin = Origin::scripted();
+    let gateway = Setup::before(&origin).route("upgrades: [tcp]").start();
+    let begin = |greeting: &str| {
+        let mut client: Client = gateway.client();
+        client.send(asking("GET", "tcp", ""));
+        let mut connection = origin.accept();
+        connection.request();
+        connection.send(format!("{}{greeting}", agreeing("tcp")));
+        assert_eq!(client.response().status, 101);
+        assert_eq!(client.bytes(greeting.len()), greeting.as_bytes());
+        (client, connection.into_wire())
+    };
+    let body: Vec<u8> = (0..MUCH).map(|n| (n / 7) as u8).collect();
+
+    // The input of a program is over before it says anything.
+    for greeting in ["", "ready"] {
+        let (mut client, mut connection) = begin(greeting);
+        client.send("input");
+        client.end();
+        assert_eq!(connection.rest(), b"input");
+        connection.send("output").expect("the gateway takes it");
+        thread::scope(|scope| {
+            scope.spawn(|| connection.send(&body).expect("the gateway takes it"));
+            assert_eq!(client.bytes(6), b"output");
+            assert!(client.bytes(MUCH) == body, "all of it");
+        });
+        drop(connection);
+        assert_eq!(client.rest(), b"");
+    }
+
+    // The endpoint has said all, and takes what comes.
+    for greeting in ["", "bye"] {
+        let (mut client, mut connection) = begin(greeting);
+        connection.send("last words").expect("the gateway takes it");
+        connection.end();
+        assert_eq!(client.rest(), b"last words");
+        thread::scope(|scope| {
+            scope.spawn(|| {
+                client.send(&body);
+                client.end();
+            });
+            assert!(connection.rest() == body, "all of it");
+        });
+    }
+    gateway.wait_at_rest();
+}
+
+#[test]
+fn a_route_may_take_the_end_of_a_client_for_that_of_its_tunnel() {
+    let origin = Origin::scripted();
+    let gateway = Setup::before(&origin).route("upgrades: [tcp], client: { half_close: abort }").start();
+    let mut client: Client = gateway.client();
+    client.send(asking("GET", "tcp", ""));
+    let mut connection = origin.accept();
+    connection.request();
+    connection.send(agreeing("tcp"));
+    assert_eq!(client.response().status, 101);
+    client.end();
+    connection.closed();
+    assert_eq!(client.rest(), b"");
     gateway.wait_at_rest();
 }

@@ -25,6 +25,7 @@ use pingora::protocols::{
 use pingora::upstreams::peer::ALPN;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
+use super::tunnel::{Tunnel, Way};
 use crate::framing::follow;
 
 /// What an exchange and its connection to an endpoint tell each other about the ends of messages.
@@ -42,6 +43,8 @@ struct State {
     last_chunk: Option<Bytes>,
     /// The chunks of the answer do not follow the grammar.
     malformed: bool,
+    /// Client and endpoint speak another protocol by now.
+    tunnel: Option<Arc<Tunnel>>,
 }
 
 impl Tail {
@@ -78,6 +81,17 @@ impl Tail {
         self.state().malformed
     }
 
+    /// Client and endpoint have agreed on another protocol: each direction ends by itself from here on.
+    pub fn switch(&self, tunnel: Arc<Tunnel>) {
+        let state = &mut *self.state();
+        tunnel.has_read(Way::Down, state.answer.tunneled());
+        state.tunnel = Some(tunnel);
+    }
+
+    fn tunnel(&self) -> Option<Arc<Tunnel>> {
+        self.state().tunnel.clone()
+    }
+
     fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -88,12 +102,20 @@ impl Tail {
         state.answer.take(bytes).map_err(|_| {
             state.malformed = true;
             io::Error::new(io::ErrorKind::InvalidData, "malformed chunked body")
-        })
+        })?;
+        if let Some(tunnel) = &state.tunnel {
+            tunnel.has_read(Way::Down, state.answer.tunneled());
+        }
+        Ok(())
     }
 
     /// Takes bytes that have left.
     fn sent(&self, bytes: &[u8]) {
-        self.state().request.take(bytes);
+        let state = &mut *self.state();
+        match &state.tunnel {
+            Some(tunnel) => tunnel.wrote_up(bytes.len()),
+            None => state.request.take(bytes),
+        }
     }
 
     /// What leaves instead of these bytes, if they are the last chunk and trailers belong into it.
@@ -134,13 +156,33 @@ impl Followed {
 
 impl AsyncRead for Followed {
     fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, out: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        let tunnel = self.tail.tunnel();
+        if let Some(tunnel) = &tunnel {
+            // One that does not take the end has gone, and reading says so.
+            if tunnel.is_to_tell(Way::Up) && Pin::new(&mut self.io).poll_shutdown(cx).is_ready() {
+                tunnel.told(Way::Up);
+                // The client's side may wait for that.
+                cx.waker().wake_by_ref();
+            }
+            if tunnel.has_ended(Way::Down) {
+                return if tunnel.is_over() { Poll::Ready(Ok(())) } else { Poll::Pending };
+            }
+        }
         let before = out.filled().len();
         ready!(Pin::new(&mut self.io).poll_read(cx, out))?;
         let received = self.tail.received(&out.filled()[before..]);
         if received.is_err() {
             out.set_filled(before);
         }
-        Poll::Ready(received)
+        match tunnel {
+            Some(tunnel) if out.filled().len() == before && out.remaining() > 0 => {
+                tunnel.end(Way::Down);
+                // The client's side passes it on, and this one is asked again when both have ended.
+                cx.waker().wake_by_ref();
+                if tunnel.is_over() { Poll::Ready(Ok(())) } else { Poll::Pending }
+            }
+            _ => Poll::Ready(received),
+        }
     }
 }
 

@@ -1,0 +1,143 @@
+//! What client and endpoint do after a 101: each direction of a tunnel ends by itself (RFC 9110 §7.8).
+//!
+//! Pingora moves the bytes, and ends both directions as soon as one has ended. What the other side has still to say
+//! would be lost: the output of a program whose input is over, say. So the two streams keep an end from Pingora. Once
+//! all bytes before it have been written to the other side, that side's stream closes its sending side. Pingora is told
+//! of an end when both directions have ended.
+
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use crate::framing::follow::HeaderEnd;
+
+/// One direction of a tunnel.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Way {
+    /// From the client to the endpoint.
+    Up = 0,
+    /// From the endpoint to the client.
+    Down = 1,
+}
+
+/// What the streams on both sides of a tunnel tell each other. One task uses it, in turns.
+#[derive(Debug, Default)]
+pub struct Tunnel {
+    state: Mutex<State>,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    ways: [Progress; 2],
+    /// The header of the 101 leaves before all else, and is no part of the tunnel.
+    header: HeaderEnd,
+}
+
+/// How far one direction is.
+#[derive(Clone, Copy, Debug, Default)]
+struct Progress {
+    /// Bytes read from the one side.
+    read: u64,
+    /// Bytes written to the other side.
+    written: u64,
+    /// The one side has said all.
+    ended: bool,
+    /// The other side was told so.
+    told: bool,
+}
+
+impl Tunnel {
+    /// So many bytes have been read in this direction since it began.
+    pub fn has_read(&self, way: Way, bytes: u64) {
+        self.state().ways[way as usize].read = bytes;
+    }
+
+    /// So many further bytes were read in this direction.
+    pub fn read(&self, way: Way, bytes: usize) {
+        self.state().ways[way as usize].read += bytes as u64;
+    }
+
+    /// So many bytes were written to the endpoint.
+    pub fn wrote_up(&self, bytes: usize) {
+        self.state().ways[Way::Up as usize].written += bytes as u64;
+    }
+
+    /// These bytes were written to the client: the header of the 101 first.
+    pub fn wrote_down(&self, bytes: &[u8]) {
+        let state = &mut *self.state();
+        let header = state.header.take(bytes);
+        state.ways[Way::Down as usize].written += (bytes.len() - header) as u64;
+    }
+
+    /// The side that sends in this direction has ended it.
+    pub fn end(&self, way: Way) {
+        self.state().ways[way as usize].ended = true;
+    }
+
+    /// Whether it has.
+    pub fn has_ended(&self, way: Way) -> bool {
+        self.state().ways[way as usize].ended
+    }
+
+    /// Whether the other side is to be told of the end now: all before it has been written.
+    pub fn is_to_tell(&self, way: Way) -> bool {
+        let Progress { read, written, ended, told } = self.state().ways[way as usize];
+        ended && !told && written == read
+    }
+
+    /// The other side was told of the end.
+    pub fn told(&self, way: Way) {
+        self.state().ways[way as usize].told = true;
+    }
+
+    /// Whether it knows.
+    pub fn is_told(&self, way: Way) -> bool {
+        self.state().ways[way as usize].told
+    }
+
+    /// Whether both directions have ended and both sides know.
+    pub fn is_over(&self) -> bool {
+        self.state().ways.iter().all(|way| way.told)
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_end_is_told_once_and_behind_all_bytes_before_it() {
+        let tunnel = Tunnel::default();
+        tunnel.read(Way::Up, 10);
+        tunnel.wrote_up(4);
+        assert!(!tunnel.is_to_tell(Way::Up), "it has not ended");
+        tunnel.end(Way::Up);
+        assert!(tunnel.has_ended(Way::Up) && !tunnel.is_to_tell(Way::Up), "6 bytes are on their way");
+        tunnel.wrote_up(6);
+        assert!(tunnel.is_to_tell(Way::Up));
+        tunnel.told(Way::Up);
+        assert!(!tunnel.is_to_tell(Way::Up) && !tunnel.is_over(), "the other direction goes on");
+        tunnel.end(Way::Down);
+        assert!(tunnel.is_to_tell(Way::Down));
+        tunnel.told(Way::Down);
+        assert!(tunnel.is_over());
+    }
+
+    #[test]
+    fn the_header_of_the_101_is_no_part_of_it_however_it_is_written() {
+        let sent = b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: tcp\r\n\r\n\r\n\r\nabc";
+        for size in 1..=sent.len() {
+            let tunnel = Tunnel::default();
+            tunnel.has_read(Way::Down, 7);
+            tunnel.end(Way::Down);
+            for piece in sent[..sent.len() - 1].chunks(size) {
+                tunnel.wrote_down(piece);
+                assert!(!tunnel.is_to_tell(Way::Down), "{size}");
+            }
+            tunnel.wrote_down(b"c");
+            assert!(tunnel.is_to_tell(Way::Down), "{size}");
+        }
+    }
+}
