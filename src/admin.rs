@@ -8,6 +8,7 @@
 pub mod answer;
 mod guard;
 pub mod page;
+pub mod seats;
 pub mod status;
 pub mod table;
 pub mod trace;
@@ -23,7 +24,7 @@ use async_trait::async_trait;
 use bytes::{Bytes, BytesMut};
 use futures::StreamExt;
 use http::{HeaderMap, HeaderValue, Method, StatusCode, header};
-use pingora::apps::{HttpPersistentSettings, HttpServerApp, ReusedHttpStream, ServerApp};
+use pingora::apps::ServerApp;
 use pingora::http::ResponseHeader;
 use pingora::protocols::Stream;
 use pingora::protocols::http::ServerSession;
@@ -40,6 +41,7 @@ use answer::{Answer, Body, Pieces};
 pub use guard::Hosts;
 use guard::{Caller, Peer};
 use page::Page;
+use seats::{Seat, Seats};
 use table::{Ask, Found, Table};
 
 /// Whether the gateway takes exchanges, as `/readyz` tells load balancers. Clones share it.
@@ -85,6 +87,7 @@ pub struct Admin {
     page: Page,
     metrics: AdminMetrics,
     streams: Arc<Semaphore>,
+    seats: Arc<Seats>,
     token: Option<String>,
     /// Whether it is reached by TLS, and whether all who come so have shown a certificate.
     tls: Option<bool>,
@@ -107,14 +110,15 @@ const ANSWER: Duration = Duration::from_secs(30);
 const KEPT_SECONDS: u64 = 65;
 
 impl Admin {
-    /// One that shows these, has at most so many answers under way that go on, and is asked under the names of these
-    /// hosts.
-    pub fn new(metrics: Metrics, readiness: Readiness, streams_max: usize, hosts: Hosts) -> Self {
+    /// One that shows these, has at most so many connections, at most so many answers under way that go on, and is
+    /// asked under the names of these hosts.
+    pub fn new(metrics: Metrics, readiness: Readiness, seats_max: usize, streams_max: usize, hosts: Hosts) -> Self {
         let admin = Admin {
             table: Table::default(),
             page: Page::new(),
             metrics: metrics.admin(),
             streams: Arc::new(Semaphore::new(streams_max.min(Semaphore::MAX_PERMITS))),
+            seats: Seats::new(seats_max, metrics.admin()),
             token: None,
             tls: None,
             hosts,
@@ -292,14 +296,10 @@ async fn read_body(http: &mut ServerSession) -> Result<Bytes, Answer> {
     }
 }
 
-#[async_trait]
-impl HttpServerApp for Admin {
-    async fn process_new_http(
-        self: &Arc<Self>,
-        mut http: ServerSession,
-        shutdown: &ShutdownWatch,
-    ) -> Option<ReusedHttpStream> {
-        match within(REQUEST, NoClient::Operator, http.read_request()).await {
+impl Admin {
+    /// Answers one request. The connection comes back if it can be kept.
+    async fn serve(&self, mut http: ServerSession, seat: &Seat, shutdown: &ShutdownWatch) -> Option<Stream> {
+        match seat.wait(within(REQUEST, NoClient::Operator, http.read_request())).await? {
             Some(Ok(true)) => {}
             // Nobody learns anything from a word about a port scan or a scraper that went away.
             Some(Ok(false)) | None => return None,
@@ -328,7 +328,7 @@ impl HttpServerApp for Admin {
 }
 
 /// What became of a connection after an answer: kept or not.
-type Sent = pingora::Result<Option<ReusedHttpStream>>;
+type Sent = pingora::Result<Option<Stream>>;
 
 async fn send(mut http: ServerSession, mut header: ResponseHeader, body: Bytes) -> Sent {
     header.insert_header(header::CONTENT_LENGTH, body.len())?;
@@ -337,9 +337,8 @@ async fn send(mut http: ServerSession, mut header: ResponseHeader, body: Bytes) 
     if !head {
         http.write_response_body(body, true).await?;
     }
-    let settings = HttpPersistentSettings::for_session(&http);
-    let stream = http.finish().await?;
-    Ok(stream.map(|stream| ReusedHttpStream::from_reusable_stream(stream, settings)))
+    // There is nothing beside the stream: Pingora reads no request before its turn.
+    Ok(http.finish().await?.map(|kept| kept.into_parts().0))
 }
 
 /// Sends what comes until it ends, the client goes away or takes nothing, or the gateway stops.
@@ -385,13 +384,21 @@ pub struct Reception {
 #[async_trait]
 impl ServerApp for Reception {
     async fn process_new(self: &Arc<Self>, io: Stream, shutdown: &ShutdownWatch) -> Option<Stream> {
-        let Some(tls) = &self.tls else { return self.admin.process_new(io, shutdown).await };
-        match entrance::secure_with(io, tls).await {
-            Ok(stream) => self.admin.process_new(stream, shutdown).await,
-            Err(refusal) => {
-                tracing::debug!(reason = refusal.reason, "a connection to the admin endpoint was given up");
-                None
-            }
+        let seat = self.admin.seats.take()?;
+        let mut stream = match &self.tls {
+            None => io,
+            Some(tls) => match seat.wait(entrance::secure_with(io, tls)).await? {
+                Ok(stream) => stream,
+                Err(refusal) => {
+                    tracing::debug!(reason = refusal.reason, "a connection to the admin endpoint was given up");
+                    return None;
+                }
+            },
+        };
+        loop {
+            let mut http = ServerSession::new_http1(stream);
+            http.set_keepalive(Some(KEPT_SECONDS));
+            stream = self.admin.serve(http, &seat, shutdown).await?;
         }
     }
 }
@@ -416,7 +423,7 @@ mod tests {
 
     fn admin() -> (Admin, Readiness) {
         let readiness = Readiness::new();
-        (Admin::new(Metrics::new(0, Vec::new()), readiness.clone(), 1, Hosts::default()), readiness)
+        (Admin::new(Metrics::new(0, Vec::new()), readiness.clone(), 8, 1, Hosts::default()), readiness)
     }
 
     /// Sends these bytes to an admin endpoint that serves one request in the background.
@@ -427,7 +434,8 @@ mod tests {
         let served = tokio::spawn(async move {
             let (_keep, shutdown) = watch::channel(false);
             let session = ServerSession::new_http1(Box::new(server));
-            admin.process_new_http(session, &shutdown).await.is_some()
+            let seat = admin.seats.take().expect("a seat");
+            admin.serve(session, &seat, &shutdown).await.is_some()
         });
         (client, served)
     }
@@ -568,6 +576,8 @@ mod tests {
         let (_client, server) = tokio::io::duplex(1024);
         let (_keep, shutdown) = watch::channel(false);
         let session = ServerSession::new_http1(Box::new(server));
-        assert!(Arc::new(admin().0).process_new_http(session, &shutdown).await.is_none());
+        let admin = admin().0;
+        let seat = admin.seats.take().expect("a seat");
+        assert!(admin.serve(session, &seat, &shutdown).await.is_none());
     }
 }

@@ -339,7 +339,9 @@ impl Gateway {
             places.push(Place::of("admin", &socket));
             admin = socket.tcp;
             let streams = usize::try_from(config.admin.streams.0).unwrap_or(usize::MAX);
-            let app = Admin::new(metrics.clone(), readiness.clone(), streams, Hosts::new(&config.admin));
+            let connections = usize::try_from(shares.admin(config.admin.connections.0)).unwrap_or(usize::MAX);
+            let hosts = Hosts::new(&config.admin);
+            let app = Admin::new(metrics.clone(), readiness.clone(), connections, streams, hosts);
             let app = admin::upstreams::add(app, parts.upstreams.values().cloned().collect());
             let names = config.routes.iter().map(|route| route.name.clone()).chain([UNROUTED.to_owned()]);
             let app = trace::add(app, recorder, names.collect());

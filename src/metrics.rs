@@ -133,6 +133,8 @@ struct Families {
     access_log_dropped: IntCounterVec,
     spans: IntCounterVec,
     admin_requests: IntCounterVec,
+    admin_connections: IntGaugeVec,
+    admin_connections_closed: IntCounterVec,
     admin_streams: IntGaugeVec,
 }
 
@@ -418,6 +420,8 @@ impl Metrics {
     pub fn admin(&self) -> AdminMetrics {
         AdminMetrics {
             requests: self.families().admin_requests.clone(),
+            connections: single(&self.families().admin_connections),
+            closed: self.families().admin_connections_closed.with_label_values::<&str>(&[]),
             streams: single(&self.families().admin_streams),
         }
     }
@@ -540,6 +544,8 @@ impl Families {
             access_log_dropped: family::ACCESS_LOG_DROPPED.counter(registry),
             spans: family::SPANS.counter(registry),
             admin_requests: family::ADMIN_REQUESTS.counter(registry),
+            admin_connections: family::ADMIN_CONNECTIONS.gauge(registry),
+            admin_connections_closed: family::ADMIN_CONNECTIONS_CLOSED.counter(registry),
             admin_streams: family::ADMIN_STREAMS.gauge(registry),
         }
     }
@@ -832,6 +838,8 @@ pub struct SpanMetrics {
 /// The metrics of the admin endpoint.
 pub struct AdminMetrics {
     requests: IntCounterVec,
+    connections: IntGauge,
+    closed: IntCounter,
     streams: IntGauge,
 }
 
@@ -840,6 +848,16 @@ impl AdminMetrics {
     /// it often.
     pub fn count(&self, path: &str, status: u16) {
         self.requests.with_label_values(&[path, &status.to_string()]).inc();
+    }
+
+    /// So many connections are open.
+    pub fn set_connections(&self, open: usize) {
+        self.connections.set(i64::try_from(open).unwrap_or(i64::MAX));
+    }
+
+    /// Counts a connection that was closed because there were as many as may be.
+    pub fn closed(&self) {
+        self.closed.inc();
     }
 
     /// Counts an answer that goes on, until the guard is dropped.

@@ -70,6 +70,12 @@ impl Shares {
         self.rest / 2
     }
 
+    /// Connections to the admin endpoint, where `written` are allowed: no more than a quarter of what is neither for
+    /// clients nor for spools, and at least two, one for Prometheus and one for its operator.
+    pub fn admin(&self, written: u64) -> u64 {
+        written.min((self.rest / 4).max(2))
+    }
+
     /// How many requests one client may have under way where `written` are allowed: no more than a quarter as many as there
     /// may be connections, unless it is not limited at all. Each can take a connection to a backend.
     pub fn requests_of_client(&self, written: u64) -> u64 {
@@ -211,6 +217,13 @@ pub(super) mod tests {
         let shares = shares(4_096);
         assert_eq!([100, 1_000, u64::MAX].map(|written| shares.requests_of_client(written)), [100, 500, u64::MAX]);
         assert_eq!(Shares::new(0, 0, 0.5, 0.25).requests_of_client(1_000), 1);
+    }
+
+    #[test]
+    fn the_admin_endpoint_has_a_quarter_of_the_rest_at_most_and_never_none() {
+        let of = |limit| shares(limit).admin(256);
+        assert_eq!([0, 97, 256, 512, 4_096, 20_000].map(of), [2, 2, 10, 26, 250, 256]);
+        assert_eq!(shares(20_000).admin(10), 10);
     }
 
     #[test]

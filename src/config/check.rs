@@ -132,6 +132,7 @@ impl<'a> Check<'a> {
         self.count("observability.access_log.queue", rest.observability.access_log.queue, 1, LOG_QUEUE_MAX);
         self.log_fields(&rest.observability.access_log.fields);
         self.count("observability.metrics.max_series", rest.observability.metrics.max_series, 1, u64::MAX);
+        self.count("admin.connections", rest.admin.connections, 1, u64::MAX);
         self.count("admin.streams", rest.admin.streams, 1, ADMIN_STREAMS_MAX);
         self.mode("admin", &rest.admin.address, rest.admin.mode);
         for (index, host) in rest.admin.hosts.iter().enumerate() {

@@ -239,6 +239,9 @@ pub struct Admin {
     /// TLS, as of a listener.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub tls: Option<super::listener::Tls>,
+    /// Connections that may be open at once; fewer where open files are few. A new one takes the place of the one that
+    /// has waited longest for a request.
+    pub connections: Count,
     /// Answers that go on, such as that of the status page, which may be under way at once: from 1 to 1,024.
     pub streams: Count,
 }
@@ -253,6 +256,7 @@ impl Default for Admin {
             hosts: Vec::new(),
             token: None,
             tls: None,
+            connections: Count(256),
             streams: Count(16),
         }
     }

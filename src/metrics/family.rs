@@ -244,6 +244,10 @@ families! {
         "Spans of recorded exchanges: exported to the collector, failed on the way to it, or dropped since too many waited.";
     ADMIN_REQUESTS: "forebay_admin_requests_total", Counter, ["path", "code"],
         "Requests to the admin endpoint, by what answered them and its status.";
+    ADMIN_CONNECTIONS: "forebay_admin_connections", Gauge, [],
+        "Connections to the admin endpoint that are open.";
+    ADMIN_CONNECTIONS_CLOSED: "forebay_admin_connections_closed_total", Counter, [],
+        "Connections to the admin endpoint that were closed to make room, for there were `admin.connections`.";
     ADMIN_STREAMS: "forebay_admin_streams", Gauge, [],
         "Answers of the admin endpoint that go on, such as that of the status page.";
     LOOP_WAIT: "forebay_loop_wait_seconds_total", Counter, ["worker"],

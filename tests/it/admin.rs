@@ -4,6 +4,7 @@ use std::fs;
 use std::process::Command;
 
 use crate::harness::client::{get, request};
+use crate::harness::gateway::Watched;
 use crate::harness::secure::Authority;
 use crate::harness::tls::{Tls, pair};
 use crate::harness::{Client, Origin, Setup};
@@ -76,4 +77,35 @@ fn a_certificate_of_the_client_may_stand_for_the_token() {
     let to = Tls::to(gateway.admin(), &authority, "admin.test");
     assert!(to.get("/metrics").is_err());
     assert_eq!(to.showing(&clients.issue(&["ops.test"])).get("/metrics").expect("an answer").0.status, 200);
+}
+
+#[test]
+fn connections_that_say_nothing_leave_room_for_those_that_ask() {
+    const CROWD: usize = 40;
+    let origin = Origin::named("app");
+    let gateway = Setup::before(&origin).admin("connections: 8").start();
+    let mut crowd: Vec<_> = (0..CROWD).map(|_| Client::connect(gateway.admin())).collect();
+    assert_eq!(get(gateway.admin(), "/metrics").status, 200);
+    // Those that have waited longest made room.
+    crowd[0].closed();
+    assert!(gateway.metric("forebay_admin_connections") <= 8.0);
+    assert!(gateway.metric("forebay_admin_connections_closed_total") >= (CROWD - 8) as f64);
+    drop(crowd);
+    gateway.wait_metric("forebay_admin_connections", |open| open <= 1.0);
+}
+
+#[test]
+fn half_a_header_and_half_a_handshake_make_room_too() {
+    let (authority, origin) = (Authority::new(), Origin::named("app"));
+    let identity = authority.issue(&["admin.test"]);
+    let keys = format!("connections: 2, tls: {{ certificates: [ {{ {} }} ] }}", pair(&identity));
+    let gateway = Setup::before(&origin).admin(&keys).start();
+    let mut silent: Vec<_> = (0..6).map(|_| Client::connect(gateway.admin())).collect();
+    silent[0].closed();
+    let mut begun = Tls::to(gateway.admin(), &authority, "admin.test").connect().expect("a handshake");
+    begun.send("GET /healthz HTTP/1.1\r\nHos");
+    for _ in 0..3 {
+        let mut client = Tls::to(gateway.admin(), &authority, "admin.test").connect().expect("a handshake");
+        assert_eq!(client.ask("GET /healthz HTTP/1.1\r\nHost: a\r\n\r\n").expect("an answer").status, 200);
+    }
 }

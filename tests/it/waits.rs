@@ -533,6 +533,7 @@ const WAITS: &[(&str, usize, &str)] = &[
     ("acme.rs", 3, "the pauses of a background task"),
     ("acme/order.rs", 4, "`Issuers` bounds an order as a whole; a list of an answer that is here"),
     ("admin.rs", 1, "a stream for an operator goes on until its reader leaves, which writing finds out"),
+    ("admin/seats.rs", 2, "the place of a connection may be needed, beside a wait that has a deadline"),
     ("admin/trace.rs", 1, "until the time of the recording is over, as its operator has said"),
     ("client.rs", 15, "a stop beside a wait that has both"),
     ("client/budget.rs", 1, "stored and polled by a spool, whose exchange waits for no longer than `resources.pause`"),

@@ -240,6 +240,14 @@ pub fn board() -> Board {
             )
             .query("sum by (path) (rate(forebay_admin_requests_total[R]))", "{{path}}"),
             Panel::lines(
+                "Connections to the admin endpoint",
+                "Connections to the admin endpoint that are open, and how many per second were closed to make room for others.",
+                "short",
+            )
+            .query("sum by (instance) (forebay_admin_connections)", "{{instance}}, now")
+            .query("sum by (instance) (rate(forebay_admin_connections_closed_total[R]))", "{{instance}}, closed per second")
+            .at_least(1.0),
+            Panel::lines(
                 "Live views",
                 "Answers of the admin endpoint that go on, such as that of a status page.",
                 "short",
