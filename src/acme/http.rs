@@ -10,13 +10,14 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, SystemTime};
 
 use bytes::{Bytes, BytesMut};
-use http::{HeaderMap, HeaderValue, Method, Request, Response, StatusCode, header};
+use http::{HeaderMap, HeaderValue, Method, Request, Response, StatusCode, Uri, header};
 use http_body_util::{BodyExt, Collected};
 use instant_acme::{BodyWrapper, BytesResponse, Error, HttpClient};
 use pingora::ErrorType;
 use pingora::connectors::http::Connector;
 use pingora::http::RequestHeader;
 use pingora::upstreams::peer::HttpPeer;
+use serde::Deserialize;
 use xxhash_rust::xxh3::Xxh3;
 
 use crate::config;
@@ -146,10 +147,29 @@ impl Inner {
         if (status.is_client_error() || status.is_server_error()) && !media.starts_with(PROBLEM) {
             return Err(other(format!("`{host}` answered {status}")));
         }
+        check_directory(&body)?;
         let mut response = Response::new(());
         (*response.status_mut(), *response.headers_mut()) = (status, headers);
         let (parts, ()) = response.into_parts();
         Ok(BytesResponse { parts, body: Box::new(body) })
+    }
+}
+
+/// The address of a directory (RFC 8555 §7.1.1) that the library takes for one without a look; with anything else in
+/// its place it would panic.
+#[derive(Deserialize)]
+struct Directory {
+    #[serde(rename = "newNonce")]
+    new_nonce: Option<String>,
+}
+
+/// Refuses a directory that the library could not go on with.
+fn check_directory(body: &[u8]) -> Result<(), Error> {
+    // What else an answer holds, the library reads with care.
+    let Ok(Directory { new_nonce: Some(address) }) = serde_json::from_slice(body) else { return Ok(()) };
+    match address.parse::<Uri>() {
+        Ok(_) => Ok(()),
+        Err(_) => Err(other(format!("`{address}` is not an https URL"))),
     }
 }
 
@@ -225,6 +245,23 @@ mod tests {
         assert_eq!(http.take_busy_until(), None);
         assert_eq!(answer(429, "application/problem+json; charset=utf-8").expect("an answer"), 429);
         assert!(http.take_busy_until().is_some() && http.take_busy_until().is_none());
+    }
+
+    #[test]
+    fn a_directory_with_an_address_that_is_none_is_refused_before_the_library_sees_it() {
+        let http = Http::build(&Issuer::default()).expect("a way");
+        let answer = |body: &'static str| {
+            let body = Bytes::from_static(body.as_bytes());
+            let answer = http.0.answer("ca.test", StatusCode::OK, HeaderMap::new(), body);
+            answer.err().map(|error| error.to_string())
+        };
+        for address in ["file:///etc/passwd", "https://a b/", "", "https://"] {
+            let body: &'static str = format!(r#"{{ "newNonce": "{address}", "newOrder": "x" }}"#).leak();
+            assert_eq!(answer(body), Some(format!("`{address}` is not an https URL")));
+        }
+        for body in [r#"{ "newNonce": "https://ca.test/nonce" }"#, r#"{ "status": "valid" }"#, "[]", "{", ""] {
+            assert_eq!(answer(body), None, "{body}");
+        }
     }
 
     #[test]

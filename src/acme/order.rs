@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use base64::Engine;
 use base64::prelude::BASE64_URL_SAFE_NO_PAD;
+use boring::asn1::Asn1Time;
 use boring::error::ErrorStack;
 use boring::hash::MessageDigest;
 use boring::pkey::{PKey, Private};
@@ -93,10 +94,9 @@ pub async fn order(
     let key = challenge::key()?;
     order.finalize_csr(&request(names, &key)?).await?;
     let chain = order.poll_certificate(&polls).await?;
-    check(&chain, names, &key)?;
+    let chain = check(&chain, names, &key)?;
     let mut pem = Zeroizing::new(Vec::with_capacity(chain.len() + 1024));
-    pem.extend_from_slice(chain.trim_end().as_bytes());
-    pem.push(b'\n');
+    pem.extend_from_slice(&chain);
     pem.extend_from_slice(&Zeroizing::new(key.private_key_to_pem_pkcs8()?));
     Ok(pem)
 }
@@ -187,20 +187,28 @@ fn request(names: &[String], key: &PKey<Private>) -> Result<Vec<u8>, ErrorStack>
     request.build().to_der()
 }
 
-/// Makes sure that what was issued is what was asked for.
-fn check(chain: &str, names: &[String], key: &PKey<Private>) -> Result<(), Failure> {
+/// Makes sure that what was issued is what was asked for, and can be used now. Gives its certificates in PEM and
+/// nothing else: a key among them would be taken for that of the first.
+fn check(chain: &str, names: &[String], key: &PKey<Private>) -> Result<Vec<u8>, Failure> {
     let wrong = |what: &str| Failure::new(format!("what was issued {what}"));
     let chain = X509::stack_from_pem(chain.as_bytes()).map_err(|_| wrong("is not a certificate in PEM"))?;
     let leaf = chain.first().ok_or_else(|| wrong("is not a certificate in PEM"))?;
     if !leaf.public_key().is_ok_and(|public| public.public_eq(key)) {
         return Err(wrong("is for another key"));
     }
+    let now = Asn1Time::days_from_now(0).map_err(|_| wrong("cannot be compared with the clock"))?;
+    if leaf.not_after() <= now {
+        return Err(wrong(&format!("has expired on {}", leaf.not_after())));
+    }
     let alternatives = leaf.subject_alt_names();
     let own: Vec<String> =
         alternatives.iter().flatten().filter_map(|name| name.dnsname()).map(str::to_ascii_lowercase).collect();
     match names.iter().find(|name| !own.contains(name)) {
         Some(missing) => Err(wrong(&format!("is not made out to `{missing}`"))),
-        None => Ok(()),
+        None => chain.iter().try_fold(Vec::new(), |mut pem, certificate| {
+            pem.extend(certificate.to_pem().map_err(|_| wrong("cannot be written in PEM"))?);
+            Ok(pem)
+        }),
     }
 }
 
@@ -326,6 +334,14 @@ mod tests {
         assert_eq!(told(&chain, "a.test", &key), None);
         assert_eq!(told(&chain, "b.test", &key).as_deref(), Some("what was issued is not made out to `b.test`"));
         assert_eq!(told("", "a.test", &key).as_deref(), Some("what was issued is not a certificate in PEM"));
+        let mut ended = rcgen::CertificateParams::new(vec!["a.test".to_owned()]).expect("names");
+        ended.not_after = rcgen::date_time_ymd(2001, 1, 1);
+        let ended = ended.self_signed(&pair).expect("a certificate").pem();
+        let told_of = told(&ended, "a.test", &key).unwrap_or_default();
+        assert!(told_of.starts_with("what was issued has expired on Jan  1 "), "{told_of}");
+        let stuffed = format!("{chain}{}\nNote: it is for you\n", pair.serialize_pem());
+        let kept = check(&stuffed, &["a.test".to_owned()], &key).expect("a certificate");
+        assert_eq!(String::from_utf8_lossy(&kept).replace('\r', ""), chain.replace('\r', ""), "and nothing else");
         let other = challenge::key().expect("a key");
         assert_eq!(told(&chain, "a.test", &other).as_deref(), Some("what was issued is for another key"));
     }
