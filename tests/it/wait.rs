@@ -137,3 +137,34 @@ fn a_refusal_after_a_backend_failed_is_json_for_a_client_that_asks_for_it() {
     assert_eq!((answer.status, answer.value("content-type")), (504, Some("application/json")));
     assert!(answer.json().to_string().contains("wait.timeout"), "{}", answer.text());
 }
+
+#[test]
+fn an_endpoint_that_breaks_the_rules_of_http_2_has_not_closed_its_connection() {
+    fn frame(kind: u8, flags: u8, stream: u8, payload: &[u8]) -> Vec<u8> {
+        let length = u8::try_from(payload.len()).expect("a short one");
+        [&[0, 0, length, kind, flags, 0, 0, 0, stream][..], payload].concat()
+    }
+    let settings = frame(4, 0, 0, b"");
+    // `:status: 200` by its place in the table of RFC 7541, and `content-length: 10`.
+    let header = b"\x88\x0f\x0d\x0210";
+    let short = [settings.clone(), frame(1, 4, 1, header), frame(0, 1, 1, b"four")].concat();
+    let without_status = [settings, frame(1, 5, 1, &header[1..])].concat();
+    let http1 = b"HTTP/1.1 400 Bad Request\r\nConnection: close\r\n\r\n".to_vec();
+    for (said, reason) in [(http1, "wait.malformed"), (without_status, "wait.malformed"), (short, "receive.malformed")]
+    {
+        let origin = Origin::playing(move |mut connection| {
+            connection.bytes(24);
+            // Settings, and whatever else there is before the header of the request.
+            while {
+                let frame = connection.bytes(9);
+                connection.bytes(usize::from(frame[1]) << 8 | usize::from(frame[2]));
+                frame[3] != 1
+            } {}
+            connection.send(&said);
+            connection.into_wire().rest();
+        });
+        let gateway = Setup::before(&origin).upstream("protocol: h2c").route("retry: { attempts: 1 }").start();
+        assert_eq!(gateway.client().get("/").status, 502, "{reason}");
+        assert_eq!(gateway.log_line().reason(), reason);
+    }
+}

@@ -480,13 +480,24 @@ fn converted(mut request: RequestHeader, tls: bool, address: &str) -> Result<Req
     Ok(Request::from_parts(parts, ()))
 }
 
+/// What an error of the library is. The library itself ends a stream or a connection when what comes breaks the rules
+/// of HTTP/2 (RFC 9113 §5.4, §8.1.1). Nothing was closed or reset by the endpoint then; its answer is malformed.
+fn kind(error: &h2::Error, otherwise: ErrorType) -> ErrorType {
+    if error.is_library() { ErrorType::InvalidHTTPHeader } else { otherwise }
+}
+
+/// An error while an answer comes.
+fn broken(error: h2::Error, doing: &'static str) -> Box<Error> {
+    Error::because(kind(&error, ErrorType::ReadError), doing, error)
+}
+
 /// An error before the answer: whether the request may be sent again, since the endpoint cannot have begun with it.
 fn before_answer(error: h2::Error) -> Box<Error> {
     let refused = error.is_reset() && error.reason() == Some(Reason::REFUSED_STREAM);
     let ends = error.is_go_away() && error.reason() == Some(Reason::NO_ERROR);
     let unbegun = error.is_remote() && (refused || ends);
     let broken = error.get_io().map(std::io::Error::kind);
-    let kind = if broken.is_some() { ErrorType::ReadError } else { ErrorType::H2Error };
+    let kind = kind(&error, if broken.is_some() { ErrorType::ReadError } else { ErrorType::H2Error });
     let mut told = Error::because(kind, "waiting for an answer of HTTP/2", error);
     if unbegun {
         told.retry = RetryType::Decided(true);
@@ -570,7 +581,7 @@ impl client::Session for Exchange {
         let Some(mut incoming) = self.incoming.take() else { return Ok(None) };
         let read = poll_fn(|cx| incoming.poll_data(cx));
         let piece =
-            self.bounded(async { read.await.transpose().or_err(ErrorType::ReadError, "reading over HTTP/2") }).await;
+            self.bounded(async { read.await.transpose().map_err(|error| broken(error, "reading over HTTP/2")) }).await;
         if let Ok(Some(piece)) = &piece {
             // An error means that the stream is over; the next reading says how.
             let _ = incoming.flow_control().release_capacity(piece.len());
@@ -591,7 +602,9 @@ impl client::Session for Exchange {
         let mut context = std::task::Context::from_waker(std::task::Waker::noop());
         match incoming.poll_data(&mut context) {
             Poll::Ready(None) => Ok(true),
-            Poll::Ready(Some(Err(error))) => Error::e_because(ErrorType::H2Error, "at the end of a stream", error),
+            Poll::Ready(Some(Err(error))) => {
+                Error::e_because(kind(&error, ErrorType::H2Error), "at the end of a stream", error)
+            }
             Poll::Ready(Some(Ok(_))) | Poll::Pending => {
                 Error::e_explain(ErrorType::H2Error, "data behind the end of a stream")
             }
@@ -606,7 +619,7 @@ impl client::Session for Exchange {
         trailers.or_else(|error| {
             // The answer is whole, and what is left of the request is not wanted (RFC 9113 §8.1).
             let whole = error.is_remote() && error.reason() == Some(Reason::NO_ERROR);
-            if whole { Ok(None) } else { Error::e_because(ErrorType::ReadError, "reading trailers", error) }
+            if whole { Ok(None) } else { Err(broken(error, "reading trailers")) }
         })
     }
 
