@@ -5,6 +5,7 @@
 //! `Host` (§3.2) are checked here because two readings of one request are how requests are smuggled.
 
 use std::mem::MaybeUninit;
+use std::net::Ipv6Addr;
 
 use bytes::BytesMut;
 use http::Version;
@@ -241,9 +242,8 @@ pub fn is_host(bytes: &[u8]) -> bool {
         _ => (bytes, None),
     };
     let name_is_valid = match name.strip_prefix(b"[").and_then(|rest| rest.strip_suffix(b"]")) {
-        Some(literal) => {
-            !literal.is_empty() && literal.iter().all(|byte| byte.is_ascii_hexdigit() || b":.%".contains(byte))
-        }
+        // RFC 3986 §3.2.2; a zone concerns one machine alone (RFC 6874 §4).
+        Some(literal) => std::str::from_utf8(literal).is_ok_and(|literal| literal.parse::<Ipv6Addr>().is_ok()),
         None => {
             !name.is_empty()
                 && name.iter().all(|byte| byte.is_ascii_alphanumeric() || b"-._~!$&'()*+,;=".contains(byte))
@@ -355,7 +355,14 @@ mod tests {
         for host in ["", "a b", "a/b", "user@a", "a:", "a:70000", "a:8x", "[::1", "a\u{e9}"] {
             assert_eq!(reason(&format!("GET / HTTP/1.1\r\nHost: {host}\r\n\r\n")), "header.host", "{host:?}");
         }
-        for host in ["a", "a.example:8080", "[::1]", "[::1]:80", "127.0.0.1", "xn--bcher-kva.example"] {
+        for host in
+            ["[]", "[.]", "[:]", "[%]", "[1.2.3.4]", "[::1]:", "[::1]x", "[fe80::1%25ab]", "[1::2::3]", "[v1.a]"]
+        {
+            assert_eq!(reason(&format!("GET / HTTP/1.1\r\nHost: {host}\r\n\r\n")), "header.host", "{host:?}");
+        }
+        for host in
+            ["a", "a.example:8080", "[::1]", "[::1]:80", "[::ffff:1.2.3.4]", "127.0.0.1", "xn--bcher-kva.example"]
+        {
             assert_eq!(reason(&format!("GET / HTTP/1.1\r\nHost: {host}\r\n\r\n")), "accepted", "{host:?}");
         }
     }

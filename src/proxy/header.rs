@@ -67,6 +67,8 @@ pub struct Rules {
 pub fn check(exchange: &mut Exchange, request: &mut RequestHeader, rules: &Rules) -> Result<(), &'static Refusal> {
     let connection = exchange.connection.clone();
     exchange.peer_is_trusted = connection.as_ref().is_some_and(|connection| rules.trusted.is_peer_of(connection));
+    // A request that is refused here has its peer in the log, whoever it spoke for.
+    exchange.client = connection.as_ref().and_then(|connection| Some(connection.peer?.ip()));
     if matches!(request.method, Method::CONNECT | Method::TRACE) {
         return Err(&refusal::HEADER_METHOD);
     }
@@ -91,9 +93,7 @@ pub fn check(exchange: &mut Exchange, request: &mut RequestHeader, rules: &Rules
     };
     names::check(request, odd, exchange.peer_is_trusted)?;
     give_one_path(request, rules.paths)?;
-    if let Some(connection) = &connection {
-        identify(exchange, connection, &request.headers, &rules.trusted);
-    }
+    identify(exchange, &request.headers, &rules.trusted);
     introduce(exchange, request)?;
     let host = request.headers.get(header::HOST).and_then(|host| host.to_str().ok()).unwrap_or_default();
     // RFC 9110 §15.5.20. A connection on which nothing was asked of the client opens no door of a host that asks.
@@ -202,9 +202,8 @@ fn give_one_path(request: &mut RequestHeader, paths: Paths) -> Result<(), &'stat
     Ok(())
 }
 
-/// Finds the client: the peer, or, where the peer is trusted, whom it names.
-fn identify(exchange: &mut Exchange, connection: &Connection, headers: &HeaderMap, trusted: &TrustedProxies) {
-    exchange.client = connection.peer.map(|peer| peer.ip());
+/// Finds the client where a trusted peer names it; else it stays the peer.
+fn identify(exchange: &mut Exchange, headers: &HeaderMap, trusted: &TrustedProxies) {
     if !exchange.peer_is_trusted {
         return;
     }

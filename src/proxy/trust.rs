@@ -117,7 +117,7 @@ pub static TABLE: &[Row] = &[
         keys: &["trusted_proxies"],
     },
     Row {
-        fields: "X-Forwarded-*, X-Real-IP, X-Client-IP, True-Client-IP, X-Cluster-Client-IP, X-Original-URL, X-Rewrite-URL",
+        fields: "X-Forwarded-*, X-Real-IP, X-Client-IP, Client-IP, True-Client-IP, X-Cluster-Client-IP, CF-Connecting-IP, CF-Connecting-IPv6, Fastly-Client-IP, X-Original-Forwarded-For, X-Original-Host, X-Original-URL, X-Rewrite-URL",
         effect: "scheme, host and port that the endpoint is told of, and what applications take for the client or the path",
         default: "only of trusted proxies; of others they are removed",
         keys: &["trusted_proxies"],

@@ -16,7 +16,9 @@ use std::time::{Duration, Instant};
 
 use futures::stream::{FuturesUnordered, StreamExt};
 use pingora::Error;
-use pingora::ErrorType::{ConnectNoRoute, ConnectRefused, ConnectTimedout, Custom};
+use pingora::ErrorType::{
+    ConnectNoRoute, ConnectRefused, ConnectTimedout, ConnectionClosed, Custom, InvalidHTTPHeader, ReadError, WriteError,
+};
 use rand::Rng;
 use tokio::sync::Notify;
 use tokio::time::sleep_until;
@@ -196,6 +198,9 @@ fn words(error: &Error) -> String {
         (ConnectRefused, _) => "the connection was refused".to_owned(),
         (ConnectTimedout, _) => "no connection in time".to_owned(),
         (ConnectNoRoute, _) => "there is no route to it".to_owned(),
+        (ConnectionClosed, _) => "it closed the connection without an answer".to_owned(),
+        (ReadError | WriteError, _) => "the connection broke off".to_owned(),
+        (InvalidHTTPHeader, _) => "its answer could not be understood".to_owned(),
         _ => error.to_string().trim().to_owned(),
     }
 }
@@ -211,6 +216,12 @@ mod tests {
         let told = |kind, context: &'static str| words(&Error::explain(kind, context));
         assert_eq!(told(Custom("status"), "it answered 503"), "it answered 503");
         assert_eq!(told(ConnectRefused, "Fail to connect to 127.0.0.1:1"), "the connection was refused");
+        assert_eq!(
+            told(ConnectionClosed, "while reading response headers, bytes already read: 0"),
+            "it closed the connection without an answer"
+        );
+        assert_eq!(told(InvalidHTTPHeader, "buf: hello"), "its answer could not be understood");
+        assert_eq!(told(ReadError, "while reading response headers"), "the connection broke off");
         assert_eq!(told(ErrorType::H1Error, "no header"), "H1Error context: no header");
     }
 }

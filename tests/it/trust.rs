@@ -57,7 +57,7 @@ const TRIES: &[(&str, &[&str])] = &[
     ("X-Client-Cert-*", &["X-Client-Cert-Subject: CN=admin\r\n"]),
     ("X-Forebay-*", &["X-Forebay-Mirror: all\r\n"]),
     (
-        "X-Forwarded-*, X-Real-IP, X-Client-IP, True-Client-IP, X-Cluster-Client-IP, X-Original-URL, X-Rewrite-URL",
+        "X-Forwarded-*, X-Real-IP, X-Client-IP, Client-IP, True-Client-IP, X-Cluster-Client-IP, CF-Connecting-IP, CF-Connecting-IPv6, Fastly-Client-IP, X-Original-Forwarded-For, X-Original-Host, X-Original-URL, X-Rewrite-URL",
         &["X-Forwarded-Proto: https\r\nX-Real-IP: 10.0.0.1\r\n"],
     ),
     ("X-Request-Id", &["X-Request-Id: mine\r\n"]),
@@ -294,6 +294,7 @@ fn what_connection_must_not_name_is_refused() {
         assert!(answer.text().contains("header.connection"), "{}", answer.text());
     }
     assert_eq!(origin.connections(), 0);
+    assert!(gateway.log_lines(5).iter().all(|line| line.text("client") == "127.0.0.1"), "who sends them is known");
 }
 
 #[test]

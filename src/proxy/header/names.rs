@@ -14,8 +14,14 @@ use crate::error::{Refusal, refusal};
 /// like this.
 const HEARSAY_BEGINS: [&str; 3] = ["x-forwarded-", "x-forebay-", "x-client-cert-"];
 /// The same, by their whole names.
-const HEARSAY: [&str; 7] = [
+const HEARSAY: [&str; 13] = [
     "forwarded",
+    "x-original-forwarded-for",
+    "x-original-host",
+    "client-ip",
+    "cf-connecting-ip",
+    "cf-connecting-ipv6",
+    "fastly-client-ip",
     "x-real-ip",
     "x-client-ip",
     "true-client-ip",
@@ -120,6 +126,12 @@ mod tests {
             "forwarded",
             "x-real-ip",
             "true-client-ip",
+            "client-ip",
+            "cf-connecting-ip",
+            "CF-Connecting-IPv6",
+            "fastly-client-ip",
+            "x-original-forwarded-for",
+            "x-original-host",
             "x-original-url",
         ];
         let ours = ["x-forebay-mirror", "X-Forebay-Anything", "x-client-cert-subject"];

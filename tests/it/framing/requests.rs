@@ -130,6 +130,8 @@ fn table() -> Vec<(String, Fate)> {
         // The host (RFC 9112 §3.2).
         (get("GET /x HTTP/1.1", "Host: a.example:8080\r\n"), Passes("GET /x", "")),
         (get("GET /x HTTP/1.1", "Host: [::1]:80\r\n"), Passes("GET /x", "")),
+        (get("GET /x HTTP/1.1", "Host: [fe80::1%25ab]:80\r\n"), host),
+        (get("GET /x HTTP/1.1", "Host: [:]\r\n"), host),
         (get("GET /x HTTP/1.1", "Host: a%2eb\r\n"), host),
         (get("GET http://a%2eb/x HTTP/1.0", ""), host),
         (get("GET /x HTTP/1.1", ""), host),
