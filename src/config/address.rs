@@ -50,6 +50,9 @@ impl Address {
                     wrong("the path of a unix socket must be absolute, such as `unix:/run/app.sock`")
                 }
                 _ if path.len() > UNIX_PATH_BYTES_MAX => wrong("the path of a unix socket has at most 107 bytes"),
+                _ if path.contains('\0') => {
+                    wrong("the path of a unix socket holds a character that no file name may have")
+                }
                 _ => Ok(Target::Unix(Path::new(path))),
             };
         }

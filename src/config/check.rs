@@ -1001,16 +1001,29 @@ impl<'a> Check<'a> {
         }
     }
 
+    /// Whether requests can come at all: there are none on a listener that passes connections on and does nothing else,
+    /// and those of one that sends its clients to HTTPS are answered without a route.
+    fn needs_routes(&self) -> bool {
+        let passes_on = |listener: &Listener| {
+            listener.tcp.is_some() || (listener.tls.is_none() && !listener.passthrough.is_empty())
+        };
+        let takes_requests = |listener: &Option<Listener>| {
+            listener.as_ref().is_none_or(|listener| !passes_on(listener) && listener.redirect_https.is_none())
+        };
+        let listeners = self.parts.listeners.as_deref().unwrap_or_default();
+        listeners.is_empty() || listeners.iter().any(takes_requests)
+    }
+
     fn routes(&mut self) {
         let title = "there are no routes, so every request would be refused";
         let Some(routes) = &self.parts.routes else {
-            if !self.parts.broken.at("routes") {
+            if self.needs_routes() && !self.parts.broken.at("routes") {
                 let finding = Finding::error(Spot::File, title);
                 self.findings.push(finding.help("add `routes: [ { name: all, upstream: app } ]`"));
             }
             return;
         };
-        if routes.is_empty() {
+        if routes.is_empty() && self.needs_routes() {
             self.wrong(Finding::error(value("routes"), title).label("expected at least one"));
         }
         let mut names = Seen::default();

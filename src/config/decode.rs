@@ -130,7 +130,8 @@ impl Parts {
                 .into_iter()
                 .map(|(name, upstream)| Some((name, upstream?)))
                 .collect::<Option<_>>()?,
-            routes: self.routes?.into_iter().collect::<Option<_>>()?,
+            // `check` says where some are needed.
+            routes: self.routes.unwrap_or_default().into_iter().collect::<Option<_>>()?,
             ..self.rest?
         })
     }
@@ -246,9 +247,9 @@ impl Decoding<'_> {
         };
         let mut named = BTreeMap::new();
         for (name, value) in entries {
-            match name {
-                Value::String(name) => _ = named.insert(name, value),
-                other => self.mismatch(key.to_owned(), &other, "a name in quotes"),
+            // `syntax` has refused other keys.
+            if let Value::String(name) = name {
+                named.insert(name, value);
             }
         }
         named

@@ -114,9 +114,11 @@ fn read(path: &str) -> Result<String, Problem> {
     Ok(text)
 }
 
-/// The system's words for an error, without its number.
+/// The system's words for an error, without its number, as they stand within a sentence.
 pub(super) fn reason(error: &str) -> String {
-    error.split(" (os error").next().unwrap_or_default().to_lowercase()
+    let words = error.split(" (os error").next().unwrap_or_default();
+    let mut letters = words.chars();
+    letters.next().map_or_else(String::new, |first| first.to_lowercase().chain(letters).collect())
 }
 
 #[cfg(test)]
@@ -171,6 +173,12 @@ mod tests {
         assert_eq!(problem("${file:secret}").0, "`secret` is not an absolute path");
         assert_eq!(problem("${file:/no/such}").1, "no such file or directory");
         assert_eq!(problem("${file:/dev/zero}").1, "it is a device and not a plain file");
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let written = format!("${{file:{}}}", file.path().display());
+        for (content, said) in [(&[b'x'; 1 << 21][..], "it is larger than 1MiB"), (b"\xff", "it is not UTF-8 text")] {
+            std::fs::write(file.path(), content).unwrap();
+            assert_eq!(text(&written).map_err(|problem| problem.label), Err(said.to_owned()));
+        }
     }
 
     #[test]

@@ -13,6 +13,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use saphyr_parser::{Event, Parser, ScalarStyle, ScanError, Span};
+use serde_yaml::Value;
 
 use crate::error::path::{self, Step, Tree};
 
@@ -27,6 +28,8 @@ pub(super) struct Places {
     root: Option<Place>,
     /// Keys that stand in their map already.
     pub duplicates: Vec<Duplicate>,
+    /// Keys that are no text, and what they are.
+    pub odd_keys: Vec<(Range<usize>, String)>,
     /// Values of `<<` that are neither a map nor a list of maps.
     pub bad_merges: Vec<Range<usize>>,
     /// Where a second document begins.
@@ -335,8 +338,11 @@ impl<'t> Reading<'t> {
                     self.places.second_document = Some(span);
                 }
             }
-            Event::Scalar(text, style, anchor, _) => {
+            Event::Scalar(text, style, anchor, tag) => {
                 let span = self.scalar_span(span, style);
+                if self.awaits_key() && style == ScalarStyle::Plain && tag.is_none() {
+                    self.places.odd_keys.extend(other_than_text(&text).map(|found| (span.clone(), found)));
+                }
                 self.node(anchor, Node { span, inside: Inside::Scalar(text.into_owned(), style) });
             }
             Event::Alias(anchor) => {
@@ -344,8 +350,12 @@ impl<'t> Reading<'t> {
                     self.put(Arc::clone(node), span);
                 }
             }
-            Event::SequenceStart(anchor, _) => self.begin(anchor, span.start, Inside::List(Vec::new())),
+            Event::SequenceStart(anchor, _) => {
+                self.compound_key(&span, "a list");
+                self.begin(anchor, span.start, Inside::List(Vec::new()));
+            }
             Event::MappingStart(anchor, _) => {
+                self.compound_key(&span, "a map");
                 self.begin(anchor, span.start, Inside::Map { first: None, entries: HashMap::new() });
             }
             Event::SequenceEnd | Event::MappingEnd => self.end(span),
@@ -362,6 +372,18 @@ impl<'t> Reading<'t> {
             _ => written.trim_end().len(),
         };
         span.start..span.start + len
+    }
+
+    /// Whether what comes next is a key.
+    fn awaits_key(&self) -> bool {
+        self.open.last().is_some_and(|open| matches!(open.inside, Inside::Map { .. }) && open.key.is_none())
+    }
+
+    /// Notes a list or a map that begins where a key should.
+    fn compound_key(&mut self, span: &Range<usize>, found: &str) {
+        if self.awaits_key() {
+            self.places.odd_keys.push((span.clone(), found.to_owned()));
+        }
     }
 
     fn begin(&mut self, anchor: usize, start: usize, inside: Inside) {
@@ -438,6 +460,20 @@ impl<'t> Reading<'t> {
                 },
             },
         }
+    }
+}
+
+/// What a scalar without quotes is, if it is no text.
+fn other_than_text(scalar: &str) -> Option<String> {
+    let is_word = scalar.starts_with(|first: char| first.is_ascii_alphabetic() || first == '_');
+    if is_word && !["null", "true", "false"].iter().any(|word| scalar.eq_ignore_ascii_case(word)) {
+        return None;
+    }
+    match serde_yaml::from_str(scalar).ok()? {
+        Value::Null => Some("empty".to_owned()),
+        Value::Bool(value) => Some(format!("`{value}`")),
+        Value::Number(_) => Some(format!("the number `{scalar}`")),
+        _ => None,
     }
 }
 

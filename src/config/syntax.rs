@@ -1,5 +1,6 @@
 //! Text to YAML: what is no YAML at all, what stands twice, and what can be no configuration.
 
+use std::ops::Range;
 use std::string::FromUtf8Error;
 use std::sync::Arc;
 
@@ -31,6 +32,9 @@ pub(super) fn read(source: &Source) -> Result<Value, Vec<Finding>> {
         true => vec![invalid(&source.text, &error)],
         false => duplicates(source),
     })?;
+    if !places.odd_keys.is_empty() {
+        return Err(places.odd_keys.iter().map(|(at, found)| odd_key(&source.text, at, found)).collect());
+    }
     let bad_merges: Vec<_> = places.bad_merges.iter().map(|range| bad_merge(Spot::Bytes(range.clone()))).collect();
     if !bad_merges.is_empty() {
         return Err(bad_merges);
@@ -77,6 +81,16 @@ fn duplicates(source: &Source) -> Vec<Finding> {
         .collect()
 }
 
+fn odd_key(text: &str, at: &Range<usize>, found: &str) -> Finding {
+    let key = &text[at.clone()];
+    let finding = Finding::error(Spot::Bytes(at.clone()), format!("a key must be text, and this one is {found}"));
+    match found {
+        "a list" | "a map" => finding.label("write a name, a colon, and then the value"),
+        "empty" => finding.label("write a name before the colon"),
+        _ => finding.label(format!("put it in quotes: `\"{key}\"`")),
+    }
+}
+
 fn bad_merge(spot: Spot) -> Finding {
     Finding::error(spot, "`<<` can merge maps only").label("expected an alias of a map, such as `*defaults`")
 }
@@ -101,6 +115,16 @@ fn stopped(text: &str, stop: &Stop) -> Finding {
 fn invalid(text: &str, error: &serde_yaml::Error) -> Finding {
     let message = error.to_string();
     let (problem, context) = message.split_once(", while ").unwrap_or((&message, ""));
+    if let Some((at, character)) = control(text).filter(|_| problem.starts_with("control characters")) {
+        return Finding::error(Spot::Bytes(at..at + character.len_utf8()), "invalid YAML: a control character")
+            .label(format!("this is U+{:04X}", u32::from(character)));
+    }
+    if let Some(number) = too_large(problem)
+        && let Some(at) = place(text, error).filter(|at| text[*at..].starts_with(number))
+    {
+        return Finding::error(Spot::Bytes(at..at + number.len()), format!("the number `{number}` is too large"))
+            .label("write a smaller one; or put it in quotes, if it is text");
+    }
     let (problem, _) = position(problem);
     let (context, context_at) = position(context);
     let context = plain(context);
@@ -127,6 +151,18 @@ fn invalid(text: &str, error: &serde_yaml::Error) -> Finding {
         Some(begin) => finding.also(Spot::Bytes(begin..begin), format!("in {context} that begins here")),
         None => finding,
     }
+}
+
+/// The first character that may not stand in YAML.
+fn control(text: &str) -> Option<(usize, char)> {
+    text.char_indices().find(|(_, c)| c.is_control() && !matches!(c, '\t' | '\n' | '\r' | '\u{85}'))
+}
+
+/// The number that a [`Value`] cannot hold.
+fn too_large(problem: &str) -> Option<&str> {
+    let (_, rest) = problem.split_once("integer `")?;
+    let (number, rest) = rest.split_once('`')?;
+    rest.contains("expected any YAML value").then_some(number)
 }
 
 /// The commonest of libyaml's problems, and what to do about them.

@@ -62,7 +62,12 @@ impl FromStr for Size {
         if !text.ends_with(|last: char| last.is_ascii_alphabetic()) {
             return Err(expected());
         }
-        text.parse::<bytesize::ByteSize>().map(|size| Size(size.as_u64())).map_err(|_| expected())
+        let size = text.parse::<bytesize::ByteSize>().map_err(|_| expected())?.as_u64();
+        // What does not fit is cut off without a word.
+        if size > Size::MAX {
+            return Err(format!("`{text}` is too large: the largest size is below 8192PiB"));
+        }
+        Ok(Size(size))
     }
 }
 
@@ -81,6 +86,9 @@ impl Time {
 }
 
 impl Size {
+    /// The largest, in bytes.
+    const MAX: u64 = i64::MAX as u64;
+
     /// So many KiB.
     pub const fn kib(kib: u64) -> Self {
         Size(kib * 1024)
@@ -371,6 +379,15 @@ mod tests {
         assert_eq!("0B/s".parse(), Ok(ByteRate(0)));
         assert_eq!("12.5%".parse(), Ok(Percent(12.5)));
         assert_eq!("600/m".parse(), Ok(Rate { events: 600, per: Duration::from_secs(60) }));
+    }
+
+    #[test]
+    fn a_size_that_nothing_can_hold_is_refused_and_not_cut_off() {
+        assert_eq!("8191PiB".parse::<Size>(), Ok(Size(8_191 << 50)));
+        for text in ["8192PiB", "16EiB", "99999999999TiB", "1e30B", "99999999999999999999999999999999B"] {
+            assert!(text.parse::<Size>().is_err(), "{text}");
+            assert!(format!("{text}/s").parse::<ByteRate>().is_err(), "{text}/s");
+        }
     }
 
     #[test]

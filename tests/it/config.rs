@@ -92,6 +92,9 @@ wrong! {
     a_variable_in_a_flow_map_needs_quotes
     an_anchor_that_there_is_not
     keys_that_stand_twice
+    keys_that_are_no_text
+    a_number_that_is_too_large
+    a_control_character
     two_documents
     an_empty_file
     a_list_where_the_file_must_be_a_map
@@ -156,6 +159,25 @@ wrong! {
     an_error_inside_of_an_anchor
     many_errors_at_once
     warnings_alone_refuse_no_file
+}
+
+#[test]
+fn routes_are_needed_where_requests_come_and_nowhere_else() {
+    let read = |listeners: &str, routes: &str| {
+        let upstreams = "upstreams: { app: { endpoints: [ { address: 127.0.0.1:3000 } ] } }";
+        Config::parse("forebay.yaml", &format!("listeners: [ {listeners} ]\n{upstreams}\n{routes}"), &kinds())
+    };
+    for without in
+        ["tcp: { upstream: app }", "redirect_https: true", "passthrough: [ { sni: [db.example.com], upstream: app } ]"]
+    {
+        let listener = format!("{{ name: one, address: 127.0.0.1:1, {without} }}");
+        for routes in ["", "routes: []\n"] {
+            assert!(read(&listener, routes).is_ok_and(|config| config.routes.is_empty()), "{without}");
+            let both = format!("{listener}, {{ name: web, address: 127.0.0.1:2 }}");
+            let refused = read(&both, routes).expect_err("requests come to one of them").to_string();
+            assert!(refused.contains("there are no routes, so every request would be refused"), "{refused}");
+        }
+    }
 }
 
 #[test]

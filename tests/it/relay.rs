@@ -181,6 +181,15 @@ fn a_client_that_breaks_off_ends_a_connection_that_is_passed_on_to_who_takes_not
 }
 
 #[test]
+fn a_gateway_that_only_passes_connections_on_needs_no_routes() {
+    let origin = Origin::scripted();
+    let gateway = Setup::before(&origin).listener("tcp: { upstream: app }").routes("").start();
+    let mut client = gateway.client();
+    client.send(b"hello");
+    assert_eq!(origin.accept().bytes(5), b"hello");
+}
+
+#[test]
 fn silence_ends_a_connection_that_is_passed_on() {
     let origin = Origin::scripted();
     let gateway = Setup::before(&origin)
