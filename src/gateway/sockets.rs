@@ -69,11 +69,12 @@ impl Socket {
 
     fn bind_unix(path: &str, mode: FileMode) -> io::Result<Socket> {
         use socket2::{Domain, SockAddr, Type};
-        if fs::symlink_metadata(path).is_ok_and(|found| found.file_type().is_socket()) {
-            if UnixStream::connect(path).is_ok() {
-                return Err(io::ErrorKind::AddrInUse.into());
-            }
-            fs::remove_file(path)?;
+        match fs::symlink_metadata(path) {
+            Ok(found) if !found.file_type().is_socket() => return Err(io::ErrorKind::AlreadyExists.into()),
+            Ok(_) if UnixStream::connect(path).is_ok() => return Err(io::ErrorKind::AddrInUse.into()),
+            Ok(_) => fs::remove_file(path)?,
+            // There is none, or `bind` says what is wrong.
+            Err(_) => {}
         }
         let socket = socket2::Socket::new(Domain::UNIX, Type::STREAM, None)?;
         socket.bind(&SockAddr::unix(path)?)?;
@@ -206,6 +207,15 @@ mod tests {
         assert_eq!(again.map_err(|error| error.kind()), Err(io::ErrorKind::AddrInUse));
         drop(live);
         assert!(Socket::bind(&address, FileMode::default()).is_ok());
+    }
+
+    #[test]
+    fn what_is_no_socket_is_left_where_it_is() {
+        let file = tempfile::NamedTempFile::new().expect("a file");
+        let address: Address = format!("unix:{}", file.path().display()).parse().expect("an address");
+        let bound = Socket::bind(&address, FileMode::default()).map(|_| ());
+        assert_eq!(bound.map_err(|error| error.kind()), Err(io::ErrorKind::AlreadyExists));
+        assert!(file.path().exists());
     }
 
     #[test]
