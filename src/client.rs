@@ -19,6 +19,7 @@ pub mod farewell;
 pub mod frames;
 pub mod head;
 pub mod hello;
+pub mod http1;
 pub mod http2;
 pub mod intake;
 pub mod lane;
@@ -65,6 +66,7 @@ use connection::{Begin, Connection, Counted, Inflight, Introduced, Listener, Lis
 use cut::Cut;
 use driver::{Driven, Driver};
 use entrance::{Ends, Entered};
+use head::Head;
 use lane::{Lanes, Newcomer};
 use relay::{Passed, Relay};
 use remains::Undertaker;
@@ -456,7 +458,7 @@ where
         let opening = self.read_header(&mut stream, header_since).await;
         self.state.enter(ConnectionState::Active);
         match opening {
-            Ok(Opening::Http1 { bytes, closes }) => self.proxy(stream, bytes, closes, arrival).await,
+            Ok(Opening::Http1 { bytes, head }) => self.proxy(stream, bytes, head, arrival).await,
             Ok(Opening::Http2) => {
                 // Its exchanges count for themselves.
                 drop(inflight);
@@ -509,26 +511,57 @@ where
     /// Runs the exchange whose header is at hand.
     async fn proxy(
         &self,
-        stream: Box<ClientStream>,
+        mut stream: Box<ClientStream>,
         header: BytesMut,
-        closes: bool,
+        head: Head,
         arrival: Arrival,
     ) -> Option<Box<ClientStream>> {
         let listener = &self.connection.listener;
         listener.metrics.http1_requests.inc();
+        // While the gateway is about to stop, every answer is the last.
+        let last = self.served >= listener.requests_max || self.front.desk.ending.is_near();
+        if head.upgrades {
+            return self.proxy_upgrade(stream, header, head.closes || last, arrival).await;
+        }
+        let session = http1::Session::new(&stream, header, head.persists && !last).ok()?;
+        let session = ServerSession::new_custom(Box::new(session));
+        let exchange = Box::pin(self.front.driver.run(session, &self.shutdown));
+        self.front.desk.run(Metered::new(Introduced::new(self.begin(arrival), exchange))).await;
+        match stream.outcome() {
+            Some(true) => Some(stream),
+            Some(false) => {
+                // As between exchanges: what was sent last still reaches the client.
+                tokio::select! {
+                    () = stream.end() => {}
+                    () = self.front.desk.ending.cut.told() => {}
+                }
+                None
+            }
+            None => None,
+        }
+    }
+
+    fn begin(&self, arrival: Arrival) -> Begin {
+        let Arrival { accept, handshake, header_since, header_in } = arrival;
+        let (connection, header_done, control) = (self.connection.clone(), Instant::now(), None);
+        Begin { connection, accept, handshake, header_since, header_in, header_done, control }
+    }
+
+    /// The same for a request that asks for another protocol: Pingora's own session can become a tunnel.
+    async fn proxy_upgrade(
+        &self,
+        stream: Box<ClientStream>,
+        header: BytesMut,
+        last: bool,
+        arrival: Arrival,
+    ) -> Option<Box<ClientStream>> {
         let mut session = ServerSession::new_http1(stream);
         session.set_pipelined_prefix(header);
         session.set_keepalive(Some(0));
-        // Of several fields `Connection` Pingora sees the first. While the gateway is about to stop, every answer is
-        // the last.
-        let last = closes || self.served >= listener.requests_max || self.front.desk.ending.is_near();
+        // Of several fields `Connection` Pingora sees the first.
         session.set_keepalive_reuses_remaining(last.then_some(0));
 
-        let Arrival { accept, handshake, header_since, header_in } = arrival;
-        let connection = self.connection.clone();
-        let (header_done, control) = (Instant::now(), None);
-        let begin = Begin { connection, accept, handshake, header_since, header_in, header_done, control };
-        let exchange = Introduced::new(begin, Box::pin(self.front.driver.run(session, &self.shutdown)));
+        let exchange = Introduced::new(self.begin(arrival), Box::pin(self.front.driver.run(session, &self.shutdown)));
         let stream = self.front.desk.run(Metered::new(exchange)).await?;
         stream.into_any().downcast::<ClientStream>().ok()
     }

@@ -124,7 +124,7 @@ impl ProxyHttp for Proxy {
         exchange.ended_with_header = exchange.control.is_some() && session.is_body_empty();
         let verdict = self.route(session.req_header_mut(), exchange).await;
         if *self.stopping.borrow() {
-            session.set_keepalive(None);
+            write::end_connection(exchange, session.as_downstream_mut());
         }
         match verdict {
             Verdict::Continue => {}
@@ -309,7 +309,7 @@ impl ProxyHttp for Proxy {
         }
         let client = session.as_downstream_mut();
         if write::is_heard(refused.refusal) {
-            client.set_keepalive(None);
+            write::end_connection(exchange, client);
             exchange.closes = write::refuse(exchange, client, &refused).await.is_ok() && exchange.control.is_none();
         }
         FailToProxy { error_code: refused.refusal.status, can_reuse_downstream: false }

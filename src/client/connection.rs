@@ -24,6 +24,7 @@ use super::proxy_protocol::Expected;
 use super::rates::{Excess, Places, Rates};
 use super::relay::Relay;
 use super::shares::{CONNECTIONS_OF_ONE_CLIENT, Denial, Store};
+use super::stream::{Bypass, WeakBypass};
 use super::tls::Tls;
 use super::tls::handshake::Facts;
 use crate::config;
@@ -384,7 +385,10 @@ pub struct Connection {
     settled: AtomicBool,
     tunnel: OnceLock<Arc<Tunnel>>,
     reset: AtomicBool,
+    ends: AtomicBool,
     socket: OnceLock<RawFd>,
+    /// The way past the session of an exchange, on HTTP/1.
+    way: OnceLock<WeakBypass>,
     fault: OnceLock<Fault>,
     secured: OnceLock<Box<Secured>>,
     /// Given back with the connection.
@@ -413,7 +417,9 @@ impl Connection {
             settled: AtomicBool::new(false),
             tunnel: OnceLock::new(),
             reset: AtomicBool::new(false),
+            ends: AtomicBool::new(false),
             socket: OnceLock::new(),
+            way: OnceLock::new(),
             fault: OnceLock::new(),
             secured: OnceLock::new(),
             listener,
@@ -425,6 +431,17 @@ impl Connection {
     pub(super) fn goes_over(&self, socket: RawFd) {
         // It is the same for all of its life.
         let _ = self.socket.set(socket);
+    }
+
+    /// It can be read and written in this way.
+    pub(super) fn is_gone_past_by(&self, way: WeakBypass) {
+        // It is the same for all of its life.
+        let _ = self.way.set(way);
+    }
+
+    /// The way past the session of an exchange, on HTTP/1.
+    pub fn bypass(&self) -> Option<Bypass> {
+        self.way.get()?.bypass()
     }
 
     /// The number of its socket.
@@ -551,6 +568,15 @@ impl Connection {
     /// Where those bytes go.
     pub(super) fn tunnel(&self) -> Option<&Arc<Tunnel>> {
         self.tunnel.get()
+    }
+
+    /// No request is to follow the present one, on HTTP/1.
+    pub fn end_after_answer(&self) {
+        self.ends.store(true, Ordering::Relaxed);
+    }
+
+    pub(super) fn ends(&self) -> bool {
+        self.ends.load(Ordering::Relaxed)
     }
 
     /// The answer was cut short and its end could be taken for a real one: close with a reset (RFC 9112 §8).

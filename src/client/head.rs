@@ -79,6 +79,10 @@ pub struct Head {
     pub body: Body,
     /// It is the last request of its connection: a field `Connection` says so, whichever it is.
     pub closes: bool,
+    /// Another request may follow on its connection, as far as its version and its fields say (RFC 9112 §9.3).
+    pub persists: bool,
+    /// It asks for another protocol.
+    pub upgrades: bool,
     /// The form of its target.
     pub target: Target,
 }
@@ -127,11 +131,15 @@ pub fn inspect(bytes: &[u8]) -> Result<Head, &'static Refusal> {
 
     let mut said = Said::default();
     let mut hosts = Values::default();
-    let mut closes = false;
+    let (mut closes, mut stays, mut upgrades) = (false, false, false);
     for field in request.headers.iter() {
         match field.name.len() {
             4 if field.name.eq_ignore_ascii_case("host") => hosts.add(field.value),
-            10 if field.name.eq_ignore_ascii_case("connection") => closes |= framing::names([field.value], "close"),
+            7 => upgrades |= field.name.eq_ignore_ascii_case("upgrade"),
+            10 if field.name.eq_ignore_ascii_case("connection") => {
+                closes |= framing::names([field.value], "close");
+                stays |= framing::names([field.value], "keep-alive");
+            }
             14 if field.name.eq_ignore_ascii_case("content-length") => said.add_length(field.value),
             17 if field.name.eq_ignore_ascii_case("transfer-encoding") => said.add_coding(field.value),
             _ => {}
@@ -140,7 +148,8 @@ pub fn inspect(bytes: &[u8]) -> Result<Head, &'static Refusal> {
     check_host(&hosts, target, minor)?;
     let version = if minor == 0 { Version::HTTP_10 } else { Version::HTTP_11 };
     let target = absolute(target).map_or(Target::Origin, |_| Target::Absolute { names_host: hosts.first.is_some() });
-    Ok(Head { body: framing::request::read(version, &said)?, closes, target })
+    let persists = !closes && (version == Version::HTTP_11 || stays);
+    Ok(Head { body: framing::request::read(version, &said)?, closes, persists, upgrades, target })
 }
 
 /// A checked header with an absolute target, as it would be without: an origin gets the path alone (RFC 9112 §3.2.1).

@@ -70,6 +70,8 @@ pub struct Terms {
     pub who: Who,
     /// What can be done with its stream, on HTTP/2.
     pub control: Option<Control>,
+    /// The way past the client's session, if it is one of ours on HTTP/1.
+    pub bypass: Option<Bypass>,
     /// The upstream is one that Pingora calls custom.
     pub custom: bool,
     /// Sees the pieces of the answer.
@@ -333,6 +335,7 @@ impl Link {
             own.set_write_timeout(self.write_timeout);
             if wire.leaves_rest() {
                 own.set_keepalive(None);
+                wire.end_after_answer();
             }
             *session = own;
         }
@@ -506,7 +509,7 @@ fn told(fault: Fault, kind: ErrorType) -> Box<Error> {
 /// would else read as much of an answer as its channel holds, some 300 KiB, before it looks at the client.
 const OPERATIONS: usize = 2;
 
-/// The way past this session, on HTTP/1.
+/// The way past this session, if it is Pingora's own on HTTP/1.
 fn bypass(session: &ServerSession) -> Option<Bypass> {
     let ServerSession::H1(session) = session else { return None };
     Some((**session.stream()).as_any().downcast_ref::<ClientStream>()?.bypass())
@@ -545,8 +548,9 @@ impl Drop for BufferedSession {
 impl BufferedSession {
     /// Takes the client's session. Until [`BufferedSession::stand_in`] there is nobody in its place.
     pub fn take(session: &mut Box<ServerSession>, terms: Terms) -> Result<(Arc<Link>, Self)> {
-        let Terms { patience, intake, holds_body, manner, who, control, custom, tap, depot, lanes } = terms;
-        let bypass = bypass(session);
+        let Terms { patience, intake, holds_body, manner, who, control, bypass: way, custom, tap, depot, lanes } =
+            terms;
+        let bypass = bypass(session).or(way);
         let method = session.req_header().method.clone();
         let head_only = method == Method::HEAD;
         // An answer to HEAD has no body: so the session writes the header and leaves the rest to us.
@@ -562,8 +566,9 @@ impl BufferedSession {
         let empty = !reads_past && own.is_body_empty();
         let intake = Intake::new(intake, empty, who.clone(), &depot, &lanes);
         let request = std::mem::replace(own.req_header_mut(), stub);
-        // It settles with the first such question how the body is framed, and the stand-in says that there is none.
-        let settled = !reads_past || own.is_body_done();
+        // Pingora's own settles with the first such question how the body is framed, and the stand-in says that there is
+        // none.
+        let settled = !reads_past || own.is_custom() || own.is_body_done();
         debug_assert!(settled);
         let past = bypass.map(|bypass| Past::new(bypass, reads_past, head_only));
         let link = Arc::new(Link {

@@ -9,7 +9,7 @@ use std::collections::VecDeque;
 use std::io::{self, IoSlice};
 use std::os::fd::BorrowedFd;
 use std::pin::Pin;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
@@ -27,7 +27,7 @@ use tokio::time::Sleep;
 use super::broken::{Leaving, Look};
 use super::connection::Connection;
 use super::farewell::Farewell;
-use super::head::{self, Scanner, Target};
+use super::head::{self, Head, Scanner, Target};
 use crate::error::{Refusal, refusal};
 use crate::framing::Body;
 use crate::framing::chunked::Chunks;
@@ -70,8 +70,8 @@ pub enum Opening {
     Http1 {
         /// The header.
         bytes: BytesMut,
-        /// It says that it is the last request of its connection.
-        closes: bool,
+        /// What it says.
+        head: Head,
     },
     /// HTTP/2; the preface is still in the stream.
     Http2,
@@ -87,6 +87,15 @@ pub struct ClientStream {
 /// The bodies of the request that a stream is at and of its answer, past the session that has the stream.
 pub struct Bypass {
     core: Arc<Mutex<Core>>,
+}
+
+/// Leads to a [`Bypass`] for as long as there is the stream.
+pub struct WeakBypass(Weak<Mutex<Core>>);
+
+impl WeakBypass {
+    pub(super) fn bypass(&self) -> Option<Bypass> {
+        self.0.upgrade().map(|core| Bypass { core })
+    }
 }
 
 /// What a connection has sent and its client has not taken yet; see [`ClientStream::progress`].
@@ -135,6 +144,8 @@ struct Core {
     half_closed: bool,
     /// Sees a reset where reading does not.
     look: Look,
+    /// Whether it is kept for another request after the present one; nothing before the answer has left.
+    outcome: Option<bool>,
     /// What the socket had taken when the client was last waited for; only TLS tells.
     taken: u64,
 }
@@ -171,9 +182,13 @@ impl ClientStream {
             waste_left: u64::MAX,
             half_closed: false,
             look: Look::default(),
+            outcome: None,
             taken: 0,
         };
-        ClientStream { core: Arc::new(Mutex::new(core)) }
+        let connection = core.connection.clone();
+        let core = Arc::new(Mutex::new(core));
+        connection.is_gone_past_by(WeakBypass(Arc::downgrade(&core)));
+        ClientStream { core }
     }
 
     /// Looks at the bytes received and not yet handed on; a refusal looks at them for the request line.
@@ -222,6 +237,16 @@ impl ClientStream {
     /// Ends a connection that waits for its next request: what was sent last still reaches the client.
     pub async fn close(&mut self) {
         let _ = std::future::poll_fn(|cx| self.core().poll_close(cx, false)).await;
+    }
+
+    /// Whether the connection is kept after the present exchange, as its session said; `None`: it broke off.
+    pub fn outcome(&self) -> Option<bool> {
+        self.core().outcome
+    }
+
+    /// Ends a connection behind its last answer, which still reaches the client.
+    pub async fn end(&mut self) {
+        Shutdown::shutdown(self).await;
     }
 
     /// Watches whether the client still takes what was sent, while the stream itself is elsewhere.
@@ -275,6 +300,49 @@ impl Bypass {
         let is_seen = core.inbox.is_empty() && core.connection.tls().is_none() && !core.body_is_read();
         let leaving = if is_seen { Leaving::Silent } else { Leaving::Broken };
         core.look.poll(cx, core.io.id(), leaving)
+    }
+
+    /// Whether another request can follow the present one, as far as the connection knows.
+    pub fn may_go_on(&self) -> bool {
+        let core = lock(&self.core);
+        core.body_is_read() && !(core.half_closed && core.inbox.is_empty()) && !core.connection.ends()
+    }
+
+    /// No request is to follow the present one.
+    pub fn end_after_answer(&self) {
+        lock(&self.core).connection.end_after_answer();
+    }
+
+    /// What becomes of the connection after the present exchange; see [`ClientStream::outcome`].
+    pub fn settle(&self, outcome: Option<bool>) {
+        lock(&self.core).outcome = outcome;
+    }
+
+    /// Takes bytes that leave with what is sent next.
+    pub fn gather(&self, bytes: &[u8]) {
+        lock(&self.core).outbox.extend_from_slice(bytes);
+    }
+
+    /// Sends what was gathered, unless more is about to follow.
+    pub fn poll_flush(&self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        lock(&self.core).poll_flush(cx)
+    }
+
+    /// Ready once the client has gone; only to be asked when the body is read.
+    pub fn poll_gone(&self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        let mut core = lock(&self.core);
+        // Whoever waits has nothing to write for now.
+        if let Poll::Ready(Err(error)) = core.poll_flush(cx) {
+            return Poll::Ready(Err(error));
+        }
+        core.poll_gone(cx)
+    }
+
+    /// Ends the connection; see [`ClientStream::end`].
+    pub fn poll_close(&self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        let mut core = lock(&self.core);
+        let unread = !core.body_is_read();
+        core.poll_close(cx, unread)
     }
 
     /// Whether no request can follow this one: the client has closed its sending side, and nothing is left of what it
@@ -364,7 +432,8 @@ impl Core {
         if let Target::Absolute { names_host } = head.target {
             bytes = head::in_origin_form(&bytes, names_host);
         }
-        Ok(Opening::Http1 { bytes, closes: head.closes })
+        self.outcome = None;
+        Ok(Opening::Http1 { bytes, head })
     }
 
     /// Reads what is there into the inbox. `false`: the client closed.
@@ -857,7 +926,7 @@ mod tests {
                 });
                 for (header, body) in requests {
                     prop_assert!(stream.park().await);
-                    let Ok(Opening::Http1 { bytes, closes: false }) = stream.open().await else {
+                    let Ok(Opening::Http1 { bytes, head: Head { closes: false, .. } }) = stream.open().await else {
                         panic!("no request was opened")
                     };
                     prop_assert_eq!(&bytes[..], &header[..]);

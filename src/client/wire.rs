@@ -9,7 +9,6 @@
 
 use std::collections::VecDeque;
 use std::future::Future;
-use std::io;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll, ready};
@@ -21,6 +20,7 @@ use pingora::http::{RequestHeader, ResponseHeader};
 use pingora::protocols::http::{HttpTask, ServerSession};
 use pingora::{Error, ErrorType, Result};
 
+use super::http1::unread;
 use super::http2::Control;
 use super::lane::{Bulk, Class, Lanes, Turn, ends_for_lack_of_budget};
 use super::pace::Pace;
@@ -390,6 +390,11 @@ impl Wire {
     pub fn leaves_rest(&self) -> bool {
         let unfinished = self.begun && (!self.end_written || self.broken || self.sends());
         self.leaves_body() || (self.past.is_some() && unfinished)
+    }
+
+    /// No request is to follow this one on its connection.
+    pub fn end_after_answer(&self) {
+        self.past.iter().for_each(|past| past.bypass.end_after_answer());
     }
 
     /// Gives the session back for good; `None` if a write has it.
@@ -814,6 +819,7 @@ impl Wire {
         let answers = batch.iter().any(|task| matches!(task, HttpTask::Header(..)) && is_of_answer(task));
         if self.last_on_connection || (answers && self.leaves_body()) {
             session.set_keepalive(None);
+            self.end_after_answer();
         }
         if answers && let Some(past) = &mut self.past {
             if past.bypass.is_last() {
@@ -1104,13 +1110,7 @@ impl Wire {
     /// which has the session.
     pub fn poll_read(&mut self, cx: &mut Context<'_>) -> Poll<Result<Option<Bytes>>> {
         if let Some(past) = self.past.as_ref().filter(|past| past.reads) {
-            return past.bypass.poll_piece(cx).map_err(|error| {
-                let kind = match error.kind() {
-                    io::ErrorKind::UnexpectedEof => ErrorType::ConnectionClosed,
-                    _ => ErrorType::ReadError,
-                };
-                Error::because(kind, "reading the request body", error).into_down()
-            });
+            return past.bypass.poll_piece(cx).map_err(unread);
         }
         if self.session().is_none() {
             let _ = self.poll_write(cx);

@@ -21,6 +21,7 @@ use crate::client::lane::Lanes;
 use crate::client::pace::Pace;
 use crate::client::session::{BufferedSession, Terms};
 use crate::client::spool::Depot;
+use crate::client::stream::Bypass;
 use crate::client::wire::Leave;
 use crate::error::{Refusal, refusal};
 use crate::filter::Refused;
@@ -79,6 +80,7 @@ pub async fn request(
         manner,
         who: exchange.who(),
         control: exchange.control.clone(),
+        bypass: bypass(exchange, client),
         custom: !upstream.is_http1(),
         tap: BodyFilters::of(exchange),
         depot: depot.clone(),
@@ -103,6 +105,12 @@ pub async fn request(
     }
     session.stand_in(client);
     Ok(())
+}
+
+/// The way past a session of ours, on HTTP/1.
+fn bypass(exchange: &Exchange, client: &ServerSession) -> Option<Bypass> {
+    let connection = exchange.connection.as_ref().filter(|_| exchange.control.is_none() && client.is_custom());
+    connection.and_then(|connection| connection.bypass())
 }
 
 /// What becomes of the request for a mirror.

@@ -148,8 +148,18 @@ fn cut(exchange: &mut Exchange, session: &mut ServerSession, error: Option<&Erro
         connection.close_with_reset();
     }
     // What came of the answer is sent before the connection goes.
-    session.set_keepalive(None);
+    end_connection(exchange, session);
     exchange.closes = true;
+}
+
+/// No request is to follow on the client's connection, if it is of HTTP/1.
+pub fn end_connection(exchange: &Exchange, session: &mut ServerSession) {
+    session.set_keepalive(None);
+    exchange
+        .connection
+        .iter()
+        .filter(|_| exchange.control.is_none())
+        .for_each(|connection| connection.end_after_answer());
 }
 
 /// Resets the stream of an exchange of HTTP/2: Pingora would else end it in good order if it does not know of the

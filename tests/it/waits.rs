@@ -535,7 +535,7 @@ const WAITS: &[(&str, usize, &str)] = &[
     ("admin.rs", 1, "a stream for an operator goes on until its reader leaves, which writing finds out"),
     ("admin/seats.rs", 2, "the place of a connection may be needed, beside a wait that has a deadline"),
     ("admin/trace.rs", 1, "until the time of the recording is over, as its operator has said"),
-    ("client.rs", 15, "a stop beside a wait that has both"),
+    ("client.rs", 16, "a stop beside a wait that has both"),
     ("client/budget.rs", 1, "stored and polled by a spool, whose exchange waits for no longer than `resources.pause`"),
     ("client/connection.rs", 1, "the time of a stop bounds it"),
     ("client/cut.rs", 1, "ends with the exchange that it is beside"),

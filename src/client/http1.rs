@@ -1,0 +1,499 @@
+//! The session of one request of HTTP/1: its header, read once, and its answer, written straight to the connection.
+//!
+//! Pingora's own session would read the header again, keep a buffer for a body that goes past it, and write an answer
+//! in a form that must be undone for it. It is used for requests that ask for another protocol alone, since only it can
+//! become a tunnel. This one never has the connection: whoever has, [`ClientStream`], asks it afterwards what is to
+//! become of it.
+
+use std::collections::VecDeque;
+use std::future::poll_fn;
+use std::io;
+use std::time::Duration;
+
+use async_trait::async_trait;
+use bytes::{BufMut, Bytes, BytesMut};
+use futures::Stream as Messages;
+use http::{HeaderMap, Method, Version, header};
+use pingora::http::{IntoCaseHeaderName, RequestHeader, ResponseHeader, header_value_from_raw};
+use pingora::protocols::Digest;
+use pingora::protocols::http::HttpTask;
+use pingora::protocols::http::body_buffer::FixedBuffer;
+use pingora::protocols::http::custom::CustomMessageWrite;
+use pingora::protocols::http::custom::server::Session as CustomSession;
+use pingora::protocols::http::date::get_cached_date;
+use pingora::protocols::l4::socket::SocketAddr;
+use pingora::{Error, ErrorType, Result};
+
+use super::head::FIELDS_MAX;
+use super::remains;
+use super::stream::{Bypass, ClientStream};
+use super::trailers::last_chunk;
+use crate::framing::{Body, Said, answer};
+
+/// So much of a body that is passed on as it comes is kept, to be sent again: as much as Pingora keeps.
+const KEPT_BYTES: usize = 64 << 10;
+
+/// See the module.
+pub struct Session {
+    connection: Bypass,
+    request: RequestHeader,
+    /// There is no body.
+    empty: bool,
+    /// Nothing says that this is the last request of its connection.
+    keeps: bool,
+    answered: Option<Box<ResponseHeader>>,
+    /// How the body of the answer leaves, if it leaves by this session.
+    framing: Body,
+    kept: Option<FixedBuffer>,
+    read: usize,
+    sent: usize,
+}
+
+impl Drop for Session {
+    fn drop(&mut self) {
+        if remains::are_wanted()
+            && let Ok(stub) = RequestHeader::build(Method::GET, b"/", Some(0))
+        {
+            remains::leave_request(std::mem::replace(&mut self.request, stub));
+        }
+    }
+}
+
+impl Session {
+    /// The session of the request with this header, which was checked and is the next one of this connection. `keeps`:
+    /// another request may follow it.
+    ///
+    /// # Errors
+    ///
+    /// None that can be met.
+    pub fn new(connection: &ClientStream, header: BytesMut, keeps: bool) -> Result<Session> {
+        let (connection, request) = (connection.bypass(), read(header.freeze())?);
+        let empty = connection.is_read();
+        let (answered, framing, kept) = (None, Body::None, None);
+        Ok(Session { connection, request, empty, keeps, answered, framing, kept, read: 0, sent: 0 })
+    }
+
+    /// Writes a header. A final one says whether another request may follow, and so it is done.
+    fn write_header(&mut self, mut answer: Box<ResponseHeader>) -> Result<()> {
+        if self.has_answered() {
+            return Ok(());
+        }
+        let is_final = !answer.status.is_informational();
+        let mut bytes = BytesMut::with_capacity(512);
+        let version: &[u8] = if answer.version == Version::HTTP_10 { b"HTTP/1.0 " } else { b"HTTP/1.1 " };
+        bytes.put_slice(version);
+        bytes.put_slice(answer.status.as_str().as_bytes());
+        bytes.put_u8(b' ');
+        bytes.put_slice(answer.get_reason_phrase().unwrap_or_default().as_bytes());
+        bytes.put_slice(b"\r\n");
+        if is_final {
+            // Its date is when it leaves, and what it says of a connection was said of another one.
+            answer.remove_header(&header::DATE);
+            answer.remove_header(&header::CONNECTION);
+        }
+        answer.header_to_h1_wire(&mut bytes);
+        if is_final {
+            self.keeps &= self.connection.may_go_on();
+            bytes.put_slice(b"Date: ");
+            bytes.put_slice(get_cached_date().as_bytes());
+            let connection: &[u8] = if self.keeps { b"keep-alive" } else { b"close" };
+            bytes.put_slice(b"\r\nConnection: ");
+            bytes.put_slice(connection);
+            bytes.put_slice(b"\r\n");
+            self.framing = self.framing_of(&answer)?;
+        }
+        bytes.put_slice(b"\r\n");
+        self.connection.gather(&bytes);
+        self.answered = Some(answer);
+        Ok(())
+    }
+
+    /// A stand-in of a session has its request, and writes bodies itself.
+    fn framing_of(&self, answer: &ResponseHeader) -> Result<Body> {
+        if self.request.method == Method::HEAD {
+            return Ok(Body::None);
+        }
+        let (status, said) = (answer.status.as_u16(), Said::of(&answer.headers));
+        answer::frame(false, status, Version::HTTP_11, &said, self.request.version)
+            .map(|framed| framed.write)
+            .map_err(|fault| Error::explain(ErrorType::InternalError, fault.words()))
+    }
+
+    /// Whether the final header was written.
+    fn has_answered(&self) -> bool {
+        self.answered.as_ref().is_some_and(|answer| !answer.status.is_informational())
+    }
+
+    async fn write_piece(&mut self, piece: Bytes) -> Result<()> {
+        let mut pieces = VecDeque::new();
+        match &mut self.framing {
+            Body::None => return Ok(()),
+            Body::Length(left) => {
+                let piece = piece.slice(..piece.len().min(usize::try_from(*left).unwrap_or(usize::MAX)));
+                *left -= piece.len() as u64;
+                self.sent += piece.len();
+                pieces.push_back(piece);
+            }
+            Body::Chunked => {
+                self.sent += piece.len();
+                pieces.extend([format!("{:x}\r\n", piece.len()).into(), piece, Bytes::from_static(b"\r\n")]);
+            }
+            Body::UntilEnd => {
+                self.sent += piece.len();
+                pieces.push_back(piece);
+            }
+        }
+        poll_fn(|cx| self.connection.poll_send(cx, &mut pieces)).await.map_err(unwritten)
+    }
+
+    /// Ends the answer, if it was written by this session, and sends what is gathered.
+    async fn end(&mut self, trailers: Option<HeaderMap>) -> Result<()> {
+        match std::mem::replace(&mut self.framing, Body::None) {
+            Body::Chunked => self.connection.gather(&last_chunk(trailers.as_ref())),
+            // Nobody is to take what came for the whole.
+            Body::Length(1..) => self.keeps = false,
+            Body::UntilEnd => self.keeps = false,
+            Body::None | Body::Length(0) => {}
+        }
+        self.flush().await
+    }
+
+    async fn flush(&self) -> Result<()> {
+        poll_fn(|cx| self.connection.poll_flush(cx)).await.map_err(unwritten)
+    }
+}
+
+/// Reads a header that was checked.
+fn read(bytes: Bytes) -> Result<RequestHeader> {
+    let wrong = || Error::explain(ErrorType::InvalidHTTPHeader, "a header that was checked");
+    let mut fields = [const { std::mem::MaybeUninit::uninit() }; FIELDS_MAX];
+    let mut parsed = httparse::Request::new(&mut []);
+    let outcome = parsed.parse_with_uninit_headers(&bytes, &mut fields);
+    let (Ok(httparse::Status::Complete(_)), Some(method), Some(target)) = (outcome, parsed.method, parsed.path) else {
+        return Err(wrong());
+    };
+    let mut request = RequestHeader::build(method, target.as_bytes(), Some(parsed.headers.len()))?;
+    request.set_version(if parsed.version == Some(0) { Version::HTTP_10 } else { Version::HTTP_11 });
+    for field in parsed.headers.iter() {
+        let name = bytes.slice_ref(field.name.as_bytes()).into_case_header_name();
+        request.append_header(name, header_value_from_raw(bytes.slice_ref(field.value)))?;
+    }
+    Ok(request)
+}
+
+/// A request body could not be read.
+pub(super) fn unread(error: io::Error) -> Box<Error> {
+    let kind = match error.kind() {
+        io::ErrorKind::UnexpectedEof => ErrorType::ConnectionClosed,
+        _ => ErrorType::ReadError,
+    };
+    Error::because(kind, "reading the request body", error).into_down()
+}
+
+fn unwritten(error: io::Error) -> Box<Error> {
+    let kind = match error.kind() {
+        io::ErrorKind::TimedOut => ErrorType::WriteTimedout,
+        _ => ErrorType::WriteError,
+    };
+    Error::because(kind, "writing the answer", error).into_down()
+}
+
+#[async_trait]
+impl CustomSession for Session {
+    fn req_header(&self) -> &RequestHeader {
+        &self.request
+    }
+
+    fn req_header_mut(&mut self) -> &mut RequestHeader {
+        &mut self.request
+    }
+
+    async fn read_body_bytes(&mut self) -> Result<Option<Bytes>> {
+        let piece = poll_fn(|cx| self.connection.poll_piece(cx)).await.map_err(unread)?;
+        if let Some(piece) = &piece {
+            self.read += piece.len();
+            if let Some(kept) = &mut self.kept {
+                kept.write_to_buffer(piece);
+            }
+        }
+        Ok(piece)
+    }
+
+    async fn read_body_or_idle(&mut self, no_body_expected: bool) -> Result<Option<Bytes>> {
+        if !no_body_expected && !self.is_body_done() {
+            return self.read_body_bytes().await;
+        }
+        let gone = poll_fn(|cx| self.connection.poll_gone(cx)).await;
+        let error = gone.err().unwrap_or(io::ErrorKind::UnexpectedEof.into());
+        Err(Error::because(ErrorType::ConnectionClosed, "the client has gone", error).into_down())
+    }
+
+    async fn drain_request_body(&mut self) -> Result<()> {
+        while self.read_body_bytes().await?.is_some() {}
+        Ok(())
+    }
+
+    async fn write_response_header(&mut self, answer: Box<ResponseHeader>, end: bool) -> Result<()> {
+        let interim = answer.status.is_informational();
+        self.write_header(answer)?;
+        match (end, interim) {
+            (true, _) => self.end(None).await,
+            (false, true) => self.flush().await,
+            (false, false) => Ok(()),
+        }
+    }
+
+    async fn write_response_header_ref(&mut self, answer: &ResponseHeader, end: bool) -> Result<()> {
+        self.write_response_header(Box::new(answer.clone()), end).await
+    }
+
+    async fn write_body(&mut self, data: Bytes, end: bool) -> Result<()> {
+        if !data.is_empty() {
+            self.write_piece(data).await?;
+        }
+        if end { self.end(None).await } else { Ok(()) }
+    }
+
+    async fn write_trailers(&mut self, trailers: HeaderMap) -> Result<()> {
+        self.end(Some(trailers)).await
+    }
+
+    async fn response_duplex_vec(&mut self, tasks: Vec<HttpTask>) -> Result<bool> {
+        let mut ended = false;
+        for task in tasks {
+            ended |= task.is_end();
+            match task {
+                HttpTask::Header(answer, end) => self.write_response_header(answer, end).await?,
+                HttpTask::Body(Some(piece), end) | HttpTask::UpgradedBody(Some(piece), end) => {
+                    self.write_body(piece, end).await?;
+                }
+                HttpTask::Trailer(trailers) => self.end(trailers.map(|fields| *fields)).await?,
+                HttpTask::Body(None, end) | HttpTask::UpgradedBody(None, end) if !end => {}
+                HttpTask::Body(None, _) | HttpTask::UpgradedBody(None, _) | HttpTask::Done => self.end(None).await?,
+                HttpTask::Failed(error) => return Err(error),
+            }
+        }
+        Ok(ended)
+    }
+
+    /// Sends what is gathered, and says what becomes of the connection.
+    async fn finish(&mut self) -> Result<()> {
+        self.end(None).await?;
+        self.keeps &= self.has_answered() && self.connection.may_go_on();
+        self.connection.settle(Some(self.keeps));
+        Ok(())
+    }
+
+    async fn finish_custom(&mut self) -> Result<()> {
+        Ok(())
+    }
+
+    async fn shutdown(&mut self, _code: u32, _context: &str) {
+        self.keeps = false;
+        let _ = poll_fn(|cx| self.connection.poll_close(cx)).await;
+        // It has ended in good order, and nobody need end it again.
+        self.connection.settle(None);
+    }
+
+    fn response_written(&self) -> Option<&ResponseHeader> {
+        self.answered.as_deref()
+    }
+
+    fn request_summary(&self) -> String {
+        format!("{} {}", self.request.method, self.request.uri)
+    }
+
+    fn pseudo_raw_h1_request_header(&self) -> Bytes {
+        Bytes::new()
+    }
+
+    fn is_body_done(&mut self) -> bool {
+        self.connection.is_read()
+    }
+
+    fn is_body_empty(&mut self) -> bool {
+        self.empty
+    }
+
+    fn body_bytes_sent(&self) -> usize {
+        self.sent
+    }
+
+    fn body_bytes_read(&self) -> usize {
+        self.read
+    }
+
+    // The exchange knows its connection; nothing asks the session about it.
+
+    fn digest(&self) -> Option<&Digest> {
+        None
+    }
+
+    fn digest_mut(&mut self) -> Option<&mut Digest> {
+        None
+    }
+
+    fn client_addr(&self) -> Option<&SocketAddr> {
+        None
+    }
+
+    fn server_addr(&self) -> Option<&SocketAddr> {
+        None
+    }
+
+    // The deadline for a request body is the intake's, and that for writing the connection's.
+
+    fn set_read_timeout(&mut self, _timeout: Option<Duration>) {}
+
+    fn get_read_timeout(&self) -> Option<Duration> {
+        None
+    }
+
+    fn set_write_timeout(&mut self, _timeout: Option<Duration>) {}
+
+    fn get_write_timeout(&self) -> Option<Duration> {
+        None
+    }
+
+    fn set_total_drain_timeout(&mut self, _timeout: Option<Duration>) {}
+
+    fn get_total_drain_timeout(&self) -> Option<Duration> {
+        None
+    }
+
+    fn enable_retry_buffering(&mut self) {
+        self.kept.get_or_insert_with(|| FixedBuffer::new(KEPT_BYTES));
+    }
+
+    fn retry_buffer_truncated(&self) -> bool {
+        self.kept.as_ref().is_some_and(FixedBuffer::is_truncated)
+    }
+
+    fn get_retry_buffer(&self) -> Option<Bytes> {
+        self.kept.as_ref().filter(|kept| !kept.is_truncated())?.get_buffer()
+    }
+
+    // Custom messages belong to protocols that are not HTTP; there are none here.
+
+    fn take_custom_message_reader(&mut self) -> Option<Box<dyn Messages<Item = Result<Bytes>> + Unpin + Send + Sync>> {
+        None
+    }
+
+    fn restore_custom_message_reader(
+        &mut self,
+        _reader: Box<dyn Messages<Item = Result<Bytes>> + Unpin + Send + Sync>,
+    ) -> Result<()> {
+        Ok(())
+    }
+
+    fn take_custom_message_writer(&mut self) -> Option<Box<dyn CustomMessageWrite>> {
+        None
+    }
+
+    fn restore_custom_message_writer(&mut self, _writer: Box<dyn CustomMessageWrite>) -> Result<()> {
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use http::HeaderValue;
+    use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream};
+
+    use super::super::connection::tests::connection;
+    use super::super::stream::Opening;
+    use super::*;
+
+    /// A client that has sent this, and the session of its first request.
+    async fn asked(request: &str) -> (DuplexStream, ClientStream, Session) {
+        let (mut client, io) = tokio::io::duplex(1 << 16);
+        client.write_all(request.as_bytes()).await.expect("room");
+        let mut stream = ClientStream::new(Box::new(io), connection(""));
+        assert!(stream.park().await);
+        let Ok(Opening::Http1 { bytes, head }) = stream.open().await else { panic!("no request was opened") };
+        let session = Session::new(&stream, bytes, head.persists).expect("a session");
+        (client, stream, session)
+    }
+
+    fn answer(status: u16, fields: &[(&'static str, &'static str)]) -> Box<ResponseHeader> {
+        let mut answer = ResponseHeader::build(status, None).expect("an answer");
+        for (name, value) in fields {
+            answer.append_header(*name, HeaderValue::from_static(value)).expect("a field");
+        }
+        Box::new(answer)
+    }
+
+    /// What the client has got, but for the date.
+    async fn got(client: &mut DuplexStream) -> String {
+        let mut bytes = vec![0; 4096];
+        let read = client.read(&mut bytes).await.expect("an answer");
+        let text = String::from_utf8_lossy(&bytes[..read]).into_owned();
+        text.split_inclusive("\r\n").filter(|line| !line.starts_with("Date: ")).collect()
+    }
+
+    #[tokio::test]
+    async fn an_answer_says_whether_its_connection_is_kept_and_so_it_is() {
+        for (request, word, keeps) in [
+            ("GET / HTTP/1.1\r\nHost: a\r\n\r\n", "keep-alive", true),
+            ("GET / HTTP/1.1\r\nHost: a\r\nConnection: x, Close\r\n\r\n", "close", false),
+            ("GET / HTTP/1.0\r\n\r\n", "close", false),
+            ("GET / HTTP/1.0\r\nConnection: Keep-Alive\r\n\r\n", "keep-alive", true),
+            // Of a body that nobody has read the rest would be taken for the next request.
+            ("POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 9\r\n\r\n", "close", false),
+        ] {
+            let (mut client, stream, mut session) = asked(request).await;
+            let fields = [("Content-Length", "3"), ("date", "then"), ("connection", "upstream")];
+            session.write_response_header(answer(200, &fields), false).await.expect("room");
+            session.write_body(Bytes::from_static(b"abc"), true).await.expect("room");
+            session.finish().await.expect("room");
+            let expected = format!("HTTP/1.1 200 OK\r\nContent-Length: 3\r\nConnection: {word}\r\n\r\nabc");
+            assert_eq!((got(&mut client).await, stream.outcome()), (expected, Some(keeps)), "{request}");
+        }
+    }
+
+    #[tokio::test]
+    async fn a_connection_that_is_to_end_says_so_in_its_answer() {
+        let (mut client, stream, mut session) = asked("GET / HTTP/1.1\r\nHost: a\r\n\r\n").await;
+        session.connection.end_after_answer();
+        session.write_response_header(answer(204, &[]), true).await.expect("room");
+        session.finish().await.expect("room");
+        assert_eq!(got(&mut client).await, "HTTP/1.1 204 No Content\r\nConnection: close\r\n\r\n");
+        assert_eq!(stream.outcome(), Some(false));
+    }
+
+    #[tokio::test]
+    async fn interim_answers_leave_at_once_and_a_header_waits_for_its_body() {
+        let (mut client, _stream, mut session) = asked("GET / HTTP/1.1\r\nHost: a\r\n\r\n").await;
+        session.write_response_header(answer(103, &[("Link", "</a>")]), false).await.expect("room");
+        assert_eq!(got(&mut client).await, "HTTP/1.1 103 Early Hints\r\nLink: </a>\r\n\r\n");
+        session.write_response_header(answer(200, &[("Transfer-Encoding", "chunked")]), false).await.expect("room");
+        let tasks = vec![HttpTask::Body(Some(Bytes::from_static(b"abc")), false), HttpTask::Trailer(None)];
+        assert!(session.response_duplex_vec(tasks).await.expect("room"));
+        let whole =
+            "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\nConnection: keep-alive\r\n\r\n3\r\nabc\r\n0\r\n\r\n";
+        assert_eq!(got(&mut client).await, whole);
+    }
+
+    #[tokio::test]
+    async fn half_an_answer_or_none_keeps_no_connection() {
+        for half in [false, true] {
+            let (_client, stream, mut session) = asked("GET / HTTP/1.1\r\nHost: a\r\n\r\n").await;
+            assert_eq!(stream.outcome(), None);
+            if half {
+                session.write_response_header(answer(200, &[("Content-Length", "3")]), false).await.expect("room");
+            }
+            session.finish().await.expect("room");
+            assert_eq!(stream.outcome(), Some(false));
+        }
+    }
+
+    #[tokio::test]
+    async fn names_and_values_of_a_request_stay_as_they_were_written() {
+        let (_client, _stream, session) =
+            asked("PUT /a%20b?c HTTP/1.1\r\nHoSt: a\r\nX-Two: 1\r\nx-two: 2\r\n\r\n").await;
+        let mut wire = Vec::new();
+        session.request.header_to_h1_wire(&mut wire);
+        assert_eq!(wire, b"HoSt: a\r\nX-Two: 1\r\nx-two: 2\r\n");
+        assert_eq!((session.request.raw_path(), session.request.method.as_str()), (&b"/a%20b?c"[..], "PUT"));
+    }
+}
