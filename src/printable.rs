@@ -6,6 +6,8 @@
 //! are listed here once.
 
 use std::borrow::Cow;
+use std::io::Write;
+use std::net::IpAddr;
 
 /// Whether a character does something else than to be seen: a control character, one that changes the direction of
 /// writing, one without a width, one that ends a line.
@@ -44,9 +46,61 @@ pub fn escape(character: char, each: impl FnMut(u16)) {
     character.encode_utf16(&mut [0; 2]).iter().copied().for_each(each);
 }
 
+/// Writes an address. One of IPv4 by hand, for each exchange has one to write.
+pub fn address(text: &mut Vec<u8>, address: IpAddr) {
+    let IpAddr::V4(address) = address else {
+        // Writing to a vector cannot fail.
+        let _ = write!(text, "{address}");
+        return;
+    };
+    for (place, byte) in address.octets().into_iter().enumerate() {
+        if place > 0 {
+            text.push(b'.');
+        }
+        digits(text, byte.into(), 1);
+    }
+}
+
+/// Writes a number with at least so many digits.
+pub fn digits(text: &mut Vec<u8>, mut number: u64, least: usize) {
+    if number < 10 && least == 1 {
+        return text.push(b'0' + number as u8);
+    }
+    // `u64::MAX` has twenty digits.
+    let mut written = [b'0'; 20];
+    let mut start = written.len();
+    while number > 0 {
+        start -= 1;
+        written[start] = b'0' + (number % 10) as u8;
+        number /= 10;
+    }
+    text.extend_from_slice(&written[start.min(written.len() - least)..]);
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn addresses_and_numbers_are_written_as_they_are_read() {
+        for address in ["0.0.0.0", "10.0.0.9", "255.255.255.255", "192.168.1.42", "::1", "2001:db8::1"] {
+            let mut text = Vec::new();
+            super::address(&mut text, address.parse().expect("an address"));
+            assert_eq!(text, address.as_bytes());
+        }
+        for (number, least, written) in [
+            (0, 1, "0"),
+            (7, 1, "7"),
+            (7, 3, "007"),
+            (10, 1, "10"),
+            (1_234, 3, "1234"),
+            (u64::MAX, 1, "18446744073709551615"),
+        ] {
+            let mut text = Vec::new();
+            digits(&mut text, number, least);
+            assert_eq!(text, written.as_bytes());
+        }
+    }
 
     #[test]
     fn what_is_only_seen_stays_as_it_is() {

@@ -6,12 +6,11 @@
 
 use std::cell::Cell;
 use std::io::Write;
-use std::net::IpAddr;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use super::Record;
 use crate::phase::{Clock, Phase};
-use crate::printable::{escape, steers};
+use crate::printable::{address, digits, escape, steers};
 
 /// One JSON object. What is not UTF-8 is written `\xNN`, as text.
 ///
@@ -187,17 +186,6 @@ fn combined_text(line: &mut Vec<u8>, key: &str, value: Option<&[u8]>) {
     line.push(b'"');
 }
 
-/// Writes an address. One of IPv4 by hand, for each line has one.
-fn address(line: &mut Vec<u8>, address: IpAddr) {
-    let IpAddr::V4(address) = address else { return put(line, format_args!("{address}")) };
-    for (place, byte) in address.octets().into_iter().enumerate() {
-        if place > 0 {
-            line.push(b'.');
-        }
-        digits(line, byte.into(), 1);
-    }
-}
-
 /// Whether all bytes stand for themselves in both formats. Looks at eight at a time: most of a line is text that does.
 fn are_plain(bytes: &[u8]) -> bool {
     const ONES: u64 = 0x0101_0101_0101_0101;
@@ -264,22 +252,6 @@ fn millis(line: &mut Vec<u8>, key: &str, micros: u64) {
     number(line, key, micros / 1_000);
     line.push(b'.');
     digits(line, micros % 1_000, 3);
-}
-
-/// Writes at least so many digits.
-fn digits(line: &mut Vec<u8>, mut number: u64, least: usize) {
-    if number < 10 && least == 1 {
-        return line.push(b'0' + number as u8);
-    }
-    // `u64::MAX` has twenty digits.
-    let mut text = [b'0'; 20];
-    let mut start = text.len();
-    while number > 0 {
-        start -= 1;
-        text[start] = b'0' + (number % 10) as u8;
-        number /= 10;
-    }
-    line.extend_from_slice(&text[start.min(text.len() - least)..]);
 }
 
 /// Whole microseconds. Not `as_micros`, whose division has 128 bits; half a million years fit into 64.
@@ -366,15 +338,6 @@ pub(super) mod tests {
             for millis in millis {
                 let time = time() + Duration::from_millis(millis);
                 prop_assert_eq!(rfc3339(time), whole_rfc3339(time));
-            }
-        }
-
-        #[test]
-        fn an_address_is_written_as_it_is_read(v4 in any::<u32>(), v6 in any::<u128>()) {
-            for address in [IpAddr::from(v4.to_be_bytes()), IpAddr::from(v6.to_be_bytes())] {
-                let mut line = Vec::new();
-                super::address(&mut line, address);
-                prop_assert_eq!(String::from_utf8_lossy(&line).into_owned(), address.to_string());
             }
         }
     }

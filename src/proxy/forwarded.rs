@@ -15,6 +15,7 @@ use pingora::Result;
 use pingora::http::RequestHeader;
 
 use crate::config::server::Forwarded;
+use crate::printable::{address, digits};
 
 /// `X-Forwarded-For`.
 pub const X_FORWARDED_FOR: HeaderName = HeaderName::from_static("x-forwarded-for");
@@ -89,6 +90,33 @@ pub fn tell(request: &mut RequestHeader, format: Forwarded, own: Own<'_>) -> Res
             Ok(())
         }
     }
+}
+
+/// What [`tell`] tells, as lines of a header of HTTP/1. `None`: there is something of the kind in the request already, or
+/// another format is written.
+pub fn lines(headers: &HeaderMap, format: Forwarded, own: Own<'_>) -> Option<Vec<u8>> {
+    let tells = |name: &HeaderName| name == header::FORWARDED || name.as_str().starts_with("x-forwarded-");
+    if format != Forwarded::XForwarded || headers.keys().any(tells) {
+        return None;
+    }
+    let mut lines = Vec::with_capacity(192);
+    if let Some(peer) = own.peer {
+        lines.extend_from_slice(b"X-Forwarded-For: ");
+        address(&mut lines, peer);
+        lines.extend_from_slice(b"\r\n");
+    }
+    lines.extend_from_slice(b"X-Forwarded-Proto: ");
+    lines.extend_from_slice(own.scheme.as_bytes());
+    if let Some(host) = own.host {
+        lines.extend_from_slice(b"\r\nX-Forwarded-Host: ");
+        lines.extend_from_slice(host.as_bytes());
+    }
+    if let Some(port) = own.port {
+        lines.extend_from_slice(b"\r\nX-Forwarded-Port: ");
+        digits(&mut lines, port.into(), 1);
+    }
+    lines.extend_from_slice(b"\r\n");
+    Some(lines)
 }
 
 /// `X-Forwarded-For` and the fields beside it. Of those, what a trusted proxy has said stays.
@@ -295,6 +323,32 @@ mod tests {
         tell(&mut request, format, own).expect("headers");
         let value = |name| request.headers.get(name).map(|value| value.to_str().expect("text").to_owned());
         (value(FOR), value(FORWARDED))
+    }
+
+    #[test]
+    fn lines_say_what_fields_would() {
+        let host = HeaderValue::from_static("shop:8080");
+        let known = Own { peer: "10.0.0.9".parse().ok(), scheme: "https", host: Some(&host), port: Some(8443) };
+        let unix = Own { peer: None, scheme: "http", host: None, port: None };
+        let v6 = Own { peer: "2001:db8::1".parse().ok(), ..unix };
+        for own in [known, unix, v6] {
+            let mut told = request(&[("x-own", "1")]);
+            tell(&mut told, Forwarded::XForwarded, own).expect("headers");
+            told.remove_header("x-own");
+            let fields =
+                told.headers.iter().map(|(name, value)| format!("{name}: {}\r\n", value.to_str().expect("text")));
+            let lines = lines(&request(&[("x-own", "1")]).headers, Forwarded::XForwarded, own).expect("lines");
+            let mut lines: Vec<_> =
+                String::from_utf8(lines).expect("text").split_inclusive('\n').map(str::to_lowercase).collect();
+            let mut fields: Vec<_> = fields.collect();
+            lines.sort();
+            fields.sort();
+            assert_eq!(lines, fields);
+        }
+        for said in ["forwarded", "x-forwarded-for", "x-forwarded-proto"] {
+            assert_eq!(lines(&request(&[(said, "for=1.2.3.4")]).headers, Forwarded::XForwarded, known), None);
+        }
+        assert_eq!(lines(&request(&[]).headers, Forwarded::Both, known), None);
     }
 
     #[test]

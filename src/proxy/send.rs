@@ -23,6 +23,8 @@ use super::mirror;
 use super::retry;
 use super::watch::Watch;
 use crate::access_log::Why;
+use crate::client::driver::course::Course;
+use crate::client::driver::request::Lines;
 use crate::client::trailers;
 use crate::config::listener::OddNames;
 use crate::config::server::Forwarded;
@@ -73,7 +75,12 @@ pub fn header(
         host: host.as_ref(),
         port: connection.and_then(|connection| connection.local).map(|local| local.port()),
     };
-    forwarded::tell(request, manners.forwarded, own)?;
+    let is_own = exchange.course == Some(Course::Own) && exchange.copy.is_none();
+    let lines = if is_own { forwarded::lines(&request.headers, manners.forwarded, own) } else { None };
+    match lines {
+        Some(lines) => drop(request.extensions_mut().insert(Lines(lines.into()))),
+        None => forwarded::tell(request, manners.forwarded, own)?,
+    }
     if manners.via {
         request.append_header(header::VIA, HeaderValue::from_static("1.1 forebay"))?;
     }
