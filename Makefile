@@ -5,6 +5,9 @@ TOOLS := conf/packaging/install-tools.sh
 # nginx and haproxy are in /usr/sbin, which a user's PATH may lack.
 export PATH := $(PATH):/usr/sbin:/sbin
 
+# Stories that run by both drivers: our own, and Pingora's for all exchanges.
+BOTH := proxying|header|filters|retry|slow|buffer|pace|framing
+
 .DEFAULT_GOAL := help
 .PHONY: help run demo test fuzz check build quick release package package-test fmt lint doc bench gate clean
 
@@ -20,7 +23,8 @@ demo: quick ## show what one worker does for four clients, cycle by cycle, out o
 test: ## run all tests, against real servers too; installs them without starting them
 	@$(TOOLS) build test
 	@if $(CARGO) nextest --version >/dev/null 2>&1; then \
-		set -x; $(CARGO) nextest run --locked && $(CARGO) test --locked --doc; \
+		set -x; $(CARGO) nextest run --locked && $(CARGO) test --locked --doc && \
+		FOREBAY_TEST_DRIVER=pingora $(CARGO) nextest run --locked --test it -E 'test(/^($(BOTH))::/)'; \
 	else \
 		set -x; $(CARGO) test --locked; \
 	fi

@@ -7,6 +7,7 @@
 //!
 //! `-- small upload` measures these cells only; `-- --keep DIR` keeps what callgrind wrote, for `callgrind_annotate`.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
@@ -77,10 +78,13 @@ fn main() -> Result<()> {
             continue;
         }
         let [fewer, more] = [FEWER, MORE].map(|count| run(cell, count, origin, dir.path(), &out));
-        let (fewer, more) = (fewer?, more?);
-        let each = |few: u64, many: u64| many.saturating_sub(few) as f64 / (MORE - FEWER) as f64 / 1_000.0;
-        let worker = each(busiest(&fewer), busiest(&more));
-        let all = each(fewer.iter().sum(), more.iter().sum());
+        let (fewer, spent) = (fewer?, more?);
+        let each = |instructions: u64| instructions as f64 / (MORE - FEWER) as f64 / 1_000.0;
+        let more =
+            |(thread, many): (&String, &u64)| many.saturating_sub(fewer.get(thread).copied().unwrap_or_default());
+        // The worker is the thread that does most for a request.
+        let worker = each(spent.iter().map(more).max().unwrap_or_default());
+        let all = each(spent.iter().map(more).sum());
         println!("{:8} {worker:>11.1}k {all:>11.1}k {:>9.1}k", cell.name, cell.bound);
         if worker > cell.bound {
             exceeded.push(format!("{}: {worker:.1}k, bound {:.1}k", cell.name, cell.bound));
@@ -90,13 +94,8 @@ fn main() -> Result<()> {
     Ok(())
 }
 
-/// The worker is the thread that does most.
-fn busiest(threads: &[u64]) -> u64 {
-    threads.iter().copied().max().unwrap_or_default()
-}
-
-/// Instructions of each thread of a Forebay that has served so many requests.
-fn run(cell: &Cell, count: usize, origin: SocketAddr, dir: &Path, out: &Path) -> Result<Vec<u64>> {
+/// Instructions of each thread, by its number, of a Forebay that has served so many requests.
+fn run(cell: &Cell, count: usize, origin: SocketAddr, dir: &Path, out: &Path) -> Result<BTreeMap<String, u64>> {
     let [web, admin] = [free_address()?, free_address()?];
     let file = dir.join(format!("{}.yaml", cell.name));
     let config = format!(
@@ -104,7 +103,7 @@ fn run(cell: &Cell, count: usize, origin: SocketAddr, dir: &Path, out: &Path) ->
 listeners: [ {{ name: web, address: \"{web}\", protocols: [http1, h2c] }} ]
 upstreams: {{ app: {{ endpoints: [ {{ address: \"{origin}\" }} ] }} }}
 admin: {{ address: \"{admin}\" }}
-observability: {{ access_log: {{ path: \"{dir}/access.log\" }}, event_loop: {{ heartbeat: 1s }} }}
+observability: {{ access_log: {{ path: \"{dir}/access.log\" }}, event_loop: {{ heartbeat: 1s, stall_threshold: 1m }} }}
 routes: [ {{ name: all, upstream: app }} ]
 ",
         dir = dir.display()
@@ -126,15 +125,17 @@ routes: [ {{ name: all, upstream: app }} ]
     threads(&written)
 }
 
-/// What callgrind wrote of each thread.
-fn threads(written: &Path) -> Result<Vec<u64>> {
+/// What callgrind wrote of each thread, which it numbers as they begin.
+fn threads(written: &Path) -> Result<BTreeMap<String, u64>> {
     let (dir, name) = (written.parent().context("a folder")?, written.file_name().context("a name")?);
     let prefix = format!("{}-", name.to_string_lossy());
-    let mut found = Vec::new();
+    let mut found = BTreeMap::new();
     for entry in fs::read_dir(dir)? {
         let path = entry?.path();
-        if path.file_name().is_some_and(|name| name.to_string_lossy().starts_with(&prefix)) {
-            found.push(total(&fs::read_to_string(&path)?).with_context(|| path.display().to_string())?);
+        let name = path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
+        if let Some(thread) = name.strip_prefix(&prefix) {
+            let total = total(&fs::read_to_string(&path)?).with_context(|| path.display().to_string())?;
+            found.insert(thread.to_owned(), total);
         }
     }
     ensure!(!found.is_empty(), "callgrind wrote nothing to {}", written.display());
