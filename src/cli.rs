@@ -10,6 +10,7 @@ mod check;
 mod config_file;
 mod figures;
 mod healthcheck;
+mod import;
 mod init;
 mod logs;
 mod man;
@@ -74,6 +75,8 @@ enum Command {
     Init(init::Init),
     /// Run a gateway without a file: from one address to one or more backends
     Proxy(proxy::Proxy),
+    /// Make a configuration of one of nginx, with a report of what has no equal
+    Import(import::Import),
     /// Check the configuration: tell all its errors, or that it is ok
     #[command(visible_alias = "validate")]
     Check(ConfigFile),
@@ -214,6 +217,7 @@ fn dispatch(builder: Builder, line: CommandLine) -> Result<(), Failure> {
         Command::Run(run) => run::run(builder, run.config),
         Command::Init(asked) => init::init(&builder, &asked),
         Command::Proxy(asked) => proxy::proxy(builder, &asked),
+        Command::Import(asked) => import::import(&builder, &asked),
         Command::Check(file) => check::check(&builder, file),
         Command::Certs(file) => certs::certs(&builder, file),
         Command::Schema => print(&format!("{:#}", builder.schema())),

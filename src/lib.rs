@@ -15,6 +15,7 @@ pub mod expression;
 pub mod filter;
 pub mod framing;
 pub mod gateway;
+pub mod import;
 pub mod metrics;
 pub mod net;
 pub mod origin;

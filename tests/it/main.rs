@@ -38,6 +38,7 @@ mod handshake;
 mod header;
 mod health;
 mod http2;
+mod import;
 mod imports;
 mod interim;
 mod mirror;
