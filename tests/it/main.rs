@@ -41,6 +41,7 @@ mod http2;
 mod import;
 mod imports;
 mod interim;
+mod manual;
 mod mirror;
 mod observe;
 mod origin;
