@@ -17,11 +17,10 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
-use async_trait::async_trait;
-use futures::future::join_all;
+use arc_swap::ArcSwap;
+use futures::FutureExt;
+use futures::future::{BoxFuture, join_all};
 use instant_acme::{Account, AccountCredentials, ExternalAccountKey, NewAccount};
-use pingora::server::ShutdownWatch;
-use pingora::services::background::{BackgroundService, GenBackgroundService};
 use serde::{Deserialize, Serialize};
 use xxhash_rust::xxh3::xxh3_64;
 
@@ -33,6 +32,7 @@ use crate::error::{BuildError, path};
 use crate::metrics::{AcmeMetrics, Metrics};
 use crate::party::wait::{NoClient, within};
 use crate::printable::printable;
+use crate::upkeep;
 use answers::Followed;
 use http::Http;
 use order::{Failure, Proof};
@@ -49,6 +49,9 @@ const BUSY_MAX: Duration = Duration::from_secs(7 * 86_400);
 /// What is remembered of an order until it has ended.
 const INTERRUPTED: &str = "the process ended in the middle of the last order";
 
+/// Those who serve certificates now.
+pub type Served = Arc<ArcSwap<Vec<Arc<Tls>>>>;
+
 /// What orders certificates.
 pub struct Acme {
     issuers: Vec<Issuer>,
@@ -60,7 +63,7 @@ struct Issuer {
     http: Http,
     challenges: Arc<Challenges>,
     /// Those who serve what it issues.
-    listeners: Vec<Arc<Tls>>,
+    listeners: Served,
     metrics: AcmeMetrics,
 }
 
@@ -87,7 +90,7 @@ struct Kept {
 pub fn build(
     plan: Vec<Asked>,
     challenges: &Arc<Challenges>,
-    listeners: &[Arc<Tls>],
+    listeners: &Served,
     metrics: &Metrics,
 ) -> Result<Option<Acme>, Vec<BuildError>> {
     let (mut errors, mut issuers) = (Vec::new(), Vec::new());
@@ -100,7 +103,7 @@ pub fn build(
                 continue;
             }
         };
-        let (challenges, listeners, metrics) = (challenges.clone(), listeners.to_vec(), metrics.acme(&asked.name));
+        let (challenges, listeners, metrics) = (challenges.clone(), listeners.clone(), metrics.acme(&asked.name));
         issuers.push(Issuer { asked, http, challenges, listeners, metrics });
     }
     if errors.is_empty() { Ok((!issuers.is_empty()).then_some(Acme { issuers })) } else { Err(errors) }
@@ -126,21 +129,15 @@ impl Acme {
         let asked = |issuer: &Issuer| issuer.asked.store.probe().map_err(|error| issuer.asked.unusable(&error));
         self.issuers.iter().try_for_each(asked)
     }
-
-    /// A service that orders what is due.
-    pub fn background(self) -> GenBackgroundService<Acme> {
-        GenBackgroundService::new("acme".to_owned(), Arc::new(self))
-    }
 }
 
-#[async_trait]
-impl BackgroundService for Acme {
-    /// It has a runtime of its own: files are read and written here, and certificates are parsed.
-    async fn start(&self, mut shutdown: ShutdownWatch) {
-        tokio::select! {
-            _ = join_all(self.issuers.iter().map(Issuer::keep)) => {}
-            _ = shutdown.changed() => {}
+impl upkeep::Kept for Acme {
+    /// Orders what is due. It has a runtime of its own: files are read and written here, and certificates are parsed.
+    fn keep(self: Arc<Self>) -> BoxFuture<'static, ()> {
+        async move {
+            join_all(self.issuers.iter().map(Issuer::keep)).await;
         }
+        .boxed()
     }
 }
 
@@ -375,7 +372,7 @@ impl Issuer {
     /// Has what was issued served.
     fn take(&self, wanted: &Wanted) {
         let path = wanted.path.to_string_lossy();
-        self.listeners.iter().filter(|tls| tls.serves(&path)).for_each(|tls| tls.reload());
+        self.listeners.load().iter().filter(|tls| tls.serves(&path)).for_each(|tls| tls.reload());
     }
 
     /// Keeps what is known of a certificate.

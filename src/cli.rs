@@ -14,7 +14,9 @@ mod import;
 mod init;
 mod logs;
 mod man;
+mod matched;
 mod proxy;
+mod reload;
 mod run;
 mod stop;
 mod timeline;
@@ -80,6 +82,19 @@ enum Command {
     /// Check the configuration: tell all its errors, or that it is ok
     #[command(visible_alias = "validate")]
     Check(ConfigFile),
+    /// Have a running gateway load its configuration again, and tell what has changed; a wrong one changes nothing
+    Reload(admin::Where),
+    /// Tell what a reload would change, and what each change would end
+    Diff(admin::Where),
+    /// Tell what becomes of a request by a configuration: listener, route and why not the others, filters, upstream,
+    /// and where each value comes from; nothing is sent. Exit code 0 if a route takes it, 1 if not
+    Match(matched::Match),
+    /// Print what is in effect by a configuration, defaults among it, without secrets
+    Dump(ConfigFile),
+    /// Tell in a few lines how a running gateway does: exit code 0 if it is ready, 1 if not
+    Status(admin::Where),
+    /// Stop a running gateway gracefully, and wait until it has stopped
+    Stop(reload::Stop),
     /// Print the JSON Schema of the configuration, for editors
     Schema,
     /// List the certificates of the configuration: names, keys, when they end, what is wrong; exit code 1 if anything
@@ -126,6 +141,9 @@ struct ConfigFile {
 struct Run {
     #[command(flatten)]
     config: ConfigFile,
+    /// Load the configuration again whenever its file changes
+    #[arg(long, conflicts_with = "demo")]
+    watch: bool,
     /// Run in front of the built-in test origin, without a file
     #[arg(long, conflicts_with = "path")]
     demo: bool,
@@ -214,10 +232,16 @@ fn dispatch(builder: Builder, line: CommandLine) -> Result<(), Failure> {
     };
     match command {
         Command::Run(run) if run.demo => run::demo(builder, &run.addresses),
-        Command::Run(run) => run::run(builder, run.config),
+        Command::Run(run) => run::run(builder, run.config, run.watch),
         Command::Init(asked) => init::init(&builder, &asked),
         Command::Proxy(asked) => proxy::proxy(builder, &asked),
         Command::Import(asked) => import::import(&builder, &asked),
+        Command::Reload(place) => reload::reload(&builder, place),
+        Command::Diff(place) => reload::diff(&builder, place),
+        Command::Match(asked) => matched::matched(&builder, asked),
+        Command::Dump(file) => reload::dump(&builder, file),
+        Command::Status(place) => reload::status(&builder, place),
+        Command::Stop(asked) => reload::stop(&builder, asked),
         Command::Check(file) => check::check(&builder, file),
         Command::Certs(file) => certs::certs(&builder, file),
         Command::Schema => print(&format!("{:#}", builder.schema())),

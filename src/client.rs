@@ -1,11 +1,12 @@
 //! The slow side of the gateway: clients' connections, from the accepted socket to the exchange and back to being
 //! parked.
 //!
-//! [`Front`] is what Pingora hands sockets to. On HTTP/1 it owns the keep-alive loop: park, read the header, check it,
-//! let the [`driver`] run one exchange, take the stream back, park again. On HTTP/2 [`http2`] owns the connection and
+//! [`Front`] is what accepted sockets are handed to. On HTTP/1 it owns the keep-alive loop: park, read the header, check
+//! it, let the [`driver`] run one exchange, take the stream back, park again. On HTTP/2 [`http2`] owns the connection and
 //! every stream is an exchange of its own. What is refused before Pingora could see it is answered, counted and logged
 //! here.
 
+pub mod acceptor;
 pub mod account;
 pub mod broken;
 pub mod budget;
@@ -45,9 +46,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::time::{Duration, Instant, SystemTime};
 
-use async_trait::async_trait;
 use bytes::BytesMut;
-use pingora::apps::ServerApp;
 use pingora::protocols::Stream;
 use pingora::protocols::http::ServerSession;
 use pingora::server::ShutdownWatch;
@@ -62,7 +61,7 @@ use crate::party::What;
 use crate::party::wait::{NoClient, within};
 use crate::phase::journal::Cycle;
 use crate::phase::{Clock, Phase};
-use connection::{Begin, Connection, Counted, Inflight, Introduced, Listener, Listeners, StateGauge};
+use connection::{Begin, Connection, Counted, Inflight, Introduced, Listener, StateGauge};
 use cut::Cut;
 use driver::{Driven, Driver};
 use entrance::{Ends, Entered};
@@ -79,7 +78,7 @@ const TURN_AWAY: Duration = Duration::from_millis(200);
 /// So many hear so at a time. They are open meanwhile and hold nothing else; further ones are closed without a word.
 const TURN_AWAY_AT_ONCE: usize = 64;
 
-/// Where Pingora hands accepted sockets to.
+/// Where accepted sockets are handed to.
 pub struct Front<P> {
     driver: Driver<P>,
     desk: Arc<Desk>,
@@ -87,7 +86,6 @@ pub struct Front<P> {
 
 /// What connections share.
 pub struct Desk {
-    listeners: Listeners,
     turned_away: AtomicUsize,
     metrics: Metrics,
     unrouted: Arc<RouteMetrics>,
@@ -118,7 +116,6 @@ impl Ending {
 impl Desk {
     /// Sets up what connections share.
     pub fn new(
-        listeners: Listeners,
         metrics: Metrics,
         log: Option<Arc<AccessLog>>,
         ending: Ending,
@@ -126,7 +123,7 @@ impl Desk {
         lanes: Arc<Lanes>,
         unrouted: Arc<RouteMetrics>,
     ) -> Self {
-        Desk { listeners, turned_away: AtomicUsize::new(0), metrics, unrouted, log, ending, slow, lanes }
+        Desk { turned_away: AtomicUsize::new(0), metrics, unrouted, log, ending, slow, lanes }
     }
 
     /// Counts and logs a refusal that no exchange was made for.
@@ -196,20 +193,15 @@ impl<P> Front<P> {
     }
 }
 
-#[async_trait]
-impl<P> ServerApp for Front<P>
+impl<P> Front<P>
 where
     P: Driven + Send + Sync + 'static,
     P::CTX: Send + Sync + 'static,
 {
-    /// Gives the connection a small task of its own and lets Pingora's, which is large, end.
-    async fn process_new(self: &Arc<Self>, io: Stream, shutdown: &ShutdownWatch) -> Option<Stream> {
+    /// Takes a socket that was accepted for this listener, and gives the connection a task of its own.
+    pub async fn receive(self: &Arc<Self>, io: Stream, listener: &Arc<Listener>, shutdown: &ShutdownWatch) {
         let digest = io.get_socket_digest();
         let local = digest.as_ref().and_then(|digest| digest.local_addr());
-        let Some(listener) = self.desk.listeners.find(local) else {
-            tracing::error!(?local, "a connection came through no listener of ours");
-            return None;
-        };
         let peer = digest.as_ref().and_then(|digest| digest.peer_addr()).and_then(|peer| peer.as_inet());
         // An IPv4 client of a listener on [::] is an IPv4 client.
         let canonical = |end: &SocketAddr| SocketAddr::new(end.ip().to_canonical(), end.port());
@@ -233,15 +225,8 @@ where
             }
             Err(refusal) => self.desk.turn_away(io, listener, ends, refusal).await,
         }
-        None
     }
-}
 
-impl<P> Front<P>
-where
-    P: Driven + Send + Sync + 'static,
-    P::CTX: Send + Sync + 'static,
-{
     /// Takes a connection through what stands before HTTP, and serves it.
     async fn enter(self: Arc<Self>, io: Stream, counted: Counted, ends: Ends, mut shutdown: ShutdownWatch) {
         let listener = counted.listener().clone();
@@ -519,7 +504,7 @@ where
         let listener = &self.connection.listener;
         listener.metrics.http1_requests.inc();
         // While the gateway is about to stop, every answer is the last.
-        let last = self.served >= listener.requests_max || self.front.desk.ending.is_near();
+        let last = self.served >= listener.requests_max || self.front.desk.ending.is_near() || listener.is_leaving();
         if head.upgrades {
             return self.proxy_upgrade(stream, header, head.closes || last, arrival).await;
         }
@@ -710,10 +695,14 @@ impl<P> Http2<P> {
         let _ = self.last.send(true);
     }
 
-    /// Ends when the client is to go on elsewhere because the gateway is about to stop. A connection that is used for
+    /// Ends when the client is to go on elsewhere because the gateway is about to stop, or the listener is gone. A connection that is used for
     /// the first time only now is told so with its first stream: told earlier, it would be of no use.
     async fn is_to_move(&self) {
-        let _ = self.front.desk.ending.stopping.clone().wait_for(|stopping| *stopping).await;
+        let mut stopping = self.front.desk.ending.stopping.clone();
+        tokio::select! {
+            _ = stopping.wait_for(|stopping| *stopping) => {}
+            () = self.connection.listener.left() => {}
+        }
         if self.streams.opened.load(Ordering::Relaxed) == 0 {
             std::future::pending::<()>().await;
         }
@@ -732,7 +721,7 @@ where
         let listener = &http2.connection.listener;
         let _inflight = desk.ending.inflight.enter();
         listener.metrics.h2_requests.inc();
-        if self.number == listener.requests_max || desk.ending.is_near() {
+        if self.number == listener.requests_max || desk.ending.is_near() || listener.is_leaving() {
             http2.end();
         }
         let now = Instant::now();

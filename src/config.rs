@@ -12,6 +12,7 @@ pub mod address;
 pub mod filter;
 pub mod key;
 pub mod listener;
+pub mod memory;
 pub mod paths;
 pub mod route;
 pub mod server;
@@ -28,6 +29,7 @@ mod interpolate;
 mod place;
 mod report;
 mod schema;
+mod shown;
 mod syntax;
 
 // How it is written.
@@ -42,6 +44,7 @@ use std::sync::Arc;
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
+use xxhash_rust::xxh3::xxh3_64;
 
 pub use address::Address;
 pub use filter::FilterKind;
@@ -159,6 +162,18 @@ impl Config {
     /// What works and is hardly meant: an upstream that nobody asks, a size in decimal units.
     pub fn warnings(&self) -> &Report {
         &self.warnings
+    }
+
+    /// The hash of its text, in hexadecimal: it tells one configuration from another.
+    pub fn hash(&self) -> String {
+        format!("{:016x}", xxh3_64(self.source.text.as_bytes()))
+    }
+
+    /// The line in which the value at this path begins; `None` if it is not written.
+    pub fn line(&self, path: &str) -> Option<usize> {
+        let found = self.source.places.find(path).filter(|found| found.whole)?;
+        let start = found.key.unwrap_or(found.value).start;
+        Some(1 + self.source.text.get(..start)?.matches('\n').count())
     }
 
     /// The directory that its file is in.

@@ -68,6 +68,7 @@ mod chain;
 mod field;
 pub mod gcra;
 pub mod headers;
+pub mod kept;
 pub mod key;
 pub mod rate_limit;
 pub mod redirect;

@@ -25,4 +25,5 @@ pub mod printable;
 pub mod proxy;
 pub mod recorder;
 pub mod spans;
+pub mod upkeep;
 pub mod upstream;

@@ -6,6 +6,7 @@
 
 mod acme;
 pub mod call;
+pub mod config;
 pub mod driver;
 pub mod endpoints;
 pub mod family;
@@ -13,12 +14,13 @@ mod limits;
 pub mod mirror;
 mod phases;
 mod refusals;
+mod registry;
 mod relay;
 pub mod retry;
 mod route;
 mod tls;
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::time::Instant;
@@ -27,17 +29,19 @@ use prometheus::core::Collector;
 use prometheus::process_collector::ProcessCollector;
 use prometheus::{
     CounterVec, Encoder, Gauge, GaugeVec, Histogram, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec,
-    Registry, TextEncoder,
+    TextEncoder,
 };
 
 use crate::error::{Refusal, refusal};
 use crate::phase::Phase;
 use call::CallMetrics;
+use config::{ConfigMetrics, GenerationCollector, Generations};
 use driver::DriverMetrics;
 use endpoints::{EndpointCollector, EndpointMetrics, Group, Groups};
 use mirror::MirrorMetrics;
 use phases::{PhaseCollector, Roll};
 use refusals::RefusalCollector;
+use registry::Registry;
 use retry::RetryMetrics;
 use route::Series;
 
@@ -59,6 +63,9 @@ pub use route::{Direction, Distribution, RouteFigures, RouteMetrics, Spills, Sum
 #[derive(Clone)]
 pub struct Metrics(Arc<Inner>);
 
+/// Routes and filters with a series of exchanges that were skipped, and whether it was paid for.
+type Skipping = HashMap<(Box<str>, Box<str>), bool>;
+
 struct Inner {
     registry: Registry,
     families: Families,
@@ -73,6 +80,8 @@ struct Inner {
     /// The upstreams whose endpoints are counted, and what is kept of these endpoints.
     groups: Groups,
     endpoints: Mutex<endpoints::Known>,
+    /// The filters of routes that have a series of exchanges that they skipped, and whether it was paid for.
+    skipping: Mutex<Skipping>,
 }
 
 /// The families whose children are made after [`Metrics::new`].
@@ -136,6 +145,7 @@ struct Families {
     admin_connections: IntGaugeVec,
     admin_connections_closed: IntCounterVec,
     admin_streams: IntGaugeVec,
+    config: config::Families,
 }
 
 impl Metrics {
@@ -147,7 +157,7 @@ impl Metrics {
 
     /// Metrics whose routes may make `series_max` series between them, and that show these refusals from the start.
     pub fn new(series_max: u64, refusals: Vec<&'static Refusal>) -> Self {
-        let registry = Registry::new();
+        let registry = Registry::default();
         let families = Families::register(&registry);
         let build_info = family::BUILD_INFO.gauge(&registry);
         build_info.with_label_values(&[Self::VERSION, Self::PINGORA_VERSION]).set(1);
@@ -175,6 +185,7 @@ impl Metrics {
             other: OnceLock::new(),
             groups,
             endpoints: Mutex::default(),
+            skipping: Mutex::default(),
             families,
             registry,
         }))
@@ -388,8 +399,40 @@ impl Metrics {
     /// Exchanges of a route in which a filter did nothing, for its condition did not hold. Ask once, when one is
     /// built. Routes beyond the limit of series are counted together.
     pub fn filter_skipped(&self, route: &str, key: &str) -> IntCounter {
-        let route = if self.reserve_series(1) { route } else { "_other" };
+        let mut skipping = self.skipping();
+        let paid = *skipping.entry((route.into(), key.into())).or_insert_with(|| self.reserve_series(1));
+        let route = if paid { route } else { "_other" };
         self.families().filter_skipped.with_label_values(&[route, key])
+    }
+
+    /// Held for a look-up, when a filter is built or a route is gone.
+    fn skipping(&self) -> MutexGuard<'_, Skipping> {
+        self.0.skipping.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Removes all series whose label `label` has one of these values: what they are about is gone. It looks at many
+    /// series: call it off the workers.
+    pub fn forget(&self, label: &str, gone: &BTreeSet<&str>) {
+        self.0.registry.forget(label, |value| gone.contains(value));
+        if label == "route" {
+            self.skipping().retain(|(route, _), paid| {
+                let stays = !gone.contains(&**route);
+                if !stays && *paid {
+                    self.release_series(1);
+                }
+                stays
+            });
+        }
+    }
+
+    /// Those of the configuration that runs.
+    pub fn config(&self) -> ConfigMetrics {
+        self.families().config.metrics()
+    }
+
+    /// Counts what goes by each generation of the configuration whenever somebody asks.
+    pub fn count_generations(&self, generations: Arc<dyn Generations>) {
+        self.collect_too(Box::new(GenerationCollector::new(generations)));
     }
 
     /// Asks one more whenever the metrics are rendered.
@@ -547,6 +590,7 @@ impl Families {
             admin_connections: family::ADMIN_CONNECTIONS.gauge(registry),
             admin_connections_closed: family::ADMIN_CONNECTIONS_CLOSED.counter(registry),
             admin_streams: family::ADMIN_STREAMS.gauge(registry),
+            config: config::Families::register(registry),
         }
     }
 }
@@ -916,6 +960,9 @@ mod tests {
         metrics.spans();
         metrics.admin().count("/", 200);
         metrics.set_workers(2);
+        metrics.config().show(1, "a1b2");
+        let generations: Arc<dyn Generations> = Arc::new(config::tests::One);
+        metrics.count_generations(generations);
         (metrics, (route, endpoint, group))
     }
 

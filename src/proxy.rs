@@ -11,6 +11,7 @@ pub mod deadline;
 pub mod exchange;
 pub mod finish;
 pub mod forwarded;
+pub mod generation;
 pub mod grpc;
 pub mod header;
 pub mod https;
@@ -53,19 +54,13 @@ use crate::upstream::Upstream;
 use crate::upstream::transport::dial::Dialer;
 use exchange::{Attempt, Carried, Exchange};
 use finish::Settler;
-use route::Route;
-use route::table::Table;
-use send::Manners;
+use generation::Current;
 
 /// The gateway as Pingora and our own driver see it. Clones share what they are made of.
 #[derive(Clone)]
 pub struct Proxy {
-    /// Which request goes where.
-    pub routes: Arc<Table<Arc<Route>>>,
-    /// What holds for the headers of all requests.
-    pub rules: Arc<header::Rules>,
-    /// What is added to every request.
-    pub manners: Manners,
+    /// What requests go by, as it is now.
+    pub current: Current,
     /// Gauges of the phases.
     pub metrics: Metrics,
     /// Says when the gateway stops: answers then announce the end of their connection.
@@ -123,7 +118,7 @@ impl ProxyHttp for Proxy {
         }
         exchange.ended_with_header = exchange.control.is_some() && session.is_body_empty();
         let verdict = self.route(session.req_header_mut(), exchange).await;
-        if *self.stopping.borrow() {
+        if self.is_ending(exchange) {
             write::end_connection(exchange, session.as_downstream_mut());
         }
         match verdict {
@@ -202,7 +197,7 @@ impl ProxyHttp for Proxy {
         if exchange.link.as_ref().is_some_and(|link| link.length().is_some()) {
             send::note_trailers(exchange);
         }
-        send::header(exchange, self.manners, session.req_header(), request)?;
+        send::header(exchange, exchange.manners, session.req_header(), request)?;
         mirror::header(exchange, request, session.req_header().headers.contains_key(HOST));
         let empty = session.is_body_empty();
         send::prepare_trailers(exchange, session.req_header(), request, !empty)?;
@@ -245,12 +240,13 @@ impl ProxyHttp for Proxy {
         exchange: &mut Carried,
     ) -> Result<()> {
         retry::answered(exchange, session.as_downstream(), response)?;
-        if *self.stopping.borrow()
+        if self.is_ending(exchange)
             && let Some(link) = &exchange.link
         {
             link.close_after_answer();
         }
-        receive::header(exchange, session.req_header_mut(), response, self.manners.via).await
+        let via = exchange.manners.via;
+        receive::header(exchange, session.req_header_mut(), response, via).await
     }
 
     /// What follows the body of an answer.
@@ -352,34 +348,26 @@ impl Driven for Proxy {
 }
 
 impl Proxy {
+    /// Whether answers say that they are the last of their connection.
+    fn is_ending(&self, exchange: &Exchange) -> bool {
+        let leaves = || exchange.connection.as_ref().is_some_and(|connection| connection.listener.is_leaving());
+        *self.stopping.borrow() || leaves()
+    }
+
     async fn route(&self, request: &mut RequestHeader, exchange: &mut Exchange) -> Verdict {
-        exchange.grpc = grpc::Call::of(request);
-        let checked = header::check(exchange, request, &self.rules);
-        if let Some(tracer) = &self.settler.tracer {
-            exchange.trace(tracer.place(&request.headers, exchange.peer_is_trusted));
-        }
-        if let Err(refusal) = checked.and_then(|()| exchange.take_place()) {
-            return refusal.into();
-        }
-        if let Some(verdict) = https::prove(&self.challenges, request) {
-            return verdict;
-        }
-        if let Some(verdict) = https::redirect(exchange, request) {
-            return verdict;
-        }
-        match route::find(exchange, &self.routes, request) {
-            Ok(route) => {
-                if route.grpc_web && exchange.grpc.is_none() {
-                    exchange.grpc = grpc::Call::of_web(request);
-                }
-                if exchange.grpc.is_some() && !route.only_grpc {
-                    // Metadata of gRPC may have odd names; but not all who could get these speak it.
-                    header::names::drop_odd(request, exchange.odd_names());
-                }
-                route::settle_upgrade(route, request);
-                route::take(exchange, route.clone(), request).await
+        let generation = self.current.load();
+        (exchange.epoch, exchange.manners) = (Some(generation.epoch.clone()), generation.manners);
+        let trace = |exchange: &mut Exchange, request: &RequestHeader| {
+            if let Some(tracer) = &self.settler.tracer {
+                exchange.trace(tracer.place(&request.headers, exchange.peer_is_trusted));
             }
-            Err(refusal) => refusal.into(),
+        };
+        let decided = route::decide(exchange, &generation, &self.challenges, request, trace);
+        // Filters may wait for long.
+        drop(generation);
+        match decided {
+            Ok(route) => route::take(exchange, route, request).await,
+            Err(verdict) => verdict,
         }
     }
 }

@@ -2,7 +2,7 @@
 //!
 //! `proxy/select.rs` asks [`Upstream::select`] and hands [`Endpoint::peer`] to Pingora; what became of it is told to
 //! [`Upstream::ended`]. Everything that may take time, such as resolving names and working out who may be chosen, is
-//! done at start or in the background ([`background`]).
+//! done at start or in the background ([`Kept`]).
 
 pub mod admission;
 pub mod availability;
@@ -33,18 +33,15 @@ use std::fmt;
 use std::future::Future;
 use std::io;
 use std::panic;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::thread;
 use std::time::{Duration, Instant, SystemTime};
 
 use arc_swap::ArcSwap;
-use async_trait::async_trait;
 use futures::FutureExt;
-use futures::future::join_all;
+use futures::future::{BoxFuture, join_all};
 use http::HeaderValue;
 use pingora::protocols::l4::socket::SocketAddr;
-use pingora::server::ShutdownWatch;
-use pingora::services::background::{BackgroundService, GenBackgroundService};
 use tokio::sync::Notify;
 use tokio::time::{sleep, timeout};
 use tracing::{info, warn};
@@ -59,11 +56,13 @@ use crate::expression::fields::cookie;
 use crate::filter::key::Keys;
 use crate::metrics::UpstreamMetrics;
 use crate::metrics::endpoints::{Group, Present};
+use crate::upkeep::Kept;
 use admission::Admission;
 use availability::State;
 use check::Checks;
 use discovery::{Discovery, Resolve};
 use ejector::Ejector;
+use health::Health;
 use orders::{Order, Orders};
 use queue::Place as PlaceInLine;
 use retries::{Allowance, Permit, Retries};
@@ -112,9 +111,13 @@ pub struct Upstream {
     checks: Option<Checks>,
     /// Requests that it was sent already and gets again.
     retries: Arc<Retries>,
-    /// What the operator has ordered.
-    orders: Mutex<Orders>,
+    /// What the operator has ordered. It outlives changes of the configuration.
+    orders: Arc<Mutex<Orders>>,
     ejector: Ejector,
+    /// As it is written.
+    written: config::Upstream,
+    /// What took its place, once it serves only those who began with it. `None` in there: nothing did.
+    successor: OnceLock<Option<Weak<Upstream>>>,
 }
 
 /// How long the endpoints of an upstream may take.
@@ -153,7 +156,29 @@ impl Upstream {
         written: &config::Upstream,
         metrics: UpstreamMetrics,
     ) -> Result<Upstream, Vec<BuildError>> {
-        Self::build_with(name, written, metrics, None)
+        Self::build_with(name, written, metrics, None, None)
+    }
+
+    /// The same in place of `before`: that one, if it is written so and the files that it names are what they were.
+    /// Else one that shares with it whatever is as it was, and is put in its place by [`Upstream::succeed`].
+    ///
+    /// # Errors
+    ///
+    /// As [`Upstream::build`].
+    pub fn build_after(
+        name: &str,
+        written: &config::Upstream,
+        metrics: UpstreamMetrics,
+        before: Option<&Arc<Upstream>>,
+    ) -> Result<Arc<Upstream>, Vec<BuildError>> {
+        if let Some(before) = before.filter(|before| before.written == *written) {
+            let now = Transport::build(name, written, metrics.connections.clone());
+            let now = now.map_err(|errors| at(&join("upstreams", &path::key(name)), errors))?;
+            if now.makes_the_same_connections(&before.transport) {
+                return Ok(before.clone());
+            }
+        }
+        Self::build_with(name, written, metrics, None, before.map(|before| &**before)).map(Arc::new)
     }
 
     fn build_with(
@@ -161,13 +186,19 @@ impl Upstream {
         written: &config::Upstream,
         metrics: UpstreamMetrics,
         resolver: Option<Box<dyn Resolve>>,
+        before: Option<&Upstream>,
     ) -> Result<Upstream, Vec<BuildError>> {
         let place = join("upstreams", &path::key(name));
         let timeouts = Timeouts::from(&written.timeouts);
         let transport =
             Transport::build(name, written, metrics.connections.clone()).map_err(|errors| at(&place, errors))?;
+        let shares = before
+            .filter(|before| before.serves_as(written) && transport.makes_the_same_connections(&before.transport));
         let discovery = Discovery::build(written, &transport, metrics.discoveries.clone(), resolver)
             .map_err(|errors| at(&place, errors))?;
+        if let Some(before) = before {
+            discovery.remember(&before.discovery);
+        }
         let keys = Keys::build(&written.load_balancing.hash_key.0)
             .map_err(|error| at(&place, vec![error.under("load_balancing.hash_key")]))?;
         let sticky = written.load_balancing.sticky.as_ref().map(|sticky| Sticky::build(&sticky.cookie, name));
@@ -184,23 +215,82 @@ impl Upstream {
             name: name.into(),
             timeouts,
             metrics,
-            transport: Arc::new(transport),
+            transport: shares.map_or_else(|| Arc::new(transport), |before| before.transport.clone()),
             load_balancing: written.load_balancing.clone(),
             keys,
             sticky,
-            admission: Admission::new(written, limits, Instant::now()),
+            admission: shares
+                .map_or_else(|| Admission::new(written, limits, Instant::now()), |before| before.admission.clone()),
             members: ArcSwap::default(),
             roster: ArcSwap::default(),
             changing: Mutex::new(()),
             reassess: Notify::new(),
             discovery,
             checks,
-            retries: Arc::default(),
-            orders: Mutex::default(),
+            retries: shares.map(|before| before.retries.clone()).unwrap_or_default(),
+            orders: before.map(|before| before.orders.clone()).unwrap_or_default(),
             ejector,
+            written: written.clone(),
+            successor: OnceLock::new(),
         };
         upstream.discovered(upstream.discovery.found());
         Ok(upstream)
+    }
+
+    /// Whether everything but the list of endpoints, how one is chosen and how they are judged is as it is written here:
+    /// then an endpoint that stays is the same one.
+    fn serves_as(&self, written: &config::Upstream) -> bool {
+        let mut own = self.written.clone();
+        own.endpoints = written.endpoints.clone();
+        own.dns = written.dns.clone();
+        own.file = written.file.clone();
+        own.health_check = written.health_check.clone();
+        own.outlier_detection = written.outlier_detection.clone();
+        let sticky = own.load_balancing.sticky.take();
+        own.load_balancing = LoadBalancing { sticky, ..written.load_balancing.clone() };
+        own == *written
+    }
+
+    /// Takes the place of `before`, which has the same name. Endpoints that stay keep what they have in flight and all
+    /// that is known of them, as far as both are connected to and limited in the same way; else they begin with what was
+    /// known of their health. Not for workers.
+    pub fn succeed(&self, before: &Upstream) {
+        let now = Instant::now();
+        let earlier = before.members.load();
+        let known: HashMap<(&str, &SocketAddr), &Arc<Endpoint>> =
+            earlier.iter().map(|endpoint| ((&*endpoint.label, &endpoint.address), endpoint)).collect();
+        let found = merged(self.discovery.found());
+        let stay = found.iter().filter_map(|found| known.get(&(&*found.label, &found.address)));
+        let stay: Vec<Arc<Endpoint>> =
+            stay.filter(|endpoint| !endpoint.availability().is_removed()).map(|&endpoint| endpoint.clone()).collect();
+        if Arc::ptr_eq(&self.transport, &before.transport) {
+            self.members.store(Arc::new(stay));
+            self.roster.store(before.roster.load_full());
+        }
+        self.discovered(found);
+        for endpoint in self.members.load().iter() {
+            let Some(earlier) = known.get(&(&*endpoint.label, &endpoint.address)) else { continue };
+            if !Arc::ptr_eq(endpoint, earlier) {
+                endpoint.resemble(earlier);
+            }
+            match (&self.checks, &before.checks) {
+                // Nobody would ever find it well again, or ill.
+                (None, _) => {
+                    endpoint.set_health(Health::Unknown, true, now);
+                }
+                (Some(checks), None) => checks.introduce(endpoint, now),
+                (Some(checks), Some(_)) => checks.judge(endpoint, now),
+            }
+        }
+        let _changing = self.changing.lock().unwrap_or_else(PoisonError::into_inner);
+        let members = self.members.load().to_vec();
+        self.publish(members, Vec::new());
+    }
+
+    /// Serves from now on only those who began with it; `successor` took its place, if anything did.
+    pub fn retire(&self, successor: Option<&Arc<Upstream>>) {
+        // It is replaced once.
+        let _ = self.successor.set(successor.map(Arc::downgrade));
     }
 
     /// How an endpoint is chosen.
@@ -412,7 +502,8 @@ impl Upstream {
     }
 
     /// Gives an order to the endpoints that are called so, by their label or by their address, which it is enough to
-    /// have in common with one of them; tells which these are. It holds until the next reload. Not for workers.
+    /// have in common with one of them; tells which these are. It holds for as long as the process has an upstream of this
+    /// name. Not for workers.
     pub fn order(&self, name: &str, order: Order) -> Vec<Arc<Endpoint>> {
         let now = Instant::now();
         let members = self.members.load();
@@ -529,6 +620,23 @@ impl Group for Upstream {
     }
 
     fn each(&self, tell: &mut dyn FnMut(Present<'_>)) {
+        let successor = self.successor.get().map(|successor| successor.as_ref().and_then(Weak::upgrade));
+        if let Some(successor) = successor {
+            // Those that stay are told of by what took its place.
+            let told: HashSet<*const Endpoint> =
+                successor.iter().flat_map(|next| next.members().iter().map(Arc::as_ptr).collect::<Vec<_>>()).collect();
+            let members = self.members.load();
+            let left = members.iter().filter(|one| one.inflight() > 0 && !told.contains(&Arc::as_ptr(one)));
+            left.for_each(|endpoint| {
+                tell(Present {
+                    label: &endpoint.label,
+                    state: State::Draining.name(),
+                    available: false,
+                    inflight: endpoint.inflight(),
+                });
+            });
+            return;
+        }
         for endpoint in &**self.members.load() {
             let availability = endpoint.availability();
             tell(Present {
@@ -604,31 +712,13 @@ fn at(place: &str, errors: Vec<BuildError>) -> Vec<BuildError> {
     errors.into_iter().map(|error| error.under(place)).collect()
 }
 
-/// All that upstreams have done in the background, in one thread that is no worker's.
-pub struct Upkeep {
-    upstreams: Vec<Arc<Upstream>>,
-}
-
-/// The service that keeps `upstreams` up to date.
-pub fn background<'a>(upstreams: impl IntoIterator<Item = &'a Arc<Upstream>>) -> GenBackgroundService<Upkeep> {
-    let upkeep = Upkeep { upstreams: upstreams.into_iter().cloned().collect() };
-    GenBackgroundService::new("upstreams".to_owned(), Arc::new(upkeep))
-}
-
-#[async_trait]
-impl BackgroundService for Upkeep {
-    async fn start(&self, mut shutdown: ShutdownWatch) {
-        let mut tasks = Vec::new();
-        for upstream in &self.upstreams {
-            tasks.push(upstream.keep_roster().boxed());
-            tasks.push(upstream.discovery.keep(upstream).boxed());
-            tasks.push(upstream.keep_health().boxed());
-            tasks.push(upstream.ejector.run(upstream).boxed());
+impl Kept for Upstream {
+    /// All that it has done in the background, in one thread that is no worker's.
+    fn keep(self: Arc<Self>) -> BoxFuture<'static, ()> {
+        async move {
+            tokio::join!(self.keep_roster(), self.discovery.keep(&self), self.keep_health(), self.ejector.run(&self));
         }
-        tokio::select! {
-            _ = join_all(tasks) => {}
-            _ = shutdown.changed() => {}
-        }
+        .boxed()
     }
 }
 
@@ -640,6 +730,7 @@ mod tests {
     use std::net;
     use std::num::NonZeroU32;
 
+    use async_trait::async_trait;
     use discovery::{Answer, Service};
 
     /// A resolver that answers what a test tells it to.
@@ -692,7 +783,7 @@ mod tests {
 
     fn build(endpoints: &[(&str, u32)], resolver: &Arc<Script>) -> Result<Upstream, Vec<BuildError>> {
         let resolver: Box<dyn Resolve> = Box::new(Arc::clone(resolver));
-        let upstream = Upstream::build_with("shop", &written(endpoints), metrics(), Some(resolver))?;
+        let upstream = Upstream::build_with("shop", &written(endpoints), metrics(), Some(resolver), None)?;
         let errors = block_on(upstream.look_up()).unwrap();
         if errors.is_empty() { Ok(upstream) } else { Err(errors) }
     }
@@ -801,7 +892,7 @@ mod tests {
         let script = Arc::<Script>::default().set("api.test", &["10.0.0.1"]);
         let addresses = [("10.0.0.1:443", 1), ("api.test:443", 1), ("[::1]:443", 1), ("unix:/run/a.sock", 1)];
         let written = config::Upstream { protocol: config::upstream::Protocol::H2, ..written(&addresses) };
-        let errors = Upstream::build_with("shop", &written, metrics(), Some(Box::new(script))).unwrap_err();
+        let errors = Upstream::build_with("shop", &written, metrics(), Some(Box::new(script)), None).unwrap_err();
         let places: Vec<&str> = errors.iter().map(|error| error.path.trim_start_matches("upstreams.shop.")).collect();
         assert_eq!(places, ["endpoints[3].address"]);
     }
@@ -865,16 +956,14 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn names_are_resolved_again_in_the_background_until_the_process_stops() {
+    async fn names_are_resolved_again_in_the_background() {
         let script = Arc::<Script>::default().set("a.test", &["10.0.0.1"]);
         let yaml = "{ dns: { name: a.test, port: 80, refresh: 1ms } }";
         let written: config::Upstream = config::filter::decode(&serde_yaml::from_str(yaml).unwrap()).unwrap();
         let resolver: Box<dyn Resolve> = Box::new(Arc::clone(&script));
-        let upstream = Arc::new(Upstream::build_with("shop", &written, metrics(), Some(resolver)).unwrap());
+        let upstream = Arc::new(Upstream::build_with("shop", &written, metrics(), Some(resolver), None).unwrap());
         assert!(look_up([&upstream]).is_empty() && upstream.members().len() == 1);
-        let upkeep = Upkeep { upstreams: vec![Arc::clone(&upstream)] };
-        let (stop, stopped) = tokio::sync::watch::channel(false);
-        let running = tokio::spawn(async move { upkeep.start(stopped).await });
+        let running = tokio::spawn(Arc::clone(&upstream).keep());
 
         script.set("a.test", &["10.0.0.2"]);
         let refreshed = async {
@@ -883,7 +972,6 @@ mod tests {
             }
         };
         tokio::time::timeout(Duration::from_secs(10), refreshed).await.unwrap();
-        stop.send(true).unwrap();
-        running.await.unwrap();
+        running.abort();
     }
 }

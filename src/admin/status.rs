@@ -9,6 +9,7 @@ use std::net::IpAddr;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
+use arc_swap::ArcSwap;
 use bytes::Bytes;
 use http::header::VARY;
 use http::{HeaderValue, StatusCode};
@@ -43,8 +44,8 @@ const SHARED_FOR: Duration = Duration::from_millis(400);
 
 /// What the document is put together from.
 pub struct Sources {
-    /// The number of the configuration that runs, from 1.
-    pub generation: u64,
+    /// The configuration that runs.
+    pub shown: Shown,
     /// What is counted.
     pub metrics: Metrics,
     /// Whether exchanges are taken.
@@ -53,6 +54,16 @@ pub struct Sources {
     pub loops: Loops,
     /// Who is waited for.
     pub slow: SlowClients,
+}
+
+/// The configuration that runs, for everything that shows it; changed whole.
+pub type Shown = Arc<ArcSwap<Configured>>;
+
+/// What there is in a configuration.
+#[derive(Default)]
+pub struct Configured {
+    /// Its number, from 1.
+    pub generation: u64,
     /// The listeners, each with the address that it was bound to.
     pub listeners: Vec<(String, Arc<Listener>)>,
     /// The routes, each with the upstreams that it leads to; `_none` among them.
@@ -386,14 +397,15 @@ impl Status {
     /// The document, with so much of it at most.
     pub fn document(&self, most: Most) -> Document {
         let now = Instant::now();
-        let Sources { generation, metrics, readiness, slow, .. } = &self.sources;
+        let Sources { shown, metrics, readiness, slow, .. } = &self.sources;
+        let configured = shown.load();
         let (longest, _) = slow.longest(most.slow, now);
-        let (routes, routes_total) = self.routes(most.routes);
+        let (routes, routes_total) = self.routes(&configured, most.routes);
         Document {
             version: Metrics::VERSION.to_owned(),
             started: self.started.clone(),
             uptime_seconds: self.began.elapsed().as_secs_f64(),
-            generation: *generation,
+            generation: configured.generation,
             state: match readiness.now() {
                 Ready::Starting => "starting",
                 Ready::Ready => "ready",
@@ -402,11 +414,11 @@ impl Status {
             .to_owned(),
             workers: self.workers(),
             stalled_workers: metrics.stalled_workers(),
-            listeners: self.sources.listeners.iter().map(|(address, listener)| listened(address, listener)).collect(),
+            listeners: configured.listeners.iter().map(|(address, listener)| listened(address, listener)).collect(),
             phases: phases(metrics),
             routes,
             routes_total,
-            upstreams: self.sources.upstreams.iter().map(|upstream| grouped(upstream, most.endpoints, now)).collect(),
+            upstreams: configured.upstreams.iter().map(|upstream| grouped(upstream, most.endpoints, now)).collect(),
             slow_clients: SlowStatus {
                 longest: longest.into_iter().map(SlowClientStatus::from).collect(),
                 ..slow_clients(metrics)
@@ -451,10 +463,13 @@ impl Status {
             .collect()
     }
 
-    fn routes(&self, most: usize) -> (Vec<RouteStatus>, usize) {
-        let Sources { routes, metrics, .. } = &self.sources;
-        let mut rows: Vec<RouteStatus> =
-            routes.iter().map(|(metrics, upstreams)| routed(metrics.name(), upstreams, metrics.figures())).collect();
+    fn routes(&self, configured: &Configured, most: usize) -> (Vec<RouteStatus>, usize) {
+        let metrics = &self.sources.metrics;
+        let mut rows: Vec<RouteStatus> = configured
+            .routes
+            .iter()
+            .map(|(metrics, upstreams)| routed(metrics.name(), upstreams, metrics.figures()))
+            .collect();
         rows.extend(metrics.folded().map(|figures| routed("_other", &[], figures)));
         rows.retain(|row| row.exchanges > 0 || !row.route.starts_with('_'));
         let total = rows.len();

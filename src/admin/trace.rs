@@ -5,7 +5,6 @@
 
 use std::future::ready;
 use std::net::IpAddr;
-use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -17,6 +16,7 @@ use tokio::time::Instant;
 
 use super::Admin;
 use super::answer::{Answer, Pieces};
+use super::status::Shown;
 use super::table::Ask;
 use crate::recorder::{COUNT_MAX, Recorder, Recording, Wanted};
 
@@ -34,11 +34,12 @@ struct Order {
     time: Duration,
 }
 
-/// Lets exchanges be recorded. `routes` are the names of those that there are.
-pub fn add(admin: Admin, recorder: Recorder, routes: Vec<String>) -> Admin {
-    let routes: Arc<[String]> = routes.into();
+/// Lets exchanges be recorded, of the routes that are shown.
+pub fn add(admin: Admin, recorder: Recorder, shown: &Shown) -> Admin {
+    let shown = shown.clone();
     let says = "records the next exchanges that match, with their phases: ?route= &client= &path= &status= &slower_than= &count= &for=";
     admin.post("/trace", says, move |ask: Ask| {
+        let routes: Vec<String> = shown.load().routes.iter().map(|(route, _)| route.name().to_owned()).collect();
         ready(match order(ask.arguments(), &routes) {
             Ok(order) => Answer::lines(lines(&recorder, order)),
             Err(what) => Answer::error(StatusCode::BAD_REQUEST, &what),

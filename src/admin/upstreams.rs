@@ -1,7 +1,7 @@
 //! `/upstreams`: every endpoint as it is at this moment, and what the operator may order of it.
 //!
-//! GET shows all upstreams, or one. POST takes an endpoint out, puts it back or gives it another weight, until the next
-//! reload; every such change is logged. An endpoint is called by its address as written, which means all addresses of that
+//! GET shows all upstreams, or one. POST takes an endpoint out, puts it back or gives it another weight, until that is
+//! undone; every such change is logged. An endpoint is called by its address as written, which means all addresses of that
 //! name, or by the address that was found. `conf/manual/upstreams.md` says what every field means.
 
 use std::collections::BTreeMap;
@@ -15,7 +15,7 @@ use serde::{Deserialize, Serialize};
 
 use super::Admin;
 use super::answer::Answer;
-use super::status::{self, EndpointStatus};
+use super::status::{self, EndpointStatus, Shown};
 use super::table::Ask;
 use crate::upstream::availability::State;
 use crate::upstream::orders::Order;
@@ -85,26 +85,27 @@ pub struct EndpointDetail {
 }
 
 /// Shows the upstreams, and takes orders.
-pub fn add(admin: Admin, upstreams: Vec<Arc<Upstream>>) -> Admin {
-    let upstreams: Arc<[Arc<Upstream>]> = upstreams.into();
-    let [all, one, drain, enable, weight] = [(); 5].map(|()| upstreams.clone());
+pub fn add(admin: Admin, shown: &Shown) -> Admin {
+    let [all, one, drain, enable, weight] = [(); 5].map(|()| shown.clone());
     admin
         .get("/upstreams", "every endpoint, as JSON: state, weight, load, latency", move |_| {
-            Answer::json(&Document { upstreams: all.iter().map(|upstream| detail(upstream)).collect() })
+            Answer::json(&Document {
+                upstreams: all.load().upstreams.iter().map(|upstream| detail(upstream)).collect(),
+            })
         })
         .get("/upstreams/{upstream}", "the same of one upstream", move |ask| {
-            asked(&one, ask).map_or_else(|unknown| unknown, |upstream| Answer::json(&detail(upstream)))
+            asked(&one.load().upstreams, ask).map_or_else(|unknown| unknown, |upstream| Answer::json(&detail(upstream)))
         })
         .post("/upstreams/{upstream}/endpoints/{endpoint}/drain", "give an endpoint nothing new", move |ask| {
-            ready(ordered(&drain, &ask, |_| Ok(Order::Drain)))
+            ready(ordered(&drain.load().upstreams, &ask, |_| Ok(Order::Drain)))
         })
         .post("/upstreams/{upstream}/endpoints/{endpoint}/enable", "undo that", move |ask| {
-            ready(ordered(&enable, &ask, |_| Ok(Order::Enable)))
+            ready(ordered(&enable.load().upstreams, &ask, |_| Ok(Order::Enable)))
         })
         .post(
             "/upstreams/{upstream}/endpoints/{endpoint}/weight",
             "give it another ?weight=, or `configured`",
-            move |ask| ready(ordered(&weight, &ask, weighed)),
+            move |ask| ready(ordered(&weight.load().upstreams, &ask, weighed)),
         )
 }
 

@@ -12,6 +12,7 @@ use pingora::tls::x509::X509;
 
 use super::{ConfigFile, Failure};
 use crate::acme::plan::Plan;
+use crate::config::server::Admin;
 use crate::config::units::Size;
 use crate::config::{Config, file};
 use crate::gateway::Builder;
@@ -51,7 +52,10 @@ trait Socket: Read + Write + Send {}
 impl<S: Read + Write + Send> Socket for S {}
 
 /// The body of an answer, as it comes.
-pub type Lines = io::Lines<BufReader<Box<dyn Read + Send>>>;
+type Reader = BufReader<Box<dyn Read + Send>>;
+
+/// The same in lines.
+pub type Lines = io::Lines<Reader>;
 
 impl Where {
     /// The endpoint that was named, else that of the configuration.
@@ -72,6 +76,40 @@ impl Where {
             return Err(Failure::Runtime(format!("{}: the admin endpoint is off", path.display())));
         }
         Ok(AdminEndpoint::of(&config))
+    }
+}
+
+impl Where {
+    /// The endpoint that was named, else that of the configuration, whose other parts may be wrong: they are what a
+    /// running gateway is to be asked about.
+    pub fn find_running(self, builder: &Builder) -> Result<AdminEndpoint, Failure> {
+        if self.admin.is_some() {
+            return self.find(builder);
+        }
+        let path = self.config.find()?;
+        let admin = match builder.load(&path) {
+            Ok(config) => {
+                if !config.admin.enabled {
+                    return Err(Failure::Runtime(format!("{}: the admin endpoint is off", path.display())));
+                }
+                return Ok(AdminEndpoint::of(&config));
+            }
+            Err(report) => admin_of_wrong(&path).ok_or(Failure::Report(report))?,
+        };
+        Ok(AdminEndpoint { address: reachable(&admin), token: token_of_environment(), certificate: None })
+    }
+}
+
+/// The admin address of a file that is wrong elsewhere, as far as it can be told; the default if it says none.
+fn admin_of_wrong(path: &Path) -> Option<String> {
+    let text = std::fs::read_to_string(path).ok()?;
+    let written: serde_yaml::Value = serde_yaml::from_str(&text).ok()?;
+    let admin = written.get("admin");
+    let address = admin.and_then(|admin| admin.get("address")).and_then(|address| address.as_str());
+    let address = address.filter(|address| !address.contains("${"));
+    match (admin.and_then(|admin| admin.get("address")), address) {
+        (Some(_), None) => None,
+        (_, address) => Some(address.map_or_else(|| Admin::default().address.0, str::to_owned)),
     }
 }
 
@@ -110,6 +148,26 @@ impl AdminEndpoint {
         Ok(body)
     }
 
+    /// What it answers to a POST, whatever that is: its status, and its body, which may take `patience` to come.
+    pub fn post_whole(&self, target: &str, patience: Duration) -> Result<(u16, Vec<u8>), String> {
+        let mut body = Vec::new();
+        let (status, answer) = self.answer("POST", target, patience)?;
+        answer.take(ANSWER_BYTES_MAX).read_to_end(&mut body).map_err(|error| self.failed(&error))?;
+        Ok((status, body))
+    }
+
+    /// An answer that is not what was asked for, in words.
+    pub fn said(&self, status: u16, target: &str, body: &[u8]) -> String {
+        let said = serde_json::from_slice::<serde_json::Value>(body).ok();
+        let said = said.and_then(|said| Some(format!(": {}", said["error"].as_str()?))).unwrap_or_default();
+        format!("the admin endpoint at {} answers {status} to {target}{said}", self.address)
+    }
+
+    /// Whether anything answers there.
+    pub fn is_there(&self) -> bool {
+        self.connect(DEADLINE).is_ok()
+    }
+
     /// The lines of what it answers to a POST, each of which may take `patience` to come.
     pub fn post(&self, target: &str, patience: Duration) -> Result<Lines, String> {
         Ok(self.ask("POST", target, patience)?.lines())
@@ -124,8 +182,19 @@ impl AdminEndpoint {
         format!("the admin endpoint at {}: {why}", self.address)
     }
 
-    /// Of HTTP/1.0, so that an answer without a length simply ends with the connection.
-    fn ask(&self, method: &str, target: &str, patience: Duration) -> Result<BufReader<Box<dyn Read + Send>>, String> {
+    fn ask(&self, method: &str, target: &str, patience: Duration) -> Result<Reader, String> {
+        let (status, mut answer) = self.answer(method, target, patience)?;
+        if (200..300).contains(&status) {
+            return Ok(answer);
+        }
+        let mut said = Vec::new();
+        // What it says is only ever an addition to its status.
+        let _ = answer.by_ref().take(4096).read_to_end(&mut said);
+        Err(self.said(status, target, &said))
+    }
+
+    /// Its status and its body. Of HTTP/1.0, so that an answer without a length simply ends with the connection.
+    fn answer(&self, method: &str, target: &str, patience: Duration) -> Result<(u16, Reader), String> {
         let asked = (|| {
             let mut socket = self.connect(patience)?;
             let host = if self.address.starts_with("unix:") { "localhost" } else { &*self.address };
@@ -139,18 +208,7 @@ impl AdminEndpoint {
         })();
         let (Head { status, length }, answer) = asked.map_err(|error| self.failed(&error))?;
         // The connection may be kept open after an answer with a length.
-        let mut answer = answer.take(length.unwrap_or(u64::MAX));
-        if (200..300).contains(&status) {
-            return Ok(BufReader::new(Box::new(answer)));
-        }
-        let mut said = String::new();
-        // What it says is only ever an addition to its status.
-        let _ = answer.by_ref().take(4096).read_to_string(&mut said);
-        let said = serde_json::from_str::<serde_json::Value>(&said)
-            .ok()
-            .and_then(|said| Some(said["error"].as_str()?.to_owned()));
-        let said = said.map(|said| format!(": {said}")).unwrap_or_default();
-        Err(format!("the admin endpoint at {} answers {status} to {target}{said}", self.address))
+        Ok((status, BufReader::new(Box::new(answer.take(length.unwrap_or(u64::MAX))))))
     }
 
     fn connect(&self, patience: Duration) -> io::Result<Box<dyn Socket>> {

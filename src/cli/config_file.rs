@@ -10,10 +10,15 @@ use crate::gateway::Builder;
 const PLACES: [&str; 2] = ["./forebay.yaml", "/etc/forebay/forebay.yaml"];
 
 impl ConfigFile {
+    /// Finds the configuration.
+    pub fn find(self) -> Result<PathBuf, Failure> {
+        let named = env::var_os("FOREBAY_CONFIG").filter(|name| !name.is_empty()).map(PathBuf::from);
+        find(self.path, named, Path::exists).map_err(Failure::Config)
+    }
+
     /// Finds and reads the configuration.
     pub fn load(self, builder: &Builder) -> Result<(PathBuf, Config), Failure> {
-        let named = env::var_os("FOREBAY_CONFIG").filter(|name| !name.is_empty()).map(PathBuf::from);
-        let path = find(self.path, named, Path::exists).map_err(Failure::Config)?;
+        let path = self.find()?;
         let config = builder.load(&path).map_err(Failure::Report)?;
         Ok((path, config))
     }

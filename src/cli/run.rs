@@ -12,9 +12,13 @@ use crate::gateway::{Builder, Gateway, StartError};
 use crate::origin::Origin;
 
 /// Runs the gateway until a signal stops it.
-pub fn run(builder: Builder, file: ConfigFile) -> Result<(), Failure> {
+pub fn run(builder: Builder, file: ConfigFile, watch: bool) -> Result<(), Failure> {
     logs::start()?;
     let (path, config) = file.load(&builder)?;
+    // A reload reads the same file, wherever the process is by then.
+    let file = std::path::absolute(&path).unwrap_or_else(|_| path.clone());
+    let builder = builder.reloading(&file);
+    let builder = if watch { builder.watching() } else { builder };
     let gateway = ready(builder, config)?;
     let open_files = getrlimit(Resource::RLIMIT_NOFILE).map_or(0, |(soft, _)| soft);
     tracing::info!(config = %path.display(), version = env!("CARGO_PKG_VERSION"), open_files, "forebay starts");

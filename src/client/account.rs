@@ -8,9 +8,10 @@ use std::collections::HashMap;
 use std::fmt;
 use std::hash::{BuildHasher, RandomState};
 use std::net::IpAddr;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
+use arc_swap::ArcSwap;
 use ipnet::IpNet;
 
 use super::budget::Held;
@@ -22,39 +23,64 @@ const SHARDS: usize = 16;
 
 /// The accounts of all clients that are here.
 pub struct Accounts {
+    terms: ArcSwap<Terms>,
+    /// How many listeners there have been at most, by their numbers.
+    listeners: AtomicUsize,
+    shards: [Mutex<HashMap<IpAddr, Weak<Account>>>; SHARDS],
+    seed: RandomState,
+}
+
+/// Who is one client, and who is none.
+struct Terms {
     prefix: Ipv6Prefix,
     /// Those who speak for many clients.
     exempt: Vec<IpNet>,
-    listeners: usize,
-    shards: [Mutex<HashMap<IpAddr, Weak<Account>>>; SHARDS],
-    seed: RandomState,
+}
+
+impl Terms {
+    fn new(prefix: Ipv6Prefix, exempt: &[Proxy]) -> Terms {
+        let networks = exempt.iter().filter_map(|proxy| match proxy {
+            Proxy::Network(network) => Some(*network),
+            Proxy::Unix => None,
+        });
+        Terms { prefix, exempt: networks.collect() }
+    }
 }
 
 impl Accounts {
     /// None yet. There are so many listeners, each of which has limits of its own; addresses of `exempt` proxies have
     /// no account.
     pub fn new(prefix: Ipv6Prefix, exempt: &[Proxy], listeners: usize) -> Arc<Self> {
-        let networks = exempt.iter().filter_map(|proxy| match proxy {
-            Proxy::Network(network) => Some(*network),
-            Proxy::Unix => None,
-        });
+        let terms = ArcSwap::from_pointee(Terms::new(prefix, exempt));
         let shards = std::array::from_fn(|_| Mutex::default());
-        Arc::new(Accounts { prefix, exempt: networks.collect(), listeners, shards, seed: RandomState::new() })
+        Arc::new(Accounts { terms, listeners: AtomicUsize::new(listeners), shards, seed: RandomState::new() })
+    }
+
+    /// Who is one client, and who is none, from now on; connections that are there keep their accounts.
+    pub fn set_terms(&self, prefix: Ipv6Prefix, exempt: &[Proxy]) {
+        self.terms.store(Arc::new(Terms::new(prefix, exempt)));
+    }
+
+    /// There is a listener of this number.
+    pub fn has_listener(&self, number: usize) {
+        self.listeners.fetch_max(number + 1, Ordering::Relaxed);
     }
 
     /// The account of the client at this address; `None` if that speaks for many.
     pub fn of(self: &Arc<Self>, address: IpAddr) -> Option<Arc<Account>> {
         let address = address.to_canonical();
-        if self.exempt.iter().any(|network| network.contains(&address)) {
+        let terms = self.terms.load();
+        if terms.exempt.iter().any(|network| network.contains(&address)) {
             return None;
         }
-        let client = self.prefix.client(address);
+        let client = terms.prefix.client(address);
         let mut accounts = self.shard(client);
         if let Some(known) = accounts.get(&client).and_then(Weak::upgrade) {
             return Some(known);
         }
-        let tallies = (0..self.listeners).map(|_| Tally::default()).collect();
-        let account = Arc::new(Account { client, tallies, held: Default::default(), accounts: self.clone() });
+        let tallies = (0..self.listeners.load(Ordering::Relaxed)).map(|_| Tally::default()).collect();
+        let more = Mutex::default();
+        let account = Arc::new(Account { client, tallies, more, held: Default::default(), accounts: self.clone() });
         accounts.insert(client, Arc::downgrade(&account));
         Some(account)
     }
@@ -77,8 +103,10 @@ fn lock<T>(shard: &Mutex<T>) -> MutexGuard<'_, T> {
 /// What one client has.
 pub struct Account {
     client: IpAddr,
-    /// At each listener.
+    /// At each listener that there was when it was opened.
     tallies: Box<[Tally]>,
+    /// At those that were added since, by their numbers; held for a look-up.
+    more: Mutex<Vec<(usize, Arc<Tally>)>>,
     /// Of its bodies, by their direction.
     held: [Held; 2],
     accounts: Arc<Accounts>,
@@ -111,8 +139,9 @@ impl Account {
     /// Counts one more at the listener of this number; `None` if there are `most` already.
     pub fn enter(self: &Arc<Self>, what: Quota, listener: usize, most: u64) -> Option<Counting> {
         let more = |count: u64| (count < most).then_some(count + 1);
-        self.tally(what, listener).fetch_update(Ordering::Relaxed, Ordering::Relaxed, more).ok()?;
-        Some(Counting { account: self.clone(), what, listener })
+        let entered =
+            self.at(listener, |tally| tally.of(what).fetch_update(Ordering::Relaxed, Ordering::Relaxed, more).is_ok());
+        entered.then(|| Counting { account: self.clone(), what, listener })
     }
 
     /// What spools hold of its bodies.
@@ -122,15 +151,33 @@ impl Account {
 
     /// How many are counted at all listeners.
     pub fn count(&self, what: Quota) -> u64 {
-        (0..self.tallies.len()).map(|listener| self.tally(what, listener).load(Ordering::Relaxed)).sum()
+        let count = |tally: &Tally| tally.of(what).load(Ordering::Relaxed);
+        let more: u64 = lock(&self.more).iter().map(|(_, tally)| count(tally)).sum();
+        self.tallies.iter().map(count).sum::<u64>() + more
     }
 
-    fn tally(&self, what: Quota, listener: usize) -> &AtomicU64 {
-        let tally = &self.tallies[listener];
+    fn at<T>(&self, listener: usize, then: impl FnOnce(&Tally) -> T) -> T {
+        if let Some(tally) = self.tallies.get(listener) {
+            return then(tally);
+        }
+        let mut more = lock(&self.more);
+        let known = more.iter().find(|(number, _)| *number == listener).map(|(_, tally)| tally.clone());
+        let tally = known.unwrap_or_else(|| {
+            let tally = Arc::<Tally>::default();
+            more.push((listener, tally.clone()));
+            tally
+        });
+        drop(more);
+        then(&tally)
+    }
+}
+
+impl Tally {
+    fn of(&self, what: Quota) -> &AtomicU64 {
         match what {
-            Quota::Connections => &tally.connections,
-            Quota::Handshakes => &tally.handshakes,
-            Quota::Requests => &tally.requests,
+            Quota::Connections => &self.connections,
+            Quota::Handshakes => &self.handshakes,
+            Quota::Requests => &self.requests,
         }
     }
 }
@@ -167,7 +214,7 @@ impl Counting {
 
 impl Drop for Counting {
     fn drop(&mut self) {
-        self.account.tally(self.what, self.listener).fetch_sub(1, Ordering::Relaxed);
+        self.account.at(self.listener, |tally| tally.of(self.what).fetch_sub(1, Ordering::Relaxed));
     }
 }
 
@@ -199,6 +246,20 @@ mod tests {
         assert_eq!((account.count(Quota::Connections), account.count(Quota::Requests)), (2, 0));
         drop((second, third));
         assert_eq!(account.count(Quota::Connections), 0);
+    }
+
+    #[test]
+    fn a_listener_that_is_added_has_limits_of_its_own_for_whoever_is_here_already() {
+        let accounts = accounts(&[]);
+        let account = account(&accounts, "192.0.2.1");
+        let before = account.enter(Quota::Connections, 1, 1);
+        accounts.has_listener(7);
+        let enter = || account.enter(Quota::Connections, 7, 1);
+        let first = enter();
+        assert!(before.is_some() && first.is_some() && enter().is_none());
+        assert_eq!(account.count(Quota::Connections), 2);
+        drop(first);
+        assert!(enter().is_some());
     }
 
     #[test]

@@ -1,12 +1,13 @@
 //! A client's connection: the listener it came through, what it is allowed, and the facts that outlive one exchange.
 
 use std::cell::RefCell;
+use std::collections::BTreeSet;
 use std::future::Future;
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::RawFd;
 use std::pin::Pin;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
@@ -80,17 +81,52 @@ pub struct Listener {
     pub http2_rules: Rules,
     /// Its counters.
     pub metrics: ListenerMetrics,
-    /// Its place among the listeners.
+    /// The number of the configuration in which it was written so first.
+    pub generation: u64,
+    /// What it has under way; it is the same for all that were written under its name, one after the other.
+    under_way: Arc<Busy>,
+    common: Arc<Common>,
+    connections_per_ip: u64,
+    connection_rates: Arc<Rates>,
+    handshakes_per_ip: u64,
+    handshake_rates: Arc<Rates>,
+    requests_per_ip: u64,
+    limits: config::listener::Limits,
+    /// Connections that came in while it was written so.
+    open: AtomicU64,
+}
+
+/// What a listener has under way, whatever becomes of its settings.
+struct Busy {
+    number: Number,
+    connections: Places,
+    handshakes: Places,
+    requests: Places,
+    leaving: AtomicBool,
+    left: Notify,
+}
+
+/// The place of a listener among all, given back when nothing of it is left.
+struct Number {
     number: usize,
     common: Arc<Common>,
-    connections: Crowd,
-    connections_per_ip: u64,
-    connection_rates: Rates,
-    handshakes: Places,
-    handshakes_per_ip: u64,
-    handshake_rates: Rates,
-    requests: Places,
-    requests_per_ip: u64,
+}
+
+impl Number {
+    fn take(common: &Arc<Common>) -> Number {
+        let mut numbers = common.numbers();
+        let number = (0..).find(|number| !numbers.contains(number)).unwrap_or_default();
+        numbers.insert(number);
+        drop(numbers);
+        common.accounts.has_listener(number);
+        Number { number, common: common.clone() }
+    }
+}
+
+impl Drop for Number {
+    fn drop(&mut self) {
+        self.common.numbers().remove(&self.number);
+    }
 }
 
 /// What all listeners share.
@@ -100,12 +136,24 @@ pub struct Common {
     crowd: Crowd,
     /// What each client has of them.
     accounts: Arc<Accounts>,
+    /// The numbers of the listeners that there are.
+    numbers: Mutex<BTreeSet<usize>>,
 }
 
 impl Common {
     /// Together they have so many connections as these shares of the open files allow.
     pub fn new(shares: Shares, accounts: Arc<Accounts>) -> Arc<Self> {
-        Arc::new(Common { shares, crowd: Crowd::new(shares.clients()), accounts })
+        Arc::new(Common { shares, crowd: Crowd::new(shares.clients()), accounts, numbers: Mutex::default() })
+    }
+
+    /// Goes by what is written for all listeners.
+    pub fn set_terms(&self, config: &config::Config) {
+        self.accounts.set_terms(config.ipv6_prefix, &config.trusted_proxies);
+    }
+
+    /// Held while a listener is built, or is gone.
+    fn numbers(&self) -> MutexGuard<'_, BTreeSet<usize>> {
+        self.numbers.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -148,21 +196,30 @@ pub struct Fittings {
 }
 
 impl Listener {
-    /// Builds the listener that was written as the one of this `number`. What the open files allow is the most that its
-    /// limits can be.
+    /// Builds the listener that is written so in the configuration of this number, in place of `before`. What the open
+    /// files allow is the most that its limits can be. They hold once it is [begun](Listener::begin).
     pub fn build(
         written: &config::Listener,
-        number: usize,
+        generation: u64,
         fittings: Fittings,
         common: &Arc<Common>,
         metrics: &Metrics,
+        before: Option<&Listener>,
     ) -> Self {
         let Fittings { tls, passthrough, tcp } = fittings;
         let (limits, spoken) = (&written.limits, written.spoken());
         let http2_rules = Rules::build(&written.http2);
-        let connections = limits.connections.0.min(common.shares.clients());
         let metrics = metrics.listener(&written.name);
-        metrics.connections_max.set(i64::try_from(connections).unwrap_or(i64::MAX));
+        let under_way = before.map_or_else(|| Arc::new(Busy::new(common)), |before| before.under_way.clone());
+        // A rate that stays as it is written remembers who has come.
+        let connection_rates = before.filter(|before| {
+            let old = &before.limits;
+            (old.connection_rate, old.connection_rate_per_ip) == (limits.connection_rate, limits.connection_rate_per_ip)
+        });
+        let handshake_rates = before.filter(|before| {
+            let old = &before.limits;
+            (old.handshake_rate, old.handshake_rate_per_ip) == (limits.handshake_rate, limits.handshake_rate_per_ip)
+        });
         Listener {
             name: written.name.clone(),
             unix: written.address.unix_path().is_some(),
@@ -184,17 +241,66 @@ impl Listener {
             h2_options: h2_options(written, &http2_rules),
             http2_rules,
             metrics,
-            number,
-            connections: Crowd::new(connections),
+            generation,
+            under_way,
             connections_per_ip: limits.connections_per_ip.0,
-            connection_rates: Rates::new(limits.connection_rate, limits.connection_rate_per_ip),
-            handshakes: Places::new(limits.handshakes.0),
+            connection_rates: connection_rates.map_or_else(
+                || Arc::new(Rates::new(limits.connection_rate, limits.connection_rate_per_ip)),
+                |before| before.connection_rates.clone(),
+            ),
             handshakes_per_ip: limits.handshakes_per_ip.0,
-            handshake_rates: Rates::new(limits.handshake_rate, limits.handshake_rate_per_ip),
-            requests: Places::new(limits.requests.0),
+            handshake_rates: handshake_rates.map_or_else(
+                || Arc::new(Rates::new(limits.handshake_rate, limits.handshake_rate_per_ip)),
+                |before| before.handshake_rates.clone(),
+            ),
             requests_per_ip: common.shares.requests_of_client(limits.requests_per_ip.0),
             common: common.clone(),
+            limits: limits.clone(),
+            open: AtomicU64::new(0),
         }
+    }
+
+    /// Has its limits hold for all that its name has under way.
+    pub fn begin(&self) {
+        let connections = self.limits.connections.0.min(self.common.shares.clients());
+        self.metrics.connections_max.set(i64::try_from(connections).unwrap_or(i64::MAX));
+        let Busy { connections: places, handshakes, requests, leaving, .. } = &*self.under_way;
+        places.set_most(connections);
+        handshakes.set_most(self.limits.handshakes.0);
+        requests.set_most(self.limits.requests.0);
+        leaving.store(false, Ordering::Release);
+    }
+
+    /// No listener of its name is left: its connections end with the answer to their next request.
+    pub fn leave(&self) {
+        self.under_way.leaving.store(true, Ordering::Release);
+        self.under_way.left.notify_waiters();
+    }
+
+    /// Whether its connections are to end.
+    pub fn is_leaving(&self) -> bool {
+        self.under_way.leaving.load(Ordering::Acquire)
+    }
+
+    /// Ends when its connections are to.
+    pub async fn left(&self) {
+        loop {
+            let left = self.under_way.left.notified();
+            if self.is_leaving() {
+                return;
+            }
+            left.await;
+        }
+    }
+
+    /// Connections that came in while it was written so, and are open.
+    pub fn open(&self) -> u64 {
+        self.open.load(Ordering::Relaxed)
+    }
+
+    /// Connections of its name that are open, however it was written when they came in.
+    pub fn connections_open(&self) -> u64 {
+        self.under_way.connections.taken()
     }
 
     /// Counts a connection in for its client, unless that has as many as it may, or connections come too fast. `None`:
@@ -211,8 +317,17 @@ impl Listener {
         if self.connections_per_ip != Count::UNLIMITED.0 && !self.common.crowd.admits(has) {
             return Err(&refusal::ACCEPT_CONNECTIONS_PER_IP);
         }
-        let counting = account.enter(Quota::Connections, self.number, self.connections_per_ip);
+        let counting = account.enter(Quota::Connections, self.under_way.number.number, self.connections_per_ip);
         counting.map(Some).ok_or(&refusal::ACCEPT_CONNECTIONS_PER_IP)
+    }
+}
+
+impl Busy {
+    fn new(common: &Arc<Common>) -> Busy {
+        // How many there may be, `Listener::begin` says.
+        let [connections, handshakes, requests] = [(); 3].map(|()| Places::new(u64::MAX));
+        let (number, leaving, left) = (Number::take(common), AtomicBool::new(false), Notify::new());
+        Busy { number, connections, handshakes, requests, leaving, left }
     }
 }
 
@@ -264,52 +379,6 @@ fn h2_options(written: &config::Listener, rules: &Rules) -> H2Options {
     options
 }
 
-/// All listeners; finds the one that a connection came through, once, by its local address.
-pub struct Listeners {
-    tcp: Vec<(SocketAddr, Arc<Listener>)>,
-    unix: Vec<(std::path::PathBuf, Arc<Listener>)>,
-}
-
-impl Listeners {
-    /// An empty list.
-    pub fn new() -> Self {
-        Listeners { tcp: Vec::new(), unix: Vec::new() }
-    }
-
-    /// Adds a listener on a TCP address; port and address as bound.
-    pub fn add_tcp(&mut self, address: SocketAddr, listener: Arc<Listener>) {
-        self.tcp.push((address, listener));
-    }
-
-    /// Adds a listener on a unix socket.
-    pub fn add_unix(&mut self, path: &str, listener: Arc<Listener>) {
-        self.unix.push((path.into(), listener));
-    }
-
-    /// The listener bound to this local address, or to every address of its port.
-    pub fn find(&self, local: Option<&pingora::protocols::l4::socket::SocketAddr>) -> Option<&Arc<Listener>> {
-        use pingora::protocols::l4::socket::SocketAddr as Local;
-        match local {
-            Some(Local::Inet(local)) => {
-                let exact = self.tcp.iter().find(|(address, _)| address == local);
-                let wildcard = || self.tcp.iter().find(|(at, _)| at.port() == local.port() && at.ip().is_unspecified());
-                exact.or_else(wildcard).map(|(_, listener)| listener)
-            }
-            Some(Local::Unix(local)) => {
-                let path = local.as_pathname()?;
-                self.unix.iter().find(|(at, _)| at == path).map(|(_, listener)| listener)
-            }
-            None => None,
-        }
-    }
-}
-
-impl Default for Listeners {
-    fn default() -> Self {
-        Self::new()
-    }
-}
-
 /// One of the connections that a listener may have; given back when this is dropped.
 pub struct Counted {
     listener: Arc<Listener>,
@@ -326,8 +395,12 @@ impl Counted {
     ///
     /// There is no place.
     pub fn take(listener: &Arc<Listener>) -> Result<Counted, &'static Refusal> {
-        listener.connections.enter()?;
-        listener.common.crowd.enter().inspect_err(|_| listener.connections.leave())?;
+        let places = &listener.under_way.connections;
+        if !places.enter() {
+            return Err(&refusal::ACCEPT_CONNECTIONS);
+        }
+        listener.common.crowd.enter().inspect_err(|_| places.leave())?;
+        listener.open.fetch_add(1, Ordering::Relaxed);
         let accepted_in = worker::cycle_if_wanted().map(Box::new);
         Ok(Counted { listener: listener.clone(), client: None, accepted: Instant::now(), accepted_in })
     }
@@ -361,7 +434,8 @@ impl Counted {
 
 impl Drop for Counted {
     fn drop(&mut self) {
-        self.listener.connections.leave();
+        self.listener.open.fetch_sub(1, Ordering::Relaxed);
+        self.listener.under_way.connections.leave();
         self.listener.common.crowd.leave();
     }
 }
@@ -461,7 +535,7 @@ impl Connection {
     pub fn begin_request(&self) -> Result<UnderWay, &'static Refusal> {
         let client = self.place_of_client(Quota::Requests, self.listener.requests_per_ip);
         let client = client.ok_or(&refusal::ROUTE_REQUESTS_PER_IP)?;
-        UnderWay::enter(&self.listener, |listener| &listener.requests, client).ok_or(&refusal::ROUTE_REQUESTS)
+        UnderWay::enter(&self.listener, |listener| &listener.under_way.requests, client).ok_or(&refusal::ROUTE_REQUESTS)
     }
 
     /// Counts a handshake in that begins now, unless too many do, or are under way.
@@ -476,14 +550,15 @@ impl Connection {
         })?;
         let client = self.place_of_client(Quota::Handshakes, self.listener.handshakes_per_ip);
         let client = client.ok_or(&refusal::HANDSHAKE_LIMIT_PER_IP)?;
-        UnderWay::enter(&self.listener, |listener| &listener.handshakes, client).ok_or(&refusal::HANDSHAKE_LIMIT)
+        UnderWay::enter(&self.listener, |listener| &listener.under_way.handshakes, client)
+            .ok_or(&refusal::HANDSHAKE_LIMIT)
     }
 
     /// `None`: its client has as many as it may. A peer that speaks for many clients has no place and needs none.
     fn place_of_client(&self, what: Quota, most: u64) -> Option<Option<Counting>> {
         match self.account() {
             None => Some(None),
-            Some(account) => account.enter(what, self.listener.number, most).map(Some),
+            Some(account) => account.enter(what, self.listener.under_way.number.number, most).map(Some),
         }
     }
 
@@ -732,7 +807,9 @@ pub(super) mod tests {
         let accounts = Accounts::new(Default::default(), &[], 1);
         let common = Common::new(Shares::new(1 << 20, 0, 0.5, 0.25), accounts);
         let metrics = Metrics::new(0, Vec::new());
-        let listener = Arc::new(Listener::build(&written, 0, Fittings::default(), &common, &metrics));
+        let listener = Listener::build(&written, 1, Fittings::default(), &common, &metrics, None);
+        listener.begin();
+        let listener = Arc::new(listener);
         Connection::new(Counted::take(&listener).expect("room"), None, None)
     }
 }

@@ -63,19 +63,20 @@ impl Rates {
 
 /// A bounded number of places for what is under way.
 pub struct Places {
-    most: u64,
+    most: AtomicU64,
     taken: AtomicU64,
 }
 
 impl Places {
     /// So many, all free.
     pub fn new(most: u64) -> Places {
-        Places { most, taken: AtomicU64::new(0) }
+        Places { most: AtomicU64::new(most), taken: AtomicU64::new(0) }
     }
 
     /// Takes one, unless all are taken. Whoever has one gives it back by [`Places::leave`].
     pub fn enter(&self) -> bool {
-        let more = |taken: u64| (taken < self.most).then_some(taken + 1);
+        let most = self.most();
+        let more = |taken: u64| (taken < most).then_some(taken + 1);
         self.taken.fetch_update(Ordering::Relaxed, Ordering::Relaxed, more).is_ok()
     }
 
@@ -86,7 +87,12 @@ impl Places {
 
     /// How many there are.
     pub fn most(&self) -> u64 {
-        self.most
+        self.most.load(Ordering::Relaxed)
+    }
+
+    /// There are so many from now on. Where more are taken, none is given until enough have come back.
+    pub fn set_most(&self, most: u64) {
+        self.most.store(most, Ordering::Relaxed);
     }
 
     /// How many are taken.
@@ -142,5 +148,10 @@ mod tests {
         assert_eq!([places.enter(), places.enter(), places.enter()], [true, true, false]);
         places.leave();
         assert_eq!((places.enter(), places.taken(), places.most()), (true, 2, 2));
+        places.set_most(1);
+        places.leave();
+        assert!(!places.enter(), "one is taken, and there is one");
+        places.leave();
+        assert!(places.enter());
     }
 }

@@ -31,8 +31,6 @@ use handshake::Threads;
 use table::{Served, Table};
 use tickets::Tickets;
 
-pub use watch::{Upkeep, background};
-
 /// How long a client that is refused may take to read why.
 const FAREWELL: Duration = Duration::from_millis(200);
 
@@ -49,6 +47,7 @@ pub struct Tls {
     /// What issuers of certificates are waited for to ask.
     pub challenges: Arc<Challenges>,
     listener: Box<str>,
+    protocols: Box<[Protocol]>,
     terms: Terms,
     tickets: Option<Tickets>,
     written: config::listener::Tls,
@@ -95,7 +94,8 @@ pub struct CertificateFacts {
 }
 
 impl Tls {
-    /// Reads all files, and makes ready what is written.
+    /// Reads all files, and makes ready what is written. Tickets of clients are those of `before`, if they are written so
+    /// there.
     ///
     /// # Errors
     ///
@@ -107,9 +107,12 @@ impl Tls {
         protocols: &[Protocol],
         challenges: Arc<Challenges>,
         metrics: TlsMetrics,
+        before: Option<&Tls>,
     ) -> Result<Tls, Vec<BuildError>> {
         let mut errors = Vec::new();
-        let tickets = tickets(written).map_err(|error| errors.push(error)).ok().flatten();
+        let same_tickets = before.filter(|before| before.written.tickets == written.tickets);
+        let tickets = same_tickets.map_or_else(|| tickets(written), |before| Ok(before.tickets.clone()));
+        let tickets = tickets.map_err(|error| errors.push(error)).ok().flatten();
         let terms = Terms::build(written, protocols, tickets.clone()).map_err(|found| errors.extend(found)).ok();
         let mut current = Vec::new();
         for (index, source) in sources.iter().enumerate() {
@@ -135,6 +138,7 @@ impl Tls {
             metrics,
             challenges,
             listener: listener.into(),
+            protocols: protocols.into(),
             terms,
             tickets,
             written: written.clone(),
@@ -164,6 +168,11 @@ impl Tls {
         let now = now();
         let current = self.current();
         current.iter().map(|one| one.facts.clone().map(|facts| facts.at(now))).collect()
+    }
+
+    /// Whether it is what these make.
+    pub fn is(&self, written: &config::listener::Tls, sources: &[Source], protocols: &[Protocol]) -> bool {
+        self.written == *written && self.sources == sources && *self.protocols == *protocols
     }
 
     /// Whether one of its certificates is in this file.

@@ -36,6 +36,14 @@ impl Address {
         self.0.strip_prefix("unix:")
     }
 
+    /// Its port; `None` for a unix socket.
+    pub fn port(&self) -> Option<u16> {
+        match self.target() {
+            Ok(Target::Tcp(_, port)) => Some(port),
+            _ => None,
+        }
+    }
+
     /// The parts.
     ///
     /// # Errors

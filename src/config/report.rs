@@ -206,6 +206,11 @@ impl Report {
         text
     }
 
+    /// The hash of what it says, in hexadecimal.
+    pub fn hash(&self) -> String {
+        format!("{:016x}", xxhash_rust::xxh3::xxh3_64(self.to_string().as_bytes()))
+    }
+
     fn summary(&self) -> String {
         let count = |number: usize, noun: &str| match number {
             0 => None,

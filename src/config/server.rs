@@ -16,7 +16,8 @@ use super::units::{Count, FileMode, Percent, Size, Time};
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Server {
-    /// Worker threads: `auto` is one per core.
+    /// Worker threads: `auto` is one for each core that the process may use, by its affinity and by the CPU quota of its
+    /// cgroup.
     pub threads: Threads,
     /// Whom Forebay becomes once it has bound its ports and read its keys, as root: a name or a number. That user must
     /// be able to read certificates and keys when they are renewed, and to write to `spool_dir` and to the access log.
@@ -158,7 +159,9 @@ impl Default for Shutdown {
 #[serde(deny_unknown_fields, default)]
 pub struct Resources {
     /// Bytes of bodies in memory, on their way to and from the disk included, of both directions and all routes; at
-    /// least 1MiB. A route whose own `memory` is larger and is not written is held to this.
+    /// least 1MiB. `auto` is a quarter of what the cgroup allows, or the machine has. A route whose own `memory` is larger and is not written is held to this.
+    #[serde(deserialize_with = "super::memory::read")]
+    #[schemars(with = "super::memory::Memory")]
     pub memory: Size,
     /// Bytes of bodies in spool files, of both directions and all routes; `0B`: nothing is written to disk. A route
     /// whose own `disk` is larger and is not written is held to this.

@@ -87,6 +87,16 @@ fn split_quoted(text: &str) -> Option<(Step<'_>, &str)> {
     None
 }
 
+/// The steps of a path, as far as it is one.
+pub fn steps(path: &str) -> impl Iterator<Item = Step<'_>> {
+    let mut rest = path;
+    std::iter::from_fn(move || {
+        let (step, after) = split_first(rest)?;
+        rest = after;
+        Some(step)
+    })
+}
+
 /// Follows `path` from `root`, one step at a time, as far as it leads.
 pub fn follow<'t, 'p, T: Tree>(root: &'t T, path: &'p str) -> Follow<'t, 'p, T> {
     Follow { at: root, rest: path }

@@ -7,6 +7,7 @@
 //! what becomes of it (`proxy/call.rs`). It holds up the exchange whose filter waits for it, and no worker; if the
 //! client goes away meanwhile, it is dropped.
 
+use std::any::Any;
 use std::fmt;
 use std::path::Path;
 use std::sync::Arc;
@@ -18,6 +19,7 @@ use http::uri::PathAndQuery;
 use http::{HeaderName, HeaderValue, Method, Uri};
 use pingora::http::{RequestHeader, ResponseHeader};
 
+use super::kept::Keeping;
 use crate::error::{BuildError, nearest};
 use crate::metrics::Metrics;
 
@@ -161,17 +163,32 @@ pub struct Surroundings<'a> {
     /// Where a filter registers metrics of its own ([`Metrics::collect_too`]); `None` in a test of it.
     pub metrics: Option<&'a Metrics>,
     callees: &'a dyn Callees,
+    keeping: Option<&'a Keeping<'a>>,
 }
 
 impl<'a> Surroundings<'a> {
     /// Those of the filters of a route.
     pub fn new(directory: &'a Path, route: &'a str, metrics: &'a Metrics, callees: &'a dyn Callees) -> Self {
-        Surroundings { directory, route, filter: "", metrics: Some(metrics), callees }
+        Surroundings { directory, route, filter: "", metrics: Some(metrics), callees, keeping: None }
+    }
+
+    /// The same for filters that keep something from one configuration to the next.
+    pub fn keeping(self, keeping: &'a Keeping<'a>) -> Self {
+        Surroundings { keeping: Some(keeping), ..self }
+    }
+
+    /// What outlives a reload: the thing that this filter of this route had in the configuration before, if it had one
+    /// of this name, else what `make` makes. `name` tells apart what must not be mixed up, such as two kinds of keys.
+    pub fn keep<T: Any + Send + Sync>(&self, name: &str, make: impl FnOnce() -> T) -> Arc<T> {
+        match self.keeping {
+            Some(keeping) => keeping.keep(&format!("{}/{}/{name}", self.route, self.filter), make),
+            None => Arc::new(make()),
+        }
     }
 
     /// Those of a test of a filter: the working directory, and these to call, such as `&()`.
     pub fn rehearsal(callees: &'a dyn Callees) -> Self {
-        Surroundings { directory: Path::new("."), route: "all", filter: "", metrics: None, callees }
+        Surroundings { directory: Path::new("."), route: "all", filter: "", metrics: None, callees, keeping: None }
     }
 
     /// The same for the filter of this key.

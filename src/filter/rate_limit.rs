@@ -19,7 +19,7 @@
 //! the limit lenient, never the memory large.
 
 use std::hash::{BuildHasher, RandomState};
-use std::sync::Once;
+use std::sync::{Arc, Once};
 use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
@@ -77,6 +77,11 @@ const VALUES_MAX: usize = 16;
 pub struct RateLimit {
     key: Key,
     limit: Gcra,
+    seen: Arc<Seen>,
+}
+
+/// Who has come, and when each may come again. It outlives a reload, also one that changes the rate.
+struct Seen {
     started: Instant,
     seed: RandomState,
     keys: Keys,
@@ -104,7 +109,7 @@ impl Filter for RateLimit {
         if count == 0 {
             (hashes[0], count) = (self.hash(b""), 1);
         }
-        let now = self.started.elapsed();
+        let now = self.seen.started.elapsed();
         // It counts against each of them, whichever it is that stops it.
         let waits = hashes[..count].iter().filter_map(|&hash| self.admit(hash, now).err());
         waits.max().map_or(Verdict::Continue, limited)
@@ -116,7 +121,7 @@ impl FilterType for RateLimit {
     const REFUSALS: &'static [&'static Refusal] = &[&LIMITED];
     type Settings = Settings;
 
-    fn build(settings: &Settings, _: &Surroundings<'_>) -> Result<Self, BuildError> {
+    fn build(settings: &Settings, around: &Surroundings<'_>) -> Result<Self, BuildError> {
         let key = Key::build(&settings.key).map_err(|error| error.under("key"))?.for_limits(settings.ipv6_prefix);
         let Count(burst) = settings.burst.unwrap_or(Count(settings.rate.events));
         if burst == 0 || burst == Count::UNLIMITED.0 {
@@ -130,14 +135,10 @@ impl FilterType for RateLimit {
         };
         let keys =
             keys.ok_or_else(|| BuildError::new("max_keys", "memory has an end: write a number of at least 1"))?;
-        Ok(RateLimit {
-            key,
-            limit,
-            started: Instant::now(),
-            seed: RandomState::new(),
-            keys: Keys::new(keys),
-            full: Once::new(),
-        })
+        let seen =
+            || Seen { started: Instant::now(), seed: RandomState::new(), keys: Keys::new(keys), full: Once::new() };
+        let of = format!("{:?} {:?} {keys}", settings.key, settings.ipv6_prefix);
+        Ok(RateLimit { key, limit, seen: around.keep(&of, seen) })
     }
 }
 
@@ -150,15 +151,16 @@ fn limited(wait: Duration) -> Verdict {
 
 impl RateLimit {
     fn hash(&self, key: &[u8]) -> u64 {
-        self.seed.hash_one(key)
+        self.seen.seed.hash_one(key)
     }
 
     /// Admits a request whose key has this hash and that comes `now`, or tells how long it must wait.
     fn admit(&self, key: u64, now: Duration) -> Result<(), Duration> {
-        let (admitted, forgotten) = self.keys.with(key, |due| self.limit.admit(due, nanoseconds(now)));
+        let Seen { keys, full, .. } = &*self.seen;
+        let (admitted, forgotten) = keys.with(key, |due| self.limit.admit(due, nanoseconds(now)));
         if forgotten {
-            self.full.call_once(|| {
-                tracing::warn!(max_keys = self.keys.max(), "rate_limit remembers no more keys; the oldest begin anew");
+            full.call_once(|| {
+                tracing::warn!(max_keys = keys.max(), "rate_limit remembers no more keys; the oldest begin anew");
             });
         }
         admitted.map_err(Duration::from_nanos)

@@ -1,7 +1,8 @@
 //! The listening sockets, bound before anything runs: an address that is taken is a clear error and not a panic of a
 //! thread, and a port chosen by the system is known.
 //!
-//! Pingora is handed the bound sockets the way it would take them over from an older process.
+//! Listeners accept on theirs themselves (`client/acceptor.rs`). Pingora is handed that of the admin endpoint the way it
+//! would take it over from an older process.
 
 use std::fs::{self, Permissions};
 use std::io;
@@ -12,8 +13,6 @@ use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 
 use async_trait::async_trait;
-use pingora::listeners::ListenerConfig;
-use pingora::protocols::l4::stream::L4BufferSettings;
 use pingora::server::{ListenFds, RuntimeOpts, ShutdownWatch};
 use pingora::services::Service;
 
@@ -87,20 +86,14 @@ impl Socket {
         Ok(Socket { tcp: None, key: path.to_owned(), unix: Some(permissions), fd: socket.into() })
     }
 
-    /// What Pingora's service is to listen on.
-    pub fn listener_config(&self) -> ListenerConfig {
-        // Unbuffered: `client::stream` gathers writes itself and gives its buffers back between requests.
-        let config = match &self.unix {
-            // Else Pingora would let everyone connect.
-            Some(permissions) => ListenerConfig::uds(&self.key).permissions(permissions.clone()),
-            None => ListenerConfig::tcp(&self.key),
-        };
-        config.l4_buffer(L4BufferSettings::unbuffered())
-    }
-
     /// The address as Pingora is told it.
     pub fn key(&self) -> &str {
         &self.key
+    }
+
+    /// The socket itself.
+    pub fn into_fd(self) -> OwnedFd {
+        self.fd
     }
 
     /// The mode of its file, if it is a unix socket.
@@ -134,24 +127,17 @@ impl Place {
     }
 }
 
-/// A Pingora service that is given its bound sockets, and a watch of ours instead of Pingora's: see [`super::stop`].
+/// A Pingora service that is given its bound sockets.
 pub struct Bound<S> {
     service: S,
     sockets: Vec<(String, RawFd)>,
-    stop: Option<ShutdownWatch>,
-    first: Option<Box<dyn FnOnce() + Send + Sync>>,
 }
 
 impl<S> Bound<S> {
-    /// Gives `service` its sockets. With `stop` it ends when that says so; else when Pingora says so.
-    pub fn new(service: S, sockets: Vec<Socket>, stop: Option<ShutdownWatch>) -> Self {
+    /// Gives `service` its sockets.
+    pub fn new(service: S, sockets: Vec<Socket>) -> Self {
         let sockets = sockets.into_iter().map(|socket| (socket.key, socket.fd.into_raw_fd())).collect();
-        Bound { service, sockets, stop, first: None }
-    }
-
-    /// Does this before the service starts, on its runtime.
-    pub fn first(self, work: impl FnOnce() + Send + Sync + 'static) -> Self {
-        Bound { first: Some(Box::new(work)), ..self }
+        Bound { service, sockets }
     }
 }
 
@@ -164,11 +150,7 @@ impl<S: Service> Service for Bound<S> {
                 fds.add(key, fd);
             }
         }
-        if let Some(first) = self.first.take() {
-            first();
-        }
-        let stop = self.stop.take().unwrap_or(shutdown);
-        self.service.start_service(fds, stop, listeners_per_fd).await;
+        self.service.start_service(fds, shutdown, listeners_per_fd).await;
     }
 
     fn name(&self) -> &str {

@@ -4,17 +4,21 @@
 //! and a watch of ours is flipped when it is time: not ready, and every answer says so; pause; no new connections, and
 //! idle ones close; the exchanges in flight end, or are cut and logged; exit. The admin endpoint answers to the end.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use super::lock;
+use super::reload::Reloads;
 use super::sockets::Place;
+use super::supervisor::Supervisor;
 use async_trait::async_trait;
 use pingora::server::{ShutdownSignal, ShutdownSignalWatch};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::{Notify, watch};
 
 use crate::access_log::AccessLog;
-use crate::admin::{Readiness, Ready};
+use crate::admin::answer::Answer;
+use crate::admin::{Admin, Readiness, Ready};
 use crate::client::connection::Inflight;
 use crate::client::cut::Cut;
 use crate::config::server::Shutdown;
@@ -36,11 +40,20 @@ impl Handle {
     }
 }
 
+/// Adds what stops the gateway to the admin endpoint.
+pub(super) fn add(admin: Admin, handle: Handle) -> Admin {
+    admin.post("/stop", "stops gracefully, as SIGTERM does", move |_| {
+        tracing::info!("the admin endpoint is asked to stop the gateway");
+        handle.stop();
+        std::future::ready(Answer::text("stopping\n"))
+    })
+}
+
 /// What Pingora's main loop waits for.
 pub struct Stop {
     pub(super) asked: Arc<Notify>,
     pub(super) readiness: Readiness,
-    pub(super) times: Shutdown,
+    pub(super) times: Arc<Mutex<Shutdown>>,
     /// Answers say that they are the last of their connection from then on.
     pub(super) stopping: watch::Sender<bool>,
     pub(super) cut: Arc<Cut>,
@@ -48,7 +61,11 @@ pub struct Stop {
     pub(super) inflight: Arc<Inflight>,
     pub(super) log: Option<Arc<AccessLog>>,
     /// Told once signals are received: who waits for these lines may send one.
-    pub(super) places: Vec<Place>,
+    pub(super) places: Arc<Mutex<Vec<Place>>>,
+    /// Loads the configuration again, if it is that of a file.
+    pub(super) reloads: Option<Reloads>,
+    /// Who is told.
+    pub(super) supervisor: Supervisor,
 }
 
 struct Signals {
@@ -89,10 +106,11 @@ impl Stop {
                 return;
             }
         };
-        for Place { listener, address, .. } in &self.places {
+        for Place { listener, address, .. } in lock(&self.places).iter() {
             tracing::info!(listener, address, "listening");
         }
         self.readiness.set(Ready::Ready);
+        self.supervisor.ready(1);
         loop {
             tokio::select! {
                 _ = signals.terminate.recv() => break,
@@ -102,7 +120,10 @@ impl Stop {
                     return;
                 }
                 _ = signals.hangup.recv() => {
-                    tracing::warn!("SIGHUP: reloading is not there yet; nothing was changed");
+                    match &self.reloads {
+                        Some(reloads) => reloads.begin("SIGHUP"),
+                        None => tracing::warn!("SIGHUP: this gateway has no file to load again"),
+                    }
                 }
                 _ = signals.user1.recv() => {
                     tracing::info!("SIGUSR1: reopening the access log");
@@ -124,9 +145,13 @@ impl Stop {
     }
 
     async fn drain(&self) {
-        let (pause, deadline) = (self.times.pause.0, self.times.deadline.0);
+        let (pause, deadline) = {
+            let times = lock(&self.times);
+            (times.pause.0, times.deadline.0)
+        };
         tracing::info!(?pause, ?deadline, inflight = self.inflight.count(), "stopping");
         self.readiness.set(Ready::Stopping);
+        self.supervisor.stopping();
         // From now on clients are told to come back by another connection, which a balancer leads elsewhere once it has
         // noticed. Connections that are idle stay open meanwhile: a request that crosses their end would be lost.
         self.stopping.send_replace(true);

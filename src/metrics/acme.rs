@@ -1,8 +1,9 @@
 //! What is counted of certificates that Forebay gets from issuers.
 
-use prometheus::{IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Registry};
+use prometheus::{IntCounter, IntCounterVec, IntGauge, IntGaugeVec};
 
 use super::family;
+use super::registry::Registry;
 
 /// The families of all issuers.
 pub(super) struct Families {

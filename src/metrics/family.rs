@@ -3,10 +3,12 @@
 //! `metrics` builds its vectors from these rows and adds nothing. The tests make `dashboards/metrics.md` and the boards
 //! of them, and ask that each metric is on some board.
 
-use prometheus::core::Desc;
+use prometheus::core::{Desc, MetricVec, MetricVecBuilder};
 use prometheus::proto::{Bucket, Counter as CounterValue, Gauge as GaugeValue, Histogram as HistogramValue};
 use prometheus::proto::{LabelPair, Metric, MetricFamily, MetricType};
-use prometheus::{CounterVec, GaugeVec, HistogramOpts, HistogramVec, IntCounterVec, IntGaugeVec, Opts, Registry};
+use prometheus::{CounterVec, GaugeVec, HistogramOpts, HistogramVec, IntCounterVec, IntGaugeVec, Opts};
+
+use super::registry::Registry;
 
 /// One metric with all its label values.
 #[derive(Debug)]
@@ -130,6 +132,20 @@ families! {
         "Bytes exchanged with clients.";
     ROUTES_FOLDED: "forebay_routes_folded", Gauge, [],
         "Routes that are counted together as _other, because max_series was reached.";
+    CONFIG_GENERATION: "forebay_config_generation", Gauge, [],
+        "How many configurations have run in this process, with the one that runs now.";
+    CONFIG_INFO: "forebay_config_info", Gauge, ["hash"],
+        "1, with the hash of the text of the configuration that runs.";
+    CONFIG_LOADED: "forebay_config_loaded_timestamp_seconds", Gauge, [],
+        "When the configuration that runs was put on, in seconds since 1970.";
+    CONFIG_RELOAD_FAILED: "forebay_config_reload_failed", Gauge, [],
+        "1 if the last reload was refused, so that another configuration runs than the file says; else 0.";
+    CONFIG_RELOADS: "forebay_config_reloads_total", Counter, ["result"],
+        "Reloads of the configuration, by what came of them: applied or refused.";
+    GENERATION_EXCHANGES: "forebay_generation_exchanges", Gauge, ["generation"],
+        "Exchanges that go by this configuration, counted by its number.";
+    GENERATION_CONNECTIONS: "forebay_generation_connections", Gauge, ["generation"],
+        "Client connections whose listener is set up as in this configuration, counted by its number.";
     REFUSALS: "forebay_refusals_total", Counter, ["reason"],
         "Exchanges and connections that Forebay itself ended, by reason.";
     CLIENT_CONNECTIONS: "forebay_client_connections", Gauge, ["listener", "state"],
@@ -298,32 +314,32 @@ impl Family {
     }
 
     /// Registers this family as a histogram.
-    pub(super) fn histogram(&self, registry: &Registry) -> HistogramVec {
+    pub(super) fn histogram(&'static self, registry: &Registry) -> HistogramVec {
         let Kind::Histogram(buckets) = self.kind else { unreachable!("{} is no histogram", self.name) };
         let options = HistogramOpts::new(self.name, self.help).buckets(buckets.to_vec());
         self.register(registry, HistogramVec::new(options, self.labels))
     }
 
     /// Registers this family as a counter.
-    pub(super) fn counter(&self, registry: &Registry) -> IntCounterVec {
+    pub(super) fn counter(&'static self, registry: &Registry) -> IntCounterVec {
         debug_assert_eq!(self.kind, Kind::Counter, "{}", self.name);
         self.register(registry, IntCounterVec::new(Opts::new(self.name, self.help), self.labels))
     }
 
     /// Registers this family as a counter of seconds.
-    pub(super) fn seconds(&self, registry: &Registry) -> CounterVec {
+    pub(super) fn seconds(&'static self, registry: &Registry) -> CounterVec {
         debug_assert_eq!(self.kind, Kind::Counter, "{}", self.name);
         self.register(registry, CounterVec::new(Opts::new(self.name, self.help), self.labels))
     }
 
     /// Registers this family as a gauge.
-    pub(super) fn gauge(&self, registry: &Registry) -> IntGaugeVec {
+    pub(super) fn gauge(&'static self, registry: &Registry) -> IntGaugeVec {
         debug_assert_eq!(self.kind, Kind::Gauge, "{}", self.name);
         self.register(registry, IntGaugeVec::new(Opts::new(self.name, self.help), self.labels))
     }
 
     /// Registers this family as a gauge of what is no whole number.
-    pub(super) fn ratio(&self, registry: &Registry) -> GaugeVec {
+    pub(super) fn ratio(&'static self, registry: &Registry) -> GaugeVec {
         debug_assert_eq!(self.kind, Kind::Gauge, "{}", self.name);
         self.register(registry, GaugeVec::new(Opts::new(self.name, self.help), self.labels))
     }
@@ -409,11 +425,11 @@ impl Family {
         }
     }
 
-    fn register<V>(&self, registry: &Registry, made: prometheus::Result<V>) -> V
+    fn register<T>(&'static self, registry: &Registry, made: prometheus::Result<MetricVec<T>>) -> MetricVec<T>
     where
-        V: prometheus::core::Collector + Clone + 'static,
+        T: MetricVecBuilder + 'static,
     {
-        made.and_then(|vector| registry.register(Box::new(vector.clone())).map(|()| vector))
+        made.and_then(|vector| registry.register_vector(&vector, self.labels).map(|()| vector))
             .expect("the rows of this table are valid and unique: a test registers every one of them")
     }
 }

@@ -1,8 +1,9 @@
 //! What is counted where an upstream has limits: who waits, who is turned away, and whether it is asked at all.
 
-use prometheus::{Histogram, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Registry};
+use prometheus::{Histogram, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec};
 
 use super::family;
+use super::registry::Registry;
 use crate::error::{Refusal, refusal};
 
 /// The families of it.

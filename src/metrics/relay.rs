@@ -1,8 +1,9 @@
 //! What is counted of connections that are passed on as they are.
 
-use prometheus::{IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Registry};
+use prometheus::{IntCounter, IntCounterVec, IntGauge, IntGaugeVec};
 
 use super::family;
+use super::registry::Registry;
 
 /// The families of all of them.
 pub(super) struct Families {

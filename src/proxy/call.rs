@@ -200,18 +200,28 @@ fn prepare(request: &mut RequestHeader, own: &Authority, h2: Option<bool>, lengt
     Ok(())
 }
 
+/// The connections of all calls, kept from one configuration to the next. They are made for the first filter that calls
+/// anybody.
+#[derive(Default)]
+pub struct Lines(OnceLock<Arc<Connector>>);
+
+impl Lines {
+    fn connector(&self) -> Arc<Connector> {
+        self.0.get_or_init(|| Arc::new(Connector::new(Some(ConnectorOptions::new(POOL))))).clone()
+    }
+}
+
 /// The upstreams of a configuration, for filters that call them.
 pub struct Directory<'a> {
     upstreams: &'a BTreeMap<String, Arc<Upstream>>,
     metrics: &'a Metrics,
-    /// Made for the first filter that calls anybody.
-    connector: OnceLock<Arc<Connector>>,
+    lines: &'a Lines,
 }
 
 impl<'a> Directory<'a> {
-    /// These upstreams.
-    pub fn new(upstreams: &'a BTreeMap<String, Arc<Upstream>>, metrics: &'a Metrics) -> Self {
-        Directory { upstreams, metrics, connector: OnceLock::new() }
+    /// These upstreams, called over these connections.
+    pub fn new(upstreams: &'a BTreeMap<String, Arc<Upstream>>, metrics: &'a Metrics, lines: &'a Lines) -> Self {
+        Directory { upstreams, metrics, lines }
     }
 }
 
@@ -219,8 +229,7 @@ impl Callees for Directory<'_> {
     fn caller(&self, upstream: &str, filter: &'static str) -> Option<Caller> {
         let upstream = self.upstreams.get(upstream)?.clone();
         let metrics = self.metrics.calls(filter, &upstream.name);
-        let connector = self.connector.get_or_init(|| Arc::new(Connector::new(Some(ConnectorOptions::new(POOL)))));
-        let connector = connector.clone();
+        let connector = self.lines.connector();
         Some(Caller::new(Arc::new(Callee { upstream, connector, metrics })))
     }
 

@@ -11,9 +11,11 @@ use http::{HeaderMap, HeaderValue, StatusCode, Uri};
 use pingora::http::{RequestHeader, ResponseHeader};
 
 use super::deadline::Dues;
+use super::generation::Epoch;
 use super::grpc::Call;
 use super::mirror::Copy;
 use super::route::Route;
+use super::send::Manners;
 use super::watch::Watch;
 use crate::access_log::{Failed, Why};
 use crate::client::connection::{Begin, Connection, UnderWay, introduction};
@@ -81,6 +83,10 @@ pub struct Exchange {
     pub switched: Option<Box<RequestHeader>>,
     /// Bytes that have passed since: from the client, and to it.
     pub tunnelled: (u64, u64),
+    /// The generation of the configuration that it goes by, once its header is here.
+    pub epoch: Option<Arc<Epoch>>,
+    /// What that adds to every request.
+    pub manners: Manners,
     /// The route it took.
     pub route: Option<Arc<Route>>,
     /// What the filters of the route keep for it.
@@ -406,6 +412,8 @@ impl Exchange {
             closes: false,
             switched: None,
             tunnelled: (0, 0),
+            epoch: None,
+            manners: Manners::default(),
             route: None,
             filters: None,
             upstream: None,

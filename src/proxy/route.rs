@@ -12,10 +12,15 @@ use http::header;
 use pingora::http::RequestHeader;
 
 use super::exchange::{Exchange, FilterStates};
+use super::generation::Generation;
+use super::grpc;
+use super::header::names;
 use super::header::upgrade::Upgrades;
+use super::https;
 use super::mirror::Mirror;
 use super::retry::Rules;
 use super::watch::Watch;
+use crate::client::challenges::Challenges;
 use crate::client::intake::IntakeTerms;
 use crate::client::wire::Manner;
 use crate::error::{Refusal, refusal};
@@ -99,20 +104,58 @@ pub fn find<'t>(
     routes: &'t Table<Arc<Route>>,
     request: &RequestHeader,
 ) -> Result<&'t Arc<Route>, &'static Refusal> {
+    let found = routes.find(&query(request), |route, when| holds(exchange, &route.name, request, when));
+    found.ok_or(&refusal::ROUTE_NO_MATCH)
+}
+
+/// What the table is asked for a request.
+pub fn query(request: &RequestHeader) -> Query<'_> {
     let host = request.headers.get(header::HOST).and_then(|host| host.to_str().ok()).unwrap_or_default();
-    let path = request.uri.path();
-    let query = Query {
+    Query {
         method: &request.method,
         host: without_port(host),
-        path,
+        path: request.uri.path(),
         query: request.uri.query(),
         headers: &request.headers,
-    };
-    let holds = |route: &Arc<Route>, when: &Condition| {
-        let facts = Facts { path, ..exchange.facts(&route.name) };
-        when.holds(&facts.asked(request))
-    };
-    routes.find(&query, holds).ok_or(&refusal::ROUTE_NO_MATCH)
+    }
+}
+
+/// Whether a condition of the route of this name holds for a request.
+pub fn holds(exchange: &Exchange, route: &str, request: &RequestHeader, when: &Condition) -> bool {
+    let facts = Facts { path: request.uri.path(), ..exchange.facts(route) };
+    when.holds(&facts.asked(request))
+}
+
+/// Everything about a request before filters see it: whether it may pass, whether Forebay answers it itself, and the
+/// route that takes it. `checked` hears of it between the two.
+///
+/// # Errors
+///
+/// What is done with a request that comes to no route.
+pub fn decide(
+    exchange: &mut Exchange,
+    generation: &Generation,
+    challenges: &Challenges,
+    request: &mut RequestHeader,
+    checked: impl FnOnce(&mut Exchange, &RequestHeader),
+) -> Result<Arc<Route>, Verdict> {
+    exchange.grpc = grpc::Call::of(request);
+    let passes = super::header::check(exchange, request, &generation.rules);
+    checked(exchange, request);
+    passes.and_then(|()| exchange.take_place()).map_err(Verdict::from)?;
+    if let Some(verdict) = https::prove(challenges, request).or_else(|| https::redirect(exchange, request)) {
+        return Err(verdict);
+    }
+    let route = find(exchange, &generation.routes, request).map_err(Verdict::from)?.clone();
+    if route.grpc_web && exchange.grpc.is_none() {
+        exchange.grpc = grpc::Call::of_web(request);
+    }
+    if exchange.grpc.is_some() && !route.only_grpc {
+        // Metadata of gRPC may have odd names; but not all who could get these speak it.
+        names::drop_odd(request, exchange.odd_names());
+    }
+    settle_upgrade(&route, request);
+    Ok(route)
 }
 
 /// Takes the route and runs its request filters.

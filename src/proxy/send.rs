@@ -36,7 +36,7 @@ use crate::spans::pass_on;
 use crate::upstream::transport::http2::{RequestTrailers, StreamHandle};
 
 /// What Forebay adds to every request.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Default)]
 pub struct Manners {
     /// Which headers tell the upstream who the client is.
     pub forwarded: Forwarded,

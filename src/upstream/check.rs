@@ -88,6 +88,12 @@ impl Checks {
         endpoint.set_health(Health::Unknown, self.terms.unknown_is_healthy, now);
     }
 
+    /// Says again what an endpoint counts as of which others have found out something.
+    pub fn judge(&self, endpoint: &Endpoint, now: Instant) {
+        let health = endpoint.checks().health();
+        endpoint.set_health(health, self.terms.unknown_is_healthy, now);
+    }
+
     /// There are other endpoints now.
     pub fn members_changed(&self) {
         self.members_changed.notify_one();

@@ -79,7 +79,7 @@ enum What {
     },
 }
 
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 enum Question {
     Addresses { host: Arc<str>, port: u16 },
     Services(Arc<str>),
@@ -137,6 +137,12 @@ impl Discovery {
         }
         let resolver = resolver.unwrap_or_else(|| Box::new(Resolver::new(servers, timeout)));
         Ok(Discovery { resolver, refresh, listing: Mutex::new(listing), file, metrics })
+    }
+
+    /// What `before` knows of names that are asked for here as well is known here, too.
+    pub fn remember(&self, before: &Discovery) {
+        let before = before.listing();
+        self.listing().learn_from(&before);
     }
 
     /// Everything that is known to be there.
@@ -342,6 +348,23 @@ impl Listing {
             What::Literal(_) => None,
         });
         asked.collect()
+    }
+
+    /// What another listing knows of names that both have is known here, too.
+    fn learn_from(&mut self, other: &Listing) {
+        let mut known = BTreeMap::new();
+        for entry in &other.entries {
+            if let What::Asked { question, memory, .. } = &entry.what {
+                known.insert(question.clone(), memory);
+            }
+        }
+        for entry in &mut self.entries {
+            if let What::Asked { question, memory, .. } = &mut entry.what
+                && let Some(&earlier) = known.get(&*question)
+            {
+                *memory = earlier.clone();
+            }
+        }
     }
 
     /// What is known of names that stay stays known.

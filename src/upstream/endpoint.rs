@@ -154,6 +154,12 @@ impl Endpoint {
         }
     }
 
+    /// Begins with what is known of `earlier`, the same server under other terms: its health, and how long it takes.
+    pub(super) fn resemble(&self, earlier: &Endpoint) {
+        *self.checks() = earlier.checks().clone();
+        self.latency.resemble(&earlier.latency);
+    }
+
     /// Takes over what its source says of it now.
     pub(super) fn update(&self, found: &Found) {
         self.weight.store(found.weight.get(), Ordering::Relaxed);

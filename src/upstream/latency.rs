@@ -31,6 +31,15 @@ impl Latency {
         Latency { began: now, state: AtomicU64::new(UNKNOWN) }
     }
 
+    /// Expects what `earlier` does.
+    pub fn resemble(&self, earlier: &Latency) {
+        let now = Instant::now();
+        let seconds = earlier.seconds(now);
+        if seconds > 0.0 {
+            self.observe(Duration::from_secs_f64(seconds), now);
+        }
+    }
+
     /// The expected seconds, decayed to `now`; 0.0 if nothing was observed yet.
     pub fn seconds(&self, now: Instant) -> f64 {
         match self.state.load(Ordering::Relaxed) {

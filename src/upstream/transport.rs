@@ -113,6 +113,11 @@ impl Transport {
         })
     }
 
+    /// Whether it connects as `other` does: a connection that one has made serves the other as well.
+    pub(super) fn makes_the_same_connections(&self, other: &Transport) -> bool {
+        self.key == other.key
+    }
+
     /// Why an endpoint at `host` (`None`: a unix socket) cannot be connected to, if so.
     pub(super) fn objection(&self, host: Option<&str>) -> Option<&'static str> {
         self.tls.as_ref()?.objection(host)

@@ -28,7 +28,7 @@ const RSA_BITS_MIN: u32 = 2048;
 pub const ISSUED_KIND: KeyKind = KeyKind::P256;
 
 /// Where a certificate comes from, and whom it is shown to.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Source {
     /// A file with the certificate and those between it and its authority, in PEM.
     pub cert: String,

@@ -5,37 +5,23 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use async_trait::async_trait;
 use futures::FutureExt;
-use futures::future::join_all;
+use futures::future::BoxFuture;
 use notify::{RecommendedWatcher, RecursiveMode, Watcher};
-use pingora::server::ShutdownWatch;
-use pingora::services::background::{BackgroundService, GenBackgroundService};
 use tokio::sync::Notify;
 
 use super::Tls;
+use crate::upkeep::Kept;
 
 /// Between the first word of a change and the look at the files: a certificate and its key are two of them.
 const SETTLE: Duration = Duration::from_millis(100);
 
-/// What looks after the TLS of all listeners.
-pub struct Upkeep {
-    listeners: Vec<Arc<Tls>>,
-}
-
-/// A service that looks after these.
-pub fn background(listeners: Vec<Arc<Tls>>) -> GenBackgroundService<Upkeep> {
-    GenBackgroundService::new("tls".to_owned(), Arc::new(Upkeep { listeners }))
-}
-
-#[async_trait]
-impl BackgroundService for Upkeep {
-    async fn start(&self, mut shutdown: ShutdownWatch) {
-        let tasks = self.listeners.iter().flat_map(|tls| [keep_files(tls).boxed(), keep_tickets(tls).boxed()]);
-        tokio::select! {
-            _ = join_all(tasks) => {}
-            _ = shutdown.changed() => {}
+impl Kept for Tls {
+    fn keep(self: Arc<Self>) -> BoxFuture<'static, ()> {
+        async move {
+            tokio::join!(keep_files(&self), keep_tickets(&self));
         }
+        .boxed()
     }
 }
 

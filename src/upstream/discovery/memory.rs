@@ -29,7 +29,7 @@ pub enum Kind {
 }
 
 /// What is known of one name.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Memory<T> {
     good: Vec<T>,
     /// Since when it is said that there is nothing.

@@ -7,8 +7,8 @@ use super::phrases;
 pub fn board() -> Board {
     Board::new(
         "process",
-        "What is running: version, uptime, CPU, memory, files, the connections of each listener, TLS, \
-        certificates and the logs.",
+        "What is running: version, uptime, CPU, memory, files, the configuration and its reloads, the connections of \
+        each listener, TLS, certificates and the logs.",
     )
     .strip([
         Panel::stat("Up", "Processes that Prometheus reaches.", "short", "sum(up)"),
@@ -117,6 +117,41 @@ pub fn board() -> Board {
                 "reqps",
             )
             .query("sum by (protocol) (rate(forebay_client_requests_total[R]))", "{{protocol}}"),
+        ],
+    )
+    .row(
+        8,
+        [
+            Panel::table("Configurations", "Which configuration runs where, and since when.", "instance")
+                .column("generation", "short", "max by (instance) (forebay_config_generation)")
+                .column("age", "s", "time() - max by (instance) (forebay_config_loaded_timestamp_seconds)")
+                .column_of_labels("max by (instance, hash) (forebay_config_info)")
+                .wide(2),
+            Panel::stack(
+                "Reloads",
+                "Reloads of the configuration, per second, by what came of them.",
+                "ops",
+            )
+            .query("sum by (result) (rate(forebay_config_reloads_total[R]))", "{{result}}"),
+            Panel::lines(
+                "Reload refused",
+                "Processes whose last reload was refused: they run another configuration than their file says.",
+                "short",
+            )
+            .query("max by (instance) (forebay_config_reload_failed)", "{{instance}}")
+            .at_least(1.0),
+            Panel::stack(
+                "Exchanges by generation",
+                "Exchanges, tunnels among them, by the number of the configuration that they began with.",
+                "short",
+            )
+            .query("sum by (generation) (forebay_generation_exchanges)", "{{generation}}"),
+            Panel::stack(
+                "Connections by generation",
+                "Client connections, by the number of the configuration that their listener was set up by.",
+                "short",
+            )
+            .query("sum by (generation) (forebay_generation_connections)", "{{generation}}"),
         ],
     )
     .row(

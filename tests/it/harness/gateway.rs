@@ -343,14 +343,35 @@ impl Setup {
         self.spawn_with(&[])
     }
 
+    /// Writes the file that a program reads that was started with it.
+    pub fn write(&self) {
+        fs::write(self.path("forebay.yaml"), self.yaml()).expect("a configuration file");
+    }
+
+    /// The same configuration as the next one of this program.
+    pub fn in_place_of(mut self, process: &Process) -> Setup {
+        self.dir = process.dir.clone();
+        self.log = log_path(&self.dir);
+        self
+    }
+
     /// Starts the program with it and with these environment variables.
     pub fn spawn_with(&self, environment: &[(&str, &Path)]) -> Process {
-        let file = self.path("forebay.yaml");
-        fs::write(&file, self.yaml()).expect("a configuration file");
+        self.write();
+        self.spawned(&self.path("forebay.yaml"), &[], environment)
+    }
+
+    /// Starts the program with a file that is there already, and with these arguments.
+    pub fn spawn_at(&self, file: &Path, arguments: &[&str]) -> Process {
+        self.spawned(file, arguments, &[])
+    }
+
+    fn spawned(&self, file: &Path, arguments: &[&str], environment: &[(&str, &Path)]) -> Process {
         let mut child = self
             .program()
             .args(["run", "-c"])
-            .arg(&file)
+            .arg(file)
+            .args(arguments)
             .envs(environment.iter().copied())
             .stderr(Stdio::piped())
             .spawn()
@@ -435,6 +456,16 @@ impl Process {
     /// Where the admin endpoint is bound.
     pub fn admin(&self) -> SocketAddr {
         self.admin
+    }
+
+    /// Where a listener is bound that was opened since.
+    pub fn listens(&self, listener: &str) -> SocketAddr {
+        eventually(&format!("the program to listen at `{listener}`"), || address_told(&self.stderr(), listener))
+    }
+
+    /// Its metrics.
+    pub fn scrape(&self) -> Scrape {
+        Scrape::of(self.admin)
     }
 
     /// What it said on standard error so far.
@@ -761,10 +792,15 @@ fn announced(child: &mut Child, stderr: &Mutex<String>, listener: &str) -> Socke
         if let Some(status) = child.try_wait().expect("the state of the child") {
             panic!("the program ended with {status} before it listened:\n{said}");
         }
-        said.lines().find_map(|line| {
-            let word = |key: &str| line.split_whitespace().find_map(|word| word.strip_prefix(key));
-            let named = word("listener=")?.trim_matches('"') == listener;
-            named.then(|| word("address=")?.trim_matches('"').parse().ok()).flatten()
-        })
+        address_told(&said, listener)
+    })
+}
+
+/// The address in the line of a listener.
+fn address_told(said: &str, listener: &str) -> Option<SocketAddr> {
+    said.lines().find_map(|line| {
+        let word = |key: &str| line.split_whitespace().find_map(|word| word.strip_prefix(key));
+        let named = word("listener=")?.trim_matches('"') == listener;
+        named.then(|| word("address=")?.trim_matches('"').parse().ok()).flatten()
     })
 }

@@ -1,0 +1,101 @@
+//! A configuration as it may be shown: everything that is in effect, without secrets.
+//!
+//! What came in by `${…}` is shown as it is written in the file, for it may be a secret. What is secret by its key is
+//! left out even if it is written in the file.
+
+use serde_json::Value;
+
+use super::Config;
+use crate::error::path::{Step, steps};
+
+/// What stands in the place of a secret.
+pub const REDACTED: &str = "<redacted>";
+
+/// The keys of secrets, wherever they are.
+const SECRET_KEYS: [&str; 6] = ["secret", "secrets", "token", "tokens", "password", "passwords"];
+
+impl Config {
+    /// What is in effect, defaults among it, without secrets.
+    pub fn shown(&self) -> Value {
+        // Not reached, the error: it is made of structs and maps whose keys are text.
+        let mut whole = serde_json::to_value(self).unwrap_or_default();
+        for secret in &self.source.secrets {
+            if let Some(value) = find(&mut whole, &secret.path) {
+                *value = Value::String(secret.written.clone());
+            }
+        }
+        hide(&mut whole, false);
+        whole
+    }
+}
+
+fn find<'v>(value: &'v mut Value, path: &str) -> Option<&'v mut Value> {
+    steps(path).try_fold(value, |at, step| match step {
+        Step::Key(name) => at.get_mut(&*name),
+        Step::Index(index) => at.get_mut(index),
+    })
+}
+
+/// Takes out what is secret by its key; `binding`: this is the key of an account (`acme.*.eab`).
+fn hide(value: &mut Value, binding: bool) {
+    match value {
+        Value::Object(entries) => {
+            for (name, value) in entries {
+                match SECRET_KEYS.contains(&&**name) || (binding && name == "key") {
+                    true => redact(value),
+                    false => hide(value, name == "eab"),
+                }
+            }
+        }
+        Value::Array(items) => items.iter_mut().for_each(|item| hide(item, false)),
+        _ => {}
+    }
+}
+
+fn redact(value: &mut Value) {
+    match value {
+        // As it is written in the file, such as `${TOKEN}`: what it stands for is not shown.
+        Value::String(text) if text.contains("${") => {}
+        Value::String(text) => *text = REDACTED.to_owned(),
+        Value::Array(items) => items.iter_mut().for_each(redact),
+        Value::Object(entries) => entries.values_mut().for_each(redact),
+        Value::Number(_) => *value = Value::String(REDACTED.to_owned()),
+        Value::Null | Value::Bool(_) => {}
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::decode;
+    use crate::filter::Catalog;
+
+    #[test]
+    fn what_comes_from_outside_is_shown_as_it_is_written_and_a_secret_not_at_all() {
+        let text = "
+listeners: [ { name: web, address: 127.0.0.1:8080 } ]
+upstreams:
+  app:
+    endpoints: [ { address: \"${HOST}:80\" } ]
+    load_balancing: { sticky: { cookie: { name: at, secret: [ 0123456789abcdef, \"${OLD}\" ] } } }
+routes: [ { name: all, upstream: app } ]
+admin: { token: open-sesame-0123456789 }
+";
+        let variable = |name: &str| match name {
+            "HOST" => Some("10.9.8.7".to_owned()),
+            "OLD" => Some("fedcba9876543210".to_owned()),
+            _ => None,
+        };
+        let config = decode::parse("test.yaml", text, Catalog::builtin().kinds(), &variable);
+        let shown = config.unwrap_or_else(|report| panic!("{report}")).shown();
+        assert_eq!(shown["upstreams"]["app"]["endpoints"][0]["address"], "${HOST}:80");
+        let secret = &shown["upstreams"]["app"]["load_balancing"]["sticky"]["cookie"]["secret"];
+        assert_eq!(*secret, serde_json::json!([REDACTED, "${OLD}"]));
+        assert_eq!(shown["admin"]["token"], REDACTED);
+        let whole = shown.to_string();
+        for secret in ["10.9.8.7", "0123456789", "fedcba98", "sesame"] {
+            assert!(!whole.contains(secret), "{secret} in {whole}");
+        }
+        assert_eq!(shown["listeners"][0]["limits"]["headers"], "100", "defaults are in effect, too");
+    }
+}

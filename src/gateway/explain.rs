@@ -1,0 +1,531 @@
+//! What becomes of a request, by a configuration and nothing else: `forebay match`.
+//!
+//! The listener, the checks of the header and the choice of the route are the code that serves, asked about a request
+//! that nobody sends. No socket is bound, no name is resolved, no filter runs. That a route does not take a request is
+//! explained by the same code as well: by tables of that route alone, with one condition after the other.
+
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::sync::Arc;
+
+use http::{Method, Uri};
+use pingora::http::RequestHeader;
+use serde::Serialize;
+use serde_json::Value;
+
+use crate::client::account::Accounts;
+use crate::client::challenges::Challenges;
+use crate::client::connection::{Common, Connection, Counted, Listener};
+use crate::client::descriptors::Shares;
+use crate::client::head::{Scanner, inspect};
+use crate::config::route::Match;
+use crate::config::{self, Config};
+use crate::error::path::{join, key};
+use crate::error::{BuildError, Refusal, refusal};
+use crate::filter::{Catalog, Verdict};
+use crate::metrics::Metrics;
+use crate::proxy::exchange::Exchange;
+use crate::proxy::generation::{Epoch, Generation};
+use crate::proxy::header::{Rules, TrustedProxies};
+use crate::proxy::route::path::Paths;
+use crate::proxy::route::table::{Query, Table};
+use crate::proxy::route::{decide, holds, query};
+use crate::proxy::send::Manners;
+
+use super::parts::{Fit, Ground, Parts, fittings, in_one_form};
+
+/// Connections may be as many as anybody likes: none is made.
+const UNLIMITED: u64 = 1 << 20;
+
+/// A request that is asked about.
+#[derive(Clone, Debug)]
+pub struct Question {
+    /// Its method.
+    pub method: String,
+    /// Where it goes: a whole URL. Its port and scheme choose the listener.
+    pub url: Uri,
+    /// Its header fields besides `Host`.
+    pub fields: Vec<(String, String)>,
+    /// Who sends it.
+    pub client: IpAddr,
+    /// The listener that it comes in by, if the URL does not tell.
+    pub listener: Option<String>,
+}
+
+impl Question {
+    /// Where requests come from unless somebody says otherwise.
+    pub const CLIENT: IpAddr = IpAddr::V4(Ipv4Addr::LOCALHOST);
+}
+
+/// What becomes of it.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Explanation {
+    /// The listener that it comes in by.
+    pub listener: Thing,
+    /// What is done with it.
+    pub outcome: Outcome,
+    /// The filters of its route, in the order in which requests pass them.
+    pub filters: Vec<Thing>,
+    /// The upstreams that its route leads to.
+    pub upstreams: Vec<Thing>,
+    /// What holds for it, and where that is written.
+    pub values: Vec<Held>,
+    /// Why other routes do not take it.
+    pub others: Vec<Other>,
+}
+
+/// What is done with a request.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+#[serde(rename_all = "snake_case", tag = "is")]
+pub enum Outcome {
+    /// This route takes it.
+    Routed {
+        /// The route.
+        route: Thing,
+    },
+    /// Forebay refuses it.
+    Refused {
+        /// The reason, as in metrics and logs.
+        reason: String,
+        /// The status that the client gets.
+        status: u16,
+    },
+    /// Forebay answers it itself.
+    Answered {
+        /// The status.
+        status: u16,
+        /// Where the client is sent, if it is.
+        location: Option<String>,
+    },
+    /// The connection passes as it is.
+    PassedOn {
+        /// Whereto.
+        upstream: String,
+    },
+}
+
+/// Something that is written in the file.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Thing {
+    /// How it is called.
+    pub name: String,
+    /// Its path.
+    pub path: String,
+    /// The line that it begins in.
+    pub line: Option<usize>,
+    /// What else is to be said of it.
+    #[serde(skip_serializing_if = "String::is_empty")]
+    pub more: String,
+}
+
+/// A value that holds.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Held {
+    /// Its path.
+    pub path: String,
+    /// The value.
+    pub value: String,
+    /// The line that it is written in; `None`: it is the default.
+    pub line: Option<usize>,
+}
+
+/// A route that does not take the request.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Other {
+    /// Its name.
+    pub route: String,
+    /// The line that it begins in.
+    pub line: Option<usize>,
+    /// Why it does not.
+    pub why: String,
+}
+
+/// Why nothing can be said of a request.
+#[derive(Debug, thiserror::Error)]
+pub enum Unclear {
+    /// It is none.
+    #[error("{0}")]
+    Request(String),
+    /// It could come in by any of these listeners, or by none.
+    #[error("{0}")]
+    Listener(String),
+}
+
+/// A configuration that is asked about requests.
+pub struct Explainer {
+    config: Config,
+    metrics: Metrics,
+    challenges: Arc<Challenges>,
+    generation: Generation,
+    listeners: Vec<Arc<Listener>>,
+}
+
+impl Explainer {
+    /// Builds what the gateway goes by, without binding a socket or resolving a name.
+    ///
+    /// # Errors
+    ///
+    /// All that is wrong with the configuration.
+    pub fn new(catalog: &Catalog, config: Config) -> Result<Explainer, Vec<BuildError>> {
+        let metrics = Metrics::new(u64::MAX, Vec::new());
+        let ground = Ground::offline(catalog.clone(), metrics.clone());
+        let mut parts = Parts::build(&ground, &config, None)?;
+        let accounts = Accounts::new(config.ipv6_prefix, &config.trusted_proxies, config.listeners.len());
+        let common = Common::new(Shares::new(UNLIMITED, 0, 0.5, 0.25), accounts);
+        let mut listeners = Vec::new();
+        for (index, written) in config.listeners.iter().enumerate() {
+            let tls = parts.tls[index].take().map(Fit::unstarted);
+            let fittings = fittings(written, tls, &parts.upstreams, &metrics);
+            let listener = Listener::build(written, 1, fittings, &common, &metrics, None);
+            listener.begin();
+            listeners.push(Arc::new(listener));
+        }
+        let generation = Generation {
+            epoch: Arc::new(Epoch { number: 1 }),
+            routes: parts.routes,
+            rules: Rules { trusted: TrustedProxies::new(&config.trusted_proxies), paths: Paths::new(&config.paths) },
+            manners: Manners { forwarded: config.forwarded, via: config.via },
+        };
+        let challenges = ground.challenges.clone();
+        Ok(Explainer { config, metrics, challenges, generation, listeners })
+    }
+
+    /// The name of the route that takes a request; `None`: none does.
+    ///
+    /// # Errors
+    ///
+    /// Nothing can be said of it.
+    pub fn route(&self, question: &Question) -> Result<Option<String>, Unclear> {
+        let index = self.listener(question)?;
+        let decided = self.decide(question, index)?;
+        Ok(match decided.0 {
+            Outcome::Routed { route } => Some(route.name),
+            _ => None,
+        })
+    }
+
+    /// Says what becomes of a request.
+    ///
+    /// # Errors
+    ///
+    /// Nothing can be said of it.
+    pub fn explain(&self, question: &Question) -> Result<Explanation, Unclear> {
+        let index = self.listener(question)?;
+        let written = &self.config.listeners[index];
+        let listener = self.thing(&written.name, format!("listeners[{index}]"), &written.address.0);
+        let (outcome, seen) = self.decide(question, index)?;
+        let mut explanation = Explanation {
+            listener,
+            outcome,
+            filters: Vec::new(),
+            upstreams: Vec::new(),
+            values: Vec::new(),
+            others: Vec::new(),
+        };
+        let taken = match &explanation.outcome {
+            Outcome::Routed { route } => self.config.routes.iter().position(|one| one.name == route.name),
+            Outcome::Refused { reason, .. } if reason == refusal::ROUTE_NO_MATCH.reason => None,
+            _ => return Ok(explanation),
+        };
+        if let Some(taken) = taken {
+            self.describe(taken, &mut explanation);
+        }
+        if let Some((exchange, request)) = seen {
+            explanation.others = self.others(taken, &exchange, &request);
+        }
+        Ok(explanation)
+    }
+
+    /// The place of the listener that a request comes in by: that of the name, else that of the port, else the only one
+    /// that speaks so.
+    fn listener(&self, question: &Question) -> Result<usize, Unclear> {
+        let all = &self.config.listeners;
+        if let Some(name) = &question.listener {
+            let found = all.iter().position(|listener| listener.name == *name);
+            return found.ok_or_else(|| Unclear::Listener(format!("there is no listener `{name}`")));
+        }
+        let https = question.url.scheme_str() == Some("https");
+        let speaks =
+            |listener: &config::Listener| (listener.tls.is_some() || !listener.passthrough.is_empty()) == https;
+        let port = question.url.port_u16().unwrap_or(if https { 443 } else { 80 });
+        let of_port = |listener: &config::Listener| listener.address.port() == Some(port);
+        let candidates = |wanted: &dyn Fn(&config::Listener) -> bool| -> Vec<usize> {
+            (0..all.len()).filter(|&index| wanted(&all[index])).collect()
+        };
+        let named = candidates(&|listener| of_port(listener) && (speaks(listener) || listener.tcp.is_some()));
+        let found = if named.is_empty() && question.url.port_u16().is_none() { candidates(&speaks) } else { named };
+        match &found[..] {
+            [one] => Ok(*one),
+            found => {
+                let names: Vec<&str> = all.iter().map(|listener| &*listener.name).collect();
+                let which = if found.is_empty() { "no listener" } else { "more than one listener" };
+                let scheme = if https { "https" } else { "http" };
+                Err(Unclear::Listener(format!(
+                    "{which} takes {scheme} at port {port}: name one by --listener; there are: {}",
+                    names.join(", ")
+                )))
+            }
+        }
+    }
+
+    /// What is done with a request, and the request as routes see it, if it comes so far.
+    fn decide(
+        &self,
+        question: &Question,
+        index: usize,
+    ) -> Result<(Outcome, Option<(Exchange, RequestHeader)>), Unclear> {
+        let listener = &self.listeners[index];
+        let authority = question.url.authority().ok_or_else(|| {
+            Unclear::Request(format!("`{}` is no URL: write one such as https://host/path", question.url))
+        })?;
+        if let Some(relay) = &listener.tcp {
+            return Ok((Outcome::PassedOn { upstream: relay.upstream.name.to_string() }, None));
+        }
+        let name = authority.host().to_ascii_lowercase();
+        if let Some(relay) = listener.passthrough.find(&name) {
+            return Ok((Outcome::PassedOn { upstream: relay.upstream.name.to_string() }, None));
+        }
+        if let Some(tls) = &listener.tls
+            && let Err(why) = tls.table.load().find(Some(&name))
+        {
+            return Ok((refused(why), None));
+        }
+        let target = question.url.path_and_query().map_or("/", |target| target.as_str());
+        let mut header = format!("{} {target} HTTP/1.1\r\n", question.method);
+        if !question.fields.iter().any(|(name, _)| name.eq_ignore_ascii_case("host")) {
+            header += &format!("Host: {authority}\r\n");
+        }
+        for (name, value) in &question.fields {
+            header += &format!("{name}: {value}\r\n");
+        }
+        header += "\r\n";
+        let whole = Scanner::default().scan(header.as_bytes(), listener.head).and_then(|end| match end {
+            Some(end) if end == header.len() => inspect(header.as_bytes()),
+            _ => Err(&refusal::HEADER_MALFORMED),
+        });
+        if let Err(why) = whole {
+            return Ok((refused(why), None));
+        }
+        let mut request = self.request(question, target, &header)?;
+        let peer = SocketAddr::new(question.client, 0);
+        let counted = Counted::take(listener).map_err(|why| Unclear::Request(why.reason.to_owned()))?;
+        let mut exchange = Exchange::begin(&self.metrics);
+        exchange.connection = Some(Connection::new(counted, Some(peer), None));
+        if listener.tls.is_some() {
+            exchange.scheme = "https";
+        }
+        let decided = decide(&mut exchange, &self.generation, &self.challenges, &mut request, |_, _| {});
+        let outcome = match decided {
+            Ok(route) => {
+                let index = self.config.routes.iter().position(|one| one.name == route.name).unwrap_or_default();
+                let route = self.thing(&route.name, format!("routes[{index}]"), "");
+                Outcome::Routed { route }
+            }
+            Err(Verdict::Refuse(why)) => refused(why.refusal),
+            Err(Verdict::Answer(answer)) => {
+                let location = answer.headers.iter().find(|(name, _)| *name == http::header::LOCATION);
+                let location = location.map(|(_, value)| String::from_utf8_lossy(value.as_bytes()).into_owned());
+                Outcome::Answered { status: answer.status.as_u16(), location }
+            }
+            Err(Verdict::Continue) => refused(&refusal::INTERNAL),
+        };
+        Ok((outcome, Some((exchange, request))))
+    }
+
+    /// The request as it is read from a connection.
+    fn request(&self, question: &Question, target: &str, header: &str) -> Result<RequestHeader, Unclear> {
+        let wrong = |what: String| Unclear::Request(what);
+        let method = Method::from_bytes(question.method.as_bytes())
+            .map_err(|_| wrong(format!("`{}` is no method", question.method)))?;
+        let mut request = RequestHeader::build(method, target.as_bytes(), None)
+            .map_err(|error| wrong(format!("`{target}` is no target: {error}")))?;
+        for line in header.lines().skip(1).filter(|line| !line.is_empty()) {
+            let (name, value) = line.split_once(':').unwrap_or((line, ""));
+            let added = request.append_header(name.to_owned(), value.trim());
+            added.map_err(|error| wrong(format!("`{line}` is no header field: {error}")))?;
+        }
+        Ok(request)
+    }
+
+    fn describe(&self, index: usize, explanation: &mut Explanation) {
+        let route = &self.config.routes[index];
+        let at = format!("routes[{index}]");
+        for (number, filter) in route.filters.iter().enumerate() {
+            let Some(decoded) = &filter.decoded else { continue };
+            let when = decoded.when.as_ref().map(|when| format!("when {when}")).unwrap_or_default();
+            explanation.filters.push(self.thing(decoded.key, format!("{at}.filters[{number}]"), &when));
+        }
+        let shown = self.config.shown();
+        for part in ["deadline", "filter_timeout", "buffering", "client", "retry", "upgrades", "mirror"] {
+            self.values(&join(&at, part), shown["routes"][index].get(part), &mut explanation.values);
+        }
+        let sides = route.upstreams.iter().map(|side| &side.name);
+        for name in route.upstream.iter().chain(sides) {
+            let path = join("upstreams", &key(name));
+            let Some(written) = self.config.upstreams.get(name) else { continue };
+            let more =
+                format!("{}, {} endpoints written", written.load_balancing.policy.name(), written.endpoints.len());
+            explanation.upstreams.push(self.thing(name, path.clone(), &more));
+            for part in ["protocol", "timeouts", "limits", "queue", "retry", "health_check"] {
+                self.values(&join(&path, part), shown["upstreams"][name].get(part), &mut explanation.values);
+            }
+        }
+    }
+
+    /// Every value at a path and below it.
+    fn values(&self, path: &str, value: Option<&Value>, values: &mut Vec<Held>) {
+        match value {
+            None | Some(Value::Null) => {}
+            Some(Value::Object(entries)) => {
+                entries.iter().for_each(|(name, value)| self.values(&join(path, &key(name)), Some(value), values));
+            }
+            Some(value) => values.push(Held {
+                line: self.config.line(path),
+                path: path.to_owned(),
+                value: value.as_str().map_or_else(|| value.to_string(), str::to_owned),
+            }),
+        }
+    }
+
+    /// Why routes do not take a request, all but one.
+    fn others(&self, taken: Option<usize>, exchange: &Exchange, request: &RequestHeader) -> Vec<Other> {
+        let name = taken.map(|taken| &*self.config.routes[taken].name);
+        let others = self.config.routes.iter().enumerate().filter(|(index, _)| Some(*index) != taken);
+        others
+            .map(|(index, route)| Other {
+                route: route.name.clone(),
+                line: self.config.line(&format!("routes[{index}]")),
+                why: match self.objection(&route.matches, &route.name, exchange, request) {
+                    Some(why) => why.to_owned(),
+                    None => format!("it would, but {} goes before it", name.unwrap_or("another")),
+                },
+            })
+            .collect()
+    }
+
+    /// The first condition of a route that a request does not meet.
+    fn objection(
+        &self,
+        matches: &Match,
+        route: &str,
+        exchange: &Exchange,
+        request: &RequestHeader,
+    ) -> Option<&'static str> {
+        let matches = in_one_form(matches, self.generation.rules.paths).ok()?;
+        let query: Query<'_> = query(request);
+        let takes = |matches: &Match| {
+            let table = Table::build(vec![(matches, ())]).ok();
+            table.is_some_and(|table| table.find(&query, |(), when| holds(exchange, route, request, when)).is_some())
+        };
+        let mut so_far = Match { hosts: matches.hosts.clone(), ..Match::default() };
+        if !takes(&so_far) {
+            return Some("another host");
+        }
+        so_far.path = matches.path.clone();
+        if !takes(&so_far) {
+            return Some("another path");
+        }
+        so_far.methods = matches.methods.clone();
+        if !takes(&so_far) {
+            return Some("another method");
+        }
+        so_far.headers = matches.headers.clone();
+        if !takes(&so_far) {
+            return Some("its headers are not met");
+        }
+        so_far.queries = matches.queries.clone();
+        if !takes(&so_far) {
+            return Some("its query is not met");
+        }
+        (!takes(&matches)).then_some("its `when` does not hold")
+    }
+
+    fn thing(&self, name: &str, path: String, more: &str) -> Thing {
+        Thing { name: name.to_owned(), line: self.config.line(&path), path, more: more.to_owned() }
+    }
+}
+
+fn refused(why: &'static Refusal) -> Outcome {
+    Outcome::Refused { reason: why.reason.to_owned(), status: why.status }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const FILE: &str = "
+listeners:
+  - { name: web, address: 127.0.0.1:8080 }
+  - { name: old, address: 127.0.0.1:8081, redirect_https: true }
+upstreams: { app: { endpoints: [ { address: 127.0.0.1:1 } ], timeouts: { connect: 3s } } }
+routes:
+  - { name: shop, match: { hosts: [shop.test], path: { prefix: /cart }, methods: [POST] }, upstream: app }
+  - name: admin
+    match: { hosts: [shop.test], headers: { x-admin: { present: true } } }
+    filters: [ { access: { allow: [127.0.0.0/8] } } ]
+    upstream: app
+  - { name: rest, match: { hosts: [shop.test], when: 'request.path != \"/x\"' }, upstream: app }
+";
+
+    fn explainer() -> Explainer {
+        let config =
+            Config::parse("test.yaml", FILE, Catalog::builtin().kinds()).unwrap_or_else(|report| panic!("{report}"));
+        Explainer::new(&Catalog::builtin(), config).unwrap_or_else(|errors| panic!("{errors:?}"))
+    }
+
+    fn asked(method: &str, url: &str, fields: &[(&str, &str)]) -> Question {
+        let fields = fields.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect();
+        let (method, url) = (method.to_owned(), url.parse().expect("a URL"));
+        Question { method, url, fields, client: Question::CLIENT, listener: None }
+    }
+
+    #[test]
+    fn it_says_which_route_takes_a_request_and_why_the_others_do_not() {
+        let explained =
+            explainer().explain(&asked("GET", "http://shop.test:8080/cart", &[("X-Admin", "1")])).expect("clear");
+        let Outcome::Routed { route } = &explained.outcome else { panic!("{explained:?}") };
+        assert_eq!((&*route.name, route.line), ("admin", Some(8)));
+        assert_eq!((&*explained.listener.name, explained.listener.line), ("web", Some(3)));
+        assert_eq!(explained.filters[0].name, "access");
+        assert_eq!(explained.upstreams[0].name, "app");
+        let others: Vec<_> = explained.others.iter().map(|other| (&*other.route, &*other.why)).collect();
+        assert_eq!(others, [("shop", "another method"), ("rest", "it would, but admin goes before it")]);
+        let value = |path: &str| explained.values.iter().find(|held| held.path == path).expect("a value");
+        assert_eq!(
+            (&*value("upstreams.app.timeouts.connect").value, value("upstreams.app.timeouts.connect").line),
+            ("3s", Some(5))
+        );
+        assert_eq!(value("upstreams.app.timeouts.wait").line, None, "a default");
+    }
+
+    #[test]
+    fn every_condition_is_an_objection() {
+        let explainer = explainer();
+        let why = |method: &str, url: &str, fields: &[(&str, &str)], route: &str| {
+            let explained = explainer.explain(&asked(method, url, fields)).expect("clear");
+            explained.others.into_iter().find(|other| other.route == route).expect("another route").why
+        };
+        assert_eq!(why("POST", "http://other.test:8080/cart", &[], "shop"), "another host");
+        assert_eq!(why("POST", "http://shop.test:8080/", &[], "shop"), "another path");
+        assert_eq!(why("GET", "http://shop.test:8080/", &[], "admin"), "its headers are not met");
+        assert_eq!(why("GET", "http://shop.test:8080/x", &[], "rest"), "its `when` does not hold");
+    }
+
+    #[test]
+    fn what_never_comes_to_a_route_is_told_as_well() {
+        let explainer = explainer();
+        let outcome = |method: &str, url: &str, fields: &[(&str, &str)]| {
+            explainer.explain(&asked(method, url, fields)).expect("clear").outcome
+        };
+        let refused = |reason: &str, status| Outcome::Refused { reason: reason.to_owned(), status };
+        assert_eq!(outcome("GET", "http://other.test:8080/", &[]), refused("route.no_match", 404));
+        assert_eq!(outcome("TRACE", "http://shop.test:8080/", &[]), refused("header.method", 405));
+        assert!(matches!(
+            outcome("GET", "http://shop.test:8080/", &[("Content-Length", "1, 2")]),
+            Outcome::Refused { .. }
+        ));
+        let location = Some("https://shop.test/a?b".to_owned());
+        assert_eq!(outcome("GET", "http://shop.test:8081/a?b", &[]), Outcome::Answered { status: 308, location });
+        assert!(explainer.explain(&asked("GET", "https://shop.test/", &[])).is_err(), "nobody takes https");
+        assert!(explainer.explain(&asked("GET", "http://shop.test:9/", &[])).is_err(), "nobody listens there");
+    }
+}

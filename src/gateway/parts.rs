@@ -1,0 +1,438 @@
+//! The parts of a configuration: names become the things they name, and every error is found.
+//!
+//! Nothing here touches a socket of a listener or keeps a file, so that `check` and a reload can build all of it beside
+//! the configuration that runs.
+
+use std::collections::BTreeMap;
+use std::sync::atomic::AtomicU32;
+use std::sync::{Arc, OnceLock};
+
+use http::HeaderValue;
+use pingora::connectors::ConnectorOptions;
+use pingora::connectors::http::Connector;
+
+use crate::acme::Served;
+use crate::acme::plan::{Asked, Plan};
+use crate::client::challenges::Challenges;
+use crate::client::connection::Fittings;
+use crate::client::intake::IntakeTerms;
+use crate::client::names::Names;
+use crate::client::pace::Pace;
+use crate::client::relay::Relay;
+use crate::client::spool::Limits;
+use crate::client::tls::Tls;
+use crate::client::tls::certificate::Source;
+use crate::client::wire::{Leave, Manner, Throttle};
+use crate::config::listener::Protocol;
+use crate::config::listener::tls::ClientMode;
+use crate::config::route::{BufferMode, Grpc, GrpcWeb, HalfClose, Match, OnDiskFull, PathMatch};
+use crate::config::server::Resources;
+use crate::config::text;
+use crate::config::units::{Size, Time};
+use crate::config::{self, Config};
+use crate::error::BuildError;
+use crate::eventloop::worker::RouteTag;
+use crate::expression::named::Named;
+use crate::filter::kept::Kept;
+use crate::filter::{Catalog, Surroundings};
+use crate::metrics::{Metrics, RouteMetrics};
+use crate::proxy::call::{Directory, Lines};
+use crate::proxy::header::upgrade::Upgrades;
+use crate::proxy::mirror::Mirror;
+use crate::proxy::retry;
+use crate::proxy::route::path::Paths;
+use crate::proxy::route::table::Table;
+use crate::proxy::route::{Destination, Route};
+use crate::upstream::{self, Split, Upstream};
+
+use super::stage::Running;
+
+/// How many idle connections to upstreams of mirrors are kept.
+const MIRROR_POOL: usize = 128;
+
+/// What configurations are built on: it belongs to the process and outlives each of them.
+pub struct Ground {
+    /// The filters.
+    pub catalog: Catalog,
+    /// What is counted.
+    pub metrics: Metrics,
+    /// What issuers of certificates may ask.
+    pub challenges: Arc<Challenges>,
+    /// Those who serve certificates now.
+    pub served: Served,
+    /// What filters keep from one configuration to the next.
+    kept: Kept,
+    /// Connections for the calls of filters.
+    calls: Lines,
+    /// Connections for copies, made for the first mirror.
+    mirrors: OnceLock<Arc<Connector>>,
+    /// Names are not resolved: it is only asked what would be done.
+    offline: bool,
+}
+
+impl Ground {
+    /// That of a process that begins.
+    pub fn new(catalog: Catalog, metrics: Metrics) -> Ground {
+        let challenges = Challenges::new(metrics.challenges());
+        Ground {
+            catalog,
+            metrics,
+            challenges,
+            served: Served::default(),
+            kept: Kept::default(),
+            calls: Lines::default(),
+            mirrors: OnceLock::new(),
+            offline: false,
+        }
+    }
+
+    /// The same for who asks what would be done.
+    pub fn offline(catalog: Catalog, metrics: Metrics) -> Ground {
+        Ground { offline: true, ..Ground::new(catalog, metrics) }
+    }
+
+    fn mirrors(&self) -> &Arc<Connector> {
+        self.mirrors.get_or_init(|| Arc::new(Connector::new(Some(ConnectorOptions::new(MIRROR_POOL)))))
+    }
+}
+
+/// What is built of a configuration without touching the system's sockets and files.
+pub struct Parts {
+    /// The upstreams, by name.
+    pub upstreams: BTreeMap<String, Arc<Upstream>>,
+    /// Which request goes where.
+    pub routes: Table<Arc<Route>>,
+    /// The routes as `/status` shows them, in the order of the file.
+    pub listed: Vec<(Arc<RouteMetrics>, Vec<String>)>,
+    /// The TLS of each listener, in the order of the file.
+    pub tls: Vec<Option<Fit>>,
+    /// That of the admin endpoint.
+    pub admin_tls: Option<Fit>,
+    /// Further fields of the access log.
+    pub log_fields: Named,
+    /// Further attributes of spans.
+    pub span_attributes: Named,
+    /// Who is asked for certificates.
+    pub issuers: Vec<Asked>,
+}
+
+/// TLS that was built, or that runs already and is the same.
+pub enum Fit {
+    /// It runs.
+    Kept(Arc<Tls>),
+    /// It was built.
+    New(Box<Tls>),
+}
+
+impl Fit {
+    /// The TLS that runs, if it is what these make; else the one that was built.
+    fn of(built: Tls, running: Option<&Arc<Tls>>, made_of: (&config::listener::Tls, &[Source], &[Protocol])) -> Fit {
+        let (written, sources, protocols) = made_of;
+        match running.filter(|running| running.is(written, sources, protocols)) {
+            Some(running) => Fit::Kept(running.clone()),
+            None => Fit::New(Box::new(built)),
+        }
+    }
+
+    /// The TLS.
+    pub fn tls(&self) -> &Tls {
+        match self {
+            Fit::Kept(tls) => tls,
+            Fit::New(tls) => tls,
+        }
+    }
+
+    /// The same as it is, for nobody to shake hands with.
+    pub fn unstarted(self) -> Arc<Tls> {
+        match self {
+            Fit::Kept(tls) => tls,
+            Fit::New(tls) => Arc::from(tls),
+        }
+    }
+
+    /// Makes it ready for clients.
+    ///
+    /// # Errors
+    ///
+    /// The system has no threads for it.
+    pub fn ready(self, owner: &str) -> Result<Arc<Tls>, BuildError> {
+        match self {
+            Fit::Kept(tls) => Ok(tls),
+            Fit::New(tls) => started(*tls, owner),
+        }
+    }
+}
+
+impl Parts {
+    /// Builds all of it. What is as it was in the configuration before is the same thing.
+    ///
+    /// # Errors
+    ///
+    /// Everything that is wrong.
+    pub fn build(ground: &Ground, config: &Config, before: Option<&Running>) -> Result<Parts, Vec<BuildError>> {
+        let Ground { catalog, metrics, challenges, .. } = ground;
+        let mut errors = Vec::new();
+        let mut upstreams: BTreeMap<String, Arc<Upstream>> = BTreeMap::new();
+        let running = |name: &String| before.and_then(|before| before.upstreams.get(name));
+        for (name, written) in &config.upstreams {
+            match Upstream::build_after(name, written, metrics.upstream(name), running(name)) {
+                Ok(upstream) => drop(upstreams.insert(name.clone(), upstream)),
+                Err(found) => errors.extend(found),
+            }
+        }
+        let is_new =
+            |name: &String, upstream: &Arc<Upstream>| running(name).is_none_or(|old| !Arc::ptr_eq(old, upstream));
+        let new = upstreams.iter().filter(|(name, upstream)| !ground.offline && is_new(name, upstream));
+        errors.extend(upstream::look_up(new.map(|(_, upstream)| upstream)));
+        let Plan { listeners: sources, admin: admin_sources, issuers } = Plan::of(config).unwrap_or_else(|found| {
+            errors.extend(found);
+            Plan::default()
+        });
+        let mut tls = Vec::new();
+        for (index, (written, sources)) in config.listeners.iter().zip(sources).enumerate() {
+            let (name, spoken) = (&written.name, written.spoken());
+            let running = before.and_then(|before| before.listener(name)).and_then(|listener| listener.tls.as_ref());
+            let built = written.tls.as_ref().map(|tls| {
+                let (challenges, metrics, earlier) = (challenges.clone(), metrics.tls(name), running.map(|tls| &**tls));
+                let built = Tls::build(tls, sources.clone(), name, spoken, challenges, metrics, earlier);
+                built.map(|built| Fit::of(built, running, (tls, &sources, spoken)))
+            });
+            match built.transpose() {
+                Ok(built) => tls.push(built),
+                Err(found) => {
+                    errors.extend(found.into_iter().map(|error| error.under(&format!("listeners[{index}].tls"))));
+                }
+            }
+        }
+        let admin_tls = config.admin.tls.as_ref().filter(|_| config.admin.enabled);
+        let admin_tls = admin_tls.map(|tls| {
+            // No issuer comes here.
+            let unasked = Challenges::new(metrics.challenges());
+            let running = before.and_then(|before| before.admin_tls.as_ref());
+            const SPOKEN: &[Protocol] = &[Protocol::Http1];
+            let (spoken, sources, metrics) = (SPOKEN, admin_sources.clone(), metrics.tls("admin"));
+            let built = Tls::build(tls, sources, "admin", spoken, unasked, metrics, running.map(|tls| &**tls));
+            built.map(|built| Fit::of(built, running, (tls, &admin_sources, spoken)))
+        });
+        let admin_tls = admin_tls.transpose().unwrap_or_else(|found| {
+            errors.extend(found.into_iter().map(|error| error.under("admin.tls")));
+            None
+        });
+        let (mut rules, mut listed, paths) = (Vec::new(), Vec::new(), Paths::new(&config.paths));
+        let callees = Directory::new(&upstreams, metrics, &ground.calls);
+        let keeping = ground.kept.begin();
+        for (index, written) in config.routes.iter().enumerate() {
+            let around = Surroundings::new(config.directory(), &written.name, metrics, &callees).keeping(&keeping);
+            match catalog.chain_in(&written.filters, &around) {
+                Ok(chain) => {
+                    let chain = chain.timed(&written.name, metrics).bounded(written.filter_timeout.0);
+                    let mut route = route(written, chain, &upstreams, &config.resources, metrics);
+                    route.mirror = mirror(written, &upstreams, ground);
+                    let split = written.upstreams.iter().map(|side| side.name.clone());
+                    listed.push((route.metrics.clone(), written.upstream.iter().cloned().chain(split).collect()));
+                    match in_one_form(&written.matches, paths) {
+                        Ok(matches) => rules.push((matches, Arc::new(route))),
+                        Err(error) => errors.push(error.under(&format!("routes[{index}].match.path"))),
+                    }
+                }
+                Err(found) => {
+                    errors.extend(
+                        found.into_iter().map(|error| error.under("filters").under(&format!("routes[{index}]"))),
+                    );
+                    // It has no place in the table, and what is wrong with its `match` is told all the same.
+                    let alone = Table::build(vec![(&written.matches, ())]).err().unwrap_or_default();
+                    errors.extend(alone.into_iter().map(|error| {
+                        let path = error.path.trim_start_matches("[0]").to_owned();
+                        BuildError { path: format!("routes[{index}]{path}"), ..error }
+                    }));
+                }
+            }
+        }
+        let observability = &config.observability;
+        let mut named = |written, path: &str| {
+            text::named(written).unwrap_or_else(|found| {
+                errors.extend(found.into_iter().map(|error| error.under(path)));
+                Named::default()
+            })
+        };
+        let log_fields = named(&observability.access_log.fields, "observability.access_log.fields");
+        let span_attributes = named(&observability.tracing.attributes, "observability.tracing.attributes");
+        match Table::build(rules.iter().map(|(matches, route)| (matches, route.clone())).collect()) {
+            Ok(routes) if errors.is_empty() => {
+                let parts = Parts { upstreams, routes, listed, tls, admin_tls, log_fields, span_attributes, issuers };
+                Ok(parts)
+            }
+            Ok(_) => Err(errors),
+            Err(found) => {
+                errors.extend(found.into_iter().map(|error| error.under("routes")));
+                Err(errors)
+            }
+        }
+    }
+}
+
+/// What a listener has besides itself: TLS, and where connections are passed on to.
+pub fn fittings(
+    written: &config::Listener,
+    tls: Option<Arc<Tls>>,
+    upstreams: &BTreeMap<String, Arc<Upstream>>,
+    metrics: &Metrics,
+) -> Fittings {
+    // The configuration was checked: there is an upstream of this name.
+    let relay = |name: &String, idle: Time, label: &str| {
+        let upstream = upstreams.get(name)?.clone();
+        Some(Arc::new(Relay { upstream, idle: idle.0, metrics: metrics.relay(&written.name, label) }))
+    };
+    let mut passthrough = Names::default();
+    for one in &written.passthrough {
+        // One for each name, which is a label of its metrics.
+        for name in &one.sni {
+            let name = name.to_ascii_lowercase();
+            if let Some(relay) = relay(&one.upstream, one.idle, &name) {
+                passthrough.insert(&name, relay);
+            }
+        }
+    }
+    let tcp = written.tcp.as_ref().and_then(|tcp| relay(&tcp.upstream, tcp.idle, "tcp"));
+    Fittings { tls, passthrough, tcp }
+}
+
+/// Whether nobody comes in without a certificate.
+pub fn demands_certificates(tls: &config::listener::Tls) -> bool {
+    let demands = |one: &config::listener::tls::ClientCertificates| one.mode == ClientMode::Required;
+    tls.certificates.iter().all(|one| one.client.as_ref().is_some_and(demands))
+}
+
+/// What clients would not accept of the certificates of a listener, but for those that Forebay renews.
+pub fn expired(tls: Option<&Tls>, owner: &str) -> Vec<BuildError> {
+    let certificates = tls.map(Tls::certificates).unwrap_or_default();
+    let problems = certificates.into_iter().enumerate().filter_map(|(index, facts)| {
+        let (facts, path) = (facts.filter(|facts| !facts.issued)?, format!("{owner}.tls.certificates[{index}].cert"));
+        facts.problem.map(|problem| BuildError::new(path, format!("`{}` is of no use: {problem}", facts.file)))
+    });
+    problems.collect()
+}
+
+/// Makes the TLS of a listener ready for clients, and tells of certificates that they will not accept.
+pub fn started(mut tls: Tls, owner: &str) -> Result<Arc<Tls>, BuildError> {
+    tls.start().map_err(|error| error.under("tls").under(owner))?;
+    for error in expired(Some(&tls), owner) {
+        tracing::warn!("{error}");
+    }
+    Ok(Arc::new(tls))
+}
+
+/// The same with its path in the form in which the paths of requests are looked up.
+pub fn in_one_form(matches: &Match, paths: Paths) -> Result<Match, BuildError> {
+    let path = match &matches.path {
+        Some(PathMatch::Exact(path)) => {
+            paths.written(path).map(PathMatch::Exact).map_err(|error| error.under("exact"))?
+        }
+        Some(PathMatch::Prefix(path)) => {
+            paths.written(path).map(PathMatch::Prefix).map_err(|error| error.under("prefix"))?
+        }
+        _ => return Ok(matches.clone()),
+    };
+    Ok(Match { path: Some(path), ..matches.clone() })
+}
+
+fn route(
+    written: &config::Route,
+    chain: crate::filter::Chain,
+    upstreams: &BTreeMap<String, Arc<Upstream>>,
+    resources: &Resources,
+    metrics: &Metrics,
+) -> Route {
+    let metrics = metrics.route(&written.name);
+    // The configuration was checked: a name that is not there belongs to an upstream whose own error is reported.
+    let named = |name: &String| upstreams.get(name).cloned();
+    let destination = if let Some(name) = &written.upstream {
+        named(name).map_or(Destination::Nowhere, Destination::One)
+    } else {
+        let sides = written.upstreams.iter().filter_map(|side| Some((named(&side.name)?, side.weight)));
+        Split::new(sides).map_or(Destination::Nowhere, Destination::Split)
+    };
+    let grpc = written.grpc == Grpc::Auto;
+    let mut asked = written.upstream.iter().chain(written.upstreams.iter().map(|side| &side.name));
+    let only_grpc = grpc && asked.all(|name| upstreams.get(name).is_some_and(|upstream| upstream.speaks_grpc()));
+    Route {
+        name: written.name.clone(),
+        chain,
+        destination,
+        grpc,
+        only_grpc,
+        grpc_web: written.grpc_web == GrpcWeb::Bridge,
+        holds_bodies: written.buffering.request.mode != BufferMode::Stream,
+        intake: intake(written, resources, &metrics),
+        manner: manner(written, resources, &metrics),
+        write_idle: written.client.write_idle.0,
+        half_close_aborts: written.client.half_close == HalfClose::Abort,
+        mirror: None,
+        deadline: written.deadline.map(|time| time.0),
+        retry: retry::Rules::new(&written.retry),
+        upgrades: Upgrades::new(&written.upgrades),
+        tag: RouteTag::new(&written.name),
+        metrics,
+    }
+}
+
+/// Who gets copies of the requests of a route.
+fn mirror(
+    written: &config::Route,
+    upstreams: &BTreeMap<String, Arc<Upstream>>,
+    ground: &Ground,
+) -> Option<Arc<Mirror>> {
+    let (name, mirror) = (&written.name, written.mirror.as_ref()?);
+    Some(Arc::new(Mirror {
+        upstream: upstreams.get(&mirror.upstream)?.clone(),
+        share: mirror.percent.ratio(),
+        most: u32::try_from(mirror.in_flight.0).unwrap_or(u32::MAX),
+        // Names have been checked: they are all letters that a header may have.
+        route: HeaderValue::from_str(name).unwrap_or(HeaderValue::from_static("unnamed")),
+        metrics: ground.metrics.mirror(&mirror.upstream),
+        connector: ground.mirrors().clone(),
+        inflight: AtomicU32::new(0),
+    }))
+}
+
+/// How the request bodies of a route are taken.
+fn intake(written: &config::Route, resources: &Resources, metrics: &Arc<RouteMetrics>) -> IntakeTerms {
+    let (client, request) = (&written.client, &written.buffering.request);
+    let stream_without_disk = request.on_disk_full == OnDiskFull::Stream;
+    IntakeTerms {
+        limits: limits(request.memory, request.disk, resources),
+        stream_large: request.mode == BufferMode::Auto || stream_without_disk,
+        stream_without_disk,
+        max_body: request.max_body.0,
+        announced: None,
+        duplex: false,
+        idle: client.body_idle.0,
+        total: client.body_total.0,
+        pace: Pace::new(client.min_rate.read.0, client.min_rate.grace.0),
+        disk_max: resources.pause.0,
+        route: metrics.clone(),
+    }
+}
+
+/// How the answers of a route leave.
+fn manner(written: &config::Route, resources: &Resources, metrics: &Arc<RouteMetrics>) -> Manner {
+    let (client, response) = (&written.client, &written.buffering.response);
+    Manner {
+        leave: match response.mode {
+            BufferMode::Auto => Leave::Auto,
+            BufferMode::Full => Leave::Full,
+            BufferMode::Stream => Leave::Stream,
+        },
+        limits: limits(response.memory, response.disk, resources),
+        pace: Pace::new(client.min_rate.write.0, client.min_rate.grace.0),
+        disk_max: resources.pause.0,
+        write_idle: client.write_idle.0,
+        throttle: client.limit_rate.as_ref().map(|limit| Throttle { rate: limit.rate.0, after: limit.after.0 }),
+        route: metrics.clone(),
+    }
+}
+
+/// What is not written may be more than all spools together may have.
+fn limits(memory: Size, disk: Size, resources: &Resources) -> Limits {
+    Limits { memory: memory.0.min(resources.memory.0), disk: disk.0.min(resources.disk.0) }
+}

@@ -1,0 +1,468 @@
+//! Reload: the file is read again, its configuration is built aside, and put on in one step.
+//!
+//! One thread does it, off the workers: for SIGHUP, for the admin endpoint, and for whoever watches the file. What it
+//! was asked while it was at it is done once. It also keeps what was replaced until no exchange is left on it, so that
+//! no worker has to take a large table apart, and then has the series of what is gone forgotten.
+
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::sync::{Arc, Weak};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use http::StatusCode;
+use serde::{Deserialize, Serialize};
+use tokio::sync::oneshot;
+
+use crate::admin::Admin;
+use crate::admin::answer::Answer;
+use crate::client::connection::Listener;
+use crate::config::server::Shutdown;
+use crate::config::{Config, Report};
+use crate::error::BuildError;
+use crate::error::path::{self, Step};
+use crate::metrics::config::ConfigMetrics;
+use crate::proxy::generation::{Epoch, Generation};
+use crate::upstream::Upstream;
+
+use super::changes::{self, Change, Effect};
+use super::stage::{Obstacle, Running, Stage, prepare};
+use super::supervisor::Supervisor;
+
+/// How often is looked whether what was replaced is in use still.
+const LOOK: Duration = Duration::from_millis(500);
+
+/// What came of a reload.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Outcome {
+    /// What was done.
+    pub result: Done,
+    /// The number of the configuration that runs now.
+    pub generation: u64,
+    /// The hash of its text.
+    pub hash: String,
+    /// What differs from the one that ran before.
+    pub changes: Vec<Change>,
+    /// Those of them that only a new process applies.
+    pub needs_new_process: Vec<String>,
+    /// Errors, or warnings, as `forebay check` shows them; empty if there are none.
+    pub report: String,
+    /// Why nothing was done, if so.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub error: Option<String>,
+    /// How long it took.
+    pub seconds: f64,
+}
+
+/// What was done.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Done {
+    /// The configuration runs.
+    Applied,
+    /// It is sound, and nothing was changed.
+    Checked,
+    /// It is wrong, and nothing was changed.
+    Refused,
+}
+
+/// Asks for reloads. Clones share the thread that does them.
+#[derive(Clone)]
+pub struct Reloads(Sender<Order>);
+
+struct Order {
+    what: What,
+    /// Who wants it, for the log.
+    by: &'static str,
+    reply: oneshot::Sender<Outcome>,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum What {
+    /// The file is loaded.
+    Apply,
+    /// The same, unless the text is that of the last try.
+    ApplyIfChanged,
+    /// It is tried, and nothing is changed.
+    Check,
+}
+
+impl Reloads {
+    /// Loads the file again, and says what came of it. `None`: the gateway stops.
+    pub async fn apply(&self, by: &'static str) -> Option<Outcome> {
+        self.ask(What::Apply, by).await.ok()
+    }
+
+    /// Says what a reload would do, and changes nothing.
+    pub async fn check(&self, by: &'static str) -> Option<Outcome> {
+        self.ask(What::Check, by).await.ok()
+    }
+
+    /// Loads the file if there is another text in it than at the last try. What comes of it is in the log.
+    pub fn apply_if_changed(&self, by: &'static str) {
+        // Nobody waits for the answer.
+        drop(self.ask(What::ApplyIfChanged, by));
+    }
+
+    /// Begins to load the file again. What comes of it is in the log.
+    pub fn begin(&self, by: &'static str) {
+        // Nobody waits for the answer.
+        drop(self.ask(What::Apply, by));
+    }
+
+    fn ask(&self, what: What, by: &'static str) -> oneshot::Receiver<Outcome> {
+        let (reply, answer) = oneshot::channel();
+        // An error means that the gateway stops; then the answer is an error, too.
+        let _ = self.0.send(Order { what, by, reply });
+        answer
+    }
+}
+
+/// Reads the file of a gateway.
+pub type Load = Box<dyn Fn(&Path) -> Result<Config, Report> + Send>;
+
+/// What reloads are done with.
+pub struct Engine {
+    path: PathBuf,
+    load: Load,
+    stage: Stage,
+    metrics: ConfigMetrics,
+    running: Running,
+    retired: Vec<Retired>,
+    leaving: Vec<Arc<Listener>>,
+    /// The hash of the text of the last try.
+    tried: String,
+    supervisor: Supervisor,
+}
+
+/// What was replaced and may be in use still.
+struct Retired {
+    epoch: Weak<Epoch>,
+    generation: Option<Arc<Generation>>,
+    /// Dropped here and not on a worker: there may be thousands of endpoints.
+    _upstreams: Vec<Arc<Upstream>>,
+    names: Names,
+}
+
+impl Engine {
+    /// What reloads a gateway that runs this configuration of this file.
+    pub fn new(
+        path: PathBuf,
+        load: Load,
+        stage: Stage,
+        metrics: ConfigMetrics,
+        running: Running,
+        supervisor: Supervisor,
+    ) -> Engine {
+        let tried = running.config.hash();
+        Engine { path, load, stage, metrics, running, retired: Vec::new(), leaving: Vec::new(), tried, supervisor }
+    }
+
+    /// Starts the thread.
+    ///
+    /// # Errors
+    ///
+    /// The system has none to give.
+    pub fn start(self) -> std::io::Result<Reloads> {
+        let (sender, orders) = channel();
+        thread::Builder::new().name("reload".to_owned()).spawn(move || self.run(&orders))?;
+        Ok(Reloads(sender))
+    }
+
+    fn run(mut self, orders: &Receiver<Order>) {
+        loop {
+            let busy = !self.retired.is_empty() || !self.leaving.is_empty();
+            let order = match busy {
+                true => orders.recv_timeout(LOOK),
+                false => orders.recv().map_err(|_| RecvTimeoutError::Disconnected),
+            };
+            match order {
+                Ok(order) => {
+                    // What was asked meanwhile is done by the same reload.
+                    let asked: Vec<Order> = [order].into_iter().chain(orders.try_iter()).collect();
+                    self.answer(asked);
+                }
+                Err(RecvTimeoutError::Timeout) => {}
+                Err(RecvTimeoutError::Disconnected) => return,
+            }
+            self.clean_up();
+        }
+    }
+
+    fn answer(&mut self, asked: Vec<Order>) {
+        let (checks, applies): (Vec<_>, Vec<_>) = asked.into_iter().partition(|order| order.what == What::Check);
+        if let Some(first) = checks.first() {
+            let outcome = self.try_once(What::Check, first.by);
+            reply(checks, outcome.as_ref());
+        }
+        if let Some(first) = applies.first() {
+            let asked = applies.iter().any(|order| order.what == What::Apply);
+            let outcome = self.try_once(if asked { What::Apply } else { What::ApplyIfChanged }, first.by);
+            reply(applies, outcome.as_ref());
+        }
+    }
+
+    /// Tries the file. `None`: its text is that of the last try.
+    fn try_once(&mut self, what: What, by: &'static str) -> Option<Outcome> {
+        let began = Instant::now();
+        let loaded = (self.load)(&self.path);
+        if what != What::Check {
+            let hash = match &loaded {
+                Ok(config) => config.hash(),
+                Err(report) => report.hash(),
+            };
+            if what == What::ApplyIfChanged && hash == self.tried {
+                return None;
+            }
+            self.tried = hash;
+            self.supervisor.reloading();
+        }
+        let (mut changes, mut report, mut result) = (Vec::new(), String::new(), Done::Refused);
+        let tried = loaded.map_err(|found| found.to_string()).and_then(|config| {
+            changes = changes::between(&self.running.config, &config);
+            self.count_drains(&mut changes);
+            report = config.warnings().to_string();
+            let names = names(&config);
+            self.build(config).inspect_err(|_| self.forget_unused(&names))
+        });
+        match tried {
+            Err(found) => report = found,
+            Ok(running) if what == What::Check => {
+                result = Done::Checked;
+                let names = names(&running.config);
+                drop(running);
+                self.forget_unused(&names);
+            }
+            Ok(running) => {
+                result = Done::Applied;
+                self.put_on(running);
+            }
+        }
+        let needs_new_process = changes::need_process(&changes);
+        let outcome = Outcome {
+            result,
+            generation: self.running.generation.epoch.number,
+            hash: self.running.config.hash(),
+            changes,
+            needs_new_process,
+            report,
+            error: (result == Done::Refused).then(|| "the configuration is refused: see `report`".to_owned()),
+            seconds: began.elapsed().as_secs_f64(),
+        };
+        self.tell(&outcome, what, by);
+        if what != What::Check {
+            self.supervisor.ready(outcome.generation);
+        }
+        Some(outcome)
+    }
+
+    /// Builds a configuration beside the one that runs; what only a new process changes is as it is.
+    fn build(&self, mut config: Config) -> Result<Running, String> {
+        let as_written = config.clone();
+        let runs = &self.running.config;
+        let shutdown: Shutdown = config.server.shutdown.clone();
+        config.server = runs.server.clone();
+        config.server.shutdown = shutdown;
+        config.resources = runs.resources.clone();
+        config.admin = runs.admin.clone();
+        config.observability = runs.observability.clone();
+        let stage = &self.stage;
+        let built = prepare(&stage.ground, &stage.common, stage.user.as_ref(), config, Some(&self.running));
+        built.map_err(|obstacle| {
+            let errors = match obstacle {
+                Obstacle::Wrong(errors) => errors,
+                Obstacle::Listen { index, source } => {
+                    let path = format!("listeners[{index}].address");
+                    vec![BuildError::new(path, format!("this address cannot be listened on: {source}"))]
+                }
+            };
+            as_written.report(&errors).to_string()
+        })
+    }
+
+    fn put_on(&mut self, running: Running) {
+        self.stage.put_on(&running, Some(&self.running));
+        let number = running.generation.epoch.number;
+        self.metrics.show(number, &running.config.hash());
+        self.metrics.applied.inc();
+        let before = std::mem::replace(&mut self.running, running);
+        self.retire(before);
+    }
+
+    fn retire(&mut self, before: Running) {
+        let names = names(&before.config);
+        let Running { generation, upstreams, listeners, .. } = before;
+        let stays: BTreeSet<*const Listener> =
+            self.running.listeners.iter().map(|standing| Arc::as_ptr(&standing.listener)).collect();
+        let left = listeners.into_iter().map(|standing| standing.listener);
+        self.leaving.extend(left.filter(|listener| !stays.contains(&Arc::as_ptr(listener))));
+        self.retired.push(Retired {
+            epoch: Arc::downgrade(&generation.epoch),
+            generation: Some(generation),
+            _upstreams: upstreams.into_values().collect(),
+            names,
+        });
+    }
+
+    /// Lets go of what is in use no longer.
+    fn clean_up(&mut self) {
+        for retired in &mut self.retired {
+            // A look-up under way holds the table for a moment.
+            if retired.generation.as_ref().is_some_and(|generation| Arc::strong_count(generation) == 1) {
+                retired.generation = None;
+            }
+        }
+        let (over, rest) = std::mem::take(&mut self.retired)
+            .into_iter()
+            .partition(|retired: &Retired| retired.generation.is_none() && retired.epoch.strong_count() == 0);
+        self.retired = rest;
+        let over: Vec<Retired> = over;
+        let (gone, rest) = std::mem::take(&mut self.leaving)
+            .into_iter()
+            .partition(|listener: &Arc<Listener>| Arc::strong_count(listener) == 1);
+        self.leaving = rest;
+        let gone: Vec<Arc<Listener>> = gone;
+        if over.is_empty() && gone.is_empty() {
+            return;
+        }
+        let mut names = Names::default();
+        for retired in &over {
+            names.iter_mut().zip(&retired.names).for_each(|(all, names)| all.extend(names.iter().cloned()));
+        }
+        // A listener is gone with its last connection, which may outlive every exchange.
+        names[LISTENER].extend(gone.iter().map(|listener| listener.name.clone()));
+        names[LISTENER].retain(|name| self.leaving.iter().all(|listener| listener.name != *name));
+        drop((over, gone));
+        self.forget_unused(&names);
+    }
+
+    /// Removes the series of those of these names that are in use no longer.
+    fn forget_unused(&self, gone: &Names) {
+        let retired = self.retired.iter().map(|retired| &retired.names);
+        let running = names(&self.running.config);
+        let used: Vec<&Names> = retired.chain([&running]).collect();
+        for (number, label) in LABELS.into_iter().enumerate() {
+            let left =
+                |name: &&String| number == LISTENER && self.leaving.iter().any(|listener| listener.name == **name);
+            let gone: BTreeSet<&str> = gone[number]
+                .iter()
+                .filter(|name| used.iter().all(|used| !used[number].contains(*name)) && !left(name))
+                .map(String::as_str)
+                .collect();
+            if !gone.is_empty() {
+                self.stage.ground.metrics.forget(label, &gone);
+            }
+        }
+    }
+
+    /// Says of what ends how much there is of it now.
+    fn count_drains(&self, changes: &mut [Change]) {
+        for change in changes {
+            let steps = path_names(&change.path);
+            let name = |number: usize| steps.get(number).map(String::as_str);
+            change.drains = match change.effect {
+                Effect::ListenerCloses => {
+                    let found = self.running.listeners.iter().find(|one| Some(&*one.listener.name) == name(1));
+                    found.map(|standing| standing.listener.connections_open())
+                }
+                Effect::EndpointDrained => name(1).and_then(|upstream| {
+                    let members = self.running.upstreams.get(upstream)?.members();
+                    let called = members.iter().filter(|endpoint| Some(&*endpoint.label) == name(3));
+                    Some(called.map(|endpoint| u64::from(endpoint.inflight())).sum())
+                }),
+                Effect::UpstreamRebuilt => {
+                    name(1).and_then(|upstream| Some(self.running.upstreams.get(upstream)?.inflight().into()))
+                }
+                _ => None,
+            };
+        }
+    }
+
+    fn tell(&self, outcome: &Outcome, what: What, by: &'static str) {
+        let Outcome { result, generation, changes, needs_new_process, report, seconds, .. } = outcome;
+        let file = self.path.display();
+        match result {
+            _ if what == What::Check => {
+                tracing::info!(by, %file, ?result, "the configuration was checked; nothing was changed");
+            }
+            Done::Checked => {}
+            Done::Refused => {
+                self.metrics.refuse();
+                tracing::error!(by, %file, generation, "the configuration is refused, the one before runs on:\n{report}");
+            }
+            Done::Applied => {
+                tracing::info!(by, %file, generation, seconds, changes = changes::summary(changes), "the configuration was reloaded");
+                if !report.is_empty() {
+                    tracing::warn!("\n{report}");
+                }
+                if !needs_new_process.is_empty() {
+                    let paths = needs_new_process.join(", ");
+                    tracing::warn!(paths, "only a new process changes these; all else of the configuration is applied");
+                }
+            }
+        }
+    }
+}
+
+/// The labels by which series of metrics belong to something that is named in a configuration.
+const LABELS: [&str; 4] = ["upstream", "route", "listener", "issuer"];
+/// The place of listeners among them.
+const LISTENER: usize = 2;
+
+/// The names of a configuration, by the labels that have them.
+type Names = [BTreeSet<String>; LABELS.len()];
+
+fn names(config: &Config) -> Names {
+    [
+        config.upstreams.keys().cloned().collect(),
+        config.routes.iter().map(|route| route.name.clone()).collect(),
+        config.listeners.iter().map(|listener| listener.name.clone()).collect(),
+        config.acme.keys().cloned().collect(),
+    ]
+}
+
+/// Adds what reloads the configuration to the admin endpoint.
+pub fn add(admin: Admin, reloads: Option<Reloads>) -> Admin {
+    let says = "loads the configuration again, and says what changes: ?dry_run=yes changes nothing";
+    admin.post("/reload", says, move |ask| {
+        let reloads = reloads.clone();
+        async move {
+            let dry_run = match ask.query("dry_run") {
+                None => false,
+                Some(word) if word == "no" => false,
+                Some(word) if word == "yes" => true,
+                Some(_) => return Answer::error(StatusCode::BAD_REQUEST, "`dry_run` is `yes` or `no`"),
+            };
+            let Some(reloads) = reloads else {
+                return Answer::error(StatusCode::CONFLICT, "this gateway has no file to load again");
+            };
+            let by = "admin endpoint";
+            match if dry_run { reloads.check(by).await } else { reloads.apply(by).await } {
+                Some(outcome) if outcome.result == Done::Refused => {
+                    Answer::json(&outcome).with_status(StatusCode::UNPROCESSABLE_ENTITY)
+                }
+                Some(outcome) => Answer::json(&outcome),
+                None => Answer::error(StatusCode::SERVICE_UNAVAILABLE, "the gateway stops"),
+            }
+        }
+    })
+}
+
+/// The names in a path.
+fn path_names(path: &str) -> Vec<String> {
+    let name = |step| match step {
+        Step::Key(name) => Some(name.into_owned()),
+        Step::Index(_) => None,
+    };
+    path::steps(path).filter_map(name).collect()
+}
+
+fn reply(asked: Vec<Order>, outcome: Option<&Outcome>) {
+    for order in asked {
+        if let Some(outcome) = outcome {
+            // Whoever asked may have gone.
+            let _ = order.reply.send(outcome.clone());
+        }
+    }
+}

@@ -1,0 +1,397 @@
+//! What a configuration is put on: the parts of the process that go by it, and how it is put there in one step.
+//!
+//! [`prepare`] builds a configuration aside and may fail; [`Stage::put_on`] cannot, and is where the next request and
+//! the next connection see another one. What did not change is the very thing that the configuration before had.
+
+use std::collections::{BTreeMap, HashSet};
+use std::fs;
+use std::io;
+use std::os::unix::fs::PermissionsExt;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+
+use crate::acme::{self, Acme};
+use crate::admin::status::{Configured, Shown};
+use crate::client::acceptor::Acceptor;
+use crate::client::connection::{Common, Listener};
+use crate::client::tls::Tls;
+use crate::config::server::Shutdown;
+use crate::config::{self, Config};
+use crate::error::BuildError;
+use crate::metrics::RouteMetrics;
+use crate::metrics::config::Generations;
+use crate::proxy::generation::{Current, Epoch, Generation};
+use crate::proxy::header::{Rules, TrustedProxies};
+use crate::proxy::route::path::Paths;
+use crate::proxy::send::Manners;
+use crate::upkeep::InUse;
+use crate::upstream::Upstream;
+
+use super::parts::{Ground, Parts, fittings};
+use super::privileges::User;
+use super::sockets::{Place, Socket};
+use super::web::Openings;
+
+/// A configuration that is built: it runs, or is ready to.
+pub struct Running {
+    /// As it is written.
+    pub config: Config,
+    /// What requests go by.
+    pub generation: Arc<Generation>,
+    /// The upstreams, by name.
+    pub upstreams: BTreeMap<String, Arc<Upstream>>,
+    /// The listeners, in the order of the file.
+    pub listeners: Vec<Standing>,
+    /// The TLS of the admin endpoint.
+    pub admin_tls: Option<Arc<Tls>>,
+    /// What orders certificates.
+    pub acme: Option<Arc<Acme>>,
+    /// The routes as `/status` shows them.
+    listed: Vec<(Arc<RouteMetrics>, Vec<String>)>,
+}
+
+/// A listener and the socket that it has.
+pub struct Standing {
+    /// The listener.
+    pub listener: Arc<Listener>,
+    /// What accepts its connections.
+    pub acceptor: Arc<Acceptor>,
+    /// Where it was bound to.
+    pub place: Place,
+    /// The socket was open before.
+    kept: bool,
+}
+
+/// Why a configuration cannot be put on.
+pub enum Obstacle {
+    /// Something is wrong with it.
+    Wrong(Vec<BuildError>),
+    /// A socket cannot be bound.
+    Listen {
+        /// The place of the listener in the file.
+        index: usize,
+        /// Why.
+        source: io::Error,
+    },
+}
+
+impl From<Vec<BuildError>> for Obstacle {
+    fn from(errors: Vec<BuildError>) -> Self {
+        Obstacle::Wrong(errors)
+    }
+}
+
+/// Builds a configuration, and binds the sockets that it has and the one before had not. The one before runs on
+/// unchanged, whatever comes of it.
+///
+/// # Errors
+///
+/// All that is wrong with it.
+pub fn prepare(
+    ground: &Ground,
+    common: &Arc<Common>,
+    user: Option<&User>,
+    config: Config,
+    before: Option<&Running>,
+) -> Result<Running, Obstacle> {
+    let parts = Parts::build(ground, &config, before)?;
+    assemble(parts, ground, common, user, config, before)
+}
+
+/// The same of parts that are built already.
+///
+/// # Errors
+///
+/// What was not found with the parts.
+pub fn assemble(
+    mut parts: Parts,
+    ground: &Ground,
+    common: &Arc<Common>,
+    user: Option<&User>,
+    config: Config,
+    before: Option<&Running>,
+) -> Result<Running, Obstacle> {
+    let number = before.map_or(1, |before| before.generation.epoch.number + 1);
+    let mut listeners = Vec::with_capacity(config.listeners.len());
+    for (index, written) in config.listeners.iter().enumerate() {
+        let owner = format!("listeners[{index}]");
+        let tls = parts.tls[index].take().map(|fit| fit.ready(&owner)).transpose().map_err(|error| vec![error])?;
+        let listener = match before.and_then(|before| before.unchanged(written, tls.as_ref(), &parts.upstreams)) {
+            Some(unchanged) => unchanged,
+            None => {
+                let earlier = before.and_then(|before| before.listener(&written.name));
+                let fittings = fittings(written, tls, &parts.upstreams, &ground.metrics);
+                Arc::new(Listener::build(written, number, fittings, common, &ground.metrics, earlier))
+            }
+        };
+        let standing = match before.and_then(|before| before.open_at(written)) {
+            Some(open) => Standing {
+                acceptor: open.acceptor.clone(),
+                place: Place { listener: written.name.clone(), ..open.place.clone() },
+                kept: true,
+                listener,
+            },
+            None => {
+                let bound = Socket::bind(&written.address, written.mode);
+                let socket = bound.map_err(|source| Obstacle::Listen { index, source })?;
+                let place = Place::of(&written.name, &socket);
+                let acceptor = Acceptor::new(socket.into_fd(), listener.clone(), place.file.clone());
+                Standing { acceptor, place, kept: false, listener }
+            }
+        };
+        listeners.push(standing);
+    }
+    let admin_tls = parts.admin_tls.take().map(|fit| fit.ready("admin")).transpose().map_err(|error| vec![error])?;
+    let acme = match before.filter(|before| before.asks_the_same(&config)) {
+        Some(before) => before.acme.clone(),
+        None => {
+            let acme = acme::build(parts.issuers, &ground.challenges, &ground.served, &ground.metrics)?;
+            if let Some(acme) = &acme {
+                acme.prepare(user.and_then(User::to_become)).map_err(|error| vec![error])?;
+                // At start, Forebay is not yet who it becomes.
+                before.map_or(Ok(()), |_| acme.probe()).map_err(|error| vec![error])?;
+            }
+            acme.map(Arc::new)
+        }
+    };
+    let generation = Generation {
+        epoch: Arc::new(Epoch { number }),
+        routes: parts.routes,
+        rules: Rules { trusted: TrustedProxies::new(&config.trusted_proxies), paths: Paths::new(&config.paths) },
+        manners: Manners { forwarded: config.forwarded, via: config.via },
+    };
+    Ok(Running {
+        generation: Arc::new(generation),
+        upstreams: parts.upstreams,
+        listeners,
+        admin_tls,
+        acme,
+        listed: parts.listed,
+        config,
+    })
+}
+
+impl Running {
+    /// The listener of this name.
+    pub fn listener(&self, name: &str) -> Option<&Listener> {
+        Some(&self.listeners.iter().find(|standing| standing.listener.name == name)?.listener)
+    }
+
+    fn written(&self, name: &str) -> Option<&config::Listener> {
+        self.config.listeners.iter().find(|listener| listener.name == name)
+    }
+
+    /// The listener that is written so, if nothing of it differs, nor of what it has besides.
+    fn unchanged(
+        &self,
+        written: &config::Listener,
+        tls: Option<&Arc<Tls>>,
+        upstreams: &BTreeMap<String, Arc<Upstream>>,
+    ) -> Option<Arc<Listener>> {
+        let same_upstream = |name: &String| match (self.upstreams.get(name), upstreams.get(name)) {
+            (Some(before), Some(now)) => Arc::ptr_eq(before, now),
+            _ => false,
+        };
+        let same_tls = |listener: &Listener| match (&listener.tls, tls) {
+            (Some(before), Some(now)) => Arc::ptr_eq(before, now),
+            (None, None) => true,
+            _ => false,
+        };
+        let mut relayed =
+            written.passthrough.iter().map(|one| &one.upstream).chain(written.tcp.iter().map(|tcp| &tcp.upstream));
+        let same = self.written(&written.name) == Some(written) && relayed.all(same_upstream);
+        let standing = self.listeners.iter().find(|standing| same && standing.listener.name == written.name)?;
+        same_tls(&standing.listener).then(|| standing.listener.clone())
+    }
+
+    /// The socket that is open at the address of this listener, whosever it is. One at a port of the system's choice is
+    /// that of the listener of the same name.
+    fn open_at(&self, written: &config::Listener) -> Option<&Standing> {
+        let any_port = written.address.0.ends_with(":0");
+        let mut named = self.config.listeners.iter().zip(&self.listeners);
+        let found = named
+            .find(|(earlier, _)| earlier.address == written.address && (!any_port || earlier.name == written.name));
+        found.map(|(_, standing)| standing)
+    }
+
+    /// Whether issuers are asked for the same as by this configuration.
+    fn asks_the_same(&self, config: &Config) -> bool {
+        let tls = |config: &Config| -> Vec<_> {
+            let listeners =
+                config.listeners.iter().map(|listener| (listener.tls.clone(), listener.passthrough.clone()));
+            listeners.collect()
+        };
+        let hosts =
+            |config: &Config| -> Vec<_> { config.routes.iter().map(|route| route.matches.hosts.clone()).collect() };
+        self.config.acme == config.acme && tls(&self.config) == tls(config) && hosts(&self.config) == hosts(config)
+    }
+
+    /// Everything whose certificates are kept up to date.
+    fn secured(&self) -> Vec<Arc<Tls>> {
+        let listeners = self.listeners.iter().filter_map(|standing| standing.listener.tls.clone());
+        listeners.chain(self.admin_tls.clone()).collect()
+    }
+}
+
+/// What of the process goes by the configuration.
+pub struct Stage {
+    /// What configurations are built on.
+    pub ground: Ground,
+    /// What all listeners share.
+    pub common: Arc<Common>,
+    /// Whom Forebay became, if anybody.
+    pub user: Option<User>,
+    /// Counters of requests that no route takes.
+    pub unrouted: Arc<RouteMetrics>,
+    /// What requests go by.
+    pub current: Current,
+    /// What the admin endpoint shows.
+    pub shown: Shown,
+    /// Opens sockets.
+    pub openings: Openings,
+    /// The upstreams that are kept up to date.
+    pub upstreams: InUse<Upstream>,
+    /// The certificates that are.
+    pub tls: InUse<Tls>,
+    /// What orders certificates.
+    pub acme: InUse<Acme>,
+    /// What a stop does.
+    pub shutdown: Arc<Mutex<Shutdown>>,
+    /// Where listeners are bound, the admin endpoint among them.
+    pub places: Arc<Mutex<Vec<Place>>>,
+    /// Counts exchanges and connections by their generation.
+    pub ledger: Arc<Ledger>,
+}
+
+impl Stage {
+    /// Puts a configuration on in place of the one before. Nothing of it can fail.
+    pub fn put_on(&self, running: &Running, before: Option<&Running>) {
+        let nothing = BTreeMap::new();
+        let earlier = before.map_or(&nothing, |before| &before.upstreams);
+        for (name, upstream) in &running.upstreams {
+            match earlier.get(name) {
+                Some(before) if Arc::ptr_eq(before, upstream) => continue,
+                Some(before) => upstream.succeed(before),
+                None => {}
+            }
+            let group: Weak<Upstream> = Arc::downgrade(upstream);
+            upstream.metrics.count_endpoints(group);
+        }
+        for (name, old) in earlier {
+            match running.upstreams.get(name) {
+                Some(now) if Arc::ptr_eq(now, old) => {}
+                successor => old.retire(successor),
+            }
+        }
+        self.common.set_terms(&running.config);
+        self.ledger.add(&running.generation);
+        self.put_listeners_on(running, before);
+        self.current.store(running.generation.clone());
+        let mut routes = running.listed.clone();
+        routes.push((self.unrouted.clone(), Vec::new()));
+        self.shown.store(Arc::new(Configured {
+            generation: running.generation.epoch.number,
+            listeners: running
+                .listeners
+                .iter()
+                .map(|standing| (standing.place.address.clone(), standing.listener.clone()))
+                .collect(),
+            routes,
+            upstreams: running.upstreams.values().cloned().collect(),
+        }));
+        self.upstreams.set(running.upstreams.values().cloned().collect());
+        let secured = running.secured();
+        let kept = before.map(Running::secured).unwrap_or_default();
+        // What is served on is read anew: a reload is also what follows a change of the files.
+        secured.iter().filter(|tls| kept.iter().any(|kept| Arc::ptr_eq(kept, tls))).for_each(|tls| tls.reload());
+        self.ground.served.store(Arc::new(secured.clone()));
+        self.tls.set(secured);
+        self.acme.set(running.acme.iter().cloned().collect());
+        *lock(&self.shutdown) = running.config.server.shutdown.clone();
+    }
+
+    fn put_listeners_on(&self, running: &Running, before: Option<&Running>) {
+        let mut places = lock(&self.places);
+        for (standing, written) in running.listeners.iter().zip(&running.config.listeners) {
+            standing.listener.begin();
+            self.ledger.add_listener(&standing.listener);
+            if !standing.kept {
+                places.push(standing.place.clone());
+                self.openings.open(standing.acceptor.clone());
+                continue;
+            }
+            if !Arc::ptr_eq(&standing.acceptor.listener(), &standing.listener) {
+                standing.acceptor.set_listener(standing.listener.clone());
+            }
+            if let Some(file) = &standing.place.file
+                && let Err(error) = fs::set_permissions(file, fs::Permissions::from_mode(written.mode.0))
+            {
+                tracing::warn!(listener = standing.listener.name, %error, "the mode of the socket stays as it is");
+            }
+        }
+        let now: HashSet<*const Acceptor> =
+            running.listeners.iter().map(|standing| Arc::as_ptr(&standing.acceptor)).collect();
+        for old in before.iter().flat_map(|before| &before.listeners) {
+            if !now.contains(&Arc::as_ptr(&old.acceptor)) {
+                tracing::info!(listener = old.place.listener, address = old.place.address, "no longer listening");
+                old.acceptor.close();
+                places.retain(|place| place.address != old.place.address);
+                if let Some(file) = &old.place.file {
+                    // Nobody is left to tell if it is gone already.
+                    let _ = fs::remove_file(file);
+                }
+            }
+            if running.listener(&old.listener.name).is_none() {
+                old.listener.leave();
+            }
+        }
+        for standing in running.listeners.iter().filter(|standing| !standing.kept && before.is_some()) {
+            tracing::info!(listener = standing.place.listener, address = standing.place.address, "listening");
+        }
+    }
+}
+
+/// Counts what goes by which generation, whenever somebody asks.
+#[derive(Default)]
+pub struct Ledger {
+    generations: Mutex<Vec<(Weak<Epoch>, Weak<Generation>)>>,
+    listeners: Mutex<Vec<Weak<Listener>>>,
+}
+
+impl Ledger {
+    fn add(&self, generation: &Arc<Generation>) {
+        let mut generations = lock(&self.generations);
+        generations.retain(|(epoch, _)| epoch.strong_count() > 0);
+        generations.push((Arc::downgrade(&generation.epoch), Arc::downgrade(generation)));
+    }
+
+    fn add_listener(&self, listener: &Arc<Listener>) {
+        let mut listeners = lock(&self.listeners);
+        listeners.retain(|known| known.strong_count() > 0 && known.as_ptr() != Arc::as_ptr(listener));
+        listeners.push(Arc::downgrade(listener));
+    }
+}
+
+impl Generations for Ledger {
+    fn exchanges(&self) -> Vec<(u64, u64)> {
+        let mut generations = lock(&self.generations);
+        generations.retain(|(epoch, _)| epoch.strong_count() > 0);
+        let counted = generations.iter().filter_map(|(epoch, generation)| {
+            // Each exchange holds its epoch once, and so does the table, as long as that is there.
+            let table = usize::from(generation.strong_count() > 0);
+            let number = epoch.upgrade()?.number;
+            Some((number, epoch.strong_count().saturating_sub(table) as u64))
+        });
+        counted.collect()
+    }
+
+    fn connections(&self) -> Vec<(u64, u64)> {
+        let mut listeners = lock(&self.listeners);
+        listeners.retain(|listener| listener.strong_count() > 0);
+        listeners.iter().filter_map(Weak::upgrade).map(|listener| (listener.generation, listener.open())).collect()
+    }
+}
+
+/// Held for a look or a change, never on a worker.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

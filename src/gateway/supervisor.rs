@@ -1,0 +1,142 @@
+//! Tells the service manager how the gateway does (sd_notify(3)): ready, reloading, stopping, and that its workers live.
+//!
+//! The manager names a datagram socket in `$NOTIFY_SOCKET`; where there is none, nothing is said. With
+//! `Type=notify-reload` it sends SIGHUP for a reload and waits for the word that it is done, and with `WatchdogSec` it
+//! ends a process whose workers are held up.
+
+use std::env;
+use std::io;
+use std::os::linux::net::SocketAddrExt;
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::net::{SocketAddr, UnixDatagram};
+use std::sync::Arc;
+use std::thread;
+use std::time::Duration;
+
+use crate::metrics::Metrics;
+
+/// How often in the time of the watchdog the workers are looked at: a short stall does not end the process.
+const LOOKS: u32 = 4;
+
+/// Who is told. Clones share it.
+#[derive(Clone, Default)]
+pub struct Supervisor(Option<Arc<Channel>>);
+
+/// The socket of the service manager.
+struct Channel {
+    socket: UnixDatagram,
+    address: SocketAddr,
+}
+
+impl Supervisor {
+    /// The manager that is named in the environment, if one is.
+    pub fn of_environment() -> Supervisor {
+        let Some(name) = env::var_os("NOTIFY_SOCKET").filter(|name| !name.is_empty()) else { return Supervisor(None) };
+        let channel =
+            address(name.as_bytes()).and_then(|address| Ok(Channel { socket: UnixDatagram::unbound()?, address }));
+        match channel {
+            Ok(channel) => Supervisor(Some(Arc::new(channel))),
+            Err(error) => {
+                tracing::warn!(%error, "the service manager cannot be told anything");
+                Supervisor(None)
+            }
+        }
+    }
+
+    /// Connections are taken, by the configuration of this number.
+    pub fn ready(&self, generation: u64) {
+        self.say(&format!(
+            "READY=1\nMAINPID={}\nSTATUS=generation {generation} of the configuration runs",
+            std::process::id()
+        ));
+    }
+
+    /// The configuration is loaded again; [`Supervisor::ready`] says when that is done.
+    pub fn reloading(&self) {
+        self.say(&format!("RELOADING=1\nMONOTONIC_USEC={}\nSTATUS=loading the configuration", monotonic().as_micros()));
+    }
+
+    /// It stops.
+    pub fn stopping(&self) {
+        self.say("STOPPING=1\nSTATUS=stopping");
+    }
+
+    /// Says again and again that the workers live, for as long as none of them is held up, if the manager wants to know.
+    ///
+    /// # Errors
+    ///
+    /// The system has no thread to give.
+    pub fn watch(&self, metrics: Metrics) -> io::Result<()> {
+        let Some(patience) = self.0.as_ref().and_then(|_| patience(|name| env::var(name).ok())) else { return Ok(()) };
+        let supervisor = self.clone();
+        let watch = move || loop {
+            thread::sleep(patience / LOOKS);
+            if metrics.stalled_workers() == 0 {
+                supervisor.say("WATCHDOG=1");
+            }
+        };
+        thread::Builder::new().name("watchdog".to_owned()).spawn(watch).map(drop)
+    }
+
+    fn say(&self, what: &str) {
+        if let Some(Channel { socket, address }) = self.0.as_deref()
+            && let Err(error) = socket.send_to_addr(what.as_bytes(), address)
+        {
+            tracing::debug!(%error, "the service manager could not be told: {what}");
+        }
+    }
+}
+
+/// A path, or a name without a file if it begins with `@`.
+fn address(name: &[u8]) -> io::Result<SocketAddr> {
+    match name.strip_prefix(b"@") {
+        Some(abstract_name) => SocketAddr::from_abstract_name(abstract_name),
+        None => SocketAddr::from_pathname(std::ffi::OsStr::from_bytes(name)),
+    }
+}
+
+/// How long the manager waits for a word, if it waits for one of this process.
+fn patience(variable: impl Fn(&str) -> Option<String>) -> Option<Duration> {
+    let of_another = variable("WATCHDOG_PID").is_some_and(|pid| pid != std::process::id().to_string());
+    let micros = variable("WATCHDOG_USEC")?.parse().ok().filter(|&micros: &u64| micros > 0 && !of_another)?;
+    Some(Duration::from_micros(micros))
+}
+
+/// The clock by which the manager tells this reload from one before (CLOCK_MONOTONIC).
+fn monotonic() -> Duration {
+    let mut now = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: the pointer is to what this call fills, and outlives it. It knows this clock, so it cannot fail.
+    unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC, &raw mut now) };
+    Duration::new(u64::try_from(now.tv_sec).unwrap_or_default(), u32::try_from(now.tv_nsec).unwrap_or_default())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_watchdog_of_another_process_is_none_of_ours() {
+        let own = std::process::id().to_string();
+        let said = |micros: &str, pid: Option<&str>| {
+            patience(|name| match name {
+                "WATCHDOG_USEC" => Some(micros.to_owned()),
+                _ => pid.map(str::to_owned),
+            })
+        };
+        assert_eq!(said("3000000", None), Some(Duration::from_secs(3)));
+        assert_eq!(said("3000000", Some(&own)), Some(Duration::from_secs(3)));
+        assert_eq!(said("3000000", Some("1")), None);
+        assert_eq!(said("0", None), None);
+        assert_eq!(said("soon", None), None);
+        assert_eq!(patience(|_| None), None);
+    }
+
+    #[test]
+    fn a_manager_has_a_path_or_a_name() {
+        assert_eq!(
+            address(b"/run/notify").expect("an address").as_pathname(),
+            Some(std::path::Path::new("/run/notify"))
+        );
+        assert_eq!(address(b"@notify").expect("an address").as_abstract_name(), Some(&b"notify"[..]));
+    }
+}

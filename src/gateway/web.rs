@@ -1,0 +1,86 @@
+//! The service of the listeners: its runtime is the workers, on which their connections are accepted and served.
+
+use std::sync::Arc;
+
+use async_trait::async_trait;
+use futures::stream::{FuturesUnordered, StreamExt};
+use pingora::server::{ListenFds, ShutdownWatch};
+use pingora::services::Service;
+use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
+
+use crate::client::Front;
+use crate::client::acceptor::Acceptor;
+use crate::client::driver::Driven;
+use crate::client::lane::Door;
+
+/// Has connections accepted on further sockets.
+#[derive(Clone)]
+pub struct Openings(UnboundedSender<Arc<Acceptor>>);
+
+impl Openings {
+    /// Has connections accepted on this one, from when the workers run until it is closed or all listeners are.
+    pub fn open(&self, acceptor: Arc<Acceptor>) {
+        // An error means that the gateway stops: nothing is accepted any more.
+        let _ = self.0.send(acceptor);
+    }
+}
+
+/// The service of all listeners.
+pub struct Web<P> {
+    front: Arc<Front<P>>,
+    door: Arc<Door>,
+    threads: usize,
+    openings: UnboundedReceiver<Arc<Acceptor>>,
+    stop: ShutdownWatch,
+    first: Option<Box<dyn FnOnce() + Send + Sync>>,
+}
+
+impl<P> Web<P> {
+    /// A service with so many workers, whose connections go to `front`, until `stop` says so; and what has it accept
+    /// any. It does `first` before anything else, on its runtime.
+    pub fn new(
+        front: Arc<Front<P>>,
+        door: Door,
+        threads: usize,
+        stop: ShutdownWatch,
+        first: impl FnOnce() + Send + Sync + 'static,
+    ) -> (Openings, Web<P>) {
+        let (sender, openings) = unbounded_channel();
+        let web = Web { front, door: Arc::new(door), threads, openings, stop, first: Some(Box::new(first)) };
+        (Openings(sender), web)
+    }
+}
+
+#[async_trait]
+impl<P> Service for Web<P>
+where
+    P: Driven + Send + Sync + 'static,
+    P::CTX: Send + Sync + 'static,
+{
+    async fn start_service(&mut self, _: Option<ListenFds>, _: ShutdownWatch, _: usize) {
+        if let Some(first) = self.first.take() {
+            first();
+        }
+        let mut accepting = FuturesUnordered::new();
+        let mut stop = self.stop.clone();
+        loop {
+            tokio::select! {
+                Some(acceptor) = self.openings.recv() => {
+                    let task = acceptor.run(self.front.clone(), self.door.clone(), self.stop.clone());
+                    accepting.push(pingora_runtime::current_handle().spawn(task));
+                }
+                Some(_) = accepting.next(), if !accepting.is_empty() => {}
+                _ = stop.wait_for(|stop| *stop) => break,
+            }
+        }
+        while accepting.next().await.is_some() {}
+    }
+
+    fn name(&self) -> &str {
+        "web"
+    }
+
+    fn threads(&self) -> Option<usize> {
+        Some(self.threads)
+    }
+}
