@@ -46,11 +46,11 @@ enum Work {
 }
 
 const CELLS: &[Cell] = &[
-    Cell { name: "small", work: Work::Kept, bound: 125.0 },
-    Cell { name: "connect", work: Work::Connecting, bound: 175.0 },
-    Cell { name: "1m", work: Work::Kept, bound: 1_265.0 },
-    Cell { name: "h2c", work: Work::Http2, bound: 127.0 },
-    Cell { name: "upload", work: Work::Kept, bound: 400.0 },
+    Cell { name: "small", work: Work::Kept, bound: 84.0 },
+    Cell { name: "connect", work: Work::Connecting, bound: 128.0 },
+    Cell { name: "1m", work: Work::Kept, bound: 180.0 },
+    Cell { name: "h2c", work: Work::Http2, bound: 96.0 },
+    Cell { name: "upload", work: Work::Kept, bound: 110.0 },
 ];
 
 #[derive(Parser)]
