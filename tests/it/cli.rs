@@ -281,7 +281,7 @@ impl Running {
         let pid = self.0.id() as libc::pid_t;
         // SAFETY: kill takes any two numbers, and the child is not reaped yet, so the pid is its own.
         assert_eq!(unsafe { libc::kill(pid, libc::SIGTERM) }, 0);
-        let deadline = Instant::now() + Duration::from_secs(10);
+        let deadline = Instant::now() + crate::harness::DEADLINE;
         while Instant::now() < deadline {
             if let Some(status) = self.0.try_wait().unwrap() {
                 return status.code();

@@ -115,22 +115,28 @@ fn every_file_is_short_says_when_to_use_it_and_has_a_test() {
     }
 }
 
-#[test]
-fn the_index_of_the_cookbook_is_made_of_the_files() {
-    let path = format!("{EXAMPLES}/README.md");
-    let rows: String =
-        files().iter().map(|(name, title, when)| format!("| [{title}]({name}.yaml) | {when} |\n")).collect();
-    let page = format!(
-        "# Cookbook\n\nShort configurations, one for each job. Copy one, change its addresses, and try it:\n\n```console\n\
-         $ forebay check -c conf/examples/canary.yaml\n$ forebay run -c conf/examples/canary.yaml\n```\n\n\
+/// The index, on a page from which the files are found by this path.
+fn index(folder: &str) -> String {
+    let row = |(name, title, when): (String, String, String)| format!("| [{title}]({folder}{name}.yaml) | {when} |\n");
+    let rows: String = files().into_iter().map(row).collect();
+    format!(
+        "# Cookbook\n\nShort configurations, one for each job. Copy one, change its addresses, and try it:\n\n\
+         ```console\n$ forebay check -c conf/examples/canary.yaml\n$ forebay run -c conf/examples/canary.yaml\n```\n\n\
          Each file is run by a test of `tests/it/cookbook.rs`, which proves what the file promises.\n\n\
          | file | when |\n|---|---|\n{rows}"
-    );
-    if std::env::var_os("UPDATE_MANUAL").is_some() {
-        fs::write(&path, &page).expect("the index");
+    )
+}
+
+#[test]
+fn the_index_of_the_cookbook_is_made_of_the_files() {
+    for (path, page) in [("../examples/README.md", index("")), ("cookbook.md", index("../examples/"))] {
+        let path = format!("{EXAMPLES}/../manual/{path}");
+        if std::env::var_os("UPDATE_MANUAL").is_some() {
+            fs::write(&path, &page).expect("the index");
+        }
+        let there = fs::read_to_string(&path).unwrap_or_default();
+        assert!(there == page, "{path} is out of step; `UPDATE_MANUAL=1` with this test writes it anew");
     }
-    let there = fs::read_to_string(&path).unwrap_or_default();
-    assert!(there == page, "conf/examples/README.md is out of step; `UPDATE_MANUAL=1` with this test writes it anew");
 }
 
 #[test]
