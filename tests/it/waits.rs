@@ -536,6 +536,7 @@ const WAITS: &[(&str, usize, &str)] = &[
     ("admin/seats.rs", 2, "the place of a connection may be needed, beside a wait that has a deadline"),
     ("admin/trace.rs", 1, "until the time of the recording is over, as its operator has said"),
     ("client.rs", 16, "a stop beside a wait that has both"),
+    ("client/broken.rs", 1, "it is the interval in which an eye looks"),
     ("client/budget.rs", 1, "stored and polled by a spool, whose exchange waits for no longer than `resources.pause`"),
     ("client/connection.rs", 1, "the time of a stop bounds it"),
     ("client/cut.rs", 1, "ends with the exchange that it is beside"),
@@ -545,6 +546,7 @@ const WAITS: &[(&str, usize, &str)] = &[
     ("client/farewell.rs", 1, "a tick of what is itself a deadline"),
     ("client/http2.rs", 2, "a stop beside the frames of a connection, which reading and the guard bound"),
     ("client/http2/guard.rs", 1, "it is the deadline of a frame"),
+    ("client/intake.rs", 1, "the deadlines of a body; `Link::watch` has the eye"),
     ("client/lane.rs", 1, "the pause between two rounds"),
     ("client/relay.rs", 3, "a stop beside a wait that has both; the deadline of a passage"),
     (
@@ -552,11 +554,13 @@ const WAITS: &[(&str, usize, &str)] = &[
         1,
         "stored and polled by a spool, whose exchange waits for no longer than `resources.pause`",
     ),
+    ("client/session.rs", 1, "the deadlines of an attempt; `Link::watch` has the eye"),
     ("client/stream.rs", 1, "it is the deadline of a write"),
     ("client/tls/watch.rs", 5, "the pauses of a background task"),
+    ("client/wire.rs", 1, "the deadlines of an answer; `Link::watch` has the eye, and writing finds out by itself"),
     ("eventloop.rs", 1, "it is the deadline of an exchange that is given up"),
     ("gateway/stop.rs", 7, "the times of a stop"),
-    ("party/wait.rs", 1, "the timer itself"),
+    ("party/wait.rs", 3, "the timer itself"),
     ("recorder.rs", 1, "`admin/trace.rs` says until when"),
     ("upstream.rs", 4, "the pauses of a background task"),
     ("upstream/check.rs", 3, "the pauses of a background task"),
@@ -577,6 +581,7 @@ fn nothing_waits_without_a_deadline_and_an_eye_on_its_client() {
         r"\.acquire\w*\([^)]*\)\.await",
         r"\.wait_for\(",
         r"\bselect!\s*\{",
+        r":\s(?:Timer|Alarm),",
     ];
     let waits = Regex::new(&waits.join("|")).expect("a pattern");
     let mut found: BTreeMap<String, Vec<String>> = BTreeMap::new();
