@@ -429,8 +429,9 @@ impl Link {
     }
 
     /// The client has gone, as this error says.
-    fn gone(&self, error: Box<Error>) -> Box<Error> {
+    fn gone(&self, error: Box<Error>, wire: &mut Wire) -> Box<Error> {
         self.fail(left(self.stage()), error.etype().clone());
+        wire.abort();
         error
     }
 
@@ -459,6 +460,10 @@ impl Gate for Link {
         // While a body is sent, and after it as long as its last pieces are in its channel, Pingora asks neither after
         // the answer nor after the client.
         wire.poll_writing(cx);
+        if matches!(self.stage(), Stage::Sending | Stage::Waiting) && self.length().is_some() {
+            // Before Pingora hears of it: it would let the endpoint's connection go as it is, with what that has not taken.
+            self.watch(&mut wire, cx);
+        }
         Poll::Ready(())
     }
 
@@ -716,7 +721,7 @@ impl BufferedSession {
         if self.intake.whole().is_some()
             && let Poll::Ready(gone) = wire.poll_gone(cx)
         {
-            return Poll::Ready(Err(self.link.gone(gone)));
+            return Poll::Ready(Err(self.link.gone(gone, &mut wire)));
         }
         drop(wire);
         let piece = ready!(piece);
@@ -797,7 +802,7 @@ impl CustomSession for BufferedSession {
             let _ = wire.poll_write(cx);
             match wire.take_error() {
                 Some(error) => Poll::Ready(error),
-                None => wire.poll_gone(cx).map(|gone| link.gone(gone)),
+                None => wire.poll_gone(cx).map(|gone| link.gone(gone, &mut wire)),
             }
         });
         Err(error.await)
