@@ -119,6 +119,7 @@ refusals! {
     HANDSHAKE_CERTIFICATE: "handshake.certificate", 400, "The certificate of the client is not accepted.";
     HANDSHAKE_ALERT: "handshake.alert", 400, "The client ended the TLS handshake with an alert.";
     HANDSHAKE_FAILED: "handshake.failed", 400, "The TLS handshake failed.";
+    HANDSHAKE_RENEGOTIATION: "handshake.renegotiation", 400, "The client wanted to shake hands anew on its connection.";
     HEADER_TIMEOUT: "header.timeout", 408, "The request header did not arrive in time.";
     HEADER_ABORTED: "header.aborted", 499, "The client went away in the middle of its request header.";
     HEADER_TOO_LARGE: "header.too_large", 431, "The request header is too large.";

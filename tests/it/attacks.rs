@@ -6,10 +6,12 @@
 
 use std::io::Write;
 use std::net::Ipv4Addr;
+use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use crate::handshake::renegotiate;
 use crate::harness::frames::{END_HEADERS, END_STREAM, Frame, Frames, code, kind};
 use crate::harness::gateway::Watched;
 use crate::harness::secure::Authority;
@@ -220,6 +222,99 @@ fn client_hellos_that_come_slowly() {
     let ask = || assert_eq!(client.get("/").expect("an answer").0.body, "served");
     beside(&process, "handshake.limit_per_ip", attack, ask);
     assert!(process.metric("forebay_refusals_total{reason=\"handshake.timeout\"}") >= 1.0);
+}
+
+#[test]
+fn handshakes_again_and_again_on_one_connection() {
+    let (authority, process) = secure("");
+    let web = process.web();
+    let attack = |_| drop(renegotiate(web, &authority));
+    let client = Tls::to(web, &authority, "a.test").from(Ipv4Addr::new(127, 7, 7, 7));
+    let ask = || assert_eq!(client.get("/").expect("an answer").0.body, "served");
+    beside(&process, "handshake.renegotiation", attack, ask);
+}
+
+/// Connections that say nothing after their first request.
+const SILENT: usize = 500;
+/// What each may cost a build for tests, whose allocator keeps more than that of a release.
+const SILENT_BYTES: f64 = 40.0 * 1024.0;
+
+#[test]
+fn a_crowd_of_silent_connections_costs_little_and_holds_up_nobody() {
+    let (authority, process) = secure("");
+    let client = Tls::to(process.web(), &authority, "a.test").from(Ipv4Addr::new(127, 7, 7, 7));
+    let ask = || {
+        let begun = Instant::now();
+        assert_eq!(client.get("/").expect("an answer").0.body, "served");
+        assert!(begun.elapsed() < IN_TIME, "{:?}", begun.elapsed());
+    };
+    ask();
+    let memory = || process.metric("process_resident_memory_bytes");
+    let (before, silent) = (memory(), Tls::to(process.web(), &authority, "a.test").from(attacker(1)));
+    let crowd: Vec<_> = (0..SILENT)
+        .map(|_| {
+            let mut one = silent.connect().expect("a connection");
+            one.ask("GET / HTTP/1.1\r\nHost: a.test\r\n\r\n").expect("an answer");
+            one
+        })
+        .collect();
+    process.wait_metric("forebay_client_connections{state=\"idle\"}", |idle| idle == SILENT as f64);
+    let each = (memory() - before) / SILENT as f64;
+    println!("{each:.0} bytes each");
+    assert!(each < SILENT_BYTES, "{each:.0} bytes each");
+    (0..ASKED).for_each(|_| ask());
+    drop(crowd);
+    process.wait_metric("forebay_client_connections", |open| open == 0.0);
+    process.wait_at_rest();
+}
+
+/// Three hundred connections of slowhttptest over TLS in one of its modes, for four seconds, while others are served.
+fn stands_up_to(mode: &[&str]) {
+    let authority = Authority::new();
+    let origin = Origin::answering(|_| ok(vec![b'x'; 100_000]));
+    let tls = format!("tls: {{ certificates: [ {{ {} }} ], default: a.test }}", pair(&authority.issue(&["a.test"])));
+    let process = Setup::before(&origin).listener(&tls).spawn();
+    let url = format!("https://{}/", process.web());
+    let mut tool = Command::new("slowhttptest")
+        .args(["-c", "300", "-r", "150", "-l", "4", "-i", "1", "-p", "3", "-u", &url])
+        .args(mode)
+        .stdout(Stdio::null())
+        .spawn()
+        .expect("slowhttptest, which `make test` installs");
+    let client = Tls::to(process.web(), &authority, "a.test").from(Ipv4Addr::new(127, 7, 7, 7));
+    let (mut asked, mut longest) = (0_u32, Duration::ZERO);
+    while tool.try_wait().expect("the state of slowhttptest").is_none() {
+        let begun = Instant::now();
+        assert_eq!(client.get("/").expect("an answer").0.body.len(), 100_000);
+        (asked, longest) = (asked + 1, longest.max(begun.elapsed()));
+        thread::park_timeout(ms(20));
+    }
+    println!("{asked} asked, the longest for {longest:?}");
+    assert!(asked >= 2 && longest < IN_TIME, "{asked} asked, the longest for {longest:?}");
+    let shaken = process.metric("forebay_tls_handshakes_total") - f64::from(asked);
+    assert!(shaken > 200.0, "the attack did not come: {shaken}");
+    process.wait_metric("forebay_client_connections", |open| open == 0.0);
+    process.wait_at_rest();
+}
+
+#[test]
+fn headers_that_come_slowly_over_tls() {
+    stands_up_to(&["-H"]);
+}
+
+#[test]
+fn bodies_that_come_slowly_over_tls() {
+    stands_up_to(&["-B", "-s", "8192"]);
+}
+
+#[test]
+fn answers_that_are_read_slowly_over_tls() {
+    stands_up_to(&["-X", "-w", "1", "-y", "512", "-z", "32", "-k", "3"]);
+}
+
+#[test]
+fn requests_for_many_ranges_over_tls() {
+    stands_up_to(&["-R", "-t", "HEAD", "-a", "10", "-b", "3000"]);
 }
 
 #[test]

@@ -164,11 +164,12 @@ fn a_client_that_ends_the_handshake_with_an_alert_is_counted() {
         let client = Tls::to(gateway.web(), &stranger, "a.test").version(version);
         refused_as(&gateway, "handshake.alert", || assert!(client.get("/").is_err()));
     }
-    let said = refused_as(&gateway, "handshake.alert", || s_client(&gateway, &stranger, &["-tls1_2"]));
-    assert!(said.contains("certificate verify failed"), "{said}");
-    // OpenSSL does not encrypt this alert with TLS 1.3, so that it is no alert.
-    let said = refused_as(&gateway, "handshake.failed", || s_client(&gateway, &stranger, &["-tls1_3"]));
-    assert!(said.contains("certificate verify failed"), "{said}");
+    // OpenSSL does not encrypt this alert with TLS 1.3; it is one all the same.
+    for version in ["-tls1_2", "-tls1_3"] {
+        let said = refused_as(&gateway, "handshake.alert", || s_client(&gateway, &stranger, &[version]));
+        assert!(said.contains("certificate verify failed"), "{said}");
+    }
+    assert_eq!(refusals(&gateway, "handshake.failed")(), 0.0);
     gateway.wait_metric("forebay_client_connections", |open| open == 0.0);
 }
 
@@ -510,6 +511,25 @@ fn a_staple_is_shown_to_who_asks_for_it() {
     assert!(s_client(&gateway, &authority, &["-status"]).contains("OCSP Response Status: successful"));
 }
 
+/// What `openssl s_client` says that is told to shake hands again on a connection of TLS 1.2.
+pub fn renegotiate(address: SocketAddr, authority: &Authority) -> String {
+    let mut child = Command::new("timeout")
+        .args(["15", "openssl", "s_client", "-tls1_2", "-servername", "a.test", "-connect", &address.to_string()])
+        .arg("-CAfile")
+        .arg(authority.file())
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .expect("openssl s_client");
+    let mut input = child.stdin.take().expect("its standard input");
+    // The line is read once the handshake is done. Its input stays open: it would leave by itself at the end of that.
+    let _ = input.write_all(b"R\n");
+    let output = child.wait_with_output().expect("its end");
+    drop(input);
+    String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned()
+}
+
 fn openssl(arguments: &[&str]) -> String {
     let output = Command::new("openssl").args(arguments).output().expect("openssl runs");
     assert!(output.status.success(), "openssl {arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
@@ -548,9 +568,102 @@ fn openssl_s_client_is_served_with_both_versions() {
         });
         assert!(said.contains("alert protocol version"), "{said}");
     }
-    // Renegotiation is refused, and does not hang.
     let said = s_client(&gateway, &authority, &["-tls1_2", "-alpn", "http/1.1"]);
     assert!(said.contains("ALPN protocol: http/1.1"), "{said}");
+}
+
+#[test]
+fn a_client_of_tls_1_2_that_wants_to_shake_hands_again_is_cut_off_and_counted() {
+    let (authority, _, gateway) = simple("");
+    let said = refused_as(&gateway, "handshake.renegotiation", || renegotiate(gateway.web(), &authority));
+    assert!(said.contains("RENEGOTIATING") && said.contains("no renegotiation"), "{said}");
+    gateway.wait_metric("forebay_client_connections", |open| open == 0.0);
+}
+
+/// ClientHellos as programs in other languages have sent them, with OpenSSL's and BoringSSL's beside them: the file, and
+/// whether a share of X25519MLKEM768 is in it.
+const HELLOS: [(&str, &str, bool); 4] = [
+    ("Go 1.19", include_str!("hellos/go-1.19.hex"), false),
+    ("Java 17", include_str!("hellos/java-17.hex"), false),
+    ("Node 20", include_str!("hellos/node-20.hex"), false),
+    ("Chromium", include_str!("hellos/chromium.hex"), true),
+];
+
+#[test]
+fn hellos_of_go_java_node_and_a_browser_are_answered_in_their_terms() {
+    const TLS13_SUITES: [u16; 3] = [0x1301, 0x1302, 0x1303];
+    const X25519: u16 = 29;
+    const P256: u16 = 23;
+    const X25519MLKEM768: u16 = 4588;
+    let authority = Authority::new();
+    let gateway = answering(&[pair(&authority.issue(&["localhost"]))], ", default: localhost").start();
+    for (whose, hex, post_quantum) in HELLOS {
+        let digits: Vec<u8> = hex.bytes().filter(u8::is_ascii_hexdigit).collect();
+        let byte = |two: &[u8]| u8::from_str_radix(std::str::from_utf8(two).unwrap(), 16).unwrap();
+        let hello: Vec<u8> = digits.chunks(2).map(byte).collect();
+        let mut client = Client::connect(gateway.web()).into_wire().into_socket();
+        client.write_all(&hello).unwrap();
+        let mut head = [0; 5];
+        io::Read::read_exact(&mut client, &mut head).unwrap();
+        assert_eq!(head[0], 22, "{whose}: a handshake and no alert");
+        let mut answer = vec![0; usize::from(u16::from_be_bytes([head[3], head[4]]))];
+        io::Read::read_exact(&mut client, &mut answer).unwrap();
+        let (suite, group) = server_hello(&answer).expect("a ServerHello of TLS 1.3");
+        assert!(TLS13_SUITES.contains(&suite), "{whose}: {suite:#x}");
+        assert_eq!(group == X25519MLKEM768, post_quantum, "{whose}: {group}");
+        assert!([X25519, P256, X25519MLKEM768].contains(&group), "{whose}: {group}");
+    }
+}
+
+/// The suite and the group of a ServerHello (RFC 8446 §4.1.3); `None` if it is another version's.
+fn server_hello(message: &[u8]) -> Option<(u16, u16)> {
+    let number = |at: usize| Some(u16::from_be_bytes([*message.get(at)?, *message.get(at + 1)?]));
+    (message.first() == Some(&2)).then_some(())?;
+    // Type, length, version and random; then the identifier of a session.
+    let session = 4 + 2 + 32;
+    let suite = session + 1 + usize::from(*message.get(session)?);
+    let mut extension = suite + 2 + 1 + 2;
+    let (mut tls13, mut group) = (false, None);
+    while let (Some(kind), Some(length)) = (number(extension), number(extension + 2)) {
+        match kind {
+            43 => tls13 = number(extension + 4) == Some(0x0304),
+            51 => group = number(extension + 4),
+            _ => {}
+        }
+        extension += 4 + usize::from(length);
+    }
+    Some((number(suite)?, group.filter(|_| tls13)?))
+}
+
+#[test]
+fn a_certificate_that_was_revoked_opens_no_door_from_then_on() {
+    let (servers, clients) = (Authority::new(), Authority::new());
+    let (ada, eve) = (clients.issue(&["ada.test"]), clients.issue(&["eve.test"]));
+    let list = clients.revoking("clients.crl", &[]);
+    let asks = format!("client: {{ ca: \"{}\", crl: \"{}\" }}", clients.file().display(), list.display());
+    let certificate = format!("{}, {asks}", pair(&servers.issue(&["a.test"])));
+    let gateway = answering(&[certificate], ", refresh: 100ms").start();
+    let to = Tls::to(gateway.web(), &servers, "a.test");
+    for version in VERSIONS {
+        let as_she = |identity: &Identity| to.clone().version(version).showing(identity);
+        swap_file(&clients.revoking("none.crl", &[]), &list);
+        let session = eventually("a list that names nobody", || Some(as_she(&eve).get("/").ok()?.1.session()));
+        assert!(as_she(&ada).get("/").is_ok());
+
+        swap_file(&clients.revoking("eve.crl", &[&eve]), &list);
+        eventually("the list that names her", || as_she(&eve).get("/").is_err().then_some(()));
+        let told = refused_as(&gateway, "handshake.certificate", || as_she(&eve).get("/").map(|_| ()).unwrap_err());
+        assert!(told.contains("REVOKED"), "{told}");
+        assert!(as_she(&ada).get("/").is_ok(), "others are let in");
+        // Nor does a session from before.
+        assert!(as_she(&eve).resuming(session).get("/").is_err());
+    }
+
+    // What is no list is not taken, and the one before stays.
+    std::fs::write(&list, "nobody is revoked").unwrap();
+    gateway.wait_metric("forebay_tls_reloads_total{outcome=\"refused\"}", |count| count >= 1.0);
+    assert!(to.clone().showing(&eve).get("/").is_err());
+    assert!(to.showing(&ada).get("/").is_ok());
 }
 
 #[test]

@@ -126,7 +126,10 @@ async fn accept(context: SslContext, raw: Raw) -> Result<SslStream<Raw>, &'stati
     let mut stream = SslStream::new(ssl, raw).map_err(|_| &refusal::HANDSHAKE_FAILED)?;
     let shaken = Pin::new(&mut stream).accept().await;
     if let Err(error) = shaken {
-        let why = reason(&error);
+        let mut why = reason(&error);
+        if why == &refusal::HANDSHAKE_FAILED && stream.get_ref().alerted() {
+            why = &refusal::HANDSHAKE_ALERT;
+        }
         if why != &refusal::HANDSHAKE_ABORTED {
             farewell(stream.get_mut()).await;
         }
@@ -236,7 +239,7 @@ fn of_code(code: i32) -> &'static Refusal {
         ffi::SSL_R_PEER_DID_NOT_RETURN_A_CERTIFICATE => &refusal::HANDSHAKE_NO_CERTIFICATE,
         ffi::SSL_R_CERTIFICATE_VERIFY_FAILED => &refusal::HANDSHAKE_CERTIFICATE,
         // The alerts of the client, 1000 and its number. OpenSSL sends an alert of TLS 1.3 in clear if it refuses the
-        // certificate; BoringSSL takes that for a record that it cannot decrypt.
+        // certificate; BoringSSL takes that for a record that it cannot decrypt, and `Raw` knows better.
         1000..=1255 => &refusal::HANDSHAKE_ALERT,
         _ => &refusal::HANDSHAKE_FAILED,
     }

@@ -18,10 +18,12 @@ use pingora::protocols::{
     GetProxyDigest, GetSocketDigest, GetTimingDigest, Peek, Shutdown, SocketDigest, Ssl, Stream, TimingDigest,
     UniqueID, UniqueIDType,
 };
+use pingora::tls::ssl_sys as ffi;
 use pingora::tls::tokio_ssl::SslStream;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
 use crate::client::connection::Connection;
+use crate::error::{Refusal, refusal};
 
 /// The plain bytes of one record (RFC 8446 §5.1).
 const RECORD_BYTES: usize = 16 << 10;
@@ -47,12 +49,20 @@ pub struct Raw {
     sent: usize,
     /// Hears of what the socket takes.
     connection: Option<Arc<Connection>>,
+    /// The library has read the head of an alert in clear text.
+    alerted: bool,
+}
+
+/// The head of an alert in clear text: type, version, length (RFC 8446 §5.1). Behind a ServerHello of TLS 1.3 every
+/// alert should be encrypted, and have another type.
+fn is_alert(record: &[u8]) -> bool {
+    matches!(record, [21, 3, _, 0, 2])
 }
 
 impl Raw {
     /// A socket of which nothing was read.
     pub fn new(io: Stream) -> Self {
-        Raw { io, front: BytesMut::new(), cipher: Vec::new(), sent: 0, connection: None }
+        Raw { io, front: BytesMut::new(), cipher: Vec::new(), sent: 0, connection: None, alerted: false }
     }
 
     /// What was read and not yet handed on.
@@ -78,6 +88,18 @@ impl Raw {
     /// Has `connection` told of what the socket takes.
     pub fn tell(&mut self, connection: Arc<Connection>) {
         self.connection = Some(connection);
+    }
+
+    /// Whether the client has sent an alert in clear text.
+    pub fn alerted(&self) -> bool {
+        self.alerted
+    }
+
+    /// Counts that the client asked for what is not done.
+    fn count(&self, refusal: &'static Refusal) {
+        if let Some(connection) = &self.connection {
+            connection.listener.metrics.refusals.count(refusal);
+        }
     }
 
     /// The number of the socket.
@@ -126,6 +148,8 @@ impl AsyncRead for Raw {
             }
         }
         let length = out.remaining().min(self.front.len());
+        // The library reads the head of a record by itself.
+        self.alerted |= is_alert(&self.front[..length]);
         out.put_slice(&self.front[..length]);
         self.front.advance(length);
         if self.front.is_empty() {
@@ -234,9 +258,22 @@ impl TlsStream {
     }
 }
 
+/// Whether the client has begun another handshake, which TLS 1.2 knows and the library refuses with an alert: it would
+/// cost the gateway ten times what it costs the client.
+fn is_renegotiation(error: &io::Error) -> bool {
+    let error = error.get_ref().and_then(|error| error.downcast_ref::<pingora::tls::ssl::Error>());
+    let stack = error.and_then(|error| error.ssl_error());
+    stack.is_some_and(|stack| stack.errors().iter().any(|it| it.reason_code() == ffi::SSL_R_NO_RENEGOTIATION))
+}
+
 impl AsyncRead for TlsStream {
     fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, out: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         let read = Pin::new(&mut self.ssl).poll_read(cx, out);
+        if let Poll::Ready(Err(error)) = &read
+            && is_renegotiation(error)
+        {
+            self.raw().count(&refusal::HANDSHAKE_RENEGOTIATION);
+        }
         // What the library has to say for itself, as an answer to a change of keys, leaves at once.
         if let Poll::Ready(Err(error)) = self.raw().poll_send(cx) {
             return Poll::Ready(Err(error));

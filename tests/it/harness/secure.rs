@@ -15,8 +15,12 @@ use std::thread;
 
 use pingora::tls::nid::Nid;
 use pingora::tls::ssl::{self, AlpnError, NameType, SslAcceptor, SslFiletype, SslMethod, SslRef, SslVerifyMode};
+use pingora::tls::x509::X509;
 use ppp::v2::{Addresses, Command, Header};
-use rcgen::{BasicConstraints, CertificateParams, DnType, IsCa, Issuer, KeyPair};
+use rcgen::{
+    BasicConstraints, CertificateParams, CertificateRevocationListParams, DnType, IsCa, Issuer, KeyIdMethod, KeyPair,
+    RevokedCertParams,
+};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
@@ -80,6 +84,32 @@ impl Authority {
         let mut params = CertificateParams::new(vec![name.to_owned()]).expect("parameters");
         (params.not_before, params.not_after) = (rcgen::date_time_ymd(from, 1, 1), rcgen::date_time_ymd(to, 1, 1));
         params.signed_by(&key, &self.issuer).expect("a certificate").pem() + &key.serialize_pem()
+    }
+
+    /// A list of what it has revoked, in PEM, as a file of this name.
+    pub fn revoking(&self, name: &str, revoked: &[&Identity]) -> PathBuf {
+        let entry = |identity: &&Identity| {
+            let pem = fs::read(&identity.certificate).expect("a certificate");
+            let serial = X509::from_pem(&pem).and_then(|one| one.serial_number().to_bn()).expect("a number").to_vec();
+            RevokedCertParams {
+                serial_number: serial.into(),
+                revocation_time: rcgen::date_time_ymd(2025, 1, 1),
+                reason_code: None,
+                invalidity_date: None,
+            }
+        };
+        let list = CertificateRevocationListParams {
+            this_update: rcgen::date_time_ymd(2025, 1, 1),
+            next_update: rcgen::date_time_ymd(2049, 1, 1),
+            crl_number: 1_u64.into(),
+            issuing_distribution_point: None,
+            revoked_certs: revoked.iter().map(entry).collect(),
+            key_identifier_method: KeyIdMethod::Sha256,
+        };
+        let path = self.dir.path().join(name);
+        let pem = list.signed_by(&self.issuer).and_then(|list| list.pem()).expect("a list");
+        fs::write(&path, pem).expect("a file");
+        path
     }
 
     fn issue_with(&self, names: &[&str], key: KeyPair) -> Identity {
