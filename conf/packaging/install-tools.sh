@@ -36,6 +36,7 @@ as_root() {
 has() {
     case $1 in
         dnsmasq-base) command -v dnsmasq >/dev/null ;;
+        nghttp2-client) command -v h2load >/dev/null ;;
         libclang-dev) compgen -G '/usr/lib/llvm-*/lib/libclang.so*' >/dev/null && compgen -G '/usr/lib/llvm-*/lib/clang/*/include/stddef.h' >/dev/null ;;
         # Debian's Python has Debian's modules, whatever other one is first in PATH.
         python3-grpcio) /usr/bin/python3 -c 'import grpc' 2>/dev/null ;;
@@ -63,7 +64,7 @@ for purpose in "$@"; do
             commands+=(groff-base python3-venv shellcheck systemd)
             environments+=(test)
             ;;
-        bench) commands+=(haproxy nginx wrk) ;;
+        bench) commands+=(haproxy nginx nghttp2-client openssl slowhttptest wrk) ;;
         gate) commands+=(valgrind) ;;
         release) commands+=(binutils nghttp2-client openssl python3-venv wrk); environments+=(release) ;;
         package) commands+=(binutils dpkg-dev lintian xz-utils); crates+=(cargo-deb@3.8.0) ;;

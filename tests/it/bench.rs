@@ -3,8 +3,12 @@
 
 #[path = "../bench/compare/bulk.rs"]
 mod bulk;
+#[path = "../bench/compare/counts.rs"]
+mod counts;
 #[path = "../bench/compare/figures.rs"]
 mod figures;
+#[path = "../bench/compare/h2load.rs"]
+mod h2load;
 #[path = "../bench/compare/latency.rs"]
 mod latency;
 #[path = "../bench/compare/moody.rs"]
@@ -62,6 +66,54 @@ Transfer/sec:      9.11MB
         assert!(error.contains("no number of requests") && error.contains("Connection refused"), "{error}");
         let error = Summary::parse(&QUIET.replace("2.05ms", "-nanms")).unwrap_err();
         assert!(error.contains("no 99% latency"), "{error}");
+    }
+}
+
+mod of_h2load {
+    use super::wrk::Summary;
+
+    const QUIET: &str = "\
+finished in 1.02s, 160.00 req/s, 31.18KB/s
+requests: 160 total, 176 started, 160 done, 157 succeeded, 3 failed, 2 errored, 0 timeout
+status codes: 160 2xx, 0 3xx, 4 4xx, 3 5xx
+traffic: 31.18KB (31933) total, 1.79KB (1830) headers (space savings 91.76%), 26.41KB (27040) data
+";
+
+    #[test]
+    fn a_run_and_its_log_are_read_whole() {
+        let log: String = (1..=200).map(|n| format!("1795993362861100\t200\t{}\n", n * 100)).collect();
+        let summary = Summary::of_h2load(QUIET, &log).unwrap();
+        assert_eq!((summary.requests, summary.seconds, summary.failed), (160, 1.02, 9));
+        assert_eq!((summary.p50_ms, summary.p99_ms), (10.0, 19.8));
+    }
+
+    #[test]
+    fn an_output_without_figures_is_an_error_that_shows_it() {
+        let error = Summary::of_h2load("could not connect to host\n", "").unwrap_err();
+        assert!(error.contains("no number of requests") && error.contains("could not connect"), "{error}");
+        assert!(Summary::of_h2load(QUIET, "").unwrap_err().contains("noted no requests"));
+    }
+}
+
+mod of_counts {
+    use super::counts::Counts;
+
+    #[test]
+    fn what_was_counted_meanwhile_is_told_by_its_reason() {
+        let text = |aborted: u32, shaken: u32| {
+            format!(
+                "# HELP forebay_refusals_total Refusals.\n\
+                 forebay_refusals_total{{reason=\"header.aborted\",route=\"_none\"}} {aborted}\n\
+                 forebay_refusals_total{{reason=\"header.aborted\",route=\"all\"}} 1\n\
+                 forebay_refusals_total{{reason=\"header.timeout\",route=\"all\"}} 7\n\
+                 forebay_tls_handshakes_total{{listener=\"web\",resumed=\"no\",version=\"TLSv1.3\"}} {shaken}\n\
+                 forebay_workers 2\n"
+            )
+        };
+        let (before, after) = (Counts::of(&text(1, 5)), Counts::of(&text(4, 25)));
+        assert_eq!(after.since(&before).to_string(), "handshakes, resumed: no 20; header.aborted 3");
+        assert_eq!(after.since(&before).names().count(), 2);
+        assert_eq!(after.since(&after).to_string(), "nothing");
     }
 }
 

@@ -162,7 +162,12 @@ impl Stage<'_> {
 
     /// A fast client that has had its time alone.
     fn fast_client_alone(&self) -> Result<FastClient> {
-        let fast = FastClient::start(self.machine.fast_client(), self.proxy.server.address(), Pace::USUAL)?;
+        let fast = FastClient::start(
+            self.machine.fast_client(),
+            self.proxy.server.address(),
+            &self.proxy.server.manner(),
+            Pace::USUAL,
+        )?;
         fast.wait_until(WARM + ALONE);
         Ok(fast)
     }

@@ -16,6 +16,7 @@ use crate::machine::Machine;
 use crate::moody::{BE_FAILING, BE_SLOW};
 use crate::process::body_of;
 use crate::proxies::{Proxy, Running};
+use crate::secure::Manner;
 
 /// 2,000 requests a second, a second and more between two on the same connection. With the 5 ms that an answer takes
 /// there are ten under way, enough for policies that count them to have something to count.
@@ -107,7 +108,7 @@ impl<'a> Scene<'a> {
         let endpoints = [endpoint()?, endpoint()?, endpoint()?];
         let addresses: Vec<SocketAddr> = endpoints.iter().map(|endpoint| endpoint.server.address()).collect();
         let proxy = proxy.start_before(machine, &addresses)?;
-        let fast = FastClient::start(machine.fast_client(), proxy.server.address(), PACE)?;
+        let fast = FastClient::start(machine.fast_client(), proxy.server.address(), &Manner::of(false), PACE)?;
         fast.wait_until(WARM + WELL);
         Ok(Scene { machine, fast, _proxy: proxy, endpoints: endpoints.map(Some) })
     }

@@ -17,6 +17,7 @@ use anyhow::{Result, anyhow};
 use crate::latency::Sample;
 use crate::machine::Place;
 use crate::process::answer_is_short;
+use crate::secure::{Link, Manner};
 
 /// How fast it sends.
 #[derive(Clone, Copy)]
@@ -36,7 +37,7 @@ impl Pace {
 const PATIENCE: Duration = Duration::from_secs(15);
 
 /// The longest that one client runs, so that what it remembers is bounded.
-const LONGEST: Duration = Duration::from_secs(120);
+const LONGEST: Duration = Duration::from_secs(300);
 
 /// A fast client at work.
 pub struct FastClient {
@@ -56,8 +57,8 @@ pub struct Log {
 
 impl FastClient {
     /// Opens its connections and begins.
-    pub fn start(place: Place, address: SocketAddr, pace: Pace) -> Result<FastClient> {
-        let lanes = (0..pace.connections).map(|_| Lane::open(address)).collect::<Result<Vec<_>>>()?;
+    pub fn start(place: Place, address: SocketAddr, manner: &Manner, pace: Pace) -> Result<FastClient> {
+        let lanes = (0..pace.connections).map(|_| Lane::open(address, manner)).collect::<Result<Vec<_>>>()?;
         let (start, stop) = (Instant::now(), Arc::new(AtomicBool::new(false)));
         let stopped = stop.clone();
         let thread = thread::Builder::new().name("fast client".to_owned()).spawn(move || {
@@ -90,7 +91,8 @@ impl FastClient {
 /// A connection and the requests that are due on it. The first of them is under way.
 struct Lane {
     address: SocketAddr,
-    stream: TcpStream,
+    manner: Manner,
+    stream: Link,
     due: VecDeque<Duration>,
     answer: Vec<u8>,
 }
@@ -134,7 +136,11 @@ fn run(mut lanes: Vec<Lane>, interval: Duration, start: Instant, stop: &AtomicBo
 /// The lanes that wait for an answer and have something to read, within `wait`.
 fn readable(lanes: &[Lane], wait: Duration) -> io::Result<Vec<usize>> {
     let asked: Vec<usize> = (0..lanes.len()).filter(|&index| !lanes[index].due.is_empty()).collect();
-    let event = |&index: &usize| libc::pollfd { fd: lanes[index].stream.as_raw_fd(), events: libc::POLLIN, revents: 0 };
+    let event = |&index: &usize| libc::pollfd {
+        fd: lanes[index].stream.socket().as_raw_fd(),
+        events: libc::POLLIN,
+        revents: 0,
+    };
     let mut events: Vec<libc::pollfd> = asked.iter().map(event).collect();
     let timeout = libc::timespec { tv_sec: wait.as_secs() as _, tv_nsec: wait.subsec_nanos().into() };
     // SAFETY: the kernel reads the timespec and reads and writes as many pollfds as there are; all are ours.
@@ -149,11 +155,10 @@ fn readable(lanes: &[Lane], wait: Duration) -> io::Result<Vec<usize>> {
 }
 
 impl Lane {
-    fn open(address: SocketAddr) -> Result<Lane> {
-        let stream = TcpStream::connect_timeout(&address, PATIENCE)?;
-        stream.set_nonblocking(true)?;
-        stream.set_nodelay(true)?;
-        Ok(Lane { address, stream, due: VecDeque::new(), answer: Vec::new() })
+    fn open(address: SocketAddr, manner: &Manner) -> Result<Lane> {
+        let stream = manner.open(address)?;
+        stream.socket().set_nonblocking(true)?;
+        Ok(Lane { address, manner: manner.clone(), stream, due: VecDeque::new(), answer: Vec::new() })
     }
 
     /// Sends the request for the first that is due. A request this small always fits what the kernel takes.
@@ -204,14 +209,25 @@ impl Lane {
 
     /// A connection that the proxy has closed since its last answer serves for no other request, as any client knows.
     fn reopen_if_closed(&mut self) {
-        if !matches!(self.stream.peek(&mut [0]), Err(error) if error.kind() == ErrorKind::WouldBlock) {
+        let closed = match self.stream.socket().peek(&mut [0]) {
+            // TLS has something to say for itself, such as a ticket; in clear text it is an answer to no request.
+            Ok(1..) => !self.manner.tls,
+            Ok(_) => true,
+            Err(error) => error.kind() != ErrorKind::WouldBlock,
+        };
+        if closed {
             self.reopen();
         }
     }
 
     fn reopen(&mut self) {
-        let reopened = TcpStream::connect_timeout(&self.address, Duration::from_millis(100));
-        if let Ok(stream) = reopened.and_then(|stream| stream.set_nonblocking(true).map(|()| stream)) {
+        let reopened = || -> Result<Link> {
+            let socket = TcpStream::connect_timeout(&self.address, Duration::from_millis(100))?;
+            let stream = self.manner.secure(socket)?;
+            stream.socket().set_nonblocking(true)?;
+            Ok(stream)
+        };
+        if let Ok(stream) = reopened() {
             self.stream = stream;
         }
     }

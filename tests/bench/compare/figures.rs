@@ -122,7 +122,7 @@ impl Comparison {
     /// The figure that a goal is about. `None` without rounds, or where the row to divide by is not in the run.
     pub fn figure(&self, goal: &Goal, row: usize) -> Option<f64> {
         let column = self.columns.iter().position(|column| column.key == goal.column)?;
-        let Some(over) = goal.over else { return self.median(row, column) };
+        let Some(over) = goal.over else { return self.median(row, column).filter(|it| it.is_finite()) };
         let base = self.rows.iter().position(|row| row.name == over)?;
         self.ratio_to(base, row, column).map(|ratio| ratio.median)
     }
@@ -144,7 +144,9 @@ impl Comparison {
     fn line(&self, row: usize) -> Vec<String> {
         let mut words = vec![self.rows[row].name.clone()];
         for (index, column) in self.columns.iter().enumerate() {
-            words.push(self.median(row, index).map_or("-".to_owned(), |value| format!("{value:.*}", column.decimals)));
+            // What does not apply to a row is no number.
+            let value = self.median(row, index).filter(|value| value.is_finite());
+            words.push(value.map_or("-".to_owned(), |value| format!("{value:.*}", column.decimals)));
             if !column.compared {
                 continue;
             }

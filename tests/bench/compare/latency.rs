@@ -16,9 +16,14 @@ pub struct Sample {
 
 /// Latency, in milliseconds, that 99 % of the requests due within `window` stayed below. `None` if none was due.
 pub fn p99_ms(samples: &[Sample], window: Range<Duration>) -> Option<f64> {
+    percentile_ms(samples, window, 99)
+}
+
+/// The same for another share of the requests, in percent.
+pub fn percentile_ms(samples: &[Sample], window: Range<Duration>, share: usize) -> Option<f64> {
     let within = samples.iter().filter(|sample| window.contains(&sample.due));
     let mut latencies: Vec<Duration> = within.map(|sample| sample.latency).collect();
     latencies.sort_unstable();
-    let rank = (latencies.len() * 99).div_ceil(100);
+    let rank = (latencies.len() * share).div_ceil(100);
     Some(latencies.get(rank.checked_sub(1)?)?.as_secs_f64() * 1e3)
 }

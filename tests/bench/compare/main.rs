@@ -7,14 +7,19 @@
 //! From the top: `measure` does the work of one cell, `proxies` knows how each proxy is configured, `process` runs one
 //! and reads its figures, `machine` knows the CPUs and the noise. Where clients are slow, `beside` tells the story,
 //! `slow` and `fast` are its clients and `bulk` its origin. Where an endpoint gets into trouble, `failover` tells the
-//! story, `several` holds the configurations and `moody` is the endpoint. `wrk`, `procfs`, `latency` and `figures` are
-//! pure; they, `bulk` and `moody` are tested.
+//! story, `several` holds the configurations and `moody` is the endpoint. Over TLS, `secure` connects and `shaking` asks
+//! for handshakes. Where a proxy is attacked, `attacks` tells the story and `hostile` is who attacks. `wrk`, `h2load`,
+//! `counts`, `procfs`, `latency` and `figures` are pure; they, `bulk` and `moody` are tested.
 
+mod attacks;
 mod beside;
 mod bulk;
+mod counts;
 mod failover;
 mod fast;
 mod figures;
+mod h2load;
+mod hostile;
 mod latency;
 mod machine;
 mod measure;
@@ -22,31 +27,36 @@ mod moody;
 mod process;
 mod procfs;
 mod proxies;
+mod secure;
 mod several;
+mod shaking;
 mod slow;
 mod wrk;
 
 use std::fs;
 use std::net::TcpListener;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use anyhow::{Context, Result};
 use clap::{Parser, ValueEnum};
 use serde_json::{Value, json};
 
+use attacks::Attack;
 use figures::Comparison;
 use machine::Machine;
-use measure::{Bench, Cell, Effort};
+use measure::{Bench, Cell, Chosen, Effort};
 use proxies::{BULK_ORIGIN, CROWD_ORIGIN, Choice, Keys, MOODY_ORIGIN, Proxy, Running, Variant};
+use secure::Identity;
 
 /// Compares Forebay, nginx and HAProxy, one worker each, and prints CPU, throughput, latency and memory.
 #[derive(Parser)]
 #[command(name = "compare", bin_name = "cargo bench --bench compare --")]
 struct Options {
-    /// What to measure; everything, if nothing is named.
-    cells: Vec<Cell>,
+    /// What to measure; everything but `attacks`, if nothing is named. `tls` is all cells of TLS.
+    cells: Vec<Chosen>,
     /// A smoke test: 1 second, 2 rounds, 1 round with slow clients.
-    #[arg(long, conflicts_with_all = ["seconds", "rounds", "slow_rounds"])]
+    #[arg(long, conflicts_with_all = ["seconds", "rounds", "slow_rounds", "attack_rounds"])]
     quick: bool,
     /// Seconds of load per sample.
     #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u64).range(1..=600))]
@@ -63,6 +73,15 @@ struct Options {
     /// Samples per figure in these cells: one takes 15 and 32 seconds for each proxy.
     #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u16).range(1..=100))]
     slow_rounds: u16,
+    /// Samples per attack: one takes some 25 seconds for each proxy.
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=100))]
+    attack_rounds: u16,
+    /// The attacks of the cell `attacks`; all, if none is named.
+    #[arg(long, value_delimiter = ',')]
+    attack: Vec<Attack>,
+    /// Connections of TLS that say nothing, in the attack `idle`.
+    #[arg(long, default_value_t = 10_000, value_parser = clap::value_parser!(u16).range(1..=12_000))]
+    idle: u16,
     /// What to compare. Ratios are to nginx, or to the first if nginx is not among them.
     #[arg(long, value_delimiter = ',', default_value = "forebay,nginx,haproxy")]
     proxies: Vec<Choice>,
@@ -93,19 +112,38 @@ impl Options {
             connections: self.connections.into(),
             slow: self.slow.into(),
             slow_rounds: slow_rounds.into(),
+            attack_rounds: self.attack_rounds.into(),
+            idle: self.idle.into(),
+            attacks: if self.attack.is_empty() { Attack::value_variants().to_vec() } else { self.attack.clone() },
         }
     }
 
     fn cells(&self) -> Vec<Cell> {
         let wanted = |cell: &Cell| match cell {
             Cell::Routes | Cell::Buffering if self.cells.is_empty() => self.proxies.contains(&Choice::Forebay),
-            cell => self.cells.is_empty() || self.cells.contains(cell),
+            Cell::Attacks if self.cells.is_empty() => false,
+            cell => self.cells.is_empty() || self.cells.iter().any(|Chosen(cells)| cells.contains(cell)),
         };
         Cell::value_variants().iter().copied().filter(wanted).collect()
     }
 
     /// What is compared in a cell.
-    fn proxies_of(&self, cell: Cell) -> Vec<Proxy> {
+    fn proxies_of(&self, cell: Cell) -> Result<Vec<Proxy>> {
+        let Some(kind) = cell.tls() else { return Ok(self.in_clear_text(cell)) };
+        let identity = Arc::new(Identity::make(kind)?);
+        let keys = match cell {
+            Cell::Attacks => Keys { server: Some(MANY_CLIENTS), listener: Some(LONG_IDLE), ..Keys::default() },
+            _ => Keys { listener: Some(MANY_REQUESTS), ..Keys::default() },
+        };
+        let proxies = self.proxies().into_iter().map(|proxy| {
+            let proxy = if cell == Cell::Attacks { proxy.with_long_idle() } else { proxy };
+            proxy.with_keys(keys).with_tls(&identity)
+        });
+        // HAProxy would need more open files for the crowd than a usual limit allows.
+        Ok(proxies.filter(|proxy| cell != Cell::Attacks || proxy.name != "haproxy").collect())
+    }
+
+    fn in_clear_text(&self, cell: Cell) -> Vec<Proxy> {
         let with_route = |route| move |proxy: Proxy| proxy.with_keys(self.buffering_keys(Some(route)));
         let proxies = self.proxies().into_iter();
         match cell {
@@ -137,7 +175,11 @@ impl Options {
     }
 
     fn buffering_keys(&self, route: Option<&'static str>) -> Keys {
-        if self.no_buffering_keys { Keys::default() } else { Keys { server: Some(SPOOL_DIR), route, upstream: None } }
+        if self.no_buffering_keys {
+            Keys::default()
+        } else {
+            Keys { server: Some(SPOOL_DIR), route, ..Keys::default() }
+        }
     }
 
     fn proxies(&self) -> Vec<Proxy> {
@@ -154,6 +196,12 @@ impl Options {
 const SPOOL_DIR: &str = "spool_dir: \"{dir}\"";
 const IN_MEMORY: &str = "buffering: { request: { mode: full, memory: 2MiB } }";
 const ON_DISK: &str = "buffering: { request: { mode: full, memory: 64KiB } }";
+/// As nginx has `keepalive_requests` lifted; a client of HTTP/2 is not to connect anew while it is measured.
+const MANY_REQUESTS: &str = "limits: { requests_per_connection: unlimited }";
+/// A crowd of silent clients may take minutes to arrive on a machine with other work. nginx: `keepalive_timeout`.
+const LONG_IDLE: &str = "timeouts: { idle: 10m }";
+/// Of 20,000 open files, more than 10,000 are then connections of clients.
+const MANY_CLIENTS: &str = "open_files: { clients: 80%, spools: 5% }";
 const BUFFERING_OFF: &str = "buffering: { request: { mode: stream }, response: { mode: stream } }";
 
 /// A Forebay by each policy that looks at how its endpoints do; another proxy as it is.
@@ -202,10 +250,11 @@ fn main() -> Result<()> {
     let mut comparisons: Vec<Comparison> = Vec::new();
     for cell in options.cells() {
         eprintln!("{}:", cell.name());
-        let proxies = options.proxies_of(cell);
-        let comparison = bench.compare(cell, &proxies, options.base_of(&proxies))?;
-        println!("\n{}", comparison.table());
-        comparisons.push(comparison);
+        let proxies = options.proxies_of(cell)?;
+        for comparison in bench.compare(cell, &proxies, options.base_of(&proxies))? {
+            println!("\n{}", comparison.table());
+            comparisons.push(comparison);
+        }
     }
     println!("\nIn short:\n{}", figures::summary(&comparisons));
     if comparisons.iter().any(|comparison| !comparison.goals.is_empty()) {
@@ -213,13 +262,15 @@ fn main() -> Result<()> {
     }
     if let Some(path) = &options.json {
         let cells: Vec<Value> = comparisons.iter().map(Comparison::json).collect();
-        let Effort { seconds, rounds, connections, slow, slow_rounds } = bench.effort;
+        let Effort { seconds, rounds, connections, slow, slow_rounds, attack_rounds, idle, .. } = bench.effort;
         let effort = json!({
             "seconds": seconds,
             "rounds": rounds,
             "connections": connections,
             "slow": slow,
             "slow_rounds": slow_rounds,
+            "attack_rounds": attack_rounds,
+            "idle": idle,
         });
         let report = json!({"machine": facts, "effort": effort, "cells": cells});
         fs::write(path, format!("{report:#}\n")).with_context(|| format!("cannot write {}", path.display()))?;

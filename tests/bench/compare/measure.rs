@@ -1,20 +1,24 @@
 //! The cells of the comparison: which work is done, and what is measured while it is.
 
 use std::io::Write;
-use std::net::{SocketAddr, TcpStream};
+use std::net::SocketAddr;
+use std::str::FromStr;
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow};
 use clap::ValueEnum;
 
+use crate::attacks::{ATTACK_COLUMNS, ATTACK_GOALS, Attack, Scene};
 use crate::beside::{READER_COLUMNS, READER_GOALS, Stage, UPLOADER_COLUMNS, UPLOADER_GOALS};
 use crate::failover::{self, FAILOVER_COLUMNS, FAILOVER_GOALS};
 use crate::figures::{Column, Comparison, Goal, Row};
 use crate::machine::{Machine, Noise, load_averages};
 use crate::process::{open_and_ask, open_and_get, output_within};
 use crate::proxies::{BULK_ORIGIN, CROWD_ORIGIN, Origins, Proxy, Running};
-use crate::wrk;
+use crate::secure::{KeyKind, Link};
+use crate::shaking;
+use crate::wrk::Summary;
 
 /// A kind of work.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -49,6 +53,45 @@ pub enum Cell {
     Readers,
     /// One of three endpoints is killed, silent, slow or failing.
     Failover,
+    /// A handshake with an ECDSA key and a small GET, 8 at a time.
+    TlsEcdsa,
+    /// The same with a key of RSA-2048.
+    TlsRsa,
+    /// The same with ECDSA, where each connection resumes the session of the one before.
+    TlsResumed,
+    /// A small GET on 64 keep-alive connections over TLS.
+    TlsSmall,
+    /// Answers of 1 MiB on 16 connections over TLS.
+    #[value(name = "tls-1m")]
+    TlsLarge,
+    /// A small GET over TLS and HTTP/2, on 16 connections with 8 requests each.
+    TlsH2,
+    /// Memory for an idle connection of TLS, after one request.
+    TlsIdle,
+    /// A fast client beside attacks, one after the other.
+    Attacks,
+}
+
+/// Cells that have a name together.
+const TLS_CELLS: [Cell; 7] =
+    [Cell::TlsEcdsa, Cell::TlsRsa, Cell::TlsResumed, Cell::TlsSmall, Cell::TlsLarge, Cell::TlsH2, Cell::TlsIdle];
+
+/// What one word on the command line stands for: a cell, or `tls` for several.
+#[derive(Clone, Debug)]
+pub struct Chosen(pub Vec<Cell>);
+
+impl FromStr for Chosen {
+    type Err = String;
+
+    fn from_str(word: &str) -> Result<Chosen, String> {
+        if word == "tls" {
+            return Ok(Chosen(TLS_CELLS.to_vec()));
+        }
+        <Cell as ValueEnum>::from_str(word, false).map(|cell| Chosen(vec![cell])).map_err(|_| {
+            let cells: Vec<String> = Cell::value_variants().iter().map(|cell| cell.name()).collect();
+            format!("there is no such cell: tls, {}", cells.join(", "))
+        })
+    }
 }
 
 /// What is done in a cell.
@@ -57,10 +100,24 @@ enum Work {
     Hold,
     Crowd,
     Trouble,
+    Attack,
+}
+
+/// Who asks.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Client {
+    Wrk,
+    /// By HTTP/2, so many requests at a time on each connection.
+    H2load(usize),
+    /// By a handshake for each request.
+    Shaking {
+        resume: bool,
+    },
 }
 
 /// Requests as fast as the proxy answers.
 struct Load {
+    client: Client,
     path: &'static str,
     connections: usize,
     /// Whether each request comes on a connection of its own.
@@ -91,6 +148,12 @@ pub struct Effort {
     pub connections: usize,
     /// Slow clients in the cells `uploaders` and `readers`.
     pub slow: usize,
+    /// Samples per attack, each of which takes some 25 seconds.
+    pub attack_rounds: usize,
+    /// Connections of TLS that say nothing, in the attack `idle`.
+    pub idle: usize,
+    /// The attacks.
+    pub attacks: Vec<Attack>,
     /// Samples per figure in these cells, each of which takes half a minute.
     pub slow_rounds: usize,
 }
@@ -113,6 +176,17 @@ const MEMORY_COLUMNS: &[Column] =
 const UPLOAD_GOALS: &[Goal] = &[cpu_goal("CPU per upload, x nginx's default", "nginx", 0.65, Some(0.5))];
 const SPILL_GOALS: &[Goal] = &[cpu_goal("CPU per upload spilled to disk, x nginx's default", "nginx", 1.0, Some(0.8))];
 const BUFFERING_GOALS: &[Goal] = &[cpu_goal("CPU per small GET, x buffering off", "buffering off", 1.05, None)];
+const ECDSA_GOALS: &[Goal] = &[cpu_goal("CPU per handshake and small GET, x nginx", "nginx", 0.75, None)];
+const RSA_GOALS: &[Goal] = &[cpu_goal("CPU per handshake and small GET, x nginx", "nginx", 1.35, None)];
+const TLS_SMALL_GOALS: &[Goal] = &[cpu_goal("CPU per small GET over TLS, x nginx", "nginx", 1.3, None)];
+const TLS_LARGE_GOALS: &[Goal] = &[cpu_goal("CPU per 1 MiB over TLS, x nginx", "nginx", 1.0, None)];
+const TLS_IDLE_GOALS: &[Goal] = &[Goal {
+    what: "KiB of memory for an idle connection of TLS",
+    column: MEMORY_COLUMNS[0].key,
+    over: None,
+    must: 8.0,
+    aim: None,
+}];
 
 const fn cpu_goal(what: &'static str, over: &'static str, must: f64, aim: Option<f64>) -> Goal {
     Goal { what, column: LOAD_COLUMNS[0].key, over: Some(over), must, aim }
@@ -129,9 +203,22 @@ impl Cell {
             Cell::Idle | Cell::Stalled => return Work::Hold,
             Cell::Uploaders | Cell::Readers => return Work::Crowd,
             Cell::Failover => return Work::Trouble,
+            Cell::Attacks => return Work::Attack,
+            Cell::TlsIdle => return Work::Hold,
+            Cell::TlsEcdsa | Cell::TlsRsa | Cell::TlsResumed => ("/small", 8),
+            Cell::TlsSmall => ("/small", 64),
+            Cell::TlsLarge => ("/1m", 16),
+            Cell::TlsH2 => ("/small", 16),
+        };
+        let client = match self {
+            Cell::TlsH2 => Client::H2load(8),
+            Cell::TlsEcdsa | Cell::TlsRsa => Client::Shaking { resume: false },
+            Cell::TlsResumed => Client::Shaking { resume: true },
+            _ => Client::Wrk,
         };
         let body_bytes = if matches!(self, Cell::Upload | Cell::Spill) { 1 << 20 } else { 0 };
         Work::Load(Load {
+            client,
             path,
             connections,
             new_connections: self == Cell::Connect,
@@ -140,11 +227,21 @@ impl Cell {
         })
     }
 
+    /// What the certificates of the proxies are signed with, if clients speak TLS.
+    pub fn tls(self) -> Option<KeyKind> {
+        match self {
+            Cell::TlsRsa => Some(KeyKind::Rsa),
+            Cell::Attacks => Some(KeyKind::Ecdsa),
+            cell => TLS_CELLS.contains(&cell).then_some(KeyKind::Ecdsa),
+        }
+    }
+
     fn columns(self) -> &'static [Column] {
         match (self, self.work()) {
             (Cell::Uploaders, _) => UPLOADER_COLUMNS,
             (Cell::Readers, _) => READER_COLUMNS,
             (Cell::Failover, _) => FAILOVER_COLUMNS,
+            (Cell::Attacks, _) => ATTACK_COLUMNS,
             (_, Work::Load(_)) => LOAD_COLUMNS,
             _ => MEMORY_COLUMNS,
         }
@@ -158,6 +255,12 @@ impl Cell {
             Cell::Uploaders => UPLOADER_GOALS,
             Cell::Readers => READER_GOALS,
             Cell::Failover => FAILOVER_GOALS,
+            Cell::TlsEcdsa => ECDSA_GOALS,
+            Cell::TlsRsa => RSA_GOALS,
+            Cell::TlsSmall | Cell::TlsH2 => TLS_SMALL_GOALS,
+            Cell::TlsLarge => TLS_LARGE_GOALS,
+            Cell::TlsIdle => TLS_IDLE_GOALS,
+            Cell::Attacks => ATTACK_GOALS,
             _ => &[],
         }
     }
@@ -178,6 +281,14 @@ impl Cell {
             Cell::Uploaders => format!("{} uploaders that pause after 16 KiB of 1 MiB", effort.slow),
             Cell::Readers => format!("{} readers of 4 MiB at 20 KiB/s", effort.slow),
             Cell::Failover => "2,000 small GETs a second, one of three endpoints in trouble".to_owned(),
+            Cell::TlsEcdsa => "TLS 1.3 handshake with ECDSA and a small GET".to_owned(),
+            Cell::TlsRsa => "TLS 1.3 handshake with RSA-2048 and a small GET".to_owned(),
+            Cell::TlsResumed => "TLS 1.3 handshake that resumes a session and a small GET".to_owned(),
+            Cell::TlsSmall => "small GET over TLS, 64 connections".to_owned(),
+            Cell::TlsLarge => "1 MiB answers over TLS, 16 connections".to_owned(),
+            Cell::TlsH2 => "small GET over TLS and HTTP/2, 16 connections with 8 requests each".to_owned(),
+            Cell::TlsIdle => format!("{} idle connections of TLS", effort.connections),
+            Cell::Attacks => "attacks".to_owned(),
         }
     }
 
@@ -195,7 +306,10 @@ impl Effort {
 
 impl Bench {
     /// Compares `proxies`, in turn in each round, to the one at `base`.
-    pub fn compare(&self, cell: Cell, proxies: &[Proxy], base: usize) -> Result<Comparison> {
+    pub fn compare(&self, cell: Cell, proxies: &[Proxy], base: usize) -> Result<Vec<Comparison>> {
+        if let Work::Attack = cell.work() {
+            return self.attacked(proxies, base);
+        }
         let title = cell.title(&self.effort);
         let row = |proxy: &Proxy| Row { name: proxy.name.clone(), samples: Vec::new(), judged: proxy.is_forebay() };
         let mut rows: Vec<Row> = proxies.iter().map(row).collect();
@@ -206,9 +320,37 @@ impl Bench {
             Work::Hold => self.while_held(cell, proxies, &mut rows),
             Work::Crowd => self.beside_a_crowd(cell, proxies, &mut rows),
             Work::Trouble => self.in_trouble(proxies, &mut rows),
+            Work::Attack => Ok(()),
         }
         .with_context(|| title.clone())?;
-        Ok(Comparison { cell: cell.name(), title, columns: cell.columns(), base, rows, goals: cell.goals() })
+        Ok(vec![Comparison { cell: cell.name(), title, columns: cell.columns(), base, rows, goals: cell.goals() }])
+    }
+
+    /// A comparison for each attack.
+    fn attacked(&self, proxies: &[Proxy], base: usize) -> Result<Vec<Comparison>> {
+        let mut comparisons = Vec::new();
+        for attack in &self.effort.attacks {
+            let row = |proxy: &Proxy| Row { name: proxy.name.clone(), samples: Vec::new(), judged: proxy.is_forebay() };
+            let mut rows: Vec<Row> = proxies.iter().map(row).collect();
+            let title = attack.title(self.effort.idle);
+            eprintln!("  {title}:");
+            for _ in 0..self.effort.attack_rounds {
+                let noise = Noise::listen(self.origin.server.cpu_seconds()?)?;
+                for (proxy, row) in proxies.iter().zip(rows.iter_mut()) {
+                    let origins = Origins { rest: self.origin.server.address(), bulk: None };
+                    let running = proxy.start(&self.machine, origins)?;
+                    let scene = Scene { machine: &self.machine, proxy: &running, idle: self.effort.idle };
+                    let sample = scene.attacked_by(*attack, proxy.is_forebay());
+                    row.samples.push(sample.with_context(|| format!("{title}: {}", row.name))?);
+                }
+                let others = noise.cores(self.origin.server.cpu_seconds()?)?;
+                eprintln!("    others kept {others:.2} cores busy");
+            }
+            let cell = format!("attacks {}", attack.name());
+            let (columns, goals) = (Cell::Attacks.columns(), Cell::Attacks.goals());
+            comparisons.push(Comparison { cell, title, columns, base, rows, goals });
+        }
+        Ok(comparisons)
     }
 
     /// Every proxy runs from the first round to the last, and idles while another is measured.
@@ -224,7 +366,7 @@ impl Bench {
             || running.iter().chain([origin]).map(|running| running.server.cpu_seconds()).sum::<Result<f64>>();
         for proxy in &running {
             // Buffers, pools and caches are filled before anything counts.
-            self.wrk(load, proxy.server.address(), 1)?;
+            self.work(load, proxy, 1)?;
         }
         for round in 1..=self.effort.rounds * load.times_the_rounds {
             let before = load_averages()?;
@@ -247,7 +389,7 @@ impl Bench {
     fn load_sample(&self, load: &Load, proxy: &Running) -> Result<Vec<f64>> {
         proxy.empty_logs()?;
         let before = proxy.server.cpu_seconds()?;
-        let run = self.wrk(load, proxy.server.address(), self.effort.seconds)?;
+        let run = self.work(load, proxy, self.effort.seconds)?;
         let cpu_seconds = proxy.server.cpu_seconds()? - before;
         if run.failed > 0 {
             eprintln!("  {} of {} requests failed: these figures say little", run.failed, run.requests);
@@ -262,7 +404,26 @@ impl Bench {
         ])
     }
 
-    fn wrk(&self, load: &Load, address: SocketAddr, seconds: u64) -> Result<wrk::Summary> {
+    fn work(&self, load: &Load, proxy: &Running, seconds: u64) -> Result<Summary> {
+        let address = proxy.server.address();
+        match load.client {
+            Client::Wrk => self.wrk(load, address, proxy.server.manner().tls, seconds),
+            Client::H2load(streams) => self.h2load(load, streams, address, seconds),
+            Client::Shaking { resume } => shaking::load(self.machine.fast_client(), address, seconds, resume),
+        }
+    }
+
+    fn h2load(&self, load: &Load, streams: usize, address: SocketAddr, seconds: u64) -> Result<Summary> {
+        let log = tempfile::NamedTempFile::new()?;
+        let mut command = self.machine.load("h2load");
+        command.args(["-t1", "-c", &load.connections.to_string(), "-m", &streams.to_string()]);
+        command.args(["-D", &seconds.to_string(), "--groups", "X25519:P-256"]).arg("--log-file").arg(log.path());
+        command.arg(format!("https://{address}{}", load.path));
+        let output = output_within(command, Duration::from_secs(seconds + 30))?;
+        Summary::of_h2load(&output, &std::fs::read_to_string(log.path())?).map_err(|missing| anyhow!(missing))
+    }
+
+    fn wrk(&self, load: &Load, address: SocketAddr, tls: bool, seconds: u64) -> Result<Summary> {
         let mut command = self.machine.load("wrk");
         command.args(["--latency", "-t1"]).args(["-c", &load.connections.to_string(), "-d", &format!("{seconds}s")]);
         if load.new_connections {
@@ -274,9 +435,10 @@ impl Bench {
             write!(script, "wrk.method = 'POST' wrk.body = string.rep('x', {})", load.body_bytes)?;
             command.arg("-s").arg(script.path());
         }
-        command.arg(format!("http://{address}{}", load.path));
+        let scheme = if tls { "https" } else { "http" };
+        command.arg(format!("{scheme}://{address}{}", load.path));
         let output = output_within(command, Duration::from_secs(seconds + 30))?;
-        wrk::Summary::parse(&output).map_err(|missing| anyhow!(missing))
+        Summary::parse(&output).map_err(|missing| anyhow!(missing))
     }
 
     /// Every sample has a fresh process: memory that load has left behind would take in the connections for nothing.
@@ -295,15 +457,15 @@ impl Bench {
 
     /// KiB that each held connection adds to the process.
     fn held_sample(&self, cell: Cell, proxy: &Running) -> Result<f64> {
-        let address = proxy.server.address();
+        let (address, manner) = (proxy.server.address(), proxy.server.manner());
         for _ in 0..100 {
             // What is made for the first requests and kept is not counted.
-            open_and_get(address, "/small")?;
+            open_and_get(&manner, address, "/small")?;
         }
         let before = settled_bytes(proxy)?;
-        let held: Vec<TcpStream> = match cell {
-            Cell::Stalled => (0..self.effort.stalled()).map(|_| Ok(open_and_ask(address, "/4m")?.0)).collect(),
-            _ => (0..self.effort.connections).map(|_| open_and_get(address, "/small")).collect::<Result<_>>(),
+        let held: Vec<Link> = match cell {
+            Cell::Stalled => (0..self.effort.stalled()).map(|_| Ok(open_and_ask(&manner, address, "/4m")?.0)).collect(),
+            _ => (0..self.effort.connections).map(|_| open_and_get(&manner, address, "/small")).collect::<Result<_>>(),
         }?;
         let bytes = settled_bytes(proxy)? as f64 - before as f64;
         Ok(bytes / held.len() as f64 / 1024.0)
@@ -347,7 +509,7 @@ impl Bench {
 }
 
 /// Resident memory once it stands still, or after ten seconds, if it never does.
-fn settled_bytes(proxy: &Running) -> Result<u64> {
+pub fn settled_bytes(proxy: &Running) -> Result<u64> {
     let deadline = Instant::now() + Duration::from_secs(10);
     let mut last = proxy.server.resident_bytes()?;
     loop {

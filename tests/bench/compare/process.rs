@@ -2,7 +2,7 @@
 
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
-use std::net::{SocketAddr, TcpStream};
+use std::net::SocketAddr;
 use std::os::unix::process::parent_id;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -12,29 +12,30 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, anyhow, bail};
 
 use crate::procfs;
+use crate::secure::{Link, Manner};
 
 /// How long a server may take to answer its first request. A Forebay with 10,000 routes reads its file in that time.
 const START_SECONDS: u64 = 20;
-
-/// How long a single read, write or connect of ours may take.
-const PATIENCE: Duration = Duration::from_secs(10);
 
 /// A running server, a single process. It is killed when this is dropped, be it by a panic.
 pub struct Server {
     child: Child,
     address: SocketAddr,
+    /// Whether it speaks TLS.
+    tls: bool,
     /// Where its stdout and stderr go.
     output: PathBuf,
 }
 
 impl Server {
-    /// Starts `command`, with its output in a file in `dir`, and waits until it answers a GET at `address`.
-    pub fn start(mut command: Command, address: SocketAddr, dir: &Path) -> Result<Server> {
+    /// Starts `command`, with its output in a file in `dir`, and waits until it answers a GET at `address`, by TLS if
+    /// it speaks that.
+    pub fn start(mut command: Command, address: SocketAddr, tls: bool, dir: &Path) -> Result<Server> {
         let output = dir.join("output.log");
         let file = File::options().create(true).append(true).open(&output)?;
         command.stdin(Stdio::null()).stdout(file.try_clone()?).stderr(file);
         let child = command.spawn().with_context(|| format!("cannot start {}", written_out(&command)))?;
-        let mut server = Server { child, address, output };
+        let mut server = Server { child, address, tls, output };
         server.wait_until_it_answers().with_context(|| written_out(&command))?;
         Ok(server)
     }
@@ -42,6 +43,11 @@ impl Server {
     /// Where it listens.
     pub fn address(&self) -> SocketAddr {
         self.address
+    }
+
+    /// How its clients connect.
+    pub fn manner(&self) -> Manner {
+        Manner::of(self.tls)
     }
 
     /// CPU seconds that it has used so far, all threads.
@@ -77,7 +83,7 @@ impl Server {
     fn wait_until_it_answers(&mut self) -> Result<()> {
         let deadline = Instant::now() + Duration::from_secs(START_SECONDS);
         loop {
-            let error = match open_and_get(self.address, "/small") {
+            let error = match open_and_get(&self.manner(), self.address, "/small") {
                 Ok(_) => return Ok(()),
                 Err(error) => error,
             };
@@ -129,18 +135,18 @@ pub fn die_with_parent() -> io::Result<()> {
 
 /// Opens a connection, sends one GET, reads the whole answer, which must be a 200 with a `Content-Length`, and leaves
 /// the connection open.
-pub fn open_and_get(address: SocketAddr, path: &str) -> Result<TcpStream> {
-    Ok(open_and_hear(address, path)?.0)
+pub fn open_and_get(manner: &Manner, address: SocketAddr, path: &str) -> Result<Link> {
+    Ok(open_and_hear(manner, address, path)?.0)
 }
 
 /// The body of what is answered to a GET on a connection of its own.
 pub fn body_of(address: SocketAddr, path: &str) -> Result<String> {
-    let answer = String::from_utf8(open_and_hear(address, path)?.1)?;
+    let answer = String::from_utf8(open_and_hear(&Manner::of(false), address, path)?.1)?;
     Ok(answer.split_once("\r\n\r\n").map(|(_, body)| body.to_owned()).unwrap_or_default())
 }
 
-fn open_and_hear(address: SocketAddr, path: &str) -> Result<(TcpStream, Vec<u8>)> {
-    let (mut stream, mut answer) = open_and_ask(address, path)?;
+fn open_and_hear(manner: &Manner, address: SocketAddr, path: &str) -> Result<(Link, Vec<u8>)> {
+    let (mut stream, mut answer) = open_and_ask(manner, address, path)?;
     let mut buffer = [0; 4096];
     while answer_is_short(&answer)? {
         let read = stream.read(&mut buffer)?;
@@ -153,10 +159,8 @@ fn open_and_hear(address: SocketAddr, path: &str) -> Result<(TcpStream, Vec<u8>)
 }
 
 /// Opens a connection, sends one GET, reads the first piece of the answer and no more.
-pub fn open_and_ask(address: SocketAddr, path: &str) -> Result<(TcpStream, Vec<u8>)> {
-    let mut stream = TcpStream::connect_timeout(&address, PATIENCE)?;
-    stream.set_read_timeout(Some(PATIENCE))?;
-    stream.set_write_timeout(Some(PATIENCE))?;
+pub fn open_and_ask(manner: &Manner, address: SocketAddr, path: &str) -> Result<(Link, Vec<u8>)> {
+    let mut stream = manner.open(address)?;
     stream.write_all(format!("GET {path} HTTP/1.1\r\nHost: {address}\r\n\r\n").as_bytes())?;
     let mut first = vec![0; 4096];
     let read = stream.read(&mut first)?;

@@ -2,14 +2,18 @@
 //!
 //! The same work: keep-alive on both sides with connections to spare, `X-Forwarded-For` and `-Proto` added, one log
 //! line per request written to a file. Where a default would interrupt the measurement (nginx closes a connection after
-//! 1,000 requests), it is lifted; everything else stays at its default.
+//! 1,000 requests), it is lifted; everything else stays at its default. With TLS all show the same certificate.
 
 use std::ffi::{OsStr, OsString};
 use std::fs::{self, File};
+use std::io::{Read, Write};
 use std::net::{Ipv4Addr, SocketAddr, TcpListener};
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::str::FromStr;
+use std::sync::Arc;
+use std::time::Duration;
 
 use anyhow::{Context, Result};
 use clap::ValueEnum;
@@ -17,6 +21,7 @@ use tempfile::TempDir;
 
 use crate::machine::Machine;
 use crate::process::Server;
+use crate::secure::{Identity, NAME};
 use crate::several;
 
 /// A port that was free may be taken by the time a server binds it; then another is tried.
@@ -35,6 +40,8 @@ pub struct Proxy {
     /// Its name in the tables.
     pub name: String,
     kind: Kind,
+    /// What it shows to clients of TLS, if it speaks that.
+    tls: Option<Arc<Identity>>,
 }
 
 #[derive(Clone, Debug)]
@@ -49,6 +56,8 @@ enum Kind {
 pub struct Keys {
     /// Of the section `server`. `{dir}` stands for the directory of the proxy, where all of its files are.
     pub server: Option<&'static str>,
+    /// Of the listener.
+    pub listener: Option<&'static str>,
     /// Of the route.
     pub route: Option<&'static str>,
     /// Of the upstream, where there are several endpoints.
@@ -91,23 +100,24 @@ impl FromStr for Variant {
 impl Proxy {
     /// nginx with one worker, which is its only process.
     pub fn nginx() -> Proxy {
-        Proxy { name: "nginx".to_owned(), kind: Kind::Nginx { http: "" } }
+        Proxy { name: "nginx".to_owned(), kind: Kind::Nginx { http: "" }, tls: None }
     }
 
     /// nginx that holds uploads in memory up to 2 MiB and need not write them to files.
     pub fn nginx_with_memory() -> Proxy {
-        Proxy { name: "nginx 2m".to_owned(), kind: Kind::Nginx { http: "    client_body_buffer_size 2m;\n" } }
+        let http = "    client_body_buffer_size 2m;\n";
+        Proxy { name: "nginx 2m".to_owned(), kind: Kind::Nginx { http }, tls: None }
     }
 
     /// HAProxy with one thread.
     pub fn haproxy() -> Proxy {
-        Proxy { name: "haproxy".to_owned(), kind: Kind::Haproxy }
+        Proxy { name: "haproxy".to_owned(), kind: Kind::Haproxy, tls: None }
     }
 
     /// Forebay with one worker.
     pub fn forebay(binary: &Path) -> Proxy {
         let kind = Kind::Forebay { binary: binary.to_owned(), routes: 1, keys: Keys::default() };
-        Proxy { name: "forebay".to_owned(), kind }
+        Proxy { name: "forebay".to_owned(), kind, tls: None }
     }
 
     /// Another build of Forebay.
@@ -118,12 +128,20 @@ impl Proxy {
     /// Forebay with so many routes, of which the request takes the last resort.
     pub fn forebay_with_routes(binary: &Path, routes: usize) -> Proxy {
         let kind = Kind::Forebay { binary: binary.to_owned(), routes, keys: Keys::default() };
-        Proxy { name: format!("{routes} routes"), kind }
+        Proxy { name: format!("{routes} routes"), kind, tls: None }
     }
 
     /// The same under another name.
     pub fn named(self, name: &str) -> Proxy {
         Proxy { name: name.to_owned(), ..self }
+    }
+
+    /// The same with clients that may be silent for ten minutes, if it is nginx.
+    pub fn with_long_idle(mut self) -> Proxy {
+        if let Kind::Nginx { http } = &mut self.kind {
+            *http = "    keepalive_timeout 600s;\n";
+        }
+        self
     }
 
     /// The same with these keys, if it is a Forebay.
@@ -132,6 +150,11 @@ impl Proxy {
             *keys = with;
         }
         self
+    }
+
+    /// The same, speaking TLS: HTTP/1.1 and HTTP/2, as ALPN decides.
+    pub fn with_tls(self, identity: &Arc<Identity>) -> Proxy {
+        Proxy { tls: Some(identity.clone()), ..self }
     }
 
     /// Whether it is a Forebay, of which something is demanded.
@@ -150,14 +173,17 @@ impl Proxy {
 
     /// Starts it in front of `origins`.
     pub fn start(&self, machine: &Machine, origins: Origins) -> Result<Running> {
-        Running::start(&self.name, free_address, |address, dir| {
+        let tls = self.tls.as_deref();
+        Running::start(&self.name, free_address, tls.is_some(), |address, dir| {
             let (program, config, arguments) = match &self.kind {
                 Kind::Forebay { binary, routes, keys } => {
-                    let config = forebay_config(address, origins, dir, *routes, keys);
+                    let config = forebay_config(address, tls, origins, dir, *routes, keys);
                     (binary.clone(), config, ["run", "-c"].as_slice())
                 }
-                Kind::Nginx { http } => ("nginx".into(), nginx_config(address, origins, dir, http), NGINX_ARGUMENTS),
-                Kind::Haproxy => ("haproxy".into(), haproxy_config(address, origins), HAPROXY_ARGUMENTS),
+                Kind::Nginx { http } => {
+                    ("nginx".into(), nginx_config(address, tls, origins, dir, http), NGINX_ARGUMENTS)
+                }
+                Kind::Haproxy => ("haproxy".into(), haproxy_config(address, tls, origins), HAPROXY_ARGUMENTS),
             };
             let mut command = machine.proxy(program);
             command.args(arguments).arg(written(&config, dir)?);
@@ -167,7 +193,7 @@ impl Proxy {
 
     /// Starts it in front of several endpoints, as `several` says.
     pub fn start_before(&self, machine: &Machine, endpoints: &[SocketAddr]) -> Result<Running> {
-        Running::start(&self.name, free_address, |address, dir| {
+        Running::start(&self.name, free_address, false, |address, dir| {
             let (program, config, arguments) = match &self.kind {
                 Kind::Forebay { binary, keys, .. } => {
                     let config = several::forebay_config(address, endpoints, dir, keys.upstream);
@@ -193,7 +219,7 @@ pub struct Running {
 impl Running {
     /// Starts the origin: nginx with one worker, small answers from memory and large ones from files.
     pub fn origin(machine: &Machine) -> Result<Running> {
-        Running::start("the origin", free_address, |address, dir| {
+        Running::start("the origin", free_address, false, |address, dir| {
             for (name, bytes) in [("64k", 64 << 10), ("1m", 1 << 20), ("4m", 4 << 20)] {
                 fs::write(dir.join(name), vec![b'x'; bytes])?;
             }
@@ -205,7 +231,7 @@ impl Running {
 
     /// Starts the origin that counts: this program again, as which of the two `role` says.
     pub fn counting_origin(machine: &Machine, role: &str) -> Result<Running> {
-        Running::start(role, free_address, |address, _| {
+        Running::start(role, free_address, false, |address, _| {
             let mut command = machine.origin(std::env::current_exe()?);
             command.args([role, &address.to_string()]);
             Ok(command)
@@ -215,7 +241,7 @@ impl Running {
     /// Starts an endpoint that gets into trouble when it is told to, at an address of its own or where one was before.
     pub fn moody_origin(machine: &Machine, at: Option<SocketAddr>) -> Result<Running> {
         let choose = || at.map_or_else(free_address, Ok);
-        Running::start(MOODY_ORIGIN, choose, |address, _| {
+        Running::start(MOODY_ORIGIN, choose, false, |address, _| {
             let mut command = machine.origin(std::env::current_exe()?);
             command.args([MOODY_ORIGIN, &address.to_string()]);
             Ok(command)
@@ -226,12 +252,13 @@ impl Running {
     fn start(
         name: &str,
         choose: impl Fn() -> Result<SocketAddr>,
+        tls: bool,
         command: impl Fn(SocketAddr, &Path) -> Result<Command>,
     ) -> Result<Running> {
         let attempt = || -> Result<Running> {
             let dir = tempfile::tempdir()?;
             let address = choose()?;
-            let server = Server::start(command(address, dir.path())?, address, dir.path())?;
+            let server = Server::start(command(address, dir.path())?, address, tls, dir.path())?;
             Ok(Running { server, dir })
         };
         let mut outcome = attempt();
@@ -239,6 +266,16 @@ impl Running {
             outcome = outcome.or_else(|_| attempt());
         }
         outcome.with_context(|| format!("{name} does not start"))
+    }
+
+    /// What a Forebay counts, as text.
+    pub fn metrics(&self) -> Result<String> {
+        let mut stream = UnixStream::connect(self.dir.path().join(ADMIN_SOCKET))?;
+        stream.set_read_timeout(Some(Duration::from_secs(10)))?;
+        stream.write_all(b"GET /metrics HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")?;
+        let mut text = String::new();
+        stream.read_to_string(&mut text)?;
+        Ok(text)
     }
 
     /// Empties its logs, so that a long run does not fill the disk.
@@ -268,6 +305,9 @@ const NGINX_ARGUMENTS: &[&str] = &["-e", "stderr", "-c"];
 
 /// In the foreground; the file follows.
 const HAPROXY_ARGUMENTS: &[&str] = &["-db", "-f"];
+
+/// Where a Forebay tells what it counts, in its directory.
+const ADMIN_SOCKET: &str = "admin.sock";
 
 /// What slow clients ask for.
 const BULK_PATHS: [&str; 2] = ["/4m", "/upload"];
@@ -313,7 +353,12 @@ fn origin_config(address: SocketAddr, dir: &Path) -> String {
     nginx_frame(dir, &http)
 }
 
-fn nginx_config(address: SocketAddr, origins: Origins, dir: &Path, more: &str) -> String {
+fn nginx_config(address: SocketAddr, tls: Option<&Identity>, origins: Origins, dir: &Path, more: &str) -> String {
+    let secure = tls.map_or(String::new(), |tls| {
+        let (cert, key) = (tls.cert.display(), tls.key.display());
+        format!("        ssl_certificate {cert};\n        ssl_certificate_key {key};\n")
+    });
+    let speaks = if tls.is_some() { " ssl http2" } else { "" };
     let log = dir.join("access.log");
     let upstream = |name: &str, origin: SocketAddr| {
         format!(
@@ -347,8 +392,8 @@ fn nginx_config(address: SocketAddr, origins: Origins, dir: &Path, more: &str) -
     let http = format!(
         "    access_log {log};
 {more}{upstreams}    server {{
-        listen {address} backlog=4096;
-{locations}    }}
+        listen {address}{speaks} backlog=4096;
+{secure}{locations}    }}
 ",
         log = log.display()
     );
@@ -357,7 +402,15 @@ fn nginx_config(address: SocketAddr, origins: Origins, dir: &Path, more: &str) -
 
 /// What every HAProxy has, and `backends` behind it, the first of which is `app`. The log goes to stdout, which is a
 /// file here: it has no other way to one.
-pub fn haproxy_frame(address: SocketAddr, (connect, answer): (&str, &str), choice: &str, backends: &str) -> String {
+pub fn haproxy_frame(
+    address: SocketAddr,
+    tls: Option<&Identity>,
+    (connect, answer): (&str, &str),
+    choice: &str,
+    backends: &str,
+) -> String {
+    let speaks = tls.map_or(String::new(), |tls| format!(" ssl crt {} alpn h2,http/1.1", tls.both.display()));
+    let scheme = if tls.is_some() { "https" } else { "http" };
     format!(
         "global
     nbthread 1
@@ -374,26 +427,38 @@ defaults
     timeout server {answer}
     timeout http-keep-alive 75s
 frontend web
-    bind {address} backlog 4096
-    http-request set-header X-Forwarded-Proto http
+    bind {address}{speaks} backlog 4096
+    http-request set-header X-Forwarded-Proto {scheme}
 {choice}    default_backend app
 {backends}"
     )
 }
 
-fn haproxy_config(address: SocketAddr, origins: Origins) -> String {
+fn haproxy_config(address: SocketAddr, tls: Option<&Identity>, origins: Origins) -> String {
     let (mut choice, mut backends) = (String::new(), format!("backend app\n    server origin {}\n", origins.rest));
     if let Some(bulk) = origins.bulk {
         choice = format!("    use_backend bulk if {{ path_beg {} }}\n", BULK_PATHS.join(" "));
         backends += &format!("backend bulk\n    server origin {bulk}\n");
     }
-    haproxy_frame(address, ("5s", "60s"), &choice, &backends)
+    haproxy_frame(address, tls, ("5s", "60s"), &choice, &backends)
 }
 
 /// Metrics and phases cannot be turned off, the access log is on. All routes but the last name paths and hosts that no
 /// request of ours has: the request comes past them all. All clients have one address, so one address may have
 /// everything.
-fn forebay_config(address: SocketAddr, origins: Origins, dir: &Path, routes: usize, keys: &Keys) -> String {
+fn forebay_config(
+    address: SocketAddr,
+    tls: Option<&Identity>,
+    origins: Origins,
+    dir: &Path,
+    routes: usize,
+    keys: &Keys,
+) -> String {
+    let secure = tls.map_or(String::new(), |tls| {
+        let (cert, key) = (tls.cert.display(), tls.key.display());
+        format!(", tls: {{ certificates: [ {{ cert: \"{cert}\", key: \"{key}\" }} ], default: {NAME} }}")
+    });
+    let listener = keys.listener.map_or(String::new(), |keys| format!(", {keys}"));
     let others = (1..routes).map(|n| {
         let host = if n % 2 == 0 { format!("hosts: [shop-{n}.example.com], ") } else { String::new() };
         format!("  - {{ name: service-{n}, match: {{ {host}path: {{ prefix: /service-{n} }} }}, upstream: app }}\n")
@@ -412,15 +477,16 @@ fn forebay_config(address: SocketAddr, origins: Origins, dir: &Path, routes: usi
     }
     format!(
         "server: {{ threads: 1{server} }}
-listeners: [ {{ name: web, address: \"{address}\" }} ]
+listeners: [ {{ name: web, address: \"{address}\"{secure}{listener} }} ]
 upstreams: {{ app: {{ endpoints: [ {{ address: \"{origin}\" }} ] }}{bulk_upstream} }}
-admin: {{ address: \"127.0.0.1:0\" }}
+admin: {{ address: \"unix:{admin}\" }}
 observability: {{ access_log: {{ path: \"{log}\" }} }}
 resources: {{ per_client: 100% }}
 routes:
 {others}{bulk_routes}  - {{ name: all, upstream: app{route} }}
 ",
         origin = origins.rest,
+        admin = dir.join(ADMIN_SOCKET).display(),
         log = dir.join("access.log").display(),
         others = others.collect::<String>()
     )

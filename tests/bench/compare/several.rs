@@ -77,5 +77,5 @@ pub fn haproxy_config(address: SocketAddr, endpoints: &[SocketAddr]) -> String {
     default-server check inter 500ms fall 2 rise 1 observe layer7
 {servers}"
     );
-    haproxy_frame(address, ("500ms", "1s"), "", &app)
+    haproxy_frame(address, None, ("500ms", "1s"), "", &app)
 }
