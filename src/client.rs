@@ -243,14 +243,16 @@ where
             Ok(Some(Entered::Relay { raw, relay, name, connection })) => {
                 let _state = StateGauge::new(listener.clone(), ConnectionState::Active);
                 let _inflight = self.desk.ending.inflight.enter();
-                let passed = relay.pass(*raw, name.is_some(), &connection, &self.desk.ending.cut).await;
+                // Boxed, as what is refused: this task is that of a parked connection, too, and has room for whatever
+                // it may wait for.
+                let passed = Box::pin(relay.pass(*raw, name.is_some(), &connection, &self.desk.ending.cut)).await;
                 self.desk.record_passed(&connection, &relay, name.as_deref(), &passed);
             }
             Ok(None) => {}
             Err(entrance::Refused { refusal, answerable, peer }) => {
                 let ends = Ends { peer, ..ends };
                 match answerable {
-                    Some(io) => self.desk.turn_away(io, &listener, ends, refusal).await,
+                    Some(io) => Box::pin(self.desk.turn_away(io, &listener, ends, refusal)).await,
                     // It is no exchange: nobody was answered, and whoever scans ports would fill the log.
                     None => listener.metrics.refusals.count(refusal),
                 }

@@ -13,6 +13,43 @@ static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 /// So much of the heap may be in huge pages: what small requests need over and over is at its beginning.
 const HUGE_BYTES: usize = 32 << 20;
 
+/// BoringSSL asks for its memory here, so that it comes from the same allocator. What a handshake needs and gives back
+/// lies between what a connection keeps, and the system's allocator let little of that go: 2.8 KiB for each parked
+/// connection. BoringSSL finds these functions by their names when it is linked.
+mod boringssl {
+    use std::ffi::c_void;
+
+    use pingora::tls::ssl_sys::OPENSSL_cleanse;
+
+    unsafe extern "C" {
+        fn mi_malloc(size: usize) -> *mut c_void;
+        fn mi_free(memory: *mut c_void);
+        fn mi_usable_size(memory: *const c_void) -> usize;
+    }
+
+    #[unsafe(no_mangle)]
+    extern "C" fn OPENSSL_memory_alloc(size: usize) -> *mut c_void {
+        // SAFETY: it takes any size, and is null where there is no memory.
+        unsafe { mi_malloc(size) }
+    }
+
+    /// Overwrites it first, for it may have held a key.
+    #[unsafe(no_mangle)]
+    unsafe extern "C" fn OPENSSL_memory_free(memory: *mut c_void) {
+        // SAFETY: BoringSSL gives back what it got above, which is never null here and as large as is said.
+        unsafe {
+            OPENSSL_cleanse(memory, mi_usable_size(memory));
+            mi_free(memory);
+        }
+    }
+
+    #[unsafe(no_mangle)]
+    unsafe extern "C" fn OPENSSL_memory_get_size(memory: *mut c_void) -> usize {
+        // SAFETY: it is what BoringSSL got above.
+        unsafe { mi_usable_size(memory) }
+    }
+}
+
 fn main() -> ExitCode {
     bound_huge_pages();
     forebay::cli::main(forebay::gateway::Gateway::builder(), std::env::args_os())
