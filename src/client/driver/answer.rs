@@ -145,10 +145,11 @@ impl Answer {
         }
 
         let status = parsed.code.unwrap_or_default();
-        let mut header = Box::new(ResponseHeader::build(status, Some(parsed.headers.len()))?);
+        let no_status = |_| malformed("its status");
+        let mut header = Box::new(ResponseHeader::build(status, Some(parsed.headers.len())).map_err(no_status)?);
         let version = if parsed.version == Some(1) { Version::HTTP_11 } else { Version::HTTP_10 };
         header.set_version(version);
-        header.set_reason_phrase(parsed.reason)?;
+        header.set_reason_phrase(parsed.reason).map_err(|_| malformed("its status"))?;
         let mut said = Said::default();
         let (mut closes, mut stays, mut lengths, mut codings) = (false, false, false, false);
         for field in parsed.headers.iter() {
@@ -168,7 +169,8 @@ impl Answer {
                 _ => {}
             }
             let name = bytes.slice_ref(field.name.as_bytes()).into_case_header_name();
-            header.append_header(name, header_value_from_raw(unfolded(&bytes, field.value)))?;
+            let value = header_value_from_raw(unfolded(&bytes, field.value));
+            header.append_header(name, value).map_err(|_| malformed("its header"))?;
         }
         if matches!(status, 100..=199) && status != 101 {
             return Ok(Some(Part::Header(header, false)));
@@ -334,6 +336,16 @@ mod tests {
         ] {
             let read = read_anyhow(bytes, head_only).unwrap_or_else(|error| panic!("{bytes:?}: {error}"));
             assert_eq!((read.body, read.keeps, read.left.is_empty()), (body.into(), keeps, true), "{bytes:?}");
+        }
+    }
+
+    #[test]
+    fn a_header_that_is_none_is_the_fault_of_the_endpoint_whatever_is_wrong_with_it() {
+        for line in ["099 Early", "000 None", "20 Short", "2000 Long", "abc Odd"] {
+            let mut inbox = BytesMut::from(&*format!("HTTP/1.1 {line}\r\nContent-Length: 0\r\n\r\n"));
+            let error = Answer::new(false).take(&mut inbox).expect_err(line);
+            assert_eq!(*error.esource(), pingora::ErrorSource::Upstream, "{line}");
+            assert_eq!(*error.etype(), ErrorType::InvalidHTTPHeader, "{line}");
         }
     }
 
