@@ -16,7 +16,7 @@ PATH="$PATH:/usr/sbin:/sbin"    # where nginx and haproxy are, and where a user'
 policy=/usr/sbin/policy-rc.d
 kept=$policy.kept-by-forebay
 here=$(cd "$(dirname "$0")" && pwd)
-tools=${FOREBAY_TOOLS:-${XDG_CACHE_HOME:-$HOME/.cache}/forebay/tools}
+tools=${FOREBAY_TOOLS:-${XDG_CACHE_HOME:-${HOME:-/var/tmp}/.cache}/forebay/tools}
 
 if [ "${1-}" = --directory ]; then
     echo "$tools/$2"

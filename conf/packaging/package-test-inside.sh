@@ -20,7 +20,7 @@ within() {
     done
     fail "not within 30 s: $*"
 }
-answers() { curl --silent --show-error --fail --max-time 10 "$@"; }
+answers() { curl --silent --show-error --fail --max-time 120 "$@"; }
 main() { systemctl show --value --property MainPID forebay; }
 
 step "installed: it is enabled and runs"
@@ -90,6 +90,21 @@ forebay origin --listen 127.0.0.1:3000 &
 within answers http://127.0.0.1/
 expect "what comes back" 3000000 "$(head -c 3000000 /dev/zero | answers --data-binary @- http://127.0.0.1/echo | wc -c)"
 within grep '"target":"/echo".*"spilled":[1-9]' $log
+
+step "reloaded: another port, by the same process; a wrong file changes nothing"
+before=$(main)
+sed -i 's/127.0.0.1:80 /127.0.0.1:81 /' /etc/forebay/forebay.yaml
+systemctl reload forebay
+answers http://127.0.0.1:81/ >/dev/null
+cp /etc/forebay/forebay.yaml right.yaml
+echo "listenerz: []" >>/etc/forebay/forebay.yaml
+if systemctl reload forebay; then fail "a wrong file was reloaded"; fi
+journalctl --no-pager --unit forebay | grep listenerz
+cp right.yaml /etc/forebay/forebay.yaml
+sed -i 's/127.0.0.1:81 /127.0.0.1:80 /' /etc/forebay/forebay.yaml
+systemctl reload forebay
+answers http://127.0.0.1/ >/dev/null
+expect "the process" "$before" "$(main)"
 
 step "killed: it is started again"
 before=$(main)

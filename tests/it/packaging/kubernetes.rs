@@ -113,9 +113,14 @@ fn forebay_accepts_the_configuration_and_the_arguments_of_the_chart() {
         let token = "0123456789abcdef0123456789abcdef";
         said(forebay(&["check", "-c", path.to_str().unwrap()]).env("FOREBAY_ADMIN_TOKEN", token));
     }
-    let made = manifests(json!({}));
-    let container = &of_kind(&made, "Deployment")["spec"]["template"]["spec"]["containers"][0];
-    assert_eq!(container["args"], json!(["run", "-c", "/etc/forebay/forebay.yaml"]));
+    for (watch, arguments) in [(true, &["run", "--watch"][..]), (false, &["run"])] {
+        let made = manifests(json!({ "watch": watch }));
+        let container = &of_kind(&made, "Deployment")["spec"]["template"]["spec"]["containers"][0];
+        let whole = [arguments, &["-c", "/etc/forebay/forebay.yaml"]].concat();
+        assert_eq!(container["args"], json!(whole));
+        let help = said(&mut forebay(&["run", "--help"]));
+        assert!(whole.iter().filter(|word| word.starts_with('-')).all(|option| help.contains(option)), "{help}");
+    }
 }
 
 #[test]
@@ -138,15 +143,16 @@ fn a_pod_has_the_time_to_drain_and_its_probes_ask_the_admin_endpoint() {
 
 #[test]
 fn a_changed_configuration_restarts_pods_unless_forebay_watches_it() {
-    let note = |values: Json| {
+    let note = |mut values: Json, watch: bool| {
+        values["watch"] = json!(watch);
         let made = manifests(values);
         let pod = &of_kind(&made, "Deployment")["spec"]["template"]["metadata"];
         pod["annotations"]["checksum/config"].as_str().map(str::to_owned)
     };
     let other = json!({ "config": { "resources": { "memory": "64MiB" } } });
-    assert_ne!(note(json!({})).expect("a checksum"), note(other).expect("a checksum"));
-    assert_eq!(note(json!({ "watch": true })), None);
-    let watching = manifests(json!({ "watch": true }));
+    assert_ne!(note(json!({}), false).expect("a checksum"), note(other, false).expect("a checksum"));
+    assert_eq!(note(json!({}), true), None);
+    let watching = manifests(json!({}));
     let container = &of_kind(&watching, "Deployment")["spec"]["template"]["spec"]["containers"][0];
     assert_eq!(container["args"][1], "--watch");
     // A file that is mounted by subPath never changes.
