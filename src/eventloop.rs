@@ -289,9 +289,14 @@ pub struct Watched {
 }
 
 impl Watched {
-    /// One with this key, whose polls are not timed.
-    pub fn untimed(key: &'static str) -> Self {
-        Watched { spot: Spot::filter(key), seconds: None }
+    /// One with this key or label, whose polls are not timed.
+    pub fn untimed(label: &str) -> Self {
+        Watched { spot: Spot::filter(label), seconds: None }
+    }
+
+    /// That label.
+    pub fn label(&self) -> &'static str {
+        self.spot.name()
     }
 
     /// Times its polls.

@@ -27,7 +27,7 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::thread;
 
-pub use facts::{Asked, Facts, Pace, Secured};
+pub use facts::{Asked, Facts, Identity, Pace, Secured};
 
 use crate::error::{BuildError, Inside};
 use plan::{Condition as Plan, Text};
@@ -43,7 +43,9 @@ const STACK_BYTES: usize = 64 << 20;
 /// When an expression is asked: what there is by then.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Moment {
-    /// The request header is here, and no response.
+    /// A route is looked for, and no filter has run.
+    Match,
+    /// The filters of the route run, or have run on the request; there is no response.
     Request,
     /// The response header is here, or the exchange has ended.
     Response,

@@ -80,16 +80,17 @@ pub mod rewrite;
 
 use std::any::Any;
 use std::ops::BitOr;
+use std::sync::Arc;
 
 use async_trait::async_trait;
 use bytes::Bytes;
-use http::{HeaderName, HeaderValue, StatusCode};
+use http::{HeaderMap, HeaderName, HeaderValue, StatusCode};
 use pingora::http::{RequestHeader, ResponseHeader};
 use schemars::JsonSchema;
 use serde::de::DeserializeOwned;
 
 use crate::error::{BuildError, Refusal};
-use crate::expression::{Asked, Facts};
+use crate::expression::{Asked, Facts, Identity};
 
 pub use call::Surroundings;
 pub use catalog::Catalog;
@@ -103,8 +104,9 @@ pub enum Verdict {
     Continue,
     /// Forebay refuses it, for this reason. After the response has begun, the connection is cut instead.
     Refuse(Refused),
-    /// The filter answers itself; no upstream is asked. Only in [`Filter::request`]; later it is an error of the
-    /// filter, and the exchange is refused as `internal`.
+    /// The filter answers itself. In [`Filter::request`], no upstream is asked; in [`Filter::response`], the client
+    /// gets this in place of the endpoint's answer, of which the rest is not waited for. While a body passes it is an
+    /// error of the filter, and the exchange is refused as `internal`.
     Answer(Answer),
 }
 
@@ -140,6 +142,20 @@ pub struct Answer {
     pub body: Bytes,
 }
 
+impl Answer {
+    /// Its header as it leaves, but for `Content-Length`.
+    ///
+    /// # Errors
+    /// It has too many fields.
+    pub(crate) fn header(&self) -> pingora::Result<ResponseHeader> {
+        let mut header = ResponseHeader::build(self.status, Some(self.headers.len() + 3))?;
+        for (name, value) in &self.headers {
+            header.append_header(name.clone(), value.clone())?;
+        }
+        Ok(header)
+    }
+}
+
 /// What every filter of an exchange sees, whatever the stage.
 pub struct Scope<'a> {
     /// What is known of the exchange: the client's address, the route and so on.
@@ -148,12 +164,28 @@ pub struct Scope<'a> {
     pub request: &'a mut RequestHeader,
     /// What this filter keeps for this exchange, from stage to stage; see [`Scope::keep`].
     pub state: &'a mut Option<Box<dyn Any + Send + Sync>>,
+    /// Who asks, as far as filters have found out; see [`Scope::identify`].
+    pub identity: &'a mut Option<Arc<Identity>>,
+    /// This filter has nothing to do with the body of the response; see [`Scope::leave_body`].
+    pub(crate) leaves_body: &'a mut bool,
 }
 
 impl Scope<'_> {
     /// What keys and expressions are asked of: the request is what filters before this one have made of it.
     pub fn asked(&self) -> Asked<'_> {
-        self.facts.asked(self.request)
+        let facts = Facts { identity: self.identity.as_deref().or(self.facts.identity), ..self.facts };
+        Asked { facts, ..self.facts.asked(self.request) }
+    }
+
+    /// Tells the filters behind this one, keys, logs and spans who asks. In [`Filter::request`]; later nobody hears it.
+    pub fn identify(&mut self, identity: Identity) {
+        *self.identity = Some(Arc::new(identity));
+    }
+
+    /// In [`Filter::response`]: this filter is not to see the body of this response. If no other one wants to, the body
+    /// keeps its length, which the client can then be told.
+    pub fn leave_body(&mut self) {
+        *self.leaves_body = true;
     }
 
     /// Keeps `value` until the exchange is over, in place of what this filter kept before.
@@ -184,8 +216,12 @@ impl Stages {
     pub const RESPONSE_BODY: Stages = Stages(8);
     /// [`Filter::end`].
     pub const END: Stages = Stages(16);
+    /// [`Filter::request_trailers`].
+    pub const REQUEST_TRAILERS: Stages = Stages(32);
+    /// [`Filter::response_trailers`].
+    pub const RESPONSE_TRAILERS: Stages = Stages(64);
     /// Each of them.
-    pub const ALL: Stages = Stages(31);
+    pub const ALL: Stages = Stages(127);
 
     /// Whether every stage of `other` is among these.
     pub const fn contains(self, other: Stages) -> bool {
@@ -217,7 +253,7 @@ pub struct Outcome {
 
 /// Something done to the exchanges of a route, at one or more stages of their life.
 ///
-/// Every stage but the last may wait for something and may refuse; waiting holds up this exchange only. A call that
+/// Every stage but the end and those of trailers may wait for something and may refuse; waiting holds up this exchange only. A call that
 /// waits for longer than the `filter_timeout` of the route is dropped. The filters of a route are layers round its
 /// upstream, the first one outermost: requests pass them in the order of the list, responses and the end in the
 /// reverse. The first verdict other than [`Verdict::Continue`] ends a stage.
@@ -228,6 +264,12 @@ pub struct Outcome {
 pub trait Filter: Send + Sync + 'static {
     /// The stages this filter wants.
     fn stages(&self) -> Stages;
+
+    /// What it is called in metrics and logs, where filters of one key are different things, such as plugins. `None`:
+    /// by its key. Asked once, when it was built; each new one is kept for ever.
+    fn label(&self) -> Option<&str> {
+        None
+    }
 
     /// The request header is here, nothing has been sent to an upstream.
     async fn request(&self, _scope: &mut Scope<'_>) -> Verdict {
@@ -241,7 +283,9 @@ pub trait Filter: Send + Sync + 'static {
         Verdict::Continue
     }
 
-    /// The response header is here, nothing of it has been sent to the client.
+    /// The response header is here, nothing of it has been sent to the client. It is an endpoint's, another filter's,
+    /// or a refusal of Forebay itself, on which a refusal has no effect. An exchange may have several, each in place of
+    /// the one before: each begins anew.
     async fn response(&self, _scope: &mut Scope<'_>, _response: &mut ResponseHeader) -> Verdict {
         Verdict::Continue
     }
@@ -250,6 +294,14 @@ pub trait Filter: Send + Sync + 'static {
     async fn response_body(&self, _scope: &mut Scope<'_>, _piece: &mut Option<Bytes>, _end: bool) -> Verdict {
         Verdict::Continue
     }
+
+    /// The fields behind the body of the request are here (RFC 9110 §6.5), if there are any. They may come before the
+    /// last pieces of the body have been seen. Must not wait.
+    fn request_trailers(&self, _scope: &mut Scope<'_>, _trailers: &mut HeaderMap) {}
+
+    /// The fields behind the body of the response are here, if there are any. They may come before the last pieces of
+    /// the body have been seen. Must not wait.
+    fn response_trailers(&self, _scope: &mut Scope<'_>, _trailers: &mut HeaderMap) {}
 
     /// The exchange is over, whatever way it ended, and even if an earlier filter ended it before this one was asked.
     fn end(&self, _scope: &mut Scope<'_>, _outcome: Outcome) {}

@@ -231,6 +231,7 @@ impl Gateway {
             return Err(wrong(catalog.conflicts().to_vec()));
         }
         let ground = Ground::new(catalog.clone(), metrics.clone());
+        let files = ground.files.clone();
         let mut parts = Parts::build(&ground, &config, None).map_err(wrong)?;
         let user = config.server.user.as_deref().map(User::find).transpose().map_err(|error| wrong(vec![error]))?;
         let log_fields = std::mem::take(&mut parts.log_fields);
@@ -312,6 +313,7 @@ impl Gateway {
         let (acme, acme_upkeep) = upkeep::service("acme");
         server.add_service(upstreams_upkeep);
         server.add_service(tls_upkeep);
+        server.add_service(files.background());
         server.add_service(acme_upkeep);
         let stage = Stage {
             ground,

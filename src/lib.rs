@@ -12,6 +12,7 @@ pub mod config;
 pub mod error;
 pub mod eventloop;
 pub mod expression;
+pub mod files;
 pub mod filter;
 pub mod framing;
 pub mod gateway;

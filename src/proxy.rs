@@ -46,7 +46,7 @@ use crate::client::driver::{Driven, handover};
 use crate::client::lane::Lanes;
 use crate::client::spool::Depot;
 use crate::error::{Refusal, refusal};
-use crate::filter::{Refused, Verdict};
+use crate::filter::{Answer, Refused, Verdict};
 use crate::metrics::Metrics;
 use crate::metrics::driver::DriverMetrics;
 use crate::phase::Phase;
@@ -195,7 +195,7 @@ impl ProxyHttp for Proxy {
         exchange: &mut Carried,
     ) -> Result<()> {
         if exchange.link.as_ref().is_some_and(|link| link.length().is_some()) {
-            send::note_trailers(exchange);
+            send::note_trailers(exchange, session.req_header_mut());
         }
         send::header(exchange, exchange.manners, session.req_header(), request)?;
         mirror::header(exchange, request, session.req_header().headers.contains_key(HOST));
@@ -252,17 +252,17 @@ impl ProxyHttp for Proxy {
     /// What follows the body of an answer.
     async fn response_trailer_filter(
         &self,
-        _session: &mut Session,
+        session: &mut Session,
         trailers: &mut HeaderMap,
         exchange: &mut Carried,
     ) -> Result<Option<Bytes>> {
-        Ok(receive::trailers(exchange, trailers))
+        Ok(receive::trailers(exchange, session.req_header_mut(), trailers))
     }
 
     /// `receive` ends with the last piece; `write` begins.
     fn response_body_filter(
         &self,
-        _session: &mut Session,
+        session: &mut Session,
         piece: &mut Option<Bytes>,
         end: bool,
         exchange: &mut Carried,
@@ -271,7 +271,7 @@ impl ProxyHttp for Proxy {
             exchange.tunnelled.1 += piece.as_ref().map_or(0, |piece| piece.len() as u64);
         }
         if end {
-            receive::ended(exchange);
+            receive::ended(exchange, session.req_header_mut());
         }
         Ok(None)
     }
@@ -294,6 +294,9 @@ impl ProxyHttp for Proxy {
 
     /// The exchange failed: the client is refused, or cut off if its answer had begun.
     async fn fail_to_proxy(&self, session: &mut Session, error: &Error, exchange: &mut Carried) -> FailToProxy {
+        if let Some(answer) = exchange.answer.take() {
+            return self.answer_instead(session, exchange, error, answer).await;
+        }
         let earlier = exchange.take_refused().or_else(|| exchange.refusal.map(plain));
         let fault = || exchange.failure.unwrap_or_else(|| blame::fault(exchange, error, false));
         let refused = earlier.unwrap_or_else(|| plain(blame::row(fault()).refusal));
@@ -352,6 +355,30 @@ impl Proxy {
     fn is_ending(&self, exchange: &Exchange) -> bool {
         let leaves = || exchange.connection.as_ref().is_some_and(|connection| connection.listener.is_leaving());
         *self.stopping.borrow() || leaves()
+    }
+
+    /// A filter has answered in place of the endpoint. The client's connection of HTTP/1 ends with it, as with a refusal.
+    async fn answer_instead(
+        &self,
+        session: &mut Session,
+        exchange: &mut Exchange,
+        error: &Error,
+        answer: Answer,
+    ) -> FailToProxy {
+        exchange.enter(Phase::Write);
+        let status = answer.status.as_u16();
+        if write::cut_if_begun(exchange, &mut session.downstream_session, Some(error)).await {
+            exchange.refusal = Some(&refusal::INTERNAL);
+            return FailToProxy { error_code: status, can_reuse_downstream: false };
+        }
+        let client = session.as_downstream_mut();
+        client.set_keepalive(None);
+        let written = write::answer_instead(exchange, client, answer).await;
+        exchange.closes = written.is_ok() && exchange.control.is_none();
+        if let Err(error) = &written {
+            tracing::debug!(%error, "the answer of a filter was not taken");
+        }
+        FailToProxy { error_code: status, can_reuse_downstream: false }
     }
 
     async fn route(&self, request: &mut RequestHeader, exchange: &mut Exchange) -> Verdict {

@@ -19,7 +19,8 @@ use crate::phase::journal::{self, Cycle};
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Spot(u16);
 
-/// The keys of filters that were met, in the order in which they were; there are as many as are registered.
+/// The keys and labels of filters that were met, in the order in which they were; there are as many as configurations
+/// of this process have named.
 static FILTERS: Mutex<Vec<&'static str>> = Mutex::new(Vec::new());
 
 impl Spot {
@@ -28,11 +29,11 @@ impl Spot {
         Spot(phase as u16 + 1)
     }
 
-    /// A filter, by its key in YAML. Ask once, when it is built.
-    pub fn filter(key: &'static str) -> Spot {
+    /// A filter, by its key in YAML or its own label. Ask once, when it is built: a new one is kept for ever.
+    pub fn filter(label: &str) -> Spot {
         let mut filters = lock(&FILTERS);
-        let place = filters.iter().position(|&known| known == key).unwrap_or_else(|| {
-            filters.push(key);
+        let place = filters.iter().position(|&known| known == label).unwrap_or_else(|| {
+            filters.push(Box::leak(Box::from(label)));
             filters.len() - 1
         });
         Spot(u16::try_from(Phase::COUNT + 1 + place).unwrap_or(0))

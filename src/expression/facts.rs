@@ -1,7 +1,7 @@
 //! What an expression is asked of: facts of the exchange, the request, and the response where there is one.
 
 use std::net::IpAddr;
-use std::time::Duration;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use http::{HeaderMap, Method, Uri, Version};
 use pingora::http::{RequestHeader, ResponseHeader};
@@ -29,14 +29,50 @@ pub struct Facts<'a> {
     pub ended: bool,
     /// How fast the client is.
     pub pace: Pace,
+    /// When the first byte of the request came.
+    pub begun: Instant,
+    /// The status of the response, from when its header is here; 0 before.
+    pub status: u16,
+    /// Who asks, once a filter has found out.
+    pub identity: Option<&'a Identity>,
+}
+
+/// Who asks, as a filter has found out: what `auth` and `jwt` are in expressions.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Identity {
+    /// The name of the user, of the key or of the subject; may be empty.
+    pub user: Box<str>,
+    /// The key of the filter that found out.
+    pub by: &'static str,
+    /// Names and values of the claims of a token, in the order of their names. One that is a list has several values.
+    pub claims: Vec<(Box<str>, Vec<Box<str>>)>,
+}
+
+impl Identity {
+    /// The values of a claim; none, if it is not there.
+    pub fn claim(&self, name: &[u8]) -> &[Box<str>] {
+        let place = self.claims.binary_search_by(|(known, _)| known.as_bytes().cmp(name));
+        place.map_or(&[], |place| &self.claims[place].1)
+    }
 }
 
 impl<'a> Facts<'a> {
     /// Those of an exchange of which nothing is known but its route and the path that it asks for.
     pub fn of(route: &'a str, path: &'a str) -> Self {
-        let (client, port, scheme, listener) = (None, 0, "http", "");
-        let (secured, pace) = (Secured::default(), Pace::default());
-        Facts { client, port, scheme, listener, route, path, secured, ended: false, pace }
+        Facts {
+            client: None,
+            port: 0,
+            scheme: "http",
+            listener: "",
+            route,
+            path,
+            secured: Secured::default(),
+            ended: false,
+            pace: Pace::default(),
+            begun: Instant::now(),
+            status: 0,
+            identity: None,
+        }
     }
 }
 
@@ -49,8 +85,21 @@ impl Facts<'_> {
             target: &request.uri,
             version: request.version,
             headers: &request.headers,
-            response: None,
+            response: (self.status > 0).then_some(Response { code: self.status, headers: None }),
         }
+    }
+
+    /// The same, if this is who asks.
+    pub(crate) fn of_whom<'i>(&self, identity: Option<&'i Identity>) -> Facts<'i>
+    where
+        Self: 'i,
+    {
+        Facts { identity: identity.or(self.identity), ..*self }
+    }
+
+    /// The time of day at which the exchange began.
+    pub fn began_at(&self) -> SystemTime {
+        SystemTime::now().checked_sub(self.begun.elapsed()).unwrap_or(UNIX_EPOCH)
     }
 }
 

@@ -51,6 +51,7 @@ variables! {
     "request.size": "int",
         "What `Content-Length` announces; 0 without a body. A body whose length is not known before its end counts as \
          9223372036854775807 bytes, so that no limit is got past by leaving the length out.";
+    "request.time": "int", "When the request began to come, in seconds since 1970 (UTC).";
     "request.headers": "map",
         "Headers by name, in any case: `request.headers[\"x-user\"]`, or `request.headers.host`. Several values \
          are joined by `, `.";
@@ -69,6 +70,13 @@ variables! {
         "The further names in it: hosts, mail addresses and URIs. A comma in one of them is `%2C`.";
     "connection.peer_fingerprint": "string", "SHA-256 of it, in hexadecimal.";
     "route.name": "string", "The name of the route.";
+    "auth.user": "string",
+        "The user, key or subject that a filter before has let in (`basic_auth`, `api_key`, `jwt`, `forward_auth`); \
+         `\"\"` if none has. Not in `match.when`, which is asked before any filter.";
+    "auth.by": "string", "Which of these filters that was.";
+    "jwt.claims": "map",
+        "Claims of the token that `jwt` has accepted: `jwt.claims.tenant`, `jwt.claims[\"realm_access.roles\"]`. The \
+         items of a list are joined by `, `; `jwt.claims.values(\"roles\")` has each.";
     "response.code": "int", "The status of the response; 0 if none was sent.";
     "response.headers": "map", "Headers of the response, as `request.headers`.";
     "client.phase_age": "double",

@@ -7,6 +7,7 @@
 use std::borrow::Cow;
 use std::cmp::Ordering;
 use std::net::IpAddr;
+use std::time::UNIX_EPOCH;
 
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
@@ -95,6 +96,8 @@ pub(super) enum Field {
     ResponseHeader(HeaderName),
     /// The further names in the client's certificate.
     PeerNames,
+    /// A claim of the token that a filter has accepted.
+    Claim(Box<[u8]>),
 }
 
 /// A node that makes text.
@@ -116,6 +119,8 @@ pub(super) enum Text {
     PeerSubject,
     PeerFingerprint,
     Network,
+    User,
+    Authenticator,
     Field(Field),
     /// One of the values under a name.
     Value(Box<(Field, Int)>),
@@ -147,6 +152,7 @@ pub(super) struct Split {
 #[derive(Debug)]
 pub(super) enum Int {
     Literal(i64),
+    Time,
     Size,
     Port,
     Code,
@@ -265,6 +271,7 @@ impl Field {
                 asked.response.and_then(|response| response.headers).is_some_and(|headers| headers.contains_key(name))
             }
             Field::PeerNames => !asked.facts.secured.names.is_empty(),
+            Field::Claim(name) => !claim(asked, name).is_empty(),
         }
     }
 
@@ -279,6 +286,7 @@ impl Field {
                 None => EMPTY,
             },
             Field::PeerNames => Cow::Borrowed(asked.facts.secured.names.as_bytes()),
+            Field::Claim(name) => joined(claim(asked, name).iter().map(|value| Cow::Borrowed(value.as_bytes()))),
         }
     }
 
@@ -296,11 +304,17 @@ impl Field {
                 let names = asked.facts.secured.names;
                 !names.is_empty() && names.split(',').any(|name| holds(Cow::Borrowed(name.as_bytes())))
             }
+            Field::Claim(name) => claim(asked, name).iter().any(|value| holds(Cow::Borrowed(value.as_bytes()))),
         }
     }
 }
 
 const EMPTY: Bytes<'static> = Cow::Borrowed(&[]);
+
+/// The values of a claim; none, if no filter has accepted a token with it.
+fn claim<'a>(asked: &Asked<'a>, name: &[u8]) -> &'a [Box<str>] {
+    asked.facts.identity.map_or(&[], |identity| identity.claim(name))
+}
 
 /// Values of one name as one text, as RFC 9110 §5.3 has it for headers: a rule that saw the first one only could be
 /// gone round with a second.
@@ -359,6 +373,8 @@ impl Text {
             Text::PeerSubject => Cow::Borrowed(asked.facts.secured.subject.as_bytes()),
             Text::PeerFingerprint => Cow::Borrowed(asked.facts.secured.fingerprint.as_bytes()),
             Text::Network => network_of(asked.facts.client).map_or(EMPTY, |text| Cow::Owned(text.into_bytes())),
+            Text::User => asked.facts.identity.map_or(EMPTY, |identity| Cow::Borrowed(identity.user.as_bytes())),
+            Text::Authenticator => asked.facts.identity.map_or(EMPTY, |identity| Cow::Borrowed(identity.by.as_bytes())),
             Text::Field(field) => field.of(asked),
             Text::Value(value) => {
                 let (field, number) = &**value;
@@ -546,6 +562,10 @@ impl Int {
         let both = |both: &[Int; 2]| (both[0].of(asked), both[1].of(asked));
         match self {
             Int::Literal(number) => *number,
+            Int::Time => {
+                let since = asked.facts.began_at().duration_since(UNIX_EPOCH).unwrap_or_default();
+                i64::try_from(since.as_secs()).unwrap_or(i64::MAX)
+            }
             Int::Size => announced(asked),
             Int::Port => asked.facts.port.into(),
             Int::Code => asked.response.map_or(0, |response| response.code.into()),

@@ -41,6 +41,7 @@ pub(super) enum Map {
     Cookies,
     Arguments,
     ResponseHeaders,
+    Claims,
 }
 
 /// The type of a node.
@@ -182,8 +183,8 @@ impl<'t> Planner<'t> {
                 });
             }
             if select.test {
-                let told = "`has` asks for a field of `request.headers`, `request.cookies`, `request.args` or \
-                            `response.headers`: everything else is always there";
+                let told = "`has` asks for a field of `request.headers`, `request.cookies`, `request.args`, \
+                            `jwt.claims` or `response.headers`: everything else is always there";
                 return self.wrong(at, told);
             }
         }
@@ -203,6 +204,14 @@ impl<'t> Planner<'t> {
             }
             self.reads_response = true;
         }
+        if self.moment < Moment::Request
+            && ["auth.", "jwt."].iter().any(|root| name.starts_with(root))
+            && VARIABLES.iter().any(|known| known.name == name)
+        {
+            let told =
+                format!("`{name}` comes too early: filters find out who asks, and they run when a route is found");
+            return self.wrong(at, told);
+        }
         Ok(match name {
             "request.method" => Plan::Text(Text::Method),
             "request.path" => Plan::Text(Text::Path),
@@ -212,6 +221,7 @@ impl<'t> Planner<'t> {
             "request.scheme" => Plan::Text(Text::Scheme),
             "request.version" => Plan::Text(Text::Version),
             "request.id" => Plan::Text(Text::Id),
+            "request.time" => Plan::Int(Int::Time),
             "request.size" => Plan::Int(Int::Size),
             "request.headers" => Plan::Map(Map::Headers),
             "request.cookies" => Plan::Map(Map::Cookies),
@@ -226,6 +236,9 @@ impl<'t> Planner<'t> {
             "connection.peer_names" => Plan::Values(Field::PeerNames),
             "connection.peer_fingerprint" => Plan::Text(Text::PeerFingerprint),
             "route.name" => Plan::Text(Text::Route),
+            "auth.user" => Plan::Text(Text::User),
+            "auth.by" => Plan::Text(Text::Authenticator),
+            "jwt.claims" => Plan::Map(Map::Claims),
             "response.code" => Plan::Int(Int::Code),
             "response.headers" => Plan::Map(Map::ResponseHeaders),
             "client.phase_age" => Plan::Double(Double::PhaseAge),
@@ -290,6 +303,7 @@ impl<'t> Planner<'t> {
                 }
                 Field::Cookie(name.as_bytes().into())
             }
+            Map::Claims => Field::Claim(name.as_bytes().into()),
             Map::Arguments if name.is_empty() && quoted => return self.wrong(at, "an argument needs a name"),
             Map::Arguments => Field::Argument(name.as_bytes().into()),
         })
@@ -575,7 +589,7 @@ impl<'t> Planner<'t> {
             other => self.mistyped(
                 of,
                 other.kind(),
-                "`request.headers`, `request.cookies`, `request.args` or what `split` gives before `[`",
+                "`request.headers`, `request.cookies`, `request.args`, `jwt.claims` or what `split` gives before `[`",
             ),
         }
     }
@@ -704,8 +718,8 @@ impl<'t> Planner<'t> {
             ("split", [of, by]) => Plan::Split(Split { of: self.text(of)?, by: self.text(by)? }),
             ("values", [of, name]) => {
                 let Plan::Map(map) = self.plan(of)? else {
-                    let told = "`values` asks `request.headers`, `request.cookies`, `request.args` or \
-                                `response.headers`, as in `\"1\" in request.args.values(\"debug\")`";
+                    let told = "`values` asks `request.headers`, `request.cookies`, `request.args`, \
+                                `jwt.claims` or `response.headers`, as in `\"1\" in request.args.values(\"debug\")`";
                     return self.wrong(of, told);
                 };
                 let written = self.key(name, "this is named by a literal, so that it is looked up once")?;

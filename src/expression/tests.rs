@@ -23,6 +23,7 @@ struct Story {
     client: Option<&'static str>,
     ended: bool,
     pace: Pace,
+    identity: Identity,
 }
 
 fn map(fields: &[(&'static str, &str)]) -> HeaderMap {
@@ -54,6 +55,14 @@ impl Default for Story {
             client: Some("192.0.2.7"),
             ended: false,
             pace: Pace { phase: Phase::Header, age: Duration::from_millis(2500), bytes: Some(5000) },
+            identity: Identity {
+                user: "ada".into(),
+                by: "jwt",
+                claims: vec![
+                    ("realm.roles".into(), vec!["admin".into(), "staff".into()]),
+                    ("tenant".into(), vec!["acme".into()]),
+                ],
+            },
         }
     }
 }
@@ -76,6 +85,9 @@ impl Story {
             },
             ended: self.ended,
             pace: self.pace,
+            begun: Instant::now(),
+            status: 404,
+            identity: Some(&self.identity),
         };
         Asked {
             facts,
@@ -147,6 +159,20 @@ fn the_manual_is_made_of_the_code() {
         return;
     }
     assert_eq!(found, made, "UPDATE_MANUAL=1 has this test make the tables anew");
+}
+
+#[test]
+fn who_asks_is_what_a_filter_has_found_out() {
+    hold(&[
+        r#"auth.user == "ada" && auth.by == "jwt" && jwt.claims.tenant == "acme""#,
+        r#"jwt.claims["realm.roles"] == "admin, staff" && "staff" in jwt.claims.values("realm.roles")"#,
+        r#""tenant" in jwt.claims && !("sub" in jwt.claims) && jwt.claims.sub.size() == 0"#,
+        "request.time > 1700000000",
+    ]);
+    for (written, name) in [(r#"auth.user == "ada""#, "auth.user"), (r#"jwt.claims.tenant == "a""#, "jwt.claims")] {
+        let early = Condition::build(written, Moment::Match).map(drop).unwrap_err().message;
+        assert!(early.contains(&format!("`{name}` comes too early")), "{early}");
+    }
 }
 
 #[test]
@@ -384,7 +410,7 @@ fn what_is_unknown_is_told_with_its_place_and_the_nearest_that_is_known() {
         ),
         (
             "joe == \"\"",
-            "1:1 `joe`: nothing is called `joe`: names begin with `request`, `source`, `connection`, `route`, `response`, `client`; text stands in quotes",
+            "1:1 `joe`: nothing is called `joe`: names begin with `request`, `source`, `connection`, `route`, `auth`, `jwt`, `response`, `client`; text stands in quotes",
         ),
         (
             "request.path.startWith(\"/\")",
@@ -498,7 +524,7 @@ fn what_cannot_be_is_told_with_its_place() {
         ),
         (
             "has(request.path)",
-            "1:1 `has(request.path)`: `has` asks for a field of `request.headers`, `request.cookies`, `request.args` or `response.headers`: everything else is always there",
+            "1:1 `has(request.path)`: `has` asks for a field of `request.headers`, `request.cookies`, `request.args`, `jwt.claims` or `response.headers`: everything else is always there",
         ),
         ("\"a,b\".split(\",\")[-1] == \"\"", "1:18 `-1`: items are counted from 0"),
         ("request.args.values(\"a\")[-1] == \"\"", "1:26 `-1`: items are counted from 0"),
@@ -508,7 +534,7 @@ fn what_cannot_be_is_told_with_its_place() {
         ),
         (
             "\"a\" in request.path.values(\"a\")",
-            "1:8 `request.path`: `values` asks `request.headers`, `request.cookies`, `request.args` or `response.headers`, as in `\"1\" in request.args.values(\"debug\")`",
+            "1:8 `request.path`: `values` asks `request.headers`, `request.cookies`, `request.args`, `jwt.claims` or `response.headers`, as in `\"1\" in request.args.values(\"debug\")`",
         ),
         ("1u == 1", "1:1 `1u`: numbers without a sign are not offered: leave the `u` out"),
         ("request.path == null", "1:17 `null`: there is no `null`: what is missing reads as an empty text"),

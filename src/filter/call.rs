@@ -21,6 +21,7 @@ use pingora::http::{RequestHeader, ResponseHeader};
 
 use super::kept::Keeping;
 use crate::error::{BuildError, nearest};
+use crate::files::{Files, Keeper};
 use crate::metrics::Metrics;
 
 /// A request that a filter sends to an upstream.
@@ -134,7 +135,7 @@ impl Caller {
 /// The upstreams that filters can call.
 pub trait Callees {
     /// What sends the calls of this filter to the upstream of this name; `None` if there is none.
-    fn caller(&self, upstream: &str, filter: &'static str) -> Option<Caller>;
+    fn caller(&self, upstream: &str, filter: &str) -> Option<Caller>;
 
     /// The names of all of them.
     fn names(&self) -> Vec<&str>;
@@ -142,7 +143,7 @@ pub trait Callees {
 
 /// No upstream at all.
 impl Callees for () {
-    fn caller(&self, _: &str, _: &'static str) -> Option<Caller> {
+    fn caller(&self, _: &str, _: &str) -> Option<Caller> {
         None
     }
 
@@ -158,23 +159,29 @@ pub struct Surroundings<'a> {
     pub directory: &'a Path,
     /// The name of the route that the filter is built for.
     pub route: &'a str,
-    /// The key of the filter.
-    pub filter: &'static str,
+    /// The key of the filter: its label in the metrics of its calls. Another one may be put in its place.
+    pub filter: &'a str,
     /// Where a filter registers metrics of its own ([`Metrics::collect_too`]); `None` in a test of it.
     pub metrics: Option<&'a Metrics>,
     callees: &'a dyn Callees,
     keeping: Option<&'a Keeping<'a>>,
+    files: Option<&'a Files>,
 }
 
 impl<'a> Surroundings<'a> {
     /// Those of the filters of a route.
     pub fn new(directory: &'a Path, route: &'a str, metrics: &'a Metrics, callees: &'a dyn Callees) -> Self {
-        Surroundings { directory, route, filter: "", metrics: Some(metrics), callees, keeping: None }
+        Surroundings { directory, route, filter: "", metrics: Some(metrics), callees, keeping: None, files: None }
     }
 
     /// The same for filters that keep something from one configuration to the next.
     pub fn keeping(self, keeping: &'a Keeping<'a>) -> Self {
         Surroundings { keeping: Some(keeping), ..self }
+    }
+
+    /// The same for filters that go by files.
+    pub fn watching(self, files: &'a Files) -> Self {
+        Surroundings { files: Some(files), ..self }
     }
 
     /// What outlives a reload: the thing that this filter of this route had in the configuration before, if it had one
@@ -188,12 +195,29 @@ impl<'a> Surroundings<'a> {
 
     /// Those of a test of a filter: the working directory, and these to call, such as `&()`.
     pub fn rehearsal(callees: &'a dyn Callees) -> Self {
-        Surroundings { directory: Path::new("."), route: "all", filter: "", metrics: None, callees, keeping: None }
+        Surroundings {
+            directory: Path::new("."),
+            route: "all",
+            filter: "",
+            metrics: None,
+            callees,
+            keeping: None,
+            files: None,
+        }
     }
 
     /// The same for the filter of this key.
-    pub(super) fn of(self, filter: &'static str) -> Self {
+    pub(super) fn of(self, filter: &'a str) -> Self {
         Surroundings { filter, ..self }
+    }
+
+    /// Has `keeper` look at a file whenever it may have changed, and every `refresh` besides, for as long as there is one.
+    /// Whoever calls this has read it once, so that what is wrong with it is an error of `check`. In a test of a filter,
+    /// nobody looks.
+    pub fn look_after<K: Keeper>(&self, file: &Path, refresh: Duration, keeper: &Arc<K>) {
+        if let Some(files) = self.files {
+            files.keep(&format!("`{}` of the route {}", self.filter, self.route), &[file], refresh, keeper);
+        }
     }
 
     /// What sends calls to the upstream of this name.
@@ -220,7 +244,7 @@ mod tests {
         struct Two;
 
         impl Callees for Two {
-            fn caller(&self, _: &str, _: &'static str) -> Option<Caller> {
+            fn caller(&self, _: &str, _: &str) -> Option<Caller> {
                 None
             }
 

@@ -5,17 +5,19 @@
 
 use std::any::Any;
 use std::future::Future;
+use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
+use http::HeaderMap;
 use pingora::http::{RequestHeader, ResponseHeader};
 use prometheus::IntCounter;
 
-use super::{Filter, Outcome, Scope, Stages, Verdict};
+use super::{Answer, Filter, Outcome, Scope, Stages, Verdict};
 use crate::error::refusal;
 use crate::eventloop::Watched;
 use crate::expression::facts::Response;
-use crate::expression::{Asked, Condition, Facts};
+use crate::expression::{Asked, Condition, Facts, Identity};
 use crate::metrics::Metrics;
 use crate::party::wait::{FAR, NoClient, within};
 
@@ -32,12 +34,13 @@ pub struct Chain {
     request_body: Vec<usize>,
     response: Vec<usize>,
     response_body: Vec<usize>,
+    request_trailers: Vec<usize>,
+    response_trailers: Vec<usize>,
     end: Vec<usize>,
 }
 
-/// A filter, the key under which it was written, and how the event loop sees it.
+/// A filter, and how the event loop sees it: by the key under which it was written, or by its own label.
 pub(super) struct Link {
-    key: &'static str,
     watched: Watched,
     filter: Box<dyn Filter>,
     when: Option<When>,
@@ -54,13 +57,21 @@ type State = Option<Box<dyn Any + Send + Sync>>;
 
 /// What the filters of a chain keep for one exchange: a slot each. The default suits every chain.
 #[derive(Default)]
-pub struct States(Vec<Slot>);
+pub struct States {
+    slots: Vec<Slot>,
+    /// Who asks, as a filter has found out.
+    identity: Option<Arc<Identity>>,
+    /// The place of the filter whose answer stands for that of the endpoint.
+    answered: Option<usize>,
+}
 
 #[derive(Default)]
 struct Slot {
     state: State,
     /// Whether the filter acts, once its condition was asked.
     acts: Option<bool>,
+    /// It has nothing to do with the body of the response.
+    leaves_body: bool,
 }
 
 /// What all filters of an exchange see: a [`Scope`] without the state, which is each filter's own.
@@ -84,6 +95,8 @@ impl Chain {
             request_body: inwards(Stages::REQUEST_BODY),
             response: outwards(Stages::RESPONSE),
             response_body: outwards(Stages::RESPONSE_BODY),
+            request_trailers: inwards(Stages::REQUEST_TRAILERS),
+            response_trailers: outwards(Stages::RESPONSE_TRAILERS),
             end: outwards(Stages::END),
             links,
         }
@@ -92,9 +105,10 @@ impl Chain {
     /// Times the polls of its filters, and counts the exchanges of this route in which they do nothing.
     pub fn timed(mut self, route: &str, metrics: &Metrics) -> Chain {
         for link in &mut self.links {
-            link.watched.time(metrics.filter_polls(link.key));
+            let label = link.label();
+            link.watched.time(metrics.filter_polls(label));
             if let Some(when) = &mut link.when {
-                when.skipped = Some(metrics.filter_skipped(route, link.key));
+                when.skipped = Some(metrics.filter_skipped(route, label));
             }
         }
         self
@@ -112,20 +126,18 @@ impl Chain {
 
     /// Fresh states for one exchange; an empty chain allocates nothing.
     pub fn states(&self) -> States {
-        States(self.links.iter().map(|_| Slot::default()).collect())
+        States { slots: self.links.iter().map(|_| Slot::default()).collect(), ..States::default() }
     }
 
     /// Runs [`Filter::request`].
     pub async fn request(&self, states: &mut States, mut view: View<'_>) -> Verdict {
         for &index in &self.request {
-            let link = &self.links[index];
-            if !link.acts(states.slot(index), || view.facts.asked(view.request)) {
+            let (link, identity) = (&self.links[index], states.identity.clone());
+            let facts = view.facts.of_whom(identity.as_deref());
+            if !link.acts(states.slot(index), || facts.asked(view.request)) || !link.wants(Stages::REQUEST) {
                 continue;
             }
-            if !link.wants(Stages::REQUEST) {
-                continue;
-            }
-            let mut scope = view.scope(states, index);
+            let mut scope = view.scope(states, index, facts);
             let verdict = link.run(link.filter.request(&mut scope), self.patience).await;
             let Verdict::Continue = verdict else { return verdict };
         }
@@ -140,12 +152,13 @@ impl Chain {
         piece: &mut Option<Bytes>,
         end: bool,
     ) -> Verdict {
+        let facts = view.facts;
         for &index in &self.request_body {
             let link = &self.links[index];
-            if !link.acts(states.slot(index), || view.facts.asked(view.request)) {
+            if !link.acts(states.slot(index), || facts.asked(view.request)) {
                 continue;
             }
-            let mut scope = view.scope(states, index);
+            let mut scope = view.scope(states, index, facts);
             let call = link.filter.request_body(&mut scope, piece, end);
             let verdict = link.run(call, self.patience).await;
             let Verdict::Continue = verdict else { return link.late("request_body", verdict) };
@@ -153,26 +166,44 @@ impl Chain {
         Verdict::Continue
     }
 
-    /// Runs [`Filter::response`], the last filter first.
+    /// Runs [`Filter::response`], the last filter first. An answer of a filter takes the place of the response: the
+    /// filters outside of it see that one, and what they have left of it is the verdict.
     pub async fn response(&self, states: &mut States, mut view: View<'_>, response: &mut ResponseHeader) -> Verdict {
+        states.answered = None;
+        states.slots.iter_mut().for_each(|slot| slot.leaves_body = false);
+        let mut body = None;
         for &index in &self.response {
             let link = &self.links[index];
+            let facts = Facts { status: response.status.as_u16(), ..view.facts };
             let acts = {
-                let asked = view.facts.asked(view.request);
+                let asked = facts.asked(view.request);
                 link.acts(states.slot(index), || asked.answered(response))
             };
             if !acts || !link.wants(Stages::RESPONSE) {
                 continue;
             }
-            let mut scope = view.scope(states, index);
+            let mut scope = view.scope(states, index, facts);
             let call = link.filter.response(&mut scope, response);
-            let verdict = link.run(call, self.patience).await;
-            let Verdict::Continue = verdict else { return link.late("response", verdict) };
+            match link.run(call, self.patience).await {
+                Verdict::Continue => {}
+                Verdict::Refuse(refused) => return Verdict::Refuse(refused),
+                Verdict::Answer(answer) => match answer.header() {
+                    Ok(header) => {
+                        *response = header;
+                        body = Some(answer.body);
+                        states.answered = Some(index);
+                    }
+                    Err(_) => return Verdict::from(&refusal::INTERNAL),
+                },
+            }
         }
-        Verdict::Continue
+        let Some(body) = body else { return Verdict::Continue };
+        let headers = response.headers.iter().map(|(name, value)| (name.clone(), value.clone())).collect();
+        Verdict::Answer(Answer { status: response.status, headers, body })
     }
 
-    /// Runs [`Filter::response_body`], the last filter first.
+    /// Runs [`Filter::response_body`], the last filter first. Those inside of a filter that has answered in place of the
+    /// endpoint have nothing to do with its body.
     pub async fn response_body(
         &self,
         states: &mut States,
@@ -180,12 +211,16 @@ impl Chain {
         piece: &mut Option<Bytes>,
         end: bool,
     ) -> Verdict {
+        let facts = view.facts;
         for &index in &self.response_body {
             let link = &self.links[index];
-            if !link.acts(states.slot(index), || view.facts.asked(view.request)) {
+            if states.has_nothing_to_do(index) {
                 continue;
             }
-            let mut scope = view.scope(states, index);
+            if !link.acts(states.slot(index), || facts.asked(view.request)) {
+                continue;
+            }
+            let mut scope = view.scope(states, index, facts);
             let call = link.filter.response_body(&mut scope, piece, end);
             let verdict = link.run(call, self.patience).await;
             let Verdict::Continue = verdict else { return link.late("response_body", verdict) };
@@ -199,15 +234,48 @@ impl Chain {
         self.patience.map_or(FAR, |patience| patience.saturating_mul(filters))
     }
 
+    /// Whether a filter wants to see the body of the response, whose header all of them have seen.
+    pub fn sees_body(&self, states: &States) -> bool {
+        let acts = |index: &usize| states.slots.get(*index).is_none_or(|slot| slot.acts != Some(false));
+        self.response_body.iter().any(|index| acts(index) && !states.has_nothing_to_do(*index))
+    }
+
+    /// Runs [`Filter::request_trailers`].
+    pub fn request_trailers(&self, states: &mut States, view: View<'_>, trailers: &mut HeaderMap) {
+        self.at_once(&self.request_trailers, states, view, |filter, scope| filter.request_trailers(scope, trailers));
+    }
+
+    /// Runs [`Filter::response_trailers`], the last filter first.
+    pub fn response_trailers(&self, states: &mut States, view: View<'_>, trailers: &mut HeaderMap) {
+        self.at_once(&self.response_trailers, states, view, |filter, scope| filter.response_trailers(scope, trailers));
+    }
+
+    fn at_once(
+        &self,
+        order: &[usize],
+        states: &mut States,
+        mut view: View<'_>,
+        mut call: impl FnMut(&dyn Filter, &mut Scope<'_>),
+    ) {
+        let facts = view.facts;
+        for &index in order {
+            let link = &self.links[index];
+            if link.acts(states.slot(index), || facts.asked(view.request)) {
+                link.watched.call(|| call(&*link.filter, &mut view.scope(states, index, facts)));
+            }
+        }
+    }
+
     /// Runs [`Filter::end`], the last filter first: each one that wants it, whatever happened before.
     pub fn end(&self, states: &mut States, mut view: View<'_>, outcome: Outcome) {
+        let facts = Facts { status: outcome.status, ..view.facts };
         for &index in &self.end {
             let link = &self.links[index];
             let response = Some(Response { code: outcome.status, headers: None });
-            if !link.acts(states.slot(index), || Asked { response, ..view.facts.asked(view.request) }) {
+            if !link.acts(states.slot(index), || Asked { response, ..facts.asked(view.request) }) {
                 continue;
             }
-            link.watched.call(|| link.filter.end(&mut view.scope(states, index), outcome));
+            link.watched.call(|| link.filter.end(&mut view.scope(states, index, facts), outcome));
         }
     }
 }
@@ -218,15 +286,20 @@ impl Link {
         // Whoever runs the chain sees the client leave.
         let decided = within(patience.unwrap_or(FAR), NoClient::Within, self.watched.run(call)).await;
         decided.unwrap_or_else(|| {
-            tracing::debug!(filter = self.key, "a filter has not decided in time");
+            tracing::debug!(filter = self.label(), "a filter has not decided in time");
             Verdict::from(&refusal::ROUTE_FILTER_TIMEOUT)
         })
     }
 
     /// A filter that was written under `key`, and the condition under which it acts.
-    pub(super) fn new(key: &'static str, filter: Box<dyn Filter>, when: Option<Condition>) -> Link {
+    pub(super) fn new(key: &str, filter: Box<dyn Filter>, when: Option<Condition>) -> Link {
         let when = when.map(|condition| When { condition, skipped: None });
-        Link { key, watched: Watched::untimed(key), filter, when }
+        Link { watched: Watched::untimed(filter.label().unwrap_or(key)), filter, when }
+    }
+
+    /// What it is called in metrics and logs.
+    fn label(&self) -> &'static str {
+        self.watched.label()
     }
 
     /// The stages at which it is called, or at which its condition is asked.
@@ -259,7 +332,7 @@ impl Link {
     fn late(&self, stage: &str, verdict: Verdict) -> Verdict {
         match verdict {
             Verdict::Answer(_) => {
-                tracing::error!(filter = self.key, stage, "a filter can answer at `request` only");
+                tracing::error!(filter = self.label(), stage, "a filter can answer at `request` and `response` only");
                 Verdict::from(&refusal::INTERNAL)
             }
             verdict => verdict,
@@ -268,18 +341,32 @@ impl Link {
 }
 
 impl States {
+    /// Who asks, as far as the filters have found out.
+    pub fn identity(&self) -> Option<&Arc<Identity>> {
+        self.identity.as_ref()
+    }
+
+    /// Whether this filter is not to see the body of the response: it has said so, or one outside of it has answered.
+    fn has_nothing_to_do(&self, index: usize) -> bool {
+        let answered = self.answered.is_some_and(|answered| index >= answered);
+        answered || self.slots.get(index).is_some_and(|slot| slot.leaves_body)
+    }
+
     /// Slots are added as they are asked for, so that states of another chain can never panic.
     fn slot(&mut self, index: usize) -> &mut Slot {
-        if index >= self.0.len() {
-            self.0.resize_with(index + 1, Slot::default);
+        if index >= self.slots.len() {
+            self.slots.resize_with(index + 1, Slot::default);
         }
-        &mut self.0[index]
+        &mut self.slots[index]
     }
 }
 
 impl View<'_> {
-    fn scope<'s>(&'s mut self, states: &'s mut States, index: usize) -> Scope<'s> {
-        Scope { facts: self.facts, request: self.request, state: &mut states.slot(index).state }
+    fn scope<'s>(&'s mut self, states: &'s mut States, index: usize, facts: Facts<'s>) -> Scope<'s> {
+        states.slot(index);
+        let States { slots, identity, .. } = states;
+        let Slot { state, leaves_body, .. } = &mut slots[index];
+        Scope { facts, request: self.request, state, identity, leaves_body }
     }
 }
 
@@ -470,15 +557,37 @@ mod tests {
     }
 
     #[test]
-    fn an_answer_that_comes_too_late_is_an_error_of_the_filter() {
+    fn an_answer_takes_the_place_of_the_response_for_those_outside_of_it() {
+        let answer = || Verdict::Answer(Answer { status: StatusCode::OK, headers: Vec::new(), body: "instead".into() });
+        let answers = Witness { verdict: answer, ..witness("b") };
+        let chain = chain([witness("a"), Witness { stages: Stages::RESPONSE, ..answers }, witness("c")]);
+        let (mut request, mut states) = (request(), chain.states());
+        let mut response = ResponseHeader::build(500, None).unwrap();
+        chain.request(&mut states, view(&mut request)).now_or_never().unwrap();
+        let verdict = chain.response(&mut states, view(&mut request), &mut response).now_or_never().unwrap();
+        let Verdict::Answer(answer) = verdict else { panic!("{verdict:?}") };
+        assert_eq!((answer.status, &answer.body[..]), (StatusCode::OK, &b"instead"[..]));
+        assert_eq!(seen(&response.headers, "seen"), ["a"], "`c` has seen the answer that is gone");
+        let mut piece = Some(answer.body);
+        chain.response_body(&mut states, view(&mut request), &mut piece, true).now_or_never().unwrap();
+        assert_eq!(piece.as_deref(), Some(b"insteada".as_slice()));
+
+        // A response behind that is another one.
+        let mut refused = ResponseHeader::build(502, None).unwrap();
+        chain.response(&mut states, view(&mut request), &mut refused).now_or_never().unwrap();
+        assert_eq!(states.answered, Some(1));
+    }
+
+    #[test]
+    fn an_answer_while_a_body_passes_is_an_error_of_the_filter() {
         let answer = || Verdict::Answer(Answer { status: StatusCode::OK, headers: Vec::new(), body: Bytes::new() });
         let chain = chain([Witness { verdict: answer, ..witness("a") }]);
         let (mut request, mut states) = (request(), chain.states());
-        let mut response = ResponseHeader::build(200, None).unwrap();
-
         let early = chain.request(&mut states, view(&mut request)).now_or_never().unwrap();
         assert!(matches!(early, Verdict::Answer(_)));
-        let late = chain.response(&mut states, view(&mut request), &mut response).now_or_never().unwrap();
+        let late = chain.request_body(&mut states, view(&mut request), &mut None, true).now_or_never().unwrap();
+        assert!(matches!(late, Verdict::Refuse(refused) if refused.refusal == &refusal::INTERNAL));
+        let late = chain.response_body(&mut states, view(&mut request), &mut None, true).now_or_never().unwrap();
         assert!(matches!(late, Verdict::Refuse(refused) if refused.refusal == &refusal::INTERNAL));
     }
 
@@ -486,7 +595,7 @@ mod tests {
     fn an_empty_chain_wants_nothing_and_allocates_nothing() {
         let chain = Chain::default();
         assert!(!chain.wants(Stages::ALL));
-        assert_eq!(chain.states().0.capacity(), 0);
+        assert_eq!(chain.states().slots.capacity(), 0);
     }
 
     #[test]

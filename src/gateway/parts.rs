@@ -33,6 +33,7 @@ use crate::config::{self, Config};
 use crate::error::BuildError;
 use crate::eventloop::worker::RouteTag;
 use crate::expression::named::Named;
+use crate::files::Files;
 use crate::filter::kept::Kept;
 use crate::filter::{Catalog, Surroundings};
 use crate::metrics::{Metrics, RouteMetrics};
@@ -60,6 +61,8 @@ pub struct Ground {
     pub challenges: Arc<Challenges>,
     /// Those who serve certificates now.
     pub served: Served,
+    /// The files that filters go by.
+    pub files: Files,
     /// What filters keep from one configuration to the next.
     kept: Kept,
     /// Connections for the calls of filters.
@@ -79,6 +82,7 @@ impl Ground {
             metrics,
             challenges,
             served: Served::default(),
+            files: Files::default(),
             kept: Kept::default(),
             calls: Lines::default(),
             mirrors: OnceLock::new(),
@@ -222,7 +226,8 @@ impl Parts {
         let callees = Directory::new(&upstreams, metrics, &ground.calls);
         let keeping = ground.kept.begin();
         for (index, written) in config.routes.iter().enumerate() {
-            let around = Surroundings::new(config.directory(), &written.name, metrics, &callees).keeping(&keeping);
+            let around = Surroundings::new(config.directory(), &written.name, metrics, &callees);
+            let around = around.keeping(&keeping).watching(&ground.files);
             match catalog.chain_in(&written.filters, &around) {
                 Ok(chain) => {
                     let chain = chain.timed(&written.name, metrics).bounded(written.filter_timeout.0);

@@ -226,7 +226,7 @@ impl<'a> Directory<'a> {
 }
 
 impl Callees for Directory<'_> {
-    fn caller(&self, upstream: &str, filter: &'static str) -> Option<Caller> {
+    fn caller(&self, upstream: &str, filter: &str) -> Option<Caller> {
         let upstream = self.upstreams.get(upstream)?.clone();
         let metrics = self.metrics.calls(filter, &upstream.name);
         let connector = self.lines.connector();

@@ -4,9 +4,11 @@
 use std::net::{IpAddr, SocketAddr};
 use std::ops::{Deref, DerefMut};
 use std::os::fd::RawFd;
+use std::sync::atomic::{AtomicU16, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use bytes::Bytes;
 use http::{HeaderMap, HeaderValue, StatusCode, Uri};
 use pingora::http::{RequestHeader, ResponseHeader};
 
@@ -27,8 +29,9 @@ use crate::client::waiting::Who;
 use crate::config::listener::OddNames;
 use crate::error::{Refusal, refusal};
 use crate::eventloop::{own_time, worker as eventloop};
-use crate::expression::{Asked, Facts, Pace, Secured};
-use crate::filter::{Refused, Stages, States, Verdict, View};
+use crate::expression::facts::Response;
+use crate::expression::{Asked, Facts, Identity, Pace, Secured};
+use crate::filter::{Answer, Refused, Stages, States, Verdict, View};
 use crate::metrics::{Metrics, Seat};
 use crate::party::{Fault, Party};
 use crate::phase::journal::{self, Journal, Note, Passed, Tick};
@@ -91,6 +94,10 @@ pub struct Exchange {
     pub route: Option<Arc<Route>>,
     /// What the filters of the route keep for it.
     pub filters: Option<Arc<FilterStates>>,
+    /// Who asks, once a filter has found out.
+    pub identity: Option<Arc<Identity>>,
+    /// When the first byte of its request came.
+    pub begun: Instant,
     /// The upstream it goes to.
     pub upstream: Option<Arc<Upstream>>,
     /// By which driver, once its filters have let it pass.
@@ -132,6 +139,8 @@ pub struct Exchange {
     pub saved: Duration,
     /// What a filter refused and was not yet acted on.
     refused: Option<Refused>,
+    /// What a filter has answered in place of the endpoint, until it is sent.
+    pub answer: Option<Answer>,
     /// Why Forebay ended it, if it did.
     pub refusal: Option<&'static Refusal>,
     /// Why the last attempt failed, as long as there is no answer.
@@ -192,17 +201,28 @@ impl Drop for Carried {
 pub struct FilterStates {
     states: Mutex<Option<States>>,
     refused: Mutex<Option<Refused>>,
+    /// The status of the answer, from when the response filters see its header; 0 before.
+    status: AtomicU16,
 }
 
 impl FilterStates {
     /// Shares `states`.
     pub fn new(states: States) -> Arc<Self> {
-        Arc::new(FilterStates { states: Mutex::new(Some(states)), refused: Mutex::new(None) })
+        Arc::new(FilterStates {
+            states: Mutex::new(Some(states)),
+            refused: Mutex::new(None),
+            status: AtomicU16::new(0),
+        })
     }
 
     /// Takes the states for one stage. `None` while another stage has them, which one task cannot bring about.
     pub fn take(&self) -> Option<States> {
         self.states.lock().unwrap_or_else(PoisonError::into_inner).take()
+    }
+
+    /// Looks at the states.
+    fn with(&self, look: impl FnOnce(&States) -> bool) -> bool {
+        self.states.lock().unwrap_or_else(PoisonError::into_inner).as_ref().is_some_and(look)
     }
 
     /// Puts them back.
@@ -213,6 +233,16 @@ impl FilterStates {
     /// Notes that a filter refused where the exchange is out of reach.
     pub fn refuse(&self, refused: Refused) {
         self.refused.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(refused);
+    }
+
+    /// The status of the answer; 0 until the response filters have seen its header.
+    pub fn status(&self) -> u16 {
+        self.status.load(Ordering::Relaxed)
+    }
+
+    /// The header of an answer is here, with this status.
+    fn answered(&self, status: StatusCode) {
+        self.status.store(status.as_u16(), Ordering::Relaxed);
     }
 
     fn take_refused(&self) -> Option<Refused> {
@@ -378,7 +408,8 @@ impl Exchange {
     pub fn begin(metrics: &Metrics) -> Self {
         let begin = introduction();
         let now = Instant::now();
-        let mut clock = Clock::start(Phase::Header, begin.as_ref().map_or(now, |begin| begin.header_since));
+        let begun = begin.as_ref().map_or(now, |begin| begin.header_since);
+        let mut clock = Clock::start(Phase::Header, begun);
         if let Some(accept) = begin.as_ref().and_then(|begin| begin.accept) {
             clock.credit(Phase::Accept, accept);
         }
@@ -416,6 +447,8 @@ impl Exchange {
             manners: Manners::default(),
             route: None,
             filters: None,
+            identity: None,
+            begun,
             upstream: None,
             course: None,
             hash: 0,
@@ -436,6 +469,7 @@ impl Exchange {
             held: None,
             saved: Duration::ZERO,
             refused: None,
+            answer: None,
             refusal: None,
             failure: None,
             trace: None,
@@ -482,7 +516,7 @@ impl Exchange {
             target,
             version: request.version,
             headers: &request.headers,
-            response: None,
+            response: (facts.status > 0).then_some(Response { code: facts.status, headers: None }),
         }
     }
 
@@ -500,6 +534,9 @@ impl Exchange {
             secured: secured(self.connection.as_deref()),
             ended: self.ended_with_header,
             pace: self.pace(),
+            begun: self.begun,
+            status: self.filters.as_ref().map_or(0, |filters| filters.status()),
+            identity: self.identity.as_deref(),
         }
     }
 
@@ -628,9 +665,47 @@ impl Exchange {
             let call = route.chain.response(&mut states, view, response);
             let verdict = Watch::of(self, route).during(route.chain.patience(), call, &refusal::RECEIVE_ABORTED).await;
             filters.put(states);
+            filters.answered(response.status);
+            return verdict;
+        }
+        self.filters.iter().for_each(|filters| filters.answered(response.status));
+        Verdict::Continue
+    }
+
+    /// Whether a filter of the route wants to see the body of the answer, whose header all of them have seen.
+    pub fn sees_body(&self) -> bool {
+        let (Some(route), Some(filters)) = (&self.route, &self.filters) else { return false };
+        route.chain.wants(Stages::RESPONSE_BODY) && filters.with(|states| route.chain.sees_body(states))
+    }
+
+    /// Runs the body filters of the route on the whole body of an answer that is our own.
+    pub async fn filter_whole(&self, request: &mut RequestHeader, body: &mut Bytes) -> Verdict {
+        if let (Some(route), Some(filters)) = (&self.route, &self.filters)
+            && route.chain.wants(Stages::RESPONSE_BODY)
+            && let Some(mut states) = filters.take()
+        {
+            let view = View { facts: self.facts(&route.name), request };
+            let mut piece = Some(std::mem::take(body));
+            let call = route.chain.response_body(&mut states, view, &mut piece, true);
+            let patience = route.chain.patience();
+            let verdict = Watch::of(self, route).during(patience, call, &refusal::RECEIVE_ABORTED).await;
+            filters.put(states);
+            *body = piece.unwrap_or_default();
             return verdict;
         }
         Verdict::Continue
+    }
+
+    /// Runs the trailer filters of the route on what has followed the body of the answer.
+    pub fn filter_trailers(&self, request: &mut RequestHeader, trailers: &mut HeaderMap) {
+        if let (Some(route), Some(filters)) = (&self.route, &self.filters)
+            && route.chain.wants(Stages::RESPONSE_TRAILERS)
+            && let Some(mut states) = filters.take()
+        {
+            let view = View { facts: self.facts(&route.name), request };
+            route.chain.response_trailers(&mut states, view, trailers);
+            filters.put(states);
+        }
     }
 
     /// The two ends of the client's connection, as an endpoint may be told of them.

@@ -4,6 +4,7 @@
 
 use std::net::IpAddr;
 use std::sync::Arc;
+use std::time::Instant;
 
 use async_trait::async_trait;
 use bytes::Bytes;
@@ -23,7 +24,7 @@ use crate::client::connection::Connection;
 use crate::client::session::Tap;
 use crate::client::trailers;
 use crate::error::refusal;
-use crate::expression::{Facts, Pace};
+use crate::expression::{Facts, Identity, Pace};
 use crate::filter::{Refused, Stages, Verdict, View};
 use crate::framing::{Said, answer, is_media_type};
 use crate::phase::Phase;
@@ -132,12 +133,19 @@ pub async fn header(
             unfix_length(request, response)?;
         }
     }
-    if let Verdict::Refuse(refused) = exchange.filter_response(request, response).await {
-        exchange.refuse(refused);
-        return Err(Error::new_in(ErrorType::InternalError));
+    match exchange.filter_response(request, response).await {
+        Verdict::Continue => {}
+        Verdict::Refuse(refused) => {
+            exchange.refuse(refused);
+            return Err(Error::new_in(ErrorType::InternalError));
+        }
+        Verdict::Answer(answer) => {
+            exchange.answer = Some(answer);
+            return Err(Error::new_in(ErrorType::InternalError));
+        }
     }
     https::insist(exchange, response);
-    if exchange.route.as_ref().is_some_and(|route| route.chain.wants(Stages::RESPONSE_BODY)) {
+    if exchange.sees_body() {
         unfix_length(request, response)?;
     }
     if response.headers.contains_key(header::TRAILER) {
@@ -165,8 +173,9 @@ fn interim(exchange: &mut Exchange, response: &mut ResponseHeader) -> Result<()>
 }
 
 /// The trailers are here, with which the answer ends. Where they are to be bytes of its body, these.
-pub fn trailers(exchange: &mut Exchange, trailers: &mut HeaderMap) -> Option<Bytes> {
+pub fn trailers(exchange: &mut Exchange, request: &mut RequestHeader, trailers: &mut HeaderMap) -> Option<Bytes> {
     trailers::strip(trailers, exchange.grpc.is_some());
+    exchange.filter_trailers(request, trailers);
     let call = exchange.grpc.as_mut()?;
     call.note(trailers);
     call.answers_web.then(|| web::last_message(trailers))
@@ -196,14 +205,14 @@ fn have_client_stay(exchange: &Exchange, response: &mut ResponseHeader) -> Resul
 }
 
 /// The last byte has come from the endpoint; what is left goes to the client.
-pub fn ended(exchange: &mut Exchange) {
+pub fn ended(exchange: &mut Exchange, request: &mut RequestHeader) {
     exchange.enter(Phase::Write);
     if let Some(attempt) = &mut exchange.attempt {
         attempt.answered_whole();
     }
     // Pingora has passed over those of an endpoint of HTTP/1.
     let trailers = exchange.tail.as_ref().and_then(|tail| tail.take_trailers()).map(|mut fields| {
-        self::trailers(exchange, &mut fields);
+        self::trailers(exchange, request, &mut fields);
         fields
     });
     if let Some(link) = &exchange.link {
@@ -231,13 +240,17 @@ struct Told {
     connection: Option<Arc<Connection>>,
     ended: bool,
     pace: Pace,
+    begun: Instant,
+    identity: Option<Arc<Identity>>,
 }
 
 impl Told {
-    fn facts<'t>(&'t self, route: &'t str) -> Facts<'t> {
-        let Told { client, port, scheme, ref path, ref connection, ended, pace } = *self;
+    /// With the status of the answer.
+    fn facts<'t>(&'t self, route: &'t str, status: u16) -> Facts<'t> {
+        let Told { client, port, scheme, ref path, ref connection, ended, pace, begun, ref identity } = *self;
         let listener = connection.as_ref().map_or("", |connection| &connection.listener.name);
-        Facts { client, port, scheme, listener, route, path, secured: secured(connection.as_deref()), ended, pace }
+        let (secured, identity) = (secured(connection.as_deref()), identity.as_deref());
+        Facts { client, port, scheme, listener, route, path, secured, ended, pace, begun, status, identity }
     }
 }
 
@@ -246,9 +259,9 @@ impl BodyFilters {
     pub fn of(exchange: &Exchange) -> Option<Box<dyn Tap>> {
         let route = exchange.route.as_ref().filter(|route| route.chain.wants(Stages::RESPONSE_BODY))?;
         let filters = exchange.filters.clone()?;
-        let Facts { client, port, scheme, path, ended, pace, .. } = exchange.facts(&route.name);
-        let connection = exchange.connection.clone();
-        let told = Told { client, port, scheme, path: path.into(), connection, ended, pace };
+        let Facts { client, port, scheme, path, ended, pace, begun, .. } = exchange.facts(&route.name);
+        let (connection, identity) = (exchange.connection.clone(), exchange.identity.clone());
+        let told = Told { client, port, scheme, path: path.into(), connection, ended, pace, begun, identity };
         Some(Box::new(BodyFilters { route: route.clone(), filters, told, client: Watch::of(exchange, route) }))
     }
 }
@@ -257,7 +270,7 @@ impl BodyFilters {
 impl Tap for BodyFilters {
     async fn piece(&mut self, request: &mut RequestHeader, piece: &mut Option<Bytes>, end: bool) -> Result<()> {
         let Some(mut states) = self.filters.take() else { return Ok(()) };
-        let facts = self.told.facts(&self.route.name);
+        let facts = self.told.facts(&self.route.name, self.filters.status());
         let view = View { facts, request };
         let call = self.route.chain.response_body(&mut states, view, piece, end);
         let verdict = self.client.during(self.route.chain.patience(), call, &refusal::RECEIVE_ABORTED).await;

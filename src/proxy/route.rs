@@ -171,6 +171,7 @@ pub async fn take(exchange: &mut Exchange, route: Arc<Route>, request: &mut Requ
     let view = View { facts: exchange.facts(&route.name), request };
     let call = route.chain.request(&mut states, view);
     let verdict = client.during(route.chain.patience(), call, &refusal::ROUTE_ABORTED).await;
+    exchange.identity = states.identity().cloned();
     exchange.filters = Some(FilterStates::new(states));
     exchange.route = Some(route);
     verdict

@@ -7,14 +7,14 @@ use std::sync::PoisonError;
 use std::time::Instant;
 
 use bytes::Bytes;
-use http::{HeaderValue, Method, header};
+use http::{HeaderMap, HeaderValue, Method, header};
 use pingora::http::RequestHeader;
 use pingora::protocols::http::ServerSession;
 use pingora::{Error, ErrorType, Result};
 
 use super::blame;
 use super::deadline;
-use super::exchange::Exchange;
+use super::exchange::{Attempt, Exchange};
 use super::forwarded::{self, Own};
 use super::grpc::web;
 use super::header::hop::takes_trailers;
@@ -112,7 +112,7 @@ fn into_down(error: Box<Error>) -> Box<Error> {
 }
 
 /// Keeps what followed the body of the request, once that is here whole.
-pub fn note_trailers(exchange: &mut Exchange) {
+pub fn note_trailers(exchange: &mut Exchange, request: &mut RequestHeader) {
     let noted = match &exchange.control {
         Some(control) => control.take_trailers(),
         None => exchange.link.as_ref().and_then(|link| link.take_request_trailers()),
@@ -121,7 +121,20 @@ pub fn note_trailers(exchange: &mut Exchange) {
         trailers::strip(&mut fields, exchange.grpc.is_some());
         let odd = if exchange.is_treated_as_grpc() { OddNames::Keep } else { exchange.odd_names() };
         names::strip(&mut fields, odd, exchange.peer_is_trusted);
+        filter_trailers(exchange, request, &mut fields);
         exchange.trailers = Some(fields).filter(|fields| !fields.is_empty());
+    }
+}
+
+/// Runs the trailer filters of the route on what has followed the body of the request.
+fn filter_trailers(exchange: &Exchange, request: &mut RequestHeader, trailers: &mut HeaderMap) {
+    if let (Some(route), Some(filters)) = (&exchange.route, &exchange.filters)
+        && route.chain.wants(Stages::REQUEST_TRAILERS)
+        && let Some(mut states) = filters.take()
+    {
+        let view = View { facts: exchange.facts(&route.name), request };
+        route.chain.request_trailers(&mut states, view, trailers);
+        filters.put(states);
     }
 }
 
@@ -170,8 +183,8 @@ pub fn hold_stream(exchange: &mut Exchange, request: &mut RequestHeader) {
 }
 
 /// The request is here whole: what followed its body goes the same way.
-fn pass_trailers(exchange: &mut Exchange) {
-    note_trailers(exchange);
+fn pass_trailers(exchange: &mut Exchange, request: &mut RequestHeader) {
+    note_trailers(exchange, request);
     let Some(fields) = &exchange.trailers else { return };
     match (&exchange.tail, &exchange.trailers_slot) {
         (Some(tail), _) => tail.end_with(trailers::last_chunk(Some(fields))),
@@ -218,7 +231,7 @@ pub async fn piece(
         // Pingora would write an empty piece as a last chunk, and then the last chunk: the endpoint would take that for
         // its next request.
         *piece = piece.take().filter(|piece| !piece.is_empty());
-        pass_trailers(exchange);
+        pass_trailers(exchange, request);
         ended(exchange);
     } else if let Some(attempt) = &mut exchange.attempt {
         attempt.gave(Instant::now());
@@ -247,6 +260,12 @@ pub fn ended(exchange: &mut Exchange) {
 pub fn failed(exchange: &mut Exchange, client: &ServerSession, mut error: Box<Error>, reused: bool) -> Box<Error> {
     if std::mem::take(&mut exchange.again) {
         error.set_retry(true);
+        return error;
+    }
+    if exchange.answer.is_some() {
+        // The endpoint has answered; that a filter answers in its place does not make it a better or a worse one.
+        exchange.release(Attempt::outcome, Instant::now());
+        error.set_retry(false);
         return error;
     }
     let fault = blame::fault(exchange, &error, reused);

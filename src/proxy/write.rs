@@ -5,8 +5,9 @@
 
 use std::time::Instant;
 
-use http::{HeaderName, HeaderValue, Method, StatusCode, Version, header};
-use pingora::http::ResponseHeader;
+use bytes::Bytes;
+use http::{HeaderValue, Method, StatusCode, Version, header};
+use pingora::http::{RequestHeader, ResponseHeader};
 use pingora::protocols::http::{HttpTask, ServerSession};
 use pingora::{Error, ErrorType, Result};
 
@@ -16,7 +17,7 @@ use super::grpc::{self, TrailersOnly, web};
 use super::https;
 use crate::client::head::accepts_json;
 use crate::error::{Refusal, refusal};
-use crate::filter::{Answer, Refused};
+use crate::filter::{Answer, Refused, Verdict};
 use crate::framing::{Body, Said, answer};
 use crate::phase::Phase;
 
@@ -25,7 +26,13 @@ pub async fn refuse(exchange: &mut Exchange, session: &mut ServerSession, refuse
     if exchange.grpc.is_some() {
         return trailers_only(exchange, session, grpc::refusal(refused)?).await;
     }
-    let mut accept = session.req_header().headers.get_all(header::ACCEPT).iter();
+    let (response, body) = refusal_page(session.req_header(), refused)?;
+    write(exchange, session, response, body, Ours::Refusal(refused)).await
+}
+
+/// The header and the body of a refusal, in the form that the client asks for.
+fn refusal_page(request: &RequestHeader, refused: &Refused) -> Result<(ResponseHeader, Bytes)> {
+    let mut accept = request.headers.get_all(header::ACCEPT).iter();
     let json = accept.any(|accept| accepts_json(accept.as_bytes()));
     let (kind, body) = refused.refusal.body(json);
     let status = StatusCode::from_u16(refused.refusal.status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
@@ -37,7 +44,10 @@ pub async fn refuse(exchange: &mut Exchange, session: &mut ServerSession, refuse
     if let Some(seconds) = refused.refusal.retry_after() {
         response.insert_header(header::RETRY_AFTER, HeaderValue::from(seconds))?;
     }
-    write(exchange, session, response, &refused.headers, body.into()).await
+    for (name, value) in &refused.headers {
+        response.append_header(name.clone(), value.clone())?;
+    }
+    Ok((response, body.into()))
 }
 
 /// Sends the answer of a filter.
@@ -47,8 +57,18 @@ pub async fn answer(exchange: &mut Exchange, session: &mut ServerSession, answer
     {
         return trailers_only(exchange, session, error).await;
     }
-    let response = ResponseHeader::build(answer.status, Some(answer.headers.len() + 3))?;
-    write(exchange, session, response, &answer.headers, answer.body).await
+    write(exchange, session, answer.header()?, answer.body, Ours::Answer).await
+}
+
+/// Sends the answer that a filter has given in place of that of the endpoint. The filters outside of it have seen its
+/// header.
+pub async fn answer_instead(exchange: &mut Exchange, session: &mut ServerSession, answer: Answer) -> Result<()> {
+    if exchange.grpc.is_some()
+        && let Some(error) = grpc::answer(&answer)?
+    {
+        return trailers_only(exchange, session, error).await;
+    }
+    write(exchange, session, answer.header()?, answer.body, Ours::Instead).await
 }
 
 /// Answers a gRPC call with one frame: a header that ends the stream.
@@ -65,30 +85,67 @@ async fn trailers_only(exchange: &mut Exchange, session: &mut ServerSession, ans
     session.response_duplex_vec(vec![HttpTask::Header(Box::new(fields), true)]).await.map(|_| ())
 }
 
+/// What an answer of our own is.
+enum Ours<'r> {
+    Refusal(&'r Refused),
+    /// The answer of a filter, which no upstream was asked for.
+    Answer,
+    /// The answer of a filter in place of another one: those outside of it have seen its header.
+    Instead,
+}
+
+/// Sends an answer of our own. The filters of the route see it as they see an endpoint's. A refusal of theirs changes
+/// neither a header nor another refusal, but an answer of one takes the place of this.
 async fn write(
-    exchange: &Exchange,
+    exchange: &mut Exchange,
     session: &mut ServerSession,
     mut response: ResponseHeader,
-    headers: &[(HeaderName, HeaderValue)],
-    body: bytes::Bytes,
+    mut body: Bytes,
+    ours: Ours<'_>,
 ) -> Result<()> {
-    for (name, value) in headers {
-        response.append_header(name.clone(), value.clone())?;
+    set_length(&mut response, &body)?;
+    if !matches!(ours, Ours::Instead)
+        && let Verdict::Answer(answer) = exchange.filter_response(session.req_header_mut(), &mut response).await
+    {
+        body = answer.body;
+        set_length(&mut response, &body)?;
     }
-    if response.status != StatusCode::NOT_MODIFIED {
-        response.insert_header(header::CONTENT_LENGTH, body.len())?;
+    let head = session.req_header().method == Method::HEAD;
+    if exchange.sees_body() {
+        if head {
+            // Nobody knows how long it would be.
+            response.remove_header(&header::CONTENT_LENGTH);
+        } else if answer::is_bodiless(head, response.status.as_u16()) {
+            body = Bytes::new();
+        } else if let Verdict::Refuse(refused) = exchange.filter_whole(session.req_header_mut(), &mut body).await {
+            // Without the filters: one of them has had enough of it.
+            if let Ours::Refusal(before) = ours {
+                (response, body) = refusal_page(session.req_header(), before)?;
+            } else {
+                (response, body) = refusal_page(session.req_header(), &refused)?;
+                exchange.refusal = Some(refused.refusal);
+            }
+            set_length(&mut response, &body)?;
+        } else {
+            set_length(&mut response, &body)?;
+        }
     }
-    // The filters of the route see our answers as they see an endpoint's; here, a refusal of theirs changes nothing.
-    let _ = exchange.filter_response(session.req_header_mut(), &mut response).await;
     https::insist(exchange, &mut response);
     let (said, request) = (Said::of(&response.headers), session.req_header());
-    let (head, status) = (request.method == Method::HEAD, response.status.as_u16());
+    let status = response.status.as_u16();
     let framed = answer::frame(head, status, Version::HTTP_11, &said, request.version)
         .map_err(|fault| Error::explain(ErrorType::InternalError, fault.words()))?;
     framed.apply(&said, &mut response)?;
     let without_body = body.is_empty() || framed.write == Body::None;
     session.write_response_header(Box::new(response)).await?;
     if without_body { session.finish_body().await } else { session.write_response_body(body, true).await }
+}
+
+fn set_length(response: &mut ResponseHeader, body: &Bytes) -> Result<()> {
+    if response.status != StatusCode::NOT_MODIFIED {
+        response.insert_header(header::CONTENT_LENGTH, body.len())?;
+    }
+    Ok(())
 }
 
 /// Lets the client take what it has not taken yet. Its endpoint is released; this is the time that buffering saved it.

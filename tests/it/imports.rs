@@ -8,7 +8,7 @@ use regex::Regex;
 
 /// The levels, from the ground up. A module imports from its own level and from below it.
 const LEVELS: [&[&str]; 8] = [
-    &["phase", "party", "error", "framing", "net", "printable", "upkeep"],
+    &["phase", "party", "error", "framing", "net", "printable", "upkeep", "files"],
     &["expression"],
     &["config", "metrics"],
     &["client", "filter", "upstream", "access_log", "eventloop", "import", "origin", "recorder", "spans"],

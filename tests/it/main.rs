@@ -68,6 +68,7 @@ mod send;
 mod slow;
 mod spans;
 mod spool;
+mod stand_in;
 mod status;
 mod sticky;
 mod stop;

@@ -561,6 +561,7 @@ const WAITS: &[(&str, usize, &str)] = &[
     ("client/tls/watch.rs", 4, "the pauses of a background task"),
     ("client/wire.rs", 1, "the deadlines of an answer; `Link::watch` has the eye, and writing finds out by itself"),
     ("eventloop.rs", 1, "it is the deadline of an exchange that is given up"),
+    ("files.rs", 5, "the pauses of a background task"),
     ("gateway/follow.rs", 1, "the pause of a thread in the background"),
     ("gateway/stop.rs", 7, "the times of a stop"),
     ("gateway/supervisor.rs", 1, "the pauses of a wait that has a deadline"),

@@ -305,7 +305,7 @@ impl<T> Rule<T> {
             }
         }
         if let Some(written) = &written.when {
-            match Condition::build(written, Moment::Request) {
+            match Condition::build(written, Moment::Match) {
                 Ok(when) => rule.when = Some(when),
                 Err(error) => report(error.under("when")),
             }
