@@ -62,14 +62,23 @@
 //! ```
 
 pub mod access;
+pub mod api_key;
+mod auth;
+pub mod basic_auth;
 pub mod call;
 mod catalog;
 mod chain;
+pub mod compress;
+pub mod cors;
 mod field;
+pub mod forward_auth;
 pub mod gcra;
 pub mod headers;
+pub mod ip_set;
+pub mod jwt;
 pub mod kept;
 pub mod key;
+pub mod listed;
 pub mod rate_limit;
 pub mod redirect;
 #[cfg(test)]

@@ -10,6 +10,7 @@ pub mod config;
 pub mod driver;
 pub mod endpoints;
 pub mod family;
+pub mod filters;
 mod limits;
 pub mod mirror;
 mod phases;
@@ -38,6 +39,7 @@ use call::CallMetrics;
 use config::{ConfigMetrics, GenerationCollector, Generations};
 use driver::DriverMetrics;
 use endpoints::{EndpointCollector, EndpointMetrics, Group, Groups};
+use filters::{Access, Admission, CompressMetrics, Loads, PasswordMetrics};
 use mirror::MirrorMetrics;
 use phases::{PhaseCollector, Roll};
 use refusals::RefusalCollector;
@@ -121,6 +123,12 @@ struct Families {
     mirrored: IntCounterVec,
     calls: IntCounterVec,
     call_seconds: HistogramVec,
+    access: IntCounterVec,
+    filter_loads: IntCounterVec,
+    compressed_bytes: IntCounterVec,
+    compress_busy: IntCounterVec,
+    password_seconds: HistogramVec,
+    password_waiting: IntGaugeVec,
     spool_bytes: IntGaugeVec,
     spool_limit: IntGaugeVec,
     spool_denials: IntCounterVec,
@@ -317,6 +325,33 @@ impl Metrics {
     /// Those of the calls of this filter to the upstream of this name.
     pub fn calls(&self, filter: &str, upstream: &str) -> CallMetrics {
         CallMetrics::of(filter, upstream, &self.families().calls, &self.families().call_seconds)
+    }
+
+    /// Those of a filter of this route that lets some in and others not.
+    pub fn admission(&self, route: &str, filter: &str) -> Admission {
+        let route = if self.reserve_series(Access::ALL.len() as u64) { route } else { "_other" };
+        Admission::of(route, filter, &self.families().access)
+    }
+
+    /// Those of what a filter of this route reads again and again.
+    pub fn loads(&self, route: &str, filter: &str) -> Loads {
+        let route = if self.reserve_series(2) { route } else { "_other" };
+        Loads::of(route, filter, &self.families().filter_loads)
+    }
+
+    /// Those of answers that are compressed on this route.
+    pub fn compress(&self, route: &str) -> CompressMetrics {
+        let (families, route) = (self.families(), if self.reserve_series(7) { route } else { "_other" });
+        CompressMetrics::of(route, &families.compressed_bytes, &families.compress_busy)
+    }
+
+    /// Those of hashing passwords.
+    pub fn passwords(&self) -> PasswordMetrics {
+        let families = self.families();
+        PasswordMetrics {
+            seconds: families.password_seconds.with_label_values::<&str>(&[]),
+            waiting: single(&families.password_waiting),
+        }
     }
 
     /// Those of the copies that the upstream of this name gets.
@@ -566,6 +601,12 @@ impl Families {
             mirrored: family::MIRROR.counter(registry),
             calls: family::FILTER_CALLS.counter(registry),
             call_seconds: family::FILTER_CALL_SECONDS.histogram(registry),
+            access: family::ACCESS.counter(registry),
+            filter_loads: family::FILTER_LOADS.counter(registry),
+            compressed_bytes: family::COMPRESSED_BYTES.counter(registry),
+            compress_busy: family::COMPRESS_BUSY.counter(registry),
+            password_seconds: family::PASSWORD_SECONDS.histogram(registry),
+            password_waiting: family::PASSWORD_WAITING.gauge(registry),
             spool_bytes: family::SPOOL_BYTES.gauge(registry),
             spool_limit: family::SPOOL_LIMIT_BYTES.gauge(registry),
             spool_denials: family::SPOOL_DENIALS.counter(registry),
@@ -949,6 +990,10 @@ mod tests {
         upstream.ejections(["latency"]);
         metrics.mirror("copy");
         metrics.calls("ask", "auth");
+        metrics.admission("all", "jwt");
+        metrics.loads("all", "jwt");
+        metrics.passwords();
+        metrics.compress("all");
         let group: Arc<dyn Group> = Arc::new(endpoints::tests::Two);
         metrics.count_endpoints(Arc::downgrade(&group));
         metrics.spools();

@@ -90,13 +90,13 @@ impl Access {
 
 /// A set of addresses as sorted networks that do not overlap: one binary search tells, even in lists of thousands.
 #[derive(Debug, Default)]
-struct Networks {
+pub(super) struct Networks {
     v4: Vec<Ipv4Net>,
     v6: Vec<Ipv6Net>,
 }
 
 impl Networks {
-    fn new(written: &[Network]) -> Networks {
+    pub fn new(written: &[Network]) -> Networks {
         let (mut v4, mut v6) = (Vec::new(), Vec::new());
         for Network(network) in written {
             match network {
@@ -114,7 +114,7 @@ impl Networks {
     }
 
     /// An address of IPv4 that came in by way of IPv6 is looked up as what it is.
-    fn contain(&self, client: IpAddr) -> bool {
+    pub fn contain(&self, client: IpAddr) -> bool {
         match client.to_canonical() {
             IpAddr::V4(client) => {
                 let behind = self.v4.partition_point(|network| network.network() <= client);

@@ -8,8 +8,15 @@ use schemars::JsonSchema;
 use serde_yaml::Value;
 
 use super::access::Access;
+use super::api_key::ApiKey;
+use super::basic_auth::BasicAuth;
 use super::chain::{Chain, Link};
+use super::compress::Compress;
+use super::cors::Cors;
+use super::forward_auth::ForwardAuth;
 use super::headers::Headers;
+use super::ip_set::IpSet;
+use super::jwt::Jwt;
 use super::rate_limit::RateLimit;
 use super::redirect::Redirect;
 use super::request_id::RequestId;
@@ -43,6 +50,13 @@ impl Catalog {
             .with::<Respond>()
             .with::<RateLimit>()
             .with::<Access>()
+            .with::<IpSet>()
+            .with::<Cors>()
+            .with::<BasicAuth>()
+            .with::<ApiKey>()
+            .with::<Jwt>()
+            .with::<ForwardAuth>()
+            .with::<Compress>()
     }
 
     /// These filters and one more. A key or a reason that is taken is one of [`Catalog::conflicts`].
@@ -216,7 +230,9 @@ mod tests {
         let catalog = Catalog::builtin();
         assert_eq!(catalog.conflicts(), []);
         let keys: Vec<&str> = catalog.kinds().iter().map(|kind| kind.key).collect();
-        assert_eq!(keys, ["request_id", "headers", "rewrite", "redirect", "respond", "rate_limit", "access"]);
+        let of_headers = ["request_id", "headers", "rewrite", "redirect", "respond", "rate_limit", "access"];
+        let of_identity = ["ip_set", "cors", "basic_auth", "api_key", "jwt", "forward_auth"];
+        assert_eq!(keys, [&of_headers[..], &of_identity, &["compress"]].concat());
         let answering: Vec<&str> = catalog.kinds().iter().filter(|kind| kind.answers).map(|kind| kind.key).collect();
         assert_eq!(answering, ["redirect", "respond"]);
     }

@@ -85,6 +85,9 @@ const LAG: &[f64] = &[0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025
 /// Seconds of one poll of a filter: most take microseconds.
 const FILTER_POLL: &[f64] = &[0.000001, 0.000005, 0.000025, 0.0001, 0.0005, 0.0025, 0.01, 0.05, 0.25, 1.0];
 
+/// Seconds until a password is checked: from a cheap hash on an idle machine to the end of all patience.
+const PASSWORD: &[f64] = &[0.005, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0];
+
 /// Seconds of one piece of work for the disk: from the page cache to a disk that is drowned in writes.
 const DISK: &[f64] = &[0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.1, 0.5, 1.0, 5.0];
 
@@ -298,6 +301,18 @@ families! {
         "Requests that filters sent to an upstream, by what became of them.";
     FILTER_CALL_SECONDS: "forebay_filter_call_seconds", Histogram(CALL), ["filter", "upstream"],
         "Time of a request that a filter sent to an upstream, from when it was to be sent until its answer was here whole.";
+    ACCESS: "forebay_access_total", Counter, ["route", "filter", "outcome"],
+        "Requests at filters that let some in and others not, by what became of them there.";
+    FILTER_LOADS: "forebay_filter_loads_total", Counter, ["route", "filter", "outcome"],
+        "Times that a filter has read again what it goes by: a file that has changed, or the keys of a service.";
+    COMPRESSED_BYTES: "forebay_compressed_bytes_total", Counter, ["route", "coding", "side"],
+        "Bytes of answers that came to be compressed (`in`), and what was made of them (`out`).";
+    COMPRESS_BUSY: "forebay_compress_busy_total", Counter, ["route"],
+        "Answers that left as they are, since as many as may be were compressed already.";
+    PASSWORD_SECONDS: "forebay_password_seconds", Histogram(PASSWORD), [],
+        "Time from when a password was to be checked until it was, hashing and waiting for a thread that does it.";
+    PASSWORD_WAITING: "forebay_passwords_waiting", Gauge, [],
+        "Passwords that wait for a thread that hashes them.";
     WORKERS: "forebay_workers", Gauge, [],
         "Worker threads that serve clients.";
     BUILD_INFO: "forebay_build_info", Gauge, ["version", "pingora"],

@@ -11,6 +11,8 @@ use forebay::config::filter::{Settings, decode};
 use forebay::config::units::{ByteRate, Size};
 use forebay::config::{Config, FilterKind, schema};
 use forebay::error::BuildError;
+use forebay::filter::Surroundings;
+use forebay::filter::call::{Answered, Call, CallError, Callees, Caller, Calls};
 use rustix::fs::{CWD, FileType, Mode, mknodat};
 use schemars::JsonSchema;
 use serde::Deserialize;
@@ -389,6 +391,28 @@ fn hosts_are_lower_cased() {
 // The files of `conf/`.
 
 /// A filter of any name and with any settings, for files that name the filters of Forebay.
+/// Upstreams that filters may name, and that nobody answers for.
+struct Upstreams<'n>(Vec<&'n str>);
+
+struct Nobody;
+
+#[async_trait::async_trait]
+impl Calls for Nobody {
+    async fn send(&self, _: Call) -> Result<Answered, CallError> {
+        Err(CallError::NoEndpoint)
+    }
+}
+
+impl Callees for Upstreams<'_> {
+    fn caller(&self, upstream: &str, _: &str) -> Option<Caller> {
+        self.0.contains(&upstream).then(|| Caller::new(Arc::new(Nobody)))
+    }
+
+    fn names(&self) -> Vec<&str> {
+        self.0.clone()
+    }
+}
+
 /// The filters that `conf/full.yaml` shows.
 fn shipped() -> Vec<FilterKind> {
     forebay::filter::Catalog::builtin().kinds().to_vec()
@@ -397,9 +421,22 @@ fn shipped() -> Vec<FilterKind> {
 #[test]
 fn what_full_yaml_shows_can_be_built() {
     let (config, _) = shipped_file("full.yaml");
+    let dir = tempfile::tempdir().unwrap();
+    let key = r#"{"keys":[{"kty":"oct","k":"AyM1SysPpbyDfgZld3umj1qzKObwVMkoqQ-EstJQLr_T"}]}"#;
+    for (file, text) in [
+        ("blocked.txt", "192.0.2.7"),
+        ("users.htpasswd", "ada:$2b$04$NSVZohxgRPqCbGvPPBsZ2eTV7ov/7NXV8xzCnRBdxJMN.OtQAfoCC"),
+        ("keys.txt", "shop:2bb80d537b1da3e38bd30361aa855686bde0eacd7162fef6a25fe97bf527a25b"),
+        ("jwks.json", key),
+    ] {
+        fs::write(dir.path().join(file), text).unwrap();
+    }
+    let upstreams = Upstreams(config.upstreams.keys().map(String::as_str).collect());
+    let mut around = Surroundings::rehearsal(&upstreams);
+    around.directory = dir.path();
     for (index, route) in config.routes.iter().enumerate() {
-        let errors: Vec<BuildError> =
-            forebay::filter::Catalog::builtin().chain(&route.filters).err().unwrap_or_default();
+        let chain = forebay::filter::Catalog::builtin().chain_in(&route.filters, &around);
+        let errors: Vec<BuildError> = chain.err().unwrap_or_default();
         let errors: Vec<_> = errors.into_iter().map(|error| error.under(&format!("routes[{index}].filters"))).collect();
         assert!(errors.is_empty(), "{}", config.report(&errors));
     }

@@ -45,7 +45,8 @@ fn troubled() -> (Gateway, impl Drop) {
     // It says that all is well and forgets what it got, which a collector of a story does not.
     let tracing = format!("tracing: {{ endpoint: \"http://{}/status/200\", sample: 50% }}", origin.address());
     let setup = Setup::before_all(&[origin.address(), closed.address()]);
-    let (spool, store) = (setup.spool_dir(), setup.path("store"));
+    let (spool, store, users) = (setup.spool_dir(), setup.path("store"), setup.path("users"));
+    std::fs::write(&users, "ada:$2b$04$NSVZohxgRPqCbGvPPBsZ2eTV7ov/7NXV8xzCnRBdxJMN.OtQAfoCC\n").expect("a file");
     let away = format!(
         "acme: {{ away: {{ directory: \"https://{}/\", store: \"{}\", retry: {{ first: 1s, max: 1s }} }} }}",
         closed.address(),
@@ -62,6 +63,7 @@ fn troubled() -> (Gateway, impl Drop) {
         .filters("{ request_id: {} }, { access: { deny: ['::1'] }, when: 'request.method == \"DELETE\"' }")
         .filter::<Ask>()
         .also_route("{ name: files, match: { path: { prefix: /bytes } }, filters: [ ask: { upstream: copies, path: /status/200 } ], upstream: app }")
+        .also_route(&guarded(&users))
         .also_route("{ name: uploads, match: { path: { prefix: /echo } }, upstream: app }")
         .also_route("{ name: checked, match: { path: { prefix: /delay } }, upstream: checked }")
         .more("resources: { memory: 4MiB, disk: 64MiB }")
@@ -69,6 +71,12 @@ fn troubled() -> (Gateway, impl Drop) {
         .also_at("copies", origin.address())
         .route("mirror: { upstream: copies, percent: 20% }");
     (setup.start(), Both(origin, closed))
+}
+
+/// A route whose clients show a password, and whose answers are compressed.
+fn guarded(users: &Path) -> String {
+    let filters = format!("basic_auth: {{ users: {{ path: \"{}\" }} }}, compress: {{ min_size: 0B }}", users.display());
+    format!("{{ name: guarded, match: {{ path: {{ prefix: /guarded }} }}, filters: [ {filters} ], upstream: app }}")
 }
 
 /// An upstream that is checked, with an endpoint that is well and one that is not.
@@ -93,6 +101,8 @@ fn fast(gateway: &Gateway) {
         get(gateway.web(), path);
     }
     Client::connect(gateway.web()).ask("GET", "/", "Host: twice\r\n", "");
+    // A wrong password is hashed each time.
+    Client::connect(gateway.web()).ask("GET", "/guarded", "Authorization: Basic YWRhOndyb25n\r\n", "");
 }
 
 /// A client that sends half of its body, and later the rest.

@@ -189,4 +189,44 @@ pub fn board() -> Board {
                 .query("sum by (direction) (rate(forebay_bytes_total[R]))", "{{direction}}"),
         ],
     )
+    .row(
+        8,
+        [
+            Panel::lines(
+                "Who comes in",
+                "Requests per second at filters that let some in and others not, by what becomes of them there.",
+                "reqps",
+            )
+            .query(
+                "sum by (route, filter, outcome) (rate(forebay_access_total[R]))",
+                "{{route}} {{filter}} {{outcome}}",
+            ),
+            Panel::lines(
+                "What filters read again",
+                "Files and keys of services that filters go by, read per second; one that fails leaves what was there in force.",
+                "ops",
+            )
+            .query(
+                "sum by (route, filter, outcome) (rate(forebay_filter_loads_total[R]))",
+                "{{route}} {{filter}} {{outcome}}",
+            ),
+            Panel::lines("Compressed answers", "Bytes before and after.", "Bps")
+                .query("sum by (coding, side) (rate(forebay_compressed_bytes_total[R]))", "{{coding}} {{side}}"),
+        ],
+    )
+    .row(
+        8,
+        [
+            Panel::lines("Answers that found no place to be compressed", "They left as they are.", "reqps")
+                .query("sum by (route) (rate(forebay_compress_busy_total[R]))", "{{route}}"),
+            Panel::lines(
+                "Checking passwords, p99",
+                "99 of 100 passwords were checked in less, with the time in which they waited for a thread.",
+                "s",
+            )
+            .query("histogram_quantile(0.99, sum by (le) (rate(forebay_password_seconds_bucket[R])))", "checked"),
+            Panel::lines("Passwords that wait", "For a thread that hashes them.", "short")
+                .query("sum(forebay_passwords_waiting)", "waiting"),
+        ],
+    )
 }

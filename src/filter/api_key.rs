@@ -1,0 +1,306 @@
+//! `api_key`: lets those in who show a key of a file, in which keys stand hashed.
+//!
+//! ```yaml
+//! - api_key:
+//!     keys: { path: /etc/forebay/keys.txt, refresh: 60s, max_size: 16MiB }
+//!     header: X-Api-Key          # where it is shown; of `Authorization`, what follows `Bearer`
+//!     query: api_key             # or here, if there is no such header
+//!     user_header: X-Api-Client  # tells the upstream whose key it is; what a client sends under this name is removed
+//!     forward: false             # true: the upstream gets the key as well
+//! ```
+//!
+//! A line of the file is a name, a colon and the SHA-256 of the key in hexadecimal; a name may have several keys, so that
+//! one can be replaced by another. `printf %s "$KEY" | sha256sum` makes one. A key is long and random, unlike a password,
+//! so that a fast hash is enough: use at least 128 random bits.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use async_trait::async_trait;
+use boring::memcmp;
+use http::header::AUTHORIZATION;
+use http::uri::PathAndQuery;
+use http::{HeaderName, HeaderValue, Uri};
+use pingora::http::RequestHeader;
+use schemars::JsonSchema;
+use serde::Deserialize;
+use sha2::{Digest, Sha256};
+
+use super::auth::{Gate, challenge, credentials, own_header, set_own};
+use super::listed::{Listed, Source, lines};
+use super::{Filter, FilterType, Scope, Stages, Surroundings, Verdict, field};
+use crate::error::{BuildError, Refusal};
+use crate::expression::Identity;
+use crate::expression::fields::{argument, decoded};
+use crate::metrics::filters::Access;
+
+/// Lets those in who show a key of a file, in which keys stand hashed; others are answered 401.
+#[derive(Clone, Debug, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Settings {
+    /// The file: a name, a colon and the SHA-256 of a key in hexadecimal, a line each.
+    pub keys: Source,
+    /// The header in which the key is shown; of `Authorization`, what follows `Bearer`.
+    #[serde(default = "Settings::header")]
+    pub header: String,
+    /// The argument of the query in which it may be shown besides. It stands in logs then.
+    #[serde(default)]
+    pub query: Option<String>,
+    /// The header that tells the upstream the name of the key. What a client sends under this name is removed.
+    #[serde(default)]
+    pub user_header: Option<String>,
+    /// Whether the upstream gets the key as well.
+    #[serde(default)]
+    pub forward: bool,
+}
+
+impl Settings {
+    fn header() -> String {
+        "X-Api-Key".to_owned()
+    }
+}
+
+static MISSING: Refusal = Refusal::new("route.api_key_missing", 401, "Show a key.");
+static UNKNOWN: Refusal = Refusal::new("route.api_key_unknown", 401, "This key is not known here.");
+
+/// Lets those in who have a key.
+pub struct ApiKey {
+    keys: Arc<Listed<Keys>>,
+    header: HeaderName,
+    query: Option<String>,
+    user_header: Option<HeaderName>,
+    forward: bool,
+    challenge: HeaderValue,
+    gate: Gate,
+}
+
+#[async_trait]
+impl Filter for ApiKey {
+    fn stages(&self) -> Stages {
+        Stages::REQUEST
+    }
+
+    async fn request(&self, scope: &mut Scope<'_>) -> Verdict {
+        set_own(scope.request, self.user_header.as_ref(), None);
+        let name = match self.shown(scope.request) {
+            Shown::Nothing => return self.gate.refuse(Access::Missing, &MISSING, challenge(&self.challenge)),
+            Shown::Several => None,
+            Shown::Digest(digest) => self.keys.now().name(&digest).map(Box::<str>::from),
+        };
+        let Some(name) = name else {
+            return self.gate.refuse(Access::Wrong, &UNKNOWN, challenge(&self.challenge));
+        };
+        self.gate.count(Access::Granted);
+        if !self.forward {
+            scope.request.remove_header(&self.header);
+            if let Some(query) = &self.query {
+                without_argument(scope.request, query);
+            }
+        }
+        set_own(scope.request, self.user_header.as_ref(), Some(&name));
+        scope.identify(Identity { user: name, by: Self::KEY, claims: Vec::new() });
+        Verdict::Continue
+    }
+}
+
+impl FilterType for ApiKey {
+    const KEY: &'static str = "api_key";
+    const REFUSALS: &'static [&'static Refusal] = &[&MISSING, &UNKNOWN];
+    type Settings = Settings;
+
+    fn build(settings: &Settings, around: &Surroundings<'_>) -> Result<Self, BuildError> {
+        let header = field::free_name(&settings.header).map_err(|told| BuildError::new("header", told))?;
+        if settings.query.as_ref().is_some_and(String::is_empty) {
+            return Err(BuildError::new("query", "a query argument needs a name"));
+        }
+        // RFC 9110 §11.6.1 wants a challenge with each 401, and no scheme is registered for keys.
+        let scheme = if header == AUTHORIZATION { "Bearer" } else { "ApiKey" };
+        let written = HeaderValue::try_from(format!("{scheme} realm=\"keys\""));
+        Ok(ApiKey {
+            keys: Listed::build(&settings.keys, around, Keys::parse).map_err(|error| error.under("keys"))?,
+            header,
+            query: settings.query.clone(),
+            user_header: own_header(settings.user_header.as_ref(), "user_header")?,
+            forward: settings.forward,
+            challenge: written.map_err(|error| BuildError::new("header", error.to_string()))?,
+            gate: Gate::of(around),
+        })
+    }
+}
+
+/// What a request shows.
+enum Shown {
+    Nothing,
+    /// More than one: whoever is behind this could take another one for the key.
+    Several,
+    Digest([u8; 32]),
+}
+
+impl Shown {
+    fn of(key: &[u8]) -> Shown {
+        Shown::Digest(Sha256::digest(key).into())
+    }
+}
+
+impl ApiKey {
+    fn shown(&self, request: &RequestHeader) -> Shown {
+        if self.header == AUTHORIZATION {
+            match credentials(&request.headers, "Bearer") {
+                Ok(Some(key)) => return Shown::of(key.as_bytes()),
+                Ok(None) => {}
+                Err(()) => return Shown::Several,
+            }
+        } else {
+            let mut fields = request.headers.get_all(&self.header).iter();
+            match (fields.next(), fields.next()) {
+                (Some(key), None) => return Shown::of(key.as_bytes()),
+                (Some(_), Some(_)) => return Shown::Several,
+                (None, _) => {}
+            }
+        }
+        let query = request.uri.query().zip(self.query.as_ref());
+        match query.and_then(|(query, name)| argument(query, name.as_bytes())) {
+            Some(key) => Shown::of(&decoded(key).collect::<Vec<_>>()),
+            None => Shown::Nothing,
+        }
+    }
+}
+
+/// The names of keys by the digests of these.
+#[derive(Debug)]
+struct Keys(HashMap<[u8; 32], Box<str>>);
+
+impl Keys {
+    fn parse(text: &str) -> Result<Keys, String> {
+        let mut keys = HashMap::new();
+        for (number, line) in lines(text) {
+            let (name, digest) = line
+                .rsplit_once(':')
+                .filter(|(name, _)| !name.is_empty())
+                .ok_or_else(|| format!("line {number} is no `name:sha256`"))?;
+            let digest = hex(digest.trim()).ok_or_else(|| {
+                format!("line {number}: behind `{name}:` stand 64 hexadecimal digits, the SHA-256 of the key")
+            })?;
+            if keys.insert(digest, name.into()).is_some() {
+                return Err(format!("line {number}: the key of `{name}` is there twice"));
+            }
+        }
+        if keys.is_empty() {
+            // A file that is being written may be empty for a moment.
+            return Err("there is no key in it".to_owned());
+        }
+        Ok(Keys(keys))
+    }
+
+    /// The name of the key with this digest. What is looked up is a hash, under a seed of this process, of a hash of
+    /// what was shown: the time that this takes says nothing of the keys that there are. The last comparison takes the
+    /// same time for all.
+    fn name(&self, digest: &[u8; 32]) -> Option<&str> {
+        let (known, name) = self.0.get_key_value(digest)?;
+        memcmp::eq(known, digest).then_some(&**name)
+    }
+}
+
+fn hex(text: &str) -> Option<[u8; 32]> {
+    let digits = text.as_bytes();
+    let mut bytes = [0; 32];
+    if digits.len() != 64 {
+        return None;
+    }
+    for (byte, pair) in bytes.iter_mut().zip(digits.chunks(2)) {
+        let digit = |digit: u8| char::from(digit).to_digit(16).and_then(|digit| u8::try_from(digit).ok());
+        *byte = digit(pair[0])? << 4 | digit(pair[1])?;
+    }
+    Some(bytes)
+}
+
+/// Takes an argument out of the query of a request.
+fn without_argument(request: &mut RequestHeader, name: &str) {
+    let Some(query) = request.uri.query() else { return };
+    let is_other = |pair: &&str| {
+        let key = pair.split_once('=').map_or(*pair, |(key, _)| key);
+        !decoded(key).eq(name.bytes())
+    };
+    let rest: Vec<&str> = query.split('&').filter(is_other).collect();
+    if rest.len() == query.split('&').count() {
+        return;
+    }
+    let mark = if rest.is_empty() { "" } else { "?" };
+    let target = format!("{}{mark}{}", request.uri.path(), rest.join("&"));
+    let mut parts = request.uri.clone().into_parts();
+    parts.path_and_query = PathAndQuery::try_from(target).ok();
+    if let Ok(uri) = Uri::from_parts(parts) {
+        request.set_uri(uri);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::rehearsal::{Rehearsal, error, values};
+    use super::*;
+
+    /// `secret` and `other`, as `sha256sum` has them.
+    const FILE: &str = "shop:2bb80d537b1da3e38bd30361aa855686bde0eacd7162fef6a25fe97bf527a25b\n\
+                        # the next one of the same\n\
+                        shop:d9298a10d1b0735837dc4bd85dac641b0f3cef27a47e5d53a54f2f3f5b2fcffa\n";
+
+    fn rehearsal(settings: &str) -> Rehearsal {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(file.path(), FILE).unwrap();
+        let user = "user_header: X-Api-Client";
+        Rehearsal::of(&format!("- api_key: {{ keys: {{ path: {} }}, {user}, {settings} }}", file.path().display()))
+    }
+
+    #[test]
+    fn whoever_shows_a_key_comes_in_and_the_upstream_gets_its_name_alone() {
+        for key in ["secret", "other"] {
+            let headers = [("x-api-key", key), ("x-api-client", "forged")];
+            let mut rehearsal = rehearsal("query: key").asking("/", &headers);
+            let headers = &rehearsal.pass().headers;
+            assert_eq!(values(headers, "x-api-client"), ["shop"]);
+            assert_eq!(values(headers, "x-api-key"), [""; 0]);
+        }
+        let mut bearer = rehearsal("header: Authorization").asking("/", &[("authorization", "bearer secret")]);
+        assert_eq!(values(&bearer.pass().headers, "authorization"), [""; 0]);
+        let mut forwarded = rehearsal("forward: true").asking("/", &[("x-api-key", "secret")]);
+        assert_eq!(values(&forwarded.pass().headers, "x-api-key"), ["secret"]);
+    }
+
+    #[test]
+    fn a_key_in_the_query_is_taken_out_of_it() {
+        for (asked, left) in [
+            ("/a?key=secret", "/a"),
+            ("/a?x=1&key=s%65cret&y=2", "/a?x=1&y=2"),
+            ("/a?%6bey=secret&key=secret&x", "/a?x"),
+        ] {
+            let mut rehearsal = rehearsal("query: key").asking(asked, &[]);
+            assert_eq!(rehearsal.pass().uri, left, "{asked}");
+        }
+    }
+
+    #[test]
+    fn whoever_shows_none_or_another_is_refused_with_a_challenge() {
+        let refused = |headers: &[(&'static str, &str)], target: &str| {
+            let refused = rehearsal("query: key").asking(target, headers).refused();
+            let challenge = refused.headers[0].1.to_str().unwrap().to_owned();
+            assert_eq!((refused.refusal.status, &*challenge), (401, "ApiKey realm=\"keys\""));
+            refused.refusal.reason
+        };
+        assert_eq!(refused(&[("x-api-client", "shop")], "/"), "route.api_key_missing");
+        assert_eq!(refused(&[("x-api-key", "Secret")], "/"), "route.api_key_unknown");
+        assert_eq!(refused(&[("x-api-key", "")], "/"), "route.api_key_unknown");
+        assert_eq!(refused(&[("x-api-key", "x"), ("x-api-key", "secret")], "/"), "route.api_key_unknown");
+        assert_eq!(refused(&[("x-api-key", "x")], "/?key=secret"), "route.api_key_unknown");
+    }
+
+    #[test]
+    fn what_is_wrong_in_the_file_is_told_with_its_line() {
+        let told = |text: &str| Keys::parse(text).map(drop).unwrap_err();
+        assert_eq!(told(" \n"), "there is no key in it");
+        assert_eq!(told("# a\nsecret"), "line 2 is no `name:sha256`");
+        assert!(told("shop:secret").starts_with("line 1: behind `shop:` stand 64 hexadecimal digits"));
+        assert!(told(&format!("{FILE}{FILE}")).ends_with("the key of `shop` is there twice"));
+        assert!(error("- api_key: { keys: { path: x }, header: Host }").starts_with("[0].api_key.header: "));
+        assert!(error("- api_key: { keys: { path: x }, query: '' }").starts_with("[0].api_key.query: "));
+    }
+}

@@ -1,0 +1,437 @@
+//! `compress`: makes answers smaller for clients that can undo it (RFC 9110 §8.4).
+//!
+//! ```yaml
+//! - compress:
+//!     codings: [zstd, br, gzip]  # what is offered; of those that a client likes the same, the first
+//!     types: ["text/*", application/json]   # media types; without it, those of text
+//!     min_size: 1KiB             # an answer that is known to be smaller leaves as it is
+//!     gzip_level: 5              # 1 to 9
+//!     br_level: 4                # 0 to 9
+//!     zstd_level: 3              # 1 to 12
+//!     concurrent: 1k             # how many answers are compressed at a time; more leave as they are
+//! ```
+//!
+//! An answer that is coded already, is a part of another, must not be changed (`Cache-Control: no-transform`) or is a
+//! stream of events leaves as it is. Large pieces are compressed on threads of their own, so that no worker is held up.
+
+mod coding;
+
+use std::sync::{Arc, LazyLock, Mutex, PoisonError};
+
+use async_trait::async_trait;
+use bytes::Bytes;
+use http::header::{
+    ACCEPT_RANGES, CACHE_CONTROL, CONTENT_ENCODING, CONTENT_LENGTH, CONTENT_RANGE, CONTENT_TYPE, ETAG, VARY,
+};
+use http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode};
+use pingora::http::ResponseHeader;
+use schemars::JsonSchema;
+use serde::Deserialize;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+
+use super::{Filter, FilterType, Scope, Stages, Surroundings, Verdict};
+use crate::config::units::{Count, Size};
+use crate::error::{BuildError, refusal};
+use crate::metrics::filters::CompressMetrics;
+use coding::{Coding, Encoder, Levels};
+
+/// Makes answers smaller for clients that can undo it.
+#[derive(Clone, Debug, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct Settings {
+    /// The codings that are offered; of those that a client likes the same, it gets the first.
+    pub codings: Vec<Coding>,
+    /// The media types of answers that are compressed, such as `text/*`.
+    pub types: Vec<String>,
+    /// An answer that is known to be smaller leaves as it is.
+    pub min_size: Size,
+    /// How much work goes into gzip, 1 to 9.
+    #[schemars(range(min = 1, max = 9))]
+    pub gzip_level: u32,
+    /// How much work goes into Brotli, 0 to 9.
+    #[schemars(range(max = 9))]
+    pub br_level: u32,
+    /// How much work goes into Zstandard, 1 to 12.
+    #[schemars(range(min = 1, max = 12))]
+    pub zstd_level: i32,
+    /// How many answers are compressed at a time, at up to 2 MiB each; more leave as they are.
+    pub concurrent: Count,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        let types = [
+            "text/*",
+            "application/json",
+            "application/*+json",
+            "application/javascript",
+            "application/xml",
+            "application/*+xml",
+            "application/wasm",
+            "image/svg+xml",
+            "font/ttf",
+        ];
+        Settings {
+            codings: vec![Coding::Zstd, Coding::Br, Coding::Gzip],
+            types: types.map(str::to_owned).into(),
+            min_size: Size(1 << 10),
+            gzip_level: 5,
+            br_level: 4,
+            zstd_level: 3,
+            concurrent: Count(1000),
+        }
+    }
+}
+
+/// A piece that is larger is compressed on another thread: that costs some 20 microseconds, and this some hundred.
+const ASIDE_BYTES: usize = 16 << 10;
+
+/// As many pieces are compressed at a time, besides on the workers: more would only fight for the same CPU.
+static TURNS: LazyLock<Arc<Semaphore>> = LazyLock::new(|| {
+    let threads = std::thread::available_parallelism().map_or(1, |threads| threads.get());
+    Arc::new(Semaphore::new(threads))
+});
+
+/// Compresses answers.
+pub struct Compress {
+    codings: Vec<Coding>,
+    types: Vec<Type>,
+    bytes_min: u64,
+    levels: Levels,
+    places: Arc<Semaphore>,
+    metrics: Option<CompressMetrics>,
+}
+
+/// The body that is under way.
+struct Body {
+    /// `None` while another thread has it. There is one task, so that the lock never waits: it is there since an encoder
+    /// is for one thread at a time.
+    encoder: Mutex<Option<Encoder>>,
+    coding: Coding,
+    /// It may come slowly, so that nothing of it is held back.
+    flush: bool,
+    _place: OwnedSemaphorePermit,
+}
+
+#[async_trait]
+impl Filter for Compress {
+    fn stages(&self) -> Stages {
+        Stages::RESPONSE | Stages::RESPONSE_BODY
+    }
+
+    async fn response(&self, scope: &mut Scope<'_>, response: &mut ResponseHeader) -> Verdict {
+        // A response before, of the same exchange, may have been begun.
+        *scope.state = None;
+        let body = self.begin(&scope.request.method, &scope.request.headers, response);
+        match body {
+            Some(body) => scope.keep(body),
+            None => scope.leave_body(),
+        }
+        Verdict::Continue
+    }
+
+    async fn response_body(&self, scope: &mut Scope<'_>, piece: &mut Option<Bytes>, end: bool) -> Verdict {
+        let Some(body) = scope.kept::<Body>() else { return Verdict::Continue };
+        let place = body.encoder.get_mut().unwrap_or_else(PoisonError::into_inner);
+        let Some(encoder) = place.take() else { return Verdict::from(&refusal::INTERNAL) };
+        let (taken, flush) = (piece.take().unwrap_or_default(), body.flush);
+        let before = taken.len();
+        let coded = match coded(encoder, taken, flush, end).await {
+            Ok((encoder, coded)) => {
+                *place = encoder;
+                coded
+            }
+            Err(error) => {
+                tracing::error!("an answer could not be compressed: {error}");
+                return Verdict::from(&refusal::INTERNAL);
+            }
+        };
+        self.metrics.iter().for_each(|metrics| metrics.passed(body.coding.name(), before, coded.len()));
+        *piece = Some(coded);
+        Verdict::Continue
+    }
+}
+
+/// Codes a piece, here or on another thread. The encoder comes back unless this was the end.
+async fn coded(encoder: Encoder, piece: Bytes, flush: bool, end: bool) -> std::io::Result<(Option<Encoder>, Bytes)> {
+    let work = move |mut encoder: Encoder, piece: &[u8]| {
+        let mut coded = encoder.piece(piece, flush && !end && !piece.is_empty())?;
+        if end {
+            coded.extend(encoder.end()?);
+            return Ok((None, Bytes::from(coded)));
+        }
+        Ok((Some(encoder), Bytes::from(coded)))
+    };
+    if piece.len() <= ASIDE_BYTES {
+        return work(encoder, &piece);
+    }
+    let turn = TURNS.clone().acquire_owned().await.map_err(std::io::Error::other)?;
+    let aside = tokio::task::spawn_blocking(move || {
+        let _turn = turn;
+        work(encoder, &piece)
+    });
+    aside.await.map_err(std::io::Error::other)?
+}
+
+impl FilterType for Compress {
+    const KEY: &'static str = "compress";
+    type Settings = Settings;
+
+    fn build(settings: &Settings, around: &Surroundings<'_>) -> Result<Self, BuildError> {
+        let wrong = |key: &str, told: &str| BuildError::new(key, told);
+        if settings.codings.is_empty() {
+            return Err(wrong("codings", "no coding is named, so that this would do nothing"));
+        }
+        if settings.types.is_empty() {
+            return Err(wrong("types", "no media type is named, so that this would do nothing"));
+        }
+        let kind = |(index, written): (usize, &String)| {
+            let told = || {
+                BuildError::new(
+                    format!("types[{index}]"),
+                    format!("`{written}` is no media type: write `text/html`, `text/*` or `application/*+json`"),
+                )
+            };
+            Type::build(written).ok_or_else(told)
+        };
+        for (key, sound) in [
+            ("gzip_level", (1..=9).contains(&settings.gzip_level)),
+            ("br_level", settings.br_level <= 9),
+            ("zstd_level", (1..=12).contains(&settings.zstd_level)),
+        ] {
+            if !sound {
+                return Err(wrong(
+                    key,
+                    "there is no such level: more than 9 (12 for zstd) would cost more than it saves",
+                ));
+            }
+        }
+        let places = usize::try_from(settings.concurrent.0).ok().filter(|places| (1..=1_000_000).contains(places));
+        Ok(Compress {
+            codings: settings.codings.clone(),
+            types: settings.types.iter().enumerate().map(kind).collect::<Result<_, _>>()?,
+            bytes_min: settings.min_size.0,
+            levels: Levels { gzip: settings.gzip_level, br: settings.br_level, zstd: settings.zstd_level },
+            places: Arc::new(Semaphore::new(
+                places.ok_or_else(|| wrong("concurrent", "write a number from 1 to 1000000"))?,
+            )),
+            metrics: around.metrics.map(|metrics| metrics.compress(around.route)),
+        })
+    }
+}
+
+impl Compress {
+    /// Marks an answer that is to be compressed, and begins with it.
+    fn begin(&self, method: &Method, asked: &HeaderMap, response: &mut ResponseHeader) -> Option<Body> {
+        if !self.fits(response) {
+            return None;
+        }
+        // A cache must not give it to a client that cannot undo it, nor the plain one for ever to one that can.
+        vary(response);
+        let coding = Coding::chosen(&self.codings, asked)?;
+        if *method == Method::HEAD {
+            // There is no body to be smaller, and nobody knows how long it would be.
+            response.remove_header(&CONTENT_LENGTH);
+            mark(response, coding);
+            return None;
+        }
+        let Ok(place) = self.places.clone().try_acquire_owned() else {
+            self.metrics.iter().for_each(|metrics| metrics.busy());
+            return None;
+        };
+        let encoder = Encoder::new(coding, self.levels).ok()?;
+        let flush = !response.headers.contains_key(CONTENT_LENGTH);
+        mark(response, coding);
+        Some(Body { encoder: Mutex::new(Some(encoder)), coding, flush, _place: place })
+    }
+
+    /// Whether an answer may be compressed, whoever asks.
+    fn fits(&self, response: &ResponseHeader) -> bool {
+        let headers = &response.headers;
+        let status = response.status;
+        let bodiless = [StatusCode::NO_CONTENT, StatusCode::RESET_CONTENT, StatusCode::NOT_MODIFIED].contains(&status);
+        let partial = status == StatusCode::PARTIAL_CONTENT || headers.contains_key(CONTENT_RANGE);
+        if status.is_informational() || bodiless || partial || headers.contains_key(CONTENT_ENCODING) {
+            return false;
+        }
+        if names(headers, &CACHE_CONTROL).any(|directive| directive.eq_ignore_ascii_case(b"no-transform")) {
+            return false;
+        }
+        let length = headers.get(CONTENT_LENGTH).and_then(|length| length.to_str().ok()?.parse::<u64>().ok());
+        if length.is_some_and(|length| length < self.bytes_min) {
+            return false;
+        }
+        let kind = headers.get(CONTENT_TYPE).map(HeaderValue::as_bytes).unwrap_or_default();
+        let kind = kind.split(|&byte| byte == b';').next().unwrap_or_default().trim_ascii().to_ascii_lowercase();
+        kind != b"text/event-stream" && self.types.iter().any(|wanted| wanted.covers(&kind))
+    }
+}
+
+/// Says of an answer that it is coded, and takes away what does not hold of it any more.
+fn mark(response: &mut ResponseHeader, coding: Coding) {
+    // A field of a fixed name in the place of others: there is room for it.
+    let _ = response.insert_header(CONTENT_ENCODING, coding.name());
+    // RFC 9110 §8.8.3: the same bytes no more, but the same meaning.
+    if let Some(tag) = response.headers.get(ETAG).filter(|tag| !tag.as_bytes().starts_with(b"W/")) {
+        let weak = HeaderValue::from_bytes(&[b"W/", tag.as_bytes()].concat());
+        match weak {
+            Ok(weak) => _ = response.insert_header(ETAG, weak),
+            Err(_) => drop(response.remove_header(&ETAG)),
+        }
+    }
+    for name in [ACCEPT_RANGES.as_str(), "content-md5", "content-digest", "digest"] {
+        response.remove_header(name);
+    }
+}
+
+fn vary(response: &mut ResponseHeader) {
+    let known = |name: &[u8]| name.eq_ignore_ascii_case(b"accept-encoding") || name == b"*";
+    if !names(&response.headers, &VARY).any(known) {
+        // One more field: there is room for it, or the answer has too many already.
+        let _ = response.append_header(VARY, HeaderValue::from_static("Accept-Encoding"));
+    }
+}
+
+/// The items of a header that is a list.
+fn names<'h>(headers: &'h HeaderMap, name: &HeaderName) -> impl Iterator<Item = &'h [u8]> {
+    let lines = headers.get_all(name).iter();
+    lines.flat_map(|line| line.as_bytes().split(|&byte| byte == b',')).map(<[u8]>::trim_ascii)
+}
+
+/// Media types: `text/html`, `text/*`, `application/*+json`, or `*/*`.
+#[derive(Debug)]
+struct Type {
+    before: Box<[u8]>,
+    /// What stands behind a `*`, if there is one.
+    behind: Option<Box<[u8]>>,
+}
+
+impl Type {
+    fn build(written: &str) -> Option<Type> {
+        let written = written.to_ascii_lowercase();
+        let sound = |byte: u8| byte.is_ascii_alphanumeric() || b"/.+-_!#$&^*".contains(&byte);
+        if written == "*/*" {
+            return Some(Type { before: Box::default(), behind: Some(Box::default()) });
+        }
+        let (kind, part) = written.split_once('/')?;
+        if kind.is_empty() || part.is_empty() || part.contains('/') || kind.contains('*') || !written.bytes().all(sound)
+        {
+            return None;
+        }
+        match written.split_once('*') {
+            None => Some(Type { before: written.as_bytes().into(), behind: None }),
+            Some((_, behind)) if behind.contains('*') => None,
+            Some((before, behind)) => {
+                Some(Type { before: before.as_bytes().into(), behind: Some(behind.as_bytes().into()) })
+            }
+        }
+    }
+
+    fn covers(&self, kind: &[u8]) -> bool {
+        match &self.behind {
+            None => *self.before == *kind,
+            Some(behind) => kind.strip_prefix(&*self.before).is_some_and(|rest| rest.ends_with(behind)),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::rehearsal::{Rehearsal, chain, error, example, values};
+    use super::*;
+
+    fn compress(settings: &str, accept: &str) -> Rehearsal {
+        Rehearsal::of(&format!("- compress: {{ {settings} }}")).asking("/", &[("accept-encoding", accept)])
+    }
+
+    #[test]
+    fn the_example_builds() {
+        assert!(chain(&example(include_str!("compress.rs"))).is_ok());
+    }
+
+    const HTML: (&str, &str) = ("content-type", "Text/HTML; charset=utf-8");
+
+    #[test]
+    fn an_answer_is_marked_and_what_does_not_hold_any_more_is_gone() {
+        let headers =
+            compress("", "br").respond(&[HTML, ("etag", "\"a\""), ("accept-ranges", "bytes"), ("vary", "Origin")]);
+        assert_eq!((values(&headers, "content-encoding"), values(&headers, "etag")), (vec!["br"], vec!["W/\"a\""]));
+        assert_eq!(
+            (values(&headers, "accept-ranges"), values(&headers, "vary")),
+            (vec![], vec!["Origin", "Accept-Encoding"])
+        );
+        let plain = compress("", "").respond(&[HTML, ("etag", "\"a\"")]);
+        assert_eq!((values(&plain, "content-encoding"), values(&plain, "vary")), (vec![], vec!["Accept-Encoding"]));
+        assert_eq!(values(&plain, "etag"), ["\"a\""]);
+    }
+
+    #[test]
+    fn what_must_not_or_need_not_be_smaller_leaves_as_it_is() {
+        for fields in [
+            &[HTML, ("content-encoding", "gzip")][..],
+            &[HTML, ("cache-control", "public, No-Transform")],
+            &[HTML, ("content-length", "1023")],
+            &[HTML, ("content-range", "bytes 0-9/100")],
+            &[("content-type", "image/png")],
+            &[("content-type", "text/event-stream")],
+            &[("content-type", "application/grpc+proto")],
+            &[],
+        ] {
+            let before: Vec<_> = fields.iter().map(|(name, _)| *name).collect();
+            let headers = compress("", "gzip").respond(fields);
+            let after: Vec<_> = before.iter().filter(|name| headers.contains_key(**name)).collect();
+            assert_eq!((after.len(), headers.len()), (before.len(), before.len()), "{fields:?}");
+        }
+        for kind in ["application/problem+json", "text/csv", "image/svg+xml"] {
+            let headers = compress("", "gzip").respond(&[("content-type", kind), ("content-length", "1024")]);
+            assert_eq!(values(&headers, "content-encoding"), ["gzip"], "{kind}");
+        }
+    }
+
+    #[test]
+    fn so_many_are_compressed_at_a_time_and_no_more() {
+        let chain = chain("- compress: { concurrent: 1 }").unwrap();
+        let mut request = super::super::rehearsal::request("/", &[("accept-encoding", "gzip")]);
+        let mut coded = |states: &mut super::super::States| {
+            let mut response = ResponseHeader::build(200, None).unwrap();
+            response.insert_header(HTML.0, HTML.1).unwrap();
+            let view = super::super::View { facts: crate::expression::Facts::of("all", "/"), request: &mut request };
+            futures::FutureExt::now_or_never(chain.response(states, view, &mut response)).unwrap();
+            response.headers.contains_key(CONTENT_ENCODING)
+        };
+        let (mut one, mut other) = (chain.states(), chain.states());
+        assert!(coded(&mut one) && !coded(&mut other));
+        drop(one);
+        assert!(coded(&mut other), "there is room again");
+    }
+
+    #[test]
+    fn media_types_are_covered() {
+        let covers = |written: &str, kind: &str| Type::build(written).unwrap().covers(kind.as_bytes());
+        assert!(covers("text/*", "text/html") && covers("*/*", "a/b") && covers("Text/HTML", "text/html"));
+        assert!(
+            covers("application/*+json", "application/a+json") && !covers("application/*+json", "application/json")
+        );
+        assert!(!covers("text/*", "texts/html") && !covers("text/html", "text/html5"));
+        for wrong in ["", "text", "/x", "text/", "*/x", "a/b/c", "a/*b*", "a b/c"] {
+            assert!(Type::build(wrong).is_none(), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn wrong_settings_are_told_with_their_place() {
+        for (setting, at) in [
+            ("codings: []", "codings"),
+            ("types: []", "types"),
+            ("types: [html]", "types[0]"),
+            ("gzip_level: 0", "gzip_level"),
+            ("br_level: 11", "br_level"),
+            ("zstd_level: 22", "zstd_level"),
+            ("concurrent: 0", "concurrent"),
+        ] {
+            let told = error(&format!("- compress: {{ {setting} }}"));
+            assert!(told.starts_with(&format!("[0].compress.{at}: ")), "{told}");
+        }
+        assert!(error("- compress: { codings: [deflate] }").starts_with("[0].compress.codings[0]: "));
+    }
+}
