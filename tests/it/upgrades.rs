@@ -150,7 +150,11 @@ fn each_direction_of_a_tunnel_ends_by_itself() {
         client.send(asking("GET", "tcp", ""));
         let mut connection = origin.accept();
         connection.request();
-        connection.send(format!("{}{greeting}", agreeing("tcp")));
+        let hint = if greeting.is_empty() { "" } else { "HTTP/1.1 103 Early Hints\r\nLink: a\r\n\r\n" };
+        connection.send(format!("{hint}{}{greeting}", agreeing("tcp")));
+        if !hint.is_empty() {
+            assert_eq!(client.response().status, 103);
+        }
         assert_eq!(client.response().status, 101);
         assert_eq!(client.bytes(greeting.len()), greeting.as_bytes());
         (client, connection.into_wire())

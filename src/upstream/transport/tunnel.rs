@@ -9,6 +9,9 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use crate::framing::follow::HeaderEnd;
 
+/// Where the status ends in the first line of an answer: `HTTP/1.1 101`.
+const STATUS_END: usize = 12;
+
 /// One direction of a tunnel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Way {
@@ -27,8 +30,35 @@ pub struct Tunnel {
 #[derive(Debug, Default)]
 struct State {
     ways: [Progress; 2],
-    /// The header of the 101 leaves before all else, and is no part of the tunnel.
-    header: HeaderEnd,
+    prelude: Prelude,
+}
+
+/// What leaves towards the client before the tunnel: the header of the 101, and perhaps the end of interim ones.
+#[derive(Debug, Default)]
+struct Prelude {
+    end: HeaderEnd,
+    /// The beginning of the present header, up to its status.
+    line: Vec<u8>,
+    /// The header of the 101 has left.
+    over: bool,
+}
+
+impl Prelude {
+    /// Tells how many of these bytes leave before the tunnel.
+    fn take(&mut self, bytes: &[u8]) -> usize {
+        let mut taken = 0;
+        while !self.over && taken < bytes.len() {
+            let of_header = self.end.take(&bytes[taken..]);
+            let room = STATUS_END.saturating_sub(self.line.len()).min(of_header);
+            self.line.extend_from_slice(&bytes[taken..taken + room]);
+            taken += of_header;
+            if self.end.is_found() {
+                self.over = self.line.ends_with(b" 101");
+                (self.end, self.line) = (HeaderEnd::default(), Vec::new());
+            }
+        }
+        taken
+    }
 }
 
 /// How far one direction is.
@@ -63,8 +93,8 @@ impl Tunnel {
     /// These bytes were written to the client: the header of the 101 first.
     pub fn wrote_down(&self, bytes: &[u8]) {
         let state = &mut *self.state();
-        let header = state.header.take(bytes);
-        state.ways[Way::Down as usize].written += (bytes.len() - header) as u64;
+        let before = state.prelude.take(bytes);
+        state.ways[Way::Down as usize].written += (bytes.len() - before) as u64;
     }
 
     /// The side that sends in this direction has ended it.
@@ -127,7 +157,9 @@ mod tests {
 
     #[test]
     fn the_header_of_the_101_is_no_part_of_it_however_it_is_written() {
-        let sent = b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: tcp\r\n\r\n\r\n\r\nabc";
+        // Of the interim ones, the first may have begun to leave before.
+        let sent = b"nts\r\nLink: a\r\n\r\nHTTP/1.1 103 Early Hints\r\n\r\n\
+            HTTP/1.1 101 Switching Protocols\r\nUpgrade: tcp\r\n\r\n\r\n\r\nabc";
         for size in 1..=sent.len() {
             let tunnel = Tunnel::default();
             tunnel.has_read(Way::Down, 7);
