@@ -61,7 +61,7 @@ use crate::party::What;
 use crate::party::wait::{NoClient, within};
 use crate::phase::journal::Cycle;
 use crate::phase::{Clock, Phase};
-use connection::{Begin, Connection, Counted, Inflight, Introduced, Listener, StateGauge};
+use connection::{Begin, Connection, Counted, Inflight, InflightGuard, Introduced, Listener, StateGauge};
 use cut::Cut;
 use driver::{Driven, Driver};
 use entrance::{Ends, Entered};
@@ -365,7 +365,8 @@ impl Drop for Hearing<'_> {
 struct Visit<P> {
     front: Arc<Front<P>>,
     connection: Arc<Connection>,
-    state: StateGauge,
+    /// Where it is counted; one that a stream carries is counted with that of the stream.
+    state: Option<StateGauge>,
     shutdown: ShutdownWatch,
     served: u64,
 }
@@ -398,8 +399,14 @@ where
     P::CTX: Send + Sync + 'static,
 {
     fn new(front: Arc<Front<P>>, connection: Arc<Connection>, shutdown: ShutdownWatch) -> Self {
-        let state = StateGauge::new(connection.listener.clone(), ConnectionState::Idle);
+        let state = Some(StateGauge::new(connection.listener.clone(), ConnectionState::Idle));
         Visit { front, connection, state, shutdown, served: 0 }
+    }
+
+    fn enter(&mut self, state: ConnectionState) {
+        if let Some(counted) = &mut self.state {
+            counted.enter(state);
+        }
     }
 
     async fn serve(mut self, mut stream: Box<ClientStream>) {
@@ -424,7 +431,7 @@ where
 
     /// Waits for a request. `false`: there will be none.
     async fn park(&mut self, stream: &mut ClientStream) -> bool {
-        self.state.enter(ConnectionState::Idle);
+        self.enter(ConnectionState::Idle);
         let metrics = &self.front.desk.metrics;
         let _accept = (self.served == 0).then(|| metrics.enter_phase(Phase::Accept, self.connection.accepted));
         let idle = self.connection.listener.idle_timeout;
@@ -443,7 +450,7 @@ where
         let arrival = Arrival { accept, handshake, header_since, header_in: worker::cycle_if_wanted() };
         let inflight = self.front.desk.ending.inflight.enter();
         let opening = self.read_header(&mut stream, header_since).await;
-        self.state.enter(ConnectionState::Active);
+        self.enter(ConnectionState::Active);
         match opening {
             Ok(Opening::Http1 { bytes, head }) => self.proxy(stream, bytes, head, arrival).await,
             Ok(Opening::Http2) => {
@@ -459,20 +466,48 @@ where
                 None
             }
             Err(refusal) => {
-                self.record(&stream, refusal, arrival);
-                let answer = stream.inbox(|inbox| answer_http1(refusal, inbox));
-                if stream.refuse(&answer).await {
-                    // A stop does not wait until a client of half a header has taken it.
-                    let _inflight = Some(inflight).filter(|_| refusal != &refusal::FINISH_SHUTDOWN);
-                    stream.farewell().await;
-                }
+                self.refuse(stream, refusal, arrival, inflight).await;
                 None
             }
         }
     }
 
+    /// Runs the one exchange of a connection that a stream carries.
+    async fn carried(&mut self, mut stream: Box<ClientStream>) {
+        let (header_since, header_in) = (Instant::now(), worker::cycle_if_wanted());
+        let arrival = Arrival { accept: None, handshake: None, header_since, header_in };
+        let inflight = self.front.desk.ending.inflight.enter();
+        match self.read_header(&mut stream, header_since).await {
+            Ok(Opening::Http1 { bytes, head }) => {
+                if let Some(mut kept) = self.proxy(stream, bytes, head, arrival).await {
+                    kept.close().await;
+                }
+            }
+            // It speaks HTTP/1.1, and its header is here whole.
+            Ok(Opening::Http2 | Opening::Closed) => {}
+            Err(refusal) => self.refuse(stream, refusal, arrival, inflight).await,
+        }
+    }
+
+    /// Answers a request that no session is made for.
+    async fn refuse(
+        &self,
+        mut stream: Box<ClientStream>,
+        refusal: &'static Refusal,
+        arrival: Arrival,
+        inflight: InflightGuard,
+    ) {
+        self.record(&stream, refusal, arrival);
+        let answer = stream.inbox(|inbox| answer_http1(refusal, inbox));
+        if stream.refuse(&answer).await {
+            // A stop does not wait until a client of half a header has taken it.
+            let _inflight = Some(inflight).filter(|_| refusal != &refusal::FINISH_SHUTDOWN);
+            stream.farewell().await;
+        }
+    }
+
     async fn read_header(&mut self, stream: &mut ClientStream, since: Instant) -> Result<Opening, &'static Refusal> {
-        self.state.enter(ConnectionState::Header);
+        self.enter(ConnectionState::Header);
         let _header = self.front.desk.metrics.enter_phase(Phase::Header, since);
         let slow = &self.front.desk.slow;
         let mut waiting = None;
@@ -504,7 +539,12 @@ where
         arrival: Arrival,
     ) -> Option<Box<ClientStream>> {
         let listener = &self.connection.listener;
-        listener.metrics.http1_requests.inc();
+        let metrics = &listener.metrics;
+        if self.connection.is_carried() {
+            metrics.h2_requests.inc()
+        } else {
+            metrics.http1_requests.inc()
+        }
         // While the gateway is about to stop, every answer is the last.
         let last = self.served >= listener.requests_max || self.front.desk.ending.is_near() || listener.is_leaving();
         if head.upgrades {
@@ -568,14 +608,21 @@ where
             let mut clock = Clock::start(Phase::Header, Instant::now());
             desk.record((&connection.listener, connection.peer), b"", refusal, &mut clock);
         };
-        let begin = |stream: http2::Stream| {
+        let begin = |opened: http2::Opened| {
             // The library counts a request no more once its client has given it up, though it is still wound up here.
             let Some(active) = ActiveStream::enter(&http2) else {
-                stream.control().reset(h2::Reason::REFUSED_STREAM);
+                match opened {
+                    http2::Opened::Exchange(stream) => stream.control().reset(h2::Reason::REFUSED_STREAM),
+                    http2::Opened::Carried(mut carried) => carried.io.give_up(h2::Reason::REFUSED_STREAM),
+                }
                 return refuse(&refusal::HEADER_H2_STREAMS);
             };
             // On whichever worker Pingora draws, so that one connection does not keep one of them busy.
-            pingora_runtime::current_handle().spawn(active.exchange(stream, ending.clone()));
+            let worker = pingora_runtime::current_handle();
+            match opened {
+                http2::Opened::Exchange(stream) => worker.spawn(active.exchange(stream, ending.clone())),
+                http2::Opened::Carried(carried) => worker.spawn(active.carry(*carried, ending.clone())),
+            };
         };
         let mut serve = std::pin::pin!(http2::serve(stream, &connection.listener, ending.clone(), begin, refuse));
         tokio::select! {
@@ -733,5 +780,21 @@ where
         let begin = Begin { connection, accept, handshake, header_since: now, header_in, header_done: now, control };
         let session = ServerSession::new_custom(Box::new(stream));
         desk.run(Metered::new(Introduced::new(begin, Box::pin(driver.run(session, &ending))))).await;
+    }
+
+    /// Lets Pingora run the exchange of a connection that one stream carries.
+    async fn carry(self, carried: http2::websocket::Carried, ending: ShutdownWatch) {
+        let http2 = &self.http2;
+        let listener = &http2.connection.listener;
+        if self.number == listener.requests_max || http2.front.desk.ending.is_near() || listener.is_leaving() {
+            http2.end();
+        }
+        let connection = Connection::carried(&http2.connection);
+        let http2::websocket::Carried { head, io } = carried;
+        let stream = Box::new(ClientStream::begun(Box::new(io), head, connection.clone()));
+        // Its answer, or what follows a 101, is the last of it.
+        let (front, served) = (http2.front.clone(), u64::MAX);
+        let mut visit = Visit { front, connection, state: None, shutdown: ending, served };
+        visit.carried(stream).await;
     }
 }

@@ -36,7 +36,6 @@ as_root() {
 has() {
     case $1 in
         dnsmasq-base) command -v dnsmasq >/dev/null ;;
-        nghttp2-client) command -v h2load >/dev/null ;;
         libclang-dev) compgen -G '/usr/lib/llvm-*/lib/libclang.so*' >/dev/null && compgen -G '/usr/lib/llvm-*/lib/clang/*/include/stddef.h' >/dev/null ;;
         # Debian's Python has Debian's modules, whatever other one is first in PATH.
         python3-grpcio) /usr/bin/python3 -c 'import grpc' 2>/dev/null ;;

@@ -371,6 +371,9 @@ fn h2_options(written: &config::Listener, rules: &Rules) -> H2Options {
     let capped = |limit: u64| u32::try_from(limit).unwrap_or(u32::MAX);
     let many = |limit: u64| usize::try_from(limit).unwrap_or(usize::MAX);
     let mut options = default_h2_options();
+    if written.http2.websocket {
+        options.enable_connect_protocol();
+    }
     options.max_header_list_size(capped(written.limits.header_bytes.0));
     options.max_concurrent_streams(capped(written.limits.streams.0));
     options.max_local_error_reset_streams(Some(many(written.http2.provoked_resets.0)));
@@ -465,8 +468,10 @@ pub struct Connection {
     way: OnceLock<WeakBypass>,
     fault: OnceLock<Fault>,
     secured: OnceLock<Box<Secured>>,
-    /// Given back with the connection.
-    counted: Counted,
+    /// The connection of HTTP/2 whose stream carries this one.
+    carrier: Option<Arc<Connection>>,
+    /// Given back with the connection. One that is carried has none of its own.
+    counted: Option<Counted>,
 }
 
 /// What a handshake came to, and when it began and how long it took.
@@ -479,12 +484,31 @@ struct Secured {
 impl Connection {
     /// A connection that has a place.
     pub fn new(mut counted: Counted, peer: Option<SocketAddr>, local: Option<SocketAddr>) -> Arc<Self> {
-        let listener = counted.listener.clone();
+        let (listener, accepted) = (counted.listener.clone(), counted.accepted);
+        let accepted_in = counted.accepted_in.take();
+        Connection::begun(listener, (peer, local), accepted, accepted_in, Ok(counted))
+    }
+
+    /// A connection that a stream of this one carries. What is said of its bytes holds for it alone, and it has the
+    /// client and the TLS of that one.
+    pub fn carried(carrier: &Arc<Connection>) -> Arc<Self> {
+        let ends = (carrier.peer, carrier.local);
+        Connection::begun(carrier.listener.clone(), ends, Instant::now(), None, Err(carrier.clone()))
+    }
+
+    fn begun(
+        listener: Arc<Listener>,
+        (peer, local): (Option<SocketAddr>, Option<SocketAddr>),
+        accepted: Instant,
+        accepted_in: Option<Box<Cycle>>,
+        place: Result<Counted, Arc<Connection>>,
+    ) -> Arc<Self> {
+        let (counted, carrier) = place.map_or_else(|carrier| (None, Some(carrier)), |counted| (Some(counted), None));
         Arc::new(Connection {
             peer,
             local,
-            accepted: counted.accepted,
-            accepted_in: counted.accepted_in.take(),
+            accepted,
+            accepted_in,
             write_idle_ms: AtomicU64::new(listener.header_timeout.as_millis() as u64),
             half_close_aborts: AtomicBool::new(false),
             taken: AtomicU64::new(0),
@@ -497,6 +521,7 @@ impl Connection {
             fault: OnceLock::new(),
             secured: OnceLock::new(),
             listener,
+            carrier,
             counted,
         })
     }
@@ -525,7 +550,20 @@ impl Connection {
 
     /// The account of its client; `None` if its peer speaks for many clients.
     pub fn account(&self) -> Option<&Arc<Account>> {
-        self.counted.client.as_ref().map(Counting::account)
+        match (&self.counted, &self.carrier) {
+            (Some(counted), _) => counted.client.as_ref().map(Counting::account),
+            (None, carrier) => carrier.as_ref()?.account(),
+        }
+    }
+
+    /// Whether a stream of HTTP/2 carries it.
+    pub fn is_carried(&self) -> bool {
+        self.carrier.is_some()
+    }
+
+    /// Whether ALPN has agreed on HTTP/2; `None` without TLS.
+    pub(super) fn agreed_on_h2(&self) -> Option<bool> {
+        if self.is_carried() { Some(false) } else { self.tls().map(|tls| tls.h2) }
     }
 
     /// Counts one more request in, unless too many of its client or of all are under way.
@@ -570,7 +608,10 @@ impl Connection {
 
     /// What is known of its TLS. `None`: it is in clear text.
     pub fn tls(&self) -> Option<&Facts> {
-        self.secured.get().map(|secured| &secured.facts)
+        match &self.carrier {
+            Some(carrier) => carrier.tls(),
+            None => self.secured.get().map(|secured| &secured.facts),
+        }
     }
 
     /// When its handshake began and how long it took, if there was one.

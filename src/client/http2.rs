@@ -7,6 +7,7 @@
 
 pub mod conduct;
 pub mod guard;
+pub mod websocket;
 
 use std::future::poll_fn;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -20,7 +21,6 @@ use h2::server::SendResponse;
 use h2::{Reason, RecvStream, SendStream};
 use http::{HeaderMap, HeaderName, Method, Request, Response, header};
 use pingora::http::{RequestHeader, ResponseHeader};
-use pingora::protocols::Digest;
 use pingora::protocols::http::HttpTask;
 use pingora::protocols::http::body_buffer::FixedBuffer;
 use pingora::protocols::http::custom::CustomMessageWrite;
@@ -28,6 +28,7 @@ use pingora::protocols::http::custom::server::Session as CustomSession;
 use pingora::protocols::http::date::get_cached_date;
 use pingora::protocols::http::v2::write_body;
 use pingora::protocols::l4::socket::SocketAddr;
+use pingora::protocols::{Digest, GetSocketDigest, UniqueID};
 use pingora::{Error, ErrorType, OrErr, Result};
 use tokio::sync::watch;
 
@@ -63,6 +64,15 @@ enum Event {
     End(Option<h2::Error>),
 }
 
+/// What a stream is.
+#[expect(clippy::large_enum_variant, reason = "there is one at a time, and nearly all are exchanges")]
+pub enum Opened {
+    /// An exchange.
+    Exchange(Stream),
+    /// A connection of HTTP/1.1 that is to speak another protocol.
+    Carried(Box<websocket::Carried>),
+}
+
 /// Runs a connection to its end, hands every stream to `begin`, and tells `refuse` of what comes to nothing before
 /// there is a stream: a request that the library refuses, and a client that is cut off. Once `ending` says so, the
 /// client is told to open no more (GOAWAY), and the connection ends with its last stream.
@@ -70,10 +80,11 @@ pub async fn serve(
     io: Box<ClientStream>,
     listener: &Listener,
     mut ending: watch::Receiver<bool>,
-    mut begin: impl FnMut(Stream),
+    mut begin: impl FnMut(Opened),
     mut refuse: impl FnMut(&'static Refusal),
 ) {
     let (watch, progress) = (Watch::new(&listener.http2_rules), io.progress());
+    let (socket, digest) = (io.id(), io.get_socket_digest());
     let guard = Guard::new(io, watch.clone(), listener.header_timeout);
     let mut connection = match listener.h2_options.handshake::<_, Bytes>(guard).await {
         Ok(connection) => connection,
@@ -110,8 +121,16 @@ pub async fn serve(
                 let mut context = Context::from_waker(Waker::noop());
                 if respond.poll_reset(&mut context).is_ready() {
                     refuse(&refusal::HEADER_ABORTED);
+                } else if websocket::asks(&request) {
+                    match websocket::carry(request, respond, socket, digest.clone()) {
+                        Ok(carried) => begin(Opened::Carried(Box::new(carried))),
+                        Err((status, respond)) => {
+                            refuse(&refusal::HEADER_METHOD);
+                            websocket::refuse(status, respond);
+                        }
+                    }
                 } else {
-                    begin(Stream::new(request, respond));
+                    begin(Opened::Exchange(Stream::new(request, respond)));
                 }
             }
             Event::Refused(refusal) => refuse(refusal),

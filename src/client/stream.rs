@@ -367,7 +367,7 @@ impl Bypass {
 impl Core {
     fn poll_open(&mut self, cx: &mut Context<'_>, scanner: &mut Scanner) -> Poll<Result<Opening, &'static Refusal>> {
         // Over TLS, what ALPN agreed on is spoken and nothing else.
-        let agreed = self.connection.tls().map(|tls| tls.h2);
+        let agreed = self.connection.agreed_on_h2();
         let h2c = agreed.unwrap_or(self.connection.listener.h2c);
         loop {
             if h2c && self.inbox.starts_with(PREFACE) {
@@ -416,7 +416,7 @@ impl Core {
 
     fn close_header(&mut self, end: usize) -> Result<Opening, &'static Refusal> {
         let head = head::inspect(&self.inbox[..end])?;
-        if !self.connection.listener.http1 {
+        if !self.connection.listener.http1 && !self.connection.is_carried() {
             return Err(&refusal::HEADER_VERSION);
         }
         self.gulp = FIRST_GULP_BYTES;
@@ -715,7 +715,8 @@ impl Core {
 
 impl Drop for Core {
     fn drop(&mut self) {
-        if self.connection.resets() {
+        // A stream that carries it is reset because its answer has no end.
+        if self.connection.resets() && !self.connection.is_carried() {
             self.set_reset();
         }
     }

@@ -185,6 +185,8 @@ pub struct Http2 {
     pub continuations: Count,
     /// Pieces of bodies without content, besides the last of each body, in all: at most 100.
     pub empty_data: Count,
+    /// Whether clients are told that they may open a WebSocket over a stream (RFC 8441).
+    pub websocket: bool,
 }
 
 impl Default for Http2 {
@@ -201,6 +203,7 @@ impl Default for Http2 {
             unknown_frames: a_second(10),
             continuations: Count(5),
             empty_data: Count(100),
+            websocket: true,
         }
     }
 }

@@ -89,6 +89,12 @@ pub async fn header(
         exchange.refuse(Refused { refusal: &refusal::WAIT_MALFORMED, headers: Vec::new() });
         return Err(Error::new_up(ErrorType::InvalidHTTPHeader));
     }
+    let carried = exchange.connection.as_ref().is_some_and(|connection| connection.is_carried());
+    if carried && response.status.is_success() {
+        // Over a stream of HTTP/2 it would be taken for the beginning of the other protocol (RFC 9110 §9.3.6).
+        exchange.refuse(Refused { refusal: &refusal::WAIT_MALFORMED, headers: Vec::new() });
+        return Err(Error::new_up(ErrorType::InvalidHTTPHeader));
+    }
     let now = exchange.enter(Phase::Receive);
     exchange.connection.iter().for_each(|connection| connection.settle());
     if let Some(attempt) = &mut exchange.attempt {

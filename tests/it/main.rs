@@ -87,6 +87,7 @@ mod upgrades;
 mod upstreams;
 mod wait;
 mod waits;
+mod websocket;
 mod write;
 
 #[path = "../fuzz/fuzz.rs"]

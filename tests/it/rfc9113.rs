@@ -639,10 +639,11 @@ fn messages() -> Vec<Row> {
             Status(1, 200),
         ),
         row("8.3.1", "a Host that is not the :authority", &[get_with(&[("host", "other")])], Status(1, 400)),
-        malformed(
+        row(
             "8.5, RFC 8441",
-            "an extended CONNECT, which was not offered",
-            &[asks(&[(":method", "CONNECT"), (":protocol", "websocket"), GET[1], GET[2], GET[3]])],
+            "an extended CONNECT for a protocol that is not known",
+            &[asks(&[(":method", "CONNECT"), (":protocol", "connect-ip"), GET[1], GET[2], GET[3]])],
+            Status(1, 501),
         ),
         malformed(
             "8.5",

@@ -53,6 +53,11 @@ impl Browser {
         browser
     }
 
+    /// Takes any certificate.
+    pub fn trust_anybody(&mut self) {
+        self.call("Security.setIgnoreCertificateErrors", json!({ "ignore": true }));
+    }
+
     /// Goes to an address.
     pub fn open(&mut self, address: &str) {
         let gone = self.call("Page.navigate", json!({ "url": address }));

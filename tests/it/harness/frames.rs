@@ -110,7 +110,8 @@ impl Frame {
     pub fn status(&self) -> Option<u16> {
         let status = match self.payload[..] {
             [number @ 0x88..=0x8e, ..] => [200, 204, 206, 304, 400, 404, 500][usize::from(number) - 0x88],
-            [0x48 | 0x08, 0x80..=0xff, a, b, ..] => digits(u32::from_be_bytes([a, b, 0xff, 0xff]))?,
+            [0x48 | 0x08, 0x82, a, b, ..] => digits(u32::from_be_bytes([a, b, 0xff, 0xff]))?,
+            [0x48 | 0x08, 0x83, a, b, c, ..] => digits(u32::from_be_bytes([a, b, c, 0xff]))?,
             [0x48 | 0x08, 3, a, b, c, ..] => std::str::from_utf8(&[a, b, c]).ok()?.parse().ok()?,
             _ => return None,
         };
