@@ -1,8 +1,7 @@
 //! The grammar of nginx's configuration: words, quotes, comments, blocks and `include`. It knows no directive but that
 //! one, and those of Lua, whose blocks have a grammar of their own.
 //!
-//! There are crates for it. Those that were looked at know a fixed list of directives and refuse a file with another
-//! one, or tell no line; this must read every file that nginx reads.
+//! It must read every file that nginx reads, with directives of any module, and say the line of each.
 
 use std::rc::Rc;
 

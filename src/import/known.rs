@@ -120,12 +120,12 @@ const TABLE: &[(&str, Fate, &str)] = &[
     ),
     ("uwsgi_*", Lost, "Forebay speaks HTTP to backends: start uWSGI with `--http-socket`"),
     ("scgi_* memcached_*", Lost, "Forebay speaks HTTP to backends"),
-    ("gzip* brotli* zstd*", Lost, "answers pass as they are: have the backend compress them"),
+    ("gzip* brotli* zstd*", Lost, "the import does not translate it: add the filter `compress` to the routes"),
     ("proxy_cache* proxy_no_cache proxy_store* proxy_force_ranges fastcgi_cache*", Lost, "there is no cache"),
     (
         "auth_basic* auth_request* auth_jwt* auth_delay satisfy",
         Lost,
-        "the place is closed until you put another check in",
+        "the place is closed until you put a check in, such as the filter `basic_auth` or `forward_auth`",
     ),
     (
         "secure_link* referer_* valid_referers userid* perl* js_* lua_* *_by_lua*",
