@@ -1,5 +1,5 @@
 //! From a configuration to a running gateway: what belongs to the process is built here, once; what belongs to a
-//! generation of the configuration is built by [`parts`] and put on by [`stage`], once for each.
+//! generation of the configuration is built by `parts` and put on by `stage`, once for each.
 //!
 //! The only place where names of the configuration become the things they name. Nothing here runs per request.
 

@@ -372,7 +372,7 @@ impl Proxy {
             return FailToProxy { error_code: status, can_reuse_downstream: false };
         }
         let client = session.as_downstream_mut();
-        client.set_keepalive(None);
+        write::end_connection(exchange, client);
         let written = write::answer_instead(exchange, client, answer).await;
         exchange.closes = written.is_ok() && exchange.control.is_none();
         if let Err(error) = &written {

@@ -1,7 +1,7 @@
 //! Reads an answer of HTTP/1 out of the bytes of a connection to an endpoint: a pure function of what has come.
 //!
 //! The rules are those of Pingora's client and stricter where RFC 9112 is: how a body is marked off says
-//! [`framing::answer`](crate::framing::answer), and chunks follow the grammar.
+//! [`framing::answer`], and chunks follow the grammar.
 
 use bytes::{Buf, Bytes, BytesMut};
 use http::{HeaderMap, Version, header};
