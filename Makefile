@@ -39,13 +39,13 @@ build: ## build target/release/forebay, with LTO
 	@$(TOOLS) build
 	$(CARGO) build --locked --release
 
-# Without LTO it is built in a fraction of the time and serves small requests at about a fifth more CPU.
+# Without LTO it is built in a fraction of the time.
 quick:
 	@$(TOOLS) build
-	@[ -x target/fast/forebay ] || echo "The first build takes 5 to 8 minutes on two cores; most of it is BoringSSL and crates that are built once."
+	@[ -x target/fast/forebay ] || echo "The first build takes several minutes; most of it is BoringSSL and crates that are built once."
 	$(CARGO) build --locked --profile fast --bin forebay
 
-release: ## build target/dist/release/forebay, with LTO and PGO: what packages hold; half an hour on two cores
+release: ## build target/dist/release/forebay, with LTO and PGO: what packages hold; takes long
 	@$(TOOLS) build release
 	conf/packaging/release.sh
 

@@ -2,7 +2,7 @@
 # Builds target/dist/release/forebay: with LTO over all crates, and with a profile of its own (PGO).
 #
 # It builds twice, first with counters, and then, after half a minute of training, with what they counted. Both builds
-# share one directory, so that BoringSSL is compiled once. From nothing it takes about half an hour on two quiet cores.
+# share one directory, so that BoringSSL is compiled once.
 #
 #   FOREBAY_PGO=off     builds once and does not train
 #   FOREBAY_TRAIN=10    seconds for each of the eight kinds of load; 4 by default

@@ -269,7 +269,7 @@ fn what_did_not_change_lives_on() {
     assert_eq!(tunnel.response().status, 101);
     assert_eq!(asks(&process), 200);
     let inflight = format!("forebay_endpoint_inflight{{endpoint=\"{}\"}}", origin.address());
-    assert_eq!(process.metric(&inflight), 1.0);
+    process.wait_metric(&inflight, |inflight| inflight == 1.0);
 
     for text in ["timeouts: { idle: 70s }", "timeouts: { idle: 80s }"] {
         setup.clone().listener(text).more("via: true").write();

@@ -357,7 +357,10 @@ fn a_backend_that_breaks_off_in_any_phase_leaves_nothing_behind() {
         let both = format!("buffering: {{ request: {{ mode: {mode} }}, response: {{ mode: {mode} }} }}");
         let setup = Setup::before_all(&[origin.address()]).listener("protocols: [http1, h2c]").spooling("");
         let process = setup.route(&both).spawn();
-        let idle = process.open_files().len();
+        // Every worker has begun once it has served somebody, and its own files are open.
+        assert_eq!(process.client().get("/bytes/1").status, 200);
+        process.wait_at_rest();
+        let idle = process.open_files().len() - origin.connections() as usize;
         for fault in ["close", "reset", "reset/100000", "early", "garbage", "half", "half/1MiB", "half-chunked"] {
             for protocol in Protocol::BOTH {
                 let mut exchange = Ask::put(MIB).to(format!("/fault/{fault}")).begin(protocol, process.web());
