@@ -218,7 +218,8 @@ impl Scene {
     /// Brings somebody there, and waits until the exchange is there.
     fn enter(&mut self, protocol: Protocol) -> Someone {
         let someone = self.approach(protocol);
-        if self.place != AnswerFromDisk {
+        // A pause that was seen may be over already.
+        if !matches!(self.place, AnswerFromDisk | Backoff) {
             self.process.wait_phase(self.place.phase());
         }
         match self.place {
