@@ -1,10 +1,57 @@
 //! The slow side of the gateway: clients' connections, from the accepted socket to the exchange and back to being
 //! parked.
 //!
-//! [`Front`] is what accepted sockets are handed to. On HTTP/1 it owns the keep-alive loop: park, read the header, check
-//! it, let the [`driver`] run one exchange, take the stream back, park again. On HTTP/2 [`http2`] owns the connection and
-//! every stream is an exchange of its own. What is refused before Pingora could see it is answered, counted and logged
-//! here.
+//! [`Front`] is what accepted sockets are handed to. On HTTP/1 it owns the keep-alive loop: park, read the header,
+//! check it, let the [`driver`] run one exchange, take the stream back, park again. On HTTP/2 [`http2`] owns the
+//! connection and every stream is an exchange of its own. What is refused before Pingora could see it is answered,
+//! counted and logged here.
+
+/// What a session of ours has to say of custom messages, which belong to protocols that are not HTTP: there are none.
+macro_rules! no_custom_messages {
+    () => {
+        fn take_custom_message_reader(
+            &mut self,
+        ) -> Option<Box<dyn futures::Stream<Item = Result<Bytes>> + Unpin + Send + Sync>> {
+            None
+        }
+
+        fn restore_custom_message_reader(
+            &mut self,
+            _reader: Box<dyn futures::Stream<Item = Result<Bytes>> + Unpin + Send + Sync>,
+        ) -> Result<()> {
+            Ok(())
+        }
+
+        fn take_custom_message_writer(&mut self) -> Option<Box<dyn CustomMessageWrite>> {
+            None
+        }
+
+        fn restore_custom_message_writer(&mut self, _writer: Box<dyn CustomMessageWrite>) -> Result<()> {
+            Ok(())
+        }
+    };
+}
+
+/// What a session of ours has to say of its connection: nothing, since the exchange knows that.
+macro_rules! no_connection {
+    () => {
+        fn digest(&self) -> Option<&Digest> {
+            None
+        }
+
+        fn digest_mut(&mut self) -> Option<&mut Digest> {
+            None
+        }
+
+        fn client_addr(&self) -> Option<&SocketAddr> {
+            None
+        }
+
+        fn server_addr(&self) -> Option<&SocketAddr> {
+            None
+        }
+    };
+}
 
 pub mod acceptor;
 pub mod account;
@@ -23,6 +70,7 @@ pub mod hello;
 pub mod http1;
 pub mod http2;
 pub mod intake;
+pub mod kept;
 pub mod lane;
 pub mod names;
 pub mod pace;
@@ -744,8 +792,9 @@ impl<P> Http2<P> {
         let _ = self.last.send(true);
     }
 
-    /// Ends when the client is to go on elsewhere because the gateway is about to stop, or the listener is gone. A connection that is used for
-    /// the first time only now is told so with its first stream: told earlier, it would be of no use.
+    /// Ends when the client is to go on elsewhere because the gateway is about to stop, or the listener is gone. A
+    /// connection that is used for the first time only now is told so with its first stream: told earlier, it would be
+    /// of no use.
     async fn is_to_move(&self) {
         let mut stopping = self.front.desk.ending.stopping.clone();
         tokio::select! {

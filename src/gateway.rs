@@ -37,7 +37,7 @@ use crate::admin::{self, Admin, Hosts, Readiness, trace};
 use crate::client::account::Accounts;
 use crate::client::connection::{Common, Inflight};
 use crate::client::cut::Cut;
-use crate::client::descriptors::Doorway;
+use crate::client::descriptors::{Doorway, Shares};
 use crate::client::driver::course::Reason;
 use crate::client::driver::{self, Driver};
 use crate::client::lane::{Door, Lanes};
@@ -100,7 +100,7 @@ impl Builder {
         self
     }
 
-    /// Has the gateway load this file again when it is told to: by SIGHUP, or at its admin endpoint.
+    /// Has the gateway load this file again on SIGHUP or at its admin endpoint.
     pub fn reloading(self, file: &Path) -> Self {
         Builder { file: Some(file.to_owned()), ..self }
     }
@@ -335,20 +335,6 @@ impl Gateway {
         let asked = Arc::new(Notify::new());
         let (mut admin, mut reception) = (None, None);
         if config.admin.enabled {
-            let bound = Socket::bind(&config.admin.address, config.admin.mode);
-            let socket = bound.map_err(|source| StartError::Listen {
-                listener: "admin".to_owned(),
-                address: config.admin.address.0.clone(),
-                source,
-            })?;
-            lock(&stage.places).push(Place::of("admin", &socket));
-            admin = socket.tcp;
-            let streams = usize::try_from(config.admin.streams.0).unwrap_or(usize::MAX);
-            let connections = usize::try_from(shares.admin(config.admin.connections.0)).unwrap_or(usize::MAX);
-            let hosts = Hosts::new(&config.admin);
-            let app = Admin::new(metrics.clone(), readiness.clone(), connections, streams, hosts);
-            let app = admin::upstreams::add(app, &stage.shown);
-            let app = trace::add(app, recorder, &stage.shown);
             let sources = Sources {
                 shown: stage.shown.clone(),
                 metrics: metrics.clone(),
@@ -356,17 +342,13 @@ impl Gateway {
                 loops: loops.clone(),
                 slow: depot.slow.clone(),
             };
-            let app = status::add(app, Status::new(sources));
-            let certified = config.admin.tls.as_ref().map(demands_certificates);
-            let app = app.with_token(config.admin.token.clone()).with_tls(certified);
+            let (app, socket) = admin_app(&config, &shares, sources, recorder)?;
+            lock(&stage.places).push(Place::of("admin", &socket));
+            admin = socket.tcp;
             reception = Some((app, socket));
         }
         if let Some(user) = user {
-            let become_it = user.become_it().and_then(|()| Disk::probe(Path::new(&config.server.spool_dir)));
-            become_it.map_err(|error| {
-                let message = format!("as this user, Forebay cannot go on: {error}");
-                wrong(vec![BuildError::new("server.user", message)])
-            })?;
+            become_user(&user, &config).map_err(|error| wrong(vec![error]))?;
         }
         if let Some(acme) = &running.acme {
             acme.probe().map_err(|error| wrong(vec![error]))?;
@@ -413,6 +395,36 @@ impl Gateway {
         };
         Ok(Gateway { server, stop, places, admin, log, tracer, loops })
     }
+}
+
+/// The admin endpoint of a process, and the socket on which it is to answer.
+fn admin_app(
+    config: &Config,
+    shares: &Shares,
+    sources: Sources,
+    recorder: Recorder,
+) -> Result<(Admin, Socket), StartError> {
+    let socket = Socket::bind(&config.admin.address, config.admin.mode).map_err(|source| StartError::Listen {
+        listener: "admin".to_owned(),
+        address: config.admin.address.0.clone(),
+        source,
+    })?;
+    let streams = usize::try_from(config.admin.streams.0).unwrap_or(usize::MAX);
+    let connections = usize::try_from(shares.admin(config.admin.connections.0)).unwrap_or(usize::MAX);
+    let hosts = Hosts::new(&config.admin);
+    let app = Admin::new(sources.metrics.clone(), sources.readiness.clone(), connections, streams, hosts);
+    let app = admin::upstreams::add(app, &sources.shown);
+    let app = trace::add(app, recorder, &sources.shown);
+    let app = status::add(app, Status::new(sources));
+    let certified = config.admin.tls.as_ref().map(demands_certificates);
+    Ok((app.with_token(config.admin.token.clone()).with_tls(certified), socket))
+}
+
+/// Goes on as the user of `server.user`, once everything that needs more rights is open.
+fn become_user(user: &User, config: &Config) -> Result<(), BuildError> {
+    user.become_it()
+        .and_then(|()| Disk::probe(Path::new(&config.server.spool_dir)))
+        .map_err(|error| BuildError::new("server.user", format!("Forebay cannot go on as this user: {error}")))
 }
 
 fn not_bound(listener: &config::Listener, source: std::io::Error) -> StartError {

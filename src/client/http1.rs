@@ -12,12 +12,10 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use bytes::{BufMut, Bytes, BytesMut};
-use futures::Stream as Messages;
 use http::{HeaderMap, Method, Version, header};
 use pingora::http::{IntoCaseHeaderName, RequestHeader, ResponseHeader, header_value_from_raw};
 use pingora::protocols::Digest;
 use pingora::protocols::http::HttpTask;
-use pingora::protocols::http::body_buffer::FixedBuffer;
 use pingora::protocols::http::custom::CustomMessageWrite;
 use pingora::protocols::http::custom::server::Session as CustomSession;
 use pingora::protocols::http::date::get_cached_date;
@@ -25,13 +23,11 @@ use pingora::protocols::l4::socket::SocketAddr;
 use pingora::{Error, ErrorType, Result};
 
 use super::head::FIELDS_MAX;
+use super::kept::Kept;
 use super::remains;
 use super::stream::{Bypass, ClientStream};
 use super::trailers::last_chunk;
 use crate::framing::{Body, Said, answer};
-
-/// So much of a body that is passed on as it comes is kept, to be sent again: as much as Pingora keeps.
-const KEPT_BYTES: usize = 64 << 10;
 
 /// See the module.
 pub struct Session {
@@ -44,7 +40,7 @@ pub struct Session {
     answered: Option<Box<ResponseHeader>>,
     /// How the body of the answer leaves, if it leaves by this session.
     framing: Body,
-    kept: Option<FixedBuffer>,
+    kept: Kept,
     read: usize,
     sent: usize,
 }
@@ -65,11 +61,11 @@ impl Session {
     ///
     /// # Errors
     ///
-    /// None that can be met.
+    /// If the header is not HTTP, which `head` has ruled out before.
     pub fn new(connection: &ClientStream, header: BytesMut, keeps: bool) -> Result<Session> {
         let (connection, request) = (connection.bypass(), read(header.freeze())?);
         let empty = connection.is_read();
-        let (answered, framing, kept) = (None, Body::None, None);
+        let (answered, framing, kept) = (None, Body::None, Kept::default());
         Ok(Session { connection, request, empty, keeps, answered, framing, kept, read: 0, sent: 0 })
     }
 
@@ -150,7 +146,7 @@ impl Session {
     async fn end(&mut self, trailers: Option<HeaderMap>) -> Result<()> {
         match std::mem::replace(&mut self.framing, Body::None) {
             Body::Chunked => self.connection.gather(&last_chunk(trailers.as_ref())),
-            // Nobody is to take what came for the whole.
+            // The client must not take what came for the whole.
             Body::Length(1..) => self.keeps = false,
             Body::UntilEnd => self.keeps = false,
             Body::None | Body::Length(0) => {}
@@ -212,9 +208,7 @@ impl CustomSession for Session {
         let piece = poll_fn(|cx| self.connection.poll_piece(cx)).await.map_err(unread)?;
         if let Some(piece) = &piece {
             self.read += piece.len();
-            if let Some(kept) = &mut self.kept {
-                kept.write_to_buffer(piece);
-            }
+            self.kept.push(piece);
         }
         Ok(piece)
     }
@@ -291,7 +285,7 @@ impl CustomSession for Session {
     async fn shutdown(&mut self, _code: u32, _context: &str) {
         self.keeps = false;
         let _ = poll_fn(|cx| self.connection.poll_close(cx)).await;
-        // It has ended in good order, and nobody need end it again.
+        // It has ended in good order and need not be ended again.
         self.connection.settle(None);
     }
 
@@ -323,23 +317,7 @@ impl CustomSession for Session {
         self.read
     }
 
-    // The exchange knows its connection; nothing asks the session about it.
-
-    fn digest(&self) -> Option<&Digest> {
-        None
-    }
-
-    fn digest_mut(&mut self) -> Option<&mut Digest> {
-        None
-    }
-
-    fn client_addr(&self) -> Option<&SocketAddr> {
-        None
-    }
-
-    fn server_addr(&self) -> Option<&SocketAddr> {
-        None
-    }
+    no_connection!();
 
     // The deadline for a request body is the intake's, and that for writing the connection's.
 
@@ -362,37 +340,18 @@ impl CustomSession for Session {
     }
 
     fn enable_retry_buffering(&mut self) {
-        self.kept.get_or_insert_with(|| FixedBuffer::new(KEPT_BYTES));
+        self.kept.begin();
     }
 
     fn retry_buffer_truncated(&self) -> bool {
-        self.kept.as_ref().is_some_and(FixedBuffer::is_truncated)
+        self.kept.is_truncated()
     }
 
     fn get_retry_buffer(&self) -> Option<Bytes> {
-        self.kept.as_ref().filter(|kept| !kept.is_truncated())?.get_buffer()
+        self.kept.bytes()
     }
 
-    // Custom messages belong to protocols that are not HTTP; there are none here.
-
-    fn take_custom_message_reader(&mut self) -> Option<Box<dyn Messages<Item = Result<Bytes>> + Unpin + Send + Sync>> {
-        None
-    }
-
-    fn restore_custom_message_reader(
-        &mut self,
-        _reader: Box<dyn Messages<Item = Result<Bytes>> + Unpin + Send + Sync>,
-    ) -> Result<()> {
-        Ok(())
-    }
-
-    fn take_custom_message_writer(&mut self) -> Option<Box<dyn CustomMessageWrite>> {
-        None
-    }
-
-    fn restore_custom_message_writer(&mut self, _writer: Box<dyn CustomMessageWrite>) -> Result<()> {
-        Ok(())
-    }
+    no_custom_messages!();
 }
 
 #[cfg(test)]
@@ -438,7 +397,7 @@ mod tests {
             ("GET / HTTP/1.1\r\nHost: a\r\nConnection: x, Close\r\n\r\n", "close", false),
             ("GET / HTTP/1.0\r\n\r\n", "close", false),
             ("GET / HTTP/1.0\r\nConnection: Keep-Alive\r\n\r\n", "keep-alive", true),
-            // Of a body that nobody has read the rest would be taken for the next request.
+            // The rest of an unread body would be taken for the next request.
             ("POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 9\r\n\r\n", "close", false),
         ] {
             let (mut client, stream, mut session) = asked(request).await;

@@ -16,13 +16,11 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use bytes::Bytes;
-use futures::Stream as Messages;
 use h2::server::SendResponse;
 use h2::{Reason, RecvStream, SendStream};
 use http::{HeaderMap, HeaderName, Method, Request, Response, header};
 use pingora::http::{RequestHeader, ResponseHeader};
 use pingora::protocols::http::HttpTask;
-use pingora::protocols::http::body_buffer::FixedBuffer;
 use pingora::protocols::http::custom::CustomMessageWrite;
 use pingora::protocols::http::custom::server::Session as CustomSession;
 use pingora::protocols::http::date::get_cached_date;
@@ -33,14 +31,12 @@ use pingora::{Error, ErrorType, OrErr, Result};
 use tokio::sync::watch;
 
 use super::connection::Listener;
+use super::kept::Kept;
 use super::remains;
 use super::stream::ClientStream;
 use crate::error::{Refusal, refusal};
 use conduct::Offence;
 use guard::{Guard, Watch};
-
-/// What is kept of a request body that is streamed, so that it can be sent again. As much as Pingora keeps on HTTP/1.
-const KEPT_BYTES: usize = 64 << 10;
 
 /// Fields that are about a connection of HTTP/1 and must not be on HTTP/2 (RFC 9113 §8.2.2).
 const OF_HTTP1: [HeaderName; 5] = [
@@ -242,7 +238,7 @@ pub struct Stream {
     answered: Option<Box<ResponseHeader>>,
     read: usize,
     sent: usize,
-    kept: Option<FixedBuffer>,
+    kept: Kept,
     write_timeout: Option<Duration>,
 }
 
@@ -260,7 +256,7 @@ impl Stream {
             answered: None,
             read: 0,
             sent: 0,
-            kept: None,
+            kept: Kept::default(),
             write_timeout: None,
         }
     }
@@ -357,9 +353,7 @@ impl CustomSession for Stream {
         let data = poll_fn(|cx| self.control.core().poll_read(cx)).await?;
         if let Some(data) = &data {
             self.read += data.len();
-            if let Some(kept) = &mut self.kept {
-                kept.write_to_buffer(data);
-            }
+            self.kept.push(data);
         }
         Ok(data)
     }
@@ -452,23 +446,7 @@ impl CustomSession for Stream {
         self.read
     }
 
-    // The exchange knows its connection; nothing asks the session about it.
-
-    fn digest(&self) -> Option<&Digest> {
-        None
-    }
-
-    fn digest_mut(&mut self) -> Option<&mut Digest> {
-        None
-    }
-
-    fn client_addr(&self) -> Option<&SocketAddr> {
-        None
-    }
-
-    fn server_addr(&self) -> Option<&SocketAddr> {
-        None
-    }
+    no_connection!();
 
     // The deadline for a request body is the intake's; nothing drains one that nobody wants.
 
@@ -493,35 +471,16 @@ impl CustomSession for Stream {
     }
 
     fn enable_retry_buffering(&mut self) {
-        self.kept.get_or_insert_with(|| FixedBuffer::new(KEPT_BYTES));
+        self.kept.begin();
     }
 
     fn retry_buffer_truncated(&self) -> bool {
-        self.kept.as_ref().is_some_and(FixedBuffer::is_truncated)
+        self.kept.is_truncated()
     }
 
     fn get_retry_buffer(&self) -> Option<Bytes> {
-        self.kept.as_ref().filter(|kept| !kept.is_truncated())?.get_buffer()
+        self.kept.bytes()
     }
 
-    // Custom messages belong to protocols that are not HTTP; there are none here.
-
-    fn take_custom_message_reader(&mut self) -> Option<Box<dyn Messages<Item = Result<Bytes>> + Unpin + Send + Sync>> {
-        None
-    }
-
-    fn restore_custom_message_reader(
-        &mut self,
-        _reader: Box<dyn Messages<Item = Result<Bytes>> + Unpin + Send + Sync>,
-    ) -> Result<()> {
-        Ok(())
-    }
-
-    fn take_custom_message_writer(&mut self) -> Option<Box<dyn CustomMessageWrite>> {
-        None
-    }
-
-    fn restore_custom_message_writer(&mut self, _writer: Box<dyn CustomMessageWrite>) -> Result<()> {
-        Ok(())
-    }
+    no_custom_messages!();
 }

@@ -9,11 +9,11 @@
 //! session back, so that keep-alive works as ever. It steps aside
 //! where the client and the endpoint agree on another protocol.
 //!
-//! While a response waits for its client, Pingora would read on into its channel. So the exchange is not polled then: its
-//! gate serves the client alone until there is room and a turn. Within one poll, too, Pingora would read some 300 KiB
-//! before it looks at the client. So the session leaves each poll only a few operations of tokio's cooperative budget, and
-//! none once the exchange is to wait; without that, 128 KiB of each of a thousand waiting exchanges were in Pingora's
-//! channels.
+//! While a response waits for its client, Pingora would read on into its channel. So the exchange is not polled then:
+//! its gate serves the client alone until there is room and a turn. Within one poll, too, Pingora would read some 300
+//! KiB before it looks at the client. So the session leaves each poll only a few operations of tokio's cooperative
+//! budget, and none once the exchange is to wait; without that, 128 KiB of each of a thousand waiting exchanges were in
+//! Pingora's channels.
 
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -130,7 +130,7 @@ impl Link {
         self.enter(Stage::Unconnected);
     }
 
-    /// Ready when there is no sense in waiting on in this phase: the client has gone, while nobody reads its body or
+    /// Ready when there is no sense in waiting on in this phase: the client has gone, while its body is not read or
     /// writes its answer, or the exchange is to end.
     pub fn poll_over(&self, cx: &mut Context<'_>, phase: Phase) -> Poll<Fault> {
         if let Some(over) = self.over() {
@@ -461,7 +461,8 @@ impl Gate for Link {
         // the answer nor after the client.
         wire.poll_writing(cx);
         if matches!(self.stage(), Stage::Sending | Stage::Waiting) && self.length().is_some() {
-            // Before Pingora hears of it: it would let the endpoint's connection go as it is, with what that has not taken.
+            // Before Pingora hears of it: it would let the endpoint's connection go as it is, with what that has not
+            // taken.
             self.watch(&mut wire, cx);
         }
         Poll::Ready(())
@@ -571,8 +572,8 @@ impl BufferedSession {
         let empty = !reads_past && own.is_body_empty();
         let intake = Intake::new(intake, empty, who.clone(), &depot, &lanes);
         let request = std::mem::replace(own.req_header_mut(), stub);
-        // Pingora's own settles with the first such question how the body is framed, and the stand-in says that there is
-        // none.
+        // Pingora's own settles with the first such question how the body is framed, and the stand-in says that there
+        // is none.
         let settled = !reads_past || own.is_custom() || own.is_body_done();
         debug_assert!(settled);
         let past = bypass.map(|bypass| Past::new(bypass, reads_past, head_only));
@@ -901,23 +902,7 @@ impl CustomSession for BufferedSession {
         usize::try_from(self.intake.received()).unwrap_or(usize::MAX)
     }
 
-    // The exchange knows its connection; nothing asks the session about it.
-
-    fn digest(&self) -> Option<&Digest> {
-        None
-    }
-
-    fn digest_mut(&mut self) -> Option<&mut Digest> {
-        None
-    }
-
-    fn client_addr(&self) -> Option<&SocketAddr> {
-        None
-    }
-
-    fn server_addr(&self) -> Option<&SocketAddr> {
-        None
-    }
+    no_connection!();
 
     // The timeouts of the client's own session were set before; those of Pingora do not reach it.
 
