@@ -110,7 +110,7 @@ const ANSWER: Duration = Duration::from_secs(30);
 const KEPT_SECONDS: u64 = 65;
 
 impl Admin {
-    /// One that shows these, has at most so many connections, at most so many answers under way that go on, and is
+    /// One that shows these, has at most this number of connections and of continuing answers, and is
     /// asked under the names of these hosts.
     pub fn new(metrics: Metrics, readiness: Readiness, seats_max: usize, streams_max: usize, hosts: Hosts) -> Self {
         let admin = Admin {
@@ -180,7 +180,7 @@ impl Admin {
         self
     }
 
-    /// What is answered, and at which path of the table. The body of a request is read only for whoever may change
+    /// What is answered, and at which path of the table. The body of a request is read only for clients that may change
     /// something.
     async fn answer(&self, http: &mut ServerSession) -> (&'static str, Answer) {
         let caller = self.caller(http);
@@ -369,7 +369,7 @@ async fn stream(
     Ok(None)
 }
 
-/// Hands a part of an answer over, unless nobody takes it in time.
+/// Hands a part of an answer over, unless the client does not take it in time.
 async fn in_time<T>(part: impl Future<Output = pingora::Result<T>>) -> pingora::Result<T> {
     let slow = || pingora::Error::e_explain(pingora::ErrorType::WriteTimedout, "it was not taken in time");
     within(ANSWER, NoClient::Operator, part).await.unwrap_or_else(slow)

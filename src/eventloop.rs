@@ -144,8 +144,8 @@ thread_local! {
     static POLLED_SINCE: Cell<Option<Instant>> = const { Cell::new(None) };
 }
 
-/// Says whether an exchange is to be polled at all. While it is closed, whoever closed it does what there is to do and
-/// has registered whatever opens it again.
+/// Says whether an exchange is to be polled at all. While it is closed, the party that closed it does what there is to
+/// do and has registered whatever opens it again.
 pub trait Gate: Send + Sync {
     /// Ready: the exchange may go on.
     fn poll_open(&self, cx: &mut Context<'_>, now: Instant) -> Poll<()>;

@@ -1,7 +1,7 @@
 //! Files that filters go by, and that are read again when they change: users, keys, lists of networks. One watcher for
 //! all.
 //!
-//! Who keeps something that a file holds gives [`Files::keep`] the names and is told when to look again. The system tells
+//! The owner of what a file holds gives the names to [`Files::keep`] and is called when to look again. The system tells
 //! of changes in the directories of the files, so that a file that is renamed to another is seen, and a link that is
 //! turned. Each is looked at every now and then as well, for not every file system tells.
 
@@ -92,7 +92,7 @@ impl Files {
         }
     }
 
-    /// Watches what is new, and forgets whom nobody has any more. The next time at which somebody is to look.
+    /// Watches what is new, and forgets owners that are gone. Returns the next time at which one is to look.
     fn attend(&self, watched: &mut Watched) -> Instant {
         let mut kept = self.kept();
         kept.retain(|kept| kept.keeper.strong_count() > 0);
@@ -272,7 +272,7 @@ mod tests {
     const NEVER: Duration = Duration::from_secs(3600);
 
     #[tokio::test]
-    async fn whoever_keeps_a_file_looks_when_it_changes_however_it_is_replaced() {
+    async fn the_owner_of_a_file_looks_when_it_changes_however_it_is_replaced() {
         let (dir, other) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
         let (files, looks, others) = (Files::default(), Arc::new(Looks::default()), Arc::new(Looks::default()));
         let file = dir.path().join("users");
@@ -283,7 +283,7 @@ mod tests {
             let files = files.clone();
             async move { files.run().await }
         });
-        // Nobody tells when the watch stands: writing goes on until it is seen.
+        // Nothing reports when the watch is set up: writing goes on until it is seen.
         let written = async {
             while looks.0.load(Ordering::SeqCst) == 0 {
                 std::fs::write(&file, "b").unwrap();

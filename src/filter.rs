@@ -262,10 +262,10 @@ pub struct Outcome {
 
 /// Something done to the exchanges of a route, at one or more stages of their life.
 ///
-/// Every stage but the end and those of trailers may wait for something and may refuse; waiting holds up this exchange only. A call that
-/// waits for longer than the `filter_timeout` of the route is dropped. The filters of a route are layers round its
-/// upstream, the first one outermost: requests pass them in the order of the list, responses and the end in the
-/// reverse. The first verdict other than [`Verdict::Continue`] ends a stage.
+/// Every stage but the end and those of trailers may wait for something and may refuse; waiting holds up this exchange
+/// only. A call that waits for longer than the `filter_timeout` of the route is dropped. The filters of a route are
+/// layers round its upstream, the first one outermost: requests pass them in the order of the list, responses and the
+/// end in the reverse. The first verdict other than [`Verdict::Continue`] ends a stage.
 ///
 /// A filter with a `when:` is called at no stage of an exchange for which that does not hold. It is asked once:
 /// before the request stage of the filter, or before the response stages if it reads the response.

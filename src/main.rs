@@ -4,9 +4,9 @@
 
 use std::process::ExitCode;
 
-/// Pingora allocates some seventy times per request, so the allocator is a fifth of what a small one costs. Measured with
-/// `make bench`, CPU per small request to nginx's: the system's 2.3, jemalloc 2.2, mimalloc 1.7. Small requests are every
-/// day, so mimalloc it is.
+/// Pingora allocates some seventy times per request, so the allocator is a fifth of what a small one costs. Measured
+/// with `make bench`, CPU per small request to nginx's: the system's 2.3, jemalloc 2.2, mimalloc 1.7. Small requests
+/// are every day, so mimalloc it is.
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
@@ -55,16 +55,17 @@ fn main() -> ExitCode {
     forebay::cli::main(forebay::gateway::Gateway::builder(), std::env::args_os())
 }
 
-/// mimalloc asks for huge pages for all of its heap. Where a crowd of slow clients makes that grow, the kernel clears 2 MiB at
-/// a time in the middle of a request, which takes milliseconds, and makes present 2 MiB where 64 KiB are needed. So only
-/// the beginning of the heap keeps them.
+/// mimalloc asks for huge pages for all of its heap. Where a crowd of slow clients makes that grow, the kernel clears 2
+/// MiB at a time in the middle of a request, which takes milliseconds, and makes present 2 MiB where 64 KiB are needed.
+/// So only the beginning of the heap keeps them.
 fn bound_huge_pages() {
     let probe = Box::new(0_u8);
     let Some((begin, end)) = mapping_around(std::ptr::from_ref(&*probe).addr()) else { return };
     let bound = (begin + HUGE_BYTES).next_multiple_of(2 << 20);
     if bound < end {
         let rest = std::ptr::with_exposed_provenance_mut(bound);
-        // SAFETY: the range is mapped, and the advice changes nothing that it holds. If it is not taken nothing is lost.
+        // SAFETY: the range is mapped, and the advice changes nothing that it holds. If it is not taken nothing is
+        // lost.
         unsafe { libc::madvise(rest, end - bound, libc::MADV_NOHUGEPAGE) };
     }
 }

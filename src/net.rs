@@ -2,8 +2,8 @@
 
 use std::os::fd::RawFd;
 
-/// Bytes of a connection that were sent and that the peer's host has not acknowledged; a FIN counts as one. 0 for what is
-/// no socket.
+/// Bytes of a connection that were sent and that the peer's host has not acknowledged; a FIN counts as one. 0 for what
+/// is no socket.
 pub fn unacknowledged(socket: RawFd) -> usize {
     let mut bytes: libc::c_int = 0;
     // SAFETY: the pointer is to an integer, which is what this request fills; a wrong descriptor is an error.

@@ -9,8 +9,8 @@
 #![doc = include_str!("origin/paths.txt")]
 //! ```
 //!
-//! The path is understood in `behaviour`, carried out in `answer` and `websocket`; `wire` is the connection, and `digest`
-//! compares what came with what was sent.
+//! The path is understood in `behaviour`, carried out in `answer` and `websocket`; `wire` is the connection, and
+//! `digest` compares what came with what was sent.
 
 mod answer;
 mod behaviour;

@@ -61,7 +61,7 @@ pub fn address(text: &mut Vec<u8>, address: IpAddr) {
     }
 }
 
-/// Writes a number with at least so many digits.
+/// Writes a number with at least this number of digits.
 pub fn digits(text: &mut Vec<u8>, mut number: u64, least: usize) {
     if number < 10 && least == 1 {
         return text.push(b'0' + number as u8);

@@ -357,7 +357,8 @@ impl Proxy {
         *self.stopping.borrow() || leaves()
     }
 
-    /// A filter has answered in place of the endpoint. The client's connection of HTTP/1 ends with it, as with a refusal.
+    /// A filter has answered in place of the endpoint. The client's connection of HTTP/1 ends with it, as with a
+    /// refusal.
     async fn answer_instead(
         &self,
         session: &mut Session,

@@ -140,7 +140,7 @@ pub struct Spoken {
     pub http1: bool,
     /// It is spoken over TLS.
     pub tls: bool,
-    /// The endpoint is told first of the client that a connection is for.
+    /// The endpoint first gets the address of the client that a connection is for.
     pub proxy_protocol: bool,
 }
 
@@ -237,8 +237,8 @@ impl Upstream {
         Ok(upstream)
     }
 
-    /// Whether everything but the list of endpoints, how one is chosen and how they are judged is as it is written here:
-    /// then an endpoint that stays is the same one.
+    /// Whether everything but the list of endpoints, how one is chosen and how they are judged is as it is written
+    /// here: then an endpoint that stays is the same one.
     fn serves_as(&self, written: &config::Upstream) -> bool {
         let mut own = self.written.clone();
         own.endpoints = written.endpoints.clone();
@@ -252,8 +252,8 @@ impl Upstream {
     }
 
     /// Takes the place of `before`, which has the same name. Endpoints that stay keep what they have in flight and all
-    /// that is known of them, as far as both are connected to and limited in the same way; else they begin with what was
-    /// known of their health. Not for workers.
+    /// that is known of them, as far as both are connected to and limited in the same way; else they begin with what
+    /// was known of their health. Not for workers.
     pub fn succeed(&self, before: &Upstream) {
         let now = Instant::now();
         let earlier = before.members.load();
@@ -274,7 +274,7 @@ impl Upstream {
                 endpoint.resemble(earlier);
             }
             match (&self.checks, &before.checks) {
-                // Nobody would ever find it well again, or ill.
+                // No check would ever change that.
                 (None, _) => {
                     endpoint.set_health(Health::Unknown, true, now);
                 }
@@ -502,8 +502,8 @@ impl Upstream {
     }
 
     /// Gives an order to the endpoints that are called so, by their label or by their address, which it is enough to
-    /// have in common with one of them; tells which these are. It holds for as long as the process has an upstream of this
-    /// name. Not for workers.
+    /// have in common with one of them; tells which these are. It holds for as long as the process has an upstream of
+    /// this name. Not for workers.
     pub fn order(&self, name: &str, order: Order) -> Vec<Arc<Endpoint>> {
         let now = Instant::now();
         let members = self.members.load();

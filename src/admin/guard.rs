@@ -1,6 +1,6 @@
 //! Who is answered by the admin endpoint, and who may change anything through it.
 //!
-//! Whoever has shown the token, or a certificate that is demanded, may. Where nothing of the kind is asked for, a
+//! A client with the token, or with a certificate that is demanded, may. Where nothing of the kind is asked for, a
 //! change must come from this machine: from loopback or over the unix socket. That is not enough, for a browser on this
 //! machine sends what any page on the web tells it to. Browsers say whose page it was (`Origin`, `Sec-Fetch-Site`), and
 //! programs such as curl say nothing of the kind; so what comes from a page must come from our own. A page may also

@@ -1,7 +1,7 @@
 //! The status page: one file of HTML in the program, which shows what `/status/events` says.
 //!
-//! A browser gets it at `/` and at `/status`; whoever does not ask for HTML gets the index and the document. It needs nothing
-//! else, and is allowed nothing else: its policy (CSP) names its own script and style by their digests.
+//! A browser gets it at `/` and at `/status`; whoever does not ask for HTML gets the index and the document. It needs
+//! nothing else, and is allowed nothing else: its policy (CSP) names its own script and style by their digests.
 
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;

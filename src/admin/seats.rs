@@ -34,7 +34,7 @@ struct Taken {
 pub struct Seat(Arc<Seats>);
 
 impl Seats {
-    /// At most so many, and at least one.
+    /// At most this number of seats, and at least one.
     pub fn new(most: usize, metrics: AdminMetrics) -> Arc<Seats> {
         Arc::new(Seats { most: most.max(1), metrics, taken: Mutex::default() })
     }
@@ -134,7 +134,7 @@ mod tests {
         assert_eq!(shorter.as_mut().now_or_never(), None);
         let third = seats.take();
         assert!(third.is_some());
-        assert_eq!(longest.as_mut().now_or_never(), Some(None), "it is told to go");
+        assert_eq!(longest.as_mut().now_or_never(), Some(None), "it has to go");
         assert_eq!(shorter.as_mut().now_or_never(), None, "and no other");
         drop((longest, shorter));
         drop((first, second, third));

@@ -1,8 +1,8 @@
 //! `/status`: how the gateway is at this moment, as one document.
 //!
-//! It is a stable interface: `conf/manual/status.md` says what every field means, `forebay top` and the status page read
-//! nothing else. All of it is put together when somebody asks, on the admin endpoint's thread, from what is counted anyway;
-//! what grows is a count since the start, so that whoever asks twice has a rate.
+//! It is a stable interface: `conf/manual/status.md` says what every field means, `forebay top` and the status page
+//! read nothing else. All of it is put together when somebody asks, on the admin endpoint's thread, from what is
+//! counted anyway; what grows is a count since the start, so that whoever asks twice has a rate.
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
@@ -106,7 +106,8 @@ pub struct Document {
     pub spools: SpoolStatus,
     /// What Forebay itself refused or cut, by reason: how often. What never happened is left out.
     pub refusals: BTreeMap<String, u64>,
-    /// The upper bounds of the buckets below, in seconds; each list of counts has one more, for what is beyond the last.
+    /// The upper bounds of the buckets below, in seconds; each list of counts has one more, for what is beyond the
+    /// last.
     pub bounds: Bounds,
 }
 
@@ -136,8 +137,8 @@ impl From<Distribution> for Times {
     }
 }
 
-/// A worker and its event loop. What is missing cannot be known: of workers that share their tasks, or in a build without
-/// `tokio_unstable`.
+/// A worker and its event loop. What is missing cannot be known: of workers that share their tasks, or in a build
+/// without `tokio_unstable`.
 #[derive(Clone, Debug, Default, Deserialize, Serialize)]
 #[serde(default)]
 pub struct WorkerStatus {
@@ -574,8 +575,8 @@ fn routed(name: &str, upstreams: &[String], figures: RouteFigures) -> RouteStatu
     }
 }
 
-/// Estimates a quantile of what was counted in buckets, as Prometheus does: evenly within a bucket, and no more than the
-/// last bound. `None` if nothing was counted.
+/// Estimates a quantile of what was counted in buckets, as Prometheus does: evenly within a bucket, and no more than
+/// the last bound. `None` if nothing was counted.
 pub fn quantile(bounds: &[f64], buckets: &[u64], quantile: f64) -> Option<f64> {
     let total: u64 = buckets.iter().sum();
     if total == 0 {

@@ -1,7 +1,7 @@
 //! `POST /trace`: records the phases of the next exchanges that match, and tells each as it ends, a line of JSON each.
 //!
-//! The first line says that recording has begun, so that whoever reads it may send what is to be recorded; the last one why it
-//! has ended. `conf/manual/trace.md` says what stands in between; `forebay trace` draws it.
+//! The first line says that recording has begun, so that whoever reads it may send what is to be recorded; the last one
+//! why it has ended. `conf/manual/trace.md` says what stands in between; `forebay trace` draws it.
 
 use std::future::ready;
 use std::net::IpAddr;

@@ -1,8 +1,8 @@
 //! `/upstreams`: every endpoint as it is at this moment, and what the operator may order of it.
 //!
 //! GET shows all upstreams, or one. POST takes an endpoint out, puts it back or gives it another weight, until that is
-//! undone; every such change is logged. An endpoint is called by its address as written, which means all addresses of that
-//! name, or by the address that was found. `conf/manual/upstreams.md` says what every field means.
+//! undone; every such change is logged. An endpoint is called by its address as written, which means all addresses of
+//! that name, or by the address that was found. `conf/manual/upstreams.md` says what every field means.
 
 use std::collections::BTreeMap;
 use std::future::ready;

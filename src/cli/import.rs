@@ -9,7 +9,7 @@ use super::{Failure, complain, print};
 use crate::gateway::Builder;
 use crate::import::{self, Error, Fate};
 
-/// What `forebay import` is told.
+/// The arguments of `forebay import`.
 #[derive(Args)]
 #[command(after_help = "\
 The configuration goes to standard output, or to the file of --output; the report goes to standard error.

@@ -11,7 +11,7 @@ use super::{Failure, print};
 use crate::config::Address;
 use crate::gateway::Builder;
 
-/// What `forebay init` is told.
+/// The arguments of `forebay init`.
 #[derive(Args)]
 pub struct Init {
     /// The file to write; it must not exist yet

@@ -10,7 +10,7 @@ use crate::printable::shown;
 
 /// What a client or a backend did wrong is in the access log, with its reason. Pingora and h2 tell it here too, most of
 /// it as warnings, so that strangers could fill the log; and to Pingora's connector a kept connection that was closed
-/// is an error. Whoever can send a datagram can forge an answer of the DNS; the resolver warns of each that it ignores.
+/// is an error. Anyone who can send a datagram can forge a DNS answer; the resolver warns of each that it ignores.
 const DEFAULT: &str = "info,pingora=error,pingora_core=error,pingora_core::apps=off,pingora_core::connectors=off,\
                        pingora_proxy=error,h2=error,hickory_net=error";
 

@@ -1,7 +1,7 @@
 //! `forebay man`: writes the manual pages that packages bring, one for each command and one for the configuration file.
 //!
-//! They are made of what `--help` prints and of `conf/full.yaml`, so that they cannot fall behind either. The command is
-//! hidden: people who install a package have the pages already.
+//! They are made of what `--help` prints and of `conf/full.yaml`, so that they cannot fall behind either. The command
+//! is hidden: people who install a package have the pages already.
 
 use std::fs;
 use std::path::Path;

@@ -19,7 +19,7 @@ use throwaway::Throwaway;
 /// The name of the file in errors: there is none.
 const NAME: &str = "forebay proxy";
 
-/// What `forebay proxy` is told.
+/// The arguments of `forebay proxy`.
 #[derive(Args)]
 #[command(after_help = "\
 Examples:
@@ -32,12 +32,12 @@ pub struct Proxy {
     /// Where clients connect: `127.0.0.1:8080`, `:8080` for every address of this machine, or `unix:/path`
     #[arg(long, value_name = "ADDRESS", default_value = "127.0.0.1:8080", value_parser = from)]
     from: Address,
-    /// A backend: `host:3000`, `:3000` for this machine, `https://host`, `h2c://host:50051` or `unix:/path`; several share
-    /// the requests
+    /// A backend: `host:3000`, `:3000` for this machine, `https://host`, `h2c://host:50051` or `unix:/path`; several
+    /// share the requests
     #[arg(long, value_name = "BACKEND", required = true, value_parser = backend)]
     to: Vec<Backend>,
-    /// HTTPS: with CERT,KEY (files in PEM), or for NAME with a certificate from Let's Encrypt, or without either with one
-    /// for `localhost` that is made for this run
+    /// HTTPS: with CERT,KEY (files in PEM), or for NAME with a certificate from Let's Encrypt, or without either with
+    /// one for `localhost` that is made for this run
     #[arg(long, value_name = "CERT,KEY | NAME", num_args = 0..=1, default_missing_value = "", value_parser = certificate)]
     tls: Option<Certificate>,
     /// Requests of one client, such as `20/s` or `600/m`; what comes above that is answered 429

@@ -19,7 +19,7 @@ const PATIENCE: Duration = Duration::from_secs(60);
 /// How often it is asked whether a gateway has stopped.
 const LOOK: Duration = Duration::from_millis(100);
 
-/// What `forebay stop` is told.
+/// The arguments of `forebay stop`.
 #[derive(Args)]
 pub struct Stop {
     #[command(flatten)]

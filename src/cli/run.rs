@@ -111,7 +111,7 @@ pub fn cannot_listen(place: &str, error: &Error) -> String {
         ErrorKind::PermissionDenied if place.starts_with("unix:") => "; the directory must be writable for this user",
         ErrorKind::PermissionDenied => "; ports under 1024 need CAP_NET_BIND_SERVICE",
         ErrorKind::AddrInUse => "; another process listens there",
-        ErrorKind::AlreadyExists => "; what is there is no socket, and is not removed",
+        ErrorKind::AlreadyExists => "; a file that is not a socket has this name, and is not removed",
         ErrorKind::AddrNotAvailable => "; no interface of this machine has it",
         _ => "",
     };
@@ -138,7 +138,7 @@ mod tests {
         );
         assert_eq!(
             cannot_listen("unix:/run/forebay.sock", &ErrorKind::AlreadyExists.into()),
-            "cannot listen on unix:/run/forebay.sock: entity already exists; what is there is no socket, and is not removed"
+            "cannot listen on unix:/run/forebay.sock: entity already exists; a file that is not a socket has this name, and is not removed"
         );
         assert_eq!(
             refused("unix:/run/forebay.sock", libc::EACCES),

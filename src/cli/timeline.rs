@@ -1,8 +1,9 @@
 //! `forebay timeline` (`make demo`): one worker, four clients, and what its event loop did, cycle by cycle.
 //!
-//! A gateway runs in this process with one worker, before an origin of its own. A client reads slowly, one sends half a body and
-//! later the rest, one asks for what the backend has late, and one is fast. Their exchanges are recorded as `forebay trace`
-//! records any, and [`steps`] makes of the records what is printed: nothing here knows in which order things will happen.
+//! A gateway runs in this process with one worker, before an origin of its own. A client reads slowly, one sends half a
+//! body and later the rest, one asks for what the backend has late, and one is fast. Their exchanges are recorded as
+//! `forebay trace` records any, and [`steps`] makes of the records what is printed: nothing here knows in which order
+//! things will happen.
 
 mod steps;
 

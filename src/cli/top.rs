@@ -1,7 +1,8 @@
 //! `forebay top`: how a running gateway does, on a terminal.
 //!
-//! A thread asks for `/status` again and again; this one draws what came and obeys keys, so that a gateway that does not
-//! answer holds up nobody's keyboard. What is shown is put together in [`sheet`], without a terminal; [`view`] draws it.
+//! A thread asks for `/status` again and again; this one draws what came and obeys keys, so that a gateway that does
+//! not answer holds up nobody's keyboard. What is shown is put together in [`sheet`], without a terminal; [`view`]
+//! draws it.
 
 mod history;
 mod sheet;

@@ -101,7 +101,7 @@ impl Acceptor {
                 }
             }
         }
-        // Whoever has connected already is not to find the connection reset.
+        // Clients that have connected already must not be reset.
         while let Ok(Some(stream)) = open.accept_waiting() {
             self.hand_over(stream, &front, &stop);
         }
@@ -133,7 +133,7 @@ impl Drop for Acceptor {
     fn drop(&mut self) {
         let unused = self.socket.get_mut().unwrap_or_else(PoisonError::into_inner).take();
         if let (Some(_), Some(file)) = (unused, &self.file) {
-            // Nobody is left to tell if it is gone already.
+            // The receiver may be gone already.
             let _ = std::fs::remove_file(file);
         }
     }

@@ -48,7 +48,7 @@ impl Terms {
 }
 
 impl Accounts {
-    /// None yet. There are so many listeners, each of which has limits of its own; addresses of `exempt` proxies have
+    /// None yet. `listeners` is their number; each has limits of its own; addresses of `exempt` proxies have
     /// no account.
     pub fn new(prefix: Ipv6Prefix, exempt: &[Proxy], listeners: usize) -> Arc<Self> {
         let terms = ArcSwap::from_pointee(Terms::new(prefix, exempt));
@@ -249,7 +249,7 @@ mod tests {
     }
 
     #[test]
-    fn a_listener_that_is_added_has_limits_of_its_own_for_whoever_is_here_already() {
+    fn a_listener_that_is_added_has_limits_of_its_own_for_clients_that_are_known() {
         let accounts = accounts(&[]);
         let account = account(&accounts, "192.0.2.1");
         let before = account.enter(Quota::Connections, 1, 1);

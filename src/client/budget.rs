@@ -2,8 +2,8 @@
 //!
 //! A spool owns a [`Share`] and tells it of every byte that it takes or lets go; the sums stand in the [`Budget`]. As
 //! memory fills, three rungs are climbed. *Spill*, from three quarters: spools keep nothing new in memory that they
-//! could write to disk. *Pause*, from fifteen sixteenths: nobody takes more until something was let go. *Shed*, from
-//! the limit, which first pieces can still fill: new exchanges are turned away, which is the proxy's to do.
+//! could write to disk. *Pause*, from fifteen sixteenths: no spool takes more until something was released. *Shed*,
+//! from the limit, which first pieces can still fill: new exchanges are turned away, which is the proxy's to do.
 //!
 //! Of all this, answers may have a share, so that something is left for uploads, and each client may have a share in
 //! each direction. The first two rungs hold within these shares as well; of the disk, [`shares`](super::shares) says

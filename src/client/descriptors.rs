@@ -1,10 +1,11 @@
 //! How the open files that the process may have are shared out, so that no crowd of clients uses up what others need.
 //!
 //! Each client connection is an open file, and so are each connection to a backend and each spool file. A process that
-//! has as many as it may can neither accept nor connect, and says so to everybody. [`Shares`] therefore gives clients and
-//! spools a share each and leaves the rest to backends and to Forebay itself; [`Doorway`] stops accepting before that rest
-//! is used up. The kernel gives a new descriptor the lowest number that is free: as long as one below a line is free, what
-//! is above the line is free as well. So nothing has to be counted, and what others in the process open counts, too.
+//! has as many as it may can neither accept nor connect, and says so to everybody. [`Shares`] therefore gives clients
+//! and spools a share each and leaves the rest to backends and to Forebay itself; [`Doorway`] stops accepting before
+//! that rest is used up. The kernel gives a new descriptor the lowest number that is free: as long as one below a line
+//! is free, what is above the line is free as well. So nothing has to be counted, and what others in the process open
+//! counts, too.
 
 use std::fmt;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
@@ -35,8 +36,8 @@ pub struct Shares {
 }
 
 impl Shares {
-    /// Of `limit` open files Forebay itself needs `own`; `clients` and `spools`, as ratios, are what connections of clients
-    /// and spool files may have of the others.
+    /// Of `limit` open files Forebay itself needs `own`; `clients` and `spools`, as ratios, are what connections of
+    /// clients and spool files may have of the others.
     pub fn new(limit: u64, own: u64, clients: f64, spools: f64) -> Shares {
         let others = limit.saturating_sub(own);
         let share = |ratio: f64| (others as f64 * ratio) as u64;
@@ -76,8 +77,8 @@ impl Shares {
         written.min((self.rest / 4).max(2))
     }
 
-    /// How many requests one client may have under way where `written` are allowed: no more than a quarter as many as there
-    /// may be connections, unless it is not limited at all. Each can take a connection to a backend.
+    /// How many requests one client may have under way where `written` are allowed: no more than a quarter as many as
+    /// there may be connections, unless it is not limited at all. Each can take a connection to a backend.
     pub fn requests_of_client(&self, written: u64) -> u64 {
         if written == u64::MAX { written } else { written.min((self.clients / 4).max(1)) }
     }
@@ -88,8 +89,8 @@ impl Shares {
         line(self.limit - (self.rest / 2).min(self.limit))
     }
 
-    /// A connection to a backend is made while a descriptor below this one is free. What is above is for the admin endpoint,
-    /// name look-ups and files of Forebay itself.
+    /// A connection to a backend is made while a descriptor below this one is free. What is above is for the admin
+    /// endpoint, name look-ups and files of Forebay itself.
     pub fn backends_below(&self) -> RawFd {
         line(self.limit - (self.rest / 8).min(self.limit))
     }

@@ -46,7 +46,7 @@ pub trait Driven: ProxyHttp {
 /// How the driver works.
 #[derive(Clone, Copy, Debug)]
 pub struct Terms {
-    /// How many connections a worker keeps that nobody uses.
+    /// How many idle connections a worker keeps.
     pub pool: usize,
     /// How many attempts an exchange has at most.
     pub attempts: usize,
@@ -89,7 +89,7 @@ where
             Ok(false) => return None,
             Err(error) => {
                 if *error.etype() == ErrorType::InvalidHTTPHeader {
-                    // If that fails, too, there is nobody left to tell.
+                    // If that fails, too, the client has gone.
                     let _ = client.respond_error(400).await;
                 }
                 client.shutdown().await;

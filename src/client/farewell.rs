@@ -1,9 +1,10 @@
 //! The time between the last byte that is written to a client and the close of its connection.
 //!
-//! The kernel resets a connection that is closed while bytes from its peer are unread, or when such bytes come later, and a
-//! reset destroys what the peer has not taken yet. Credit for flow control of HTTP/2 and pipelined requests are such bytes.
-//! So a connection is first shut in one direction, then read on until the client closes it, too. This type bounds
-//! that time: a client that has everything is waited for briefly, one that still takes bytes for as long as it does.
+//! The kernel resets a connection that is closed while bytes from its peer are unread, or when such bytes come later,
+//! and a reset destroys what the peer has not taken yet. Credit for flow control of HTTP/2 and pipelined requests are
+//! such bytes. So a connection is first shut in one direction, then read on until the client closes it, too. This type
+//! bounds that time: a client that has everything is waited for briefly, one that still takes bytes for as long as it
+//! does.
 
 use std::future::Future;
 use std::pin::Pin;
@@ -34,8 +35,9 @@ impl Farewell {
         Farewell { tick: Box::pin(tokio::time::sleep_until(now + TICK)), unsent, since: now }
     }
 
-    /// Ready when the wait is over. `state` tells how much the client has not taken, and whether the connection is still
-    /// busy, which starts the wait anew. `patience` bounds the time in which the client takes nothing of what there is.
+    /// Ready when the wait is over. `state` tells how much the client has not taken, and whether the connection is
+    /// still busy, which starts the wait anew. `patience` bounds the time in which the client takes nothing of what
+    /// there is.
     pub fn poll(
         &mut self,
         cx: &mut Context<'_>,

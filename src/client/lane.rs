@@ -1,28 +1,29 @@
 //! The paced lane: bulk takes turns, so that it never hurts the latency of what is small.
 //!
-//! Without it, a thousand large answers that arrive at once are a thousand times some milliseconds of copying before the
-//! next small request has its turn. So once a crowd of exchanges moves much, each asks its worker's lane for a turn, in two
-//! classes: what *passes*, straight to a client that takes it or from one that sends, and what is *spooled*, answers for
-//! which nobody waits. Turns are paid for in the time that they take, and each class has a share of the worker's time that
-//! grows while the rounds of the event loop are short and is cut back when one is long: so what passes has all the time that
-//! nobody else wants, what is spooled at most a part of it, and a round is short.
+//! Without it, a thousand large answers that arrive at once are a thousand times some milliseconds of copying before
+//! the next small request has its turn. So once a crowd of exchanges moves much, each asks its worker's lane for a
+//! turn, in two classes: what *passes*, straight to a client that takes it or from one that sends, and what is
+//! *spooled*, answers for which nobody waits. Turns are paid for in the time that they take, and each class has a share
+//! of the worker's time that grows while the rounds of the event loop are short and is cut back when one is long: so
+//! what passes has all the time that nobody else wants, what is spooled at most a part of it, and a round is short.
 //!
 //! In both classes whoever is nearest to the end comes first, so that most backends are released soonest; every eighth
-//! turn goes to whoever has waited longest, so that nobody starves. While the disk threads have enough to do, whoever needs
-//! them has no turn: what they have not written yet would wait in memory.
+//! turn goes to whoever has waited longest, so that nobody starves. While the disk threads have enough to do, whoever
+//! needs them has no turn: what they have not written yet would wait in memory.
 //!
-//! A crowd that arrives at once is no bulk yet, but a thousand connections that each begin an exchange are in one round what
-//! bulk may never be: everybody else waits until the last of them has parsed its header and called its endpoint. So a round
-//! takes few connections from the kernel ([`Door`]), and what is done for newcomers ([`Newcomer`]), up to the first byte
-//! of their first answer, is a class of its own: who has been served before waits for few of them.
+//! A crowd that arrives at once is no bulk yet, but a thousand connections that each begin an exchange are in one round
+//! what bulk may never be: everybody else waits until the last of them has parsed its header and called its endpoint.
+//! So a round takes few connections from the kernel ([`Door`]), and what is done for newcomers ([`Newcomer`]), up to
+//! the first byte of their first answer, is a class of its own: who has been served before waits for few of them.
 //!
 //! # What was tried
 //!
 //! - A rate in bytes instead of time: the cost of a byte varies tenfold with the memory that it lands in.
-//! - Charging the first poll of a turn alone: rounds took 2 ms where half a millisecond was meant. All polls of an exchange
-//!   count until it waits again.
+//! - Charging the first poll of a turn alone: rounds took 2 ms where half a millisecond was meant. All polls of an
+//!   exchange count until it waits again.
 //! - One queue for both classes: slow clients held up the fast ones.
-//! - More than 0.3 of a worker for what is spooled: small requests felt the disk threads and the endpoints it keeps busy.
+//! - More than 0.3 of a worker for what is spooled: small requests felt the disk threads and the endpoints that it
+//!   keeps busy.
 //! - As much time for new connections as for all others together, or a fixed time in every round: they cause more than
 //!   they cost, and a fast client's p99 was three times as high.
 
@@ -74,12 +75,12 @@ const SPOOL: Terms = Terms { least: 0.1, most: 0.3, saved: Duration::from_micros
 /// The shortest pause between two turns in which the worker sleeps, and the longest while somebody waits.
 const PAUSE_LEAST: Duration = Duration::from_micros(200);
 const PAUSE_MOST: Duration = Duration::from_millis(20);
-/// The pause while all that there is to do needs the disk threads, and they are busy; and for how long they are waited for here:
-/// then each exchange waits for itself, and has a deadline.
+/// The pause while all that there is to do needs the disk threads, and they are busy; and for how long they are waited
+/// for here: then each exchange waits for itself, and has a deadline.
 const DISK_PAUSE: Duration = Duration::from_millis(1);
 const DISK_PAUSES_MOST: Duration = Duration::from_secs(1);
-/// A turn that has not come by then is given whatever it costs: it is about who is first, and nobody is to fail for it. So
-/// often is looked who is overdue, for that is a look at all.
+/// A turn that has not come by then is given whatever it costs: turns decide who is first, and no exchange may fail for
+/// one. Overdue turns are looked for at intervals, since each look visits all that wait.
 const TURN_MOST: Duration = Duration::from_secs(10);
 const TURN_LOOK: Duration = Duration::from_millis(250);
 
@@ -138,11 +139,11 @@ impl Lanes {
     }
 }
 
-/// Takes few connections in one round of the event loop, and none while open files are short: the kernel keeps the others
-/// meanwhile.
+/// Takes few connections in one round of the event loop, and none while open files are short: the kernel keeps the
+/// others meanwhile.
 ///
-/// Pingora would take 128, for that is how many operations tokio lets a task go on with in one poll. So each is made to count
-/// for more than one.
+/// Pingora would take 128, for that is how many operations tokio lets a task go on with in one poll. So each is made to
+/// count for more than one.
 #[derive(Debug)]
 pub struct Door(pub Doorway);
 
@@ -350,8 +351,8 @@ impl Lane {
         Some(self.queue(Class::Newcomer, 0, false))
     }
 
-    /// Queues for a turn. `missing` is how many bytes are still to come, `u64::MAX` if nobody knows; `disk` whether they need
-    /// the disk threads.
+    /// Queues for a turn. `missing` is how many bytes are still to come, `u64::MAX` if nobody knows; `disk` whether
+    /// they need the disk threads.
     pub fn queue(self: &Arc<Self>, class: Class, missing: u64, disk: bool) -> Turn {
         let mut queues = self.lock();
         let track = queues.of(class);
@@ -376,8 +377,8 @@ impl Lane {
         self.lock().of(class).time.took(time);
     }
 
-    /// A round of the event loop is over: hands out the turns that are due. Says for how long there is nothing to do, or
-    /// `None` if nobody waits, and then nobody drives the lane any more.
+    /// A round of the event loop is over: hands out the turns that are due. Says for how long there is nothing to do,
+    /// or `None` if nobody waits, and then nobody drives the lane any more.
     fn round(&self, since: Instant) -> Option<Duration> {
         let now = Instant::now();
         let lag = now - since;
@@ -504,8 +505,8 @@ async fn drive(lane: Arc<Lane>) {
         let since = Instant::now();
         tokio::task::yield_now().await;
         match lane.round(since) {
-            // Timers count whole milliseconds. What is much shorter is a few rounds of the loop; longer ones would keep the disk
-            // threads from a CPU that this worker has no use for.
+            // Timers count whole milliseconds. What is much shorter is a few rounds of the loop; longer ones would keep
+            // the disk threads from a CPU that this worker has no use for.
             Some(pause) if pause < PAUSE_LEAST => {}
             Some(pause) => tokio::time::sleep(pause).await,
             None => return,
@@ -578,8 +579,8 @@ impl Average {
     }
 }
 
-/// The share of the worker's time that a class may use: more by a little while rounds are short, less by much when one is
-/// long.
+/// The share of the worker's time that a class may use: more by a little while rounds are short, less by much when one
+/// is long.
 struct Share {
     terms: Terms,
     now: f64,

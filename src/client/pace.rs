@@ -17,7 +17,8 @@ pub struct Pace {
 }
 
 impl Pace {
-    /// A minimum of `rate` bytes a second, none if it is 0, with a `grace` that cannot be saved beyond its first amount.
+    /// A minimum of `rate` bytes a second, none if it is 0, with a `grace` that cannot be saved beyond its first
+    /// amount.
     pub fn new(rate: u64, grace: Duration) -> Self {
         Pace { rate, grace, left: grace }
     }

@@ -90,7 +90,7 @@ impl Places {
         self.most.load(Ordering::Relaxed)
     }
 
-    /// There are so many from now on. Where more are taken, none is given until enough have come back.
+    /// Sets how many there are. Where more are taken, none is given until enough have come back.
     pub fn set_most(&self, most: u64) {
         self.most.store(most, Ordering::Relaxed);
     }

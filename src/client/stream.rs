@@ -292,11 +292,11 @@ impl Bypass {
         lock(&self.core).poll_piece(cx)
     }
 
-    /// Ready once the client has left in the middle of a body that nobody reads just now.
+    /// Ready once the client has left in the middle of a body that is not being read.
     pub fn poll_left(&self, cx: &mut Context<'_>) -> Poll<io::Error> {
         let core = &mut *lock(&self.core);
-        // The end of its sending side says so only if nothing of the body is before it: neither here, nor in the socket,
-        // nor where TLS keeps what it has decrypted.
+        // The end of its sending side says so only if nothing of the body is before it: neither here, nor in the
+        // socket, nor where TLS keeps what it has decrypted.
         let is_seen = core.inbox.is_empty() && core.connection.tls().is_none() && !core.body_is_read();
         let leaving = if is_seen { Leaving::Silent } else { Leaving::Broken };
         core.look.poll(cx, core.io.id(), leaving)

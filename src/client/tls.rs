@@ -94,8 +94,8 @@ pub struct CertificateFacts {
 }
 
 impl Tls {
-    /// Reads all files, and makes ready what is written. Tickets of clients are those of `before`, if they are written so
-    /// there.
+    /// Reads all files, and makes ready what is written. Tickets of clients are those of `before`, if they are written
+    /// so there.
     ///
     /// # Errors
     ///
@@ -180,8 +180,8 @@ impl Tls {
         self.sources.iter().any(|source| source.cert == file)
     }
 
-    /// Looks at the files again. What changed and is right is served from now on; what is wrong is told once, and what
-    /// was served before goes on to be served.
+    /// Looks at the files again. What changed and is right is served from now on; what is wrong is logged once, and
+    /// what was served before goes on to be served.
     pub fn reload(&self) {
         let mut current = self.current();
         let mut taken = Vec::new();

@@ -520,8 +520,8 @@ impl Wire {
         self.stream = Some(stream);
     }
 
-    /// Ready when the endpoint has taken what it was given of the request, as far as can be seen; also if it need not, since
-    /// it has `answered`.
+    /// Ready when the endpoint has taken what it was given of the request, as far as can be seen; also if it need not,
+    /// since it has `answered`.
     pub fn poll_taken(&self, cx: &mut Context<'_>, answered: bool) -> Poll<()> {
         let Some(stream) = &self.stream else { return Poll::Ready(()) };
         if answered {
@@ -1095,7 +1095,7 @@ impl Wire {
         }
     }
 
-    /// As [`Wire::poll_gone`], also while there is a body to be read that nobody reads just now. `reads`: somebody does.
+    /// As [`Wire::poll_gone`], also while a body is not being read. `reads`: it is being read.
     pub fn poll_left(&mut self, cx: &mut Context<'_>, reads: bool) -> Poll<()> {
         if self.control.is_none() && self.body_is_read() == Some(false) {
             return match &self.past {

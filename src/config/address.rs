@@ -13,7 +13,7 @@ use serde::{Serialize, Serializer};
 
 use super::units::Scalar;
 
-/// The path of a unix socket may have so many bytes: `sun_path` of unix(7), less its final zero.
+/// The most bytes of the path of a unix socket: `sun_path` of unix(7), less its final zero.
 const UNIX_PATH_BYTES_MAX: usize = 107;
 
 /// `host:port`, `[v6]:port` or `unix:/path`, as written; checked for its form, not yet resolved.

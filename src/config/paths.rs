@@ -3,7 +3,7 @@
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-/// How the paths of requests are read: by routes, filters, keys, the log and, so that nobody reads them in another way,
+/// How the paths of requests are read: by routes, filters, keys, the log and, so that no part reads them differently,
 /// the upstream.
 ///
 /// It holds for all listeners, for routes do: were a path read differently on two of them, a route that guards it could

@@ -19,7 +19,7 @@ use crate::error::path::{self, Step, Tree};
 
 /// How deep lists and maps may be nested, aliases followed. `serde_yaml` has the same limit.
 const DEPTH_MAX: usize = 128;
-/// So many values a text may always stand for, aliases followed; a longer one, as many as it has bytes.
+/// The values that a text may always stand for, aliases followed; a longer text may stand for as many as it has bytes.
 const VALUES_LEAST: usize = 100_000;
 
 /// The places of a file.

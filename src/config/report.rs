@@ -14,7 +14,7 @@ use annotate_snippets::{AnnotationKind, Group, Level, Origin, Renderer, Snippet}
 use super::place::Places;
 use crate::error::{Inside, nearest, path};
 
-/// The words of a finding are cut beyond so many characters; a value in them may be of any length.
+/// The text of a finding is cut after this number of characters, since a value in it may have any length.
 const WORDS_MAX: usize = 240;
 
 /// A file and what is known of its inside.

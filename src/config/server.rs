@@ -16,8 +16,8 @@ use super::units::{Count, FileMode, Percent, Size, Time};
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Server {
-    /// Worker threads: `auto` is one for each core that the process may use, by its affinity and by the CPU quota of its
-    /// cgroup.
+    /// Worker threads: `auto` is one for each core that the process may use, by its affinity and by the CPU quota of
+    /// its cgroup.
     pub threads: Threads,
     /// Whom Forebay becomes once it has bound its ports and read its keys, as root: a name or a number. That user must
     /// be able to read certificates and keys when they are renewed, and to write to `spool_dir` and to the access log.
@@ -78,7 +78,7 @@ impl Default for OpenFiles {
 /// A number of worker threads: `auto`, or from 1 to 1,024.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Threads {
-    /// So many.
+    /// A number of threads.
     Fixed(NonZeroUsize),
     /// One per core that the process may use.
     Auto,
@@ -159,7 +159,8 @@ impl Default for Shutdown {
 #[serde(deny_unknown_fields, default)]
 pub struct Resources {
     /// Bytes of bodies in memory, on their way to and from the disk included, of both directions and all routes; at
-    /// least 1MiB. `auto` is a quarter of what the cgroup allows, or the machine has. A route whose own `memory` is larger and is not written is held to this.
+    /// least 1MiB. `auto` is a quarter of what the cgroup allows, or the machine has. A route whose own `memory` is
+    /// larger and is not written is held to this.
     #[serde(deserialize_with = "super::memory::read")]
     #[schemars(with = "super::memory::Memory")]
     pub memory: Size,
@@ -234,9 +235,9 @@ pub struct Admin {
     /// name of this machine need not be listed. A request for any other host is refused: a page on the web may have
     /// pointed its own name here.
     pub hosts: Vec<String>,
-    /// What whoever asks must know, sent as `Authorization: Bearer …` or as the password of `Basic`; `/healthz` and
-    /// `/readyz` need none. Without it everybody who can connect may look, and whoever is on this machine may change
-    /// things.
+    /// The secret that every request must carry, as `Authorization: Bearer …` or as the password of `Basic`; `/healthz`
+    /// and `/readyz` need none. Without it every client that can connect may look, and every client on this machine may
+    /// change things.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub token: Option<String>,
     /// TLS, as of a listener.

@@ -74,12 +74,12 @@ impl FromStr for Size {
 impl Time {
     const MAX: Duration = Duration::from_secs(366 * 24 * 3600);
 
-    /// So many seconds.
+    /// A number of seconds.
     pub const fn seconds(seconds: u64) -> Self {
         Time(Duration::from_secs(seconds))
     }
 
-    /// So many milliseconds.
+    /// A number of milliseconds.
     pub const fn milliseconds(milliseconds: u64) -> Self {
         Time(Duration::from_millis(milliseconds))
     }
@@ -89,7 +89,7 @@ impl Size {
     /// The largest, in bytes.
     const MAX: u64 = i64::MAX as u64;
 
-    /// So many KiB.
+    /// A number of KiB.
     pub const fn kib(kib: u64) -> Self {
         Size(kib * 1024)
     }

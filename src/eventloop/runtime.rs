@@ -1,8 +1,8 @@
 //! What tokio knows of the workers' loops, read when somebody asks.
 //!
-//! The workers count for themselves and are not disturbed: a scrape reads what they have published. They do so whenever they
-//! are about to wait and after every 61 tasks, so that a poll under way is in no figure of tokio's; the time of one that is an
-//! exchange's is added here. What needs `tokio_unstable` is missing without it.
+//! The workers count for themselves and are not disturbed: a scrape reads what they have published. They do so whenever
+//! they are about to wait and after every 61 tasks, so that a poll under way is in no figure of tokio's; the time of
+//! one that is an exchange's is added here. What needs `tokio_unstable` is missing without it.
 
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -15,8 +15,8 @@ use tokio::runtime::{Handle, RuntimeMetrics};
 use super::worker::Worker;
 use crate::metrics::family::{self, Family};
 
-/// The first bound of the poll times, in microseconds; tokio takes the next power of two of nanoseconds and doubles it from
-/// there. [`family::LOOP_POLL`] has the same bounds.
+/// The first bound of the poll times, in microseconds; tokio takes the next power of two of nanoseconds and doubles it
+/// from there. [`family::LOOP_POLL`] has the same bounds.
 pub const POLL_TIME_FIRST_MICROS: u64 = 32;
 /// How many bounds there are, and one bucket more for what is beyond the last.
 pub const POLL_TIME_BUCKETS: usize = family::POLL_TIMES.len() + 1;
@@ -144,8 +144,8 @@ impl Runtime {
 }
 
 impl Known {
-    /// For how long it was busy and for how long it waited. `total` is tokio's count, read before what is polled now: so a
-    /// poll that is still under way is in none of it.
+    /// For how long it was busy and for how long it waited. `total` is tokio's count, read before what is polled now:
+    /// so a poll that is still under way is in none of it.
     fn times(&mut self, total: Duration, now: Instant) -> (Duration, Duration) {
         let polled = self.worker.doing(now).map_or(Duration::ZERO, |(_, time)| time);
         let all = now.saturating_duration_since(self.since);

@@ -42,7 +42,8 @@ pub struct Stall {
     pub word: Word,
     /// For how long it has lasted.
     pub lasted: Duration,
-    /// How many stalls of this worker before it were not told, for there was one less than [`QUIET`] ago; `None`: nor is this one.
+    /// How many stalls of this worker before it were not told, for there was one less than [`QUIET`] ago; `None`: nor
+    /// is this one.
     pub untold: Option<u64>,
 }
 
@@ -58,8 +59,8 @@ impl Stall {
     }
 }
 
-/// After a stall was told, further ones of the same worker are counted only, for so long: a filter that blocks whenever it
-/// is called would fill the log.
+/// After a stall was told, further ones of the same worker are counted only, for so long: a filter that blocks whenever
+/// it is called would fill the log.
 pub const QUIET: Duration = Duration::from_secs(1);
 
 /// Keeps in mind how one worker does.

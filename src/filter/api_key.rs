@@ -9,9 +9,9 @@
 //!     forward: false             # true: the upstream gets the key as well
 //! ```
 //!
-//! A line of the file is a name, a colon and the SHA-256 of the key in hexadecimal; a name may have several keys, so that
-//! one can be replaced by another. `printf %s "$KEY" | sha256sum` makes one. A key is long and random, unlike a password,
-//! so that a fast hash is enough: use at least 128 random bits.
+//! A line of the file is a name, a colon and the SHA-256 of the key in hexadecimal; a name may have several keys, so
+//! that one can be replaced by another. `printf %s "$KEY" | sha256sum` makes one. A key is long and random, unlike a
+//! password, so that a fast hash is enough: use at least 128 random bits.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -131,7 +131,7 @@ impl FilterType for ApiKey {
 /// What a request shows.
 enum Shown {
     Nothing,
-    /// More than one: whoever is behind this could take another one for the key.
+    /// More than one: the backend could take another one for the key.
     Several,
     Digest([u8; 32]),
 }
@@ -252,7 +252,7 @@ mod tests {
     }
 
     #[test]
-    fn whoever_shows_a_key_comes_in_and_the_upstream_gets_its_name_alone() {
+    fn a_client_with_a_key_is_let_in_and_the_upstream_gets_its_name_alone() {
         for key in ["secret", "other"] {
             let headers = [("x-api-key", key), ("x-api-client", "forged")];
             let mut rehearsal = rehearsal("query: key").asking("/", &headers);
@@ -279,7 +279,7 @@ mod tests {
     }
 
     #[test]
-    fn whoever_shows_none_or_another_is_refused_with_a_challenge() {
+    fn a_client_without_a_key_or_with_another_is_refused_with_a_challenge() {
         let refused = |headers: &[(&'static str, &str)], target: &str| {
             let refused = rehearsal("query: key").asking(target, headers).refused();
             let challenge = refused.headers[0].1.to_str().unwrap().to_owned();

@@ -67,7 +67,7 @@ pub(super) fn realm(written: &str) -> Result<String, BuildError> {
 }
 
 /// What follows the scheme in `Authorization`, if it is this scheme (RFC 9110 §11.4). `Err`: there is more than one
-/// field, and whoever is behind this could take another one for the right one.
+/// field, and the backend could take another one for the right one.
 pub(super) fn credentials<'h>(headers: &'h HeaderMap, scheme: &str) -> Result<Option<&'h str>, ()> {
     let mut fields = headers.get_all(AUTHORIZATION).iter();
     let Some(field) = fields.next() else { return Ok(None) };
@@ -78,7 +78,7 @@ pub(super) fn credentials<'h>(headers: &'h HeaderMap, scheme: &str) -> Result<Op
     Ok(found.eq_ignore_ascii_case(scheme).then(|| rest.trim_matches(' ')))
 }
 
-/// Hashes what is kept of credentials, under a key of this filter that nobody knows: what is remembered cannot be tried
+/// Hashes what is kept of credentials, under a random key of this filter: what is remembered cannot be tried
 /// out against a list of passwords, nor can anybody bring about that two are the same.
 pub(super) struct Sealer([u8; 32]);
 
@@ -121,7 +121,7 @@ mod tests {
         assert_eq!(of(&["bAsIc   abc "]), Ok(Some("abc".into())));
         assert_eq!(of(&["Bearer abc"]), Ok(None));
         assert_eq!(of(&["Basic"]), Ok(None));
-        assert_eq!(of(&["Basic abc", "Basic def"]), Err(()), "whoever is behind may take the other one");
+        assert_eq!(of(&["Basic abc", "Basic def"]), Err(()), "the backend may take the other one");
     }
 
     #[test]

@@ -13,8 +13,8 @@
 //! ```
 //!
 //! The file is what `htpasswd -B` writes, or has argon2 hashes; MD5 and SHA-1 are refused. It is read again when it
-//! changes. Whoever shows nothing, or something wrong, is answered 401 with a challenge. A wrong name takes as long as a
-//! wrong password.
+//! changes. A client without credentials, or with wrong ones, gets 401 with a challenge. A wrong name takes as long as
+//! a wrong password.
 
 mod hashing;
 mod users;

@@ -211,9 +211,9 @@ impl<'a> Surroundings<'a> {
         Surroundings { filter, ..self }
     }
 
-    /// Has `keeper` look at a file whenever it may have changed, and every `refresh` besides, for as long as there is one.
-    /// Whoever calls this has read it once, so that what is wrong with it is an error of `check`. In a test of a filter,
-    /// nobody looks.
+    /// Has `keeper` look at a file whenever it may have changed, and every `refresh` besides, for as long as there is
+    /// one. The caller has read it once, so that what is wrong with it is an error of `check`. In a test of a filter,
+    /// no thread looks.
     pub fn look_after<K: Keeper>(&self, file: &Path, refresh: Duration, keeper: &Arc<K>) {
         if let Some(files) = self.files {
             files.keep(&format!("`{}` of the route {}", self.filter, self.route), &[file], refresh, keeper);

@@ -202,8 +202,8 @@ impl Chain {
         Verdict::Answer(Answer { status: response.status, headers, body })
     }
 
-    /// Runs [`Filter::response_body`], the last filter first. Those inside of a filter that has answered in place of the
-    /// endpoint have nothing to do with its body.
+    /// Runs [`Filter::response_body`], the last filter first. Those inside of a filter that has answered in place of
+    /// the endpoint have nothing to do with its body.
     pub async fn response_body(
         &self,
         states: &mut States,
@@ -283,7 +283,7 @@ impl Chain {
 impl Link {
     /// Runs a call of the filter, and gives it up once it has waited for longer than it may.
     async fn run(&self, call: impl Future<Output = Verdict> + Unpin, patience: Option<Duration>) -> Verdict {
-        // Whoever runs the chain sees the client leave.
+        // The caller of the chain sees the client leave.
         let decided = within(patience.unwrap_or(FAR), NoClient::Within, self.watched.run(call)).await;
         decided.unwrap_or_else(|| {
             tracing::debug!(filter = self.label(), "a filter has not decided in time");

@@ -104,8 +104,8 @@ pub struct Compress {
 
 /// The body that is under way.
 struct Body {
-    /// `None` while another thread has it. There is one task, so that the lock never waits: it is there since an encoder
-    /// is for one thread at a time.
+    /// `None` while another thread has it. There is one task, so that the lock never waits: it is there since an
+    /// encoder is for one thread at a time.
     encoder: Mutex<Option<Encoder>>,
     coding: Coding,
     /// It may come slowly, so that nothing of it is held back.
@@ -230,7 +230,7 @@ impl Compress {
         vary(response);
         let coding = Coding::chosen(&self.codings, asked)?;
         if *method == Method::HEAD {
-            // There is no body to be smaller, and nobody knows how long it would be.
+            // There is no body to be smaller, and its length is not known.
             response.remove_header(&CONTENT_LENGTH);
             mark(response, coding);
             return None;
@@ -245,7 +245,7 @@ impl Compress {
         Some(Body { encoder: Mutex::new(Some(encoder)), coding, flush, _place: place })
     }
 
-    /// Whether an answer may be compressed, whoever asks.
+    /// Whether an answer may be compressed, whatever its client accepts.
     fn fits(&self, response: &ResponseHeader) -> bool {
         let headers = &response.headers;
         let status = response.status;

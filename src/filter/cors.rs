@@ -12,7 +12,7 @@
 //!
 //! A preflight (`OPTIONS` with `Origin` and `Access-Control-Request-Method`) is answered 204 and asks no upstream, so
 //! put this before filters that find out who asks: a preflight never shows anything. What the upstream itself says on
-//! the matter is replaced. Nobody is refused: it is the browser that keeps a page from reading.
+//! the matter is replaced. No request is refused: the browser keeps a page from reading the response.
 
 use std::time::Duration;
 
@@ -124,7 +124,7 @@ impl FilterType for Cors {
     fn build(settings: &Settings, _: &Surroundings<'_>) -> Result<Self, BuildError> {
         let origins = Origins::build(&settings.origins)?;
         if origins.all && settings.credentials {
-            let told = "with the origin `*` any page could act for whoever is logged in: name the origins";
+            let told = "with the origin `*` any page could act for a logged-in user: name the origins";
             return Err(BuildError::new("credentials", told));
         }
         for (index, method) in settings.methods.iter().enumerate() {
@@ -226,7 +226,7 @@ impl Origins {
         Ok(origins)
     }
 
-    /// What is told a browser of the origin that it names, if that is let in. A page that names two is none.
+    /// What a browser gets for the origin that it names, if that is allowed. A request that names two has none.
     fn allow(&self, headers: &HeaderMap) -> Option<HeaderValue> {
         let mut named = headers.get_all(ORIGIN).iter();
         let (Some(origin), None) = (named.next(), named.next()) else { return None };

@@ -1,5 +1,5 @@
-//! `forward_auth`: asks a service whether a request may pass, as `auth_request` of nginx and `forward_auth` of Caddy and
-//! Traefik do.
+//! `forward_auth`: asks a service whether a request may pass, as `auth_request` of nginx and `forward_auth` of Caddy
+//! and Traefik do.
 //!
 //! ```yaml
 //! - forward_auth:
@@ -16,9 +16,10 @@
 //!     cache: { key: { header: Authorization }, time: 10s, entries: 10k }
 //! ```
 //!
-//! The service is told what is asked for in `X-Forwarded-Method`, `-Proto`, `-Host`, `-Uri` and `-For`. With a status of
-//! 2xx the request passes. Any other answer up to 499 is what the client gets, so that the service can ask for a login.
-//! One of 500 or more, and none at all, is a failure: 503, or the request passes where `on_failure` says so.
+//! The service gets the target of the request in `X-Forwarded-Method`, `-Proto`, `-Host`, `-Uri` and `-For`. With a
+//! status of 2xx the request passes. Any other answer up to 499 is what the client gets, so that the service can ask
+//! for a login. One of 500 or more, and none at all, is a failure: 503, or the request passes where `on_failure` says
+//! so.
 
 use std::num::NonZeroUsize;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -88,7 +89,7 @@ pub enum OnFailure {
     /// They are answered 503.
     #[default]
     Refuse,
-    /// They pass, and nobody knows who asks.
+    /// They pass without an identity.
     Pass,
 }
 
@@ -229,7 +230,7 @@ impl FilterType for ForwardAuth {
         let method = ["GET", "HEAD", "POST"].into_iter().find(|known| *known == settings.method);
         let method = method.and_then(|method| Method::from_bytes(method.as_bytes()).ok());
         if settings.timeout.0.is_zero() {
-            return Err(wrong("timeout", "nobody answers in no time"));
+            return Err(wrong("timeout", "must be greater than 0"));
         }
         let memory = settings.cache.as_ref().map(Memory::build).transpose().map_err(|error| error.under("cache"))?;
         Ok(ForwardAuth {
@@ -260,7 +261,7 @@ fn names(written: &[String], key: &str) -> Result<Vec<HeaderName>, BuildError> {
     written.iter().enumerate().map(name).collect()
 }
 
-/// Fields that the service gets from nobody but us.
+/// Fields that the service gets from Forebay only.
 const TOLD: [&str; 5] =
     ["x-forwarded-method", "x-forwarded-proto", "x-forwarded-host", "x-forwarded-uri", "x-forwarded-for"];
 

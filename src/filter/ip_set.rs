@@ -7,7 +7,7 @@
 //! ```
 //!
 //! One address or network a line, `#` begins a comment. The file is read again when it changes; one that is wrong then
-//! changes nothing, and is told in the log. For a few networks that do not change there is `access`.
+//! changes nothing, and is logged. For a few networks that do not change there is `access`.
 
 use std::sync::Arc;
 
@@ -81,7 +81,7 @@ impl FilterType for IpSet {
     }
 }
 
-/// The networks in the text of a file. There may be none: who blocks by it then blocks nobody.
+/// The networks in the text of a file. It may be empty; then it matches no client.
 fn networks(text: &str) -> Result<Networks, String> {
     let network = |(number, line): (usize, &str)| {
         let written = line.split('#').next().unwrap_or_default().trim();

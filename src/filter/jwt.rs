@@ -18,9 +18,9 @@
 //!     realm: Restricted
 //! ```
 //!
-//! A token is refused if it is signed with another algorithm than those written here, or with one that is not that of the
-//! key; `none` is no algorithm. What a token says of keys itself (`jku`, `jwk`, `x5u`, `x5c`) is not looked at, and one
-//! with `crit` is refused (RFC 7515 §4.1.11). A token with `aud` is refused where no audience is written (RFC 7519
+//! A token is refused if it is signed with another algorithm than those written here, or with one that is not that of
+//! the key; `none` is no algorithm. What a token says of keys itself (`jku`, `jwk`, `x5u`, `x5c`) is not looked at, and
+//! one with `crit` is refused (RFC 7515 §4.1.11). A token with `aud` is refused where no audience is written (RFC 7519
 //! §4.1.3). Expressions behind this read `jwt.claims`.
 
 mod crypto;
@@ -278,7 +278,7 @@ enum Place {
 #[derive(Debug, PartialEq, Eq)]
 enum Shown {
     Nothing,
-    /// More than one: whoever is behind this could take another one for the token.
+    /// More than one: the backend could take another one for the token.
     Several,
     Token(String),
 }

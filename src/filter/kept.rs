@@ -66,6 +66,6 @@ mod tests {
         assert_eq!(*second.keep("all/limit", || 5), 5, "a third was never there");
         assert_eq!(*kept.begin().keep("all/limit", || "of another type"), "of another type");
         drop((one, again));
-        assert_eq!(*kept.begin().keep("all/limit", || 6), 6, "nobody had it any more");
+        assert_eq!(*kept.begin().keep("all/limit", || 6), 6, "no generation had it any more");
     }
 }

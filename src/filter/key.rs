@@ -100,7 +100,7 @@ impl Key {
     }
 
     /// Every value that this key has in a request: of a header, a cookie or an argument there may be several, and which
-    /// of them an endpoint goes by is not known here. Whoever limits something by its key has to count them all, for
+    /// of them an endpoint goes by is not known here. A limit by a key has to count them all, for
     /// else a client hides the value that counts behind another one.
     pub fn each<'s>(&'s self, asked: &Asked<'s>) -> impl Iterator<Item = Value<'s>> {
         let Asked { headers, target, .. } = *asked;
@@ -305,7 +305,7 @@ mod tests {
     }
 
     #[test]
-    fn whoever_counts_by_a_key_sees_all_its_values() {
+    fn a_limit_by_a_key_sees_all_its_values() {
         let each = |written: &config::Key, target: &str, headers: &[(&'static str, &str)]| {
             let (key, request) = (Key::build(written).unwrap(), request(target, headers));
             let facts = Facts::of("shop", "/");

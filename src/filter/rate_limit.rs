@@ -9,12 +9,13 @@
 //!     max_keys: 100k             # how many keys are remembered
 //! ```
 //!
-//! Of several headers, cookies or arguments of the name, each counts: a request passes if none of its keys is over its limit. A
-//! client cannot hide the one that its backend goes by behind another. One with more than 16 of them is refused.
+//! Of several headers, cookies or arguments of the name, each counts: a request passes if none of its keys is over its
+//! limit. A client cannot hide the one that its backend goes by behind another. One with more than 16 of them is
+//! refused.
 //!
 //! The rule is GCRA (`gcra.rs`). Keys are remembered by a 64-bit SipHash under a seed of this process, never as sent:
 //! clients choose them, and 100,000 cookies of 8 KiB would be 800 MB, where the hashes take about 8 MB. That two of
-//! 100,000 keys share a limit has a chance of one in four thousand million, and without the seed nobody can bring it
+//! 100,000 keys share a limit has a chance of one in four thousand million, and without the seed no client can bring it
 //! about. When `max_keys` is reached, the key unseen for longest is forgotten and begins anew: too many keys can make
 //! the limit lenient, never the memory large.
 
@@ -70,7 +71,7 @@ impl Settings {
 
 static LIMITED: Refusal = Refusal::new("route.rate_limit", 429, "Too many requests; try again later.");
 
-/// A request may have so many values of a key. One with more has no good reason for it, and each is a place in memory.
+/// The most values of a key that a request may have. More have no good reason, and each takes memory.
 const VALUES_MAX: usize = 16;
 
 /// Refuses what comes too fast.
@@ -285,7 +286,7 @@ mod tests {
         let twice = passes("header: x-key", &|_| ("/".into(), fields(["real".into(), "real".into()], "x-key")));
         assert_eq!(twice, 2, "the same value counts once");
         let many = |n: usize| (0..17).map(|value| ("x-key", format!("{n}-{value}"))).collect();
-        assert_eq!(passes("header: x-key", &|n| ("/".into(), many(n))), 0, "nobody needs as many");
+        assert_eq!(passes("header: x-key", &|n| ("/".into(), many(n))), 0, "more than a request may have");
     }
 
     #[test]

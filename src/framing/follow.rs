@@ -32,7 +32,7 @@ enum At {
     /// In a header, of which this has come. It is empty as a rule: most headers come at once.
     Header(Vec<u8>),
     Chunks(Chunks),
-    /// Behind a 101, by so many bytes.
+    /// Behind a 101, by this number of bytes.
     Tunnel(u64),
 }
 
@@ -166,7 +166,7 @@ enum Out {
 
 const HEADER_END: &[u8] = b"\r\n\r\n";
 
-/// Finds the end of a header that leaves in pieces: so many bytes of the empty line that ends it have passed.
+/// Finds the end of a header that leaves in pieces: the number of bytes of the empty line at its end that have passed.
 #[derive(Debug, Default)]
 pub struct HeaderEnd(usize);
 

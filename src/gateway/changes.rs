@@ -74,7 +74,7 @@ const PROCESS: [&str; 3] = ["admin", "observability", "resources"];
 /// The keys of an upstream that say where its endpoints are, or who of them is chosen: the rest stays as it is.
 const GENTLE: [&str; 6] = ["endpoints", "dns", "file", "load_balancing", "health_check", "outlier_detection"];
 
-/// What stands so deep is told as a whole: its parts mean little alone.
+/// Below this depth a change is reported as a whole: its parts mean little alone.
 const WHOLE_FROM: usize = 6;
 
 /// Differences that one line of the log names.
@@ -328,7 +328,7 @@ routes: [ { name: all, upstream: app } ]
     }
 
     #[test]
-    fn a_secret_is_told_to_nobody() {
+    fn a_secret_is_never_shown() {
         let sticky = |secret: &str| {
             format!("app: {{ load_balancing: {{ sticky: {{ cookie: {{ name: at, secret: {secret} }} }} }},")
         };

@@ -525,7 +525,7 @@ routes:
         ));
         let location = Some("https://shop.test/a?b".to_owned());
         assert_eq!(outcome("GET", "http://shop.test:8081/a?b", &[]), Outcome::Answered { status: 308, location });
-        assert!(explainer.explain(&asked("GET", "https://shop.test/", &[])).is_err(), "nobody takes https");
-        assert!(explainer.explain(&asked("GET", "http://shop.test:9/", &[])).is_err(), "nobody listens there");
+        assert!(explainer.explain(&asked("GET", "https://shop.test/", &[])).is_err(), "no listener takes https");
+        assert!(explainer.explain(&asked("GET", "http://shop.test:9/", &[])).is_err(), "no listener is there");
     }
 }

@@ -1,7 +1,7 @@
 //! Follows the file of the configuration (`run --watch`), and has it reloaded.
 //!
 //! Directories are watched and not files: an editor puts a new file in the place of the old one, and Kubernetes turns a
-//! link to a directory in which a link to the file leads. What came of it is told in the log and the metrics.
+//! link to a directory in which a link to the file leads. The result is in the log and the metrics.
 
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::{RecvTimeoutError, channel};
@@ -35,7 +35,7 @@ fn run(files: &[PathBuf], reloads: &Reloads) {
     let mut watcher = notify::recommended_watcher(move |event: notify::Result<notify::Event>| {
         // That a file is read is an event as well, and ours.
         if !event.is_ok_and(|event| event.kind.is_access()) {
-            // An error means that nobody watches any more.
+            // An error means that the watcher has ended.
             let _ = told.send(());
         }
     });

@@ -244,7 +244,7 @@ impl Parts {
                     errors.extend(
                         found.into_iter().map(|error| error.under("filters").under(&format!("routes[{index}]"))),
                     );
-                    // It has no place in the table, and what is wrong with its `match` is told all the same.
+                    // It has no place in the table, and what is wrong with its `match` is reported all the same.
                     let alone = Table::build(vec![(&written.matches, ())]).err().unwrap_or_default();
                     errors.extend(alone.into_iter().map(|error| {
                         let path = error.path.trim_start_matches("[0]").to_owned();
@@ -302,7 +302,7 @@ pub fn fittings(
     Fittings { tls, passthrough, tcp }
 }
 
-/// Whether nobody comes in without a certificate.
+/// Whether every client needs a certificate.
 pub fn demands_certificates(tls: &config::listener::Tls) -> bool {
     let demands = |one: &config::listener::tls::ClientCertificates| one.mode == ClientMode::Required;
     tls.certificates.iter().all(|one| one.client.as_ref().is_some_and(demands))

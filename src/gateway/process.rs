@@ -99,7 +99,7 @@ pub fn no_open_files(error: &std::io::Error) -> BuildError {
     BuildError::new("", format!("no file can be opened: {error}"))
 }
 
-/// What Pingora's server is told.
+/// The configuration of Pingora's server.
 pub fn server_conf(config: &Config, threads: usize, shares: &Shares) -> ServerConf {
     let pool = config.server.keepalive_pool.0.min(shares.pool());
     ServerConf {

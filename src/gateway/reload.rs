@@ -1,6 +1,6 @@
 //! Reload: the file is read again, its configuration is built aside, and put on in one step.
 //!
-//! One thread does it, off the workers: for SIGHUP, for the admin endpoint, and for whoever watches the file. What it
+//! One thread does it, off the workers: for SIGHUP, for the admin endpoint, and for the watcher of the file. What it
 //! was asked while it was at it is done once. It also keeps what was replaced until no exchange is left on it, so that
 //! no worker has to take a large table apart, and then has the series of what is gone forgotten.
 
@@ -101,13 +101,13 @@ impl Reloads {
 
     /// Loads the file if there is another text in it than at the last try. What comes of it is in the log.
     pub fn apply_if_changed(&self, by: &'static str) {
-        // Nobody waits for the answer.
+        // The caller no longer waits for the answer.
         drop(self.ask(What::ApplyIfChanged, by));
     }
 
     /// Begins to load the file again. What comes of it is in the log.
     pub fn begin(&self, by: &'static str) {
-        // Nobody waits for the answer.
+        // The caller no longer waits for the answer.
         drop(self.ask(What::Apply, by));
     }
 
@@ -389,7 +389,7 @@ impl Engine {
             Done::Checked => {}
             Done::Refused => {
                 self.metrics.refuse();
-                tracing::error!(by, %file, generation, "the configuration is refused, the one before runs on:\n{report}");
+                tracing::error!(by, %file, generation, "the new configuration is refused, the previous one stays in force:\n{report}");
             }
             Done::Applied => {
                 tracing::info!(by, %file, generation, seconds, changes = changes::summary(changes), "the configuration was reloaded");
@@ -461,7 +461,7 @@ fn path_names(path: &str) -> Vec<String> {
 fn reply(asked: Vec<Order>, outcome: Option<&Outcome>) {
     for order in asked {
         if let Some(outcome) = outcome {
-            // Whoever asked may have gone.
+            // The caller may have gone.
             let _ = order.reply.send(outcome.clone());
         }
     }

@@ -1,8 +1,8 @@
 //! The listening sockets, bound before anything runs: an address that is taken is a clear error and not a panic of a
 //! thread, and a port chosen by the system is known.
 //!
-//! Listeners accept on theirs themselves (`client/acceptor.rs`). Pingora is handed that of the admin endpoint the way it
-//! would take it over from an older process.
+//! Listeners accept on theirs themselves (`client/acceptor.rs`). Pingora is handed that of the admin endpoint the way
+//! it would take it over from an older process.
 
 use std::fs::{self, Permissions};
 use std::io;
@@ -34,7 +34,7 @@ pub struct Socket {
 }
 
 impl Socket {
-    /// Binds and listens. A unix socket that nobody listens on any more is replaced; a live one is an error. Its file
+    /// Binds and listens. A unix socket without a listening process is replaced; a live one is an error. Its file
     /// has this mode before anybody can connect to it.
     pub fn bind(address: &Address, mode: FileMode) -> io::Result<Socket> {
         match address.unix_path() {
@@ -77,7 +77,7 @@ impl Socket {
         }
         let socket = socket2::Socket::new(Domain::UNIX, Type::STREAM, None)?;
         socket.bind(&SockAddr::unix(path)?)?;
-        // Nobody can connect before it listens, so that neither the umask of the process nor the moment in between
+        // No client can connect before it listens, so that neither the umask of the process nor the moment in between
         // matters.
         let permissions = Permissions::from_mode(mode.0);
         fs::set_permissions(path, permissions.clone())?;

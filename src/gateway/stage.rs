@@ -336,7 +336,7 @@ impl Stage {
                 old.acceptor.close();
                 places.retain(|place| place.address != old.place.address);
                 if let Some(file) = &old.place.file {
-                    // Nobody is left to tell if it is gone already.
+                    // The receiver may be gone already.
                     let _ = fs::remove_file(file);
                 }
             }

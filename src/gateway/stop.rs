@@ -64,7 +64,7 @@ pub struct Stop {
     pub(super) places: Arc<Mutex<Vec<Place>>>,
     /// Loads the configuration again, if it is that of a file.
     pub(super) reloads: Option<Reloads>,
-    /// Who is told.
+    /// The watchers of a stop.
     pub(super) supervisor: Supervisor,
 }
 

@@ -1,4 +1,5 @@
-//! Tells the service manager how the gateway does (sd_notify(3)): ready, reloading, stopping, and that its workers live.
+//! Tells the service manager how the gateway does (sd_notify(3)): ready, reloading, stopping, and that its workers
+//! live.
 //!
 //! The manager names a datagram socket in `$NOTIFY_SOCKET`; where there is none, nothing is said. With
 //! `Type=notify-reload` it sends SIGHUP for a reload and waits for the word that it is done, and with `WatchdogSec` it
@@ -18,7 +19,7 @@ use crate::metrics::Metrics;
 /// How often in the time of the watchdog the workers are looked at: a short stall does not end the process.
 const LOOKS: u32 = 4;
 
-/// Who is told. Clones share it.
+/// The service manager. Clones share its socket.
 #[derive(Clone, Default)]
 pub struct Supervisor(Option<Arc<Channel>>);
 
@@ -61,7 +62,8 @@ impl Supervisor {
         self.say("STOPPING=1\nSTATUS=stopping");
     }
 
-    /// Says again and again that the workers live, for as long as none of them is held up, if the manager wants to know.
+    /// Says again and again that the workers live, for as long as none of them is held up, if the manager wants to
+    /// know.
     ///
     /// # Errors
     ///

@@ -36,8 +36,8 @@ pub struct Web<P> {
 }
 
 impl<P> Web<P> {
-    /// A service with so many workers, whose connections go to `front`, until `stop` says so; and what has it accept
-    /// any. It does `first` before anything else, on its runtime.
+    /// A service with this number of workers, whose connections go to `front`, until `stop` says so; and what has it
+    /// accept any. It does `first` before anything else, on its runtime.
     pub fn new(
         front: Arc<Front<P>>,
         door: Door,

@@ -45,7 +45,7 @@ const DEPTH_MAX: usize = 64;
 const DIRECTIVES_MAX: usize = 200_000;
 
 impl Directive {
-    /// The word of this number; empty if there are not so many.
+    /// The word of this number; empty if there is none.
     pub fn word(&self, index: usize) -> &str {
         self.words.get(index).map_or("", String::as_str)
     }
@@ -67,7 +67,7 @@ fn shown(word: &str) -> String {
     if plain { word.to_owned() } else { format!("\"{}\"", word.replace('"', "\\\"").replace('\n', "\\n")) }
 }
 
-/// Reads a file and those that it includes. What cannot be included is told to `missing`, and left out.
+/// Reads a file and those that it includes. What cannot be included is reported to `missing`, and left out.
 ///
 /// # Errors
 ///

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use regex::Regex;
 
-/// A text as Forebay is told it.
+/// A text as a Forebay file writes it.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Made {
     /// It is always the same.

@@ -33,7 +33,7 @@ pub struct Work<'d> {
 
 /// A listener on its way.
 pub struct Listener<'d> {
-    /// What it is told by: its port, for every address, or its address.
+    /// What identifies it: its port, for every address, or its address.
     pub key: String,
     /// Where it listens.
     pub address: String,

@@ -1,8 +1,8 @@
 //! What is known of endpoints when somebody asks: how many are in which state, who takes requests and how many it has.
 //!
-//! `forebay_upstream_endpoints`, `forebay_endpoint_available` and `forebay_endpoint_inflight` are not kept but counted from
-//! the endpoints themselves with each scrape. So nothing on the way of a request pays for them, they cannot drift, and an
-//! endpoint that is gone leaves no series behind.
+//! `forebay_upstream_endpoints`, `forebay_endpoint_available` and `forebay_endpoint_inflight` are not kept but counted
+//! from the endpoints themselves with each scrape. So nothing on the way of a request pays for them, they cannot drift,
+//! and an endpoint that is gone leaves no series behind.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError, Weak};

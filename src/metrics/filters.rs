@@ -22,9 +22,9 @@ super::retry::labels! {
         Forbidden: "forbidden",
         /// Too many wait already.
         Busy: "busy",
-        /// Whoever has to be asked gave no answer.
+        /// The service gave no answer.
         Unavailable: "unavailable",
-        /// Whoever has to be asked gave no answer, and the route lets requests in all the same.
+        /// The service gave no answer, and the route lets requests in all the same.
         Open: "open",
     }
 }
@@ -70,7 +70,7 @@ pub struct PasswordMetrics {
 }
 
 impl PasswordMetrics {
-    /// So many more wait to be hashed; or fewer.
+    /// Changes the number of passwords that wait to be hashed.
     pub fn wait(&self, more: i64) {
         self.waiting.add(more);
     }
@@ -96,7 +96,7 @@ impl CompressMetrics {
         CompressMetrics { passed: CODINGS.map(count), busy: busy.with_label_values(&[route]) }
     }
 
-    /// So many bytes have come in, and so many gone out, with this coding.
+    /// Counts bytes before and after compression with this coding.
     pub fn passed(&self, coding: &str, before: usize, after: usize) {
         if let Some(place) = CODINGS.iter().position(|known| *known == coding) {
             let [came, went] = &self.passed[place];

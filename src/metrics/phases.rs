@@ -1,8 +1,9 @@
 //! `forebay_phase_active` and `forebay_phase_oldest_seconds`: who is in which phase, and since when.
 //!
-//! Whoever is in a phase has a [`Seat`]: one word that says which and since when. Going on to the next phase is one store
-//! into it, by whichever worker runs the exchange; the words are counted when somebody asks. Each thread keeps the seats
-//! that became free on it, so that no two workers meet at a lock, unless one has no free seat left or far too many.
+//! Whoever is in a phase has a [`Seat`]: one word that says which and since when. Going on to the next phase is one
+//! store into it, by whichever worker runs the exchange; the words are counted when somebody asks. Each thread keeps
+//! the seats that became free on it, so that no two workers meet at a lock, unless one has no free seat left or far too
+//! many.
 
 use std::cell::RefCell;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -31,7 +32,8 @@ struct Seats {
     spare: Mutex<Vec<Place>>,
 }
 
-/// Each word is 0 if its seat is free, else microseconds since the epoch, shifted by [`PHASE_BITS`], and the phase, from 1.
+/// Each word is 0 if its seat is free, else microseconds since the epoch, shifted by [`PHASE_BITS`], and the phase,
+/// from 1.
 struct Row {
     seats: Weak<Seats>,
     words: [AtomicU64; ROW],

@@ -69,8 +69,8 @@ pub struct Spills {
 /// A route gets series of its own at its first exchange, if `max_series` still has room for [`RouteMetrics::SERIES`];
 /// else it shares those of `_other`, to the end. First come, first served: it is the routes in use that show.
 ///
-/// They live as long as somebody has this. Once a configuration without the route runs and its last exchange is over, the
-/// series are gone and their room is another route's.
+/// They live as long as somebody has this. Once a configuration without the route runs and its last exchange is over,
+/// the series are gone and their room is another route's.
 pub struct RouteMetrics {
     name: Box<str>,
     metrics: Metrics,
@@ -345,8 +345,8 @@ impl Series {
     }
 }
 
-/// The value of `code` at a place among the codes of a class. Statuses that HTTP does not know share one series, so that a
-/// backend cannot invent hundreds.
+/// The value of `code` at a place among the codes of a class. Statuses that HTTP does not know share one series, so
+/// that a backend cannot invent hundreds.
 fn code_label(class: usize, slot: usize) -> String {
     if class == CLASSES.len() - 1 { "other".to_owned() } else { format!("{:03}", class * 100 + slot) }
 }

@@ -73,7 +73,8 @@ impl TlsMetrics {
         }
     }
 
-    /// Shows when these certificates cease to be valid: name, kind of key, seconds since 1970. Others are shown no longer.
+    /// Shows when these certificates cease to be valid: name, kind of key, seconds since 1970. Others are shown no
+    /// longer.
     pub fn show<'c>(&self, certificates: impl IntoIterator<Item = (&'c str, &'static str, i64)>) {
         // Held by whoever has looked at files, off the workers.
         let mut shown = self.shown.lock().unwrap_or_else(PoisonError::into_inner);

@@ -272,8 +272,8 @@ impl Wire {
         }
     }
 
-    /// Done when the peer has gone. What it sends before is kept; after 64 KiB no more is read, so that an upload comes to
-    /// a halt, and of the end of that peer only a reset is noticed.
+    /// Done when the peer has gone. What it sends before is kept; after 64 KiB no more is read, so that an upload comes
+    /// to a halt, and of the end of that peer only a reset is noticed.
     async fn gone(&mut self) -> io::Error {
         while self.unread.len() < HEADER_BYTES_MAX {
             self.unread.reserve(READ_BYTES);

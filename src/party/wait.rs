@@ -1,7 +1,7 @@
 //! The one way to wait: for something, no longer than until a deadline, and only while the client is there.
 //!
-//! A [`Wait`] cannot be made without a deadline and an [`Eye`] on the client. A wait that has no client, such as that of
-//! a health check, says so by the name of its [`NoClient`]. Which of the three comes first is one pure decision
+//! A [`Wait`] cannot be made without a deadline and an [`Eye`] on the client. A wait that has no client, such as that
+//! of a health check, says so by the name of its [`NoClient`]. Which of the three comes first is one pure decision
 //! ([`Ended::of`]); the rest is a timer. A test (`tests/it/waits.rs`) looks for waits in the source that go round this.
 
 use std::convert::Infallible;
@@ -66,15 +66,15 @@ impl Eye for NoClient {
 pub enum Ended<T, L = Infallible> {
     /// What was waited for is here.
     Done(T),
-    /// There is nobody any more to wait for it.
+    /// The client has left.
     Left(L),
     /// The deadline is over.
     Late,
 }
 
 impl<T, L> Ended<T, L> {
-    /// How a wait ends that has come to this; `None`: it goes on. What is here counts even if the client has left or the
-    /// deadline is over: somebody may have taken it already. A client that has left is not told that it is late.
+    /// How a wait ends that has come to this; `None`: it goes on. What is here counts even if the client has left or
+    /// the deadline is over: somebody may have taken it already. A client that has left is not told that it is late.
     pub fn of(done: Poll<T>, left: Poll<L>, late: bool) -> Option<Self> {
         match (done, left) {
             (Poll::Ready(done), _) => Some(Ended::Done(done)),
@@ -145,7 +145,7 @@ impl<E: Eye> Wait<E> {
         .await
     }
 
-    /// Waits for nothing but the deadline. `Some`: there is nobody any more to wait for it.
+    /// Waits for the deadline alone. `Some`: the client has left.
     pub async fn out(&mut self) -> Option<E::Left> {
         match self.on(std::future::pending::<Infallible>()).await {
             Ended::Left(left) => Some(left),
@@ -201,7 +201,7 @@ mod tests {
 
     use futures::channel::oneshot;
 
-    /// Sees the client leave when it is told.
+    /// Sees the client leave when it is notified.
     struct Told(oneshot::Receiver<()>);
 
     impl Eye for Told {

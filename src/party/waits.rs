@@ -56,7 +56,7 @@ impl Waits {
     }
 
     /// The worker has been late by `lag` by now, all stalls together: what of it is new was not the time of the party
-    /// that was waited for meanwhile. That party may have done what it had to do while there was nobody to see it.
+    /// that was waited for meanwhile. That party may have done what it had to do while it was not watched.
     pub fn note_lag(&self, lag: Duration, now: Instant) {
         let lag = nanos(lag);
         let late = lag.saturating_sub(self.lag.swap(lag, Ordering::Relaxed));

@@ -1,15 +1,18 @@
-//! The journal of an exchange: when it entered each phase, in which cycle of which worker's loop, and with how many bytes.
+//! The journal of an exchange: when it entered each phase, in which cycle of which worker's loop, and with how many
+//! bytes.
 //!
-//! The [`Clock`](super::Clock) of every exchange adds times up; a journal keeps their order, which a waterfall or a trace
-//! is drawn from. Only chosen exchanges keep one. Whoever chooses says so beforehand ([`Want`]), for a journal begins with
-//! the connection, where nothing is known of its exchanges. While nobody wants any, all of this costs one branch a phase.
+//! The [`Clock`](super::Clock) of every exchange adds times up; a journal keeps their order, which a waterfall or a
+//! trace is drawn from. Only chosen exchanges keep one. Whoever chooses says so beforehand ([`Want`]), for a journal
+//! begins with the connection, where nothing is known of its exchanges. While nobody wants any, all of this costs one
+//! branch a phase.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use super::Phase;
 
-/// The most entries of one journal: eleven attempts, the most there can be, with all their phases are fewer. Further ones are counted.
+/// The most entries of one journal: eleven attempts, the most there can be, with all their phases are fewer. Further
+/// ones are counted.
 pub const ENTRIES_MAX: usize = 64;
 
 static WANTED: AtomicUsize = AtomicUsize::new(0);

@@ -269,7 +269,7 @@ pub struct Attempt {
     answered: Option<(Duration, StatusCode)>,
     /// A connection that it has for itself, and whether it is to be the last to have it.
     own: Option<(RawFd, bool)>,
-    /// That connection was closed, so that nobody has it after this one.
+    /// That connection was closed, so no other exchange gets it.
     closed: bool,
     ended: bool,
 }

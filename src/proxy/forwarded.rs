@@ -49,7 +49,7 @@ pub struct Own<'o> {
 }
 
 /// Finds the client: from the nearest hop outwards, the first that is not a trusted proxy. What cannot be understood
-/// ends the chain: then it is the last that was. `None` if nobody is named.
+/// ends the chain: then it is the last that was. `None` if no client is named.
 pub fn client(headers: &HeaderMap, is_trusted: impl Fn(IpAddr) -> bool) -> Option<IpAddr> {
     let mut client = None;
     for node in chain(headers).into_iter().rev() {
@@ -92,8 +92,8 @@ pub fn tell(request: &mut RequestHeader, format: Forwarded, own: Own<'_>) -> Res
     }
 }
 
-/// What [`tell`] tells, as lines of a header of HTTP/1. `None`: there is something of the kind in the request already, or
-/// another format is written.
+/// What [`tell`] tells, as lines of a header of HTTP/1. `None`: there is something of the kind in the request already,
+/// or another format is written.
 pub fn lines(headers: &HeaderMap, format: Forwarded, own: Own<'_>) -> Option<Vec<u8>> {
     let tells = |name: &HeaderName| name == header::FORWARDED || name.as_str().starts_with("x-forwarded-");
     if format != Forwarded::XForwarded || headers.keys().any(tells) {

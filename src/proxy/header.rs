@@ -67,7 +67,7 @@ pub struct Rules {
 pub fn check(exchange: &mut Exchange, request: &mut RequestHeader, rules: &Rules) -> Result<(), &'static Refusal> {
     let connection = exchange.connection.clone();
     exchange.peer_is_trusted = connection.as_ref().is_some_and(|connection| rules.trusted.is_peer_of(connection));
-    // A request that is refused here has its peer in the log, whoever it spoke for.
+    // A request that is refused here has its peer in the log, not the client that it spoke for.
     exchange.client = connection.as_ref().and_then(|connection| Some(connection.peer?.ip()));
     if matches!(request.method, Method::CONNECT | Method::TRACE) {
         return Err(&refusal::HEADER_METHOD);

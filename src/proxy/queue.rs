@@ -1,7 +1,7 @@
 //! Phase `queue`: everybody who could serve the exchange is full, so it waits its turn.
 //!
-//! `select` comes here when it has found nobody with room. It ends with an endpoint, at the end of all patience, or
-//! with the client: one that goes away leaves the line at once. `upstream/queue.rs` says whose turn it is.
+//! `select` comes here when it has found no endpoint with room. It ends with an endpoint, at the end of all patience,
+//! or with the client: one that goes away leaves the line at once. `upstream/queue.rs` says whose turn it is.
 
 use std::future::{Future, poll_fn};
 use std::pin::pin;

@@ -88,7 +88,7 @@ fn nobody(exchange: &Exchange, upstream: &Upstream) -> Refused {
     }
 }
 
-/// The breaker is open; the client is told when it lets somebody through again. An attempt of this exchange that failed
+/// The breaker is open; `Retry-After` says when it lets requests through again. An attempt of this exchange that failed
 /// a moment ago, and may be what has opened it, is the better answer.
 fn away(exchange: &Exchange, upstream: &Upstream, time: Duration) -> Refused {
     if let Some(fault) = exchange.failure {

@@ -171,8 +171,8 @@ pub fn prepare_trailers(
 }
 
 /// Keeps a hold on the stream of this attempt. The body goes there at the pace of its endpoint, and it is waited for no
-/// longer once a filter refuses the body, a clock of the exchange says so, or its client leaves. Over HTTP/1 that ends with
-/// the connection; a stream of HTTP/2 has none of its own.
+/// longer once a filter refuses the body, a clock of the exchange says so, or its client leaves. Over HTTP/1 that ends
+/// with the connection; a stream of HTTP/2 has none of its own.
 pub fn hold_stream(exchange: &mut Exchange, request: &mut RequestHeader) {
     if exchange.upstream.as_ref().is_some_and(|upstream| !upstream.is_http1()) {
         let stream = StreamHandle::default();

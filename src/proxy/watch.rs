@@ -31,8 +31,8 @@ impl Watch {
         Watch { control: exchange.control.clone(), socket, leaving, look: Look::default() }
     }
 
-    /// The verdict of filters; the refusal `left` once the client has left. Looks only while they wait. Each filter has a
-    /// deadline of its own; `patience` is that of all of them together.
+    /// The verdict of filters; the refusal `left` once the client has left. Looks only while they wait. Each filter has
+    /// a deadline of its own; `patience` is that of all of them together.
     pub async fn during(
         &mut self,
         patience: Duration,

@@ -113,7 +113,7 @@ async fn write(
     let head = session.req_header().method == Method::HEAD;
     if exchange.sees_body() {
         if head {
-            // Nobody knows how long it would be.
+            // Its length is not known.
             response.remove_header(&header::CONTENT_LENGTH);
         } else if answer::is_bodiless(head, response.status.as_u16()) {
             body = Bytes::new();
@@ -168,7 +168,7 @@ pub async fn drain(exchange: &mut Exchange, client: &mut Box<ServerSession>) {
     cut_if_begun(exchange, client, Some(&error)).await;
 }
 
-/// Cuts an answer of which bytes have left, so that nobody takes it for a whole one. `false`: none had, and the
+/// Cuts an answer of which bytes have left, so that its client cannot take it for whole. `false`: none had, and the
 /// client's own session is back, so that it can still be told anything.
 pub async fn cut_if_begun(exchange: &mut Exchange, client: &mut Box<ServerSession>, error: Option<&Error>) -> bool {
     if let Some(link) = &exchange.link

@@ -1,7 +1,7 @@
 //! W3C Trace Context, level 1: which trace a request belongs to, as `traceparent` says it, and who may say so.
 //!
-//! `tracestate` is the business of those who write into it. It passes as it came, but never without a `traceparent` that
-//! is well-formed and believed (§3.3.1.3 and §4.3 of the recommendation).
+//! `tracestate` is the business of those who write into it. It passes as it came, but never without a `traceparent`
+//! that is well-formed and believed (§3.3.1.3 and §4.3 of the recommendation).
 
 use std::fmt;
 

@@ -1,7 +1,7 @@
 //! Stories that wait for the thread that exports them.
 //!
-//! A worker holds the lock for one push. The thread is woken by the first story and when the queue is half full, and takes
-//! them all at once.
+//! A worker holds the lock for one push. The thread is woken by the first story and when the queue is half full, and
+//! takes them all at once.
 
 use std::mem;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
@@ -52,8 +52,8 @@ impl Queue {
         self.most.div_ceil(2)
     }
 
-    /// Takes no more stories and waits until all are exported; `false` if that takes longer than this. Only the first call
-    /// waits.
+    /// Takes no more stories and waits until all are exported; `false` if that takes longer than this. Only the first
+    /// call waits.
     pub fn close(&self, patience: Duration) -> bool {
         let mut waiting = self.lock();
         if mem::replace(&mut waiting.closing, true) {

@@ -2,7 +2,7 @@
 //! and the line of those who wait.
 //!
 //! Each exchange that has an endpoint is counted there and at the upstream, in one step with the question whether there
-//! is room; so no limit is exceeded, not even for a moment, and what is counted is let go by whoever has it
+//! is room; so no limit is exceeded, not even for a moment, and what is counted is released by its holder
 //! ([`Engaged`]).
 
 use std::ops::Deref;

@@ -1,9 +1,9 @@
 //! Who takes the next attempt: every policy as a pure choice between numbers.
 //!
-//! A policy knows its members by name and weight from the start, which is when all that costs time is done (a schedule, a
-//! table, a ring); it sees who may be chosen, and how busy each of them is, through [`Candidates`] at the moment of the
-//! choice. A choice costs the same for three members and for 10,000: a few cheap tries in the policy's own order, and only
-//! if all of them were turned down one pass over everybody.
+//! A policy knows its members by name and weight from the start, which is when all that costs time is done (a schedule,
+//! a table, a ring); it sees who may be chosen, and how busy each of them is, through [`Candidates`] at the moment of
+//! the choice. A choice costs the same for three members and for 10,000: a few cheap tries in the policy's own order,
+//! and only if all of them were turned down one pass over everybody.
 //!
 //! `upstream/roster.rs` says between whom, `proxy/select.rs` when, for every attempt anew.
 
@@ -39,8 +39,8 @@ pub trait Candidates {
     /// Expected seconds of one request there (peak EWMA), decayed to now; 0.0 if nothing is known yet.
     fn latency(&self, number: usize) -> f64;
 
-    /// May be chosen now: available, not tried, below its limits, warm enough. If that is a throw of dice (slow start), a
-    /// choice may throw several times for one number, and throws may turn everybody down.
+    /// May be chosen now: available, not tried, below its limits, warm enough. If that is a throw of dice (slow start),
+    /// a choice may throw several times for one number, and throws may turn everybody down.
     fn admits(&self, number: usize) -> bool;
 }
 
@@ -53,8 +53,8 @@ pub struct Identity<'a> {
     pub weight: NonZeroU32,
 }
 
-/// How many are tried in a policy's own order before everybody is looked at. With nine of ten turned down, thirty-one of
-/// thirty-two choices end here.
+/// How many are tried in a policy's own order before everybody is looked at. With nine of ten turned down, thirty-one
+/// of thirty-two choices end here.
 const TRIES: usize = 32;
 /// The same for the second of two choices, which the first can do without.
 const SECOND_TRIES: usize = 8;
@@ -63,7 +63,8 @@ const SECOND_TRIES: usize = 8;
 #[derive(Debug)]
 pub struct Balance {
     policy: Policy,
-    /// Weights, of which the mean is 1. So what is divided by them stays what it is, whatever the scale they are written in.
+    /// Weights, of which the mean is 1. So what is divided by them stays what it is, whatever the scale they are
+    /// written in.
     shares: Box<[f64]>,
 }
 
@@ -92,8 +93,8 @@ enum Order {
 }
 
 impl Balance {
-    /// The policy that is `written`, for these members. Takes some milliseconds for 10,000 of them, up to some hundred for
-    /// `ring_hash` and `maglev`: not to be called on the request path.
+    /// The policy that is `written`, for these members. Takes some milliseconds for 10,000 of them, up to some hundred
+    /// for `ring_hash` and `maglev`: not to be called on the request path.
     pub fn new(written: &LoadBalancing, members: &[Identity<'_>]) -> Balance {
         let weights: Vec<NonZeroU32> = members.iter().map(|member| member.weight).collect();
         let mean = weights.iter().map(|weight| f64::from(weight.get())).sum::<f64>() / weights.len() as f64;
@@ -101,7 +102,8 @@ impl Balance {
         Balance { policy: Policy::new(written, members, &weights), shares }
     }
 
-    /// Goes on where `earlier` is, so that those who come first in turn do not come first again whenever members change.
+    /// Goes on where `earlier` is, so that those who come first in turn do not come first again whenever members
+    /// change.
     #[must_use]
     pub fn after(self, earlier: &Balance) -> Balance {
         let turns = [&self, earlier].map(|balance| match &balance.policy {
@@ -120,8 +122,8 @@ impl Balance {
         matches!(self.policy, Policy::Hash { .. })
     }
 
-    /// The number of one that is admitted; `None` if nobody is. `hash` is that of the exchange's key; policies without a key
-    /// take no notice of it.
+    /// The number of one that is admitted; `None` if nobody is. `hash` is that of the exchange's key; policies without
+    /// a key take no notice of it.
     pub fn pick(&self, hash: u64, among: &impl Candidates) -> Option<usize> {
         self.pick_with(hash, among, &mut rand::thread_rng())
     }
@@ -129,8 +131,8 @@ impl Balance {
     fn pick_with(&self, hash: u64, among: &impl Candidates, dice: &mut impl RngCore) -> Option<usize> {
         match &self.policy {
             Policy::RoundRobin { schedule, stand_in } => {
-                // Those who stand in for one that is turned down take turns of their own, so that its share is spread over
-                // all others by their weights. Who just comes next in the schedule would get all of it.
+                // Those who stand in for one that is turned down take turns of their own, so that its share is spread
+                // over all others by their weights. Who just comes next in the schedule would get all of it.
                 let mut others = (1..TRIES).map(|_| schedule.at(stand_in.fetch_add(1, Ordering::Relaxed)));
                 let turn = Some(schedule.pick()).filter(|&number| among.admits(number));
                 let turn = turn.or_else(|| others.find(|&number| among.admits(number)));
@@ -160,9 +162,9 @@ impl Balance {
         }
     }
 
-    /// Two are drawn by weight, and the one with the smaller `load` is taken, or the first, if there is no difference: so
-    /// those who have nothing to do get their shares by weight. Almost as even as asking everybody (Mitzenmacher 2001), and
-    /// no herd follows one that has just become free.
+    /// Two are drawn by weight, and the one with the smaller `load` is taken, or the first, if there is no difference:
+    /// so those who have nothing to do get their shares by weight. Almost as even as asking everybody (Mitzenmacher
+    /// 2001), and no herd follows one that has just become free.
     fn two_choices(
         &self,
         alias: &Alias,
@@ -196,8 +198,8 @@ impl Balance {
         found
     }
 
-    /// Everybody is looked at: by rendezvous hashing, the same one on every node, each as often as its weight says. Those
-    /// who have no room come last.
+    /// Everybody is looked at: by rendezvous hashing, the same one on every node, each as often as its weight says.
+    /// Those who have no room come last.
     fn first_by_hash(
         &self,
         hash: u64,

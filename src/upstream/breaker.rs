@@ -4,7 +4,7 @@
 //! and clients are told at once when to come again. After a while it is *half open*: a few requests are let through. If
 //! all of them go well it closes; with the first that fails it opens again, for twice as long.
 //!
-//! Outlier detection leaves out an endpoint that does worse than its peers; this is for when there is nobody better.
+//! Outlier detection leaves out an endpoint that does worse than its peers; this is for when there is no better one.
 //! Nothing here knows a socket or a clock. While it is closed, letting through is one load, and counting is one atomic.
 
 use std::fmt;

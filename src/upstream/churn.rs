@@ -1,4 +1,5 @@
-//! Endpoints that come and go by the thousand while others choose: nothing is forgotten that is busy, and nothing kept that is not.
+//! Endpoints that come and go by the thousand while others choose: nothing is forgotten that is busy, and nothing kept
+//! that is not.
 
 use std::collections::BTreeSet;
 use std::num::NonZeroU32;

@@ -1,7 +1,8 @@
-//! Where the endpoints of an upstream are: literal addresses, names, services in the DNS, or a file that lists some. What has
-//! to be asked for is asked for at start and in the background, never while an exchange waits.
+//! Where the endpoints of an upstream are: literal addresses, names, services in the DNS, or a file that lists some.
+//! What has to be asked for is asked for at start and in the background, never while an exchange waits.
 //!
-//! A [`Discovery`] knows for each name the last good answer ([`memory`]) and tells what is found to `Upstream::discovered`.
+//! A [`Discovery`] knows for each name the last good answer ([`memory`]) and tells what is found to
+//! `Upstream::discovered`.
 
 mod family;
 mod file;
@@ -97,8 +98,8 @@ struct Target {
 type Place = (u64, usize);
 
 impl Discovery {
-    /// Reads what was written, and the file that is named; nothing is asked for yet. `resolver` says whom names are asked of,
-    /// if it is not whom the configuration says.
+    /// Reads what was written, and the file that is named; nothing is asked for yet. `resolver` says whom names are
+    /// asked of, if it is not whom the configuration says.
     pub fn build(
         written: &config::Upstream,
         transport: &Transport,
@@ -180,7 +181,8 @@ impl Discovery {
         }
         let mut due = self.listing().due();
         let mut under_way = FuturesUnordered::new();
-        // Kept until it is ready: begun anew with each answer, it would forget what it was told and never come to its refresh.
+        // Kept until it is ready: begun anew with each answer, it would forget what it was told and never come to its
+        // refresh.
         let changed = || async {
             match &watch {
                 Some(watch) => watch.changed().await,
@@ -421,7 +423,8 @@ fn entries(written: &[Endpoint], transport: &Transport) -> Result<Vec<Entry>, Ve
     if errors.is_empty() { Ok(entries) } else { Err(errors) }
 }
 
-/// The same of a file, the whole of which has one label: what it lists comes and goes, and labels are the configuration's.
+/// The same of a file, the whole of which has one label: what it lists comes and goes, and labels are the
+/// configuration's.
 fn entries_of_file(path: &str, listed: &[Endpoint], transport: &Transport) -> Result<Vec<Entry>, String> {
     let label: Arc<str> = path.into();
     let made = listed.iter().enumerate().map(|(index, endpoint)| {
@@ -450,7 +453,8 @@ fn named(dns: &Dns) -> Option<Entry> {
         (Some(name), Some(port), None) => {
             (format!("{name}:{port}"), name.as_str(), Question::Addresses { host: name.as_str().into(), port })
         }
-        // Whoever answers for the service could name any host, so its certificate must be the domain's (RFC 6125 §6.2.1).
+        // Whoever answers for the service could name any host, so its certificate must be the domain's (RFC 6125
+        // §6.2.1).
         (None, None, Some(srv)) => (srv.clone(), domain(srv), Question::Services(srv.as_str().into())),
         _ => return None,
     };

@@ -1,8 +1,9 @@
 //! What passing requests say against an endpoint, and for how long it is left out for it.
 //!
-//! Three questions, three types. [`Score`] is kept by each endpoint and counts on the request path: so many failures in a row, and
-//! that is it. [`outliers`] compares endpoints with their peers, now and then, in the background. [`Ejections`] says how long an
-//! endpoint stays out: longer each time, until it has behaved for a while. Nothing here knows a socket or a clock.
+//! Three questions, three types. [`Score`] is kept by each endpoint and counts on the request path: so many failures in
+//! a row, and that is it. [`outliers`] compares endpoints with their peers, now and then, in the background.
+//! [`Ejections`] says how long an endpoint stays out: longer each time, until it has behaved for a while. Nothing here
+//! knows a socket or a clock.
 
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -109,8 +110,8 @@ pub enum Pass {
     Failed,
 }
 
-/// What is counted of one endpoint. Workers count side by side, and a good pass after a good pass writes nothing but the
-/// sums of a comparison that is asked for.
+/// What is counted of one endpoint. Workers count side by side, and a good pass after a good pass writes nothing but
+/// the sums of a comparison that is asked for.
 #[derive(Debug, Default)]
 pub struct Score {
     server_errors: AtomicU32,
@@ -206,8 +207,8 @@ pub fn outliers(samples: &[Sample], rules: &Rules) -> Vec<(usize, Reason)> {
     found
 }
 
-/// Each is compared with the others and not with a mean that it is part of itself: of few endpoints, the worst one would
-/// widen the deviation so much that it could never stand out (of five, by no more than 1.8 times).
+/// Each is compared with the others and not with a mean that it is part of itself: of few endpoints, the worst one
+/// would widen the deviation so much that it could never stand out (of five, by no more than 1.8 times).
 fn unsuccessful(samples: &[Sample], rule: &SuccessRate) -> Vec<usize> {
     let rates: Vec<(usize, f64)> = samples
         .iter()
@@ -250,8 +251,8 @@ fn slow(samples: &[Sample], rule: &Latency) -> Vec<usize> {
     latencies.into_iter().take_while(|&(_, latency)| latency > bound).map(|(number, _)| number).collect()
 }
 
-/// Whether one more of `of` endpoints may be ejected when so many are already. Where any may be at all, the first one of
-/// several always may.
+/// Whether one more of `of` endpoints may be ejected when so many are already. Where any may be at all, the first one
+/// of several always may.
 pub fn may_eject(ejected: usize, of: usize, max_ejected: f64) -> bool {
     let most = (of as f64 * max_ejected).floor() as usize;
     let at_least = usize::from(max_ejected > 0.0 && of > 1);

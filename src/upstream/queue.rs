@@ -1,9 +1,11 @@
-//! Where exchanges wait for an upstream of which everybody who could serve them is full: one line, first come, first served.
+//! Where exchanges wait for an upstream of which everybody who could serve them is full: one line, first come, first
+//! served.
 //!
-//! Whoever lets an endpoint go gives a *turn* to the first in line, and to nobody else. A turn is leave to choose again. It is used,
-//! given back by whoever it is of no use to, or passed on when its owner has gone; so for each place that is free somebody is on
-//! their way to it. While anybody waits, those who come later join the line and do not choose. Where nobody waits, all
-//! this is one load. Waiting itself, and for how long, is the business of `proxy/queue.rs`.
+//! Whoever lets an endpoint go gives a *turn* to the first in line, and to nobody else. A turn is leave to choose
+//! again. It is used, given back by whoever it is of no use to, or passed on when its owner has gone; so for each place
+//! that is free somebody is on their way to it. While anybody waits, those who come later join the line and do not
+//! choose. Where nobody waits, all this is one load. Waiting itself, and for how long, is the business of
+//! `proxy/queue.rs`.
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU8, AtomicU32, Ordering};
@@ -123,8 +125,8 @@ impl Queue {
         let ticket = line.tickets;
         line.tickets += 1;
         line.waiting.insert(ticket, slot.clone());
-        // Whoever lets an endpoint go from now on sees that somebody waits. What was let go a moment before, nobody knows of: so
-        // the first in line takes a look at once.
+        // Whoever lets an endpoint go from now on sees that somebody waits. What was let go a moment before, nobody
+        // knows of: so the first in line takes a look at once.
         self.taken.fetch_add(1, Ordering::SeqCst);
         self.ahead.fetch_add(u32::from(!choosy), Ordering::SeqCst);
         if line.given == 0 && line.waiting.len() == 1 {
@@ -397,12 +399,12 @@ mod tests {
     }
 
     proptest! {
-        /// A model of an upstream with two endpoints, of which choosy ones can use the second only. Steps of different workers
-        /// interleave: whoever has a turn runs later.
+        /// A model of an upstream with two endpoints, of which choosy ones can use the second only. Steps of different
+        /// workers interleave: whoever has a turn runs later.
         #[test]
         fn nobody_waits_while_there_is_room_for_it_and_nobody_is_overtaken(events in events()) {
-            // Where turns are given for nothing, to one who is choosy or to one who has just come and takes its time to look, they
-            // come back to their owners when those behind may have theirs already.
+            // Where turns are given for nothing, to one who is choosy or to one who has just come and takes its time to
+            // look, they come back to their owners when those behind may have theirs already.
             let strict = !events.iter().any(|event| matches!(event, Event::Come(true) | Event::Grow));
             let queue = queue(1_000);
             let mut room = [0_u32; 2];

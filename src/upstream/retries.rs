@@ -1,9 +1,9 @@
-//! The retry budget of an upstream: of what it has under way, only a share may be repetitions of what it was sent already,
-//! so that one that is sick is not finished off by them.
+//! The retry budget of an upstream: of what it has under way, only a share may be repetitions of what it was sent
+//! already, so that one that is sick is not finished off by them.
 //!
-//! Whoever is to repeat a request asks [`Retries::permit`], after `proxy/retry.rs` found that it would be safe and of use,
-//! and keeps the permit until the endpoint has answered. What costs no endpoint anything, such as a connection that was
-//! refused, needs none.
+//! Whoever is to repeat a request asks [`Retries::permit`], after `proxy/retry.rs` found that it would be safe and of
+//! use, and keeps the permit until the endpoint has answered. What costs no endpoint anything, such as a connection
+//! that was refused, needs none.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};

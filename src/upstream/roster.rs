@@ -1,7 +1,8 @@
 //! Who may be chosen now, tier by tier: made whenever that changes, off the request path, and then only read.
 //!
-//! Choosing must cost the same with ten endpoints and with ten thousand, so all that takes time, such as a schedule or a
-//! ring, is worked out here. What may change at any moment, availability and load, is read from the endpoints with each choice.
+//! Choosing must cost the same with ten endpoints and with ten thousand, so all that takes time, such as a schedule or
+//! a ring, is worked out here. What may change at any moment, availability and load, is read from the endpoints with
+//! each choice.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -41,8 +42,8 @@ impl Choice {
     }
 }
 
-/// By so much more than their share the endpoints left of a tier may carry before others serve as well: with less than five of
-/// seven left, others do. It is what Envoy does by default.
+/// By so much more than their share the endpoints left of a tier may carry before others serve as well: with less than
+/// five of seven left, others do. It is what Envoy does by default.
 const OVERPROVISIONING: f64 = 1.4;
 /// Who is in which tier by a hash must have nothing to do with who is where within it by the same hash.
 const TIER_SEED: u64 = 0x7469_6572;
@@ -136,8 +137,9 @@ impl Roster {
         }
     }
 
-    /// The endpoint that is to serve next: of the tier whose turn it is or, if nobody is left there, of the first that has anybody.
-    /// Should that be full, others serve that are given a share anyhow, but none that is there for when it fails.
+    /// The endpoint that is to serve next: of the tier whose turn it is or, if nobody is left there, of the first that
+    /// has anybody. Should that be full, others serve that are given a share anyhow, but none that is there for when it
+    /// fails.
     fn pick(&self, hash: u64, tried: &[Arc<Endpoint>], admission: &Admission, now: Instant) -> Option<&Arc<Endpoint>> {
         let preferred = self.preferred(hash);
         let others = (0..self.tiers.len()).filter(|&number| number != preferred);
@@ -217,7 +219,8 @@ impl Candidates for Field<'_> {
         self.tier.members[number].inflight()
     }
 
-    /// Of the other tiers as well: few are busy at a time, and a sum over one would cost more the more endpoints there are.
+    /// Of the other tiers as well: few are busy at a time, and a sum over one would cost more the more endpoints there
+    /// are.
     fn inflight_of_all(&self) -> u64 {
         self.admission.inflight().into()
     }

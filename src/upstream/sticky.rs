@@ -1,10 +1,12 @@
 //! `load_balancing.sticky`: a client stays at its endpoint, by a cookie that names it.
 //!
-//! The cookie says which endpoint, until when, and that we said so: `version, endpoint, expiry, HMAC-SHA256` in base64url, 39
-//! characters. The endpoint is named by a keyed hash of its label and address, which every node with the same secret works
-//! out alike, today and after a restart, and which tells nobody else where it is. Nothing is kept of clients.
+//! The cookie says which endpoint, until when, and that we said so: `version, endpoint, expiry, HMAC-SHA256` in
+//! base64url, 39 characters. The endpoint is named by a keyed hash of its label and address, which every node with the
+//! same secret works out alike, today and after a restart, and which tells nobody else where it is. Nothing is kept of
+//! clients.
 //!
-//! `proxy/select.rs` reads it and asks the upstream for that endpoint first; `proxy/receive.rs` sets it with the answer.
+//! `proxy/select.rs` reads it and asks the upstream for that endpoint first; `proxy/receive.rs` sets it with the
+//! answer.
 
 use std::time::{Duration, SystemTime};
 

@@ -1,8 +1,8 @@
 //! How much of an answer the kernel takes in for us: the receive window of an endpoint's connection.
 //!
-//! Left to itself the kernel takes in 64 KiB of every answer, and so does Pingora, in three buffers. So a connection to an
-//! endpoint begins with a narrow window ([`narrow`]), which costs a small answer nothing, and is opened and left
-//! to the kernel's tuning once there is more to come and room for it. A thousand answers that arrive at once are then a
+//! Left to itself the kernel takes in 64 KiB of every answer, and so does Pingora, in three buffers. So a connection to
+//! an endpoint begins with a narrow window ([`narrow`]), which costs a small answer nothing, and is opened and left to
+//! the kernel's tuning once there is more to come and room for it. A thousand answers that arrive at once are then a
 //! thousand small reads. It is never made narrow again: to a sender that has seen a wide window a narrow one is silly
 //! (RFC 9293 §3.8.6.2.1), and it waits for a timer of 200 ms before it uses it.
 
@@ -55,8 +55,8 @@ impl Window {
         }
     }
 
-    /// Breaks the connection off: whoever waits for it here hears of its end, and the endpoint of a reset, which overtakes
-    /// what it has not read.
+    /// Breaks the connection off: whoever waits for it here hears of its end, and the endpoint of a reset, which
+    /// overtakes what it has not read.
     pub fn abort(&mut self) {
         let linger = libc::linger { l_onoff: 1, l_linger: 0 };
         let length = size_of::<libc::linger>() as libc::socklen_t;
@@ -86,8 +86,8 @@ fn set(socket: RawFd, option: libc::c_int, value: libc::c_int) {
     unsafe { libc::setsockopt(socket, libc::SOL_SOCKET, option, (&raw const value).cast(), length) };
 }
 
-/// Closes a connection in both directions: whoever looks at it here next finds that it has ended. To be used only by who
-/// has it.
+/// Closes a connection in both directions: whoever looks at it here next finds that it has ended. To be used only by
+/// who has it.
 pub fn close(socket: RawFd) {
     // SAFETY: no pointer is passed; a wrong descriptor is an error and nothing else.
     unsafe { libc::shutdown(socket, libc::SHUT_RDWR) };

@@ -1,4 +1,5 @@
-//! What choosing an endpoint costs: each policy alone, Pingora's `LoadBalancer` round the schedule, and the whole of `select`.
+//! What choosing an endpoint costs: each policy alone, Pingora's `LoadBalancer` round the schedule, and the whole of
+//! `select`.
 //!
 //! `cargo bench --bench balance`
 

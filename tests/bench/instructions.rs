@@ -1,9 +1,9 @@
 //! The gate that noise cannot move: how many instructions the worker of a Forebay spends on an exchange.
 //!
-//! `cargo bench --profile dev --bench instructions` (`make gate`) starts `target/release/forebay` (or `FOREBAY_BIN`) under
-//! callgrind, twice for each cell, with fewer and with more requests. The difference, divided by the difference of the
-//! requests, is free of what a start costs. It fails where a cell spends more than its bound. Only instructions in user
-//! mode count, so other load on the machine changes nothing; system calls are not in it.
+//! `cargo bench --profile dev --bench instructions` (`make gate`) starts `target/release/forebay` (or `FOREBAY_BIN`)
+//! under callgrind, twice for each cell, with fewer and with more requests. The difference, divided by the difference
+//! of the requests, is free of what a start costs. It fails where a cell spends more than its bound. Only instructions
+//! in user mode count, so other load on the machine changes nothing; system calls are not in it.
 //!
 //! `-- small upload` measures these cells only; `-- --keep DIR` keeps what callgrind wrote, for `callgrind_annotate`.
 

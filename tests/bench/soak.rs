@@ -1,10 +1,11 @@
-//! A soak: fast and slow clients for ten minutes, many of which leave in the middle, before a Forebay whose memory is to
-//! stay flat.
+//! A soak: fast and slow clients for ten minutes, many of which leave in the middle, before a Forebay whose memory is
+//! to stay flat.
 //!
-//! `cargo bench --profile dev --bench soak` starts `target/release/forebay` (or `FOREBAY_BIN`) with its built-in origin behind
-//! it. A line every 15 seconds says what the process holds. It fails if the memory grows from the second fifth of the time to the
-//! last by more than [`GROWTH_MAX`], if anything is left open once all clients have gone, or if a fast client is ever not
-//! answered rightly. `-- --seconds 60` makes it shorter, `-- --slow 500` asks for more slow clients.
+//! `cargo bench --profile dev --bench soak` starts `target/release/forebay` (or `FOREBAY_BIN`) with its built-in origin
+//! behind it. A line every 15 seconds says what the process holds. It fails if the memory grows from the second fifth
+//! of the time to the last by more than [`GROWTH_MAX`], if anything is left open once all clients have gone, or if a
+//! fast client is ever not answered rightly. `-- --seconds 60` makes it shorter, `-- --slow 500` asks for more slow
+//! clients.
 
 use std::collections::VecDeque;
 use std::fs;

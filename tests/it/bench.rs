@@ -1,5 +1,5 @@
-//! The parts of `make bench` that can be wrong unseen: the pure ones, and the origins that count and that get into trouble. They are tested here
-//! because a bench without a harness is compiled without its tests.
+//! The parts of `make bench` that can be wrong unseen: the pure ones, and the origins that count and that get into
+//! trouble. They are tested here because a bench without a harness is compiled without its tests.
 
 #[path = "../bench/compare/bulk.rs"]
 mod bulk;

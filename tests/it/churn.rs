@@ -1,4 +1,5 @@
-//! Endpoints that come and go while requests are under way: none is dropped, nothing is forgotten that is busy, nothing leaks.
+//! Endpoints that come and go while requests are under way: none is dropped, nothing is forgotten that is busy, nothing
+//! leaks.
 
 use std::fs;
 use std::net::{SocketAddr, TcpListener};

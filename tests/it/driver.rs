@@ -77,8 +77,8 @@ fn workers_that_share_their_tasks_keep_no_connections_of_their_own() {
     is_handed_over(&gateway, "work_stealing");
 }
 
-/// What an endpoint may answer: to be passed on, to be framed anew, or to be refused. Answers that end too early are not
-/// among them: whether their beginning has left by then, or a 502 takes its place, is a race with either driver.
+/// What an endpoint may answer: to be passed on, to be framed anew, or to be refused. Answers that end too early are
+/// not among them: whether their beginning has left by then, or a 502 takes its place, is a race with either driver.
 const ANSWERS: &[&str] = &[
     "HTTP/1.1 200 OK\r\nContent-Length: 3\r\n\r\nabc",
     "HTTP/1.1 200 Fine\r\nX-Mixed-Case: 1\r\nx-mixed-case: 2\r\nContent-Length: 0\r\n\r\n",

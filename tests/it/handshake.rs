@@ -580,8 +580,8 @@ fn a_client_of_tls_1_2_that_wants_to_shake_hands_again_is_cut_off_and_counted() 
     gateway.wait_metric("forebay_client_connections", |open| open == 0.0);
 }
 
-/// ClientHellos as programs in other languages have sent them, with OpenSSL's and BoringSSL's beside them: the file, and
-/// whether a share of X25519MLKEM768 is in it.
+/// ClientHellos as programs in other languages have sent them, with OpenSSL's and BoringSSL's beside them: the file,
+/// and whether a share of X25519MLKEM768 is in it.
 const HELLOS: [(&str, &str, bool); 4] = [
     ("Go 1.19", include_str!("hellos/go-1.19.hex"), false),
     ("Java 17", include_str!("hellos/java-17.hex"), false),

@@ -65,7 +65,7 @@ fn the_page_of_reasons_has_every_refusal() {
         if rows.is_empty() {
             continue;
         }
-        page += &format!("\n## {phase}\n\n| reason | status | what the client is told |\n|---|---|---|\n");
+        page += &format!("\n## {phase}\n\n| reason | status | message to the client |\n|---|---|---|\n");
         for row in rows {
             page += &format!("| `{}` | {} | {} |\n", row.reason, row.status, cell(row.message));
         }

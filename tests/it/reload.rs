@@ -122,7 +122,7 @@ fn a_wrong_configuration_changes_nothing_and_is_told_as_check_tells_it() {
     fs::remove_file(&file).expect("to remove the file");
     assert!(refused(&process).contains("cannot be read"));
     assert_eq!(kept.get("/").text(), "still here");
-    process.says("the configuration is refused, the one before runs on");
+    process.says("the new configuration is refused, the previous one stays in force");
     setup.routes(&saying("again")).write();
     reloaded(&process);
     assert_eq!((kept.get("/").text(), process.metric("forebay_config_reload_failed")), ("again", 0.0));

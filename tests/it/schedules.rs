@@ -1,9 +1,9 @@
-//! Random schedules of clients, endpoints, the disk and the gateway's own load, over real sockets: an endpoint that answers
-//! in time is never accused, whatever the others do.
+//! Random schedules of clients, endpoints, the disk and the gateway's own load, over real sockets: an endpoint that
+//! answers in time is never accused, whatever the others do.
 //!
-//! Each endpoint of HTTP/1 measures itself from the moment at which it has what it waits for, and a thread beside them all
-//! how late it is woken. So a machine that is too busy to run an endpoint in time is told from a gateway that accuses one
-//! wrongly.
+//! Each endpoint of HTTP/1 measures itself from the moment at which it has what it waits for, and a thread beside them
+//! all how late it is woken. So a machine that is too busy to run an endpoint in time is told from a gateway that
+//! accuses one wrongly.
 
 use std::net::SocketAddr;
 use std::sync::Arc;

@@ -1,5 +1,5 @@
-//! What a filter may do beyond the headers of a request: answer in place of the endpoint, see the bodies of Forebay's own
-//! answers, change trailers, and have a name of its own in metrics.
+//! What a filter may do beyond the headers of a request: answer in place of the endpoint, see the bodies of Forebay's
+//! own answers, change trailers, and have a name of its own in metrics.
 
 use async_trait::async_trait;
 use bytes::Bytes;

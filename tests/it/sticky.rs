@@ -1,4 +1,5 @@
-//! A client stays at its endpoint by a signed cookie: after restarts, at other nodes, for as long as the endpoint serves.
+//! A client stays at its endpoint by a signed cookie: after restarts, at other nodes, for as long as the endpoint
+//! serves.
 
 use std::collections::BTreeSet;
 

@@ -1,5 +1,5 @@
-//! Services that are asked who comes: the keys of `jwt`, which change, and the answers of `forward_auth`; and what happens
-//! while such a service is slow, down, or says nonsense.
+//! Services that are asked who comes: the keys of `jwt`, which change, and the answers of `forward_auth`; and what
+//! happens while such a service is slow, down, or says nonsense.
 
 use std::sync::{Arc, Mutex};
 use std::time::{SystemTime, UNIX_EPOCH};

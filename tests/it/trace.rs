@@ -1,4 +1,5 @@
-//! `POST /trace` and `forebay trace`: the phases of the next exchanges that match, in order, with the cycles of the loop.
+//! `POST /trace` and `forebay trace`: the phases of the next exchanges that match, in order, with the cycles of the
+//! loop.
 
 use std::io::{BufRead, BufReader, Read};
 use std::net::SocketAddr;

@@ -1,4 +1,5 @@
-//! How endpoints are connected to: TLS and who is trusted, unix sockets, the PROXY protocol, how long connections are kept.
+//! How endpoints are connected to: TLS and who is trusted, unix sockets, the PROXY protocol, how long connections are
+//! kept.
 
 use serde_json::Value;
 

@@ -1,9 +1,9 @@
-//! Whatever an exchange waits for, it notices that its client has left, that the other side takes too long, and that the
-//! gateway's time is over.
+//! Whatever an exchange waits for, it notices that its client has left, that the other side takes too long, and that
+//! the gateway's time is over.
 //!
 //! [`Place`] is every place in which an exchange waits. Each test brings an exchange there, with all deadlines far away
-//! but the one that it is about. What passes by `party/wait.rs` has a deadline and an eye on its client by its type; the
-//! last test looks for what goes round it.
+//! but the one that it is about. What passes by `party/wait.rs` has a deadline and an eye on its client by its type;
+//! the last test looks for what goes round it.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -195,8 +195,8 @@ impl Scene {
         Scene { place, process, origin, kept, others, disk, _built_in: built_in, _silent: silent }
     }
 
-    /// Nothing is held any more but what keeps others waiting, and the connection of a client that has given up its stream
-    /// alone.
+    /// Nothing is held any more but what keeps others waiting, and the connection of a client that has given up its
+    /// stream alone.
     fn is_left(&mut self, connection: bool) {
         let others = self.others.len() as f64;
         if !connection {

@@ -1,5 +1,5 @@
-//! What happened, step by step, out of records: each phase that an exchange entered is a step, with the name that the classic
-//! picture of nginx's event loop has for it. What an exchange does in one go, in one cycle, is one step.
+//! What happened, step by step, out of records: each phase that an exchange entered is a step, with the name that the
+//! classic picture of nginx's event loop has for it. What an exchange does in one go, in one cycle, is one step.
 
 use super::super::figures::bytes;
 use crate::recorder::{Recorded, RecordedPhase};
@@ -23,7 +23,8 @@ pub struct Step {
     pub events: Option<u64>,
 }
 
-/// The steps of these exchanges, in the order in which they happened. New connections are numbered as the kernel gave them.
+/// The steps of these exchanges, in the order in which they happened. New connections are numbered as the kernel gave
+/// them.
 pub fn steps<'r>(exchanges: impl Iterator<Item = (&'static str, &'r Recorded)>) -> Vec<Step> {
     let mut all: Vec<Step> = exchanges.flat_map(|(whose, recorded)| steps_of(whose, recorded)).collect();
     all.sort_by(|a, b| a.seconds.total_cmp(&b.seconds));
@@ -66,8 +67,8 @@ fn steps_of(whose: &'static str, recorded: &Recorded) -> Vec<Step> {
     steps
 }
 
-/// The name of what happens when a phase is entered, and the same in words. Where a body was waited for, the end of that is a
-/// step of its own.
+/// The name of what happens when a phase is entered, and the same in words. Where a body was waited for, the end of
+/// that is a step of its own.
 fn told(phase: &RecordedPhase, before: Option<&RecordedPhase>, recorded: &Recorded) -> Vec<(&'static str, String)> {
     let came_from = before.map_or("", |before| &*before.phase);
     match &*phase.phase {

@@ -326,7 +326,7 @@ mod tests {
             ("HTTP/1.0 200 OK\r\nContent-Length: 3\r\n\r\nabc", false, "abc", false),
             ("HTTP/1.0 200 OK\r\nConnection: keep-alive\r\nContent-Length: 3\r\n\r\nabc", false, "abc", true),
             ("HTTP/1.1 200 OK\nContent-Length: 3\n\nabc", false, "abc", true),
-            // A coding overrides a length, and nobody knows what follows.
+            // A coding overrides a length, and what follows is unclear.
             (
                 "HTTP/1.1 200 OK\r\nContent-Length: 9\r\nTransfer-Encoding: chunked\r\n\r\n1\r\na\r\n0\r\n\r\n",
                 false,

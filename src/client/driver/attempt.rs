@@ -22,7 +22,7 @@ use super::request::{self, Outgoing};
 use crate::framing::answer::is_bodiless;
 use crate::party::wait::{NoClient, Wait};
 
-/// Parts of an answer that are here already are passed on together, up to so many.
+/// The most parts of an answer that are passed on together.
 const TOGETHER: usize = 4;
 
 /// What an attempt goes over.
@@ -231,7 +231,7 @@ where
         }
         self.proxy.response_filter(self.session, response, self.exchange).await?;
         if response.status == StatusCode::SWITCHING_PROTOCOLS {
-            // Nobody has asked for it.
+            // It was not asked for.
             return Error::e_explain(ErrorType::InvalidHTTPHeader, "an answer of another protocol")
                 .map_err(|error: Box<Error>| error.into_up());
         }

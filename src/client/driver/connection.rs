@@ -21,10 +21,10 @@ use crate::upstream::transport::dial::{Dialer, Opened, Socket};
 
 /// Read at once of a header, on the stack: what waits for an answer has no buffer.
 const FIRST_READ_BYTES: usize = 4096;
-/// A further piece of a request body is taken while less than this is to be sent: the disk that it may come from need not
-/// wait for the endpoint, nor the endpoint for the disk.
+/// A further piece of a request body is taken while less than this is to be sent: the disk that it may come from need
+/// not wait for the endpoint, nor the endpoint for the disk.
 const AHEAD_BYTES: usize = 128 << 10;
-/// So many pieces are sent with one system call.
+/// The pieces that are sent with one system call.
 const SLICES_MAX: usize = 16;
 
 /// A connection to an endpoint.
@@ -73,7 +73,7 @@ impl Connection {
         &self.digest
     }
 
-    /// Whether its endpoint has closed it, or sent what nobody asked for. Nothing is asked of the kernel unless it has
+    /// Whether its endpoint has closed it, or sent bytes unasked. Nothing is asked of the kernel unless it has
     /// told of something.
     pub fn is_dead(&self) -> bool {
         let cx = &mut Context::from_waker(Waker::noop());

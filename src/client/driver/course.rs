@@ -37,7 +37,7 @@ pub enum Reason {
     Http2,
     /// The endpoint speaks TLS.
     Tls,
-    /// The endpoint is told of the client first.
+    /// The endpoint first gets the client's address by the PROXY protocol.
     ProxyProtocol,
 }
 
@@ -60,7 +60,7 @@ impl Reason {
 }
 
 impl Course {
-    /// Decides. Of several reasons, the first in the order of [`Reason::ALL`] is told.
+    /// Decides. Of several reasons, the first in the order of [`Reason::ALL`] is given.
     pub fn choose(facts: Facts) -> Course {
         let Facts { on, shares_tasks, upgrade, spoken } = facts;
         match spoken {

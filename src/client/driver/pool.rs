@@ -1,4 +1,4 @@
-//! The connections to endpoints that a worker keeps while nobody uses them.
+//! The idle connections to endpoints that a worker keeps.
 //!
 //! They belong to the thread: to take one or to give one back takes neither a lock nor a task nor a turn of the event
 //! loop. One that its endpoint has closed shows by the readiness that tokio knows of anyway. While there are any, one
@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use super::connection::Connection;
 
-/// How often is looked after connections that nobody uses.
+/// How often idle connections are checked.
 const INTERVAL: Duration = Duration::from_millis(250);
 /// One that may be idle for less is not kept.
 const LEAST_IDLE: Duration = Duration::from_millis(10);
@@ -142,7 +142,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_dead_or_was_idle_for_too_long_is_nobodys() {
+    fn a_connection_that_is_dead_or_was_idle_for_too_long_is_not_used() {
         let (mut pool, now) = (Pool::default(), Instant::now());
         let at = |seconds| now + Duration::from_secs(seconds);
         for (name, until) in [("lives", at(9)), ("dead", at(9)), ("old", at(1))] {

@@ -167,7 +167,7 @@ impl Outgoing {
         self.ended && self.pieces.is_empty()
     }
 
-    /// So many bytes have left.
+    /// The bytes that have left.
     pub fn advance(&mut self, mut sent: usize) {
         self.queued -= sent;
         while let Some(piece) = self.pieces.front_mut() {
@@ -263,7 +263,7 @@ mod tests {
         request.extensions_mut().insert(slot.clone());
         let mut outgoing = Outgoing::new(&request, Body::Chunked).expect("a request");
         let fields = [(HeaderName::from_static("x"), HeaderValue::from_static("y"))].into_iter().collect();
-        *slot.lock().expect("nobody has it") = Some(fields);
+        *slot.lock().expect("not poisoned") = Some(fields);
         outgoing.push(None, true).expect("an end");
         assert!(bytes(&outgoing).ends_with("\r\n0\r\nx: y\r\n\r\n"));
     }

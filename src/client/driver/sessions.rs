@@ -9,7 +9,7 @@ use std::io::Cursor;
 use pingora::protocols::http::ServerSession;
 use pingora_proxy::Session;
 
-/// So many are kept by a worker that nobody uses.
+/// The idle sessions that a worker keeps.
 const KEPT_MAX: usize = 64;
 
 thread_local! {

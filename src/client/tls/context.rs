@@ -109,8 +109,8 @@ impl Terms {
         context.set_alpn_select_callback(move |_, offered| agree(&alpn, offered).ok_or(AlpnError::ALERT_FATAL));
         // Without it the name of a session that was resumed by TLS 1.2 would not be known.
         context.set_servername_callback(|_, _| Ok(()));
-        // A ticket holds this, and is worth nothing elsewhere: a session of a name that asks for no certificate of clients
-        // must not open one that does, nor one that was verified by an authority that is no longer trusted.
+        // A ticket holds this, and is worth nothing elsewhere: a session of a name that asks for no certificate of
+        // clients must not open one that does, nor one that was verified by an authority that is no longer trusted.
         context.set_session_id_context(&policy.unwrap_or([0; 32]))?;
         context.set_session_cache_mode(SslSessionCacheMode::OFF);
         match &self.tickets {

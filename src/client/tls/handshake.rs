@@ -1,7 +1,7 @@
 //! The handshake: a context and the first bytes of a client become a connection of TLS, or a reason why not.
 //!
 //! One with an ECDSA key takes a worker some 0.1 ms and runs there. One with an RSA key takes about a millisecond and
-//! runs on threads of its own ([`Threads`]), so that nobody waits for it.
+//! runs on threads of its own ([`Threads`]), so that no other connection waits for it.
 
 use std::os::fd::BorrowedFd;
 use std::pin::Pin;

@@ -1,8 +1,8 @@
 //! A connection of TLS as a stream of bytes, and the socket beneath it with what was read from it before TLS began.
 //!
-//! The library never waits for the socket in the middle of a record: what it has encrypted stands in [`Raw`] until the socket
-//! takes it, and nothing more is encrypted meanwhile. So a write that had to wait may be followed by any other, as on a
-//! plain socket; and several records leave in one system call.
+//! The library never waits for the socket in the middle of a record: what it has encrypted stands in [`Raw`] until the
+//! socket takes it, and nothing more is encrypted meanwhile. So a write that had to wait may be followed by any other,
+//! as on a plain socket; and several records leave in one system call.
 
 use std::cell::Cell;
 use std::io::{self, IoSlice};
@@ -287,7 +287,8 @@ impl AsyncWrite for TlsStream {
         self.poll_write_vectored(cx, &[IoSlice::new(bytes)])
     }
 
-    /// Takes what is given, as a socket with a buffer does. What could not leave yet does so with the next write or flush.
+    /// Takes what is given, as a socket with a buffer does. What could not leave yet does so with the next write or
+    /// flush.
     fn poll_write_vectored(
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,

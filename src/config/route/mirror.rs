@@ -5,9 +5,9 @@ use serde::{Deserialize, Serialize};
 
 use crate::config::units::{Count, Percent};
 
-/// Copies of requests go to another upstream, whose answers nobody gets. A copy leaves when its original has been sent, marked
-/// with `X-Forebay-Mirror` and the name of the route. Requests that are streamed, whose body does not fit into the memory of their
-/// route, upgrades and gRPC calls are not copied.
+/// Copies of requests go to another upstream, whose answers nobody gets. A copy leaves when its original has been sent,
+/// marked with `X-Forebay-Mirror` and the name of the route. Requests that are streamed, whose body does not fit into
+/// the memory of their route, upgrades and gRPC calls are not copied.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Mirror {

@@ -19,24 +19,25 @@ pub const ATTEMPTS_MAX: u64 = 10;
 pub struct Retry {
     /// How often an endpoint is chosen at most, the first time included: from 1, which is no retry, to 10.
     pub attempts: Count,
-    /// What an attempt is repeated for: `connect_error` (no connection came about), `reset` (it broke off, or what came was
-    /// no HTTP), `timeout` (of sending or waiting), a status such as `503`, or `grpc_unavailable` and the like (a gRPC answer
-    /// without a message). Without a further attempt the client gets what there is.
+    /// What an attempt is repeated for: `connect_error` (no connection came about), `reset` (it broke off, or what came
+    /// was no HTTP), `timeout` (of sending or waiting), a status such as `503`, or `grpc_unavailable` and the like (a
+    /// gRPC answer without a message). Without a further attempt the client gets what there is.
     pub on: Vec<On>,
-    /// From the choice of an endpoint to the header of its answer; longer is a `timeout`. As long as the timeouts of the upstream
-    /// allow, if absent.
+    /// From the choice of an endpoint to the header of its answer; longer is a `timeout`. As long as the timeouts of
+    /// the upstream allow, if absent.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub per_try_timeout: Option<Time>,
     /// How long the next attempt waits.
     pub backoff: Backoff,
     /// Of the requests that an upstream has under way, the share that may be repetitions of what it was sent already.
     pub budget: Percent,
-    /// So many repetitions may be under way however small that share is.
+    /// The number of retries that may be active however small that share is.
     pub budget_least: Count,
-    /// Whether it may be sent twice though its method does not promise that this is the same as once, such as `POST`, which
-    /// is the method of every gRPC call.
+    /// Whether it may be sent twice though its method does not promise that this is the same as once, such as `POST`,
+    /// which is the method of every gRPC call.
     pub non_idempotent: bool,
-    /// Whether it may go to an endpoint that it was at already, once all were tried: for an upstream behind one address.
+    /// Whether it may go to an endpoint that it was at already, once all were tried: for an upstream behind one
+    /// address.
     pub same_endpoint: bool,
 }
 
@@ -55,8 +56,8 @@ impl Default for Retry {
     }
 }
 
-/// How long the next attempt waits: any time up to `base`, then up to twice that and so on, up to `max`. One that goes to
-/// another endpoint because nothing was sent to the first waits for nothing.
+/// How long the next attempt waits: any time up to `base`, then up to twice that and so on, up to `max`. One that goes
+/// to another endpoint because nothing was sent to the first waits for nothing.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Backoff {

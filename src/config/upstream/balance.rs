@@ -22,8 +22,8 @@ pub struct LoadBalancing {
     /// anywhere. These policies must have it, others must not.
     #[serde(skip_serializing_if = "HashKey::is_empty")]
     pub hash_key: HashKey,
-    /// With `ring_hash` and `maglev`: no endpoint gets more than so many times its share of what is in flight; what is
-    /// above goes to the next one. Greater than 1, such as 1.25. Without it, popular keys may overload an endpoint.
+    /// With `ring_hash` and `maglev`: no endpoint gets more than this factor times its share of what is in flight; what
+    /// is above goes to the next one. Greater than 1, such as 1.25. Without it, popular keys may overload an endpoint.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(extend("exclusiveMinimum" = 1))]
     pub bounded_load: Option<f64>,
@@ -33,7 +33,7 @@ pub struct LoadBalancing {
     /// Over which time the share of an endpoint that has come back, or is new, grows from a tenth to all of it.
     pub slow_start: Time,
     /// Of the endpoints of a tier, the share that must be available. Where fewer are, and no other tier makes up for
-    /// it, requests go to all of them: what is said of so many is more likely wrong than right. 0%: never.
+    /// it, requests go to all of them: if that many seem to fail, the checks are more likely wrong. 0%: never.
     pub panic: Percent,
 }
 

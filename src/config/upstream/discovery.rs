@@ -58,15 +58,15 @@ pub struct Dns {
     /// The port of every endpoint.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub port: Option<u16>,
-    /// The name of a service, such as `_http._tcp.shop.example.com`: its SRV records have hosts, ports, weights, and as priorities
-    /// the tiers. In place of `name` and `port`.
+    /// The name of a service, such as `_http._tcp.shop.example.com`: its SRV records have hosts, ports, weights, and as
+    /// priorities the tiers. In place of `name` and `port`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub srv: Option<String>,
     /// How long an answer is used at most. It is asked for again when its TTL is over, but not within a second.
     #[serde(default = "Dns::default_refresh")]
     pub refresh: Time,
-    /// The servers that are asked, `IP` or `IP:port`, and nobody else; without them, whom the system asks: `/etc/hosts` and
-    /// the servers in `/etc/resolv.conf`.
+    /// The servers that are asked, `IP` or `IP:port`, and nobody else; without them, whom the system asks: `/etc/hosts`
+    /// and the servers in `/etc/resolv.conf`.
     #[serde(default)]
     pub servers: Vec<String>,
     /// How long one look-up may take, all servers and repetitions together.
@@ -94,7 +94,8 @@ impl Dns {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct FileSource {
-    /// The file: a list in YAML. It must be there at start, if with an empty list: `[]`. Change it by renaming a new one to it.
+    /// The file: a list in YAML. It must be there at start, if with an empty list: `[]`. Change it by renaming a new
+    /// one to it.
     pub path: String,
     /// How often it is looked at, even if the system says nothing of a change.
     #[serde(default = "FileSource::default_refresh")]

@@ -9,8 +9,8 @@ use serde::{Deserialize, Serialize, Serializer};
 
 use crate::config::units::{Count, Percent, Time};
 
-/// How the endpoints of an upstream are asked whether they are well: exactly one of `http`, `tcp` and `grpc`, over a new
-/// connection each time, as the upstream is spoken to.
+/// How the endpoints of an upstream are asked whether they are well: exactly one of `http`, `tcp` and `grpc`, over a
+/// new connection each time, as the upstream is spoken to.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct HealthCheck {
@@ -29,9 +29,9 @@ pub struct HealthCheck {
     pub jitter: Percent,
     /// A check that takes longer has failed.
     pub timeout: Time,
-    /// So many failed checks in a row make an endpoint unhealthy. The very first check decides alone.
+    /// Failed checks in a row that make an endpoint unhealthy. The first check ever decides alone.
     pub unhealthy_after: Count,
-    /// So many passed checks in a row make it healthy again.
+    /// Passed checks in a row that make it healthy again.
     pub healthy_after: Count,
     /// What an endpoint counts as before its first check has ended.
     pub initial: Initial,

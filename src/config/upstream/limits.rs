@@ -38,8 +38,8 @@ impl Default for Limits {
 
 impl Default for EndpointLimits {
     /// What a backend can take only its operator knows, and a limit that is met by surprise is an outage: so there is
-    /// none, as with nginx and HAProxy, but for what the kernel has ports for (28,232 to one address, unless it is told
-    /// otherwise).
+    /// none, as with nginx and HAProxy, but for what the kernel has ports for (28,232 to one address, unless it is
+    /// configured otherwise).
     fn default() -> Self {
         EndpointLimits { requests: Count::UNLIMITED, connections: Count(20_000) }
     }
@@ -78,8 +78,8 @@ pub struct CircuitBreaker {
     pub open: Time,
     /// For how long at most.
     pub max_open: Time,
-    /// So many requests are let through then. If all of them go well it closes, and with the first that fails it opens
-    /// again.
+    /// The number of requests that are let through then. If all of them go well it closes, and with the first that
+    /// fails it opens again.
     pub probes: Count,
     /// For how long such a request may wait for its client, mostly for the rest of its body. Then another one is let
     /// through in its place.

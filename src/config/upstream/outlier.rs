@@ -5,16 +5,16 @@ use serde::{Deserialize, Serialize};
 
 use crate::config::units::{Count, Percent, Time};
 
-/// When an endpoint is ejected for what passing requests say against it, and for how long. Nobody is asked for this; so an
-/// endpoint to which no connection can be made is ejected unless that is `unlimited`.
+/// When an endpoint is ejected for what passing requests say against it, and for how long. Nobody is asked for this; so
+/// an endpoint to which no connection can be made is ejected unless that is `unlimited`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct OutlierDetection {
-    /// So many answers of 500 and above in a row, or failures of any kind.
+    /// Ejected after this number of answers of 500 and above in a row; failures of any kind count.
     pub consecutive_5xx: Count,
-    /// So many answers of 502, 503 and 504 in a row, or failures of any kind.
+    /// Ejected after this number of answers of 502, 503 and 504 in a row; failures of any kind count.
     pub consecutive_gateway_errors: Count,
-    /// So many connections in a row that could not be made.
+    /// Ejected after this number of connections in a row that could not be made.
     pub connect_failures: Count,
     /// A success rate that is much worse than that of the others. Without it, rates are not compared.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -52,14 +52,14 @@ impl Default for OutlierDetection {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct SuccessRate {
-    /// So many standard deviations of the others below their mean.
+    /// How far its success rate must be below the mean of the others, in their standard deviations.
     #[schemars(extend("minimum" = 0))]
     pub factor: f64,
     /// And at least so much below it.
     pub margin: Percent,
-    /// So many endpoints must have had enough requests.
+    /// The number of endpoints that must have had enough requests.
     pub endpoints: Count,
-    /// So many requests within an interval are enough.
+    /// The number of requests within an interval that is enough.
     pub requests: Count,
 }
 
@@ -73,14 +73,14 @@ impl Default for SuccessRate {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Latency {
-    /// Its mean is so many times the median of all.
+    /// How many times the median of all its mean latency must be.
     #[schemars(extend("minimum" = 1))]
     pub factor: f64,
     /// And at least so much above it.
     pub margin: Time,
-    /// So many endpoints must have had enough requests.
+    /// The number of endpoints that must have had enough requests.
     pub endpoints: Count,
-    /// So many requests within an interval are enough.
+    /// The number of requests within an interval that is enough.
     pub requests: Count,
 }
 

@@ -23,10 +23,11 @@ pub struct StickyCookie {
     /// Its name. Upstreams that serve the same hosts need a name each.
     pub name: String,
     /// What it is signed with: at least 16 bytes that nobody can guess, the same on every node, such as
-    /// `${FOREBAY_STICKY_SECRET}`. Or a list: the first signs, all others are still believed, so that secrets can be changed.
+    /// `${FOREBAY_STICKY_SECRET}`. Or a list: the first signs, all others are still believed, so that secrets can be
+    /// changed.
     pub secret: Secrets,
-    /// How long it holds from when it was set; it is set anew when half of that is over. Without it, as long as the browser
-    /// keeps it: to the end of its session.
+    /// How long it holds from when it was set; it is set anew when half of that is over. Without it, as long as the
+    /// browser keeps it: to the end of its session.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub ttl: Option<Time>,
     /// With which requests from other sites browsers send it.
@@ -35,9 +36,9 @@ pub struct StickyCookie {
 }
 
 impl StickyCookie {
-    /// A secret has so many bytes at least.
+    /// The least number of bytes of a secret.
     pub const SECRET_BYTES_MIN: usize = 16;
-    /// So many secrets may be believed at once.
+    /// The most secrets that may be believed at once.
     pub const SECRETS_MAX: usize = 8;
 }
 

@@ -1,8 +1,8 @@
 //! Threads that hash passwords: a password that is right costs a tenth of a second of CPU, and so does a wrong one.
 //!
-//! They give way to the workers (`nice`), begin when there is something to do and end when there is nothing for a while.
-//! So many passwords wait and no more. What was right is remembered for a while, and the same credentials are hashed
-//! once for all who show them at the same time, as browsers do.
+//! They give way to the workers (`nice`), begin when there is something to do and end when there is nothing for a
+//! while. The queue of passwords is bounded. What was right is remembered for a while, and the same credentials are
+//! hashed once for all who show them at the same time, as browsers do.
 
 use std::collections::{HashMap, VecDeque};
 use std::num::NonZeroUsize;
@@ -209,7 +209,7 @@ mod tests {
 
     #[test]
     fn so_many_wait_and_no_more_and_the_same_is_hashed_once_for_all() {
-        // Nobody hashes.
+        // No thread hashes.
         let hashing = Hashing::new(Terms { threads: 0, ..terms() }, None);
         let ask = |number| hashing.ask(seal(number), b"secret", &stored());
         let kept: Vec<Known> = [1, 1, 1, 2, 2].map(ask).into();

@@ -1,4 +1,5 @@
-//! The signatures of tokens, checked by BoringSSL: what the `jsonwebtoken` crate is given in place of a library of its own.
+//! The signatures of tokens, checked by BoringSSL: what the `jsonwebtoken` crate is given in place of a library of its
+//! own.
 //!
 //! A key is for the algorithms of its kind and no other, so that a public key can never be taken for the secret of an
 //! HMAC (RFC 8725 §2.1). `none` is no algorithm at all.
@@ -60,7 +61,7 @@ enum Key {
     Ed(PKey<Public>),
 }
 
-/// RFC 7518 §3.3 asks for so many bits; what is much longer would only cost time.
+/// The bits that RFC 7518 §3.3 requires; a much longer key would only cost time.
 const RSA_BITS: std::ops::RangeInclusive<u32> = 2048..=8192;
 
 /// A key of Ed25519 in DER is this and its 32 bytes (RFC 8410 §4).
@@ -111,7 +112,8 @@ impl Verifying {
                 verifier.verify_oneshot(signature, message)
             }
             Key::Ec(key, length) => {
-                // RFC 7518 §3.4: two numbers of a fixed length. Zeros, which once passed for anything, BoringSSL refuses.
+                // RFC 7518 §3.4: two numbers of a fixed length. Zeros, which once passed for anything, BoringSSL
+                // refuses.
                 let Some((r, s)) = signature.split_at_checked(*length).filter(|(_, s)| s.len() == *length) else {
                     return Ok(false);
                 };

@@ -213,7 +213,7 @@ fn join<'d>(work: &mut Work<'d>, listen: Listen<'d>, number: usize, levels: &Lev
     }
 }
 
-/// What a listener is told, as its default server says.
+/// The settings of a listener, taken from its default server.
 fn settings<'d>(work: &mut Work<'d>, index: usize, all: &[Server<'d>]) {
     let listener = &work.listeners[index];
     if listener.keys.find("tcp").is_some() {
@@ -358,7 +358,7 @@ fn client<'d>(work: &mut Work<'d>, levels: &Levels<'d>) -> Option<Map> {
     let verify = last(levels, "ssl_verify_client").filter(|directive| directive.word(0) != "off")?;
     let ca = last(levels, "ssl_client_certificate");
     let Some(ca) = ca.filter(|_| verify.word(0) != "optional_no_ca") else {
-        work.lost(verify, "a certificate that nobody vouches for is no certificate: name `client.ca`");
+        work.lost(verify, "a client certificate is checked against a CA: name it in `client.ca`");
         return None;
     };
     work.done(verify);

@@ -174,7 +174,7 @@ pub fn servers<'d>(work: &mut Work<'d>, servers: &[Server<'d>], blocks: &[&'d Di
             (!conditions.is_empty()).then(|| format!("({})", conditions.join(" || ")))
         };
         let not = |conditions: &[&String]| any(conditions).map(|it| format!("!{it}"));
-        // Requests for hosts that nobody has come here; and those for its own names, by the same routes.
+        // Requests for unknown hosts come here; and those for its own names, by the same routes.
         for (indices, hosts, conditions) in [
             (default, Vec::new(), vec![not(&others)]),
             (if server.hosts.is_empty() { Vec::new() } else { named.clone() }, server.hosts.clone(), Vec::new()),
@@ -1042,7 +1042,7 @@ fn response_fields<'d>(
     content.filters = content.fields.iter().cloned().chain(filters).collect();
 }
 
-/// What the backend is told as `Host`, if that is written.
+/// The `Host` that the backend gets, if that is written.
 fn last_host<'d>(levels: &Levels<'d>) -> Option<&'d str> {
     let fields = every(levels, "proxy_set_header").into_iter();
     fields.filter(|field| field.word(0).eq_ignore_ascii_case("host")).map(|field| field.word(1)).next_back()
@@ -1057,7 +1057,7 @@ fn redirects<'d>(
     host: Option<&str>,
 ) -> Option<(String, String)> {
     let default = || {
-        // A backend that is told the client's host names that.
+        // A backend that gets the client's host names that.
         if target.grpc
             || target.host.starts_with("unix:")
             || host.is_some_and(|host| host.contains("host") && host != "$proxy_host")

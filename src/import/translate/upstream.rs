@@ -116,7 +116,7 @@ pub fn upstream<'d>(work: &mut Work<'d>, target: &Target, levels: &Levels<'d>, b
     wanted
 }
 
-/// How an upstream over TLS is trusted: nginx does not ask, unless it is told to.
+/// How an upstream over TLS is trusted: nginx does not check, unless it is configured to.
 fn tls<'d>(work: &mut Work<'d>, levels: &Levels<'d>, grpc: bool) -> Map {
     let prefix = if grpc { "grpc_ssl" } else { "proxy_ssl" };
     let mut map = Map::default();

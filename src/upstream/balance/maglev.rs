@@ -1,5 +1,5 @@
-//! Maglev hashing (Eisenbud et al., NSDI 2016, §3.4): a table of keys that its members fill in turns, each in an order of
-//! its own.
+//! Maglev hashing (Eisenbud et al., NSDI 2016, §3.4): a table of keys that its members fill in turns, each in an order
+//! of its own.
 //!
 //! Shares are more exact than a ring's, and finding a key is one read. When a member leaves, its keys move, and a few
 //! per cent of the others at most. The orders come of the names and nothing else, so that all nodes that know the same
@@ -25,8 +25,9 @@ const SMALL: usize = 512;
 const FREE: u32 = u32::MAX;
 
 impl Maglev {
-    /// The table of these members: 65,537 places for up to 512 of them, 1,048,583 for more (256 KiB and 4 MiB). The change
-    /// from one to the other moves all keys. Whoever has a weight has a place, as long as there are enough of them.
+    /// The table of these members: 65,537 places for up to 512 of them, 1,048,583 for more (256 KiB and 4 MiB). The
+    /// change from one to the other moves all keys. Whoever has a weight has a place, as long as there are enough of
+    /// them.
     pub fn new(members: &[Identity<'_>]) -> Maglev {
         let size = if members.is_empty() { 0 } else { SIZES[usize::from(members.len() > SMALL)] };
         let mut table = vec![FREE; size];

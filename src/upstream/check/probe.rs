@@ -1,7 +1,8 @@
 //! The ways in which an endpoint is asked whether it is well.
 //!
-//! All of them are a [`HealthCheck`] of Pingora's load balancing, and none is one of its own: its one for HTTP reads no body, and
-//! both have one way of connecting for all endpoints. Here an endpoint is connected to as for an exchange, in its own name.
+//! All of them are a [`HealthCheck`] of Pingora's load balancing, and none is one of its own: its one for HTTP reads no
+//! body, and both have one way of connecting for all endpoints. Here an endpoint is connected to as for an exchange, in
+//! its own name.
 
 use std::sync::Arc;
 

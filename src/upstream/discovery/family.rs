@@ -1,9 +1,9 @@
 //! The addresses of one name over IPv4 and IPv6: which are servers of their own, and which are ways to the same.
 //!
-//! A name with both has, as a rule, one server with two addresses, or as many servers of each kind. Were each address an
-//! endpoint, one family without a way to it would cost every other request an attempt. So the family with more addresses
-//! makes the endpoints, and those of the other are asked where they do not answer (`transport/pair.rs`): by turns, so that
-//! the load stays even whichever family it is that answers.
+//! A name with both has, as a rule, one server with two addresses, or as many servers of each kind. Were each address
+//! an endpoint, one family without a way to it would cost every other request an attempt. So the family with more
+//! addresses makes the endpoints, and those of the other are asked where they do not answer (`transport/pair.rs`): by
+//! turns, so that the load stays even whichever family it is that answers.
 
 use std::collections::BTreeSet;
 use std::net::{IpAddr, SocketAddr};
@@ -15,8 +15,9 @@ pub struct Way {
     pub alternate: Option<SocketAddr>,
 }
 
-/// The endpoints of a name with these addresses. Where there are as many of both families, IPv6 is asked first (RFC 6724);
-/// unless this machine has no way at all to the preferred family, which `is_reachable` says of one of its addresses.
+/// The endpoints of a name with these addresses. Where there are as many of both families, IPv6 is asked first (RFC
+/// 6724); unless this machine has no way at all to the preferred family, which `is_reachable` says of one of its
+/// addresses.
 pub fn ways(addresses: &[IpAddr], port: u16, is_reachable: impl Fn(IpAddr) -> bool) -> Vec<Way> {
     let distinct: BTreeSet<IpAddr> = addresses.iter().map(IpAddr::to_canonical).collect();
     let (v4, v6): (Vec<IpAddr>, Vec<IpAddr>) = distinct.into_iter().partition(IpAddr::is_ipv4);

@@ -1,8 +1,8 @@
 //! What is known of a name: its last good answer, what a new one makes of it, and when to ask again.
 //!
 //! A server that fails says nothing of the name, so the last good answer stays however long that lasts. That there is
-//! nothing under the name is an answer, and may be a mistake of a minute: it is believed once it has been said for as long
-//! as an answer is used (`refresh`).
+//! nothing under the name is an answer, and may be a mistake of a minute: it is believed once it has been said for as
+//! long as an answer is used (`refresh`).
 
 use std::time::{Duration, Instant};
 

@@ -120,7 +120,7 @@ impl Dialer {
         Ok(stream)
     }
 
-    /// Makes a connection of our own to `address`, for whoever speaks over it without Pingora.
+    /// Makes a connection of our own to `address`, for our own driver.
     ///
     /// # Errors
     ///

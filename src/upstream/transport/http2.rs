@@ -71,7 +71,7 @@ pub struct StreamHandle(Arc<Shared>);
 struct Shared {
     /// The endpoint is waited for no longer.
     over: AtomicBool,
-    /// The answer is whole: nobody wants the rest of the request.
+    /// The answer is whole: the rest of the request is not needed.
     unwanted: AtomicBool,
     reader: AtomicWaker,
     /// Where the body of the request goes, while it does.
@@ -95,8 +95,8 @@ impl StreamHandle {
 
     /// Ready when the endpoint has taken what it was given of the request, or never will.
     ///
-    /// A piece is handed to the library whole, and the next one waits here. Waiting where it is handed over would hold up
-    /// the answer as well: Pingora does one after the other, and an endpoint may answer before it has taken all.
+    /// A piece is handed to the library whole, and the next one waits here. Waiting where it is handed over would hold
+    /// up the answer as well: Pingora does one after the other, and an endpoint may answer before it has taken all.
     pub fn poll_taken(&self, cx: &mut Context<'_>) -> Poll<()> {
         let mut send = self.send();
         let Some(send) = send.as_mut().filter(|_| !self.is_over()) else { return Poll::Ready(()) };
@@ -681,9 +681,9 @@ impl client::Session for Exchange {
     }
 }
 
-/// The body of a request on its way. Whoever gives it has seen that there is room ([`StreamHandle::poll_taken`]). That an
-/// endpoint takes no more of it is no error here: it may have answered all the same, and whoever reads the answer hears how
-/// the stream went.
+/// The body of a request on its way. The caller has seen that there is room ([`StreamHandle::poll_taken`]). That an
+/// endpoint takes no more of it is no error here: it may have answered all the same, and whoever reads the answer hears
+/// how the stream went.
 struct Body {
     handle: StreamHandle,
     ended: bool,

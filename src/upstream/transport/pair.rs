@@ -1,9 +1,9 @@
 //! Two addresses of one server, over IPv6 and over IPv4: which is asked first, and what follows if it does not answer.
 //!
-//! That a name has an address does not mean that there is a way to it: a host may have none for IPv6 at all, or one that
-//! swallows everything. So the second address is asked as well if the first has not answered for a while (RFC 8305), and
-//! the one that answered is asked first from then on, for some time: a dead address costs neither a
-//! failure nor its delay with every connection.
+//! That a name has an address does not mean that there is a way to it: a host may have none for IPv6 at all, or one
+//! that swallows everything. So the second address is asked as well if the first has not answered for a while (RFC
+//! 8305), and the one that answered is asked first from then on, for some time: a dead address costs neither a failure
+//! nor its delay with every connection.
 
 use std::future::Future;
 use std::io;
@@ -60,8 +60,8 @@ impl Pair {
     }
 }
 
-/// What the first of two attempts to succeed gives, and whether that was the second. The second begins when the first has
-/// failed, or after `delay`. If both fail, the first one's error.
+/// What the first of two attempts to succeed gives, and whether that was the second. The second begins when the first
+/// has failed, or after `delay`. If both fail, the first one's error.
 pub(super) async fn race<T>(
     first: impl Future<Output = io::Result<T>>,
     second: impl Future<Output = io::Result<T>>,

@@ -75,17 +75,17 @@ struct Progress {
 }
 
 impl Tunnel {
-    /// So many bytes have been read in this direction since it began.
+    /// The bytes that have been read in this direction since it began.
     pub fn has_read(&self, way: Way, bytes: u64) {
         self.state().ways[way as usize].read = bytes;
     }
 
-    /// So many further bytes were read in this direction.
+    /// Counts further bytes that were read in this direction.
     pub fn read(&self, way: Way, bytes: usize) {
         self.state().ways[way as usize].read += bytes as u64;
     }
 
-    /// So many bytes were written to the endpoint.
+    /// Counts bytes that were written to the endpoint.
     pub fn wrote_up(&self, bytes: usize) {
         self.state().ways[Way::Up as usize].written += bytes as u64;
     }

@@ -74,8 +74,8 @@ struct Origin {
     large_answer: Vec<u8>,
 }
 
-/// As many connections may come at once. With the usual 128 the kernel begins some of a crowd's with SYN cookies, in small
-/// segments, and after a loss BBR lets 2 KB a second of them pass: a proxy cannot take faster what does not come.
+/// As many connections may come at once. With the usual 128 the kernel begins some of a crowd's with SYN cookies, in
+/// small segments, and after a loss BBR lets 2 KB a second of them pass: a proxy cannot take faster what does not come.
 const BACKLOG: libc::c_int = 4096;
 
 /// Serves until the process ends.

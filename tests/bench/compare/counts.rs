@@ -1,4 +1,5 @@
-//! What a Forebay has counted of an attack: refusals by their reason, and handshakes. Pure: `attacks` asks for the text.
+//! What a Forebay has counted of an attack: refusals by their reason, and handshakes. Pure: `attacks` asks for the
+//! text.
 
 use std::collections::BTreeMap;
 use std::fmt;

@@ -361,7 +361,8 @@ impl Panel {
         self.set("thresholds", made).set("color", json!({ "mode": "thresholds" }))
     }
 
-    /// Draws up to this value at least, so that nothing at all is a line at the bottom and not in the middle of nowhere.
+    /// Draws up to this value at least, so that nothing at all is a line at the bottom and not in the middle of
+    /// nowhere.
     pub fn at_least(mut self, value: f64) -> Panel {
         self.custom.insert("axisSoftMax".to_owned(), json!(value));
         self

@@ -1,4 +1,5 @@
-//! What the pictures of the boards are drawn from: what Prometheus answers to each of their queries over a minute of load.
+//! What the pictures of the boards are drawn from: what Prometheus answers to each of their queries over a minute of
+//! load.
 //!
 //! Only where `BOARD_DATA` names a folder; `dashboards/render/` makes the pictures.
 
