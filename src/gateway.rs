@@ -264,7 +264,7 @@ impl Gateway {
         })?;
 
         let unrouted = metrics.unrouted();
-        let lanes = Lanes::new(metrics.clone(), depot.disk.backlog());
+        let lanes = Lanes::new(metrics.clone(), depot.disk.backlog(), config.resources.turn.0);
         let recorder = Recorder::default();
         let settler = Arc::new(Settler {
             unrouted: unrouted.clone(),

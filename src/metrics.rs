@@ -140,6 +140,7 @@ struct Families {
     disk_failures: IntCounterVec,
     lane_waiting: IntGaugeVec,
     lane_share: GaugeVec,
+    lane_overdue: IntCounterVec,
     lane_bytes: IntCounterVec,
     loop_lag: HistogramVec,
     stalled_workers: IntGaugeVec,
@@ -397,6 +398,7 @@ impl Metrics {
         LaneMetrics {
             waiting: LANE_CLASSES.map(|class| families.lane_waiting.with_label_values(&[&worker, class])),
             share: LANE_CLASSES.map(|class| families.lane_share.with_label_values(&[&worker, class])),
+            overdue: LANE_CLASSES.map(|class| families.lane_overdue.with_label_values(&[&worker, class])),
             bytes: families.lane_bytes.with_label_values(&[&worker]),
         }
     }
@@ -618,6 +620,7 @@ impl Families {
             disk_failures: family::DISK_FAILURES.counter(registry),
             lane_waiting: family::LANE_WAITING.gauge(registry),
             lane_share: family::LANE_SHARE.ratio(registry),
+            lane_overdue: family::LANE_OVERDUE.counter(registry),
             lane_bytes: family::LANE_BYTES.counter(registry),
             loop_lag: family::LOOP_LAG.histogram(registry),
             stalled_workers: family::STALLED_WORKERS.gauge(registry),
@@ -770,6 +773,8 @@ pub struct LaneMetrics {
     pub waiting: [IntGauge; 3],
     /// Of its time, what the worker may give to them, from 0 to 1.
     pub share: [Gauge; 3],
+    /// Turns that were given because they had been waited for for as long as may be.
+    pub overdue: [IntCounter; 3],
     /// Bytes that were spooled.
     pub bytes: IntCounter,
 }

@@ -79,9 +79,7 @@ const PAUSE_MOST: Duration = Duration::from_millis(20);
 /// for here: then each exchange waits for itself, and has a deadline.
 const DISK_PAUSE: Duration = Duration::from_millis(1);
 const DISK_PAUSES_MOST: Duration = Duration::from_secs(1);
-/// A turn that has not come by then is given whatever it costs: turns decide who is first, and no exchange may fail for
-/// one. Overdue turns are looked for at intervals, since each look visits all that wait.
-const TURN_MOST: Duration = Duration::from_secs(10);
+/// Overdue turns are looked for at intervals, since each look visits all that wait.
 const TURN_LOOK: Duration = Duration::from_millis(250);
 
 /// So many connections are taken in one round.
@@ -109,6 +107,9 @@ impl Class {
 pub struct Lanes {
     metrics: Metrics,
     backlog: Backlog,
+    /// A turn that has not come by then is given whatever it costs: turns decide who is first, and no exchange may fail
+    /// for one.
+    turn_max: Duration,
     /// Counts those of threads that are no workers, as in tests.
     made: AtomicUsize,
 }
@@ -119,9 +120,10 @@ thread_local! {
 }
 
 impl Lanes {
-    /// No lane yet. Whoever needs the disk threads waits while their backlog is deep.
-    pub fn new(metrics: Metrics, backlog: Backlog) -> Arc<Self> {
-        Arc::new(Lanes { metrics, backlog, made: AtomicUsize::new(0) })
+    /// No lane yet. Whoever needs the disk threads waits while their backlog is deep. A turn that has not come after
+    /// `turn_max` is given.
+    pub fn new(metrics: Metrics, backlog: Backlog, turn_max: Duration) -> Arc<Self> {
+        Arc::new(Lanes { metrics, backlog, turn_max, made: AtomicUsize::new(0) })
     }
 
     /// The lane of the worker that asks.
@@ -131,7 +133,7 @@ impl Lanes {
             _ => {
                 let number = worker::here().map(|worker| worker.index);
                 let number = number.unwrap_or_else(|| self.made.fetch_add(1, Ordering::Relaxed));
-                let lane = Arc::new(Lane::new(self.metrics.lane(number), self.backlog.clone()));
+                let lane = Arc::new(Lane::new(self.metrics.lane(number), self.backlog.clone(), self.turn_max));
                 *here = Some((self.clone(), lane.clone()));
                 lane
             }
@@ -194,6 +196,7 @@ pub struct Lane {
     /// Exchanges that move much.
     bulk: AtomicUsize,
     backlog: Backlog,
+    turn_max: Duration,
     metrics: LaneMetrics,
 }
 
@@ -283,9 +286,9 @@ impl Track {
         self.remove(key)
     }
 
-    /// Those who have waited for as long as anybody may, wherever they stand.
-    fn overdue(&mut self, now: Instant) -> Vec<Arc<Slot>> {
-        let late = |slot: &Slot| now.saturating_duration_since(slot.since) >= TURN_MOST;
+    /// Those who have waited for so long, wherever they stand.
+    fn overdue(&mut self, turn_max: Duration, now: Instant) -> Vec<Arc<Slot>> {
+        let late = |slot: &Slot| now.saturating_duration_since(slot.since) >= turn_max;
         let queues = self.queues.iter_mut();
         queues.flat_map(|queue| queue.extract_if(.., |_, slot| late(slot)).map(|(_, slot)| slot)).collect()
     }
@@ -322,8 +325,8 @@ pub struct Turn {
 }
 
 impl Lane {
-    fn new(metrics: LaneMetrics, backlog: Backlog) -> Self {
-        Lane { queues: Mutex::default(), bulk: AtomicUsize::new(0), backlog, metrics }
+    fn new(metrics: LaneMetrics, backlog: Backlog, turn_max: Duration) -> Self {
+        Lane { queues: Mutex::default(), bulk: AtomicUsize::new(0), backlog, turn_max, metrics }
     }
 
     /// Counts an exchange among those that move much.
@@ -387,7 +390,8 @@ impl Lane {
         let looks = queues.is_to_look(now);
         for class in Class::ALL {
             let track = queues.of(class);
-            for slot in if looks { track.overdue(now) } else { Vec::new() } {
+            for slot in if looks { track.overdue(self.turn_max, now) } else { Vec::new() } {
+                self.metrics.overdue[class as usize].inc();
                 track.time.granted();
                 self.metrics.waiting[class as usize].dec();
                 slot.grant();
@@ -641,8 +645,10 @@ mod tests {
     use crate::client::connection::tests::connection;
     use crate::metrics::LANE_CLASSES;
 
+    const TURN_MAX: Duration = Duration::from_secs(10);
+
     fn lanes() -> Arc<Lanes> {
-        Lanes::new(Metrics::new(0, Vec::new()), Backlog::new(&Arc::new(Semaphore::new(100)), 1))
+        Lanes::new(Metrics::new(0, Vec::new()), Backlog::new(&Arc::new(Semaphore::new(100)), 1), TURN_MAX)
     }
 
     fn lane() -> Arc<Lane> {
@@ -701,7 +707,7 @@ mod tests {
     #[tokio::test]
     async fn whoever_needs_the_disk_threads_waits_while_they_have_enough_to_do() {
         let slots = Arc::new(Semaphore::new(100));
-        let lane = Lanes::new(Metrics::new(0, Vec::new()), Backlog::new(&slots, 1)).here();
+        let lane = Lanes::new(Metrics::new(0, Vec::new()), Backlog::new(&slots, 1), TURN_MAX).here();
         let jobs = slots.try_acquire_many(50).expect("permits");
         let wait = |(who, missing, disk)| (who, lane.queue(Class::Spool, missing, disk));
         let places = [('a', 100, true), ('b', 200, false)].map(wait);
@@ -724,7 +730,7 @@ mod tests {
     #[tokio::test]
     async fn a_turn_that_does_not_come_is_given_in_the_end_and_no_other_before_it() {
         let slots = Arc::new(Semaphore::new(100));
-        let lane = Lanes::new(Metrics::new(0, Vec::new()), Backlog::new(&slots, 1)).here();
+        let lane = Lanes::new(Metrics::new(0, Vec::new()), Backlog::new(&slots, 1), TURN_MAX).here();
         let _jobs = slots.try_acquire_many(50).expect("permits");
         lane.lock().driven = true;
         let [old, new] = [300, 100].map(|missing| lane.queue(Class::Spool, missing, true));
@@ -732,16 +738,21 @@ mod tests {
         {
             let mut queues = lane.lock();
             assert!(!queues.is_to_look(now), "the first look is a while after the first turn");
-            assert!(queues.of(Class::Spool).overdue(now + TURN_MOST / 2).is_empty());
+            assert!(queues.of(Class::Spool).overdue(TURN_MAX, now + TURN_MAX / 2).is_empty());
             let (key, slot) = queues.of(Class::Spool).queues[1].pop_last().expect("the older one");
-            let since = now.checked_sub(TURN_MOST).expect("the machine has been up for as long");
+            let since = now.checked_sub(TURN_MAX).expect("the machine has been up for as long");
             let aged = Arc::new(Slot { since, granted: AtomicBool::new(false), waker: AtomicWaker::new() });
             queues.of(Class::Spool).queues[1].insert(key, aged);
             drop(slot);
-            assert!(queues.is_to_look(now + TURN_LOOK));
-            assert_eq!(queues.of(Class::Spool).overdue(now).len(), 1);
-            assert!(queues.of(Class::Spool).overdue(now).is_empty(), "it has its turn");
+            queues.looked = now.checked_sub(TURN_LOOK);
         }
+        let overdue = || [0, 1, 2].map(|class| lane.metrics.overdue[class].get());
+        assert_eq!(overdue(), [0, 0, 0]);
+        assert_eq!(lane.round(now), Some(DISK_PAUSE), "the disk threads have enough to do");
+        assert_eq!(overdue(), [0, 0, 1]);
+        lane.lock().looked = None;
+        lane.round(now);
+        assert_eq!((overdue()[2], waiting(&lane)), (1, 1), "it has its turn, and the other waits on");
         assert!(!new.slot.granted.load(Ordering::Relaxed));
         drop((old, new));
     }

@@ -658,9 +658,9 @@ mod tests {
         let all = Metrics::new(u64::MAX, Vec::new());
         let metrics = all.spools();
         let (faults, files) = Faults::new();
-        let disk = Disk::start(files, 2, 4, &metrics).unwrap();
+        let disk = Disk::start(files, disk::Terms { threads: 2, queue: 4, nice: 10 }, &metrics).unwrap();
         let budget = Budget::new(resources, metrics.clone());
-        let accounts = Accounts::new(Ipv6Prefix::default(), &[], 1);
+        let accounts = Accounts::new(ClientPrefix::default(), &[], 1);
         let slow = SlowClients::default();
         let depot = Arc::new(Depot { disk, budget, slow, accounts, chunk, small_chunk: chunk / 8 });
         Stage { depot, faults, metrics, route: all.route("all") }

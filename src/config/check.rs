@@ -44,6 +44,8 @@ const TOKEN_BYTES_MIN: usize = 16;
 const DISK_THREADS_MAX: u64 = 64;
 /// The disk threads hold a place for each piece that may wait.
 const DISK_QUEUE_MAX: u64 = 1_000_000;
+/// The most that a thread can give way.
+const DISK_NICE_MAX: u64 = 19;
 /// What is left, in percent, is little enough for connections to backends, and cannot be done without.
 const OPEN_FILES_MAX: f64 = 90.0;
 /// With less, in percent, next to nothing could be held.
@@ -126,6 +128,7 @@ impl<'a> Check<'a> {
         }
         self.count("server.disk_threads", rest.server.disk_threads, 1, DISK_THREADS_MAX);
         self.count("server.disk_queue", rest.server.disk_queue, 1, DISK_QUEUE_MAX);
+        self.count("server.disk_nice", rest.server.disk_nice, 0, DISK_NICE_MAX);
         self.open_files(&rest.server.open_files);
         self.time("server.shutdown.deadline", rest.server.shutdown.deadline);
         self.resources(&rest.resources);
@@ -305,6 +308,7 @@ impl<'a> Check<'a> {
             }
         }
         self.time("resources.pause", resources.pause);
+        self.time("resources.turn", resources.turn);
     }
 
     fn listeners(&mut self) {

@@ -36,6 +36,9 @@ pub struct Server {
     /// Pieces of work that may wait for those threads; exchanges that would add one wait meanwhile. From 1 to a
     /// million.
     pub disk_queue: Count,
+    /// How far those threads give way to all else that wants the CPU (nice(2)): from 0, as the workers, to 19. Beside
+    /// one busy program at 10, a thread gets a tenth of its core; at 19, a seventieth, and responses wait for the disk.
+    pub disk_nice: Count,
     /// Who may use the open files that the process may have.
     pub open_files: OpenFiles,
     /// What happens on SIGTERM.
@@ -52,6 +55,7 @@ impl Default for Server {
             spool_dir: "/tmp".to_owned(),
             disk_threads: Count(2),
             disk_queue: Count(1_024),
+            disk_nice: Count(10),
             open_files: OpenFiles::default(),
             shutdown: Shutdown::default(),
         }
@@ -181,6 +185,9 @@ pub struct Resources {
     /// How long a request body may wait for memory, after which it is refused with 503; and how long one of either
     /// direction may wait for the disk. Answers wait for their client, who makes room.
     pub pause: Time,
+    /// While many exchanges move much they take turns, so that small ones need not wait; new connections do the same
+    /// while many come. A turn that has not come after this time is given, whatever it costs others.
+    pub turn: Time,
 }
 
 impl Default for Resources {
@@ -192,6 +199,7 @@ impl Default for Resources {
             per_client: Percent(80.0),
             on_pressure: vec![Rung::Spill, Rung::Pause, Rung::Shed],
             pause: Time::seconds(30),
+            turn: Time::seconds(10),
         }
     }
 }

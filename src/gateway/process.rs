@@ -11,7 +11,7 @@ use crate::client::account::Accounts;
 use crate::client::budget::{self, Budget};
 use crate::client::descriptors::{Shares, lowest_free};
 use crate::client::spool::Depot;
-use crate::client::spool::disk::Disk;
+use crate::client::spool::disk::{self, Disk};
 use crate::config::Config;
 use crate::config::route::retry::ATTEMPTS_MAX;
 use crate::config::server::{OpenFiles, Rung, Threads};
@@ -20,6 +20,9 @@ use crate::eventloop;
 use crate::eventloop::runtime::{POLL_TIME_BUCKETS, POLL_TIME_FIRST_MICROS};
 use crate::metrics::Metrics;
 use crate::upstream;
+
+/// The most that a thread can give way (setpriority(2)).
+const NICE_MAX: i32 = 19;
 
 /// What bodies are held in. Starts the disk threads, and proves that there is a place for files if there are to be any.
 pub fn depot(
@@ -32,7 +35,8 @@ pub fn depot(
     let spools = metrics.spools();
     let threads = usize::try_from(server.disk_threads.0).unwrap_or(usize::MAX);
     let queue = usize::try_from(server.disk_queue.0).unwrap_or(usize::MAX);
-    let disk = Disk::open(Path::new(&server.spool_dir), threads, queue, &spools)
+    let terms = disk::Terms { threads, queue, nice: i32::try_from(server.disk_nice.0).unwrap_or(NICE_MAX) };
+    let disk = Disk::open(Path::new(&server.spool_dir), terms, &spools)
         .map_err(|error| no_spool_dir(&server.spool_dir, &error))?;
     let rung = |rung| resources.on_pressure.contains(&rung);
     let resources = budget::Resources {

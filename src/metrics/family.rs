@@ -253,6 +253,8 @@ families! {
         "Exchanges that wait for their turn: new connections, bodies that pass, answers that are spooled.";
     LANE_SHARE: "forebay_lane_share_ratio", Gauge, ["worker", "class"],
         "Of its time, what a worker may give to a class of exchanges, as the lag of its event loop allows.";
+    LANE_OVERDUE: "forebay_lane_overdue_total", Counter, ["worker", "class"],
+        "Turns that were given because `resources.turn` was over.";
     LANE_BYTES: "forebay_lane_bytes_total", Counter, ["worker"],
         "Bytes that were spooled.";
     ACCESS_LOG_LINES: "forebay_access_log_lines_total", Counter, [],

@@ -26,9 +26,6 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
 use crate::client::budget::Share;
 use crate::metrics::{OperationMetrics, SpoolMetrics};
 
-/// As nice as can be: the workers come first, and where these leave no CPU, what is spooled waits (see `lane`).
-const NICENESS: i32 = 19;
-
 /// A system call writes no more. Most kernels interrupt none for the sake of a worker on the same CPU that has
 /// something to do, and to write 256 KiB takes a millisecond where memory is slow.
 const CALL_BYTES: usize = 64 << 10;
@@ -42,6 +39,17 @@ pub struct Disk {
     slots: Arc<Semaphore>,
     backlog: Backlog,
     metrics: SpoolMetrics,
+}
+
+/// How the disk threads work.
+#[derive(Clone, Copy, Debug)]
+pub struct Terms {
+    /// How many there are; at least one.
+    pub threads: usize,
+    /// Pieces of work that may be queued for them.
+    pub queue: usize,
+    /// How far they give way to others that want the CPU, from 0 to 19 (setpriority(2)).
+    pub nice: i32,
 }
 
 /// So many pieces of work for each thread keep it busy for some milliseconds.
@@ -86,13 +94,13 @@ pub(super) struct Unwritten {
 pub(super) type Read = io::Result<(Bytes, Share)>;
 
 impl Disk {
-    /// Starts so many threads for files in `dir`, with a queue of so many pieces of work.
+    /// Starts the threads for files in `dir`.
     ///
     /// # Errors
     /// That no file can be made there, or written; that a thread cannot be started.
-    pub fn open(dir: &Path, threads: usize, queue: usize, metrics: &SpoolMetrics) -> io::Result<Disk> {
+    pub fn open(dir: &Path, terms: Terms, metrics: &SpoolMetrics) -> io::Result<Disk> {
         Disk::probe(dir)?;
-        Disk::start(Arc::new(Directory(dir.to_owned())), threads, queue, metrics)
+        Disk::start(Arc::new(Directory(dir.to_owned())), terms, metrics)
     }
 
     /// Makes a file in `dir`, writes to it and lets it go again.
@@ -104,18 +112,14 @@ impl Disk {
     }
 
     /// Starts the threads on these files.
-    pub(super) fn start(
-        files: Arc<dyn Files>,
-        threads: usize,
-        queue: usize,
-        metrics: &SpoolMetrics,
-    ) -> io::Result<Disk> {
+    pub(super) fn start(files: Arc<dyn Files>, terms: Terms, metrics: &SpoolMetrics) -> io::Result<Disk> {
+        let Terms { threads, queue, nice } = terms;
         let (sender, receiver) = channel();
         let receiver = Arc::new(Mutex::new(receiver));
         let threads = threads.max(1);
         for number in 0..threads {
             let (files, receiver, metrics) = (files.clone(), receiver.clone(), metrics.clone());
-            let work = move || Worker { files, metrics }.run(&receiver);
+            let work = move || Worker { files, metrics }.run(&receiver, nice);
             std::thread::Builder::new().name(format!("disk-{number}")).spawn(work)?;
         }
         let slots = Arc::new(Semaphore::new(queue.clamp(1, Semaphore::MAX_PERMITS)));
@@ -206,8 +210,9 @@ struct Worker {
 }
 
 impl Worker {
-    fn run(&self, queue: &Mutex<Receiver<Job>>) {
-        if let Err(error) = be_nice() {
+    fn run(&self, queue: &Mutex<Receiver<Job>>, nice: i32) {
+        // On Linux "the calling process" is the calling thread here.
+        if let Err(error) = setpriority_process(None, nice) {
             tracing::warn!("a disk thread has the same priority as the workers: {error}");
         }
         while let Some(job) = take(queue) {
@@ -307,11 +312,6 @@ fn take(queue: &Mutex<Receiver<Job>>) -> Option<Job> {
     queue.lock().unwrap_or_else(PoisonError::into_inner).recv().ok()
 }
 
-/// Lowers the priority of the calling thread: on Linux that is what "the calling process" means here.
-fn be_nice() -> rustix::io::Result<()> {
-    setpriority_process(None, NICENESS)
-}
-
 /// The system calls, one each; so that tests can be a disk that is slow, fills up or fails.
 pub(super) trait Files: Send + Sync {
     /// Makes a file without a name.
@@ -392,7 +392,7 @@ mod tests {
     fn stage(threads: usize, queue: usize) -> Stage {
         let metrics = Metrics::new(u64::MAX, Vec::new()).spools();
         let (faults, files) = Faults::new();
-        let disk = Disk::start(files, threads, queue, &metrics).unwrap();
+        let disk = Disk::start(files, Terms { threads, queue, nice: 10 }, &metrics).unwrap();
         Stage { disk, faults, budget: budget(&metrics), metrics }
     }
 
@@ -439,7 +439,10 @@ mod tests {
         let metrics = Metrics::new(u64::MAX, Vec::new()).spools();
         assert!(Disk::probe(dir.path()).is_ok());
         let missing = dir.path().join("missing");
-        assert_eq!(Disk::open(&missing, 1, 1, &metrics).err().unwrap().kind(), io::ErrorKind::NotFound);
+        assert_eq!(
+            Disk::open(&missing, Terms { threads: 1, queue: 1, nice: 10 }, &metrics).err().unwrap().kind(),
+            io::ErrorKind::NotFound
+        );
         let file = dir.path().join("file");
         std::fs::write(&file, "").unwrap();
         assert_eq!(Disk::probe(&file).unwrap_err().kind(), io::ErrorKind::NotADirectory);
@@ -455,7 +458,7 @@ mod tests {
     }
 
     #[test]
-    fn the_threads_are_as_nice_as_can_be() {
+    fn the_threads_are_as_nice_as_they_are_told_to_be() {
         struct Asking(Mutex<mpsc::Sender<(i32, String)>>);
         impl Files for Asking {
             fn create(&self) -> io::Result<File> {
@@ -471,11 +474,12 @@ mod tests {
         }
         let metrics = Metrics::new(u64::MAX, Vec::new()).spools();
         let (sender, answers) = mpsc::channel();
-        let disk = Disk::start(Arc::new(Asking(Mutex::new(sender))), 1, 1, &metrics).unwrap();
+        let disk = Disk::start(Arc::new(Asking(Mutex::new(sender))), Terms { threads: 1, queue: 1, nice: 7 }, &metrics)
+            .unwrap();
         let held = Share::new(&budget(&metrics), Direction::Request, None);
         let _written = disk.write(disk.try_permit().unwrap(), None, 0, vec![Bytes::from_static(b"x")], held);
 
-        assert_eq!(answers.recv_timeout(PATIENCE).unwrap(), (NICENESS, "disk-0".to_owned()));
+        assert_eq!(answers.recv_timeout(PATIENCE).unwrap(), (7, "disk-0".to_owned()));
     }
 
     #[test]

@@ -166,6 +166,11 @@ pub fn board() -> Board {
                 bodies that pass, answers that are spooled.", "short")
                 .query("sum by (instance, worker, class) (forebay_lane_waiting)", "{{instance}} #{{worker}} {{class}}")
                 .at_least(1.0),
+            Panel::lines("Lane, overdue", "Turns per second that were given because they had been waited for for \
+                `resources.turn`: the worker, or the disk, has too much to do.", "ops")
+                .query("sum by (instance, worker, class) (rate(forebay_lane_overdue_total[R]))",
+                    "{{instance}} #{{worker}} {{class}}")
+                .at_least(1.0),
         ],
     )
 }
