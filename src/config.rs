@@ -81,6 +81,9 @@ pub struct Config {
     /// `unix` stands for whoever connects to a unix socket. Of others, these fields are dropped.
     #[serde(default)]
     pub trusted_proxies: Vec<address::Proxy>,
+    /// How many leading bits of an IPv4 address are one client, where something is limited for each client.
+    #[serde(default)]
+    pub ipv4_prefix: address::Ipv4Prefix,
     /// How many leading bits of an IPv6 address are one client, where something is limited for each client.
     #[serde(default)]
     pub ipv6_prefix: address::Ipv6Prefix,
@@ -183,15 +186,17 @@ impl Config {
 
     /// Shows errors that were found when the configuration was built, at their places in its file.
     pub fn report(&self, errors: &[BuildError]) -> Report {
-        let findings = errors.iter().map(|error| {
-            let (title, label) = explain::halves(&error.message);
-            let spot = match &error.inside {
-                Some(inside) => Spot::Inside(error.path.clone(), inside.clone()),
-                None => Spot::Value(error.path.clone()),
-            };
-            Finding::error(spot, title).label(label).foreign()
-        });
-        Report::new(Arc::clone(&self.source), findings.collect())
+        Report::new(Arc::clone(&self.source), errors.iter().map(|error| finding(error, Finding::error)).collect())
+    }
+
+    /// The warnings of the file, with these, which were found when the configuration was built.
+    pub fn warnings_with(&self, warnings: &[BuildError]) -> Report {
+        self.warnings.with(warnings.iter().map(|warning| finding(warning, Finding::warning)).collect())
+    }
+
+    /// What is one client where something is limited for each.
+    pub fn client_prefix(&self) -> address::ClientPrefix {
+        address::ClientPrefix { v4: self.ipv4_prefix, v6: self.ipv6_prefix }
     }
 
     /// The issuer of this name: the one that is written, or one that is known without that.

@@ -245,7 +245,7 @@ impl Gateway {
 
         let threads = threads(config.server.threads);
         let shares = shares(&config, threads).map_err(|error| wrong(vec![error]))?;
-        let accounts = Accounts::new(config.ipv6_prefix, &config.trusted_proxies, config.listeners.len());
+        let accounts = Accounts::new(config.client_prefix(), &config.trusted_proxies, config.listeners.len());
         let depot = depot(&config, &shares, accounts.clone(), &metrics).map_err(|error| wrong(vec![error]))?;
         let depot = Arc::new(depot);
         metrics.set_workers(threads);

@@ -1,6 +1,6 @@
 //! What each client address has of what all clients share: connections, requests under way, and what is held for it.
 //!
-//! An IPv4 address is one client, and so is an IPv6 network ([`Ipv6Prefix`]): whoever has one address of it has all. A
+//! An address of IPv4 is one client, and so is a network of IPv6 ([`ClientPrefix`]): whoever has one has all of it. A
 //! connection looks its account up once and keeps it; an account ends with the last that keeps it. Addresses that speak
 //! for many clients have none: trusted proxies, and unix sockets, which have no address at all.
 
@@ -15,7 +15,7 @@ use arc_swap::ArcSwap;
 use ipnet::IpNet;
 
 use super::budget::Held;
-use crate::config::address::{Ipv6Prefix, Proxy};
+use crate::config::address::{ClientPrefix, Proxy};
 use crate::metrics::Direction;
 
 /// Locks among which accounts are spread, so that workers rarely meet at one.
@@ -32,13 +32,13 @@ pub struct Accounts {
 
 /// Who is one client, and who is none.
 struct Terms {
-    prefix: Ipv6Prefix,
+    prefix: ClientPrefix,
     /// Those who speak for many clients.
     exempt: Vec<IpNet>,
 }
 
 impl Terms {
-    fn new(prefix: Ipv6Prefix, exempt: &[Proxy]) -> Terms {
+    fn new(prefix: ClientPrefix, exempt: &[Proxy]) -> Terms {
         let networks = exempt.iter().filter_map(|proxy| match proxy {
             Proxy::Network(network) => Some(*network),
             Proxy::Unix => None,
@@ -50,14 +50,14 @@ impl Terms {
 impl Accounts {
     /// None yet. `listeners` is their number; each has limits of its own; addresses of `exempt` proxies have
     /// no account.
-    pub fn new(prefix: Ipv6Prefix, exempt: &[Proxy], listeners: usize) -> Arc<Self> {
+    pub fn new(prefix: ClientPrefix, exempt: &[Proxy], listeners: usize) -> Arc<Self> {
         let terms = ArcSwap::from_pointee(Terms::new(prefix, exempt));
         let shards = std::array::from_fn(|_| Mutex::default());
         Arc::new(Accounts { terms, listeners: AtomicUsize::new(listeners), shards, seed: RandomState::new() })
     }
 
     /// Who is one client, and who is none, from now on; connections that are there keep their accounts.
-    pub fn set_terms(&self, prefix: Ipv6Prefix, exempt: &[Proxy]) {
+    pub fn set_terms(&self, prefix: ClientPrefix, exempt: &[Proxy]) {
         self.terms.store(Arc::new(Terms::new(prefix, exempt)));
     }
 
@@ -131,7 +131,7 @@ pub enum Quota {
 }
 
 impl Account {
-    /// Whose it is: an address, of IPv6 the network of one client.
+    /// Whose it is: the first address of the network that is one client.
     pub fn client(&self) -> IpAddr {
         self.client
     }
@@ -224,7 +224,7 @@ mod tests {
 
     fn accounts(exempt: &[&str]) -> Arc<Accounts> {
         let exempt: Vec<Proxy> = exempt.iter().map(|network| network.parse().unwrap()).collect();
-        Accounts::new(Ipv6Prefix::default(), &exempt, 2)
+        Accounts::new(ClientPrefix::default(), &exempt, 2)
     }
 
     fn account(accounts: &Arc<Accounts>, address: &str) -> Arc<Account> {
@@ -271,6 +271,17 @@ mod tests {
         let four = account(&accounts, "192.0.2.1");
         assert!(Arc::ptr_eq(&four, &account(&accounts, "::ffff:192.0.2.1")));
         assert!(!Arc::ptr_eq(&four, &account(&accounts, "192.0.2.2")));
+    }
+
+    #[test]
+    fn all_addresses_of_an_ipv4_network_have_one_account_where_that_is_written() {
+        let accounts = accounts(&[]);
+        let one = account(&accounts, "192.0.2.1");
+        accounts.set_terms(ClientPrefix { v4: "24".parse().unwrap(), ..ClientPrefix::default() }, &[]);
+        let other = account(&accounts, "192.0.2.1");
+        assert!(!Arc::ptr_eq(&one, &other) && Arc::ptr_eq(&other, &account(&accounts, "192.0.2.255")));
+        assert!(!Arc::ptr_eq(&other, &account(&accounts, "192.0.3.1")));
+        assert_eq!(other.client().to_string(), "192.0.2.0");
     }
 
     #[test]

@@ -507,7 +507,7 @@ mod tests {
 
     use super::*;
     use crate::client::account::Accounts;
-    use crate::config::address::Ipv6Prefix;
+    use crate::config::address::ClientPrefix;
     use crate::metrics::Metrics;
 
     const RESOURCES: Resources = Resources {
@@ -625,7 +625,7 @@ mod tests {
     const SHARED: Resources = Resources { disk: 1_000, files: 4, answers: 0.5, client: 0.5, ..RESOURCES };
 
     fn accounts<const N: usize>(addresses: [&str; N]) -> [Arc<Account>; N] {
-        let accounts = Accounts::new(Ipv6Prefix::default(), &[], 1);
+        let accounts = Accounts::new(ClientPrefix::default(), &[], 1);
         addresses.map(|address| accounts.of(address.parse().unwrap()).unwrap())
     }
 

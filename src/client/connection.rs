@@ -148,7 +148,7 @@ impl Common {
 
     /// Goes by what is written for all listeners.
     pub fn set_terms(&self, config: &config::Config) {
-        self.accounts.set_terms(config.ipv6_prefix, &config.trusted_proxies);
+        self.accounts.set_terms(config.client_prefix(), &config.trusted_proxies);
     }
 
     /// Held while a listener is built, or is gone.

@@ -630,7 +630,7 @@ mod tests {
     use super::*;
     use crate::client::budget::Resources;
     use crate::client::spool::faults::{Faults, PATIENCE};
-    use crate::config::address::Ipv6Prefix;
+    use crate::config::address::ClientPrefix;
     use crate::metrics::{Metrics, SpoolMetrics};
 
     const CHUNK: u64 = 1024;

@@ -2,7 +2,7 @@
 
 use std::borrow::Cow;
 use std::fmt;
-use std::net::{IpAddr, Ipv6Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::path::Path;
 use std::str::FromStr;
 
@@ -175,68 +175,98 @@ impl JsonSchema for Network {
     }
 }
 
-/// How many leading bits of an IPv6 address tell clients apart where something is limited for each of them: from 1 to
-/// 128, 64 by default. Whoever has one address of a /64 has all of them (RFC 4291 §2.5.4, RFC 6177 §2), and could else
-/// begin anew with each.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Ipv6Prefix(u8);
+/// How many leading bits of an address tell clients apart where something is limited for each of them.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct ClientPrefix {
+    /// Of an IPv4 address.
+    pub v4: Ipv4Prefix,
+    /// Of an IPv6 address.
+    pub v6: Ipv6Prefix,
+}
 
-impl Ipv6Prefix {
-    /// The client that this address belongs to, as the first address of its network. An IPv4 address is one client, and
-    /// so is one that came in by way of IPv6 (`::ffff:192.0.2.1`).
+impl ClientPrefix {
+    /// The client that this address belongs to, as the first address of its network. An IPv4 address that came in by
+    /// way of IPv6 (`::ffff:192.0.2.1`) is one of IPv4.
     pub fn client(self, address: IpAddr) -> IpAddr {
         match address.to_canonical() {
-            IpAddr::V4(v4) => v4.into(),
+            IpAddr::V4(v4) => {
+                let host_bits = 32 - u32::from(self.v4.0);
+                IpAddr::V4(Ipv4Addr::from_bits(v4.to_bits() >> host_bits << host_bits))
+            }
             IpAddr::V6(v6) => {
-                let host_bits = 128 - u32::from(self.0);
+                let host_bits = 128 - u32::from(self.v6.0);
                 IpAddr::V6(Ipv6Addr::from_bits(v6.to_bits() >> host_bits << host_bits))
             }
         }
     }
 }
 
-impl Default for Ipv6Prefix {
-    fn default() -> Self {
-        Ipv6Prefix(64)
-    }
+macro_rules! prefix {
+    ($(#[$about:meta])* $name:ident, $version:literal, $default:literal of $bits:literal) => {
+        $(#[$about])*
+        #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+        pub struct $name(u8);
+
+        impl Default for $name {
+            fn default() -> Self {
+                $name($default)
+            }
+        }
+
+        impl FromStr for $name {
+            type Err = String;
+
+            fn from_str(text: &str) -> Result<Self, String> {
+                let bits = text.strip_prefix('/').unwrap_or(text).parse().ok().filter(|bits| (1..=$bits).contains(bits));
+                bits.map($name).ok_or_else(|| {
+                    let (version, most, default) = ($version, $bits, $default);
+                    format!(
+                        "`{text}` is not the length of an {version} prefix: write a number from 1 to {most}, such as `{default}`"
+                    )
+                })
+            }
+        }
+
+        impl<'de> Deserialize<'de> for $name {
+            fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+                let expected = Scalar(concat!("the length of a prefix such as `", $default, "`"));
+                deserializer.deserialize_any(expected)?.parse().map_err(de::Error::custom)
+            }
+        }
+
+        impl Serialize for $name {
+            fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+                self.0.serialize(serializer)
+            }
+        }
+
+        impl JsonSchema for $name {
+            fn schema_name() -> Cow<'static, str> {
+                stringify!($name).into()
+            }
+
+            fn json_schema(_: &mut SchemaGenerator) -> Schema {
+                json_schema!({
+                    "type": "integer",
+                    "minimum": 1,
+                    "maximum": $bits,
+                    "description": concat!("how many leading bits of an ", $version, " address tell clients apart"),
+                })
+            }
+        }
+    };
 }
 
-impl FromStr for Ipv6Prefix {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        let bits = text.strip_prefix('/').unwrap_or(text).parse().ok().filter(|bits| (1..=128).contains(bits));
-        bits.map(Ipv6Prefix).ok_or_else(|| {
-            format!("`{text}` is not the length of an IPv6 prefix: write a number from 1 to 128, such as `64`")
-        })
-    }
+prefix! {
+    /// From 1 to 32 bits of an IPv4 address; 32 by default: each address is a client. Where a provider gives each
+    /// customer a network, or one client rents many addresses, fewer bits count them as one.
+    Ipv4Prefix, "IPv4", 32 of 32
 }
 
-impl<'de> Deserialize<'de> for Ipv6Prefix {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        deserializer.deserialize_any(Scalar("the length of a prefix such as `64`"))?.parse().map_err(de::Error::custom)
-    }
-}
-
-impl Serialize for Ipv6Prefix {
-    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        self.0.serialize(serializer)
-    }
-}
-
-impl JsonSchema for Ipv6Prefix {
-    fn schema_name() -> Cow<'static, str> {
-        "Ipv6Prefix".into()
-    }
-
-    fn json_schema(_: &mut SchemaGenerator) -> Schema {
-        json_schema!({
-            "type": "integer",
-            "minimum": 1,
-            "maximum": 128,
-            "description": "how many leading bits of an IPv6 address tell clients apart",
-        })
-    }
+prefix! {
+    /// From 1 to 128 bits of an IPv6 address; 64 by default. Whoever has one address of a /64 has all of them (RFC 4291
+    /// §2.5.4, RFC 6177 §2), and could else begin anew with each.
+    Ipv6Prefix, "IPv6", 64 of 128
 }
 
 /// Reads networks where the field holds them bare.
@@ -321,12 +351,23 @@ mod tests {
     #[test]
     fn a_client_is_an_ipv4_address_or_an_ipv6_network() {
         let client = |prefix: &str, address: &str| {
-            let prefix: Ipv6Prefix = prefix.parse().unwrap();
+            let prefix = ClientPrefix { v6: prefix.parse().unwrap(), ..ClientPrefix::default() };
             prefix.client(address.parse().unwrap()).to_string()
         };
         for address in ["192.0.2.1", "::ffff:192.0.2.1"] {
             assert_eq!(client("64", address), "192.0.2.1");
             assert_eq!(client("1", address), "192.0.2.1");
+        }
+        for (prefix, network) in [("1", "128.0.0.0"), ("/24", "192.0.2.0"), ("31", "192.0.2.2"), ("32", "192.0.2.3")] {
+            let prefix = ClientPrefix { v4: prefix.parse().unwrap(), ..ClientPrefix::default() };
+            for address in ["192.0.2.3", "::ffff:192.0.2.3"] {
+                assert_eq!(prefix.client(address.parse().unwrap()).to_string(), network);
+            }
+            assert_eq!(prefix.client("2001:db8::1".parse().unwrap()).to_string(), "2001:db8::");
+        }
+        assert_eq!(Ipv4Prefix::default(), "32".parse().unwrap());
+        for prefix in ["0", "33", "64", "-1", ""] {
+            assert!(prefix.parse::<Ipv4Prefix>().unwrap_err().contains("from 1 to 32"), "{prefix}");
         }
         for (prefix, network) in [
             ("1", "::"),

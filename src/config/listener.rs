@@ -97,10 +97,10 @@ pub struct Limits {
     /// Open connections. One more is answered 503 and closed. All listeners together have no more than the open files
     /// of the process allow, see `server.open_files`.
     pub connections: Count,
-    /// Open connections of one client address, of IPv6 as much of it as `ipv6_prefix` says. One more is answered 429
-    /// and closed. Peers of `trusted_proxies` and of unix sockets speak for many clients and are not limited. Unless it
-    /// is `unlimited`, an address has no more than three times as many as the open files of the process leave to
-    /// others.
+    /// Open connections of one client address; as much of it counts as `ipv4_prefix` and `ipv6_prefix` say. One more is
+    /// answered 429 and closed. Peers of `trusted_proxies` and of unix sockets speak for many clients and are not
+    /// limited. Unless it is `unlimited`, an address has no more than three times as many as the open files of the
+    /// process leave to others.
     pub connections_per_ip: Count,
     /// New connections, of all clients. One that comes sooner is answered 503 and closed. As much as the rate names may
     /// come at once.

@@ -175,10 +175,10 @@ pub struct Resources {
     /// response that finds no room waits for its client. The fuller it is, the less one response may have, so that the
     /// slowest clients are the first whose endpoints wait.
     pub responses: Percent,
-    /// Of what all bodies in one direction may have, what those of one client address may have; of IPv6 as much of it
-    /// as `ipv6_prefix` says. The more others have, the less it is: so much in proportion to what is free. A request
-    /// body that finds no room is refused with 429, a response waits. Clients of trusted proxies are told apart by
-    /// their own address.
+    /// Of what all bodies in one direction may have, what those of one client address may have, of which as much
+    /// counts as `ipv4_prefix` and `ipv6_prefix` say. The more others have, the less it is: so much in proportion to
+    /// what is free. A request body that finds no room is refused with 429, a response waits. Clients of trusted
+    /// proxies are told apart by their own address.
     pub per_client: Percent,
     /// What is done as the memory runs out; what is not listed is never done.
     pub on_pressure: Vec<Rung>,

@@ -9,7 +9,7 @@ use http::{HeaderMap, HeaderName};
 use xxhash_rust::xxh3::{Xxh3, xxh3_64};
 
 use crate::config;
-use crate::config::address::Ipv6Prefix;
+use crate::config::address::ClientPrefix;
 use crate::error::BuildError;
 use crate::expression::fields::{self, cookie, decoded};
 use crate::expression::{self, Asked, Moment};
@@ -19,8 +19,8 @@ use crate::expression::{self, Asked, Moment};
 pub enum Key {
     /// The client's address.
     ClientIp,
-    /// The client's address, of IPv6 as much as tells clients apart.
-    Client(Ipv6Prefix),
+    /// As much of the client's address as tells clients apart.
+    Client(ClientPrefix),
     /// The path of the request, in its one form.
     Path,
     /// The name of the route.
@@ -74,8 +74,8 @@ impl Key {
         })
     }
 
-    /// The same key where it limits something for each client: a client has more than one IPv6 address.
-    pub fn for_limits(self, prefix: Ipv6Prefix) -> Key {
+    /// The same key where it limits something for each client: a client may have more than one address.
+    pub fn for_limits(self, prefix: ClientPrefix) -> Key {
         if self == Key::ClientIp { Key::Client(prefix) } else { self }
     }
 

@@ -5,6 +5,7 @@
 //!     key: client_ip             # or { header: X-Api-Key }, { cookie: sid }, { query: token }, path, route, { cel: "…" }
 //!     rate: 10/s                 # what may come in the long run
 //!     burst: 20                  # what may come at once
+//!     ipv4_prefix: 32            # how much of an IPv4 address is one client
 //!     ipv6_prefix: 64            # how much of an IPv6 address is one client
 //!     max_keys: 100k             # how many keys are remembered
 //! ```
@@ -32,7 +33,7 @@ use serde::Deserialize;
 use super::gcra::{Gcra, Keys, nanoseconds};
 use super::{Filter, FilterType, Key, Refused, Scope, Stages, Surroundings, Verdict};
 use crate::config;
-use crate::config::address::Ipv6Prefix;
+use crate::config::address::{ClientPrefix, Ipv4Prefix, Ipv6Prefix};
 use crate::config::units::{Count, Rate};
 use crate::error::{BuildError, Refusal};
 
@@ -53,6 +54,9 @@ pub struct Settings {
     /// How many keys are remembered, at about 80 bytes each.
     #[serde(default = "Settings::max_keys")]
     pub max_keys: Count,
+    /// How many leading bits of an IPv4 address `client_ip` counts as one client.
+    #[serde(default)]
+    pub ipv4_prefix: Ipv4Prefix,
     /// How many leading bits of an IPv6 address `client_ip` counts as one client: who has one address of a network has
     /// many.
     #[serde(default)]
@@ -123,7 +127,8 @@ impl FilterType for RateLimit {
     type Settings = Settings;
 
     fn build(settings: &Settings, around: &Surroundings<'_>) -> Result<Self, BuildError> {
-        let key = Key::build(&settings.key).map_err(|error| error.under("key"))?.for_limits(settings.ipv6_prefix);
+        let prefix = ClientPrefix { v4: settings.ipv4_prefix, v6: settings.ipv6_prefix };
+        let key = Key::build(&settings.key).map_err(|error| error.under("key"))?.for_limits(prefix);
         let Count(burst) = settings.burst.unwrap_or(Count(settings.rate.events));
         if burst == 0 || burst == Count::UNLIMITED.0 {
             return Err(BuildError::new("burst", "a limit needs a number here, of at least 1"));
@@ -138,7 +143,7 @@ impl FilterType for RateLimit {
             keys.ok_or_else(|| BuildError::new("max_keys", "memory has an end: write a number of at least 1"))?;
         let seen =
             || Seen { started: Instant::now(), seed: RandomState::new(), keys: Keys::new(keys), full: Once::new() };
-        let of = format!("{:?} {:?} {keys}", settings.key, settings.ipv6_prefix);
+        let of = format!("{:?} {prefix:?} {keys}", settings.key);
         Ok(RateLimit { key, limit, seen: around.keep(&of, seen) })
     }
 }
@@ -243,6 +248,7 @@ mod tests {
         assert_eq!(passed_of_40("ipv6_prefix: 48", &one_48), 1);
         assert_eq!(passed_of_40("ipv6_prefix: 128", &one_64), 40);
         assert_eq!(passed_of_40("", &|n| format!("192.0.2.{n}")), 40, "an IPv4 address is one client");
+        assert_eq!(passed_of_40("ipv4_prefix: 29", &|n| format!("192.0.2.{n}")), 5);
         assert_eq!(passed_of_40("ipv6_prefix: 1", &|n| format!("::ffff:192.0.2.{n}")), 40);
     }
 
@@ -328,7 +334,7 @@ mod tests {
             let told = "[0].rate_limit.max_keys: memory has an end: write a number of at least 1";
             assert_eq!(error(&format!("- rate_limit: {{ rate: 1/s, max_keys: {keys} }}")), told);
         }
-        let told = "[0].rate_limit.brust: unknown field `brust`, expected one of `key`, `rate`, `burst`, `max_keys`, `ipv6_prefix`";
+        let told = "[0].rate_limit.brust: unknown field `brust`, expected one of `key`, `rate`, `burst`, `max_keys`, `ipv4_prefix`, `ipv6_prefix`";
         assert_eq!(error("- rate_limit: { rate: 1/s, brust: 2 }"), told);
     }
 

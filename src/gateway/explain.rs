@@ -169,7 +169,7 @@ impl Explainer {
         let metrics = Metrics::new(u64::MAX, Vec::new());
         let ground = Ground::offline(catalog.clone(), metrics.clone());
         let mut parts = Parts::build(&ground, &config, None)?;
-        let accounts = Accounts::new(config.ipv6_prefix, &config.trusted_proxies, config.listeners.len());
+        let accounts = Accounts::new(config.client_prefix(), &config.trusted_proxies, config.listeners.len());
         let common = Common::new(Shares::new(UNLIMITED, 0, 0.5, 0.25), accounts);
         let mut listeners = Vec::new();
         for (index, written) in config.listeners.iter().enumerate() {
