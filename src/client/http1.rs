@@ -95,6 +95,10 @@ impl Session {
             let connection: &[u8] = if self.keeps { b"keep-alive" } else { b"close" };
             bytes.put_slice(b"\r\nConnection: ");
             bytes.put_slice(connection);
+            if answer.headers.contains_key(header::UPGRADE) {
+                // RFC 9110 §7.8.
+                bytes.put_slice(b", upgrade");
+            }
             bytes.put_slice(b"\r\n");
             self.framing = self.framing_of(&answer)?;
         }

@@ -131,6 +131,8 @@ struct Core {
     outbox: BytesMut,
     /// More is about to follow: what is gathered need not leave by itself.
     corked: bool,
+    /// The session has written the header of the final answer.
+    answered: bool,
     rest: Rest,
     /// The most that is read of a body at once; more each time that there was as much.
     gulp: usize,
@@ -175,6 +177,7 @@ impl ClientStream {
             inbox,
             outbox,
             corked: false,
+            answered: false,
             rest: Rest::Length(0),
             gulp: usize::MAX,
             stalled: None,
@@ -432,7 +435,9 @@ impl Core {
         if let Target::Absolute { names_host } = head.target {
             bytes = head::in_origin_form(&bytes, names_host);
         }
-        self.outcome = None;
+        (self.outcome, self.answered) = (None, false);
+        // Until its route is known.
+        self.connection.set_half_close_aborts(false);
         Ok(Opening::Http1 { bytes, head })
     }
 
@@ -582,6 +587,22 @@ impl Core {
         ready!(stalled.as_mut().poll(cx));
         self.connection.set_fault(Phase::Write, What::Silent);
         Poll::Ready(Err(io::Error::new(io::ErrorKind::TimedOut, "the client takes nothing")))
+    }
+
+    /// Pingora's session says by `Connection` whether the connection is kept, and nothing else. So what a 426 requires
+    /// is named in another one (RFC 9110 §7.8), behind the first line, which this takes: its length.
+    fn announce_upgrade(&mut self, bytes: &[u8]) -> Option<usize> {
+        if self.answered || !bytes.starts_with(b"HTTP/1.1 ") {
+            return None;
+        }
+        self.answered = bytes.get(9) != Some(&b'1');
+        const FIELD: &[u8] = b"\r\nupgrade:";
+        let is_required = bytes[9..].starts_with(b"426 ")
+            && bytes.windows(FIELD.len()).any(|window| window.eq_ignore_ascii_case(FIELD));
+        let line = memchr::memchr(b'\n', bytes).filter(|_| is_required)? + 1;
+        self.outbox.extend_from_slice(&bytes[..line]);
+        self.outbox.extend_from_slice(b"Connection: upgrade\r\n");
+        Some(line)
     }
 
     fn poll_gathered_write(&mut self, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
@@ -795,6 +816,9 @@ impl AsyncRead for ClientStream {
 impl AsyncWrite for ClientStream {
     fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
         let mut core = self.core();
+        if let Some(line) = core.announce_upgrade(bytes) {
+            return Poll::Ready(Ok(line));
+        }
         let written = core.poll_gathered_write(cx, bytes);
         if let (Some(tunnel), Poll::Ready(Ok(written))) = (core.connection.tunnel(), &written) {
             tunnel.wrote_down(&bytes[..*written]);

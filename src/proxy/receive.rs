@@ -34,8 +34,8 @@ use crate::upstream::transport::tunnel::Tunnel;
 const X_ACCEL_BUFFERING: &str = "x-accel-buffering";
 /// An endpoint that says more before its answer will not come to it.
 const INTERIM_MAX: u32 = 1_000;
-const HOP_BY_HOP: [HeaderName; 3] =
-    [HeaderName::from_static("keep-alive"), HeaderName::from_static("proxy-connection"), header::TE];
+const HOP_BY_HOP: [HeaderName; 4] =
+    [HeaderName::from_static("keep-alive"), HeaderName::from_static("proxy-connection"), header::TE, header::UPGRADE];
 
 /// If this is the answer that the client's wish for another protocol waits for, and no other, the client's own session
 /// takes its place again and both sides speak as they like. Until then the exchange was bounded as any other is, and
@@ -121,7 +121,12 @@ pub async fn header(
         }
         return Ok(());
     }
+    let protocols = protocols_required(request, response);
     strip_hop_by_hop(response);
+    for protocol in protocols {
+        // What is written for the client names it in `Connection`.
+        response.append_header(header::UPGRADE, protocol)?;
+    }
     let asked_to_stream = response
         .remove_header(X_ACCEL_BUFFERING)
         .is_some_and(|buffering| buffering.as_bytes().eq_ignore_ascii_case(b"no"));
@@ -289,6 +294,15 @@ impl Tap for BodyFilters {
     }
 }
 
+/// RFC 9110 §15.5.22: without the protocols that it names, the client does not know what a 426 asks for. HTTP/1.0 and
+/// HTTP/2 cannot say it (RFC 9110 §7.8, RFC 9113 §8.2.2).
+fn protocols_required(request: &RequestHeader, response: &ResponseHeader) -> Vec<HeaderValue> {
+    if response.status != StatusCode::UPGRADE_REQUIRED || request.version != Version::HTTP_11 {
+        return Vec::new();
+    }
+    response.headers.get_all(header::UPGRADE).iter().cloned().collect()
+}
+
 /// RFC 9110 §7.6.1: what `Connection` names, and what concerned the endpoint's connection only.
 fn strip_hop_by_hop(response: &mut ResponseHeader) {
     while let Some(connection) = response.remove_header(&header::CONNECTION) {
@@ -339,6 +353,7 @@ mod tests {
             ("connection", "X-Private, keep-alive, content-length"),
             ("x-private", "1"),
             ("keep-alive", "timeout=5"),
+            ("upgrade", "h2c"),
             ("content-length", "3"),
             ("x-public", "2"),
         ] {
@@ -348,5 +363,22 @@ mod tests {
         let mut left: Vec<_> = response.headers.keys().map(|name| name.as_str()).collect();
         left.sort_unstable();
         assert_eq!(left, ["content-length", "x-public"]);
+    }
+
+    #[test]
+    fn only_a_426_names_protocols_and_only_to_a_client_that_can_read_them() {
+        let named = |status, version| {
+            let mut request = RequestHeader::build(Method::GET, b"/", None).expect("a request");
+            request.set_version(version);
+            let mut response = ResponseHeader::build(status, None).expect("a response");
+            for protocol in ["websocket", "tcp, h2c"] {
+                response.append_header("upgrade", protocol).expect("a header");
+            }
+            protocols_required(&request, &response)
+        };
+        assert_eq!(named(426, Version::HTTP_11), ["websocket", "tcp, h2c"]);
+        for (status, version) in [(200, Version::HTTP_11), (426, Version::HTTP_10), (426, Version::HTTP_2)] {
+            assert!(named(status, version).is_empty(), "{status} {version:?}");
+        }
     }
 }

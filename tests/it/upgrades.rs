@@ -3,8 +3,9 @@
 
 use std::thread;
 
+use crate::harness::client::request;
 use crate::harness::gateway::Watched;
-use crate::harness::{Client, Gateway, Origin, Setup, ok};
+use crate::harness::{Client, Gateway, H2Client, Origin, Setup, ok};
 
 fn asking(method: &str, protocol: &str, fields: &str) -> String {
     format!("{method} /attach HTTP/1.1\r\nHost: a\r\nConnection: Upgrade\r\nUpgrade: {protocol}\r\n{fields}\r\n")
@@ -76,6 +77,47 @@ fn one_that_a_route_does_not_allow_is_an_ordinary_request() {
         ("POST", "websocket", ""),
     ] {
         assert_eq!(heard(&gateway, method, protocol, fields), "none none", "{method} {protocol}");
+    }
+}
+
+#[test]
+fn a_426_names_the_protocols_that_it_requires() {
+    let required = "HTTP/1.1 426 Upgrade Required\r\nConnection: Upgrade, X-Own\r\nX-Own: 1\r\nUpgrade: websocket\r\n\
+        Content-Length: 3\r\n\r\nno.";
+    let origin = Origin::answering(move |_| required.into());
+    let gateway = Setup::before(&origin).listener("protocols: [http1, h2c]").route("upgrades: [tcp]").start();
+    // The one goes by the gateway's own sessions, the other by one that might have become a tunnel.
+    for asked in [request("GET", "/", "", ""), asking("GET", "tcp", "").into_bytes()] {
+        let mut client = gateway.client();
+        for _ in 0..2 {
+            client.send(&asked);
+            let answer = client.response();
+            assert_eq!((answer.status, answer.text(), answer.value("upgrade")), (426, "no.", Some("websocket")));
+            let lists = answer.values("connection");
+            let mut options: Vec<_> = lists.iter().flat_map(|list| list.split(", ")).collect();
+            options.sort_unstable();
+            assert_eq!((options, answer.value("x-own")), (vec!["keep-alive", "upgrade"], None));
+        }
+    }
+    let mut old = gateway.client();
+    old.send("GET / HTTP/1.0\r\n\r\n");
+    let answer = old.response();
+    assert_eq!((answer.status, answer.value("upgrade"), answer.value("connection")), (426, None, Some("close")));
+    let answer = H2Client::connect(gateway.web()).get("/");
+    assert_eq!((answer.status, answer.headers.get("upgrade"), answer.headers.get("connection")), (426, None, None));
+}
+
+#[test]
+fn an_answer_that_requires_no_upgrade_offers_none() {
+    let origin = Origin::answering(|_| {
+        b"HTTP/1.1 200 OK\r\nConnection: Upgrade\r\nUpgrade: h2,h2c\r\nContent-Length: 2\r\n\r\nok".to_vec()
+    });
+    let gateway = Setup::before(&origin).start();
+    for asked in [request("GET", "/", "", ""), asking("GET", "websocket", "").into_bytes()] {
+        let mut client = gateway.client();
+        client.send(asked);
+        let answer = client.response();
+        assert_eq!((answer.value("upgrade"), answer.value("connection")), (None, Some("keep-alive")));
     }
 }
 
