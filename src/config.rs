@@ -210,6 +210,16 @@ impl Config {
     }
 }
 
+/// What was found when the configuration was built, at its place.
+fn finding(error: &BuildError, kind: fn(Spot, String) -> Finding) -> Finding {
+    let (title, label) = explain::halves(&error.message);
+    let spot = match &error.inside {
+        Some(inside) => Spot::Inside(error.path.clone(), inside.clone()),
+        None => Spot::Value(error.path.clone()),
+    };
+    kind(spot, title.into()).label(label).foreign()
+}
+
 /// Reads a list of endpoints that is a file of its own; `file` is its name in what is said of it.
 ///
 /// # Errors

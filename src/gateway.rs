@@ -56,7 +56,7 @@ use crate::spans::Tracer;
 use crate::upkeep;
 use crate::upstream::transport::connector::Endpoints;
 use explain::Explainer;
-use parts::{Fit, Ground, Parts, demands_certificates, expired};
+use parts::{Fit, Ground, Parts, demands_certificates, expired, mismatched};
 use privileges::User;
 use process::{depot, loop_terms, no_open_files, no_spool_dir, server_conf, shares, threads};
 use reload::{Engine, Load};
@@ -132,6 +132,12 @@ impl Builder {
 
     /// Builds all that can be built without binding a socket or keeping a file, and tells what cannot.
     pub fn check(&self, config: &Config) -> Vec<BuildError> {
+        self.inspect(config).errors
+    }
+
+    /// The same, with what would run and is hardly meant.
+    pub fn inspect(&self, config: &Config) -> Inspection {
+        let mut warnings = Vec::new();
         let metrics = Metrics::new(config.observability.metrics.max_series.0, Vec::new());
         let ground = Ground::new(self.catalog.clone(), metrics.clone());
         let mut errors = self.catalog.conflicts().to_vec();
@@ -142,17 +148,19 @@ impl Builder {
                 errors.extend(
                     acme::build(parts.issuers, &ground.challenges, &ground.served, &metrics).err().unwrap_or_default(),
                 );
-                let listeners = parts.tls.iter().enumerate();
-                let tls = |fit: &Option<Fit>, owner: &str| expired(fit.as_ref().map(Fit::tls), owner);
-                errors.extend(listeners.flat_map(|(index, fit)| tls(fit, &format!("listeners[{index}]"))));
-                errors.extend(tls(&parts.admin_tls, "admin"));
+                let listeners = parts.tls.iter().enumerate().map(|(index, fit)| (format!("listeners[{index}]"), fit));
+                for (owner, fit) in listeners.chain([("admin".to_owned(), &parts.admin_tls)]) {
+                    let tls = fit.as_ref().map(Fit::tls);
+                    errors.extend(expired(tls, &owner));
+                    warnings.extend(mismatched(tls, &owner));
+                }
             }
             Err(found) => errors.extend(found),
         }
         errors.extend(config.server.user.as_deref().and_then(|user| User::find(user).err()));
         let dir = &config.server.spool_dir;
         errors.extend(Disk::probe(Path::new(dir)).err().map(|error| no_spool_dir(dir, &error)));
-        errors
+        Inspection { errors, warnings }
     }
 
     /// Makes a configuration ready to be asked what becomes of requests.
@@ -168,6 +176,15 @@ impl Builder {
     pub fn build(self, config: Config) -> Result<Gateway, StartError> {
         Gateway::build(self, config)
     }
+}
+
+/// What [`Builder::inspect`] finds.
+#[derive(Clone, Debug, Default)]
+pub struct Inspection {
+    /// What keeps the gateway from running as it is written.
+    pub errors: Vec<BuildError>,
+    /// What is hardly meant, and keeps nothing from running.
+    pub warnings: Vec<BuildError>,
 }
 
 /// A gateway, built and bound, not yet running.

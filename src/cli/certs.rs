@@ -18,6 +18,8 @@ const DAY_SECONDS: i64 = 86_400;
 struct Row {
     cells: [String; 6],
     problem: Option<String>,
+    /// What may be meant, and is told all the same.
+    warning: Option<String>,
 }
 
 /// Lists them.
@@ -76,12 +78,13 @@ fn known(listener: &str, facts: &CertificateFacts, now: i64) -> Row {
             day(facts.renewal()),
         ],
         problem: facts.problem.clone().or(soon),
+        warning: facts.mismatch(),
     }
 }
 
 /// The same of one from an issuer: what is remembered says when it is renewed, and why it was not.
 fn ordered(row: Row, facts: &CertificateFacts, record: &Record) -> Row {
-    let Row { mut cells, problem } = row;
+    let Row { mut cells, problem, warning } = row;
     if record.serial.as_ref() == Some(&facts.serial) {
         cells[5] = day(i64::try_from(record.due).unwrap_or(i64::MAX));
     }
@@ -92,12 +95,13 @@ fn ordered(row: Row, facts: &CertificateFacts, record: &Record) -> Row {
         let names: Vec<&str> = facts.missing.iter().map(|name| &**name).collect();
         format!("it is not issued for {} yet", names.join(" "))
     });
-    Row { cells, problem: record.problem.clone().or(missing).or(problem) }
+    Row { cells, problem: record.problem.clone().or(missing).or(problem), warning }
 }
 
 fn unknown(listener: &str, file: &str, problem: String) -> Row {
     let dash = || "-".to_owned();
-    Row { cells: [listener.to_owned(), file.to_owned(), dash(), dash(), dash(), dash()], problem: Some(problem) }
+    let cells = [listener.to_owned(), file.to_owned(), dash(), dash(), dash(), dash()];
+    Row { cells, problem: Some(problem), warning: None }
 }
 
 /// The day alone.
@@ -117,7 +121,7 @@ fn table(rows: &[Row]) -> String {
     };
     let mut text = line(&head, "PROBLEM");
     for row in rows {
-        text += &line(&row.cells, row.problem.as_deref().unwrap_or("-"));
+        text += &line(&row.cells, row.problem.as_deref().or(row.warning.as_deref()).unwrap_or("-"));
     }
     text
 }
@@ -132,6 +136,7 @@ mod tests {
             file: "/etc/a.pem".to_owned(),
             names: vec!["a.test".into(), "*.a.test".into()],
             missing: Vec::new(),
+            foreign: Vec::new(),
             kind: KeyKind::P256,
             not_before: 0,
             not_after,
@@ -148,6 +153,7 @@ mod tests {
             known("web", &facts(90 * DAY_SECONDS, None), DAY_SECONDS),
             known("web", &facts(90 * DAY_SECONDS, None), 88 * DAY_SECONDS),
             known("web", &facts(90 * DAY_SECONDS, Some("it expired")), 91 * DAY_SECONDS),
+            known("web", &CertificateFacts { foreign: vec!["b.test".into()], ..facts(90 * DAY_SECONDS, None) }, 0),
             unknown("admin", "/etc/b.pem", "cert: `/etc/b.pem` holds no certificate in PEM".to_owned()),
         ];
         assert_eq!(
@@ -157,6 +163,8 @@ mod tests {
              web       a.test *.a.test  ECDSA P-256  1970-04-01  2 d   1970-03-02  \
              it ends within a week, and should have been renewed\n\
              web       a.test *.a.test  ECDSA P-256  1970-04-01  over  1970-03-02  it expired\n\
+             web       a.test *.a.test  ECDSA P-256  1970-04-01  90 d  1970-03-02  \
+             it is not made out to `b.test`: clients that check names will not accept it\n\
              admin     /etc/b.pem       -            -           -     -           \
              cert: `/etc/b.pem` holds no certificate in PEM\n"
         );

@@ -3,17 +3,18 @@
 use std::io;
 
 use super::{ConfigFile, Failure, colourful, complain, print};
-use crate::gateway::Builder;
+use crate::gateway::{Builder, Inspection};
 
 /// Tells that the configuration is ok, and how much of it there is; else every error.
 pub fn check(builder: &Builder, file: ConfigFile) -> Result<(), Failure> {
     let (path, config) = file.load(builder)?;
-    let errors = builder.check(&config);
+    let Inspection { errors, warnings } = builder.inspect(&config);
     if !errors.is_empty() {
         return Err(Failure::Report(config.report(&errors)));
     }
-    if !config.warnings().is_empty() {
-        complain(&config.warnings().render(colourful(&io::stderr())));
+    let warnings = config.warnings_with(&warnings);
+    if !warnings.is_empty() {
+        complain(&warnings.render(colourful(&io::stderr())));
     }
     print(&format!(
         "{}: ok ({}, {}, {})",

@@ -77,6 +77,8 @@ pub struct CertificateFacts {
     pub names: Vec<Box<str>>,
     /// Names that it was wanted for and that it is not made out to.
     pub missing: Vec<Box<str>>,
+    /// Names that it is used for though it is not made out to them.
+    pub foreign: Vec<Box<str>>,
     /// What its key signs with.
     pub kind: KeyKind,
     /// When it begins to be valid, in seconds since 1970.
@@ -290,6 +292,7 @@ impl CertificateFacts {
             file: source.cert.clone(),
             names: loaded.names.clone(),
             missing: loaded.missing.clone(),
+            foreign: loaded.foreign.clone(),
             kind: loaded.kind,
             not_before: loaded.not_before,
             not_after: loaded.not_after,
@@ -298,6 +301,13 @@ impl CertificateFacts {
             problem: loaded.problem(now()),
             issued: source.issued,
         }
+    }
+
+    /// What clients that look at it will not accept, if any.
+    pub fn mismatch(&self) -> Option<String> {
+        let names: Vec<String> = self.foreign.iter().map(|name| format!("`{name}`")).collect();
+        let names = (!names.is_empty()).then(|| names.join(", "))?;
+        Some(format!("it is not made out to {names}: clients that check names will not accept it"))
     }
 
     /// When two thirds of its time are over: from then on it is to be renewed, in seconds since 1970.

@@ -148,7 +148,14 @@ struct Drawn {
 
 impl Report {
     pub(super) fn new(source: Arc<Source>, findings: Vec<Finding>) -> Self {
-        let mut findings: Vec<Drawn> = findings.into_iter().map(|finding| source.place(finding)).collect();
+        Report { source, findings: Vec::new() }.with(findings)
+    }
+
+    /// The same report with more findings of the same file.
+    pub(super) fn with(&self, more: Vec<Finding>) -> Self {
+        let source = Arc::clone(&self.source);
+        let more = more.into_iter().map(|finding| source.place(finding));
+        let mut findings: Vec<Drawn> = self.findings.iter().cloned().chain(more).collect();
         // What an anchor brought to several places is wrong once only.
         let mut seen = HashSet::new();
         findings.retain(|finding| seen.insert((finding.start(), finding.title.clone())));

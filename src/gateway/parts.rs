@@ -318,10 +318,22 @@ pub fn expired(tls: Option<&Tls>, owner: &str) -> Vec<BuildError> {
     problems.collect()
 }
 
+/// Certificates that are used for names to which they are not made out. Some clients look at no names, so that this is
+/// no error.
+pub fn mismatched(tls: Option<&Tls>, owner: &str) -> Vec<BuildError> {
+    let certificates = tls.map(Tls::certificates).unwrap_or_default();
+    let warnings = certificates.into_iter().enumerate().filter_map(|(index, facts)| {
+        let facts = facts?;
+        let message = format!("`{}` is used for other names than its own: {}", facts.file, facts.mismatch()?);
+        Some(BuildError::new(format!("{owner}.tls.certificates[{index}].names"), message))
+    });
+    warnings.collect()
+}
+
 /// Makes the TLS of a listener ready for clients, and tells of certificates that they will not accept.
 pub fn started(mut tls: Tls, owner: &str) -> Result<Arc<Tls>, BuildError> {
     tls.start().map_err(|error| error.under("tls").under(owner))?;
-    for error in expired(Some(&tls), owner) {
+    for error in expired(Some(&tls), owner).into_iter().chain(mismatched(Some(&tls), owner)) {
         tracing::warn!("{error}");
     }
     Ok(Arc::new(tls))

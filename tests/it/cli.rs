@@ -361,6 +361,15 @@ fn certificates_are_listed_and_what_is_wrong_with_them_is_told_by_check_with_its
     assert!(said.contains("good.test *.good.test") && said.contains("ECDSA P-256"), "{said}");
     assert_eq!(run("check").0, Some(0));
 
+    write(&format!("        - {{ {}, names: [a.good.test, good.test, a.b.good.test] }}", pair(&good)));
+    let warning = "it is not made out to `a.b.good.test`: clients that check names will not accept it";
+    let (code, said) = run("check");
+    assert_eq!(code, Some(0), "{said}");
+    assert!(said.contains("warning") && said.contains(warning) && said.contains("forebay.yaml:6:"), "{said}");
+    let (code, said) = run("certs");
+    assert_eq!(code, Some(0), "{said}");
+    assert!(said.contains(warning), "{said}");
+
     let crossed = format!("cert: \"{}\", key: \"{}\"", good.certificate.display(), other.key.display());
     write(&format!("        - {{ {} }}\n        - {{ {crossed} }}", pair(&good)));
     let (code, said) = run("check");

@@ -14,6 +14,7 @@ use zeroize::Zeroizing;
 
 use super::staple::{self, Staple};
 use crate::client::hello::KeyKind;
+use crate::client::names::Names;
 use crate::config::file;
 use crate::config::listener::tls::{Certificate, ClientCertificates, ClientMode};
 use crate::error::BuildError;
@@ -86,6 +87,8 @@ pub struct Loaded {
     pub names: Vec<Box<str>>,
     /// Names that it was wanted for and that it is not made out to, in lower case.
     pub missing: Vec<Box<str>>,
+    /// Names that it is used for though it is not made out to them: clients that look at it will not accept it.
+    pub foreign: Vec<Box<str>>,
     /// When it begins to be valid, in seconds since 1970.
     pub not_before: i64,
     /// When it ceases to be valid, in seconds since 1970.
@@ -220,6 +223,7 @@ impl Loaded {
         });
         match (kind, names) {
             (Ok(kind), Ok((names, missing))) if errors.is_empty() => Ok(Loaded {
+                foreign: foreign(&names, leaf),
                 missing,
                 not_before: seconds(leaf.not_before()),
                 not_after: seconds(leaf.not_after()),
@@ -348,6 +352,16 @@ fn names(source: &Source, leaf: &X509) -> Result<Split, Vec<BuildError>> {
     Ok((names, Vec::new()))
 }
 
+/// Those of the names for which a certificate is not good (RFC 9525 §6.3): neither it nor a wildcard that stands for it
+/// is among those that the certificate is made out to.
+fn foreign(names: &[Box<str>], leaf: &X509) -> Vec<Box<str>> {
+    let mut own = Names::default();
+    for name in own_names(leaf) {
+        own.insert(&name, ());
+    }
+    names.iter().filter(|name| own.find(name).is_none()).cloned().collect()
+}
+
 /// The names that a certificate is made out to.
 fn own_names(leaf: &X509) -> Vec<Box<str>> {
     let alternatives = leaf.subject_alt_names();
@@ -458,8 +472,23 @@ pub(super) mod tests {
         assert_eq!(names, ["shop.example.com", "*.example.com", "10.0.0.1"]);
         assert_eq!(loaded.kind, KeyKind::P256);
 
+        assert_eq!(loaded.foreign, []);
         written.names = vec!["B.test.".to_owned()];
-        assert_eq!(load(&written).expect("a certificate").names, ["b.test".into()]);
+        let loaded = load(&written).expect("a certificate");
+        assert_eq!((&loaded.names[..], &loaded.foreign[..]), (&["b.test".into()][..], &["b.test".into()][..]));
+        for (name, foreign) in [
+            ("shop.example.com", false),
+            ("a.example.com", false),
+            ("*.example.com", false),
+            ("example.com", true),
+            ("a.b.example.com", true),
+            ("*.b.example.com", true),
+            ("10.0.0.1", false),
+            ("10.0.0.2", true),
+        ] {
+            written.names = vec![name.to_owned()];
+            assert_eq!(load(&written).expect("a certificate").foreign.len(), usize::from(foreign), "{name}");
+        }
         written.names = vec!["good.test".to_owned(), "a b".to_owned(), "a.*.test".to_owned()];
         assert_eq!(
             load(&written).err().expect("an error"),
