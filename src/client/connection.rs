@@ -462,6 +462,7 @@ pub struct Connection {
     settled: AtomicBool,
     tunnel: OnceLock<Arc<Tunnel>>,
     reset: AtomicBool,
+    cut: AtomicBool,
     ends: AtomicBool,
     socket: OnceLock<RawFd>,
     /// The way past the session of an exchange, on HTTP/1.
@@ -515,6 +516,7 @@ impl Connection {
             settled: AtomicBool::new(false),
             tunnel: OnceLock::new(),
             reset: AtomicBool::new(false),
+            cut: AtomicBool::new(false),
             ends: AtomicBool::new(false),
             socket: OnceLock::new(),
             way: OnceLock::new(),
@@ -693,6 +695,15 @@ impl Connection {
 
     pub(super) fn ends(&self) -> bool {
         self.ends.load(Ordering::Relaxed)
+    }
+
+    /// The answer was cut short: its end is not to be said as one (`close_notify`, RFC 9112 §9.8).
+    pub fn break_off(&self) {
+        self.cut.store(true, Ordering::Relaxed);
+    }
+
+    pub(super) fn breaks_off(&self) -> bool {
+        self.cut.load(Ordering::Relaxed)
     }
 
     /// The answer was cut short and its end could be taken for a real one: close with a reset (RFC 9112 §8).

@@ -206,6 +206,7 @@ fn cut(exchange: &mut Exchange, session: &mut ServerSession, error: Option<&Erro
     }
     // What came of the answer is sent before the connection goes.
     end_connection(exchange, session);
+    exchange.connection.iter().for_each(|connection| connection.break_off());
     exchange.closes = true;
 }
 

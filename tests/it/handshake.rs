@@ -446,6 +446,27 @@ fn the_end_of_an_answer_is_said_before_the_connection_closes() {
 }
 
 #[test]
+fn the_end_of_half_an_answer_is_not_said() {
+    let (authority, origin) = (Authority::new(), Origin::scripted());
+    let identity = authority.issue(&["a.test"]);
+    let tls = format!("tls: {{ certificates: [ {{ {} }} ] }}", pair(&identity));
+    let gateway = Setup::before(&origin).listener(&tls).start();
+    for version in VERSIONS {
+        for framing in ["Content-Length: 8\r\n\r\nhalf", "Transfer-Encoding: chunked\r\n\r\n4\r\nhalf\r\n"] {
+            let mut client = Tls::to(gateway.web(), &authority, "a.test").version(version).connect().unwrap();
+            client.send("GET / HTTP/1.1\r\nHost: a.test\r\n\r\n");
+            let mut connection = origin.accept();
+            connection.request();
+            connection.send(format!("HTTP/1.1 200 OK\r\n{framing}"));
+            gateway.wait_phase(Phase::Receive);
+            connection.close();
+            let (rest, said) = client.rest();
+            assert!(rest.windows(4).any(|four| four == b"half") && !said, "{framing:?}");
+        }
+    }
+}
+
+#[test]
 fn old_versions_and_ciphers_that_are_not_listed_are_refused() {
     let authority = Authority::new();
     let identity = authority.issue(&["a.test"]);

@@ -310,9 +310,11 @@ impl AsyncWrite for TlsStream {
         Pin::new(self.raw()).poll_flush(cx)
     }
 
-    /// Says that nothing more comes (`close_notify`), and closes the writing side of the socket.
+    /// Says that nothing more comes (`close_notify`), unless an answer was cut short, and closes the writing side of the
+    /// socket.
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        if !std::mem::replace(&mut self.closed, true) {
+        let breaks_off = self.raw().connection.as_ref().is_some_and(|connection| connection.breaks_off());
+        if !std::mem::replace(&mut self.closed, true) && !breaks_off {
             // Asked once: a second time, the library would wait for what the client says to it.
             return Pin::new(&mut self.ssl).poll_shutdown(cx);
         }
