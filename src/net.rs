@@ -11,6 +11,14 @@ pub fn unacknowledged(socket: RawFd) -> usize {
     if asked == 0 { usize::try_from(bytes).unwrap_or_default() } else { 0 }
 }
 
+/// Bytes that have come over a connection and were not read; its end counts for none. 0 for what is no socket.
+pub fn unread(socket: RawFd) -> u64 {
+    let mut bytes: libc::c_int = 0;
+    // SAFETY: as above.
+    let asked = unsafe { libc::ioctl(socket, libc::FIONREAD, &raw mut bytes) };
+    if asked == 0 { u64::try_from(bytes).unwrap_or_default() } else { 0 }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

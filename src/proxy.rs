@@ -299,6 +299,11 @@ impl ProxyHttp for Proxy {
         }
         let earlier = exchange.take_refused().or_else(|| exchange.refusal.map(plain));
         let fault = || exchange.failure.unwrap_or_else(|| blame::fault(exchange, error, false));
+        if earlier.is_none() && blame::is_served(exchange, fault()) {
+            exchange.enter(Phase::Write);
+            exchange.closes = exchange.control.is_none();
+            return FailToProxy { error_code: 0, can_reuse_downstream: false };
+        }
         let refused = earlier.unwrap_or_else(|| plain(blame::row(fault()).refusal));
         exchange.refusal = Some(refused.refusal);
         exchange.enter(Phase::Write);

@@ -9,6 +9,7 @@ use std::os::fd::RawFd;
 use std::task::{Context, Poll, ready};
 use std::time::{Duration, Instant};
 
+use crate::net;
 use crate::party::wait::Timer;
 
 /// How often is looked. An endpoint works for a client that is gone for no longer than this.
@@ -21,8 +22,9 @@ pub enum Leaving {
     Reset,
     /// Nothing: a client that has only closed its sending side waits for an answer.
     Broken,
-    /// The end of its sending side, if no unread byte comes before it: the client has asked for nothing.
-    Silent,
+    /// The end of its sending side, if fewer than so many unread bytes come before it: some of its request will never
+    /// come. 0: not even then.
+    Short(u64),
     /// The end of its sending side, whatever is unread before it.
     Ended,
 }
@@ -38,11 +40,22 @@ impl Look {
     /// Ready, with an error, once the client has left: its connection was reset, or nothing can be received and nothing
     /// be sent, or it has ended its sending side and that counts as `leaving`.
     pub fn poll(&mut self, cx: &mut Context<'_>, socket: RawFd, leaving: Leaving) -> Poll<io::Error> {
+        self.poll_or(cx, socket, leaving, || false)
+    }
+
+    /// The same, also once this finds out that it has, which is asked with each look.
+    pub fn poll_or(
+        &mut self,
+        cx: &mut Context<'_>,
+        socket: RawFd,
+        leaving: Leaving,
+        mut finds: impl FnMut() -> bool,
+    ) -> Poll<io::Error> {
         loop {
             if let Some(due) = self.due {
                 ready!(self.timer.poll(cx, due));
             }
-            if has_left(socket, leaving) {
+            if has_left(socket, leaving) || finds() {
                 return Poll::Ready(io::ErrorKind::ConnectionReset.into());
             }
             self.due = Some(Instant::now() + INTERVAL);
@@ -53,24 +66,35 @@ impl Look {
 /// Whether the client of a connection has left.
 fn has_left(socket: RawFd, leaving: Leaving) -> bool {
     // An error and the end of both directions are told whatever is asked for.
-    let events = if matches!(leaving, Leaving::Silent | Leaving::Ended) { libc::POLLRDHUP } else { 0 };
-    let mut asked = libc::pollfd { fd: socket, events, revents: 0 };
-    // SAFETY: the pointer is to one `pollfd`, as the count says; with a timeout of 0 the call does not wait.
-    let found = unsafe { libc::poll(&raw mut asked, 1, 0) };
-    if found != 1 {
-        return false;
-    }
-    let ended = asked.revents & libc::POLLRDHUP != 0;
+    let ends = matches!(leaving, Leaving::Short(1..) | Leaving::Ended);
+    let found = found(socket, if ends { libc::POLLRDHUP } else { 0 });
     let broken = if leaving == Leaving::Reset { libc::POLLERR } else { libc::POLLERR | libc::POLLHUP };
-    asked.revents & broken != 0 || ended && (leaving == Leaving::Ended || !has_unread(socket))
+    let ended = || match leaving {
+        Leaving::Short(owed) => net::unread(socket) < owed,
+        _ => true,
+    };
+    found & broken != 0 || found & libc::POLLRDHUP != 0 && ended()
 }
 
-/// Whether there is something to read before the end of a connection.
-fn has_unread(socket: RawFd) -> bool {
-    let mut byte = 0u8;
-    // SAFETY: the buffer has room for the one byte that is asked for, which stays in the socket; the call does not
-    // wait.
-    unsafe { libc::recv(socket, (&raw mut byte).cast(), 1, libc::MSG_PEEK | libc::MSG_DONTWAIT) > 0 }
+/// What there is of these events, at once.
+fn found(socket: RawFd, events: libc::c_short) -> libc::c_short {
+    let mut asked = libc::pollfd { fd: socket, events, revents: 0 };
+    // SAFETY: the pointer is to one `pollfd`, as the count says; with a timeout of 0 the call does not wait.
+    if unsafe { libc::poll(&raw mut asked, 1, 0) } == 1 { asked.revents } else { 0 }
+}
+
+/// All that can be read before the end of a connection. `None`: the client has not ended its sending side, or there are
+/// more bytes than `most`.
+pub(super) fn unread_before_end(socket: RawFd, most: usize) -> Option<Vec<u8>> {
+    if found(socket, libc::POLLRDHUP) & libc::POLLRDHUP == 0 {
+        return None;
+    }
+    let bytes = usize::try_from(net::unread(socket)).ok().filter(|&bytes| bytes <= most)?;
+    let mut unread = vec![0u8; bytes];
+    let flags = libc::MSG_PEEK | libc::MSG_DONTWAIT;
+    // SAFETY: the buffer has room for as many bytes as are asked for, which stay in the socket; the call does not wait.
+    let read = unsafe { libc::recv(socket, unread.as_mut_ptr().cast(), bytes, flags) };
+    (usize::try_from(read) == Ok(bytes)).then_some(unread)
 }
 
 #[cfg(test)]
@@ -118,19 +142,28 @@ mod tests {
 
     #[test]
     fn the_end_of_the_sending_side_is_seen_behind_unread_bytes_and_counts_where_it_is_to() {
-        for (sent, left) in [("", [false, true, true]), ("G", [false, false, true])] {
+        let ways = [Leaving::Broken, Leaving::Short(0), Leaving::Short(1), Leaving::Short(4), Leaving::Ended];
+        for (sent, left) in [
+            ("", [false, false, true, true, true]),
+            ("GET", [false, false, false, true, true]),
+            ("POST", [false, false, false, false, true]),
+        ] {
             let (client, server) = pair();
-            let look =
-                || [Leaving::Broken, Leaving::Silent, Leaving::Ended].map(|way| has_left(server.as_raw_fd(), way));
-            assert_eq!(look(), [false; 3]);
+            let look = || ways.map(|way| has_left(server.as_raw_fd(), way));
+            let unread = || unread_before_end(server.as_raw_fd(), 4);
+            assert_eq!(look(), [false; 5]);
             std::io::Write::write_all(&mut &client, sent.as_bytes()).expect("room");
-            assert_eq!(look(), [false; 3]);
+            assert_eq!((look(), unread()), ([false; 5], None));
             client.shutdown(Shutdown::Write).expect("a connection");
             let until = Instant::now() + Duration::from_secs(10);
             while look() != left {
                 assert!(Instant::now() < until, "{:?} instead of {left:?} behind {sent:?}", look());
                 std::thread::yield_now();
             }
+            for _ in 0..2 {
+                assert_eq!(unread().as_deref(), Some(sent.as_bytes()), "it stays in the socket");
+            }
+            assert_eq!(unread_before_end(server.as_raw_fd(), 3).is_none(), sent.len() > 3);
         }
     }
 

@@ -99,7 +99,7 @@ impl Watched {
             // It cannot end its handshake any more.
             Leaving::Ended
         } else if client.front().is_empty() {
-            Leaving::Silent
+            Leaving::Short(1)
         } else {
             // It has sent something, which may be all that it has to say.
             Leaving::Broken

@@ -257,6 +257,11 @@ impl Link {
         self.wire().begun()
     }
 
+    /// Whether all of the answer has left.
+    pub fn has_left_whole(&self) -> bool {
+        self.wire().has_left_whole()
+    }
+
     /// Whether the client can tell a cut answer from a whole one by its framing.
     pub fn framed(&self) -> bool {
         self.wire().framed()

@@ -24,7 +24,7 @@ use pingora::protocols::{
 use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt, ReadBuf};
 use tokio::time::Sleep;
 
-use super::broken::{Leaving, Look};
+use super::broken::{Leaving, Look, unread_before_end};
 use super::connection::Connection;
 use super::farewell::Farewell;
 use super::head::{self, Head, Scanner, Target};
@@ -63,6 +63,13 @@ const SLICES_MAX: usize = 16;
 /// How much is thrown away of a header that was refused, or of a client that was cut off. Of a body there is no such
 /// limit: its client is no less honest for being told in the middle of it, and the time is short.
 const LINGER_HEADER_BYTES: u64 = 1 << 20;
+
+/// What TLS may keep of a connection besides what is in the socket: a record that has not come whole, one that was
+/// decrypted and not yet read, and what was read together with the head of a record.
+const TLS_KEPT_BYTES_MAX: u64 = 40 << 10;
+
+/// How much of a body in chunks is looked at before it is read, to find out whether its end is there.
+const PEEK_BYTES_MAX: usize = 256 << 10;
 
 /// What a client wants first.
 pub enum Opening {
@@ -146,6 +153,8 @@ struct Core {
     half_closed: bool,
     /// Sees a reset where reading does not.
     look: Look,
+    /// The client has closed its sending side behind all of a body in chunks, some of which is unread.
+    ends_whole: bool,
     /// Whether it is kept for another request after the present one; nothing before the answer has left.
     outcome: Option<bool>,
     /// What the socket had taken when the client was last waited for; only TLS tells.
@@ -185,6 +194,7 @@ impl ClientStream {
             waste_left: u64::MAX,
             half_closed: false,
             look: Look::default(),
+            ends_whole: false,
             outcome: None,
             taken: 0,
         };
@@ -297,12 +307,12 @@ impl Bypass {
 
     /// Ready once the client has left in the middle of a body that is not being read.
     pub fn poll_left(&self, cx: &mut Context<'_>) -> Poll<io::Error> {
-        let core = &mut *lock(&self.core);
-        // The end of its sending side says so only if nothing of the body is before it: neither here, nor in the
-        // socket, nor where TLS keeps what it has decrypted.
-        let is_seen = core.inbox.is_empty() && core.connection.tls().is_none() && !core.body_is_read();
-        let leaving = if is_seen { Leaving::Silent } else { Leaving::Broken };
-        core.look.poll(cx, core.io.id(), leaving)
+        lock(&self.core).poll_left(cx)
+    }
+
+    /// Whether all that was written has gone to the socket.
+    pub fn has_sent_all(&self) -> bool {
+        lock(&self.core).outbox.is_empty()
     }
 
     /// Whether another request can follow the present one, as far as the connection knows.
@@ -422,7 +432,7 @@ impl Core {
         if !self.connection.listener.http1 && !self.connection.is_carried() {
             return Err(&refusal::HEADER_VERSION);
         }
-        self.gulp = FIRST_GULP_BYTES;
+        (self.gulp, self.ends_whole) = (FIRST_GULP_BYTES, false);
         self.rest = match head.body {
             Body::Length(length) => Rest::Length(length),
             Body::Chunked => Rest::Chunked(Chunks::default()),
@@ -448,6 +458,30 @@ impl Core {
         ready!(Pin::new(&mut self.io).poll_read(cx, &mut read))?;
         self.inbox.extend_from_slice(read.filled());
         Poll::Ready(Ok(!read.filled().is_empty()))
+    }
+
+    /// Ready once the client has left, by a reset or by the end of its sending side before the end of the body, of which
+    /// what came may be here or in the socket. A route may take that end for leaving wherever it is.
+    fn poll_left(&mut self, cx: &mut Context<'_>) -> Poll<io::Error> {
+        let Core { look, io, rest, inbox, connection, ends_whole, .. } = self;
+        let (socket, over_tls) = (io.id(), connection.tls().is_some());
+        match rest {
+            _ if connection.half_close_aborts() => look.poll(cx, socket, Leaving::Ended),
+            Rest::Length(left) => {
+                // Encrypted, it takes more bytes.
+                let here = inbox.len() as u64 + if over_tls { TLS_KEPT_BYTES_MAX } else { 0 };
+                look.poll(cx, socket, Leaving::Short(left.saturating_sub(here)))
+            }
+            Rest::Chunked(chunks) if !over_tls && !*ends_whole => look.poll_or(cx, socket, Leaving::Broken, || {
+                let Some(unread) = unread_before_end(socket, PEEK_BYTES_MAX) else { return false };
+                let mut chunks = chunks.clone();
+                let whole = chunks.take(inbox).and_then(|_| chunks.take(&unread)).is_err() || chunks.ended();
+                // Nothing more can come that would change it.
+                *ends_whole = whole;
+                !whole
+            }),
+            _ => look.poll(cx, socket, Leaving::Broken),
+        }
     }
 
     /// The request is read; tells the session only if the client goes away, and keeps what it sends for later.
@@ -577,6 +611,14 @@ impl Core {
         if written.is_ready() {
             self.stalled = None;
             return written;
+        }
+        // The kernel tells a writer of a reset and not of the end of the other direction.
+        let is_exchange = matches!(self.rest, Rest::Length(_) | Rest::Chunked(_)) && !self.connection.is_raw();
+        if is_exchange
+            && self.connection.half_close_aborts()
+            && let Poll::Ready(error) = self.look.poll(cx, self.io.id(), Leaving::Ended)
+        {
+            return Poll::Ready(Err(error));
         }
         let taken = self.connection.taken();
         if taken != std::mem::replace(&mut self.taken, taken) {

@@ -397,6 +397,12 @@ impl Wire {
         self.past.iter().for_each(|past| past.bypass.end_after_answer());
     }
 
+    /// Whether all of the answer has left.
+    pub fn has_left_whole(&self) -> bool {
+        let sent = self.past.as_ref().is_none_or(|past| past.bypass.has_sent_all());
+        self.end_written && !self.broken && !self.sends() && sent && matches!(self.state, State::Idle(_))
+    }
+
     /// Gives the session back for good; `None` if a write has it.
     pub fn release(&mut self) -> Option<Box<ServerSession>> {
         if self.sends() {

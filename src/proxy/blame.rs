@@ -188,6 +188,13 @@ pub fn fault(exchange: &Exchange, error: &Error, reused: bool) -> Fault {
     found(exchange).unwrap_or_else(|| reported(exchange, error, reused))
 }
 
+/// Whether it is no failure that the client has left: it has all of the answer, which came before the end of its
+/// request.
+pub fn is_served(exchange: &Exchange, fault: Fault) -> bool {
+    let left = fault.party == Party::Client && fault.what == What::Left;
+    left && exchange.link.as_ref().is_some_and(|link| link.stands_in() && link.has_left_whole())
+}
+
 /// What our own stream or session found wrong, if anything: they know more than the error that Pingora made of it.
 pub fn found(exchange: &Exchange) -> Option<Fault> {
     let stream = exchange.connection.as_ref().and_then(|connection| connection.fault());

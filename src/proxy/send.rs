@@ -269,6 +269,12 @@ pub fn failed(exchange: &mut Exchange, client: &ServerSession, mut error: Box<Er
         return error;
     }
     let fault = blame::fault(exchange, &error, reused);
+    if blame::is_served(exchange, fault) {
+        exchange.failure = Some(fault);
+        exchange.release(Attempt::outcome, Instant::now());
+        error.set_retry(false);
+        return error;
+    }
     let row = blame::row(fault);
     exchange.failure = Some(fault);
     let now = Instant::now();

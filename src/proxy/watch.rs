@@ -9,6 +9,7 @@ use super::exchange::Exchange;
 use super::route::Route;
 use crate::client::broken::{Leaving, Look};
 use crate::client::http2::Control;
+use crate::client::stream::Bypass;
 use crate::error::{Refusal, refusal};
 use crate::filter::Verdict;
 use crate::party::wait::{Ended, Eye, Wait};
@@ -17,7 +18,9 @@ use crate::party::wait::{Ended, Eye, Wait};
 pub struct Watch {
     control: Option<Control>,
     socket: Option<RawFd>,
-    leaving: Leaving,
+    aborts: bool,
+    /// The way past its session, which knows how much of the body is still to come.
+    way: Option<Bypass>,
     look: Look,
 }
 
@@ -27,8 +30,8 @@ impl Watch {
         let socket = exchange.connection.as_ref().and_then(|connection| connection.socket());
         // In a tunnel each direction ends by itself.
         let aborts = route.half_close_aborts && exchange.switched.is_none();
-        let leaving = if aborts { Leaving::Ended } else { Leaving::Broken };
-        Watch { control: exchange.control.clone(), socket, leaving, look: Look::default() }
+        let way = exchange.connection.as_ref().and_then(|connection| connection.bypass());
+        Watch { control: exchange.control.clone(), socket, aborts, way, look: Look::default() }
     }
 
     /// The verdict of filters; the refusal `left` once the client has left. Looks only while they wait. Each filter has
@@ -52,9 +55,13 @@ impl Eye for Watch {
 
     /// Ready once the client has given its stream up, or has left.
     fn poll_left(&mut self, cx: &mut Context<'_>) -> Poll<()> {
-        match (&self.control, self.socket) {
-            (Some(control), _) => control.poll_closed(cx).map(drop),
-            (None, Some(socket)) => self.look.poll(cx, socket, self.leaving).map(drop),
+        if let Some(control) = &self.control {
+            return control.poll_closed(cx).map(drop);
+        }
+        match (&self.way, self.socket) {
+            (_, Some(socket)) if self.aborts => self.look.poll(cx, socket, Leaving::Ended).map(drop),
+            (Some(way), _) => way.poll_left(cx).map(drop),
+            (None, Some(socket)) => self.look.poll(cx, socket, Leaving::Broken).map(drop),
             (None, None) => Poll::Pending,
         }
     }

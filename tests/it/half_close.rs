@@ -1,13 +1,15 @@
 //! Clients that close their sending side: behind a whole request they wait for its answer (RFC 9112 §9.6), behind half
 //! of one they are gone; and a reset means that they are gone, wherever it is met.
 
+use std::time::Instant;
+
 use forebay::phase::Phase;
 
 use crate::harness::client::{Client, chunked, request};
 use crate::harness::gateway::Watched;
 use crate::harness::origin::{Connection, built_in};
 use crate::harness::wire::End;
-use crate::harness::{Gateway, Origin, Setup, eventually, ok};
+use crate::harness::{Gateway, Origin, Setup, eventually, ms, ok};
 
 const MODES: [&str; 3] = ["auto", "full", "stream"];
 const QUEUE: &str = "forebay_upstream_queue{upstream=\"app\"}";
@@ -272,6 +274,62 @@ fn such_a_route_sees_the_end_behind_the_beginning_of_the_next_request() {
         client.closed();
         assert_eq!((gateway.log_line().status(), gateway.log_line().reason()), (499, "wait.aborted"), "{next:?}");
         gateway.wait_at_rest();
+    }
+}
+
+#[test]
+fn such_a_route_sees_the_end_of_a_client_that_takes_nothing() {
+    for mode in MODES {
+        let origin = built_in();
+        let abort = format!("client: {{ half_close: abort, write_idle: 60s }}, {}", buffering(mode));
+        let gateway = Setup::before_all(&[origin.address()]).spooling("").route(&abort).start();
+        let mut client = Client::slow(gateway.web());
+        client.send(request("GET", "/bytes/32MiB", "", ""));
+        gateway.wait_metric("forebay_slow_clients{direction=\"response\"}", |slow| slow == 1.0);
+        let begun = Instant::now();
+        client.end();
+        let line = gateway.log_line();
+        assert!(line.reason().ends_with(".aborted"), "{mode}: {}", line.reason());
+        assert!(begun.elapsed() < ms(10_000), "{mode}: {:?}", begun.elapsed());
+        gateway.wait_at_rest();
+    }
+}
+
+#[test]
+fn the_end_of_half_a_body_leaves_the_queue_to_others_and_that_of_a_whole_one_keeps_its_place() {
+    let post = |path: &str, fields: &str| format!("POST {path} HTTP/1.1\r\nHost: test\r\n{fields}\r\n\r\n");
+    let (length, chunks) = ("Content-Length: 100", "Transfer-Encoding: chunked");
+    let whole = [(length, vec![b'x'; 100]), (chunks, chunked(&[b'x'; 100], 30))];
+    for (fields, body) in whole {
+        let origin = Origin::scripted();
+        let one = "limits: { endpoint: { requests: 1 } }, queue: { size: 4, timeout: 60s }";
+        let setup = Setup::before(&origin).upstream(one).route("buffering: { request: { mode: stream } }");
+        let (gateway, mut first, mut connection) = setup.asked(&origin);
+        let queue = |waiting| gateway.wait_metric(QUEUE, move |found| found == f64::from(waiting));
+        let mut whole = gateway.client();
+        whole.send(post("/whole", fields));
+        queue(1);
+        // Nothing is read of the body before there is an endpoint.
+        whole.send(&body);
+        whole.end();
+        let mut left = 0;
+        for cut in [0, 50, body.len() - 1] {
+            let mut half = gateway.client();
+            half.send(post("/half", fields));
+            queue(2);
+            half.send(&body[..cut]);
+            half.end();
+            queue(1);
+            left += 1;
+            let line = gateway.log_lines(left).pop().expect("a line");
+            assert_eq!((line.text("target"), line.reason()), ("/half", "queue.aborted"), "{fields} {cut}");
+        }
+        connection.answer("first");
+        assert_eq!(first.response().text(), "first");
+        let request = connection.request();
+        assert_eq!((request.target(), &request.body[..]), ("/whole", &[b'x'; 100][..]));
+        connection.answer("whole");
+        is_answered(&mut whole, "whole");
     }
 }
 

@@ -477,6 +477,46 @@ fn an_early_answer_reaches_a_client_that_is_still_sending() {
 }
 
 #[test]
+fn a_client_that_has_its_early_answer_whole_may_leave_without_sending_the_rest() {
+    let origin = Origin::scripted();
+    let setup = Setup::before(&origin).listener("protocols: [http1, h2c]");
+    let gateway = setup.route("buffering: { request: { mode: stream } }").start();
+    let served = |number| {
+        let line = gateway.log_lines(number).pop().expect("a line");
+        assert_eq!((line.status(), line.reason(), line.number("sent")), (200, "", 8.0));
+        gateway.wait_at_rest();
+    };
+    let answer = || {
+        let mut connection = origin.accept();
+        connection.header();
+        connection.send(ok("in short"));
+        connection
+    };
+    for (number, resets) in [(1, false), (2, true)] {
+        let mut client = gateway.client();
+        client.send("POST / HTTP/1.1\r\nHost: test\r\nContent-Length: 1000\r\n\r\nhalf");
+        let _connection = answer();
+        assert_eq!(client.response().text(), "in short");
+        if resets {
+            client.reset()
+        } else {
+            drop(client)
+        }
+        served(number);
+    }
+    let client = H2Client::connect(gateway.web());
+    let post = http::Request::post("http://test/").body(()).expect("a request");
+    let (response, mut body) = client.begin(post, false);
+    body.send_data(Bytes::from_static(b"half"), false).expect("a stream");
+    let _connection = answer();
+    let mut came = client.step(response).expect("an answer").into_body();
+    assert_eq!(client.step(came.data()).expect("a piece").expect("whole"), "in short");
+    assert!(client.step(came.data()).is_none());
+    body.send_reset(h2::Reason::NO_ERROR);
+    served(3);
+}
+
+#[test]
 fn an_interim_answer_is_not_taken_for_the_answer() {
     let origin = Origin::answering(|_| {
         [b"HTTP/1.1 103 Early Hints\r\nLink: </style.css>; rel=preload\r\n\r\n".to_vec(), ok("final")].concat()

@@ -512,10 +512,18 @@ fn a_client_that_leaves_half_a_body_is_noticed_while_nobody_reads_from_it() {
     let silent = Closed::silent();
     let setup = Setup::before_all(&[silent.address()]).upstream("timeouts: { connect: 60s }");
     let process = setup.route("buffering: { request: { mode: stream } }").spawn();
-    // The end of half a body is seen if no byte of it is unread.
-    for (sent, resets) in [("some", true), ("", true), ("", false)] {
+    let (length, chunks) = ("Content-Length: 100", "Transfer-Encoding: chunked");
+    for (framing, sent, resets) in [
+        (length, "some", true),
+        (length, "", true),
+        (length, "", false),
+        (length, "some", false),
+        (chunks, "4\r\nsome\r\n", true),
+        (chunks, "4\r\nsome\r\n", false),
+        (chunks, "", false),
+    ] {
         let mut client = process.client();
-        client.send(format!("POST / HTTP/1.1\r\nHost: test\r\nContent-Length: 100\r\n\r\n{sent}"));
+        client.send(format!("POST / HTTP/1.1\r\nHost: test\r\n{framing}\r\n\r\n{sent}"));
         process.wait_phase(Connect.phase());
         let begun = Instant::now();
         if resets {
@@ -524,9 +532,9 @@ fn a_client_that_leaves_half_a_body_is_noticed_while_nobody_reads_from_it() {
             client.end()
         }
         process.wait_metric("forebay_phase_active", |active| active == 0.0);
-        assert!(begun.elapsed() < ms(10_000), "{sent:?}, {resets}: {:?}", begun.elapsed());
+        assert!(begun.elapsed() < ms(10_000), "{framing}, {sent:?}, {resets}: {:?}", begun.elapsed());
     }
-    assert!(process.log_lines(3).iter().all(|line| line.reason() == "send.aborted"));
+    assert!(process.log_lines(7).iter().all(|line| line.reason() == "send.aborted"));
 }
 
 /// What waits in the source without the type for it, by file: how often, and why that is right.
