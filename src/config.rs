@@ -3,7 +3,7 @@
 //! These types say nothing of how Forebay runs; `gateway` builds the runtime from them. The request path sees none of
 //! them.
 //!
-//! A file passes through `syntax` (YAML), `interpolate` (`${…}`), `decode` (types) and `check` (meaning). What they
+//! A file passes through `syntax` (YAML), `include` (further files), `interpolate` (`${…}`), `decode` (types) and `check` (meaning). What they
 //! find goes through `place` (path to line and column) and `explain` (serde's words to ours) into a [`Report`].
 
 // What may be written, a file a section.
@@ -25,6 +25,7 @@ mod check;
 mod decode;
 mod explain;
 pub mod file;
+pub mod include;
 mod interpolate;
 mod place;
 mod report;
@@ -35,11 +36,11 @@ mod syntax;
 // How it is written.
 pub mod write;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::env;
 use std::fmt;
 use std::io;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use schemars::JsonSchema;
@@ -62,10 +63,10 @@ use file::Unreadable;
 use report::{Finding, Source, Spot};
 use units::Size;
 
-/// A configuration file may be so large.
+/// All files of a configuration together may be so large.
 const FILE_MAX: Size = Size::kib(16 * 1024);
 
-/// A whole configuration file.
+/// A whole configuration.
 ///
 /// Serialized, it shows what is in effect, secrets included.
 #[derive(Clone, Serialize, Deserialize, JsonSchema)]
@@ -74,6 +75,10 @@ pub struct Config {
     /// The version of this format: 1.
     #[serde(default = "Config::version")]
     pub version: u32,
+    /// Further files that belong to the configuration, relative to the one in which they are named. Lists are appended,
+    /// sections are merged. They are followed before anything is decoded, so nothing is left to say of them.
+    #[serde(default, skip_serializing)]
+    pub include: include::Include,
     /// How the process runs.
     #[serde(default)]
     pub server: server::Server,
@@ -149,7 +154,10 @@ impl Config {
         })?;
         match String::from_utf8(bytes) {
             Ok(text) => Config::parse(&file, &text, kinds),
-            Err(error) => Err(syntax::no_text(file, &error)),
+            Err(error) => {
+                let (text, finding) = syntax::no_text(0, &error);
+                Err(Report::new(Arc::new(Source::of(&file, &text)), vec![finding]))
+            }
         }
     }
 
@@ -162,6 +170,13 @@ impl Config {
         decode::parse(file, text, kinds, &|name| env::var(name).ok())
     }
 
+    /// What the files of a configuration say that may be wrong, as far as they can be read, and whether all of them can.
+    pub fn readable(path: &Path) -> Option<(serde_yaml::Value, bool)> {
+        let text = String::from_utf8(file::read(path, FILE_MAX).ok()?).ok()?;
+        let gathered = include::gather(&path.display().to_string(), &text, &|name| env::var(name).ok());
+        Some((gathered.written, !gathered.findings.iter().any(Finding::is_error)))
+    }
+
     /// What works and is hardly meant: an upstream that nobody asks, a size in decimal units.
     pub fn warnings(&self) -> &Report {
         &self.warnings
@@ -172,16 +187,25 @@ impl Config {
         format!("{:016x}", xxh3_64(self.source.text.as_bytes()))
     }
 
-    /// The line in which the value at this path begins; `None` if it is not written.
-    pub fn line(&self, path: &str) -> Option<usize> {
+    /// The file and the line, from 1, in which the value at this path begins; `None` if it is not written.
+    pub fn place(&self, path: &str) -> Option<(&str, usize)> {
         let found = self.source.places.find(path).filter(|found| found.whole)?;
-        let start = found.key.unwrap_or(found.value).start;
-        Some(1 + self.source.text.get(..start)?.matches('\n').count())
+        Some(self.source.line(found.key.unwrap_or(found.value).start))
     }
 
-    /// The directory that its file is in.
+    /// The names of its files, the main one first.
+    pub fn files(&self) -> impl Iterator<Item = &str> {
+        self.source.names()
+    }
+
+    /// The directories in which its files were looked for: a file that is changed, comes or goes does so in one of them.
+    pub fn directories(&self) -> &BTreeSet<PathBuf> {
+        &self.source.directories
+    }
+
+    /// The directory that its main file is in.
     pub fn directory(&self) -> &Path {
-        Path::new(&self.source.file).parent().unwrap_or(Path::new(""))
+        Path::new(self.source.name(None)).parent().unwrap_or(Path::new(""))
     }
 
     /// Shows errors that were found when the configuration was built, at their places in its file.
@@ -262,7 +286,7 @@ pub fn endpoints(file: &str, text: &str) -> Result<Vec<upstream::Endpoint>, Stri
 impl fmt::Debug for Config {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Config")
-            .field("file", &self.source.file)
+            .field("file", &self.source.name(None))
             .field("listeners", &self.listeners.len())
             .field("upstreams", &self.upstreams.len())
             .field("routes", &self.routes.len())

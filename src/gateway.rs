@@ -56,6 +56,7 @@ use crate::spans::Tracer;
 use crate::upkeep;
 use crate::upstream::transport::connector::Endpoints;
 use explain::Explainer;
+use follow::Follower;
 use parts::{Fit, Ground, Parts, demands_certificates, expired, mismatched};
 use privileges::User;
 use process::{depot, loop_terms, no_open_files, no_spool_dir, server_conf, shares, threads};
@@ -378,20 +379,17 @@ impl Gateway {
             |error: std::io::Error| wrong(vec![BuildError::new("", format!("no thread can be started: {error}"))]);
         let supervisor = Supervisor::of_environment();
         supervisor.watch(metrics.clone()).map_err(failed)?;
-        let reloads = match &file {
+        let reloads = match file {
             Some(path) => {
                 let load: Load = Box::new(move |path| Config::load(path, catalog.kinds()));
-                Some(
-                    Engine::new(path.clone(), load, stage, shown, running, supervisor.clone())
-                        .start()
-                        .map_err(failed)?,
-                )
+                let follower = watches.then(|| Follower::new(config.directories()));
+                let engine = Engine::new(path, load, stage, shown, running, supervisor.clone());
+                let reloads = engine.telling(follower.as_ref().map(Follower::watched)).start().map_err(failed)?;
+                follower.map_or(Ok(()), |follower| follower.start(reloads.clone())).map_err(failed)?;
+                Some(reloads)
             }
             None => None,
         };
-        if let (true, Some(path), Some(reloads)) = (watches, file, &reloads) {
-            follow::start(vec![path], reloads.clone()).map_err(failed)?;
-        }
         if let Some((app, socket)) = reception {
             let app = reload::add(stop::add(app, Handle(asked.clone())), reloads.clone());
             let service = admin::service(socket.key(), socket.permissions(), app, admin_tls);

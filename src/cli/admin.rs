@@ -100,15 +100,16 @@ impl Where {
     }
 }
 
-/// The admin address of a file that is wrong elsewhere, as far as it can be told; the default if it says none.
+/// The admin address of a configuration that is wrong elsewhere, as far as it can be told; the default if it says none.
 fn admin_of_wrong(path: &Path) -> Option<String> {
-    let text = std::fs::read_to_string(path).ok()?;
-    let written: serde_yaml::Value = serde_yaml::from_str(&text).ok()?;
+    let (written, is_whole) = Config::readable(path)?;
     let admin = written.get("admin");
     let address = admin.and_then(|admin| admin.get("address")).and_then(|address| address.as_str());
     let address = address.filter(|address| !address.contains("${"));
     match (admin.and_then(|admin| admin.get("address")), address) {
         (Some(_), None) => None,
+        // It may stand in the part that cannot be read.
+        (None, _) if !is_whole => None,
         (_, address) => Some(address.map_or_else(|| Admin::default().address.0, str::to_owned)),
     }
 }

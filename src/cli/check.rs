@@ -16,13 +16,15 @@ pub fn check(builder: &Builder, file: ConfigFile) -> Result<(), Failure> {
     if !warnings.is_empty() {
         complain(&warnings.render(colourful(&io::stderr())));
     }
-    print(&format!(
+    let mut text = format!(
         "{}: ok ({}, {}, {})",
         path.display(),
         counted(config.listeners.len(), "listener"),
         counted(config.routes.len(), "route"),
         counted(config.upstreams.len(), "upstream"),
-    ))
+    );
+    config.files().skip(1).for_each(|file| text += &format!("\nincluded: {file}"));
+    print(&text)
 }
 
 fn counted(number: usize, noun: &str) -> String {

@@ -7,7 +7,7 @@ use http::Uri;
 
 use super::{ConfigFile, Failure, print};
 use crate::gateway::Builder;
-use crate::gateway::explain::{Explanation, Outcome, Question, Thing};
+use crate::gateway::explain::{Explanation, Outcome, Question, Thing, Written};
 
 /// What is asked.
 #[derive(Args)]
@@ -48,7 +48,7 @@ pub fn matched(builder: &Builder, asked: Match) -> Result<(), Failure> {
     let question = question(&asked.request, &asked.fields, asked.from, asked.listener).map_err(Failure::Usage)?;
     let explanation = explainer.explain(&question).map_err(|unclear| Failure::Usage(unclear.to_string()))?;
     match asked.format {
-        Format::Text => print(&told(&explanation))?,
+        Format::Text => print(&told(&explanation, written.files().next().unwrap_or_default()))?,
         Format::Json => {
             let json = serde_json::to_string_pretty(&explanation);
             print(&json.map_err(|error| Failure::Runtime(format!("the answer cannot be written: {error}")))?)?;
@@ -84,7 +84,19 @@ fn question(
     Ok(Question { method: method.to_owned(), url, fields, client, listener })
 }
 
-fn told(explanation: &Explanation) -> String {
+/// The explanation, line by line. A place in the main file, which is named already, is a line alone.
+fn told(explanation: &Explanation, main: &str) -> String {
+    let place = |at: &Option<Written>| {
+        at.as_ref().map(|Written { file, line }| match file == main {
+            true => format!("line {line}"),
+            false => format!("{file} line {line}"),
+        })
+    };
+    let line_of = |what: &str, thing: &Thing| {
+        let at = place(&thing.at).map(|at| format!(", {at}")).unwrap_or_default();
+        let more = if thing.more.is_empty() { String::new() } else { format!(": {}", thing.more) };
+        format!("{what:<10} {}{more} ({}{at})\n", thing.name, thing.path)
+    };
     let mut text = line_of("listener", &explanation.listener);
     match &explanation.outcome {
         Outcome::Routed { route } => text += &line_of("route", route),
@@ -98,21 +110,15 @@ fn told(explanation: &Explanation) -> String {
     explanation.filters.iter().for_each(|filter| text += &line_of("filter", filter));
     explanation.upstreams.iter().for_each(|upstream| text += &line_of("upstream", upstream));
     for held in &explanation.values {
-        let from = held.line.map_or("default".to_owned(), |line| format!("line {line}"));
+        let from = place(&held.at).unwrap_or("default".to_owned());
         text += &format!("value      {} = {} ({from})\n", held.path, held.value);
     }
     for other in &explanation.others {
-        let at = other.line.map(|line| format!(" (line {line})")).unwrap_or_default();
+        let at = place(&other.at).map(|at| format!(" ({at})")).unwrap_or_default();
         text += &format!("not taken  {}{at}: {}\n", other.route, other.why);
     }
     text.truncate(text.trim_end().len());
     text
-}
-
-fn line_of(what: &str, thing: &Thing) -> String {
-    let at = thing.line.map(|line| format!(", line {line}")).unwrap_or_default();
-    let more = if thing.more.is_empty() { String::new() } else { format!(": {}", thing.more) };
-    format!("{what:<10} {}{more} ({}{at})\n", thing.name, thing.path)
 }
 
 #[cfg(test)]
@@ -137,23 +143,23 @@ mod tests {
 
     #[test]
     fn an_explanation_is_read_line_by_line() {
-        let thing = |name: &str, path: &str, line, more: &str| Thing {
+        let thing = |name: &str, path: &str, (file, line): (&str, usize), more: &str| Thing {
             name: name.to_owned(),
             path: path.to_owned(),
-            line,
+            at: Some(Written { file: file.to_owned(), line }),
             more: more.to_owned(),
         };
         let explanation = Explanation {
-            listener: thing("web", "listeners[0]", Some(2), "127.0.0.1:80"),
-            outcome: Outcome::Routed { route: thing("all", "routes[0]", Some(4), "") },
-            filters: vec![thing("headers", "routes[0].filters[0]", Some(5), "when true")],
+            listener: thing("web", "listeners[0]", ("a.yaml", 2), "127.0.0.1:80"),
+            outcome: Outcome::Routed { route: thing("all", "routes[0]", ("b/c.yaml", 4), "") },
+            filters: vec![thing("headers", "routes[0].filters[0]", ("b/c.yaml", 5), "when true")],
             upstreams: Vec::new(),
             values: Vec::new(),
             others: Vec::new(),
         };
         let expected = "listener   web: 127.0.0.1:80 (listeners[0], line 2)
-route      all (routes[0], line 4)
-filter     headers: when true (routes[0].filters[0], line 5)";
-        assert_eq!(told(&explanation), expected);
+route      all (routes[0], b/c.yaml line 4)
+filter     headers: when true (routes[0].filters[0], b/c.yaml line 5)";
+        assert_eq!(told(&explanation, "a.yaml"), expected);
     }
 }

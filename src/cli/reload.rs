@@ -12,6 +12,7 @@ use crate::config::units::Time;
 use crate::gateway::Builder;
 use crate::gateway::changes;
 use crate::gateway::reload::{Done, Outcome};
+use crate::printable::shown;
 
 /// For a reload: names are looked up and certificates are read meanwhile.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -83,7 +84,10 @@ pub fn dump(builder: &Builder, file: ConfigFile) -> Result<(), Failure> {
     }
     let yaml = serde_yaml::to_string(&config.shown());
     let yaml = yaml.map_err(|error| Failure::Runtime(format!("the configuration cannot be written: {error}")))?;
-    print(yaml.trim_end())
+    // One alone is the one that was named.
+    let files = if config.files().count() > 1 { config.files().collect() } else { Vec::new() };
+    let files: String = files.into_iter().map(|file| format!("# {}\n", shown(file, |_| false))).collect();
+    print(&format!("{files}{}", yaml.trim_end()))
 }
 
 /// Tells in a few lines how a running gateway does.

@@ -1,6 +1,6 @@
 //! From text to typed values, without stopping at the first error.
 //!
-//! In this order: YAML to a [`Value`], merge keys, `${…}`, then each listener, upstream, route and filter on its own to
+//! In this order: YAML to a [`Value`] with all that it includes, merge keys, `${…}`, then each listener, upstream, route and filter on its own to
 //! its type. A value that does not fit is noted, taken out, and the rest is decoded again, so that one run finds all
 //! there is. What was taken out is remembered, for what follows from it is no error of its own.
 
@@ -13,10 +13,10 @@ use serde_yaml::{Mapping, Value};
 
 use super::explain::{Complaint, expected};
 use super::filter::{DecodeError, Decoded, FilterEntry, FilterKind};
+use super::include::{self, Gathered};
 use super::interpolate::{Variables, interpolate};
-use super::place::Places;
-use super::report::{Finding, Report, Secret, Source, Spot};
-use super::{Config, Listener, Route, Upstream, check, schema, syntax};
+use super::report::{Finding, Report, Secret, Spot};
+use super::{Config, Listener, Route, Upstream, check, schema};
 use crate::error::path::{self, Step, Tree, join};
 
 /// What was decoded of a file; what could not be is `None`, so that the places of the others stay true.
@@ -70,17 +70,14 @@ impl Broken {
 
 /// The whole pipeline.
 pub(super) fn parse(file: &str, text: &str, kinds: &[FilterKind], variables: Variables<'_>) -> Result<Config, Report> {
-    let text = text.strip_prefix('\u{feff}').unwrap_or(text);
-    let mut source =
-        Source { file: file.to_owned(), text: text.to_owned(), places: Places::of(text), secrets: Vec::new() };
-    let written = match syntax::read(&source) {
-        Ok(written) => written,
-        Err(findings) => return Err(Report::new(Arc::new(source), findings)),
-    };
+    let Gathered { mut source, written, mut findings } = include::gather(file, text, variables);
+    if findings.iter().any(Finding::is_error) {
+        return Err(Report::new(Arc::new(source), findings));
+    }
 
     let mut decoding = Decoding { kinds, ..Decoding::default() };
     let parts = decoding.parts(&written, variables);
-    let mut findings = decoding.findings;
+    findings.extend(decoding.findings);
     findings.extend(check::check(&parts, &written, kinds));
     findings.extend(check::decimal_sizes(&schema::schema(kinds), &written));
     source.secrets = decoding.secrets;

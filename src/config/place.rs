@@ -4,6 +4,9 @@
 //! events with their spans. What that yields is a tree of the same shape as the value, aliases and merge keys
 //! followed: an error inside of what an anchor brought points at where the anchor stands. `report` draws the places.
 //!
+//! A configuration may have several files. A place is a range of bytes of all their text, one file behind the other; see
+//! [`Source`](super::report::Source).
+//!
 //! It goes first, in one pass, and [`Bounds`] stop it where a text nests too deeply or its aliases stand for too much:
 //! `serde_yaml` takes time that grows with the square of the depth, and memory for every value that an alias repeats.
 
@@ -36,6 +39,8 @@ pub(super) struct Places {
     pub second_document: Option<Range<usize>>,
     /// Why the text was not read to its end.
     pub stop: Option<Stop>,
+    /// The values that the text stands for, aliases followed.
+    pub values: usize,
 }
 
 /// Where the reading of a text stopped, and why.
@@ -91,17 +96,19 @@ pub(super) struct Found {
 
 /// A node, and the key under which it stands, if any.
 #[derive(Clone)]
-struct Place {
+pub(super) struct Place {
     key: Option<Range<usize>>,
     node: Arc<Node>,
 }
 
+#[derive(Clone)]
 struct Node {
     /// All of a scalar or a flow collection; the beginning of a block collection.
     span: Range<usize>,
     inside: Inside,
 }
 
+#[derive(Clone)]
 enum Inside {
     Scalar(String, ScalarStyle),
     List(Vec<Place>),
@@ -118,8 +125,8 @@ enum Inside {
 ///
 /// Where it does not, or where it is no YAML.
 pub(super) fn survey(text: &str) -> Result<(), Stop> {
-    let characters = Characters::of(text);
-    let mut bounds = Bounds::of(text);
+    let characters = Characters::of(text, 0);
+    let mut bounds = Bounds::new(text.len(), 0);
     for next in Parser::new_from_str(text) {
         let (event, span) = next.map_err(|error| characters.syntax(&error))?;
         bounds.event(&event).map_err(|why| Stop { at: characters.bytes(span), why })?;
@@ -130,8 +137,13 @@ pub(super) fn survey(text: &str) -> Result<(), Stop> {
 impl Places {
     /// Reads `text`, as far as it can be read.
     pub fn of(text: &str) -> Places {
-        let mut reading = Reading::new(text);
-        let mut bounds = Bounds::of(text);
+        Places::behind(text, 0, 0)
+    }
+
+    /// The same for a text that stands behind this number of bytes, which stand for so many values.
+    pub fn behind(text: &str, base: usize, values: usize) -> Places {
+        let mut reading = Reading::new(text, base);
+        let mut bounds = Bounds::new(base + text.len(), values);
         for next in Parser::new_from_str(text) {
             let stop = match next {
                 Ok((event, span)) => match bounds.event(&event) {
@@ -146,7 +158,18 @@ impl Places {
             reading.places.stop = Some(stop);
             break;
         }
+        reading.places.values = bounds.values - values;
         reading.places
+    }
+
+    /// The place of the whole text; `None` if there is nothing in it.
+    pub fn root(&self) -> Option<&Place> {
+        self.root.as_ref()
+    }
+
+    /// The same, to be changed.
+    pub fn root_mut(&mut self) -> Option<&mut Place> {
+        self.root.as_mut()
     }
 
     /// The bytes of the file `text` that a part of the scalar at `path` is written with. `None` if that cannot be
@@ -185,6 +208,43 @@ impl Tree for Place {
 }
 
 impl Place {
+    /// The place of the entry of this name.
+    pub fn entry(&self, name: &str) -> Option<&Place> {
+        match &self.node.inside {
+            Inside::Map { entries, .. } => entries.get(name),
+            _ => None,
+        }
+    }
+
+    /// The same, to be changed.
+    pub fn entry_mut(&mut self, name: &str) -> Option<&mut Place> {
+        match &mut Arc::make_mut(&mut self.node).inside {
+            Inside::Map { entries, .. } => entries.get_mut(name),
+            _ => None,
+        }
+    }
+
+    /// Puts `place` under this name, if this is a map.
+    pub fn insert(&mut self, name: &str, place: Place) {
+        if let Inside::Map { entries, .. } = &mut Arc::make_mut(&mut self.node).inside {
+            entries.insert(name.to_owned(), place);
+        }
+    }
+
+    /// Adds the items of another list behind those of this one.
+    pub fn append(&mut self, other: &Place) {
+        if let (Inside::List(items), Inside::List(more)) =
+            (&mut Arc::make_mut(&mut self.node).inside, &other.node.inside)
+        {
+            items.extend(more.iter().cloned());
+        }
+    }
+
+    /// The key, or else what is best underlined of the value.
+    pub fn named(&self) -> Range<usize> {
+        self.key.clone().unwrap_or_else(|| self.caret())
+    }
+
     /// What to underline for this value: itself where it has a visible extent, else its key, else its first child.
     fn caret(&self) -> Range<usize> {
         let Node { span, inside } = &*self.node;
@@ -202,21 +262,24 @@ impl Place {
 /// The parser counts characters, and we count bytes.
 struct Characters<'t> {
     text: &'t str,
+    /// The bytes of the files before this one.
+    base: usize,
     /// The byte at which each character begins; `None` if every character is one byte.
     starts: Option<Vec<usize>>,
 }
 
 impl<'t> Characters<'t> {
-    fn of(text: &'t str) -> Self {
+    fn of(text: &'t str, base: usize) -> Self {
         let starts = (!text.is_ascii()).then(|| text.char_indices().map(|(byte, _)| byte).collect());
-        Characters { text, starts }
+        Characters { text, base, starts }
     }
 
     fn byte(&self, index: usize) -> usize {
-        match &self.starts {
-            Some(starts) => starts.get(index).copied().unwrap_or(self.text.len()),
-            None => index.min(self.text.len()),
-        }
+        self.base
+            + match &self.starts {
+                Some(starts) => starts.get(index).copied().unwrap_or(self.text.len()),
+                None => index.min(self.text.len()),
+            }
     }
 
     fn bytes(&self, span: Span) -> Range<usize> {
@@ -255,9 +318,9 @@ struct Extent {
 }
 
 impl Bounds {
-    fn of(text: &str) -> Self {
-        let values_max = text.len().max(VALUES_LEAST);
-        Bounds { values_max, open: Vec::new(), anchors: HashMap::new(), values: 0 }
+    /// The bounds of so many bytes of text, of which files before have used up so many values.
+    fn new(bytes: usize, values: usize) -> Self {
+        Bounds { values_max: bytes.max(VALUES_LEAST), open: Vec::new(), anchors: HashMap::new(), values }
     }
 
     fn event(&mut self, event: &Event<'_>) -> Result<(), Why> {
@@ -319,9 +382,9 @@ struct Open {
 }
 
 impl<'t> Reading<'t> {
-    fn new(text: &'t str) -> Self {
+    fn new(text: &'t str, base: usize) -> Self {
         Reading {
-            characters: Characters::of(text),
+            characters: Characters::of(text, base),
             open: Vec::new(),
             anchors: HashMap::new(),
             documents: 0,
@@ -365,7 +428,8 @@ impl<'t> Reading<'t> {
 
     /// The parser's spans of quoted scalars run on to the next token: ends them at the closing quote.
     fn scalar_span(&self, span: Range<usize>, style: ScalarStyle) -> Range<usize> {
-        let written = &self.characters.text[span.clone()];
+        let base = self.characters.base;
+        let written = &self.characters.text[span.start - base..span.end - base];
         let len = match style {
             ScalarStyle::SingleQuoted => quoted_len(written, '\''),
             ScalarStyle::DoubleQuoted => quoted_len(written, '"'),

@@ -4,9 +4,10 @@
 //! takes secrets out of the words, and draws.
 
 use std::borrow::Cow;
-use std::collections::HashSet;
+use std::collections::{BTreeSet, HashSet};
 use std::fmt;
 use std::ops::Range;
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use annotate_snippets::{AnnotationKind, Group, Level, Origin, Renderer, Snippet};
@@ -17,17 +18,27 @@ use crate::error::{Inside, nearest, path};
 /// The text of a finding is cut after this number of characters, since a value in it may have any length.
 const WORDS_MAX: usize = 240;
 
-/// A file and what is known of its inside.
+/// The files of a configuration, and what is known of their inside.
 #[derive(Default)]
 pub(super) struct Source {
-    /// The name to print.
-    pub file: String,
-    /// What stands in it.
+    /// The files, in the order in which they were read; the first one is the main file.
+    files: Vec<File>,
+    /// What stands in them, one behind the other, with a line break between two that belongs to neither.
     pub text: String,
-    /// Where its values stand.
+    /// Where their values stand, joined as they are.
     pub places: Places,
-    /// What was put into it from outside.
+    /// What was put into them from outside.
     pub secrets: Vec<Secret>,
+    /// The directories in which files were looked for.
+    pub directories: BTreeSet<PathBuf>,
+}
+
+/// A file of a configuration.
+struct File {
+    /// The name to print.
+    name: String,
+    /// Which part of the text it is.
+    bytes: Range<usize>,
 }
 
 /// A scalar that holds a `${…}`.
@@ -51,9 +62,9 @@ pub(super) enum Spot {
     Key(String),
     /// A part of the text at this path.
     Inside(String, Inside),
-    /// These bytes.
+    /// These bytes of all text.
     Bytes(Range<usize>),
-    /// The file as a whole.
+    /// The main file as a whole.
     File,
 }
 
@@ -122,13 +133,29 @@ impl Finding {
         self
     }
 
+    /// The same of a text that is not the first: this number of bytes stands before it.
+    pub fn moved(mut self, by: usize) -> Self {
+        let also = self.also.as_mut().map(|(spot, _)| spot);
+        for spot in std::iter::once(&mut self.spot).chain(also) {
+            if let Spot::Bytes(range) = spot {
+                *range = range.start + by..range.end + by;
+            }
+        }
+        self
+    }
+
+    /// Whether it is an error and no warning.
+    pub fn is_error(&self) -> bool {
+        !self.warning
+    }
+
     /// The path it stands at, if it has one.
     pub fn path(&self) -> Option<&str> {
         self.spot.path()
     }
 }
 
-/// The errors and warnings of one configuration file, in the order in which they stand there.
+/// The errors and warnings of a configuration, in the order in which they stand in its files.
 ///
 /// Prints as rustc prints, without colour; see [`Report::render`] for colours.
 #[derive(Clone, Default)]
@@ -165,11 +192,16 @@ impl Report {
 
     /// A report with no place: the file could not be read.
     pub(super) fn unreadable(file: &str, title: String, help: &str) -> Self {
-        let source = Source { file: file.to_owned(), ..Source::default() };
+        let source = Source::of(file, "");
         Report::new(Arc::new(source), vec![Finding::error(Spot::File, title).help(help)])
     }
 
-    /// The file it is about.
+    /// The directories in which files of the configuration were looked for, as far as it could be read.
+    pub fn directories(&self) -> &BTreeSet<PathBuf> {
+        &self.source.directories
+    }
+
+    /// The files it is about.
     pub(super) fn source(&self) -> Arc<Source> {
         Arc::clone(&self.source)
     }
@@ -226,7 +258,11 @@ impl Report {
         };
         let counts = [count(self.errors(), "error"), count(self.warnings(), "warning")];
         let counts = counts.into_iter().flatten().collect::<Vec<_>>().join(" and ");
-        format!("{counts} in {}", self.source.file)
+        let found: BTreeSet<&str> = self.findings.iter().map(|finding| self.source.name(finding.start())).collect();
+        match found.len() {
+            0 | 1 => format!("{counts} in {}", found.first().unwrap_or(&self.source.name(None))),
+            files => format!("{counts} in {files} files"),
+        }
     }
 }
 
@@ -252,22 +288,30 @@ impl Drawn {
 
     fn draw(&self, source: &Source, line_ends: &[usize], renderer: &Renderer) -> String {
         let level = if self.warning { Level::WARNING } else { Level::ERROR };
-        let title = level.primary_title(&self.title);
-        let mut group = match source.window(&self.spots) {
-            None => title.element(Origin::path(&source.file)),
-            Some(window) => {
-                let shown = Snippet::source(printable(&source.text[window.clone()])).path(&source.file);
-                let mut kind = AnnotationKind::Primary;
-                let mut annotations = Vec::new();
-                for (range, label) in &self.spots {
-                    let label = Some(label.as_str()).filter(|label| !label.is_empty());
-                    annotations.push(kind.span(range.start - window.start..range.end - window.start).label(label));
-                    kind = AnnotationKind::Context;
-                }
-                let line = 1 + line_ends.partition_point(|&end| end < window.start);
-                title.element(shown.line_start(line).annotations(annotations))
+        let mut group = Group::with_title(level.primary_title(&self.title));
+        let mut kind = AnnotationKind::Primary;
+        let mut rest: Vec<&(Range<usize>, String)> = self.spots.iter().collect();
+        if rest.is_empty() {
+            group = group.element(Origin::path(source.name(None)));
+        }
+        // What stands in one file is drawn together, the file of the first place first.
+        while let Some((first, _)) = rest.first() {
+            let file = source.file(first.start);
+            let (here, elsewhere): (Vec<_>, Vec<_>) =
+                rest.into_iter().partition(|(range, _)| file.bytes.start == source.file(range.start).bytes.start);
+            rest = elsewhere;
+            let window = source.window(&here);
+            let mut annotations = Vec::new();
+            for (range, label) in here {
+                let label = Some(label.as_str()).filter(|label| !label.is_empty());
+                annotations.push(kind.span(range.start - window.start..range.end - window.start).label(label));
+                kind = AnnotationKind::Context;
             }
-        };
+            let shown = Snippet::source(printable(&source.text[window.clone()])).path(&file.name);
+            let before = |at: usize| line_ends.partition_point(|&end| end < at);
+            let line = 1 + before(window.start) - before(file.bytes.start);
+            group = group.element(shown.line_start(line).annotations(annotations));
+        }
         if let Some(help) = &self.help {
             group = group.element(Level::HELP.message(help));
         }
@@ -276,6 +320,49 @@ impl Drawn {
 }
 
 impl Source {
+    /// A configuration of one file.
+    pub fn of(name: &str, text: &str) -> Source {
+        let mut source = Source::default();
+        source.add(name, text);
+        source
+    }
+
+    /// Adds a file, and tells at which byte of all text it begins.
+    pub fn add(&mut self, name: &str, text: &str) -> usize {
+        if !self.files.is_empty() {
+            self.text.push('\n');
+        }
+        let base = self.text.len();
+        self.text.push_str(text);
+        self.files.push(File { name: name.to_owned(), bytes: base..self.text.len() });
+        base
+    }
+
+    /// The names of the files, the main one first.
+    pub fn names(&self) -> impl Iterator<Item = &str> {
+        self.files.iter().map(|file| &*file.name)
+    }
+
+    /// The name of the file in which this byte stands, or that of the main one.
+    pub fn name(&self, at: Option<usize>) -> &str {
+        match at {
+            Some(at) => &self.file(at).name,
+            None => self.files.first().map_or("", |file| &file.name),
+        }
+    }
+
+    /// The name of the file in which this byte stands, and the number of its line there, from 1.
+    pub fn line(&self, at: usize) -> (&str, usize) {
+        let file = self.file(at);
+        let before = self.text.get(file.bytes.start..at).unwrap_or_default();
+        (&file.name, 1 + before.bytes().filter(|&byte| byte == b'\n').count())
+    }
+
+    fn file(&self, at: usize) -> &File {
+        let behind = self.files.partition_point(|file| file.bytes.start <= at);
+        &self.files[behind.saturating_sub(1)]
+    }
+
     /// Looks up the places of a finding and takes secrets out of its words.
     fn place(&self, finding: Finding) -> Drawn {
         let Finding { spot, mut title, label, also, mut help, warning, foreign } = finding;
@@ -336,12 +423,12 @@ impl Source {
     }
 
     /// The whole lines that hold all of `spots`: what is drawn need not be the whole file.
-    fn window(&self, spots: &[(Range<usize>, String)]) -> Option<Range<usize>> {
-        let start = spots.iter().map(|(range, _)| range.start).min()?;
-        let end = spots.iter().map(|(range, _)| range.end).max()?;
+    fn window(&self, spots: &[&(Range<usize>, String)]) -> Range<usize> {
+        let start = spots.iter().map(|(range, _)| range.start).min().unwrap_or_default();
+        let end = spots.iter().map(|(range, _)| range.end).max().unwrap_or_default();
         let line_start = self.text[..start].rfind('\n').map_or(0, |at| at + 1);
         let line_end = self.text[end..].find('\n').map_or(self.text.len(), |at| end + at);
-        Some(line_start..line_end)
+        line_start..line_end
     }
 }
 
@@ -406,7 +493,7 @@ mod tests {
     use super::*;
 
     fn source(text: &str) -> Source {
-        Source { file: "f.yaml".to_owned(), text: text.to_owned(), places: Places::of(text), secrets: Vec::new() }
+        Source { places: Places::of(text), ..Source::of("f.yaml", text) }
     }
 
     fn value(path: &str) -> Spot {

@@ -2,25 +2,24 @@
 
 use std::ops::Range;
 use std::string::FromUtf8Error;
-use std::sync::Arc;
 
 use serde::de::IgnoredAny;
-use serde_yaml::Value;
+use serde_yaml::{Mapping, Value};
 
 use super::place::{Places, Stop, Why};
-use super::report::{Finding, Report, Source, Spot};
+use super::report::{Finding, Spot};
 
 /// What is no YAML is read a second time for better words about it, if it has at most so many bytes and brackets: that
 /// reader's time grows with the product of both.
 const REREAD_MAX: (usize, usize) = (1024 * 1024, 4096);
 
-/// Reads the text of a file to a map, its merge keys followed.
-pub(super) fn read(source: &Source) -> Result<Value, Vec<Finding>> {
-    let places = &source.places;
+/// Reads the text of a file to a map, its merge keys followed. The file begins at the byte `base` of all text; only the
+/// first one must not be empty.
+pub(super) fn read(text: &str, base: usize, places: &Places) -> Result<Mapping, Vec<Finding>> {
     if let Some(stop) = &places.stop {
-        return Err(vec![stopped(&source.text, stop)]);
+        return Err(vec![stopped(text, base, stop)]);
     }
-    let value: Result<Value, _> = serde_yaml::from_str(&source.text);
+    let value: Result<Value, _> = serde_yaml::from_str(text);
     if let Some(second) = &places.second_document {
         return Err(vec![
             Finding::error(Spot::Bytes(second.clone()), "there is more than one YAML document in the file")
@@ -29,11 +28,11 @@ pub(super) fn read(source: &Source) -> Result<Value, Vec<Finding>> {
         ]);
     }
     let mut value = value.map_err(|error| match places.duplicates.is_empty() {
-        true => vec![invalid(&source.text, &error)],
-        false => duplicates(source),
+        true => vec![invalid(text, &error).moved(base)],
+        false => duplicates(places),
     })?;
     if !places.odd_keys.is_empty() {
-        return Err(places.odd_keys.iter().map(|(at, found)| odd_key(&source.text, at, found)).collect());
+        return Err(places.odd_keys.iter().map(|(at, found)| odd_key(text, base, at, found)).collect());
     }
     let bad_merges: Vec<_> = places.bad_merges.iter().map(|range| bad_merge(Spot::Bytes(range.clone()))).collect();
     if !bad_merges.is_empty() {
@@ -41,7 +40,8 @@ pub(super) fn read(source: &Source) -> Result<Value, Vec<Finding>> {
     }
     value.apply_merge().map_err(|_| vec![bad_merge(Spot::File)])?;
     match value {
-        Value::Mapping(_) => Ok(value),
+        Value::Mapping(map) => Ok(map),
+        Value::Null if base > 0 => Ok(Mapping::new()),
         Value::Null => Err(vec![Finding::error(Spot::File, "the file is empty").help(SMALLEST)]),
         other => {
             let found = match other {
@@ -50,26 +50,27 @@ pub(super) fn read(source: &Source) -> Result<Value, Vec<Finding>> {
                 _ => "a lone value",
             };
             let title = format!("the file must be a map of keys such as `listeners:`, not {found}");
-            Err(vec![Finding::error(Spot::Value(String::new()), title).label("expected a key").help(SMALLEST)])
+            let at = places.find("").map_or(Spot::File, |found| Spot::Bytes(found.value));
+            Err(vec![Finding::error(at, title).label("expected a key").help(SMALLEST)])
         }
     }
 }
 
-/// The report of a file that is not even text.
-pub(super) fn no_text(file: String, error: &FromUtf8Error) -> Report {
+/// What is to be said of a file that is not even text, and the file as far as it is, which begins at the byte `base`.
+pub(super) fn no_text(base: usize, error: &FromUtf8Error) -> (String, Finding) {
     let at = error.utf8_error().valid_up_to();
     let text = String::from_utf8_lossy(error.as_bytes()).into_owned();
-    let mark = at..at + char::REPLACEMENT_CHARACTER.len_utf8();
+    let mark = base + at..base + at + char::REPLACEMENT_CHARACTER.len_utf8();
     let finding = Finding::error(Spot::Bytes(mark), "the file is not UTF-8 text")
         .label(format!("the byte 0x{:02x} belongs to no character", error.as_bytes()[at]))
         .help("save the file in the encoding UTF-8");
-    Report::new(Arc::new(Source { file, text, places: Places::default(), secrets: Vec::new() }), vec![finding])
+    (text, finding)
 }
 
 const SMALLEST: &str = "a configuration has at least `listeners:` and `routes:`, and mostly `upstreams:`";
 
-fn duplicates(source: &Source) -> Vec<Finding> {
-    let duplicates = source.places.duplicates.iter();
+fn duplicates(places: &Places) -> Vec<Finding> {
+    let duplicates = places.duplicates.iter();
     duplicates
         .map(|duplicate| {
             let again = Spot::Bytes(duplicate.again.clone());
@@ -81,8 +82,8 @@ fn duplicates(source: &Source) -> Vec<Finding> {
         .collect()
 }
 
-fn odd_key(text: &str, at: &Range<usize>, found: &str) -> Finding {
-    let key = &text[at.clone()];
+fn odd_key(text: &str, base: usize, at: &Range<usize>, found: &str) -> Finding {
+    let key = &text[at.start - base..at.end - base];
     let finding = Finding::error(Spot::Bytes(at.clone()), format!("a key must be text, and this one is {found}"));
     match found {
         "a list" | "a map" => finding.label("write a name, a colon, and then the value"),
@@ -96,7 +97,7 @@ fn bad_merge(spot: Spot) -> Finding {
 }
 
 /// Why the reading of a text stopped. Both readers must accept a text; libyaml's words are the better known ones.
-fn stopped(text: &str, stop: &Stop) -> Finding {
+fn stopped(text: &str, base: usize, stop: &Stop) -> Finding {
     let finding = Finding::error(Spot::Bytes(stop.at.clone()), stop.title());
     let brackets = || text.bytes().filter(|byte| matches!(byte, b'[' | b'{')).count();
     match &stop.why {
@@ -105,7 +106,7 @@ fn stopped(text: &str, stop: &Stop) -> Finding {
         Why::Circle => finding.label("this never ends"),
         Why::Syntax(_) if text.len() > REREAD_MAX.0 || brackets() > REREAD_MAX.1 => finding,
         Why::Syntax(_) => match serde_yaml::from_str::<IgnoredAny>(text) {
-            Err(error) => invalid(text, &error),
+            Err(error) => invalid(text, &error).moved(base),
             Ok(_) => finding,
         },
     }

@@ -3,7 +3,7 @@
 //! A pure comparison of what is in effect: defaults count as if they were written. Things that have a name (listeners,
 //! routes, upstreams) or an address (endpoints) are compared with the ones of that name, wherever they stand in a list.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
@@ -22,6 +22,10 @@ pub struct Change {
     /// What it is now; `None`: it is removed. Secrets are left out.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub to: Option<String>,
+    /// The file and line in which it is written, such as `forebay.yaml:7`: as it is now, or else as it was. `None`: it is
+    /// a default.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub at: Option<String>,
     /// What becomes of the traffic.
     pub effect: Effect,
     /// How many connections or exchanges end on what was before, where that can be counted.
@@ -88,10 +92,11 @@ pub fn between(before: &Config, after: &Config) -> Vec<Change> {
     let (before, after) = (Named::of(before), Named::of(after));
     let mut found = Vec::new();
     if let Some((from, to)) = reordered(&before.routes, &after.routes) {
-        let (path, effect) = ("routes".to_owned(), Effect::NextRequest);
-        found.push(Change { path, from: Some(from), to: Some(to), effect, drains: None });
+        let (path, at, effect) = ("routes".to_owned(), after.place(&["routes".to_owned()]), Effect::NextRequest);
+        found.push(Change { path, from: Some(from), to: Some(to), at, effect, drains: None });
     }
-    differ(&mut Vec::new(), Some(before.sides()), Some(after.sides()), &mut found);
+    let place = |steps: &[String]| after.place(steps).or_else(|| before.place(steps));
+    differ(&mut Vec::new(), Some(before.sides()), Some(after.sides()), &place, &mut found);
     found
 }
 
@@ -102,13 +107,16 @@ pub fn need_process(changes: &[Change]) -> Vec<String> {
 }
 
 /// A configuration with its lists of named things as maps.
-struct Named {
+struct Named<'c> {
+    config: &'c Config,
     /// As it is in effect.
     real: Value,
     /// The same without secrets.
     shown: Value,
     /// The names of the routes, in their order.
     routes: Vec<String>,
+    /// By the paths of lists, where in them each name is.
+    indices: HashMap<String, HashMap<String, usize>>,
 }
 
 /// A part of a configuration: as it is in effect, and as it may be shown.
@@ -118,18 +126,24 @@ struct Sides<'v> {
     shown: &'v Value,
 }
 
-impl Named {
-    fn of(config: &Config) -> Named {
-        // Not reached, the error: a configuration is made of structs and maps whose keys are text.
-        let mut named =
-            Named { real: serde_json::to_value(config).unwrap_or_default(), shown: config.shown(), routes: Vec::new() };
-        named.call("/listeners", "name");
-        named.routes = named.call("/routes", "name");
+impl<'c> Named<'c> {
+    fn of(config: &'c Config) -> Named<'c> {
+        let mut named = Named {
+            config,
+            // Not reached, the error: a configuration is made of structs and maps whose keys are text.
+            real: serde_json::to_value(config).unwrap_or_default(),
+            shown: config.shown(),
+            routes: Vec::new(),
+            indices: HashMap::new(),
+        };
+        named.call("/listeners", "listeners", "name");
+        named.routes = named.call("/routes", "routes", "name");
         let upstreams = named.real.get("upstreams").and_then(Value::as_object);
         let upstreams: Vec<String> = upstreams.into_iter().flatten().map(|(name, _)| name.clone()).collect();
         for name in upstreams {
+            let path = format!("{}.endpoints", join("upstreams", &key(&name)));
             let name = name.replace('~', "~0").replace('/', "~1");
-            named.call(&format!("/upstreams/{name}/endpoints"), "address");
+            named.call(&format!("/upstreams/{name}/endpoints"), &path, "address");
         }
         named
     }
@@ -138,8 +152,22 @@ impl Named {
         Sides { real: &self.real, shown: &self.shown }
     }
 
-    /// Makes the list at this place a map by this entry of its items; returns their names in the order of the list.
-    fn call(&mut self, place: &str, entry: &str) -> Vec<String> {
+    /// Where the value to which these steps lead is written.
+    fn place(&self, steps: &[String]) -> Option<String> {
+        let (mut named, mut path) = (String::new(), String::new());
+        for step in steps {
+            path = match self.indices.get(&named) {
+                Some(indices) => format!("{path}[{}]", indices.get(step)?),
+                None => join(&path, &key(step)),
+            };
+            named = join(&named, &key(step));
+        }
+        self.config.place(&path).map(|(file, line)| format!("{file}:{line}"))
+    }
+
+    /// Makes the list at this place, which is a JSON pointer for `path`, a map by this entry of its items; returns their
+    /// names in the order of the list.
+    fn call(&mut self, place: &str, path: &str, entry: &str) -> Vec<String> {
         let Some(list) = self.real.pointer(place).and_then(Value::as_array) else { return Vec::new() };
         let mut names: Vec<String> = Vec::with_capacity(list.len());
         let mut known: BTreeMap<String, usize> = BTreeMap::new();
@@ -149,6 +177,8 @@ impl Named {
             let times = known.entry(name.clone()).and_modify(|times| *times += 1).or_insert(1);
             names.push(if *times == 1 { name } else { format!("{name} ({times})") });
         }
+        let indices = names.iter().cloned().enumerate().map(|(index, name)| (name, index)).collect();
+        self.indices.insert(path.to_owned(), indices);
         for side in [&mut self.real, &mut self.shown] {
             let Some(list) = side.pointer_mut(place) else { continue };
             let items = if let Value::Array(items) = list.take() { items } else { Vec::new() };
@@ -190,7 +220,13 @@ fn reordered(before: &[String], after: &[String]) -> Option<(String, String)> {
     Some((format!("{} comes first", before[moved]), format!("{} comes first", after[moved])))
 }
 
-fn differ(steps: &mut Vec<String>, before: Option<Sides<'_>>, after: Option<Sides<'_>>, found: &mut Vec<Change>) {
+fn differ(
+    steps: &mut Vec<String>,
+    before: Option<Sides<'_>>,
+    after: Option<Sides<'_>>,
+    place: &dyn Fn(&[String]) -> Option<String>,
+    found: &mut Vec<Change>,
+) {
     if before.map(|before| before.real) == after.map(|after| after.real) {
         return;
     }
@@ -201,13 +237,14 @@ fn differ(steps: &mut Vec<String>, before: Option<Sides<'_>>, after: Option<Side
         let names: BTreeSet<&String> = had.keys().chain(has.keys()).collect();
         for name in names {
             steps.push(name.clone());
-            differ(steps, was.entry(name), is.entry(name), found);
+            differ(steps, was.entry(name), is.entry(name), place, found);
             steps.pop();
         }
         return;
     }
     found.push(Change {
         path: steps.iter().fold(String::new(), |path, step| join(&path, &key(step))),
+        at: place(steps),
         effect: effect(steps, before.is_some(), after.is_some()),
         from: before.map(Sides::text),
         to: after.map(Sides::text),
@@ -234,7 +271,7 @@ fn effect(steps: &[String], was: bool, is: bool) -> Effect {
 /// The differences as they are read by people, one a line.
 pub fn told(changes: &[Change]) -> String {
     let mut text = String::new();
-    for Change { path, from, to, effect, drains } in changes {
+    for Change { path, from, to, at, effect, drains } in changes {
         let what = match (from, to) {
             (Some(from), Some(to)) => format!("~ {path}: {from} -> {to}"),
             (None, Some(to)) => format!("+ {path}: {to}"),
@@ -242,7 +279,8 @@ pub fn told(changes: &[Change]) -> String {
             (None, None) => continue,
         };
         let drains = drains.map(|count| format!(", {count} to end")).unwrap_or_default();
-        text.push_str(&format!("{what}  ({}{drains})\n", effect.words()));
+        let at = at.as_ref().map(|at| format!(", {at}")).unwrap_or_default();
+        text.push_str(&format!("{what}  ({}{drains}){at}\n", effect.words()));
     }
     text
 }
@@ -325,6 +363,21 @@ routes: [ { name: all, upstream: app } ]
             only("resources.memory", Effect::NewProcess)
         );
         assert_eq!(after(&[("\nroutes:", "\nvia: true\nroutes:")]), only("via", Effect::NextRequest));
+    }
+
+    #[test]
+    fn each_difference_tells_where_it_is_written() {
+        let with = |text: &str| config(&BASE.replace("routes:", text));
+        let at = |before: &Config, after: &Config| -> Vec<(String, Option<String>)> {
+            between(before, after).into_iter().map(|change| (change.path, change.at)).collect()
+        };
+        let (without, via) = (config(BASE), with("via: true\nroutes:"));
+        let expected = vec![("via".to_owned(), Some("test.yaml:5".to_owned()))];
+        assert_eq!(at(&without, &via), expected);
+        assert_eq!(at(&via, &without), expected, "as it was, if it is no longer written");
+        let endpoint = config(&BASE.replace("{ address: 10.0.0.2:80 }", "{ address: 10.0.0.2:80, weight: 2 }"));
+        let path = "upstreams.app.endpoints.\"10.0.0.2:80\".weight".to_owned();
+        assert_eq!(at(&without, &endpoint), [(path, Some("test.yaml:4".to_owned()))]);
     }
 
     #[test]

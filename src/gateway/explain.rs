@@ -103,15 +103,25 @@ pub enum Outcome {
     },
 }
 
-/// Something that is written in the file.
+/// Where something is written.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Written {
+    /// The file.
+    pub file: String,
+    /// The line in it, from 1.
+    pub line: usize,
+}
+
+/// Something that is written in the configuration.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Thing {
     /// How it is called.
     pub name: String,
     /// Its path.
     pub path: String,
-    /// The line that it begins in.
-    pub line: Option<usize>,
+    /// Where it begins.
+    #[serde(flatten)]
+    pub at: Option<Written>,
     /// What else is to be said of it.
     #[serde(skip_serializing_if = "String::is_empty")]
     pub more: String,
@@ -124,8 +134,9 @@ pub struct Held {
     pub path: String,
     /// The value.
     pub value: String,
-    /// The line that it is written in; `None`: it is the default.
-    pub line: Option<usize>,
+    /// Where it is written; `None`: it is the default.
+    #[serde(flatten)]
+    pub at: Option<Written>,
 }
 
 /// A route that does not take the request.
@@ -133,8 +144,9 @@ pub struct Held {
 pub struct Other {
     /// Its name.
     pub route: String,
-    /// The line that it begins in.
-    pub line: Option<usize>,
+    /// Where it begins.
+    #[serde(flatten)]
+    pub at: Option<Written>,
     /// Why it does not.
     pub why: String,
 }
@@ -379,7 +391,7 @@ impl Explainer {
                 entries.iter().for_each(|(name, value)| self.values(&join(path, &key(name)), Some(value), values));
             }
             Some(value) => values.push(Held {
-                line: self.config.line(path),
+                at: self.written(path),
                 path: path.to_owned(),
                 value: value.as_str().map_or_else(|| value.to_string(), str::to_owned),
             }),
@@ -393,7 +405,7 @@ impl Explainer {
         others
             .map(|(index, route)| Other {
                 route: route.name.clone(),
-                line: self.config.line(&format!("routes[{index}]")),
+                at: self.written(&format!("routes[{index}]")),
                 why: match self.objection(&route.matches, &route.name, exchange, request) {
                     Some(why) => why.to_owned(),
                     None => format!("it would, but {} goes before it", name.unwrap_or("another")),
@@ -440,7 +452,11 @@ impl Explainer {
     }
 
     fn thing(&self, name: &str, path: String, more: &str) -> Thing {
-        Thing { name: name.to_owned(), line: self.config.line(&path), path, more: more.to_owned() }
+        Thing { name: name.to_owned(), at: self.written(&path), path, more: more.to_owned() }
+    }
+
+    fn written(&self, path: &str) -> Option<Written> {
+        self.config.place(path).map(|(file, line)| Written { file: file.to_owned(), line })
     }
 }
 
@@ -483,18 +499,19 @@ routes:
         let explained =
             explainer().explain(&asked("GET", "http://shop.test:8080/cart", &[("X-Admin", "1")])).expect("clear");
         let Outcome::Routed { route } = &explained.outcome else { panic!("{explained:?}") };
-        assert_eq!((&*route.name, route.line), ("admin", Some(8)));
-        assert_eq!((&*explained.listener.name, explained.listener.line), ("web", Some(3)));
+        let at = |line| Some(Written { file: "test.yaml".to_owned(), line });
+        assert_eq!((&*route.name, &route.at), ("admin", &at(8)));
+        assert_eq!((&*explained.listener.name, &explained.listener.at), ("web", &at(3)));
         assert_eq!(explained.filters[0].name, "access");
         assert_eq!(explained.upstreams[0].name, "app");
         let others: Vec<_> = explained.others.iter().map(|other| (&*other.route, &*other.why)).collect();
         assert_eq!(others, [("shop", "another method"), ("rest", "it would, but admin goes before it")]);
         let value = |path: &str| explained.values.iter().find(|held| held.path == path).expect("a value");
         assert_eq!(
-            (&*value("upstreams.app.timeouts.connect").value, value("upstreams.app.timeouts.connect").line),
-            ("3s", Some(5))
+            (&*value("upstreams.app.timeouts.connect").value, &value("upstreams.app.timeouts.connect").at),
+            ("3s", &at(5))
         );
-        assert_eq!(value("upstreams.app.timeouts.wait").line, None, "a default");
+        assert_eq!(value("upstreams.app.timeouts.wait").at, None, "a default");
     }
 
     #[test]

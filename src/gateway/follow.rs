@@ -1,14 +1,19 @@
-//! Follows the file of the configuration (`run --watch`), and has it reloaded.
+//! Follows the files of the configuration (`run --watch`), and has it reloaded.
 //!
 //! Directories are watched and not files: an editor puts a new file in the place of the old one, and Kubernetes turns a
-//! link to a directory in which a link to the file leads. The result is in the log and the metrics.
+//! link to a directory in which a link to the file leads. Which they are may change with every reload, for a file may
+//! include others. The result is in the log and the metrics.
 
-use std::path::{Path, PathBuf};
-use std::sync::mpsc::{RecvTimeoutError, channel};
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::os::unix::fs::MetadataExt;
+use std::path::PathBuf;
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use notify::{RecursiveMode, Watcher};
+use notify::{RecommendedWatcher, RecursiveMode, Watcher};
 
 use super::reload::Reloads;
 
@@ -21,66 +26,143 @@ const SETTLE_MAX: Duration = Duration::from_secs(2);
 /// How often the file is read without any word of a change: network file systems tell of none.
 const REFRESH: Duration = Duration::from_secs(30);
 
-/// Watches these files on a thread of its own, to the end of the process.
-///
-/// # Errors
-///
-/// The system has no thread to give.
-pub fn start(files: Vec<PathBuf>, reloads: Reloads) -> std::io::Result<()> {
-    thread::Builder::new().name("watch".to_owned()).spawn(move || run(&files, &reloads)).map(drop)
+/// The directories in which the files of the configuration are.
+#[derive(Clone)]
+pub struct Watched {
+    directories: Arc<Mutex<BTreeSet<PathBuf>>>,
+    /// Wakes who watches them.
+    told: Sender<()>,
 }
 
-fn run(files: &[PathBuf], reloads: &Reloads) {
-    let (told, changes) = channel();
-    let mut watcher = notify::recommended_watcher(move |event: notify::Result<notify::Event>| {
-        // That a file is read is an event as well, and ours.
-        if !event.is_ok_and(|event| event.kind.is_access()) {
-            // An error means that the watcher has ended.
-            let _ = told.send(());
-        }
-    });
-    for directory in directories(files) {
-        let watched = match &mut watcher {
-            Ok(watcher) => watcher.watch(&directory, RecursiveMode::NonRecursive),
-            Err(error) => Err(notify::Error::generic(&error.to_string())),
-        };
-        match watched {
-            Ok(()) => tracing::info!(directory = %directory.display(), "the configuration is watched"),
-            Err(error) => tracing::warn!(
-                directory = %directory.display(),
-                "the configuration is looked at every {} s only: {error}",
-                REFRESH.as_secs()
-            ),
+impl Watched {
+    /// From now on they are these.
+    pub fn set(&self, directories: &BTreeSet<PathBuf>) {
+        self.change(|known| *known = whole(directories));
+    }
+
+    /// These may be some of them as well.
+    pub fn add(&self, directories: &BTreeSet<PathBuf>) {
+        self.change(|known| known.extend(whole(directories)));
+    }
+
+    fn change(&self, change: impl FnOnce(&mut BTreeSet<PathBuf>)) {
+        let mut directories = self.lock();
+        let before = directories.clone();
+        change(&mut directories);
+        if *directories != before {
+            // An error means that nobody watches.
+            let _ = self.told.send(());
         }
     }
-    loop {
-        match changes.recv_timeout(REFRESH) {
-            Ok(()) => {
-                // What comes while it settles belongs to the same change. Something else may be written there all
-                // the time, such as a log.
-                let begun = Instant::now();
-                while begun.elapsed() < SETTLE_MAX && changes.recv_timeout(SETTLE).is_ok() {}
+
+    /// Held for a look or a change, never on a worker.
+    fn lock(&self) -> MutexGuard<'_, BTreeSet<PathBuf>> {
+        self.directories.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// The same directories by names that mean the same wherever the process is.
+fn whole(directories: &BTreeSet<PathBuf>) -> BTreeSet<PathBuf> {
+    directories.iter().map(|path| std::path::absolute(path).unwrap_or_else(|_| path.clone())).collect()
+}
+
+/// What follows the files.
+pub struct Follower {
+    watched: Watched,
+    changes: Receiver<()>,
+}
+
+impl Follower {
+    /// One that looks at these directories first.
+    pub fn new(directories: &BTreeSet<PathBuf>) -> Follower {
+        let (told, changes) = channel();
+        Follower { watched: Watched { directories: Arc::new(Mutex::new(whole(directories))), told }, changes }
+    }
+
+    /// The directories that it looks at.
+    pub fn watched(&self) -> Watched {
+        self.watched.clone()
+    }
+
+    /// Watches on a thread of its own, to the end of the process.
+    ///
+    /// # Errors
+    ///
+    /// The system has no thread to give.
+    pub fn start(self, reloads: Reloads) -> std::io::Result<()> {
+        thread::Builder::new().name("watch".to_owned()).spawn(move || self.run(&reloads)).map(drop)
+    }
+
+    fn run(self, reloads: &Reloads) {
+        let told = self.watched.told.clone();
+        let mut watch = Watch::new(move |event: notify::Result<notify::Event>| {
+            // That a file is read is an event as well, and ours.
+            if !event.is_ok_and(|event| event.kind.is_access()) {
+                // An error means that the follower has ended.
+                let _ = told.send(());
             }
-            Err(RecvTimeoutError::Timeout) => {}
-            // Without a watcher there are only the regular looks.
-            Err(RecvTimeoutError::Disconnected) => thread::sleep(REFRESH),
+        });
+        loop {
+            let new = watch.look_at(&self.watched.lock().clone());
+            if new {
+                // What was changed before they were watched is seen now.
+                reloads.apply_if_changed("watch");
+            }
+            if self.changes.recv_timeout(REFRESH).is_ok() {
+                // What comes while it settles belongs to the same change. Something else may be written there all the
+                // time, such as a log.
+                let begun = Instant::now();
+                while begun.elapsed() < SETTLE_MAX && self.changes.recv_timeout(SETTLE).is_ok() {}
+            }
+            reloads.apply_if_changed("watch");
         }
-        reloads.apply_if_changed("watch");
     }
 }
 
-/// The directories that the files are named in.
-fn directories(files: &[PathBuf]) -> Vec<PathBuf> {
-    let mut directories: Vec<PathBuf> = files
-        .iter()
-        .map(|file| match file.parent() {
-            Some(parent) if !parent.as_os_str().is_empty() => parent.to_owned(),
-            _ => Path::new(".").to_owned(),
-        })
-        .collect();
-    directories.sort();
-    directories.dedup();
-    directories
+/// The directories that are watched.
+struct Watch {
+    watcher: notify::Result<RecommendedWatcher>,
+    /// Each with its number on its disk: one that is made anew under its name is another.
+    known: BTreeMap<PathBuf, Option<(u64, u64)>>,
+}
+
+impl Watch {
+    fn new(told: impl notify::EventHandler) -> Watch {
+        Watch { watcher: notify::recommended_watcher(told), known: BTreeMap::new() }
+    }
+
+    /// Watches these from now on, and no others; tells whether any was not watched before.
+    fn look_at(&mut self, directories: &BTreeSet<PathBuf>) -> bool {
+        let number = |path: &PathBuf| fs::metadata(path).ok().map(|data| (data.dev(), data.ino()));
+        let wanted: BTreeMap<PathBuf, _> = directories.iter().map(|path| (path.clone(), number(path))).collect();
+        let gone = self.known.iter().filter(|(path, number)| wanted.get(*path) != Some(*number));
+        if let Ok(watcher) = &mut self.watcher {
+            for (path, _) in gone {
+                // It may not exist any more; then it is not watched either.
+                let _ = watcher.unwatch(path);
+            }
+        }
+        let mut any = false;
+        for directory in
+            wanted.iter().filter(|(path, number)| self.known.get(*path) != Some(*number)).map(|(path, _)| path)
+        {
+            any = true;
+            let watched = match &mut self.watcher {
+                Ok(watcher) => watcher.watch(directory, RecursiveMode::NonRecursive),
+                Err(error) => Err(notify::Error::generic(&error.to_string())),
+            };
+            match watched {
+                Ok(()) => tracing::info!(directory = %directory.display(), "the configuration is watched"),
+                Err(error) => tracing::warn!(
+                    directory = %directory.display(),
+                    "the configuration is looked at every {} s only: {error}",
+                    REFRESH.as_secs()
+                ),
+            }
+        }
+        self.known = wanted;
+        any
+    }
 }
 
 #[cfg(test)]
@@ -88,9 +170,36 @@ mod tests {
     use super::*;
 
     #[test]
-    fn each_directory_is_watched_once() {
-        let files = ["forebay.yaml", "conf/a.yaml", "conf/b.yaml", "/etc/forebay.yaml"].map(PathBuf::from);
-        let watched: Vec<String> = directories(&files).iter().map(|path| path.display().to_string()).collect();
-        assert_eq!(watched, ["/etc", ".", "conf"]);
+    fn whoever_watches_is_woken_when_the_directories_are_others() {
+        let set = |paths: &[&str]| -> BTreeSet<PathBuf> { paths.iter().map(PathBuf::from).collect() };
+        let follower = Follower::new(&set(&["/a"]));
+        let watched = follower.watched();
+        watched.set(&set(&["/a"]));
+        watched.add(&set(&["/a"]));
+        assert!(follower.changes.try_recv().is_err(), "they are the same");
+        watched.add(&set(&["/b"]));
+        watched.set(&set(&["/c", "/a"]));
+        assert_eq!(follower.changes.try_iter().count(), 2);
+        assert_eq!(*watched.lock(), set(&["/a", "/c"]));
+    }
+
+    #[test]
+    fn a_directory_that_is_made_anew_is_watched_anew() {
+        let dir = tempfile::tempdir().unwrap();
+        let inner = dir.path().join("conf.d");
+        let wanted = BTreeSet::from([inner.clone()]);
+        fs::create_dir(&inner).unwrap();
+        let (told, changes) = channel();
+        let mut watch = Watch::new(move |_| _ = told.send(()));
+        assert!(watch.look_at(&wanted) && !watch.look_at(&wanted));
+        // The new one is made first, so that it cannot get the number of the old one.
+        let other = dir.path().join("other");
+        fs::create_dir(&other).unwrap();
+        fs::remove_dir(&inner).unwrap();
+        fs::rename(&other, &inner).unwrap();
+        assert!(watch.look_at(&wanted));
+        changes.try_iter().for_each(drop);
+        fs::write(inner.join("a.yaml"), "").unwrap();
+        assert!(changes.recv_timeout(Duration::from_secs(60)).is_ok(), "a change in the new one is told");
     }
 }

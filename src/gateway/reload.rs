@@ -27,6 +27,7 @@ use crate::proxy::generation::{Epoch, Generation};
 use crate::upstream::Upstream;
 
 use super::changes::{self, Change, Effect};
+use super::follow::Watched;
 use super::stage::{Obstacle, Running, Stage, prepare};
 use super::supervisor::Supervisor;
 
@@ -134,6 +135,8 @@ pub struct Engine {
     /// The hash of the text of the last try.
     tried: String,
     supervisor: Supervisor,
+    /// Where the files are that have it reloaded when they change, if any do.
+    watched: Option<Watched>,
 }
 
 /// What was replaced and may be in use still.
@@ -156,7 +159,23 @@ impl Engine {
         supervisor: Supervisor,
     ) -> Engine {
         let tried = running.config.hash();
-        Engine { path, load, stage, metrics, running, retired: Vec::new(), leaving: Vec::new(), tried, supervisor }
+        Engine {
+            path,
+            load,
+            stage,
+            metrics,
+            running,
+            retired: Vec::new(),
+            leaving: Vec::new(),
+            tried,
+            supervisor,
+            watched: None,
+        }
+    }
+
+    /// Tells this where the files of the configuration are, at every try.
+    pub fn telling(self, watched: Option<Watched>) -> Engine {
+        Engine { watched, ..self }
     }
 
     /// Starts the thread.
@@ -207,6 +226,13 @@ impl Engine {
     fn try_once(&mut self, what: What, by: &'static str) -> Option<Outcome> {
         let began = Instant::now();
         let loaded = (self.load)(&self.path);
+        if let Some(watched) = &self.watched {
+            match &loaded {
+                Ok(config) => watched.set(config.directories()),
+                // It may not have been read as far as another file that belongs to it.
+                Err(report) => watched.add(report.directories()),
+            }
+        }
         if what != What::Check {
             let hash = match &loaded {
                 Ok(config) => config.hash(),

@@ -44,6 +44,7 @@ mod health;
 mod http2;
 mod import;
 mod imports;
+mod include;
 mod interim;
 mod manual;
 mod mirror;
