@@ -634,10 +634,12 @@ impl Core {
     /// Pingora's session says by `Connection` whether the connection is kept, and nothing else. So what a 426 requires
     /// is named in another one (RFC 9110 §7.8), behind the first line, which this takes: its length.
     fn announce_upgrade(&mut self, bytes: &[u8]) -> Option<usize> {
-        if self.answered || !bytes.starts_with(b"HTTP/1.1 ") {
+        let is_exchange = matches!(self.rest, Rest::Length(_) | Rest::Chunked(_)) && !self.connection.is_raw();
+        if self.answered || !is_exchange || !bytes.starts_with(b"HTTP/1.1 ") {
             return None;
         }
-        self.answered = bytes.get(9) != Some(&b'1');
+        // Behind an interim answer, which a 101 is not, there is another header.
+        self.answered = bytes.get(9) != Some(&b'1') || bytes[9..].starts_with(b"101 ");
         const FIELD: &[u8] = b"\r\nupgrade:";
         let is_required = bytes[9..].starts_with(b"426 ")
             && bytes.windows(FIELD.len()).any(|window| window.eq_ignore_ascii_case(FIELD));
@@ -1048,6 +1050,45 @@ mod tests {
         assert!(stream.read(&mut [0; 1]).now_or_never().is_none());
         let mut seen = [0; 64];
         assert_eq!(client.read(&mut seen).await.ok(), Some(17));
+    }
+
+    #[tokio::test]
+    async fn a_426_names_its_upgrade_and_no_other_bytes_are_touched() {
+        const REQUIRED: &str = "HTTP/1.1 426 Upgrade Required\r\nUpgrade: x\r\nConnection: close\r\n\r\n";
+        const NAMED: &str =
+            "HTTP/1.1 426 Upgrade Required\r\nConnection: upgrade\r\nUpgrade: x\r\nConnection: close\r\n\r\n";
+        let hints = "HTTP/1.1 103 Early Hints\r\nUpgrade: x\r\n\r\n";
+        let switching = "HTTP/1.1 101 Switching Protocols\r\nUpgrade: x\r\n\r\n";
+        for (written, read) in [
+            (vec![REQUIRED], NAMED.to_owned()),
+            (vec![hints, REQUIRED], format!("{hints}{NAMED}")),
+            (vec!["HTTP/1.1 426 \r\n\r\n", REQUIRED], format!("HTTP/1.1 426 \r\n\r\n{REQUIRED}")),
+            (
+                vec!["HTTP/1.1 200 OK\r\nUpgrade: x\r\n\r\n", REQUIRED],
+                format!("HTTP/1.1 200 OK\r\nUpgrade: x\r\n\r\n{REQUIRED}"),
+            ),
+            (vec![switching, REQUIRED], format!("{switching}{REQUIRED}")),
+        ] {
+            let (mut client, io) = tokio::io::duplex(4096);
+            let mut stream = stream(io, "");
+            for bytes in written {
+                stream.write_all(bytes.as_bytes()).await.expect("room");
+            }
+            stream.flush().await.expect("room");
+            drop(stream);
+            let mut seen = String::new();
+            client.read_to_string(&mut seen).await.expect("text");
+            assert_eq!(seen, read);
+        }
+        let (mut client, io) = tokio::io::duplex(4096);
+        let mut frames = stream(io, "");
+        frames.core().rest = Rest::Http2;
+        frames.write_all(REQUIRED.as_bytes()).await.expect("room");
+        frames.flush().await.expect("room");
+        drop(frames);
+        let mut seen = String::new();
+        client.read_to_string(&mut seen).await.expect("text");
+        assert_eq!(seen, REQUIRED, "it is the content of a frame");
     }
 
     #[tokio::test]
