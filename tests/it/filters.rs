@@ -364,6 +364,29 @@ fn a_client_that_leaves_ends_the_wait_of_a_filter() {
 }
 
 #[test]
+fn a_client_that_ends_half_a_body_ends_the_wait_of_a_filter_and_one_with_a_whole_body_does_not() {
+    let origin = Origin::answering(|_| ok("answer"));
+    let setup = Setup::before(&origin).filter::<Toll>().filters("toll: { name: halved, hang_at: request }");
+    let gateway = setup.route("filter_timeout: 10m").start();
+    let waits = |count: usize| {
+        eventually("the filter to wait", || (SEEN.lock().unwrap().get("halved")?.len() >= count).then_some(()));
+    };
+    let mut whole = gateway.client();
+    whole.send(request("POST", "/whole", "", "body"));
+    waits(1);
+    whole.end();
+    let mut half = gateway.client();
+    half.send("POST /half HTTP/1.1\r\nHost: test\r\nContent-Length: 8\r\n\r\nhalf");
+    waits(2);
+    half.end();
+    assert_eq!(gateway.log_line_of("/half").reason(), "route.aborted");
+    assert_eq!(gateway.log_lines(0).len(), 1, "the other was looked at as often");
+    whole.reset();
+    assert_eq!(gateway.log_line_of("/whole").reason(), "route.aborted");
+    gateway.wait_at_rest();
+}
+
+#[test]
 fn a_strangers_filter_may_refuse_the_request() {
     let origin = Origin::named("origin");
     let gateway = tolled(&origin, "name: refuse-request, refuse_at: request");
