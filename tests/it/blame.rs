@@ -146,7 +146,8 @@ fn a_deadline_that_a_reader_uses_up_is_not_held_against_the_endpoint() {
 #[test]
 fn a_deadline_that_the_endpoint_uses_up_is_held_against_it() {
     let origin = Origin::scripted();
-    let setup = Setup::before(&origin).upstream(STRICT).route("deadline: 400ms");
+    // What the gateway itself takes has to be less than a tenth of it, on a busy machine as well.
+    let setup = Setup::before(&origin).upstream(STRICT).route("deadline: 5s");
     let (gateway, mut client, _connection) = setup.asked(&origin);
     assert_eq!(client.response().status, 504);
     assert_eq!(gateway.log_line().reason(), "wait.deadline");
