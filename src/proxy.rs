@@ -3,6 +3,7 @@
 //! Pingora calls these hooks in the order in which they stand here. Each hands over to the file of its phase; what a
 //! phase decides is kept in [`exchange::Exchange`]. A phase never calls another.
 
+pub mod attempt;
 pub mod blame;
 pub mod buffer;
 pub mod call;
@@ -52,7 +53,8 @@ use crate::metrics::driver::DriverMetrics;
 use crate::phase::Phase;
 use crate::upstream::Upstream;
 use crate::upstream::transport::dial::Dialer;
-use exchange::{Attempt, Carried, Exchange};
+use attempt::Attempt;
+use exchange::{Carried, Exchange};
 use finish::Settler;
 use generation::Current;
 
@@ -91,7 +93,7 @@ pub struct Steering {
 impl Steering {
     /// Which driver this exchange goes by, which is counted.
     fn steer(&self, exchange: &Exchange, upstream: &Upstream) -> Course {
-        let (upgrade, spoken) = (exchange.upgrade.is_some(), upstream.spoken());
+        let (upgrade, spoken) = (exchange.request.upgrade.is_some(), upstream.spoken());
         let course = Course::choose(Facts { on: self.on, shares_tasks: self.shares_tasks, upgrade, spoken });
         self.metrics.driven(course.reason().map(Reason::name)).inc();
         course
@@ -112,11 +114,11 @@ impl ProxyHttp for Proxy {
 
     /// `header`, `route`, `buffer`.
     async fn request_filter(&self, session: &mut Session, exchange: &mut Carried) -> Result<bool> {
-        if exchange.course.is_some() {
+        if exchange.routing.course.is_some() {
             // It has passed them.
             return Ok(false);
         }
-        exchange.ended_with_header = exchange.control.is_some() && session.is_body_empty();
+        exchange.request.ended_with_header = exchange.client.control.is_some() && session.is_body_empty();
         let verdict = self.route(session.req_header_mut(), exchange).await;
         if self.is_ending(exchange) {
             write::end_connection(exchange, session.as_downstream_mut());
@@ -132,7 +134,7 @@ impl ProxyHttp for Proxy {
                 return Ok(true);
             }
         }
-        let Some(route) = exchange.route.clone() else { return Ok(false) };
+        let Some(route) = exchange.routing.route.clone() else { return Ok(false) };
         let Some(upstream) = route.destination.next().cloned() else {
             return refuse(session, exchange, plain(&refusal::SELECT_NO_ENDPOINT)).await;
         };
@@ -140,25 +142,25 @@ impl ProxyHttp for Proxy {
             self.depot.budget.count_shed();
             return refuse(session, exchange, plain(&refusal::ROUTE_PRESSURE)).await;
         }
-        exchange.upstream = Some(upstream.clone());
+        exchange.routing.upstream = Some(upstream.clone());
         let asked = exchange.asked(session.req_header());
-        (exchange.hash, exchange.stuck) = (upstream.hash(&asked), upstream.stuck(&asked));
+        (exchange.routing.hash, exchange.routing.stuck) = (upstream.hash(&asked), upstream.stuck(&asked));
         patience_for_writing(session, exchange, route.write_idle);
-        exchange.connection.iter().for_each(|client| client.set_half_close_aborts(route.half_close_aborts));
-        exchange.upgrade = session.get_header(UPGRADE).filter(|_| session.is_upgrade_req()).cloned();
+        exchange.client.connection.iter().for_each(|client| client.set_half_close_aborts(route.half_close_aborts));
+        exchange.request.upgrade = session.get_header(UPGRADE).filter(|_| session.is_upgrade_req()).cloned();
         let client = &mut session.downstream_session;
         buffer::request(exchange, client, &route, &upstream, &self.depot, &self.lanes).await?;
         if session.is_body_empty() || exchange.link.as_ref().is_some_and(|link| link.length().is_some()) {
-            deadline::begin(exchange, Instant::now());
+            exchange.request_is_whole(Instant::now());
         }
-        exchange.course = Some(self.steering.steer(exchange, &upstream));
+        exchange.routing.course = Some(self.steering.steer(exchange, &upstream));
         Ok(false)
     }
 
     /// `select`, with `queue` in it.
     async fn upstream_peer(&self, session: &mut Session, exchange: &mut Carried) -> Result<Box<HttpPeer>> {
         select::next(exchange, session.as_downstream_mut()).await.map_err(|refused| {
-            exchange.refuse(refused);
+            exchange.filters.refuse(refused);
             Error::new_up(ErrorType::ConnectError)
         })
     }
@@ -197,7 +199,7 @@ impl ProxyHttp for Proxy {
         if exchange.link.as_ref().is_some_and(|link| link.length().is_some()) {
             send::note_trailers(exchange, session.req_header_mut());
         }
-        send::header(exchange, exchange.manners, session.req_header(), request)?;
+        send::header(exchange, exchange.routing.manners, session.req_header(), request)?;
         mirror::header(exchange, request, session.req_header().headers.contains_key(HOST));
         let empty = session.is_body_empty();
         send::prepare_trailers(exchange, session.req_header(), request, !empty)?;
@@ -245,7 +247,7 @@ impl ProxyHttp for Proxy {
         {
             link.close_after_answer();
         }
-        let via = exchange.manners.via;
+        let via = exchange.routing.manners.via;
         receive::header(exchange, session.req_header_mut(), response, via).await
     }
 
@@ -267,8 +269,8 @@ impl ProxyHttp for Proxy {
         end: bool,
         exchange: &mut Carried,
     ) -> Result<Option<Duration>> {
-        if exchange.switched.is_some() {
-            exchange.tunnelled.1 += piece.as_ref().map_or(0, |piece| piece.len() as u64);
+        if let Some(switched) = &mut exchange.switched {
+            switched.sent += piece.as_ref().map_or(0, |piece| piece.len() as u64);
         }
         if end {
             receive::ended(exchange, session.req_header_mut());
@@ -285,7 +287,7 @@ impl ProxyHttp for Proxy {
         exchange: &mut Carried,
         reused: bool,
     ) -> Box<Error> {
-        if exchange.clock.phase() == Phase::Connect {
+        if exchange.phase() == Phase::Connect {
             // It stood and was not to be used.
             return connect::failed(exchange, session.as_downstream(), error);
         }
@@ -294,14 +296,14 @@ impl ProxyHttp for Proxy {
 
     /// The exchange failed: the client is refused, or cut off if its answer had begun.
     async fn fail_to_proxy(&self, session: &mut Session, error: &Error, exchange: &mut Carried) -> FailToProxy {
-        if let Some(answer) = exchange.answer.take() {
+        if let Some(answer) = exchange.filters.answer.take() {
             return self.answer_instead(session, exchange, error, answer).await;
         }
-        let earlier = exchange.take_refused().or_else(|| exchange.refusal.map(plain));
-        let fault = || exchange.failure.unwrap_or_else(|| blame::fault(exchange, error, false));
+        let earlier = exchange.filters.take_refused().or_else(|| exchange.refusal.map(plain));
+        let fault = || exchange.attempts.failure.unwrap_or_else(|| blame::fault(exchange, error, false));
         if earlier.is_none() && blame::is_served(exchange, fault()) {
             exchange.enter(Phase::Write);
-            exchange.closes = exchange.control.is_none();
+            exchange.client.closes = exchange.client.control.is_none();
             return FailToProxy { error_code: 0, can_reuse_downstream: false };
         }
         let refused = earlier.unwrap_or_else(|| plain(blame::row(fault()).refusal));
@@ -314,7 +316,8 @@ impl ProxyHttp for Proxy {
         let client = session.as_downstream_mut();
         if write::is_heard(refused.refusal) {
             write::end_connection(exchange, client);
-            exchange.closes = write::refuse(exchange, client, &refused).await.is_ok() && exchange.control.is_none();
+            exchange.client.closes =
+                write::refuse(exchange, client, &refused).await.is_ok() && exchange.client.control.is_none();
         }
         FailToProxy { error_code: refused.refusal.status, can_reuse_downstream: false }
     }
@@ -324,7 +327,7 @@ impl ProxyHttp for Proxy {
         exchange.release(Attempt::outcome, Instant::now());
         write::drain(exchange, &mut session.downstream_session).await;
         self.settler.settle(exchange, session.as_downstream_mut());
-        if exchange.closes {
+        if exchange.client.closes {
             // The client may take its time to close its side, which is none of the exchange's.
             session.as_downstream_mut().shutdown().await;
         }
@@ -343,22 +346,22 @@ impl ProxyHttp for Proxy {
 impl Driven for Proxy {
     fn course(exchange: &Carried) -> Course {
         // Without an upstream there is nobody to be asked; Pingora's driver is told so as any other.
-        exchange.course.unwrap_or(Course::Own)
+        exchange.routing.course.unwrap_or(Course::Own)
     }
 
     fn dialer(exchange: &Carried) -> Option<Arc<Dialer>> {
-        exchange.endpoint().map(|endpoint| endpoint.dialer().clone())
+        exchange.attempts.endpoint().map(|endpoint| endpoint.dialer().clone())
     }
 
     fn keeps_connection(exchange: &Carried) -> bool {
-        exchange.attempt.as_ref().is_some_and(|attempt| !attempt.has_closed())
+        exchange.attempts.present.as_ref().is_some_and(|attempt| !attempt.has_closed())
     }
 }
 
 impl Proxy {
     /// Whether answers say that they are the last of their connection.
     fn is_ending(&self, exchange: &Exchange) -> bool {
-        let leaves = || exchange.connection.as_ref().is_some_and(|connection| connection.listener.is_leaving());
+        let leaves = || exchange.client.connection.as_ref().is_some_and(|connection| connection.listener.is_leaving());
         *self.stopping.borrow() || leaves()
     }
 
@@ -380,7 +383,7 @@ impl Proxy {
         let client = session.as_downstream_mut();
         write::end_connection(exchange, client);
         let written = write::answer_instead(exchange, client, answer).await;
-        exchange.closes = written.is_ok() && exchange.control.is_none();
+        exchange.client.closes = written.is_ok() && exchange.client.control.is_none();
         if let Err(error) = &written {
             tracing::debug!(%error, "the answer of a filter was not taken");
         }
@@ -389,10 +392,10 @@ impl Proxy {
 
     async fn route(&self, request: &mut RequestHeader, exchange: &mut Exchange) -> Verdict {
         let generation = self.current.load();
-        (exchange.epoch, exchange.manners) = (Some(generation.epoch.clone()), generation.manners);
+        exchange.routing.follow(&generation);
         let trace = |exchange: &mut Exchange, request: &RequestHeader| {
             if let Some(tracer) = &self.settler.tracer {
-                exchange.trace(tracer.place(&request.headers, exchange.peer_is_trusted));
+                exchange.trace(tracer.place(&request.headers, exchange.client.peer_is_trusted));
             }
         };
         let decided = route::decide(exchange, &generation, &self.challenges, request, trace);
@@ -408,8 +411,8 @@ impl Proxy {
 /// HTTP/1 has one exchange at a time, so its stream can watch every write; HTTP/2 watches each stream, and the
 /// connection.
 fn patience_for_writing(session: &mut Session, exchange: &Exchange, idle: Duration) {
-    let connection = exchange.connection.as_ref();
-    if exchange.control.is_some() {
+    let connection = exchange.client.connection.as_ref();
+    if exchange.client.control.is_some() {
         session.set_write_timeout(Some(idle));
         connection.inspect(|connection| connection.extend_write_idle(idle));
     } else {

@@ -321,9 +321,9 @@ impl Explainer {
         let peer = SocketAddr::new(question.client, 0);
         let counted = Counted::take(listener).map_err(|why| Unclear::Request(why.reason.to_owned()))?;
         let mut exchange = Exchange::begin(&self.metrics);
-        exchange.connection = Some(Connection::new(counted, Some(peer), None));
+        exchange.client.connection = Some(Connection::new(counted, Some(peer), None));
         if listener.tls.is_some() {
-            exchange.scheme = "https";
+            exchange.request.scheme = "https";
         }
         let decided = decide(&mut exchange, &self.generation, &self.challenges, &mut request, |_, _| {});
         let outcome = match decided {

@@ -197,20 +197,20 @@ pub fn is_served(exchange: &Exchange, fault: Fault) -> bool {
 
 /// What our own stream or session found wrong, if anything: they know more than the error that Pingora made of it.
 pub fn found(exchange: &Exchange) -> Option<Fault> {
-    let stream = exchange.connection.as_ref().and_then(|connection| connection.fault());
+    let stream = exchange.client.fault();
     let endpoint = || {
-        let malformed = exchange.tail.as_ref().is_some_and(|tail| tail.is_malformed());
-        malformed.then(|| Fault::new(Party::Endpoint, exchange.clock.phase(), What::Malformed))
+        let malformed = exchange.attempts.channel.tail.as_ref().is_some_and(|tail| tail.is_malformed());
+        malformed.then(|| Fault::new(Party::Endpoint, exchange.phase(), What::Malformed))
     };
     let found = stream.or_else(|| exchange.link.as_ref()?.fault()).or_else(endpoint)?;
     let whenever = matches!(found.what, What::Left | What::Stopped);
-    let phase = if whenever { exchange.clock.phase() } else { found.phase };
+    let phase = if whenever { exchange.phase() } else { found.phase };
     Some(Fault { phase, ..found })
 }
 
 /// What an error of Pingora says: on which side something broke, and how. It says nothing of who was slow.
 fn reported(exchange: &Exchange, error: &Error, reused: bool) -> Fault {
-    let phase = exchange.clock.phase();
+    let phase = exchange.phase();
     if *error.etype() == HUNG_UP {
         return Fault::new(Party::Gateway, phase, What::Failed);
     }
@@ -224,7 +224,7 @@ fn reported(exchange: &Exchange, error: &Error, reused: bool) -> Fault {
 fn of_endpoint(exchange: &Exchange, phase: Phase, error: &Error, reused: bool) -> Fault {
     use ErrorType::{ConnectionClosed, H2Error, ReadError, ReadTimedout, WriteError, WriteTimedout};
     let endpoint = |what| Fault::new(Party::Endpoint, phase, what);
-    let is_free = !exchange.had_free_attempt;
+    let is_free = exchange.attempts.has_free();
     // So Pingora marks what an HTTP/2 endpoint has refused or announced not to answer.
     if matches!(error.retry, RetryType::Decided(true)) && is_free {
         return endpoint(What::Unprocessed);
@@ -236,7 +236,7 @@ fn of_endpoint(exchange: &Exchange, phase: Phase, error: &Error, reused: bool) -
         ReadTimedout if phase == Phase::Wait && has_had_its_time(exchange) => endpoint(What::Silent),
         ReadTimedout => Fault::new(Party::Gateway, phase, What::Silent),
         ConnectionClosed | ReadError | WriteError | H2Error => {
-            let kept = reused && exchange.upstream.as_ref().is_some_and(|upstream| upstream.is_http1());
+            let kept = reused && exchange.routing.upstream.as_ref().is_some_and(|upstream| upstream.is_http1());
             match kept && phase != Phase::Receive && is_free && !matches!(error.etype(), H2Error) {
                 true => endpoint(What::Stale),
                 false => endpoint(match &exchange.link {
@@ -253,7 +253,9 @@ fn of_endpoint(exchange: &Exchange, phase: Phase, error: &Error, reused: bool) -
 
 /// Whether an endpoint that might have switched protocols was waited for for long enough, and not its client.
 fn has_had_its_time(exchange: &Exchange) -> bool {
-    let (None, Some(attempt), Some(upstream)) = (&exchange.link, &exchange.attempt, &exchange.upstream) else {
+    let (None, Some(attempt), Some(upstream)) =
+        (&exchange.link, &exchange.attempts.present, &exchange.routing.upstream)
+    else {
         return false;
     };
     attempt.waits_since().elapsed() >= upstream.timeouts.wait

@@ -11,7 +11,6 @@ use pingora::protocols::http::ServerSession;
 use pingora::{Error, ErrorType, Result};
 
 use super::blame;
-use super::deadline;
 use super::exchange::Exchange;
 use super::mirror::{Body, Copy, Mirror};
 use super::receive::BodyFilters;
@@ -60,10 +59,10 @@ pub async fn request(
     let mut manner = route.manner.clone();
     if grpc {
         manner.leave = Leave::Stream;
-        deadline::begin_grpc(exchange, &client.req_header().headers, Instant::now());
+        exchange.deadlines.begin_grpc(&client.req_header().headers, route.deadline, Instant::now());
     }
     // A call of gRPC-Web is all there before its answer begins.
-    let duplex = grpc && !exchange.is_grpc_web();
+    let duplex = grpc && !exchange.request.is_grpc_web();
     if duplex {
         // Either side may speak when it likes, so that no rate can be asked of it; but neither may be silent for ever.
         intake.pace = Pace::unlimited();
@@ -78,8 +77,8 @@ pub async fn request(
         intake,
         holds_body: plan == Plan::Hold,
         manner,
-        who: exchange.who(),
-        control: exchange.control.clone(),
+        who: exchange.client.who(exchange.request.target.clone()),
+        control: exchange.client.control.clone(),
         bypass: bypass(exchange, client),
         custom: !upstream.is_http1(),
         tap: BodyFilters::of(exchange),
@@ -96,7 +95,7 @@ pub async fn request(
         }
     }
     if let Some(mirror) = route.mirror.as_ref().filter(|mirror| mirror.draws()) {
-        exchange.copy = if exchange.upgrade.is_some() {
+        exchange.copy = if exchange.request.upgrade.is_some() {
             mirror.leaves(Fate::Upgrade);
             None
         } else {
@@ -109,7 +108,8 @@ pub async fn request(
 
 /// The way past a session of ours, on HTTP/1.
 fn bypass(exchange: &Exchange, client: &ServerSession) -> Option<Bypass> {
-    let connection = exchange.connection.as_ref().filter(|_| exchange.control.is_none() && client.is_custom());
+    let connection =
+        exchange.client.connection.as_ref().filter(|_| exchange.client.control.is_none() && client.is_custom());
     connection.and_then(|connection| connection.bypass())
 }
 
@@ -170,7 +170,7 @@ fn announced(request: &RequestHeader) -> Option<u64> {
 
 fn reason(exchange: &Exchange, unread: Unread) -> &'static Refusal {
     let client = |what| Fault::new(Party::Client, Phase::Buffer, what);
-    let found = exchange.connection.as_ref().and_then(|connection| connection.fault());
+    let found = exchange.client.fault();
     let fault = match (found, unread) {
         (Some(Fault { what: What::Malformed, .. }), _) => client(What::Malformed),
         (Some(fault), _) | (None, Unread::Fault(fault)) => fault,
@@ -184,6 +184,6 @@ fn reason(exchange: &Exchange, unread: Unread) -> &'static Refusal {
 }
 
 fn refused(exchange: &mut Exchange, refusal: &'static Refusal) -> Box<Error> {
-    exchange.refuse(Refused { refusal, headers: Vec::new() });
+    exchange.filters.refuse(Refused { refusal, headers: Vec::new() });
     Error::explain(ErrorType::ReadError, refusal.reason).into_down()
 }

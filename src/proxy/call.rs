@@ -20,8 +20,8 @@ use pingora::protocols::http::client::HttpSession;
 use pingora::upstreams::peer::{HttpPeer, Peer};
 use pingora::{Error, ErrorSource, ErrorType, Result};
 
+use super::attempt::Attempt;
 use super::blame;
-use super::exchange::Attempt;
 use super::select;
 use crate::client::spool::Held;
 use crate::error::{Refusal, refusal};

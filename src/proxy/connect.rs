@@ -12,7 +12,6 @@ use pingora::{Error, ErrorType, Result};
 use socket2::SockRef;
 
 use super::blame;
-use super::deadline;
 use super::exchange::Exchange;
 use super::retry;
 use crate::access_log::Why;
@@ -35,22 +34,22 @@ pub fn made(
         window::close(socket);
         return Error::e_explain(ErrorType::InvalidCert, flaw.to_string()).map_err(|error: Box<Error>| error.into_up());
     }
-    if let Some(upstream) = &exchange.upstream {
+    if let Some(upstream) = &exchange.routing.upstream {
         let metrics = &upstream.metrics;
         if reused { metrics.connects_reused.inc() } else { metrics.connects_new.inc() }
     }
-    exchange.tail = Tail::of(digest);
-    let http1 = exchange.upstream.as_ref().is_some_and(|upstream| upstream.is_http1());
+    exchange.attempts.channel.tail = Tail::of(digest);
+    let http1 = exchange.routing.upstream.as_ref().is_some_and(|upstream| upstream.is_http1());
     if let (Some(link), true) = (&exchange.link, http1) {
         link.comes_through(Some(Window::new(socket)));
     }
     let now = exchange.enter(Phase::Send);
     exchange.connected(reused, now);
-    deadline::keep(exchange);
+    exchange.keep_deadlines();
     if let Some(link) = &exchange.link {
         link.sending();
     }
-    if let (Some(attempt), Some(upstream)) = (&mut exchange.attempt, &exchange.upstream) {
+    if let (Some(attempt), Some(upstream)) = (&mut exchange.attempts.present, &exchange.routing.upstream) {
         let outdated = upstream.transport.age(digest).filter(|&age| upstream.transport.is_outdated(age, socket));
         if http1 {
             // One to the other address of its endpoint would not be found again.
@@ -75,21 +74,21 @@ fn leads_to(socket: RawFd, peer: &HttpPeer) -> bool {
 pub fn failed(exchange: &mut Exchange, client: &ServerSession, mut error: Box<Error>) -> Box<Error> {
     let now = Instant::now();
     let fault = match blame::connecting(&error) {
-        fault if fault.what == What::Silent => deadline::of_connection(exchange),
+        fault if fault.what == What::Silent => exchange.deadlines.of_connection(exchange.link.as_deref()),
         fault => fault,
     };
     let row = blame::row(fault);
-    let label = exchange.endpoint().map(|endpoint| &*endpoint.label);
-    match &exchange.upstream {
+    let label = exchange.attempts.endpoint().map(|endpoint| &*endpoint.label);
+    match &exchange.routing.upstream {
         Some(upstream) if fault.what == What::Insecure && upstream.transport.may_complain(now) => {
             tracing::warn!(upstream = %upstream.name, endpoint = label, %error, "no secure connection");
         }
         _ => tracing::debug!(endpoint = label, %error, "no connection"),
     }
-    exchange.failure = Some(fault);
+    exchange.attempts.failure = Some(fault);
     exchange.note_failure(Why::Refusal(row.refusal.reason), now);
     exchange.release(|_| row.outcome(), now);
-    if let Some(upstream) = &exchange.upstream {
+    if let Some(upstream) = &exchange.routing.upstream {
         upstream.metrics.connects_failed.inc();
     }
     error.set_retry(row.failure.is_some_and(|failure| retry::again(exchange, client, failure, None)));

@@ -11,109 +11,109 @@ use std::time::{Duration, Instant};
 use http::HeaderMap;
 use pingora::upstreams::peer::HttpPeer;
 
-use super::exchange::Exchange;
+use crate::client::session::Link;
 use crate::party::{Deadline, Fault, Party, What};
 use crate::phase::Phase;
 
 /// How much later than the session's clocks Pingora's may come, where it is left to it.
 const NET: Duration = Duration::from_secs(1);
 
-/// The limits of the exchange and of its present attempt.
+/// The limits of an exchange and of its present attempt.
 #[derive(Clone, Copy, Debug, Default)]
-pub struct Dues {
+pub struct Deadlines {
     /// When the exchange is to be over, once the request is here.
-    pub exchange: Option<Deadline>,
+    exchange: Option<Deadline>,
     /// What the client says of the exchange (`grpc-timeout`).
-    pub client: Option<Deadline>,
+    client: Option<Deadline>,
     /// For how long the endpoint of an attempt may be waited for until its answer is here.
-    pub attempt: Option<Duration>,
+    attempt: Option<Duration>,
     /// The connection of the present attempt has no more time than the exchange has left.
     is_hurried: bool,
+    /// All of the request has come.
+    is_whole: bool,
 }
 
-/// The request is here, so that the clock begins to run if the route has one. Only the first call counts.
-pub fn begin(exchange: &mut Exchange, now: Instant) {
-    if std::mem::replace(&mut exchange.is_whole, true) {
-        return;
-    }
-    if let Some(length) = exchange.route.as_ref().and_then(|route| route.deadline) {
+impl Deadlines {
+    /// All of the request has come: the clock begins to run if the route has one, of this length. Only the first call
+    /// counts. `true`: there is a new limit.
+    pub fn begin(&mut self, length: Option<Duration>, now: Instant) -> bool {
+        if std::mem::replace(&mut self.is_whole, true) {
+            return false;
+        }
+        let Some(length) = length else { return false };
         // In place of what held while the request came.
-        exchange.dues.exchange = exchange.dues.client;
-        bound(exchange, Deadline { due: now + length, length, is_clients: false });
+        self.exchange = self.client;
+        self.bound(Deadline { due: now + length, length, is_clients: false });
+        true
     }
-}
 
-/// A gRPC client says for how long it waits at most: from now on, as far as we can know. The end of its request may be
-/// far off, so until then the deadline of the route runs from here. If that is over, the endpoint may have waited for
-/// its client.
-pub fn begin_grpc(exchange: &mut Exchange, headers: &HeaderMap, now: Instant) {
-    let after = |length| Deadline { due: now + length, length, is_clients: true };
-    let timeout = headers.get("grpc-timeout").and_then(|value| grpc_timeout(value.to_str().ok()?));
-    exchange.dues.client = timeout.map(after);
-    let deadline = exchange.route.as_ref().and_then(|route| route.deadline);
-    for deadline in deadline.map(after).into_iter().chain(exchange.dues.client) {
-        bound(exchange, deadline);
+    /// A gRPC client says for how long it waits at most: from now on, as far as we can know. The end of its request may
+    /// be far off, so until then the deadline of the route, of this length, runs from here. If that is over, the
+    /// endpoint may have waited for its client.
+    pub fn begin_grpc(&mut self, headers: &HeaderMap, length: Option<Duration>, now: Instant) {
+        let after = |length| Deadline { due: now + length, length, is_clients: true };
+        let timeout = headers.get("grpc-timeout").and_then(|value| grpc_timeout(value.to_str().ok()?));
+        self.client = timeout.map(after);
+        for deadline in length.map(after).into_iter().chain(self.client) {
+            self.bound(deadline);
+        }
     }
-}
 
-fn bound(exchange: &mut Exchange, deadline: Deadline) {
-    if exchange.dues.exchange.is_none_or(|earlier| deadline.due < earlier.due) {
-        exchange.dues.exchange = Some(deadline);
+    fn bound(&mut self, deadline: Deadline) {
+        if self.exchange.is_none_or(|earlier| deadline.due < earlier.due) {
+            self.exchange = Some(deadline);
+        }
     }
-    if exchange.attempt.is_some() {
-        keep(exchange);
+
+    /// An endpoint was chosen: its attempt has this time, and the connection to `peer` no more than that.
+    pub fn begin_attempt(&mut self, per_try: Option<Duration>, peer: &mut HttpPeer, now: Instant) {
+        self.attempt = per_try;
+        let left = self.left(now);
+        let own = peer.options.total_connection_timeout.into_iter().chain(per_try).min();
+        self.is_hurried = left.is_some_and(|left| own.is_none_or(|own| left < own));
+        if let Some(time) = left.into_iter().chain(own).min() {
+            // Pingora takes none at all for no limit.
+            let time = Some(time.max(Duration::from_millis(1)));
+            (peer.options.connection_timeout, peer.options.total_connection_timeout) = (time, time);
+        }
     }
-}
 
-/// An endpoint was chosen: its attempt has its time, and the connection no more than that.
-pub fn begin_attempt(exchange: &mut Exchange, peer: &mut HttpPeer, now: Instant) {
-    let per_try = exchange.route.as_ref().and_then(|route| route.retry.per_try_timeout());
-    exchange.dues.attempt = per_try;
-    let left = left(exchange, now);
-    let own = peer.options.total_connection_timeout.into_iter().chain(per_try).min();
-    exchange.dues.is_hurried = left.is_some_and(|left| own.is_none_or(|own| left < own));
-    if let Some(time) = left.into_iter().chain(own).min() {
-        // Pingora takes none at all for no limit.
-        let time = Some(time.max(Duration::from_millis(1)));
-        (peer.options.connection_timeout, peer.options.total_connection_timeout) = (time, time);
+    /// Takes Pingora's own clock for reading away, which runs whichever party is waited for: the session has better
+    /// ones, and breaks off the connection when they say so. A connection of HTTP/2, which other exchanges share, cannot
+    /// be broken off; for the few states in which Pingora does not ask the session, its clock stays, with the longest
+    /// time for which a client may be waited for, `client`, on top.
+    pub fn leave_clocks_to_session(&self, client: Duration, http1: bool, peer: &mut HttpPeer) {
+        let of_client = if self.is_whole { Duration::ZERO } else { client };
+        let of_endpoint = peer.options.read_timeout;
+        peer.options.read_timeout = of_endpoint.filter(|_| !http1).map(|time| time + of_client + NET);
     }
-}
 
-/// Takes Pingora's own clock for reading away, which runs whichever party is waited for: the session has better ones,
-/// and breaks off the connection when they say so. A connection that other exchanges share cannot be broken off; for
-/// the few states in which Pingora does not ask the session, its clock stays, with the longest time for which a client
-/// may be waited for on top. A request that asks for an upgrade has no body, and the session steps aside with a 101:
-/// there Pingora's clock is right, and the only one.
-pub fn leave_clocks_to_session(exchange: &Exchange, peer: &mut HttpPeer) {
-    if exchange.upgrade.is_some() {
-        return;
+    /// The connection is there: from here on the session keeps the clocks.
+    pub fn keep(&self, link: &Link) {
+        link.bound(self.attempt, self.exchange);
     }
-    let (Some(_), Some(upstream), Some(route)) = (&exchange.link, &exchange.upstream, &exchange.route) else {
-        return;
-    };
-    let of_client = if exchange.is_whole { Duration::ZERO } else { route.intake.total };
-    let of_endpoint = peer.options.read_timeout;
-    peer.options.read_timeout = of_endpoint.filter(|_| !upstream.is_http1()).map(|time| time + of_client + NET);
-}
 
-/// The connection is there: from here on the session keeps the clocks.
-pub fn keep(exchange: &Exchange) {
-    if let Some(link) = &exchange.link {
-        link.bound(exchange.dues.attempt, exchange.dues.exchange);
+    /// No limit holds any longer.
+    pub fn lift(&mut self) {
+        *self = Deadlines { is_whole: self.is_whole, ..Deadlines::default() };
     }
-}
 
-/// What is left of the time of the exchange; `None`: it may take as long as it likes.
-pub fn left(exchange: &Exchange, now: Instant) -> Option<Duration> {
-    exchange.dues.exchange.map(|deadline| deadline.due.saturating_duration_since(now))
-}
+    /// When the exchange is to be over. `None`: it may take as long as it likes.
+    pub fn due(&self) -> Option<Instant> {
+        self.exchange.map(|deadline| deadline.due)
+    }
 
-/// The fault if the connection of the present attempt took too long.
-pub fn of_connection(exchange: &Exchange) -> Fault {
-    let deadline = exchange.dues.exchange.filter(|_| exchange.dues.is_hurried).zip(exchange.link.as_ref());
-    match deadline {
-        Some((deadline, link)) => deadline.fault(Phase::Connect, link.waits()),
-        None => Fault::new(Party::Endpoint, Phase::Connect, What::Silent),
+    /// What is left of the time of the exchange.
+    pub fn left(&self, now: Instant) -> Option<Duration> {
+        self.due().map(|due| due.saturating_duration_since(now))
+    }
+
+    /// The fault if the connection of the present attempt took too long.
+    pub fn of_connection(&self, link: Option<&Link>) -> Fault {
+        match self.exchange.filter(|_| self.is_hurried).zip(link) {
+            Some((deadline, link)) => deadline.fault(Phase::Connect, link.waits()),
+            None => Fault::new(Party::Endpoint, Phase::Connect, What::Silent),
+        }
     }
 }
 
@@ -146,6 +146,54 @@ mod tests {
             (refusal.reason, refusal.status)
         });
         assert_eq!(told, [("select.deadline", 504), ("queue.deadline", 504), ("connect.deadline", 504)]);
+    }
+
+    fn seconds(seconds: u64) -> Duration {
+        Duration::from_secs(seconds)
+    }
+
+    #[test]
+    fn the_time_of_a_route_runs_from_the_end_of_its_request_and_once() {
+        let (mut deadlines, now) = (Deadlines::default(), Instant::now());
+        assert_eq!(deadlines.left(now), None);
+        assert!(deadlines.begin(Some(seconds(5)), now));
+        assert!(!deadlines.begin(Some(seconds(5)), now + seconds(1)));
+        assert_eq!(deadlines.left(now + seconds(2)), Some(seconds(3)));
+        assert_eq!(deadlines.left(now + seconds(9)), Some(Duration::ZERO));
+        deadlines.lift();
+        assert_eq!((deadlines.due(), deadlines.begin(Some(seconds(5)), now)), (None, false));
+    }
+
+    #[test]
+    fn what_a_client_says_it_waits_holds_beside_the_time_of_the_route() {
+        let (mut deadlines, now) = (Deadlines::default(), Instant::now());
+        let says = |text: &str| HeaderMap::from_iter([("grpc-timeout".parse().unwrap(), text.parse().unwrap())]);
+        deadlines.begin_grpc(&says("3S"), Some(seconds(5)), now);
+        assert_eq!(deadlines.due(), Some(now + seconds(3)));
+        assert!(deadlines.begin(Some(seconds(5)), now + seconds(1)));
+        assert_eq!(deadlines.due(), Some(now + seconds(3)), "the client's, not six seconds");
+        let mut deadlines = Deadlines::default();
+        deadlines.begin_grpc(&says("9S"), Some(seconds(5)), now);
+        assert!(deadlines.begin(Some(seconds(5)), now + seconds(1)));
+        assert_eq!(deadlines.due(), Some(now + seconds(6)), "it runs anew from the end of the request");
+    }
+
+    #[test]
+    fn an_attempt_has_the_least_of_its_times_for_its_connection() {
+        let now = Instant::now();
+        let time = |left, own, per_try| {
+            let mut peer = HttpPeer::new("127.0.0.1:1", false, String::new());
+            peer.options.total_connection_timeout = own;
+            let mut deadlines = Deadlines::default();
+            deadlines.begin(left, now);
+            deadlines.begin_attempt(per_try, &mut peer, now);
+            peer.options.total_connection_timeout
+        };
+        let some = |number| Some(seconds(number));
+        assert_eq!(time(some(9), some(5), some(3)), some(3));
+        assert_eq!(time(some(2), some(5), some(3)), some(2));
+        assert_eq!((time(None, some(5), None), time(None, None, None)), (some(5), None));
+        assert_eq!(time(some(0), some(5), None), Some(Duration::from_millis(1)), "0 would be no limit");
     }
 
     #[test]

@@ -68,14 +68,14 @@ impl Settler {
                 )
             }
         };
-        let status = match (exchange.refusal, exchange.grpc.and_then(|call| call.stands_for)) {
+        let status = match (exchange.refusal, exchange.request.grpc.and_then(|call| call.stands_for)) {
             (_, Some(stands_for)) if answered > 0 => stands_for,
             (Some(refusal), _) if answered < 200 && answered != 101 => refusal.status,
             _ => answered,
         };
         end_filters(exchange, session.req_header_mut(), status);
         let now = Instant::now();
-        exchange.clock.settle(now);
+        exchange.progress.clock.settle(now);
         let messages = (Some(session.req_header()), session.response_written());
         self.tell(exchange, messages, Totals { status, received, sent }, now);
     }
@@ -89,14 +89,24 @@ impl Settler {
         now: Instant,
     ) {
         let own = own_time(now);
-        let notes = exchange.notes.take();
-        let journal = exchange.close_journal(now, Passed { received, sent, ..Passed::default() });
-        let metrics = exchange.route.as_ref().map_or(&self.unrouted, |route| &route.metrics);
+        let notes = exchange.traced.as_mut().and_then(|traced| traced.notes.take());
+        let journal = exchange.progress.close_journal(now, Passed { received, sent, ..Passed::default() });
+        let metrics = exchange.routing.route.as_ref().map_or(&self.unrouted, |route| &route.metrics);
         let blocked = exchange.link.as_ref().map(|link| link.blocked()).unwrap_or_default();
-        let (held, saved) = (exchange.held, exchange.saved);
+        let (held, saved) = (exchange.attempts.busy.held, exchange.attempts.busy.saved);
         let (buffered, spilled) = exchange.link.as_ref().map(|link| link.spooled()).unwrap_or_default();
         let refusal = exchange.refusal;
-        metrics.record(&Summary { clock: &exchange.clock, own, blocked, held, saved, status, received, sent, refusal });
+        metrics.record(&Summary {
+            clock: &exchange.progress.clock,
+            own,
+            blocked,
+            held,
+            saved,
+            status,
+            received,
+            sent,
+            refusal,
+        });
 
         let method = request.map_or("", |request| request.method.as_str());
         let target = target(exchange, request);
@@ -106,17 +116,17 @@ impl Settler {
             self.recorder.ended(
                 &Ended {
                     at: now,
-                    listener: exchange.connection.as_ref().map_or("", |connection| &connection.listener.name),
-                    client: exchange.client,
+                    listener: exchange.client.listener(),
+                    client: exchange.client.address,
                     method,
                     path: &String::from_utf8_lossy(path),
                     protocol: spoken,
                     status,
                     reason: exchange.refusal.map(|refusal| refusal.reason),
                     route: route_name(exchange),
-                    upstream: exchange.upstream.as_ref().map(|upstream| &*upstream.name),
-                    endpoint: exchange.endpoint().map(|endpoint| &*endpoint.label),
-                    attempts: exchange.attempts,
+                    upstream: exchange.routing.upstream.as_ref().map(|upstream| &*upstream.name),
+                    endpoint: exchange.attempts.endpoint().map(|endpoint| &*endpoint.label),
+                    attempts: exchange.attempts.count,
                     bytes: (received, sent),
                     own,
                     trace: trace(exchange, request).map(|trace| trace.to_string()),
@@ -132,14 +142,14 @@ impl Settler {
             tracer.tell(Story { attributes, ..story(exchange, (notes, journal), request, now, status) });
         }
         let Some(log) = &self.log else { return };
-        let tls = exchange.connection.as_ref().and_then(|connection| connection.tls());
+        let tls = exchange.client.tls();
         let field = |name| request.and_then(|request| request.headers.get(name)).map(|value| value.as_bytes());
         let asked = request.map(|request| asked(exchange, request, status, response));
         log.record(&Record {
             fields: &asked.as_ref().map(|asked| log.fields.of(asked)).unwrap_or_default(),
             time: SystemTime::now(),
-            listener: exchange.connection.as_ref().map_or("", |connection| &connection.listener.name),
-            client: exchange.client,
+            listener: exchange.client.listener(),
+            client: exchange.client.address,
             method,
             host: field(header::HOST).unwrap_or_default(),
             target,
@@ -151,16 +161,16 @@ impl Settler {
             spilled,
             held,
             saved,
-            clock: &exchange.clock,
+            clock: &exchange.progress.clock,
             own,
             route: route_name(exchange),
-            upstream: exchange.upstream.as_ref().map(|upstream| &*upstream.name),
-            endpoint: exchange.endpoint().map(|endpoint| &*endpoint.label),
-            attempts: exchange.attempts,
-            handed_over: exchange.course.and_then(|course| course.reason()).map(|reason| reason.name()),
-            failed: &exchange.failed,
+            upstream: exchange.routing.upstream.as_ref().map(|upstream| &*upstream.name),
+            endpoint: exchange.attempts.endpoint().map(|endpoint| &*endpoint.label),
+            attempts: exchange.attempts.count,
+            handed_over: exchange.routing.course.and_then(|course| course.reason()).map(|reason| reason.name()),
+            failed: &exchange.attempts.failed,
             reason: exchange.refusal.map(|refusal| refusal.reason),
-            grpc_status: exchange.grpc.and_then(|call| call.status),
+            grpc_status: exchange.request.grpc.and_then(|call| call.status),
             request_id: field(REQUEST_ID),
             tls: tls.map(|tls| tls.version),
             client_subject: tls.and_then(|tls| tls.client.as_ref()).map(|client| &*client.subject),
@@ -180,13 +190,14 @@ impl Undertaker for Settler {
         exchange.refusal = Some(refusal);
         let now = exchange.enter(Phase::Finish);
         exchange.release(|_| Became::Cancelled, now);
-        let mut request = remains.request.or_else(|| exchange.switched.take().map(|request| *request));
+        let switched = exchange.switched.take().map(|switched| *switched);
         let (answered, received, sent) = match &exchange.link {
             Some(link) => link.outcome(),
             // The session that has counted is gone.
-            None => (0, exchange.tunnelled.0, exchange.tunnelled.1),
+            None => switched.as_ref().map_or((0, 0, 0), |switched| (0, switched.received, switched.sent)),
         };
-        let is_raw = exchange.connection.as_ref().is_some_and(|connection| connection.is_raw());
+        let mut request = remains.request.or_else(|| switched.map(|switched| switched.request));
+        let is_raw = exchange.client.connection.as_ref().is_some_and(|connection| connection.is_raw());
         let status = if is_raw {
             101
         } else if answered >= 200 {
@@ -198,19 +209,19 @@ impl Undertaker for Settler {
             end_filters(&exchange, request, status);
         }
         let now = Instant::now();
-        exchange.clock.settle(now);
+        exchange.progress.clock.settle(now);
         self.tell(&mut exchange, (request.as_ref(), None), Totals { status, received, sent }, now);
     }
 }
 
 /// The trace that it belongs to: where Forebay keeps none itself, the one that the client names.
 fn trace(exchange: &Exchange, request: Option<&RequestHeader>) -> Option<TraceId> {
-    let place = exchange.trace.map(|place| place.trace);
+    let place = exchange.traced.as_ref().map(|traced| traced.place.trace);
     place.or_else(|| TraceParent::of(&request?.headers).map(|parent| parent.trace))
 }
 
 fn route_name(exchange: &Exchange) -> &str {
-    exchange.route.as_ref().map_or(UNROUTED, |route| &route.name)
+    exchange.routing.route.as_ref().map_or(UNROUTED, |route| &route.name)
 }
 
 /// What further fields of the log, and attributes of spans, are made of.
@@ -234,21 +245,21 @@ fn story(
 ) -> Story {
     let text = |bytes: &[u8]| Box::<str>::from(String::from_utf8_lossy(bytes));
     let field = |name| request.headers.get(name).map(|value| text(value.as_bytes()));
-    let context = exchange.trace.expect("what is recorded has its place in a trace");
+    let context = exchange.traced.as_ref().expect("what is recorded has its place in a trace").place;
     Story {
         context,
         notes,
         journal,
         state: context.parent.and_then(|_| request.headers.get(TRACESTATE).cloned()),
         ended: (ended, SystemTime::now()),
-        listener: exchange.connection.as_ref().map_or("", |connection| &connection.listener.name).into(),
+        listener: exchange.client.listener().into(),
         method: request.method.clone(),
-        scheme: exchange.scheme,
+        scheme: exchange.request.scheme,
         host: field(header::HOST).unwrap_or_default(),
         target: text(target(exchange, Some(request))),
         version: version(request.version),
-        client: exchange.client,
-        peer: exchange.connection.as_ref().and_then(|connection| connection.peer),
+        client: exchange.client.address,
+        peer: exchange.client.peer(),
         user_agent: field(header::USER_AGENT),
         request_id: field(REQUEST_ID),
         route: route_name(exchange).into(),
@@ -259,7 +270,7 @@ fn story(
 }
 
 fn end_filters(exchange: &Exchange, request: &mut RequestHeader, status: u16) {
-    if let (Some(route), Some(filters)) = (&exchange.route, &exchange.filters)
+    if let (Some(route), Some(filters)) = (&exchange.routing.route, &exchange.filters.states)
         && route.chain.wants(Stages::END)
         && let Some(mut states) = filters.take()
     {
@@ -270,7 +281,7 @@ fn end_filters(exchange: &Exchange, request: &mut RequestHeader, status: u16) {
 
 /// The target before filters, its path in its one form.
 fn target<'e>(exchange: &'e Exchange, request: Option<&'e RequestHeader>) -> &'e [u8] {
-    match (exchange.target.as_ref().and_then(|target| target.path_and_query()), request) {
+    match (exchange.request.target.as_ref().and_then(|target| target.path_and_query()), request) {
         (Some(target), _) => target.as_str().as_bytes(),
         (None, Some(request)) => {
             request.uri.path_and_query().map_or(request.raw_path(), |target| target.as_str().as_bytes())

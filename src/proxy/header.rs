@@ -65,10 +65,11 @@ pub struct Rules {
 /// Looks at a request header that has just arrived, and leaves of it what is meant for routes, filters and the
 /// endpoint.
 pub fn check(exchange: &mut Exchange, request: &mut RequestHeader, rules: &Rules) -> Result<(), &'static Refusal> {
-    let connection = exchange.connection.clone();
-    exchange.peer_is_trusted = connection.as_ref().is_some_and(|connection| rules.trusted.is_peer_of(connection));
+    let connection = exchange.client.connection.clone();
+    exchange.client.peer_is_trusted =
+        connection.as_ref().is_some_and(|connection| rules.trusted.is_peer_of(connection));
     // A request that is refused here has its peer in the log, not the client that it spoke for.
-    exchange.client = connection.as_ref().and_then(|connection| Some(connection.peer?.ip()));
+    exchange.client.address = connection.as_ref().and_then(|connection| Some(connection.peer?.ip()));
     if matches!(request.method, Method::CONNECT | Method::TRACE) {
         return Err(&refusal::HEADER_METHOD);
     }
@@ -86,18 +87,18 @@ pub fn check(exchange: &mut Exchange, request: &mut RequestHeader, rules: &Rules
         request.remove_header(&header::EXPECT);
     }
     hop::end(request)?;
-    let odd = match exchange.odd_names() {
+    let odd = match exchange.client.odd_names() {
         // Metadata may have such names. Whether they may pass, the route says once it is found.
-        OddNames::Drop if exchange.grpc.is_some() => OddNames::Keep,
+        OddNames::Drop if exchange.request.grpc.is_some() => OddNames::Keep,
         odd => odd,
     };
-    names::check(request, odd, exchange.peer_is_trusted)?;
+    names::check(request, odd, exchange.client.peer_is_trusted)?;
     give_one_path(request, rules.paths)?;
     identify(exchange, &request.headers, &rules.trusted);
     introduce(exchange, request)?;
     let host = request.headers.get(header::HOST).and_then(|host| host.to_str().ok()).unwrap_or_default();
     // RFC 9110 §15.5.20. A connection on which nothing was asked of the client opens no door of a host that asks.
-    match exchange.connection.as_ref() {
+    match exchange.client.connection.as_ref() {
         Some(connection) if !connection.may_serve(without_port(host)) => Err(&refusal::HEADER_MISDIRECTED),
         _ => Ok(()),
     }
@@ -204,14 +205,14 @@ fn give_one_path(request: &mut RequestHeader, paths: Paths) -> Result<(), &'stat
 
 /// Finds the client where a trusted peer names it; else it stays the peer.
 fn identify(exchange: &mut Exchange, headers: &HeaderMap, trusted: &TrustedProxies) {
-    if !exchange.peer_is_trusted {
+    if !exchange.client.peer_is_trusted {
         return;
     }
     if let Some(client) = forwarded::client(headers, |address| trusted.contains(address)) {
-        exchange.client = Some(client);
+        exchange.client.address = Some(client);
     }
     if let Some(https) = forwarded::is_https(headers) {
-        exchange.scheme = if https { "https" } else { "http" };
+        exchange.request.scheme = if https { "https" } else { "http" };
     }
 }
 
@@ -230,7 +231,7 @@ const CERTIFICATE_FIELD_BYTES_MAX: usize = 8 << 10;
 /// Says who the client has proved to be. What it says of the kind itself has been removed ([`names`]), unless it is a
 /// trusted proxy.
 fn introduce(exchange: &Exchange, request: &mut RequestHeader) -> Result<(), &'static Refusal> {
-    let proved = exchange.connection.as_ref().and_then(|connection| connection.tls()?.client.as_ref());
+    let proved = exchange.client.connection.as_ref().and_then(|connection| connection.tls()?.client.as_ref());
     let Some(client) = proved else { return Ok(()) };
     for name in &CLIENT_CERTIFICATE {
         request.remove_header(name);

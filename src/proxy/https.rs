@@ -27,7 +27,7 @@ pub fn prove(challenges: &Challenges, request: &RequestHeader) -> Option<Verdict
 
 /// Answers a request on a listener that does nothing but send its clients to HTTPS. `None`: this one serves requests.
 pub fn redirect(exchange: &Exchange, request: &RequestHeader) -> Option<Verdict> {
-    let redirect = exchange.connection.as_ref()?.listener.redirect?;
+    let redirect = exchange.client.connection.as_ref()?.listener.redirect?;
     let host = request.headers.get(header::HOST).and_then(|host| host.to_str().ok()).unwrap_or_default();
     let target = request.uri.path_and_query().map_or("/", |target| target.as_str());
     let Some(location) = location(redirect, host, target) else {
@@ -63,7 +63,7 @@ fn location(redirect: Redirect, host: &str, target: &str) -> Option<HeaderValue>
 /// Has browsers come by HTTPS from now on, where the listener says so. Over clear text it would mean nothing (RFC 6797
 /// §7.2).
 pub fn insist(exchange: &Exchange, response: &mut ResponseHeader) {
-    let connection = exchange.connection.as_ref().filter(|connection| connection.tls().is_some());
+    let connection = exchange.client.connection.as_ref().filter(|connection| connection.tls().is_some());
     if let Some(hsts) = connection.and_then(|connection| connection.listener.hsts.clone()) {
         // In place of an upstream's own: a browser goes by the first of two.
         let name: HeaderName = header::STRICT_TRANSPORT_SECURITY;

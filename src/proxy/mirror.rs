@@ -14,9 +14,10 @@ use http::{HeaderName, HeaderValue, header};
 use pingora::connectors::http::Connector;
 use pingora::http::RequestHeader;
 
+use super::attempt::Attempt;
 use super::blame;
 use super::call::{self, Line, Load};
-use super::exchange::{Attempt, Exchange};
+use super::exchange::Exchange;
 use crate::client::spool::Held;
 use crate::metrics::mirror::{Fate, MirrorMetrics};
 use crate::upstream::transport::greeting::Parties;
@@ -125,7 +126,7 @@ pub fn header(exchange: &mut Exchange, request: &RequestHeader, names_host: bool
 pub fn send(exchange: &mut Exchange) {
     let Some(Copy { mirror, body, request: Some(request) }) = exchange.copy.take().map(|copy| *copy) else { return };
     let Some(place) = mirror.enter() else { return mirror.leaves(Fate::Busy) };
-    let parties = exchange.parties();
+    let parties = exchange.client.parties();
     tokio::spawn(async move {
         let fate = attempt(&mirror, *request, body, parties).await;
         mirror.metrics.count(fate);

@@ -28,7 +28,7 @@ impl Eye for Line<'_> {
 
     /// Ready when the client has gone, or the exchange is to end.
     fn poll_left(&mut self, cx: &mut Context<'_>) -> Poll<Fault> {
-        let phase = self.exchange.clock.phase();
+        let phase = self.exchange.phase();
         match &self.exchange.link {
             Some(link) => link.poll_over(cx, phase),
             None => {
@@ -46,13 +46,13 @@ pub async fn wait(
     upstream: &Arc<Upstream>,
 ) -> Result<Choice, Fault> {
     let now = exchange.enter(Phase::Queue);
-    let Some(mut place) = upstream.queue(&exchange.tried, now) else {
+    let Some(mut place) = upstream.queue(&exchange.attempts.tried, now) else {
         return Err(Fault::new(Party::Gateway, Phase::Queue, What::Full));
     };
     if let Some(link) = &exchange.link {
         link.queueing();
     }
-    let spent = exchange.clock.spent(Phase::Queue).unwrap_or_default();
+    let spent = exchange.progress.clock.spent(Phase::Queue).unwrap_or_default();
     let due = now + upstream.admission.queue().timeout.saturating_sub(spent);
     let mut wait = Wait::until(due, Line { exchange, client });
     loop {
@@ -76,5 +76,10 @@ pub async fn wait(
 }
 
 fn turn(exchange: &Exchange, upstream: &Upstream) -> Choice {
-    upstream.select_in_turn(exchange.stuck.as_ref(), exchange.hash, &exchange.tried, Instant::now())
+    upstream.select_in_turn(
+        exchange.routing.stuck.as_ref(),
+        exchange.routing.hash,
+        &exchange.attempts.tried,
+        Instant::now(),
+    )
 }

@@ -13,8 +13,9 @@ use pingora::http::{RequestHeader, ResponseHeader};
 use pingora::protocols::http::ServerSession;
 use pingora::{Error, ErrorType, Result};
 
-use super::deadline::Dues;
-use super::exchange::{Exchange, FilterStates, secured};
+use super::exchange::client::secured;
+use super::exchange::filters::FilterStates;
+use super::exchange::{Exchange, Switched};
 use super::grpc::web;
 use super::header::upgrade;
 use super::https;
@@ -41,7 +42,7 @@ const HOP_BY_HOP: [HeaderName; 4] =
 /// takes its place again and both sides speak as they like. Until then the exchange was bounded as any other is, and
 /// with any other answer it stays so.
 pub fn switch(exchange: &mut Exchange, client: &mut Box<ServerSession>, response: &ResponseHeader) -> Result<()> {
-    let agreed = exchange.upgrade.as_ref().is_some_and(|protocol| upgrade::agrees(response, protocol));
+    let agreed = exchange.request.upgrade.as_ref().is_some_and(|protocol| upgrade::agrees(response, protocol));
     if response.status != StatusCode::SWITCHING_PROTOCOLS || !agreed {
         return Ok(());
     }
@@ -50,8 +51,8 @@ pub fn switch(exchange: &mut Exchange, client: &mut Box<ServerSession>, response
     {
         return Err(Error::new_in(ErrorType::InternalError));
     }
-    exchange.dues = Dues::default();
-    exchange.switched = Some(Box::new(client.req_header().clone()));
+    exchange.deadlines.lift();
+    exchange.switched = Some(Box::new(Switched::new(client.req_header().clone())));
     Ok(())
 }
 
@@ -86,18 +87,18 @@ pub async fn header(
     if response.status == StatusCode::SWITCHING_PROTOCOLS && exchange.link.is_some() {
         // RFC 9110 §15.2.2: nobody asked for that. What the client sends next is its next request, and is not to pass
         // unread.
-        exchange.refuse(Refused { refusal: &refusal::WAIT_MALFORMED, headers: Vec::new() });
+        exchange.filters.refuse(Refused { refusal: &refusal::WAIT_MALFORMED, headers: Vec::new() });
         return Err(Error::new_up(ErrorType::InvalidHTTPHeader));
     }
-    let carried = exchange.connection.as_ref().is_some_and(|connection| connection.is_carried());
+    let carried = exchange.client.connection.as_ref().is_some_and(|connection| connection.is_carried());
     if carried && response.status.is_success() {
         // Over a stream of HTTP/2 it would be taken for the beginning of the other protocol (RFC 9110 §9.3.6).
-        exchange.refuse(Refused { refusal: &refusal::WAIT_MALFORMED, headers: Vec::new() });
+        exchange.filters.refuse(Refused { refusal: &refusal::WAIT_MALFORMED, headers: Vec::new() });
         return Err(Error::new_up(ErrorType::InvalidHTTPHeader));
     }
     let now = exchange.enter(Phase::Receive);
-    exchange.connection.iter().for_each(|connection| connection.settle());
-    if let Some(attempt) = &mut exchange.attempt {
+    exchange.client.connection.iter().for_each(|connection| connection.settle());
+    if let Some(attempt) = &mut exchange.attempts.present {
         attempt.answered(response.status, now);
         // Pingora has no further word on one that is here whole with its header.
         if is_bodiless(request, response) || says_zero(response) {
@@ -107,16 +108,16 @@ pub async fn header(
     if let Some(link) = &exchange.link {
         link.receiving();
     }
-    if let Some(call) = &mut exchange.grpc {
+    if let Some(call) = &mut exchange.request.grpc {
         call.note(&response.headers);
     }
     have_client_stay(exchange, response)?;
     if response.status == StatusCode::SWITCHING_PROTOCOLS {
         let tunnel = Arc::<Tunnel>::default();
-        if let Some(tail) = &exchange.tail {
+        if let Some(tail) = &exchange.attempts.channel.tail {
             tail.switch(tunnel.clone());
         }
-        if let Some(connection) = &exchange.connection {
+        if let Some(connection) = &exchange.client.connection {
             connection.switch_to_raw(tunnel);
         }
         return Ok(());
@@ -138,7 +139,7 @@ pub async fn header(
     if via {
         response.append_header(header::VIA, HeaderValue::from_static("1.1 forebay"))?;
     }
-    if let Some(call) = exchange.grpc.as_mut().filter(|call| call.web) {
+    if let Some(call) = exchange.request.grpc.as_mut().filter(|call| call.web) {
         call.answers_web = web::to_client(response)?;
         if call.answers_web {
             unfix_length(request, response)?;
@@ -147,11 +148,11 @@ pub async fn header(
     match exchange.filter_response(request, response).await {
         Verdict::Continue => {}
         Verdict::Refuse(refused) => {
-            exchange.refuse(refused);
+            exchange.filters.refuse(refused);
             return Err(Error::new_in(ErrorType::InternalError));
         }
         Verdict::Answer(answer) => {
-            exchange.answer = Some(answer);
+            exchange.filters.answer = Some(answer);
             return Err(Error::new_in(ErrorType::InternalError));
         }
     }
@@ -171,9 +172,9 @@ pub async fn header(
 /// An interim answer is here (RFC 9110 §15.2). It has no body, and it is passed on as it is: the final answer is still
 /// to come.
 fn interim(exchange: &mut Exchange, response: &mut ResponseHeader) -> Result<()> {
-    exchange.interim += 1;
-    if exchange.interim > INTERIM_MAX {
-        exchange.refuse(Refused { refusal: &refusal::WAIT_MALFORMED, headers: Vec::new() });
+    exchange.attempts.interim += 1;
+    if exchange.attempts.interim > INTERIM_MAX {
+        exchange.filters.refuse(Refused { refusal: &refusal::WAIT_MALFORMED, headers: Vec::new() });
         return Err(Error::new_up(ErrorType::InvalidHTTPHeader));
     }
     strip_hop_by_hop(response);
@@ -185,16 +186,16 @@ fn interim(exchange: &mut Exchange, response: &mut ResponseHeader) -> Result<()>
 
 /// The trailers are here, with which the answer ends. Where they are to be bytes of its body, these.
 pub fn trailers(exchange: &mut Exchange, request: &mut RequestHeader, trailers: &mut HeaderMap) -> Option<Bytes> {
-    trailers::strip(trailers, exchange.grpc.is_some());
+    trailers::strip(trailers, exchange.request.grpc.is_some());
     exchange.filter_trailers(request, trailers);
-    let call = exchange.grpc.as_mut()?;
+    let call = exchange.request.grpc.as_mut()?;
     call.note(trailers);
     call.answers_web.then(|| web::last_message(trailers))
 }
 
 /// Whether trailers of this answer can come, and reach the client. Over HTTP/1 they can only follow a body in chunks.
 fn trailers_pass(exchange: &Exchange, request: &RequestHeader, response: &ResponseHeader) -> bool {
-    let come = exchange.link.is_some() && exchange.tail.as_ref().is_none_or(|tail| tail.is_chunked());
+    let come = exchange.link.is_some() && exchange.attempts.channel.tail.as_ref().is_none_or(|tail| tail.is_chunked());
     let go = match request.version {
         Version::HTTP_2 => true,
         Version::HTTP_11 => !response.headers.contains_key(header::CONTENT_LENGTH),
@@ -206,9 +207,10 @@ fn trailers_pass(exchange: &Exchange, request: &RequestHeader, response: &Respon
 /// Tells a client, if it does not know yet, by which cookie it stays at the endpoint that has answered. One that fails
 /// is not to be stayed at.
 fn have_client_stay(exchange: &Exchange, response: &mut ResponseHeader) -> Result<()> {
-    if let (Some(upstream), Some(endpoint)) = (&exchange.upstream, exchange.endpoint())
+    if let (Some(upstream), Some(endpoint)) = (&exchange.routing.upstream, exchange.attempts.endpoint())
         && !response.status.is_server_error()
-        && let Some(cookie) = upstream.cookie(exchange.stuck.as_ref(), endpoint, exchange.scheme == "https")
+        && let Some(cookie) =
+            upstream.cookie(exchange.routing.stuck.as_ref(), endpoint, exchange.request.scheme == "https")
     {
         response.append_header(header::SET_COOKIE, cookie)?;
     }
@@ -218,11 +220,11 @@ fn have_client_stay(exchange: &Exchange, response: &mut ResponseHeader) -> Resul
 /// The last byte has come from the endpoint; what is left goes to the client.
 pub fn ended(exchange: &mut Exchange, request: &mut RequestHeader) {
     exchange.enter(Phase::Write);
-    if let Some(attempt) = &mut exchange.attempt {
+    if let Some(attempt) = &mut exchange.attempts.present {
         attempt.answered_whole();
     }
     // Pingora has passed over those of an endpoint of HTTP/1.
-    let trailers = exchange.tail.as_ref().and_then(|tail| tail.take_trailers()).map(|mut fields| {
+    let trailers = exchange.attempts.channel.tail.as_ref().and_then(|tail| tail.take_trailers()).map(|mut fields| {
         self::trailers(exchange, request, &mut fields);
         fields
     });
@@ -268,10 +270,10 @@ impl Told {
 impl BodyFilters {
     /// The tap for this exchange, if its route wants one.
     pub fn of(exchange: &Exchange) -> Option<Box<dyn Tap>> {
-        let route = exchange.route.as_ref().filter(|route| route.chain.wants(Stages::RESPONSE_BODY))?;
-        let filters = exchange.filters.clone()?;
+        let route = exchange.routing.route.as_ref().filter(|route| route.chain.wants(Stages::RESPONSE_BODY))?;
+        let filters = exchange.filters.states.clone()?;
         let Facts { client, port, scheme, path, ended, pace, begun, .. } = exchange.facts(&route.name);
-        let (connection, identity) = (exchange.connection.clone(), exchange.identity.clone());
+        let (connection, identity) = (exchange.client.connection.clone(), exchange.client.identity.clone());
         let told = Told { client, port, scheme, path: path.into(), connection, ended, pace, begun, identity };
         Some(Box::new(BodyFilters { route: route.clone(), filters, told, client: Watch::of(exchange, route) }))
     }

@@ -11,8 +11,8 @@ use pingora::http::ResponseHeader;
 use pingora::protocols::http::ServerSession;
 use pingora::{Error, ErrorType};
 
-use super::deadline;
-use super::exchange::{Attempt, Exchange};
+use super::attempt::Attempt;
+use super::exchange::Exchange;
 use crate::access_log::Why;
 use crate::config::route::retry::{On, Retry};
 use crate::metrics::retry::{Cause, Objection};
@@ -176,6 +176,11 @@ impl Rules {
         self.per_try_timeout
     }
 
+    /// How many further attempts the upstream bears.
+    pub fn allowance(&self) -> Allowance {
+        self.allowance
+    }
+
     /// Whether there is to be another attempt. `dice` is from 0 to 1.
     pub fn judge(&self, situation: &Situation, dice: f64) -> Verdict {
         match self.without_deadline(situation, dice) {
@@ -250,48 +255,18 @@ impl Backoff {
 /// Whether the exchange is to have another attempt after one that failed for this; if so, it is ready for `select`.
 /// What was told to the client or to the upstream of the last attempt is not undone here.
 pub fn again(exchange: &mut Exchange, client: &ServerSession, failure: Failure, after: Option<Duration>) -> bool {
-    let (Some(route), Some(upstream)) = (exchange.route.clone(), exchange.upstream.clone()) else { return false };
-    let rules = &route.retry;
-    let elsewhere = upstream.has_more(&exchange.tried);
+    let (Some(route), Some(upstream)) = (&exchange.routing.route, &exchange.routing.upstream) else { return false };
     let situation = Situation {
         failure,
-        attempts: exchange.attempts - u32::from(exchange.had_free_attempt),
+        attempts: exchange.attempts.counted(),
         idempotent: client.req_header().method.is_idempotent(),
         replayable: !client.retry_buffer_truncated(),
         begun: begun(exchange, client),
-        elsewhere,
+        elsewhere: upstream.has_more(&exchange.attempts.tried),
         retry_after: after,
-        left: deadline::left(exchange, Instant::now()),
+        left: exchange.deadlines.left(Instant::now()),
     };
-    let mut verdict = rules.judge(&situation, rand::random());
-    if matches!(verdict, Verdict::Again(_)) && failure.is_load() {
-        match &mut exchange.permit {
-            Some(permit) => permit.waits(),
-            None => exchange.permit = upstream.permit_retry(rules.allowance),
-        }
-        if exchange.permit.is_none() {
-            verdict = Verdict::Refused(Objection::Budget);
-        }
-    }
-    match verdict {
-        Verdict::Unwanted => false,
-        Verdict::Refused(objection) => {
-            upstream.metrics.retries.refused(objection).inc();
-            false
-        }
-        Verdict::Again(pause) => {
-            upstream.metrics.retries.made(failure.cause()).inc();
-            if failure.is_of_connection() {
-                exchange.had_free_attempt = true;
-                exchange.fresh = failure == Failure::Stale;
-                exchange.tried.pop();
-            } else if !elsewhere {
-                exchange.tried.clear();
-            }
-            exchange.pause = pause;
-            true
-        }
-    }
+    exchange.attempts.again(&route.retry, upstream, &situation)
 }
 
 /// The answer to an attempt is here. An error: it is a failure, and there is to be another attempt in its place;
@@ -300,22 +275,21 @@ pub fn answered(exchange: &mut Exchange, client: &ServerSession, response: &Resp
     if response.status.is_informational() {
         return Ok(());
     }
-    let failure = exchange.route.as_ref().and_then(|route| route.retry.failure(response.status, &response.headers));
+    let failure =
+        exchange.routing.route.as_ref().and_then(|route| route.retry.failure(response.status, &response.headers));
     if let Some(failure) = failure {
         let now = Instant::now();
-        if let Some(attempt) = &mut exchange.attempt {
+        if let Some(attempt) = &mut exchange.attempts.present {
             attempt.answered(response.status, now);
         }
         if again(exchange, client, failure, retry_after(&response.headers)) {
             exchange.note_failure(failure.why(), now);
             exchange.release(Attempt::outcome, now);
-            exchange.failure = None;
-            exchange.again = true;
+            exchange.attempts.discard_answer();
             return Err(Error::new_up(ErrorType::new("an answer that is not taken")));
         }
     }
-    // Whatever comes now is the answer.
-    (exchange.permit, exchange.failure) = (None, None);
+    exchange.attempts.accept_answer();
     Ok(())
 }
 
@@ -323,7 +297,7 @@ pub fn answered(exchange: &mut Exchange, client: &ServerSession, response: &Resp
 fn begun(exchange: &Exchange, client: &ServerSession) -> bool {
     match &exchange.link {
         Some(link) => link.begun(),
-        None => exchange.clock.phase() == Phase::Receive || client.response_written().is_some(),
+        None => exchange.phase() == Phase::Receive || client.response_written().is_some(),
     }
 }
 

@@ -11,7 +11,8 @@ use std::time::Instant;
 use http::header;
 use pingora::http::RequestHeader;
 
-use super::exchange::{Exchange, FilterStates};
+use super::exchange::Exchange;
+use super::exchange::filters::FilterStates;
 use super::generation::Generation;
 use super::grpc;
 use super::header::names;
@@ -139,20 +140,20 @@ pub fn decide(
     request: &mut RequestHeader,
     checked: impl FnOnce(&mut Exchange, &RequestHeader),
 ) -> Result<Arc<Route>, Verdict> {
-    exchange.grpc = grpc::Call::of(request);
+    exchange.request.grpc = grpc::Call::of(request);
     let passes = super::header::check(exchange, request, &generation.rules);
     checked(exchange, request);
-    passes.and_then(|()| exchange.take_place()).map_err(Verdict::from)?;
+    passes.and_then(|()| exchange.client.take_place()).map_err(Verdict::from)?;
     if let Some(verdict) = https::prove(challenges, request).or_else(|| https::redirect(exchange, request)) {
         return Err(verdict);
     }
     let route = find(exchange, &generation.routes, request).map_err(Verdict::from)?.clone();
-    if route.grpc_web && exchange.grpc.is_none() {
-        exchange.grpc = grpc::Call::of_web(request);
+    if route.grpc_web && exchange.request.grpc.is_none() {
+        exchange.request.grpc = grpc::Call::of_web(request);
     }
-    if exchange.grpc.is_some() && !route.only_grpc {
+    if exchange.request.grpc.is_some() && !route.only_grpc {
         // Metadata of gRPC may have odd names; but not all who could get these speak it.
-        names::drop_odd(request, exchange.odd_names());
+        names::drop_odd(request, exchange.client.odd_names());
     }
     settle_upgrade(&route, request);
     Ok(route)
@@ -162,18 +163,18 @@ pub fn decide(
 pub async fn take(exchange: &mut Exchange, route: Arc<Route>, request: &mut RequestHeader) -> Verdict {
     take_route(&route.tag);
     if !route.chain.wants(Stages::ALL) {
-        exchange.route = Some(route);
+        exchange.routing.route = Some(route);
         return Verdict::Continue;
     }
-    exchange.target = Some(request.uri.clone());
+    exchange.request.target = Some(request.uri.clone());
     let mut states = route.chain.states();
     let mut client = Watch::of(exchange, &route);
     let view = View { facts: exchange.facts(&route.name), request };
     let call = route.chain.request(&mut states, view);
     let verdict = client.during(route.chain.patience(), call, &refusal::ROUTE_ABORTED).await;
-    exchange.identity = states.identity().cloned();
-    exchange.filters = Some(FilterStates::new(states));
-    exchange.route = Some(route);
+    exchange.client.identity = states.identity().cloned();
+    exchange.filters.states = Some(FilterStates::new(states));
+    exchange.routing.route = Some(route);
     verdict
 }
 

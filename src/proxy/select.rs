@@ -9,7 +9,6 @@ use pingora::protocols::http::ServerSession;
 use pingora::upstreams::peer::HttpPeer;
 
 use super::blame;
-use super::deadline;
 use super::exchange::Exchange;
 use super::queue;
 use crate::error::{Refusal, refusal};
@@ -23,15 +22,15 @@ use crate::upstream::{Choice, Upstream};
 /// Chooses the endpoint of the next attempt: one that was not tried yet. Waits for one that has room, if need be, and
 /// while the exchange has time. What it gives is all that Pingora needs to connect.
 pub async fn next(exchange: &mut Exchange, client: &mut ServerSession) -> Result<Box<HttpPeer>, Refused> {
-    let Some(deadline) = exchange.dues.exchange else { return choose(exchange, client).await };
+    let Some(due) = exchange.deadlines.due() else { return choose(exchange, client).await };
     // The pause and the queue in it see the client leave.
-    let chosen = Wait::until(deadline.due, NoClient::Within).on(choose(exchange, client)).await.in_time();
-    chosen.unwrap_or_else(|| Err(refused(Fault::new(Party::Gateway, exchange.clock.phase(), What::Overdue))))
+    let chosen = Wait::until(due, NoClient::Within).on(choose(exchange, client)).await.in_time();
+    chosen.unwrap_or_else(|| Err(refused(Fault::new(Party::Gateway, exchange.phase(), What::Overdue))))
 }
 
 async fn choose(exchange: &mut Exchange, client: &mut ServerSession) -> Result<Box<HttpPeer>, Refused> {
     let mut now = exchange.enter(Phase::Select);
-    let pause = std::mem::take(&mut exchange.pause);
+    let pause = exchange.attempts.take_pause();
     if !pause.is_zero() {
         let line = queue::Line { exchange, client };
         if let Some(fault) = Wait::at_most(pause, line).out().await {
@@ -39,8 +38,15 @@ async fn choose(exchange: &mut Exchange, client: &mut ServerSession) -> Result<B
         }
         now = Instant::now();
     }
-    let Some(upstream) = exchange.upstream.clone() else { return Err(Refused::from(&refusal::SELECT_NO_ENDPOINT)) };
-    let choice = match upstream.select_for(exchange.stuck.as_ref(), exchange.hash, &exchange.tried, now) {
+    let Some(upstream) = exchange.routing.upstream.clone() else {
+        return Err(Refused::from(&refusal::SELECT_NO_ENDPOINT));
+    };
+    let choice = match upstream.select_for(
+        exchange.routing.stuck.as_ref(),
+        exchange.routing.hash,
+        &exchange.attempts.tried,
+        now,
+    ) {
         Choice::Full => queue::wait(exchange, client, &upstream).await,
         choice => Ok(choice),
     };
@@ -50,24 +56,25 @@ async fn choose(exchange: &mut Exchange, client: &mut ServerSession) -> Result<B
         Ok(Choice::Full | Choice::Nobody) => return Err(nobody(exchange, &upstream)),
         Err(fault) => return Err(reject(&upstream, blame::row(fault).refusal).into()),
     };
-    if let Some(permit) = &mut exchange.permit {
-        permit.begun();
-    }
-    exchange.attempts += 1;
     let endpoint = engaged.endpoint().clone();
-    exchange.tried.push(endpoint.clone());
     let now = exchange.enter(Phase::Connect);
     if let Some(link) = &exchange.link {
         link.begin_attempt(now);
     }
     exchange.engage(upstream, engaged, now);
-    let mut peer = endpoint.peer_for(|| exchange.parties());
-    deadline::begin_attempt(exchange, &mut peer, now);
-    deadline::leave_clocks_to_session(exchange, &mut peer);
-    if std::mem::take(&mut exchange.fresh) {
+    let mut peer = endpoint.peer_for(|| exchange.client.parties());
+    let http1 = exchange.routing.upstream.as_ref().is_some_and(|upstream| upstream.is_http1());
+    if let Some(route) = &exchange.routing.route {
+        exchange.deadlines.begin_attempt(route.retry.per_try_timeout(), &mut peer, now);
+        // A request that asks for an upgrade has no body, and the session steps aside with a 101: there Pingora's clock
+        // is right, and the only one.
+        if exchange.link.is_some() && exchange.request.upgrade.is_none() {
+            exchange.deadlines.leave_clocks_to_session(route.intake.total, http1, &mut peer);
+        }
+    }
+    if exchange.attempts.takes_fresh_connection() {
         separate(&mut peer);
     }
-    let http1 = exchange.upstream.as_ref().is_some_and(|upstream| upstream.is_http1());
     connector::mark(&mut peer, http1);
     Ok(peer)
 }
@@ -82,7 +89,7 @@ pub(super) fn separate(peer: &mut HttpPeer) {
 
 /// If all were tried, what went wrong with the last one is the better answer.
 fn nobody(exchange: &Exchange, upstream: &Upstream) -> Refused {
-    match exchange.failure {
+    match exchange.attempts.failure {
         Some(fault) => refused(fault),
         None => reject(upstream, &refusal::SELECT_NO_ENDPOINT).into(),
     }
@@ -91,7 +98,7 @@ fn nobody(exchange: &Exchange, upstream: &Upstream) -> Refused {
 /// The breaker is open; `Retry-After` says when it lets requests through again. An attempt of this exchange that failed
 /// a moment ago, and may be what has opened it, is the better answer.
 fn away(exchange: &Exchange, upstream: &Upstream, time: Duration) -> Refused {
-    if let Some(fault) = exchange.failure {
+    if let Some(fault) = exchange.attempts.failure {
         return refused(fault);
     }
     let seconds = time.as_secs() + u64::from(time.subsec_nanos() > 0);

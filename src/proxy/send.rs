@@ -12,9 +12,9 @@ use pingora::http::RequestHeader;
 use pingora::protocols::http::ServerSession;
 use pingora::{Error, ErrorType, Result};
 
+use super::attempt::Attempt;
 use super::blame;
-use super::deadline;
-use super::exchange::{Attempt, Exchange};
+use super::exchange::Exchange;
 use super::forwarded::{self, Own};
 use super::grpc::web;
 use super::header::hop::takes_trailers;
@@ -52,30 +52,30 @@ pub fn header(
     client: &RequestHeader,
     request: &mut RequestHeader,
 ) -> Result<()> {
-    let http1 = exchange.upstream.as_ref().is_none_or(|upstream| upstream.is_http1());
+    let http1 = exchange.routing.upstream.as_ref().is_none_or(|upstream| upstream.is_http1());
     if !http1 {
         if !request.raw_path_is_utf8() {
             return Error::e_explain(ErrorType::InvalidHTTPHeader, "HTTP/2 cannot say this target").map_err(into_down);
         }
         accept_trailers(client, request)?;
     }
-    if exchange.is_grpc_web() {
+    if exchange.request.is_grpc_web() {
         web::to_endpoint(request)?;
     }
-    if let Some(protocol) = exchange.upgrade.as_ref().filter(|_| http1) {
+    if let Some(protocol) = exchange.request.upgrade.as_ref().filter(|_| http1) {
         // Pingora lets none but WebSocket pass.
         request.insert_header(header::UPGRADE, protocol.clone())?;
         request.insert_header(header::CONNECTION, HeaderValue::from_static("Upgrade"))?;
     }
-    let connection = exchange.connection.as_ref();
+    let connection = exchange.client.connection.as_ref();
     let host = request.headers.get(header::HOST).cloned();
     let own = Own {
         peer: connection.and_then(|connection| connection.peer).map(|peer| peer.ip()),
-        scheme: exchange.scheme,
+        scheme: exchange.request.scheme,
         host: host.as_ref(),
         port: connection.and_then(|connection| connection.local).map(|local| local.port()),
     };
-    let is_own = exchange.course == Some(Course::Own) && exchange.copy.is_none();
+    let is_own = exchange.routing.course == Some(Course::Own) && exchange.copy.is_none();
     let lines = if is_own { forwarded::lines(&request.headers, manners.forwarded, own) } else { None };
     match lines {
         Some(lines) => drop(request.extensions_mut().insert(Lines(lines.into()))),
@@ -84,22 +84,21 @@ pub fn header(
     if manners.via {
         request.append_header(header::VIA, HeaderValue::from_static("1.1 forebay"))?;
     }
-    if let Some(place) = exchange.trace {
-        let attempt = exchange.notes.as_ref().and_then(|notes| notes.span());
-        pass_on(place, attempt, request)?;
+    if let Some(traced) = &exchange.traced {
+        pass_on(traced.place, traced.notes.as_ref().and_then(|notes| notes.span()), request)?;
     }
     if let Some(length) = exchange.link.as_ref().and_then(|link| link.length()) {
         // The body is here whole: its length is known, whatever the client said of it. Over HTTP/1 trailers need
         // chunks.
-        let body = if http1 && exchange.trailers.is_some() { Body::Chunked } else { Body::Length(length) };
+        let body = if http1 && exchange.request.trailers.is_some() { Body::Chunked } else { Body::Length(length) };
         framing::request::apply(body, request)?;
     }
     // A filter that sees the body may change its length.
-    if exchange.route.as_ref().is_some_and(|route| route.chain.wants(Stages::REQUEST_BODY)) {
+    if exchange.routing.route.as_ref().is_some_and(|route| route.chain.wants(Stages::REQUEST_BODY)) {
         request.remove_header(&header::CONTENT_LENGTH);
     }
     if host.is_none()
-        && let Some(endpoint) = exchange.endpoint()
+        && let Some(endpoint) = exchange.attempts.endpoint()
     {
         // HTTP/1.0 may name none; its endpoint is asked in a version that must (RFC 9112 §3.2, RFC 9113 §8.3.1).
         request.insert_header(header::HOST, endpoint.authority().as_str())?;
@@ -113,22 +112,22 @@ fn into_down(error: Box<Error>) -> Box<Error> {
 
 /// Keeps what followed the body of the request, once that is here whole.
 pub fn note_trailers(exchange: &mut Exchange, request: &mut RequestHeader) {
-    let noted = match &exchange.control {
+    let noted = match &exchange.client.control {
         Some(control) => control.take_trailers(),
         None => exchange.link.as_ref().and_then(|link| link.take_request_trailers()),
     };
     if let Some(mut fields) = noted {
-        trailers::strip(&mut fields, exchange.grpc.is_some());
-        let odd = if exchange.is_treated_as_grpc() { OddNames::Keep } else { exchange.odd_names() };
-        names::strip(&mut fields, odd, exchange.peer_is_trusted);
+        trailers::strip(&mut fields, exchange.request.grpc.is_some());
+        let odd = if exchange.is_treated_as_grpc() { OddNames::Keep } else { exchange.client.odd_names() };
+        names::strip(&mut fields, odd, exchange.client.peer_is_trusted);
         filter_trailers(exchange, request, &mut fields);
-        exchange.trailers = Some(fields).filter(|fields| !fields.is_empty());
+        exchange.request.trailers = Some(fields).filter(|fields| !fields.is_empty());
     }
 }
 
 /// Runs the trailer filters of the route on what has followed the body of the request.
 fn filter_trailers(exchange: &Exchange, request: &mut RequestHeader, trailers: &mut HeaderMap) {
-    if let (Some(route), Some(filters)) = (&exchange.route, &exchange.filters)
+    if let (Some(route), Some(filters)) = (&exchange.routing.route, &exchange.filters.states)
         && route.chain.wants(Stages::REQUEST_TRAILERS)
         && let Some(mut states) = filters.take()
     {
@@ -146,11 +145,11 @@ pub fn prepare_trailers(
     request: &mut RequestHeader,
     has_body: bool,
 ) -> Result<()> {
-    let to_http1 = exchange.upstream.as_ref().is_some_and(|upstream| upstream.is_http1());
+    let to_http1 = exchange.routing.upstream.as_ref().is_some_and(|upstream| upstream.is_http1());
     let may_come = match exchange.link.as_ref().and_then(|link| link.length()) {
         // It is here whole, and so are they.
-        Some(_) => exchange.trailers.is_some(),
-        None => exchange.control.is_some() || client.headers.contains_key(header::TRANSFER_ENCODING),
+        Some(_) => exchange.request.trailers.is_some(),
+        None => exchange.client.control.is_some() || client.headers.contains_key(header::TRANSFER_ENCODING),
     };
     // Pingora writes a body in chunks that has no length.
     let in_chunks = request.headers.contains_key(header::TRANSFER_ENCODING)
@@ -160,12 +159,12 @@ pub fn prepare_trailers(
         Some(names) => request.insert_header(header::TRAILER, names)?,
         None => drop(request.remove_header(&header::TRAILER)),
     }
-    if let Some(tail) = &exchange.tail {
+    if let Some(tail) = &exchange.attempts.channel.tail {
         tail.begin(request.method == Method::HEAD, may_pass);
     } else if may_pass {
         let slot = RequestTrailers::default();
         request.extensions_mut().insert(slot.clone());
-        exchange.trailers_slot = Some(slot);
+        exchange.attempts.channel.trailers = Some(slot);
     }
     Ok(())
 }
@@ -174,19 +173,19 @@ pub fn prepare_trailers(
 /// longer once a filter refuses the body, a clock of the exchange says so, or its client leaves. Over HTTP/1 that ends
 /// with the connection; a stream of HTTP/2 has none of its own.
 pub fn hold_stream(exchange: &mut Exchange, request: &mut RequestHeader) {
-    if exchange.upstream.as_ref().is_some_and(|upstream| !upstream.is_http1()) {
+    if exchange.routing.upstream.as_ref().is_some_and(|upstream| !upstream.is_http1()) {
         let stream = StreamHandle::default();
         request.extensions_mut().insert(stream.clone());
         exchange.link.iter().for_each(|link| link.comes_by(stream.clone()));
-        exchange.stream = Some(stream);
+        exchange.attempts.channel.stream = Some(stream);
     }
 }
 
 /// The request is here whole: what followed its body goes the same way.
 fn pass_trailers(exchange: &mut Exchange, request: &mut RequestHeader) {
     note_trailers(exchange, request);
-    let Some(fields) = &exchange.trailers else { return };
-    match (&exchange.tail, &exchange.trailers_slot) {
+    let Some(fields) = &exchange.request.trailers else { return };
+    match (&exchange.attempts.channel.tail, &exchange.attempts.channel.trailers) {
         (Some(tail), _) => tail.end_with(trailers::last_chunk(Some(fields))),
         (None, Some(slot)) => *slot.lock().unwrap_or_else(PoisonError::into_inner) = Some(fields.clone()),
         (None, None) => {}
@@ -209,10 +208,10 @@ pub async fn piece(
     piece: &mut Option<Bytes>,
     end: bool,
 ) -> Result<()> {
-    if exchange.switched.is_some() {
-        exchange.tunnelled.0 += piece.as_ref().map_or(0, |piece| piece.len() as u64);
+    if let Some(switched) = &mut exchange.switched {
+        switched.received += piece.as_ref().map_or(0, |piece| piece.len() as u64);
     }
-    if let (Some(route), Some(filters)) = (exchange.route.clone(), &exchange.filters)
+    if let (Some(route), Some(filters)) = (exchange.routing.route.clone(), &exchange.filters.states)
         && route.chain.wants(Stages::REQUEST_BODY)
         && let Some(mut states) = filters.take()
     {
@@ -222,8 +221,8 @@ pub async fn piece(
         let verdict = client.during(route.chain.patience(), call, &refusal::SEND_ABORTED).await;
         filters.put(states);
         if let Verdict::Refuse(refused) = verdict {
-            exchange.refuse(refused);
-            exchange.stream.take().iter().for_each(StreamHandle::hang_up);
+            exchange.filters.refuse(refused);
+            exchange.attempts.channel.stream.take().iter().for_each(StreamHandle::hang_up);
             return Err(Error::new_down(ErrorType::InternalError));
         }
     }
@@ -233,7 +232,7 @@ pub async fn piece(
         *piece = piece.take().filter(|piece| !piece.is_empty());
         pass_trailers(exchange, request);
         ended(exchange);
-    } else if let Some(attempt) = &mut exchange.attempt {
+    } else if let Some(attempt) = &mut exchange.attempts.present {
         attempt.gave(Instant::now());
     }
     Ok(())
@@ -241,16 +240,16 @@ pub async fn piece(
 
 /// The request is out, as far as can be seen.
 pub fn ended(exchange: &mut Exchange) {
-    if exchange.clock.phase() == Phase::Send {
+    if exchange.phase() == Phase::Send {
         let now = exchange.enter(Phase::Wait);
-        if let Some(attempt) = &mut exchange.attempt {
+        if let Some(attempt) = &mut exchange.attempts.present {
             attempt.sent(now);
         }
     }
     if let Some(link) = &exchange.link {
         link.waiting();
         // What was streamed is whole now.
-        deadline::begin(exchange, Instant::now());
+        exchange.request_is_whole(Instant::now());
     }
     mirror::send(exchange);
 }
@@ -258,11 +257,11 @@ pub fn ended(exchange: &mut Exchange) {
 /// An attempt failed after its connection stood, or its answer is not taken. Whether there is another one, the rules of
 /// the route say; that the body is buffered alone makes nothing safe.
 pub fn failed(exchange: &mut Exchange, client: &ServerSession, mut error: Box<Error>, reused: bool) -> Box<Error> {
-    if std::mem::take(&mut exchange.again) {
+    if exchange.attempts.take_decision() {
         error.set_retry(true);
         return error;
     }
-    if exchange.answer.is_some() {
+    if exchange.filters.answer.is_some() {
         // The endpoint has answered; that a filter answers in its place does not make it a better or a worse one.
         exchange.release(Attempt::outcome, Instant::now());
         error.set_retry(false);
@@ -270,13 +269,13 @@ pub fn failed(exchange: &mut Exchange, client: &ServerSession, mut error: Box<Er
     }
     let fault = blame::fault(exchange, &error, reused);
     if blame::is_served(exchange, fault) {
-        exchange.failure = Some(fault);
+        exchange.attempts.failure = Some(fault);
         exchange.release(Attempt::outcome, Instant::now());
         error.set_retry(false);
         return error;
     }
     let row = blame::row(fault);
-    exchange.failure = Some(fault);
+    exchange.attempts.failure = Some(fault);
     let now = Instant::now();
     if row.failure.is_some() {
         exchange.note_failure(Why::Refusal(row.refusal.reason), now);

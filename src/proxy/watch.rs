@@ -27,11 +27,11 @@ pub struct Watch {
 impl Watch {
     /// The client of an exchange that takes this route.
     pub fn of(exchange: &Exchange, route: &Route) -> Watch {
-        let socket = exchange.connection.as_ref().and_then(|connection| connection.socket());
+        let socket = exchange.client.connection.as_ref().and_then(|connection| connection.socket());
         // In a tunnel each direction ends by itself.
         let aborts = route.half_close_aborts && exchange.switched.is_none();
-        let way = exchange.connection.as_ref().and_then(|connection| connection.bypass());
-        Watch { control: exchange.control.clone(), socket, aborts, way, look: Look::default() }
+        let way = exchange.client.connection.as_ref().and_then(|connection| connection.bypass());
+        Watch { control: exchange.client.control.clone(), socket, aborts, way, look: Look::default() }
     }
 
     /// The verdict of filters; the refusal `left` once the client has left. Looks only while they wait. Each filter has

@@ -23,7 +23,7 @@ use crate::phase::Phase;
 
 /// Refuses an exchange of which nothing was sent yet.
 pub async fn refuse(exchange: &mut Exchange, session: &mut ServerSession, refused: &Refused) -> Result<()> {
-    if exchange.grpc.is_some() {
+    if exchange.request.grpc.is_some() {
         return trailers_only(exchange, session, grpc::refusal(refused)?).await;
     }
     let (response, body) = refusal_page(session.req_header(), refused)?;
@@ -52,7 +52,7 @@ fn refusal_page(request: &RequestHeader, refused: &Refused) -> Result<(ResponseH
 
 /// Sends the answer of a filter.
 pub async fn answer(exchange: &mut Exchange, session: &mut ServerSession, answer: Answer) -> Result<()> {
-    if exchange.grpc.is_some()
+    if exchange.request.grpc.is_some()
         && let Some(error) = grpc::answer(&answer)?
     {
         return trailers_only(exchange, session, error).await;
@@ -63,7 +63,7 @@ pub async fn answer(exchange: &mut Exchange, session: &mut ServerSession, answer
 /// Sends the answer that a filter has given in place of that of the endpoint. The filters outside of it have seen its
 /// header.
 pub async fn answer_instead(exchange: &mut Exchange, session: &mut ServerSession, answer: Answer) -> Result<()> {
-    if exchange.grpc.is_some()
+    if exchange.request.grpc.is_some()
         && let Some(error) = grpc::answer(&answer)?
     {
         return trailers_only(exchange, session, error).await;
@@ -74,10 +74,10 @@ pub async fn answer_instead(exchange: &mut Exchange, session: &mut ServerSession
 /// Answers a gRPC call with one frame: a header that ends the stream.
 async fn trailers_only(exchange: &mut Exchange, session: &mut ServerSession, answer: TrailersOnly) -> Result<()> {
     let TrailersOnly { code, stands_for, header: mut fields } = answer;
-    if let Some(call) = &mut exchange.grpc {
+    if let Some(call) = &mut exchange.request.grpc {
         call.refused(code, stands_for);
     }
-    if exchange.is_grpc_web() {
+    if exchange.request.is_grpc_web() {
         web::to_client(&mut fields)?;
         fields.insert_header(header::CONTENT_LENGTH, 0)?;
     }
@@ -156,8 +156,8 @@ pub async fn drain(exchange: &mut Exchange, client: &mut Box<ServerSession>) {
     exchange.enter(Phase::Write);
     let released = Instant::now();
     let drained = link.drain().await;
-    if exchange.held.is_some() {
-        exchange.saved = released.elapsed();
+    if exchange.attempts.busy.held.is_some() {
+        exchange.attempts.busy.saved = released.elapsed();
     }
     if drained.is_ok() && link.reclaim(client) {
         return;
@@ -176,7 +176,7 @@ pub async fn cut_if_begun(exchange: &mut Exchange, client: &mut Box<ServerSessio
     {
         if link.begun() && !link.framed() && !link.is_http2() {
             // Before the write under way is dropped, and its connection with it.
-            exchange.connection.iter().for_each(|connection| connection.close_with_reset());
+            exchange.client.connection.iter().for_each(|connection| connection.close_with_reset());
         }
         link.abandon();
         if !link.reclaim(client) {
@@ -201,29 +201,30 @@ fn cut(exchange: &mut Exchange, session: &mut ServerSession, error: Option<&Erro
     if reset(exchange, error) {
         return;
     }
-    if let Some(connection) = exchange.connection.as_ref().filter(|_| !framed) {
+    if let Some(connection) = exchange.client.connection.as_ref().filter(|_| !framed) {
         connection.close_with_reset();
     }
     // What came of the answer is sent before the connection goes.
     end_connection(exchange, session);
-    exchange.connection.iter().for_each(|connection| connection.break_off());
-    exchange.closes = true;
+    exchange.client.connection.iter().for_each(|connection| connection.break_off());
+    exchange.client.closes = true;
 }
 
 /// No request is to follow on the client's connection, if it is of HTTP/1.
 pub fn end_connection(exchange: &Exchange, session: &mut ServerSession) {
     session.set_keepalive(None);
     exchange
+        .client
         .connection
         .iter()
-        .filter(|_| exchange.control.is_none())
+        .filter(|_| exchange.client.control.is_none())
         .for_each(|connection| connection.end_after_answer());
 }
 
 /// Resets the stream of an exchange of HTTP/2: Pingora would else end it in good order if it does not know of the
 /// failure. `false`: it is one of HTTP/1.
 fn reset(exchange: &Exchange, error: Option<&Error>) -> bool {
-    let Some(control) = &exchange.control else { return false };
+    let Some(control) = &exchange.client.control else { return false };
     control.reset(grpc::reset_code(exchange.refusal.unwrap_or(&refusal::INTERNAL), error));
     true
 }

@@ -1,0 +1,133 @@
+//! Where an exchange is in its life: its phase, the times of the phases before, and those who watch it go on.
+
+use std::time::Instant;
+
+use crate::client::connection::Begin;
+use crate::eventloop::{own_time, worker};
+use crate::metrics::{Metrics, Seat};
+use crate::phase::journal::{self, Journal, Note, Passed, Tick};
+use crate::phase::{Clock, Phase};
+
+/// See the module.
+pub struct Progress {
+    /// Which phase it is in, and what it spent where.
+    pub clock: Clock,
+    /// When the first byte of its request came.
+    pub begun: Instant,
+    /// Counts it among the exchanges of its phase.
+    seat: Seat,
+    /// What it does when, while a recording runs or its trace is sampled.
+    journal: Option<Box<Journal>>,
+}
+
+impl Progress {
+    /// Begins in phase `route`, with what the connection knows of the phases before.
+    pub fn begin(begin: Option<&Begin>, metrics: &Metrics) -> Progress {
+        let now = Instant::now();
+        let begun = begin.map_or(now, |begin| begin.header_since);
+        let mut clock = Clock::start(Phase::Header, begun);
+        if let Some(accept) = begin.and_then(|begin| begin.accept) {
+            clock.credit(Phase::Accept, accept);
+        }
+        if let Some(handshake) = begin.and_then(|begin| begin.handshake) {
+            clock.credit(Phase::Handshake, handshake);
+        }
+        let routed = begin.map_or(now, |begin| begin.header_done);
+        clock.enter(Phase::Route, routed);
+        worker::enter(Phase::Route);
+        let seat = metrics.enter_phase(Phase::Route, routed);
+        let journal = journal::wanted().then(|| Box::new(opened(begin, routed)));
+        Progress { clock, begun, seat, journal }
+    }
+
+    /// The phase that it is in.
+    pub fn phase(&self) -> Phase {
+        self.clock.phase()
+    }
+
+    /// Goes on to another phase. `passed` is asked for the bytes of bodies so far if a journal is kept.
+    pub(super) fn enter(&mut self, phase: Phase, now: Instant, passed: impl FnOnce() -> Passed) {
+        self.clock.enter(phase, now);
+        self.seat.enter(phase, now);
+        worker::enter(phase);
+        if let Some(journal) = &mut self.journal {
+            journal.enter(phase, note(now, passed()));
+        }
+    }
+
+    /// Keeps a journal from here on, if none is kept yet. The exchange is in `route`.
+    pub(super) fn keep_journal(&mut self) {
+        if self.journal.is_none() {
+            let routed = self.clock.since();
+            let header = self.clock.spent(Phase::Header).unwrap_or_default();
+            let since = Tick { at: routed.checked_sub(header).unwrap_or(routed), cycle: None };
+            let mut journal = Journal::begin(Phase::Header, Note::early(since));
+            journal.enter(Phase::Route, Note::early(Tick { at: routed, cycle: worker::cycle() }));
+            self.journal = Some(Box::new(journal));
+        }
+    }
+
+    /// The journal, if one was kept, ended now with these bytes of bodies.
+    pub fn close_journal(&mut self, now: Instant, passed: Passed) -> Option<Box<Journal>> {
+        let mut journal = self.journal.take()?;
+        let answered = journal.passed().answered;
+        journal.end(note(now, Passed { answered, ..passed }));
+        Some(journal)
+    }
+}
+
+fn note(now: Instant, passed: Passed) -> Note {
+    Note { tick: Tick { at: now, cycle: worker::cycle() }, passed, own: own_time(now) }
+}
+
+/// A journal with what came before the exchange had a context; `routed` is when it got one.
+fn opened(begin: Option<&Begin>, routed: Instant) -> Journal {
+    let route = Note::early(Tick { at: routed, cycle: worker::cycle() });
+    let Some(begin) = begin else { return Journal::begin(Phase::Route, route) };
+    let header = Note::early(Tick { at: begin.header_since, cycle: begin.header_in });
+    let mut journal = match begin.accept {
+        Some(_) => {
+            let connection = &begin.connection;
+            let accepted = Tick { at: connection.accepted, cycle: connection.accepted_in.as_deref().copied() };
+            let mut journal = Journal::begin(Phase::Accept, Note::early(accepted));
+            if let Some((begun, took)) = connection.handshake() {
+                let at = |at| Note::early(Tick { at, cycle: None });
+                journal.enter(Phase::Handshake, at(begun));
+                journal.enter(Phase::Accept, at(begun + took));
+            }
+            journal.enter(Phase::Header, header);
+            journal
+        }
+        None => Journal::begin(Phase::Header, header),
+    };
+    journal.enter(Phase::Route, route);
+    journal
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+    use crate::error::refusal;
+
+    #[test]
+    fn each_phase_is_entered_in_the_clock_the_gauges_and_the_journal_at_once() {
+        let metrics = Metrics::new(u64::MAX, refusal::ALL.to_vec());
+        let mut progress = Progress::begin(None, &metrics);
+        progress.keep_journal();
+        let later = progress.clock.since() + Duration::from_millis(5);
+        progress.enter(Phase::Wait, later, || Passed { received: 7, ..Passed::default() });
+        assert_eq!(progress.phase(), Phase::Wait);
+        assert_eq!(progress.clock.spent(Phase::Route), Some(Duration::from_millis(5)));
+        let in_wait = || metrics.phases()[Phase::Wait.index()].active;
+        assert_eq!(in_wait(), 1);
+        let passed = Passed { received: 9, ..Passed::default() };
+        let journal = progress.close_journal(later + Duration::from_millis(1), passed).expect("a journal");
+        let phases: Vec<_> = journal.spans().map(|span| span.phase).collect();
+        assert_eq!(phases, [Phase::Header, Phase::Route, Phase::Wait]);
+        assert!(progress.close_journal(later, Passed::default()).is_none(), "it is closed once");
+        drop(progress);
+        assert_eq!(in_wait(), 0);
+    }
+}
