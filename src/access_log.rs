@@ -2,139 +2,34 @@
 //!
 //! A worker writes the line into a buffer of its own thread and appends it to a queue; `access_log/writer.rs` takes the
 //! lines out in batches and is the only one that waits for the disk. `access_log/line.rs` is how a line looks.
-//! `proxy` makes the [`Record`] in the phase `finish`; `client` makes one for a header that it refused.
+//! It is told of each exchange that is over ([`Finished`]), be it by `proxy` or, for a header that was refused, by
+//! `client`.
 
 pub mod line;
 mod writer;
 
 use std::cell::RefCell;
-use std::fmt;
-use std::net::IpAddr;
 use std::sync::Arc;
-use std::time::{Duration, SystemTime};
 
 use prometheus::IntCounter;
 
 use crate::config::server::{AccessLog as Settings, LogFormat, Query};
 use crate::error::BuildError;
 use crate::expression::named::{Named, Said};
+use crate::finished::Finished;
 use crate::metrics::AccessLogMetrics;
-use crate::phase::{Clock, Phase};
-use crate::spans::TraceId;
 use writer::{Queue, Shared, Sink};
 
 /// What a line says about one exchange.
 ///
-/// In JSON the fields have these names, durations end in `_ms`, and what is `None` is absent; so is what buffering adds
-/// where it did nothing. In the combined format what is `None` is `-`.
+/// In JSON the fields have names of their own, durations end in `_ms`, and what is `None` is absent; so is what buffering
+/// adds where it did nothing. In the combined format what is `None` is `-`.
 #[derive(Clone, Copy, Debug)]
-pub struct Record<'a> {
-    /// When the exchange was over.
-    pub time: SystemTime,
-    /// The name of the listener.
-    pub listener: &'a str,
-    /// The client's address: the peer's, or what a trusted proxy said. `None` on a unix socket.
-    pub client: Option<IpAddr>,
-    /// The method; empty if the header could not be understood.
-    pub method: &'a str,
-    /// The host that was asked for, as it was written.
-    pub host: &'a [u8],
-    /// The target of the request: its path in its one form, and the query as it was written; both as they were written,
-    /// if the header could not be understood.
-    pub target: &'a [u8],
-    /// The version, such as `HTTP/1.1`.
-    pub protocol: &'a str,
-    /// The status the client got; 0 if none was sent. A gRPC call that was refused got 200, and what it would have been
-    /// over HTTP is here.
-    pub status: u16,
-    /// Bytes that came from the client.
-    pub received: u64,
-    /// Bytes that went to the client.
-    pub sent: u64,
-    /// Bytes of both bodies that were held back for the slower side; absent if 0.
-    pub buffered: u64,
-    /// Those of them that were written to disk; absent if 0.
-    pub spilled: u64,
-    /// For how long it had an upstream's connection.
-    pub held: Option<Duration>,
-    /// For how long the client was served after the upstream had been released; absent if 0.
-    pub saved: Duration,
-    /// What the exchange spent where; settled. Phases that it never entered are absent.
-    pub clock: &'a Clock,
-    /// What Forebay itself cost.
-    pub own: Duration,
-    /// The name of the route.
-    pub route: &'a str,
-    /// The name of the upstream that was asked last.
-    pub upstream: Option<&'a str>,
-    /// The endpoint that was asked last, as written in the configuration.
-    pub endpoint: Option<&'a str>,
-    /// How many endpoints were asked.
-    pub attempts: u32,
-    /// Why it went by Pingora's driver and not by ours; absent if it did not.
-    pub handed_over: Option<&'static str>,
-    /// The attempts that came to nothing, in their order; absent if there are none.
-    pub failed: &'a [Failed],
-    /// Why Forebay ended the exchange, if it did.
-    pub reason: Option<&'static str>,
-    /// How a gRPC call went: the endpoint's `grpc-status`, or that of our own answer.
-    pub grpc_status: Option<u16>,
-    /// The id of the request.
-    pub request_id: Option<&'a [u8]>,
-    /// The version of TLS that its client spoke.
-    pub tls: Option<&'a str>,
-    /// Who its client has proved to be, by a certificate.
-    pub client_subject: Option<&'a str>,
-    /// The trace that it belongs to.
-    pub trace: Option<TraceId>,
-    /// Its `Referer`.
-    pub referer: Option<&'a [u8]>,
-    /// Its `User-Agent`.
-    pub user_agent: Option<&'a [u8]>,
+pub struct Line<'a> {
+    /// What is known of the exchange.
+    pub finished: &'a Finished<'a>,
     /// Further fields that the configuration names.
     pub fields: &'a [Said<'a>],
-}
-
-impl<'a> Record<'a> {
-    /// The same without what may be secret: the query of its target, and that of the page that led to it.
-    fn without_queries(&self) -> Record<'a> {
-        let bare = |target: &'a [u8]| target.split(|&byte| byte == b'?').next().unwrap_or_default();
-        Record { target: bare(self.target), referer: self.referer.map(bare), ..*self }
-    }
-}
-
-/// An attempt that came to nothing.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Failed {
-    /// The endpoint, as written in the configuration.
-    pub endpoint: Arc<str>,
-    /// In which phase.
-    pub phase: Phase,
-    /// Why.
-    pub why: Why,
-    /// From the choice of the endpoint on.
-    pub took: Duration,
-}
-
-/// Why an attempt came to nothing.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Why {
-    /// For this reason.
-    Refusal(&'static str),
-    /// Its answer had this status.
-    Status(u16),
-    /// Its answer had this gRPC status.
-    Grpc(u8),
-}
-
-impl fmt::Display for Why {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Why::Refusal(reason) => f.write_str(reason),
-            Why::Status(status) => write!(f, "status {status}"),
-            Why::Grpc(code) => write!(f, "grpc-status {code}"),
-        }
-    }
 }
 
 /// The access log. Dropping it closes it.
@@ -178,20 +73,22 @@ impl AccessLog {
         Ok(Some(AccessLog { fields, format: settings.format, query: settings.query, shared, dropped }))
     }
 
-    /// Adds a line. Never waits for the disk: a line that finds the queue full is dropped and counted.
-    pub fn record(&self, record: &Record<'_>) {
+    /// Adds a line, with these further fields. Never waits for the disk: a line that finds the queue full is dropped and
+    /// counted.
+    pub fn record(&self, finished: &Finished<'_>, fields: &[Said<'_>]) {
         let bare;
-        let record = match self.query {
-            Query::Keep => record,
+        let finished = match self.query {
+            Query::Keep => finished,
             Query::Drop => {
-                bare = record.without_queries();
+                bare = finished.without_queries();
                 &bare
             }
         };
+        let whole = Line { finished, fields };
         LINE.with_borrow_mut(|line| {
             match self.format {
-                LogFormat::Json => line::json(line, record),
-                LogFormat::Combined => line::combined(line, record),
+                LogFormat::Json => line::json(line, &whole),
+                LogFormat::Combined => line::combined(line, &whole),
             }
             if !self.shared.push(line) {
                 self.dropped.inc();
@@ -231,7 +128,9 @@ mod tests {
 
     use super::*;
     use crate::config::units::Count;
+    use crate::finished::Request;
     use crate::metrics::Metrics;
+    use crate::phase::{Clock, Phase};
 
     fn open(path: &Path) -> (AccessLog, Metrics) {
         let metrics = Metrics::new(0, Vec::new());
@@ -242,7 +141,9 @@ mod tests {
 
     fn record(log: &AccessLog, target: &str) {
         let clock = Clock::start(Phase::Header, Instant::now());
-        log.record(&Record { target: target.as_bytes(), ..line::tests::record(&clock) });
+        let finished = line::tests::finished(&clock);
+        let request = Request { target: target.as_bytes(), ..finished.request };
+        log.record(&Finished { request, ..finished }, &[]);
     }
 
     /// The targets of all lines in the file.
@@ -277,7 +178,9 @@ mod tests {
         let clock = Clock::start(Phase::Header, Instant::now());
         for target in ["/cart?token=secret", "/cart?", "/cart"] {
             let referer = Some(&b"https://shop.example/login?token=secret"[..]);
-            log.record(&Record { target: target.as_bytes(), referer, ..line::tests::record(&clock) });
+            let finished = line::tests::finished(&clock);
+            let request = Request { target: target.as_bytes(), referer, ..finished.request };
+            log.record(&Finished { request, ..finished }, &[]);
         }
         log.close();
 

@@ -101,10 +101,11 @@ use pingora::server::ShutdownWatch;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::sync::watch;
 
-use crate::access_log::{AccessLog, Record};
+use crate::access_log::AccessLog;
 use crate::error::{Refusal, refusal};
 use crate::eventloop::{GivenUp, Metered, own_time, worker};
-use crate::metrics::{ConnectionState, Direction, Metrics, RouteMetrics, Summary, UNROUTED};
+use crate::finished::{Client, Finished, Request, Way};
+use crate::metrics::{ConnectionState, Direction, Metrics, RouteMetrics, Summary};
 use crate::party::What;
 use crate::party::wait::{NoClient, within};
 use crate::phase::journal::Cycle;
@@ -184,53 +185,16 @@ impl Desk {
     ) {
         let now = Instant::now();
         clock.settle(now);
-        let own = own_time(now);
-        self.unrouted.record(&Summary {
-            clock,
-            own,
-            blocked: Duration::ZERO,
-            held: None,
-            saved: Duration::ZERO,
-            status: refusal.status,
-            received: 0,
-            sent: 0,
-            refusal: Some(refusal),
-        });
+        let status = refusal.status;
+        let summary = Summary { own: own_time(now), status, refusal: Some(refusal), ..Summary::new(clock) };
+        self.unrouted.record(&summary);
         let Some(log) = &self.log else { return };
         let (method, target) = head::request_line(bytes);
-        log.record(&Record {
-            time: SystemTime::now(),
-            listener: &whose.0.name,
-            client: whose.1.map(|peer| peer.ip()),
-            method,
-            host: b"",
-            target,
-            protocol: "",
-            status: refusal.status,
-            received: 0,
-            sent: 0,
-            buffered: 0,
-            spilled: 0,
-            held: None,
-            saved: Duration::ZERO,
-            clock,
-            own,
-            route: UNROUTED,
-            upstream: None,
-            endpoint: None,
-            attempts: 0,
-            handed_over: None,
-            failed: &[],
-            reason: Some(refusal.reason),
-            grpc_status: None,
-            request_id: None,
-            tls: None,
-            client_subject: None,
-            trace: None,
-            referer: None,
-            user_agent: None,
-            fields: &[],
-        });
+        let finished = Finished {
+            request: Request { method, target, ..Request::default() },
+            ..Finished::new(now, client_of(whose.0, whose.1), summary)
+        };
+        log.record(&finished, &[]);
     }
 }
 
@@ -335,40 +299,25 @@ impl Desk {
         let Some(log) = &self.log else { return };
         let mut clock = Clock::start(Phase::Accept, connection.accepted);
         clock.enter(Phase::Receive, passed.began);
-        clock.settle(Instant::now());
-        log.record(&Record {
-            time: SystemTime::now(),
-            listener: &connection.listener.name,
-            client: connection.peer.map(|peer| peer.ip()),
-            method: "",
-            host: name.unwrap_or_default().as_bytes(),
-            target: b"",
-            protocol: if name.is_some() { "TLS" } else { "TCP" },
-            status: 0,
-            received: passed.received,
-            sent: passed.sent,
-            buffered: 0,
-            spilled: 0,
-            held: None,
-            saved: Duration::ZERO,
-            clock: &clock,
-            own: Duration::ZERO,
-            route: UNROUTED,
-            upstream: Some(&relay.upstream.name),
-            endpoint: passed.endpoint.as_deref(),
-            attempts: passed.attempts,
-            handed_over: None,
-            failed: &[],
-            reason: passed.refusal.map(|refusal| refusal.reason),
-            grpc_status: None,
-            request_id: None,
-            tls: None,
-            client_subject: None,
-            trace: None,
-            referer: None,
-            user_agent: None,
-            fields: &[],
-        });
+        let now = Instant::now();
+        clock.settle(now);
+        let Passed { received, sent, refusal, .. } = *passed;
+        let summary = Summary { received, sent, refusal, ..Summary::new(&clock) };
+        let finished = Finished {
+            request: Request {
+                host: name.unwrap_or_default().as_bytes(),
+                protocol: if name.is_some() { "TLS" } else { "TCP" },
+                ..Request::default()
+            },
+            way: Way {
+                upstream: Some(&relay.upstream.name),
+                endpoint: passed.endpoint.as_deref(),
+                attempts: passed.attempts,
+                ..Way::default()
+            },
+            ..Finished::new(now, client_of(&connection.listener, connection.peer), summary)
+        };
+        log.record(&finished, &[]);
     }
 
     /// Answers a connection that is not let in.
@@ -378,6 +327,11 @@ impl Desk {
         let Some(_hears) = Hearing::enter(&self.turned_away) else { return };
         turn_away(io, refusal).await;
     }
+}
+
+/// Who came to this listener, as the access log has it.
+fn client_of(listener: &Listener, peer: Option<SocketAddr>) -> Client<'_> {
+    Client { listener: &listener.name, address: peer.map(|peer| peer.ip()), peer, ..Client::default() }
 }
 
 /// Answers in clear text, in little time: it reads what was sent, lest a reset overtakes the answer.

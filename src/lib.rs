@@ -14,6 +14,7 @@ pub mod eventloop;
 pub mod expression;
 pub mod files;
 pub mod filter;
+pub mod finished;
 pub mod framing;
 pub mod gateway;
 pub mod import;

@@ -15,6 +15,7 @@ use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 use tokio::sync::mpsc::{Receiver, Sender, channel};
 
+use crate::finished::Finished;
 use crate::phase::journal::{Journal, Span, Want};
 
 /// The most exchanges of one recording.
@@ -33,40 +34,6 @@ pub struct Wanted {
     pub status: Option<(u16, u16)>,
     /// How long they took at least.
     pub slower_than: Option<Duration>,
-}
-
-/// What is known of an exchange that has ended.
-pub struct Ended<'e> {
-    /// When.
-    pub at: Instant,
-    /// The listener.
-    pub listener: &'e str,
-    /// The client's address.
-    pub client: Option<IpAddr>,
-    /// The method.
-    pub method: &'e str,
-    /// The path, in its one form.
-    pub path: &'e str,
-    /// The protocol.
-    pub protocol: &'static str,
-    /// The status that the client got.
-    pub status: u16,
-    /// Why Forebay ended it, if it did.
-    pub reason: Option<&'static str>,
-    /// The route.
-    pub route: &'e str,
-    /// The upstream.
-    pub upstream: Option<&'e str>,
-    /// The endpoint of the last attempt.
-    pub endpoint: Option<&'e str>,
-    /// How often an endpoint was chosen.
-    pub attempts: u32,
-    /// Bytes of bodies, from the client and to it.
-    pub bytes: (u64, u64),
-    /// What Forebay itself spent on it.
-    pub own: Duration,
-    /// The trace that it belongs to.
-    pub trace: Option<String>,
 }
 
 /// An exchange, with all of its phases.
@@ -210,42 +177,43 @@ impl Recorder {
         !self.0.running.load().is_empty()
     }
 
-    /// Tells of an exchange that has ended.
-    pub fn ended(&self, ended: &Ended<'_>, journal: &Journal) {
+    /// Tells of an exchange that is over.
+    pub fn ended(&self, finished: &Finished<'_>, journal: &Journal) {
         let mut recorded = None;
         for running in self.0.running.load().iter() {
-            let total = ended.at.saturating_duration_since(journal.began().at);
-            if running.wanted.takes(ended, total) && running.takes_one() {
-                let recorded = recorded.get_or_insert_with(|| Arc::new(self.recorded(ended, journal, total)));
+            let total = finished.at.saturating_duration_since(journal.began().at);
+            if running.wanted.takes(finished, total) && running.takes_one() {
+                let recorded = recorded.get_or_insert_with(|| Arc::new(self.recorded(finished, journal, total)));
                 // There is a place for each; an error would mean that nobody listens any more.
                 let _ = running.send.try_send(recorded.clone());
             }
         }
     }
 
-    fn recorded(&self, ended: &Ended<'_>, journal: &Journal, total: Duration) -> Recorded {
+    fn recorded(&self, finished: &Finished<'_>, journal: &Journal, total: Duration) -> Recorded {
         let began = journal.began().at;
         let text = |text: Option<&str>| text.map(str::to_owned);
-        let time = SystemTime::now().checked_sub(ended.at.elapsed() + total).unwrap_or(SystemTime::UNIX_EPOCH);
+        let time = finished.time.checked_sub(total).unwrap_or(SystemTime::UNIX_EPOCH);
+        let Finished { client, request, way, summary, .. } = finished;
         Recorded {
             time: humantime::format_rfc3339_micros(time).to_string(),
             began_seconds: began.saturating_duration_since(self.0.epoch).as_secs_f64(),
             total_seconds: total.as_secs_f64(),
-            own_seconds: ended.own.as_secs_f64(),
-            listener: ended.listener.to_owned(),
-            client: ended.client,
-            method: ended.method.to_owned(),
-            path: ended.path.to_owned(),
-            protocol: ended.protocol.to_owned(),
-            status: ended.status,
-            reason: text(ended.reason),
-            route: ended.route.to_owned(),
-            upstream: text(ended.upstream),
-            endpoint: text(ended.endpoint),
-            attempts: ended.attempts,
-            received: ended.bytes.0,
-            sent: ended.bytes.1,
-            trace: ended.trace.clone(),
+            own_seconds: summary.own.as_secs_f64(),
+            listener: client.listener.to_owned(),
+            client: client.address,
+            method: request.method.to_owned(),
+            path: String::from_utf8_lossy(finished.path()).into_owned(),
+            protocol: request.protocol.to_owned(),
+            status: summary.status,
+            reason: text(finished.reason()),
+            route: way.route.to_owned(),
+            upstream: text(way.upstream),
+            endpoint: text(way.endpoint),
+            attempts: way.attempts,
+            received: summary.received,
+            sent: summary.sent,
+            trace: finished.trace.map(|trace| trace.to_string()),
             phases: journal.spans().map(|span| RecordedPhase::of(span, began)).collect(),
             left_out: journal.left_out(),
         }
@@ -280,11 +248,11 @@ impl Running {
 }
 
 impl Wanted {
-    fn takes(&self, ended: &Ended<'_>, total: Duration) -> bool {
-        self.route.as_deref().is_none_or(|route| route == ended.route)
-            && self.client.is_none_or(|net| ended.client.is_some_and(|client| net.contains(&client)))
-            && self.path.as_deref().is_none_or(|path| ended.path.starts_with(path))
-            && self.status.is_none_or(|(from, to)| (from..=to).contains(&ended.status))
+    fn takes(&self, finished: &Finished<'_>, total: Duration) -> bool {
+        self.route.as_deref().is_none_or(|route| route == finished.way.route)
+            && self.client.is_none_or(|net| finished.client.address.is_some_and(|client| net.contains(&client)))
+            && self.path.as_deref().is_none_or(|path| finished.path().starts_with(path.as_bytes()))
+            && self.status.is_none_or(|(from, to)| (from..=to).contains(&finished.summary.status))
             && self.slower_than.is_none_or(|least| total >= least)
     }
 }
@@ -292,26 +260,17 @@ impl Wanted {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::phase::Phase;
+    use crate::finished::{Client, Request, Way};
+    use crate::metrics::Summary;
     use crate::phase::journal::{Note, Tick};
+    use crate::phase::{Clock, Phase};
 
-    fn ended<'e>(at: Instant, route: &'e str, status: u16) -> Ended<'e> {
-        Ended {
-            at,
-            listener: "web",
-            client: Some([192, 0, 2, 7].into()),
-            method: "GET",
-            path: "/a/b",
-            protocol: "HTTP/1.1",
-            status,
-            reason: None,
-            route,
-            upstream: None,
-            endpoint: None,
-            attempts: 0,
-            bytes: (0, 0),
-            own: Duration::ZERO,
-            trace: None,
+    fn ended<'e>(clock: &'e Clock, at: Instant, route: &'e str, status: u16) -> Finished<'e> {
+        let client = Client { listener: "web", address: Some([192, 0, 2, 7].into()), ..Client::default() };
+        Finished {
+            request: Request { method: "GET", target: b"/a/b?c", protocol: "HTTP/1.1", ..Request::default() },
+            way: Way { route, ..Way::default() },
+            ..Finished::new(at, client, Summary { status, ..Summary::new(clock) })
         }
     }
 
@@ -327,7 +286,9 @@ mod tests {
     async fn a_recording_has_the_next_so_many_that_are_wanted_and_no_more() {
         let recorder = Recorder::default();
         let begin = Instant::now();
-        let tell = |route| recorder.ended(&ended(begin + Duration::from_millis(10), route, 200), &journal(begin));
+        let clock = Clock::start(Phase::Header, begin);
+        let end = begin + Duration::from_millis(10);
+        let tell = |route| recorder.ended(&ended(&clock, end, route, 200), &journal(begin));
         tell("shop");
         let mut recording = recorder.record(Wanted { route: Some("shop".to_owned()), ..Wanted::default() }, 2);
         ["other", "shop", "shop", "shop"].into_iter().for_each(tell);
@@ -345,7 +306,8 @@ mod tests {
     #[test]
     fn what_is_wanted_must_hold_altogether() {
         let now = Instant::now();
-        let takes = |wanted: Wanted| wanted.takes(&ended(now, "shop", 503), Duration::from_millis(10));
+        let clock = Clock::start(Phase::Header, now);
+        let takes = |wanted: Wanted| wanted.takes(&ended(&clock, now, "shop", 503), Duration::from_millis(10));
         assert!(takes(Wanted::default()));
         let all = Wanted {
             route: Some("shop".to_owned()),

@@ -8,45 +8,45 @@ use std::cell::Cell;
 use std::io::Write;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use super::Record;
+use super::Line;
 use crate::phase::{Clock, Phase};
 use crate::printable::{address, digits, escape, steers};
 
 /// One JSON object. What is not UTF-8 is written `\xNN`, as text.
 ///
 /// The phases stand in one object, in the order of the life of an exchange.
-pub(super) fn json(line: &mut Vec<u8>, record: &Record<'_>) {
+pub(super) fn json(line: &mut Vec<u8>, &Line { finished, fields }: &Line<'_>) {
     line.extend_from_slice(b"{\"time\":\"");
-    line.extend_from_slice(&rfc3339(record.time));
+    line.extend_from_slice(&rfc3339(finished.time));
     line.push(b'"');
-    json_text(line, "listener", record.listener.as_bytes());
-    if let Some(client) = record.client {
+    json_text(line, "listener", finished.client.listener.as_bytes());
+    if let Some(client) = finished.client.address {
         line.extend_from_slice(b",\"client\":\"");
         address(line, client);
         line.push(b'"');
     }
-    json_text(line, "method", record.method.as_bytes());
-    json_text(line, "host", record.host);
-    json_text(line, "target", record.target);
-    json_text(line, "protocol", record.protocol.as_bytes());
-    number(line, ",\"status\":", record.status.into());
-    number(line, ",\"received\":", record.received);
-    number(line, ",\"sent\":", record.sent);
-    millis(line, ",\"total_ms\":", total(record.clock));
-    millis(line, ",\"own_ms\":", micros(record.own));
+    json_text(line, "method", finished.request.method.as_bytes());
+    json_text(line, "host", finished.request.host);
+    json_text(line, "target", finished.request.target);
+    json_text(line, "protocol", finished.request.protocol.as_bytes());
+    number(line, ",\"status\":", finished.summary.status.into());
+    number(line, ",\"received\":", finished.summary.received);
+    number(line, ",\"sent\":", finished.summary.sent);
+    millis(line, ",\"total_ms\":", total(finished.summary.clock));
+    millis(line, ",\"own_ms\":", micros(finished.summary.own));
     line.extend_from_slice(b",\"phases\":{");
-    for (place, (phase, spent)) in visited(record.clock).enumerate() {
+    for (place, (phase, spent)) in visited(finished.summary.clock).enumerate() {
         line.extend_from_slice(if place == 0 { b"\"" } else { b",\"" });
         line.extend_from_slice(phase.name().as_bytes());
         millis(line, "\":", spent);
     }
     line.push(b'}');
-    json_text(line, "route", record.route.as_bytes());
-    json_option(line, "upstream", record.upstream.map(str::as_bytes));
-    json_option(line, "endpoint", record.endpoint.map(str::as_bytes));
-    number(line, ",\"attempts\":", record.attempts.into());
-    json_option(line, "handed_over", record.handed_over.map(str::as_bytes));
-    for (place, failed) in record.failed.iter().enumerate() {
+    json_text(line, "route", finished.way.route.as_bytes());
+    json_option(line, "upstream", finished.way.upstream.map(str::as_bytes));
+    json_option(line, "endpoint", finished.way.endpoint.map(str::as_bytes));
+    number(line, ",\"attempts\":", finished.way.attempts.into());
+    json_option(line, "handed_over", finished.way.handed_over.map(str::as_bytes));
+    for (place, failed) in finished.way.failed.iter().enumerate() {
         line.extend_from_slice(if place == 0 { b",\"failed\":[{" } else { b",{" });
         line.extend_from_slice(b"\"endpoint\":\"");
         escape_json(line, failed.endpoint.as_bytes());
@@ -54,105 +54,105 @@ pub(super) fn json(line: &mut Vec<u8>, record: &Record<'_>) {
         millis(line, ",\"ms\":", micros(failed.took));
         line.push(b'}');
     }
-    if !record.failed.is_empty() {
+    if !finished.way.failed.is_empty() {
         line.push(b']');
     }
-    if record.buffered > 0 {
-        number(line, ",\"buffered\":", record.buffered);
+    if finished.buffered > 0 {
+        number(line, ",\"buffered\":", finished.buffered);
     }
-    if record.spilled > 0 {
-        number(line, ",\"spilled\":", record.spilled);
+    if finished.spilled > 0 {
+        number(line, ",\"spilled\":", finished.spilled);
     }
-    if let Some(held) = record.held {
+    if let Some(held) = finished.summary.held {
         millis(line, ",\"held_ms\":", micros(held));
     }
-    if !record.saved.is_zero() {
-        millis(line, ",\"saved_ms\":", micros(record.saved));
+    if !finished.summary.saved.is_zero() {
+        millis(line, ",\"saved_ms\":", micros(finished.summary.saved));
     }
-    json_option(line, "reason", record.reason.map(str::as_bytes));
-    if let Some(status) = record.grpc_status {
+    json_option(line, "reason", finished.reason().map(str::as_bytes));
+    if let Some(status) = finished.grpc_status {
         number(line, ",\"grpc_status\":", status.into());
     }
-    json_option(line, "request_id", record.request_id);
-    json_option(line, "tls", record.tls.map(str::as_bytes));
-    json_option(line, "client_subject", record.client_subject.map(str::as_bytes));
-    if let Some(trace) = record.trace {
+    json_option(line, "request_id", finished.request.id);
+    json_option(line, "tls", finished.client.tls.map(str::as_bytes));
+    json_option(line, "client_subject", finished.client.subject.map(str::as_bytes));
+    if let Some(trace) = finished.trace {
         put(line, format_args!(",\"trace_id\":\"{trace}\""));
     }
-    json_option(line, "referer", record.referer);
-    json_option(line, "user_agent", record.user_agent);
-    record.fields.iter().for_each(|(name, text)| json_text(line, name, text));
+    json_option(line, "referer", finished.request.referer);
+    json_option(line, "user_agent", finished.request.user_agent);
+    fields.iter().for_each(|(name, text)| json_text(line, name, text));
     line.extend_from_slice(b"}\n");
 }
 
 /// The combined format of Apache and nginx, and behind it `key=value` for what it does not have.
 ///
 /// Bytes other than printable ASCII, and `"` and `\`, are written `\xNN`, as nginx does.
-pub(super) fn combined(line: &mut Vec<u8>, record: &Record<'_>) {
-    match record.client {
+pub(super) fn combined(line: &mut Vec<u8>, &Line { finished, fields }: &Line<'_>) {
+    match finished.client.address {
         Some(client) => address(line, client),
         None => line.push(b'-'),
     }
     line.extend_from_slice(b" - - [");
-    line.extend_from_slice(&common_log_time(record.time));
+    line.extend_from_slice(&common_log_time(finished.time));
     line.extend_from_slice(b"] \"");
-    if record.method.is_empty() {
+    if finished.request.method.is_empty() {
         line.push(b'-');
     } else {
-        escape_combined(line, record.method.as_bytes());
+        escape_combined(line, finished.request.method.as_bytes());
         line.push(b' ');
-        escape_combined(line, record.target);
+        escape_combined(line, finished.request.target);
         line.push(b' ');
-        escape_combined(line, record.protocol.as_bytes());
+        escape_combined(line, finished.request.protocol.as_bytes());
     }
-    put(line, format_args!("\" {:03}", record.status));
-    number(line, " ", record.sent);
-    combined_text(line, " ", record.referer);
-    combined_text(line, " ", record.user_agent);
-    millis(line, " total_ms=", total(record.clock));
-    millis(line, " own_ms=", micros(record.own));
+    put(line, format_args!("\" {:03}", finished.summary.status));
+    number(line, " ", finished.summary.sent);
+    combined_text(line, " ", finished.request.referer);
+    combined_text(line, " ", finished.request.user_agent);
+    millis(line, " total_ms=", total(finished.summary.clock));
+    millis(line, " own_ms=", micros(finished.summary.own));
     line.extend_from_slice(b" phases=\"");
-    for (place, (phase, spent)) in visited(record.clock).enumerate() {
+    for (place, (phase, spent)) in visited(finished.summary.clock).enumerate() {
         line.extend_from_slice(if place == 0 { b"" } else { b" " });
         line.extend_from_slice(phase.name().as_bytes());
         millis(line, "=", spent);
     }
     line.push(b'"');
-    combined_text(line, " listener=", Some(record.listener.as_bytes()));
-    combined_text(line, " host=", Some(record.host));
-    number(line, " received=", record.received);
-    combined_text(line, " route=", Some(record.route.as_bytes()));
-    combined_text(line, " upstream=", record.upstream.map(str::as_bytes));
-    combined_text(line, " endpoint=", record.endpoint.map(str::as_bytes));
-    number(line, " attempts=", record.attempts.into());
-    for (place, failed) in record.failed.iter().enumerate() {
+    combined_text(line, " listener=", Some(finished.client.listener.as_bytes()));
+    combined_text(line, " host=", Some(finished.request.host));
+    number(line, " received=", finished.summary.received);
+    combined_text(line, " route=", Some(finished.way.route.as_bytes()));
+    combined_text(line, " upstream=", finished.way.upstream.map(str::as_bytes));
+    combined_text(line, " endpoint=", finished.way.endpoint.map(str::as_bytes));
+    number(line, " attempts=", finished.way.attempts.into());
+    for (place, failed) in finished.way.failed.iter().enumerate() {
         line.extend_from_slice(if place == 0 { b" failed=\"" } else { b", " });
         escape_combined(line, failed.endpoint.as_bytes());
         put(line, format_args!(" {} {}", failed.phase.name(), failed.why));
         millis(line, " ", micros(failed.took));
     }
-    line.extend_from_slice(if record.failed.is_empty() { b" failed=-" } else { b"\"" });
-    combined_text(line, " handed_over=", record.handed_over.map(str::as_bytes));
-    combined_text(line, " reason=", record.reason.map(str::as_bytes));
-    match record.grpc_status {
+    line.extend_from_slice(if finished.way.failed.is_empty() { b" failed=-" } else { b"\"" });
+    combined_text(line, " handed_over=", finished.way.handed_over.map(str::as_bytes));
+    combined_text(line, " reason=", finished.reason().map(str::as_bytes));
+    match finished.grpc_status {
         Some(status) => number(line, " grpc_status=", status.into()),
         None => line.extend_from_slice(b" grpc_status=-"),
     }
-    combined_text(line, " request_id=", record.request_id);
-    number(line, " buffered=", record.buffered);
-    number(line, " spilled=", record.spilled);
-    match record.held {
+    combined_text(line, " request_id=", finished.request.id);
+    number(line, " buffered=", finished.buffered);
+    number(line, " spilled=", finished.spilled);
+    match finished.summary.held {
         Some(held) => millis(line, " held_ms=", micros(held)),
         None => line.extend_from_slice(b" held_ms=-"),
     }
-    millis(line, " saved_ms=", micros(record.saved));
-    combined_text(line, " tls=", record.tls.map(str::as_bytes));
-    combined_text(line, " client_subject=", record.client_subject.map(str::as_bytes));
-    match record.trace {
+    millis(line, " saved_ms=", micros(finished.summary.saved));
+    combined_text(line, " tls=", finished.client.tls.map(str::as_bytes));
+    combined_text(line, " client_subject=", finished.client.subject.map(str::as_bytes));
+    match finished.trace {
         Some(trace) => put(line, format_args!(" trace_id={trace}")),
         None => line.extend_from_slice(b" trace_id=-"),
     }
-    for (name, text) in record.fields {
+    for (name, text) in fields {
         line.push(b' ');
         line.extend_from_slice(name.as_bytes());
         combined_text(line, "=", Some(text));
@@ -319,9 +319,12 @@ pub(super) mod tests {
     use proptest::prelude::*;
     use serde_json::Value;
 
-    use super::super::{Failed, Why};
     use super::*;
     use crate::config::server::AccessLog;
+    use crate::error::refusal;
+    use crate::expression::named::Said;
+    use crate::finished::{Client, Failed, Finished, Request, Way, Why};
+    use crate::metrics::Summary;
     use crate::spans::TraceId;
 
     proptest! {
@@ -356,52 +359,43 @@ pub(super) mod tests {
         clock
     }
 
-    pub(in super::super) fn record(clock: &Clock) -> Record<'_> {
-        Record {
+    pub(in super::super) fn finished(clock: &Clock) -> Finished<'_> {
+        let own = Duration::from_micros(41);
+        let summary = Summary { own, status: 200, received: 310, sent: 5_120, ..Summary::new(clock) };
+        let client = Client { listener: "web", address: Some([192, 0, 2, 7].into()), ..Client::default() };
+        Finished {
             time: time(),
-            listener: "web",
-            client: Some([192, 0, 2, 7].into()),
-            method: "GET",
-            host: b"shop.example.com",
-            target: b"/cart?id=7",
-            protocol: "HTTP/1.1",
-            status: 200,
-            received: 310,
-            sent: 5_120,
-            buffered: 0,
-            spilled: 0,
-            held: None,
-            saved: Duration::ZERO,
-            clock,
-            own: Duration::from_micros(41),
-            route: "shop",
-            upstream: Some("app"),
-            endpoint: Some("127.0.0.1:3000"),
-            attempts: 1,
-            handed_over: None,
-            failed: &[],
-            reason: None,
-            grpc_status: None,
-            request_id: None,
-            tls: None,
-            client_subject: None,
-            trace: None,
-            referer: None,
-            user_agent: Some(b"curl/8.5.0"),
-            fields: &[],
+            request: Request {
+                method: "GET",
+                host: b"shop.example.com",
+                target: b"/cart?id=7",
+                protocol: "HTTP/1.1",
+                user_agent: Some(b"curl/8.5.0"),
+                ..Request::default()
+            },
+            way: Way {
+                route: "shop",
+                upstream: Some("app"),
+                endpoint: Some("127.0.0.1:3000"),
+                attempts: 1,
+                ..Way::default()
+            },
+            ..Finished::new(Instant::now(), client, summary)
         }
     }
 
-    fn json_of(record: &Record<'_>) -> String {
+    fn written(write: fn(&mut Vec<u8>, &Line<'_>), finished: &Finished<'_>, fields: &[Said<'_>]) -> String {
         let mut line = Vec::new();
-        json(&mut line, record);
+        write(&mut line, &Line { finished, fields });
         String::from_utf8(line).unwrap()
     }
 
-    fn combined_of(record: &Record<'_>) -> String {
-        let mut line = Vec::new();
-        combined(&mut line, record);
-        String::from_utf8(line).unwrap()
+    fn json_of(finished: &Finished<'_>) -> String {
+        written(json, finished, &[])
+    }
+
+    fn combined_of(finished: &Finished<'_>) -> String {
+        written(combined, finished, &[])
     }
 
     #[test]
@@ -416,7 +410,7 @@ pub(super) mod tests {
             r#""user_agent":"curl/8.5.0"}"#,
             "\n",
         );
-        assert_eq!(json_of(&record(&clock)), expected);
+        assert_eq!(json_of(&finished(&clock)), expected);
     }
 
     #[test]
@@ -424,12 +418,12 @@ pub(super) mod tests {
         let clock = clock();
         let fields =
             [("tenant", Cow::Borrowed(b"shop".as_slice())), ("who", Cow::Borrowed(b"a\"\r\nb\xff".as_slice()))];
-        let record = Record { fields: &fields, ..record(&clock) };
-        let line = json_of(&record);
+        let finished = finished(&clock);
+        let line = written(json, &finished, &fields);
         assert_eq!(line.matches('\n').count(), 1);
         let json: Value = serde_json::from_str(&line).unwrap();
         assert_eq!((json["tenant"].as_str(), json["who"].as_str()), (Some("shop"), Some("a\"\r\nb\\xFF")));
-        let line = combined_of(&record);
+        let line = written(combined, &finished, &fields);
         assert!(line.ends_with(" tenant=\"shop\" who=\"a\\x22\\x0D\\x0Ab\\xFF\"\n"), "{line}");
         assert_eq!(line.matches('\n').count(), 1);
     }
@@ -438,22 +432,20 @@ pub(super) mod tests {
     fn every_field_of_a_line_is_reserved() {
         let clock = clock();
         let failed = [Failed { endpoint: "a".into(), phase: Phase::Wait, why: Why::Status(503), took: Duration::ZERO }];
-        let record = Record {
-            buffered: 1,
-            spilled: 1,
-            held: Some(Duration::from_secs(1)),
-            saved: Duration::from_secs(1),
-            failed: &failed,
-            reason: Some("wait.timeout"),
-            grpc_status: Some(14),
-            request_id: Some(b"x"),
-            tls: Some("TLSv1.3"),
-            client_subject: Some("CN=x"),
-            trace: Some(TraceId(7)),
-            referer: Some(b"x"),
-            ..record(&clock)
-        };
-        let json: Value = serde_json::from_str(&json_of(&record)).unwrap();
+        let mut finished = finished(&clock);
+        finished.buffered = 1;
+        finished.spilled = 1;
+        finished.summary.held = Some(Duration::from_secs(1));
+        finished.summary.saved = Duration::from_secs(1);
+        finished.way.failed = &failed;
+        finished.summary.refusal = Some(&refusal::WAIT_TIMEOUT);
+        finished.grpc_status = Some(14);
+        finished.request.id = Some(b"x");
+        finished.client.tls = Some("TLSv1.3");
+        finished.client.subject = Some("CN=x");
+        finished.trace = Some(TraceId(7));
+        finished.request.referer = Some(b"x");
+        let json: Value = serde_json::from_str(&json_of(&finished)).unwrap();
         let found: std::collections::BTreeSet<&str> = json.as_object().unwrap().keys().map(String::as_str).collect();
         assert_eq!(found, AccessLog::FIELDS.iter().copied().collect());
     }
@@ -461,7 +453,9 @@ pub(super) mod tests {
     #[test]
     fn a_combined_line_begins_as_apache_and_nginx_write_it() {
         let clock = clock();
-        let record = Record { referer: Some(b"a \"quote\""), reason: Some("wait.timeout"), ..record(&clock) };
+        let mut finished = finished(&clock);
+        finished.request.referer = Some(b"a \"quote\"");
+        finished.summary.refusal = Some(&refusal::WAIT_TIMEOUT);
         let expected = concat!(
             r#"192.0.2.7 - - [10/Oct/2000:13:55:36 +0000] "GET /cart?id=7 HTTP/1.1" 200 5120 "a \x22quote\x22" "curl/8.5.0""#,
             r#" total_ms=5.129 own_ms=0.041 phases="header=0.120 wait=5.000 finish=0.009""#,
@@ -469,23 +463,21 @@ pub(super) mod tests {
             r#" attempts=1 failed=- handed_over="-" reason="wait.timeout" grpc_status=- request_id="-""#,
             " buffered=0 spilled=0 held_ms=- saved_ms=0.000 tls=\"-\" client_subject=\"-\" trace_id=-\n",
         );
-        assert_eq!(combined_of(&record), expected);
+        assert_eq!(combined_of(&finished), expected);
     }
 
     #[test]
     fn what_was_held_back_and_saved_stands_in_both_formats() {
         let clock = clock();
-        let record = Record {
-            buffered: 4_194_304,
-            spilled: 4_128_768,
-            held: Some(Duration::from_micros(26_400)),
-            saved: Duration::from_micros(2_097_001),
-            ..record(&clock)
-        };
-        let json = json_of(&record);
+        let mut finished = finished(&clock);
+        finished.buffered = 4_194_304;
+        finished.spilled = 4_128_768;
+        finished.summary.held = Some(Duration::from_micros(26_400));
+        finished.summary.saved = Duration::from_micros(2_097_001);
+        let json = json_of(&finished);
         let said = r#""attempts":1,"buffered":4194304,"spilled":4128768,"held_ms":26.400,"saved_ms":2097.001,"#;
         assert!(json.contains(said), "{json}");
-        let line = combined_of(&record);
+        let line = combined_of(&finished);
         assert!(
             line.ends_with(" buffered=4194304 spilled=4128768 held_ms=26.400 saved_ms=2097.001 tls=\"-\" client_subject=\"-\" trace_id=-\n"),
             "{line}"
@@ -495,52 +487,63 @@ pub(super) mod tests {
     #[test]
     fn how_a_grpc_call_went_is_said_in_both_formats() {
         let clock = clock();
-        let record = Record { grpc_status: Some(14), status: 503, reason: Some("queue.full"), ..record(&clock) };
-        let json: Value = serde_json::from_str(&json_of(&record)).unwrap();
+        let mut finished = finished(&clock);
+        finished.grpc_status = Some(14);
+        finished.summary.status = 503;
+        finished.summary.refusal = Some(&refusal::QUEUE_FULL);
+        let json: Value = serde_json::from_str(&json_of(&finished)).unwrap();
         assert_eq!((&json["status"], &json["grpc_status"]), (&503.into(), &14.into()));
-        assert!(combined_of(&record).contains(r#" reason="queue.full" grpc_status=14 request_id="#));
+        assert!(combined_of(&finished).contains(r#" reason="queue.full" grpc_status=14 request_id="#));
     }
 
     #[test]
     fn a_trace_is_named_in_both_formats() {
         let clock = clock();
-        let record = Record { trace: Some(TraceId(0x4bf9)), ..record(&clock) };
+        let mut finished = finished(&clock);
+        finished.trace = Some(TraceId(0x4bf9));
         let id = "00000000000000000000000000004bf9";
-        assert!(json_of(&record).contains(&format!(r#""trace_id":"{id}""#)));
-        assert!(combined_of(&record).ends_with(&format!(" trace_id={id}\n")));
+        assert!(json_of(&finished).contains(&format!(r#""trace_id":"{id}""#)));
+        assert!(combined_of(&finished).ends_with(&format!(" trace_id={id}\n")));
     }
 
     #[test]
     fn who_a_client_has_proved_to_be_stands_in_both_formats() {
         let clock = clock();
-        let record = Record { tls: Some("TLSv1.3"), client_subject: Some("CN=Ada,O=\"x\""), ..record(&clock) };
-        assert!(json_of(&record).contains(r#","tls":"TLSv1.3","client_subject":"CN=Ada,O=\"x\"""#));
-        assert!(combined_of(&record).contains(r#" tls="TLSv1.3" client_subject="CN=Ada,O=\x22x\x22" trace_id=-"#));
+        let mut finished = finished(&clock);
+        finished.client.tls = Some("TLSv1.3");
+        finished.client.subject = Some("CN=Ada,O=\"x\"");
+        assert!(json_of(&finished).contains(r#","tls":"TLSv1.3","client_subject":"CN=Ada,O=\"x\"""#));
+        assert!(combined_of(&finished).contains(r#" tls="TLSv1.3" client_subject="CN=Ada,O=\x22x\x22" trace_id=-"#));
     }
 
     #[test]
     fn attempts_that_came_to_nothing_are_listed() {
-        use super::super::{Failed, Why};
         let clock = clock();
         let failed = |phase, why| Failed { endpoint: "a\"b:80".into(), phase, why, took: Duration::from_micros(120) };
         let failed = [failed(Phase::Connect, Why::Refusal("connect.refused")), failed(Phase::Wait, Why::Status(503))];
-        let record = Record { failed: &failed, ..record(&clock) };
-        let json: Value = serde_json::from_str(&json_of(&record)).unwrap();
+        let mut finished = finished(&clock);
+        finished.way.failed = &failed;
+        let json: Value = serde_json::from_str(&json_of(&finished)).unwrap();
         let expected = serde_json::json!([
             { "endpoint": "a\"b:80", "phase": "connect", "reason": "connect.refused", "ms": 0.12 },
             { "endpoint": "a\"b:80", "phase": "wait", "reason": "status 503", "ms": 0.12 },
         ]);
         assert_eq!(json["failed"], expected);
         let expected = r#" failed="a\x22b:80 connect connect.refused 0.120, a\x22b:80 wait status 503 0.120""#;
-        assert!(combined_of(&record).contains(expected), "{}", combined_of(&record));
+        assert!(combined_of(&finished).contains(expected), "{}", combined_of(&finished));
     }
 
     #[test]
     fn a_request_that_was_not_understood_has_a_line_too() {
         let clock = clock();
-        let record = Record { client: None, method: "", target: b"", protocol: "", status: 0, ..record(&clock) };
-        assert!(combined_of(&record).starts_with("- - - [10/Oct/2000:13:55:36 +0000] \"-\" 000 5120 \"-\" "));
-        let json: Value = serde_json::from_str(&json_of(&record)).unwrap();
+        let mut finished = finished(&clock);
+        finished.client.address = None;
+        finished.request.method = "";
+        finished.request.target = b"";
+        finished.request.protocol = "";
+        finished.summary.status = 0;
+        assert!(combined_of(&finished).starts_with("- - - [10/Oct/2000:13:55:36 +0000] \"-\" 000 5120 \"-\" "));
+        let json: Value = serde_json::from_str(&json_of(&finished)).unwrap();
         assert_eq!(json["status"], 0);
         assert_eq!(json["client"], Value::Null);
     }
@@ -551,7 +554,7 @@ pub(super) mod tests {
         let mut clock = Clock::start(Phase::Header, start);
         clock.credit(Phase::Accept, Duration::from_nanos(1_999));
         clock.settle(start + Duration::from_nanos(2_999));
-        let json: Value = serde_json::from_str(&json_of(&record(&clock))).unwrap();
+        let json: Value = serde_json::from_str(&json_of(&finished(&clock))).unwrap();
         assert_eq!(json["phases"], serde_json::json!({ "accept": 0.001, "header": 0.002 }));
         assert_eq!(json["total_ms"], 0.003);
     }
@@ -581,7 +584,9 @@ pub(super) mod tests {
     fn nothing_in_a_line_can_end_it_or_steer_a_terminal() {
         let clock = clock();
         let nasty = "\u{1b}[31m\r\n\u{85}\u{2028}\u{9b}ü\u{7f}\u{202e}".as_bytes();
-        let line = json_of(&Record { target: nasty, host: b"\xff\"\\", ..record(&clock) });
+        let mut finished = finished(&clock);
+        (finished.request.target, finished.request.host) = (nasty, b"\xff\"\\");
+        let line = json_of(&finished);
         let target = r#""target":"\u001b[31m\u000d\u000a\u0085\u2028\u009bü\u007f\u202e""#;
         assert!(line.contains(target), "{line}");
         assert!(line.contains(r#""host":"\\xFF\"\\""#), "{line}");
@@ -606,16 +611,14 @@ pub(super) mod tests {
         #[test]
         fn whatever_the_bytes_json_is_one_line_and_one_object(bytes: Vec<u8>, text: String) {
             let clock = clock();
-            let record = Record {
-                method: &text,
-                host: &bytes,
-                target: &bytes,
-                request_id: Some(text.as_bytes()),
-                referer: Some(&bytes),
-                user_agent: Some(text.as_bytes()),
-                ..record(&clock)
-            };
-            let line = json_of(&record);
+            let mut finished = finished(&clock);
+            finished.request.method = &text;
+            finished.request.host = &bytes;
+            finished.request.target = &bytes;
+            finished.request.id = Some(text.as_bytes());
+            finished.request.referer = Some(&bytes);
+            finished.request.user_agent = Some(text.as_bytes());
+            let line = json_of(&finished);
             prop_assert!(is_one_line(&line), "{line}");
             let json: Value = serde_json::from_str(&line).unwrap();
             prop_assert_eq!(&json["method"], &Value::from(text.as_str()));
@@ -628,8 +631,11 @@ pub(super) mod tests {
         #[test]
         fn whatever_the_bytes_a_combined_line_gives_them_back(bytes: Vec<u8>, text: String) {
             let clock = clock();
-            let record = Record { method: "GET", target: &bytes, user_agent: Some(text.as_bytes()), ..record(&clock) };
-            let line = combined_of(&record);
+            let mut finished = finished(&clock);
+            finished.request.method = "GET";
+            finished.request.target = &bytes;
+            finished.request.user_agent = Some(text.as_bytes());
+            let line = combined_of(&finished);
             prop_assert!(is_one_line(&line) && line.is_ascii(), "{line}");
             let fields: Vec<&str> = line.split('"').collect();
             let target = fields[1].strip_prefix("GET ").unwrap().strip_suffix(" HTTP/1.1").unwrap();

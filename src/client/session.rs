@@ -125,9 +125,28 @@ struct Clock {
 const NO_TURN: usize = usize::MAX;
 
 impl Link {
-    /// An endpoint is looked for.
-    pub fn queueing(&self) {
-        self.enter(Stage::Unconnected);
+    /// The exchange goes on to this phase: another party may be waited for from now on, within other limits.
+    pub fn enter_phase(&self, phase: Phase, now: Instant) {
+        match phase {
+            Phase::Queue => self.enter(Stage::Unconnected),
+            Phase::Connect => self.begin_attempt(now),
+            Phase::Send => self.enter(Stage::Sending),
+            Phase::Wait => self.enter(Stage::Waiting),
+            Phase::Receive => {
+                self.enter(Stage::Receiving);
+                // Its body may not pause for too long.
+                self.waits.restart(self.answering_party(), now);
+            }
+            Phase::Write => self.done(now),
+            // There is no session yet, the present wait goes on, or nothing is waited for any more.
+            Phase::Accept
+            | Phase::Handshake
+            | Phase::Header
+            | Phase::Route
+            | Phase::Buffer
+            | Phase::Select
+            | Phase::Finish => {}
+        }
     }
 
     /// Ready when there is no sense in waiting on in this phase: the client has gone, while its body is not read or
@@ -156,17 +175,12 @@ impl Link {
 
     /// A new attempt begins, with a connection: the request is sent again once that is there, and what the attempt
     /// before was given up for is over.
-    pub fn begin_attempt(&self, now: Instant) {
+    fn begin_attempt(&self, now: Instant) {
         *self.fault.lock().unwrap_or_else(PoisonError::into_inner) = self.over();
         self.whole.store(false, Ordering::Relaxed);
         self.untaken.store(false, Ordering::Relaxed);
         self.enter(Stage::Connecting);
         self.waits.begin_attempt(worker::lag(), now);
-    }
-
-    /// The connection of the attempt is there.
-    pub fn sending(&self) {
-        self.enter(Stage::Sending);
     }
 
     /// For how long the endpoint of the present attempt may be waited for until its response header is here, and when
@@ -177,24 +191,15 @@ impl Link {
     }
 
     /// The request is out: the response header is due. If it came before the request's end, the rest of the answer is.
-    pub fn waiting(&self) {
+    pub fn request_sent(&self, now: Instant) {
         self.whole.store(true, Ordering::Relaxed);
-        if self.stage() == Stage::Sending {
-            self.enter(Stage::Waiting);
-        }
-        self.waits.restart(Party::Endpoint, Instant::now());
+        self.waits.restart(Party::Endpoint, now);
     }
 
-    /// The response header is here: its body may not pause for too long.
-    pub fn receiving(&self) {
-        self.enter(Stage::Receiving);
-        self.waits.restart(self.answering_party(), Instant::now());
-    }
-
-    /// The response is whole: the upstream is waited for no longer.
-    pub fn done(&self) {
+    /// The response is whole, or is Forebay's own: the upstream is waited for no longer.
+    fn done(&self, now: Instant) {
         self.enter(Stage::Done);
-        self.waits.turn_to(Party::Client, Instant::now());
+        self.waits.turn_to(Party::Client, now);
     }
 
     /// `party` is waited for, by somebody who works for this exchange.
@@ -327,7 +332,7 @@ impl Link {
     /// The client and the endpoint have agreed on another protocol: the client's own session takes its place again, and
     /// all clocks stop. `false`: it was lost with a write that was given up.
     pub fn step_aside(&self, session: &mut Box<ServerSession>) -> bool {
-        self.done();
+        self.done(Instant::now());
         self.holding.store(false, Ordering::Relaxed);
         self.wire().open_window();
         self.reclaim(session)

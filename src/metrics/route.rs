@@ -36,6 +36,23 @@ pub struct Summary<'a> {
     pub refusal: Option<&'static Refusal>,
 }
 
+impl<'a> Summary<'a> {
+    /// An exchange of which nothing is known but what it spent where.
+    pub fn new(clock: &'a Clock) -> Self {
+        Summary {
+            clock,
+            own: Duration::ZERO,
+            blocked: Duration::ZERO,
+            held: None,
+            saved: Duration::ZERO,
+            status: 0,
+            received: 0,
+            sent: 0,
+            refusal: None,
+        }
+    }
+}
+
 /// Which way a body goes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Direction {

@@ -9,8 +9,8 @@ use std::time::{Duration, Instant};
 use http::StatusCode;
 
 use super::retry::{Failure, Rules, Situation, Verdict};
-use crate::access_log::{Failed, Why};
 use crate::client::session::Link;
+use crate::finished::{Failed, Why};
 use crate::metrics::retry::Objection;
 use crate::party::{Fault, Party};
 use crate::phase::Phase;
@@ -361,7 +361,7 @@ mod tests {
     }
 
     fn two() -> Arc<Upstream> {
-        upstream("{ endpoints: [ '127.0.0.1:1', '127.0.0.1:2' ] }")
+        upstream("{ endpoints: [ { address: '127.0.0.1:1' }, { address: '127.0.0.1:2' } ] }")
     }
 
     /// Begins the next attempt of these.

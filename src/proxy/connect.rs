@@ -14,7 +14,7 @@ use socket2::SockRef;
 use super::blame;
 use super::exchange::Exchange;
 use super::retry;
-use crate::access_log::Why;
+use crate::finished::Why;
 use crate::party::What;
 use crate::phase::Phase;
 use crate::upstream::transport::http1::Tail;
@@ -46,9 +46,6 @@ pub fn made(
     let now = exchange.enter(Phase::Send);
     exchange.connected(reused, now);
     exchange.keep_deadlines();
-    if let Some(link) = &exchange.link {
-        link.sending();
-    }
     if let (Some(attempt), Some(upstream)) = (&mut exchange.attempts.present, &exchange.routing.upstream) {
         let outdated = upstream.transport.age(digest).filter(|&age| upstream.transport.is_outdated(age, socket));
         if http1 {

@@ -22,7 +22,6 @@ use super::attempt::{Attempt, Attempts};
 use super::deadline::Deadlines;
 use super::mirror::Copy;
 use super::watch::Watch;
-use crate::access_log::Why;
 use crate::client::connection::introduction;
 use crate::client::remains;
 use crate::client::session::Link;
@@ -30,6 +29,7 @@ use crate::error::{Refusal, refusal};
 use crate::expression::facts::Response;
 use crate::expression::{Asked, Facts, Pace};
 use crate::filter::{Stages, Verdict, View};
+use crate::finished::Why;
 use crate::metrics::Metrics;
 use crate::phase::Phase;
 use crate::spans::{Context, Notes};
@@ -169,6 +169,7 @@ impl Exchange {
         if phase != self.phase() {
             let link = self.link.as_ref();
             self.progress.enter(phase, now, || link.map(|link| link.passed()).unwrap_or_default());
+            link.inspect(|link| link.enter_phase(phase, now));
         }
         now
     }

@@ -3,26 +3,27 @@
 //! The last phase. It adds nothing that a client waits for: its answer has left.
 
 use std::sync::Arc;
-use std::time::{Instant, SystemTime};
+use std::time::Instant;
 
-use http::header;
+use http::{HeaderMap, Method, header};
 use pingora::http::{RequestHeader, ResponseHeader};
 use pingora::protocols::http::ServerSession;
 
 use super::blame;
 use super::exchange::Exchange;
-use crate::access_log::{AccessLog, Record};
+use crate::access_log::AccessLog;
 use crate::client::remains::{Remains, Undertaker};
 use crate::eventloop::own_time;
 use crate::expression::Asked;
 use crate::expression::facts::Response;
 use crate::expression::named::Said;
 use crate::filter::{Outcome, Stages, View};
+use crate::finished::{Client, Finished, Request, Way};
 use crate::metrics::{RouteMetrics, Summary, UNROUTED};
 use crate::party::{Fault, Party, What};
 use crate::phase::Phase;
 use crate::phase::journal::{Journal, Passed};
-use crate::recorder::{Ended, Recorder};
+use crate::recorder::Recorder;
 use crate::spans::context::TRACESTATE;
 use crate::spans::{Notes, Story, TraceId, TraceParent, Tracer};
 use crate::upstream::Outcome as Became;
@@ -88,96 +89,38 @@ impl Settler {
         Totals { status, received, sent }: Totals,
         now: Instant,
     ) {
-        let own = own_time(now);
         let notes = exchange.traced.as_mut().and_then(|traced| traced.notes.take());
         let journal = exchange.progress.close_journal(now, Passed { received, sent, ..Passed::default() });
-        let metrics = exchange.routing.route.as_ref().map_or(&self.unrouted, |route| &route.metrics);
-        let blocked = exchange.link.as_ref().map(|link| link.blocked()).unwrap_or_default();
-        let (held, saved) = (exchange.attempts.busy.held, exchange.attempts.busy.saved);
-        let (buffered, spilled) = exchange.link.as_ref().map(|link| link.spooled()).unwrap_or_default();
-        let refusal = exchange.refusal;
-        metrics.record(&Summary {
+        let summary = Summary {
             clock: &exchange.progress.clock,
-            own,
-            blocked,
-            held,
-            saved,
+            own: own_time(now),
+            blocked: exchange.link.as_ref().map(|link| link.blocked()).unwrap_or_default(),
+            held: exchange.attempts.busy.held,
+            saved: exchange.attempts.busy.saved,
             status,
             received,
             sent,
-            refusal,
-        });
-
-        let method = request.map_or("", |request| request.method.as_str());
-        let target = target(exchange, request);
-        let spoken = request.map_or("", |request| protocol(request.version));
-        if let Some(journal) = journal.as_ref().filter(|_| self.recorder.is_recording()) {
-            let path = target.split(|&byte| byte == b'?').next().unwrap_or_default();
-            self.recorder.ended(
-                &Ended {
-                    at: now,
-                    listener: exchange.client.listener(),
-                    client: exchange.client.address,
-                    method,
-                    path: &String::from_utf8_lossy(path),
-                    protocol: spoken,
-                    status,
-                    reason: exchange.refusal.map(|refusal| refusal.reason),
-                    route: route_name(exchange),
-                    upstream: exchange.routing.upstream.as_ref().map(|upstream| &*upstream.name),
-                    endpoint: exchange.attempts.endpoint().map(|endpoint| &*endpoint.label),
-                    attempts: exchange.attempts.count,
-                    bytes: (received, sent),
-                    own,
-                    trace: trace(exchange, request).map(|trace| trace.to_string()),
-                },
-                journal,
-            );
+            refusal: exchange.refusal,
+        };
+        exchange.routing.route.as_ref().map_or(&self.unrouted, |route| &route.metrics).record(&summary);
+        if self.log.is_none() && journal.is_none() {
+            return;
         }
-        if let (Some(tracer), Some(notes), Some(journal), Some(request)) = (&self.tracer, notes, journal, request) {
-            let asked = asked(exchange, request, status, response);
+        let finished = finished(exchange, request, summary, now);
+        let asked = || request.map(|request| asked(exchange, request, status, response));
+        if let Some(journal) = journal.as_ref().filter(|_| self.recorder.is_recording()) {
+            self.recorder.ended(&finished, journal);
+        }
+        if let (Some(tracer), Some(notes), Some(journal), Some(asked)) = (&self.tracer, notes, journal, asked()) {
             let attributes = tracer.attributes.of(&asked);
             let text = |(name, text): &Said<'_>| (Box::from(*name), String::from_utf8_lossy(text).into());
             let attributes = attributes.iter().map(text).collect();
-            tracer.tell(Story { attributes, ..story(exchange, (notes, journal), request, now, status) });
+            tracer.tell(Story { attributes, ..story(exchange, (notes, journal), &finished, asked.headers) });
         }
-        let Some(log) = &self.log else { return };
-        let tls = exchange.client.tls();
-        let field = |name| request.and_then(|request| request.headers.get(name)).map(|value| value.as_bytes());
-        let asked = request.map(|request| asked(exchange, request, status, response));
-        log.record(&Record {
-            fields: &asked.as_ref().map(|asked| log.fields.of(asked)).unwrap_or_default(),
-            time: SystemTime::now(),
-            listener: exchange.client.listener(),
-            client: exchange.client.address,
-            method,
-            host: field(header::HOST).unwrap_or_default(),
-            target,
-            protocol: spoken,
-            status,
-            received,
-            sent,
-            buffered,
-            spilled,
-            held,
-            saved,
-            clock: &exchange.progress.clock,
-            own,
-            route: route_name(exchange),
-            upstream: exchange.routing.upstream.as_ref().map(|upstream| &*upstream.name),
-            endpoint: exchange.attempts.endpoint().map(|endpoint| &*endpoint.label),
-            attempts: exchange.attempts.count,
-            handed_over: exchange.routing.course.and_then(|course| course.reason()).map(|reason| reason.name()),
-            failed: &exchange.attempts.failed,
-            reason: exchange.refusal.map(|refusal| refusal.reason),
-            grpc_status: exchange.request.grpc.and_then(|call| call.status),
-            request_id: field(REQUEST_ID),
-            tls: tls.map(|tls| tls.version),
-            client_subject: tls.and_then(|tls| tls.client.as_ref()).map(|client| &*client.subject),
-            trace: trace(exchange, request),
-            referer: field(header::REFERER),
-            user_agent: field(header::USER_AGENT),
-        });
+        if let Some(log) = &self.log {
+            let asked = asked();
+            log.record(&finished, &asked.as_ref().map(|asked| log.fields.of(asked)).unwrap_or_default());
+        }
     }
 }
 
@@ -214,14 +157,53 @@ impl Undertaker for Settler {
     }
 }
 
+/// What is known of an exchange with these figures, which was over `at` this time.
+fn finished<'e>(
+    exchange: &'e Exchange,
+    request: Option<&'e RequestHeader>,
+    summary: Summary<'e>,
+    at: Instant,
+) -> Finished<'e> {
+    let field = |name| request.and_then(|request| request.headers.get(name)).map(|value| value.as_bytes());
+    let (routing, tls) = (&exchange.routing, exchange.client.tls());
+    let client = Client {
+        listener: exchange.client.listener(),
+        address: exchange.client.address,
+        peer: exchange.client.peer(),
+        tls: tls.map(|tls| tls.version),
+        subject: tls.and_then(|tls| tls.client.as_ref()).map(|client| &*client.subject),
+    };
+    let (buffered, spilled) = exchange.link.as_ref().map(|link| link.spooled()).unwrap_or_default();
+    Finished {
+        request: Request {
+            method: request.map_or("", |request| request.method.as_str()),
+            host: field(header::HOST).unwrap_or_default(),
+            target: target(exchange, request),
+            protocol: request.map_or("", |request| protocol(request.version)),
+            id: field(REQUEST_ID),
+            referer: field(header::REFERER),
+            user_agent: field(header::USER_AGENT),
+        },
+        way: Way {
+            route: routing.route.as_ref().map_or(UNROUTED, |route| &route.name),
+            upstream: routing.upstream.as_ref().map(|upstream| &*upstream.name),
+            endpoint: exchange.attempts.endpoint().map(|endpoint| &*endpoint.label),
+            attempts: exchange.attempts.count,
+            failed: &exchange.attempts.failed,
+            handed_over: routing.course.and_then(|course| course.reason()).map(|reason| reason.name()),
+        },
+        buffered,
+        spilled,
+        grpc_status: exchange.request.grpc.and_then(|call| call.status),
+        trace: trace(exchange, request),
+        ..Finished::new(at, client, summary)
+    }
+}
+
 /// The trace that it belongs to: where Forebay keeps none itself, the one that the client names.
 fn trace(exchange: &Exchange, request: Option<&RequestHeader>) -> Option<TraceId> {
     let place = exchange.traced.as_ref().map(|traced| traced.place.trace);
     place.or_else(|| TraceParent::of(&request?.headers).map(|parent| parent.trace))
-}
-
-fn route_name(exchange: &Exchange) -> &str {
-    exchange.routing.route.as_ref().map_or(UNROUTED, |route| &route.name)
 }
 
 /// What further fields of the log, and attributes of spans, are made of.
@@ -235,36 +217,35 @@ fn asked<'e>(
     Asked { response: Some(Response { code: status, headers }), ..exchange.asked(request) }
 }
 
-/// All that spans are made of.
+/// All that spans are made of: what is known of the exchange, which it outlives.
 fn story(
     exchange: &Exchange,
     (notes, journal): (Box<Notes>, Box<Journal>),
-    request: &RequestHeader,
-    ended: Instant,
-    status: u16,
+    finished: &Finished<'_>,
+    headers: &HeaderMap,
 ) -> Story {
     let text = |bytes: &[u8]| Box::<str>::from(String::from_utf8_lossy(bytes));
-    let field = |name| request.headers.get(name).map(|value| text(value.as_bytes()));
     let context = exchange.traced.as_ref().expect("what is recorded has its place in a trace").place;
+    let Finished { client, request, way, summary, .. } = finished;
     Story {
         context,
         notes,
         journal,
-        state: context.parent.and_then(|_| request.headers.get(TRACESTATE).cloned()),
-        ended: (ended, SystemTime::now()),
-        listener: exchange.client.listener().into(),
-        method: request.method.clone(),
+        state: context.parent.and_then(|_| headers.get(TRACESTATE).cloned()),
+        ended: (finished.at, finished.time),
+        listener: client.listener.into(),
+        method: Method::from_bytes(request.method.as_bytes()).unwrap_or_default(),
         scheme: exchange.request.scheme,
-        host: field(header::HOST).unwrap_or_default(),
-        target: text(target(exchange, Some(request))),
-        version: version(request.version),
-        client: exchange.client.address,
-        peer: exchange.client.peer(),
-        user_agent: field(header::USER_AGENT),
-        request_id: field(REQUEST_ID),
-        route: route_name(exchange).into(),
-        status,
-        refusal: exchange.refusal,
+        host: text(request.host),
+        target: text(request.target),
+        version: version(request.protocol),
+        client: client.address,
+        peer: client.peer,
+        user_agent: request.user_agent.map(text),
+        request_id: request.id.map(text),
+        route: way.route.into(),
+        status: summary.status,
+        refusal: summary.refusal,
         attributes: Box::default(),
     }
 }
@@ -291,10 +272,10 @@ fn target<'e>(exchange: &'e Exchange, request: Option<&'e RequestHeader>) -> &'e
 }
 
 /// As the conventions for traces write it.
-fn version(version: http::Version) -> &'static str {
-    match version {
-        http::Version::HTTP_10 => "1.0",
-        http::Version::HTTP_2 => "2",
+fn version(protocol: &str) -> &'static str {
+    match protocol {
+        "HTTP/1.0" => "1.0",
+        "HTTP/2.0" => "2",
         _ => "1.1",
     }
 }

@@ -49,9 +49,6 @@ pub async fn wait(
     let Some(mut place) = upstream.queue(&exchange.attempts.tried, now) else {
         return Err(Fault::new(Party::Gateway, Phase::Queue, What::Full));
     };
-    if let Some(link) = &exchange.link {
-        link.queueing();
-    }
     let spent = exchange.progress.clock.spent(Phase::Queue).unwrap_or_default();
     let due = now + upstream.admission.queue().timeout.saturating_sub(spent);
     let mut wait = Wait::until(due, Line { exchange, client });

@@ -81,45 +81,17 @@ pub async fn header(
     response: &mut ResponseHeader,
     via: bool,
 ) -> Result<()> {
-    if response.status.is_informational() && response.status != StatusCode::SWITCHING_PROTOCOLS {
+    let switches = response.status == StatusCode::SWITCHING_PROTOCOLS;
+    if response.status.is_informational() && !switches {
         return interim(exchange, response);
     }
-    if response.status == StatusCode::SWITCHING_PROTOCOLS && exchange.link.is_some() {
-        // RFC 9110 §15.2.2: nobody asked for that. What the client sends next is its next request, and is not to pass
-        // unread.
-        exchange.filters.refuse(Refused { refusal: &refusal::WAIT_MALFORMED, headers: Vec::new() });
-        return Err(Error::new_up(ErrorType::InvalidHTTPHeader));
+    if is_out_of_place(exchange, response.status) {
+        return Err(malformed(exchange));
     }
-    let carried = exchange.client.connection.as_ref().is_some_and(|connection| connection.is_carried());
-    if carried && response.status.is_success() {
-        // Over a stream of HTTP/2 it would be taken for the beginning of the other protocol (RFC 9110 §9.3.6).
-        exchange.filters.refuse(Refused { refusal: &refusal::WAIT_MALFORMED, headers: Vec::new() });
-        return Err(Error::new_up(ErrorType::InvalidHTTPHeader));
-    }
-    let now = exchange.enter(Phase::Receive);
-    exchange.client.connection.iter().for_each(|connection| connection.settle());
-    if let Some(attempt) = &mut exchange.attempts.present {
-        attempt.answered(response.status, now);
-        // Pingora has no further word on one that is here whole with its header.
-        if is_bodiless(request, response) || says_zero(response) {
-            attempt.answered_whole();
-        }
-    }
-    if let Some(link) = &exchange.link {
-        link.receiving();
-    }
-    if let Some(call) = &mut exchange.request.grpc {
-        call.note(&response.headers);
-    }
+    begin(exchange, request, response);
     have_client_stay(exchange, response)?;
-    if response.status == StatusCode::SWITCHING_PROTOCOLS {
-        let tunnel = Arc::<Tunnel>::default();
-        if let Some(tail) = &exchange.attempts.channel.tail {
-            tail.switch(tunnel.clone());
-        }
-        if let Some(connection) = &exchange.client.connection {
-            connection.switch_to_raw(tunnel);
-        }
+    if switches {
+        switched(exchange);
         return Ok(());
     }
     let protocols = protocols_required(request, response);
@@ -160,6 +132,56 @@ pub async fn header(
     if exchange.sees_body() {
         unfix_length(request, response)?;
     }
+    announce_trailers(exchange, request, response)
+}
+
+/// Whether no client could take an answer with this status, or would take it for something else.
+fn is_out_of_place(exchange: &Exchange, status: StatusCode) -> bool {
+    if status == StatusCode::SWITCHING_PROTOCOLS {
+        // RFC 9110 §15.2.2: without a request for it. What the client sends next is its next request, and is not to
+        // pass unread.
+        return exchange.link.is_some();
+    }
+    // Over a stream of HTTP/2 it would be taken for the beginning of the other protocol (RFC 9110 §9.3.6).
+    let carried = exchange.client.connection.as_ref().is_some_and(|connection| connection.is_carried());
+    carried && status.is_success()
+}
+
+/// The endpoint has answered what cannot be passed on.
+fn malformed(exchange: &mut Exchange) -> Box<Error> {
+    exchange.filters.refuse(Refused::from(&refusal::WAIT_MALFORMED));
+    Error::new_up(ErrorType::InvalidHTTPHeader)
+}
+
+/// The final answer begins: those who wait for it hear so.
+fn begin(exchange: &mut Exchange, request: &RequestHeader, response: &ResponseHeader) {
+    let now = exchange.enter(Phase::Receive);
+    exchange.client.connection.iter().for_each(|connection| connection.settle());
+    if let Some(attempt) = &mut exchange.attempts.present {
+        attempt.answered(response.status, now);
+        // Pingora has no further word on one that is here whole with its header.
+        if is_bodiless(request, response) || says_zero(response) {
+            attempt.answered_whole();
+        }
+    }
+    if let Some(call) = &mut exchange.request.grpc {
+        call.note(&response.headers);
+    }
+}
+
+/// From here on both sides speak another protocol.
+fn switched(exchange: &Exchange) {
+    let tunnel = Arc::<Tunnel>::default();
+    if let Some(tail) = &exchange.attempts.channel.tail {
+        tail.switch(tunnel.clone());
+    }
+    if let Some(connection) = &exchange.client.connection {
+        connection.switch_to_raw(tunnel);
+    }
+}
+
+/// Announces the trailers that can reach the client, and no others.
+fn announce_trailers(exchange: &Exchange, request: &RequestHeader, response: &mut ResponseHeader) -> Result<()> {
     if response.headers.contains_key(header::TRAILER) {
         match trailers::announcement(&response.headers, trailers_pass(exchange, request, response)) {
             Some(names) => response.insert_header(header::TRAILER, names)?,
@@ -174,8 +196,7 @@ pub async fn header(
 fn interim(exchange: &mut Exchange, response: &mut ResponseHeader) -> Result<()> {
     exchange.attempts.interim += 1;
     if exchange.attempts.interim > INTERIM_MAX {
-        exchange.filters.refuse(Refused { refusal: &refusal::WAIT_MALFORMED, headers: Vec::new() });
-        return Err(Error::new_up(ErrorType::InvalidHTTPHeader));
+        return Err(malformed(exchange));
     }
     strip_hop_by_hop(response);
     for name in [header::CONTENT_LENGTH, header::TRANSFER_ENCODING, header::TRAILER] {
@@ -228,11 +249,8 @@ pub fn ended(exchange: &mut Exchange, request: &mut RequestHeader) {
         self::trailers(exchange, request, &mut fields);
         fields
     });
-    if let Some(link) = &exchange.link {
-        if let Some(trailers) = trailers.filter(|fields| !fields.is_empty()) {
-            link.end_with(trailers);
-        }
-        link.done();
+    if let (Some(link), Some(trailers)) = (&exchange.link, trailers.filter(|fields| !fields.is_empty())) {
+        link.end_with(trailers);
     }
 }
 

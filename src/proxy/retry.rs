@@ -13,8 +13,8 @@ use pingora::{Error, ErrorType};
 
 use super::attempt::Attempt;
 use super::exchange::Exchange;
-use crate::access_log::Why;
 use crate::config::route::retry::{On, Retry};
+use crate::finished::Why;
 use crate::metrics::retry::{Cause, Objection};
 use crate::phase::Phase;
 use crate::upstream::retries::Allowance;

@@ -58,9 +58,6 @@ async fn choose(exchange: &mut Exchange, client: &mut ServerSession) -> Result<B
     };
     let endpoint = engaged.endpoint().clone();
     let now = exchange.enter(Phase::Connect);
-    if let Some(link) = &exchange.link {
-        link.begin_attempt(now);
-    }
     exchange.engage(upstream, engaged, now);
     let mut peer = endpoint.peer_for(|| exchange.client.parties());
     let http1 = exchange.routing.upstream.as_ref().is_some_and(|upstream| upstream.is_http1());

@@ -22,7 +22,6 @@ use super::header::{is_grpc_type, names};
 use super::mirror;
 use super::retry;
 use super::watch::Watch;
-use crate::access_log::Why;
 use crate::client::driver::course::Course;
 use crate::client::driver::request::Lines;
 use crate::client::trailers;
@@ -30,6 +29,7 @@ use crate::config::listener::OddNames;
 use crate::config::server::Forwarded;
 use crate::error::refusal;
 use crate::filter::{Stages, Verdict, View};
+use crate::finished::Why;
 use crate::framing::{self, Body};
 use crate::phase::Phase;
 use crate::spans::pass_on;
@@ -247,9 +247,10 @@ pub fn ended(exchange: &mut Exchange) {
         }
     }
     if let Some(link) = &exchange.link {
-        link.waiting();
+        let now = Instant::now();
+        link.request_sent(now);
         // What was streamed is whole now.
-        exchange.request_is_whole(Instant::now());
+        exchange.request_is_whole(now);
     }
     mirror::send(exchange);
 }

@@ -11,7 +11,7 @@ const LEVELS: [&[&str]; 8] = [
     &["phase", "party", "error", "framing", "net", "printable", "upkeep", "files"],
     &["expression"],
     &["config", "metrics"],
-    &["client", "filter", "upstream", "access_log", "eventloop", "import", "origin", "recorder", "spans"],
+    &["client", "filter", "upstream", "access_log", "eventloop", "finished", "import", "origin", "recorder", "spans"],
     &["acme", "admin", "proxy"],
     &["gateway"],
     &["cli"],
