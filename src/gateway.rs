@@ -16,56 +16,40 @@ pub mod stop;
 mod supervisor;
 mod web;
 
-use std::mem::ManuallyDrop;
+use std::io;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use arc_swap::ArcSwap;
-use pingora::connectors::ConnectorOptions;
-use pingora::connectors::http::custom::Connector as CustomConnector;
 use pingora::server::{RunArgs, Server};
-use pingora::services::listening::Service as ListeningService;
-use pingora_proxy::{HttpProxy, ProcessCustomSession, ProxyServiceBuilder};
-use tokio::sync::{Notify, watch};
+use tokio::sync::Notify;
 
 use crate::access_log::AccessLog;
 use crate::acme;
 use crate::acme::plan::Asked;
 use crate::admin::status::{self, Shown, Sources, Status};
-use crate::admin::{self, Admin, Hosts, Readiness, trace};
-use crate::client::account::Accounts;
-use crate::client::connection::{Common, Inflight};
-use crate::client::cut::Cut;
-use crate::client::descriptors::{Doorway, Shares};
-use crate::client::driver::course::Reason;
-use crate::client::driver::{self, Driver};
-use crate::client::lane::{Door, Lanes};
+use crate::admin::{self, Admin, Hosts, trace};
 use crate::client::spool::disk::Disk;
-use crate::client::{Desk, Ending, Front};
 use crate::config::{self, Config, Report};
 use crate::error::{BuildError, refusal};
 use crate::eventloop::Loops;
 use crate::filter::{Catalog, FilterType};
-use crate::metrics::Metrics;
-use crate::proxy::finish::Settler;
+use crate::metrics::{Metrics, RouteMetrics};
 use crate::proxy::generation::Current;
-use crate::proxy::{Proxy, Steering};
-use crate::recorder::Recorder;
 use crate::spans::Tracer;
 use crate::upkeep;
-use crate::upstream::transport::connector::Endpoints;
 use explain::Explainer;
 use follow::Follower;
 use parts::{Fit, Ground, Parts, demands_certificates, expired, mismatched};
 use privileges::User;
-use process::{depot, loop_terms, no_open_files, no_spool_dir, server_conf, shares, threads};
-use reload::{Engine, Load};
+use process::{Outputs, Process, no_spool_dir};
+use reload::{Engine, Load, Reloads};
 use sockets::{Bound, Place, Socket};
-use stage::{Obstacle, Stage, assemble};
+use stage::{Obstacle, Running, Stage, assemble};
 use stop::{Handle, Stop};
 use supervisor::Supervisor;
-use web::Web;
+use web::Openings;
 
 /// Why a gateway could not be started.
 #[derive(Debug, thiserror::Error)]
@@ -242,194 +226,137 @@ impl Gateway {
 
     fn build(builder: Builder, config: Config) -> Result<Gateway, StartError> {
         let Builder { catalog, file, watches } = builder;
-        let refusals: Vec<_> = refusal::ALL.iter().copied().chain(catalog.refusals()).collect();
-        let metrics = Metrics::new(config.observability.metrics.max_series.0, refusals);
         let wrong = |errors: Vec<BuildError>| StartError::Build(config.report(&errors));
+        let one = |error: BuildError| wrong(vec![error]);
         if !catalog.conflicts().is_empty() {
             return Err(wrong(catalog.conflicts().to_vec()));
         }
+        let refusals: Vec<_> = refusal::ALL.iter().copied().chain(catalog.refusals()).collect();
+        let metrics = Metrics::new(config.observability.metrics.max_series.0, refusals);
         let ground = Ground::new(catalog.clone(), metrics.clone());
-        let files = ground.files.clone();
         let mut parts = Parts::build(&ground, &config, None).map_err(wrong)?;
-        let user = config.server.user.as_deref().map(User::find).transpose().map_err(|error| wrong(vec![error]))?;
-        let log_fields = std::mem::take(&mut parts.log_fields);
-        let log = AccessLog::open(&config.observability.access_log, log_fields, metrics.access_log())
-            .map_err(|error| wrong(vec![error]))?
-            .map(Arc::new);
-
-        let tracing = &config.observability.tracing;
-        let attributes = std::mem::take(&mut parts.span_attributes);
-        let tracer = Tracer::start(tracing, attributes, metrics.spans()).map_err(|error| wrong(vec![error]))?;
-
-        let threads = threads(config.server.threads);
-        let shares = shares(&config, threads).map_err(|error| wrong(vec![error]))?;
-        let accounts = Accounts::new(config.client_prefix(), &config.trusted_proxies, config.listeners.len());
-        let depot = depot(&config, &shares, accounts.clone(), &metrics).map_err(|error| wrong(vec![error]))?;
-        let depot = Arc::new(depot);
-        metrics.set_workers(threads);
-        let loops = Loops::new(&metrics, loop_terms(&config));
-        let mut server = Server::new_with_opt_and_conf(None, server_conf(&config, threads, &shares));
-        let (listeners_stop, stopped) = watch::channel(false);
-        let (stopping, about_to_stop) = watch::channel(false);
-        let cut = Arc::new(Cut::default());
-        let inflight = Arc::new(Inflight::default());
-        let readiness = Readiness::default();
-        let common = Common::new(shares, accounts);
-        let running = assemble(parts, &ground, &common, user.as_ref(), config.clone(), None);
+        let user = config.server.user.as_deref().map(User::find).transpose().map_err(one)?;
+        let outputs = Outputs::open(&config, &mut parts, &metrics).map_err(one)?;
+        let mut process = Process::build(&config, &metrics).map_err(one)?;
+        let running = assemble(parts, &ground, &process.common, user.as_ref(), config.clone(), None);
         let running = running.map_err(|obstacle| match obstacle {
             Obstacle::Wrong(errors) => wrong(errors),
             Obstacle::Listen { index, source } => not_bound(&config.listeners[index], source),
         })?;
-
-        let unrouted = metrics.unrouted();
-        let lanes = Lanes::new(metrics.clone(), depot.disk.backlog(), config.resources.turn.0);
-        let recorder = Recorder::default();
-        let settler = Arc::new(Settler {
-            unrouted: unrouted.clone(),
-            log: log.clone(),
-            tracer: tracer.clone(),
-            recorder: recorder.clone(),
-        });
         let current = Current::new(ArcSwap::new(running.generation.clone()));
-        let proxy = Proxy {
-            current: current.clone(),
-            metrics: metrics.clone(),
-            settler: settler.clone(),
-            stopping: about_to_stop.clone(),
-            depot: depot.clone(),
-            lanes: lanes.clone(),
-            challenges: ground.challenges.clone(),
-            steering: Steering {
-                on: uses_own_driver(),
-                shares_tasks: config.server.work_stealing,
-                metrics: Arc::new(metrics.driver(Reason::ALL.map(Reason::name))),
-            },
-        };
-        let kept = server.configuration.upstream_keepalive_pool_size.div_ceil(threads);
-        let terms = driver::Terms { pool: kept, attempts: server.configuration.max_retries };
-        let endpoints = Endpoints::new(ConnectorOptions::from_server_conf(&server.configuration));
-        let nobody: ProcessCustomSession<_, _> = Arc::new(|_, _, _| Box::pin(std::future::ready(None)));
-        let builder = ProxyServiceBuilder::new(&server.configuration, proxy.clone()).custom(endpoints, nobody);
-        let driver = Driver::new(proxy, Arc::new(unpacked(builder.build())), terms);
-        let desk = Desk::new(
-            metrics.clone(),
-            log.clone(),
-            Ending { stopping: about_to_stop, cut: cut.clone(), inflight: inflight.clone(), undertaker: settler },
-            depot.slow.clone(),
-            lanes,
-            unrouted.clone(),
-        );
-        let front = Arc::new(Front::new(driver, Arc::new(desk)));
-        let doorway = Doorway::new(shares.accepts_below(), metrics.doorway())
-            .map_err(|error| wrong(vec![no_open_files(&error)]))?;
-        let found = loops.clone();
-        let find_workers = move || found.attach(threads, pingora_runtime::current_handle);
-        let (openings, web) = Web::new(front, Door(doorway), threads, stopped, find_workers);
-        server.add_service(web);
-        let (upstreams, upstreams_upkeep) = upkeep::service("upstreams");
-        let (tls, tls_upkeep) = upkeep::service("tls");
-        let (acme, acme_upkeep) = upkeep::service("acme");
-        server.add_service(upstreams_upkeep);
-        server.add_service(tls_upkeep);
-        server.add_service(files.background());
-        server.add_service(acme_upkeep);
-        let stage = Stage {
-            ground,
-            common,
-            user: user.clone(),
-            unrouted,
-            current,
-            shown: Shown::default(),
-            openings,
-            upstreams,
-            tls,
-            acme,
-            shutdown: Arc::new(Mutex::new(config.server.shutdown.clone())),
-            places: Arc::default(),
-            ledger: Arc::default(),
-        };
-        metrics.count_generations(stage.ledger.clone());
-
-        let asked = Arc::new(Notify::new());
-        let (mut admin, mut reception) = (None, None);
-        if config.admin.enabled {
-            let sources = Sources {
-                shown: stage.shown.clone(),
-                metrics: metrics.clone(),
-                readiness: readiness.clone(),
-                loops: loops.clone(),
-                slow: depot.slow.clone(),
-            };
-            let (app, socket) = admin_app(&config, &shares, sources, recorder)?;
-            lock(&stage.places).push(Place::of("admin", &socket));
-            admin = socket.tcp;
-            reception = Some((app, socket));
-        }
+        let openings = process.serve(&config, current.clone(), &ground, &outputs).map_err(one)?;
+        let unrouted = outputs.unrouted.clone();
+        let stage = stage(ground, &mut process, &config, user.clone(), unrouted, current, openings);
+        let reception = config.admin.enabled.then(|| admin_app(&config, &process, &stage, &outputs)).transpose()?;
+        let admin = reception.as_ref().and_then(|(_, socket)| socket.tcp);
+        // Everything is open that needs more rights than Forebay keeps.
         if let Some(user) = user {
-            become_user(&user, &config).map_err(|error| wrong(vec![error]))?;
+            become_user(&user, &config).map_err(one)?;
         }
         if let Some(acme) = &running.acme {
-            acme.probe().map_err(|error| wrong(vec![error]))?;
+            acme.probe().map_err(one)?;
         }
         stage.put_on(&running, None);
-        let (places, shutdown) = (stage.places.clone(), stage.shutdown.clone());
-        let (shown, admin_tls) = (metrics.config(), running.admin_tls.clone());
-        shown.show(1, &config.hash());
-        let failed =
-            |error: std::io::Error| wrong(vec![BuildError::new("", format!("no thread can be started: {error}"))]);
+        metrics.config().show(1, &config.hash());
+        let (places, times, admin_tls) = (stage.places.clone(), stage.shutdown.clone(), running.admin_tls.clone());
+        let asked = Arc::new(Notify::new());
+        let no_thread = |error| one(BuildError::new("", format!("no thread can be started: {error}")));
         let supervisor = Supervisor::of_environment();
-        supervisor.watch(metrics.clone()).map_err(failed)?;
-        let reloads = match file {
-            Some(path) => {
-                let load: Load = Box::new(move |path| Config::load(path, catalog.kinds()));
-                let follower = watches.then(|| Follower::new(config.directories()));
-                let engine = Engine::new(path, load, stage, shown, running, supervisor.clone());
-                let reloads = engine.telling(follower.as_ref().map(Follower::watched)).start().map_err(failed)?;
-                follower.map_or(Ok(()), |follower| follower.start(reloads.clone())).map_err(failed)?;
-                Some(reloads)
-            }
-            None => None,
-        };
+        supervisor.watch(metrics).map_err(no_thread)?;
+        let load: Load = Box::new(move |path| Config::load(path, catalog.kinds()));
+        let follower = watches.then(|| Follower::new(config.directories()));
+        let reloads = file.map(|file| reloads(file, follower, load, stage, running, supervisor.clone()));
+        let reloads = reloads.transpose().map_err(no_thread)?;
+        let Process { mut server, loops, endings, .. } = process;
         if let Some((app, socket)) = reception {
             let app = reload::add(stop::add(app, Handle(asked.clone())), reloads.clone());
             let service = admin::service(socket.key(), socket.permissions(), app, admin_tls);
             server.add_service(Bound::new(service, vec![socket]));
         }
-        let stop = Stop {
-            asked,
-            readiness,
-            times: shutdown,
-            stopping,
-            cut,
-            listeners: listeners_stop,
-            inflight,
-            log: log.clone(),
-            places: places.clone(),
-            reloads,
-            supervisor,
-        };
+        let Outputs { log, tracer, .. } = outputs;
+        let stop = Stop { asked, endings, times, log: log.clone(), places: places.clone(), reloads, supervisor };
         Ok(Gateway { server, stop, places, admin, log, tracer, loops })
     }
+}
+
+/// What of the process goes by the configuration, with the services that keep it up to date.
+fn stage(
+    ground: Ground,
+    process: &mut Process,
+    config: &Config,
+    user: Option<User>,
+    unrouted: Arc<RouteMetrics>,
+    current: Current,
+    openings: Openings,
+) -> Stage {
+    let (upstreams, upstreams_upkeep) = upkeep::service("upstreams");
+    let (tls, tls_upkeep) = upkeep::service("tls");
+    let (acme, acme_upkeep) = upkeep::service("acme");
+    process.server.add_service(upstreams_upkeep);
+    process.server.add_service(tls_upkeep);
+    process.server.add_service(ground.files.background());
+    process.server.add_service(acme_upkeep);
+    let stage = Stage {
+        common: process.common.clone(),
+        user,
+        unrouted,
+        current,
+        shown: Shown::default(),
+        openings,
+        upstreams,
+        tls,
+        acme,
+        shutdown: Arc::new(Mutex::new(config.server.shutdown.clone())),
+        places: Arc::default(),
+        ledger: Arc::default(),
+        ground,
+    };
+    stage.ground.metrics.count_generations(stage.ledger.clone());
+    stage
+}
+
+/// Has this file loaded again on demand, and, if it is watched, when it changes.
+fn reloads(
+    file: PathBuf,
+    follower: Option<Follower>,
+    load: Load,
+    stage: Stage,
+    running: Running,
+    supervisor: Supervisor,
+) -> io::Result<Reloads> {
+    let shown = stage.ground.metrics.config();
+    let engine = Engine::new(file, load, stage, shown, running, supervisor);
+    let reloads = engine.telling(follower.as_ref().map(Follower::watched)).start()?;
+    follower.map_or(Ok(()), |follower| follower.start(reloads.clone()))?;
+    Ok(reloads)
 }
 
 /// The admin endpoint of a process, and the socket on which it is to answer.
 fn admin_app(
     config: &Config,
-    shares: &Shares,
-    sources: Sources,
-    recorder: Recorder,
+    process: &Process,
+    stage: &Stage,
+    outputs: &Outputs,
 ) -> Result<(Admin, Socket), StartError> {
     let socket = Socket::bind(&config.admin.address, config.admin.mode).map_err(|source| StartError::Listen {
         listener: "admin".to_owned(),
         address: config.admin.address.0.clone(),
         source,
     })?;
+    lock(&stage.places).push(Place::of("admin", &socket));
+    let sources = Sources {
+        shown: stage.shown.clone(),
+        metrics: stage.ground.metrics.clone(),
+        readiness: process.endings.readiness.clone(),
+        loops: process.loops.clone(),
+        slow: process.depot.slow.clone(),
+    };
     let streams = usize::try_from(config.admin.streams.0).unwrap_or(usize::MAX);
-    let connections = usize::try_from(shares.admin(config.admin.connections.0)).unwrap_or(usize::MAX);
+    let connections = usize::try_from(process.shares.admin(config.admin.connections.0)).unwrap_or(usize::MAX);
     let hosts = Hosts::new(&config.admin);
     let app = Admin::new(sources.metrics.clone(), sources.readiness.clone(), connections, streams, hosts);
     let app = admin::upstreams::add(app, &sources.shown);
-    let app = trace::add(app, recorder, &sources.shown);
+    let app = trace::add(app, outputs.recorder.clone(), &sources.shown);
     let app = status::add(app, Status::new(sources));
     let certified = config.admin.tls.as_ref().map(demands_certificates);
     Ok((app.with_token(config.admin.token.clone()).with_tls(certified), socket))
@@ -449,17 +376,4 @@ fn not_bound(listener: &config::Listener, source: std::io::Error) -> StartError 
 /// Held for a look or a change, never on a worker.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-/// The proxy that a service was built round. Pingora makes one with a connector of ours in no other way.
-fn unpacked<P, C: CustomConnector>(service: ListeningService<HttpProxy<P, C>>) -> HttpProxy<P, C> {
-    let service = ManuallyDrop::new(service);
-    let proxy = service.app_logic().expect("a service that was just built has what it serves");
-    // SAFETY: the service is never used again and never dropped, so that the proxy has one owner.
-    unsafe { std::ptr::read(proxy) }
-}
-
-/// Whether plain exchanges go by our own driver. Tests have them all go by Pingora's, too.
-fn uses_own_driver() -> bool {
-    std::env::var_os("FOREBAY_TEST_DRIVER").is_none_or(|driver| driver != "pingora")
 }

@@ -107,7 +107,7 @@ pub struct Parts {
     /// Which request goes where.
     pub routes: Table<Arc<Route>>,
     /// The routes as `/status` shows them, in the order of the file.
-    pub listed: Vec<(Arc<RouteMetrics>, Vec<String>)>,
+    pub listed: Listed,
     /// The TLS of each listener, in the order of the file.
     pub tls: Vec<Option<Fit>>,
     /// That of the admin endpoint.
@@ -119,6 +119,9 @@ pub struct Parts {
     /// Who is asked for certificates.
     pub issuers: Vec<Asked>,
 }
+
+/// The metrics of each route, with the names of the upstreams that it leads to.
+pub type Listed = Vec<(Arc<RouteMetrics>, Vec<String>)>;
 
 /// TLS that was built, or that runs already and is the same.
 pub enum Fit {
@@ -174,106 +177,147 @@ impl Parts {
     ///
     /// Everything that is wrong.
     pub fn build(ground: &Ground, config: &Config, before: Option<&Running>) -> Result<Parts, Vec<BuildError>> {
-        let Ground { catalog, metrics, challenges, .. } = ground;
         let mut errors = Vec::new();
-        let mut upstreams: BTreeMap<String, Arc<Upstream>> = BTreeMap::new();
-        let running = |name: &String| before.and_then(|before| before.upstreams.get(name));
-        for (name, written) in &config.upstreams {
-            match Upstream::build_after(name, written, metrics.upstream(name), running(name)) {
-                Ok(upstream) => drop(upstreams.insert(name.clone(), upstream)),
-                Err(found) => errors.extend(found),
-            }
-        }
-        let is_new =
-            |name: &String, upstream: &Arc<Upstream>| running(name).is_none_or(|old| !Arc::ptr_eq(old, upstream));
-        let new = upstreams.iter().filter(|(name, upstream)| !ground.offline && is_new(name, upstream));
-        errors.extend(upstream::look_up(new.map(|(_, upstream)| upstream)));
-        let Plan { listeners: sources, admin: admin_sources, issuers } = Plan::of(config).unwrap_or_else(|found| {
-            errors.extend(found);
-            Plan::default()
-        });
-        let mut tls = Vec::new();
-        for (index, (written, sources)) in config.listeners.iter().zip(sources).enumerate() {
-            let (name, spoken) = (&written.name, written.spoken());
-            let running = before.and_then(|before| before.listener(name)).and_then(|listener| listener.tls.as_ref());
-            let built = written.tls.as_ref().map(|tls| {
-                let (challenges, metrics, earlier) = (challenges.clone(), metrics.tls(name), running.map(|tls| &**tls));
-                let built = Tls::build(tls, sources.clone(), name, spoken, challenges, metrics, earlier);
-                built.map(|built| Fit::of(built, running, (tls, &sources, spoken)))
-            });
-            match built.transpose() {
-                Ok(built) => tls.push(built),
-                Err(found) => {
-                    errors.extend(found.into_iter().map(|error| error.under(&format!("listeners[{index}].tls"))));
-                }
-            }
-        }
-        let admin_tls = config.admin.tls.as_ref().filter(|_| config.admin.enabled);
-        let admin_tls = admin_tls.map(|tls| {
-            // No issuer comes here.
-            let unasked = Challenges::new(metrics.challenges());
-            let running = before.and_then(|before| before.admin_tls.as_ref());
-            const SPOKEN: &[Protocol] = &[Protocol::Http1];
-            let (spoken, sources, metrics) = (SPOKEN, admin_sources.clone(), metrics.tls("admin"));
-            let built = Tls::build(tls, sources, "admin", spoken, unasked, metrics, running.map(|tls| &**tls));
-            built.map(|built| Fit::of(built, running, (tls, &admin_sources, spoken)))
-        });
-        let admin_tls = admin_tls.transpose().unwrap_or_else(|found| {
-            errors.extend(found.into_iter().map(|error| error.under("admin.tls")));
-            None
-        });
-        let (mut rules, mut listed, paths) = (Vec::new(), Vec::new(), Paths::new(&config.paths));
-        let callees = Directory::new(&upstreams, metrics, &ground.calls);
-        let keeping = ground.kept.begin();
-        for (index, written) in config.routes.iter().enumerate() {
-            let around = Surroundings::new(config.directory(), &written.name, metrics, &callees);
-            let around = around.keeping(&keeping).watching(&ground.files);
-            match catalog.chain_in(&written.filters, &around) {
-                Ok(chain) => {
-                    let chain = chain.timed(&written.name, metrics).bounded(written.filter_timeout.0);
-                    let mut route = route(written, chain, &upstreams, &config.resources, metrics);
-                    route.mirror = mirror(written, &upstreams, ground);
-                    let split = written.upstreams.iter().map(|side| side.name.clone());
-                    listed.push((route.metrics.clone(), written.upstream.iter().cloned().chain(split).collect()));
-                    match in_one_form(&written.matches, paths) {
-                        Ok(matches) => rules.push((matches, Arc::new(route))),
-                        Err(error) => errors.push(error.under(&format!("routes[{index}].match.path"))),
-                    }
-                }
-                Err(found) => {
-                    errors.extend(
-                        found.into_iter().map(|error| error.under("filters").under(&format!("routes[{index}]"))),
-                    );
-                    // It has no place in the table, and what is wrong with its `match` is reported all the same.
-                    let alone = Table::build(vec![(&written.matches, ())]).err().unwrap_or_default();
-                    errors.extend(alone.into_iter().map(|error| {
-                        let path = error.path.trim_start_matches("[0]").to_owned();
-                        BuildError { path: format!("routes[{index}]{path}"), ..error }
-                    }));
-                }
-            }
-        }
+        let upstreams = upstreams(ground, config, before, &mut errors);
+        let Plan { listeners: sources, admin: admin_sources, issuers } = kept(Plan::of(config), &mut errors);
+        let tls = listeners_tls(ground, config, sources, before, &mut errors);
+        let admin_tls = admin_tls(ground, config, admin_sources, before);
+        let admin_tls = kept(admin_tls.map_err(|found| under("admin.tls", found)), &mut errors);
+        let (rules, listed) = routes(ground, config, &upstreams, &mut errors);
         let observability = &config.observability;
-        let mut named = |written, path: &str| {
-            text::named(written).unwrap_or_else(|found| {
-                errors.extend(found.into_iter().map(|error| error.under(path)));
-                Named::default()
-            })
-        };
+        let mut named =
+            |written, path: &str| kept(text::named(written).map_err(|found| under(path, found)), &mut errors);
         let log_fields = named(&observability.access_log.fields, "observability.access_log.fields");
         let span_attributes = named(&observability.tracing.attributes, "observability.tracing.attributes");
         match Table::build(rules.iter().map(|(matches, route)| (matches, route.clone())).collect()) {
             Ok(routes) if errors.is_empty() => {
-                let parts = Parts { upstreams, routes, listed, tls, admin_tls, log_fields, span_attributes, issuers };
-                Ok(parts)
+                Ok(Parts { upstreams, routes, listed, tls, admin_tls, log_fields, span_attributes, issuers })
             }
             Ok(_) => Err(errors),
             Err(found) => {
-                errors.extend(found.into_iter().map(|error| error.under("routes")));
+                errors.extend(under("routes", found));
                 Err(errors)
             }
         }
     }
+}
+
+/// What was built; what is wrong with it goes to `errors`, and nothing stands for it meanwhile.
+fn kept<T: Default>(built: Result<T, Vec<BuildError>>, errors: &mut Vec<BuildError>) -> T {
+    built.unwrap_or_else(|found| {
+        errors.extend(found);
+        T::default()
+    })
+}
+
+fn under(path: &str, found: Vec<BuildError>) -> Vec<BuildError> {
+    found.into_iter().map(|error| error.under(path)).collect()
+}
+
+/// The upstreams by name, with the addresses of those that are new.
+fn upstreams(
+    ground: &Ground,
+    config: &Config,
+    before: Option<&Running>,
+    errors: &mut Vec<BuildError>,
+) -> BTreeMap<String, Arc<Upstream>> {
+    let mut upstreams = BTreeMap::new();
+    let running = |name: &String| before.and_then(|before| before.upstreams.get(name));
+    for (name, written) in &config.upstreams {
+        match Upstream::build_after(name, written, ground.metrics.upstream(name), running(name)) {
+            Ok(upstream) => drop(upstreams.insert(name.clone(), upstream)),
+            Err(found) => errors.extend(found),
+        }
+    }
+    let is_new = |name: &String, upstream: &Arc<Upstream>| running(name).is_none_or(|old| !Arc::ptr_eq(old, upstream));
+    let new = upstreams.iter().filter(|(name, upstream)| !ground.offline && is_new(name, upstream));
+    errors.extend(upstream::look_up(new.map(|(_, upstream)| upstream)));
+    upstreams
+}
+
+/// The TLS of each listener, in the order of the file; `sources` are those of their certificates.
+fn listeners_tls(
+    ground: &Ground,
+    config: &Config,
+    sources: Vec<Vec<Source>>,
+    before: Option<&Running>,
+    errors: &mut Vec<BuildError>,
+) -> Vec<Option<Fit>> {
+    let mut all = Vec::new();
+    for (index, (written, sources)) in config.listeners.iter().zip(sources).enumerate() {
+        let (name, spoken) = (&written.name, written.spoken());
+        let running = before.and_then(|before| before.listener(name)).and_then(|listener| listener.tls.as_ref());
+        let built = written.tls.as_ref().map(|tls| {
+            let (challenges, metrics) = (ground.challenges.clone(), ground.metrics.tls(name));
+            let earlier = running.map(|tls| &**tls);
+            let built = Tls::build(tls, sources.clone(), name, spoken, challenges, metrics, earlier);
+            built.map(|built| Fit::of(built, running, (tls, &sources, spoken)))
+        });
+        match built.transpose() {
+            Ok(built) => all.push(built),
+            Err(found) => errors.extend(under(&format!("listeners[{index}].tls"), found)),
+        }
+    }
+    all
+}
+
+/// The TLS of the admin endpoint, if it has any.
+fn admin_tls(
+    ground: &Ground,
+    config: &Config,
+    sources: Vec<Source>,
+    before: Option<&Running>,
+) -> Result<Option<Fit>, Vec<BuildError>> {
+    const SPOKEN: &[Protocol] = &[Protocol::Http1];
+    let Some(tls) = config.admin.tls.as_ref().filter(|_| config.admin.enabled) else { return Ok(None) };
+    // No issuer comes here.
+    let unasked = Challenges::new(ground.metrics.challenges());
+    let running = before.and_then(|before| before.admin_tls.as_ref());
+    let (metrics, earlier) = (ground.metrics.tls("admin"), running.map(|tls| &**tls));
+    let built = Tls::build(tls, sources.clone(), "admin", SPOKEN, unasked, metrics, earlier)?;
+    Ok(Some(Fit::of(built, running, (tls, &sources, SPOKEN))))
+}
+
+/// The routes with what each matches, and as `/status` shows them. Of one whose filters are wrong, the rest is looked
+/// at all the same.
+fn routes(
+    ground: &Ground,
+    config: &Config,
+    upstreams: &BTreeMap<String, Arc<Upstream>>,
+    errors: &mut Vec<BuildError>,
+) -> (Vec<(Match, Arc<Route>)>, Listed) {
+    let (mut rules, mut listed, paths) = (Vec::new(), Vec::new(), Paths::new(&config.paths));
+    let metrics = &ground.metrics;
+    let callees = Directory::new(upstreams, metrics, &ground.calls);
+    let keeping = ground.kept.begin();
+    for (index, written) in config.routes.iter().enumerate() {
+        let place = format!("routes[{index}]");
+        let around = Surroundings::new(config.directory(), &written.name, metrics, &callees);
+        let around = around.keeping(&keeping).watching(&ground.files);
+        match ground.catalog.chain_in(&written.filters, &around) {
+            Ok(chain) => {
+                let chain = chain.timed(&written.name, metrics).bounded(written.filter_timeout.0);
+                let mut route = route(written, chain, upstreams, &config.resources, metrics);
+                route.mirror = mirror(written, upstreams, ground);
+                let split = written.upstreams.iter().map(|side| side.name.clone());
+                listed.push((route.metrics.clone(), written.upstream.iter().cloned().chain(split).collect()));
+                match in_one_form(&written.matches, paths) {
+                    Ok(matches) => rules.push((matches, Arc::new(route))),
+                    Err(error) => errors.push(error.under(&format!("{place}.match.path"))),
+                }
+            }
+            Err(found) => {
+                errors.extend(found.into_iter().map(|error| error.under("filters").under(&place)));
+                // It has no place in the table, and what is wrong with its `match` is reported all the same.
+                let alone = Table::build(vec![(&written.matches, ())]).err().unwrap_or_default();
+                errors.extend(alone.into_iter().map(|error| {
+                    let path = error.path.trim_start_matches("[0]").to_owned();
+                    BuildError { path: format!("{place}{path}"), ..error }
+                }));
+            }
+        }
+    }
+    (rules, listed)
 }
 
 /// What a listener has besides itself: TLS, and where connections are passed on to.

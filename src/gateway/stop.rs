@@ -8,19 +8,18 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use super::lock;
+use super::process::Endings;
 use super::reload::Reloads;
 use super::sockets::Place;
 use super::supervisor::Supervisor;
 use async_trait::async_trait;
 use pingora::server::{ShutdownSignal, ShutdownSignalWatch};
 use tokio::signal::unix::{Signal, SignalKind, signal};
-use tokio::sync::{Notify, watch};
+use tokio::sync::Notify;
 
 use crate::access_log::AccessLog;
 use crate::admin::answer::Answer;
-use crate::admin::{Admin, Readiness, Ready};
-use crate::client::connection::Inflight;
-use crate::client::cut::Cut;
+use crate::admin::{Admin, Ready};
 use crate::config::server::Shutdown;
 
 /// Lets a connection that was just accepted become an exchange before the last one is looked for.
@@ -52,13 +51,9 @@ pub(super) fn add(admin: Admin, handle: Handle) -> Admin {
 /// What Pingora's main loop waits for.
 pub struct Stop {
     pub(super) asked: Arc<Notify>,
-    pub(super) readiness: Readiness,
+    /// What the rest of the process is told, step by step.
+    pub(super) endings: Endings,
     pub(super) times: Arc<Mutex<Shutdown>>,
-    /// Answers say that they are the last of their connection from then on.
-    pub(super) stopping: watch::Sender<bool>,
-    pub(super) cut: Arc<Cut>,
-    pub(super) listeners: watch::Sender<bool>,
-    pub(super) inflight: Arc<Inflight>,
     pub(super) log: Option<Arc<AccessLog>>,
     /// Told once signals are received: who waits for these lines may send one.
     pub(super) places: Arc<Mutex<Vec<Place>>>,
@@ -109,7 +104,7 @@ impl Stop {
         for Place { listener, address, .. } in lock(&self.places).iter() {
             tracing::info!(listener, address, "listening");
         }
-        self.readiness.set(Ready::Ready);
+        self.endings.readiness.set(Ready::Ready);
         self.supervisor.ready(1);
         loop {
             tokio::select! {
@@ -141,7 +136,7 @@ impl Stop {
 
     fn close_listeners(&self) {
         // An error would mean that no service is left to tell.
-        let _ = self.listeners.send(true);
+        let _ = self.endings.listeners.send(true);
     }
 
     async fn drain(&self) {
@@ -149,22 +144,22 @@ impl Stop {
             let times = lock(&self.times);
             (times.pause.0, times.deadline.0)
         };
-        tracing::info!(?pause, ?deadline, inflight = self.inflight.count(), "stopping");
-        self.readiness.set(Ready::Stopping);
+        tracing::info!(?pause, ?deadline, inflight = self.endings.inflight.count(), "stopping");
+        self.endings.readiness.set(Ready::Stopping);
         self.supervisor.stopping();
         // From now on clients are told to come back by another connection, which a balancer leads elsewhere once it has
         // noticed. Connections that are idle stay open meanwhile: a request that crosses their end would be lost.
-        self.stopping.send_replace(true);
+        self.endings.stopping.send_replace(true);
         tokio::time::sleep(pause).await;
         self.close_listeners();
         tokio::time::sleep(SETTLE).await;
-        if tokio::time::timeout(deadline, self.inflight.drained()).await.is_ok() {
+        if tokio::time::timeout(deadline, self.endings.inflight.drained()).await.is_ok() {
             tracing::info!("the last exchange has ended");
             return;
         }
-        tracing::warn!(cut = self.inflight.count(), "the deadline is over; the rest is cut");
-        self.cut.now();
+        tracing::warn!(cut = self.endings.inflight.count(), "the deadline is over; the rest is cut");
+        self.endings.cut.now();
         // What is left then are connections whose clients take their time to close them.
-        let _ = tokio::time::timeout(CUT, self.inflight.drained()).await;
+        let _ = tokio::time::timeout(CUT, self.endings.inflight.drained()).await;
     }
 }
