@@ -19,7 +19,7 @@ use super::decode::Parts;
 use super::explain::{expected, halves};
 use super::filter::FilterKind;
 use super::key::Key;
-use super::listener::tls::{Certificate, ClientMode, Tickets};
+use super::listener::tls::{Certificate, ClientMode, ProxyProtocol, RedirectHttps, Tickets};
 use super::listener::{Http2, Limits, Listener, Protocol as ListenerProtocol, Tls};
 use super::report::{Finding, Spot};
 use super::route::retry::{ATTEMPTS_MAX, Backoff, Retry};
@@ -366,15 +366,37 @@ impl<'a> Check<'a> {
 
     fn listener(&mut self, listener: &Listener, path: &str) {
         self.mode(path, &listener.address, listener.mode);
+        self.protocols(listener, &format!("{path}.protocols"));
+        self.passed_on(listener, path);
+        if let Some(redirect) = &listener.redirect_https {
+            self.redirect_https(redirect, listener.tls.is_some(), &format!("{path}.redirect_https"));
+        }
+        if let Some(tls) = &listener.tls {
+            self.tls(tls, &format!("{path}.tls"));
+        }
+        if let Some(proxy) = &listener.proxy_protocol {
+            self.proxy_protocol(proxy, &listener.address, &format!("{path}.proxy_protocol"));
+        }
+        self.listener_limits(&listener.limits, &format!("{path}.limits"));
+        let Http2 { provoked_resets, continuations, empty_data, .. } = &listener.http2;
+        self.count(&format!("{path}.http2.provoked_resets"), *provoked_resets, 1, u64::MAX);
+        self.count(&format!("{path}.http2.continuations"), *continuations, 0, u64::MAX);
+        self.count(&format!("{path}.http2.empty_data"), *empty_data, 0, 100);
+        self.time(&format!("{path}.timeouts.header"), listener.timeouts.header);
+        self.time(&format!("{path}.timeouts.idle"), listener.timeouts.idle);
+    }
+
+    /// What a listener speaks: something, nothing twice, and what fits its `tls`.
+    fn protocols(&mut self, listener: &Listener, path: &str) {
         let protocols = listener.spoken();
         let (clear, secure) = ("`http1` and `h2c`", "`http1` and `h2`");
-        if protocols.is_empty() && !self.parts.broken.within(&format!("{path}.protocols")) {
-            let finding = Finding::error(value(format!("{path}.protocols")), "a listener must speak some protocol");
+        if protocols.is_empty() && !self.parts.broken.within(path) {
+            let finding = Finding::error(value(path), "a listener must speak some protocol");
             let known = if listener.tls.is_some() { secure } else { clear };
             self.wrong(finding.label(format!("expected one or both of {known}")));
         }
         for (index, protocol) in protocols.iter().enumerate() {
-            let at = self.item(&format!("{path}.protocols"), index);
+            let at = self.item(path, index);
             match (protocol, &listener.tls) {
                 (ListenerProtocol::H2, None) => {
                     let finding = Finding::error(value(at), "`h2` is HTTP/2 over TLS, and this listener has no `tls`");
@@ -388,46 +410,47 @@ impl<'a> Check<'a> {
                 _ => {}
             }
         }
-        self.passed_on(listener, path);
-        if let Some(redirect) = &listener.redirect_https {
-            let at = format!("{path}.redirect_https");
-            if listener.tls.is_some() {
-                let finding =
-                    Finding::error(Spot::Key(at.clone()), "a listener with `tls` would send its clients to itself");
-                self.wrong(finding.label("it belongs to a listener in clear text"));
-            }
-            if ![301, 302, 307, 308].contains(&redirect.status) {
-                let finding = Finding::error(value(format!("{at}.status")), "this status is no redirect that fits");
-                self.wrong(finding.label("expected 301, 302, 307 or 308"));
-            }
-            if redirect.port == 0 {
-                let finding = Finding::error(value(format!("{at}.port")), "nothing can be reached at port 0");
-                self.wrong(finding.label("expected a port from 1 to 65535"));
-            }
-        }
-        if let Some(tls) = &listener.tls {
-            self.tls(tls, &format!("{path}.tls"));
-        }
-        if let Some(proxy) = &listener.proxy_protocol {
-            self.time(&format!("{path}.proxy_protocol.timeout"), proxy.timeout);
-            let unix = matches!(listener.address.target(), Ok(Target::Unix(_)));
-            if proxy.from.is_empty() && !unix && !self.parts.broken.within(&format!("{path}.proxy_protocol")) {
-                let finding =
-                    Finding::error(value(format!("{path}.proxy_protocol")), "nobody may speak the PROXY protocol");
-                self.wrong(
-                    finding
-                        .label("expected `from` with at least one network")
-                        .help("name the proxies: `from: [10.0.0.0/8]`"),
-                );
-            }
-        }
         for (index, protocol) in protocols.iter().enumerate() {
             if let Some(first) = protocols[..index].iter().position(|earlier| earlier == protocol) {
-                let list = format!("{path}.protocols");
-                let (again, first) = (self.item(&list, index), self.item(&list, first));
+                let (again, first) = (self.item(path, index), self.item(path, first));
                 self.twice(again, first, "a protocol is listed twice".to_owned());
             }
         }
+    }
+
+    /// Where a listener sends its clients; `secure`: it has `tls` itself.
+    fn redirect_https(&mut self, redirect: &RedirectHttps, secure: bool, path: &str) {
+        if secure {
+            let finding =
+                Finding::error(Spot::Key(path.to_owned()), "a listener with `tls` would send its clients to itself");
+            self.wrong(finding.label("it belongs to a listener in clear text"));
+        }
+        if ![301, 302, 307, 308].contains(&redirect.status) {
+            let finding = Finding::error(value(format!("{path}.status")), "this status is no redirect that fits");
+            self.wrong(finding.label("expected 301, 302, 307 or 308"));
+        }
+        if redirect.port == 0 {
+            let finding = Finding::error(value(format!("{path}.port")), "nothing can be reached at port 0");
+            self.wrong(finding.label("expected a port from 1 to 65535"));
+        }
+    }
+
+    /// Who may speak the PROXY protocol to a listener.
+    fn proxy_protocol(&mut self, proxy: &ProxyProtocol, address: &Address, path: &str) {
+        self.time(&format!("{path}.timeout"), proxy.timeout);
+        let unix = matches!(address.target(), Ok(Target::Unix(_)));
+        if proxy.from.is_empty() && !unix && !self.parts.broken.within(path) {
+            let finding = Finding::error(value(path), "nobody may speak the PROXY protocol");
+            self.wrong(
+                finding
+                    .label("expected `from` with at least one network")
+                    .help("name the proxies: `from: [10.0.0.0/8]`"),
+            );
+        }
+    }
+
+    /// How much a listener takes on.
+    fn listener_limits(&mut self, limits: &Limits, path: &str) {
         let Limits {
             connections,
             connections_per_ip,
@@ -443,8 +466,7 @@ impl<'a> Check<'a> {
             header_bytes,
             requests_per_connection,
             streams,
-        } = &listener.limits;
-        let path = format!("{path}.limits");
+        } = limits;
         self.count(&format!("{path}.requests_per_ip"), *requests_per_ip, 1, u64::MAX);
         self.count(&format!("{path}.connections"), *connections, 1, u64::MAX);
         self.count(&format!("{path}.connections_per_ip"), *connections_per_ip, 1, u64::MAX);
@@ -467,13 +489,6 @@ impl<'a> Check<'a> {
             let finding = Finding::error(value(&path), format!("`{path}` is out of range"));
             self.wrong(finding.label("expected a size from 1KiB to 1MiB"));
         }
-        let path = path.trim_end_matches("limits");
-        let Http2 { provoked_resets, continuations, empty_data, .. } = &listener.http2;
-        self.count(&format!("{path}http2.provoked_resets"), *provoked_resets, 1, u64::MAX);
-        self.count(&format!("{path}http2.continuations"), *continuations, 0, u64::MAX);
-        self.count(&format!("{path}http2.empty_data"), *empty_data, 0, 100);
-        self.time(&format!("{path}timeouts.header"), listener.timeouts.header);
-        self.time(&format!("{path}timeouts.idle"), listener.timeouts.idle);
     }
 
     /// A rate that can be counted.
