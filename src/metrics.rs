@@ -5,21 +5,27 @@
 //! own and not the crate's global one, so that two gateways in one process do not count each other's exchanges.
 
 mod acme;
+mod admin;
 pub mod call;
 pub mod config;
 pub mod driver;
 pub mod endpoints;
+mod eventloop;
 pub mod family;
 pub mod filters;
 mod limits;
+mod listener;
 pub mod mirror;
+mod outputs;
 mod phases;
 mod refusals;
 mod registry;
 mod relay;
 pub mod retry;
 mod route;
+mod spool;
 mod tls;
+mod upstream;
 
 use std::collections::{BTreeSet, HashMap};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -28,23 +34,19 @@ use std::time::Instant;
 
 use prometheus::core::Collector;
 use prometheus::process_collector::ProcessCollector;
-use prometheus::{
-    CounterVec, Encoder, Gauge, GaugeVec, Histogram, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec,
-    TextEncoder,
-};
+use prometheus::{Encoder, Histogram, IntCounter, IntGauge, IntGaugeVec, TextEncoder};
 
-use crate::error::{Refusal, refusal};
+use crate::error::Refusal;
 use crate::phase::Phase;
 use call::CallMetrics;
 use config::{ConfigMetrics, GenerationCollector, Generations};
 use driver::DriverMetrics;
-use endpoints::{EndpointCollector, EndpointMetrics, Group, Groups};
+use endpoints::{EndpointCollector, Group, Groups};
 use filters::{Access, Admission, CompressMetrics, Loads, PasswordMetrics};
 use mirror::MirrorMetrics;
 use phases::{PhaseCollector, Roll};
 use refusals::RefusalCollector;
 use registry::Registry;
-use retry::RetryMetrics;
 use route::Series;
 
 /// The route label of exchanges that found no route, or were refused before one was sought.
@@ -53,13 +55,18 @@ pub const UNROUTED: &str = "_none";
 pub const LOOP: &str = "loop";
 
 pub use acme::{AcmeMetrics, ChallengeMetrics};
+pub use admin::{AdminMetrics, StreamGuard};
+pub use eventloop::{LANE_CLASSES, LaneMetrics, LoopMetrics};
 pub use limits::{LimitMetrics, QueueMetrics};
+pub use listener::{ConnectionState, DoorwayMetrics, ListenerMetrics};
+pub use outputs::{AccessLogMetrics, SpanMetrics};
 pub use phases::{PhaseState, Seat};
 pub use refusals::RefusalMetrics;
 pub use relay::RelayMetrics;
-pub use tls::TlsMetrics;
-
 pub use route::{Direction, Distribution, RouteFigures, RouteMetrics, Spills, Summary};
+pub use spool::{OperationMetrics, RungMetrics, SPOOL_LIMITS, SpoolMetrics};
+pub use tls::TlsMetrics;
+pub use upstream::{DiscoveryMetrics, EjectionMetrics, HealthCheckMetrics, UpstreamMetrics};
 
 /// All metrics of one gateway. Clones are cheap and share everything.
 #[derive(Clone)]
@@ -88,73 +95,39 @@ struct Inner {
 
 /// The families whose children are made after [`Metrics::new`].
 struct Families {
-    exchanges: IntCounterVec,
-    exchange_seconds: HistogramVec,
-    phase_seconds: HistogramVec,
-    own_seconds: HistogramVec,
-    driver_exchanges: IntCounterVec,
-    write_blocked: CounterVec,
-    upstream_held: HistogramVec,
-    upstream_saved: CounterVec,
-    spool_spills: IntCounterVec,
-    bytes: IntCounterVec,
-    client_connections: IntGaugeVec,
-    client_connections_total: IntCounterVec,
-    client_connections_limit: IntGaugeVec,
-    accept_pauses: IntCounterVec,
-    accept_paused: IntGaugeVec,
-    client_requests: IntCounterVec,
+    routes: route::Families,
+    listeners: listener::Families,
     tls: tls::Families,
     acme: acme::Families,
     relays: relay::Families,
-    upstream_selections: IntCounterVec,
-    upstream_connects: IntCounterVec,
-    upstream_connect_failures: IntCounterVec,
-    upstream_connect_seconds: HistogramVec,
-    upstream_wait_seconds: HistogramVec,
-    upstream_discoveries: IntCounterVec,
-    upstream_health_checks: IntCounterVec,
-    upstream_connections: IntGaugeVec,
-    upstream_ejections: IntCounterVec,
-    upstream_panic: IntGaugeVec,
-    retries: IntCounterVec,
-    retries_refused: IntCounterVec,
+    upstreams: upstream::Families,
     limits: limits::Families,
-    mirrored: IntCounterVec,
-    calls: IntCounterVec,
-    call_seconds: HistogramVec,
-    access: IntCounterVec,
-    filter_loads: IntCounterVec,
-    compressed_bytes: IntCounterVec,
-    compress_busy: IntCounterVec,
-    password_seconds: HistogramVec,
-    password_waiting: IntGaugeVec,
-    spool_bytes: IntGaugeVec,
-    spool_limit: IntGaugeVec,
-    spool_denials: IntCounterVec,
-    slow_clients: IntGaugeVec,
-    pressure_total: IntCounterVec,
-    pressure: IntGaugeVec,
-    disk_seconds: HistogramVec,
-    disk_queue: IntGaugeVec,
-    disk_failures: IntCounterVec,
-    lane_waiting: IntGaugeVec,
-    lane_share: GaugeVec,
-    lane_overdue: IntCounterVec,
-    lane_bytes: IntCounterVec,
-    loop_lag: HistogramVec,
-    stalled_workers: IntGaugeVec,
-    stalls: IntCounterVec,
-    filter_poll: HistogramVec,
-    filter_skipped: IntCounterVec,
-    access_log_lines: IntCounterVec,
-    access_log_dropped: IntCounterVec,
-    spans: IntCounterVec,
-    admin_requests: IntCounterVec,
-    admin_connections: IntGaugeVec,
-    admin_connections_closed: IntCounterVec,
-    admin_streams: IntGaugeVec,
+    filters: filters::Families,
+    spools: spool::Families,
+    loops: eventloop::Families,
+    outputs: outputs::Families,
+    admin: admin::Families,
     config: config::Families,
+}
+
+impl Families {
+    fn register(registry: &Registry) -> Self {
+        Families {
+            routes: route::Families::register(registry),
+            listeners: listener::Families::register(registry),
+            tls: tls::Families::register(registry),
+            acme: acme::Families::register(registry),
+            relays: relay::Families::register(registry),
+            upstreams: upstream::Families::register(registry),
+            limits: limits::Families::register(registry),
+            filters: filters::Families::register(registry),
+            spools: spool::Families::register(registry),
+            loops: eventloop::Families::register(registry),
+            outputs: outputs::Families::register(registry),
+            admin: admin::Families::register(registry),
+            config: config::Families::register(registry),
+        }
+    }
 }
 
 impl Metrics {
@@ -234,31 +207,17 @@ impl Metrics {
 
     /// Those of the listener of this name.
     pub fn listener(&self, name: &str) -> ListenerMetrics {
-        let families = self.families();
-        let open = |state| families.client_connections.with_label_values(&[name, state]);
-        let requests = |protocol| families.client_requests.with_label_values(&[name, protocol]);
-        ListenerMetrics {
-            accepted: families.client_connections_total.with_label_values(&[name]),
-            connections_max: families.client_connections_limit.with_label_values(&[name]),
-            http1_requests: requests("http1"),
-            h2_requests: requests("h2"),
-            refusals: self.refusals().clone(),
-            open: STATES.map(open),
-        }
+        self.families().listeners.listener(name, self.refusals().clone())
     }
 
     /// Those of the drivers of exchanges, for these reasons to go by Pingora's.
     pub fn driver(&self, reasons: impl IntoIterator<Item = &'static str>) -> DriverMetrics {
-        DriverMetrics::of(&self.families().driver_exchanges, reasons)
+        DriverMetrics::of(&self.families().routes.driver_exchanges, reasons)
     }
 
     /// Those of accepting connections, over all listeners.
     pub fn doorway(&self) -> DoorwayMetrics {
-        let families = self.families();
-        DoorwayMetrics {
-            pauses: families.accept_pauses.with_label_values::<&str>(&[]),
-            paused: single(&families.accept_paused),
-        }
+        self.families().listeners.doorway()
     }
 
     /// Those of the TLS of the listener of this name.
@@ -284,33 +243,7 @@ impl Metrics {
     /// Those of the upstream of this name.
     pub fn upstream(&self, name: &str) -> UpstreamMetrics {
         let families = self.families();
-        let connects = |outcome| families.upstream_connects.with_label_values(&[name, outcome]);
-        let discoveries = |outcome| families.upstream_discoveries.with_label_values(&[name, outcome]);
-        let connect_failures = refusal::ALL.iter().filter_map(|&refusal| {
-            let reason = refusal.reason.strip_prefix("connect.")?;
-            Some((refusal, families.upstream_connect_failures.with_label_values(&[name, reason])))
-        });
-        UpstreamMetrics {
-            connects_new: connects("new"),
-            connects_reused: connects("reused"),
-            connects_failed: connects("failed"),
-            discoveries: DiscoveryMetrics {
-                ok: discoveries("ok"),
-                none: discoveries("none"),
-                failed: discoveries("failed"),
-            },
-            connections: families.upstream_connections.with_label_values(&[name]),
-            retries: RetryMetrics::of(name, &families.retries, &families.retries_refused),
-            limits: families.limits.upstream(name),
-            health_checks: families.upstream_health_checks.clone(),
-            connect_failures: connect_failures.collect(),
-            connect_seconds: families.upstream_connect_seconds.with_label_values(&[name]),
-            wait_seconds: families.upstream_wait_seconds.with_label_values(&[name]),
-            metrics: self.clone(),
-            panic: families.upstream_panic.with_label_values(&[name]),
-            ejections: families.upstream_ejections.clone(),
-            name: name.into(),
-        }
+        families.upstreams.upstream(name, families.limits.upstream(name), self.clone())
     }
 
     /// Counts the endpoints of this upstream whenever somebody asks, for as long as there is one.
@@ -325,112 +258,70 @@ impl Metrics {
 
     /// Those of the calls of this filter to the upstream of this name.
     pub fn calls(&self, filter: &str, upstream: &str) -> CallMetrics {
-        CallMetrics::of(filter, upstream, &self.families().calls, &self.families().call_seconds)
+        CallMetrics::of(filter, upstream, &self.families().filters.calls, &self.families().filters.call_seconds)
     }
 
     /// Those of a filter of this route that lets some in and others not.
     pub fn admission(&self, route: &str, filter: &str) -> Admission {
         let route = if self.reserve_series(Access::ALL.len() as u64) { route } else { "_other" };
-        Admission::of(route, filter, &self.families().access)
+        Admission::of(route, filter, &self.families().filters.access)
     }
 
     /// Those of what a filter of this route reads again and again.
     pub fn loads(&self, route: &str, filter: &str) -> Loads {
         let route = if self.reserve_series(2) { route } else { "_other" };
-        Loads::of(route, filter, &self.families().filter_loads)
+        Loads::of(route, filter, &self.families().filters.loads)
     }
 
     /// Those of answers that are compressed on this route.
     pub fn compress(&self, route: &str) -> CompressMetrics {
         let (families, route) = (self.families(), if self.reserve_series(7) { route } else { "_other" });
-        CompressMetrics::of(route, &families.compressed_bytes, &families.compress_busy)
+        CompressMetrics::of(route, &families.filters.compressed_bytes, &families.filters.compress_busy)
     }
 
     /// Those of hashing passwords.
     pub fn passwords(&self) -> PasswordMetrics {
         let families = self.families();
         PasswordMetrics {
-            seconds: families.password_seconds.with_label_values::<&str>(&[]),
-            waiting: single(&families.password_waiting),
+            seconds: families.filters.password_seconds.with_label_values::<&str>(&[]),
+            waiting: single(&families.filters.password_waiting),
         }
     }
 
     /// Those of the copies that the upstream of this name gets.
     pub fn mirror(&self, upstream: &str) -> MirrorMetrics {
-        MirrorMetrics::of(upstream, &self.families().mirrored)
+        MirrorMetrics::of(upstream, &self.families().filters.mirrored)
     }
 
     /// Those of all spools, of the budget and of the disk threads that they share.
     pub fn spools(&self) -> SpoolMetrics {
-        let families = self.families();
-        let bytes = |store| DIRECTIONS.map(|direction| families.spool_bytes.with_label_values(&[direction, store]));
-        let limit = |store| families.spool_limit.with_label_values(&[store]);
-        let operation = |operation| OperationMetrics {
-            seconds: families.disk_seconds.with_label_values(&[operation]),
-            failures: families.disk_failures.with_label_values(&[operation]),
-        };
-        let rung = |rung| RungMetrics {
-            times: families.pressure_total.with_label_values(&[rung]),
-            now: families.pressure.with_label_values(&[rung]),
-        };
-        SpoolMetrics {
-            memory: bytes("memory"),
-            disk: bytes("disk"),
-            memory_limit: limit("memory"),
-            disk_limit: limit("disk"),
-            denials: DIRECTIONS.map(|direction| {
-                SPOOL_LIMITS.map(|limit| families.spool_denials.with_label_values(&[direction, limit]))
-            }),
-            slow: DIRECTIONS.map(|direction| families.slow_clients.with_label_values(&[direction])),
-            spill: rung("spill"),
-            pause: rung("pause"),
-            shed: rung("shed"),
-            disk_queue: single(&families.disk_queue),
-            write: operation("write"),
-            read: operation("read"),
-        }
+        self.families().spools.spools()
     }
 
     /// Those of the paced lane of one worker; they are numbered from 0.
     pub fn lane(&self, worker: usize) -> LaneMetrics {
-        let families = self.families();
-        let worker = worker.to_string();
-        LaneMetrics {
-            waiting: LANE_CLASSES.map(|class| families.lane_waiting.with_label_values(&[&worker, class])),
-            share: LANE_CLASSES.map(|class| families.lane_share.with_label_values(&[&worker, class])),
-            overdue: LANE_CLASSES.map(|class| families.lane_overdue.with_label_values(&[&worker, class])),
-            bytes: families.lane_bytes.with_label_values(&[&worker]),
-        }
+        self.families().loops.lane(worker)
     }
 
-    /// Those of the loops of so many workers, which are numbered from 0.
+    /// Those of the loops of this many workers, which are numbered from 0.
     pub fn loops(&self, workers: usize) -> LoopMetrics {
-        let families = self.families();
-        let lag = |worker: usize| families.loop_lag.with_label_values(&[&worker.to_string()]);
-        for place in Phase::ALL.iter().map(|phase| phase.name()).chain([LOOP]) {
-            families.stalls.with_label_values(&[place]);
-        }
-        LoopMetrics {
-            lag: (0..workers).map(lag).collect(),
-            stalled: single(&families.stalled_workers),
-            stalls: families.stalls.clone(),
-        }
+        self.families().loops.loops(workers)
     }
 
     /// How late the signs of life of this worker came, in the buckets of `forebay_loop_lag_seconds`.
     pub fn lag(&self, worker: usize) -> Distribution {
-        Distribution::of(&self.families().loop_lag.with_label_values(&[&worker.to_string()]))
+        Distribution::of(&self.families().loops.lag_of(worker))
     }
 
     /// Workers that are stalled now.
     pub fn stalled_workers(&self) -> u64 {
-        u64::try_from(single(&self.families().stalled_workers).get()).unwrap_or(0)
+        u64::try_from(single(&self.families().loops.stalled).get()).unwrap_or(0)
     }
 
     /// The time of the polls of the filters with this key. Ask once, when one is built.
     pub fn filter_polls(&self, key: &str) -> Histogram {
-        self.families().stalls.with_label_values(&[key]);
-        self.families().filter_poll.with_label_values(&[key])
+        self.families().loops.stalls.with_label_values(&[key]);
+        self.families().filters.poll.with_label_values(&[key])
     }
 
     /// Exchanges of a route in which a filter did nothing, for its condition did not hold. Ask once, when one is
@@ -439,7 +330,7 @@ impl Metrics {
         let mut skipping = self.skipping();
         let paid = *skipping.entry((route.into(), key.into())).or_insert_with(|| self.reserve_series(1));
         let route = if paid { route } else { "_other" };
-        self.families().filter_skipped.with_label_values(&[route, key])
+        self.families().filters.skipped.with_label_values(&[route, key])
     }
 
     /// Held for a look-up, when a filter is built or a route is gone.
@@ -481,29 +372,17 @@ impl Metrics {
 
     /// Those of the access log.
     pub fn access_log(&self) -> AccessLogMetrics {
-        let families = self.families();
-        let dropped = |reason| families.access_log_dropped.with_label_values(&[reason]);
-        AccessLogMetrics {
-            lines: families.access_log_lines.with_label_values::<&str>(&[]),
-            dropped_full: dropped("full"),
-            dropped_failed: dropped("failed"),
-        }
+        self.families().outputs.access_log()
     }
 
     /// Those of the spans of traces.
     pub fn spans(&self) -> SpanMetrics {
-        let outcome = |outcome| self.families().spans.with_label_values(&[outcome]);
-        SpanMetrics { exported: outcome("exported"), failed: outcome("failed"), dropped: outcome("dropped") }
+        self.families().outputs.spans()
     }
 
     /// Those of the admin endpoint.
     pub fn admin(&self) -> AdminMetrics {
-        AdminMetrics {
-            requests: self.families().admin_requests.clone(),
-            connections: single(&self.families().admin_connections),
-            closed: self.families().admin_connections_closed.with_label_values::<&str>(&[]),
-            streams: single(&self.families().admin_streams),
-        }
+        self.families().admin.admin()
     }
 
     /// How many are in which phase now, and for how long, in the order of the phases.
@@ -565,135 +444,9 @@ impl Metrics {
     }
 }
 
-impl Families {
-    fn register(registry: &Registry) -> Self {
-        Families {
-            exchanges: family::EXCHANGES.counter(registry),
-            exchange_seconds: family::EXCHANGE_SECONDS.histogram(registry),
-            phase_seconds: family::PHASE_SECONDS.histogram(registry),
-            own_seconds: family::OWN_SECONDS.histogram(registry),
-            driver_exchanges: family::DRIVER_EXCHANGES.counter(registry),
-            write_blocked: family::WRITE_BLOCKED.seconds(registry),
-            upstream_held: family::UPSTREAM_HELD.histogram(registry),
-            upstream_saved: family::UPSTREAM_SAVED.seconds(registry),
-            spool_spills: family::SPOOL_SPILLS.counter(registry),
-            bytes: family::BYTES.counter(registry),
-            client_connections: family::CLIENT_CONNECTIONS.gauge(registry),
-            client_connections_total: family::CLIENT_CONNECTIONS_TOTAL.counter(registry),
-            client_connections_limit: family::CLIENT_CONNECTIONS_LIMIT.gauge(registry),
-            accept_pauses: family::ACCEPT_PAUSES.counter(registry),
-            accept_paused: family::ACCEPT_PAUSED.gauge(registry),
-            client_requests: family::CLIENT_REQUESTS.counter(registry),
-            tls: tls::Families::register(registry),
-            acme: acme::Families::register(registry),
-            relays: relay::Families::register(registry),
-            upstream_selections: family::UPSTREAM_SELECTIONS.counter(registry),
-            upstream_connects: family::UPSTREAM_CONNECTS.counter(registry),
-            upstream_connect_failures: family::UPSTREAM_CONNECT_FAILURES.counter(registry),
-            upstream_connect_seconds: family::UPSTREAM_CONNECT_SECONDS.histogram(registry),
-            upstream_wait_seconds: family::UPSTREAM_WAIT_SECONDS.histogram(registry),
-            upstream_discoveries: family::UPSTREAM_DISCOVERIES.counter(registry),
-            upstream_health_checks: family::UPSTREAM_HEALTH_CHECKS.counter(registry),
-            upstream_connections: family::UPSTREAM_CONNECTIONS.gauge(registry),
-            upstream_ejections: family::UPSTREAM_EJECTIONS.counter(registry),
-            upstream_panic: family::UPSTREAM_PANIC.gauge(registry),
-            retries: family::RETRIES.counter(registry),
-            retries_refused: family::RETRIES_REFUSED.counter(registry),
-            limits: limits::Families::register(registry),
-            mirrored: family::MIRROR.counter(registry),
-            calls: family::FILTER_CALLS.counter(registry),
-            call_seconds: family::FILTER_CALL_SECONDS.histogram(registry),
-            access: family::ACCESS.counter(registry),
-            filter_loads: family::FILTER_LOADS.counter(registry),
-            compressed_bytes: family::COMPRESSED_BYTES.counter(registry),
-            compress_busy: family::COMPRESS_BUSY.counter(registry),
-            password_seconds: family::PASSWORD_SECONDS.histogram(registry),
-            password_waiting: family::PASSWORD_WAITING.gauge(registry),
-            spool_bytes: family::SPOOL_BYTES.gauge(registry),
-            spool_limit: family::SPOOL_LIMIT_BYTES.gauge(registry),
-            spool_denials: family::SPOOL_DENIALS.counter(registry),
-            slow_clients: family::SLOW_CLIENTS.gauge(registry),
-            pressure_total: family::PRESSURE_TOTAL.counter(registry),
-            pressure: family::PRESSURE.gauge(registry),
-            disk_seconds: family::DISK_SECONDS.histogram(registry),
-            disk_queue: family::DISK_QUEUE.gauge(registry),
-            disk_failures: family::DISK_FAILURES.counter(registry),
-            lane_waiting: family::LANE_WAITING.gauge(registry),
-            lane_share: family::LANE_SHARE.ratio(registry),
-            lane_overdue: family::LANE_OVERDUE.counter(registry),
-            lane_bytes: family::LANE_BYTES.counter(registry),
-            loop_lag: family::LOOP_LAG.histogram(registry),
-            stalled_workers: family::STALLED_WORKERS.gauge(registry),
-            stalls: family::STALLS.counter(registry),
-            filter_poll: family::FILTER_POLL_SECONDS.histogram(registry),
-            filter_skipped: family::FILTER_SKIPPED.counter(registry),
-            access_log_lines: family::ACCESS_LOG_LINES.counter(registry),
-            access_log_dropped: family::ACCESS_LOG_DROPPED.counter(registry),
-            spans: family::SPANS.counter(registry),
-            admin_requests: family::ADMIN_REQUESTS.counter(registry),
-            admin_connections: family::ADMIN_CONNECTIONS.gauge(registry),
-            admin_connections_closed: family::ADMIN_CONNECTIONS_CLOSED.counter(registry),
-            admin_streams: family::ADMIN_STREAMS.gauge(registry),
-            config: config::Families::register(registry),
-        }
-    }
-}
-
 /// The only child of a family without labels.
 fn single(gauges: &IntGaugeVec) -> IntGauge {
     gauges.with_label_values::<&str>(&[])
-}
-
-/// What a client connection does.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum ConnectionState {
-    /// Waits for its next request.
-    Idle,
-    /// What stands before HTTP arrives: the PROXY protocol, the TLS handshake.
-    Handshake,
-    /// A request header arrives.
-    Header,
-    /// It has an exchange or, on HTTP/2, several.
-    Active,
-}
-
-/// The metrics of one listener.
-pub struct ListenerMetrics {
-    /// Connections that were accepted.
-    pub accepted: IntCounter,
-    /// Connections that may be open.
-    pub connections_max: IntGauge,
-    /// Requests over HTTP/1.
-    pub http1_requests: IntCounter,
-    /// Requests over HTTP/2.
-    pub h2_requests: IntCounter,
-    /// Of the whole gateway: for what is refused before there is an exchange.
-    pub refusals: RefusalMetrics,
-    /// In the order of `ConnectionState`.
-    open: [IntGauge; 4],
-}
-
-/// The metrics of accepting connections.
-pub struct DoorwayMetrics {
-    /// Times that a listener stopped because open files ran short.
-    pub pauses: IntCounter,
-    /// Listeners that have stopped now.
-    pub paused: IntGauge,
-}
-
-/// The values of the label `state` of connections, in the order of [`ConnectionState`].
-const STATES: [&str; 4] = ["idle", "handshake", "header", "active"];
-
-impl ListenerMetrics {
-    /// Connections that are open now, by what they do.
-    pub fn open(&self) -> [(&'static str, i64); 4] {
-        std::array::from_fn(|state| (STATES[state], self.open[state].get()))
-    }
-
-    /// Moves a connection from one state to another: from `None` when it opens, to `None` when it closes.
-    pub fn enter(&self, from: Option<ConnectionState>, to: Option<ConnectionState>) {
-        shift(&self.open, from.map(|state| state as usize), to.map(|state| state as usize));
-    }
 }
 
 /// Counts one less at `from` and one more at `to`.
@@ -706,263 +459,6 @@ fn shift(gauges: &[IntGauge], from: Option<usize>, to: Option<usize>) {
     }
     if let Some(to) = to {
         gauges[to].inc();
-    }
-}
-
-/// The values of the label `direction` of what is spooled, in the order in which gauges stand in [`SpoolMetrics`].
-const DIRECTIONS: [&str; 2] = ["request", "response"];
-
-/// The values of the label `limit` of what spools are denied: that of all of them, of responses, of one client, of one
-/// response where others need room, and of files.
-pub const SPOOL_LIMITS: [&str; 5] = ["all", "responses", "client", "spool", "files"];
-
-/// The metrics of what spools share. Where there are two of a kind, the first is of requests and the second of
-/// responses.
-#[derive(Clone)]
-pub struct SpoolMetrics {
-    /// Bytes in memory.
-    pub memory: [IntGauge; 2],
-    /// Bytes that files have grown to.
-    pub disk: [IntGauge; 2],
-    /// Bytes that may be in memory.
-    pub memory_limit: IntGauge,
-    /// Bytes that files may have between them.
-    pub disk_limit: IntGauge,
-    /// Times that a spool got no more disk, in the order of [`SPOOL_LIMITS`].
-    pub denials: [[IntCounter; SPOOL_LIMITS.len()]; 2],
-    /// Clients that are waited for.
-    pub slow: [IntGauge; 2],
-    /// Writes to disk that only pressure caused.
-    pub spill: RungMetrics,
-    /// Spools that were made to wait.
-    pub pause: RungMetrics,
-    /// Exchanges that were turned away.
-    pub shed: RungMetrics,
-    /// Writes and reads that are queued or under way.
-    pub disk_queue: IntGauge,
-    /// Writes.
-    pub write: OperationMetrics,
-    /// Reads.
-    pub read: OperationMetrics,
-}
-
-/// The metrics of one rung of the ladder that is climbed when memory runs short.
-#[derive(Clone)]
-pub struct RungMetrics {
-    /// How often it was used.
-    pub times: IntCounter,
-    /// Whether it holds, or how many wait on it.
-    pub now: IntGauge,
-}
-
-/// The metrics of one kind of work for the disk threads.
-#[derive(Clone)]
-pub struct OperationMetrics {
-    /// From when it was queued until it was done, whatever came of it.
-    pub seconds: Histogram,
-    /// How often it failed.
-    pub failures: IntCounter,
-}
-
-/// What a turn of the paced lane is for.
-pub const LANE_CLASSES: [&str; 3] = ["newcomer", "pass", "spool"];
-
-/// The metrics of the paced lane of one worker.
-pub struct LaneMetrics {
-    /// Exchanges that wait for their turn, as in `LANE_CLASSES`.
-    pub waiting: [IntGauge; 3],
-    /// Of its time, what the worker may give to them, from 0 to 1.
-    pub share: [Gauge; 3],
-    /// Turns that were given because they had been waited for for as long as may be.
-    pub overdue: [IntCounter; 3],
-    /// Bytes that were spooled.
-    pub bytes: IntCounter,
-}
-
-/// The metrics of the workers' loops that are not read when they are asked for.
-pub struct LoopMetrics {
-    /// How late each worker's signs of life came.
-    pub lag: Vec<Histogram>,
-    /// Workers that are stalled now.
-    pub stalled: IntGauge,
-    stalls: IntCounterVec,
-}
-
-impl LoopMetrics {
-    /// How often a worker was held up at this place, which is a phase, the key of a filter, or `loop`.
-    pub fn stalls(&self, place: &str) -> IntCounter {
-        self.stalls.with_label_values(&[place])
-    }
-}
-
-/// The metrics of one upstream.
-pub struct UpstreamMetrics {
-    /// Exchanges for which a connection was made.
-    pub connects_new: IntCounter,
-    /// Exchanges that were given a connection that was kept.
-    pub connects_reused: IntCounter,
-    /// Attempts to connect that failed.
-    pub connects_failed: IntCounter,
-    /// What came of asking where its endpoints are.
-    pub discoveries: DiscoveryMetrics,
-    /// Connections that are open or being made.
-    pub connections: IntGauge,
-    /// Attempts that were repeated, and those that were not.
-    pub retries: RetryMetrics,
-    /// Of its limits.
-    pub limits: LimitMetrics,
-    health_checks: IntCounterVec,
-    /// Times until new connections stood.
-    pub connect_seconds: Histogram,
-    /// Times from the end of a request to the header of its answer.
-    pub wait_seconds: Histogram,
-    /// For each refusal of the phase `connect`.
-    connect_failures: Box<[(&'static Refusal, IntCounter)]>,
-    metrics: Metrics,
-    /// 1 while so few endpoints are available that all of them are asked.
-    pub panic: IntGauge,
-    ejections: IntCounterVec,
-    name: Box<str>,
-}
-
-/// What came of asking where the endpoints of an upstream are.
-#[derive(Clone)]
-pub struct DiscoveryMetrics {
-    /// They were told.
-    pub ok: IntCounter,
-    /// It was told that there are none.
-    pub none: IntCounter,
-    /// Nothing was told, or nothing that can be read.
-    pub failed: IntCounter,
-}
-
-impl UpstreamMetrics {
-    /// Those of the endpoints with this label, an address as written. Ask once, when one is built.
-    pub fn endpoint(&self, label: &str) -> Arc<EndpointMetrics> {
-        let key = (self.name.clone(), label.into());
-        let mut known = self.metrics.endpoints();
-        if let Some(endpoint) = known.get(&key).and_then(Weak::upgrade) {
-            return endpoint;
-        }
-        let endpoint = Arc::new(EndpointMetrics::new(&self.name, label, &self.metrics));
-        known.insert(key, Arc::downgrade(&endpoint));
-        endpoint
-    }
-
-    /// Counts an attempt for which no connection came about.
-    pub fn count_connect_failure(&self, why: &'static Refusal) {
-        let counter = self.connect_failures.iter().find(|(refusal, _)| *refusal == why);
-        counter.iter().for_each(|(_, count)| count.inc());
-    }
-
-    /// Counts the endpoints of this upstream whenever somebody asks, for as long as there is one.
-    pub fn count_endpoints(&self, group: Weak<dyn Group>) {
-        self.metrics.count_endpoints(group);
-    }
-
-    /// Those of its ejections, for these reasons. Ask once, when it is built.
-    pub fn ejections(&self, reasons: impl IntoIterator<Item = &'static str>) -> EjectionMetrics {
-        let counter = |reason| (reason, self.ejections.with_label_values(&[&*self.name, reason]));
-        EjectionMetrics(reasons.into_iter().map(counter).collect())
-    }
-
-    /// Those of its health checks. Ask once, if it has any.
-    pub fn health_checks(&self) -> HealthCheckMetrics {
-        let outcome = |outcome| self.health_checks.with_label_values(&[&*self.name, outcome]);
-        HealthCheckMetrics {
-            passed: outcome("passed"),
-            failed: outcome("failed"),
-            timed_out: outcome("timeout"),
-            late: outcome("late"),
-            unable: outcome("unable"),
-        }
-    }
-}
-
-/// How often endpoints of one upstream were ejected.
-pub struct EjectionMetrics(Vec<(&'static str, IntCounter)>);
-
-impl EjectionMetrics {
-    /// Counts one more, for one of the reasons that were named.
-    pub fn count(&self, reason: &str) {
-        if let Some((_, counter)) = self.0.iter().find(|(known, _)| *known == reason) {
-            counter.inc();
-        }
-    }
-}
-
-/// The metrics of the health checks of one upstream.
-pub struct HealthCheckMetrics {
-    /// Checks that passed.
-    pub passed: IntCounter,
-    /// Checks that said something bad.
-    pub failed: IntCounter,
-    /// Checks that said nothing in time.
-    pub timed_out: IntCounter,
-    /// Checks that began late, because so many were under way.
-    pub late: IntCounter,
-    /// Checks for which the gateway itself had no descriptor, port or memory.
-    pub unable: IntCounter,
-}
-
-/// The metrics of the access log.
-pub struct AccessLogMetrics {
-    /// Lines that were written.
-    pub lines: IntCounter,
-    /// Lines that found the queue full.
-    pub dropped_full: IntCounter,
-    /// Lines that could not be written.
-    pub dropped_failed: IntCounter,
-}
-
-/// The metrics of the spans of traces.
-pub struct SpanMetrics {
-    /// Those that a collector has taken.
-    pub exported: IntCounter,
-    /// Those that it has not.
-    pub failed: IntCounter,
-    /// Those that found the queue full.
-    pub dropped: IntCounter,
-}
-
-/// The metrics of the admin endpoint.
-pub struct AdminMetrics {
-    requests: IntCounterVec,
-    connections: IntGauge,
-    closed: IntCounter,
-    streams: IntGauge,
-}
-
-impl AdminMetrics {
-    /// Counts a request. `path` is of the endpoint's table and not the client's word. Looks labels up: nobody asks
-    /// it often.
-    pub fn count(&self, path: &str, status: u16) {
-        self.requests.with_label_values(&[path, &status.to_string()]).inc();
-    }
-
-    /// So many connections are open.
-    pub fn set_connections(&self, open: usize) {
-        self.connections.set(i64::try_from(open).unwrap_or(i64::MAX));
-    }
-
-    /// Counts a connection that was closed because there were as many as may be.
-    pub fn closed(&self) {
-        self.closed.inc();
-    }
-
-    /// Counts an answer that goes on, until the guard is dropped.
-    pub fn stream(&self) -> StreamGuard {
-        self.streams.inc();
-        StreamGuard(self.streams.clone())
-    }
-}
-
-/// An answer of the admin endpoint that goes on.
-pub struct StreamGuard(IntGauge);
-
-impl Drop for StreamGuard {
-    fn drop(&mut self) {
-        self.0.dec();
     }
 }
 

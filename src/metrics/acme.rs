@@ -1,17 +1,18 @@
 //! What is counted of certificates that Forebay gets from issuers.
 
-use prometheus::{IntCounter, IntCounterVec, IntGauge, IntGaugeVec};
+use prometheus::{IntCounter, IntGauge, IntGaugeVec};
 
-use super::family;
-use super::registry::Registry;
+use super::family::vectors;
 
-/// The families of all issuers.
-pub(super) struct Families {
-    orders: IntCounterVec,
-    challenges: IntCounterVec,
-    failures: IntGaugeVec,
-    due: IntGaugeVec,
-    active: IntGaugeVec,
+vectors! {
+    /// The families of all issuers.
+    struct Families {
+        orders: counter ACME_ORDERS,
+        challenges: counter ACME_CHALLENGES,
+        failures: gauge ACME_FAILURES,
+        due: gauge ACME_DUE,
+        active: gauge ACME_ACTIVE,
+    }
 }
 
 /// The metrics of one issuer.
@@ -36,16 +37,6 @@ pub struct ChallengeMetrics {
 }
 
 impl Families {
-    pub(super) fn register(registry: &Registry) -> Self {
-        Families {
-            orders: family::ACME_ORDERS.counter(registry),
-            challenges: family::ACME_CHALLENGES.counter(registry),
-            failures: family::ACME_FAILURES.gauge(registry),
-            due: family::ACME_DUE.gauge(registry),
-            active: family::ACME_ACTIVE.gauge(registry),
-        }
-    }
-
     pub(super) fn issuer(&self, issuer: &str) -> AcmeMetrics {
         AcmeMetrics {
             issued: self.orders.with_label_values(&[issuer, "issued"]),

@@ -6,19 +6,20 @@ use std::time::{Duration, SystemTime};
 
 use prometheus::core::{Collector, Desc};
 use prometheus::proto::MetricFamily;
-use prometheus::{GaugeVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec};
+use prometheus::{GaugeVec, IntCounter, IntGauge, IntGaugeVec};
 
-use super::family::Family;
-use super::registry::Registry;
+use super::family::{Family, vectors};
 use super::{family, single};
 
-/// The families of the configuration.
-pub(super) struct Families {
-    generation: IntGaugeVec,
-    info: IntGaugeVec,
-    loaded: GaugeVec,
-    failed: IntGaugeVec,
-    reloads: IntCounterVec,
+vectors! {
+    /// The families of the configuration.
+    struct Families {
+        generation: gauge CONFIG_GENERATION,
+        info: gauge CONFIG_INFO,
+        loaded: ratio CONFIG_LOADED,
+        failed: gauge CONFIG_RELOAD_FAILED,
+        reloads: counter CONFIG_RELOADS,
+    }
 }
 
 /// The metrics of the configuration that runs, and of the tries to change it.
@@ -48,16 +49,6 @@ pub trait Generations: Send + Sync {
 }
 
 impl Families {
-    pub(super) fn register(registry: &Registry) -> Self {
-        Families {
-            generation: family::CONFIG_GENERATION.gauge(registry),
-            info: family::CONFIG_INFO.gauge(registry),
-            loaded: family::CONFIG_LOADED.ratio(registry),
-            failed: family::CONFIG_RELOAD_FAILED.gauge(registry),
-            reloads: family::CONFIG_RELOADS.counter(registry),
-        }
-    }
-
     pub(super) fn metrics(&self) -> ConfigMetrics {
         let reloads = |result| self.reloads.with_label_values(&[result]);
         ConfigMetrics {

@@ -123,7 +123,7 @@ pub(super) type Known = std::collections::HashMap<(Box<str>, Box<str>), Weak<End
 
 impl EndpointMetrics {
     pub(super) fn new(upstream: &str, label: &str, metrics: &Metrics) -> Self {
-        let selections = metrics.families().upstream_selections.with_label_values(&[upstream, label]);
+        let selections = metrics.families().upstreams.selections.with_label_values(&[upstream, label]);
         EndpointMetrics { selections, metrics: metrics.clone(), upstream: upstream.into(), label: label.into() }
     }
 }
@@ -137,7 +137,7 @@ impl Drop for EndpointMetrics {
             known.remove(&key);
             let labels = [&*self.upstream, &*self.label];
             // Nobody else removes it; if it were gone, that is what is wanted.
-            let _ = self.metrics.families().upstream_selections.remove_label_values(&labels);
+            let _ = self.metrics.families().upstreams.selections.remove_label_values(&labels);
         }
     }
 }

@@ -10,6 +10,29 @@ use prometheus::{CounterVec, GaugeVec, HistogramOpts, HistogramVec, IntCounterVe
 
 use super::registry::Registry;
 
+/// Declares the families of one subsystem whose children are made later: each a field, with what it measures with and
+/// its row of the table.
+macro_rules! vectors {
+    ($(#[$doc:meta])* struct $name:ident { $($field:ident: $kind:ident $row:ident,)* }) => {
+        $(#[$doc])*
+        pub(super) struct $name {
+            $(pub(super) $field: $crate::metrics::family::vectors!(@ $kind),)*
+        }
+
+        impl $name {
+            pub(super) fn register(registry: &$crate::metrics::registry::Registry) -> Self {
+                $name { $($field: $crate::metrics::family::$row.$kind(registry),)* }
+            }
+        }
+    };
+    (@ counter) => { prometheus::IntCounterVec };
+    (@ seconds) => { prometheus::CounterVec };
+    (@ gauge) => { prometheus::IntGaugeVec };
+    (@ ratio) => { prometheus::GaugeVec };
+    (@ histogram) => { prometheus::HistogramVec };
+}
+pub(super) use vectors;
+
 /// One metric with all its label values.
 #[derive(Debug)]
 pub struct Family {

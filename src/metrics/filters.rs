@@ -5,6 +5,25 @@ use std::time::Duration;
 
 use prometheus::{Histogram, IntCounter, IntCounterVec, IntGauge};
 
+use super::family::vectors;
+
+vectors! {
+    /// The families of filters, of their calls and of mirrors.
+    struct Families {
+        access: counter ACCESS,
+        loads: counter FILTER_LOADS,
+        compressed_bytes: counter COMPRESSED_BYTES,
+        compress_busy: counter COMPRESS_BUSY,
+        password_seconds: histogram PASSWORD_SECONDS,
+        password_waiting: gauge PASSWORD_WAITING,
+        poll: histogram FILTER_POLL_SECONDS,
+        skipped: counter FILTER_SKIPPED,
+        calls: counter FILTER_CALLS,
+        call_seconds: histogram FILTER_CALL_SECONDS,
+        mirrored: counter MIRROR,
+    }
+}
+
 super::retry::labels! {
     /// What became of a request at a filter that lets some in and others not.
     Access {

@@ -1,31 +1,22 @@
 //! What is counted where an upstream has limits: who waits, who is turned away, and whether it is asked at all.
 
-use prometheus::{Histogram, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec};
+use prometheus::{Histogram, IntCounter, IntGauge};
 
-use super::family;
-use super::registry::Registry;
+use super::family::vectors;
 use crate::error::{Refusal, refusal};
 
-/// The families of it.
-pub(super) struct Families {
-    queue: IntGaugeVec,
-    queue_seconds: HistogramVec,
-    rejected: IntCounterVec,
-    breaker: IntGaugeVec,
-    probes_replaced: IntCounterVec,
+vectors! {
+    /// The families of it.
+    struct Families {
+        queue: gauge UPSTREAM_QUEUE,
+        queue_seconds: histogram UPSTREAM_QUEUE_SECONDS,
+        rejected: counter UPSTREAM_REJECTED,
+        breaker: gauge UPSTREAM_BREAKER_OPEN,
+        probes_replaced: counter UPSTREAM_BREAKER_PROBES_REPLACED,
+    }
 }
 
 impl Families {
-    pub(super) fn register(registry: &Registry) -> Self {
-        Families {
-            queue: family::UPSTREAM_QUEUE.gauge(registry),
-            queue_seconds: family::UPSTREAM_QUEUE_SECONDS.histogram(registry),
-            rejected: family::UPSTREAM_REJECTED.counter(registry),
-            breaker: family::UPSTREAM_BREAKER_OPEN.gauge(registry),
-            probes_replaced: family::UPSTREAM_BREAKER_PROBES_REPLACED.counter(registry),
-        }
-    }
-
     /// Those of the upstream of this name.
     pub(super) fn upstream(&self, name: &str) -> LimitMetrics {
         let rejected = |refusal: &'static Refusal| (refusal, self.rejected.with_label_values(&[name, refusal.reason]));

@@ -1,15 +1,16 @@
 //! What is counted of connections that are passed on as they are.
 
-use prometheus::{IntCounter, IntCounterVec, IntGauge, IntGaugeVec};
+use prometheus::{IntCounter, IntGauge};
 
-use super::family;
-use super::registry::Registry;
+use super::family::vectors;
 
-/// The families of all of them.
-pub(super) struct Families {
-    open: IntGaugeVec,
-    total: IntCounterVec,
-    bytes: IntCounterVec,
+vectors! {
+    /// The families of all of them.
+    struct Families {
+        open: gauge RELAYED_CONNECTIONS,
+        total: counter RELAYED_CONNECTIONS_TOTAL,
+        bytes: counter RELAYED_BYTES,
+    }
 }
 
 /// The metrics of what is passed on under one name.
@@ -24,14 +25,6 @@ pub struct RelayMetrics {
 pub struct Passing(IntGauge);
 
 impl Families {
-    pub(super) fn register(registry: &Registry) -> Self {
-        Families {
-            open: family::RELAYED_CONNECTIONS.gauge(registry),
-            total: family::RELAYED_CONNECTIONS_TOTAL.counter(registry),
-            bytes: family::RELAYED_BYTES.counter(registry),
-        }
-    }
-
     pub(super) fn relay(&self, listener: &str, name: &str) -> RelayMetrics {
         let bytes = |direction| self.bytes.with_label_values(&[listener, name, direction]);
         RelayMetrics {

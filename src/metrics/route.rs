@@ -9,9 +9,26 @@ use std::time::Duration;
 use prometheus::core::Metric;
 use prometheus::{Counter, Histogram, IntCounter};
 
-use super::{Families, Metrics, family};
+use super::Metrics;
+use super::family::{self, vectors};
 use crate::error::Refusal;
 use crate::phase::{Clock, Phase};
+
+vectors! {
+    /// The families of all routes.
+    struct Families {
+        exchanges: counter EXCHANGES,
+        exchange_seconds: histogram EXCHANGE_SECONDS,
+        phase_seconds: histogram PHASE_SECONDS,
+        own_seconds: histogram OWN_SECONDS,
+        driver_exchanges: counter DRIVER_EXCHANGES,
+        write_blocked: seconds WRITE_BLOCKED,
+        upstream_held: histogram UPSTREAM_HELD,
+        upstream_saved: seconds UPSTREAM_SAVED,
+        spool_spills: counter SPOOL_SPILLS,
+        bytes: counter BYTES,
+    }
+}
 
 /// What one finished exchange adds to the metrics of its route.
 #[derive(Clone, Copy, Debug)]
@@ -157,7 +174,7 @@ impl RouteMetrics {
             return self.metrics.unfold();
         }
         if current {
-            series.forget(self.metrics.families());
+            series.forget(&self.metrics.families().routes);
         }
         self.metrics.release_series(Self::SERIES);
     }
@@ -253,7 +270,7 @@ struct Class {
 
 impl Series {
     pub(super) fn new(route: &str, metrics: &Metrics) -> Self {
-        let families = metrics.families();
+        let families = &metrics.families().routes;
         Series {
             route: route.into(),
             phases: Default::default(),
@@ -308,7 +325,7 @@ impl Series {
         self.own.observe(exchange.own.as_secs_f64());
         self.blocked.inc_by(exchange.blocked.as_secs_f64());
         if let Some(held) = exchange.held {
-            let make = || metrics.families().upstream_held.with_label_values(&[&*self.route]);
+            let make = || metrics.families().routes.upstream_held.with_label_values(&[&*self.route]);
             self.held.get_or_init(make).observe(held.as_secs_f64());
         }
         self.saved.inc_by(exchange.saved.as_secs_f64());
@@ -333,14 +350,15 @@ impl Series {
     }
 
     fn phase(&self, phase: Phase, metrics: &Metrics) -> &Histogram {
-        let make = || metrics.families().phase_seconds.with_label_values(&[&*self.route, phase.name()]);
+        let make = || metrics.families().routes.phase_seconds.with_label_values(&[&*self.route, phase.name()]);
         self.phases[phase.index()].get_or_init(make)
     }
 
     fn spills(&self, direction: Direction, metrics: &Metrics) -> &Spills {
         self.spills[direction as usize].get_or_init(|| {
-            let spills =
-                |reason| metrics.families().spool_spills.with_label_values(&[&*self.route, direction.name(), reason]);
+            let spills = |reason| {
+                metrics.families().routes.spool_spills.with_label_values(&[&*self.route, direction.name(), reason])
+            };
             Spills { memory: spills("memory"), pressure: spills("pressure") }
         })
     }
@@ -348,7 +366,7 @@ impl Series {
     fn class(&self, status: u16, metrics: &Metrics) -> &Class {
         let index = class_index(status);
         self.classes[index].get_or_init(|| {
-            let seconds = metrics.families().exchange_seconds.with_label_values(&[&*self.route, CLASSES[index]]);
+            let seconds = metrics.families().routes.exchange_seconds.with_label_values(&[&*self.route, CLASSES[index]]);
             Box::new(Class { seconds, codes: [const { OnceLock::new() }; 100] })
         })
     }
@@ -357,7 +375,7 @@ impl Series {
         let slot = if (100..600).contains(&status) { usize::from(status % 100) } else { 0 };
         class.codes[slot].get_or_init(|| {
             let label = code_label(class_index(status), slot);
-            metrics.families().exchanges.with_label_values(&[&*self.route, &label])
+            metrics.families().routes.exchanges.with_label_values(&[&*self.route, &label])
         })
     }
 }

@@ -3,21 +3,22 @@
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
-use prometheus::{Histogram, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec};
+use prometheus::{Histogram, IntCounter, IntGauge, IntGaugeVec};
 
-use super::family;
-use super::registry::Registry;
+use super::family::vectors;
 
 /// The values of the label `version`.
 const VERSIONS: [&str; 2] = ["TLSv1.2", "TLSv1.3"];
 
-/// The families of all listeners.
-pub(super) struct Families {
-    handshakes: IntCounterVec,
-    seconds: HistogramVec,
-    not_after: IntGaugeVec,
-    reloads: IntCounterVec,
-    wrong: IntGaugeVec,
+vectors! {
+    /// The families of all listeners.
+    struct Families {
+        handshakes: counter TLS_HANDSHAKES,
+        seconds: histogram TLS_HANDSHAKE_SECONDS,
+        not_after: gauge TLS_CERTIFICATE_NOT_AFTER,
+        reloads: counter TLS_RELOADS,
+        wrong: gauge TLS_CERTIFICATES_REFUSED,
+    }
 }
 
 /// The metrics of the TLS of one listener.
@@ -38,16 +39,6 @@ pub struct TlsMetrics {
 }
 
 impl Families {
-    pub(super) fn register(registry: &Registry) -> Self {
-        Families {
-            handshakes: family::TLS_HANDSHAKES.counter(registry),
-            seconds: family::TLS_HANDSHAKE_SECONDS.histogram(registry),
-            not_after: family::TLS_CERTIFICATE_NOT_AFTER.gauge(registry),
-            reloads: family::TLS_RELOADS.counter(registry),
-            wrong: family::TLS_CERTIFICATES_REFUSED.gauge(registry),
-        }
-    }
-
     pub(super) fn listener(&self, name: &str) -> TlsMetrics {
         let handshakes =
             |version| ["no", "yes"].map(|resumed| self.handshakes.with_label_values(&[name, version, resumed]));
