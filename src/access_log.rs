@@ -2,8 +2,7 @@
 //!
 //! A worker writes the line into a buffer of its own thread and appends it to a queue; `access_log/writer.rs` takes the
 //! lines out in batches and is the only one that waits for the disk. `access_log/line.rs` is how a line looks.
-//! It is told of each exchange that is over ([`Finished`]), be it by `proxy` or, for a header that was refused, by
-//! `client`.
+//! `proxy` reports each exchange that is over ([`Finished`]); `client` reports a header that it refused.
 
 pub mod line;
 mod writer;
@@ -22,8 +21,8 @@ use writer::{Queue, Shared, Sink};
 
 /// What a line says about one exchange.
 ///
-/// In JSON the fields have names of their own, durations end in `_ms`, and what is `None` is absent; so is what buffering
-/// adds where it did nothing. In the combined format what is `None` is `-`.
+/// In JSON the fields have names of their own, durations end in `_ms`, and what is `None` is absent; so is what
+/// buffering adds where it did nothing. In the combined format what is `None` is `-`.
 #[derive(Clone, Copy, Debug)]
 pub struct Line<'a> {
     /// What is known of the exchange.
@@ -73,8 +72,8 @@ impl AccessLog {
         Ok(Some(AccessLog { fields, format: settings.format, query: settings.query, shared, dropped }))
     }
 
-    /// Adds a line, with these further fields. Never waits for the disk: a line that finds the queue full is dropped and
-    /// counted.
+    /// Adds a line, with these further fields. Never waits for the disk: a line that finds the queue full is dropped
+    /// and counted.
     pub fn record(&self, finished: &Finished<'_>, fields: &[Said<'_>]) {
         let bare;
         let finished = match self.query {

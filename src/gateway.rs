@@ -127,7 +127,7 @@ impl Builder {
         let ground = Ground::new(self.catalog.clone(), metrics.clone());
         let mut errors = self.catalog.conflicts().to_vec();
         match Parts::build(&ground, config, None) {
-            // A gateway with these would start; whoever asks beforehand wants to know.
+            // A gateway with these would start; a check reports them beforehand.
             Ok(parts) => {
                 errors.extend(parts.issuers.iter().filter_map(Asked::inspect));
                 errors.extend(
@@ -213,7 +213,7 @@ impl Gateway {
         server.run(RunArgs { shutdown_signal: Box::new(stop) });
         loops.stop();
         for file in lock(&places).iter().filter_map(|place| place.file.as_ref()) {
-            // Nobody is left to tell if it is gone already.
+            // That it is gone already is what is wanted.
             let _ = std::fs::remove_file(file);
         }
         if let Some(tracer) = tracer {

@@ -83,7 +83,7 @@ struct Inner {
     workers: IntGauge,
     routes_folded: IntGauge,
     series_left: AtomicU64,
-    /// Those that somebody has, so that a route of the same name in the next configuration counts on.
+    /// Those in use, so that a route of the same name in the next configuration counts on.
     routes: Mutex<HashMap<Box<str>, Weak<RouteMetrics>>>,
     other: OnceLock<Arc<Series>>,
     /// The upstreams whose endpoints are counted, and what is kept of these endpoints.
@@ -173,8 +173,8 @@ impl Metrics {
         }))
     }
 
-    /// Those of the route of this name. Ask once, when the route is built, and keep it: when nobody has it any
-    /// more, its series are removed.
+    /// Those of the route of this name. Ask once, when the route is built, and keep it: when it is dropped, its
+    /// series are removed.
     pub fn route(&self, name: &str) -> Arc<RouteMetrics> {
         let mut routes = self.routes();
         if let Some(known) = routes.get(name).and_then(Weak::upgrade) {
@@ -246,7 +246,7 @@ impl Metrics {
         families.upstreams.upstream(name, families.limits.upstream(name), self.clone())
     }
 
-    /// Counts the endpoints of this upstream whenever somebody asks, for as long as there is one.
+    /// Counts the endpoints of this upstream on each scrape, for as long as there is one.
     pub fn count_endpoints(&self, group: Weak<dyn Group>) {
         self.0.groups.add(group);
     }
@@ -358,7 +358,7 @@ impl Metrics {
         self.families().config.metrics()
     }
 
-    /// Counts what goes by each generation of the configuration whenever somebody asks.
+    /// Counts what goes by each generation of the configuration, on each scrape.
     pub fn count_generations(&self, generations: Arc<dyn Generations>) {
         self.collect_too(Box::new(GenerationCollector::new(generations)));
     }
@@ -414,7 +414,7 @@ impl Metrics {
         &self.0.families
     }
 
-    /// Takes so many series off the budget of the routes; `false` if it has fewer left.
+    /// Takes this many series off the budget of the routes; `false` if it has fewer left.
     fn reserve_series(&self, series: u64) -> bool {
         let take = |left: u64| left.checked_sub(series);
         self.0.series_left.fetch_update(Ordering::Relaxed, Ordering::Relaxed, take).is_ok()

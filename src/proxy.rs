@@ -67,7 +67,7 @@ pub struct Proxy {
     pub metrics: Metrics,
     /// Says when the gateway stops: answers then announce the end of their connection.
     pub stopping: ShutdownWatch,
-    /// Who is told of each exchange.
+    /// Reports each exchange.
     pub settler: Arc<Settler>,
     /// What bodies and answers are held in.
     pub depot: Arc<Depot>,
@@ -345,7 +345,7 @@ impl ProxyHttp for Proxy {
 
 impl Driven for Proxy {
     fn course(exchange: &Carried) -> Course {
-        // Without an upstream there is nobody to be asked; Pingora's driver is told so as any other.
+        // Without an upstream there is no endpoint to ask; Pingora's driver learns it from `select`, as for any other.
         exchange.routing.course.unwrap_or(Course::Own)
     }
 

@@ -1,7 +1,7 @@
-//! Recordings: the next exchanges that match, each with all of its phases, for whoever asks for them.
+//! Recordings: the next exchanges that match, each with all of its phases, for one who asks the admin endpoint.
 //!
 //! `admin/trace.rs` begins a recording; `proxy/finish.rs` tells of every exchange that kept a [`Journal`], which
-//! exchanges do only while a recording runs. A recording is bounded: so many exchanges, for so long, and at most as
+//! exchanges do only while a recording runs. A recording is bounded: in its exchanges, in its time, and at most as
 //! many recordings at once as the admin endpoint has streams. What is recorded is handed to the one who asked, and kept
 //! nowhere.
 
@@ -184,7 +184,7 @@ impl Recorder {
             let total = finished.at.saturating_duration_since(journal.began().at);
             if running.wanted.takes(finished, total) && running.takes_one() {
                 let recorded = recorded.get_or_insert_with(|| Arc::new(self.recorded(finished, journal, total)));
-                // There is a place for each; an error would mean that nobody listens any more.
+                // There is a place for each; an error would mean that the recording has ended.
                 let _ = running.send.try_send(recorded.clone());
             }
         }

@@ -247,7 +247,7 @@ fn number(line: &mut Vec<u8>, key: &str, number: u64) {
     digits(line, number, 1);
 }
 
-/// Writes `key` and so many microseconds as milliseconds with three decimals.
+/// Writes `key` and these microseconds as milliseconds with three decimals.
 fn millis(line: &mut Vec<u8>, key: &str, micros: u64) {
     number(line, key, micros / 1_000);
     line.push(b'.');

@@ -24,7 +24,7 @@ const GATHER: Duration = Duration::from_millis(10);
 /// How long the end of the log may take.
 const CLOSE: Duration = Duration::from_secs(5);
 
-/// What a line is reckoned to take: so many bytes for each line of the limit may wait, for lines can be long.
+/// What a line is reckoned to take, in bytes: the limit of lines times this may wait, for lines can be long.
 const LINE_BYTES: usize = 1024;
 
 /// What the writer keeps of a buffer that a burst has blown up.
@@ -44,7 +44,7 @@ pub(super) struct Queue {
 struct Batch {
     bytes: Vec<u8>,
     lines: usize,
-    /// After so many of the bytes, the file is to be reopened.
+    /// After how many of the bytes the file is to be reopened.
     reopen_at: Option<usize>,
 }
 
@@ -58,7 +58,7 @@ enum Push {
 }
 
 impl Queue {
-    /// An empty queue for at most so many lines.
+    /// An empty queue for at most this many lines.
     pub(super) fn new(lines_max: u64) -> Self {
         let lines_max = usize::try_from(lines_max).unwrap_or(usize::MAX).max(1);
         let bytes_max = lines_max.saturating_mul(LINE_BYTES);

@@ -52,7 +52,7 @@ pub struct Question {
 }
 
 impl Question {
-    /// Where requests come from unless somebody says otherwise.
+    /// Where requests come from unless another address is given.
     pub const CLIENT: IpAddr = IpAddr::V4(Ipv4Addr::LOCALHOST);
 }
 

@@ -149,7 +149,7 @@ impl Fit {
         }
     }
 
-    /// The same as it is, for nobody to shake hands with.
+    /// The same, without threads for handshakes.
     pub fn unstarted(self) -> Arc<Tls> {
         match self {
             Fit::Kept(tls) => tls,

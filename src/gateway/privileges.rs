@@ -1,4 +1,4 @@
-//! `server.user`: Forebay binds its ports and reads its keys as root, and then becomes somebody else for good.
+//! `server.user`: Forebay binds its ports and reads its keys as root, and then becomes another user for good.
 //!
 //! It is looked up before anything is bound, so that a name that is none is an error of the configuration. Once it is
 //! done, nothing that a client can bring about runs as root.

@@ -48,7 +48,7 @@ use crate::upstream::transport::connector::Endpoints;
 /// The most that a thread can give way (setpriority(2)).
 const NICE_MAX: i32 = 19;
 
-/// Where it is told what exchanges came to.
+/// Where finished exchanges are reported.
 pub struct Outputs {
     /// The access log, unless it is off.
     pub log: Option<Arc<AccessLog>>,
@@ -86,7 +86,7 @@ pub struct Endings {
     pub cut: Arc<Cut>,
     /// The exchanges that are waited for.
     pub inflight: Arc<Inflight>,
-    /// What load balancers are told.
+    /// The answer of `/readyz`.
     pub readiness: Readiness,
 }
 
@@ -198,8 +198,8 @@ impl Process {
         let kept = conf.upstream_keepalive_pool_size.div_ceil(self.threads);
         let terms = driver::Terms { pool: kept, attempts: conf.max_retries };
         let endpoints = Endpoints::new(ConnectorOptions::from_server_conf(conf));
-        let nobody: ProcessCustomSession<_, _> = Arc::new(|_, _, _| Box::pin(std::future::ready(None)));
-        let builder = ProxyServiceBuilder::new(conf, proxy.clone()).custom(endpoints, nobody);
+        let unused: ProcessCustomSession<_, _> = Arc::new(|_, _, _| Box::pin(std::future::ready(None)));
+        let builder = ProxyServiceBuilder::new(conf, proxy.clone()).custom(endpoints, unused);
         Driver::new(proxy, Arc::new(unpacked(builder.build())), terms)
     }
 }

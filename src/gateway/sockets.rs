@@ -26,7 +26,7 @@ const BACKLOG: i32 = 65_535;
 pub struct Socket {
     /// The TCP address it was bound to; `None` for a unix socket.
     pub tcp: Option<SocketAddr>,
-    /// The address as Pingora is told it.
+    /// The address in Pingora's form.
     key: String,
     /// The mode of its file, if it is a unix socket.
     unix: Option<Permissions>,
@@ -86,7 +86,7 @@ impl Socket {
         Ok(Socket { tcp: None, key: path.to_owned(), unix: Some(permissions), fd: socket.into() })
     }
 
-    /// The address as Pingora is told it.
+    /// The address in Pingora's form.
     pub fn key(&self) -> &str {
         &self.key
     }
@@ -111,7 +111,7 @@ pub struct Place {
     pub address: String,
     /// The TCP address.
     pub tcp: Option<SocketAddr>,
-    /// The file of a unix socket, which is to be removed when nobody listens any more.
+    /// The file of a unix socket, which is to be removed when nothing listens any more.
     pub file: Option<PathBuf>,
 }
 

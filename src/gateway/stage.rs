@@ -350,7 +350,7 @@ impl Stage {
     }
 }
 
-/// Counts what goes by which generation, whenever somebody asks.
+/// Counts what goes by which generation, on each scrape.
 #[derive(Default)]
 pub struct Ledger {
     generations: Mutex<Vec<(Weak<Epoch>, Weak<Generation>)>>,

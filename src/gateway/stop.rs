@@ -51,7 +51,7 @@ pub(super) fn add(admin: Admin, handle: Handle) -> Admin {
 /// What Pingora's main loop waits for.
 pub struct Stop {
     pub(super) asked: Arc<Notify>,
-    /// What the rest of the process is told, step by step.
+    /// Tells the rest of the process, step by step.
     pub(super) endings: Endings,
     pub(super) times: Arc<Mutex<Shutdown>>,
     pub(super) log: Option<Arc<AccessLog>>,
@@ -147,8 +147,8 @@ impl Stop {
         tracing::info!(?pause, ?deadline, inflight = self.endings.inflight.count(), "stopping");
         self.endings.readiness.set(Ready::Stopping);
         self.supervisor.stopping();
-        // From now on clients are told to come back by another connection, which a balancer leads elsewhere once it has
-        // noticed. Connections that are idle stay open meanwhile: a request that crosses their end would be lost.
+        // From now on answers ask clients to come back by another connection, which a balancer leads elsewhere once it
+        // has noticed. Connections that are idle stay open meanwhile: a request that crosses their end would be lost.
         self.endings.stopping.send_replace(true);
         tokio::time::sleep(pause).await;
         self.close_listeners();

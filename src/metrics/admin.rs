@@ -24,13 +24,13 @@ pub struct AdminMetrics {
 }
 
 impl AdminMetrics {
-    /// Counts a request. `path` is of the endpoint's table and not the client's word. Looks labels up: nobody asks
-    /// it often.
+    /// Counts a request. `path` is of the endpoint's table and not the client's word. Looks labels up, for it is
+    /// seldom asked.
     pub fn count(&self, path: &str, status: u16) {
         self.requests.with_label_values(&[path, &status.to_string()]).inc();
     }
 
-    /// So many connections are open.
+    /// Says how many connections are open.
     pub fn set_connections(&self, open: usize) {
         self.connections.set(i64::try_from(open).unwrap_or(i64::MAX));
     }

@@ -1,4 +1,4 @@
-//! What is known of endpoints when somebody asks: how many are in which state, who takes requests and how many it has.
+//! What is known of endpoints on each scrape: how many are in which state, who takes requests and how many it has.
 //!
 //! `forebay_upstream_endpoints`, `forebay_endpoint_available` and `forebay_endpoint_inflight` are not kept but counted
 //! from the endpoints themselves with each scrape. So nothing on the way of a request pays for them, they cannot drift,
@@ -39,7 +39,7 @@ pub struct Present<'e> {
     pub inflight: u32,
 }
 
-/// The groups that there are; those that nobody has any more are forgotten. Clones share them.
+/// The groups that there are; those that are dropped are forgotten. Clones share them.
 #[derive(Clone, Default)]
 pub(super) struct Groups(Arc<Mutex<Vec<Weak<dyn Group>>>>);
 
@@ -109,7 +109,7 @@ impl Collector for EndpointCollector {
     }
 }
 
-/// What is counted of all endpoints of one label together. When nobody has it any more, its series are removed.
+/// What is counted of all endpoints of one label together. When it is dropped, its series are removed.
 pub struct EndpointMetrics {
     /// How often one was chosen.
     pub selections: IntCounter,
@@ -118,7 +118,7 @@ pub struct EndpointMetrics {
     label: Box<str>,
 }
 
-/// Those that somebody has, by upstream and label.
+/// Those in use, by upstream and label.
 pub(super) type Known = std::collections::HashMap<(Box<str>, Box<str>), Weak<EndpointMetrics>>;
 
 impl EndpointMetrics {
@@ -136,7 +136,7 @@ impl Drop for EndpointMetrics {
         if known.get(&key).is_some_and(|known| std::ptr::eq(known.as_ptr(), self)) {
             known.remove(&key);
             let labels = [&*self.upstream, &*self.label];
-            // Nobody else removes it; if it were gone, that is what is wanted.
+            // Only this removes it; if it were gone, that is what is wanted.
             let _ = self.metrics.families().upstreams.selections.remove_label_values(&labels);
         }
     }

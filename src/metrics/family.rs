@@ -231,7 +231,7 @@ families! {
     UPSTREAM_DISCOVERIES: "forebay_upstream_discoveries_total", Counter, ["upstream", "outcome"],
         "Look-ups of names and looks at files that say where endpoints are; after a failed one the last good answer stays.";
     UPSTREAM_HEALTH_CHECKS: "forebay_upstream_health_checks_total", Counter, ["upstream", "outcome"],
-        "Health checks by what came of them, unable: the gateway had no descriptor or port for them; those that began late, for so many were under way, are counted as late besides.";
+        "Health checks by what came of them, unable: the gateway had no descriptor or port for them; those that began late, for too many were under way, are counted as late besides.";
     UPSTREAM_CONNECTIONS: "forebay_upstream_connections", Gauge, ["upstream"],
         "Connections to endpoints that are open now, in use or kept, or that are being made.";
     UPSTREAM_EJECTIONS: "forebay_upstream_ejections_total", Counter, ["upstream", "reason"],
@@ -243,9 +243,9 @@ families! {
     RETRIES_REFUSED: "forebay_retries_refused_total", Counter, ["upstream", "reason"],
         "Attempts that failed and were not repeated though their route would have it, by what forbade it.";
     UPSTREAM_QUEUE: "forebay_upstream_queue", Gauge, ["upstream"],
-        "Exchanges that wait now because everybody who could serve them is full.";
+        "Exchanges that wait now because every endpoint that could serve them is full.";
     UPSTREAM_QUEUE_SECONDS: "forebay_upstream_queue_seconds", Histogram(QUEUE), ["upstream"],
-        "Time that exchanges waited because everybody was full, whatever came of it; those that did not wait are not counted.";
+        "Time that exchanges waited because every endpoint was full, whatever came of it; those that did not wait are not counted.";
     UPSTREAM_REJECTED: "forebay_upstream_rejected_total", Counter, ["upstream", "reason"],
         "Exchanges that an upstream turned away, by the reason of their refusal.";
     UPSTREAM_BREAKER_OPEN: "forebay_upstream_breaker_open", Gauge, ["upstream"],
@@ -305,7 +305,7 @@ families! {
     LOOP_POLLS: "forebay_loop_polls_total", Counter, ["worker"],
         "Polls of tasks.";
     LOOP_POLL: "forebay_loop_poll_seconds", Histogram(POLL_TIMES), ["worker"],
-        "Time of one poll of a task, in which nobody else on its worker gets anything done.";
+        "Time of one poll of a task, in which no other task of its worker runs.";
     LOOP_TASKS: "forebay_loop_tasks", Gauge, ["worker"],
         "Tasks that there are: connections, exchanges and what they need.";
     LOOP_RUN_QUEUE: "forebay_loop_run_queue", Gauge, ["worker"],
@@ -319,7 +319,7 @@ families! {
     STALLS: "forebay_stalls_total", Counter, ["where"],
         "Times that a worker was late by more than stall_threshold, by the filter or phase that held it up.";
     FILTER_POLL_SECONDS: "forebay_filter_poll_seconds", Histogram(FILTER_POLL), ["filter"],
-        "Time of one poll of a filter, in which nobody else on its worker gets anything done.";
+        "Time of one poll of a filter, in which no other task of its worker runs.";
     FILTER_SKIPPED: "forebay_filter_skipped_total", Counter, ["route", "filter"],
         "Exchanges in which a filter did nothing, since its `when:` did not hold.";
     FILTER_CALLS: "forebay_filter_calls_total", Counter, ["filter", "upstream", "outcome"],

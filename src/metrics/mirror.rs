@@ -9,9 +9,9 @@ super::retry::labels! {
         Answered: "answered",
         /// It was not answered.
         Failed: "failed",
-        /// So many are under way already.
+        /// As many as may be are under way already.
         Busy: "busy",
-        /// Nobody of the upstream is there to take it.
+        /// No endpoint of the upstream can take it.
         NoEndpoint: "no_endpoint",
         /// Its body is not in memory, or there is none to spare.
         TooLarge: "too_large",

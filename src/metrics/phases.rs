@@ -1,7 +1,7 @@
 //! `forebay_phase_active` and `forebay_phase_oldest_seconds`: who is in which phase, and since when.
 //!
-//! Whoever is in a phase has a [`Seat`]: one word that says which and since when. Going on to the next phase is one
-//! store into it, by whichever worker runs the exchange; the words are counted when somebody asks. Each thread keeps
+//! An exchange in a phase has a [`Seat`]: one word that says which and since when. Going on to the next phase is one
+//! store into it, by whichever worker runs the exchange; the words are counted on each scrape. Each thread keeps
 //! the seats that became free on it, so that no two workers meet at a lock, unless one has no free seat left or far too
 //! many.
 
@@ -16,7 +16,7 @@ use prometheus::proto::MetricFamily;
 use super::family;
 use crate::phase::Phase;
 
-/// So many seats are made at once.
+/// How many seats are made at once.
 const ROW: usize = 256;
 /// A thread that has more free seats than this gives half of them to the others: where exchanges move between workers,
 /// they may all begin on one and end on another.
@@ -106,7 +106,7 @@ pub struct PhaseState {
 }
 
 impl Roll {
-    /// Nobody is in any phase.
+    /// No exchange is in any phase.
     pub(super) fn new(epoch: Instant) -> Self {
         Roll(Arc::new(Seats { epoch, rows: Mutex::default(), spare: Mutex::default() }))
     }

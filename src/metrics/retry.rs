@@ -66,7 +66,7 @@ labels! {
         RetryAfter: "retry_after",
         /// It would begin after the deadline of the exchange.
         Deadline: "deadline",
-        /// So many of the upstream's requests are repetitions already.
+        /// The share of repetitions among the upstream's requests is reached.
         Budget: "budget",
     }
 }

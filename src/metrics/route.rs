@@ -1,7 +1,7 @@
 //! What is counted of the exchanges of one route.
 //!
 //! Every child is made when it is first needed and then kept, so that an exchange looks up no label, and a route
-//! that nobody asks for costs no memory: 10,000 routes with every phase would be 130,000 histograms.
+//! that gets no requests costs no memory: 10,000 routes with every phase would be 130,000 histograms.
 
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
@@ -103,7 +103,7 @@ pub struct Spills {
 /// A route gets series of its own at its first exchange, if `max_series` still has room for [`RouteMetrics::SERIES`];
 /// else it shares those of `_other`, to the end. First come, first served: it is the routes in use that show.
 ///
-/// They live as long as somebody has this. Once a configuration without the route runs and its last exchange is over,
+/// They live as long as this is held. Once a configuration without the route runs and its last exchange is over,
 /// the series are gone and their room is another route's.
 pub struct RouteMetrics {
     name: Box<str>,

@@ -67,7 +67,7 @@ impl TlsMetrics {
     /// Shows when these certificates cease to be valid: name, kind of key, seconds since 1970. Others are shown no
     /// longer.
     pub fn show<'c>(&self, certificates: impl IntoIterator<Item = (&'c str, &'static str, i64)>) {
-        // Held by whoever has looked at files, off the workers.
+        // Held after a look at files, off the workers.
         let mut shown = self.shown.lock().unwrap_or_else(PoisonError::into_inner);
         let before = std::mem::take(&mut *shown);
         for (name, key, not_after) in certificates {

@@ -122,7 +122,7 @@ impl UpstreamMetrics {
         counter.iter().for_each(|(_, count)| count.inc());
     }
 
-    /// Counts the endpoints of this upstream whenever somebody asks, for as long as there is one.
+    /// Counts the endpoints of this upstream on each scrape, for as long as there is one.
     pub fn count_endpoints(&self, group: Weak<dyn Group>) {
         self.metrics.count_endpoints(group);
     }
@@ -166,7 +166,7 @@ pub struct HealthCheckMetrics {
     pub failed: IntCounter,
     /// Checks that said nothing in time.
     pub timed_out: IntCounter,
-    /// Checks that began late, because so many were under way.
+    /// Checks that began late, because too many were under way.
     pub late: IntCounter,
     /// Checks for which the gateway itself had no descriptor, port or memory.
     pub unable: IntCounter,

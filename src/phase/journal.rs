@@ -2,8 +2,8 @@
 //! bytes.
 //!
 //! The [`Clock`](super::Clock) of every exchange adds times up; a journal keeps their order, which a waterfall or a
-//! trace is drawn from. Only chosen exchanges keep one. Whoever chooses says so beforehand ([`Want`]), for a journal
-//! begins with the connection, where nothing is known of its exchanges. While nobody wants any, all of this costs one
+//! trace is drawn from. Only chosen exchanges keep one. What chooses them says so beforehand ([`Want`]), for a journal
+//! begins with the connection, where nothing is known of its exchanges. While none is wanted, all of this costs one
 //! branch a phase.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -58,7 +58,7 @@ pub struct Cycle {
 pub struct Tick {
     /// When.
     pub at: Instant,
-    /// `None`: nobody wanted journals yet, or it was on no worker's thread.
+    /// `None`: no journals were wanted yet, or it was on no worker's thread.
     pub cycle: Option<Cycle>,
 }
 

@@ -188,8 +188,8 @@ impl Attempts {
     }
 }
 
-/// One endpoint that was chosen for an exchange, until it is busy with it no longer. What became of it is told to the
-/// upstream once, whatever happens: an attempt that is dropped was cancelled.
+/// One endpoint that was chosen for an exchange, until it is busy with it no longer. The upstream hears once what
+/// became of it, whatever happens: an attempt that is dropped was cancelled.
 pub struct Attempt {
     upstream: Arc<Upstream>,
     endpoint: Engaged,

@@ -47,7 +47,7 @@ pub struct Row {
 }
 
 impl Row {
-    /// What the upstream is told of the attempt.
+    /// What the attempt came to, for the upstream.
     pub fn outcome(&self) -> Outcome {
         match self.charge {
             Charge::Nothing => Outcome::Cancelled,

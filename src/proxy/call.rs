@@ -321,7 +321,7 @@ impl Callee {
             let stale = attempt.is_reused() && attempt.status().is_none() && fault.what == What::Broke;
             attempt.end(blame::row(fault).outcome(), now);
             if stale && !fresh && request.method.is_idempotent() {
-                // A kept connection had died unnoticed: nobody has begun with this.
+                // A kept connection had died unnoticed: no endpoint has begun with this.
                 fresh = true;
                 continue;
             }

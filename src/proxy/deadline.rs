@@ -79,9 +79,9 @@ impl Deadlines {
     }
 
     /// Takes Pingora's own clock for reading away, which runs whichever party is waited for: the session has better
-    /// ones, and breaks off the connection when they say so. A connection of HTTP/2, which other exchanges share, cannot
-    /// be broken off; for the few states in which Pingora does not ask the session, its clock stays, with the longest
-    /// time for which a client may be waited for, `client`, on top.
+    /// ones, and breaks off the connection when they say so. A connection of HTTP/2, which other exchanges share,
+    /// cannot be broken off; for the few states in which Pingora does not ask the session, its clock stays, with the
+    /// longest time for which a client may be waited for, `client`, on top.
     pub fn leave_clocks_to_session(&self, client: Duration, http1: bool, peer: &mut HttpPeer) {
         let of_client = if self.is_whole { Duration::ZERO } else { client };
         let of_endpoint = peer.options.read_timeout;

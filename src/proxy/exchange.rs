@@ -93,8 +93,8 @@ pub struct Traced {
     pub notes: Option<Box<Notes>>,
 }
 
-/// An exchange as Pingora carries it from hook to hook. One that is dropped before it was settled is left to whoever
-/// dropped it.
+/// An exchange as Pingora carries it from hook to hook. One that is dropped before it was settled is kept
+/// for the code that dropped it (`client::remains`).
 pub struct Carried(Option<Exchange>);
 
 impl Carried {

@@ -30,7 +30,7 @@ use crate::upstream::Outcome as Became;
 
 const REQUEST_ID: http::HeaderName = http::HeaderName::from_static("x-request-id");
 
-/// Settles exchanges, and tells of each whoever wants to know.
+/// Settles exchanges, and reports each to the log, the tracer and recordings.
 pub struct Settler {
     /// The counters of requests that no route takes.
     pub unrouted: Arc<RouteMetrics>,

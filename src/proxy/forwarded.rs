@@ -3,7 +3,7 @@
 //!
 //! Only a trusted proxy is believed; what others say of the kind was dropped (`header::names`). Proxies mostly write
 //! one of the two and pass the other as it came, so that a client can forge it. So there is one chain, and one field
-//! that it is read from: `X-Forwarded-For` where there is one, else `Forwarded`. Whatever the endpoint is told, it is
+//! that it is read from: `X-Forwarded-For` where there is one, else `Forwarded`. Whatever the endpoint receives, it is
 //! told of that chain.
 
 use std::borrow::Cow;
@@ -31,7 +31,7 @@ pub const X_FORWARDED_PORT: HeaderName = HeaderName::from_static("x-forwarded-po
 enum Node {
     /// An address, and the port if there is one.
     Address(IpAddr, Option<u16>),
-    /// Nobody says, or says it so that it can be understood.
+    /// No field says so in a form that can be understood.
     Unknown,
 }
 
@@ -187,7 +187,7 @@ fn append_node(hops: &mut String, node: Node) {
     }
 }
 
-/// The hops that are told of, the nearest last.
+/// The hops that the fields name, the nearest last.
 fn chain(headers: &HeaderMap) -> Vec<Node> {
     if headers.contains_key(X_FORWARDED_FOR) {
         let lines = headers.get_all(X_FORWARDED_FOR).iter();
@@ -473,7 +473,7 @@ mod tests {
             tell(&mut request, Forwarded::XForwarded, own).expect("headers");
             assert_eq!(request.headers["x-forwarded-host"], named);
             assert_eq!(request.headers["x-forwarded-proto"], "https");
-            assert_eq!(request.headers[FOR], "1.2.3.4", "over a unix socket there is nobody to add");
+            assert_eq!(request.headers[FOR], "1.2.3.4", "over a unix socket there is no address to add");
         }
     }
 }

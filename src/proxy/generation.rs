@@ -25,7 +25,7 @@ pub struct Generation {
     pub manners: Manners,
 }
 
-/// Which generation something belongs to. Whoever holds it is counted.
+/// Which generation something belongs to. What holds it is counted.
 #[derive(Debug)]
 pub struct Epoch {
     /// How many configurations there have been in this process, with this one.

@@ -69,7 +69,7 @@ pub struct TrailersOnly {
     pub header: ResponseHeader,
 }
 
-/// What a client is told whose call is refused.
+/// The answer to a call that is refused.
 ///
 /// # Errors
 ///
@@ -83,7 +83,7 @@ pub fn refusal(refused: &Refused) -> pingora::Result<TrailersOnly> {
     Ok(answer)
 }
 
-/// What a client is told in place of an answer of a filter, if that is an error and not gRPC itself.
+/// The answer in place of that of a filter, if that is an error and not gRPC itself.
 ///
 /// # Errors
 ///

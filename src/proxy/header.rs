@@ -238,7 +238,7 @@ fn introduce(exchange: &Exchange, request: &mut RequestHeader) -> Result<(), &'s
     }
     let said = [&client.subject, &client.names, &client.fingerprint, &client.serial];
     for (name, text) in CLIENT_CERTIFICATE.iter().zip(said).filter(|(_, text)| !text.is_empty()) {
-        // Cut or changed, it might be somebody else's.
+        // Cut or changed, it might be another client's.
         let whole = text.len() <= CERTIFICATE_FIELD_BYTES_MAX;
         let value =
             HeaderValue::from_bytes(text.as_bytes()).ok().filter(|_| whole).ok_or(&refusal::HEADER_MALFORMED)?;

@@ -1,9 +1,9 @@
-//! Mirrors: a copy of a request goes to another upstream, and its answer to nobody.
+//! Mirrors: a copy of a request goes to another upstream, whose answer is discarded.
 //!
 //! What is copied is decided in `buffer`, once the body is whole; the copy leaves when the original has been sent, in a
 //! task of its own, so that it never slows the original or fails it. The body is shared with the spool of the original,
-//! and counted by the budget for as long as the copy needs it. There are only so many copies at a time; what cannot be
-//! copied is counted.
+//! and counted by the budget for as long as the copy needs it. The number of copies at a time is bounded; what cannot
+//! be copied is counted.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -26,7 +26,7 @@ use crate::upstream::{Choice, Outcome, Upstream};
 /// Says that a request is a copy, and of which route.
 const MARK: HeaderName = HeaderName::from_static("x-forebay-mirror");
 
-/// Of an answer that nobody reads, no more than this is read so that its connection can be kept.
+/// At most this much of a discarded answer is read, so that its connection can be kept.
 const DISCARDED_BYTES: usize = 1 << 20;
 
 /// Where the copies of a route go.
@@ -35,7 +35,7 @@ pub struct Mirror {
     pub upstream: Arc<Upstream>,
     /// Of all requests, from 0 to 1.
     pub share: f64,
-    /// So many at a time.
+    /// How many there may be at a time.
     pub most: u32,
     /// The name of the route.
     pub route: HeaderValue,
@@ -159,7 +159,7 @@ async fn attempt(mirror: &Mirror, mut request: RequestHeader, body: Option<Held>
     let load = body.map_or(Load::Nothing, Load::Held);
     let answered = match line.converse(request, load, &mut attempt, take).await {
         Ok(header) => Ok(header.status),
-        // An answer that has begun is one; nobody waits for its end.
+        // An answer that has begun is one; its end is not waited for.
         Err(error) if call::is_overdue(&error) => attempt.status().ok_or(error),
         Err(error) => Err(error),
     };

@@ -1,4 +1,4 @@
-//! Phase `queue`: everybody who could serve the exchange is full, so it waits its turn.
+//! Phase `queue`: every endpoint that could serve the exchange is full, so it waits its turn.
 //!
 //! `select` comes here when it has found no endpoint with room. It ends with an endpoint, at the end of all patience,
 //! or with the client: one that goes away leaves the line at once. `upstream/queue.rs` says whose turn it is.

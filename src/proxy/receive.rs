@@ -68,7 +68,7 @@ pub fn frame(request: &RequestHeader, response: &mut ResponseHeader) -> Result<(
         .map_err(|fault| Error::explain(ErrorType::InvalidHTTPHeader, fault.words()).into_up())?;
     framed.apply(&said, response)?;
     if response.version != Version::HTTP_2 {
-        // RFC 9110 §6.2: it is our version that the client is told, and what HTTP/1.0 cannot say may have been added.
+        // RFC 9110 §6.2: the client gets our version, and what HTTP/1.0 cannot say may have been added.
         response.set_version(Version::HTTP_11);
     }
     Ok(())
@@ -339,7 +339,7 @@ fn strip_hop_by_hop(response: &mut ResponseHeader) {
     }
 }
 
-/// Server-sent events: whoever waits for one is not to be kept waiting, and old ones are of no use.
+/// Server-sent events: a client waits for each one, and old ones are of no use.
 fn is_event_stream(response: &ResponseHeader) -> bool {
     response.headers.get(header::CONTENT_TYPE).is_some_and(|kind| is_media_type(kind.as_bytes(), "text/event-stream"))
 }
@@ -353,7 +353,7 @@ fn says_zero(response: &ResponseHeader) -> bool {
     response.headers.get(header::CONTENT_LENGTH).is_some_and(|length| length.as_bytes() == b"0")
 }
 
-/// A filter that sees the body may change its length: it is told by its end instead.
+/// A filter that sees the body may change its length: chunks delimit it instead.
 fn unfix_length(request: &RequestHeader, response: &mut ResponseHeader) -> Result<()> {
     if is_bodiless(request, response) {
         return Ok(());

@@ -88,7 +88,7 @@ pub struct Situation {
 /// What the rules come to.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Verdict {
-    /// Nobody wants a further attempt for that.
+    /// The rules want no further attempt for that.
     Unwanted,
     /// It is wanted, and must not be.
     Refused(Objection),
@@ -351,7 +351,7 @@ mod tests {
         for failure in [Failure::Connect, Failure::Unprocessed] {
             assert_eq!(refused(Situation { failure, idempotent: false, ..FINE }), None);
         }
-        // Whether the other end of a dead connection had it, nobody can tell.
+        // Whether the other end of a dead connection had it cannot be known.
         assert_eq!(refused(Situation { failure: Failure::Stale, idempotent: false, ..FINE }), Some(Objection::Method));
     }
 

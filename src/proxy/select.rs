@@ -1,6 +1,6 @@
 //! Phase `select`: an endpoint is chosen, anew for every attempt; after one that failed, there may be a pause before.
 //!
-//! After `route` and `buffer`, with `queue` in it where everybody is full; before `connect`.
+//! After `route` and `buffer`, with `queue` in it where every endpoint is full; before `connect`.
 
 use std::time::{Duration, Instant};
 
@@ -53,7 +53,7 @@ async fn choose(exchange: &mut Exchange, client: &mut ServerSession) -> Result<B
     let engaged = match choice {
         Ok(Choice::Engaged(engaged)) => engaged,
         Ok(Choice::Away(time)) => return Err(away(exchange, &upstream, time)),
-        Ok(Choice::Full | Choice::Nobody) => return Err(nobody(exchange, &upstream)),
+        Ok(Choice::Full | Choice::Nobody) => return Err(none_left(exchange, &upstream)),
         Err(fault) => return Err(reject(&upstream, blame::row(fault).refusal).into()),
     };
     let endpoint = engaged.endpoint().clone();
@@ -85,7 +85,7 @@ pub(super) fn separate(peer: &mut HttpPeer) {
 }
 
 /// If all were tried, what went wrong with the last one is the better answer.
-fn nobody(exchange: &Exchange, upstream: &Upstream) -> Refused {
+fn none_left(exchange: &Exchange, upstream: &Upstream) -> Refused {
     match exchange.attempts.failure {
         Some(fault) => refused(fault),
         None => reject(upstream, &refusal::SELECT_NO_ENDPOINT).into(),

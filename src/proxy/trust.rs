@@ -17,7 +17,7 @@ pub struct Row {
     pub keys: &'static [&'static str],
 }
 
-/// Every field that has an effect of its own. What a route matches by, and what filters, keys and cookies are told to
+/// Every field that has an effect of its own. What a route matches by, and what filters, keys and cookies are set to
 /// look at, is the configuration's choice.
 pub static TABLE: &[Row] = &[
     Row {
@@ -77,7 +77,7 @@ pub static TABLE: &[Row] = &[
     Row {
         fields: "Proxy",
         effect: "none: it is removed, for CGI programs take it for the proxy that they are to use",
-        default: "nobody's",
+        default: "from no client",
         keys: &[],
     },
     Row {
@@ -118,20 +118,20 @@ pub static TABLE: &[Row] = &[
     },
     Row {
         fields: "X-Forwarded-*, X-Real-IP, X-Client-IP, Client-IP, True-Client-IP, X-Cluster-Client-IP, CF-Connecting-IP, CF-Connecting-IPv6, Fastly-Client-IP, X-Original-Forwarded-For, X-Original-Host, X-Original-URL, X-Rewrite-URL",
-        effect: "scheme, host and port that the endpoint is told of, and what applications take for the client or the path",
+        effect: "scheme, host and port that the endpoint receives, and what applications take for the client or the path",
         default: "only of trusted proxies; of others they are removed",
         keys: &["trusted_proxies"],
     },
     Row {
         fields: "X-Request-Id",
         effect: "the id in the log and at the endpoint, where a filter makes one",
-        default: "nobody's: a new one is made",
+        default: "from no client: a new one is made",
         keys: &["routes.filters.request_id.trust"],
     },
     Row {
         fields: "any whose name has more than letters, digits and hyphens",
         effect: "none: it is removed, for `X_Forwarded_For` is `X-Forwarded-For` to many backends",
-        default: "nobody's",
+        default: "from no client",
         keys: &["listeners.odd_header_names"],
     },
 ];

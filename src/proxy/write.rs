@@ -191,8 +191,8 @@ pub async fn cut_if_begun(exchange: &mut Exchange, client: &mut Box<ServerSessio
     begun
 }
 
-/// Bytes of an answer have left and the rest will not come. Where its end is told by the connection's end alone, the
-/// connection is reset, so that nobody takes what came for the whole.
+/// Bytes of an answer have left and the rest will not come. Where the connection's end alone marks its end, the
+/// connection is reset, so that no client takes what came for the whole.
 fn cut(exchange: &mut Exchange, session: &mut ServerSession, error: Option<&Error>) {
     let framed = session.response_written().is_none_or(|response| {
         response.headers.contains_key(header::CONTENT_LENGTH)

@@ -196,7 +196,7 @@ impl Engaged {
     fn note(&mut self, verdict: Verdict, now: Instant) {
         let (Some(breaker), Some(leave)) = (&self.admission.breaker, self.leave.take()) else { return };
         if breaker.note(&leave, verdict, now) {
-            // Nobody in line will be served: they are told so.
+            // None in line will be served: each is refused now.
             self.admission.queue.changed(u32::MAX);
         }
     }

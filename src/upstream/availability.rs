@@ -1,7 +1,7 @@
 //! Whether an endpoint may be chosen, and if not, who says so: one small word that is read with every choice.
 //!
 //! Four know something of it: discovery (whether it is there at all), the operator, health checks, and what passing
-//! requests say against it. Each has bits of its own, so that nobody undoes what another one said.
+//! requests say against it. Each has bits of its own, so that none undoes what another one said.
 
 use std::sync::atomic::{AtomicU32, Ordering};
 

@@ -82,7 +82,7 @@ enum Policy {
         seeds: Box<[u64]>,
         bounded_load: Option<f64>,
     },
-    /// There is nobody to choose.
+    /// There is no endpoint to choose.
     Nobody,
 }
 
@@ -122,7 +122,7 @@ impl Balance {
         matches!(self.policy, Policy::Hash { .. })
     }
 
-    /// The number of one that is admitted; `None` if nobody is. `hash` is that of the exchange's key; policies without
+    /// The number of one that is admitted; `None` if none is. `hash` is that of the exchange's key; policies without
     /// a key take no notice of it.
     pub fn pick(&self, hash: u64, among: &impl Candidates) -> Option<usize> {
         self.pick_with(hash, among, &mut rand::thread_rng())
@@ -246,14 +246,14 @@ impl Policy {
     }
 }
 
-/// Draws until one is admitted, so many times at most.
+/// Draws until one is admitted, this many times at most.
 fn draw(alias: &Alias, among: &impl Candidates, dice: &mut impl RngCore, tries: usize) -> Option<usize> {
     (0..tries).map(|_| alias.draw(dice.next_u64())).find(|&number| among.admits(number))
 }
 
 /// How long one more request would take where a single one takes `latency` and `inflight` are under way.
 fn expected_seconds(latency: f64, inflight: f64, share: f64) -> f64 {
-    /// Whoever has answered nothing yet is asked once; until it has answered, anybody else is better.
+    /// An endpoint that has answered nothing yet is asked once; until it has answered, any other is better.
     const UNKNOWN: f64 = 1e9;
     match latency > 0.0 {
         true => latency * (1.0 + inflight / share),
@@ -347,7 +347,7 @@ mod tests {
         xxh3_64(format!("user-{key}").as_bytes())
     }
 
-    /// How often each is chosen by so many keys.
+    /// How often each is chosen by this many keys.
     fn chosen(balance: &Balance, among: &Members, keys: u64) -> Vec<f64> {
         let mut dice = StdRng::seed_from_u64(1);
         let mut chosen = vec![0.0; among.names.len()];

@@ -1,7 +1,7 @@
 //! When an upstream is left alone as a whole, and how it comes back: a circuit breaker.
 //!
-//! It is *closed* while all goes well, and what fails is counted. Enough failures *open* it: nobody asks the upstream,
-//! and clients are told at once when to come again. After a while it is *half open*: a few requests are let through. If
+//! It is *closed* while all goes well, and what fails is counted. Enough failures *open* it: the upstream is not asked,
+//! and clients learn at once when to come again. After a while it is *half open*: a few requests are let through. If
 //! all of them go well it closes; with the first that fails it opens again, for twice as long.
 //!
 //! Outlier detection leaves out an endpoint that does worse than its peers; this is for when there is no better one.
@@ -87,7 +87,7 @@ pub enum Verdict {
     Neither,
 }
 
-/// Leave to ask the upstream once. What came of it is told to [`Breaker::note`], once.
+/// Leave to ask the upstream once. What came of it goes to [`Breaker::note`], once.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Leave {
     /// In which round it was given: what it comes to says nothing of a later one.
@@ -114,7 +114,7 @@ pub struct Breaker {
     until: AtomicU64,
     window: Window,
     in_a_row: AtomicU32,
-    /// Held for some instructions by whoever changes the state or takes part in a trial.
+    /// Held for some instructions while the state changes or a trial is joined.
     trial: Mutex<Trial>,
     gauge: IntGauge,
     replaced: IntCounter,
@@ -147,7 +147,7 @@ impl fmt::Debug for Place {
     }
 }
 
-/// When to look again while probes are under way: nobody knows how long these take.
+/// When to look again while probes are under way, for it is not known how long these take.
 const SOON: Duration = Duration::from_secs(1);
 
 impl Breaker {
@@ -192,7 +192,7 @@ impl Breaker {
         }
         match (state, verdict) {
             (State::Closed, Verdict::Good) => {
-                // A line of memory that nobody writes to is shared by all workers for nothing.
+                // A line of memory that is not written to is shared by all workers for nothing.
                 if self.in_a_row.load(Ordering::Relaxed) != 0 {
                     self.in_a_row.store(0, Ordering::Relaxed);
                 }
@@ -215,7 +215,7 @@ impl Breaker {
 
     /// One of the few that are let through, if all of them are not under way already.
     fn probe(&self, now: Instant) -> Result<Leave, Duration> {
-        // Whoever has the lock takes a probe, and there are more who ask than probes: nobody waits for it.
+        // One that has the lock takes a probe, and more ask than there are probes: none waits for it.
         let Ok(mut trial) = self.trial.try_lock() else { return Err(SOON) };
         let (mut round, state) = read(self.state.load(Ordering::Acquire));
         match state {
@@ -342,7 +342,7 @@ fn read(word: u64) -> (u64, State) {
     (word >> 2, state)
 }
 
-/// So many parts has the window: what is counted grows old by an eighth of it at a time.
+/// How many parts the window has: what is counted grows old by an eighth of it at a time.
 const PARTS: u64 = 8;
 /// Attempts are counted in twenty bits, failures as well, and the number of the part in the rest.
 const COUNT_BITS: u32 = 20;
@@ -438,9 +438,9 @@ mod tests {
             self.breaker.admit(self.now).expect("it lets through")
         }
 
-        /// For how many milliseconds it lets nobody through.
+        /// For how many milliseconds it lets none through.
         fn away(&self) -> u128 {
-            self.breaker.admit(self.now).expect_err("it lets nobody through").as_millis()
+            self.breaker.admit(self.now).expect_err("it lets none through").as_millis()
         }
 
         fn note(&self, leave: &Leave, verdict: Verdict) -> bool {
@@ -533,7 +533,7 @@ mod tests {
         story.away();
     }
 
-    /// An exchange that has kept its endpoint waiting for so many milliseconds.
+    /// An exchange that has kept its endpoint waiting for this many milliseconds.
     struct Slow(AtomicU64);
 
     impl KeepsWaiting for Slow {
@@ -652,7 +652,7 @@ mod tests {
                 let out = under_way.iter().filter(|leave| leave.is_probe() && leave.round == round).count();
                 prop_assert!(out as u32 <= probes);
             }
-            // Whoever is still under way ends, and then all goes well: it closes.
+            // What is still under way ends, and then all goes well: it closes.
             for leave in under_way {
                 story.note(&leave, Neither);
             }

@@ -1,10 +1,10 @@
 //! Asks the endpoints of an upstream whether they are well, in the background and never on a worker.
 //!
 //! One loop for each upstream that has a `health_check`: who is due is taken off the [`Agenda`] and asked by the
-//! [`Probe`], so many at once; what it says goes to the endpoint's `Record` (`upstream/health.rs`), and a change of it
-//! to the roster. Endpoints that an operator has taken out are asked on; those that their source names no longer are
-//! not. A probe speaks to an endpoint as exchanges do, TLS and all, but over a new connection: a kept one would hide
-//! that nobody can connect any more.
+//! [`Probe`], a bounded number at once; what it says goes to the endpoint's `Record` (`upstream/health.rs`), and a
+//! change of it to the roster. Endpoints that an operator has taken out are asked on; those that their source names no
+//! longer are not. A probe speaks to an endpoint as exchanges do, TLS and all, but over a new connection: a kept one
+//! would hide that new connections fail.
 
 mod agenda;
 mod grpc;
@@ -114,7 +114,7 @@ impl Checks {
                 }
                 under_way.push(self.check(turn, now));
             }
-            // Whoever is due beyond that waits for one that ends.
+            // A check that is due beyond that waits for one that ends.
             let next = agenda.next().filter(|_| under_way.len() < self.terms.at_once);
             let next_due = async {
                 match next {
@@ -189,7 +189,7 @@ impl Checks {
     }
 }
 
-/// Whoever is to be checked, by what tells them apart.
+/// The endpoints that are to be checked, by what tells them apart.
 fn present(upstream: &Upstream) -> Vec<(usize, Arc<Endpoint>)> {
     let members = upstream.members();
     let named = members.iter().filter(|endpoint| !endpoint.availability().is_removed());

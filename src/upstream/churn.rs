@@ -53,7 +53,7 @@ fn choose(upstream: &Upstream, over: &AtomicBool, chosen: &AtomicUsize) {
     chosen.fetch_add(number, Ordering::Relaxed);
 }
 
-/// In so many rounds, all endpoints are replaced by others.
+/// In how many rounds all endpoints are replaced by others.
 fn churn(policy: &str, rounds: usize) {
     let metrics = Metrics::new(0, Vec::new());
     let upstream = upstream(policy, &metrics);

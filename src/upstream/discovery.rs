@@ -156,7 +156,8 @@ impl Discovery {
     ///
     /// # Errors
     ///
-    /// One for each name of `endpoints` that there is not: it is most likely misspelt. That nobody tells is none.
+    /// One for each name of `endpoints` that there is not: it is most likely misspelt. That no answer comes is no
+    /// error.
     pub async fn look(&self, upstream: &str) -> Vec<BuildError> {
         let asking: Vec<(Place, Question)> = self.listing().questions().collect();
         let answers: Vec<_> = stream::iter(asking.into_iter().map(|(place, question)| self.ask(place, question)))
@@ -453,7 +454,7 @@ fn named(dns: &Dns) -> Option<Entry> {
         (Some(name), Some(port), None) => {
             (format!("{name}:{port}"), name.as_str(), Question::Addresses { host: name.as_str().into(), port })
         }
-        // Whoever answers for the service could name any host, so its certificate must be the domain's (RFC 6125
+        // A server that answers for the service could name any host, so its certificate must be the domain's (RFC 6125
         // §6.2.1).
         (None, None, Some(srv)) => (srv.clone(), domain(srv), Question::Services(srv.as_str().into())),
         _ => return None,

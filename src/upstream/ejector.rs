@@ -109,7 +109,7 @@ impl Ejector {
     fn compare(&self, upstream: &Upstream, now: Instant) {
         let members = upstream.members();
         for endpoint in members.iter() {
-            // Whoever could not be ejected then has to fail once more.
+            // An endpoint that could not be ejected then has to fail once more.
             endpoint.accusation.drop();
         }
         if self.rules.success_rate.is_none() && self.rules.latency.is_none() {

@@ -74,7 +74,7 @@ pub struct Endpoint {
     base: Instant,
     transport: Arc<Transport>,
     template: HttpPeer,
-    /// What checks have said. Nobody asks for it on the way of a request.
+    /// What checks have said. It is not read on the way of a request.
     checks: Mutex<Record>,
     dialer: Arc<Dialer>,
     /// Milliseconds from `base` to when connections that are shared by several exchanges were last replaced by new
@@ -116,7 +116,7 @@ impl Endpoint {
         }
     }
 
-    /// What Pingora needs to connect to it, for nobody in particular: the address, the protocol and every timeout.
+    /// What Pingora needs to connect to it, for no client in particular: the address, the protocol and every timeout.
     pub fn peer(&self) -> Box<HttpPeer> {
         let mut peer = Box::new(self.template.clone());
         if let Some(address) = self.dialer.preferred(Instant::now()) {
@@ -127,7 +127,7 @@ impl Endpoint {
         peer
     }
 
-    /// The same for a client, of whom it is told if that is how it is spoken to.
+    /// The same for a client, whose address it receives if it is spoken to by the PROXY protocol.
     pub fn peer_for(&self, parties: impl FnOnce() -> Option<Parties>) -> Box<HttpPeer> {
         let mut peer = self.peer();
         if self.transport.introduces_clients() {
@@ -136,7 +136,7 @@ impl Endpoint {
         peer
     }
 
-    /// Who makes connections to it that nobody is told of first.
+    /// Makes connections to it that begin without the PROXY protocol.
     pub fn dialer(&self) -> &Arc<Dialer> {
         &self.dialer
     }
@@ -149,7 +149,7 @@ impl Endpoint {
         let made = now.checked_sub(age).map_or(0, millis);
         let last = self.renewed.load(Ordering::Relaxed);
         if last <= made {
-            // Whoever else sees it at this moment does the same.
+            // Another worker that sees it at this moment does the same.
             let _ = self.renewed.compare_exchange(last, millis(now).max(1), Ordering::Relaxed, Ordering::Relaxed);
         }
     }
@@ -192,7 +192,7 @@ impl Endpoint {
         self.inflight.load(Ordering::Relaxed)
     }
 
-    /// The host that is named to it where nobody else has named one: its address as it is written, if that is a host at
+    /// The host that is named to it where the client has named none: its address as it is written, if that is a host at
     /// all.
     pub fn authority(&self) -> Authority {
         let parsed = self.label.parse().ok().or_else(|| self.address.to_string().parse().ok());
@@ -216,7 +216,7 @@ impl Endpoint {
         self.returned.store(u64::try_from(millis).unwrap_or(u64::MAX - 1) + 1, Ordering::Relaxed);
     }
 
-    /// Whether its source names it no longer. As with the following: whoever is told that it matters calls
+    /// Whether its source names it no longer. As with the following: where it matters, the caller calls
     /// [`super::Upstream::reassess`].
     pub fn set_removed(&self, removed: bool, now: Instant) -> Change {
         self.changed(self.availability.set_removed(removed), now)

@@ -1,8 +1,9 @@
 //! What checks say of an endpoint: unknown, healthy or unhealthy.
 //!
-//! [`Record`] is the rule and knows no socket. Checks run in the background, never on a worker. An endpoint that nobody
-//! has checked yet is unknown, and its `initial` says what that counts as. The first check settles it, for there is
-//! nothing yet that a single mishap could be held against; from then on several in a row are needed to change it.
+//! [`Record`] is the rule and knows no socket. Checks run in the background, never on a worker. An endpoint that
+//! nothing has checked yet is unknown, and its `initial` says what that counts as. The first check settles it, for
+//! there is nothing yet that a single mishap could be held against; from then on several in a row are needed to change
+//! it.
 
 use std::time::Instant;
 
@@ -32,9 +33,9 @@ impl Health {
 /// How many checks in a row change what is thought of an endpoint.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Thresholds {
-    /// So many failed ones make it unhealthy.
+    /// How many failed ones make it unhealthy.
     pub unhealthy_after: u32,
-    /// So many passed ones make it healthy again.
+    /// How many passed ones make it healthy again.
     pub healthy_after: u32,
 }
 

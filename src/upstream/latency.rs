@@ -2,8 +2,8 @@
 //!
 //! `peak_ewma` chooses by it. An average over all answers would say of an endpoint that has just stalled that it is
 //! fast, for as long as it answers nothing; so a slow answer is believed at once, and forgotten with time (Finagle's
-//! peak EWMA). Whoever is slow gets few requests or none and could never show that it has recovered: so the estimate
-//! decays by itself.
+//! peak EWMA). An endpoint that is slow gets few requests or none and could never show that it has recovered: so the
+//! estimate decays by itself.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};

@@ -2,7 +2,7 @@
 //!
 //! An order holds until it is undone, or no upstream of this name is left: a reload, perhaps of somebody else's making,
 //! puts nothing back into service. It is kept by the endpoint's identity and not in the endpoint alone, for a name may
-//! lose an address and find it again: whoever drained it meant that machine. The admin endpoint gives orders
+//! lose an address and find it again: an operator who drained it meant that machine. The admin endpoint gives orders
 //! (`admin/upstreams.rs`), `Upstream::discovered` repeats them to endpoints that come.
 
 use std::collections::HashMap;

@@ -1,6 +1,6 @@
 //! What passing requests say against an endpoint, and for how long it is left out for it.
 //!
-//! Three questions, three types. [`Score`] is kept by each endpoint and counts on the request path: so many failures in
+//! Three questions, three types. [`Score`] is kept by each endpoint and counts on the request path: failures in
 //! a row, and that is it. [`outliers`] compares endpoints with their peers, now and then, in the background.
 //! [`Ejections`] says how long an endpoint stays out: longer each time, until it has behaved for a while. Nothing here
 //! knows a socket or a clock.
@@ -30,7 +30,7 @@ pub struct Rules {
 /// When an endpoint succeeds too rarely.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct SuccessRate {
-    /// So many standard deviations of its peers below their mean.
+    /// By how many standard deviations of its peers it is below their mean.
     pub factor: f64,
     /// And at least so much below it, 0 to 1: peers without a single failure do not deviate at all.
     pub margin: f64,
@@ -43,7 +43,7 @@ pub struct SuccessRate {
 /// When an endpoint is too slow.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Latency {
-    /// Its mean is so many times the median of all.
+    /// How many times the median of all its mean is.
     pub factor: f64,
     /// And at least so much above it.
     pub margin: Duration,
@@ -187,7 +187,7 @@ fn in_a_row(count: &AtomicU32, another: bool) -> u32 {
     if another {
         return count.fetch_add(1, Ordering::Relaxed).saturating_add(1);
     }
-    // A line of memory that nobody writes to is shared by all workers for nothing.
+    // A line of memory that is not written to is shared by all workers for nothing.
     if count.load(Ordering::Relaxed) != 0 {
         count.store(0, Ordering::Relaxed);
     }
@@ -251,7 +251,7 @@ fn slow(samples: &[Sample], rule: &Latency) -> Vec<usize> {
     latencies.into_iter().take_while(|&(_, latency)| latency > bound).map(|(number, _)| number).collect()
 }
 
-/// Whether one more of `of` endpoints may be ejected when so many are already. Where any may be at all, the first one
+/// Whether one more of `of` endpoints may be ejected when this many are already. Where any may be at all, the first one
 /// of several always may.
 pub fn may_eject(ejected: usize, of: usize, max_ejected: f64) -> bool {
     let most = (of as f64 * max_ejected).floor() as usize;

@@ -1,10 +1,10 @@
 //! Where exchanges wait for an upstream of which everybody who could serve them is full: one line, first come, first
 //! served.
 //!
-//! Whoever lets an endpoint go gives a *turn* to the first in line, and to nobody else. A turn is leave to choose
-//! again. It is used, given back by whoever it is of no use to, or passed on when its owner has gone; so for each place
-//! that is free somebody is on their way to it. While anybody waits, those who come later join the line and do not
-//! choose. Where nobody waits, all this is one load. Waiting itself, and for how long, is the business of
+//! An exchange that lets an endpoint go gives a *turn* to the first in line, and to no other. A turn is leave to choose
+//! again. It is used, given back by one that it is of no use to, or passed on when its owner has gone; so for each
+//! place that is free somebody is on their way to it. While anybody waits, those who come later join the line and do
+//! not choose. Where none waits, all this is one load. Waiting itself, and for how long, is the business of
 //! `proxy/queue.rs`.
 
 use std::collections::BTreeMap;
@@ -27,7 +27,7 @@ pub struct Queue {
     pub timeout: Duration,
     /// How many wait.
     taken: AtomicU32,
-    /// How many of them any endpoint could serve: nobody overtakes these.
+    /// How many of them any endpoint could serve: none overtakes these.
     ahead: AtomicU32,
     line: Mutex<Line>,
     metrics: QueueMetrics,
@@ -40,7 +40,7 @@ struct Line {
     waiting: BTreeMap<u64, Arc<Slot>>,
     /// Turns that were given and not used yet.
     given: u32,
-    /// Turns that there was nobody for: the next one in line has them. Some may be of no use any more.
+    /// Turns that none waited for: the next one in line has them. Some may be of no use any more.
     spare: u32,
 }
 
@@ -52,7 +52,7 @@ enum Turn {
     None,
     /// An endpoint was let go.
     One,
-    /// Several may have been let go: whoever finds one lets the next in line have a look.
+    /// Several may have been let go: the one that finds one lets the next in line look.
     Look,
 }
 
@@ -105,12 +105,12 @@ impl Queue {
         self.taken.load(Ordering::SeqCst)
     }
 
-    /// Whether nobody waits.
+    /// Whether none waits.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
 
-    /// Whether somebody stands in line whom nobody may overtake.
+    /// Whether one in line may not be overtaken.
     pub fn bars(&self) -> bool {
         self.ahead.load(Ordering::Relaxed) > 0
     }
@@ -125,8 +125,8 @@ impl Queue {
         let ticket = line.tickets;
         line.tickets += 1;
         line.waiting.insert(ticket, slot.clone());
-        // Whoever lets an endpoint go from now on sees that somebody waits. What was let go a moment before, nobody
-        // knows of: so the first in line takes a look at once.
+        // An exchange that lets an endpoint go from now on sees that one waits. What was let go a moment before
+        // is not known: so the first in line takes a look at once.
         self.taken.fetch_add(1, Ordering::SeqCst);
         self.ahead.fetch_add(u32::from(!choosy), Ordering::SeqCst);
         if line.given == 0 && line.waiting.len() == 1 {
@@ -147,7 +147,7 @@ impl Queue {
         }
     }
 
-    /// So many more may be served, or it is another question altogether who can be: as many have turns.
+    /// Capacity grew, or the set of endpoints changed: wakes up to `turns` of those in line.
     pub fn changed(&self, turns: u32) {
         if self.taken.load(Ordering::SeqCst) == 0 {
             return;
@@ -168,7 +168,7 @@ impl Queue {
 }
 
 impl Line {
-    /// Gives a turn to the first in line, or to the first behind `behind`. `false`: there is nobody.
+    /// Gives a turn to the first in line, or to the first behind `behind`. `false`: there is none.
     fn give(&mut self, turn: Turn, behind: Option<u64>) -> bool {
         let first = behind.map_or(0, |ticket| ticket + 1);
         let Some(ticket) = self.waiting.range(first..).next().map(|(ticket, _)| *ticket) else { return false };
@@ -202,7 +202,7 @@ impl Place {
     pub fn missed(&mut self) {
         let mut line = self.queue.line();
         if line.spare > 0 {
-            // Another endpoint was let go meanwhile, and there was nobody else in line.
+            // Another endpoint was let go meanwhile, and there was no other in line.
             line.spare -= 1;
             self.unused += u32::from(self.choosy);
             return;
@@ -400,7 +400,7 @@ mod tests {
 
     proptest! {
         /// A model of an upstream with two endpoints, of which choosy ones can use the second only. Steps of different
-        /// workers interleave: whoever has a turn runs later.
+        /// workers interleave: one that has a turn runs later.
         #[test]
         fn nobody_waits_while_there_is_room_for_it_and_nobody_is_overtaken(events in events()) {
             // Where turns are given for nothing, to one who is choosy or to one who has just come and takes its time to
@@ -457,7 +457,7 @@ mod tests {
                     }
                 }
             }
-            // Whoever has a turn uses it.
+            // One that has a turn uses it.
             while let Some(ready) = line.iter().position(has_turn) {
                 run(&mut line, ready, &mut room, &mut held);
             }

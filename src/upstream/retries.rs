@@ -1,7 +1,7 @@
 //! The retry budget of an upstream: of what it has under way, only a share may be repetitions of what it was sent
 //! already, so that one that is sick is not finished off by them.
 //!
-//! Whoever is to repeat a request asks [`Retries::permit`], after `proxy/retry.rs` found that it would be safe and of
+//! What is to repeat a request asks [`Retries::permit`], after `proxy/retry.rs` found that it would be safe and of
 //! use, and keeps the permit until the endpoint has answered. What costs no endpoint anything, such as a connection
 //! that was refused, needs none.
 
@@ -13,7 +13,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 pub struct Allowance {
     /// A share of what it has under way, from 0 to 1.
     pub share: f64,
-    /// So many however small that share is.
+    /// How many at least, however small that share is.
     pub least: u32,
 }
 
@@ -80,7 +80,7 @@ mod tests {
     #[test]
     fn a_share_of_what_is_under_way_may_be_repetitions() {
         let retries = Arc::<Retries>::default();
-        // Whoever waits to begin is under way as well: k are allowed of 100 + k.
+        // One that waits to begin is under way as well: k are allowed of 100 + k.
         let mut held = permits(&retries, 100);
         assert_eq!(held.len(), 25);
         held.iter_mut().for_each(Permit::begun);

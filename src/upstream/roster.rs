@@ -26,9 +26,9 @@ pub enum Choice {
     Engaged(Engaged),
     /// There is somebody, and all of them are full: it may wait.
     Full,
-    /// There is nobody, or nobody left that was not tried.
+    /// There is no endpoint, or none left that was not tried.
     Nobody,
-    /// Nobody is asked, for so long.
+    /// None is asked, for this long.
     Away(Duration),
 }
 
@@ -51,7 +51,7 @@ const TIER_SEED: u64 = 0x7469_6572;
 /// The endpoints that may be chosen.
 #[derive(Debug, Default)]
 pub struct Roster {
-    /// In the order in which they are to serve, with those of which nobody is available.
+    /// In the order in which they are to serve, with those of which none is available.
     tiers: Box<[Tier]>,
     /// The number of the tier, and who is there, by what sticky cookies call them.
     by_name: HashMap<Name, (usize, Arc<Endpoint>)>,
@@ -113,7 +113,7 @@ impl Roster {
         self.tiers.iter().map(|tier| tier.members.len()).sum()
     }
 
-    /// Whether nobody may be chosen.
+    /// Whether none may be chosen.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
@@ -137,7 +137,7 @@ impl Roster {
         }
     }
 
-    /// The endpoint that is to serve next: of the tier whose turn it is or, if nobody is left there, of the first that
+    /// The endpoint that is to serve next: of the tier whose turn it is or, if none is left there, of the first that
     /// has anybody. Should that be full, others serve that are given a share anyhow, but none that is there for when it
     /// fails.
     fn pick(&self, hash: u64, tried: &[Arc<Endpoint>], admission: &Admission, now: Instant) -> Option<&Arc<Endpoint>> {

@@ -2,8 +2,8 @@
 //!
 //! The cookie says which endpoint, until when, and that we said so: `version, endpoint, expiry, HMAC-SHA256` in
 //! base64url, 39 characters. The endpoint is named by a keyed hash of its label and address, which every node with the
-//! same secret works out alike, today and after a restart, and which tells nobody else where it is. Nothing is kept of
-//! clients.
+//! same secret works out alike, today and after a restart, and which reveals to no other where it is. Nothing is kept
+//! of clients.
 //!
 //! `proxy/select.rs` reads it and asks the upstream for that endpoint first; `proxy/receive.rs` sets it with the
 //! answer.
@@ -26,7 +26,7 @@ const SAID_BYTES: usize = 1 + 8 + 4;
 /// Half of SHA-256, which is as much as anybody can make use of (RFC 2104 §5).
 const MAC_BYTES: usize = 16;
 const COOKIE_BYTES: usize = SAID_BYTES + MAC_BYTES;
-/// The length of so many bytes in base64 without padding.
+/// The length of this many bytes in base64 without padding.
 const COOKIE_LETTERS: usize = (COOKIE_BYTES * 8).div_ceil(6);
 
 /// How the clients of an upstream stay where they are.

@@ -3,7 +3,7 @@
 //! Endpoints stand in tiers: the first serves while it can, the next ones are backups. A tier that has lost some of its
 //! endpoints is not given up at once: by `overprovisioning` it may carry more than its share, and only what is beyond
 //! that spills over to the next. Should all tiers together not carry everything, a tier of which less than the `panic`
-//! share is available sends requests to all of its endpoints: what is said of so many is more likely wrong than right,
+//! share is available sends requests to all of its endpoints: a verdict on that many is more likely wrong than right,
 //! and the few left would be finished off. The roster asks anew whenever an endpoint's availability changes.
 
 /// What one tier has.
@@ -61,14 +61,14 @@ impl Plan {
             let last = tiers.iter().rposition(|tier| carries(tier) > 0.0).unwrap_or(0);
             bounds[last..].fill(1 << 32);
         } else if let Some(first) = panic.iter().position(|&panics| panics) {
-            // Nobody is available: of those that serve nevertheless, the most preferred.
+            // None is available: of those that serve nevertheless, the most preferred.
             bounds[first..].fill(1 << 32);
         }
         Plan { bounds, panic }
     }
 
     /// The tier that an exchange goes to; `throw` is a random number or, where the same client shall stay with the same
-    /// endpoint, a hash. `None` if there is nobody to go to.
+    /// endpoint, a hash. `None` if there is no endpoint to go to.
     pub fn tier(&self, throw: u32) -> Option<usize> {
         self.bounds.iter().position(|&bound| u64::from(throw) < bound)
     }

@@ -56,7 +56,7 @@ pub struct Transport {
     timeouts: Timeouts,
     idle: Duration,
     max_age: Duration,
-    /// How many connections are kept that nobody uses; `u64::MAX`: as many as the gateway keeps at all.
+    /// How many unused connections are kept; `u64::MAX`: as many as the gateway keeps at all.
     pool: u64,
     /// Bytes of one answer over HTTP/2 that an endpoint may send ahead.
     stream_window: u32,
@@ -128,7 +128,7 @@ impl Transport {
         self.tls.is_some()
     }
 
-    /// Whether an endpoint is told whom a connection is for.
+    /// Whether an endpoint receives the client's address first.
     pub fn introduces_clients(&self) -> bool {
         self.proxy_protocol
     }
@@ -167,7 +167,7 @@ impl Transport {
 
     /// Who connects to an endpoint at `address`, and perhaps at `alternate`.
     pub(super) fn dialer(&self, address: &SocketAddr, alternate: Option<std::net::SocketAddr>) -> Arc<Dialer> {
-        // What is said of nobody in particular is for connections of our own.
+        // A greeting for no client in particular is for connections of our own.
         let greeting = self.proxy_protocol.then(greeting::own);
         let narrow = (self.protocol == Protocol::Http1).then_some(NARROW_BYTES);
         let dialer = Dialer::new(self.connections.clone(), narrow, self.timeouts.connect, greeting);
@@ -213,7 +213,7 @@ impl Transport {
         peer
     }
 
-    /// Makes a peer one that nobody but this client uses, and that is told of it.
+    /// Makes a peer one for this client alone, whose address it receives first.
     pub(super) fn introduce(&self, peer: &mut HttpPeer, dialer: &Dialer, parties: Option<Parties>) {
         let mut key = Xxh3::with_seed(peer.group_key);
         std::hash::Hash::hash(&parties, &mut key);

@@ -19,8 +19,8 @@ const SO_BUF_LOCK: libc::c_int = 72;
 /// Of these, the receive buffer.
 const RECEIVE_BUFFER: libc::c_int = 2;
 
-/// Prepares a socket that is not connected yet for a narrow window, of a buffer of so many bytes. Once it is connected
-/// [`put_off_tuning`] is to follow.
+/// Prepares a socket that is not connected yet for a narrow window, of a buffer of this many bytes. Once it is
+/// connected [`put_off_tuning`] is to follow.
 ///
 /// Its buffer is small and yet not exempt from the kernel's tuning: of an exempt one the kernel takes the size for the
 /// largest that there will be, agrees on no window scale, and holds the connection to 64 KiB at a time for ever.
@@ -42,7 +42,7 @@ pub struct Window {
 }
 
 impl Window {
-    /// That of a connection of which nobody knows how wide it is: an earlier exchange may have opened it.
+    /// That of a connection whose width is not known: an earlier exchange may have opened it.
     pub fn new(socket: RawFd) -> Self {
         Window { socket, opened: false }
     }
@@ -55,7 +55,7 @@ impl Window {
         }
     }
 
-    /// Breaks the connection off: whoever waits for it here hears of its end, and the endpoint of a reset, which
+    /// Breaks the connection off: what waits for it here hears of its end, and the endpoint of a reset, which
     /// overtakes what it has not read.
     pub fn abort(&mut self) {
         let linger = libc::linger { l_onoff: 1, l_linger: 0 };
@@ -86,7 +86,7 @@ fn set(socket: RawFd, option: libc::c_int, value: libc::c_int) {
     unsafe { libc::setsockopt(socket, libc::SOL_SOCKET, option, (&raw const value).cast(), length) };
 }
 
-/// Closes a connection in both directions: whoever looks at it here next finds that it has ended. To be used only by
+/// Closes a connection in both directions: the next look at it here finds that it has ended. To be used only by
 /// who has it.
 pub fn close(socket: RawFd) {
     // SAFETY: no pointer is passed; a wrong descriptor is an error and nothing else.

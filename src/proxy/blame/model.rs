@@ -53,7 +53,7 @@ enum Step {
 #[derive(Clone, Debug)]
 struct Schedule {
     steps: Vec<Step>,
-    /// When the loop stands still, after so many milliseconds from the end of the stall before, and for how long.
+    /// When the loop stands still, in milliseconds from the end of the stall before, and for how long.
     stalls: Vec<(u64, u64)>,
     /// What comes from the endpoint comes by way of another task, as over HTTP/2.
     by_another_task: bool,

@@ -45,7 +45,7 @@ impl Client {
     ///
     /// # Errors
     ///
-    /// What the client is told.
+    /// The refusal for the client.
     pub fn take_place(&mut self) -> Result<(), &'static Refusal> {
         if let Some(connection) = &self.connection {
             self.place = Some(connection.begin_request()?);

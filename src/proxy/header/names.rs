@@ -81,7 +81,7 @@ fn dropped(headers: &HeaderMap, odd: OddNames, trusted: bool) -> Vec<HeaderName>
     let goes = |name: &str| match (is_odd(name), odd) {
         (true, OddNames::Drop | OddNames::Refuse) => true,
         (true, OddNames::Keep) => stands_for_more(name),
-        // CGI makes the variable HTTP_PROXY of it, by which many libraries are told of a proxy (CVE-2016-5385).
+        // CGI makes the variable HTTP_PROXY of it, from which many libraries take their proxy (CVE-2016-5385).
         (false, _) => name == "proxy" || (!trusted && is_hearsay(name)),
     };
     headers.keys().filter(|name| goes(name.as_str())).cloned().collect()

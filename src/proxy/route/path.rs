@@ -396,7 +396,7 @@ mod tests {
                 prop_assert!(path.starts_with(b"/") && path.is_ascii());
                 let again = paths.canonical(&path).map(Cow::into_owned);
                 prop_assert_eq!(again.as_ref(), Ok(&path), "it is its own form");
-                // Whoever resolves what it gets stays where the look-up was.
+                // An endpoint that resolves the path again stays where the look-up was.
                 let plain: Vec<_> = path.split(|&byte| byte == b'/').filter(|segment| !segment.is_empty()).collect();
                 let depth = |path: &[u8]| resolved(path).len();
                 let encoded = plain.iter().any(|segment| {

@@ -26,8 +26,8 @@ const FREE: u32 = u32::MAX;
 
 impl Maglev {
     /// The table of these members: 65,537 places for up to 512 of them, 1,048,583 for more (256 KiB and 4 MiB). The
-    /// change from one to the other moves all keys. Whoever has a weight has a place, as long as there are enough of
-    /// them.
+    /// change from one to the other moves all keys. Each endpoint with a weight has a place, as long as there are
+    /// enough of them.
     pub fn new(members: &[Identity<'_>]) -> Maglev {
         let size = if members.is_empty() { 0 } else { SIZES[usize::from(members.len() > SMALL)] };
         let mut table = vec![FREE; size];

@@ -1,7 +1,7 @@
-//! A hash ring as of ketama: a key belongs to whoever has the next point on the ring.
+//! A hash ring as of ketama: a key belongs to the endpoint with the next point on the ring.
 //!
-//! Whoever leaves takes its points along, and nobody else's keys move. Points come of a name and nothing else, so that
-//! all nodes that know the same names agree.
+//! An endpoint that leaves takes its points along, and no other's keys move. Points come of a name and nothing else, so
+//! that all nodes that know the same names agree.
 
 use xxhash_rust::xxh3::xxh3_64_with_seed;
 

@@ -31,7 +31,7 @@ impl<T> Default for Agenda<T> {
 }
 
 impl<T: Clone> Agenda<T> {
-    /// Everybody who is to be checked from now on. Whoever is new is due at once.
+    /// Every endpoint that is to be checked from now on. A new one is due at once.
     pub fn keep(&mut self, present: &[(usize, T)], now: Instant) {
         let mut members = HashMap::with_capacity(present.len());
         for (key, who) in present {
@@ -48,7 +48,7 @@ impl<T: Clone> Agenda<T> {
         }
     }
 
-    /// Somebody who is due now; `None` if nobody is.
+    /// One that is due now; `None` if none is.
     pub fn take(&mut self, now: Instant) -> Option<Turn<T>> {
         loop {
             let &Reverse((due, ticket)) = self.waiting.peek().filter(|Reverse((due, _))| *due <= now)?;

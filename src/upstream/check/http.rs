@@ -88,7 +88,7 @@ impl HealthCheck for Http {
     }
 }
 
-/// How it is connected to, by a connection that nobody else uses.
+/// How it is connected to, by a connection of its own.
 pub(super) fn alone(endpoint: &Endpoint) -> pingora::upstreams::peer::HttpPeer {
     let mut peer = *endpoint.peer();
     peer.options.max_h2_streams = 1;

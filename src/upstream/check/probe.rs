@@ -34,7 +34,7 @@ impl Probe {
         Probe(Box::new(Connects(TransportConnector::new(None))))
     }
 
-    /// Asks. Whoever wants an answer in time gives up after a while.
+    /// Asks. The caller bounds the time.
     ///
     /// # Errors
     ///
@@ -48,7 +48,7 @@ impl Probe {
 
 /// The endpoint that [`Probe::ask`] asks.
 pub(super) fn endpoint(target: &Backend) -> Result<&Arc<Endpoint>> {
-    let missing = || Error::explain(ErrorType::InternalError, "a check of nobody");
+    let missing = || Error::explain(ErrorType::InternalError, "a check without an endpoint");
     target.ext.get::<Arc<Endpoint>>().ok_or_else(missing)
 }
 

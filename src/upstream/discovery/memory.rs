@@ -6,7 +6,7 @@
 
 use std::time::{Duration, Instant};
 
-/// Nobody is asked more often, whatever a TTL says; its unit is the second, and 0 means that it is not to be kept.
+/// No server is asked more often, whatever a TTL says; its unit is the second, and 0 means that it is not to be kept.
 const TTL_MIN: Duration = Duration::from_secs(1);
 
 /// What a server said, or did not.

@@ -59,7 +59,7 @@ pub struct Dialer {
 }
 
 impl Dialer {
-    /// One that knows a single address, which it is told when it is asked.
+    /// One that knows a single address, which comes with each call.
     pub(super) fn new(
         connections: Arc<Connections>,
         receive_bytes: Option<usize>,
@@ -132,7 +132,7 @@ impl Dialer {
     }
 
     async fn dial(&self, address: &SocketAddr) -> io::Result<Socket> {
-        // A greeting fits into the empty buffer of a new socket, so that nobody is waited for.
+        // A greeting fits into the empty buffer of a new socket, so that it is written at once.
         let greeting = self.greeting.as_deref().unwrap_or_default();
         match address {
             SocketAddr::Inet(address) => {

@@ -1,4 +1,4 @@
-//! What an endpoint is told first on a connection: whom it is for, by the PROXY protocol, version 2.
+//! What goes first over a connection to an endpoint: whom it is for, by the PROXY protocol, version 2.
 //!
 //! It is said once, so a connection that is kept must stay with its client: [`Parties`] is part of what connections
 //! are told apart by.

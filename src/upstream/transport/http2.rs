@@ -39,7 +39,7 @@ const WINDOW_BYTES: u32 = 8 << 20;
 /// Endpoints may send larger frames than the least that is allowed.
 const FRAME_BYTES: u32 = 64 << 10;
 
-/// For how long a connection is kept at most while nobody uses it; and one that is to be kept for less than this is not
+/// For how long a connection is kept at most while unused; and one that is to be kept for less than this is not
 /// kept.
 const MOST_IDLE: Duration = Duration::from_secs(24 * 3600);
 const LEAST_IDLE: Duration = Duration::from_millis(10);
@@ -143,7 +143,7 @@ pub struct Http2 {
 /// The connections that are kept.
 struct Pool {
     kept: Mutex<Kept>,
-    /// So many are kept that nobody uses.
+    /// How many are kept that are not in use.
     idle_max: usize,
 }
 
@@ -151,7 +151,7 @@ struct Pool {
 struct Kept {
     /// By the key that says who may share them.
     connections: HashMap<u64, Vec<Arc<Connection>>>,
-    /// How many of them nobody uses.
+    /// How many of them are not in use.
     idle: usize,
 }
 
@@ -159,10 +159,10 @@ struct Kept {
 struct Connection {
     key: u64,
     send: SendRequest<Bytes>,
-    /// So many streams it may have.
+    /// How many streams it may have.
     most: usize,
     usage: Mutex<Usage>,
-    /// For how long it is kept while nobody uses it.
+    /// For how long it is kept while unused.
     idle: Duration,
     tls: bool,
     /// Its endpoint, for requests that name no host.
@@ -232,7 +232,7 @@ impl Pool {
         }
     }
 
-    /// Closes a connection that nobody has used for its time; else says how long it still has.
+    /// Closes a connection that was unused for its time; else says how long it still has.
     fn expire(&self, connection: &Arc<Connection>) -> Option<Duration> {
         let mut kept = self.kept();
         let unused = connection.usage().idle_since.map_or(Duration::ZERO, |since| since.elapsed());
@@ -262,7 +262,7 @@ impl Kept {
 }
 
 impl Http2 {
-    /// Connects as these options say, and keeps so many connections that nobody uses.
+    /// Connects as these options say, and keeps this many unused connections.
     pub fn new(options: ConnectorOptions) -> Http2 {
         let pool = Pool { kept: Mutex::default(), idle_max: options.keepalive_pool_size };
         Http2 { transport: TransportConnector::new(Some(options)), pool: Arc::new(pool) }
@@ -359,7 +359,7 @@ fn patience<P: Peer>(peer: &P) -> Duration {
     peer.total_connection_timeout().unwrap_or(FAR)
 }
 
-/// Works for a connection to its end: the endpoint's, or ours once nobody has used it for its time.
+/// Works for a connection to its end: the endpoint's, or ours once it was unused for its time.
 async fn drive(driver: h2::client::Connection<Stream, Bytes>, pool: Arc<Pool>, connection: Weak<Connection>) {
     let mut driver = std::pin::pin!(driver);
     let mut next = connection.upgrade().and_then(|connection| pool.expire(&connection));
@@ -682,7 +682,7 @@ impl client::Session for Exchange {
 }
 
 /// The body of a request on its way. The caller has seen that there is room ([`StreamHandle::poll_taken`]). That an
-/// endpoint takes no more of it is no error here: it may have answered all the same, and whoever reads the answer hears
+/// endpoint takes no more of it is no error here: it may have answered all the same, and the reader of the answer hears
 /// how the stream went.
 struct Body {
     handle: StreamHandle,

@@ -2,7 +2,7 @@
 //!
 //! Pingora moves the bytes, and ends both directions as soon as one has ended. What the other side has still to say
 //! would be lost: the output of a program whose input is over, say. So the two streams keep an end from Pingora. Once
-//! all bytes before it have been written to the other side, that side's stream closes its sending side. Pingora is told
+//! all bytes before it have been written to the other side, that side's stream closes its sending side. Pingora hears
 //! of an end when both directions have ended.
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
