@@ -68,6 +68,7 @@ mod route;
 mod schedules;
 mod select;
 mod send;
+mod shape;
 mod slow;
 mod spans;
 mod spool;
