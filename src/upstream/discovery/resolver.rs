@@ -156,7 +156,8 @@ impl Resolver {
     }
 
     async fn in_time<T>(&self, name: &str, answer: impl Future<Output = Answer<T>>) -> Answer<T> {
-        let late = || Answer::Failed(format!("no answer with the addresses of `{name}` came within {:?}", self.timeout));
+        let late =
+            || Answer::Failed(format!("no answer with the addresses of `{name}` came within {:?}", self.timeout));
         within(self.timeout, NoClient::Discovery, answer).await.unwrap_or_else(late)
     }
 }
