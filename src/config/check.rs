@@ -78,9 +78,12 @@ const EXPORT_MAX: Time = Time::seconds(60);
 /// Longer, and nobody could see what has just happened.
 const GATHER_MAX: Time = Time::seconds(60);
 
+/// So many unknown names of upstreams are compared with the known ones: to compare thousands with thousands takes long.
+const COMPARED_MAX: usize = 20;
+
 /// Everything that is wrong with `parts` beyond their form; `written` is the file that they come from.
 pub(super) fn check(parts: &Parts, written: &Yaml, kinds: &[FilterKind]) -> Vec<Finding> {
-    let mut check = Check { parts, written, kinds, findings: Vec::new() };
+    let mut check = Check { parts, written, kinds, findings: Vec::new(), compared: 0 };
     check.globals();
     check.listeners();
     check.upstreams();
@@ -94,6 +97,8 @@ struct Check<'a> {
     written: &'a Yaml,
     kinds: &'a [FilterKind],
     findings: Vec<Finding>,
+    /// Unknown names that were compared with the known ones.
+    compared: usize,
 }
 
 fn value(path: impl Into<String>) -> Spot {
@@ -1268,14 +1273,15 @@ impl<'a> Check<'a> {
         if upstreams.contains_key(name) || self.parts.broken.at("upstreams") {
             return;
         }
-        let known: Vec<&str> = upstreams.keys().map(String::as_str).collect();
-        let label = match known.len() {
+        self.compared += 1;
+        let compared = if self.compared > COMPARED_MAX { 0 } else { usize::MAX };
+        let label = match upstreams.len() {
             0 => "there are no upstreams at all".to_owned(),
-            1..=8 => expected(&known),
+            1..=8 => expected(&upstreams.keys().map(String::as_str).collect::<Vec<_>>()),
             _ => "no upstream has this name".to_owned(),
         };
         let finding = Finding::error(value(path), format!("unknown upstream `{name}`")).label(label);
-        self.wrong(finding.nearest(name, known));
+        self.wrong(finding.nearest(name, upstreams.keys().take(compared).map(String::as_str)));
     }
 
     fn matches(&mut self, matches: &Match, path: &str) {

@@ -19,6 +19,10 @@ use super::report::{Finding, Report, Secret, Spot};
 use super::{Config, Listener, Route, Upstream, check, schema};
 use crate::error::path::{self, Step, Tree, join};
 
+/// So many errors of one listener, upstream or route are told. It is decoded anew behind each of them, so that the time
+/// for all of ten thousand endpoints would grow with the square of their number.
+const ERRORS_MAX: usize = 100;
+
 /// What was decoded of a file; what could not be is `None`, so that the places of the others stay true.
 pub(super) struct Parts {
     /// Every key but the three below.
@@ -354,7 +358,7 @@ impl Decoding<'_> {
     /// Decodes `value`, which stands at `at`, and notes every error in it. What does not fit is taken out and left to
     /// its default; `None` if that leaves too little.
     fn all<T>(&mut self, mut value: Value, at: &str, decode: impl Fn(&Value) -> Result<T, DecodeError>) -> Option<T> {
-        loop {
+        for _ in 0..ERRORS_MAX {
             let error = match decode(&value) {
                 Ok(decoded) => return Some(decoded),
                 Err(error) => error,
@@ -375,6 +379,10 @@ impl Decoding<'_> {
                 self.broken.gone.entry(list).or_default().insert(index);
             }
         }
+        let title = format!("`{at}` may have more errors than are told");
+        let finding = Finding::error(Spot::Key(at.to_owned()), title).label(format!("{ERRORS_MAX} of them are"));
+        self.broken(at.to_owned(), finding);
+        None
     }
 
     /// Notes a decode error, unless it follows from one that is noted already.

@@ -18,6 +18,9 @@ use crate::error::{Inside, nearest, path};
 /// The text of a finding is cut after this number of characters, since a value in it may have any length.
 const WORDS_MAX: usize = 240;
 
+/// Places of one finding that are so many bytes apart are drawn by themselves.
+const NEAR: usize = 16 * 1024;
+
 /// The files of a configuration, and what is known of their inside.
 #[derive(Default)]
 pub(super) struct Source {
@@ -294,11 +297,13 @@ impl Drawn {
         if rest.is_empty() {
             group = group.element(Origin::path(source.name(None)));
         }
-        // What stands in one file is drawn together, the file of the first place first.
+        // What stands near by is drawn together, with the lines between: these must be few, for each finding has its own.
         while let Some((first, _)) = rest.first() {
             let file = source.file(first.start);
-            let (here, elsewhere): (Vec<_>, Vec<_>) =
-                rest.into_iter().partition(|(range, _)| file.bytes.start == source.file(range.start).bytes.start);
+            let near = first.start.saturating_sub(NEAR)..first.start.saturating_add(NEAR);
+            let (here, elsewhere): (Vec<_>, Vec<_>) = rest.into_iter().partition(|(range, _)| {
+                near.contains(&range.start) && file.bytes.start == source.file(range.start).bytes.start
+            });
             rest = elsewhere;
             let window = source.window(&here);
             let mut annotations = Vec::new();

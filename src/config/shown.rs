@@ -3,10 +3,13 @@
 //! What came in by `${…}` is shown as it is written in the file, for it may be a secret. What is secret by its key is
 //! left out even if it is written in the file.
 
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
 use serde_json::Value;
 
-use super::Config;
-use crate::error::path::{Step, steps};
+use super::{Config, Report};
+use crate::error::path::{Step, is_within, steps};
 
 /// What stands in the place of a secret.
 pub const REDACTED: &str = "<redacted>";
@@ -19,13 +22,42 @@ impl Config {
     pub fn shown(&self) -> Value {
         // Not reached, the error: it is made of structs and maps whose keys are text.
         let mut whole = serde_json::to_value(self).unwrap_or_default();
-        for secret in &self.source.secrets {
-            if let Some(value) = find(&mut whole, &secret.path) {
+        self.conceal("", &mut whole);
+        whole
+    }
+
+    /// Takes secrets out of `value`, which is what is in effect at this path.
+    pub fn conceal(&self, path: &str, value: &mut Value) {
+        for secret in self.source.secrets.iter().filter(|secret| is_within(&secret.path, path)) {
+            if let Some(value) = find(value, &secret.path[path.len()..]) {
                 *value = Value::String(secret.written.clone());
             }
         }
-        hide(&mut whole, false);
-        whole
+        hide(value, false);
+    }
+
+    /// The same without listeners, upstreams and routes.
+    pub fn without_named(&self) -> Config {
+        Config {
+            version: self.version,
+            include: self.include.clone(),
+            server: self.server.clone(),
+            trusted_proxies: self.trusted_proxies.clone(),
+            ipv4_prefix: self.ipv4_prefix,
+            ipv6_prefix: self.ipv6_prefix,
+            forwarded: self.forwarded,
+            via: self.via,
+            paths: self.paths,
+            listeners: Vec::new(),
+            upstreams: BTreeMap::new(),
+            routes: Vec::new(),
+            acme: self.acme.clone(),
+            resources: self.resources.clone(),
+            admin: self.admin.clone(),
+            observability: self.observability.clone(),
+            source: Arc::clone(&self.source),
+            warnings: Report::default(),
+        }
     }
 }
 

@@ -3,7 +3,7 @@
 //! A pure comparison of what is in effect: defaults count as if they were written. Things that have a name (listeners,
 //! routes, upstreams) or an address (endpoints) are compared with the ones of that name, wherever they stand in a list.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
@@ -88,15 +88,35 @@ const SUMMARY_MAX: usize = 8;
 const SHOWN_MAX: usize = 120;
 
 /// What differs, in the order of the paths.
+///
+/// What has a name is compared as it is written, and only what differs is taken apart: of ten thousand routes, few do.
 pub fn between(before: &Config, after: &Config) -> Vec<Change> {
-    let (before, after) = (Named::of(before), Named::of(after));
     let mut found = Vec::new();
-    if let Some((from, to)) = reordered(&before.routes, &after.routes) {
-        let (path, at, effect) = ("routes".to_owned(), after.place(&["routes".to_owned()]), Effect::NextRequest);
+    if let Some((from, to)) = reordered(before, after) {
+        let (path, at, effect) = ("routes".to_owned(), place(after, "routes"), Effect::NextRequest);
         found.push(Change { path, from: Some(from), to: Some(to), at, effect, drains: None });
     }
-    let place = |steps: &[String]| after.place(steps).or_else(|| before.place(steps));
-    differ(&mut Vec::new(), Some(before.sides()), Some(after.sides()), &place, &mut found);
+    let mut differences = Vec::new();
+    let [was, is] = [before, after].map(|config| Part::of(config, String::new(), &config.without_named()));
+    differ(&mut Vec::new(), Some(was.whole()), Some(is.whole()), &mut differences);
+    for (section, items) in [("listeners", listeners as Items), ("routes", routes), ("upstreams", upstreams)] {
+        let (had, has) = (items(before), items(after));
+        let names: BTreeSet<&String> = had.keys().chain(has.keys()).collect();
+        for name in names {
+            let (was, is) = (had.get(name), has.get(name));
+            if let (Some(was), Some(is)) = (was, is)
+                && was.written == is.written
+            {
+                continue;
+            }
+            let part = |config, item: &Item<'_>| Part::of(config, item.path.clone(), item.item).with_named_endpoints();
+            let (was, is) = (was.map(|item| part(before, item)), is.map(|item| part(after, item)));
+            let mut steps = vec![section.to_owned(), name.clone()];
+            differ(&mut steps, was.as_ref().map(Part::whole), is.as_ref().map(Part::whole), &mut differences);
+        }
+    }
+    differences.sort_by(|(one, _), (other, _)| one.cmp(other));
+    found.extend(differences.into_iter().map(|(_, change)| change));
     found
 }
 
@@ -106,86 +126,117 @@ pub fn need_process(changes: &[Change]) -> Vec<String> {
     needing.map(|change| change.path.clone()).collect()
 }
 
-/// A configuration with its lists of named things as maps.
-struct Named<'c> {
-    config: &'c Config,
-    /// As it is in effect.
-    real: Value,
-    /// The same without secrets.
-    shown: Value,
-    /// The names of the routes, in their order.
-    routes: Vec<String>,
-    /// By the paths of lists, where in them each name is.
-    indices: HashMap<String, HashMap<String, usize>>,
+/// Things of one kind, by their names.
+type Items = for<'c> fn(&'c Config) -> BTreeMap<String, Item<'c>>;
+
+/// Something that has a name.
+struct Item<'c> {
+    path: String,
+    item: &'c dyn Shown,
+    /// As it is in effect, in a form that can only be compared.
+    written: Vec<u8>,
+}
+
+/// What can be shown as JSON.
+trait Shown {
+    fn value(&self) -> Value;
+}
+
+impl<T: Serialize> Shown for T {
+    fn value(&self) -> Value {
+        // Not reached, the error: it is made of structs and maps whose keys are text.
+        serde_json::to_value(self).unwrap_or_default()
+    }
+}
+
+fn item<T: Serialize>(path: String, item: &T) -> Item<'_> {
+    Item { path, item, written: serde_json::to_vec(item).unwrap_or_default() }
+}
+
+fn listeners(config: &Config) -> BTreeMap<String, Item<'_>> {
+    let all = config.listeners.iter().enumerate();
+    all.map(|(index, listener)| (listener.name.clone(), item(format!("listeners[{index}]"), listener))).collect()
+}
+
+fn routes(config: &Config) -> BTreeMap<String, Item<'_>> {
+    let all = config.routes.iter().enumerate();
+    all.map(|(index, route)| (route.name.clone(), item(format!("routes[{index}]"), route))).collect()
+}
+
+fn upstreams(config: &Config) -> BTreeMap<String, Item<'_>> {
+    let all = config.upstreams.iter();
+    all.map(|(name, upstream)| (name.clone(), item(join("upstreams", &key(name)), upstream))).collect()
 }
 
 /// A part of a configuration: as it is in effect, and as it may be shown.
+struct Part<'c> {
+    config: &'c Config,
+    /// Where it is written.
+    path: String,
+    real: Value,
+    /// The same without secrets.
+    shown: Value,
+    /// By what endpoints are called here, where in their list they are; none if there are no endpoints in it.
+    endpoints: HashMap<String, usize>,
+}
+
+/// A part of a [`Part`].
 #[derive(Clone, Copy)]
 struct Sides<'v> {
+    part: &'v Part<'v>,
     real: &'v Value,
     shown: &'v Value,
 }
 
-impl<'c> Named<'c> {
-    fn of(config: &'c Config) -> Named<'c> {
-        let mut named = Named {
-            config,
-            // Not reached, the error: a configuration is made of structs and maps whose keys are text.
-            real: serde_json::to_value(config).unwrap_or_default(),
-            shown: config.shown(),
-            routes: Vec::new(),
-            indices: HashMap::new(),
-        };
-        named.call("/listeners", "listeners", "name");
-        named.routes = named.call("/routes", "routes", "name");
-        let upstreams = named.real.get("upstreams").and_then(Value::as_object);
-        let upstreams: Vec<String> = upstreams.into_iter().flatten().map(|(name, _)| name.clone()).collect();
-        for name in upstreams {
-            let path = format!("{}.endpoints", join("upstreams", &key(&name)));
-            let name = name.replace('~', "~0").replace('/', "~1");
-            named.call(&format!("/upstreams/{name}/endpoints"), &path, "address");
-        }
-        named
+impl<'c> Part<'c> {
+    fn of(config: &'c Config, path: String, item: &dyn Shown) -> Part<'c> {
+        let real = item.value();
+        let mut shown = real.clone();
+        config.conceal(&path, &mut shown);
+        Part { config, path, real, shown, endpoints: HashMap::new() }
     }
 
-    fn sides(&self) -> Sides<'_> {
-        Sides { real: &self.real, shown: &self.shown }
-    }
-
-    /// Where the value to which these steps lead is written.
-    fn place(&self, steps: &[String]) -> Option<String> {
-        let (mut named, mut path) = (String::new(), String::new());
-        for step in steps {
-            path = match self.indices.get(&named) {
-                Some(indices) => format!("{path}[{}]", indices.get(step)?),
-                None => join(&path, &key(step)),
-            };
-            named = join(&named, &key(step));
-        }
-        self.config.place(&path).map(|(file, line)| format!("{file}:{line}"))
-    }
-
-    /// Makes the list at this place, which is a JSON pointer for `path`, a map by this entry of its items; returns their
-    /// names in the order of the list.
-    fn call(&mut self, place: &str, path: &str, entry: &str) -> Vec<String> {
-        let Some(list) = self.real.pointer(place).and_then(Value::as_array) else { return Vec::new() };
+    /// The same with the list of endpoints, if there is one, as a map by their addresses.
+    fn with_named_endpoints(mut self) -> Self {
+        let Some(list) = self.real.get("endpoints").and_then(Value::as_array) else { return self };
         let mut names: Vec<String> = Vec::with_capacity(list.len());
-        let mut known: BTreeMap<String, usize> = BTreeMap::new();
+        let mut known: HashMap<String, usize> = HashMap::new();
         for item in list {
-            let name = item.get(entry).and_then(Value::as_str).unwrap_or_default().to_owned();
+            let name = item.get("address").and_then(Value::as_str).unwrap_or_default().to_owned();
             // Of an address that is there twice, both count.
             let times = known.entry(name.clone()).and_modify(|times| *times += 1).or_insert(1);
             names.push(if *times == 1 { name } else { format!("{name} ({times})") });
         }
-        let indices = names.iter().cloned().enumerate().map(|(index, name)| (name, index)).collect();
-        self.indices.insert(path.to_owned(), indices);
+        self.endpoints = names.iter().cloned().enumerate().map(|(index, name)| (name, index)).collect();
         for side in [&mut self.real, &mut self.shown] {
-            let Some(list) = side.pointer_mut(place) else { continue };
+            let Some(list) = side.get_mut("endpoints") else { continue };
             let items = if let Value::Array(items) = list.take() { items } else { Vec::new() };
             *list = Value::Object(names.iter().cloned().zip(items).collect::<Map<_, _>>());
         }
-        names
+        self
     }
+
+    fn whole(&self) -> Sides<'_> {
+        Sides { part: self, real: &self.real, shown: &self.shown }
+    }
+
+    /// Where the value to which these steps lead is written; the first of them lead to the part.
+    fn place(&self, steps: &[String]) -> Option<String> {
+        let inside = if self.path.is_empty() { steps } else { steps.get(2..)? };
+        let mut path = self.path.clone();
+        for (number, step) in inside.iter().enumerate() {
+            path = match number == 1 && inside[0] == "endpoints" {
+                true => format!("{path}[{}]", self.endpoints.get(step)?),
+                false => join(&path, &key(step)),
+            };
+        }
+        place(self.config, &path)
+    }
+}
+
+/// The file and line in which this is written.
+fn place(config: &Config, path: &str) -> Option<String> {
+    config.place(path).map(|(file, line)| format!("{file}:{line}"))
 }
 
 impl<'v> Sides<'v> {
@@ -196,7 +247,7 @@ impl<'v> Sides<'v> {
 
     fn entry(self, name: &str) -> Option<Sides<'v>> {
         let real = self.real.get(name)?;
-        Some(Sides { real, shown: self.shown.get(name).unwrap_or(&Value::Null) })
+        Some(Sides { real, shown: self.shown.get(name).unwrap_or(&Value::Null), ..self })
     }
 
     /// It in one line, cut where it is too long to be read.
@@ -210,23 +261,20 @@ impl<'v> Sides<'v> {
 }
 
 /// The routes that both have, if they stand in another order: that decides between two that take the same request.
-fn reordered(before: &[String], after: &[String]) -> Option<(String, String)> {
-    let both = |these: &[String], others: &[String]| -> Vec<String> {
-        let others: BTreeSet<&String> = others.iter().collect();
-        these.iter().filter(|name| others.contains(name)).cloned().collect()
-    };
+fn reordered(before: &Config, after: &Config) -> Option<(String, String)> {
+    fn both<'c>(these: &'c Config, others: &Config) -> Vec<&'c str> {
+        let others: HashSet<&str> = others.routes.iter().map(|route| &*route.name).collect();
+        these.routes.iter().map(|route| &*route.name).filter(|name| others.contains(name)).collect()
+    }
     let (before, after) = (both(before, after), both(after, before));
     let moved = before.iter().zip(&after).position(|(one, other)| one != other)?;
     Some((format!("{} comes first", before[moved]), format!("{} comes first", after[moved])))
 }
 
-fn differ(
-    steps: &mut Vec<String>,
-    before: Option<Sides<'_>>,
-    after: Option<Sides<'_>>,
-    place: &dyn Fn(&[String]) -> Option<String>,
-    found: &mut Vec<Change>,
-) {
+/// A change, and the names that lead to it.
+type Difference = (Vec<String>, Change);
+
+fn differ(steps: &mut Vec<String>, before: Option<Sides<'_>>, after: Option<Sides<'_>>, found: &mut Vec<Difference>) {
     if before.map(|before| before.real) == after.map(|after| after.real) {
         return;
     }
@@ -237,19 +285,21 @@ fn differ(
         let names: BTreeSet<&String> = had.keys().chain(has.keys()).collect();
         for name in names {
             steps.push(name.clone());
-            differ(steps, was.entry(name), is.entry(name), place, found);
+            differ(steps, was.entry(name), is.entry(name), found);
             steps.pop();
         }
         return;
     }
-    found.push(Change {
+    let at = |side: Option<Sides<'_>>| side.and_then(|side| side.part.place(steps));
+    let change = Change {
         path: steps.iter().fold(String::new(), |path, step| join(&path, &key(step))),
-        at: place(steps),
+        at: at(after).or_else(|| at(before)),
         effect: effect(steps, before.is_some(), after.is_some()),
         from: before.map(Sides::text),
         to: after.map(Sides::text),
         drains: None,
-    });
+    };
+    found.push((steps.clone(), change));
 }
 
 fn effect(steps: &[String], was: bool, is: bool) -> Effect {

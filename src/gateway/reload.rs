@@ -54,6 +54,9 @@ pub struct Outcome {
     pub error: Option<String>,
     /// How long it took.
     pub seconds: f64,
+    /// How long the step took in which it was put on, if it was: nothing waits meanwhile.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub swap_seconds: Option<f64>,
 }
 
 /// What was done.
@@ -245,6 +248,7 @@ impl Engine {
             self.supervisor.reloading();
         }
         let (mut changes, mut report, mut result) = (Vec::new(), String::new(), Done::Refused);
+        let mut swap_seconds = None;
         let tried = loaded.map_err(|found| found.to_string()).and_then(|config| {
             changes = changes::between(&self.running.config, &config);
             self.count_drains(&mut changes);
@@ -262,7 +266,9 @@ impl Engine {
             }
             Ok(running) => {
                 result = Done::Applied;
+                let begins = Instant::now();
                 self.put_on(running);
+                swap_seconds = Some(begins.elapsed().as_secs_f64());
             }
         }
         let needs_new_process = changes::need_process(&changes);
@@ -275,6 +281,7 @@ impl Engine {
             report,
             error: (result == Done::Refused).then(|| "the configuration is refused: see `report`".to_owned()),
             seconds: began.elapsed().as_secs_f64(),
+            swap_seconds,
         };
         self.tell(&outcome, what, by);
         if what != What::Check {

@@ -46,6 +46,7 @@ mod import;
 mod imports;
 mod include;
 mod interim;
+mod large;
 mod manual;
 mod mirror;
 mod observe;

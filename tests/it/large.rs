@@ -1,0 +1,122 @@
+//! Configurations with thousands of routes and endpoints: what they cost grows with their number, and no faster.
+
+use std::fmt::Write;
+use std::fs;
+
+use forebay::gateway::Gateway;
+
+use crate::harness::client::Client;
+use crate::harness::{Origin, Setup};
+
+/// So many routes, each with a host, a path and a filter, and as many endpoints: half of them in one upstream, the others
+/// in upstreams of ten. `word` is what the routes tell their upstreams.
+fn parts(count: usize, word: &str) -> (String, String) {
+    let (mut upstreams, mut routes) = (String::from("one: { endpoints: ["), String::new());
+    let address = |number: usize| {
+        format!("{{ address: \"127.{}.{}.{}:3000\" }}, ", number >> 16, number >> 8 & 255, number & 255)
+    };
+    (0..count / 2).for_each(|number| upstreams += &address(number));
+    upstreams += "] }\n";
+    for group in 0..count / 20 {
+        let endpoints: String = (0..10).map(|number| address(count + group * 10 + number)).collect();
+        writeln!(upstreams, "  u{group}: {{ endpoints: [{endpoints}] }}").expect("a string grows");
+    }
+    for number in 0..count {
+        let upstream = if number % 2 == 0 { "one".to_owned() } else { format!("u{}", number % (count / 20)) };
+        writeln!(
+            routes,
+            "  - {{ name: r{number}, match: {{ hosts: [h{}.test], path: {{ prefix: /p{number} }} }}, upstream: {upstream}, \
+             filters: [ {{ headers: {{ request: {{ set: {{ X-Word: {word}{number} }} }} }} }} ] }}",
+            number / 10
+        )
+        .expect("a string grows");
+    }
+    (upstreams, routes)
+}
+
+fn whole(count: usize) -> String {
+    let (upstreams, routes) = parts(count, "w");
+    format!("listeners: [ {{ name: web, address: 127.0.0.1:0 }} ]\nupstreams:\n  {upstreams}routes:\n{routes}")
+}
+
+/// The processor time that this thread takes for it, in nanoseconds: what else the machine does is not in it.
+fn cost(work: impl FnOnce()) -> u64 {
+    let spent = || {
+        let stat = fs::read_to_string("/proc/thread-self/schedstat").expect("the time of this thread");
+        stat.split(' ').next().and_then(|spent| spent.parse::<u64>().ok()).expect("a number")
+    };
+    let before = spent();
+    work();
+    spent() - before
+}
+
+/// Four times as much takes four times as long, and less than six, which leaves room for caches that are too small.
+fn grows_in_proportion(what: &str, mut work: impl FnMut(usize)) {
+    let least = |count: usize, work: &mut dyn FnMut(usize)| (0..2).map(|_| cost(|| work(count))).min().expect("two");
+    let (small, large) = (least(500, &mut work), least(2_000, &mut work));
+    let ratio = large as f64 / small as f64;
+    assert!(ratio < 6.0, "{what}: {ratio:.1} times as long for four times as much: {small} and {large} ns");
+}
+
+#[test]
+fn a_large_file_is_read_and_checked_in_proportion() {
+    let builder = Gateway::builder();
+    grows_in_proportion("reading", |count| {
+        let config = builder.parse("large.yaml", &whole(count)).unwrap_or_else(|e| panic!("{e}"));
+        assert_eq!(config.routes.len(), count);
+    });
+}
+
+#[test]
+fn all_that_is_wrong_with_a_large_file_is_told_in_proportion() {
+    let builder = Gateway::builder();
+    grows_in_proportion("routes to upstreams that there are not", |count| {
+        let text = whole(count).replace("upstream: ", "upstream: x");
+        let report = builder.parse("large.yaml", &text).expect_err("all routes lead nowhere");
+        assert_eq!(report.errors(), count);
+        assert!(report.to_string().len() > count * 50);
+    });
+    grows_in_proportion("endpoints with an unknown key", |count| {
+        let text = whole(count).replace(":3000\" }", ":3000\", wieght: 2 }");
+        let report = builder.parse("large.yaml", &text).expect_err("all endpoints are wrong");
+        assert!(report.errors() >= 100, "{}", report.errors());
+    });
+}
+
+#[test]
+fn a_large_configuration_is_built_in_proportion() {
+    let builder = Gateway::builder();
+    let configs =
+        [500, 2_000].map(|count| builder.parse("large.yaml", &whole(count)).unwrap_or_else(|e| panic!("{e}")));
+    grows_in_proportion("building", |count| {
+        let config = configs.iter().find(|config| config.routes.len() == count).expect("one of this size");
+        let errors = builder.check(config);
+        assert!(errors.is_empty(), "{errors:?}");
+    });
+}
+
+#[test]
+fn a_large_configuration_is_put_on_while_clients_are_served() {
+    const COUNT: usize = 2_000;
+    let origin = Origin::named("origin");
+    let setup = Setup::before(&origin).more("include: large.yaml");
+    let write = |word: &str| {
+        let (upstreams, routes) = parts(COUNT, word);
+        fs::write(setup.path("large.yaml"), format!("upstreams:\n  {upstreams}routes:\n{routes}")).expect("a file");
+    };
+    write("w");
+    let process = setup.spawn();
+    let mut kept = process.client();
+    assert_eq!(kept.get("/").text(), "origin");
+    write("v");
+    let answer = Client::connect(process.admin()).ask("POST", "/reload", "", "");
+    assert_eq!(answer.status, 200, "{}", answer.text());
+    let outcome = answer.json();
+    assert_eq!(outcome["changes"].as_array().map(Vec::len), Some(COUNT));
+    let (seconds, swap) =
+        (outcome["seconds"].as_f64().expect("seconds"), outcome["swap_seconds"].as_f64().expect("seconds"));
+    assert!(swap < seconds / 2.0, "the swap is the smaller part: {swap} s of {seconds} s");
+    assert_eq!(kept.get("/").text(), "origin");
+    let series = process.scrape().text().lines().filter(|line| line.starts_with("forebay_endpoint_available{")).count();
+    assert_eq!(series, COUNT + 1, "every endpoint is there once");
+}
