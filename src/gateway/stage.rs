@@ -26,7 +26,7 @@ use crate::proxy::send::Manners;
 use crate::upkeep::InUse;
 use crate::upstream::Upstream;
 
-use super::parts::{Ground, Parts, fittings};
+use super::parts::{Fit, Ground, Parts, expired, fittings};
 use super::privileges::User;
 use super::sockets::{Place, Socket};
 use super::web::Openings;
@@ -94,7 +94,22 @@ pub fn prepare(
     before: Option<&Running>,
 ) -> Result<Running, Obstacle> {
     let parts = Parts::build(ground, &config, before)?;
+    let expired = before.map_or(Vec::new(), |before| newly_expired(&parts, before));
+    if !expired.is_empty() {
+        return Err(Obstacle::Wrong(expired));
+    }
     assemble(parts, ground, common, user, config, before)
+}
+
+/// Certificates that clients would not accept, but for those that are served as they are already: to refuse them would
+/// keep everything else from being changed.
+fn newly_expired(parts: &Parts, before: &Running) -> Vec<BuildError> {
+    let served: HashSet<String> =
+        before.secured().iter().flat_map(|tls| expired(Some(&**tls), "")).map(|error| error.message).collect();
+    let listeners = parts.tls.iter().enumerate().map(|(index, fit)| (format!("listeners[{index}]"), fit));
+    let all = listeners.chain([("admin".to_owned(), &parts.admin_tls)]);
+    let found = all.flat_map(|(owner, fit)| expired(fit.as_ref().map(Fit::tls), &owner));
+    found.filter(|error| !served.contains(&error.message)).collect()
 }
 
 /// The same of parts that are built already.

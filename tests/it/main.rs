@@ -60,6 +60,7 @@ mod proxying;
 mod queue;
 mod rates;
 mod receive;
+mod refused;
 mod relay;
 mod reload;
 mod reserves;

@@ -11,6 +11,7 @@ use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::{Arc, Mutex};
 use std::thread::{self, JoinHandle};
 
+use forebay::config::Config;
 use forebay::filter::FilterType;
 use forebay::gateway::{Builder, stop::Handle};
 use forebay::phase::Phase;
@@ -330,6 +331,19 @@ impl Setup {
     pub fn start(&self) -> Gateway {
         let builder = self.builder();
         let config = builder.parse("test.yaml", &self.yaml()).unwrap_or_else(|e| panic!("{}\n{e}", self.yaml()));
+        self.run(builder, config)
+    }
+
+    /// The same of a file, `forebay.yaml`, which it loads again when it is asked to.
+    pub fn start_reloading(&self) -> Gateway {
+        let file = self.path("forebay.yaml");
+        self.write();
+        let builder = self.builder().reloading(&file);
+        let config = builder.load(&file).unwrap_or_else(|e| panic!("{e}"));
+        self.run(builder, config)
+    }
+
+    fn run(&self, builder: Builder, config: Config) -> Gateway {
         let names: Vec<String> = config.listeners.iter().map(|listener| listener.name.clone()).collect();
         let gateway = builder.build(config).unwrap_or_else(|e| panic!("{}\n{e}", self.yaml()));
         let listeners = names.into_iter().filter_map(|name| Some((name.clone(), gateway.address(&name)?))).collect();
