@@ -363,10 +363,20 @@ impl Metrics {
         self.collect_too(Box::new(GenerationCollector::new(generations)));
     }
 
-    /// Asks one more whenever the metrics are rendered.
+    /// Asks one more whenever the metrics are rendered, for as long as the gateway runs.
+    ///
+    /// A filter is built for each place where it is written, and anew with each reload. One with metrics of its own keeps
+    /// them in a `static` (a vector in an `OnceLock`, say) and hands a clone in whenever it is built: the first one is
+    /// asked from then on, and another one with the same names and labels is left out, so nothing is counted twice and
+    /// nothing begins anew. A vector that is made anew with each build would be left out after the first reload, and its
+    /// counts would be seen nowhere. Nothing is removed here: series of routes and upstreams that are gone are the
+    /// filter's own to remove. Names begin with the key of the filter, since those of Forebay begin with `forebay_`.
+    ///
+    /// One that is not well-formed, or has the name of another with other labels, is left out as well; the log tells it.
     pub fn collect_too(&self, collector: Box<dyn Collector>) {
-        if let Err(error) = self.0.registry.register(collector) {
-            tracing::error!("a part of the metrics cannot be shown: {error}");
+        match self.0.registry.register(collector) {
+            Ok(()) | Err(prometheus::Error::AlreadyReg) => {}
+            Err(error) => tracing::error!("a part of the metrics cannot be shown: {error}"),
         }
     }
 
@@ -528,6 +538,18 @@ mod tests {
                 assert!(sample.contains(&format!("{label}=\"")), "{label} is missing in {sample}");
             }
         }
+    }
+
+    #[test]
+    fn metrics_of_a_filter_that_is_built_again_go_on() {
+        let metrics = Metrics::new(100, Vec::new());
+        let bytes =
+            prometheus::IntCounterVec::new(prometheus::Opts::new("toll_total", "How often."), &["who"]).unwrap();
+        metrics.collect_too(Box::new(bytes.clone()));
+        bytes.with_label_values(&["a"]).inc();
+        metrics.collect_too(Box::new(bytes.clone()));
+        bytes.with_label_values(&["a"]).inc();
+        assert_eq!(text(&metrics).matches("toll_total{who=\"a\"} 2").count(), 1);
     }
 
     #[test]
