@@ -9,6 +9,7 @@ mod certs;
 mod check;
 mod config_file;
 mod figures;
+mod fmt;
 mod healthcheck;
 mod import;
 mod init;
@@ -89,6 +90,8 @@ enum Command {
     /// Tell what becomes of a request by a configuration: listener, route and why not the others, filters, upstream,
     /// and where each value comes from; nothing is sent. Exit code 0 if a route takes it, 1 if not
     Match(matched::Match),
+    /// Bring files into their normal form: indentation and empty lines; comments, order and quotes stay
+    Fmt(fmt::Fmt),
     /// Print what is in effect by a configuration, defaults among it, without secrets
     Dump(ConfigFile),
     /// Tell in a few lines how a running gateway does: exit code 0 if it is ready, 1 if not
@@ -239,6 +242,7 @@ fn dispatch(builder: Builder, line: CommandLine) -> Result<(), Failure> {
         Command::Reload(place) => reload::reload(&builder, place),
         Command::Diff(place) => reload::diff(&builder, place),
         Command::Match(asked) => matched::matched(&builder, asked),
+        Command::Fmt(asked) => fmt::fmt(&builder, asked),
         Command::Dump(file) => reload::dump(&builder, file),
         Command::Status(place) => reload::status(&builder, place),
         Command::Stop(asked) => reload::stop(&builder, asked),

@@ -34,6 +34,7 @@ mod shown;
 mod syntax;
 
 // How it is written.
+mod layout;
 pub mod write;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -50,6 +51,7 @@ use xxhash_rust::xxh3::xxh3_64;
 pub use address::Address;
 pub use filter::FilterKind;
 pub use key::Key;
+pub use layout::normal;
 pub use listener::Listener;
 pub use paths::Paths;
 pub use report::Report;
@@ -75,8 +77,9 @@ pub struct Config {
     /// The version of this format: 1.
     #[serde(default = "Config::version")]
     pub version: u32,
-    /// Further files that belong to the configuration, relative to the one in which they are named. Lists are appended,
-    /// sections are merged. They are followed before anything is decoded, so nothing is left to say of them.
+    /// Further files that belong to the configuration: names or patterns, relative to the file in which they stand. Lists
+    /// are appended, sections are merged, and nothing is overridden.
+    // They are followed before anything is decoded, so nothing is left to say of them here.
     #[serde(default, skip_serializing)]
     pub include: include::Include,
     /// How the process runs.

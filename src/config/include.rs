@@ -115,7 +115,7 @@ impl Gathering<'_> {
         let base = self.source.add(name, text);
         let places = Places::behind(text, base, self.source.places.values);
         let values = self.source.places.values + places.values;
-        let mut map = match syntax::read(text, base, &places) {
+        let mut map = match syntax::read(text, base, &places, base > 0) {
             Ok(map) => map,
             Err(found) => return self.findings.extend(found),
         };
@@ -472,7 +472,7 @@ mod tests {
             ("conf.d/c.yaml", "upstreams:\n  c: { endpoints: [{ address: 127.0.0.1:0 }] }\n"),
         ];
         let text = said(&directory("include: conf.d/*.yaml", &files));
-        for place in ["a.yaml:3:16", "b.yaml:2:52", "c.yaml:2:32"] {
+        for place in ["a.yaml:3:16", "b.yaml:2:52", "c.yaml:2:31"] {
             assert!(text.contains(place), "{place}: {text}");
         }
     }

@@ -13,9 +13,8 @@ use super::report::{Finding, Spot};
 /// reader's time grows with the product of both.
 const REREAD_MAX: (usize, usize) = (1024 * 1024, 4096);
 
-/// Reads the text of a file to a map, its merge keys followed. The file begins at the byte `base` of all text; only the
-/// first one must not be empty.
-pub(super) fn read(text: &str, base: usize, places: &Places) -> Result<Mapping, Vec<Finding>> {
+/// Reads the text of a file to a map, its merge keys followed. The file begins at the byte `base` of all text.
+pub(super) fn read(text: &str, base: usize, places: &Places, may_be_empty: bool) -> Result<Mapping, Vec<Finding>> {
     if let Some(stop) = &places.stop {
         return Err(vec![stopped(text, base, stop)]);
     }
@@ -41,7 +40,7 @@ pub(super) fn read(text: &str, base: usize, places: &Places) -> Result<Mapping, 
     value.apply_merge().map_err(|_| vec![bad_merge(Spot::File)])?;
     match value {
         Value::Mapping(map) => Ok(map),
-        Value::Null if base > 0 => Ok(Mapping::new()),
+        Value::Null if may_be_empty => Ok(Mapping::new()),
         Value::Null => Err(vec![Finding::error(Spot::File, "the file is empty").help(SMALLEST)]),
         other => {
             let found = match other {

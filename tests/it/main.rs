@@ -34,6 +34,7 @@ mod expressions;
 mod filters;
 mod finish;
 mod first_steps;
+mod fmt;
 mod framing;
 mod grpc;
 mod grpcio;
