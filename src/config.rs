@@ -56,7 +56,7 @@ pub use listener::Listener;
 pub use paths::Paths;
 pub use report::Report;
 pub use route::Route;
-pub use schema::schema;
+pub use schema::{schema, with_schema};
 pub use text::Text;
 pub use upstream::Upstream;
 

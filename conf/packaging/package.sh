@@ -45,7 +45,9 @@ install -D -m 644 -t "$dist/$tree/share/man/man5" $dist/man/*.5
 install -D -m 644 $dist/completions/forebay.bash "$dist/$tree/share/bash-completion/completions/forebay"
 install -D -m 644 -t "$dist/$tree/share/zsh/site-functions" $dist/completions/_forebay
 install -D -m 644 -t "$dist/$tree/share/fish/vendor_completions.d" $dist/completions/forebay.fish
-install -D -m 644 -t "$dist/$tree/etc" conf/packaging/forebay.yaml conf/full.yaml
+install -D -m 644 -t "$dist/$tree/etc" conf/packaging/forebay.yaml conf/full.yaml \
+  conf/forebay.schema.json
+sed -i '1s#/usr/share/forebay/##' "$dist/$tree/etc/forebay.yaml"
 install -D -m 644 -t "$dist/$tree/system" conf/packaging/forebay.{service,sysusers,tmpfile,logrotate}
 install -m 644 -t "$dist/$tree" LICENSE
 sed -e "s/@LIBRARIES@/$(echo "$needed" | paste -sd ' ')/" -e "s/@GLIBC@/$glibc/" conf/packaging/tarball.md >"$dist/$tree/INSTALL.md"

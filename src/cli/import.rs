@@ -6,6 +6,7 @@ use clap::Args;
 
 use super::init::write_new;
 use super::{Failure, complain, print};
+use crate::config::with_schema;
 use crate::gateway::Builder;
 use crate::import::{self, Error, Fate};
 
@@ -36,9 +37,10 @@ pub fn import(builder: &Builder, asked: &Import) -> Result<(), Failure> {
         Error::Fault(fault) => Failure::Config(format!("{}:{}: {}", fault.place.file, fault.place.line, fault.message)),
         Error::NoServer(file) => Failure::Config(format!("{file} has no `server`: there is nothing to import")),
     })?;
+    let written = with_schema(&imported.yaml);
     match &asked.output {
-        Some(path) => write_new(path, &imported.yaml)?,
-        None => print(imported.yaml.trim_end())?,
+        Some(path) => write_new(path, &written)?,
+        None => print(written.trim_end())?,
     }
     complain(imported.report().trim_end());
     let name = asked.output.as_ref().map_or("forebay.yaml".into(), |path| path.display().to_string());

@@ -8,7 +8,7 @@ use clap::Args;
 
 use super::proxy::{Backend, backend, from};
 use super::{Failure, print};
-use crate::config::Address;
+use crate::config::{Address, with_schema};
 use crate::gateway::Builder;
 
 /// The arguments of `forebay init`.
@@ -37,7 +37,9 @@ pub fn init(builder: &Builder, asked: &Init) -> Result<(), Failure> {
 {file} is written: what comes to {} goes to {}.
 
   forebay check -c {file}   tells every mistake in it, with its line
-  forebay run -c {file}     runs it until Ctrl-C",
+  forebay run -c {file}     runs it until Ctrl-C
+
+  forebay schema > forebay.schema.json   beside it lets editors complete and explain its keys",
         asked.from, asked.to.address
     ))
 }
@@ -55,7 +57,7 @@ pub fn write_new(path: &Path, text: &str) -> Result<(), Failure> {
 }
 
 fn text(from: &Address, to: &Backend) -> String {
-    include_str!("init/forebay.yaml")
+    with_schema(include_str!("init/forebay.yaml"))
         .replace("FROM", &format!("\"{from}\""))
         .replace("TO", &format!("\"{}\"", to.address))
         .replace("    # SPEAKS\n", &to.speaks.keys().map_or(String::new(), |keys| format!("    {keys}\n")))

@@ -11,6 +11,7 @@ use clap::{Args, ValueEnum};
 use super::{Failure, print, run};
 use crate::config::address::{Address, Target};
 use crate::config::units::{Rate, Size, Time};
+use crate::config::with_schema;
 use crate::config::write::{Map, Node};
 use crate::gateway::Builder;
 
@@ -188,7 +189,7 @@ impl Proxy {
         if matches!(self.log_format, LogFormat::Combined) {
             log.put("format", Node::text("combined"));
         }
-        Ok(file.file())
+        Ok(with_schema(&file.file()))
     }
 
     /// What `--change-host` tells the backend.
@@ -364,7 +365,8 @@ mod tests {
     fn every_option_stands_in_the_file() {
         assert_eq!(
             made("--to :3000 --to app.test:3001"),
-            "listeners: [{ name: web, address: 127.0.0.1:8080 }]\n\
+            "# yaml-language-server: $schema=forebay.schema.json\n\
+             listeners: [{ name: web, address: 127.0.0.1:8080 }]\n\
              upstreams: { app: { endpoints: [{ address: 127.0.0.1:3000 }, { address: app.test:3001 }] } }\n\
              routes: [{ name: all, upstream: app }]\nadmin: { enabled: false }\n\
              observability: { access_log: { path: stdout } }\n"

@@ -8,6 +8,11 @@ use serde_json::{Map, Value, json};
 use super::Config;
 use super::filter::{FilterEntry, FilterKind};
 
+/// A file as it is given to people: its first line tells editors where they find the schema.
+pub fn with_schema(text: &str) -> String {
+    format!("# yaml-language-server: $schema=forebay.schema.json\n{text}")
+}
+
 /// The JSON Schema (draft 2020-12) of a configuration that may name these filters.
 pub fn schema(kinds: &[FilterKind]) -> Value {
     let mut generator = SchemaSettings::draft2020_12().into_generator();
@@ -31,13 +36,34 @@ pub fn schema(kinds: &[FilterKind]) -> Value {
         allow_interpolation(filter);
     }
     schema["title"] = "Forebay".into();
+    // A file is a part of a configuration, and the others may have what it lacks.
+    schema.as_object_mut().map(|whole| whole.remove("required"));
     schema["$defs"]["Filter"] = filters;
+    describe_choices(&mut schema);
     schema["$defs"]["Interpolated"] = json!({
         "description": "`${VAR}`, `${VAR:-default}`, `${VAR:?why}` or `${file:/path}`",
         "type": "string",
         "pattern": r"\$\{",
     });
     schema
+}
+
+/// Gives what is said of a choice that is a map of one key to that key, where an editor looks for it.
+fn describe_choices(schema: &mut Value) {
+    match schema {
+        Value::Array(schemas) => schemas.iter_mut().for_each(describe_choices),
+        Value::Object(node) => {
+            let said = node.get("description").cloned();
+            let keys = node.get_mut("properties").and_then(Value::as_object_mut).filter(|keys| keys.len() == 1);
+            for key in keys.into_iter().flat_map(|keys| keys.values_mut()).filter_map(Value::as_object_mut) {
+                if let Some(said) = &said {
+                    key.entry("description").or_insert_with(|| said.clone());
+                }
+            }
+            node.values_mut().for_each(describe_choices);
+        }
+        _ => {}
+    }
 }
 
 /// Lets `${…}` stand wherever a number, a boolean or a choice stands; where any text may, it may already.

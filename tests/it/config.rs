@@ -505,6 +505,65 @@ fn the_schema_takes_what_is_right_and_refuses_what_is_wrong() {
 }
 
 #[test]
+fn every_file_names_the_schema_that_is_shipped() {
+    let examples = fs::read_dir("conf/examples").unwrap().map(|entry| entry.unwrap().path());
+    let examples: Vec<_> =
+        examples.filter(|path| path.extension().is_some_and(|extension| extension == "yaml")).collect();
+    let others = ["forebay.yaml", "full.yaml", "packaging/forebay.yaml", "packaging/container.yaml"];
+    let mut count = 0;
+    for path in others.iter().map(|name| Path::new("conf").join(name)).chain(examples) {
+        let text = fs::read_to_string(&path).unwrap();
+        let named = text.lines().next().and_then(|line| line.strip_prefix("# yaml-language-server: $schema="));
+        let named = named.unwrap_or_else(|| panic!("{} names no schema", path.display()));
+        match named.strip_prefix("/usr/share/forebay/") {
+            // Where the package puts it.
+            Some(name) => assert_eq!(name, "forebay.schema.json", "{}", path.display()),
+            None => assert!(path.with_file_name(named).is_file(), "{} names {named}", path.display()),
+        }
+        count += 1;
+    }
+    assert!(count > 30);
+    let made = format!("{:#}\n", forebay::gateway::Gateway::builder().schema());
+    let path = "conf/forebay.schema.json";
+    if std::env::var_os("UPDATE_MANUAL").is_some() {
+        fs::write(path, &made).unwrap();
+    }
+    let there = fs::read_to_string(path).unwrap_or_default();
+    assert!(there == made, "{path} is out of step; `UPDATE_MANUAL=1` with this test writes it anew");
+}
+
+#[test]
+fn every_key_of_the_schema_has_a_description() {
+    let schema = schema(&shipped());
+    let mut missing = Vec::new();
+    undescribed(&schema, &schema, "", &mut missing);
+    assert!(missing.is_empty(), "an editor has nothing to say of {missing:#?}");
+}
+
+/// Collects the keys of which neither the entry nor the type says what they are.
+fn undescribed(root: &Json, schema: &Json, path: &str, missing: &mut Vec<String>) {
+    let described = |entry: &Json| {
+        let of_type = entry["$ref"].as_str().and_then(|name| root.pointer(name.trim_start_matches('#')));
+        entry["description"].is_string() || of_type.is_some_and(|of_type| of_type["description"].is_string())
+    };
+    match schema {
+        Json::Object(node) => {
+            for (key, inner) in node {
+                let path = format!("{path}/{key}");
+                let entries = inner.as_object().filter(|_| key == "properties").into_iter().flatten();
+                missing
+                    .extend(entries.filter(|(_, entry)| !described(entry)).map(|(name, _)| format!("{path}/{name}")));
+                undescribed(root, inner, &path, missing);
+            }
+        }
+        Json::Array(items) => {
+            items.iter().enumerate().for_each(|(at, item)| undescribed(root, item, &format!("{path}/{at}"), missing));
+        }
+        _ => {}
+    }
+}
+
+#[test]
 fn full_yaml_shows_every_key_of_the_schema() {
     let schema = schema(&shipped());
     let (_, full) = shipped_file("full.yaml");
