@@ -299,9 +299,9 @@ impl Scene {
                     client.send(format!("POST {path} HTTP/1.1\r\nHost: test\r\n{chunked}\r\n\r\n3000000\r\n"));
                     match self.place {
                         Body => client.send("some"),
-                        Send => client.fill(&vec![b'x'; 256 << 10]),
-                        // More than its memory may hold, and so little that the kernel takes it, and an end behind it.
-                        _ => client.send(vec![b'x'; 48 << 10]),
+                        // So little that the kernel takes it, and an end behind it.
+                        Memory => client.send(vec![b'x'; 48 << 10]),
+                        _ => client.fill(&vec![b'x'; 256 << 10]),
                     }
                 } else {
                     client.send(request("GET", path, "", ""));
@@ -378,7 +378,7 @@ impl Someone {
 fn leavings(place: Place) -> Vec<(Protocol, Leaving)> {
     let mut all = vec![(Protocol::Http1, Leaving::Reset), (Protocol::Http2, Leaving::Reset)];
     all.push((Protocol::Http2, Leaving::Fin));
-    if place != Send {
+    if !matches!(place, UploadToDisk | Send) {
         all.push((Protocol::Http1, Leaving::Fin));
     }
     if place != Header {
@@ -577,7 +577,6 @@ const WAITS: &[(&str, usize, &str)] = &[
     ("eventloop.rs", 1, "it is the deadline of an exchange that is given up"),
     ("files.rs", 5, "the pauses of a background task"),
     ("filter/compress.rs", 1, "a turn of another thread: the chain bounds the filter, and sees its client"),
-    ("gateway/follow.rs", 1, "the pause of a thread in the background"),
     ("gateway/stop.rs", 7, "the times of a stop"),
     ("gateway/supervisor.rs", 1, "the pauses of a wait that has a deadline"),
     ("gateway/web.rs", 3, "it takes connections until it is stopped"),
