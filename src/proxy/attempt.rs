@@ -337,7 +337,9 @@ impl Attempt {
 
 impl Drop for Attempt {
     fn drop(&mut self) {
-        self.end(Outcome::Cancelled, Instant::now());
+        if !self.ended {
+            self.end(Outcome::Cancelled, Instant::now());
+        }
     }
 }
 
