@@ -75,8 +75,14 @@ impl Said {
     /// What these fields say.
     pub fn of(headers: &HeaderMap) -> Said {
         let mut said = Said::default();
-        headers.get_all(header::CONTENT_LENGTH).iter().for_each(|value| said.add_length(value.as_bytes()));
-        headers.get_all(header::TRANSFER_ENCODING).iter().for_each(|value| said.add_coding(value.as_bytes()));
+        // One pass costs less than two look-ups.
+        for (name, value) in headers {
+            match *name {
+                header::CONTENT_LENGTH => said.add_length(value.as_bytes()),
+                header::TRANSFER_ENCODING => said.add_coding(value.as_bytes()),
+                _ => {}
+            }
+        }
         said
     }
 

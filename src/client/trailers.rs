@@ -5,7 +5,7 @@ use http::{HeaderMap, HeaderName, HeaderValue, header};
 
 /// Fields that must be known before the content, or that are about the connection (RFC 9110 §6.5.1): framing, routing,
 /// what is asked for, authentication, control of answers and caches, the form of the content.
-const NEVER: [HeaderName; 42] = [
+static NEVER: [HeaderName; 42] = [
     header::TRANSFER_ENCODING,
     header::CONTENT_LENGTH,
     header::TRAILER,

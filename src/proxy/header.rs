@@ -218,7 +218,7 @@ fn identify(exchange: &mut Exchange, headers: &HeaderMap, trusted: &TrustedProxi
 
 /// Who a client has proved to be by its certificate: its subject, its further names, its SHA-256 and its number. Set by
 /// Forebay alone, or by a proxy that is trusted: routes, filters, logs and upstreams may rely on them.
-const CLIENT_CERTIFICATE: [HeaderName; 4] = [
+static CLIENT_CERTIFICATE: [HeaderName; 4] = [
     HeaderName::from_static("x-client-cert-subject"),
     HeaderName::from_static("x-client-cert-names"),
     HeaderName::from_static("x-client-cert-fingerprint"),

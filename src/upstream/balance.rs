@@ -174,6 +174,7 @@ impl Balance {
     ) -> Option<usize> {
         let Some(first) = draw(alias, among, dice, TRIES) else { return self.least(among, dice, load) };
         let second = match self.shares.len() {
+            1 => None,
             // Drawing again and again would miss a light one beside a heavy one.
             2 => Some(1 - first).filter(|&other| among.admits(other)),
             _ => (0..SECOND_TRIES).find_map(|_| draw(alias, among, dice, 1).filter(|&other| other != first)),
