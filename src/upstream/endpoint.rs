@@ -119,7 +119,7 @@ impl Endpoint {
     /// What Pingora needs to connect to it, for no client in particular: the address, the protocol and every timeout.
     pub fn peer(&self) -> Box<HttpPeer> {
         let mut peer = Box::new(self.template.clone());
-        if let Some(address) = self.dialer.preferred(Instant::now()) {
+        if let Some(address) = self.dialer.preferred() {
             peer._address = SocketAddr::Inet(address);
         }
         // Zero but for connections that several exchanges share.
@@ -219,6 +219,7 @@ impl Endpoint {
     /// Whether its source names it no longer. As with the following: where it matters, the caller calls
     /// [`super::Upstream::reassess`].
     pub fn set_removed(&self, removed: bool, now: Instant) -> Change {
+        self.dialer.set_retired(removed);
         self.changed(self.availability.set_removed(removed), now)
     }
 

@@ -222,6 +222,22 @@ fn an_endpoint_that_is_removed_gets_nothing_new_and_ends_what_it_has() {
 }
 
 #[test]
+fn connections_that_are_kept_to_an_endpoint_end_when_it_is_removed() {
+    let (stays, goes) = (Origin::named("stays"), Origin::scripted());
+    let process = Setup::before(&goes).upstream("keepalive: { idle: 1h }").spawn();
+    let mut client = process.client();
+    client.send(request("GET", "/", "", ""));
+    let mut kept = goes.accept();
+    kept.request();
+    kept.answer("still here");
+    assert_eq!(client.response().text(), "still here");
+    Setup::before(&stays).in_place_of(&process).write();
+    reloaded(&process);
+    kept.closed();
+    assert_eq!(client.get("/").text(), "stays");
+}
+
+#[test]
 fn with_a_hash_no_client_moves_that_need_not() {
     let origins: Vec<Origin> = ["a", "b", "c", "d"].map(Origin::named).into();
     let policy = "load_balancing: { policy: ring_hash, hash_key: { header: X-Key } }";

@@ -4,6 +4,7 @@ use std::future::Future;
 use std::io::{self, IoSlice};
 use std::os::fd::{AsRawFd, RawFd};
 use std::pin::{Pin, pin};
+use std::sync::{Arc, Weak};
 use std::task::{Context, Poll, Waker, ready};
 use std::time::{Duration, Instant, SystemTime};
 
@@ -30,6 +31,8 @@ const SLICES_MAX: usize = 16;
 /// A connection to an endpoint.
 pub struct Connection {
     opened: Opened,
+    /// Who has made it.
+    dialer: Weak<Dialer>,
     /// What hooks are told of it.
     digest: Box<Digest>,
     /// Received and not yet taken.
@@ -42,7 +45,7 @@ impl Connection {
     /// # Errors
     ///
     /// Of the kinds that Pingora's own connector gives.
-    pub async fn open(dialer: &Dialer, peer: &HttpPeer) -> Result<Connection> {
+    pub async fn open(dialer: &Arc<Dialer>, peer: &HttpPeer) -> Result<Connection> {
         let open = dialer.open(peer.address());
         let opened = match peer.options.total_connection_timeout.or(peer.options.connection_timeout) {
             // The gate of the exchange has its eye on the client.
@@ -57,7 +60,7 @@ impl Connection {
         }
         let timing = TimingDigest { established_ts: SystemTime::now(), ..TimingDigest::default() };
         let digest = Box::new(Digest { timing_digest: vec![Some(timing)], ..Digest::default() });
-        Ok(Connection { opened, digest, inbox: BytesMut::new() })
+        Ok(Connection { opened, dialer: Arc::downgrade(dialer), digest, inbox: BytesMut::new() })
     }
 
     /// The number of its socket.
@@ -83,6 +86,11 @@ impl Connection {
         };
         // What was told may have been read since; asking finds out.
         ready && !matches!(read.one_byte(), Err(error) if error.kind() == io::ErrorKind::WouldBlock)
+    }
+
+    /// Whether nobody will use it again, for its endpoint was removed.
+    pub fn is_abandoned(&self) -> bool {
+        self.dialer.upgrade().is_none_or(|dialer| dialer.is_retired())
     }
 
     fn poll_read(&mut self, cx: &mut Context<'_>, out: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {

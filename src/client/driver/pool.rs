@@ -2,11 +2,11 @@
 //!
 //! They belong to the thread: to take one or to give one back takes neither a lock nor a task nor a turn of the event
 //! loop. One that its endpoint has closed shows by the readiness that tokio knows of anyway. While there are any, one
-//! task of the worker looks after all of them in intervals, and closes those that are dead or have been idle for too
-//! long.
+//! task of the worker looks after all of them in intervals, and closes those that are dead, have been idle for too long
+//! or lead to an endpoint that was removed.
 
 use std::cell::RefCell;
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 use super::connection::Connection;
@@ -55,7 +55,8 @@ async fn look_after() {
     let _looking = Looking;
     loop {
         tokio::time::sleep(INTERVAL).await;
-        if POOL.with_borrow_mut(|pool| pool.clear_out(Instant::now(), Connection::is_dead)) == 0 {
+        let is_of_no_use = |connection: &Connection| connection.is_dead() || connection.is_abandoned();
+        if POOL.with_borrow_mut(|pool| pool.clear_out(Instant::now(), is_of_no_use)) == 0 {
             return;
         }
     }
@@ -63,7 +64,7 @@ async fn look_after() {
 
 /// What is kept: connections by who may use them, in the order in which they were given back.
 struct Pool<C> {
-    kept: HashMap<u64, Vec<Kept<C>>>,
+    kept: BTreeMap<u64, Vec<Kept<C>>>,
     count: usize,
     /// How often something was kept.
     turn: u64,
@@ -78,7 +79,7 @@ struct Kept<C> {
 
 impl<C> Default for Pool<C> {
     fn default() -> Self {
-        Pool { kept: HashMap::new(), count: 0, turn: 0, is_looked_after: false }
+        Pool { kept: BTreeMap::new(), count: 0, turn: 0, is_looked_after: false }
     }
 }
 

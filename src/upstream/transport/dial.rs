@@ -8,7 +8,7 @@ use std::io;
 use std::net;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicI32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
 use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwapOption;
@@ -56,6 +56,7 @@ pub struct Dialer {
     head_start: Duration,
     greeting: Option<Box<[u8]>>,
     pair: ArcSwapOption<Pair>,
+    retired: AtomicBool,
 }
 
 impl Dialer {
@@ -67,7 +68,17 @@ impl Dialer {
         greeting: Option<Box<[u8]>>,
     ) -> Dialer {
         let (head_start, pair) = (HEAD_START.min(timeout / 2), ArcSwapOption::empty());
-        Dialer { connections, receive_bytes, head_start, greeting, pair }
+        Dialer { connections, receive_bytes, head_start, greeting, pair, retired: AtomicBool::new(false) }
+    }
+
+    /// Whether its endpoint was removed: connections to it that nobody uses need not be kept.
+    pub fn is_retired(&self) -> bool {
+        self.retired.load(Ordering::Relaxed)
+    }
+
+    /// Its endpoint was removed, or is there again.
+    pub(in crate::upstream) fn set_retired(&self, retired: bool) {
+        self.retired.store(retired, Ordering::Relaxed);
     }
 
     /// The same, that says something else first.
@@ -78,6 +89,7 @@ impl Dialer {
             head_start: self.head_start,
             greeting: Some(greeting),
             pair: ArcSwapOption::from(self.pair.load_full()),
+            retired: AtomicBool::new(self.is_retired()),
         }
     }
 
@@ -93,8 +105,8 @@ impl Dialer {
     }
 
     /// The address to ask first, if there are two.
-    pub(in crate::upstream) fn preferred(&self, now: Instant) -> Option<net::SocketAddr> {
-        self.pair.load().as_ref().map(|pair| pair.preferred(now))
+    pub(in crate::upstream) fn preferred(&self) -> Option<net::SocketAddr> {
+        self.pair.load().as_ref().map(|pair| pair.preferred(Instant::now()))
     }
 
     async fn tcp(&self, address: net::SocketAddr) -> io::Result<TcpStream> {
