@@ -101,8 +101,23 @@ fn a_changed_file_of_users_is_in_force_and_a_wrong_one_is_not() {
     assert!(forwarded.text().contains("Basic "), "{}", forwarded.text());
 }
 
+/// How long each of some requests took that need no password, asked one after the other for this long.
+fn beside(client: &mut Client, time: Duration) -> Vec<Duration> {
+    let (begun, mut took) = (Instant::now(), Vec::new());
+    while begun.elapsed() < time || took.len() < 200 {
+        let asked = Instant::now();
+        assert_eq!(client.get("/open").status, 200);
+        took.push(asked.elapsed());
+    }
+    took.sort_unstable();
+    took
+}
+
 #[test]
 fn two_hundred_wrong_passwords_a_second_leave_others_as_they_are() {
+    const ATTACKERS: u32 = 8;
+    const EACH_SECOND: u32 = 200;
+    const TIME: Duration = Duration::from_secs(3);
     let origin = Origin::named("app");
     let setup = Setup::before(&origin);
     let users = file(&setup, "users", &format!("ada:{DEAR}\n"));
@@ -115,39 +130,46 @@ fn two_hundred_wrong_passwords_a_second_leave_others_as_they_are() {
     assert_eq!(gateway.client().ask("GET", "/", &right, "").status, 200);
 
     let mut client = gateway.client();
-    let mut p99 = || {
-        let mut took: Vec<Duration> = (0..200)
-            .map(|_| {
-                let begin = Instant::now();
-                assert_eq!(client.get("/open").status, 200);
-                begin.elapsed()
-            })
-            .collect();
-        took.sort_unstable();
-        took[took.len() * 99 / 100]
-    };
-    let before = p99();
+    let before = beside(&mut client, TIME);
     let web = gateway.web();
-    // Each is another one, so that each is hashed or turned away; 200 and more come in a second.
-    let attack = move |attacker: usize| {
-        let mut statuses = Vec::new();
-        for number in 0..50 {
+    // Each attacker sends by the clock, whatever becomes of those before: a wrong one that waits holds up no other. Each
+    // password is another one, so that each is hashed or turned away.
+    let attack = move |attacker: u32| {
+        let (begun, pause) = (Instant::now(), Duration::from_secs(1) * ATTACKERS / EACH_SECOND);
+        let mut asked = Vec::new();
+        for number in 0..TIME.as_secs() as u32 * EACH_SECOND / ATTACKERS {
+            thread::park_timeout((begun + pause * number).saturating_duration_since(Instant::now()));
             let mut client = Client::connect(web);
             let wrong = basic("ada", &format!("{attacker}.{number}"));
-            client.send(format!("GET / HTTP/1.1\r\nHost: test\r\n{wrong}\r\n"));
-            statuses.push(client.response().status);
+            client.send(format!("GET / HTTP/1.1\r\nHost: test\r\nConnection: close\r\n{wrong}\r\n"));
+            asked.push(client);
         }
-        statuses
+        (begun.elapsed(), asked.into_iter().map(|mut client| client.response().status).collect::<Vec<_>>())
     };
-    let attackers: Vec<_> = (0..8).map(|attacker| thread::spawn(move || attack(attacker))).collect();
-    gateway.wait_metric("forebay_access_total{outcome=\"busy\"}", |busy| busy > 0.0);
-    let during = p99();
+    let attackers: Vec<_> = (0..ATTACKERS).map(|attacker| thread::spawn(move || attack(attacker))).collect();
+    let during = beside(&mut client, TIME);
     assert_eq!(gateway.client().ask("GET", "/", &right, "").status, 200, "who was let in before is remembered");
-    let statuses: Vec<u16> = attackers.into_iter().flat_map(|attacker| attacker.join().expect("an attacker")).collect();
+    let ended: Vec<_> = attackers.into_iter().map(|attacker| attacker.join().expect("an attacker")).collect();
+    let statuses: Vec<u16> = ended.iter().flat_map(|(_, statuses)| statuses).copied().collect();
+    assert_eq!(statuses.len(), 600);
     assert!(statuses.iter().all(|status| [401, 503].contains(status)), "{statuses:?}");
     assert!(statuses.contains(&503) && statuses.contains(&401), "some are hashed, and the rest is turned away");
-    // Both ends and whatever else runs share the cores, so that this is generous; a worker that hashed is seen below.
-    assert!(during < before * 20 + Duration::from_secs(1), "{before:?} before, {during:?} under attack");
+    let (median, p99) =
+        (|times: &[Duration]| times[times.len() / 2], |times: &[Duration]| times[times.len() * 99 / 100]);
+    println!(
+        "alone: {} requests, median {:?}, p99 {:?}; beside {:?}: {} requests, median {:?}, p99 {:?}",
+        before.len(),
+        median(&before),
+        p99(&before),
+        ended[0].0,
+        during.len(),
+        median(&during),
+        p99(&during)
+    );
+    // Both ends, the attackers and whatever else runs share the cores, so that this is generous. A worker that hashed
+    // would be away for five milliseconds at a time, half of the time, and is seen in the median and below.
+    assert!(median(&during) < median(&before) * 5 + Duration::from_millis(20), "{:?}", median(&during));
+    assert!(p99(&during) < p99(&before) * 5 + Duration::from_millis(200), "{:?} to {:?}", p99(&before), p99(&during));
     let polls = |part: &str| gateway.metric(&format!("forebay_filter_poll_seconds_{part}{{filter=\"basic_auth\"}}"));
     assert!(polls("sum") < polls("count") * 0.01, "a worker hashes: {} s in {} polls", polls("sum"), polls("count"));
 }
