@@ -158,6 +158,8 @@ struct Core {
     respond: SendResponse<Bytes>,
     /// Once the header of the answer is out, unless a write has it.
     send: Option<SendStream<Bytes>>,
+    /// The header of the answer is out: from then on, who answers is not told whether the client is there.
+    answered: bool,
     /// The end of the answer was given to the library.
     ended: bool,
     /// What followed the body of the request.
@@ -188,7 +190,8 @@ impl Core {
     fn poll_closed(&mut self, cx: &mut Context<'_>) -> Poll<Box<Error>> {
         let reset = match &mut self.send {
             Some(send) => send.poll_reset(cx),
-            None if self.ended => return Poll::Pending,
+            // A write that has it finds out by itself.
+            None if self.ended || self.answered => return Poll::Pending,
             None => self.respond.poll_reset(cx),
         };
         Poll::Ready(match ready!(reset) {
@@ -248,7 +251,7 @@ impl Stream {
         let request = RequestHeader::from(head);
         // A length of 0 is a promise until the stream ends (RFC 9113 §8.1.1).
         let empty = body.is_end_stream();
-        let core = Core { body, respond, send: None, ended: false, trailers: None };
+        let core = Core { body, respond, send: None, answered: false, ended: false, trailers: None };
         Stream {
             request,
             control: Control(Arc::new(Mutex::new(core))),
@@ -283,6 +286,7 @@ impl Stream {
         answer.insert_header(header::DATE, get_cached_date())?;
         let response = Response::from_parts(answer.as_owned_parts(), ());
         let send = core.respond.send_response(response, end).or_err(ErrorType::WriteError, WRITING)?;
+        core.answered = true;
         core.send = Some(send);
         core.ended = end;
         self.answered = Some(answer);

@@ -65,6 +65,18 @@ fn a_large_answer_is_smaller_on_the_way_and_the_same_behind_it() {
 }
 
 #[test]
+fn an_answer_over_http_2_is_whole_though_its_client_takes_it_in_windows() {
+    // Smaller than it was, and yet larger than the window of a stream.
+    let body = text(3_000_000);
+    let origin = Origin::answering(move |_| response("200 OK", HTML, &body));
+    let setup = Setup::before(&origin).listener("protocols: [http1, h2c]");
+    let gateway = setup.filters("compress: { codings: [gzip] }").start();
+    let answer = Ask::get("/").field("accept-encoding", "gzip").over(Protocol::Http2, gateway.web());
+    assert_eq!((answer.value("content-encoding"), answer.end), (Some("gzip"), End::Complete));
+    assert!(answer.length > 128 << 10, "{}", answer.length);
+}
+
+#[test]
 fn what_is_no_text_keeps_its_length() {
     let origin = Origin::answering(|_| response("200 OK", "Content-Type: image/png\r\n", "x".repeat(5_000)));
     let gateway = Setup::before(&origin).filters("compress: {}").start();
