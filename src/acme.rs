@@ -7,6 +7,7 @@
 //! (`client/challenges.rs`). Of several processes with one store, one orders and all answer (`answers`).
 
 mod answers;
+mod failure;
 mod http;
 pub mod order;
 pub mod plan;
@@ -34,8 +35,9 @@ use crate::party::wait::{NoClient, within};
 use crate::printable::printable;
 use crate::upkeep;
 use answers::Followed;
+use failure::Failure;
 use http::Http;
-use order::{Failure, Proof};
+use order::Proof;
 use plan::{Asked, Wanted};
 use schedule::{Held, Record, seconds};
 

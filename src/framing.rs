@@ -14,7 +14,7 @@ pub mod request;
 
 use std::borrow::Borrow;
 
-use http::{HeaderMap, header};
+use http::{HeaderMap, HeaderName, header};
 
 /// How a body ends.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -137,6 +137,18 @@ fn trim(mut bytes: &[u8]) -> &[u8] {
 /// Whether one of these lists of tokens has this one, in whatever case.
 pub fn names<V: Borrow<[u8]>>(lists: impl IntoIterator<Item = V>, token: &str) -> bool {
     lists.into_iter().any(|list| items(list.borrow()).any(|item| item.eq_ignore_ascii_case(token.as_bytes())))
+}
+
+/// The members of a list, over all fields of this name (RFC 9110 §5.6.1).
+pub fn members<'h>(headers: &'h HeaderMap, name: &HeaderName) -> impl Iterator<Item = &'h [u8]> {
+    let members = headers.get_all(name).iter().flat_map(|value| value.as_bytes().split(|&byte| byte == b','));
+    members.map(<[u8]>::trim_ascii).filter(|member| !member.is_empty())
+}
+
+/// Whether `TE` names `trailers` (RFC 9110 §10.1.4).
+pub fn takes_trailers(headers: &HeaderMap) -> bool {
+    let mut codings = members(headers, &header::TE).filter_map(|coding| coding.split(|&byte| byte == b';').next());
+    codings.any(|coding| coding.trim_ascii().eq_ignore_ascii_case(b"trailers"))
 }
 
 /// Whether a field `Content-Type` names this media type, in whatever case and with whatever parameters (RFC 9110

@@ -3,13 +3,16 @@
 //! Pingora calls these hooks in the order in which they stand here. Each hands over to the file of its phase; what a
 //! phase decides is kept in [`exchange::Exchange`]. A phase never calls another.
 
+pub mod again;
 pub mod attempt;
 pub mod blame;
 pub mod buffer;
 pub mod call;
 pub mod connect;
 pub mod deadline;
+pub mod epoch;
 pub mod exchange;
+pub mod fault;
 pub mod finish;
 pub mod forwarded;
 pub mod generation;
@@ -21,9 +24,11 @@ pub mod queue;
 pub mod receive;
 pub mod retry;
 pub mod route;
+pub mod routes;
 pub mod select;
 pub mod send;
 pub mod trust;
+pub mod upgrade;
 pub mod watch;
 pub mod write;
 
@@ -199,8 +204,10 @@ impl ProxyHttp for Proxy {
         if exchange.link.as_ref().is_some_and(|link| link.length().is_some()) {
             send::note_trailers(exchange, session.req_header_mut());
         }
-        send::header(exchange, exchange.routing.manners, session.req_header(), request)?;
-        mirror::header(exchange, request, session.req_header().headers.contains_key(HOST));
+        send::header(exchange, exchange.routing.additions, session.req_header(), request)?;
+        if let Some(copy) = &mut exchange.copy {
+            copy.note_header(request, session.req_header().headers.contains_key(HOST));
+        }
         let empty = session.is_body_empty();
         send::prepare_trailers(exchange, session.req_header(), request, !empty)?;
         send::hold_stream(exchange, request);
@@ -241,13 +248,13 @@ impl ProxyHttp for Proxy {
         response: &mut ResponseHeader,
         exchange: &mut Carried,
     ) -> Result<()> {
-        retry::answered(exchange, session.as_downstream(), response)?;
+        again::answered(exchange, session.as_downstream(), response)?;
         if self.is_ending(exchange)
             && let Some(link) = &exchange.link
         {
             link.close_after_answer();
         }
-        let via = exchange.routing.manners.via;
+        let via = exchange.routing.additions.via;
         receive::header(exchange, session.req_header_mut(), response, via).await
     }
 
@@ -300,8 +307,8 @@ impl ProxyHttp for Proxy {
             return self.answer_instead(session, exchange, error, answer).await;
         }
         let earlier = exchange.filters.take_refused().or_else(|| exchange.refusal.map(plain));
-        let fault = || exchange.attempts.failure.unwrap_or_else(|| blame::fault(exchange, error, false));
-        if earlier.is_none() && blame::is_served(exchange, fault()) {
+        let fault = || exchange.attempts.failure.unwrap_or_else(|| fault::of(exchange, error, false));
+        if earlier.is_none() && fault::is_served(exchange, fault()) {
             exchange.enter(Phase::Write);
             exchange.client.closes = exchange.client.control.is_none();
             return FailToProxy { error_code: 0, can_reuse_downstream: false };
@@ -392,7 +399,7 @@ impl Proxy {
 
     async fn route(&self, request: &mut RequestHeader, exchange: &mut Exchange) -> Verdict {
         let generation = self.current.load();
-        exchange.routing.follow(&generation);
+        exchange.routing.follow(&generation.epoch, generation.additions);
         let trace = |exchange: &mut Exchange, request: &RequestHeader| {
             if let Some(tracer) = &self.settler.tracer {
                 exchange.trace(tracer.place(&request.headers, exchange.client.peer_is_trusted));

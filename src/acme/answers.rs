@@ -11,7 +11,7 @@ use boring::error::ErrorStack;
 use serde::{Deserialize, Serialize};
 use xxhash_rust::xxh3::xxh3_64;
 
-use super::order::Failure;
+use super::failure::Failure;
 use super::store::{self, Store};
 use crate::client::challenges::{Awaited, Challenges};
 use crate::client::tls::challenge;

@@ -15,19 +15,16 @@ use boring::x509::extension::SubjectAlternativeName;
 use boring::x509::{X509, X509Extension, X509NameBuilder, X509Req};
 use instant_acme::{
     Account, AuthorizationHandle, AuthorizationStatus, CertificateIdentifier, ChallengeHandle, ChallengeType, Error,
-    Identifier, NewOrder, Order, OrderStatus, Problem, RetryPolicy,
+    Identifier, NewOrder, Order, OrderStatus, RetryPolicy,
 };
 use zeroize::Zeroizing;
 
 use super::answers::{Answer, Answers};
+use super::failure::{Failure, is_of, told, words};
 use super::store::Store;
 use crate::client::challenges::Challenges;
 use crate::client::tls::challenge;
 use crate::config::acme::Challenge;
-use crate::printable::printable;
-
-/// What an issuer says of itself is shown no longer than this.
-const PROBLEM_CHARS_MAX: usize = 600;
 
 /// Other processes with the same store have this time to read an answer before the issuer is asked to look for it.
 const SPREAD: Duration = Duration::from_secs(1);
@@ -40,15 +37,6 @@ pub struct Proof<'a> {
     pub challenges: &'a Arc<Challenges>,
     /// By which other processes learn of it.
     pub store: &'a Store,
-}
-
-/// Why an order came to nothing.
-#[derive(Debug)]
-pub struct Failure {
-    /// In words.
-    pub problem: String,
-    /// The issuer does not know the account.
-    pub is_unknown: bool,
 }
 
 /// Orders a certificate. What comes is its chain and its key, in PEM; `patience` is for the issuer to look at proofs
@@ -226,68 +214,6 @@ pub fn identifier(leaf: &X509) -> Option<CertificateIdentifier<'static>> {
     })
 }
 
-impl Failure {
-    /// One of these words.
-    pub fn new(problem: String) -> Failure {
-        let shown = printable(&problem);
-        let problem = match shown.char_indices().nth(PROBLEM_CHARS_MAX) {
-            Some((end, _)) => format!("{}…", &shown[..end]),
-            None => shown.into_owned(),
-        };
-        Failure { problem, is_unknown: false }
-    }
-}
-
-impl From<Error> for Failure {
-    fn from(error: Error) -> Failure {
-        let is_unknown = matches!(&error, Error::Api(problem) if is_of(problem, "accountDoesNotExist"));
-        Failure { is_unknown, ..Failure::new(told(&error)) }
-    }
-}
-
-impl From<ErrorStack> for Failure {
-    fn from(error: ErrorStack) -> Failure {
-        Failure::new(format!("the TLS library failed: {error}"))
-    }
-}
-
-/// What an operator shall read of an error.
-fn told(error: &Error) -> String {
-    match error {
-        Error::Api(problem) => words(problem),
-        Error::Json(error) => format!("its answer is not what the protocol asks for: {error}"),
-        Error::Timeout(_) => "it did not come to an end in time".to_owned(),
-        other => other.to_string(),
-    }
-}
-
-/// What an issuer says is wrong (RFC 7807).
-fn words(problem: &Problem) -> String {
-    let of = |detail: &Option<String>, kind: &Option<String>| {
-        let kind = kind.as_deref().map(|kind| kind.strip_prefix(KIND).unwrap_or(kind));
-        match (detail, kind) {
-            (Some(detail), Some(kind)) => format!("{detail} ({kind})"),
-            (Some(detail), None) => detail.clone(),
-            (None, kind) => kind.unwrap_or("it does not say what is wrong").to_owned(),
-        }
-    };
-    let parts = problem.subproblems.iter().map(|part| {
-        let name = part.identifier.clone().map(|identifier| match identifier {
-            Identifier::Dns(name) => format!("`{name}`: "),
-            _ => String::new(),
-        });
-        name.unwrap_or_default() + &of(&part.detail, &part.r#type)
-    });
-    [of(&problem.detail, &problem.r#type)].into_iter().chain(parts).collect::<Vec<_>>().join("; ")
-}
-
-/// What the kinds of RFC 8555 §6.7 begin with.
-const KIND: &str = "urn:ietf:params:acme:error:";
-
-fn is_of(problem: &Problem, kind: &str) -> bool {
-    problem.r#type.as_deref().and_then(|it| it.strip_prefix(KIND)) == Some(kind)
-}
-
 /// Whether an order could do better without the certificate that it replaces.
 fn is_about_replacing(error: &Error) -> bool {
     match error {
@@ -344,23 +270,6 @@ mod tests {
         assert_eq!(String::from_utf8_lossy(&kept).replace('\r', ""), chain.replace('\r', ""), "and nothing else");
         let other = challenge::key().expect("a key");
         assert_eq!(told(&chain, "a.test", &other).as_deref(), Some("what was issued is for another key"));
-    }
-
-    #[test]
-    fn a_problem_is_told_in_words_that_cannot_steer_a_terminal() {
-        let problem: Problem = serde_json::from_str(
-            r#"{ "type": "urn:ietf:params:acme:error:malformed", "detail": "no\u001b[31m", "subproblems": [
-                 { "identifier": { "type": "dns", "value": "a.test" }, "detail": "not public" } ] }"#,
-        )
-        .expect("a problem");
-        let failure = Failure::from(Error::Api(problem));
-        assert_eq!(failure.problem, "no\\u001b[31m (malformed); `a.test`: not public");
-        assert!(!failure.is_unknown);
-        let gone: Problem =
-            serde_json::from_str(r#"{ "type": "urn:ietf:params:acme:error:accountDoesNotExist" }"#).expect("a problem");
-        let gone = Failure::from(Error::Api(gone));
-        assert!(gone.is_unknown && gone.problem == "accountDoesNotExist");
-        assert_eq!(Failure::new("ä".repeat(2000)).problem.chars().count(), PROBLEM_CHARS_MAX + 1);
     }
 
     /// The example of RFC 9773 §4.1.

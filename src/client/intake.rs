@@ -18,6 +18,9 @@ use super::slow::Entry;
 use super::spool::{Depot, Held, Limits, Room, Spool, SpoolError};
 use super::waiting::{Waiting, Who};
 use super::wire::Wire;
+use crate::config;
+use crate::config::route::{BufferMode, OnDiskFull};
+use crate::config::server::Resources;
 use crate::metrics::{Direction, RouteMetrics};
 use crate::party::wait::Timer;
 use crate::party::{Fault, Party, What};
@@ -53,6 +56,27 @@ pub struct IntakeTerms {
     pub disk_max: Duration,
     /// The counters of its route.
     pub route: Arc<RouteMetrics>,
+}
+
+impl IntakeTerms {
+    /// How the request bodies of a route are taken.
+    pub fn build(written: &config::Route, resources: &Resources, metrics: &Arc<RouteMetrics>) -> IntakeTerms {
+        let (client, request) = (&written.client, &written.buffering.request);
+        let stream_without_disk = request.on_disk_full == OnDiskFull::Stream;
+        IntakeTerms {
+            limits: Limits::build(request.memory, request.disk, resources),
+            stream_large: request.mode == BufferMode::Auto || stream_without_disk,
+            stream_without_disk,
+            max_body: request.max_body.0,
+            announced: None,
+            duplex: false,
+            idle: client.body_idle.0,
+            total: client.body_total.0,
+            pace: Pace::new(client.min_rate.read.0, client.min_rate.grace.0),
+            disk_max: resources.pause.0,
+            route: metrics.clone(),
+        }
+    }
 }
 
 /// Why a body could not be read.

@@ -25,6 +25,8 @@ use super::account::{Account, Accounts};
 use super::budget::{Budget, Share, Wait};
 use super::shares::Denial;
 use super::slow::SlowClients;
+use crate::config::server::Resources;
+use crate::config::units::Size;
 use crate::metrics::{Direction, RouteMetrics};
 use disk::{Disk, Permit, Read, Unwritten, Written};
 use pieces::Pieces;
@@ -64,6 +66,13 @@ pub struct Limits {
     pub memory: u64,
     /// In its file; 0: it has none.
     pub disk: u64,
+}
+
+impl Limits {
+    /// What a spool may hold by what is written. The default may be more than all spools together may have.
+    pub fn build(memory: Size, disk: Size, resources: &Resources) -> Limits {
+        Limits { memory: memory.0.min(resources.memory.0), disk: disk.0.min(resources.disk.0) }
+    }
 }
 
 /// Whether one more piece (of 64 KiB or less) may come.

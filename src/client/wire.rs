@@ -29,6 +29,9 @@ use super::spool::{Depot, Limits, Room, Spool, SpoolError};
 use super::stream::Bypass;
 use super::trailers::last_chunk;
 use super::waiting::{Waiting, Who};
+use crate::config;
+use crate::config::route::BufferMode;
+use crate::config::server::Resources;
 use crate::framing::{Body, Said, answer};
 use crate::metrics::{Direction, RouteMetrics};
 use crate::party::wait::Timer;
@@ -82,6 +85,26 @@ pub struct Manner {
     pub throttle: Option<Throttle>,
     /// The counters of its route.
     pub route: Arc<RouteMetrics>,
+}
+
+impl Manner {
+    /// How the answers of a route leave.
+    pub fn build(written: &config::Route, resources: &Resources, metrics: &Arc<RouteMetrics>) -> Manner {
+        let (client, response) = (&written.client, &written.buffering.response);
+        Manner {
+            leave: match response.mode {
+                BufferMode::Auto => Leave::Auto,
+                BufferMode::Full => Leave::Full,
+                BufferMode::Stream => Leave::Stream,
+            },
+            limits: Limits::build(response.memory, response.disk, resources),
+            pace: Pace::new(client.min_rate.write.0, client.min_rate.grace.0),
+            disk_max: resources.pause.0,
+            write_idle: client.write_idle.0,
+            throttle: client.limit_rate.as_ref().map(|limit| Throttle { rate: limit.rate.0, after: limit.after.0 }),
+            route: metrics.clone(),
+        }
+    }
 }
 
 /// A maximum rate after a first burst.

@@ -23,15 +23,16 @@ use crate::error::path::{join, key};
 use crate::error::{BuildError, Refusal, refusal};
 use crate::filter::{Catalog, Verdict};
 use crate::metrics::Metrics;
+use crate::proxy::epoch::Epoch;
 use crate::proxy::exchange::Exchange;
-use crate::proxy::generation::{Epoch, Generation};
+use crate::proxy::forwarded::Additions;
+use crate::proxy::generation::Generation;
+use crate::proxy::header::path::Paths;
 use crate::proxy::header::{Rules, TrustedProxies};
-use crate::proxy::route::path::Paths;
-use crate::proxy::route::table::{Query, Table};
 use crate::proxy::route::{decide, holds, query};
-use crate::proxy::send::Manners;
+use crate::proxy::routes::table::{Query, Table};
 
-use super::parts::{Fit, Ground, Parts, fittings, in_one_form};
+use super::parts::{Fit, Ground, Parts, fittings};
 
 /// Connections may be as many as anybody likes: none is made.
 const UNLIMITED: u64 = 1 << 20;
@@ -195,7 +196,7 @@ impl Explainer {
             epoch: Arc::new(Epoch { number: 1 }),
             routes: parts.routes,
             rules: Rules { trusted: TrustedProxies::new(&config.trusted_proxies), paths: Paths::new(&config.paths) },
-            manners: Manners { forwarded: config.forwarded, via: config.via },
+            additions: Additions { forwarded: config.forwarded, via: config.via },
         };
         let challenges = ground.challenges.clone();
         Ok(Explainer { config, metrics, challenges, generation, listeners })
@@ -422,7 +423,7 @@ impl Explainer {
         exchange: &Exchange,
         request: &RequestHeader,
     ) -> Option<&'static str> {
-        let matches = in_one_form(matches, self.generation.rules.paths).ok()?;
+        let matches = self.generation.rules.paths.in_matches(matches).ok()?;
         let query: Query<'_> = query(request);
         let takes = |matches: &Match| {
             let table = Table::build(vec![(matches, ())]).ok();

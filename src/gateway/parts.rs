@@ -4,10 +4,8 @@
 //! the configuration that runs.
 
 use std::collections::BTreeMap;
-use std::sync::atomic::AtomicU32;
 use std::sync::{Arc, OnceLock};
 
-use http::HeaderValue;
 use pingora::connectors::ConnectorOptions;
 use pingora::connectors::http::Connector;
 
@@ -15,38 +13,30 @@ use crate::acme::Served;
 use crate::acme::plan::{Asked, Plan};
 use crate::client::challenges::Challenges;
 use crate::client::connection::Fittings;
-use crate::client::intake::IntakeTerms;
 use crate::client::names::Names;
-use crate::client::pace::Pace;
 use crate::client::relay::Relay;
-use crate::client::spool::Limits;
 use crate::client::tls::Tls;
 use crate::client::tls::certificate::Source;
-use crate::client::wire::{Leave, Manner, Throttle};
 use crate::config::listener::Protocol;
 use crate::config::listener::tls::ClientMode;
-use crate::config::route::{BufferMode, Grpc, GrpcWeb, HalfClose, Match, OnDiskFull, PathMatch};
-use crate::config::server::Resources;
+use crate::config::route::Match;
 use crate::config::text;
-use crate::config::units::{Size, Time};
+use crate::config::units::Time;
 use crate::config::{self, Config};
 use crate::error::BuildError;
-use crate::eventloop::worker::RouteTag;
 use crate::expression::named::Named;
 use crate::files::Files;
 use crate::filter::kept::Kept;
 use crate::filter::{Catalog, Surroundings};
-use crate::metrics::{Metrics, RouteMetrics};
+use crate::metrics::Metrics;
 use crate::proxy::call::{Directory, Lines};
-use crate::proxy::header::upgrade::Upgrades;
+use crate::proxy::header::path::Paths;
 use crate::proxy::mirror::Mirror;
-use crate::proxy::retry;
-use crate::proxy::route::path::Paths;
-use crate::proxy::route::table::Table;
-use crate::proxy::route::{Destination, Route};
-use crate::upstream::{self, Split, Upstream};
+use crate::proxy::routes::Route;
+use crate::proxy::routes::table::Table;
+use crate::upstream::{self, Upstream};
 
-use super::stage::Running;
+use super::running::{Listed, Running};
 
 /// How many idle connections to upstreams of mirrors are kept.
 const MIRROR_POOL: usize = 128;
@@ -119,9 +109,6 @@ pub struct Parts {
     /// Who is asked for certificates.
     pub issuers: Vec<Asked>,
 }
-
-/// The metrics of each route, with the names of the upstreams that it leads to.
-pub type Listed = Vec<(Arc<RouteMetrics>, Vec<String>)>;
 
 /// TLS that was built, or that runs already and is the same.
 pub enum Fit {
@@ -297,11 +284,11 @@ fn routes(
         match ground.catalog.chain_in(&written.filters, &around) {
             Ok(chain) => {
                 let chain = chain.timed(&written.name, metrics).bounded(written.filter_timeout.0);
-                let mut route = route(written, chain, upstreams, &config.resources, metrics);
-                route.mirror = mirror(written, upstreams, ground);
+                let mut route = Route::build(written, chain, upstreams, &config.resources, metrics);
+                route.mirror = Mirror::build(written, upstreams, metrics, || ground.mirrors().clone());
                 let split = written.upstreams.iter().map(|side| side.name.clone());
                 listed.push((route.metrics.clone(), written.upstream.iter().cloned().chain(split).collect()));
-                match in_one_form(&written.matches, paths) {
+                match paths.in_matches(&written.matches) {
                     Ok(matches) => rules.push((matches, Arc::new(route))),
                     Err(error) => errors.push(error.under(&format!("{place}.match.path"))),
                 }
@@ -381,119 +368,4 @@ pub fn started(mut tls: Tls, owner: &str) -> Result<Arc<Tls>, BuildError> {
         tracing::warn!("{error}");
     }
     Ok(Arc::new(tls))
-}
-
-/// The same with its path in the form in which the paths of requests are looked up.
-pub fn in_one_form(matches: &Match, paths: Paths) -> Result<Match, BuildError> {
-    let path = match &matches.path {
-        Some(PathMatch::Exact(path)) => {
-            paths.written(path).map(PathMatch::Exact).map_err(|error| error.under("exact"))?
-        }
-        Some(PathMatch::Prefix(path)) => {
-            paths.written(path).map(PathMatch::Prefix).map_err(|error| error.under("prefix"))?
-        }
-        _ => return Ok(matches.clone()),
-    };
-    Ok(Match { path: Some(path), ..matches.clone() })
-}
-
-fn route(
-    written: &config::Route,
-    chain: crate::filter::Chain,
-    upstreams: &BTreeMap<String, Arc<Upstream>>,
-    resources: &Resources,
-    metrics: &Metrics,
-) -> Route {
-    let metrics = metrics.route(&written.name);
-    // The configuration was checked: a name that is not there belongs to an upstream whose own error is reported.
-    let named = |name: &String| upstreams.get(name).cloned();
-    let destination = if let Some(name) = &written.upstream {
-        named(name).map_or(Destination::Nowhere, Destination::One)
-    } else {
-        let sides = written.upstreams.iter().filter_map(|side| Some((named(&side.name)?, side.weight)));
-        Split::new(sides).map_or(Destination::Nowhere, Destination::Split)
-    };
-    let grpc = written.grpc == Grpc::Auto;
-    let mut asked = written.upstream.iter().chain(written.upstreams.iter().map(|side| &side.name));
-    let only_grpc = grpc && asked.all(|name| upstreams.get(name).is_some_and(|upstream| upstream.speaks_grpc()));
-    Route {
-        name: written.name.clone(),
-        chain,
-        destination,
-        grpc,
-        only_grpc,
-        grpc_web: written.grpc_web == GrpcWeb::Bridge,
-        holds_bodies: written.buffering.request.mode != BufferMode::Stream,
-        intake: intake(written, resources, &metrics),
-        manner: manner(written, resources, &metrics),
-        write_idle: written.client.write_idle.0,
-        half_close_aborts: written.client.half_close == HalfClose::Abort,
-        mirror: None,
-        deadline: written.deadline.map(|time| time.0),
-        retry: retry::Rules::new(&written.retry),
-        upgrades: Upgrades::new(&written.upgrades),
-        tag: RouteTag::new(&written.name),
-        metrics,
-    }
-}
-
-/// Who gets copies of the requests of a route.
-fn mirror(
-    written: &config::Route,
-    upstreams: &BTreeMap<String, Arc<Upstream>>,
-    ground: &Ground,
-) -> Option<Arc<Mirror>> {
-    let (name, mirror) = (&written.name, written.mirror.as_ref()?);
-    Some(Arc::new(Mirror {
-        upstream: upstreams.get(&mirror.upstream)?.clone(),
-        share: mirror.percent.ratio(),
-        most: u32::try_from(mirror.in_flight.0).unwrap_or(u32::MAX),
-        // Names have been checked: they are all letters that a header may have.
-        route: HeaderValue::from_str(name).unwrap_or(HeaderValue::from_static("unnamed")),
-        metrics: ground.metrics.mirror(&mirror.upstream),
-        connector: ground.mirrors().clone(),
-        inflight: AtomicU32::new(0),
-    }))
-}
-
-/// How the request bodies of a route are taken.
-fn intake(written: &config::Route, resources: &Resources, metrics: &Arc<RouteMetrics>) -> IntakeTerms {
-    let (client, request) = (&written.client, &written.buffering.request);
-    let stream_without_disk = request.on_disk_full == OnDiskFull::Stream;
-    IntakeTerms {
-        limits: limits(request.memory, request.disk, resources),
-        stream_large: request.mode == BufferMode::Auto || stream_without_disk,
-        stream_without_disk,
-        max_body: request.max_body.0,
-        announced: None,
-        duplex: false,
-        idle: client.body_idle.0,
-        total: client.body_total.0,
-        pace: Pace::new(client.min_rate.read.0, client.min_rate.grace.0),
-        disk_max: resources.pause.0,
-        route: metrics.clone(),
-    }
-}
-
-/// How the answers of a route leave.
-fn manner(written: &config::Route, resources: &Resources, metrics: &Arc<RouteMetrics>) -> Manner {
-    let (client, response) = (&written.client, &written.buffering.response);
-    Manner {
-        leave: match response.mode {
-            BufferMode::Auto => Leave::Auto,
-            BufferMode::Full => Leave::Full,
-            BufferMode::Stream => Leave::Stream,
-        },
-        limits: limits(response.memory, response.disk, resources),
-        pace: Pace::new(client.min_rate.write.0, client.min_rate.grace.0),
-        disk_max: resources.pause.0,
-        write_idle: client.write_idle.0,
-        throttle: client.limit_rate.as_ref().map(|limit| Throttle { rate: limit.rate.0, after: limit.after.0 }),
-        route: metrics.clone(),
-    }
-}
-
-/// What is not written may be more than all spools together may have.
-fn limits(memory: Size, disk: Size, resources: &Resources) -> Limits {
-    Limits { memory: memory.0.min(resources.memory.0), disk: disk.0.min(resources.disk.0) }
 }

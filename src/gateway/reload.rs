@@ -23,12 +23,14 @@ use crate::config::{Config, Report};
 use crate::error::BuildError;
 use crate::error::path::{self, Step};
 use crate::metrics::config::ConfigMetrics;
-use crate::proxy::generation::{Epoch, Generation};
+use crate::proxy::epoch::Epoch;
+use crate::proxy::generation::Generation;
 use crate::upstream::Upstream;
 
 use super::changes::{self, Change, Effect};
 use super::follow::Watched;
-use super::stage::{Obstacle, Running, Stage, prepare};
+use super::running::Running;
+use super::stage::{Obstacle, Stage, prepare};
 use super::supervisor::Supervisor;
 
 /// How often is looked whether what was replaced is in use still.

@@ -14,7 +14,7 @@ use super::blame;
 use super::exchange::Exchange;
 use super::mirror::{Body, Copy, Mirror};
 use super::receive::BodyFilters;
-use super::route::Route;
+use super::routes::Route;
 use crate::client::intake::{IntakeTerms, Unread};
 use crate::client::lane::Lanes;
 use crate::client::pace::Pace;

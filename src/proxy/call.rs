@@ -22,7 +22,6 @@ use pingora::{Error, ErrorSource, ErrorType, Result};
 
 use super::attempt::Attempt;
 use super::blame;
-use super::select;
 use crate::client::spool::Held;
 use crate::error::{Refusal, refusal};
 use crate::filter::call::{Answered, Call, CallError, Callees, Caller, Calls};
@@ -32,8 +31,8 @@ use crate::metrics::call::{CallMetrics, End};
 use crate::party::wait::{NoClient, within};
 use crate::party::{Fault, Party, What};
 use crate::phase::Phase;
-use crate::upstream::transport::final_status;
 use crate::upstream::transport::tls::Flaw;
+use crate::upstream::transport::{connector, final_status};
 use crate::upstream::{Choice, Engaged, Outcome, Timeouts, Upstream};
 
 /// Connections that are kept for calls, of all upstreams together.
@@ -285,7 +284,7 @@ impl Callee {
             let engaged = self.engage().await?;
             let mut peer = engaged.peer_for(|| None);
             if fresh {
-                select::separate(&mut peer);
+                connector::separate(&mut peer);
             }
             let mut attempt = Attempt::new(self.upstream.clone(), engaged, None, Instant::now());
             // RFC 9110 §8.6: a method that means something with a body says so if there is none.

@@ -11,9 +11,9 @@ use pingora::upstreams::peer::HttpPeer;
 use pingora::{Error, ErrorType, Result};
 use socket2::SockRef;
 
+use super::again;
 use super::blame;
 use super::exchange::Exchange;
-use super::retry;
 use crate::finished::Why;
 use crate::party::What;
 use crate::phase::Phase;
@@ -88,6 +88,6 @@ pub fn failed(exchange: &mut Exchange, client: &ServerSession, mut error: Box<Er
     if let Some(upstream) = &exchange.routing.upstream {
         upstream.metrics.connects_failed.inc();
     }
-    error.set_retry(row.failure.is_some_and(|failure| retry::again(exchange, client, failure, None)));
+    error.set_retry(row.failure.is_some_and(|failure| again::after(exchange, client, failure, None)));
     error
 }

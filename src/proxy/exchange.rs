@@ -21,6 +21,7 @@ use pingora::http::{RequestHeader, ResponseHeader};
 use super::attempt::{Attempt, Attempts};
 use super::deadline::Deadlines;
 use super::mirror::Copy;
+use super::routes::Route;
 use super::watch::Watch;
 use crate::client::connection::introduction;
 use crate::client::remains;
@@ -291,6 +292,15 @@ impl Exchange {
         }
     }
 
+    /// Watches the client while filters of this route wait.
+    pub fn watch(&self, route: &Route) -> Watch {
+        let connection = self.client.connection.as_ref();
+        let (socket, way) = (connection.and_then(|one| one.socket()), connection.and_then(|one| one.bypass()));
+        // In a tunnel each direction ends by itself.
+        let aborts = route.half_close_aborts && self.switched.is_none();
+        Watch::new(self.client.control.clone(), socket, aborts, way)
+    }
+
     /// Runs the response filters of the route on a response header, be it an endpoint's or our own.
     pub async fn filter_response(&self, request: &mut RequestHeader, response: &mut ResponseHeader) -> Verdict {
         if let (Some(route), Some(filters)) = (&self.routing.route, &self.filters.states)
@@ -299,7 +309,7 @@ impl Exchange {
         {
             let view = View { facts: self.facts(&route.name), request };
             let call = route.chain.response(&mut states, view, response);
-            let verdict = Watch::of(self, route).during(route.chain.patience(), call, &refusal::RECEIVE_ABORTED).await;
+            let verdict = self.watch(route).during(route.chain.patience(), call, &refusal::RECEIVE_ABORTED).await;
             filters.put(states);
             filters.answered(response.status);
             return verdict;
@@ -324,7 +334,7 @@ impl Exchange {
             let mut piece = Some(std::mem::take(body));
             let call = route.chain.response_body(&mut states, view, &mut piece, true);
             let patience = route.chain.patience();
-            let verdict = Watch::of(self, route).during(patience, call, &refusal::RECEIVE_ABORTED).await;
+            let verdict = self.watch(route).during(patience, call, &refusal::RECEIVE_ABORTED).await;
             filters.put(states);
             *body = piece.unwrap_or_default();
             return verdict;

@@ -11,6 +11,7 @@ use pingora::protocols::http::ServerSession;
 
 use super::blame;
 use super::exchange::Exchange;
+use super::fault;
 use crate::access_log::AccessLog;
 use crate::client::remains::{Remains, Undertaker};
 use crate::eventloop::own_time;
@@ -128,7 +129,7 @@ impl Undertaker for Settler {
     /// Settles an exchange that was dropped: it had to end, and waited for something that nothing else breaks off.
     fn settle(&self, remains: Remains) {
         let Some(mut exchange) = remains.exchange.and_then(|left| left.downcast::<Exchange>().ok()) else { return };
-        let found = || blame::found(&exchange).unwrap_or(Fault::new(Party::Gateway, Phase::Finish, What::Stopped));
+        let found = || fault::found(&exchange).unwrap_or(Fault::new(Party::Gateway, Phase::Finish, What::Stopped));
         let refusal = exchange.refusal.unwrap_or_else(|| blame::row(found()).refusal);
         exchange.refusal = Some(refusal);
         let now = exchange.enter(Phase::Finish);

@@ -26,6 +26,15 @@ pub const X_FORWARDED_HOST: HeaderName = HeaderName::from_static("x-forwarded-ho
 /// `X-Forwarded-Port`.
 pub const X_FORWARDED_PORT: HeaderName = HeaderName::from_static("x-forwarded-port");
 
+/// What Forebay adds to every request.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Additions {
+    /// Which headers tell the upstream who the client is.
+    pub forwarded: Forwarded,
+    /// Whether `Via` is added.
+    pub via: bool,
+}
+
 /// Who a hop is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Node {

@@ -8,10 +8,11 @@ use std::sync::Arc;
 
 use arc_swap::ArcSwap;
 
+use super::epoch::Epoch;
+use super::forwarded::Additions;
 use super::header::Rules;
-use super::route::Route;
-use super::route::table::Table;
-use super::send::Manners;
+use super::routes::Route;
+use super::routes::table::Table;
 
 /// What requests go by.
 pub struct Generation {
@@ -22,14 +23,7 @@ pub struct Generation {
     /// What holds for the headers of all requests.
     pub rules: Rules,
     /// What is added to every request.
-    pub manners: Manners,
-}
-
-/// Which generation something belongs to. What holds it is counted.
-#[derive(Debug)]
-pub struct Epoch {
-    /// How many configurations there have been in this process, with this one.
-    pub number: u64,
+    pub additions: Additions,
 }
 
 /// The generation that the next exchange takes; changed in one step, and read without a lock.

@@ -7,14 +7,14 @@
 pub mod web;
 
 use h2::Reason;
-use http::{HeaderMap, HeaderName, HeaderValue, header};
+use http::{HeaderMap, HeaderName, HeaderValue, Method, Version, header};
 use pingora::Error;
 use pingora::http::{RequestHeader, ResponseHeader};
 
-use super::header::is_grpc;
 use crate::error::Refusal;
 use crate::error::grpc::{Code, encode};
 use crate::filter::{Answer, Refused};
+use crate::framing::takes_trailers;
 
 /// How a call went.
 pub const GRPC_STATUS: HeaderName = HeaderName::from_static("grpc-status");
@@ -143,6 +143,26 @@ fn endpoint_reset(error: &Error) -> Option<Reason> {
     }
 }
 
+/// Whether this is a gRPC call, by its form: a POST over HTTP/2 that takes trailers, of the media type
+/// `application/grpc`, alone or with a suffix (`+proto`) or parameters. Whether it is treated as one, the route and its
+/// upstream say.
+fn is_grpc(request: &RequestHeader) -> bool {
+    request.version == Version::HTTP_2
+        && request.method == Method::POST
+        && takes_trailers(&request.headers)
+        && is_grpc_type(&request.headers)
+}
+
+/// Whether the media type is that of gRPC.
+pub fn is_grpc_type(headers: &HeaderMap) -> bool {
+    const GRPC: &[u8] = b"application/grpc";
+    let mut kinds = headers.get_all(header::CONTENT_TYPE).iter();
+    // Two media types are none: an endpoint may read either.
+    let (Some(kind), None) = (kinds.next(), kinds.next()) else { return false };
+    let Some((kind, rest)) = kind.as_bytes().split_at_checked(GRPC.len()) else { return false };
+    kind.eq_ignore_ascii_case(GRPC) && matches!(rest.trim_ascii_start().first(), None | Some(b'+' | b';'))
+}
+
 #[cfg(test)]
 mod tests {
     use bytes::Bytes;
@@ -151,6 +171,7 @@ mod tests {
 
     use super::*;
     use crate::error::refusal as refusals;
+    use crate::proxy::header::tests::request;
 
     fn fields(answer: &TrailersOnly) -> Vec<(&str, &str)> {
         let fields = answer.header.headers.iter();
@@ -231,5 +252,39 @@ mod tests {
             Reason::INTERNAL_ERROR,
             "not the endpoint's word"
         );
+    }
+
+    #[test]
+    fn a_grpc_call_is_known_by_its_whole_form() {
+        let call = |version, method: &str, te: &[&str], kinds: &[&str]| {
+            let fields = te.iter().map(|te| ("te", *te)).chain(kinds.iter().map(|kind| ("content-type", *kind)));
+            let mut request = request(&fields.collect::<Vec<_>>());
+            request.set_version(version);
+            request.set_method(method.parse().expect("a method"));
+            is_grpc(&request)
+        };
+        let of = |kind| call(Version::HTTP_2, "POST", &["trailers"], &[kind]);
+        for kind in ["application/grpc", "Application/gRPC", "application/grpc+proto", "application/grpc;charset=utf-8"]
+        {
+            assert!(of(kind), "{kind}");
+        }
+        for kind in ["application/grpc ; v=1", "application/grpc+json; v=1"] {
+            assert!(of(kind), "{kind}");
+        }
+        for kind in
+            ["application/grpc-web", "application/grpc-web+proto", "application/grpcx", "application/grp", "", "x"]
+        {
+            assert!(!of(kind), "{kind}");
+        }
+        assert!(!of("text/plain; x=application/grpc"));
+        let kind = ["application/grpc"];
+        assert!(call(Version::HTTP_2, "POST", &["gzip, Trailers;q=1"], &kind));
+        assert!(call(Version::HTTP_2, "POST", &["gzip", "trailers"], &kind));
+        assert!(!call(Version::HTTP_2, "POST", &["xtrailers"], &kind));
+        assert!(!call(Version::HTTP_2, "POST", &[], &kind));
+        assert!(!call(Version::HTTP_2, "GET", &["trailers"], &kind));
+        assert!(!call(Version::HTTP_11, "POST", &["trailers"], &kind));
+        assert!(!call(Version::HTTP_2, "POST", &["trailers"], &[]));
+        assert!(!call(Version::HTTP_2, "POST", &["trailers"], &["application/grpc", "text/plain"]));
     }
 }

@@ -6,7 +6,7 @@
 
 pub mod hop;
 pub mod names;
-pub mod upgrade;
+pub mod path;
 
 use std::borrow::Cow;
 use std::net::IpAddr;
@@ -18,14 +18,13 @@ use pingora::http::RequestHeader;
 
 use super::exchange::Exchange;
 use super::forwarded;
-use super::route::path::Paths;
-use super::route::without_port;
 use crate::client::connection::Connection;
 use crate::client::head::is_host;
 use crate::config::address::Proxy;
 use crate::config::listener::OddNames;
 use crate::error::{Refusal, refusal};
 use crate::framing::{self, Said};
+use path::Paths;
 
 /// Proxies whose word on the client is believed.
 pub struct TrustedProxies {
@@ -155,26 +154,6 @@ fn check_values(headers: &HeaderMap) -> Result<(), &'static Refusal> {
     if is_wrong { Err(&refusal::HEADER_MALFORMED) } else { Ok(()) }
 }
 
-/// Whether this is a gRPC call, by its form: a POST over HTTP/2 that takes trailers, of the media type
-/// `application/grpc`, alone or with a suffix (`+proto`) or parameters. Whether it is treated as one, the route and its
-/// upstream say.
-pub fn is_grpc(request: &RequestHeader) -> bool {
-    request.version == Version::HTTP_2
-        && request.method == Method::POST
-        && hop::takes_trailers(&request.headers)
-        && is_grpc_type(&request.headers)
-}
-
-/// Whether the media type is that of gRPC.
-pub fn is_grpc_type(headers: &HeaderMap) -> bool {
-    const GRPC: &[u8] = b"application/grpc";
-    let mut kinds = headers.get_all(header::CONTENT_TYPE).iter();
-    // Two media types are none: an endpoint may read either.
-    let (Some(kind), None) = (kinds.next(), kinds.next()) else { return false };
-    let Some((kind, rest)) = kind.as_bytes().split_at_checked(GRPC.len()) else { return false };
-    kind.eq_ignore_ascii_case(GRPC) && matches!(rest.trim_ascii_start().first(), None | Some(b'+' | b';'))
-}
-
 /// RFC 9113 §8.2.3: HTTP/2 may cut a cookie into crumbs; HTTP/1 knows one field.
 fn join_cookies(request: &mut RequestHeader) {
     let crumbs: Vec<_> = request.headers.get_all(header::COOKIE).iter().map(|crumb| crumb.as_bytes()).collect();
@@ -247,6 +226,14 @@ fn introduce(exchange: &Exchange, request: &mut RequestHeader) -> Result<(), &'s
     Ok(())
 }
 
+/// The name in a `Host`, without its port.
+pub fn without_port(host: &str) -> &str {
+    match host.rfind(':') {
+        Some(colon) if !host.ends_with(']') => &host[..colon],
+        _ => host,
+    }
+}
+
 #[cfg(test)]
 pub(super) mod tests {
     use super::*;
@@ -276,40 +263,6 @@ pub(super) mod tests {
         assert_eq!(alone.headers.get("host").map(|host| host.as_bytes()), Some(&b"shop.example"[..]));
 
         assert_eq!(check_authority(&mut request(&[])), Err(&refusal::HEADER_HOST));
-    }
-
-    #[test]
-    fn a_grpc_call_is_known_by_its_whole_form() {
-        let call = |version, method: &str, te: &[&str], kinds: &[&str]| {
-            let fields = te.iter().map(|te| ("te", *te)).chain(kinds.iter().map(|kind| ("content-type", *kind)));
-            let mut request = request(&fields.collect::<Vec<_>>());
-            request.set_version(version);
-            request.set_method(method.parse().expect("a method"));
-            is_grpc(&request)
-        };
-        let of = |kind| call(Version::HTTP_2, "POST", &["trailers"], &[kind]);
-        for kind in ["application/grpc", "Application/gRPC", "application/grpc+proto", "application/grpc;charset=utf-8"]
-        {
-            assert!(of(kind), "{kind}");
-        }
-        for kind in ["application/grpc ; v=1", "application/grpc+json; v=1"] {
-            assert!(of(kind), "{kind}");
-        }
-        for kind in
-            ["application/grpc-web", "application/grpc-web+proto", "application/grpcx", "application/grp", "", "x"]
-        {
-            assert!(!of(kind), "{kind}");
-        }
-        assert!(!of("text/plain; x=application/grpc"));
-        let kind = ["application/grpc"];
-        assert!(call(Version::HTTP_2, "POST", &["gzip, Trailers;q=1"], &kind));
-        assert!(call(Version::HTTP_2, "POST", &["gzip", "trailers"], &kind));
-        assert!(!call(Version::HTTP_2, "POST", &["xtrailers"], &kind));
-        assert!(!call(Version::HTTP_2, "POST", &[], &kind));
-        assert!(!call(Version::HTTP_2, "GET", &["trailers"], &kind));
-        assert!(!call(Version::HTTP_11, "POST", &["trailers"], &kind));
-        assert!(!call(Version::HTTP_2, "POST", &["trailers"], &[]));
-        assert!(!call(Version::HTTP_2, "POST", &["trailers"], &["application/grpc", "text/plain"]));
     }
 
     #[test]
@@ -364,5 +317,13 @@ pub(super) mod tests {
         let mut options = RequestHeader::build("OPTIONS", b"*", None).expect("a request");
         assert_eq!(give_one_path(&mut options, Paths::new(&Default::default())), Ok(()));
         assert_eq!(options.raw_path(), b"*");
+    }
+
+    #[test]
+    fn a_port_is_no_part_of_the_name() {
+        assert_eq!(without_port("a.example:8080"), "a.example");
+        assert_eq!(without_port("a.example"), "a.example");
+        assert_eq!(without_port("[::1]:80"), "[::1]");
+        assert_eq!(without_port("[::1]"), "[::1]");
     }
 }

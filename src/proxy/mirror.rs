@@ -5,6 +5,7 @@
 //! and counted by the budget for as long as the copy needs it. The number of copies at a time is bounded; what cannot
 //! be copied is counted.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Instant;
@@ -17,8 +18,9 @@ use pingora::http::RequestHeader;
 use super::attempt::Attempt;
 use super::blame;
 use super::call::{self, Line, Load};
-use super::exchange::Exchange;
 use crate::client::spool::Held;
+use crate::config;
+use crate::metrics::Metrics;
 use crate::metrics::mirror::{Fate, MirrorMetrics};
 use crate::upstream::transport::greeting::Parties;
 use crate::upstream::{Choice, Outcome, Upstream};
@@ -67,6 +69,26 @@ pub enum Body {
 }
 
 impl Mirror {
+    /// Who gets copies of the requests of a route, if it says so. `connector` is asked for what connects to it.
+    pub fn build(
+        written: &config::Route,
+        upstreams: &BTreeMap<String, Arc<Upstream>>,
+        metrics: &Metrics,
+        connector: impl FnOnce() -> Arc<Connector>,
+    ) -> Option<Arc<Mirror>> {
+        let (name, mirror) = (&written.name, written.mirror.as_ref()?);
+        Some(Arc::new(Mirror {
+            upstream: upstreams.get(&mirror.upstream)?.clone(),
+            share: mirror.percent.ratio(),
+            most: u32::try_from(mirror.in_flight.0).unwrap_or(u32::MAX),
+            // Names have been checked: they are all letters that a header may have.
+            route: HeaderValue::from_str(name).unwrap_or(HeaderValue::from_static("unnamed")),
+            metrics: metrics.mirror(&mirror.upstream),
+            connector: connector(),
+            inflight: AtomicU32::new(0),
+        }))
+    }
+
     /// Whether the next request is to be copied.
     pub fn draws(&self) -> bool {
         self.share >= 1.0 || rand::random::<f64>() < self.share
@@ -102,6 +124,31 @@ impl Mirror {
     }
 }
 
+impl Copy {
+    /// Remembers the header that the original is sent with. If its client named no host, what it names is its endpoint
+    /// and none of the mirror's.
+    pub fn note_header(&mut self, request: &RequestHeader, names_host: bool) {
+        if self.request.is_none() {
+            let request = self.request.insert(Box::new(request.clone()));
+            if !names_host {
+                request.remove_header(&header::HOST);
+            }
+        }
+    }
+
+    /// The original has been sent: its copy follows, to an endpoint that may be told of these ends of its client's
+    /// connection.
+    pub fn send(self, parties: Option<Parties>) {
+        let Copy { mirror, body, request: Some(request) } = self else { return };
+        let Some(place) = mirror.enter() else { return mirror.leaves(Fate::Busy) };
+        tokio::spawn(async move {
+            let fate = attempt(&mirror, *request, body, parties).await;
+            mirror.metrics.count(fate);
+            drop(place);
+        });
+    }
+}
+
 /// One copy under way.
 struct Place(Arc<Mirror>);
 
@@ -109,29 +156,6 @@ impl Drop for Place {
     fn drop(&mut self) {
         self.0.inflight.fetch_sub(1, Ordering::Relaxed);
     }
-}
-
-/// Remembers the header that the original is sent with. If its client named no host, what it names is its endpoint and
-/// none of the mirror's.
-pub fn header(exchange: &mut Exchange, request: &RequestHeader, names_host: bool) {
-    if let Some(copy) = exchange.copy.as_deref_mut().filter(|copy| copy.request.is_none()) {
-        let request = copy.request.insert(Box::new(request.clone()));
-        if !names_host {
-            request.remove_header(&header::HOST);
-        }
-    }
-}
-
-/// The original has been sent: its copy follows.
-pub fn send(exchange: &mut Exchange) {
-    let Some(Copy { mirror, body, request: Some(request) }) = exchange.copy.take().map(|copy| *copy) else { return };
-    let Some(place) = mirror.enter() else { return mirror.leaves(Fate::Busy) };
-    let parties = exchange.client.parties();
-    tokio::spawn(async move {
-        let fate = attempt(&mirror, *request, body, parties).await;
-        mirror.metrics.count(fate);
-        drop(place);
-    });
 }
 
 /// Sends the copy to some endpoint and reads the answer away, within the timeouts of that upstream.

@@ -17,9 +17,9 @@ use super::exchange::client::secured;
 use super::exchange::filters::FilterStates;
 use super::exchange::{Exchange, Switched};
 use super::grpc::web;
-use super::header::upgrade;
 use super::https;
-use super::route::Route;
+use super::routes::Route;
+use super::upgrade;
 use super::watch::Watch;
 use crate::client::connection::Connection;
 use crate::client::session::Tap;
@@ -293,7 +293,7 @@ impl BodyFilters {
         let Facts { client, port, scheme, path, ended, pace, begun, .. } = exchange.facts(&route.name);
         let (connection, identity) = (exchange.client.connection.clone(), exchange.client.identity.clone());
         let told = Told { client, port, scheme, path: path.into(), connection, ended, pace, begun, identity };
-        Some(Box::new(BodyFilters { route: route.clone(), filters, told, client: Watch::of(exchange, route) }))
+        Some(Box::new(BodyFilters { route: route.clone(), filters, told, client: exchange.watch(route) }))
     }
 }
 

@@ -1,22 +1,15 @@
-//! Whether a request that failed is sent again: the rules of a route, and what they come to for one exchange.
+//! Whether a request that failed is sent again: the rules of a route.
 //!
-//! Asked by whichever phase an attempt failed in; `select` follows, after a pause. What is decided here is only whether
-//! a further attempt would be safe and of use: whether the upstream can bear it, its budget says
-//! (`upstream/retries.rs`).
+//! What is decided here is only whether a further attempt would be safe and of use: whether the upstream can bear it,
+//! its budget says (`upstream/retries.rs`). `again` asks for an exchange, and `attempt` keeps what follows.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use http::{HeaderMap, StatusCode, header};
-use pingora::http::ResponseHeader;
-use pingora::protocols::http::ServerSession;
-use pingora::{Error, ErrorType};
+use http::{HeaderMap, StatusCode};
 
-use super::attempt::Attempt;
-use super::exchange::Exchange;
 use crate::config::route::retry::{On, Retry};
 use crate::finished::Why;
 use crate::metrics::retry::{Cause, Objection};
-use crate::phase::Phase;
 use crate::upstream::retries::Allowance;
 
 /// The rules of a route.
@@ -112,7 +105,7 @@ impl Failure {
     }
 
     /// What the log says of an answer that is not taken.
-    fn why(self) -> Why {
+    pub fn why(self) -> Why {
         match self {
             Failure::Status(status) => Why::Status(status.as_u16()),
             Failure::Grpc(code) => Why::Grpc(code),
@@ -252,60 +245,6 @@ impl Backoff {
     }
 }
 
-/// Whether the exchange is to have another attempt after one that failed for this; if so, it is ready for `select`.
-/// What was told to the client or to the upstream of the last attempt is not undone here.
-pub fn again(exchange: &mut Exchange, client: &ServerSession, failure: Failure, after: Option<Duration>) -> bool {
-    let (Some(route), Some(upstream)) = (&exchange.routing.route, &exchange.routing.upstream) else { return false };
-    let situation = Situation {
-        failure,
-        attempts: exchange.attempts.counted(),
-        idempotent: client.req_header().method.is_idempotent(),
-        replayable: !client.retry_buffer_truncated(),
-        begun: begun(exchange, client),
-        elsewhere: upstream.has_more(&exchange.attempts.tried),
-        retry_after: after,
-        left: exchange.deadlines.left(Instant::now()),
-    };
-    exchange.attempts.again(&route.retry, upstream, &situation)
-}
-
-/// The answer to an attempt is here. An error: it is a failure, and there is to be another attempt in its place;
-/// nothing of it goes to the client. With HTTP/1, Pingora gives up its connection.
-pub fn answered(exchange: &mut Exchange, client: &ServerSession, response: &ResponseHeader) -> Result<(), Box<Error>> {
-    if response.status.is_informational() {
-        return Ok(());
-    }
-    let failure =
-        exchange.routing.route.as_ref().and_then(|route| route.retry.failure(response.status, &response.headers));
-    if let Some(failure) = failure {
-        let now = Instant::now();
-        if let Some(attempt) = &mut exchange.attempts.present {
-            attempt.answered(response.status, now);
-        }
-        if again(exchange, client, failure, retry_after(&response.headers)) {
-            exchange.note_failure(failure.why(), now);
-            exchange.release(Attempt::outcome, now);
-            exchange.attempts.discard_answer();
-            return Err(Error::new_up(ErrorType::new("an answer that is not taken")));
-        }
-    }
-    exchange.attempts.accept_answer();
-    Ok(())
-}
-
-/// Whether bytes of an answer have left, so that there cannot be another one.
-fn begun(exchange: &Exchange, client: &ServerSession) -> bool {
-    match &exchange.link {
-        Some(link) => link.begun(),
-        None => exchange.phase() == Phase::Receive || client.response_written().is_some(),
-    }
-}
-
-/// How long the endpoint is not to be asked, in seconds (RFC 9110 §10.2.3); a date is no pause that we would keep.
-fn retry_after(headers: &HeaderMap) -> Option<Duration> {
-    headers.get(header::RETRY_AFTER)?.to_str().ok()?.trim().parse().ok().map(Duration::from_secs)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -422,12 +361,5 @@ mod tests {
         assert_eq!(left(25), Verdict::Refused(Objection::Deadline));
         let stale = Situation { failure: Failure::Stale, left: Some(Duration::ZERO), ..FINE };
         assert_eq!(rules.judge(&stale, 1.0), Verdict::Refused(Objection::Deadline));
-    }
-
-    #[test]
-    fn a_pause_is_read_in_seconds() {
-        let said = |text: &str| retry_after(&HeaderMap::from_iter([(header::RETRY_AFTER, text.parse().unwrap())]));
-        assert_eq!(said("2"), Some(Duration::from_secs(2)));
-        assert_eq!(said("Wed, 21 Oct 2015 07:28:00 GMT"), None);
     }
 }

@@ -2,9 +2,6 @@
 //!
 //! After `header`; before `buffer` and `select`, unless a filter answered or refused.
 
-pub mod path;
-pub mod table;
-
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -15,89 +12,15 @@ use super::exchange::Exchange;
 use super::exchange::filters::FilterStates;
 use super::generation::Generation;
 use super::grpc;
-use super::header::names;
-use super::header::upgrade::Upgrades;
+use super::header::{names, without_port};
 use super::https;
-use super::mirror::Mirror;
-use super::retry::Rules;
-use super::watch::Watch;
+use super::routes::Route;
+use super::routes::table::{Query, Table};
 use crate::client::challenges::Challenges;
-use crate::client::intake::IntakeTerms;
-use crate::client::wire::Manner;
 use crate::error::{Refusal, refusal};
-use crate::eventloop::worker::{RouteTag, take_route};
+use crate::eventloop::worker::take_route;
 use crate::expression::{Condition, Facts};
-use crate::filter::{Chain, Stages, Verdict, View};
-use crate::metrics::RouteMetrics;
-use crate::party::Patience;
-use crate::upstream::{Split, Timeouts, Upstream};
-use table::{Query, Table};
-
-/// A route as it runs.
-pub struct Route {
-    /// Its name in metrics and logs.
-    pub name: String,
-    /// Its filters.
-    pub chain: Chain,
-    /// Where its requests go.
-    pub destination: Destination,
-    /// Whether gRPC calls are treated as such.
-    pub grpc: bool,
-    /// They are, and each of its upstreams speaks gRPC.
-    pub only_grpc: bool,
-    /// Calls of gRPC-Web become calls of gRPC.
-    pub grpc_web: bool,
-    /// Whether its request bodies are held back until they are whole.
-    pub holds_bodies: bool,
-    /// How its request bodies are taken.
-    pub intake: IntakeTerms,
-    /// How its answers leave.
-    pub manner: Manner,
-    /// Who gets copies of its requests.
-    pub mirror: Option<Arc<Mirror>>,
-    /// How long an exchange may take as a whole.
-    pub deadline: Option<std::time::Duration>,
-    /// When a request that failed is sent again.
-    pub retry: Rules,
-    /// Protocols that its clients may switch to.
-    pub upgrades: Upgrades,
-    /// How long its clients may take between two pieces of a response.
-    pub write_idle: std::time::Duration,
-    /// Whether a client that closes its sending side behind its request is gone.
-    pub half_close_aborts: bool,
-    /// Names it where a worker is found stalled.
-    pub tag: RouteTag,
-    /// Its counters.
-    pub metrics: Arc<RouteMetrics>,
-}
-
-/// Where the requests of a route go.
-pub enum Destination {
-    /// Nowhere: a filter answers all of them.
-    Nowhere,
-    /// To one upstream.
-    One(Arc<Upstream>),
-    /// To several, by weight.
-    Split(Split<Arc<Upstream>>),
-}
-
-impl Destination {
-    /// The upstream of the next request.
-    pub fn next(&self) -> Option<&Arc<Upstream>> {
-        match self {
-            Destination::Nowhere => None,
-            Destination::One(upstream) => Some(upstream),
-            Destination::Split(split) => Some(split.pick()),
-        }
-    }
-}
-
-impl Route {
-    /// How long the upstream may take.
-    pub fn patience(&self, timeouts: Timeouts) -> Patience {
-        Patience { send: timeouts.send, wait: timeouts.wait, receive: timeouts.receive }
-    }
-}
+use crate::filter::{Stages, Verdict, View};
 
 /// Finds the route of a request.
 pub fn find<'t>(
@@ -148,10 +71,10 @@ pub fn decide(
         return Err(verdict);
     }
     let route = find(exchange, &generation.routes, request).map_err(Verdict::from)?.clone();
-    if route.grpc_web && exchange.request.grpc.is_none() {
+    if route.grpc.web && exchange.request.grpc.is_none() {
         exchange.request.grpc = grpc::Call::of_web(request);
     }
-    if exchange.request.grpc.is_some() && !route.only_grpc {
+    if exchange.request.grpc.is_some() && !route.grpc.only {
         // Metadata of gRPC may have odd names; but not all who could get these speak it.
         names::drop_odd(request, exchange.client.odd_names());
     }
@@ -168,7 +91,7 @@ pub async fn take(exchange: &mut Exchange, route: Arc<Route>, request: &mut Requ
     }
     exchange.request.target = Some(request.uri.clone());
     let mut states = route.chain.states();
-    let mut client = Watch::of(exchange, &route);
+    let mut client = exchange.watch(&route);
     let view = View { facts: exchange.facts(&route.name), request };
     let call = route.chain.request(&mut states, view);
     let verdict = client.during(route.chain.patience(), call, &refusal::ROUTE_ABORTED).await;
@@ -188,24 +111,4 @@ pub fn settle_upgrade(route: &Route, request: &mut RequestHeader) {
         tracing::warn!(route = %route.name, ?protocol, "a client asks for a protocol that its route does not allow; see `upgrades`");
     }
     request.remove_header(&header::UPGRADE);
-}
-
-pub(super) fn without_port(host: &str) -> &str {
-    match host.rfind(':') {
-        Some(colon) if !host.ends_with(']') => &host[..colon],
-        _ => host,
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_port_is_no_part_of_the_name() {
-        assert_eq!(without_port("a.example:8080"), "a.example");
-        assert_eq!(without_port("a.example"), "a.example");
-        assert_eq!(without_port("[::1]:80"), "[::1]");
-        assert_eq!(without_port("[::1]"), "[::1]");
-    }
 }

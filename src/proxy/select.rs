@@ -70,18 +70,10 @@ async fn choose(exchange: &mut Exchange, client: &mut ServerSession) -> Result<B
         }
     }
     if exchange.attempts.takes_fresh_connection() {
-        separate(&mut peer);
+        connector::separate(&mut peer);
     }
     connector::mark(&mut peer, http1);
     Ok(peer)
-}
-
-/// Has a connection made, and not kept: connections to one endpoint that are kept tend to die together, and the next
-/// one would be of no more use than the last.
-pub(super) fn separate(peer: &mut HttpPeer) {
-    // Pingora knows kept connections by this among others.
-    peer.group_key = rand::random();
-    peer.options.idle_timeout = Some(Duration::from_millis(1));
 }
 
 /// If all were tried, what went wrong with the last one is the better answer.

@@ -12,43 +12,31 @@ use pingora::http::RequestHeader;
 use pingora::protocols::http::ServerSession;
 use pingora::{Error, ErrorType, Result};
 
+use super::again;
 use super::attempt::Attempt;
 use super::blame;
 use super::exchange::Exchange;
-use super::forwarded::{self, Own};
-use super::grpc::web;
-use super::header::hop::takes_trailers;
-use super::header::{is_grpc_type, names};
-use super::mirror;
-use super::retry;
-use super::watch::Watch;
+use super::fault;
+use super::forwarded::{self, Additions, Own};
+use super::grpc::{is_grpc_type, web};
+use super::header::names;
 use crate::client::driver::course::Course;
 use crate::client::driver::request::Lines;
 use crate::client::trailers;
 use crate::config::listener::OddNames;
-use crate::config::server::Forwarded;
 use crate::error::refusal;
 use crate::filter::{Stages, Verdict, View};
 use crate::finished::Why;
-use crate::framing::{self, Body};
+use crate::framing::{self, Body, takes_trailers};
 use crate::phase::Phase;
 use crate::spans::pass_on;
 use crate::upstream::transport::http2::{RequestTrailers, StreamHandle};
-
-/// What Forebay adds to every request.
-#[derive(Clone, Copy, Debug, Default)]
-pub struct Manners {
-    /// Which headers tell the upstream who the client is.
-    pub forwarded: Forwarded,
-    /// Whether `Via` is added.
-    pub via: bool,
-}
 
 /// Prepares the header that the upstream gets. Pingora has removed from it what is hop-by-hop (RFC 9110 §7.6.1);
 /// `client` is the header as the client sent it and the filters have left it.
 pub fn header(
     exchange: &Exchange,
-    manners: Manners,
+    additions: Additions,
     client: &RequestHeader,
     request: &mut RequestHeader,
 ) -> Result<()> {
@@ -76,12 +64,12 @@ pub fn header(
         port: connection.and_then(|connection| connection.local).map(|local| local.port()),
     };
     let is_own = exchange.routing.course == Some(Course::Own) && exchange.copy.is_none();
-    let lines = if is_own { forwarded::lines(&request.headers, manners.forwarded, own) } else { None };
+    let lines = if is_own { forwarded::lines(&request.headers, additions.forwarded, own) } else { None };
     match lines {
         Some(lines) => drop(request.extensions_mut().insert(Lines(lines.into()))),
-        None => forwarded::tell(request, manners.forwarded, own)?,
+        None => forwarded::tell(request, additions.forwarded, own)?,
     }
-    if manners.via {
+    if additions.via {
         request.append_header(header::VIA, HeaderValue::from_static("1.1 forebay"))?;
     }
     if let Some(traced) = &exchange.traced {
@@ -216,7 +204,7 @@ pub async fn piece(
         && let Some(mut states) = filters.take()
     {
         let view = View { facts: exchange.facts(&route.name), request };
-        let mut client = Watch::of(exchange, &route);
+        let mut client = exchange.watch(&route);
         let call = route.chain.request_body(&mut states, view, piece, end);
         let verdict = client.during(route.chain.patience(), call, &refusal::SEND_ABORTED).await;
         filters.put(states);
@@ -252,7 +240,9 @@ pub fn ended(exchange: &mut Exchange) {
         // What was streamed is whole now.
         exchange.request_is_whole(now);
     }
-    mirror::send(exchange);
+    if let Some(copy) = exchange.copy.take() {
+        copy.send(exchange.client.parties());
+    }
 }
 
 /// An attempt failed after its connection stood, or its answer is not taken. Whether there is another one, the rules of
@@ -268,8 +258,8 @@ pub fn failed(exchange: &mut Exchange, client: &ServerSession, mut error: Box<Er
         error.set_retry(false);
         return error;
     }
-    let fault = blame::fault(exchange, &error, reused);
-    if blame::is_served(exchange, fault) {
+    let fault = fault::of(exchange, &error, reused);
+    if fault::is_served(exchange, fault) {
         exchange.attempts.failure = Some(fault);
         exchange.release(Attempt::outcome, Instant::now());
         error.set_retry(false);
@@ -282,7 +272,7 @@ pub fn failed(exchange: &mut Exchange, client: &ServerSession, mut error: Box<Er
         exchange.note_failure(Why::Refusal(row.refusal.reason), now);
     }
     exchange.release(|_| row.outcome(), now);
-    error.set_retry(row.failure.is_some_and(|failure| retry::again(exchange, client, failure, None)));
+    error.set_retry(row.failure.is_some_and(|failure| again::after(exchange, client, failure, None)));
     error
 }
 

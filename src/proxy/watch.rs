@@ -5,8 +5,6 @@ use std::os::fd::RawFd;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
-use super::exchange::Exchange;
-use super::route::Route;
 use crate::client::broken::{Leaving, Look};
 use crate::client::http2::Control;
 use crate::client::stream::Bypass;
@@ -25,13 +23,10 @@ pub struct Watch {
 }
 
 impl Watch {
-    /// The client of an exchange that takes this route.
-    pub fn of(exchange: &Exchange, route: &Route) -> Watch {
-        let socket = exchange.client.connection.as_ref().and_then(|connection| connection.socket());
-        // In a tunnel each direction ends by itself.
-        let aborts = route.half_close_aborts && exchange.switched.is_none();
-        let way = exchange.client.connection.as_ref().and_then(|connection| connection.bypass());
-        Watch { control: exchange.client.control.clone(), socket, aborts, way, look: Look::default() }
+    /// Looks at a stream of HTTP/2, or at the socket of a connection. `aborts`: a client that closes its sending side
+    /// has left. `way` knows how much of the body is still to come.
+    pub fn new(control: Option<Control>, socket: Option<RawFd>, aborts: bool, way: Option<Bypass>) -> Watch {
+        Watch { control, socket, aborts, way, look: Look::default() }
     }
 
     /// The verdict of filters; the refusal `left` once the client has left. Looks only while they wait. Each filter has

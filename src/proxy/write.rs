@@ -13,6 +13,7 @@ use pingora::{Error, ErrorType, Result};
 
 use super::blame;
 use super::exchange::Exchange;
+use super::fault;
 use super::grpc::{self, TrailersOnly, web};
 use super::https;
 use crate::client::head::accepts_json;
@@ -163,7 +164,7 @@ pub async fn drain(exchange: &mut Exchange, client: &mut Box<ServerSession>) {
         return;
     }
     let error = drained.err().unwrap_or_else(|| Error::new_down(ErrorType::WriteError));
-    exchange.refusal = Some(blame::row(blame::fault(exchange, &error, false)).refusal);
+    exchange.refusal = Some(blame::row(fault::of(exchange, &error, false)).refusal);
     tracing::debug!(%error, "an answer was not taken to its end");
     cut_if_begun(exchange, client, Some(&error)).await;
 }

@@ -10,6 +10,7 @@ mod agenda;
 mod grpc;
 mod http;
 mod probe;
+mod target;
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};

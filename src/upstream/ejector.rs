@@ -5,7 +5,6 @@
 //! how many others are, and whether it is slow on how fast they are. The rules are `upstream/outlier.rs`.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU8, Ordering};
 use std::time::{Duration, Instant};
 
 use tokio::sync::Notify;
@@ -26,27 +25,6 @@ pub(super) struct Ejector {
     interval: Duration,
     metrics: EjectionMetrics,
     accused: Notify,
-}
-
-/// What an endpoint is to be ejected for, until somebody has looked at it.
-#[derive(Debug, Default)]
-pub struct Accusation(AtomicU8);
-
-impl Accusation {
-    /// Whether this is news.
-    fn raise(&self, reason: Reason) -> bool {
-        let number = Reason::ALL.iter().position(|known| *known == reason).map_or(0, |place| place + 1) as u8;
-        self.0.compare_exchange(0, number, Ordering::Relaxed, Ordering::Relaxed).is_ok()
-    }
-
-    fn reason(&self) -> Option<Reason> {
-        let place = self.0.load(Ordering::Relaxed).checked_sub(1)?;
-        Reason::ALL.get(usize::from(place)).copied()
-    }
-
-    fn drop(&self) {
-        self.0.store(0, Ordering::Relaxed);
-    }
 }
 
 impl Ejector {

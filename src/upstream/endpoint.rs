@@ -16,11 +16,10 @@ use pingora::protocols::l4::socket::SocketAddr;
 use pingora::upstreams::peer::HttpPeer;
 
 use super::availability::{Availability, Change, Word};
-use super::ejector::Accusation;
 use super::ended::{Ended, Lesson};
 use super::health::{Health, Record};
 use super::latency::Latency;
-use super::outlier::{Ejections, Score};
+use super::outlier::{Accusation, Ejections, Score};
 use super::sticky::Name;
 use super::transport::Transport;
 use super::transport::dial::Dialer;

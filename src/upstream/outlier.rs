@@ -5,7 +5,7 @@
 //! [`Ejections`] says how long an endpoint stays out: longer each time, until it has behaved for a while. Nothing here
 //! knows a socket or a clock.
 
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU8, AtomicU32, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 /// What is held against endpoints, and what follows.
@@ -249,6 +249,29 @@ fn slow(samples: &[Sample], rule: &Latency) -> Vec<usize> {
     let median = latencies[latencies.len() / 2].1;
     let bound = median.mul_f64(rule.factor.max(1.0)).max(median.saturating_add(rule.margin));
     latencies.into_iter().take_while(|&(_, latency)| latency > bound).map(|(number, _)| number).collect()
+}
+
+/// What an endpoint is to be ejected for, until the ejector has looked at it.
+#[derive(Debug, Default)]
+pub struct Accusation(AtomicU8);
+
+impl Accusation {
+    /// Whether this is news.
+    pub(super) fn raise(&self, reason: Reason) -> bool {
+        let number = Reason::ALL.iter().position(|known| *known == reason).map_or(0, |place| place + 1) as u8;
+        self.0.compare_exchange(0, number, Ordering::Relaxed, Ordering::Relaxed).is_ok()
+    }
+
+    /// What it is, if there is anything.
+    pub(super) fn reason(&self) -> Option<Reason> {
+        let place = self.0.load(Ordering::Relaxed).checked_sub(1)?;
+        Reason::ALL.get(usize::from(place)).copied()
+    }
+
+    /// It was looked at.
+    pub(super) fn drop(&self) {
+        self.0.store(0, Ordering::Relaxed);
+    }
 }
 
 /// Whether one more of `of` endpoints may be ejected when this many are already. Where any may be at all, the first one

@@ -7,7 +7,7 @@ use std::hint::black_box;
 
 use criterion::{BenchmarkId, Criterion, criterion_group, criterion_main};
 use forebay::config::route::{Match, PathMatch, ValueMatch};
-use forebay::proxy::route::table::{Query, Table};
+use forebay::proxy::routes::table::{Query, Table};
 use http::{HeaderMap, HeaderValue, Method};
 
 /// The rule number `n` of some kind.

@@ -2,7 +2,7 @@
 
 use forebay::config::Paths as Written;
 use forebay::config::paths::{DotSegments, EncodedSlash};
-use forebay::proxy::route::path::Paths;
+use forebay::proxy::header::path::Paths;
 
 use super::mutate;
 

@@ -34,7 +34,6 @@ const WIDE: &[(&str, usize)] = &[
     ("client/session.rs Link", 18),
     ("client/spool.rs Spool", 22),
     ("client/wire.rs Wire", 41),
-    ("proxy/route.rs Route", 17),
     ("upstream.rs Upstream", 19),
     ("upstream/endpoint.rs Endpoint", 21),
 ];

@@ -11,9 +11,10 @@ use http::StatusCode;
 use prometheus::{IntCounter, IntGauge};
 use proptest::prelude::*;
 
-use super::{breakage, row};
+use super::row;
 use crate::party::limits::{DAWDLING, Seen};
 use crate::party::{Bounds, Deadline, Fault, KeepsWaiting, Look, Party, Patience, Stage, Waits, What};
+use crate::proxy::fault::breakage;
 use crate::upstream::breaker::{self, Breaker};
 use crate::upstream::latency::Latency;
 use crate::upstream::outlier::{self, Score};

@@ -3,9 +3,9 @@
 use std::sync::Arc;
 
 use crate::client::driver::course::Course;
-use crate::proxy::generation::{Epoch, Generation};
-use crate::proxy::route::Route;
-use crate::proxy::send::Manners;
+use crate::proxy::epoch::Epoch;
+use crate::proxy::forwarded::Additions;
+use crate::proxy::routes::Route;
 use crate::upstream::Upstream;
 use crate::upstream::sticky::Stuck;
 
@@ -15,7 +15,7 @@ pub struct Routing {
     /// The generation of the configuration that it goes by, once its header is here.
     pub epoch: Option<Arc<Epoch>>,
     /// What that adds to every request.
-    pub manners: Manners,
+    pub additions: Additions,
     /// The route it took.
     pub route: Option<Arc<Route>>,
     /// The upstream it goes to.
@@ -29,9 +29,9 @@ pub struct Routing {
 }
 
 impl Routing {
-    /// It goes by this generation.
-    pub fn follow(&mut self, generation: &Generation) {
-        (self.epoch, self.manners) = (Some(generation.epoch.clone()), generation.manners);
+    /// It goes by this generation, which adds this to every request.
+    pub fn follow(&mut self, epoch: &Arc<Epoch>, additions: Additions) {
+        (self.epoch, self.additions) = (Some(epoch.clone()), additions);
     }
 
     /// The name of the route; empty before one is taken.
@@ -41,7 +41,7 @@ impl Routing {
 
     /// Whether its route and its upstream take gRPC calls for what they are.
     pub fn is_of_grpc(&self) -> bool {
-        let route = self.route.as_ref().is_some_and(|route| route.grpc);
+        let route = self.route.as_ref().is_some_and(|route| route.grpc.on);
         route && self.upstream.as_ref().is_some_and(|upstream| upstream.speaks_grpc())
     }
 }

@@ -2,8 +2,8 @@
 //!
 //! It is removed before routes and filters see the request: else a client could have what a filter sets for the
 //! endpoint removed, by naming it in `Connection`. Three of these fields say something that is needed later, and stay
-//! in one form each: `TE: trailers`, an `Upgrade` that may pass ([`super::upgrade`]), and `Transfer-Encoding`, which is
-//! framing.
+//! in one form each: `TE: trailers`, an `Upgrade` that may pass ([`crate::proxy::upgrade`]), and `Transfer-Encoding`,
+//! which is framing.
 
 use http::header::{
     CONNECTION, CONTENT_LENGTH, HOST, PROXY_AUTHENTICATE, PROXY_AUTHORIZATION, TE, TRANSFER_ENCODING, UPGRADE,
@@ -12,9 +12,9 @@ use http::{HeaderMap, HeaderName, HeaderValue};
 use pingora::http::RequestHeader;
 
 use super::names::is_hearsay;
-use super::upgrade;
 use crate::error::{Refusal, refusal};
-use crate::framing::is_token;
+use crate::framing::{is_token, members, takes_trailers};
+use crate::proxy::upgrade;
 
 /// More options than these are none: each costs a look-up.
 const OPTIONS_MAX: usize = 16;
@@ -75,18 +75,6 @@ fn named(headers: &HeaderMap) -> Result<Vec<HeaderName>, &'static Refusal> {
 /// front of us says of the client. A proxy that passes `Connection` on as it came would have its own word removed.
 fn is_protected(name: &HeaderName) -> bool {
     [HOST, CONTENT_LENGTH, TRANSFER_ENCODING].contains(name) || is_hearsay(name.as_str())
-}
-
-/// Whether `TE` names `trailers` (RFC 9110 §10.1.4).
-pub fn takes_trailers(headers: &HeaderMap) -> bool {
-    let mut codings = members(headers, &TE).filter_map(|coding| coding.split(|&byte| byte == b';').next());
-    codings.any(|coding| coding.trim_ascii().eq_ignore_ascii_case(b"trailers"))
-}
-
-/// The members of a list, over all fields of this name (RFC 9110 §5.6.1).
-pub fn members<'h>(headers: &'h HeaderMap, name: &HeaderName) -> impl Iterator<Item = &'h [u8]> {
-    let members = headers.get_all(name).iter().flat_map(|value| value.as_bytes().split(|&byte| byte == b','));
-    members.map(<[u8]>::trim_ascii).filter(|member| !member.is_empty())
 }
 
 #[cfg(test)]

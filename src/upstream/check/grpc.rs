@@ -14,7 +14,7 @@ use pingora_load_balancing::Backend;
 use pingora_load_balancing::health_check::HealthCheck;
 
 use super::http::{alone, host, request};
-use super::probe::{endpoint, sound, wrong};
+use super::target::{endpoint, sound, wrong};
 use crate::config::upstream::health::GrpcCheck;
 use crate::upstream::transport::readable;
 use crate::upstream::transport::tls::Flaw;

@@ -11,7 +11,7 @@ use pingora::{OrErr, Result};
 use pingora_load_balancing::Backend;
 use pingora_load_balancing::health_check::HealthCheck;
 
-use super::probe::{endpoint, sound, wrong};
+use super::target::{endpoint, sound, wrong};
 use crate::config::upstream::health::{HttpCheck, Statuses};
 use crate::upstream::endpoint::Endpoint;
 use crate::upstream::transport::final_status;

@@ -7,13 +7,14 @@
 use std::sync::Arc;
 
 use async_trait::async_trait;
+use pingora::Result;
 use pingora::connectors::TransportConnector;
-use pingora::{Error, ErrorType, Result};
 use pingora_load_balancing::Backend;
 use pingora_load_balancing::health_check::HealthCheck;
 
 use super::grpc::Grpc;
 use super::http::Http;
+use super::target::{endpoint, sound};
 use crate::config;
 use crate::upstream::endpoint::Endpoint;
 use crate::upstream::transport::tls::Flaw;
@@ -44,22 +45,6 @@ impl Probe {
         target.ext.insert(Arc::clone(endpoint));
         self.0.check(&target).await
     }
-}
-
-/// The endpoint that [`Probe::ask`] asks.
-pub(super) fn endpoint(target: &Backend) -> Result<&Arc<Endpoint>> {
-    let missing = || Error::explain(ErrorType::InternalError, "a check without an endpoint");
-    target.ext.get::<Arc<Endpoint>>().ok_or_else(missing)
-}
-
-/// Whether a connection may be used.
-pub(super) fn sound(flaw: Option<Flaw>) -> Result<()> {
-    flaw.map_or(Ok(()), |flaw| wrong(flaw.to_string()))
-}
-
-/// What a check found wrong.
-pub(super) fn wrong<T>(message: impl Into<String>) -> Result<T> {
-    Err(Error::explain(ErrorType::Custom("health check"), message.into()))
 }
 
 /// A connection that comes about, with its TLS.

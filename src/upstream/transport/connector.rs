@@ -75,3 +75,11 @@ impl Connector for Endpoints {
         self.http2.release_http_session(session, peer, idle_timeout).await;
     }
 }
+
+/// Has a connection made, and not kept: connections to one endpoint that are kept tend to die together, and the next
+/// one would be of no more use than the last.
+pub fn separate(peer: &mut HttpPeer) {
+    // Pingora knows kept connections by this among others.
+    peer.group_key = rand::random();
+    peer.options.idle_timeout = Some(Duration::from_millis(1));
+}

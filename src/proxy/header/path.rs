@@ -9,6 +9,7 @@ use std::borrow::Cow;
 
 use crate::config;
 use crate::config::paths::{DotSegments, EncodedSlash};
+use crate::config::route::{Match, PathMatch};
 use crate::error::BuildError;
 
 /// How paths are brought into their one form.
@@ -62,6 +63,24 @@ impl Paths {
         canonical.ok_or_else(|| {
             BuildError::new("", format!("`{path}` is met by no request: such paths are refused, see `paths`"))
         })
+    }
+
+    /// What a route matches, with its path in the form in which those of requests are looked up.
+    ///
+    /// # Errors
+    ///
+    /// No request can have it.
+    pub fn in_matches(&self, matches: &Match) -> Result<Match, BuildError> {
+        let path = match &matches.path {
+            Some(PathMatch::Exact(path)) => {
+                self.written(path).map(PathMatch::Exact).map_err(|error| error.under("exact"))?
+            }
+            Some(PathMatch::Prefix(path)) => {
+                self.written(path).map(PathMatch::Prefix).map_err(|error| error.under("prefix"))?
+            }
+            _ => return Ok(matches.clone()),
+        };
+        Ok(Match { path: Some(path), ..matches.clone() })
     }
 
     /// Whether it is in its one form for sure.

@@ -18,8 +18,8 @@
 //! next less specific place is asked, down to rules without a host.
 //!
 //! Paths are compared byte for byte as the caller gives them: `/public/../admin` and `/%61dmin` are not below `/admin`
-//! here, although a backend may think so. Ask for [the one form of a path](super::path::Paths::canonical), and build of
-//! that form.
+//! here, although a backend may think so. Ask for [the one form of a
+//! path](super::super::header::path::Paths::canonical), and build of that form.
 
 use std::borrow::Cow;
 use std::cmp::Reverse;

@@ -11,8 +11,8 @@ use http::header::{CONNECTION, CONTENT_LENGTH, TRANSFER_ENCODING, UPGRADE};
 use http::{HeaderMap, HeaderValue, Method, Version};
 use pingora::http::{RequestHeader, ResponseHeader};
 
-use super::hop::members;
 use crate::config::route::Protocol;
+use crate::framing::members;
 
 /// How often the log says that clients of a route ask for a protocol that it does not allow.
 const TOLD_EVERY: Duration = Duration::from_secs(60);
@@ -79,7 +79,7 @@ impl Upgrades {
 
 #[cfg(test)]
 mod tests {
-    use super::super::tests::request;
+    use super::super::header::tests::request;
     use super::*;
 
     fn wished(method: &str, fields: &[(&'static str, &str)]) -> Option<String> {
