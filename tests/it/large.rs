@@ -97,7 +97,7 @@ fn a_large_configuration_is_built_in_proportion() {
 
 #[test]
 fn a_large_configuration_is_put_on_while_clients_are_served() {
-    const COUNT: usize = 2_000;
+    const COUNT: usize = 400;
     let origin = Origin::named("origin");
     let setup = Setup::before(&origin).more("include: large.yaml");
     let write = |word: &str| {
