@@ -3,43 +3,39 @@
 //!
 //! It is a Pingora service of its own, with a thread of its own: writing down a hundred thousand series takes tens of
 //! milliseconds, in which no worker may stand still. So does everything an entry works out. It listens on
-//! loopback unless told otherwise; a token and TLS are there for when it is (`guard`, [`Reception`]).
+//! loopback unless told otherwise; a token and TLS are there for when it is (`guard`, `reception`).
 
 pub mod answer;
 mod guard;
 pub mod page;
+pub mod reception;
 pub mod seats;
 pub mod status;
 pub mod table;
 pub mod trace;
 pub mod upstreams;
 
-use std::fs::Permissions;
 use std::future::{Future, ready};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::time::Duration;
 
-use async_trait::async_trait;
 use bytes::{Bytes, BytesMut};
 use futures::StreamExt;
 use http::{HeaderMap, HeaderValue, Method, StatusCode, header};
-use pingora::apps::ServerApp;
 use pingora::http::ResponseHeader;
 use pingora::protocols::Stream;
 use pingora::protocols::http::ServerSession;
 use pingora::protocols::l4::socket::SocketAddr;
 use pingora::server::ShutdownWatch;
-use pingora::services::listening::Service;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
-use crate::client::entrance;
-use crate::client::tls::Tls;
+use crate::client::connection::Inflight;
 use crate::metrics::{AdminMetrics, Metrics, StreamGuard};
 use crate::party::wait::{NoClient, within};
 use answer::{Answer, Body, Pieces};
-pub use guard::Hosts;
 use guard::{Caller, Peer};
+pub use guard::{Hosts, Voucher};
 use page::Page;
 use seats::{Seat, Seats};
 use table::{Ask, Found, Table};
@@ -58,6 +54,9 @@ pub enum Ready {
     Ready,
     /// It was told to stop; exchanges in flight end.
     Stopping,
+    /// Another process takes exchanges in its place: a client that has kept its connection to this one hears that all is
+    /// well, for so it is.
+    HandedOver,
 }
 
 impl Readiness {
@@ -76,7 +75,8 @@ impl Readiness {
         match self.0.load(Ordering::Acquire) {
             0 => Ready::Starting,
             1 => Ready::Ready,
-            _ => Ready::Stopping,
+            2 => Ready::Stopping,
+            _ => Ready::HandedOver,
         }
     }
 }
@@ -88,6 +88,8 @@ pub struct Admin {
     metrics: AdminMetrics,
     streams: Arc<Semaphore>,
     seats: Arc<Seats>,
+    /// Requests that have been read and are not answered yet.
+    answering: Arc<Inflight>,
     token: Option<String>,
     /// Whether it is reached by TLS, and whether all who come so have shown a certificate.
     tls: Option<bool>,
@@ -119,6 +121,7 @@ impl Admin {
             metrics: metrics.admin(),
             streams: Arc::new(Semaphore::new(streams_max.min(Semaphore::MAX_PERMITS))),
             seats: Seats::new(seats_max, metrics.admin()),
+            answering: Arc::default(),
             token: None,
             tls: None,
             hosts,
@@ -126,7 +129,7 @@ impl Admin {
         let scrape = move |_: &Ask| Answer::whole(prometheus::TEXT_FORMAT, metrics.render());
         let readyz = move |_: &Ask| match readiness.now() {
             Ready::Starting => Answer::text("starting\n").with_status(StatusCode::SERVICE_UNAVAILABLE),
-            Ready::Ready => Answer::text("ready\n"),
+            Ready::Ready | Ready::HandedOver => Answer::text("ready\n"),
             Ready::Stopping => Answer::text("stopping\n").with_status(StatusCode::SERVICE_UNAVAILABLE),
         };
         admin
@@ -162,13 +165,13 @@ impl Admin {
         says: &'static str,
         answer: impl Fn(&Ask) -> Answer + Send + Sync + 'static,
     ) -> Self {
-        self.table.add(Method::GET, path, says, move |ask| ready(answer(&ask)));
+        self.table.add(Method::GET, path, says, ANSWER, move |ask| ready(answer(&ask)));
         self
     }
 
     /// Adds a change that is made at `path`. The answer may take its time, but not longer than half a minute.
     pub fn post<F>(
-        mut self,
+        self,
         path: &'static str,
         says: &'static str,
         answer: impl Fn(Ask) -> F + Send + Sync + 'static,
@@ -176,7 +179,21 @@ impl Admin {
     where
         F: Future<Output = Answer> + Send + 'static,
     {
-        self.table.add(Method::POST, path, says, answer);
+        self.post_within(path, says, ANSWER, answer)
+    }
+
+    /// The same for a change whose answer may take this time.
+    pub fn post_within<F>(
+        mut self,
+        path: &'static str,
+        says: &'static str,
+        patience: Duration,
+        answer: impl Fn(Ask) -> F + Send + Sync + 'static,
+    ) -> Self
+    where
+        F: Future<Output = Answer> + Send + 'static,
+    {
+        self.table.add(Method::POST, path, says, patience, answer);
         self
     }
 
@@ -222,7 +239,9 @@ impl Admin {
                 Err(answer) => return (entry.path, answer),
             }
         }
-        let answer = within(ANSWER, NoClient::Operator, (entry.answer)(Ask::new(parts, &uri, html, body))).await;
+        let voucher = voucher(http, caller);
+        let ask = Ask::new(parts, &uri, html, voucher, body);
+        let answer = within(entry.patience, NoClient::Operator, (entry.answer)(ask)).await;
         let late = || Answer::error(StatusCode::GATEWAY_TIMEOUT, "this takes too long; it may still be done");
         (entry.path, answer.unwrap_or_else(late))
     }
@@ -253,6 +272,16 @@ fn peer(http: &ServerSession) -> Peer {
         (_, Some(SocketAddr::Unix(_))) | (Some(SocketAddr::Unix(_)), _) => Peer::Unix,
         (Some(SocketAddr::Inet(address)), _) => Peer::Tcp(address.ip()),
         _ => Peer::Unknown,
+    }
+}
+
+fn voucher(http: &ServerSession, caller: Caller) -> Voucher {
+    match (http.client_addr(), http.server_addr()) {
+        _ if caller.known || caller.peer == Peer::Unix => Voucher::Shown,
+        (Some(SocketAddr::Inet(client)), Some(SocketAddr::Inet(server))) => {
+            Voucher::Connection { client: *client, server: *server }
+        }
+        _ => Voucher::Nothing,
     }
 }
 
@@ -308,6 +337,7 @@ impl Admin {
                 return None;
             }
         }
+        let _answering = self.answering.enter();
         let (path, answer) = self.answer(&mut http).await;
         let (answer, _open) = self.admit(answer);
         self.metrics.count(path, answer.0.status().as_u16());
@@ -375,45 +405,6 @@ async fn in_time<T>(part: impl Future<Output = pingora::Result<T>>) -> pingora::
     within(ANSWER, NoClient::Operator, part).await.unwrap_or_else(slow)
 }
 
-/// Takes connections to the admin endpoint, by TLS or in clear text.
-pub struct Reception {
-    admin: Arc<Admin>,
-    tls: Option<Arc<Tls>>,
-}
-
-#[async_trait]
-impl ServerApp for Reception {
-    async fn process_new(self: &Arc<Self>, io: Stream, shutdown: &ShutdownWatch) -> Option<Stream> {
-        let seat = self.admin.seats.take()?;
-        let mut stream = match &self.tls {
-            None => io,
-            Some(tls) => match seat.wait(entrance::secure_with(io, tls)).await? {
-                Ok(stream) => stream,
-                Err(refusal) => {
-                    tracing::debug!(reason = refusal.reason, "a connection to the admin endpoint was given up");
-                    return None;
-                }
-            },
-        };
-        loop {
-            let mut http = ServerSession::new_http1(stream);
-            http.set_keepalive(Some(KEPT_SECONDS));
-            stream = self.admin.serve(http, &seat, shutdown).await?;
-        }
-    }
-}
-
-/// The admin endpoint as a Pingora service: on `host:port`, or on a unix socket with a file of this mode.
-pub fn service(address: &str, unix: Option<Permissions>, admin: Admin, tls: Option<Arc<Tls>>) -> Service<Reception> {
-    let mut service = Service::new("admin".to_owned(), Reception { admin: Arc::new(admin), tls });
-    service.threads = Some(1);
-    match unix {
-        Some(permissions) => service.add_uds(address, Some(permissions)),
-        None => service.add_tcp(address),
-    }
-    service
-}
-
 #[cfg(test)]
 mod tests {
     use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream};
@@ -461,9 +452,12 @@ mod tests {
 
     #[tokio::test]
     async fn readyz_follows_the_gateway_and_healthz_does_not() {
-        for (ready, status, text) in
-            [(Ready::Starting, 503, "starting\n"), (Ready::Ready, 200, "ready\n"), (Ready::Stopping, 503, "stopping\n")]
-        {
+        for (ready, status, text) in [
+            (Ready::Starting, 503, "starting\n"),
+            (Ready::Ready, 200, "ready\n"),
+            (Ready::Stopping, 503, "stopping\n"),
+            (Ready::HandedOver, 200, "ready\n"),
+        ] {
             let (one, readiness) = admin();
             readiness.set(ready);
             let answer = get(one, "/readyz").await;

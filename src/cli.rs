@@ -23,6 +23,7 @@ mod stop;
 mod timeline;
 mod top;
 mod trace;
+mod upgrade;
 mod waterfall;
 
 use std::ffi::OsString;
@@ -35,6 +36,7 @@ use clap::{Args, CommandFactory, Parser, Subcommand};
 
 use crate::config::Report;
 use crate::gateway::Builder;
+use crate::gateway::upgrade::Program;
 use crate::origin::{self, Origin};
 use crate::printable::shown;
 
@@ -85,6 +87,9 @@ enum Command {
     Check(ConfigFile),
     /// Have a running gateway load its configuration again, and tell what has changed; a wrong one changes nothing
     Reload(admin::Where),
+    /// Have a new process take over from a running gateway, of the same program or of a newer one in its place, and tell
+    /// what came of it; if it does not become ready, the old one serves on
+    Upgrade(upgrade::Upgrade),
     /// Tell what a reload would change, and what each change would end
     Diff(admin::Where),
     /// Tell what becomes of a request by a configuration: listener, route and why not the others, filters, upstream,
@@ -194,14 +199,19 @@ impl Failure {
 
     /// Tells it on stderr and gives the code to exit with.
     fn tell(self) -> ExitCode {
-        let (text, code) = match self {
-            Failure::Usage(message) => (told(&message), EXIT_USAGE),
-            Failure::Report(report) => (report.render(colourful(&io::stderr())), EXIT_CONFIG),
-            Failure::Config(message) => (told(&message), EXIT_CONFIG),
-            Failure::Runtime(message) => (told(&message), EXIT_RUNTIME),
-        };
+        let (text, code) = self.text(colourful(&io::stderr()));
         complain(text.trim_end());
         ExitCode::from(code)
+    }
+
+    /// What is told of it, and the code to exit with.
+    fn text(&self, colours: bool) -> (String, u8) {
+        match self {
+            Failure::Usage(message) => (told(message), EXIT_USAGE),
+            Failure::Report(report) => (report.render(colours), EXIT_CONFIG),
+            Failure::Config(message) => (told(message), EXIT_CONFIG),
+            Failure::Runtime(message) => (told(message), EXIT_RUNTIME),
+        }
     }
 }
 
@@ -210,6 +220,11 @@ pub fn main<A>(builder: Builder, arguments: impl IntoIterator<Item = A>) -> Exit
 where
     A: Into<OsString> + Clone,
 {
+    let arguments: Vec<OsString> = arguments.into_iter().map(Into::into).collect();
+    let builder = match Program::of_this_process(&arguments) {
+        Some(program) => builder.upgrading(program),
+        None => builder,
+    };
     let command_line = match CommandLine::try_parse_from(arguments) {
         Ok(command_line) => command_line,
         Err(error) => {
@@ -240,6 +255,7 @@ fn dispatch(builder: Builder, line: CommandLine) -> Result<(), Failure> {
         Command::Proxy(asked) => proxy::proxy(builder, &asked),
         Command::Import(asked) => import::import(&builder, &asked),
         Command::Reload(place) => reload::reload(&builder, place),
+        Command::Upgrade(asked) => upgrade::upgrade(&builder, asked),
         Command::Diff(place) => reload::diff(&builder, place),
         Command::Match(asked) => matched::matched(&builder, asked),
         Command::Fmt(asked) => fmt::fmt(&builder, asked),

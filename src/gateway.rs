@@ -4,9 +4,13 @@
 //! The only place where names of the configuration become the things they name. Nothing here runs per request.
 
 pub mod changes;
+mod elders;
 pub mod explain;
 mod follow;
+pub mod handover;
+pub mod inherited;
 mod parts;
+mod pid_file;
 pub mod privileges;
 mod process;
 pub mod reload;
@@ -15,6 +19,8 @@ pub mod sockets;
 mod stage;
 pub mod stop;
 mod supervisor;
+pub mod takeover;
+pub mod upgrade;
 mod web;
 
 use std::io;
@@ -29,6 +35,7 @@ use tokio::sync::Notify;
 use crate::access_log::AccessLog;
 use crate::acme;
 use crate::acme::plan::Asked;
+use crate::admin::reception::Reception;
 use crate::admin::status::{self, Shown, Sources, Status};
 use crate::admin::{self, Admin, Hosts, trace};
 use crate::client::spool::disk::Disk;
@@ -40,17 +47,22 @@ use crate::metrics::{Metrics, RouteMetrics};
 use crate::proxy::generation::Current;
 use crate::spans::Tracer;
 use crate::upkeep;
+use elders::Elders;
 use explain::Explainer;
 use follow::Follower;
+use inherited::Inherited;
 use parts::{Fit, Ground, Parts, demands_certificates, expired, mismatched};
+use pid_file::PidFile;
 use privileges::User;
-use process::{Outputs, Process, no_spool_dir};
+use process::{Outputs, Process, no_open_files, no_spool_dir};
 use reload::{Engine, Load, Reloads};
 use running::Running;
-use sockets::{Bound, Place, Socket};
+use sockets::{Clerk, Place, Socket, Station};
 use stage::{Obstacle, Stage, assemble};
 use stop::{Handle, Stop};
 use supervisor::Supervisor;
+use takeover::Predecessor;
+use upgrade::{Changing, Needs, Program, Upgrades};
 use web::Openings;
 
 /// Why a gateway could not be started.
@@ -78,6 +90,9 @@ pub struct Builder {
     /// The file that a reload reads.
     file: Option<PathBuf>,
     watches: bool,
+    inherited: Inherited,
+    predecessor: Option<Predecessor>,
+    program: Option<Program>,
 }
 
 impl Builder {
@@ -95,6 +110,21 @@ impl Builder {
     /// Has it do so by itself whenever that file changes.
     pub fn watching(self) -> Self {
         Builder { watches: true, ..self }
+    }
+
+    /// Has listeners take these sockets, which are open already, in place of new ones at the same addresses.
+    pub fn inheriting(self, inherited: Inherited) -> Self {
+        Builder { inherited, ..self }
+    }
+
+    /// Has the gateway take over from this process, whose sockets it inherits.
+    pub fn replacing(self, predecessor: Predecessor) -> Self {
+        Builder { predecessor: Some(predecessor), ..self }
+    }
+
+    /// Has an upgrade start this program, which makes a gateway with its `Builder` as this one does.
+    pub fn upgrading(self, program: Program) -> Self {
+        Builder { program: Some(program), ..self }
     }
 
     /// The registered filters.
@@ -178,7 +208,8 @@ pub struct Inspection {
 pub struct Gateway {
     server: Server,
     stop: Stop,
-    places: Arc<Mutex<Vec<Place>>>,
+    upgrades: Upgrades,
+    stations: Arc<Mutex<Vec<Station>>>,
     admin: Option<SocketAddr>,
     log: Option<Arc<AccessLog>>,
     tracer: Option<Arc<Tracer>>,
@@ -188,12 +219,19 @@ pub struct Gateway {
 impl Gateway {
     /// Begins to build one, with the built-in filters.
     pub fn builder() -> Builder {
-        Builder { catalog: Catalog::builtin(), file: None, watches: false }
+        Builder {
+            catalog: Catalog::builtin(),
+            file: None,
+            watches: false,
+            inherited: Inherited::default(),
+            predecessor: None,
+            program: None,
+        }
     }
 
     /// The TCP address that a listener was bound to.
     pub fn address(&self, listener: &str) -> Option<SocketAddr> {
-        lock(&self.places).iter().find(|place| place.listener == listener)?.tcp
+        lock(&self.stations).iter().find(|station| station.place.listener == listener)?.place.tcp
     }
 
     /// The TCP address of the admin endpoint.
@@ -211,10 +249,11 @@ impl Gateway {
     /// Once in a process: without work stealing, Pingora keeps its runtimes by thread, and a gateway that starts
     /// after another has stopped may be handed a runtime that is gone.
     pub fn run(self) {
-        let Gateway { server, stop, log, tracer, places, loops, .. } = self;
+        let Gateway { server, stop, upgrades, log, tracer, stations, loops, .. } = self;
         server.run(RunArgs { shutdown_signal: Box::new(stop) });
         loops.stop();
-        for file in lock(&places).iter().filter_map(|place| place.file.as_ref()) {
+        let gone = lock(&stations).iter().filter_map(|station| station.place.file.clone()).collect::<Vec<_>>();
+        for (file, _) in gone.iter().filter(|_| !upgrades.is_handed_over()) {
             // That it is gone already is what is wanted.
             let _ = std::fs::remove_file(file);
         }
@@ -227,7 +266,7 @@ impl Gateway {
     }
 
     fn build(builder: Builder, config: Config) -> Result<Gateway, StartError> {
-        let Builder { catalog, file, watches } = builder;
+        let Builder { catalog, file, watches, inherited, predecessor, program } = builder;
         let wrong = |errors: Vec<BuildError>| StartError::Build(config.report(&errors));
         let one = |error: BuildError| wrong(vec![error]);
         if !catalog.conflicts().is_empty() {
@@ -235,7 +274,8 @@ impl Gateway {
         }
         let refusals: Vec<_> = refusal::ALL.iter().copied().chain(catalog.refusals()).collect();
         let metrics = Metrics::new(config.observability.metrics.max_series.0, refusals);
-        let ground = Ground::new(catalog.clone(), metrics.clone());
+        let mut ground = Ground::new(catalog.clone(), metrics.clone());
+        ground.inherited = inherited.clone();
         let mut parts = Parts::build(&ground, &config, None).map_err(wrong)?;
         let user = config.server.user.as_deref().map(User::find).transpose().map_err(one)?;
         let outputs = Outputs::open(&config, &mut parts, &metrics).map_err(one)?;
@@ -260,24 +300,69 @@ impl Gateway {
         }
         stage.put_on(&running, None);
         metrics.config().show(1, &config.hash());
-        let (places, times, admin_tls) = (stage.places.clone(), stage.shutdown.clone(), running.admin_tls.clone());
+        let (stations, times, upgrade) = (stage.stations.clone(), stage.shutdown.clone(), stage.upgrade.clone());
+        let (ledger, upstreams, acme) = (stage.ledger.clone(), stage.upstreams.clone(), stage.acme.clone());
+        let admin_tls = running.admin_tls.clone();
+        let pid_file = config.server.pid_file.as_ref().map(|path| PidFile::prepare(Path::new(path))).transpose();
+        let pid_file = pid_file.map_err(|error| {
+            one(BuildError::new("server.pid_file", format!("this file cannot be written: {error}")))
+        })?;
         let asked = Arc::new(Notify::new());
         let no_thread = |error| one(BuildError::new("", format!("no thread can be started: {error}")));
         let supervisor = Supervisor::of_environment();
-        supervisor.watch(metrics).map_err(no_thread)?;
+        let (elders, changing) = (Elders::default(), Changing::default());
+        let upgrades = Upgrades::new(Needs {
+            program,
+            stations: stations.clone(),
+            inherited: inherited.clone(),
+            times: upgrade.clone(),
+            metrics: metrics.upgrades(),
+            supervisor: supervisor.clone(),
+            elders: elders.clone(),
+            changing: changing.clone(),
+        });
         let load: Load = Box::new(move |path| Config::load(path, catalog.kinds()));
         let follower = watches.then(|| Follower::new(config.directories()));
-        let reloads = file.map(|file| reloads(file, follower, load, stage, running, supervisor.clone()));
+        let reloads = file.map(|file| reloads(file, follower, load, stage, running, supervisor.clone(), changing));
         let reloads = reloads.transpose().map_err(no_thread)?;
         let Process { mut server, loops, endings, .. } = process;
-        if let Some((app, socket)) = reception {
-            let app = reload::add(stop::add(app, Handle(asked.clone())), reloads.clone());
-            let service = admin::service(socket.key(), socket.permissions(), app, admin_tls);
-            server.add_service(Bound::new(service, vec![socket]));
-        }
+        let reception = match reception {
+            Some((app, socket)) => {
+                let app = reload::add(stop::add(app, Handle(asked.clone())), reloads.clone());
+                let app = upgrade::add(app, upgrades.clone());
+                let place = Place::of("admin", &config.admin.address, &socket);
+                let is_unix = socket.is_unix();
+                let reception = Reception::new(app, socket.into_fd(), is_unix, admin_tls)
+                    .map_err(|error| one(no_open_files(&error)))?;
+                server.add_service(reception.service(endings.begin.subscribe()));
+                lock(&stations).insert(0, Station { place, clerk: Clerk::Admin(reception.clone()) });
+                Some(reception)
+            }
+            None => None,
+        };
         let Outputs { log, tracer, .. } = outputs;
-        let stop = Stop { asked, endings, times, log: log.clone(), places: places.clone(), reloads, supervisor };
-        Ok(Gateway { server, stop, places, admin, log, tracer, loops })
+        let stop = Stop {
+            asked,
+            endings,
+            times,
+            inherited,
+            predecessor,
+            upgrades: upgrades.clone(),
+            upgrade,
+            elders,
+            upgrade_metrics: metrics.upgrades(),
+            pid_file,
+            ledger,
+            upstreams,
+            acme,
+            metrics,
+            reception,
+            log: log.clone(),
+            stations: stations.clone(),
+            reloads,
+            supervisor,
+        };
+        Ok(Gateway { server, stop, upgrades, stations, admin, log, tracer, loops })
     }
 }
 
@@ -293,7 +378,7 @@ fn stage(
 ) -> Stage {
     let (upstreams, upstreams_upkeep) = upkeep::service("upstreams");
     let (tls, tls_upkeep) = upkeep::service("tls");
-    let (acme, acme_upkeep) = upkeep::service("acme");
+    let (acme, acme_upkeep) = upkeep::service_from("acme", process.endings.begin.subscribe());
     process.server.add_service(upstreams_upkeep);
     process.server.add_service(tls_upkeep);
     process.server.add_service(ground.files.background());
@@ -309,7 +394,8 @@ fn stage(
         tls,
         acme,
         shutdown: Arc::new(Mutex::new(config.server.shutdown.clone())),
-        places: Arc::default(),
+        upgrade: Arc::new(Mutex::new(config.server.upgrade.clone())),
+        stations: Arc::default(),
         ledger: Arc::default(),
         ground,
     };
@@ -325,9 +411,10 @@ fn reloads(
     stage: Stage,
     running: Running,
     supervisor: Supervisor,
+    changing: Changing,
 ) -> io::Result<Reloads> {
     let shown = stage.ground.metrics.config();
-    let engine = Engine::new(file, load, stage, shown, running, supervisor);
+    let engine = Engine::new(file, load, stage, shown, running, supervisor, changing);
     let reloads = engine.telling(follower.as_ref().map(Follower::watched)).start()?;
     follower.map_or(Ok(()), |follower| follower.start(reloads.clone()))?;
     Ok(reloads)
@@ -340,12 +427,13 @@ fn admin_app(
     stage: &Stage,
     outputs: &Outputs,
 ) -> Result<(Admin, Socket), StartError> {
-    let socket = Socket::bind(&config.admin.address, config.admin.mode).map_err(|source| StartError::Listen {
+    let address = &config.admin.address;
+    let opened = stage.ground.inherited.open("admin", address, config.admin.mode);
+    let socket = opened.map_err(|source| StartError::Listen {
         listener: "admin".to_owned(),
-        address: config.admin.address.0.clone(),
+        address: address.0.clone(),
         source,
     })?;
-    lock(&stage.places).push(Place::of("admin", &socket));
     let sources = Sources {
         shown: stage.shown.clone(),
         metrics: stage.ground.metrics.clone(),

@@ -25,6 +25,7 @@ pub mod retry;
 mod route;
 mod spool;
 mod tls;
+pub mod upgrade;
 mod upstream;
 
 use std::collections::{BTreeSet, HashMap};
@@ -68,6 +69,8 @@ pub use spool::{OperationMetrics, RungMetrics, SPOOL_LIMITS, SpoolMetrics};
 pub use tls::TlsMetrics;
 pub use upstream::{DiscoveryMetrics, EjectionMetrics, HealthCheckMetrics, UpstreamMetrics};
 
+use upgrade::UpgradeMetrics;
+
 /// All metrics of one gateway. Clones are cheap and share everything.
 #[derive(Clone)]
 pub struct Metrics(Arc<Inner>);
@@ -108,6 +111,7 @@ struct Families {
     outputs: outputs::Families,
     admin: admin::Families,
     config: config::Families,
+    upgrade: upgrade::Families,
 }
 
 impl Families {
@@ -126,6 +130,7 @@ impl Families {
             outputs: outputs::Families::register(registry),
             admin: admin::Families::register(registry),
             config: config::Families::register(registry),
+            upgrade: upgrade::Families::register(registry),
         }
     }
 }
@@ -358,6 +363,11 @@ impl Metrics {
         self.families().config.metrics()
     }
 
+    /// What is counted of upgrades.
+    pub fn upgrades(&self) -> UpgradeMetrics {
+        self.families().upgrade.metrics()
+    }
+
     /// Counts what goes by each generation of the configuration, on each scrape.
     pub fn count_generations(&self, generations: Arc<dyn Generations>) {
         self.collect_too(Box::new(GenerationCollector::new(generations)));
@@ -494,6 +504,7 @@ mod tests {
         metrics.relay("web", "tcp");
         metrics.acme("ours").show("a.test", 0, 0);
         metrics.challenges();
+        metrics.upgrades();
         metrics.tls("web").show([("a.test", "RSA", 0)]);
         let upstream = metrics.upstream("app");
         let endpoint = upstream.endpoint("127.0.0.1:3000");

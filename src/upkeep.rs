@@ -41,12 +41,23 @@ impl<T: Kept> InUse<T> {
 }
 
 /// The service that works for what is in use.
-pub struct Upkeep<T>(watch::Receiver<Vec<Arc<T>>>);
+pub struct Upkeep<T> {
+    in_use: watch::Receiver<Vec<Arc<T>>>,
+    /// It begins when this says so.
+    begin: watch::Receiver<bool>,
+}
 
 /// A service of this name, with a thread of its own, and what tells it what is in use: nothing yet.
 pub fn service<T: Kept>(name: &str) -> (InUse<T>, GenBackgroundService<Upkeep<T>>) {
-    let (in_use, told) = watch::channel(Vec::new());
-    (InUse(Arc::new(in_use)), GenBackgroundService::new(name.to_owned(), Arc::new(Upkeep(told))))
+    let (_, at_once) = watch::channel(true);
+    service_from(name, at_once)
+}
+
+/// The same for work that begins only when `begin` says so: until then another process may do it.
+pub fn service_from<T: Kept>(name: &str, begin: watch::Receiver<bool>) -> (InUse<T>, GenBackgroundService<Upkeep<T>>) {
+    let (sender, in_use) = watch::channel(Vec::new());
+    let upkeep = Arc::new(Upkeep { in_use, begin });
+    (InUse(Arc::new(sender)), GenBackgroundService::new(name.to_owned(), upkeep))
 }
 
 /// Stops its task when it is dropped.
@@ -61,7 +72,12 @@ impl Drop for Task {
 #[async_trait]
 impl<T: Kept> BackgroundService for Upkeep<T> {
     async fn start(&self, mut shutdown: ShutdownWatch) {
-        let mut told = self.0.clone();
+        let (mut told, mut begin) = (self.in_use.clone(), self.begin.clone());
+        tokio::select! {
+            // An error means that the gateway stops.
+            begun = begin.wait_for(|begun| *begun) => if begun.is_err() { return },
+            _ = shutdown.changed() => return,
+        }
         let mut tasks: HashMap<usize, Task> = HashMap::new();
         loop {
             let in_use = told.borrow_and_update().clone();
@@ -127,10 +143,14 @@ mod tests {
         let counts: [Arc<AtomicUsize>; 2] = Default::default();
         let [one, two] = counts.clone().map(|count| Arc::new(Thing(count)));
         let (told, receiver) = watch::channel(Vec::new());
-        let (in_use, upkeep) = (InUse(Arc::new(told)), Upkeep(receiver));
+        let (begin, begun) = watch::channel(false);
+        let (in_use, upkeep) = (InUse(Arc::new(told)), Upkeep { in_use: receiver, begin: begun });
         let (stop, shutdown) = watch::channel(false);
         let service = tokio::spawn(async move { upkeep.start(shutdown).await });
         in_use.set(vec![one.clone()]);
+        tokio::task::yield_now().await;
+        assert_eq!(counts[0].load(Ordering::SeqCst), 0, "it is not to begin yet");
+        begin.send(true).expect("the service listens");
         until(&counts[0], 101).await;
         in_use.set(vec![one.clone(), two.clone()]);
         until(&counts[1], 101).await;

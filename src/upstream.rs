@@ -565,6 +565,14 @@ impl Upstream {
     }
 
     /// Asks its endpoints whether they are well, if it is to.
+    /// Whether its endpoints are checked, and nothing is known of one of them yet.
+    pub fn is_unchecked(&self) -> bool {
+        let unknown = |endpoint: &Arc<Endpoint>| {
+            !endpoint.availability().is_removed() && endpoint.checks().health() == Health::Unknown
+        };
+        self.checks.is_some() && self.members().iter().any(unknown)
+    }
+
     async fn keep_health(&self) {
         if let Some(checks) = &self.checks {
             checks.run(self).await;

@@ -48,7 +48,7 @@ install -D -m 644 -t "$dist/$tree/share/fish/vendor_completions.d" $dist/complet
 install -D -m 644 -t "$dist/$tree/etc" conf/packaging/forebay.yaml conf/full.yaml \
   conf/forebay.schema.json
 sed -i '1s#/usr/share/forebay/##' "$dist/$tree/etc/forebay.yaml"
-install -D -m 644 -t "$dist/$tree/system" conf/packaging/forebay.{service,sysusers,tmpfile,logrotate}
+install -D -m 644 -t "$dist/$tree/system" conf/packaging/forebay.{service,socket,sysusers,tmpfile,logrotate}
 install -m 644 -t "$dist/$tree" LICENSE
 sed -e "s/@LIBRARIES@/$(echo "$needed" | paste -sd ' ')/" -e "s/@GLIBC@/$glibc/" conf/packaging/tarball.md >"$dist/$tree/INSTALL.md"
 # The same tree makes the same bytes.

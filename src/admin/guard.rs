@@ -8,7 +8,7 @@
 //! page read what comes, too. Of this the browser says nothing at all in a GET, so that nobody is answered who calls us
 //! by a name that we do not know ([`Hosts`]).
 
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
@@ -42,6 +42,22 @@ pub struct Caller {
     pub secure: bool,
     /// It has shown who it is.
     pub known: bool,
+}
+
+/// By what a caller may have something done that not everybody on this machine may.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Voucher {
+    /// It has shown that it may: by the token, a certificate, or the permissions of the unix socket.
+    Shown,
+    /// It came by this connection, whose user the system knows if it is of this machine.
+    Connection {
+        /// Its address.
+        client: SocketAddr,
+        /// Ours.
+        server: SocketAddr,
+    },
+    /// Nothing is known of it.
+    Nothing,
 }
 
 /// Whether a request with these header fields shows the token.

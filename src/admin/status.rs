@@ -84,7 +84,7 @@ pub struct Document {
     pub uptime_seconds: f64,
     /// The number of the configuration that runs, from 1.
     pub generation: u64,
-    /// `starting`, `ready` or `stopping`.
+    /// `starting`, `ready` or `stopping`; `handed_over` where another process serves in place of this one.
     pub state: String,
     /// One row for each worker thread.
     pub workers: Vec<WorkerStatus>,
@@ -411,6 +411,7 @@ impl Status {
                 Ready::Starting => "starting",
                 Ready::Ready => "ready",
                 Ready::Stopping => "stopping",
+                Ready::HandedOver => "handed_over",
             }
             .to_owned(),
             workers: self.workers(),

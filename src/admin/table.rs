@@ -6,11 +6,13 @@
 use std::fmt::Write;
 use std::future::Future;
 use std::pin::Pin;
+use std::time::Duration;
 
 use bytes::Bytes;
 use http::{Method, Uri};
 
 use super::answer::Answer;
+use super::guard::Voucher;
 
 type Later = Pin<Box<dyn Future<Output = Answer> + Send>>;
 
@@ -19,13 +21,20 @@ pub struct Ask {
     parts: Vec<(&'static str, String)>,
     query: String,
     html: bool,
+    voucher: Voucher,
     /// Its body: of a POST only, and bounded.
     pub body: Bytes,
 }
 
 impl Ask {
-    pub(super) fn new(found: Vec<(&'static str, String)>, uri: &Uri, html: bool, body: Bytes) -> Self {
-        Ask { parts: found, query: uri.query().unwrap_or_default().to_owned(), html, body }
+    pub(super) fn new(
+        found: Vec<(&'static str, String)>,
+        uri: &Uri,
+        html: bool,
+        voucher: Voucher,
+        body: Bytes,
+    ) -> Self {
+        Ask { parts: found, query: uri.query().unwrap_or_default().to_owned(), html, voucher, body }
     }
 
     /// The segment of the path that the entry calls by this name, decoded; empty if it calls none so.
@@ -47,6 +56,11 @@ impl Ask {
         })
     }
 
+    /// By what it may have something done that not everybody on this machine may.
+    pub fn voucher(&self) -> Voucher {
+        self.voucher
+    }
+
     /// Whether it comes from a browser that would show a page.
     pub fn wants_html(&self) -> bool {
         self.html
@@ -60,6 +74,8 @@ pub struct Entry {
     /// The path, with names in braces where a segment may be anything.
     pub path: &'static str,
     says: &'static str,
+    /// How long the answer may take.
+    pub(super) patience: Duration,
     pub(super) answer: Box<dyn Fn(Ask) -> Later + Send + Sync>,
 }
 
@@ -78,17 +94,18 @@ pub enum Found<'t> {
 }
 
 impl Table {
-    /// Adds an entry. `says` is what the index says of it.
+    /// Adds an entry. `says` is what the index says of it, `patience` is how long an answer may take.
     pub fn add<F>(
         &mut self,
         method: Method,
         path: &'static str,
         says: &'static str,
+        patience: Duration,
         answer: impl Fn(Ask) -> F + Send + Sync + 'static,
     ) where
         F: Future<Output = Answer> + Send + 'static,
     {
-        self.0.push(Entry { method, path, says, answer: Box::new(move |ask| Box::pin(answer(ask))) });
+        self.0.push(Entry { method, path, says, patience, answer: Box::new(move |ask| Box::pin(answer(ask))) });
     }
 
     /// What this method gets at this path.
@@ -163,7 +180,7 @@ mod tests {
             (Method::GET, "/upstreams/{upstream}"),
             (Method::POST, "/upstreams/{upstream}"),
         ] {
-            table.add(method, path, "says it", |_| std::future::ready(Answer::text("")));
+            table.add(method, path, "says it", Duration::ZERO, |_| std::future::ready(Answer::text("")));
         }
         table
     }
@@ -200,7 +217,7 @@ mod tests {
     #[test]
     fn arguments_are_decoded_and_what_is_no_code_stays() {
         let uri = Uri::from_static("/trace?route=a+b%26c&count&client=100%&%zz=1");
-        let ask = Ask::new(Vec::new(), &uri, false, Bytes::new());
+        let ask = Ask::new(Vec::new(), &uri, false, Voucher::Nothing, Bytes::new());
         assert_eq!(ask.query("route").as_deref(), Some("a b&c"));
         assert_eq!(ask.query("count").as_deref(), Some(""));
         assert_eq!(ask.query("client").as_deref(), Some("100%"));

@@ -103,6 +103,7 @@ enum LogFormat {
 
 /// Runs it until a signal stops it, or prints what would run.
 pub fn proxy(builder: Builder, asked: &Proxy) -> Result<(), Failure> {
+    let (builder, predecessor) = if asked.print { (builder, None) } else { run::inheriting(builder)? };
     // It goes with this run.
     let made = match asked.tls {
         Some(Certificate::Throwaway) if asked.print => {
@@ -120,10 +121,13 @@ pub fn proxy(builder: Builder, asked: &Proxy) -> Result<(), Failure> {
         return print(text.trim_end());
     }
     super::logs::start()?;
-    let config = builder.parse(NAME, &text).map_err(Failure::Report)?;
-    let gateway = run::ready(builder, config)?;
-    print(&asked.told(gateway.address("web"), gateway.admin_address()))?;
-    gateway.run();
+    let start = || {
+        let config = builder.parse(NAME, &text).map_err(Failure::Report)?;
+        let gateway = run::ready(builder.clone(), config)?;
+        print(&asked.told(gateway.address("web"), gateway.admin_address()))?;
+        Ok(gateway)
+    };
+    run::telling(predecessor, start)?.run();
     Ok(())
 }
 

@@ -7,13 +7,21 @@ use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
 use super::{ConfigFile, DemoAddresses, Failure, logs, print};
 use crate::config::Config;
+use crate::gateway::inherited::Inherited;
 use crate::gateway::privileges::keep_memory_private;
+use crate::gateway::takeover::Predecessor;
 use crate::gateway::{Builder, Gateway, StartError};
 use crate::origin::Origin;
 
 /// Runs the gateway until a signal stops it.
 pub fn run(builder: Builder, file: ConfigFile, watch: bool) -> Result<(), Failure> {
+    let (builder, predecessor) = inheriting(builder)?;
     logs::start()?;
+    telling(predecessor, || started(builder, file, watch))?.run();
+    Ok(())
+}
+
+fn started(builder: Builder, file: ConfigFile, watch: bool) -> Result<Gateway, Failure> {
     let (path, config) = file.load(&builder)?;
     // A reload reads the same file, wherever the process is by then.
     let file = std::path::absolute(&path).unwrap_or_else(|_| path.clone());
@@ -22,8 +30,32 @@ pub fn run(builder: Builder, file: ConfigFile, watch: bool) -> Result<(), Failur
     let gateway = ready(builder, config)?;
     let open_files = getrlimit(Resource::RLIMIT_NOFILE).map_or(0, |(soft, _)| soft);
     tracing::info!(config = %path.display(), version = env!("CARGO_PKG_VERSION"), open_files, "forebay starts");
-    gateway.run();
-    Ok(())
+    Ok(gateway)
+}
+
+/// Has the gateway take the sockets that were opened for this process, by a service manager or by the process that it
+/// takes over from. Before anything else opens files or starts threads.
+pub fn inheriting(builder: Builder) -> Result<(Builder, Option<Predecessor>), Failure> {
+    let Some(predecessor) = Predecessor::of_environment().map_err(Failure::Runtime)? else {
+        let inherited = Inherited::of_service_manager().map_err(Failure::Runtime)?;
+        return Ok((builder.inheriting(inherited), None));
+    };
+    let inherited = Inherited::default();
+    predecessor.pass_to(&inherited).map_err(Failure::Runtime)?;
+    Ok((builder.inheriting(inherited).replacing(predecessor.clone()), Some(predecessor)))
+}
+
+/// Starts a gateway. If that fails, the process that this one should take over from learns why.
+pub fn telling(
+    predecessor: Option<Predecessor>,
+    start: impl FnOnce() -> Result<Gateway, Failure>,
+) -> Result<Gateway, Failure> {
+    start().inspect_err(|failure| {
+        if let Some(predecessor) = predecessor {
+            let (report, code) = failure.text(false);
+            predecessor.refuse(code == super::EXIT_CONFIG, &report);
+        }
+    })
 }
 
 /// Builds the gateway, in a process that is ready for it.
@@ -38,7 +70,13 @@ pub fn ready(builder: Builder, config: Config) -> Result<Gateway, Failure> {
 
 /// Runs the gateway in front of a test origin on a free port, and tells what to try.
 pub fn demo(builder: Builder, addresses: &DemoAddresses) -> Result<(), Failure> {
+    let (builder, predecessor) = inheriting(builder)?;
     logs::start()?;
+    telling(predecessor, || demonstrating(builder, addresses))?.run();
+    Ok(())
+}
+
+fn demonstrating(builder: Builder, addresses: &DemoAddresses) -> Result<Gateway, Failure> {
     let origin = Origin::bind("127.0.0.1:0").and_then(Origin::spawn).map_err(Failure::io("start the test origin"))?;
     let config = builder.parse("demo", &demo_config(addresses, origin.address())).map_err(Failure::Report)?;
     raise_open_files();
@@ -50,8 +88,7 @@ pub fn demo(builder: Builder, addresses: &DemoAddresses) -> Result<(), Failure> 
         other => failure(other),
     })?;
     print(&demo_text(&gateway, addresses, origin.address()))?;
-    gateway.run();
-    Ok(())
+    Ok(gateway)
 }
 
 fn demo_config(addresses: &DemoAddresses, origin: SocketAddr) -> String {

@@ -143,7 +143,7 @@ impl Trace {
 }
 
 /// For a query (RFC 3986 §3.4): what is neither a letter nor a digit is encoded, but for a few that mean nothing there.
-fn encoded(text: &str) -> String {
+pub fn encoded(text: &str) -> String {
     let byte = |byte: u8| match byte {
         b'a'..=b'z' | b'A'..=b'Z' | b'0'..=b'9' | b'-' | b'.' | b'_' | b'~' | b'/' | b':' => {
             char::from(byte).to_string()

@@ -31,23 +31,44 @@ pub struct Acceptor {
     listener: ArcSwap<Listener>,
     /// `None` once its task has it.
     socket: Mutex<Option<OwnedFd>>,
-    close: watch::Sender<bool>,
+    /// The same socket, for a process that takes over. It is closed with the other one, or clients would wait in vain.
+    duplicate: Mutex<Option<OwnedFd>>,
+    close: watch::Sender<Closing>,
     /// The file of a unix socket.
     file: Option<PathBuf>,
 }
 
+/// What becomes of a socket.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Closing {
+    /// Connections are accepted.
+    Open,
+    /// It is closed once those are served who have connected.
+    Ends,
+    /// Another process accepts them, also those that wait now.
+    HandedOver,
+}
+
 /// A listening socket that a runtime watches.
-enum Open {
+pub enum Open {
+    /// Of TCP.
     Tcp(tokio::net::TcpListener),
+    /// A unix socket.
     Unix(tokio::net::UnixListener),
 }
 
 impl Acceptor {
     /// One for this socket, which is bound, listens and does not block. Its connections are those of this listener. The
     /// file of a unix socket is removed if nothing is ever accepted on it.
-    pub fn new(socket: OwnedFd, listener: Arc<Listener>, file: Option<PathBuf>) -> Arc<Acceptor> {
-        let (close, _) = watch::channel(false);
-        Arc::new(Acceptor { listener: ArcSwap::new(listener), socket: Mutex::new(Some(socket)), close, file })
+    ///
+    /// # Errors
+    ///
+    /// The system has no further descriptor.
+    pub fn new(socket: OwnedFd, listener: Arc<Listener>, file: Option<PathBuf>) -> io::Result<Arc<Acceptor>> {
+        let (close, _) = watch::channel(Closing::Open);
+        let duplicate = Mutex::new(Some(socket.try_clone()?));
+        let socket = Mutex::new(Some(socket));
+        Ok(Arc::new(Acceptor { listener: ArcSwap::new(listener), socket, duplicate, close, file }))
     }
 
     /// Whose connections come in now.
@@ -62,7 +83,22 @@ impl Acceptor {
 
     /// Has the socket closed, once those are served who had connected before.
     pub fn close(&self) {
-        self.close.send_replace(true);
+        self.close.send_replace(Closing::Ends);
+    }
+
+    /// Another process accepts the connections from now on, those that wait among them.
+    pub fn give_up(&self) {
+        self.close.send_replace(Closing::HandedOver);
+    }
+
+    /// The socket once more, for another process; `None` if it is closed.
+    ///
+    /// # Errors
+    ///
+    /// The system has no further descriptor.
+    pub fn duplicate(&self) -> io::Result<Option<OwnedFd>> {
+        let duplicate = self.duplicate.lock().unwrap_or_else(PoisonError::into_inner);
+        duplicate.as_ref().map(OwnedFd::try_clone).transpose()
     }
 
     /// Accepts connections and hands them to `front` until the socket is to be closed, or `stop` says so.
@@ -83,7 +119,7 @@ impl Acceptor {
             let accepted = tokio::select! {
                 accepted = open.accept() => accepted,
                 _ = stop.wait_for(|stop| *stop) => break,
-                _ = closed.wait_for(|closed| *closed) => break,
+                _ = closed.wait_for(|closing| *closing != Closing::Open) => break,
             };
             match accepted {
                 Ok(stream) => {
@@ -100,6 +136,10 @@ impl Acceptor {
                     }
                 }
             }
+        }
+        self.duplicate.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if *closed.borrow() == Closing::HandedOver {
+            return;
         }
         // Clients that have connected already must not be reset.
         while let Ok(Some(stream)) = open.accept_waiting() {
@@ -140,14 +180,24 @@ impl Drop for Acceptor {
 }
 
 impl Open {
-    fn new(socket: OwnedFd, unix: bool) -> io::Result<Open> {
+    /// Has the runtime of this thread watch a socket that listens and does not block.
+    ///
+    /// # Errors
+    ///
+    /// The runtime cannot watch it.
+    pub fn new(socket: OwnedFd, unix: bool) -> io::Result<Open> {
         Ok(match unix {
             true => Open::Unix(tokio::net::UnixListener::from_std(socket.into())?),
             false => Open::Tcp(tokio::net::TcpListener::from_std(socket.into())?),
         })
     }
 
-    async fn accept(&self) -> io::Result<Stream> {
+    /// The next connection.
+    ///
+    /// # Errors
+    ///
+    /// What accept(2) says.
+    pub async fn accept(&self) -> io::Result<Stream> {
         Ok(match self {
             Open::Tcp(socket) => {
                 let (stream, peer) = socket.accept().await?;

@@ -46,6 +46,10 @@ const DISK_THREADS_MAX: u64 = 64;
 const DISK_QUEUE_MAX: u64 = 1_000_000;
 /// The most that a thread can give way.
 const DISK_NICE_MAX: u64 = 19;
+/// Whoever waits for an upgrade holds a connection to the admin endpoint.
+const UPGRADE_MAX: Duration = Duration::from_secs(600);
+/// Each is passed on with one message.
+const DRAINING_MAX: u64 = 64;
 /// What is left, in percent, is little enough for connections to backends, and cannot be done without.
 const OPEN_FILES_MAX: f64 = 90.0;
 /// With less, in percent, next to nothing could be held.
@@ -136,6 +140,17 @@ impl<'a> Check<'a> {
         self.count("server.disk_nice", rest.server.disk_nice, 0, DISK_NICE_MAX);
         self.open_files(&rest.server.open_files);
         self.time("server.shutdown.deadline", rest.server.shutdown.deadline);
+        self.time("server.upgrade.deadline", rest.server.upgrade.deadline);
+        if rest.server.upgrade.deadline.0 > UPGRADE_MAX {
+            let path = "server.upgrade.deadline";
+            let finding = Finding::error(value(path), format!("`{path}` is too long"));
+            self.wrong(finding.label("expected at most `10m`"));
+        }
+        self.count("server.upgrade.processes", rest.server.upgrade.processes, 1, DRAINING_MAX);
+        if rest.server.pid_file.as_ref().is_some_and(|path| !path.starts_with('/')) {
+            let finding = Finding::error(value("server.pid_file"), "the path of this file must be absolute");
+            self.wrong(finding.label("expected a path such as `/run/forebay/forebay.pid`"));
+        }
         self.resources(&rest.resources);
         self.count("observability.access_log.queue", rest.observability.access_log.queue, 1, LOG_QUEUE_MAX);
         self.log_fields(&rest.observability.access_log.fields);

@@ -43,6 +43,12 @@ pub struct Server {
     pub open_files: OpenFiles,
     /// What happens on SIGTERM.
     pub shutdown: Shutdown,
+    /// What happens on SIGUSR2, and by `forebay upgrade`.
+    pub upgrade: Upgrade,
+    /// A file that holds the number of the process that serves: written once it does, by the user that Forebay runs as,
+    /// and removed when it ends. A process that takes over writes its own number.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub pid_file: Option<String>,
 }
 
 impl Default for Server {
@@ -58,6 +64,8 @@ impl Default for Server {
             disk_nice: Count(10),
             open_files: OpenFiles::default(),
             shutdown: Shutdown::default(),
+            upgrade: Upgrade::default(),
+            pid_file: None,
         }
     }
 }
@@ -155,6 +163,26 @@ pub struct Shutdown {
 impl Default for Shutdown {
     fn default() -> Self {
         Shutdown { pause: Time::seconds(5), deadline: Time::seconds(30) }
+    }
+}
+
+/// A new process takes over: it is started, loads its configuration, is ready, accepts connections; then this one ends
+/// what it has under way, for at most `shutdown.deadline`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct Upgrade {
+    /// How long the new process may take until it is ready; then it is ended and this one serves on. At most 10m.
+    pub deadline: Time,
+    /// How long connections without a request stay open once another process serves: the answer to the next request
+    /// says that it is the last. A request that crosses the end of its connection would be lost.
+    pub idle: Time,
+    /// Older processes that may still be ending what they have under way when another upgrade is begun; from 1 to 64.
+    pub processes: Count,
+}
+
+impl Default for Upgrade {
+    fn default() -> Self {
+        Upgrade { deadline: Time::seconds(60), idle: Time::seconds(5), processes: Count(32) }
     }
 }
 

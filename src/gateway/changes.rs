@@ -305,7 +305,7 @@ fn differ(steps: &mut Vec<String>, before: Option<Sides<'_>>, after: Option<Side
 fn effect(steps: &[String], was: bool, is: bool) -> Effect {
     let step = |number: usize| steps.get(number).map(String::as_str);
     match (step(0), step(2)) {
-        (Some("server"), _) if step(1) == Some("shutdown") => Effect::NextRequest,
+        (Some("server"), _) if matches!(step(1), Some("shutdown" | "upgrade")) => Effect::NextRequest,
         (Some("server"), _) => Effect::NewProcess,
         (Some(section), _) if PROCESS.contains(&section) => Effect::NewProcess,
         (Some("listeners"), None) if !was => Effect::ListenerOpens,

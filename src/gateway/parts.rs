@@ -36,6 +36,7 @@ use crate::proxy::routes::Route;
 use crate::proxy::routes::table::Table;
 use crate::upstream::{self, Upstream};
 
+use super::inherited::Inherited;
 use super::running::{Listed, Running};
 
 /// How many idle connections to upstreams of mirrors are kept.
@@ -53,6 +54,8 @@ pub struct Ground {
     pub served: Served,
     /// The files that filters go by.
     pub files: Files,
+    /// Sockets that were open before this process.
+    pub inherited: Inherited,
     /// What filters keep from one configuration to the next.
     kept: Kept,
     /// Connections for the calls of filters.
@@ -73,6 +76,7 @@ impl Ground {
             challenges,
             served: Served::default(),
             files: Files::default(),
+            inherited: Inherited::default(),
             kept: Kept::default(),
             calls: Lines::default(),
             mirrors: OnceLock::new(),

@@ -80,6 +80,8 @@ impl Outputs {
 pub struct Endings {
     /// Answers say that they are the last of their connection from then on.
     pub stopping: watch::Sender<bool>,
+    /// Connections are accepted from then on.
+    pub begin: watch::Sender<bool>,
     /// No connection is accepted any more, and idle ones close.
     pub listeners: watch::Sender<bool>,
     /// What is left is cut.
@@ -94,6 +96,7 @@ impl Default for Endings {
     fn default() -> Self {
         Endings {
             stopping: watch::channel(false).0,
+            begin: watch::channel(false).0,
             listeners: watch::channel(false).0,
             cut: Arc::default(),
             inflight: Arc::default(),
@@ -187,7 +190,8 @@ impl Process {
             Doorway::new(self.shares.accepts_below(), metrics.doorway()).map_err(|error| no_open_files(&error))?;
         let (loops, threads) = (self.loops.clone(), self.threads);
         let find_workers = move || loops.attach(threads, pingora_runtime::current_handle);
-        let (openings, web) = Web::new(front, Door(doorway), threads, self.endings.listeners.subscribe(), find_workers);
+        let (begin, stop) = (self.endings.begin.subscribe(), self.endings.listeners.subscribe());
+        let (openings, web) = Web::new(front, Door(doorway), threads, begin, stop, find_workers);
         self.server.add_service(web);
         Ok(openings)
     }
@@ -269,7 +273,8 @@ pub fn loop_terms(config: &Config) -> eventloop::Terms {
 pub fn shares(config: &Config, threads: usize) -> Result<Shares, BuildError> {
     let known = File::open("/dev/null").map_err(|error| no_open_files(&error))?.into();
     let opened = lowest_free(&known).and_then(|next| u64::try_from(next).ok()).unwrap_or_default();
-    let sockets = config.listeners.len() as u64 + u64::from(config.admin.enabled);
+    // Each is there once more, for a process that takes over.
+    let sockets = 2 * (config.listeners.len() as u64 + u64::from(config.admin.enabled));
     let limit = getrlimit(Resource::RLIMIT_NOFILE).map_or(u64::MAX, |(soft, _)| soft);
     let OpenFiles { clients, spools } = config.server.open_files;
     let shares = Shares::new(limit, Shares::own(opened + sockets, threads), clients.ratio(), spools.ratio());

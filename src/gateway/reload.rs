@@ -18,7 +18,7 @@ use tokio::sync::oneshot;
 use crate::admin::Admin;
 use crate::admin::answer::Answer;
 use crate::client::connection::Listener;
-use crate::config::server::Shutdown;
+use crate::config::server::Server;
 use crate::config::{Config, Report};
 use crate::error::BuildError;
 use crate::error::path::{self, Step};
@@ -32,6 +32,7 @@ use super::follow::Watched;
 use super::running::Running;
 use super::stage::{Obstacle, Stage, prepare};
 use super::supervisor::Supervisor;
+use super::upgrade::Changing;
 
 /// How often is looked whether what was replaced is in use still.
 const LOOK: Duration = Duration::from_millis(500);
@@ -142,6 +143,7 @@ pub struct Engine {
     supervisor: Supervisor,
     /// Where the files are that have it reloaded when they change, if any do.
     watched: Option<Watched>,
+    changing: Changing,
 }
 
 /// What was replaced and may be in use still.
@@ -162,6 +164,7 @@ impl Engine {
         metrics: ConfigMetrics,
         running: Running,
         supervisor: Supervisor,
+        changing: Changing,
     ) -> Engine {
         let tried = running.config.hash();
         Engine {
@@ -174,6 +177,7 @@ impl Engine {
             leaving: Vec::new(),
             tried,
             supervisor,
+            changing,
             watched: None,
         }
     }
@@ -215,6 +219,9 @@ impl Engine {
     }
 
     fn answer(&mut self, asked: Vec<Order>) {
+        let changing = self.changing.clone();
+        // Who asks hears that the gateway stops.
+        let Some(_changing) = changing.begin() else { return };
         let (checks, applies): (Vec<_>, Vec<_>) = asked.into_iter().partition(|order| order.what == What::Check);
         if let Some(first) = checks.first() {
             let outcome = self.try_once(What::Check, first.by);
@@ -296,9 +303,8 @@ impl Engine {
     fn build(&self, mut config: Config) -> Result<Running, String> {
         let as_written = config.clone();
         let runs = &self.running.config;
-        let shutdown: Shutdown = config.server.shutdown.clone();
-        config.server = runs.server.clone();
-        config.server.shutdown = shutdown;
+        let server = config.server;
+        config.server = Server { shutdown: server.shutdown, upgrade: server.upgrade, ..runs.server.clone() };
         config.resources = runs.resources.clone();
         config.admin = runs.admin.clone();
         config.observability = runs.observability.clone();

@@ -1,35 +1,38 @@
 //! The listening sockets, bound before anything runs: an address that is taken is a clear error and not a panic of a
 //! thread, and a port chosen by the system is known.
 //!
-//! Listeners accept on theirs themselves (`client/acceptor.rs`). Pingora is handed that of the admin endpoint the way
-//! it would take it over from an older process.
+//! A socket that was open before this process is taken in place of a new one (`inherited.rs`). Listeners accept on
+//! theirs by `client/acceptor.rs`, the admin endpoint by `reception.rs`.
 
 use std::fs::{self, Permissions};
 use std::io;
 use std::net::{SocketAddr, ToSocketAddrs};
-use std::os::fd::{IntoRawFd, OwnedFd, RawFd};
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
+use std::sync::Arc;
 
-use async_trait::async_trait;
-use pingora::server::{ListenFds, RuntimeOpts, ShutdownWatch};
-use pingora::services::Service;
-
+use crate::admin::reception::Reception;
+use crate::client::acceptor::Acceptor;
 use crate::config::Address;
 use crate::config::units::FileMode;
+
+use super::inherited::Opener;
 
 /// Connections that may wait in the kernel to be accepted, as Pingora sets it too.
 const BACKLOG: i32 = 65_535;
 
-/// A bound socket and what Pingora knows it by.
+/// A bound socket.
 pub struct Socket {
     /// The TCP address it was bound to; `None` for a unix socket.
     pub tcp: Option<SocketAddr>,
-    /// The address in Pingora's form.
-    key: String,
-    /// The mode of its file, if it is a unix socket.
-    unix: Option<Permissions>,
+    /// The address in words: that of TCP, or the path.
+    address: String,
+    /// The mode that its file is to have, if it is a unix socket.
+    unix: Option<FileMode>,
+    /// Who opened it, if this process did not.
+    opener: Option<Opener>,
     fd: OwnedFd,
 }
 
@@ -62,8 +65,8 @@ impl Socket {
         socket.listen(BACKLOG)?;
         socket.set_nonblocking(true)?;
         let bound = socket.local_addr()?.as_socket();
-        let key = bound.unwrap_or(address).to_string();
-        Ok(Socket { tcp: bound, key, unix: None, fd: socket.into() })
+        let address = bound.unwrap_or(address).to_string();
+        Ok(Socket { tcp: bound, address, unix: None, opener: None, fd: socket.into() })
     }
 
     fn bind_unix(path: &str, mode: FileMode) -> io::Result<Socket> {
@@ -79,16 +82,18 @@ impl Socket {
         socket.bind(&SockAddr::unix(path)?)?;
         // No client can connect before it listens, so that neither the umask of the process nor the moment in between
         // matters.
-        let permissions = Permissions::from_mode(mode.0);
-        fs::set_permissions(path, permissions.clone())?;
+        fs::set_permissions(path, Permissions::from_mode(mode.0))?;
         socket.listen(BACKLOG)?;
         socket.set_nonblocking(true)?;
-        Ok(Socket { tcp: None, key: path.to_owned(), unix: Some(permissions), fd: socket.into() })
+        let address = path.to_owned();
+        Ok(Socket { tcp: None, address, unix: Some(mode), opener: None, fd: socket.into() })
     }
 
-    /// The address in Pingora's form.
-    pub fn key(&self) -> &str {
-        &self.key
+    /// One that was open before this process: of TCP, or a unix socket at a path, whose file is to have a mode.
+    pub fn inherited(tcp: Option<SocketAddr>, unix: Option<(String, FileMode)>, opener: Opener, fd: OwnedFd) -> Socket {
+        let (path, mode) = unix.unzip();
+        let address = path.or_else(|| Some(tcp?.to_string())).unwrap_or_default();
+        Socket { tcp, address, unix: mode, opener: Some(opener), fd }
     }
 
     /// The socket itself.
@@ -96,9 +101,14 @@ impl Socket {
         self.fd
     }
 
-    /// The mode of its file, if it is a unix socket.
-    pub fn permissions(&self) -> Option<Permissions> {
-        self.unix.clone()
+    /// Whether it is a unix socket.
+    pub fn is_unix(&self) -> bool {
+        self.unix.is_some()
+    }
+
+    /// Whether this process opened it.
+    pub fn is_own(&self) -> bool {
+        self.opener.is_none()
     }
 }
 
@@ -107,62 +117,79 @@ impl Socket {
 pub struct Place {
     /// The name of the listener; `admin` is the admin endpoint.
     pub listener: String,
+    /// The address as it is written.
+    pub written: String,
     /// The address as bound: with the port that the system chose, or the path of a unix socket.
     pub address: String,
     /// The TCP address.
     pub tcp: Option<SocketAddr>,
-    /// The file of a unix socket, which is to be removed when nothing listens any more.
-    pub file: Option<PathBuf>,
+    /// The file of a unix socket, which is to be removed when nobody listens any more, and its mode. That of a socket
+    /// of the service manager is not ours.
+    pub file: Option<(PathBuf, FileMode)>,
+    /// The service manager opened it.
+    pub is_managers: bool,
 }
 
 impl Place {
     /// Where `listener` was bound to.
-    pub fn of(listener: &str, socket: &Socket) -> Self {
+    pub fn of(listener: &str, written: &Address, socket: &Socket) -> Self {
+        let is_managers = socket.opener == Some(Opener::ServiceManager);
         Place {
             listener: listener.to_owned(),
-            address: socket.key.clone(),
+            written: written.0.clone(),
+            address: socket.address.clone(),
             tcp: socket.tcp,
-            file: socket.unix.is_some().then(|| PathBuf::from(&socket.key)),
+            file: socket.unix.filter(|_| !is_managers).map(|mode| (PathBuf::from(&socket.address), mode)),
+            is_managers,
         }
     }
 }
 
-/// A Pingora service that is given its bound sockets.
-pub struct Bound<S> {
-    service: S,
-    sockets: Vec<(String, RawFd)>,
+/// A socket that is listened on, and who accepts there.
+#[derive(Clone)]
+pub struct Station {
+    /// Where.
+    pub place: Place,
+    /// Who.
+    pub clerk: Clerk,
 }
 
-impl<S> Bound<S> {
-    /// Gives `service` its sockets.
-    pub fn new(service: S, sockets: Vec<Socket>) -> Self {
-        let sockets = sockets.into_iter().map(|socket| (socket.key, socket.fd.into_raw_fd())).collect();
-        Bound { service, sockets }
-    }
+/// Who accepts connections on a socket.
+#[derive(Clone)]
+pub enum Clerk {
+    /// A listener.
+    Listener(Arc<Acceptor>),
+    /// The admin endpoint.
+    Admin(Arc<Reception>),
 }
 
-#[async_trait]
-impl<S: Service> Service for Bound<S> {
-    async fn start_service(&mut self, fds: Option<ListenFds>, shutdown: ShutdownWatch, listeners_per_fd: usize) {
-        if let Some(fds) = &fds {
-            let mut fds = fds.lock();
-            for (key, fd) in self.sockets.drain(..) {
-                fds.add(key, fd);
-            }
+impl Clerk {
+    /// The socket once more, for another process; `None` if it is closed.
+    ///
+    /// # Errors
+    ///
+    /// The system has no further descriptor.
+    pub fn duplicate(&self) -> io::Result<Option<OwnedFd>> {
+        match self {
+            Clerk::Listener(acceptor) => acceptor.duplicate(),
+            Clerk::Admin(reception) => reception.duplicate().map(Some),
         }
-        self.service.start_service(fds, shutdown, listeners_per_fd).await;
     }
 
-    fn name(&self) -> &str {
-        self.service.name()
+    /// Another process accepts the connections from now on.
+    pub fn hand_over(&self) {
+        match self {
+            Clerk::Listener(acceptor) => acceptor.give_up(),
+            Clerk::Admin(reception) => reception.close(),
+        }
     }
 
-    fn threads(&self) -> Option<usize> {
-        self.service.threads()
-    }
-
-    fn runtime_opts_override(&self, global: &RuntimeOpts) -> Option<RuntimeOpts> {
-        self.service.runtime_opts_override(global)
+    /// Whether it accepts no more connections of clients.
+    pub fn has_left(&self) -> bool {
+        match self {
+            Clerk::Listener(acceptor) => acceptor.duplicate().is_ok_and(|open| open.is_none()),
+            Clerk::Admin(_) => true,
+        }
     }
 }
 
@@ -208,7 +235,7 @@ mod tests {
             let address: Address = format!("unix:{}", path.display()).parse().expect("an address");
             let socket = Socket::bind(&address, mode).expect("a socket");
             let found = fs::metadata(&path).expect("its file").permissions().mode() & 0o777;
-            assert_eq!((found, socket.permissions().map(|mode| mode.mode())), (mode.0, Some(mode.0)));
+            assert_eq!((found, socket.is_unix(), socket.is_own()), (mode.0, true, true));
         }
     }
 }

@@ -15,7 +15,7 @@ use crate::client::acceptor::Acceptor;
 use crate::client::connection::{Common, Listener};
 use crate::client::tls::Tls;
 use crate::config::Config;
-use crate::config::server::Shutdown;
+use crate::config::server::{Shutdown, Upgrade};
 use crate::error::BuildError;
 use crate::metrics::RouteMetrics;
 use crate::metrics::config::Generations;
@@ -30,7 +30,7 @@ use crate::upstream::Upstream;
 use super::parts::{Fit, Ground, Parts, expired, fittings};
 use super::privileges::User;
 use super::running::{Running, Standing};
-use super::sockets::{Place, Socket};
+use super::sockets::{Clerk, Place, Station};
 use super::web::Openings;
 
 /// Why a configuration cannot be put on.
@@ -113,15 +113,22 @@ pub fn assemble(
         let standing = match before.and_then(|before| before.open_at(written)) {
             Some(open) => Standing {
                 acceptor: open.acceptor.clone(),
-                place: Place { listener: written.name.clone(), ..open.place.clone() },
+                place: Place {
+                    listener: written.name.clone(),
+                    written: written.address.0.clone(),
+                    ..open.place.clone()
+                },
                 kept: true,
                 listener,
             },
             None => {
-                let bound = Socket::bind(&written.address, written.mode);
-                let socket = bound.map_err(|source| Obstacle::Listen { index, source })?;
-                let place = Place::of(&written.name, &socket);
-                let acceptor = Acceptor::new(socket.into_fd(), listener.clone(), place.file.clone());
+                let failed = |source| Obstacle::Listen { index, source };
+                let opened = ground.inherited.open(&written.name, &written.address, written.mode);
+                let socket = opened.map_err(failed)?;
+                let place = Place::of(&written.name, &written.address, &socket);
+                // The file of one that another process opened is not removed if nothing comes of this one.
+                let file = place.file.as_ref().filter(|_| socket.is_own()).map(|(file, _)| file.clone());
+                let acceptor = Acceptor::new(socket.into_fd(), listener.clone(), file).map_err(failed)?;
                 Standing { acceptor, place, kept: false, listener }
             }
         };
@@ -181,8 +188,10 @@ pub struct Stage {
     pub acme: InUse<Acme>,
     /// What a stop does.
     pub shutdown: Arc<Mutex<Shutdown>>,
-    /// Where listeners are bound, the admin endpoint among them.
-    pub places: Arc<Mutex<Vec<Place>>>,
+    /// What an upgrade does.
+    pub upgrade: Arc<Mutex<Upgrade>>,
+    /// Where connections are accepted, the admin endpoint among them.
+    pub stations: Arc<Mutex<Vec<Station>>>,
     /// Counts exchanges and connections by their generation.
     pub ledger: Arc<Ledger>,
 }
@@ -232,22 +241,28 @@ impl Stage {
         self.tls.set(secured);
         self.acme.set(running.acme.iter().cloned().collect());
         *lock(&self.shutdown) = running.config.server.shutdown.clone();
+        *lock(&self.upgrade) = running.config.server.upgrade.clone();
     }
 
     fn put_listeners_on(&self, running: &Running, before: Option<&Running>) {
-        let mut places = lock(&self.places);
+        let mut stations = lock(&self.stations);
         for (standing, written) in running.listeners.iter().zip(&running.config.listeners) {
             standing.listener.begin();
             self.ledger.add_listener(&standing.listener);
             if !standing.kept {
-                places.push(standing.place.clone());
+                let clerk = Clerk::Listener(standing.acceptor.clone());
+                stations.push(Station { place: standing.place.clone(), clerk });
                 self.openings.open(standing.acceptor.clone());
                 continue;
             }
             if !Arc::ptr_eq(&standing.acceptor.listener(), &standing.listener) {
                 standing.acceptor.set_listener(standing.listener.clone());
             }
-            if let Some(file) = &standing.place.file
+            let (place, address) = (&standing.place, &standing.place.address);
+            if let Some(station) = stations.iter_mut().find(|station| station.place.address == *address) {
+                station.place = place.clone();
+            }
+            if let Some((file, _)) = &place.file
                 && let Err(error) = fs::set_permissions(file, fs::Permissions::from_mode(written.mode.0))
             {
                 tracing::warn!(listener = standing.listener.name, %error, "the mode of the socket stays as it is");
@@ -259,8 +274,8 @@ impl Stage {
             if !now.contains(&Arc::as_ptr(&old.acceptor)) {
                 tracing::info!(listener = old.place.listener, address = old.place.address, "no longer listening");
                 old.acceptor.close();
-                places.retain(|place| place.address != old.place.address);
-                if let Some(file) = &old.place.file {
+                stations.retain(|station| station.place.address != old.place.address);
+                if let Some((file, _)) = &old.place.file {
                     // The receiver may be gone already.
                     let _ = fs::remove_file(file);
                 }
@@ -293,6 +308,13 @@ impl Ledger {
         let mut listeners = lock(&self.listeners);
         listeners.retain(|known| known.strong_count() > 0 && known.as_ptr() != Arc::as_ptr(listener));
         listeners.push(Arc::downgrade(listener));
+    }
+}
+
+impl Ledger {
+    /// How many client connections are open.
+    pub fn open(&self) -> u64 {
+        lock(&self.listeners).iter().filter_map(Weak::upgrade).map(|listener| listener.open()).sum()
     }
 }
 

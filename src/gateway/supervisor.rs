@@ -11,6 +11,7 @@ use std::os::linux::net::SocketAddrExt;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::net::{SocketAddr, UnixDatagram};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::Duration;
 
@@ -27,14 +28,17 @@ pub struct Supervisor(Option<Arc<Channel>>);
 struct Channel {
     socket: UnixDatagram,
     address: SocketAddr,
+    /// Another process speaks in place of this one.
+    over: AtomicBool,
 }
 
 impl Supervisor {
     /// The manager that is named in the environment, if one is.
     pub fn of_environment() -> Supervisor {
         let Some(name) = env::var_os("NOTIFY_SOCKET").filter(|name| !name.is_empty()) else { return Supervisor(None) };
-        let channel =
-            address(name.as_bytes()).and_then(|address| Ok(Channel { socket: UnixDatagram::unbound()?, address }));
+        let channel = address(name.as_bytes()).and_then(|address| {
+            Ok(Channel { socket: UnixDatagram::unbound()?, address, over: AtomicBool::new(false) })
+        });
         match channel {
             Ok(channel) => Supervisor(Some(Arc::new(channel))),
             Err(error) => {
@@ -57,6 +61,14 @@ impl Supervisor {
         self.say(&format!("RELOADING=1\nMONOTONIC_USEC={}\nSTATUS=loading the configuration", monotonic().as_micros()));
     }
 
+    /// Another process serves from now on and is the main one, and this one says nothing more.
+    pub fn hand_over(&self, pid: u32) {
+        self.say(&format!("MAINPID={pid}\nSTATUS=process {pid} takes over"));
+        if let Some(channel) = &self.0 {
+            channel.over.store(true, Ordering::Relaxed);
+        }
+    }
+
     /// It stops.
     pub fn stopping(&self) {
         self.say("STOPPING=1\nSTATUS=stopping");
@@ -72,16 +84,17 @@ impl Supervisor {
         let Some(patience) = self.0.as_ref().and_then(|_| patience(|name| env::var(name).ok())) else { return Ok(()) };
         let supervisor = self.clone();
         let watch = move || loop {
-            thread::sleep(patience / LOOKS);
             if metrics.stalled_workers() == 0 {
                 supervisor.say("WATCHDOG=1");
             }
+            thread::sleep(patience / LOOKS);
         };
         thread::Builder::new().name("watchdog".to_owned()).spawn(watch).map(drop)
     }
 
     fn say(&self, what: &str) {
-        if let Some(Channel { socket, address }) = self.0.as_deref()
+        if let Some(Channel { socket, address, over }) = self.0.as_deref()
+            && !over.load(Ordering::Relaxed)
             && let Err(error) = socket.send_to_addr(what.as_bytes(), address)
         {
             tracing::debug!(%error, "the service manager could not be told: {what}");

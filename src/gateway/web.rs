@@ -7,6 +7,7 @@ use futures::stream::{FuturesUnordered, StreamExt};
 use pingora::server::{ListenFds, ShutdownWatch};
 use pingora::services::Service;
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
+use tokio::sync::watch;
 
 use crate::client::Front;
 use crate::client::acceptor::Acceptor;
@@ -31,22 +32,24 @@ pub struct Web<P> {
     door: Arc<Door>,
     threads: usize,
     openings: UnboundedReceiver<Arc<Acceptor>>,
+    begin: watch::Receiver<bool>,
     stop: ShutdownWatch,
     first: Option<Box<dyn FnOnce() + Send + Sync>>,
 }
 
 impl<P> Web<P> {
-    /// A service with this number of workers, whose connections go to `front`, until `stop` says so; and what has it
-    /// accept any. It does `first` before anything else, on its runtime.
+    /// A service with this number of workers, whose connections go to `front`, from when `begin` says so until `stop`
+    /// does; and what has it accept any. It does `first` before anything else, on its runtime.
     pub fn new(
         front: Arc<Front<P>>,
         door: Door,
         threads: usize,
+        begin: watch::Receiver<bool>,
         stop: ShutdownWatch,
         first: impl FnOnce() + Send + Sync + 'static,
     ) -> (Openings, Web<P>) {
         let (sender, openings) = unbounded_channel();
-        let web = Web { front, door: Arc::new(door), threads, openings, stop, first: Some(Box::new(first)) };
+        let web = Web { front, door: Arc::new(door), threads, openings, begin, stop, first: Some(Box::new(first)) };
         (Openings(sender), web)
     }
 }
@@ -63,6 +66,11 @@ where
         }
         let mut accepting = FuturesUnordered::new();
         let mut stop = self.stop.clone();
+        tokio::select! {
+            // An error means that the gateway stops.
+            begun = self.begin.wait_for(|begun| *begun) => if begun.is_err() { return },
+            _ = stop.wait_for(|stop| *stop) => {}
+        }
         loop {
             tokio::select! {
                 Some(acceptor) = self.openings.recv() => {

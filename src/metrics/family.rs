@@ -172,6 +172,12 @@ families! {
         "Exchanges that go by this configuration, counted by its number.";
     GENERATION_CONNECTIONS: "forebay_generation_connections", Gauge, ["generation"],
         "Client connections whose listener is set up as in this configuration, counted by its number.";
+    UPGRADES: "forebay_upgrades_total", Counter, ["result"],
+        "New processes that were to take over, by what came of them: done, refused, failed or timed_out; it goes on from one process to the next.";
+    UPGRADE_FAILED: "forebay_upgrade_failed", Gauge, [],
+        "1 if the last upgrade failed, so that an older process serves on; else 0.";
+    UPGRADE_DRAINING: "forebay_upgrade_draining_processes", Gauge, [],
+        "Processes before this one that still end what they have under way.";
     REFUSALS: "forebay_refusals_total", Counter, ["reason"],
         "Exchanges and connections that Forebay itself ended, by reason.";
     CLIENT_CONNECTIONS: "forebay_client_connections", Gauge, ["listener", "state"],

@@ -616,7 +616,7 @@ fn full_yaml_shows_the_defaults_of_the_code() {
         }
         config["upstreams"].as_object_mut().unwrap().retain(|name, _| name == "app");
         // These have no default.
-        config["server"].as_object_mut().unwrap().remove("user");
+        config["server"].as_object_mut().unwrap().retain(|key, _| !["user", "pid_file"].contains(&&**key));
         // Nobody is asked for certificates.
         config.as_object_mut().unwrap().remove("acme");
         config["admin"].as_object_mut().unwrap().retain(|key, _| !["token", "tls"].contains(&&**key));

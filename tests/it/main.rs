@@ -6,6 +6,7 @@ mod harness;
 
 mod accept;
 mod acme;
+mod activation;
 mod actors;
 mod admin;
 mod attacks;
@@ -81,6 +82,7 @@ mod sticky;
 mod stop;
 mod story;
 mod supervisor;
+mod takeover;
 mod timeline;
 mod tokens;
 mod top;

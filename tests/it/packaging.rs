@@ -64,6 +64,9 @@ fn systemd_accepts_the_unit_and_finds_it_hardened() {
     let path = unit_here(&directory);
     // It says what it does not understand, and succeeds all the same.
     assert_eq!(said(Command::new("systemd-analyze").args(["verify", "--man=no"]).arg(&path)), "");
+    let socket = directory.path().join("forebay.socket");
+    fs::copy(tree("conf/packaging/forebay.socket"), &socket).unwrap();
+    assert_eq!(said(Command::new("systemd-analyze").args(["verify", "--man=no"]).arg(&socket)), "");
     let mut judge = Command::new("systemd-analyze");
     // In tenths: 2.5 of 10.
     said(judge.args(["security", "--no-pager", "--offline=true", "--threshold=25"]).arg(&path));
@@ -75,6 +78,14 @@ fn the_unit_gives_a_stop_the_time_that_the_configuration_takes() {
     let default = forebay::config::server::Shutdown::default();
     assert!(default.pause.0 + default.deadline.0 < Duration::from_secs(whole), "{default:?} and {whole} s");
     assert_eq!(unit("RestartPreventExitStatus"), ["78"]);
+}
+
+#[test]
+fn the_unit_has_a_watchdog_that_outlasts_a_stall_and_its_main_process_alone_may_speak() {
+    let patience: u64 = unit("WatchdogSec")[0].parse().unwrap();
+    let stall = forebay::config::server::EventLoop::default().stall_threshold.0;
+    assert!(Duration::from_secs(patience) > 100 * stall, "{patience} s and {stall:?}");
+    assert_eq!(unit("NotifyAccess"), ["main"]);
 }
 
 /// A configuration that ships, run by this build: on free ports, with directories of its own.

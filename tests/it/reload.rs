@@ -449,6 +449,31 @@ fn clients_of_every_kind_do_not_notice_reloads_under_load() {
     });
 }
 
+#[test]
+fn a_process_that_is_killed_while_it_reloads_leaves_a_file_that_serves() {
+    let origin = Origin::named("origin");
+    let setup = Setup::before(&origin);
+    let mut process = setup.spawn();
+    let file = setup.path("forebay.yaml");
+    // A file that takes a while to read.
+    let routes = |number: usize| {
+        let route =
+            |index| format!("{{ name: r{index}, match: {{ path: {{ exact: /{number}/{index} }} }}, upstream: app }}");
+        (0..2_000).map(route).collect::<Vec<_>>().join("\n")
+    };
+    let written = setup.clone().routes(&routes(1)).also_route("{ name: all, upstream: app }");
+    for _ in 0..3 {
+        written.write();
+        let before = fs::read(&file).expect("the file");
+        process.signal(libc::SIGHUP);
+        process.signal(libc::SIGKILL);
+        process.ended();
+        assert_eq!(fs::read(&file).expect("the file"), before, "a reload writes nothing");
+        process = written.spawn();
+        assert_eq!(process.client().get("/").text(), "origin");
+    }
+}
+
 /// Says that a story is over, however it ends.
 struct Over<'a>(&'a AtomicBool);
 

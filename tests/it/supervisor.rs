@@ -4,6 +4,7 @@ use std::os::unix::net::UnixDatagram;
 use std::path::Path;
 
 use crate::harness::{DEADLINE, Origin, Setup};
+use crate::takeover::ends;
 
 /// A manager, and where it listens.
 fn listening(setup: &Setup) -> (UnixDatagram, std::path::PathBuf) {
@@ -45,6 +46,32 @@ fn the_manager_hears_of_the_start_of_reloads_and_of_the_stop() {
     process.signal(libc::SIGTERM);
     assert!(told(&manager).starts_with("STOPPING=1"));
     assert_eq!(process.ended().code(), Some(0));
+}
+
+#[test]
+fn the_manager_hears_from_the_old_process_that_a_new_one_is_the_main_one_and_then_from_that_one() {
+    let origin = Origin::named("origin");
+    let setup = Setup::before(&origin);
+    let (manager, path) = listening(&setup);
+    let environment = [("NOTIFY_SOCKET", &*path), ("WATCHDOG_USEC", Path::new("400000"))];
+    let mut process = setup.spawn_with(&environment);
+    assert!(told(&manager).starts_with("READY=1"));
+    process.signal(libc::SIGUSR2);
+    let handed_over = told(&manager);
+    let new = handed_over.strip_prefix("MAINPID=").and_then(|rest| rest.lines().next()?.parse::<i32>().ok());
+    let new = new.unwrap_or_else(|| panic!("no MAINPID in {handed_over}"));
+    assert_ne!(u64::try_from(new).expect("a number"), process.pid());
+    let ready = told(&manager);
+    assert!(ready.starts_with(&format!("READY=1\nMAINPID={new}\n")), "{ready}");
+    assert_eq!(process.ended().code(), Some(0));
+    // The old one says nothing of its end, and the new one feeds the watchdog in its place.
+    let mut word = [0; 1024];
+    let length = manager.recv(&mut word).expect("a word in time");
+    assert_eq!(&word[..length], b"WATCHDOG=1");
+    // SAFETY: kill has no memory effects, and the process runs.
+    assert_eq!(unsafe { libc::kill(new, libc::SIGTERM) }, 0);
+    assert!(told(&manager).starts_with("STOPPING=1"));
+    ends(u64::try_from(new).expect("a number"));
 }
 
 #[test]

@@ -8,7 +8,7 @@
 //! and reads its figures, `machine` knows the CPUs and the noise. Where clients are slow, `beside` tells the story,
 //! `slow` and `fast` are its clients and `bulk` its origin. Where an endpoint gets into trouble, `failover` tells the
 //! story, `several` holds the configurations and `moody` is the endpoint. Over TLS, `secure` connects and `shaking`
-//! asks for handshakes. Where a proxy is attacked, `attacks` tells the story and `hostile` is who attacks. `wrk`,
+//! asks for handshakes. `reload` has them load their configurations anew. Where a proxy is attacked, `attacks` tells the story and `hostile` is who attacks. `wrk`,
 //! `h2load`, `counts`, `procfs`, `latency` and `figures` are pure; they, `bulk` and `moody` are tested.
 
 mod attacks;
@@ -27,6 +27,7 @@ mod moody;
 mod process;
 mod procfs;
 mod proxies;
+mod reload;
 mod secure;
 mod several;
 mod shaking;

@@ -16,6 +16,7 @@ use crate::figures::{Column, Comparison, Goal, Row};
 use crate::machine::{Machine, Noise, load_averages};
 use crate::process::{open_and_ask, open_and_get, output_within};
 use crate::proxies::{BULK_ORIGIN, CROWD_ORIGIN, Origins, Proxy, Running};
+use crate::reload::{self, RELOAD_COLUMNS, RELOAD_GOALS};
 use crate::secure::{KeyKind, Link};
 use crate::shaking;
 use crate::wrk::Summary;
@@ -53,6 +54,8 @@ pub enum Cell {
     Readers,
     /// One of three endpoints is killed, silent, slow or failing.
     Failover,
+    /// A small GET by the clock, with a reload each second.
+    Reload,
     /// A handshake with an ECDSA key and a small GET, 8 at a time.
     TlsEcdsa,
     /// The same with a key of RSA-2048.
@@ -100,6 +103,7 @@ enum Work {
     Hold,
     Crowd,
     Trouble,
+    Reload,
     Attack,
 }
 
@@ -203,6 +207,7 @@ impl Cell {
             Cell::Idle | Cell::Stalled => return Work::Hold,
             Cell::Uploaders | Cell::Readers => return Work::Crowd,
             Cell::Failover => return Work::Trouble,
+            Cell::Reload => return Work::Reload,
             Cell::Attacks => return Work::Attack,
             Cell::TlsIdle => return Work::Hold,
             Cell::TlsEcdsa | Cell::TlsRsa | Cell::TlsResumed => ("/small", 8),
@@ -241,6 +246,7 @@ impl Cell {
             (Cell::Uploaders, _) => UPLOADER_COLUMNS,
             (Cell::Readers, _) => READER_COLUMNS,
             (Cell::Failover, _) => FAILOVER_COLUMNS,
+            (Cell::Reload, _) => RELOAD_COLUMNS,
             (Cell::Attacks, _) => ATTACK_COLUMNS,
             (_, Work::Load(_)) => LOAD_COLUMNS,
             _ => MEMORY_COLUMNS,
@@ -255,6 +261,7 @@ impl Cell {
             Cell::Uploaders => UPLOADER_GOALS,
             Cell::Readers => READER_GOALS,
             Cell::Failover => FAILOVER_GOALS,
+            Cell::Reload => RELOAD_GOALS,
             Cell::TlsEcdsa => ECDSA_GOALS,
             Cell::TlsRsa => RSA_GOALS,
             Cell::TlsSmall | Cell::TlsH2 => TLS_SMALL_GOALS,
@@ -281,6 +288,7 @@ impl Cell {
             Cell::Uploaders => format!("{} uploaders that pause after 16 KiB of 1 MiB", effort.slow),
             Cell::Readers => format!("{} readers of 4 MiB at 20 KiB/s", effort.slow),
             Cell::Failover => "2,000 small GETs a second, one of three endpoints in trouble".to_owned(),
+            Cell::Reload => "1,000 small GETs a second, a reload each second".to_owned(),
             Cell::TlsEcdsa => "TLS 1.3 handshake with ECDSA and a small GET".to_owned(),
             Cell::TlsRsa => "TLS 1.3 handshake with RSA-2048 and a small GET".to_owned(),
             Cell::TlsResumed => "TLS 1.3 handshake that resumes a session and a small GET".to_owned(),
@@ -320,6 +328,7 @@ impl Bench {
             Work::Hold => self.while_held(cell, proxies, &mut rows),
             Work::Crowd => self.beside_a_crowd(cell, proxies, &mut rows),
             Work::Trouble => self.in_trouble(proxies, &mut rows),
+            Work::Reload => self.reloading(proxies, &mut rows),
             Work::Attack => Ok(()),
         }
         .with_context(|| title.clone())?;
@@ -494,6 +503,21 @@ impl Bench {
             row.samples.push(failover::sample(&self.machine, proxy).with_context(|| row.name.clone())?);
             let others = noise.cores(self.origin.server.cpu_seconds()?)?;
             eprintln!("  {}: load average before it {before}; others kept {others:.2} cores busy", proxy.name);
+        }
+        Ok(())
+    }
+
+    /// Every sample has a fresh process: older workers of nginx and HAProxy may still end what they have.
+    fn reloading(&self, proxies: &[Proxy], rows: &mut [Row]) -> Result<()> {
+        let origins = Origins { rest: self.origin.server.address(), bulk: None };
+        for round in 1..=self.effort.slow_rounds {
+            let before = load_averages()?;
+            let noise = Noise::listen(self.origin.server.cpu_seconds()?)?;
+            for (proxy, row) in proxies.iter().zip(rows.iter_mut()) {
+                row.samples.push(reload::sample(&self.machine, proxy, origins).with_context(|| row.name.clone())?);
+            }
+            let others = noise.cores(self.origin.server.cpu_seconds()?)?;
+            eprintln!("  round {round}: load average before it {before}; others kept {others:.2} cores busy");
         }
         Ok(())
     }

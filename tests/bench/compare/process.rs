@@ -25,6 +25,8 @@ pub struct Server {
     tls: bool,
     /// Where its stdout and stderr go.
     output: PathBuf,
+    /// Whether it has processes of its own that do the work.
+    has_workers: bool,
 }
 
 impl Server {
@@ -35,7 +37,7 @@ impl Server {
         let file = File::options().create(true).append(true).open(&output)?;
         command.stdin(Stdio::null()).stdout(file.try_clone()?).stderr(file);
         let child = command.spawn().with_context(|| format!("cannot start {}", written_out(&command)))?;
-        let mut server = Server { child, address, tls, output };
+        let mut server = Server { child, address, tls, output, has_workers: false };
         server.wait_until_it_answers().with_context(|| written_out(&command))?;
         Ok(server)
     }
@@ -43,6 +45,11 @@ impl Server {
     /// Where it listens.
     pub fn address(&self) -> SocketAddr {
         self.address
+    }
+
+    /// Says that processes of its own do the work.
+    pub fn with_workers(&mut self) {
+        self.has_workers = true;
     }
 
     /// How its clients connect.
@@ -67,8 +74,13 @@ impl Server {
 
     /// It stops where it is and does nothing any more, until it is killed.
     pub fn freeze(&self) -> io::Result<()> {
+        self.signal(libc::SIGSTOP)
+    }
+
+    /// Sends it a signal.
+    pub fn signal(&self, signal: i32) -> io::Result<()> {
         // SAFETY: the call takes integers only, and the child, which nobody has waited for, still owns its id.
-        match unsafe { libc::kill(self.child.id() as libc::pid_t, libc::SIGSTOP) } {
+        match unsafe { libc::kill(self.child.id() as libc::pid_t, signal) } {
             0 => Ok(()),
             _ => Err(io::Error::last_os_error()),
         }
@@ -105,6 +117,14 @@ impl Server {
 
 impl Drop for Server {
     fn drop(&mut self) {
+        if self.has_workers {
+            // A master that is killed leaves its workers behind; one that is asked takes them along.
+            let _ = self.signal(libc::SIGTERM);
+            let deadline = Instant::now() + Duration::from_secs(5);
+            while matches!(self.child.try_wait(), Ok(None)) && Instant::now() < deadline {
+                sleep(Duration::from_millis(20));
+            }
+        }
         // Neither fails for a child that was not waited for, or else there is nothing left to end.
         let _ = self.child.kill();
         let _ = self.child.wait();

@@ -191,6 +191,52 @@ impl Proxy {
         })
     }
 
+    /// Starts it in front of `origins`, as it is run where it is to load its configuration anew: nginx and HAProxy with a
+    /// master process.
+    pub fn start_reloadable(&self, machine: &Machine, origins: Origins) -> Result<Running> {
+        let mut running = Running::start(&self.name, free_address, false, |address, dir| {
+            let (program, config, arguments) = match &self.kind {
+                Kind::Forebay { binary, routes, keys } => {
+                    let config = forebay_config(address, None, origins, dir, *routes, keys);
+                    (binary.clone(), config, ["run", "-c"].as_slice())
+                }
+                Kind::Nginx { http } => {
+                    let config = nginx_config(address, None, origins, dir, http);
+                    ("nginx".into(), config.replace("master_process off;\n", ""), NGINX_ARGUMENTS)
+                }
+                Kind::Haproxy => ("haproxy".into(), haproxy_config(address, None, origins), HAPROXY_MASTER_ARGUMENTS),
+            };
+            let mut command = machine.proxy(program);
+            command.args(arguments).arg(written(&config, dir)?);
+            Ok(command)
+        })?;
+        if !self.is_forebay() {
+            running.server.with_workers();
+        }
+        Ok(running)
+    }
+
+    /// Has it load a configuration in which a time is another than before, for the `number`th time.
+    pub fn reload(&self, running: &Running, number: u32) -> Result<()> {
+        let path = running.dir.path().join("config");
+        let config = fs::read_to_string(&path)?;
+        let seconds = 60 + number;
+        let (from, to, signal) = match &self.kind {
+            Kind::Forebay { .. } => ("name: all,", format!("name: all, deadline: {seconds}s,"), libc::SIGHUP),
+            Kind::Nginx { .. } => {
+                ("location / {", format!("location / {{ proxy_send_timeout {seconds}s;"), libc::SIGHUP)
+            }
+            Kind::Haproxy => ("timeout client 60s", format!("timeout client {seconds}s"), libc::SIGUSR2),
+        };
+        // Each time from the configuration that it was started with.
+        let original = running.dir.path().join("original");
+        if number == 1 {
+            fs::write(&original, &config)?;
+        }
+        fs::write(&path, fs::read_to_string(&original)?.replacen(from, &to, 1))?;
+        Ok(running.server.signal(signal)?)
+    }
+
     /// Starts it in front of several endpoints, as `several` says.
     pub fn start_before(&self, machine: &Machine, endpoints: &[SocketAddr]) -> Result<Running> {
         Running::start(&self.name, free_address, false, |address, dir| {
@@ -305,6 +351,9 @@ const NGINX_ARGUMENTS: &[&str] = &["-e", "stderr", "-c"];
 
 /// In the foreground; the file follows.
 const HAPROXY_ARGUMENTS: &[&str] = &["-db", "-f"];
+
+/// The same with a master process.
+const HAPROXY_MASTER_ARGUMENTS: &[&str] = &["-W", "-db", "-f"];
 
 /// Where a Forebay tells what it counts, in its directory.
 const ADMIN_SOCKET: &str = "admin.sock";

@@ -140,6 +140,21 @@ pub fn board() -> Board {
             )
             .query("max by (instance) (forebay_config_reload_failed)", "{{instance}}")
             .at_least(1.0),
+            Panel::lines(
+                "Upgrades",
+                "New processes that were to take over, in an hour, by what came of them, and older processes that still \
+                    end what they have under way.",
+                "short",
+            )
+            .query("sum by (instance, result) (increase(forebay_upgrades_total[1h]))", "{{instance}}, {{result}}")
+            .query("sum by (instance) (forebay_upgrade_draining_processes)", "{{instance}}, draining"),
+            Panel::lines(
+                "Upgrade failed",
+                "Processes whose last upgrade failed: an older process serves on.",
+                "short",
+            )
+            .query("max by (instance) (forebay_upgrade_failed)", "{{instance}}")
+            .at_least(1.0),
             Panel::stack(
                 "Exchanges by generation",
                 "Exchanges, tunnels among them, by the number of the configuration that they began with.",

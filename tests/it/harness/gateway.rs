@@ -7,7 +7,7 @@ use std::io::{BufRead, BufReader};
 use std::marker::PhantomData;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, ExitStatus, Stdio};
+use std::process::{Child, Command, ExitStatus, Output, Stdio};
 use std::sync::{Arc, Mutex};
 use std::thread::{self, JoinHandle};
 
@@ -43,6 +43,8 @@ pub struct Setup {
     filters: Vec<fn(Builder) -> Builder>,
     tmpfs: Option<&'static str>,
     open_files: Option<usize>,
+    launcher: Vec<String>,
+    program: PathBuf,
     whole: Option<String>,
     dir: Arc<TempDir>,
 }
@@ -123,6 +125,8 @@ impl Setup {
             filters: Vec::new(),
             tmpfs: None,
             open_files: None,
+            launcher: Vec::new(),
+            program: PathBuf::from(env!("CARGO_BIN_EXE_forebay")),
             whole: None,
         }
     }
@@ -245,6 +249,16 @@ impl Setup {
     /// Lets the program open so many files and no more, so it must be spawned.
     pub fn open_files(self, count: usize) -> Setup {
         Setup { open_files: Some(count), ..self }
+    }
+
+    /// Has another program start the program, whose command line is appended to this one.
+    pub fn launched_by(self, command: &[&str]) -> Setup {
+        Setup { launcher: command.iter().map(|word| (*word).to_owned()).collect(), ..self }
+    }
+
+    /// Starts the program by another path.
+    pub fn started_from(self, program: &Path) -> Setup {
+        Setup { program: program.to_owned(), ..self }
     }
 
     /// The directory for spooled bodies.
@@ -380,6 +394,12 @@ impl Setup {
         self.spawned(file, arguments, &[])
     }
 
+    /// Runs a command of the program with its file to the end.
+    pub fn output(&self, arguments: &[&str]) -> Output {
+        self.write();
+        self.program().args(arguments).arg("-c").arg(self.path("forebay.yaml")).output().expect("the program")
+    }
+
     fn spawned(&self, file: &Path, arguments: &[&str], environment: &[(&str, &Path)]) -> Process {
         let mut child = self
             .program()
@@ -401,18 +421,22 @@ impl Setup {
 impl Setup {
     /// The program, on a disk of its own if it is to have one.
     fn program(&self) -> Command {
-        const PROGRAM: &str = env!("CARGO_BIN_EXE_forebay");
         const MOUNT: &str = r#"mount -t tmpfs -o "size=$1" tmpfs "$2" && shift 2 && exec "$@""#;
-        if let Some(count) = self.open_files {
-            let mut command = Command::new("prlimit");
-            command.arg(format!("--nofile={count}:{count}")).arg(PROGRAM);
+        if let [launcher, arguments @ ..] = &self.launcher[..] {
+            let mut command = Command::new(launcher);
+            command.args(arguments).arg(&self.program);
             return command;
         }
-        let Some(size) = self.tmpfs else { return Command::new(PROGRAM) };
+        if let Some(count) = self.open_files {
+            let mut command = Command::new("prlimit");
+            command.arg(format!("--nofile={count}:{count}")).arg(&self.program);
+            return command;
+        }
+        let Some(size) = self.tmpfs else { return Command::new(&self.program) };
         let mut command = Command::new("unshare");
         // Who is not root becomes it in a namespace of users; where there are none of these either, the story fails.
         command.args([if may_mount() { "-m" } else { "-Urm" }, "sh", "-c", MOUNT, "sh", size]);
-        command.arg(self.path("spool")).arg(PROGRAM);
+        command.arg(self.path("spool")).arg(&self.program);
         command
     }
 }
@@ -470,6 +494,11 @@ impl Process {
     /// Where the admin endpoint is bound.
     pub fn admin(&self) -> SocketAddr {
         self.admin
+    }
+
+    /// The number of the process.
+    pub fn pid(&self) -> u64 {
+        self.child.id().into()
     }
 
     /// Where a listener is bound that was opened since.

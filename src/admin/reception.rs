@@ -1,0 +1,149 @@
+//! Takes connections to the admin endpoint, by TLS or in clear text, on a thread of its own.
+//!
+//! It accepts by itself and not by Pingora, so that the socket can go to another process while the answers that are
+//! under way end here.
+
+use std::io;
+use std::os::fd::OwnedFd;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use async_trait::async_trait;
+use pingora::protocols::Stream;
+use pingora::protocols::http::ServerSession;
+use pingora::server::{ListenFds, ShutdownWatch};
+use pingora::services::Service;
+use tokio::sync::watch;
+
+use crate::client::acceptor::Open;
+use crate::client::connection::Inflight;
+use crate::client::entrance;
+use crate::client::tls::Tls;
+
+use super::{Admin, KEPT_SECONDS};
+
+/// How long accepting rests after an error: the system would say the same again at once.
+const REST: Duration = Duration::from_millis(100);
+
+/// The socket of the admin endpoint, and what answers there.
+pub struct Reception {
+    admin: Arc<Admin>,
+    tls: Option<Arc<Tls>>,
+    /// `None` once it is accepted on.
+    socket: Mutex<Option<OwnedFd>>,
+    /// The same socket, for a process that takes over.
+    duplicate: OwnedFd,
+    is_unix: bool,
+    close: watch::Sender<bool>,
+}
+
+impl Reception {
+    /// One on this socket, which is bound, listens and does not block.
+    ///
+    /// # Errors
+    ///
+    /// The system has no further descriptor.
+    pub fn new(admin: Admin, socket: OwnedFd, is_unix: bool, tls: Option<Arc<Tls>>) -> io::Result<Arc<Reception>> {
+        let (close, _) = watch::channel(false);
+        let duplicate = socket.try_clone()?;
+        let socket = Mutex::new(Some(socket));
+        Ok(Arc::new(Reception { admin: Arc::new(admin), tls, socket, duplicate, is_unix, close }))
+    }
+
+    /// As a service, which accepts once `begin` says so.
+    pub fn service(self: &Arc<Self>, begin: watch::Receiver<bool>) -> impl Service + 'static {
+        Desk { reception: self.clone(), begin }
+    }
+
+    /// Accepts no more. Answers that are under way end, those that go on and on among them; connections end with the
+    /// answer to their next request.
+    pub fn close(&self) {
+        self.close.send_replace(true);
+    }
+
+    /// The socket once more, for another process.
+    ///
+    /// # Errors
+    ///
+    /// The system has no further descriptor.
+    pub fn duplicate(&self) -> io::Result<OwnedFd> {
+        self.duplicate.try_clone()
+    }
+
+    /// The requests that are being answered.
+    pub fn answering(&self) -> &Arc<Inflight> {
+        &self.admin.answering
+    }
+
+    async fn serve(self: Arc<Self>, io: Stream) -> Option<()> {
+        let closing = self.close.subscribe();
+        let seat = self.admin.seats.take()?;
+        let mut stream = match &self.tls {
+            None => io,
+            Some(tls) => match seat.wait(entrance::secure_with(io, tls)).await? {
+                Ok(stream) => stream,
+                Err(refusal) => {
+                    tracing::debug!(reason = refusal.reason, "a connection to the admin endpoint was given up");
+                    return None;
+                }
+            },
+        };
+        loop {
+            let mut http = ServerSession::new_http1(stream);
+            http.set_keepalive(Some(KEPT_SECONDS));
+            stream = self.admin.serve(http, &seat, &closing).await?;
+        }
+    }
+}
+
+/// The service of a [`Reception`].
+struct Desk {
+    reception: Arc<Reception>,
+    begin: watch::Receiver<bool>,
+}
+
+#[async_trait]
+impl Service for Desk {
+    async fn start_service(&mut self, _: Option<ListenFds>, mut shutdown: ShutdownWatch, _: usize) {
+        let Some(socket) = self.reception.socket.lock().unwrap_or_else(PoisonError::into_inner).take() else { return };
+        let mut closing = self.reception.close.subscribe();
+        tokio::select! {
+            begun = self.begin.wait_for(|begun| *begun) => if begun.is_err() { return },
+            _ = shutdown.changed() => return,
+        }
+        let open = match Open::new(socket, self.reception.is_unix) {
+            Ok(open) => open,
+            Err(error) => {
+                tracing::error!(%error, "the admin endpoint cannot accept connections");
+                return;
+            }
+        };
+        loop {
+            let accepted = tokio::select! {
+                accepted = open.accept() => accepted,
+                _ = closing.wait_for(|closing| *closing) => return,
+                _ = shutdown.changed() => return,
+            };
+            match accepted {
+                Ok(mut stream) => {
+                    // An error means that it is gone again, which the first read finds as well.
+                    let _ = stream.set_nodelay();
+                    let reception = self.reception.clone();
+                    pingora_runtime::current_handle().spawn(reception.serve(Box::new(stream)));
+                }
+                Err(error) => {
+                    tracing::error!(%error, "the admin endpoint could not accept a connection");
+                    tokio::time::sleep(REST).await;
+                }
+            }
+        }
+    }
+
+    fn name(&self) -> &str {
+        "admin"
+    }
+
+    fn threads(&self) -> Option<usize> {
+        Some(1)
+    }
+}

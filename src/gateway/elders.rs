@@ -1,0 +1,105 @@
+//! Older processes that end what they have under way, while this one serves: how many there are.
+//!
+//! Each has one end of a socket that nothing is said by any more, and this process the other. When the process ends,
+//! however it does, its end closes. A further process that takes over gets these ends as well.
+
+use std::io;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::sync::{Arc, Mutex};
+use std::thread;
+use std::time::Instant;
+
+use super::lock;
+use crate::metrics::upgrade::UpgradeMetrics;
+
+/// The older processes. Clones share them.
+#[derive(Clone, Default)]
+pub struct Elders(Arc<Mutex<Vec<OwnedFd>>>);
+
+impl Elders {
+    /// Those whose ends these are; a thread waits for their end.
+    ///
+    /// # Errors
+    ///
+    /// The system has no thread or descriptor to give.
+    pub fn watch(&self, ends: Vec<OwnedFd>, metrics: UpgradeMetrics) -> io::Result<()> {
+        let mut watched = ends.iter().map(OwnedFd::try_clone).collect::<io::Result<Vec<_>>>()?;
+        lock(&self.0).extend(ends);
+        metrics.draining.set(i64::try_from(watched.len()).unwrap_or(i64::MAX));
+        let this = self.clone();
+        let run = move || {
+            let began = Instant::now();
+            while !watched.is_empty() {
+                let mut asked: Vec<libc::pollfd> = watched.iter().map(asking).collect();
+                poll(&mut asked, -1);
+                let before = watched.len();
+                let mut gone = asked.iter().map(|asked| asked.revents != 0);
+                watched.retain(|_| !gone.next().unwrap_or(false));
+                this.drop_ended();
+                metrics.draining.set(i64::try_from(watched.len()).unwrap_or(i64::MAX));
+                if watched.len() < before {
+                    let seconds = began.elapsed().as_secs_f64();
+                    tracing::info!(seconds, draining = watched.len(), "a process before this one has ended");
+                }
+            }
+        };
+        thread::Builder::new().name("elders".to_owned()).spawn(run).map(drop)
+    }
+
+    /// How many there are.
+    pub fn count(&self) -> usize {
+        self.drop_ended();
+        lock(&self.0).len()
+    }
+
+    /// Their ends once more, for another process.
+    ///
+    /// # Errors
+    ///
+    /// The system has no further descriptor.
+    pub fn duplicates(&self) -> io::Result<Vec<OwnedFd>> {
+        self.drop_ended();
+        lock(&self.0).iter().map(OwnedFd::try_clone).collect()
+    }
+
+    fn drop_ended(&self) {
+        let mut ends = lock(&self.0);
+        let mut asked: Vec<libc::pollfd> = ends.iter().map(asking).collect();
+        poll(&mut asked, 0);
+        let mut gone = asked.iter().map(|asked| asked.revents != 0);
+        ends.retain(|_| !gone.next().unwrap_or(false));
+    }
+}
+
+/// Asks whether the other end is closed, which is told without being asked for.
+fn asking(end: &OwnedFd) -> libc::pollfd {
+    libc::pollfd { fd: end.as_raw_fd(), events: 0, revents: 0 }
+}
+
+/// Waits for an answer so many milliseconds; -1 waits for one without end. An interruption counts as none.
+fn poll(asked: &mut [libc::pollfd], milliseconds: libc::c_int) {
+    let count = libc::nfds_t::try_from(asked.len()).unwrap_or(libc::nfds_t::MAX);
+    // SAFETY: the pointer is to that number of entries, which outlive the call.
+    unsafe { libc::poll(asked.as_mut_ptr(), count, milliseconds) };
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::handover::Channel;
+    use super::*;
+    use crate::metrics::Metrics;
+
+    #[test]
+    fn a_process_counts_until_its_end_closes() {
+        let (one, other) = (Channel::pair().expect("a pair"), Channel::pair().expect("a pair"));
+        let elders = Elders::default();
+        let metrics = Metrics::new(0, Vec::new()).upgrades();
+        elders.watch(vec![one.0.into_fd(), other.0.into_fd()], metrics.clone()).expect("a thread");
+        assert_eq!((elders.count(), metrics.draining.get()), (2, 2));
+        drop(one.1);
+        assert_eq!(elders.count(), 1);
+        assert_eq!(elders.duplicates().expect("descriptors").len(), 1);
+        drop(other.1);
+        assert_eq!(elders.count(), 0);
+    }
+}

@@ -1,0 +1,537 @@
+//! Upgrade: a new process takes over the sockets of a running one, and what goes wrong changes nothing.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::io::Read;
+use std::net::{SocketAddr, TcpListener};
+use std::os::unix::fs::{PermissionsExt, symlink};
+use std::path::{Path, PathBuf};
+use std::thread;
+use std::time::Instant;
+
+use forebay::phase::Phase;
+use serde_json::Value;
+
+use crate::harness::client::{Client, get, request};
+use crate::harness::gateway::Watched;
+use crate::harness::origin::{Closed, built_in};
+use crate::harness::{DEADLINE, Origin, Process, Setup, eventually, free_port, ms};
+use crate::stop::refuses;
+
+const PROGRAM: &str = env!("CARGO_BIN_EXE_forebay");
+
+/// Processes that came after the one that a story has started; they end with it.
+#[derive(Default)]
+struct Heirs(Vec<u64>);
+
+impl Drop for Heirs {
+    fn drop(&mut self) {
+        for &pid in &self.0 {
+            kill(pid, libc::SIGKILL);
+        }
+        // What they have of this process, such as its standard error, goes with them.
+        for &pid in &self.0 {
+            let killed = Instant::now();
+            while runs(pid) && killed.elapsed() < DEADLINE {
+                thread::park_timeout(ms(5));
+            }
+        }
+    }
+}
+
+impl Heirs {
+    /// Has the process that serves start one that takes over: its number.
+    fn upgraded(&mut self, process: &Process) -> u64 {
+        let (status, outcome) = upgrade(process, "/upgrade");
+        assert_eq!((status, &outcome["result"]), (200, &"done".into()), "{outcome}");
+        let pid = outcome["pid"].as_u64().expect("a number");
+        self.0.push(pid);
+        pid
+    }
+}
+
+impl Heirs {
+    /// Remembers the process that the log says has taken over.
+    fn noted(&mut self, process: &Process) {
+        let said = eventually("the number of the process that has taken over", || {
+            let stderr = process.stderr();
+            let line = stderr.lines().find(|line| line.contains("another process has taken over"))?;
+            line.split_whitespace().find_map(|word| word.strip_prefix("pid=")?.parse().ok())
+        });
+        self.0.push(said);
+    }
+}
+
+fn kill(pid: u64, signal: i32) {
+    let pid = i32::try_from(pid).expect("the number of a process");
+    // SAFETY: kill has no memory effects. The process may have ended, and then nothing happens: its number is not given
+    // to another one so soon.
+    unsafe { libc::kill(pid, signal) };
+}
+
+/// Asks for an upgrade: the status, and what came of it.
+fn upgrade(process: &Process, target: &str) -> (u16, Value) {
+    let answer = Client::connect(process.admin()).ask("POST", target, "", "");
+    (answer.status, answer.json())
+}
+
+/// A program that does what these lines of a shell say.
+fn script(setup: &Setup, lines: &str) -> PathBuf {
+    let path = setup.path("script");
+    fs::write(&path, format!("#!/bin/sh\n{lines}\n")).expect("a file");
+    fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).expect("a mode");
+    path
+}
+
+fn with_binary(path: &Path) -> String {
+    format!("/upgrade?binary={}", path.display())
+}
+
+/// Whether a process runs still; one that has ended may wait for its parent to notice.
+fn runs(pid: u64) -> bool {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+    status.lines().any(|line| line.starts_with("State:") && !line.contains('Z'))
+}
+
+/// Waits until a process has ended.
+pub fn ends(pid: u64) {
+    eventually(&format!("process {pid} to end"), || (!runs(pid)).then_some(()));
+}
+
+/// The processes that this one has started, and those that they have.
+fn descendants(pid: u64) -> BTreeSet<u64> {
+    let mut found = BTreeSet::from([pid]);
+    loop {
+        let before = found.len();
+        for entry in fs::read_dir("/proc").expect("processes").flatten() {
+            let stat = fs::read_to_string(entry.path().join("stat")).unwrap_or_default();
+            let parent = stat.rsplit(')').next().and_then(|rest| rest.split_whitespace().nth(1)?.parse().ok());
+            if let (Some(parent), Ok(own)) = (parent, entry.file_name().to_string_lossy().parse())
+                && found.contains(&parent)
+            {
+                found.insert(own);
+            }
+        }
+        if found.len() == before {
+            found.remove(&pid);
+            return found;
+        }
+    }
+}
+
+/// Nothing has changed: the process serves, counts this failure, and is ready.
+fn serves_on(process: &Process, result: &str, count: f64) {
+    assert_eq!(process.client().get("/").status, 200);
+    assert_eq!(get(process.admin(), "/readyz").status, 200);
+    let selector = format!("forebay_upgrades_total{{result=\"{result}\"}}");
+    assert_eq!((process.metric(&selector), process.metric("forebay_upgrade_failed")), (count, 1.0));
+    process.says("the upgrade failed, and this process serves on");
+}
+
+/// A WebSocket to the test origin.
+fn websocket(web: SocketAddr) -> Client {
+    let mut client = Client::connect(web);
+    client.send(
+        "GET /websocket HTTP/1.1\r\nHost: test\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\
+         Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n",
+    );
+    assert_eq!(client.response().status, 101);
+    client
+}
+
+/// Sends a text of five letters and reads it back (RFC 6455 §5).
+fn echoed(socket: &mut Client) {
+    socket.send([0x81, 0x85, 0, 0, 0, 0, b's', b't', b'i', b'l', b'l']);
+    assert_eq!(socket.bytes(7), [0x81, 5, b's', b't', b'i', b'l', b'l']);
+}
+
+#[test]
+fn a_kept_connection_is_served_once_more_and_a_new_one_goes_to_the_new_process() {
+    let origin = Origin::named("origin");
+    let setup = Setup::before(&origin).server("threads: 1, shutdown: { deadline: 10m }, upgrade: { idle: 10m }");
+    let mut process = setup.spawn();
+    let mut kept = process.client();
+    let mut admin = Client::connect(process.admin());
+    assert_ne!(kept.get("/").value("connection"), Some("close"));
+    assert_eq!(admin.get("/readyz").status, 200);
+    let mut heirs = Heirs::default();
+    let pid = heirs.upgraded(&process);
+    process.says("another process has taken over");
+    // A balancer that has kept its connection must not take the address for lost.
+    let ready = admin.get("/readyz");
+    assert_eq!((ready.status, ready.text()), (200, "ready\n"));
+    admin.closed();
+    let last = kept.get("/");
+    assert_eq!((last.status, last.value("connection")), (200, Some("close")));
+    kept.closed();
+    assert_eq!(process.ended().code(), Some(0));
+    assert!(runs(pid));
+    assert_eq!(process.client().get("/").text(), "origin");
+    assert_eq!(process.metric("forebay_config_generation"), 1.0);
+    process.wait_metric("forebay_upgrade_draining_processes", |count| count == 0.0);
+}
+
+#[test]
+fn what_is_under_way_ends_in_the_old_process_and_survives_until_its_deadline() {
+    let origin = built_in();
+    let setup = Setup::before_all(&[origin.address().to_string()]);
+    let setup = setup.server("threads: 1, shutdown: { deadline: 3s }, upgrade: { idle: 0s }");
+    let mut process = setup.spawn();
+    let mut socket = websocket(process.web());
+    let mut heirs = Heirs::default();
+    heirs.upgraded(&process);
+    echoed(&mut socket);
+    assert!(process.runs());
+    assert_eq!(process.metric("forebay_upgrade_draining_processes"), 1.0);
+    socket.rest();
+    let line = process.log_line_of("/websocket");
+    assert_eq!((line.status(), line.reason()), (101, "finish.shutdown"));
+    process.says("the deadline is over; the rest is cut");
+    assert_eq!(process.ended().code(), Some(0));
+    assert_eq!(get(process.web(), "/bytes/10").body.len(), 10);
+}
+
+#[test]
+fn the_new_process_has_the_new_configuration_and_the_old_ends_its_requests_by_the_old() {
+    let (old, new) = (Origin::scripted(), Origin::named("new"));
+    let process = Setup::before(&old).spawn();
+    let mut client = process.client();
+    client.send(request("GET", "/", "", ""));
+    let mut connection = old.accept();
+    connection.request();
+    process.wait_phase(Phase::Wait);
+    Setup::before(&new).in_place_of(&process).server("threads: 2").write();
+    let mut heirs = Heirs::default();
+    heirs.upgraded(&process);
+    assert_eq!(process.client().get("/").text(), "new");
+    assert_eq!(process.metric("forebay_workers"), 2.0, "what only a new process can change has changed");
+    connection.answer("from the old one");
+    assert_eq!(client.response().text(), "from the old one");
+}
+
+#[test]
+fn a_program_that_ends_at_once_changes_nothing() {
+    let origin = Origin::named("origin");
+    let setup = Setup::before(&origin);
+    let process = setup.spawn();
+    for (number, lines) in ["exit 1", "kill -SEGV $$"].into_iter().enumerate() {
+        let (status, outcome) = upgrade(&process, &with_binary(&script(&setup, lines)));
+        assert_eq!((status, &outcome["result"]), (502, &"failed".into()), "{outcome}");
+        let why = outcome["error"].as_str().expect("a reason");
+        assert!(why.contains(["exit status: 1", "signal: 11"][number]), "{why}");
+        assert!(why.contains("before it was started"), "{why}");
+        serves_on(&process, "failed", number as f64 + 1.0);
+    }
+    let (status, outcome) = upgrade(&process, "/upgrade?binary=/no/such/program");
+    assert_eq!(status, 502, "{outcome}");
+    assert!(outcome["error"].as_str().is_some_and(|why| why.contains("cannot be started")), "{outcome}");
+    let mut heirs = Heirs::default();
+    heirs.upgraded(&process);
+    assert_eq!(process.metric("forebay_upgrade_failed"), 0.0);
+    assert_eq!(process.metric("forebay_upgrades_total{result=\"failed\"}"), 3.0, "the count goes on");
+}
+
+#[test]
+fn a_program_that_hangs_is_ended_at_the_deadline_with_all_that_it_has_started() {
+    let origin = Origin::named("origin");
+    let setup = Setup::before(&origin).server("threads: 1, upgrade: { deadline: 1s }");
+    let process = setup.spawn();
+    let pids = setup.path("pids");
+    let hangs = script(&setup, &format!("sleep 1000 & echo $$ $! > {}; wait", pids.display()));
+    let (status, outcome) = upgrade(&process, &with_binary(&hangs));
+    assert_eq!((status, &outcome["result"]), (504, &"timed_out".into()), "{outcome}");
+    assert!(outcome["error"].as_str().is_some_and(|why| why.contains("server.upgrade.deadline")), "{outcome}");
+    serves_on(&process, "timed_out", 1.0);
+    let pids = fs::read_to_string(pids).expect("its numbers");
+    for pid in pids.split_whitespace() {
+        ends(pid.parse().expect("a number"));
+    }
+}
+
+#[test]
+fn a_file_that_is_refused_is_told_as_check_tells_it() {
+    let origin = Origin::named("origin");
+    let setup = Setup::before(&origin);
+    let process = setup.spawn();
+    let file = setup.path("forebay.yaml");
+    for (number, (text, told)) in
+        [(setup.yaml().replace("routes:", "ruotes:"), "did you mean `routes`?"), ("#".repeat(50 << 20), "larger than")]
+            .into_iter()
+            .enumerate()
+    {
+        fs::write(&file, text).expect("a file");
+        let (status, outcome) = upgrade(&process, "/upgrade");
+        assert_eq!((status, &outcome["result"]), (422, &"refused".into()), "{outcome}");
+        assert!(outcome["report"].as_str().is_some_and(|report| report.contains(told)), "{outcome}");
+        serves_on(&process, "refused", number as f64 + 1.0);
+    }
+    fs::remove_file(&file).expect("to remove the file");
+    assert_eq!(upgrade(&process, "/upgrade").0, 422);
+    assert_eq!(process.client().get("/").text(), "origin");
+    setup.write();
+    Heirs::default().upgraded(&process);
+}
+
+#[test]
+fn a_listener_that_cannot_be_bound_leaves_the_old_process_with_all_its_sockets() {
+    let origin = Origin::named("origin");
+    let taken = TcpListener::bind("127.0.0.1:0").expect("a socket");
+    let address = taken.local_addr().expect("its address");
+    let setup = Setup::before(&origin);
+    let unix = setup.path("web.sock");
+    let setup = setup.also_listener(&format!("{{ name: local, address: \"unix:{}\" }}", unix.display()));
+    let process = setup.spawn();
+    setup.clone().also_listener(&format!("{{ name: more, address: \"{address}\" }}")).write();
+    let (status, outcome) = upgrade(&process, "/upgrade");
+    assert_eq!((status, &outcome["result"]), (502, &"failed".into()), "{outcome}");
+    let why = outcome["error"].as_str().expect("a reason");
+    assert!(why.contains("listener more") && why.contains("address already in use"), "{why}");
+    serves_on(&process, "failed", 1.0);
+    assert_eq!(Client::unix(&unix).get("/").text(), "origin");
+    drop(taken);
+    let mut heirs = Heirs::default();
+    heirs.upgraded(&process);
+    assert_eq!(get(address, "/").text(), "origin");
+    assert_eq!(Client::unix(&unix).get("/").text(), "origin");
+}
+
+#[test]
+fn a_second_upgrade_is_refused_while_one_is_under_way_and_so_is_one_of_a_process_that_stops() {
+    let origin = Origin::scripted();
+    let setup = Setup::before(&origin).server("threads: 1, shutdown: { deadline: 10m }");
+    let mut process = setup.spawn();
+    let pid = setup.path("pid");
+    let hangs = script(&setup, &format!("echo $$ > {}; exec sleep 1000", pid.display()));
+    thread::scope(|scope| {
+        let first = scope.spawn(|| upgrade(&process, &with_binary(&hangs)));
+        let read = || fs::read_to_string(&pid).ok()?.trim().parse::<u64>().ok();
+        let hanging = eventually("the program to start", read);
+        let (status, outcome) = upgrade(&process, "/upgrade");
+        assert_eq!((status, &outcome["result"]), (409, &"denied".into()), "{outcome}");
+        assert_eq!(outcome["error"], "another upgrade is under way");
+        kill(hanging, libc::SIGKILL);
+        let (status, outcome) = first.join().expect("an answer");
+        assert_eq!(status, 502, "{outcome}");
+        assert!(outcome["error"].as_str().is_some_and(|why| why.contains("signal: 9")), "{outcome}");
+    });
+    let mut client = process.client();
+    client.send(request("GET", "/", "", ""));
+    let mut connection = origin.accept();
+    connection.request();
+    // A stop ends the new process, whatever it is at.
+    fs::remove_file(&pid).expect("a file");
+    let admin = process.admin();
+    thread::scope(|scope| {
+        let ask = with_binary(&hangs);
+        scope.spawn(move || {
+            let mut client = Client::connect(admin);
+            client.send(format!("POST {ask} HTTP/1.1\r\nHost: test\r\nContent-Length: 0\r\n\r\n"));
+            client.rest();
+        });
+        let read = || fs::read_to_string(&pid).ok()?.trim().parse::<u64>().ok();
+        let hanging = eventually("the program to start", read);
+        process.signal(libc::SIGTERM);
+        ends(hanging);
+        eventually("it to stop", || (get(admin, "/readyz").status == 503).then_some(()));
+        let (status, outcome) = upgrade(&process, "/upgrade");
+        assert_eq!((status, &outcome["error"]), (409, &"this process stops".into()), "{outcome}");
+        connection.answer("done");
+        assert_eq!(client.response().text(), "done");
+    });
+    assert_eq!(process.ended().code(), Some(0));
+}
+
+#[test]
+fn a_new_process_that_is_killed_before_it_is_ready_changes_nothing() {
+    let origin = Origin::named("origin");
+    let silent = Closed::silent();
+    let setup = Setup::before(&origin);
+    let process = setup.spawn();
+    // The new process waits a while for the first word of an endpoint that never says any.
+    let health = "health_check: { http: { path: / }, interval: 60s, timeout: 30s }";
+    let keys = format!("{health}, endpoints: [ {{ address: \"{}\" }} ]", silent.address());
+    setup
+        .clone()
+        .also_upstream("silent", &keys)
+        .also_route("{ name: silent, match: { path: { exact: /silent } }, upstream: silent }")
+        .write();
+    thread::scope(|scope| {
+        let asked = scope.spawn(|| upgrade(&process, "/upgrade"));
+        let heir = eventually("the new process to fork", || {
+            let found = descendants(process.pid());
+            (found.len() == 2).then(|| found.into_iter().max()).flatten()
+        });
+        eventually("it to have all sockets", || {
+            (process.stderr().matches("forebay starts").count() == 2).then_some(())
+        });
+        kill(heir, libc::SIGKILL);
+        let (status, outcome) = asked.join().expect("an answer");
+        assert_eq!((status, &outcome["result"]), (502, &"failed".into()), "{outcome}");
+        assert!(outcome["error"].as_str().is_some_and(|why| why.contains("exit status: 137")), "{outcome}");
+    });
+    serves_on(&process, "failed", 1.0);
+    assert_eq!(descendants(process.pid()).len(), 0);
+    setup.write();
+    Heirs::default().upgraded(&process);
+}
+
+#[test]
+fn the_new_process_serves_on_if_the_old_one_is_killed_while_it_drains() {
+    let origin = Origin::scripted();
+    let setup = Setup::before(&origin).server("threads: 1, shutdown: { deadline: 10m }");
+    let mut process = setup.spawn();
+    let mut client = process.client();
+    client.send(request("GET", "/", "", ""));
+    let mut connection = origin.accept();
+    connection.request();
+    let mut heirs = Heirs::default();
+    heirs.upgraded(&process);
+    assert_eq!(process.metric("forebay_upgrade_draining_processes"), 1.0);
+    process.signal(libc::SIGKILL);
+    process.ended();
+    process.wait_metric("forebay_upgrade_draining_processes", |count| count == 0.0);
+    process.says("a process before this one has ended");
+    let mut next = process.client();
+    next.send(request("GET", "/", "", ""));
+    let mut connection = origin.accept();
+    connection.request();
+    connection.answer("served");
+    assert_eq!(next.response().text(), "served");
+}
+
+#[test]
+fn the_file_of_a_unix_socket_outlives_the_old_process_and_goes_with_its_listener() {
+    let origin = Origin::named("origin");
+    let setup = Setup::before(&origin);
+    let (stays, goes) = (setup.path("stays.sock"), setup.path("goes.sock"));
+    let unix = |name: &str, path: &Path, mode| {
+        format!("{{ name: {name}, address: \"unix:{}\", mode: {mode} }}", path.display())
+    };
+    let mut process = setup
+        .clone()
+        .also_listener(&unix("stays", &stays, "0600"))
+        .also_listener(&unix("goes", &goes, "0600"))
+        .also_listener("{ name: more, address: \"127.0.0.1:0\" }")
+        .spawn();
+    let more = process.listens("more");
+    let mut heirs = Heirs::default();
+    let first = heirs.upgraded(&process);
+    assert_eq!(process.ended().code(), Some(0));
+    for path in [&stays, &goes] {
+        assert_eq!(Client::unix(path).get("/").text(), "origin");
+    }
+    setup.also_listener(&unix("stays", &stays, "0666")).write();
+    let second = heirs.upgraded(&process);
+    ends(first);
+    assert!(!goes.exists(), "no listener has it any more");
+    refuses(more);
+    assert_eq!(Client::unix(&stays).get("/").text(), "origin");
+    assert_eq!(fs::metadata(&stays).expect("its file").permissions().mode() & 0o777, 0o666);
+    kill(second, libc::SIGTERM);
+    ends(second);
+    assert!(!stays.exists(), "it goes with the last process");
+}
+
+#[test]
+fn the_pid_file_names_the_process_that_serves() {
+    let origin = Origin::named("origin");
+    let setup = Setup::before(&origin);
+    let file = setup.path("forebay.pid");
+    let setup = setup.server(&format!("threads: 1, pid_file: \"{}\"", file.display()));
+    let mut process = setup.spawn();
+    let written = || fs::read_to_string(&file).ok().and_then(|text| text.trim().parse::<u64>().ok());
+    assert_eq!(written(), Some(process.pid()));
+    let (status, _) = upgrade(&process, "/upgrade?binary=/bin/false");
+    assert_eq!((status, written()), (502, Some(process.pid())));
+    let mut heirs = Heirs::default();
+    let heir = heirs.upgraded(&process);
+    assert_eq!(process.ended().code(), Some(0));
+    assert_eq!(written(), Some(heir));
+    kill(heir, libc::SIGTERM);
+    ends(heir);
+    assert!(!file.exists());
+}
+
+#[test]
+fn a_signal_starts_what_is_at_the_path_now_and_the_command_line_tells_what_came_of_it() {
+    let origin = Origin::named("origin");
+    let setup = Setup::before(&origin);
+    let link = setup.path("forebay");
+    symlink(PROGRAM, &link).expect("a link");
+    let process = setup.clone().started_from(&link).spawn();
+    let marker = setup.path("marker");
+    let next = script(&setup, &format!("echo $$ > {}; exec {PROGRAM} \"$@\"", marker.display()));
+    fs::remove_file(&link).expect("the link");
+    symlink(&next, &link).expect("a link");
+    process.signal(libc::SIGUSR2);
+    process.says("this process has taken over");
+    let mut heirs = Heirs::default();
+    heirs.noted(&process);
+    assert!(marker.exists(), "the new program was started");
+    let status = get(process.admin(), "/status").json();
+    assert_eq!(status["state"], "ready");
+
+    let asked = |arguments: &[&str]| {
+        let mut command = std::process::Command::new(PROGRAM);
+        command.arg("upgrade").args(arguments).arg("--admin").arg(process.admin().to_string());
+        let output = command.output().expect("the program");
+        let text = |bytes| String::from_utf8(bytes).expect("text");
+        (output.status.code(), text(output.stdout), text(output.stderr))
+    };
+    let (code, told, _) = asked(&["--binary", PROGRAM]);
+    assert_eq!(code, Some(0), "{told}");
+    let pid = told.strip_prefix("process ").and_then(|rest| rest.split(' ').next()?.parse().ok());
+    heirs.0.push(pid.unwrap_or_else(|| panic!("no number in {told}")));
+    assert!(told.ends_with(") has taken over\n"), "{told}");
+    let (code, _, told) = asked(&["--binary", "/bin/false"]);
+    assert!(code == Some(1) && told.contains("ended with exit status: 1"), "{told}");
+    fs::write(setup.path("forebay.yaml"), "listeners: [").expect("a file");
+    let (code, _, told) = asked(&[]);
+    assert!(code == Some(78) && told.contains("forebay.yaml"), "{told}");
+    let (code, _, told) = asked(&["--binary", "/no/such/program"]);
+    assert!(code == Some(1) && told.contains("no such file"), "{told}");
+}
+
+#[test]
+fn sockets_of_a_service_manager_go_from_process_to_process() {
+    let origin = Origin::named("origin");
+    let port = free_port();
+    let setup = Setup::before(&origin);
+    let with_more = setup.clone().also_listener(&format!("{{ name: more, address: '127.0.0.1:{port}' }}"));
+    let mut process = crate::activation::activated(&with_more, &[format!("more={port}")]).spawn();
+    let at = SocketAddr::from(([127, 0, 0, 1], port));
+    let mut heirs = Heirs::default();
+    for yaml in [&with_more, &setup, &with_more] {
+        yaml.write();
+        heirs.upgraded(&process);
+    }
+    process.ended();
+    assert_eq!(get(at, "/").text(), "origin");
+}
+
+#[test]
+fn another_program_is_started_for_its_own_user_only() {
+    let origin = Origin::named("origin");
+    let process = Setup::before(&origin).spawn();
+    // SAFETY: it has no arguments and cannot fail.
+    if unsafe { libc::geteuid() } != 0 {
+        // Only root can ask as somebody else.
+        return;
+    }
+    let ask = format!(
+        "import socket; s = socket.create_connection(('127.0.0.1', {})); \
+         s.sendall(b'POST /upgrade?binary=/bin/true HTTP/1.1\\r\\nHost: localhost\\r\\nConnection: close\\r\\nContent-Length: 0\\r\\n\\r\\n'); \
+         print(s.makefile().read())",
+        process.admin().port()
+    );
+    let mut asked = std::process::Command::new("setpriv")
+        .args(["--reuid=65534", "--regid=65534", "--clear-groups", "/usr/bin/python3", "-c", &ask])
+        .stdout(std::process::Stdio::piped())
+        .spawn()
+        .expect("setpriv, of util-linux");
+    let mut told = String::new();
+    asked.stdout.take().expect("piped").read_to_string(&mut told).expect("text");
+    asked.wait().expect("its end");
+    assert!(told.contains(" 409 ") && told.contains("for its own user and for root only"), "{told}");
+    assert_eq!(process.metric("forebay_upgrades_total"), 0.0, "nothing was tried");
+}
