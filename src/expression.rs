@@ -27,7 +27,9 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::thread;
 
-pub use facts::{Asked, Facts, Identity, Pace, Secured};
+pub(crate) use pattern::in_bytes;
+
+pub use facts::{Asked, Author, Facts, Identity, Pace, Secured};
 
 use crate::error::{BuildError, Inside};
 use plan::{Condition as Plan, Text};
@@ -124,6 +126,19 @@ impl Value {
                 };
                 Err(Mistake::new(whole, format!("this is {}, and text is expected here: {help}", kind.told())))
             }
+        })
+        .map(|source| Value(Arc::new(source)))
+    }
+
+    /// The same for an expression that makes text, a number, a condition or an address: what `string(…)` makes of it.
+    ///
+    /// # Errors
+    /// As [`Value::build`].
+    pub fn shown(written: &str, moment: Moment) -> Result<Value, BuildError> {
+        built(written, moment, |planned, whole| {
+            planned.shown().map_err(|kind| {
+                Mistake::new(whole, format!("this is {}, and text is expected here: take an item of it", kind.told()))
+            })
         })
         .map(|source| Value(Arc::new(source)))
     }

@@ -61,18 +61,24 @@
 //! # }
 //! ```
 
+mod accept;
 pub mod access;
 pub mod api_key;
+mod aside;
 mod auth;
 pub mod basic_auth;
+pub mod body;
 pub mod call;
 mod catalog;
 mod chain;
 pub mod compress;
 pub mod cors;
+pub mod decompress;
+pub mod error_page;
 mod field;
 pub mod forward_auth;
 pub mod gcra;
+mod groups;
 pub mod headers;
 pub mod ip_set;
 pub mod jwt;
@@ -83,9 +89,11 @@ pub mod rate_limit;
 pub mod redirect;
 #[cfg(test)]
 mod rehearsal;
+mod representation;
 pub mod request_id;
 pub mod respond;
 pub mod rewrite;
+mod template;
 
 use std::any::Any;
 use std::ops::BitOr;
@@ -175,8 +183,12 @@ pub struct Scope<'a> {
     pub state: &'a mut Option<Box<dyn Any + Send + Sync>>,
     /// Who asks, as far as filters have found out; see [`Scope::identify`].
     pub identity: &'a mut Option<Arc<Identity>>,
+    /// This filter has nothing to do with the body of the request; see [`Scope::leave_request_body`].
+    pub(crate) leaves_request_body: &'a mut bool,
     /// This filter has nothing to do with the body of the response; see [`Scope::leave_body`].
     pub(crate) leaves_body: &'a mut bool,
+    /// Nothing of the response is to leave yet; see [`Scope::hold_body`].
+    pub(crate) holds_body: &'a mut bool,
 }
 
 impl Scope<'_> {
@@ -189,6 +201,19 @@ impl Scope<'_> {
     /// Tells the filters behind this one, keys, logs and spans who asks. In [`Filter::request`]; later nobody hears it.
     pub fn identify(&mut self, identity: Identity) {
         *self.identity = Some(Arc::new(identity));
+    }
+
+    /// In [`Filter::request`]: this filter is not to see the body of this request. If no other one wants to, the body
+    /// keeps its length, which the endpoint can then be told.
+    pub fn leave_request_body(&mut self) {
+        *self.leaves_request_body = true;
+    }
+
+    /// In [`Filter::response`]: nothing of the response is to leave before all of its body has passed the filters. A
+    /// filter that refuses it then has the client see that refusal, and not a part of a response that is cut. Under
+    /// pressure the response leaves earlier all the same, as far as the filter lets it.
+    pub fn hold_body(&mut self) {
+        *self.holds_body = true;
     }
 
     /// In [`Filter::response`]: this filter is not to see the body of this response. If no other one wants to, the body
@@ -287,7 +312,7 @@ pub trait Filter: Send + Sync + 'static {
 
     /// A piece of the request body passes; `end` with the last one, which may be `None`.
     /// To hold a piece back, leave `Some` empty piece in its place: `None` means the end. If the request is sent to
-    /// another endpoint, its pieces pass again from the first.
+    /// another endpoint, its pieces pass again from the first: [`Facts::attempt`] tells one attempt from another.
     async fn request_body(&self, _scope: &mut Scope<'_>, _piece: &mut Option<Bytes>, _end: bool) -> Verdict {
         Verdict::Continue
     }

@@ -242,6 +242,11 @@ impl Link {
         self.wire().stream();
     }
 
+    /// Nothing of the answer is to leave before all of it is here.
+    pub fn hold_answer(&self) {
+        self.wire().hold();
+    }
+
     /// Why the session gave up, if it did.
     pub fn fault(&self) -> Option<Fault> {
         self.given_up().or_else(|| self.wire().fault())

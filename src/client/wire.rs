@@ -572,6 +572,12 @@ impl Wire {
         self.held = false;
     }
 
+    /// Has nothing of this answer leave before it is whole.
+    pub fn hold(&mut self) {
+        self.leave = Leave::Full;
+        self.held = !self.ended;
+    }
+
     /// The connection is to close after this answer, and the answer is to say so.
     pub fn close_after_answer(&mut self) {
         self.last_on_connection = true;

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use http::{HeaderMap, Method, Uri, Version};
 use pingora::http::{RequestHeader, ResponseHeader};
 
+use crate::error::Refusal;
 use crate::phase::Phase;
 
 /// What is known of an exchange beside its headers.
@@ -35,6 +36,21 @@ pub struct Facts<'a> {
     pub status: u16,
     /// Who asks, once a filter has found out.
     pub identity: Option<&'a Identity>,
+    /// Who has made the response, where that is known.
+    pub author: Option<Author>,
+    /// How often the request has been sent, or begun to be; from 1 on while its body passes.
+    pub attempt: u32,
+}
+
+/// Who has made a response.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Author {
+    /// An endpoint.
+    Endpoint,
+    /// Forebay, which refuses the request for this reason.
+    Gateway(&'static Refusal),
+    /// A filter, which answers itself.
+    Filter,
 }
 
 /// Who asks, as a filter has found out: what `auth` and `jwt` are in expressions.
@@ -72,6 +88,8 @@ impl<'a> Facts<'a> {
             begun: Instant::now(),
             status: 0,
             identity: None,
+            author: None,
+            attempt: 0,
         }
     }
 }
@@ -95,6 +113,14 @@ impl Facts<'_> {
         Self: 'i,
     {
         Facts { identity: identity.or(self.identity), ..*self }
+    }
+
+    /// Why Forebay refuses the request, if it does.
+    pub fn refusal(&self) -> Option<&'static Refusal> {
+        match self.author {
+            Some(Author::Gateway(refusal)) => Some(refusal),
+            Some(Author::Endpoint | Author::Filter) | None => None,
+        }
     }
 
     /// The time of day at which the exchange began.

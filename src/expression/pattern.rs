@@ -8,7 +8,7 @@
 use std::collections::HashSet;
 use std::ops::Range;
 
-use regex::{Regex, RegexBuilder};
+use regex::{Regex, RegexBuilder, bytes};
 use regex_automata::hybrid::dfa::DFA;
 use regex_automata::nfa::thompson::{self, WhichCaptures};
 use regex_automata::util::syntax;
@@ -22,22 +22,45 @@ const AUTOMATON_BYTES_MAX: usize = 2 << 20;
 /// A pattern that the automaton leaves to a slower way, where a text has characters beyond ASCII, may have so many
 /// states there.
 const SLOW_STATES_MAX: usize = 100;
+/// So may one of which groups are kept: they are found in a slower way, in each match alone.
+const GROUPS_STATES_MAX: usize = 400;
 
 /// Compiles a pattern.
 ///
 /// # Errors
 /// Why it is none that can be used.
 pub(super) fn compile(written: &str) -> Result<Regex, String> {
-    let ast = ast::parse::Parser::new().parse(written).map_err(|error| error.kind().to_string())?;
-    let pattern = in_ascii(written, &ast);
+    let pattern = read(written)?;
     // `.` is a line break, too: `%0A` in an argument would hide what stands behind it from `a.*b`.
     let mut builder = RegexBuilder::new(&pattern);
     builder.dot_matches_new_line(true).size_limit(BYTES_MAX).dfa_size_limit(2 * AUTOMATON_BYTES_MAX);
-    let compiled = builder.build().map_err(|error| {
-        let told = error.to_string();
-        told.lines().last().unwrap_or_default().trim().trim_start_matches("error: ").to_owned()
-    })?;
-    if is_bounded(&pattern) { Ok(compiled) } else { Err(TOO_COSTLY.to_owned()) }
+    let compiled = builder.build().map_err(told)?;
+    if is_bounded(&pattern, SLOW_STATES_MAX) { Ok(compiled) } else { Err(TOO_COSTLY.to_owned()) }
+}
+
+/// Compiles a pattern that is looked for in a body, of which it may keep groups. `.` is no line break here.
+///
+/// # Errors
+/// Why it is none that can be used.
+pub(crate) fn in_bytes(written: &str) -> Result<bytes::Regex, String> {
+    let pattern = format!("(?-s:{})", read(written)?);
+    let mut builder = bytes::RegexBuilder::new(&pattern);
+    builder.size_limit(BYTES_MAX).dfa_size_limit(2 * AUTOMATON_BYTES_MAX);
+    let compiled = builder.build().map_err(told)?;
+    let slow = if compiled.captures_len() > 1 { Some(GROUPS_STATES_MAX) } else { None };
+    let states_max = slow.unwrap_or(SLOW_STATES_MAX);
+    let bounded = is_bounded(&pattern, states_max) && slow.is_none_or(|most| states(&pattern) <= most);
+    if bounded { Ok(compiled) } else { Err(TOO_COSTLY.to_owned()) }
+}
+
+fn read(written: &str) -> Result<String, String> {
+    let ast = ast::parse::Parser::new().parse(written).map_err(|error| error.kind().to_string())?;
+    Ok(in_ascii(written, &ast))
+}
+
+fn told(error: regex::Error) -> String {
+    let told = error.to_string();
+    told.lines().last().unwrap_or_default().trim().trim_start_matches("error: ").to_owned()
 }
 
 const TOO_COSTLY: &str = "a long text would take too long; count less, or let it begin with `^`";
@@ -104,8 +127,14 @@ impl Visitor for Found {
     }
 }
 
-/// Whether all that the automaton of a pattern can become fits into its bounds. It is found by going everywhere.
-fn is_bounded(pattern: &str) -> bool {
+/// The states of a pattern where every way to match is followed; as many as can be, if there are too many.
+fn states(pattern: &str) -> usize {
+    thompson::NFA::new(pattern).map_or(usize::MAX, |nfa| nfa.states().len())
+}
+
+/// Whether all that the automaton of a pattern can become fits into its bounds. It is found by going everywhere. One
+/// that leaves some texts to a slower way may have `slow_max` states there.
+fn is_bounded(pattern: &str, slow_max: usize) -> bool {
     let config = DFA::config()
         .cache_capacity(AUTOMATON_BYTES_MAX)
         .minimum_cache_clear_count(Some(0))
@@ -132,7 +161,7 @@ fn is_bounded(pattern: &str) -> bool {
             }
         }
     }
-    !quits || automaton.get_nfa().states().len() <= SLOW_STATES_MAX
+    !quits || automaton.get_nfa().states().len() <= slow_max
 }
 
 #[cfg(test)]

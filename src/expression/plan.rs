@@ -121,6 +121,8 @@ pub(super) enum Text {
     Network,
     User,
     Authenticator,
+    Reason,
+    Message,
     Field(Field),
     /// One of the values under a name.
     Value(Box<(Field, Int)>),
@@ -374,6 +376,8 @@ impl Text {
             Text::PeerFingerprint => Cow::Borrowed(asked.facts.secured.fingerprint.as_bytes()),
             Text::Network => network_of(asked.facts.client).map_or(EMPTY, |text| Cow::Owned(text.into_bytes())),
             Text::User => asked.facts.identity.map_or(EMPTY, |identity| Cow::Borrowed(identity.user.as_bytes())),
+            Text::Reason => asked.facts.refusal().map_or(EMPTY, |refusal| Cow::Borrowed(refusal.reason.as_bytes())),
+            Text::Message => asked.facts.refusal().map_or(EMPTY, |refusal| Cow::Borrowed(refusal.message.as_bytes())),
             Text::Authenticator => asked.facts.identity.map_or(EMPTY, |identity| Cow::Borrowed(identity.by.as_bytes())),
             Text::Field(field) => field.of(asked),
             Text::Value(value) => {

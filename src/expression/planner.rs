@@ -87,6 +87,21 @@ impl Plan {
         }
     }
 
+    /// How it is written, as text.
+    ///
+    /// # Errors
+    /// Its kind, of which there is no such text.
+    pub fn shown(self) -> Result<Text, Kind> {
+        Ok(match self {
+            Plan::Text(text) => text,
+            Plan::Int(int) => Text::OfInt(Box::new(int)),
+            Plan::Double(double) => Text::OfDouble(Box::new(double)),
+            Plan::Condition(condition) => Text::OfCondition(Box::new(condition)),
+            Plan::Address(address) => Text::OfAddress(Box::new(address)),
+            other => return Err(other.kind()),
+        })
+    }
+
     /// The literal text that it is, if it is one.
     fn literal(&self) -> Option<&str> {
         match self {
@@ -241,6 +256,8 @@ impl<'t> Planner<'t> {
             "jwt.claims" => Plan::Map(Map::Claims),
             "response.code" => Plan::Int(Int::Code),
             "response.headers" => Plan::Map(Map::ResponseHeaders),
+            "response.reason" => Plan::Text(Text::Reason),
+            "response.message" => Plan::Text(Text::Message),
             "client.phase_age" => Plan::Double(Double::PhaseAge),
             "client.rate" => Plan::Double(Double::Rate),
             "client.slow" => Plan::Condition(Condition::IsSlow),
@@ -745,14 +762,10 @@ impl<'t> Planner<'t> {
                 Plan::Text(text) => Double::Parse(Box::new(text)),
                 other => return self.mistyped(of, other.kind(), "text or a number"),
             }),
-            ("string", [of]) => Plan::Text(match self.plan(of)? {
-                Plan::Text(text) => text,
-                Plan::Int(int) => Text::OfInt(Box::new(int)),
-                Plan::Double(double) => Text::OfDouble(Box::new(double)),
-                Plan::Condition(condition) => Text::OfCondition(Box::new(condition)),
-                Plan::Address(address) => Text::OfAddress(Box::new(address)),
-                other => return self.mistyped(of, other.kind(), "a number, a condition or an address"),
-            }),
+            ("string", [of]) => match self.plan(of)?.shown() {
+                Ok(text) => Plan::Text(text),
+                Err(kind) => return self.mistyped(of, kind, "a number, a condition or an address"),
+            },
             ("hash", [of]) => Plan::Int(match self.plan(of)? {
                 Plan::Text(text) => Int::Hash(Box::new(text)),
                 Plan::Address(address) => Int::HashAddress(Box::new(address)),

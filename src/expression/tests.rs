@@ -11,6 +11,7 @@ use proptest::prelude::*;
 use super::facts::Response;
 use super::names::{FUNCTIONS, VARIABLES};
 use super::*;
+use crate::error::refusal;
 use crate::phase::Phase;
 
 /// A request, and a response to it.
@@ -88,6 +89,8 @@ impl Story {
             begun: Instant::now(),
             status: 404,
             identity: Some(&self.identity),
+            author: Some(Author::Gateway(&refusal::ROUTE_NO_MATCH)),
+            attempt: 1,
         };
         Asked {
             facts,
@@ -194,6 +197,7 @@ fn a_request_is_read_as_routes_see_it() {
         r#"connection.peer_names[1] == "urn:joe%2Csue" && connection.peer_names[2] == """#,
         r#"source.network == "192.0.2.7""#,
         r#"response.code == 404 && response.headers["Content-Type"] == "text/html""#,
+        r#"response.reason == "route.no_match" && response.message.contains("No route")"#,
         r#"request.cookies["beta"] == "1" && request.cookies.sid == "s1""#,
         r#"request.args["q"] == "x/y z, 2" && request.args.n == "5""#,
     ]);

@@ -20,7 +20,7 @@ use http::{HeaderName, HeaderValue, Method, Uri};
 use pingora::http::{RequestHeader, ResponseHeader};
 
 use super::kept::Keeping;
-use crate::error::{BuildError, nearest};
+use crate::error::{BuildError, Refusal, nearest};
 use crate::files::{Files, Keeper};
 use crate::metrics::Metrics;
 
@@ -163,6 +163,8 @@ pub struct Surroundings<'a> {
     pub filter: &'a str,
     /// Where a filter registers metrics of its own ([`Metrics::collect_too`]); `None` in a test of it.
     pub metrics: Option<&'a Metrics>,
+    /// The refusals of all filters that there are, without those of Forebay itself.
+    pub refusals: &'a [&'static Refusal],
     callees: &'a dyn Callees,
     keeping: Option<&'a Keeping<'a>>,
     files: Option<&'a Files>,
@@ -171,7 +173,8 @@ pub struct Surroundings<'a> {
 impl<'a> Surroundings<'a> {
     /// Those of the filters of a route.
     pub fn new(directory: &'a Path, route: &'a str, metrics: &'a Metrics, callees: &'a dyn Callees) -> Self {
-        Surroundings { directory, route, filter: "", metrics: Some(metrics), callees, keeping: None, files: None }
+        let (metrics, refusals) = (Some(metrics), &[] as &[_]);
+        Surroundings { directory, route, filter: "", metrics, refusals, callees, keeping: None, files: None }
     }
 
     /// The same for filters that keep something from one configuration to the next.
@@ -200,15 +203,16 @@ impl<'a> Surroundings<'a> {
             route: "all",
             filter: "",
             metrics: None,
+            refusals: &[],
             callees,
             keeping: None,
             files: None,
         }
     }
 
-    /// The same for the filter of this key.
-    pub(super) fn of(self, filter: &'a str) -> Self {
-        Surroundings { filter, ..self }
+    /// The same for the filter of this key, beside others that have these refusals.
+    pub(super) fn of(self, filter: &'a str, refusals: &'a [&'static Refusal]) -> Self {
+        Surroundings { filter, refusals, ..self }
     }
 
     /// Has `keeper` look at a file whenever it may have changed, and every `refresh` besides, for as long as there is

@@ -10,9 +10,12 @@ use serde_yaml::Value;
 use super::access::Access;
 use super::api_key::ApiKey;
 use super::basic_auth::BasicAuth;
+use super::body::Body;
 use super::chain::{Chain, Link};
 use super::compress::Compress;
 use super::cors::Cors;
+use super::decompress::Decompress;
+use super::error_page::ErrorPage;
 use super::forward_auth::ForwardAuth;
 use super::headers::Headers;
 use super::ip_set::IpSet;
@@ -57,6 +60,9 @@ impl Catalog {
             .with::<Jwt>()
             .with::<ForwardAuth>()
             .with::<Compress>()
+            .with::<ErrorPage>()
+            .with::<Decompress>()
+            .with::<Body>()
     }
 
     /// These filters and one more. A key or a reason that is taken is one of [`Catalog::conflicts`].
@@ -99,7 +105,7 @@ impl Catalog {
     /// What the filter says of its settings, with the path inside them.
     pub fn build(&self, decoded: &Decoded, around: &Surroundings<'_>) -> Result<Box<dyn Filter>, BuildError> {
         match self.kinds.iter().position(|kind| kind.key == decoded.key) {
-            Some(index) => self.builders[index](&decoded.settings, &around.of(self.kinds[index].key)),
+            Some(index) => self.builders[index](&decoded.settings, &around.of(self.kinds[index].key, &self.refusals)),
             None => Err(unknown(decoded.key)),
         }
     }
@@ -232,7 +238,8 @@ mod tests {
         let keys: Vec<&str> = catalog.kinds().iter().map(|kind| kind.key).collect();
         let of_headers = ["request_id", "headers", "rewrite", "redirect", "respond", "rate_limit", "access"];
         let of_identity = ["ip_set", "cors", "basic_auth", "api_key", "jwt", "forward_auth"];
-        assert_eq!(keys, [&of_headers[..], &of_identity, &["compress"]].concat());
+        let of_bodies = ["compress", "error_page", "decompress", "body"];
+        assert_eq!(keys, [&of_headers[..], &of_identity, &of_bodies].concat());
         let answering: Vec<&str> = catalog.kinds().iter().filter(|kind| kind.answers).map(|kind| kind.key).collect();
         assert_eq!(answering, ["redirect", "respond"]);
     }

@@ -17,7 +17,7 @@ use super::{Answer, Filter, Outcome, Scope, Stages, Verdict};
 use crate::error::refusal;
 use crate::eventloop::Watched;
 use crate::expression::facts::Response;
-use crate::expression::{Asked, Condition, Facts, Identity};
+use crate::expression::{Asked, Author, Condition, Facts, Identity};
 use crate::metrics::Metrics;
 use crate::party::wait::{FAR, NoClient, within};
 
@@ -70,8 +70,12 @@ struct Slot {
     state: State,
     /// Whether the filter acts, once its condition was asked.
     acts: Option<bool>,
+    /// It has nothing to do with the body of the request.
+    leaves_request_body: bool,
     /// It has nothing to do with the body of the response.
     leaves_body: bool,
+    /// Nothing of the response is to leave before its body was seen.
+    holds_body: bool,
 }
 
 /// What all filters of an exchange see: a [`Scope`] without the state, which is each filter's own.
@@ -155,7 +159,7 @@ impl Chain {
         let facts = view.facts;
         for &index in &self.request_body {
             let link = &self.links[index];
-            if !link.acts(states.slot(index), || facts.asked(view.request)) {
+            if states.slot(index).leaves_request_body || !link.acts(states.slot(index), || facts.asked(view.request)) {
                 continue;
             }
             let mut scope = view.scope(states, index, facts);
@@ -170,11 +174,12 @@ impl Chain {
     /// filters outside of it see that one, and what they have left of it is the verdict.
     pub async fn response(&self, states: &mut States, mut view: View<'_>, response: &mut ResponseHeader) -> Verdict {
         states.answered = None;
-        states.slots.iter_mut().for_each(|slot| slot.leaves_body = false);
+        states.slots.iter_mut().for_each(|slot| (slot.leaves_body, slot.holds_body) = (false, false));
         let mut body = None;
         for &index in &self.response {
             let link = &self.links[index];
-            let facts = Facts { status: response.status.as_u16(), ..view.facts };
+            let author = if states.answered.is_some() { Some(Author::Filter) } else { view.facts.author };
+            let facts = Facts { status: response.status.as_u16(), author, ..view.facts };
             let acts = {
                 let asked = facts.asked(view.request);
                 link.acts(states.slot(index), || asked.answered(response))
@@ -234,10 +239,21 @@ impl Chain {
         self.patience.map_or(FAR, |patience| patience.saturating_mul(filters))
     }
 
+    /// Whether a filter wants to see the body of the request, whose header all of them have seen.
+    pub fn sees_request_body(&self, states: &States) -> bool {
+        let leaves = |index: &usize| states.slots.get(*index).is_some_and(|slot| slot.leaves_request_body);
+        self.request_body.iter().any(|index| states.may_act(*index) && !leaves(index))
+    }
+
     /// Whether a filter wants to see the body of the response, whose header all of them have seen.
     pub fn sees_body(&self, states: &States) -> bool {
-        let acts = |index: &usize| states.slots.get(*index).is_none_or(|slot| slot.acts != Some(false));
-        self.response_body.iter().any(|index| acts(index) && !states.has_nothing_to_do(*index))
+        self.response_body.iter().any(|index| states.may_act(*index) && !states.has_nothing_to_do(*index))
+    }
+
+    /// Whether one of those wants nothing of the response to leave before it has seen all of it.
+    pub fn holds_answer(&self, states: &States) -> bool {
+        let holds = |index: &usize| states.slots.get(*index).is_some_and(|slot| slot.holds_body);
+        self.response_body.iter().any(|index| holds(index) && !states.has_nothing_to_do(*index))
     }
 
     /// Runs [`Filter::request_trailers`].
@@ -352,6 +368,11 @@ impl States {
         answered || self.slots.get(index).is_some_and(|slot| slot.leaves_body)
     }
 
+    /// Whether the condition of this filter holds, or was not asked.
+    fn may_act(&self, index: usize) -> bool {
+        self.slots.get(index).is_none_or(|slot| slot.acts != Some(false))
+    }
+
     /// Slots are added as they are asked for, so that states of another chain can never panic.
     fn slot(&mut self, index: usize) -> &mut Slot {
         if index >= self.slots.len() {
@@ -365,8 +386,8 @@ impl View<'_> {
     fn scope<'s>(&'s mut self, states: &'s mut States, index: usize, facts: Facts<'s>) -> Scope<'s> {
         states.slot(index);
         let States { slots, identity, .. } = states;
-        let Slot { state, leaves_body, .. } = &mut slots[index];
-        Scope { facts, request: self.request, state, identity, leaves_body }
+        let Slot { state, leaves_request_body, leaves_body, holds_body, .. } = &mut slots[index];
+        Scope { facts, request: self.request, state, identity, leaves_request_body, leaves_body, holds_body }
     }
 }
 

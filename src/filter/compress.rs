@@ -16,19 +16,19 @@
 
 mod coding;
 
-use std::sync::{Arc, LazyLock, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use async_trait::async_trait;
 use bytes::Bytes;
-use http::header::{
-    ACCEPT_RANGES, CACHE_CONTROL, CONTENT_ENCODING, CONTENT_LENGTH, CONTENT_RANGE, CONTENT_TYPE, ETAG, VARY,
-};
-use http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode};
+use http::header::{CACHE_CONTROL, CONTENT_ENCODING, CONTENT_LENGTH};
+use http::{HeaderMap, Method};
 use pingora::http::ResponseHeader;
 use schemars::JsonSchema;
 use serde::Deserialize;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
+use super::aside::{ASIDE_BYTES, aside};
+use super::representation::{self, Type, items};
 use super::{Filter, FilterType, Scope, Stages, Surroundings, Verdict};
 use crate::config::units::{Count, Size};
 use crate::error::{BuildError, refusal};
@@ -82,15 +82,6 @@ impl Default for Settings {
         }
     }
 }
-
-/// A piece that is larger is compressed on another thread: that costs some 20 microseconds, and this some hundred.
-const ASIDE_BYTES: usize = 16 << 10;
-
-/// As many pieces are compressed at a time, besides on the workers: more would only fight for the same CPU.
-static TURNS: LazyLock<Arc<Semaphore>> = LazyLock::new(|| {
-    let threads = std::thread::available_parallelism().map_or(1, |threads| threads.get());
-    Arc::new(Semaphore::new(threads))
-});
 
 /// Compresses answers.
 pub struct Compress {
@@ -165,12 +156,7 @@ async fn coded(encoder: Encoder, piece: Bytes, flush: bool, end: bool) -> std::i
     if piece.len() <= ASIDE_BYTES {
         return work(encoder, &piece);
     }
-    let turn = TURNS.clone().acquire_owned().await.map_err(std::io::Error::other)?;
-    let aside = tokio::task::spawn_blocking(move || {
-        let _turn = turn;
-        work(encoder, &piece)
-    });
-    aside.await.map_err(std::io::Error::other)?
+    aside(move || work(encoder, &piece)).await?
 }
 
 impl FilterType for Compress {
@@ -182,18 +168,6 @@ impl FilterType for Compress {
         if settings.codings.is_empty() {
             return Err(wrong("codings", "no coding is named, so that this would do nothing"));
         }
-        if settings.types.is_empty() {
-            return Err(wrong("types", "no media type is named, so that this would do nothing"));
-        }
-        let kind = |(index, written): (usize, &String)| {
-            let told = || {
-                BuildError::new(
-                    format!("types[{index}]"),
-                    format!("`{written}` is no media type: write `text/html`, `text/*` or `application/*+json`"),
-                )
-            };
-            Type::build(written).ok_or_else(told)
-        };
         for (key, sound) in [
             ("gzip_level", (1..=9).contains(&settings.gzip_level)),
             ("br_level", settings.br_level <= 9),
@@ -209,7 +183,7 @@ impl FilterType for Compress {
         let places = usize::try_from(settings.concurrent.0).ok().filter(|places| (1..=1_000_000).contains(places));
         Ok(Compress {
             codings: settings.codings.clone(),
-            types: settings.types.iter().enumerate().map(kind).collect::<Result<_, _>>()?,
+            types: Type::all(&settings.types)?,
             bytes_min: settings.min_size.0,
             levels: Levels { gzip: settings.gzip_level, br: settings.br_level, zstd: settings.zstd_level },
             places: Arc::new(Semaphore::new(
@@ -227,7 +201,7 @@ impl Compress {
             return None;
         }
         // A cache must not give it to a client that cannot undo it, nor the plain one for ever to one that can.
-        vary(response);
+        representation::vary(response, "Accept-Encoding");
         let coding = Coding::chosen(&self.codings, asked)?;
         if *method == Method::HEAD {
             // There is no body to be smaller, and its length is not known.
@@ -248,21 +222,16 @@ impl Compress {
     /// Whether an answer may be compressed, whatever its client accepts.
     fn fits(&self, response: &ResponseHeader) -> bool {
         let headers = &response.headers;
-        let status = response.status;
-        let bodiless = [StatusCode::NO_CONTENT, StatusCode::RESET_CONTENT, StatusCode::NOT_MODIFIED].contains(&status);
-        let partial = status == StatusCode::PARTIAL_CONTENT || headers.contains_key(CONTENT_RANGE);
-        if status.is_informational() || bodiless || partial || headers.contains_key(CONTENT_ENCODING) {
+        if !representation::is_whole(response) || headers.contains_key(CONTENT_ENCODING) {
             return false;
         }
-        if names(headers, &CACHE_CONTROL).any(|directive| directive.eq_ignore_ascii_case(b"no-transform")) {
+        if items(headers, &CACHE_CONTROL).any(|directive| directive.eq_ignore_ascii_case(b"no-transform")) {
             return false;
         }
-        let length = headers.get(CONTENT_LENGTH).and_then(|length| length.to_str().ok()?.parse::<u64>().ok());
-        if length.is_some_and(|length| length < self.bytes_min) {
+        if representation::length(headers).is_some_and(|length| length < self.bytes_min) {
             return false;
         }
-        let kind = headers.get(CONTENT_TYPE).map(HeaderValue::as_bytes).unwrap_or_default();
-        let kind = kind.split(|&byte| byte == b';').next().unwrap_or_default().trim_ascii().to_ascii_lowercase();
+        let kind = representation::media_type(headers);
         kind != b"text/event-stream" && self.types.iter().any(|wanted| wanted.covers(&kind))
     }
 }
@@ -271,68 +240,7 @@ impl Compress {
 fn mark(response: &mut ResponseHeader, coding: Coding) {
     // A field of a fixed name in the place of others: there is room for it.
     let _ = response.insert_header(CONTENT_ENCODING, coding.name());
-    // RFC 9110 §8.8.3: the same bytes no more, but the same meaning.
-    if let Some(tag) = response.headers.get(ETAG).filter(|tag| !tag.as_bytes().starts_with(b"W/")) {
-        let weak = HeaderValue::from_bytes(&[b"W/", tag.as_bytes()].concat());
-        match weak {
-            Ok(weak) => _ = response.insert_header(ETAG, weak),
-            Err(_) => drop(response.remove_header(&ETAG)),
-        }
-    }
-    for name in [ACCEPT_RANGES.as_str(), "content-md5", "content-digest", "digest"] {
-        response.remove_header(name);
-    }
-}
-
-fn vary(response: &mut ResponseHeader) {
-    let known = |name: &[u8]| name.eq_ignore_ascii_case(b"accept-encoding") || name == b"*";
-    if !names(&response.headers, &VARY).any(known) {
-        // One more field: there is room for it, or the answer has too many already.
-        let _ = response.append_header(VARY, HeaderValue::from_static("Accept-Encoding"));
-    }
-}
-
-/// The items of a header that is a list.
-fn names<'h>(headers: &'h HeaderMap, name: &HeaderName) -> impl Iterator<Item = &'h [u8]> {
-    let lines = headers.get_all(name).iter();
-    lines.flat_map(|line| line.as_bytes().split(|&byte| byte == b',')).map(<[u8]>::trim_ascii)
-}
-
-/// Media types: `text/html`, `text/*`, `application/*+json`, or `*/*`.
-#[derive(Debug)]
-struct Type {
-    before: Box<[u8]>,
-    /// What stands behind a `*`, if there is one.
-    behind: Option<Box<[u8]>>,
-}
-
-impl Type {
-    fn build(written: &str) -> Option<Type> {
-        let written = written.to_ascii_lowercase();
-        let sound = |byte: u8| byte.is_ascii_alphanumeric() || b"/.+-_!#$&^*".contains(&byte);
-        if written == "*/*" {
-            return Some(Type { before: Box::default(), behind: Some(Box::default()) });
-        }
-        let (kind, part) = written.split_once('/')?;
-        if kind.is_empty() || part.is_empty() || part.contains('/') || kind.contains('*') || !written.bytes().all(sound)
-        {
-            return None;
-        }
-        match written.split_once('*') {
-            None => Some(Type { before: written.as_bytes().into(), behind: None }),
-            Some((_, behind)) if behind.contains('*') => None,
-            Some((before, behind)) => {
-                Some(Type { before: before.as_bytes().into(), behind: Some(behind.as_bytes().into()) })
-            }
-        }
-    }
-
-    fn covers(&self, kind: &[u8]) -> bool {
-        match &self.behind {
-            None => *self.before == *kind,
-            Some(behind) => kind.strip_prefix(&*self.before).is_some_and(|rest| rest.ends_with(behind)),
-        }
-    }
+    representation::recoded(response);
 }
 
 #[cfg(test)]
@@ -403,19 +311,6 @@ mod tests {
         assert!(coded(&mut one) && !coded(&mut other));
         drop(one);
         assert!(coded(&mut other), "there is room again");
-    }
-
-    #[test]
-    fn media_types_are_covered() {
-        let covers = |written: &str, kind: &str| Type::build(written).unwrap().covers(kind.as_bytes());
-        assert!(covers("text/*", "text/html") && covers("*/*", "a/b") && covers("Text/HTML", "text/html"));
-        assert!(
-            covers("application/*+json", "application/a+json") && !covers("application/*+json", "application/json")
-        );
-        assert!(!covers("text/*", "texts/html") && !covers("text/html", "text/html5"));
-        for wrong in ["", "text", "/x", "text/", "*/x", "a/b/c", "a/*b*", "a b/c"] {
-            assert!(Type::build(wrong).is_none(), "{wrong}");
-        }
     }
 
     #[test]

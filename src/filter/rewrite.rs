@@ -16,6 +16,7 @@ use regex::Regex;
 use schemars::JsonSchema;
 use serde::Deserialize;
 
+use super::groups::{self, Piece};
 use super::{Filter, FilterType, Scope, Stages, Surroundings, Verdict};
 use crate::error::{BuildError, Refusal};
 
@@ -64,13 +65,6 @@ enum Rule {
     },
 }
 
-/// A part of the new path.
-enum Piece {
-    Text(String),
-    /// What this group of the pattern matched; nothing, if it took no part in the match.
-    Group(usize),
-}
-
 #[async_trait]
 impl Filter for Rewrite {
     fn stages(&self) -> Stages {
@@ -116,7 +110,8 @@ impl Rule {
         let alone = |pattern: &str| Regex::new(pattern).map_err(|error| BuildError::new("pattern", error.to_string()));
         alone(pattern)?;
         let pattern = alone(&format!(r"\A(?:{pattern})\z"))?;
-        let pieces = template(to, &pattern).map_err(|message| BuildError::new("to", message))?;
+        let names: Vec<_> = pattern.capture_names().collect();
+        let pieces = groups::pieces(to, &names).map_err(|message| BuildError::new("to", message))?;
         // A group may match nothing, so the text must be fit for a path by itself; a leading group brings its own
         // slash.
         let mut text = if let Some(Piece::Group(_)) = pieces.first() { "/".to_owned() } else { String::new() };
@@ -145,47 +140,6 @@ impl Rule {
             }
         }
     }
-}
-
-/// Cuts `to` into text and groups, by the grammar of `Regex::replace`, except that a group must exist.
-fn template(to: &str, pattern: &Regex) -> Result<Vec<Piece>, String> {
-    let mut pieces = Vec::new();
-    let mut rest = to;
-    while let Some((text, after)) = rest.split_once('$') {
-        pieces.push(Piece::Text(text.to_owned()));
-        if let Some(after) = after.strip_prefix('$') {
-            pieces.push(Piece::Text("$".to_owned()));
-            rest = after;
-            continue;
-        }
-        let (name, after) = match after.strip_prefix('{') {
-            Some(braced) => braced.split_once('}').ok_or_else(|| format!("`{to}` has a `${{` without `}}`"))?,
-            None => after.split_at(after.find(|c: char| !c.is_ascii_alphanumeric() && c != '_').unwrap_or(after.len())),
-        };
-        pieces.push(Piece::Group(group(name, pattern)?));
-        rest = after;
-    }
-    pieces.push(Piece::Text(rest.to_owned()));
-    pieces.retain(|piece| !matches!(piece, Piece::Text(text) if text.is_empty()));
-    Ok(pieces)
-}
-
-/// The number of the group `name`, which may be a number itself.
-fn group(name: &str, pattern: &Regex) -> Result<usize, String> {
-    let found = match name.parse() {
-        Ok(number) => Some(number).filter(|&number| number < pattern.captures_len()),
-        Err(_) => pattern.capture_names().position(|known| known == Some(name)),
-    };
-    found.ok_or_else(|| {
-        let digits = name.bytes().take_while(u8::is_ascii_digit).count();
-        match &name[..digits] {
-            "" => format!("the pattern has no group `{name}`; write `$$` for a plain `$`"),
-            number if digits < name.len() => {
-                format!("the pattern has no group `{name}`; did you mean `${{{number}}}`?")
-            }
-            _ => format!("the pattern has no group `{name}`, only {}", pattern.captures_len() - 1),
-        }
-    })
 }
 
 /// Whether `path` can be a path as it stands; `written` is how the operator knows it.

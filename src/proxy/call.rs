@@ -52,6 +52,8 @@ pub(super) struct Line<'a> {
 pub(super) enum Load {
     /// What an exchange holds.
     Held(Held),
+    /// What filters have made of it.
+    Made(Vec<Bytes>),
     /// One piece.
     Whole(Bytes),
     /// There is none.
@@ -62,6 +64,7 @@ impl Load {
     fn pieces(&self) -> &[Bytes] {
         match self {
             Load::Held(held) => &held.pieces,
+            Load::Made(pieces) => pieces,
             Load::Whole(body) => std::slice::from_ref(body),
             Load::Nothing => &[],
         }

@@ -28,7 +28,7 @@ use crate::client::remains;
 use crate::client::session::Link;
 use crate::error::{Refusal, refusal};
 use crate::expression::facts::Response;
-use crate::expression::{Asked, Facts, Pace};
+use crate::expression::{Asked, Author, Facts, Pace};
 use crate::filter::{Stages, Verdict, View};
 use crate::finished::Why;
 use crate::metrics::Metrics;
@@ -213,6 +213,8 @@ impl Exchange {
             begun: self.progress.begun,
             status: self.filters.status(),
             identity: self.client.identity.as_deref(),
+            author: self.refusal.map(Author::Gateway),
+            attempt: self.filters.attempt(),
         }
     }
 
@@ -301,14 +303,19 @@ impl Exchange {
         Watch::new(self.client.control.clone(), socket, aborts, way)
     }
 
-    /// Runs the response filters of the route on a response header, be it an endpoint's or our own.
-    pub async fn filter_response(&self, request: &mut RequestHeader, response: &mut ResponseHeader) -> Verdict {
+    /// Runs the response filters of the route on a response header, whoever has made it.
+    pub async fn filter_response(
+        &self,
+        request: &mut RequestHeader,
+        response: &mut ResponseHeader,
+        author: Author,
+    ) -> Verdict {
         if let (Some(route), Some(filters)) = (&self.routing.route, &self.filters.states)
             && route.chain.wants(Stages::RESPONSE)
             && let Some(mut states) = filters.take()
         {
-            let view = View { facts: self.facts(&route.name), request };
-            let call = route.chain.response(&mut states, view, response);
+            let facts = Facts { author: Some(author), ..self.facts(&route.name) };
+            let call = route.chain.response(&mut states, View { facts, request }, response);
             let verdict = self.watch(route).during(route.chain.patience(), call, &refusal::RECEIVE_ABORTED).await;
             filters.put(states);
             filters.answered(response.status);
@@ -322,6 +329,18 @@ impl Exchange {
     pub fn sees_body(&self) -> bool {
         let (Some(route), Some(filters)) = (&self.routing.route, &self.filters.states) else { return false };
         route.chain.wants(Stages::RESPONSE_BODY) && filters.with(|states| route.chain.sees_body(states))
+    }
+
+    /// Whether a filter of the route wants to see the body of the request, whose header all of them have seen.
+    pub fn sees_request_body(&self) -> bool {
+        let (Some(route), Some(filters)) = (&self.routing.route, &self.filters.states) else { return false };
+        route.chain.wants(Stages::REQUEST_BODY) && filters.with(|states| route.chain.sees_request_body(states))
+    }
+
+    /// Whether a filter wants all of the answer to be here before any of it leaves.
+    pub fn holds_answer(&self) -> bool {
+        let (Some(route), Some(filters)) = (&self.routing.route, &self.filters.states) else { return false };
+        route.chain.wants(Stages::RESPONSE_BODY) && filters.with(|states| route.chain.holds_answer(states))
     }
 
     /// Runs the body filters of the route on the whole body of an answer that is our own.

@@ -31,6 +31,9 @@ const MARK: HeaderName = HeaderName::from_static("x-forebay-mirror");
 /// At most this much of a discarded answer is read, so that its connection can be kept.
 const DISCARDED_BYTES: usize = 1 << 20;
 
+/// Of a body that filters have changed, no more than this is kept for a copy.
+const FILTERED_BYTES_MAX: usize = 1 << 20;
+
 /// Where the copies of a route go.
 pub struct Mirror {
     /// The upstream that gets them.
@@ -53,6 +56,8 @@ pub struct Mirror {
 pub struct Copy {
     mirror: Arc<Mirror>,
     body: Option<Held>,
+    /// What filters have made of the body in the present attempt, if there are any for it.
+    filtered: Option<Vec<Bytes>>,
     request: Option<Box<RequestHeader>>,
 }
 
@@ -113,7 +118,7 @@ impl Mirror {
                 return None;
             }
         };
-        Some(Box::new(Copy { mirror: Arc::clone(self), body, request: None }))
+        Some(Box::new(Copy { mirror: Arc::clone(self), body, filtered: None, request: None }))
     }
 
     /// A place among those that are under way.
@@ -128,6 +133,7 @@ impl Copy {
     /// Remembers the header that the original is sent with. If its client named no host, what it names is its endpoint
     /// and none of the mirror's.
     pub fn note_header(&mut self, request: &RequestHeader, names_host: bool) {
+        self.filtered = None;
         if self.request.is_none() {
             let request = self.request.insert(Box::new(request.clone()));
             if !names_host {
@@ -136,13 +142,26 @@ impl Copy {
         }
     }
 
+    /// A piece of the body has passed filters that may have changed it: the copy gets what they have made of it. `false`:
+    /// that is too much, so that there is to be no copy.
+    pub fn filtered(&mut self, piece: Option<&Bytes>) -> bool {
+        let pieces = self.filtered.get_or_insert_default();
+        pieces.extend(piece.filter(|piece| !piece.is_empty()).cloned());
+        let fits = pieces.iter().map(Bytes::len).sum::<usize>() <= FILTERED_BYTES_MAX;
+        if !fits {
+            self.mirror.leaves(Fate::TooLarge);
+        }
+        fits
+    }
+
     /// The original has been sent: its copy follows, to an endpoint that may be told of these ends of its client's
     /// connection.
     pub fn send(self, parties: Option<Parties>) {
-        let Copy { mirror, body, request: Some(request) } = self else { return };
+        let Copy { mirror, body, filtered, request: Some(request) } = self else { return };
+        let load = filtered.map(Load::Made).or(body.map(Load::Held)).unwrap_or(Load::Nothing);
         let Some(place) = mirror.enter() else { return mirror.leaves(Fate::Busy) };
         tokio::spawn(async move {
-            let fate = attempt(&mirror, *request, body, parties).await;
+            let fate = attempt(&mirror, *request, load, parties).await;
             mirror.metrics.count(fate);
             drop(place);
         });
@@ -159,7 +178,7 @@ impl Drop for Place {
 }
 
 /// Sends the copy to some endpoint and reads the answer away, within the timeouts of that upstream.
-async fn attempt(mirror: &Mirror, mut request: RequestHeader, body: Option<Held>, parties: Option<Parties>) -> Fate {
+async fn attempt(mirror: &Mirror, mut request: RequestHeader, load: Load, parties: Option<Parties>) -> Fate {
     let upstream = &mirror.upstream;
     // It goes anywhere: what endpoints are told apart by, requests of the other upstream need not have.
     let Choice::Engaged(engaged) = upstream.select(rand::random(), &[], Instant::now()) else {
@@ -180,7 +199,6 @@ async fn attempt(mirror: &Mirror, mut request: RequestHeader, body: Option<Held>
         }
         None => false,
     };
-    let load = body.map_or(Load::Nothing, Load::Held);
     let answered = match line.converse(request, load, &mut attempt, take).await {
         Ok(header) => Ok(header.status),
         // An answer that has begun is one; its end is not waited for.

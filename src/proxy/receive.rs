@@ -25,7 +25,7 @@ use crate::client::connection::Connection;
 use crate::client::session::Tap;
 use crate::client::trailers;
 use crate::error::refusal;
-use crate::expression::{Facts, Identity, Pace};
+use crate::expression::{Author, Facts, Identity, Pace};
 use crate::filter::{Refused, Stages, Verdict, View};
 use crate::framing::{Said, answer, is_media_type};
 use crate::phase::Phase;
@@ -117,7 +117,7 @@ pub async fn header(
             unfix_length(request, response)?;
         }
     }
-    match exchange.filter_response(request, response).await {
+    match exchange.filter_response(request, response, Author::Endpoint).await {
         Verdict::Continue => {}
         Verdict::Refuse(refused) => {
             exchange.filters.refuse(refused);
@@ -131,6 +131,9 @@ pub async fn header(
     https::insist(exchange, response);
     if exchange.sees_body() {
         unfix_length(request, response)?;
+        if let Some(link) = exchange.link.as_ref().filter(|_| exchange.holds_answer()) {
+            link.hold_answer();
+        }
     }
     announce_trailers(exchange, request, response)
 }
@@ -281,7 +284,23 @@ impl Told {
         let Told { client, port, scheme, ref path, ref connection, ended, pace, begun, ref identity } = *self;
         let listener = connection.as_ref().map_or("", |connection| &connection.listener.name);
         let (secured, identity) = (secured(connection.as_deref()), identity.as_deref());
-        Facts { client, port, scheme, listener, route, path, secured, ended, pace, begun, status, identity }
+        let (author, attempt) = (None, 0);
+        Facts {
+            client,
+            port,
+            scheme,
+            listener,
+            route,
+            path,
+            secured,
+            ended,
+            pace,
+            begun,
+            status,
+            identity,
+            author,
+            attempt,
+        }
     }
 }
 

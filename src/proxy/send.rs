@@ -82,9 +82,10 @@ pub fn header(
         framing::request::apply(body, request)?;
     }
     // A filter that sees the body may change its length.
-    if exchange.routing.route.as_ref().is_some_and(|route| route.chain.wants(Stages::REQUEST_BODY)) {
+    if exchange.sees_request_body() {
         request.remove_header(&header::CONTENT_LENGTH);
     }
+    exchange.filters.states.iter().for_each(|filters| filters.begin_attempt());
     if host.is_none()
         && let Some(endpoint) = exchange.attempts.endpoint()
     {
@@ -199,8 +200,8 @@ pub async fn piece(
     if let Some(switched) = &mut exchange.switched {
         switched.received += piece.as_ref().map_or(0, |piece| piece.len() as u64);
     }
-    if let (Some(route), Some(filters)) = (exchange.routing.route.clone(), &exchange.filters.states)
-        && route.chain.wants(Stages::REQUEST_BODY)
+    if exchange.sees_request_body()
+        && let (Some(route), Some(filters)) = (exchange.routing.route.clone(), &exchange.filters.states)
         && let Some(mut states) = filters.take()
     {
         let view = View { facts: exchange.facts(&route.name), request };
@@ -208,6 +209,7 @@ pub async fn piece(
         let call = route.chain.request_body(&mut states, view, piece, end);
         let verdict = client.during(route.chain.patience(), call, &refusal::SEND_ABORTED).await;
         filters.put(states);
+        exchange.copy.take_if(|copy| !copy.filtered(piece.as_ref()));
         if let Verdict::Refuse(refused) = verdict {
             exchange.filters.refuse(refused);
             exchange.attempts.channel.stream.take().iter().for_each(StreamHandle::hang_up);

@@ -18,6 +18,7 @@ use super::grpc::{self, TrailersOnly, web};
 use super::https;
 use crate::client::head::accepts_json;
 use crate::error::{Refusal, refusal};
+use crate::expression::Author;
 use crate::filter::{Answer, Refused, Verdict};
 use crate::framing::{Body, Said, answer};
 use crate::phase::Phase;
@@ -82,7 +83,8 @@ async fn trailers_only(exchange: &mut Exchange, session: &mut ServerSession, ans
         web::to_client(&mut fields)?;
         fields.insert_header(header::CONTENT_LENGTH, 0)?;
     }
-    let _ = exchange.filter_response(session.req_header_mut(), &mut fields).await;
+    let author = exchange.refusal.map_or(Author::Filter, Author::Gateway);
+    let _ = exchange.filter_response(session.req_header_mut(), &mut fields, author).await;
     session.response_duplex_vec(vec![HttpTask::Header(Box::new(fields), true)]).await.map(|_| ())
 }
 
@@ -105,8 +107,12 @@ async fn write(
     ours: Ours<'_>,
 ) -> Result<()> {
     set_length(&mut response, &body)?;
+    let author = match &ours {
+        Ours::Refusal(refused) => Author::Gateway(refused.refusal),
+        Ours::Answer | Ours::Instead => Author::Filter,
+    };
     if !matches!(ours, Ours::Instead)
-        && let Verdict::Answer(answer) = exchange.filter_response(session.req_header_mut(), &mut response).await
+        && let Verdict::Answer(answer) = exchange.filter_response(session.req_header_mut(), &mut response, author).await
     {
         body = answer.body;
         set_length(&mut response, &body)?;

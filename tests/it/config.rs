@@ -428,6 +428,9 @@ fn what_full_yaml_shows_can_be_built() {
         ("users.htpasswd", "ada:$2b$04$NSVZohxgRPqCbGvPPBsZ2eTV7ov/7NXV8xzCnRBdxJMN.OtQAfoCC"),
         ("keys.txt", "shop:2bb80d537b1da3e38bd30361aa855686bde0eacd7162fef6a25fe97bf527a25b"),
         ("jwks.json", key),
+        ("error.html", "<p>{{ response.code }}"),
+        ("error.json", "{ \"status\": {{ response.code }} }"),
+        ("error.txt", "{{ response.message }}"),
     ] {
         fs::write(dir.path().join(file), text).unwrap();
     }

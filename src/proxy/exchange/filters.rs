@@ -1,6 +1,6 @@
 //! What the filters of a route keep for an exchange, and what they have said of it.
 
-use std::sync::atomic::{AtomicU16, Ordering};
+use std::sync::atomic::{AtomicU16, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use http::StatusCode;
@@ -24,6 +24,11 @@ impl Filters {
         self.states.as_ref().map_or(0, |states| states.status())
     }
 
+    /// How often the request was begun to be sent.
+    pub fn attempt(&self) -> u32 {
+        self.states.as_ref().map_or(0, |states| states.attempt.load(Ordering::Relaxed))
+    }
+
     /// Notes a refusal; the first one counts.
     pub fn refuse(&mut self, refused: Refused) {
         self.refused.get_or_insert(refused);
@@ -42,6 +47,8 @@ pub struct FilterStates {
     refused: Mutex<Option<Refused>>,
     /// The status of the answer, from when the response filters see its header; 0 before.
     status: AtomicU16,
+    /// How often the request was begun to be sent.
+    attempt: AtomicU32,
 }
 
 impl FilterStates {
@@ -51,6 +58,7 @@ impl FilterStates {
             states: Mutex::new(Some(states)),
             refused: Mutex::new(None),
             status: AtomicU16::new(0),
+            attempt: AtomicU32::new(0),
         })
     }
 
@@ -77,6 +85,11 @@ impl FilterStates {
     /// The status of the answer; 0 until the response filters have seen its header.
     pub fn status(&self) -> u16 {
         self.status.load(Ordering::Relaxed)
+    }
+
+    /// The request is sent from its beginning, perhaps once more.
+    pub fn begin_attempt(&self) {
+        self.attempt.fetch_add(1, Ordering::Relaxed);
     }
 
     /// The header of an answer is here, with this status.

@@ -1,0 +1,28 @@
+//! Work that is too long for a worker, and waits for nothing: it is done on a thread of its own.
+
+use std::io;
+use std::sync::{Arc, LazyLock};
+
+use tokio::sync::Semaphore;
+
+/// What works on a piece that is larger does so aside: that costs some 20 microseconds, and the work some hundred.
+pub(super) const ASIDE_BYTES: usize = 16 << 10;
+
+/// As much is done at a time, besides on the workers: more would only fight for the same CPU.
+static TURNS: LazyLock<Arc<Semaphore>> = LazyLock::new(|| {
+    let threads = std::thread::available_parallelism().map_or(1, |threads| threads.get());
+    Arc::new(Semaphore::new(threads))
+});
+
+/// Does `work` on another thread, when it is its turn.
+///
+/// # Errors
+/// It has panicked.
+pub(super) async fn aside<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> io::Result<T> {
+    let turn = TURNS.clone().acquire_owned().await.map_err(io::Error::other)?;
+    let aside = tokio::task::spawn_blocking(move || {
+        let _turn = turn;
+        work()
+    });
+    aside.await.map_err(io::Error::other)
+}

@@ -1,0 +1,334 @@
+//! Bodies that are decoded and changed on their way: `decompress` and `body`, alone, together, and with `compress`.
+
+use std::io::{Read, Write};
+
+use flate2::Compression;
+use flate2::read::MultiGzDecoder;
+use flate2::write::{DeflateEncoder, GzEncoder, ZlibEncoder};
+
+use crate::harness::client::chunked;
+use crate::harness::gateway::Watched;
+use crate::harness::origin::response;
+use crate::harness::wire::{Request, Response};
+use crate::harness::{Ask, End, Gateway, Origin, Protocol, Setup, eventually};
+
+fn gzip(plain: impl AsRef<[u8]>) -> Vec<u8> {
+    let mut encoder = GzEncoder::new(Vec::new(), Compression::new(6));
+    encoder.write_all(plain.as_ref()).expect("gzip");
+    encoder.finish().expect("gzip")
+}
+
+fn coded(coding: &str, plain: &[u8]) -> Vec<u8> {
+    let level = Compression::new(6);
+    match coding {
+        "gzip" => gzip(plain),
+        "deflate" => {
+            let mut encoder = ZlibEncoder::new(Vec::new(), level);
+            encoder.write_all(plain).and_then(|()| encoder.finish()).expect("zlib")
+        }
+        "bare" => {
+            let mut encoder = DeflateEncoder::new(Vec::new(), level);
+            encoder.write_all(plain).and_then(|()| encoder.finish()).expect("deflate")
+        }
+        "br" => {
+            let mut encoder = brotli::CompressorWriter::new(Vec::new(), 4096, 5, 22);
+            encoder.write_all(plain).expect("brotli");
+            encoder.into_inner()
+        }
+        "zstd" => zstd::encode_all(plain, 3).expect("zstd"),
+        coding => panic!("{coding}"),
+    }
+}
+
+fn text(bytes: usize) -> String {
+    (0_u64..)
+        .map(|n| format!("{} ", n * n % 9_973))
+        .scan(0, |size, word| {
+            *size += word.len();
+            (*size <= bytes).then_some(word)
+        })
+        .collect()
+}
+
+/// An origin whose every answer has these fields and this body.
+fn telling(fields: &str, body: impl AsRef<[u8]>) -> Origin {
+    let whole = response("200 OK", fields, body);
+    Origin::answering(move |_| whole.clone())
+}
+
+/// The last request that came to an origin.
+fn last(origin: &Origin) -> Request {
+    origin.requests().pop().expect("a request")
+}
+
+/// Waits until this gateway has counted a refusal with this reason.
+fn refused(gateway: &Gateway, reason: &str) {
+    gateway.wait_metric(&format!("forebay_refusals_total{{reason=\"{reason}\"}}"), |count| count == 1.0);
+}
+
+fn get(gateway: &Gateway, fields: &str) -> Response {
+    gateway.client().ask("GET", "/", fields, "")
+}
+
+#[test]
+fn answers_of_every_coding_reach_the_client_as_they_are() {
+    for size in [500, 400_000] {
+        let body = text(size);
+        for (coding, name) in
+            [("gzip", "gzip"), ("deflate", "deflate"), ("bare", "deflate"), ("br", "BR"), ("zstd", "zstd")]
+        {
+            let fields = format!("Content-Encoding: {name}\r\nETag: \"a\"\r\nVary: Accept-Encoding\r\n");
+            let origin = telling(&fields, coded(coding, body.as_bytes()));
+            let setup = Setup::before(&origin).listener("protocols: [http1, h2c]");
+            let gateway = setup.filters("decompress: { max_ratio: 1000 }").start();
+            let answer = get(&gateway, "Accept-Encoding: compress, gzip, br, zstd, deflate\r\n");
+            assert!(answer.body == body.as_bytes() && answer.end == End::Complete, "{coding}");
+            let fields = ["content-encoding", "etag", "vary", "content-length"].map(|name| answer.value(name));
+            assert_eq!(fields, [None, Some("W/\"a\""), None, None], "{coding}");
+            assert_eq!(last(&origin).value("accept-encoding"), Some("gzip, br, zstd, deflate"));
+            let over_http2 = Ask::get("/").over(Protocol::Http2, gateway.web());
+            assert_eq!(over_http2.length, body.len() as u64, "{coding}");
+            let head = gateway.client().ask("HEAD", "/", "", "");
+            assert_eq!((head.value("content-encoding"), head.body.len()), (None, 0));
+        }
+    }
+}
+
+#[test]
+fn requests_of_every_coding_reach_the_endpoint_as_they_are() {
+    let origin = Origin::named("app");
+    let gateway = Setup::before(&origin).filters("decompress: {}").start();
+    let body = text(100_000);
+    for coding in ["gzip", "deflate", "br", "zstd"] {
+        let fields = format!("Content-Encoding: {coding}\r\nContent-Digest: sha-256=:x:\r\n");
+        let answer = gateway.client().ask("POST", "/", &fields, coded(coding, body.as_bytes()));
+        assert_eq!(answer.status, 200, "{coding}");
+        let came = last(&origin);
+        assert!(came.body == body.as_bytes(), "{coding}");
+        assert_eq!((came.value("content-encoding"), came.value("content-digest")), (None, None));
+        let pieces = chunked(&coded(coding, body.as_bytes()), 700);
+        let mut client = gateway.client();
+        client.send(format!(
+            "POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\nContent-Encoding: {coding}\r\n\r\n"
+        ));
+        client.send(pieces);
+        assert_eq!(client.response().status, 200);
+        assert!(last(&origin).body == body.as_bytes(), "{coding} in chunks");
+    }
+    let plain = gateway.client().ask("POST", "/", "", "plain");
+    assert_eq!(plain.status, 200);
+    assert_eq!(last(&origin).value("content-length"), Some("5"), "what is not coded keeps its length");
+}
+
+#[test]
+fn a_bomb_is_refused_with_its_reason_in_both_directions() {
+    let zeros = vec![0; 12 << 20];
+    for coding in ["gzip", "deflate", "br", "zstd"] {
+        let bomb = coded(coding, &zeros);
+        let fields = format!("Content-Encoding: {coding}\r\n");
+        for (keys, limit) in [("max_size: 1MiB, max_ratio: 100000", "size"), ("max_size: 1GiB, max_ratio: 50", "ratio")]
+        {
+            let origin = telling(&fields, &bomb);
+            let gateway = Setup::before(&origin).filters(&format!("decompress: {{ {keys} }}")).start();
+            assert_eq!(gateway.client().ask("POST", "/", &fields, &bomb).status, 413, "{coding}");
+            refused(&gateway, &format!("send.decoded_{limit}"));
+            let answer = get(&gateway, "");
+            // The header may have left before the bomb came.
+            assert!(answer.status == 502 || answer.end != End::Complete, "{coding}: {}", answer.status);
+            assert!(answer.body.len() <= 1 << 21, "{}", answer.body.len());
+            refused(&gateway, &format!("receive.decoded_{limit}"));
+            gateway.wait_at_rest();
+        }
+    }
+}
+
+#[test]
+fn what_is_not_coded_as_it_says_is_refused() {
+    let origin = telling("Content-Encoding: gzip\r\n", "no gzip at all");
+    let gateway = Setup::before(&origin).filters("decompress: {}").start();
+    let post =
+        |coding: &str, body: &[u8]| gateway.client().ask("POST", "/", &format!("Content-Encoding: {coding}\r\n"), body);
+    assert_eq!(post("gzip", b"no gzip at all").status, 400);
+    refused(&gateway, "send.decoded_malformed");
+    let unknown = post("compress", b"x");
+    assert_eq!((unknown.status, unknown.value("accept-encoding")), (415, Some("gzip, deflate, br, zstd")));
+    refused(&gateway, "route.coding");
+    let answer = get(&gateway, "");
+    assert!(answer.status == 502 || answer.end != End::Complete, "{}", answer.status);
+    refused(&gateway, "receive.decoded_malformed");
+
+    let odd = telling("Content-Encoding: compress\r\n", "x");
+    let gateway = Setup::before(&odd).filters("decompress: {}").start();
+    assert_eq!(get(&gateway, "").status, 502);
+    refused(&gateway, "receive.coding");
+    let gateway = Setup::before(&odd).filters("decompress: { unknown: pass }").start();
+    let answer = get(&gateway, "");
+    assert_eq!(
+        (answer.text(), answer.value("content-encoding"), answer.value("content-length")),
+        ("x", Some("compress"), Some("1"))
+    );
+}
+
+const HOSTS: &str =
+    "body: { response: { replace: [ { text: 'http://app.internal', with: 'https://www.example.com' } ] } }";
+
+#[test]
+fn an_answer_is_changed_whatever_its_framing_and_its_coding() {
+    for size in [10, 600_000] {
+        let (plain, changed) =
+            ["http://app.internal", "https://www.example.com"].map(|host| format!("{}{host}/", text(size))).into();
+        let chunks =
+            "HTTP/1.1 200 OK\r\nContent-Type: text/html\r\nTransfer-Encoding: chunked\r\nTrailer: X-Sum\r\n\r\n";
+        let mut in_chunks = chunked(plain.as_bytes(), 5_000);
+        in_chunks.truncate(in_chunks.len() - 2);
+        in_chunks.extend(b"X-Sum: 7\r\nContent-Digest: x\r\n\r\n");
+        let in_chunks = [chunks.as_bytes(), &in_chunks].concat();
+        let of_length = response("200 OK", "Content-Type: text/html\r\nETag: \"a\"\r\n", &plain);
+        let coded = response("200 OK", "Content-Type: text/html\r\nContent-Encoding: gzip\r\n", gzip(&plain));
+        let origin = Origin::answering(move |request| match request.target() {
+            "/chunks" => in_chunks.clone(),
+            "/gzip" => coded.clone(),
+            _ => of_length.clone(),
+        });
+        let setup = Setup::before(&origin).listener("protocols: [http1, h2c]");
+        let gateway = setup.filters(&format!("compress: {{ codings: [gzip] }}, {HOSTS}, decompress: {{}}")).start();
+        for path in ["/", "/chunks", "/gzip"] {
+            let mut client = gateway.client();
+            let answer = client.ask("GET", path, "TE: trailers\r\n", "");
+            assert!(answer.text() == changed && answer.end == End::Complete, "{path}: {}", answer.body.len());
+            assert_eq!((answer.value("etag"), answer.value("content-encoding")), (None, None), "{path}");
+            // The same connection goes on.
+            let smaller = client.ask("GET", path, "Accept-Encoding: gzip\r\n", "");
+            assert_eq!(smaller.value("content-encoding"), Some("gzip"), "{path}");
+            let mut undone = String::new();
+            MultiGzDecoder::new(&smaller.body[..]).read_to_string(&mut undone).expect("gzip");
+            assert!(undone == changed, "{path}");
+            assert_eq!(last(&origin).value("accept-encoding"), None, "{path}");
+            let over_http2 = Ask::get(path).over(Protocol::Http2, gateway.web());
+            assert_eq!(over_http2.length, changed.len() as u64, "{path}");
+        }
+    }
+}
+
+#[test]
+fn trailers_pass_behind_a_changed_body() {
+    let origin = Origin::playing(|mut connection| {
+        while connection.next_request().is_some() {
+            connection.send(
+                "HTTP/1.1 200 OK\r\nContent-Type: text/plain\r\nTransfer-Encoding: chunked\r\nTrailer: X-Sum\r\n\r\n\
+                 13\r\nhttp://app.internal\r\n0\r\nX-Sum: 7\r\nContent-Digest: x\r\n\r\n",
+            );
+        }
+    });
+    let gateway = Setup::before(&origin).filters(HOSTS).start();
+    let mut client = gateway.client();
+    client.send("GET / HTTP/1.1\r\nHost: a\r\nTE: trailers\r\nConnection: TE\r\n\r\n");
+    let mut came = Vec::new();
+    while !came.ends_with(b"0\r\nx-sum: 7\r\n\r\n") && !came.ends_with(b"0\r\nX-Sum: 7\r\n\r\n") {
+        came.extend(client.bytes(1));
+    }
+    let came = String::from_utf8_lossy(&came).into_owned();
+    assert!(came.contains("17\r\nhttps://www.example.com\r\n0\r\n"), "{came}");
+}
+
+#[test]
+fn a_request_is_changed_and_sent_again_as_a_whole() {
+    // The first endpoint takes the whole request, and closes.
+    let (dead, origin) = (Origin::playing(|mut connection| drop(connection.next_request())), Origin::named("app"));
+    let setup = Setup::weighted(&[(&dead, 1000), (&origin, 1)]).route("retry: { attempts: 3, non_idempotent: true }");
+    let changes = "json: [ { at: /user, set: { cel: 'request.headers[\"x-user\"]' } }, { at: /debug, remove: true } ]";
+    let gateway = setup.filters(&format!("body: {{ request: {{ {changes} }} }}")).start();
+    let fields = "Content-Type: application/json\r\nX-User: ada\r\n";
+    let sent = format!(r#"{{"debug":true,"n":1.50,"text":"{}"}}"#, text(60_000));
+    let answer = gateway.client().ask("POST", "/", fields, &sent);
+    assert_eq!(answer.status, 200);
+    let came = last(&origin);
+    let changed = sent.replace(r#""debug":true,"#, "").replace("\"}", r#"","user":"ada"}"#);
+    assert!(came.body == changed.as_bytes(), "{}", String::from_utf8_lossy(&came.body[..100]));
+    assert!(dead.connections() > 0 || origin.requests().len() == 1);
+
+    for (fields, body, status, reason) in [
+        (fields, "{", 400, "send.body_json"),
+        ("Content-Type: application/json\r\nContent-Encoding: gzip\r\n", "x", 415, "route.body_coded"),
+        (fields, &*format!("\"{}\"", "x".repeat(2 << 20)), 413, "send.body_size"),
+    ] {
+        let answer = gateway.client().ask("POST", "/", fields, body);
+        assert_eq!(answer.status, status, "{reason}");
+        refused(&gateway, reason);
+    }
+    let other = gateway.client().ask("POST", "/", "Content-Type: image/png\r\n", "png");
+    assert_eq!(other.status, 200);
+    assert_eq!(last(&origin).value("content-length"), Some("3"), "it keeps its length");
+}
+
+#[test]
+fn an_answer_that_cannot_be_changed_is_refused_and_never_half_seen() {
+    let large = format!(
+        "HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nConnection: close\r\n\r\n[{}1]",
+        "1,".repeat(700_000)
+    );
+    let origin = Origin::answering_once(move |request| match request.target() {
+        "/large" => large.clone().into_bytes(),
+        "/coded" => {
+            response("200 OK", "Content-Type: application/json\r\nContent-Encoding: gzip\r\nConnection: close\r\n", "x")
+        }
+        _ => response("200 OK", "Content-Type: application/json\r\nConnection: close\r\n", "{ \"secret\": "),
+    });
+    let gateway =
+        Setup::before(&origin).filters("body: { response: { json: [ { at: /secret, remove: true } ] } }").start();
+    for (path, reason) in
+        [("/broken", "receive.body_json"), ("/large", "receive.body_size"), ("/coded", "receive.body_coded")]
+    {
+        let answer = gateway.client().get(path);
+        assert_eq!((answer.status, answer.end), (502, End::Complete), "{path}");
+        assert!(!answer.text().contains("secret"), "{}", answer.text());
+        refused(&gateway, reason);
+    }
+}
+
+#[test]
+fn parts_and_answers_without_a_body_are_left_alone() {
+    let text = "Content-Type: text/plain\r\nETag: \"a\"\r\n";
+    let origin = Origin::answering(move |request| match request.target() {
+        "/part" => {
+            response("206 Partial Content", &format!("{text}Content-Range: bytes 0-18/99\r\n"), "http://app.internal")
+        }
+        "/none" => format!("HTTP/1.1 204 No Content\r\n{text}\r\n").into_bytes(),
+        "/same" => format!("HTTP/1.1 304 Not Modified\r\n{text}\r\n").into_bytes(),
+        _ => format!("HTTP/1.1 200 OK\r\n{text}Content-Length: 19\r\n\r\n").into_bytes(),
+    });
+    let gateway = Setup::before(&origin).filters(&format!("{HOSTS}, decompress: {{}}")).start();
+    let mut client = gateway.client();
+    for (path, status, body) in [("/part", 206, "http://app.internal"), ("/none", 204, ""), ("/same", 304, "")] {
+        let answer = client.get(path);
+        assert_eq!((answer.status, answer.text(), answer.value("etag")), (status, body, Some("\"a\"")), "{path}");
+    }
+    let head = client.ask("HEAD", "/", "", "");
+    assert_eq!((head.status, head.value("content-length"), head.value("etag")), (200, None, None), "as of a GET");
+    assert_eq!(client.get("/part").status, 206, "the connection goes on");
+}
+
+#[test]
+fn a_copy_for_a_mirror_is_what_filters_have_made_of_the_body() {
+    let (origin, mirror) = (Origin::named("app"), Origin::named("mirror"));
+    let setup = Setup::before(&origin).also("mirror", &mirror).route("mirror: { upstream: mirror }");
+    let gateway = setup.filters("decompress: {}, body: { request: { replace: [ { text: a, with: bb } ] } }").start();
+    let fields = "Content-Type: text/plain\r\nContent-Encoding: gzip\r\n";
+    assert_eq!(gateway.client().ask("POST", "/", fields, gzip("a cat")).status, 200);
+    for origin in [&origin, &mirror] {
+        // A copy follows when the original has been sent.
+        let came = eventually("the request", || origin.requests().pop());
+        assert_eq!((&came.body[..], came.value("content-encoding")), (&b"bb cbbt"[..], None));
+    }
+}
+
+#[test]
+fn answers_of_our_own_are_changed_as_well() {
+    let origin = Origin::named("app");
+    let gateway =
+        Setup::before(&origin).filters(&format!("{HOSTS}, respond: {{ body: 'see http://app.internal' }}")).start();
+    let answer = gateway.client().get("/");
+    assert_eq!((answer.text(), answer.value("content-length")), ("see https://www.example.com", Some("27")));
+    let plain = Setup::before(&origin).filters(HOSTS).start();
+    assert_eq!(plain.client().get("/").text(), "app");
+}
