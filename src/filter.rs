@@ -305,6 +305,13 @@ pub trait Filter: Send + Sync + 'static {
         None
     }
 
+    /// The headers of the request that this filter alone says something in, such as the name of a user. It removes in
+    /// [`Filter::request`] what a client has sent under these names; where it acts, they are removed from the trailers of
+    /// the request as well. Asked once, when it was built.
+    fn own_headers(&self) -> Vec<HeaderName> {
+        Vec::new()
+    }
+
     /// The request header is here, nothing has been sent to an upstream.
     async fn request(&self, _scope: &mut Scope<'_>) -> Verdict {
         Verdict::Continue

@@ -16,6 +16,7 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::mpsc::{Receiver, Sender, channel};
 
 use crate::finished::Finished;
+use crate::phase::journal::steps::Step;
 use crate::phase::journal::{Journal, Span, Want};
 
 /// The most exchanges of one recording.
@@ -80,6 +81,8 @@ pub struct Recorded {
     pub phases: Vec<RecordedPhase>,
     /// Phases for which there was no place: the last that is there stands for them, too.
     pub left_out: u32,
+    /// Steps of filters for which there was no place.
+    pub steps_left_out: u32,
 }
 
 /// A phase, as it was entered.
@@ -108,6 +111,42 @@ pub struct RecordedPhase {
     pub answered: u64,
     /// Bytes of it that the client had taken by then.
     pub sent: u64,
+    /// What filters did that began in it.
+    pub steps: Vec<RecordedStep>,
+}
+
+/// What a filter did in a phase.
+#[derive(Clone, Debug, Default, Deserialize, PartialEq, Serialize)]
+#[serde(default)]
+pub struct RecordedStep {
+    /// The filter.
+    pub filter: String,
+    /// At which stage; `call`: it has sent a request; `when`: its condition did not hold.
+    pub stage: String,
+    /// The upstream that a request was sent to.
+    pub upstream: Option<String>,
+    /// From the beginning of the exchange.
+    pub start_seconds: f64,
+    /// How long it took; all pieces of a body together.
+    pub seconds: f64,
+    /// How many pieces there were; else 1.
+    pub times: u32,
+    /// What it came to: `continue`, `answer 302`, a reason; of a request, a status or why there is no answer.
+    pub outcome: String,
+}
+
+impl RecordedStep {
+    fn of(step: &Step, began: Instant) -> Self {
+        RecordedStep {
+            filter: step.filter.to_owned(),
+            stage: step.stage.to_owned(),
+            upstream: step.upstream.as_deref().map(str::to_owned),
+            start_seconds: step.begin.saturating_duration_since(began).as_secs_f64(),
+            seconds: step.took.as_secs_f64(),
+            times: step.times,
+            outcome: step.outcome.clone().into_owned(),
+        }
+    }
 }
 
 impl RecordedPhase {
@@ -126,6 +165,7 @@ impl RecordedPhase {
             received: begin.passed.received,
             answered: begin.passed.answered,
             sent: begin.passed.sent,
+            steps: Vec::new(),
         }
     }
 }
@@ -192,6 +232,7 @@ impl Recorder {
 
     fn recorded(&self, finished: &Finished<'_>, journal: &Journal, total: Duration) -> Recorded {
         let began = journal.began().at;
+        let (steps, steps_left_out) = journal.steps();
         let text = |text: Option<&str>| text.map(str::to_owned);
         let time = finished.time.checked_sub(total).unwrap_or(SystemTime::UNIX_EPOCH);
         let Finished { client, request, way, summary, .. } = finished;
@@ -214,8 +255,9 @@ impl Recorder {
             received: summary.received,
             sent: summary.sent,
             trace: finished.trace.map(|trace| trace.to_string()),
-            phases: journal.spans().map(|span| RecordedPhase::of(span, began)).collect(),
+            phases: phases(journal, steps, began),
             left_out: journal.left_out(),
+            steps_left_out,
         }
     }
 
@@ -225,6 +267,21 @@ impl Recorder {
         change(&mut all);
         self.0.running.store(Arc::new(all));
     }
+}
+
+/// The phases, each with the steps that began in it, in their order.
+fn phases(journal: &Journal, steps: &[Step], began: Instant) -> Vec<RecordedPhase> {
+    let mut phases: Vec<RecordedPhase> = journal.spans().map(|span| RecordedPhase::of(span, began)).collect();
+    for step in steps {
+        let place = journal.spans().take_while(|span| span.begin.tick.at <= step.begin).count();
+        if let Some(phase) = phases.get_mut(place.saturating_sub(1)) {
+            phase.steps.push(RecordedStep::of(step, began));
+        }
+    }
+    for phase in &mut phases {
+        phase.steps.sort_by(|one, other| one.start_seconds.total_cmp(&other.start_seconds));
+    }
+    phases
 }
 
 impl Recording {

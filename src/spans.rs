@@ -130,7 +130,7 @@ impl Story {
 
     /// How many spans will be made of it.
     fn spans(&self) -> u64 {
-        (1 + self.phases().count() + self.notes.attempts.len()) as u64
+        (1 + self.phases().count() + self.notes.attempts.len() + self.journal.steps().0.len()) as u64
     }
 }
 

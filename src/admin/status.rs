@@ -13,6 +13,7 @@ use arc_swap::ArcSwap;
 use bytes::Bytes;
 use http::header::VARY;
 use http::{HeaderValue, StatusCode};
+use prometheus::IntCounter;
 use serde::{Deserialize, Serialize};
 use tokio::time::MissedTickBehavior;
 
@@ -66,10 +67,32 @@ pub struct Configured {
     pub generation: u64,
     /// The listeners, each with the address that it was bound to.
     pub listeners: Vec<(String, Arc<Listener>)>,
-    /// The routes, each with the upstreams that it leads to; `_none` among them.
-    pub routes: Vec<(Arc<RouteMetrics>, Vec<String>)>,
+    /// The routes; `_none` among them.
+    pub routes: Vec<Listed>,
     /// The upstreams.
     pub upstreams: Vec<Arc<Upstream>>,
+}
+
+/// A route of a configuration.
+#[derive(Clone)]
+pub struct Listed {
+    /// Its counters.
+    pub metrics: Arc<RouteMetrics>,
+    /// Where it leads.
+    pub upstreams: Vec<String>,
+    /// Its filters that act only under a condition.
+    pub conditional: Vec<Conditional>,
+}
+
+/// A filter that acts only under a condition.
+#[derive(Clone)]
+pub struct Conditional {
+    /// What it is called.
+    pub filter: &'static str,
+    /// The condition, as it is written.
+    pub when: String,
+    /// Exchanges for which it did not hold.
+    pub skipped: IntCounter,
 }
 
 /// How the gateway is at one moment. Fields are added, but not taken away and not given another meaning.
@@ -221,6 +244,8 @@ pub struct RouteStatus {
     pub route: String,
     /// Where it leads.
     pub upstreams: Vec<String>,
+    /// Its filters that act only under a condition.
+    pub conditional: Vec<FilterStatus>,
     /// It is counted as `_other`, and its own counts are 0.
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     pub folded: bool,
@@ -238,6 +263,18 @@ pub struct RouteStatus {
     pub p50_seconds: Option<f64>,
     /// The same of the slowest hundredth.
     pub p99_seconds: Option<f64>,
+}
+
+/// A filter that acts only under a condition.
+#[derive(Clone, Debug, Default, Deserialize, Serialize)]
+#[serde(default)]
+pub struct FilterStatus {
+    /// What it is called.
+    pub filter: String,
+    /// The condition, as it is written.
+    pub when: String,
+    /// Exchanges in which it did nothing, for the condition did not hold.
+    pub skipped: u64,
 }
 
 /// A group of endpoints.
@@ -470,7 +507,10 @@ impl Status {
         let mut rows: Vec<RouteStatus> = configured
             .routes
             .iter()
-            .map(|(metrics, upstreams)| routed(metrics.name(), upstreams, metrics.figures()))
+            .map(|listed| {
+                let row = routed(listed.metrics.name(), &listed.upstreams, listed.metrics.figures());
+                RouteStatus { conditional: listed.conditional.iter().map(FilterStatus::of).collect(), ..row }
+            })
             .collect();
         rows.extend(metrics.folded().map(|figures| routed("_other", &[], figures)));
         rows.retain(|row| row.exchanges > 0 || !row.route.starts_with('_'));
@@ -559,12 +599,19 @@ fn phases(metrics: &Metrics) -> Vec<PhaseStatus> {
         .collect()
 }
 
+impl FilterStatus {
+    fn of(filter: &Conditional) -> Self {
+        FilterStatus { filter: filter.filter.to_owned(), when: filter.when.clone(), skipped: filter.skipped.get() }
+    }
+}
+
 fn routed(name: &str, upstreams: &[String], figures: RouteFigures) -> RouteStatus {
     let seconds = Times::from(figures.seconds);
     let bounds = family::EXCHANGE_SECONDS.bounds();
     RouteStatus {
         route: name.to_owned(),
         upstreams: upstreams.to_vec(),
+        conditional: Vec::new(),
         folded: figures.folded,
         exchanges: seconds.buckets.iter().sum(),
         codes: figures.classes.into_iter().map(|(class, count)| (class.to_owned(), count)).collect(),

@@ -39,7 +39,7 @@ pub fn add(admin: Admin, recorder: Recorder, shown: &Shown) -> Admin {
     let shown = shown.clone();
     let says = "records the next exchanges that match, with their phases: ?route= &client= &path= &status= &slower_than= &count= &for=";
     admin.post("/trace", says, move |ask: Ask| {
-        let routes: Vec<String> = shown.load().routes.iter().map(|(route, _)| route.name().to_owned()).collect();
+        let routes: Vec<String> = shown.load().routes.iter().map(|route| route.metrics.name().to_owned()).collect();
         ready(match order(ask.arguments(), &routes) {
             Ok(order) => Answer::lines(lines(&recorder, order)),
             Err(what) => Answer::error(StatusCode::BAD_REQUEST, &what),

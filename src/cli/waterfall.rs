@@ -2,7 +2,7 @@
 
 use super::figures::{bytes, time};
 use crate::printable::printable;
-use crate::recorder::{Recorded, RecordedPhase};
+use crate::recorder::{Recorded, RecordedPhase, RecordedStep};
 
 /// A part of the time of a process, which bars are drawn on.
 #[derive(Clone, Copy, Debug)]
@@ -116,11 +116,28 @@ pub fn bars(recorded: &Recorded, axis: Axis, paint: Paint) -> Vec<String> {
             paint.faint(&format!("{:<18}", cycles(phase))),
             passed(phase, next, recorded)
         ));
+        lines.extend(phase.steps.iter().map(|step| step_line(step, &phase.phase, recorded, axis, paint)));
     }
     if recorded.left_out > 0 {
         lines.push(format!("  … {} further phases had no place", recorded.left_out));
     }
+    if recorded.steps_left_out > 0 {
+        lines.push(format!("  … {} further steps of filters had no place", recorded.steps_left_out));
+    }
     lines.iter().map(|line| line.trim_end().to_owned()).collect()
+}
+
+/// What a filter did within a phase: its bar, how long it took, which filter at which stage, and what it came to.
+fn step_line(step: &RecordedStep, phase: &str, recorded: &Recorded, axis: Axis, paint: Paint) -> String {
+    let bar = axis.bar(recorded.began_seconds + step.start_seconds, step.seconds);
+    let what = match (&*step.stage, &step.upstream) {
+        ("call", Some(upstream)) => format!("{} asks {upstream}: {}", step.filter, step.outcome),
+        ("when", _) => format!("{} is skipped", step.filter),
+        (stage, _) => format!("{} {stage}: {}", step.filter, step.outcome),
+    };
+    let pieces = if step.times > 1 { format!(", {} pieces", step.times) } else { String::new() };
+    let said = paint.faint(&printable(&format!("{what}{pieces}")));
+    format!("  {:<9} {} {:>8}  {said}", "  ·", paint.phase(phase, &bar), time(step.seconds))
 }
 
 fn cycles(phase: &RecordedPhase) -> String {
@@ -213,6 +230,30 @@ mod tests {
         );
         assert!(title(&one, Paint(false)).starts_with("GET /a  200  in 1.0 s, of which 2.0 ms its own  all → app"));
         assert!(bars(&one, axis, Paint(true))[1].contains("\x1b[35m"));
+    }
+
+    #[test]
+    fn what_filters_did_stands_below_its_phase() {
+        let mut one = recorded();
+        let step = |filter: &str, stage: &str, start_seconds, outcome: &str| RecordedStep {
+            filter: filter.to_owned(),
+            stage: stage.to_owned(),
+            start_seconds,
+            seconds: 0.125,
+            times: 1,
+            outcome: outcome.to_owned(),
+            ..RecordedStep::default()
+        };
+        let call = RecordedStep { upstream: Some("idp".to_owned()), ..step("jwt", "call", 0.25, "200") };
+        one.phases[0].steps = vec![step("jwt", "request", 0.25, "continue"), call, step("access", "when", 0.375, "x")];
+        one.phases[2].steps = vec![RecordedStep { times: 3, ..step("body", "response_body", 0.75, "continue") }];
+        one.steps_left_out = 2;
+        let lines = bars(&one, Axis::of([&one], 16), Paint(false));
+        assert_eq!(lines[1], "    ·           ██             125 ms  jwt request: continue");
+        assert_eq!(lines[2], "    ·           ██             125 ms  jwt asks idp: 200");
+        assert_eq!(lines[3], "    ·             ██           125 ms  access is skipped");
+        assert_eq!(lines[6], "    ·                   ██     125 ms  body response_body: continue, 3 pieces");
+        assert_eq!(lines[7], "  … 2 further steps of filters had no place");
     }
 
     #[test]

@@ -80,6 +80,10 @@ impl Filter for ApiKey {
         Stages::REQUEST
     }
 
+    fn own_headers(&self) -> Vec<HeaderName> {
+        self.user_header.iter().cloned().collect()
+    }
+
     async fn request(&self, scope: &mut Scope<'_>) -> Verdict {
         set_own(scope.request, self.user_header.as_ref(), None);
         let name = match self.shown(scope.request) {

@@ -4,12 +4,13 @@
 //! looked up by name, and nothing is allocated but the futures of the filters that run and one list of states.
 
 use std::any::Any;
+use std::borrow::Cow;
 use std::future::Future;
 use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
-use http::HeaderMap;
+use http::{HeaderMap, HeaderName};
 use pingora::http::{RequestHeader, ResponseHeader};
 use prometheus::IntCounter;
 
@@ -20,6 +21,7 @@ use crate::expression::facts::Response;
 use crate::expression::{Asked, Author, Condition, Facts, Identity};
 use crate::metrics::Metrics;
 use crate::party::wait::{FAR, NoClient, within};
+use crate::phase::journal::steps::Notebook;
 
 /// The filters of one route.
 #[derive(Default)]
@@ -44,6 +46,8 @@ pub(super) struct Link {
     watched: Watched,
     filter: Box<dyn Filter>,
     when: Option<When>,
+    /// What no client may say in trailers.
+    own: Box<[HeaderName]>,
 }
 
 /// The condition under which a filter acts.
@@ -63,6 +67,8 @@ pub struct States {
     identity: Option<Arc<Identity>>,
     /// The place of the filter whose answer stands for that of the endpoint.
     answered: Option<usize>,
+    /// Where it is noted what filters do, if somebody wants to know.
+    notebook: Option<Notebook>,
 }
 
 #[derive(Default)]
@@ -128,6 +134,15 @@ impl Chain {
         self.stages.intersects(stages)
     }
 
+    /// The filters that act only under a condition: what they are called, the condition, and in how many exchanges of
+    /// this route it did not hold. A filter that has no metrics yet is left out.
+    pub fn conditional(&self) -> impl Iterator<Item = (&'static str, &Condition, &IntCounter)> {
+        self.links.iter().filter_map(|link| {
+            let when = link.when.as_ref()?;
+            Some((link.label(), &when.condition, when.skipped.as_ref()?))
+        })
+    }
+
     /// Fresh states for one exchange; an empty chain allocates nothing.
     pub fn states(&self) -> States {
         States { slots: self.links.iter().map(|_| Slot::default()).collect(), ..States::default() }
@@ -138,11 +153,12 @@ impl Chain {
         for &index in &self.request {
             let (link, identity) = (&self.links[index], states.identity.clone());
             let facts = view.facts.of_whom(identity.as_deref());
-            if !link.acts(states.slot(index), || facts.asked(view.request)) || !link.wants(Stages::REQUEST) {
+            if !states.acts(index, link, || facts.asked(view.request)) || !link.wants(Stages::REQUEST) {
                 continue;
             }
+            let notebook = states.notebook.clone();
             let mut scope = view.scope(states, index, facts);
-            let verdict = link.run(link.filter.request(&mut scope), self.patience).await;
+            let verdict = link.run("request", link.filter.request(&mut scope), self.patience, notebook).await;
             let Verdict::Continue = verdict else { return verdict };
         }
         Verdict::Continue
@@ -159,12 +175,13 @@ impl Chain {
         let facts = view.facts;
         for &index in &self.request_body {
             let link = &self.links[index];
-            if states.slot(index).leaves_request_body || !link.acts(states.slot(index), || facts.asked(view.request)) {
+            if states.slot(index).leaves_request_body || !states.acts(index, link, || facts.asked(view.request)) {
                 continue;
             }
+            let notebook = states.notebook.clone();
             let mut scope = view.scope(states, index, facts);
             let call = link.filter.request_body(&mut scope, piece, end);
-            let verdict = link.run(call, self.patience).await;
+            let verdict = link.run("request_body", call, self.patience, notebook).await;
             let Verdict::Continue = verdict else { return link.late("request_body", verdict) };
         }
         Verdict::Continue
@@ -182,14 +199,15 @@ impl Chain {
             let facts = Facts { status: response.status.as_u16(), author, ..view.facts };
             let acts = {
                 let asked = facts.asked(view.request);
-                link.acts(states.slot(index), || asked.answered(response))
+                states.acts(index, link, || asked.answered(response))
             };
             if !acts || !link.wants(Stages::RESPONSE) {
                 continue;
             }
+            let notebook = states.notebook.clone();
             let mut scope = view.scope(states, index, facts);
             let call = link.filter.response(&mut scope, response);
-            match link.run(call, self.patience).await {
+            match link.run("response", call, self.patience, notebook).await {
                 Verdict::Continue => {}
                 Verdict::Refuse(refused) => return Verdict::Refuse(refused),
                 Verdict::Answer(answer) => match answer.header() {
@@ -222,12 +240,13 @@ impl Chain {
             if states.has_nothing_to_do(index) {
                 continue;
             }
-            if !link.acts(states.slot(index), || facts.asked(view.request)) {
+            if !states.acts(index, link, || facts.asked(view.request)) {
                 continue;
             }
+            let notebook = states.notebook.clone();
             let mut scope = view.scope(states, index, facts);
             let call = link.filter.response_body(&mut scope, piece, end);
-            let verdict = link.run(call, self.patience).await;
+            let verdict = link.run("response_body", call, self.patience, notebook).await;
             let Verdict::Continue = verdict else { return link.late("response_body", verdict) };
         }
         Verdict::Continue
@@ -256,8 +275,11 @@ impl Chain {
         self.response_body.iter().any(|index| holds(index) && !states.has_nothing_to_do(*index))
     }
 
-    /// Runs [`Filter::request_trailers`].
+    /// Takes from the trailers of a request what filters alone may say, and runs [`Filter::request_trailers`].
     pub fn request_trailers(&self, states: &mut States, view: View<'_>, trailers: &mut HeaderMap) {
+        for &index in self.request_trailers.iter().filter(|index| states.may_act(**index)) {
+            self.links[index].own.iter().for_each(|name| drop(trailers.remove(name)));
+        }
         self.at_once(&self.request_trailers, states, view, |filter, scope| filter.request_trailers(scope, trailers));
     }
 
@@ -276,7 +298,7 @@ impl Chain {
         let facts = view.facts;
         for &index in order {
             let link = &self.links[index];
-            if link.acts(states.slot(index), || facts.asked(view.request)) {
+            if states.acts(index, link, || facts.asked(view.request)) {
                 link.watched.call(|| call(&*link.filter, &mut view.scope(states, index, facts)));
             }
         }
@@ -288,7 +310,7 @@ impl Chain {
         for &index in &self.end {
             let link = &self.links[index];
             let response = Some(Response { code: outcome.status, headers: None });
-            if !link.acts(states.slot(index), || Asked { response, ..facts.asked(view.request) }) {
+            if !states.acts(index, link, || Asked { response, ..facts.asked(view.request) }) {
                 continue;
             }
             link.watched.call(|| link.filter.end(&mut view.scope(states, index, facts), outcome));
@@ -297,8 +319,22 @@ impl Chain {
 }
 
 impl Link {
+    /// Runs a stage of the filter, and notes it if there is where to.
+    async fn run(
+        &self,
+        stage: &'static str,
+        call: impl Future<Output = Verdict> + Unpin,
+        patience: Option<Duration>,
+        notebook: Option<Notebook>,
+    ) -> Verdict {
+        match notebook {
+            None => self.bounded(call, patience).await,
+            Some(notebook) => notebook.stage(self.label(), stage, self.bounded(call, patience), told).await,
+        }
+    }
+
     /// Runs a call of the filter, and gives it up once it has waited for longer than it may.
-    async fn run(&self, call: impl Future<Output = Verdict> + Unpin, patience: Option<Duration>) -> Verdict {
+    async fn bounded(&self, call: impl Future<Output = Verdict> + Unpin, patience: Option<Duration>) -> Verdict {
         // The caller of the chain sees the client leave.
         let decided = within(patience.unwrap_or(FAR), NoClient::Within, self.watched.run(call)).await;
         decided.unwrap_or_else(|| {
@@ -310,7 +346,8 @@ impl Link {
     /// A filter that was written under `key`, and the condition under which it acts.
     pub(super) fn new(key: &str, filter: Box<dyn Filter>, when: Option<Condition>) -> Link {
         let when = when.map(|condition| When { condition, skipped: None });
-        Link { watched: Watched::untimed(filter.label().unwrap_or(key)), filter, when }
+        let own = filter.own_headers().into();
+        Link { watched: Watched::untimed(filter.label().unwrap_or(key)), filter, when, own }
     }
 
     /// What it is called in metrics and logs.
@@ -325,7 +362,8 @@ impl Link {
             Some(when) if when.condition.reads_response() => Stages::RESPONSE,
             Some(_) => Stages::REQUEST,
         };
-        self.filter.stages() | asked
+        let own = if self.own.is_empty() { Stages::NONE } else { Stages::REQUEST_TRAILERS };
+        self.filter.stages() | asked | own
     }
 
     fn wants(&self, stage: Stages) -> bool {
@@ -356,7 +394,31 @@ impl Link {
     }
 }
 
+/// What a stage came to, in a word.
+fn told(verdict: &Verdict) -> Cow<'static, str> {
+    match verdict {
+        Verdict::Continue => "continue".into(),
+        Verdict::Refuse(refused) => refused.refusal.reason.into(),
+        Verdict::Answer(answer) => format!("answer {}", answer.status.as_u16()).into(),
+    }
+}
+
 impl States {
+    /// Has it noted what filters do.
+    pub fn note_in(&mut self, notebook: Notebook) {
+        self.notebook = Some(notebook);
+    }
+
+    /// Whether this filter acts, which is noted once if it does not.
+    fn acts<'a>(&mut self, index: usize, link: &Link, asked: impl FnOnce() -> Asked<'a>) -> bool {
+        let first = self.slot(index).acts.is_none();
+        let acts = link.acts(self.slot(index), asked);
+        if let (true, false, Some(notebook)) = (first, acts, &self.notebook) {
+            notebook.skipped(link.label());
+        }
+        acts
+    }
+
     /// Who asks, as far as the filters have found out.
     pub fn identity(&self) -> Option<&Arc<Identity>> {
         self.identity.as_ref()

@@ -182,6 +182,10 @@ impl Filter for ForwardAuth {
         Stages::REQUEST | if self.copy_back.is_empty() { Stages::NONE } else { Stages::RESPONSE }
     }
 
+    fn own_headers(&self) -> Vec<HeaderName> {
+        self.copy.clone()
+    }
+
     async fn request(&self, scope: &mut Scope<'_>) -> Verdict {
         let seal = self.memory.as_ref().and_then(|memory| memory.seal(scope));
         let known = self.memory.as_ref().zip(seal).and_then(|(memory, seal)| memory.recall(&seal, Instant::now()));

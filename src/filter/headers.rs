@@ -94,6 +94,11 @@ impl Filter for Headers {
         request | response
     }
 
+    fn own_headers(&self) -> Vec<HeaderName> {
+        let Changes { remove, set, .. } = &self.request;
+        remove.iter().chain(set.iter().map(|change| &change.name)).cloned().collect()
+    }
+
     async fn request(&self, scope: &mut Scope<'_>) -> Verdict {
         let facts = scope.facts;
         self.request.apply(scope.request, |request, words| words.value(&facts.asked(request)));

@@ -302,6 +302,10 @@ impl Filter for Jwt {
         Stages::REQUEST
     }
 
+    fn own_headers(&self) -> Vec<HeaderName> {
+        self.claims.iter().map(|(name, _)| name.clone()).collect()
+    }
+
     async fn request(&self, scope: &mut Scope<'_>) -> Verdict {
         for (name, _) in &self.claims {
             set_own(scope.request, Some(name), None);

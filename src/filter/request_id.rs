@@ -65,6 +65,10 @@ impl Filter for RequestId {
         if self.response { Stages::REQUEST | Stages::RESPONSE } else { Stages::REQUEST }
     }
 
+    fn own_headers(&self) -> Vec<HeaderName> {
+        vec![self.name.clone()]
+    }
+
     async fn request(&self, scope: &mut Scope<'_>) -> Verdict {
         let sent = (self.trust == Trust::Always).then(|| self.sent(scope.request)).flatten();
         let field = Field { name: self.written.clone(), value: sent.unwrap_or_else(fresh) };

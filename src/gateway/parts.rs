@@ -11,6 +11,7 @@ use pingora::connectors::http::Connector;
 
 use crate::acme::Served;
 use crate::acme::plan::{Asked, Plan};
+use crate::admin::status::{Conditional, Listed};
 use crate::client::challenges::Challenges;
 use crate::client::connection::Fittings;
 use crate::client::names::Names;
@@ -37,7 +38,7 @@ use crate::proxy::routes::table::Table;
 use crate::upstream::{self, Upstream};
 
 use super::inherited::Inherited;
-use super::running::{Listed, Running};
+use super::running::Running;
 
 /// How many idle connections to upstreams of mirrors are kept.
 const MIRROR_POOL: usize = 128;
@@ -101,7 +102,7 @@ pub struct Parts {
     /// Which request goes where.
     pub routes: Table<Arc<Route>>,
     /// The routes as `/status` shows them, in the order of the file.
-    pub listed: Listed,
+    pub listed: Vec<Listed>,
     /// The TLS of each listener, in the order of the file.
     pub tls: Vec<Option<Fit>>,
     /// That of the admin endpoint.
@@ -276,7 +277,7 @@ fn routes(
     config: &Config,
     upstreams: &BTreeMap<String, Arc<Upstream>>,
     errors: &mut Vec<BuildError>,
-) -> (Vec<(Match, Arc<Route>)>, Listed) {
+) -> (Vec<(Match, Arc<Route>)>, Vec<Listed>) {
     let (mut rules, mut listed, paths) = (Vec::new(), Vec::new(), Paths::new(&config.paths));
     let metrics = &ground.metrics;
     let callees = Directory::new(upstreams, metrics, &ground.calls);
@@ -291,7 +292,16 @@ fn routes(
                 let mut route = Route::build(written, chain, upstreams, &config.resources, metrics);
                 route.mirror = Mirror::build(written, upstreams, metrics, || ground.mirrors().clone());
                 let split = written.upstreams.iter().map(|side| side.name.clone());
-                listed.push((route.metrics.clone(), written.upstream.iter().cloned().chain(split).collect()));
+                let conditional = route.chain.conditional().map(|(filter, when, skipped)| Conditional {
+                    filter,
+                    when: format!("{when:?}"),
+                    skipped: skipped.clone(),
+                });
+                listed.push(Listed {
+                    metrics: route.metrics.clone(),
+                    upstreams: written.upstream.iter().cloned().chain(split).collect(),
+                    conditional: conditional.collect(),
+                });
                 match paths.in_matches(&written.matches) {
                     Ok(matches) => rules.push((matches, Arc::new(route))),
                     Err(error) => errors.push(error.under(&format!("{place}.match.path"))),

@@ -5,16 +5,13 @@ use std::sync::Arc;
 
 use super::sockets::Place;
 use crate::acme::Acme;
+use crate::admin::status::Listed;
 use crate::client::acceptor::Acceptor;
 use crate::client::connection::Listener;
 use crate::client::tls::Tls;
 use crate::config::{self, Config};
-use crate::metrics::RouteMetrics;
 use crate::proxy::generation::Generation;
 use crate::upstream::Upstream;
-
-/// The metrics of each route, with the names of the upstreams that it leads to.
-pub type Listed = Vec<(Arc<RouteMetrics>, Vec<String>)>;
 
 /// A configuration that is built: it runs, or is ready to.
 pub struct Running {
@@ -31,7 +28,7 @@ pub struct Running {
     /// What orders certificates.
     pub acme: Option<Arc<Acme>>,
     /// The routes as `/status` shows them.
-    pub listed: Listed,
+    pub listed: Vec<Listed>,
 }
 
 /// A listener and the socket that it has.

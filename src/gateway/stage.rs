@@ -10,7 +10,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use crate::acme::{self, Acme};
-use crate::admin::status::{Configured, Shown};
+use crate::admin::status::{Configured, Listed, Shown};
 use crate::client::acceptor::Acceptor;
 use crate::client::connection::{Common, Listener};
 use crate::client::tls::Tls;
@@ -221,7 +221,8 @@ impl Stage {
         self.put_listeners_on(running, before);
         self.current.store(running.generation.clone());
         let mut routes = running.listed.clone();
-        routes.push((self.unrouted.clone(), Vec::new()));
+        let unrouted = self.unrouted.clone();
+        routes.push(Listed { metrics: unrouted, upstreams: Vec::new(), conditional: Vec::new() });
         self.shown.store(Arc::new(Configured {
             generation: running.generation.epoch.number,
             listeners: running

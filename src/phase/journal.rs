@@ -6,10 +6,13 @@
 //! begins with the connection, where nothing is known of its exchanges. While none is wanted, all of this costs one
 //! branch a phase.
 
+pub mod steps;
+
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use super::Phase;
+use steps::{Notebook, Step};
 
 /// The most entries of one journal: eleven attempts, the most there can be, with all their phases are fewer. Further
 /// ones are counted.
@@ -116,6 +119,8 @@ pub struct Journal {
     end: Option<Note>,
     /// Entries that had no place.
     left_out: u32,
+    /// What filters did, in the order in which that ended; and how many steps had no place.
+    steps: (Vec<Step>, u32),
 }
 
 impl Journal {
@@ -124,7 +129,7 @@ impl Journal {
         // Enough for an exchange with one attempt.
         let mut entries = Vec::with_capacity(Phase::COUNT);
         entries.push((phase, note));
-        Journal { entries, end: None, left_out: 0 }
+        Journal { entries, end: None, left_out: 0, steps: (Vec::new(), 0) }
     }
 
     /// The exchange goes on to `phase`.
@@ -156,6 +161,16 @@ impl Journal {
     pub fn spans(&self) -> impl Iterator<Item = Span> + '_ {
         let ends = self.entries.iter().skip(1).map(|(_, note)| *note).chain(self.end);
         self.entries.iter().zip(ends).map(|(&(phase, begin), end)| Span { phase, begin, end })
+    }
+
+    /// What filters did, which is noted there.
+    pub fn note_steps(&mut self, notebook: &Notebook) {
+        self.steps = notebook.take();
+    }
+
+    /// What filters did, and how many steps had no place.
+    pub fn steps(&self) -> (&[Step], u32) {
+        (&self.steps.0, self.steps.1)
     }
 
     /// Phases for which there was no place: the last span that is there stands for them, too.

@@ -31,6 +31,7 @@ use crate::metrics::call::{CallMetrics, End};
 use crate::party::wait::{NoClient, within};
 use crate::party::{Fault, Party, What};
 use crate::phase::Phase;
+use crate::phase::journal::steps;
 use crate::upstream::transport::tls::Flaw;
 use crate::upstream::transport::{connector, final_status};
 use crate::upstream::{Choice, Engaged, Outcome, Timeouts, Upstream};
@@ -264,6 +265,7 @@ impl Drop for Counting<'_> {
 impl Calls for Callee {
     async fn send(&self, call: Call) -> Result<Answered, CallError> {
         let mut counting = Counting { metrics: &self.metrics, begun: Instant::now(), end: End::Dropped };
+        let mut noting = steps::call(&self.upstream.name);
         let answered = within(call.deadline, NoClient::Within, self.answered(call)).await;
         let answered = answered.unwrap_or(Err(CallError::Late));
         counting.end = match &answered {
@@ -275,6 +277,12 @@ impl Calls for Callee {
             Err(CallError::Failed) => End::Failed,
             Err(CallError::TooLarge) => End::TooLarge,
         };
+        if let Some(noting) = &mut noting {
+            match &answered {
+                Ok(answer) => noting.comes_to(answer.header.status.as_u16().to_string()),
+                Err(_) => noting.comes_to(counting.end.name()),
+            }
+        }
         answered
     }
 }

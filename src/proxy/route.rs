@@ -91,6 +91,9 @@ pub async fn take(exchange: &mut Exchange, route: Arc<Route>, request: &mut Requ
     }
     exchange.request.target = Some(request.uri.clone());
     let mut states = route.chain.states();
+    if let Some(notebook) = exchange.progress.notebook() {
+        states.note_in(notebook);
+    }
     let mut client = exchange.watch(&route);
     let view = View { facts: exchange.facts(&route.name), request };
     let call = route.chain.request(&mut states, view);

@@ -1,7 +1,8 @@
 //! From stories to spans, and to a collector: OTLP over HTTP, on a thread of its own.
 //!
 //! An exchange is a span of kind SERVER; each attempt is one of kind CLIENT below it. Phases are spans of kind
-//! INTERNAL, below the attempt that they are of, and else below the exchange. Names and attributes are those of the
+//! INTERNAL, below the attempt that they are of, and else below the exchange; what filters did in a phase is below it,
+//! and a request that one has sent is of kind CLIENT. Names and attributes are those of the
 //! semantic conventions of OpenTelemetry for HTTP where there are any, and else begin with `forebay.`. What a
 //! connection did before its first exchange is no part of it.
 
@@ -128,16 +129,37 @@ fn spans(story: Story, scope: &InstrumentationScope, into: &mut Vec<SpanData>) {
         span.status = attempt.outcome();
         into.push(span);
     }
+    let mut phases: Vec<(Instant, SpanId)> = Vec::new();
     for visit in story.phases() {
         let (phase, since, until) = (visit.phase, visit.begin.tick.at, visit.end.tick.at);
         let of_attempt = matches!(phase, Phase::Connect | Phase::Send | Phase::Wait | Phase::Receive);
         let attempt = notes.attempts.iter().rev().find(|attempt| of_attempt && attempt.begun <= since);
         let parent = attempt.map_or(context.span, |attempt| attempt.span);
-        let mut span = form.span(SpanId::random(), Some(parent), SpanKind::Internal, phase.name(), since, until);
+        let id = SpanId::random();
+        phases.push((since, id));
+        let mut span = form.span(id, Some(parent), SpanKind::Internal, phase.name(), since, until);
         let own = visit.end.own.saturating_sub(visit.begin.own);
         span.attributes.push(KeyValue::new("forebay.own_seconds", own.as_secs_f64()));
         let worker = visit.begin.tick.cycle.or(visit.end.tick.cycle).map(|cycle| cycle.worker as i64);
         span.attributes.extend(worker.map(|worker| KeyValue::new("forebay.worker", worker)));
+        into.push(span);
+    }
+    for step in story.journal.steps().0 {
+        let phase = phases.iter().rev().find(|(since, _)| *since <= step.begin);
+        let parent = phase.map_or(context.span, |(_, id)| *id);
+        let kind = if step.upstream.is_some() { SpanKind::Client } else { SpanKind::Internal };
+        let name = format!("{} {}", step.filter, step.upstream.as_deref().unwrap_or(step.stage));
+        let mut span = form.span(SpanId::random(), Some(parent), kind, name, step.begin, step.begin + step.took);
+        span.attributes.extend([
+            KeyValue::new("forebay.filter", step.filter),
+            KeyValue::new("forebay.stage", step.stage),
+            KeyValue::new("forebay.outcome", step.outcome.clone().into_owned()),
+        ]);
+        let upstream = step.upstream.as_deref().map(|upstream| KeyValue::new("forebay.upstream", upstream.to_owned()));
+        span.attributes.extend(upstream);
+        if step.times > 1 {
+            span.attributes.push(KeyValue::new("forebay.pieces", i64::from(step.times)));
+        }
         into.push(span);
     }
 }

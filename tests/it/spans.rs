@@ -306,3 +306,20 @@ fn the_combined_log_names_the_trace_too() {
     let line = read_lines(&gateway.log_file(), 1).remove(0);
     assert!(line.ends_with(&format!(" trace_id={TRACE}")), "{line}");
 }
+
+#[test]
+fn what_a_filter_did_is_a_span_below_its_phase() {
+    let (origin, collector) = (Origin::named("origin"), Collector::start());
+    let auth = Origin::answering(|_| response("204 No Content", "", ""));
+    let setup = recording(&origin, &collector).also("auth", &auth);
+    let gateway = setup.filters("forward_auth: { upstream: auth, path: /check }").start();
+    gateway.client().get("/path");
+    let spans = collector.exchange("/path");
+    let named = |name: &str| spans.iter().find(|span| span.name == name).unwrap_or_else(|| panic!("no {name}"));
+    let (route, stage, call) = (named("route"), named("forward_auth request"), named("forward_auth auth"));
+    assert_eq!((&stage.parent, stage.kind), (&route.id, Span::INTERNAL));
+    assert_eq!((&call.parent, call.kind), (&route.id, Span::CLIENT));
+    assert_eq!((&*stage.text("forebay.outcome"), &*call.text("forebay.outcome")), ("continue", "204"));
+    assert_eq!(call.text("forebay.upstream"), "auth");
+    assert!(call.nanos() <= stage.nanos(), "{} of {}", call.nanos(), stage.nanos());
+}

@@ -200,3 +200,19 @@ fn the_manual_names_every_field() {
         assert!(named.iter().any(|name| manual.contains(name)), "conf/manual/status.md says nothing of `{field}`");
     }
 }
+
+#[test]
+fn filters_that_were_skipped_are_told_with_their_conditions() {
+    let origin = Origin::named("origin");
+    let filters = "{ headers: { request: { set: { X-A: b } } }, when: 'request.path == \"/a\"' }, request_id: {}";
+    let gateway = Setup::before(&origin).filters(filters).start();
+    for path in ["/a", "/b", "/c"] {
+        assert_eq!(get(gateway.web(), path).status, 200);
+    }
+    let row = eventually("both to be counted", || {
+        let row = route(&status(gateway.admin()), "all");
+        (row.exchanges == 3).then_some(row)
+    });
+    let told: Vec<_> = row.conditional.iter().map(|it| (&*it.filter, &*it.when, it.skipped)).collect();
+    assert_eq!(told, [("headers", "request.path == \"/a\"", 2)]);
+}

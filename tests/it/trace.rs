@@ -11,6 +11,7 @@ use serde_json::Value;
 
 use crate::harness::client::get;
 use crate::harness::gateway::Watched;
+use crate::harness::origin::response;
 use crate::harness::wire::Wire;
 use crate::harness::{Client, Gateway, Origin, Setup, end, ok};
 
@@ -208,4 +209,49 @@ fn the_manual_names_every_field_of_a_recording() {
     for field in fields {
         assert!(manual.contains(&format!("`{field}`")), "conf/manual/trace.md says nothing of `{field}`");
     }
+}
+
+#[test]
+fn what_filters_did_is_below_the_phase_in_which_they_did_it() {
+    let origin = Origin::answering(|_| response("200 OK", "Content-Type: text/plain\r\n", "a b"));
+    let auth = Origin::answering(|_| response("204 No Content", "X-User: ada\r\n", ""));
+    let filters = "forward_auth: { upstream: auth, path: /check, copy: [X-User] },
+                   { access: { deny: [0.0.0.0/0] }, when: 'request.path == \"/no\"' },
+                   body: { response: { replace: [ { text: a, with: c } ] } }";
+    let gateway = Setup::before(&origin).also("auth", &auth).filters(filters).start();
+    let mut recording = Recording::begin(gateway.admin(), "count=2");
+    assert_eq!(get(gateway.web(), "/yes").text(), "c b");
+    assert_eq!(get(gateway.web(), "/no").status, 403);
+    let steps = |recorded: &Recorded, name: &str| -> Vec<String> {
+        let phase = phase(recorded, name);
+        for step in &phase.steps {
+            assert!(step.start_seconds >= phase.start_seconds, "{step:?}");
+            assert!(step.seconds <= recorded.total_seconds, "{step:?}");
+        }
+        let told = phase.steps.iter().map(|step| {
+            let upstream = step.upstream.as_ref().map(|upstream| format!(" {upstream}")).unwrap_or_default();
+            format!("{} {}{upstream}: {}", step.filter, step.stage, step.outcome)
+        });
+        told.collect()
+    };
+    let passed = recording.exchange();
+    assert_eq!(
+        steps(&passed, "route"),
+        [
+            "forward_auth request: continue",
+            "forward_auth call auth: 204",
+            "access when: skipped",
+            "body request: continue"
+        ]
+    );
+    let behind: Vec<String> = ["receive", "write"]
+        .iter()
+        .flat_map(|name| passed.phases.iter().filter(move |phase| phase.phase == *name))
+        .flat_map(|phase| &phase.steps)
+        .map(|step| format!("{} {}: {}", step.filter, step.stage, step.outcome))
+        .collect();
+    assert_eq!(behind, ["body response: continue", "body response_body: continue"]);
+    let refused = recording.exchange();
+    let in_route = steps(&refused, "route");
+    assert_eq!(in_route.last().map(String::as_str), Some("access request: route.access"), "{in_route:?}");
 }

@@ -193,3 +193,28 @@ fn they_pass_over_a_connection_that_is_kept_and_do_not_stay_on_it() {
     }
     assert_eq!(origin.connections(), 1);
 }
+
+#[test]
+fn what_a_filter_alone_may_say_is_not_said_in_trailers() {
+    let origin = Origin::answering(tells);
+    for mode in ["full", "stream"] {
+        let setup = Setup::before(&origin).route(&format!("buffering: {{ request: {{ mode: {mode} }} }}"));
+        let users = setup.path("users");
+        let hash = "$2b$04$NSVZohxgRPqCbGvPPBsZ2eTV7ov/7NXV8xzCnRBdxJMN.OtQAfoCC";
+        std::fs::write(&users, format!("ada:{hash}\n")).expect("a file");
+        let gateway = setup.filters(&format!(
+            "basic_auth: {{ users: {{ path: \"{}\" }}, user_header: X-User }},
+             headers: {{ request: {{ set: {{ X-Edge: '1' }}, remove: [X-Debug] }} }},
+             request_id: {{ header: X-Request-Id }},
+             {{ headers: {{ request: {{ set: {{ X-Other: '1' }} }} }}, when: 'request.path == \"/other\"' }}",
+            users.display()
+        ));
+        let gateway = gateway.start();
+        let mut client = gateway.client();
+        client.send(
+            "POST / HTTP/1.1\r\nHost: test\r\nAuthorization: Basic YWRhOnNlY3JldA==\r\nTransfer-Encoding: chunked\r\n\r\n\
+             4\r\nbody\r\n0\r\nX-User: root\r\nX-Edge: 2\r\nX-Debug: 1\r\nX-Request-Id: mine\r\nX-Other: mine\r\nX-Sum: 1\r\n\r\n",
+        );
+        assert_eq!(client.response().text(), "announced none; x-other: mine, x-sum: 1", "{mode}");
+    }
+}

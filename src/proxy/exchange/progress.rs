@@ -5,6 +5,7 @@ use std::time::Instant;
 use crate::client::connection::Begin;
 use crate::eventloop::{own_time, worker};
 use crate::metrics::{Metrics, Seat};
+use crate::phase::journal::steps::Notebook;
 use crate::phase::journal::{self, Journal, Note, Passed, Tick};
 use crate::phase::{Clock, Phase};
 
@@ -18,6 +19,8 @@ pub struct Progress {
     seat: Seat,
     /// What it does when, while a recording runs or its trace is sampled.
     journal: Option<Box<Journal>>,
+    /// What its filters do, if it keeps a journal.
+    steps: Option<Notebook>,
 }
 
 impl Progress {
@@ -37,7 +40,7 @@ impl Progress {
         worker::enter(Phase::Route);
         let seat = metrics.enter_phase(Phase::Route, routed);
         let journal = journal::wanted().then(|| Box::new(opened(begin, routed)));
-        Progress { clock, begun, seat, journal }
+        Progress { clock, begun, seat, journal, steps: None }
     }
 
     /// The phase that it is in.
@@ -67,9 +70,15 @@ impl Progress {
         }
     }
 
+    /// Where it is noted what its filters do, if it keeps a journal.
+    pub(in crate::proxy) fn notebook(&mut self) -> Option<Notebook> {
+        self.journal.is_some().then(|| self.steps.get_or_insert_default().clone())
+    }
+
     /// The journal, if one was kept, ended now with these bytes of bodies.
     pub fn close_journal(&mut self, now: Instant, passed: Passed) -> Option<Box<Journal>> {
         let mut journal = self.journal.take()?;
+        self.steps.take().iter().for_each(|steps| journal.note_steps(steps));
         let answered = journal.passed().answered;
         journal.end(note(now, Passed { answered, ..passed }));
         Some(journal)
