@@ -55,6 +55,7 @@ mod manual;
 mod mirror;
 mod observe;
 mod origin;
+mod own_filter;
 mod pace;
 mod packaging;
 mod page;

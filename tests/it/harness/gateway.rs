@@ -400,9 +400,18 @@ impl Setup {
         self.program().args(arguments).arg("-c").arg(self.path("forebay.yaml")).output().expect("the program")
     }
 
+    /// Starts another program that has our command line.
+    pub fn spawn_program(&self, program: &Path) -> Process {
+        self.write();
+        self.started(Command::new(program), &self.path("forebay.yaml"), &[], &[])
+    }
+
     fn spawned(&self, file: &Path, arguments: &[&str], environment: &[(&str, &Path)]) -> Process {
-        let mut child = self
-            .program()
+        self.started(self.program(), file, arguments, environment)
+    }
+
+    fn started(&self, mut program: Command, file: &Path, arguments: &[&str], environment: &[(&str, &Path)]) -> Process {
+        let mut child = program
             .args(["run", "-c"])
             .arg(file)
             .args(arguments)
