@@ -21,6 +21,7 @@ use crate::harness::secure::{Authority, Identity, Layers, Secure};
 use crate::harness::tls::Tls;
 use crate::harness::wire::Response;
 use crate::harness::{Client, Gateway, Origin, Setup, eventually, ok};
+use crate::tokens;
 
 const EXAMPLES: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/conf/examples");
 
@@ -632,4 +633,139 @@ fn the_log_has_fields_of_its_own_and_no_queries() {
     let line = gateway.log_line();
     assert_eq!((line.text("target"), line.text("tenant"), line.text("slow")), ("/a", "acme", "no"));
     assert!(!read_lines(&gateway.log_file(), 1)[0].contains("secret"));
+}
+
+#[test]
+fn a_token_lets_in_and_names_who_asks() {
+    let app = Origin::answering(|request| ok(request.value("x-user").unwrap_or_default()));
+    let login = Origin::answering(|_| ok(tokens::set(&["one"])));
+    let gateway = Recipe::of("jwt").before(&[&app, &login]).start();
+    let bearer = |claims: serde_json::Value| format!("Authorization: Bearer {}\r\n", tokens::token("one", claims));
+    let claims = |role: &str| {
+        let issuer = "https://login.example.com";
+        serde_json::json!({ "sub": "ada", "iss": issuer, "aud": "shop", "roles": [role] })
+    };
+    let answer = ask(&gateway, "a", "/", &format!("{}X-User: root\r\n", bearer(claims("guest"))));
+    assert_eq!((answer.status, answer.text()), (200, "ada"));
+    assert_eq!(ask(&gateway, "a", "/", "").status, 401);
+    assert_eq!(ask(&gateway, "a", "/admin", &bearer(claims("guest"))).status, 403);
+    assert_eq!(ask(&gateway, "a", "/admin", &bearer(claims("staff"))).status, 200);
+    let mut other = claims("staff");
+    other["aud"] = "blog".into();
+    assert_eq!(ask(&gateway, "a", "/", &bearer(other)).status, 401);
+}
+
+#[test]
+fn a_part_of_a_site_asks_for_a_password() {
+    let app = Origin::answering(|request| ok(request.value("x-remote-user").unwrap_or_default()));
+    let dir = tempfile::tempdir().expect("a directory");
+    let users = dir.path().join("users");
+    // `secret`.
+    fs::write(&users, "ada:$2b$04$NSVZohxgRPqCbGvPPBsZ2eTV7ov/7NXV8xzCnRBdxJMN.OtQAfoCC\n").expect("a file");
+    let gateway = Recipe::of("passwords").before(&[&app]).at("/etc/forebay/users.htpasswd", users.display()).start();
+    let asked = get(&gateway, "/");
+    assert_eq!(asked.status, 401);
+    assert!(asked.value("www-authenticate").is_some_and(|challenge| challenge.contains("realm=\"staging\"")));
+    assert_eq!(ask(&gateway, "a", "/", "Authorization: Basic YWRhOnNlY3JldA==\r\n").text(), "ada");
+    assert_eq!(ask(&gateway, "a", "/", "Authorization: Basic YWRhOndyb25n\r\n").status, 401);
+    assert_eq!(get(&gateway, "/healthz").status, 200);
+}
+
+#[test]
+fn a_program_shows_its_key_and_has_a_rate_of_its_own() {
+    let app = Origin::answering(|request| ok(request.value("x-client").unwrap_or_default()));
+    let dir = tempfile::tempdir().expect("a directory");
+    let keys = dir.path().join("keys");
+    // SHA-256 of `secret`, and of `other`.
+    fs::write(
+        &keys,
+        "shop:2bb80d537b1da3e38bd30361aa855686bde0eacd7162fef6a25fe97bf527a25b\n\
+         blog:d9298a10d1b0735837dc4bd85dac641b0f3cef27a47e5d53a54f2f3f5b2fcffa\n",
+    )
+    .expect("a file");
+    let gateway = Recipe::of("api-keys").before(&[&app]).at("/etc/forebay/keys.txt", keys.display()).start();
+    let by = |key: &str| ask(&gateway, "a", "/", &format!("X-Api-Key: {key}\r\n"));
+    assert_eq!(by("secret").text(), "shop");
+    assert_eq!((by("wrong").status, get(&gateway, "/").status), (401, 401));
+    let limited = (0..10).filter(|_| by("secret").status == 429).count();
+    assert!(limited >= 3, "{limited} of 10");
+    assert_eq!(by("other").text(), "blog", "its rate is its own");
+}
+
+#[test]
+fn a_service_says_who_may_come_in() {
+    let app = Origin::answering(|request| ok(request.value("x-user").unwrap_or_default()));
+    let login = Origin::answering(|request| match request.value("cookie") {
+        Some("sid=1") => response("200 OK", "X-User: ada\r\n", ""),
+        _ => response("302 Found", "Location: https://login.example.com/\r\n", ""),
+    });
+    let gateway = Recipe::of("forward-auth").before(&[&app, &login]).start();
+    assert_eq!(ask(&gateway, "a", "/", "Cookie: sid=1\r\nX-User: root\r\n").text(), "ada");
+    let sent = ask(&gateway, "a", "/", "Cookie: sid=2\r\n");
+    assert_eq!((sent.status, sent.value("location")), (302, Some("https://login.example.com/")));
+    assert_eq!(login.requests()[0].target(), "/check");
+}
+
+#[test]
+fn pages_of_another_site_may_call() {
+    let app = Origin::named("app");
+    let gateway = Recipe::of("cors").before(&[&app]).start();
+    let preflight = |origin: &str| {
+        let fields = format!("Origin: {origin}\r\nAccess-Control-Request-Method: POST\r\n");
+        gateway.client().ask("OPTIONS", "/", &fields, "")
+    };
+    let allowed = preflight("https://shop.example.com");
+    assert_eq!(allowed.value("access-control-allow-origin"), Some("https://shop.example.com"));
+    assert_eq!(preflight("https://evil.example").value("access-control-allow-origin"), None);
+    let answer = ask(&gateway, "a", "/", "Origin: https://shop.example.com\r\n");
+    assert_eq!((answer.text(), answer.value("access-control-allow-credentials")), ("app", Some("true")));
+    assert_eq!(app.requests().len(), 1, "preflights are answered here");
+}
+
+#[test]
+fn answers_are_smaller_for_those_who_can_undo_it() {
+    let page = "a page that says the same again and again. ".repeat(100);
+    let sent = page.clone();
+    let app = Origin::answering(move |_| response("200 OK", "Content-Type: text/html\r\n", &sent));
+    let gateway = Recipe::of("compression").before(&[&app]).start();
+    let smaller = ask(&gateway, "a", "/", "Accept-Encoding: gzip\r\n");
+    assert!(smaller.value("content-encoding") == Some("gzip") && smaller.body.len() < page.len() / 10);
+    assert!(get(&gateway, "/").text() == page);
+    let secret = ask(&gateway, "a", "/", "Accept-Encoding: gzip\r\nCookie: session=1\r\n");
+    assert_eq!(secret.value("content-encoding"), None);
+}
+
+#[test]
+fn errors_have_pages() {
+    let app = Origin::answering(|request| match request.target() {
+        "/fails" => response("500 Internal Server Error", "", "a stack trace"),
+        _ => response("404 Not Found", "", "no such file"),
+    });
+    let gateway = Recipe::of("error-pages").before(&[&app]).start();
+    let shown = |host: &str, path: &str, accept: &str| {
+        let answer = ask(&gateway, host, path, &format!("Accept: {accept}\r\n"));
+        (answer.status, answer.text().to_owned())
+    };
+    let nothing = (404, "<h1>Nothing is here</h1><p>/%3Ca%3E".to_owned());
+    assert_eq!(shown("shop.example.com", "/%3Ca%3E", "text/html"), nothing);
+    assert_eq!(shown("shop.example.com", "/fails", "text/html"), (500, "<h1>Back soon</h1><p>500 ".to_owned()));
+    let (status, problem) = shown("other.example.com", "/", "application/json");
+    assert!(status == 404 && problem.contains("\"title\":\"Not Found\""), "{problem}");
+}
+
+#[test]
+fn bodies_are_changed_both_ways() {
+    let app = Origin::answering(|request| {
+        let users = r#"{"users":{"1":{"email":"ada@example.com"}},"link":"http://app.internal/a","got":"#;
+        let body = format!("{users}{}}}", String::from_utf8_lossy(&request.body));
+        response("200 OK", "Content-Type: application/json\r\n", body)
+    });
+    let gateway = Recipe::of("body-changes").before(&[&app]).start();
+    let mut client = gateway.client();
+    client.send(
+        "POST / HTTP/1.1\r\nHost: acme.example.com\r\nContent-Type: application/json\r\nContent-Length: 30\r\n\r\n\
+         {\"tenant\":\"root\",\"debug\":true }",
+    );
+    let told = r#"{"users":{"1":{"email":"hidden"}},"link":"https://www.example.com/a","got":{"tenant":"acme"}}"#;
+    assert_eq!(client.response().text().replace(' ', ""), told);
 }

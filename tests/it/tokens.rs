@@ -21,13 +21,14 @@ fn secret(id: &str) -> [u8; 32] {
     secret
 }
 
-fn set(ids: &[&str]) -> String {
+/// The key set of these ids.
+pub fn set(ids: &[&str]) -> String {
     let key = |id: &&str| json!({ "kty": "oct", "kid": id, "alg": "HS256", "k": URL_SAFE_NO_PAD.encode(secret(id)) });
     json!({ "keys": ids.iter().map(key).collect::<Vec<_>>() }).to_string()
 }
 
 /// A token with these claims that ends in ten minutes, signed with the secret of this id.
-fn token(id: &str, mut claims: Value) -> String {
+pub fn token(id: &str, mut claims: Value) -> String {
     let now = SystemTime::now().duration_since(UNIX_EPOCH).expect("a time after 1970").as_secs();
     claims["exp"] = (now + 600).into();
     signed(id, &claims)
