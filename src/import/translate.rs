@@ -1,5 +1,7 @@
 //! The translation of directives, from the whole file down to a location.
 
+mod bodies;
+mod checks;
 mod http;
 mod place;
 mod upstream;

@@ -71,8 +71,11 @@ fn every_directive_is_accounted_for_once() {
 #[test]
 fn a_place_that_was_closed_stays_closed() {
     for (closed, what) in [
-        ("auth_basic \"for friends\"; auth_basic_user_file users;", "deny"),
+        ("auth_basic \"for friends\"; auth_basic_user_file users;", "basic_auth"),
+        ("auth_basic \"for friends\";", "deny"),
+        ("auth_basic \"for friends\"; auth_basic_user_file users_$host;", "deny"),
         ("auth_request /auth;", "deny"),
+        ("auth_jwt realm;", "deny"),
         ("deny all;", "deny"),
         ("internal;", "404"),
         ("allow 10.0.0.0/8; deny all;", "10.0.0.0/8"),
@@ -98,12 +101,12 @@ fn the_command_writes_a_file_that_checks_and_a_report() {
         (output.status.code(), text(output.stdout), text(output.stderr))
     };
     fs::create_dir(dir.path().join("conf.d")).expect("a folder");
-    let site = "server {\n listen 127.0.0.1:8080;\n gzip on;\n location / { proxy_pass http://127.0.0.1:3000; }\n}\n";
+    let site = "server {\n listen 127.0.0.1:8080;\n gzip on;\n ssi on;\n location / { proxy_pass http://127.0.0.1:3000; }\n}\n";
     fs::write(dir.path().join("conf.d/site.conf"), site).expect("a file");
     fs::write(dir.path().join("nginx.conf"), "events {}\nhttp {\n include conf.d/*.conf;\n}\n").expect("a file");
     let (code, out, report) = run(&["import", "nginx.conf", "--output", "forebay.yaml"]);
     assert_eq!((code, &*out), (Some(0), ""), "{report}");
-    assert!(report.contains("conf.d/site.conf:3: gzip on") && report.contains("1 without an equal"), "{report}");
+    assert!(report.contains("conf.d/site.conf:4: ssi on") && report.contains("1 without an equal"), "{report}");
     assert_eq!(run(&["check", "-c", "forebay.yaml"]).0, Some(0));
     let (code, _, error) = run(&["import", "nginx.conf", "--output", "forebay.yaml"]);
     assert!(code == Some(1) && error.contains("forebay.yaml exists already"), "{error}");
@@ -116,6 +119,61 @@ fn the_command_writes_a_file_that_checks_and_a_report() {
     assert_eq!((code, &*error), (Some(1), "forebay: cannot read absent.conf: no such file or directory\n"));
     fs::write(dir.path().join("empty.conf"), "events {}\n").expect("a file");
     assert_eq!(run(&["import", "empty.conf"]).0, Some(78));
+}
+
+#[test]
+fn checks_pages_compression_and_substitutions_become_filters() {
+    let text = r#"http {
+        upstream auth { server 127.0.0.1:9; }
+        server {
+            listen 80;
+            gzip on; gzip_types text/css application/json; gzip_min_length 1k; gzip_comp_level 6; gzip_vary on;
+            error_page 500 502 /50x.html;
+            error_page 404 =200 /empty.html;
+            root /srv/pages;
+            location = /50x.html { root /usr/share/nginx/html; }
+            location = /check { internal; proxy_pass http://auth/verify; }
+            location / {
+                auth_request /check;
+                auth_request_set $user $upstream_http_x_user;
+                proxy_set_header X-Login $user;
+                proxy_intercept_errors on;
+                sub_filter 'http://a.b' 'https://c';
+                sub_filter_once off;
+                sub_filter "x(y)" "z";
+                proxy_pass http://127.0.0.1:3000;
+            }
+        }
+    }"#;
+    let Imported { yaml, rows } = imported(text);
+    let config: serde_yaml::Value = serde_yaml::from_str(&yaml).expect("YAML");
+    let routes = config["routes"].as_sequence().expect("routes");
+    let all = routes.iter().find(|route| route["upstream"].as_str().is_some()).expect("a route with an upstream");
+    let filter = |name: &str| {
+        let found = all["filters"].as_sequence().expect("filters").iter().find(|one| one.get(name).is_some());
+        serde_json::to_value(&found.unwrap_or_else(|| panic!("no {name}:\n{yaml}"))[name]).expect("JSON")
+    };
+    assert_eq!(
+        filter("compress"),
+        serde_json::json!({ "codings": ["gzip"], "types": ["text/html", "text/css", "application/json"],
+                            "min_size": "1KiB", "gzip_level": 6 })
+    );
+    let pages = serde_json::json!({ "endpoints": true, "pages": [
+        { "on": [500, 502], "html": { "path": "/usr/share/nginx/html/50x.html" } },
+        { "on": [404], "status": 200, "html": { "path": "/srv/pages/empty.html" } } ] });
+    assert_eq!(filter("error_page"), pages);
+    assert_eq!(
+        filter("forward_auth"),
+        serde_json::json!({ "upstream": "auth", "path": "/verify", "copy": ["x-user"] })
+    );
+    let body = filter("body");
+    let rules = body["response"]["replace"].as_array().expect("rules");
+    assert_eq!(rules[0], serde_json::json!({ "pattern": "(?i)http://a\\.b", "with": "https://c" }));
+    assert_eq!(rules[1]["pattern"], r"(?i)x\(y\)");
+    assert!(yaml.contains("request.headers[\"x-user\"]"), "{yaml}");
+    let lost: Vec<_> = rows.iter().filter(|row| row.fate == Fate::Lost && !row.line.starts_with("root")).collect();
+    assert!(lost.is_empty(), "{lost:#?}");
+    assert!(config["upstreams"].get("auth").is_some(), "{yaml}");
 }
 
 /// nginx with a file of ours.

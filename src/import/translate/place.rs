@@ -4,7 +4,7 @@ use super::super::grammar::Directive;
 use super::super::location::{self, Asks, Path, Placed};
 use super::super::text::{Made, Piece, Variables, literal, pieces, regular, whole};
 use super::upstream::{self, Target};
-use super::{Levels, Work, any_of, every, last, node, time};
+use super::{Levels, Work, any_of, bodies, checks, every, last, node, time};
 use crate::config::write::{Map, Node};
 
 /// A server.
@@ -418,8 +418,9 @@ fn content<'d>(
         content.filters.push(filter("respond", Map::default().with("status", Node::word(404))));
         return content;
     }
+    answers_first(work, levels, &mut content);
     limits(work, levels, &mut content);
-    access(work, levels, &mut content);
+    access(work, levels, &mut variables, blocks, &mut content);
     // Files of a server are not served here; what is asked for them may be behind a named location.
     let passed = any_of(&vec![inside], &["proxy_pass", "grpc_pass"]).into_iter().next();
     let fallback = last(&vec![inside], "try_files").filter(|_| passed.is_none());
@@ -451,6 +452,7 @@ fn content<'d>(
     request_fields(work, &variables, levels, &target, prefix, &mut content);
     response_fields(work, &variables, levels, &target, location, &mut content);
     path(work, &target, location, &own.rewritten, passed, &mut content);
+    content.filters.extend(bodies::substitutions(work, &variables, levels).map(|map| filter("body", map)));
     content.upstream = Some(upstream::upstream(work, &target, levels, blocks));
     let buffering = upstream::buffering(work, levels);
     content.keys.put("buffering", Node::Map(buffering));
@@ -767,23 +769,51 @@ fn limits<'d>(work: &mut Work<'d>, levels: &Levels<'d>, content: &mut Content) {
 }
 
 /// `allow`, `deny`, and what closes a place in another way.
-fn access<'d>(work: &mut Work<'d>, levels: &Levels<'d>, content: &mut Content) {
+fn access<'d>(
+    work: &mut Work<'d>,
+    levels: &Levels<'d>,
+    variables: &mut Variables,
+    blocks: &[&'d Directive],
+    content: &mut Content,
+) {
     let rules = any_of(levels, &["allow", "deny"]);
     if let Some(filter) = rules_filter(work, &rules, None) {
         content.filters.push(filter);
     }
-    for name in ["auth_basic", "auth_request", "auth_jwt"] {
-        if let Some(directive) = last(levels, name).filter(|directive| directive.word(0) != "off") {
-            content.filters.push(filter("access", Map::default().with("deny", Node::texts(["0.0.0.0/0", "::/0"]))));
-            content.comments.push(format!(
-                "{}:{}: {}: closed, until you put another check in place of `deny`.",
-                directive.place.file,
-                directive.place.line,
-                directive.line()
-            ));
-            return;
+    let token = last(levels, "auth_jwt").filter(|directive| directive.word(0) != "off");
+    let checks = [
+        ("basic_auth", checks::password(work, levels)),
+        ("forward_auth", checks::service(work, levels, variables, blocks)),
+        ("jwt", token.map(Err)),
+    ];
+    for (name, check) in checks {
+        match check {
+            None => {}
+            Some(Ok(map)) => content.filters.push(filter(name, map)),
+            Some(Err(directive)) => {
+                closed(directive, content);
+                return;
+            }
         }
     }
+}
+
+/// A check that has no equal: nobody passes.
+fn closed(directive: &Directive, content: &mut Content) {
+    content.filters.push(filter("access", Map::default().with("deny", Node::texts(["0.0.0.0/0", "::/0"]))));
+    content.comments.push(format!(
+        "{}:{}: {}: closed, until you put another check in place of `deny`.",
+        directive.place.file,
+        directive.place.line,
+        directive.line()
+    ));
+}
+
+/// What sees answers last, and so goes first.
+fn answers_first<'d>(work: &mut Work<'d>, levels: &Levels<'d>, content: &mut Content) {
+    let compress = bodies::compress(work, levels).map(|map| filter("compress", map));
+    let pages = bodies::pages(work, levels).map(|map| filter("error_page", map));
+    content.filters.splice(0..0, compress.into_iter().chain(pages));
 }
 
 /// The first rule that names the client decides.
