@@ -647,7 +647,9 @@ impl<'a> Check<'a> {
         });
         let used: HashSet<&str> = routes?.into_iter().flat_map(asked).chain(passed_on).collect();
         let all_exist = used.iter().all(|name| self.parts.upstreams.contains_key(*name));
-        (all_exist && !self.parts.broken.within("routes")).then_some(used)
+        let filters = written.iter().flatten().flat_map(|route| &route.filters);
+        let called = filters.flat_map(|entry| called(&entry.written));
+        (all_exist && !self.parts.broken.within("routes")).then(|| used.into_iter().chain(called).collect())
     }
 
     fn upstream(&mut self, upstream: &Upstream, path: &str) {
@@ -1516,6 +1518,21 @@ impl<'r> Claim<'r> {
             .flat_map(|host| methods.iter().map(move |&method| (host, method)))
             .map(|(host, method)| claim(host, method))
             .collect()
+    }
+}
+
+/// The upstreams that a filter asks, as it is written: what stands under `upstream`, however deep.
+fn called(written: &serde_yaml::Value) -> Vec<&str> {
+    match written {
+        serde_yaml::Value::Mapping(map) => map
+            .iter()
+            .flat_map(|(key, value)| match (key.as_str(), value.as_str()) {
+                (Some("upstream"), Some(name)) => vec![name],
+                _ => called(value),
+            })
+            .collect(),
+        serde_yaml::Value::Sequence(items) => items.iter().flat_map(called).collect(),
+        _ => Vec::new(),
     }
 }
 

@@ -763,7 +763,7 @@ fn bodies_are_changed_both_ways() {
     let gateway = Recipe::of("body-changes").before(&[&app]).start();
     let mut client = gateway.client();
     client.send(
-        "POST / HTTP/1.1\r\nHost: acme.example.com\r\nContent-Type: application/json\r\nContent-Length: 30\r\n\r\n\
+        "POST / HTTP/1.1\r\nHost: acme.example.com\r\nContent-Type: application/json\r\nContent-Length: 31\r\n\r\n\
          {\"tenant\":\"root\",\"debug\":true }",
     );
     let told = r#"{"users":{"1":{"email":"hidden"}},"link":"https://www.example.com/a","got":{"tenant":"acme"}}"#;
