@@ -46,10 +46,7 @@ pub fn inheriting(builder: Builder) -> Result<(Builder, Option<Predecessor>), Fa
 }
 
 /// Starts a gateway. If that fails, the process that this one should take over from learns why.
-pub fn telling(
-    predecessor: Option<Predecessor>,
-    start: impl FnOnce() -> Result<Gateway, Failure>,
-) -> Result<Gateway, Failure> {
+pub fn telling<T>(predecessor: Option<Predecessor>, start: impl FnOnce() -> Result<T, Failure>) -> Result<T, Failure> {
     start().inspect_err(|failure| {
         if let Some(predecessor) = predecessor {
             let (report, code) = failure.text(false);
@@ -72,11 +69,13 @@ pub fn ready(builder: Builder, config: Config) -> Result<Gateway, Failure> {
 pub fn demo(builder: Builder, addresses: &DemoAddresses) -> Result<(), Failure> {
     let (builder, predecessor) = inheriting(builder)?;
     logs::start()?;
-    telling(predecessor, || demonstrating(builder, addresses))?.run();
+    let (gateway, _origin) = telling(predecessor, || demonstrating(builder, addresses))?;
+    gateway.run();
     Ok(())
 }
 
-fn demonstrating(builder: Builder, addresses: &DemoAddresses) -> Result<Gateway, Failure> {
+/// The origin serves until it is dropped.
+fn demonstrating(builder: Builder, addresses: &DemoAddresses) -> Result<(Gateway, impl Sized), Failure> {
     let origin = Origin::bind("127.0.0.1:0").and_then(Origin::spawn).map_err(Failure::io("start the test origin"))?;
     let config = builder.parse("demo", &demo_config(addresses, origin.address())).map_err(Failure::Report)?;
     raise_open_files();
@@ -88,7 +87,7 @@ fn demonstrating(builder: Builder, addresses: &DemoAddresses) -> Result<Gateway,
         other => failure(other),
     })?;
     print(&demo_text(&gateway, addresses, origin.address()))?;
-    Ok(gateway)
+    Ok((gateway, origin))
 }
 
 fn demo_config(addresses: &DemoAddresses, origin: SocketAddr) -> String {

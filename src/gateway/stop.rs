@@ -272,16 +272,16 @@ impl Stop {
         let began = Instant::now();
         let (idle, deadline) = (lock(&self.upgrade).idle.0, lock(&self.times).deadline.0);
         let connections = self.ledger.open();
+        self.endings.readiness.set(Ready::HandedOver);
+        self.acme.set(Vec::new());
+        // A connection ends with the answer to its next request. One that had none by the end of this time is closed.
+        self.endings.stopping.send_replace(true);
         tracing::info!(
             ?deadline,
             connections,
             inflight = self.endings.inflight.count(),
             "leaving what is new to the other process"
         );
-        self.endings.readiness.set(Ready::HandedOver);
-        self.acme.set(Vec::new());
-        // A connection ends with the answer to its next request. One that had none by the end of this time is closed.
-        self.endings.stopping.send_replace(true);
         tokio::time::sleep(SETTLE).await;
         while self.ledger.open() > 0 && began.elapsed() < idle.min(deadline) {
             tokio::time::sleep(LOOK).await;

@@ -156,7 +156,7 @@ fn a_kept_connection_is_served_once_more_and_a_new_one_goes_to_the_new_process()
     assert_eq!(admin.get("/readyz").status, 200);
     let mut heirs = Heirs::default();
     let pid = heirs.upgraded(&process);
-    process.says("another process has taken over");
+    process.says("leaving what is new to the other process");
     // A balancer that has kept its connection must not take the address for lost.
     let ready = admin.get("/readyz");
     assert_eq!((ready.status, ready.text()), (200, "ready\n"));

@@ -142,11 +142,11 @@ pub fn board() -> Board {
             .at_least(1.0),
             Panel::lines(
                 "Upgrades",
-                "New processes that were to take over, in an hour, by what came of them, and older processes that still \
+                "New processes that were to take over, by what came of them, and older processes that still \
                     end what they have under way.",
                 "short",
             )
-            .query("sum by (instance, result) (increase(forebay_upgrades_total[1h]))", "{{instance}}, {{result}}")
+            .query("sum by (instance, result) (increase(forebay_upgrades_total[R]))", "{{instance}}, {{result}}")
             .query("sum by (instance) (forebay_upgrade_draining_processes)", "{{instance}}, draining"),
             Panel::lines(
                 "Upgrade failed",
