@@ -28,6 +28,8 @@ pub(super) struct Source {
     files: Vec<File>,
     /// What stands in them, one behind the other, with a line break between two that belongs to neither.
     pub text: String,
+    /// Where in it lines end. To count them anew for each place would take the square of the time.
+    line_ends: Vec<usize>,
     /// Where their values stand, joined as they are.
     pub places: Places,
     /// What was put into them from outside.
@@ -236,10 +238,9 @@ impl Report {
             return String::new();
         }
         let renderer = if color { Renderer::styled() } else { Renderer::plain() };
-        let line_ends: Vec<usize> = self.source.text.match_indices('\n').map(|(at, _)| at).collect();
         let mut text = String::new();
         for finding in &self.findings {
-            text.push_str(&finding.draw(&self.source, &line_ends, &renderer));
+            text.push_str(&finding.draw(&self.source, &renderer));
             text.push_str("\n\n");
         }
         let level = if self.errors() > 0 { Level::ERROR } else { Level::WARNING };
@@ -289,7 +290,7 @@ impl Drawn {
         self.spots.first().map(|(range, _)| range.start)
     }
 
-    fn draw(&self, source: &Source, line_ends: &[usize], renderer: &Renderer) -> String {
+    fn draw(&self, source: &Source, renderer: &Renderer) -> String {
         let level = if self.warning { Level::WARNING } else { Level::ERROR };
         let mut group = Group::with_title(level.primary_title(&self.title));
         let mut kind = AnnotationKind::Primary;
@@ -313,9 +314,7 @@ impl Drawn {
                 kind = AnnotationKind::Context;
             }
             let shown = Snippet::source(printable(&source.text[window.clone()])).path(&file.name);
-            let before = |at: usize| line_ends.partition_point(|&end| end < at);
-            let line = 1 + before(window.start) - before(file.bytes.start);
-            group = group.element(shown.line_start(line).annotations(annotations));
+            group = group.element(shown.line_start(source.line(window.start).1).annotations(annotations));
         }
         if let Some(help) = &self.help {
             group = group.element(Level::HELP.message(help));
@@ -335,10 +334,12 @@ impl Source {
     /// Adds a file, and tells at which byte of all text it begins.
     pub fn add(&mut self, name: &str, text: &str) -> usize {
         if !self.files.is_empty() {
+            self.line_ends.push(self.text.len());
             self.text.push('\n');
         }
         let base = self.text.len();
         self.text.push_str(text);
+        self.line_ends.extend(text.match_indices('\n').map(|(at, _)| base + at));
         self.files.push(File { name: name.to_owned(), bytes: base..self.text.len() });
         base
     }
@@ -359,8 +360,8 @@ impl Source {
     /// The name of the file in which this byte stands, and the number of its line there, from 1.
     pub fn line(&self, at: usize) -> (&str, usize) {
         let file = self.file(at);
-        let before = self.text.get(file.bytes.start..at).unwrap_or_default();
-        (&file.name, 1 + before.bytes().filter(|&byte| byte == b'\n').count())
+        let before = |at: usize| self.line_ends.partition_point(|&end| end < at);
+        (&file.name, 1 + before(at) - before(file.bytes.start))
     }
 
     fn file(&self, at: usize) -> &File {

@@ -275,9 +275,7 @@ impl Engine {
             }
             Ok(running) => {
                 result = Done::Applied;
-                let begins = Instant::now();
-                self.put_on(running);
-                swap_seconds = Some(begins.elapsed().as_secs_f64());
+                swap_seconds = Some(self.put_on(running).as_secs_f64());
             }
         }
         let needs_new_process = changes::need_process(&changes);
@@ -322,13 +320,17 @@ impl Engine {
         })
     }
 
-    fn put_on(&mut self, running: Running) {
+    /// Puts a configuration on; tells how long that step took, which is not all that there is to do.
+    fn put_on(&mut self, running: Running) -> Duration {
+        let begins = Instant::now();
         self.stage.put_on(&running, Some(&self.running));
+        let took = begins.elapsed();
         let number = running.generation.epoch.number;
         self.metrics.show(number, &running.config.hash());
         self.metrics.applied.inc();
         let before = std::mem::replace(&mut self.running, running);
         self.retire(before);
+        took
     }
 
     fn retire(&mut self, before: Running) {

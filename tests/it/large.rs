@@ -4,6 +4,7 @@ use std::fmt::Write;
 use std::fs;
 
 use forebay::gateway::Gateway;
+use forebay::gateway::changes::between;
 
 use crate::harness::client::Client;
 use crate::harness::{Origin, Setup};
@@ -35,7 +36,11 @@ fn parts(count: usize, word: &str) -> (String, String) {
 }
 
 fn whole(count: usize) -> String {
-    let (upstreams, routes) = parts(count, "w");
+    saying(count, "w")
+}
+
+fn saying(count: usize, word: &str) -> String {
+    let (upstreams, routes) = parts(count, word);
     format!("listeners: [ {{ name: web, address: 127.0.0.1:0 }} ]\nupstreams:\n  {upstreams}routes:\n{routes}")
 }
 
@@ -92,6 +97,20 @@ fn a_large_configuration_is_built_in_proportion() {
         let config = configs.iter().find(|config| config.routes.len() == count).expect("one of this size");
         let errors = builder.check(config);
         assert!(errors.is_empty(), "{errors:?}");
+    });
+}
+
+#[test]
+fn large_configurations_are_compared_in_proportion() {
+    let builder = Gateway::builder();
+    let read = |count, word: &str| builder.parse("large.yaml", &saying(count, word)).unwrap_or_else(|e| panic!("{e}"));
+    let pairs = [500, 2_000].map(|count| (read(count, "w"), read(count, "v")));
+    grows_in_proportion("comparing where every route differs", |count| {
+        let (before, after) = pairs.iter().find(|(before, _)| before.routes.len() == count).expect("a pair");
+        let changes = between(before, after);
+        assert_eq!(changes.len(), count);
+        let last = changes.last().and_then(|change| change.at.as_deref()).unwrap_or_default();
+        assert!(last.starts_with("large.yaml:"), "{last}");
     });
 }
 
