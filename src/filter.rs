@@ -101,6 +101,7 @@ use std::sync::Arc;
 
 use async_trait::async_trait;
 use bytes::Bytes;
+use http::header::RETRY_AFTER;
 use http::{HeaderMap, HeaderName, HeaderValue, StatusCode};
 use pingora::http::{RequestHeader, ResponseHeader};
 use schemars::JsonSchema;
@@ -145,6 +146,13 @@ pub struct Refused {
 impl From<&'static Refusal> for Refused {
     fn from(refusal: &'static Refusal) -> Self {
         Refused { refusal, headers: Vec::new() }
+    }
+}
+
+impl Verdict {
+    /// A refusal of what there is no room for now: the client may try again after some seconds.
+    fn busy(refusal: &'static Refusal) -> Verdict {
+        Verdict::Refuse(Refused { refusal, headers: vec![(RETRY_AFTER, HeaderValue::from_static("5"))] })
     }
 }
 

@@ -39,6 +39,7 @@ use crate::admin::reception::Reception;
 use crate::admin::status::{self, Shown, Sources, Status};
 use crate::admin::{self, Admin, Hosts, trace};
 use crate::client::spool::disk::Disk;
+use crate::client::tls::Tls;
 use crate::config::{self, Config, Report};
 use crate::error::{BuildError, refusal};
 use crate::eventloop::Loops;
@@ -269,11 +270,8 @@ impl Gateway {
         let Builder { catalog, file, watches, inherited, predecessor, program } = builder;
         let wrong = |errors: Vec<BuildError>| StartError::Build(config.report(&errors));
         let one = |error: BuildError| wrong(vec![error]);
-        if !catalog.conflicts().is_empty() {
-            return Err(wrong(catalog.conflicts().to_vec()));
-        }
-        let refusals: Vec<_> = refusal::ALL.iter().copied().chain(catalog.refusals()).collect();
-        let metrics = Metrics::new(config.observability.metrics.max_series.0, refusals);
+        none_of(catalog.conflicts()).map_err(wrong)?;
+        let metrics = counters(&config, &catalog);
         let mut ground = Ground::new(catalog.clone(), metrics.clone());
         ground.inherited = inherited.clone();
         let mut parts = Parts::build(&ground, &config, None).map_err(wrong)?;
@@ -281,32 +279,19 @@ impl Gateway {
         let outputs = Outputs::open(&config, &mut parts, &metrics).map_err(one)?;
         let mut process = Process::build(&config, &metrics).map_err(one)?;
         let running = assemble(parts, &ground, &process.common, user.as_ref(), config.clone(), None);
-        let running = running.map_err(|obstacle| match obstacle {
-            Obstacle::Wrong(errors) => wrong(errors),
-            Obstacle::Listen { index, source } => not_bound(&config.listeners[index], source),
-        })?;
+        let running = running.map_err(|obstacle| not_started(obstacle, &config))?;
         let current = Current::new(ArcSwap::new(running.generation.clone()));
         let openings = process.serve(&config, current.clone(), &ground, &outputs).map_err(one)?;
-        let unrouted = outputs.unrouted.clone();
-        let stage = stage(ground, &mut process, &config, user.clone(), unrouted, current, openings);
+        let stage = stage(ground, &mut process, &config, user.clone(), outputs.unrouted.clone(), current, openings);
         let reception = config.admin.enabled.then(|| admin_app(&config, &process, &stage, &outputs)).transpose()?;
         let admin = reception.as_ref().and_then(|(_, socket)| socket.tcp);
-        // Everything is open that needs more rights than Forebay keeps.
-        if let Some(user) = user {
-            become_user(&user, &config).map_err(one)?;
-        }
-        if let Some(acme) = &running.acme {
-            acme.probe().map_err(one)?;
-        }
+        go_on_unprivileged(user.as_ref(), &running, &config).map_err(one)?;
         stage.put_on(&running, None);
         metrics.config().show(1, &config.hash());
         let (stations, times, upgrade) = (stage.stations.clone(), stage.shutdown.clone(), stage.upgrade.clone());
         let (ledger, upstreams, acme) = (stage.ledger.clone(), stage.upstreams.clone(), stage.acme.clone());
         let admin_tls = running.admin_tls.clone();
-        let pid_file = config.server.pid_file.as_ref().map(|path| PidFile::prepare(Path::new(path))).transpose();
-        let pid_file = pid_file.map_err(|error| {
-            one(BuildError::new("server.pid_file", format!("this file cannot be written: {error}")))
-        })?;
+        let pid_file = config.server.pid_file.as_deref().map(PidFile::prepare).transpose().map_err(one)?;
         let asked = Arc::new(Notify::new());
         let no_thread = |error| one(BuildError::new("", format!("no thread can be started: {error}")));
         let supervisor = Supervisor::of_environment();
@@ -322,24 +307,16 @@ impl Gateway {
             changing: changing.clone(),
         });
         let load: Load = Box::new(move |path| Config::load(path, catalog.kinds()));
-        let follower = watches.then(|| Follower::new(config.directories()));
-        let reloads = file.map(|file| reloads(file, follower, load, stage, running, supervisor.clone(), changing));
+        let reloads = file.map(|file| reloads(file, watches, load, stage, running, supervisor.clone(), changing));
         let reloads = reloads.transpose().map_err(no_thread)?;
         let Process { mut server, loops, endings, .. } = process;
-        let reception = match reception {
-            Some((app, socket)) => {
-                let app = reload::add(stop::add(app, Handle(asked.clone())), reloads.clone());
-                let app = upgrade::add(app, upgrades.clone());
-                let place = Place::of("admin", &config.admin.address, &socket);
-                let is_unix = socket.is_unix();
-                let reception = Reception::new(app, socket.into_fd(), is_unix, admin_tls)
-                    .map_err(|error| one(no_open_files(&error)))?;
-                server.add_service(reception.service(endings.begin.subscribe()));
-                lock(&stations).insert(0, Station { place, clerk: Clerk::Admin(reception.clone()) });
-                Some(reception)
-            }
-            None => None,
-        };
+        let reception = reception.map(|(app, socket)| {
+            let app = reload::add(stop::add(app, Handle(asked.clone())), reloads.clone());
+            let reception = admit(upgrade::add(app, upgrades.clone()), socket, admin_tls, &config, &stations)?;
+            server.add_service(reception.service(endings.begin.subscribe()));
+            Ok(reception)
+        });
+        let reception = reception.transpose().map_err(|error: io::Error| one(no_open_files(&error)))?;
         let Outputs { log, tracer, .. } = outputs;
         let stop = Stop {
             asked,
@@ -364,6 +341,17 @@ impl Gateway {
         };
         Ok(Gateway { server, stop, upgrades, stations, admin, log, tracer, loops })
     }
+}
+
+/// All errors, if there are any.
+fn none_of(errors: &[BuildError]) -> Result<(), Vec<BuildError>> {
+    if errors.is_empty() { Ok(()) } else { Err(errors.to_vec()) }
+}
+
+/// What is counted: refusals by all reasons that there are, those of filters among them.
+fn counters(config: &Config, catalog: &Catalog) -> Metrics {
+    let refusals = refusal::ALL.iter().copied().chain(catalog.refusals()).collect();
+    Metrics::new(config.observability.metrics.max_series.0, refusals)
 }
 
 /// What of the process goes by the configuration, with the services that keep it up to date.
@@ -406,13 +394,14 @@ fn stage(
 /// Has this file loaded again on demand, and, if it is watched, when it changes.
 fn reloads(
     file: PathBuf,
-    follower: Option<Follower>,
+    watches: bool,
     load: Load,
     stage: Stage,
     running: Running,
     supervisor: Supervisor,
     changing: Changing,
 ) -> io::Result<Reloads> {
+    let follower = watches.then(|| Follower::new(running.config.directories()));
     let shown = stage.ground.metrics.config();
     let engine = Engine::new(file, load, stage, shown, running, supervisor, changing);
     let reloads = engine.telling(follower.as_ref().map(Follower::watched)).start()?;
@@ -452,15 +441,40 @@ fn admin_app(
     Ok((app.with_token(config.admin.token.clone()).with_tls(certified), socket))
 }
 
-/// Goes on as the user of `server.user`, once everything that needs more rights is open.
-fn become_user(user: &User, config: &Config) -> Result<(), BuildError> {
-    user.become_it()
-        .and_then(|()| Disk::probe(Path::new(&config.server.spool_dir)))
-        .map_err(|error| BuildError::new("server.user", format!("Forebay cannot go on as this user: {error}")))
+/// Has the admin endpoint take connections at its socket.
+fn admit(
+    app: Admin,
+    socket: Socket,
+    tls: Option<Arc<Tls>>,
+    config: &Config,
+    stations: &Mutex<Vec<Station>>,
+) -> io::Result<Arc<Reception>> {
+    let place = Place::of("admin", &config.admin.address, &socket);
+    let is_unix = socket.is_unix();
+    let reception = Reception::new(app, socket.into_fd(), is_unix, tls)?;
+    lock(stations).insert(0, Station { place, clerk: Clerk::Admin(reception.clone()) });
+    Ok(reception)
 }
 
-fn not_bound(listener: &config::Listener, source: std::io::Error) -> StartError {
-    StartError::Listen { listener: listener.name.clone(), address: listener.address.0.clone(), source }
+/// Goes on as the user of `server.user`, now that everything is open that needs more rights, and looks whether this user
+/// may write what is to be written.
+fn go_on_unprivileged(user: Option<&User>, running: &Running, config: &Config) -> Result<(), BuildError> {
+    if let Some(user) = user {
+        user.become_it()
+            .and_then(|()| Disk::probe(Path::new(&config.server.spool_dir)))
+            .map_err(|error| BuildError::new("server.user", format!("Forebay cannot go on as this user: {error}")))?;
+    }
+    running.acme.as_ref().map_or(Ok(()), |acme| acme.probe())
+}
+
+fn not_started(obstacle: Obstacle, config: &Config) -> StartError {
+    match obstacle {
+        Obstacle::Wrong(errors) => StartError::Build(config.report(&errors)),
+        Obstacle::Listen { index, source } => {
+            let listener = &config.listeners[index];
+            StartError::Listen { listener: listener.name.clone(), address: listener.address.0.clone(), source }
+        }
+    }
 }
 
 /// Held for a look or a change, never on a worker.

@@ -63,24 +63,15 @@ pub fn address(text: &mut Vec<u8>, address: IpAddr) {
 
 /// Writes a number with at least this number of digits.
 pub fn digits(text: &mut Vec<u8>, mut number: u64, least: usize) {
-    let digit = |number: u64| b'0' + (number % 10) as u8;
-    // Most numbers of a line of the log are small, and pushed faster than copied.
-    if number < 1_000 && least <= 3 {
-        text.reserve(3);
-        if number >= 100 || least == 3 {
-            text.push(digit(number / 100));
-        }
-        if number >= 10 || least >= 2 {
-            text.push(digit(number / 10));
-        }
-        return text.push(digit(number));
+    if number < 10 && least == 1 {
+        return text.push(b'0' + number as u8);
     }
     // `u64::MAX` has twenty digits.
     let mut written = [b'0'; 20];
     let mut start = written.len();
     while number > 0 {
         start -= 1;
-        written[start] = digit(number);
+        written[start] = b'0' + (number % 10) as u8;
         number /= 10;
     }
     text.extend_from_slice(&written[start.min(written.len() - least)..]);

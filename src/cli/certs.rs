@@ -18,7 +18,7 @@ const DAY_SECONDS: i64 = 86_400;
 struct Row {
     cells: [String; 6],
     problem: Option<String>,
-    /// What may be meant, and is told all the same.
+    /// What may be intended, but is worth a look.
     warning: Option<String>,
 }
 

@@ -87,7 +87,7 @@ fn read(path: &Path) -> Result<String, Failure> {
     String::from_utf8(bytes).map_err(|_| wrong("it is not UTF-8 text".to_owned()))
 }
 
-/// Puts a new file in the place of the old one, so that nobody ever reads a part of it. A link stays a link.
+/// Puts a new file in the place of the old one, so that no reader ever sees a part of it. A link stays a link.
 fn write(path: &Path, text: &str) -> io::Result<()> {
     let path = fs::canonicalize(path)?;
     let mode = fs::metadata(&path)?.permissions().mode();

@@ -22,7 +22,7 @@ pub enum Leaving {
     Reset,
     /// Nothing: a client that has only closed its sending side waits for an answer.
     Broken,
-    /// The end of its sending side, if fewer than so many unread bytes come before it: some of its request will never
+    /// The end of its sending side, if fewer unread bytes than this come before it: some of its request will never
     /// come. 0: not even then.
     Short(u64),
     /// The end of its sending side, whatever is unread before it.

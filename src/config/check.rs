@@ -46,7 +46,7 @@ const DISK_THREADS_MAX: u64 = 64;
 const DISK_QUEUE_MAX: u64 = 1_000_000;
 /// The most that a thread can give way.
 const DISK_NICE_MAX: u64 = 19;
-/// Whoever waits for an upgrade holds a connection to the admin endpoint.
+/// A client that waits for an upgrade holds a connection to the admin endpoint.
 const UPGRADE_MAX: Duration = Duration::from_secs(600);
 /// Each is passed on with one message.
 const DRAINING_MAX: u64 = 64;
@@ -82,7 +82,7 @@ const EXPORT_MAX: Time = Time::seconds(60);
 /// Longer, and nobody could see what has just happened.
 const GATHER_MAX: Time = Time::seconds(60);
 
-/// So many unknown names of upstreams are compared with the known ones: to compare thousands with thousands takes long.
+/// How many unknown names of upstreams are compared with the known ones. To compare thousands with thousands takes long.
 const COMPARED_MAX: usize = 20;
 
 /// Everything that is wrong with `parts` beyond their form; `written` is the file that they come from.

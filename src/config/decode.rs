@@ -19,7 +19,7 @@ use super::report::{Finding, Report, Secret, Spot};
 use super::{Config, Listener, Route, Upstream, check, schema};
 use crate::error::path::{self, Step, Tree, join};
 
-/// So many errors of one listener, upstream or route are told. It is decoded anew behind each of them, so that the time
+/// The most errors of one listener, upstream or route that are reported. It is decoded anew behind each of them, so that the time
 /// for all of ten thousand endpoints would grow with the square of their number.
 const ERRORS_MAX: usize = 100;
 

@@ -1,7 +1,7 @@
 //! `include:`: a configuration of several files, read as if it were one.
 //!
 //! A pattern is relative to the file that it stands in. What it finds is read in the order of the names, and each file
-//! once, whoever includes it first. Lists are appended, sections are merged; nothing overrides anything: what is set
+//! once, where it is included first. Lists are appended, sections are merged; nothing overrides anything: what is set
 //! twice is an error at both places. All of it happens before variables and types are looked at, so every later part
 //! sees one document, and one tree of places that knows the file of each value.
 

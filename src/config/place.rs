@@ -318,7 +318,7 @@ struct Extent {
 }
 
 impl Bounds {
-    /// The bounds of so many bytes of text, of which files before have used up so many values.
+    /// The bounds of a text of this length, if the files before it have used up this number of values.
     fn new(bytes: usize, values: usize) -> Self {
         Bounds { values_max: bytes.max(VALUES_LEAST), open: Vec::new(), anchors: HashMap::new(), values }
     }

@@ -18,7 +18,7 @@ use crate::error::{Inside, nearest, path};
 /// The text of a finding is cut after this number of characters, since a value in it may have any length.
 const WORDS_MAX: usize = 240;
 
-/// Places of one finding that are so many bytes apart are drawn by themselves.
+/// Places of one finding that are further apart than this, in bytes, are drawn by themselves.
 const NEAR: usize = 16 * 1024;
 
 /// The files of a configuration, and what is known of their inside.

@@ -81,7 +81,7 @@ variables! {
     "response.headers": "map", "Headers of the response, as `request.headers`.";
     "response.reason": "string",
         "Why Forebay refuses the request, such as `wait.timeout`; `\"\"` for the answer of an endpoint or of a filter.";
-    "response.message": "string", "The sentence that the client is told of that reason; `\"\"` likewise.";
+    "response.message": "string", "The sentence of that reason that the client gets; `\"\"` likewise.";
     "client.phase_age": "double",
         "Seconds of the last phase in which the client was waited for: `header` while a request is routed, \
          `buffer` once its body is here, `write` in logs.";

@@ -264,6 +264,23 @@ impl Condition {
 }
 
 impl Field {
+    /// One of the values under the name, counted from 0; empty if there is none.
+    fn nth<'a>(&'a self, asked: &Asked<'a>, number: i64) -> Bytes<'a> {
+        let Ok(mut left) = usize::try_from(number) else { return EMPTY };
+        let mut found = EMPTY;
+        let is_there = self.any(asked, |value| {
+            found = value;
+            match left.checked_sub(1) {
+                Some(less) => {
+                    left = less;
+                    false
+                }
+                None => true,
+            }
+        });
+        if is_there { found } else { EMPTY }
+    }
+
     fn is_there(&self, asked: &Asked<'_>) -> bool {
         match self {
             Field::Header(name) => asked.headers.contains_key(name),
@@ -380,22 +397,7 @@ impl Text {
             Text::Message => asked.facts.refusal().map_or(EMPTY, |refusal| Cow::Borrowed(refusal.message.as_bytes())),
             Text::Authenticator => asked.facts.identity.map_or(EMPTY, |identity| Cow::Borrowed(identity.by.as_bytes())),
             Text::Field(field) => field.of(asked),
-            Text::Value(value) => {
-                let (field, number) = &**value;
-                let Ok(mut left) = usize::try_from(number.of(asked)) else { return EMPTY };
-                let mut found = EMPTY;
-                let is_there = field.any(asked, |value| {
-                    found = value;
-                    match left.checked_sub(1) {
-                        Some(less) => {
-                            left = less;
-                            false
-                        }
-                        None => true,
-                    }
-                });
-                if is_there { found } else { EMPTY }
-            }
+            Text::Value(value) => value.0.nth(asked, value.1.of(asked)),
             Text::Lower(text) => cased(text.of(asked), u8::is_ascii_uppercase, <[u8]>::make_ascii_lowercase),
             Text::Upper(text) => cased(text.of(asked), u8::is_ascii_lowercase, <[u8]>::make_ascii_uppercase),
             Text::Trim(text) => match text.of(asked) {

@@ -28,14 +28,14 @@ use std::sync::Arc;
 
 use async_trait::async_trait;
 use bytes::Bytes;
-use http::header::{ACCEPT_ENCODING, CONTENT_LENGTH, ETAG, LAST_MODIFIED, RETRY_AFTER};
+use http::header::{ACCEPT_ENCODING, CONTENT_LENGTH, ETAG, LAST_MODIFIED};
 use http::{HeaderMap, HeaderValue, Method};
 use pingora::http::ResponseHeader;
 use schemars::JsonSchema;
 use serde::{Deserialize, Deserializer, Serialize};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
-use super::aside::{ASIDE_BYTES, aside};
+use super::aside::{ASIDE_BYTES, aside, places};
 use super::representation::{self, DIGESTS, Type, is_coded};
 use super::{Filter, FilterType, Refused, Scope, Stages, Surroundings, Verdict};
 use crate::config::Text;
@@ -156,7 +156,7 @@ impl Value {
 enum Flaw {
     /// It is, or becomes, larger than it may be.
     Size,
-    /// It is no JSON.
+    /// It is not JSON.
     Json,
     /// Its changes take too much time.
     Costly,
@@ -165,7 +165,7 @@ enum Flaw {
 static CODED: Refusal = Refusal::new("route.body_coded", 415, "A request body that is coded is not supported here.");
 static BUSY: Refusal = Refusal::new("send.bodies", 503, "Too many bodies are being changed; try again later.");
 static TOO_LARGE: Refusal = Refusal::new("send.body_size", 413, "The request body is too large to be changed.");
-static NO_JSON: Refusal = Refusal::new("send.body_json", 400, "The request body is no JSON.");
+static NO_JSON: Refusal = Refusal::new("send.body_json", 400, "The request body is not JSON.");
 static COSTLY: Refusal = Refusal::new("send.body_costly", 413, "The request body takes too long to be changed.");
 static ANSWER_CODED: Refusal =
     Refusal::new("receive.body_coded", 502, "The backend's answer is coded, and cannot be changed.");
@@ -173,7 +173,7 @@ static ANSWER_BUSY: Refusal =
     Refusal::new("receive.bodies", 503, "Too many bodies are being changed; try again later.");
 static ANSWER_TOO_LARGE: Refusal =
     Refusal::new("receive.body_size", 502, "The backend's answer is too large to be changed.");
-static ANSWER_NO_JSON: Refusal = Refusal::new("receive.body_json", 502, "The backend's answer is no JSON.");
+static ANSWER_NO_JSON: Refusal = Refusal::new("receive.body_json", 502, "The backend's answer is not JSON.");
 static ANSWER_COSTLY: Refusal =
     Refusal::new("receive.body_costly", 502, "The backend's answer takes too long to be changed.");
 
@@ -261,9 +261,15 @@ impl Filter for Body {
             kept.attempt = attempt;
             kept.incoming = self.gather(work.clone());
         }
-        let Some(gathered) = &mut kept.incoming else { return busy(&BUSY) };
+        let Some(gathered) = &mut kept.incoming else { return Verdict::busy(&BUSY) };
         match gathered.piece(piece, end).await {
-            Ok(()) => Verdict::Continue,
+            Ok(()) => {
+                if end {
+                    // Its place is free again, perhaps for the answer.
+                    kept.incoming = None;
+                }
+                Verdict::Continue
+            }
             Err(Some(flaw)) => Verdict::from(match flaw {
                 Flaw::Size => &TOO_LARGE,
                 Flaw::Json => &NO_JSON,
@@ -297,7 +303,7 @@ impl Filter for Body {
             }
             let asked = scope.asked();
             let work = plan.work(is_json, &asked.answered(response));
-            let Some(gathered) = self.gather(work) else { return busy(&ANSWER_BUSY) };
+            let Some(gathered) = self.gather(work) else { return Verdict::busy(&ANSWER_BUSY) };
             match scope.kept::<Kept>() {
                 Some(kept) => kept.outgoing = Some(gathered),
                 None => scope.keep(Kept { outgoing: Some(gathered), ..Kept::default() }),
@@ -373,9 +379,7 @@ impl FilterType for Body {
             let told = "nothing to do: write `request` or `response` with `replace` or `json`";
             return Err(BuildError::new("", told));
         }
-        let places = usize::try_from(settings.concurrent.0).ok().filter(|places| (1..=1_000_000).contains(places));
-        let told = || BuildError::new("concurrent", "write a number from 1 to 1000000");
-        Ok(Body { request, response, places: Arc::new(Semaphore::new(places.ok_or_else(told)?)) })
+        Ok(Body { request, response, places: places(settings.concurrent)? })
     }
 }
 
@@ -570,10 +574,6 @@ impl Gathered {
     }
 }
 
-fn busy(refusal: &'static Refusal) -> Verdict {
-    Verdict::Refuse(Refused { refusal, headers: vec![(RETRY_AFTER, HeaderValue::from_static("5"))] })
-}
-
 #[cfg(test)]
 mod tests {
     use futures::FutureExt;
@@ -713,7 +713,7 @@ mod tests {
                 "request: { replace: [ { text: a, with: { cel: string(response.code) } } ] }",
                 ".request.replace[0].with.cel (at 1:8 of the expression): `response.code` comes too early",
             ),
-            ("request: { json: [ { at: a, set: 1 } ] }", ".request.json[0].at: `a` is no JSON Pointer"),
+            ("request: { json: [ { at: a, set: 1 } ] }", ".request.json[0].at: `a` is not a JSON Pointer"),
             ("request: { json: [ { at: /a } ] }", ".request.json[0]: write one of"),
             ("request: { json: [ { at: /a, set: 1, remove: true } ] }", ".request.json[0]: write one of"),
             ("request: { json: [ { remove: true } ] }", ".request.json[0].at: the whole cannot be"),

@@ -27,7 +27,7 @@ use schemars::JsonSchema;
 use serde::Deserialize;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
-use super::aside::{ASIDE_BYTES, aside};
+use super::aside::{ASIDE_BYTES, aside, places};
 use super::representation::{self, Type, items};
 use super::{Filter, FilterType, Scope, Stages, Surroundings, Verdict};
 use crate::config::units::{Count, Size};
@@ -180,15 +180,12 @@ impl FilterType for Compress {
                 ));
             }
         }
-        let places = usize::try_from(settings.concurrent.0).ok().filter(|places| (1..=1_000_000).contains(places));
         Ok(Compress {
             codings: settings.codings.clone(),
             types: Type::all(&settings.types)?,
             bytes_min: settings.min_size.0,
             levels: Levels { gzip: settings.gzip_level, br: settings.br_level, zstd: settings.zstd_level },
-            places: Arc::new(Semaphore::new(
-                places.ok_or_else(|| wrong("concurrent", "write a number from 1 to 1000000"))?,
-            )),
+            places: places(settings.concurrent)?,
             metrics: around.metrics.map(|metrics| metrics.compress(around.route)),
         })
     }

@@ -20,14 +20,14 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use async_trait::async_trait;
 use bytes::Bytes;
-use http::header::{ACCEPT_ENCODING, CONTENT_ENCODING, CONTENT_LENGTH, RETRY_AFTER};
+use http::header::{ACCEPT_ENCODING, CONTENT_ENCODING, CONTENT_LENGTH};
 use http::{HeaderMap, HeaderValue, Method};
 use pingora::http::ResponseHeader;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
-use super::aside::aside;
+use super::aside::{aside, places};
 use super::representation::{self, is_coded, items};
 use super::{Filter, FilterType, Refused, Scope, Stages, Surroundings, Verdict};
 use crate::config::units::{Count, Size};
@@ -149,7 +149,7 @@ impl Filter for Decompress {
             match self.plan(&scope.request.headers) {
                 Plan::Decode(codings) => {
                     if self.places.available_permits() == 0 {
-                        return busy(&BUSY);
+                        return Verdict::busy(&BUSY);
                     }
                     scope.request.remove_header(&CONTENT_ENCODING);
                     scope.request.remove_header(&CONTENT_LENGTH);
@@ -189,9 +189,15 @@ impl Filter for Decompress {
                 Err(()) => return Verdict::from(&refusal::INTERNAL),
             };
         }
-        let Some(body) = &mut kept.incoming else { return busy(&BUSY) };
+        let Some(body) = &mut kept.incoming else { return Verdict::busy(&BUSY) };
         match body.piece(piece, end).await {
-            Ok(()) => Verdict::Continue,
+            Ok(()) => {
+                if end {
+                    // Its place is free again, perhaps for the answer.
+                    kept.incoming = None;
+                }
+                Verdict::Continue
+            }
             Err(Some(flaw)) => Verdict::from(match flaw {
                 Flaw::Malformed => &MALFORMED,
                 Flaw::Size => &TOO_LARGE,
@@ -234,7 +240,7 @@ impl Filter for Decompress {
                     Some(kept) => kept.outgoing = Some(body),
                     None => scope.keep(Kept { outgoing: Some(body), ..Kept::default() }),
                 },
-                Ok(None) => return busy(&ANSWER_BUSY),
+                Ok(None) => return Verdict::busy(&ANSWER_BUSY),
                 Err(()) => return Verdict::from(&refusal::INTERNAL),
             }
         }
@@ -291,8 +297,6 @@ impl FilterType for Decompress {
         if settings.max_ratio == 0 {
             return wrong("max_ratio", "write 1 or more");
         }
-        let places = usize::try_from(settings.concurrent.0).ok().filter(|places| (1..=1_000_000).contains(places));
-        let Some(places) = places else { return wrong("concurrent", "write a number from 1 to 1000000") };
         let of_request = if settings.request { Stages::REQUEST | Stages::REQUEST_BODY } else { Stages::REQUEST };
         let of_response = if settings.response { Stages::RESPONSE | Stages::RESPONSE_BODY } else { Stages::NONE };
         Ok(Decompress {
@@ -300,7 +304,7 @@ impl FilterType for Decompress {
             codings: settings.codings.clone(),
             bounds: Bounds { size: settings.max_size.0, ratio: settings.max_ratio.into() },
             unknown: settings.unknown,
-            places: Arc::new(Semaphore::new(places)),
+            places: places(settings.concurrent)?,
         })
     }
 }
@@ -363,7 +367,7 @@ impl Decompress {
     }
 }
 
-/// A body is coded so often at most; nobody means more.
+/// The most codings that one body may have on top of each other. More have no use.
 const LAYERS_MAX: usize = 3;
 
 /// A smaller piece is decoded on the worker. Each byte may stand for many.
@@ -394,10 +398,6 @@ impl Body {
         *piece = Some(decoded.into());
         Ok(())
     }
-}
-
-fn busy(refusal: &'static Refusal) -> Verdict {
-    Verdict::Refuse(Refused { refusal, headers: vec![(RETRY_AFTER, HeaderValue::from_static("5"))] })
 }
 
 #[cfg(test)]

@@ -223,7 +223,7 @@ impl Ready {
         };
         let status = page.status.map(|status| {
             let known = StatusCode::from_u16(status).ok().filter(|_| (200..=599).contains(&status));
-            let told = || format!("`{status}` is no status of an answer with a body: write 200 to 599");
+            let told = || format!("`{status}` cannot be the status of an answer with a body: write 200 to 599");
             known.filter(|_| !matches!(status, 204 | 205 | 304)).ok_or_else(|| BuildError::new("status", told()))
         });
         let mut forms = Vec::new();
@@ -326,7 +326,7 @@ impl Which {
         if (400..=599).contains(&status) {
             return Ok(Which::Status(status));
         }
-        Err(format!("`{status}` is no status of an error: write 400 to 599"))
+        Err(format!("`{status}` is not the status of an error: write 400 to 599"))
     }
 
     fn covers(&self, status: u16, reason: Option<&str>) -> bool {
@@ -563,19 +563,19 @@ mod tests {
         for (settings, told) in [
             ("pages: []", "pages: there is no page"),
             ("pages: [ {} ]", "pages[0]: this page says nothing"),
-            ("pages: [ { on: [200], text: x } ]", "pages[0].on[0]: `200` is no status of an error"),
+            ("pages: [ { on: [200], text: x } ]", "pages[0].on[0]: `200` is not the status of an error"),
             ("pages: [ { on: [3xx], text: x } ]", "pages[0].on[0]: `3xx` is neither a status"),
             (
                 "pages: [ { on: [wait.timout], text: x } ]",
                 "pages[0].on[0]: `wait.timout` is neither a status, a class such as `5xx` nor a reason: did you mean `wait.timeout`?",
             ),
             ("pages: [ { on: [wiat.*], text: x } ]", "pages[0].on[0]: `wiat` is no phase: did you mean `wait`?"),
-            ("pages: [ { status: 304, text: x } ]", "pages[0].status: `304` is no status of an answer with a body"),
-            ("pages: [ { html: '{{ request.pth }}' } ]", "pages[0].html (at 1:4 of the expression): nothing is called"),
             (
-                "pages: [ { json: '{' } ]",
-                "pages[0].json: with a number in the place of each expression, this is no JSON",
+                "pages: [ { status: 304, text: x } ]",
+                "pages[0].status: `304` cannot be the status of an answer with a body",
             ),
+            ("pages: [ { html: '{{ request.pth }}' } ]", "pages[0].html (at 1:4 of the expression): nothing is called"),
+            ("pages: [ { json: '{' } ]", "pages[0].json: with a number in place of each expression, this is not JSON"),
             ("pages: [ { html: { path: /nowhere/x } } ]", "pages[0].html.path: `/nowhere/x` cannot be read"),
             ("pages: [ { problem: { members: { status: x } } } ]", "pages[0].problem.members.status: `status` is a"),
             ("pages: [ { problem: { detail: '{{ x }}' } } ]", "pages[0].problem.detail (at 1:4 of the expression)"),

@@ -11,7 +11,7 @@ use crate::expression::{Asked, Moment, Value};
 
 /// A template is at most this long.
 const BYTES_MAX: usize = 256 << 10;
-/// It has at most so many expressions.
+/// The most expressions that it may have.
 const VALUES_MAX: usize = 100;
 /// What one expression makes is cut off behind this.
 const VALUE_BYTES_MAX: usize = 4 << 10;
@@ -73,7 +73,7 @@ impl Template {
         if form == Form::Json {
             let filled = template.with(|_| "0".into());
             serde_json::from_str::<serde::de::IgnoredAny>(&filled).map_err(|error| {
-                BuildError::new("", format!("with a number in the place of each expression, this is no JSON: {error}"))
+                BuildError::new("", format!("with a number in place of each expression, this is not JSON: {error}"))
             })?;
         }
         Ok(template)
@@ -200,7 +200,7 @@ mod tests {
         );
         assert!(told("{{ }}", Form::Html).contains("this expression is empty"));
         assert!(told("{{ request.headers }}", Form::Html).contains("this is a map"));
-        assert!(told(r#"{"a": {{ response.code }} x}"#, Form::Json).contains("this is no JSON"));
+        assert!(told(r#"{"a": {{ response.code }} x}"#, Form::Json).contains("this is not JSON"));
         assert!(told(&"{{ 1 }}".repeat(101), Form::Text).contains("more than 100 expressions"));
         assert!(told(&"x".repeat(BYTES_MAX + 1), Form::Text).contains("longer than 256 KiB"));
         let file = Template::of_file("\n{{ x }}", Form::Text, Moment::Response).map(drop).unwrap_err();

@@ -71,12 +71,12 @@ impl Elders {
     }
 }
 
-/// Asks whether the other end is closed, which is told without being asked for.
+/// Looks whether the other end is closed; the kernel reports that whatever is asked for.
 fn asking(end: &OwnedFd) -> libc::pollfd {
     libc::pollfd { fd: end.as_raw_fd(), events: 0, revents: 0 }
 }
 
-/// Waits for an answer so many milliseconds; -1 waits for one without end. An interruption counts as none.
+/// Waits for an answer for this number of milliseconds; -1 waits for one without end. An interruption counts as none.
 fn poll(asked: &mut [libc::pollfd], milliseconds: libc::c_int) {
     let count = libc::nfds_t::try_from(asked.len()).unwrap_or(libc::nfds_t::MAX);
     // SAFETY: the pointer is to that number of entries, which outlive the call.

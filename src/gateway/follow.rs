@@ -50,7 +50,7 @@ impl Watched {
         let before = directories.clone();
         change(&mut directories);
         if *directories != before {
-            // An error means that nobody watches.
+            // An error means that there is no watcher.
             let _ = self.told.send(());
         }
     }
@@ -170,7 +170,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn whoever_watches_is_woken_when_the_directories_are_others() {
+    fn a_watcher_is_woken_when_the_directories_are_others() {
         let set = |paths: &[&str]| -> BTreeSet<PathBuf> { paths.iter().map(PathBuf::from).collect() };
         let follower = Follower::new(&set(&["/a"]));
         let watched = follower.watched();

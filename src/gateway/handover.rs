@@ -37,7 +37,7 @@ pub const AT_ONCE: usize = 64;
 /// The longest message.
 const MESSAGE_BYTES_MAX: usize = 160 << 10;
 
-/// The longest report that is told; what is longer is in the log of the new process.
+/// The longest report that is passed on, in bytes; a longer one is in the log of the new process.
 const REPORT_BYTES_MAX: usize = 64 << 10;
 
 /// What a new process says.

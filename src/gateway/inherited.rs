@@ -261,7 +261,7 @@ impl Wanted<'_> {
         }
         match bound {
             Bound::Unix(path) => (self.address.unix_path().map(Path::new) == Some(path)).then_some(2),
-            // Such a listener wants a port that nobody has.
+            // Such a listener wants a free port.
             Bound::Tcp { .. } if any_port => None,
             Bound::Tcp { address, .. } if self.resolved.contains(address) => Some(2),
             // The one takes what comes for the other as well, so that the other could not be bound.

@@ -1,11 +1,13 @@
-//! `server.pid_file`: the number of the process that serves, for who sends it signals.
+//! `server.pid_file`: the number of the process that serves, for those who send it signals.
 //!
-//! It is written beside the file first and then put in its place, so that nobody reads half a number, and a process that
+//! It is written beside the file first and then put in its place, so that no reader sees half a number, and a process that
 //! does not come to serve changes nothing.
 
 use std::fs;
 use std::io;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
+
+use crate::error::BuildError;
 
 /// The file of this process, not in its place yet.
 pub struct PidFile {
@@ -19,12 +21,11 @@ impl PidFile {
     /// # Errors
     ///
     /// Nothing can be written there.
-    pub fn prepare(path: &Path) -> io::Result<PidFile> {
+    pub fn prepare(path: &str) -> Result<PidFile, BuildError> {
         let own = std::process::id();
-        let mut beside = path.as_os_str().to_owned();
-        beside.push(format!(".{own}"));
-        let file = PidFile { path: path.to_owned(), beside: beside.into() };
-        fs::write(&file.beside, format!("{own}\n"))?;
+        let file = PidFile { path: path.into(), beside: format!("{path}.{own}").into() };
+        let wrong = |error| BuildError::new("server.pid_file", format!("this file cannot be written: {error}"));
+        fs::write(&file.beside, format!("{own}\n")).map_err(wrong)?;
         Ok(file)
     }
 
@@ -57,7 +58,7 @@ mod tests {
     #[test]
     fn it_is_there_while_this_process_serves_and_stays_if_it_is_anothers() {
         let folder = tempfile::tempdir().expect("a folder");
-        let path = folder.path().join("forebay.pid");
+        let path = folder.path().join("forebay.pid").display().to_string();
         fs::write(&path, "1\n").expect("a file");
         let file = PidFile::prepare(&path).expect("a file");
         assert_eq!(fs::read_to_string(&path).expect("a file"), "1\n", "this process does not serve yet");
@@ -70,6 +71,6 @@ mod tests {
         fs::write(&path, "1\n").expect("a file");
         drop(file);
         assert_eq!(fs::read_to_string(&path).expect("a file"), "1\n");
-        assert!(PidFile::prepare(&folder.path().join("missing/forebay.pid")).is_err());
+        assert!(PidFile::prepare("/proc/missing/forebay.pid").is_err());
     }
 }

@@ -123,7 +123,7 @@ pub struct Place {
     pub address: String,
     /// The TCP address.
     pub tcp: Option<SocketAddr>,
-    /// The file of a unix socket, which is to be removed when nobody listens any more, and its mode. That of a socket
+    /// The file of a unix socket, which is to be removed when no process listens any more, and its mode. That of a socket
     /// of the service manager is not ours.
     pub file: Option<(PathBuf, FileMode)>,
     /// The service manager opened it.

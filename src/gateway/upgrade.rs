@@ -267,7 +267,7 @@ impl Upgrades {
         let _ = self.0.handed_over.subscribe().wait_for(|over| *over).await;
     }
 
-    /// This process is told to stop: a new one that is not ready yet is ended, and none is started any more. False:
+    /// This process is to stop: a new one that is not ready yet is ended, and none is started any more. False:
     /// another process has taken over already.
     pub fn stop(&self) -> bool {
         let mut state = lock(&self.0.state);
@@ -457,11 +457,11 @@ enum Silence {
     Late { deadline: Duration, doing: &'static str },
     /// It says that it will not run.
     Refused { configuration: bool, report: String },
-    /// It says what nobody asked it.
+    /// It sends what was not asked for.
     Strange,
     /// It cannot be spoken to.
     Failed(io::Error),
-    /// This process is told to stop.
+    /// This process is to stop.
     Stops,
 }
 
@@ -483,7 +483,7 @@ impl Silence {
             Silence::Refused { configuration: false, report } => {
                 Failed::because(format!("the new process cannot run: {}", report.trim_end()))
             }
-            Silence::Strange => Failed::because("the new process says what nobody asked it"),
+            Silence::Strange => Failed::because("the new process sent a message that was not asked for"),
             Silence::Failed(error) => Failed::because(format!("the new process cannot be spoken to: {error}")),
             Silence::Stops => Failed::because("this process was told to stop"),
         }

@@ -36,7 +36,7 @@ impl Families {
 
     pub(super) fn metrics(&self) -> UpgradeMetrics {
         for result in RESULTS {
-            // A rate is told from the first one on, if there was a zero before.
+            // With a zero before it, a rate counts the first one, too.
             self.upgrades.with_label_values(&[result]);
         }
         UpgradeMetrics {

@@ -109,7 +109,7 @@ fn beside(gateway: &Gateway, time: Duration) -> Vec<Duration> {
         let answer = client.get("/open");
         took.push(asked.elapsed());
         assert_eq!(answer.status, 200);
-        // A connection has so many requests and no more.
+        // A connection takes a limited number of requests.
         if answer.value("connection") == Some("close") {
             client = gateway.client();
         }

@@ -126,17 +126,19 @@ fn a_bomb_is_refused_with_its_reason_in_both_directions() {
     for coding in ["gzip", "deflate", "br", "zstd"] {
         let bomb = coded(coding, &zeros);
         let fields = format!("Content-Encoding: {coding}\r\n");
-        for (keys, limit) in [("max_size: 1MiB, max_ratio: 100000", "size"), ("max_size: 1GiB, max_ratio: 50", "ratio")]
-        {
+        for (keys, of_request, of_answer) in [
+            ("max_size: 1MiB, max_ratio: 100000", "send.decoded_size", "receive.decoded_size"),
+            ("max_size: 1GiB, max_ratio: 50", "send.decoded_ratio", "receive.decoded_ratio"),
+        ] {
             let origin = telling(&fields, &bomb);
             let gateway = Setup::before(&origin).filters(&format!("decompress: {{ {keys} }}")).start();
             assert_eq!(gateway.client().ask("POST", "/", &fields, &bomb).status, 413, "{coding}");
-            refused(&gateway, &format!("send.decoded_{limit}"));
+            refused(&gateway, of_request);
             let answer = get(&gateway, "");
             // The header may have left before the bomb came.
             assert!(answer.status == 502 || answer.end != End::Complete, "{coding}: {}", answer.status);
             assert!(answer.body.len() <= 1 << 21, "{}", answer.body.len());
-            refused(&gateway, &format!("receive.decoded_{limit}"));
+            refused(&gateway, of_answer);
             gateway.wait_at_rest();
         }
     }
@@ -331,4 +333,64 @@ fn answers_of_our_own_are_changed_as_well() {
     assert_eq!((answer.text(), answer.value("content-length")), ("see https://www.example.com", Some("27")));
     let plain = Setup::before(&origin).filters(HOSTS).start();
     assert_eq!(plain.client().get("/").text(), "app");
+}
+
+/// An origin that sends half of its answer to `/slow` and waits, and the whole of any other.
+fn halting(fields: &'static str, body: Vec<u8>) -> Origin {
+    let whole = response("200 OK", fields, body);
+    Origin::playing(move |mut connection| {
+        while let Some(request) = connection.next_request() {
+            let sent = if request.target() == "/slow" { whole.len() - 5 } else { whole.len() };
+            connection.send(&whole[..sent]);
+        }
+    })
+}
+
+#[test]
+fn more_bodies_than_may_be_under_way_are_refused_for_now() {
+    let zipped = gzip("a text of some length, and a bit more");
+    let coded = "Content-Type: text/plain\r\nContent-Encoding: gzip\r\n";
+    let changes = "{ replace: [ { text: a, with: b } ] }";
+    let body = format!("body: {{ concurrent: 1, request: {changes}, response: {changes} }}");
+    for (filter, fields, body, of_request, of_answer) in [
+        ("decompress: { concurrent: 1 }", coded, zipped, "route.decoders", "receive.decoders"),
+        (&*body, "Content-Type: text/plain\r\n", b"a text".to_vec(), "send.bodies", "receive.bodies"),
+    ] {
+        let origin = halting(fields, body.clone());
+        let setup = Setup::before(&origin).route("buffering: { request: { mode: stream } }");
+        let gateway = setup.filters(filter).start();
+        // One that comes before the slow one has a place, and is served.
+        let refuses = |ask: &dyn Fn() -> Response| {
+            let answer = eventually("a refusal", || Some(ask()).filter(|answer| answer.status == 503));
+            assert_eq!(answer.value("retry-after"), Some("5"), "{filter}");
+        };
+        let mut slow = gateway.client();
+        slow.send(format!("POST / HTTP/1.1\r\nHost: a\r\n{fields}Content-Length: {}\r\n\r\n", body.len()));
+        slow.send(&body[..3]);
+        refuses(&|| gateway.client().ask("POST", "/", fields, &body));
+        refused(&gateway, of_request);
+        slow.send(&body[3..]);
+        assert_eq!(slow.response().status, 200, "the answer has the place that the request had");
+
+        let mut slow = gateway.client();
+        slow.send("GET /slow HTTP/1.1\r\nHost: a\r\n\r\n");
+        refuses(&|| get(&gateway, ""));
+        refused(&gateway, of_answer);
+    }
+}
+
+#[test]
+fn a_body_that_takes_too_long_to_be_changed_is_refused_in_both_directions() {
+    // From each `a` the pattern looks for a `b` to the end of the body.
+    let body = "a".repeat(1 << 20);
+    let origin = telling("Content-Type: text/plain\r\n", &body);
+    let changes = "{ max_size: 4MiB, replace: [ { pattern: 'a[^b]*b|a', with: a } ] }";
+    for (direction, status, reason) in [("request", 413, "send.body_costly"), ("response", 502, "receive.body_costly")]
+    {
+        let gateway = Setup::before(&origin).filters(&format!("body: {{ {direction}: {changes} }}")).start();
+        let answer = gateway.client().ask("POST", "/", "Content-Type: text/plain\r\n", &body);
+        assert_eq!(answer.status, status);
+        refused(&gateway, reason);
+        gateway.wait_at_rest();
+    }
 }

@@ -1,6 +1,7 @@
 //! The request body is held back: what is slow, refused, broken off or replayed, and what of it a backend hears of.
 
 use std::net::SocketAddr;
+use std::path::Path;
 use std::process::Command;
 use std::thread;
 
@@ -644,12 +645,9 @@ fn nothing_is_left_open_after_uploads_that_came_and_uploads_that_did_not() {
 #[test]
 fn an_upload_in_chunks_of_one_byte_takes_little_more_memory_than_its_bytes() {
     let origin = built_in();
-    let process = before(&origin, "mode: full, memory: 1MiB").spawn();
-    // What the program needs for its first upload, such as pages of its own code, is there before it is measured.
-    let mut first = Client::connect(process.web());
-    first.send(request("PUT", "/headers", "Transfer-Encoding: chunked\r\n", ""));
-    first.send(chunked(&noise(1_000), 1));
-    assert_eq!(first.response().status, 200);
+    // The kernel counts all of a huge page when one byte of it is used: 2 MiB more or less, as it happens.
+    let environment = [("MIMALLOC_ALLOW_THP", Path::new("0"))];
+    let process = before(&origin, "mode: full, memory: 1MiB").spawn_with(&environment);
     let before = process.resident_bytes();
     let mut client = Client::connect(process.web());
     client.send(request("PUT", "/headers", "Transfer-Encoding: chunked\r\n", ""));
@@ -657,5 +655,5 @@ fn an_upload_in_chunks_of_one_byte_takes_little_more_memory_than_its_bytes() {
     process.wait_phase(Phase::Buffer);
     process.wait_metric("forebay_spool_bytes{direction=\"request\"}", |bytes| bytes >= 480_000.0);
     let grown = process.resident_bytes().saturating_sub(before);
-    assert!(grown < 8 << 20, "{grown} bytes for half a million");
+    assert!(grown < 4 << 20, "{grown} bytes for half a million");
 }

@@ -58,8 +58,8 @@ fn refusals_get_pages_and_keep_what_they_tell_beside_them() {
     assert!(limited.value("retry-after").is_some());
     gateway.wait_metric("forebay_refusals_total{reason=\"route.rate_limit\"}", |count| count == 1.0);
 
-    let nobody = Closed::refusing();
-    let gateway = Setup::before_all(&[nobody.address()]).filters(PAGES).start();
+    let closed = Closed::refusing();
+    let gateway = Setup::before_all(&[closed.address()]).filters(PAGES).start();
     let page = gateway.client().get("/");
     assert_eq!((page.status, page.text()), (502, "Sorry: The backend refused the connection."));
     gateway.refused_once("connect.refused");

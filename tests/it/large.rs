@@ -9,7 +9,7 @@ use forebay::gateway::changes::between;
 use crate::harness::client::Client;
 use crate::harness::{Origin, Setup};
 
-/// So many routes, each with a host, a path and a filter, and as many endpoints: half of them in one upstream, the others
+/// This number of routes, each with a host, a path and a filter, and as many endpoints: half of them in one upstream, the others
 /// in upstreams of ten. `word` is what the routes tell their upstreams.
 fn parts(count: usize, word: &str) -> (String, String) {
     let (mut upstreams, mut routes) = (String::from("one: { endpoints: ["), String::new());

@@ -223,16 +223,6 @@ fn routes_beyond_the_limit_of_series_are_counted_together() {
 const WITHOUT_A_STORY: &[(&str, &str)] = &[
     ("internal", "a fault of the gateway itself: every story of the fuzz targets says that there was none"),
     ("select.deadline", "a race of two timers: `deadline::refusal` has a test"),
-    ("route.decoders", "a race of many bodies for few threads"),
-    ("send.decoded_size", "a story of `bodies` has the body and asks for the status alone"),
-    ("send.decoded_ratio", "a story of `bodies` has the body and asks for the status alone"),
-    ("receive.decoders", "a race of many bodies for few threads"),
-    ("receive.decoded_size", "a story of `bodies` has the body and asks for the status alone"),
-    ("receive.decoded_ratio", "a story of `bodies` has the body and asks for the status alone"),
-    ("send.bodies", "a race of many bodies for few threads"),
-    ("send.body_costly", "a story of `bodies` has the body and asks for the status alone"),
-    ("receive.bodies", "a race of many bodies for few threads"),
-    ("receive.body_costly", "a story of `bodies` has the body and asks for the status alone"),
 ];
 
 #[test]

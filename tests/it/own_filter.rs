@@ -108,7 +108,7 @@ fn a_crate_with_a_filter_of_its_own_is_built_checked_and_run() {
     let (code, said) = run(&write(&written), "check");
     assert_eq!(code, Some(0), "{said}");
     let (code, said) = run(&write(&written.replace("gold, silver", "")), "check");
-    assert!(code == Some(78) && said.contains("no badge is known"), "{said}");
+    assert!(code == Some(78) && said.contains("no badge is listed"), "{said}");
     let (code, said) = run(&write(&written.replace("known:", "knwon:")), "check");
     assert!(code == Some(78) && said.contains("knwon"), "{said}");
     let schema = Command::new(&program).arg("schema").output().expect("the program").stdout;

@@ -1,5 +1,5 @@
 //! Reloads that are refused: whatever is wrong with the new configuration or with a file that it names, the old one
-//! serves on, and the operator is told what `forebay check` tells.
+//! serves on, and the operator gets the messages of `forebay check`.
 
 use std::fs;
 use std::path::{Path, PathBuf};

@@ -44,10 +44,7 @@ const LINES_MAX: usize = 75;
 /// Functions with more, by file and name.
 const LONG: &[(&str, usize)] = &[
     ("client/http2.rs serve", 79),
-    ("expression/plan.rs of", 90),
     ("expression/planner.rs named", 90),
-    ("gateway.rs build", 99),
-    ("import/translate/place.rs content", 86),
     ("import/translate/place.rs request_fields", 76),
     ("import/translate/place.rs rewrite", 86),
     ("import/translate/place.rs routes", 80),

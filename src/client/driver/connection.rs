@@ -88,7 +88,7 @@ impl Connection {
         ready && !matches!(read.one_byte(), Err(error) if error.kind() == io::ErrorKind::WouldBlock)
     }
 
-    /// Whether nobody will use it again, for its endpoint was removed.
+    /// Whether no exchange will use it again, for its endpoint was removed.
     pub fn is_abandoned(&self) -> bool {
         self.dialer.upgrade().is_none_or(|dialer| dialer.is_retired())
     }

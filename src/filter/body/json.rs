@@ -38,7 +38,7 @@ impl Pointer {
             return Ok(Pointer(Vec::new()));
         }
         let Some(tokens) = written.strip_prefix('/') else {
-            return Err(format!("`{written}` is no JSON Pointer: it must begin with `/`, as in `/user/email`"));
+            return Err(format!("`{written}` is not a JSON Pointer: it must begin with `/`, as in `/user/email`"));
         };
         let token = |token: &str| {
             let escapes = token.split('~').skip(1);

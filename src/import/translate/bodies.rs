@@ -12,10 +12,7 @@ pub fn compress<'d>(work: &mut Work<'d>, levels: &Levels<'d>) -> Option<Map> {
     if directive.word(0) != "on" {
         return None;
     }
-    work.differs(
-        directive,
-        "answers of every status are compressed, whoever asks; the client's `Accept-Encoding` decides",
-    );
+    work.differs(directive, "answers of every status are compressed; the client's `Accept-Encoding` alone decides");
     let mut map = Map::default().with("codings", Node::texts(["gzip"]));
     map.put("types", types(work, levels, "gzip_types"));
     let least = last(levels, "gzip_min_length");
@@ -71,7 +68,7 @@ fn page<'d>(work: &mut Work<'d>, levels: &Levels<'d>, directive: &'d Directive) 
     let mut on = Vec::new();
     for word in before {
         match word.strip_prefix('=') {
-            None => on.push(Node::word(word.parse::<u16>().map_err(|_| "it names what is no status")?)),
+            None => on.push(Node::word(word.parse::<u16>().map_err(|_| "it names something that is not a status")?)),
             Some(other) => status = Some(other.parse::<u16>().map_err(|_| "a page that says its status has no equal")?),
         }
     }

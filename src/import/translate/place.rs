@@ -456,11 +456,20 @@ fn content<'d>(
     content.upstream = Some(upstream::upstream(work, &target, levels, blocks));
     let buffering = upstream::buffering(work, levels);
     content.keys.put("buffering", Node::Map(buffering));
-    if let Some(time) = work.value(levels, "client_body_timeout").and_then(time) {
-        content.keys.at("client").put("body_idle", Node::text(time));
+    pace(work, levels, &mut content);
+    if let Some(retry) = upstream::retry(work, levels, prefix) {
+        content.keys.put("retry", Node::Map(retry));
     }
-    if let Some(time) = work.value(levels, "send_timeout").and_then(time) {
-        content.keys.at("client").put("write_idle", Node::text(time));
+    content.adds_slash = location.asks.prefix().is_some_and(|path| path.len() > 1 && path.ends_with('/'));
+    content
+}
+
+/// How slow a client may be, and how fast it is served.
+fn pace<'d>(work: &mut Work<'d>, levels: &Levels<'d>, content: &mut Content) {
+    for (directive, key) in [("client_body_timeout", "body_idle"), ("send_timeout", "write_idle")] {
+        if let Some(time) = work.value(levels, directive).and_then(time) {
+            content.keys.at("client").put(key, Node::text(time));
+        }
     }
     if let Some(rate) = work.value(levels, "limit_rate").and_then(super::size).filter(|rate| rate != "0B") {
         content.keys.at("client").at("limit_rate").put("rate", Node::text(format!("{rate}/s")));
@@ -468,11 +477,6 @@ fn content<'d>(
             content.keys.at("client").at("limit_rate").put("after", Node::text(after));
         }
     }
-    if let Some(retry) = upstream::retry(work, levels, prefix) {
-        content.keys.put("retry", Node::Map(retry));
-    }
-    content.adds_slash = location.asks.prefix().is_some_and(|path| path.len() > 1 && path.ends_with('/'));
-    content
 }
 
 /// `rewrite`, `return` and `if` of one block.
@@ -798,7 +802,7 @@ fn access<'d>(
     }
 }
 
-/// A check that has no equal: nobody passes.
+/// A check that has no equal: every request is refused.
 fn closed(directive: &Directive, content: &mut Content) {
     content.filters.push(filter("access", Map::default().with("deny", Node::texts(["0.0.0.0/0", "::/0"]))));
     content.comments.push(format!(

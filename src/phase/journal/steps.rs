@@ -104,7 +104,7 @@ impl Notebook {
     }
 }
 
-/// A filter sends a request to this upstream; `None`, if nobody wants to know. To be called where the filter is polled.
+/// A filter sends a request to this upstream; `None`, if the exchange is not recorded. To be called where the filter is polled.
 pub fn call(upstream: &str) -> Option<Noting> {
     let (notebook, filter) = PRESENT.with_borrow(Clone::clone)?;
     Some(Noting::begin(notebook, filter, "call", Some(upstream.into())))
@@ -162,7 +162,7 @@ mod tests {
         };
         let done = notebook.stage("jwt", "request", asks, |done| format!("answer {done}").into()).now_or_never();
         assert_eq!(done, Some(7));
-        assert!(call("auth").is_none(), "behind it nobody wants to know");
+        assert!(call("auth").is_none(), "behind it nothing is recorded");
         notebook.skipped("access");
         let noted = [
             ("jwt", "call", 1, "200".to_owned()),

@@ -71,7 +71,7 @@ impl Dialer {
         Dialer { connections, receive_bytes, head_start, greeting, pair, retired: AtomicBool::new(false) }
     }
 
-    /// Whether its endpoint was removed: connections to it that nobody uses need not be kept.
+    /// Whether its endpoint was removed: idle connections to it need not be kept.
     pub fn is_retired(&self) -> bool {
         self.retired.load(Ordering::Relaxed)
     }

@@ -84,7 +84,7 @@ impl FilterType for Badge {
         let header = settings.header.parse();
         let header = header.map_err(|_| BuildError::new("header", format!("`{}` is no header", settings.header)))?;
         if settings.known.is_empty() {
-            return Err(BuildError::new("known", "no badge is known, so that nobody could come in"));
+            return Err(BuildError::new("known", "no badge is listed: every request would be refused"));
         }
         let known = settings.known.iter().cloned().collect();
         Ok(Badge { header, known, guests: around.keep("guests", AtomicU64::default) })
