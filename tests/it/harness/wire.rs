@@ -301,11 +301,12 @@ impl Wire {
         Left::Nothing(End::Cut)
     }
 
+    /// A line. A field value may hold bytes that are no UTF-8 (obs-text, RFC 9110 §5.5); `U+FFFD` stands for them.
     fn line(&mut self) -> Option<String> {
         loop {
             if let Some(end) = find(&self.read, b"\r\n") {
                 let line: Vec<u8> = self.read.drain(..end + 2).collect();
-                return Some(String::from_utf8(line[..end].to_vec()).expect("a line of text"));
+                return Some(String::from_utf8_lossy(&line[..end]).into_owned());
             }
             if !self.fill() {
                 return None;
@@ -349,7 +350,8 @@ impl Framing {
 
 impl Head {
     fn parse(raw: Vec<u8>) -> Head {
-        let text = String::from_utf8(raw.clone()).expect("a header of text");
+        // `U+FFFD` stands for bytes of a value that are no UTF-8 (obs-text, RFC 9110 §5.5); `raw` has them.
+        let text = String::from_utf8_lossy(&raw).into_owned();
         let mut lines = text.strip_suffix("\r\n\r\n").expect("an empty line").split("\r\n");
         let first_line = lines.next().unwrap_or_default().to_owned();
         let fields = lines
