@@ -372,6 +372,8 @@ fn a_full_answer_that_waits_for_the_disk_ends_with_its_client() {
         process.wait_metric("forebay_endpoint_inflight", |inflight| inflight == 0.0);
         process.wait_metric("forebay_phase_active", |active| active == 0.0);
         drop(still);
+        // What is left of it in the queue is not to be taken for work of the next one.
+        process.wait_metric("forebay_disk_queue", |queued| queued == 0.0);
     }
     for line in process.log_lines(3) {
         assert_eq!(line.reason(), "receive.aborted");
