@@ -67,7 +67,7 @@ impl Look {
 fn has_left(socket: RawFd, leaving: Leaving) -> bool {
     // An error and the end of both directions are told whatever is asked for.
     let ends = matches!(leaving, Leaving::Short(1..) | Leaving::Ended);
-    let found = found(socket, if ends { libc::POLLRDHUP } else { 0 });
+    let found = net::events(socket, if ends { libc::POLLRDHUP } else { 0 });
     let broken = if leaving == Leaving::Reset { libc::POLLERR } else { libc::POLLERR | libc::POLLHUP };
     let ended = || match leaving {
         Leaving::Short(owed) => net::unread(socket) < owed,
@@ -76,25 +76,14 @@ fn has_left(socket: RawFd, leaving: Leaving) -> bool {
     found & broken != 0 || found & libc::POLLRDHUP != 0 && ended()
 }
 
-/// What there is of these events, at once.
-fn found(socket: RawFd, events: libc::c_short) -> libc::c_short {
-    let mut asked = libc::pollfd { fd: socket, events, revents: 0 };
-    // SAFETY: the pointer is to one `pollfd`, as the count says; with a timeout of 0 the call does not wait.
-    if unsafe { libc::poll(&raw mut asked, 1, 0) } == 1 { asked.revents } else { 0 }
-}
-
 /// All that can be read before the end of a connection. `None`: the client has not ended its sending side, or there are
 /// more bytes than `most`.
 pub(super) fn unread_before_end(socket: RawFd, most: usize) -> Option<Vec<u8>> {
-    if found(socket, libc::POLLRDHUP) & libc::POLLRDHUP == 0 {
+    if net::events(socket, libc::POLLRDHUP) & libc::POLLRDHUP == 0 {
         return None;
     }
     let bytes = usize::try_from(net::unread(socket)).ok().filter(|&bytes| bytes <= most)?;
-    let mut unread = vec![0u8; bytes];
-    let flags = libc::MSG_PEEK | libc::MSG_DONTWAIT;
-    // SAFETY: the buffer has room for as many bytes as are asked for, which stay in the socket; the call does not wait.
-    let read = unsafe { libc::recv(socket, unread.as_mut_ptr().cast(), bytes, flags) };
-    (usize::try_from(read) == Ok(bytes)).then_some(unread)
+    net::peek(socket, bytes)
 }
 
 #[cfg(test)]

@@ -7,11 +7,9 @@
 
 use std::collections::VecDeque;
 use std::io::{self, IoSlice};
-use std::os::fd::BorrowedFd;
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::task::{Context, Poll, ready};
-use std::time::Duration;
 
 use async_trait::async_trait;
 use bytes::{Buf, Bytes, BytesMut};
@@ -769,20 +767,13 @@ impl Core {
     fn unsent(&self) -> usize {
         self.outbox.len() + net::unacknowledged(self.io.id())
     }
-
-    fn set_reset(&self) {
-        // SAFETY: the descriptor belongs to `self.io` and outlives this borrow.
-        let socket = unsafe { BorrowedFd::borrow_raw(self.io.id()) };
-        // On a unix socket there is no reset; the close itself is then all that can be done.
-        let _ = socket2::SockRef::from(&socket).set_linger(Some(Duration::ZERO));
-    }
 }
 
 impl Drop for Core {
     fn drop(&mut self) {
         // A stream that carries it is reset because its answer has no end.
         if self.connection.resets() && !self.connection.is_carried() {
-            self.set_reset();
+            net::reset_on_close(self.io.id());
         }
     }
 }
@@ -942,6 +933,7 @@ mod tests {
     use crate::party::{Fault, Party};
     use futures::FutureExt;
     use proptest::prelude::*;
+    use std::time::Duration;
     use tokio::io::AsyncReadExt;
 
     fn stream(io: tokio::io::DuplexStream, listener: &str) -> ClientStream {

@@ -12,12 +12,13 @@ use super::retry::{Failure, Rules, Situation, Verdict};
 use crate::client::session::Link;
 use crate::finished::{Failed, Why};
 use crate::metrics::retry::Objection;
+use crate::net;
 use crate::party::{Fault, Party};
 use crate::phase::Phase;
 use crate::upstream::retries::Permit;
 use crate::upstream::transport::http1::Tail;
 use crate::upstream::transport::http2::{RequestTrailers, StreamHandle};
-use crate::upstream::{Ended, Endpoint, Engaged, Outcome, Upstream, window};
+use crate::upstream::{Ended, Endpoint, Engaged, Outcome, Upstream};
 
 /// All attempts of one exchange.
 #[derive(Default)]
@@ -252,7 +253,7 @@ impl Attempt {
         if let Some((socket, last)) = self.own.take_if(|_| self.sent)
             && (last || self.upstream.has_surplus_connections())
         {
-            window::close(socket);
+            net::shut_down(socket);
             self.closed = true;
         }
     }

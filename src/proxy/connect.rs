@@ -2,24 +2,24 @@
 //!
 //! Pingora does the work; here is what follows from its outcome. After `select`; before `send`, or `select` again.
 
-use std::os::fd::{BorrowedFd, RawFd};
+use std::os::fd::RawFd;
 use std::time::Instant;
 
 use pingora::protocols::Digest;
 use pingora::protocols::http::ServerSession;
 use pingora::upstreams::peer::HttpPeer;
 use pingora::{Error, ErrorType, Result};
-use socket2::SockRef;
 
 use super::again;
 use super::blame;
 use super::exchange::Exchange;
 use crate::finished::Why;
+use crate::net;
 use crate::party::What;
 use crate::phase::Phase;
 use crate::upstream::transport::http1::Tail;
 use crate::upstream::transport::tls::Flaw;
-use crate::upstream::window::{self, Window};
+use crate::upstream::window::Window;
 
 /// A connection stands, new or kept; the request is sent next, unless it must not be sent on this one.
 pub fn made(
@@ -31,7 +31,7 @@ pub fn made(
 ) -> Result<()> {
     if let Some(flaw) = Flaw::of(digest) {
         // It is not to be given to anybody else, either.
-        window::close(socket);
+        net::shut_down(socket);
         return Error::e_explain(ErrorType::InvalidCert, flaw.to_string()).map_err(|error: Box<Error>| error.into_up());
     }
     if let Some(upstream) = &exchange.routing.upstream {
@@ -62,9 +62,7 @@ pub fn made(
 /// Whether this socket is connected to the address that was asked for, and not to another one of the same server.
 fn leads_to(socket: RawFd, peer: &HttpPeer) -> bool {
     let Some(asked) = peer._address.as_inet() else { return true };
-    // SAFETY: the descriptor is open for as long as Pingora lets us look at its connection, and is not kept.
-    let socket = unsafe { BorrowedFd::borrow_raw(socket) };
-    SockRef::from(&socket).peer_addr().ok().and_then(|address| address.as_socket()).is_none_or(|there| there == *asked)
+    net::peer(socket).and_then(|address| address.as_socket()).is_none_or(|there| there == *asked)
 }
 
 /// No connection could be made. No byte of the request has left, so any method may be tried elsewhere.

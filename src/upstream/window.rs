@@ -8,16 +8,13 @@
 
 use std::os::fd::RawFd;
 
+use crate::net;
+
 /// The receive buffer of a narrow connection, of which the kernel uses about half for data.
 pub const NARROW_BYTES: usize = 16 << 10;
 
 /// What an opened connection begins with: the kernel's tuning finds no reason to grow from the narrow one.
 const OPEN_BYTES: usize = 128 << 10;
-
-/// `SO_BUF_LOCK` of Linux, which the libc crate lacks: which buffers of a socket are exempt from tuning.
-const SO_BUF_LOCK: libc::c_int = 72;
-/// Of these, the receive buffer.
-const RECEIVE_BUFFER: libc::c_int = 2;
 
 /// Prepares a socket that is not connected yet for a narrow window, of a buffer of this many bytes. Once it is
 /// connected [`put_off_tuning`] is to follow.
@@ -25,13 +22,13 @@ const RECEIVE_BUFFER: libc::c_int = 2;
 /// Its buffer is small and yet not exempt from the kernel's tuning: of an exempt one the kernel takes the size for the
 /// largest that there will be, agrees on no window scale, and holds the connection to 64 KiB at a time for ever.
 pub fn narrow(socket: RawFd, bytes: usize) {
-    set(socket, libc::SO_RCVBUF, libc::c_int::try_from(bytes).unwrap_or(libc::c_int::MAX));
-    set(socket, SO_BUF_LOCK, 0);
+    net::set_receive_buffer(socket, bytes);
+    net::lock_receive_buffer(socket, false);
 }
 
 /// Keeps the window of a connection as it is until it is opened.
 pub fn put_off_tuning(socket: RawFd) {
-    set(socket, SO_BUF_LOCK, RECEIVE_BUFFER);
+    net::lock_receive_buffer(socket, true);
 }
 
 /// The receive window of one connection. Only to be used while an exchange has that connection.
@@ -50,47 +47,23 @@ impl Window {
     /// Leaves it to the kernel; with one that cannot tune again (before Linux 5.14) it stays at what it begins with.
     pub fn open(&mut self) {
         if !std::mem::replace(&mut self.opened, true) && self.is_narrow() {
-            set(self.socket, libc::SO_RCVBUF, OPEN_BYTES as libc::c_int);
-            set(self.socket, SO_BUF_LOCK, 0);
+            net::set_receive_buffer(self.socket, OPEN_BYTES);
+            net::lock_receive_buffer(self.socket, false);
         }
     }
 
     /// Breaks the connection off: what waits for it here hears of its end, and the endpoint of a reset, which
     /// overtakes what it has not read.
     pub fn abort(&mut self) {
-        let linger = libc::linger { l_onoff: 1, l_linger: 0 };
-        let length = size_of::<libc::linger>() as libc::socklen_t;
-        // SAFETY: the pointer is to a `linger` of that length; a wrong descriptor is an error and nothing else.
-        unsafe {
-            libc::setsockopt(self.socket, libc::SOL_SOCKET, libc::SO_LINGER, (&raw const linger).cast(), length);
-        }
-        close(self.socket);
+        net::reset_on_close(self.socket);
+        net::shut_down(self.socket);
     }
 
     /// If not, the kernel's tuning is not to be undone.
     fn is_narrow(&self) -> bool {
-        let (mut bytes, mut length): (libc::c_int, _) = (0, size_of::<libc::c_int>() as libc::socklen_t);
-        // SAFETY: the pointers are to an integer of that length and to the length; a wrong descriptor is an error.
-        let got = unsafe {
-            libc::getsockopt(self.socket, libc::SOL_SOCKET, libc::SO_RCVBUF, (&raw mut bytes).cast(), &raw mut length)
-        };
         // Linux doubles what it is asked for.
-        got == 0 && bytes as usize <= 2 * NARROW_BYTES
+        net::receive_buffer(self.socket).is_some_and(|bytes| bytes <= 2 * NARROW_BYTES)
     }
-}
-
-/// A socket of another kind goes on as it is.
-fn set(socket: RawFd, option: libc::c_int, value: libc::c_int) {
-    let length = size_of::<libc::c_int>() as libc::socklen_t;
-    // SAFETY: the pointer is to an integer of that length; a wrong descriptor is an error and nothing else.
-    unsafe { libc::setsockopt(socket, libc::SOL_SOCKET, option, (&raw const value).cast(), length) };
-}
-
-/// Closes a connection in both directions: the next look at it here finds that it has ended. To be used only by
-/// who has it.
-pub fn close(socket: RawFd) {
-    // SAFETY: no pointer is passed; a wrong descriptor is an error and nothing else.
-    unsafe { libc::shutdown(socket, libc::SHUT_RDWR) };
 }
 
 #[cfg(test)]

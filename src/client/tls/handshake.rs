@@ -3,7 +3,6 @@
 //! One with an ECDSA key takes a worker some 0.1 ms and runs there. One with an RSA key takes about a millisecond and
 //! runs on threads of its own ([`Threads`]), so that no other connection waits for it.
 
-use std::os::fd::BorrowedFd;
 use std::pin::Pin;
 
 use boring::ssl::SslContext;
@@ -19,6 +18,7 @@ use super::stream::{Raw, TlsStream};
 use super::table::Policy;
 use crate::client::hello::{Hello, KeyKind};
 use crate::error::{Refusal, refusal};
+use crate::net;
 use crate::party::wait::{NoClient, within};
 
 /// What a handshake came to, as far as anybody asks later.
@@ -142,10 +142,7 @@ async fn accept(context: SslContext, raw: Raw) -> Result<SslStream<Raw>, &'stati
 /// Has the client's last flight acknowledged at once. The library has sent its tickets already, so nothing else answers
 /// it; a client with Nagle's algorithm would wait some 40 ms for that before it sends its request.
 fn acknowledge(raw: &Raw) {
-    // SAFETY: the descriptor belongs to `raw` and outlives this borrow.
-    let socket = unsafe { BorrowedFd::borrow_raw(raw.id()) };
-    // A unix socket has no such thing and needs none.
-    let _ = socket2::SockRef::from(&socket).set_tcp_quickack(true);
+    net::acknowledge(raw.id());
 }
 
 /// What is left to be said leaves, and is read before the connection goes: a socket that is closed with bytes unread is
