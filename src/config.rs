@@ -1,12 +1,13 @@
-//! The configuration as it was written: YAML to typed values, with every error at its place.
+//! Parses a configuration file into typed values and reports every error with its position.
 //!
-//! These types say nothing of how Forebay runs; `gateway` builds the runtime from them. The request path sees none of
-//! them.
+//! These types describe only what was written. `gateway` builds the runtime types from them; the request path uses
+//! no type of this module.
 //!
-//! A file passes through `syntax` (YAML), `include` (further files), `interpolate` (`${…}`), `decode` (types) and `check` (meaning). What they
-//! find goes through `place` (path to line and column) and `explain` (serde's words to ours) into a [`Report`].
+//! A file passes through these modules in order: `syntax` (YAML), `include` (further files), `interpolate`
+//! (`${…}`), `decode` (types) and `check` (meaning). `place` turns the path of a finding into line and column, and
+//! `explain` rewords serde's errors. The result is a [`Report`].
 
-// What may be written, a file a section.
+// The format: one file per section.
 pub mod acme;
 pub mod address;
 pub mod filter;
@@ -20,7 +21,7 @@ pub mod text;
 pub mod units;
 pub mod upstream;
 
-// How it is read.
+// Reading.
 mod check;
 mod decode;
 mod explain;
@@ -33,7 +34,7 @@ mod schema;
 mod shown;
 mod syntax;
 
-// How it is written.
+// Writing.
 mod layout;
 pub mod write;
 
@@ -65,65 +66,65 @@ use file::Unreadable;
 use report::{Finding, Source, Spot};
 use units::Size;
 
-/// All files of a configuration together may be so large.
+/// Limit on the size of all files of a configuration together.
 const FILE_MAX: Size = Size::kib(16 * 1024);
 
 /// A whole configuration.
 ///
-/// Serialized, it shows what is in effect, secrets included.
+/// Serializing it shows the values in effect, secrets included.
 #[derive(Clone, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Config {
     /// The version of this format: 1.
     #[serde(default = "Config::version")]
     pub version: u32,
-    /// Further files that belong to the configuration: names or patterns, relative to the file in which they stand. Lists
-    /// are appended, sections are merged, and nothing is overridden.
-    // They are followed before anything is decoded, so nothing is left to say of them here.
+    /// Further files of the configuration: names or patterns, relative to the file that includes them. Lists are
+    /// appended, sections are merged, and no value overrides another.
+    // `include` runs before decoding, so this field is always empty here.
     #[serde(default, skip_serializing)]
     pub include: include::Include,
-    /// How the process runs.
+    /// Settings of the process.
     #[serde(default)]
     pub server: server::Server,
-    /// Proxies in front of Forebay whose word on the client is believed (`X-Forwarded-For`, `Forwarded` and the like);
-    /// `unix` stands for whoever connects to a unix socket. Of others, these fields are dropped.
+    /// Peers whose `X-Forwarded-For`, `Forwarded` and similar fields are trusted: addresses, networks, or `unix`
+    /// for all peers on unix sockets. From other peers, these fields are removed.
     #[serde(default)]
     pub trusted_proxies: Vec<address::Proxy>,
-    /// How many leading bits of an IPv4 address are one client, where something is limited for each client.
+    /// Number of leading bits that identify a client by its IPv4 address, wherever a limit applies per client.
     #[serde(default)]
     pub ipv4_prefix: address::Ipv4Prefix,
-    /// How many leading bits of an IPv6 address are one client, where something is limited for each client.
+    /// Number of leading bits that identify a client by its IPv6 address, wherever a limit applies per client.
     #[serde(default)]
     pub ipv6_prefix: address::Ipv6Prefix,
-    /// Which headers tell the upstream who the client is.
+    /// The header fields that tell the upstream who the client is.
     #[serde(default)]
     pub forwarded: server::Forwarded,
-    /// Whether `Via` is added to requests and responses (RFC 9110 §7.6.3).
+    /// Adds `Via` to requests and responses (RFC 9110 §7.6.3).
     #[serde(default)]
     pub via: bool,
-    /// How the paths of requests are read.
+    /// How request paths are normalized.
     #[serde(default)]
     pub paths: Paths,
-    /// Where clients connect.
+    /// The sockets on which clients connect.
     pub listeners: Vec<Listener>,
     /// Named groups of endpoints.
     #[serde(default)]
     pub upstreams: BTreeMap<String, Upstream>,
-    /// Which request goes where.
+    /// The rules that choose an upstream for each request.
     pub routes: Vec<Route>,
-    /// Authorities that issue certificates by themselves, by the names by which certificates of listeners ask for them.
+    /// ACME issuers, by name. Certificates of listeners refer to these names.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub acme: BTreeMap<String, acme::Issuer>,
-    /// What all exchanges together may hold back.
+    /// Limits on the bodies that all exchanges together buffer.
     #[serde(default)]
     pub resources: server::Resources,
     /// The admin endpoint.
     #[serde(default)]
     pub admin: server::Admin,
-    /// What is logged and counted.
+    /// Logs, metrics and traces.
     #[serde(default)]
     pub observability: server::Observability,
-    /// Where it came from, for errors that are found later.
+    /// The files it was read from, to give later errors a position.
     #[serde(skip)]
     source: Arc<Source>,
     #[serde(skip)]
@@ -135,7 +136,7 @@ impl Config {
     ///
     /// # Errors
     ///
-    /// Everything that is wrong with it. Warnings alone are no error; see [`Config::warnings`].
+    /// All errors that were found. Warnings alone are not an error; see [`Config::warnings`].
     pub fn load(path: &Path, kinds: &[FilterKind]) -> Result<Config, Report> {
         let file = path.display().to_string();
         let bytes = file::read(path, FILE_MAX).map_err(|error| {
@@ -164,33 +165,33 @@ impl Config {
         }
     }
 
-    /// Checks the text of a file; `file` is its name in the report.
+    /// Parses and checks a text; `file` is the name that the report shows.
     ///
     /// # Errors
     ///
-    /// Everything that is wrong with it.
+    /// All errors that were found.
     pub fn parse(file: &str, text: &str, kinds: &[FilterKind]) -> Result<Config, Report> {
         decode::parse(file, text, kinds, &|name| env::var(name).ok())
     }
 
-    /// What the files of a configuration say that may be wrong, as far as they can be read, and whether all of them can.
+    /// The parsed files before decoding, as far as they can be read; `true`: all of them could be read.
     pub fn readable(path: &Path) -> Option<(serde_yaml::Value, bool)> {
         let text = String::from_utf8(file::read(path, FILE_MAX).ok()?).ok()?;
         let gathered = include::gather(&path.display().to_string(), &text, &|name| env::var(name).ok());
         Some((gathered.written, !gathered.findings.iter().any(Finding::is_error)))
     }
 
-    /// What works and is hardly meant: an upstream that nobody asks, a size in decimal units.
+    /// Settings that are valid but probably a mistake: an upstream that no route uses, sizes in decimal units.
     pub fn warnings(&self) -> &Report {
         &self.warnings
     }
 
-    /// The hash of its text, in hexadecimal: it tells one configuration from another.
+    /// A hash of the text, in hexadecimal. It identifies a configuration.
     pub fn hash(&self) -> String {
         format!("{:016x}", xxh3_64(self.source.text.as_bytes()))
     }
 
-    /// The file and the line, from 1, in which the value at this path begins; `None` if it is not written.
+    /// The file and the 1-based line where the value at this path begins; `None`: it is not written.
     pub fn place(&self, path: &str) -> Option<(&str, usize)> {
         let found = self.source.places.find(path).filter(|found| found.whole)?;
         Some(self.source.line(found.key.unwrap_or(found.value).start))
@@ -201,32 +202,32 @@ impl Config {
         self.source.names()
     }
 
-    /// The directories in which its files were looked for: a file that is changed, comes or goes does so in one of them.
+    /// The directories that were searched for its files. Watching them reveals changed, new and deleted files.
     pub fn directories(&self) -> &BTreeSet<PathBuf> {
         &self.source.directories
     }
 
-    /// The directory that its main file is in.
+    /// The directory of the main file.
     pub fn directory(&self) -> &Path {
         Path::new(self.source.name(None)).parent().unwrap_or(Path::new(""))
     }
 
-    /// Shows errors that were found when the configuration was built, at their places in its file.
+    /// Renders errors of the build step, each at its position in the file.
     pub fn report(&self, errors: &[BuildError]) -> Report {
         Report::new(Arc::clone(&self.source), errors.iter().map(|error| finding(error, Finding::error)).collect())
     }
 
-    /// The warnings of the file, with these, which were found when the configuration was built.
+    /// The warnings of the file together with those of the build step.
     pub fn warnings_with(&self, warnings: &[BuildError]) -> Report {
         self.warnings.with(warnings.iter().map(|warning| finding(warning, Finding::warning)).collect())
     }
 
-    /// What is one client where something is limited for each.
+    /// The prefix lengths that identify a client.
     pub fn client_prefix(&self) -> address::ClientPrefix {
         address::ClientPrefix { v4: self.ipv4_prefix, v6: self.ipv6_prefix }
     }
 
-    /// The issuer of this name: the one that is written, or one that is known without that.
+    /// The issuer of this name: a configured one or a well-known one.
     pub fn issuer(&self, name: &str) -> Option<acme::Issuer> {
         let known = || acme::Issuer::WELL_KNOWN.iter().any(|(known, _)| *known == name);
         self.acme.get(name).cloned().or_else(|| known().then(acme::Issuer::default))
@@ -237,7 +238,7 @@ impl Config {
     }
 }
 
-/// What was found when the configuration was built, at its place.
+/// Turns an error of the build step into a finding with a position.
 fn finding(error: &BuildError, kind: fn(Spot, String) -> Finding) -> Finding {
     let (title, label) = explain::halves(&error.message);
     let spot = match &error.inside {
@@ -247,17 +248,17 @@ fn finding(error: &BuildError, kind: fn(Spot, String) -> Finding) -> Finding {
     kind(spot, title.into()).label(label).foreign()
 }
 
-/// Reads a list of endpoints that is a file of its own; `file` is its name in what is said of it.
+/// Parses an endpoint list that is a file of its own; `file` is the name that errors show.
 ///
 /// # Errors
 ///
-/// The first thing that is wrong with it, with its place.
+/// The first error, with its position.
 pub fn endpoints(file: &str, text: &str) -> Result<Vec<upstream::Endpoint>, String> {
     let line = |byte: usize| text.get(..byte).map_or(1, |before| before.matches('\n').count() + 1);
     place::survey(text).map_err(|stop| format!("{file}:{}: {}", line(stop.at.start), stop.title()))?;
     let yaml: serde_yaml::Value = serde_yaml::from_str(text).map_err(|error| {
         let at = syntax::place(text, &error).unwrap_or_default();
-        format!("{file}:{}: this is no YAML: {error}", line(at))
+        format!("{file}:{}: this is not YAML: {error}", line(at))
     })?;
     if !yaml.is_sequence() {
         return Err(format!(
@@ -278,14 +279,14 @@ pub fn endpoints(file: &str, text: &str) -> Result<Vec<upstream::Endpoint>, Stri
         if endpoint.has_two_tiers() {
             return Err(wrong(
                 &format!("[{index}].backup"),
-                "an endpoint stands in one tier, and `priority` names another",
+                "an endpoint is in one tier, and `priority` names another",
             ));
         }
     }
     Ok(endpoints)
 }
 
-/// Names what it holds and shows no value, for any of them may be a secret.
+/// Shows only the names: any value may be a secret.
 impl fmt::Debug for Config {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Config")

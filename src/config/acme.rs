@@ -1,4 +1,4 @@
-//! `acme:`: authorities that issue certificates by themselves (RFC 8555), and how they are asked.
+//! `acme:`: certificate authorities that issue certificates automatically (RFC 8555).
 
 use std::fmt;
 use std::net::IpAddr;
@@ -9,37 +9,36 @@ use serde::{Deserialize, Serialize};
 use super::address::is_label;
 use super::units::Time;
 
-/// The common authorities put no more names into one certificate.
+/// The common authorities accept no more names per certificate.
 pub const NAMES_MAX: usize = 100;
 
-/// An issuer of certificates. `{}` is enough for `letsencrypt` and `letsencrypt-staging`, which may even be left out.
+/// An issuer of certificates. For `letsencrypt` and `letsencrypt-staging`, `{}` is enough, and the entry is
+/// optional.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Issuer {
-    /// The URL of its directory; the issuers `letsencrypt` and `letsencrypt-staging` have one already.
+    /// The URL of the ACME directory. `letsencrypt` and `letsencrypt-staging` have a default.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub directory: Option<String>,
-    /// The address that it may write to, if something is wrong with the account or a certificate.
+    /// The contact address for problems with the account or a certificate.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub email: Option<String>,
-    /// Whether its terms of service are agreed to, without which most issue nothing. Naming an issuer agrees, unless
-    /// this says otherwise.
+    /// Agrees to the terms of service of the issuer. Most issuers require this.
     pub agree_to_terms: bool,
-    /// How it is shown that the names are served here.
+    /// The challenge that proves control of a name.
     pub challenge: Challenge,
-    /// The directory where the account, keys and certificates are kept. Forebay makes it if there is none; several
-    /// issuers may share one.
+    /// The directory for the account, keys and certificates. Forebay creates it. Several issuers can share one.
     pub store: String,
-    /// A file with the certificates of the authorities that the directory's own certificate may be signed by, in PEM;
-    /// by default those that the system trusts.
+    /// A PEM file with the authorities that the directory's TLS certificate is verified against; by default those
+    /// of the system.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub ca: Option<String>,
-    /// The account with the issuer that this one is to belong to, where it asks for one.
+    /// External account binding (EAB): an existing account with the issuer, for issuers that require one.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub eab: Option<Eab>,
-    /// How long it may take.
+    /// Time limits.
     pub timeouts: Timeouts,
-    /// When an order that failed is tried again.
+    /// When a failed order is retried.
     pub retry: Retry,
 }
 
@@ -60,34 +59,35 @@ impl Default for Issuer {
 }
 
 impl Issuer {
-    /// The issuers whose directories are known, and these.
+    /// The well-known issuers and their directories.
     pub const WELL_KNOWN: [(&str, &str); 2] = [
         ("letsencrypt", "https://acme-v02.api.letsencrypt.org/directory"),
         ("letsencrypt-staging", "https://acme-staging-v02.api.letsencrypt.org/directory"),
     ];
 
-    /// The directory of the issuer of this name, if it is written or known.
+    /// The directory URL of this issuer: the configured or the well-known one.
     pub fn directory(&self, name: &str) -> Option<&str> {
         let known = || Issuer::WELL_KNOWN.iter().find(|(known, _)| *known == name).map(|(_, directory)| *directory);
         self.directory.as_deref().or_else(known)
     }
 }
 
-/// How an issuer makes sure that a name is served here.
+/// How an issuer verifies that a name is served here.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Challenge {
-    /// By a handshake with the name at port 443, which a listener with `tls` answers (RFC 8737).
+    /// The issuer opens a TLS connection to port 443 of the name; a listener with `tls` answers it (RFC 8737).
     #[default]
     #[serde(rename = "tls_alpn_01")]
     TlsAlpn01,
-    /// By a request to the name at port 80, which every listener answers before its routes (RFC 8555 §8.3).
+    /// The issuer sends a request to port 80 of the name; every listener answers it before its routes (RFC 8555
+    /// §8.3).
     #[serde(rename = "http_01")]
     Http01,
 }
 
 impl Challenge {
-    /// As it is written, and as the label of metrics.
+    /// The name in the configuration and in metric labels.
     pub fn name(self) -> &'static str {
         match self {
             Challenge::TlsAlpn01 => "tls_alpn_01",
@@ -96,18 +96,18 @@ impl Challenge {
     }
 }
 
-/// An account of the issuer's own that the one of ACME is bound to (RFC 8555 §7.3.4).
+/// External account binding: an account with the issuer that the ACME account is bound to (RFC 8555 §7.3.4).
 #[derive(Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Eab {
-    /// The identifier that the issuer gave.
+    /// The key identifier from the issuer.
     pub kid: String,
-    /// The key that it gave with it, in base64url: a secret, such as `${file:/etc/forebay/eab.key}`.
+    /// The HMAC key from the issuer, in base64url. It is a secret: use `${file:/etc/forebay/eab.key}` or similar.
     pub key: String,
 }
 
 impl Eab {
-    /// The bytes of the key. `None`: it is not base64url.
+    /// The decoded key. `None`: not base64url.
     pub fn key(&self) -> Option<Vec<u8>> {
         use base64::Engine;
         use base64::prelude::BASE64_URL_SAFE_NO_PAD;
@@ -116,18 +116,18 @@ impl Eab {
     }
 }
 
-/// Shows no key.
+/// Hides the key.
 impl fmt::Debug for Eab {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Eab").field("kid", &self.kid).finish_non_exhaustive()
     }
 }
 
-/// How long an issuer may take.
+/// Time limits of an issuer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Timeouts {
-    /// For one request to it, from looking up its address to the last byte of its answer.
+    /// For one request, from name resolution to the last byte of the response.
     pub request: Time,
     /// For a whole order, from the first request to the certificate.
     pub order: Time,
@@ -139,13 +139,14 @@ impl Default for Timeouts {
     }
 }
 
-/// When an order that failed is tried again: each time after twice the time, a quarter more or less.
+/// When a failed order is retried. The delay doubles each time, plus or minus a quarter.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Retry {
-    /// After the first failure; an order is never begun sooner after the last one for the same certificate that failed.
+    /// Delay after the first failure. It is also the least delay between a failed order and the next one for the
+    /// same certificate.
     pub first: Time,
-    /// At most.
+    /// Longest delay.
     pub max: Time,
 }
 
@@ -155,14 +156,14 @@ impl Default for Retry {
     }
 }
 
-/// Whether an issuer can be asked for this name with the challenges that there are.
+/// Checks that a challenge can prove this name to an issuer.
 ///
 /// # Errors
 ///
-/// Why not, and what would be right.
+/// The reason, and how to fix it.
 pub fn issuable(name: &str) -> Result<(), &'static str> {
     if name.starts_with("*.") || name.contains('*') {
-        return Err("neither `tls_alpn_01` nor `http_01` proves a wildcard: write the names, or take a file");
+        return Err("`tls_alpn_01` and `http_01` cannot prove a wildcard: list the names, or use a certificate file");
     }
     if name.trim_matches(['[', ']']).parse::<IpAddr>().is_ok() {
         return Err("an address is not a name: expected one such as `www.example.com`");
@@ -171,7 +172,7 @@ pub fn issuable(name: &str) -> Result<(), &'static str> {
         return Err("expected ASCII, such as `xn--bcher-kva.example.com`");
     }
     let name = name.strip_suffix('.').unwrap_or(name);
-    // A name of DNS has labels of letters, digits and hyphens (RFC 1123 §2.1).
+    // Labels of a DNS name consist of letters, digits and hyphens (RFC 1123 §2.1).
     let fine =
         |label: &str| is_label(label) && !label.contains('_') && !label.starts_with('-') && !label.ends_with('-');
     if name.len() > 253 || !name.split('.').all(fine) {

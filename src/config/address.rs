@@ -1,4 +1,4 @@
-//! Addresses and networks, checked for their form when they are read; nothing is resolved here.
+//! Addresses and networks. Parsing checks the form only; nothing is resolved here.
 
 use std::borrow::Cow;
 use std::fmt;
@@ -13,10 +13,10 @@ use serde::{Serialize, Serializer};
 
 use super::units::Scalar;
 
-/// The most bytes of the path of a unix socket: `sun_path` of unix(7), less its final zero.
+/// Longest path of a unix socket in bytes: `sun_path` of unix(7) without its final NUL.
 const UNIX_PATH_BYTES_MAX: usize = 107;
 
-/// `host:port`, `[v6]:port` or `unix:/path`, as written; checked for its form, not yet resolved.
+/// `host:port`, `[v6]:port` or `unix:/path`, as written; the form is checked, the host is not resolved.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 #[serde(transparent)]
 pub struct Address(pub String);
@@ -24,7 +24,7 @@ pub struct Address(pub String);
 /// The parts of an [`Address`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Target<'a> {
-    /// A host name or an IP address (IPv6 without its brackets), and a port. Port 0 is any free one.
+    /// A host name or an IP address (IPv6 without brackets), and a port. Port 0 means any free port.
     Tcp(&'a str, u16),
     /// A unix socket.
     Unix(&'a Path),
@@ -44,11 +44,11 @@ impl Address {
         }
     }
 
-    /// The parts.
+    /// Splits the address.
     ///
     /// # Errors
     ///
-    /// What is wrong with its form. An address that was read from a configuration has none.
+    /// What is wrong with the form. Addresses from a configuration were checked and give no error.
     pub fn target(&self) -> Result<Target<'_>, String> {
         let text = self.0.as_str();
         let wrong = |why: &str| Err(format!("`{text}` is not an address: {why}"));
@@ -75,10 +75,10 @@ impl Address {
             None => (host, false),
         };
         if host.is_empty() {
-            return wrong("the host is missing; `0.0.0.0` or `[::]` stands for every address of the machine");
+            return wrong("the host is missing; `0.0.0.0` or `[::]` means every address of the machine");
         }
         if !v6 && host.contains([':', '[', ']']) {
-            return wrong("an IPv6 address stands in brackets, such as `[::1]:8080`");
+            return wrong("an IPv6 address needs brackets, such as `[::1]:8080`");
         }
         if !v6 && !host.split('.').all(is_label) {
             return wrong("the host must be a name or an IP address");
@@ -91,7 +91,7 @@ impl Address {
     }
 }
 
-/// Whether this may stand between the dots of a host name.
+/// Whether this is a valid label of a host name.
 pub(super) fn is_label(label: &str) -> bool {
     (1..=63).contains(&label.len()) && label.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-' || b == b'_')
 }
@@ -175,7 +175,7 @@ impl JsonSchema for Network {
     }
 }
 
-/// How many leading bits of an address tell clients apart where something is limited for each of them.
+/// Number of leading bits that identify a client, wherever a limit applies per client.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct ClientPrefix {
     /// Of an IPv4 address.
@@ -185,8 +185,8 @@ pub struct ClientPrefix {
 }
 
 impl ClientPrefix {
-    /// The client that this address belongs to, as the first address of its network. An IPv4 address that came in by
-    /// way of IPv6 (`::ffff:192.0.2.1`) is one of IPv4.
+    /// The client of this address, as the first address of its network. An IPv4-mapped address (`::ffff:192.0.2.1`)
+    /// counts as IPv4.
     pub fn client(self, address: IpAddr) -> IpAddr {
         match address.to_canonical() {
             IpAddr::V4(v4) => {
@@ -258,28 +258,28 @@ macro_rules! prefix {
 }
 
 prefix! {
-    /// From 1 to 32 bits of an IPv4 address; 32 by default: each address is a client. Where a provider gives each
-    /// customer a network, or one client rents many addresses, fewer bits count them as one.
+    /// From 1 to 32 bits of an IPv4 address; 32 by default: each address is a client. Use fewer where a provider
+    /// gives each customer a network, or where one client rents many addresses.
     Ipv4Prefix, "IPv4", 32 of 32
 }
 
 prefix! {
-    /// From 1 to 128 bits of an IPv6 address; 64 by default. Whoever has one address of a /64 has all of them (RFC 4291
-    /// §2.5.4, RFC 6177 §2), and could else begin anew with each.
+    /// From 1 to 128 bits of an IPv6 address; 64 by default. A client usually controls a whole /64 (RFC 4291
+    /// §2.5.4, RFC 6177 §2) and could evade limits on single addresses.
     Ipv6Prefix, "IPv6", 64 of 128
 }
 
-/// Reads networks where the field holds them bare.
+/// Deserializes networks for fields of type `IpNet`.
 pub(super) fn networks<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<IpNet>, D::Error> {
     Ok(Vec::<Network>::deserialize(deserializer)?.into_iter().map(|Network(net)| net).collect())
 }
 
-/// Peers that are proxies in front of us: a network, or `unix`.
+/// Proxies in front of Forebay: a network, or `unix`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Proxy {
-    /// Those with an address of this network.
+    /// Peers with an address in this network.
     Network(IpNet),
-    /// Those who connect to a unix socket.
+    /// Peers on a unix socket.
     Unix,
 }
 
@@ -388,8 +388,8 @@ mod tests {
     fn what_is_no_address_says_why() {
         assert!(why("localhost").contains("write `host:port`"));
         assert!(why(":8080").contains("the host is missing"));
-        assert!(why("::1:8080").contains("in brackets"));
-        assert!(why("[::1:8080").contains("in brackets"));
+        assert!(why("::1:8080").contains("needs brackets"));
+        assert!(why("[::1:8080").contains("needs brackets"));
         assert!(why("http://a:80").contains("without scheme"));
         assert!(why("a b:80").contains("a name or an IP address"));
         for port in ["a:65536", "a:", "a:http", "a:-1", "a:+80", "a:000080"] {

@@ -1,7 +1,7 @@
-//! What is well-formed and yet cannot be meant: names that stand twice, names that lead nowhere, limits that are none,
-//! routes that no request can reach.
+//! Checks meaning after decoding: duplicate names, unknown names, limits out of range, routes that no request can
+//! reach.
 //!
-//! It works on what could be decoded, however much is missing, and keeps silent where something is wrong already.
+//! It checks every part that could be decoded, and skips parts that already have an error.
 
 mod acme;
 
@@ -33,59 +33,59 @@ use super::upstream::sticky::{Secrets, Sticky, StickyCookie};
 use super::upstream::{CircuitBreaker, Dns, FileSource, LoadBalancing, Protocol, Upstream};
 use crate::error::path::{self, join};
 
-/// The name under which `/metrics` counts what is beyond a limit.
+/// The label under which `/metrics` counts everything beyond a series limit.
 const RESERVED_NAME: &str = "_other";
-/// The writer of the access log holds a place for each line that may wait.
+/// The access log writer preallocates a slot for each queued line.
 const LOG_QUEUE_MAX: u64 = 1_000_000;
 const ADMIN_STREAMS_MAX: u64 = 1024;
-/// Shorter ones are tried out.
+/// Shorter tokens can be guessed.
 const TOKEN_BYTES_MIN: usize = 16;
-/// More would not make a disk faster.
+/// More threads do not make a disk faster.
 const DISK_THREADS_MAX: u64 = 64;
-/// The disk threads hold a place for each piece that may wait.
+/// The disk queue preallocates a slot for each queued operation.
 const DISK_QUEUE_MAX: u64 = 1_000_000;
-/// The most that a thread can give way.
+/// The highest nice value.
 const DISK_NICE_MAX: u64 = 19;
-/// A client that waits for an upgrade holds a connection to the admin endpoint.
+/// A client that waits for an upgrade holds an admin connection.
 const UPGRADE_MAX: Duration = Duration::from_secs(600);
-/// Each is passed on with one message.
+/// Draining processes are handed over in one message each.
 const DRAINING_MAX: u64 = 64;
-/// What is left, in percent, is little enough for connections to backends, and cannot be done without.
+/// In percent. The rest is needed for connections to backends.
 const OPEN_FILES_MAX: f64 = 90.0;
-/// With less, in percent, next to nothing could be held.
+/// In percent. Less would buffer almost nothing.
 const SHARE_MIN: f64 = 1.0;
-/// Below this, sixteen slow clients would have spent it, at what a route gives each by default.
+/// Less than 1 MiB is used up by sixteen slow clients at the default memory of a route.
 const MEMORY_MIN: Size = Size::kib(1024);
-/// Whoever fails so often in a row has been down for hours.
+/// More failures in a row than this take hours.
 const STREAK_MAX: u64 = 10_000;
 /// More than any machine has processors.
 const HANDSHAKE_THREADS_MAX: u64 = 256;
-/// Each takes a socket.
+/// Each check uses a socket.
 const CHECKS_AT_ONCE_MAX: u64 = 10_000;
-/// Whoever waits in a queue costs what its request does; nobody's patience lasts for more.
+/// A queued exchange keeps its memory, and no client waits behind a million others.
 const QUEUE_MAX: u64 = 1_000_000;
-/// More are no trial any more.
+/// More would be regular traffic, not a trial.
 const PROBES_MAX: u64 = 1000;
-/// A frame of HTTP/2 has up to 16 KiB (RFC 9113 §4.2); and a connection no more than 2 GiB on its way, a hundred times
-/// as much.
+/// An HTTP/2 frame has up to 16 KiB (RFC 9113 §4.2). The upper limit is about a hundredth of the 2 GiB that a
+/// connection can have in flight.
 const H2_WINDOW_LEAST: u64 = 16 << 10;
 const H2_WINDOW_MOST: u64 = 16 << 20;
-/// More often would cost more than it shows.
+/// More often costs more than it shows.
 const HEARTBEAT_MIN: Time = Time::milliseconds(1);
-/// More seldom, most stalls would pass unseen.
+/// Less often, most stalls would be missed.
 const HEARTBEAT_MAX: Time = Time::seconds(1);
 
-/// A span costs some hundred bytes while it waits, an exchange ten of them.
+/// A queued exchange has about ten spans of some hundred bytes.
 const SPAN_QUEUE_MAX: u64 = 100_000;
-/// Longer, and what waits behind would be dropped.
+/// A longer export would overflow the queue behind it.
 const EXPORT_MAX: Time = Time::seconds(60);
-/// Longer, and nobody could see what has just happened.
+/// A longer interval delays what operators see.
 const GATHER_MAX: Time = Time::seconds(60);
 
-/// How many unknown names of upstreams are compared with the known ones. To compare thousands with thousands takes long.
+/// At most this many unknown upstream names get a suggestion: comparing thousands with thousands is slow.
 const COMPARED_MAX: usize = 20;
 
-/// Everything that is wrong with `parts` beyond their form; `written` is the file that they come from.
+/// All errors of `parts` that decoding cannot find; `written` is the file they come from.
 pub(super) fn check(parts: &Parts, written: &Yaml, kinds: &[FilterKind]) -> Vec<Finding> {
     let mut check = Check { parts, written, kinds, findings: Vec::new(), compared: 0 };
     check.globals();
@@ -101,7 +101,7 @@ struct Check<'a> {
     written: &'a Yaml,
     kinds: &'a [FilterKind],
     findings: Vec<Finding>,
-    /// Unknown names that were compared with the known ones.
+    /// Number of unknown names that were compared with the known ones.
     compared: usize,
 }
 
@@ -110,7 +110,7 @@ fn value(path: impl Into<String>) -> Spot {
 }
 
 impl<'a> Check<'a> {
-    /// Notes a finding, unless something is wrong at its place already.
+    /// Adds a finding unless its place already has an error.
     fn wrong(&mut self, finding: Finding) {
         if !finding.path().is_some_and(|path| self.parts.broken.at(path)) {
             self.findings.push(finding);
@@ -121,7 +121,7 @@ impl<'a> Check<'a> {
         self.parts.broken.item(list, index)
     }
 
-    /// Whether a value is written at `path`; if not, a default is in effect there.
+    /// Whether the file has a value at `path`; otherwise a default applies.
     fn is_written(&self, path: &str) -> bool {
         let mut steps = path::follow(self.written, path);
         steps.by_ref().for_each(drop);
@@ -161,7 +161,7 @@ impl<'a> Check<'a> {
         for (index, host) in rest.admin.hosts.iter().enumerate() {
             if host.len() > 253 || !host.split('.').all(is_label) {
                 let finding =
-                    Finding::error(value(self.item("admin.hosts", index)), format!("`{host}` is no host name"));
+                    Finding::error(value(self.item("admin.hosts", index)), format!("`{host}` is not a host name"));
                 self.wrong(finding.label("expected a name such as `gateway.example.com`, without a port"));
             }
         }
@@ -232,7 +232,7 @@ impl<'a> Check<'a> {
             let at = join("observability.access_log.fields", &path::key(name));
             let fine = |c: char| c.is_ascii_alphanumeric() || matches!(c, '_' | '-' | '.');
             if name.is_empty() || !name.chars().all(fine) {
-                let finding = Finding::error(Spot::Key(at), format!("`{name}` is no name of a field"));
+                let finding = Finding::error(Spot::Key(at), format!("`{name}` is not a field name"));
                 self.wrong(finding.label("expected letters, digits, `_`, `-` and `.`"));
             } else if AccessLog::FIELDS.contains(&name.as_str()) {
                 let finding = Finding::error(Spot::Key(at), format!("a line has a field `{name}` already"));
@@ -275,7 +275,7 @@ impl<'a> Check<'a> {
                 self.wrong(finding.label("expected a name such as `Authorization`"));
             }
             if HeaderValue::from_str(text).is_err() {
-                let finding = Finding::error(value(at), "this cannot stand in a header");
+                let finding = Finding::error(value(at), "this is not a valid header value");
                 self.wrong(finding.label("expected visible ASCII characters"));
             }
         }
@@ -291,7 +291,7 @@ impl<'a> Check<'a> {
             );
         } else if endpoint.starts_with("https://") {
             let finding = finding.label("expected `http://`, without TLS");
-            self.wrong(finding.help("let a collector near by take the spans and send them on"));
+            self.wrong(finding.help("use a local collector that forwards the spans"));
         } else if !is_http_url(endpoint) {
             self.wrong(finding.label("expected `http://host:port`, with a path or without, or `off`"));
         }
@@ -303,7 +303,7 @@ impl<'a> Check<'a> {
             self.wrong(
                 finding
                     .label(format!("expected a size of at least {MEMORY_MIN}"))
-                    .help("to hold nothing back, write `mode: stream` for both directions of every route"),
+                    .help("to buffer nothing, write `mode: stream` for both directions of every route"),
             );
         }
         for (path, share) in
@@ -316,8 +316,7 @@ impl<'a> Check<'a> {
         }
         let rungs = &resources.on_pressure;
         if rungs.is_empty() && !self.parts.broken.within("resources.on_pressure") {
-            let finding =
-                Finding::error(value("resources.on_pressure"), "something must be done when resources run out");
+            let finding = Finding::error(value("resources.on_pressure"), "`on_pressure` is empty");
             self.wrong(finding.label("expected some of `spill`, `pause` and `shed`"));
         }
         for (index, rung) in rungs.iter().enumerate() {
@@ -369,14 +368,14 @@ impl<'a> Check<'a> {
             return;
         };
         if let Some(first) = addresses.first_address(&admin.address, "admin.address".to_owned()) {
-            // The admin endpoint may stand at its default, which is nowhere in the file.
+            // The admin address may be a default, which the file does not contain.
             let title = format!("the admin endpoint and a listener have the address `{}`", admin.address);
             let finding = Finding::error(value(first), title).label("the listener's");
             self.wrong(finding.help("choose another `admin: { address: … }`, or write `admin: { enabled: false }`"));
         }
     }
 
-    /// A TCP address has no file that could have a mode.
+    /// A TCP address has no file mode.
     fn mode(&mut self, path: &str, address: &Address, mode: FileMode) {
         if mode != FileMode::default() && address.unix_path().is_none() {
             let finding = Finding::error(Spot::Key(format!("{path}.mode")), "only a unix socket has a mode");
@@ -406,7 +405,7 @@ impl<'a> Check<'a> {
         self.time(&format!("{path}.timeouts.idle"), listener.timeouts.idle);
     }
 
-    /// What a listener speaks: something, nothing twice, and what fits its `tls`.
+    /// Protocols of a listener: at least one, no duplicates, and consistent with `tls`.
     fn protocols(&mut self, listener: &Listener, path: &str) {
         let protocols = listener.spoken();
         let (clear, secure) = ("`http1` and `h2c`", "`http1` and `h2`");
@@ -438,7 +437,7 @@ impl<'a> Check<'a> {
         }
     }
 
-    /// Where a listener sends its clients; `secure`: it has `tls` itself.
+    /// The HTTPS redirect of a listener; `secure`: the listener itself has `tls`.
     fn redirect_https(&mut self, redirect: &RedirectHttps, secure: bool, path: &str) {
         if secure {
             let finding =
@@ -455,12 +454,12 @@ impl<'a> Check<'a> {
         }
     }
 
-    /// Who may speak the PROXY protocol to a listener.
+    /// The peers that may send a PROXY protocol header.
     fn proxy_protocol(&mut self, proxy: &ProxyProtocol, address: &Address, path: &str) {
         self.time(&format!("{path}.timeout"), proxy.timeout);
         let unix = matches!(address.target(), Ok(Target::Unix(_)));
         if proxy.from.is_empty() && !unix && !self.parts.broken.within(path) {
-            let finding = Finding::error(value(path), "nobody may speak the PROXY protocol");
+            let finding = Finding::error(value(path), "no peer may use the PROXY protocol");
             self.wrong(
                 finding
                     .label("expected `from` with at least one network")
@@ -469,7 +468,7 @@ impl<'a> Check<'a> {
         }
     }
 
-    /// How much a listener takes on.
+    /// The limits of a listener.
     fn listener_limits(&mut self, limits: &Limits, path: &str) {
         let Limits {
             connections,
@@ -511,7 +510,7 @@ impl<'a> Check<'a> {
         }
     }
 
-    /// A rate that can be counted.
+    /// Checks that a rate is in a range that can be counted.
     fn rate(&mut self, path: &str, rate: Option<Rate>) {
         if rate.is_some_and(|rate| rate.events as f64 > rate.per.as_micros() as f64) {
             let finding = Finding::error(value(path), format!("`{path}` is out of range"));
@@ -519,7 +518,7 @@ impl<'a> Check<'a> {
         }
     }
 
-    /// What is passed on as it is.
+    /// TLS passthrough and TCP forwarding.
     fn passed_on(&mut self, listener: &Listener, path: &str) {
         let mut names = Seen::<String>::default();
         for (index, passthrough) in listener.passthrough.iter().enumerate() {
@@ -533,7 +532,7 @@ impl<'a> Check<'a> {
                 let spot = format!("{at}.sni[{number}]");
                 let rest = name.strip_prefix("*.").unwrap_or(name);
                 if !rest.split('.').all(is_label) {
-                    let finding = Finding::error(value(&spot), format!("`{name}` is no name of a host"));
+                    let finding = Finding::error(value(&spot), format!("`{name}` is not a host name"));
                     self.wrong(finding.label("expected a name such as `db.example.com` or `*.example.com`"));
                 } else if let Some(first) = Seen::first(&mut names, &name.to_ascii_lowercase(), spot.clone()) {
                     self.twice(spot, first, format!("`{name}` is passed through twice"));
@@ -607,8 +606,7 @@ impl<'a> Check<'a> {
         for (key, is_set) in [("rotate", rotates), ("keys_file", tls.tickets.keys_file.is_some())] {
             if !tls.tickets.enabled && is_set {
                 let at = format!("{path}.tickets.{key}");
-                let finding =
-                    Finding::error(Spot::Key(at), format!("`{key}` has no effect where there are no tickets"));
+                let finding = Finding::error(Spot::Key(at), format!("`{key}` has no effect without tickets"));
                 self.wrong(finding.label("leave it out, or `enabled: false`"));
             }
         }
@@ -636,7 +634,7 @@ impl<'a> Check<'a> {
         }
     }
 
-    /// The upstreams that routes ask; `None` if something about routes is unclear.
+    /// The upstreams that routes use; `None` if a route has errors.
     fn used_upstreams(&self) -> Option<HashSet<&'a str>> {
         let written = self.parts.routes.as_ref().filter(|routes| !routes.is_empty())?;
         let routes: Option<Vec<&Route>> = written.iter().map(Option::as_ref).collect();
@@ -668,7 +666,7 @@ impl<'a> Check<'a> {
             }
             if endpoint.has_two_tiers() {
                 let at = self.item(&format!("{path}.endpoints"), index);
-                let finding = Finding::error(Spot::Key(format!("{at}.backup")), "an endpoint stands in one tier");
+                let finding = Finding::error(Spot::Key(format!("{at}.backup")), "an endpoint is in one tier");
                 let other = Spot::Key(format!("{at}.priority"));
                 self.wrong(finding.label("this is `priority: 1`").also(other, "and this another one"));
             }
@@ -733,25 +731,25 @@ impl<'a> Check<'a> {
         let (shortest, longest) = (format!("{path}.open"), format!("{path}.max_open"));
         if max_open < open {
             let spot = if self.is_written(&longest) { &longest } else { &shortest };
-            let finding = Finding::error(value(spot), "a breaker cannot be open for longer than it may");
+            let finding = Finding::error(value(spot), "`open` is longer than `max_open`");
             self.wrong(finding.label(format!("expected an `open` ({open}) of no more than `max_open` ({max_open})")));
         }
     }
 
-    /// Where its endpoints are told of, which is one place.
+    /// An upstream has exactly one source of endpoints.
     fn sources(&mut self, upstream: &Upstream, path: &str) {
         let at = |key: &str| format!("{path}.{key}");
         let written: Vec<&str> =
             ["endpoints", "dns", "file"].into_iter().filter(|key| self.is_written(&at(key))).collect();
         if let [first, others @ ..] = &written[..] {
             for other in others {
-                let title = "the endpoints of an upstream are told of in one place";
+                let title = "an upstream has one source of endpoints";
                 let finding = Finding::error(Spot::Key(at(other)), title).label("here as well");
                 self.wrong(finding.also(Spot::Key(at(first)), "the other one"));
             }
         }
         let endpoints = at("endpoints");
-        // Those that could not be decoded were told of already.
+        // Sources that could not be decoded already have an error.
         let is_broken = ["endpoints", "dns", "file"].into_iter().any(|key| self.parts.broken.within(&at(key)));
         if upstream.endpoints.is_empty() && written.iter().all(|key| *key == "endpoints") && !is_broken {
             let spot = if written.is_empty() { Spot::Key(path.to_owned()) } else { value(endpoints) };
@@ -769,7 +767,7 @@ impl<'a> Check<'a> {
             }
             self.time(&at("file.refresh"), *refresh);
             if *max_size == Size(0) {
-                let finding = Finding::error(value(at("file.max_size")), "no file is as small as that");
+                let finding = Finding::error(value(at("file.max_size")), "no file is small enough");
                 self.wrong(finding.label("expected more than `0B`"));
             }
         }
@@ -803,7 +801,7 @@ impl<'a> Check<'a> {
             let Some(name) = name else { continue };
             let name = name.strip_suffix('.').unwrap_or(name);
             if name.parse::<IpAddr>().is_ok() || name.len() > 253 || !name.split('.').all(is_label) {
-                let finding = Finding::error(value(at(key)), format!("`{name}` is no name that can be looked up"));
+                let finding = Finding::error(value(at(key)), format!("`{name}` is not a name that can be looked up"));
                 self.wrong(finding.label("expected one such as `app.example.com`"));
             }
         }
@@ -814,7 +812,7 @@ impl<'a> Check<'a> {
         for (index, server) in dns.servers.iter().enumerate() {
             if Dns::server(server).is_none() {
                 let spot = value(self.item(&at("servers"), index));
-                let finding = Finding::error(spot, format!("`{server}` is no address of a server"));
+                let finding = Finding::error(spot, format!("`{server}` is not the address of a server"));
                 self.wrong(
                     finding.label("expected an IP address such as `10.0.0.53`, or one with a port: `10.0.0.53:5353`"),
                 );
@@ -856,19 +854,20 @@ impl<'a> Check<'a> {
             && name.parse::<IpAddr>().is_err()
             && (name.len() > 253 || !name.split('.').all(is_label))
         {
-            let finding = Finding::error(value(at("server_name")), format!("`{name}` is no name of a server"));
+            let finding = Finding::error(value(at("server_name")), format!("`{name}` is not the name of a server"));
             self.wrong(finding.label("expected a name such as `app.example.com`, or an IP address"));
         }
         if !tls.verify {
             if self.is_written(&at("ca")) {
-                let finding = Finding::error(Spot::Key(at("ca")), "with `verify: false` nobody is asked who signed");
+                let finding = Finding::error(Spot::Key(at("ca")), "`ca` has no effect with `verify: false`");
                 self.wrong(finding.label("of no effect").also(value(at("verify")), "said here"));
             }
-            let finding = Finding::warning(value(at("verify")), "anybody who gets in between can pose as the backend");
+            let finding =
+                Finding::warning(value(at("verify")), "an attacker on the network can impersonate the backend");
             self.wrong(
                 finding
                     .label("certificates are not verified")
-                    .help("for one that no authority has signed, name it as `ca` and leave `verify` out"),
+                    .help("for a self-signed certificate, name it as `ca` and leave `verify` out"),
             );
         }
     }
@@ -972,7 +971,7 @@ impl<'a> Check<'a> {
         let (base, max) = (format!("{path}.base_ejection"), format!("{path}.max_ejection"));
         if written.max_ejection < written.base_ejection {
             let [at, other] = if self.is_written(&max) { [max, base] } else { [base, max] };
-            let finding = Finding::error(value(&at), "the first ejection would be longer than the longest");
+            let finding = Finding::error(value(&at), "`base_ejection` is longer than `max_ejection`");
             let label = format!(
                 "expected a `base_ejection` ({}) of no more than `max_ejection` ({})",
                 written.base_ejection, written.max_ejection
@@ -998,7 +997,7 @@ impl<'a> Check<'a> {
         }
         let at = format!("{path}.statuses");
         if written.statuses.is_empty() && !self.parts.broken.within(&at) {
-            let finding = Finding::error(value(at), "no answer would be good enough");
+            let finding = Finding::error(value(at), "no response would pass the check");
             self.wrong(finding.label("expected statuses such as 200 and ranges such as 200-299"));
         }
         if written.body.as_ref().is_some_and(String::is_empty) {
@@ -1042,8 +1041,8 @@ impl<'a> Check<'a> {
         }
     }
 
-    /// Whether requests can come at all: there are none on a listener that passes connections on and does nothing else,
-    /// and those of one that sends its clients to HTTPS are answered without a route.
+    /// Whether routes are required. They are not on listeners that only forward connections, nor on those that
+    /// redirect all clients to HTTPS.
     fn needs_routes(&self) -> bool {
         let passes_on = |listener: &Listener| {
             listener.tcp.is_some() || (listener.tls.is_none() && !listener.passthrough.is_empty())
@@ -1123,7 +1122,7 @@ impl<'a> Check<'a> {
         if base > max {
             let written = ["base", "max"].map(|key| format!("{path}.backoff.{key}"));
             let at = written.iter().find(|path| self.is_written(path)).unwrap_or(&written[0]);
-            let finding = Finding::error(value(at), "no pause can be as long as the first of them");
+            let finding = Finding::error(value(at), "`base` is longer than `max`");
             self.wrong(finding.label(format!("expected a `base` ({base}) of no more than `max` ({max})")));
         }
         self.count(&format!("{path}.budget_least"), retry.budget_least, 0, u64::MAX);
@@ -1145,9 +1144,8 @@ impl<'a> Check<'a> {
         for (direction, mode, memory, disk) in directions {
             let path = format!("{path}.{direction}");
             if mode == BufferMode::Full && memory == Size(0) && disk == Size(0) {
-                let finding =
-                    Finding::error(value(format!("{path}.mode")), "bodies cannot be held back without any room")
-                        .label("`memory` and `disk` are both 0B");
+                let finding = Finding::error(value(format!("{path}.mode")), "buffering needs memory or disk space")
+                    .label("`memory` and `disk` are both 0B");
                 self.wrong(finding.help("make one of them larger, or write `mode: stream`"));
             }
             let Some(resources) = self.parts.rest.as_ref().map(|rest| &rest.resources) else { continue };
@@ -1165,8 +1163,8 @@ impl<'a> Check<'a> {
         }
     }
 
-    /// What one body may take of `whole` must not be more than there is. A default that does not fit is lowered in
-    /// silence when the gateway is built: nobody asked for it.
+    /// The limit of one body must not exceed the total. A default above the total is lowered silently when the
+    /// gateway is built, because the operator did not write it.
     fn fits(&mut self, path: &str, part: Size, whole: &str, limit: Size) {
         if part <= limit || !self.is_written(path) || self.parts.broken.within("resources") {
             return;
@@ -1204,7 +1202,7 @@ impl<'a> Check<'a> {
         }
     }
 
-    /// Where a route leads to: one upstream, several, or a filter that answers.
+    /// The destination of a route: one upstream, several, or a filter that responds.
     fn destination(&mut self, route: &Route, path: &str) {
         let answers = |key: &&str| self.kinds.iter().any(|kind| kind.answers && kind.key == *key);
         let filters = route.filters.iter().filter_map(|filter| filter.decoded.as_ref());
@@ -1229,7 +1227,7 @@ impl<'a> Check<'a> {
             if let Some(cookie) = self.sticky_cookie_of(&side.name)
                 && let Some(first) = cookies.first(&cookie, at.clone())
             {
-                let title = format!("these upstreams would take each other's cookie `{cookie}` away");
+                let title = format!("these upstreams would overwrite each other's cookie `{cookie}` away");
                 let finding = Finding::error(value(&at), title).also(value(first), "the other one");
                 self.wrong(finding.label("expected another `load_balancing.sticky.cookie.name`"));
             }
@@ -1265,7 +1263,7 @@ impl<'a> Check<'a> {
         }
     }
 
-    /// The name of the cookie by which the clients of an upstream stay.
+    /// The name of the stickiness cookie of an upstream.
     fn sticky_cookie_of(&self, upstream: &str) -> Option<String> {
         let upstream = self.parts.upstreams.get(upstream)?.as_ref()?;
         upstream.load_balancing.sticky.as_ref().map(|sticky| sticky.cookie.name.clone())
@@ -1278,7 +1276,7 @@ impl<'a> Check<'a> {
         }
         let answering: Vec<&str> = self.kinds.iter().filter(|kind| kind.answers).map(|kind| kind.key).collect();
         let mut finding =
-            Finding::error(value(path), "the route leads nowhere").label("expected `upstream` or `upstreams`");
+            Finding::error(value(path), "the route has no destination").label("expected `upstream` or `upstreams`");
         if !answering.is_empty() {
             finding = finding.help(format!("or a filter that answers: `{}`", answering.join("`, `")));
         }
@@ -1356,7 +1354,7 @@ impl<'a> Check<'a> {
 
     fn regex(&mut self, pattern: &str, path: &str) {
         let Err(error) = regex::Regex::new(pattern) else { return };
-        // The last line says what is wrong; those before draw the pattern, which is in view anyway.
+        // The last line states the problem; the lines before draw the pattern, which the report shows anyway.
         let error = error.to_string();
         let why = error.lines().last().unwrap_or_default().trim_start_matches("error: ");
         self.wrong(Finding::error(value(path), format!("`{pattern}` is not a regular expression")).label(why));
@@ -1381,7 +1379,7 @@ impl<'a> Check<'a> {
         self.wrong(finding);
     }
 
-    /// A route that is never chosen, because for every request of it an earlier one has the same rank.
+    /// Finds routes that never match because an earlier route has the same rank for all their requests.
     fn unreachable_routes(&mut self) {
         let mut taken: HashMap<Claim<'_>, usize> = HashMap::new();
         for (index, route) in self.parts.routes.iter().flatten().enumerate() {
@@ -1425,7 +1423,7 @@ impl<'a> Check<'a> {
         self.wrong(Finding::error(value(again), title).label("again here").also(value(first), "first here"));
     }
 
-    /// A number that is written may be a secret, so the words do not repeat it; the line is in view.
+    /// The message does not repeat the number because it may come from a secret; the report shows the line.
     fn count(&mut self, path: &str, Count(count): Count, least: u64, most: u64) {
         if (least..=most).contains(&count) {
             return;
@@ -1444,7 +1442,7 @@ impl<'a> Check<'a> {
     }
 }
 
-/// Whether this is `http://host`, with a port and a path or without.
+/// Whether this is `http://host`, with optional port and path.
 fn is_http_url(text: &str) -> bool {
     let Ok(url) = text.parse::<Uri>() else { return false };
     let plain =
@@ -1452,7 +1450,7 @@ fn is_http_url(text: &str) -> bool {
     url.scheme_str() == Some("http") && plain && url.query().is_none()
 }
 
-/// What was seen before, and where first.
+/// Values seen so far, and the path of each.
 struct Seen<T>(HashMap<T, String>);
 
 impl<T> Default for Seen<T> {
@@ -1462,7 +1460,7 @@ impl<T> Default for Seen<T> {
 }
 
 impl<T: Hash + Eq + Clone> Seen<T> {
-    /// Where `thing` was seen first; `None` if it is new.
+    /// The path where `thing` was first seen; `None` if it is new.
     fn first(&mut self, thing: &T, path: String) -> Option<String> {
         let first = self.0.get(thing).cloned();
         self.0.entry(thing.clone()).or_insert(path);
@@ -1471,7 +1469,7 @@ impl<T: Hash + Eq + Clone> Seen<T> {
 }
 
 impl Seen<String> {
-    /// The same for addresses. Port 0 is a new port each time.
+    /// The same for addresses. Port 0 is a different port each time.
     fn first_address(&mut self, address: &Address, path: String) -> Option<String> {
         match address.target() {
             Ok(Target::Tcp(_, 0)) => None,
@@ -1480,7 +1478,7 @@ impl Seen<String> {
     }
 }
 
-/// A host, a path, a method and the conditions: two routes with the same one have the same rank for the same requests.
+/// The key of a match. Two routes with an equal key have the same rank for the same requests.
 #[derive(PartialEq, Eq, Hash)]
 struct Claim<'r> {
     host: Option<&'r str>,
@@ -1521,7 +1519,7 @@ impl<'r> Claim<'r> {
     }
 }
 
-/// The upstreams that a filter asks, as it is written: what stands under `upstream`, however deep.
+/// The upstreams that a filter calls: every `upstream` key in its settings, at any depth.
 fn called(written: &serde_yaml::Value) -> Vec<&str> {
     match written {
         serde_yaml::Value::Mapping(map) => map
@@ -1536,7 +1534,7 @@ fn called(written: &serde_yaml::Value) -> Vec<&str> {
     }
 }
 
-/// The upstreams that a route asks.
+/// The upstreams that a route uses.
 fn asked(route: &Route) -> impl Iterator<Item = &str> {
     let copies = route.mirror.as_ref().map(|mirror| mirror.upstream.as_str());
     let sides = route.upstreams.iter().map(|side| side.name.as_str());
@@ -1553,11 +1551,15 @@ fn is_open(address: &Address) -> bool {
 fn host_pattern(host: &str) -> Result<(), &'static str> {
     let name = host.strip_prefix("*.").unwrap_or(host);
     if let Some(v6) = name.strip_prefix('[').and_then(|name| name.strip_suffix(']')) {
-        return if v6.parse::<Ipv6Addr>().is_ok() && host == name { Ok(()) } else { Err("this is no IPv6 address") };
+        return if v6.parse::<Ipv6Addr>().is_ok() && host == name {
+            Ok(())
+        } else {
+            Err("this is not an IPv6 address")
+        };
     }
     match name {
         "*" => Err("to match any host, leave `hosts` out"),
-        _ if name.contains('*') => Err("`*` may stand for the beginning only, as in `*.example.com`"),
+        _ if name.contains('*') => Err("`*` is allowed at the beginning only, as in `*.example.com`"),
         _ if name.contains("/") => Err("write the name only, without scheme and path"),
         _ if name.contains(':') => Err("write it without a port: a listener chooses the port"),
         _ if name.ends_with('.') => Err("write it without the dot at its end"),
@@ -1566,9 +1568,9 @@ fn host_pattern(host: &str) -> Result<(), &'static str> {
     }
 }
 
-/// Sizes such as `64k`, alone or as a rate, which mean 64,000 bytes and hardly ever are meant to.
+/// Finds sizes such as `64k`, alone or as a rate, which mean 64,000 bytes and are probably a mistake.
 ///
-/// Which scalars are sizes only the schema knows.
+/// Only the schema knows which scalars are sizes.
 pub(super) fn decimal_sizes(schema: &serde_json::Value, written: &Yaml) -> Vec<Finding> {
     let mut findings = Vec::new();
     sizes(schema, schema, written, String::new(), &mut |path, text, per| {
@@ -1581,14 +1583,14 @@ pub(super) fn decimal_sizes(schema: &serde_json::Value, written: &Yaml) -> Vec<F
     findings
 }
 
-/// The number and unit of a size in a bare decimal unit, and the same number in the binary one.
+/// Splits a size with a bare decimal unit into number and unit, and gives the same number with the binary unit.
 fn decimal(text: &str) -> Option<(String, String)> {
     let digits = text.strip_suffix(['k', 'K', 'm', 'M', 'g', 'G', 't', 'T'])?.trim_end();
     let unit = text.chars().last()?.to_ascii_uppercase();
     digits.parse::<f64>().is_ok().then(|| (format!("{digits}{unit}"), format!("{digits}{unit}iB")))
 }
 
-/// Calls `found` for each scalar that `schema` says is a size or a rate of bytes, with the size and what it is per.
+/// Calls `found` for each scalar that is a size or a byte rate by `schema`, with the size and the unit of time.
 fn sizes(
     root: &serde_json::Value,
     schema: &serde_json::Value,

@@ -1,8 +1,8 @@
-//! From text to typed values, without stopping at the first error.
+//! Decodes text to typed values without stopping at the first error.
 //!
-//! In this order: YAML to a [`Value`] with all that it includes, merge keys, `${…}`, then each listener, upstream, route and filter on its own to
-//! its type. A value that does not fit is noted, taken out, and the rest is decoded again, so that one run finds all
-//! there is. What was taken out is remembered, for what follows from it is no error of its own.
+//! The steps are: YAML to a [`Value`] with all includes, merge keys, `${…}`, then each listener, upstream, route
+//! and filter to its type. A value that does not fit is reported, removed, and the rest is decoded again, so that
+//! one run finds all errors. Removed values are remembered to suppress follow-up errors.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
@@ -19,13 +19,13 @@ use super::report::{Finding, Report, Secret, Spot};
 use super::{Config, Listener, Route, Upstream, check, schema};
 use crate::error::path::{self, Step, Tree, join};
 
-/// The most errors of one listener, upstream or route that are reported. It is decoded anew behind each of them, so that the time
-/// for all of ten thousand endpoints would grow with the square of their number.
+/// Limit on reported errors per listener, upstream or route. Decoding restarts after each error, so without a limit
+/// ten thousand bad endpoints would take quadratic time.
 const ERRORS_MAX: usize = 100;
 
-/// What was decoded of a file; what could not be is `None`, so that the places of the others stay true.
+/// The decoded parts of a file. A part with an error is `None`, so that the indexes of the others stay correct.
 pub(super) struct Parts {
-    /// Every key but the three below.
+    /// All keys except the three below.
     pub rest: Option<Config>,
     pub listeners: Option<Vec<Option<Listener>>>,
     pub upstreams: BTreeMap<String, Option<Upstream>>,
@@ -33,27 +33,27 @@ pub(super) struct Parts {
     pub broken: Broken,
 }
 
-/// Where something is wrong already.
+/// The paths that already have an error.
 #[derive(Default)]
 pub(super) struct Broken {
     paths: BTreeSet<String>,
-    /// The items that lists lost, by their places as written: what was behind them stands elsewhere now.
+    /// Indexes of removed list items, by path as written: the items behind them have moved.
     gone: HashMap<String, BTreeSet<usize>>,
 }
 
 impl Broken {
-    /// Whether the value at `path` is wrong.
+    /// Whether the value at `path` has an error.
     pub fn at(&self, path: &str) -> bool {
         self.paths.contains(path)
     }
 
-    /// Whether anything is wrong at `path` or inside of it.
+    /// Whether the value at `path`, or anything inside it, has an error.
     pub fn within(&self, path: &str) -> bool {
         let mut begin = self.paths.range(path.to_owned()..).take_while(|broken| broken.starts_with(path));
         begin.any(|broken| path::is_within(broken, path))
     }
 
-    /// The path, as it was written, of what is item `index` of `list` now.
+    /// The written path of the item that is now at `index` of `list`.
     pub fn item(&self, list: &str, index: usize) -> String {
         format!("{list}[{}]", self.written_index(list, index))
     }
@@ -63,7 +63,7 @@ impl Broken {
         gone.fold(index, |index, &gone| index + usize::from(gone <= index))
     }
 
-    /// The path, as it was written, of what `steps` lead to from `at`.
+    /// The written path of what `steps` lead to from `at`.
     fn path(&self, at: &str, steps: &[Step<'_>]) -> String {
         steps.iter().fold(at.to_owned(), |path, step| match step {
             Step::Key(name) => join(&path, &path::key(name)),
@@ -72,7 +72,7 @@ impl Broken {
     }
 }
 
-/// The whole pipeline.
+/// Runs the whole pipeline.
 pub(super) fn parse(file: &str, text: &str, kinds: &[FilterKind], variables: Variables<'_>) -> Result<Config, Report> {
     let Gathered { mut source, written, mut findings } = include::gather(file, text, variables);
     if findings.iter().any(Finding::is_error) {
@@ -97,7 +97,7 @@ pub(super) fn parse(file: &str, text: &str, kinds: &[FilterKind], variables: Var
     }
 }
 
-/// Decodes a value as the configuration is decoded: enums are one-key maps, and an error knows its path.
+/// Decodes a value like the configuration: enums are one-key maps, and errors carry their path.
 ///
 /// # Errors
 ///
@@ -109,7 +109,7 @@ pub fn decode<T: DeserializeOwned>(value: &Value) -> Result<T, DecodeError> {
         .map_err(|error: serde_yaml::Error| DecodeError { path: written(&track.path()), message: error.to_string() })
 }
 
-/// A path as we write it, as far as it is known.
+/// Formats the known part of a path in our notation.
 fn written(path: &serde_path_to_error::Path) -> String {
     let mut text = String::new();
     for segment in path {
@@ -131,7 +131,7 @@ impl Parts {
                 .into_iter()
                 .map(|(name, upstream)| Some((name, upstream?)))
                 .collect::<Option<_>>()?,
-            // `check` says where some are needed.
+            // `check` reports missing routes where they are required.
             routes: self.routes.unwrap_or_default().into_iter().collect::<Option<_>>()?,
             ..self.rest?
         })
@@ -144,7 +144,7 @@ struct Decoding<'k> {
     findings: Vec<Finding>,
     secrets: Vec<Secret>,
     broken: Broken,
-    /// Scalars that became numbers or booleans by interpolation, as the text that they are as well.
+    /// The original text of scalars that interpolation turned into numbers or booleans.
     texts: HashMap<String, String>,
 }
 
@@ -178,7 +178,7 @@ impl Decoding<'_> {
         Parts { rest, listeners, upstreams, routes, broken: std::mem::take(&mut self.broken) }
     }
 
-    /// Puts variables into every scalar below `value`, and refuses tags, which would choose types from outside.
+    /// Interpolates every scalar below `value`. Rejects YAML tags, which would choose types from outside.
     fn interpolate(&mut self, value: &mut Value, path: String, variables: Variables<'_>) {
         match value {
             Value::Mapping(map) => self.interpolate_map(map, &path, variables),
@@ -225,7 +225,7 @@ impl Decoding<'_> {
         self.findings.push(finding);
     }
 
-    /// Takes a list out of a map and leaves an empty one. `None` if there was none.
+    /// Moves a list out of a map and leaves an empty one. `None` if the key is missing.
     fn take_list(&mut self, map: &mut Mapping, key: &str) -> Option<Vec<Value>> {
         match map.insert(key.into(), Value::Sequence(Vec::new()))? {
             Value::Sequence(items) => Some(items),
@@ -236,7 +236,7 @@ impl Decoding<'_> {
         }
     }
 
-    /// Takes a map out of a map and leaves an empty one.
+    /// Moves a map out of a map and leaves an empty one.
     fn take_map(&mut self, map: &mut Mapping, key: &str) -> BTreeMap<String, Value> {
         let entries = match map.insert(key.into(), Value::Mapping(Mapping::new())) {
             Some(Value::Mapping(entries)) => entries,
@@ -248,7 +248,7 @@ impl Decoding<'_> {
         };
         let mut named = BTreeMap::new();
         for (name, value) in entries {
-            // `syntax` has refused other keys.
+            // `syntax` has already rejected other keys.
             if let Value::String(name) = name {
                 named.insert(name, value);
             }
@@ -256,7 +256,7 @@ impl Decoding<'_> {
         named
     }
 
-    /// Notes that the value at `path` is of the wrong kind; nothing at all is left to `check`.
+    /// Reports a value of the wrong kind; `check` then skips this part.
     fn mismatch(&mut self, path: String, value: &Value, expected: &str) {
         let found = match value {
             Value::Null => return,
@@ -290,7 +290,7 @@ impl Decoding<'_> {
             self.mismatch(format!("{path}.filters"), &filters, "a sequence");
         }
         let route: Route = self.all(route, &path, decode)?;
-        // A filter that could not be decoded is noted; the route is still checked without it.
+        // A filter with an error was reported; the route is still checked without it.
         Some(Route { filters: entries.unwrap_or_default(), ..route })
     }
 
@@ -314,7 +314,7 @@ impl Decoding<'_> {
         self.filter_under(entry, when, path)
     }
 
-    /// The filter of an entry from which its condition was taken.
+    /// Decodes the filter of an entry whose `when` was taken out.
     fn filter_under(&mut self, entry: Value, when: Option<String>, path: &str) -> Option<Decoded> {
         let known: Vec<&str> = self.kinds.iter().map(|kind| kind.key).collect();
         let unknown = |spot: Spot, key: &str| {
@@ -355,8 +355,8 @@ impl Decoding<'_> {
         Some(Decoded { key: kind.key, settings, when: None })
     }
 
-    /// Decodes `value`, which stands at `at`, and notes every error in it. What does not fit is taken out and left to
-    /// its default; `None` if that leaves too little.
+    /// Decodes the `value` at `at` and reports every error in it. A bad value is removed and its default applies;
+    /// `None` if the remainder is not enough.
     fn all<T>(&mut self, mut value: Value, at: &str, decode: impl Fn(&Value) -> Result<T, DecodeError>) -> Option<T> {
         for _ in 0..ERRORS_MAX {
             let error = match decode(&value) {
@@ -379,13 +379,13 @@ impl Decoding<'_> {
                 self.broken.gone.entry(list).or_default().insert(index);
             }
         }
-        let title = format!("`{at}` may have more errors than are told");
+        let title = format!("`{at}` may have more errors than are shown");
         let finding = Finding::error(Spot::Key(at.to_owned()), title).label(format!("{ERRORS_MAX} of them are"));
         self.broken(at.to_owned(), finding);
         None
     }
 
-    /// Notes a decode error, unless it follows from one that is noted already.
+    /// Reports a decode error unless it follows from an earlier one.
     fn note(&mut self, path: &str, message: &str, value: Option<&Value>) {
         let complaint = Complaint::of(message);
         let known = match &complaint {
@@ -405,12 +405,12 @@ impl Decoding<'_> {
     }
 }
 
-/// A scalar that YAML would read as a number or a boolean.
+/// Parses a scalar that YAML reads as a number or a boolean.
 fn scalar(text: &str) -> Option<Value> {
     serde_yaml::from_str(text).ok().filter(|value: &Value| value.is_number() || value.is_bool())
 }
 
-/// Serde does not say which choices an enum has if it finds no text at all: asks again with a text.
+/// Serde lists the choices of an enum only when the value is a text: decodes again with a text.
 fn with_choices<T>(
     value: &mut Value,
     steps: &[Step<'_>],
@@ -446,7 +446,7 @@ fn walk<'v>(value: &'v mut Value, steps: &[Step<'_>]) -> Option<&'v mut Value> {
     })
 }
 
-/// Takes out what `steps` lead to; `None` if that is everything.
+/// Removes what `steps` lead to; `None` if nothing would be left.
 fn remove(value: &mut Value, steps: &[Step<'_>]) -> Option<()> {
     let (last, outer) = steps.split_last()?;
     match (last, walk(value, outer)?) {

@@ -1,6 +1,6 @@
-//! Serde's words for a value that does not fit, put into words for an operator.
+//! Rewords serde's decode errors for operators.
 //!
-//! `serde_yaml` gives errors as text only, so their few forms are read back here, and nowhere else.
+//! `serde_yaml` gives errors only as text. This is the only place that parses that text.
 
 use serde_yaml::Value;
 
@@ -8,23 +8,23 @@ use super::report::{Finding, Spot};
 use crate::error::nearest;
 use crate::error::path::{self, parent};
 
-/// What a decode error complains of.
+/// The kinds of decode errors.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Complaint<'m> {
-    /// A map has a key that nobody knows.
+    /// A map has an unknown key.
     UnknownKey { key: &'m str, known: Vec<&'m str> },
     /// A map lacks a key.
     MissingKey(&'m str),
-    /// A choice that there is not.
+    /// An unknown variant of a choice.
     UnknownChoice { choice: &'m str, known: Vec<&'m str> },
-    /// Something else was expected.
+    /// A value of another kind was expected.
     Mismatch { found: &'m str, expected: &'m str },
-    /// A type of ours has its own words.
+    /// An error from one of our own types, with its own wording.
     Other(&'m str),
 }
 
 impl<'m> Complaint<'m> {
-    /// Reads an error's text.
+    /// Parses the text of an error.
     pub fn of(message: &'m str) -> Self {
         if let Some((key, rest)) = message.strip_prefix("unknown field `").and_then(|rest| rest.split_once("`, ")) {
             return Complaint::UnknownKey { key, known: quoted(rest) };
@@ -44,7 +44,7 @@ impl<'m> Complaint<'m> {
         }
     }
 
-    /// The finding of this complaint about `value` at `path`.
+    /// The finding for this error about `value` at `path`.
     pub fn finding(&self, path: &str, value: Option<&Value>) -> Finding {
         match self {
             Complaint::UnknownKey { key, known } => unknown_key(path, key, known),
@@ -52,7 +52,7 @@ impl<'m> Complaint<'m> {
                 Finding::error(Spot::Value(path.to_owned()), format!("missing key `{key}`{}", within(path)))
                     .label(format!("`{key}` is required here"))
             }
-            // A choice that is written as a map of one key stands in the path itself.
+            // A choice that is written as a one-key map is itself part of the path.
             Complaint::UnknownChoice { choice, known } => match parent(path, choice) {
                 Some(_) => unknown_key(path, choice, known),
                 None => Finding::error(Spot::Value(path.to_owned()), format!("unknown value `{choice}` for `{path}`"))
@@ -67,7 +67,7 @@ impl<'m> Complaint<'m> {
         }
     }
 
-    /// The path of the key that was meant by an unknown one at `path`.
+    /// The path of the key that the unknown key at `path` was probably meant to be.
     pub fn meant(&self, path: &str) -> Option<String> {
         match self {
             Complaint::UnknownKey { key, known } => {
@@ -113,7 +113,7 @@ fn mismatch(path: &str, value: Option<&Value>, found: &str, expected: &str) -> F
     }
 }
 
-/// What was expected, without the names of our types.
+/// The expected kind, without the names of our types.
 fn kind(expected: &str) -> &str {
     match expected {
         "a string" => "text",
@@ -129,7 +129,7 @@ fn kind(expected: &str) -> &str {
     }
 }
 
-/// What was found, as an operator would call it.
+/// The found kind, in an operator's terms.
 fn thing(found: &str) -> String {
     match found.split_once(' ') {
         _ if found == "sequence" => "a list".to_owned(),
@@ -142,7 +142,7 @@ fn thing(found: &str) -> String {
     }
 }
 
-/// A message of ours is `what is wrong: what to do`; a colon inside of quotes does not count.
+/// Splits a message of the form `problem: advice`; a colon inside quotes does not count.
 pub(super) fn halves(message: &str) -> (&str, &str) {
     let mut quoted = false;
     for (at, c) in message.char_indices() {
@@ -165,7 +165,7 @@ pub(super) fn expected(known: &[&str]) -> String {
     }
 }
 
-/// The names between backticks.
+/// The names in backticks.
 fn quoted(text: &str) -> Vec<&str> {
     text.split('`').skip(1).step_by(2).collect()
 }

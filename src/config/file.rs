@@ -1,7 +1,7 @@
-//! Files that are named in a configuration, and the configuration itself: plain files of a bounded size.
+//! Reads files named in a configuration, and the configuration itself: regular files of a limited size.
 //!
-//! To open a named pipe waits for somebody who writes to it, and to read a device may never end. So anything but a
-//! plain file, or a link to one, is refused before it is opened.
+//! Opening a named pipe blocks until another process writes to it, and reading a device may never end. So this
+//! module rejects everything but a regular file, or a link to one, before it opens it.
 
 use std::fmt;
 use std::fs::{self, File, FileType, OpenOptions};
@@ -11,14 +11,14 @@ use std::path::Path;
 
 use super::units::Size;
 
-/// Why a file was not read.
+/// Why a file could not be read.
 #[derive(Debug)]
 pub enum Unreadable {
-    /// The system refused.
+    /// The system call failed.
     System(io::Error),
-    /// It is no plain file, but this.
+    /// The file is not a regular file, but this.
     NotPlain(&'static str),
-    /// It is larger than this.
+    /// The file is larger than this limit.
     TooLarge(Size),
 }
 
@@ -38,13 +38,13 @@ impl From<io::Error> for Unreadable {
     }
 }
 
-/// Opens a plain file; tells how long it says it is, which some files of the system do not know.
+/// Opens a regular file and returns the size it reports. Some system files report a wrong size.
 ///
 /// # Errors
 ///
-/// If it is missing, may not be read, or is anything but a plain file.
+/// The file is missing, not readable, or not a regular file.
 pub fn open(path: &Path) -> Result<(File, u64), Unreadable> {
-    // Looked at before it is opened, since to open a device may do something, and again once it cannot change any more.
+    // Checks before opening, since opening a device may have effects, and again afterwards to exclude a race.
     plain(fs::metadata(path)?.file_type())?;
     let file = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY).open(path)?;
     let metadata = file.metadata()?;
@@ -52,11 +52,11 @@ pub fn open(path: &Path) -> Result<(File, u64), Unreadable> {
     Ok((file, metadata.len()))
 }
 
-/// Reads a plain file of at most this size.
+/// Reads a regular file of at most this size.
 ///
 /// # Errors
 ///
-/// As for [`open`], or if it is larger.
+/// As for [`open`], or the file is larger.
 pub fn read(path: &Path, most: Size) -> Result<Vec<u8>, Unreadable> {
     let (file, length) = open(path)?;
     let mut bytes = Vec::new();

@@ -1,8 +1,7 @@
-//! `filters:` of a route: maps of one key, which is that of a registered filter, ours or yours, and perhaps
-//! `when:` beside it.
+//! `filters:` of a route: one-key maps, where the key is that of a registered filter, with an optional `when:`.
 //!
-//! The keys are not known to serde, so an entry is kept as it was written and decoded by the [`FilterKind`] of its
-//! key, with the path of every error inside.
+//! Serde does not know the keys. An entry is kept as written, and the [`FilterKind`] of its key decodes it, with
+//! the path of every error inside.
 
 use std::any::Any;
 use std::borrow::Cow;
@@ -18,52 +17,52 @@ pub use super::decode::decode;
 /// The settings of one filter, decoded to the type that its filter declared.
 pub type Settings = Arc<dyn Any + Send + Sync>;
 
-/// What the configuration needs to know of a registered filter. `filter::Catalog` makes these.
+/// What the configuration knows of a registered filter. `filter::Catalog` creates these.
 #[derive(Clone)]
 pub struct FilterKind {
     /// Its key in YAML.
     pub key: &'static str,
-    /// Whether it always answers itself, so that its route needs no upstream.
+    /// Whether it always responds itself, so that its route needs no upstream.
     pub answers: bool,
-    /// Decodes the settings; the error carries the path inside them.
+    /// Decodes the settings; errors carry the path inside them.
     pub decode: fn(Value) -> Result<Settings, DecodeError>,
     /// The JSON Schema of the settings.
     pub schema: fn(&mut SchemaGenerator) -> Schema,
 }
 
-/// Settings that could not be decoded.
+/// An error in the settings of a filter.
 #[derive(Clone, Debug)]
 pub struct DecodeError {
-    /// Where in the settings, such as `rate` or `allow[2]`; empty for the whole.
+    /// The path inside the settings, such as `rate` or `allow[2]`; empty for the whole.
     pub path: String,
     /// What was found and what was expected.
     pub message: String,
 }
 
-/// One entry of `filters:`: a key and its settings, and perhaps `when:`.
+/// One entry of `filters:`: a key, its settings, and an optional `when:`.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct FilterEntry {
-    /// The map, as written: what `${…}` stands for is not in it.
+    /// The map as written, without interpolated values.
     pub written: Value,
-    /// The settings, once the configuration was checked against the registered filters.
+    /// The settings, after the check against the registered filters.
     #[serde(skip)]
     pub decoded: Option<Decoded>,
 }
 
-/// A filter entry whose key and settings were understood.
+/// A decoded filter entry.
 #[derive(Clone)]
 pub struct Decoded {
     /// The registered key.
     pub key: &'static str,
-    /// The settings of the type that its filter declared.
+    /// The settings, in the type that the filter declares.
     pub settings: Settings,
-    /// The condition under which it acts; always, if there is none.
+    /// The condition under which it runs; without one it always runs.
     pub when: Option<String>,
 }
 
 impl FilterEntry {
-    /// The key of an entry that stands beside its filter: the condition under which it acts.
+    /// The key next to the filter's own key: the condition under which it runs.
     pub const WHEN: &'static str = "when";
 }
 
@@ -78,7 +77,7 @@ impl JsonSchema for FilterEntry {
         "Filter".into()
     }
 
-    /// A placeholder: `config::schema` puts the registered filters in its place.
+    /// A placeholder: `config::schema` replaces it with the registered filters.
     fn json_schema(_: &mut SchemaGenerator) -> Schema {
         json_schema!({ "type": "object", "minProperties": 1, "maxProperties": 2 })
     }

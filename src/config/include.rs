@@ -1,9 +1,9 @@
 //! `include:`: a configuration of several files, read as if it were one.
 //!
-//! A pattern is relative to the file that it stands in. What it finds is read in the order of the names, and each file
-//! once, where it is included first. Lists are appended, sections are merged; nothing overrides anything: what is set
-//! twice is an error at both places. All of it happens before variables and types are looked at, so every later part
-//! sees one document, and one tree of places that knows the file of each value.
+//! A pattern is relative to the file that contains it. Its matches are read in order of their names, and each file
+//! once, at its first inclusion. Lists are appended, sections are merged, and no value overrides another: a value
+//! that is set twice is an error that shows both places. This happens before interpolation and decoding, so all
+//! later steps see one document, and one tree of places that knows the file of each value.
 
 use std::collections::HashSet;
 use std::fs;
@@ -24,21 +24,21 @@ use super::units::Size;
 use super::{FILE_MAX, syntax};
 use crate::error::path::{self, join};
 
-/// The key.
+/// The key in YAML.
 const INCLUDE: &str = "include";
-/// How many files a configuration may have.
+/// Limit on the files of a configuration.
 const FILES_MAX: usize = 1000;
-/// How deep files may be included by files that are included.
+/// Limit on nested includes.
 const LEVELS_MAX: usize = 8;
-/// How many entries of directories are compared with patterns.
+/// Limit on the directory entries that are compared with patterns.
 const ENTRIES_MAX: usize = 100_000;
-/// Maps of things that have a name: each stands in one file as a whole.
+/// Maps of named things: each entry must be in one file as a whole.
 const NAMED: [&str; 2] = ["upstreams", "acme"];
-/// `*` and `?` stand for no hidden file, as in a shell; Kubernetes keeps its own in hidden ones.
+/// `*` and `?` match no hidden file, as in a shell; Kubernetes keeps its own files in hidden ones.
 const VISIBLE: MatchOptions =
     MatchOptions { case_sensitive: true, require_literal_separator: true, require_literal_leading_dot: true };
 
-/// Further files that belong to a configuration.
+/// Further files of a configuration.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(untagged)]
 pub enum Include {
@@ -58,13 +58,13 @@ impl Default for Include {
 pub(super) struct Gathered {
     /// The files.
     pub source: Source,
-    /// What they say together.
+    /// Their merged content.
     pub written: Value,
-    /// What is wrong with them as files; the rest is worth a look only if none of it is an error.
+    /// Errors of the files themselves. If one of them is an error, the rest is not checked.
     pub findings: Vec<Finding>,
 }
 
-/// Reads what the main file includes, and joins it; `name` is that of the main file, whose text is known.
+/// Reads and merges all included files; `name` and `text` are those of the main file.
 pub(super) fn gather(name: &str, text: &str, variables: Variables<'_>) -> Gathered {
     let mut gathering = Gathering {
         variables,
@@ -88,16 +88,16 @@ struct Gathering<'v> {
     source: Source,
     written: Mapping,
     findings: Vec<Finding>,
-    /// The files whose includes are being followed, without links in their paths, the main file first.
+    /// The chain of files whose includes are being read, as canonical paths, the main file first.
     above: Vec<PathBuf>,
-    /// Those that have been read.
+    /// The files that have been read.
     read: HashSet<PathBuf>,
     entries: usize,
-    /// A limit was met, and no further file is read.
+    /// A limit was reached, so no further file is read.
     full: bool,
 }
 
-/// What is wrong with a pattern, and what to do about it.
+/// What is wrong with a pattern, and how to fix it.
 struct Problem {
     title: String,
     label: String,
@@ -108,7 +108,7 @@ fn problem(title: impl Into<String>, label: impl Into<String>) -> Problem {
 }
 
 impl Gathering<'_> {
-    /// Takes in the text of a file, and then what it includes.
+    /// Merges the text of a file, and then the files it includes.
     fn file(&mut self, name: &str, text: &str, identity: PathBuf) {
         let text = text.strip_prefix('\u{feff}').unwrap_or(text);
         self.read.insert(identity.clone());
@@ -135,7 +135,7 @@ impl Gathering<'_> {
         self.above.pop();
     }
 
-    /// The patterns that `include` has as its value, and where they stand.
+    /// The patterns in the value of `include`, and their positions.
     fn patterns(&mut self, include: &Value, places: &Places) -> Vec<(String, Range<usize>)> {
         let at = |path: &str| places.find(path).map_or(0..0, |found| found.value);
         let mut patterns = Vec::new();
@@ -156,7 +156,7 @@ impl Gathering<'_> {
         patterns
     }
 
-    /// Reads all that a pattern finds.
+    /// Reads all matches of a pattern.
     fn follow(&mut self, name: &Path, written: &str, at: &Range<usize>) -> Result<(), Problem> {
         let interpolated = interpolate(written, self.variables).map_err(|found| problem(found.title, found.label))?;
         let pattern = parent(name).join(interpolated.map_or_else(|| written.to_owned(), |done| done.text));
@@ -223,7 +223,7 @@ impl Gathering<'_> {
         Ok(())
     }
 
-    /// The files that a pattern stands for, in the order of their names.
+    /// The files that match a pattern, sorted by name.
     fn matches(&mut self, pattern: &Path) -> Result<Vec<PathBuf>, Problem> {
         let mut found = vec![PathBuf::new()];
         for component in pattern.components() {
@@ -236,7 +236,7 @@ impl Gathering<'_> {
                 return Err(problem(format!("`{text}` is not known here"), "name each directory, or write `*` for it"));
             }
             let wanted = Pattern::new(&text)
-                .map_err(|error| problem(format!("`{text}` is no pattern"), error.msg.to_owned()))?;
+                .map_err(|error| problem(format!("`{text}` is not a pattern"), error.msg.to_owned()))?;
             let mut inner = Vec::new();
             for directory in found {
                 self.look(&directory);
@@ -250,7 +250,7 @@ impl Gathering<'_> {
         Ok(found)
     }
 
-    /// The entries of a directory whose names are wanted; none if there is no such directory.
+    /// The matching entries of a directory; empty if the directory does not exist.
     fn entries(&mut self, directory: &Path, wanted: &Pattern) -> Result<Vec<PathBuf>, Problem> {
         let failed = |error: io::Error| {
             let title =
@@ -281,17 +281,17 @@ impl Gathering<'_> {
         Ok(found)
     }
 
-    /// Notes that a directory was looked into, or the one in which it would be made.
+    /// Records a searched directory; if it does not exist, the nearest parent.
     fn look(&mut self, directory: &Path) {
         let there = directory.ancestors().map(here).find(|directory| directory.is_dir());
         self.source.directories.extend(there.map(Path::to_owned));
     }
 }
 
-/// Adds what stands in another file to a map, and its places to the places of that; `path` is where both are.
+/// Merges a map of another file into a map, with its places; `path` is the path of both.
 fn merge(into: &mut Mapping, at: &mut Place, from: Mapping, there: &Place, path: &str, findings: &mut Vec<Finding>) {
     for (key, value) in from {
-        // `syntax` has refused other keys.
+        // `syntax` has already rejected other keys.
         let Value::String(name) = &key else { continue };
         let (inner, Some(place)) = (join(path, &path::key(name)), there.entry(name)) else { continue };
         let (Some(known), Some(known_place)) =
@@ -311,7 +311,7 @@ fn merge(into: &mut Mapping, at: &mut Place, from: Mapping, there: &Place, path:
             (Value::Mapping(known), Value::Mapping(more)) if !NAMED.contains(&path) => {
                 merge(known, known_place, more, place, &inner, findings);
             }
-            // Each file may tell the version of its format.
+            // Every file may state the format version.
             (known, value) if inner == "version" && *known == value => {}
             _ => {
                 let again = Finding::error(Spot::Bytes(place.named()), format!("`{inner}` is set in two places"));
@@ -345,7 +345,7 @@ fn unreadable(path: &Path, error: &Unreadable) -> Problem {
     problem(format!("`{path}` cannot be read: {}", reason(&error.to_string())), label)
 }
 
-/// Whether a text has signs that stand for others.
+/// Whether a text contains wildcards.
 fn has_signs(text: &str) -> bool {
     text.contains(['*', '?', '['])
 }
@@ -354,7 +354,7 @@ fn parent(path: &Path) -> &Path {
     path.parent().unwrap_or(Path::new(""))
 }
 
-/// A directory by a name that it has: an empty path is the one that the process is in.
+/// A usable name of a directory: an empty path means the current directory.
 fn here(directory: &Path) -> &Path {
     if directory.as_os_str().is_empty() { Path::new(".") } else { directory }
 }
@@ -369,7 +369,7 @@ mod tests {
                         upstreams: { app: { endpoints: [{ address: 127.0.0.1:3000 }] } }\n\
                         routes: [{ name: main, match: { hosts: [main.test] }, upstream: app }]\n";
 
-    /// A directory with a main file, which begins with `top`, and further files.
+    /// Creates a directory with a main file, which begins with `top`, and further files.
     fn directory(top: &str, files: &[(&str, &str)]) -> tempfile::TempDir {
         let dir = tempfile::tempdir().unwrap();
         for (name, text) in files.iter().chain(&[("main.yaml", &*format!("{top}\n{MAIN}"))]) {
@@ -384,7 +384,7 @@ mod tests {
         Config::load(&dir.path().join("main.yaml"), &[])
     }
 
-    /// What is said of it, without the directory.
+    /// The report without the directory name.
     fn said(dir: &tempfile::TempDir) -> String {
         let said = match load(dir) {
             Ok(config) => config.warnings().to_string(),
@@ -487,7 +487,7 @@ mod tests {
             ("main.yaml", "the file `main.yaml` includes itself"),
             ("a.yaml", "the file `a.yaml` is included by a file that it includes"),
             ("d/**/*.yaml", "`**` is not known here"),
-            ("'d/[.yaml'", "`[.yaml` is no pattern"),
+            ("'d/[.yaml'", "`[.yaml` is not a pattern"),
             ("[7]", "`include[0]` names no file"),
             ("{ a: b }", "`include` names no file"),
             ("'${NOT_SET_HERE}/*.yaml'", "the variable `NOT_SET_HERE` is not set"),
@@ -534,6 +534,6 @@ mod tests {
         let files: Vec<(String, &str)> = (0..3).map(|n| (format!("d/{n}.yaml"), &*bomb)).collect();
         let files: Vec<(&str, &str)> = files.iter().map(|(name, text)| (&**name, *text)).collect();
         let text = said(&directory("include: d/*", &files));
-        assert!(text.contains("stands for more than 100000 values") && text.contains("d/1.yaml:3:"), "{text}");
+        assert!(text.contains("has more than 100000 values") && text.contains("d/1.yaml:3:"), "{text}");
     }
 }

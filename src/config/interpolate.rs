@@ -1,36 +1,36 @@
-//! `${VAR}` in the scalars of a configuration: from the environment, with a default, or from a file.
+//! Replaces `${VAR}` in scalars: from the environment, with a default, or from a file.
 //!
-//! It happens after the parse and in values only, so what a variable holds can never become YAML, and lines stay
-//! true. What was put in is a secret from then on: `report` prints `${VAR}` in its place.
+//! Interpolation runs after parsing and only in values. So the content of a variable never becomes YAML, and line
+//! numbers stay correct. Every inserted text is a secret: `report` prints `${VAR}` instead.
 
 use std::path::Path;
 
 use super::file;
 use super::units::Size;
 
-/// A file that `${file:…}` names may be so large.
+/// Limit on the size of a file in `${file:…}`.
 const FILE_MAX: Size = Size::kib(1024);
 
-/// Where variables come from; the environment, but for tests.
+/// The source of variables: the environment, except in tests.
 pub(super) type Variables<'a> = &'a dyn Fn(&str) -> Option<String>;
 
-/// A scalar after something was put into it.
+/// An interpolated scalar.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct Interpolated {
-    /// What it is now.
+    /// The resulting text.
     pub text: String,
-    /// What each `${…}` stood for.
+    /// The value of each `${…}`.
     pub pieces: Vec<String>,
-    /// Whether a single `${…}` is all there was, so that it may become a number or a boolean.
+    /// Whether the scalar was a single `${…}`; only then may it become a number or a boolean.
     pub whole: bool,
 }
 
-/// Why a `${…}` stands for nothing.
+/// Why a `${…}` has no value.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct Problem {
-    /// What is wrong, in a sentence.
+    /// The problem, as a sentence.
     pub title: String,
-    /// What to do about it.
+    /// How to fix it.
     pub label: String,
 }
 
@@ -40,7 +40,7 @@ impl Problem {
     }
 }
 
-/// Puts into `text` what its `${…}` stand for; `None` if there is nothing to do.
+/// Replaces each `${…}` in `text`; `None` if it has none.
 pub(super) fn interpolate(text: &str, variables: Variables<'_>) -> Result<Option<Interpolated>, Problem> {
     let Some(first) = text.find("${") else { return Ok(None) };
     let mut result = Interpolated { text: String::with_capacity(text.len()), pieces: Vec::new(), whole: first == 0 };
@@ -68,10 +68,10 @@ pub(super) fn interpolate(text: &str, variables: Variables<'_>) -> Result<Option
     Ok(Some(result))
 }
 
-/// What `inside`, the text between the braces, stands for.
+/// The value of `inside`, the text between the braces.
 fn resolve(inside: &str, variables: Variables<'_>) -> Result<String, Problem> {
     if inside.contains("${") {
-        return Err(Problem::new("`${` inside of `${…}`", "one cannot stand inside of another"));
+        return Err(Problem::new("`${` inside of `${…}`", "one cannot be inside another"));
     }
     if let Some(path) = inside.strip_prefix("file:") {
         return read(path);
@@ -102,7 +102,7 @@ fn unknown(inside: &str) -> Problem {
     )
 }
 
-/// The content of a file without the line ends that editors put behind it.
+/// The content of a file without trailing line ends.
 fn read(path: &str) -> Result<String, Problem> {
     if !Path::new(path).is_absolute() {
         return Err(Problem::new(format!("`{path}` is not an absolute path"), "write `${file:/path}`"));
@@ -114,7 +114,7 @@ fn read(path: &str) -> Result<String, Problem> {
     Ok(text)
 }
 
-/// The system's words for an error, without its number, as they stand within a sentence.
+/// The system's error text without its number, for use inside a sentence.
 pub(super) fn reason(error: &str) -> String {
     let words = error.split(" (os error").next().unwrap_or_default();
     let mut letters = words.chars();

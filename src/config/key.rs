@@ -1,4 +1,4 @@
-//! By what requests are told apart: the keys of rate limits and of balancing by hash.
+//! The keys that tell requests apart, for rate limits and hash-based load balancing.
 //!
 //! `filter/key.rs` takes them from a request.
 
@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 use crate::error::BuildError;
 use crate::expression::{self, Moment};
 
-/// Where rate limits, hashes and the like take their key from.
+/// Where rate limits, hash policies and caches take their key from.
 ///
 /// In YAML: `client_ip`, `path`, `route`, `{ header: x }`, `{ cookie: x }`, `{ query: x }` or `{ cel: "…" }`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
@@ -17,30 +17,30 @@ use crate::expression::{self, Moment};
 pub enum Key {
     /// The client's address.
     ClientIp,
-    /// The path of the request, in the one form that `paths` gives it.
+    /// The normalized path of the request; see `paths`.
     Path,
     /// The name of the route.
     Route,
-    /// The value of a header; the first one, if there are several.
+    /// The value of a header field; the first one if there are several.
     Header(String),
     /// The value of a cookie; names are case-sensitive.
     Cookie(String),
     /// The value of a query argument, percent-decoded; the first one, if there are several.
     Query(String),
-    /// What an expression makes; see `conf/manual/expressions.md`.
+    /// The result of an expression; see `conf/manual/expressions.md`.
     Cel(String),
 }
 
 impl Key {
-    /// Whether such a key can exist at all.
+    /// Checks that requests can have such a key.
     ///
-    /// # Errors
-    /// A name that no header or cookie can have, or an expression that is none; the path is that of the choice.
+    /// # Errors The name is not a valid header or cookie name, or the expression has errors; the path is that of
+    /// the choice.
     pub fn check(&self) -> Result<(), BuildError> {
         match self {
             Key::ClientIp | Key::Path | Key::Route => Ok(()),
             Key::Header(name) => header_name(name).map_err(|message| BuildError::new("header", message)),
-            // RFC 6265 §4.1.1: the name of a cookie is a token, as that of a header.
+            // RFC 6265 §4.1.1: the name of a cookie is a token, like that of a header field.
             Key::Cookie(name) => {
                 header_name(name).map_err(|_| BuildError::new("cookie", format!("`{name}` is no name of a cookie")))
             }

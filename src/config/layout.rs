@@ -1,11 +1,11 @@
-//! The normal form of a file (`forebay fmt`): how far lines are indented, and where lines are empty.
+//! The normal form of a file (`forebay fmt`): indentation and empty lines.
 //!
-//! Only white space differs. Two columns for each level, lists within their key; a comment as far as what it belongs to;
-//! no blanks at the ends of lines; one empty line at most. Order, quotes, long lines and what is written on one line
-//! stay as they are, and so does the column of a comment behind a value, since such comments stand below each other.
+//! Only white space changes: two columns per level, with lists indented below their key; comments indented like the
+//! line they belong to; no trailing blanks; at most one empty line in a row. Order, quotes, long lines and flow
+//! style stay. A comment behind a value keeps its column, since such comments are usually aligned.
 //!
-//! Lines are read one by one, with a stack of the lists and maps that they are in. The result is proved before it is
-//! used: it has the same letters, stands for the same values, and has itself as its normal form.
+//! The formatter reads line by line and keeps a stack of open lists and maps. It checks the result before use: the
+//! result has the same characters apart from white space, parses to the same values, and is its own normal form.
 
 use std::sync::Arc;
 
@@ -15,14 +15,14 @@ use super::place::Places;
 use super::report::{Finding, Report, Source, Spot};
 use super::syntax;
 
-/// Columns of one level.
+/// Columns per level.
 const STEP: usize = 2;
 
-/// The normal form of the file of this name.
+/// The normal form of the text of file `name`.
 ///
 /// # Errors
 ///
-/// It is no YAML that a configuration may have, or has something that this does not know how to indent.
+/// The text is not valid YAML for a configuration, or uses a construct that the formatter cannot indent.
 pub fn normal(name: &str, text: &str) -> Result<String, Report> {
     let text = text.strip_prefix('\u{feff}').unwrap_or(text);
     let report = |findings| Report::new(Arc::new(Source::of(name, text)), findings);
@@ -47,7 +47,7 @@ fn letters(text: &str) -> impl Iterator<Item = char> {
     text.chars().filter(|c| !c.is_whitespace())
 }
 
-/// Indents all lines anew; the error is the number of a line, from 0, that is not understood.
+/// Indents all lines; the error is the 0-based number of a line that it cannot handle.
 fn lay_out(text: &str) -> Result<String, usize> {
     let lines = text.strip_suffix('\n').unwrap_or(text).split('\n');
     let lines: Vec<&str> = lines.map(|line| line.strip_suffix('\r').unwrap_or(line)).collect();
@@ -57,7 +57,7 @@ fn lay_out(text: &str) -> Result<String, usize> {
         let number = layout.next;
         layout.line().ok_or(number)?;
     }
-    // What is empty at the end is left out, but for what belongs to a text.
+    // Drops empty lines at the end, except those that belong to a block scalar.
     let full = layout.pending.iter().rposition(|pending| matches!(pending, Pending::Comment { .. }));
     layout.pending.truncate(full.map_or(0, |last| last + 1));
     let levels = std::mem::take(&mut layout.levels);
@@ -67,13 +67,13 @@ fn lay_out(text: &str) -> Result<String, usize> {
 
 struct Layout<'t> {
     lines: Vec<&'t str>,
-    /// The line that is read next.
+    /// The next line to read.
     next: usize,
-    /// The lists and maps that are open, the innermost last.
+    /// The open lists and maps, the innermost last.
     levels: Vec<Level>,
-    /// Empty lines and comments that wait for the line that they stand before.
+    /// Empty lines and comments before a line that is not yet read.
     pending: Vec<Pending<'t>>,
-    /// The columns of what the last value belongs to, if it is a text without quotes: that may go on in the next line.
+    /// The owner's columns if the last value is a plain scalar, which may continue on the next line.
     plain: Option<(Option<usize>, usize)>,
     out: String,
 }
@@ -82,9 +82,9 @@ struct Layout<'t> {
 #[derive(Clone, Copy)]
 struct Level {
     kind: Kind,
-    /// The column that it has in the file.
+    /// The column in the input.
     was: usize,
-    /// The column that it is to have.
+    /// The column in the output.
     is: usize,
 }
 
@@ -100,13 +100,13 @@ enum Pending<'t> {
     Comment { was: usize, text: &'t str },
 }
 
-/// Where the reader is in a value that begins with a quote or a bracket.
+/// The scanner's state inside a value that begins with a quote or a bracket.
 #[derive(Default)]
 struct Inside {
-    /// Brackets that are open.
+    /// Number of open brackets.
     depth: usize,
     quote: Option<char>,
-    /// It is in a text without quotes, in which a quote is a letter.
+    /// Inside a plain scalar, where a quote is an ordinary character.
     plain: bool,
 }
 
@@ -115,8 +115,8 @@ impl Inside {
         self.depth == 0 && self.quote.is_none()
     }
 
-    /// Reads a line, to where the value ends; gives the end of what stands in it before a comment. `None`: something
-    /// else follows.
+    /// Scans a line up to the end of the value and returns the end of the content before a comment. `None`: other
+    /// content follows the value.
     fn read(&mut self, text: &str) -> Option<usize> {
         let mut letters = text.char_indices().peekable();
         let mut before = ' ';
@@ -146,7 +146,7 @@ impl Inside {
 }
 
 impl<'t> Layout<'t> {
-    /// Reads a line, and those that its value goes on in. `None`: it is not understood.
+    /// Reads a line and the lines that continue its value. `None`: it cannot handle the line.
     fn line(&mut self) -> Option<()> {
         let line = self.lines[self.next];
         let text = line.trim_start_matches(' ');
@@ -182,7 +182,7 @@ impl<'t> Layout<'t> {
             if self.pending.iter().any(|pending| matches!(pending, Pending::Comment { .. })) {
                 return None;
             }
-            // Between the lines of a text, an empty line is a part of it.
+            // An empty line inside a scalar is part of it.
             self.pending.drain(..).for_each(|_| self.out.push('\n'));
             if text.contains(" #") {
                 self.plain = None;
@@ -195,7 +195,7 @@ impl<'t> Layout<'t> {
         self.content(was, text)
     }
 
-    /// Reads a line with items or an entry.
+    /// Reads a line with list items or a map entry.
     fn content(&mut self, was: usize, text: &'t str) -> Option<()> {
         let (mut rest, mut dashes, mut column) = (text, String::new(), was);
         let before = self.levels.clone();
@@ -231,7 +231,7 @@ impl<'t> Layout<'t> {
         self.value(first?, &dashes, column, rest, value)
     }
 
-    /// The new column of a list, a map or a lone value that stands in this column. What ends there is closed.
+    /// The output column of a list, map or scalar at this input column. Closes the levels that end here.
     fn enter(&mut self, kind: Kind, was: usize, begins_line: bool) -> Option<usize> {
         while begins_line && self.levels.last().is_some_and(|level| level.was > was) {
             self.levels.pop();
@@ -244,7 +244,7 @@ impl<'t> Layout<'t> {
         }
         let is = match self.levels.last() {
             Some(level) if level.was == was && level.kind == kind => return Some(level.is),
-            // A list may stand in the column of the key that it belongs to.
+            // A list may be in the same column as its key.
             Some(level) if level.was < was || (kind == Kind::List && level.kind == Kind::Map) => level.is + STEP,
             Some(_) => return None,
             None => 0,
@@ -255,11 +255,11 @@ impl<'t> Layout<'t> {
         Some(is)
     }
 
-    /// Writes a line whose value begins at the byte `value` of `rest`, which stands in `column` behind the dashes of
-    /// items, and all lines that the value goes on in.
+    /// Writes a line and all lines that continue its value. The value begins at the byte `value` of `rest`; `rest`
+    /// is in `column`, behind the dashes of list items.
     fn value(&mut self, is: usize, dashes: &str, column: usize, rest: &'t str, value: usize) -> Option<()> {
         let mut at = value + blanks(&rest[value..]);
-        // Anchors and tags stand before what they belong to.
+        // Anchors and tags come before the value.
         while rest[at..].starts_with(['&', '!']) {
             at += rest[at..].find(' ').unwrap_or(rest.len() - at);
             at += blanks(&rest[at..]);
@@ -279,7 +279,7 @@ impl<'t> Layout<'t> {
                 let mut inside = Inside::default();
                 let end = inside.read(&rest[at..])?;
                 match inside.quote {
-                    // A blank at the end may stand behind a backslash.
+                    // A trailing blank may be escaped with a backslash.
                     Some(_) => {
                         let line = self.lines[self.next - 1];
                         let begin = line.trim_end_matches([' ', '\t']).len() - rest.len();
@@ -300,8 +300,8 @@ impl<'t> Layout<'t> {
         }
     }
 
-    /// Writes the lines in which a text in quotes goes on, in the column `inner`, or what stands in brackets that belong
-    /// to the column `brackets`.
+    /// Writes the continuation lines of a quoted scalar, in column `inner`, or of a flow collection, relative to
+    /// column `brackets`.
     fn continued(&mut self, mut inside: Inside, inner: usize, brackets: usize) -> Option<()> {
         while !inside.is_over() {
             let line = *self.lines.get(self.next)?;
@@ -310,7 +310,7 @@ impl<'t> Layout<'t> {
             let was = line.len() - text.len();
             let quoted = inside.quote.is_some();
             if text.is_empty() {
-                // It is a part of a text, and else no more than an empty line.
+                // In a quoted scalar the empty line is content; otherwise it is only layout.
                 if quoted || !self.out.ends_with("\n\n") {
                     self.out.push('\n');
                 }
@@ -330,7 +330,7 @@ impl<'t> Layout<'t> {
         Some(())
     }
 
-    /// Writes the lines of a text in block style that belongs to `owner`.
+    /// Writes the lines of a block scalar that belongs to `owner`.
     fn block(&mut self, owner: Option<Level>, header: &str) -> Option<()> {
         let (was, is) = owner.map(|owner| (owner.was, owner.is))?;
         let digit = header.chars().find_map(|c| c.to_digit(10)).and_then(|digit| usize::try_from(digit).ok());
@@ -363,8 +363,8 @@ impl<'t> Layout<'t> {
         Some(())
     }
 
-    /// Writes what waits. The next line has and is to have these columns, if there is one; `before` are the lists and
-    /// maps that were open before it.
+    /// Writes the pending empty lines and comments. `next` has the input and output column of the next line, if
+    /// there is one; `before` are the lists and maps that were open before it.
     fn flush(&mut self, next: Option<(usize, usize)>, before: &[Level]) {
         for pending in std::mem::take(&mut self.pending) {
             match pending {
@@ -390,8 +390,8 @@ impl<'t> Layout<'t> {
         }
     }
 
-    /// Writes a line whose value ends at the byte `end` of `rest`, and then perhaps a comment. That stays in its column,
-    /// unless it stood one blank behind the value.
+    /// Writes a line whose value ends at the byte `end` of `rest`, with an optional comment. The comment keeps its
+    /// column unless exactly one blank preceded it.
     fn put_with_comment(&mut self, is: usize, dashes: &str, column: usize, rest: &str, end: usize) -> Option<()> {
         let content = rest[..end].trim_end_matches([' ', '\t']);
         let comment = rest[end..].trim_start_matches([' ', '\t']);
@@ -422,7 +422,7 @@ fn blanks(text: &str) -> usize {
     text.len() - text.trim_start_matches([' ', '\t']).len()
 }
 
-/// Where the colon behind a key is, if a line begins with one. `None`: it is a key as no configuration has any.
+/// The position of the colon if the line begins with a key. `None`: the key has a form that no configuration uses.
 fn key(text: &str) -> Option<Option<usize>> {
     if text == "?" || text.starts_with("? ") {
         return None;
@@ -447,7 +447,7 @@ fn key(text: &str) -> Option<Option<usize>> {
     }
 }
 
-/// The bytes of the text in quotes with which `text` begins; `None` if it goes on in the next line.
+/// The length in bytes of the quoted scalar at the beginning of `text`; `None` if it continues on the next line.
 fn quoted_len(text: &str) -> Option<usize> {
     let mut letters = text.char_indices().peekable();
     let (_, quote) = letters.next()?;
@@ -627,7 +627,8 @@ e: |
         assert_eq!(laid_out("\n# alone\r\n\n"), "# alone\n");
     }
 
-    /// A document: maps and lists in both styles, texts in all styles, comments and empty lines, oddly indented.
+    /// Generates documents: maps and lists in both styles, scalars in all styles, comments, empty lines, odd
+    /// indentation.
     fn document() -> impl Strategy<Value = String> {
         let scalar = prop_oneof![
             "[a-z0-9./*-]{1,8}",

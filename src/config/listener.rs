@@ -1,4 +1,4 @@
-//! `listeners:`: where clients connect, what they may speak, and what they may cost.
+//! `listeners:`: the sockets on which clients connect, their protocols and limits.
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -10,52 +10,52 @@ pub use tls::{Passthrough, ProxyProtocol, RedirectHttps, Tcp, Tls};
 use super::Address;
 use super::units::{Count, FileMode, Percent, Rate, Size, Time};
 
-/// A place where clients connect.
+/// A socket on which clients connect.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Listener {
-    /// Its name in metrics and logs.
+    /// The name in metrics and logs.
     pub name: String,
     /// `host:port`, `[v6]:port` or `unix:/path`.
     pub address: Address,
-    /// Who may connect to its unix socket: the owner and the group, unless told otherwise.
+    /// File mode of the unix socket; by default the owner and the group may connect.
     #[serde(default)]
     pub mode: FileMode,
-    /// What clients may speak on it: by default `http1`, and with `tls` `http1` and `h2`.
+    /// Protocols that clients may use: by default `http1`, and with `tls` `http1` and `h2`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub protocols: Option<Vec<Protocol>>,
-    /// The PROXY protocol, which says who the client is.
+    /// The PROXY protocol, with which a proxy in front of Forebay names the client.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub proxy_protocol: Option<ProxyProtocol>,
-    /// Has clients sent to HTTPS, whatever they ask for; no route is looked for.
+    /// Redirects all requests to HTTPS, before routing.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub redirect_https: Option<RedirectHttps>,
-    /// TLS. Without it everything is in clear text.
+    /// TLS. Without it, the listener uses clear text.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tls: Option<Tls>,
-    /// Names of TLS whose connections pass as they are, without being decrypted here.
+    /// TLS server names whose connections are forwarded without decryption.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub passthrough: Vec<Passthrough>,
-    /// Has every connection passed on as it is, whatever is spoken on it.
+    /// Forwards every connection unchanged (TCP proxy), whatever its protocol.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tcp: Option<Tcp>,
-    /// What becomes of header fields whose names have anything but letters, digits and hyphens. CGI, WSGI, Rack and PHP
-    /// read `X_Forwarded_For` as `X-Forwarded-For`, so that a client can forge what a proxy says.
+    /// What happens to header fields whose names contain anything but letters, digits and hyphens. CGI, WSGI, Rack
+    /// and PHP read `X_Forwarded_For` as `X-Forwarded-For`, so a client could forge a field that a proxy sets.
     #[serde(default)]
     pub odd_header_names: OddNames,
-    /// What clients may cost.
+    /// Limits on connections, handshakes and requests.
     #[serde(default)]
     pub limits: Limits,
-    /// How clients of HTTP/2 may behave.
+    /// Limits on the behaviour of HTTP/2 clients.
     #[serde(default)]
     pub http2: Http2,
-    /// How long clients may take.
+    /// Time limits for clients.
     #[serde(default)]
     pub timeouts: Timeouts,
 }
 
 impl Listener {
-    /// What clients may speak on it.
+    /// The protocols that clients may use.
     pub fn spoken(&self) -> &[Protocol] {
         match &self.protocols {
             Some(written) => written,
@@ -65,75 +65,72 @@ impl Listener {
     }
 }
 
-/// A protocol that a client may speak.
+/// A protocol that clients may use.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Protocol {
     /// HTTP/1.0 and HTTP/1.1.
     Http1,
-    /// HTTP/2 over TLS, where the client agrees on it (ALPN, RFC 9113 §3.2).
+    /// HTTP/2 over TLS, negotiated with ALPN (RFC 9113 §3.2).
     H2,
-    /// HTTP/2 in clear text, by prior knowledge (RFC 9113 §3.3).
+    /// HTTP/2 in clear text, with prior knowledge (RFC 9113 §3.3).
     H2c,
 }
 
-/// What becomes of header fields whose names have anything but letters, digits and hyphens.
+/// What happens to header fields whose names contain anything but letters, digits and hyphens.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum OddNames {
-    /// They are dropped.
+    /// The fields are removed.
     #[default]
     Drop,
     /// The request is refused with 400.
     Refuse,
-    /// They pass, but for those that could be taken for a field of a proxy, of framing or of the connection.
+    /// The fields pass, except those that look like a field of a proxy, of framing or of the connection.
     Keep,
 }
 
-/// What the clients of a listener may cost.
+/// Limits of a listener.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Limits {
-    /// Open connections. One more is answered 503 and closed. All listeners together have no more than the open files
-    /// of the process allow, see `server.open_files`.
+    /// Open connections. Further ones get 503 and are closed. `server.open_files` limits all listeners together.
     pub connections: Count,
-    /// Open connections of one client address; as much of it counts as `ipv4_prefix` and `ipv6_prefix` say. One more is
-    /// answered 429 and closed. Peers of `trusted_proxies` and of unix sockets speak for many clients and are not
-    /// limited. Unless it is `unlimited`, an address has no more than three times as many as the open files of the
-    /// process leave to others.
+    /// Open connections per client address (see `ipv4_prefix` and `ipv6_prefix`). Further ones get 429 and are
+    /// closed. Peers in `trusted_proxies` and on unix sockets speak for many clients and are exempt. Unless this is
+    /// `unlimited`, one address gets at most three times as many connections as the open files leave to others.
     pub connections_per_ip: Count,
-    /// New connections, of all clients. One that comes sooner is answered 503 and closed. As much as the rate names may
-    /// come at once.
+    /// Rate of new connections, all clients together. Connections above the rate get 503 and are closed. The burst
+    /// is the number in the rate.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub connection_rate: Option<Rate>,
-    /// New connections of one client address. One that comes sooner is answered 429 and closed. Trusted proxies are not
-    /// limited.
+    /// Rate of new connections per client address. Connections above the rate get 429 and are closed. Trusted
+    /// proxies are exempt.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub connection_rate_per_ip: Option<Rate>,
-    /// TLS handshakes that are under way, from the first byte to the end. One more is closed.
+    /// TLS handshakes in progress, counted from the first byte. Further connections are closed.
     pub handshakes: Count,
-    /// TLS handshakes of one client address that are under way. Trusted proxies are not limited.
+    /// TLS handshakes in progress per client address. Trusted proxies are exempt.
     pub handshakes_per_ip: Count,
-    /// TLS handshakes that begin, of all clients. One that comes sooner is closed.
+    /// Rate of new TLS handshakes, all clients together. Connections above the rate are closed.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub handshake_rate: Option<Rate>,
-    /// TLS handshakes of one client address that begin. Trusted proxies are not limited.
+    /// Rate of new TLS handshakes per client address. Trusted proxies are exempt.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub handshake_rate_per_ip: Option<Rate>,
-    /// Requests of all clients that are under way. One more is answered 503.
+    /// Active requests, all clients together. Further ones get 503.
     pub requests: Count,
-    /// Requests of one client address that are under way: over HTTP/2 a connection has many at once. One more is
-    /// answered
-    /// 429. As for connections, trusted proxies are not limited. Unless it is `unlimited`, a quarter as many as the open
-    /// files allow connections is the most.
+    /// Active requests per client address; an HTTP/2 connection carries many at once. Further ones get 429. Trusted
+    /// proxies are exempt. Unless this is `unlimited`, at most a quarter of the connections that the open files
+    /// allow.
     pub requests_per_ip: Count,
-    /// Header fields of a request, at most 256. One more is answered 431.
+    /// Header fields per request, at most 256. A request with more gets 431.
     pub headers: Count,
-    /// Bytes of a request header, request line included. More is answered 431.
+    /// Bytes of a request header, including the request line. A larger one gets 431.
     pub header_bytes: Size,
-    /// Requests on one connection; the last is answered with `Connection: close`, on HTTP/2 with GOAWAY.
+    /// Requests per connection. The last response carries `Connection: close`; on HTTP/2, GOAWAY is sent.
     pub requests_per_connection: Count,
-    /// Streams that an HTTP/2 client may have open at once.
+    /// Open streams per HTTP/2 connection.
     pub streams: Count,
 }
 
@@ -158,34 +155,34 @@ impl Default for Limits {
     }
 }
 
-/// What a client of HTTP/2 may do that costs the gateway work, on one connection. Who does more is cut off, with GOAWAY
-/// and ENHANCE_YOUR_CALM. Of a rate, ten seconds' worth may come at once.
+/// Limits per HTTP/2 connection on frames that cost work. A client above a limit gets GOAWAY with
+/// ENHANCE_YOUR_CALM, and the connection is closed. The burst of each rate is ten seconds' worth.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Http2 {
-    /// Requests that it gives up (RST_STREAM) within about a second. Later ones are bounded by `limits.streams`.
+    /// Requests that the client cancels (RST_STREAM) within about a second. `limits.streams` bounds later ones.
     pub resets: Rate,
-    /// The share of its requests that it may give up within a second, once it has begun 200; `100%`: all of them.
+    /// Share of its requests that the client may cancel within a second, counted from the 200th request on; `100%`:
+    /// all.
     pub reset_share: Percent,
-    /// Requests that the gateway gives up because of what the client did wrong, as one that comes although
-    /// `limits.streams` are open, in all.
+    /// Total of streams that the gateway resets because of client errors, such as a stream above `limits.streams`.
     pub provoked_resets: Count,
-    /// Pings. Each frame that it is sent of an answer allows one more.
+    /// PING frames. Each response frame that was sent allows one more.
     pub pings: Rate,
-    /// Changes of its settings.
+    /// SETTINGS frames.
     pub settings: Rate,
-    /// Pieces in which it gives credit for answers. Every 32 bytes of an answer that it is sent allow one more.
+    /// WINDOW_UPDATE frames. Every 32 response bytes that were sent allow one more.
     pub window_updates: Rate,
-    /// Words on priorities (PRIORITY, PRIORITY_UPDATE). Each request allows two more.
+    /// PRIORITY and PRIORITY_UPDATE frames. Each request allows two more.
     pub priorities: Rate,
-    /// Frames that say nothing to the gateway.
+    /// Frames of unknown types.
     pub unknown_frames: Rate,
-    /// Pieces that may follow the first of a request header (CONTINUATION), besides the last. More than 5 have an
-    /// effect only where `header_bytes` is above 64KiB.
+    /// CONTINUATION frames per header block, not counting the last. More than 5 matter only if `header_bytes` is
+    /// above 64KiB.
     pub continuations: Count,
-    /// Pieces of bodies without content, besides the last of each body, in all: at most 100.
+    /// Total of empty DATA frames, not counting the last of each body: at most 100.
     pub empty_data: Count,
-    /// Whether clients are told that they may open a WebSocket over a stream (RFC 8441).
+    /// Allows WebSockets over HTTP/2 streams, and announces it to clients (RFC 8441).
     pub websocket: bool,
 }
 
@@ -208,14 +205,14 @@ impl Default for Http2 {
     }
 }
 
-/// How long the clients of a listener may take.
+/// Time limits for the clients of a listener.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Timeouts {
-    /// From the first byte of a request header to its last: the whole of it, however it trickles.
-    /// On HTTP/2: of the preface, of a frame other than DATA, of a header block over several frames.
+    /// From the first to the last byte of a request header. On HTTP/2: of the preface, of a frame other than DATA,
+    /// of a header block over several frames.
     pub header: Time,
-    /// Between requests, and from the connection to its first byte.
+    /// Idle time between requests, and from the connection to its first byte.
     pub idle: Time,
 }
 

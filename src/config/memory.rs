@@ -1,7 +1,7 @@
-//! `resources.memory`: a size, or `auto`, which is a share of what the process may have.
+//! `resources.memory`: a size, or `auto`.
 //!
-//! That is the lowest limit of the cgroup that it is in and of those above it, in either version of cgroups; without
-//! one, the memory of the machine.
+//! `auto` is a fraction of the lowest memory limit of the process's cgroup and its parents, in either version of
+//! cgroups; without a limit, of the memory of the machine.
 
 use std::borrow::Cow;
 use std::fmt;
@@ -14,13 +14,13 @@ use serde::de::{self, Deserializer, Visitor};
 
 use super::units::Size;
 
-/// `auto` is this part of it: the rest is for connections, the allocator and what the kernel holds for the sockets.
+/// `auto` is a quarter. The rest is for connections, the allocator and socket buffers of the kernel.
 const PART: u64 = 4;
 
-/// What `auto` is at least, and is where nothing is known.
+/// The least value of `auto`, also used if the memory is unknown.
 const LEAST: Size = Size::kib(16 * 1024);
 
-/// What may be written.
+/// The forms of the value.
 pub enum Memory {}
 
 impl JsonSchema for Memory {
@@ -37,7 +37,7 @@ impl JsonSchema for Memory {
     }
 }
 
-/// Reads a size, or works out what `auto` is.
+/// Deserializes a size, or computes `auto`.
 pub fn read<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Size, D::Error> {
     struct Written;
     impl Visitor<'_> for Written {
@@ -54,7 +54,7 @@ pub fn read<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Size, D::Error
     deserializer.deserialize_any(Written)
 }
 
-/// What `auto` is here.
+/// The value of `auto` on this machine.
 fn auto() -> Size {
     let text = |path: &Path| fs::read_to_string(path).ok();
     let limit = text(Path::new("/proc/self/cgroup")).and_then(|own| lowest(&own, text));
@@ -62,13 +62,13 @@ fn auto() -> Size {
     limit.into_iter().chain(whole()).min().map_or(LEAST, |most| Size((most / PART).max(LEAST.0)))
 }
 
-/// The memory of the machine, by `/proc/meminfo`.
+/// The memory of the machine, from `/proc/meminfo`.
 fn total(meminfo: &str) -> Option<u64> {
     let line = meminfo.lines().find_map(|line| line.strip_prefix("MemTotal:"))?;
     line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()?.checked_mul(1024)
 }
 
-/// The lowest limit that holds for a process whose `/proc/self/cgroup` is `own`.
+/// The lowest limit for a process with this content of `/proc/self/cgroup`.
 fn lowest(own: &str, read: impl Fn(&Path) -> Option<String>) -> Option<u64> {
     let mut limits = Vec::new();
     for line in own.lines() {
@@ -81,7 +81,7 @@ fn lowest(own: &str, read: impl Fn(&Path) -> Option<String>) -> Option<u64> {
             }
             _ => continue,
         };
-        // In a namespace the path may be one of the host: then the limit is at the root.
+        // In a cgroup namespace the path may be that of the host; the limit is then at the root.
         let group = PathBuf::from(root).join(group.trim_start_matches('/'));
         let above = group.ancestors().take_while(|path| path.starts_with(root));
         limits.extend(above.filter_map(|path| read(&path.join(file))?.trim().parse::<u64>().ok()));

@@ -1,21 +1,21 @@
-//! `paths:`: how the paths of requests are read.
+//! `paths:`: how request paths are normalized.
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-/// How the paths of requests are read: by routes, filters, keys, the log and, so that no part reads them differently,
-/// the upstream.
+/// How request paths are normalized. Routes, filters, keys, the log and the upstream all use the result, so that no
+/// part reads a path differently.
 ///
-/// It holds for all listeners, for routes do: were a path read differently on two of them, a route that guards it could
-/// be gone round through the other.
+/// It applies to all listeners because routes do. If two listeners normalized differently, a client could bypass a
+/// route that guards a path.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Paths {
-    /// Whether several slashes in a row are one: `//admin` is `/admin`.
+    /// Merges repeated slashes: `//admin` becomes `/admin`.
     pub merge_slashes: bool,
-    /// What becomes of `%2F`; and of `%5C` and backslashes, which some backends take for slashes.
+    /// What happens to `%2F`, and to `%5C` and backslashes, which some backends treat as slashes.
     pub encoded_slash: EncodedSlash,
-    /// What becomes of `.` and `..` segments, encoded or not.
+    /// What happens to `.` and `..` segments, encoded or not.
     pub dot_segments: DotSegments,
 }
 
@@ -25,24 +25,24 @@ impl Default for Paths {
     }
 }
 
-/// What becomes of a slash that is encoded.
+/// What happens to encoded slashes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum EncodedSlash {
-    /// It stays, and parts no segments. Where it would part dot segments from others, the request is refused with 400.
+    /// Stays encoded and does not separate segments. If it would separate dot segments, the request gets 400.
     Keep,
-    /// It is a slash like any other.
+    /// Becomes a slash.
     Decode,
-    /// The request is refused with 400.
+    /// The request gets 400.
     Refuse,
 }
 
-/// What becomes of `.` and `..` segments.
+/// What happens to `.` and `..` segments.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum DotSegments {
-    /// They are followed: `/x/../files` is `/files`.
+    /// They are resolved: `/x/../files` becomes `/files`.
     Resolve,
-    /// The request is refused with 400.
+    /// The request gets 400.
     Refuse,
 }

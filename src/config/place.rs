@@ -1,14 +1,14 @@
-//! Where everything stands in a configuration file: from a path such as `routes[2].match.path` to bytes of the text.
+//! Positions in a configuration file: from a path such as `routes[2].match.path` to bytes of the text.
 //!
-//! `serde_yaml` forgets places once it has made a value, so the text is read a second time, by a parser that reports
-//! events with their spans. What that yields is a tree of the same shape as the value, aliases and merge keys
-//! followed: an error inside of what an anchor brought points at where the anchor stands. `report` draws the places.
+//! `serde_yaml` values have no positions, so a second parser reads the text and reports events with their spans.
+//! The result is a tree of the same shape as the value, with aliases and merge keys resolved: an error in an
+//! aliased value points at the anchor. `report` draws the positions.
 //!
-//! A configuration may have several files. A place is a range of bytes of all their text, one file behind the other; see
+//! A configuration may have several files. A position is a byte range in the concatenation of their texts; see
 //! [`Source`](super::report::Source).
 //!
-//! It goes first, in one pass, and [`Bounds`] stop it where a text nests too deeply or its aliases stand for too much:
-//! `serde_yaml` takes time that grows with the square of the depth, and memory for every value that an alias repeats.
+//! This parser runs first, in one pass. [`Bounds`] stop it where a text nests too deeply or its aliases expand too
+//! far: `serde_yaml` takes time quadratic in the depth, and memory for every value that an alias repeats.
 
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
@@ -20,81 +20,81 @@ use serde_yaml::Value;
 
 use crate::error::path::{self, Step, Tree};
 
-/// How deep lists and maps may be nested, aliases followed. `serde_yaml` has the same limit.
+/// Limit on nested lists and maps, aliases expanded. `serde_yaml` has the same limit.
 const DEPTH_MAX: usize = 128;
-/// The values that a text may always stand for, aliases followed; a longer text may stand for as many as it has bytes.
+/// Every text may have this many values, aliases expanded; a longer text may have as many as it has bytes.
 const VALUES_LEAST: usize = 100_000;
 
-/// The places of a file.
+/// The positions of a file.
 #[derive(Default)]
 pub(super) struct Places {
     root: Option<Place>,
-    /// Keys that stand in their map already.
+    /// Keys that occur twice in their map.
     pub duplicates: Vec<Duplicate>,
-    /// Keys that are no text, and what they are.
+    /// Keys that are not text, and their kind.
     pub odd_keys: Vec<(Range<usize>, String)>,
     /// Values of `<<` that are neither a map nor a list of maps.
     pub bad_merges: Vec<Range<usize>>,
-    /// Where a second document begins.
+    /// The beginning of a second document.
     pub second_document: Option<Range<usize>>,
-    /// Why the text was not read to its end.
+    /// Why parsing stopped before the end.
     pub stop: Option<Stop>,
-    /// The values that the text stands for, aliases followed.
+    /// Number of values, aliases expanded.
     pub values: usize,
 }
 
-/// Where the reading of a text stopped, and why.
+/// Where parsing stopped, and why.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Stop {
-    /// The bytes that could not be read.
+    /// The bytes that could not be parsed.
     pub at: Range<usize>,
-    /// What is wrong there.
+    /// The reason.
     pub why: Why,
 }
 
-/// Why the reading of a text stopped.
+/// Why parsing stopped.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Why {
-    /// Lists and maps are nested in more than `DEPTH_MAX` levels.
+    /// More than `DEPTH_MAX` levels of lists and maps.
     Depth,
-    /// With aliases followed, the text stands for more than this many values.
+    /// More values than this, aliases expanded.
     Values(usize),
-    /// An alias stands inside of what it stands for.
+    /// An alias inside the value of its own anchor.
     Circle,
-    /// The text is no YAML, in the parser's words.
+    /// Invalid YAML, in the parser's words.
     Syntax(String),
 }
 
 impl Stop {
-    /// What is wrong, in a sentence.
+    /// The error, as a sentence.
     pub fn title(&self) -> String {
         match &self.why {
             Why::Depth => format!("lists and maps are nested in more than {DEPTH_MAX} levels"),
-            Why::Values(most) => format!("with its aliases followed, the file stands for more than {most} values"),
-            Why::Circle => "an alias stands inside of what it stands for".to_owned(),
+            Why::Values(most) => format!("with aliases expanded, the file has more than {most} values"),
+            Why::Circle => "an alias is inside the value of its own anchor".to_owned(),
             Why::Syntax(words) => format!("invalid YAML: {words}"),
         }
     }
 }
 
-/// A key that its map has twice.
+/// A key that occurs twice in its map.
 pub(super) struct Duplicate {
     pub key: String,
     pub first: Range<usize>,
     pub again: Range<usize>,
 }
 
-/// What a path leads to.
+/// The target of a path.
 pub(super) struct Found {
-    /// The key, unless it is an item of a list or the whole file.
+    /// The key; `None` for a list item or the whole file.
     pub key: Option<Range<usize>>,
-    /// The value, or what stands for it best on one line.
+    /// The value, or the best part of it to underline on one line.
     pub value: Range<usize>,
-    /// Whether the path was followed to its end; if not, this is as far as it led.
+    /// Whether the whole path was found; otherwise this is its deepest part that exists.
     pub whole: bool,
 }
 
-/// A node, and the key under which it stands, if any.
+/// A node and its key, if it has one.
 #[derive(Clone)]
 pub(super) struct Place {
     key: Option<Range<usize>>,
@@ -103,7 +103,7 @@ pub(super) struct Place {
 
 #[derive(Clone)]
 struct Node {
-    /// All of a scalar or a flow collection; the beginning of a block collection.
+    /// The whole of a scalar or a flow collection; the beginning of a block collection.
     span: Range<usize>,
     inside: Inside,
 }
@@ -113,17 +113,17 @@ enum Inside {
     Scalar(String, ScalarStyle),
     List(Vec<Place>),
     Map {
-        /// The key that is written first.
+        /// The first key in the text.
         first: Option<Range<usize>>,
         entries: HashMap<String, Place>,
     },
 }
 
-/// Reads whether a text keeps to the bounds, without its places.
+/// Checks the bounds without recording positions.
 ///
 /// # Errors
 ///
-/// Where it does not, or where it is no YAML.
+/// Where a bound is exceeded, or where the YAML is invalid.
 pub(super) fn survey(text: &str) -> Result<(), Stop> {
     let characters = Characters::of(text, 0);
     let mut bounds = Bounds::new(text.len(), 0);
@@ -135,12 +135,12 @@ pub(super) fn survey(text: &str) -> Result<(), Stop> {
 }
 
 impl Places {
-    /// Reads `text`, as far as it can be read.
+    /// Parses `text`, as far as possible.
     pub fn of(text: &str) -> Places {
         Places::behind(text, 0, 0)
     }
 
-    /// The same for a text that stands behind this number of bytes, which stand for so many values.
+    /// The same for a text behind `base` other bytes, which have this number of values.
     pub fn behind(text: &str, base: usize, values: usize) -> Places {
         let mut reading = Reading::new(text, base);
         let mut bounds = Bounds::new(base + text.len(), values);
@@ -162,18 +162,18 @@ impl Places {
         reading.places
     }
 
-    /// The place of the whole text; `None` if there is nothing in it.
+    /// The root node; `None` for an empty text.
     pub fn root(&self) -> Option<&Place> {
         self.root.as_ref()
     }
 
-    /// The same, to be changed.
+    /// The root node, mutable.
     pub fn root_mut(&mut self) -> Option<&mut Place> {
         self.root.as_mut()
     }
 
-    /// The bytes of the file `text` that a part of the scalar at `path` is written with. `None` if that cannot be
-    /// told: the scalar holds a `${…}`, or came from elsewhere.
+    /// The bytes of the file `text` for a part of the scalar at `path`. `None` if they are unknown: the scalar
+    /// contains a `${…}` or comes from elsewhere.
     pub fn inside(&self, text: &str, path: &str, part: &Range<usize>) -> Option<Range<usize>> {
         let mut steps = path::follow(self.root.as_ref()?, path);
         steps.by_ref().for_each(drop);
@@ -187,7 +187,7 @@ impl Places {
         Some(node.span.start + inner.start..node.span.start + inner.end)
     }
 
-    /// Follows `path` as far as it leads; `None` if that is nowhere.
+    /// Follows `path` as far as it exists; `None` if nothing of it does.
     pub fn find(&self, path: &str) -> Option<Found> {
         let mut steps = path::follow(self.root.as_ref()?, path);
         let taken = steps.by_ref().count();
@@ -208,7 +208,7 @@ impl Tree for Place {
 }
 
 impl Place {
-    /// The place of the entry of this name.
+    /// The entry of this name.
     pub fn entry(&self, name: &str) -> Option<&Place> {
         match &self.node.inside {
             Inside::Map { entries, .. } => entries.get(name),
@@ -216,7 +216,7 @@ impl Place {
         }
     }
 
-    /// The same, to be changed.
+    /// The same, mutable.
     pub fn entry_mut(&mut self, name: &str) -> Option<&mut Place> {
         match &mut Arc::make_mut(&mut self.node).inside {
             Inside::Map { entries, .. } => entries.get_mut(name),
@@ -224,14 +224,14 @@ impl Place {
         }
     }
 
-    /// Puts `place` under this name, if this is a map.
+    /// Inserts `place` under this name if this is a map.
     pub fn insert(&mut self, name: &str, place: Place) {
         if let Inside::Map { entries, .. } = &mut Arc::make_mut(&mut self.node).inside {
             entries.insert(name.to_owned(), place);
         }
     }
 
-    /// Adds the items of another list behind those of this one.
+    /// Appends the items of another list.
     pub fn append(&mut self, other: &Place) {
         if let (Inside::List(items), Inside::List(more)) =
             (&mut Arc::make_mut(&mut self.node).inside, &other.node.inside)
@@ -240,12 +240,12 @@ impl Place {
         }
     }
 
-    /// The key, or else what is best underlined of the value.
+    /// The key, or else the part of the value to underline.
     pub fn named(&self) -> Range<usize> {
         self.key.clone().unwrap_or_else(|| self.caret())
     }
 
-    /// What to underline for this value: itself where it has a visible extent, else its key, else its first child.
+    /// What to underline: the value if it has a visible extent, else its key, else its first child.
     fn caret(&self) -> Range<usize> {
         let Node { span, inside } = &*self.node;
         if span.len() > 1 || (span.len() == 1 && matches!(inside, Inside::Scalar(..))) {
@@ -259,12 +259,12 @@ impl Place {
     }
 }
 
-/// The parser counts characters, and we count bytes.
+/// Converts the parser's character offsets to byte offsets.
 struct Characters<'t> {
     text: &'t str,
-    /// The bytes of the files before this one.
+    /// Number of bytes in the files before this one.
     base: usize,
-    /// The byte at which each character begins; `None` if every character is one byte.
+    /// The byte offset of each character; `None` if every character is one byte.
     starts: Option<Vec<usize>>,
 }
 
@@ -289,7 +289,8 @@ impl<'t> Characters<'t> {
     fn syntax(&self, error: &ScanError) -> Stop {
         let index = error.marker().index();
         let why = match error.info() {
-            // The parser has a limit of its own for flow collections. It reads ahead of its events, so it may be first.
+            // The parser has its own depth limit for flow collections. It reads ahead of its events, so it may
+            // trigger first.
             "recursion limit exceeded" => Why::Depth,
             words => Why::Syntax(words.to_owned()),
         };
@@ -297,28 +298,28 @@ impl<'t> Characters<'t> {
     }
 }
 
-/// What bounds the cost of a text, whatever reads it: its depth, and the number of values that it stands for.
+/// Bounds on the cost of a text for any reader: its depth and its number of values.
 struct Bounds {
     values_max: usize,
-    /// Collections that are open, the innermost last.
+    /// The open collections, the innermost last.
     open: Vec<(usize, Extent)>,
-    /// What each anchor stands for.
+    /// The extent of each anchor.
     anchors: HashMap<usize, Extent>,
-    /// Values outside of what is open.
+    /// Values outside the open collections.
     values: usize,
 }
 
-/// How far a value extends, aliases followed.
+/// The extent of a value, aliases expanded.
 #[derive(Clone, Copy)]
 struct Extent {
-    /// Itself and what is inside.
+    /// The value itself and those inside it.
     values: usize,
-    /// Levels of lists and maps; none for a scalar.
+    /// Levels of lists and maps; 0 for a scalar.
     depth: usize,
 }
 
 impl Bounds {
-    /// The bounds of a text of this length, if the files before it have used up this number of values.
+    /// The bounds for a text of this length after files with this number of values.
     fn new(bytes: usize, values: usize) -> Self {
         Bounds { values_max: bytes.max(VALUES_LEAST), open: Vec::new(), anchors: HashMap::new(), values }
     }
@@ -344,7 +345,7 @@ impl Bounds {
         }
     }
 
-    /// Adds a value that is whole to what it stands in.
+    /// Adds a complete value to its parent.
     fn value(&mut self, anchor: usize, extent: Extent) -> Result<(), Why> {
         if anchor != 0 {
             self.anchors.insert(anchor, extent);
@@ -364,7 +365,7 @@ impl Bounds {
     }
 }
 
-/// The tree while it grows: collections that are still open, the innermost last.
+/// The tree under construction: the open collections, the innermost last.
 struct Reading<'t> {
     characters: Characters<'t>,
     open: Vec<Open>,
@@ -377,7 +378,7 @@ struct Open {
     anchor: usize,
     start: usize,
     inside: Inside,
-    /// The key of a map whose value comes next.
+    /// The key whose value comes next.
     key: Option<(String, Range<usize>)>,
 }
 
@@ -426,7 +427,7 @@ impl<'t> Reading<'t> {
         }
     }
 
-    /// The parser's spans of quoted scalars run on to the next token: ends them at the closing quote.
+    /// The parser's span of a quoted scalar extends to the next token: this ends it at the closing quote.
     fn scalar_span(&self, span: Range<usize>, style: ScalarStyle) -> Range<usize> {
         let base = self.characters.base;
         let written = &self.characters.text[span.start - base..span.end - base];
@@ -438,12 +439,12 @@ impl<'t> Reading<'t> {
         span.start..span.start + len
     }
 
-    /// Whether what comes next is a key.
+    /// Whether a key comes next.
     fn awaits_key(&self) -> bool {
         self.open.last().is_some_and(|open| matches!(open.inside, Inside::Map { .. }) && open.key.is_none())
     }
 
-    /// Notes a list or a map that begins where a key should.
+    /// Records a list or a map in the place of a key.
     fn compound_key(&mut self, span: &Range<usize>, found: &str) {
         if self.awaits_key() {
             self.places.odd_keys.push((span.clone(), found.to_owned()));
@@ -459,12 +460,12 @@ impl<'t> Reading<'t> {
         if let Inside::Map { entries, .. } = &mut open.inside {
             self.merge(entries);
         }
-        // Only the end of a flow collection, its bracket, has an extent.
+        // Only the closing bracket of a flow collection has an extent.
         let end = if span.is_empty() { open.start } else { span.end };
         self.node(open.anchor, Node { span: open.start..end, inside: open.inside });
     }
 
-    /// Follows `<<`: the map's own entries win, then those of the maps that are merged first.
+    /// Applies `<<`: the map's own entries win, then those of the maps that are merged first.
     fn merge(&mut self, entries: &mut HashMap<String, Place>) {
         let Some(merge) = entries.get("<<").cloned() else { return };
         let sources = match &merge.node.inside {
@@ -495,7 +496,7 @@ impl<'t> Reading<'t> {
         self.put(node, span);
     }
 
-    /// Puts a node where it belongs: the root, an item, a key, or the value of the key before it.
+    /// Adds a node as the root, an item, a key, or the value of the previous key.
     fn put(&mut self, node: Arc<Node>, span: Range<usize>) {
         let Some(open) = self.open.last_mut() else {
             self.places.root.get_or_insert(Place { key: None, node });
@@ -527,7 +528,7 @@ impl<'t> Reading<'t> {
     }
 }
 
-/// What a scalar without quotes is, if it is no text.
+/// The type of a plain scalar that is not text.
 fn other_than_text(scalar: &str) -> Option<String> {
     let is_word = scalar.starts_with(|first: char| first.is_ascii_alphabetic() || first == '_');
     if is_word && !["null", "true", "false"].iter().any(|word| scalar.eq_ignore_ascii_case(word)) {
@@ -541,8 +542,8 @@ fn other_than_text(scalar: &str) -> Option<String> {
     }
 }
 
-/// The bytes of `written`, quotes, indentation and all, that stand for a part of the scalar that was read from it.
-/// Both are walked side by side; where they cannot be brought together, there is no answer.
+/// The bytes of `written`, with its quotes and indentation, for a part of the scalar that was parsed from it. Walks
+/// both texts side by side; `None` if they do not correspond.
 fn aligned(written: &str, style: ScalarStyle, scalar: &str, part: &Range<usize>) -> Option<Range<usize>> {
     let quote = match style {
         ScalarStyle::SingleQuoted => Some('\''),
@@ -555,11 +556,11 @@ fn aligned(written: &str, style: ScalarStyle, scalar: &str, part: &Range<usize>)
         let behind = loop {
             let rest = &written[at..];
             let Some(next) = rest.chars().next() else {
-                // The span of a block ends before its last line breaks.
+                // The span of a block scalar ends before its last line breaks.
                 if c.is_whitespace() { break at } else { return None }
             };
             match (quote, next) {
-                // The span of a block begins behind its first empty lines.
+                // The span of a block scalar begins behind its leading empty lines.
                 (None, _) if at == 0 && c == '\n' => break 0,
                 (Some('\''), '\'') if c == '\'' => break at + 2,
                 (Some('"'), '\\') if rest[1..].starts_with(['\n', '\r']) => {
@@ -574,7 +575,7 @@ fn aligned(written: &str, style: ScalarStyle, scalar: &str, part: &Range<usize>)
                     };
                     break at + 1 + rest[1..].chars().next()?.len_utf8() + digits;
                 }
-                // A fold: the break and the blanks round it are one blank, or one break.
+                // A folded line: the break and the blanks around it are one blank, or one break.
                 _ if c == ' ' && matches!(next, '\n' | '\r') => break at + rest.len() - rest.trim_start().len(),
                 _ if next == c => break at + c.len_utf8(),
                 (_, '\r') if c == '\n' => break at + if rest.starts_with("\r\n") { 2 } else { 1 },
@@ -590,7 +591,7 @@ fn aligned(written: &str, style: ScalarStyle, scalar: &str, part: &Range<usize>)
             end = Some(at);
         }
     }
-    // What is missing is missing behind the last character.
+    // A part at the very end begins behind the last character.
     let start = start.or((part.start >= scalar.len()).then_some(at))?;
     let end = end.unwrap_or(start).max(start);
     (end <= written.len()).then_some(start..end)
@@ -713,7 +714,7 @@ mod tests {
         assert_eq!((value(text, "both.x"), value(text, "both.y")), ("1", "3"));
     }
 
-    /// Why the reading of this stopped, by either way to read it.
+    /// Why both readers stopped.
     fn stopped(text: &str) -> Option<Why> {
         let stop = Places::of(text).stop;
         assert_eq!(survey(text).err(), stop);
@@ -749,7 +750,7 @@ mod tests {
         for bomb in bombs {
             assert!(matches!(stopped(bomb), Some(Why::Values(_))));
         }
-        // Seconds in all, without optimization and beside other builds; hours, if the square of any of them were taken.
+        // Takes seconds without optimization on a busy machine; hours if anything were quadratic.
         assert!(began.elapsed().as_secs() < 120, "{:?}", began.elapsed());
     }
 

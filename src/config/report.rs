@@ -1,7 +1,7 @@
-//! What is wrong with a configuration file, told as rustc tells it: the place, the line, the caret, the advice.
+//! Reports errors of a configuration file in the style of rustc: position, line, caret, advice.
 //!
-//! The parts of the pipeline make findings, each at a path; a [`Report`] looks the paths up in the file's [`Places`],
-//! takes secrets out of the words, and draws.
+//! The stages of the pipeline create findings, each with a path. A [`Report`] looks up the paths in the file's
+//! [`Places`], removes secrets from the texts, and draws.
 
 use std::borrow::Cow;
 use std::collections::{BTreeSet, HashSet};
@@ -15,59 +15,59 @@ use annotate_snippets::{AnnotationKind, Group, Level, Origin, Renderer, Snippet}
 use super::place::Places;
 use crate::error::{Inside, nearest, path};
 
-/// The text of a finding is cut after this number of characters, since a value in it may have any length.
+/// Texts of findings are cut after this many characters, since values in them may have any length.
 const WORDS_MAX: usize = 240;
 
-/// Places of one finding that are further apart than this, in bytes, are drawn by themselves.
+/// Places of one finding that are further apart than this, in bytes, are drawn separately.
 const NEAR: usize = 16 * 1024;
 
-/// The files of a configuration, and what is known of their inside.
+/// The files of a configuration and their positions.
 #[derive(Default)]
 pub(super) struct Source {
-    /// The files, in the order in which they were read; the first one is the main file.
+    /// The files in reading order; the first one is the main file.
     files: Vec<File>,
-    /// What stands in them, one behind the other, with a line break between two that belongs to neither.
+    /// The texts of all files, joined with line breaks.
     pub text: String,
-    /// Where in it lines end. To count them anew for each place would take the square of the time.
+    /// The line ends in `text`. Searching for them at each lookup would take quadratic time.
     line_ends: Vec<usize>,
-    /// Where their values stand, joined as they are.
+    /// The positions of all values in `text`.
     pub places: Places,
-    /// What was put into them from outside.
+    /// The values that were inserted from outside.
     pub secrets: Vec<Secret>,
-    /// The directories in which files were looked for.
+    /// The directories that were searched for files.
     pub directories: BTreeSet<PathBuf>,
 }
 
 /// A file of a configuration.
 struct File {
-    /// The name to print.
+    /// The name to show.
     name: String,
-    /// Which part of the text it is.
+    /// Its range in the joined text.
     bytes: Range<usize>,
 }
 
-/// A scalar that holds a `${…}`.
+/// A scalar that contains a `${…}`.
 pub(super) struct Secret {
-    /// Where it stands.
+    /// Its path.
     pub path: String,
-    /// As it was written.
+    /// The text as written.
     pub written: String,
-    /// What it is now.
+    /// The text after interpolation.
     pub whole: String,
-    /// What each `${…}` stood for.
+    /// The value of each `${…}`.
     pub pieces: Vec<String>,
 }
 
-/// Where a finding points to.
+/// What a finding points at.
 #[derive(Clone, Debug)]
 pub(super) enum Spot {
     /// The value at this path.
     Value(String),
     /// The key at this path.
     Key(String),
-    /// A part of the text at this path.
+    /// A part of the scalar at this path.
     Inside(String, Inside),
-    /// These bytes of all text.
+    /// These bytes of the joined text.
     Bytes(Range<usize>),
     /// The main file as a whole.
     File,
@@ -82,7 +82,7 @@ impl Spot {
     }
 }
 
-/// Something to be said of a file.
+/// One error or warning.
 #[derive(Clone, Debug)]
 pub(super) struct Finding {
     spot: Spot,
@@ -95,36 +95,36 @@ pub(super) struct Finding {
 }
 
 impl Finding {
-    /// An error at `spot`; the title says in a sentence what is wrong.
+    /// An error at `spot`; the title states the problem in a sentence.
     pub fn error(spot: Spot, title: impl Into<String>) -> Self {
         let title = title.into();
         Finding { spot, title, label: String::new(), also: None, help: None, warning: false, foreign: false }
     }
 
-    /// Something that works and is hardly meant.
+    /// A warning: valid, but probably a mistake.
     pub fn warning(spot: Spot, title: impl Into<String>) -> Self {
         Finding { warning: true, ..Finding::error(spot, title) }
     }
 
-    /// What stands beside the caret: what was expected there.
+    /// The text beside the caret: what was expected.
     pub fn label(mut self, label: impl Into<String>) -> Self {
         self.label = label.into();
         self
     }
 
-    /// A second place that belongs to it.
+    /// A second, related place.
     pub fn also(mut self, spot: Spot, label: impl Into<String>) -> Self {
         self.also = Some((spot, label.into()));
         self
     }
 
-    /// What to do.
+    /// How to fix it.
     pub fn help(mut self, help: impl Into<String>) -> Self {
         self.help = Some(help.into());
         self
     }
 
-    /// Advises the nearest of `known`, if one is near.
+    /// Suggests the most similar of `known`, if one is similar enough.
     pub fn nearest<'k>(self, wrong: &str, known: impl IntoIterator<Item = &'k str>) -> Self {
         match nearest(wrong, known) {
             Some(near) => self.help(format!("did you mean `{near}`?")),
@@ -132,13 +132,13 @@ impl Finding {
         }
     }
 
-    /// Its words come from code that knows nothing of secrets, so they are searched for parts of them.
+    /// Marks texts from code that does not know the secrets: they are searched for parts of secrets.
     pub fn foreign(mut self) -> Self {
         self.foreign = true;
         self
     }
 
-    /// The same of a text that is not the first: this number of bytes stands before it.
+    /// Shifts the position of a finding from a text that has this number of bytes before it.
     pub fn moved(mut self, by: usize) -> Self {
         let also = self.also.as_mut().map(|(spot, _)| spot);
         for spot in std::iter::once(&mut self.spot).chain(also) {
@@ -149,27 +149,27 @@ impl Finding {
         self
     }
 
-    /// Whether it is an error and no warning.
+    /// Whether it is an error, not a warning.
     pub fn is_error(&self) -> bool {
         !self.warning
     }
 
-    /// The path it stands at, if it has one.
+    /// Its path, if it has one.
     pub fn path(&self) -> Option<&str> {
         self.spot.path()
     }
 }
 
-/// The errors and warnings of a configuration, in the order in which they stand in its files.
+/// The errors and warnings of a configuration, in the order of their positions.
 ///
-/// Prints as rustc prints, without colour; see [`Report::render`] for colours.
+/// `Display` prints like rustc, without colour; see [`Report::render`] for colours.
 #[derive(Clone, Default)]
 pub struct Report {
     source: Arc<Source>,
     findings: Vec<Drawn>,
 }
 
-/// A finding with its places looked up and its secrets taken out.
+/// A finding with positions and without secrets.
 #[derive(Clone)]
 struct Drawn {
     spots: Vec<(Range<usize>, String)>,
@@ -183,35 +183,35 @@ impl Report {
         Report { source, findings: Vec::new() }.with(findings)
     }
 
-    /// The same report with more findings of the same file.
+    /// The same report with more findings about the same file.
     pub(super) fn with(&self, more: Vec<Finding>) -> Self {
         let source = Arc::clone(&self.source);
         let more = more.into_iter().map(|finding| source.place(finding));
         let mut findings: Vec<Drawn> = self.findings.iter().cloned().chain(more).collect();
-        // What an anchor brought to several places is wrong once only.
+        // An error in an anchored value is reported once, not at each alias.
         let mut seen = HashSet::new();
         findings.retain(|finding| seen.insert((finding.start(), finding.title.clone())));
         findings.sort_by_key(Drawn::start);
         Report { source, findings }
     }
 
-    /// A report with no place: the file could not be read.
+    /// A report without a position: the file could not be read.
     pub(super) fn unreadable(file: &str, title: String, help: &str) -> Self {
         let source = Source::of(file, "");
         Report::new(Arc::new(source), vec![Finding::error(Spot::File, title).help(help)])
     }
 
-    /// The directories in which files of the configuration were looked for, as far as it could be read.
+    /// The directories that were searched for files, as far as the configuration could be read.
     pub fn directories(&self) -> &BTreeSet<PathBuf> {
         &self.source.directories
     }
 
-    /// The files it is about.
+    /// The files of the report.
     pub(super) fn source(&self) -> Arc<Source> {
         Arc::clone(&self.source)
     }
 
-    /// How many errors and warnings there are.
+    /// Number of errors and warnings.
     pub fn len(&self) -> usize {
         self.findings.len()
     }
@@ -221,18 +221,17 @@ impl Report {
         self.findings.is_empty()
     }
 
-    /// How many errors there are.
+    /// Number of errors.
     pub fn errors(&self) -> usize {
         self.findings.iter().filter(|finding| !finding.warning).count()
     }
 
-    /// How many warnings there are; warnings alone refuse no file.
+    /// Number of warnings. Warnings alone do not reject a file.
     pub fn warnings(&self) -> usize {
         self.len() - self.errors()
     }
 
-    /// Draws everything, with the colours of a terminal or without, and ends with a line that counts.
-    /// Empty if nothing is wrong.
+    /// Draws all findings, with terminal colours or without, and a summary line. Empty if there are no findings.
     pub fn render(&self, color: bool) -> String {
         if self.is_empty() {
             return String::new();
@@ -249,7 +248,7 @@ impl Report {
         text
     }
 
-    /// The hash of what it says, in hexadecimal.
+    /// A hash of the texts, in hexadecimal.
     pub fn hash(&self) -> String {
         format!("{:016x}", xxhash_rust::xxh3::xxh3_64(self.to_string().as_bytes()))
     }
@@ -276,7 +275,7 @@ impl fmt::Display for Report {
     }
 }
 
-/// The same as `Display`: a report that a test unwraps should be read.
+/// Uses `Display`, so that a failed `unwrap` in a test shows a readable report.
 impl fmt::Debug for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         fmt::Display::fmt(self, f)
@@ -298,7 +297,8 @@ impl Drawn {
         if rest.is_empty() {
             group = group.element(Origin::path(source.name(None)));
         }
-        // What stands near by is drawn together, with the lines between: these must be few, for each finding has its own.
+        // Places close together are drawn as one block. The lines between them must be few because each finding
+        // repeats them.
         while let Some((first, _)) = rest.first() {
             let file = source.file(first.start);
             let near = first.start.saturating_sub(NEAR)..first.start.saturating_add(NEAR);
@@ -331,7 +331,7 @@ impl Source {
         source
     }
 
-    /// Adds a file, and tells at which byte of all text it begins.
+    /// Adds a file and returns its offset in the joined text.
     pub fn add(&mut self, name: &str, text: &str) -> usize {
         if !self.files.is_empty() {
             self.line_ends.push(self.text.len());
@@ -349,7 +349,7 @@ impl Source {
         self.files.iter().map(|file| &*file.name)
     }
 
-    /// The name of the file in which this byte stands, or that of the main one.
+    /// The name of the file with this byte; the main file for `None`.
     pub fn name(&self, at: Option<usize>) -> &str {
         match at {
             Some(at) => &self.file(at).name,
@@ -357,7 +357,7 @@ impl Source {
         }
     }
 
-    /// The name of the file in which this byte stands, and the number of its line there, from 1.
+    /// The name of the file with this byte, and its 1-based line.
     pub fn line(&self, at: usize) -> (&str, usize) {
         let file = self.file(at);
         let before = |at: usize| self.line_ends.partition_point(|&end| end < at);
@@ -369,14 +369,14 @@ impl Source {
         &self.files[behind.saturating_sub(1)]
     }
 
-    /// Looks up the places of a finding and takes secrets out of its words.
+    /// Looks up the positions of a finding and removes secrets from its texts.
     fn place(&self, finding: Finding) -> Drawn {
         let Finding { spot, mut title, label, also, mut help, warning, foreign } = finding;
         let mut spots = Vec::new();
         let mut secrets = self.secrets_at(&spot);
         match self.range(&spot) {
             Some(range) => spots.push((range, label)),
-            // Without a caret there is nothing that the label could stand beside.
+            // Without a caret, the label moves to the help.
             None => help = help.or(Some(label).filter(|label| !label.is_empty())),
         }
         if let Some(path) = self.unwritten(&spot) {
@@ -396,18 +396,18 @@ impl Source {
         Drawn { title: redact(title), help: help.map(redact), spots, warning }
     }
 
-    /// The secrets that words about `spot` may hold.
+    /// The secrets that texts about `spot` may contain.
     fn secrets_at(&self, spot: &Spot) -> Vec<&Secret> {
         let Some(path) = spot.path() else { return Vec::new() };
         self.secrets.iter().filter(|secret| secret.concerns(path)).collect()
     }
 
-    /// The path of a spot that does not stand in the file, such as a default's: the words must say where it would.
+    /// The path of a spot that is not in the file, such as a default; the text must then name the path.
     fn unwritten<'s>(&self, spot: &'s Spot) -> Option<&'s str> {
         spot.path().filter(|path| self.places.find(path).is_none_or(|found| !found.whole))
     }
 
-    /// The bytes to underline for a spot, none of them beyond its first line.
+    /// The bytes to underline: at most the first line of a spot.
     fn range(&self, spot: &Spot) -> Option<Range<usize>> {
         let range = match spot {
             Spot::Bytes(range) => range.clone(),
@@ -422,13 +422,13 @@ impl Source {
             }
             Spot::File => return None,
         };
-        // A reader may count a mark that lies behind the last character in bytes of its own.
+        // A parser may report a position behind the last character in units of its own.
         let start = self.text.floor_char_boundary(range.start);
         let line_end = self.text[start..].find(['\n', '\r']).map_or(self.text.len(), |at| start + at);
         Some(start..self.text.ceil_char_boundary(range.end.clamp(start, line_end)))
     }
 
-    /// The whole lines that hold all of `spots`: what is drawn need not be the whole file.
+    /// The whole lines around all `spots`, so that the renderer need not scan the whole file.
     fn window(&self, spots: &[&(Range<usize>, String)]) -> Range<usize> {
         let start = spots.iter().map(|(range, _)| range.start).min().unwrap_or_default();
         let end = spots.iter().map(|(range, _)| range.end).max().unwrap_or_default();
@@ -439,14 +439,14 @@ impl Source {
 }
 
 impl Secret {
-    /// Whether words about `path` may hold this: it stands there, or somewhere inside.
+    /// Whether texts about `path` may contain this secret: its value is at the path or inside it.
     fn concerns(&self, path: &str) -> bool {
         path::is_within(&self.path, path)
     }
 }
 
-/// Puts what was written in the place of each secret that stands in quotes. If some of a secret is left, which only
-/// foreign words can do, the words go as a whole.
+/// Replaces each quoted secret by what was written. If a part of a secret remains, which happens only in foreign
+/// texts, the whole text is replaced.
 fn redact(words: &str, secrets: &[&Secret], foreign: bool) -> String {
     let mut known = words.to_owned();
     let mut strange = words.to_owned();
@@ -466,12 +466,12 @@ fn redact(words: &str, secrets: &[&Secret], foreign: bool) -> String {
                 && strange.split(|c: char| !c.is_alphanumeric()).any(|word| word.len() >= 5 && piece.contains(word))
     };
     match secrets.iter().find(|secret| secret.pieces.iter().any(left)) {
-        Some(secret) => format!("what `{}` stands for does not fit here", secret.written),
+        Some(secret) => format!("the value of `{}` does not fit here", secret.written),
         None => known,
     }
 }
 
-/// Keeps words on one line and at a bearable length.
+/// Puts a text on one line and limits its length.
 fn tidy(words: &str) -> String {
     let mut tidy = String::with_capacity(words.len());
     for (at, c) in words.chars().enumerate() {
@@ -484,8 +484,8 @@ fn tidy(words: &str) -> String {
     tidy
 }
 
-/// Lines of a file as they may be shown. The renderer replaces all control characters but those of the second half,
-/// which may steer a terminal as well; what stands for them here is as long.
+/// Lines of a file, made safe for a terminal. The renderer replaces control characters except C1, which terminals
+/// also interpret; the replacement has the same length.
 fn printable(text: &str) -> Cow<'_, str> {
     if text.contains(is_c1) { text.replace(is_c1, "\u{b7}").into() } else { text.into() }
 }
@@ -567,8 +567,8 @@ mod tests {
     #[test]
     fn words_that_still_hold_a_part_of_a_secret_go() {
         let secret = secret("user:hunter2", "user:hunter2");
-        assert_eq!(redact("no host hunter2", &[&secret], true), "what `${S}` stands for does not fit here");
-        assert_eq!(redact("user:hunter2 is none", &[&secret], false), "what `${S}` stands for does not fit here");
+        assert_eq!(redact("no host hunter2", &[&secret], true), "the value of `${S}` does not fit here");
+        assert_eq!(redact("user:hunter2 is none", &[&secret], false), "the value of `${S}` does not fit here");
         assert_eq!(redact("`user:hunter2` has no port", &[&secret], true), "`${S}` has no port");
     }
 }

@@ -1,4 +1,4 @@
-//! `routes:`: which request goes where, and through which filters.
+//! `routes:`: which requests go to which upstream, and through which filters.
 
 pub mod mirror;
 pub mod retry;
@@ -20,54 +20,56 @@ pub use mirror::Mirror;
 pub use retry::Retry;
 pub use upgrade::Protocol;
 
-/// Requests of one kind and what becomes of them.
+/// A rule: which requests it matches and how they are handled.
 #[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Route {
-    /// Its name in metrics and logs.
+    /// The name in metrics and logs.
     pub name: String,
-    /// Which requests it takes. All of them if nothing is said.
+    /// The conditions for a request. Without any, the route matches all requests.
     #[serde(default, rename = "match")]
     pub matches: Match,
-    /// What is done to them, in order.
+    /// The filters, in order.
     #[serde(default)]
     pub filters: Vec<FilterEntry>,
-    /// For how long one call of a filter may wait: for the request, for a piece of a body, for the answer. The exchange
-    /// is then refused as `route.filter_timeout` (504), or cut if its answer has begun; no endpoint is accused.
+    /// Time limit for one filter call: for the request, for a chunk of a body, for the response. After it, the
+    /// exchange is refused as `route.filter_timeout` (504), or cut if the response has begun. It does not count as
+    /// a failure of the endpoint.
     #[serde(default = "Route::default_filter_timeout")]
     pub filter_timeout: Time,
-    /// Where they go; or see `upstreams`.
+    /// The destination. Alternative: `upstreams`.
     #[serde(default)]
     pub upstream: Option<String>,
-    /// Where they go, by weight; or see `upstream`.
+    /// Several destinations, by weight. Alternative: `upstream`.
     #[serde(default)]
     pub upstreams: Vec<Split>,
-    /// What is held back of the request and of the answer, so that a slow client holds no backend.
+    /// Buffering of requests and responses, so that a slow client does not occupy a backend.
     #[serde(default)]
     pub buffering: Buffering,
-    /// How long the client may take, and how fast it is served.
+    /// Time limits and rates of the client.
     #[serde(default)]
     pub client: Client,
-    /// From the last byte of the request to the last byte that comes from the upstream, all attempts included; longer
-    /// is answered 504, or cut. As long as it takes, if absent. Of a gRPC call it holds for the request, too. A
-    /// WebSocket has none once the upstream has agreed to it.
+    /// Time limit from the last byte of the request to the last byte from the upstream, all attempts included.
+    /// After it, the client gets 504, or the response is cut. Without a value there is no limit. For a gRPC call
+    /// it includes the request. A WebSocket has no limit once the upstream has accepted it.
     #[serde(default)]
     pub deadline: Option<Time>,
-    /// Whether a gRPC call is treated as one: neither side of it is held back.
+    /// Whether gRPC calls are streamed in both directions.
     #[serde(default)]
     pub grpc: Grpc,
-    /// What becomes of calls of gRPC-Web, which is what browsers speak.
+    /// How gRPC-Web calls, the form that browsers use, are handled.
     #[serde(default)]
     pub grpc_web: GrpcWeb,
-    /// Protocols besides HTTP that clients may ask for with `Upgrade` over HTTP/1.1, such as `tcp` or `SPDY/3.1`.
-    /// Behind the 101 of an endpoint they are a tunnel, with `timeouts.receive` of the upstream and no other limit. A
-    /// request for another one, and any over an upstream of HTTP/2, is an ordinary request. `h2c` cannot be among them.
+    /// Protocols besides HTTP that clients may switch to with `Upgrade` over HTTP/1.1, such as `tcp` or `SPDY/3.1`.
+    /// After the endpoint's 101 the connection is a tunnel, limited only by `timeouts.receive` of the upstream.
+    /// Requests for other protocols, and all requests to an HTTP/2 upstream, are handled as ordinary requests.
+    /// `h2c` is not allowed.
     #[serde(default = "Route::default_upgrades")]
     pub upgrades: Vec<Protocol>,
-    /// When a request that failed is sent again.
+    /// When a failed request is sent again.
     #[serde(default)]
     pub retry: Retry,
-    /// Whether another upstream gets copies.
+    /// Copies requests to another upstream.
     #[serde(default)]
     pub mirror: Option<Mirror>,
 }
@@ -82,61 +84,61 @@ impl Route {
     }
 }
 
-/// Whether a gRPC call is treated as one. It is a POST over HTTP/2 with `te: trailers` and the media type
-/// `application/grpc`, so that every client may make one of any request.
+/// Whether a request is handled as a gRPC call. A gRPC call is a POST over HTTP/2 with `te: trailers` and the media
+/// type `application/grpc`; any client can send one.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Grpc {
-    /// Where its upstream is asked over HTTP/2: neither side of it is held back, and `client.min_rate.read` does
-    /// not count.
+    /// If the upstream uses HTTP/2, gRPC calls are streamed in both directions, and `client.min_rate.read` does not
+    /// apply.
     #[default]
     Auto,
-    /// It is a request like any other.
+    /// They are handled as ordinary requests.
     Never,
 }
 
-/// What becomes of calls of gRPC-Web in their binary form (`application/grpc-web`, alone or with a suffix).
+/// How binary gRPC-Web calls (`application/grpc-web`, alone or with a suffix) are handled.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum GrpcWeb {
-    /// They pass as they are.
+    /// They pass unchanged.
     #[default]
     Pass,
-    /// Their upstream, which must be asked over HTTP/2, gets calls of gRPC. The trailers of its answers come at the end
-    /// of the body.
+    /// They are translated to gRPC; the upstream must use HTTP/2. The trailers of a response come at the end of its
+    /// body.
     Bridge,
 }
 
-/// One side of a split.
+/// One destination of a split.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Split {
-    /// The upstream.
+    /// The name of the upstream.
     pub name: String,
-    /// Its share of the requests, relative to its neighbours.
+    /// Its share of the requests, relative to the other weights.
     #[serde(default = "super::upstream::Endpoint::default_weight")]
     pub weight: NonZeroU32,
 }
 
-/// Which requests a route takes: all that is said must hold.
+/// Conditions for a request; all of them must hold.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Match {
-    /// Host names, exact (`shop.example.com`) or by suffix (`*.example.com`, any number of labels). Any, if empty.
-    /// Without port; lower-cased when read.
+    /// Host names without port, exact (`shop.example.com`) or by suffix (`*.example.com`, any number of labels).
+    /// Empty: any host. Compared in lower case.
     #[serde(deserialize_with = "lower_cased")]
     pub hosts: Vec<String>,
-    /// The path. Any, if absent.
+    /// The path. Without it: any path.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub path: Option<PathMatch>,
-    /// Methods, such as `GET`. Any, if empty.
+    /// Methods, such as `GET`. Empty: any method.
     pub methods: Vec<String>,
-    /// Headers by name; all must match.
+    /// Header fields by name; all must match.
     pub headers: BTreeMap<String, ValueMatch>,
     /// Query arguments by name; all must match.
     pub queries: BTreeMap<String, ValueMatch>,
-    /// A condition in CEL, such as `request.cookies["beta"] == "1"`, that is asked when all else matches; see
-    /// `conf/manual/expressions.md`. A route with one goes before one without.
+    /// A CEL condition, such as `request.cookies["beta"] == "1"`, evaluated after all other conditions match; see
+    /// `conf/manual/expressions.md`. A route with `when` has priority over one without.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub when: Option<String>,
 }
@@ -145,34 +147,34 @@ pub struct Match {
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum PathMatch {
-    /// This path and no other.
+    /// Exactly this path.
     Exact(String),
-    /// This path and what is below it, by whole segments: `/api` takes `/api` and `/api/v1`, not `/apis`.
+    /// This path and everything below it, by whole segments: `/api` matches `/api` and `/api/v1`, not `/apis`.
     Prefix(String),
-    /// Paths that this regular expression matches as a whole.
+    /// A regular expression that must match the whole path.
     Regex(String),
 }
 
-/// A condition on the value of a header or a query argument.
+/// A condition on the value of a header field or a query argument.
 #[derive(Clone, PartialEq, Eq, Hash, Serialize, JsonSchema)]
 #[serde(untagged)]
 #[schemars(deny_unknown_fields)]
 pub enum ValueMatch {
     /// Exactly this value.
     Exact(String),
-    /// Values that this regular expression matches as a whole.
+    /// A regular expression that must match the whole value.
     Regex {
         /// The regular expression.
         regex: String,
     },
-    /// Whether it is there at all.
+    /// Whether it must be present.
     Present {
-        /// `true`: it must be there; `false`: it must not.
+        /// `true`: it must be present; `false`: it must be absent.
         present: bool,
     },
 }
 
-/// Shows no value: what a header must hold may be a secret.
+/// Hides the values: the expected value of a header may be a secret.
 impl fmt::Debug for ValueMatch {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
@@ -190,7 +192,7 @@ fn lower_cased<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<String>
 
 impl<'de> Deserialize<'de> for PathMatch {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        /// All the keys there are, so that an unknown one is found as in any other map.
+        /// All possible keys, so that an unknown one is reported like in any other map.
         #[derive(Deserialize)]
         #[serde(deny_unknown_fields, expecting = "`{ exact: … }`, `{ prefix: … }` or `{ regex: … }`")]
         struct Written {
@@ -245,32 +247,31 @@ impl<'de> Visitor<'de> for ValueCondition {
     }
 }
 
-/// What is held back of each direction. WebSockets and gRPC calls (see `grpc`) are streamed.
+/// Buffering per direction. WebSockets and gRPC calls (see `grpc`) are streamed.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Buffering {
     /// The request body, on its way to the upstream.
     pub request: RequestBuffering,
-    /// The answer, on its way to the client.
+    /// The response, on its way to the client.
     pub response: ResponseBuffering,
 }
 
-/// How much of a request body is here before an upstream is asked.
+/// How much of a request body is buffered before an upstream is chosen.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct RequestBuffering {
-    /// `auto`: a body is held back until it is whole, for which one that is here at once need not wait; what does not
-    /// fit is streamed. `full`: the same, but what does not fit is refused. `stream`: none is held back.
+    /// `auto`: a body is sent once it is complete; a body that does not fit is streamed. `full`: the same, but a
+    /// body that does not fit is refused. `stream`: nothing is buffered.
     pub mode: BufferMode,
-    /// Bytes of one body that are held in memory; what is beyond goes to disk.
+    /// Memory per body; the rest goes to disk.
     pub memory: Size,
-    /// Bytes of one body that are held on disk. One that does not fit into this and `memory` is streamed with `auto`;
-    /// with `full` it is refused with 413, unless `on_disk_full` is `stream`.
+    /// Disk space per body. A body that exceeds `memory` and `disk` together is streamed with `auto`; with `full`
+    /// it gets 413, unless `on_disk_full` is `stream`.
     pub disk: Size,
-    /// The longest request body. A longer one is refused with 413, before a byte of it is read if its length is
-    /// known.
+    /// Longest request body. A longer one gets 413; if its length is declared, before any of it is read.
     pub max_body: Size,
-    /// What happens to a body for which there is no room left on the disk, or in `resources.disk`.
+    /// What happens if the disk, or `resources.disk`, has no room for a body.
     pub on_disk_full: OnDiskFull,
 }
 
@@ -286,17 +287,17 @@ impl Default for RequestBuffering {
     }
 }
 
-/// How much of an answer is held for a client that does not take it.
+/// How much of a response is buffered for a slow client.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct ResponseBuffering {
-    /// `auto`: bytes leave at once, and what the client does not take is held back. `full`: nothing leaves before the
-    /// answer is whole, if there is room for it. `stream`: the upstream waits for the client. Server-sent events and
-    /// answers with `X-Accel-Buffering: no` are always streamed.
+    /// `auto`: bytes are sent at once, and those that the client does not take are buffered. `full`: sending starts
+    /// when the response is complete, as far as it fits. `stream`: the upstream waits for the client. Server-sent
+    /// events and responses with `X-Accel-Buffering: no` are always streamed.
     pub mode: BufferMode,
-    /// Bytes of one answer that are held in memory; what is beyond goes to disk.
+    /// Memory per response; the rest goes to disk.
     pub memory: Size,
-    /// Bytes of one answer that are held on disk; once they are full, the upstream waits for the client.
+    /// Disk space per response; when it is used up, the upstream waits for the client.
     pub disk: Size,
 }
 
@@ -306,47 +307,47 @@ impl Default for ResponseBuffering {
     }
 }
 
-/// When bytes are held back.
+/// When a body is buffered.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum BufferMode {
-    /// When the client is slow.
+    /// While the client is slow.
     #[default]
     Auto,
-    /// Always, until the last one is here.
+    /// Until the body is complete.
     Full,
     /// Never.
     Stream,
 }
 
-/// What happens to a request body for which there is no room on disk.
+/// What happens to a request body if the disk is full.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum OnDiskFull {
-    /// It is refused with 503 and `Retry-After`.
+    /// The request gets 503 with `Retry-After`.
     #[default]
     Refuse,
-    /// It is streamed: what is here goes on, and the upstream waits for the rest.
+    /// The body is streamed: the buffered part is sent, and the upstream waits for the rest.
     Stream,
 }
 
-/// How long the client of an exchange may take, and how fast it is served.
+/// Time limits and rates of an exchange's client.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Client {
-    /// For the whole request body; longer is refused with 408.
+    /// Time limit for the whole request body. After it, the request gets 408.
     pub body_total: Time,
-    /// Between two pieces of the request body; longer is refused with 408.
+    /// Time limit between two chunks of the request body. After it, the request gets 408.
     pub body_idle: Time,
-    /// Between two pieces of the response that it takes; longer, and the connection is cut.
+    /// Time limit between two writes that the client accepts. After it, the connection is closed.
     pub write_idle: Time,
-    /// What it means that a client of HTTP/1 closes its sending side while it waits for its answer. `answer`: it
-    /// has sent all that it wants to send, and gets its answer. `abort`: it is gone, and the upstream is let go. A
-    /// reset always means that it is gone.
+    /// How a FIN from an HTTP/1 client is interpreted while it waits for its response. `answer`: the client has
+    /// only finished sending and gets its response. `abort`: the client is gone, and the upstream request is
+    /// cancelled. A reset always means that the client is gone.
     pub half_close: HalfClose,
-    /// How slow it may be in the long run.
+    /// The least average speed of the client.
     pub min_rate: MinRate,
-    /// How fast an answer is sent to it. As fast as it takes it, if absent.
+    /// Limits the sending rate of responses. Without it, there is no limit.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub limit_rate: Option<LimitRate>,
 }
@@ -364,28 +365,28 @@ impl Default for Client {
     }
 }
 
-/// What the end of a client's sending side means behind a complete request (RFC 9112 §9.6).
+/// What a client's FIN behind a complete request means (RFC 9112 §9.6).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum HalfClose {
-    /// The client waits for its answer.
+    /// The client waits for its response.
     #[default]
     Answer,
     /// The client is gone.
     Abort,
 }
 
-/// How slow a client may be in the long run. Whoever keeps the rate may take as long as it likes; whoever is slower
-/// lives on its grace. Time in which nobody waits for the client does not count.
+/// The least average speed of a client. A slower client uses up its grace. Time in which Forebay does not wait for
+/// the client does not count.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct MinRate {
-    /// At which the request body must come; slower is refused with 408. `0B/s`: however slow.
+    /// Rate of the request body. A slower one gets 408. `0B/s`: no minimum.
     pub read: ByteRate,
-    /// At which the client must take its answer; slower, and the connection is cut. `0B/s`: however slow.
+    /// Rate at which the client takes its response. A slower connection is closed. `0B/s`: no minimum.
     pub write: ByteRate,
-    /// How far it may fall behind: waiting for the client uses this up, and each byte gives back the time that it
-    /// takes at the minimum rate, up to the whole of it.
+    /// How far the client may fall behind: waiting for the client uses up the grace, and each byte gives back its
+    /// time at the minimum rate, up to the full grace.
     pub grace: Time,
 }
 
@@ -395,13 +396,13 @@ impl Default for MinRate {
     }
 }
 
-/// How fast an answer is sent.
+/// The sending rate of responses.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct LimitRate {
-    /// Bytes a second of each answer.
+    /// Bytes per second, for each response.
     pub rate: ByteRate,
-    /// Bytes of each answer that are sent before the limit holds.
+    /// Bytes of each response that are sent before the limit applies.
     #[serde(default = "LimitRate::after")]
     pub after: Size,
 }

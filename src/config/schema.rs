@@ -1,6 +1,6 @@
-//! The JSON Schema of a configuration, for editors: completion, docs and errors while typing.
+//! The JSON Schema of a configuration: completion, docs and errors in editors.
 //!
-//! It is derived from the types; only the filters, which the types do not know, and `${…}` are put in afterwards.
+//! It is derived from the types. Filters, whose types are registered at run time, and `${…}` are added afterwards.
 
 use schemars::generate::SchemaSettings;
 use serde_json::{Map, Value, json};
@@ -8,12 +8,12 @@ use serde_json::{Map, Value, json};
 use super::Config;
 use super::filter::{FilterEntry, FilterKind};
 
-/// A file as it is given to people: its first line tells editors where they find the schema.
+/// The text with a first line that tells editors where the schema is.
 pub fn with_schema(text: &str) -> String {
     format!("# yaml-language-server: $schema=forebay.schema.json\n{text}")
 }
 
-/// The JSON Schema (draft 2020-12) of a configuration that may name these filters.
+/// The JSON Schema (draft 2020-12) of a configuration with these filters.
 pub fn schema(kinds: &[FilterKind]) -> Value {
     let mut generator = SchemaSettings::draft2020_12().into_generator();
     let filters: Vec<Value> = kinds
@@ -36,7 +36,7 @@ pub fn schema(kinds: &[FilterKind]) -> Value {
         allow_interpolation(filter);
     }
     schema["title"] = "Forebay".into();
-    // A file is a part of a configuration, and the others may have what it lacks.
+    // A file may be only a part of a configuration, so no top-level key is required.
     schema.as_object_mut().map(|whole| whole.remove("required"));
     schema["$defs"]["Filter"] = filters;
     describe_choices(&mut schema);
@@ -48,7 +48,7 @@ pub fn schema(kinds: &[FilterKind]) -> Value {
     schema
 }
 
-/// Gives what is said of a choice that is a map of one key to that key, where an editor looks for it.
+/// Copies the description of a choice to its key, where editors look for it.
 fn describe_choices(schema: &mut Value) {
     match schema {
         Value::Array(schemas) => schemas.iter_mut().for_each(describe_choices),
@@ -66,7 +66,7 @@ fn describe_choices(schema: &mut Value) {
     }
 }
 
-/// Lets `${…}` stand wherever a number, a boolean or a choice stands; where any text may, it may already.
+/// Allows `${…}` wherever a number, a boolean or a choice is expected. Text allows it already.
 fn allow_interpolation(schema: &mut Value) {
     match schema {
         Value::Array(schemas) => schemas.iter_mut().for_each(allow_interpolation),
@@ -76,7 +76,7 @@ fn allow_interpolation(schema: &mut Value) {
 }
 
 fn allow_in_object(node: &mut Map<String, Value>) {
-    // `oneOf` would refuse a text that two alternatives allow.
+    // `oneOf` would reject a text that matches two alternatives.
     if let Some(alternatives) = node.remove("oneOf") {
         node.insert("anyOf".to_owned(), alternatives);
     }
@@ -113,7 +113,7 @@ fn interpolated() -> Value {
     json!({ "$ref": "#/$defs/Interpolated" })
 }
 
-/// Whether a schema is of scalars and would refuse `${…}`.
+/// Whether a schema is for scalars and would reject `${…}`.
 fn is_restricted(schema: &Value) -> bool {
     let scalar = |kind: &Value| ["integer", "number", "boolean"].iter().any(|scalar| kind == scalar);
     match schema.get("type") {

@@ -1,4 +1,4 @@
-//! `server:` and the keys beside it that hold for the whole process.
+//! `server:` and the other keys that apply to the whole process.
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
@@ -12,41 +12,41 @@ use serde::{Deserialize, Serialize, Serializer};
 use super::text::Text;
 use super::units::{Count, FileMode, Percent, Size, Time};
 
-/// How the process runs.
+/// Settings of the process.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Server {
-    /// Worker threads: `auto` is one for each core that the process may use, by its affinity and by the CPU quota of
-    /// its cgroup.
+    /// Worker threads: `auto` is one per core that the process may use, according to its CPU affinity and the CPU
+    /// quota of its cgroup.
     pub threads: Threads,
-    /// Whom Forebay becomes once it has bound its ports and read its keys, as root: a name or a number. That user must
-    /// be able to read certificates and keys when they are renewed, and to write to `spool_dir` and to the access log.
+    /// The user, by name or number, that Forebay switches to from root after it has bound its ports and read its
+    /// keys. That user needs read access to renewed certificates and keys, and write access to `spool_dir` and the
+    /// access log.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub user: Option<String>,
-    /// Lets idle workers take tasks from busy ones. Off: a connection stays with its worker, which is cheaper and
-    /// fairer.
+    /// Lets idle workers take tasks from busy ones. Without it, a connection stays on its worker, which is cheaper
+    /// and fairer.
     pub work_stealing: bool,
-    /// Idle connections to upstreams that are kept, over all upstreams. Keep it above the concurrency you expect.
+    /// Idle upstream connections that are kept, all upstreams together. Set it above the expected concurrency.
     pub keepalive_pool: Count,
-    /// The directory where spools keep what memory is too small for, in files without a name (mode 0600): nothing of
-    /// them outlives the process. It must exist and Forebay must be able to write there.
+    /// The directory for bodies that do not fit into memory, in unnamed files (mode 0600) that vanish with the
+    /// process. It must exist and be writable.
     pub spool_dir: String,
-    /// Threads that write and read those files, so that no worker waits for a disk: from 1 to 64.
+    /// Threads for disk reads and writes, so that no worker blocks on a disk: from 1 to 64.
     pub disk_threads: Count,
-    /// Pieces of work that may wait for those threads; exchanges that would add one wait meanwhile. From 1 to a
-    /// million.
+    /// Disk operations that may be queued; when the queue is full, exchanges wait. From 1 to a million.
     pub disk_queue: Count,
-    /// How far those threads give way to all else that wants the CPU (nice(2)): from 0, as the workers, to 19. Beside
-    /// one busy program at 10, a thread gets a tenth of its core; at 19, a seventieth, and responses wait for the disk.
+    /// The nice(2) value of the disk threads: from 0, like the workers, to 19. Next to one busy program, a thread
+    /// with 10 gets a tenth of its core; with 19, a seventieth, and responses wait for the disk.
     pub disk_nice: Count,
-    /// Who may use the open files that the process may have.
+    /// How the open files of the process are shared out.
     pub open_files: OpenFiles,
     /// What happens on SIGTERM.
     pub shutdown: Shutdown,
-    /// What happens on SIGUSR2, and by `forebay upgrade`.
+    /// What happens on SIGUSR2 and with `forebay upgrade`.
     pub upgrade: Upgrade,
-    /// A file that holds the number of the process that serves: written once it does, by the user that Forebay runs as,
-    /// and removed when it ends. A process that takes over writes its own number.
+    /// A file with the PID of the serving process. Forebay writes it as `user` once it is ready and removes it when
+    /// it exits. After a takeover, the new process writes its own PID.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub pid_file: Option<String>,
 }
@@ -70,14 +70,14 @@ impl Default for Server {
     }
 }
 
-/// Who may use the open files that the process may have (`ulimit -Hn`), besides those that Forebay itself needs. What
-/// is left is for connections to backends, the admin endpoint and name look-ups; at least a tenth.
+/// How the open files of the process (`ulimit -Hn`) are shared out, after those that Forebay itself needs. The
+/// rest, at least a tenth, is for connections to backends, the admin endpoint and name resolution.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct OpenFiles {
-    /// Connections of clients, over all listeners. While open files run short for all, none is accepted.
+    /// Client connections, all listeners together. When open files run out, accepting pauses.
     pub clients: Percent,
-    /// Files of bodies that memory is too small for, one each.
+    /// Spool files, one per body that does not fit into memory.
     pub spools: Percent,
 }
 
@@ -148,15 +148,15 @@ impl JsonSchema for Threads {
     }
 }
 
-/// The order of a graceful stop: not ready, pause, no new connections, in-flight exchanges end, exit.
+/// Graceful stop, in order: not ready, pause, listeners close, active exchanges finish, exit.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Shutdown {
-    /// Time between `/readyz` turning 503 and the listeners closing, for load balancers to notice: longer than they
-    /// take to find out. Meanwhile all is served, and every answer says that its connection ends: by `Connection:
-    /// close`, or GOAWAY.
+    /// Time between `/readyz` turning 503 and the listeners closing, so that load balancers notice: set it longer
+    /// than their check interval. Meanwhile all requests are served, and every response ends its connection with
+    /// `Connection: close` or GOAWAY.
     pub pause: Time,
-    /// Time given to exchanges in flight, after which they are cut; the log has a line of each.
+    /// Time for active exchanges to finish. After it, they are cut, and the log has a line for each.
     pub deadline: Time,
 }
 
@@ -166,17 +166,18 @@ impl Default for Shutdown {
     }
 }
 
-/// A new process takes over: it is started, loads its configuration, is ready, accepts connections; then this one ends
-/// what it has under way, for at most `shutdown.deadline`.
+/// A new process takes over: it starts, loads its configuration, becomes ready and accepts connections. The old one
+/// then finishes its active exchanges, for at most `shutdown.deadline`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Upgrade {
-    /// How long the new process may take until it is ready; then it is ended and this one serves on. At most 10m.
+    /// Time for the new process to become ready. After it, the new process is stopped and the old one continues. At
+    /// most 10m.
     pub deadline: Time,
-    /// How long connections without a request stay open once another process serves: the answer to the next request
-    /// says that it is the last. A request that crosses the end of its connection would be lost.
+    /// Time that idle connections stay open after a takeover. The response to the next request closes the
+    /// connection. Closing earlier could lose a request that is already on its way.
     pub idle: Time,
-    /// Older processes that may still be ending what they have under way when another upgrade is begun; from 1 to 64.
+    /// Limit on older processes that are still finishing when another upgrade begins; from 1 to 64.
     pub processes: Count,
 }
 
@@ -186,35 +187,34 @@ impl Default for Upgrade {
     }
 }
 
-/// What all spools together may hold, and what happens as their memory runs out.
+/// Limits on all buffered bodies together, and what happens when memory runs short.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Resources {
-    /// Bytes of bodies in memory, on their way to and from the disk included, of both directions and all routes; at
-    /// least 1MiB. `auto` is a quarter of what the cgroup allows, or the machine has. A route whose own `memory` is
-    /// larger and is not written is held to this.
+    /// Memory for bodies, all routes and both directions together, including data on its way to and from the disk;
+    /// at least 1MiB. `auto` is a quarter of the cgroup's limit or of the machine's memory. It also caps a route's
+    /// default `memory`.
     #[serde(deserialize_with = "super::memory::read")]
     #[schemars(with = "super::memory::Memory")]
     pub memory: Size,
-    /// Bytes of bodies in spool files, of both directions and all routes; `0B`: nothing is written to disk. A route
-    /// whose own `disk` is larger and is not written is held to this.
+    /// Disk space for bodies, all routes and both directions together; `0B`: nothing is written to disk. It also
+    /// caps a route's default `disk`.
     pub disk: Size,
-    /// Of memory and of disk, what responses may have together; the rest is for request bodies alone. The endpoint of a
-    /// response that finds no room waits for its client. The fuller it is, the less one response may have, so that the
-    /// slowest clients are the first whose endpoints wait.
+    /// The share of memory and disk that responses may use; the rest is reserved for request bodies. If a response
+    /// gets no room, its endpoint waits for the client. The fuller the store, the less a single response may use,
+    /// so that the slowest clients are limited first.
     pub responses: Percent,
-    /// Of what all bodies in one direction may have, what those of one client address may have, of which as much
-    /// counts as `ipv4_prefix` and `ipv6_prefix` say. The more others have, the less it is: so much in proportion to
-    /// what is free. A request body that finds no room is refused with 429, a response waits. Clients of trusted
-    /// proxies are told apart by their own address.
+    /// The share of one direction's limit that one client address may use (see `ipv4_prefix` and `ipv6_prefix`). It
+    /// shrinks in proportion to the free space as others use more. A request body without room gets 429; a response
+    /// waits. Clients behind trusted proxies count by their own address.
     pub per_client: Percent,
-    /// What is done as the memory runs out; what is not listed is never done.
+    /// What happens as memory runs short; measures that are not listed are never taken.
     pub on_pressure: Vec<Rung>,
-    /// How long a request body may wait for memory, after which it is refused with 503; and how long one of either
-    /// direction may wait for the disk. Answers wait for their client, who makes room.
+    /// How long a request body may wait for memory before it gets 503, and how long a body of either direction may
+    /// wait for the disk. A response waits for its client, which makes room.
     pub pause: Time,
-    /// While many exchanges move much they take turns, so that small ones need not wait; new connections do the same
-    /// while many come. A turn that has not come after this time is given, whatever it costs others.
+    /// Exchanges that move much data take turns while there are many, so that small ones need not wait; so do new
+    /// connections. This is the longest wait for a turn.
     pub turn: Time,
 }
 
@@ -232,57 +232,57 @@ impl Default for Resources {
     }
 }
 
-/// What is done as the memory for bodies runs out.
+/// What happens as memory for bodies runs short.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Rung {
-    /// What is in memory goes to disk, though its route would let it stay.
+    /// Bodies are written to disk even if their route's memory limit is not reached.
     Spill,
-    /// Nothing more is read from the side that floods.
+    /// Reading pauses on the connection that fills the memory.
     Pause,
-    /// New exchanges are refused with 503 and `Retry-After`.
+    /// New exchanges get 503 with `Retry-After`.
     Shed,
 }
 
-/// Which headers tell the upstream who the client is.
+/// The header fields that tell the upstream who the client is.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Forwarded {
     /// `X-Forwarded-For`, `-Proto`, `-Host` and `-Port`.
     #[default]
     XForwarded,
-    /// `Forwarded` of RFC 7239.
+    /// `Forwarded` (RFC 7239).
     Rfc7239,
     /// Both.
     Both,
 }
 
-/// The admin endpoint: `/metrics`, `/healthz`, `/readyz` and more; `/` lists it all.
+/// The admin endpoint: `/metrics`, `/healthz`, `/readyz` and more; `/` lists all pages.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Admin {
-    /// Whether there is one.
+    /// Enables the admin endpoint.
     pub enabled: bool,
-    /// Where it listens: loopback unless told otherwise.
+    /// The address to listen on; by default loopback.
     pub address: super::Address,
-    /// Who may connect to its unix socket: the owner and the group, unless told otherwise.
+    /// File mode of the unix socket; by default the owner and the group may connect.
     pub mode: FileMode,
-    /// Names of hosts under which it is asked, without ports. Addresses, `localhost`, the host of `address` and the
-    /// name of this machine need not be listed. A request for any other host is refused: a page on the web may have
-    /// pointed its own name here.
+    /// Additional host names for requests, without ports. IP addresses, `localhost`, the host of `address` and the
+    /// machine's name are always allowed. Requests for other hosts are refused, which stops DNS rebinding: a web
+    /// page whose own name resolves to this address.
     pub hosts: Vec<String>,
-    /// The secret that every request must carry, as `Authorization: Bearer …` or as the password of `Basic`; `/healthz`
-    /// and `/readyz` need none. Without it every client that can connect may look, and every client on this machine may
-    /// change things.
+    /// A secret that every request must carry, as `Authorization: Bearer …` or as the `Basic` password; `/healthz`
+    /// and `/readyz` need none. Without a token, every client that can connect may read, and every client on this
+    /// machine may make changes.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub token: Option<String>,
-    /// TLS, as of a listener.
+    /// TLS, as for a listener.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub tls: Option<super::listener::Tls>,
-    /// Connections that may be open at once; fewer where open files are few. A new one takes the place of the one that
-    /// has waited longest for a request.
+    /// Open connections; fewer if open files are scarce. A new connection replaces the one that has been idle
+    /// longest.
     pub connections: Count,
-    /// Answers that go on, such as that of the status page, which may be under way at once: from 1 to 1,024.
+    /// Active streaming responses, such as that of the status page: from 1 to 1,024.
     pub streams: Count,
 }
 
@@ -302,54 +302,54 @@ impl Default for Admin {
     }
 }
 
-/// What is logged and counted.
+/// Logs, metrics and traces.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Observability {
-    /// One line per exchange.
+    /// The access log: one line per exchange.
     pub access_log: AccessLog,
-    /// Limits of `/metrics`.
+    /// Limits for `/metrics`.
     pub metrics: MetricsLimits,
-    /// How the workers' loops are looked after.
+    /// Monitoring of the workers' event loops.
     pub event_loop: EventLoop,
-    /// Spans of exchanges, for a collector.
+    /// Trace spans of exchanges, sent to a collector.
     pub tracing: Tracing,
 }
 
-/// Spans of exchanges: where they go, and of which exchanges there are any.
+/// Trace spans: the collector, and which exchanges are recorded.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Tracing {
-    /// Where a collector takes OTLP over HTTP, such as `http://127.0.0.1:4318`; `/v1/traces` is added where there is no
-    /// path. `off`: there are no spans, and `traceparent` passes as it came.
+    /// The OTLP/HTTP endpoint of a collector, such as `http://127.0.0.1:4318`; `/v1/traces` is added if there is no
+    /// path. `off`: no spans, and `traceparent` passes unchanged.
     pub endpoint: String,
-    /// Of the traces that begin here, the share that is recorded. One that began elsewhere is recorded if its parent
+    /// The share of traces started here that are recorded. A trace that started elsewhere is recorded if its parent
     /// is.
     pub sample: Percent,
-    /// Whose `traceparent` is believed, and so may say that a trace is recorded; that of others is replaced by a new
-    /// one.
+    /// The peers whose `traceparent` is trusted, including its decision to record a trace. For others, a new trace
+    /// starts.
     pub parent: Parent,
-    /// What spans have of the query of a request.
+    /// What spans contain of the query of a request.
     pub query: Query,
     /// The name of this service in traces.
     pub service_name: String,
-    /// Header fields of each export, such as a key of the collector.
+    /// Header fields of each export request, such as an API key of the collector.
     pub headers: BTreeMap<String, String>,
-    /// How long an export may take, retries included; and how long the last one, when Forebay stops.
+    /// Time limit for an export, retries included, and for the last one at shutdown.
     pub timeout: Time,
-    /// Exchanges whose spans may wait to be exported; those of further ones are dropped and counted. From 1 to 100k.
+    /// Exchanges whose spans may wait for export; further ones are dropped and counted. From 1 to 100k.
     pub queue: Count,
-    /// For how long spans gather before they are exported: up to a minute.
+    /// How long spans are collected before an export: up to a minute.
     pub interval: Time,
-    /// Further attributes of the span of each exchange by name; one that is empty is left out.
+    /// Additional attributes of each exchange's span, by name; empty values are omitted.
     pub attributes: BTreeMap<String, Text>,
 }
 
 impl Tracing {
-    /// What `endpoint` says where there are no spans.
+    /// The value of `endpoint` that turns tracing off.
     pub const OFF: &str = "off";
 
-    /// Whether there are spans.
+    /// Whether tracing is on.
     pub fn is_on(&self) -> bool {
         self.endpoint != Tracing::OFF
     }
@@ -372,37 +372,38 @@ impl Default for Tracing {
     }
 }
 
-/// What is kept of the query of a request, in which there may be secrets.
+/// What is recorded of the query of a request, which may contain secrets.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Query {
     /// All of it.
     #[default]
     Keep,
-    /// Nothing, from the `?` on.
+    /// Nothing from the `?` on.
     Drop,
 }
 
-/// Whose `traceparent` is believed.
+/// The peers whose `traceparent` is trusted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Parent {
-    /// Everyone's, so that a trace shows the client's side, too. Then everyone can have any number of exchanges
+    /// All peers. A trace then includes the client's side, but any client can have any number of exchanges
     /// recorded.
     Always,
-    /// That of `trusted_proxies`.
+    /// The peers in `trusted_proxies`.
     TrustedProxies,
-    /// Nobody's: all traces begin here.
+    /// No peers: all traces start here.
     Never,
 }
 
-/// How the workers' loops are looked after.
+/// Monitoring of the workers' event loops.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct EventLoop {
-    /// A worker that is late by more is stalled: it is counted, and the log names what holds it up. Above `heartbeat`.
+    /// A worker that is late by more than this counts as stalled: it is counted, and the log names the cause. Must
+    /// exceed `heartbeat`.
     pub stall_threshold: Time,
-    /// Every worker is asked for a sign of life this often: from 1ms to 1s.
+    /// How often each worker is probed: from 1ms to 1s.
     pub heartbeat: Time,
 }
 
@@ -416,20 +417,21 @@ impl Default for EventLoop {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct AccessLog {
-    /// How a line looks.
+    /// The format of a line.
     pub format: LogFormat,
     /// `stdout`, `stderr`, `off`, or a file, which is reopened on SIGUSR1.
     pub path: String,
-    /// What a line has of the query of the request, and of that of its `Referer`.
+    /// What a line contains of the query of the request and of its `Referer`.
     pub query: Query,
     /// Lines that may wait for the writer; further ones are dropped and counted.
     pub queue: Count,
-    /// Further fields by name, such as `tenant: { cel: 'request.headers["x-tenant"]' }`; one that is empty is left out.
+    /// Additional fields by name, such as `tenant: { cel: 'request.headers["x-tenant"]' }`; empty values are
+    /// omitted.
     pub fields: BTreeMap<String, Text>,
 }
 
 impl AccessLog {
-    /// What every line has, in one format or the other: no further field can have such a name.
+    /// The fields of every line, in either format: additional fields cannot use these names.
     pub const FIELDS: &[&str] = &[
         "time",
         "listener",
@@ -476,21 +478,21 @@ impl Default for AccessLog {
     }
 }
 
-/// How a line of the access log looks.
+/// The format of an access log line.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum LogFormat {
-    /// One JSON object with every phase's milliseconds.
+    /// One JSON object, with the milliseconds of every phase.
     Json,
-    /// The combined format of Apache and nginx, with the phases behind it.
+    /// The combined format of Apache and nginx, followed by the phases.
     Combined,
 }
 
-/// Limits of `/metrics`.
+/// Limits for `/metrics`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct MetricsLimits {
-    /// Series that routes may have between them; routes beyond it are counted together as `_other`.
+    /// Limit on the series of all routes; routes beyond it are counted together as `_other`.
     pub max_series: Count,
 }
 

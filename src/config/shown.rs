@@ -1,7 +1,7 @@
-//! A configuration as it may be shown: everything that is in effect, without secrets.
+//! The effective configuration without secrets, for display.
 //!
-//! What came in by `${…}` is shown as it is written in the file, for it may be a secret. What is secret by its key is
-//! left out even if it is written in the file.
+//! Interpolated values are shown as written (`${…}`), since they may be secrets. Values of keys that hold secrets
+//! are hidden even if they are in the file.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -11,22 +11,22 @@ use serde_json::Value;
 use super::{Config, Report};
 use crate::error::path::{Step, is_within, steps};
 
-/// What stands in the place of a secret.
+/// The text shown instead of a secret.
 pub const REDACTED: &str = "<redacted>";
 
-/// The keys of secrets, wherever they are.
+/// The keys whose values are secrets, at any path.
 const SECRET_KEYS: [&str; 6] = ["secret", "secrets", "token", "tokens", "password", "passwords"];
 
 impl Config {
-    /// What is in effect, defaults among it, without secrets.
+    /// The effective values, defaults included, without secrets.
     pub fn shown(&self) -> Value {
-        // Not reached, the error: it is made of structs and maps whose keys are text.
+        // The error cannot happen: the value consists of structs and maps with text keys.
         let mut whole = serde_json::to_value(self).unwrap_or_default();
         self.conceal("", &mut whole);
         whole
     }
 
-    /// Takes secrets out of `value`, which is what is in effect at this path.
+    /// Hides secrets in `value`, the effective value at this path.
     pub fn conceal(&self, path: &str, value: &mut Value) {
         for secret in self.source.secrets.iter().filter(|secret| is_within(&secret.path, path)) {
             if let Some(value) = find(value, &secret.path[path.len()..]) {
@@ -68,7 +68,7 @@ fn find<'v>(value: &'v mut Value, path: &str) -> Option<&'v mut Value> {
     })
 }
 
-/// Takes out what is secret by its key; `binding`: this is the key of an account (`acme.*.eab`).
+/// Hides values whose key marks them as secret; `binding`: the key of an ACME account (`acme.*.eab`).
 fn hide(value: &mut Value, binding: bool) {
     match value {
         Value::Object(entries) => {
@@ -86,7 +86,7 @@ fn hide(value: &mut Value, binding: bool) {
 
 fn redact(value: &mut Value) {
     match value {
-        // As it is written in the file, such as `${TOKEN}`: what it stands for is not shown.
+        // Shown as written in the file, such as `${TOKEN}`.
         Value::String(text) if text.contains("${") => {}
         Value::String(text) => *text = REDACTED.to_owned(),
         Value::Array(items) => items.iter_mut().for_each(redact),

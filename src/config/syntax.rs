@@ -1,4 +1,4 @@
-//! Text to YAML: what is no YAML at all, what stands twice, and what can be no configuration.
+//! Parses text to YAML, and rejects invalid YAML, duplicate keys and values that cannot be a configuration.
 
 use std::ops::Range;
 use std::string::FromUtf8Error;
@@ -9,11 +9,11 @@ use serde_yaml::{Mapping, Value};
 use super::place::{Places, Stop, Why};
 use super::report::{Finding, Spot};
 
-/// What is no YAML is read a second time for better words about it, if it has at most so many bytes and brackets: that
-/// reader's time grows with the product of both.
+/// Invalid YAML is parsed a second time for a better error message, up to this many bytes and brackets: the time of
+/// that parser grows with the product of both.
 const REREAD_MAX: (usize, usize) = (1024 * 1024, 4096);
 
-/// Reads the text of a file to a map, its merge keys followed. The file begins at the byte `base` of all text.
+/// Parses the text of a file to a map and resolves merge keys. The file begins at byte `base` of the joined text.
 pub(super) fn read(text: &str, base: usize, places: &Places, may_be_empty: bool) -> Result<Mapping, Vec<Finding>> {
     if let Some(stop) = &places.stop {
         return Err(vec![stopped(text, base, stop)]);
@@ -55,7 +55,7 @@ pub(super) fn read(text: &str, base: usize, places: &Places, may_be_empty: bool)
     }
 }
 
-/// What is to be said of a file that is not even text, and the file as far as it is, which begins at the byte `base`.
+/// The error for a file that is not UTF-8, and its valid part. The file begins at byte `base`.
 pub(super) fn no_text(base: usize, error: &FromUtf8Error) -> (String, Finding) {
     let at = error.utf8_error().valid_up_to();
     let text = String::from_utf8_lossy(error.as_bytes()).into_owned();
@@ -66,17 +66,17 @@ pub(super) fn no_text(base: usize, error: &FromUtf8Error) -> (String, Finding) {
     (text, finding)
 }
 
-const SMALLEST: &str = "a configuration has at least `listeners:` and `routes:`, and mostly `upstreams:`";
+const SMALLEST: &str = "a configuration has at least `listeners:` and `routes:`, and usually `upstreams:`";
 
 fn duplicates(places: &Places) -> Vec<Finding> {
     let duplicates = places.duplicates.iter();
     duplicates
         .map(|duplicate| {
             let again = Spot::Bytes(duplicate.again.clone());
-            Finding::error(again, format!("the key `{}` stands twice in one map", duplicate.key))
+            Finding::error(again, format!("the key `{}` occurs twice in one map", duplicate.key))
                 .label("again here")
                 .also(Spot::Bytes(duplicate.first.clone()), "first here")
-                .help("remove one of them, or join what they say")
+                .help("remove one of them, or merge them")
         })
         .collect()
 }
@@ -95,7 +95,7 @@ fn bad_merge(spot: Spot) -> Finding {
     Finding::error(spot, "`<<` can merge maps only").label("expected an alias of a map, such as `*defaults`")
 }
 
-/// Why the reading of a text stopped. Both readers must accept a text; libyaml's words are the better known ones.
+/// The error for a text that could not be parsed. Both parsers must accept it; libyaml's messages are better known.
 fn stopped(text: &str, base: usize, stop: &Stop) -> Finding {
     let finding = Finding::error(Spot::Bytes(stop.at.clone()), stop.title());
     let brackets = || text.bytes().filter(|byte| matches!(byte, b'[' | b'{')).count();
@@ -111,7 +111,7 @@ fn stopped(text: &str, base: usize, stop: &Stop) -> Finding {
     }
 }
 
-/// What libyaml says, in words that help.
+/// Rewords an error of libyaml.
 fn invalid(text: &str, error: &serde_yaml::Error) -> Finding {
     let message = error.to_string();
     let (problem, context) = message.split_once(", while ").unwrap_or((&message, ""));
@@ -136,11 +136,11 @@ fn invalid(text: &str, error: &serde_yaml::Error) -> Finding {
         return Finding::error(spot, "invalid YAML: a tab cannot indent").label("use spaces");
     }
     if text[..at].ends_with('$') && text[at..].starts_with('{') {
-        return Finding::error(spot, "invalid YAML: a `${…}` inside of `{ }` or `[ ]` must stand in quotes")
+        return Finding::error(spot, "invalid YAML: a `${…}` inside `{ }` or `[ ]` needs quotes")
             .label("put the whole value in quotes, such as `\"${PORT}\"`");
     }
     let context_at = context_at.map(|(line, column)| byte(text, line, column));
-    // An end that never comes says less than the beginning that has none.
+    // If the end is missing, the position of the beginning is more useful.
     if let (true, Some(begin)) = (at >= text.trim_end().len(), context_at) {
         let title = format!("invalid YAML: the file ends in the middle of {context}");
         return Finding::error(Spot::Bytes(begin..begin + 1), title).label("this is never closed");
@@ -153,7 +153,7 @@ fn invalid(text: &str, error: &serde_yaml::Error) -> Finding {
     }
 }
 
-/// The first character that may not stand in YAML.
+/// The first character that YAML does not allow.
 fn control(text: &str) -> Option<(usize, char)> {
     text.char_indices().find(|(_, c)| c.is_control() && !matches!(c, '\t' | '\n' | '\r' | '\u{85}'))
 }
@@ -165,27 +165,27 @@ fn too_large(problem: &str) -> Option<&str> {
     rest.contains("expected any YAML value").then_some(number)
 }
 
-/// The commonest of libyaml's problems, and what to do about them.
+/// The most common errors of libyaml, with advice.
 fn known(problem: &str) -> (&str, &str) {
     match problem {
         "mapping values are not allowed in this context" => (
-            "a key cannot stand here",
+            "a key is not allowed here",
             "is this `: ` part of a value? Then put it in quotes; else indent the line as its neighbours",
         ),
         "found character that cannot start any token" => {
             ("no value begins with this character", "put the value in quotes")
         }
-        "did not find expected key" => ("expected a key", "the indentation fits none of the lines above"),
-        "did not find expected '-' indicator" => ("expected a `-`", "the indentation fits none of the lines above"),
+        "did not find expected key" => ("expected a key", "the indentation matches no line above"),
+        "did not find expected '-' indicator" => ("expected a `-`", "the indentation matches no line above"),
         "did not find expected node content" => ("expected a value", "put the value in quotes, if this is one"),
         "did not find expected ',' or '}'" => ("expected `,` or `}`", "or is something not closed above?"),
         "did not find expected ',' or ']'" => ("expected `,` or `]`", "or is something not closed above?"),
-        "unknown anchor" => ("unknown anchor", "no anchor of this name stands above"),
+        "unknown anchor" => ("unknown anchor", "no anchor of this name is above"),
         _ => (problem, ""),
     }
 }
 
-/// What libyaml was at, without the terms of the YAML specification.
+/// What libyaml was parsing, without the terms of the YAML specification.
 fn plain(context: &str) -> &str {
     match context {
         "parsing a flow sequence" => "a list in `[ ]`",
@@ -197,7 +197,7 @@ fn plain(context: &str) -> &str {
     }
 }
 
-/// Splits `… at line 3 column 5` into its words and its numbers.
+/// Splits `… at line 3 column 5` into the message and the numbers.
 fn position(message: &str) -> (&str, Option<(usize, usize)>) {
     let Some((words, numbers)) = message.rsplit_once(" at line ") else { return (message, None) };
     let numbers =
@@ -205,8 +205,8 @@ fn position(message: &str) -> (&str, Option<(usize, usize)>) {
     (words, numbers)
 }
 
-/// The byte at a line and a column, both counted from 1, the column in characters. Lines end as libyaml ends them: it
-/// counts more characters for line ends than editors do.
+/// The byte at a 1-based line and column, the column in characters. Line ends follow libyaml, which recognizes more
+/// of them than editors do.
 fn byte(text: &str, line: usize, column: usize) -> usize {
     let mut ends = text.char_indices().filter(|&(at, c)| match c {
         '\r' => !text[at + 1..].starts_with('\n'),
@@ -220,7 +220,7 @@ fn byte(text: &str, line: usize, column: usize) -> usize {
     start + rest.char_indices().nth(column.saturating_sub(1)).map_or(rest.len(), |(at, _)| at)
 }
 
-/// The byte where an error of libyaml lies.
+/// The byte position of an error of libyaml.
 pub(super) fn place(text: &str, error: &serde_yaml::Error) -> Option<usize> {
     error.location().map(|at| byte(text, at.line(), at.column()))
 }

@@ -1,4 +1,4 @@
-//! A text that stands in the file, or that an expression makes for each exchange.
+//! A text that is fixed, or computed by an expression for each exchange.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -12,13 +12,13 @@ use crate::error::{BuildError, path};
 use crate::expression::named::{Named, Words};
 use crate::expression::{self, Moment};
 
-/// A text as it is, or `{ cel: "…" }`; see `conf/manual/expressions.md`.
+/// A fixed text, or `{ cel: "…" }`; see `conf/manual/expressions.md`.
 #[derive(Clone, PartialEq, Eq, Serialize)]
 #[serde(untagged)]
 pub enum Text {
-    /// As it is.
+    /// A fixed text.
     Fixed(String),
-    /// What an expression makes.
+    /// The result of an expression.
     Made {
         /// The expression.
         cel: String,
@@ -32,16 +32,15 @@ impl Default for Text {
 }
 
 impl Text {
-    /// Nothing at all, whatever the exchange.
+    /// Whether it is empty for every exchange.
     pub fn is_empty(&self) -> bool {
         matches!(self, Text::Fixed(text) if text.is_empty())
     }
 }
 
-/// Makes ready texts under names, to be asked for when an exchange has ended.
+/// Prepares named texts that are evaluated when an exchange has ended.
 ///
-/// # Errors
-/// Every expression that is none; paths begin with the name.
+/// # Errors All invalid expressions; their paths begin with the name.
 pub fn named(written: &BTreeMap<String, Text>) -> Result<Named, Vec<BuildError>> {
     let (mut named, mut errors) = (Vec::new(), Vec::new());
     for (name, text) in written {
@@ -57,7 +56,7 @@ pub fn named(written: &BTreeMap<String, Text>) -> Result<Named, Vec<BuildError>>
     if errors.is_empty() { Ok(named.into_iter().collect()) } else { Err(errors) }
 }
 
-/// Shows nothing: a text may be a secret.
+/// Hides the text: it may be a secret.
 impl fmt::Debug for Text {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {

@@ -1,7 +1,7 @@
-//! The one grammar for sizes, times, counts, rates and shares: strings such as `64KiB`, `1m30s`, `50k`, `10/s`,
+//! The grammar for sizes, times, counts, rates and shares: strings such as `64KiB`, `1m30s`, `50k`, `10/s`,
 //! `512B/s`, `20%`.
 //!
-//! A bare number never means bytes or seconds, so nobody has to guess the unit of a key.
+//! Bytes and times always need a unit, so that values are unambiguous.
 
 use std::borrow::Cow;
 use std::fmt;
@@ -12,32 +12,32 @@ use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 use serde::de::{self, Deserialize, Deserializer, Visitor};
 use serde::{Serialize, Serializer};
 
-/// A number of bytes: `512B`, `64KiB`, `8MiB`, `1GB`. Binary units count by 1,024, decimal ones by 1,000.
+/// A number of bytes: `512B`, `64KiB`, `8MiB`, `1GB`. Binary units are powers of 1,024, decimal ones of 1,000.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Size(pub u64);
 
-/// A span of time: `250ms`, `10s`, `1m30s`, `2h`; at most a year, so that adding it to a clock is safe.
+/// A duration: `250ms`, `10s`, `1m30s`, `2h`; at most a year, so that adding it to a clock is safe.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Time(pub Duration);
 
-/// A number of things: `100`, `50k`, `1M`, or `unlimited` (which is [`Count::UNLIMITED`]).
+/// A count: `100`, `50k`, `1M`, or `unlimited` ([`Count::UNLIMITED`]).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Count(pub u64);
 
 /// Events per time: `10/s`, `600/m`, `5000/h`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Rate {
-    /// How many.
+    /// Number of events.
     pub events: u64,
-    /// In which time: a second, a minute or an hour.
+    /// The unit of time: a second, a minute or an hour.
     pub per: Duration,
 }
 
-/// Bytes a second: `512B/s`, `64KiB/s`, `1MiB/s`. What `0B/s` means, each key says.
+/// Bytes per second: `512B/s`, `64KiB/s`, `1MiB/s`. Each key documents the meaning of `0B/s`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct ByteRate(pub u64);
 
-/// A share of a whole: `20%`, `0.5%`, from `0%` to `100%`.
+/// A share: `20%`, `0.5%`, from `0%` to `100%`.
 #[derive(Clone, Copy, Debug, PartialEq, PartialOrd)]
 pub struct Percent(pub f64);
 
@@ -49,7 +49,7 @@ impl Percent {
 }
 
 impl Count {
-    /// What `unlimited` stands for.
+    /// The value of `unlimited`.
     pub const UNLIMITED: Count = Count(u64::MAX);
 }
 
@@ -63,7 +63,7 @@ impl FromStr for Size {
             return Err(expected());
         }
         let size = text.parse::<bytesize::ByteSize>().map_err(|_| expected())?.as_u64();
-        // What does not fit is cut off without a word.
+        // Larger values are capped silently.
         if size > Size::MAX {
             return Err(format!("`{text}` is too large: the largest size is below 8192PiB"));
         }
@@ -74,22 +74,22 @@ impl FromStr for Size {
 impl Time {
     const MAX: Duration = Duration::from_secs(366 * 24 * 3600);
 
-    /// A number of seconds.
+    /// From seconds.
     pub const fn seconds(seconds: u64) -> Self {
         Time(Duration::from_secs(seconds))
     }
 
-    /// A number of milliseconds.
+    /// From milliseconds.
     pub const fn milliseconds(milliseconds: u64) -> Self {
         Time(Duration::from_millis(milliseconds))
     }
 }
 
 impl Size {
-    /// The largest, in bytes.
+    /// The largest size, in bytes.
     const MAX: u64 = i64::MAX as u64;
 
-    /// A number of KiB.
+    /// From KiB.
     pub const fn kib(kib: u64) -> Self {
         Size(kib * 1024)
     }
@@ -225,8 +225,8 @@ impl fmt::Display for Percent {
     }
 }
 
-/// Who may use a file or a unix socket, in the octal digits of chmod(1): `"0660"`, the default, is the owner and the
-/// group.
+/// The permissions of a file or a unix socket, in octal digits as for chmod(1): `"0660"`, the default, permits the
+/// owner and the group.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct FileMode(pub u32);
 
@@ -261,7 +261,7 @@ impl Serialize for FileMode {
 }
 
 impl<'de> Deserialize<'de> for FileMode {
-    /// From text alone: YAML takes `0o660` for the number 432, which nobody would see.
+    /// Accepts only text: YAML reads `0o660` as the number 432, which would go unnoticed.
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         deserializer.deserialize_any(Text("a mode in quotes such as `\"0660\"`"))?.parse().map_err(de::Error::custom)
     }
@@ -282,7 +282,7 @@ impl JsonSchema for FileMode {
     }
 }
 
-/// Reads text, and no number.
+/// Deserializes text, but not numbers.
 struct Text(&'static str);
 
 impl Visitor<'_> for Text {
@@ -297,7 +297,7 @@ impl Visitor<'_> for Text {
     }
 }
 
-/// Reads a scalar as text first, so that `50k`, `100` and `10/s` share one path and one error.
+/// Deserializes a scalar as text first, so that `50k`, `100` and `10/s` share one path and one error.
 pub(super) struct Scalar(pub &'static str);
 
 impl Visitor<'_> for Scalar {

@@ -20,70 +20,70 @@ pub use limits::{CircuitBreaker, Limits, Queue};
 pub use outlier::OutlierDetection;
 pub use transport::{Http2, Keepalive, Protocol, ProxyProtocol, Tls};
 
-/// A named group of endpoints that serve the same.
+/// A named group of interchangeable endpoints.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Upstream {
-    /// What is spoken to its endpoints.
+    /// The protocol to its endpoints.
     #[serde(default)]
     pub protocol: Protocol,
     /// How an endpoint is chosen.
     #[serde(default)]
     pub load_balancing: LoadBalancing,
-    /// The endpoints. In place of them, `dns` or `file` may say where they are told of.
+    /// The endpoints. Alternatives: `dns` or `file`.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub endpoints: Vec<Endpoint>,
-    /// A name under which they are found.
+    /// Endpoint discovery by DNS.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub dns: Option<Dns>,
-    /// A file that lists them.
+    /// Endpoint discovery from a file.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub file: Option<FileSource>,
-    /// Connections kept open between requests.
+    /// Idle connections kept for reuse.
     #[serde(default)]
     pub keepalive: Keepalive,
-    /// How long its endpoints may take.
+    /// Time limits of the endpoints.
     #[serde(default)]
     pub timeouts: Timeouts,
-    /// How HTTP/2 is spoken to its endpoints, where it is.
+    /// HTTP/2 settings, for endpoints that use it.
     #[serde(default)]
     pub http2: Http2,
-    /// How its endpoints are asked whether they are well. Without it, nobody asks them.
+    /// Active health checks. Without it, there are none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub health_check: Option<HealthCheck>,
-    /// TLS towards its endpoints; always with `protocol: h2`, and with `http1` if this is written.
+    /// TLS to the endpoints. Always used with `protocol: h2`; used with `http1` if this key is present.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tls: Option<Tls>,
-    /// Whether endpoints are told of the client by the PROXY protocol. Its connections are then shared by no two
+    /// Sends the client's address to endpoints with the PROXY protocol. Connections are then not shared between
     /// clients.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub proxy_protocol: Option<ProxyProtocol>,
-    /// How much it may have under way at once.
+    /// Limits on active requests and connections.
     #[serde(default)]
     pub limits: Limits,
-    /// Where exchanges wait when everybody is full.
+    /// The queue for exchanges while all endpoints are at their limits.
     #[serde(default)]
     pub queue: Queue,
-    /// When it is left alone for a while; never, without it.
+    /// Stops requests to a failing upstream for a while. Without it, never.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub circuit_breaker: Option<CircuitBreaker>,
-    /// What passing requests say against an endpoint, and what follows.
+    /// Passive health checks: ejects endpoints by the results of requests.
     #[serde(default)]
     pub outlier_detection: OutlierDetection,
 }
 
-/// How long the endpoints of an upstream may take.
+/// Time limits of the endpoints of an upstream.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Timeouts {
-    /// To accept a connection, TLS included.
+    /// To connect, TLS handshake included.
     pub connect: Time,
-    /// Between two pieces of the request that the endpoint takes.
+    /// Between two writes of the request that the endpoint accepts.
     pub send: Time,
-    /// From the last byte of the request to the end of the response header: the whole of it. While the client is waited
-    /// for, no time of the endpoint passes, here as in the others.
+    /// From the last byte of the request to the end of the response header. In all these limits, time spent waiting
+    /// for the client does not count.
     pub wait: Time,
-    /// Between two pieces of the response.
+    /// Between two chunks of the response.
     pub receive: Time,
 }
 

@@ -1,19 +1,18 @@
-//! Writes configuration files for people: block style for what is long, one line for what is short, comments where the
-//! writer has something to say.
+//! Writes configuration files for people: block style for long values, flow style for short ones, and comments.
 //!
-//! The commands that make files build a [`Node`] and print it. What they print is read like any other file.
+//! Commands that create files build a [`Node`] and print it. The output is read like any other file.
 
 use std::fmt::Write as _;
 
-/// A line of a file is at most so long, if it can be broken.
+/// Lines are broken at this width where possible.
 const WIDTH: usize = 100;
 
-/// A value on its way into a file.
+/// A value to write.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Node {
-    /// Text, with quotes where YAML would read something else without them. A `${` stays a `${`.
+    /// Text, quoted where YAML would read something else. `${` stays as it is.
     Text(String),
-    /// A number, a boolean or another word that goes into the file as it is.
+    /// A number, a boolean or another word, written as it is.
     Word(String),
     /// A list.
     List(Vec<Node>),
@@ -39,7 +38,7 @@ impl Node {
         Node::Text(text.into())
     }
 
-    /// A number, or what is written like one.
+    /// A number or another unquoted word.
     pub fn word(word: impl ToString) -> Node {
         Node::Word(word.to_string())
     }
@@ -54,7 +53,7 @@ impl Node {
         Node::List(texts.into_iter().map(Node::text).collect())
     }
 
-    /// The value on one line; `None` if a comment in it needs a line of its own.
+    /// The value in flow style; `None` if it contains a comment that needs its own line.
     fn flow(&self) -> Option<String> {
         match self {
             Node::Text(text) => Some(quoted(text)),
@@ -75,7 +74,7 @@ impl Node {
         }
     }
 
-    /// Puts the value behind what `out` ends with; `used` columns of the line are taken.
+    /// Appends the value to `out`; `used` columns of the line are taken.
     fn put(&self, out: &mut String, indent: usize, used: usize) {
         if let Some(flow) = self.flow().filter(|flow| self.is_simple() || used + flow.len() <= WIDTH) {
             out.push_str(&flow);
@@ -111,13 +110,13 @@ impl Node {
 }
 
 impl Map {
-    /// The same with one more entry.
+    /// The map with one more entry.
     pub fn with(mut self, key: impl Into<String>, value: Node) -> Map {
         self.put(key, value);
         self
     }
 
-    /// Adds an entry, or replaces the one of this key.
+    /// Adds an entry, or replaces the one with this key.
     pub fn put(&mut self, key: impl Into<String>, value: Node) {
         let key = key.into();
         match self.0.iter_mut().find(|entry| entry.key == key) {
@@ -126,10 +125,9 @@ impl Map {
         }
     }
 
-    /// The map at this key, which is made if it is not there.
+    /// The map at this key, created if missing.
     ///
-    /// # Panics
-    /// If something else is there.
+    /// # Panics If the value at this key is not a map.
     pub fn at(&mut self, key: &str) -> &mut Map {
         if !self.0.iter().any(|entry| entry.key == key) {
             self.put(key, Node::Map(Map::default()));
@@ -140,19 +138,19 @@ impl Map {
         }
     }
 
-    /// Puts a comment above the entry of this key.
+    /// Adds a comment above the entry of this key.
     pub fn comment(&mut self, key: &str, comment: impl Into<String>) {
         if let Some(entry) = self.0.iter_mut().find(|entry| entry.key == key) {
             entry.comments.push(comment.into());
         }
     }
 
-    /// Whether nothing is in it.
+    /// Whether the map is empty.
     pub fn is_empty(&self) -> bool {
         self.0.is_empty()
     }
 
-    /// The value at this key.
+    /// The value of this key.
     pub fn find(&self, key: &str) -> Option<&Node> {
         self.0.iter().find(|entry| entry.key == key).map(|entry| &entry.value)
     }
@@ -162,7 +160,7 @@ impl Map {
         self.0.into_iter().map(|entry| (entry.key, entry.value))
     }
 
-    /// A file with this map at its top.
+    /// A file with this map as its root.
     pub fn file(&self) -> String {
         let mut out = String::new();
         for (index, entry) in self.0.iter().enumerate() {
@@ -174,7 +172,7 @@ impl Map {
         out
     }
 
-    /// Puts the entries in block style; the first stands behind a `- ` if `behind_dash`.
+    /// Writes the entries in block style; the first one follows a `- ` if `behind_dash`.
     fn entries(&self, out: &mut String, indent: usize, behind_dash: bool) {
         for (index, Entry { key, value, comments }) in self.0.iter().enumerate() {
             let mut first = behind_dash && index == 0;
@@ -195,18 +193,18 @@ impl Map {
     }
 }
 
-/// Ends a line, without the blank that a value would have stood behind.
+/// Ends a line and removes a trailing blank.
 fn end_line(out: &mut String) {
     out.truncate(out.trim_end_matches(' ').len());
     out.push('\n');
 }
 
-/// A key. `on` is one of ours, and a boolean only to readers of YAML 1.1.
+/// Writes a key. `on` needs no quotes for us, although YAML 1.1 reads it as a boolean.
 fn key(text: &str) -> String {
     if text == "on" { text.to_owned() } else { quoted(text) }
 }
 
-/// The text as YAML reads it back, with or without quotes, in a flow as in a block.
+/// Text in a form that YAML reads back unchanged, in flow and block style.
 fn quoted(text: &str) -> String {
     let text = text.replace("${", "$${");
     let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '_' | '.' | '/' | '-' | '+' | '%' | ':' | '^');
@@ -224,7 +222,7 @@ fn quoted(text: &str) -> String {
     if text.contains(['"', '\\']) { format!("'{}'", text.replace('\'', "''")) } else { format!("\"{text}\"") }
 }
 
-/// In double quotes, with what must not stand in a file as it is escaped (YAML 1.2 §5.7).
+/// In double quotes, with characters escaped as in YAML 1.2 §5.7.
 fn escaped(text: &str) -> String {
     let mut quoted = String::from("\"");
     for one in text.chars() {

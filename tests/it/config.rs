@@ -273,7 +273,7 @@ fn a_file_whose_aliases_stand_for_too_much_is_refused() {
     let ten = |name: &str, of: &str| format!("{name}: &{name} [{}]\n", [of; 10].join(","));
     let bomb = ["a1", "b*a", "c*b", "d*c", "e*d", "f*e"].map(|step| ten(&step[..1], &step[1..])).concat();
     insta::assert_snapshot!(said_of_bytes(bomb.as_bytes()), @r"
-    error: with its aliases followed, the file stands for more than 100000 values
+    error: with aliases expanded, the file has more than 100000 values
      --> forebay.yaml:5:35
       |
     5 | e: &e [*d,*d,*d,*d,*d,*d,*d,*d,*d,*d]
@@ -282,7 +282,7 @@ fn a_file_whose_aliases_stand_for_too_much_is_refused() {
     error: 1 error in forebay.yaml
     ");
     insta::assert_snapshot!(said_of_bytes(b"a: &a [1, *a]\n"), @r"
-    error: an alias stands inside of what it stands for
+    error: an alias is inside the value of its own anchor
      --> forebay.yaml:1:11
       |
     1 | a: &a [1, *a]
@@ -355,7 +355,7 @@ fn an_error_of_the_build_tells_no_secret() {
     ];
     let said = parse(RIGHT).report(&errors).to_string();
     assert!(said.contains("error: `${CARGO_PKG_NAME}` is no tag"), "{said}");
-    assert_eq!(said.matches("error: what `${CARGO_PKG_NAME}` stands for does not fit here").count(), 2, "{said}");
+    assert_eq!(said.matches("error: the value of `${CARGO_PKG_NAME}` does not fit here").count(), 2, "{said}");
     assert!(!said.replace("forebay.yaml", "").contains(&secret[..5]), "{said}");
 }
 

@@ -1,4 +1,4 @@
-//! Certificates of listeners and the issuers that some of them come from.
+//! Checks issuers and the certificates of listeners that use them.
 
 use http::Uri;
 use std::collections::BTreeMap;
@@ -10,7 +10,7 @@ use crate::config::report::{Finding, Spot};
 use crate::error::path::{self, join};
 
 impl Check<'_> {
-    /// The issuers themselves.
+    /// The settings of issuers.
     pub(super) fn issuers(&mut self, issuers: &BTreeMap<String, Issuer>) {
         for (name, issuer) in issuers {
             let at = join("acme", &path::key(name));
@@ -84,7 +84,7 @@ impl Check<'_> {
         }
     }
 
-    /// HTTP-01 is asked for at port 80, which a listener in clear text answers.
+    /// HTTP-01 needs a clear-text listener: the issuer connects to port 80.
     fn answers_http(&mut self, path: &str) {
         let Some(listeners) = &self.parts.listeners else { return };
         let speaks_http = |listener: &crate::config::Listener| {
@@ -101,7 +101,7 @@ impl Check<'_> {
         );
     }
 
-    /// Whether any certificate is asked of this issuer; `None` if something about listeners is unclear.
+    /// Whether any certificate uses this issuer; `None` if a listener has errors.
     fn is_asked(&self, name: &str) -> Option<bool> {
         let listeners = self.parts.listeners.as_ref()?;
         let listeners: Vec<_> = listeners.iter().map(Option::as_ref).collect::<Option<_>>()?;
@@ -147,7 +147,7 @@ impl Check<'_> {
         }
     }
 
-    /// One that Forebay gets from an issuer.
+    /// A certificate from an issuer.
     fn issued(&mut self, certificate: &Certificate, issuer: &str, path: &str) {
         for (key, is_there) in [
             ("cert", certificate.cert.is_some()),
@@ -171,7 +171,7 @@ impl Check<'_> {
             CertificateNames::Auto => {}
             CertificateNames::These(names) if names.is_empty() && !self.parts.broken.within(&at) => {
                 let spot = if self.is_written(&at) { value(at) } else { value(path) };
-                let finding = Finding::error(spot, "an issuer must be told which names the certificate is for");
+                let finding = Finding::error(spot, "a certificate from an issuer needs `names`");
                 self.wrong(finding.label("expected `names: [ www.example.com ]`, or `names: auto`"));
             }
             CertificateNames::These(names) => self.issued_names(names, &at),
@@ -215,7 +215,7 @@ fn is_https_url(text: &str) -> bool {
     url.scheme_str() == Some("https") && !authority.contains('@') && url.host().is_some_and(|host| !host.is_empty())
 }
 
-/// As far as a slip shows: an issuer takes `mailto:` and what follows it for a URI.
+/// A rough check: an issuer would read text behind `mailto:` as a URI.
 fn is_email(text: &str) -> bool {
     let fine = |byte: u8| byte.is_ascii_graphic() && !b",<>()[]:;\\\"?#%".contains(&byte);
     text.bytes().all(fine)

@@ -1,4 +1,4 @@
-//! `listeners[].tls`, `proxy_protocol` and what else stands between a client's socket and HTTP.
+//! `listeners[].tls`, `proxy_protocol` and other settings between the socket and HTTP.
 
 use std::borrow::Cow;
 
@@ -10,41 +10,40 @@ use serde::{Deserialize, Serialize};
 use crate::config::address;
 use crate::config::units::{Count, Time};
 
-/// TLS towards clients. Only `certificates` must be written.
+/// TLS towards clients. Only `certificates` is required.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Tls {
-    /// The certificates. A client gets one that is made out to the name it asks for, with a key that it can verify:
-    /// ECDSA before RSA where a name has both. A name that is written out goes before a wildcard.
+    /// The certificates. Forebay chooses by the requested server name and by the signatures that the client
+    /// supports: ECDSA before RSA if a name has both. An exact name has priority over a wildcard.
     pub certificates: Vec<Certificate>,
-    /// The name whose certificate a client gets that asks for none or for one that is not here. Without it such a
-    /// client is refused.
+    /// The name whose certificate is used if a client sends no server name or an unknown one. Without it, such
+    /// clients are refused.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub default: Option<String>,
-    /// The oldest version that is spoken: `"1.2"` or `"1.3"`.
+    /// The oldest TLS version allowed: `"1.2"` or `"1.3"`.
     #[serde(default)]
     pub min_version: Version,
-    /// The cipher suites of TLS 1.2, the preferred ones first, by the names that OpenSSL gives them; by default those
-    /// of Mozilla's intermediate profile. Those of TLS 1.3 are fixed.
+    /// The cipher suites of TLS 1.2 by their OpenSSL names, in order of preference; by default those of Mozilla's
+    /// intermediate profile. Those of TLS 1.3 are fixed.
     #[serde(default = "Tls::default_ciphers")]
     pub ciphers: Vec<String>,
-    /// The groups for the key exchange, the preferred ones first.
+    /// The key exchange groups, in order of preference.
     #[serde(default = "Tls::default_groups")]
     pub groups: Vec<Group>,
-    /// With what clients resume their sessions.
+    /// Session resumption.
     #[serde(default)]
     pub tickets: Tickets,
-    /// How long a client may take from its first byte to the end of the handshake, and to its first byte.
+    /// Time limit for the first byte of a client, and again from there to the end of the handshake.
     #[serde(default = "Tls::default_handshake_timeout")]
     pub handshake_timeout: Time,
-    /// Threads for handshakes with RSA keys, each of which takes a worker about a millisecond; `0`: workers do it
-    /// themselves.
+    /// Threads for handshakes with RSA keys, each of which takes about a millisecond of CPU; `0`: workers do them.
     #[serde(default = "Tls::default_handshake_threads")]
     pub handshake_threads: Count,
-    /// How often the files are looked at, besides when the system tells that one has changed.
+    /// How often certificate files are checked, in addition to file system notifications.
     #[serde(default = "Tls::default_refresh")]
     pub refresh: Time,
-    /// For how long browsers are to come by HTTPS alone (`Strict-Transport-Security`): a time, or more than that.
+    /// `Strict-Transport-Security`: how long browsers must use HTTPS only. A time, or a map with options.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub hsts: Option<Hsts>,
 }
@@ -80,28 +79,29 @@ impl Tls {
     }
 }
 
-/// A certificate with its key, and whom it is shown to: files (`cert` and `key`), or one that Forebay gets (`acme`).
+/// A certificate and its names: from files (`cert` and `key`), or from an issuer (`acme`).
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Certificate {
-    /// A file with the certificate and those between it and its authority, in PEM.
+    /// A PEM file with the certificate and its intermediate certificates.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cert: Option<String>,
-    /// A file with its private key, in PEM and without a password.
+    /// A PEM file with the private key, without a password.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub key: Option<String>,
-    /// The issuer that Forebay gets it from: one of `acme`, `letsencrypt` or `letsencrypt-staging`.
+    /// The issuer of the certificate: one of `acme`, `letsencrypt` or `letsencrypt-staging`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub acme: Option<String>,
-    /// The names that it is used for, such as `shop.example.com` or `*.example.com`; by default those that are in it.
-    /// An issuer is asked for these, none of them a wildcard; `auto`: for the hosts of all routes that no other
+    /// The names that the certificate is used for, such as `shop.example.com` or `*.example.com`; by default those
+    /// in the certificate. With `acme`, the names to request, without wildcards; `auto`: the hosts of all routes
+    /// that no other certificate covers.
     /// certificate is for.
     #[serde(default, skip_serializing_if = "CertificateNames::is_empty")]
     pub names: CertificateNames,
-    /// A file with the answer of its authority that it is not revoked (OCSP), in DER, which is shown with it.
+    /// A DER file with an OCSP response, which is stapled to the handshake.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub staple: Option<String>,
-    /// Whether clients show certificates, too.
+    /// Client certificates (mutual TLS).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub client: Option<ClientCertificates>,
 }
@@ -109,19 +109,19 @@ pub struct Certificate {
 /// The names of a certificate.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum CertificateNames {
-    /// These.
+    /// The names that are written.
     These(Vec<String>),
     /// The hosts of all routes.
     Auto,
 }
 
 impl CertificateNames {
-    /// Whether none are written.
+    /// Whether no names are written.
     pub fn is_empty(&self) -> bool {
         self.these().is_empty() && *self != CertificateNames::Auto
     }
 
-    /// Those that are written.
+    /// The names that are written.
     pub fn these(&self) -> &[String] {
         match self {
             CertificateNames::These(names) => names,
@@ -186,42 +186,41 @@ impl JsonSchema for CertificateNames {
     }
 }
 
-/// The certificates of clients.
+/// Client certificates (mutual TLS).
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct ClientCertificates {
-    /// Whether a client must have one.
+    /// Whether a client certificate is required.
     #[serde(default)]
     pub mode: ClientMode,
-    /// A file with the certificates of the authorities that are trusted, in PEM.
+    /// A PEM file with the trusted certificate authorities.
     pub ca: String,
-    /// A file with the lists of what they have revoked, in PEM: one of each authority that signs certificates of
-    /// clients.
+    /// A PEM file with revocation lists (CRLs), one for each authority that signs client certificates.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub crl: Option<String>,
 }
 
-/// Whether a client must show a certificate.
+/// Whether a client certificate is required.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum ClientMode {
-    /// It must.
+    /// The client must present one.
     #[default]
     Required,
-    /// It may; one that it shows must be valid.
+    /// The client may present one; it must be valid.
     Optional,
 }
 
-/// With what clients resume their sessions: tickets (RFC 5077, RFC 8446 §4.6.1). Nothing is kept of sessions.
+/// Session resumption with tickets (RFC 5077, RFC 8446 §4.6.1). The server keeps no session state.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Tickets {
-    /// Whether there are any.
+    /// Enables tickets.
     pub enabled: bool,
-    /// How long a key makes tickets; two older keys are still known.
+    /// How long a key encrypts new tickets; the two keys before it still decrypt.
     pub rotate: Time,
-    /// A file of 80-byte keys that several Forebays share, as nginx has them: the first makes tickets, all are known.
-    /// Forebay only reads it; the program that writes it rotates the keys.
+    /// A file of 80-byte keys that several instances share, in nginx's format: the first key encrypts, all keys
+    /// decrypt. Forebay only reads the file; the program that writes it rotates the keys.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub keys_file: Option<String>,
 }
@@ -232,32 +231,32 @@ impl Default for Tickets {
     }
 }
 
-/// `Strict-Transport-Security` (RFC 6797). It is hard to take back: a browser keeps to it for as long as it was told.
+/// `Strict-Transport-Security` (RFC 6797). It is hard to take back: a browser obeys it until `max_age` has passed.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Hsts {
-    /// For how long.
+    /// How long browsers must use HTTPS only.
     pub max_age: Time,
-    /// For all names below those of the certificates, too.
+    /// Includes all subdomains.
     pub include_subdomains: bool,
-    /// Whether the name may go into the lists that browsers come with.
+    /// Allows browsers' preload lists to include the name.
     pub preload: bool,
 }
 
 #[derive(Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 struct HstsFull {
-    /// For how long.
+    /// How long browsers must use HTTPS only.
     max_age: Time,
-    /// For all names below those of the certificates, too.
+    /// Includes all subdomains.
     #[serde(default)]
     include_subdomains: bool,
-    /// Whether the name may go into the lists that browsers come with.
+    /// Allows browsers' preload lists to include the name.
     #[serde(default)]
     preload: bool,
 }
 
 impl Hsts {
-    /// As it stands in the header.
+    /// The value of the header field.
     pub fn value(&self) -> String {
         let mut value = format!("max-age={}", self.max_age.0.as_secs());
         if self.include_subdomains {
@@ -311,10 +310,10 @@ impl JsonSchema for Hsts {
     }
 }
 
-/// A listener in clear text that sends all its clients to HTTPS: `true`, or whereto and how.
+/// Redirects all clients to HTTPS: `true`, or a map with the port and the status.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 pub struct RedirectHttps {
-    /// The port of HTTPS.
+    /// The HTTPS port.
     pub port: u16,
     /// 301, 302, 307 or 308.
     pub status: u16,
@@ -323,9 +322,9 @@ pub struct RedirectHttps {
 #[derive(Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 struct RedirectWritten {
-    /// The port of HTTPS.
+    /// The HTTPS port.
     port: u16,
-    /// 301, 302, 307 or 308. With the last two, a client repeats its request with its method and its body.
+    /// 301, 302, 307 or 308. With 307 and 308, clients repeat the request with the same method and body.
     status: u16,
 }
 
@@ -413,7 +412,7 @@ impl Visitor<'_> for VersionVisitor {
     type Value = Version;
 
     fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("`\"1.2\"` or `\"1.3\"`; older versions are broken, and BoringSSL is told not to speak them")
+        f.write_str("`\"1.2\"` or `\"1.3\"`; older versions are insecure and not supported")
     }
 
     fn visit_str<E: de::Error>(self, text: &str) -> Result<Version, E> {
@@ -421,7 +420,7 @@ impl Visitor<'_> for VersionVisitor {
         known.ok_or_else(|| E::invalid_value(de::Unexpected::Str(text), &self))
     }
 
-    /// YAML takes what is written without quotation marks for a number.
+    /// YAML reads an unquoted version as a number.
     fn visit_f64<E: de::Error>(self, number: f64) -> Result<Version, E> {
         self.visit_str(&number.to_string())
     }
@@ -446,11 +445,10 @@ impl JsonSchema for Version {
     }
 }
 
-/// A group for the key exchange.
+/// A key exchange group.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
 pub enum Group {
-    /// X25519 and ML-KEM-768 together: what was recorded today cannot be read by a quantum computer later. TLS 1.3
-    /// only.
+    /// X25519 combined with ML-KEM-768: protects recorded traffic against future quantum computers. TLS 1.3 only.
     #[serde(rename = "X25519MLKEM768")]
     X25519MlKem768,
     /// X25519.
@@ -467,7 +465,7 @@ pub enum Group {
 }
 
 impl Group {
-    /// As BoringSSL calls it.
+    /// The name in BoringSSL.
     pub fn name(self) -> &'static str {
         match self {
             Group::X25519MlKem768 => "X25519MLKEM768",
@@ -479,17 +477,17 @@ impl Group {
     }
 }
 
-/// The PROXY protocol, version 1 or 2, at the beginning of connections: which client a proxy in front of Forebay speaks
-/// for.
+/// The PROXY protocol, version 1 or 2, at the beginning of connections: a proxy in front of Forebay names the
+/// client.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct ProxyProtocol {
-    /// The proxies that speak it. Every connection of theirs must begin with it, and no other may; on a unix socket
-    /// every connection must.
+    /// The proxies that use it. Their connections must begin with it, and other connections must not; on a unix
+    /// socket all connections must.
     #[serde(deserialize_with = "address::networks")]
     #[schemars(with = "Vec<address::Network>")]
     pub from: Vec<IpNet>,
-    /// How long it may take, from the acceptance of the connection on.
+    /// Time limit for the header, from accepting the connection.
     pub timeout: Time,
 }
 
@@ -499,26 +497,26 @@ impl Default for ProxyProtocol {
     }
 }
 
-/// Names of TLS that are passed through: their connections are not decrypted here.
+/// TLS server names whose connections are forwarded without decryption.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Passthrough {
-    /// The names that clients ask for (SNI), such as `db.example.com` or `*.db.example.com`.
+    /// The server names (SNI), such as `db.example.com` or `*.db.example.com`.
     pub sni: Vec<String>,
-    /// The upstream whose endpoints get the bytes.
+    /// The upstream that the connections are forwarded to.
     pub upstream: String,
-    /// How long neither side may say anything.
+    /// Time limit without data in either direction.
     #[serde(default = "default_idle")]
     pub idle: Time,
 }
 
-/// Where every connection of a listener is passed on to.
+/// Where the connections of a listener are forwarded to.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Tcp {
-    /// The upstream whose endpoints get the bytes.
+    /// The upstream that the connections are forwarded to.
     pub upstream: String,
-    /// How long neither side may say anything.
+    /// Time limit without data in either direction.
     #[serde(default = "default_idle")]
     pub idle: Time,
 }

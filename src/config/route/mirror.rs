@@ -5,18 +5,18 @@ use serde::{Deserialize, Serialize};
 
 use crate::config::units::{Count, Percent};
 
-/// Copies of requests go to another upstream, whose answers nobody gets. A copy leaves when its original has been sent,
-/// marked with `X-Forebay-Mirror` and the name of the route. Requests that are streamed, whose body does not fit into
-/// the memory of their route, upgrades and gRPC calls are not copied.
+/// Copies requests to another upstream, whose responses are discarded. A copy is sent after its original, with the
+/// route's name in `X-Forebay-Mirror`. Streamed requests, requests whose body exceeds the route's memory buffer,
+/// upgrades and gRPC calls are not copied.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Mirror {
-    /// Where they go, within the timeouts of that upstream.
+    /// The upstream that gets the copies; its timeouts apply.
     pub upstream: String,
-    /// Of how many requests there is a copy.
+    /// The share of requests that are copied.
     #[serde(default = "Mirror::percent")]
     pub percent: Percent,
-    /// How many copies may be under way at a time; there is none of what comes beyond.
+    /// Limit on active copies; further requests are not copied.
     #[serde(default = "Mirror::in_flight")]
     pub in_flight: Count,
 }

@@ -1,4 +1,4 @@
-//! `retry:` of a route: when a request that failed is sent again.
+//! `retry:` of a route: when a failed request is sent again.
 
 use std::borrow::Cow;
 use std::fmt;
@@ -10,34 +10,35 @@ use serde::{Deserialize, Serialize, Serializer};
 
 use crate::config::units::{Count, Percent, Scalar, Time};
 
-/// How often an endpoint may be chosen for one exchange.
+/// Limit on `attempts`.
 pub const ATTEMPTS_MAX: u64 = 10;
 
-/// When a request that failed is sent again. A kept connection that had died unnoticed costs no attempt.
+/// When a failed request is sent again. A failure on a reused connection that the peer had already closed does not
+/// count as an attempt.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Retry {
-    /// How often an endpoint is chosen at most, the first time included: from 1, which is no retry, to 10.
+    /// Attempts including the first: from 1 (no retry) to 10.
     pub attempts: Count,
-    /// What an attempt is repeated for: `connect_error` (no connection came about), `reset` (it broke off, or what came
-    /// was no HTTP), `timeout` (of sending or waiting), a status such as `503`, or `grpc_unavailable` and the like (a
-    /// gRPC answer without a message). Without a further attempt the client gets what there is.
+    /// The failures that are retried: `connect_error` (no connection), `reset` (the connection broke, or the
+    /// response was not valid HTTP), `timeout` (of `send` or `wait`), a status such as `503`, or a gRPC status such
+    /// as `grpc_unavailable` (in a response without a message). After the last attempt the client gets its result.
     pub on: Vec<On>,
-    /// From the choice of an endpoint to the header of its answer; longer is a `timeout`. As long as the timeouts of
-    /// the upstream allow, if absent.
+    /// Time limit from the choice of an endpoint to the response header; it counts as `timeout`. Without it, only
+    /// the timeouts of the upstream apply.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub per_try_timeout: Option<Time>,
-    /// How long the next attempt waits.
+    /// The delay before the next attempt.
     pub backoff: Backoff,
-    /// Of the requests that an upstream has under way, the share that may be repetitions of what it was sent already.
+    /// Retries as a share of the upstream's active requests.
     pub budget: Percent,
-    /// The number of retries that may be active however small that share is.
+    /// Active retries that are always allowed, even if they exceed `budget`.
     pub budget_least: Count,
-    /// Whether it may be sent twice though its method does not promise that this is the same as once, such as `POST`,
-    /// which is the method of every gRPC call.
+    /// Allows retries of requests with non-idempotent methods, such as `POST` (and so every gRPC call), after a
+    /// part of the request may have been processed.
     pub non_idempotent: bool,
-    /// Whether it may go to an endpoint that it was at already, once all were tried: for an upstream behind one
-    /// address.
+    /// Allows retries at an endpoint that already failed, after all endpoints were tried: useful if all backends
+    /// share one address.
     pub same_endpoint: bool,
 }
 
@@ -56,14 +57,14 @@ impl Default for Retry {
     }
 }
 
-/// How long the next attempt waits: any time up to `base`, then up to twice that and so on, up to `max`. One that goes
-/// to another endpoint because nothing was sent to the first waits for nothing.
+/// The delay before the next attempt: a random time up to `base`, then up to twice that and so on, up to `max`.
+/// There is no delay if nothing was sent to the first endpoint and the next attempt uses another one.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Backoff {
-    /// The longest wait for the second attempt.
+    /// Longest delay before the second attempt.
     pub base: Time,
-    /// The longest wait of all. An endpoint that asks for a longer one by `Retry-After` is not asked again.
+    /// Longest delay of all. If an endpoint's `Retry-After` asks for a longer one, that endpoint gets no retry.
     pub max: Time,
 }
 
@@ -73,22 +74,22 @@ impl Default for Backoff {
     }
 }
 
-/// What an attempt is repeated for.
+/// A failure that is retried.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum On {
-    /// No connection came about.
+    /// No connection could be made.
     ConnectError,
-    /// It broke off, or what came was no HTTP.
+    /// The connection broke, or the response was not valid HTTP.
     Reset,
-    /// It took too long to send the request, or to wait for the answer.
+    /// Sending the request or waiting for the response took too long.
     Timeout,
     /// The endpoint answered with this status, from 400 to 599.
     Status(u16),
-    /// The endpoint answered a gRPC call with this status and nothing else.
+    /// The endpoint answered a gRPC call with this status and without a message.
     Grpc(u8),
 }
 
-/// The gRPC statuses that may pass by themselves.
+/// The gRPC statuses that are possibly transient.
 const GRPC: [(&str, u8); 5] = [
     ("grpc_cancelled", 1),
     ("grpc_deadline_exceeded", 4),
@@ -97,7 +98,7 @@ const GRPC: [(&str, u8); 5] = [
     ("grpc_unavailable", 14),
 ];
 
-/// Those that are written in words.
+/// The failures that are written as words.
 const WORDS: [(&str, On); 3] = [("connect_error", On::ConnectError), ("reset", On::Reset), ("timeout", On::Timeout)];
 
 impl FromStr for On {
@@ -110,7 +111,7 @@ impl FromStr for On {
         word.or_else(grpc).or_else(status).ok_or_else(|| {
             let words: Vec<&str> =
                 WORDS.iter().map(|(word, _)| *word).chain(GRPC.iter().map(|(word, _)| *word)).collect();
-            format!("`{text}` is nothing to retry on: write a status from 400 to 599, `{}`", words.join("`, `"))
+            format!("`{text}` is not a retry condition: write a status from 400 to 599, `{}`", words.join("`, `"))
         })
     }
 }

@@ -1,4 +1,4 @@
-//! The protocols besides HTTP that a route allows.
+//! Protocols besides HTTP that a route allows.
 
 use schemars::JsonSchema;
 use serde::de::{self, Deserializer};
@@ -6,20 +6,21 @@ use serde::{Deserialize, Serialize};
 
 use crate::framing::is_token;
 
-/// The name of a protocol besides HTTP, perhaps with its version (RFC 9110 §7.8): `websocket`, `SPDY/3.1`.
+/// The name of an upgrade protocol, with an optional version (RFC 9110 §7.8): `websocket`, `SPDY/3.1`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, JsonSchema)]
 #[serde(transparent)]
 pub struct Protocol(String);
 
 impl Protocol {
-    /// The one that browsers ask for.
+    /// The protocol that browsers use.
     pub const WEBSOCKET: &str = "websocket";
 
-    /// Reads a name.
+    /// Parses a protocol name.
     ///
     /// # Errors
     ///
-    /// It is none, or it is HTTP or TLS in some version: requests in it would go round routes and filters.
+    /// The name is invalid, or it is HTTP or TLS in any version: requests inside such a tunnel would bypass routes
+    /// and filters.
     pub fn parse(text: &str) -> Result<Protocol, String> {
         let mut parts = text.split('/');
         let is_part = |part: &str| !part.is_empty() && part.bytes().all(is_token);
@@ -29,12 +30,12 @@ impl Protocol {
             return Err(format!("`{text}` is not a protocol: write one such as `websocket` or `SPDY/3.1`"));
         }
         if ["h2c", "h2", "h3", "http", "tls"].iter().any(|known| name.eq_ignore_ascii_case(known)) {
-            return Err(format!("`{text}` cannot be switched to: requests in it would go round routes and filters"));
+            return Err(format!("`{text}` cannot be switched to: requests in it would bypass routes and filters"));
         }
         Ok(Protocol(text.to_owned()))
     }
 
-    /// Whether it is this one, in upper or lower case. The version counts.
+    /// Compares names without regard to case; versions must be equal.
     pub fn is(&self, name: &[u8]) -> bool {
         self.0.as_bytes().eq_ignore_ascii_case(name)
     }

@@ -11,29 +11,31 @@ use super::sticky::Sticky;
 use crate::config::Key;
 use crate::config::units::{Percent, Time};
 
-/// How an endpoint is chosen, for every attempt anew.
+/// How an endpoint is chosen, for each attempt.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct LoadBalancing {
     /// The policy.
     pub policy: Policy,
-    /// What `ring_hash` and `maglev` hash: `client_ip`, `path`, `route`, `{ header: x }`, `{ cookie: x }`, `{ query: x
-    /// }`, `{ cel: "…" }`, or a list, of which the first that a request has counts. One that has none of them goes
-    /// anywhere. These policies must have it, others must not.
+    /// What `ring_hash` and `maglev` hash: `client_ip`, `path`, `route`, `{ header: x }`, `{ cookie: x }`, `{
+    /// query: x }`, `{ cel: "…" }`, or a list, of which the first key in the request is used. A request without any
+    /// of them goes to a random endpoint. Required for these policies, not allowed for others.
     #[serde(skip_serializing_if = "HashKey::is_empty")]
     pub hash_key: HashKey,
-    /// With `ring_hash` and `maglev`: no endpoint gets more than this factor times its share of what is in flight; what
-    /// is above goes to the next one. Greater than 1, such as 1.25. Without it, popular keys may overload an endpoint.
+    /// With `ring_hash` and `maglev`: an endpoint gets at most this factor times its share of the active requests;
+    /// further requests go to the next endpoint. Greater than 1, such as 1.25. Without it, popular keys may
+    /// overload an endpoint.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(extend("exclusiveMinimum" = 1))]
     pub bounded_load: Option<f64>,
-    /// A client stays at the endpoint that has served it, whatever the policy, for as long as that one is available.
+    /// Keeps a client on the endpoint that served it before, with any policy, while that endpoint is available.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub sticky: Option<Sticky>,
-    /// Over which time the share of an endpoint that has come back, or is new, grows from a tenth to all of it.
+    /// How long the share of a new or recovered endpoint takes to grow from a tenth to its full weight.
     pub slow_start: Time,
-    /// Of the endpoints of a tier, the share that must be available. Where fewer are, and no other tier makes up for
-    /// it, requests go to all of them: if that many seem to fail, the checks are more likely wrong. 0%: never.
+    /// The least share of a tier's endpoints that must be available. If fewer are, and no other tier compensates,
+    /// requests go to all endpoints of the tier: when that many seem to fail, the checks are more likely wrong. 0%:
+    /// never.
     pub panic: Percent,
 }
 
@@ -50,28 +52,28 @@ impl Default for LoadBalancing {
     }
 }
 
-/// A way of choosing an endpoint.
+/// The policy that chooses an endpoint.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Policy {
     /// In turn, by weight, interleaved: weights 3 and 1 give a, a, b, a and not a, a, a, b.
     RoundRobin,
-    /// Any, by weight.
+    /// At random, by weight.
     Random,
-    /// Of two that are drawn by weight, the one with fewer requests in flight for its weight.
+    /// Picks two at random by weight and takes the one with fewer active requests relative to its weight.
     #[default]
     LeastRequest,
-    /// Of two that are drawn by weight, the one that is expected to be done first, by its latency and its requests in
-    /// flight.
+    /// Picks two at random by weight and takes the one that should finish first, by its latency and its active
+    /// requests.
     PeakEwma,
-    /// By the hash of a key, on a ring: when an endpoint leaves, its keys move and no others.
+    /// By the hash of a key, on a ring: when an endpoint leaves, only its keys move.
     RingHash,
-    /// By the hash of a key, in a table: shares are more even than on a ring, and a few more keys move.
+    /// By the hash of a key, in a table: shares are more even than on a ring, but a few more keys move.
     Maglev,
 }
 
 impl Policy {
-    /// How it is written.
+    /// The name in the configuration.
     pub fn name(self) -> &'static str {
         match self {
             Policy::RoundRobin => "round_robin",
@@ -89,12 +91,12 @@ impl Policy {
     }
 }
 
-/// One key or several, of which the first that a request has counts.
+/// One key, or several of which the first one in the request is used.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct HashKey(pub Vec<Key>);
 
 impl HashKey {
-    /// There is none.
+    /// Whether there are no keys.
     pub fn is_empty(&self) -> bool {
         self.0.is_empty()
     }

@@ -1,4 +1,4 @@
-//! `health_check:` of an upstream: how its endpoints are asked whether they are well.
+//! `health_check:` of an upstream: active health checks.
 
 use std::fmt;
 use std::ops::RangeInclusive;
@@ -9,33 +9,33 @@ use serde::{Deserialize, Serialize, Serializer};
 
 use crate::config::units::{Count, Percent, Time};
 
-/// How the endpoints of an upstream are asked whether they are well: exactly one of `http`, `tcp` and `grpc`, over a
-/// new connection each time, as the upstream is spoken to.
+/// Active health checks: exactly one of `http`, `tcp` and `grpc`. Each check uses a new connection, with the
+/// upstream's protocol and TLS settings.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct HealthCheck {
-    /// By a GET.
+    /// Sends a GET request.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub http: Option<HttpCheck>,
-    /// By a connection that comes about, TLS included: `tcp: {}`.
+    /// Connects, TLS handshake included: `tcp: {}`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub tcp: Option<TcpCheck>,
-    /// By `grpc.health.v1.Health/Check`.
+    /// Calls `grpc.health.v1.Health/Check`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub grpc: Option<GrpcCheck>,
-    /// From the beginning of one check of an endpoint to that of the next.
+    /// Time from the start of one check of an endpoint to the start of the next.
     pub interval: Time,
-    /// Each interval is longer or shorter by up to this share, so that the checks of many gateways do not coincide.
+    /// Random variation of each interval, so that the checks of many gateways do not coincide.
     pub jitter: Percent,
-    /// A check that takes longer has failed.
+    /// Time limit of a check; after it the check has failed.
     pub timeout: Time,
-    /// Failed checks in a row that make an endpoint unhealthy. The first check ever decides alone.
+    /// Failed checks in a row that make an endpoint unhealthy. The very first check decides alone.
     pub unhealthy_after: Count,
     /// Passed checks in a row that make it healthy again.
     pub healthy_after: Count,
-    /// What an endpoint counts as before its first check has ended.
+    /// The state of an endpoint before its first check has ended.
     pub initial: Initial,
-    /// Checks of the upstream that are under way at once; further ones begin late.
+    /// Limit on simultaneous checks of the upstream; further ones start late.
     pub at_once: Count,
 }
 
@@ -57,25 +57,25 @@ impl Default for HealthCheck {
 }
 
 impl HealthCheck {
-    /// The kinds of checks that are asked for.
+    /// The kinds of checks that are configured.
     pub fn kinds(&self) -> impl Iterator<Item = &'static str> {
         let (http, tcp, grpc) = (self.http.is_some(), self.tcp.is_some(), self.grpc.is_some());
         [(http, "http"), (tcp, "tcp"), (grpc, "grpc")].into_iter().filter_map(|(asked, kind)| asked.then_some(kind))
     }
 }
 
-/// A check by a GET.
+/// A check with a GET request.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct HttpCheck {
-    /// What is asked for, with its query.
+    /// The request target, path and query.
     pub path: String,
-    /// The host that is named. Without it, the address of the endpoint as it is written.
+    /// The `Host` of the request; by default the endpoint's address as written.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub host: Option<String>,
-    /// What a well endpoint answers with: statuses such as 200, and ranges such as 200-299.
+    /// The statuses of a healthy endpoint: single ones such as 200, and ranges such as 200-299.
     pub statuses: Vec<Statuses>,
-    /// What must stand in the first 64KiB of the body. Without it, the body is not read.
+    /// Text that the first 64KiB of the body must contain. Without it, the body is not read.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub body: Option<String>,
 }
@@ -86,44 +86,44 @@ impl Default for HttpCheck {
     }
 }
 
-/// A check by a connection that comes about.
+/// A check that only connects.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct TcpCheck {}
 
-/// A check by `grpc.health.v1.Health/Check`.
+/// A check that calls `grpc.health.v1.Health/Check`.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct GrpcCheck {
     /// The service that must be serving; empty: the server as a whole.
     pub service: String,
-    /// The host that is named. Without it, the address of the endpoint as it is written.
+    /// The `:authority` of the call; by default the endpoint's address as written.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub host: Option<String>,
 }
 
-/// What an endpoint counts as before its first check has ended.
+/// The state of an endpoint before its first check has ended.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Initial {
-    /// It takes requests.
+    /// It gets requests.
     #[default]
     Healthy,
-    /// It takes none.
+    /// It gets no requests.
     Unhealthy,
 }
 
-/// One status, or all from one to another.
+/// A status or a range of statuses.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Statuses {
-    /// The least of them.
+    /// The lowest.
     pub first: u16,
-    /// The greatest of them.
+    /// The highest.
     pub last: u16,
 }
 
 impl Statuses {
-    /// Whether this status is one of them.
+    /// Whether the range contains this status.
     pub fn contains(self, status: u16) -> bool {
         (self.first..=self.last).contains(&status)
     }
@@ -175,7 +175,7 @@ impl Visitor<'_> for Written {
 
     fn visit_str<E: de::Error>(self, text: &str) -> Result<Statuses, E> {
         let none =
-            || E::custom(format!("`{text}` is no status: write one from 100 to 599, or a range such as `200-299`"));
+            || E::custom(format!("`{text}` is not a status: write one from 100 to 599, or a range such as `200-299`"));
         Statuses::parse(text).ok_or_else(none)
     }
 }

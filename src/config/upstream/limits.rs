@@ -1,32 +1,30 @@
-//! `limits:`, `queue:` and `circuit_breaker:` of an upstream: how much it is asked at once, what waits meanwhile, and
-//! when it is left alone.
+//! `limits:`, `queue:` and `circuit_breaker:` of an upstream.
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::config::units::{Count, Percent, Time};
 
-/// How much an upstream may have under way at once. What is above waits in the queue.
+/// Limits on active requests and connections. Exchanges above them wait in the queue.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Limits {
-    /// Requests at all endpoints together.
+    /// Active requests at all endpoints together.
     pub requests: Count,
-    /// Connections in use at all endpoints together. Over HTTP/1 each request has one for itself; over HTTP/2 a hundred
-    /// share one.
+    /// Connections in use at all endpoints together. Over HTTP/1, a request occupies a connection; over HTTP/2, a
+    /// hundred requests share one.
     pub connections: Count,
-    /// The same for each endpoint.
+    /// The same limits per endpoint.
     pub endpoint: EndpointLimits,
 }
 
-/// How much one endpoint may have under way at once.
+/// Limits per endpoint.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct EndpointLimits {
-    /// Requests at this endpoint.
+    /// Active requests.
     pub requests: Count,
-    /// Connections to this endpoint in use. Connections that are kept unused do not count: they are used before another
-    /// is made.
+    /// Connections in use. Idle kept connections do not count: they are reused before a new one is made.
     pub connections: Count,
 }
 
@@ -37,21 +35,21 @@ impl Default for Limits {
 }
 
 impl Default for EndpointLimits {
-    /// What a backend can take only its operator knows, and a limit that is met by surprise is an outage: so there is
-    /// none, as with nginx and HAProxy, but for what the kernel has ports for (28,232 to one address, unless it is
-    /// configured otherwise).
+    /// Only the operator knows the capacity of a backend, and an unexpected limit is an outage. So there is none by
+    /// default, as in nginx and HAProxy, except for the kernel's ephemeral ports (28,232 per destination by
+    /// default).
     fn default() -> Self {
         EndpointLimits { requests: Count::UNLIMITED, connections: Count(20_000) }
     }
 }
 
-/// Where exchanges wait when everybody who could serve them is full, in the order in which they came.
+/// The queue for exchanges while all endpoints are at their limits: first in, first out.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Queue {
-    /// How many may wait; one more is answered 503. With 0, none waits.
+    /// Limit on waiting exchanges; further ones get 503. 0: no queue.
     pub size: Count,
-    /// How long each may wait, over all its attempts; longer is answered 503.
+    /// Time limit in the queue, all attempts together. After it, the exchange gets 503.
     pub timeout: Time,
 }
 
@@ -61,28 +59,27 @@ impl Default for Queue {
     }
 }
 
-/// When an upstream that fails is left alone for a while, as a whole. A failure is a connection that could not be made,
-/// an answer that did not come whole, and a status of 500 and above.
+/// Stops requests to an upstream while it fails. Failures are: no connection, an incomplete response, and a status
+/// of 500 and above.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct CircuitBreaker {
-    /// It opens when such a share of the attempts within `window` failed.
+    /// Opens when this share of the attempts within `window` failed.
     pub failures: Percent,
-    /// Over which time the share is taken.
+    /// The time over which the share is computed.
     pub window: Time,
-    /// With fewer attempts within `window`, their share says nothing. `unlimited`: it never does.
+    /// The least number of attempts within `window` for the share to count. `unlimited`: the share never counts.
     pub min_requests: Count,
-    /// It also opens after so many failures in a row.
+    /// Also opens after this many failures in a row.
     pub consecutive: Count,
-    /// For how long it is open; then a few requests are let through. Each further time in a row is twice as long.
+    /// How long it stays open before it lets `probes` requests through. The time doubles each time in a row.
     pub open: Time,
-    /// For how long at most.
+    /// Longest time it stays open.
     pub max_open: Time,
-    /// The number of requests that are let through then. If all of them go well it closes, and with the first that
-    /// fails it opens again.
+    /// Requests that are let through then. If all succeed the breaker closes; the first failure opens it again.
     pub probes: Count,
-    /// For how long such a request may wait for its client, mostly for the rest of its body. Then another one is let
-    /// through in its place.
+    /// How long a probe may wait for its client, usually for the rest of its body. After it, another request is let
+    /// through instead.
     pub probe_client: Time,
 }
 

@@ -1,32 +1,33 @@
-//! `outlier_detection:` of an upstream: what passing requests say against an endpoint, and what follows.
+//! `outlier_detection:` of an upstream: passive health checks.
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::config::units::{Count, Percent, Time};
 
-/// When an endpoint is ejected for what passing requests say against it, and for how long. Nobody is asked for this; so
-/// an endpoint to which no connection can be made is ejected unless that is `unlimited`.
+/// When an endpoint is ejected because of the results of requests, and for how long. By default only failed
+/// connections count; `connect_failures: unlimited` turns that off.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct OutlierDetection {
-    /// Ejected after this number of answers of 500 and above in a row; failures of any kind count.
+    /// Ejects after this many responses of 500 and above in a row; failures of any kind count.
     pub consecutive_5xx: Count,
-    /// Ejected after this number of answers of 502, 503 and 504 in a row; failures of any kind count.
+    /// Ejects after this many responses of 502, 503 and 504 in a row; failures of any kind count.
     pub consecutive_gateway_errors: Count,
-    /// Ejected after this number of connections in a row that could not be made.
+    /// Ejects after this many failed connections in a row.
     pub connect_failures: Count,
-    /// A success rate that is much worse than that of the others. Without it, rates are not compared.
+    /// Ejects endpoints whose success rate is far below that of the others. Without it, rates are not compared.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub success_rate: Option<SuccessRate>,
-    /// A time to the first byte that is much longer than that of the others. Without it, times are not compared.
+    /// Ejects endpoints whose time to first byte is far above that of the others. Without it, times are not
+    /// compared.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub latency: Option<Latency>,
-    /// How long an endpoint is ejected the first time; each further time twice as long.
+    /// How long an endpoint is ejected the first time; the time doubles each further time.
     pub base_ejection: Time,
-    /// How long at most.
+    /// Longest ejection.
     pub max_ejection: Time,
-    /// The share of the endpoints that may be ejected at once; of several, one always may, unless it is 0%.
+    /// The share of endpoints that may be ejected at once. One of several always may, unless this is 0%.
     pub max_ejected: Percent,
     /// How often endpoints are compared.
     pub interval: Time,
@@ -48,18 +49,18 @@ impl Default for OutlierDetection {
     }
 }
 
-/// When the success rate of an endpoint, the share of its answers below 500, is too bad.
+/// When a success rate, the share of responses below 500, is too low.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct SuccessRate {
-    /// How far its success rate must be below the mean of the others, in their standard deviations.
+    /// Least distance below the mean of the others, in their standard deviations.
     #[schemars(extend("minimum" = 0))]
     pub factor: f64,
-    /// And at least so much below it.
+    /// Least distance below the mean, in percentage points.
     pub margin: Percent,
-    /// The number of endpoints that must have had enough requests.
+    /// Least number of endpoints with enough requests.
     pub endpoints: Count,
-    /// The number of requests within an interval that is enough.
+    /// Least number of requests per interval for an endpoint to be compared.
     pub requests: Count,
 }
 
@@ -73,14 +74,14 @@ impl Default for SuccessRate {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Latency {
-    /// How many times the median of all its mean latency must be.
+    /// The factor above the median of all endpoints that its mean latency must reach.
     #[schemars(extend("minimum" = 1))]
     pub factor: f64,
-    /// And at least so much above it.
+    /// Least distance above the median.
     pub margin: Time,
-    /// The number of endpoints that must have had enough requests.
+    /// Least number of endpoints with enough requests.
     pub endpoints: Count,
-    /// The number of requests within an interval that is enough.
+    /// Least number of requests per interval for an endpoint to be compared.
     pub requests: Count,
 }
 

@@ -1,4 +1,4 @@
-//! `load_balancing.sticky:` of an upstream: a client stays at its endpoint.
+//! `load_balancing.sticky:` of an upstream: session affinity.
 
 use std::fmt;
 
@@ -8,55 +8,54 @@ use serde::{Deserialize, Serialize};
 
 use crate::config::units::Time;
 
-/// A client stays at the endpoint that has served it.
+/// Session affinity: a client stays on the endpoint that served it before.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Sticky {
-    /// By a cookie that Forebay sets and signs.
+    /// With a cookie that Forebay sets and signs.
     pub cookie: StickyCookie,
 }
 
-/// A signed cookie that names the endpoint, without telling who it is.
+/// A signed cookie that identifies the endpoint without revealing its address.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct StickyCookie {
-    /// Its name. Upstreams that serve the same hosts need a name each.
+    /// The name of the cookie. Upstreams that serve the same hosts need different names.
     pub name: String,
-    /// What it is signed with: at least 16 bytes that nobody can guess, the same on every node, such as
-    /// `${FOREBAY_STICKY_SECRET}`. Or a list: the first signs, all others are still believed, so that secrets can be
-    /// changed.
+    /// The signing key: at least 16 bytes, random, the same on every node, such as `${FOREBAY_STICKY_SECRET}`. Or a
+    /// list for rotation: the first key signs, all keys verify.
     pub secret: Secrets,
-    /// How long it holds from when it was set; it is set anew when half of that is over. Without it, as long as the
-    /// browser keeps it: to the end of its session.
+    /// The lifetime of the cookie; it is renewed after half of it. Without it, the cookie lasts for the browser
+    /// session.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub ttl: Option<Time>,
-    /// With which requests from other sites browsers send it.
+    /// The `SameSite` attribute: which cross-site requests carry the cookie.
     #[serde(default)]
     pub same_site: SameSite,
 }
 
 impl StickyCookie {
-    /// The least number of bytes of a secret.
+    /// Least length of a secret in bytes.
     pub const SECRET_BYTES_MIN: usize = 16;
-    /// The most secrets that may be believed at once.
+    /// Limit on secrets.
     pub const SECRETS_MAX: usize = 8;
 }
 
-/// With which requests from other sites a browser sends a cookie (RFC 6265bis §4.1.2.7).
+/// Which cross-site requests carry the cookie (RFC 6265bis §4.1.2.7).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum SameSite {
-    /// When a link is followed.
+    /// Top-level navigation, such as a followed link.
     #[default]
     Lax,
-    /// With none.
+    /// None of them.
     Strict,
-    /// With all. Browsers take such a cookie over HTTPS only, so it is always `Secure`.
+    /// All of them. Browsers accept such a cookie only over HTTPS, so it is always `Secure`.
     None,
 }
 
 impl SameSite {
-    /// How the cookie says it.
+    /// The value of the attribute.
     pub fn name(self) -> &'static str {
         match self {
             SameSite::Lax => "Lax",
@@ -66,11 +65,11 @@ impl SameSite {
     }
 }
 
-/// One secret, or several of which the first signs.
+/// One secret, or several of which the first one signs.
 #[derive(Clone, PartialEq, Eq, Serialize)]
 pub struct Secrets(pub Vec<String>);
 
-/// Shows none of them.
+/// Hides the secrets.
 impl fmt::Debug for Secrets {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{} secrets", self.0.len())

@@ -1,44 +1,42 @@
-//! `protocol:`, `tls:`, `proxy_protocol:` and `keepalive:` of an upstream: how its endpoints are connected to.
+//! `protocol:`, `tls:`, `proxy_protocol:` and `keepalive:` of an upstream: the connections to its endpoints.
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::config::units::{Count, Size, Time};
 
-/// What is spoken to an endpoint.
+/// The protocol to an endpoint.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Protocol {
-    /// HTTP/1.1; in clear text, or over TLS with a `tls:` beside it.
+    /// HTTP/1.1: in clear text, or over TLS if the upstream has a `tls:` key.
     #[default]
     Http1,
-    /// HTTP/2 over TLS, with or without a `tls:` beside it.
+    /// HTTP/2 over TLS, with or without a `tls:` key.
     H2,
-    /// HTTP/2 in clear text, by prior knowledge.
+    /// HTTP/2 in clear text, with prior knowledge.
     H2c,
 }
 
-/// TLS towards the endpoints. `tls: {}` is enough where their certificates are signed by an authority that the system
-/// trusts.
+/// TLS to the endpoints. `tls: {}` is enough if the system trusts the authority of their certificates.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Tls {
-    /// Whether an endpoint must show a certificate that is valid, trusted, and made out to its name. If not, anybody
-    /// who gets in between can pose as it.
+    /// Whether the certificate of an endpoint is verified: valid, trusted, and issued for its name. Without it, an
+    /// attacker on the network can impersonate the endpoint.
     pub verify: bool,
-    /// The name, or the IP address, that endpoints are asked for (SNI) and that their certificates must be made out to;
-    /// by default the host of their address. A unix socket has none.
+    /// The name or IP address that is sent as SNI and verified in the certificate; by default the host of the
+    /// endpoint's address. A unix socket has none.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub server_name: Option<String>,
-    /// A file with the certificates of the authorities that are trusted, in PEM; by default those that the system
-    /// trusts.
+    /// A PEM file with the trusted certificate authorities; by default those of the system.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub ca: Option<String>,
-    /// A file with the certificate that Forebay shows to endpoints that ask for one, and those between it and its
-    /// authority, in PEM. It comes with a `key`.
+    /// A PEM file with Forebay's client certificate and its intermediate certificates, for endpoints that request
+    /// one. Requires `key`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub certificate: Option<String>,
-    /// A file with the private key of `certificate`, in PEM and without a password.
+    /// A PEM file with the private key of `certificate`, without a password.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub key: Option<String>,
 }
@@ -49,26 +47,25 @@ impl Default for Tls {
     }
 }
 
-/// How an endpoint is told whom a connection is for, before anything else is said on it.
+/// How the client's address is sent to an endpoint at the beginning of a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum ProxyProtocol {
-    /// Version 2 of the PROXY protocol, which is binary.
+    /// Version 2 of the PROXY protocol (binary).
     V2,
 }
 
-/// Connections to the endpoints of an upstream, kept open between requests.
+/// Idle connections to endpoints, kept for reuse.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Keepalive {
-    /// How long an unused connection is kept. Keep it below the backend's own limit.
+    /// How long an idle connection is kept. Set it below the backend's own timeout.
     pub idle: Time,
-    /// How old a connection may become: a request that ends on an older one is its last. On HTTP/2 no request begins on
-    /// an older one, and it is closed when it has been unused for `idle`.
+    /// Greatest age of a connection: it is closed when a request on an older one ends. An older HTTP/2 connection
+    /// gets no new requests and is closed once it has been idle for `idle`.
     pub max_age: Time,
-    /// How many unused connections of this upstream are kept; with 0 each request has one of its own. With HTTP/2,
-    /// where a connection serves many requests at once, it cannot be said. `server.keepalive_pool` holds for all
-    /// upstreams together.
+    /// Idle connections of this upstream that are kept; 0: each request uses a new connection. Not applicable to
+    /// HTTP/2, where one connection serves many requests. `server.keepalive_pool` limits all upstreams together.
     pub pool: Count,
 }
 
@@ -78,18 +75,18 @@ impl Default for Keepalive {
     }
 }
 
-/// How HTTP/2 is spoken to the endpoints of an upstream.
+/// HTTP/2 settings for the endpoints of an upstream.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Http2 {
-    /// How much of one answer an endpoint may send ahead of what is read of it, 16KiB to 16MiB. So much of an answer
-    /// that its client does not take stays in memory; all answers on a connection together have room for as much each.
-    /// More is faster where endpoints are far away.
+    /// Flow control window per response: how much an endpoint may send ahead of what is read, 16KiB to 16MiB. This
+    /// much of each unread response stays in memory; the connection window allows as much for each of its
+    /// responses. A larger window is faster for distant endpoints.
     pub stream_window: Size,
 }
 
 impl Default for Http2 {
-    /// Nearly that of the protocol (RFC 9113 §6.9.2).
+    /// Almost the protocol's default (RFC 9113 §6.9.2).
     fn default() -> Self {
         Http2 { stream_window: Size(64 << 10) }
     }
