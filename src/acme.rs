@@ -1,10 +1,9 @@
-//! Certificates that Forebay gets by itself (ACME, RFC 8555): ordered in the background, kept in files, served like any
-//! others.
+//! Automatic certificates (ACME, RFC 8555): ordered in the background, stored in files, served like any others.
 //!
-//! [`plan`] says what is asked of whom. One loop for each issuer orders what is due ([`schedule`]), one order at a time
-//! ([`order`]), and puts what is issued into the [`store`]; the listeners that serve it read it from there. An order
-//! that fails is tried again later, and what was issued before is served meanwhile. Workers only answer challenges
-//! (`client/challenges.rs`). Of several processes with one store, one orders and all answer (`answers`).
+//! [`plan`] computes the certificates of each issuer. One loop per issuer orders what is due ([`schedule`]), one
+//! order at a time ([`order`]), and saves certificates in the [`store`], from which listeners read them. A failed
+//! order is retried later; meanwhile the old certificate is served. Workers only answer challenges
+//! (`client/challenges.rs`). If several processes share a store, one orders and all answer challenges (`answers`).
 
 mod answers;
 mod failure;
@@ -41,54 +40,55 @@ use order::Proof;
 use plan::{Asked, Wanted};
 use schedule::{Held, Record, seconds};
 
-/// How often a process that does not order looks what it is to answer, and whether the one that orders is gone.
+/// How often a process that does not order reads the challenges to answer, and checks whether the ordering process
+/// has ended.
 const FOLLOW_INTERVAL: Duration = Duration::from_millis(250);
-/// The clock may be set, and a machine may sleep: nothing waits for longer than this without a look at the time.
+/// Longest sleep, since the clock may be set and the machine may be suspended.
 const LOOK_INTERVAL: Duration = Duration::from_secs(600);
 
-/// An issuer may ask to be left alone; for no longer than this, so that a slip of its own ends no certificate.
+/// Longest pause that an issuer can request. It keeps a mistake of the issuer from letting certificates expire.
 const BUSY_MAX: Duration = Duration::from_secs(7 * 86_400);
-/// What is remembered of an order until it has ended.
+/// The recorded problem of an order that has not ended.
 const INTERRUPTED: &str = "the process ended in the middle of the last order";
 
-/// Those who serve certificates now.
+/// The TLS listeners that serve certificates.
 pub type Served = Arc<ArcSwap<Vec<Arc<Tls>>>>;
 
-/// What orders certificates.
+/// Orders certificates.
 pub struct Acme {
     issuers: Vec<Issuer>,
 }
 
-/// An issuer that is asked for certificates.
+/// An issuer and its certificates.
 struct Issuer {
     asked: Asked,
     http: Http,
     challenges: Arc<Challenges>,
-    /// Those who serve what it issues.
+    /// The listeners that serve its certificates.
     listeners: Served,
     metrics: AcmeMetrics,
 }
 
-/// A certificate and what is known of it.
+/// A certificate and its state.
 struct State<'a> {
     wanted: &'a Wanted,
     record: Record,
-    /// When the next order is due, as exactly as the clock goes.
+    /// When the next order is due.
     due: SystemTime,
 }
 
-/// An account as it is kept.
+/// A stored account.
 #[derive(Serialize, Deserialize)]
 struct Kept {
     contact: Option<String>,
     credentials: AccountCredentials,
 }
 
-/// Makes the way to every issuer of a plan ready; nothing is asked yet.
+/// Prepares the clients of all issuers; sends nothing.
 ///
 /// # Errors
 ///
-/// Files of authorities that are missing or are none.
+/// CA files that are missing or invalid.
 pub fn build(
     plan: Vec<Asked>,
     challenges: &Arc<Challenges>,
@@ -112,21 +112,21 @@ pub fn build(
 }
 
 impl Acme {
-    /// Makes the stores, for Forebay or whom it becomes: a user and a group.
+    /// Creates the stores, owned by this user and group if given.
     ///
     /// # Errors
     ///
-    /// One that cannot be made.
+    /// A store cannot be created.
     pub fn prepare(&self, owner: Option<(u32, u32)>) -> Result<(), BuildError> {
         let asked = |issuer: &Issuer| issuer.asked.store.prepare(owner).map_err(|error| issuer.asked.unusable(&error));
         self.issuers.iter().try_for_each(asked)
     }
 
-    /// Proves that files can be made in the stores.
+    /// Checks that the stores are writable.
     ///
     /// # Errors
     ///
-    /// One where they cannot.
+    /// A store is not writable.
     pub fn probe(&self) -> Result<(), BuildError> {
         let asked = |issuer: &Issuer| issuer.asked.store.probe().map_err(|error| issuer.asked.unusable(&error));
         self.issuers.iter().try_for_each(asked)
@@ -134,7 +134,7 @@ impl Acme {
 }
 
 impl upkeep::Kept for Acme {
-    /// Orders what is due. It has a runtime of its own: files are read and written here, and certificates are parsed.
+    /// Orders what is due. Uses its own runtime because it reads and writes files and parses certificates.
     fn keep(self: Arc<Self>) -> BoxFuture<'static, ()> {
         async move {
             join_all(self.issuers.iter().map(Issuer::keep)).await;
@@ -144,7 +144,7 @@ impl upkeep::Kept for Acme {
 }
 
 impl Issuer {
-    /// Waits until no other process orders for this store, and does so from then on.
+    /// Waits until no other process orders for this store, then takes over.
     async fn keep(&self) {
         let (mut told, issuer, store) = (false, &self.asked.name, &self.asked.store);
         let (mut followed, mut following) = (Followed::default(), None);
@@ -165,7 +165,7 @@ impl Issuer {
             tokio::time::sleep(FOLLOW_INTERVAL).await;
         };
         drop((followed, following));
-        // What was under way when the one before ended.
+        // Challenges that the previous process left behind.
         for left in store.challenges() {
             let _ = std::fs::remove_file(left);
         }
@@ -173,7 +173,7 @@ impl Issuer {
         self.run().await;
     }
 
-    /// Orders what is due, without end.
+    /// Orders what is due, in an endless loop.
     async fn run(&self) {
         let mut states: Vec<_> = self.asked.certificates.iter().map(|wanted| self.state(wanted)).collect();
         let mut account = None;
@@ -206,12 +206,12 @@ impl Issuer {
         self.metrics.show(state.wanted.name(), state.record.failures, due);
     }
 
-    /// Orders a certificate, and notes what came of it.
+    /// Orders a certificate and records the result.
     async fn attempt(&self, state: &mut State<'_>, account: &mut Option<Account>) {
         let (began, written) = (SystemTime::now(), &self.asked.written);
         state.record.attempted = seconds(began);
-        // An order that is cut short counts as one that failed: a process that ends and starts again and again shall
-        // not order each time.
+        // Recorded as a failure in advance: if the process restarts again and again during orders, the delay still
+        // grows.
         let failures = state.record.failures.saturating_add(1);
         let unfinished = Record {
             directory: self.asked.directory.clone(),
@@ -240,7 +240,7 @@ impl Issuer {
                     serial: Some(held.serial),
                     due,
                     attempted: state.record.attempted,
-                    // Whether it has a window is found out at once.
+                    // The renewal window is requested at once.
                     ask: Some(seconds(began)),
                     ..Record::default()
                 };
@@ -277,7 +277,7 @@ impl Issuer {
         held(wanted).ok_or_else(|| Failure::new("what was issued cannot be read again".to_owned()))
     }
 
-    /// The account: the one at hand, the one that is kept, or a new one.
+    /// The account: from memory, from the store, or a new one.
     async fn account(&self, at_hand: &mut Option<Account>) -> Result<Account, Failure> {
         if let Some(account) = at_hand {
             return Ok(account.clone());
@@ -295,7 +295,7 @@ impl Issuer {
             let account = builder.from_credentials(kept.credentials).await?;
             if known != contact {
                 account.update_contacts(&contacts).await?;
-                // Credentials cannot be copied, only read.
+                // The credentials type cannot be cloned, only deserialized.
                 if let Ok(Some(kept)) = store::read_json::<Kept>(&file) {
                     self.keep_account(&file, &Kept { contact, ..kept })?;
                 }
@@ -324,7 +324,7 @@ impl Issuer {
         store::replace_json(path, kept).map_err(failed)
     }
 
-    /// The next order makes a new one.
+    /// The next order creates a new account.
     fn forget_account(&self, at_hand: &mut Option<Account>) {
         *at_hand = None;
         if let Err(error) = std::fs::remove_file(self.account_path()) {
@@ -332,13 +332,13 @@ impl Issuer {
         }
     }
 
-    /// Accounts with one directory that are bound to different ones of its own are different.
+    /// Accounts with different external account bindings are stored separately.
     fn account_path(&self) -> PathBuf {
         let bound = self.asked.written.eab.as_ref().map(|eab| &*eab.kid).unwrap_or_default();
         self.asked.store.account(xxh3_64(format!("{}\n{bound}", self.asked.directory).as_bytes()))
     }
 
-    /// Asks in which window a certificate is to be renewed, if the issuer tells (RFC 9773).
+    /// Requests the renewal window of a certificate, if the issuer supports it (RFC 9773).
     async fn ask_window(&self, state: &mut State<'_>, account: &mut Option<Account>) {
         let now = seconds(SystemTime::now());
         let asked = async {
@@ -356,14 +356,14 @@ impl Issuer {
             Some(Ok(Some((window, again, held)))) => {
                 let [start, end] = [window.start, window.end].map(|point| point.unix_timestamp());
                 let window = (u64::try_from(start).unwrap_or_default(), u64::try_from(end).unwrap_or_default());
-                // An issuer that wants each certificate replaced at once gets no order after the other.
+                // Limits the order rate for an issuer that wants every certificate replaced at once.
                 let soonest = state.record.attempted + self.asked.written.retry.first.0.as_secs();
                 state.record.window(window, &held, soonest, rand::random());
                 state.record.ask_again(now, again);
                 state.due = at(state.record.due);
             }
             Some(Err(failure)) => {
-                tracing::debug!(issuer = %self.asked.name, "when to renew was not told: {}", failure.problem);
+                tracing::debug!(issuer = %self.asked.name, "the issuer gave no renewal time: {}", failure.problem);
                 state.record.ask = Some(now + schedule::ASK_AGAIN.as_secs());
             }
             None => state.record.ask = Some(now + schedule::ASK_AGAIN.as_secs()),
@@ -371,13 +371,13 @@ impl Issuer {
         self.note(state.wanted, &state.record);
     }
 
-    /// Has what was issued served.
+    /// Makes the listeners serve an issued certificate.
     fn take(&self, wanted: &Wanted) {
         let path = wanted.path.to_string_lossy();
         self.listeners.load().iter().filter(|tls| tls.serves(&path)).for_each(|tls| tls.reload());
     }
 
-    /// Keeps what is known of a certificate.
+    /// Saves the record of a certificate.
     fn note(&self, wanted: &Wanted, record: &Record) {
         let path = self.asked.store.record(wanted.name());
         if let Err(error) = store::replace_json(&path, record) {
@@ -386,21 +386,21 @@ impl Issuer {
     }
 }
 
-/// What is remembered of a certificate, if its issuer has been asked for it.
+/// The saved record of a certificate; `None` before its first order.
 pub fn record(asked: &Asked, wanted: &Wanted) -> Option<Record> {
     store::read_json(&asked.store.record(wanted.name())).ok().flatten()
 }
 
 impl State<'_> {
-    /// When something is to be done for it.
+    /// When the next action for it is due.
     fn next(&self) -> SystemTime {
-        // While orders fail there is nothing else to ask.
+        // While orders fail, the renewal window does not matter.
         let ask = self.record.ask.filter(|_| self.record.failures == 0).map(at);
         ask.into_iter().fold(self.due, SystemTime::min)
     }
 }
 
-/// What the file of a certificate holds, if that is one with its key.
+/// Loads the stored certificate, if its file is valid and contains the key.
 fn load(wanted: &Wanted) -> Option<Loaded> {
     let source = Source::issued(&wanted.path.to_string_lossy(), wanted.names.clone(), &Certificate::default());
     let files = Files::read(&source).ok().filter(|files| !files.awaited)?;
@@ -422,7 +422,7 @@ impl From<Loaded> for Held {
     }
 }
 
-/// The time at these seconds since 1970, at most the end of the year 9999, which every clock can represent.
+/// The time at these seconds since 1970, capped at the end of the year 9999, which every clock can represent.
 fn at(seconds: u64) -> SystemTime {
     const FAR: u64 = 253_402_300_799;
     SystemTime::UNIX_EPOCH + Duration::from_secs(seconds.min(FAR))

@@ -1,9 +1,9 @@
-//! The admin endpoint: `/metrics` for Prometheus, `/healthz` and `/readyz` for whoever keeps Forebay running, and what
-//! others add to its [`table`].
+//! The admin endpoint: `/metrics` for Prometheus, `/healthz` and `/readyz` for supervisors and load balancers, and
+//! the entries that other modules add to its [`table`].
 //!
-//! It is a Pingora service of its own, with a thread of its own: writing down a hundred thousand series takes tens of
-//! milliseconds, in which no worker may stand still. So does everything an entry works out. It listens on
-//! loopback unless told otherwise; a token and TLS are there for when it is (`guard`, `reception`).
+//! It is a separate Pingora service with its own thread, because writing a hundred thousand series takes tens of
+//! milliseconds, which must not block a worker. It listens on loopback by default; for other addresses there are a
+//! token and TLS (`guard`, `reception`).
 
 pub mod answer;
 mod guard;
@@ -40,37 +40,37 @@ use page::Page;
 use seats::{Seat, Seats};
 use table::{Ask, Found, Table};
 
-/// Whether the gateway takes exchanges, as `/readyz` tells load balancers. Clones share it.
+/// Whether the gateway accepts exchanges, as shown by `/readyz`. Clones share it.
 #[derive(Clone, Debug, Default)]
 pub struct Readiness(Arc<AtomicU8>);
 
-/// What [`Readiness`] can be.
+/// The states of [`Readiness`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
 pub enum Ready {
     /// Not all listeners are open yet.
     Starting,
-    /// Exchanges are taken.
+    /// Exchanges are accepted.
     Ready,
-    /// It was told to stop; exchanges in flight end.
+    /// The gateway is stopping; active exchanges finish.
     Stopping,
-    /// Another process takes exchanges in its place: a client that has kept its connection to this one hears that all is
-    /// well, for so it is.
+    /// Another process has taken over. Clients with a connection to this process still get "ready", because the
+    /// address is served.
     HandedOver,
 }
 
 impl Readiness {
-    /// One that is [`Ready::Starting`].
+    /// The state [`Ready::Starting`].
     pub fn new() -> Self {
         Self::default()
     }
 
-    /// Changes it for everyone who shares it.
+    /// Sets the state for all clones.
     pub fn set(&self, ready: Ready) {
         self.0.store(ready as u8, Ordering::Release);
     }
 
-    /// What it is now.
+    /// The current state.
     pub fn now(&self) -> Ready {
         match self.0.load(Ordering::Acquire) {
             0 => Ready::Starting,
@@ -81,39 +81,38 @@ impl Readiness {
     }
 }
 
-/// What answers on the admin endpoint.
+/// The admin endpoint's table and settings.
 pub struct Admin {
     table: Table,
     page: Page,
     metrics: AdminMetrics,
     streams: Arc<Semaphore>,
     seats: Arc<Seats>,
-    /// Requests that have been read and are not answered yet.
+    /// The requests that are being answered.
     answering: Arc<Inflight>,
     token: Option<String>,
-    /// Whether it is reached by TLS, and whether all who come so have shown a certificate.
+    /// `None`: no TLS; else whether all TLS clients have presented a certificate.
     tls: Option<bool>,
     hosts: Hosts,
 }
 
-/// From the connection, or the answer before, to the last byte of a request header: longer than scrapes lie apart.
+/// Time limit for a request header, from the connection or the last response: longer than a scrape interval.
 const REQUEST: Duration = Duration::from_secs(75);
 
-/// For a whole request body.
+/// Time limit for a whole request body.
 const BODY: Duration = Duration::from_secs(10);
 
-/// The longest request body.
+/// Longest request body.
 const BODY_BYTES_MAX: usize = 64 << 10;
 
-/// How long a client may take for an answer, or for a piece of one that goes on.
+/// Time limit for a client to read a response, or a part of a streaming one.
 const ANSWER: Duration = Duration::from_secs(30);
 
-/// How long a connection is kept between two requests.
+/// How long an idle connection is kept.
 const KEPT_SECONDS: u64 = 65;
 
 impl Admin {
-    /// One that shows these, has at most this number of connections and of continuing answers, and is
-    /// asked under the names of these hosts.
+    /// An admin endpoint with these limits on connections and streaming responses, for requests to these hosts.
     pub fn new(metrics: Metrics, readiness: Readiness, seats_max: usize, streams_max: usize, hosts: Hosts) -> Self {
         let admin = Admin {
             table: Table::default(),
@@ -138,19 +137,19 @@ impl Admin {
             .get("/readyz", "200 while exchanges are taken, else 503 and why not", readyz)
     }
 
-    /// Has whoever asks show this token.
+    /// Requires this token.
     pub fn with_token(mut self, token: Option<String>) -> Self {
         self.token = token;
         self
     }
 
-    /// Says that it is reached by TLS, and whether all who come so have shown a certificate.
+    /// States that TLS is used, and whether all TLS clients have presented a certificate.
     pub fn with_tls(mut self, certified: Option<bool>) -> Self {
         self.tls = certified;
         self
     }
 
-    /// Who asks.
+    /// The origin of a request.
     fn caller(&self, http: &ServerSession) -> Caller {
         let peer = peer(http);
         let headers = &http.req_header().headers;
@@ -158,7 +157,7 @@ impl Admin {
         Caller { peer, secure: self.tls.is_some(), known }
     }
 
-    /// Adds what is shown at `path`; see [`table`]. `says` is what the index says of it.
+    /// Adds a page at `path`; see [`table`]. `says` is its description in the index.
     pub fn get(
         mut self,
         path: &'static str,
@@ -169,7 +168,7 @@ impl Admin {
         self
     }
 
-    /// Adds a change that is made at `path`. The answer may take its time, but not longer than half a minute.
+    /// Adds an operation at `path`. Its response may take up to half a minute.
     pub fn post<F>(
         self,
         path: &'static str,
@@ -182,7 +181,7 @@ impl Admin {
         self.post_within(path, says, ANSWER, answer)
     }
 
-    /// The same for a change whose answer may take this time.
+    /// The same with another time limit.
     pub fn post_within<F>(
         mut self,
         path: &'static str,
@@ -197,8 +196,7 @@ impl Admin {
         self
     }
 
-    /// What is answered, and at which path of the table. The body of a request is read only for clients that may change
-    /// something.
+    /// The path in the table, and the response. The body of a request is read only if the client may make changes.
     async fn answer(&self, http: &mut ServerSession) -> (&'static str, Answer) {
         let caller = self.caller(http);
         let request = http.req_header();
@@ -206,7 +204,7 @@ impl Admin {
         if let Err(why) = self.hosts.check(caller, &request.headers) {
             return ("_other", Answer::error(StatusCode::FORBIDDEN, why));
         }
-        // What load balancers and supervisors ask says nothing that a token would have to keep.
+        // The state for load balancers and supervisors is not secret.
         let open = matches!(uri.path(), "/healthz" | "/readyz");
         if self.token.is_some() && !caller.known && caller.peer != Peer::Unix && !open {
             let answer = Answer::error(StatusCode::UNAUTHORIZED, "the token is asked for: admin.token");
@@ -246,7 +244,7 @@ impl Admin {
         (entry.path, answer.unwrap_or_else(late))
     }
 
-    /// Gives leave to an answer that goes on, unless as many as may be are under way: then it is another answer.
+    /// Admits a streaming response, unless there are too many: then returns an error response.
     fn admit(&self, answer: Answer) -> (Answer, Option<Open>) {
         if !answer.goes_on() {
             return (answer, None);
@@ -261,7 +259,7 @@ impl Admin {
     }
 }
 
-/// An answer that goes on is under way.
+/// An active streaming response.
 struct Open {
     _permit: OwnedSemaphorePermit,
     _counted: StreamGuard,
@@ -289,7 +287,7 @@ fn wants_html(headers: &HeaderMap) -> bool {
     headers.get(header::ACCEPT).is_some_and(|accept| memchr::memmem::find(accept.as_bytes(), b"text/html").is_some())
 }
 
-/// Reads the body of a request that may have one.
+/// Reads the body of a request if its method allows one.
 async fn read_body(http: &mut ServerSession) -> Result<Bytes, Answer> {
     let too_large = || {
         let what = format!("a body has at most {BODY_BYTES_MAX} bytes");
@@ -326,11 +324,11 @@ async fn read_body(http: &mut ServerSession) -> Result<Bytes, Answer> {
 }
 
 impl Admin {
-    /// Answers one request. The connection comes back if it can be kept.
+    /// Handles one request. Returns the connection if it can be reused.
     async fn serve(&self, mut http: ServerSession, seat: &Seat, shutdown: &ShutdownWatch) -> Option<Stream> {
         match seat.wait(within(REQUEST, NoClient::Operator, http.read_request())).await? {
             Some(Ok(true)) => {}
-            // Nobody learns anything from a word about a port scan or a scraper that went away.
+            // Port scans and closed connections are not worth a log line.
             Some(Ok(false)) | None => return None,
             Some(Err(error)) => {
                 tracing::debug!("a request to the admin endpoint could not be read: {error}");
@@ -341,7 +339,7 @@ impl Admin {
         let (path, answer) = self.answer(&mut http).await;
         let (answer, _open) = self.admit(answer);
         self.metrics.count(path, answer.0.status().as_u16());
-        // What is left of a body is not read, so the connection cannot be kept after it.
+        // The rest of a body is not read, so the connection cannot be reused.
         let whole = http.is_body_empty() || http.is_body_done();
         http.set_keepalive((!*shutdown.borrow() && whole && !answer.goes_on()).then_some(KEPT_SECONDS));
         let (parts, body) = answer.0.into_parts();
@@ -357,7 +355,7 @@ impl Admin {
     }
 }
 
-/// What became of a connection after an answer: kept or not.
+/// The connection after a response, if it can be reused.
 type Sent = pingora::Result<Option<Stream>>;
 
 async fn send(mut http: ServerSession, mut header: ResponseHeader, body: Bytes) -> Sent {
@@ -367,11 +365,11 @@ async fn send(mut http: ServerSession, mut header: ResponseHeader, body: Bytes) 
     if !head {
         http.write_response_body(body, true).await?;
     }
-    // There is nothing beside the stream: Pingora reads no request before its turn.
+    // Only the stream matters: Pingora does not read ahead.
     Ok(http.finish().await?.map(|kept| kept.into_parts().0))
 }
 
-/// Sends what comes until it ends, the client goes away or takes nothing, or the gateway stops.
+/// Streams data until it ends, the client leaves or stops reading, or the gateway stops.
 async fn stream(
     mut http: ServerSession,
     mut header: ResponseHeader,
@@ -388,7 +386,7 @@ async fn stream(
     loop {
         let piece = tokio::select! {
             piece = pieces.next() => piece,
-            // Nothing more is expected of the client, so this ends when it goes away.
+            // The client sends nothing more, so this completes when it disconnects.
             _ = http.read_body_or_idle(true) => return Ok(None),
             _ = stop.changed() => None,
         };
@@ -399,7 +397,7 @@ async fn stream(
     Ok(None)
 }
 
-/// Hands a part of an answer over, unless the client does not take it in time.
+/// Sends a part of a response, within the time limit of the client.
 async fn in_time<T>(part: impl Future<Output = pingora::Result<T>>) -> pingora::Result<T> {
     let slow = || pingora::Error::e_explain(pingora::ErrorType::WriteTimedout, "it was not taken in time");
     within(ANSWER, NoClient::Operator, part).await.unwrap_or_else(slow)
@@ -431,13 +429,13 @@ mod tests {
         (client, served)
     }
 
-    /// What comes back when these bytes are sent, up to the end of the connection or of the answer to them, and whether
-    /// the connection is kept.
+    /// The response to these bytes, up to the end of the connection or of the response, and whether the connection
+    /// can be reused.
     async fn exchange_with(admin: Admin, sent: &[u8]) -> (String, bool) {
         let (mut client, served) = begin(&Arc::new(admin), sent).await;
         let kept = served.await.unwrap();
         let mut received = Vec::new();
-        // The other end is dropped by now, kept or not.
+        // The other end is dropped by now.
         client.read_to_end(&mut received).await.unwrap();
         (String::from_utf8(received).unwrap(), kept)
     }

@@ -1,8 +1,8 @@
-//! The command line: what can be typed, and what each command does with a [`Builder`].
+//! The command line: its syntax, and what each command does with a [`Builder`].
 //!
-//! The builder comes from the caller, so that a program with filters of its own gets a command line that knows them:
-//! its `check` finds their errors and its `schema` lists them. Nothing here exits the process; [`main()`] returns the
-//! code to exit with: 0, 1 for what failed at run time, 2 for wrong usage, 78 for a wrong configuration.
+//! The caller passes the builder, so that a program with its own filters gets a command line that knows them:
+//! `check` validates them and `schema` lists them. Nothing here exits the process. [`main()`] returns the exit
+//! code: 0 for success, 1 for a failure at run time, 2 for wrong usage, 78 for an invalid configuration.
 
 mod admin;
 mod certs;
@@ -74,54 +74,53 @@ struct CommandLine {
 
 #[derive(Subcommand)]
 enum Command {
-    /// Run the gateway until it is told to stop
+    /// Run the gateway until a signal stops it
     Run(Run),
-    /// Write a first configuration: small, with comments, and ready to run
+    /// Write a small, commented configuration that is ready to run
     Init(init::Init),
     /// Run a gateway without a file: from one address to one or more backends
     Proxy(proxy::Proxy),
-    /// Make a configuration of one of nginx, with a report of what has no equal
+    /// Convert an nginx configuration, and report what has no equivalent
     Import(import::Import),
-    /// Check the configuration: tell all its errors, or that it is ok
+    /// Check the configuration and report all errors
     #[command(visible_alias = "validate")]
     Check(ConfigFile),
-    /// Have a running gateway load its configuration again, and tell what has changed; a wrong one changes nothing
+    /// Reload the configuration of a running gateway and show what changed; an invalid one changes nothing
     Reload(admin::Where),
-    /// Have a new process take over from a running gateway, of the same program or of a newer one in its place, and tell
-    /// what came of it; if it does not become ready, the old one serves on
+    /// Replace a running gateway by a new process, of the same program or a newer one, and show the result; if the
+    /// new process does not become ready, the old one continues
     Upgrade(upgrade::Upgrade),
-    /// Tell what a reload would change, and what each change would end
+    /// Show what a reload would change, and which connections and state each change would end
     Diff(admin::Where),
-    /// Tell what becomes of a request by a configuration: listener, route and why not the others, filters, upstream,
-    /// and where each value comes from; nothing is sent. Exit code 0 if a route takes it, 1 if not
+    /// Explain how the configuration handles a request: listener, route and why the others do not match, filters,
+    /// upstream, and the source of each value. Sends nothing. Exit code 0 if a route matches, 1 if not
     Match(matched::Match),
-    /// Bring files into their normal form: indentation and empty lines; comments, order and quotes stay
+    /// Format files: indentation and empty lines; comments, order and quotes stay
     Fmt(fmt::Fmt),
-    /// Print what is in effect by a configuration, defaults among it, without secrets
+    /// Print the effective configuration, including defaults, without secrets
     Dump(ConfigFile),
-    /// Tell in a few lines how a running gateway does: exit code 0 if it is ready, 1 if not
+    /// Show a summary of a running gateway: exit code 0 if it is ready, 1 if not
     Status(admin::Where),
     /// Stop a running gateway gracefully, and wait until it has stopped
     Stop(reload::Stop),
     /// Print the JSON Schema of the configuration, for editors
     Schema,
-    /// List the certificates of the configuration: names, keys, when they end, what is wrong; exit code 1 if anything
-    /// is
+    /// List the certificates of the configuration: names, keys, expiry, problems; exit code 1 if there are problems
     Certs(ConfigFile),
     /// Run the built-in test origin alone
     #[command(after_help = format!("Paths:\n{}", origin::PATHS))]
     Origin {
-        /// Where it listens; port 0 is a free one
+        /// The address to listen on; port 0 means any free port
         #[arg(long, value_name = "ADDRESS", default_value = "127.0.0.1:0")]
         listen: SocketAddr,
     },
-    /// Ask a running gateway whether it is ready: exit code 0 if it is, 1 if not
+    /// Check whether a running gateway is ready: exit code 0 if it is, 1 if not
     Healthcheck(Healthcheck),
-    /// Show how a running gateway does, live on the terminal: loop, routes, upstreams, slow clients
+    /// Show a running gateway live on the terminal: event loop, routes, upstreams, slow clients
     Top(top::Top),
-    /// Record the next exchanges of a running gateway that match, and draw their phases as waterfalls
+    /// Record the next matching exchanges of a running gateway, and draw their phases as waterfalls
     Trace(trace::Trace),
-    /// Show four clients on one worker: its event loop, cycle by cycle, as it was recorded
+    /// Show four clients on one worker: its recorded event loop, cycle by cycle
     Timeline(timeline::Timeline),
     /// Print the version
     Version,
@@ -133,7 +132,7 @@ enum Command {
     /// Write the manual pages
     #[command(hide = true)]
     Man {
-        /// Where to; it is made
+        /// The target directory; it is created
         directory: PathBuf,
     },
 }
@@ -149,7 +148,7 @@ struct ConfigFile {
 struct Run {
     #[command(flatten)]
     config: ConfigFile,
-    /// Load the configuration again whenever its file changes
+    /// Reload the configuration whenever its files change
     #[arg(long, conflicts_with = "demo")]
     watch: bool,
     /// Run in front of the built-in test origin, without a file
@@ -161,10 +160,10 @@ struct Run {
 
 #[derive(Args)]
 struct DemoAddresses {
-    /// Where the gateway of the demo listens
+    /// The address of the demo gateway
     #[arg(long, value_name = "ADDRESS", requires = "demo", default_value = "127.0.0.1:8080")]
     listen: SocketAddr,
-    /// Where the admin endpoint of the demo listens
+    /// The address of the demo's admin endpoint
     #[arg(long, value_name = "ADDRESS", requires = "demo", default_value = "127.0.0.1:9100")]
     admin: SocketAddr,
 }
@@ -173,38 +172,38 @@ struct DemoAddresses {
 struct Healthcheck {
     #[command(flatten)]
     config: ConfigFile,
-    /// What to ask, in place of /readyz at the admin address of the configuration
+    /// The URL to request instead of /readyz at the admin address of the configuration
     #[arg(long, conflicts_with = "path")]
     url: Option<http::Uri>,
 }
 
-/// Why a command did not do what it was asked to.
+/// Why a command failed.
 #[derive(Debug)]
 enum Failure {
-    /// It was not asked properly.
+    /// Wrong usage.
     Usage(String),
-    /// The configuration is wrong, at these places.
+    /// The configuration has these errors.
     Report(Report),
-    /// There is no configuration to begin with.
+    /// There is no configuration.
     Config(String),
-    /// It went wrong later.
+    /// A failure at run time.
     Runtime(String),
 }
 
 impl Failure {
-    /// A failure of the system, with what was tried when it struck.
+    /// A failed system call; `doing` names the operation.
     fn io(doing: &str) -> impl FnOnce(io::Error) -> Failure + '_ {
         move |error| Failure::Runtime(format!("cannot {doing}: {}", plain(&error)))
     }
 
-    /// Tells it on stderr and gives the code to exit with.
+    /// Prints the failure to stderr and returns the exit code.
     fn tell(self) -> ExitCode {
         let (text, code) = self.text(colourful(&io::stderr()));
         complain(text.trim_end());
         ExitCode::from(code)
     }
 
-    /// What is told of it, and the code to exit with.
+    /// The text of the failure, and the exit code.
     fn text(&self, colours: bool) -> (String, u8) {
         match self {
             Failure::Usage(message) => (told(message), EXIT_USAGE),
@@ -215,7 +214,7 @@ impl Failure {
     }
 }
 
-/// Does what the command line `arguments` say, the program's name first, and returns the code to exit with.
+/// Runs the command line `arguments`, with the program's name first, and returns the exit code.
 pub fn main<A>(builder: Builder, arguments: impl IntoIterator<Item = A>) -> ExitCode
 where
     A: Into<OsString> + Clone,
@@ -228,7 +227,7 @@ where
     let command_line = match CommandLine::try_parse_from(arguments) {
         Ok(command_line) => command_line,
         Err(error) => {
-            // `--help` and `--version` come this way too, with code 0.
+            // `--help` and `--version` also come here, with code 0.
             let _ = error.print();
             return ExitCode::from(error.exit_code() as u8);
         }
@@ -288,12 +287,12 @@ fn run_origin(listen: SocketAddr) -> Result<(), Failure> {
     origin.run(stop::asked()).map_err(Failure::io("run the test origin"))
 }
 
-/// What is told of a failure. Its words may come from elsewhere: from an admin endpoint, say.
+/// The text of a failure, made safe for a terminal: it may come from an admin endpoint.
 fn told(message: &str) -> String {
     format!("forebay: {}", shown(message, |character| character == '\n'))
 }
 
-/// Writes to stdout. A reader that went away (`| head -1`) had what it wanted.
+/// Writes to stdout. A closed pipe (`| head -1`) is not an error.
 fn print(text: &str) -> Result<(), Failure> {
     let mut stdout = io::stdout().lock();
     match writeln!(stdout, "{text}").and_then(|()| stdout.flush()) {
@@ -302,17 +301,17 @@ fn print(text: &str) -> Result<(), Failure> {
     }
 }
 
-/// Writes to stderr. Where that is closed, the exit code is all that can be told.
+/// Writes to stderr. If it is closed, only the exit code remains.
 fn complain(text: &str) {
     let _ = writeln!(io::stderr(), "{text}");
 }
 
-/// Whether `stream` is read by a person who wants colours (<https://no-color.org>).
+/// Whether `stream` is a terminal that wants colours (<https://no-color.org>).
 fn colourful(stream: &impl IsTerminal) -> bool {
     stream.is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty())
 }
 
-/// What the system said, as one would say it: without the number, in lower case.
+/// The system's error text without the number, in lower case.
 fn plain(error: &io::Error) -> String {
     let text = error.to_string();
     let text = text.split(" (os error").next().unwrap_or_default();

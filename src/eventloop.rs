@@ -1,10 +1,9 @@
-//! What the loop of a worker costs and how it does: the time that Forebay itself spends on an exchange, what runs on
-//! each worker and for how long, and who stalls it.
+//! Metrics of the workers' event loops: the time that Forebay spends on each exchange, what runs on each worker and
+//! for how long, and what stalls it.
 //!
-//! An exchange mostly waits, for the client or for its upstream. What it costs is the time in which its future is
-//! polled; it is measured where that future is made ([`Metered`]) and is not derived from phases. [`worker`] says what
-//! is polled, [`runtime`] what tokio knows, and `heartbeat` looks who is late; [`stall`] decides. [`Loops`] has them
-//! all.
+//! An exchange mostly waits for the client or its upstream. Its own time is the time in which its future is polled;
+//! it is measured at that future ([`Metered`]), not derived from phases. [`worker`] records what is polled,
+//! [`runtime`] reads tokio's figures, `heartbeat` finds late workers, [`stall`] decides. [`Loops`] combines them.
 
 mod heartbeat;
 pub mod runtime;
@@ -31,16 +30,16 @@ use runtime::{LoopCollector, LoopFigures, Runtime, Runtimes};
 use stall::Watch;
 use worker::{Spot, Word, Worker};
 
-/// How the loops are looked after.
+/// Settings of the monitoring.
 #[derive(Clone, Copy, Debug)]
 pub struct Terms {
-    /// A worker that is late by more is stalled.
+    /// A worker that is late by more than this is stalled.
     pub stall_threshold: Duration,
-    /// From one sign of life to the next.
+    /// The probing interval.
     pub heartbeat: Duration,
 }
 
-/// The loops of all workers of one gateway. Clones share them.
+/// The event loops of all workers of one gateway. Clones share them.
 #[derive(Clone)]
 pub struct Loops(Arc<Inner>);
 
@@ -51,27 +50,27 @@ struct Inner {
     watching: Mutex<Option<Watching>>,
 }
 
-/// The thread that asks the workers for signs of life.
+/// The thread that probes the workers.
 struct Watching {
-    /// Dropped to end it.
+    /// Dropping it stops the thread.
     stop: SyncSender<()>,
     thread: JoinHandle<()>,
     workers: Vec<&'static Worker>,
 }
 
 impl Loops {
-    /// None yet; what is found later shows in these metrics.
+    /// No workers yet; those found later are reported to these metrics.
     pub fn new(metrics: &Metrics, terms: Terms) -> Self {
         let runtimes = Runtimes::new();
         metrics.collect_too(Box::new(LoopCollector::new(runtimes.clone())));
         Loops(Arc::new(Inner { metrics: metrics.clone(), terms, runtimes, watching: Mutex::new(None) }))
     }
 
-    /// Finds so many workers and begins to look after them, those that have nothing to do included. `handle` gives the
-    /// runtime of a worker, whichever it likes: without work stealing each has its own, and Pingora draws one by lot.
+    /// Finds this many workers, idle ones included, and starts to monitor them. `handle` returns the runtime of any
+    /// worker: without work stealing each has its own, and Pingora picks one at random.
     pub fn attach(&self, workers: usize, mut handle: impl FnMut() -> Handle) {
         let mut handles: Vec<Handle> = Vec::new();
-        // Each draw misses a certain one of n with 1 - 1/n: after n × 40 draws one is missing in 10^17 starts.
+        // A draw misses a given one of n with 1 - 1/n: after n × 40 draws, one is missing in 10^17 starts.
         for _ in 0..workers.saturating_mul(40) {
             let drawn = handle();
             if handles.iter().all(|known| known.id() != drawn.id()) {
@@ -94,7 +93,7 @@ impl Loops {
         for handle in &handles {
             let threads = if shared { handle.metrics().num_workers() } else { 1 };
             let first = all.len();
-            // A word that threads write to as long as they live; there are as many as workers, and they end with the
+            // Threads write to it as long as they live. There are as many as workers, and they end with the
             // process.
             all.extend((0..threads).map(|place| &*Box::leak(Box::new(Worker::new(first + place, place, epoch)))));
             worker::enrol(handle.id(), all[first..].to_vec());
@@ -105,7 +104,7 @@ impl Loops {
                 pulses.push(pulse);
             }
         }
-        // One watch more where workers share their tasks: it is for all of them together.
+        // One more watch if workers share their tasks: it is for all of them together.
         let watches = (0..all.len() + usize::from(shared)).map(|_| Watch::new(self.0.terms.stall_threshold)).collect();
         let metrics = self.0.metrics.loops(all.len());
         let period = self.0.terms.heartbeat;
@@ -118,12 +117,12 @@ impl Loops {
         }
     }
 
-    /// How the loops do, worker by worker.
+    /// The figures of all event loops, worker by worker.
     pub fn figures(&self) -> Vec<LoopFigures> {
         self.0.runtimes.figures(Instant::now())
     }
 
-    /// Ends the heartbeat.
+    /// Stops the heartbeat.
     pub fn stop(&self) {
         let Some(Watching { stop, thread, workers }) = self.watching().take() else { return };
         drop(stop);
@@ -133,67 +132,67 @@ impl Loops {
         }
     }
 
-    /// Taken at the start and at the end.
+    /// Locked only at start and end.
     fn watching(&self) -> std::sync::MutexGuard<'_, Option<Watching>> {
         self.0.watching.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 thread_local! {
-    /// When the exchange that is being polled on this thread would have begun, had it never waited.
+    /// Now minus the own time of the exchange that this thread polls: its start, had it never waited.
     static POLLED_SINCE: Cell<Option<Instant>> = const { Cell::new(None) };
 }
 
-/// Says whether an exchange is to be polled at all. While it is closed, the party that closed it does what there is to
-/// do and has registered whatever opens it again.
+/// Decides whether an exchange may be polled. Whoever closes a gate does the work that is due meanwhile, and
+/// registers the waker that opens it again.
 pub trait Gate: Send + Sync {
-    /// Ready: the exchange may go on.
+    /// Ready: the exchange may continue.
     fn poll_open(&self, cx: &mut Context<'_>, now: Instant) -> Poll<()>;
 
-    /// The exchange was polled, which took so long.
+    /// Reports that the exchange was polled for this time.
     fn polled(&self, time: Duration);
 
-    /// The exchange waits. Has it woken in time to see that it waits for too long.
+    /// The exchange is pending. Registers a wake-up for its deadline.
     fn waits(&self, cx: &mut Context<'_>);
 
-    /// The gateway stops: the exchange is to end, with what words it has left for its client.
+    /// The gateway stops: the exchange must end, and may still tell its client why.
     fn stop(&self);
 
-    /// If it is to end, whatever it waits for: how long it has left to end by itself.
+    /// If the exchange must end regardless of what it waits for: the time it still has to end by itself.
     fn last_words(&self) -> Option<Duration>;
 }
 
-/// How long an exchange that is given up may take to end by itself: to tell its client, or to let go of its endpoint.
+/// How long an abandoned exchange may take to end by itself: to tell its client, or to release its endpoint.
 pub const LAST_WORDS: Duration = Duration::from_millis(500);
 
-/// The exchange had to end, and has not done so by itself: it is to be dropped.
+/// The exchange had to end and did not do so in time: its future must be dropped.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct GivenUp;
 
 thread_local! {
-    /// The gate that the exchange which is being polled has just set up.
+    /// The gate that the currently polled exchange has just set up.
     static ADOPTED: RefCell<Option<Arc<dyn Gate>>> = const { RefCell::new(None) };
 }
 
-/// Puts a gate before the exchange that runs on this thread. Without effect outside of a [`Metered`] future.
+/// Puts a gate in front of the exchange on this thread. No effect outside a [`Metered`] future.
 pub fn adopt(gate: Arc<dyn Gate>) {
     ADOPTED.set(Some(gate));
 }
 
-/// The future of an exchange: its polls are timed, and its gate is asked before each. Code that runs inside asks
+/// The future of an exchange: its polls are timed, and its gate is asked before each. Code inside it calls
 /// [`own_time`].
 ///
-/// One that is given up has a moment to end by itself ([`LAST_WORDS`]). What it waits for may be something that only
-/// dropping it breaks off: then it is [`GivenUp`], and whoever runs it drops it.
+/// An abandoned exchange gets a moment to end by itself ([`LAST_WORDS`]). If it does not, because only dropping it
+/// cancels what it waits for, the result is [`GivenUp`], and the caller drops it.
 pub struct Metered<F> {
-    /// `None` once it was dropped.
+    /// `None` after it was dropped.
     future: Option<F>,
     spent: Duration,
     gate: Option<Arc<dyn Gate>>,
-    /// What it was at when it was last polled.
+    /// Its place when it was last polled.
     at: Word,
     stopped: bool,
-    /// Runs once it is given up.
+    /// The timer that starts when it is abandoned.
     last_words: Option<Pin<Box<Sleep>>>,
 }
 
@@ -204,7 +203,7 @@ impl<F> Metered<F> {
         Metered { future: Some(future), spent: Duration::ZERO, gate, at, stopped: false, last_words: None }
     }
 
-    /// The gateway stops: it is to end. To be polled again.
+    /// The gateway stops: the exchange must end. Poll it again afterwards.
     pub fn stop(&mut self) {
         self.stopped = true;
         if let Some(gate) = &self.gate {
@@ -212,13 +211,13 @@ impl<F> Metered<F> {
         }
     }
 
-    /// Has it dropped, and what follows from that done, as a part of it.
+    /// Drops the future and counts the clean-up as part of the exchange.
     pub fn end(&mut self, end: impl FnOnce(Option<F>)) {
         let future = self.future.take();
         self.measured(Instant::now(), |_| end(future));
     }
 
-    /// Counts what is done as a part of the exchange.
+    /// Counts the time of `work` as part of the exchange.
     fn measured<T>(&mut self, begin: Instant, work: impl FnOnce(&mut Self) -> T) -> T {
         let worker = worker::here().map(|worker| (worker, worker.begin(self.at, begin)));
         let outer = POLLED_SINCE.replace(begin.checked_sub(self.spent));
@@ -230,7 +229,7 @@ impl<F> Metered<F> {
         done
     }
 
-    /// Ready when it is given up and has had its last words.
+    /// Ready when it is abandoned and its time to end is over.
     fn poll_last_words(&mut self, cx: &mut Context<'_>) -> Poll<GivenUp> {
         let gate = self.gate.as_ref().and_then(|gate| gate.last_words());
         let Some(left) = gate.or(self.stopped.then_some(LAST_WORDS)) else { return Poll::Pending };
@@ -275,13 +274,13 @@ impl<F: Future + Unpin> Future for Metered<F> {
     }
 }
 
-/// The summed time of the polls of the exchange that runs on this thread, the present poll included.
-/// Zero outside of a [`Metered`] future.
+/// The summed time of the polls of the exchange on this thread, including the current one. Zero outside a
+/// [`Metered`] future.
 pub fn own_time(now: Instant) -> Duration {
     POLLED_SINCE.get().map_or(Duration::ZERO, |since| now.saturating_duration_since(since))
 }
 
-/// A filter as the loop sees it: what it is called, and where the time of its polls is counted.
+/// A filter as seen by the event loop: its label, and the histogram for its poll times.
 #[derive(Clone)]
 pub struct Watched {
     spot: Spot,
@@ -289,22 +288,22 @@ pub struct Watched {
 }
 
 impl Watched {
-    /// One with this key or label, whose polls are not timed.
+    /// A filter with this key or label, without timing.
     pub fn untimed(label: &str) -> Self {
         Watched { spot: Spot::filter(label), seconds: None }
     }
 
-    /// That label.
+    /// The label.
     pub fn label(&self) -> &'static str {
         self.spot.name()
     }
 
-    /// Times its polls.
+    /// Observes poll times in this histogram.
     pub fn time(&mut self, seconds: Histogram) {
         self.seconds = Some(seconds);
     }
 
-    /// Runs a call of it.
+    /// Runs a call of the filter.
     pub fn call<T>(&self, call: impl FnOnce() -> T) -> T {
         let begin = self.seconds.as_ref().map(|seconds| (seconds, Instant::now()));
         let done = worker::at(self.spot, call);
@@ -314,7 +313,7 @@ impl Watched {
         done
     }
 
-    /// Polls a future of it.
+    /// Polls a future of the filter.
     pub async fn run<F: Future + Unpin>(&self, mut future: F) -> F::Output {
         std::future::poll_fn(|cx| self.call(|| Pin::new(&mut future).poll(cx))).await
     }
@@ -328,7 +327,7 @@ pub(crate) mod tests {
 
     const TERMS: Terms = Terms { stall_threshold: Duration::from_millis(100), heartbeat: Duration::from_millis(5) };
 
-    /// Adds the loop of a runtime that does nothing.
+    /// Adds the event loop of an idle runtime.
     pub(crate) fn attach(metrics: &Metrics) -> Loops {
         let loops = Loops::new(metrics, TERMS);
         let runtime = current_thread();
@@ -364,7 +363,7 @@ pub(crate) mod tests {
         assert_eq!(own_time(Instant::now()), Duration::ZERO);
     }
 
-    /// One that ends when it is told, or that does not listen.
+    /// Ends when stopped, or ignores the stop.
     #[derive(Default)]
     struct Ending {
         listens: bool,

@@ -1,7 +1,7 @@
-//! From a configuration to a running gateway: what belongs to the process is built here, once; what belongs to a
-//! generation of the configuration is built by `parts` and put on by `stage`, once for each.
+//! Builds a running gateway from a configuration. Parts of the process are built here, once; parts of a
+//! configuration generation are built by `parts` and activated by `stage`, once per generation.
 //!
-//! The only place where names of the configuration become the things they name. Nothing here runs per request.
+//! Only here are names in the configuration resolved. Nothing here runs per request.
 
 pub mod changes;
 mod elders;
@@ -69,7 +69,7 @@ use web::Openings;
 /// Why a gateway could not be started.
 #[derive(Debug, thiserror::Error)]
 pub enum StartError {
-    /// The configuration cannot be built.
+    /// The configuration is invalid.
     #[error("{0}")]
     Build(Report),
     /// A socket cannot be bound.
@@ -79,12 +79,12 @@ pub enum StartError {
         listener: String,
         /// The address as written.
         address: String,
-        /// What the system said.
+        /// The system's error.
         source: std::io::Error,
     },
 }
 
-/// Knows the filters; makes gateways of configurations.
+/// Holds the registered filters and builds gateways from configurations.
 #[derive(Clone)]
 pub struct Builder {
     catalog: Catalog,
@@ -97,33 +97,33 @@ pub struct Builder {
 }
 
 impl Builder {
-    /// Registers one more filter.
+    /// Registers another filter.
     pub fn filter<T: FilterType>(mut self) -> Self {
         self.catalog = self.catalog.with::<T>();
         self
     }
 
-    /// Has the gateway load this file again on SIGHUP or at its admin endpoint.
+    /// Enables reloads of this file, by SIGHUP or the admin endpoint.
     pub fn reloading(self, file: &Path) -> Self {
         Builder { file: Some(file.to_owned()), ..self }
     }
 
-    /// Has it do so by itself whenever that file changes.
+    /// Enables reloads whenever that file changes.
     pub fn watching(self) -> Self {
         Builder { watches: true, ..self }
     }
 
-    /// Has listeners take these sockets, which are open already, in place of new ones at the same addresses.
+    /// Gives listeners these open sockets instead of new ones at the same addresses.
     pub fn inheriting(self, inherited: Inherited) -> Self {
         Builder { inherited, ..self }
     }
 
-    /// Has the gateway take over from this process, whose sockets it inherits.
+    /// Makes the gateway take over from this process, whose sockets it inherits.
     pub fn replacing(self, predecessor: Predecessor) -> Self {
         Builder { predecessor: Some(predecessor), ..self }
     }
 
-    /// Has an upgrade start this program, which makes a gateway with its `Builder` as this one does.
+    /// Sets the program that an upgrade starts; it must build its gateway in the same way.
     pub fn upgrading(self, program: Program) -> Self {
         Builder { program: Some(program), ..self }
     }
@@ -133,12 +133,12 @@ impl Builder {
         &self.catalog
     }
 
-    /// Reads and checks a configuration file.
+    /// Loads and checks a configuration file.
     pub fn load(&self, path: &Path) -> Result<Config, Report> {
         Config::load(path, self.catalog.kinds())
     }
 
-    /// Reads and checks a configuration text; `file` is what errors call it.
+    /// Parses and checks a configuration text; `file` is its name in errors.
     pub fn parse(&self, file: &str, text: &str) -> Result<Config, Report> {
         Config::parse(file, text, self.catalog.kinds())
     }
@@ -148,19 +148,19 @@ impl Builder {
         config::schema(self.catalog.kinds())
     }
 
-    /// Builds all that can be built without binding a socket or keeping a file, and tells what cannot.
+    /// Builds everything that needs no listening socket or kept file, and returns the errors.
     pub fn check(&self, config: &Config) -> Vec<BuildError> {
         self.inspect(config).errors
     }
 
-    /// The same, with what would run and is hardly meant.
+    /// The same, with warnings.
     pub fn inspect(&self, config: &Config) -> Inspection {
         let mut warnings = Vec::new();
         let metrics = Metrics::new(config.observability.metrics.max_series.0, Vec::new());
         let ground = Ground::new(self.catalog.clone(), metrics.clone());
         let mut errors = self.catalog.conflicts().to_vec();
         match Parts::build(&ground, config, None) {
-            // A gateway with these would start; a check reports them beforehand.
+            // A gateway would start despite these; only the check reports them.
             Ok(parts) => {
                 errors.extend(parts.issuers.iter().filter_map(Asked::inspect));
                 errors.extend(
@@ -181,11 +181,11 @@ impl Builder {
         Inspection { errors, warnings }
     }
 
-    /// Makes a configuration ready to be asked what becomes of requests.
+    /// Prepares a configuration for questions about requests.
     ///
     /// # Errors
     ///
-    /// All that is wrong with it.
+    /// All errors of the configuration.
     pub fn explain(&self, config: Config) -> Result<Explainer, Vec<BuildError>> {
         Explainer::new(&self.catalog, config)
     }
@@ -196,16 +196,16 @@ impl Builder {
     }
 }
 
-/// What [`Builder::inspect`] finds.
+/// The result of [`Builder::inspect`].
 #[derive(Clone, Debug, Default)]
 pub struct Inspection {
-    /// What keeps the gateway from running as it is written.
+    /// Errors that prevent the gateway from running as configured.
     pub errors: Vec<BuildError>,
-    /// What is hardly meant, and keeps nothing from running.
+    /// Probable mistakes that prevent nothing.
     pub warnings: Vec<BuildError>,
 }
 
-/// A gateway, built and bound, not yet running.
+/// A gateway that is built and bound, but not yet running.
 pub struct Gateway {
     server: Server,
     stop: Stop,
@@ -218,7 +218,7 @@ pub struct Gateway {
 }
 
 impl Gateway {
-    /// Begins to build one, with the built-in filters.
+    /// A builder with the built-in filters.
     pub fn builder() -> Builder {
         Builder {
             catalog: Catalog::builtin(),
@@ -245,17 +245,17 @@ impl Gateway {
         Handle(self.stop.asked.clone())
     }
 
-    /// Runs until it is stopped, by a signal or a [`Handle`], and all is drained.
+    /// Runs until a signal or a [`Handle`] stops it and all exchanges have ended.
     ///
-    /// Once in a process: without work stealing, Pingora keeps its runtimes by thread, and a gateway that starts
-    /// after another has stopped may be handed a runtime that is gone.
+    /// Call it once per process: without work stealing, Pingora keeps its runtimes per thread, and a gateway that
+    /// starts after another one has stopped may get a runtime that has ended.
     pub fn run(self) {
         let Gateway { server, stop, upgrades, log, tracer, stations, loops, .. } = self;
         server.run(RunArgs { shutdown_signal: Box::new(stop) });
         loops.stop();
         let gone = lock(&stations).iter().filter_map(|station| station.place.file.clone()).collect::<Vec<_>>();
         for (file, _) in gone.iter().filter(|_| !upgrades.is_handed_over()) {
-            // That it is gone already is what is wanted.
+            // The file may already be gone.
             let _ = std::fs::remove_file(file);
         }
         if let Some(tracer) = tracer {
@@ -343,18 +343,18 @@ impl Gateway {
     }
 }
 
-/// All errors, if there are any.
+/// Turns a non-empty list of errors into an `Err`.
 fn none_of(errors: &[BuildError]) -> Result<(), Vec<BuildError>> {
     if errors.is_empty() { Ok(()) } else { Err(errors.to_vec()) }
 }
 
-/// What is counted: refusals by all reasons that there are, those of filters among them.
+/// The metrics, with all possible refusal reasons, including those of filters.
 fn counters(config: &Config, catalog: &Catalog) -> Metrics {
     let refusals = refusal::ALL.iter().copied().chain(catalog.refusals()).collect();
     Metrics::new(config.observability.metrics.max_series.0, refusals)
 }
 
-/// What of the process goes by the configuration, with the services that keep it up to date.
+/// The parts of the process that depend on the configuration, with their background services.
 fn stage(
     ground: Ground,
     process: &mut Process,
@@ -391,7 +391,7 @@ fn stage(
     stage
 }
 
-/// Has this file loaded again on demand, and, if it is watched, when it changes.
+/// Enables reloads of this file, and automatic ones if it is watched.
 fn reloads(
     file: PathBuf,
     watches: bool,
@@ -409,7 +409,7 @@ fn reloads(
     Ok(reloads)
 }
 
-/// The admin endpoint of a process, and the socket on which it is to answer.
+/// The admin endpoint of a process, and its socket.
 fn admin_app(
     config: &Config,
     process: &Process,
@@ -441,7 +441,7 @@ fn admin_app(
     Ok((app.with_token(config.admin.token.clone()).with_tls(certified), socket))
 }
 
-/// Has the admin endpoint take connections at its socket.
+/// Makes the admin endpoint accept connections on its socket.
 fn admit(
     app: Admin,
     socket: Socket,
@@ -456,8 +456,8 @@ fn admit(
     Ok(reception)
 }
 
-/// Goes on as the user of `server.user`, now that everything is open that needs more rights, and looks whether this user
-/// may write what is to be written.
+/// Switches to `server.user` once everything that needs more rights is open, and checks that this user may write
+/// the files that are written later.
 fn go_on_unprivileged(user: Option<&User>, running: &Running, config: &Config) -> Result<(), BuildError> {
     if let Some(user) = user {
         user.become_it()
@@ -477,7 +477,7 @@ fn not_started(obstacle: Obstacle, config: &Config) -> StartError {
     }
 }
 
-/// Held for a look or a change, never on a worker.
+/// Held for a short read or change, never on a worker.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -1,7 +1,7 @@
 //! Forebay: an edge gateway on Pingora.
 //!
-//! The modules, in the order in which they are best read: what words mean, what was written, what is counted, then the
-//! way of a request from the client through the filters to an upstream, and last how all of it is put together.
+//! The modules, in suggested reading order: vocabulary, configuration, metrics, then the path of a request from the
+//! client through the filters to an upstream, and finally the assembly of everything.
 
 pub mod access_log;
 pub mod acme;

@@ -1,9 +1,8 @@
-//! Recordings: the next exchanges that match, each with all of its phases, for one who asks the admin endpoint.
+//! Recordings: the next matching exchanges with all of their phases, for clients of the admin endpoint.
 //!
-//! `admin/trace.rs` begins a recording; `proxy/finish.rs` tells of every exchange that kept a [`Journal`], which
-//! exchanges do only while a recording runs. A recording is bounded: in its exchanges, in its time, and at most as
-//! many recordings at once as the admin endpoint has streams. What is recorded is handed to the one who asked, and kept
-//! nowhere.
+//! `admin/trace.rs` starts a recording. `proxy/finish.rs` reports every exchange that kept a [`Journal`]; exchanges
+//! keep one only while a recording is active. Limits: exchanges per recording, time, and as many recordings at once
+//! as the admin endpoint has streams. Records go only to the client that asked for them.
 
 use std::net::IpAddr;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -19,35 +18,35 @@ use crate::finished::Finished;
 use crate::phase::journal::steps::Step;
 use crate::phase::journal::{Journal, Span, Want};
 
-/// The most exchanges of one recording.
+/// Limit on exchanges per recording.
 pub const COUNT_MAX: u32 = 1_000;
 
-/// Which exchanges are recorded: those of which everything holds that is said here.
+/// Selects the exchanges to record; all given conditions must hold.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Wanted {
-    /// The name of their route.
+    /// The route's name.
     pub route: Option<String>,
-    /// Where their client is.
+    /// The client's network.
     pub client: Option<IpNet>,
-    /// What their path begins with.
+    /// The prefix of the path.
     pub path: Option<String>,
-    /// Their status: from one to another, both included.
+    /// The range of statuses, inclusive.
     pub status: Option<(u16, u16)>,
-    /// How long they took at least.
+    /// The least duration.
     pub slower_than: Option<Duration>,
 }
 
-/// An exchange, with all of its phases.
+/// An exchange with all of its phases.
 #[derive(Clone, Debug, Default, Deserialize, PartialEq, Serialize)]
 #[serde(default)]
 pub struct Recorded {
-    /// When it began (RFC 3339).
+    /// Start time (RFC 3339).
     pub time: String,
-    /// When it began, on a clock that all exchanges of one process have in common.
+    /// Start time on a clock that all exchanges of a process share.
     pub began_seconds: f64,
-    /// How long it took.
+    /// Duration.
     pub total_seconds: f64,
-    /// What Forebay itself spent on it.
+    /// Time spent by Forebay itself.
     pub own_seconds: f64,
     /// The listener.
     pub listener: String,
@@ -59,79 +58,79 @@ pub struct Recorded {
     pub path: String,
     /// The protocol.
     pub protocol: String,
-    /// The status that the client got; 0 if it got none.
+    /// The status sent to the client; 0 if none was sent.
     pub status: u16,
     /// Why Forebay refused or cut it, if it did.
     pub reason: Option<String>,
-    /// The route; `_none` if it took none.
+    /// The route; `_none` if none matched.
     pub route: String,
     /// The upstream.
     pub upstream: Option<String>,
     /// The endpoint of the last attempt.
     pub endpoint: Option<String>,
-    /// How often an endpoint was chosen.
+    /// Number of attempts.
     pub attempts: u32,
-    /// Bytes of the body that came from the client.
+    /// Body bytes received from the client.
     pub received: u64,
-    /// Bytes of the body that went to it.
+    /// Body bytes sent to the client.
     pub sent: u64,
-    /// The id of the trace that it belongs to, where there is one.
+    /// The trace id, if it belongs to a trace.
     pub trace: Option<String>,
-    /// The phases in the order in which they were.
+    /// The phases in chronological order.
     pub phases: Vec<RecordedPhase>,
-    /// Phases for which there was no place: the last that is there stands for them, too.
+    /// Number of phases that exceeded the limit; they are part of the last one recorded.
     pub left_out: u32,
-    /// Steps of filters for which there was no place.
+    /// Number of filter steps that exceeded the limit.
     pub steps_left_out: u32,
 }
 
-/// A phase, as it was entered.
+/// A phase of the exchange.
 #[derive(Clone, Debug, Default, Deserialize, PartialEq, Serialize)]
 #[serde(default)]
 pub struct RecordedPhase {
     /// Its name.
     pub phase: String,
-    /// From the beginning of the exchange.
+    /// Start, relative to the start of the exchange.
     pub start_seconds: f64,
-    /// For how long it lasted.
+    /// Duration.
     pub seconds: f64,
-    /// What of that Forebay itself spent.
+    /// Time spent by Forebay itself.
     pub own_seconds: f64,
-    /// The worker that it began on.
+    /// The worker on which it started.
     pub worker: Option<usize>,
-    /// The cycle of that worker's loop: how often it had waited in the kernel before.
+    /// The cycle of that worker's event loop: how often it had waited in the kernel before.
     pub cycle: Option<u64>,
     /// The cycle in which it ended.
     pub end_cycle: Option<u64>,
-    /// Events that the kernel had had for that worker by then, since it was started.
+    /// Number of events that the kernel had reported to that worker since its start.
     pub events: Option<u64>,
-    /// Bytes of the request's body that had come by then.
+    /// Request body bytes received by then.
     pub received: u64,
-    /// Bytes of the answer's body that had come from the endpoint by then.
+    /// Response body bytes received from the endpoint by then.
     pub answered: u64,
-    /// Bytes of it that the client had taken by then.
+    /// Response body bytes sent to the client by then.
     pub sent: u64,
-    /// What filters did that began in it.
+    /// The filter steps that started in this phase.
     pub steps: Vec<RecordedStep>,
 }
 
-/// What a filter did in a phase.
+/// A filter's work in a phase.
 #[derive(Clone, Debug, Default, Deserialize, PartialEq, Serialize)]
 #[serde(default)]
 pub struct RecordedStep {
     /// The filter.
     pub filter: String,
-    /// At which stage; `call`: it has sent a request; `when`: its condition did not hold.
+    /// The stage; `call`: it sent a request; `when`: its condition was false.
     pub stage: String,
-    /// The upstream that a request was sent to.
+    /// The upstream of the request that it sent.
     pub upstream: Option<String>,
-    /// From the beginning of the exchange.
+    /// Start, relative to the start of the exchange.
     pub start_seconds: f64,
-    /// How long it took; all pieces of a body together.
+    /// Duration; for a body, the sum of all chunks.
     pub seconds: f64,
-    /// How many pieces there were; else 1.
+    /// Number of body chunks; otherwise 1.
     pub times: u32,
-    /// What it came to: `continue`, `answer 302`, a reason; of a request, a status or why there is no answer.
+    /// The outcome: `continue`, `answer 302`, or a reason; for a request, its status or why it has no response.
     pub outcome: String,
 }
 
@@ -170,14 +169,14 @@ impl RecordedPhase {
     }
 }
 
-/// All recordings of one gateway. Clones share them.
+/// All active recordings of a gateway. Clones share them.
 #[derive(Clone)]
 pub struct Recorder(Arc<Inner>);
 
 struct Inner {
     epoch: Instant,
     running: ArcSwap<Vec<Arc<Running>>>,
-    /// Held while a recording begins or ends, which no worker does.
+    /// Held while a recording begins or ends; workers do not take it.
     changing: Mutex<()>,
 }
 
@@ -187,7 +186,7 @@ struct Running {
     send: Sender<Arc<Recorded>>,
 }
 
-/// A recording that runs until this is dropped, or has as many as it was to have.
+/// An active recording. It ends on drop, or when its count is reached.
 pub struct Recording {
     recorder: Recorder,
     running: Arc<Running>,
@@ -203,7 +202,7 @@ impl Default for Recorder {
 }
 
 impl Recorder {
-    /// Begins to record the next `count` exchanges that are wanted.
+    /// Starts to record the next `count` matching exchanges.
     pub fn record(&self, wanted: Wanted, count: u32) -> Recording {
         let count = count.clamp(1, COUNT_MAX);
         let (send, receive) = channel(count as usize);
@@ -212,19 +211,19 @@ impl Recorder {
         Recording { recorder: self.clone(), running, receive, left: count, _want: Want::new() }
     }
 
-    /// Whether anybody records anything.
+    /// Whether any recording is active.
     pub fn is_recording(&self) -> bool {
         !self.0.running.load().is_empty()
     }
 
-    /// Tells of an exchange that is over.
+    /// Adds an exchange that has ended to all matching recordings.
     pub fn ended(&self, finished: &Finished<'_>, journal: &Journal) {
         let mut recorded = None;
         for running in self.0.running.load().iter() {
             let total = finished.at.saturating_duration_since(journal.began().at);
             if running.wanted.takes(finished, total) && running.takes_one() {
                 let recorded = recorded.get_or_insert_with(|| Arc::new(self.recorded(finished, journal, total)));
-                // There is a place for each; an error would mean that the recording has ended.
+                // The channel has room for all records; an error means that the recording has ended.
                 let _ = running.send.try_send(recorded.clone());
             }
         }
@@ -269,7 +268,7 @@ impl Recorder {
     }
 }
 
-/// The phases, each with the steps that began in it, in their order.
+/// The phases, each with the filter steps that started in it.
 fn phases(journal: &Journal, steps: &[Step], began: Instant) -> Vec<RecordedPhase> {
     let mut phases: Vec<RecordedPhase> = journal.spans().map(|span| RecordedPhase::of(span, began)).collect();
     for step in steps {
@@ -285,7 +284,7 @@ fn phases(journal: &Journal, steps: &[Step], began: Instant) -> Vec<RecordedPhas
 }
 
 impl Recording {
-    /// The next one; `None` once there were as many as there were to be.
+    /// The next exchange; `None` once the count is reached.
     pub async fn next(&mut self) -> Option<Arc<Recorded>> {
         self.left = self.left.checked_sub(1)?;
         self.receive.recv().await

@@ -1,9 +1,9 @@
-//! Traces: the place of each exchange in one, and the spans of those that are recorded.
+//! Traces: the trace context of each exchange, and the spans of recorded exchanges.
 //!
-//! `proxy` asks the [`Tracer`] for a place when a header has come (`spans/context.rs`), hands each attempt a span of
-//! its own to pass on to its endpoint, and tells the whole [`Story`] in the phase `finish`. A worker puts it into a
-//! queue (`spans/queue.rs`); a thread makes spans of it (`spans/otlp.rs`, with the feature `otel`) and sends them to a
-//! collector. Where tracing is off there is none of this, and `traceparent` passes as it came.
+//! `proxy` asks the [`Tracer`] for a context when a header has arrived (`spans/context.rs`), gives each attempt its
+//! own span to pass on to the endpoint, and reports the whole [`Story`] in the phase `finish`. A worker puts it
+//! into a queue (`spans/queue.rs`); a thread turns it into spans (`spans/otlp.rs`, with the feature `otel`) and
+//! sends them to a collector. If tracing is off, none of this runs and `traceparent` passes unchanged.
 
 pub mod context;
 #[cfg(feature = "otel")]
@@ -28,38 +28,38 @@ pub use context::{Context, SpanId, TraceId, TraceParent};
 use context::{Sampler, TRACEPARENT, TRACESTATE};
 use queue::Queue;
 
-/// One endpoint that was asked for a recorded exchange.
+/// One attempt of a recorded exchange.
 #[derive(Clone, Debug)]
 pub struct Attempt {
-    /// Its span, which the endpoint is told of.
+    /// Its span, which is sent to the endpoint.
     pub span: SpanId,
     /// The name of the upstream.
     pub upstream: Box<str>,
     /// The endpoint as written in the configuration.
     pub endpoint: Box<str>,
-    /// When it was chosen.
+    /// When the endpoint was chosen.
     pub begun: Instant,
-    /// Whether its connection was kept from an earlier exchange; `None` if none stood.
+    /// Whether its connection was reused; `None` if there was no connection.
     pub reused: Option<bool>,
-    /// When it was let go.
+    /// When the endpoint was released.
     pub ended: Option<Instant>,
-    /// The status it answered with.
+    /// The status of the response.
     pub status: Option<u16>,
     /// Why it failed, if it did.
     pub failure: Option<&'static Refusal>,
 }
 
-/// What is noted of a recorded exchange beside its journal.
+/// Notes on a recorded exchange, besides its journal.
 #[derive(Debug, Default)]
 pub struct Notes {
     attempts: Vec<Attempt>,
 }
 
-/// More attempts than these of one exchange are not noted; ten and one that costs none are the most there can be.
+/// Limit on recorded attempts; ten attempts and a free one are possible.
 const ATTEMPTS_MAX: usize = 16;
 
 impl Notes {
-    /// An endpoint was chosen.
+    /// Records a new attempt.
     pub fn attempt(&mut self, upstream: &str, endpoint: &str, begun: Instant) {
         if self.attempts.len() < ATTEMPTS_MAX {
             let (upstream, endpoint, span) = (upstream.into(), endpoint.into(), SpanId::random());
@@ -68,27 +68,27 @@ impl Notes {
         }
     }
 
-    /// The attempt that is under way.
+    /// The current attempt.
     pub fn present(&mut self) -> Option<&mut Attempt> {
         self.attempts.last_mut().filter(|attempt| attempt.ended.is_none())
     }
 
-    /// The span of the attempt that is under way.
+    /// The span of the current attempt.
     pub fn span(&self) -> Option<SpanId> {
         self.attempts.last().filter(|attempt| attempt.ended.is_none()).map(|attempt| attempt.span)
     }
 }
 
-/// All that is told of a recorded exchange, when it has ended.
+/// Everything that spans need of a recorded exchange, when it has ended.
 #[derive(Debug)]
 pub struct Story {
-    /// Its place in its trace.
+    /// Its trace context.
     pub context: Context,
-    /// What was noted of its attempts.
+    /// Its attempts.
     pub notes: Box<Notes>,
     /// Its phases.
     pub journal: Box<Journal>,
-    /// `tracestate` as it came.
+    /// `tracestate` as received.
     pub state: Option<HeaderValue>,
     /// When it ended.
     pub ended: (Instant, SystemTime),
@@ -98,15 +98,15 @@ pub struct Story {
     pub method: Method,
     /// `http` or `https`.
     pub scheme: &'static str,
-    /// The host that was asked for.
+    /// The host of the request.
     pub host: Box<str>,
-    /// The path in its one form, and the query as it was written.
+    /// The normalized path, and the query as received.
     pub target: Box<str>,
     /// The version, such as `1.1`.
     pub version: &'static str,
     /// The client.
     pub client: Option<IpAddr>,
-    /// Who connected: the client, or a proxy before it.
+    /// The peer of the connection: the client, or a proxy in front.
     pub peer: Option<SocketAddr>,
     /// `User-Agent`.
     pub user_agent: Option<Box<str>>,
@@ -114,29 +114,29 @@ pub struct Story {
     pub request_id: Option<Box<str>>,
     /// The name of the route.
     pub route: Box<str>,
-    /// The status the client got; 0 if none was sent.
+    /// The status sent to the client; 0 if none was sent.
     pub status: u16,
-    /// Why Forebay ended it, if it did.
+    /// Why Forebay refused or cut it, if it did.
     pub refusal: Option<&'static Refusal>,
-    /// Further attributes that the configuration names.
+    /// Additional attributes from the configuration.
     pub attributes: Box<[(Box<str>, Box<str>)]>,
 }
 
 impl Story {
-    /// The phases that spans are made of: from the first byte of its header on.
+    /// The phases that become spans: from the first byte of the header on.
     fn phases(&self) -> impl Iterator<Item = Span> + '_ {
         self.journal.spans().filter(|span| span.phase >= Phase::Header)
     }
 
-    /// How many spans will be made of it.
+    /// How many spans the story becomes.
     fn spans(&self) -> u64 {
         (1 + self.phases().count() + self.notes.attempts.len() + self.journal.steps().0.len()) as u64
     }
 }
 
-/// Gives exchanges their place in a trace, and takes the stories of those that are recorded.
+/// Assigns trace contexts and queues the stories of recorded exchanges.
 pub struct Tracer {
-    /// Further attributes of the span of each exchange.
+    /// Additional attributes of each exchange's span.
     pub attributes: Named,
     sampler: Sampler,
     query: Query,
@@ -146,7 +146,7 @@ pub struct Tracer {
 }
 
 impl Tracer {
-    /// Starts to trace, with a thread of its own; `None` if that is `off`.
+    /// Starts tracing, with its own thread; `None` if it is `off`.
     pub fn start(
         settings: &Tracing,
         attributes: Named,
@@ -163,12 +163,12 @@ impl Tracer {
         Ok(Some(Arc::new(Tracer { attributes, sampler, query, queue, dropped, patience })))
     }
 
-    /// The place of a new exchange, whose peer may be a trusted proxy.
+    /// The trace context of a new exchange; `peer_is_trusted`: the peer is a trusted proxy.
     pub fn place(&self, headers: &HeaderMap, peer_is_trusted: bool) -> Context {
         self.sampler.place(headers, peer_is_trusted)
     }
 
-    /// Takes the story of an exchange. Never waits: one that finds the queue full is dropped and counted.
+    /// Queues the story of an exchange. Never blocks: if the queue is full, the story is dropped and counted.
     pub fn tell(&self, mut story: Story) {
         if let (Query::Drop, Some((path, _))) = (self.query, story.target.split_once('?')) {
             story.target = path.into();
@@ -179,7 +179,7 @@ impl Tracer {
         }
     }
 
-    /// Exports what is queued, for as long as one export may take. Stories that are told later are dropped.
+    /// Exports the queue, within the time limit of one export. Later stories are dropped.
     pub fn close(&self) {
         if !self.queue.close(self.patience) {
             tracing::warn!("not all spans were exported: the collector takes too long");
@@ -190,14 +190,14 @@ impl Tracer {
 #[cfg(feature = "otel")]
 use otlp::start as export;
 
-/// The check of the configuration has said it already, to whoever asked.
+/// The configuration check has already reported it.
 #[cfg(not(feature = "otel"))]
 fn export(_: &Tracing, _: Arc<Queue>, _: SpanMetrics) -> Result<(), String> {
     Err("this Forebay was built without tracing: build it with the feature `otel`".to_owned())
 }
 
-/// Tells an endpoint of its place in the trace: below the attempt if that is recorded; else as the client said it, or
-/// in a new trace that nobody is to record. What was said of another trace is gone then.
+/// Sets the trace header for an endpoint: with the attempt's span if it is recorded; else with the client's trusted
+/// context, or a new unsampled one. Removes headers of other traces.
 pub fn pass_on(context: Context, attempt: Option<SpanId>, request: &mut RequestHeader) -> pingora::Result<()> {
     let Context { trace, span, parent, sampled } = context;
     if parent.is_none() {

@@ -1,8 +1,8 @@
-//! A named group of endpoints: which of them takes the next exchange, and how it is connected to.
+//! A named group of endpoints: which of them gets the next exchange, and how it is connected to.
 //!
-//! `proxy/select.rs` asks [`Upstream::select`] and hands [`Endpoint::peer`] to Pingora; what became of it is told to
-//! [`Upstream::ended`]. Everything that may take time, such as resolving names and working out who may be chosen, is
-//! done at start or in the background ([`Kept`]).
+//! `proxy/select.rs` calls [`Upstream::select`] and passes [`Endpoint::peer`] to Pingora; the result is reported to
+//! [`Upstream::ended`]. Work that takes time, such as name resolution and rebuilding the roster, happens at start
+//! or in the background ([`Kept`]).
 
 pub mod admission;
 pub mod availability;
@@ -76,81 +76,80 @@ pub use ended::{Ended, Outcome};
 pub use endpoint::{Endpoint, Found};
 pub use roster::Choice;
 
-/// How long nothing is done after a roster was made, for each microsecond that it took: so a roster of many endpoints,
-/// of which one after the other changes, takes no more than a tenth of the thread that checks them as well.
+/// Pause after building a roster, per microsecond that it took. So frequent changes in a large upstream use at most
+/// a tenth of the background thread, which also runs health checks.
 const ROSTER_REST: Duration = Duration::from_micros(10);
 
-/// How often it is asked whether endpoints that were removed have ended what they had, so that they can be forgotten.
+/// How often removed endpoints are checked for active exchanges, so that idle ones can be dropped.
 const REMOVED_LOOK: Duration = Duration::from_secs(1);
 
-/// A named group of endpoints that serve the same.
+/// A named group of interchangeable endpoints.
 pub struct Upstream {
     /// Its name: a metric label and a log field.
     pub name: Arc<str>,
-    /// How long its endpoints may take.
+    /// Time limits of its endpoints.
     pub timeouts: Timeouts,
-    /// Its counters.
+    /// Its metrics.
     pub metrics: UpstreamMetrics,
-    /// How its endpoints are connected to.
+    /// How connections to its endpoints are made.
     pub transport: Arc<Transport>,
-    /// For the rosters that are still to be made.
+    /// For future rosters.
     load_balancing: LoadBalancing,
-    /// What policies with a hash go by; empty for the others.
+    /// The keys of hash policies; empty for other policies.
     keys: Keys,
-    /// How its clients stay where they are, if they do.
+    /// Session affinity, if configured.
     sticky: Option<Sticky>,
-    /// Who is let in, and who waits.
+    /// Its limits and queue.
     pub admission: Arc<Admission>,
-    /// Every endpoint that its source names, then those that it names no longer and that are still busy.
+    /// Every endpoint from its source, then removed ones that are still in use.
     members: ArcSwap<Vec<Arc<Endpoint>>>,
     roster: ArcSwap<Roster>,
-    /// Held while the members or the roster are changed, which never happens on a worker.
+    /// Held while the members or the roster change, never on a worker.
     changing: Mutex<()>,
     reassess: Notify,
     discovery: Discovery,
     checks: Option<Checks>,
-    /// Requests that it was sent already and gets again.
+    /// Its retry budget.
     retries: Arc<Retries>,
-    /// What the operator has ordered. It outlives changes of the configuration.
+    /// The operator's orders. They outlive configuration changes.
     orders: Arc<Mutex<Orders>>,
     ejector: Ejector,
-    /// As it is written.
+    /// The settings as written.
     written: config::Upstream,
-    /// What took its place, once it serves only those who began with it. `None` in there: nothing did.
+    /// Its successor, once this one serves only old exchanges. An inner `None`: it has no successor.
     successor: OnceLock<Option<Weak<Upstream>>>,
 }
 
-/// How long the endpoints of an upstream may take.
+/// Time limits of the endpoints of an upstream.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Timeouts {
-    /// To accept a connection, TLS included.
+    /// To connect, TLS handshake included.
     pub connect: Duration,
-    /// Between two pieces of the request that the endpoint takes.
+    /// Between two writes of the request that the endpoint accepts.
     pub send: Duration,
     /// From the last byte of the request to the end of the response header.
     pub wait: Duration,
-    /// Between two pieces of the response.
+    /// Between two chunks of the response.
     pub receive: Duration,
 }
 
-/// What is spoken with endpoints.
+/// The protocol to the endpoints.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Spoken {
-    /// HTTP/1; else HTTP/2.
+    /// HTTP/1; otherwise HTTP/2.
     pub http1: bool,
-    /// It is spoken over TLS.
+    /// Over TLS.
     pub tls: bool,
-    /// The endpoint first gets the address of the client that a connection is for.
+    /// The PROXY protocol sends the client's address first.
     pub proxy_protocol: bool,
 }
 
 impl Upstream {
-    /// Builds the upstream `name`. It reads the files that are named in it; names are still to be looked up
-    /// ([`look_up`]).
+    /// Builds the upstream `name`. Reads the files named in it; names are resolved later ([`look_up`]).
     ///
     /// # Errors
     ///
-    /// One for each thing that cannot be understood, read or spoken to, at `upstreams.NAME.…`.
+    /// One per invalid value, unreadable file or unusable endpoint, at `upstreams.NAME.…`.
     pub fn build(
         name: &str,
         written: &config::Upstream,
@@ -159,8 +158,8 @@ impl Upstream {
         Self::build_with(name, written, metrics, None, None)
     }
 
-    /// The same in place of `before`: that one, if it is written so and the files that it names are what they were.
-    /// Else one that shares with it whatever is as it was, and is put in its place by [`Upstream::succeed`].
+    /// The same with a predecessor: returns `before` if the settings and files are unchanged. Otherwise returns a
+    /// new upstream that shares the unchanged parts and replaces it in [`Upstream::succeed`].
     ///
     /// # Errors
     ///
@@ -237,8 +236,7 @@ impl Upstream {
         Ok(upstream)
     }
 
-    /// Whether everything but the list of endpoints, how one is chosen and how they are judged is as it is written
-    /// here: then an endpoint that stays is the same one.
+    /// Whether all settings except endpoints, load balancing and health checks are equal: then endpoints are kept.
     fn serves_as(&self, written: &config::Upstream) -> bool {
         let mut own = self.written.clone();
         own.endpoints = written.endpoints.clone();
@@ -251,9 +249,8 @@ impl Upstream {
         own == *written
     }
 
-    /// Takes the place of `before`, which has the same name. Endpoints that stay keep what they have in flight and all
-    /// that is known of them, as far as both are connected to and limited in the same way; else they begin with what
-    /// was known of their health. Not for workers.
+    /// Replaces `before`, which has the same name. Endpoints that stay keep their active exchanges and all their
+    /// state if connection settings and limits are equal; otherwise only their health state. Not for workers.
     pub fn succeed(&self, before: &Upstream) {
         let now = Instant::now();
         let earlier = before.members.load();
@@ -287,38 +284,38 @@ impl Upstream {
         self.publish(members, Vec::new());
     }
 
-    /// Serves from now on only those who began with it; `successor` took its place, if anything did.
+    /// From now on serves only exchanges that already use it; `successor` replaces it, if there is one.
     pub fn retire(&self, successor: Option<&Arc<Upstream>>) {
-        // It is replaced once.
+        // It is replaced only once.
         let _ = self.successor.set(successor.map(Arc::downgrade));
     }
 
-    /// How an endpoint is chosen.
+    /// The load balancing policy.
     pub fn policy(&self) -> Policy {
         self.load_balancing.policy
     }
 
-    /// Exchanges that have one of its endpoints now.
+    /// Number of exchanges with one of its endpoints.
     pub fn inflight(&self) -> u32 {
         self.admission.inflight()
     }
 
-    /// Exchanges that wait for one of its endpoints.
+    /// Number of exchanges in its queue.
     pub fn queued(&self) -> u32 {
         self.admission.queue().len()
     }
 
-    /// What its circuit breaker does, if it has one.
+    /// The state of its circuit breaker, if it has one.
     pub fn breaker(&self) -> Option<breaker::State> {
         self.admission.breaker().map(|breaker| breaker.state())
     }
 
-    /// Whether an exchange has a connection to its endpoint for itself.
+    /// Whether each exchange has its own connection.
     pub fn is_http1(&self) -> bool {
         self.transport.protocol == Protocol::Http1
     }
 
-    /// What is spoken with its endpoints, and over what.
+    /// The protocol to its endpoints.
     pub fn spoken(&self) -> Spoken {
         Spoken {
             http1: self.is_http1(),
@@ -327,40 +324,38 @@ impl Upstream {
         }
     }
 
-    /// Whether its endpoints can be asked by gRPC, which is nothing without HTTP/2.
+    /// Whether its endpoints can receive gRPC, which requires HTTP/2.
     pub fn speaks_grpc(&self) -> bool {
         !self.is_http1()
     }
 
-    /// What [`Upstream::select`] wants of an exchange: the hash of its key, or any, if it has none. Asked once for each
-    /// exchange, so that every attempt goes by the same.
+    /// The hash of an exchange's key for [`Upstream::select`], or a random number without a key. Computed once per
+    /// exchange, so that all attempts use the same.
     pub fn hash(&self, asked: &Asked<'_>) -> u64 {
         if self.keys.is_empty() { 0 } else { self.keys.hash(asked).unwrap_or_else(rand::random) }
     }
 
-    /// What the cookie of a request says of where its client stays; `None` if nothing that we have signed.
+    /// The affinity in the request's cookie; `None` without a cookie that we signed.
     pub fn stuck(&self, asked: &Asked<'_>) -> Option<Stuck> {
         let sticky = self.sticky.as_ref()?;
         sticky.read(cookie(asked.headers, sticky.name.as_bytes())?, SystemTime::now())
     }
 
-    /// The `Set-Cookie` by which a client stays at the endpoint that has answered; `None` if it does so anyhow, or
-    /// shall not.
+    /// The `Set-Cookie` for the endpoint that responded; `None` if none is needed or configured.
     pub fn cookie(&self, stuck: Option<&Stuck>, endpoint: &Endpoint, https: bool) -> Option<HeaderValue> {
         let sticky = self.sticky.as_ref()?;
         let stays = stuck.is_some_and(|stuck| !stuck.is_old && endpoint.names.contains(&stuck.endpoint));
         if stays { None } else { sticky.write(&endpoint.names, https, SystemTime::now()) }
     }
 
-    /// The endpoint that is to serve next, but none of `tried`. Whoever gets one tells [`Upstream::ended`] what became
-    /// of it. `hash` is that of the exchange's key; policies without one take no notice of it. While others wait, this
-    /// waits, too.
+    /// Chooses the next endpoint, excluding `tried`. The caller must report the result to [`Upstream::ended`].
+    /// `hash` is that of the exchange's key, used by hash policies only. If others are queued, the caller must
+    /// queue, too.
     pub fn select(&self, hash: u64, tried: &[Arc<Endpoint>], now: Instant) -> Choice {
         self.select_for(None, hash, tried, now)
     }
 
-    /// The same for a client that may be stuck to an endpoint: that one goes before all others, if it may be chosen and
-    /// has room.
+    /// The same for a client with session affinity: its endpoint has priority if it is available and has room.
     pub fn select_for(&self, stuck: Option<&Stuck>, hash: u64, tried: &[Arc<Endpoint>], now: Instant) -> Choice {
         match self.admission.queue().bars() {
             true => self.with_leave(now, || Choice::Full),
@@ -368,7 +363,7 @@ impl Upstream {
         }
     }
 
-    /// The same for one who has a turn.
+    /// The same for an exchange whose turn in the queue has come.
     pub fn select_in_turn(&self, stuck: Option<&Stuck>, hash: u64, tried: &[Arc<Endpoint>], now: Instant) -> Choice {
         let choose = |roster: &Roster| {
             let stuck = stuck.filter(|_| !self.admission.is_full());
@@ -378,14 +373,14 @@ impl Upstream {
         self.with_leave(now, || {
             let roster = self.roster.load();
             match choose(&roster) {
-                // All of it was removed meanwhile, and there are others.
+                // All were removed meanwhile, and there are new ones.
                 Choice::Nobody if !Arc::ptr_eq(&roster, &self.roster.load()) => choose(&self.roster.load()),
                 choice => choice,
             }
         })
     }
 
-    /// Chooses if the breaker lets us.
+    /// Chooses if the circuit breaker permits it.
     fn with_leave(&self, now: Instant, choose: impl FnOnce() -> Choice) -> Choice {
         let leave = match self.admission.leave(now) {
             Ok(leave) => leave,
@@ -403,28 +398,27 @@ impl Upstream {
         }
     }
 
-    /// Joins the line of those who wait until somebody has room; `None`: it is full.
+    /// Joins the queue; `None`: it is full.
     pub fn queue(&self, tried: &[Arc<Endpoint>], now: Instant) -> Option<PlaceInLine> {
         self.admission.queue().join(!tried.is_empty(), now)
     }
 
-    /// Whether a connection of which nothing more is wanted just now is one too many to be kept.
+    /// Whether an idle connection exceeds the pool and should be closed.
     pub fn has_surplus_connections(&self) -> bool {
         self.transport.is_surplus(self.admission.inflight())
     }
 
-    /// Whether there is an endpoint that is none of `tried`.
+    /// Whether there is an endpoint that is not in `tried`.
     pub fn has_more(&self, tried: &[Arc<Endpoint>]) -> bool {
         self.roster.load().has_more(tried)
     }
 
-    /// Leave to send one of its endpoints what it, or another one, was sent already; `None` if too much of what is
-    /// under way is of this kind.
+    /// A permit for a retry; `None` if retries are over the budget.
     pub fn permit_retry(&self, allowance: Allowance) -> Option<Permit> {
         self.retries.permit(self.admission.inflight(), allowance)
     }
 
-    /// An attempt is over. Called exactly once for each endpoint that [`Upstream::select`] gave.
+    /// Reports the end of an attempt. Called exactly once per endpoint that [`Upstream::select`] returned.
     pub fn ended(&self, engaged: &mut Engaged, ended: &Ended, now: Instant) {
         self.count(ended);
         engaged.learn(ended, now);
@@ -444,17 +438,16 @@ impl Upstream {
         }
     }
 
-    /// Every endpoint that there is, available or not.
+    /// All endpoints, available or not.
     pub fn members(&self) -> Arc<Vec<Arc<Endpoint>>> {
         self.members.load_full()
     }
 
-    /// Takes over what a source has found, which is all that there is. Endpoints that stay keep what they have in
-    /// flight and all that is known of them; those that go are given nothing new and end what they have. Not for
-    /// workers.
+    /// Replaces the list of endpoints by what a source has found. Endpoints that stay keep their active exchanges
+    /// and their state; removed ones get no new exchanges and finish the active ones. Not for workers.
     ///
-    /// An address that is found twice is one endpoint with both weights, in the more preferred tier, under the first
-    /// label.
+    /// An address that is found twice becomes one endpoint with the sum of the weights, the lower tier, and the
+    /// first label.
     pub fn discovered(&self, found: Vec<Found>) {
         let _changing = self.changing.lock().unwrap_or_else(PoisonError::into_inner);
         let now = Instant::now();
@@ -501,9 +494,9 @@ impl Upstream {
         }
     }
 
-    /// Gives an order to the endpoints that are called so, by their label or by their address, which it is enough to
-    /// have in common with one of them; tells which these are. It holds for as long as the process has an upstream of
-    /// this name. Not for workers.
+    /// Applies an order to all endpoints with this label or address, and returns them. An address matches if it is
+    /// one of an endpoint's two. The order holds as long as the process has an upstream of this name. Not for
+    /// workers.
     pub fn order(&self, name: &str, order: Order) -> Vec<Arc<Endpoint>> {
         let now = Instant::now();
         let members = self.members.load();
@@ -516,21 +509,20 @@ impl Upstream {
         meant
     }
 
-    /// Held for as long as an order is carried out, never on a worker.
+    /// Held while an order is carried out, never on a worker.
     fn orders(&self) -> MutexGuard<'_, Orders> {
         self.orders.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Something is known anew of an endpoint's availability: the roster will be made again, in the background. Cheap,
-    /// from anywhere.
+    /// The availability of an endpoint has changed: schedules a new roster. Cheap, callable from anywhere.
     pub fn reassess(&self) {
         self.reassess.notify_one();
     }
 
-    /// Makes the roster again whenever it is to be.
+    /// Rebuilds the roster on demand.
     async fn keep_roster(&self) {
         loop {
-            // Nobody tells when one that was removed has ended what it had.
+            // The end of a removed endpoint's last exchange sends no signal.
             let removed = self.members.load().iter().any(|endpoint| endpoint.availability().is_removed());
             match removed {
                 true if timeout(REMOVED_LOOK, self.reassess.notified()).await.is_err() => {
@@ -546,13 +538,13 @@ impl Upstream {
                 let members = self.members.load().to_vec();
                 self.publish(members, Vec::new());
             }
-            // Whoever may be chosen no longer is passed over at once; the others can wait where a roster takes long to
-            // make.
+            // Unavailable endpoints are skipped immediately, so the others can wait if building a roster takes
+            // long.
             sleep(ROSTER_REST * u32::try_from(began.elapsed().as_micros()).unwrap_or(u32::MAX)).await;
         }
     }
 
-    /// Forgets those that were removed and are busy no longer. They are in no roster.
+    /// Drops removed endpoints without active exchanges. They are in no roster.
     fn forget(&self) {
         let _changing = self.changing.lock().unwrap_or_else(PoisonError::into_inner);
         let mut members = self.members.load().to_vec();
@@ -564,8 +556,7 @@ impl Upstream {
         !endpoint.availability().is_removed() || endpoint.inflight() > 0
     }
 
-    /// Asks its endpoints whether they are well, if it is to.
-    /// Whether its endpoints are checked, and nothing is known of one of them yet.
+    /// Whether a health-checked endpoint has no result yet.
     pub fn is_unchecked(&self) -> bool {
         let unknown = |endpoint: &Arc<Endpoint>| {
             !endpoint.availability().is_removed() && endpoint.checks().health() == Health::Unknown
@@ -579,8 +570,8 @@ impl Upstream {
         }
     }
 
-    /// Makes the roster of these members; the caller holds `changing`. Those that are `leaving` are removed after that,
-    /// so that there is somebody to choose at any moment; those that are busy no longer are forgotten.
+    /// Builds the roster of these members; the caller holds `changing`. The `leaving` ones are removed afterwards,
+    /// so that there is always an endpoint to choose; those without active exchanges are dropped.
     fn publish(&self, mut members: Vec<Arc<Endpoint>>, leaving: Vec<Arc<Endpoint>>) {
         members.retain(Self::is_kept);
         let before = self.roster.load();
@@ -602,15 +593,14 @@ impl Upstream {
             }
         }
         if !self.admission.queue().is_empty() {
-            // Those in line have turns for what room there is now; where nobody serves any more, all of them hear of
-            // it.
+            // Wakes as many queued exchanges as there is room for; without any endpoints, all of them.
             let room = if roster.is_empty() { u32::MAX } else { self.admission.room(roster.members()) };
             self.admission.queue().changed(room);
         }
         self.members.store(Arc::new(members));
     }
 
-    /// Looks every name up that it has; the errors are those of names that there must be and that there are not.
+    /// Resolves all names; returns errors for required names that do not exist.
     async fn look_up(&self) -> Vec<BuildError> {
         let errors = self.discovery.look(&self.name).await;
         self.discovered(self.discovery.found());
@@ -630,7 +620,7 @@ impl Group for Upstream {
     fn each(&self, tell: &mut dyn FnMut(Present<'_>)) {
         let successor = self.successor.get().map(|successor| successor.as_ref().and_then(Weak::upgrade));
         if let Some(successor) = successor {
-            // Those that stay are told of by what took its place.
+            // The successor reports endpoints that stay.
             let told: HashSet<*const Endpoint> =
                 successor.iter().flat_map(|next| next.members().iter().map(Arc::as_ptr).collect::<Vec<_>>()).collect();
             let members = self.members.load();
@@ -657,7 +647,7 @@ impl Group for Upstream {
     }
 }
 
-/// What was found, each address once.
+/// The list with each address once.
 fn merged(found: Vec<Found>) -> Vec<Found> {
     let mut places: HashMap<SocketAddr, usize> = HashMap::new();
     let mut merged: Vec<Found> = Vec::with_capacity(found.len());
@@ -689,12 +679,12 @@ impl From<&config::upstream::Timeouts> for Timeouts {
     }
 }
 
-/// Looks up every name in these upstreams, all at the same time: this may block for some seconds. What cannot be told
-/// now is asked for again in the background.
+/// Resolves all names of these upstreams in parallel; may block for seconds. Names without a result are resolved
+/// again in the background.
 ///
 /// # Errors
 ///
-/// One for each name of `endpoints` that there is not.
+/// One per name in `endpoints` that does not exist.
 pub fn look_up<'a>(upstreams: impl IntoIterator<Item = &'a Arc<Upstream>>) -> Vec<BuildError> {
     let upstreams: Vec<&Arc<Upstream>> = upstreams.into_iter().collect();
     let looked = block_on(join_all(upstreams.iter().map(|upstream| upstream.look_up())));
@@ -704,12 +694,12 @@ pub fn look_up<'a>(upstreams: impl IntoIterator<Item = &'a Arc<Upstream>>) -> Ve
     }
 }
 
-/// Runs a future to its end on a thread of its own, since the caller may be inside a runtime, which must not block.
+/// Runs a future on its own thread, since the caller may be inside a runtime, which must not block.
 fn block_on<T: Send>(future: impl Future<Output = T> + Send) -> io::Result<T> {
     let run = || {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         let result = runtime.block_on(future);
-        // A resolver that hangs may keep its thread; nobody waits for it.
+        // Does not wait for a resolver that hangs.
         runtime.shutdown_background();
         Ok(result)
     };
@@ -721,7 +711,7 @@ fn at(place: &str, errors: Vec<BuildError>) -> Vec<BuildError> {
 }
 
 impl Kept for Upstream {
-    /// All that it has done in the background, in one thread that is no worker's.
+    /// Its background work, on one thread outside the workers.
     fn keep(self: Arc<Self>) -> BoxFuture<'static, ()> {
         async move {
             tokio::join!(self.keep_roster(), self.discovery.keep(&self), self.keep_health(), self.ejector.run(&self));
@@ -741,12 +731,12 @@ mod tests {
     use async_trait::async_trait;
     use discovery::{Answer, Service};
 
-    /// A resolver that answers what a test tells it to.
+    /// A resolver with answers set by a test.
     #[derive(Default)]
     struct Script(Mutex<HashMap<&'static str, Vec<&'static str>>>);
 
     impl Script {
-        /// `host` has these addresses from now on; none of them: nobody tells.
+        /// Sets the addresses of `host`; with an empty list, look-ups fail.
         fn set(self: &Arc<Self>, host: &'static str, addresses: &[&'static str]) -> Arc<Self> {
             self.0.lock().unwrap().insert(host, addresses.to_vec());
             Arc::clone(self)
@@ -779,7 +769,7 @@ mod tests {
         );
         let mut written: config::Upstream = config::filter::decode(&serde_yaml::from_str(&yaml).unwrap()).unwrap();
         for (written, (address, _)) in written.endpoints.iter_mut().zip(endpoints) {
-            // Here, so that it may be one that a file is refused for.
+            // Set here so that it may be an address that a file rejects.
             written.address = config::Address((*address).to_owned());
         }
         written
@@ -796,7 +786,7 @@ mod tests {
         if errors.is_empty() { Ok(upstream) } else { Err(errors) }
     }
 
-    /// What `turns` selections give, as `label address`, with how often.
+    /// The result of this many selections, as counts per `label address`.
     fn selected(upstream: &Upstream, turns: usize) -> BTreeMap<String, usize> {
         let mut counts = BTreeMap::new();
         for _ in 0..turns {
@@ -885,7 +875,7 @@ mod tests {
         assert_eq!(
             told,
             [
-                "upstreams.shop.endpoints[1].address: `api.test` is no address: write `host:port`, `[v6]:port` or `unix:/path`",
+                "upstreams.shop.endpoints[1].address: `api.test` is not an address: write `host:port`, `[v6]:port` or `unix:/path`",
                 "upstreams.shop.endpoints[2].address: `unix:` needs a path, such as `unix:/run/app.sock`",
             ]
         );

@@ -1,7 +1,7 @@
-//! What answers the challenges of an order: this process, and every other one that shares its store, since an issuer
-//! may come to any of them.
+//! Answers to the challenges of an order, given by every process that shares the store: the issuer may connect to
+//! any of them.
 //!
-//! The process that orders writes each answer into the store; those that do not order look there ([`Followed`]).
+//! The ordering process writes each answer into the store; the other processes read it there ([`Followed`]).
 
 use std::collections::HashMap;
 use std::path::PathBuf;
@@ -20,40 +20,40 @@ use crate::client::tls::challenge;
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Answer {
-    /// To requests for a token.
+    /// For HTTP requests.
     Http01 {
         /// The token.
         token: String,
-        /// What is answered.
+        /// The response body.
         answer: String,
     },
-    /// To handshakes.
+    /// For TLS handshakes.
     TlsAlpn01 {
         /// The name, in lower case.
         name: String,
-        /// What the certificate shows.
+        /// The digest in the certificate.
         digest: [u8; 32],
     },
 }
 
-/// The answers of one order, given until this is dropped.
+/// The answers of one order; they are withdrawn on drop.
 pub struct Answers<'a> {
     awaited: Awaited,
     store: &'a Store,
     files: Vec<PathBuf>,
 }
 
-/// The answers of the process that orders, as another one gives them.
+/// The answers of the ordering process, as seen by another process.
 #[derive(Default)]
 pub struct Followed(HashMap<PathBuf, Awaited>);
 
 impl<'a> Answers<'a> {
-    /// None yet.
+    /// No answers yet.
     pub fn new(challenges: &Arc<Challenges>, store: &'a Store) -> Self {
         Answers { awaited: challenges.wait(), store, files: Vec::new() }
     }
 
-    /// Has a challenge answered, here and elsewhere.
+    /// Publishes an answer, in this process and in the store.
     ///
     /// # Errors
     ///
@@ -83,12 +83,12 @@ impl Drop for Answers<'_> {
 }
 
 impl Followed {
-    /// Looks what is to be answered now.
+    /// Reads the current answers from the store.
     pub fn look(&mut self, store: &Store, challenges: &Arc<Challenges>) {
         let there = store.challenges();
         self.0.retain(|file, _| there.contains(file));
         for file in there {
-            // One that is gone already, or cannot be read, is the other process's to tell of.
+            // A file that has vanished or cannot be read is reported by the other process.
             if !self.0.contains_key(&file)
                 && let Ok(Some(answer)) = store::read_json(&file)
             {

@@ -1,24 +1,24 @@
-//! Why an order came to nothing, in words for an operator.
+//! Why an order failed, in words for an operator.
 
 use boring::error::ErrorStack;
 use instant_acme::{Error, Identifier, Problem};
 
 use crate::printable::printable;
 
-/// What an issuer says of itself is shown no longer than this.
+/// Limit on the length of an issuer's error text.
 const PROBLEM_CHARS_MAX: usize = 600;
 
-/// Why an order came to nothing.
+/// Why an order failed.
 #[derive(Debug)]
 pub struct Failure {
-    /// In words.
+    /// The reason.
     pub problem: String,
     /// The issuer does not know the account.
     pub is_unknown: bool,
 }
 
 impl Failure {
-    /// One of these words.
+    /// A failure with this reason.
     pub fn new(problem: String) -> Failure {
         let shown = printable(&problem);
         let problem = match shown.char_indices().nth(PROBLEM_CHARS_MAX) {
@@ -42,7 +42,7 @@ impl From<ErrorStack> for Failure {
     }
 }
 
-/// What an operator shall read of an error.
+/// The text of an error for operators.
 pub(super) fn told(error: &Error) -> String {
     match error {
         Error::Api(problem) => words(problem),
@@ -52,7 +52,7 @@ pub(super) fn told(error: &Error) -> String {
     }
 }
 
-/// What an issuer says is wrong (RFC 7807).
+/// The text of an issuer's problem document (RFC 7807).
 pub(super) fn words(problem: &Problem) -> String {
     let of = |detail: &Option<String>, kind: &Option<String>| {
         let kind = kind.as_deref().map(|kind| kind.strip_prefix(KIND).unwrap_or(kind));
@@ -72,10 +72,10 @@ pub(super) fn words(problem: &Problem) -> String {
     [of(&problem.detail, &problem.r#type)].into_iter().chain(parts).collect::<Vec<_>>().join("; ")
 }
 
-/// What the kinds of RFC 8555 §6.7 begin with.
+/// The prefix of the error types in RFC 8555 §6.7.
 const KIND: &str = "urn:ietf:params:acme:error:";
 
-/// Whether a problem is of this kind of RFC 8555 §6.7.
+/// Whether a problem has this error type (RFC 8555 §6.7).
 pub(super) fn is_of(problem: &Problem, kind: &str) -> bool {
     problem.r#type.as_deref().and_then(|it| it.strip_prefix(KIND)) == Some(kind)
 }

@@ -1,7 +1,7 @@
-//! How issuers are spoken to: HTTP/1.1 over TLS by the same library as everything else, one connection a request.
+//! The HTTP client for issuers: HTTP/1.1 over TLS with the common TLS library, one connection per request.
 //!
-//! An order takes a dozen requests every other month: a connection that is kept would save little, and one that has
-//! died unnoticed would fail an order.
+//! An order takes a dozen requests every other month. Keeping connections would save little, and a stale one would
+//! fail an order.
 
 use std::future::Future;
 use std::net::SocketAddr;
@@ -28,13 +28,13 @@ use crate::party::wait::{NoClient, within};
 use crate::upstream::transport::final_status;
 use crate::upstream::transport::tls::{Flaw, Tls};
 
-/// No answer of an issuer is larger: a chain of certificates has a few KiB.
+/// Longest response. A certificate chain has a few KiB.
 const BODY_BYTES_MAX: usize = 1 << 20;
-/// RFC 8555 §6.1 wants one.
+/// Required by RFC 8555 §6.1.
 const USER_AGENT: HeaderValue = HeaderValue::from_static(concat!("forebay/", env!("CARGO_PKG_VERSION")));
 const PROBLEM: &str = "application/problem+json";
 
-/// Speaks to one issuer. Clones share what they know.
+/// The client for one issuer. Clones share its state.
 #[derive(Clone)]
 pub struct Http(Arc<Inner>);
 
@@ -42,16 +42,16 @@ struct Inner {
     connector: Connector,
     tls: Tls,
     timeout: Duration,
-    /// Until when it has asked to be left alone.
+    /// The issuer asked to send no requests until then.
     busy_until: Mutex<Option<SystemTime>>,
 }
 
 impl Http {
-    /// The way to this issuer.
+    /// The client for this issuer.
     ///
     /// # Errors
     ///
-    /// The file of authorities is missing or is none.
+    /// The CA file is missing or invalid.
     pub fn build(written: &Issuer) -> Result<Http, Vec<BuildError>> {
         let trust = config::upstream::Tls { ca: written.ca.clone(), ..config::upstream::Tls::default() };
         let tls = Tls::build(&trust, Protocol::Http1, &mut Xxh3::new()).map_err(|errors| {
@@ -62,7 +62,7 @@ impl Http {
         Ok(Http(Arc::new(Inner { connector, tls, timeout, busy_until: Mutex::new(None) })))
     }
 
-    /// Until when the issuer has asked to be left alone, if it has since this was asked last (RFC 8555 §6.6).
+    /// Until when the issuer asked to send no requests, if it did since the last call (RFC 8555 §6.6).
     pub fn take_busy_until(&self) -> Option<SystemTime> {
         self.0.busy_until.lock().unwrap_or_else(PoisonError::into_inner).take()
     }
@@ -91,7 +91,7 @@ impl Inner {
         let Some(host) = host else { return Err(other(format!("`{}` is not an https URL", parts.uri))) };
         let bare = host.trim_matches(['[', ']']);
         let port = parts.uri.port_u16().unwrap_or(443);
-        // On threads of the runtime that are there for it.
+        // Runs on the blocking threads of the runtime.
         let found = tokio::net::lookup_host((bare, port)).await;
         let found = found.map_err(|error| other(format!("the name `{bare}` cannot be looked up: {error}")))?;
         let mut failed = other(format!("the name `{bare}` has no address"));
@@ -142,7 +142,7 @@ impl Inner {
             let until = retry_after(&headers, SystemTime::now());
             *self.busy_until.lock().unwrap_or_else(PoisonError::into_inner) = until;
         }
-        // Something between us and the issuer may speak in its place, and not of problems.
+        // A proxy in between may respond instead, without a problem document.
         let media = headers.get(header::CONTENT_TYPE).and_then(|media| media.to_str().ok()).unwrap_or_default();
         if (status.is_client_error() || status.is_server_error()) && !media.starts_with(PROBLEM) {
             return Err(other(format!("`{host}` answered {status}")));
@@ -155,17 +155,16 @@ impl Inner {
     }
 }
 
-/// The address of a directory (RFC 8555 §7.1.1) that the library takes for one without a look; with anything else in
-/// its place it would panic.
+/// The nonce URL of a directory (RFC 8555 §7.1.1). The library assumes that it is valid and would panic otherwise.
 #[derive(Deserialize)]
 struct Directory {
     #[serde(rename = "newNonce")]
     new_nonce: Option<String>,
 }
 
-/// Refuses a directory that the library could not go on with.
+/// Rejects a directory that would make the library panic.
 fn check_directory(body: &[u8]) -> Result<(), Error> {
-    // What else an answer holds, the library reads with care.
+    // The library checks the other fields itself.
     let Ok(Directory { new_nonce: Some(address) }) = serde_json::from_slice(body) else { return Ok(()) };
     match address.parse::<Uri>() {
         Ok(_) => Ok(()),
@@ -189,7 +188,7 @@ fn header(parts: &http::request::Parts, host: &str, port: u16, length: usize) ->
     Ok(request)
 }
 
-/// RFC 9110 §10.2.3.
+/// Parses `Retry-After` (RFC 9110 §10.2.3).
 fn retry_after(headers: &HeaderMap, now: SystemTime) -> Option<SystemTime> {
     let value = headers.get(header::RETRY_AFTER)?.to_str().ok()?.trim();
     match value.parse() {

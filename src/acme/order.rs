@@ -1,5 +1,4 @@
-//! One order, from the names to the certificate (RFC 8555 §7.4): prove every name, send a request for a certificate,
-//! fetch it.
+//! One order (RFC 8555 §7.4): prove every name, send a certificate request, download the certificate.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -26,23 +25,25 @@ use crate::client::challenges::Challenges;
 use crate::client::tls::challenge;
 use crate::config::acme::Challenge;
 
-/// Other processes with the same store have this time to read an answer before the issuer is asked to look for it.
+/// Time for other processes to read an answer from the store before the issuer is asked to check it.
 const SPREAD: Duration = Duration::from_secs(1);
 
-/// How a name is proved.
+/// How names are proved.
 pub struct Proof<'a> {
-    /// The kind.
+    /// The challenge type.
     pub challenge: Challenge,
-    /// What answers here.
+    /// Answers challenges in this process.
     pub challenges: &'a Arc<Challenges>,
-    /// By which other processes learn of it.
+    /// Passes answers to other processes.
     pub store: &'a Store,
 }
 
-/// Orders a certificate. What comes is its chain and its key, in PEM; `patience` is for the issuer to look at proofs
-/// and to sign.
+/// Orders a certificate and returns its chain and its key in PEM; `patience` limits the time the issuer takes to
+/// check the proofs and to sign.
 ///
 /// # Errors
+///
+/// Why there is no certificate.
 ///
 /// Why there is none.
 pub async fn order(
@@ -54,7 +55,7 @@ pub async fn order(
 ) -> Result<Zeroizing<Vec<u8>>, Failure> {
     let identifiers: Vec<Identifier> = names.iter().cloned().map(Identifier::Dns).collect();
     let mut order = begin(account, &identifiers, replaces).await?;
-    // Answered until the order is ready: an issuer asks more than once, from several places.
+    // Answered until the order is ready: an issuer checks more than once, from several places.
     let mut answers = Answers::new(proof.challenges, proof.store);
     let mut authorizations = order.authorizations();
     while let Some(authorization) = authorizations.next().await {
@@ -65,7 +66,7 @@ pub async fn order(
     if proof.store.is_followed() {
         tokio::time::sleep(SPREAD).await;
     }
-    // What is known of them is kept: this asks for nothing.
+    // The library keeps known authorizations, so this repeats no requests.
     let mut authorizations = order.authorizations();
     while let Some(authorization) = authorizations.next().await {
         if let Some(mut offered) = offered(&mut authorization?, proof.challenge)? {
@@ -89,8 +90,8 @@ pub async fn order(
     Ok(pem)
 }
 
-/// Makes an order that says which certificate it replaces, if the issuer wants to know; one that does not like that is
-/// asked without (RFC 9773 §5).
+/// Creates an order that names the certificate it replaces, if the issuer supports that; if the issuer rejects it,
+/// creates one without (RFC 9773 §5).
 async fn begin(
     account: &Account,
     identifiers: &[Identifier],
@@ -108,7 +109,7 @@ async fn begin(
     Ok(account.new_order(&NewOrder::new(identifiers)).await?)
 }
 
-/// The challenge by which a name is proved. `None`: it has been.
+/// The challenge for a name. `None`: the name is already proved.
 fn offered<'a>(
     authorization: &'a mut AuthorizationHandle<'a>,
     challenge: Challenge,
@@ -157,11 +158,11 @@ async fn unproved(order: &mut Order, otherwise: String) -> Failure {
     Failure::new(if problems.is_empty() { otherwise } else { problems.join("; ") })
 }
 
-/// A request for a certificate with these names, in DER (RFC 2986).
+/// A certificate request for these names, in DER (RFC 2986).
 fn request(names: &[String], key: &PKey<Private>) -> Result<Vec<u8>, ErrorStack> {
     let mut request = X509Req::builder()?;
     request.set_version(0)?;
-    // The names are in the extension: a common name has room for 64 letters, and is of no use any more.
+    // The names go into the SAN extension: a common name is limited to 64 characters and obsolete.
     request.set_subject_name(&X509NameBuilder::new()?.build())?;
     request.set_pubkey(key)?;
     let mut alternatives = SubjectAlternativeName::new();
@@ -175,8 +176,8 @@ fn request(names: &[String], key: &PKey<Private>) -> Result<Vec<u8>, ErrorStack>
     request.build().to_der()
 }
 
-/// Makes sure that what was issued is what was asked for, and can be used now. Gives its certificates in PEM and
-/// nothing else: a key among them would be taken for that of the first.
+/// Checks that the issued certificate matches the request and is valid now. Returns only the certificates in PEM: a
+/// key in the response would be mistaken for the certificate's key.
 fn check(chain: &str, names: &[String], key: &PKey<Private>) -> Result<Vec<u8>, Failure> {
     let wrong = |what: &str| Failure::new(format!("what was issued {what}"));
     let chain = X509::stack_from_pem(chain.as_bytes()).map_err(|_| wrong("is not a certificate in PEM"))?;
@@ -200,11 +201,11 @@ fn check(chain: &str, names: &[String], key: &PKey<Private>) -> Result<Vec<u8>, 
     }
 }
 
-/// What tells a certificate from all others of its issuer (RFC 9773 §4.1). `None`: it does not say who issued it.
+/// The certificate identifier (RFC 9773 §4.1). `None`: the certificate has no authority key identifier.
 pub fn identifier(leaf: &X509) -> Option<CertificateIdentifier<'static>> {
     let authority = leaf.authority_key_id()?.as_slice();
     let mut serial = leaf.serial_number().to_bn().ok()?.to_vec();
-    // As in the certificate (DER): a number whose first bit is set begins with a zero byte.
+    // As in DER: a number whose first bit is set begins with a zero byte.
     if serial.first().is_none_or(|first| *first >= 0x80) {
         serial.insert(0, 0);
     }
@@ -214,7 +215,7 @@ pub fn identifier(leaf: &X509) -> Option<CertificateIdentifier<'static>> {
     })
 }
 
-/// Whether an order could do better without the certificate that it replaces.
+/// Whether the order may succeed without naming the replaced certificate.
 fn is_about_replacing(error: &Error) -> bool {
     match error {
         Error::Unsupported(_) | Error::Other(_) => true,

@@ -1,5 +1,4 @@
-//! From the configuration to what is asked of whom: the source of every certificate, and the certificates of every
-//! issuer.
+//! Computes from the configuration the source of every certificate, and the certificates of every issuer.
 
 use std::net::IpAddr;
 use std::path::PathBuf;
@@ -14,55 +13,55 @@ use crate::config::{self, Config};
 use crate::error::BuildError;
 use crate::error::path::{join, key};
 
-/// Where the certificates of all listeners come from.
+/// The sources of all certificates.
 #[derive(Default)]
 pub struct Plan {
-    /// Those of each listener, in the order of the file; none for a listener without TLS.
+    /// Those of each listener, in file order; empty for a listener without TLS.
     pub listeners: Vec<Vec<Source>>,
     /// Those of the admin endpoint.
     pub admin: Vec<Source>,
-    /// The issuers that are asked for some of them.
+    /// The issuers that are used.
     pub issuers: Vec<Asked>,
 }
 
-/// An issuer, and what it is asked for.
+/// An issuer and its certificates.
 pub struct Asked {
     /// Its name.
     pub name: String,
-    /// What is written of it.
+    /// Its settings.
     pub written: Issuer,
     /// The URL of its directory.
     pub directory: String,
     /// Its part of the store.
     pub store: Store,
-    /// The certificates, each once, however many listeners have it.
+    /// Its certificates, each once, even if several listeners use it.
     pub certificates: Vec<Wanted>,
-    /// Where it is named in the file.
+    /// Its path in the configuration.
     at: String,
 }
 
-/// A certificate that an issuer is asked for.
+/// A certificate to request from an issuer.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Wanted {
     /// Its names, in lower case.
     pub names: Vec<String>,
-    /// The file that it is kept in.
+    /// The file where it is stored.
     pub path: PathBuf,
 }
 
 impl Wanted {
-    /// Its first name, by which it is known.
+    /// Its first name, which identifies it.
     pub fn name(&self) -> &str {
         self.names.first().map_or("", |name| name)
     }
 }
 
 impl Plan {
-    /// What is written. Files of certificates are read where names depend on them.
+    /// Computes the plan. Reads certificate files if `names: auto` depends on them.
     ///
     /// # Errors
     ///
-    /// Names that no issuer can be asked for, and two certificates that cannot be told apart.
+    /// Names that issuers do not accept, and two certificates with the same first name.
     pub fn of(config: &Config) -> Result<Plan, Vec<BuildError>> {
         let mut plan = Plan::default();
         let mut errors = Vec::new();
@@ -115,9 +114,9 @@ impl Plan {
         sources
     }
 
-    /// Notes that an issuer is asked for a certificate for these names.
+    /// Adds a certificate with these names to an issuer.
     fn ask(&mut self, config: &Config, issuer: &str, names: Vec<String>, at: &str) -> Result<Wanted, BuildError> {
-        // The configuration was checked: there is an issuer of this name, and it has a directory.
+        // The configuration was checked: the issuer exists and has a directory.
         let unknown = || BuildError::new("acme", format!("there is no issuer `{issuer}` with a directory"));
         let index = match self.issuers.iter().position(|asked| asked.name == issuer) {
             Some(index) => index,
@@ -157,12 +156,12 @@ impl Plan {
 }
 
 impl Asked {
-    /// Whether its part of the store could not be made.
+    /// The error if its part of the store cannot be created.
     pub fn inspect(&self) -> Option<BuildError> {
         self.store.inspect().err().map(|error| self.unusable(&error))
     }
 
-    /// That its part of the store is of no use.
+    /// The error for an unusable store.
     pub fn unusable(&self, error: &std::io::Error) -> BuildError {
         let store = &self.written.store;
         BuildError::new(&self.at, format!("no certificate can be kept in `{store}`: {error}"))
@@ -173,7 +172,7 @@ fn written(tls: Option<&config::listener::Tls>) -> &[Certificate] {
     tls.map(|tls| &*tls.certificates).unwrap_or_default()
 }
 
-/// The hosts of all routes that nothing else on a listener is for.
+/// The hosts of all routes that no other certificate of the listener covers.
 fn hosts<'c>(
     config: &Config,
     others: impl Iterator<Item = &'c Certificate>,
@@ -184,7 +183,7 @@ fn hosts<'c>(
         let source = Source::written(other);
         let names = match source.names.is_empty() {
             false => source.names,
-            // Errors in a file are reported where it is read to be served.
+            // Errors in the file are reported when it is loaded for serving.
             true if other.acme.is_none() => match tls::inspect(&source) {
                 Ok(Some(facts)) => facts.names.iter().map(ToString::to_string).collect(),
                 _ => Vec::new(),
@@ -265,8 +264,8 @@ mod tests {
         };
         assert_eq!(
             told("a.test, \"*.b.test\""),
-            "listeners[0].tls.certificates[0].names: the host `*.b.test` of the route `all`: neither `tls_alpn_01` nor \
-             `http_01` proves a wildcard: write the names, or take a file"
+            "listeners[0].tls.certificates[0].names: the host `*.b.test` of the route `all`: `tls_alpn_01` and \
+             `http_01` cannot prove a wildcard: list the names, or use a certificate file"
         );
         assert!(told("").contains("no route has a host"), "{}", told(""));
     }

@@ -1,59 +1,59 @@
-//! When a certificate is asked for: pure decisions, and what is remembered of one between two runs.
+//! When certificates are ordered: pure decisions, and the record that is saved between runs.
 
 use std::time::{Duration, SystemTime};
 
 use serde::{Deserialize, Serialize};
 
-/// Of its life, so much may be added to two thirds of it, so that certificates that were issued at once are not renewed
-/// at once.
+/// Random share of the lifetime that is added to two thirds of it, so that certificates issued together are not
+/// renewed together.
 const RENEWAL_SPREAD: f64 = 1.0 / 30.0;
-/// The share by which a wait after a failure may be longer or shorter.
+/// Random variation of a retry delay.
 const RETRY_SPREAD: f64 = 0.25;
-/// The issuer says when it is to be asked for its window again; no more often and no more seldom than this.
+/// Bounds on the issuer's interval for renewal window requests.
 const ASK_MIN: Duration = Duration::from_secs(3600);
 const ASK_MAX: Duration = Duration::from_secs(24 * 3600);
 
-/// When it is asked again after it could not be.
+/// Delay after a failed renewal window request.
 pub const ASK_AGAIN: Duration = Duration::from_secs(6 * 3600);
 
-/// What is known of a certificate besides itself. Times are seconds since 1970.
+/// The saved state of a certificate. Times are seconds since 1970.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Record {
-    /// The directory that it was asked of last.
+    /// The directory of its last order.
     pub directory: String,
-    /// The number of the certificate that this is about, in hexadecimal.
+    /// The serial number of the certificate, in hexadecimal.
     pub serial: Option<String>,
     /// When the next order is due.
     pub due: u64,
-    /// When the last order was begun.
+    /// When the last order began.
     pub attempted: u64,
-    /// Orders that failed since one did not.
+    /// Failed orders since the last success.
     pub failures: u32,
-    /// Why the last one failed.
+    /// Why the last order failed.
     pub problem: Option<String>,
-    /// When the issuer is asked next in which window it is to be renewed (RFC 9773); `None`: it does not tell.
+    /// When to request the renewal window next (RFC 9773); `None`: the issuer does not support it.
     pub ask: Option<u64>,
-    /// That window.
+    /// The renewal window.
     pub window: Option<(u64, u64)>,
 }
 
-/// The certificate that there is.
+/// The current certificate.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Held {
-    /// Its number, in hexadecimal.
+    /// Its serial number, in hexadecimal.
     pub serial: String,
-    /// When it begins to be valid, in seconds since 1970.
+    /// Start of its validity, in seconds since 1970.
     pub not_before: u64,
-    /// When it ceases to be valid, in seconds since 1970.
+    /// End of its validity, in seconds since 1970.
     pub not_after: u64,
-    /// Whether it is made out to all names that are wanted.
+    /// Whether it covers all wanted names.
     pub is_whole: bool,
 }
 
 impl Record {
-    /// When the next order is due, if this record and this certificate were found at start. An order that failed is
-    /// tried again after the first wait, however long the waits had become: the cause may have been removed.
+    /// When the next order is due after a start with this record and certificate. After a failed order, the first
+    /// delay applies again: the cause may have been fixed.
     pub fn at_start(&self, held: Option<&Held>, directory: &str, now: u64, first: Duration, random: f64) -> u64 {
         let from_elsewhere = !self.directory.is_empty() && self.directory != directory;
         if self.failures > 0 && !from_elsewhere {
@@ -64,8 +64,8 @@ impl Record {
         if is_known { self.due } else { renewal(held.not_before, held.not_after, random) }
     }
 
-    /// Notes the window of the issuer; if it is another one than before, a point in it is chosen: no sooner than
-    /// `soonest`, nor when little is left of the certificate's life.
+    /// Stores the issuer's renewal window. If it changed, a random time in it becomes due: not before `soonest`,
+    /// and not too close to the certificate's end.
     pub fn window(&mut self, window: (u64, u64), held: &Held, soonest: u64, random: f64) {
         if self.window == Some(window) {
             return;
@@ -77,20 +77,20 @@ impl Record {
         self.window = Some(window);
     }
 
-    /// The issuer is asked for its window again after the time that it has named, within reason.
+    /// Schedules the next renewal window request after the issuer's interval, within bounds.
     pub fn ask_again(&mut self, now: u64, after: Duration) {
         self.ask = Some(now + after.clamp(ASK_MIN, ASK_MAX).as_secs());
     }
 }
 
-/// When a certificate is renewed: at two thirds of its life, and up to a thirtieth of it later. `random` is from 0 to
-/// 1.
+/// When a certificate is renewed: after two thirds of its lifetime plus up to a thirtieth of it. `random` is from 0
+/// to 1.
 pub fn renewal(not_before: u64, not_after: u64, random: f64) -> u64 {
     let life = not_after.saturating_sub(not_before);
     not_before + life / 3 * 2 + (life as f64 * RENEWAL_SPREAD * random) as u64
 }
 
-/// The wait after this number of failures in a row. `random` is from 0 to 1.
+/// The delay after this number of failures in a row. `random` is from 0 to 1.
 pub fn backoff(first: Duration, max: Duration, failures: u32, random: f64) -> Duration {
     let doubled = first.saturating_mul(1 << failures.saturating_sub(1).min(30));
     doubled.min(max).mul_f64(1.0 + RETRY_SPREAD * (2.0 * random - 1.0))

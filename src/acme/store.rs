@@ -1,9 +1,8 @@
-//! Where accounts, keys and certificates are kept: `STORE/ISSUER/`, files for Forebay alone, each written beside and
-//! put in place.
+//! The store of accounts, keys and certificates: `STORE/ISSUER/`, with files only Forebay can read, replaced
+//! atomically.
 //!
-//! For each certificate there are `NAME.pem`, the certificate with its chain and its key, and `NAME.json`, what is
-//! remembered of it. Of several processes that share a store, the one that has locked `lock` orders; all serve what is
-//! there.
+//! Each certificate has `NAME.pem`, with the certificate, its chain and its key, and `NAME.json`, with its record.
+//! If several processes share a store, the one that holds the lock on `lock` orders; all serve the files.
 
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{self, Read, Write};
@@ -14,9 +13,9 @@ use rustix::fs::{Access, FlockOperation, access, flock};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
-/// No file of the store is larger.
+/// Largest file of the store.
 const FILE_BYTES_MAX: u64 = 1 << 20;
-/// What the files of answers to challenges begin with.
+/// The prefix of challenge files.
 const CHALLENGE: &str = "challenge-";
 
 /// The files of one issuer.
@@ -25,12 +24,12 @@ pub struct Store {
     dir: PathBuf,
 }
 
-/// A file that is locked: by the one process that orders, or by those that follow it.
+/// A locked file: exclusive for the ordering process, shared for the followers.
 #[derive(Debug)]
 pub struct Lock(#[expect(dead_code, reason = "it is locked while it is open")] File);
 
 impl Store {
-    /// The one of this issuer.
+    /// The store of this issuer.
     pub fn of(store: &str, issuer: &str) -> Store {
         Store { dir: Path::new(store).join(issuer) }
     }
@@ -40,7 +39,7 @@ impl Store {
         self.dir.join(format!("{name}.pem"))
     }
 
-    /// The file of what is remembered of it.
+    /// The file of its record.
     pub fn record(&self, name: &str) -> PathBuf {
         self.dir.join(format!("{name}.json"))
     }
@@ -50,12 +49,12 @@ impl Store {
         self.dir.join(format!("account-{key:016x}.json"))
     }
 
-    /// The file of the answer to a challenge; `key` identifies it.
+    /// The file of a challenge's answer; `key` identifies it.
     pub fn challenge(&self, key: u64) -> PathBuf {
         self.dir.join(format!("{CHALLENGE}{key:016x}.json"))
     }
 
-    /// The files of all answers that are given now.
+    /// The files of all current answers.
     pub fn challenges(&self) -> Vec<PathBuf> {
         let files = fs::read_dir(&self.dir).into_iter().flatten().flatten();
         let named = files.filter(|file| {
@@ -66,11 +65,11 @@ impl Store {
         named.map(|file| file.path()).collect()
     }
 
-    /// Makes its directory, and those above it, for Forebay or whom it becomes: a user and a group.
+    /// Creates its directory and the parents, owned by this user and group if given.
     ///
     /// # Errors
     ///
-    /// What the system says.
+    /// The system call failed.
     pub fn prepare(&self, owner: Option<(u32, u32)>) -> io::Result<()> {
         let missing: Vec<&Path> = self.dir.ancestors().take_while(|dir| !dir.exists()).collect();
         for dir in missing.into_iter().rev().filter(|dir| !dir.as_os_str().is_empty()) {
@@ -85,36 +84,36 @@ impl Store {
         Ok(())
     }
 
-    /// Proves that files can be made in it.
+    /// Checks that it is writable.
     ///
     /// # Errors
     ///
-    /// What the system says.
+    /// The system call failed.
     pub fn probe(&self) -> io::Result<()> {
         let path = self.dir.join(format!("probe-{}", std::process::id()));
         let made = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&path);
         made.and_then(|_| fs::remove_file(&path))
     }
 
-    /// Locks it, unless another process has.
+    /// Locks the store, unless another process has.
     ///
     /// # Errors
     ///
-    /// What the system says.
+    /// The system call failed.
     pub fn lock(&self) -> io::Result<Option<Lock>> {
         self.try_lock("lock", FlockOperation::NonBlockingLockExclusive)
     }
 
-    /// Tells the process that orders that this one answers as well, for as long as the lock is held.
+    /// Shows the ordering process that this one also answers challenges, while the lock is held.
     ///
     /// # Errors
     ///
-    /// What the system says.
+    /// The system call failed.
     pub fn follow(&self) -> io::Result<Option<Lock>> {
         self.try_lock("followers", FlockOperation::NonBlockingLockShared)
     }
 
-    /// Whether other processes answer as well.
+    /// Whether other processes also answer challenges.
     pub fn is_followed(&self) -> bool {
         matches!(self.try_lock("followers", FlockOperation::NonBlockingLockExclusive), Ok(None))
     }
@@ -129,11 +128,11 @@ impl Store {
         }
     }
 
-    /// Whether it could be prepared, without doing so.
+    /// Whether the directory could be created; creates nothing.
     ///
     /// # Errors
     ///
-    /// What the system says.
+    /// The system call failed.
     pub fn inspect(&self) -> io::Result<()> {
         let there = self.dir.ancestors().find(|dir| dir.exists()).unwrap_or(Path::new("."));
         if !fs::metadata(there)?.is_dir() {
@@ -143,14 +142,14 @@ impl Store {
     }
 }
 
-/// Replaces a file atomically and durably: a reader gets the old contents or the new ones, whole.
+/// Replaces a file atomically and durably: a reader gets the whole old or the whole new content.
 ///
 /// # Errors
 ///
-/// What the system says; what was there is then still there.
+/// The system call failed; the old content is still there.
 pub fn replace(path: &Path, bytes: &[u8]) -> io::Result<()> {
     let beside = path.with_extension("new");
-    // One that was left behind may have another mode.
+    // A left-over file may have another mode.
     match fs::remove_file(&beside) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => {}
         removed => removed?,
@@ -162,20 +161,20 @@ pub fn replace(path: &Path, bytes: &[u8]) -> io::Result<()> {
     File::open(path.parent().unwrap_or(Path::new(".")))?.sync_all()
 }
 
-/// The same with a value, as JSON.
+/// The same for a value, as JSON.
 ///
 /// # Errors
 ///
-/// As before.
+/// As for [`replace`].
 pub fn replace_json(path: &Path, value: &impl Serialize) -> io::Result<()> {
     replace(path, &zeroize::Zeroizing::new(serde_json::to_vec_pretty(value)?))
 }
 
-/// The value in a file of JSON. `None`: there is no such file.
+/// Reads a value from a JSON file. `None`: the file does not exist.
 ///
 /// # Errors
 ///
-/// What the system says, or that the file holds something else.
+/// The system call failed, or the file has other content.
 pub fn read_json<T: DeserializeOwned>(path: &Path) -> io::Result<Option<T>> {
     let file = match File::open(path) {
         Ok(file) => file,

@@ -1,4 +1,4 @@
-//! What an entry of the admin endpoint answers: text, JSON, or a stream of events that goes on.
+//! Responses of the admin endpoint: text, JSON, or a stream of events.
 
 use std::pin::Pin;
 
@@ -8,64 +8,64 @@ use http::header::{self, HeaderName, HeaderValue};
 use http::{Response, StatusCode};
 use serde::Serialize;
 
-/// What comes until whoever asked goes away, or until it ends.
+/// A stream of data that ends by itself or when the client disconnects.
 pub type Pieces = Pin<Box<dyn Stream<Item = Bytes> + Send>>;
 
-/// An answer of the admin endpoint.
+/// A response of the admin endpoint.
 pub struct Answer(pub(super) Box<Response<Body>>);
 
 pub(super) enum Body {
     Whole(Bytes),
-    /// One of the few that may be under way at once.
+    /// A stream; their number is limited.
     Stream(Pieces),
 }
 
 impl Answer {
-    /// 200 with this body.
+    /// A 200 response with this body.
     pub fn whole(content_type: &'static str, body: impl Into<Bytes>) -> Self {
         Answer::new(content_type, Body::Whole(body.into()))
     }
 
-    /// 200 with this text.
+    /// A 200 response with this text.
     pub fn text(text: impl Into<String>) -> Self {
         Answer::whole("text/plain; charset=utf-8", text.into())
     }
 
-    /// 200 with this as JSON, laid out for people.
+    /// A 200 response with this value as indented JSON.
     pub fn json(value: &impl Serialize) -> Self {
         match serde_json::to_vec_pretty(value) {
             Ok(mut body) => {
                 body.push(b'\n');
                 Answer::whole("application/json", body)
             }
-            // Not reached: what is shown are structs and maps whose keys are text.
+            // Cannot happen: the values are structs and maps with text keys.
             Err(error) => Answer::error(StatusCode::INTERNAL_SERVER_ERROR, &error.to_string()),
         }
     }
 
-    /// What was wrong, as JSON: `{"error": "…"}`.
+    /// An error as JSON: `{"error": "…"}`.
     pub fn error(status: StatusCode, what: &str) -> Self {
         let body = format!("{:#}\n", serde_json::json!({ "error": what }));
         Answer::whole("application/json", body).with_status(status)
     }
 
-    /// Server-sent events: make each with [`event`].
+    /// Server-sent events; create each with [`event`].
     pub fn events(events: Pieces) -> Self {
         Answer::new("text/event-stream", Body::Stream(events))
     }
 
-    /// Lines of JSON, each for itself (NDJSON).
+    /// Lines of JSON (NDJSON).
     pub fn lines(lines: Pieces) -> Self {
         Answer::new("application/x-ndjson", Body::Stream(lines))
     }
 
-    /// With this status.
+    /// Sets the status.
     pub fn with_status(mut self, status: StatusCode) -> Self {
         *self.0.status_mut() = status;
         self
     }
 
-    /// With this header.
+    /// Adds a header field.
     pub fn with_header(mut self, name: HeaderName, value: HeaderValue) -> Self {
         self.0.headers_mut().insert(name, value);
         self
@@ -85,7 +85,7 @@ impl Answer {
     }
 }
 
-/// One server-sent event. `data` is one line, as compact JSON is.
+/// One server-sent event. `data` must be a single line, such as compact JSON.
 pub fn event(name: &str, data: &str) -> Bytes {
     debug_assert!(!data.contains('\n'), "an event of several lines");
     Bytes::from(format!("event: {name}\ndata: {data}\n\n"))

@@ -1,12 +1,11 @@
-//! Who is answered by the admin endpoint, and who may change anything through it.
+//! Access control of the admin endpoint: who may read, and who may make changes.
 //!
-//! A client with the token, or with a certificate that is demanded, may. Where nothing of the kind is asked for, a
-//! change must come from this machine: from loopback or over the unix socket. That is not enough, for a browser on this
-//! machine sends what any page on the web tells it to. Browsers say whose page it was (`Origin`, `Sec-Fetch-Site`), and
-//! programs such as curl say nothing of the kind; so what comes from a page must come from our own. A page may also
-//! have pointed its own name at 127.0.0.1 (DNS rebinding): then `Host` and `Origin` agree, and the browser lets the
-//! page read what comes, too. Of this the browser says nothing at all in a GET, so that nobody is answered who calls us
-//! by a name that we do not know ([`Hosts`]).
+//! Clients with the token or a required certificate may make changes. If neither is configured, a change must come
+//! from this machine: from loopback or the unix socket. That alone is not safe because a local browser sends
+//! requests for any web page. Browsers state the origin of a page (`Origin`, `Sec-Fetch-Site`), while programs such
+//! as curl do not; so requests from a page must come from our own page. A page may also resolve its own name to
+//! 127.0.0.1 (DNS rebinding). Then `Host` and `Origin` agree, and the browser lets the page read responses. A GET
+//! does not show this, so requests for unknown host names are refused ([`Hosts`]).
 
 use std::net::{IpAddr, SocketAddr};
 
@@ -22,45 +21,45 @@ use crate::config::address::Target;
 
 const SEC_FETCH_SITE: HeaderName = HeaderName::from_static("sec-fetch-site");
 
-/// Where a request to the admin endpoint comes from.
+/// The origin of an admin request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Peer {
-    /// Over the unix socket: its permissions say who.
+    /// The unix socket, whose permissions restrict access.
     Unix,
-    /// Over TCP.
+    /// TCP.
     Tcp(IpAddr),
-    /// Nobody knows.
+    /// Unknown.
     Unknown,
 }
 
-/// How whoever asks has come.
+/// How a client connected.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Caller {
-    /// From where.
+    /// Its address.
     pub peer: Peer,
-    /// By TLS.
+    /// Whether it uses TLS.
     pub secure: bool,
-    /// It has shown who it is.
+    /// Whether it has authenticated.
     pub known: bool,
 }
 
-/// By what a caller may have something done that not everybody on this machine may.
+/// What entitles a client to operations that not every local user may run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Voucher {
-    /// It has shown that it may: by the token, a certificate, or the permissions of the unix socket.
+    /// It has authenticated: by the token, a certificate, or the permissions of the unix socket.
     Shown,
-    /// It came by this connection, whose user the system knows if it is of this machine.
+    /// Its connection; for a local one, the system knows the user.
     Connection {
-        /// Its address.
+        /// The client's address.
         client: SocketAddr,
-        /// Ours.
+        /// Our address.
         server: SocketAddr,
     },
-    /// Nothing is known of it.
+    /// Nothing.
     Nothing,
 }
 
-/// Whether a request with these header fields shows the token.
+/// Whether the header fields contain the token.
 pub fn shows(headers: &HeaderMap, token: &str) -> bool {
     let Some(said) = headers.get(AUTHORIZATION).and_then(|said| said.to_str().ok()) else { return false };
     let Some((scheme, shown)) = said.split_once(' ') else { return false };
@@ -68,24 +67,24 @@ pub fn shows(headers: &HeaderMap, token: &str) -> bool {
     if scheme.eq_ignore_ascii_case("bearer") {
         return is_same(shown.as_bytes(), token.as_bytes());
     }
-    // Browsers ask for a name and a password; the name says nothing.
+    // Browsers ask for a name and a password; the name is ignored.
     let decoded = if scheme.eq_ignore_ascii_case("basic") { STANDARD.decode(shown).ok() } else { None };
     let decoded = decoded.unwrap_or_default();
     let password = decoded.iter().position(|&byte| byte == b':').map(|colon| &decoded[colon + 1..]);
     password.is_some_and(|password| is_same(password, token.as_bytes()))
 }
 
-/// Takes as long whatever differs: the digests of both are compared, of which nobody can choose a part.
+/// Compares in constant time: it compares digests, which a client cannot choose byte by byte.
 fn is_same(one: &[u8], other: &[u8]) -> bool {
     Sha256::digest(one) == Sha256::digest(other)
 }
 
-/// The names by which the admin endpoint is called.
+/// The host names of the admin endpoint.
 #[derive(Debug, Default)]
 pub struct Hosts(Vec<String>);
 
 impl Hosts {
-    /// Those that were written, the host of its address, and the name of this machine, which are its operator's.
+    /// The configured names, the host of its address, and the name of this machine.
     pub fn new(written: &config::server::Admin) -> Hosts {
         let own = match written.address.target() {
             Ok(Target::Tcp(host, _)) => Some(host.to_owned()),
@@ -95,13 +94,13 @@ impl Hosts {
         Hosts(written.hosts.iter().cloned().chain(own).chain(machine).map(|name| bare(&name)).collect())
     }
 
-    /// Whether a request with these headers calls us by a name that is ours; else why it is not answered. By TLS a
-    /// browser has made sure of the name itself, and a page that has pointed its name here knows no token.
+    /// Checks that a request names a known host; the error says why not. With TLS, the browser has already verified
+    /// the name; and a page with a rebound name does not know the token.
     pub fn check(&self, caller: Caller, headers: &HeaderMap) -> Result<(), &'static str> {
         const WHY: &str = "this endpoint is not known by that host: admin.hosts lists the names that it answers to";
         let mut hosts = headers.get_all(HOST).iter();
         let host = match (hosts.next(), hosts.next()) {
-            // No browser leaves it out, nor does one speak to a unix socket.
+            // Browsers always send it, and cannot use a unix socket.
             (None, _) => return Ok(()),
             _ if caller.peer == Peer::Unix || caller.secure || caller.known => return Ok(()),
             (Some(host), None) => host.to_str().map_err(|_| WHY)?,
@@ -119,12 +118,12 @@ impl Hosts {
     }
 }
 
-/// A name as it is compared: in lower case, without the dot of the root.
+/// The name in lower case, without a trailing dot.
 fn bare(name: &str) -> String {
     name.strip_suffix('.').unwrap_or(name).to_ascii_lowercase()
 }
 
-/// Whether a caller may change something with a request with these headers; else why not.
+/// Whether a client may make changes with a request with these headers; else why not.
 pub fn check(caller: Caller, headers: &HeaderMap) -> Result<(), &'static str> {
     match caller.peer {
         _ if caller.known => {}
@@ -141,14 +140,14 @@ pub fn check(caller: Caller, headers: &HeaderMap) -> Result<(), &'static str> {
     }
     let host = headers.get(HOST).and_then(|host| host.to_str().ok()).unwrap_or_default();
     let ours = format!("{}://{host}", if caller.secure { "https" } else { "http" });
-    // Where a name was pointed at us, a browser would not show what it knows of another.
+    // With a rebound name, a browser would not send the credentials of another name.
     if (!caller.known && !is_address(host)) || said(ORIGIN).any(|origin| *origin != *ours) {
         return Err("changes are not taken from other sites");
     }
     Ok(())
 }
 
-/// Whether it is an address, or the one name that nobody can point elsewhere.
+/// Whether it is an IP address or `localhost`, which cannot be rebound.
 fn is_address(host: &str) -> bool {
     let Ok(authority) = host.parse::<Authority>() else { return false };
     let name = authority.host().trim_start_matches('[').trim_end_matches(']');
@@ -270,7 +269,7 @@ mod tests {
             &[("host", "127.0.0.1:9100"), ("origin", "null")],
             &[("host", "127.0.0.1:9100"), ("origin", "http://127.0.0.1:9999")],
             &[("host", "127.0.0.1:9100"), ("origin", "")],
-            // Names that were pointed at us.
+            // Rebound names.
             &[("host", "evil.example:9100"), ("origin", "http://evil.example:9100")],
             &[("host", "localhost.evil.example"), ("origin", "http://localhost.evil.example")],
             &[("origin", "http://")],

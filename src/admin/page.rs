@@ -1,7 +1,7 @@
-//! The status page: one file of HTML in the program, which shows what `/status/events` says.
+//! The status page: a single HTML file in the program, which displays the events of `/status/events`.
 //!
-//! A browser gets it at `/` and at `/status`; whoever does not ask for HTML gets the index and the document. It needs
-//! nothing else, and is allowed nothing else: its policy (CSP) names its own script and style by their digests.
+//! A browser gets it at `/` and `/status`; other clients get the index and the document. The page needs no other
+//! resources, and its content security policy (CSP) allows none: it names the digests of its own script and style.
 
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
@@ -13,26 +13,26 @@ use super::answer::Answer;
 
 const PAGE: &str = include_str!("page.html");
 
-/// The page, with the headers that it is sent with.
+/// The page and its headers.
 #[derive(Clone)]
 pub struct Page {
     policy: HeaderValue,
 }
 
 impl Page {
-    /// Works out what the page is allowed to do.
+    /// Computes the content security policy.
     pub fn new() -> Self {
         let (script, style) = (digest(inside(PAGE, "script")), digest(inside(PAGE, "style")));
         let policy = format!(
             "default-src 'none'; script-src '{script}'; style-src '{style}'; img-src data:; connect-src 'self'; \
              base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
         );
-        // Not reached, the other one: it is made of base64 and of what stands above.
+        // Cannot happen: the value consists of base64 and the text above.
         let policy = HeaderValue::from_str(&policy).unwrap_or(HeaderValue::from_static("default-src 'none'"));
         Page { policy }
     }
 
-    /// The page as an answer.
+    /// The response with the page.
     pub fn answer(&self) -> Answer {
         Answer::whole("text/html; charset=utf-8", PAGE)
             .with_header(CONTENT_SECURITY_POLICY, self.policy.clone())
@@ -47,13 +47,13 @@ impl Default for Page {
     }
 }
 
-/// What stands in the one element of this name.
+/// The content of the only element with this name.
 fn inside<'p>(page: &'p str, element: &str) -> &'p str {
     let (open, close) = (format!("<{element}>"), format!("</{element}>"));
     page.split_once(&open).and_then(|(_, rest)| rest.split_once(&close)).map_or("", |(inside, _)| inside)
 }
 
-/// As CSP wants it (W3C CSP3 §2.3.1).
+/// A hash source of CSP (W3C CSP3 §2.3.1).
 fn digest(text: &str) -> String {
     format!("sha256-{}", STANDARD.encode(Sha256::digest(text)))
 }
@@ -69,7 +69,7 @@ mod tests {
         let addresses: Vec<_> = PAGE.match_indices("http://").map(|(at, _)| &PAGE[at..at + 18]).collect();
         assert!(addresses.iter().all(|address| *address == "http://www.w3.org/"), "{addresses:?}");
         assert!(!PAGE.contains("https://") && !PAGE.contains("style=\"") && !PAGE.contains("innerHTML"));
-        // Through a tunnel or a proxy, it lives wherever it is.
+        // Links are relative, so the page works behind a tunnel or a proxy at any path.
         for attribute in ["href=\"/", "src=\"/", "EventSource('/"] {
             assert!(!PAGE.contains(attribute), "{attribute}");
         }

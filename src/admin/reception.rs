@@ -1,7 +1,7 @@
-//! Takes connections to the admin endpoint, by TLS or in clear text, on a thread of its own.
+//! Accepts connections to the admin endpoint, with or without TLS, on its own thread.
 //!
-//! It accepts by itself and not by Pingora, so that the socket can go to another process while the answers that are
-//! under way end here.
+//! It does not use Pingora's acceptor, so that the socket can move to another process while active responses finish
+//! here.
 
 use std::io;
 use std::os::fd::OwnedFd;
@@ -22,27 +22,27 @@ use crate::client::tls::Tls;
 
 use super::{Admin, KEPT_SECONDS};
 
-/// How long accepting rests after an error: the system would say the same again at once.
+/// Pause after an accept error, which would otherwise repeat at once.
 const REST: Duration = Duration::from_millis(100);
 
-/// The socket of the admin endpoint, and what answers there.
+/// The socket of the admin endpoint, and its handler.
 pub struct Reception {
     admin: Arc<Admin>,
     tls: Option<Arc<Tls>>,
-    /// `None` once it is accepted on.
+    /// `None` once connections are accepted on it.
     socket: Mutex<Option<OwnedFd>>,
-    /// The same socket, for a process that takes over.
+    /// A duplicate for a process that takes over.
     duplicate: OwnedFd,
     is_unix: bool,
     close: watch::Sender<bool>,
 }
 
 impl Reception {
-    /// One on this socket, which is bound, listens and does not block.
+    /// Uses this socket, which must be bound, listening and non-blocking.
     ///
     /// # Errors
     ///
-    /// The system has no further descriptor.
+    /// The system has no descriptor left.
     pub fn new(admin: Admin, socket: OwnedFd, is_unix: bool, tls: Option<Arc<Tls>>) -> io::Result<Arc<Reception>> {
         let (close, _) = watch::channel(false);
         let duplicate = socket.try_clone()?;
@@ -50,22 +50,22 @@ impl Reception {
         Ok(Arc::new(Reception { admin: Arc::new(admin), tls, socket, duplicate, is_unix, close }))
     }
 
-    /// As a service, which accepts once `begin` says so.
+    /// A service that accepts connections once `begin` is true.
     pub fn service(self: &Arc<Self>, begin: watch::Receiver<bool>) -> impl Service + 'static {
         Desk { reception: self.clone(), begin }
     }
 
-    /// Accepts no more. Answers that are under way end, those that go on and on among them; connections end with the
-    /// answer to their next request.
+    /// Stops accepting. Active responses finish, streaming ones end, and connections close after the response to
+    /// their next request.
     pub fn close(&self) {
         self.close.send_replace(true);
     }
 
-    /// The socket once more, for another process.
+    /// A duplicate of the socket, for another process.
     ///
     /// # Errors
     ///
-    /// The system has no further descriptor.
+    /// The system has no descriptor left.
     pub fn duplicate(&self) -> io::Result<OwnedFd> {
         self.duplicate.try_clone()
     }

@@ -1,8 +1,8 @@
-//! `/status`: how the gateway is at this moment, as one document.
+//! `/status`: the current state of the gateway as one document.
 //!
-//! It is a stable interface: `conf/manual/status.md` says what every field means, `forebay top` and the status page
-//! read nothing else. All of it is put together when somebody asks, on the admin endpoint's thread, from what is
-//! counted anyway; what grows is a count since the start, so that whoever asks twice has a rate.
+//! It is a stable interface: `conf/manual/status.md` documents every field; `forebay top` and the status page use
+//! nothing else. The admin thread builds it on request from existing counters. Values that grow are counts since
+//! the start, so that two documents give a rate.
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
@@ -30,44 +30,44 @@ use crate::phase::Phase;
 use crate::upstream::breaker::State;
 use crate::upstream::{Endpoint, Upstream};
 
-/// How many slow clients are shown unless `?slow=` says otherwise, and the most that it can say.
+/// Default and maximum of `?slow=`.
 const SLOW: usize = 20;
 const SLOW_MAX: usize = 200;
-/// How many routes an event has.
+/// Number of routes in an event.
 const EVENT_ROUTES: usize = 100;
-/// How many endpoints of an upstream are shown unless `?endpoints=` says otherwise, and how many an event has.
+/// Default of `?endpoints=`, and number of endpoints in an event.
 const ENDPOINTS: usize = 200;
 const EVENT_ENDPOINTS: usize = 50;
-/// How far events lie apart.
+/// Interval of events.
 const EVERY: Duration = Duration::from_secs(1);
-/// An event that is not older than this is sent to the next who asks, too.
+/// An event younger than this is reused for other clients.
 const SHARED_FOR: Duration = Duration::from_millis(400);
 
-/// What the document is put together from.
+/// The sources of the document.
 pub struct Sources {
-    /// The configuration that runs.
+    /// The active configuration.
     pub shown: Shown,
     /// What is counted.
     pub metrics: Metrics,
-    /// Whether exchanges are taken.
+    /// The readiness.
     pub readiness: Readiness,
-    /// The workers.
+    /// The event loops.
     pub loops: Loops,
-    /// Who is waited for.
+    /// The slow clients.
     pub slow: SlowClients,
 }
 
-/// The configuration that runs, for everything that shows it; changed whole.
+/// The active configuration, for everything that displays it; replaced as a whole.
 pub type Shown = Arc<ArcSwap<Configured>>;
 
-/// What there is in a configuration.
+/// The parts of a configuration.
 #[derive(Default)]
 pub struct Configured {
     /// Its number, from 1.
     pub generation: u64,
-    /// The listeners, each with the address that it was bound to.
+    /// The listeners with their bound addresses.
     pub listeners: Vec<(String, Arc<Listener>)>,
-    /// The routes; `_none` among them.
+    /// The routes, including `_none`.
     pub routes: Vec<Listed>,
     /// The upstreams.
     pub upstreams: Vec<Arc<Upstream>>,
@@ -76,26 +76,26 @@ pub struct Configured {
 /// A route of a configuration.
 #[derive(Clone)]
 pub struct Listed {
-    /// Its counters.
+    /// Its metrics.
     pub metrics: Arc<RouteMetrics>,
-    /// Where it leads.
+    /// Its upstreams.
     pub upstreams: Vec<String>,
-    /// Its filters that act only under a condition.
+    /// Its filters with a condition.
     pub conditional: Vec<Conditional>,
 }
 
-/// A filter that acts only under a condition.
+/// A filter with a condition.
 #[derive(Clone)]
 pub struct Conditional {
-    /// What it is called.
+    /// Its name.
     pub filter: &'static str,
-    /// The condition, as it is written.
+    /// The condition as written.
     pub when: String,
-    /// Exchanges for which it did not hold.
+    /// Number of exchanges for which the condition was false.
     pub skipped: IntCounter,
 }
 
-/// How the gateway is at one moment. Fields are added, but not taken away and not given another meaning.
+/// The state of the gateway. Fields may be added, but not removed or given another meaning.
 #[derive(Clone, Debug, Default, Deserialize, Serialize)]
 #[serde(default)]
 pub struct Document {
@@ -103,38 +103,37 @@ pub struct Document {
     pub version: String,
     /// When the process started (RFC 3339).
     pub started: String,
-    /// For how long it has been running.
+    /// Time since the start.
     pub uptime_seconds: f64,
-    /// The number of the configuration that runs, from 1.
+    /// The number of the active configuration, from 1.
     pub generation: u64,
-    /// `starting`, `ready` or `stopping`; `handed_over` where another process serves in place of this one.
+    /// `starting`, `ready` or `stopping`; `handed_over` after another process has taken over.
     pub state: String,
-    /// One row for each worker thread.
+    /// One row per worker thread.
     pub workers: Vec<WorkerStatus>,
-    /// Workers that are stalled now.
+    /// Number of workers that are stalled now.
     pub stalled_workers: u64,
-    /// Where clients come in.
+    /// The listeners.
     pub listeners: Vec<ListenerStatus>,
-    /// All phases, in their order.
+    /// All phases in order.
     pub phases: Vec<PhaseStatus>,
-    /// Routes, those with the most exchanges first.
+    /// The routes, sorted by number of exchanges, descending.
     pub routes: Vec<RouteStatus>,
-    /// How many routes there are, shown or not.
+    /// Number of routes, including those not shown.
     pub routes_total: usize,
-    /// The groups of endpoints.
+    /// The upstreams.
     pub upstreams: Vec<UpstreamStatus>,
-    /// Who is waited for.
+    /// Clients that Forebay waits for.
     pub slow_clients: SlowStatus,
-    /// What is held for slow sides, and how much may be.
+    /// The buffered bodies and their limits.
     pub spools: SpoolStatus,
-    /// What Forebay itself refused or cut, by reason: how often. What never happened is left out.
+    /// Exchanges that Forebay refused or cut, by reason. Reasons that never occurred are omitted.
     pub refusals: BTreeMap<String, u64>,
-    /// The upper bounds of the buckets below, in seconds; each list of counts has one more, for what is beyond the
-    /// last.
+    /// The upper bounds of the histogram buckets, in seconds. Each list of counts has one more, for larger values.
     pub bounds: Bounds,
 }
 
-/// The bounds of what is counted in buckets.
+/// The bounds of histograms.
 #[derive(Clone, Debug, Default, Deserialize, Serialize)]
 #[serde(default)]
 pub struct Bounds {
@@ -144,13 +143,13 @@ pub struct Bounds {
     pub lag_seconds: Vec<f64>,
 }
 
-/// Times, counted in buckets.
+/// A histogram of times.
 #[derive(Clone, Debug, Default, Deserialize, Serialize)]
 #[serde(default)]
 pub struct Times {
-    /// The sum of them.
+    /// The sum of all times.
     pub sum_seconds: f64,
-    /// How many fell into each bucket.
+    /// The count per bucket.
     pub buckets: Vec<u64>,
 }
 
@@ -160,49 +159,49 @@ impl From<Distribution> for Times {
     }
 }
 
-/// A worker and its event loop. What is missing cannot be known: of workers that share their tasks, or in a build
-/// without `tokio_unstable`.
+/// A worker and its event loop. Missing values are unknown: the workers share their tasks, or the build lacks
+/// `tokio_unstable`.
 #[derive(Clone, Debug, Default, Deserialize, Serialize)]
 #[serde(default)]
 pub struct WorkerStatus {
-    /// Its number, from 0; `all` for what workers with `server.work_stealing` have in common.
+    /// Its number, from 0; `all` for figures shared by workers with `server.work_stealing`.
     pub worker: String,
-    /// Time in which it waited in the kernel for something to do.
+    /// Time spent waiting for events.
     pub wait_seconds: Option<f64>,
-    /// Time in which it did something.
+    /// Time spent working.
     pub busy_seconds: Option<f64>,
-    /// Times that it waited and was woken.
+    /// Number of waits that ended.
     pub wakeups: Option<u64>,
-    /// Events that the kernel had for it.
+    /// Number of I/O events.
     pub ready_events: Option<u64>,
     /// Polls of tasks.
     pub polls: Option<u64>,
-    /// Tasks that there are.
+    /// Number of tasks.
     pub tasks: Option<u64>,
-    /// Tasks that are ready and wait.
+    /// Number of tasks that are ready to be polled.
     pub run_queue: Option<u64>,
-    /// Sockets and the like that it watches.
+    /// Number of registered I/O sources.
     pub descriptors: Option<u64>,
-    /// How late its signs of life came.
+    /// The lag of its answers to heartbeat probes.
     pub lag: Option<Times>,
-    /// Exchanges that move much and wait for their turn.
+    /// Exchanges that move much data and wait for their turn.
     pub lane_waiting: Option<i64>,
-    /// Of its time, what it may give to them, from 0 to 1.
+    /// The share of its time for such exchanges, from 0 to 1.
     pub lane_share: Option<f64>,
-    /// The exchange that it is polling at this moment.
+    /// The exchange that is being polled now.
     pub doing: Option<Doing>,
 }
 
-/// What a worker does at a moment.
+/// What a worker is doing.
 #[derive(Clone, Debug, Default, Deserialize, Serialize)]
 #[serde(default)]
 pub struct Doing {
     /// The phase, or the filter that runs in it.
     #[serde(rename = "where")]
     pub place: String,
-    /// The route, if there is one yet.
+    /// The route, once one is chosen.
     pub route: Option<String>,
-    /// For how long this poll has lasted.
+    /// Duration of this poll so far.
     pub seconds: f64,
 }
 
@@ -212,15 +211,15 @@ pub struct Doing {
 pub struct ListenerStatus {
     /// Its name.
     pub listener: String,
-    /// Where it listens.
+    /// Its address.
     pub address: String,
-    /// What it speaks: `tcp`, `tls`, `http1`, `h2`, `h2c`.
+    /// Its protocols: `tcp`, `tls`, `http1`, `h2`, `h2c`.
     pub protocols: Vec<String>,
-    /// Connections that were accepted.
+    /// Accepted connections.
     pub accepted: u64,
-    /// Connections that are open, by what they do: `idle`, `header`, `active`.
+    /// Open connections by state: `idle`, `header`, `active`.
     pub connections: BTreeMap<String, i64>,
-    /// Requests whose header arrived, by protocol: `http1`, `h2`.
+    /// Requests with a complete header, by protocol: `http1`, `h2`.
     pub requests: BTreeMap<String, u64>,
 }
 
@@ -230,9 +229,9 @@ pub struct ListenerStatus {
 pub struct PhaseStatus {
     /// Its name.
     pub phase: String,
-    /// How many exchanges are in it.
+    /// Number of exchanges in it.
     pub active: u64,
-    /// For how long the first of them has been.
+    /// Time of the oldest one in this phase.
     pub oldest_seconds: f64,
 }
 
@@ -240,64 +239,64 @@ pub struct PhaseStatus {
 #[derive(Clone, Debug, Default, Deserialize, Serialize)]
 #[serde(default)]
 pub struct RouteStatus {
-    /// Its name; `_none` for requests that no route took, `_other` for all routes beyond `max_series` together.
+    /// Its name; `_none` for requests that match no route, `_other` for all routes beyond `max_series`.
     pub route: String,
-    /// Where it leads.
+    /// Its upstreams.
     pub upstreams: Vec<String>,
-    /// Its filters that act only under a condition.
+    /// Its filters with a condition.
     pub conditional: Vec<FilterStatus>,
-    /// It is counted as `_other`, and its own counts are 0.
+    /// `true`: it is counted in `_other`, and its own counts are 0.
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     pub folded: bool,
-    /// Exchanges that ended.
+    /// Number of finished exchanges.
     pub exchanges: u64,
-    /// The same by class of status: `2xx`, … `none` if the client got none.
+    /// The same by class of status: `2xx`, … `none` if no status was sent.
     pub codes: BTreeMap<String, u64>,
-    /// Bytes that came from clients.
+    /// Bytes received from clients.
     pub received_bytes: u64,
-    /// Bytes that went to clients.
+    /// Bytes sent to clients.
     pub sent_bytes: u64,
-    /// The times of whole exchanges.
+    /// Durations of exchanges.
     pub seconds: Times,
     /// The median since the start, estimated from the buckets; `None` without exchanges.
     pub p50_seconds: Option<f64>,
-    /// The same of the slowest hundredth.
+    /// The 99th percentile since the start.
     pub p99_seconds: Option<f64>,
 }
 
-/// A filter that acts only under a condition.
+/// A filter with a condition.
 #[derive(Clone, Debug, Default, Deserialize, Serialize)]
 #[serde(default)]
 pub struct FilterStatus {
-    /// What it is called.
+    /// Its name.
     pub filter: String,
-    /// The condition, as it is written.
+    /// The condition as written.
     pub when: String,
-    /// Exchanges in which it did nothing, for the condition did not hold.
+    /// Number of exchanges for which the condition was false.
     pub skipped: u64,
 }
 
-/// A group of endpoints.
+/// An upstream.
 #[derive(Clone, Debug, Default, Deserialize, Serialize)]
 #[serde(default)]
 pub struct UpstreamStatus {
     /// Its name.
     pub upstream: String,
-    /// Connections that exchanges were given, by how: `new`, `reused`, `failed`.
+    /// Connections used by exchanges, by kind: `new`, `reused`, `failed`.
     pub connects: BTreeMap<String, u64>,
-    /// Attempts after the first of an exchange.
+    /// Attempts after the first one of an exchange.
     pub retries: u64,
-    /// Exchanges that have one of its endpoints now.
+    /// Number of active exchanges.
     pub inflight: u32,
-    /// Exchanges that wait in line because all of it is full.
+    /// Exchanges in the queue.
     pub queued: i64,
-    /// Its circuit breaker: `closed`, `half_open` or `open`; `None` if it has none.
+    /// The state of its circuit breaker: `closed`, `half_open` or `open`; `None` if it has none.
     pub breaker: Option<String>,
-    /// Its endpoints: those that may not be chosen first, then those with the most in flight.
+    /// Its endpoints: unavailable ones first, then by active exchanges.
     pub endpoints: Vec<EndpointStatus>,
-    /// How many endpoints there are, shown or not.
+    /// Number of endpoints, including those not shown.
     pub endpoints_total: usize,
-    /// The same by state; a state that no endpoint is in is left out.
+    /// Number of endpoints by state; states without endpoints are omitted.
     pub states: BTreeMap<String, u64>,
 }
 
@@ -305,55 +304,55 @@ pub struct UpstreamStatus {
 #[derive(Clone, Debug, Default, Deserialize, Serialize)]
 #[serde(default)]
 pub struct EndpointStatus {
-    /// Its name in metrics and logs: as the configuration has it.
+    /// Its name in metrics and logs: the address as configured.
     pub endpoint: String,
-    /// Where it is.
+    /// Its address.
     pub address: String,
     /// `healthy`, `unknown`, `unhealthy`, `ejected` or `draining`.
     pub state: String,
-    /// Its share, relative to its neighbours.
+    /// Its weight, relative to the other endpoints.
     pub weight: u32,
-    /// The tier it stands in; 0 serves first.
+    /// Its tier; 0 serves first.
     pub priority: u8,
-    /// Exchanges that have it now.
+    /// Number of active exchanges.
     pub inflight: u32,
-    /// How long a request takes there, expected from those before; 0 if nothing is known.
+    /// Expected latency of a request, from earlier ones; 0 if unknown.
     pub latency_seconds: f64,
-    /// How often it was chosen; of a name with several addresses, all of them together.
+    /// How often it was chosen; for a name with several addresses, the sum of all.
     pub selections: u64,
 }
 
-/// Who is waited for.
+/// Clients that Forebay waits for.
 #[derive(Clone, Debug, Default, Deserialize, Serialize)]
 #[serde(default)]
 pub struct SlowStatus {
-    /// Clients that are waited for to send: the body of a request.
+    /// Clients that are slow to send a request body.
     pub request: i64,
-    /// Clients that are waited for to take a response.
+    /// Clients that are slow to read a response.
     pub response: i64,
-    /// Who has been waited for longest, longest first.
+    /// The clients with the longest waits, longest first.
     pub longest: Vec<SlowClientStatus>,
 }
 
-/// A client that is waited for, in a request header, a request body or a response.
+/// A client that Forebay waits for: in a request header, a request body or a response.
 #[derive(Clone, Debug, Default, Deserialize, Serialize)]
 #[serde(default)]
 pub struct SlowClientStatus {
     /// Its address; `None` over a unix socket.
     pub client: Option<IpAddr>,
-    /// The route; `None` while the header comes.
+    /// The route; `None` while the header is incomplete.
     pub route: Option<String>,
-    /// Method and path of its request, cut where they are long.
+    /// Method and path of its request, cut if they are long.
     pub target: Option<String>,
-    /// The phase in which it is waited for.
+    /// The phase in which it is slow.
     pub phase: String,
-    /// `request`: for it to send. `response`: for it to take.
+    /// `request`: it must send. `response`: it must read.
     pub direction: String,
-    /// Bytes of the response that are here for it; of the request, those that it has announced and not sent.
+    /// Buffered response bytes, or announced request bytes that are missing.
     pub bytes: Option<u64>,
-    /// For how long it has been silent; 0 if it just did something.
+    /// Time since its last activity.
     pub silent_seconds: f64,
-    /// For how long its exchange has waited for it in this direction, all pauses together.
+    /// Total time that its exchange has waited for it in this direction.
     pub waited_seconds: f64,
 }
 
@@ -372,37 +371,37 @@ impl From<SlowClient> for SlowClientStatus {
     }
 }
 
-/// What is held for slow sides.
+/// The buffered bodies.
 #[derive(Clone, Debug, Default, Deserialize, Serialize)]
 #[serde(default)]
 pub struct SpoolStatus {
-    /// In memory.
+    /// Memory.
     pub memory: StoreStatus,
-    /// In files.
+    /// Disk.
     pub disk: StoreStatus,
-    /// Writes and reads that are queued or under way.
+    /// Disk operations that are queued or active.
     pub disk_queue: i64,
     /// Whether bodies go to disk because memory is short.
     pub spilling: bool,
-    /// Spools that wait for memory.
+    /// Bodies that wait for memory.
     pub paused: i64,
-    /// Whether new exchanges are turned away.
+    /// Whether new exchanges are refused.
     pub shedding: bool,
 }
 
-/// Where bytes are held.
+/// One store of buffered bodies.
 #[derive(Clone, Debug, Default, Deserialize, Serialize)]
 #[serde(default)]
 pub struct StoreStatus {
-    /// Of requests.
+    /// Bytes of requests.
     pub request_bytes: i64,
-    /// Of responses.
+    /// Bytes of responses.
     pub response_bytes: i64,
-    /// How much may be held.
+    /// The limit in bytes.
     pub limit_bytes: i64,
 }
 
-/// How long the lists of a document may be.
+/// Limits on the lists in a document.
 #[derive(Clone, Copy, Debug)]
 pub struct Most {
     /// Routes.
@@ -417,7 +416,7 @@ impl Most {
     const EVENT: Most = Most { routes: EVENT_ROUTES, slow: SLOW, endpoints: EVENT_ENDPOINTS };
 }
 
-/// Puts the document together.
+/// Builds the document.
 pub struct Status {
     sources: Sources,
     began: Instant,
@@ -426,13 +425,13 @@ pub struct Status {
 }
 
 impl Status {
-    /// Of a gateway that starts now.
+    /// For a gateway that starts now.
     pub fn new(sources: Sources) -> Arc<Self> {
         let started = humantime::format_rfc3339_seconds(SystemTime::now()).to_string();
         Arc::new(Status { sources, began: Instant::now(), started, event: Mutex::new(None) })
     }
 
-    /// The document, with so much of it at most.
+    /// The document, within these limits.
     pub fn document(&self, most: Most) -> Document {
         let now = Instant::now();
         let Sources { shown, metrics, readiness, slow, .. } = &self.sources;
@@ -515,13 +514,13 @@ impl Status {
         rows.extend(metrics.folded().map(|figures| routed("_other", &[], figures)));
         rows.retain(|row| row.exchanges > 0 || !row.route.starts_with('_'));
         let total = rows.len();
-        // Stable: routes without any exchange stay in the order of the configuration.
+        // The sort is stable: routes without exchanges keep the order of the configuration.
         rows.sort_by_key(|row| std::cmp::Reverse(row.exchanges));
         rows.truncate(most);
         (rows, total)
     }
 
-    /// The document as an event; several who look at the same time get the same.
+    /// The document as an event, shared by simultaneous clients.
     fn event(&self, now: Instant) -> Bytes {
         let mut last = self.event.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some((at, event)) = &*last
@@ -529,7 +528,7 @@ impl Status {
         {
             return event.clone();
         }
-        // Not reached, the error: the document is made of structs and maps whose keys are text.
+        // The error cannot happen: the document consists of structs and maps with text keys.
         let document = serde_json::to_string(&self.document(Most::EVENT)).unwrap_or_default();
         let event = answer::event("status", &document);
         *last = Some((now, event.clone()));
@@ -537,7 +536,7 @@ impl Status {
     }
 }
 
-/// Shows the document, once and as events.
+/// Adds the document and its event stream to the admin endpoint.
 pub fn add(admin: Admin, status: Arc<Status>) -> Admin {
     let (once, page) = (status.clone(), Page::new());
     admin
@@ -562,7 +561,7 @@ fn once_asked(status: &Status, ask: &Ask) -> Result<Answer, String> {
     let number = |name: &str| match ask.query(name).map(|text| text.parse::<usize>()) {
         None => Ok(None),
         Some(Ok(number)) => Ok(Some(number)),
-        Some(Err(_)) => Err(format!("`{name}` is to be a number")),
+        Some(Err(_)) => Err(format!("`{name}` must be a number")),
     };
     let routes = number("routes")?.unwrap_or(usize::MAX);
     let slow = number("slow")?.unwrap_or(SLOW).min(SLOW_MAX);
@@ -623,8 +622,8 @@ fn routed(name: &str, upstreams: &[String], figures: RouteFigures) -> RouteStatu
     }
 }
 
-/// Estimates a quantile of what was counted in buckets, as Prometheus does: evenly within a bucket, and no more than
-/// the last bound. `None` if nothing was counted.
+/// Estimates a quantile from buckets like Prometheus: linear within a bucket, and at most the last bound. `None`
+/// without values.
 pub fn quantile(bounds: &[f64], buckets: &[u64], quantile: f64) -> Option<f64> {
     let total: u64 = buckets.iter().sum();
     if total == 0 {
@@ -648,7 +647,7 @@ fn refused(metrics: &Metrics) -> BTreeMap<String, u64> {
     counts.into_iter().filter(|(_, count)| *count > 0).map(|(reason, count)| (reason.to_owned(), count)).collect()
 }
 
-/// An upstream, with so many of its endpoints at most.
+/// An upstream, with at most this many endpoints.
 pub(super) fn grouped(upstream: &Upstream, most: usize, now: Instant) -> UpstreamStatus {
     let metrics = &upstream.metrics;
     let members = upstream.members();
@@ -657,7 +656,7 @@ pub(super) fn grouped(upstream: &Upstream, most: usize, now: Instant) -> Upstrea
         *states.entry(endpoint.availability().state().name().to_owned()).or_default() += 1;
     }
     let mut shown: Vec<_> = members.iter().map(|endpoint| (shown_first(endpoint), endpoint)).collect();
-    // Stable: endpoints that do the same stay in their order.
+    // The sort is stable: equal endpoints keep their order.
     shown.sort_by_key(|(first, _)| *first);
     shown.truncate(most);
     UpstreamStatus {
@@ -679,7 +678,7 @@ pub(super) fn grouped(upstream: &Upstream, most: usize, now: Instant) -> Upstrea
     }
 }
 
-/// The word for what a breaker does, by the number that its gauge has.
+/// The state of a breaker for the value of its gauge.
 fn breaks(gauge: i64) -> &'static str {
     const OPEN: i64 = State::Open as i64;
     const HALF_OPEN: i64 = State::HalfOpen as i64;
@@ -690,7 +689,7 @@ fn breaks(gauge: i64) -> &'static str {
     }
 }
 
-/// What is worth a look first: whoever may not be chosen, then whoever has most to do.
+/// The sort key: unavailable endpoints first, then the busiest.
 fn shown_first(endpoint: &Endpoint) -> (bool, std::cmp::Reverse<u32>) {
     (endpoint.availability().admits(), std::cmp::Reverse(endpoint.inflight()))
 }

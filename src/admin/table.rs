@@ -1,7 +1,7 @@
-//! What the admin endpoint answers: one entry for each method and path, and the index that is made of them.
+//! The table of the admin endpoint: one entry per method and path, and the index that is generated from them.
 //!
-//! Whoever has something to show adds an entry to [`super::Admin`]; nothing else needs to know. A segment of a path in
-//! braces, `/upstreams/{upstream}`, takes any one segment.
+//! A module that has something to show adds an entry to [`super::Admin`]; nothing else needs to change. A path
+//! segment in braces, as in `/upstreams/{upstream}`, matches any one segment.
 
 use std::fmt::Write;
 use std::future::Future;
@@ -16,13 +16,13 @@ use super::guard::Voucher;
 
 type Later = Pin<Box<dyn Future<Output = Answer> + Send>>;
 
-/// A request to the admin endpoint, as far as an entry needs to know it.
+/// A request to the admin endpoint, as entries see it.
 pub struct Ask {
     parts: Vec<(&'static str, String)>,
     query: String,
     html: bool,
     voucher: Voucher,
-    /// Its body: of a POST only, and bounded.
+    /// The body: of a POST only, with limited length.
     pub body: Bytes,
 }
 
@@ -37,17 +37,17 @@ impl Ask {
         Ask { parts: found, query: uri.query().unwrap_or_default().to_owned(), html, voucher, body }
     }
 
-    /// The segment of the path that the entry calls by this name, decoded; empty if it calls none so.
+    /// The decoded path segment for this name in the entry's path; empty if it has none.
     pub fn part(&self, name: &str) -> &str {
         self.parts.iter().find(|(of, _)| *of == name).map_or("", |(_, value)| value)
     }
 
-    /// The first argument of the query with this name, decoded.
+    /// The first query argument with this name, decoded.
     pub fn query(&self, name: &str) -> Option<String> {
         self.arguments().find(|(of, _)| of == name).map(|(_, value)| value)
     }
 
-    /// All arguments of the query, decoded, in order.
+    /// All query arguments, decoded, in order.
     pub fn arguments(&self) -> impl Iterator<Item = (String, String)> + '_ {
         let pairs = self.query.split('&').filter(|pair| !pair.is_empty());
         pairs.map(|pair| {
@@ -56,25 +56,25 @@ impl Ask {
         })
     }
 
-    /// By what it may have something done that not everybody on this machine may.
+    /// What entitles the client to operations that not every local user may run.
     pub fn voucher(&self) -> Voucher {
         self.voucher
     }
 
-    /// Whether it comes from a browser that would show a page.
+    /// Whether it comes from a browser that displays HTML.
     pub fn wants_html(&self) -> bool {
         self.html
     }
 }
 
-/// What one method of one path answers.
+/// The handler of a method and a path.
 pub struct Entry {
-    /// GET, which answers HEAD too, or POST.
+    /// GET, which also answers HEAD, or POST.
     pub method: Method,
-    /// The path, with names in braces where a segment may be anything.
+    /// The path, with placeholders in braces.
     pub path: &'static str,
     says: &'static str,
-    /// How long the answer may take.
+    /// Time limit of the response.
     pub(super) patience: Duration,
     pub(super) answer: Box<dyn Fn(Ask) -> Later + Send + Sync>,
 }
@@ -83,18 +83,18 @@ pub struct Entry {
 #[derive(Default)]
 pub struct Table(Vec<Entry>);
 
-/// What a method and a path lead to.
+/// The result of a look-up.
 pub enum Found<'t> {
-    /// To an entry, with the segments that it left open.
+    /// The entry, with the values of its placeholders.
     Entry(&'t Entry, Vec<(&'static str, String)>),
-    /// The path has entries for these methods alone.
+    /// The path exists, but only for these methods.
     Methods(String),
-    /// To nothing.
+    /// No such path.
     Nothing,
 }
 
 impl Table {
-    /// Adds an entry. `says` is what the index says of it, `patience` is how long an answer may take.
+    /// Adds an entry. `says` is its description in the index, `patience` the time limit of its response.
     pub fn add<F>(
         &mut self,
         method: Method,
@@ -108,7 +108,7 @@ impl Table {
         self.0.push(Entry { method, path, says, patience, answer: Box::new(move |ask| Box::pin(answer(ask))) });
     }
 
-    /// What this method gets at this path.
+    /// Looks up a method and a path.
     pub fn find(&self, method: &Method, path: &str) -> Found<'_> {
         let at_path: Vec<_> = self.0.iter().filter_map(|entry| Some((entry, matched(entry.path, path)?))).collect();
         if at_path.is_empty() {
@@ -126,19 +126,19 @@ impl Table {
         Found::Methods(methods.join(", "))
     }
 
-    /// Every entry, a line each.
+    /// All entries, one per line.
     pub fn index(&self) -> String {
         let width = self.0.iter().map(|entry| entry.path.len()).max().unwrap_or_default();
         let mut text = "Forebay's admin endpoint\n\n".to_owned();
         for Entry { method, path, says, .. } in &self.0 {
-            // A string grows.
+            // Writing to a string cannot fail.
             let _ = writeln!(text, "{:<4} {path:<width$}  {says}", method.as_str());
         }
         text
     }
 }
 
-/// The segments that `pattern` leaves open in `path`, decoded; `None` if it does not match.
+/// The decoded values of the placeholders in `pattern`; `None` if `path` does not match.
 fn matched(pattern: &'static str, path: &str) -> Option<Vec<(&'static str, String)>> {
     let mut parts = Vec::new();
     let mut segments = path.split('/');
@@ -154,7 +154,7 @@ fn matched(pattern: &'static str, path: &str) -> Option<Vec<(&'static str, Strin
     segments.next().is_none().then_some(parts)
 }
 
-/// Without percent encoding (RFC 3986 §2.1); what is not encoded properly stays.
+/// Decodes percent encoding (RFC 3986 §2.1); invalid sequences stay.
 fn decoded(text: &str) -> String {
     let mut bytes = Vec::with_capacity(text.len());
     let mut rest = text.as_bytes();

@@ -1,7 +1,8 @@
-//! `POST /trace`: records the phases of the next exchanges that match, and tells each as it ends, a line of JSON each.
+//! `POST /trace`: records the phases of the next matching exchanges, and sends each one when it ends, as a line of
+//! JSON.
 //!
-//! The first line says that recording has begun, so that whoever reads it may send what is to be recorded; the last one
-//! why it has ended. `conf/manual/trace.md` says what stands in between; `forebay trace` draws it.
+//! The first line says that recording has begun, so that the client may send the requests to record; the last one
+//! says why it has ended. `conf/manual/trace.md` documents the lines between; `forebay trace` draws them.
 
 use std::future::ready;
 use std::net::IpAddr;
@@ -20,13 +21,13 @@ use super::status::Shown;
 use super::table::Ask;
 use crate::recorder::{COUNT_MAX, Recorder, Recording, Wanted};
 
-/// How many exchanges, and for how long, unless told otherwise.
+/// Default number of exchanges and default time.
 const COUNT: u32 = 10;
 const FOR: Duration = Duration::from_secs(60);
-/// The longest that a recording may take.
+/// Longest recording.
 const FOR_MAX: Duration = Duration::from_secs(600);
 
-/// What a recording is asked for.
+/// The parameters of a recording.
 #[derive(Debug, PartialEq)]
 struct Order {
     wanted: Wanted,
@@ -34,7 +35,7 @@ struct Order {
     time: Duration,
 }
 
-/// Lets exchanges be recorded, of the routes that are shown.
+/// Adds recordings to the admin endpoint, for the routes in `shown`.
 pub fn add(admin: Admin, recorder: Recorder, shown: &Shown) -> Admin {
     let shown = shown.clone();
     let says = "records the next exchanges that match, with their phases: ?route= &client= &path= &status= &slower_than= &count= &for=";
@@ -51,15 +52,16 @@ fn order(arguments: impl Iterator<Item = (String, String)>, routes: &[String]) -
     let mut order = Order { wanted: Wanted::default(), count: COUNT, time: FOR };
     for (name, value) in arguments {
         let wrong = |what: &str| format!("`{name}={value}`: {what}");
-        let time = || humantime::parse_duration(&value).map_err(|_| wrong("this is no time, such as 500ms or 30s"));
+        let time = || humantime::parse_duration(&value).map_err(|_| wrong("expected a time such as 500ms or 30s"));
         match &*name {
             "route" if routes.contains(&value) => order.wanted.route = Some(value),
             "route" => return Err(format!("no route is called `{value}`; there are: {}", routes.join(", "))),
             "client" => {
                 let address = || value.parse::<IpAddr>().map(IpNet::from);
                 let net = value.parse().or_else(|_| address());
-                order.wanted.client =
-                    Some(net.map_err(|_: std::net::AddrParseError| wrong("this is no address and no network"))?);
+                order.wanted.client = Some(net.map_err(|_: std::net::AddrParseError| {
+                    wrong("expected an IP address or a network such as 10.0.0.0/8")
+                })?);
             }
             "path" if value.starts_with('/') => order.wanted.path = Some(value),
             "path" => return Err(wrong("a path begins with `/`")),
@@ -81,7 +83,7 @@ fn order(arguments: impl Iterator<Item = (String, String)>, routes: &[String]) -
     Ok(order)
 }
 
-/// `404`: that one; `5xx`: all of the class.
+/// `404` is one status, `5xx` a class.
 fn statuses(text: &str) -> Option<(u16, u16)> {
     if let Some(class) = text.strip_suffix("xx") {
         let class: u16 = class.parse().ok().filter(|class| (1..=5).contains(class))?;
@@ -160,10 +162,10 @@ mod tests {
         assert_eq!(ordered(&[]).unwrap().count, COUNT);
         for (name, value, said) in [
             ("route", "shopp", "there are: shop, _none"),
-            ("client", "here", "no address"),
+            ("client", "here", "expected an IP address"),
             ("path", "a", "begins with `/`"),
             ("status", "6xx", "404 or 5xx"),
-            ("slower_than", "5", "no time"),
+            ("slower_than", "5", "expected a time"),
             ("count", "0", "from 1 to 1000"),
             ("count", "1001", "from 1 to 1000"),
             ("for", "11m", "at most 10m"),

@@ -1,8 +1,8 @@
-//! `/upstreams`: every endpoint as it is at this moment, and what the operator may order of it.
+//! `/upstreams`: the current state of every endpoint, and operations on endpoints.
 //!
-//! GET shows all upstreams, or one. POST takes an endpoint out, puts it back or gives it another weight, until that is
-//! undone; every such change is logged. An endpoint is called by its address as written, which means all addresses of
-//! that name, or by the address that was found. `conf/manual/upstreams.md` says what every field means.
+//! GET shows one or all upstreams. POST drains or enables an endpoint, or changes its weight, until that is undone;
+//! every change is logged. An endpoint is identified by its address as written, which means all addresses of that
+//! name, or by a resolved address. `conf/manual/upstreams.md` documents every field.
 
 use std::collections::BTreeMap;
 use std::future::ready;
@@ -21,11 +21,11 @@ use crate::upstream::availability::State;
 use crate::upstream::orders::Order;
 use crate::upstream::{Endpoint, Upstream};
 
-/// All upstreams. As with [`super::status`], fields are added, but not taken away and not given another meaning.
+/// All upstreams. As in [`super::status`], fields may be added, but not removed or given another meaning.
 #[derive(Clone, Debug, Default, Deserialize, Serialize)]
 #[serde(default)]
 pub struct Document {
-    /// In the order of their names.
+    /// Sorted by name.
     pub upstreams: Vec<UpstreamDetail>,
 }
 
@@ -35,23 +35,23 @@ pub struct Document {
 pub struct UpstreamDetail {
     /// Its name.
     pub upstream: String,
-    /// How an endpoint is chosen.
+    /// The load balancing policy.
     pub policy: String,
-    /// Connections that exchanges were given, by how: `new`, `reused`, `failed`.
+    /// Connections used by exchanges, by kind: `new`, `reused`, `failed`.
     pub connects: BTreeMap<String, u64>,
-    /// Attempts after the first of an exchange.
+    /// Attempts after the first one of an exchange.
     pub retries: u64,
-    /// How many endpoints are in which state; a state that none is in is left out.
+    /// Number of endpoints by state; states without endpoints are omitted.
     pub states: BTreeMap<String, u64>,
-    /// How many of them take requests.
+    /// Number of available endpoints.
     pub available: usize,
-    /// Exchanges that have one of them now.
+    /// Number of active exchanges.
     pub inflight: u32,
-    /// Exchanges that wait for one of them.
+    /// Exchanges in the queue.
     pub queued: u32,
-    /// What its circuit breaker does: `closed`, `half_open` or `open`; `None` if it has none.
+    /// The state of its circuit breaker: `closed`, `half_open` or `open`; `None` if it has none.
     pub breaker: Option<String>,
-    /// Every endpoint, those that are gone from the configuration or from their name and are still busy among them.
+    /// All endpoints, including removed ones that are still in use.
     pub endpoints: Vec<EndpointDetail>,
 }
 
@@ -59,32 +59,32 @@ pub struct UpstreamDetail {
 #[derive(Clone, Debug, Default, Deserialize, Serialize)]
 #[serde(default)]
 pub struct EndpointDetail {
-    /// What `/status` says of it, too.
+    /// The fields that `/status` also has.
     #[serde(flatten)]
     pub status: EndpointStatus,
-    /// Why it is in its state, in words.
+    /// The reason for its state, in words.
     pub why: String,
-    /// Whether it takes requests.
+    /// Whether it gets requests.
     pub available: bool,
-    /// Whether the operator has taken it out.
+    /// Whether the operator has drained it.
     pub drained: bool,
-    /// Whether its weight is the operator's word.
+    /// Whether the operator has set its weight.
     pub weight_ordered: bool,
-    /// For how long it is back, if it was ever away.
+    /// Time since it last became available; `None` if it was never unavailable.
     pub returned_seconds: Option<f64>,
-    /// How often it was ejected.
+    /// Number of ejections.
     pub ejections: u64,
-    /// What it is ejected for, as the key of `outlier_detection` that says so.
+    /// The reason for its ejection, as the key in `outlier_detection`.
     pub ejected_for: Option<String>,
-    /// When its ejection ends by itself, in seconds from now.
+    /// Seconds until its ejection ends.
     pub ejected_seconds: Option<f64>,
     /// Why its last failed health check failed, however long ago.
     pub health_error: Option<String>,
-    /// How long ago that was.
+    /// Seconds since that check.
     pub health_error_seconds: Option<f64>,
 }
 
-/// Shows the upstreams, and takes orders.
+/// Adds the pages and operations to the admin endpoint.
 pub fn add(admin: Admin, shown: &Shown) -> Admin {
     let [all, one, drain, enable, weight] = [(); 5].map(|()| shown.clone());
     admin
@@ -109,17 +109,17 @@ pub fn add(admin: Admin, shown: &Shown) -> Admin {
         )
 }
 
-/// The upstream that is asked for.
+/// The upstream in the path.
 fn asked<'u>(upstreams: &'u [Arc<Upstream>], ask: &Ask) -> Result<&'u Arc<Upstream>, Answer> {
     let name = ask.part("upstream");
     upstreams.iter().find(|upstream| *upstream.name == *name).ok_or_else(|| {
         let names: Vec<&str> = upstreams.iter().map(|upstream| &*upstream.name).collect();
-        let known = if names.is_empty() { "none at all".to_owned() } else { names.join(", ") };
+        let known = if names.is_empty() { "none".to_owned() } else { names.join(", ") };
         Answer::error(StatusCode::NOT_FOUND, &format!("no upstream is called `{name}`; there are: {known}"))
     })
 }
 
-/// Carries out what is asked, and shows what has become of the endpoints that it was asked of.
+/// Executes an operation and returns the state of the endpoints concerned.
 fn ordered(upstreams: &[Arc<Upstream>], ask: &Ask, order: impl Fn(&Ask) -> Result<Order, String>) -> Answer {
     let upstream = match asked(upstreams, ask) {
         Ok(upstream) => upstream,
@@ -158,7 +158,7 @@ fn weighed(ask: &Ask) -> Result<Order, String> {
     let weight = written.parse().ok().and_then(NonZeroU32::new);
     weight.map(|weight| Order::Weigh(Some(weight))).ok_or_else(|| {
         format!(
-            "`{written}` is no weight: write a whole number from 1 to {}, or `configured`; to give it nothing, drain it",
+            "`{written}` is not a weight: write a whole number from 1 to {}, or `configured`; to give it nothing, drain it",
             u32::MAX
         )
     })
@@ -204,7 +204,7 @@ fn described(endpoint: &Endpoint, now: Instant) -> EndpointDetail {
     }
 }
 
-/// Why an endpoint is in its state. Where several say something, all of them are heard.
+/// The reasons for an endpoint's state; there may be several.
 fn why(endpoint: &Endpoint) -> String {
     let availability = endpoint.availability();
     let mut reasons = Vec::new();

@@ -1,4 +1,4 @@
-//! Asking the admin endpoint of a running gateway, over TCP or its unix socket, for commands that show what it says.
+//! A client for the admin endpoint of a running gateway, over TCP or its unix socket.
 
 use std::io::{self, BufRead, BufReader, ErrorKind, Read, Write};
 use std::net::{TcpStream, ToSocketAddrs};
@@ -17,21 +17,21 @@ use crate::config::units::Size;
 use crate::config::{Config, file};
 use crate::gateway::Builder;
 
-/// For a connection to stand, and for each piece of an answer.
+/// Time limit to connect, and for each read.
 const DEADLINE: Duration = Duration::from_secs(5);
 
-/// The largest file of a certificate that is read.
+/// Largest certificate file that is read.
 const CERTIFICATE_MAX: Size = Size::kib(1024);
 
-/// The longest answer that is read whole.
+/// Longest response that is read whole.
 const ANSWER_BYTES_MAX: u64 = 64 << 20;
 
-/// Which gateway is asked.
+/// Selects the gateway.
 #[derive(Args)]
 pub struct Where {
     #[command(flatten)]
     config: ConfigFile,
-    /// The admin address, such as 127.0.0.1:9100 or unix:/run/forebay.sock, in place of that of the configuration
+    /// The admin address, such as 127.0.0.1:9100 or unix:/run/forebay.sock, instead of the configured one
     #[arg(long, value_name = "ADDRESS", conflicts_with = "path")]
     admin: Option<String>,
 }
@@ -41,24 +41,24 @@ pub struct Where {
 pub struct AdminEndpoint {
     /// `host:port`, or `unix:/path`.
     pub address: String,
-    /// What it asks for.
+    /// The token, if it requires one.
     pub token: Option<String>,
-    /// The file of its certificate, if it is reached by TLS: that one and no other is trusted.
+    /// Its certificate, if it uses TLS. Only this certificate is trusted.
     pub certificate: Option<PathBuf>,
 }
 
-/// A connection to it.
+/// A connection to the endpoint.
 trait Socket: Read + Write + Send {}
 impl<S: Read + Write + Send> Socket for S {}
 
-/// The body of an answer, as it comes.
+/// The body of a response, as a stream.
 type Reader = BufReader<Box<dyn Read + Send>>;
 
-/// The same in lines.
+/// The body of a response, line by line.
 pub type Lines = io::Lines<Reader>;
 
 impl Where {
-    /// The endpoint that was named, else that of the configuration.
+    /// The endpoint from the command line, else from the configuration.
     pub fn find(self, builder: &Builder) -> Result<AdminEndpoint, Failure> {
         if let Some(address) = self.admin {
             let address = address.trim_start_matches("http://").trim_end_matches('/').to_owned();
@@ -67,7 +67,7 @@ impl Where {
             {
                 true => Ok(AdminEndpoint { address, token: token_of_environment(), certificate: None }),
                 false => Err(Failure::Usage(format!(
-                    "`{address}` is no admin address: write one like 127.0.0.1:9100 or unix:/run/forebay.sock"
+                    "`{address}` is not an admin address: write one like 127.0.0.1:9100 or unix:/run/forebay.sock"
                 ))),
             };
         }
@@ -80,8 +80,8 @@ impl Where {
 }
 
 impl Where {
-    /// The endpoint that was named, else that of the configuration, whose other parts may be wrong: they are what a
-    /// running gateway is to be asked about.
+    /// The same, but the configuration may have errors elsewhere: the command is to ask the running gateway about
+    /// them.
     pub fn find_running(self, builder: &Builder) -> Result<AdminEndpoint, Failure> {
         if self.admin.is_some() {
             return self.find(builder);
@@ -100,7 +100,7 @@ impl Where {
     }
 }
 
-/// The admin address of a configuration that is wrong elsewhere, as far as it can be told; the default if it says none.
+/// The admin address in an invalid configuration, if it can be read; the default if there is none.
 fn admin_of_wrong(path: &Path) -> Option<String> {
     let (written, is_whole) = Config::readable(path)?;
     let admin = written.get("admin");
@@ -108,13 +108,13 @@ fn admin_of_wrong(path: &Path) -> Option<String> {
     let address = address.filter(|address| !address.contains("${"));
     match (admin.and_then(|admin| admin.get("address")), address) {
         (Some(_), None) => None,
-        // It may stand in the part that cannot be read.
+        // The address may be in the part that cannot be read.
         (None, _) if !is_whole => None,
         (_, address) => Some(address.map_or_else(|| Admin::default().address.0, str::to_owned)),
     }
 }
 
-/// Where an admin endpoint at this address is reached from this machine: every address of it includes loopback.
+/// The address under which this machine reaches the endpoint: loopback instead of a wildcard address.
 pub fn reachable(address: &str) -> String {
     match address.rsplit_once(':') {
         Some(("0.0.0.0", port)) => format!("127.0.0.1:{port}"),
@@ -123,7 +123,7 @@ pub fn reachable(address: &str) -> String {
     }
 }
 
-/// The token for an endpoint that is named by its address alone.
+/// The token for an endpoint given by `--admin`.
 fn token_of_environment() -> Option<String> {
     std::env::var("FOREBAY_ADMIN_TOKEN").ok().filter(|token| !token.is_empty())
 }
@@ -132,7 +132,7 @@ impl AdminEndpoint {
     /// The endpoint of a configuration.
     pub fn of(config: &Config) -> Self {
         let admin = &config.admin;
-        // Errors in the configuration are reported where it is loaded.
+        // Loading the configuration reports these errors.
         let sources = Plan::of(config).map(|plan| plan.admin).unwrap_or_default();
         AdminEndpoint {
             address: reachable(&admin.address.0),
@@ -141,7 +141,7 @@ impl AdminEndpoint {
         }
     }
 
-    /// The body of what it answers to a GET. An error says what went wrong, as one would say it.
+    /// The response body of a GET. Errors are texts for the user.
     pub fn get(&self, target: &str) -> Result<Vec<u8>, String> {
         let mut body = Vec::new();
         let answer = self.ask("GET", target, DEADLINE)?;
@@ -149,7 +149,7 @@ impl AdminEndpoint {
         Ok(body)
     }
 
-    /// What it answers to a POST, whatever that is: its status, and its body, which may take `patience` to come.
+    /// Status and body of a POST, whatever the status. Each read may take `patience`.
     pub fn post_whole(&self, target: &str, patience: Duration) -> Result<(u16, Vec<u8>), String> {
         let mut body = Vec::new();
         let (status, answer) = self.answer("POST", target, patience)?;
@@ -157,24 +157,24 @@ impl AdminEndpoint {
         Ok((status, body))
     }
 
-    /// An answer that is not what was asked for, in words.
+    /// The text for an unexpected response.
     pub fn said(&self, status: u16, target: &str, body: &[u8]) -> String {
         let said = serde_json::from_slice::<serde_json::Value>(body).ok();
         let said = said.and_then(|said| Some(format!(": {}", said["error"].as_str()?))).unwrap_or_default();
         format!("the admin endpoint at {} answers {status} to {target}{said}", self.address)
     }
 
-    /// Whether anything answers there.
+    /// Whether a server answers at the address.
     pub fn is_there(&self) -> bool {
         self.connect(DEADLINE).is_ok()
     }
 
-    /// The lines of what it answers to a POST, each of which may take `patience` to come.
+    /// The response of a POST, line by line. Each line may take `patience`.
     pub fn post(&self, target: &str, patience: Duration) -> Result<Lines, String> {
         Ok(self.ask("POST", target, patience)?.lines())
     }
 
-    /// What an error of reading on means.
+    /// The text for an error while reading the response.
     pub fn failed(&self, error: &io::Error) -> String {
         let why = match error.kind() {
             ErrorKind::WouldBlock | ErrorKind::TimedOut => "it does not answer".to_owned(),
@@ -189,12 +189,12 @@ impl AdminEndpoint {
             return Ok(answer);
         }
         let mut said = Vec::new();
-        // What it says is only ever an addition to its status.
+        // The body only adds detail to the status.
         let _ = answer.by_ref().take(4096).read_to_end(&mut said);
         Err(self.said(status, target, &said))
     }
 
-    /// Its status and its body. Of HTTP/1.0, so that an answer without a length simply ends with the connection.
+    /// Status and body of a response. Uses HTTP/1.0, so that a body without a length ends with the connection.
     fn answer(&self, method: &str, target: &str, patience: Duration) -> Result<(u16, Reader), String> {
         let asked = (|| {
             let mut socket = self.connect(patience)?;
@@ -208,7 +208,7 @@ impl AdminEndpoint {
             io::Result::Ok((head, answer))
         })();
         let (Head { status, length }, answer) = asked.map_err(|error| self.failed(&error))?;
-        // The connection may be kept open after an answer with a length.
+        // The server may keep the connection open after a body with a length.
         Ok((status, BufReader::new(Box::new(answer.take(length.unwrap_or(u64::MAX))))))
     }
 
@@ -237,8 +237,8 @@ impl AdminEndpoint {
     }
 }
 
-/// Shakes hands with a server that must have the certificate of this file. Whose name is in it does not matter: it is
-/// reached by its address.
+/// TLS handshake with a server that must present the certificate in this file. Its names are not checked because
+/// the endpoint is addressed by IP address.
 fn secure(socket: TcpStream, certificate: &Path) -> io::Result<SslStream<TcpStream>> {
     let pem = file::read(certificate, CERTIFICATE_MAX).map_err(|error| io::Error::other(error.to_string()))?;
     let expected = X509::from_pem(&pem)?;
@@ -254,14 +254,14 @@ fn secure(socket: TcpStream, certificate: &Path) -> io::Result<SslStream<TcpStre
     if shown == Some(expected.to_der()?) { Ok(stream) } else { Err(io::Error::other("it shows another certificate")) }
 }
 
-/// What matters of the header of an answer.
+/// The parts of a response header that are used.
 #[derive(Debug, PartialEq)]
 struct Head {
     status: u16,
     length: Option<u64>,
 }
 
-/// Reads the header of an answer (RFC 9112 §4, §6.2).
+/// Parses a response header (RFC 9112 §4, §6.2).
 fn head(answer: &mut impl BufRead) -> io::Result<Head> {
     const HEAD_BYTES_MAX: u64 = 64 << 10;
     let mut head = answer.take(HEAD_BYTES_MAX);

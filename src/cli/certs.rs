@@ -1,4 +1,4 @@
-//! `forebay certs`: the certificates of a configuration as their files are now, and what is wrong with them.
+//! `forebay certs`: lists the certificates of a configuration and their problems, from the files on disk.
 
 use std::path::Path;
 
@@ -10,7 +10,7 @@ use crate::client::tls::certificate::Source;
 use crate::client::tls::{self, CertificateFacts};
 use crate::gateway::Builder;
 
-/// A certificate that ends within so many seconds is a problem: whoever renews it should have done so.
+/// A certificate that expires within this time is reported as a problem: renewal is overdue.
 const SOON_SECONDS: i64 = 7 * 86_400;
 const DAY_SECONDS: i64 = 86_400;
 
@@ -18,11 +18,11 @@ const DAY_SECONDS: i64 = 86_400;
 struct Row {
     cells: [String; 6],
     problem: Option<String>,
-    /// What may be intended, but is worth a look.
+    /// A remark that is not an error.
     warning: Option<String>,
 }
 
-/// Lists them.
+/// Lists the certificates.
 pub fn certs(builder: &Builder, file: ConfigFile) -> Result<(), Failure> {
     let (_, config) = file.load(builder)?;
     let plan = Plan::of(&config).map_err(|errors| Failure::Report(config.report(&errors)))?;
@@ -82,13 +82,13 @@ fn known(listener: &str, facts: &CertificateFacts, now: i64) -> Row {
     }
 }
 
-/// The same of one from an issuer: what is remembered says when it is renewed, and why it was not.
+/// The row of a certificate from an issuer: the stored record gives its renewal time and the last failure.
 fn ordered(row: Row, facts: &CertificateFacts, record: &Record) -> Row {
     let Row { mut cells, problem, warning } = row;
     if record.serial.as_ref() == Some(&facts.serial) {
         cells[5] = day(i64::try_from(record.due).unwrap_or(i64::MAX));
     }
-    // One that lives for a few days is renewed on the last of them.
+    // A certificate valid for a few days only is renewed on the last of them.
     let is_short = facts.not_after.saturating_sub(facts.not_before) < 3 * SOON_SECONDS;
     let problem = problem.filter(|_| facts.problem.is_some() || !is_short);
     let missing = (!facts.missing.is_empty()).then(|| {
@@ -104,7 +104,7 @@ fn unknown(listener: &str, file: &str, problem: String) -> Row {
     Row { cells, problem: Some(problem), warning: None }
 }
 
-/// The day alone.
+/// The date without the time.
 fn day(seconds: i64) -> String {
     tls::certificate::date(seconds).split('T').next().unwrap_or_default().to_owned()
 }

@@ -1,11 +1,11 @@
-//! `forebay check`: whether the configuration would run, and what in it is allowed but strange.
+//! `forebay check`: reports errors and warnings of a configuration.
 
 use std::io;
 
 use super::{ConfigFile, Failure, colourful, complain, print};
 use crate::gateway::{Builder, Inspection};
 
-/// Tells that the configuration is ok, and how much of it there is; else every error.
+/// Prints a summary if the configuration is valid; otherwise all errors.
 pub fn check(builder: &Builder, file: ConfigFile) -> Result<(), Failure> {
     let (path, config) = file.load(builder)?;
     let Inspection { errors, warnings } = builder.inspect(&config);

@@ -1,4 +1,4 @@
-//! Which file is the configuration: `-c`, else `$FOREBAY_CONFIG`, else the first that exists of two usual places.
+//! Finds the configuration: `-c`, else `$FOREBAY_CONFIG`, else the first of two default paths that exists.
 
 use std::env;
 use std::path::{Path, PathBuf};
@@ -24,8 +24,8 @@ impl ConfigFile {
     }
 }
 
-/// A file that was named is taken even if it does not exist: its absence is then the error, and no other file is run by
-/// surprise.
+/// A path that was given explicitly is used even if the file does not exist: that is then an error, and no other
+/// file runs by surprise.
 fn find(option: Option<PathBuf>, variable: Option<PathBuf>, exists: impl Fn(&Path) -> bool) -> Result<PathBuf, String> {
     let usual = || PLACES.map(PathBuf::from).into_iter().find(|place| exists(place));
     option.or(variable).or_else(usual).ok_or_else(|| {

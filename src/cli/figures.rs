@@ -1,6 +1,6 @@
-//! How figures look on a terminal: short, of one width, with their units.
+//! Formats numbers for terminals: short, of constant width, with units.
 
-/// A number, with k, M and G for thousands of it.
+/// A number, with k, M and G for powers of 1,000.
 pub fn number(n: f64) -> String {
     match n {
         0.0 => "0".to_owned(),
@@ -27,7 +27,7 @@ pub fn time(seconds: f64) -> String {
     }
 }
 
-/// Bytes, in powers of 1,024.
+/// Bytes, with powers of 1,024.
 pub fn bytes(n: f64) -> String {
     let units = ["B", "KiB", "MiB", "GiB", "TiB"];
     let (mut n, mut unit) = (n, 0);
@@ -38,12 +38,12 @@ pub fn bytes(n: f64) -> String {
     if unit == 0 || n >= 100.0 { format!("{n:.0} {}", units[unit]) } else { format!("{n:.1} {}", units[unit]) }
 }
 
-/// A part of a whole.
+/// A ratio as a percentage.
 pub fn share(part: f64) -> String {
     format!("{:.0}%", part * 100.0)
 }
 
-/// What is not known is a dash.
+/// The value, or a dash if it is unknown.
 pub fn or_dash(figure: Option<f64>, shown: impl Fn(f64) -> String) -> String {
     figure.filter(|figure| figure.is_finite()).map_or("–".to_owned(), shown)
 }

@@ -1,4 +1,4 @@
-//! `forebay fmt`: files in their normal form, with their comments.
+//! `forebay fmt`: formats files and keeps their comments.
 
 use std::fs;
 use std::io::{self, Read};
@@ -12,7 +12,7 @@ use crate::config::units::Size;
 use crate::config::{file, normal};
 use crate::gateway::Builder;
 
-/// The largest file that is read.
+/// Largest file that is read.
 const FILE_MAX: Size = Size::kib(16 * 1024);
 
 /// The arguments of `forebay fmt`.
@@ -20,16 +20,16 @@ const FILE_MAX: Size = Size::kib(16 * 1024);
 pub struct Fmt {
     #[command(flatten)]
     config: ConfigFile,
-    /// Change nothing; name the files that are not in their normal form, and exit with 1 if there are any
+    /// Change nothing; list the files that are not formatted, and exit with 1 if there are any
     #[arg(long)]
     check: bool,
-    /// The files; `-` is standard input, whose normal form is printed. Without any: the configuration and all files that
-    /// it includes
+    /// The files; `-` formats standard input to standard output. Default: the configuration and all files that it
+    /// includes
     #[arg(value_name = "FILES", conflicts_with = "path")]
     files: Vec<PathBuf>,
 }
 
-/// Brings files into their normal form, and names those that were not.
+/// Formats files and lists those that changed.
 pub fn fmt(builder: &Builder, asked: Fmt) -> Result<(), Failure> {
     let Fmt { config, check, files } = asked;
     if files == [Path::new("-")] {
@@ -42,7 +42,7 @@ pub fn fmt(builder: &Builder, asked: Fmt) -> Result<(), Failure> {
             config.files().map(PathBuf::from).collect()
         }
     };
-    // All of them are read first: where one is wrong, none is changed.
+    // All files are read first: if one has errors, none is changed.
     let mut changed = Vec::new();
     for path in files {
         let text = read(&path)?;
@@ -87,7 +87,7 @@ fn read(path: &Path) -> Result<String, Failure> {
     String::from_utf8(bytes).map_err(|_| wrong("it is not UTF-8 text".to_owned()))
 }
 
-/// Puts a new file in the place of the old one, so that no reader ever sees a part of it. A link stays a link.
+/// Replaces a file atomically: readers never see a partial file. A symbolic link stays a link.
 fn write(path: &Path, text: &str) -> io::Result<()> {
     let path = fs::canonicalize(path)?;
     let mode = fs::metadata(&path)?.permissions().mode();

@@ -1,4 +1,4 @@
-//! `forebay healthcheck`: asks a gateway whether it is ready, for containers and scripts that have no curl.
+//! `forebay healthcheck`: checks whether a gateway is ready, for containers and scripts without curl.
 
 use std::io;
 use std::time::Duration;
@@ -12,13 +12,13 @@ use super::admin::{AdminEndpoint, reachable};
 use super::{ConfigFile, Failure, print};
 use crate::gateway::Builder;
 
-/// From the first look-up of a name to the status.
+/// Time limit from name resolution to the status.
 const DEADLINE: Duration = Duration::from_secs(3);
 
-/// The longest status line that is read.
+/// Longest status line that is read.
 const LINE_BYTES_MAX: u64 = 1024;
 
-/// Fails unless the answer is a 2xx within three seconds.
+/// Fails unless the response has a 2xx status within three seconds.
 pub fn healthcheck(builder: &Builder, url: Option<Uri>, file: ConfigFile) -> Result<(), Failure> {
     let target = match url {
         Some(url) => Target::of_url(&url)?,
@@ -51,10 +51,10 @@ pub fn healthcheck(builder: &Builder, url: Option<Uri>, file: ConfigFile) -> Res
     }
 }
 
-/// What is asked, and where.
+/// The request and its destination.
 #[derive(Debug, PartialEq, Eq)]
 struct Target {
-    /// As it is told to the user.
+    /// The name shown to the user.
     name: String,
     /// `host:port`, or `unix:/path`.
     address: String,
@@ -77,7 +77,7 @@ impl Target {
     fn of_url(url: &Uri) -> Result<Target, Failure> {
         let (Some("http"), Some(authority)) = (url.scheme_str(), url.authority()) else {
             return Err(Failure::Usage(format!(
-                "`{url}` is no address for --url: write one like http://127.0.0.1:9100/readyz"
+                "`{url}` is not an address for --url: write one like http://127.0.0.1:9100/readyz"
             )));
         };
         Ok(Target {
@@ -104,7 +104,7 @@ impl Target {
     }
 }
 
-/// The status of a status line (RFC 9112 §4).
+/// The status code in a status line (RFC 9112 §4).
 fn status(line: &[u8]) -> Option<u16> {
     let rest = line.strip_prefix(b"HTTP/1.1 ").or_else(|| line.strip_prefix(b"HTTP/1.0 "))?;
     std::str::from_utf8(rest.get(..3)?).ok()?.parse().ok()

@@ -1,4 +1,4 @@
-//! `forebay import`: a configuration of nginx becomes one of Forebay, with a report of what has no equal.
+//! `forebay import`: converts an nginx configuration and reports what has no equivalent.
 
 use std::path::PathBuf;
 
@@ -20,17 +20,17 @@ Example:
   forebay import /etc/nginx/nginx.conf --output forebay.yaml
   forebay check -c forebay.yaml")]
 pub struct Import {
-    /// The configuration of nginx
+    /// The nginx configuration
     file: PathBuf,
-    /// Where the configuration goes; it must not exist yet
+    /// The file to write; it must not exist yet
     #[arg(short, long, value_name = "FILE")]
     output: Option<PathBuf>,
-    /// Fail if a line has no equal
+    /// Fail if a line has no equivalent
     #[arg(long)]
     strict: bool,
 }
 
-/// Translates the file and tells what became of its lines.
+/// Converts the file and reports on its lines.
 pub fn import(builder: &Builder, asked: &Import) -> Result<(), Failure> {
     let imported = import::file(&asked.file).map_err(|error| match error {
         Error::Unreadable(path, error) => Failure::io(&format!("read {}", path.display()))(error),

@@ -1,4 +1,4 @@
-//! `forebay init`: a first configuration, small, with comments, and ready to run.
+//! `forebay init`: writes a small, commented configuration that is ready to run.
 
 use std::fs::File;
 use std::io::{ErrorKind, Write};
@@ -17,7 +17,7 @@ pub struct Init {
     /// The file to write; it must not exist yet
     #[arg(default_value = "forebay.yaml")]
     file: PathBuf,
-    /// Where clients connect: `127.0.0.1:8080`, `:8080` for every address of this machine, or `unix:/path`
+    /// Where clients connect: `127.0.0.1:8080`, `:8080` for all addresses of this machine, or `unix:/path`
     #[arg(long, value_name = "ADDRESS", default_value = "127.0.0.1:8080", value_parser = from)]
     from: Address,
     /// Your backend: `host:3000`, or `:3000` for this machine
@@ -25,10 +25,10 @@ pub struct Init {
     to: Backend,
 }
 
-/// Writes the file, and says what comes next.
+/// Writes the file and prints the next steps.
 pub fn init(builder: &Builder, asked: &Init) -> Result<(), Failure> {
     let text = text(&asked.from, &asked.to);
-    // What is wrong with it would be a fault of ours, and is better seen before the file is there.
+    // An error here would be a bug; it is better found before the file exists.
     builder.parse(&asked.file.display().to_string(), &text).map_err(Failure::Report)?;
     write_new(&asked.file, &text)?;
     let file = asked.file.display();
@@ -44,7 +44,7 @@ pub fn init(builder: &Builder, asked: &Init) -> Result<(), Failure> {
     ))
 }
 
-/// Writes a file that was not there.
+/// Writes a new file; fails if it exists.
 pub fn write_new(path: &Path, text: &str) -> Result<(), Failure> {
     let wrong = |error: std::io::Error| match error.kind() {
         ErrorKind::AlreadyExists => {
@@ -76,7 +76,7 @@ mod tests {
     fn what_is_written_is_right_and_every_comment_with_a_key_is_right_as_well() {
         let builder = Gateway::builder();
         builder.parse("forebay.yaml", &written()).unwrap_or_else(|report| panic!("{report}"));
-        // A line that begins with `# ` and a lower-case key is one to take the `# ` from.
+        // A line that begins with `# ` and a lower-case key is a key that the user can enable.
         let is_key = |line: &str| {
             let rest = line.trim_start().strip_prefix("# ").unwrap_or_default();
             let word = rest.trim_start().trim_start_matches("- ").split(':').next().unwrap_or_default();

@@ -1,4 +1,4 @@
-//! What the process says of itself on stderr; the access log is another matter (`access_log`).
+//! The log of the process on stderr. The access log is separate (`access_log`).
 
 use std::io::Write;
 use std::{env, io};
@@ -8,14 +8,14 @@ use tracing_subscriber::EnvFilter;
 use super::{Failure, colourful};
 use crate::printable::shown;
 
-/// What a client or a backend did wrong is in the access log, with its reason. Pingora and h2 tell it here too, most of
-/// it as warnings, so that strangers could fill the log; and to Pingora's connector a kept connection that was closed
-/// is an error. Anyone who can send a datagram can forge a DNS answer; the resolver warns of each that it ignores.
+/// Errors of clients and backends are in the access log, with their reason. Pingora and h2 log them here too,
+/// mostly as warnings, so that strangers could flood the log; and Pingora's connector logs a closed idle connection
+/// as an error. DNS responses can be forged with a single datagram, and the resolver warns of each one that it
+/// ignores.
 const DEFAULT: &str = "info,pingora=error,pingora_core=error,pingora_core::apps=off,pingora_core::connectors=off,\
                        pingora_proxy=error,h2=error,hickory_net=error";
 
-/// Starts logging as `FOREBAY_LOG` and `FOREBAY_LOG_FORMAT` say. Where the program has a logger already, that one
-/// stays.
+/// Starts logging as `FOREBAY_LOG` and `FOREBAY_LOG_FORMAT` say. An existing logger of the program is kept.
 pub fn start() -> Result<(), Failure> {
     let wrong = |name: &str, why: String| Failure::Config(format!("${name}: {why}"));
     let written = env::var("FOREBAY_LOG").ok().filter(|text| !text.is_empty());
@@ -28,13 +28,13 @@ pub fn start() -> Result<(), Failure> {
         "json" => log.json().flatten_event(true).with_ansi(false).try_init(),
         other => return Err(wrong("FOREBAY_LOG_FORMAT", format!("`{other}` is neither `compact` nor `json`"))),
     };
-    // The only error there is: a logger was set before.
+    // The only possible error: a logger was already set.
     let _ = started;
     Ok(())
 }
 
-/// Writes lines so that nothing in them steers a terminal but the colours of the log itself. What steers in its fields,
-/// the log has escaped, except for what changes the direction of writing.
+/// Escapes everything that could control a terminal, except the log's own colours. The log itself escapes control
+/// characters in fields, but not characters that change the direction of writing.
 struct Shown<W>(W);
 
 impl<W: Write> Write for Shown<W> {

@@ -1,7 +1,7 @@
-//! `forebay man`: writes the manual pages that packages bring, one for each command and one for the configuration file.
+//! `forebay man`: writes the manual pages for packages, one per command and one for the configuration file.
 //!
-//! They are made of what `--help` prints and of `conf/full.yaml`, so that they cannot fall behind either. The command
-//! is hidden: people who install a package have the pages already.
+//! The pages are generated from `--help` and `conf/full.yaml`, so they are always current. The command is hidden
+//! because installed packages already contain the pages.
 
 use std::fs;
 use std::path::Path;
@@ -12,7 +12,8 @@ use super::{CommandLine, Failure};
 
 const FULL: &str = include_str!("../../conf/full.yaml");
 
-/// Writes `forebay.1`, `forebay-COMMAND.1` for each command, and `forebay.yaml.5` into `directory`, which is made.
+/// Writes `forebay.1`, `forebay-COMMAND.1` for each command, and `forebay.yaml.5` into `directory`, which is
+/// created.
 ///
 /// # Errors
 ///
@@ -23,7 +24,7 @@ pub fn man(directory: &Path) -> Result<(), Failure> {
     fs::write(directory.join("forebay.yaml.5"), page_of_the_file(FULL)).map_err(Failure::io("write the manual pages"))
 }
 
-/// The page about the configuration file, which shows it as it is.
+/// The page for the configuration file; it shows the file verbatim.
 fn page_of_the_file(full: &str) -> String {
     let mut page = format!(
         ".TH forebay.yaml 5 \"\" \"forebay {}\"\n\
@@ -52,7 +53,7 @@ fn page_of_the_file(full: &str) -> String {
     page
 }
 
-/// A line of text as roff prints it unchanged. A dot at its beginning would be a request, and so would an apostrophe.
+/// A line that roff prints verbatim. A leading dot or apostrophe would be a request.
 fn verbatim(line: &str) -> String {
     let mut text = String::from(if line.starts_with('.') { "\\&" } else { "" });
     for character in line.chars() {

@@ -1,4 +1,4 @@
-//! `forebay match`: what becomes of a request, by a configuration and nothing else.
+//! `forebay match`: explains how a configuration handles a request, without a running gateway.
 
 use std::net::IpAddr;
 
@@ -9,29 +9,29 @@ use super::{ConfigFile, Failure, print};
 use crate::gateway::Builder;
 use crate::gateway::explain::{Explanation, Outcome, Question, Thing, Written};
 
-/// What is asked.
+/// The request to explain.
 #[derive(Args)]
 pub struct Match {
     #[command(flatten)]
     config: ConfigFile,
-    /// The method, GET if there is none, and the URL, such as https://host/path
+    /// The method (default: GET) and the URL, such as https://host/path
     #[arg(value_name = "[METHOD] URL", required = true, num_args = 1..=2)]
     request: Vec<String>,
-    /// A header field, such as 'Cookie: a=b'; may be given several times
+    /// A header field, such as 'Cookie: a=b'; may be repeated
     #[arg(short = 'H', long = "header", value_name = "FIELD")]
     fields: Vec<String>,
     /// The address of the client
     #[arg(long, value_name = "ADDRESS", default_value_t = Question::CLIENT)]
     from: IpAddr,
-    /// The listener that it comes in by, if the port of the URL does not tell
+    /// The listener that receives the request, if the port of the URL does not determine it
     #[arg(long, value_name = "NAME")]
     listener: Option<String>,
-    /// How the answer is written
+    /// The output format
     #[arg(long, value_name = "FORMAT", default_value = "text")]
     format: Format,
 }
 
-/// How an answer is written.
+/// The output format.
 #[derive(Clone, Copy, ValueEnum)]
 enum Format {
     /// For people.
@@ -40,7 +40,7 @@ enum Format {
     Json,
 }
 
-/// Tells what becomes of the request.
+/// Explains the request.
 pub fn matched(builder: &Builder, asked: Match) -> Result<(), Failure> {
     let (path, config) = asked.config.load(builder)?;
     let written = config.clone();
@@ -74,17 +74,17 @@ fn question(
         _ => return Err("a method and a URL are asked for".to_owned()),
     };
     let whole = if url.contains("://") { url.clone() } else { format!("http://{url}") };
-    let url: Uri = whole.parse().map_err(|_| format!("`{url}` is no URL: write one such as https://host/path"))?;
+    let url: Uri = whole.parse().map_err(|_| format!("`{url}` is not a URL: write one such as https://host/path"))?;
     let field = |field: &String| {
         let (name, value) =
-            field.split_once(':').ok_or_else(|| format!("`{field}` is no header field: write NAME: VALUE"))?;
+            field.split_once(':').ok_or_else(|| format!("`{field}` is not a header field: write NAME: VALUE"))?;
         Ok::<_, String>((name.trim().to_owned(), value.trim().to_owned()))
     };
     let fields = fields.iter().map(field).collect::<Result<_, _>>()?;
     Ok(Question { method: method.to_owned(), url, fields, client, listener })
 }
 
-/// The explanation, line by line. A place in the main file, which is named already, is a line alone.
+/// The explanation, line by line. Positions in the main file are shown without its name, which is shown once.
 fn told(explanation: &Explanation, main: &str) -> String {
     let place = |at: &Option<Written>| {
         at.as_ref().map(|Written { file, line }| match file == main {

@@ -1,5 +1,5 @@
-//! `forebay proxy`: a gateway without a file. The options become the text of one, which is read, checked and run as any
-//! other; `--print` shows it.
+//! `forebay proxy`: a gateway without a file. The options are turned into the text of a configuration, which is
+//! read, checked and run like any other; `--print` shows it.
 
 mod throwaway;
 
@@ -17,7 +17,7 @@ use crate::gateway::Builder;
 
 use throwaway::Throwaway;
 
-/// The name of the file in errors: there is none.
+/// The name shown in errors instead of a file name.
 const NAME: &str = "forebay proxy";
 
 /// The arguments of `forebay proxy`.
@@ -30,56 +30,56 @@ Examples:
   forebay proxy --from :443 --tls www.example.com --to localhost:3000
   forebay proxy --to localhost:3000 --print > forebay.yaml")]
 pub struct Proxy {
-    /// Where clients connect: `127.0.0.1:8080`, `:8080` for every address of this machine, or `unix:/path`
+    /// Where clients connect: `127.0.0.1:8080`, `:8080` for all addresses of this machine, or `unix:/path`
     #[arg(long, value_name = "ADDRESS", default_value = "127.0.0.1:8080", value_parser = from)]
     from: Address,
-    /// A backend: `host:3000`, `:3000` for this machine, `https://host`, `h2c://host:50051` or `unix:/path`; several
-    /// share the requests
+    /// A backend: `host:3000`, `:3000` for this machine, `https://host`, `h2c://host:50051` or `unix:/path`;
+    /// several backends share the requests
     #[arg(long, value_name = "BACKEND", required = true, value_parser = backend)]
     to: Vec<Backend>,
-    /// HTTPS: with CERT,KEY (files in PEM), or for NAME with a certificate from Let's Encrypt, or without either with
-    /// one for `localhost` that is made for this run
+    /// Serve HTTPS: with CERT,KEY (PEM files), or for NAME with a certificate from Let's Encrypt, or without a
+    /// value with a temporary certificate for `localhost`
     #[arg(long, value_name = "CERT,KEY | NAME", num_args = 0..=1, default_missing_value = "", value_parser = certificate)]
     tls: Option<Certificate>,
-    /// Requests of one client, such as `20/s` or `600/m`; what comes above that is answered 429
+    /// Requests per client, such as `20/s` or `600/m`; requests above the rate get 429
     #[arg(long, value_name = "RATE")]
     limit: Option<Rate>,
-    /// The longest request body, such as `100MiB`; a longer one is answered 413
+    /// The longest request body, such as `100MiB`; a longer one gets 413
     #[arg(long, value_name = "SIZE")]
     max_body: Option<Size>,
-    /// How long a backend may take for an answer, such as `30s`; longer is answered 504
+    /// How long a backend may take to respond, such as `30s`; a slower one gives 504
     #[arg(long, value_name = "TIME")]
     deadline: Option<Time>,
-    /// A path that backends are asked for every five seconds; those that do not answer it get no requests
+    /// A path for health checks, requested every five seconds; backends that fail it get no requests
     #[arg(long, value_name = "PATH", value_parser = path)]
     health: Option<String>,
-    /// Tell the backend its own name as `Host`, in place of the name that the client asked for
+    /// Send the backend its own name as `Host`, instead of the name that the client used
     #[arg(long)]
     change_host: bool,
-    /// Where the access log goes: `stdout`, `stderr`, `off` or a file
+    /// The access log: `stdout`, `stderr`, `off` or a file
     #[arg(long, value_name = "WHERE", default_value = "stdout")]
     log: String,
-    /// How a line of it is written
+    /// The format of the access log
     #[arg(long, value_name = "FORMAT", value_enum, default_value_t = LogFormat::Json)]
     log_format: LogFormat,
-    /// The admin endpoint, with metrics and a status page; without a value at 127.0.0.1:9100
+    /// Enable the admin endpoint, with metrics and a status page; without a value at 127.0.0.1:9100
     #[arg(long, value_name = "ADDRESS", num_args = 0..=1, default_missing_value = "127.0.0.1:9100", value_parser = from)]
     admin: Option<Address>,
-    /// Print the configuration that this makes, and exit
+    /// Print the resulting configuration and exit
     #[arg(long)]
     print: bool,
 }
 
-/// A backend, and how it is spoken to.
+/// A backend and its protocol.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Backend {
-    /// What an upstream needs to know.
+    /// The protocol.
     pub speaks: Speaks,
-    /// Where it is.
+    /// The address.
     pub address: Address,
 }
 
-/// How backends are spoken to.
+/// The protocols to backends.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Speaks {
     Http,
@@ -101,10 +101,10 @@ enum LogFormat {
     Combined,
 }
 
-/// Runs it until a signal stops it, or prints what would run.
+/// Runs the gateway until a signal stops it, or prints its configuration.
 pub fn proxy(builder: Builder, asked: &Proxy) -> Result<(), Failure> {
     let (builder, predecessor) = if asked.print { (builder, None) } else { run::inheriting(builder)? };
-    // It goes with this run.
+    // Deleted at the end of this run.
     let made = match asked.tls {
         Some(Certificate::Throwaway) if asked.print => {
             return Err(Failure::Usage(
@@ -132,7 +132,7 @@ pub fn proxy(builder: Builder, asked: &Proxy) -> Result<(), Failure> {
 }
 
 impl Proxy {
-    /// The configuration. The error is one of usage.
+    /// The configuration. Errors are usage errors.
     fn text(&self, made: Option<&Throwaway>) -> Result<String, String> {
         let speaks = self.to.first().map_or(Speaks::Http, |first| first.speaks);
         if self.to.iter().any(|backend| backend.speaks != speaks) {
@@ -196,7 +196,7 @@ impl Proxy {
         Ok(with_schema(&file.file()))
     }
 
-    /// What `--change-host` tells the backend.
+    /// The `Host` value for `--change-host`.
     fn host(&self) -> Result<&str, String> {
         match self.to.as_slice() {
             [Backend { address, .. }] if address.unix_path().is_none() => Ok(&address.0),
@@ -207,7 +207,7 @@ impl Proxy {
         }
     }
 
-    /// What is said when it runs.
+    /// The message printed at start.
     fn told(&self, web: Option<SocketAddr>, admin: Option<SocketAddr>) -> String {
         let scheme = if self.tls.is_some() { "https" } else { "http" };
         let from = web.map_or_else(|| self.from.0.clone(), |address| format!("{scheme}://{address}"));
@@ -234,7 +234,7 @@ impl Speaks {
         ("grpcs", Speaks::H2),
     ];
 
-    /// The keys of an upstream.
+    /// The keys of the upstream.
     fn map(self) -> Map {
         let map = Map::default();
         match self {
@@ -245,7 +245,7 @@ impl Speaks {
         }
     }
 
-    /// The same on one line; `None` if there are none.
+    /// The same in flow style; `None` if there are none.
     pub fn keys(self) -> Option<&'static str> {
         match self {
             Speaks::Http => None,
@@ -255,7 +255,7 @@ impl Speaks {
         }
     }
 
-    /// The port of an address without one.
+    /// The default port.
     fn port(self) -> Option<u16> {
         match self {
             Speaks::Http => Some(80),
@@ -277,27 +277,27 @@ impl fmt::Display for Backend {
     }
 }
 
-/// An address to listen on; `:8080` is that port at every address of this machine.
+/// Parses a listen address; `:8080` means this port on all addresses of this machine.
 ///
 /// # Errors
 ///
-/// What is wrong with its form.
+/// What is wrong with the form.
 pub fn from(text: &str) -> Result<Address, String> {
     if text.starts_with(':') { format!("0.0.0.0{text}").parse() } else { text.parse() }
 }
 
-/// A backend.
+/// Parses a backend.
 ///
 /// # Errors
 ///
-/// What is wrong with its form.
+/// What is wrong with the form.
 pub fn backend(text: &str) -> Result<Backend, String> {
     let (scheme, rest) = text.split_once("://").map_or((None, text), |(scheme, rest)| (Some(scheme), rest));
     let speaks = match scheme {
         None => Speaks::Http,
         Some(scheme) => {
             Speaks::SCHEMES.into_iter().find(|(known, _)| *known == scheme).map(|(_, speaks)| speaks).ok_or_else(
-                || format!("`{scheme}` is no scheme of a backend: write http, https, h2c or h2, or `host:port` alone"),
+                || format!("`{scheme}` is not a backend scheme: write http, https, h2c or h2, or `host:port` alone"),
             )?
         }
     };
@@ -407,7 +407,7 @@ mod tests {
         for (arguments, told) in [
             ("", "--to <BACKEND>"),
             ("--to app", "write `host:port`"),
-            ("--to ftp://app", "is no scheme of a backend"),
+            ("--to ftp://app", "is not a backend scheme"),
             ("--to http://app/v1", "has a path"),
             ("--to h2c://app", "write `host:port`"),
             ("--to :0", "nothing can be reached at port 0"),

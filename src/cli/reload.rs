@@ -1,4 +1,4 @@
-//! `forebay reload`, `diff`, `status` and `stop`: what a running gateway is asked to do, and `dump`: what a file means.
+//! `forebay reload`, `diff`, `status` and `stop`, which talk to a running gateway, and `dump`, which reads a file.
 
 use std::io;
 use std::time::{Duration, Instant};
@@ -14,10 +14,10 @@ use crate::gateway::changes;
 use crate::gateway::reload::{Done, Outcome};
 use crate::printable::shown;
 
-/// For a reload: names are looked up and certificates are read meanwhile.
+/// For a reload: it resolves names and reads certificates.
 const PATIENCE: Duration = Duration::from_secs(60);
 
-/// How often it is asked whether a gateway has stopped.
+/// Polling interval while waiting for a gateway to stop.
 const LOOK: Duration = Duration::from_millis(100);
 
 /// The arguments of `forebay stop`.
@@ -30,7 +30,7 @@ pub struct Stop {
     wait: Time,
 }
 
-/// Has a running gateway load its file again, and tells what has changed.
+/// Makes a running gateway reload its file, and prints the changes.
 pub fn reload(builder: &Builder, place: Where) -> Result<(), Failure> {
     let outcome = ask(builder, place, "/reload")?;
     print(&format!("generation {} runs; {}", outcome.generation, differences(&outcome)))?;
@@ -40,7 +40,7 @@ pub fn reload(builder: &Builder, place: Where) -> Result<(), Failure> {
     Ok(())
 }
 
-/// Tells what a reload would change, and what each change ends.
+/// Prints what a reload would change, and what each change ends.
 pub fn diff(builder: &Builder, place: Where) -> Result<(), Failure> {
     let outcome = ask(builder, place, "/reload?dry_run=yes")?;
     print(&differences(&outcome))
@@ -55,7 +55,7 @@ fn differences(outcome: &Outcome) -> String {
     }
 }
 
-/// Asks, and tells warnings; a configuration that is refused is an error with the report that `check` gives.
+/// Sends the request and prints warnings; a rejected configuration is an error with the same report as `check`.
 fn ask(builder: &Builder, place: Where, target: &str) -> Result<Outcome, Failure> {
     let endpoint = place.find_running(builder)?;
     let (status, body) = endpoint.post_whole(target, PATIENCE).map_err(Failure::Runtime)?;
@@ -76,7 +76,7 @@ fn ask(builder: &Builder, place: Where, target: &str) -> Result<Outcome, Failure
     }
 }
 
-/// Prints what is in effect by a file, defaults among it, without secrets.
+/// Prints the effective configuration of a file, including defaults, without secrets.
 pub fn dump(builder: &Builder, file: ConfigFile) -> Result<(), Failure> {
     let (_, config) = file.load(builder)?;
     if !config.warnings().is_empty() {
@@ -84,18 +84,18 @@ pub fn dump(builder: &Builder, file: ConfigFile) -> Result<(), Failure> {
     }
     let yaml = serde_yaml::to_string(&config.shown());
     let yaml = yaml.map_err(|error| Failure::Runtime(format!("the configuration cannot be written: {error}")))?;
-    // One alone is the one that was named.
+    // A single file is the one that was named.
     let files = if config.files().count() > 1 { config.files().collect() } else { Vec::new() };
     let files: String = files.into_iter().map(|file| format!("# {}\n", shown(file, |_| false))).collect();
     print(&format!("{files}{}", yaml.trim_end()))
 }
 
-/// Tells in a few lines how a running gateway does.
+/// Prints a summary of a running gateway.
 pub fn status(builder: &Builder, place: Where) -> Result<(), Failure> {
     let endpoint = place.find_running(builder)?;
     let body = endpoint.get("/status?routes=0&slow=0&endpoints=0").map_err(Failure::Runtime)?;
     let document: Document = serde_json::from_slice(&body).map_err(|error| {
-        Failure::Runtime(format!("the admin endpoint at {} is no Forebay: {error}", endpoint.address))
+        Failure::Runtime(format!("the admin endpoint at {} is not Forebay: {error}", endpoint.address))
     })?;
     print(&told(&document))?;
     match &*document.state {
@@ -122,7 +122,7 @@ fn told(document: &Document) -> String {
     text
 }
 
-/// Stops a running gateway gracefully, and waits until it is gone.
+/// Stops a running gateway gracefully, and waits until it has ended.
 pub fn stop(builder: &Builder, asked: Stop) -> Result<(), Failure> {
     let endpoint = asked.place.find_running(builder)?;
     let (status, body) = endpoint.post_whole("/stop", PATIENCE).map_err(Failure::Runtime)?;

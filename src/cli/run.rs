@@ -1,4 +1,4 @@
-//! `forebay run`: the gateway from a file, or the demo with an origin of its own.
+//! `forebay run`: runs the gateway from a file, or the demo with its own origin.
 
 use std::io::{Error, ErrorKind};
 use std::net::SocketAddr;
@@ -23,7 +23,7 @@ pub fn run(builder: Builder, file: ConfigFile, watch: bool) -> Result<(), Failur
 
 fn started(builder: Builder, file: ConfigFile, watch: bool) -> Result<Gateway, Failure> {
     let (path, config) = file.load(&builder)?;
-    // A reload reads the same file, wherever the process is by then.
+    // A reload must read the same file, even if the working directory changes.
     let file = std::path::absolute(&path).unwrap_or_else(|_| path.clone());
     let builder = builder.reloading(&file);
     let builder = if watch { builder.watching() } else { builder };
@@ -33,8 +33,8 @@ fn started(builder: Builder, file: ConfigFile, watch: bool) -> Result<Gateway, F
     Ok(gateway)
 }
 
-/// Has the gateway take the sockets that were opened for this process, by a service manager or by the process that it
-/// takes over from. Before anything else opens files or starts threads.
+/// Takes over the sockets that a service manager or a predecessor process opened for this one. Must run before
+/// anything else opens files or starts threads.
 pub fn inheriting(builder: Builder) -> Result<(Builder, Option<Predecessor>), Failure> {
     let Some(predecessor) = Predecessor::of_environment().map_err(Failure::Runtime)? else {
         let inherited = Inherited::of_service_manager().map_err(Failure::Runtime)?;
@@ -45,7 +45,7 @@ pub fn inheriting(builder: Builder) -> Result<(Builder, Option<Predecessor>), Fa
     Ok((builder.inheriting(inherited).replacing(predecessor.clone()), Some(predecessor)))
 }
 
-/// Starts a gateway. If that fails, the process that this one should take over from learns why.
+/// Starts a gateway. If that fails, reports the reason to the predecessor process.
 pub fn telling<T>(predecessor: Option<Predecessor>, start: impl FnOnce() -> Result<T, Failure>) -> Result<T, Failure> {
     start().inspect_err(|failure| {
         if let Some(predecessor) = predecessor {
@@ -55,17 +55,17 @@ pub fn telling<T>(predecessor: Option<Predecessor>, start: impl FnOnce() -> Resu
     })
 }
 
-/// Builds the gateway, in a process that is ready for it.
+/// Prepares the process and builds the gateway.
 pub fn ready(builder: Builder, config: Config) -> Result<Gateway, Failure> {
     if config.admin.tls.is_some() || config.listeners.iter().any(|listener| listener.tls.is_some()) {
         keep_memory_private();
     }
-    // Before it is built: what there may be of all that is open depends on it.
+    // Before the build, because limits on open connections and files depend on it.
     raise_open_files();
     builder.build(config).map_err(failure)
 }
 
-/// Runs the gateway in front of a test origin on a free port, and tells what to try.
+/// Runs the gateway in front of a test origin on a free port, and prints what to try.
 pub fn demo(builder: Builder, addresses: &DemoAddresses) -> Result<(), Failure> {
     let (builder, predecessor) = inheriting(builder)?;
     logs::start()?;
@@ -74,7 +74,7 @@ pub fn demo(builder: Builder, addresses: &DemoAddresses) -> Result<(), Failure> 
     Ok(())
 }
 
-/// The origin serves until it is dropped.
+/// The origin runs until it is dropped.
 fn demonstrating(builder: Builder, addresses: &DemoAddresses) -> Result<(Gateway, impl Sized), Failure> {
     let origin = Origin::bind("127.0.0.1:0").and_then(Origin::spawn).map_err(Failure::io("start the test origin"))?;
     let config = builder.parse("demo", &demo_config(addresses, origin.address())).map_err(Failure::Report)?;
@@ -122,8 +122,9 @@ The access log follows, a line for each exchange with the milliseconds of each p
     )
 }
 
-/// Raises the soft limit of open files to the hard one, as Go and HAProxy do. Systems set 1,024 for programs that use
-/// `select`; here it would be 500 clients. Where it cannot be raised, what is built fits what there is.
+/// Raises the soft limit of open files to the hard one, as Go and HAProxy do. The usual soft limit of 1,024 exists
+/// for programs that use `select`; here it would mean 500 clients. If it cannot be raised, the gateway is sized for
+/// the limit.
 fn raise_open_files() {
     if let Ok((soft, hard)) = getrlimit(Resource::RLIMIT_NOFILE)
         && soft < hard
@@ -141,7 +142,8 @@ pub fn failure(error: StartError) -> Failure {
     }
 }
 
-/// What is wrong with listening there, and what would help. `place` may have a remark behind the address.
+/// The error for an address that cannot be listened on, with advice. `place` may contain a remark behind the
+/// address.
 pub fn cannot_listen(place: &str, error: &Error) -> String {
     let help = match error.kind() {
         ErrorKind::PermissionDenied if place.starts_with("unix:") => "; the directory must be writable for this user",

@@ -1,12 +1,12 @@
-//! Waiting to be told to stop, for the test origin; the gateway has its own order of stopping.
+//! Waits for the stop signal of the test origin. The gateway has its own shutdown sequence.
 
 use tokio::signal::unix::{SignalKind, signal};
 
-/// Done on SIGINT or SIGTERM.
+/// Completes on SIGINT or SIGTERM.
 pub async fn asked() {
     let (Ok(mut interrupt), Ok(mut terminate)) = (signal(SignalKind::interrupt()), signal(SignalKind::terminate()))
     else {
-        // Then the signals keep their default effect, which ends the process too.
+        // The signals then keep their default effect, which also ends the process.
         return std::future::pending().await;
     };
     tokio::select! {

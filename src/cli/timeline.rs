@@ -1,9 +1,9 @@
 //! `forebay timeline` (`make demo`): one worker, four clients, and what its event loop did, cycle by cycle.
 //!
-//! A gateway runs in this process with one worker, before an origin of its own. A client reads slowly, one sends half a
-//! body and later the rest, one asks for what the backend has late, and one is fast. Their exchanges are recorded as
-//! `forebay trace` records any, and [`steps`] makes of the records what is printed: nothing here knows in which order
-//! things will happen.
+//! A gateway with one worker runs in this process, in front of its own origin. One client reads slowly, one sends
+//! half a body and the rest later, one requests a response that the backend delays, and one is fast. Their
+//! exchanges are recorded like those of `forebay trace`, and [`steps`] turns the records into the output: the order
+//! of events is not hard-coded.
 
 mod steps;
 
@@ -26,25 +26,25 @@ use crate::origin::Origin;
 use crate::recorder::Recorded;
 use steps::{Step, steps};
 
-/// For any step of any client, and all of them together.
+/// Time limit for each step of a client, and for all of them together.
 const DEADLINE: Duration = Duration::from_secs(30);
 
-/// What the slow reader is sent: more than the kernel holds for it, and less than the gateway does.
+/// Response size for the slow reader: more than the kernel buffers, less than the gateway does.
 const ANSWER_BYTES: usize = 4 << 20;
 const BODY_BYTES: usize = 8 << 10;
 
 #[derive(Args)]
 pub struct Timeline {
-    /// When the slow client reads on
+    /// When the slow client continues to read
     #[arg(long, value_name = "TIME", default_value = "500ms", value_parser = pause)]
     reader_after: Duration,
     /// When the rest of the half body is sent
     #[arg(long, value_name = "TIME", default_value = "300ms", value_parser = pause)]
     rest_after: Duration,
-    /// How long the late backend takes
+    /// The delay of the slow backend
     #[arg(long, value_name = "TIME", default_value = "200ms", value_parser = pause)]
     backend_after: Duration,
-    /// When the fast client asks
+    /// When the fast client sends its request
     #[arg(long, value_name = "TIME", default_value = "100ms", value_parser = pause)]
     fast_after: Duration,
 }
@@ -54,7 +54,7 @@ fn pause(text: &str) -> Result<Duration, String> {
     if time <= DEADLINE / 3 { Ok(time) } else { Err(format!("at most {}", humantime::format_duration(DEADLINE / 3))) }
 }
 
-/// Who takes part; the path of an exchange says whose it is.
+/// The clients; the path of an exchange identifies its client.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Client {
     Slow,
@@ -89,10 +89,10 @@ impl Client {
     }
 }
 
-/// Runs it all and prints what was recorded.
+/// Runs the scenario and prints the record.
 pub fn timeline(builder: Builder, asked: &Timeline) -> Result<(), Failure> {
     if env::var_os("FOREBAY_LOG").is_some() {
-        // Else its log would only be in the way.
+        // Otherwise its log would disturb the output.
         logs::start()?;
     }
     let origin = Origin::bind("127.0.0.1:0").and_then(Origin::spawn).map_err(Failure::io("start the test origin"))?;
@@ -104,12 +104,12 @@ pub fn timeline(builder: Builder, asked: &Timeline) -> Result<(), Failure> {
     let runs = runs.spawn(move || gateway.run()).map_err(Failure::io("start the gateway"))?;
     let recorded = record(asked, web, admin);
     stop.stop();
-    // Its own words on why it failed are on stderr.
+    // It has already printed the reason to stderr.
     let _ = runs.join();
     show(&recorded?)
 }
 
-/// One worker, and a heartbeat that seldom wakes it: its cycles are the clients'.
+/// One worker, with a heartbeat that rarely wakes it, so that its cycles come from the clients.
 fn config(origin: SocketAddr) -> String {
     format!(
         "server: {{ threads: 1, shutdown: {{ deadline: 1s }} }}\n\
@@ -126,7 +126,7 @@ fn addresses(gateway: &Gateway) -> Result<(SocketAddr, SocketAddr), Failure> {
     both.ok_or_else(|| Failure::Runtime("the gateway of the timeline has no address".to_owned()))
 }
 
-/// Lets the clients loose and gives their exchanges, in the order in which they began.
+/// Runs the clients and returns their exchanges in order of their start.
 fn record(asked: &Timeline, web: SocketAddr, admin: SocketAddr) -> Result<Vec<Recorded>, Failure> {
     let endpoint = AdminEndpoint { address: admin.to_string(), token: None, certificate: None };
     let target = format!("/trace?count={}&for={}s", Client::ALL.len(), DEADLINE.as_secs());
@@ -138,7 +138,7 @@ fn record(asked: &Timeline, web: SocketAddr, admin: SocketAddr) -> Result<Vec<Re
             // From here on, every exchange is recorded.
             Told::Recording { .. } => {
                 for client in Client::ALL {
-                    // Those that come at once come in this order.
+                    // Connect in this order, so that the kernel reports the connections in this order.
                     let now = (client != Client::Fast).then(|| connect(web, client == Client::Slow));
                     let socket = now.transpose().map_err(Failure::io("connect to the gateway"))?;
                     let play = play(client, asked, web, socket);
@@ -166,7 +166,7 @@ fn record(asked: &Timeline, web: SocketAddr, admin: SocketAddr) -> Result<Vec<Re
     }
 }
 
-/// What a client does. One that has no connection yet comes later.
+/// What a client does. A client without a connection connects later.
 fn play(
     client: Client,
     asked: &Timeline,
@@ -212,7 +212,7 @@ fn play(
     }
 }
 
-/// `narrow`: with the smallest receive buffer that the kernel grants, so that what is not read stays with the gateway.
+/// `narrow`: uses the smallest receive buffer of the kernel, so that unread data stays in the gateway.
 fn connect(address: SocketAddr, narrow: bool) -> io::Result<TcpStream> {
     let socket = Socket::new(Domain::for_address(address), Type::STREAM, None)?;
     if narrow {
@@ -266,7 +266,7 @@ fn show(recorded: &[Recorded]) -> Result<(), Failure> {
     Ok(())
 }
 
-/// What is known of a cycle when the first of its steps is printed.
+/// The heading of a cycle, printed before the first of its steps.
 fn heading(step: &Step, last: Option<&Step>) -> String {
     let Some(cycle) = step.cycle else { return "cycle unknown".to_owned() };
     let before = last.and_then(|last| Some((last.cycle?, last.events?)));

@@ -1,8 +1,7 @@
-//! `forebay top`: how a running gateway does, on a terminal.
+//! `forebay top`: live status of a running gateway on a terminal.
 //!
-//! A thread asks for `/status` again and again; this one draws what came and obeys keys, so that a gateway that does
-//! not answer holds up nobody's keyboard. What is shown is put together in [`sheet`], without a terminal; [`view`]
-//! draws it.
+//! A thread polls `/status`; this thread draws the results and handles keys, so that a slow gateway does not block
+//! the keyboard. [`sheet`] builds the content without a terminal; [`view`] draws it.
 
 mod history;
 mod sheet;
@@ -24,17 +23,17 @@ use crate::gateway::Builder;
 use history::History;
 use sheet::Topic;
 
-/// What is looked at: more than fits on a screen, and not all of thousands of routes every second.
+/// More than fits on a screen, but not thousands of routes every second.
 const TARGET: &str = "/status?routes=300&slow=200&endpoints=100";
 
-/// How long a key may wait for its effect.
+/// How long a key press may wait for its effect.
 const TICK: Duration = Duration::from_millis(100);
 
 #[derive(Args)]
 pub struct Top {
     #[command(flatten)]
     place: Where,
-    /// From one look to the next, from 100ms to 1h
+    /// The polling interval, from 100ms to 1h
     #[arg(long, value_name = "TIME", default_value = "1s", value_parser = interval)]
     interval: Duration,
 }
@@ -45,7 +44,7 @@ fn interval(text: &str) -> Result<Duration, String> {
     if range.contains(&time) { Ok(time) } else { Err("from 100ms to 1h".to_owned()) }
 }
 
-/// Runs until it is told to quit. A gateway that does not answer at all is an error before the terminal is touched.
+/// Runs until the user quits. If the gateway does not respond at all, it fails before it touches the terminal.
 pub fn top(builder: &Builder, Top { place, interval }: Top) -> Result<(), Failure> {
     let endpoint = place.find(builder)?;
     if !io::stdout().is_terminal() {
@@ -57,7 +56,7 @@ pub fn top(builder: &Builder, Top { place, interval }: Top) -> Result<(), Failur
     let first = ask(&endpoint).map_err(Failure::Runtime)?;
     let mut screen = Screen::new(endpoint.address.clone());
     screen.take(Ok(first));
-    // One place: what nobody has looked at yet is not asked for again.
+    // Capacity one: no new request is sent before the last result is drawn.
     let (send, looks) = sync_channel(1);
     let asks = thread::Builder::new().name("status".to_owned());
     asks.spawn(move || look(&endpoint, interval, &send)).map_err(Failure::io("start a thread"))?;
@@ -69,7 +68,7 @@ pub fn top(builder: &Builder, Top { place, interval }: Top) -> Result<(), Failur
 
 fn ask(endpoint: &AdminEndpoint) -> Result<Document, String> {
     let body = endpoint.get(TARGET)?;
-    serde_json::from_slice(&body).map_err(|error| format!("{} says what is no status: {error}", endpoint.address))
+    serde_json::from_slice(&body).map_err(|error| format!("{} did not return a status: {error}", endpoint.address))
 }
 
 fn look(endpoint: &AdminEndpoint, interval: Duration, looks: &SyncSender<Result<Document, String>>) {
@@ -89,7 +88,7 @@ fn show(
     loop {
         terminal.draw(|frame| view::draw(frame, screen))?;
         let drawn = Instant::now();
-        // Until something happened that is worth drawing.
+        // Until an event requires a redraw.
         loop {
             if event::poll(TICK)? {
                 match event::read()? {
@@ -117,21 +116,21 @@ fn show(
     }
 }
 
-/// What is on the screen.
+/// The state of the screen.
 pub struct Screen {
-    /// Who is looked at.
+    /// The address of the gateway.
     address: String,
     history: History,
     topic: Topic,
-    /// The column that each topic is sorted by; `None`: as the gateway lists it.
+    /// The sort column of each topic; `None`: the order of the gateway.
     sorted: [Option<usize>; Topic::ALL.len()],
-    /// Smallest first.
+    /// Ascending order.
     reversed: bool,
-    /// The rows that are above the window.
+    /// Number of rows above the window.
     above: usize,
     paused: bool,
     help: bool,
-    /// What the last look came to if not to a document, and since when that is so.
+    /// The last error, if the last request failed, and when the errors began.
     trouble: Option<(String, Instant)>,
 }
 

@@ -1,4 +1,4 @@
-//! `forebay trace`: the phases of the next exchanges that match, as waterfalls.
+//! `forebay trace`: the phases of the next matching exchanges, as waterfalls.
 
 use std::io::{self, IsTerminal};
 use std::time::Duration;
@@ -13,9 +13,9 @@ use crate::gateway::Builder;
 use crate::printable::printable;
 use crate::recorder::Recorded;
 
-/// What is printed where nobody says how wide the screen is.
+/// Default width if the terminal's width is unknown.
 const WIDTH: usize = 100;
-/// Of a line, what is no bar: the name of the phase, its time, its cycles, its bytes.
+/// Columns besides the bar: name of the phase, time, cycles, bytes.
 const BESIDE: usize = 68;
 const BAR_LEAST: usize = 16;
 
@@ -26,64 +26,64 @@ pub struct Trace {
     /// Only exchanges of this route
     #[arg(long)]
     route: Option<String>,
-    /// Only those of this client, or of this network
+    /// Only exchanges of this client address or network
     #[arg(long, value_name = "ADDRESS")]
     client: Option<String>,
-    /// Only those whose path begins so
+    /// Only exchanges whose path begins with this prefix
     #[arg(long = "path", value_name = "PREFIX")]
     prefix: Option<String>,
-    /// Only those with this status, such as 404 or 5xx
+    /// Only exchanges with this status, such as 404 or 5xx
     #[arg(long)]
     status: Option<String>,
-    /// Only those that take at least so long, such as 250ms
+    /// Only exchanges that take at least this long, such as 250ms
     #[arg(long, value_name = "TIME")]
     slower_than: Option<String>,
-    /// How many, up to 1000
+    /// Number of exchanges, up to 1000
     #[arg(short = 'n', long, default_value = "10")]
     count: u32,
-    /// For how long at most, up to 10m
+    /// How long to record, up to 10m
     #[arg(long = "for", value_name = "TIME", default_value = "1m")]
     time: String,
-    /// Print what comes as it is, a line of JSON for each exchange
+    /// Print the raw recording, one line of JSON per exchange
     #[arg(long)]
     json: bool,
 }
 
-/// A line of the answer.
+/// A line of the response.
 #[derive(Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Told {
-    /// Recording has begun.
+    /// The recording has begun.
     Recording { count: u32, for_seconds: f64 },
     /// An exchange has ended.
     Exchange(Box<Recorded>),
-    /// It is over: so many were enough (`count`), or it has taken long enough (`time`).
+    /// The recording has ended because of its `count` or its `time`.
     End { why: String, recorded: u32 },
 }
 
-/// A recording that runs.
+/// An active recording.
 pub struct Telling(AdminEndpoint, Lines);
 
 impl Telling {
-    /// Asks for a recording. It runs once the first line is here.
+    /// Requests a recording. It is active once the first line has arrived.
     pub fn begin(endpoint: AdminEndpoint, target: &str, patience: Duration) -> Result<Telling, Failure> {
         let lines = endpoint.post(target, patience).map_err(Failure::Runtime)?;
         Ok(Telling(endpoint, lines))
     }
 
-    /// The next line, as it is; `None` at the end.
+    /// The next line, unparsed; `None` at the end.
     fn line(&mut self) -> Result<Option<String>, Failure> {
         self.1.next().transpose().map_err(|error| Failure::Runtime(self.0.failed(&error)))
     }
 
-    /// What the next line says. An answer that ends before its last line was broken off.
+    /// The next line, parsed. A response without an end line was cut off.
     pub fn next(&mut self) -> Result<Told, Failure> {
         let at = &self.0.address;
         let broken = || Failure::Runtime(format!("the admin endpoint at {at} broke off: does the gateway stop?"));
         let line =
             self.1.next().transpose().map_err(|error| Failure::Runtime(self.0.failed(&error)))?.ok_or_else(broken)?;
         serde_json::from_str(&line)
-            .map_err(|error| Failure::Runtime(format!("{at} says what is no recording: {error}")))
+            .map_err(|error| Failure::Runtime(format!("{at} did not return a recording: {error}")))
     }
 }
 
@@ -91,7 +91,7 @@ impl Telling {
 pub fn trace(builder: &Builder, asked: Trace) -> Result<(), Failure> {
     let target = asked.target();
     let endpoint = asked.place.find(builder)?;
-    // The gateway ends it in time, and says so.
+    // The gateway ends the recording in time and sends an end line.
     let patience = humantime::parse_duration(&asked.time).unwrap_or_default() + Duration::from_secs(10);
     let mut telling = Telling::begin(endpoint, &target, patience)?;
     if asked.json {
@@ -142,7 +142,7 @@ impl Trace {
     }
 }
 
-/// For a query (RFC 3986 §3.4): what is neither a letter nor a digit is encoded, but for a few that mean nothing there.
+/// Percent-encodes a text for a query (RFC 3986 §3.4), except letters, digits and a few harmless characters.
 pub fn encoded(text: &str) -> String {
     let byte = |byte: u8| match byte {
         b'a'..=b'z' | b'A'..=b'Z' | b'0'..=b'9' | b'-' | b'.' | b'_' | b'~' | b'/' | b':' => {
@@ -153,7 +153,7 @@ pub fn encoded(text: &str) -> String {
     text.bytes().map(byte).collect()
 }
 
-/// How much of a line is left for bars.
+/// Columns that are left for bars.
 pub fn bar_width() -> usize {
     let screen = io::stdout().is_terminal().then(ratatui::crossterm::terminal::size).and_then(Result::ok);
     let written = || std::env::var("COLUMNS").ok()?.parse().ok();

@@ -1,4 +1,4 @@
-//! `forebay upgrade`: has a new process take over from a running gateway, and tells what came of it.
+//! `forebay upgrade`: replaces a running gateway by a new process, and reports the result.
 
 use std::path::PathBuf;
 
@@ -15,12 +15,12 @@ use crate::gateway::upgrade::{Done, LONGEST, Outcome};
 pub struct Upgrade {
     #[command(flatten)]
     place: Where,
-    /// Start this program, in place of the file that the running one was started from
+    /// Start this program instead of the file of the running one
     #[arg(long, value_name = "FILE")]
     binary: Option<PathBuf>,
 }
 
-/// Asks for it, and waits for what comes of it.
+/// Requests the upgrade and waits for its result.
 pub fn upgrade(builder: &Builder, asked: Upgrade) -> Result<(), Failure> {
     let target = match &asked.binary {
         None => "/upgrade".to_owned(),

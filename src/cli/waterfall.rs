@@ -1,32 +1,32 @@
-//! A waterfall: the phases of an exchange as bars on one axis of time.
+//! A waterfall: the phases of an exchange as bars on a common time axis.
 
 use super::figures::{bytes, time};
 use crate::printable::printable;
 use crate::recorder::{Recorded, RecordedPhase, RecordedStep};
 
-/// A part of the time of a process, which bars are drawn on.
+/// The time interval that the bars are drawn on.
 #[derive(Clone, Copy, Debug)]
 pub struct Axis {
-    /// Where it begins, in `began_seconds`.
+    /// Its start, in `began_seconds`.
     pub begin: f64,
-    /// How long it is.
+    /// Its length.
     pub seconds: f64,
-    /// How many characters it has.
+    /// Its width in characters.
     pub width: usize,
 }
 
-/// What a character of a bar may be, by eighths that are filled from the left.
+/// The characters of a bar, by the number of eighths filled from the left.
 const EIGHTHS: [char; 9] = [' ', '▏', '▎', '▍', '▌', '▋', '▊', '▉', '█'];
 
 impl Axis {
-    /// One that is as long as all of these together.
+    /// An axis that covers all of these exchanges.
     pub fn of<'r>(recorded: impl IntoIterator<Item = &'r Recorded> + Clone, width: usize) -> Axis {
         let begin = recorded.clone().into_iter().map(|one| one.began_seconds).fold(f64::INFINITY, f64::min);
         let end = recorded.into_iter().map(|one| one.began_seconds + one.total_seconds).fold(0.0, f64::max);
         Axis { begin, seconds: (end - begin).max(1e-6), width }
     }
 
-    /// A bar from one time to another. However short, something of it is seen.
+    /// A bar between two times. Even the shortest bar is visible.
     pub fn bar(&self, from: f64, seconds: f64) -> String {
         let eighths = self.width * 8;
         let at = |time: f64| {
@@ -43,7 +43,7 @@ impl Axis {
         (0..self.width).map(cell).collect()
     }
 
-    /// What stands above: the times of its begin, its middle and its end.
+    /// The scale above the bars: the times at its start, middle and end.
     pub fn scale(&self) -> String {
         let (middle, end) = (time(self.seconds / 2.0), time(self.seconds));
         let half = self.width / 2;
@@ -58,7 +58,7 @@ impl Axis {
 pub struct Paint(pub bool);
 
 impl Paint {
-    /// In the colour of the side that is waited for in this phase: dashboards/README.md.
+    /// In the colour of the side that this phase waits for; see dashboards/README.md.
     pub fn phase(self, phase: &str, text: &str) -> String {
         self.with(
             match phase {
@@ -70,12 +70,12 @@ impl Paint {
         )
     }
 
-    /// Of less interest.
+    /// For less important text.
     pub fn faint(self, text: &str) -> String {
         self.with("2", text)
     }
 
-    /// What one looks for.
+    /// For important text.
     pub fn bold(self, text: &str) -> String {
         self.with("1", text)
     }
@@ -85,7 +85,7 @@ impl Paint {
     }
 }
 
-/// What is said of an exchange above its bars. Much of it was chosen by its client.
+/// The title of an exchange. Clients control much of its text, so it is escaped.
 pub fn title(recorded: &Recorded, paint: Paint) -> String {
     let Recorded { method, path, status, route, upstream, endpoint, client, reason, .. } = recorded;
     let asked = format!("{method} {path}");
@@ -101,8 +101,7 @@ pub fn title(recorded: &Recorded, paint: Paint) -> String {
     words.join("  ")
 }
 
-/// The bars, a line for each phase: its name, its bar, how long it lasted, in which cycles of which worker, and what
-/// had passed.
+/// The bars, one line per phase: name, bar, duration, cycles and worker, transferred bytes.
 pub fn bars(recorded: &Recorded, axis: Axis, paint: Paint) -> Vec<String> {
     let mut lines = Vec::new();
     for (place, phase) in recorded.phases.iter().enumerate() {
@@ -127,7 +126,7 @@ pub fn bars(recorded: &Recorded, axis: Axis, paint: Paint) -> Vec<String> {
     lines.iter().map(|line| line.trim_end().to_owned()).collect()
 }
 
-/// What a filter did within a phase: its bar, how long it took, which filter at which stage, and what it came to.
+/// A filter call within a phase: bar, duration, filter, stage and outcome.
 fn step_line(step: &RecordedStep, phase: &str, recorded: &Recorded, axis: Axis, paint: Paint) -> String {
     let bar = axis.bar(recorded.began_seconds + step.start_seconds, step.seconds);
     let what = match (&*step.stage, &step.upstream) {
@@ -149,10 +148,10 @@ fn cycles(phase: &RecordedPhase) -> String {
     }
 }
 
-/// What came and went during a phase.
+/// The bytes that were transferred during a phase.
 fn passed(phase: &RecordedPhase, next: Option<&RecordedPhase>, recorded: &Recorded) -> String {
     let now = (phase.received, phase.answered, phase.sent);
-    // The last note of what the endpoint has answered stands to the end.
+    // The last count of response bytes from the endpoint also holds for the later phases.
     let then = next
         .map_or((recorded.received, phase.answered, recorded.sent), |next| (next.received, next.answered, next.sent));
     let grown = [(now.0, then.0, "received"), (now.1, then.1, "answered"), (now.2, then.2, "sent")];

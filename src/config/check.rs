@@ -1227,7 +1227,7 @@ impl<'a> Check<'a> {
             if let Some(cookie) = self.sticky_cookie_of(&side.name)
                 && let Some(first) = cookies.first(&cookie, at.clone())
             {
-                let title = format!("these upstreams would overwrite each other's cookie `{cookie}` away");
+                let title = format!("these upstreams would overwrite each other's cookie `{cookie}`");
                 let finding = Finding::error(value(&at), title).also(value(first), "the other one");
                 self.wrong(finding.label("expected another `load_balancing.sticky.cookie.name`"));
             }

@@ -1,12 +1,12 @@
-//! The heartbeat: a thread that is no worker asks every worker for a sign of life, and looks who is late.
+//! The heartbeat: a thread outside the runtimes probes every worker and finds the late ones.
 //!
-//! Each worker has a task that does nothing but answer. How long an answer takes is the lag: how late a task that was
-//! ready ran. The asking thread has no runtime, so that it goes on when all of them stand still, and a process that was
-//! halted as a whole was not late. Timers would do without it, but those of tokio count whole milliseconds and are late
-//! by one or two.
+//! Each worker runs a task that only answers probes. The time to answer is the lag: how late a ready task ran. The
+//! probing thread uses no runtime, so it continues when all workers are blocked; and if the whole process was
+//! suspended, no worker counts as late. Tokio's timers are too coarse for this: they count whole milliseconds and
+//! are late by one or two.
 //!
-//! `client::lane` measures the loop's rounds by itself while it hands out turns: it must know of each of them, many a
-//! millisecond, and a beat every ten is none the wiser.
+//! `client::lane` measures the rounds of the loop itself while it hands out turns: it needs each of them, many per
+//! millisecond, and a probe every ten is too slow for that.
 
 use std::future::poll_fn;
 use std::sync::Arc;
@@ -21,15 +21,15 @@ use super::stall::{Look, News, Watch};
 use super::worker::{Worker, here, nanos};
 use crate::metrics::LoopMetrics;
 
-/// What is asked and answered. Times are nanoseconds since the epoch.
+/// A probe and its answer. Times are nanoseconds since the epoch.
 pub(super) struct Pulse {
     epoch: Instant,
     asked: AtomicU64,
-    /// The last `asked` that was answered.
+    /// The last `asked` value that was answered.
     answered: AtomicU64,
-    /// When.
+    /// The time of the answer.
     at: AtomicU64,
-    /// By which worker.
+    /// The worker that answered.
     by: AtomicUsize,
     waker: AtomicWaker,
 }
@@ -41,7 +41,7 @@ impl Pulse {
         Arc::new(Pulse { epoch, asked, answered, at, by, waker: AtomicWaker::new() })
     }
 
-    /// Answers for as long as its runtime lives.
+    /// Answers probes as long as its runtime lives.
     pub(super) async fn beat(self: Arc<Self>) {
         poll_fn(|cx| {
             self.waker.register(cx.waker());
@@ -72,31 +72,31 @@ impl Pulse {
 }
 
 enum Answer {
-    /// For so long.
+    /// No answer yet, for this time.
     Awaited(Duration),
-    /// After `lag`, by the worker of this number. `first`: nothing was asked yet.
+    /// Answered after `lag` by the worker of this number. `first`: the first answer, with no probe before.
     Came { lag: Duration, by: usize, first: bool },
 }
 
-/// The thread that asks.
+/// The probing thread.
 pub(super) struct Pacemaker {
     pub(super) epoch: Instant,
     pub(super) period: Duration,
     pub(super) pulses: Vec<Arc<Pulse>>,
     pub(super) workers: Vec<&'static Worker>,
-    /// Whether the workers share their tasks. An answer then says nothing about one of them.
+    /// Whether the workers share their tasks. An answer then does not belong to a specific worker.
     pub(super) shared: bool,
     pub(super) metrics: LoopMetrics,
     pub(super) watches: Vec<Watch>,
-    /// Of each worker, by how much it was late, all stalls that are over together.
+    /// Total lag of each worker in stalls that have ended.
     pub(super) lags: Vec<Duration>,
 }
 
-/// A worker that is late by no more is busy and nothing else.
+/// A worker with less lag than this counts as busy, not stalled.
 const STALL_LEAST: Duration = Duration::from_millis(20);
 
 impl Pacemaker {
-    /// Asks until `stop` is dropped.
+    /// Probes until `stop` is dropped.
     pub(super) fn run(mut self, stop: &Receiver<()>) {
         while stop.recv_timeout(self.period) == Err(RecvTimeoutError::Timeout) {
             self.round();
@@ -107,7 +107,7 @@ impl Pacemaker {
     fn round(&mut self) {
         let instant = Instant::now();
         let now = instant - self.epoch;
-        // Of each pulse, for how long its answer has been awaited.
+        // For each pulse, how long its answer is overdue.
         let mut late = vec![Duration::ZERO; self.pulses.len()];
         for (place, pulse) in self.pulses.iter().enumerate() {
             match pulse.state(now) {
@@ -136,7 +136,7 @@ impl Pacemaker {
         self.metrics.stalled.set(stalled as i64);
     }
 
-    /// Tells a worker, and whoever runs on it, by how much it has been late up to now, the present stall included.
+    /// Publishes the total lag of a worker, including the current stall.
     fn lags(&self, place: usize, present: Duration) -> Duration {
         let present = if present < STALL_LEAST { Duration::ZERO } else { present };
         let lag = self.lags[place] + present;
@@ -146,14 +146,14 @@ impl Pacemaker {
         lag
     }
 
-    /// How each worker looks; if they share their tasks there is one look more, at all of them together.
+    /// The state of each worker; if they share tasks, also one state for all of them together.
     fn looks(&self, late: &[Duration], now: Instant) -> Vec<Look> {
         let doing = self.workers.iter().map(|worker| worker.doing(now));
         if !self.shared {
             return doing.zip(late).map(|(doing, &late)| Look { late, doing }).collect();
         }
-        // Nobody answers for a single one. Those that are held up by an exchange are seen by it; where none is and yet
-        // no answer comes, all are late together.
+        // No answer belongs to a single worker. An exchange that blocks a worker is visible in its record; if there
+        // is none and still no answer, all workers are late together.
         let each = doing.map(|doing| Look { late: doing.map_or(Duration::ZERO, |(_, time)| time), doing });
         let mut looks: Vec<Look> = each.collect();
         let all = late.iter().copied().min().unwrap_or_default();
@@ -173,7 +173,7 @@ impl Pacemaker {
                 let route = route.as_deref().unwrap_or("-");
                 let (lasted, untold) = (stall.lasted, (untold > 0).then_some(untold));
                 let why = if stall.is_crowd() {
-                    "many short tasks, or one that is no exchange, hold it up"
+                    "many short tasks, or one that is not an exchange, hold it up"
                 } else {
                     "everyone else on it waits meanwhile: what blocks belongs on another thread"
                 };

@@ -1,8 +1,8 @@
-//! What tokio knows of the workers' loops, read when somebody asks.
+//! Tokio's figures of the workers' event loops, read on demand.
 //!
-//! The workers count for themselves and are not disturbed: a scrape reads what they have published. They do so whenever
-//! they are about to wait and after every 61 tasks, so that a poll under way is in no figure of tokio's; the time of
-//! one that is an exchange's is added here. What needs `tokio_unstable` is missing without it.
+//! The workers publish their own counters, so a scrape does not disturb them. They publish before each wait and
+//! after every 61 tasks, so the current poll is not included; the time of an exchange that is being polled is added
+//! here. Figures that need `tokio_unstable` are missing without it.
 
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -15,67 +15,67 @@ use tokio::runtime::{Handle, RuntimeMetrics};
 use super::worker::Worker;
 use crate::metrics::family::{self, Family};
 
-/// The first bound of the poll times, in microseconds; tokio takes the next power of two of nanoseconds and doubles it
-/// from there. [`family::LOOP_POLL`] has the same bounds.
+/// The first bound of the poll times, in microseconds. Tokio rounds up to a power of two of nanoseconds and doubles
+/// it from there. [`family::LOOP_POLL`] has the same bounds.
 pub const POLL_TIME_FIRST_MICROS: u64 = 32;
-/// How many bounds there are, and one bucket more for what is beyond the last.
+/// Number of buckets: the bounds, and one for everything above.
 pub const POLL_TIME_BUCKETS: usize = family::POLL_TIMES.len() + 1;
 
-/// What one worker's loop has done so far, and how it is. What is `None` cannot be known: of a worker that shares its
-/// runtime with others, or in a build without `tokio_unstable`.
+/// What one worker's loop has done so far, and its state. `None`: unknown, because the worker shares its runtime,
+/// or the build lacks `tokio_unstable`.
 #[derive(Clone, Debug, Default, PartialEq, Serialize)]
 pub struct LoopFigures {
-    /// Its number, from 0; `all` for what workers that share a runtime have in common.
+    /// Its number, from 0; `all` for figures of a shared runtime.
     pub worker: String,
-    /// Seconds in which it waited for something to do.
+    /// Seconds in which it waited for events.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub wait_seconds: Option<f64>,
-    /// Seconds in which it did something.
+    /// Seconds in which it worked.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub busy_seconds: Option<f64>,
-    /// Times that it waited and was woken.
+    /// Number of waits that ended.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub wakeups: Option<u64>,
-    /// Events of sockets and the like that were ready.
+    /// Number of ready I/O events.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub ready_events: Option<u64>,
     /// Polls of tasks.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub polls: Option<u64>,
-    /// Polls by the time that they took, in the buckets of `forebay_loop_poll_seconds`.
+    /// Polls by duration, in the buckets of `forebay_loop_poll_seconds`.
     #[serde(skip)]
     pub poll_times: Option<Vec<u64>>,
-    /// Tasks that there are.
+    /// Number of tasks.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub tasks: Option<u64>,
-    /// Tasks that are ready and wait to be polled.
+    /// Number of tasks that are ready to be polled.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub run_queue: Option<u64>,
-    /// Sockets and the like that it watches.
+    /// Number of registered I/O sources.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub descriptors: Option<u64>,
-    /// The exchange that is polled at this moment.
+    /// The exchange that is being polled now.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub doing: Option<Doing>,
 }
 
-/// What a worker does at a moment.
+/// What a worker is doing now.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Doing {
     /// The phase, or the filter that runs in it.
     #[serde(rename = "where")]
     pub place: &'static str,
-    /// The route, if there is one yet.
+    /// The route, if one is chosen yet.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub route: Option<String>,
-    /// For how long this poll has lasted.
+    /// Duration of this poll so far.
     pub seconds: f64,
 }
 
-/// The workers of one gateway, as far as they have been found.
+/// The runtimes of one gateway that were found so far.
 pub(super) struct Runtimes(Mutex<Vec<Runtime>>);
 
-/// One runtime of tokio: with work stealing it has all workers, else one.
+/// One tokio runtime: it has all workers with work stealing, else one.
 pub(super) struct Runtime {
     metrics: RuntimeMetrics,
     workers: Vec<Known>,
@@ -83,10 +83,10 @@ pub(super) struct Runtime {
 
 struct Known {
     worker: &'static Worker,
-    /// When it was found, and how busy it had been by then.
+    /// When it was found, and its busy time at that moment.
     since: Instant,
     busy_before: Duration,
-    /// What was last told: neither may shrink.
+    /// The last reported values: neither may decrease.
     busy: Duration,
     wait: Duration,
 }
@@ -104,7 +104,7 @@ impl Runtime {
         Runtime { workers: workers.iter().enumerate().map(known).collect(), metrics }
     }
 
-    /// One row for each worker, and one for what they share if they are several.
+    /// One row per worker, and one for shared figures if there are several.
     fn figures(&mut self, now: Instant, rows: &mut Vec<LoopFigures>) {
         let common = self.common();
         let alone = self.workers.len() == 1;
@@ -130,7 +130,7 @@ impl Runtime {
         }
     }
 
-    /// What belongs to the runtime as a whole.
+    /// The figures of the runtime as a whole.
     fn common(&self) -> LoopFigures {
         let metrics = &self.metrics;
         let common = LoopFigures {
@@ -144,8 +144,8 @@ impl Runtime {
 }
 
 impl Known {
-    /// For how long it was busy and for how long it waited. `total` is tokio's count, read before what is polled now:
-    /// so a poll that is still under way is in none of it.
+    /// Its busy and waiting time. `total` is tokio's count, read before the current poll, so it does not include an
+    /// unfinished one.
     fn times(&mut self, total: Duration, now: Instant) -> (Duration, Duration) {
         let polled = self.worker.doing(now).map_or(Duration::ZERO, |(_, time)| time);
         let all = now.saturating_duration_since(self.since);
@@ -159,7 +159,7 @@ impl Known {
 mod unstable {
     use super::{LoopFigures, RuntimeMetrics};
 
-    /// What tokio knows of one worker. Its queue is added to the one of its runtime, if that is in the same row.
+    /// Adds tokio's figures of one worker. If the row is also the runtime's, adds the queue of the runtime.
     pub(super) fn add(row: LoopFigures, metrics: &RuntimeMetrics, place: usize) -> LoopFigures {
         let buckets = metrics.poll_time_histogram_num_buckets();
         let queue = metrics.worker_local_queue_depth(place) as u64;
@@ -173,7 +173,7 @@ mod unstable {
         }
     }
 
-    /// What tokio knows of the driver that a runtime's workers share.
+    /// Adds the figures of the I/O driver that a runtime's workers share.
     pub(super) fn add_common(row: LoopFigures, metrics: &RuntimeMetrics) -> LoopFigures {
         let gone = metrics.io_driver_fd_deregistered_count();
         LoopFigures {
@@ -206,20 +206,20 @@ impl Runtimes {
         self.lock().push(runtime);
     }
 
-    /// Every worker, in the order of their numbers, then what they share.
+    /// All workers by number, then the shared figures.
     pub(super) fn figures(&self, now: Instant) -> Vec<LoopFigures> {
         let mut rows = Vec::new();
         self.lock().iter_mut().for_each(|runtime| runtime.figures(now, &mut rows));
         rows
     }
 
-    /// Taken by those who ask, never by a worker.
+    /// Locked by readers only, never by a worker.
     fn lock(&self) -> std::sync::MutexGuard<'_, Vec<Runtime>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-/// A family that is one figure of each worker.
+/// A family with one value per worker.
 type Column = (&'static Family, fn(&LoopFigures) -> Option<f64>);
 
 const COLUMNS: [Column; 8] = [
@@ -237,7 +237,7 @@ fn count(figure: Option<u64>) -> Option<f64> {
     figure.map(|figure| figure as f64)
 }
 
-/// Reads the figures whenever `/metrics` is asked for.
+/// Reads the figures on each scrape of `/metrics`.
 pub(super) struct LoopCollector {
     runtimes: Arc<Runtimes>,
     descs: Vec<Desc>,
@@ -261,7 +261,7 @@ impl Collector for LoopCollector {
             let samples = rows.iter().filter_map(|row| Some(family.sample(&[&row.worker], figure(row)?)));
             family.read(samples.collect())
         };
-        // The sum is that of the busy time, which is polls and the little between them: tokio keeps none of its own.
+        // The sum is the busy time, which is the polls and little else: tokio has no sum of its own.
         let polls = rows.iter().filter_map(|row| {
             let times = row.poll_times.as_ref()?;
             Some(family::LOOP_POLL.distribution(&[&row.worker], times, row.busy_seconds.unwrap_or_default()))
@@ -302,7 +302,7 @@ mod tests {
         let begin = Instant::now();
         let mut known = known(begin);
         assert_eq!(known.times(ms(5), begin + ms(50)), (ms(0), ms(50)));
-        // What was done until then became known only now.
+        // What was done until then was published only now.
         assert_eq!(known.times(ms(45), begin + ms(60)), (ms(40), ms(50)));
         assert_eq!(known.times(ms(45), begin + ms(160)), (ms(40), ms(120)));
     }

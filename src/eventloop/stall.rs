@@ -1,23 +1,23 @@
-//! When a worker counts as stalled, and what is to blame: decisions without a clock or a thread.
+//! When a worker counts as stalled, and what caused it: decisions without clock or thread.
 //!
-//! `heartbeat` asks every worker for a sign of life and looks at it here.
+//! `heartbeat` probes every worker and evaluates the result here.
 
 use std::time::Duration;
 
 use super::worker::Word;
 use crate::metrics::LOOP;
 
-/// What is seen of one worker at one moment.
+/// The state of one worker at one moment.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Look {
-    /// For how long it has been late; zero if it is not.
+    /// How late it is; zero if it is not.
     pub late: Duration,
-    /// The exchange that is polled, and for how long it has been.
+    /// The exchange that is being polled, and for how long.
     pub doing: Option<(Word, Duration)>,
 }
 
 impl Look {
-    /// What the worker is late for: the exchange that has been polled for most of the time, if there is one.
+    /// The cause of the delay: the exchange that was polled for most of the time, if there is one.
     fn blame(&self) -> Word {
         match self.doing {
             Some((word, polled)) if polled * 2 >= self.late => word,
@@ -26,24 +26,24 @@ impl Look {
     }
 }
 
-/// Something about a worker that is worth telling.
+/// An event to report.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum News {
-    /// It is stalled.
+    /// A stall begins.
     Begins(Stall),
-    /// It goes on.
+    /// A stall has ended.
     Ends(Stall),
 }
 
 /// One stall.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Stall {
-    /// What was running when it was noticed; the default is nothing in particular.
+    /// What was running when it was noticed; the default means no single exchange.
     pub word: Word,
-    /// For how long it has lasted.
+    /// Its duration so far.
     pub lasted: Duration,
-    /// How many stalls of this worker before it were not told, for there was one less than [`QUIET`] ago; `None`: nor
-    /// is this one.
+    /// Number of earlier stalls of this worker that were not logged because of [`QUIET`]; `None`: this one is not
+    /// logged either.
     pub untold: Option<u64>,
 }
 
@@ -53,17 +53,17 @@ impl Stall {
         self.word.spot().name()
     }
 
-    /// Whether nothing in particular is to blame.
+    /// Whether no single exchange is the cause.
     pub fn is_crowd(&self) -> bool {
         self.place() == LOOP
     }
 }
 
-/// After a stall was told, further ones of the same worker are counted only, for so long: a filter that blocks whenever
-/// it is called would fill the log.
+/// After a logged stall, further stalls of the same worker are only counted for this time: a filter that blocks on
+/// each call would flood the log.
 pub const QUIET: Duration = Duration::from_secs(1);
 
-/// Keeps in mind how one worker does.
+/// Tracks one worker.
 #[derive(Debug)]
 pub struct Watch {
     threshold: Duration,
@@ -73,7 +73,7 @@ pub struct Watch {
 }
 
 impl Watch {
-    /// One that calls a worker stalled when it is late by more than `threshold`.
+    /// Calls a worker stalled when it is late by more than `threshold`.
     pub fn new(threshold: Duration) -> Self {
         Watch { threshold, now: None, told_at: None, untold: 0 }
     }
@@ -83,7 +83,7 @@ impl Watch {
         self.now.is_some()
     }
 
-    /// Takes a look, `now` since whatever time.
+    /// Evaluates the state at the time `now`, measured from any fixed point.
     pub fn look(&mut self, look: Look, now: Duration) -> Option<News> {
         match &mut self.now {
             None if look.late > self.threshold => {
@@ -96,7 +96,7 @@ impl Watch {
                 stall.lasted = look.late;
                 None
             }
-            // A later sign of life is awaited already.
+            // A later probe is already due.
             Some(stall) if look.late <= self.threshold => {
                 let over = *stall;
                 self.now = None;
@@ -106,7 +106,7 @@ impl Watch {
         }
     }
 
-    /// The sign of life came after so long: the last stall has lasted that long, if there is one.
+    /// The probe was answered after this time, which is the duration of the last stall, if there was one.
     pub fn came(&mut self, late: Duration) {
         if let Some(stall) = &mut self.now {
             stall.lasted = stall.lasted.max(late);

@@ -1,7 +1,7 @@
-//! What runs on a worker just now: a word for each, which the worker writes and others read.
+//! What each worker is doing now: a word of memory that the worker writes and others read.
 //!
-//! An exchange's future, the phase it is in and the filter that is called set it in passing: plain stores to memory
-//! that only this worker writes. So a thread that stands still can be asked what it is doing.
+//! An exchange's future, its phase and a called filter set it in passing: plain stores to memory that only this
+//! worker writes. So a blocked thread can still be inspected.
 
 use std::cell::Cell;
 use std::collections::BTreeMap;
@@ -15,12 +15,11 @@ use crate::metrics::LOOP;
 use crate::phase::Phase;
 use crate::phase::journal::{self, Cycle};
 
-/// Where time is spent: a phase, or a filter that runs in it. Its name comes from a closed set.
+/// Where time is spent: a phase, or a filter in it. The set of names is closed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Spot(u16);
 
-/// The keys and labels of filters that were met, in the order in which they were; there are as many as configurations
-/// of this process have named.
+/// Filter keys and labels in order of first use. Their number is bounded by the configurations of this process.
 static FILTERS: Mutex<Vec<&'static str>> = Mutex::new(Vec::new());
 
 impl Spot {
@@ -29,7 +28,7 @@ impl Spot {
         Spot(phase as u16 + 1)
     }
 
-    /// A filter, by its key in YAML or its own label. Ask once, when it is built: a new one is kept for ever.
+    /// A filter, by its YAML key or its own label. Call once, at build time: new labels are never freed.
     pub fn filter(label: &str) -> Spot {
         let mut filters = lock(&FILTERS);
         let place = filters.iter().position(|&known| known == label).unwrap_or_else(|| {
@@ -50,7 +49,7 @@ impl Spot {
     }
 }
 
-/// Names a route in a [`Word`] for as long as this lives.
+/// Registers a route's name for use in a [`Word`], until this is dropped.
 #[derive(Debug)]
 pub struct RouteTag(u32);
 
@@ -58,7 +57,7 @@ static ROUTES: Mutex<BTreeMap<u32, Arc<str>>> = Mutex::new(BTreeMap::new());
 static TAGS: AtomicU32 = AtomicU32::new(1);
 
 impl RouteTag {
-    /// A tag for the route of this name. Ask once, when it is built.
+    /// A tag for the route of this name. Call once, at build time.
     pub fn new(name: &str) -> RouteTag {
         let tag = TAGS.fetch_add(1, Ordering::Relaxed);
         lock(&ROUTES).insert(tag, name.into());
@@ -72,17 +71,17 @@ impl Drop for RouteTag {
     }
 }
 
-/// Held for a look-up, where something is built or told; never on the way of a request.
+/// Locked at build time or for reports, never on the request path.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// What an exchange is at: its [`Spot`] and its route, if it has one yet.
+/// Where an exchange is: its [`Spot`], and its route once one is chosen.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Word(u64);
 
 impl Word {
-    /// An exchange that has no route yet.
+    /// An exchange without a route yet.
     pub const fn at(spot: Spot) -> Word {
         Word(spot.0 as u64)
     }
@@ -100,13 +99,13 @@ impl Word {
         Spot(self.0 as u16)
     }
 
-    /// The name of its route, if it has one that is still there.
+    /// The name of its route, if it has one that still exists.
     pub fn route(self) -> Option<Arc<str>> {
         lock(&ROUTES).get(&((self.0 >> 16) as u32)).cloned()
     }
 }
 
-/// One worker thread. On a cache line of its own: its thread writes all the time, others seldom look.
+/// One worker thread. It has its own cache line: its thread writes often, others read rarely.
 #[derive(Debug)]
 #[repr(align(128))]
 pub struct Worker {
@@ -119,7 +118,7 @@ pub struct Worker {
     doing: AtomicU64,
     /// When the present poll began, in nanoseconds since the epoch.
     since: AtomicU64,
-    /// Nanoseconds by which its loop was late, all stalls together, as far as the heartbeat has seen them.
+    /// Total lag of its loop in nanoseconds, as far as the heartbeat has seen it.
     lag: AtomicU64,
 }
 
@@ -128,7 +127,7 @@ impl Worker {
         Worker { index, place, epoch, doing: AtomicU64::new(0), since: AtomicU64::new(0), lag: AtomicU64::new(0) }
     }
 
-    /// An exchange is polled from now on. Gives what was polled before, which is nothing unless futures are nested.
+    /// A poll begins. Returns the previous word, which is zero unless futures are nested.
     pub(super) fn begin(&self, word: Word, now: Instant) -> Word {
         let outer = self.word();
         self.since.store(nanos(now.saturating_duration_since(self.epoch)), Ordering::Relaxed);
@@ -136,21 +135,21 @@ impl Worker {
         outer
     }
 
-    /// The poll is over. Gives what the exchange is at.
+    /// The poll ends. Returns the exchange's current word.
     pub(super) fn end(&self, outer: Word) -> Word {
         let word = self.word();
         self.set(outer);
         word
     }
 
-    /// What is polled now, and for how long it has been; `None` if no exchange is.
+    /// What is being polled, and for how long; `None` if no exchange is.
     pub fn doing(&self, now: Instant) -> Option<(Word, Duration)> {
         let word = Word(self.doing.load(Ordering::Acquire));
         let since = self.epoch + Duration::from_nanos(self.since.load(Ordering::Relaxed));
         (word != Word::default()).then(|| (word, now.saturating_duration_since(since)))
     }
 
-    /// Its loop has been late by so much, all stalls together.
+    /// Sets the total lag.
     pub(super) fn set_lag(&self, lag: Duration) {
         self.lag.store(nanos(lag), Ordering::Relaxed);
     }
@@ -159,7 +158,7 @@ impl Worker {
         Word(self.doing.load(Ordering::Relaxed))
     }
 
-    /// Releases `since`, so that whoever sees the word does not take the time of an earlier one for its own.
+    /// Releases `since`, so that a reader of the word never combines it with an older time.
     fn set(&self, word: Word) {
         self.doing.store(word.0, Ordering::Release);
     }
@@ -176,7 +175,7 @@ thread_local! {
 /// The workers of a runtime.
 struct Crew {
     runtime: Id,
-    /// One, or as many as the runtime has threads.
+    /// One worker, or one per thread of the runtime.
     workers: Vec<&'static Worker>,
     #[cfg(not(tokio_unstable))]
     joined: std::sync::atomic::AtomicUsize,
@@ -184,7 +183,7 @@ struct Crew {
 
 static CREWS: Mutex<Vec<Crew>> = Mutex::new(Vec::new());
 
-/// Says whose workers the threads of this runtime are.
+/// Registers the workers of this runtime's threads.
 pub(super) fn enrol(runtime: Id, workers: Vec<&'static Worker>) {
     lock(&CREWS).push(Crew {
         runtime,
@@ -194,18 +193,18 @@ pub(super) fn enrol(runtime: Id, workers: Vec<&'static Worker>) {
     });
 }
 
-/// These threads are nobody's any more; another runtime may get the number of theirs.
+/// Unregisters workers, because another runtime may reuse their runtime's id.
 pub(super) fn dismiss(workers: &[&'static Worker]) {
     lock(&CREWS).retain(|crew| !crew.workers.iter().any(|one| workers.iter().any(|other| std::ptr::eq(*one, *other))));
 }
 
-/// The worker whose thread this is. `None` on other threads.
+/// The worker of this thread. `None` on other threads.
 #[inline]
 pub fn here() -> Option<&'static Worker> {
     HERE.get().or_else(join)
 }
 
-/// A thread finds its worker once.
+/// The slow path: each thread looks up its worker once.
 #[cold]
 fn join() -> Option<&'static Worker> {
     let handle = Handle::try_current().ok()?;
@@ -220,25 +219,25 @@ fn join() -> Option<&'static Worker> {
     worker
 }
 
-/// Tokio's number of this thread, which its figures go by; `None` outside of its workers.
+/// Tokio's index of this thread, as in its metrics; `None` outside its workers.
 #[cfg(tokio_unstable)]
 fn thread_number(_: &Crew) -> Option<usize> {
     tokio::runtime::worker_index()
 }
 
-/// Tokio does not tell, so threads are numbered as they come; its own figures may be those of another one.
+/// Tokio does not expose its index, so threads are numbered in order of arrival; tokio's figures may then belong to
+/// another worker.
 #[cfg(not(tokio_unstable))]
 fn thread_number(crew: &Crew) -> Option<usize> {
     Some(crew.joined.fetch_add(1, Ordering::Relaxed))
 }
 
-/// By how much the loop of this thread has been late since it began, all stalls together. Zero on threads that are no
-/// workers, and where workers share their tasks.
+/// Total lag of this thread's loop. Zero on other threads, and if workers share their tasks.
 pub fn lag() -> Duration {
     here().map_or(Duration::ZERO, |worker| Duration::from_nanos(worker.lag.load(Ordering::Relaxed)))
 }
 
-/// The cycle of the loop that this thread is in. `None` on threads that are no workers.
+/// The current cycle of this thread's loop. `None` on threads that are not workers.
 pub fn cycle() -> Option<Cycle> {
     let worker = here()?;
     let metrics = Handle::try_current().ok()?.metrics();
@@ -249,13 +248,13 @@ pub fn cycle() -> Option<Cycle> {
     Some(Cycle { worker: worker.index, number: metrics.worker_park_count(worker.place), events })
 }
 
-/// The same if somebody wants journals, whose exchanges are not known yet.
+/// The same, but only if journals are wanted, since the exchange is not known yet.
 #[inline]
 pub fn cycle_if_wanted() -> Option<Cycle> {
     if journal::wanted() { cycle() } else { None }
 }
 
-/// The exchange that is polled here goes on to `phase`.
+/// The exchange that is being polled enters `phase`.
 #[inline]
 pub fn enter(phase: Phase) {
     if let Some(worker) = HERE.get() {
@@ -263,7 +262,7 @@ pub fn enter(phase: Phase) {
     }
 }
 
-/// The exchange that is polled here has found its route.
+/// The exchange that is being polled has a route now.
 #[inline]
 pub fn take_route(tag: &RouteTag) {
     if let Some(worker) = HERE.get() {
@@ -271,7 +270,7 @@ pub fn take_route(tag: &RouteTag) {
     }
 }
 
-/// Runs `call` as what happens at `spot`.
+/// Runs `call` and attributes its time to `spot`.
 #[inline]
 pub(super) fn at<T>(spot: Spot, call: impl FnOnce() -> T) -> T {
     let Some(worker) = HERE.get() else { return call() };

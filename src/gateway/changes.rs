@@ -1,7 +1,7 @@
-//! What differs between two configurations, and what each difference does to the traffic when it is applied.
+//! Compares two configurations and states the effect of each difference on the traffic.
 //!
-//! A pure comparison of what is in effect: defaults count as if they were written. Things that have a name (listeners,
-//! routes, upstreams) or an address (endpoints) are compared with the ones of that name, wherever they stand in a list.
+//! A pure comparison of effective values, defaults included. Things with a name (listeners, routes, upstreams) or
+//! an address (endpoints) are matched by it, whatever their position in a list.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 
@@ -14,50 +14,48 @@ use crate::error::path::{join, key};
 /// One difference.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Change {
-    /// Where, such as `upstreams.app.timeouts.connect`. Items of a list are called by their name or address.
+    /// The path, such as `upstreams.app.timeouts.connect`. List items are identified by name or address.
     pub path: String,
-    /// What it was; `None`: it is added. Secrets are left out.
+    /// The old value; `None`: it is added. Secrets are removed.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub from: Option<String>,
-    /// What it is now; `None`: it is removed. Secrets are left out.
+    /// The new value; `None`: it is removed. Secrets are removed.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub to: Option<String>,
-    /// The file and line in which it is written, such as `forebay.yaml:7`: as it is now, or else as it was. `None`: it is
-    /// a default.
+    /// File and line, such as `forebay.yaml:7`: of the new value, or else of the old one. `None`: it is a default.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub at: Option<String>,
-    /// What becomes of the traffic.
+    /// The effect on the traffic.
     pub effect: Effect,
-    /// How many connections or exchanges end on what was before, where that can be counted.
+    /// Number of connections or exchanges that finish with the old value, where they can be counted.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub drains: Option<u64>,
 }
 
-/// What becomes of the traffic when a difference is applied.
+/// The effect of a difference on the traffic.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Effect {
-    /// The next request goes by it.
+    /// Applies from the next request.
     NextRequest,
-    /// New connections of the listener go by it; those that are open keep what they began with.
+    /// Applies to new connections of the listener; open ones keep the old value.
     NewConnections,
     /// The listener is opened.
     ListenerOpens,
-    /// The listener is closed; its connections end with the answer to their next request.
+    /// The listener closes; its connections end after the response to their next request.
     ListenerCloses,
-    /// The endpoint may be chosen from the next request on.
+    /// The endpoint can be chosen from the next request on.
     EndpointAdded,
-    /// The endpoint gets no further requests, and ends those that it has.
+    /// The endpoint gets no new requests and finishes its active ones.
     EndpointDrained,
-    /// The upstream begins anew with what it knows of its endpoints' health; connections that would be made in the same
-    /// way are kept.
+    /// The upstream's health state starts over; connections with unchanged settings are kept.
     UpstreamRebuilt,
-    /// Nothing: only a new process can change it.
+    /// No effect: it requires a new process.
     NewProcess,
 }
 
 impl Effect {
-    /// It in words, behind the difference.
+    /// The effect in words, shown behind the difference.
     pub fn words(self) -> &'static str {
         match self {
             Effect::NextRequest => "from the next request on",
@@ -72,24 +70,25 @@ impl Effect {
     }
 }
 
-/// What only a new process can change: sockets of its own, threads, disks, and what is set up once.
+/// Sections that require a new process: admin sockets, threads, disks, and one-time set-up.
 const PROCESS: [&str; 3] = ["admin", "observability", "resources"];
 
-/// The keys of an upstream that say where its endpoints are, or who of them is chosen: the rest stays as it is.
+/// Keys of an upstream that change only the endpoints or their choice: the rest of its state is kept.
 const GENTLE: [&str; 6] = ["endpoints", "dns", "file", "load_balancing", "health_check", "outlier_detection"];
 
-/// Below this depth a change is reported as a whole: its parts mean little alone.
+/// Changes at this depth are reported as a whole: their parts mean little alone.
 const WHOLE_FROM: usize = 6;
 
-/// Differences that one line of the log names.
+/// Limit on differences in one log line.
 const SUMMARY_MAX: usize = 8;
 
-/// Characters of a value that are shown.
+/// Limit on shown characters of a value.
 const SHOWN_MAX: usize = 120;
 
-/// What differs, in the order of the paths.
+/// The differences, sorted by path.
 ///
-/// What has a name is compared as it is written, and only what differs is taken apart: of ten thousand routes, few do.
+/// Named things are first compared in serialized form, and only different ones are compared in detail: of ten
+/// thousand routes, few differ.
 pub fn between(before: &Config, after: &Config) -> Vec<Change> {
     let mut found = Vec::new();
     if let Some((from, to)) = reordered(before, after) {
@@ -120,31 +119,31 @@ pub fn between(before: &Config, after: &Config) -> Vec<Change> {
     found
 }
 
-/// The paths among these that only a new process can change.
+/// The paths of the changes that require a new process.
 pub fn need_process(changes: &[Change]) -> Vec<String> {
     let needing = changes.iter().filter(|change| change.effect == Effect::NewProcess);
     needing.map(|change| change.path.clone()).collect()
 }
 
-/// Things of one kind, by their names.
+/// Things of one kind, by name.
 type Items = for<'c> fn(&'c Config) -> BTreeMap<String, Item<'c>>;
 
-/// Something that has a name.
+/// A named thing.
 struct Item<'c> {
     path: String,
     item: &'c dyn Shown,
-    /// As it is in effect, in a form that can only be compared.
+    /// Its effective value, serialized for comparison only.
     written: Vec<u8>,
 }
 
-/// What can be shown as JSON.
+/// A value that can be shown as JSON.
 trait Shown {
     fn value(&self) -> Value;
 }
 
 impl<T: Serialize> Shown for T {
     fn value(&self) -> Value {
-        // Not reached, the error: it is made of structs and maps whose keys are text.
+        // The error cannot happen: the value consists of structs and maps with text keys.
         serde_json::to_value(self).unwrap_or_default()
     }
 }
@@ -168,15 +167,15 @@ fn upstreams(config: &Config) -> BTreeMap<String, Item<'_>> {
     all.map(|(name, upstream)| (name.clone(), item(join("upstreams", &key(name)), upstream))).collect()
 }
 
-/// A part of a configuration: as it is in effect, and as it may be shown.
+/// A part of a configuration: its effective value, and its form for display.
 struct Part<'c> {
     config: &'c Config,
-    /// Where it is written.
+    /// Its path.
     path: String,
     real: Value,
-    /// The same without secrets.
+    /// The value without secrets.
     shown: Value,
-    /// By what endpoints are called here, where in their list they are; none if there are no endpoints in it.
+    /// The index of each endpoint by its name here; empty if the part has no endpoints.
     endpoints: HashMap<String, usize>,
 }
 
@@ -196,14 +195,14 @@ impl<'c> Part<'c> {
         Part { config, path, real, shown, endpoints: HashMap::new() }
     }
 
-    /// The same with the list of endpoints, if there is one, as a map by their addresses.
+    /// Turns the list of endpoints, if there is one, into a map by address.
     fn with_named_endpoints(mut self) -> Self {
         let Some(list) = self.real.get("endpoints").and_then(Value::as_array) else { return self };
         let mut names: Vec<String> = Vec::with_capacity(list.len());
         let mut known: HashMap<String, usize> = HashMap::new();
         for item in list {
             let name = item.get("address").and_then(Value::as_str).unwrap_or_default().to_owned();
-            // Of an address that is there twice, both count.
+            // If an address occurs twice, both entries count.
             let times = known.entry(name.clone()).and_modify(|times| *times += 1).or_insert(1);
             names.push(if *times == 1 { name } else { format!("{name} ({times})") });
         }
@@ -220,7 +219,7 @@ impl<'c> Part<'c> {
         Sides { part: self, real: &self.real, shown: &self.shown }
     }
 
-    /// Where the value to which these steps lead is written; the first of them lead to the part.
+    /// The position of the value at the end of these steps; the first steps lead to the part.
     fn place(&self, steps: &[String]) -> Option<String> {
         let inside = if self.path.is_empty() { steps } else { steps.get(2..)? };
         let mut path = self.path.clone();
@@ -234,7 +233,7 @@ impl<'c> Part<'c> {
     }
 }
 
-/// The file and line in which this is written.
+/// The file and line of this path.
 fn place(config: &Config, path: &str) -> Option<String> {
     config.place(path).map(|(file, line)| format!("{file}:{line}"))
 }
@@ -250,7 +249,7 @@ impl<'v> Sides<'v> {
         Some(Sides { real, shown: self.shown.get(name).unwrap_or(&Value::Null), ..self })
     }
 
-    /// It in one line, cut where it is too long to be read.
+    /// One line of text, cut to a readable length.
     fn text(self) -> String {
         let text = self.shown.as_str().map_or_else(|| self.shown.to_string(), str::to_owned);
         match text.char_indices().nth(SHOWN_MAX) {
@@ -260,7 +259,7 @@ impl<'v> Sides<'v> {
     }
 }
 
-/// The routes that both have, if they stand in another order: that decides between two that take the same request.
+/// The common routes in both orders, if the orders differ: the order decides between routes of equal rank.
 fn reordered(before: &Config, after: &Config) -> Option<(String, String)> {
     fn both<'c>(these: &'c Config, others: &Config) -> Vec<&'c str> {
         let others: HashSet<&str> = others.routes.iter().map(|route| &*route.name).collect();
@@ -271,7 +270,7 @@ fn reordered(before: &Config, after: &Config) -> Option<(String, String)> {
     Some((format!("{} comes first", before[moved]), format!("{} comes first", after[moved])))
 }
 
-/// A change, and the names that lead to it.
+/// A change, and its path as a list of names.
 type Difference = (Vec<String>, Change);
 
 fn differ(steps: &mut Vec<String>, before: Option<Sides<'_>>, after: Option<Sides<'_>>, found: &mut Vec<Difference>) {
@@ -318,7 +317,7 @@ fn effect(steps: &[String], was: bool, is: bool) -> Effect {
     }
 }
 
-/// The differences as they are read by people, one a line.
+/// The differences for people, one per line.
 pub fn told(changes: &[Change]) -> String {
     let mut text = String::new();
     for Change { path, from, to, at, effect, drains } in changes {
@@ -335,7 +334,7 @@ pub fn told(changes: &[Change]) -> String {
     text
 }
 
-/// What differs in a few words, for one line in the log.
+/// A short summary for one log line.
 pub fn summary(changes: &[Change]) -> String {
     if changes.is_empty() {
         return "nothing differs".to_owned();
@@ -364,7 +363,7 @@ routes: [ { name: all, upstream: app } ]
         Config::parse("test.yaml", text, Catalog::builtin().kinds()).unwrap_or_else(|report| panic!("{report}"))
     }
 
-    /// What differs once these words are replaced.
+    /// The differences after replacing these words.
     fn after(pairs: &[(&str, &str)]) -> Vec<(String, Effect)> {
         let text = pairs.iter().fold(BASE.to_owned(), |text, (from, to)| {
             assert!(text.contains(from), "{from}");

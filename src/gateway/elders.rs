@@ -1,7 +1,7 @@
-//! Older processes that end what they have under way, while this one serves: how many there are.
+//! Counts the older processes that are still finishing while this one serves.
 //!
-//! Each has one end of a socket that nothing is said by any more, and this process the other. When the process ends,
-//! however it does, its end closes. A further process that takes over gets these ends as well.
+//! Each older process holds one end of a silent socket, and this process the other. When the process exits, its end
+//! closes. A further new process inherits these ends.
 
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -17,11 +17,11 @@ use crate::metrics::upgrade::UpgradeMetrics;
 pub struct Elders(Arc<Mutex<Vec<OwnedFd>>>);
 
 impl Elders {
-    /// Those whose ends these are; a thread waits for their end.
+    /// Watches the processes behind these ends, on a thread.
     ///
     /// # Errors
     ///
-    /// The system has no thread or descriptor to give.
+    /// The system has no thread or descriptor left.
     pub fn watch(&self, ends: Vec<OwnedFd>, metrics: UpgradeMetrics) -> io::Result<()> {
         let mut watched = ends.iter().map(OwnedFd::try_clone).collect::<io::Result<Vec<_>>>()?;
         lock(&self.0).extend(ends);
@@ -46,17 +46,17 @@ impl Elders {
         thread::Builder::new().name("elders".to_owned()).spawn(run).map(drop)
     }
 
-    /// How many there are.
+    /// Number of older processes.
     pub fn count(&self) -> usize {
         self.drop_ended();
         lock(&self.0).len()
     }
 
-    /// Their ends once more, for another process.
+    /// Duplicates of the ends, for another process.
     ///
     /// # Errors
     ///
-    /// The system has no further descriptor.
+    /// The system has no descriptor left.
     pub fn duplicates(&self) -> io::Result<Vec<OwnedFd>> {
         self.drop_ended();
         lock(&self.0).iter().map(OwnedFd::try_clone).collect()
@@ -71,12 +71,12 @@ impl Elders {
     }
 }
 
-/// Looks whether the other end is closed; the kernel reports that whatever is asked for.
+/// Polls for a closed peer; the kernel always reports that.
 fn asking(end: &OwnedFd) -> libc::pollfd {
     libc::pollfd { fd: end.as_raw_fd(), events: 0, revents: 0 }
 }
 
-/// Waits for an answer for this number of milliseconds; -1 waits for one without end. An interruption counts as none.
+/// Polls for this number of milliseconds; -1 waits without limit. An interruption returns early.
 fn poll(asked: &mut [libc::pollfd], milliseconds: libc::c_int) {
     let count = libc::nfds_t::try_from(asked.len()).unwrap_or(libc::nfds_t::MAX);
     // SAFETY: the pointer is to that number of entries, which outlive the call.

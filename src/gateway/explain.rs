@@ -1,8 +1,8 @@
-//! What becomes of a request, by a configuration and nothing else: `forebay match`.
+//! Explains how a configuration handles a request, for `forebay match`.
 //!
-//! The listener, the checks of the header and the choice of the route are the code that serves, asked about a request
-//! that nobody sends. No socket is bound, no name is resolved, no filter runs. That a route does not take a request is
-//! explained by the same code as well: by tables of that route alone, with one condition after the other.
+//! The listener, the header checks and the route selection run the same code as in production, on a request that is
+//! never sent. No socket is bound, no name is resolved, no filter runs. The same code also explains why a route
+//! does not match: with tables of that route alone, one condition after the other.
 
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::sync::Arc;
@@ -34,136 +34,136 @@ use crate::proxy::routes::table::{Query, Table};
 
 use super::parts::{Fit, Ground, Parts, fittings};
 
-/// Connections may be as many as anybody likes: none is made.
+/// Connection limits do not matter: no connection is made.
 const UNLIMITED: u64 = 1 << 20;
 
-/// A request that is asked about.
+/// A request to explain.
 #[derive(Clone, Debug)]
 pub struct Question {
     /// Its method.
     pub method: String,
-    /// Where it goes: a whole URL. Its port and scheme choose the listener.
+    /// The whole URL. Its port and scheme select the listener.
     pub url: Uri,
     /// Its header fields besides `Host`.
     pub fields: Vec<(String, String)>,
-    /// Who sends it.
+    /// The client's address.
     pub client: IpAddr,
-    /// The listener that it comes in by, if the URL does not tell.
+    /// The listener, if the URL does not determine it.
     pub listener: Option<String>,
 }
 
 impl Question {
-    /// Where requests come from unless another address is given.
+    /// The default client address.
     pub const CLIENT: IpAddr = IpAddr::V4(Ipv4Addr::LOCALHOST);
 }
 
-/// What becomes of it.
+/// The explanation.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Explanation {
-    /// The listener that it comes in by.
+    /// The listener that receives the request.
     pub listener: Thing,
-    /// What is done with it.
+    /// The result.
     pub outcome: Outcome,
-    /// The filters of its route, in the order in which requests pass them.
+    /// The filters of its route, in order of execution.
     pub filters: Vec<Thing>,
-    /// The upstreams that its route leads to.
+    /// The upstreams of its route.
     pub upstreams: Vec<Thing>,
-    /// What holds for it, and where that is written.
+    /// The values that apply, and their positions.
     pub values: Vec<Held>,
-    /// Why other routes do not take it.
+    /// Why other routes do not match.
     pub others: Vec<Other>,
 }
 
-/// What is done with a request.
+/// The result for a request.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 #[serde(rename_all = "snake_case", tag = "is")]
 pub enum Outcome {
-    /// This route takes it.
+    /// A route matches.
     Routed {
         /// The route.
         route: Thing,
     },
-    /// Forebay refuses it.
+    /// Forebay refuses the request.
     Refused {
         /// The reason, as in metrics and logs.
         reason: String,
-        /// The status that the client gets.
+        /// The status sent to the client.
         status: u16,
     },
-    /// Forebay answers it itself.
+    /// Forebay responds itself.
     Answered {
         /// The status.
         status: u16,
-        /// Where the client is sent, if it is.
+        /// The target of a redirect.
         location: Option<String>,
     },
-    /// The connection passes as it is.
+    /// The connection is forwarded unchanged.
     PassedOn {
-        /// Whereto.
+        /// The destination.
         upstream: String,
     },
 }
 
-/// Where something is written.
+/// A position in a file.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Written {
     /// The file.
     pub file: String,
-    /// The line in it, from 1.
+    /// The 1-based line.
     pub line: usize,
 }
 
-/// Something that is written in the configuration.
+/// A named part of the configuration.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Thing {
-    /// How it is called.
+    /// Its name.
     pub name: String,
     /// Its path.
     pub path: String,
-    /// Where it begins.
+    /// Its position.
     #[serde(flatten)]
     pub at: Option<Written>,
-    /// What else is to be said of it.
+    /// A remark.
     #[serde(skip_serializing_if = "String::is_empty")]
     pub more: String,
 }
 
-/// A value that holds.
+/// A value that applies.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Held {
     /// Its path.
     pub path: String,
     /// The value.
     pub value: String,
-    /// Where it is written; `None`: it is the default.
+    /// Its position; `None`: it is a default.
     #[serde(flatten)]
     pub at: Option<Written>,
 }
 
-/// A route that does not take the request.
+/// A route that does not match.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Other {
     /// Its name.
     pub route: String,
-    /// Where it begins.
+    /// Its position.
     #[serde(flatten)]
     pub at: Option<Written>,
-    /// Why it does not.
+    /// Why it does not match.
     pub why: String,
 }
 
-/// Why nothing can be said of a request.
+/// Why a request cannot be explained.
 #[derive(Debug, thiserror::Error)]
 pub enum Unclear {
-    /// It is none.
+    /// The request is invalid.
     #[error("{0}")]
     Request(String),
-    /// It could come in by any of these listeners, or by none.
+    /// Several listeners could receive it, or none.
     #[error("{0}")]
     Listener(String),
 }
 
-/// A configuration that is asked about requests.
+/// A configuration that can explain requests.
 pub struct Explainer {
     config: Config,
     metrics: Metrics,
@@ -173,11 +173,11 @@ pub struct Explainer {
 }
 
 impl Explainer {
-    /// Builds what the gateway goes by, without binding a socket or resolving a name.
+    /// Builds routes, filters and listeners without binding a socket or resolving a name.
     ///
     /// # Errors
     ///
-    /// All that is wrong with the configuration.
+    /// All errors of the configuration.
     pub fn new(catalog: &Catalog, config: Config) -> Result<Explainer, Vec<BuildError>> {
         let metrics = Metrics::new(u64::MAX, Vec::new());
         let ground = Ground::offline(catalog.clone(), metrics.clone());
@@ -202,11 +202,11 @@ impl Explainer {
         Ok(Explainer { config, metrics, challenges, generation, listeners })
     }
 
-    /// The name of the route that takes a request; `None`: none does.
+    /// The name of the matching route; `None`: no route matches.
     ///
     /// # Errors
     ///
-    /// Nothing can be said of it.
+    /// The request cannot be explained.
     pub fn route(&self, question: &Question) -> Result<Option<String>, Unclear> {
         let index = self.listener(question)?;
         let decided = self.decide(question, index)?;
@@ -216,11 +216,11 @@ impl Explainer {
         })
     }
 
-    /// Says what becomes of a request.
+    /// Explains a request.
     ///
     /// # Errors
     ///
-    /// Nothing can be said of it.
+    /// The request cannot be explained.
     pub fn explain(&self, question: &Question) -> Result<Explanation, Unclear> {
         let index = self.listener(question)?;
         let written = &self.config.listeners[index];
@@ -248,8 +248,8 @@ impl Explainer {
         Ok(explanation)
     }
 
-    /// The place of the listener that a request comes in by: that of the name, else that of the port, else the only one
-    /// that speaks so.
+    /// The index of the listener that receives a request: by name, else by port, else the only one with that
+    /// protocol.
     fn listener(&self, question: &Question) -> Result<usize, Unclear> {
         let all = &self.config.listeners;
         if let Some(name) = &question.listener {
@@ -280,7 +280,7 @@ impl Explainer {
         }
     }
 
-    /// What is done with a request, and the request as routes see it, if it comes so far.
+    /// The result for a request, and the request as routes see it, if it gets that far.
     fn decide(
         &self,
         question: &Question,
@@ -288,7 +288,7 @@ impl Explainer {
     ) -> Result<(Outcome, Option<(Exchange, RequestHeader)>), Unclear> {
         let listener = &self.listeners[index];
         let authority = question.url.authority().ok_or_else(|| {
-            Unclear::Request(format!("`{}` is no URL: write one such as https://host/path", question.url))
+            Unclear::Request(format!("`{}` is not a URL: write one such as https://host/path", question.url))
         })?;
         if let Some(relay) = &listener.tcp {
             return Ok((Outcome::PassedOn { upstream: relay.upstream.name.to_string() }, None));
@@ -344,17 +344,17 @@ impl Explainer {
         Ok((outcome, Some((exchange, request))))
     }
 
-    /// The request as it is read from a connection.
+    /// The request as parsed from a connection.
     fn request(&self, question: &Question, target: &str, header: &str) -> Result<RequestHeader, Unclear> {
         let wrong = |what: String| Unclear::Request(what);
         let method = Method::from_bytes(question.method.as_bytes())
-            .map_err(|_| wrong(format!("`{}` is no method", question.method)))?;
+            .map_err(|_| wrong(format!("`{}` is not a method", question.method)))?;
         let mut request = RequestHeader::build(method, target.as_bytes(), None)
-            .map_err(|error| wrong(format!("`{target}` is no target: {error}")))?;
+            .map_err(|error| wrong(format!("`{target}` is not a request target: {error}")))?;
         for line in header.lines().skip(1).filter(|line| !line.is_empty()) {
             let (name, value) = line.split_once(':').unwrap_or((line, ""));
             let added = request.append_header(name.to_owned(), value.trim());
-            added.map_err(|error| wrong(format!("`{line}` is no header field: {error}")))?;
+            added.map_err(|error| wrong(format!("`{line}` is not a header field: {error}")))?;
         }
         Ok(request)
     }
@@ -384,7 +384,7 @@ impl Explainer {
         }
     }
 
-    /// Every value at a path and below it.
+    /// All values at a path and below it.
     fn values(&self, path: &str, value: Option<&Value>, values: &mut Vec<Held>) {
         match value {
             None | Some(Value::Null) => {}
@@ -399,7 +399,7 @@ impl Explainer {
         }
     }
 
-    /// Why routes do not take a request, all but one.
+    /// Why all other routes do not match.
     fn others(&self, taken: Option<usize>, exchange: &Exchange, request: &RequestHeader) -> Vec<Other> {
         let name = taken.map(|taken| &*self.config.routes[taken].name);
         let others = self.config.routes.iter().enumerate().filter(|(index, _)| Some(*index) != taken);
@@ -415,7 +415,7 @@ impl Explainer {
             .collect()
     }
 
-    /// The first condition of a route that a request does not meet.
+    /// The first condition of a route that the request does not meet.
     fn objection(
         &self,
         matches: &Match,

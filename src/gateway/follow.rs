@@ -1,8 +1,8 @@
-//! Follows the files of the configuration (`run --watch`), and has it reloaded.
+//! Watches the files of the configuration (`run --watch`) and triggers reloads.
 //!
-//! Directories are watched and not files: an editor puts a new file in the place of the old one, and Kubernetes turns a
-//! link to a directory in which a link to the file leads. Which they are may change with every reload, for a file may
-//! include others. The result is in the log and the metrics.
+//! It watches directories, not files: an editor replaces a file by a new one, and Kubernetes switches a symbolic
+//! link to a directory. The set of directories may change with every reload because files can include others.
+//! Results of reloads are in the log and the metrics.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -17,30 +17,30 @@ use notify::{RecommendedWatcher, RecursiveMode, Watcher};
 
 use super::reload::Reloads;
 
-/// From the first word of a change until the file is read: editors and copies write in several steps.
+/// Delay between the first event and the reload: editors and copies write in several steps.
 const SETTLE: Duration = Duration::from_millis(200);
 
-/// It is read after this time, however much is written there still.
+/// Longest delay, even if events continue.
 const SETTLE_MAX: Duration = Duration::from_secs(2);
 
-/// How often the file is read without any word of a change: network file systems tell of none.
+/// How often the file is checked without an event: network file systems send none.
 const REFRESH: Duration = Duration::from_secs(30);
 
-/// The directories in which the files of the configuration are.
+/// The directories with files of the configuration.
 #[derive(Clone)]
 pub struct Watched {
     directories: Arc<Mutex<BTreeSet<PathBuf>>>,
-    /// Wakes who watches them.
+    /// Wakes the watcher.
     told: Sender<()>,
 }
 
 impl Watched {
-    /// From now on they are these.
+    /// Replaces the set of directories.
     pub fn set(&self, directories: &BTreeSet<PathBuf>) {
         self.change(|known| *known = whole(directories));
     }
 
-    /// These may be some of them as well.
+    /// Adds directories.
     pub fn add(&self, directories: &BTreeSet<PathBuf>) {
         self.change(|known| known.extend(whole(directories)));
     }
@@ -55,40 +55,40 @@ impl Watched {
         }
     }
 
-    /// Held for a look or a change, never on a worker.
+    /// Held for a short read or change, never on a worker.
     fn lock(&self) -> MutexGuard<'_, BTreeSet<PathBuf>> {
         self.directories.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-/// The same directories by names that mean the same wherever the process is.
+/// The same directories as absolute paths.
 fn whole(directories: &BTreeSet<PathBuf>) -> BTreeSet<PathBuf> {
     directories.iter().map(|path| std::path::absolute(path).unwrap_or_else(|_| path.clone())).collect()
 }
 
-/// What follows the files.
+/// Watches the files.
 pub struct Follower {
     watched: Watched,
     changes: Receiver<()>,
 }
 
 impl Follower {
-    /// One that looks at these directories first.
+    /// A follower that starts with these directories.
     pub fn new(directories: &BTreeSet<PathBuf>) -> Follower {
         let (told, changes) = channel();
         Follower { watched: Watched { directories: Arc::new(Mutex::new(whole(directories))), told }, changes }
     }
 
-    /// The directories that it looks at.
+    /// The watched directories.
     pub fn watched(&self) -> Watched {
         self.watched.clone()
     }
 
-    /// Watches on a thread of its own, to the end of the process.
+    /// Watches on its own thread until the process ends.
     ///
     /// # Errors
     ///
-    /// The system has no thread to give.
+    /// The system has no thread left.
     pub fn start(self, reloads: Reloads) -> std::io::Result<()> {
         thread::Builder::new().name("watch".to_owned()).spawn(move || self.run(&reloads)).map(drop)
     }
@@ -96,7 +96,7 @@ impl Follower {
     fn run(self, reloads: &Reloads) {
         let told = self.watched.told.clone();
         let mut watch = Watch::new(move |event: notify::Result<notify::Event>| {
-            // That a file is read is an event as well, and ours.
+            // Ignores read access, which is our own.
             if !event.is_ok_and(|event| event.kind.is_access()) {
                 // An error means that the follower has ended.
                 let _ = told.send(());
@@ -105,12 +105,12 @@ impl Follower {
         loop {
             let new = watch.look_at(&self.watched.lock().clone());
             if new {
-                // What was changed before they were watched is seen now.
+                // Detects changes from before the watch began.
                 reloads.apply_if_changed("watch");
             }
             if self.changes.recv_timeout(REFRESH).is_ok() {
-                // What comes while it settles belongs to the same change. Something else may be written there all the
-                // time, such as a log.
+                // Events during the delay belong to the same change. Other files, such as a log, may cause events
+                // all the time.
                 let begun = Instant::now();
                 while begun.elapsed() < SETTLE_MAX && self.changes.recv_timeout(SETTLE).is_ok() {}
             }
@@ -122,7 +122,7 @@ impl Follower {
 /// The directories that are watched.
 struct Watch {
     watcher: notify::Result<RecommendedWatcher>,
-    /// Each with its number on its disk: one that is made anew under its name is another.
+    /// Each with its device and inode number: a directory that was recreated under the same name is different.
     known: BTreeMap<PathBuf, Option<(u64, u64)>>,
 }
 
@@ -131,14 +131,14 @@ impl Watch {
         Watch { watcher: notify::recommended_watcher(told), known: BTreeMap::new() }
     }
 
-    /// Watches these from now on, and no others; tells whether any was not watched before.
+    /// Watches exactly these directories; returns whether any of them is new.
     fn look_at(&mut self, directories: &BTreeSet<PathBuf>) -> bool {
         let number = |path: &PathBuf| fs::metadata(path).ok().map(|data| (data.dev(), data.ino()));
         let wanted: BTreeMap<PathBuf, _> = directories.iter().map(|path| (path.clone(), number(path))).collect();
         let gone = self.known.iter().filter(|(path, number)| wanted.get(*path) != Some(*number));
         if let Ok(watcher) = &mut self.watcher {
             for (path, _) in gone {
-                // It may not exist any more; then it is not watched either.
+                // The directory may no longer exist; then its watch is gone, too.
                 let _ = watcher.unwatch(path);
             }
         }
@@ -192,7 +192,7 @@ mod tests {
         let (told, changes) = channel();
         let mut watch = Watch::new(move |_| _ = told.send(()));
         assert!(watch.look_at(&wanted) && !watch.look_at(&wanted));
-        // The new one is made first, so that it cannot get the number of the old one.
+        // The new one is created first, so that it cannot get the inode number of the old one.
         let other = dir.path().join("other");
         fs::create_dir(&other).unwrap();
         fs::remove_dir(&inner).unwrap();

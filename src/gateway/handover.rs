@@ -1,9 +1,8 @@
-//! What a running process and the one that takes over from it say to each other.
+//! The protocol between a running process and the one that takes over from it.
 //!
-//! The new process has one end of a pair of sockets as its standard input, so that nothing must be named in a file system
-//! and no descriptor must have a certain number. Messages are JSON, kept apart by the kernel (SOCK_SEQPACKET);
-//! listening sockets travel with them (SCM_RIGHTS, unix(7)), which needs no privilege. An end that closes says that its
-//! process has ended.
+//! The new process gets one end of a socket pair as its standard input, so that no file name or fixed descriptor
+//! number is needed. Messages are JSON, separated by the kernel (SOCK_SEQPACKET); listening sockets travel with
+//! them (SCM_RIGHTS, unix(7)), which needs no privilege. A closed end means that its process has ended.
 //!
 //! ```text
 //! new  ── Here ──►  old      it is a Forebay that knows this
@@ -25,59 +24,59 @@ use socket2::{Domain, SockRef, Socket, Type};
 
 use super::inherited::{Label, Opener};
 
-/// Says in the environment of a new process that its standard input is such a socket: the version of what is said.
+/// The environment variable that marks standard input as such a socket. Its value is the protocol version.
 pub const VARIABLE: &str = "FOREBAY_UPGRADE";
 
-/// The version of what is said.
+/// The protocol version.
 pub const VERSION: &str = "1";
 
-/// Descriptors that travel with one message; the kernel takes 253.
+/// Descriptors per message; the kernel allows 253.
 pub const AT_ONCE: usize = 64;
 
 /// The longest message.
 const MESSAGE_BYTES_MAX: usize = 160 << 10;
 
-/// The longest report that is passed on, in bytes; a longer one is in the log of the new process.
+/// Longest report that is passed on, in bytes; the log of the new process has all of it.
 const REPORT_BYTES_MAX: usize = 64 << 10;
 
-/// What a new process says.
+/// A message of the new process.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "says", rename_all = "snake_case")]
 pub enum FromNew {
-    /// It has begun.
+    /// It has started.
     Here {
         /// Its process.
         pid: u32,
         /// Its version.
         version: String,
     },
-    /// It could accept connections now.
+    /// It is ready to accept connections.
     Ready,
     /// It will not run.
     Refuses {
-        /// The configuration is why.
+        /// Whether the configuration is the reason.
         configuration: bool,
-        /// All that is wrong, as `forebay check` prints it.
+        /// All errors, as `forebay check` prints them.
         report: String,
     },
     /// It accepts connections.
     Begun,
 }
 
-/// What the running process says.
+/// A message of the running process.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "says", rename_all = "snake_case")]
 pub enum FromOld {
-    /// Listening sockets, which come with this message in the same order.
+    /// Listening sockets, attached to this message in the same order.
     Sockets {
-        /// What each was called.
+        /// Their labels.
         sockets: Vec<Passed>,
     },
-    /// These were all sockets. With it come the ends by which is known when older processes end.
+    /// The end of the list of sockets. The ends that report the exit of older processes are attached.
     All {
         /// The version of the running process.
         version: String,
-        /// What was counted of upgrades, by what came of them.
+        /// Counters of upgrades, by result.
         counted: Vec<(String, u64)>,
     },
     /// It may accept connections.
@@ -86,31 +85,31 @@ pub enum FromOld {
     Main,
 }
 
-/// A listening socket that is passed.
+/// A listening socket that is passed on.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Passed {
-    /// What it was called.
+    /// Its label.
     pub label: Label,
     /// Who opened it.
     pub opener: Opener,
 }
 
-/// One end of the pair.
+/// One end of the socket pair.
 pub struct Channel(OwnedFd);
 
-/// What was heard.
+/// The result of receiving.
 #[derive(Debug)]
 pub enum Heard<T> {
-    /// A message, and what came with it.
+    /// A message and its attached descriptors.
     Message(T, Vec<OwnedFd>),
     /// The other process has ended, or has closed its end.
     Closed,
-    /// Nothing, until the deadline.
+    /// No message before the deadline.
     Nothing,
 }
 
 impl FromNew {
-    /// Says that the new process will not run, and why.
+    /// The message of a new process that will not run.
     pub fn refuses(configuration: bool, report: &str) -> FromNew {
         let end = report.floor_char_boundary(REPORT_BYTES_MAX);
         FromNew::Refuses { configuration, report: report[..end].to_owned() }
@@ -118,11 +117,11 @@ impl FromNew {
 }
 
 impl Channel {
-    /// Both ends.
+    /// Creates both ends.
     ///
     /// # Errors
     ///
-    /// The system has no further descriptor.
+    /// The system has no descriptor left.
     pub fn pair() -> io::Result<(Channel, Channel)> {
         let (one, other) = Socket::pair(Domain::UNIX, Type::SEQPACKET, None)?;
         Ok((Channel(one.into()), Channel(other.into())))
@@ -141,21 +140,21 @@ impl Channel {
         }
     }
 
-    /// The end itself.
+    /// The descriptor.
     pub fn into_fd(self) -> OwnedFd {
         self.0
     }
 
-    /// The end itself.
+    /// The descriptor.
     pub fn fd(&self) -> BorrowedFd<'_> {
         self.0.as_fd()
     }
 
-    /// Says something, and passes these with it: at most [`AT_ONCE`].
+    /// Sends a message with these descriptors: at most [`AT_ONCE`].
     ///
     /// # Errors
     ///
-    /// The other process has ended, or does not listen.
+    /// The other process has ended, or does not receive.
     pub fn say(&self, what: &impl Serialize, with: &[OwnedFd], patience: Duration) -> io::Result<()> {
         let text = serde_json::to_vec(what)?;
         if text.len() > MESSAGE_BYTES_MAX || with.len() > AT_ONCE {
@@ -180,7 +179,7 @@ impl Channel {
     ///
     /// # Errors
     ///
-    /// What came is no message of the other side.
+    /// The data is not a message of the other side.
     pub fn hear<T: DeserializeOwned>(&self, until: Instant) -> io::Result<Heard<T>> {
         let socket = SockRef::from(&self.0);
         let mut text = vec![0; MESSAGE_BYTES_MAX];

@@ -1,9 +1,9 @@
-//! Listening sockets that were open before this process: those that a service manager opened for it (`LISTEN_FDS`,
-//! sd_listen_fds(3)), and those of the process that it takes over from.
+//! Listening sockets that were open before this process started: from a service manager (`LISTEN_FDS`,
+//! sd_listen_fds(3)), or from the process it takes over from.
 //!
-//! A listener gets the socket at its address in place of one of its own, so that no port has to be bound again. Those of
-//! the service manager stay here as well: the manager holds them open, and a listener that goes and comes back could
-//! bind nothing in their place.
+//! A listener uses the open socket at its address instead of binding a new one. Sockets of the service manager are
+//! never dropped: the manager holds them open, so a listener that is removed and added again could not bind the
+//! address.
 
 use std::io;
 use std::net::{SocketAddr, ToSocketAddrs};
@@ -23,11 +23,11 @@ use super::sockets::Socket;
 /// The first descriptor that a service manager passes (sd_listen_fds(3)).
 const FIRST: RawFd = 3;
 
-/// Sockets that are open and wait for a listener. Clones share them.
+/// Open sockets that wait for a listener. Clones share them.
 #[derive(Clone, Default)]
 pub struct Inherited(Arc<Mutex<Vec<Heirloom>>>);
 
-/// One of them.
+/// One inherited socket.
 struct Heirloom {
     label: Label,
     opener: Opener,
@@ -36,43 +36,43 @@ struct Heirloom {
     used: bool,
 }
 
-/// Who opened a socket that a process did not open itself.
+/// Who opened an inherited socket.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Opener {
-    /// The service manager, which holds it open, and whose file that of a unix socket is.
+    /// The service manager, which keeps it open and owns the file of a unix socket.
     ServiceManager,
-    /// The process before this one.
+    /// The previous process.
     Predecessor,
 }
 
-/// What a socket was called.
+/// The label of a socket.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Label {
-    /// The listener that had it, or what the service manager calls it.
+    /// The listener that used it, or the name from the service manager.
     pub listener: String,
-    /// The address as it was written for that listener; empty if nothing was.
+    /// The address as written for that listener; empty if unknown.
     pub written: String,
 }
 
-/// Where a socket is bound.
+/// The bound address of a socket.
 #[derive(Clone, Debug, PartialEq, Eq)]
 enum Bound {
     Tcp {
         address: SocketAddr,
-        /// An IPv6 socket that takes no IPv4.
+        /// An IPv6 socket that does not accept IPv4.
         only_v6: bool,
     },
     Unix(PathBuf),
 }
 
 impl Inherited {
-    /// Those that the service manager passes to this process, by its environment. To be called once, and before
-    /// anything else takes descriptors from 3 on.
+    /// The sockets that the service manager passes through the environment. Call it once, before anything else
+    /// opens descriptors from 3 on.
     ///
     /// # Errors
     ///
-    /// What it passes is no listening socket, or the variables contradict each other.
+    /// A descriptor is not a listening socket, or the variables contradict each other.
     pub fn of_service_manager() -> Result<Inherited, String> {
         let inherited = Inherited::default();
         let passed = passed(|name| std::env::var(name).ok(), std::process::id())?;
@@ -93,11 +93,11 @@ impl Inherited {
         Ok(inherited)
     }
 
-    /// Adds one.
+    /// Adds a socket.
     ///
     /// # Errors
     ///
-    /// It is not a socket that connections of TCP or of a unix socket are accepted on.
+    /// It is not a listening TCP or unix socket.
     pub fn add(&self, label: Label, opener: Opener, fd: OwnedFd) -> Result<(), String> {
         let bound = bound(fd.as_fd())?;
         SockRef::from(&fd).set_nonblocking(true).map_err(|error| error.to_string())?;
@@ -105,7 +105,7 @@ impl Inherited {
         Ok(())
     }
 
-    /// Opens a socket for a listener: one of these if one is at its address, else a new one.
+    /// Opens a socket for a listener: an inherited one at its address, else a new one.
     ///
     /// # Errors
     ///
@@ -119,7 +119,7 @@ impl Inherited {
 
     fn take(&self, listener: &str, address: &Address, mode: FileMode) -> Option<io::Result<Socket>> {
         let mut heirlooms = lock(&self.0);
-        // A name is resolved only if there is something to compare it with.
+        // A name is resolved only if there are inherited sockets to compare with.
         let resolved = match (address.unix_path(), heirlooms.is_empty()) {
             (None, false) => address.0.to_socket_addrs().map(Iterator::collect).unwrap_or_default(),
             _ => Vec::new(),
@@ -145,19 +145,19 @@ impl Inherited {
         Some(fd.map(|fd| Socket::inherited(tcp, unix, opener, fd)))
     }
 
-    /// Those of the service manager, for the process that comes after this one.
+    /// The service manager's sockets, for the next process.
     ///
     /// # Errors
     ///
-    /// The system has no further descriptor.
+    /// The system has no descriptor left.
     pub fn of_manager(&self) -> io::Result<Vec<(Label, OwnedFd)>> {
         let heirlooms = lock(&self.0);
         let passed = heirlooms.iter().filter(|one| one.opener == Opener::ServiceManager);
         passed.map(|one| Ok((one.label.clone(), one.fd.try_clone()?))).collect()
     }
 
-    /// Tells which of them no listener has, once all listeners are open. Those of the process before are closed with
-    /// that; the files of its unix sockets are returned.
+    /// Reports unused sockets once all listeners are open, and closes those of the previous process; returns the
+    /// files of its unix sockets.
     pub fn settle(&self) -> Vec<PathBuf> {
         let mut files = Vec::new();
         lock(&self.0).retain(|Heirloom { label, opener, bound, used, .. }| {
@@ -182,14 +182,15 @@ impl Inherited {
     }
 }
 
-/// The names of the sockets that a service manager passes by these variables (sd_listen_fds_with_names(3)).
+/// The names of the sockets in these variables (sd_listen_fds_with_names(3)).
 fn passed(variable: impl Fn(&str) -> Option<String>, own: u32) -> Result<Vec<String>, String> {
-    // They may have been meant for a process that started this one.
+    // The variables may be meant for a parent process.
     if variable("LISTEN_PID").is_none_or(|pid| pid.trim() != own.to_string()) {
         return Ok(Vec::new());
     }
     let written = variable("LISTEN_FDS").unwrap_or_default();
-    let count: usize = written.trim().parse().map_err(|_| format!("LISTEN_FDS is `{written}`, which is no number"))?;
+    let count: usize =
+        written.trim().parse().map_err(|_| format!("LISTEN_FDS is `{written}`, which is not a number"))?;
     let mut names: Vec<String> = match variable("LISTEN_FDNAMES") {
         Some(names) if !names.is_empty() => names.split(':').map(str::to_owned).collect(),
         _ => Vec::new(),
@@ -201,7 +202,7 @@ fn passed(variable: impl Fn(&str) -> Option<String>, own: u32) -> Result<Vec<Str
     Ok(names)
 }
 
-/// Where a listening socket is bound.
+/// The bound address of a listening socket.
 fn bound(fd: BorrowedFd<'_>) -> Result<Bound, String> {
     let socket = SockRef::from(&fd);
     let said = |error: io::Error| error.to_string();
@@ -218,11 +219,11 @@ fn bound(fd: BorrowedFd<'_>) -> Result<Bound, String> {
     }
     match address.as_pathname() {
         Some(path) => Ok(Bound::Unix(path.to_owned())),
-        None => Err("it has neither an address of TCP nor a path".to_owned()),
+        None => Err("it is neither a TCP socket nor a unix socket with a path".to_owned()),
     }
 }
 
-/// Whether connections are accepted on it (SO_ACCEPTCONN, socket(7)).
+/// Whether the socket is listening (SO_ACCEPTCONN, socket(7)).
 fn listens(fd: BorrowedFd<'_>) -> io::Result<bool> {
     let mut value: libc::c_int = 0;
     let mut length = libc::socklen_t::try_from(size_of::<libc::c_int>()).map_err(io::Error::other)?;
@@ -247,12 +248,12 @@ impl Bound {
 struct Wanted<'a> {
     listener: &'a str,
     address: &'a Address,
-    /// What the host of the address stands for.
+    /// The resolved host of the address.
     resolved: Vec<SocketAddr>,
 }
 
 impl Wanted<'_> {
-    /// How well a socket fits: the smaller the better. `None`: not at all.
+    /// How well a socket matches; smaller is better. `None`: not at all.
     fn closeness(&self, label: &Label, bound: &Bound) -> Option<u8> {
         let any_port = self.address.port() == Some(0);
         let same_name = label.listener == self.listener;
@@ -261,10 +262,10 @@ impl Wanted<'_> {
         }
         match bound {
             Bound::Unix(path) => (self.address.unix_path().map(Path::new) == Some(path)).then_some(2),
-            // Such a listener wants a free port.
+            // A listener with port 0 wants a free port.
             Bound::Tcp { .. } if any_port => None,
             Bound::Tcp { address, .. } if self.resolved.contains(address) => Some(2),
-            // The one takes what comes for the other as well, so that the other could not be bound.
+            // A dual-stack socket also takes the connections of the other family, whose address could not be bound.
             Bound::Tcp { address, only_v6: false } => {
                 let every_v4 = |wanted: &SocketAddr| {
                     wanted.is_ipv4() && wanted.ip().is_unspecified() && wanted.port() == address.port()
@@ -344,7 +345,7 @@ mod tests {
             let first = inherited.open("web", &address, FileMode::default()).expect("the socket");
             assert_eq!(first.tcp, Some(at));
             TcpStream::connect(at).expect("it listens");
-            // While the first is open, only a socket that was kept can be had.
+            // While the first socket is open, only a kept one is available.
             assert_eq!(inherited.open("web", &address, FileMode::default()).is_ok(), again, "{opener:?}");
             assert!(inherited.settle().is_empty());
         }

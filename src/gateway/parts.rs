@@ -1,7 +1,7 @@
-//! The parts of a configuration: names become the things they name, and every error is found.
+//! Builds the parts of a configuration: resolves names, and finds every error.
 //!
-//! Nothing here touches a socket of a listener or keeps a file, so that `check` and a reload can build all of it beside
-//! the configuration that runs.
+//! Nothing here touches a listening socket or keeps a file open, so `check` and a reload can build everything next
+//! to the running configuration.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, OnceLock};
@@ -40,35 +40,35 @@ use crate::upstream::{self, Upstream};
 use super::inherited::Inherited;
 use super::running::Running;
 
-/// How many idle connections to upstreams of mirrors are kept.
+/// Limit on idle connections to mirror upstreams.
 const MIRROR_POOL: usize = 128;
 
-/// What configurations are built on: it belongs to the process and outlives each of them.
+/// What configurations are built on: it belongs to the process and outlives each configuration.
 pub struct Ground {
     /// The filters.
     pub catalog: Catalog,
     /// What is counted.
     pub metrics: Metrics,
-    /// What issuers of certificates may ask.
+    /// Answers to the challenges of issuers.
     pub challenges: Arc<Challenges>,
-    /// Those who serve certificates now.
+    /// The TLS listeners that serve certificates.
     pub served: Served,
-    /// The files that filters go by.
+    /// The files that filters use.
     pub files: Files,
-    /// Sockets that were open before this process.
+    /// Sockets that were open before this process started.
     pub inherited: Inherited,
-    /// What filters keep from one configuration to the next.
+    /// State that filters keep across configurations.
     kept: Kept,
-    /// Connections for the calls of filters.
+    /// Connections for requests that filters send.
     calls: Lines,
-    /// Connections for copies, made for the first mirror.
+    /// Connections for mirrored requests, created for the first mirror.
     mirrors: OnceLock<Arc<Connector>>,
-    /// Names are not resolved: it is only asked what would be done.
+    /// Names are not resolved: this only explains.
     offline: bool,
 }
 
 impl Ground {
-    /// That of a process that begins.
+    /// For a new process.
     pub fn new(catalog: Catalog, metrics: Metrics) -> Ground {
         let challenges = Challenges::new(metrics.challenges());
         Ground {
@@ -85,7 +85,7 @@ impl Ground {
         }
     }
 
-    /// The same for who asks what would be done.
+    /// For explanations only.
     pub fn offline(catalog: Catalog, metrics: Metrics) -> Ground {
         Ground { offline: true, ..Ground::new(catalog, metrics) }
     }
@@ -95,36 +95,36 @@ impl Ground {
     }
 }
 
-/// What is built of a configuration without touching the system's sockets and files.
+/// Everything of a configuration that needs no system sockets or files.
 pub struct Parts {
     /// The upstreams, by name.
     pub upstreams: BTreeMap<String, Arc<Upstream>>,
-    /// Which request goes where.
+    /// The routing table.
     pub routes: Table<Arc<Route>>,
-    /// The routes as `/status` shows them, in the order of the file.
+    /// The routes for `/status`, in file order.
     pub listed: Vec<Listed>,
-    /// The TLS of each listener, in the order of the file.
+    /// The TLS settings of each listener, in file order.
     pub tls: Vec<Option<Fit>>,
-    /// That of the admin endpoint.
+    /// The TLS settings of the admin endpoint.
     pub admin_tls: Option<Fit>,
-    /// Further fields of the access log.
+    /// Additional fields of the access log.
     pub log_fields: Named,
-    /// Further attributes of spans.
+    /// Additional attributes of spans.
     pub span_attributes: Named,
-    /// Who is asked for certificates.
+    /// The issuers and their certificates.
     pub issuers: Vec<Asked>,
 }
 
-/// TLS that was built, or that runs already and is the same.
+/// TLS settings: newly built, or already in use and equal.
 pub enum Fit {
-    /// It runs.
+    /// In use.
     Kept(Arc<Tls>),
-    /// It was built.
+    /// Newly built.
     New(Box<Tls>),
 }
 
 impl Fit {
-    /// The TLS that runs, if it is what these make; else the one that was built.
+    /// The TLS settings in use, if they are built from the same input; else the new ones.
     fn of(built: Tls, running: Option<&Arc<Tls>>, made_of: (&config::listener::Tls, &[Source], &[Protocol])) -> Fit {
         let (written, sources, protocols) = made_of;
         match running.filter(|running| running.is(written, sources, protocols)) {
@@ -133,7 +133,7 @@ impl Fit {
         }
     }
 
-    /// The TLS.
+    /// The TLS settings.
     pub fn tls(&self) -> &Tls {
         match self {
             Fit::Kept(tls) => tls,
@@ -141,7 +141,7 @@ impl Fit {
         }
     }
 
-    /// The same, without threads for handshakes.
+    /// The same, without handshake threads.
     pub fn unstarted(self) -> Arc<Tls> {
         match self {
             Fit::Kept(tls) => tls,
@@ -149,11 +149,11 @@ impl Fit {
         }
     }
 
-    /// Makes it ready for clients.
+    /// Starts its handshake threads.
     ///
     /// # Errors
     ///
-    /// The system has no threads for it.
+    /// The system has no threads left.
     pub fn ready(self, owner: &str) -> Result<Arc<Tls>, BuildError> {
         match self {
             Fit::Kept(tls) => Ok(tls),
@@ -163,11 +163,11 @@ impl Fit {
 }
 
 impl Parts {
-    /// Builds all of it. What is as it was in the configuration before is the same thing.
+    /// Builds everything. Unchanged parts are shared with the previous configuration.
     ///
     /// # Errors
     ///
-    /// Everything that is wrong.
+    /// All errors that were found.
     pub fn build(ground: &Ground, config: &Config, before: Option<&Running>) -> Result<Parts, Vec<BuildError>> {
         let mut errors = Vec::new();
         let upstreams = upstreams(ground, config, before, &mut errors);
@@ -194,7 +194,7 @@ impl Parts {
     }
 }
 
-/// What was built; what is wrong with it goes to `errors`, and nothing stands for it meanwhile.
+/// The built value; on errors, adds them to `errors` and returns a default.
 fn kept<T: Default>(built: Result<T, Vec<BuildError>>, errors: &mut Vec<BuildError>) -> T {
     built.unwrap_or_else(|found| {
         errors.extend(found);
@@ -206,7 +206,7 @@ fn under(path: &str, found: Vec<BuildError>) -> Vec<BuildError> {
     found.into_iter().map(|error| error.under(path)).collect()
 }
 
-/// The upstreams by name, with the addresses of those that are new.
+/// The upstreams by name, with the addresses of new ones resolved.
 fn upstreams(
     ground: &Ground,
     config: &Config,
@@ -227,7 +227,7 @@ fn upstreams(
     upstreams
 }
 
-/// The TLS of each listener, in the order of the file; `sources` are those of their certificates.
+/// The TLS settings of each listener, in file order; `sources` are the sources of their certificates.
 fn listeners_tls(
     ground: &Ground,
     config: &Config,
@@ -253,7 +253,7 @@ fn listeners_tls(
     all
 }
 
-/// The TLS of the admin endpoint, if it has any.
+/// The TLS settings of the admin endpoint, if it has any.
 fn admin_tls(
     ground: &Ground,
     config: &Config,
@@ -262,7 +262,7 @@ fn admin_tls(
 ) -> Result<Option<Fit>, Vec<BuildError>> {
     const SPOKEN: &[Protocol] = &[Protocol::Http1];
     let Some(tls) = config.admin.tls.as_ref().filter(|_| config.admin.enabled) else { return Ok(None) };
-    // No issuer comes here.
+    // Issuers do not connect to the admin endpoint.
     let unasked = Challenges::new(ground.metrics.challenges());
     let running = before.and_then(|before| before.admin_tls.as_ref());
     let (metrics, earlier) = (ground.metrics.tls("admin"), running.map(|tls| &**tls));
@@ -270,8 +270,8 @@ fn admin_tls(
     Ok(Some(Fit::of(built, running, (tls, &sources, SPOKEN))))
 }
 
-/// The routes with what each matches, and as `/status` shows them. Of one whose filters are wrong, the rest is looked
-/// at all the same.
+/// The routes with their match conditions, and for `/status`. If the filters of a route have errors, the rest of it
+/// is still checked.
 fn routes(
     ground: &Ground,
     config: &Config,
@@ -309,7 +309,7 @@ fn routes(
             }
             Err(found) => {
                 errors.extend(found.into_iter().map(|error| error.under("filters").under(&place)));
-                // It has no place in the table, and what is wrong with its `match` is reported all the same.
+                // It is not in the table, but errors in its `match` are still reported.
                 let alone = Table::build(vec![(&written.matches, ())]).err().unwrap_or_default();
                 errors.extend(alone.into_iter().map(|error| {
                     let path = error.path.trim_start_matches("[0]").to_owned();
@@ -321,21 +321,21 @@ fn routes(
     (rules, listed)
 }
 
-/// What a listener has besides itself: TLS, and where connections are passed on to.
+/// Further parts of a listener: TLS, and where connections are forwarded to.
 pub fn fittings(
     written: &config::Listener,
     tls: Option<Arc<Tls>>,
     upstreams: &BTreeMap<String, Arc<Upstream>>,
     metrics: &Metrics,
 ) -> Fittings {
-    // The configuration was checked: there is an upstream of this name.
+    // The configuration was checked: the upstream exists.
     let relay = |name: &String, idle: Time, label: &str| {
         let upstream = upstreams.get(name)?.clone();
         Some(Arc::new(Relay { upstream, idle: idle.0, metrics: metrics.relay(&written.name, label) }))
     };
     let mut passthrough = Names::default();
     for one in &written.passthrough {
-        // One for each name, which is a label of its metrics.
+        // One per name, because the name is a label of its metrics.
         for name in &one.sni {
             let name = name.to_ascii_lowercase();
             if let Some(relay) = relay(&one.upstream, one.idle, &name) {
@@ -347,13 +347,13 @@ pub fn fittings(
     Fittings { tls, passthrough, tcp }
 }
 
-/// Whether every client needs a certificate.
+/// Whether every client must present a certificate.
 pub fn demands_certificates(tls: &config::listener::Tls) -> bool {
     let demands = |one: &config::listener::tls::ClientCertificates| one.mode == ClientMode::Required;
     tls.certificates.iter().all(|one| one.client.as_ref().is_some_and(demands))
 }
 
-/// What clients would not accept of the certificates of a listener, but for those that Forebay renews.
+/// Errors for certificates that clients would reject, except those that Forebay renews.
 pub fn expired(tls: Option<&Tls>, owner: &str) -> Vec<BuildError> {
     let certificates = tls.map(Tls::certificates).unwrap_or_default();
     let problems = certificates.into_iter().enumerate().filter_map(|(index, facts)| {
@@ -363,8 +363,8 @@ pub fn expired(tls: Option<&Tls>, owner: &str) -> Vec<BuildError> {
     problems.collect()
 }
 
-/// Certificates that are used for names to which they are not made out. Some clients look at no names, so that this is
-/// no error.
+/// Certificates that are used for names they do not contain. Only a warning because some clients do not check
+/// names.
 pub fn mismatched(tls: Option<&Tls>, owner: &str) -> Vec<BuildError> {
     let certificates = tls.map(Tls::certificates).unwrap_or_default();
     let warnings = certificates.into_iter().enumerate().filter_map(|(index, facts)| {
@@ -375,7 +375,7 @@ pub fn mismatched(tls: Option<&Tls>, owner: &str) -> Vec<BuildError> {
     warnings.collect()
 }
 
-/// Makes the TLS of a listener ready for clients, and tells of certificates that they will not accept.
+/// Starts the TLS of a listener, and reports certificates that clients would reject.
 pub fn started(mut tls: Tls, owner: &str) -> Result<Arc<Tls>, BuildError> {
     tls.start().map_err(|error| error.under("tls").under(owner))?;
     for error in expired(Some(&tls), owner).into_iter().chain(mismatched(Some(&tls), owner)) {

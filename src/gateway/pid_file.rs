@@ -1,7 +1,7 @@
-//! `server.pid_file`: the number of the process that serves, for those who send it signals.
+//! `server.pid_file`: the PID of the serving process.
 //!
-//! It is written beside the file first and then put in its place, so that no reader sees half a number, and a process that
-//! does not come to serve changes nothing.
+//! It is first written to a file beside the target and then renamed, so that readers never see a partial number,
+//! and a process that fails to start changes nothing.
 
 use std::fs;
 use std::io;
@@ -9,18 +9,18 @@ use std::path::PathBuf;
 
 use crate::error::BuildError;
 
-/// The file of this process, not in its place yet.
+/// The PID file of this process, not yet renamed.
 pub struct PidFile {
     path: PathBuf,
     beside: PathBuf,
 }
 
 impl PidFile {
-    /// Writes the number of this process beside the file.
+    /// Writes the PID to a file beside the target.
     ///
     /// # Errors
     ///
-    /// Nothing can be written there.
+    /// The directory is not writable.
     pub fn prepare(path: &str) -> Result<PidFile, BuildError> {
         let own = std::process::id();
         let file = PidFile { path: path.into(), beside: format!("{path}.{own}").into() };
@@ -29,23 +29,23 @@ impl PidFile {
         Ok(file)
     }
 
-    /// Puts it in its place: this process serves.
+    /// Renames it to the target: this process serves now.
     ///
     /// # Errors
     ///
-    /// It cannot be put there.
+    /// The file cannot be renamed.
     pub fn put(&self) -> io::Result<()> {
         fs::rename(&self.beside, &self.path)
     }
 }
 
 impl Drop for PidFile {
-    /// Removes it, unless it is another process's by now.
+    /// Removes it, unless another process has replaced it.
     fn drop(&mut self) {
-        // It is in its place.
+        // It was already renamed.
         let _ = fs::remove_file(&self.beside);
         if fs::read_to_string(&self.path).is_ok_and(|text| text.trim() == std::process::id().to_string()) {
-            // Somebody else may have removed it.
+            // Another process may have removed it.
             let _ = fs::remove_file(&self.path);
         }
     }

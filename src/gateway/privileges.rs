@@ -1,14 +1,15 @@
-//! `server.user`: Forebay binds its ports and reads its keys as root, and then becomes another user for good.
+//! `server.user`: Forebay binds its ports and reads its keys as root, and then switches to another user
+//! permanently.
 //!
-//! It is looked up before anything is bound, so that a name that is none is an error of the configuration. Once it is
-//! done, nothing that a client can bring about runs as root.
+//! The user is looked up before anything is bound, so that an unknown name is a configuration error. After the
+//! switch, no code that clients can trigger runs as root.
 
 use std::ffi::CString;
 use std::io;
 
 use crate::error::BuildError;
 
-/// Whom Forebay becomes.
+/// The user to switch to.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct User {
     name: CString,
@@ -17,11 +18,11 @@ pub struct User {
 }
 
 impl User {
-    /// Looks a user up: by name, or by number.
+    /// Looks up a user by name or number.
     ///
     /// # Errors
     ///
-    /// There is none, or Forebay may not become it.
+    /// The user does not exist, or Forebay may not switch to it.
     pub fn find(name: &str) -> Result<User, BuildError> {
         let wrong = |what: String| BuildError::new("server.user", what);
         let user = look_up(name).map_err(|error| wrong(format!("the user `{name}` cannot be looked up: {error}")))?;
@@ -37,18 +38,18 @@ impl User {
         Ok(user)
     }
 
-    /// The user and the group, where there is something to become.
+    /// The user and group ids, if a switch is needed.
     pub fn to_become(&self) -> Option<(u32, u32)> {
         // SAFETY: it has no arguments and cannot fail.
         let own = unsafe { libc::geteuid() };
         (own == 0).then_some((self.uid, self.gid))
     }
 
-    /// Becomes this user, all threads at once and for good.
+    /// Switches to this user, for all threads and permanently.
     ///
     /// # Errors
     ///
-    /// The system does not let it; nothing may go on then.
+    /// The system does not allow it; the process must not continue then.
     pub fn become_it(&self) -> io::Result<()> {
         // SAFETY: these take no memory of ours but the name, which outlives the call.
         unsafe {
@@ -58,7 +59,7 @@ impl User {
             checked(libc::initgroups(self.name.as_ptr(), self.gid))?;
             checked(libc::setgid(self.gid))?;
             checked(libc::setuid(self.uid))?;
-            // Had it kept a way back, it would be of no use.
+            // The switch is useless if root could be regained.
             if self.uid != 0 && libc::setuid(0) == 0 {
                 return Err(io::Error::other("root could be regained"));
             }
@@ -67,7 +68,8 @@ impl User {
     }
 }
 
-/// Keeps the memory of this process, in which there are keys, out of core dumps and from other processes of its user.
+/// Excludes the memory of this process, which contains keys, from core dumps and from other processes of the same
+/// user.
 pub fn keep_memory_private() {
     // SAFETY: it takes no memory of ours.
     let done = unsafe { libc::prctl(libc::PR_SET_DUMPABLE, 0, 0, 0, 0) };

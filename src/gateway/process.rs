@@ -1,5 +1,5 @@
-//! What of a gateway belongs to its process, whatever its configuration becomes: workers, disk threads, open files, the
-//! outputs of what exchanges come to, and the service that accepts connections.
+//! The parts of a gateway that belong to the process and outlive each configuration: workers, disk threads, open
+//! files, outputs of finished exchanges, and the service that accepts connections.
 
 use std::fs::File;
 use std::mem::ManuallyDrop;
@@ -45,27 +45,27 @@ use crate::spans::Tracer;
 use crate::upstream;
 use crate::upstream::transport::connector::Endpoints;
 
-/// The most that a thread can give way (setpriority(2)).
+/// The highest nice value (setpriority(2)).
 const NICE_MAX: i32 = 19;
 
 /// Where finished exchanges are reported.
 pub struct Outputs {
     /// The access log, unless it is off.
     pub log: Option<Arc<AccessLog>>,
-    /// Traces, if they are exported.
+    /// The tracer, unless tracing is off.
     pub tracer: Option<Arc<Tracer>>,
     /// Recordings.
     pub recorder: Recorder,
-    /// The counters of requests that no route takes.
+    /// The metrics of requests that match no route.
     pub unrouted: Arc<RouteMetrics>,
 }
 
 impl Outputs {
-    /// Opens the log and starts the tracer, with the further fields that these parts have for them.
+    /// Opens the access log and starts the tracer, with the additional fields of these parts.
     ///
     /// # Errors
     ///
-    /// Which of the two cannot be.
+    /// One of them cannot be opened.
     pub fn open(config: &Config, parts: &mut Parts, metrics: &Metrics) -> Result<Outputs, BuildError> {
         let observability = &config.observability;
         let fields = std::mem::take(&mut parts.log_fields);
@@ -76,19 +76,19 @@ impl Outputs {
     }
 }
 
-/// What a stop tells the rest of the process, step by step.
+/// Signals of a shutdown to the rest of the process, step by step.
 pub struct Endings {
-    /// Answers say that they are the last of their connection from then on.
+    /// From now on, every response is the last one of its connection.
     pub stopping: watch::Sender<bool>,
-    /// Connections are accepted from then on.
+    /// From now on, connections are accepted.
     pub begin: watch::Sender<bool>,
-    /// No connection is accepted any more, and idle ones close.
+    /// No new connections are accepted, and idle ones close.
     pub listeners: watch::Sender<bool>,
-    /// What is left is cut.
+    /// Cuts the remaining exchanges.
     pub cut: Arc<Cut>,
-    /// The exchanges that are waited for.
+    /// The active exchanges.
     pub inflight: Arc<Inflight>,
-    /// The answer of `/readyz`.
+    /// The response of `/readyz`.
     pub readiness: Readiness,
 }
 
@@ -105,30 +105,30 @@ impl Default for Endings {
     }
 }
 
-/// What there is once in a process.
+/// What exists once per process.
 pub struct Process {
     /// Pingora's server, which runs the services.
     pub server: Server,
-    /// How many workers there are.
+    /// Number of workers.
     pub threads: usize,
-    /// What of the open files is for whom.
+    /// The shares of the open files.
     pub shares: Shares,
-    /// What all listeners share.
+    /// Shared by all listeners.
     pub common: Arc<Common>,
-    /// What bodies are held in.
+    /// Stores buffered bodies.
     pub depot: Arc<Depot>,
     /// The event loops of the workers.
     pub loops: Loops,
-    /// What a stop tells.
+    /// The signals of a shutdown.
     pub endings: Endings,
 }
 
 impl Process {
-    /// Starts the disk threads and shares the open files out.
+    /// Starts the disk threads and divides the open files.
     ///
     /// # Errors
     ///
-    /// There is no place for spooled bodies, or no file can be opened.
+    /// Spool files cannot be created, or no file can be opened.
     pub fn build(config: &Config, metrics: &Metrics) -> Result<Process, BuildError> {
         let threads = threads(config.server.threads);
         let shares = shares(config, threads)?;
@@ -146,7 +146,7 @@ impl Process {
         })
     }
 
-    /// Adds the service of the listeners: connections become exchanges, which go by `current`.
+    /// Adds the service of the listeners, which runs exchanges with the `current` configuration.
     ///
     /// # Errors
     ///
@@ -196,7 +196,7 @@ impl Process {
         Ok(openings)
     }
 
-    /// Our own driver, with Pingora's behind it.
+    /// Our own driver, with Pingora's as a fallback.
     fn driver(&self, proxy: Proxy) -> Driver<Proxy> {
         let conf = &self.server.configuration;
         let kept = conf.upstream_keepalive_pool_size.div_ceil(self.threads);
@@ -208,20 +208,21 @@ impl Process {
     }
 }
 
-/// The proxy that a service was built round. Pingora makes one with a connector of ours in no other way.
+/// Extracts the proxy from its service. Pingora offers no other way to create one with a custom connector.
 fn unpacked<P, C: CustomConnector>(service: ListeningService<HttpProxy<P, C>>) -> HttpProxy<P, C> {
     let service = ManuallyDrop::new(service);
     let proxy = service.app_logic().expect("a service that was just built has what it serves");
-    // SAFETY: the service is never used again and never dropped, so that the proxy has one owner.
+    // SAFETY: the service is never used or dropped afterwards, so the proxy has one owner.
     unsafe { std::ptr::read(proxy) }
 }
 
-/// Whether plain exchanges go by our own driver. Tests have them all go by Pingora's, too.
+/// Whether plain exchanges use our own driver. Tests can force Pingora's.
 fn uses_own_driver() -> bool {
     std::env::var_os("FOREBAY_TEST_DRIVER").is_none_or(|driver| driver != "pingora")
 }
 
-/// What bodies are held in. Starts the disk threads, and proves that there is a place for files if there are to be any.
+/// The store of buffered bodies. Starts the disk threads, and checks that files can be created if disk space is
+/// configured.
 pub fn depot(
     config: &Config,
     shares: &Shares,
@@ -250,12 +251,12 @@ pub fn depot(
     Ok(Depot::new(disk, Budget::new(resources, spools), accounts))
 }
 
-/// What is wrong where files cannot be made for spooled bodies.
+/// The error if spool files cannot be created.
 pub fn no_spool_dir(dir: &str, error: &std::io::Error) -> BuildError {
     BuildError::new("server.spool_dir", format!("server.spool_dir: no file can be made in `{dir}`: {error}"))
 }
 
-/// How many workers there are.
+/// Number of workers.
 pub fn threads(written: Threads) -> usize {
     match written {
         Threads::Fixed(threads) => threads.get(),
@@ -263,17 +264,17 @@ pub fn threads(written: Threads) -> usize {
     }
 }
 
-/// When a worker counts as stalled.
+/// The settings of the event loop monitoring.
 pub fn loop_terms(config: &Config) -> eventloop::Terms {
     let written = &config.observability.event_loop;
     eventloop::Terms { stall_threshold: written.stall_threshold.0, heartbeat: written.heartbeat.0 }
 }
 
-/// What of the open files is for whom; says so where that is less than was written.
+/// The shares of the open files; logs a warning if they are lower than configured.
 pub fn shares(config: &Config, threads: usize) -> Result<Shares, BuildError> {
     let known = File::open("/dev/null").map_err(|error| no_open_files(&error))?.into();
     let opened = lowest_free(&known).and_then(|next| u64::try_from(next).ok()).unwrap_or_default();
-    // Each is there once more, for a process that takes over.
+    // Twice, because a process that takes over holds duplicates.
     let sockets = 2 * (config.listeners.len() as u64 + u64::from(config.admin.enabled));
     let limit = getrlimit(Resource::RLIMIT_NOFILE).map_or(u64::MAX, |(soft, _)| soft);
     let OpenFiles { clients, spools } = config.server.open_files;
@@ -296,21 +297,21 @@ pub fn shares(config: &Config, threads: usize) -> Result<Shares, BuildError> {
     Ok(shares)
 }
 
-/// What is wrong where no file can be opened.
+/// The error if no file can be opened.
 pub fn no_open_files(error: &std::io::Error) -> BuildError {
     BuildError::new("", format!("no file can be opened: {error}"))
 }
 
-/// The configuration of Pingora's server.
+/// The settings of Pingora's server.
 pub fn server_conf(config: &Config, threads: usize, shares: &Shares) -> ServerConf {
     let pool = config.server.keepalive_pool.0.min(shares.pool());
     ServerConf {
         threads,
         work_stealing: config.server.work_stealing,
         upstream_keepalive_pool_size: usize::try_from(pool).unwrap_or(usize::MAX),
-        // The rules of a route decide; and one attempt may be free of them.
+        // The route's retry rules decide; one further attempt may be free.
         max_retries: ATTEMPTS_MAX as usize + 1,
-        // Pingora has no effect of these without `tokio_unstable`.
+        // Has no effect in Pingora without `tokio_unstable`.
         runtime_metrics_poll_time_histogram: true,
         runtime_metrics_poll_time_histogram_scale: Some(RuntimeMetricsPollTimeHistogramScale::Log),
         runtime_metrics_poll_time_histogram_resolution_micros: Some(POLL_TIME_FIRST_MICROS),

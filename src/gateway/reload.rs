@@ -1,8 +1,8 @@
-//! Reload: the file is read again, its configuration is built aside, and put on in one step.
+//! Reload: reads the file again, builds its configuration separately, and activates it in one step.
 //!
-//! One thread does it, off the workers: for SIGHUP, for the admin endpoint, and for the watcher of the file. What it
-//! was asked while it was at it is done once. It also keeps what was replaced until no exchange is left on it, so that
-//! no worker has to take a large table apart, and then has the series of what is gone forgotten.
+//! One thread does this, off the workers: on SIGHUP, for the admin endpoint, and for the file watcher. Requests
+//! that arrive meanwhile are combined into one reload. It also keeps replaced parts until no exchange uses them, so
+//! that no worker has to free a large table, and then removes their metrics series.
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
@@ -34,30 +34,30 @@ use super::stage::{Obstacle, Stage, prepare};
 use super::supervisor::Supervisor;
 use super::upgrade::Changing;
 
-/// How often is looked whether what was replaced is in use still.
+/// How often it checks whether replaced parts are still in use.
 const LOOK: Duration = Duration::from_millis(500);
 
-/// What came of a reload.
+/// The result of a reload.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Outcome {
     /// What was done.
     pub result: Done,
-    /// The number of the configuration that runs now.
+    /// The number of the active configuration.
     pub generation: u64,
     /// The hash of its text.
     pub hash: String,
-    /// What differs from the one that ran before.
+    /// Differences from the previous configuration.
     pub changes: Vec<Change>,
-    /// Those of them that only a new process applies.
+    /// The differences that require a new process.
     pub needs_new_process: Vec<String>,
-    /// Errors, or warnings, as `forebay check` shows them; empty if there are none.
+    /// Errors or warnings, as `forebay check` shows them; empty if there are none.
     pub report: String,
     /// Why nothing was done, if so.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub error: Option<String>,
     /// How long it took.
     pub seconds: f64,
-    /// How long the step took in which it was put on, if it was: nothing waits meanwhile.
+    /// Duration of the activation, if there was one; no request is blocked by it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub swap_seconds: Option<f64>,
 }
@@ -66,70 +66,70 @@ pub struct Outcome {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Done {
-    /// The configuration runs.
+    /// The configuration is active.
     Applied,
-    /// It is sound, and nothing was changed.
+    /// The configuration is valid; nothing was changed.
     Checked,
-    /// It is wrong, and nothing was changed.
+    /// The configuration is invalid; nothing was changed.
     Refused,
 }
 
-/// Asks for reloads. Clones share the thread that does them.
+/// Requests reloads. Clones share the thread that does them.
 #[derive(Clone)]
 pub struct Reloads(Sender<Order>);
 
 struct Order {
     what: What,
-    /// Who wants it, for the log.
+    /// Who requested it, for the log.
     by: &'static str,
     reply: oneshot::Sender<Outcome>,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum What {
-    /// The file is loaded.
+    /// Loads the file.
     Apply,
-    /// The same, unless the text is that of the last try.
+    /// Loads the file unless its text is that of the last attempt.
     ApplyIfChanged,
-    /// It is tried, and nothing is changed.
+    /// Checks the file; changes nothing.
     Check,
 }
 
 impl Reloads {
-    /// Loads the file again, and says what came of it. `None`: the gateway stops.
+    /// Loads the file and returns the result. `None`: the gateway stops.
     pub async fn apply(&self, by: &'static str) -> Option<Outcome> {
         self.ask(What::Apply, by).await.ok()
     }
 
-    /// Says what a reload would do, and changes nothing.
+    /// Returns what a reload would do; changes nothing.
     pub async fn check(&self, by: &'static str) -> Option<Outcome> {
         self.ask(What::Check, by).await.ok()
     }
 
-    /// Loads the file if there is another text in it than at the last try. What comes of it is in the log.
+    /// Loads the file if its text differs from that of the last attempt. The result is logged.
     pub fn apply_if_changed(&self, by: &'static str) {
-        // The caller no longer waits for the answer.
+        // The result is not awaited.
         drop(self.ask(What::ApplyIfChanged, by));
     }
 
-    /// Begins to load the file again. What comes of it is in the log.
+    /// Starts to load the file. The result is logged.
     pub fn begin(&self, by: &'static str) {
-        // The caller no longer waits for the answer.
+        // The result is not awaited.
         drop(self.ask(What::Apply, by));
     }
 
     fn ask(&self, what: What, by: &'static str) -> oneshot::Receiver<Outcome> {
         let (reply, answer) = oneshot::channel();
-        // An error means that the gateway stops; then the answer is an error, too.
+        // An error means that the gateway stops; the receiver then also gets an error.
         let _ = self.0.send(Order { what, by, reply });
         answer
     }
 }
 
-/// Reads the file of a gateway.
+/// Loads the configuration file.
 pub type Load = Box<dyn Fn(&Path) -> Result<Config, Report> + Send>;
 
-/// What reloads are done with.
+/// What reloads need.
 pub struct Engine {
     path: PathBuf,
     load: Load,
@@ -138,15 +138,15 @@ pub struct Engine {
     running: Running,
     retired: Vec<Retired>,
     leaving: Vec<Arc<Listener>>,
-    /// The hash of the text of the last try.
+    /// The hash of the last attempt's text.
     tried: String,
     supervisor: Supervisor,
-    /// Where the files are that have it reloaded when they change, if any do.
+    /// The watched directories, if the files are watched.
     watched: Option<Watched>,
     changing: Changing,
 }
 
-/// What was replaced and may be in use still.
+/// Replaced parts that may still be in use.
 struct Retired {
     epoch: Weak<Epoch>,
     generation: Option<Arc<Generation>>,
@@ -156,7 +156,7 @@ struct Retired {
 }
 
 impl Engine {
-    /// What reloads a gateway that runs this configuration of this file.
+    /// The reload engine of a gateway with this configuration and file.
     pub fn new(
         path: PathBuf,
         load: Load,
@@ -182,7 +182,7 @@ impl Engine {
         }
     }
 
-    /// Tells this where the files of the configuration are, at every try.
+    /// Updates these watched directories with each attempt.
     pub fn telling(self, watched: Option<Watched>) -> Engine {
         Engine { watched, ..self }
     }
@@ -191,7 +191,7 @@ impl Engine {
     ///
     /// # Errors
     ///
-    /// The system has none to give.
+    /// The system has no thread left.
     pub fn start(self) -> std::io::Result<Reloads> {
         let (sender, orders) = channel();
         thread::Builder::new().name("reload".to_owned()).spawn(move || self.run(&orders))?;
@@ -207,7 +207,7 @@ impl Engine {
             };
             match order {
                 Ok(order) => {
-                    // What was asked meanwhile is done by the same reload.
+                    // One reload answers all requests that have arrived meanwhile.
                     let asked: Vec<Order> = [order].into_iter().chain(orders.try_iter()).collect();
                     self.answer(asked);
                 }
@@ -220,7 +220,7 @@ impl Engine {
 
     fn answer(&mut self, asked: Vec<Order>) {
         let changing = self.changing.clone();
-        // Who asks hears that the gateway stops.
+        // The dropped reply shows the caller that the gateway stops.
         let Some(_changing) = changing.begin() else { return };
         let (checks, applies): (Vec<_>, Vec<_>) = asked.into_iter().partition(|order| order.what == What::Check);
         if let Some(first) = checks.first() {
@@ -234,14 +234,14 @@ impl Engine {
         }
     }
 
-    /// Tries the file. `None`: its text is that of the last try.
+    /// Tries the file. `None`: its text is that of the last attempt.
     fn try_once(&mut self, what: What, by: &'static str) -> Option<Outcome> {
         let began = Instant::now();
         let loaded = (self.load)(&self.path);
         if let Some(watched) = &self.watched {
             match &loaded {
                 Ok(config) => watched.set(config.directories()),
-                // It may not have been read as far as another file that belongs to it.
+                // It may have failed before it reached all included files.
                 Err(report) => watched.add(report.directories()),
             }
         }
@@ -297,7 +297,7 @@ impl Engine {
         Some(outcome)
     }
 
-    /// Builds a configuration beside the one that runs; what only a new process changes is as it is.
+    /// Builds a configuration next to the active one; settings that require a new process keep their old values.
     fn build(&self, mut config: Config) -> Result<Running, String> {
         let as_written = config.clone();
         let runs = &self.running.config;
@@ -320,7 +320,7 @@ impl Engine {
         })
     }
 
-    /// Puts a configuration on; tells how long that step took, which is not all that there is to do.
+    /// Activates a configuration; returns the duration of the switch itself.
     fn put_on(&mut self, running: Running) -> Duration {
         let begins = Instant::now();
         self.stage.put_on(&running, Some(&self.running));
@@ -348,10 +348,10 @@ impl Engine {
         });
     }
 
-    /// Lets go of what is in use no longer.
+    /// Frees parts that are no longer used.
     fn clean_up(&mut self) {
         for retired in &mut self.retired {
-            // A look-up under way holds the table for a moment.
+            // A look-up may hold the table for a moment.
             if retired.generation.as_ref().is_some_and(|generation| Arc::strong_count(generation) == 1) {
                 retired.generation = None;
             }
@@ -373,14 +373,14 @@ impl Engine {
         for retired in &over {
             names.iter_mut().zip(&retired.names).for_each(|(all, names)| all.extend(names.iter().cloned()));
         }
-        // A listener is gone with its last connection, which may outlive every exchange.
+        // A listener is in use until its last connection ends, which may be later than its last exchange.
         names[LISTENER].extend(gone.iter().map(|listener| listener.name.clone()));
         names[LISTENER].retain(|name| self.leaving.iter().all(|listener| listener.name != *name));
         drop((over, gone));
         self.forget_unused(&names);
     }
 
-    /// Removes the series of those of these names that are in use no longer.
+    /// Removes the metrics series of these names that are no longer used.
     fn forget_unused(&self, gone: &Names) {
         let retired = self.retired.iter().map(|retired| &retired.names);
         let running = names(&self.running.config);
@@ -399,7 +399,7 @@ impl Engine {
         }
     }
 
-    /// Says of what ends how much there is of it now.
+    /// Counts the connections and exchanges that each change ends.
     fn count_drains(&self, changes: &mut [Change]) {
         for change in changes {
             let steps = path_names(&change.path);
@@ -448,12 +448,12 @@ impl Engine {
     }
 }
 
-/// The labels by which series of metrics belong to something that is named in a configuration.
+/// The metric labels that hold names from the configuration.
 const LABELS: [&str; 4] = ["upstream", "route", "listener", "issuer"];
-/// The place of listeners among them.
+/// The index of listeners in them.
 const LISTENER: usize = 2;
 
-/// The names of a configuration, by the labels that have them.
+/// The names in a configuration, by label.
 type Names = [BTreeSet<String>; LABELS.len()];
 
 fn names(config: &Config) -> Names {
@@ -465,7 +465,7 @@ fn names(config: &Config) -> Names {
     ]
 }
 
-/// Adds what reloads the configuration to the admin endpoint.
+/// Adds the reload endpoints to the admin endpoint.
 pub fn add(admin: Admin, reloads: Option<Reloads>) -> Admin {
     let says = "loads the configuration again, and says what changes: ?dry_run=yes changes nothing";
     admin.post("/reload", says, move |ask| {
@@ -504,7 +504,7 @@ fn path_names(path: &str) -> Vec<String> {
 fn reply(asked: Vec<Order>, outcome: Option<&Outcome>) {
     for order in asked {
         if let Some(outcome) = outcome {
-            // The caller may have gone.
+            // The caller may be gone.
             let _ = order.reply.send(outcome.clone());
         }
     }

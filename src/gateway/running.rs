@@ -1,4 +1,4 @@
-//! A configuration that is built: what of it a next one can take over.
+//! A built configuration, and which of its parts the next one can reuse.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -13,33 +13,33 @@ use crate::config::{self, Config};
 use crate::proxy::generation::Generation;
 use crate::upstream::Upstream;
 
-/// A configuration that is built: it runs, or is ready to.
+/// A built configuration: active, or ready to be activated.
 pub struct Running {
-    /// As it is written.
+    /// The settings as written.
     pub config: Config,
-    /// What requests go by.
+    /// What requests use.
     pub generation: Arc<Generation>,
     /// The upstreams, by name.
     pub upstreams: BTreeMap<String, Arc<Upstream>>,
-    /// The listeners, in the order of the file.
+    /// The listeners, in file order.
     pub listeners: Vec<Standing>,
     /// The TLS of the admin endpoint.
     pub admin_tls: Option<Arc<Tls>>,
-    /// What orders certificates.
+    /// The ACME client.
     pub acme: Option<Arc<Acme>>,
-    /// The routes as `/status` shows them.
+    /// The routes for `/status`.
     pub listed: Vec<Listed>,
 }
 
-/// A listener and the socket that it has.
+/// A listener and its socket.
 pub struct Standing {
     /// The listener.
     pub listener: Arc<Listener>,
     /// What accepts its connections.
     pub acceptor: Arc<Acceptor>,
-    /// Where it was bound to.
+    /// The bound address.
     pub place: Place,
-    /// The socket was open before.
+    /// The socket was already open.
     pub kept: bool,
 }
 
@@ -49,12 +49,12 @@ impl Running {
         Some(&self.listeners.iter().find(|standing| standing.listener.name == name)?.listener)
     }
 
-    /// The listener of this name, as it is written.
+    /// The settings of the listener of this name.
     pub fn written(&self, name: &str) -> Option<&config::Listener> {
         self.config.listeners.iter().find(|listener| listener.name == name)
     }
 
-    /// The listener that is written so, if nothing of it differs, nor of what it has besides.
+    /// The running listener with these settings, if it and its parts are unchanged.
     pub fn unchanged(
         &self,
         written: &config::Listener,
@@ -77,8 +77,8 @@ impl Running {
         same_tls(&standing.listener).then(|| standing.listener.clone())
     }
 
-    /// The socket that is open at the address of this listener, whosever it is. One at a port of the system's choice is
-    /// that of the listener of the same name.
+    /// The open socket at this listener's address, of any listener. For port 0, the socket of the listener with the
+    /// same name.
     pub fn open_at(&self, written: &config::Listener) -> Option<&Standing> {
         let any_port = written.address.0.ends_with(":0");
         let mut named = self.config.listeners.iter().zip(&self.listeners);
@@ -87,7 +87,7 @@ impl Running {
         found.map(|(_, standing)| standing)
     }
 
-    /// Whether issuers are asked for the same as by this configuration.
+    /// Whether the same certificates are requested from issuers.
     pub fn asks_the_same(&self, config: &Config) -> bool {
         let tls = |config: &Config| -> Vec<_> {
             let listeners =
@@ -99,7 +99,7 @@ impl Running {
         self.config.acme == config.acme && tls(&self.config) == tls(config) && hosts(&self.config) == hosts(config)
     }
 
-    /// Everything whose certificates are kept up to date.
+    /// All TLS settings whose certificates are kept up to date.
     pub fn secured(&self) -> Vec<Arc<Tls>> {
         let listeners = self.listeners.iter().filter_map(|standing| standing.listener.tls.clone());
         listeners.chain(self.admin_tls.clone()).collect()

@@ -1,8 +1,8 @@
-//! The listening sockets, bound before anything runs: an address that is taken is a clear error and not a panic of a
-//! thread, and a port chosen by the system is known.
+//! The listening sockets. They are bound before anything runs, so that an address in use is a clear error and not a
+//! panic of a thread, and a port chosen by the system is known.
 //!
-//! A socket that was open before this process is taken in place of a new one (`inherited.rs`). Listeners accept on
-//! theirs by `client/acceptor.rs`, the admin endpoint by `reception.rs`.
+//! A socket that was open before this process started is used instead of a new one (`inherited.rs`). Listeners
+//! accept through `client/acceptor.rs`, the admin endpoint through `reception.rs`.
 
 use std::fs::{self, Permissions};
 use std::io;
@@ -20,16 +20,16 @@ use crate::config::units::FileMode;
 
 use super::inherited::Opener;
 
-/// Connections that may wait in the kernel to be accepted, as Pingora sets it too.
+/// Limit on connections that wait in the kernel to be accepted, as in Pingora.
 const BACKLOG: i32 = 65_535;
 
 /// A bound socket.
 pub struct Socket {
     /// The TCP address it was bound to; `None` for a unix socket.
     pub tcp: Option<SocketAddr>,
-    /// The address in words: that of TCP, or the path.
+    /// The address as text: TCP address or path.
     address: String,
-    /// The mode that its file is to have, if it is a unix socket.
+    /// The file mode, for a unix socket.
     unix: Option<FileMode>,
     /// Who opened it, if this process did not.
     opener: Option<Opener>,
@@ -37,8 +37,8 @@ pub struct Socket {
 }
 
 impl Socket {
-    /// Binds and listens. A unix socket without a listening process is replaced; a live one is an error. Its file
-    /// has this mode before anybody can connect to it.
+    /// Binds and listens. A stale unix socket is replaced; one in use is an error. Its file gets this mode before
+    /// clients can connect.
     pub fn bind(address: &Address, mode: FileMode) -> io::Result<Socket> {
         match address.unix_path() {
             Some(path) => Self::bind_unix(path, mode),
@@ -75,13 +75,12 @@ impl Socket {
             Ok(found) if !found.file_type().is_socket() => return Err(io::ErrorKind::AlreadyExists.into()),
             Ok(_) if UnixStream::connect(path).is_ok() => return Err(io::ErrorKind::AddrInUse.into()),
             Ok(_) => fs::remove_file(path)?,
-            // There is none, or `bind` says what is wrong.
+            // The file does not exist, or `bind` will report the error.
             Err(_) => {}
         }
         let socket = socket2::Socket::new(Domain::UNIX, Type::STREAM, None)?;
         socket.bind(&SockAddr::unix(path)?)?;
-        // No client can connect before it listens, so that neither the umask of the process nor the moment in between
-        // matters.
+        // Clients cannot connect before it listens, so neither the umask nor the time in between matters.
         fs::set_permissions(path, Permissions::from_mode(mode.0))?;
         socket.listen(BACKLOG)?;
         socket.set_nonblocking(true)?;
@@ -89,14 +88,14 @@ impl Socket {
         Ok(Socket { tcp: None, address, unix: Some(mode), opener: None, fd: socket.into() })
     }
 
-    /// One that was open before this process: of TCP, or a unix socket at a path, whose file is to have a mode.
+    /// A socket that was already open: TCP, or a unix socket with a path and the mode for its file.
     pub fn inherited(tcp: Option<SocketAddr>, unix: Option<(String, FileMode)>, opener: Opener, fd: OwnedFd) -> Socket {
         let (path, mode) = unix.unzip();
         let address = path.or_else(|| Some(tcp?.to_string())).unwrap_or_default();
         Socket { tcp, address, unix: mode, opener: Some(opener), fd }
     }
 
-    /// The socket itself.
+    /// The descriptor.
     pub fn into_fd(self) -> OwnedFd {
         self.fd
     }
@@ -112,26 +111,26 @@ impl Socket {
     }
 }
 
-/// Where a listener was bound to.
+/// The bound address of a listener.
 #[derive(Clone)]
 pub struct Place {
     /// The name of the listener; `admin` is the admin endpoint.
     pub listener: String,
-    /// The address as it is written.
+    /// The address as written.
     pub written: String,
-    /// The address as bound: with the port that the system chose, or the path of a unix socket.
+    /// The bound address, with the port chosen by the system, or the path of a unix socket.
     pub address: String,
     /// The TCP address.
     pub tcp: Option<SocketAddr>,
-    /// The file of a unix socket, which is to be removed when no process listens any more, and its mode. That of a socket
-    /// of the service manager is not ours.
+    /// The file of a unix socket, to be removed when no process listens any more, and its mode. `None` for a socket
+    /// of the service manager, which owns the file.
     pub file: Option<(PathBuf, FileMode)>,
     /// The service manager opened it.
     pub is_managers: bool,
 }
 
 impl Place {
-    /// Where `listener` was bound to.
+    /// The bound address of `listener`.
     pub fn of(listener: &str, written: &Address, socket: &Socket) -> Self {
         let is_managers = socket.opener == Some(Opener::ServiceManager);
         Place {
@@ -145,16 +144,16 @@ impl Place {
     }
 }
 
-/// A socket that is listened on, and who accepts there.
+/// A listening socket and its acceptor.
 #[derive(Clone)]
 pub struct Station {
-    /// Where.
+    /// The address.
     pub place: Place,
-    /// Who.
+    /// The acceptor.
     pub clerk: Clerk,
 }
 
-/// Who accepts connections on a socket.
+/// What accepts connections on a socket.
 #[derive(Clone)]
 pub enum Clerk {
     /// A listener.
@@ -164,11 +163,11 @@ pub enum Clerk {
 }
 
 impl Clerk {
-    /// The socket once more, for another process; `None` if it is closed.
+    /// A duplicate of the socket, for another process; `None` if it is closed.
     ///
     /// # Errors
     ///
-    /// The system has no further descriptor.
+    /// The system has no descriptor left.
     pub fn duplicate(&self) -> io::Result<Option<OwnedFd>> {
         match self {
             Clerk::Listener(acceptor) => acceptor.duplicate(),
@@ -184,7 +183,7 @@ impl Clerk {
         }
     }
 
-    /// Whether it accepts no more connections of clients.
+    /// Whether it accepts no more client connections.
     pub fn has_left(&self) -> bool {
         match self {
             Clerk::Listener(acceptor) => acceptor.duplicate().is_ok_and(|open| open.is_none()),

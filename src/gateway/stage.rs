@@ -1,7 +1,7 @@
-//! What a configuration is put on: the parts of the process that go by it, and how it is put there in one step.
+//! Activates a configuration: the parts of the process that depend on it, and the switch in one step.
 //!
-//! [`prepare`] builds a configuration aside and may fail; [`Stage::put_on`] cannot, and is where the next request and
-//! the next connection see another one. What did not change is the very thing that the configuration before had.
+//! [`prepare`] builds a configuration separately and may fail; [`Stage::put_on`] cannot fail, and switches the next
+//! request and the next connection to the new one. Unchanged parts are shared with the previous configuration.
 
 use std::collections::{BTreeMap, HashSet};
 use std::fs;
@@ -33,15 +33,15 @@ use super::running::{Running, Standing};
 use super::sockets::{Clerk, Place, Station};
 use super::web::Openings;
 
-/// Why a configuration cannot be put on.
+/// Why a configuration cannot be activated.
 pub enum Obstacle {
-    /// Something is wrong with it.
+    /// It has these errors.
     Wrong(Vec<BuildError>),
     /// A socket cannot be bound.
     Listen {
-        /// The place of the listener in the file.
+        /// The listener's index in the file.
         index: usize,
-        /// Why.
+        /// The reason.
         source: io::Error,
     },
 }
@@ -52,12 +52,12 @@ impl From<Vec<BuildError>> for Obstacle {
     }
 }
 
-/// Builds a configuration, and binds the sockets that it has and the one before had not. The one before runs on
-/// unchanged, whatever comes of it.
+/// Builds a configuration, and binds the sockets that are new in it. The previous one runs on unchanged in any
+/// case.
 ///
 /// # Errors
 ///
-/// All that is wrong with it.
+/// All errors of the configuration.
 pub fn prepare(
     ground: &Ground,
     common: &Arc<Common>,
@@ -73,8 +73,8 @@ pub fn prepare(
     assemble(parts, ground, common, user, config, before)
 }
 
-/// Certificates that clients would not accept, but for those that are served as they are already: to refuse them would
-/// keep everything else from being changed.
+/// Certificates that clients would reject, except those already in use: rejecting them would block all other
+/// changes.
 fn newly_expired(parts: &Parts, before: &Running) -> Vec<BuildError> {
     let served: HashSet<String> =
         before.secured().iter().flat_map(|tls| expired(Some(&**tls), "")).map(|error| error.message).collect();
@@ -84,11 +84,11 @@ fn newly_expired(parts: &Parts, before: &Running) -> Vec<BuildError> {
     found.filter(|error| !served.contains(&error.message)).collect()
 }
 
-/// The same of parts that are built already.
+/// The same for parts that are already built.
 ///
 /// # Errors
 ///
-/// What was not found with the parts.
+/// Those that building the parts does not find.
 pub fn assemble(
     mut parts: Parts,
     ground: &Ground,
@@ -126,7 +126,7 @@ pub fn assemble(
                 let opened = ground.inherited.open(&written.name, &written.address, written.mode);
                 let socket = opened.map_err(failed)?;
                 let place = Place::of(&written.name, &written.address, &socket);
-                // The file of one that another process opened is not removed if nothing comes of this one.
+                // If this configuration fails, the file of an inherited socket is not removed.
                 let file = place.file.as_ref().filter(|_| socket.is_own()).map(|(file, _)| file.clone());
                 let acceptor = Acceptor::new(socket.into_fd(), listener.clone(), file).map_err(failed)?;
                 Standing { acceptor, place, kept: false, listener }
@@ -141,7 +141,7 @@ pub fn assemble(
             let acme = acme::build(parts.issuers, &ground.challenges, &ground.served, &ground.metrics)?;
             if let Some(acme) = &acme {
                 acme.prepare(user.and_then(User::to_become)).map_err(|error| vec![error])?;
-                // At start, Forebay is not yet who it becomes.
+                // At start, Forebay has not yet switched to `server.user`.
                 before.map_or(Ok(()), |_| acme.probe()).map_err(|error| vec![error])?;
             }
             acme.map(Arc::new)
@@ -164,40 +164,40 @@ pub fn assemble(
     })
 }
 
-/// What of the process goes by the configuration.
+/// The parts of the process that depend on the configuration.
 pub struct Stage {
     /// What configurations are built on.
     pub ground: Ground,
-    /// What all listeners share.
+    /// Shared by all listeners.
     pub common: Arc<Common>,
-    /// Whom Forebay became, if anybody.
+    /// The user that Forebay switched to, if any.
     pub user: Option<User>,
-    /// Counters of requests that no route takes.
+    /// Metrics of requests that match no route.
     pub unrouted: Arc<RouteMetrics>,
-    /// What requests go by.
+    /// What requests use.
     pub current: Current,
     /// What the admin endpoint shows.
     pub shown: Shown,
     /// Opens sockets.
     pub openings: Openings,
-    /// The upstreams that are kept up to date.
+    /// The active upstreams.
     pub upstreams: InUse<Upstream>,
-    /// The certificates that are.
+    /// The active TLS settings.
     pub tls: InUse<Tls>,
-    /// What orders certificates.
+    /// The active ACME client.
     pub acme: InUse<Acme>,
-    /// What a stop does.
+    /// The settings of a stop.
     pub shutdown: Arc<Mutex<Shutdown>>,
-    /// What an upgrade does.
+    /// The settings of an upgrade.
     pub upgrade: Arc<Mutex<Upgrade>>,
-    /// Where connections are accepted, the admin endpoint among them.
+    /// The sockets that accept connections, including the admin endpoint's.
     pub stations: Arc<Mutex<Vec<Station>>>,
-    /// Counts exchanges and connections by their generation.
+    /// Counts exchanges and connections per generation.
     pub ledger: Arc<Ledger>,
 }
 
 impl Stage {
-    /// Puts a configuration on in place of the one before. Nothing of it can fail.
+    /// Replaces the previous configuration. Cannot fail.
     pub fn put_on(&self, running: &Running, before: Option<&Running>) {
         let nothing = BTreeMap::new();
         let earlier = before.map_or(&nothing, |before| &before.upstreams);
@@ -236,7 +236,7 @@ impl Stage {
         self.upstreams.set(running.upstreams.values().cloned().collect());
         let secured = running.secured();
         let kept = before.map(Running::secured).unwrap_or_default();
-        // What is served on is read anew: a reload is also what follows a change of the files.
+        // Kept certificates are read again: a reload may be the reaction to changed files.
         secured.iter().filter(|tls| kept.iter().any(|kept| Arc::ptr_eq(kept, tls))).for_each(|tls| tls.reload());
         self.ground.served.store(Arc::new(secured.clone()));
         self.tls.set(secured);
@@ -277,7 +277,7 @@ impl Stage {
                 old.acceptor.close();
                 stations.retain(|station| station.place.address != old.place.address);
                 if let Some((file, _)) = &old.place.file {
-                    // The receiver may be gone already.
+                    // The receiver may already be gone.
                     let _ = fs::remove_file(file);
                 }
             }
@@ -291,7 +291,7 @@ impl Stage {
     }
 }
 
-/// Counts what goes by which generation, on each scrape.
+/// Counts exchanges and connections per generation, on each scrape.
 #[derive(Default)]
 pub struct Ledger {
     generations: Mutex<Vec<(Weak<Epoch>, Weak<Generation>)>>,
@@ -313,7 +313,7 @@ impl Ledger {
 }
 
 impl Ledger {
-    /// How many client connections are open.
+    /// Number of open client connections.
     pub fn open(&self) -> u64 {
         lock(&self.listeners).iter().filter_map(Weak::upgrade).map(|listener| listener.open()).sum()
     }
@@ -324,7 +324,7 @@ impl Generations for Ledger {
         let mut generations = lock(&self.generations);
         generations.retain(|(epoch, _)| epoch.strong_count() > 0);
         let counted = generations.iter().filter_map(|(epoch, generation)| {
-            // Each exchange holds its epoch once, and so does the table, as long as that is there.
+            // Each exchange holds its epoch once, and so does the table while it exists.
             let table = usize::from(generation.strong_count() > 0);
             let number = epoch.upgrade()?.number;
             Some((number, epoch.strong_count().saturating_sub(table) as u64))
@@ -339,7 +339,7 @@ impl Generations for Ledger {
     }
 }
 
-/// Held for a look or a change, never on a worker.
+/// Held for a short read or change, never on a worker.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -1,11 +1,12 @@
-//! Signals, the begin of service, and the order of a graceful stop.
+//! Signals, the start of service, and the order of a graceful stop.
 //!
-//! Pingora would sleep through its whole grace period and then drop what is left. So Pingora's own watch is kept still,
-//! and a watch of ours is flipped when it is time: not ready, and every answer says so; pause; no new connections, and
-//! idle ones close; the exchanges in flight end, or are cut and logged; exit. The admin endpoint answers to the end.
+//! Pingora would sleep through its whole grace period and then drop the rest. So Pingora's own watch stays silent,
+//! and ours is set at each step: not ready, and every response closes its connection; pause; no new connections,
+//! and idle ones close; active exchanges finish, or are cut and logged; exit. The admin endpoint responds until the
+//! end.
 //!
-//! Where another process has taken over there is nothing to announce, for the address serves on: connections are left to
-//! it at once, and those that are open end with the answer to their next request.
+//! If another process has taken over, there is no pause, because the address is still served: this process stops
+//! accepting at once, and open connections end after the response to their next request.
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
@@ -39,34 +40,34 @@ use crate::metrics::upgrade::UpgradeMetrics;
 use crate::upkeep::InUse;
 use crate::upstream::Upstream;
 
-/// Lets a connection that was just accepted become an exchange before the last one is looked for.
+/// Time for a just accepted connection to become an exchange before the last one is looked for.
 const SETTLE: Duration = Duration::from_millis(20);
 
-/// For the last words of exchanges that are cut, and their lines in the log: twice as long as each has.
+/// Time for cut exchanges to tell their clients and to be logged: twice the limit of each.
 const CUT: Duration = Duration::from_secs(1);
 
-/// For the last answers of the admin endpoint.
+/// Time for the last responses of the admin endpoint.
 const ANSWERS: Duration = Duration::from_secs(2);
 
-/// How often is looked whether clients have left a process that another one has replaced.
+/// How often a replaced process checks whether its clients have left.
 const LOOK: Duration = Duration::from_millis(50);
 
-/// How long a new process waits for the first answers of endpoints whose health is checked, before it takes over: one
-/// that is down would get requests until the first check.
+/// How long a new process waits for the first health checks before it takes over: an endpoint that is down would
+/// get requests until its first check.
 const CHECKED: Duration = Duration::from_secs(5);
 
-/// Stops a running gateway from within the process, as SIGTERM does from without.
+/// Stops a running gateway from within the process, like SIGTERM from outside.
 #[derive(Clone)]
 pub struct Handle(pub(super) Arc<Notify>);
 
 impl Handle {
-    /// Begins a graceful stop.
+    /// Starts a graceful stop.
     pub fn stop(&self) {
         self.0.notify_one();
     }
 }
 
-/// Adds what stops the gateway to the admin endpoint.
+/// Adds the stop endpoint to the admin endpoint.
 pub(super) fn add(admin: Admin, handle: Handle) -> Admin {
     admin.post("/stop", "stops gracefully, as SIGTERM does", move |_| {
         tracing::info!("the admin endpoint is asked to stop the gateway");
@@ -78,35 +79,35 @@ pub(super) fn add(admin: Admin, handle: Handle) -> Admin {
 /// What Pingora's main loop waits for.
 pub struct Stop {
     pub(super) asked: Arc<Notify>,
-    /// Tells the rest of the process, step by step.
+    /// Signals the steps to the rest of the process.
     pub(super) endings: Endings,
     pub(super) times: Arc<Mutex<Shutdown>>,
-    /// Sockets that were open before this process.
+    /// Sockets that were open before this process started.
     pub(super) inherited: Inherited,
     /// The process that this one takes over from.
     pub(super) predecessor: Option<Predecessor>,
-    /// New processes that take over from this one.
+    /// Starts new processes that take over from this one.
     pub(super) upgrades: Upgrades,
     pub(super) upgrade: Arc<Mutex<Upgrade>>,
-    /// Older processes, and what is counted of upgrades.
+    /// Older processes, and counters of upgrades.
     pub(super) elders: Elders,
     pub(super) upgrade_metrics: UpgradeMetrics,
     pub(super) pid_file: Option<PidFile>,
     /// Counts client connections.
     pub(super) ledger: Arc<Ledger>,
-    /// The upstreams that are kept up to date.
+    /// The active upstreams.
     pub(super) upstreams: InUse<Upstream>,
-    /// What orders certificates.
+    /// The active ACME client.
     pub(super) acme: InUse<Acme>,
     pub(super) metrics: Metrics,
     /// The admin endpoint, if there is one.
     pub(super) reception: Option<Arc<Reception>>,
     pub(super) log: Option<Arc<AccessLog>>,
-    /// Told once signals are received: who waits for these lines may send one.
+    /// Logged once signals are handled: tools that wait for these lines may then send one.
     pub(super) stations: Arc<Mutex<Vec<Station>>>,
-    /// Loads the configuration again, if it is that of a file.
+    /// Reloads the configuration, if it comes from a file.
     pub(super) reloads: Option<Reloads>,
-    /// The watchers of a stop.
+    /// The service manager.
     pub(super) supervisor: Supervisor,
 }
 
@@ -134,7 +135,7 @@ impl Signals {
 impl ShutdownSignalWatch for Stop {
     async fn recv(&self) -> ShutdownSignal {
         self.wait_and_drain().await;
-        // Also where nothing was drained: listeners whose watch just goes away would call that an error.
+        // Also if there was no drain: listeners whose watch is dropped would report an error.
         self.close_listeners();
         self.end_answers().await;
         ShutdownSignal::FastShutdown
@@ -142,7 +143,7 @@ impl ShutdownSignalWatch for Stop {
 }
 
 impl Stop {
-    /// Minds the signals until one says stop, and until that is done.
+    /// Handles signals until one stops the gateway, and then the stop.
     async fn wait_and_drain(&self) {
         let mut signals = match Signals::install() {
             Ok(signals) => signals,
@@ -183,7 +184,7 @@ impl Stop {
                     return;
                 }
                 _ = signals.user2.recv() => {
-                    // What comes of it is in the log.
+                    // The result is logged.
                     let _ = self.upgrades.begin("SIGUSR2", None);
                 }
                 _ = signals.hangup.recv() => {
@@ -214,7 +215,7 @@ impl Stop {
             tracing::info!(listener = place.listener, address = place.address, "listening");
         }
         for file in self.inherited.settle() {
-            // The receiver may be gone already.
+            // The receiver may already be gone.
             let _ = fs::remove_file(file);
         }
         if let Some(file) = &self.pid_file
@@ -226,9 +227,9 @@ impl Stop {
         self.endings.readiness.set(Ready::Ready);
     }
 
-    /// Takes over from the process before, once all that a request could need is there.
+    /// Takes over from the previous process, once everything that requests need is ready.
     async fn take_over(&self, predecessor: Predecessor) -> Result<(), String> {
-        // What is not known by then is found out while it serves.
+        // What is unknown by then is found out while serving.
         let _ = tokio::time::timeout(CHECKED, self.checked()).await;
         let asked = predecessor.clone();
         let waited = tokio::task::spawn_blocking(move || asked.take_over()).await;
@@ -254,27 +255,28 @@ impl Stop {
             self.elders.watch(ends, self.upgrade_metrics.clone())
         });
         if let Err(error) = watched {
-            tracing::warn!(%error, "it cannot be told when the processes before this one end");
+            tracing::warn!(%error, "cannot watch for the end of the previous processes");
         }
         let told = tokio::task::spawn_blocking(move || predecessor.begun()).await;
         told.map_err(|error| error.to_string())
     }
 
-    /// Waits until something is known of every endpoint whose health is checked.
+    /// Waits for the first check of every endpoint with health checks.
     async fn checked(&self) {
         while self.upstreams.now().iter().any(|upstream| upstream.is_unchecked()) {
             tokio::time::sleep(LOOK).await;
         }
     }
 
-    /// Ends what is under way, where another process serves.
+    /// Finishes active exchanges while another process serves.
     async fn leave(&self) {
         let began = Instant::now();
         let (idle, deadline) = (lock(&self.upgrade).idle.0, lock(&self.times).deadline.0);
         let connections = self.ledger.open();
         self.endings.readiness.set(Ready::HandedOver);
         self.acme.set(Vec::new());
-        // A connection ends with the answer to its next request. One that had none by the end of this time is closed.
+        // A connection ends after the response to its next request. Connections without one are closed after this
+        // time.
         self.endings.stopping.send_replace(true);
         tracing::info!(
             ?deadline,
@@ -290,17 +292,17 @@ impl Stop {
         self.end_by(deadline.saturating_sub(began.elapsed())).await;
     }
 
-    /// Lets the admin endpoint say what it is about to say: the answer to what stops the process is among it.
+    /// Lets the admin endpoint finish its responses, including that to the stop request.
     async fn end_answers(&self) {
         if let Some(reception) = &self.reception {
             reception.close();
-            // A client that does not take its answer holds up nothing.
+            // A client that does not read its response must not delay the exit.
             let _ = tokio::time::timeout(ANSWERS, reception.answering().drained()).await;
         }
     }
 
     fn close_listeners(&self) {
-        // An error would mean that no service is left to tell.
+        // An error would mean that no service is left.
         let _ = self.endings.listeners.send(true);
     }
 
@@ -312,8 +314,9 @@ impl Stop {
         tracing::info!(?pause, ?deadline, inflight = self.endings.inflight.count(), "stopping");
         self.endings.readiness.set(Ready::Stopping);
         self.supervisor.stopping();
-        // From now on clients are told to come back by another connection, which a balancer leads elsewhere once it has
-        // noticed. Connections that are idle stay open meanwhile: a request that crosses their end would be lost.
+        // From now on responses close their connections, and a load balancer that has noticed sends new ones
+        // elsewhere. Idle connections stay open meanwhile: closing them could lose a request that is already on its
+        // way.
         self.endings.stopping.send_replace(true);
         tokio::time::sleep(pause).await;
         self.close_listeners();
@@ -321,7 +324,7 @@ impl Stop {
         self.end_by(deadline).await;
     }
 
-    /// Waits until the last exchange has ended, and cuts what is left at the deadline.
+    /// Waits until the last exchange has ended; cuts the rest at the deadline.
     async fn end_by(&self, deadline: Duration) {
         if tokio::time::timeout(deadline, self.endings.inflight.drained()).await.is_ok() {
             tracing::info!("the last exchange has ended");
@@ -329,7 +332,7 @@ impl Stop {
         }
         tracing::warn!(cut = self.endings.inflight.count(), "the deadline is over; the rest is cut");
         self.endings.cut.now();
-        // What is left then are connections whose clients take their time to close them.
+        // What is left are connections that their clients are slow to close.
         let _ = tokio::time::timeout(CUT, self.endings.inflight.drained()).await;
     }
 }

@@ -1,9 +1,8 @@
-//! Tells the service manager how the gateway does (sd_notify(3)): ready, reloading, stopping, and that its workers
-//! live.
+//! Notifies the service manager (sd_notify(3)): ready, reloading, stopping, and that the workers are alive.
 //!
-//! The manager names a datagram socket in `$NOTIFY_SOCKET`; where there is none, nothing is said. With
-//! `Type=notify-reload` it sends SIGHUP for a reload and waits for the word that it is done, and with `WatchdogSec` it
-//! ends a process whose workers are held up.
+//! The manager names a datagram socket in `$NOTIFY_SOCKET`; without it, nothing is sent. With `Type=notify-reload`
+//! it sends SIGHUP for a reload and waits for its end, and with `WatchdogSec` it kills a process whose workers are
+//! blocked.
 
 use std::env;
 use std::io;
@@ -17,7 +16,7 @@ use std::time::Duration;
 
 use crate::metrics::Metrics;
 
-/// How often in the time of the watchdog the workers are looked at: a short stall does not end the process.
+/// Checks of the workers per watchdog interval: a short stall does not end the process.
 const LOOKS: u32 = 4;
 
 /// The service manager. Clones share its socket.
@@ -28,12 +27,12 @@ pub struct Supervisor(Option<Arc<Channel>>);
 struct Channel {
     socket: UnixDatagram,
     address: SocketAddr,
-    /// Another process speaks in place of this one.
+    /// Another process notifies the manager instead.
     over: AtomicBool,
 }
 
 impl Supervisor {
-    /// The manager that is named in the environment, if one is.
+    /// The manager named in the environment, if there is one.
     pub fn of_environment() -> Supervisor {
         let Some(name) = env::var_os("NOTIFY_SOCKET").filter(|name| !name.is_empty()) else { return Supervisor(None) };
         let channel = address(name.as_bytes()).and_then(|address| {
@@ -42,13 +41,13 @@ impl Supervisor {
         match channel {
             Ok(channel) => Supervisor(Some(Arc::new(channel))),
             Err(error) => {
-                tracing::warn!(%error, "the service manager cannot be told anything");
+                tracing::warn!(%error, "cannot notify the service manager");
                 Supervisor(None)
             }
         }
     }
 
-    /// Connections are taken, by the configuration of this number.
+    /// Ready to serve, with the configuration of this number.
     pub fn ready(&self, generation: u64) {
         self.say(&format!(
             "READY=1\nMAINPID={}\nSTATUS=generation {generation} of the configuration runs",
@@ -56,12 +55,12 @@ impl Supervisor {
         ));
     }
 
-    /// The configuration is loaded again; [`Supervisor::ready`] says when that is done.
+    /// A reload begins; [`Supervisor::ready`] reports its end.
     pub fn reloading(&self) {
         self.say(&format!("RELOADING=1\nMONOTONIC_USEC={}\nSTATUS=loading the configuration", monotonic().as_micros()));
     }
 
-    /// Another process serves from now on and is the main one, and this one says nothing more.
+    /// Another process is the main one from now on, and this one sends nothing more.
     pub fn hand_over(&self, pid: u32) {
         self.say(&format!("MAINPID={pid}\nSTATUS=process {pid} takes over"));
         if let Some(channel) = &self.0 {
@@ -69,17 +68,16 @@ impl Supervisor {
         }
     }
 
-    /// It stops.
+    /// The gateway stops.
     pub fn stopping(&self) {
         self.say("STOPPING=1\nSTATUS=stopping");
     }
 
-    /// Says again and again that the workers live, for as long as none of them is held up, if the manager wants to
-    /// know.
+    /// If the manager has a watchdog, notifies it regularly as long as no worker is blocked.
     ///
     /// # Errors
     ///
-    /// The system has no thread to give.
+    /// The system has no thread left.
     pub fn watch(&self, metrics: Metrics) -> io::Result<()> {
         let Some(patience) = self.0.as_ref().and_then(|_| patience(|name| env::var(name).ok())) else { return Ok(()) };
         let supervisor = self.clone();
@@ -97,12 +95,12 @@ impl Supervisor {
             && !over.load(Ordering::Relaxed)
             && let Err(error) = socket.send_to_addr(what.as_bytes(), address)
         {
-            tracing::debug!(%error, "the service manager could not be told: {what}");
+            tracing::debug!(%error, "could not notify the service manager: {what}");
         }
     }
 }
 
-/// A path, or a name without a file if it begins with `@`.
+/// A path, or an abstract name if it begins with `@`.
 fn address(name: &[u8]) -> io::Result<SocketAddr> {
     match name.strip_prefix(b"@") {
         Some(abstract_name) => SocketAddr::from_abstract_name(abstract_name),
@@ -110,17 +108,17 @@ fn address(name: &[u8]) -> io::Result<SocketAddr> {
     }
 }
 
-/// How long the manager waits for a word, if it waits for one of this process.
+/// The watchdog interval, if the manager watches this process.
 fn patience(variable: impl Fn(&str) -> Option<String>) -> Option<Duration> {
     let of_another = variable("WATCHDOG_PID").is_some_and(|pid| pid != std::process::id().to_string());
     let micros = variable("WATCHDOG_USEC")?.parse().ok().filter(|&micros: &u64| micros > 0 && !of_another)?;
     Some(Duration::from_micros(micros))
 }
 
-/// The clock by which the manager tells this reload from one before (CLOCK_MONOTONIC).
+/// The clock by which the manager matches reloads (CLOCK_MONOTONIC).
 fn monotonic() -> Duration {
     let mut now = libc::timespec { tv_sec: 0, tv_nsec: 0 };
-    // SAFETY: the pointer is to what this call fills, and outlives it. It knows this clock, so it cannot fail.
+    // SAFETY: the pointer is to what this call fills, and outlives it. This clock always exists, so it cannot fail.
     unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC, &raw mut now) };
     Duration::new(u64::try_from(now.tv_sec).unwrap_or_default(), u32::try_from(now.tv_nsec).unwrap_or_default())
 }

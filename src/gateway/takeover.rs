@@ -1,9 +1,9 @@
-//! The side of a new process that takes over from a running one (`handover.rs`); the other side is `upgrade.rs`.
+//! The new process's side of a takeover (`handover.rs`); the other side is `upgrade.rs`.
 //!
-//! It is started by the running process and is to outlive it, and the service manager is to hear of its end. So it
-//! forks before it does anything else and its first half ends, which makes the service manager its parent (a process
-//! whose parent has ended is given to the nearest one above that takes such processes, prctl(2) PR_SET_CHILD_SUBREAPER).
-//! The first half stays until the new process is ready: by its exit status the running one learns how it failed.
+//! The running process starts it, but it must outlive that process, and the service manager must learn of its end.
+//! So it forks first and the parent half exits later, which makes the service manager its parent (an orphan is
+//! adopted by the nearest subreaper, prctl(2) PR_SET_CHILD_SUBREAPER). The parent half stays until the new process
+//! is ready: its exit status tells the running process why a start failed.
 
 use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, FromRawFd, OwnedFd};
@@ -14,10 +14,10 @@ use super::handover::{Channel, FromNew, FromOld, Heard, VARIABLE, VERSION};
 use super::inherited::Inherited;
 use super::lock;
 
-/// For what the running process says without having to wait for anything.
+/// For messages that the running process sends without waiting for anything.
 const PATIENCE: Duration = Duration::from_secs(10);
 
-/// How long the running process may take to say that connections may be accepted; it does so at once.
+/// For the running process to permit accepting; it does so at once.
 const GO: Duration = Duration::from_secs(60);
 
 /// The process that this one takes over from. Clones share it.
@@ -26,48 +26,47 @@ pub struct Predecessor(Arc<Inner>);
 
 struct Inner {
     channel: Channel,
-    /// What the first half of this process waits at.
+    /// The pipe that the parent half waits on.
     first_half: Mutex<Option<std::fs::File>>,
     legacy: Mutex<Legacy>,
 }
 
-/// What is left to a new process besides sockets.
+/// What a new process inherits besides sockets.
 #[derive(Debug, Default)]
 pub struct Legacy {
-    /// The version of the process before.
+    /// The version of the previous process.
     pub version: String,
-    /// What was counted of upgrades.
+    /// Counters of upgrades.
     pub counted: Vec<(String, u64)>,
-    /// The ends by which is known when older processes end.
+    /// The ends that report the exit of older processes.
     pub elders: Vec<OwnedFd>,
 }
 
-/// What became of a process that was ready.
+/// The result for a process that was ready.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Taken {
-    /// The running process lets it accept connections.
+    /// The running process permits it to accept connections.
     Over,
-    /// The running process has ended, so that it is alone.
+    /// The running process has ended.
     Alone,
 }
 
 impl Predecessor {
-    /// The process that started this one to be replaced by it, if one did. To be called once, before there is any other
-    /// thread.
+    /// The process that started this one for a takeover, if any. Call it once, before any thread is started.
     ///
     /// # Errors
     ///
-    /// The environment says so, and the standard input is not the socket for it.
+    /// The environment announces it, but standard input is not its socket.
     pub fn of_environment() -> Result<Option<Predecessor>, String> {
         match std::env::var(VARIABLE) {
             Err(_) => return Ok(None),
             Ok(version) if version == VERSION => {}
             Ok(version) => return Err(format!("{VARIABLE}={version}: this version of Forebay knows {VERSION}")),
         }
-        let said = |error: io::Error| format!("{VARIABLE} is set, and standard input is no socket for it: {error}");
+        let said = |error: io::Error| format!("{VARIABLE} is set, and standard input is not its socket: {error}");
         let channel = io::stdin().as_fd().try_clone_to_owned().and_then(Channel::of).map_err(said)?;
         let nothing = std::fs::File::open("/dev/null").map_err(|error| format!("/dev/null: {error}"))?;
-        // Only this one end is to tell when the process ends.
+        // Only this one copy may signal the exit of the process.
         replace_stdin(&nothing).map_err(said)?;
         let first_half = fork(&channel).map_err(|error| format!("this process cannot be made its own: {error}"))?;
         let here = FromNew::Here { pid: std::process::id(), version: env!("CARGO_PKG_VERSION").to_owned() };
@@ -80,7 +79,7 @@ impl Predecessor {
     ///
     /// # Errors
     ///
-    /// They do not come, or one is not what it is called.
+    /// They do not arrive, or one does not match its label.
     pub fn pass_to(&self, inherited: &Inherited) -> Result<(), String> {
         let until = Instant::now() + PATIENCE;
         loop {
@@ -94,7 +93,7 @@ impl Predecessor {
                     *lock(&self.0.legacy) = Legacy { version, counted, elders };
                     return Ok(());
                 }
-                Ok(Heard::Message(other, _)) => return Err(format!("the process before said {other:?}")),
+                Ok(Heard::Message(other, _)) => return Err(format!("the previous process sent {other:?}")),
                 Ok(Heard::Closed) => return Err("the process before has ended".to_owned()),
                 Ok(Heard::Nothing) => return Err("the process before passes no sockets".to_owned()),
                 Err(error) => return Err(format!("the sockets could not be received: {error}")),
@@ -102,50 +101,50 @@ impl Predecessor {
         }
     }
 
-    /// What else is left to this process; once.
+    /// Takes the rest of the inheritance; once.
     pub fn legacy(&self) -> Legacy {
         std::mem::take(&mut *lock(&self.0.legacy))
     }
 
-    /// Says why this process will not run.
+    /// Reports why this process will not run.
     pub fn refuse(&self, configuration: bool, report: &str) {
-        // If the process before has ended, the log has it.
+        // If the previous process has ended, the log has the report.
         let _ = self.0.channel.say(&FromNew::refuses(configuration, report), &[], PATIENCE);
     }
 
-    /// Says that this process is ready, and waits until it may accept connections. Blocks.
+    /// Reports that this process is ready, and waits for permission to accept connections. Blocks.
     ///
     /// # Errors
     ///
-    /// The running process does not let it: it goes on itself.
+    /// The running process refuses and continues itself.
     pub fn take_over(&self) -> Result<Taken, String> {
         if let Some(mut first_half) = lock(&self.0.first_half).take() {
-            // An error means that it has been ended.
+            // An error means that it has been killed.
             let _ = first_half.write_all(&[1]);
         }
-        // An error means that the process before has ended, which the next call finds.
+        // An error means that the previous process has ended, which the next call detects.
         let _ = self.0.channel.say(&FromNew::Ready, &[], PATIENCE);
         match self.0.channel.hear(Instant::now() + GO) {
             Ok(Heard::Message(FromOld::Go, _)) => Ok(Taken::Over),
             Ok(Heard::Closed) => Ok(Taken::Alone),
-            Ok(Heard::Message(other, _)) => Err(format!("the process before said {other:?}")),
+            Ok(Heard::Message(other, _)) => Err(format!("the previous process sent {other:?}")),
             Ok(Heard::Nothing) => Err("the process before does not answer".to_owned()),
             Err(error) => Err(format!("the process before cannot be heard: {error}")),
         }
     }
 
-    /// Says that connections are accepted, and waits until the service manager knows this process. Blocks.
+    /// Reports that connections are accepted, and waits until the service manager knows this process. Blocks.
     pub fn begun(&self) {
-        // Whatever goes wrong here, this process serves.
+        // Whatever fails here, this process serves.
         let _ = self.0.channel.say(&FromNew::Begun, &[], PATIENCE);
         let _ = self.0.channel.hear::<FromOld>(Instant::now() + PATIENCE);
     }
 
-    /// The end by which is known when the process before ends.
+    /// The end that reports the exit of the previous process.
     ///
     /// # Errors
     ///
-    /// The system has no further descriptor.
+    /// The system has no descriptor left.
     pub fn end(&self) -> io::Result<OwnedFd> {
         self.0.channel.fd().try_clone_to_owned()
     }
@@ -158,8 +157,8 @@ fn replace_stdin(with: &impl AsFd) -> io::Result<()> {
     if done < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
-/// Goes on as a process whose parent ends as soon as a byte is written to what is returned. If this process ends
-/// before, its parent ends with the same status.
+/// Continues in a child process. The parent exits once a byte is written to the returned pipe, or with the child's
+/// status if the child ends first.
 fn fork(channel: &Channel) -> io::Result<std::fs::File> {
     use std::os::fd::AsRawFd;
     let mut ends = [0; 2];
@@ -176,7 +175,7 @@ fn fork(channel: &Channel) -> io::Result<std::fs::File> {
         0 => Ok(writes.into()),
         child => {
             drop(writes);
-            // Its end would hide that the other half has ended.
+            // An open copy would hide the exit of the child.
             // SAFETY: it is open, and this half never uses it again, for it does not return.
             unsafe { libc::close(channel.fd().as_raw_fd()) };
             let mut byte = [0];
@@ -188,7 +187,7 @@ fn fork(channel: &Channel) -> io::Result<std::fs::File> {
     }
 }
 
-/// With what a child has ended, as a shell says it: 128 and the number of the signal if it was one.
+/// The exit status of a child as a shell reports it: 128 plus the signal number for a signal.
 fn status(child: libc::pid_t) -> libc::c_int {
     let mut status = 0;
     // SAFETY: the pointer is to a number that outlives the call.

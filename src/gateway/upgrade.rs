@@ -1,12 +1,12 @@
-//! Upgrade: a new process, of the same program or of another, takes over from this one (`forebay upgrade`, SIGUSR2).
+//! Upgrade: a new process, of the same or another program, takes over from this one (`forebay upgrade`, SIGUSR2).
 //!
-//! This process starts it, passes it the listening sockets and serves on. Only when the new one has loaded its
-//! configuration, is ready and accepts connections does this one stop to accept, and ends what is under way. Whatever
-//! goes wrong before ends the new process and changes nothing here. What the two say to each other is in `handover.rs`,
-//! the other side in `takeover.rs`.
+//! This process starts it, passes it the listening sockets and continues to serve. Once the new one has loaded its
+//! configuration, is ready and accepts connections, this one stops accepting and finishes its active exchanges. Any
+//! earlier failure ends the new process and changes nothing here. `handover.rs` has the protocol, `takeover.rs` the
+//! other side.
 //!
-//! One thread does an upgrade, so that nothing here waits on a worker. While it is under way no reload is done: the new
-//! process has the sockets of this configuration.
+//! A thread runs each upgrade, so that no worker blocks. Reloads wait meanwhile: the new process has the sockets of
+//! this configuration.
 
 use std::ffi::OsString;
 use std::io;
@@ -35,40 +35,40 @@ use super::lock;
 use super::sockets::Station;
 use super::supervisor::Supervisor;
 
-/// For what the new process does without having to wait for anything.
+/// For steps of the new process that wait for nothing.
 const PROMPT: Duration = Duration::from_secs(10);
 
-/// How long a process that has closed its end may take to end.
+/// How long a process that has closed its end may take to exit.
 const END: Duration = Duration::from_secs(2);
 
-/// How often is looked whether it has.
+/// How often its exit is checked.
 const LOOK: Duration = Duration::from_millis(10);
 
-/// The longest time that `server.upgrade.deadline` may be, and what is said about it afterwards.
+/// The longest upgrade: the greatest `server.upgrade.deadline` plus the final messages.
 pub const LONGEST: Duration = Duration::from_secs(11 * 60);
 
-/// What this process was started as, and so what a new one is.
+/// The command of this process, and of a new one.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Program {
     /// The file.
     pub path: PathBuf,
-    /// What follows on the command line.
+    /// The command line arguments.
     pub arguments: Vec<OsString>,
 }
 
-/// What came of an upgrade.
+/// The result of an upgrade.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Outcome {
     /// What was done.
     pub result: Done,
-    /// The process that serves now.
+    /// The serving process.
     pub pid: u32,
     /// Its version.
     pub version: String,
     /// Why nothing was done, if so.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub error: Option<String>,
-    /// What is wrong with the configuration, as `forebay check` prints it; empty if that is not why.
+    /// The configuration errors, as `forebay check` prints them; empty if they are not the reason.
     pub report: String,
     /// How long it took.
     pub seconds: f64,
@@ -80,21 +80,21 @@ pub struct Outcome {
 pub enum Done {
     /// The new process serves.
     Done,
-    /// The new process refuses its configuration.
+    /// The new process rejected its configuration.
     Refused,
-    /// It could not be started, or ended before it was ready.
+    /// It could not be started, or exited before it was ready.
     Failed,
-    /// It was not ready in time.
+    /// It was not ready before the deadline.
     TimedOut,
-    /// It was not begun.
+    /// The upgrade was not started.
     Denied,
 }
 
 impl Done {
-    /// What counts as a try, as metrics call it.
+    /// The results that count as attempts, as in metrics.
     pub const COUNTED: [Done; 4] = [Done::Done, Done::Refused, Done::Failed, Done::TimedOut];
 
-    /// How metrics call it.
+    /// The name in metrics.
     pub const fn name(self) -> &'static str {
         match self {
             Done::Done => "done",
@@ -106,18 +106,18 @@ impl Done {
     }
 }
 
-/// Reloads and upgrades are done one after the other.
+/// Serializes reloads and upgrades.
 #[derive(Clone, Default)]
 pub struct Changing(Arc<Mutex<bool>>);
 
 impl Changing {
-    /// Waits until no other change is under way. `None`: another process has taken over, so nothing is to be changed.
+    /// Waits for other changes to finish. `None`: another process has taken over, so no change is allowed.
     pub fn begin(&self) -> Option<MutexGuard<'_, bool>> {
         Some(lock(&self.0)).filter(|over| !**over)
     }
 }
 
-/// Does upgrades. Clones share it.
+/// Runs upgrades. Clones share it.
 #[derive(Clone)]
 pub struct Upgrades(Arc<Inner>);
 
@@ -132,24 +132,24 @@ struct Inner {
     changing: Changing,
     state: Mutex<State>,
     handed_over: watch::Sender<bool>,
-    /// The end by which the new process knows when this one ends.
+    /// The end that shows the new process when this one exits.
     successor: Mutex<Option<Channel>>,
 }
 
-/// Where this process is.
+/// The state of this process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum State {
     /// It serves.
     Alone,
-    /// It serves, and a new process is being started: the one that leads this group, once there is one.
+    /// It serves while a new process starts, which leads this process group once it exists.
     UnderWay(Option<i32>),
-    /// Another one serves.
+    /// Another process serves.
     HandedOver,
-    /// It was told to stop.
+    /// A stop was requested.
     Stops,
 }
 
-/// Why an upgrade came to nothing.
+/// Why an upgrade failed.
 struct Failed {
     result: Done,
     error: String,
@@ -163,8 +163,8 @@ impl Failed {
 }
 
 impl Program {
-    /// That of this process: the path as it was typed or looked up, so that a link in it is followed anew each time.
-    /// `None`: there is no path.
+    /// The program of this process: its path as typed or found in `PATH`, so that a symbolic link is resolved anew
+    /// each time. `None`: the path is unknown.
     pub fn of_this_process(arguments: &[OsString]) -> Option<Program> {
         let (name, arguments) = arguments.split_first()?;
         let own = std::env::current_exe().ok();
@@ -174,26 +174,26 @@ impl Program {
         } else {
             looked_up(typed, std::env::var_os("PATH").as_deref())
         };
-        // What was typed may be anything: the caller of exec(3) chooses it.
+        // The typed name is arbitrary: the caller of exec(3) chooses it.
         let is_own = |path: &PathBuf| path.canonicalize().ok() == own.as_ref().and_then(|own| own.canonicalize().ok());
         Some(Program { path: path.filter(is_own).or(own)?, arguments: arguments.to_vec() })
     }
 }
 
-/// The first file of this name in the directories of a search path.
+/// The first file of this name in the search path.
 fn looked_up(name: &Path, path: Option<&std::ffi::OsStr>) -> Option<PathBuf> {
     std::env::split_paths(path?).map(|directory| directory.join(name)).find(|file| file.is_file())
 }
 
-/// What upgrades are done with.
+/// What upgrades need.
 pub struct Needs {
-    /// What is started.
+    /// The program to start.
     pub program: Option<Program>,
-    /// The sockets that are passed.
+    /// The sockets to pass on.
     pub stations: Arc<Mutex<Vec<Station>>>,
-    /// Further ones.
+    /// Inherited sockets without a listener.
     pub inherited: Inherited,
-    /// How long things may take.
+    /// Time limits.
     pub times: Arc<Mutex<server::Upgrade>>,
     /// What is counted.
     pub metrics: UpgradeMetrics,
@@ -206,7 +206,7 @@ pub struct Needs {
 }
 
 impl Upgrades {
-    /// What does upgrades of this process.
+    /// The upgrades of this process.
     pub fn new(needs: Needs) -> Upgrades {
         let Needs { program, stations, inherited, times, metrics, supervisor, elders, changing } = needs;
         let (handed_over, _) = watch::channel(false);
@@ -227,11 +227,11 @@ impl Upgrades {
         Upgrades(Arc::new(inner))
     }
 
-    /// Begins an upgrade to the program of this process, or to this one. What comes of it is in the log as well.
+    /// Starts an upgrade to this program, or to the current one. The result is also logged.
     ///
     /// # Errors
     ///
-    /// It is not begun, and why.
+    /// Why it was not started.
     pub fn begin(
         &self,
         by: &'static str,
@@ -267,8 +267,8 @@ impl Upgrades {
         let _ = self.0.handed_over.subscribe().wait_for(|over| *over).await;
     }
 
-    /// This process is to stop: a new one that is not ready yet is ended, and none is started any more. False:
-    /// another process has taken over already.
+    /// This process stops: kills a new process that is not ready yet, and allows no further upgrade. `false`:
+    /// another process has already taken over.
     pub fn stop(&self) -> bool {
         let mut state = lock(&self.0.state);
         match *state {
@@ -280,7 +280,7 @@ impl Upgrades {
         true
     }
 
-    /// Begins, unless there is a reason not to.
+    /// Begins unless something prevents it.
     fn enter(&self) -> Result<Program, String> {
         let inner = &*self.0;
         let program = inner.program.clone().ok_or("this gateway was not started by the command line of Forebay")?;
@@ -326,7 +326,7 @@ impl Upgrades {
                 tracing::info!(by, program = %file, pid, version, seconds, "another process has taken over");
                 let (result, error, report) = (Done::Done, None, String::new());
                 self.stop_accepting();
-                // The caller may have gone.
+                // The caller may be gone.
                 let _ = reply.send(Outcome { result, pid, version, error, report, seconds });
                 inner.handed_over.send_replace(true);
             }
@@ -337,13 +337,13 @@ impl Upgrades {
                     inner.metrics.count(result.name());
                 }
                 tracing::error!(by, program = %file, result = result.name(), "the upgrade failed, and this process serves on: {error}");
-                // The caller may have gone.
+                // The caller may be gone.
                 let _ = reply.send(outcome(result, Some(error), report, began));
             }
         }
     }
 
-    /// Leaves new connections to the other process: who hears of the upgrade meets none of this one.
+    /// Stops accepting before the upgrade is reported, so that new connections reach only the new process.
     fn stop_accepting(&self) {
         let stations = lock(&self.0.stations).clone();
         stations.iter().for_each(|station| station.clerk.hand_over());
@@ -353,7 +353,7 @@ impl Upgrades {
         }
     }
 
-    /// Starts a new process and has it take over. It has ended if that fails.
+    /// Starts a new process and lets it take over. On failure, it has been ended.
     fn attempt(&self, program: &Program, began: Instant) -> Result<(u32, String), Failed> {
         let deadline = lock(&self.0.times).deadline.0;
         let said = |doing: &str, error: io::Error| Failed::because(format!("{doing}: {error}"));
@@ -372,7 +372,7 @@ impl Upgrades {
             end(group);
             silence.told(status)
         });
-        // Its first half has ended, or was ended just now.
+        // Its parent half has exited or was just killed.
         let _ = child.wait();
         let (pid, version) = result?;
         *lock(&self.0.successor) = Some(channel);
@@ -388,7 +388,7 @@ impl Upgrades {
         Ok(())
     }
 
-    /// The number of the group is another's once its leader was waited for.
+    /// After the leader was waited for, its number may be reused.
     fn unregister(&self) {
         let mut state = lock(&self.0.state);
         if matches!(*state, State::UnderWay(_)) {
@@ -420,7 +420,7 @@ impl Upgrades {
         *state = State::HandedOver;
         drop(state);
         inner.supervisor.hand_over(pid);
-        // It serves in any case.
+        // The new process serves in any case.
         let _ = channel.say(&FromOld::Main, &[], PROMPT);
         Ok((pid, version))
     }
@@ -442,7 +442,7 @@ impl Upgrades {
             let (sockets, fds): (Vec<Passed>, Vec<OwnedFd>) = passed.by_ref().take(AT_ONCE).unzip();
             channel.say(&FromOld::Sockets { sockets }, &fds, until.saturating_duration_since(Instant::now()))?;
         }
-        // The one that is being done is counted by the new process.
+        // The new process counts the current upgrade itself.
         let counted = Done::COUNTED.map(|done| (done.name().to_owned(), inner.metrics.counted(done.name())));
         let all = FromOld::All { version: env!("CARGO_PKG_VERSION").to_owned(), counted: counted.into() };
         channel.say(&all, &inner.elders.duplicates()?, until.saturating_duration_since(Instant::now()))
@@ -451,17 +451,17 @@ impl Upgrades {
 
 /// Why a new process does not take over.
 enum Silence {
-    /// It closed its end before it was this.
+    /// It closed its end before this step.
     Closed(&'static str),
-    /// It did not do this in time.
+    /// It did not complete this step in time.
     Late { deadline: Duration, doing: &'static str },
-    /// It says that it will not run.
+    /// It reports that it will not run.
     Refused { configuration: bool, report: String },
-    /// It sends what was not asked for.
+    /// It sent an unexpected message.
     Strange,
-    /// It cannot be spoken to.
+    /// Communication failed.
     Failed(io::Error),
-    /// This process is to stop.
+    /// This process stops.
     Stops,
 }
 
@@ -499,19 +499,19 @@ fn heard(channel: &Channel, until: Instant, before: &'static str, late: Silence)
     }
 }
 
-/// Starts a process with this end as its standard input, as the leader of a group of its own, so that it can be ended
-/// with all that it starts.
+/// Starts a process with this end as standard input, in its own process group, so that it can be killed together
+/// with its children.
 fn start(program: &Program, end: OwnedFd) -> io::Result<Child> {
     let mut command = Command::new(&program.path);
     command.args(&program.arguments).stdin(Stdio::from(end)).env(VARIABLE, VERSION).process_group(0);
-    // They speak of this process.
+    // These variables refer to this process.
     for variable in ["LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES", "WATCHDOG_PID"] {
         command.env_remove(variable);
     }
     command.spawn()
 }
 
-/// Waits a little for the end of a process that has closed its end.
+/// Waits briefly for the exit of a process that has closed its end.
 fn ended(child: &mut Child) -> Option<ExitStatus> {
     let began = Instant::now();
     loop {
@@ -523,7 +523,7 @@ fn ended(child: &mut Child) -> Option<ExitStatus> {
     }
 }
 
-/// Ends a group of processes at once. Its leader is a child that was not waited for, so that the number is no other's.
+/// Kills a process group. Its leader is a child that was not yet waited for, so the number cannot be reused.
 fn end(group: i32) {
     // SAFETY: it takes no memory of ours.
     unsafe { libc::killpg(group, libc::SIGKILL) };
@@ -534,7 +534,7 @@ fn outcome(result: Done, error: Option<String>, report: String, began: Instant) 
     Outcome { result, pid: std::process::id(), version: env!("CARGO_PKG_VERSION").to_owned(), error, report, seconds }
 }
 
-/// Whether who asks may name a program; else why not. Reads a file of the system.
+/// Whether the caller may name a program; else why not. Reads a system file.
 fn vouched(voucher: Voucher) -> Result<(), String> {
     const WHY: &str = "another program is started for its own user and for root only: as one of these, by the token \
         (admin.token), or by a unix socket";
@@ -549,11 +549,11 @@ fn vouched(voucher: Voucher) -> Result<(), String> {
     }
 }
 
-/// The user of the client's end of a connection within this machine (proc(5), /proc/net/tcp).
+/// The user at the client's end of a local connection (proc(5), /proc/net/tcp).
 fn owner(client: SocketAddr, server: SocketAddr) -> Option<u32> {
     let canonical = |address: SocketAddr| SocketAddr::new(address.ip().to_canonical(), address.port());
     let (client, server) = (canonical(client), canonical(server));
-    // A client that writes an address of IPv4 in the way of IPv6 has an entry there.
+    // An IPv4-mapped client address is listed as IPv6.
     ["/proc/net/tcp", "/proc/net/tcp6"].iter().find_map(|file| {
         use std::io::BufRead;
         let lines = io::BufReader::new(std::fs::File::open(file).ok()?).lines().skip(1).map_while(Result::ok);
@@ -566,7 +566,7 @@ fn owner(client: SocketAddr, server: SocketAddr) -> Option<u32> {
     })
 }
 
-/// An address as the kernel writes it there: 32-bit words in the byte order of the machine.
+/// An address as the kernel formats it: 32-bit words in host byte order.
 fn address(word: &str) -> Option<SocketAddr> {
     let (host, port) = word.split_once(':')?;
     let words: Vec<[u8; 4]> = (0..host.len() / 8)
@@ -581,7 +581,7 @@ fn address(word: &str) -> Option<SocketAddr> {
     Some(SocketAddr::new(ip, u16::from_str_radix(port, 16).ok()?))
 }
 
-/// Adds what starts upgrades to the admin endpoint.
+/// Adds the upgrade endpoint to the admin endpoint.
 pub(super) fn add(admin: Admin, upgrades: Upgrades) -> Admin {
     let says = "starts a new process that takes over: ?binary=/path names another program";
     admin.post_within("/upgrade", says, LONGEST, move |ask| {

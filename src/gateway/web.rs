@@ -1,4 +1,4 @@
-//! The service of the listeners: its runtime is the workers, on which their connections are accepted and served.
+//! The service of the listeners. Its runtime is the workers, which accept and serve the connections.
 
 use std::sync::Arc;
 
@@ -14,14 +14,14 @@ use crate::client::acceptor::Acceptor;
 use crate::client::driver::Driven;
 use crate::client::lane::Door;
 
-/// Has connections accepted on further sockets.
+/// Adds sockets to accept connections on.
 #[derive(Clone)]
 pub struct Openings(UnboundedSender<Arc<Acceptor>>);
 
 impl Openings {
-    /// Has connections accepted on this one, from when the workers run until it is closed or all listeners are.
+    /// Accepts connections on this socket, from the start of the workers until it or all listeners are closed.
     pub fn open(&self, acceptor: Arc<Acceptor>) {
-        // An error means that the gateway stops: nothing is accepted any more.
+        // An error means that the gateway stops and accepts nothing more.
         let _ = self.0.send(acceptor);
     }
 }
@@ -38,8 +38,8 @@ pub struct Web<P> {
 }
 
 impl<P> Web<P> {
-    /// A service with this number of workers, whose connections go to `front`, from when `begin` says so until `stop`
-    /// does; and what has it accept any. It does `first` before anything else, on its runtime.
+    /// A service with this number of workers, whose connections go to `front`, from the signal `begin` until
+    /// `stop`, and its handle for adding sockets. It runs `first` before anything else, on its runtime.
     pub fn new(
         front: Arc<Front<P>>,
         door: Door,

@@ -179,7 +179,7 @@ impl Variables {
                 let not = if operator.starts_with('!') { "!" } else { "" };
                 Ok(format!("{not}{}.matches({})", in_parentheses(&asked(name)?), literal(&pattern)))
             }
-            other => Err(format!("`{}` is no condition that Forebay can ask", other.join(" "))),
+            other => Err(format!("`{}` is not a condition that Forebay supports", other.join(" "))),
         }
     }
 }

@@ -354,7 +354,7 @@ fn geo(directive: &Directive) -> Result<(String, Made), String> {
                     Err(_) => written
                         .parse::<std::net::IpAddr>()
                         .map(Into::into)
-                        .map_err(|_| format!("`{written}` is no network"))?,
+                        .map_err(|_| format!("`{written}` is not a network"))?,
                 };
                 networks.push((network, Made::Fixed(line.word(0).to_owned())));
             }

@@ -1,7 +1,7 @@
-//! Stories that wait for the thread that exports them.
+//! The queue of stories before the exporting thread.
 //!
-//! A worker holds the lock for one push. The thread is woken by the first story and when the queue is half full, and
-//! takes them all at once.
+//! A worker holds the lock for one push. The thread is woken by the first story and when the queue is half full,
+//! and takes all stories at once.
 
 use std::mem;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use super::Story;
 
-/// What workers and the thread share.
+/// Shared by workers and the thread.
 pub struct Queue {
     waiting: Mutex<Waiting>,
     most: usize,
@@ -27,12 +27,12 @@ struct Waiting {
 }
 
 impl Queue {
-    /// An empty queue for at most so many.
+    /// An empty queue with this capacity.
     pub fn new(most: usize) -> Self {
         Queue { waiting: Mutex::default(), most, work: Condvar::new(), end: Condvar::new() }
     }
 
-    /// Adds a story; `false` if there is no room for it.
+    /// Adds a story; `false` if the queue is full.
     pub fn push(&self, story: Story) -> bool {
         let mut waiting = self.lock();
         if waiting.closing || waiting.stories.len() >= self.most {
@@ -47,13 +47,12 @@ impl Queue {
         true
     }
 
-    /// With so many, nobody waits for more.
+    /// At this length the thread exports without waiting for more.
     fn hurry(&self) -> usize {
         self.most.div_ceil(2)
     }
 
-    /// Takes no more stories and waits until all are exported; `false` if that takes longer than this. Only the first
-    /// call waits.
+    /// Accepts no more stories and waits until all are exported; `false` on timeout. Only the first call waits.
     pub fn close(&self, patience: Duration) -> bool {
         let mut waiting = self.lock();
         if mem::replace(&mut waiting.closing, true) {
@@ -64,7 +63,7 @@ impl Queue {
         waited.unwrap_or_else(PoisonError::into_inner).0.closed
     }
 
-    /// Waits for stories, lets some gather, and takes all; `None` when there will be no more.
+    /// Waits for stories, lets some gather, and takes all; `None` after the queue was closed.
     #[cfg(feature = "otel")]
     pub fn take(&self, gather: Duration) -> Option<Vec<Story>> {
         let idle = |waiting: &mut Waiting| waiting.stories.is_empty() && !waiting.closing;
@@ -82,7 +81,7 @@ impl Queue {
         self.end.notify_all();
     }
 
-    /// The list is whole after every step, so a panic elsewhere does not spoil it.
+    /// The list is consistent after every step, so a panic elsewhere does not corrupt it.
     fn lock(&self) -> MutexGuard<'_, Waiting> {
         self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
     }

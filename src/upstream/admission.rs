@@ -1,9 +1,7 @@
-//! Who is let in: what an upstream and its endpoints may have under way at once, whether the upstream is asked at all,
-//! and the line of those who wait.
+//! Admission: the limits of an upstream and its endpoints, the circuit breaker, and the queue.
 //!
-//! Each exchange that has an endpoint is counted there and at the upstream, in one step with the question whether there
-//! is room; so no limit is exceeded, not even for a moment, and what is counted is released by its holder
-//! ([`Engaged`]).
+//! An exchange is counted at its endpoint and at the upstream in the same atomic step as the limit is checked, so
+//! limits are never exceeded. The holder releases the counts ([`Engaged`]).
 
 use std::ops::Deref;
 use std::sync::Arc;
@@ -23,17 +21,18 @@ use crate::config::upstream::Protocol;
 use crate::metrics::LimitMetrics;
 use crate::party::KeepsWaiting;
 
-/// How many exchanges may be under way at once.
+/// Limits on active exchanges.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Limits {
-    /// At all endpoints together.
+    /// All endpoints together.
     pub all: u32,
-    /// At each of them.
+    /// Each endpoint.
     pub each: u32,
 }
 
 impl Limits {
-    /// The stricter of two limits each: of requests, and of connections, which a hundred requests share over HTTP/2.
+    /// The stricter of the limits on requests and on connections; over HTTP/2, a hundred requests share a
+    /// connection.
     pub fn new(written: &config::upstream::Limits, protocol: Protocol) -> Limits {
         let shared = match protocol {
             Protocol::Http1 => 1,
@@ -49,19 +48,19 @@ impl Limits {
     }
 }
 
-/// What one upstream has under way, and who waits for it.
+/// The active exchanges of an upstream, and its queue.
 #[derive(Debug)]
 pub struct Admission {
     limits: Limits,
     inflight: AtomicU32,
     queue: Arc<Queue>,
     breaker: Option<Breaker>,
-    /// What is counted of all this.
+    /// Metrics of the limits.
     pub metrics: LimitMetrics,
 }
 
 impl Admission {
-    /// That of an upstream that is written so.
+    /// For an upstream with these settings.
     pub fn new(written: &config::Upstream, metrics: LimitMetrics, now: Instant) -> Arc<Admission> {
         let breaker = written.circuit_breaker.as_ref();
         Arc::new(Admission {
@@ -76,58 +75,58 @@ impl Admission {
         })
     }
 
-    /// Exchanges that have one of its endpoints now.
+    /// Number of exchanges with one of its endpoints.
     pub fn inflight(&self) -> u32 {
         self.inflight.load(Ordering::Relaxed)
     }
 
-    /// The line of those who wait.
+    /// The queue.
     pub fn queue(&self) -> &Arc<Queue> {
         &self.queue
     }
 
-    /// The breaker, if there is one.
+    /// The circuit breaker, if there is one.
     pub fn breaker(&self) -> Option<&Breaker> {
         self.breaker.as_ref()
     }
 
-    /// Whether no further exchange may have an endpoint, whichever that is.
+    /// Whether the upstream's own limit is reached.
     pub fn is_full(&self) -> bool {
         self.inflight.load(Ordering::SeqCst) >= self.limits.all
     }
 
-    /// Whether this endpoint may have another exchange.
+    /// Whether this endpoint is below the limits.
     pub fn has_room(&self, endpoint: &Endpoint) -> bool {
         endpoint.inflight.load(Ordering::SeqCst) < self.limits.each
     }
 
-    /// How many more these endpoints may have.
+    /// How many more exchanges these endpoints may have.
     pub fn room<'e>(&self, endpoints: impl Iterator<Item = &'e Arc<Endpoint>>) -> u32 {
         let most = self.limits.all.saturating_sub(self.inflight());
         let each = endpoints.map(|endpoint| self.limits.each.saturating_sub(endpoint.inflight()));
         each.fold(0, u32::saturating_add).min(most)
     }
 
-    /// Leave of the breaker, or how long to stay away.
+    /// Leave from the circuit breaker, or how long it stays open.
     pub(super) fn leave(&self, now: Instant) -> Result<Option<Leave>, Duration> {
         self.breaker.as_ref().map(|breaker| breaker.admit(now)).transpose()
     }
 
-    /// A leave that was not used.
+    /// Returns an unused leave.
     pub(super) fn unused(&self, leave: Option<&Leave>, now: Instant) {
         if let (Some(breaker), Some(leave)) = (&self.breaker, leave) {
             breaker.note(leave, Verdict::Neither, now);
         }
     }
 
-    /// Takes a place at this endpoint; `None` if somebody else has just taken the last one.
+    /// Takes a place at this endpoint; `None` if another exchange has just taken the last one.
     pub(super) fn engage(self: &Arc<Self>, endpoint: &Arc<Endpoint>) -> Option<Engaged> {
         if !take(&endpoint.inflight, self.limits.each) {
             return None;
         }
         if !take(&self.inflight, self.limits.all) {
             endpoint.inflight.fetch_sub(1, Ordering::SeqCst);
-            // Somebody may have seen the endpoint full meanwhile.
+            // Another exchange may have seen the endpoint full meanwhile.
             self.queue.freed();
             return None;
         }
@@ -135,7 +134,7 @@ impl Admission {
     }
 }
 
-/// Counts one more, unless that would be too many.
+/// Increments the count, unless it is at its limit.
 fn take(count: &AtomicU32, most: u32) -> bool {
     if most == u32::MAX {
         count.fetch_add(1, Ordering::SeqCst);
@@ -145,29 +144,28 @@ fn take(count: &AtomicU32, most: u32) -> bool {
     count.fetch_update(Ordering::SeqCst, Ordering::SeqCst, one_more).is_ok()
 }
 
-/// An endpoint that an exchange has: it counts as in flight there, and at its upstream, until this is dropped.
+/// An endpoint in use by an exchange: it counts as active there and at the upstream until this is dropped.
 #[derive(Debug)]
 pub struct Engaged {
     endpoint: Arc<Endpoint>,
     admission: Arc<Admission>,
-    /// Of the breaker, which is still to hear what became of it.
+    /// The leave of the circuit breaker, which needs the result.
     leave: Option<Leave>,
 }
 
 impl Engaged {
-    /// With leave of the breaker.
+    /// Adds the leave of the circuit breaker.
     pub(super) fn with(mut self, leave: Option<Leave>) -> Self {
         self.leave = leave;
         self
     }
 
-    /// The endpoint, to be remembered beyond this.
+    /// The endpoint, to be kept longer than this.
     pub fn endpoint(&self) -> &Arc<Endpoint> {
         &self.endpoint
     }
 
-    /// The response header is here. A breaker that waits for this one alone need not wait for the rest, which may take
-    /// hours.
+    /// The response header has arrived. A half-open breaker need not wait for the body, which may take hours.
     pub fn answered(&mut self, status: StatusCode, now: Instant) {
         if self.is_probe() {
             let verdict = if status.is_server_error() { Verdict::Bad } else { Verdict::Good };
@@ -175,12 +173,12 @@ impl Engaged {
         }
     }
 
-    /// Whether a breaker lets few others through until it has heard what came of this one.
+    /// Whether this is a probe of a half-open breaker.
     pub fn is_probe(&self) -> bool {
         self.leave.as_ref().is_some_and(Leave::is_probe)
     }
 
-    /// If it is a probe: says who can tell how long its endpoint is kept waiting. A probe whose client dawdles gives
+    /// For a probe: registers who measures how long its endpoint is kept waiting. A probe with a slow client loses
     /// its place to another one.
     pub fn watch(&self, exchange: Arc<dyn KeepsWaiting>) {
         if let (Some(breaker), Some(leave)) = (&self.admission.breaker, &self.leave) {
@@ -188,7 +186,7 @@ impl Engaged {
         }
     }
 
-    /// It is over.
+    /// The attempt has ended.
     pub(super) fn ended(&mut self, ended: &Ended, now: Instant) {
         self.note(ended.seen().breaker, now);
     }
@@ -196,7 +194,7 @@ impl Engaged {
     fn note(&mut self, verdict: Verdict, now: Instant) {
         let (Some(breaker), Some(leave)) = (&self.admission.breaker, self.leave.take()) else { return };
         if breaker.note(&leave, verdict, now) {
-            // None in line will be served: each is refused now.
+            // The breaker is open now: all queued exchanges are refused.
             self.admission.queue.changed(u32::MAX);
         }
     }

@@ -1,7 +1,7 @@
-//! Whether an endpoint may be chosen, and if not, who says so: one small word that is read with every choice.
+//! Whether an endpoint may be chosen, and if not, why: a small word that is read for each choice.
 //!
-//! Four know something of it: discovery (whether it is there at all), the operator, health checks, and what passing
-//! requests say against it. Each has bits of its own, so that none undoes what another one said.
+//! Four sources contribute to it: discovery (does it exist), the operator, health checks, and outlier detection.
+//! Each has its own bits, so that none overwrites another.
 
 use std::sync::atomic::{AtomicU32, Ordering};
 
@@ -11,26 +11,26 @@ const REMOVED: u32 = 1;
 const DRAINING: u32 = 1 << 1;
 const HEALTHY: u32 = 1 << 2;
 const UNHEALTHY: u32 = 1 << 3;
-/// Nothing is known of its health, and that counts as bad.
+/// Its health is unknown, and that counts as unhealthy.
 const UNPROVEN: u32 = 1 << 4;
 const EJECTED: u32 = 1 << 5;
 
-/// What is known of an endpoint at one moment.
+/// The availability of an endpoint at one moment.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Availability(u32);
 
-/// The one word for it in metrics and in `/upstreams`.
+/// Its state as one word, in metrics and in `/upstreams`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum State {
-    /// A health check passed last.
+    /// The last health check passed.
     Healthy,
-    /// No health check has said anything yet.
+    /// No health check has finished yet.
     Unknown,
     /// Health checks fail.
     Unhealthy,
-    /// Requests that went there speak against it.
+    /// Outlier detection has ejected it.
     Ejected,
-    /// The operator has taken it out, or its source names it no longer: it is given nothing new.
+    /// The operator has drained it, or its source has removed it: it gets no new requests.
     Draining,
 }
 
@@ -38,7 +38,7 @@ impl State {
     /// Every state, in order.
     pub const ALL: [State; 5] = [State::Healthy, State::Unknown, State::Unhealthy, State::Ejected, State::Draining];
 
-    /// How it is called in metrics.
+    /// The name in metrics.
     pub const fn name(self) -> &'static str {
         match self {
             State::Healthy => "healthy",
@@ -56,22 +56,22 @@ impl Availability {
         self.0 & !HEALTHY == 0
     }
 
-    /// Whether it may be chosen when a whole tier is: only what health checks and requests say is then disregarded.
+    /// Whether it may be chosen in panic mode: then only health checks and outlier detection are ignored.
     pub fn admits_in_panic(self) -> bool {
         self.0 & (REMOVED | DRAINING) == 0
     }
 
-    /// Whether its source names it no longer.
+    /// Whether its source has removed it.
     pub fn is_removed(self) -> bool {
         self.0 & REMOVED != 0
     }
 
-    /// Whether the operator has taken it out.
+    /// Whether the operator has drained it.
     pub fn is_drained(self) -> bool {
         self.0 & DRAINING != 0
     }
 
-    /// Whether requests that went there speak against it.
+    /// Whether outlier detection has ejected it.
     pub fn is_ejected(self) -> bool {
         self.0 & EJECTED != 0
     }
@@ -81,7 +81,7 @@ impl Availability {
         self.0 & UNHEALTHY != 0
     }
 
-    /// The one word for it: where several hold, who takes it out for good goes before who may be mistaken.
+    /// The state. If several apply, deliberate ones win over those that may be wrong.
     pub fn state(self) -> State {
         match self.0 {
             word if word & (REMOVED | DRAINING) != 0 => State::Draining,
@@ -93,49 +93,49 @@ impl Availability {
     }
 }
 
-/// An [`Availability`] that several tasks change.
+/// A shared [`Availability`].
 #[derive(Debug, Default)]
 pub struct Word(AtomicU32);
 
-/// What a change has made of an [`Availability`].
+/// A change of an [`Availability`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Change {
-    /// What it was.
+    /// The old value.
     pub before: Availability,
-    /// What it is.
+    /// The new value.
     pub after: Availability,
 }
 
 impl Change {
-    /// Whether it may be chosen now and might not before, or the reverse: then the roster must be made anew.
+    /// Whether it became or ceased to be available: then the roster must be rebuilt.
     pub fn matters(self) -> bool {
         let says = |availability: Availability| (availability.admits(), availability.admits_in_panic());
         says(self.before) != says(self.after)
     }
 
-    /// Whether it may be chosen now and might not before.
+    /// Whether it became available.
     pub fn came_back(self) -> bool {
         self.after.admits() && !self.before.admits()
     }
 }
 
 impl Word {
-    /// What it is now.
+    /// The current value.
     pub fn now(&self) -> Availability {
         Availability(self.0.load(Ordering::Relaxed))
     }
 
-    /// Notes whether its source names it no longer.
+    /// Sets whether its source has removed it.
     pub fn set_removed(&self, removed: bool) -> Change {
         self.change(REMOVED, if removed { REMOVED } else { 0 })
     }
 
-    /// Notes whether the operator takes it out.
+    /// Sets whether the operator drains it.
     pub fn set_draining(&self, draining: bool) -> Change {
         self.change(DRAINING, if draining { DRAINING } else { 0 })
     }
 
-    /// Notes what health checks know, and whether an endpoint of which nothing is known is as good as a healthy one.
+    /// Sets its health, and whether an unknown one counts as healthy.
     pub fn set_health(&self, health: Health, unknown_is_healthy: bool) -> Change {
         let set = match health {
             Health::Healthy => HEALTHY,
@@ -146,7 +146,7 @@ impl Word {
         self.change(HEALTHY | UNHEALTHY | UNPROVEN, set)
     }
 
-    /// Notes whether it is ejected.
+    /// Sets whether it is ejected.
     pub fn set_ejected(&self, ejected: bool) -> Change {
         self.change(EJECTED, if ejected { EJECTED } else { 0 })
     }

@@ -1,11 +1,11 @@
-//! Who takes the next attempt: every policy as a pure choice between numbers.
+//! Chooses the endpoint of the next attempt: every policy is a pure choice between numbers.
 //!
-//! A policy knows its members by name and weight from the start, which is when all that costs time is done (a schedule,
-//! a table, a ring); it sees who may be chosen, and how busy each of them is, through [`Candidates`] at the moment of
-//! the choice. A choice costs the same for three members and for 10,000: a few cheap tries in the policy's own order,
-//! and only if all of them were turned down one pass over everybody.
+//! Expensive work (a schedule, a table, a ring) is done when a policy is built from its members' names and weights.
+//! At the time of a choice, [`Candidates`] tells which members are available and how busy they are. A choice costs
+//! the same for 3 members and for 10,000: a few cheap tries in the policy's order, and one pass over all members
+//! only if all tries failed.
 //!
-//! `upstream/roster.rs` says between whom, `proxy/select.rs` when, for every attempt anew.
+//! `upstream/roster.rs` provides the candidates; `proxy/select.rs` asks for each attempt.
 
 mod alias;
 mod maglev;
@@ -28,43 +28,42 @@ use ring::Ring;
 pub use schedule::{Schedule, Split};
 pub use turns::SmoothRoundRobin;
 
-/// What a policy may know of those it chooses from; they are numbered from 0, as they were named to [`Balance::new`].
+/// What a policy knows of its members. They are numbered from 0, in the order given to [`Balance::new`].
 pub trait Candidates {
-    /// Attempts in flight at this one.
+    /// Number of active attempts of this member.
     fn inflight(&self, number: usize) -> u32;
 
-    /// Attempts in flight at all of them. Only `bounded_load` asks.
+    /// Number of active attempts of all members. Used only by `bounded_load`.
     fn inflight_of_all(&self) -> u64;
 
-    /// Expected seconds of one request there (peak EWMA), decayed to now; 0.0 if nothing is known yet.
+    /// Expected latency in seconds (peak EWMA), decayed to now; 0.0 if unknown.
     fn latency(&self, number: usize) -> f64;
 
-    /// May be chosen now: available, not tried, below its limits, warm enough. If that is a throw of dice (slow start),
-    /// a choice may throw several times for one number, and throws may turn everybody down.
+    /// Whether it may be chosen now: available, not tried, below its limits, warm enough. During slow start this is
+    /// random: a choice may ask several times for one number, and may get no member at all.
     fn admits(&self, number: usize) -> bool;
 }
 
-/// One to choose from.
+/// A member.
 #[derive(Clone, Copy, Debug)]
 pub struct Identity<'a> {
-    /// What tells it from the others, on every node: its label and its address. Hashes are made of it.
+    /// Its identity on every node: label and address. Hashes are computed from it.
     pub name: &'a str,
-    /// Its share, relative to its neighbours.
+    /// Its share, relative to the others.
     pub weight: NonZeroU32,
 }
 
-/// How many are tried in a policy's own order before everybody is looked at. With nine of ten turned down, thirty-one
-/// of thirty-two choices end here.
+/// Tries in the policy's own order before all members are examined. With nine of ten members unavailable, 31 of 32
+/// choices end within these tries.
 const TRIES: usize = 32;
-/// The same for the second of two choices, which the first can do without.
+/// Tries for the second of two choices, which is optional.
 const SECOND_TRIES: usize = 8;
 
-/// A policy and those it chooses from.
+/// A policy and its members.
 #[derive(Debug)]
 pub struct Balance {
     policy: Policy,
-    /// Weights, of which the mean is 1. So what is divided by them stays what it is, whatever the scale they are
-    /// written in.
+    /// Weights with a mean of 1, so that quotients do not depend on the scale of the configured weights.
     shares: Box<[f64]>,
 }
 
@@ -82,7 +81,7 @@ enum Policy {
         seeds: Box<[u64]>,
         bounded_load: Option<f64>,
     },
-    /// There is no endpoint to choose.
+    /// There is no endpoint.
     Nobody,
 }
 
@@ -93,8 +92,8 @@ enum Order {
 }
 
 impl Balance {
-    /// The policy that is `written`, for these members. Takes some milliseconds for 10,000 of them, up to some hundred
-    /// for `ring_hash` and `maglev`: not to be called on the request path.
+    /// The policy `written` for these members. Takes milliseconds for 10,000 of them, up to some hundred for
+    /// `ring_hash` and `maglev`: do not call it on the request path.
     pub fn new(written: &LoadBalancing, members: &[Identity<'_>]) -> Balance {
         let weights: Vec<NonZeroU32> = members.iter().map(|member| member.weight).collect();
         let mean = weights.iter().map(|weight| f64::from(weight.get())).sum::<f64>() / weights.len() as f64;
@@ -102,8 +101,7 @@ impl Balance {
         Balance { policy: Policy::new(written, members, &weights), shares }
     }
 
-    /// Goes on where `earlier` is, so that those who come first in turn do not come first again whenever members
-    /// change.
+    /// Continues the rotation of `earlier`, so that a change of members does not favour the first ones.
     #[must_use]
     pub fn after(self, earlier: &Balance) -> Balance {
         let turns = [&self, earlier].map(|balance| match &balance.policy {
@@ -117,13 +115,13 @@ impl Balance {
         self
     }
 
-    /// Whether the choice depends on what is hashed.
+    /// Whether the choice depends on the hash.
     pub fn hashes(&self) -> bool {
         matches!(self.policy, Policy::Hash { .. })
     }
 
-    /// The number of one that is admitted; `None` if none is. `hash` is that of the exchange's key; policies without
-    /// a key take no notice of it.
+    /// The number of an admitted member; `None` if there is none. `hash` is that of the exchange's key, used by
+    /// hash policies only.
     pub fn pick(&self, hash: u64, among: &impl Candidates) -> Option<usize> {
         self.pick_with(hash, among, &mut rand::thread_rng())
     }
@@ -131,8 +129,8 @@ impl Balance {
     fn pick_with(&self, hash: u64, among: &impl Candidates, dice: &mut impl RngCore) -> Option<usize> {
         match &self.policy {
             Policy::RoundRobin { schedule, stand_in } => {
-                // Those who stand in for one that is turned down take turns of their own, so that its share is spread
-                // over all others by their weights. Who just comes next in the schedule would get all of it.
+                // Substitutes for an unavailable member have their own rotation, so that its share is spread over
+                // all others by weight. Otherwise its successor in the schedule would get all of it.
                 let mut others = (1..TRIES).map(|_| schedule.at(stand_in.fetch_add(1, Ordering::Relaxed)));
                 let turn = Some(schedule.pick()).filter(|&number| among.admits(number));
                 let turn = turn.or_else(|| others.find(|&number| among.admits(number)));
@@ -162,9 +160,9 @@ impl Balance {
         }
     }
 
-    /// Two are drawn by weight, and the one with the smaller `load` is taken, or the first, if there is no difference:
-    /// so those who have nothing to do get their shares by weight. Almost as even as asking everybody (Mitzenmacher
-    /// 2001), and no herd follows one that has just become free.
+    /// Draws two by weight and takes the one with the smaller `load`, or the first one if they are equal, so that
+    /// idle members get shares by weight. Almost as even as comparing all (Mitzenmacher 2001), and avoids a rush to
+    /// the least loaded.
     fn two_choices(
         &self,
         alias: &Alias,
@@ -175,14 +173,14 @@ impl Balance {
         let Some(first) = draw(alias, among, dice, TRIES) else { return self.least(among, dice, load) };
         let second = match self.shares.len() {
             1 => None,
-            // Drawing again and again would miss a light one beside a heavy one.
+            // Repeated drawing would rarely find a light member beside a heavy one.
             2 => Some(1 - first).filter(|&other| among.admits(other)),
             _ => (0..SECOND_TRIES).find_map(|_| draw(alias, among, dice, 1).filter(|&other| other != first)),
         };
         second.filter(|&second| load(second) < load(first)).or(Some(first))
     }
 
-    /// Everybody is looked at: the one with the least load of those who are admitted, by weight if they are several.
+    /// Compares all admitted members: takes one with the least load, by weight among equals.
     fn least(&self, among: &impl Candidates, dice: &mut impl RngCore, load: impl Fn(usize) -> f64) -> Option<usize> {
         let (mut least, mut equals, mut found) = (f64::INFINITY, 0.0, None);
         for number in (0..self.shares.len()).filter(|&number| among.admits(number)) {
@@ -199,8 +197,8 @@ impl Balance {
         found
     }
 
-    /// Everybody is looked at: by rendezvous hashing, the same one on every node, each as often as its weight says.
-    /// Those who have no room come last.
+    /// Examines all members: rendezvous hashing, with the same result on every node, weighted. Members without room
+    /// come last.
     fn first_by_hash(
         &self,
         hash: u64,
@@ -210,7 +208,8 @@ impl Balance {
     ) -> Option<usize> {
         let mut first: Option<(bool, f64, usize)> = None;
         for number in (0..self.shares.len()).filter(|&number| among.admits(number)) {
-            // Exponentially distributed, at a rate of the weight: the least of them is each one's as often as that.
+            // Exponentially distributed with the weight as its rate: the minimum belongs to each member in
+            // proportion to its weight.
             let uniform = (xxh3_64_with_seed(&hash.to_le_bytes(), seeds[number]) >> 11) as f64 + 0.5;
             let due = -(uniform / 2f64.powi(53)).ln() / self.shares[number];
             let rank = (!has_room(number), due, number);
@@ -247,14 +246,14 @@ impl Policy {
     }
 }
 
-/// Draws until one is admitted, this many times at most.
+/// Draws until a member is admitted, at most this many times.
 fn draw(alias: &Alias, among: &impl Candidates, dice: &mut impl RngCore, tries: usize) -> Option<usize> {
     (0..tries).map(|_| alias.draw(dice.next_u64())).find(|&number| among.admits(number))
 }
 
-/// How long one more request would take where a single one takes `latency` and `inflight` are under way.
+/// Expected time of one more request, if a single one takes `latency` and `inflight` are active.
 fn expected_seconds(latency: f64, inflight: f64, share: f64) -> f64 {
-    /// An endpoint that has answered nothing yet is asked once; until it has answered, any other is better.
+    /// A new endpoint gets one request; until it has responded, every other one is preferred.
     const UNKNOWN: f64 = 1e9;
     match latency > 0.0 {
         true => latency * (1.0 + inflight / share),
@@ -280,7 +279,7 @@ mod tests {
         written::Policy::Maglev,
     ];
 
-    /// Members whose state a test sets.
+    /// Members with states set by a test.
     #[derive(Clone, Default)]
     struct Members {
         names: Vec<String>,
@@ -302,7 +301,7 @@ mod tests {
             }
         }
 
-        /// All but one.
+        /// All except one.
         fn without(&self, number: usize) -> Members {
             let mut rest = self.clone();
             rest.names.remove(number);
@@ -343,12 +342,12 @@ mod tests {
         }
     }
 
-    /// Keys that are alike, as those of users are.
+    /// Similar keys, like those of users.
     fn hash(key: u64) -> u64 {
         xxh3_64(format!("user-{key}").as_bytes())
     }
 
-    /// How often each is chosen by this many keys.
+    /// How often each member is chosen by this many keys.
     fn chosen(balance: &Balance, among: &Members, keys: u64) -> Vec<f64> {
         let mut dice = StdRng::seed_from_u64(1);
         let mut chosen = vec![0.0; among.names.len()];
@@ -363,7 +362,7 @@ mod tests {
         let mut members = Members::new(&[1, 1]);
         members.inflight = vec![5, 4];
         assert_eq!(chosen(&members.balance(written::Policy::LeastRequest, None), &members, 100), [0.0, 100.0]);
-        // As much to do, by their weights, as they can take.
+        // Loaded in proportion to their weights.
         let mut members = Members::new(&[3, 1]);
         members.inflight = vec![5, 2];
         assert_eq!(chosen(&members.balance(written::Policy::LeastRequest, None), &members, 100), [100.0, 0.0]);
@@ -426,7 +425,7 @@ mod tests {
             let mut members = Members::new(&[1, 2, 3, 4, 4, 3, 2, 1]);
             let balance = members.balance(policy, None);
             let mut dice = StdRng::seed_from_u64(1);
-            // Sixty requests are in flight; whichever ends, another one begins.
+            // Sixty active requests; whenever one ends, another one begins.
             let mut under_way: Vec<usize> = Vec::new();
             let mut chosen = [0.0; 8];
             for _ in 0..40_000 {
@@ -484,7 +483,7 @@ mod tests {
             for policy in POLICIES {
                 for (number, chosen) in chosen(&members.balance(policy, None), &members, 20_000).into_iter().enumerate() {
                     let share = members.share(number);
-                    // Five deviations of a draw; on a ring also of the lengths of its arcs.
+                    // Five standard deviations of a draw; on a ring also of the arc lengths.
                     let ring = if policy == written::Policy::RingHash { 5.0 * share / points(number).sqrt() } else { 0.0 };
                     let bound = 5.0 * (share * (1.0 - share) / 20_000.0).sqrt() + ring + 1e-3;
                     prop_assert!((chosen / 20_000.0 - share).abs() <= bound, "{policy:?}: {chosen} of 20,000 for a share of {share}");
@@ -494,7 +493,7 @@ mod tests {
 
         #[test]
         fn those_who_stand_in_by_hash_have_shares_as_the_weights(weights in prop::collection::vec(1u32..5, 40)) {
-            // Only four of forty are admitted: many keys are turned down by all that are tried first.
+            // Only four of forty are available, so many keys exhaust all tries.
             let mut members = Members::new(&weights);
             members.refused = (0..40).map(|number| number % 10 != 0).collect();
             for policy in [written::Policy::RingHash, written::Policy::Maglev] {
@@ -558,7 +557,7 @@ mod tests {
                 let mut members = Members::new(&weights);
                 let balance = members.balance(policy, Some(factor));
                 for request in 1..=500 {
-                    // A few keys are asked for again and again, and nothing ends.
+                    // A few popular keys, and no request ends.
                     let number = balance.pick(hash(request % popular), &members).unwrap();
                     members.inflight[number] += 1;
                     let most = (factor * request as f64 * members.share(number)).ceil();

@@ -1,11 +1,12 @@
-//! When an upstream is left alone as a whole, and how it comes back: a circuit breaker.
+//! A circuit breaker: when no requests are sent to an upstream, and how it recovers.
 //!
-//! It is *closed* while all goes well, and what fails is counted. Enough failures *open* it: the upstream is not asked,
-//! and clients learn at once when to come again. After a while it is *half open*: a few requests are let through. If
-//! all of them go well it closes; with the first that fails it opens again, for twice as long.
+//! While *closed*, it counts failures. Enough failures *open* it: requests are refused with `Retry-After`. After a
+//! time it is *half-open*: a few probes are let through. If all succeed it closes; at the first failure it opens
+//! again, for twice as long.
 //!
-//! Outlier detection leaves out an endpoint that does worse than its peers; this is for when there is no better one.
-//! Nothing here knows a socket or a clock. While it is closed, letting through is one load, and counting is one atomic.
+//! Outlier detection excludes an endpoint that is worse than its peers; the breaker is for when all are bad.
+//! Nothing here uses sockets or a clock. While closed, admission is one atomic load, and counting one atomic
+//! operation.
 
 use std::fmt;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
@@ -20,21 +21,21 @@ use crate::party::KeepsWaiting;
 /// When it opens, and for how long.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Terms {
-    /// The share of failures within `window` that is enough, 0 to 1.
+    /// The share of failures within `window` that opens it, 0 to 1.
     pub failures: f64,
-    /// Over which time the share is taken.
+    /// The time over which the share is computed.
     pub window: Duration,
-    /// With fewer attempts the share says nothing; `u32::MAX`: it never does.
+    /// Least number of attempts for the share to count; `u32::MAX`: it never counts.
     pub min_requests: u32,
-    /// Failures in a row that are enough; `u32::MAX`: none are.
+    /// Failures in a row that open it; `u32::MAX`: never.
     pub consecutive: u32,
-    /// For how long it is open the first time; each further time twice as long.
+    /// How long it is open the first time; the time doubles each further time.
     pub open: Duration,
-    /// For how long at most.
+    /// Longest open time.
     pub max_open: Duration,
-    /// How many are let through while it is half open, all of which must go well.
+    /// Number of probes while half-open; all must succeed.
     pub probes: u32,
-    /// For how long a probe may keep its endpoint waiting before another one takes its place.
+    /// How long a probe may keep its endpoint waiting before another one replaces it.
     pub probe_client: Duration,
 }
 
@@ -54,19 +55,19 @@ impl From<&written::CircuitBreaker> for Terms {
     }
 }
 
-/// What it does just now. The numbers are those of `forebay_upstream_breaker_open`.
+/// Its state. The numbers are the values of `forebay_upstream_breaker_open`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum State {
-    /// All are let through.
+    /// All requests are let through.
     Closed = 0,
-    /// A few are, to see how they fare.
+    /// A few probes are let through.
     HalfOpen = 1,
-    /// None is.
+    /// No requests are let through.
     Open = 2,
 }
 
 impl State {
-    /// How it is called.
+    /// The name of the state.
     pub fn name(self) -> &'static str {
         match self {
             State::Closed => "closed",
@@ -76,45 +77,45 @@ impl State {
     }
 }
 
-/// How an attempt went, as far as the upstream is to blame.
+/// The result of an attempt, as far as the upstream is responsible.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Verdict {
-    /// It went well.
+    /// Success.
     Good,
-    /// It failed.
+    /// Failure.
     Bad,
-    /// Somebody else ended it.
+    /// Another party ended it.
     Neither,
 }
 
-/// Leave to ask the upstream once. What came of it goes to [`Breaker::note`], once.
+/// Leave for one attempt. Its result must be reported to [`Breaker::note`], once.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Leave {
-    /// In which round it was given: what it comes to says nothing of a later one.
+    /// The round in which it was given: its result does not count in later ones.
     round: u64,
-    /// The number of its place, if it is a probe.
+    /// The number of the probe, if it is one.
     probe: Option<u64>,
 }
 
 impl Leave {
-    /// Whether all others wait for what becomes of it.
+    /// Whether this is a probe, whose result decides.
     pub fn is_probe(&self) -> bool {
         self.probe.is_some()
     }
 }
 
-/// See the module.
+/// The circuit breaker; see the module.
 #[derive(Debug)]
 pub struct Breaker {
     terms: Terms,
     base: Instant,
-    /// The round, which is another one with each change, and the state in the two lowest bits.
+    /// The round, incremented with each change, with the state in the two lowest bits.
     state: AtomicU64,
-    /// Nanoseconds after `base` until which it is open.
+    /// The end of the open state, in nanoseconds after `base`.
     until: AtomicU64,
     window: Window,
     in_a_row: AtomicU32,
-    /// Held for some instructions while the state changes or a trial is joined.
+    /// Held briefly while the state changes or a probe starts.
     trial: Mutex<Trial>,
     gauge: IntGauge,
     replaced: IntCounter,
@@ -122,22 +123,22 @@ pub struct Breaker {
 
 #[derive(Debug, Default)]
 struct Trial {
-    /// The places of probes that are under way.
+    /// The active probes.
     places: Vec<Place>,
-    /// How many places there were.
+    /// Number of probes started.
     given: u64,
-    /// Probes that went well.
+    /// Number of successful probes.
     good: u32,
-    /// How often it has opened, less what good behaviour has made up for.
+    /// How often it has opened, reduced by good behaviour.
     weight: u32,
-    /// When it closed last.
+    /// When it last closed.
     closed: Option<Instant>,
 }
 
-/// The place of a probe.
+/// An active probe.
 struct Place {
     number: u64,
-    /// Says how long it keeps its endpoint waiting.
+    /// Measures how long it keeps its endpoint waiting.
     exchange: Option<Arc<dyn KeepsWaiting>>,
 }
 
@@ -147,11 +148,11 @@ impl fmt::Debug for Place {
     }
 }
 
-/// When to look again while probes are under way, for it is not known how long these take.
+/// Retry delay while probes are active, since their end is unknown.
 const SOON: Duration = Duration::from_secs(1);
 
 impl Breaker {
-    /// A closed one, which says in `gauge` how it is and counts the probes that are `replaced`.
+    /// A closed breaker. `gauge` shows its state, `replaced` counts replaced probes.
     pub fn new(terms: Terms, gauge: IntGauge, replaced: IntCounter, now: Instant) -> Breaker {
         gauge.set(State::Closed as i64);
         Breaker {
@@ -167,12 +168,12 @@ impl Breaker {
         }
     }
 
-    /// What it does just now. One that is open stays so until somebody asks after its time.
+    /// The current state. After its time, an open breaker becomes half-open only with the next request.
     pub fn state(&self) -> State {
         read(self.state.load(Ordering::Acquire)).1
     }
 
-    /// Leave to ask the upstream, or how long to stay away.
+    /// Leave for an attempt, or how long to stay away.
     pub fn admit(&self, now: Instant) -> Result<Leave, Duration> {
         match read(self.state.load(Ordering::Acquire)) {
             (round, State::Closed) => Ok(Leave { round, probe: None }),
@@ -184,7 +185,7 @@ impl Breaker {
         }
     }
 
-    /// What became of an attempt. Whether it has opened by it.
+    /// Reports the result of an attempt. Returns whether the breaker has opened because of it.
     pub fn note(&self, leave: &Leave, verdict: Verdict, now: Instant) -> bool {
         let (round, state) = read(self.state.load(Ordering::Acquire));
         if leave.round != round {
@@ -192,7 +193,7 @@ impl Breaker {
         }
         match (state, verdict) {
             (State::Closed, Verdict::Good) => {
-                // A line of memory that is not written to is shared by all workers for nothing.
+                // Avoids a write, so that the cache line stays shared by all workers.
                 if self.in_a_row.load(Ordering::Relaxed) != 0 {
                     self.in_a_row.store(0, Ordering::Relaxed);
                 }
@@ -213,9 +214,9 @@ impl Breaker {
         }
     }
 
-    /// One of the few that are let through, if all of them are not under way already.
+    /// Starts a probe, unless all are active.
     fn probe(&self, now: Instant) -> Result<Leave, Duration> {
-        // One that has the lock takes a probe, and more ask than there are probes: none waits for it.
+        // Whoever holds the lock starts a probe, and more requests arrive than probes are needed: no need to wait.
         let Ok(mut trial) = self.trial.try_lock() else { return Err(SOON) };
         let (mut round, state) = read(self.state.load(Ordering::Acquire));
         match state {
@@ -231,7 +232,7 @@ impl Breaker {
             State::HalfOpen => {}
         }
         if trial.places.len() as u64 + u64::from(trial.good) >= u64::from(self.terms.probes) {
-            // What becomes of a probe that is replaced counts as before; it is only not waited for.
+            // The result of a replaced probe still counts, but is not waited for.
             let Some(place) = trial.places.iter().position(|place| self.dawdles(place, now)) else { return Err(SOON) };
             trial.places.swap_remove(place);
             self.replaced.inc();
@@ -242,12 +243,12 @@ impl Breaker {
         Ok(Leave { round, probe: Some(number) })
     }
 
-    /// Whether other parties than its endpoint are why this probe is still under way.
+    /// Whether this probe is delayed by others than its endpoint.
     fn dawdles(&self, place: &Place, now: Instant) -> bool {
         place.exchange.as_ref().is_some_and(|exchange| exchange.kept_waiting(now) > self.terms.probe_client)
     }
 
-    /// Says who can tell how long a probe keeps its endpoint waiting.
+    /// Registers who measures how long a probe keeps its endpoint waiting.
     pub fn watch(&self, leave: &Leave, exchange: Arc<dyn KeepsWaiting>) {
         let mut trial = self.trial();
         if let Some(place) = trial.places.iter_mut().find(|place| leave.probe == Some(place.number)) {
@@ -255,7 +256,7 @@ impl Breaker {
         }
     }
 
-    /// A probe has come back. Whether the breaker has opened by it.
+    /// The result of a probe. Returns whether the breaker has opened because of it.
     fn tried(&self, leave: &Leave, verdict: Verdict, now: Instant) -> bool {
         let round = leave.round;
         let mut trial = self.trial();
@@ -282,14 +283,14 @@ impl Breaker {
         }
     }
 
-    /// Opens it, unless somebody else has.
+    /// Opens the breaker, unless another worker has.
     fn open(&self, round: u64, now: Instant) -> bool {
         let mut trial = self.trial();
         if read(self.state.load(Ordering::Acquire)).0 != round {
             return false;
         }
         if let Some(closed) = trial.closed {
-            // One time is made up for by as much good behaviour as it would cost.
+            // Good behaviour for as long as one open time reduces the weight by one.
             let good = now.saturating_duration_since(closed).as_nanos() / self.terms.open.as_nanos().max(1);
             trial.weight = trial.weight.saturating_sub(u32::try_from(good).unwrap_or(u32::MAX));
         }
@@ -306,7 +307,7 @@ impl Breaker {
         self.enter(round, State::Open);
     }
 
-    /// Goes on to `state`, the lock being held.
+    /// Enters `state`; the lock is held.
     fn enter(&self, round: u64, state: State) -> u64 {
         let round = round + 1;
         self.state.store(round << 2 | state as u64, Ordering::Release);
@@ -314,7 +315,7 @@ impl Breaker {
         round
     }
 
-    /// For how long it is open still.
+    /// Remaining open time.
     fn left(&self, now: Instant) -> Option<Duration> {
         let left = self.until.load(Ordering::Acquire).checked_sub(self.since(now))?;
         Some(Duration::from_nanos(left)).filter(|left| !left.is_zero())
@@ -342,17 +343,17 @@ fn read(word: u64) -> (u64, State) {
     (word >> 2, state)
 }
 
-/// How many parts the window has: what is counted grows old by an eighth of it at a time.
+/// Number of parts of the window: old counts expire by an eighth at a time.
 const PARTS: u64 = 8;
-/// Attempts are counted in twenty bits, failures as well, and the number of the part in the rest.
+/// Attempts and failures have twenty bits each, the number of the part has the rest.
 const COUNT_BITS: u32 = 20;
 const COUNT_MOST: u64 = (1 << COUNT_BITS) - 1;
 const NUMBER_MOST: u64 = (1 << (64 - 2 * COUNT_BITS)) - 1;
 
-/// Attempts and failures of the last while.
+/// Recent attempts and failures.
 #[derive(Debug)]
 struct Window {
-    /// Nanoseconds of one part.
+    /// Length of a part in nanoseconds.
     part: u64,
     parts: [AtomicU64; PARTS as usize],
 }
@@ -362,12 +363,12 @@ impl Window {
         Window { part: (nanos(window) / PARTS).max(1), parts: Default::default() }
     }
 
-    /// Counts one more at `since`, nanoseconds from the beginning.
+    /// Counts an attempt at `since`, nanoseconds from the beginning.
     fn count(&self, failed: bool, since: u64) {
         let number = self.number(since);
         let one = 1 << COUNT_BITS | u64::from(failed);
         let word = &self.parts[(number % PARTS) as usize];
-        // A part that is full keeps its share.
+        // A full part keeps its ratio.
         let add = |word: u64| match word >> (2 * COUNT_BITS) == number {
             true if word >> COUNT_BITS & COUNT_MOST == COUNT_MOST => None,
             true => Some(word + one),
@@ -376,7 +377,7 @@ impl Window {
         let _ = word.fetch_update(Ordering::Relaxed, Ordering::Relaxed, add);
     }
 
-    /// How many attempts there were, and how many failed.
+    /// Number of attempts, and of failures.
     fn sum(&self, since: u64) -> (u32, u32) {
         let number = self.number(since);
         let (mut passes, mut failures) = (0, 0);
@@ -438,7 +439,7 @@ mod tests {
             self.breaker.admit(self.now).expect("it lets through")
         }
 
-        /// For how many milliseconds it lets none through.
+        /// For how many milliseconds it refuses requests.
         fn away(&self) -> u128 {
             self.breaker.admit(self.now).expect_err("it lets none through").as_millis()
         }
@@ -447,12 +448,12 @@ mod tests {
             self.breaker.note(leave, verdict, self.now)
         }
 
-        /// An attempt from its beginning to its end.
+        /// A whole attempt.
         fn passes(&self, verdict: Verdict) -> bool {
             self.note(&self.leave(), verdict)
         }
 
-        /// Brings it to the end of its time.
+        /// Lets its open time pass.
         fn opened(terms: Terms) -> Story {
             let mut story = Story::new(terms);
             let leaves: Vec<_> = (0..10).map(|_| story.leave()).collect();
@@ -600,7 +601,7 @@ mod tests {
         assert_eq!((u64::from(passes), failures), (COUNT_MOST, 1 << (COUNT_BITS - 1)));
     }
 
-    /// Something that happens.
+    /// A test event.
     #[derive(Clone, Debug)]
     enum Event {
         Ask,
@@ -652,7 +653,7 @@ mod tests {
                 let out = under_way.iter().filter(|leave| leave.is_probe() && leave.round == round).count();
                 prop_assert!(out as u32 <= probes);
             }
-            // What is still under way ends, and then all goes well: it closes.
+            // Active attempts end successfully, and the breaker closes.
             for leave in under_way {
                 story.note(&leave, Neither);
             }

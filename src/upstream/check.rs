@@ -1,10 +1,9 @@
-//! Asks the endpoints of an upstream whether they are well, in the background and never on a worker.
+//! Active health checks, in the background and never on a worker.
 //!
-//! One loop for each upstream that has a `health_check`: who is due is taken off the [`Agenda`] and asked by the
-//! [`Probe`], a bounded number at once; what it says goes to the endpoint's `Record` (`upstream/health.rs`), and a
-//! change of it to the roster. Endpoints that an operator has taken out are asked on; those that their source names no
-//! longer are not. A probe speaks to an endpoint as exchanges do, TLS and all, but over a new connection: a kept one
-//! would hide that new connections fail.
+//! One loop per upstream with a `health_check`: due endpoints are taken from the [`Agenda`] and checked by the
+//! [`Probe`], a limited number at once. Results go to the endpoint's `Record` (`upstream/health.rs`), changes to
+//! the roster. Drained endpoints are still checked; removed ones are not. A check uses the same protocol and TLS
+//! settings as exchanges, but a new connection: a kept one would hide that new connections fail.
 
 mod agenda;
 mod grpc;
@@ -36,7 +35,7 @@ use crate::party::wait::{NoClient, within};
 use agenda::{Agenda, Turn};
 use probe::Probe;
 
-/// How the endpoints of one upstream are checked.
+/// The health checks of an upstream.
 pub(super) struct Checks {
     terms: Terms,
     probe: Probe,
@@ -47,7 +46,7 @@ pub(super) struct Checks {
 #[derive(Clone, Copy, Debug)]
 struct Terms {
     interval: Duration,
-    /// The share by which an interval may be longer or shorter.
+    /// Random variation of the interval.
     jitter: f64,
     timeout: Duration,
     thresholds: Thresholds,
@@ -55,19 +54,19 @@ struct Terms {
     at_once: usize,
 }
 
-/// What a check came to.
+/// The result of a check.
 enum Verdict {
     Passed,
-    /// This is wrong.
+    /// The reason for a failure.
     Failed(String),
-    /// Nothing was said in time.
+    /// Timeout.
     Late(String),
-    /// The gateway itself had no descriptor, port or memory to ask with: that says nothing of the endpoint.
+    /// The gateway itself lacked a descriptor, port or memory: the check says nothing about the endpoint.
     Unable,
 }
 
 impl Checks {
-    /// The checks that are written.
+    /// The configured checks.
     pub fn build(written: &config::upstream::HealthCheck, metrics: HealthCheckMetrics) -> Checks {
         let count = |count: config::units::Count| u32::try_from(count.0).unwrap_or(u32::MAX);
         let terms = Terms {
@@ -84,23 +83,23 @@ impl Checks {
         Checks { terms, probe: Probe::build(written), metrics, members_changed: Notify::new() }
     }
 
-    /// Says what an endpoint counts as that was found just now.
+    /// Sets the initial state of a new endpoint.
     pub fn introduce(&self, endpoint: &Endpoint, now: Instant) {
         endpoint.set_health(Health::Unknown, self.terms.unknown_is_healthy, now);
     }
 
-    /// Says again what an endpoint counts as of which others have found out something.
+    /// Applies again the result of checks that another upstream object has recorded.
     pub fn judge(&self, endpoint: &Endpoint, now: Instant) {
         let health = endpoint.checks().health();
         endpoint.set_health(health, self.terms.unknown_is_healthy, now);
     }
 
-    /// There are other endpoints now.
+    /// The list of endpoints has changed.
     pub fn members_changed(&self) {
         self.members_changed.notify_one();
     }
 
-    /// Checks the endpoints of `upstream`, without end.
+    /// Checks the endpoints of `upstream` in an endless loop.
     pub async fn run(&self, upstream: &Upstream) {
         let mut agenda = Agenda::default();
         agenda.keep(&present(upstream), Instant::now());
@@ -115,7 +114,7 @@ impl Checks {
                 }
                 under_way.push(self.check(turn, now));
             }
-            // A check that is due beyond that waits for one that ends.
+            // Further due checks wait until one ends.
             let next = agenda.next().filter(|_| under_way.len() < self.terms.at_once);
             let next_due = async {
                 match next {
@@ -145,7 +144,7 @@ impl Checks {
         (turn, began, verdict)
     }
 
-    /// An interval, and somewhat more or less.
+    /// The next interval, with its random variation.
     fn pause(&self) -> Duration {
         let jitter = self.terms.jitter;
         self.terms.interval.mul_f64(1.0 + jitter * rand::thread_rng().gen_range(-1.0..=1.0))
@@ -190,14 +189,14 @@ impl Checks {
     }
 }
 
-/// The endpoints that are to be checked, by what tells them apart.
+/// The endpoints to check, with their identities.
 fn present(upstream: &Upstream) -> Vec<(usize, Arc<Endpoint>)> {
     let members = upstream.members();
     let named = members.iter().filter(|endpoint| !endpoint.availability().is_removed());
     named.map(|endpoint| (Arc::as_ptr(endpoint) as usize, Arc::clone(endpoint))).collect()
 }
 
-/// What an operator shall read of it.
+/// The text of an error for operators.
 fn words(error: &Error) -> String {
     let context = error.context.as_ref().map(|context| context.as_str());
     match (&error.etype, context) {

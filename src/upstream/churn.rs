@@ -1,5 +1,5 @@
-//! Endpoints that come and go by the thousand while others choose: nothing is forgotten that is busy, and nothing kept
-//! that is not.
+//! A test: thousands of endpoints come and go while others choose. No busy endpoint is dropped, and no idle one is
+//! kept.
 
 use std::collections::BTreeSet;
 use std::num::NonZeroU32;
@@ -40,7 +40,7 @@ fn upstream(policy: &str, metrics: &Metrics) -> Upstream {
     upstream
 }
 
-/// Chooses again and again, and has up to ten at a time, until told to stop.
+/// Chooses in a loop, with up to ten endpoints at a time, until stopped.
 fn choose(upstream: &Upstream, over: &AtomicBool, chosen: &AtomicUsize) {
     let mut busy: [Option<Engaged>; 10] = Default::default();
     let mut number = 0;
@@ -53,7 +53,7 @@ fn choose(upstream: &Upstream, over: &AtomicBool, chosen: &AtomicUsize) {
     chosen.fetch_add(number, Ordering::Relaxed);
 }
 
-/// In how many rounds all endpoints are replaced by others.
+/// In each of these rounds all endpoints are replaced.
 fn churn(policy: &str, rounds: usize) {
     let metrics = Metrics::new(0, Vec::new());
     let upstream = upstream(policy, &metrics);

@@ -1,7 +1,7 @@
-//! Where the endpoints of an upstream are: literal addresses, names, services in the DNS, or a file that lists some.
-//! What has to be asked for is asked for at start and in the background, never while an exchange waits.
+//! Endpoint discovery: literal addresses, names, SRV records, or a file. Look-ups happen at start and in the
+//! background, never while an exchange waits.
 //!
-//! A [`Discovery`] knows for each name the last good answer ([`memory`]) and tells what is found to
+//! A [`Discovery`] stores the last good answer for each name ([`memory`]) and reports the result to
 //! `Upstream::discovered`.
 
 mod family;
@@ -37,10 +37,10 @@ use resolver::Resolver;
 pub(super) use memory::Answer;
 pub(super) use resolver::{Resolve, Service};
 
-/// How many names of an upstream are asked for at a time.
+/// Look-ups of an upstream that run at once.
 const AT_ONCE: usize = 64;
 
-/// Where an upstream's endpoints are, as far as is known.
+/// What is known of an upstream's endpoints.
 pub(super) struct Discovery {
     resolver: Box<dyn Resolve>,
     refresh: Duration,
@@ -49,22 +49,22 @@ pub(super) struct Discovery {
     metrics: DiscoveryMetrics,
 }
 
-/// What is listed at present; a file may list something else soon.
+/// The current list; that of a file may change.
 #[derive(Default)]
 struct Listing {
-    /// Tells it from the ones before: what was asked for them is of no use any more.
+    /// Distinguishes it from earlier lists: look-ups for those are ignored.
     generation: u64,
     entries: Vec<Entry>,
-    /// The last look at the file, and whether that was a good list.
+    /// The hash of the file when last read, and whether its list was valid.
     look: Option<(u64, bool)>,
 }
 
-/// One entry of a list, or all that a name of `dns` stands for.
+/// One entry of a list, or a name of `dns`.
 struct Entry {
     label: Arc<str>,
     server_name: Option<Arc<str>>,
     weight: NonZeroU32,
-    /// The tier it stands in; the priorities of a service count on from there.
+    /// Its tier; priorities of SRV records are added to it.
     tier: u8,
     what: What,
 }
@@ -75,7 +75,7 @@ enum What {
         question: Question,
         memory: Memory<Target>,
         next: Instant,
-        /// Where it stands in the configuration, if it must be known at start that there is such a name.
+        /// Its path in the configuration, if the name must exist at start.
         place: Option<String>,
     },
 }
@@ -86,7 +86,7 @@ enum Question {
     Services(Arc<str>),
 }
 
-/// What was found under a name.
+/// An address found under a name.
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Target {
     way: Way,
@@ -94,12 +94,11 @@ struct Target {
     tier: u8,
 }
 
-/// Which entry of which listing.
+/// The list and the index in it.
 type Place = (u64, usize);
 
 impl Discovery {
-    /// Reads what was written, and the file that is named; nothing is asked for yet. `resolver` says whom names are
-    /// asked of, if it is not whom the configuration says.
+    /// Parses the settings and reads the file; resolves nothing yet. `resolver` replaces the configured one.
     pub fn build(
         written: &config::Upstream,
         transport: &Transport,
@@ -111,7 +110,7 @@ impl Discovery {
         let mut file = None;
         if let Some(dns) = &written.dns {
             (refresh, timeout) = (dns.refresh.0, dns.timeout.0);
-            // The configuration was checked: each is one.
+            // The configuration was checked: all are valid.
             servers = dns.servers.iter().filter_map(|server| Dns::server(server)).collect();
             let entry =
                 named(dns).ok_or_else(|| vec![BuildError::new("dns", "expected a `name` and a `port`, or `srv`")])?;
@@ -140,23 +139,23 @@ impl Discovery {
         Ok(Discovery { resolver, refresh, listing: Mutex::new(listing), file, metrics })
     }
 
-    /// What `before` knows of names that are asked for here as well is known here, too.
+    /// Copies what `before` knows of common names.
     pub fn remember(&self, before: &Discovery) {
         let before = before.listing();
         self.listing().learn_from(&before);
     }
 
-    /// Everything that is known to be there.
+    /// All known endpoints.
     pub fn found(&self) -> Vec<Found> {
         let listing = self.listing();
         listing.entries.iter().flat_map(Entry::found).collect()
     }
 
-    /// Asks for every name at once.
+    /// Resolves all names in parallel.
     ///
     /// # Errors
     ///
-    /// One for each name of `endpoints` that there is not: it is most likely misspelt. That no answer comes is no
+    /// One per name in `endpoints` that does not exist, which is probably misspelt. A missing answer is not an
     /// error.
     pub async fn look(&self, upstream: &str) -> Vec<BuildError> {
         let asking: Vec<(Place, Question)> = self.listing().questions().collect();
@@ -174,7 +173,7 @@ impl Discovery {
         errors.into_values().collect()
     }
 
-    /// Keeps what is known up to date, without end.
+    /// Keeps the list up to date, in an endless loop.
     pub async fn keep(&self, upstream: &Upstream) {
         let watch = self.file.as_ref().map(Listed::watch);
         if watch.is_none() && self.listing().questions().next().is_none() {
@@ -182,7 +181,7 @@ impl Discovery {
         }
         let mut due = self.listing().due();
         let mut under_way = FuturesUnordered::new();
-        // Kept until it is ready: begun anew with each answer, it would forget what it was told and never come to its
+        // Kept across iterations: if it restarted with each answer, it would lose events and never reach its
         // refresh.
         let changed = || async {
             match &watch {
@@ -243,7 +242,7 @@ impl Discovery {
         (place, answer)
     }
 
-    /// Takes an answer in: when to ask again, and whether something else is known now. `None` if it comes too late.
+    /// Processes an answer: when to ask again, and whether the result changed. `None` if it is outdated.
     fn note(&self, upstream: &str, place: Place, answer: Answer<Target>) -> Option<(Instant, bool)> {
         let mut listing = self.listing();
         let entry = listing.entry(place)?;
@@ -275,7 +274,7 @@ impl Discovery {
         Some((learned.next, learned.changed))
     }
 
-    /// Looks at the file again; whether it lists something else.
+    /// Reads the file again; returns whether the list changed.
     async fn look_again(&self, upstream: &str, transport: &Transport) -> bool {
         let Some(file) = self.file.clone() else { return false };
         let last = self.listing().look;
@@ -335,7 +334,7 @@ impl Listing {
         })
     }
 
-    /// Where a name stands that there must be.
+    /// The path of a name that must exist.
     fn must_be(&self, (_, index): Place) -> Option<String> {
         match &self.entries.get(index)?.what {
             What::Asked { place, .. } => place.clone(),
@@ -343,7 +342,7 @@ impl Listing {
         }
     }
 
-    /// When each of its names is to be asked for.
+    /// When each name is due.
     fn due(&self) -> BTreeSet<(Instant, Place)> {
         let entries = self.entries.iter().enumerate();
         let asked = entries.filter_map(|(index, entry)| match &entry.what {
@@ -353,7 +352,7 @@ impl Listing {
         asked.collect()
     }
 
-    /// What another listing knows of names that both have is known here, too.
+    /// Copies what another list knows of common names.
     fn learn_from(&mut self, other: &Listing) {
         let mut known = BTreeMap::new();
         for entry in &other.entries {
@@ -370,7 +369,7 @@ impl Listing {
         }
     }
 
-    /// What is known of names that stay stays known.
+    /// Keeps what is known of names that stay.
     fn hand_down(&mut self, entries: &mut [Entry]) {
         let mut known = BTreeMap::new();
         for entry in &mut self.entries {
@@ -410,7 +409,7 @@ impl Entry {
     }
 }
 
-/// Understands the `endpoints:` of an upstream, without asking for the names in it.
+/// Parses the `endpoints:` of an upstream, without resolving names.
 fn entries(written: &[Endpoint], transport: &Transport) -> Result<Vec<Entry>, Vec<BuildError>> {
     let mut entries = Vec::new();
     let mut errors = Vec::new();
@@ -424,8 +423,8 @@ fn entries(written: &[Endpoint], transport: &Transport) -> Result<Vec<Entry>, Ve
     if errors.is_empty() { Ok(entries) } else { Err(errors) }
 }
 
-/// The same of a file, the whole of which has one label: what it lists comes and goes, and labels are the
-/// configuration's.
+/// The same for a file. All its endpoints share one label, since labels come from the configuration and the file's
+/// content changes.
 fn entries_of_file(path: &str, listed: &[Endpoint], transport: &Transport) -> Result<Vec<Entry>, String> {
     let label: Arc<str> = path.into();
     let made = listed.iter().enumerate().map(|(index, endpoint)| {
@@ -448,14 +447,14 @@ fn entry(endpoint: &Endpoint, label: Arc<str>, place: Option<&str>, transport: &
     Ok(Entry { label, server_name, weight: endpoint.weight, tier: endpoint.tier(), what })
 }
 
-/// All that is behind a name of `dns`.
+/// The entry for `dns`.
 fn named(dns: &Dns) -> Option<Entry> {
     let (label, server_name, question) = match (&dns.name, dns.port, &dns.srv) {
         (Some(name), Some(port), None) => {
             (format!("{name}:{port}"), name.as_str(), Question::Addresses { host: name.as_str().into(), port })
         }
-        // A server that answers for the service could name any host, so its certificate must be the domain's (RFC 6125
-        // §6.2.1).
+        // The DNS answer could name any host, so certificates must be issued for the domain of the service (RFC
+        // 6125 §6.2.1).
         (None, None, Some(srv)) => (srv.clone(), domain(srv), Question::Services(srv.as_str().into())),
         _ => return None,
     };
@@ -463,7 +462,7 @@ fn named(dns: &Dns) -> Option<Entry> {
     Some(Entry { label: label.into(), server_name, weight: NonZeroU32::MIN, tier: 0, what: asked(question, None) })
 }
 
-/// The domain of a service: what follows `_service._proto.`.
+/// The domain of a service name: the part after `_service._proto.`.
 fn domain(srv: &str) -> &str {
     let mut rest = srv;
     while let Some((label, domain)) = rest.split_once('.').filter(|(label, _)| label.starts_with('_')) {
@@ -477,14 +476,14 @@ fn asked(question: Question, place: Option<&str>) -> What {
     What::Asked { question, memory: Memory::default(), next: Instant::now(), place: place.map(str::to_owned) }
 }
 
-/// The servers of a service: each priority is a tier, the lowest first.
+/// The endpoints of SRV records: each priority is a tier, the lowest first.
 fn targets(services: &[Service]) -> Vec<Target> {
     let priorities: BTreeSet<u16> = services.iter().map(|service| service.priority).collect();
     let tier = |priority| u8::try_from(priorities.range(..priority).count()).unwrap_or(u8::MAX);
     let mut targets: Vec<Target> = services
         .iter()
         .flat_map(|service| {
-            // A weight of 0 is for servers that are hardly to be chosen (RFC 2782).
+            // Weight 0 means: hardly ever to be chosen (RFC 2782).
             let (weight, tier) = (NonZeroU32::new(service.weight.into()), tier(service.priority));
             let weight = Some(weight.unwrap_or(NonZeroU32::MIN));
             ways(&service.addresses, service.port, is_reachable).into_iter().map(move |way| Target {
@@ -494,7 +493,7 @@ fn targets(services: &[Service]) -> Vec<Target> {
             })
         })
         .collect();
-    // Servers answer in any order.
+    // DNS answers have no fixed order.
     targets.sort_by_key(|target| (target.tier, target.way));
     targets
 }

@@ -1,8 +1,8 @@
-//! Takes endpoints out that passing requests speak against, and back in after a while.
+//! Ejects endpoints because of the results of requests, and takes them back after a time.
 //!
-//! Workers only count ([`Ejector::hear`]): atomics of the endpoint, and where it has failed too often, a word that
-//! somebody should look at it. That somebody is one loop in the background, for whether it may be ejected depends on
-//! how many others are, and whether it is slow on how fast they are. The rules are `upstream/outlier.rs`.
+//! Workers only count ([`Ejector::hear`]) in atomics of the endpoint, and flag one that fails too often. A
+//! background loop decides, since an ejection depends on how many others are ejected and how fast they are.
+//! `upstream/outlier.rs` has the rules.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -19,7 +19,7 @@ use crate::config;
 use crate::config::units::{Count, Time};
 use crate::metrics::EjectionMetrics;
 
-/// Who judges the endpoints of one upstream.
+/// The outlier detection of an upstream.
 pub(super) struct Ejector {
     rules: Rules,
     interval: Duration,
@@ -28,13 +28,13 @@ pub(super) struct Ejector {
 }
 
 impl Ejector {
-    /// The one whose rules are written.
+    /// Builds it with the configured rules.
     pub fn build(written: &config::upstream::OutlierDetection, metrics: EjectionMetrics) -> Ejector {
         let (rules, interval) = (rules(written), written.interval.0);
         Ejector { rules, interval, metrics, accused: Notify::new() }
     }
 
-    /// An attempt at `endpoint` has ended. On the way of a request: no lock, and for a good one hardly a write.
+    /// An attempt at `endpoint` has ended. On the request path: takes no lock, and a success writes almost nothing.
     pub fn hear(&self, endpoint: &Endpoint, ended: &Ended) {
         let Some(pass) = ended.seen().outlier else { return };
         let guilty = endpoint.score.note(pass, ended.to_header(), &self.rules);
@@ -45,7 +45,7 @@ impl Ejector {
         }
     }
 
-    /// Judges the endpoints of `upstream`, without end.
+    /// Evaluates the endpoints of `upstream` in an endless loop.
     pub async fn run(&self, upstream: &Upstream) {
         let mut ticks = interval_at(tokio::time::Instant::now() + self.interval, self.interval);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -65,7 +65,7 @@ impl Ejector {
         }
     }
 
-    /// A connection to this endpoint came about outside of exchanges. Whether that has ended an ejection.
+    /// A health check has connected to this endpoint. Returns whether that ended an ejection.
     pub fn connected(&self, endpoint: &Endpoint, now: Instant) -> bool {
         let back = endpoint.availability().is_ejected() && endpoint.ejections().refute(now);
         if back {
@@ -74,7 +74,7 @@ impl Ejector {
         back
     }
 
-    /// Looks at those who were accused.
+    /// Evaluates flagged endpoints.
     fn hear_out(&self, upstream: &Upstream, now: Instant) {
         for endpoint in upstream.members().iter() {
             if let Some(reason) = endpoint.accusation.reason() {
@@ -83,11 +83,11 @@ impl Ejector {
         }
     }
 
-    /// Compares endpoints by what they did since the last time.
+    /// Compares endpoints by their results since the last time.
     fn compare(&self, upstream: &Upstream, now: Instant) {
         let members = upstream.members();
         for endpoint in members.iter() {
-            // An endpoint that could not be ejected then has to fail once more.
+            // An endpoint that could not be ejected must fail again to be flagged.
             endpoint.accusation.drop();
         }
         if self.rules.success_rate.is_none() && self.rules.latency.is_none() {
@@ -121,7 +121,7 @@ impl Ejector {
         }
     }
 
-    /// Takes those back whose time is over.
+    /// Takes back endpoints whose ejection has ended.
     fn take_back(&self, upstream: &Upstream, now: Instant) {
         for endpoint in upstream.members().iter().filter(|endpoint| endpoint.availability().is_ejected()) {
             if endpoint.ejections().expire(now) {
@@ -142,7 +142,7 @@ impl Ejector {
     }
 }
 
-/// When its ejection ends, if it is ejected.
+/// The end of its ejection, if it is ejected.
 fn until(endpoint: &Arc<Endpoint>) -> Option<Instant> {
     let ejected = endpoint.availability().is_ejected();
     ejected.then(|| endpoint.ejections().current().map(|current| current.until)).flatten()

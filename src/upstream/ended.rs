@@ -1,8 +1,8 @@
-//! What the end of an attempt means: what the proxy tells an upstream of each endpoint that it was given, exactly once,
-//! and what those who watch endpoints make of it.
+//! The result of an attempt: what the proxy reports to an upstream exactly once per attempt, and what each observer
+//! makes of it.
 //!
-//! The second half of one table: `proxy/blame.rs` says which fault becomes which [`Outcome`], [`Ended::seen`] what
-//! breaker, outlier detection and latency see of it. A probe of a half-open breaker sees what the breaker sees.
+//! This is the second half of a table: `proxy/blame.rs` maps faults to an [`Outcome`], and [`Ended::seen`] maps it
+//! to what breaker, outlier detection and latency see. A probe of a half-open breaker uses the breaker's view.
 
 use std::time::Duration;
 
@@ -12,56 +12,56 @@ use super::breaker::Verdict;
 use super::outlier::Pass;
 use crate::error::Refusal;
 
-/// How an attempt ended.
+/// The end of an attempt.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Ended {
     /// What came of it.
     pub outcome: Outcome,
-    /// How long it took until a connection was there. `None`: it was kept from an earlier exchange, or none came about.
+    /// Time to connect. `None`: the connection was reused, or there was none.
     pub connect: Option<Duration>,
-    /// From the last byte of the request that the endpoint was given before, as far as can be seen, to the end of the
-    /// response header. `None`: there was none.
+    /// Time from the last request byte given to the endpoint, as far as known, to the end of the response header.
+    /// `None`: there was no header.
     pub wait: Option<Duration>,
-    /// For how long the endpoint was waited for, connection and answer included, and no other party.
+    /// Total time of waiting for the endpoint and for no other party.
     pub own: Duration,
 }
 
-/// What came of an attempt.
+/// The outcome of an attempt.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Outcome {
-    /// The endpoint has answered, and to the end.
+    /// The endpoint sent a complete response.
     Answered(StatusCode),
-    /// No connection came about.
+    /// No connection was made.
     Connect(&'static Refusal),
-    /// It was connected and then failed: reset, timed out, malformed.
+    /// Connected, then failed: reset, timeout, malformed response.
     Failed(&'static Refusal),
-    /// Another party ended it, such as the client, or a kept connection that had died unnoticed: it counts against no
+    /// Another party ended it, such as the client, or a kept connection was stale: it does not count against the
     /// endpoint.
     Cancelled,
 }
 
-/// What the end of an attempt says of its endpoint.
+/// What the end of an attempt means for each observer.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Seen {
-    /// To the circuit breaker, and if it was a probe, of the probe.
+    /// For the circuit breaker, and for its probe.
     pub breaker: Verdict,
-    /// To outlier detection; `None`: nothing.
+    /// For outlier detection; `None`: ignored.
     pub outlier: Option<Pass>,
-    /// To the average of the latency.
+    /// For the latency average.
     pub latency: Lesson,
 }
 
-/// What an attempt says of how fast its endpoint is.
+/// What an attempt shows about the endpoint's latency.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Lesson {
-    /// It took so long until the header of its answer.
+    /// The response header took this long.
     Took(Duration),
-    /// It would have taken so long or longer.
+    /// It would have taken this long or longer.
     AtLeast(Duration),
 }
 
 impl Outcome {
-    /// Why it failed, if it did.
+    /// The reason for a failure.
     pub fn failure(&self) -> Option<&'static Refusal> {
         match self {
             Outcome::Connect(refusal) | Outcome::Failed(refusal) => Some(refusal),
@@ -71,12 +71,12 @@ impl Outcome {
 }
 
 impl Ended {
-    /// For how long its endpoint was waited for until its header was here, or until the attempt ended without one.
+    /// How long its endpoint was waited for until its header, or until the attempt ended without one.
     pub fn to_header(&self) -> Duration {
         self.wait.map_or(self.own, |wait| self.connect.unwrap_or_default() + wait)
     }
 
-    /// What it says of its endpoint.
+    /// What each observer sees.
     pub fn seen(&self) -> Seen {
         let time = self.to_header();
         let (took, at_least) = (Lesson::Took(time), Lesson::AtLeast(time));
@@ -88,7 +88,7 @@ impl Ended {
             }
             Outcome::Connect(_) => seen(Verdict::Bad, Some(Pass::Unconnected), at_least),
             Outcome::Failed(_) => seen(Verdict::Bad, Some(Pass::Failed), at_least),
-            // It had answered before another party ended the attempt, or it had not.
+            // It depends on whether the endpoint had responded before another party ended the attempt.
             Outcome::Cancelled if self.wait.is_some() => seen(Verdict::Neither, None, took),
             Outcome::Cancelled => seen(Verdict::Neither, None, at_least),
         }
@@ -103,7 +103,7 @@ mod tests {
 
     const MS: Duration = Duration::from_millis(1);
 
-    /// An attempt of which 9 ms were its endpoint's, one of them for the connection.
+    /// An attempt with 9 ms of endpoint time, one of them for the connection.
     fn seen(outcome: Outcome, wait: Option<u32>) -> Seen {
         Ended { outcome, connect: Some(MS), wait: wait.map(|wait| wait * MS), own: 9 * MS }.seen()
     }

@@ -1,8 +1,9 @@
-//! One server of an upstream: who it is, how it does just now, and how it is connected to.
+//! One server of an upstream: its identity, its state, and how it is connected to.
 //!
-//! What changes with every exchange, in flight and latency, are atomics of its own, read with every choice. All that a
-//! connection needs is made once, by `transport`, as a template; an exchange takes a copy and resolves nothing. Sources
-//! tell of endpoints ([`Found`]), `Upstream::discovered` makes them, `roster` lists those that may be chosen.
+//! Values that change with each exchange, such as active exchanges and latency, are atomics, read for each choice.
+//! The peer for connections is built once, by `transport`, as a template; an exchange copies it and resolves
+//! nothing. Sources report endpoints ([`Found`]), `Upstream::discovered` creates them, `roster` lists the available
+//! ones.
 
 use std::fmt;
 use std::net;
@@ -26,68 +27,66 @@ use super::transport::dial::Dialer;
 use super::transport::greeting::Parties;
 use crate::metrics::endpoints::EndpointMetrics;
 
-/// An endpoint as a source tells of it.
+/// An endpoint as reported by a source.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Found {
     /// Its metric label and log field, from the configuration.
     pub label: Arc<str>,
-    /// Where it is.
+    /// Its address.
     pub address: SocketAddr,
-    /// The name it was found by, for the server name and the certificate.
+    /// The name it was found by, for SNI and certificate verification.
     pub server_name: Option<Arc<str>>,
-    /// Its share, relative to its neighbours.
+    /// Its share, relative to the others.
     pub weight: NonZeroU32,
-    /// The tier it stands in; 0 serves first.
+    /// Its tier; 0 serves first.
     pub priority: u8,
-    /// Another address of the same server, of the other family, to be asked if this one does not answer.
+    /// The server's address of the other family, used if this one does not respond.
     pub alternate: Option<net::SocketAddr>,
 }
 
-/// One server of an upstream, and how it does. A name with several addresses makes several of these, with the same
+/// One server of an upstream and its state. A name with several addresses gives several endpoints with the same
 /// label.
 ///
-/// It lives as long as its source names it, and as anybody is busy with it: that the list of endpoints changes does not
-/// make it forget what it has in flight.
+/// It lives as long as its source lists it or an exchange uses it: a changed list does not lose active exchanges.
 pub struct Endpoint {
-    /// Its address as it was written: the metric label and the log field.
+    /// Its address as written: the metric label and log field.
     pub label: Arc<str>,
-    /// Where it is. No two endpoints of an upstream have the same.
+    /// Its address, unique within the upstream.
     pub address: SocketAddr,
-    /// What tells it from the others, on every node: its label and its address.
+    /// Its identity on every node: label and address.
     pub identity: Box<str>,
-    /// What is counted of it; shared by all endpoints of this label.
+    /// Its metrics; shared by all endpoints of this label.
     pub metrics: Arc<EndpointMetrics>,
-    /// What sticky cookies call it; nothing if its upstream sets none.
+    /// Its names in sticky cookies; empty without session affinity.
     pub names: Box<[Name]>,
-    /// What its source said last.
+    /// The weight from its source.
     weight: AtomicU32,
     priority: AtomicU32,
-    /// What the operator says instead of it; 0: nothing.
+    /// The weight set by the operator; 0: none.
     weight_ordered: AtomicU32,
     availability: Word,
-    /// Counted by [`super::Admission`].
+    /// Number of active exchanges, counted by [`super::Admission`].
     pub(super) inflight: AtomicU32,
     latency: Latency,
-    /// Milliseconds from `base`, plus 1, to when it last became available; 0: it was so from the start.
+    /// When it last became available, in milliseconds from `base`, plus 1; 0: it always was.
     returned: AtomicU64,
     base: Instant,
     transport: Arc<Transport>,
     template: HttpPeer,
-    /// What checks have said. It is not read on the way of a request.
+    /// The results of health checks. Not read on the request path.
     checks: Mutex<Record>,
     dialer: Arc<Dialer>,
-    /// Milliseconds from `base` to when connections that are shared by several exchanges were last replaced by new
-    /// ones.
+    /// When its shared connections were last renewed, in milliseconds from `base`.
     renewed: AtomicU64,
-    /// What passing requests say against it.
+    /// Counters of outlier detection.
     pub(super) score: Score,
     pub(super) accusation: Accusation,
-    /// Neither does anybody ask for this.
+    /// Its ejections. Not read on the request path.
     ejections: Mutex<Ejections>,
 }
 
 impl Endpoint {
-    /// The endpoint that was `found`, spoken to as `transport` says.
+    /// The endpoint that was `found`, with connections made by `transport`.
     pub(super) fn new(found: &Found, transport: &Arc<Transport>, metrics: Arc<EndpointMetrics>, now: Instant) -> Self {
         let dialer = transport.dialer(&found.address, found.alternate);
         Endpoint {
@@ -115,18 +114,18 @@ impl Endpoint {
         }
     }
 
-    /// What Pingora needs to connect to it, for no client in particular: the address, the protocol and every timeout.
+    /// The Pingora peer, without a specific client: the address, the protocol and every timeout.
     pub fn peer(&self) -> Box<HttpPeer> {
         let mut peer = Box::new(self.template.clone());
         if let Some(address) = self.dialer.preferred() {
             peer._address = SocketAddr::Inet(address);
         }
-        // Zero but for connections that several exchanges share.
+        // Zero except for shared connections.
         peer.group_key = peer.group_key.wrapping_add(self.renewed.load(Ordering::Relaxed));
         peer
     }
 
-    /// The same for a client, whose address it receives if it is spoken to by the PROXY protocol.
+    /// The peer for a client, whose address is sent if the PROXY protocol is used.
     pub fn peer_for(&self, parties: impl FnOnce() -> Option<Parties>) -> Box<HttpPeer> {
         let mut peer = self.peer();
         if self.transport.introduces_clients() {
@@ -135,48 +134,48 @@ impl Endpoint {
         peer
     }
 
-    /// Makes connections to it that begin without the PROXY protocol.
+    /// Creates connections without the PROXY protocol.
     pub fn dialer(&self) -> &Arc<Dialer> {
         &self.dialer
     }
 
-    /// A connection of this age, which exchanges share, is to get no further ones: those that begin from now on share a
-    /// new one. Nothing happens if that was seen to since it was made.
+    /// A shared connection of this age gets no new exchanges: later ones share a new connection. Does nothing if
+    /// the connection is older than the last renewal.
     pub fn renew(&self, age: Duration, now: Instant) {
         let millis =
             |time: Instant| u64::try_from(time.saturating_duration_since(self.base).as_millis()).unwrap_or(u64::MAX);
         let made = now.checked_sub(age).map_or(0, millis);
         let last = self.renewed.load(Ordering::Relaxed);
         if last <= made {
-            // Another worker that sees it at this moment does the same.
+            // A concurrent worker does the same.
             let _ = self.renewed.compare_exchange(last, millis(now).max(1), Ordering::Relaxed, Ordering::Relaxed);
         }
     }
 
-    /// Begins with what is known of `earlier`, the same server under other terms: its health, and how long it takes.
+    /// Copies the state of `earlier`, the same server with other settings: health and latency.
     pub(super) fn resemble(&self, earlier: &Endpoint) {
         *self.checks() = earlier.checks().clone();
         self.latency.resemble(&earlier.latency);
     }
 
-    /// Takes over what its source says of it now.
+    /// Applies the latest values from its source.
     pub(super) fn update(&self, found: &Found) {
         self.weight.store(found.weight.get(), Ordering::Relaxed);
         self.priority.store(found.priority.into(), Ordering::Relaxed);
         self.dialer.set_pair(&self.address, found.alternate, Instant::now());
     }
 
-    /// Its share, relative to its neighbours: the operator's word or its source's.
+    /// Its weight: the operator's or its source's.
     pub fn weight(&self) -> NonZeroU32 {
         self.weight_ordered().or(NonZeroU32::new(self.weight.load(Ordering::Relaxed))).unwrap_or(NonZeroU32::MIN)
     }
 
-    /// The share that the operator gives it; `None`: that of its source holds.
+    /// The weight set by the operator; `None`: the source's weight applies.
     pub fn weight_ordered(&self) -> Option<NonZeroU32> {
         NonZeroU32::new(self.weight_ordered.load(Ordering::Relaxed))
     }
 
-    /// The tier it stands in; 0 serves first.
+    /// Its tier; 0 serves first.
     pub fn priority(&self) -> u8 {
         self.priority.load(Ordering::Relaxed) as u8
     }
@@ -186,68 +185,67 @@ impl Endpoint {
         self.availability.now()
     }
 
-    /// Exchanges that have it now.
+    /// Number of active exchanges.
     pub fn inflight(&self) -> u32 {
         self.inflight.load(Ordering::Relaxed)
     }
 
-    /// The host that is named to it where the client has named none: its address as it is written, if that is a host at
-    /// all.
+    /// The host for requests whose client sent none: its address as written, if that is a valid host.
     pub fn authority(&self) -> Authority {
         let parsed = self.label.parse().ok().or_else(|| self.address.to_string().parse().ok());
         parsed.unwrap_or(Authority::from_static("localhost"))
     }
 
-    /// Expected seconds of one request; 0 if nothing is known.
+    /// Expected latency of a request in seconds; 0 if unknown.
     pub fn latency(&self, now: Instant) -> f64 {
         self.latency.seconds(now)
     }
 
-    /// For how long it is available again; `None` if it was so from the start.
+    /// Time since it became available; `None` if it always was.
     pub fn age(&self, now: Instant) -> Option<Duration> {
         let returned = self.returned.load(Ordering::Relaxed).checked_sub(1)?;
         Some(now.saturating_duration_since(self.base).saturating_sub(Duration::from_millis(returned)))
     }
 
-    /// It has become available: it starts slowly from now on.
+    /// It became available: starts its slow start.
     pub(super) fn begin_slowly(&self, now: Instant) {
         let millis = now.saturating_duration_since(self.base).as_millis();
         self.returned.store(u64::try_from(millis).unwrap_or(u64::MAX - 1) + 1, Ordering::Relaxed);
     }
 
-    /// Whether its source names it no longer. As with the following: where it matters, the caller calls
+    /// Sets whether its source has removed it. As with the methods below: if the change matters, the caller calls
     /// [`super::Upstream::reassess`].
     pub fn set_removed(&self, removed: bool, now: Instant) -> Change {
         self.dialer.set_retired(removed);
         self.changed(self.availability.set_removed(removed), now)
     }
 
-    /// Whether the operator takes it out.
+    /// Sets whether the operator drains it.
     pub fn set_draining(&self, draining: bool, now: Instant) -> Change {
         self.changed(self.availability.set_draining(draining), now)
     }
 
-    /// The weight that the operator gives it; `None`: that of its source.
+    /// Sets the operator's weight; `None`: the source's weight.
     pub fn set_weight(&self, weight: Option<NonZeroU32>) {
         self.weight_ordered.store(weight.map_or(0, NonZeroU32::get), Ordering::Relaxed);
     }
 
-    /// What health checks know of it, and whether an unknown one is as good as a healthy one.
+    /// Sets the result of health checks, and whether unknown counts as healthy.
     pub fn set_health(&self, health: Health, unknown_is_healthy: bool, now: Instant) -> Change {
         self.changed(self.availability.set_health(health, unknown_is_healthy), now)
     }
 
-    /// Whether what passes speaks against it.
+    /// Sets whether it is ejected.
     pub fn set_ejected(&self, ejected: bool, now: Instant) -> Change {
         self.changed(self.availability.set_ejected(ejected), now)
     }
 
-    /// What health checks have said of it. Not for workers.
+    /// The results of health checks. Not for workers.
     pub fn checks(&self) -> MutexGuard<'_, Record> {
         self.checks.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// How often, why and until when it is ejected. Not for workers.
+    /// Its ejections. Not for workers.
     pub fn ejections(&self) -> MutexGuard<'_, Ejections> {
         self.ejections.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -259,7 +257,7 @@ impl Endpoint {
         change
     }
 
-    /// Learns from the end of an attempt how long it takes.
+    /// Updates its latency from the end of an attempt.
     pub(super) fn learn(&self, ended: &Ended, now: Instant) {
         match ended.seen().latency {
             Lesson::Took(time) => self.latency.observe(time, now),

@@ -1,16 +1,15 @@
-//! What checks say of an endpoint: unknown, healthy or unhealthy.
+//! The result of health checks: unknown, healthy or unhealthy.
 //!
-//! [`Record`] is the rule and knows no socket. Checks run in the background, never on a worker. An endpoint that
-//! nothing has checked yet is unknown, and its `initial` says what that counts as. The first check settles it, for
-//! there is nothing yet that a single mishap could be held against; from then on several in a row are needed to change
-//! it.
+//! [`Record`] is the rule and uses no socket. Checks run in the background, never on a worker. An endpoint without
+//! a result is unknown; `initial` says what that counts as. The first check decides alone; later, several in a row
+//! are needed for a change.
 
 use std::time::Instant;
 
-/// What is known of an endpoint.
+/// The health of an endpoint.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Health {
-    /// No check has ended yet, or there are none.
+    /// No check has finished yet, or there are none.
     #[default]
     Unknown,
     /// Checks pass.
@@ -20,7 +19,7 @@ pub enum Health {
 }
 
 impl Health {
-    /// The word for it in `/upstreams`, the log and metrics.
+    /// The name in `/upstreams`, the log and metrics.
     pub fn name(self) -> &'static str {
         match self {
             Health::Unknown => "unknown",
@@ -30,35 +29,35 @@ impl Health {
     }
 }
 
-/// How many checks in a row change what is thought of an endpoint.
+/// How many checks in a row change the state.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Thresholds {
-    /// How many failed ones make it unhealthy.
+    /// Failed checks that make it unhealthy.
     pub unhealthy_after: u32,
-    /// How many passed ones make it healthy again.
+    /// Passed checks that make it healthy again.
     pub healthy_after: u32,
 }
 
-/// Why and when a check failed.
+/// A failed check.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Failure {
-    /// In words, for `/upstreams` and the log.
+    /// The reason, for `/upstreams` and the log.
     pub message: String,
     /// When the check ended.
     pub at: Instant,
 }
 
-/// What the checks of one endpoint have said.
+/// The results of an endpoint's checks.
 #[derive(Clone, Debug, Default)]
 pub struct Record {
     health: Health,
-    /// Checks in a row that speak against `health`.
+    /// Checks in a row that contradict `health`.
     contrary: u32,
     last_failure: Option<Failure>,
 }
 
 impl Record {
-    /// What is known of it.
+    /// The current health.
     pub fn health(&self) -> Health {
         self.health
     }
@@ -68,12 +67,12 @@ impl Record {
         self.last_failure.as_ref()
     }
 
-    /// Takes in a check that passed. Returns whether [`Record::health`] has changed.
+    /// Records a passed check. Returns whether [`Record::health`] has changed.
     pub fn passed(&mut self, thresholds: Thresholds) -> bool {
         self.note(Health::Healthy, thresholds.healthy_after)
     }
 
-    /// Takes in a check that failed. Returns whether [`Record::health`] has changed.
+    /// Records a failed check. Returns whether [`Record::health`] has changed.
     pub fn failed(&mut self, failure: Failure, thresholds: Thresholds) -> bool {
         self.last_failure = Some(failure);
         self.note(Health::Unhealthy, thresholds.unhealthy_after)
@@ -105,7 +104,7 @@ mod tests {
         Failure { message: "refused".to_owned(), at: Instant::now() }
     }
 
-    /// What is known after these checks, `+` for one that passed and `-` for one that failed.
+    /// The health after these checks, `+` for passed and `-` for failed.
     fn after(checks: &str) -> Health {
         let mut record = Record::default();
         for check in checks.bytes() {

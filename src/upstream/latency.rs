@@ -1,37 +1,36 @@
-//! How long an endpoint is expected to take: a moving average that peaks raise at once.
+//! The expected latency of an endpoint: a moving average that follows peaks at once.
 //!
-//! `peak_ewma` chooses by it. An average over all answers would say of an endpoint that has just stalled that it is
-//! fast, for as long as it answers nothing; so a slow answer is believed at once, and forgotten with time (Finagle's
-//! peak EWMA). An endpoint that is slow gets few requests or none and could never show that it has recovered: so the
-//! estimate decays by itself.
+//! Used by `peak_ewma`. A plain average would call a stalled endpoint fast as long as it sends no responses. So a
+//! slow response raises the estimate at once, and the estimate decays over time (Finagle's peak EWMA). The decay
+//! also lets a slow endpoint recover, although it gets few requests or none.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-/// After this time an estimate has lost two thirds of its weight.
+/// After this time an estimate has lost about two thirds of its weight.
 pub const DECAY: Duration = Duration::from_secs(10);
-/// No estimate is less: an endpoint that was not heard of for long is not therefore the fastest of all.
+/// Least estimate: an endpoint without recent requests is not the fastest because of that.
 const LEAST_SECONDS: f64 = 1e-6;
 
-/// The expected seconds of one request. Shared by all workers, and never waited for.
+/// The expected latency in seconds. Shared by all workers, lock-free.
 #[derive(Debug)]
 pub struct Latency {
     began: Instant,
-    /// Seconds as `f32` in the upper half; when they were noted, in milliseconds after `began`, in the lower one. They
-    /// go round after 49 days; who was not asked for so long has an estimate that is too high for some seconds.
+    /// The seconds as `f32` in the upper half; the time of the value, in milliseconds after `began`, in the lower
+    /// half. The time wraps after 49 days; an estimate older than that is too high for some seconds.
     state: AtomicU64,
 }
 
-/// Nothing was observed yet.
+/// No observation yet.
 const UNKNOWN: u64 = 0;
 
 impl Latency {
-    /// Nothing is known yet.
+    /// No observation yet.
     pub fn new(now: Instant) -> Latency {
         Latency { began: now, state: AtomicU64::new(UNKNOWN) }
     }
 
-    /// Expects what `earlier` does.
+    /// Copies the estimate of `earlier`.
     pub fn resemble(&self, earlier: &Latency) {
         let now = Instant::now();
         let seconds = earlier.seconds(now);
@@ -40,7 +39,7 @@ impl Latency {
         }
     }
 
-    /// The expected seconds, decayed to `now`; 0.0 if nothing was observed yet.
+    /// The expected seconds, decayed to `now`; 0.0 without an observation.
     pub fn seconds(&self, now: Instant) -> f64 {
         match self.state.load(Ordering::Relaxed) {
             UNKNOWN => 0.0,
@@ -51,13 +50,13 @@ impl Latency {
         }
     }
 
-    /// An endpoint answered after `took`.
+    /// Records a response after `took`.
     pub fn observe(&self, took: Duration, now: Instant) {
         self.update(took, now, false);
     }
 
-    /// An attempt ended without an answer after the endpoint had `took` so long. That makes an estimate worse and never
-    /// better: who refuses at once is not fast.
+    /// Records an attempt that ended without a response after `took`. That can only raise the estimate: a fast
+    /// refusal is not a fast endpoint.
     pub fn observe_failure(&self, took: Duration, now: Instant) {
         self.update(took, now, true);
     }
@@ -87,16 +86,16 @@ impl Latency {
         now.saturating_duration_since(self.began).as_millis() as u32
     }
 
-    /// What was noted, and how long ago.
+    /// The recorded value and its age.
     fn read(&self, state: u64, now: Instant) -> (f64, Duration) {
         let seconds = f64::from(f32::from_bits((state >> 32) as u32));
-        // Another worker may have noted something later than `now`.
+        // Another worker may have recorded a value later than `now`.
         let since = (self.stamp(now).wrapping_sub(state as u32) as i32).max(0);
         (seconds, Duration::from_millis(since as u64))
     }
 }
 
-/// What an estimate still weighs after this time.
+/// The weight of an estimate of this age.
 fn weight(since: Duration) -> f64 {
     (-since.as_secs_f64() / DECAY.as_secs_f64()).exp()
 }

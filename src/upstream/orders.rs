@@ -1,9 +1,9 @@
-//! What the operator orders of endpoints: to take one out, to put it back, to give it another weight.
+//! The operator's orders for endpoints: drain, enable, set the weight.
 //!
-//! An order holds until it is undone, or no upstream of this name is left: a reload, perhaps of somebody else's making,
-//! puts nothing back into service. It is kept by the endpoint's identity and not in the endpoint alone, for a name may
-//! lose an address and find it again: an operator who drained it meant that machine. The admin endpoint gives orders
-//! (`admin/upstreams.rs`), `Upstream::discovered` repeats them to endpoints that come.
+//! An order holds until it is undone, or until no upstream of this name is left: a reload never puts an endpoint
+//! back into service. It is stored by the endpoint's identity, since a name may lose an address and get it back,
+//! and the operator meant that machine. The admin endpoint issues orders (`admin/upstreams.rs`), and
+//! `Upstream::discovered` applies them to new endpoints.
 
 use std::collections::HashMap;
 use std::num::NonZeroU32;
@@ -11,22 +11,22 @@ use std::time::Instant;
 
 use super::endpoint::Endpoint;
 
-/// What can be ordered of an endpoint.
+/// An order for an endpoint.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Order {
-    /// It is given nothing new.
+    /// It gets no new requests.
     Drain,
-    /// It may be given something again.
+    /// It gets requests again.
     Enable,
-    /// It gets this share; `None`: that of its source.
+    /// It gets this weight; `None`: that of its source.
     Weigh(Option<NonZeroU32>),
 }
 
-/// The orders that hold, by the identity of the endpoints.
+/// The orders, by identity of the endpoints.
 #[derive(Debug, Default)]
 pub(super) struct Orders(HashMap<Box<str>, Standing>);
 
-/// What holds for one endpoint.
+/// The orders for one endpoint.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 struct Standing {
     drained: bool,
@@ -34,7 +34,7 @@ struct Standing {
 }
 
 impl Orders {
-    /// Carries out an order, and remembers it.
+    /// Carries out an order and stores it.
     pub fn give(&mut self, endpoint: &Endpoint, order: Order, now: Instant) {
         let standing = self.0.entry(endpoint.identity.clone()).or_default();
         match order {
@@ -49,7 +49,7 @@ impl Orders {
         standing.apply(endpoint, now);
     }
 
-    /// Repeats what holds for this endpoint, which has just come.
+    /// Applies stored orders to a new endpoint.
     pub fn repeat(&self, endpoint: &Endpoint, now: Instant) {
         if let Some(standing) = self.0.get(&endpoint.identity) {
             standing.apply(endpoint, now);

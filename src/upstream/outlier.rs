@@ -1,51 +1,50 @@
-//! What passing requests say against an endpoint, and for how long it is left out for it.
+//! Outlier detection: when an endpoint is ejected because of the results of requests, and for how long.
 //!
-//! Three questions, three types. [`Score`] is kept by each endpoint and counts on the request path: failures in
-//! a row, and that is it. [`outliers`] compares endpoints with their peers, now and then, in the background.
-//! [`Ejections`] says how long an endpoint stays out: longer each time, until it has behaved for a while. Nothing here
-//! knows a socket or a clock.
+//! [`Score`] belongs to an endpoint and counts failures in a row on the request path. [`outliers`] compares
+//! endpoints with their peers, at intervals, in the background. [`Ejections`] determines how long an endpoint stays
+//! out: longer each time, until it has behaved well for a while. Nothing here uses sockets or a clock.
 
 use std::sync::atomic::{AtomicU8, AtomicU32, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-/// What is held against endpoints, and what follows.
+/// The rules.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Rules {
-    /// Answers of 500 and above in a row, or failures; `u32::MAX` for never.
+    /// Responses of 500 and above in a row, or failures; `u32::MAX` for never.
     pub consecutive_5xx: u32,
-    /// Answers of 502, 503 and 504 in a row, or failures; `u32::MAX` for never.
+    /// Responses of 502, 503 and 504 in a row, or failures; `u32::MAX` for never.
     pub consecutive_gateway_errors: u32,
-    /// Connections in a row that could not be made; `u32::MAX` for never.
+    /// Failed connections in a row; `u32::MAX` for never.
     pub connect_failures: u32,
-    /// The success rate against that of the peers.
+    /// The success rate, compared with the peers.
     pub success_rate: Option<SuccessRate>,
-    /// The time to the first byte against that of the peers.
+    /// The time to first byte, compared with the peers.
     pub latency: Option<Latency>,
-    /// For how long an endpoint is ejected.
+    /// How long an endpoint is ejected.
     pub terms: Terms,
-    /// Of the endpoints, the share that may be ejected at once, 0 to 1.
+    /// The share of endpoints that may be ejected at once, 0 to 1.
     pub max_ejected: f64,
 }
 
-/// When an endpoint succeeds too rarely.
+/// When the success rate is too low.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct SuccessRate {
-    /// By how many standard deviations of its peers it is below their mean.
+    /// Least distance below the mean of its peers, in their standard deviations.
     pub factor: f64,
-    /// And at least so much below it, 0 to 1: peers without a single failure do not deviate at all.
+    /// Least distance below the mean, 0 to 1: the deviation of peers without failures is 0.
     pub margin: f64,
-    /// Endpoints with enough requests, below which none is compared.
+    /// Least number of endpoints with enough requests.
     pub hosts: usize,
-    /// Requests within an interval, below which an endpoint is not compared.
+    /// Least number of requests per interval for an endpoint to be compared.
     pub requests: u32,
 }
 
 /// When an endpoint is too slow.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Latency {
-    /// How many times the median of all its mean is.
+    /// The factor above the median of all endpoints.
     pub factor: f64,
-    /// And at least so much above it.
+    /// Least distance above the median.
     pub margin: Duration,
     /// As in [`SuccessRate`].
     pub hosts: usize,
@@ -53,10 +52,10 @@ pub struct Latency {
     pub requests: u32,
 }
 
-/// For how long an endpoint is ejected.
+/// How long an endpoint is ejected.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Terms {
-    /// The first time; each further time twice as long.
+    /// The first time; the time doubles each further time.
     pub base: Duration,
     /// At most.
     pub max: Duration,
@@ -65,20 +64,20 @@ pub struct Terms {
 /// Why an endpoint is ejected.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Reason {
-    /// Too many answers of 500 and above in a row.
+    /// Too many responses of 500 and above in a row.
     Consecutive5xx,
     /// Too many gateway errors in a row.
     ConsecutiveGatewayErrors,
-    /// Too many connections in a row that could not be made.
+    /// Too many failed connections in a row.
     ConnectFailures,
-    /// It succeeds too rarely.
+    /// Its success rate is too low.
     SuccessRate,
     /// It is too slow.
     Latency,
 }
 
 impl Reason {
-    /// All of them.
+    /// All reasons.
     pub const ALL: [Reason; 5] = [
         Reason::Consecutive5xx,
         Reason::ConsecutiveGatewayErrors,
@@ -87,7 +86,7 @@ impl Reason {
         Reason::Latency,
     ];
 
-    /// The key in the YAML, the metric label and the word in the log.
+    /// The YAML key, the metric label and the word in the log.
     pub fn name(self) -> &'static str {
         match self {
             Reason::Consecutive5xx => "consecutive_5xx",
@@ -99,19 +98,19 @@ impl Reason {
     }
 }
 
-/// How an attempt went, as far as its endpoint is to blame.
+/// The result of an attempt, as far as its endpoint is responsible.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Pass {
-    /// Answered, and with this status.
+    /// A response with this status.
     Answered(u16),
     /// No connection could be made.
     Unconnected,
-    /// The connection stood, and no whole answer came: reset, timeout, malformed.
+    /// Connected, but no complete response: reset, timeout, malformed.
     Failed,
 }
 
-/// What is counted of one endpoint. Workers count side by side, and a good pass after a good pass writes nothing but
-/// the sums of a comparison that is asked for.
+/// The counters of an endpoint. Workers count concurrently; a success after a success writes only the sums for
+/// comparisons, if these are configured.
 #[derive(Debug, Default)]
 pub struct Score {
     server_errors: AtomicU32,
@@ -122,19 +121,20 @@ pub struct Score {
     micros: AtomicU64,
 }
 
-/// What one endpoint did within an interval.
+/// The results of an endpoint within an interval.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Sample {
-    /// Attempts that ended.
+    /// Number of attempts.
     pub passes: u32,
-    /// Those of them that were answered with less than 500.
+    /// Number of attempts with a response below 500.
     pub good: u32,
-    /// The mean time to the first byte, or to the failure.
+    /// Mean time to first byte, or to the failure.
     pub latency: Duration,
 }
 
 impl Score {
-    /// Counts an attempt that took `latency` to its first byte, or to its failure. Returns what it is now guilty of.
+    /// Counts an attempt with this time to first byte or failure. Returns the reason for an ejection, if there is
+    /// one.
     pub fn note(&self, pass: Pass, latency: Duration, rules: &Rules) -> Option<Reason> {
         let (server_error, gateway_error, unconnected) = match pass {
             Pass::Answered(status) => (status >= 500, (502..=504).contains(&status), false),
@@ -149,7 +149,7 @@ impl Score {
         let unconnected = in_a_row(&self.connect_failures, unconnected) >= rules.connect_failures;
         let gateway_errors = in_a_row(&self.gateway_errors, gateway_error) >= rules.consecutive_gateway_errors;
         let server_errors = in_a_row(&self.server_errors, server_error) >= rules.consecutive_5xx;
-        // The most telling first.
+        // The most specific first.
         match (unconnected, gateway_errors, server_errors) {
             (true, _, _) => Some(Reason::ConnectFailures),
             (_, true, _) => Some(Reason::ConsecutiveGatewayErrors),
@@ -163,12 +163,12 @@ impl Score {
         let passes = self.passes.swap(0, Ordering::Relaxed);
         let good = self.good.swap(0, Ordering::Relaxed);
         let micros = self.micros.swap(0, Ordering::Relaxed);
-        // A worker may be between two of its additions.
+        // A concurrent worker may have updated only one of the sums.
         let latency = Duration::from_micros(micros / u64::from(passes.max(1)));
         Sample { passes, good: good.min(passes), latency }
     }
 
-    /// Back from an ejection it is on trial: one more failure of any kind is enough, one good pass clears it.
+    /// After an ejection, one more failure of any kind ejects again; one success clears the counters.
     pub fn try_again(&self, rules: &Rules) {
         self.server_errors.store(on_trial(rules.consecutive_5xx), Ordering::Relaxed);
         self.gateway_errors.store(on_trial(rules.consecutive_gateway_errors), Ordering::Relaxed);
@@ -177,24 +177,25 @@ impl Score {
     }
 }
 
-/// One less than what is enough; where nothing ever is, none.
+/// One below the threshold; 0 without a threshold.
 fn on_trial(enough: u32) -> u32 {
     if enough == u32::MAX { 0 } else { enough.saturating_sub(1) }
 }
 
-/// Counts one more, or begins anew.
+/// Increments the count, or resets it.
 fn in_a_row(count: &AtomicU32, another: bool) -> u32 {
     if another {
         return count.fetch_add(1, Ordering::Relaxed).saturating_add(1);
     }
-    // A line of memory that is not written to is shared by all workers for nothing.
+    // Avoids a write, so that the cache line stays shared by all workers.
     if count.load(Ordering::Relaxed) != 0 {
         count.store(0, Ordering::Relaxed);
     }
     0
 }
 
-/// Which endpoints stand out against their peers, and why; the worst first, since not all of them may be ejected.
+/// The endpoints that are worse than their peers, with reasons; the worst first, since not all of them may be
+/// ejected.
 pub fn outliers(samples: &[Sample], rules: &Rules) -> Vec<(usize, Reason)> {
     let mut found = Vec::new();
     if let Some(rule) = &rules.success_rate {
@@ -207,8 +208,8 @@ pub fn outliers(samples: &[Sample], rules: &Rules) -> Vec<(usize, Reason)> {
     found
 }
 
-/// Each is compared with the others and not with a mean that it is part of itself: of few endpoints, the worst one
-/// would widen the deviation so much that it could never stand out (of five, by no more than 1.8 times).
+/// Compares each endpoint with the others, not with a mean that includes it: among few endpoints, the worst one
+/// would widen the deviation so much that it could never exceed it (of five, by at most 1.8 times).
 fn unsuccessful(samples: &[Sample], rule: &SuccessRate) -> Vec<usize> {
     let rates: Vec<(usize, f64)> = samples
         .iter()
@@ -251,30 +252,30 @@ fn slow(samples: &[Sample], rule: &Latency) -> Vec<usize> {
     latencies.into_iter().take_while(|&(_, latency)| latency > bound).map(|(number, _)| number).collect()
 }
 
-/// What an endpoint is to be ejected for, until the ejector has looked at it.
+/// A pending reason for ejection.
 #[derive(Debug, Default)]
 pub struct Accusation(AtomicU8);
 
 impl Accusation {
-    /// Whether this is news.
+    /// Sets the reason; returns whether it is new.
     pub(super) fn raise(&self, reason: Reason) -> bool {
         let number = Reason::ALL.iter().position(|known| *known == reason).map_or(0, |place| place + 1) as u8;
         self.0.compare_exchange(0, number, Ordering::Relaxed, Ordering::Relaxed).is_ok()
     }
 
-    /// What it is, if there is anything.
+    /// The pending reason.
     pub(super) fn reason(&self) -> Option<Reason> {
         let place = self.0.load(Ordering::Relaxed).checked_sub(1)?;
         Reason::ALL.get(usize::from(place)).copied()
     }
 
-    /// It was looked at.
+    /// It was evaluated.
     pub(super) fn drop(&self) {
         self.0.store(0, Ordering::Relaxed);
     }
 }
 
-/// Whether one more of `of` endpoints may be ejected when this many are already. Where any may be at all, the first one
+/// Whether one more of `of` endpoints may be ejected in addition to `ejected`. If any may be ejected, the first one
 /// of several always may.
 pub fn may_eject(ejected: usize, of: usize, max_ejected: f64) -> bool {
     let most = (of as f64 * max_ejected).floor() as usize;
@@ -282,44 +283,44 @@ pub fn may_eject(ejected: usize, of: usize, max_ejected: f64) -> bool {
     ejected < most.max(at_least).min(of)
 }
 
-/// The ejections of one endpoint.
+/// The ejections of an endpoint.
 #[derive(Clone, Debug, Default)]
 pub struct Ejections {
-    /// How often, less what good behaviour has made up for.
+    /// Their number, reduced by good behaviour.
     weight: u32,
-    /// How often, ever.
+    /// Their total number.
     times: u64,
     current: Option<Current>,
     ended: Option<Instant>,
 }
 
-/// An ejection that is under way.
+/// The current ejection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Current {
     /// Why.
     pub reason: Reason,
-    /// When it ends by itself.
+    /// Its scheduled end.
     pub until: Instant,
 }
 
 impl Ejections {
-    /// The one that is under way.
+    /// The current ejection.
     pub fn current(&self) -> Option<Current> {
         self.current
     }
 
-    /// How often it was ejected.
+    /// Total number of ejections.
     pub fn times(&self) -> u64 {
         self.times
     }
 
-    /// Ejects it, for how long is returned; `None` if it is ejected already.
+    /// Ejects the endpoint and returns for how long; `None` if it is already ejected.
     pub fn eject(&mut self, reason: Reason, now: Instant, terms: Terms) -> Option<Duration> {
         if self.current.is_some() {
             return None;
         }
         if let Some(ended) = self.ended {
-            // One time is made up for by as much good behaviour as it would cost.
+            // Good behaviour for as long as one ejection reduces the weight by one.
             let good = now.saturating_duration_since(ended).as_nanos() / terms.base.as_nanos().max(1);
             self.weight = self.weight.saturating_sub(u32::try_from(good).unwrap_or(u32::MAX));
         }
@@ -331,12 +332,12 @@ impl Ejections {
         Some(length)
     }
 
-    /// Whether the current ejection is over by now, and no longer is one.
+    /// Ends the current ejection if its time is over; returns whether it did.
     pub fn expire(&mut self, now: Instant) -> bool {
         self.end_if(now, |current| current.until <= now)
     }
 
-    /// A check has connected to it, which is all that an ejection for connect failures doubts. Whether one has ended.
+    /// A check has connected to it, which disproves connect failures. Returns whether that ended an ejection.
     pub fn refute(&mut self, now: Instant) -> bool {
         self.end_if(now, |current| current.reason == Reason::ConnectFailures)
     }
@@ -368,7 +369,7 @@ mod tests {
         max_ejected: 0.5,
     };
 
-    /// What the last of these passes makes the endpoint guilty of.
+    /// The reason for ejection after these results.
     fn after(passes: &[Pass]) -> Option<Reason> {
         let score = Score::default();
         passes.iter().map(|&pass| score.note(pass, SECOND, &RULES)).last().flatten()
@@ -398,7 +399,7 @@ mod tests {
         let mut passes = times(4, Answered(500));
         passes.extend([Answered(200), Answered(500)]);
         assert_eq!(after(&passes), None);
-        // A 500 is an answer, and no gateway error.
+        // A 500 is a response, but not a gateway error.
         assert_eq!(after(&[Answered(502), Answered(502), Answered(500), Answered(502)]), None);
     }
 
@@ -504,7 +505,7 @@ mod tests {
             now += expected * SECOND;
             assert!(ejections.expire(now));
         }
-        // Of three times, two are made up for.
+        // Two of three ejections are made up for.
         assert_eq!(ejections.eject(Reason::SuccessRate, now + 2 * TERMS.base, TERMS), Some(60 * SECOND));
     }
 

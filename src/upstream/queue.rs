@@ -1,11 +1,9 @@
-//! Where exchanges wait for an upstream of which everybody who could serve them is full: one line, first come, first
-//! served.
+//! The queue of exchanges while all endpoints of an upstream are at their limits: first come, first served.
 //!
-//! An exchange that lets an endpoint go gives a *turn* to the first in line, and to no other. A turn is leave to choose
-//! again. It is used, given back by one that it is of no use to, or passed on when its owner has gone; so for each
-//! place that is free somebody is on their way to it. While anybody waits, those who come later join the line and do
-//! not choose. Where none waits, all this is one load. Waiting itself, and for how long, is the business of
-//! `proxy/queue.rs`.
+//! An exchange that releases an endpoint gives a *turn* to the first in the queue only. A turn is permission to
+//! choose again. It is used, given back if it does not help, or passed on if its owner has gone; so each free place
+//! is being taken by someone. While exchanges wait, newcomers join the queue instead of choosing. If the queue is
+//! empty, all this costs one atomic load. `proxy/queue.rs` does the waiting and its time limit.
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU8, AtomicU32, Ordering};
@@ -18,16 +16,16 @@ use futures::task::AtomicWaker;
 use crate::config::upstream::limits as written;
 use crate::metrics::QueueMetrics;
 
-/// The line of one upstream, for all workers.
+/// The queue of one upstream, shared by all workers.
 #[derive(Debug)]
 pub struct Queue {
-    /// How many may wait.
+    /// Limit on waiting exchanges.
     size: u32,
-    /// How long each may wait.
+    /// Time limit in the queue.
     pub timeout: Duration,
-    /// How many wait.
+    /// Number of waiting exchanges.
     taken: AtomicU32,
-    /// How many of them any endpoint could serve: none overtakes these.
+    /// Number of waiting exchanges that accept any endpoint: these are never overtaken.
     ahead: AtomicU32,
     line: Mutex<Line>,
     metrics: QueueMetrics,
@@ -36,11 +34,11 @@ pub struct Queue {
 #[derive(Debug, Default)]
 struct Line {
     tickets: u64,
-    /// Those who wait for a turn, in the order in which they came.
+    /// The exchanges that wait for a turn, in order of arrival.
     waiting: BTreeMap<u64, Arc<Slot>>,
     /// Turns that were given and not used yet.
     given: u32,
-    /// Turns that none waited for: the next one in line has them. Some may be of no use any more.
+    /// Turns that nobody waited for: the next exchanges in the queue get them. Some may be outdated.
     spare: u32,
 }
 
@@ -48,17 +46,17 @@ struct Line {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
 enum Turn {
-    /// It is not one's turn.
+    /// No turn.
     None,
-    /// An endpoint was let go.
+    /// An endpoint was released.
     One,
-    /// Several may have been let go: the one that finds one lets the next in line look.
+    /// Several may have been released: an exchange that finds one passes the turn on.
     Look,
 }
 
 #[derive(Debug, Default)]
 struct Slot {
-    /// A [`Turn`], changed only while the line is locked.
+    /// A [`Turn`], changed only while the queue is locked.
     turn: AtomicU8,
     waker: AtomicWaker,
 }
@@ -73,22 +71,22 @@ impl Slot {
     }
 }
 
-/// A place in line. Dropping it gives it up.
+/// A place in the queue. Dropping it gives it up.
 #[derive(Debug)]
 pub struct Place {
     queue: Arc<Queue>,
     ticket: u64,
     slot: Arc<Slot>,
     since: Instant,
-    /// Not every endpoint will do.
+    /// It does not accept every endpoint.
     choosy: bool,
-    /// Turns to spare that it took and had no use for, while others might have.
+    /// Spare turns that it took and could not use, although others may.
     unused: u32,
     served: bool,
 }
 
 impl Queue {
-    /// The queue that is written.
+    /// The configured queue.
     pub fn new(written: &written::Queue, metrics: QueueMetrics) -> Queue {
         Queue {
             size: u32::try_from(written.size.0).unwrap_or(u32::MAX),
@@ -100,22 +98,22 @@ impl Queue {
         }
     }
 
-    /// How many wait.
+    /// Number of waiting exchanges.
     pub fn len(&self) -> u32 {
         self.taken.load(Ordering::SeqCst)
     }
 
-    /// Whether none waits.
+    /// Whether the queue is empty.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
 
-    /// Whether one in line may not be overtaken.
+    /// Whether an exchange that must not be overtaken is waiting.
     pub fn bars(&self) -> bool {
         self.ahead.load(Ordering::Relaxed) > 0
     }
 
-    /// Joins the line; `None`: it is full. `choosy`: not every endpoint will do, so others may overtake.
+    /// Joins the queue; `None`: it is full. `choosy`: it does not accept every endpoint, so others may overtake it.
     pub fn join(self: &Arc<Self>, choosy: bool, now: Instant) -> Option<Place> {
         let slot = Arc::new(Slot::default());
         let mut line = self.line();
@@ -125,8 +123,8 @@ impl Queue {
         let ticket = line.tickets;
         line.tickets += 1;
         line.waiting.insert(ticket, slot.clone());
-        // An exchange that lets an endpoint go from now on sees that one waits. What was let go a moment before
-        // is not known: so the first in line takes a look at once.
+        // Exchanges that release an endpoint from now on see this one. Earlier releases are unknown, so the first
+        // in the queue tries once immediately.
         self.taken.fetch_add(1, Ordering::SeqCst);
         self.ahead.fetch_add(u32::from(!choosy), Ordering::SeqCst);
         if line.given == 0 && line.waiting.len() == 1 {
@@ -140,14 +138,14 @@ impl Queue {
         Some(Place { queue: Arc::clone(self), ticket, slot, since: now, choosy, unused: 0, served: false })
     }
 
-    /// An endpoint was let go: the first in line has a turn.
+    /// An endpoint was released: the first in the queue gets a turn.
     pub fn freed(&self) {
         if self.taken.load(Ordering::SeqCst) > 0 {
             self.line().give_or_spare(Turn::One, None);
         }
     }
 
-    /// Capacity grew, or the set of endpoints changed: wakes up to `turns` of those in line.
+    /// Capacity grew, or the set of endpoints changed: wakes up to `turns` waiting exchanges.
     pub fn changed(&self, turns: u32) {
         if self.taken.load(Ordering::SeqCst) == 0 {
             return;
@@ -162,13 +160,13 @@ impl Queue {
     }
 
     fn line(&self) -> MutexGuard<'_, Line> {
-        // Held for a few instructions, by those who wait or let somebody go on who does.
+        // Held for a few instructions, by exchanges that wait or wake another one.
         self.line.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 impl Line {
-    /// Gives a turn to the first in line, or to the first behind `behind`. `false`: there is none.
+    /// Gives a turn to the first in the queue, or to the first behind `behind`. `false`: there is none.
     fn give(&mut self, turn: Turn, behind: Option<u64>) -> bool {
         let first = behind.map_or(0, |ticket| ticket + 1);
         let Some(ticket) = self.waiting.range(first..).next().map(|(ticket, _)| *ticket) else { return false };
@@ -187,22 +185,22 @@ impl Line {
 }
 
 impl Place {
-    /// Since when it is taken.
+    /// When it joined the queue.
     pub fn since(&self) -> Instant {
         self.since
     }
 
-    /// Ready when it is one's turn: then choose, and say [`Place::missed`] or [`Place::served`].
+    /// Ready when the turn has come: then choose, and call [`Place::missed`] or [`Place::served`].
     pub fn poll_turn(&self, cx: &Context<'_>) -> Poll<()> {
         self.slot.waker.register(cx.waker());
         if self.slot.turn() == Turn::None { Poll::Pending } else { Poll::Ready(()) }
     }
 
-    /// The turn came to nothing: back to the same place in line.
+    /// The turn did not help: back to the same place in the queue.
     pub fn missed(&mut self) {
         let mut line = self.queue.line();
         if line.spare > 0 {
-            // Another endpoint was let go meanwhile, and there was no other in line.
+            // Another endpoint was released meanwhile, and nobody else was waiting.
             line.spare -= 1;
             self.unused += u32::from(self.choosy);
             return;
@@ -212,7 +210,7 @@ impl Place {
         self.slot.turn.store(Turn::None as u8, Ordering::Release);
         line.waiting.insert(self.ticket, self.slot.clone());
         if self.choosy {
-            // What is free may do for those behind.
+            // The free endpoint may suit an exchange behind.
             line.give_or_spare(turn, Some(self.ticket));
             for _ in 0..std::mem::take(&mut self.unused) {
                 line.give_or_spare(Turn::One, Some(self.ticket));
@@ -220,7 +218,7 @@ impl Place {
         }
     }
 
-    /// The turn was of use.
+    /// The turn was used.
     pub fn served(mut self) {
         self.served = true;
     }
@@ -375,7 +373,7 @@ mod tests {
         assert!(places.iter().all(has_turn));
     }
 
-    /// Something that happens at an upstream with some room.
+    /// An event in a test.
     #[derive(Clone, Copy, Debug)]
     enum Event {
         Come(bool),
@@ -399,12 +397,12 @@ mod tests {
     }
 
     proptest! {
-        /// A model of an upstream with two endpoints, of which choosy ones can use the second only. Steps of different
-        /// workers interleave: one that has a turn runs later.
+        /// A model of an upstream with two endpoints; choosy exchanges accept only the second. Steps of different
+        /// workers interleave: an exchange with a turn may run later.
         #[test]
         fn nobody_waits_while_there_is_room_for_it_and_nobody_is_overtaken(events in events()) {
-            // Where turns are given for nothing, to one who is choosy or to one who has just come and takes its time to
-            // look, they come back to their owners when those behind may have theirs already.
+            // If a turn goes to a choosy or a slow newcomer, it comes back when those behind may already have
+            // theirs.
             let strict = !events.iter().any(|event| matches!(event, Event::Come(true) | Event::Grow));
             let queue = queue(1_000);
             let mut room = [0_u32; 2];
@@ -457,7 +455,7 @@ mod tests {
                     }
                 }
             }
-            // One that has a turn uses it.
+            // An exchange with a turn uses it.
             while let Some(ready) = line.iter().position(has_turn) {
                 run(&mut line, ready, &mut room, &mut held);
             }

@@ -1,43 +1,43 @@
-//! The retry budget of an upstream: of what it has under way, only a share may be repetitions of what it was sent
-//! already, so that one that is sick is not finished off by them.
+//! The retry budget of an upstream: retries are limited to a share of its active requests, so that they do not
+//! overload a failing upstream.
 //!
-//! What is to repeat a request asks [`Retries::permit`], after `proxy/retry.rs` found that it would be safe and of
-//! use, and keeps the permit until the endpoint has answered. What costs no endpoint anything, such as a connection
-//! that was refused, needs none.
+//! `proxy/retry.rs` first decides whether a retry is safe and useful. Then a retry needs a permit from
+//! [`Retries::permit`], which it keeps until the endpoint has responded. Retries that cost no endpoint anything,
+//! such as after a refused connection, need no permit.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
-/// What one upstream may have repeated at a time.
+/// The limit on retries of an upstream.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Allowance {
-    /// A share of what it has under way, from 0 to 1.
+    /// A share of its active requests, from 0 to 1.
     pub share: f64,
-    /// How many at least, however small that share is.
+    /// A number that is always allowed.
     pub least: u32,
 }
 
-/// The repetitions that an upstream has now.
+/// The active retries of an upstream.
 #[derive(Debug, Default)]
 pub struct Retries {
     held: AtomicU32,
-    /// Those of them that have not begun yet, and so have no endpoint.
+    /// Those that have not started yet and have no endpoint.
     waiting: AtomicU32,
 }
 
 impl Retries {
-    /// Leave to repeat a request, if there is any left. `inflight` is what the upstream has under way.
+    /// A permit for a retry, if the budget allows it. `inflight` is the number of active requests.
     pub fn permit(self: &Arc<Self>, inflight: u32, allowance: Allowance) -> Option<Permit> {
         let waiting = self.waiting.fetch_add(1, Ordering::Relaxed) + 1;
         let held = self.held.fetch_add(1, Ordering::Relaxed);
         let permit = Permit { retries: Arc::clone(self), waiting: true };
         let share = allowance.share * (f64::from(inflight) + f64::from(waiting));
-        // If not, dropping it gives it back.
+        // Otherwise dropping it gives it back.
         (f64::from(held) < share.floor().max(allowance.least.into())).then_some(permit)
     }
 }
 
-/// Leave to repeat one request, until this is dropped.
+/// Permission for one retry, until this is dropped.
 #[derive(Debug)]
 pub struct Permit {
     retries: Arc<Retries>,
@@ -45,14 +45,14 @@ pub struct Permit {
 }
 
 impl Permit {
-    /// The next attempt begins: the upstream has it under way.
+    /// The next attempt begins: it counts as active.
     pub fn begun(&mut self) {
         if std::mem::replace(&mut self.waiting, false) {
             self.retries.waiting.fetch_sub(1, Ordering::Relaxed);
         }
     }
 
-    /// That attempt failed, too, and there is to be another one.
+    /// That attempt failed, too, and another one follows.
     pub fn waits(&mut self) {
         if !std::mem::replace(&mut self.waiting, true) {
             self.retries.waiting.fetch_add(1, Ordering::Relaxed);
@@ -80,7 +80,7 @@ mod tests {
     #[test]
     fn a_share_of_what_is_under_way_may_be_repetitions() {
         let retries = Arc::<Retries>::default();
-        // One that waits to begin is under way as well: k are allowed of 100 + k.
+        // Waiting retries count as active as well: k are allowed of 100 + k.
         let mut held = permits(&retries, 100);
         assert_eq!(held.len(), 25);
         held.iter_mut().for_each(Permit::begun);

@@ -1,8 +1,8 @@
-//! Who may be chosen now, tier by tier: made whenever that changes, off the request path, and then only read.
+//! The available endpoints by tier: rebuilt off the request path when they change, and otherwise read-only.
 //!
-//! Choosing must cost the same with ten endpoints and with ten thousand, so all that takes time, such as a schedule or
-//! a ring, is worked out here. What may change at any moment, availability and load, is read from the endpoints with
-//! each choice.
+//! A choice must cost the same with ten endpoints and with ten thousand, so expensive structures, such as a
+//! schedule or a ring, are built here. Availability and load may change at any time and are read from the endpoints
+//! for each choice.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -19,21 +19,21 @@ use super::sticky::Name;
 use super::tiers::{self, Plan};
 use crate::config::upstream::LoadBalancing;
 
-/// What came of a choice.
+/// The result of a choice.
 #[derive(Debug)]
 pub enum Choice {
-    /// This one serves.
+    /// This endpoint.
     Engaged(Engaged),
-    /// There is somebody, and all of them are full: it may wait.
+    /// All endpoints are at their limits: the exchange may queue.
     Full,
-    /// There is no endpoint, or none left that was not tried.
+    /// There is no endpoint, or none that was not tried.
     Nobody,
-    /// None is asked, for this long.
+    /// The circuit breaker is open for this long.
     Away(Duration),
 }
 
 impl Choice {
-    /// The one that serves, if any does.
+    /// The endpoint, if there is one.
     pub fn engaged(self) -> Option<Engaged> {
         match self {
             Choice::Engaged(engaged) => Some(engaged),
@@ -42,18 +42,18 @@ impl Choice {
     }
 }
 
-/// By so much more than their share the endpoints left of a tier may carry before others serve as well: with less than
-/// five of seven left, others do. It is what Envoy does by default.
+/// Overprovisioning factor: with less than five of seven endpoints available, further tiers serve as well. As in
+/// Envoy's default.
 const OVERPROVISIONING: f64 = 1.4;
-/// Who is in which tier by a hash must have nothing to do with who is where within it by the same hash.
+/// The choice of the tier and the choice within it must be independent, although both use the same hash.
 const TIER_SEED: u64 = 0x7469_6572;
 
-/// The endpoints that may be chosen.
+/// The available endpoints.
 #[derive(Debug, Default)]
 pub struct Roster {
-    /// In the order in which they are to serve, with those of which none is available.
+    /// In order of preference, including tiers without available endpoints.
     tiers: Box<[Tier]>,
-    /// The number of the tier, and who is there, by what sticky cookies call them.
+    /// The tier and the endpoint for each name in sticky cookies.
     by_name: HashMap<Name, (usize, Arc<Endpoint>)>,
     plan: Plan,
     slow_start: Duration,
@@ -62,14 +62,14 @@ pub struct Roster {
 #[derive(Debug)]
 struct Tier {
     priority: u8,
-    /// Whether all serve, available or not.
+    /// Panic mode: all endpoints serve, available or not.
     panics: bool,
     members: Box<[Arc<Endpoint>]>,
     balance: Balance,
 }
 
 impl Roster {
-    /// The roster of those of `endpoints` that are available, which takes turns where `earlier` has left off.
+    /// The roster of the available `endpoints`, which continues the rotation of `earlier`.
     pub fn new(policy: &LoadBalancing, endpoints: &[Arc<Endpoint>], earlier: &Roster) -> Roster {
         let mut standing: Vec<&Arc<Endpoint>> =
             endpoints.iter().filter(|endpoint| endpoint.availability().admits_in_panic()).collect();
@@ -108,38 +108,37 @@ impl Roster {
         Roster { tiers, by_name, plan, slow_start: policy.slow_start.0 }
     }
 
-    /// How many endpoints may be chosen.
+    /// Number of available endpoints.
     pub fn len(&self) -> usize {
         self.tiers.iter().map(|tier| tier.members.len()).sum()
     }
 
-    /// Whether none may be chosen.
+    /// Whether no endpoint is available.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
 
-    /// Whether some tier has so few available endpoints that all of it serves.
+    /// Whether any tier is in panic mode.
     pub fn panics(&self) -> bool {
         self.tiers.iter().any(|tier| tier.panics)
     }
 
-    /// Takes a place at the endpoint that is to serve next, which is none of `tried`.
+    /// Takes a place at the next endpoint, excluding `tried`.
     pub fn engage(&self, hash: u64, tried: &[Arc<Endpoint>], admission: &Arc<Admission>, now: Instant) -> Choice {
         loop {
             let endpoint = if admission.is_full() { None } else { self.pick(hash, tried, admission, now) };
             let Some(endpoint) = endpoint else {
                 return if self.has_more(tried) { Choice::Full } else { Choice::Nobody };
             };
-            // If somebody else has just taken its last place, there is another one or all are full.
+            // If another exchange has just taken its last place, there is another endpoint or all are full.
             if let Some(engaged) = admission.engage(endpoint) {
                 return Choice::Engaged(engaged);
             }
         }
     }
 
-    /// The endpoint that is to serve next: of the tier whose turn it is or, if none is left there, of the first that
-    /// has anybody. Should that be full, others serve that are given a share anyhow, but none that is there for when it
-    /// fails.
+    /// The next endpoint: from the chosen tier or, if all of it were tried, the first tier with an endpoint left.
+    /// If the tier is full, other tiers serve that have a share anyway, but not backups for its failure.
     fn pick(&self, hash: u64, tried: &[Arc<Endpoint>], admission: &Admission, now: Instant) -> Option<&Arc<Endpoint>> {
         let preferred = self.preferred(hash);
         let others = (0..self.tiers.len()).filter(|&number| number != preferred);
@@ -164,25 +163,25 @@ impl Roster {
     ) -> Option<&'r Arc<Endpoint>> {
         let field = Field { tier, tried, admission, now, slow_start: self.slow_start };
         let number = tier.balance.pick(hash, &field).or_else(|| {
-            // All of them have just come back, and the dice were against everybody.
+            // All of them are in slow start, and the random choice rejected each one.
             let whole = Field { slow_start: Duration::ZERO, ..field };
             (!self.slow_start.is_zero()).then(|| tier.balance.pick(hash, &whole)).flatten()
         });
         tier.members.get(number?)
     }
 
-    /// All that may be chosen.
+    /// All available endpoints.
     pub fn members(&self) -> impl Iterator<Item = &Arc<Endpoint>> {
         self.tiers.iter().flat_map(|tier| &tier.members)
     }
 
-    /// The endpoint that sticky cookies call so, if it may be chosen and is none of `tried`.
+    /// The endpoint with this name in sticky cookies, if it is available and not in `tried`.
     pub fn named(&self, name: Name, tried: &[Arc<Endpoint>]) -> Option<&Arc<Endpoint>> {
         let (tier, endpoint) = self.by_name.get(&name)?;
         admits(endpoint, self.tiers.get(*tier)?.panics, tried).then_some(endpoint)
     }
 
-    /// The tier whose turn it is.
+    /// The tier for this exchange.
     fn preferred(&self, hash: u64) -> usize {
         let [_, _, ..] = *self.tiers else { return 0 };
         let throw = match self.tiers[0].balance.hashes() || self.tiers[1].balance.hashes() {
@@ -192,20 +191,20 @@ impl Roster {
         self.plan.tier(throw).unwrap_or(0)
     }
 
-    /// Whether there is an endpoint that is none of `tried`.
+    /// Whether there is an endpoint that is not in `tried`.
     pub fn has_more(&self, tried: &[Arc<Endpoint>]) -> bool {
         self.tiers.iter().any(|tier| tier.has_any(tried))
     }
 }
 
 impl Tier {
-    /// Whether there is an endpoint that is none of `tried`.
+    /// Whether there is an endpoint that is not in `tried`.
     fn has_any(&self, tried: &[Arc<Endpoint>]) -> bool {
         self.members.iter().any(|endpoint| admits(endpoint, self.panics, tried))
     }
 }
 
-/// The members of a tier as its policy sees them at the moment of a choice.
+/// The members of a tier, as its policy sees them during a choice.
 struct Field<'a> {
     tier: &'a Tier,
     tried: &'a [Arc<Endpoint>],
@@ -219,8 +218,8 @@ impl Candidates for Field<'_> {
         self.tier.members[number].inflight()
     }
 
-    /// Of the other tiers as well: few are busy at a time, and a sum over one would cost more the more endpoints there
-    /// are.
+    /// Includes the other tiers: usually only one is busy, and a sum over one tier would cost time for each
+    /// endpoint.
     fn inflight_of_all(&self) -> u64 {
         self.admission.inflight().into()
     }
@@ -236,7 +235,7 @@ impl Candidates for Field<'_> {
 }
 
 impl Field<'_> {
-    /// Whether it is warm enough for this one: a throw of dice while it starts slowly.
+    /// Whether it is warm enough for this exchange: random during slow start.
     fn is_warm(&self, endpoint: &Endpoint) -> bool {
         if self.slow_start.is_zero() {
             return true;

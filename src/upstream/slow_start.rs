@@ -1,14 +1,14 @@
-//! How much an endpoint gets that has just become available: little at first, its full share after a while.
+//! The share of an endpoint that has just become available: small at first, its full share after a while.
 //!
-//! What was started a moment ago has cold caches and no compiled code; the share of a busy group would bring it down
-//! again. The roster asks with each choice, and throws dice.
+//! A process that has just started has cold caches and no compiled code; its full share could bring it down again.
+//! The roster asks for each choice and decides at random.
 
 use std::time::Duration;
 
-/// What an endpoint gets in its first moment: enough to warm up with, and to hear of it if it fails.
+/// The initial share: enough to warm up, and to notice failures.
 const BEGINNING: f64 = 0.1;
 
-/// The share, up to 1, of what an endpoint gets otherwise, `age` after it became available.
+/// The share, up to 1, at `age` after it became available.
 pub fn share(age: Duration, window: Duration) -> f64 {
     if age >= window {
         return 1.0;

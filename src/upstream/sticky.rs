@@ -1,12 +1,10 @@
-//! `load_balancing.sticky`: a client stays at its endpoint, by a cookie that names it.
+//! `load_balancing.sticky`: a cookie keeps a client on its endpoint.
 //!
-//! The cookie says which endpoint, until when, and that we said so: `version, endpoint, expiry, HMAC-SHA256` in
-//! base64url, 39 characters. The endpoint is named by a keyed hash of its label and address, which every node with the
-//! same secret works out alike, today and after a restart, and which reveals to no other where it is. Nothing is kept
-//! of clients.
+//! The cookie is `version, endpoint, expiry, HMAC-SHA256` in base64url, 39 characters. The endpoint is identified
+//! by a keyed hash of its label and address. Every node with the same secret computes the same hash, also after a
+//! restart, and it reveals nothing about the endpoint to others. No state is kept per client.
 //!
-//! `proxy/select.rs` reads it and asks the upstream for that endpoint first; `proxy/receive.rs` sets it with the
-//! answer.
+//! `proxy/select.rs` reads the cookie and tries that endpoint first; `proxy/receive.rs` sets it in the response.
 
 use std::time::{Duration, SystemTime};
 
@@ -19,48 +17,47 @@ use sha2::Sha256;
 use crate::config::upstream::sticky::{SameSite, StickyCookie};
 use crate::error::BuildError;
 
-/// The first byte of every cookie, so that a later layout can tell its own.
+/// The first byte of every cookie, for future formats.
 const VERSION: u8 = 1;
 /// Version, endpoint, expiry.
 const SAID_BYTES: usize = 1 + 8 + 4;
-/// Half of SHA-256, which is as much as anybody can make use of (RFC 2104 §5).
+/// Half of SHA-256, which is a sufficient truncation (RFC 2104 §5).
 const MAC_BYTES: usize = 16;
 const COOKIE_BYTES: usize = SAID_BYTES + MAC_BYTES;
-/// The length of this many bytes in base64 without padding.
+/// The length of the cookie in base64 without padding.
 const COOKIE_LETTERS: usize = (COOKIE_BYTES * 8).div_ceil(6);
 
-/// How the clients of an upstream stay where they are.
+/// The session affinity of an upstream.
 pub struct Sticky {
     /// The name of the cookie.
     pub name: Box<str>,
-    /// The first signs; all are believed.
+    /// The first secret signs; all verify.
     secrets: Box<[Secret]>,
-    /// Of which upstream it tells: cookies of others, which may have the same secret, are not for us.
+    /// The upstream's name is signed, so that cookies of other upstreams with the same secret are rejected.
     upstream: Box<str>,
     ttl: Option<Duration>,
     same_site: SameSite,
 }
 
-/// HMAC-SHA256 under a secret, with nothing signed yet.
+/// HMAC-SHA256 with a secret, before any data.
 type Secret = Hmac<Sha256>;
 
-/// An endpoint as cookies call it: under one of the secrets.
+/// The name of an endpoint in cookies, for one of the secrets.
 pub type Name = u64;
 
-/// What a cookie says that we have signed.
+/// The content of a cookie with a valid signature.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Stuck {
-    /// Where the client was served.
+    /// The endpoint that served the client.
     pub endpoint: Name,
-    /// It is to be set anew, though it holds: half of its time is over, or another secret signs now.
+    /// It must be renewed although it is valid: half of its time is over, or the signing secret has changed.
     pub is_old: bool,
 }
 
 impl Sticky {
-    /// What is `written`, for the upstream of this name.
+    /// Builds it from the settings of the upstream with this name.
     ///
-    /// # Errors
-    /// A secret that cannot be one.
+    /// # Errors An invalid secret.
     pub fn build(written: &StickyCookie, upstream: &str) -> Result<Sticky, BuildError> {
         let secrets = written.secret.0.iter().map(|secret| Secret::new_from_slice(secret.as_bytes()));
         let secrets: Box<[_]> = secrets
@@ -78,7 +75,7 @@ impl Sticky {
         })
     }
 
-    /// What cookies call the endpoint of this identity: one name for each secret, in their order.
+    /// The names of the endpoint with this identity: one per secret, in order.
     pub fn names(&self, identity: &str) -> Box<[Name]> {
         let name = |secret: &Secret| {
             let mac = mac(secret, &[b"endpoint", self.upstream.as_bytes(), identity.as_bytes()]);
@@ -87,7 +84,7 @@ impl Sticky {
         self.secrets.iter().map(name).collect()
     }
 
-    /// What the cookie of a request says; `None` if we have not said it, or not for now.
+    /// The content of a request's cookie; `None` if the signature is invalid or the cookie has expired.
     pub fn read(&self, cookie: &[u8], now: SystemTime) -> Option<Stuck> {
         let mut bytes = [0; COOKIE_BYTES + 3];
         if cookie.len() != COOKIE_LETTERS
@@ -97,7 +94,7 @@ impl Sticky {
             return None;
         }
         let (said, signature) = bytes[..COOKIE_BYTES].split_at(SAID_BYTES);
-        // The comparison takes as long whatever the signature is.
+        // Compares in constant time.
         let signed_by =
             self.secrets.iter().position(|secret| self.sign(secret, said).verify_truncated_left(signature).is_ok())?;
         let expiry = u32::from_be_bytes(first(&said[9..]));
@@ -113,7 +110,7 @@ impl Sticky {
         Some(Stuck { endpoint: Name::from_be_bytes(first(&said[1..])), is_old: old_age || signed_by > 0 })
     }
 
-    /// The field `Set-Cookie` that has a client stay at the endpoint with these names; `None` if it cannot be signed.
+    /// The `Set-Cookie` field for the endpoint with these names; `None` if it cannot be signed.
     pub fn write(&self, names: &[Name], https: bool, now: SystemTime) -> Option<HeaderValue> {
         let (&name, secret) = (names.first()?, self.secrets.first()?);
         let expiry = self.ttl.map_or(0, |ttl| seconds(now + ttl).max(1));
@@ -140,7 +137,7 @@ impl Sticky {
     }
 }
 
-/// HMAC-SHA256 of the parts, of which none can pass for a part of another.
+/// HMAC-SHA256 of the parts, each with its length, so that parts cannot be confused.
 fn mac(secret: &Secret, parts: &[&[u8]]) -> Secret {
     let mut mac = secret.clone();
     for part in parts {
@@ -150,12 +147,12 @@ fn mac(secret: &Secret, parts: &[&[u8]]) -> Secret {
     mac
 }
 
-/// The first bytes; zeros where there are none.
+/// The first bytes, padded with zeros.
 fn first<const N: usize>(bytes: &[u8]) -> [u8; N] {
     bytes.first_chunk().copied().unwrap_or([0; N])
 }
 
-/// Seconds since 1970, which end in 2106 for this cookie.
+/// Seconds since 1970; the field overflows in 2106.
 fn seconds(time: SystemTime) -> u32 {
     let since = time.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
     u32::try_from(since.as_secs()).unwrap_or(u32::MAX)
@@ -191,7 +188,7 @@ mod tests {
         now() + Duration::from_secs(seconds)
     }
 
-    /// The value of the cookie that is set, and the attributes behind it.
+    /// The value of the cookie that is set, and its attributes.
     fn set(sticky: &Sticky, identity: &str, https: bool) -> (String, String) {
         let field = sticky.write(&sticky.names(identity), https, now()).unwrap();
         let (pair, attributes) = field.to_str().unwrap().split_once("; ").unwrap();

@@ -1,33 +1,33 @@
-//! Which tier of an upstream serves how much, and when all of a tier serve because too few of them are left.
+//! How requests are distributed over the tiers of an upstream, and when a tier is in panic mode.
 //!
-//! Endpoints stand in tiers: the first serves while it can, the next ones are backups. A tier that has lost some of its
-//! endpoints is not given up at once: by `overprovisioning` it may carry more than its share, and only what is beyond
-//! that spills over to the next. Should all tiers together not carry everything, a tier of which less than the `panic`
-//! share is available sends requests to all of its endpoints: a verdict on that many is more likely wrong than right,
-//! and the few left would be finished off. The roster asks anew whenever an endpoint's availability changes.
+//! The first tier serves while it can, the next ones are backups. A tier that has lost some endpoints still gets
+//! all requests as long as `overprovisioning` covers the loss; only the rest spills over to the next tier. If all
+//! tiers together cannot carry everything, a tier with less than the `panic` share available sends requests to all
+//! of its endpoints: that many failed checks are more likely wrong than right, and the few remaining endpoints
+//! would be overloaded. The roster computes this whenever an endpoint's availability changes.
 
-/// What one tier has.
+/// The endpoints of a tier.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Tier {
-    /// Endpoints that requests may go to.
+    /// Number of available endpoints.
     pub available: usize,
-    /// Endpoints that there are, without those that an operator has taken out.
+    /// Number of endpoints that are not drained.
     pub total: usize,
 }
 
-/// How tiers are weighed.
+/// The parameters.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Terms {
-    /// By which factor the endpoints left of a tier may carry more than their share; at least 1.
+    /// The factor by which available endpoints may carry more than their share; at least 1.
     pub overprovisioning: f64,
-    /// The share of a tier, 0 to 1, below which all of it is served. At 0 that never happens.
+    /// The available share, 0 to 1, below which the whole tier is used. 0: never.
     pub panic: f64,
 }
 
-/// What each tier gets.
+/// The distribution over tiers.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Plan {
-    /// Of 2^32 throws, those below this go to the tier or to one before it; in the order of the tiers.
+    /// Of 2^32 draws, those below this go to the tier or to one before it; in the order of the tiers.
     bounds: Vec<u64>,
     panic: Vec<bool>,
 }
@@ -35,7 +35,7 @@ pub struct Plan {
 const THROWS: f64 = (1_u64 << 32) as f64;
 
 impl Plan {
-    /// Weighs `tiers`, the first of which is preferred.
+    /// Distributes over `tiers`, the most preferred first.
     pub fn new(tiers: &[Tier], terms: Terms) -> Plan {
         let carries = |tier: &Tier| match tier.total {
             0 => 0.0,
@@ -50,35 +50,35 @@ impl Plan {
         let mut left = 1.0;
         let mut bounds = Vec::with_capacity(tiers.len());
         for tier in tiers {
-            // What all carry together is everything, if need be beyond their means.
+            // If the capacities do not suffice, each tier carries its proportion.
             let wanted = if suffices { carries(tier) } else { carries(tier) / together };
             let share = if together > 0.0 { wanted.min(left) } else { 0.0 };
             left -= share;
             bounds.push(((1.0 - left) * THROWS).round() as u64);
         }
         if together > 0.0 {
-            // Whatever rounding left over is the last one's that has anything.
+            // The last tier with a share gets the rounding error.
             let last = tiers.iter().rposition(|tier| carries(tier) > 0.0).unwrap_or(0);
             bounds[last..].fill(1 << 32);
         } else if let Some(first) = panic.iter().position(|&panics| panics) {
-            // None is available: of those that serve nevertheless, the most preferred.
+            // No endpoint is available: the most preferred tier in panic mode serves.
             bounds[first..].fill(1 << 32);
         }
         Plan { bounds, panic }
     }
 
-    /// The tier that an exchange goes to; `throw` is a random number or, where the same client shall stay with the same
-    /// endpoint, a hash. `None` if there is no endpoint to go to.
+    /// The tier for an exchange; `throw` is a random number or, for hash policies, a hash. `None` if there is no
+    /// endpoint.
     pub fn tier(&self, throw: u32) -> Option<usize> {
         self.bounds.iter().position(|&bound| u64::from(throw) < bound)
     }
 
-    /// Whether all endpoints of this tier serve, available or not.
+    /// Whether this tier is in panic mode.
     pub fn panics(&self, tier: usize) -> bool {
         self.panic.get(tier).copied().unwrap_or(false)
     }
 
-    /// The share of the requests that this tier gets.
+    /// The share of the requests for this tier.
     pub fn share(&self, tier: usize) -> f64 {
         let before = tier.checked_sub(1).map_or(0, |before| self.bounds[before]);
         self.bounds.get(tier).map_or(0.0, |&bound| (bound - before) as f64 / THROWS)

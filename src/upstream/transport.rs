@@ -1,9 +1,8 @@
-//! How the endpoints of an upstream are connected to: what is spoken, whom is trusted, for how long a connection lives.
+//! Connections to the endpoints of an upstream: protocol, trust, lifetime.
 //!
-//! All of it is read and parsed when the upstream is built, certificates included; an endpoint keeps a template of it,
-//! and an exchange takes a copy. [`dial`] makes the connections, [`http2`] speaks HTTP/2 over them, [`tls`] says whom
-//! they may lead to, [`pair`] which of two addresses of one server is asked, [`greeting`] what is said first of the
-//! client.
+//! All settings are parsed when the upstream is built, certificates included; an endpoint keeps a template, and an
+//! exchange copies it. [`dial`] makes connections, [`http2`] speaks HTTP/2 on them, [`tls`] verifies the peer,
+//! [`pair`] chooses between two addresses of a server, [`greeting`] builds the PROXY protocol header.
 
 pub mod connector;
 pub mod dial;
@@ -39,31 +38,31 @@ use dial::Dialer;
 use greeting::Parties;
 use tls::Tls;
 
-/// How many exchanges share one HTTP/2 connection: the least that a server should allow (RFC 9113 §6.5.2). Servers
-/// that allow fewer are heeded; Pingora's own default of 1 would make HTTP/2 pointless.
+/// Exchanges per HTTP/2 connection: the minimum that servers should allow (RFC 9113 §6.5.2). A lower limit of a
+/// server is respected; Pingora's default of 1 would make HTTP/2 pointless.
 pub(super) const H2_STREAMS_MAX: usize = 100;
 
-/// Connections that were made at once shall not all end at once: up to this share of its age may be taken off one.
+/// Random share of the maximum age, so that connections made at the same time do not end at the same time.
 const AGE_SPREAD: f64 = 0.1;
 
-/// A backend whose certificate is refused is refused for every connection; it is told of so often.
+/// A bad certificate makes every connection fail; the log repeats the error at most this often.
 const COMPLAINT_INTERVAL: Duration = Duration::from_secs(10);
 
-/// How all endpoints of an upstream are connected to.
+/// The connection settings of an upstream.
 #[derive(Debug)]
 pub struct Transport {
     pub(super) protocol: Protocol,
     timeouts: Timeouts,
     idle: Duration,
     max_age: Duration,
-    /// How many unused connections are kept; `u64::MAX`: as many as the gateway keeps at all.
+    /// Limit on idle connections; `u64::MAX`: only the gateway's limit applies.
     pool: u64,
-    /// Bytes of one answer over HTTP/2 that an endpoint may send ahead.
+    /// The HTTP/2 window per response, in bytes.
     stream_window: u32,
     tls: Option<Tls>,
     proxy_protocol: bool,
-    /// Tells its connections from those of other upstreams, and from its own under other settings: a kept connection is
-    /// used by nobody who would not have made it as it is.
+    /// Distinguishes its connections from those of other upstreams and of other settings: a kept connection is
+    /// reused only with the settings it was made with.
     key: u64,
     connections: Arc<Connections>,
     base: Instant,
@@ -78,11 +77,11 @@ pub struct Connections {
 }
 
 impl Transport {
-    /// Reads what was written for the upstream `name`, and the files that it names.
+    /// Parses the settings of the upstream `name`, and reads the files named in them.
     ///
     /// # Errors
     ///
-    /// One for each file that is missing or is not what it should be, at `tls.…`.
+    /// One per file that is missing or invalid, at `tls.…`.
     pub(super) fn build(
         name: &str,
         written: &config::Upstream,
@@ -90,7 +89,7 @@ impl Transport {
     ) -> Result<Transport, Vec<BuildError>> {
         let mut key = Xxh3::new();
         key.write(name.as_bytes());
-        // What is written decides what a connection is; it is a plain structure, which has a text.
+        // Derived from the settings' debug text, which contains everything that determines a connection.
         key.write(format!("{:?} {:?} {:?}", written.protocol, written.tls, written.proxy_protocol).as_bytes());
         let tls = match (&written.tls, written.protocol) {
             (Some(tls), _) => Some(Tls::build(tls, written.protocol, &mut key)?),
@@ -113,7 +112,7 @@ impl Transport {
         })
     }
 
-    /// Whether it connects as `other` does: a connection that one has made serves the other as well.
+    /// Whether it makes the same connections as `other`, so that they can be shared.
     pub(super) fn makes_the_same_connections(&self, other: &Transport) -> bool {
         self.key == other.key
     }
@@ -123,41 +122,41 @@ impl Transport {
         self.tls.as_ref()?.objection(host)
     }
 
-    /// Whether TLS is spoken.
+    /// Whether TLS is used.
     pub fn is_secure(&self) -> bool {
         self.tls.is_some()
     }
 
-    /// Whether an endpoint receives the client's address first.
+    /// Whether the client's address is sent first.
     pub fn introduces_clients(&self) -> bool {
         self.proxy_protocol
     }
 
-    /// Open connections, and such as are being made.
+    /// Number of connections that are open or being made.
     pub fn connections(&self) -> u32 {
         self.connections.open.load(Ordering::Relaxed)
     }
 
-    /// Whether a connection, of which nothing more is wanted just now, is one too many to be kept: others that nobody
-    /// uses fill the pool. `inflight` is how many exchanges have an endpoint, each with a connection of its own.
+    /// Whether an idle connection exceeds the pool limit. `inflight` is the number of active exchanges, each with
+    /// its own connection.
     pub fn is_surplus(&self, inflight: u32) -> bool {
         self.pool != u64::MAX && u64::from(self.connections().saturating_sub(inflight)) >= self.pool
     }
 
-    /// How long ago a connection was made, as far as is known.
+    /// The age of a connection, if known.
     pub fn age(&self, digest: Option<&Digest>) -> Option<Duration> {
-        // The first is that of the socket; that of TLS follows.
+        // The first entry is that of the socket, followed by that of TLS.
         digest?.timing_digest.first()?.as_ref()?.established_ts.elapsed().ok()
     }
 
-    /// Whether a connection of this age is too old to be used by anybody after its present exchange. `lot` is something
-    /// that differs from one connection to the next.
+    /// Whether a connection of this age must not be reused after its current exchange. `lot` is a number that
+    /// differs between connections.
     pub fn is_outdated(&self, age: Duration, lot: i32) -> bool {
         let lot = f64::from(lot.rem_euclid(16)) / 16.0;
         age >= self.max_age.mul_f64(1.0 - AGE_SPREAD * lot)
     }
 
-    /// Whether it is time to tell the operator again that endpoints are refused for their certificates.
+    /// Whether rejected certificates may be logged again.
     pub fn may_complain(&self, now: Instant) -> bool {
         let millis = u64::try_from(now.saturating_duration_since(self.base).as_millis()).unwrap_or(u64::MAX) + 1;
         let last = self.complained.load(Ordering::Relaxed);
@@ -165,9 +164,9 @@ impl Transport {
         due && self.complained.compare_exchange(last, millis, Ordering::Relaxed, Ordering::Relaxed).is_ok()
     }
 
-    /// Who connects to an endpoint at `address`, and perhaps at `alternate`.
+    /// The dialer for an endpoint at `address`, optionally with an `alternate` address.
     pub(super) fn dialer(&self, address: &SocketAddr, alternate: Option<std::net::SocketAddr>) -> Arc<Dialer> {
-        // A greeting for no client in particular is for connections of our own.
+        // Our own connections, such as health checks, use the LOCAL header.
         let greeting = self.proxy_protocol.then(greeting::own);
         let narrow = (self.protocol == Protocol::Http1).then_some(NARROW_BYTES);
         let dialer = Dialer::new(self.connections.clone(), narrow, self.timeouts.connect, greeting);
@@ -175,14 +174,14 @@ impl Transport {
         Arc::new(dialer)
     }
 
-    /// What Pingora needs to connect to an endpoint at `address` that was found by the name `host`.
+    /// The Pingora peer for an endpoint at `address` with the name `host`.
     pub(super) fn peer(&self, address: SocketAddr, host: Option<&str>, dialer: Arc<Dialer>) -> HttpPeer {
         let mut options = PeerOptions::new();
         options.connection_timeout = Some(self.timeouts.connect);
         options.total_connection_timeout = Some(self.timeouts.connect);
         options.write_timeout = Some(self.timeouts.send);
-        // Pingora has one clock for `wait` and `receive`, which runs whichever party is waited for. It is right for an
-        // upgrade, whose request has no body; other exchanges have clocks of their own (`party/limits.rs`).
+        // Pingora has one timer for `wait` and `receive`, and it also runs while another party is waited for. It
+        // suits upgrades, whose requests have no body; other exchanges have their own timers (`party/limits.rs`).
         options.read_timeout = Some(self.timeouts.wait.max(self.timeouts.receive));
         options.idle_timeout = Some(self.idle);
         match self.protocol {
@@ -190,14 +189,13 @@ impl Transport {
             Protocol::H2 | Protocol::H2c => options.set_http_version(2, 2),
         }
         options.max_h2_streams = H2_STREAMS_MAX;
-        // Answers that wait for their clients stay in the h2 library, and take room of the connection that all share.
-        // So there is room for as many as there can be: else a few slow clients would keep everybody's answers from
-        // coming.
+        // Unread responses stay in the h2 library and use the connection's window. So the window has room for the
+        // maximum number of streams; otherwise a few slow clients would block all responses.
         options.h2_stream_window_size = Some(self.stream_window);
         options.h2_connection_window_size =
             Some(self.stream_window.saturating_mul(H2_STREAMS_MAX as u32).min(i32::MAX as u32));
         options.custom_l4 = Some(dialer);
-        // Not `HttpPeer::new`, which resolves names, and blocks meanwhile.
+        // Not `HttpPeer::new`, which resolves names and blocks.
         let mut peer = HttpPeer {
             _address: address,
             scheme: Scheme::from_tls_bool(self.tls.is_some()),
@@ -213,7 +211,7 @@ impl Transport {
         peer
     }
 
-    /// Makes a peer one for this client alone, whose address it receives first.
+    /// Makes a peer specific to this client, whose address is sent first.
     pub(super) fn introduce(&self, peer: &mut HttpPeer, dialer: &Dialer, parties: Option<Parties>) {
         let mut key = Xxh3::with_seed(peer.group_key);
         std::hash::Hash::hash(&parties, &mut key);
@@ -222,11 +220,11 @@ impl Transport {
     }
 }
 
-/// The status of the answer, once the interim ones (1xx) are past. `head`: the request had the method HEAD.
+/// The final status, after interim responses (1xx). `head`: the method was HEAD.
 ///
 /// # Errors
 ///
-/// There is none that a client could have: what is not passed on is no answer.
+/// The response could not be passed on to a client.
 pub async fn final_status(session: &mut HttpSession, head: bool) -> Result<StatusCode> {
     loop {
         session.read_response_header().await?;
@@ -238,11 +236,11 @@ pub async fn final_status(session: &mut HttpSession, head: bool) -> Result<Statu
     }
 }
 
-/// The status of an answer that could be passed on to a client.
+/// The status of a response that could be passed on to a client.
 ///
 /// # Errors
 ///
-/// It could not.
+/// It could not be passed on.
 pub fn readable(answer: &ResponseHeader, head: bool) -> Result<StatusCode> {
     let (status, said) = (answer.status, Said::of(&answer.headers));
     answer::frame(head, status.as_u16(), answer.version, &said, Version::HTTP_11)
@@ -337,7 +335,7 @@ pub(super) mod tests {
     fn a_connection_is_one_too_many_when_the_others_fill_the_pool() {
         let transport = transport("keepalive: { pool: 2 }");
         transport.connections.open.store(5, Ordering::Relaxed);
-        // Three are in use, this one among them: two others are kept.
+        // Three are in use, including this one; two others are kept.
         assert!(transport.is_surplus(3));
         assert!(!transport.is_surplus(4));
         assert!(!self::transport("").is_surplus(0), "as many as there are");

@@ -1,37 +1,37 @@
-//! How much of an answer the kernel takes in for us: the receive window of an endpoint's connection.
+//! The TCP receive window of connections to endpoints, which controls how much of a response the kernel buffers.
 //!
-//! Left to itself the kernel takes in 64 KiB of every answer, and so does Pingora, in three buffers. So a connection to
-//! an endpoint begins with a narrow window ([`narrow`]), which costs a small answer nothing, and is opened and left to
-//! the kernel's tuning once there is more to come and room for it. A thousand answers that arrive at once are then a
-//! thousand small reads. It is never made narrow again: to a sender that has seen a wide window a narrow one is silly
-//! (RFC 9293 §3.8.6.2.1), and it waits for a timer of 200 ms before it uses it.
+//! By default the kernel buffers 64 KiB of each response, and Pingora reads as much in three buffers. So a
+//! connection starts with a narrow window ([`narrow`]), which costs small responses nothing, and is opened for the
+//! kernel's auto-tuning once there is more data and room for it. A thousand simultaneous responses then cause a
+//! thousand small reads. The window is never narrowed again: a sender that has seen a wide window treats a narrow
+//! one as silly (RFC 9293 §3.8.6.2.1), and waits for a 200 ms timer before it uses it.
 
 use std::os::fd::RawFd;
 
 use crate::net;
 
-/// The receive buffer of a narrow connection, of which the kernel uses about half for data.
+/// The receive buffer of a narrow connection; the kernel uses about half of it for data.
 pub const NARROW_BYTES: usize = 16 << 10;
 
-/// What an opened connection begins with: the kernel's tuning finds no reason to grow from the narrow one.
+/// The initial size of an opened window: auto-tuning does not start from the narrow one.
 const OPEN_BYTES: usize = 128 << 10;
 
-/// Prepares a socket that is not connected yet for a narrow window, of a buffer of this many bytes. Once it is
-/// connected [`put_off_tuning`] is to follow.
+/// Prepares an unconnected socket for a narrow window, with a buffer of this many bytes. Call [`put_off_tuning`]
+/// once it is connected.
 ///
-/// Its buffer is small and yet not exempt from the kernel's tuning: of an exempt one the kernel takes the size for the
-/// largest that there will be, agrees on no window scale, and holds the connection to 64 KiB at a time for ever.
+/// The buffer is small but not excluded from auto-tuning yet: for an excluded buffer, the kernel takes its size as
+/// the maximum and negotiates no window scale, which would limit the connection to 64 KiB permanently.
 pub fn narrow(socket: RawFd, bytes: usize) {
     net::set_receive_buffer(socket, bytes);
     net::lock_receive_buffer(socket, false);
 }
 
-/// Keeps the window of a connection as it is until it is opened.
+/// Keeps the window at its size until it is opened.
 pub fn put_off_tuning(socket: RawFd) {
     net::lock_receive_buffer(socket, true);
 }
 
-/// The receive window of one connection. Only to be used while an exchange has that connection.
+/// The receive window of a connection. Use it only while an exchange owns the connection.
 #[derive(Debug)]
 pub struct Window {
     socket: RawFd,
@@ -39,12 +39,12 @@ pub struct Window {
 }
 
 impl Window {
-    /// That of a connection whose width is not known: an earlier exchange may have opened it.
+    /// The window of a connection in unknown state: an earlier exchange may have opened it.
     pub fn new(socket: RawFd) -> Self {
         Window { socket, opened: false }
     }
 
-    /// Leaves it to the kernel; with one that cannot tune again (before Linux 5.14) it stays at what it begins with.
+    /// Enables auto-tuning; kernels before Linux 5.14 cannot, and keep the initial size of an opened window.
     pub fn open(&mut self) {
         if !std::mem::replace(&mut self.opened, true) && self.is_narrow() {
             net::set_receive_buffer(self.socket, OPEN_BYTES);
@@ -52,16 +52,16 @@ impl Window {
         }
     }
 
-    /// Breaks the connection off: what waits for it here hears of its end, and the endpoint of a reset, which
-    /// overtakes what it has not read.
+    /// Aborts the connection: local readers see its end, and the endpoint gets a reset, which overtakes unread
+    /// data.
     pub fn abort(&mut self) {
         net::reset_on_close(self.socket);
         net::shut_down(self.socket);
     }
 
-    /// If not, the kernel's tuning is not to be undone.
+    /// Otherwise auto-tuning has grown it already and must not be undone.
     fn is_narrow(&self) -> bool {
-        // Linux doubles what it is asked for.
+        // Linux doubles the requested size.
         net::receive_buffer(self.socket).is_some_and(|bytes| bytes <= 2 * NARROW_BYTES)
     }
 }
@@ -73,7 +73,7 @@ mod tests {
     use std::net::{TcpListener, TcpStream};
     use std::os::fd::AsRawFd;
 
-    /// Has as much sent as the other side takes, reads it, and that several times: the most that came at once.
+    /// Sends as much as the receiver accepts, reads it, and repeats: returns the largest amount at once.
     fn most_at_once(sender: &mut TcpStream, receiver: &mut TcpStream) -> usize {
         let piece = vec![0; 1 << 20];
         let rounds = (0..50).map(|_| {
@@ -100,7 +100,7 @@ mod tests {
         assert!(before > 0 && before <= 2 * NARROW_BYTES, "{before} bytes");
         Window::new(receiver.as_raw_fd()).open();
         let open = most_at_once(&mut sender, &mut receiver);
-        // More than a window without a scale can say.
+        // More than a window without scaling can express.
         assert!(open > 2 << 16, "{open} bytes at once, {before} before");
     }
 }

@@ -182,7 +182,7 @@ fn what_a_proxy_prints_is_a_file_that_does_the_same() {
     for (wrong, told) in [
         (&["proxy"][..], "--to <BACKEND>"),
         (&["proxy", "--to", &to, "--tls", "--print"], "--print has no files to name"),
-        (&["proxy", "--to", "ftp://a"], "is no scheme of a backend"),
+        (&["proxy", "--to", "ftp://a"], "is not a backend scheme"),
         (&["proxy", "--to", &to, "--change-host", "--to", "127.0.0.1:1"], "--change-host needs one backend"),
     ] {
         let (code, out, error) = run(dir.path(), wrong);

@@ -116,9 +116,9 @@ fn what_cannot_be_ordered_is_told_and_changes_nothing() {
         ("POST", "/upstreams/shop/endpoints/x/drain", 404, "no upstream is called `shop`; there are: app"),
         ("POST", "/upstreams/app/endpoints/10.0.0.1:80/drain", 404, "`app` has no endpoint `10.0.0.1:80`"),
         ("POST", &format!("{here}/weight"), 400, "say which"),
-        ("POST", &format!("{here}/weight?weight=0"), 400, "`0` is no weight"),
-        ("POST", &format!("{here}/weight?weight=-1"), 400, "`-1` is no weight"),
-        ("POST", &format!("{here}/weight?weight=9999999999"), 400, "`9999999999` is no weight"),
+        ("POST", &format!("{here}/weight?weight=0"), 400, "`0` is not a weight"),
+        ("POST", &format!("{here}/weight?weight=-1"), 400, "`-1` is not a weight"),
+        ("POST", &format!("{here}/weight?weight=9999999999"), 400, "`9999999999` is not a weight"),
         ("GET", &format!("{here}/drain"), 405, "only POST"),
     ] {
         let (is, text) = told(method, path);

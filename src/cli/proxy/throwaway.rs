@@ -1,4 +1,4 @@
-//! A certificate for `localhost` that lives as long as one run: to try HTTPS without having any.
+//! A temporary certificate for `localhost`, to try HTTPS without a certificate.
 
 use std::fs;
 use std::io::{Error, Write};
@@ -16,14 +16,14 @@ use tempfile::TempDir;
 use super::super::Failure;
 use crate::client::tls::challenge;
 
-/// Days for which it is valid.
+/// Validity in days.
 const DAYS: u32 = 30;
 
-/// A certificate and its key in a directory of their own, which goes when this is dropped.
+/// A certificate and its key in a directory that is deleted on drop.
 pub struct Throwaway(TempDir);
 
 impl Throwaway {
-    /// Makes one.
+    /// Creates a certificate.
     pub fn make() -> Result<Throwaway, Failure> {
         let (certificate, key) =
             pair().map_err(|error| Failure::Runtime(format!("cannot make a certificate: {error}")))?;
@@ -54,12 +54,12 @@ fn write(path: &str, pem: &[u8]) -> Result<(), Error> {
     fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(Path::new(path))?.write_all(pem)
 }
 
-/// A certificate that signs itself, and its key, in PEM.
+/// A self-signed certificate and its key, in PEM.
 fn pair() -> Result<(Vec<u8>, Vec<u8>), ErrorStack> {
     let key = challenge::key()?;
     let mut certificate = X509::builder()?;
     certificate.set_version(2)?;
-    // Of two runs, a browser must not take one certificate for the other (RFC 5280 §4.1.2.2).
+    // Serial numbers must differ between runs, or browsers confuse the certificates (RFC 5280 §4.1.2.2).
     let mut serial = BigNum::new()?;
     serial.rand(127, MsbOption::MAYBE_ZERO, false)?;
     certificate.set_serial_number(Asn1Integer::from_bn(&serial)?.as_ref())?;

@@ -1,5 +1,5 @@
-//! What happened, step by step, out of records: each phase that an exchange entered is a step, with the name that the
-//! classic picture of nginx's event loop has for it. What an exchange does in one go, in one cycle, is one step.
+//! Turns records into steps: each phase that an exchange entered is a step, with its name in the classic picture of
+//! nginx's event loop. Phases that an exchange passes in one cycle form one step.
 
 use super::super::figures::bytes;
 use crate::recorder::{Recorded, RecordedPhase};
@@ -7,24 +7,23 @@ use crate::recorder::{Recorded, RecordedPhase};
 /// Something that the worker did for an exchange.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Step {
-    /// Since the first of all steps.
+    /// Seconds since the first step.
     pub seconds: f64,
-    /// For whom.
+    /// The client.
     pub whose: &'static str,
     /// Its name in the classic picture.
     pub classic: String,
-    /// The phases that it entered, in order.
+    /// The phases that were entered, in order.
     pub phases: Vec<String>,
-    /// In words.
+    /// The description.
     pub what: String,
-    /// The cycle of the worker's loop.
+    /// The cycle of the worker's event loop.
     pub cycle: Option<u64>,
-    /// Events that the kernel had had for the worker by then.
+    /// Number of events that the kernel had reported to the worker by then.
     pub events: Option<u64>,
 }
 
-/// The steps of these exchanges, in the order in which they happened. New connections are numbered as the kernel gave
-/// them.
+/// The steps of these exchanges in chronological order. New connections are numbered in the order of the kernel.
 pub fn steps<'r>(exchanges: impl Iterator<Item = (&'static str, &'r Recorded)>) -> Vec<Step> {
     let mut all: Vec<Step> = exchanges.flat_map(|(whose, recorded)| steps_of(whose, recorded)).collect();
     all.sort_by(|a, b| a.seconds.total_cmp(&b.seconds));
@@ -49,7 +48,7 @@ fn steps_of(whose: &'static str, recorded: &Recorded) -> Vec<Step> {
                 seconds: recorded.began_seconds + phase.start_seconds,
                 whose,
                 classic: classic.to_owned(),
-                // It is the end of what the phase before waited for.
+                // It ends the wait of the previous phase.
                 phases: vec![if classic == "H4_READ" { "buffer".to_owned() } else { phase.phase.clone() }],
                 what,
                 cycle: phase.cycle,
@@ -67,8 +66,7 @@ fn steps_of(whose: &'static str, recorded: &Recorded) -> Vec<Step> {
     steps
 }
 
-/// The name of what happens when a phase is entered, and the same in words. Where a body was waited for, the end of
-/// that is a step of its own.
+/// The name and description of entering a phase. The end of waiting for a body is a step of its own.
 fn told(phase: &RecordedPhase, before: Option<&RecordedPhase>, recorded: &Recorded) -> Vec<(&'static str, String)> {
     let came_from = before.map_or("", |before| &*before.phase);
     match &*phase.phase {
@@ -94,7 +92,7 @@ fn told(phase: &RecordedPhase, before: Option<&RecordedPhase>, recorded: &Record
         "queue" => vec![("P1_PROXY", "the upstream is full".to_owned())],
         "connect" => vec![("P1_PROXY", "connecting".to_owned())],
         "send" => vec![("P1_PROXY", "the request is sent".to_owned())],
-        "wait" => vec![("P1_PROXY", "nobody waits for the answer".to_owned())],
+        "wait" => vec![("P1_PROXY", "no thread waits for the response".to_owned())],
         "receive" => vec![("H3_READ", "the backend answers".to_owned())],
         "write" if left(phase) > 0 => {
             let (taken, left) = (bytes(phase.sent as f64), bytes(left(phase) as f64));
@@ -109,7 +107,7 @@ fn told(phase: &RecordedPhase, before: Option<&RecordedPhase>, recorded: &Record
     }
 }
 
-/// Bytes of the answer that had come and that the client had not taken.
+/// Response bytes that had arrived and that the client had not yet taken.
 fn left(phase: &RecordedPhase) -> u64 {
     phase.answered.saturating_sub(phase.sent)
 }
@@ -118,7 +116,7 @@ fn left(phase: &RecordedPhase) -> u64 {
 mod tests {
     use super::*;
 
-    /// Phases, each with the cycle and the second that it begins in, and the bytes that had passed by then.
+    /// Phases, each with its cycle, its start in seconds, and the bytes transferred by then.
     fn recorded(phases: &[(&str, u64, f64, [u64; 3])]) -> Recorded {
         let phase =
             |&(phase, cycle, start_seconds, [received, answered, sent]): &(&str, u64, f64, [u64; 3])| RecordedPhase {

@@ -1,21 +1,22 @@
-//! The last documents, and what lies between two of them: rates, and percentiles of what happened lately.
+//! The latest documents and what they show together: rates, and percentiles of recent values.
 
 use std::collections::VecDeque;
 
 use crate::admin::status::{Document, quantile};
 
-/// Rates are those of so many seconds, percentiles of so many.
+/// The time windows of rates and of percentiles, in seconds.
 const RATE_SECONDS: f64 = 5.0;
 const QUANTILE_SECONDS: f64 = 30.0;
-/// The most documents that are kept.
+/// Limit on stored documents.
 const KEPT: usize = 64;
 
-/// The documents that came, the oldest first; there is one at least once anything is shown.
+/// The documents, the oldest first; not empty once anything is shown.
 #[derive(Default)]
 pub struct History(VecDeque<Document>);
 
 impl History {
-    /// Adds a document. If another process sent it, what was counted before is not to be compared with.
+    /// Adds a document. If it comes from a different process, the old ones are dropped: their counters are not
+    /// comparable.
     pub fn push(&mut self, document: Document) {
         let another =
             |last: &Document| last.started != document.started || last.uptime_seconds >= document.uptime_seconds;
@@ -28,12 +29,12 @@ impl History {
         }
     }
 
-    /// The last one.
+    /// The latest document.
     pub fn last(&self) -> Option<&Document> {
         self.0.back()
     }
 
-    /// How much a figure grew in a second. `None` while there is nothing to compare with.
+    /// Growth per second. `None` while there is only one document.
     pub fn rate(&self, figure: impl Fn(&Document) -> Option<f64>) -> Option<f64> {
         let (first, last) = self.span(RATE_SECONDS)?;
         let seconds = last.uptime_seconds - first.uptime_seconds;
@@ -41,7 +42,7 @@ impl History {
         (seconds > 0.0).then(|| grown.max(0.0) / seconds)
     }
 
-    /// What fell into each bucket lately.
+    /// Growth of each histogram bucket.
     pub fn grown(&self, buckets: impl Fn(&Document) -> Option<Vec<u64>>) -> Option<Vec<u64>> {
         let (first, last) = self.span(QUANTILE_SECONDS)?;
         let now = buckets(last)?;
@@ -50,7 +51,7 @@ impl History {
         Some(grown.collect())
     }
 
-    /// A quantile of what fell into buckets lately.
+    /// A quantile of the recent values in a histogram.
     pub fn quantile(&self, bounds: &[f64], of: f64, buckets: impl Fn(&Document) -> Option<Vec<u64>>) -> Option<f64> {
         quantile(bounds, &self.grown(buckets)?, of)
     }

@@ -1,4 +1,4 @@
-//! What `forebay top` shows of each topic: a table that knows no terminal.
+//! The content of `forebay top`: a table per topic, independent of the terminal.
 
 use std::cmp::Ordering;
 
@@ -7,7 +7,7 @@ use super::history::History;
 use crate::admin::status::{Document, EndpointStatus, RouteStatus, UpstreamStatus, WorkerStatus};
 use crate::printable::printable;
 
-/// What is looked at.
+/// The topics.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
 pub enum Topic {
@@ -17,15 +17,15 @@ pub enum Topic {
     Routes,
     /// Upstreams and endpoints.
     Upstreams,
-    /// Who is waited for.
+    /// The slow clients.
     Slow,
 }
 
 impl Topic {
-    /// All of them, in the order of their keys.
+    /// All topics, in the order of their keys.
     pub const ALL: [Topic; 4] = [Topic::Loop, Topic::Routes, Topic::Upstreams, Topic::Slow];
 
-    /// What stands on its tab.
+    /// The title on the tab.
     pub fn title(self) -> &'static str {
         match self {
             Topic::Loop => "Loop",
@@ -36,21 +36,21 @@ impl Topic {
     }
 }
 
-/// What a colour says: dashboards/README.md.
+/// The meaning of a colour; see dashboards/README.md.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Tone {
-    /// Nothing in particular.
+    /// Neutral.
     #[default]
     Plain,
-    /// Of less interest.
+    /// Less important.
     Faint,
-    /// The client's side.
+    /// Client side.
     Client,
-    /// The backend's.
+    /// Backend side.
     Backend,
-    /// Forebay itself, or what goes well.
+    /// Forebay itself, or good state.
     Own,
-    /// Worth a look.
+    /// Needs attention.
     Warn,
     /// Broken.
     Bad,
@@ -61,13 +61,13 @@ pub enum Tone {
 pub struct Column {
     pub title: &'static str,
     pub width: u16,
-    /// Text stands on the left, figures on the right.
+    /// Text is aligned left, numbers right.
     pub text: bool,
-    /// Where there is no room for all, those with the highest rank go first; 0 stays.
+    /// If space is short, columns with the highest rank are dropped first; 0 is never dropped.
     pub rank: u8,
 }
 
-/// What a cell shows, and what it is sorted by.
+/// The content of a cell and its sort key.
 #[derive(Clone, Debug)]
 pub struct Cell {
     pub shown: String,
@@ -82,7 +82,7 @@ enum Key {
 }
 
 impl Cell {
-    /// A text, which a client may have chosen.
+    /// Text that a client may have chosen; it is escaped.
     fn text(shown: impl Into<String>) -> Self {
         Cell { shown: printable(&shown.into()).into_owned(), tone: Tone::Plain, key: Key::Text }
     }
@@ -100,7 +100,7 @@ impl Cell {
         if high { self.tone(Tone::Warn) } else { self }
     }
 
-    /// Figures from the largest, text from A.
+    /// Numbers in descending order, text in ascending order.
     fn order(&self, other: &Cell) -> Ordering {
         match (&self.key, &other.key) {
             (Key::Number(a), Key::Number(b)) => b.total_cmp(a),
@@ -113,12 +113,12 @@ impl Cell {
 pub struct Sheet {
     pub columns: &'static [Column],
     pub rows: Vec<Vec<Cell>>,
-    /// What is said where there are no rows.
+    /// The text shown if there are no rows.
     pub empty: &'static str,
 }
 
 impl Sheet {
-    /// Sorts by a column; rows that are alike there stay as they are.
+    /// Sorts by a column; equal rows keep their order.
     pub fn sort(&mut self, column: usize, reversed: bool) {
         self.rows.sort_by(|a, b| {
             let order = a[column].order(&b[column]);
@@ -126,7 +126,7 @@ impl Sheet {
         });
     }
 
-    /// The columns that have room, by their places.
+    /// The columns that fit, by index.
     pub fn fitting(&self, width: u16) -> Vec<usize> {
         let mut shown: Vec<usize> = (0..self.columns.len()).collect();
         let needs = |shown: &[usize]| shown.iter().map(|&place| self.columns[place].width + 1).sum::<u16>();
@@ -269,7 +269,7 @@ const ENDPOINTS: &[Column] = &[
     figure("tier", 4, 7),
 ];
 
-/// A row for each endpoint; what is counted for an upstream as a whole stands beside its first.
+/// One row per endpoint; counters of the upstream as a whole are in its first row.
 fn endpoints(last: &Document, history: &History) -> Vec<Vec<Cell>> {
     let mut rows = Vec::new();
     for upstream in &last.upstreams {

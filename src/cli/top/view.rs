@@ -1,4 +1,4 @@
-//! How `forebay top` draws: a head, the tabs, the phases where there is room, one table, and the keys.
+//! Draws `forebay top`: a header, the tabs, the phases if there is space, one table, and the keys.
 
 use std::iter;
 
@@ -14,7 +14,7 @@ use super::{Screen, sheet};
 use crate::admin::status::{Document, PhaseStatus};
 use crate::printable::printable;
 
-/// A terminal that is less high has no phases above its table.
+/// The phases are hidden on terminals with fewer lines.
 const HEIGHT_FOR_PHASES: u16 = 14;
 
 const KEYS: &str = "1-4 tab: view  s: sort  r: reverse  p: pause  j k: scroll  ?: help  q: quit";
@@ -100,7 +100,7 @@ fn sum_of(document: &Document, class: &str) -> f64 {
     document.routes.iter().map(|route| route.codes.get(class).copied().unwrap_or(0) as f64).sum()
 }
 
-/// The buckets of all routes together.
+/// The sum of the histograms of all routes.
 fn merged(document: &Document) -> Vec<u64> {
     let mut all = vec![0; document.bounds.exchange_seconds.len() + 1];
     for route in &document.routes {
@@ -119,7 +119,7 @@ fn titles(screen: &Screen) -> Line<'static> {
     tabs.chain(paused).collect()
 }
 
-/// Whose side is waited for in a phase.
+/// The side that a phase waits for.
 fn side(phase: &str) -> Tone {
     match phase {
         "accept" | "handshake" | "header" | "buffer" | "write" => Tone::Client,
@@ -128,8 +128,8 @@ fn side(phase: &str) -> Tone {
     }
 }
 
-/// Three rows and an empty one on either side: names, counts, for how long the first has been there. Where there is
-/// little room, phases without anybody go.
+/// Three rows with an empty one on each side: names, counts, age of the oldest exchange. If space is short, empty
+/// phases are dropped.
 fn draw_phases(frame: &mut Frame, area: Rect, phases: &[PhaseStatus]) {
     const WIDTH: u16 = 10;
     let room = usize::from(area.width / WIDTH);
@@ -173,7 +173,7 @@ fn draw_sheet(frame: &mut Frame, area: Rect, screen: &mut Screen) {
 
 fn table<'s>(sheet: &Sheet, width: u16, sorted: Option<usize>, screen: &Screen, window: usize) -> Table<'s> {
     let shown = sheet.fitting(width);
-    // What is left over is given to the widest column of text: it is what is cut else.
+    // The remaining width goes to the widest text column, which is otherwise cut.
     let taken: u16 = shown.iter().map(|&place| sheet.columns[place].width + 1).sum();
     let spare = width.saturating_sub(taken.saturating_sub(1));
     let texts = shown.iter().copied().filter(|&place| sheet.columns[place].text);

@@ -95,7 +95,6 @@ pub struct Certificate {
     /// The names that the certificate is used for, such as `shop.example.com` or `*.example.com`; by default those
     /// in the certificate. With `acme`, the names to request, without wildcards; `auto`: the hosts of all routes
     /// that no other certificate covers.
-    /// certificate is for.
     #[serde(default, skip_serializing_if = "CertificateNames::is_empty")]
     pub names: CertificateNames,
     /// A DER file with an OCSP response, which is stapled to the handshake.

@@ -82,7 +82,7 @@ fn page<'d>(work: &mut Work<'d>, levels: &Levels<'d>, directive: &'d Directive) 
     let inside = location.map(Directive::inside).unwrap_or_default();
     let root = inside.iter().find(|one| ["root", "alias"].contains(&&*one.name)).or_else(|| last(levels, "root"));
     let Some(root) = root.filter(|root| !root.word(0).contains('$')) else {
-        return Err("its page is no file: write `error_page` with the text");
+        return Err("its page is not a file: write `error_page` with the text");
     };
     work.differs(root, "pages for errors are read from there; Forebay serves no other files");
     let folder = root.word(0).trim_end_matches('/');

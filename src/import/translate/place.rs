@@ -87,7 +87,7 @@ impl<'d> Server<'d> {
                         Err(why) => work.lost(directive, why),
                     }
                 } else {
-                    work.lost(directive, format!("`{word}` is no name of a host"));
+                    work.lost(directive, format!("`{word}` is not a host name"));
                 }
             }
         }

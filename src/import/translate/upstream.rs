@@ -40,7 +40,7 @@ impl Target {
         let tls = match scheme {
             "http" | "grpc" => false,
             "https" | "grpcs" => true,
-            _ => return Err(format!("`{scheme}` is no scheme of a backend")),
+            _ => return Err(format!("`{scheme}` is not a backend scheme")),
         };
         if let Some(socket) = rest.strip_prefix("unix:") {
             let (socket, path) = socket.split_once(':').map_or((socket, None), |(socket, path)| (socket, Some(path)));
@@ -201,7 +201,7 @@ pub fn endpoints<'d>(work: &mut Work<'d>, block: &'d Directive, map: &mut Map, p
                     (policy, hash) = (Some("ring_hash"), Some(key));
                     work.differs(directive, "other keys share an endpoint than in nginx");
                 }
-                None => work.lost(directive, "this is no key that Forebay can hash"),
+                None => work.lost(directive, "this is not a key that Forebay can hash"),
             },
             "keepalive_timeout" => {
                 if let Some(time) = time(directive.word(0)) {
@@ -220,7 +220,7 @@ pub fn endpoints<'d>(work: &mut Work<'d>, block: &'d Directive, map: &mut Map, p
     }
     if list.is_empty() {
         list.push(Node::Map(Map::default().with("address", Node::text("127.0.0.1:9"))));
-        work.lost(block, "no endpoint is left: 127.0.0.1:9 stands for none");
+        work.lost(block, "no endpoint is left: 127.0.0.1:9 is a placeholder");
     }
     if list.len() > 1 {
         if let Some(policy) = policy {
@@ -269,7 +269,7 @@ pub fn retry<'d>(work: &mut Work<'d>, levels: &Levels<'d>, prefix: &str) -> Opti
                 "timeout" => on.push("timeout".to_owned()),
                 "off" => map.put("attempts", Node::word(1)),
                 "non_idempotent" => map.put("non_idempotent", Node::word(true)),
-                "invalid_header" => work.differs(directive, "an answer that is none counts as `reset`"),
+                "invalid_header" => work.differs(directive, "an invalid response counts as `reset`"),
                 status => match status.strip_prefix("http_") {
                     Some(code) if code.starts_with('5') || code == "429" || code == "403" || code == "404" => {
                         on.push(code.to_owned());

@@ -1,27 +1,27 @@
-//! A weighted throw of dice at the same cost for any number of things: Walker's alias table, built by Vose's method.
+//! Weighted random choice in constant time: Walker's alias table, built with Vose's method.
 
 use std::num::NonZeroU32;
 
-/// Draws numbers from 0, each as often as its weight says.
+/// Draws numbers from 0, in proportion to their weights.
 ///
-/// Each slot belongs to its own number up to a threshold and to another one beyond it, so that a draw is one read.
+/// Each slot belongs to its own number up to a threshold and to another number beyond it, so a draw is one read.
 #[derive(Debug)]
 pub struct Alias {
-    /// Up to which of 2^32 a slot is its own, and whose the rest is.
+    /// For each slot: its own part of 2^32, and the number that has the rest.
     slots: Box<[(u32, u32)]>,
 }
 
 impl Alias {
-    /// The table for these weights.
+    /// Builds the table for these weights.
     pub fn new(weights: &[NonZeroU32]) -> Alias {
         let number = weights.len() as u128;
         let whole: u128 = weights.iter().map(|weight| u128::from(weight.get())).sum();
-        // A slot holds `whole`; what a weight comes to is spread over slots, its own first.
+        // A slot holds `whole`; each weight is spread over slots, starting with its own.
         let mut left: Vec<u128> = weights.iter().map(|weight| u128::from(weight.get()) * number).collect();
         let (mut small, mut large): (Vec<usize>, Vec<usize>) = (0..left.len()).partition(|&slot| left[slot] < whole);
         let mut slots: Vec<(u32, u32)> = (0..left.len()).map(|slot| (u32::MAX, slot as u32)).collect();
         while let (Some(poor), Some(&rich)) = (small.pop(), large.last()) {
-            // Below 2^32, since a poor slot is not full.
+            // Below 2^32 because a poor slot is not full.
             slots[poor] = (((left[poor] << 32) / whole) as u32, rich as u32);
             left[rich] -= whole - left[poor];
             if left[rich] < whole {
@@ -32,7 +32,7 @@ impl Alias {
         Alias { slots: slots.into_boxed_slice() }
     }
 
-    /// The number that `random`, any of all 64-bit numbers, stands for. There must be weights.
+    /// The number for `random`, which must be uniform over all 64-bit numbers. The table must not be empty.
     pub fn draw(&self, random: u64) -> usize {
         let slot = (((random >> 32) * self.slots.len() as u64) >> 32) as usize;
         let (own, other) = self.slots[slot];
@@ -47,7 +47,7 @@ mod tests {
     use proptest::prelude::*;
 
     proptest! {
-        /// Not by drawing: what the slots come to is the weights, up to rounding.
+        /// Exact, without drawing: the shares of the slots equal the weights, up to rounding.
         #[test]
         fn slots_come_to_the_weights(weights in prop::collection::vec(1u32..100_000, 1..200)) {
             let alias = Alias::new(&weights.iter().map(|&weight| NonZeroU32::new(weight).unwrap()).collect::<Vec<_>>());

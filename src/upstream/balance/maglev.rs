@@ -1,9 +1,7 @@
-//! Maglev hashing (Eisenbud et al., NSDI 2016, §3.4): a table of keys that its members fill in turns, each in an order
-//! of its own.
+//! Maglev hashing (Eisenbud et al., NSDI 2016, §3.4): a table that members fill in turns, each in its own order.
 //!
-//! Shares are more exact than a ring's, and finding a key is one read. When a member leaves, its keys move, and a few
-//! per cent of the others at most. The orders come of the names and nothing else, so that all nodes that know the same
-//! names agree.
+//! Shares are more even than on a ring, and a look-up is one read. When a member leaves, its keys move, and a few
+//! per cent of the others at most. The orders depend only on the names, so all nodes with the same names agree.
 
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
@@ -12,22 +10,22 @@ use xxhash_rust::xxh3::xxh3_64_with_seed;
 
 use super::Identity;
 
-/// Whose each key is.
+/// The table of members.
 #[derive(Debug)]
 pub struct Maglev {
     table: Box<[u32]>,
 }
 
-/// The sizes of a table; primes, so that every step through it comes by every place.
+/// Table sizes: primes, so that every step width visits all places.
 const SIZES: [usize; 2] = [65_537, 1_048_583];
-/// Up to how many members have the small table: 128 places for each.
+/// Up to this many members use the small table: 128 places each.
 const SMALL: usize = 512;
 const FREE: u32 = u32::MAX;
 
 impl Maglev {
-    /// The table of these members: 65,537 places for up to 512 of them, 1,048,583 for more (256 KiB and 4 MiB). The
-    /// change from one to the other moves all keys. Each endpoint with a weight has a place, as long as there are
-    /// enough of them.
+    /// The table of these members: 65,537 places for up to 512 of them, 1,048,583 for more (256 KiB and 4 MiB). A
+    /// change between the two sizes moves all keys. Each member with a weight gets a place, as long as there are
+    /// enough.
     pub fn new(members: &[Identity<'_>]) -> Maglev {
         let size = if members.is_empty() { 0 } else { SIZES[usize::from(members.len() > SMALL)] };
         let mut table = vec![FREE; size];
@@ -39,7 +37,7 @@ impl Maglev {
             }
             let walk = &mut walks[number];
             let place = std::iter::repeat_with(|| walk.next(size as u64)).find(|&place| table[place] == FREE);
-            // A walk goes on for ever and comes by every place, of which one is free.
+            // A walk visits all places repeatedly, and one of them is free.
             if let Some(place) = place {
                 table[place] = number as u32;
                 left -= 1;
@@ -48,7 +46,7 @@ impl Maglev {
         Maglev { table: table.into_boxed_slice() }
     }
 
-    /// Whose `hash` is, then those of the places that follow, once round the table.
+    /// The member for `hash`, then those of the following places, once around the table.
     pub fn order_of(&self, hash: u64) -> impl Iterator<Item = usize> + '_ {
         let (before, after) = self.table.split_at(((u128::from(hash) * self.table.len() as u128) >> 64) as usize);
         after.iter().chain(before).map(|&number| number as usize)
@@ -74,13 +72,13 @@ impl Walk {
     }
 }
 
-/// Whose turn it is to take a place: the n-th turn of a member is due at n divided by its weight. So when a member
-/// leaves, the others take theirs in the same order as before, which keeps most of the table as it was.
+/// Decides which member takes the next place: the n-th turn of a member is due at n divided by its weight. When a
+/// member leaves, the others keep their order, so most of the table stays the same.
 struct Turns {
-    /// Members of one weight take their turns together, in the order of their names.
+    /// Members of equal weight take their turns together, in the order of their names.
     classes: Vec<(u64, Vec<usize>)>,
     due: BinaryHeap<Reverse<Due>>,
-    /// The class whose members are taking their turns, and the next of them.
+    /// The class that is taking its turns, and its next member.
     now: (usize, usize),
 }
 
@@ -96,7 +94,7 @@ impl Ord for Due {
     fn cmp(&self, other: &Self) -> std::cmp::Ordering {
         let (a, b) =
             (u128::from(self.turns) * u128::from(other.weight), u128::from(other.turns) * u128::from(self.weight));
-        // The heavier first at the same time; no two classes have one weight.
+        // Ties go to the heavier class; weights of classes are distinct.
         a.cmp(&b).then(other.weight.cmp(&self.weight))
     }
 }

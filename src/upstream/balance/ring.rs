@@ -1,37 +1,37 @@
-//! A hash ring as of ketama: a key belongs to the endpoint with the next point on the ring.
+//! A hash ring like ketama's: a key belongs to the endpoint with the next point on the ring.
 //!
-//! An endpoint that leaves takes its points along, and no other's keys move. Points come of a name and nothing else, so
-//! that all nodes that know the same names agree.
+//! When an endpoint leaves, only its keys move. Points depend only on the names, so all nodes with the same names
+//! agree.
 
 use xxhash_rust::xxh3::xxh3_64_with_seed;
 
 use super::Identity;
 
-/// Points on a ring, and who has them.
+/// The points on a ring and their members.
 #[derive(Debug)]
 pub struct Ring {
-    /// In order: 40 bits of the place and 24 of the member's number.
+    /// Sorted: 40 bits of the position and 24 bits of the member's number.
     points: Box<[u64]>,
-    /// For each section of the ring the first point that is not before it; sections are as many as points or more, so
-    /// that finding a key's point costs a step or two on a ring of any size.
+    /// For each section of the ring, the first point in or after it. There are at least as many sections as points,
+    /// so a look-up takes a step or two on a ring of any size.
     sections: Box<[u32]>,
 }
 
 const MEMBER_BITS: u32 = 24;
 
 impl Ring {
-    /// Points for each unit of weight: shares are then within about 8 % of the weights.
+    /// Points per unit of weight: shares are then within about 8 % of the weights.
     pub const POINTS: u64 = 160;
-    /// The most points of a ring (12 MiB of memory). If weights ask for more, all are halved until they fit, each to at
+    /// Limit on points (12 MiB of memory). If the weights need more, all are halved until they fit, each to at
     /// least 1, and shares become less exact: 10,000 members of weight 1 get 80 points each.
     pub const POINTS_MAX: u64 = 1 << 20;
 
-    /// The ring of these members; of more than 2^24 the rest has no points.
+    /// The ring of these members; members beyond 2^24 get no points.
     pub fn new(members: &[Identity<'_>]) -> Ring {
         let members = &members[..members.len().min(1 << MEMBER_BITS)];
         let wanted =
             |member: &Identity<'_>, halved: u32| ((Self::POINTS * u64::from(member.weight.get())) >> halved).max(1);
-        // By powers of two: then a member that leaves seldom changes the points of those who stay.
+        // Halving, so that a leaving member rarely changes the points of the others.
         let fits = |halved: &u32| members.iter().map(|member| wanted(member, *halved)).sum::<u64>() <= Self::POINTS_MAX;
         let halved = (0..40).find(fits).unwrap_or(40);
         let mut points: Vec<u64> = Vec::new();
@@ -43,8 +43,8 @@ impl Ring {
         Ring { sections: sections(&points), points: points.into_boxed_slice() }
     }
 
-    /// Who has the point at or after `hash`, then those of the points that follow, once round the ring. One that has
-    /// several points in a row is named once for them.
+    /// The member at or after `hash`, then those of the following points, once around the ring. Consecutive points
+    /// of the same member count once.
     pub fn order_of(&self, hash: u64) -> impl Iterator<Item = usize> + '_ {
         let (before, after) = self.points.split_at(self.at(hash));
         let mut last = usize::MAX;
@@ -68,7 +68,7 @@ fn sections(points: &[u64]) -> Box<[u32]> {
     let number = if points.is_empty() { 0 } else { points.len().next_power_of_two() };
     let mut sections = Vec::with_capacity(number);
     for (index, &point) in points.iter().enumerate() {
-        // All sections up to that of this point that no point before it began.
+        // All sections up to that of this point which no earlier point has filled.
         sections.resize(sections.len().max(section(point, number) + 1), index as u32);
     }
     sections.resize(number, points.len() as u32);

@@ -1,26 +1,26 @@
-//! Whose turn it is: smooth weighted round robin as a schedule that is worked out once and then only read.
+//! Smooth weighted round robin as a precomputed schedule.
 //!
-//! nginx gives the turn to the server with the greatest current weight and so interleaves them: weights 5, 1, 1 make
-//! a a b a c a a, never a a a a a b c. It does so anew for each request, at a cost that grows with the servers and
-//! under a lock. The sequence repeats, though, so [`Schedule`] keeps one whole period of it, and a pick is one atomic
-//! addition and one read. [`Split`] plays it over the upstreams of a route.
+//! nginx chooses the server with the greatest current weight and so interleaves them: weights 5, 1, 1 give a a b a
+//! c a a, never a a a a a b c. It computes this for each request, under a lock, at a cost that grows with the
+//! number of servers. The sequence is periodic, so [`Schedule`] stores one period, and a pick is one atomic
+//! addition and one read. [`Split`] uses it for the upstreams of a route.
 
 use std::num::{NonZeroU32, NonZeroU64};
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-/// A repeating sequence of turns over things numbered from 0, by weight and interleaved.
+/// A periodic sequence of turns for numbers from 0, by weight and interleaved.
 #[derive(Debug)]
 pub struct Schedule {
-    /// One period: the number of the one whose turn it is. Never empty.
+    /// One period of numbers. Never empty.
     slots: Box<[u32]>,
-    /// The next slot, not yet brought into the period.
+    /// The next slot, not reduced modulo the period.
     cursor: AtomicUsize,
 }
 
 impl Schedule {
-    /// The longest period (256 KiB of memory). Weights whose sum is greater after division by their greatest common
+    /// Longest period (256 KiB of memory). Weights whose sum is greater after division by their greatest common
     /// divisor are scaled down to about this sum, each to at least 1: a share is then off by up to half a slot, and
-    /// one below 1 in 65,536 is rounded up to it. More things than this get a slot each.
+    /// a share below 1 in 65,536 is rounded up to it. If there are more members than this, each gets one slot.
     pub const SLOTS_MAX: usize = 65_536;
 
     /// The schedule for these weights; `None` if there are none.
@@ -29,32 +29,32 @@ impl Schedule {
         (!slots.is_empty()).then(|| Schedule { slots: slots.into_boxed_slice(), cursor: AtomicUsize::new(0) })
     }
 
-    /// The number of the one whose turn it is. Passes the turn on.
+    /// The next number in turn.
     pub fn pick(&self) -> usize {
         self.at(self.turn())
     }
 
-    /// Goes on with the turn that is next in `earlier`.
+    /// Continues at the position of `earlier`.
     pub(super) fn go_on_from(&self, earlier: &Schedule) {
         self.cursor.store(earlier.cursor.load(Ordering::Relaxed), Ordering::Relaxed);
     }
 
-    /// Takes the next turn, which [`Schedule::at`] reads.
+    /// Takes the next turn, for [`Schedule::at`].
     pub(super) fn turn(&self) -> usize {
         match self.slots.len() {
-            // Nothing to share out: the one line of memory that all workers write is left alone.
+            // With one member, the cursor is not written, so that its cache line stays shared.
             1 => 0,
             period => self.cursor.fetch_add(1, Ordering::Relaxed) % period,
         }
     }
 
-    /// The number of the one whose turn `turn` is.
+    /// The number at this turn.
     pub(super) fn at(&self, turn: usize) -> usize {
         self.slots[turn % self.slots.len()] as usize
     }
 }
 
-/// The same proportions in small numbers whose sum is at most about [`Schedule::SLOTS_MAX`].
+/// The same proportions in small numbers with a sum of at most about [`Schedule::SLOTS_MAX`].
 fn fit(weights: &[NonZeroU64]) -> Vec<u64> {
     let weights = reduce(weights.iter().map(|weight| weight.get()).collect());
     let sum: u128 = weights.iter().map(|&weight| u128::from(weight)).sum();
@@ -62,7 +62,7 @@ fn fit(weights: &[NonZeroU64]) -> Vec<u64> {
     if sum <= limit {
         return weights;
     }
-    // At most `limit`, since no weight is above the sum: the cast cannot cut.
+    // At most `limit`, since no weight exceeds the sum: the cast cannot truncate.
     let scaled = |weight: u64| ((u128::from(weight) * limit + sum / 2) / sum).max(1) as u64;
     reduce(weights.into_iter().map(scaled).collect())
 }
@@ -77,16 +77,16 @@ fn gcd(a: u64, b: u64) -> u64 {
     if b == 0 { a } else { gcd(b, a % b) }
 }
 
-/// Those of one weight. They take the turns of their class in order, so only the next of them need be looked at.
+/// Members of equal weight. They take the turns of their class in order, so only its next member matters.
 struct Class {
     weight: i64,
     members: Vec<u32>,
-    /// Turns taken by all members together.
+    /// Number of turns taken by all members together.
     taken: usize,
 }
 
 impl Class {
-    /// Who is next in this class.
+    /// The next member of this class.
     fn head(&self) -> u32 {
         self.members[self.taken % self.members.len()]
     }
@@ -116,7 +116,7 @@ fn period(weights: &[u64]) -> Vec<u32> {
 
     let mut slots = Vec::with_capacity(sum as usize);
     for turn in 0..sum as usize {
-        // Who is owed most; among equals, who comes first, as in nginx.
+        // The greatest debt; among equals the first, as in nginx.
         let best = classes.iter_mut().max_by_key(|class| (class.owed(turn, sum as i64), u32::MAX - class.head()));
         let Some(class) = best else { break };
         slots.push(class.head());
@@ -125,8 +125,8 @@ fn period(weights: &[u64]) -> Vec<u32> {
     slots
 }
 
-/// A weighted choice, such as a route's between its upstreams: by the same schedule, so that of any ten in a row at
-/// 9 to 1 the canary gets one.
+/// A weighted choice, such as between a route's upstreams, with the same schedule: at 9 to 1, any ten choices in a
+/// row include the canary once.
 #[derive(Debug)]
 pub struct Split<T> {
     sides: Box<[T]>,
@@ -134,19 +134,19 @@ pub struct Split<T> {
 }
 
 impl<T> Split<T> {
-    /// A choice between `sides`, each with its weight; `None` if there are none.
+    /// A choice between `sides` with weights; `None` if there are none.
     pub fn new(sides: impl IntoIterator<Item = (T, NonZeroU32)>) -> Option<Split<T>> {
         let (sides, weights): (Vec<T>, Vec<NonZeroU64>) =
             sides.into_iter().map(|(side, weight)| (side, NonZeroU64::from(weight))).unzip();
         Some(Split { sides: sides.into_boxed_slice(), schedule: Schedule::new(&weights)? })
     }
 
-    /// The side whose turn it is. Passes the turn on.
+    /// The next side in turn.
     pub fn pick(&self) -> &T {
         &self.sides[self.schedule.pick()]
     }
 
-    /// Every side, in order.
+    /// All sides, in order.
     pub fn sides(&self) -> &[T] {
         &self.sides
     }
@@ -168,7 +168,7 @@ mod tests {
         schedule.slots.iter().map(|&number| char::from(b'a' + number as u8)).collect()
     }
 
-    /// nginx's algorithm as it stands in `ngx_http_upstream_get_peer`: the yardstick.
+    /// nginx's algorithm from `ngx_http_upstream_get_peer`, as the reference.
     fn by_nginx(weights: &[u64]) -> Vec<u32> {
         let sum: i64 = weights.iter().map(|&weight| weight as i64).sum();
         let mut current = vec![0i64; weights.len()];
@@ -248,7 +248,7 @@ mod tests {
             for (number, &weight) in given.iter().enumerate() {
                 let turns = (from..from + length).filter(|&turn| schedule.at(turn) == number).count() as f64;
                 let share = length as f64 * weight as f64 / sum as f64;
-                // Smooth: in no stretch is anybody more than the number of rivals ahead or behind.
+                // Smoothness: over any stretch, a member deviates by at most the number of rivals.
                 prop_assert!((turns - share).abs() <= given.len() as f64, "{turns} turns for a share of {share}");
             }
         }

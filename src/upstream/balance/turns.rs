@@ -1,4 +1,4 @@
-//! [`Schedule`] in Pingora's `LoadBalancer`, whose own `RoundRobin` does not interleave.
+//! [`Schedule`] for Pingora's `LoadBalancer`, whose own `RoundRobin` does not interleave.
 
 use std::collections::BTreeSet;
 use std::mem;
@@ -17,12 +17,12 @@ pub struct SmoothRoundRobin {
     backends: Box<[Backend]>,
     /// `None` if there are no backends.
     schedule: Option<Schedule>,
-    /// The next turn of those who stand in for a backend that was turned down.
+    /// The rotation of substitutes for an unavailable backend.
     stand_in: AtomicUsize,
 }
 
 impl SmoothRoundRobin {
-    /// The backend whose turn `turn` is.
+    /// The backend at this turn.
     fn at(&self, turn: usize) -> Option<&Backend> {
         self.backends.get(self.schedule.as_ref()?.at(turn))
     }
@@ -52,23 +52,23 @@ impl BackendSelection for SmoothRoundRobin {
     }
 }
 
-/// The backend whose turn it is, then all others, each once.
+/// The next backend in turn, then all others, each once.
 ///
-/// Those who stand in take turns of their own, so that the share of a backend that is down is spread over all others by
-/// their weights. Who just comes next in the schedule would get all of it. What was offered is noted only once a
-/// first offer is turned down.
+/// Substitutes have their own rotation, so that the share of an unavailable backend is spread over all others by
+/// weight. Otherwise its successor in the schedule would get all of it. Offers are recorded only after the first
+/// one was rejected.
 #[derive(Debug)]
 pub struct Turns {
     selection: Arc<SmoothRoundRobin>,
     turn: usize,
-    /// How many backends were not offered yet.
+    /// Number of backends that were not offered yet.
     left: usize,
-    /// By number, whether a backend was offered. Empty until the second offer.
+    /// Whether a backend was offered, by number. Empty until the second offer.
     offered: Vec<bool>,
 }
 
 impl Turns {
-    /// Moves on to the turn of one who was not offered yet. There must be such a one.
+    /// Moves to a backend that was not offered yet. There must be one.
     fn stand_in(&mut self) {
         let SmoothRoundRobin { backends, schedule, stand_in } = &*self.selection;
         let Some(schedule) = schedule else { return };

@@ -1,26 +1,26 @@
-//! Who is to be checked when. Knows no socket and no clock.
+//! The schedule of health checks. Uses no sockets and no clock.
 
 use std::cmp::Reverse;
 use std::collections::{BinaryHeap, HashMap};
 use std::time::Instant;
 
-/// Everybody who is to be checked again and again. Each either waits for their next turn or has one.
+/// The endpoints that are checked repeatedly. Each is either waiting for its next turn or has one.
 pub struct Agenda<T> {
-    /// Those who wait, and some who are gone.
+    /// The waiting endpoints, and some that were removed.
     waiting: BinaryHeap<Reverse<(Instant, u64)>>,
     members: HashMap<usize, u64>,
     who: HashMap<u64, T>,
     issued: u64,
 }
 
-/// It is somebody's turn.
+/// A due check.
 #[derive(Debug)]
 pub struct Turn<T> {
-    /// Whose.
+    /// The endpoint.
     pub who: T,
-    /// Since when.
+    /// When it became due.
     pub due: Instant,
-    /// A name that was never anybody else's: an address in memory may be.
+    /// A unique number: an address in memory may be reused.
     ticket: u64,
 }
 
@@ -31,7 +31,7 @@ impl<T> Default for Agenda<T> {
 }
 
 impl<T: Clone> Agenda<T> {
-    /// Every endpoint that is to be checked from now on. A new one is due at once.
+    /// Sets the list of endpoints. A new one is due at once.
     pub fn keep(&mut self, present: &[(usize, T)], now: Instant) {
         let mut members = HashMap::with_capacity(present.len());
         for (key, who) in present {
@@ -48,7 +48,7 @@ impl<T: Clone> Agenda<T> {
         }
     }
 
-    /// One that is due now; `None` if none is.
+    /// A due endpoint; `None` if there is none.
     pub fn take(&mut self, now: Instant) -> Option<Turn<T>> {
         loop {
             let &Reverse((due, ticket)) = self.waiting.peek().filter(|Reverse((due, _))| *due <= now)?;
@@ -59,14 +59,14 @@ impl<T: Clone> Agenda<T> {
         }
     }
 
-    /// A turn is over, and the next one of the same is due then.
+    /// Ends a turn and schedules the next one.
     pub fn again(&mut self, turn: Turn<T>, due: Instant) {
         if self.who.contains_key(&turn.ticket) {
             self.waiting.push(Reverse((due, turn.ticket)));
         }
     }
 
-    /// When somebody is due next, or is gone and may be forgotten.
+    /// When the next endpoint is due, or a removed one can be dropped.
     pub fn next(&self) -> Option<Instant> {
         self.waiting.peek().map(|Reverse((due, _))| *due)
     }

@@ -1,7 +1,7 @@
-//! A check by `grpc.health.v1.Health/Check`, the health protocol of gRPC.
+//! A health check with `grpc.health.v1.Health/Check`, the gRPC health protocol.
 //!
-//! Two messages of one field each are less than a library for them: the request is `string service = 1`, the response
-//! `ServingStatus status = 1`.
+//! It encodes the two messages itself, since each has a single field: `string service = 1` in the request,
+//! `ServingStatus status = 1` in the response.
 
 use async_trait::async_trait;
 use bytes::Bytes;
@@ -20,12 +20,12 @@ use crate::upstream::transport::readable;
 use crate::upstream::transport::tls::Flaw;
 
 const PATH: &str = "/grpc.health.v1.Health/Check";
-/// A byte that says whether it is compressed, four with its length.
+/// A compression flag of one byte, and the length in four.
 const PREFIX_BYTES: usize = 5;
-/// More than any response of this protocol.
+/// Longer than any response of this protocol.
 const RESPONSE_BYTES_MAX: usize = 4096;
 
-/// A check by gRPC.
+/// A gRPC health check.
 pub struct Grpc {
     connector: Connector,
     host: Option<Authority>,
@@ -33,7 +33,7 @@ pub struct Grpc {
 }
 
 impl Grpc {
-    /// The one that is written, which was checked.
+    /// The configured check, already validated.
     pub fn new(written: &GrpcCheck) -> Grpc {
         Grpc {
             connector: Connector::new(None),
@@ -63,12 +63,12 @@ impl HealthCheck for Grpc {
             return wrong(format!("it answered {} instead of 200", answer.status.as_u16()));
         }
         readable(answer, false)?;
-        // An answer without a message has in its header what others have in their trailers.
+        // A response without a message has the trailer fields in its header.
         judge_status(&answer.headers, false)?;
         let mut message = Vec::new();
         while let Some(piece) = session.read_response_body().await? {
             if message.len() + piece.len() > RESPONSE_BYTES_MAX {
-                return wrong("its answer is no message of the health protocol");
+                return wrong("its response is not a message of the health protocol");
             }
             message.extend_from_slice(&piece);
         }
@@ -76,13 +76,13 @@ impl HealthCheck for Grpc {
         judge(&message)
     }
 
-    /// `upstream/health.rs` counts.
+    /// Not used: `upstream/health.rs` counts.
     fn health_threshold(&self, _: bool) -> usize {
         1
     }
 }
 
-/// What is asked, with the prefix that gRPC gives each message.
+/// The request message with its gRPC prefix.
 fn question(service: &str) -> Vec<u8> {
     let mut message = Vec::new();
     if !service.is_empty() {
@@ -99,7 +99,7 @@ fn question(service: &str) -> Vec<u8> {
     [&[0], &length.to_be_bytes()[..], &message].concat()
 }
 
-/// Reads `grpc-status`, which must be there where it `must`.
+/// Checks `grpc-status`, which is required if `must`.
 fn judge_status(fields: &HeaderMap, must: bool) -> Result<()> {
     match fields.get("grpc-status").map(HeaderValue::as_bytes) {
         Some(b"0") => Ok(()),
@@ -113,7 +113,7 @@ fn judge_status(fields: &HeaderMap, must: bool) -> Result<()> {
     }
 }
 
-/// Reads a message with its prefix.
+/// Parses a message with its prefix.
 fn judge(bytes: &[u8]) -> Result<()> {
     let message = bytes.split_at_checked(PREFIX_BYTES).filter(|(prefix, message)| {
         let length = u32::from_be_bytes([prefix[1], prefix[2], prefix[3], prefix[4]]);
@@ -124,11 +124,11 @@ fn judge(bytes: &[u8]) -> Result<()> {
         Some(2) => wrong("it says that it is not serving"),
         Some(3) => wrong("it says that it does not know the service"),
         Some(status) => wrong(format!("it says of itself `unknown` ({status})")),
-        None => wrong("its answer is no message of the health protocol"),
+        None => wrong("its response is not a message of the health protocol"),
     }
 }
 
-/// The last `status` of a message, 0 if there is none; `None` if it is no message.
+/// The last `status` field of a message, 0 if it is missing; `None` for an invalid message.
 fn serving_status(mut message: &[u8]) -> Option<u64> {
     let mut status = 0;
     while !message.is_empty() {
@@ -204,7 +204,7 @@ mod tests {
         assert_eq!(said(&response(0)), "it says of itself `unknown` (0)", "it is left out where it is the default");
         assert_eq!(said(&framed(&Response { status: 1, more: "x".repeat(300), and: 7 })), "serving");
         for wrong in [&b""[..], b"\0\0\0\0", b"\0\0\0\0\x02\x08", b"\x01\0\0\0\x02\x08\x01", b"\0\0\0\0\x02\x08\xff"] {
-            assert_eq!(said(wrong), "its answer is no message of the health protocol");
+            assert_eq!(said(wrong), "its response is not a message of the health protocol");
         }
     }
 

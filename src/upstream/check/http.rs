@@ -1,4 +1,4 @@
-//! A check by a GET: the status, and if need be a text in the body.
+//! A health check with a GET request: the status, and optionally a text in the body.
 
 use async_trait::async_trait;
 use http::uri::{Authority, Scheme, Uri};
@@ -17,13 +17,13 @@ use crate::upstream::endpoint::Endpoint;
 use crate::upstream::transport::final_status;
 use crate::upstream::transport::tls::Flaw;
 
-/// So much of a body is read in search of a text.
+/// At most this much of a body is searched for the text.
 const BODY_BYTES_MAX: usize = 64 * 1024;
 
-/// Who asks: applications leave such requests out of their statistics.
+/// Identifies health checks, so that applications can exclude them from statistics.
 pub(super) const USER_AGENT: HeaderValue = HeaderValue::from_static("Forebay health check");
 
-/// A check by a GET.
+/// A GET health check.
 pub struct Http {
     connector: Connector,
     path: String,
@@ -33,7 +33,7 @@ pub struct Http {
 }
 
 impl Http {
-    /// The one that is written, which was checked.
+    /// The configured check, already validated.
     pub fn new(written: &HttpCheck) -> Http {
         Http {
             connector: Connector::new(None),
@@ -82,31 +82,31 @@ impl HealthCheck for Http {
         }
     }
 
-    /// `upstream/health.rs` counts.
+    /// Not used: `upstream/health.rs` counts.
     fn health_threshold(&self, _: bool) -> usize {
         1
     }
 }
 
-/// How it is connected to, by a connection of its own.
+/// A peer with a connection of its own.
 pub(super) fn alone(endpoint: &Endpoint) -> pingora::upstreams::peer::HttpPeer {
     let mut peer = *endpoint.peer();
     peer.options.max_h2_streams = 1;
     peer
 }
 
-/// The host that is named to an endpoint: what is written, or its address as it is written, if that is a host at all.
+/// The host of the request: the configured one, or the endpoint's address as written, if that is a valid host.
 pub(super) fn host(written: Option<&Authority>, endpoint: &Endpoint) -> Authority {
     written.cloned().unwrap_or_else(|| endpoint.authority())
 }
 
-/// A request without a body; `h2` says whether it goes over TLS, if it goes by HTTP/2.
+/// A request without a body; `h2`: HTTP/2, and whether it uses TLS.
 pub(super) fn request(method: &str, path: &str, host: &Authority, h2: Option<bool>) -> Result<RequestHeader> {
     let mut request = RequestHeader::build(method, path.as_bytes(), None)?;
     match h2 {
         None => request.insert_header(header::HOST, host.as_str())?,
         Some(tls) => {
-            // Pingora would make one of the host, and always call it `https`.
+            // Pingora would derive the authority from the host and always use `https`.
             let scheme = if tls { Scheme::HTTPS } else { Scheme::HTTP };
             let uri = Uri::builder().scheme(scheme).authority(host.clone()).path_and_query(path).build();
             request.set_uri(uri.or_err(pingora::ErrorType::InvalidHTTPHeader, "the path of a health check")?);

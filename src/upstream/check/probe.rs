@@ -1,8 +1,8 @@
-//! The ways in which an endpoint is asked whether it is well.
+//! The kinds of health checks.
 //!
-//! All of them are a [`HealthCheck`] of Pingora's load balancing, and none is one of its own: its one for HTTP reads no
-//! body, and both have one way of connecting for all endpoints. Here an endpoint is connected to as for an exchange, in
-//! its own name.
+//! All of them implement Pingora's [`HealthCheck`]. Pingora's own implementations are not used: the one for HTTP
+//! reads no body, and both connect to all endpoints with the same settings. Here a check connects like an exchange,
+//! with the endpoint's own name.
 
 use std::sync::Arc;
 
@@ -19,11 +19,11 @@ use crate::config;
 use crate::upstream::endpoint::Endpoint;
 use crate::upstream::transport::tls::Flaw;
 
-/// A way of asking.
+/// A health check.
 pub struct Probe(Box<dyn HealthCheck + Send + Sync>);
 
 impl Probe {
-    /// The way that is written.
+    /// The configured check.
     pub fn build(written: &config::upstream::HealthCheck) -> Probe {
         if let Some(http) = &written.http {
             return Probe(Box::new(Http::new(http)));
@@ -35,7 +35,7 @@ impl Probe {
         Probe(Box::new(Connects(TransportConnector::new(None))))
     }
 
-    /// Asks. The caller bounds the time.
+    /// Runs the check. The caller limits its time.
     ///
     /// # Errors
     ///
@@ -47,7 +47,7 @@ impl Probe {
     }
 }
 
-/// A connection that comes about, with its TLS.
+/// A check that only connects, TLS handshake included.
 struct Connects(TransportConnector);
 
 #[async_trait]
@@ -57,7 +57,7 @@ impl HealthCheck for Connects {
         sound(Flaw::of_tls(stream.get_ssl_digest().as_deref()))
     }
 
-    /// `upstream/health.rs` counts.
+    /// Not used: `upstream/health.rs` counts.
     fn health_threshold(&self, _: bool) -> usize {
         1
     }

@@ -1,4 +1,4 @@
-//! The endpoint that a check asks, and how a check says what is wrong with it.
+//! The endpoint of a check, and the errors of checks.
 
 use std::sync::Arc;
 
@@ -8,18 +8,18 @@ use pingora_load_balancing::Backend;
 use crate::upstream::endpoint::Endpoint;
 use crate::upstream::transport::tls::Flaw;
 
-/// The endpoint that `Probe::ask` asks.
+/// The endpoint passed to `Probe::ask`.
 pub(super) fn endpoint(target: &Backend) -> Result<&Arc<Endpoint>> {
     let missing = || Error::explain(ErrorType::InternalError, "a check without an endpoint");
     target.ext.get::<Arc<Endpoint>>().ok_or_else(missing)
 }
 
-/// Whether a connection may be used.
+/// Returns an error if the connection has a flaw.
 pub(super) fn sound(flaw: Option<Flaw>) -> Result<()> {
     flaw.map_or(Ok(()), |flaw| wrong(flaw.to_string()))
 }
 
-/// What a check found wrong.
+/// A failed check.
 pub(super) fn wrong<T>(message: impl Into<String>) -> Result<T> {
     Err(Error::explain(ErrorType::Custom("health check"), message.into()))
 }

@@ -1,23 +1,23 @@
-//! The addresses of one name over IPv4 and IPv6: which are servers of their own, and which are ways to the same.
+//! The IPv4 and IPv6 addresses of a name: which are separate servers, and which are alternatives for the same
+//! server.
 //!
-//! A name with both has, as a rule, one server with two addresses, or as many servers of each kind. Were each address
-//! an endpoint, one family without a way to it would cost every other request an attempt. So the family with more
-//! addresses makes the endpoints, and those of the other are asked where they do not answer (`transport/pair.rs`): by
-//! turns, so that the load stays even whichever family it is that answers.
+//! A name with both usually has one server with two addresses, or as many servers of each kind. If each address
+//! were an endpoint, an unreachable family would cost every other request an attempt. So the family with more
+//! addresses defines the endpoints, and the addresses of the other are their alternatives (`transport/pair.rs`),
+//! distributed in rotation so that load stays even with either family.
 
 use std::collections::BTreeSet;
 use std::net::{IpAddr, SocketAddr};
 
-/// The address of an endpoint, and another way to the same server.
+/// The address of an endpoint, and an alternative address of the same server.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Way {
     pub address: SocketAddr,
     pub alternate: Option<SocketAddr>,
 }
 
-/// The endpoints of a name with these addresses. Where there are as many of both families, IPv6 is asked first (RFC
-/// 6724); unless this machine has no way at all to the preferred family, which `is_reachable` says of one of its
-/// addresses.
+/// The endpoints for these addresses. If both families have equally many, IPv6 is preferred (RFC 6724), unless
+/// `is_reachable` finds no route to one of its addresses.
 pub fn ways(addresses: &[IpAddr], port: u16, is_reachable: impl Fn(IpAddr) -> bool) -> Vec<Way> {
     let distinct: BTreeSet<IpAddr> = addresses.iter().map(IpAddr::to_canonical).collect();
     let (v4, v6): (Vec<IpAddr>, Vec<IpAddr>) = distinct.into_iter().partition(IpAddr::is_ipv4);
@@ -33,7 +33,7 @@ pub fn ways(addresses: &[IpAddr], port: u16, is_reachable: impl Fn(IpAddr) -> bo
     first.iter().zip(others).map(|(&ip, alternate)| Way { address: at(ip), alternate }).collect()
 }
 
-/// Whether this machine has a route to that address: asked of the kernel, without sending anything.
+/// Whether the kernel has a route to that address; sends nothing.
 pub fn is_reachable(address: IpAddr) -> bool {
     let any: SocketAddr =
         if address.is_ipv4() { ([0, 0, 0, 0], 0).into() } else { (std::net::Ipv6Addr::UNSPECIFIED, 0).into() };

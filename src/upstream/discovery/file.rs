@@ -1,7 +1,8 @@
-//! A file that lists endpoints: read at start, and again when it changes. One that is missing or wrong changes nothing.
+//! A file with a list of endpoints: read at start, and again when it changes. A missing or invalid file changes
+//! nothing.
 //!
-//! The system tells of changes in its directory (so that a file that is renamed to it is seen, and a link that is
-//! turned), and it is looked at every now and then as well, for not every file system tells.
+//! It watches the directory, so that renames and changed symbolic links are seen, and also checks the file
+//! periodically, since not every file system sends notifications.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -18,7 +19,7 @@ use crate::config::file::{self, Unreadable};
 use crate::config::units::Size;
 use crate::config::upstream::{Endpoint, FileSource};
 
-/// Between the first word of a change and the look at it: who writes in place needs more than one write for it.
+/// Delay between the first event and reading: writing in place takes several writes.
 const SETTLE: Duration = Duration::from_millis(100);
 
 /// The file of one upstream.
@@ -30,7 +31,7 @@ pub struct Listed {
     refresh: Duration,
 }
 
-/// What a look at the file showed, and a number that tells it from other looks.
+/// The content of the file, and a number that identifies it.
 pub struct Look {
     pub hash: u64,
     pub listed: Result<Vec<Endpoint>, String>,
@@ -47,12 +48,12 @@ impl Listed {
         }
     }
 
-    /// How it is called in the configuration.
+    /// Its path in the configuration.
     pub fn path(&self) -> &str {
         &self.written
     }
 
-    /// Reads it. `last` is the number of the last look: what is the same is not read into a list again.
+    /// Reads the file. `last` identifies the last content: the same content is not parsed again.
     pub fn look(&self, last: Option<u64>) -> Option<Look> {
         let text = self.read();
         let hash = match &text {
@@ -72,11 +73,11 @@ impl Listed {
                 Err(format!("`{}` is larger than {most}, which is its `max_size`", self.written))
             }
             Err(error) => Err(format!("`{}` cannot be read: {error}", self.written)),
-            Ok(bytes) => String::from_utf8(bytes).map_err(|_| format!("`{}` is no text in UTF-8", self.written)),
+            Ok(bytes) => String::from_utf8(bytes).map_err(|_| format!("`{}` is not UTF-8 text", self.written)),
         }
     }
 
-    /// Begins to watch it.
+    /// Starts to watch the file.
     pub fn watch(&self) -> Watch {
         let told = Arc::new(Notify::new());
         let watcher = self.watcher(told.clone());
@@ -91,7 +92,7 @@ impl Listed {
 
     fn watcher(&self, told: Arc<Notify>) -> notify::Result<RecommendedWatcher> {
         let mut watcher = notify::recommended_watcher(move |event: notify::Result<notify::Event>| {
-            // That it is read is an event as well, and ours.
+            // Ignores read access, which is our own.
             if !event.is_ok_and(|event| event.kind.is_access()) {
                 told.notify_one();
             }
@@ -102,7 +103,7 @@ impl Listed {
     }
 }
 
-/// Says when the file may have changed.
+/// Signals possible changes of the file.
 pub struct Watch {
     told: Arc<Notify>,
     refresh: Duration,
@@ -110,7 +111,7 @@ pub struct Watch {
 }
 
 impl Watch {
-    /// Waits until it is time to look at the file.
+    /// Waits until the file should be checked.
     pub async fn changed(&self) {
         tokio::select! {
             () = self.told.notified() => tokio::time::sleep(SETTLE.min(self.refresh)).await,
@@ -119,7 +120,7 @@ impl Watch {
     }
 }
 
-/// Runs what blocks on a thread for it.
+/// Runs blocking work on its own thread.
 pub async fn aside<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> io::Result<T> {
     tokio::task::spawn_blocking(work).await.map_err(io::Error::other)
 }
@@ -162,9 +163,9 @@ mod tests {
             said(b"- address: 10.0.0.1:80\n- address: 10.0.0.2:0\n").starts_with("endpoints.yaml:2: [1].address: ")
         );
         let two_tiers = b"- { address: 10.0.0.1:80, backup: true, priority: 3 }\n";
-        assert!(said(two_tiers).starts_with("endpoints.yaml:1: [0].backup: an endpoint stands in one tier"));
+        assert!(said(two_tiers).starts_with("endpoints.yaml:1: [0].backup: an endpoint is in one tier"));
         assert!(said(b"- { address: 10.0.0.1:80\n").contains("endpoints.yaml:"));
         assert_eq!(said(&[b'#'; 65]), "`endpoints.yaml` is larger than 64B, which is its `max_size`");
-        assert_eq!(said(&[0xff, 0xfe]), "`endpoints.yaml` is no text in UTF-8");
+        assert_eq!(said(&[0xff, 0xfe]), "`endpoints.yaml` is not UTF-8 text");
     }
 }

@@ -1,4 +1,4 @@
-//! An address as it is written: a literal one, a unix socket, or a name that is still to be resolved.
+//! A parsed address: a literal one, a unix socket, or a name to be resolved.
 
 use std::os::unix::net::SocketAddr as UnixSocketAddr;
 
@@ -6,7 +6,7 @@ use pingora::protocols::l4::socket::SocketAddr;
 
 use crate::config::Address;
 
-/// An address as it was written, understood but not resolved.
+/// A parsed address, not resolved yet.
 #[derive(Clone, Debug)]
 pub enum Location {
     Literal(SocketAddr),
@@ -14,12 +14,12 @@ pub enum Location {
 }
 
 impl Location {
-    /// Reads `host:port`, `[v6]:port` or `unix:/path`.
+    /// Parses `host:port`, `[v6]:port` or `unix:/path`.
     pub fn parse(written: &Address) -> Result<Location, String> {
         let address = written.0.as_str();
         if let Some(path) = written.unix_path() {
             return match UnixSocketAddr::from_pathname(path) {
-                // The empty path would make an unnamed socket, on which Pingora panics.
+                // An empty path would create an unnamed socket, on which Pingora panics.
                 Ok(socket) if !path.is_empty() => Ok(Location::Literal(SocketAddr::Unix(socket))),
                 Ok(_) => Err("`unix:` needs a path, such as `unix:/run/app.sock`".to_owned()),
                 Err(error) => Err(format!("`{path}` cannot be the path of a unix socket: {error}")),
@@ -32,11 +32,11 @@ impl Location {
             Some((host, Ok(port))) if !host.is_empty() && !host.contains([':', '/', '[', ']']) => {
                 Ok(Location::Name { host: host.to_owned(), port })
             }
-            _ => Err(format!("`{address}` is no address: write `host:port`, `[v6]:port` or `unix:/path`")),
+            _ => Err(format!("`{address}` is not an address: write `host:port`, `[v6]:port` or `unix:/path`")),
         }
     }
 
-    /// The host, for the server name and the certificate; `None` for a unix socket.
+    /// The host, for SNI and certificate verification; `None` for a unix socket.
     pub fn host(&self) -> Option<String> {
         match self {
             Location::Literal(address) => address.as_inet().map(|socket| socket.ip().to_string()),

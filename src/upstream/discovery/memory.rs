@@ -1,26 +1,26 @@
-//! What is known of a name: its last good answer, what a new one makes of it, and when to ask again.
+//! What is known of a name: its last good answer, how new answers change it, and when to ask again.
 //!
-//! A server that fails says nothing of the name, so the last good answer stays however long that lasts. That there is
-//! nothing under the name is an answer, and may be a mistake of a minute: it is believed once it has been said for as
-//! long as an answer is used (`refresh`).
+//! A failure says nothing about the name, so the last good answer stays valid. An answer without records may be a
+//! short mistake: it takes effect once it has been repeated for the longest time that an answer is used
+//! (`refresh`).
 
 use std::time::{Duration, Instant};
 
-/// No server is asked more often, whatever a TTL says; its unit is the second, and 0 means that it is not to be kept.
+/// Shortest interval of queries. TTLs are whole seconds, and 0 means "do not cache".
 const TTL_MIN: Duration = Duration::from_secs(1);
 
-/// What a server said, or did not.
+/// The result of a query.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Answer<T> {
-    /// This is there, and may be used for so long.
+    /// These records, with their TTL.
     Found(Vec<T>, Duration),
-    /// There is nothing: why that is known.
+    /// There are none, with the reason.
     None(String),
-    /// It is not known: what went wrong.
+    /// Unknown, with the error.
     Failed(String),
 }
 
-/// Which kind of answer it was.
+/// The kind of a result.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
     Found,
@@ -32,20 +32,20 @@ pub enum Kind {
 #[derive(Clone, Debug)]
 pub struct Memory<T> {
     good: Vec<T>,
-    /// Since when it is said that there is nothing.
+    /// Since when answers have had no records.
     none_since: Option<Instant>,
     failures: u32,
     last: Option<Kind>,
 }
 
-/// What an answer has come to.
+/// The effect of a result.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Learned {
-    /// What it was.
+    /// The kind of the result.
     pub kind: Kind,
-    /// Whether the one before was of another kind.
+    /// Whether the previous result was of another kind.
     pub is_news: bool,
-    /// Whether something else is known now.
+    /// Whether the known records changed.
     pub changed: bool,
     /// When to ask again.
     pub next: Instant,
@@ -58,12 +58,12 @@ impl<T> Default for Memory<T> {
 }
 
 impl<T: PartialEq> Memory<T> {
-    /// What is known to be there.
+    /// The known records.
     pub fn good(&self) -> &[T] {
         &self.good
     }
 
-    /// Takes an answer in.
+    /// Processes a result.
     pub fn learn(&mut self, answer: Answer<T>, now: Instant, refresh: Duration) -> Learned {
         let soon = TTL_MIN.min(refresh);
         let (kind, changed, pause) = match answer {
@@ -95,7 +95,7 @@ mod tests {
 
     const REFRESH: Duration = Duration::from_secs(30);
 
-    /// What each answer, at its second, leaves known, and after how many seconds the next one is asked for.
+    /// For each answer, given at its second: the known records, and the seconds until the next query.
     fn learned(answers: &[(u64, Answer<u8>)]) -> Vec<(Vec<u8>, f64)> {
         let (start, mut memory) = (Instant::now(), Memory::default());
         let mut learn = |(second, answer): &(u64, Answer<u8>)| {

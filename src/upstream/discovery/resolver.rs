@@ -1,4 +1,4 @@
-//! Asks the Domain Name System, by hickory-resolver: never on a worker, and never longer than is allowed.
+//! DNS look-ups with hickory-resolver: never on a worker, and with a time limit.
 
 use std::fs;
 use std::future::Future;
@@ -20,19 +20,19 @@ use hickory_resolver::system_conf::read_system_conf;
 use super::memory::Answer;
 use crate::party::wait::{NoClient, within};
 
-/// What the system asks by; read again when they change, and only if they are plain files.
+/// The system's resolver files; read again when they change, and only if they are regular files.
 const SYSTEM_FILES: [&str; 2] = ["/etc/resolv.conf", "/etc/hosts"];
 
-/// How often a server that says nothing is asked within the time that a look-up may take.
+/// How often an unresponsive server is asked within the time limit of a look-up.
 const TRIES: u32 = 3;
 
-/// Turns a name into what is under it.
+/// Resolves names.
 #[async_trait]
 pub trait Resolve: Send + Sync {
     /// The addresses of `host`.
     async fn addresses(&self, host: &str) -> Answer<IpAddr>;
 
-    /// The servers of a service.
+    /// The SRV records of `name`.
     async fn services(&self, name: &str) -> Answer<Service>;
 }
 
@@ -47,13 +47,13 @@ pub struct Service {
 
 /// The resolver of one upstream.
 pub struct Resolver {
-    /// Who is asked; none: whom the system asks.
+    /// The DNS servers; empty: those of the system.
     servers: Vec<SocketAddr>,
     timeout: Duration,
     current: Mutex<Option<Current>>,
 }
 
-/// A resolver that is made of what the system's files said, for the runtime that it was made in.
+/// A resolver with the settings of the system's files, bound to the runtime that created it.
 struct Current {
     resolver: Arc<TokioResolver>,
     runtime: tokio::runtime::Id,
@@ -61,7 +61,7 @@ struct Current {
 }
 
 impl Resolver {
-    /// One that asks these servers; without any, those of the system.
+    /// A resolver for these servers; without any, for those of the system.
     pub fn new(servers: Vec<SocketAddr>, timeout: Duration) -> Resolver {
         Resolver { servers, timeout, current: Mutex::new(None) }
     }
@@ -86,7 +86,7 @@ impl Resolver {
 
     fn make(&self) -> Result<TokioResolver, NetError> {
         let (config, mut options) = if self.servers.is_empty() {
-            // Without that file, or with none in it, the system asks the machine itself (resolv.conf(5)).
+            // The default server is the local machine (resolv.conf(5)).
             let itself = || ResolverConfig::from_parts(None, Vec::new(), vec![server(&([127, 0, 0, 1], 53).into())]);
             let [resolv, hosts] = SYSTEM_FILES.map(|file| !fs::metadata(file).is_ok_and(|file| !file.is_file()));
             let read = if resolv { read_system_conf().ok() } else { None };
@@ -104,7 +104,7 @@ impl Resolver {
         options.timeout = self.timeout / TRIES;
         options.attempts = TRIES as usize - 1;
         options.ip_strategy = LookupIpStrategy::Ipv4AndIpv6;
-        // Who asks again wants to know what has changed.
+        // No cache: a repeated query must see changes.
         options.cache_size = 0;
         TokioResolver::builder_with_config(config, TokioRuntimeProvider::default()).with_options(options).build()
     }
@@ -131,7 +131,7 @@ impl Resolver {
         };
         let mut ttl = left(found.valid_until());
         let records = found.answers().iter().filter_map(|record| match &record.data {
-            // A host of `.` says that there is no such service here (RFC 2782).
+            // A host of `.` means that the service is not available (RFC 2782).
             RData::SRV(record) if !record.target.is_root() => Some(record),
             _ => None,
         });
@@ -145,7 +145,7 @@ impl Resolver {
                     services.push(Service { priority, weight, port, addresses });
                 }
                 Answer::None(_) => {}
-                // Without it the answer would be short of a server that may well be there.
+                // Without it, the result would lack a server that may exist.
                 Answer::Failed(why) => return Answer::Failed(format!("`{name}` names a host that is unknown: {why}")),
             }
         }

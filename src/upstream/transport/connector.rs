@@ -1,7 +1,7 @@
-//! Connects to endpoints over the version of HTTP that a peer is marked with.
+//! Connects to endpoints with the HTTP version that a peer is marked with.
 //!
-//! Pingora's proxy asks it before its own connectors. Over HTTP/2 exchanges go by our own client ([`Http2`]), over
-//! HTTP/1 by Pingora's, on a stream that is followed ([`Followed`]). Kept connections of HTTP/1 are in Pingora's pool.
+//! Pingora's proxy calls it before its own connectors. HTTP/2 uses our own client ([`Http2`]); HTTP/1 uses
+//! Pingora's, on an observed stream ([`Followed`]). Pingora's pool keeps idle HTTP/1 connections.
 
 use std::any::Any;
 use std::sync::LazyLock;
@@ -17,11 +17,11 @@ use pingora::{Error, ErrorType, Result};
 use super::http1::Followed;
 use super::http2::{Exchange, Http2};
 
-/// Words that only Pingora's proxy reads: on the wire they are `http/1.1` and `h2`.
+/// Markers for Pingora's proxy only: on the wire they are `http/1.1` and `h2`.
 static HTTP1: LazyLock<CustomALPN> = LazyLock::new(|| CustomALPN::new(b"forebay-h1".to_vec()));
 static HTTP2: LazyLock<CustomALPN> = LazyLock::new(|| CustomALPN::new(b"forebay-h2".to_vec()));
 
-/// Has an exchange with this endpoint go over a connection of ours, of HTTP/1 or HTTP/2.
+/// Marks a peer for our connector, with HTTP/1 or HTTP/2.
 pub fn mark(peer: &mut HttpPeer, http1: bool) {
     peer.options.alpn = ALPN::Custom(CustomALPN::clone(if http1 { &HTTP1 } else { &HTTP2 }));
 }
@@ -31,14 +31,14 @@ fn is_http1(peer: &impl Peer) -> bool {
     peer.get_peer_options().is_some_and(|options| matches!(&options.alpn, ALPN::Custom(marked) if *marked == *HTTP1))
 }
 
-/// See the module.
+/// The connector; see the module.
 pub struct Endpoints {
     http1: TransportConnector,
     http2: Http2,
 }
 
 impl Endpoints {
-    /// Connects as these options say.
+    /// A connector with these options.
     pub fn new(options: ConnectorOptions) -> Endpoints {
         Endpoints { http1: TransportConnector::new(Some(options.clone())), http2: Http2::new(options) }
     }
@@ -76,10 +76,10 @@ impl Connector for Endpoints {
     }
 }
 
-/// Has a connection made, and not kept: connections to one endpoint that are kept tend to die together, and the next
-/// one would be of no more use than the last.
+/// Forces a new connection that is not kept: idle connections to an endpoint tend to die together, so another kept
+/// one would probably fail, too.
 pub fn separate(peer: &mut HttpPeer) {
-    // Pingora knows kept connections by this among others.
+    // Part of the key of Pingora's connection pool.
     peer.group_key = rand::random();
     peer.options.idle_timeout = Some(Duration::from_millis(1));
 }

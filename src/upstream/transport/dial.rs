@@ -1,7 +1,8 @@
-//! Makes a connection to an endpoint: TCP or a unix socket, one address or the better of two, and what is said first.
+//! Makes connections to an endpoint: TCP or a unix socket, one or two addresses, with an optional PROXY protocol
+//! header.
 //!
-//! Pingora asks this in place of its own connector, which knows one address and says nothing first; TLS, if there is
-//! any, is Pingora's again. It also counts connections, from the attempt to their end.
+//! Pingora calls it instead of its own connector, which supports one address and no header; Pingora adds TLS. It
+//! also counts connections, from the attempt to their end.
 
 use std::fmt;
 use std::io;
@@ -26,24 +27,24 @@ use super::pair::{Pair, race};
 use crate::eventloop::worker;
 use crate::upstream::window;
 
-/// After so long the second address of a server is asked as well (RFC 8305 §5).
+/// Delay before the second address is tried as well (RFC 8305 §5).
 const HEAD_START: Duration = Duration::from_millis(250);
 
-/// The gateway itself has no descriptors, ports or memory for a connection: that says nothing of the endpoint.
+/// The gateway itself lacks descriptors, ports or memory: this says nothing about the endpoint.
 pub const EXHAUSTED: ErrorType = ErrorType::new("no resources for a connection");
 
-/// No connection is made for a client with a descriptor from here on: the last ones are for the admin endpoint, checks,
-/// look-ups and files of Forebay itself. As the limit of open files, it holds for the process.
+/// Connections for clients do not use descriptors from here on: the last ones are reserved for the admin endpoint,
+/// health checks, look-ups and Forebay's own files. Process-wide, like the limit of open files.
 static FOR_CLIENTS_BELOW: AtomicI32 = AtomicI32::new(i32::MAX);
 
-/// Leaves the descriptors from this one on to others than clients.
+/// Reserves the descriptors from this one on.
 pub fn leave_descriptors_from(first: RawFd) {
     FOR_CLIENTS_BELOW.store(first, Ordering::Relaxed);
 }
 
-/// Whether a socket that was just made may be used. The kernel gives the lowest number that is free.
+/// Whether a new socket may be used. The kernel assigns the lowest free number.
 fn is_to_spare(socket: RawFd) -> io::Result<()> {
-    // Only what is done for clients is done by workers.
+    // Only work for clients runs on workers.
     let reserved = socket >= FOR_CLIENTS_BELOW.load(Ordering::Relaxed) && worker::here().is_some();
     if reserved { Err(io::Error::from_raw_os_error(libc::EMFILE)) } else { Ok(()) }
 }
@@ -51,7 +52,7 @@ fn is_to_spare(socket: RawFd) -> io::Result<()> {
 /// Makes the connections to one endpoint.
 pub struct Dialer {
     connections: Arc<Connections>,
-    /// The receive buffer that a connection begins with; `None`: the kernel's.
+    /// The initial receive buffer; `None`: the kernel's default.
     receive_bytes: Option<usize>,
     head_start: Duration,
     greeting: Option<Box<[u8]>>,
@@ -60,7 +61,7 @@ pub struct Dialer {
 }
 
 impl Dialer {
-    /// One that knows a single address, which comes with each call.
+    /// A dialer for a single address, which is passed with each call.
     pub(super) fn new(
         connections: Arc<Connections>,
         receive_bytes: Option<usize>,
@@ -71,17 +72,17 @@ impl Dialer {
         Dialer { connections, receive_bytes, head_start, greeting, pair, retired: AtomicBool::new(false) }
     }
 
-    /// Whether its endpoint was removed: idle connections to it need not be kept.
+    /// Whether its endpoint was removed: idle connections need not be kept.
     pub fn is_retired(&self) -> bool {
         self.retired.load(Ordering::Relaxed)
     }
 
-    /// Its endpoint was removed, or is there again.
+    /// Sets whether its endpoint was removed.
     pub(in crate::upstream) fn set_retired(&self, retired: bool) {
         self.retired.store(retired, Ordering::Relaxed);
     }
 
-    /// The same, that says something else first.
+    /// The same dialer with another header.
     pub(super) fn greeting(&self, greeting: Box<[u8]>) -> Dialer {
         Dialer {
             connections: self.connections.clone(),
@@ -93,7 +94,7 @@ impl Dialer {
         }
     }
 
-    /// The endpoint at `address` has this `alternate` address, too, or none. What is known of the same two stays.
+    /// Sets the `alternate` address of the endpoint at `address`. The state of an unchanged pair is kept.
     pub(in crate::upstream) fn set_pair(&self, address: &SocketAddr, alternate: Option<net::SocketAddr>, now: Instant) {
         let Some((first, second)) = address.as_inet().copied().zip(alternate) else {
             self.pair.store(None);
@@ -104,7 +105,7 @@ impl Dialer {
         }
     }
 
-    /// The address to ask first, if there are two.
+    /// The address to try first, if there are two.
     pub(in crate::upstream) fn preferred(&self) -> Option<net::SocketAddr> {
         self.pair.load().as_ref().map(|pair| pair.preferred(Instant::now()))
     }
@@ -132,11 +133,11 @@ impl Dialer {
         Ok(stream)
     }
 
-    /// Makes a connection of our own to `address`, for our own driver.
+    /// Connects to `address` for our own driver.
     ///
     /// # Errors
     ///
-    /// Of the kinds that Pingora's own connector gives, and [`EXHAUSTED`].
+    /// The error types of Pingora's connector, and [`EXHAUSTED`].
     pub async fn open(&self, address: &SocketAddr) -> Result<Opened> {
         let open = Open::new(&self.connections);
         let socket = self.dial(address).await.map_err(|error| told(address, error))?;
@@ -144,7 +145,7 @@ impl Dialer {
     }
 
     async fn dial(&self, address: &SocketAddr) -> io::Result<Socket> {
-        // A greeting fits into the empty buffer of a new socket, so that it is written at once.
+        // The header fits into the empty send buffer of a new socket, so one write is enough.
         let greeting = self.greeting.as_deref().unwrap_or_default();
         match address {
             SocketAddr::Inet(address) => {
@@ -163,12 +164,12 @@ impl Dialer {
     }
 }
 
-/// A connection to an endpoint as the kernel knows it.
+/// The socket of a connection to an endpoint.
 #[derive(Debug)]
 pub enum Socket {
     /// Over TCP.
     Tcp(TcpStream),
-    /// On this machine.
+    /// A unix socket.
     Unix(UnixStream),
 }
 
@@ -181,10 +182,10 @@ impl From<Socket> for Stream {
     }
 }
 
-/// A connection of ours, which is counted among those of its upstream until it is dropped.
+/// A connection of our own driver, counted for its upstream until it is dropped.
 #[derive(Debug)]
 pub struct Opened {
-    /// What it goes over.
+    /// The socket.
     pub socket: Socket,
     _open: Open,
 }
@@ -205,7 +206,7 @@ impl fmt::Debug for Dialer {
     }
 }
 
-/// The kinds are Pingora's, as its own connector would give them, and [`EXHAUSTED`].
+/// Maps errors to the types of Pingora's connector, and [`EXHAUSTED`].
 fn told(address: &SocketAddr, error: io::Error) -> Box<Error> {
     use io::ErrorKind;
     let kind = match error.kind() {
@@ -218,15 +219,15 @@ fn told(address: &SocketAddr, error: io::Error) -> Box<Error> {
     Error::because(kind, format!("connecting to {address}"), error)
 }
 
-/// Whether the system refused us what a connection takes: a descriptor, in this process or at all, memory, or a port.
+/// Whether the system lacked a resource: a descriptor, memory, or a port.
 fn is_own(error: &io::Error) -> bool {
     const OWN: [libc::c_int; 5] = [libc::EMFILE, libc::ENFILE, libc::ENOBUFS, libc::ENOMEM, libc::EADDRNOTAVAIL];
     error.raw_os_error().is_some_and(|code| OWN.contains(&code))
 }
 
-/// `EADDRNOTAVAIL` says that no port is free towards an address, or that this machine has no address from which it
-/// could be reached, such as where IPv6 is off. In the second case a datagram has no way there, either, and the
-/// endpoint is as unreachable as without a route.
+/// `EADDRNOTAVAIL` means that no local port is free, or that this machine has no address to reach the target from,
+/// such as with IPv6 turned off. In the second case a UDP connect also fails, and the endpoint counts as
+/// unreachable.
 fn without_ports(error: io::Error, to: net::SocketAddr) -> io::Error {
     if error.raw_os_error() != Some(libc::EADDRNOTAVAIL) {
         return error;
@@ -239,7 +240,7 @@ fn without_ports(error: io::Error, to: net::SocketAddr) -> io::Error {
     }
 }
 
-/// Counts a connection from the attempt to its end: Pingora keeps it with the stream.
+/// Counts a connection from the attempt to its end: Pingora stores it in the stream.
 #[derive(Debug)]
 struct Open(Arc<Connections>);
 
@@ -258,7 +259,7 @@ impl Drop for Open {
     }
 }
 
-/// Being kept and dropped is all that is asked of it.
+/// Only its lifetime matters.
 impl Tracing for Open {
     fn on_connected(&self) {}
 
@@ -285,7 +286,7 @@ mod tests {
         assert_eq!(kind(libc::ECONNREFUSED), ErrorType::ConnectRefused);
         assert_eq!(kind(libc::ETIMEDOUT), ErrorType::ConnectTimedout);
         assert_eq!(kind(libc::ENETUNREACH), ErrorType::ConnectNoRoute);
-        // The backlog of a unix socket is full: that is the endpoint's.
+        // The backlog of a unix socket is full: a failure of the endpoint.
         assert_eq!(kind(libc::EAGAIN), ErrorType::ConnectError);
     }
 

@@ -1,7 +1,7 @@
-//! What goes first over a connection to an endpoint: whom it is for, by the PROXY protocol, version 2.
+//! The PROXY protocol header (version 2) at the beginning of a connection to an endpoint.
 //!
-//! It is said once, so a connection that is kept must stay with its client: [`Parties`] is part of what connections
-//! are told apart by.
+//! It is sent once, so a kept connection must be reused only for the same client: [`Parties`] is part of the
+//! connection key.
 
 use std::net::{IpAddr, SocketAddr};
 
@@ -10,17 +10,17 @@ use ppp::v2::{Addresses, Builder, Command, Protocol, Version};
 /// The two ends of a client's connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Parties {
-    /// The client, as far as is known; with port 0 where only its address is.
+    /// The client's address, as far as known; port 0 if only its IP address is known.
     pub client: SocketAddr,
-    /// Where it has connected to.
+    /// The address it connected to.
     pub gateway: SocketAddr,
 }
 
-/// What is said for a client; `None`: one that has no address, since it came by a unix socket.
+/// The header for a client; `None`: a client without an address, on a unix socket.
 pub(super) fn of(parties: Option<Parties>) -> Box<[u8]> {
     let addresses = parties.map_or(Addresses::Unspecified, |Parties { client, gateway }| {
         let (mut client, mut gateway) = (client, gateway);
-        // There is one family for both.
+        // The header has one address family for both.
         if client.is_ipv4() != gateway.is_ipv4() {
             client.set_ip(v6(client.ip()));
             gateway.set_ip(v6(gateway.ip()));
@@ -30,7 +30,7 @@ pub(super) fn of(parties: Option<Parties>) -> Box<[u8]> {
     said(Command::Proxy, addresses)
 }
 
-/// What is said on a connection that is for no client, such as a health check's.
+/// The LOCAL header, for connections without a client, such as health checks.
 pub(super) fn own() -> Box<[u8]> {
     said(Command::Local, Addresses::Unspecified)
 }
@@ -38,7 +38,7 @@ pub(super) fn own() -> Box<[u8]> {
 fn said(command: Command, addresses: Addresses) -> Box<[u8]> {
     let protocol = if addresses == Addresses::Unspecified { Protocol::Unspecified } else { Protocol::Stream };
     let header = Builder::with_addresses(Version::Two | command, protocol, addresses).build();
-    // It fails for what is longer than 64 KiB, and addresses are not.
+    // Fails only above 64 KiB; addresses are shorter.
     header.unwrap_or_default().into()
 }
 

@@ -1,9 +1,8 @@
-//! Connections to endpoints of HTTP/1, on which trailers pass.
+//! HTTP/1 connections to endpoints, with support for trailers.
 //!
-//! Pingora speaks HTTP/1 on a connection, but discards the trailers of an answer and writes none behind a request. So
-//! it gets a [`Followed`] stream, which sees the same bytes: it keeps the trailers that come, writes those that are to
-//! leave into the last chunk, and ends an answer whose chunks do not follow the grammar. Exchange and stream share a
-//! [`Tail`].
+//! Pingora handles HTTP/1, but discards response trailers and sends no request trailers. So it gets a [`Followed`]
+//! stream, which sees the same bytes: it collects response trailers, inserts request trailers into the last chunk,
+//! and ends a response with malformed chunks. Exchange and stream share a [`Tail`].
 
 use std::io::{self, IoSlice};
 use std::pin::Pin;
@@ -28,10 +27,10 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use super::tunnel::{Tunnel, Way};
 use crate::framing::follow;
 
-/// What an exchange and its connection to an endpoint tell each other about the ends of messages.
+/// Shared by an exchange and its connection to an endpoint: the state of the message ends.
 #[derive(Debug, Default)]
 pub struct Tail {
-    // The task of the exchange uses it, in turns: it is never waited for.
+    // Only the exchange's task uses it, so the lock is never contended.
     state: Mutex<State>,
 }
 
@@ -41,19 +40,19 @@ struct State {
     request: follow::Request,
     /// The last chunk of the request, with trailers.
     last_chunk: Option<Bytes>,
-    /// The chunks of the answer do not follow the grammar.
+    /// The response has malformed chunks.
     malformed: bool,
-    /// Client and endpoint speak another protocol by now.
+    /// Client and endpoint have switched to another protocol.
     tunnel: Option<Arc<Tunnel>>,
 }
 
 impl Tail {
-    /// That of the connection with this digest, if its messages are followed.
+    /// The `Tail` of the connection with this digest, if its messages are observed.
     pub fn of(digest: Option<&Digest>) -> Option<Arc<Tail>> {
         digest?.proxy_digest.as_ref()?.user_data.as_ref()?.downcast_ref::<Arc<Tail>>().cloned()
     }
 
-    /// A request is sent next. `head_only`: it has the method HEAD; `in_chunks`: so does its body leave.
+    /// A request begins. `head_only`: its method is HEAD; `in_chunks`: its body is chunked.
     pub fn begin(&self, head_only: bool, in_chunks: bool) {
         let state = &mut *self.state();
         state.answer.begin(head_only);
@@ -61,27 +60,27 @@ impl Tail {
         (state.last_chunk, state.malformed) = (None, false);
     }
 
-    /// The request ends with this last chunk, which has trailers, if it is in chunks. It has not left yet.
+    /// Ends a chunked request with this last chunk, which contains trailers. It must not have been sent yet.
     pub fn end_with(&self, last_chunk: Bytes) {
         self.state().last_chunk = Some(last_chunk);
     }
 
-    /// Whether the answer comes in chunks, so that trailers may follow it.
+    /// Whether the response is chunked and may have trailers.
     pub fn is_chunked(&self) -> bool {
         self.state().answer.is_chunked()
     }
 
-    /// The trailers of an answer that is here whole, once.
+    /// Takes the trailers of a complete response.
     pub fn take_trailers(&self) -> Option<HeaderMap> {
         self.state().answer.take_trailers()
     }
 
-    /// Whether the chunks of the answer were found not to follow the grammar.
+    /// Whether the response has malformed chunks.
     pub fn is_malformed(&self) -> bool {
         self.state().malformed
     }
 
-    /// Client and endpoint have agreed on another protocol: each direction ends by itself from here on.
+    /// Client and endpoint have switched protocols: each direction now ends separately.
     pub fn switch(&self, tunnel: Arc<Tunnel>) {
         let state = &mut *self.state();
         tunnel.has_read(Way::Down, state.answer.tunneled());
@@ -96,7 +95,7 @@ impl Tail {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Takes bytes as they come. An error: the answer is not what its header says.
+    /// Processes received bytes. An error means that the response does not match its header.
     fn received(&self, bytes: &[u8]) -> io::Result<()> {
         let state = &mut *self.state();
         state.answer.take(bytes).map_err(|_| {
@@ -109,7 +108,7 @@ impl Tail {
         Ok(())
     }
 
-    /// Takes bytes that have left.
+    /// Processes sent bytes.
     fn sent(&self, bytes: &[u8]) {
         let state = &mut *self.state();
         match &state.tunnel {
@@ -118,7 +117,7 @@ impl Tail {
         }
     }
 
-    /// What leaves instead of these bytes, if they are the last chunk and trailers belong into it.
+    /// Returns the bytes to send instead, if these are the last chunk and trailers belong to it.
     fn instead_of(&self, next: &[u8]) -> Option<Bytes> {
         let state = &mut *self.state();
         let chunk = state.last_chunk.take_if(|_| state.request.ends_with(next));
@@ -129,25 +128,25 @@ impl Tail {
     }
 }
 
-/// A connection to an endpoint; see the module.
+/// An observed connection to an endpoint; see the module.
 pub struct Followed {
     io: Stream,
     tail: Arc<Tail>,
     /// Carries `tail` to the exchange.
     digest: Arc<ProxyDigest>,
-    /// A last chunk that is leaving instead of Pingora's.
+    /// The last chunk that replaces Pingora's while it is being sent.
     leaving: Option<Bytes>,
 }
 
 impl Followed {
-    /// Follows the messages on this connection.
+    /// Observes the messages on this connection.
     ///
     /// # Errors
     ///
-    /// None that can be met.
+    /// Only in theory.
     pub fn new(io: Stream) -> Result<Followed> {
         let tail = Arc::<Tail>::default();
-        // It is made for what a CONNECT proxy has answered, and there is none.
+        // The type is meant for the response of a CONNECT proxy; none is involved here.
         let answer = Box::new(ResponseHeader::build(200, Some(0))?);
         let digest = Arc::new(ProxyDigest::new(answer, Some(Box::new(tail.clone()))));
         Ok(Followed { io, tail, digest, leaving: None })
@@ -158,10 +157,10 @@ impl AsyncRead for Followed {
     fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, out: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         let tunnel = self.tail.tunnel();
         if let Some(tunnel) = &tunnel {
-            // One that does not take the end has gone, and reading says so.
+            // If the endpoint does not accept the shutdown, it has gone, and reading will report that.
             if tunnel.is_to_tell(Way::Up) && Pin::new(&mut self.io).poll_shutdown(cx).is_ready() {
                 tunnel.told(Way::Up);
-                // The client's side may wait for that.
+                // The client side may be waiting for this.
                 cx.waker().wake_by_ref();
             }
             if tunnel.has_ended(Way::Down) {
@@ -177,7 +176,7 @@ impl AsyncRead for Followed {
         match tunnel {
             Some(tunnel) if out.filled().len() == before && out.remaining() > 0 => {
                 tunnel.end(Way::Down);
-                // The client's side passes it on, and this one is asked again when both have ended.
+                // The client side forwards the end; this side is polled again when both have ended.
                 cx.waker().wake_by_ref();
                 if tunnel.is_over() { Poll::Ready(Ok(())) } else { Poll::Pending }
             }
@@ -212,7 +211,7 @@ impl AsyncWrite for Followed {
         cx: &mut Context<'_>,
         bytes: &[IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
-        // A last chunk is written by itself.
+        // A last chunk is written separately.
         let Followed { io, tail, .. } = self.get_mut();
         let sent = ready!(Pin::new(io).poll_write_vectored(cx, bytes))?;
         let mut left = sent;

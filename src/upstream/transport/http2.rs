@@ -1,9 +1,8 @@
-//! HTTP/2 towards endpoints, by the library that Pingora uses, too.
+//! HTTP/2 to endpoints, with the library that Pingora also uses.
 //!
-//! Pingora's own client keeps the library's handles to itself: interim answers are lost on it, and a request cannot end
-//! with trailers. So exchanges with an endpoint of HTTP/2 go over a [`Http2`], which Pingora's proxy calls as a custom
-//! protocol. It keeps connections as Pingora does: shared by as many streams as both sides allow, and closed when none
-//! has used them for a while.
+//! Pingora's own client hides the library's handles: it loses interim responses and cannot send request trailers.
+//! So exchanges use [`Http2`], which Pingora's proxy calls as a custom protocol. It pools connections like Pingora:
+//! shared by as many streams as both sides allow, and closed after being idle for a time.
 
 use std::any::Any;
 use std::collections::HashMap;
@@ -34,18 +33,17 @@ use pingora::{Error, ErrorType, OrErr, Result, RetryType};
 
 use crate::party::wait::{Ended, Eye, FAR, NoClient, Wait, within};
 
-/// What Pingora takes for windows if nothing is written.
+/// Pingora's default window.
 const WINDOW_BYTES: u32 = 8 << 20;
-/// Endpoints may send larger frames than the least that is allowed.
+/// Endpoints may send larger frames than the protocol's minimum.
 const FRAME_BYTES: u32 = 64 << 10;
 
-/// For how long a connection is kept at most while unused; and one that is to be kept for less than this is not
-/// kept.
+/// Longest idle time of a connection. Connections with a shorter limit than the next constant are not kept.
 const MOST_IDLE: Duration = Duration::from_secs(24 * 3600);
 const LEAST_IDLE: Duration = Duration::from_millis(10);
 
-/// Fields that are about a connection of HTTP/1 and must not be on HTTP/2 (RFC 9113 §8.2.2), or that are for this hop
-/// alone.
+/// Connection-specific fields of HTTP/1 that are forbidden in HTTP/2 (RFC 9113 §8.2.2), and other hop-by-hop
+/// fields.
 const OF_HTTP1: [HeaderName; 9] = [
     header::TRANSFER_ENCODING,
     header::CONNECTION,
@@ -58,49 +56,48 @@ const OF_HTTP1: [HeaderName; 9] = [
     HeaderName::from_static("http2-settings"),
 ];
 
-/// The trailers of a request, which come when its body has been sent. The request carries the place for them among its
-/// extensions.
+/// The trailers of a request, set when its body has been sent. The slot is in the request's extensions.
 pub type RequestTrailers = Arc<Mutex<Option<HeaderMap>>>;
 
-/// What can be done with the stream of an attempt from elsewhere in its task. The request carries it among its
-/// extensions.
+/// Controls the stream of an attempt from elsewhere in its task. It is in the request's extensions.
 #[derive(Clone, Default)]
 pub struct StreamHandle(Arc<Shared>);
 
 #[derive(Default)]
 struct Shared {
-    /// The endpoint is waited for no longer.
+    /// The exchange no longer waits for the endpoint.
     over: AtomicBool,
-    /// The answer is whole: the rest of the request is not needed.
+    /// The response is complete: the rest of the request is not needed.
     unwanted: AtomicBool,
     reader: AtomicWaker,
-    /// Where the body of the request goes, while it does.
+    /// The send side of the stream, while the body is sent.
     send: Mutex<Option<SendStream<Bytes>>>,
 }
 
-/// We hung up: that says nothing of the endpoint.
-pub const HUNG_UP: ErrorType = ErrorType::new("nobody waits for the answer");
+/// We cancelled the request: this says nothing about the endpoint.
+pub const HUNG_UP: ErrorType = ErrorType::new("the client is gone");
 
 impl StreamHandle {
-    /// The endpoint is waited for no longer.
+    /// Cancels the wait for the endpoint.
     pub fn hang_up(&self) {
         self.0.over.store(true, Ordering::Release);
         self.0.reader.wake();
     }
 
-    /// What the endpoint has not taken yet of the request it need not take.
+    /// Discards the rest of the request.
     pub fn end_request(&self) {
         self.0.unwanted.store(true, Ordering::Release);
     }
 
-    /// Ready when the endpoint has taken what it was given of the request, or never will.
+    /// Ready when the endpoint has accepted everything it was given of the request, or never will.
     ///
-    /// A piece is handed to the library whole, and the next one waits here. Waiting where it is handed over would hold
-    /// up the answer as well: Pingora does one after the other, and an endpoint may answer before it has taken all.
+    /// A chunk is passed to the library as a whole, and the next one waits here. Waiting at the hand-over would
+    /// also block the response: Pingora does one after the other, and an endpoint may respond before it has read
+    /// the whole request.
     pub fn poll_taken(&self, cx: &mut Context<'_>) -> Poll<()> {
         let mut send = self.send();
         let Some(send) = send.as_mut().filter(|_| !self.is_over()) else { return Poll::Ready(()) };
-        // As much as is waiting already, and a byte more.
+        // One byte more than what is already waiting.
         send.reserve_capacity(1);
         while send.capacity() == 0 {
             let Some(Ok(_)) = ready!(send.poll_capacity(cx)) else { return Poll::Ready(()) };
@@ -113,12 +110,12 @@ impl StreamHandle {
     }
 
     fn send(&self) -> MutexGuard<'_, Option<SendStream<Bytes>>> {
-        // One task uses it, in turns; the lock is never waited for.
+        // Only one task uses it, so the lock is never contended.
         self.0.send.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-/// Sees that the answer is waited for no longer.
+/// Completes when the response is no longer waited for.
 struct Ends<'e>(&'e StreamHandle);
 
 impl Eye for Ends<'_> {
@@ -134,24 +131,24 @@ impl Eye for Ends<'_> {
     }
 }
 
-/// Connections to endpoints that speak HTTP/2.
+/// Connections to HTTP/2 endpoints.
 pub struct Http2 {
     transport: TransportConnector,
     pool: Arc<Pool>,
 }
 
-/// The connections that are kept.
+/// The pool of connections.
 struct Pool {
     kept: Mutex<Kept>,
-    /// How many are kept that are not in use.
+    /// Limit on idle connections.
     idle_max: usize,
 }
 
 #[derive(Default)]
 struct Kept {
-    /// By the key that says who may share them.
+    /// By connection key.
     connections: HashMap<u64, Vec<Arc<Connection>>>,
-    /// How many of them are not in use.
+    /// Number of idle connections.
     idle: usize,
 }
 
@@ -159,24 +156,24 @@ struct Kept {
 struct Connection {
     key: u64,
     send: SendRequest<Bytes>,
-    /// How many streams it may have.
+    /// Limit on its streams.
     most: usize,
     usage: Mutex<Usage>,
-    /// For how long it is kept while unused.
+    /// How long it is kept while idle.
     idle: Duration,
     tls: bool,
-    /// Its endpoint, for requests that name no host.
+    /// Its endpoint's address, for requests without a host.
     address: String,
     socket: UniqueIDType,
     digest: Digest,
 }
 
-/// Who uses a connection; changed under the lock of the pool alone.
+/// The use of a connection; changed only under the pool's lock.
 struct Usage {
     streams: usize,
-    /// Since when there is no stream.
+    /// When its last stream ended.
     idle_since: Option<Instant>,
-    /// It takes no further stream.
+    /// It accepts no further streams.
     over: bool,
 }
 
@@ -192,7 +189,7 @@ impl Pool {
         self.kept.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// A kept connection with a place for a stream, which is taken.
+    /// A kept connection with room for a stream, which is reserved.
     fn find(&self, key: u64) -> Option<Arc<Connection>> {
         let Kept { connections, idle } = &mut *self.kept();
         let free = |connection: &&Arc<Connection>| {
@@ -210,12 +207,12 @@ impl Pool {
         self.kept().connections.entry(connection.key).or_default().push(Arc::clone(connection));
     }
 
-    /// Keeps a connection no longer. Those who use it go on; it is closed with the last of them.
+    /// Removes a connection from the pool. Its active streams continue; it is closed with the last one.
     fn retire(&self, connection: &Arc<Connection>) {
         self.kept().retire(connection);
     }
 
-    /// A stream of this connection is over.
+    /// A stream of this connection has ended.
     fn leave(&self, connection: &Arc<Connection>) {
         let mut kept = self.kept();
         let mut usage = connection.usage();
@@ -226,13 +223,13 @@ impl Pool {
         usage.idle_since = Some(Instant::now());
         drop(usage);
         kept.idle += 1;
-        // One that is not to be kept for any time is closed at once.
+        // A connection without idle time is closed at once.
         if kept.idle > self.idle_max || connection.idle < LEAST_IDLE {
             kept.retire(connection);
         }
     }
 
-    /// Closes a connection that was unused for its time; else says how long it still has.
+    /// Closes a connection whose idle time is over; otherwise returns the remaining time.
     fn expire(&self, connection: &Arc<Connection>) -> Option<Duration> {
         let mut kept = self.kept();
         let unused = connection.usage().idle_since.map_or(Duration::ZERO, |since| since.elapsed());
@@ -262,7 +259,7 @@ impl Kept {
 }
 
 impl Http2 {
-    /// Connects as these options say, and keeps this many unused connections.
+    /// A pool with these options and this limit on idle connections.
     pub fn new(options: ConnectorOptions) -> Http2 {
         let pool = Pool { kept: Mutex::default(), idle_max: options.keepalive_pool_size };
         Http2 { transport: TransportConnector::new(Some(options)), pool: Arc::new(pool) }
@@ -306,7 +303,7 @@ impl Http2 {
         Ok(connection)
     }
 
-    /// A stream on this connection, whose place was taken; `None` if it takes no more.
+    /// Opens a stream on this connection in the reserved place; `None` if it accepts no more.
     async fn open(&self, connection: Arc<Connection>, patience: Duration) -> Option<Exchange> {
         match within(patience, NoClient::Within, connection.send.clone().ready()).await {
             Some(Ok(send)) => Some(Exchange::new(connection, self.pool.clone(), send)),
@@ -354,12 +351,12 @@ impl Connector for Http2 {
     }
 }
 
-/// How long it may take until a stream to a peer is there.
+/// Time limit for getting a stream to a peer.
 fn patience<P: Peer>(peer: &P) -> Duration {
     peer.total_connection_timeout().unwrap_or(FAR)
 }
 
-/// Works for a connection to its end: the endpoint's, or ours once it was unused for its time.
+/// Drives a connection until the endpoint closes it, or until its idle time is over.
 async fn drive(driver: h2::client::Connection<Stream, Bytes>, pool: Arc<Pool>, connection: Weak<Connection>) {
     let mut driver = std::pin::pin!(driver);
     let mut next = connection.upgrade().and_then(|connection| pool.expire(&connection));
@@ -367,7 +364,7 @@ async fn drive(driver: h2::client::Connection<Stream, Bytes>, pool: Arc<Pool>, c
         let tick = async {
             match next {
                 Some(left) => tokio::time::sleep(left).await,
-                // It closes when the last one has let go of it.
+                // It closes when its last user drops it.
                 None => std::future::pending().await,
             }
         };
@@ -386,7 +383,7 @@ async fn drive(driver: h2::client::Connection<Stream, Bytes>, pool: Arc<Pool>, c
     }
 }
 
-/// One stream to an endpoint, as a session of Pingora.
+/// One stream to an endpoint, as a Pingora session.
 pub struct Exchange {
     connection: Arc<Connection>,
     pool: Arc<Pool>,
@@ -396,7 +393,7 @@ pub struct Exchange {
     answer: Option<ResponseFuture>,
     header: Option<ResponseHeader>,
     incoming: Option<RecvStream>,
-    /// What else can be done with it.
+    /// The controls of the stream.
     handle: StreamHandle,
     read_timeout: Option<Duration>,
     write_timeout: Option<Duration>,
@@ -425,14 +422,14 @@ impl Exchange {
         }
     }
 
-    /// Waits for something from the endpoint, for no longer than it may take.
+    /// Waits for the endpoint, within its time limit.
     async fn bounded<T>(&self, reading: impl Future<Output = Result<T>>) -> Result<T> {
         let mut wait = Wait::at_most(self.read_timeout.unwrap_or(FAR), Ends(&self.handle));
         match wait.on(reading).await {
             Ended::Done(read) => read,
             Ended::Left(why) => Err(why),
             Ended::Late => {
-                // It may hang as a whole.
+                // The whole connection may hang.
                 self.pool.retire(&self.connection);
                 Error::e_explain(ErrorType::ReadTimedout, "waiting for the endpoint")
             }
@@ -440,7 +437,7 @@ impl Exchange {
     }
 }
 
-/// Hands a piece of a request of our own on as the endpoint takes it. It may do nothing for `patience`.
+/// Sends a chunk of our own request as the endpoint accepts it. Each wait is limited to `patience`.
 async fn write(body: &mut SendStream<Bytes>, mut data: Bytes, patience: Option<Duration>) -> Result<()> {
     while !data.is_empty() {
         body.reserve_capacity(data.len());
@@ -454,7 +451,7 @@ async fn write(body: &mut SendStream<Bytes>, mut data: Bytes, patience: Option<D
     Ok(())
 }
 
-/// The header as HTTP/2 has it: no fields about a connection, and the host in `:authority` (RFC 9113 §8.3.1).
+/// The header in HTTP/2 form: no connection fields, and the host in `:authority` (RFC 9113 §8.3.1).
 fn converted(mut request: RequestHeader, tls: bool, address: &str) -> Result<Request<()>> {
     let host = request.headers.get(header::HOST).cloned();
     for name in &OF_HTTP1 {
@@ -480,18 +477,19 @@ fn converted(mut request: RequestHeader, tls: bool, address: &str) -> Result<Req
     Ok(Request::from_parts(parts, ()))
 }
 
-/// What an error of the library is. The library itself ends a stream or a connection when what comes breaks the rules
-/// of HTTP/2 (RFC 9113 §5.4, §8.1.1). Nothing was closed or reset by the endpoint then; its answer is malformed.
+/// The error type for an error of the library. The library itself ends a stream or connection that violates HTTP/2
+/// (RFC 9113 §5.4, §8.1.1): then the endpoint closed or reset nothing, and its response is malformed.
 fn kind(error: &h2::Error, otherwise: ErrorType) -> ErrorType {
     if error.is_library() { ErrorType::InvalidHTTPHeader } else { otherwise }
 }
 
-/// An error while an answer comes.
+/// An error while receiving a response.
 fn broken(error: h2::Error, doing: &'static str) -> Box<Error> {
     Error::because(kind(&error, ErrorType::ReadError), doing, error)
 }
 
-/// An error before the answer: whether the request may be sent again, since the endpoint cannot have begun with it.
+/// An error before the response: it states whether the request may be sent again, since the endpoint cannot have
+/// started it.
 fn before_answer(error: h2::Error) -> Box<Error> {
     let refused = error.is_reset() && error.reason() == Some(Reason::REFUSED_STREAM);
     let ends = error.is_go_away() && error.reason() == Some(Reason::NO_ERROR);
@@ -502,13 +500,13 @@ fn before_answer(error: h2::Error) -> Box<Error> {
     if unbegun {
         told.retry = RetryType::Decided(true);
     } else if matches!(broken, Some(ErrorKind::ConnectionReset | ErrorKind::TimedOut | ErrorKind::BrokenPipe)) {
-        // One that was kept may have died unnoticed.
+        // A kept connection may be stale.
         told.retry = RetryType::ReusedOnly;
     }
     told
 }
 
-/// What comes next from an endpoint.
+/// The next item from an endpoint.
 enum Next {
     Interim(http::Response<()>),
     Final(http::Response<RecvStream>),
@@ -554,7 +552,7 @@ impl client::Session for Exchange {
             return Error::e_explain(ErrorType::InternalError, "an answer is read twice");
         };
         let next = poll_fn(|cx| {
-            // The library drops an interim answer that is not asked for before the final one.
+            // The library drops an interim response that is not polled before the final one.
             match ready!(answer.poll_informational(cx)) {
                 Some(interim) => Poll::Ready(interim.map(Next::Interim).map_err(before_answer)),
                 None => Pin::new(&mut answer).poll(cx).map(|last| last.map(Next::Final).map_err(before_answer)),
@@ -583,7 +581,7 @@ impl client::Session for Exchange {
         let piece =
             self.bounded(async { read.await.transpose().map_err(|error| broken(error, "reading over HTTP/2")) }).await;
         if let Ok(Some(piece)) = &piece {
-            // An error means that the stream is over; the next reading says how.
+            // An error means that the stream has ended; the next read reports it.
             let _ = incoming.flow_control().release_capacity(piece.len());
         }
         self.incoming = Some(incoming);
@@ -598,7 +596,7 @@ impl client::Session for Exchange {
         let Some(incoming) = self.incoming.as_mut().filter(|incoming| incoming.is_end_stream()) else {
             return Ok(false);
         };
-        // The library says that of a stream that failed, too; what is read next tells them apart.
+        // The library also returns this for failed streams; the next read tells the difference.
         let mut context = std::task::Context::from_waker(std::task::Waker::noop());
         match incoming.poll_data(&mut context) {
             Poll::Ready(None) => Ok(true),
@@ -617,7 +615,7 @@ impl client::Session for Exchange {
         let trailers = self.bounded(async { Ok(read.await) }).await?;
         self.incoming = Some(incoming);
         trailers.or_else(|error| {
-            // The answer is whole, and what is left of the request is not wanted (RFC 9113 §8.1).
+            // The response is complete, and the rest of the request is not needed (RFC 9113 §8.1).
             let whole = error.is_remote() && error.reason() == Some(Reason::NO_ERROR);
             if whole { Ok(None) } else { Err(broken(error, "reading trailers")) }
         })
@@ -681,9 +679,9 @@ impl client::Session for Exchange {
     }
 }
 
-/// The body of a request on its way. The caller has seen that there is room ([`StreamHandle::poll_taken`]). That an
-/// endpoint takes no more of it is no error here: it may have answered all the same, and the reader of the answer hears
-/// how the stream went.
+/// A request body being sent. The caller has checked that there is room ([`StreamHandle::poll_taken`]). If the
+/// endpoint accepts no more, that is not an error here: it may still respond, and reading the response reports the
+/// stream's state.
 struct Body {
     handle: StreamHandle,
     ended: bool,
@@ -691,7 +689,7 @@ struct Body {
 }
 
 impl Drop for Body {
-    /// The stream ends with its body, unless that was whole.
+    /// Ends the stream if the body was not complete.
     fn drop(&mut self) {
         *self.handle.send() = None;
     }
@@ -722,7 +720,7 @@ impl BodyWrite for Body {
             self.trailers.as_ref().and_then(|trailers| trailers.lock().unwrap_or_else(PoisonError::into_inner).take());
         let mut send = self.handle.send();
         let Some(send) = send.as_mut() else { return Ok(()) };
-        // As above, an error is the answer's to tell.
+        // As above, reading the response reports errors.
         let _ = match trailers {
             Some(trailers) => send.send_trailers(trailers),
             None => send.send_data(Bytes::new(), true),

@@ -1,9 +1,8 @@
-//! Two addresses of one server, over IPv6 and over IPv4: which is asked first, and what follows if it does not answer.
+//! Two addresses of one server, IPv6 and IPv4: which is tried first, and what happens if it does not answer.
 //!
-//! That a name has an address does not mean that there is a way to it: a host may have none for IPv6 at all, or one
-//! that swallows everything. So the second address is asked as well if the first has not answered for a while (RFC
-//! 8305), and the one that answered is asked first from then on, for some time: a dead address costs neither a failure
-//! nor its delay with every connection.
+//! A listed address may be unreachable: a host may lack IPv6, or packets may be dropped. So the second address is
+//! tried as well if the first has not answered after a delay (RFC 8305). The one that answered is then tried first
+//! for some time, so that a dead address does not delay every connection.
 
 use std::future::Future;
 use std::io;
@@ -14,15 +13,15 @@ use std::time::{Duration, Instant};
 
 use crate::party::wait::{NoClient, within};
 
-/// For how long the address that answered is asked first (RFC 8305 §8 has about as much).
+/// How long the address that answered is tried first (similar to RFC 8305 §8).
 const KEPT: Duration = Duration::from_secs(600);
 
-/// Two addresses of one server, the first of which is preferred.
+/// Two addresses of one server; the first is preferred.
 #[derive(Debug)]
 pub(super) struct Pair {
     first: SocketAddr,
     second: SocketAddr,
-    /// Milliseconds from `base`, plus 1, to when the second one answered in place of the first; 0: never.
+    /// When the second one last answered instead of the first, in milliseconds from `base`, plus 1; 0: never.
     turned: AtomicU64,
     base: Instant,
 }
@@ -32,24 +31,24 @@ impl Pair {
         Pair { first, second, turned: AtomicU64::new(0), base: now }
     }
 
-    /// Whether it is these two.
+    /// Whether it consists of these two.
     pub fn is(&self, first: SocketAddr, second: SocketAddr) -> bool {
         self.first == first && self.second == second
     }
 
-    /// The one to ask first.
+    /// The address to try first.
     pub fn preferred(&self, now: Instant) -> SocketAddr {
         let turned = self.turned.load(Ordering::Relaxed);
         let holds = turned > 0 && self.millis(now).saturating_sub(turned) < KEPT.as_millis() as u64;
         if holds { self.second } else { self.first }
     }
 
-    /// The other one.
+    /// The other address.
     pub fn other(&self, address: SocketAddr) -> SocketAddr {
         if address == self.first { self.second } else { self.first }
     }
 
-    /// This one has answered, and the other, which was asked before, has not.
+    /// This address has answered, and the other one, tried before it, has not.
     pub fn prefer(&self, address: SocketAddr, now: Instant) {
         let turned = if address == self.second { self.millis(now) } else { 0 };
         self.turned.store(turned, Ordering::Relaxed);
@@ -60,8 +59,8 @@ impl Pair {
     }
 }
 
-/// What the first of two attempts to succeed gives, and whether that was the second. The second begins when the first
-/// has failed, or after `delay`. If both fail, the first one's error.
+/// The result of the first successful attempt, and whether that was the second. The second starts when the first
+/// has failed or after `delay`. If both fail, returns the first error.
 pub(super) async fn race<T>(
     first: impl Future<Output = io::Result<T>>,
     second: impl Future<Output = io::Result<T>>,

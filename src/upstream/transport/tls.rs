@@ -1,8 +1,8 @@
-//! TLS towards endpoints: whom they must prove to be, and who Forebay proves to be.
+//! TLS to endpoints: verification of their certificates, and Forebay's client certificate.
 //!
-//! Pingora verifies chains and host names. What it cannot is seen to when a handshake is done, before the connection is
-//! used: that a certificate is made out to an IP address, and that HTTP/2 was agreed on where it is to be spoken. A
-//! connection with such a [`Flaw`] is refused by `proxy/connect.rs`.
+//! Pingora verifies chains and host names. Two checks are made after the handshake, before the connection is used:
+//! that a certificate contains the IP address, if there is no name, and that HTTP/2 was negotiated if required.
+//! `proxy/connect.rs` refuses a connection with such a [`Flaw`].
 
 use std::any::Any;
 use std::hash::Hasher;
@@ -25,15 +25,15 @@ use crate::config::units::Size;
 use crate::config::upstream::Protocol;
 use crate::error::BuildError;
 
-/// A file of certificates or of a key may be so large; the certificates that a system trusts take a quarter of a MiB.
+/// Largest PEM file; the system's CA bundle has a quarter of a MiB.
 const PEM_MAX: Size = Size::kib(16 * 1024);
 
-/// How the endpoints of an upstream are spoken to over TLS, and who else is.
+/// The TLS settings of an upstream.
 #[derive(Debug)]
 pub struct Tls {
     verify: bool,
     server_name: Option<Box<str>>,
-    /// `None`: whom the system trusts.
+    /// `None`: the system's authorities.
     ca: Option<Arc<CaType>>,
     identity: Option<Arc<CertKey>>,
     h2: bool,
@@ -42,19 +42,19 @@ pub struct Tls {
 /// Why a connection must not be used although its handshake succeeded.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Flaw {
-    /// The certificate is good, and somebody else's.
+    /// The certificate is valid, but does not contain this address.
     Address(IpAddr),
-    /// The endpoint did not agree on HTTP/2.
+    /// The endpoint did not negotiate HTTP/2.
     NoHttp2,
 }
 
 impl Flaw {
-    /// What is wrong with this connection, if anything is.
+    /// The flaw of this connection, if there is one.
     pub fn of(digest: Option<&Digest>) -> Option<Flaw> {
         Flaw::of_tls(digest?.ssl_digest.as_deref())
     }
 
-    /// The same, of what is known of its TLS.
+    /// The same, from its TLS digest.
     pub fn of_tls(digest: Option<&SslDigest>) -> Option<Flaw> {
         digest?.extension.get::<Flaw>().copied()
     }
@@ -70,7 +70,7 @@ impl std::fmt::Display for Flaw {
 }
 
 impl Tls {
-    /// Reads the files that are named; what is in them goes into `key`, too.
+    /// Reads the files; adds their content to `key`.
     pub fn build(written: &config::upstream::Tls, protocol: Protocol, key: &mut Xxh3) -> Result<Tls, Vec<BuildError>> {
         let mut errors = Vec::new();
         let ca = written.ca.as_ref().and_then(|path| certificates("ca", path, key).map_err(|e| errors.push(e)).ok());
@@ -92,19 +92,19 @@ impl Tls {
         })
     }
 
-    /// Why an endpoint at `host` (`None`: a unix socket) cannot be connected to, if so. Without a name Pingora would
-    /// verify nothing at all: better no gateway than one that trusts anybody.
+    /// Why an endpoint at `host` (`None`: a unix socket) cannot be connected to, if so. Without a name, Pingora
+    /// would verify nothing at all, so this is an error.
     pub fn objection(&self, host: Option<&str>) -> Option<&'static str> {
         (self.verify && self.server_name.is_none() && host.is_none()).then_some(
             "a unix socket has no name that its certificate could be made out to: write `tls: { server_name: … }`",
         )
     }
 
-    /// Has a peer that was found by the name `host` spoken to like this.
+    /// Sets the TLS options of a peer with the name `host`.
     pub fn set_up(&self, peer: &mut HttpPeer, host: Option<&str>) {
         let name = self.server_name.as_deref().or(host).unwrap_or_default();
         let address = name.parse::<IpAddr>().ok();
-        // An address is not sent as the name (RFC 6066 §3), and Pingora does not compare it with the certificate.
+        // An IP address is not sent as SNI (RFC 6066 §3), and Pingora does not compare it with the certificate.
         name.clone_into(&mut peer.sni);
         peer.options.verify_cert = self.verify;
         peer.options.verify_hostname = self.verify && address.is_none();
@@ -116,7 +116,7 @@ impl Tls {
     }
 }
 
-/// Looks at what a handshake came to.
+/// Checks the result of a handshake.
 fn inspection(address: Option<IpAddr>, h2: bool) -> HandshakeCompleteHook {
     Arc::new(move |ssl: &SslRef| {
         let stranger = address.filter(|&address| !ssl.peer_certificate().is_some_and(|shown| names(&shown, address)));
@@ -128,7 +128,7 @@ fn inspection(address: Option<IpAddr>, h2: bool) -> HandshakeCompleteHook {
     })
 }
 
-/// Whether a certificate is made out to this address (RFC 9110 §4.3.5).
+/// Whether a certificate contains this IP address (RFC 9110 §4.3.5).
 fn names(certificate: &X509, address: IpAddr) -> bool {
     let named = |bytes: &[u8]| match address {
         IpAddr::V4(address) => bytes == address.octets(),
@@ -141,7 +141,7 @@ fn names(certificate: &X509, address: IpAddr) -> bool {
 fn identity(certificate: &str, private: &str, key: &mut Xxh3) -> Result<CertKey, Vec<BuildError>> {
     let certificates = certificates("certificate", certificate, key);
     let private_key = read("key", private).and_then(|pem| {
-        // Without a callback the library would ask for the password at the terminal.
+        // Without a callback, the library would ask for the password on the terminal.
         PKey::private_key_from_pem_callback(&pem, |_| Ok(0)).map_err(|_| {
             let message = format!("`{private}` holds no private key in PEM, or one with a password");
             BuildError::new("key", message)
@@ -160,7 +160,7 @@ fn identity(certificate: &str, private: &str, key: &mut Xxh3) -> Result<CertKey,
     Ok(CertKey::new(certificates, private_key))
 }
 
-/// The certificates in a file, of which there is at least one.
+/// The certificates in a file; at least one.
 fn certificates(at: &str, path: &str, key: &mut Xxh3) -> Result<Vec<X509>, BuildError> {
     let pem = read(at, path)?;
     key.write(&pem);

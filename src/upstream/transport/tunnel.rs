@@ -1,15 +1,15 @@
-//! What client and endpoint do after a 101: each direction of a tunnel ends by itself (RFC 9110 §7.8).
+//! The tunnel after a 101 response: each direction ends separately (RFC 9110 §7.8).
 //!
-//! Pingora moves the bytes, and ends both directions as soon as one has ended. What the other side has still to say
-//! would be lost: the output of a program whose input is over, say. So the two streams keep an end from Pingora. Once
-//! all bytes before it have been written to the other side, that side's stream closes its sending side. Pingora hears
-//! of an end when both directions have ended.
+//! Pingora copies the bytes, but ends both directions as soon as one has ended, which would lose the rest of the
+//! other: for example the output of a program whose input is over. So the two streams hide the end from Pingora.
+//! Once all bytes before it have been written, the stream of the other side shuts down its sending direction.
+//! Pingora sees an end when both directions have ended.
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use crate::framing::follow::HeaderEnd;
 
-/// Where the status ends in the first line of an answer: `HTTP/1.1 101`.
+/// Where the status ends in a status line: `HTTP/1.1 101`.
 const STATUS_END: usize = 12;
 
 /// One direction of a tunnel.
@@ -21,7 +21,7 @@ pub enum Way {
     Down = 1,
 }
 
-/// What the streams on both sides of a tunnel tell each other. One task uses it, in turns.
+/// Shared by the streams on both sides of a tunnel. Only one task uses it.
 #[derive(Debug, Default)]
 pub struct Tunnel {
     state: Mutex<State>,
@@ -33,18 +33,18 @@ struct State {
     prelude: Prelude,
 }
 
-/// What leaves towards the client before the tunnel: the header of the 101, and perhaps the end of interim ones.
+/// Response bytes before the tunnel: the header of the 101, and possibly interim responses.
 #[derive(Debug, Default)]
 struct Prelude {
     end: HeaderEnd,
-    /// The beginning of the present header, up to its status.
+    /// The beginning of the current header, up to its status.
     line: Vec<u8>,
-    /// The header of the 101 has left.
+    /// The header of the 101 has been sent.
     over: bool,
 }
 
 impl Prelude {
-    /// Tells how many of these bytes leave before the tunnel.
+    /// How many of these bytes are sent before the tunnel.
     fn take(&mut self, bytes: &[u8]) -> usize {
         let mut taken = 0;
         while !self.over && taken < bytes.len() {
@@ -61,69 +61,69 @@ impl Prelude {
     }
 }
 
-/// How far one direction is.
+/// The progress of one direction.
 #[derive(Clone, Copy, Debug, Default)]
 struct Progress {
-    /// Bytes read from the one side.
+    /// Bytes read from the sender.
     read: u64,
-    /// Bytes written to the other side.
+    /// Bytes written to the receiver.
     written: u64,
-    /// The one side has said all.
+    /// The sender has ended this direction.
     ended: bool,
-    /// The other side was told so.
+    /// The end was passed on to the receiver.
     told: bool,
 }
 
 impl Tunnel {
-    /// The bytes that have been read in this direction since it began.
+    /// Sets the bytes read in this direction since its start.
     pub fn has_read(&self, way: Way, bytes: u64) {
         self.state().ways[way as usize].read = bytes;
     }
 
-    /// Counts further bytes that were read in this direction.
+    /// Adds bytes read in this direction.
     pub fn read(&self, way: Way, bytes: usize) {
         self.state().ways[way as usize].read += bytes as u64;
     }
 
-    /// Counts bytes that were written to the endpoint.
+    /// Adds bytes written to the endpoint.
     pub fn wrote_up(&self, bytes: usize) {
         self.state().ways[Way::Up as usize].written += bytes as u64;
     }
 
-    /// These bytes were written to the client: the header of the 101 first.
+    /// These bytes were written to the client, beginning with the header of the 101.
     pub fn wrote_down(&self, bytes: &[u8]) {
         let state = &mut *self.state();
         let before = state.prelude.take(bytes);
         state.ways[Way::Down as usize].written += (bytes.len() - before) as u64;
     }
 
-    /// The side that sends in this direction has ended it.
+    /// The sender has ended this direction.
     pub fn end(&self, way: Way) {
         self.state().ways[way as usize].ended = true;
     }
 
-    /// Whether it has.
+    /// Whether the sender has ended it.
     pub fn has_ended(&self, way: Way) -> bool {
         self.state().ways[way as usize].ended
     }
 
-    /// Whether the other side is to be told of the end now: all before it has been written.
+    /// Whether the end must be passed on now: all bytes before it have been written.
     pub fn is_to_tell(&self, way: Way) -> bool {
         let Progress { read, written, ended, told } = self.state().ways[way as usize];
         ended && !told && written == read
     }
 
-    /// The other side was told of the end.
+    /// The end was passed on.
     pub fn told(&self, way: Way) {
         self.state().ways[way as usize].told = true;
     }
 
-    /// Whether it knows.
+    /// Whether the end was passed on.
     pub fn is_told(&self, way: Way) -> bool {
         self.state().ways[way as usize].told
     }
 
-    /// Whether both directions have ended and both sides know.
+    /// Whether both directions have ended and the ends were passed on.
     pub fn is_over(&self) -> bool {
         self.state().ways.iter().all(|way| way.told)
     }
@@ -157,7 +157,7 @@ mod tests {
 
     #[test]
     fn the_header_of_the_101_is_no_part_of_it_however_it_is_written() {
-        // Of the interim ones, the first may have begun to leave before.
+        // An earlier interim response may already have been sent in part.
         let sent = b"nts\r\nLink: a\r\n\r\nHTTP/1.1 103 Early Hints\r\n\r\n\
             HTTP/1.1 101 Switching Protocols\r\nUpgrade: tcp\r\n\r\n\r\n\r\nabc";
         for size in 1..=sent.len() {
