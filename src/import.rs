@@ -1,8 +1,9 @@
-//! `nginx.conf` to a configuration of Forebay: what has an equal is translated, and each other line is reported.
+//! Converts `nginx.conf` to a Forebay configuration: directives with an equivalent are translated, all others are
+//! reported.
 //!
-//! [`grammar`] reads the file, `location` keeps the order in which locations are found, `text` makes expressions of
-//! variables, and `translate` does the rest. Nothing is guessed: where a line protects something and has no equal, the
-//! place is closed.
+//! [`grammar`] parses the file, `location` preserves the order of locations, `text` turns variables into
+//! expressions, and `translate` does the rest. Nothing is guessed: if a directive that protects something has no
+//! equivalent, the location is closed.
 
 pub mod grammar;
 mod known;
@@ -16,59 +17,58 @@ use std::path::{Path, PathBuf};
 
 use grammar::{Directive, Fault, Place};
 
-/// A configuration that was made of another one.
+/// The result of an import.
 #[derive(Debug)]
 pub struct Imported {
-    /// The text of the file.
+    /// The text of the configuration.
     pub yaml: String,
-    /// What became of each line, in the order of the files.
+    /// The result for each directive, in the order of the files.
     pub rows: Vec<Row>,
 }
 
-/// What became of one directive.
+/// The result for one directive.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Row {
-    /// Where it is.
+    /// Its position.
     pub place: Place,
-    /// The directive as one would write it.
+    /// The directive in normal form.
     pub line: String,
-    /// What became of it.
+    /// The result.
     pub fate: Fate,
     /// Why, or how it differs; may be empty.
     pub why: String,
 }
 
-/// What became of a directive.
+/// The result for a directive.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Fate {
-    /// It is in the file.
+    /// Translated.
     Translated,
-    /// Forebay does so without being told, or has no need of it.
+    /// Not needed: Forebay behaves this way by default, or does not need it.
     BuiltIn,
-    /// It is in the file, and there is something to know.
+    /// Translated with a difference.
     Differs,
-    /// There is no equal.
+    /// Without an equivalent.
     Lost,
 }
 
-/// An import that came to nothing.
+/// A failed import.
 #[derive(Debug)]
 pub enum Error {
     /// The file cannot be read.
     Unreadable(PathBuf, std::io::Error),
-    /// It is not in nginx's grammar.
+    /// Not valid nginx syntax.
     Fault(Fault),
-    /// There is no `server` in it.
+    /// No `server` in the file.
     NoServer(String),
 }
 
-/// How many bytes all files may have together.
+/// Limit on the size of all files together.
 const BYTES_MAX: u64 = 16 << 20;
 
-/// Reads a file, and those that it includes, and translates them.
+/// Reads a file and its includes, and translates them.
 ///
-/// # Errors
-/// The file is missing, is not in nginx's grammar, or has no `server`.
+/// # Errors The file is missing, has invalid syntax, or contains no `server`.
 pub fn file(path: &Path) -> Result<Imported, Error> {
     let unreadable = |error| Error::Unreadable(path.to_owned(), error);
     if fs::metadata(path).map_err(unreadable)?.len() > BYTES_MAX {
@@ -82,14 +82,13 @@ pub fn file(path: &Path) -> Result<Imported, Error> {
 
 /// Translates the text of a file.
 ///
-/// # Errors
-/// As of [`file()`].
+/// # Errors As for [`file()`].
 pub fn text(name: &str, text: &str, files: grammar::Files<'_>) -> Result<Imported, Error> {
     let mut missing = Vec::new();
     let directives = grammar::read(name, text, files, &mut missing).map_err(Error::Fault)?;
     let mut imported = translate::all(name, &directives).ok_or_else(|| Error::NoServer(name.to_owned()))?;
     for (directive, why) in missing {
-        // Types of files and parameters of FastCGI are in every installation, and of no use here.
+        // MIME types and FastCGI parameters are in every installation, and not used here.
         let needless =
             ["mime.types", "fastcgi_params", "fastcgi.conf", "uwsgi_params", "scgi_params", "modules-enabled"];
         let fate =
@@ -101,7 +100,7 @@ pub fn text(name: &str, text: &str, files: grammar::Files<'_>) -> Result<Importe
     Ok(imported)
 }
 
-/// The files that an `include` names, from the folder of the first file.
+/// The files of an `include`, relative to the folder of the first file.
 fn included(folder: &Path, pattern: &str) -> Result<Vec<(String, String)>, String> {
     let path = folder.join(pattern);
     let mut found = vec![PathBuf::new()];
@@ -135,9 +134,9 @@ fn included(folder: &Path, pattern: &str) -> Result<Vec<(String, String)>, Strin
     found.into_iter().filter(|path| path.is_file()).map(read).collect()
 }
 
-/// Whether a name is one of a pattern with `*` and `?`.
+/// Whether a name matches a pattern with `*` and `?`.
 fn matches(pattern: &str, name: &str) -> bool {
-    // A name that begins with a dot is hidden from a pattern that does not.
+    // A leading dot must be matched explicitly.
     if name.starts_with('.') && !pattern.starts_with('.') {
         return false;
     }
@@ -152,12 +151,12 @@ impl Row {
 }
 
 impl Imported {
-    /// How many directives have this fate.
+    /// Number of directives with this result.
     pub fn count(&self, fate: Fate) -> usize {
         self.rows.iter().filter(|row| row.fate == fate).count()
     }
 
-    /// The report: what has no equal, what differs, what needs no translation, and a sum.
+    /// The report: no equivalent, different, not needed, and a summary.
     pub fn report(&self) -> String {
         let mut report = String::new();
         for (fate, title) in [
@@ -165,7 +164,7 @@ impl Imported {
             (Fate::Differs, "Translated, with a difference:"),
             (Fate::BuiltIn, "Not needed:"),
         ] {
-            // What goes without saying has no reason.
+            // Self-evident results have no reason.
             let told = |row: &&Row| row.fate == fate && (fate != Fate::BuiltIn || !row.why.is_empty());
             let rows: Vec<&Row> = self.rows.iter().filter(told).collect();
             if rows.is_empty() {

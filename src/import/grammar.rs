@@ -1,61 +1,61 @@
-//! The grammar of nginx's configuration: words, quotes, comments, blocks and `include`. It knows no directive but that
-//! one, and those of Lua, whose blocks have a grammar of their own.
+//! The syntax of nginx's configuration: words, quotes, comments, blocks and `include`. Only `include` and Lua
+//! blocks, which have their own syntax, are treated specially.
 //!
-//! It must read every file that nginx reads, with directives of any module, and say the line of each.
+//! It must parse every file that nginx accepts, with directives of any module, and record the line of each.
 
 use std::rc::Rc;
 
-/// One directive: a name, its arguments, and what is in its block.
+/// A directive: name, arguments and block.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Directive {
     /// The name. In blocks such as `map`, the first word of a line.
     pub name: String,
-    /// The words behind it, without their quotes.
+    /// The arguments, without quotes.
     pub words: Vec<String>,
-    /// What is between its braces; `None` if it ends with a semicolon.
+    /// The content of its block; `None` if it ends with a semicolon.
     pub block: Option<Vec<Directive>>,
-    /// Where it begins.
+    /// Its position.
     pub place: Place,
 }
 
 /// A line of a file.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Place {
-    /// The file as it was named.
+    /// The file name as given.
     pub file: Rc<str>,
     /// Counted from 1.
     pub line: usize,
 }
 
-/// A file that nginx would not read, either.
+/// A syntax error.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Fault {
-    /// Where it is.
+    /// Its position.
     pub place: Place,
-    /// What is wrong.
+    /// The error.
     pub message: String,
 }
 
-/// Finds what `include` names: the files of a pattern, in order, with their text.
+/// Resolves an `include` pattern to files in order, with their text.
 pub type Files<'f> = &'f dyn Fn(&str) -> Result<Vec<(String, String)>, String>;
 
-/// How deep blocks and files may be nested.
+/// Limit on nested blocks and files.
 const DEPTH_MAX: usize = 64;
-/// How many directives all files may have together.
+/// Limit on the directives of all files together.
 const DIRECTIVES_MAX: usize = 200_000;
 
 impl Directive {
-    /// The word of this number; empty if there is none.
+    /// The argument with this index; empty if there is none.
     pub fn word(&self, index: usize) -> &str {
         self.words.get(index).map_or("", String::as_str)
     }
 
-    /// What is in its block.
+    /// The content of its block.
     pub fn inside(&self) -> &[Directive] {
         self.block.as_deref().unwrap_or_default()
     }
 
-    /// The directive as one would write it, without its block.
+    /// The directive in normal form, without its block.
     pub fn line(&self) -> String {
         let words: String = self.words.iter().map(|word| format!(" {}", shown(word))).collect();
         format!("{}{words}", shown(&self.name))
@@ -67,11 +67,11 @@ fn shown(word: &str) -> String {
     if plain { word.to_owned() } else { format!("\"{}\"", word.replace('"', "\\\"").replace('\n', "\\n")) }
 }
 
-/// Reads a file and those that it includes. What cannot be included is reported to `missing`, and left out.
+/// Parses a file and its includes. Includes that fail are reported to `missing` and skipped.
 ///
 /// # Errors
 ///
-/// The first thing that is not in the grammar.
+/// The first syntax error.
 pub fn read(
     file: &str,
     text: &str,
@@ -95,7 +95,7 @@ impl Reader<'_> {
         self.directives(&mut tokens, None)
     }
 
-    /// Reads to the end of a block, or of the file.
+    /// Parses up to the end of a block or the file.
     fn directives(&mut self, tokens: &mut Tokens<'_>, opened: Option<usize>) -> Result<Vec<Directive>, Fault> {
         let mut found = Vec::new();
         self.depth += 1;
@@ -164,7 +164,7 @@ impl Reader<'_> {
     }
 }
 
-/// A word or a mark, and the line on which it begins.
+/// A word or a mark, and its first line.
 struct Token {
     kind: Kind,
     line: usize,
@@ -246,7 +246,7 @@ impl Tokens<'_> {
         }
     }
 
-    /// A word without quotes. The brace of `${name}` begins no block.
+    /// An unquoted word. The brace of `${name}` does not begin a block.
     fn bare(&mut self) -> String {
         let mut word = String::new();
         while let Some(next) = self.peek() {
@@ -260,7 +260,7 @@ impl Tokens<'_> {
         word
     }
 
-    /// What follows a backslash: nginx knows some letters, and leaves the backslash before all others.
+    /// An escape sequence: nginx knows a few letters, and keeps the backslash before all others.
     fn escaped(&mut self, word: &mut String) {
         match self.take() {
             Some(one @ ('"' | '\'' | '\\')) => word.push(one),
@@ -272,7 +272,7 @@ impl Tokens<'_> {
         }
     }
 
-    /// A block of Lua: its braces are balanced, but for those in strings and comments.
+    /// A Lua block: its braces are balanced, except in strings and comments.
     fn skip_lua(&mut self, line: usize) -> Result<(), Fault> {
         let mut open = 1;
         while let Some(one) = self.take() {
@@ -346,7 +346,7 @@ mod tests {
         ] {
             match parsed(text) {
                 Ok(directives) => assert_eq!(flat(&directives), read, "{text}"),
-                // nginx refuses a brace in a word, too.
+                // nginx also rejects a brace in a word.
                 Err(error) => assert!(text.contains("[0-9]{2}$ {"), "{text}: {error}"),
             }
         }

@@ -1,8 +1,8 @@
-//! Directives that are not translated, and why: those that Forebay has no need of, and those that it has no equal for.
+//! Directives that are not translated, and why: not needed, or without an equivalent.
 
 use super::Fate;
 
-/// What is said of a directive that was not translated.
+/// The result for a directive that is not translated.
 pub fn fate(name: &str) -> (Fate, &'static str) {
     let found = TABLE.iter().find(|(names, _, _)| {
         names.split(' ').any(|known| known.strip_suffix('*').map_or(known == name, |begin| name.starts_with(begin)))

@@ -1,29 +1,29 @@
-//! Which location takes a request: nginx's order, said in routes.
+//! Translates nginx's order of locations into routes.
 //!
-//! nginx takes an exact location first. Else it looks for the longest prefix; if that says `^~`, it is taken. Else
-//! the first regular expression that matches is taken, in the order of the file; else the longest prefix.
+//! nginx prefers an exact location. Otherwise it finds the longest prefix; if that is marked `^~`, it is used.
+//! Otherwise the first matching regular expression in file order is used, and if none matches, the longest prefix.
 //!
-//! Routes are found in another order: exact, then the longest prefix by whole segments, then regular expressions, those
-//! with a condition first and else in the order of the file, then the prefix `/`. So where a server has nothing but
-//! prefixes that end with a slash, they stay prefixes. Where it has more, all become regular expressions, in an order
-//! that gives each request to the same one as in nginx.
+//! Routes have another order: exact, then the longest prefix by whole segments, then regular expressions (those
+//! with a condition first, otherwise in file order), then the prefix `/`. If a server has only prefixes that end
+//! with a slash, they stay prefixes. Otherwise all become regular expressions, in an order that sends each request
+//! to the same location as nginx.
 
 use super::text;
 
-/// What a location asks of a path.
+/// The path condition of a location.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Asks {
     /// `=`
     Exact(String),
-    /// Without a mark.
+    /// No modifier.
     Prefix(String),
     /// `^~`
     Firm(String),
-    /// `~`, or `~*` if `any_case`. One that stands in another location belongs to its prefix.
+    /// `~`, or `~*` if `any_case`. One inside another location belongs to that location's prefix.
     Regex { pattern: String, any_case: bool, within: Option<String> },
 }
 
-/// What the route of a location asks of a path.
+/// The path condition of a route.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Path {
     /// Every path.
@@ -36,21 +36,21 @@ pub enum Path {
     Regex(String),
 }
 
-/// A route of a location.
+/// A route for a location.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Placed {
-    /// The number of the location.
+    /// The index of the location.
     pub location: usize,
-    /// What it asks of a path.
+    /// Its path condition.
     pub path: Path,
-    /// Beginnings of paths that are another location's.
+    /// Path prefixes that belong to other locations.
     pub except: Vec<String>,
-    /// The beginning that paths must have.
+    /// A required path prefix.
     pub within: Option<String>,
 }
 
 impl Asks {
-    /// Its prefix, if it is one.
+    /// The prefix, if it is a prefix location.
     pub fn prefix(&self) -> Option<&str> {
         match self {
             Asks::Prefix(prefix) | Asks::Firm(prefix) => Some(prefix),
@@ -59,7 +59,7 @@ impl Asks {
     }
 }
 
-/// The routes of these locations, in the order in which they must stand; and locations that have no equal, with why.
+/// The routes of these locations in order, and locations without an equivalent, with the reason.
 pub fn routes(locations: &[Asks]) -> (Vec<Placed>, Vec<(usize, String)>) {
     let simple = |asks: &Asks| match asks {
         Asks::Exact(_) => true,
@@ -90,7 +90,7 @@ pub fn routes(locations: &[Asks]) -> (Vec<Placed>, Vec<(usize, String)>) {
     let any = |prefix: &str| Path::Regex(format!("{}.*", regex::escape(prefix)));
     for &(number, prefix, firm) in &prefixes {
         if firm {
-            // A longer prefix without a mark takes its paths back, and gives regular expressions their turn.
+            // A longer prefix without a modifier takes its paths back, and lets regular expressions apply.
             let longer =
                 prefixes.iter().filter(|(_, other, _)| other.len() > prefix.len() && other.starts_with(prefix));
             let except: Vec<String> = longer.map(|(_, other, _)| (*other).to_owned()).collect();
@@ -100,7 +100,7 @@ pub fn routes(locations: &[Asks]) -> (Vec<Placed>, Vec<(usize, String)>) {
             routes.push(Placed { except: if nested { except } else { Vec::new() }, ..placed(number, any(prefix)) });
         }
     }
-    // Those inside of a location are asked before the others, where its prefix is the longest.
+    // Nested expressions are tried before the others if the prefix of their location is the longest.
     let mut expressions: Vec<_> = locations.iter().enumerate().collect();
     expressions.sort_by_key(|(_, asks)| !matches!(asks, Asks::Regex { within: Some(_), .. }));
     for (number, asks) in expressions {
@@ -138,7 +138,7 @@ mod tests {
 
     use super::*;
 
-    /// Which location nginx takes, as its documentation says.
+    /// The location that nginx chooses, according to its documentation.
     fn nginx(locations: &[Asks], path: &str) -> Option<usize> {
         let all = || locations.iter().enumerate();
         if let Some((exact, _)) = all().find(|(_, asks)| **asks == Asks::Exact(path.to_owned())) {
@@ -172,7 +172,7 @@ mod tests {
         nested.or_else(first).map(|(number, _)| number).or(longest.map(|(number, _)| number))
     }
 
-    /// Which location the routes give a path to, in the order in which Forebay finds routes.
+    /// The location that the routes choose, in Forebay's order.
     fn forebay(locations: &[Asks], path: &str) -> Option<usize> {
         let (routes, lost) = routes(locations);
         assert!(lost.is_empty(), "{lost:?}");
@@ -268,7 +268,7 @@ mod tests {
             mut locations in prop::collection::vec(asks(), 0..8),
             path in "(/[abc]{0,2}){1,4}",
         ) {
-            // nginx refuses two of the same.
+            // nginx rejects duplicates.
             let mut seen = Vec::new();
             locations.retain(|asks| {
                 let key = asks.prefix().map_or_else(|| format!("{asks:?}"), str::to_owned);
@@ -278,7 +278,7 @@ mod tests {
             });
             let found = forebay(&locations, &path);
             let expected = nginx(&locations, &path);
-            // `/a` for a location `/a/` is a route of its own, which the translation makes.
+            // A location `/a/` also gets a separate route for `/a` during translation.
             let slash = format!("{path}/");
             let redirected = locations.iter().any(|asks| asks.prefix() == Some(&slash));
             prop_assert!(found == expected || redirected, "{locations:?} {path}: {found:?}, and nginx {expected:?}");

@@ -1,22 +1,22 @@
-//! Texts with variables, and conditions on them, as expressions in CEL.
+//! Converts texts with variables, and conditions, to CEL expressions.
 
 use std::collections::BTreeMap;
 
 use regex::Regex;
 
-/// A text as a Forebay file writes it.
+/// A text in a Forebay configuration.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Made {
-    /// It is always the same.
+    /// A constant.
     Fixed(String),
-    /// An expression makes it.
+    /// An expression.
     Cel(String),
 }
 
-/// What variables stand for at one place of the configuration.
+/// The values of variables at one place of the configuration.
 #[derive(Clone, Debug, Default)]
 pub struct Variables {
-    /// Those that `set`, `map` and `geo` make, and those that are constant here, such as `$server_name`.
+    /// Variables from `set`, `map` and `geo`, and those that are constant here, such as `$server_name`.
     pub known: BTreeMap<String, Made>,
 }
 
@@ -29,7 +29,7 @@ pub enum Piece {
     Variable(String),
 }
 
-/// Cuts a text into plain text and variables.
+/// Splits a text into plain text and variables.
 pub fn pieces(text: &str) -> Vec<Piece> {
     let mut pieces = Vec::new();
     let mut plain = String::new();
@@ -59,7 +59,7 @@ pub fn pieces(text: &str) -> Vec<Piece> {
     pieces
 }
 
-/// A literal of CEL.
+/// A CEL literal.
 pub fn literal(text: &str) -> String {
     let mut quoted = String::from("\"");
     for one in text.chars() {
@@ -74,7 +74,7 @@ pub fn literal(text: &str) -> String {
     quoted + "\""
 }
 
-/// What a variable of nginx is in CEL; `None` if there is nothing like it.
+/// The CEL form of an nginx variable; `None` without an equivalent.
 fn variable(name: &str) -> Option<String> {
     let fixed = match name {
         "host" => "request.host",
@@ -117,10 +117,9 @@ fn variable(name: &str) -> Option<String> {
 }
 
 impl Variables {
-    /// What a text with variables makes.
+    /// Converts a text with variables.
     ///
-    /// # Errors
-    /// The variable that Forebay has nothing like.
+    /// # Errors The variable without an equivalent.
     pub fn made(&self, text: &str) -> Result<Made, String> {
         let mut parts: Vec<Made> = Vec::new();
         for piece in pieces(text) {
@@ -143,12 +142,11 @@ impl Variables {
         })
     }
 
-    /// The condition of an `if`: its words, the parentheses among them.
+    /// Converts the condition of an `if`, given as words including the parentheses.
     ///
-    /// # Errors
-    /// What of it has no equal.
+    /// # Errors The part without an equivalent.
     pub fn condition(&self, words: &[String]) -> Result<String, String> {
-        // The parentheses are words of their own, or stand at the first and the last one.
+        // The parentheses are separate words, or part of the first and the last word.
         let mut words = words.to_vec();
         match words.first_mut().map(|first| first.strip_prefix('(').map(str::to_owned)) {
             Some(Some(rest)) if rest.is_empty() => drop(words.remove(0)),
@@ -203,12 +201,11 @@ impl Made {
     }
 }
 
-/// A regular expression of PCRE as Forebay reads it.
+/// Converts a PCRE pattern to Forebay's syntax.
 ///
-/// # Errors
-/// It has something that only PCRE has.
+/// # Errors It uses a feature that only PCRE has.
 pub fn regular(pattern: &str, any_case: bool) -> Result<String, String> {
-    // PCRE has two ways to name a group that Rust lacks.
+    // PCRE has two forms of named groups that Rust lacks.
     let pattern = pattern.replace("(?'", "(?<");
     let pattern = if any_case { format!("(?i){pattern}") } else { pattern };
     match Regex::new(&pattern) {
@@ -219,13 +216,12 @@ pub fn regular(pattern: &str, any_case: bool) -> Result<String, String> {
     }
 }
 
-/// The same for a whole path: nginx looks for a match anywhere.
+/// The same for a whole path: nginx searches for a match anywhere.
 ///
-/// # Errors
-/// As of [`regular`].
+/// # Errors As for [`regular`].
 pub fn whole(pattern: &str, any_case: bool) -> Result<String, String> {
     regular(pattern, any_case)?;
-    // What has a choice at its top cannot be cut.
+    // A pattern with alternatives at its top level cannot be trimmed.
     let plain = !pattern.contains('|');
     let (begin, rest) = match pattern.strip_prefix('^').filter(|_| plain) {
         Some(rest) => ("", rest),

@@ -13,53 +13,53 @@ use super::text::{Made, Variables, literal};
 use super::{Fate, Imported, Row, known};
 use crate::config::write::{Map, Node};
 
-/// The directives that apply at some place: those of each block around it, the outermost first.
+/// The directives in effect at some place: those of each enclosing block, the outermost first.
 pub type Levels<'d> = Vec<&'d [Directive]>;
 
-/// What is made of a file, and what is noted of its lines.
+/// The configuration under construction, and the results for the directives.
 #[derive(Default)]
 pub struct Work<'d> {
-    /// Listeners, in the order in which they were found.
+    /// Listeners, in order of first use.
     pub listeners: Vec<Listener<'d>>,
-    /// Upstreams by their names in the file.
+    /// Upstreams, by their names in the file.
     pub upstreams: Vec<(String, Map)>,
-    /// Routes in their order.
+    /// Routes in order.
     pub routes: Vec<Map>,
-    /// What is at the top of the file.
+    /// The other keys at the top level.
     pub top: Map,
-    /// Names of routes that are taken.
+    /// Route names that are in use.
     names: BTreeMap<String, usize>,
-    /// What was noted of directives, by where they are in memory.
+    /// Results of directives, by their address in memory.
     noted: BTreeMap<usize, (Fate, String)>,
 }
 
-/// A listener on its way.
+/// A listener under construction.
 pub struct Listener<'d> {
-    /// What identifies it: its port, for every address, or its address.
+    /// Its identity: a port on all addresses, or an address.
     pub key: String,
     /// Where it listens.
     pub address: String,
     /// Its name.
     pub name: String,
-    /// Whether it speaks TLS.
+    /// Whether it uses TLS.
     pub tls: bool,
     /// Whether it speaks HTTP/2.
     pub http2: bool,
-    /// Whether the PROXY protocol comes first.
+    /// Whether it expects the PROXY protocol.
     pub proxy_protocol: bool,
-    /// The number of the server that requests for unknown hosts go to.
+    /// The index of the server for requests with unknown hosts.
     pub default: usize,
-    /// The servers.
+    /// The indexes of its servers.
     pub servers: Vec<usize>,
-    /// Where its settings are: the blocks around its default server.
+    /// Its settings: the blocks around its default server.
     pub levels: Levels<'d>,
-    /// Whether all of its servers do nothing but send to HTTPS, and with which status and port.
+    /// Status and port of the redirect, if all of its servers only redirect to HTTPS.
     pub redirect: Option<(u16, u16)>,
     /// Further keys.
     pub keys: Map,
 }
 
-/// Translates all of a file; `None` if there is no server in it.
+/// Translates a whole file; `None` if it contains no server.
 pub fn all(name: &str, directives: &[Directive]) -> Option<Imported> {
     let mut work = Work::default();
     for directive in directives {
@@ -75,7 +75,7 @@ pub fn all(name: &str, directives: &[Directive]) -> Option<Imported> {
             _ => {}
         }
     }
-    // A file for `conf.d` begins inside of `http`.
+    // A file for `conf.d` begins inside `http`.
     if directives.iter().any(|directive| directive.name == "server") {
         http::http(&mut work, &[], directives);
     }
@@ -90,7 +90,7 @@ pub fn all(name: &str, directives: &[Directive]) -> Option<Imported> {
 }
 
 impl<'d> Work<'d> {
-    /// Notes what became of a directive. The worse of two fates stands.
+    /// Records the result of a directive. The worse of two results wins.
     pub fn note(&mut self, directive: &Directive, fate: Fate, why: impl Into<String>) {
         let why = why.into();
         let key = std::ptr::from_ref(directive).addr();
@@ -100,22 +100,22 @@ impl<'d> Work<'d> {
         }
     }
 
-    /// It is in the file.
+    /// Translated.
     pub fn done(&mut self, directive: &Directive) {
         self.note(directive, Fate::Translated, "");
     }
 
-    /// It has no equal.
+    /// Without an equivalent.
     pub fn lost(&mut self, directive: &Directive, why: impl Into<String>) {
         self.note(directive, Fate::Lost, why);
     }
 
-    /// It is in the file, with a difference.
+    /// Translated with a difference.
     pub fn differs(&mut self, directive: &Directive, why: impl Into<String>) {
         self.note(directive, Fate::Differs, why);
     }
 
-    /// What is taken as a value: the directive's only word, if it has one.
+    /// The value of a directive: its only argument, if it has exactly one.
     pub fn value(&mut self, levels: &Levels<'d>, name: &str) -> Option<&'d str> {
         let directive = last(levels, name)?;
         self.done(directive);
@@ -133,7 +133,7 @@ impl<'d> Work<'d> {
                 }
             };
             rows.push(Row::of(directive, fate, why));
-            // The lines of such a block are no directives.
+            // The lines in such a block are not directives.
             let words = ["map", "geo", "types", "split_clients", "charset_map", "match"];
             if !words.contains(&&*directive.name) {
                 self.rows(directive.inside(), rows);
@@ -141,7 +141,7 @@ impl<'d> Work<'d> {
         }
     }
 
-    /// A name that no other route has.
+    /// A unique route name.
     pub fn name(&mut self, wanted: &str) -> String {
         let wanted = slug(wanted);
         let number = self.names.entry(wanted.clone()).or_insert(0);
@@ -183,17 +183,17 @@ impl Listener<'_> {
     }
 }
 
-/// The last directive of this name on the innermost level that has one.
+/// The last directive with this name on the innermost level that has one.
 pub fn last<'d>(levels: &Levels<'d>, name: &str) -> Option<&'d Directive> {
     levels.iter().rev().find_map(|level| level.iter().rev().find(|directive| directive.name == name))
 }
 
-/// All directives of this name on the innermost level that has one.
+/// All directives with this name on the innermost level that has one.
 pub fn every<'d>(levels: &Levels<'d>, name: &str) -> Vec<&'d Directive> {
     any_of(levels, &[name])
 }
 
-/// All directives of these names on the innermost level that has one.
+/// All directives with these names on the innermost level that has one.
 pub fn any_of<'d>(levels: &Levels<'d>, names: &[&str]) -> Vec<&'d Directive> {
     let on = |level: &'d [Directive]| level.iter().filter(|one| names.contains(&&*one.name)).collect::<Vec<_>>();
     levels.iter().rev().map(|level| on(level)).find(|found| !found.is_empty()).unwrap_or_default()
@@ -214,7 +214,7 @@ pub fn slug(text: &str) -> String {
     if slug.is_empty() { "all".to_owned() } else { slug.to_owned() }
 }
 
-/// A size of nginx (`8k`, `10m`, `1g`) as Forebay writes it; `None` if it is none.
+/// An nginx size (`8k`, `10m`, `1g`) in Forebay's form; `None` if it is invalid.
 pub fn size(text: &str) -> Option<String> {
     let (digits, unit) = match text.to_ascii_lowercase() {
         text if text.ends_with('k') => (text[..text.len() - 1].to_owned(), "KiB"),
@@ -225,7 +225,7 @@ pub fn size(text: &str) -> Option<String> {
     digits.parse::<u64>().ok().map(|number| format!("{number}{unit}"))
 }
 
-/// The bytes of a size of nginx.
+/// An nginx size in bytes.
 pub fn bytes(text: &str) -> Option<u64> {
     let text = text.to_ascii_lowercase();
     let factor = match text.chars().last() {
@@ -238,7 +238,7 @@ pub fn bytes(text: &str) -> Option<u64> {
     digits.parse::<u64>().ok()?.checked_mul(factor)
 }
 
-/// A time of nginx (`30`, `30s`, `1m30s`, `500ms`, `1d`) as Forebay writes it; `None` if it is none, or is 0.
+/// An nginx time (`30`, `30s`, `1m30s`, `500ms`, `1d`) in Forebay's form; `None` if it is invalid or 0.
 pub fn time(text: &str) -> Option<String> {
     let mut milliseconds = 0_u64;
     let mut rest = text.trim();
@@ -274,7 +274,7 @@ pub fn time(text: &str) -> Option<String> {
     }
 }
 
-/// The variables of `set`, `map` and `geo`, of these levels.
+/// The variables from `set`, `map` and `geo` on these levels.
 pub fn variables(work: &mut Work<'_>, levels: &Levels<'_>) -> Variables {
     let mut variables = Variables::default();
     for level in levels {
@@ -308,7 +308,7 @@ pub fn variables(work: &mut Work<'_>, levels: &Levels<'_>) -> Variables {
     variables
 }
 
-/// A choice among values by exact texts and patterns.
+/// A `map`: selects a value by exact texts and patterns.
 fn map(variables: &Variables, directive: &Directive) -> Result<(String, Made), String> {
     let asked = variables.made(directive.word(0))?.expression();
     let (mut fallback, mut exact, mut patterns) = (Made::Fixed(String::new()), Vec::new(), Vec::new());
@@ -336,7 +336,7 @@ fn map(variables: &Variables, directive: &Directive) -> Result<(String, Made), S
     Ok((directive.word(1).trim_start_matches('$').to_owned(), chosen(exact.into_iter().chain(patterns), fallback)?))
 }
 
-/// A choice among values by the client's network. The smallest network wins, as in nginx.
+/// A `geo`: selects a value by the client's network. The smallest network wins, as in nginx.
 fn geo(directive: &Directive) -> Result<(String, Made), String> {
     if directive.words.len() != 1 {
         return Err("only the client's own address can be asked for".to_owned());
@@ -366,7 +366,7 @@ fn geo(directive: &Directive) -> Result<(String, Made), String> {
     Ok((directive.word(0).trim_start_matches('$').to_owned(), chosen(asked, fallback)?))
 }
 
-/// The first whose condition holds, as an expression.
+/// An expression for the first value whose condition is true.
 fn chosen(choices: impl DoubleEndedIterator<Item = (String, Made)>, fallback: Made) -> Result<Made, String> {
     let made = choices.rev().fold(fallback, |otherwise, (condition, made)| {
         Made::Cel(format!("({condition} ? {} : {})", made.expression(), otherwise.expression()))

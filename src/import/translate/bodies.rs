@@ -1,11 +1,11 @@
-//! What is done to answers: `gzip`, `error_page` and `sub_filter`.
+//! Filters of response bodies: `gzip`, `error_page` and `sub_filter`.
 
 use super::super::grammar::Directive;
 use super::super::text::{Made, Variables};
 use super::{Levels, Work, every, last, size};
 use crate::config::write::{Map, Node};
 
-/// `gzip` as `compress`.
+/// Translates `gzip` to `compress`.
 pub fn compress<'d>(work: &mut Work<'d>, levels: &Levels<'d>) -> Option<Map> {
     let directive = last(levels, "gzip")?;
     work.done(directive);
@@ -24,7 +24,7 @@ pub fn compress<'d>(work: &mut Work<'d>, levels: &Levels<'d>) -> Option<Map> {
     Some(map)
 }
 
-/// HTML, and the types that a directive names besides.
+/// HTML, and the types that a directive adds.
 fn types<'d>(work: &mut Work<'d>, levels: &Levels<'d>, name: &str) -> Node {
     let mut types = vec!["text/html".to_owned()];
     if let Some(directive) = last(levels, name) {
@@ -35,7 +35,7 @@ fn types<'d>(work: &mut Work<'d>, levels: &Levels<'d>, name: &str) -> Node {
     Node::texts(types)
 }
 
-/// `error_page`, where it names a file that nginx would read.
+/// Translates `error_page`, if it names a file.
 pub fn pages<'d>(work: &mut Work<'d>, levels: &Levels<'d>) -> Option<Map> {
     let mut pages = Vec::new();
     for directive in every(levels, "error_page") {
@@ -91,7 +91,7 @@ fn page<'d>(work: &mut Work<'d>, levels: &Levels<'d>, directive: &'d Directive) 
     Ok(page)
 }
 
-/// `sub_filter` as `body`.
+/// Translates `sub_filter` to `body`.
 pub fn substitutions<'d>(work: &mut Work<'d>, variables: &Variables, levels: &Levels<'d>) -> Option<Map> {
     let once = last(levels, "sub_filter_once");
     once.iter().for_each(|once| work.done(once));
@@ -103,7 +103,7 @@ pub fn substitutions<'d>(work: &mut Work<'d>, variables: &Variables, levels: &Le
             work.lost(directive, "what it looks for is another text for each request");
             continue;
         };
-        // nginx looks for it in any case.
+        // nginx ignores case here.
         let pattern = format!("(?i){}", regex::escape(&text));
         let mut rule = Map::default().with("pattern", Node::text(pattern));
         rule.put(

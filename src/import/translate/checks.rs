@@ -1,4 +1,4 @@
-//! Who may come in: `auth_basic` and `auth_request`.
+//! Access control: `auth_basic` and `auth_request`.
 
 use super::super::grammar::Directive;
 use super::super::text::{Made, Variables, literal};
@@ -6,10 +6,9 @@ use super::upstream::{self, Target};
 use super::{Levels, Work, every, last};
 use crate::config::write::{Map, Node};
 
-/// `auth_basic` with its file as `basic_auth`; `None`, if there is no such check.
+/// Translates `auth_basic` with its file to `basic_auth`; `None` if it is not used.
 ///
-/// # Errors
-/// The check has no equal.
+/// # Errors The check has no equivalent.
 pub fn password<'d>(work: &mut Work<'d>, levels: &Levels<'d>) -> Option<Result<Map, &'d Directive>> {
     let directive = last(levels, "auth_basic").filter(|directive| directive.word(0) != "off")?;
     let file = last(levels, "auth_basic_user_file").filter(|file| !file.word(0).contains('$'));
@@ -17,16 +16,15 @@ pub fn password<'d>(work: &mut Work<'d>, levels: &Levels<'d>) -> Option<Result<M
     work.done(file);
     work.differs(directive, "passwords must be of bcrypt or argon2: `htpasswd -B` makes such a file");
     let users = Map::default().with("path", Node::text(file.word(0)));
-    // nginx passes the password on.
+    // nginx forwards the password.
     let map = Map::default().with("users", Node::Map(users)).with("realm", Node::text(directive.word(0)));
     Some(Ok(map.with("forward", Node::word(true))))
 }
 
-/// `auth_request` as `forward_auth`, if its location passes requests on; `None`, if there is no such check. What
-/// `auth_request_set` takes from the answer becomes a header of the request, and is added to `variables`.
+/// Translates `auth_request` to `forward_auth`, if its location is a proxy; `None` if it is not used. Values from
+/// `auth_request_set` become request header fields, and are added to `variables`.
 ///
-/// # Errors
-/// The check has no equal.
+/// # Errors The check has no equivalent.
 pub fn service<'d>(
     work: &mut Work<'d>,
     levels: &Levels<'d>,

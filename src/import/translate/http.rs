@@ -1,11 +1,11 @@
-//! What is outside of servers: the process, `http`, `stream`, and listeners.
+//! Everything outside servers: the process, `http`, `stream`, and listeners.
 
 use super::super::grammar::Directive;
 use super::place::{self, Server};
 use super::{Levels, Listener, Work, bytes, every, last, time, upstream};
 use crate::config::write::{Map, Node};
 
-/// What is said of the process.
+/// Translates settings of the process.
 pub fn main<'d>(work: &mut Work<'d>, directives: &'d [Directive]) {
     for directive in directives {
         match &*directive.name {
@@ -26,7 +26,7 @@ pub fn main<'d>(work: &mut Work<'d>, directives: &'d [Directive]) {
     }
 }
 
-/// One `listen`, read.
+/// A parsed `listen`.
 struct Listen<'d> {
     directive: Option<&'d Directive>,
     key: String,
@@ -37,7 +37,7 @@ struct Listen<'d> {
     default: bool,
 }
 
-/// Translates what is in `http`.
+/// Translates `http`.
 pub fn http<'d>(work: &mut Work<'d>, main: &'d [Directive], directives: &'d [Directive]) {
     let blocks: Vec<&Directive> = directives.iter().filter(|one| one.name == "upstream").collect();
     let mut servers = Vec::new();
@@ -75,7 +75,7 @@ pub fn http<'d>(work: &mut Work<'d>, main: &'d [Directive], directives: &'d [Dir
     place::servers(work, &servers, &blocks);
 }
 
-/// Connections that pass as they are.
+/// Translates `stream`: forwarded connections.
 pub fn stream<'d>(work: &mut Work<'d>, directives: &'d [Directive]) {
     let blocks: Vec<&Directive> = directives.iter().filter(|one| one.name == "upstream").collect();
     for block in directives.iter().filter(|one| one.name == "server") {
@@ -139,7 +139,7 @@ fn listen<'d>(work: &mut Work<'d>, directive: &'d Directive) -> Listen<'d> {
     work.done(directive);
     let mut listen = match written.rsplit_once(':').filter(|_| !written.starts_with("unix:")) {
         Some(("*" | "0.0.0.0", port)) => anywhere(Some(directive), port),
-        // Of IPv6 and IPv4 on one port there is one listener for both.
+        // One listener serves IPv6 and IPv4 on the same port.
         Some(("[::]", port)) => Listen { address: format!("[::]:{port}"), ..anywhere(Some(directive), port) },
         Some((host, port)) if !port.contains(']') => {
             let address = format!("{host}:{port}");
@@ -169,9 +169,9 @@ fn listen<'d>(work: &mut Work<'d>, directive: &'d Directive) -> Listen<'d> {
     listen
 }
 
-/// Puts a server to the listener of its `listen`.
+/// Adds a server to the listener of its `listen`.
 fn join<'d>(work: &mut Work<'d>, listen: Listen<'d>, number: usize, levels: &Levels<'d>) {
-    // HTTP/3 is by UDP, beside a listener of TCP with the same port.
+    // HTTP/3 uses UDP, next to a TCP listener with the same port.
     if let Some(directive) = listen.directive
         && directive.words.iter().any(|word| word == "quic")
     {
@@ -213,7 +213,7 @@ fn join<'d>(work: &mut Work<'d>, listen: Listen<'d>, number: usize, levels: &Lev
     }
 }
 
-/// The settings of a listener, taken from its default server.
+/// The settings of a listener, from its default server.
 fn settings<'d>(work: &mut Work<'d>, index: usize, all: &[Server<'d>]) {
     let listener = &work.listeners[index];
     if listener.keys.find("tcp").is_some() {
@@ -294,9 +294,9 @@ fn limits<'d>(work: &mut Work<'d>, levels: &Levels<'d>, keys: &mut Map) {
     }
 }
 
-/// The TLS of a listener: the certificates of all of its servers.
+/// The TLS settings of a listener, with the certificates of all its servers.
 fn tls<'d>(work: &mut Work<'d>, servers: &[&Server<'d>], default: Option<&Server<'d>>, levels: &Levels<'d>) -> Map {
-    // Certificates with their keys and terms, and the names that they are for; none: those in them.
+    // Certificates with their keys and settings, and their names; empty: the names in the certificate.
     let mut certificates: Vec<(Map, Vec<String>)> = Vec::new();
     for server in servers {
         let chains = every(&server.levels, "ssl_certificate");
@@ -322,7 +322,7 @@ fn tls<'d>(work: &mut Work<'d>, servers: &[&Server<'d>], default: Option<&Server
         }
     }
     if certificates.is_empty() {
-        // Better a file that does not start than one that speaks clear text.
+        // A configuration that does not start is safer than one with clear text.
         if let Some(directive) = last(levels, "listen") {
             work.lost(directive, "no `ssl_certificate` is known here: name the files of one in `tls`");
         }
@@ -371,7 +371,7 @@ fn client<'d>(work: &mut Work<'d>, levels: &Levels<'d>) -> Option<Map> {
     Some(map)
 }
 
-/// Whose word on the client is believed.
+/// Translates trusted proxies.
 fn proxies<'d>(work: &mut Work<'d>, directives: &'d [Directive]) {
     let blocks = directives.iter().filter(|one| one.name == "server").map(Directive::inside);
     let mut from: Vec<String> = Vec::new();
@@ -401,7 +401,7 @@ fn proxies<'d>(work: &mut Work<'d>, directives: &'d [Directive]) {
     }
 }
 
-/// The access log: Forebay has one.
+/// Translates access logs; Forebay has a single one.
 fn logs<'d>(work: &mut Work<'d>, directives: &'d [Directive]) {
     fn collect<'d>(level: &'d [Directive], found: &mut Vec<&'d Directive>) {
         for directive in level {

@@ -1,4 +1,4 @@
-//! Servers and their locations: which requests they take, and what becomes of these.
+//! Servers and their locations: which requests they match, and how these are handled.
 
 use super::super::grammar::Directive;
 use super::super::location::{self, Asks, Path, Placed};
@@ -10,48 +10,48 @@ use crate::config::write::{Map, Node};
 /// A server.
 pub struct Server<'d> {
     block: &'d Directive,
-    /// The blocks around it, and its own.
+    /// The enclosing blocks and its own.
     pub levels: Levels<'d>,
-    /// The hosts that it is for, as routes name them.
+    /// Its hosts, in the form of routes.
     pub hosts: Vec<String>,
-    /// Conditions for further hosts: of names that end with `.*`, the longest first, and of patterns.
+    /// Conditions for further hosts: names that end with `.*`, the longest first, and patterns.
     patterns: Vec<(std::cmp::Reverse<usize>, String)>,
 }
 
-/// A location on its way.
+/// A location under construction.
 struct Location<'d> {
     asks: Asks,
     block: &'d Directive,
     levels: Levels<'d>,
 }
 
-/// What becomes of the requests of a location.
+/// How the requests of a location are handled.
 #[derive(Clone, Default)]
 struct Content {
     filters: Vec<Node>,
     upstream: Option<String>,
     /// Further keys of the route.
     keys: Map,
-    /// A location that ends with a slash and passes requests on has those without the slash sent there.
+    /// A proxy location that ends with a slash redirects requests without the slash to it.
     adds_slash: bool,
-    /// What is added to every answer.
+    /// Fields added to every response.
     fields: Vec<Node>,
-    /// What a reader should know.
+    /// Comments for the reader.
     comments: Vec<String>,
 }
 
-/// What filters of the rewrite module come to.
+/// The result of the rewrite module's directives.
 #[derive(Default)]
 struct Rewrites {
     filters: Vec<Node>,
-    /// No request goes on behind them.
+    /// No request passes them.
     answers: bool,
     /// Conditions under which a path was rewritten.
     rewritten: Vec<String>,
 }
 
 impl<'d> Server<'d> {
-    /// Reads the names of a server.
+    /// Parses the names of a server.
     pub fn new(work: &mut Work<'d>, block: &'d Directive, levels: Levels<'d>) -> Server<'d> {
         let mut hosts: Vec<String> = Vec::new();
         let mut patterns = Vec::new();
@@ -68,7 +68,7 @@ impl<'d> Server<'d> {
                     }
                 };
                 if name == "_" || name.is_empty() {
-                    // The name of no host: the server is there for others.
+                    // This matches no host: the server is meant for unknown hosts.
                 } else if let Some(rest) = name.strip_prefix('.').filter(|rest| plain(rest)) {
                     add(rest.to_owned());
                     add(format!("*.{rest}"));
@@ -96,7 +96,7 @@ impl<'d> Server<'d> {
     }
 }
 
-/// Where a server sends all requests, if that is the same place by HTTPS: the port and the status.
+/// Port and status of the redirect, if a server redirects all requests to the same URL with HTTPS.
 pub fn to_https(server: &Server<'_>) -> Option<(u16, u16)> {
     let inside = server.block.inside();
     let only = |directives: &[Directive]| {
@@ -130,9 +130,9 @@ pub fn to_https(server: &Server<'_>) -> Option<(u16, u16)> {
     (rest == "$request_uri").then_some((port.parse().ok()?, status))
 }
 
-/// Makes the routes of all servers.
+/// Creates the routes of all servers.
 pub fn servers<'d>(work: &mut Work<'d>, servers: &[Server<'d>], blocks: &[&'d Directive]) {
-    // Listeners that look for no route.
+    // Listeners without routes.
     let plain: Vec<usize> = (0..work.listeners.len())
         .filter(|index| {
             let listener = &work.listeners[*index];
@@ -146,7 +146,7 @@ pub fn servers<'d>(work: &mut Work<'d>, servers: &[Server<'d>], blocks: &[&'d Di
     for (number, server) in servers.iter().enumerate() {
         patterns.extend(server.patterns.iter().map(|(length, condition)| (*length, number, condition.clone())));
     }
-    // Names before patterns, the longest name first; patterns in the order of the file.
+    // Names before patterns, the longest name first; patterns in file order.
     patterns.sort_by_key(|(length, ..)| *length);
     let told_apart =
         (0..servers.len()).map(|number| of(work, number)).filter(|on| !on.is_empty()).any(|on| on != plain);
@@ -163,7 +163,7 @@ pub fn servers<'d>(work: &mut Work<'d>, servers: &[Server<'d>], blocks: &[&'d Di
         if !named.is_empty() && server.hosts.is_empty() && server.patterns.is_empty() {
             work.lost(server.block, "no request reaches it: it has no name, and another server takes unknown hosts");
         }
-        // Patterns of hosts that go before this server's, and those of all others.
+        // The patterns of this server, those with priority over it, and those of all other servers.
         let mine: Vec<&String> = server.patterns.iter().map(|(_, condition)| condition).collect();
         let before: Vec<&String> =
             patterns.iter().take_while(|(_, owner, _)| *owner != number).map(|(.., it)| it).collect();
@@ -174,7 +174,7 @@ pub fn servers<'d>(work: &mut Work<'d>, servers: &[Server<'d>], blocks: &[&'d Di
             (!conditions.is_empty()).then(|| format!("({})", conditions.join(" || ")))
         };
         let not = |conditions: &[&String]| any(conditions).map(|it| format!("!{it}"));
-        // Requests for unknown hosts come here; and those for its own names, by the same routes.
+        // Requests for unknown hosts, and for its own names, use the same routes.
         for (indices, hosts, conditions) in [
             (default, Vec::new(), vec![not(&others)]),
             (if server.hosts.is_empty() { Vec::new() } else { named.clone() }, server.hosts.clone(), Vec::new()),
@@ -280,7 +280,7 @@ fn routes<'d>(
     }
 }
 
-/// The location that has the longest prefix of a path.
+/// The location with the longest prefix of a path.
 fn others(locations: &[Location<'_>], path: &str) -> Option<usize> {
     let prefixes =
         locations.iter().enumerate().filter_map(|(number, location)| Some((number, location.asks.prefix()?)));
@@ -290,12 +290,12 @@ fn others(locations: &[Location<'_>], path: &str) -> Option<usize> {
         .map(|(number, _)| number)
 }
 
-/// The answer of a server that has no file for a path.
+/// The response if a server has no file for a path.
 fn nothing() -> Content {
     Content { filters: vec![filter("respond", Map::default().with("status", Node::word(404)))], ..Content::default() }
 }
 
-/// The answer to a path without the slash of its location.
+/// The response to a path without the slash of its location.
 fn slash(bare: &str) -> Content {
     let to = format!("{} + (request.query == \"\" ? \"\" : \"?\" + request.query)", literal(&format!("{bare}/")));
     let map = Map::default().with("to", Node::cel(to)).with("status", Node::word(301));
@@ -347,7 +347,7 @@ fn route(work: &mut Work<'_>, content: &Content, hosts: &[String], path: Path, w
     map
 }
 
-/// Finds all locations, those inside of others among them.
+/// Collects all locations, including nested ones.
 fn collect<'d>(
     work: &mut Work<'d>,
     directives: &'d [Directive],
@@ -360,7 +360,7 @@ fn collect<'d>(
         work.done(block);
         let (mark, path) = match block.words.as_slice() {
             [mark, path] => (mark.as_str(), path.clone()),
-            // The mark may stand before the path without a blank.
+            // The modifier may be directly in front of the path, without a blank.
             _ => {
                 let word = block.word(0);
                 let mark = ["^~", "~*", "~", "="].into_iter().find(|mark| word.starts_with(mark)).unwrap_or_default();
@@ -387,7 +387,7 @@ fn collect<'d>(
     }
 }
 
-/// What becomes of the requests of a location.
+/// How the requests of a location are handled.
 fn content<'d>(
     work: &mut Work<'d>,
     variables: &Variables,
@@ -421,7 +421,7 @@ fn content<'d>(
     answers_first(work, levels, &mut content);
     limits(work, levels, &mut content);
     access(work, levels, &mut variables, blocks, &mut content);
-    // Files of a server are not served here; what is asked for them may be behind a named location.
+    // Files are not served; the fallback of `try_files` may be a named location with a proxy.
     let passed = any_of(&vec![inside], &["proxy_pass", "grpc_pass"]).into_iter().next();
     let fallback = last(&vec![inside], "try_files").filter(|_| passed.is_none());
     if let Some(directive) = fallback
@@ -464,7 +464,7 @@ fn content<'d>(
     content
 }
 
-/// How slow a client may be, and how fast it is served.
+/// Rates and time limits of clients.
 fn pace<'d>(work: &mut Work<'d>, levels: &Levels<'d>, content: &mut Content) {
     for (directive, key) in [("client_body_timeout", "body_idle"), ("send_timeout", "write_idle")] {
         if let Some(time) = work.value(levels, directive).and_then(time) {
@@ -479,7 +479,7 @@ fn pace<'d>(work: &mut Work<'d>, levels: &Levels<'d>, content: &mut Content) {
     }
 }
 
-/// `rewrite`, `return` and `if` of one block.
+/// Translates `rewrite`, `return` and `if` in a block.
 fn rewrites<'d>(
     work: &mut Work<'d>,
     variables: &Variables,
@@ -541,7 +541,7 @@ fn condition<'d>(
     }
 }
 
-/// `limit_except`: who may use other methods.
+/// Translates `limit_except`: access control for other methods.
 fn except<'d>(work: &mut Work<'d>, block: &'d Directive, rewrites: &mut Rewrites) {
     let mut methods: Vec<String> = block.words.iter().map(|method| literal(method)).collect();
     if block.words.iter().any(|method| method == "GET") {
@@ -556,7 +556,7 @@ fn except<'d>(work: &mut Work<'d>, block: &'d Directive, rewrites: &mut Rewrites
     }
 }
 
-/// `return`.
+/// Translates `return`.
 fn answer<'d>(
     work: &mut Work<'d>,
     variables: &Variables,
@@ -637,7 +637,7 @@ fn redirect(variables: &Variables, text: &str, status: u16) -> Result<Map, Strin
     Ok(map)
 }
 
-/// `rewrite`. `true` if it answers every request.
+/// Translates `rewrite`. `true` if it responds to every request.
 fn rewrite<'d>(
     work: &mut Work<'d>,
     directive: &'d Directive,
@@ -684,7 +684,7 @@ fn rewrite<'d>(
         Ok(made)
     });
     let new_path = match new_path {
-        // `$request_uri` and the like leave the path as it is.
+        // `$request_uri` and similar targets keep the path.
         Err(_) if matches!(path, "$request_uri" | "$uri") && status.is_some() => None,
         Ok(path) => Some(path),
         Err(why) => {
@@ -697,7 +697,7 @@ fn rewrite<'d>(
         return false;
     }
     if let Some(mut to) = new_path.filter(|path| !path.is_empty()) {
-        // A path begins with a slash, be it one of a group.
+        // A path begins with a slash, possibly one in a group.
         if !to.starts_with(['/', '$']) {
             to.insert(0, '/');
         }
@@ -725,7 +725,7 @@ fn rewrite<'d>(
     condition.is_none()
 }
 
-/// `limit_req`.
+/// Translates `limit_req`.
 fn limits<'d>(work: &mut Work<'d>, levels: &Levels<'d>, content: &mut Content) {
     for directive in every(levels, "limit_req") {
         let option = |name: &str| {
@@ -772,7 +772,7 @@ fn limits<'d>(work: &mut Work<'d>, levels: &Levels<'d>, content: &mut Content) {
     }
 }
 
-/// `allow`, `deny`, and what closes a place in another way.
+/// Translates `allow`, `deny`, and other ways to close a location.
 fn access<'d>(
     work: &mut Work<'d>,
     levels: &Levels<'d>,
@@ -802,7 +802,7 @@ fn access<'d>(
     }
 }
 
-/// A check that has no equal: every request is refused.
+/// A check without an equivalent: every request is refused.
 fn closed(directive: &Directive, content: &mut Content) {
     content.filters.push(filter("access", Map::default().with("deny", Node::texts(["0.0.0.0/0", "::/0"]))));
     content.comments.push(format!(
@@ -813,14 +813,14 @@ fn closed(directive: &Directive, content: &mut Content) {
     ));
 }
 
-/// What sees answers last, and so goes first.
+/// Filters that see responses last, and therefore come first.
 fn answers_first<'d>(work: &mut Work<'d>, levels: &Levels<'d>, content: &mut Content) {
     let compress = bodies::compress(work, levels).map(|map| filter("compress", map));
     let pages = bodies::pages(work, levels).map(|map| filter("error_page", map));
     content.filters.splice(0..0, compress.into_iter().chain(pages));
 }
 
-/// The first rule that names the client decides.
+/// The first rule that matches the client decides.
 fn rules_filter(work: &mut Work<'_>, rules: &[&Directive], when: Option<&str>) -> Option<Node> {
     let (mut allow, mut deny) = (Vec::new(), Vec::new());
     let mut order = Vec::new();
@@ -841,7 +841,7 @@ fn rules_filter(work: &mut Work<'_>, rules: &[&Directive], when: Option<&str>) -
     }
     let everybody = ["0.0.0.0/0", "::/0"];
     let last = order.last().filter(|(network, _)| network.is_none()).is_none_or(|(_, allows)| *allows);
-    // `deny` goes before `allow`, so that an order of that kind can be said as it is.
+    // `deny` has priority over `allow`, so rules in that order translate directly.
     let denies_first = order.iter().filter(|(network, _)| network.is_some()).is_sorted_by_key(|(_, allows)| *allows);
     let mut map = Map::default();
     match (last, denies_first) {
@@ -869,7 +869,7 @@ fn rules_filter(work: &mut Work<'_>, rules: &[&Directive], when: Option<&str>) -
     Some(filter_when("access", map, when))
 }
 
-/// A network with the length of its prefix.
+/// A network with its prefix length.
 fn prefixed(network: &str) -> String {
     if network.contains('/') {
         return network.to_owned();
@@ -877,7 +877,7 @@ fn prefixed(network: &str) -> String {
     format!("{network}/{}", if network.contains(':') { 128 } else { 32 })
 }
 
-/// Fields that Forebay writes itself.
+/// Fields that Forebay sets itself.
 const OWN: [&str; 11] = [
     "connection",
     "upgrade",
@@ -892,7 +892,7 @@ const OWN: [&str; 11] = [
     "x-forwarded-host",
 ];
 
-/// `proxy_set_header`.
+/// Translates `proxy_set_header`.
 fn request_fields<'d>(
     work: &mut Work<'d>,
     variables: &Variables,
@@ -970,10 +970,10 @@ fn request_fields<'d>(
     content.filters.push(filter("headers", map));
 }
 
-/// The statuses for which `add_header` adds a field, where it does not say `always`.
+/// The statuses for which `add_header` adds a field without `always`.
 const USUAL: &str = "response.code in [200, 201, 204, 206, 301, 302, 303, 304, 307, 308]";
 
-/// `add_header`, `expires` and their like.
+/// Translates `add_header`, `expires` and similar directives.
 fn added(work: &mut Work<'_>, variables: &Variables, levels: &Levels<'_>) -> Vec<Node> {
     let (mut always, mut usual) = (Map::default(), Map::default());
     for directive in every(levels, "add_header") {
@@ -1030,14 +1030,14 @@ fn seconds(written: &str) -> Option<u64> {
     Some(digits.parse::<u64>().ok()? * factor)
 }
 
-/// Puts what is added to answers before filters that answer, so that it is in their answers, too.
+/// Puts added response fields before filters that respond, so that they apply to those responses, too.
 fn fields_first<'d>(work: &mut Work<'d>, variables: &Variables, levels: &Levels<'d>, filters: Vec<Node>) -> Vec<Node> {
     let mut all = added(work, variables, levels);
     all.extend(filters);
     all
 }
 
-/// What is changed of a backend's answer.
+/// Translates changes of a backend's response.
 fn response_fields<'d>(
     work: &mut Work<'d>,
     variables: &Variables,
@@ -1076,13 +1076,13 @@ fn response_fields<'d>(
     content.filters = content.fields.iter().cloned().chain(filters).collect();
 }
 
-/// The `Host` that the backend gets, if that is written.
+/// The `Host` for the backend, if configured.
 fn last_host<'d>(levels: &Levels<'d>) -> Option<&'d str> {
     let fields = every(levels, "proxy_set_header").into_iter();
     fields.filter(|field| field.word(0).eq_ignore_ascii_case("host")).map(|field| field.word(1)).next_back()
 }
 
-/// Which beginning of `Location` becomes which.
+/// Translates changes of `Location`.
 fn redirects<'d>(
     work: &mut Work<'d>,
     levels: &Levels<'d>,
@@ -1091,7 +1091,7 @@ fn redirects<'d>(
     host: Option<&str>,
 ) -> Option<(String, String)> {
     let default = || {
-        // A backend that gets the client's host names that.
+        // A backend that gets the client's `Host` uses it in `Location`.
         if target.grpc
             || target.host.starts_with("unix:")
             || host.is_some_and(|host| host.contains("host") && host != "$proxy_host")
@@ -1122,7 +1122,7 @@ fn redirects<'d>(
     }
 }
 
-/// The path that the backend sees: `proxy_pass` with a path puts it in place of the location's.
+/// The path for the backend: a path in `proxy_pass` replaces that of the location.
 fn path<'d>(
     work: &mut Work<'d>,
     target: &Target,
@@ -1132,7 +1132,7 @@ fn path<'d>(
     content: &mut Content,
 ) {
     let Some(new) = &target.path else { return };
-    // What was rewritten already is not changed again.
+    // A path that was rewritten is not changed again.
     let when = (!rewritten.is_empty()).then(|| format!("!({})", rewritten.join(" || ")));
     if when.as_deref() == Some("!(true)") {
         return;

@@ -1,33 +1,32 @@
-//! Backends: `upstream` blocks, and what `proxy_pass` names.
+//! Backends: `upstream` blocks, and the targets of `proxy_pass`.
 
 use super::super::grammar::Directive;
 use super::super::text::{Piece, Variables, pieces};
 use super::{Levels, Work, bytes, every, last, time};
 use crate::config::write::{Map, Node};
 
-/// Where `proxy_pass` and its like lead.
+/// The target of `proxy_pass` and similar directives.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Target {
-    /// The name of an `upstream`, or a host and a port, or a unix socket.
+    /// The name of an `upstream`, a host with a port, or a unix socket.
     pub host: String,
-    /// Whether it is spoken to over TLS.
+    /// Whether it uses TLS.
     pub tls: bool,
-    /// Whether it is asked by gRPC.
+    /// Whether it uses gRPC.
     pub grpc: bool,
-    /// The path behind the host, if one is written.
+    /// The path after the host, if there is one.
     pub path: Option<String>,
 }
 
 impl Target {
-    /// Reads the word of `proxy_pass` or `grpc_pass`.
+    /// Parses the argument of `proxy_pass` or `grpc_pass`.
     ///
-    /// # Errors
-    /// What of it has no equal.
+    /// # Errors The part without an equivalent.
     pub fn read(directive: &Directive, variables: &Variables) -> Result<Target, String> {
         let written = directive.word(0);
         let url = match variables.made(written)? {
             super::Made::Fixed(url) => url,
-            // The whole path may be passed on by name.
+            // A variable with the whole path is equivalent to no path.
             super::Made::Cel(_) => match pieces(written).split_last() {
                 Some((Piece::Variable(last), rest)) if matches!(&**last, "request_uri" | "uri") && all_text(rest) => {
                     written[..written.rfind('$').unwrap_or(0)].trim_end_matches('/').to_owned()
@@ -51,12 +50,12 @@ impl Target {
         Ok(Target { host: rest[..at].to_owned(), tls, grpc, path })
     }
 
-    /// What nginx tells the backend as `Host`, where nothing else is said.
+    /// nginx's default `Host` for the backend.
     pub fn proxy_host(&self) -> &str {
         if self.host.starts_with("unix:") { "localhost" } else { &self.host }
     }
 
-    /// The URL up to its path.
+    /// The URL without its path.
     pub fn origin(&self) -> String {
         format!("{}://{}", if self.tls { "https" } else { "http" }, self.host)
     }
@@ -66,7 +65,7 @@ fn all_text(pieces: &[Piece]) -> bool {
     pieces.iter().all(|piece| matches!(piece, Piece::Text(_)))
 }
 
-/// The name of an upstream for this target, with the settings of this place; it is made if it is not there yet.
+/// The name of the upstream for this target with the settings of this place; creates it if necessary.
 pub fn upstream<'d>(work: &mut Work<'d>, target: &Target, levels: &Levels<'d>, blocks: &[&'d Directive]) -> String {
     let block = blocks.iter().copied().find(|block| block.word(0) == target.host);
     let mut map = Map::default();
@@ -116,7 +115,7 @@ pub fn upstream<'d>(work: &mut Work<'d>, target: &Target, levels: &Levels<'d>, b
     wanted
 }
 
-/// How an upstream over TLS is trusted: nginx does not check, unless it is configured to.
+/// TLS settings of an upstream: nginx verifies certificates only if configured.
 fn tls<'d>(work: &mut Work<'d>, levels: &Levels<'d>, grpc: bool) -> Map {
     let prefix = if grpc { "grpc_ssl" } else { "proxy_ssl" };
     let mut map = Map::default();
@@ -141,7 +140,7 @@ fn tls<'d>(work: &mut Work<'d>, levels: &Levels<'d>, grpc: bool) -> Map {
     map
 }
 
-/// The endpoints of an `upstream` block, and how one is chosen.
+/// The endpoints of an `upstream` block, and its load balancing.
 pub fn endpoints<'d>(work: &mut Work<'d>, block: &'d Directive, map: &mut Map, port: u16) {
     let mut list = Vec::new();
     let (mut policy, mut hash) = (Some("round_robin"), None);
@@ -233,7 +232,7 @@ pub fn endpoints<'d>(work: &mut Work<'d>, block: &'d Directive, map: &mut Map, p
     map.put("endpoints", Node::List(list));
 }
 
-/// What a hash or a limit goes by.
+/// The key of a hash or a limit.
 pub fn key(written: &str) -> Option<Node> {
     let one = |key: &str, name: &str| Some(Node::Map(Map::default().with(key, Node::text(name))));
     match pieces(written).as_slice() {
@@ -251,13 +250,13 @@ pub fn key(written: &str) -> Option<Node> {
     }
 }
 
-/// An address with a port, as nginx lets one leave it out.
+/// An address with a port; nginx allows it to be omitted.
 fn with_port(host: &str, port: u16) -> String {
     let has = host.starts_with("unix:") || host.rsplit_once(':').is_some_and(|(_, port)| !port.contains(']'));
     if has { host.to_owned() } else { format!("{host}:{port}") }
 }
 
-/// When a request goes to another endpoint.
+/// When a request is retried at another endpoint.
 pub fn retry<'d>(work: &mut Work<'d>, levels: &Levels<'d>, prefix: &str) -> Option<Map> {
     let mut map = Map::default();
     if let Some(directive) = last(levels, &format!("{prefix}_next_upstream")) {
@@ -294,7 +293,7 @@ pub fn retry<'d>(work: &mut Work<'d>, levels: &Levels<'d>, prefix: &str) -> Opti
     (!map.is_empty()).then_some(map)
 }
 
-/// What is held back of bodies.
+/// Buffering of bodies.
 pub fn buffering<'d>(work: &mut Work<'d>, levels: &Levels<'d>) -> Map {
     let mut map = Map::default();
     if work.value(levels, "proxy_request_buffering") == Some("off") {
@@ -306,7 +305,7 @@ pub fn buffering<'d>(work: &mut Work<'d>, levels: &Levels<'d>) -> Map {
             map.at("request").put("memory", Node::text(size));
         }
     }
-    // nginx takes 1 MiB where nothing is said.
+    // nginx's default is 1 MiB.
     let most = work.value(levels, "client_max_body_size").unwrap_or("1m");
     let most = if most == "0" { Some("1024GiB".to_owned()) } else { super::size(most) };
     map.at("request").put("max_body", Node::text(most.unwrap_or_else(|| "1MiB".to_owned())));
