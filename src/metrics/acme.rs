@@ -1,4 +1,4 @@
-//! What is counted of certificates that Forebay gets from issuers.
+//! Metrics of certificates from ACME issuers.
 
 use prometheus::{IntCounter, IntGauge, IntGaugeVec};
 
@@ -28,11 +28,11 @@ pub struct AcmeMetrics {
     issuer: Box<str>,
 }
 
-/// The metrics of the answers to issuers.
+/// The metrics of challenge answers.
 pub struct ChallengeMetrics {
-    /// Requests for a token.
+    /// HTTP requests for a token.
     pub http_01: IntCounter,
-    /// Handshakes.
+    /// TLS handshakes.
     pub tls_alpn_01: IntCounter,
 }
 
@@ -55,8 +55,8 @@ impl Families {
 }
 
 impl AcmeMetrics {
-    /// Shows of the certificate with this first name how often in a row no order for it came to anything, and when the
-    /// next one is due, in seconds since 1970.
+    /// Sets the metrics of the certificate with this first name: consecutive failed orders, and when the next one
+    /// is due, in seconds since 1970.
     pub fn show(&self, name: &str, failures: u32, due: i64) {
         self.failures.with_label_values(&[&*self.issuer, name]).set(failures.into());
         self.due.with_label_values(&[&*self.issuer, name]).set(due);

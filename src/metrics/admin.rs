@@ -1,4 +1,4 @@
-//! What is counted of the admin endpoint.
+//! Metrics of the admin endpoint.
 
 use prometheus::{IntCounter, IntCounterVec, IntGauge};
 
@@ -24,30 +24,30 @@ pub struct AdminMetrics {
 }
 
 impl AdminMetrics {
-    /// Counts a request. `path` is of the endpoint's table and not the client's word. Looks labels up, for it is
-    /// seldom asked.
+    /// Counts a request. `path` must be from the endpoint's table, not from the client. Looks labels up, since
+    /// requests are rare.
     pub fn count(&self, path: &str, status: u16) {
         self.requests.with_label_values(&[path, &status.to_string()]).inc();
     }
 
-    /// Says how many connections are open.
+    /// Sets the number of open connections.
     pub fn set_connections(&self, open: usize) {
         self.connections.set(i64::try_from(open).unwrap_or(i64::MAX));
     }
 
-    /// Counts a connection that was closed because there were as many as may be.
+    /// Counts a connection that was closed because the limit was reached.
     pub fn closed(&self) {
         self.closed.inc();
     }
 
-    /// Counts an answer that goes on, until the guard is dropped.
+    /// Counts a streaming response until the guard is dropped.
     pub fn stream(&self) -> StreamGuard {
         self.streams.inc();
         StreamGuard(self.streams.clone())
     }
 }
 
-/// An answer of the admin endpoint that goes on.
+/// A streaming response of the admin endpoint.
 pub struct StreamGuard(IntGauge);
 
 impl Drop for StreamGuard {

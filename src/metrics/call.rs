@@ -1,32 +1,32 @@
-//! Calls that filters make: `forebay_filter_calls_total` and `forebay_filter_call_seconds`.
+//! Requests sent by filters: `forebay_filter_calls_total` and `forebay_filter_call_seconds`.
 
 use std::time::Duration;
 
 use prometheus::{Histogram, HistogramVec, IntCounter, IntCounterVec};
 
 super::retry::labels! {
-    /// What became of a call.
+    /// The outcome of a call.
     End {
-        /// It was answered, whatever the status.
+        /// A response with any status.
         Answered: "answered",
-        /// Every endpoint was busy, and none had room in time.
+        /// All endpoints were at their limits until the queue's timeout.
         Busy: "busy",
         /// The circuit breaker was open.
         Away: "away",
         /// No endpoint was available.
         NoEndpoint: "no_endpoint",
-        /// It took too long.
+        /// Timeout.
         Late: "late",
-        /// No endpoint could be reached, or one broke off.
+        /// No endpoint could be reached, or the connection broke.
         Failed: "failed",
-        /// The answer was larger than the call allows.
+        /// The response exceeded the limit of the call.
         TooLarge: "too_large",
-        /// The filter, or its client, did not wait for it to end.
+        /// The filter, or its client, did not wait for the result.
         Dropped: "dropped",
     }
 }
 
-/// Those of one filter to one upstream.
+/// The metrics of one filter and one upstream.
 pub struct CallMetrics {
     ends: Box<[IntCounter]>,
     seconds: Histogram,
@@ -41,7 +41,7 @@ impl CallMetrics {
         }
     }
 
-    /// A call has ended so, after this time.
+    /// Records the outcome and the duration of a call.
     pub fn ended(&self, end: End, took: Duration) {
         self.ends[end as usize].inc();
         self.seconds.observe(took.as_secs_f64());

@@ -1,4 +1,4 @@
-//! What is counted of the configuration and of its generations.
+//! Metrics of the configuration and its generations.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -22,11 +22,11 @@ vectors! {
     }
 }
 
-/// The metrics of the configuration that runs, and of the tries to change it.
+/// The metrics of the active configuration, and of reloads.
 pub struct ConfigMetrics {
     /// Reloads that were applied.
     pub applied: IntCounter,
-    /// Reloads that changed nothing, for the configuration was wrong.
+    /// Reloads that changed nothing because the configuration was invalid.
     pub refused: IntCounter,
     generation: IntGauge,
     failed: IntGauge,
@@ -39,12 +39,12 @@ struct Handles {
     loaded: GaugeVec,
 }
 
-/// The generations of the configuration that there still are.
+/// The generations that still exist.
 pub trait Generations: Send + Sync {
-    /// The number of each, and how many exchanges go by it; the same number may come several times.
+    /// The number of each, and how many exchanges use it; the same number may occur several times.
     fn exchanges(&self) -> Vec<(u64, u64)>;
 
-    /// The number of each that has a listener as it was written, and how many connections came in by one of these.
+    /// The number of each whose listeners are in use, and how many connections they have.
     fn connections(&self) -> Vec<(u64, u64)>;
 }
 
@@ -63,7 +63,7 @@ impl Families {
 }
 
 impl ConfigMetrics {
-    /// A configuration of this number and hash runs since now.
+    /// A configuration with this number and hash is now active.
     pub fn show(&self, generation: u64, hash: &str) {
         self.generation.set(i64::try_from(generation).unwrap_or(i64::MAX));
         self.failed.set(0);
@@ -71,21 +71,21 @@ impl ConfigMetrics {
         self.families.loaded.with_label_values::<&str>(&[]).set(now.as_secs_f64());
         let mut shown = self.hash.lock().unwrap_or_else(PoisonError::into_inner);
         if *shown != hash {
-            // The one before; there is none at first.
+            // Removes the series of the previous one; at first there is none.
             let _ = self.families.info.remove_label_values(&[&*shown]);
             *shown = hash.to_owned();
         }
         self.families.info.with_label_values(&[hash]).set(1);
     }
 
-    /// A reload was refused: the configuration that is to run is not the one that does.
+    /// A reload was refused: the active configuration differs from the file.
     pub fn refuse(&self) {
         self.refused.inc();
         self.failed.set(1);
     }
 }
 
-/// Counts what generations have, for a scrape.
+/// Counts the exchanges and connections of generations on each scrape.
 pub(super) struct GenerationCollector {
     generations: Arc<dyn Generations>,
     descs: [Desc; 2],
@@ -124,7 +124,7 @@ pub(super) mod tests {
     use super::super::Metrics;
     use super::*;
 
-    /// One generation with two exchanges, and an older one by whose listener three connections came in.
+    /// A generation with two exchanges, and an older one with three connections.
     pub struct One;
 
     impl Generations for One {

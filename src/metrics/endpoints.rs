@@ -1,8 +1,8 @@
-//! What is known of endpoints on each scrape: how many are in which state, who takes requests and how many it has.
+//! Metrics of endpoints, collected on each scrape: their number by state, availability and active attempts.
 //!
-//! `forebay_upstream_endpoints`, `forebay_endpoint_available` and `forebay_endpoint_inflight` are not kept but counted
-//! from the endpoints themselves with each scrape. So nothing on the way of a request pays for them, they cannot drift,
-//! and an endpoint that is gone leaves no series behind.
+//! `forebay_upstream_endpoints`, `forebay_endpoint_available` and `forebay_endpoint_inflight` are not stored but
+//! computed from the endpoints themselves. So they cost nothing on the request path, cannot drift, and removed
+//! endpoints leave no series.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
@@ -14,42 +14,42 @@ use prometheus::proto::MetricFamily;
 use super::family::Family;
 use super::{Metrics, family};
 
-/// A group of endpoints that can be counted: an upstream.
+/// A group of endpoints: an upstream.
 pub trait Group: Send + Sync {
     /// The value of the label `upstream`.
     fn name(&self) -> &str;
 
-    /// Every state that an endpoint can be in.
+    /// All possible states of an endpoint.
     fn states(&self) -> Vec<&'static str>;
 
-    /// Tells of each endpoint.
+    /// Calls `tell` for each endpoint.
     fn each(&self, tell: &mut dyn FnMut(Present<'_>));
 }
 
-/// An endpoint at the moment of a scrape.
+/// An endpoint at the time of a scrape.
 #[derive(Clone, Copy, Debug)]
 pub struct Present<'e> {
-    /// The value of the label `endpoint`; several may have the same.
+    /// The value of the label `endpoint`; several endpoints may share it.
     pub label: &'e str,
     /// One of [`Group::states`].
     pub state: &'static str,
-    /// Whether it takes requests.
+    /// Whether it gets requests.
     pub available: bool,
-    /// Attempts that it has.
+    /// Number of active attempts.
     pub inflight: u32,
 }
 
-/// The groups that there are; those that are dropped are forgotten. Clones share them.
+/// The existing groups; dropped ones are removed. Clones share them.
 #[derive(Clone, Default)]
 pub(super) struct Groups(Arc<Mutex<Vec<Weak<dyn Group>>>>);
 
 impl Groups {
-    /// Counts the endpoints of this one, too.
+    /// Adds a group.
     pub(super) fn add(&self, group: Weak<dyn Group>) {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).push(group);
     }
 
-    /// Those that there are now. The lock is not held while they are counted.
+    /// The existing groups. The lock is not held while they are counted.
     fn present(&self) -> Vec<Arc<dyn Group>> {
         let mut groups = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         groups.retain(|group| group.strong_count() > 0);
@@ -57,14 +57,14 @@ impl Groups {
     }
 }
 
-/// Counts them for a scrape.
+/// Collects the metrics for a scrape.
 pub(super) struct EndpointCollector {
     groups: Groups,
     descs: [Desc; 3],
 }
 
 impl EndpointCollector {
-    /// Of these.
+    /// A collector for these groups.
     pub(super) fn new(groups: Groups) -> Self {
         let families = [&family::UPSTREAM_ENDPOINTS, &family::ENDPOINT_AVAILABLE, &family::ENDPOINT_INFLIGHT];
         EndpointCollector { groups, descs: families.map(Family::describe) }
@@ -78,7 +78,7 @@ impl Collector for EndpointCollector {
 
     fn collect(&self) -> Vec<MetricFamily> {
         let groups = self.groups.present();
-        // By name: while one configuration follows another, there may be two groups of one name.
+        // By name, since two groups may share one while a configuration replaces another.
         let mut states: BTreeMap<(&str, &str), u32> = BTreeMap::new();
         let mut endpoints: BTreeMap<(&str, String), (u32, u32)> = BTreeMap::new();
         for group in &groups {
@@ -109,16 +109,16 @@ impl Collector for EndpointCollector {
     }
 }
 
-/// What is counted of all endpoints of one label together. When it is dropped, its series are removed.
+/// The metrics of all endpoints with one label. Their series are removed on drop.
 pub struct EndpointMetrics {
-    /// How often one was chosen.
+    /// Number of selections.
     pub selections: IntCounter,
     metrics: Metrics,
     upstream: Box<str>,
     label: Box<str>,
 }
 
-/// Those in use, by upstream and label.
+/// The metrics in use, by upstream and label.
 pub(super) type Known = std::collections::HashMap<(Box<str>, Box<str>), Weak<EndpointMetrics>>;
 
 impl EndpointMetrics {
@@ -129,14 +129,14 @@ impl EndpointMetrics {
 }
 
 impl Drop for EndpointMetrics {
-    /// One of the same label that was made meanwhile counts on with the same child.
+    /// If metrics with the same label were created meanwhile, they keep the series.
     fn drop(&mut self) {
         let mut known = self.metrics.endpoints();
         let key = (self.upstream.clone(), self.label.clone());
         if known.get(&key).is_some_and(|known| std::ptr::eq(known.as_ptr(), self)) {
             known.remove(&key);
             let labels = [&*self.upstream, &*self.label];
-            // Only this removes it; if it were gone, that is what is wanted.
+            // An error means that the series is already gone.
             let _ = self.metrics.families().upstreams.selections.remove_label_values(&labels);
         }
     }

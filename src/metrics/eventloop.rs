@@ -1,4 +1,4 @@
-//! What is counted of the event loops of the workers, and of the lanes in which exchanges wait for their turn on one.
+//! Metrics of the workers' event loops, and of the lanes in which exchanges wait for their turn.
 
 use prometheus::{Gauge, Histogram, IntCounter, IntCounterVec, IntGauge};
 
@@ -19,32 +19,32 @@ vectors! {
     }
 }
 
-/// What a turn of the paced lane is for.
+/// The classes of exchanges that take turns.
 pub const LANE_CLASSES: [&str; 3] = ["newcomer", "pass", "spool"];
 
-/// The metrics of the paced lane of one worker.
+/// The metrics of one worker's lane.
 pub struct LaneMetrics {
-    /// Exchanges that wait for their turn, as in `LANE_CLASSES`.
+    /// Waiting exchanges, in the order of `LANE_CLASSES`.
     pub waiting: [IntGauge; 3],
-    /// Of its time, what the worker may give to them, from 0 to 1.
+    /// The share of its time that the worker may spend on them, from 0 to 1.
     pub share: [Gauge; 3],
-    /// Turns that were given because they had been waited for for as long as may be.
+    /// Turns that were given because the longest wait was over.
     pub overdue: [IntCounter; 3],
     /// Bytes that were spooled.
     pub bytes: IntCounter,
 }
 
-/// The metrics of the workers' loops that are not read when they are asked for.
+/// Metrics of the event loops that are not collected on scrape.
 pub struct LoopMetrics {
-    /// How late each worker's signs of life came.
+    /// The lag of each worker.
     pub lag: Vec<Histogram>,
-    /// Workers that are stalled now.
+    /// Number of stalled workers.
     pub stalled: IntGauge,
     stalls: IntCounterVec,
 }
 
 impl LoopMetrics {
-    /// How often a worker was held up at this place, which is a phase, the key of a filter, or `loop`.
+    /// The counter of stalls at this place: a phase, the key of a filter, or `loop`.
     pub fn stalls(&self, place: &str) -> IntCounter {
         self.stalls.with_label_values(&[place])
     }
@@ -72,7 +72,7 @@ impl Families {
         }
     }
 
-    /// How late the signs of life of this worker came.
+    /// The lag of this worker.
     pub(super) fn lag_of(&self, worker: usize) -> Histogram {
         self.lag.with_label_values(&[&worker.to_string()])
     }

@@ -1,7 +1,7 @@
-//! The table of every metric: one row is its name, kind, labels and help.
+//! The table of all metrics: a row has name, kind, labels and help.
 //!
-//! `metrics` builds its vectors from these rows and adds nothing. The tests make `dashboards/metrics.md` and the boards
-//! of them, and ask that each metric is on some board.
+//! `metrics` creates its vectors from these rows only. Tests generate `dashboards/metrics.md` and the boards from
+//! them, and check that each metric is on a board.
 
 use prometheus::core::{Desc, MetricVec, MetricVecBuilder};
 use prometheus::proto::{Bucket, Counter as CounterValue, Gauge as GaugeValue, Histogram as HistogramValue};
@@ -10,8 +10,7 @@ use prometheus::{CounterVec, GaugeVec, HistogramOpts, HistogramVec, IntCounterVe
 
 use super::registry::Registry;
 
-/// Declares the families of one subsystem whose children are made later: each a field, with what it measures with and
-/// its row of the table.
+/// Declares the families of a subsystem: each field has a kind and a row of the table.
 macro_rules! vectors {
     ($(#[$doc:meta])* struct $name:ident { $($field:ident: $kind:ident $row:ident,)* }) => {
         $(#[$doc])*
@@ -33,32 +32,32 @@ macro_rules! vectors {
 }
 pub(super) use vectors;
 
-/// One metric with all its label values.
+/// A metric with all its label values.
 #[derive(Debug)]
 pub struct Family {
     /// Its full name, unit last.
     pub name: &'static str,
-    /// What it measures with.
+    /// Its kind.
     pub kind: Kind,
-    /// The names of its labels, in the order in which their values are given.
+    /// The names of its labels, in the order of their values.
     pub labels: &'static [&'static str],
-    /// One sentence for people who read `/metrics`.
+    /// One sentence for readers of `/metrics`.
     pub help: &'static str,
 }
 
-/// What a [`Family`] measures with.
+/// The kind of a [`Family`].
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Kind {
-    /// Only ever grows.
+    /// Never decreases.
     Counter,
-    /// Grows and shrinks.
+    /// Increases and decreases.
     Gauge,
-    /// Counts seconds into buckets with these upper bounds.
+    /// A histogram in seconds, with these upper bounds.
     Histogram(&'static [f64]),
 }
 
 impl Kind {
-    /// The word for it in the text format.
+    /// The name of the kind in the text format.
     pub fn name(self) -> &'static str {
         match self {
             Kind::Counter => "counter",
@@ -68,21 +67,20 @@ impl Kind {
     }
 }
 
-/// Seconds of one phase, from routing (microseconds) to a slow client (a minute). Eight, for every route has them for
-/// each of its phases; where it matters, the access log has the figure itself.
+/// Seconds of a phase, from routing (microseconds) to a slow client (a minute). Only eight buckets, since every
+/// route has them for each of its phases; the access log has exact values.
 const PHASE: &[f64] = &[0.0005, 0.0025, 0.01, 0.05, 0.25, 1.0, 5.0, 30.0];
 
 /// Seconds of a whole exchange.
 const EXCHANGE: &[f64] = &[0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0];
 
-/// Seconds until a connection stands: from this machine to the other end of the world, TLS included.
+/// Seconds to connect: from the same machine to the other side of the world, TLS included.
 const CONNECT: &[f64] = &[0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 5.0];
 
-/// Seconds of a TLS handshake with a client: a resumed one on this machine to a full one on the other side of the
-/// world.
+/// Seconds of a TLS handshake with a client: from a resumed local one to a full one on the other side of the world.
 const HANDSHAKE: &[f64] = &[0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 5.0, 10.0];
 
-/// Seconds that Forebay itself costs.
+/// Seconds of Forebay's own time.
 const OWN: &[f64] = &[0.00001, 0.000025, 0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.05];
 
 /// Seconds of one poll of a task, as tokio counts them: 32.768 µs, doubled twelve times.
@@ -102,20 +100,21 @@ pub const POLL_TIMES: &[f64] = &[
     0.134217728,
 ];
 
-/// Seconds by which a worker is late: from a wake-up of the kernel to a filter that sleeps.
+/// Seconds of lag: from a kernel wake-up to a filter that blocks.
 const LAG: &[f64] = &[0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 5.0];
 
 /// Seconds of one poll of a filter: most take microseconds.
 const FILTER_POLL: &[f64] = &[0.000001, 0.000005, 0.000025, 0.0001, 0.0005, 0.0025, 0.01, 0.05, 0.25, 1.0];
 
-/// Seconds until a password is checked: from a cheap hash on an idle machine to the end of all patience.
+/// Seconds of a password check: from a cheap hash on an idle machine to any timeout.
 const PASSWORD: &[f64] = &[0.005, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0];
 
-/// Seconds of one piece of work for the disk: from the page cache to a disk that is drowned in writes.
+/// Seconds of a disk operation: from the page cache to an overloaded disk.
 const DISK: &[f64] = &[0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.1, 0.5, 1.0, 5.0];
 
-/// Seconds in the queue of an upstream: from a place that is free in a moment to the end of all patience.
+/// Seconds of a request that a filter sends.
 const CALL: &[f64] = &[0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0];
+/// Seconds in the queue of an upstream: from the next free place to any timeout.
 const QUEUE: &[f64] = &[0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0];
 
 macro_rules! families {
@@ -124,7 +123,7 @@ macro_rules! families {
             #[doc = $help]
             pub static $constant: Family = Family { name: $name, kind: $kind, labels: &$labels, help: $help };
         )*
-        /// Every row above, in order.
+        /// All rows, in order.
         pub static ALL: &[&Family] = &[$(&$constant),*];
     };
 }
@@ -133,157 +132,157 @@ use Kind::{Counter, Gauge, Histogram};
 
 families! {
     EXCHANGES: "forebay_exchanges_total", Counter, ["route", "code"],
-        "Exchanges that ended, by the status the client got.";
+        "Finished exchanges, by the status sent to the client.";
     EXCHANGE_SECONDS: "forebay_exchange_seconds", Histogram(EXCHANGE), ["route", "code_class"],
-        "Time of whole exchanges: the sum of their phases.";
+        "Duration of exchanges: the sum of their phases.";
     PHASE_SECONDS: "forebay_phase_seconds", Histogram(PHASE), ["route", "phase"],
-        "Time that exchanges spent in a phase; those that never entered it are not counted.";
+        "Time that exchanges spent in a phase; exchanges that skipped the phase are not counted.";
     PHASE_ACTIVE: "forebay_phase_active", Gauge, ["phase"],
-        "Exchanges, and connections before their first one, that are in a phase now.";
+        "Exchanges, and connections before their first one, that are now in a phase.";
     PHASE_OLDEST: "forebay_phase_oldest_seconds", Gauge, ["phase"],
-        "For how long the first of those that are in a phase now has been in it; 0 if there is none.";
+        "How long the oldest exchange in a phase has been in it; 0 if the phase is empty.";
     DRIVER_EXCHANGES: "forebay_driver_exchanges_total", Counter, ["driver", "reason"],
-        "Exchanges that went to an upstream, by the driver that they went by, and why it was not Forebay's own.";
+        "Exchanges sent to an upstream, by driver, and the reason if it was not Forebay's own driver.";
     OWN_SECONDS: "forebay_own_seconds", Histogram(OWN), ["route"],
-        "Time that Forebay itself cost an exchange: the polls of its future, without any waiting.";
+        "Time that Forebay itself spent on an exchange: the polls of its future, without waiting.";
     WRITE_BLOCKED: "forebay_write_blocked_seconds_total", Counter, ["route"],
-        "Time in which clients did not take what there was for them.";
+        "Time in which response data was ready but the client did not accept it.";
     UPSTREAM_HELD: "forebay_upstream_held_seconds", Histogram(EXCHANGE), ["route"],
-        "Time for which an exchange had an upstream's connection.";
+        "How long an exchange used an upstream connection.";
     UPSTREAM_SAVED: "forebay_upstream_saved_seconds_total", Counter, ["route"],
-        "Time from the release of an upstream's connection to the end of the client's exchange.";
+        "Time from the release of the upstream connection to the end of the exchange.";
     SPOOL_SPILLS: "forebay_spool_spills_total", Counter, ["route", "direction", "reason"],
-        "Bodies of which a part went to disk, by what there was too much of.";
+        "Bodies that were partly written to disk, by the reason.";
     BYTES: "forebay_bytes_total", Counter, ["route", "direction"],
         "Bytes exchanged with clients.";
     ROUTES_FOLDED: "forebay_routes_folded", Gauge, [],
-        "Routes that are counted together as _other, because max_series was reached.";
+        "Routes that are counted together as _other because max_series was reached.";
     CONFIG_GENERATION: "forebay_config_generation", Gauge, [],
-        "How many configurations have run in this process, with the one that runs now.";
+        "Number of the active configuration, counted from 1 in this process.";
     CONFIG_INFO: "forebay_config_info", Gauge, ["hash"],
-        "1, with the hash of the text of the configuration that runs.";
+        "Always 1; the label has the hash of the active configuration's text.";
     CONFIG_LOADED: "forebay_config_loaded_timestamp_seconds", Gauge, [],
-        "When the configuration that runs was put on, in seconds since 1970.";
+        "When the active configuration was activated, in seconds since 1970.";
     CONFIG_RELOAD_FAILED: "forebay_config_reload_failed", Gauge, [],
-        "1 if the last reload was refused, so that another configuration runs than the file says; else 0.";
+        "1 if the last reload was refused, so that the active configuration differs from the file; else 0.";
     CONFIG_RELOADS: "forebay_config_reloads_total", Counter, ["result"],
-        "Reloads of the configuration, by what came of them: applied or refused.";
+        "Reloads of the configuration, by result: applied or refused.";
     GENERATION_EXCHANGES: "forebay_generation_exchanges", Gauge, ["generation"],
-        "Exchanges that go by this configuration, counted by its number.";
+        "Active exchanges by the number of the configuration that they use.";
     GENERATION_CONNECTIONS: "forebay_generation_connections", Gauge, ["generation"],
-        "Client connections whose listener is set up as in this configuration, counted by its number.";
+        "Open client connections by the number of the configuration that their listener uses.";
     UPGRADES: "forebay_upgrades_total", Counter, ["result"],
-        "New processes that were to take over, by what came of them: done, refused, failed or timed_out; it goes on from one process to the next.";
+        "Upgrades to a new process, by result: done, refused, failed or timed_out; the new process continues the count.";
     UPGRADE_FAILED: "forebay_upgrade_failed", Gauge, [],
-        "1 if the last upgrade failed, so that an older process serves on; else 0.";
+        "1 if the last upgrade failed and the old process continues to serve; else 0.";
     UPGRADE_DRAINING: "forebay_upgrade_draining_processes", Gauge, [],
-        "Processes before this one that still end what they have under way.";
+        "Older processes that are still finishing their active exchanges.";
     REFUSALS: "forebay_refusals_total", Counter, ["reason"],
-        "Exchanges and connections that Forebay itself ended, by reason.";
+        "Exchanges and connections that Forebay refused or cut, by reason.";
     CLIENT_CONNECTIONS: "forebay_client_connections", Gauge, ["listener", "state"],
-        "Client connections that are open now, by what they do.";
+        "Open client connections, by state.";
     CLIENT_CONNECTIONS_TOTAL: "forebay_client_connections_total", Counter, ["listener"],
-        "Client connections that were accepted.";
+        "Accepted client connections.";
     CLIENT_CONNECTIONS_LIMIT: "forebay_client_connections_limit", Gauge, ["listener"],
-        "Client connections that a listener may have open at once, as its limit and the open files of the process allow.";
+        "Limit on open client connections of a listener, from its configuration and the open files of the process.";
     ACCEPT_PAUSES: "forebay_accept_pauses_total", Counter, [],
-        "Times that a listener stopped accepting connections because open files ran short.";
+        "Times that a listener paused accepting because open files ran out.";
     ACCEPT_PAUSED: "forebay_accept_paused", Gauge, [],
-        "Listeners that accept no connection now because open files run short.";
+        "Listeners that now pause accepting because open files have run out.";
     CLIENT_REQUESTS: "forebay_client_requests_total", Counter, ["listener", "protocol"],
-        "Requests whose header arrived, by the protocol that the client spoke.";
+        "Requests with a complete header, by the client's protocol.";
     TLS_HANDSHAKES: "forebay_tls_handshakes_total", Counter, ["listener", "version", "resumed"],
-        "TLS handshakes with clients that were done; those that failed are refusals of the phase handshake.";
+        "Completed TLS handshakes with clients; failed ones are refusals of the phase handshake.";
     TLS_HANDSHAKE_SECONDS: "forebay_tls_handshake_seconds", Histogram(HANDSHAKE), ["listener"],
         "Time of TLS handshakes with clients, from the first byte of the ClientHello to the end.";
     TLS_CERTIFICATE_NOT_AFTER: "forebay_tls_certificate_not_after_timestamp_seconds", Gauge, ["listener", "name", "key"],
-        "When a certificate that clients are shown ceases to be valid, by its first name and the kind of its key.";
+        "When a served certificate expires, by its first name and its key type.";
     TLS_RELOADS: "forebay_tls_reloads_total", Counter, ["listener", "outcome"],
-        "Times that files of certificates had changed, by whether what they hold was taken or refused.";
+        "Changes of certificate files, by result: taken or refused.";
     TLS_CERTIFICATES_REFUSED: "forebay_tls_certificates_refused", Gauge, ["listener"],
-        "Certificates whose files hold something now that was refused: an older one is served.";
+        "Certificates whose current files were refused, so that an older version is served.";
     ACME_ORDERS: "forebay_acme_orders_total", Counter, ["issuer", "outcome"],
-        "Orders for certificates that ended, by whether one was issued.";
+        "Finished certificate orders, by whether a certificate was issued.";
     ACME_CHALLENGES: "forebay_acme_challenges_total", Counter, ["challenge"],
-        "Requests and handshakes of issuers of certificates that were answered to prove a name.";
+        "ACME challenges that were answered.";
     ACME_FAILURES: "forebay_acme_failures", Gauge, ["issuer", "name"],
-        "Orders for a certificate that failed since one did not, by its first name.";
+        "Consecutive failed orders for a certificate, by its first name.";
     ACME_DUE: "forebay_acme_due_timestamp_seconds", Gauge, ["issuer", "name"],
         "When the next order for a certificate is due, by its first name.";
     ACME_ACTIVE: "forebay_acme_active", Gauge, ["issuer"],
-        "Whether this process orders the certificates: of several that share a store, one does.";
+        "1 if this process orders the certificates; only one of the processes that share a store does.";
     RELAYED_CONNECTIONS: "forebay_relayed_connections", Gauge, ["listener", "name"],
-        "Client connections that are passed on as they are now, by the name of TLS that they asked for or tcp.";
+        "Open client connections that are forwarded without decryption, by TLS server name, or tcp.";
     RELAYED_CONNECTIONS_TOTAL: "forebay_relayed_connections_total", Counter, ["listener", "name"],
-        "Client connections that were passed on as they are.";
+        "Client connections that were forwarded without decryption.";
     RELAYED_BYTES: "forebay_relayed_bytes_total", Counter, ["listener", "name", "direction"],
-        "Bytes of connections that were passed on as they are, counted when these end.";
+        "Bytes of forwarded connections, counted when the connection ends.";
     UPSTREAM_SELECTIONS: "forebay_upstream_selections_total", Counter, ["upstream", "endpoint"],
-        "Times that an endpoint was chosen.";
+        "Attempts for which an endpoint was chosen.";
     UPSTREAM_CONNECTS: "forebay_upstream_connects_total", Counter, ["upstream", "outcome"],
-        "Connections that exchanges were given, or not, by how.";
+        "Connections for exchanges, by outcome: new, reused or failed.";
     UPSTREAM_CONNECT_FAILURES: "forebay_upstream_connect_failures_total", Counter, ["upstream", "reason"],
-        "Attempts for which no connection came about, by why.";
+        "Attempts without a connection, by reason.";
     UPSTREAM_CONNECT_SECONDS: "forebay_upstream_connect_seconds", Histogram(CONNECT), ["upstream"],
-        "Time until a new connection to an endpoint stood, TLS included.";
+        "Time to connect to an endpoint, TLS handshake included.";
     UPSTREAM_WAIT_SECONDS: "forebay_upstream_wait_seconds", Histogram(EXCHANGE), ["upstream"],
-        "Time from the end of the request, as far as can be seen, to the whole header of the answer.";
+        "Time from the end of the request, as far as known, to the complete response header.";
     UPSTREAM_ENDPOINTS: "forebay_upstream_endpoints", Gauge, ["upstream", "state"],
-        "Endpoints that there are now, by state.";
+        "Endpoints by state.";
     ENDPOINT_AVAILABLE: "forebay_endpoint_available", Gauge, ["upstream", "endpoint"],
-        "Addresses of an endpoint that take requests now: 0 or 1, or more if its name has several.";
+        "Available addresses of an endpoint: 0 or 1, or more if its name has several addresses.";
     ENDPOINT_INFLIGHT: "forebay_endpoint_inflight", Gauge, ["upstream", "endpoint"],
-        "Attempts that an endpoint has under way now.";
+        "Active attempts at an endpoint.";
     UPSTREAM_DISCOVERIES: "forebay_upstream_discoveries_total", Counter, ["upstream", "outcome"],
-        "Look-ups of names and looks at files that say where endpoints are; after a failed one the last good answer stays.";
+        "Endpoint look-ups in DNS and files; after a failure the last good result stays in use.";
     UPSTREAM_HEALTH_CHECKS: "forebay_upstream_health_checks_total", Counter, ["upstream", "outcome"],
-        "Health checks by what came of them, unable: the gateway had no descriptor or port for them; those that began late, for too many were under way, are counted as late besides.";
+        "Health checks by outcome; unable: the gateway lacked a descriptor or port; late, counted in addition: the check started late because too many were active.";
     UPSTREAM_CONNECTIONS: "forebay_upstream_connections", Gauge, ["upstream"],
-        "Connections to endpoints that are open now, in use or kept, or that are being made.";
+        "Connections to endpoints that are in use, idle, or being made.";
     UPSTREAM_EJECTIONS: "forebay_upstream_ejections_total", Counter, ["upstream", "reason"],
-        "Times that an endpoint was taken out for a while, by what passing requests said against it.";
+        "Ejections of endpoints by outlier detection, by reason.";
     UPSTREAM_PANIC: "forebay_upstream_panic", Gauge, ["upstream"],
-        "1 while so few endpoints are available that all of them are asked.";
+        "1 in panic mode: so few endpoints are available that requests go to all of them.";
     RETRIES: "forebay_retries_total", Counter, ["upstream", "reason"],
-        "Attempts after the first of an exchange, by what the one before had failed for.";
+        "Attempts after the first of an exchange, by why the previous one failed.";
     RETRIES_REFUSED: "forebay_retries_refused_total", Counter, ["upstream", "reason"],
-        "Attempts that failed and were not repeated though their route would have it, by what forbade it.";
+        "Failed attempts that were not retried although the route allows it, by what prevented it.";
     UPSTREAM_QUEUE: "forebay_upstream_queue", Gauge, ["upstream"],
-        "Exchanges that wait now because every endpoint that could serve them is full.";
+        "Exchanges that now wait because all endpoints are at their limits.";
     UPSTREAM_QUEUE_SECONDS: "forebay_upstream_queue_seconds", Histogram(QUEUE), ["upstream"],
-        "Time that exchanges waited because every endpoint was full, whatever came of it; those that did not wait are not counted.";
+        "Time that exchanges waited because all endpoints were at their limits, with any outcome; exchanges that did not wait are not counted.";
     UPSTREAM_REJECTED: "forebay_upstream_rejected_total", Counter, ["upstream", "reason"],
-        "Exchanges that an upstream turned away, by the reason of their refusal.";
+        "Exchanges refused by the limits of an upstream, by reason.";
     UPSTREAM_BREAKER_OPEN: "forebay_upstream_breaker_open", Gauge, ["upstream"],
-        "What the circuit breaker does: 0 all are let through, 1 a few are, to see how they fare, 2 none is.";
+        "State of the circuit breaker: 0 closed, 1 half-open, 2 open.";
     UPSTREAM_BREAKER_PROBES_REPLACED: "forebay_upstream_breaker_probes_replaced_total", Counter, ["upstream"],
-        "Probes of a half-open circuit breaker whose client took so long that other requests got their places.";
+        "Probes of a half-open circuit breaker that were replaced because their client was too slow.";
     MIRROR: "forebay_mirror_total", Counter, ["upstream", "outcome"],
-        "Requests of which the upstream was to get a copy, by what became of it, or why there was none.";
+        "Requests to be mirrored to the upstream, by result, or by why they were not mirrored.";
     SPOOL_BYTES: "forebay_spool_bytes", Gauge, ["direction", "store"],
-        "Bytes of bodies that are held for a slow side now, by where; on disk, what their files have grown to.";
+        "Bytes of buffered bodies, by store; for the disk, the size of the files.";
     SPOOL_LIMIT_BYTES: "forebay_spool_limit_bytes", Gauge, ["store"],
-        "Bytes that all spools together may hold.";
+        "Limit on the bytes of all buffered bodies.";
     SPOOL_DENIALS: "forebay_spool_denials_total", Counter, ["direction", "limit"],
-        "Times that a spool got no more disk, by the limit that it met: its endpoint waits then, or its upload is refused.";
+        "Times that a body got no more disk space, by the limit; the endpoint then waits, or the upload is refused.";
     SLOW_CLIENTS: "forebay_slow_clients", Gauge, ["direction"],
-        "Clients that are waited for now: to send their requests or to take their responses.";
+        "Clients that Forebay now waits for: to send their requests or to read their responses.";
     PRESSURE_TOTAL: "forebay_pressure_total", Counter, ["rung"],
-        "Times that memory ran short and something was done: written to disk, made to wait, turned away.";
+        "Times that a measure was taken because memory ran short: spill to disk, pause, or shed.";
     PRESSURE: "forebay_pressure", Gauge, ["rung"],
-        "What is done now because memory runs short: 1 for spill and shed, for pause how many wait.";
+        "Active measures because memory runs short: 1 for spill and shed, for pause the number of waiting bodies.";
     DISK_SECONDS: "forebay_disk_seconds", Histogram(DISK), ["operation"],
-        "Time of one write or read of a spool, from when it was queued until it was done.";
+        "Time of one disk operation, from queueing to completion.";
     DISK_QUEUE: "forebay_disk_queue", Gauge, [],
-        "Writes and reads of spools that are queued or under way.";
+        "Disk operations that are queued or active.";
     DISK_FAILURES: "forebay_disk_failures_total", Counter, ["operation"],
-        "Writes and reads of spools that failed.";
+        "Failed disk operations.";
     LANE_WAITING: "forebay_lane_waiting", Gauge, ["worker", "class"],
-        "Exchanges that wait for their turn: new connections, bodies that pass, answers that are spooled.";
+        "Exchanges that wait for their turn: new connections, passing bodies, buffered responses.";
     LANE_SHARE: "forebay_lane_share_ratio", Gauge, ["worker", "class"],
-        "Of its time, what a worker may give to a class of exchanges, as the lag of its event loop allows.";
+        "Share of its time that a worker may spend on a class of exchanges, depending on the lag of its event loop.";
     LANE_OVERDUE: "forebay_lane_overdue_total", Counter, ["worker", "class"],
-        "Turns that were given because `resources.turn` was over.";
+        "Turns that were given because `resources.turn` had passed.";
     LANE_BYTES: "forebay_lane_bytes_total", Counter, ["worker"],
         "Bytes that were spooled.";
     ACCESS_LOG_LINES: "forebay_access_log_lines_total", Counter, [],
@@ -291,59 +290,59 @@ families! {
     ACCESS_LOG_DROPPED: "forebay_access_log_dropped_total", Counter, ["reason"],
         "Lines missing from the access log.";
     SPANS: "forebay_spans_total", Counter, ["outcome"],
-        "Spans of recorded exchanges: exported to the collector, failed on the way to it, or dropped since too many waited.";
+        "Spans of recorded exchanges: exported, failed to export, or dropped because the queue was full.";
     ADMIN_REQUESTS: "forebay_admin_requests_total", Counter, ["path", "code"],
-        "Requests to the admin endpoint, by what answered them and its status.";
+        "Requests to the admin endpoint, by its path and status.";
     ADMIN_CONNECTIONS: "forebay_admin_connections", Gauge, [],
-        "Connections to the admin endpoint that are open.";
+        "Open connections to the admin endpoint.";
     ADMIN_CONNECTIONS_CLOSED: "forebay_admin_connections_closed_total", Counter, [],
-        "Connections to the admin endpoint that were closed to make room, for there were `admin.connections`.";
+        "Connections to the admin endpoint that were closed because `admin.connections` was reached.";
     ADMIN_STREAMS: "forebay_admin_streams", Gauge, [],
-        "Answers of the admin endpoint that go on, such as that of the status page.";
+        "Active streaming responses of the admin endpoint, such as that of the status page.";
     LOOP_WAIT: "forebay_loop_wait_seconds_total", Counter, ["worker"],
-        "Time in which a worker waited in the kernel for something to do.";
+        "Time in which a worker waited for events.";
     LOOP_BUSY: "forebay_loop_busy_seconds_total", Counter, ["worker"],
-        "Time in which a worker did something.";
+        "Time in which a worker was busy.";
     LOOP_WAKEUPS: "forebay_loop_wakeups_total", Counter, ["worker"],
-        "Times that a worker waited in the kernel and was woken.";
+        "Number of waits of a worker that ended.";
     LOOP_READY_EVENTS: "forebay_loop_ready_events_total", Counter, ["worker"],
-        "Events that the kernel had ready for a worker: sockets to read, to write or to accept from.";
+        "I/O events of a worker: sockets ready to read, write or accept.";
     LOOP_POLLS: "forebay_loop_polls_total", Counter, ["worker"],
         "Polls of tasks.";
     LOOP_POLL: "forebay_loop_poll_seconds", Histogram(POLL_TIMES), ["worker"],
         "Time of one poll of a task, in which no other task of its worker runs.";
     LOOP_TASKS: "forebay_loop_tasks", Gauge, ["worker"],
-        "Tasks that there are: connections, exchanges and what they need.";
+        "Tasks of a worker: connections, exchanges and their helpers.";
     LOOP_RUN_QUEUE: "forebay_loop_run_queue", Gauge, ["worker"],
-        "Tasks that are ready and wait for their worker.";
+        "Tasks that are ready to run.";
     LOOP_DESCRIPTORS: "forebay_loop_descriptors", Gauge, ["worker"],
-        "Sockets and other descriptors that a worker watches.";
+        "Sockets and other descriptors registered by a worker.";
     LOOP_LAG: "forebay_loop_lag_seconds", Histogram(LAG), ["worker"],
-        "How late a task that was ready ran: the time to a sign of life of a worker.";
+        "How late a ready task runs, measured by heartbeat probes.";
     STALLED_WORKERS: "forebay_stalled_workers", Gauge, [],
-        "Workers that are late by more than stall_threshold now.";
+        "Workers that are now late by more than stall_threshold.";
     STALLS: "forebay_stalls_total", Counter, ["where"],
-        "Times that a worker was late by more than stall_threshold, by the filter or phase that held it up.";
+        "Times that a worker was late by more than stall_threshold, by the filter or phase that blocked it.";
     FILTER_POLL_SECONDS: "forebay_filter_poll_seconds", Histogram(FILTER_POLL), ["filter"],
         "Time of one poll of a filter, in which no other task of its worker runs.";
     FILTER_SKIPPED: "forebay_filter_skipped_total", Counter, ["route", "filter"],
-        "Exchanges in which a filter did nothing, since its `when:` did not hold.";
+        "Exchanges in which a filter was skipped because its `when:` was false.";
     FILTER_CALLS: "forebay_filter_calls_total", Counter, ["filter", "upstream", "outcome"],
-        "Requests that filters sent to an upstream, by what became of them.";
+        "Requests that filters sent to an upstream, by outcome.";
     FILTER_CALL_SECONDS: "forebay_filter_call_seconds", Histogram(CALL), ["filter", "upstream"],
-        "Time of a request that a filter sent to an upstream, from when it was to be sent until its answer was here whole.";
+        "Time of a request that a filter sent to an upstream, from the call to the complete response.";
     ACCESS: "forebay_access_total", Counter, ["route", "filter", "outcome"],
-        "Requests at filters that let some in and others not, by what became of them there.";
+        "Requests at access control filters, by outcome.";
     FILTER_LOADS: "forebay_filter_loads_total", Counter, ["route", "filter", "outcome"],
-        "Times that a filter has read again what it goes by: a file that has changed, or the keys of a service.";
+        "Reloads of a filter's data by outcome: a changed file, or the keys of a service.";
     COMPRESSED_BYTES: "forebay_compressed_bytes_total", Counter, ["route", "coding", "side"],
-        "Bytes of answers that came to be compressed (`in`), and what was made of them (`out`).";
+        "Response bytes before (`in`) and after (`out`) compression.";
     COMPRESS_BUSY: "forebay_compress_busy_total", Counter, ["route"],
-        "Answers that left as they are, since as many as may be were compressed already.";
+        "Responses that were not compressed because `concurrent` was reached.";
     PASSWORD_SECONDS: "forebay_password_seconds", Histogram(PASSWORD), [],
-        "Time from when a password was to be checked until it was, hashing and waiting for a thread that does it.";
+        "Time of a password check, waiting for a hashing thread included.";
     PASSWORD_WAITING: "forebay_passwords_waiting", Gauge, [],
-        "Passwords that wait for a thread that hashes them.";
+        "Passwords that wait for a hashing thread.";
     WORKERS: "forebay_workers", Gauge, [],
         "Worker threads that serve clients.";
     BUILD_INFO: "forebay_build_info", Gauge, ["version", "pingora"],
@@ -351,7 +350,7 @@ families! {
 }
 
 impl Family {
-    /// The upper bounds of its buckets, in seconds; none if it is no histogram.
+    /// The upper bounds of its buckets, in seconds; empty unless it is a histogram.
     pub fn bounds(&self) -> &'static [f64] {
         match self.kind {
             Kind::Histogram(bounds) => bounds,
@@ -384,13 +383,13 @@ impl Family {
         self.register(registry, IntGaugeVec::new(Opts::new(self.name, self.help), self.labels))
     }
 
-    /// Registers this family as a gauge of what is no whole number.
+    /// Registers this family as a gauge with fractional values.
     pub(super) fn ratio(&'static self, registry: &Registry) -> GaugeVec {
         debug_assert_eq!(self.kind, Kind::Gauge, "{}", self.name);
         self.register(registry, GaugeVec::new(Opts::new(self.name, self.help), self.labels))
     }
 
-    /// What a collector of ours read of it.
+    /// The family with the samples of a custom collector.
     pub(crate) fn read(&self, samples: Vec<Metric>) -> MetricFamily {
         let mut family = MetricFamily::default();
         family.set_name(self.name.to_owned());
@@ -404,7 +403,7 @@ impl Family {
         family
     }
 
-    /// One sample of it, a counter or a gauge.
+    /// A sample of a counter or a gauge.
     pub(crate) fn sample(&self, labels: &[&str], value: f64) -> Metric {
         let mut metric = self.labelled(labels);
         if self.kind == Kind::Counter {
@@ -419,7 +418,7 @@ impl Family {
         metric
     }
 
-    /// One histogram of it: how many fell into each bucket, the last of which has no bound, and the sum of all.
+    /// A sample of a histogram: the count per bucket, of which the last has no bound, and the sum.
     pub(crate) fn distribution(&self, labels: &[&str], counts: &[u64], sum: f64) -> Metric {
         let Kind::Histogram(bounds) = self.kind else { unreachable!("{} is no histogram", self.name) };
         let mut below = 0;
@@ -449,20 +448,20 @@ impl Family {
         Metric::from_label(self.labels.iter().zip(values).map(pair).collect())
     }
 
-    /// What the registry wants to know of it before its collector is registered.
+    /// The descriptor that the registry requires from a collector.
     pub(crate) fn describe(&self) -> Desc {
         let labels = self.labels.iter().map(|&label| label.to_owned()).collect();
         let described = Desc::new(self.name.to_owned(), self.help.to_owned(), labels, Default::default());
         described.expect("the rows of this table are valid: a test registers every one of them")
     }
 
-    /// Whether it is there only in a build with `tokio_unstable`.
+    /// Whether it exists only in a build with `tokio_unstable`.
     #[cfg(test)]
     pub(super) fn is_unstable(&self) -> bool {
         [&LOOP_READY_EVENTS, &LOOP_POLLS, &LOOP_POLL, &LOOP_DESCRIPTORS].iter().any(|one| one.name == self.name)
     }
 
-    /// How many series one set of label values makes.
+    /// Number of series per set of label values.
     pub(super) const fn series(&self) -> u64 {
         match self.kind {
             // The bounds, `+Inf`, `_sum` and `_count`.

@@ -1,5 +1,5 @@
-//! What filters count of those who come to them and of the files that they read: `forebay_access_total`,
-//! `forebay_filter_loads_total`, the hashing of passwords, and what is compressed.
+//! Metrics of filters: access control (`forebay_access_total`), loaded files (`forebay_filter_loads_total`),
+//! password hashing and compression.
 
 use std::time::Duration;
 
@@ -25,30 +25,30 @@ vectors! {
 }
 
 super::retry::labels! {
-    /// What became of a request at a filter that lets some in and others not.
+    /// The outcome at an access control filter.
     Access {
-        /// It was let in.
+        /// Allowed.
         Granted: "granted",
-        /// It was let in, by what was remembered of an earlier one.
+        /// Allowed because of a remembered result.
         Remembered: "remembered",
-        /// It was let in without having shown anything, as the filter allows.
+        /// Allowed without credentials, as configured.
         Anonymous: "anonymous",
-        /// It has shown nothing.
+        /// No credentials.
         Missing: "missing",
-        /// It has shown something that is not accepted.
+        /// Invalid credentials.
         Wrong: "wrong",
-        /// It is known who asks, and that is not allowed.
+        /// Authenticated, but not allowed.
         Forbidden: "forbidden",
-        /// Too many wait already.
+        /// The queue is full.
         Busy: "busy",
-        /// The service gave no answer.
+        /// The service did not respond.
         Unavailable: "unavailable",
-        /// The service gave no answer, and the route lets requests in all the same.
+        /// The service did not respond, and the route then allows requests.
         Open: "open",
     }
 }
 
-/// Those of one filter of a route.
+/// The counters of one filter of a route.
 pub struct Admission(Box<[IntCounter]>);
 
 impl Admission {
@@ -57,13 +57,13 @@ impl Admission {
         Admission(Access::ALL.iter().map(count).collect())
     }
 
-    /// This has become of a request.
+    /// Counts an outcome.
     pub fn count(&self, access: Access) {
         self.0[access as usize].inc();
     }
 }
 
-/// How often a filter of a route has read what it goes by again.
+/// Counts reloads of a filter's data.
 pub struct Loads {
     ok: IntCounter,
     failed: IntCounter,
@@ -75,13 +75,13 @@ impl Loads {
         Loads { ok: count("ok"), failed: count("failed") }
     }
 
-    /// It was read, or could not be.
+    /// Counts a reload; `ok`: it succeeded.
     pub fn count(&self, ok: bool) {
         if ok { self.ok.inc() } else { self.failed.inc() }
     }
 }
 
-/// Those of hashing passwords, over all filters.
+/// The metrics of password hashing in all filters.
 #[derive(Clone)]
 pub struct PasswordMetrics {
     pub(super) seconds: Histogram,
@@ -89,24 +89,24 @@ pub struct PasswordMetrics {
 }
 
 impl PasswordMetrics {
-    /// Changes the number of passwords that wait to be hashed.
+    /// Changes the number of waiting passwords.
     pub fn wait(&self, more: i64) {
         self.waiting.add(more);
     }
 
-    /// One was hashed in this time.
+    /// Records the time of a password check.
     pub fn hashed(&self, took: Duration) {
         self.seconds.observe(took.as_secs_f64());
     }
 }
 
-/// Those of answers that are compressed on a route.
+/// The metrics of compression on a route.
 pub struct CompressMetrics {
     passed: [[IntCounter; 2]; 3],
     busy: IntCounter,
 }
 
-/// The codings, as they are called in headers.
+/// The codings, by their header names.
 const CODINGS: [&str; 3] = ["zstd", "br", "gzip"];
 
 impl CompressMetrics {
@@ -124,7 +124,7 @@ impl CompressMetrics {
         }
     }
 
-    /// An answer has left as it is, since too many are compressed.
+    /// Counts a response that was not compressed because of the limit.
     pub fn busy(&self) {
         self.busy.inc();
     }

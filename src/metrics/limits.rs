@@ -1,4 +1,4 @@
-//! What is counted where an upstream has limits: who waits, who is turned away, and whether it is asked at all.
+//! Metrics of an upstream's limits: queue, refusals, circuit breaker.
 
 use prometheus::{Histogram, IntCounter, IntGauge};
 
@@ -6,7 +6,7 @@ use super::family::vectors;
 use crate::error::{Refusal, refusal};
 
 vectors! {
-    /// The families of it.
+    /// The families of the limits.
     struct Families {
         queue: gauge UPSTREAM_QUEUE,
         queue_seconds: histogram UPSTREAM_QUEUE_SECONDS,
@@ -17,7 +17,7 @@ vectors! {
 }
 
 impl Families {
-    /// Those of the upstream of this name.
+    /// The metrics of the upstream with this name.
     pub(super) fn upstream(&self, name: &str) -> LimitMetrics {
         let rejected = |refusal: &'static Refusal| (refusal, self.rejected.with_label_values(&[name, refusal.reason]));
         LimitMetrics {
@@ -32,33 +32,33 @@ impl Families {
     }
 }
 
-/// For what an upstream turns exchanges away.
+/// The reasons for which an upstream refuses exchanges.
 static REASONS: [&Refusal; 4] =
     [&refusal::QUEUE_FULL, &refusal::QUEUE_TIMEOUT, &refusal::SELECT_BREAKER_OPEN, &refusal::SELECT_NO_ENDPOINT];
 
 /// The metrics of the limits of one upstream.
 #[derive(Clone, Debug)]
 pub struct LimitMetrics {
-    /// Those who wait.
+    /// The metrics of its queue.
     pub queue: QueueMetrics,
-    /// What its breaker does; see `upstream::breaker::State`.
+    /// The state of its breaker; see `upstream::breaker::State`.
     pub breaker: IntGauge,
-    /// Its probes that kept their endpoint waiting, so that others took their places.
+    /// Probes that were replaced because their client was too slow.
     pub probes_replaced: IntCounter,
     rejected: [(&'static Refusal, IntCounter); REASONS.len()],
 }
 
-/// The metrics of those who wait.
+/// The metrics of a queue.
 #[derive(Clone, Debug)]
 pub struct QueueMetrics {
-    /// How many wait now.
+    /// Number of waiting exchanges.
     pub length: IntGauge,
-    /// How long each has waited, whatever came of it.
+    /// Waiting times, with any outcome.
     pub seconds: Histogram,
 }
 
 impl LimitMetrics {
-    /// Counts an exchange that was turned away for this.
+    /// Counts a refused exchange.
     pub fn reject(&self, refusal: &'static Refusal) {
         if let Some((_, count)) = self.rejected.iter().find(|(known, _)| *known == refusal) {
             count.inc();

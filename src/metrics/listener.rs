@@ -1,4 +1,4 @@
-//! What is counted of listeners and of the connections of their clients.
+//! Metrics of listeners and their client connections.
 
 use prometheus::{IntCounter, IntGauge};
 
@@ -17,30 +17,30 @@ vectors! {
     }
 }
 
-/// What a client connection does.
+/// The state of a client connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ConnectionState {
-    /// Waits for its next request.
+    /// Waiting for a request.
     Idle,
-    /// What stands before HTTP arrives: the PROXY protocol, the TLS handshake.
+    /// Before HTTP: PROXY protocol header, TLS handshake.
     Handshake,
-    /// A request header arrives.
+    /// Receiving a request header.
     Header,
-    /// It has an exchange or, on HTTP/2, several.
+    /// With an active exchange, or several on HTTP/2.
     Active,
 }
 
 /// The metrics of one listener.
 pub struct ListenerMetrics {
-    /// Connections that were accepted.
+    /// Accepted connections.
     pub accepted: IntCounter,
-    /// Connections that may be open.
+    /// Limit on open connections.
     pub connections_max: IntGauge,
     /// Requests over HTTP/1.
     pub http1_requests: IntCounter,
     /// Requests over HTTP/2.
     pub h2_requests: IntCounter,
-    /// Of the whole gateway: for what is refused before there is an exchange.
+    /// The refusals of the whole gateway, for connections that are refused before there is an exchange.
     pub refusals: RefusalMetrics,
     /// In the order of `ConnectionState`.
     open: [IntGauge; 4],
@@ -48,9 +48,9 @@ pub struct ListenerMetrics {
 
 /// The metrics of accepting connections.
 pub struct DoorwayMetrics {
-    /// Times that a listener stopped because open files ran short.
+    /// Times that a listener paused because open files ran out.
     pub pauses: IntCounter,
-    /// Listeners that have stopped now.
+    /// Listeners that are paused.
     pub paused: IntGauge,
 }
 
@@ -80,7 +80,7 @@ impl Families {
 }
 
 impl ListenerMetrics {
-    /// Connections that are open now, by what they do.
+    /// Open connections by state.
     pub fn open(&self) -> [(&'static str, i64); 4] {
         std::array::from_fn(|state| (STATES[state], self.open[state].get()))
     }

@@ -1,21 +1,21 @@
-//! What becomes of copies of requests: the label of `forebay_mirror_total`.
+//! The outcomes of mirrored requests: the label of `forebay_mirror_total`.
 
 use prometheus::{IntCounter, IntCounterVec};
 
 super::retry::labels! {
-    /// What became of a copy, or why there was none.
+    /// The result of a copy, or why there was none.
     Fate {
-        /// It was answered, whatever the answer.
+        /// A response with any status.
         Answered: "answered",
-        /// It was not answered.
+        /// No response.
         Failed: "failed",
-        /// As many as may be are under way already.
+        /// The limit on active copies is reached.
         Busy: "busy",
-        /// No endpoint of the upstream can take it.
+        /// No endpoint of the upstream is available.
         NoEndpoint: "no_endpoint",
-        /// Its body is not in memory, or there is none to spare.
+        /// Its body is not in memory, or memory is short.
         TooLarge: "too_large",
-        /// Its body is passed on as it comes.
+        /// Its body is streamed.
         Streamed: "streamed",
         /// It asks for an upgrade.
         Upgrade: "upgrade",
@@ -24,7 +24,7 @@ super::retry::labels! {
     }
 }
 
-/// Those of one upstream.
+/// The counters of one upstream.
 pub struct MirrorMetrics(Box<[IntCounter]>);
 
 impl MirrorMetrics {
@@ -32,7 +32,7 @@ impl MirrorMetrics {
         MirrorMetrics(Fate::ALL.iter().map(|fate| family.with_label_values(&[upstream, fate.name()])).collect())
     }
 
-    /// One more of these.
+    /// Counts a result.
     pub fn count(&self, fate: Fate) {
         self.0[fate as usize].inc();
     }

@@ -1,11 +1,11 @@
-//! What is counted of the access log and of spans: what was written, and what was lost.
+//! Metrics of the access log and of spans: written and lost.
 
 use prometheus::IntCounter;
 
 use super::family::vectors;
 
 vectors! {
-    /// The families of what exchanges are written to.
+    /// The families of outputs.
     struct Families {
         lines: counter ACCESS_LOG_LINES,
         dropped: counter ACCESS_LOG_DROPPED,
@@ -15,9 +15,9 @@ vectors! {
 
 /// The metrics of the access log.
 pub struct AccessLogMetrics {
-    /// Lines that were written.
+    /// Written lines.
     pub lines: IntCounter,
-    /// Lines that found the queue full.
+    /// Lines dropped because the queue was full.
     pub dropped_full: IntCounter,
     /// Lines that could not be written.
     pub dropped_failed: IntCounter,
@@ -25,11 +25,11 @@ pub struct AccessLogMetrics {
 
 /// The metrics of the spans of traces.
 pub struct SpanMetrics {
-    /// Those that a collector has taken.
+    /// Exported spans.
     pub exported: IntCounter,
-    /// Those that it has not.
+    /// Spans whose export failed.
     pub failed: IntCounter,
-    /// Those that found the queue full.
+    /// Spans dropped because the queue was full.
     pub dropped: IntCounter,
 }
 

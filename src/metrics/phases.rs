@@ -1,9 +1,8 @@
-//! `forebay_phase_active` and `forebay_phase_oldest_seconds`: who is in which phase, and since when.
+//! `forebay_phase_active` and `forebay_phase_oldest_seconds`: the exchanges in each phase, and the oldest of them.
 //!
-//! An exchange in a phase has a [`Seat`]: one word that says which and since when. Going on to the next phase is one
-//! store into it, by whichever worker runs the exchange; the words are counted on each scrape. Each thread keeps
-//! the seats that became free on it, so that no two workers meet at a lock, unless one has no free seat left or far too
-//! many.
+//! Each exchange in a phase has a [`Seat`]: one word with the phase and its start. The next phase is one store into
+//! it, by the worker that runs the exchange; a scrape counts the words. Each thread keeps the seats that became
+//! free on it, so workers contend for a lock only if one has no free seat left or far too many.
 
 use std::cell::RefCell;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -16,10 +15,10 @@ use prometheus::proto::MetricFamily;
 use super::family;
 use crate::phase::Phase;
 
-/// How many seats are made at once.
+/// Number of seats that are allocated at once.
 const ROW: usize = 256;
-/// A thread that has more free seats than this gives half of them to the others: where exchanges move between workers,
-/// they may all begin on one and end on another.
+/// A thread with more free seats than this gives half of them back: if exchanges move between workers, they may all
+/// begin on one and end on another.
 const KEPT: usize = 4 * ROW;
 
 /// All seats of one gateway. Clones share them.
@@ -32,8 +31,8 @@ struct Seats {
     spare: Mutex<Vec<Place>>,
 }
 
-/// Each word is 0 if its seat is free, else microseconds since the epoch, shifted by [`PHASE_BITS`], and the phase,
-/// from 1.
+/// Each word is 0 if its seat is free, else the start in microseconds since the epoch, shifted by [`PHASE_BITS`],
+/// plus the phase, from 1.
 struct Row {
     seats: Weak<Seats>,
     words: [AtomicU64; ROW],
@@ -54,19 +53,19 @@ impl Place {
 }
 
 thread_local! {
-    /// Free seats, mostly or always of one gateway.
+    /// Free seats, usually all of one gateway.
     static FREE: RefCell<Vec<Place>> = const { RefCell::new(Vec::new()) };
 }
 
-/// Counts an exchange or a connection among those in its phase until it is dropped.
+/// Counts an exchange or a connection in its phase until it is dropped.
 pub struct Seat {
     epoch: Instant,
-    /// `None` only while it is dropped.
+    /// `None` only during drop.
     place: Option<Place>,
 }
 
 impl Seat {
-    /// Goes on to `phase`.
+    /// Enters `phase`.
     pub fn enter(&self, phase: Phase, now: Instant) {
         if let Some(place) = &self.place {
             let micros = now.saturating_duration_since(self.epoch).as_micros() as u64;
@@ -79,7 +78,7 @@ impl Drop for Seat {
     fn drop(&mut self) {
         let Some(place) = self.place.take() else { return };
         place.word().store(0, Ordering::Relaxed);
-        // A thread that is ending keeps nothing any more: then the seat is lost, and there is no work for it either.
+        // A thread that is ending has no storage any more: the seat is lost, which does not matter.
         let _ = FREE.try_with(|free| {
             let mut free = free.borrow_mut();
             free.push(place);
@@ -96,29 +95,29 @@ fn give_back(place: Place) {
     }
 }
 
-/// What is known of one phase.
+/// The state of a phase.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct PhaseState {
-    /// How many are in it.
+    /// Number of exchanges in it.
     pub active: u64,
-    /// For how long the first of them has been; zero if there is none.
+    /// How long the oldest one has been in it; zero if it is empty.
     pub oldest: Duration,
 }
 
 impl Roll {
-    /// No exchange is in any phase.
+    /// Empty phases.
     pub(super) fn new(epoch: Instant) -> Self {
         Roll(Arc::new(Seats { epoch, rows: Mutex::default(), spare: Mutex::default() }))
     }
 
-    /// Counts one more in `phase`, who has been in it `since`.
+    /// Adds an exchange to `phase`, in which it has been since `since`.
     pub(super) fn take(&self, phase: Phase, since: Instant) -> Seat {
         let seat = Seat { epoch: self.0.epoch, place: Some(self.place()) };
         seat.enter(phase, since);
         seat
     }
 
-    /// The phases as they are, in their order.
+    /// The state of all phases, in order.
     pub(super) fn states(&self, now: Instant) -> [PhaseState; Phase::COUNT] {
         let now = now.saturating_duration_since(self.0.epoch);
         let mut states = [PhaseState::default(); Phase::COUNT];
@@ -138,7 +137,7 @@ impl Roll {
             loop {
                 match free.pop() {
                     Some(place) if std::ptr::eq(place.row.seats.as_ptr(), &*self.0) => return place,
-                    // Of another gateway that ran on this thread, which only happens in tests.
+                    // A seat of another gateway on this thread, which happens only in tests.
                     Some(foreign) => give_back(foreign),
                     None => *free = self.more(),
                 }
@@ -159,12 +158,12 @@ impl Roll {
     }
 }
 
-/// Held for a few pushes, and by a scrape for as long as it takes to read the words.
+/// Held for a few pushes, and by a scrape while it reads the words.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Reads the seats whenever `/metrics` is asked for.
+/// Reads the seats on each scrape.
 pub(super) struct PhaseCollector {
     roll: Roll,
     descs: [Desc; 2],

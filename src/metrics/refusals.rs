@@ -1,7 +1,7 @@
-//! `forebay_refusals_total`: how often this gateway refused, for each reason.
+//! `forebay_refusals_total`: refusals of this gateway by reason.
 //!
-//! A refusal is one row of the program, and its count belongs to one gateway: two gateways in one process do not count
-//! each other's. Every declared reason is there from the start with 0.
+//! The rows of refusals are global, but each gateway in a process has its own counts. Every declared reason starts
+//! with 0.
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -13,22 +13,22 @@ use prometheus::proto::MetricFamily;
 use super::family;
 use crate::error::Refusal;
 
-/// The counts of all refusals of one gateway. Clones are cheap and share them.
+/// The counts of all refusals of a gateway. Clones are cheap and share them.
 #[derive(Clone)]
 pub struct RefusalMetrics(Arc<Counts>);
 
 struct Counts {
-    /// By the address of the declared row, in order: refusals are frequent under attack, and an address is found
+    /// The addresses of the declared rows, sorted: refusals are frequent under attack, and an address is found
     /// faster than a name. The number is an index into `reasons`.
     rows: Box<[(usize, usize)]>,
-    /// In the order of their names. Two rows may share one.
+    /// Sorted by name. Several rows may share one.
     reasons: Box<[(&'static str, AtomicU64)]>,
-    /// Refusals that a filter raises without declaring them in `Filter::refusals`.
+    /// Refusals that a filter uses without declaring them in `Filter::refusals`.
     undeclared: Mutex<BTreeMap<&'static str, u64>>,
 }
 
 impl RefusalMetrics {
-    /// Counts of these refusals, all 0. A refusal that is listed twice counts once.
+    /// Counts for these refusals, all 0. Duplicates are ignored.
     pub(super) fn new(mut declared: Vec<&'static Refusal>) -> Self {
         declared.sort_by_key(|row| row.reason);
         let mut rows = Vec::with_capacity(declared.len());
@@ -44,7 +44,7 @@ impl RefusalMetrics {
         RefusalMetrics(Arc::new(Counts { rows: rows.into(), reasons: reasons.into(), undeclared: Mutex::default() }))
     }
 
-    /// Counts one occurrence.
+    /// Counts a refusal.
     pub fn count(&self, refusal: &'static Refusal) {
         match self.0.rows.binary_search_by_key(&address(refusal), |(row, _)| *row) {
             Ok(row) => _ = self.0.reasons[self.0.rows[row].1].1.fetch_add(1, Ordering::Relaxed),
@@ -52,7 +52,7 @@ impl RefusalMetrics {
         }
     }
 
-    /// Every reason and how often it occurred in this gateway.
+    /// The counts by reason.
     pub fn counts(&self) -> BTreeMap<&'static str, u64> {
         let mut counts = self.undeclared().clone();
         for (reason, count) in &self.0.reasons {
@@ -70,7 +70,7 @@ fn address(refusal: &'static Refusal) -> usize {
     std::ptr::from_ref(refusal).addr()
 }
 
-/// Shows the counts whenever `/metrics` is asked for.
+/// Exports the counts on each scrape.
 pub(super) struct RefusalCollector {
     refusals: RefusalMetrics,
     desc: Desc,

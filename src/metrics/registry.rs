@@ -1,4 +1,4 @@
-//! The registry of one gateway, which can also forget the series of things that are gone.
+//! The registry of a gateway, which can also remove the series of things that no longer exist.
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
@@ -9,19 +9,19 @@ use prometheus::proto::MetricFamily;
 #[derive(Default)]
 pub struct Registry {
     registry: prometheus::Registry,
-    /// Those whose series have labels, with the names of these in their order.
+    /// Collectors with labels, and the names of their labels.
     vectors: Mutex<Vec<Vector>>,
 }
 
-/// Series with labels, and the names of these.
+/// Label names, and the series.
 type Vector = (&'static [&'static str], Box<dyn Series>);
 
-/// Series that can be removed.
+/// A collector whose series can be removed.
 pub(super) trait Series: Send + Sync {
-    /// Those that there are now.
+    /// The current series.
     fn all(&self) -> Vec<MetricFamily>;
 
-    /// Removes the series with these values of its labels.
+    /// Removes the series with these label values.
     fn remove(&self, values: &[&str]);
 }
 
@@ -31,13 +31,13 @@ impl<T: MetricVecBuilder> Series for MetricVec<T> {
     }
 
     fn remove(&self, values: &[&str]) {
-        // If it is gone already, that is what is wanted.
+        // An error means that it is already gone.
         let _ = self.remove_label_values(values);
     }
 }
 
 impl Registry {
-    /// Asks this one, too, whenever the metrics are rendered.
+    /// Registers a collector.
     ///
     /// # Errors
     ///
@@ -46,7 +46,7 @@ impl Registry {
         self.registry.register(collector)
     }
 
-    /// The same for a vector with these labels, whose series may be forgotten.
+    /// Registers a vector with these labels, whose series can be removed.
     ///
     /// # Errors
     ///
@@ -64,12 +64,12 @@ impl Registry {
         Ok(())
     }
 
-    /// What all of them have to say.
+    /// Collects all metrics.
     pub fn gather(&self) -> Vec<MetricFamily> {
         self.registry.gather()
     }
 
-    /// Removes every series whose label `label` has a value that is `gone`. It looks at all series with that label:
+    /// Removes all series whose `label` has a value for which `gone` is true. It scans all series with that label:
     /// call it off the workers, once for many values.
     pub fn forget(&self, label: &str, gone: impl Fn(&str) -> bool) {
         for (labels, vector) in self.vectors().iter() {

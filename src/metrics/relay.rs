@@ -1,11 +1,11 @@
-//! What is counted of connections that are passed on as they are.
+//! Metrics of connections that are forwarded without decryption.
 
 use prometheus::{IntCounter, IntGauge};
 
 use super::family::vectors;
 
 vectors! {
-    /// The families of all of them.
+    /// The families of forwarded connections.
     struct Families {
         open: gauge RELAYED_CONNECTIONS,
         total: counter RELAYED_CONNECTIONS_TOTAL,
@@ -13,7 +13,7 @@ vectors! {
     }
 }
 
-/// The metrics of what is passed on under one name.
+/// The metrics of connections forwarded under one name.
 pub struct RelayMetrics {
     open: IntGauge,
     total: IntCounter,
@@ -21,7 +21,7 @@ pub struct RelayMetrics {
     sent: IntCounter,
 }
 
-/// A connection that is passed on, until this is dropped.
+/// A forwarded connection, until this is dropped.
 pub struct Passing(IntGauge);
 
 impl Families {
@@ -37,14 +37,14 @@ impl Families {
 }
 
 impl RelayMetrics {
-    /// Counts one more.
+    /// Counts a connection.
     pub fn enter(&self) -> Passing {
         self.total.inc();
         self.open.inc();
         Passing(self.open.clone())
     }
 
-    /// Counts what has passed.
+    /// Counts the bytes of a connection.
     pub fn count(&self, received: u64, sent: u64) {
         self.received.inc_by(received);
         self.sent.inc_by(sent);

@@ -1,4 +1,4 @@
-//! What attempts are repeated for and what forbids it: the labels of `forebay_retries_total` and
+//! Why attempts are retried, and what prevents retries: the labels of `forebay_retries_total` and
 //! `forebay_retries_refused_total`.
 
 use prometheus::{IntCounter, IntCounterVec};
@@ -12,7 +12,7 @@ macro_rules! labels {
         }
 
         impl $name {
-            /// Every one of them, in order.
+            /// All of them, in order.
             pub const ALL: &[$name] = &[$($name::$variant),*];
 
             /// Its label.
@@ -28,50 +28,50 @@ macro_rules! labels {
 pub(super) use labels;
 
 labels! {
-    /// What an attempt is repeated for.
+    /// Why an attempt is retried.
     Cause {
-        /// No connection came about.
+        /// No connection could be made.
         Connect: "connect_error",
-        /// A kept connection had died unnoticed.
+        /// A kept connection was stale.
         Stale: "stale",
-        /// The endpoint said, on HTTP/2, that it had not begun (RFC 9113 §8.7).
+        /// The endpoint reported on HTTP/2 that it had not processed the request (RFC 9113 §8.7).
         Unprocessed: "unprocessed",
-        /// The connection broke off, or what came was no HTTP.
+        /// The connection broke, or the response was not valid HTTP.
         Reset: "reset",
         /// Sending or waiting took too long.
         Timeout: "timeout",
-        /// The gateway itself had no descriptor, port or memory for a connection.
+        /// The gateway itself lacked a descriptor, port or memory for a connection.
         Exhausted: "exhausted",
-        /// The status of the answer.
+        /// The response status.
         Status: "status",
-        /// The gRPC status of the answer.
+        /// The gRPC status.
         Grpc: "grpc",
     }
 }
 
 labels! {
-    /// What forbids that an attempt is repeated for which its route would have it.
+    /// What prevents a retry that the route allows.
     Objection {
-        /// As many were made as the route allows.
+        /// The route's limit on attempts is reached.
         Attempts: "attempts",
-        /// Its method does not promise that twice is the same as once.
+        /// The method is not idempotent.
         Method: "not_idempotent",
-        /// Its body cannot be had again from the first byte.
+        /// The body cannot be replayed from its first byte.
         Body: "not_replayable",
-        /// A part of the answer has left.
+        /// A part of the response was already sent.
         Begun: "answer_begun",
-        /// Every endpoint was tried.
+        /// All endpoints were tried.
         Endpoints: "no_endpoint",
-        /// The endpoint asked for a longer pause than the route allows.
+        /// The endpoint asked for a longer delay than the route allows.
         RetryAfter: "retry_after",
-        /// It would begin after the deadline of the exchange.
+        /// It would start after the deadline of the exchange.
         Deadline: "deadline",
-        /// The share of repetitions among the upstream's requests is reached.
+        /// The retry budget of the upstream is used up.
         Budget: "budget",
     }
 }
 
-/// Those of one upstream.
+/// The counters of one upstream.
 pub struct RetryMetrics {
     made: Box<[IntCounter]>,
     refused: Box<[IntCounter]>,
@@ -85,17 +85,17 @@ impl RetryMetrics {
         }
     }
 
-    /// Attempts that were repeated for this.
+    /// The counter of retries for this reason.
     pub fn made(&self, cause: Cause) -> &IntCounter {
         &self.made[cause as usize]
     }
 
-    /// Attempts that were not repeated because of this.
+    /// The counter of retries prevented for this reason.
     pub fn refused(&self, objection: Objection) -> &IntCounter {
         &self.refused[objection as usize]
     }
 
-    /// Attempts that were repeated, whatever for.
+    /// Number of retries for all reasons.
     pub fn all(&self) -> u64 {
         self.made.iter().map(IntCounter::get).sum()
     }

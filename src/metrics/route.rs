@@ -1,7 +1,7 @@
-//! What is counted of the exchanges of one route.
+//! Metrics of the exchanges of one route.
 //!
-//! Every child is made when it is first needed and then kept, so that an exchange looks up no label, and a route
-//! that gets no requests costs no memory: 10,000 routes with every phase would be 130,000 histograms.
+//! Series are created when first needed and then kept, so that exchanges look up no labels, and unused routes cost
+//! no memory: 10,000 routes with every phase would be 130,000 histograms.
 
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
@@ -30,31 +30,31 @@ vectors! {
     }
 }
 
-/// What one finished exchange adds to the metrics of its route.
+/// What a finished exchange adds to the metrics of its route.
 #[derive(Clone, Copy, Debug)]
 pub struct Summary<'a> {
-    /// What it spent where; settled.
+    /// Its time per phase; settled.
     pub clock: &'a Clock,
-    /// What Forebay itself cost: the time in polls of the exchange's future.
+    /// Time of Forebay itself: the polls of the exchange's future.
     pub own: Duration,
-    /// For how long writing to the client was blocked while its answer was still being received.
+    /// How long writes to the client were blocked while its response was still being received.
     pub blocked: Duration,
-    /// For how long it had an upstream's connection, over all attempts; `None` if none was ever made.
+    /// How long it used upstream connections, all attempts together; `None` if there was none.
     pub held: Option<Duration>,
-    /// For how long the client was served after the upstream had been released.
+    /// How long the client was served after the upstream had been released.
     pub saved: Duration,
-    /// The status the client got; 0 if none was sent.
+    /// The status sent to the client; 0 if none was sent.
     pub status: u16,
-    /// Bytes that came from the client.
+    /// Bytes received from the client.
     pub received: u64,
-    /// Bytes that went to the client.
+    /// Bytes sent to the client.
     pub sent: u64,
-    /// Why Forebay itself ended it, if it did.
+    /// Why Forebay refused or cut it, if it did.
     pub refusal: Option<&'static Refusal>,
 }
 
 impl<'a> Summary<'a> {
-    /// An exchange of which nothing is known but what it spent where.
+    /// An exchange of which only the times are known.
     pub fn new(clock: &'a Clock) -> Self {
         Summary {
             clock,
@@ -70,7 +70,7 @@ impl<'a> Summary<'a> {
     }
 }
 
-/// Which way a body goes.
+/// The direction of a body.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Direction {
     /// To the upstream.
@@ -89,35 +89,35 @@ impl Direction {
     }
 }
 
-/// How many bodies of one route and direction went to disk, by why. Clones are cheap and share the counts.
+/// Counts bodies of a route and direction that went to disk, by reason. Clones share the counts.
 #[derive(Clone, Debug)]
 pub struct Spills {
-    /// The body was larger than its route lets it have in memory.
+    /// The body exceeded the memory limit of its route.
     pub memory: IntCounter,
-    /// Memory was short for all.
+    /// Memory was short.
     pub pressure: IntCounter,
 }
 
 /// The metrics of one route.
 ///
-/// A route gets series of its own at its first exchange, if `max_series` still has room for [`RouteMetrics::SERIES`];
-/// else it shares those of `_other`, to the end. First come, first served: it is the routes in use that show.
+/// A route gets its own series at its first exchange, if `max_series` has room for [`RouteMetrics::SERIES`];
+/// otherwise it uses those of `_other` permanently. First come, first served: routes in use are visible.
 ///
-/// They live as long as this is held. Once a configuration without the route runs and its last exchange is over,
-/// the series are gone and their room is another route's.
+/// The series live as long as this value. When the route is removed and its last exchange has ended, they are
+/// removed, and their room becomes available.
 pub struct RouteMetrics {
     name: Box<str>,
     metrics: Metrics,
     series: OnceLock<Arc<Series>>,
-    /// Whether its series are taken from what routes may have, and given back.
+    /// Whether its series count against `max_series`.
     budgeted: bool,
 }
 
 impl RouteMetrics {
-    /// How many series one route is reckoned to need: all phases and classes, and eight different codes.
+    /// The number of series reserved for a route: all phases and classes, and eight different codes.
     ///
-    /// Reserving the most, rather than counting children as they come, keeps a route whole: it never happens that
-    /// half of its phases are its own and the other half are in `_other`.
+    /// Reserving the maximum, instead of counting series as they are created, keeps a route whole: a route never
+    /// has some series of its own and others in `_other`.
     pub const SERIES: u64 = Phase::COUNT as u64 * family::PHASE_SECONDS.series()
         + CLASSES.len() as u64 * family::EXCHANGE_SECONDS.series()
         + family::OWN_SECONDS.series()
@@ -132,23 +132,23 @@ impl RouteMetrics {
         RouteMetrics { name: name.into(), metrics, series: OnceLock::new(), budgeted: true }
     }
 
-    /// One that is counted by this name whatever the budget says.
+    /// Metrics under this name, regardless of `max_series`.
     pub(super) fn unbudgeted(name: &str, metrics: Metrics) -> Self {
         let series = Arc::new(Series::new(name, &metrics));
         RouteMetrics { name: name.into(), metrics, series: OnceLock::from(series), budgeted: false }
     }
 
-    /// The name of the route, also where it is counted as `_other`.
+    /// The name of the route, even if it is counted as `_other`.
     pub fn name(&self) -> &str {
         &self.name
     }
 
-    /// Counts one finished exchange.
+    /// Counts a finished exchange.
     pub fn record(&self, exchange: &Summary<'_>) {
         self.series().record(&self.metrics, exchange);
     }
 
-    /// What was counted so far.
+    /// The current counts.
     pub fn figures(&self) -> RouteFigures {
         let Some(series) = self.series.get() else { return RouteFigures::default() };
         match self.metrics.0.other.get() {
@@ -157,12 +157,12 @@ impl RouteMetrics {
         }
     }
 
-    /// Those that a body of this direction counts in when it goes to disk.
+    /// The counters for bodies of this direction that go to disk.
     pub fn spills(&self, direction: Direction) -> Spills {
         self.series().spills(direction, &self.metrics).clone()
     }
 
-    /// Removes what it counted. A route of the same name that was made meanwhile counts on with the same children.
+    /// Removes its series. If metrics with the same name were created meanwhile, they keep them.
     fn forget(&self) {
         let mut routes = self.metrics.routes();
         let current = routes.get(&*self.name).is_some_and(|known| std::ptr::eq(known.as_ptr(), self));
@@ -195,38 +195,38 @@ impl Drop for RouteMetrics {
     }
 }
 
-/// What was counted of one route, read at one moment.
+/// The counts of a route at one moment.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct RouteFigures {
     /// It is counted in `_other`.
     pub folded: bool,
-    /// Exchanges by class of code: those classes that there were.
+    /// Exchanges by status class; only classes that occurred.
     pub classes: Vec<(&'static str, u64)>,
-    /// Times of whole exchanges, in the buckets of `forebay_exchange_seconds`.
+    /// Durations of exchanges, in the buckets of `forebay_exchange_seconds`.
     pub seconds: Distribution,
-    /// Bytes that came from clients.
+    /// Bytes received from clients.
     pub received: u64,
-    /// Bytes that went to clients.
+    /// Bytes sent to clients.
     pub sent: u64,
 }
 
-/// What a histogram has counted, read at one moment.
+/// The counts of a histogram at one moment.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Distribution {
-    /// The sum of what was observed.
+    /// The sum of all observations.
     pub sum: f64,
-    /// How many fell into each bucket; the last is what is beyond all bounds.
+    /// The count per bucket; the last one has no upper bound.
     pub buckets: Vec<u64>,
 }
 
 impl Distribution {
-    /// What this histogram has counted.
+    /// The counts of this histogram.
     pub(super) fn of(histogram: &Histogram) -> Self {
         let read = histogram.metric();
         let read = read.get_histogram();
         let upto = read.get_bucket().iter().map(|bucket| bucket.cumulative_count()).chain([read.get_sample_count()]);
         let mut below = 0;
-        // A scrape and an observation may cross, so that a count is behind the one before it for a moment.
+        // A concurrent observation may make a cumulative count smaller than the one before it.
         let count = |upto: u64| {
             let within = upto.saturating_sub(below);
             below += within;
@@ -243,10 +243,10 @@ impl Distribution {
     }
 }
 
-/// The values of `code_class`, at the index that [`class_index`] gives.
+/// The values of `code_class`, in the order of [`class_index`].
 const CLASSES: [&str; 7] = ["none", "1xx", "2xx", "3xx", "4xx", "5xx", "other"];
 
-/// The children of one `route` label.
+/// The series with one value of `route`.
 pub(super) struct Series {
     route: Box<str>,
     phases: [OnceLock<Histogram>; Phase::COUNT],
@@ -261,10 +261,10 @@ pub(super) struct Series {
     sent: IntCounter,
 }
 
-/// The children of one class of codes.
+/// The series of one status class.
 struct Class {
     seconds: Histogram,
-    /// By the last two digits of the code.
+    /// Indexed by the last two digits of the code.
     codes: [OnceLock<IntCounter>; 100],
 }
 
@@ -285,10 +285,10 @@ impl Series {
         }
     }
 
-    /// Removes each child that was made.
+    /// Removes every series that was created.
     fn forget(&self, families: &Families) {
         let route = &*self.route;
-        // An error says that it is not there, which is what is wanted.
+        // An error means that it is already gone.
         for (phase, _) in Phase::ALL.iter().zip(&self.phases).filter(|(_, made)| made.get().is_some()) {
             let _ = families.phase_seconds.remove_label_values(&[route, phase.name()]);
         }
@@ -380,8 +380,8 @@ impl Series {
     }
 }
 
-/// The value of `code` at a place among the codes of a class. Statuses that HTTP does not know share one series, so
-/// that a backend cannot invent hundreds.
+/// The value of `code` for an index within a class. Unknown statuses share one series, so that a backend cannot
+/// create hundreds.
 fn code_label(class: usize, slot: usize) -> String {
     if class == CLASSES.len() - 1 { "other".to_owned() } else { format!("{:03}", class * 100 + slot) }
 }
@@ -522,7 +522,7 @@ pub(super) mod tests {
         assert!(!text.contains(r#"direction="request",reason="memory",route="_other""#), "{text}");
     }
 
-    /// With every child that it can have.
+    /// Creates every possible series.
     fn use_to_the_full(route: &RouteMetrics) {
         let mut clock = clock();
         for phase in Phase::ALL {

@@ -1,4 +1,4 @@
-//! What is counted of spools: the budget and the disk threads that they share, and the clients that they wait for.
+//! Metrics of buffered bodies: limits, disk threads, and slow clients.
 
 use prometheus::{Histogram, IntCounter, IntGauge};
 
@@ -6,7 +6,7 @@ use super::family::vectors;
 use super::single;
 
 vectors! {
-    /// The families of what spools share.
+    /// The families of buffered bodies.
     struct Families {
         bytes: gauge SPOOL_BYTES,
         limit: gauge SPOOL_LIMIT_BYTES,
@@ -20,58 +20,57 @@ vectors! {
     }
 }
 
-/// The values of the label `direction` of what is spooled, in the order in which gauges stand in [`SpoolMetrics`].
+/// The values of the label `direction`, in the order of gauges in [`SpoolMetrics`].
 const DIRECTIONS: [&str; 2] = ["request", "response"];
 
-/// The values of the label `limit` of what spools are denied: that of all of them, of responses, of one client, of one
-/// response where others need room, and of files.
+/// The values of the label `limit`: of all bodies, of responses, of one client, of one response while others need
+/// room, and of files.
 pub const SPOOL_LIMITS: [&str; 5] = ["all", "responses", "client", "spool", "files"];
 
-/// The metrics of what spools share. Where there are two of a kind, the first is of requests and the second of
-/// responses.
+/// The shared metrics of buffered bodies. In a pair, the first is for requests and the second for responses.
 #[derive(Clone)]
 pub struct SpoolMetrics {
     /// Bytes in memory.
     pub memory: [IntGauge; 2],
-    /// Bytes that files have grown to.
+    /// Size of the files in bytes.
     pub disk: [IntGauge; 2],
-    /// Bytes that may be in memory.
+    /// Limit on bytes in memory.
     pub memory_limit: IntGauge,
-    /// Bytes that files may have between them.
+    /// Limit on the size of all files.
     pub disk_limit: IntGauge,
-    /// Times that a spool got no more disk, in the order of [`SPOOL_LIMITS`].
+    /// Refused disk space, in the order of [`SPOOL_LIMITS`].
     pub denials: [[IntCounter; SPOOL_LIMITS.len()]; 2],
-    /// Clients that are waited for.
+    /// Slow clients.
     pub slow: [IntGauge; 2],
-    /// Writes to disk that only pressure caused.
+    /// Bodies written to disk because memory was short.
     pub spill: RungMetrics,
-    /// Spools that were made to wait.
+    /// Bodies that had to wait for memory.
     pub pause: RungMetrics,
-    /// Exchanges that were turned away.
+    /// Refused exchanges.
     pub shed: RungMetrics,
-    /// Writes and reads that are queued or under way.
+    /// Queued or active disk operations.
     pub disk_queue: IntGauge,
-    /// Writes.
+    /// Write operations.
     pub write: OperationMetrics,
-    /// Reads.
+    /// Read operations.
     pub read: OperationMetrics,
 }
 
-/// The metrics of one rung of the ladder that is climbed when memory runs short.
+/// The metrics of one measure against memory shortage.
 #[derive(Clone)]
 pub struct RungMetrics {
-    /// How often it was used.
+    /// How often it was taken.
     pub times: IntCounter,
-    /// Whether it holds, or how many wait on it.
+    /// Whether it is active, or how many bodies wait because of it.
     pub now: IntGauge,
 }
 
-/// The metrics of one kind of work for the disk threads.
+/// The metrics of one kind of disk operation.
 #[derive(Clone)]
 pub struct OperationMetrics {
-    /// From when it was queued until it was done, whatever came of it.
+    /// Time from queueing to completion, with any result.
     pub seconds: Histogram,
-    /// How often it failed.
+    /// Number of failures.
     pub failures: IntCounter,
 }
 

@@ -1,4 +1,4 @@
-//! What is counted of the TLS of listeners.
+//! Metrics of the TLS of listeners.
 
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
@@ -21,20 +21,20 @@ vectors! {
     }
 }
 
-/// The metrics of the TLS of one listener.
+/// The TLS metrics of one listener.
 pub struct TlsMetrics {
-    /// Handshakes by version, and in each by whether a session was resumed.
+    /// Handshakes by version and by whether a session was resumed.
     handshakes: [[IntCounter; 2]; 2],
     seconds: Histogram,
-    /// Changed files that were taken.
+    /// Changed files that were loaded.
     pub reloaded: IntCounter,
     /// Changed files that were refused.
     pub refused: IntCounter,
-    /// Certificates whose files are wrong now.
+    /// Certificates whose current files are invalid.
     pub wrong: IntGauge,
     not_after: IntGaugeVec,
     listener: Box<str>,
-    /// The certificates that are shown: name and kind of key.
+    /// The certificates with a series: name and key type.
     shown: Mutex<Vec<(String, &'static str)>>,
 }
 
@@ -56,7 +56,7 @@ impl Families {
 }
 
 impl TlsMetrics {
-    /// Counts a handshake that is done.
+    /// Counts a completed handshake.
     pub fn shaken(&self, version: &str, resumed: bool, took: Duration) {
         self.seconds.observe(took.as_secs_f64());
         if let Some(version) = VERSIONS.iter().position(|known| *known == version) {
@@ -64,10 +64,9 @@ impl TlsMetrics {
         }
     }
 
-    /// Shows when these certificates cease to be valid: name, kind of key, seconds since 1970. Others are shown no
-    /// longer.
+    /// Sets the expiry of these certificates: name, key type, seconds since 1970. Removes the series of others.
     pub fn show<'c>(&self, certificates: impl IntoIterator<Item = (&'c str, &'static str, i64)>) {
-        // Held after a look at files, off the workers.
+        // Held after files were read, off the workers.
         let mut shown = self.shown.lock().unwrap_or_else(PoisonError::into_inner);
         let before = std::mem::take(&mut *shown);
         for (name, key, not_after) in certificates {
@@ -75,7 +74,7 @@ impl TlsMetrics {
             shown.push((name.to_owned(), key));
         }
         for gone in before.iter().filter(|one| !shown.contains(one)) {
-            // It was shown, so it can be removed.
+            // It has a series, so removal succeeds.
             let _ = self.not_after.remove_label_values(&[&*self.listener, &gone.0, gone.1]);
         }
     }

@@ -1,4 +1,4 @@
-//! What is counted of upgrades: of new processes that take over from this one or an older one.
+//! Metrics of upgrades to new processes.
 
 use prometheus::{IntCounterVec, IntGauge, IntGaugeVec};
 
@@ -6,7 +6,7 @@ use super::family;
 use super::registry::Registry;
 use super::single;
 
-/// What an upgrade can come to.
+/// The results of an upgrade.
 const RESULTS: [&str; 4] = ["done", "refused", "failed", "timed_out"];
 
 /// The families of upgrades.
@@ -19,7 +19,7 @@ pub(super) struct Families {
 /// The metrics of upgrades.
 #[derive(Clone)]
 pub struct UpgradeMetrics {
-    /// Processes before this one that have not ended yet.
+    /// Number of older processes that have not ended yet.
     pub draining: IntGauge,
     failed: IntGauge,
     upgrades: IntCounterVec,
@@ -36,7 +36,7 @@ impl Families {
 
     pub(super) fn metrics(&self) -> UpgradeMetrics {
         for result in RESULTS {
-            // With a zero before it, a rate counts the first one, too.
+            // A series that starts with zero lets `rate` count the first event.
             self.upgrades.with_label_values(&[result]);
         }
         UpgradeMetrics {
@@ -48,23 +48,23 @@ impl Families {
 }
 
 impl UpgradeMetrics {
-    /// What metrics call an upgrade after which another process serves.
+    /// The result after which another process serves.
     pub const DONE: &str = RESULTS[0];
 
-    /// Goes on from what the process before has counted, each result by its name.
+    /// Continues the counts of the previous process, by result.
     pub fn begin<'r>(&self, results: impl IntoIterator<Item = (&'r str, u64)>) {
         for (result, counted) in results {
             self.upgrades.with_label_values(&[result]).inc_by(counted);
         }
     }
 
-    /// An upgrade came to this.
+    /// Counts a result.
     pub fn count(&self, result: &str) {
         self.upgrades.with_label_values(&[result]).inc();
         self.failed.set(i64::from(result != Self::DONE));
     }
 
-    /// How many came to this.
+    /// The count of a result.
     pub fn counted(&self, result: &str) -> u64 {
         self.upgrades.with_label_values(&[result]).get()
     }

@@ -1,4 +1,4 @@
-//! What is counted of upstreams.
+//! Metrics of upstreams.
 
 use std::sync::{Arc, Weak};
 
@@ -30,7 +30,7 @@ vectors! {
 }
 
 impl Families {
-    /// Those of the upstream of this name, with those of its limits.
+    /// The metrics of the upstream with this name, including those of its limits.
     pub(super) fn upstream(&self, name: &str, limits: LimitMetrics, metrics: Metrics) -> UpstreamMetrics {
         let connects = |outcome| self.connects.with_label_values(&[name, outcome]);
         let discoveries = |outcome| self.discoveries.with_label_values(&[name, outcome]);
@@ -64,47 +64,47 @@ impl Families {
 
 /// The metrics of one upstream.
 pub struct UpstreamMetrics {
-    /// Exchanges for which a connection was made.
+    /// Exchanges with a new connection.
     pub connects_new: IntCounter,
-    /// Exchanges that were given a connection that was kept.
+    /// Exchanges with a reused connection.
     pub connects_reused: IntCounter,
-    /// Attempts to connect that failed.
+    /// Failed attempts to connect.
     pub connects_failed: IntCounter,
-    /// What came of asking where its endpoints are.
+    /// Results of endpoint look-ups.
     pub discoveries: DiscoveryMetrics,
     /// Connections that are open or being made.
     pub connections: IntGauge,
-    /// Attempts that were repeated, and those that were not.
+    /// Retries, made and prevented.
     pub retries: RetryMetrics,
-    /// Of its limits.
+    /// The metrics of its limits.
     pub limits: LimitMetrics,
     health_checks: IntCounterVec,
-    /// Times until new connections stood.
+    /// Times to connect.
     pub connect_seconds: Histogram,
-    /// Times from the end of a request to the header of its answer.
+    /// Times from the end of a request to the response header.
     pub wait_seconds: Histogram,
-    /// For each refusal of the phase `connect`.
+    /// One counter per refusal of the phase `connect`.
     connect_failures: Box<[(&'static Refusal, IntCounter)]>,
     metrics: Metrics,
-    /// 1 while so few endpoints are available that all of them are asked.
+    /// 1 while a tier is in panic mode.
     pub panic: IntGauge,
     ejections: IntCounterVec,
     name: Box<str>,
 }
 
-/// What came of asking where the endpoints of an upstream are.
+/// Results of endpoint look-ups.
 #[derive(Clone)]
 pub struct DiscoveryMetrics {
-    /// They were told.
+    /// Endpoints were found.
     pub ok: IntCounter,
-    /// It was told that there are none.
+    /// The answer was that there are none.
     pub none: IntCounter,
-    /// Nothing was told, or nothing that can be read.
+    /// No answer, or an unreadable one.
     pub failed: IntCounter,
 }
 
 impl UpstreamMetrics {
-    /// Those of the endpoints with this label, an address as written. Ask once, when one is built.
+    /// The metrics of the endpoints with this label, an address as written. Call once, when one is built.
     pub fn endpoint(&self, label: &str) -> Arc<EndpointMetrics> {
         let key = (self.name.clone(), label.into());
         let mut known = self.metrics.endpoints();
@@ -116,24 +116,24 @@ impl UpstreamMetrics {
         endpoint
     }
 
-    /// Counts an attempt for which no connection came about.
+    /// Counts an attempt without a connection.
     pub fn count_connect_failure(&self, why: &'static Refusal) {
         let counter = self.connect_failures.iter().find(|(refusal, _)| *refusal == why);
         counter.iter().for_each(|(_, count)| count.inc());
     }
 
-    /// Counts the endpoints of this upstream on each scrape, for as long as there is one.
+    /// Counts the endpoints of this upstream on each scrape, as long as it exists.
     pub fn count_endpoints(&self, group: Weak<dyn Group>) {
         self.metrics.count_endpoints(group);
     }
 
-    /// Those of its ejections, for these reasons. Ask once, when it is built.
+    /// The counters of its ejections, for these reasons. Call once, at build time.
     pub fn ejections(&self, reasons: impl IntoIterator<Item = &'static str>) -> EjectionMetrics {
         let counter = |reason| (reason, self.ejections.with_label_values(&[&*self.name, reason]));
         EjectionMetrics(reasons.into_iter().map(counter).collect())
     }
 
-    /// Those of its health checks. Ask once, if it has any.
+    /// The metrics of its health checks. Call once, if it has any.
     pub fn health_checks(&self) -> HealthCheckMetrics {
         let outcome = |outcome| self.health_checks.with_label_values(&[&*self.name, outcome]);
         HealthCheckMetrics {
@@ -146,11 +146,11 @@ impl UpstreamMetrics {
     }
 }
 
-/// How often endpoints of one upstream were ejected.
+/// Counts ejections of one upstream.
 pub struct EjectionMetrics(Vec<(&'static str, IntCounter)>);
 
 impl EjectionMetrics {
-    /// Counts one more, for one of the reasons that were named.
+    /// Counts an ejection for one of the declared reasons.
     pub fn count(&self, reason: &str) {
         if let Some((_, counter)) = self.0.iter().find(|(known, _)| *known == reason) {
             counter.inc();
@@ -160,14 +160,14 @@ impl EjectionMetrics {
 
 /// The metrics of the health checks of one upstream.
 pub struct HealthCheckMetrics {
-    /// Checks that passed.
+    /// Passed checks.
     pub passed: IntCounter,
-    /// Checks that said something bad.
+    /// Failed checks.
     pub failed: IntCounter,
-    /// Checks that said nothing in time.
+    /// Checks that timed out.
     pub timed_out: IntCounter,
-    /// Checks that began late, because too many were under way.
+    /// Checks that started late because too many were active.
     pub late: IntCounter,
-    /// Checks for which the gateway itself had no descriptor, port or memory.
+    /// Checks for which the gateway itself lacked a descriptor, port or memory.
     pub unable: IntCounter,
 }
