@@ -1,8 +1,8 @@
-//! Attacks at a bound load, and beside each a client that wants nothing but an answer: it is served in time, the attack
-//! is counted, and what it took is given back.
+//! Attacks with a bounded load, each next to a client with normal requests: the client gets its responses in time,
+//! the attack is counted, and its resources are released.
 //!
-//! All of 127.0.0.0/8 is this machine: attackers and their victim come from addresses of their own. Bounds are
-//! generous, for others may have the CPU.
+//! All of 127.0.0.0/8 is local, so attackers and victims have different addresses. Bounds are generous because the
+//! CPU may be shared.
 
 use std::io::Write;
 use std::net::Ipv4Addr;
@@ -18,11 +18,11 @@ use crate::harness::secure::Authority;
 use crate::harness::tls::{Tls, pair};
 use crate::harness::{Client, H2Client, Origin, Process, Setup, eventually, ms, ok};
 
-/// Attackers at work at the same time, each from an address of its own.
+/// Simultaneous attackers, each with its own address.
 const ATTACKERS: u8 = 4;
-/// How often the client beside asks.
+/// Number of requests of the normal client.
 const ASKED: usize = 20;
-/// How long it may wait for an answer.
+/// Limit for each of its responses.
 const IN_TIME: Duration = Duration::from_secs(10);
 /// What the process may be larger after an attack than before, in bytes: the allocator keeps some of what it had.
 const KEPT_BYTES: f64 = 96.0 * 1024.0 * 1024.0;
@@ -31,7 +31,7 @@ fn attacker(number: u8) -> Ipv4Addr {
     Ipv4Addr::new(127, 66, 6, number)
 }
 
-/// Lets attackers attack, again and again, while somebody asks.
+/// Runs attackers in loops while the normal client sends requests.
 fn beside(process: &Process, reason: &str, attack: impl Fn(u8) + Sync, mut ask: impl FnMut()) {
     let memory = || process.metric("process_resident_memory_bytes");
     let selector = format!("forebay_refusals_total{{reason=\"{reason}\"}}");
@@ -69,7 +69,7 @@ fn beside(process: &Process, reason: &str, attack: impl Fn(u8) + Sync, mut ask: 
     });
 }
 
-/// A gateway for HTTP/2 in clear text before an origin with an answer of 100 KB.
+/// A gateway for clear-text HTTP/2 in front of an origin with a response of 100 KB.
 fn cleartext(keys: &str) -> (Origin, Process) {
     let origin = Origin::answering(|_| ok(vec![b'x'; 100_000]));
     let process = Setup::before(&origin).listener("protocols: [http1, h2c]").listener(keys).spawn();
@@ -83,7 +83,7 @@ fn flooded(reason: &str, keys: &str, flood: impl Fn(&mut Frames) + Sync) {
     let attack = |number| {
         let mut client = Frames::from(attacker(number), web);
         flood(&mut client);
-        // Whether the end is seen or a reset, the connection has gone.
+        // Both an orderly end and a reset end the connection.
         while client.next().is_some() {}
     };
     let client = H2Client::from(Ipv4Addr::new(127, 7, 7, 7), web);
@@ -179,8 +179,8 @@ fn credit_for_one_byte_at_a_time() {
 #[test]
 fn a_header_list_that_grows_when_it_is_unpacked() {
     flooded("header.too_large", "", |client| {
-        // A field of 4,000 bytes for the table of HPACK, and then 10,000 times a byte that stands for it: 63, behind
-        // the authority.
+        // A field of 4,000 bytes for HPACK's dynamic table, and then 10,000 references to it, one byte each: index
+        // 63.
         let field = [&Frame::get(1).payload[..], &[0x40, 1, b'a', 0x7f, 0xa1, 0x1e], &[b'b'; 4_000]].concat();
         client.try_send_all(&[Frame::new(kind::HEADERS, END_STREAM | END_HEADERS, 1, field)]);
         let bomb = [&Frame::get(1).payload[..], &[0xbf; 10_000]].concat();
@@ -188,7 +188,7 @@ fn a_header_list_that_grows_when_it_is_unpacked() {
     });
 }
 
-/// A gateway for TLS, and who its clients trust.
+/// A gateway with TLS, and the authority that its clients trust.
 fn secure(keys: &str) -> (Authority, Process) {
     let authority = Authority::new();
     let identity = authority.issue(&["a.test"]);
@@ -203,7 +203,7 @@ fn secure(keys: &str) -> (Authority, Process) {
 fn client_hellos_that_come_slowly() {
     let (authority, process) = secure("limits: { handshakes_per_ip: 30 }");
     let web = process.web();
-    // The beginning of one of 512 bytes, whose rest comes byte by byte.
+    // The beginning of a ClientHello of 512 bytes, whose rest is sent byte by byte.
     let begun = [0x16, 3, 1, 2, 0, 1, 0, 1, 0xfc, 3, 3];
     let attack = |number| {
         let mut crowd: Vec<_> = (0..40)
@@ -234,9 +234,9 @@ fn handshakes_again_and_again_on_one_connection() {
     beside(&process, "handshake.renegotiation", attack, ask);
 }
 
-/// Connections that say nothing after their first request.
+/// Connections that send nothing after their first request.
 const SILENT: usize = 500;
-/// What each may cost a build for tests, whose allocator keeps more than that of a release.
+/// Limit on the memory of each in a debug build, whose allocator keeps more than that of a release build.
 const SILENT_BYTES: f64 = 40.0 * 1024.0;
 
 #[test]

@@ -1,4 +1,4 @@
-//! Who may come in: `basic_auth`, `api_key`, `ip_set` and `cors`, over real sockets and with files that change.
+//! Access control: `basic_auth`, `api_key`, `ip_set` and `cors`, over real sockets and with changing files.
 
 use std::path::Path;
 use std::thread;
@@ -38,7 +38,7 @@ fn counted(gateway: &Gateway, filter: &str, outcome: &str, count: f64) {
     gateway.wait_metric(&selector, |value| value == count);
 }
 
-/// A gateway with `basic_auth` and these users before an origin that says who it was told has come.
+/// A gateway with `basic_auth` and these users, in front of an origin that returns the user name it received.
 fn guarded(users: &str, keys: &str) -> (Origin, Setup, Gateway) {
     let origin = Origin::answering(|request| {
         ok(format!("{:?} {:?}", request.value("x-remote-user"), request.value("authorization")))
@@ -101,7 +101,7 @@ fn a_changed_file_of_users_is_in_force_and_a_wrong_one_is_not() {
     assert!(forwarded.text().contains("Basic "), "{}", forwarded.text());
 }
 
-/// How long each of some requests took that need no password, asked one after the other for this long.
+/// The durations of requests without a password, sent in a loop for this time.
 fn beside(gateway: &Gateway, time: Duration) -> Vec<Duration> {
     let (begun, mut took, mut client) = (Instant::now(), Vec::new(), gateway.client());
     while begun.elapsed() < time || took.len() < 200 {
@@ -136,8 +136,8 @@ fn two_hundred_wrong_passwords_a_second_leave_others_as_they_are() {
 
     let before = beside(&gateway, TIME);
     let web = gateway.web();
-    // Each attacker sends by the clock, whatever becomes of those before: a wrong one that waits holds up no other. Each
-    // password is another one, so that each is hashed or turned away.
+    // Each attacker sends at fixed times, regardless of earlier requests. All passwords differ, so that each is
+    // hashed or refused.
     let attack = move |attacker: u32| {
         let (begun, pause) = (Instant::now(), Duration::from_secs(1) * ATTACKERS / EACH_SECOND);
         let mut asked = Vec::new();
@@ -170,8 +170,8 @@ fn two_hundred_wrong_passwords_a_second_leave_others_as_they_are() {
         median(&during),
         p99(&during)
     );
-    // Both ends, the attackers and whatever else runs share the cores, so that this is generous. A worker that hashed
-    // would be away for five milliseconds at a time, half of the time, and is seen in the median and below.
+    // Client, attackers and other processes share the cores, so the bound is generous. A worker that hashed would
+    // be blocked for five milliseconds at a time, half of the time, which the median would show.
     assert!(median(&during) < median(&before) * 5 + Duration::from_millis(20), "{:?}", median(&during));
     assert!(p99(&during) < p99(&before) * 5 + Duration::from_millis(200), "{:?} to {:?}", p99(&before), p99(&during));
     let polls = |part: &str| gateway.metric(&format!("forebay_filter_poll_seconds_{part}{{filter=\"basic_auth\"}}"));

@@ -9,18 +9,18 @@ use crate::harness::{Client, Gateway, Origin, Setup, ms, ok};
 
 const NAMES: [&str; 4] = ["a", "b", "c", "d"];
 
-/// Four origins, each of which says its name.
+/// Four origins that return their names.
 fn origins() -> [Origin; 4] {
     NAMES.map(Origin::named)
 }
 
-/// A gateway before these, that goes by a key.
+/// A gateway in front of these, with a hash policy and a key.
 fn by_key(origins: &[Origin], policy: &str, key: &str) -> Setup {
     let addresses: Vec<_> = origins.iter().map(Origin::address).collect();
     Setup::before_all(&addresses).upstream(&format!("load_balancing: {{ policy: {policy}, hash_key: {key} }}"))
 }
 
-/// Who answers, for each of so many users, a request with this header field.
+/// The origin that responds to each user, identified by this header field.
 fn homes(gateway: &Gateway, users: usize, field: impl Fn(usize) -> String) -> Vec<String> {
     let mut client = gateway.client();
     (0..users).map(|user| client.ask("GET", "/", &field(user), "").text().to_owned()).collect()
@@ -30,7 +30,7 @@ fn by_header(user: usize) -> String {
     format!("X-User: user-{user}\r\n")
 }
 
-/// Who answer, told apart.
+/// The distinct origins.
 fn distinct(answers: &[String]) -> BTreeSet<&str> {
     answers.iter().map(String::as_str).collect()
 }
@@ -128,7 +128,7 @@ fn a_request_that_its_endpoint_fails_goes_on_to_another_and_always_the_same() {
     gateway.wait_metric("forebay_upstream_connects_total{outcome=\"failed\"}", |failed| failed >= 2.0);
 }
 
-/// The shares of origins with the weights 3, 2 and 1, of so many requests one after the other, each by another user.
+/// The shares of origins with weights 3, 2 and 1 for this many requests in sequence, each by a different user.
 fn shares(policy: &str, count: usize) -> [f64; 3] {
     let [a, b, c] = ["a", "b", "c"].map(Origin::named);
     let key = if matches!(policy, "ring_hash" | "maglev") { ", hash_key: { header: x-user }" } else { "" };

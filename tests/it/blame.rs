@@ -1,4 +1,4 @@
-//! An endpoint that answers in time is never accused, whatever its clients do; one that does not is.
+//! An endpoint that responds in time is never blamed, whatever its clients do; one that does not is.
 
 use std::net::SocketAddr;
 
@@ -19,7 +19,7 @@ const LONGER: std::time::Duration = ms(700);
 
 const STREAM: &str = "buffering: { request: { mode: stream }, response: { mode: stream } }";
 
-/// An origin that answers each request once it is whole, and what its upstream needs besides.
+/// An origin that responds once a request is complete, and the upstream settings it needs.
 enum Backend {
     Http1(Origin),
     Http2(H2Origin),
@@ -146,7 +146,7 @@ fn a_deadline_that_a_reader_uses_up_is_not_held_against_the_endpoint() {
 #[test]
 fn a_deadline_that_the_endpoint_uses_up_is_held_against_it() {
     let origin = Origin::scripted();
-    // What the gateway itself takes has to be less than a tenth of it, on a busy machine as well.
+    // The gateway's own time must be less than a tenth of it, also on a busy machine.
     let setup = Setup::before(&origin).upstream(STRICT).route("deadline: 5s");
     let (gateway, mut client, _connection) = setup.asked(&origin);
     assert_eq!(client.response().status, 504);
@@ -204,7 +204,7 @@ fn what_happens_in_a_tunnel_is_not_held_against_the_endpoint() {
             connection.reset();
             client.rest();
         } else {
-            // Nobody says anything: the tunnel is closed.
+            // Neither side sends anything: the tunnel is closed.
             client.rest();
             connection.closed();
         }
@@ -247,7 +247,7 @@ fn a_probe_that_dawdles_does_not_keep_all_others_out() {
 
 #[test]
 fn an_upload_that_is_given_up_does_not_make_its_endpoint_slow() {
-    // One is so much slower that a late answer of the other one does not make it the better one.
+    // One is so much slower that a late response of the other does not make it the better choice.
     let endpoint = |pause| {
         Origin::answering(move |_| {
             std::thread::sleep(pause);
@@ -269,7 +269,7 @@ fn an_upload_that_is_given_up_does_not_make_its_endpoint_slow() {
     let uploads = |origin: &Origin| origin.requests().iter().any(|request| request.method() == "POST");
     let asked = eventually("the upload at its endpoint", || origins.iter().position(uploads));
     assert_eq!(asked, 0, "the faster one is asked");
-    // Had it learned the time of the upload, the slower one would be asked for the next half a minute.
+    // If the latency included the upload, the slower endpoint would be chosen for the next half minute.
     let before = origins[0].answered();
     (0..30).for_each(|_| assert_eq!(client.get("/").status, 200));
     let asked = origins[0].answered() - before;
@@ -314,7 +314,7 @@ fn readers_that_take_nothing_keep_no_answers_from_others_on_a_connection_that_al
 #[test]
 fn an_endpoint_is_not_accused_of_what_the_gateway_lacks() {
     let origin = Origin::scripted();
-    // Only what the limits do not keep from coming can use up what there is.
+    // Reaching resource limits requires that the configured limits are off.
     let limits = "protocols: [http1, h2c], limits: { requests_per_ip: unlimited }";
     let gateway = Setup::before(&origin).upstream(STRICT).listener(limits).open_files(200).spawn();
     let clients: Vec<H2Client> = (0..3).map(|_| H2Client::connect(gateway.web())).collect();
@@ -331,7 +331,7 @@ fn an_endpoint_is_not_accused_of_what_the_gateway_lacks() {
     let mut client = gateway.client();
     client.send(request("GET", "/after", "", ""));
     let mut connection = eventually("the request at the origin", || {
-        // Those before it are of clients that have gone.
+        // Earlier connections belong to clients that have left.
         let mut connection = origin.accept();
         connection.next_request().filter(|request| request.target() == "/after").map(|_| connection)
     });

@@ -1,6 +1,6 @@
-//! The boards of `dashboards/`: what is committed is what is made here, and every question that they ask has an answer.
+//! The boards in `dashboards/`: committed files equal the generated ones, and every query returns data.
 //!
-//! `UPDATE_BOARDS=1 cargo nextest run --locked -E 'test(boards)'` writes the files anew.
+//! `UPDATE_BOARDS=1 cargo nextest run --locked -E 'test(boards)'` regenerates the files.
 
 mod board;
 mod buffering;
@@ -26,7 +26,7 @@ use board::{BOARDS, Board};
 use forebay::metrics::family;
 use serde_json::Value;
 
-/// Metrics that panels ask for and that are not there yet.
+/// Metrics that panels use and that do not exist yet.
 const AWAITED: &[&str] = &[];
 
 /// Every board, in the order of [`BOARDS`].
@@ -44,7 +44,7 @@ fn read(name: &str) -> String {
     fs::read_to_string(path(name)).unwrap_or_else(|e| panic!("dashboards/{name}: {e}"))
 }
 
-/// Compares a file of `dashboards/` with what it should be, or writes it if that is asked for.
+/// Compares a file in `dashboards/` with its expected content, or writes it on request.
 fn keep(name: &str, made: &str) {
     if std::env::var_os("UPDATE_BOARDS").is_some() {
         // Under another name first: other tests read the files meanwhile.
@@ -60,7 +60,7 @@ fn keep(name: &str, made: &str) {
     );
 }
 
-/// A board as it is committed.
+/// A committed board.
 fn committed(file: &str) -> Value {
     serde_json::from_str(&read(&format!("{file}.json"))).unwrap_or_else(|e| panic!("dashboards/{file}.json: {e}"))
 }

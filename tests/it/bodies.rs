@@ -50,7 +50,7 @@ fn text(bytes: usize) -> String {
         .collect()
 }
 
-/// An origin whose every answer has these fields and this body.
+/// An origin whose responses all have these fields and this body.
 fn telling(fields: &str, body: impl AsRef<[u8]>) -> Origin {
     let whole = response("200 OK", fields, body);
     Origin::answering(move |_| whole.clone())
@@ -199,7 +199,7 @@ fn an_answer_is_changed_whatever_its_framing_and_its_coding() {
             let answer = client.ask("GET", path, "TE: trailers\r\n", "");
             assert!(answer.text() == changed && answer.end == End::Complete, "{path}: {}", answer.body.len());
             assert_eq!((answer.value("etag"), answer.value("content-encoding")), (None, None), "{path}");
-            // The same connection goes on.
+            // The same connection continues.
             let smaller = client.ask("GET", path, "Accept-Encoding: gzip\r\n", "");
             assert_eq!(smaller.value("content-encoding"), Some("gzip"), "{path}");
             let mut undone = String::new();
@@ -318,7 +318,7 @@ fn a_copy_for_a_mirror_is_what_filters_have_made_of_the_body() {
     let fields = "Content-Type: text/plain\r\nContent-Encoding: gzip\r\n";
     assert_eq!(gateway.client().ask("POST", "/", fields, gzip("a cat")).status, 200);
     for origin in [&origin, &mirror] {
-        // A copy follows when the original has been sent.
+        // The copy is sent after the original.
         let came = eventually("the request", || origin.requests().pop());
         assert_eq!((&came.body[..], came.value("content-encoding")), (&b"bb cbbt"[..], None));
     }
@@ -335,7 +335,7 @@ fn answers_of_our_own_are_changed_as_well() {
     assert_eq!(plain.client().get("/").text(), "app");
 }
 
-/// An origin that sends half of its answer to `/slow` and waits, and the whole of any other.
+/// An origin that sends half of its response to `/slow` and waits, and complete responses otherwise.
 fn halting(fields: &'static str, body: Vec<u8>) -> Origin {
     let whole = response("200 OK", fields, body);
     Origin::playing(move |mut connection| {
@@ -359,7 +359,7 @@ fn more_bodies_than_may_be_under_way_are_refused_for_now() {
         let origin = halting(fields, body.clone());
         let setup = Setup::before(&origin).route("buffering: { request: { mode: stream } }");
         let gateway = setup.filters(filter).start();
-        // One that comes before the slow one has a place, and is served.
+        // A request that arrives before the slow one gets a slot and is served.
         let refuses = |ask: &dyn Fn() -> Response| {
             let answer = eventually("a refusal", || Some(ask()).filter(|answer| answer.status == 503));
             assert_eq!(answer.value("retry-after"), Some("5"), "{filter}");

@@ -1,4 +1,4 @@
-//! An upstream that fails as a whole is left alone for a while, and comes back.
+//! A failing upstream gets no requests for a while, and recovers.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -10,7 +10,7 @@ use crate::harness::{Gateway, Origin, Setup, eventually, ms, ok};
 
 const OPEN: &str = "forebay_upstream_breaker_open{upstream=\"app\"}";
 
-/// An origin that answers 500 for as long as it is sick.
+/// An origin that responds with 500 while it is sick.
 fn sick() -> (Origin, Arc<AtomicBool>) {
     let sick = Arc::new(AtomicBool::new(true));
     let still = sick.clone();
@@ -26,7 +26,7 @@ fn breaker(setup: Setup, keys: &str) -> Gateway {
     setup.upstream(&format!("circuit_breaker: {{ {keys} }}")).start()
 }
 
-/// Asks until the breaker lets nobody through any more; how often the origin was asked.
+/// Sends requests until the breaker opens; returns how many reached the origin.
 fn open_it(gateway: &Gateway, origin: &Origin) -> usize {
     while gateway.client().get("/").text() == "sick" {}
     gateway.wait_metric(OPEN, |state| state == 2.0);

@@ -1,4 +1,4 @@
-//! The request body is held back: what is slow, refused, broken off or replayed, and what of it a backend hears of.
+//! Request buffering: slow, refused, aborted and replayed bodies, and what a backend sees of them.
 
 use std::net::SocketAddr;
 use std::path::Path;
@@ -23,7 +23,7 @@ const MIB: u64 = 1 << 20;
 /// How often an endpoint was chosen.
 const SELECTIONS: &str = "forebay_upstream_selections_total";
 
-/// A gateway that speaks both protocols and holds request bodies back as `request` says.
+/// A gateway with both protocols and these request buffering settings.
 fn before_all(addresses: &[SocketAddr], request: &str) -> Setup {
     let route = format!("buffering: {{ request: {{ {request} }} }}");
     Setup::before_all(addresses).listener("protocols: [http1, h2c]").spooling("").route(&route)
@@ -33,7 +33,7 @@ fn before(origin: &Running, request: &str) -> Setup {
     before_all(&[origin.address()], request)
 }
 
-/// How a body of this length reaches an origin that is told its length.
+/// The framing of a body with a declared length.
 fn with_length(length: u64) -> String {
     if length > 0 { format!("content-length: {length}") } else { "none".to_owned() }
 }
@@ -197,7 +197,7 @@ fn a_body_that_is_here_with_its_header_goes_straight_on() {
     let mut client = gateway.client();
     assert_eq!(client.ask("PUT", "/headers", "", "small").json()["body_bytes"], 5);
     assert_eq!(gateway.metric("forebay_spool_spills_total"), 0.0);
-    // In one poll: what a worker that is itself held up takes for it says nothing.
+    // In one poll: a blocked worker would make the time meaningless.
     let line = gateway.log_line();
     let held = line.phase(Phase::Buffer).unwrap_or(0.0);
     assert!(held <= line.number("own_ms"), "{held} ms in buffer: {line:?}");
@@ -294,7 +294,7 @@ fn a_grpc_client_may_be_silent_while_it_is_answered() {
     let setup = before_all(&[origin.address()], "mode: auto").upstream("protocol: h2c");
     let gateway = setup.route("client: { body_idle: 600ms }").start();
     let mut call = Ask::post(30).grpc().chunked().to("/ticks").begin(Protocol::Http2, gateway.web());
-    // It takes a second, in which the client says nothing.
+    // It takes a second, in which the client sends nothing.
     assert_eq!(call.read(20), 20);
 }
 
@@ -645,7 +645,8 @@ fn nothing_is_left_open_after_uploads_that_came_and_uploads_that_did_not() {
 #[test]
 fn an_upload_in_chunks_of_one_byte_takes_little_more_memory_than_its_bytes() {
     let origin = built_in();
-    // The kernel counts all of a huge page when one byte of it is used: 2 MiB more or less, as it happens.
+    // Huge pages would make the memory vary by 2 MiB, since the kernel counts a whole page once a byte of it is
+    // used.
     let environment = [("MIMALLOC_ALLOW_THP", Path::new("0"))];
     let process = before(&origin, "mode: full, memory: 1MiB").spawn_with(&environment);
     let before = process.resident_bytes();

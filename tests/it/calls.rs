@@ -1,4 +1,4 @@
-//! Filters that ask an upstream of the configuration before they let a request pass.
+//! Filters that call a configured upstream before they let a request pass.
 
 use std::time::Duration;
 
@@ -17,7 +17,8 @@ use crate::harness::h2_origin::H2Origin;
 use crate::harness::origin::{Closed, response};
 use crate::harness::{Gateway, Origin, Setup, ok};
 
-/// `ask: { upstream: auth, path: /check }`: lets those pass of whom the upstream says 200, and says what else it said.
+/// `ask: { upstream: auth, path: /check }`: passes requests for which the upstream responds with 200, and copies
+/// the response.
 pub struct Ask {
     auth: Caller,
     settings: AskSettings,
@@ -30,7 +31,7 @@ static SILENT: Refusal = Refusal::new("route.ask_silent", 503, "The service does
 #[derive(Clone, Debug, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct AskSettings {
-    /// Whom to ask.
+    /// The upstream to call.
     upstream: String,
     /// For what.
     path: String,
@@ -81,7 +82,7 @@ impl FilterType for Ask {
     }
 }
 
-/// A gateway that asks at `auth`, with these further keys of that upstream, before the origin.
+/// A gateway with this filter, which calls `auth` with these upstream settings, in front of the origin.
 fn asking(origin: &Origin, keys: &str, settings: &str) -> Setup {
     let setup = Setup::before(origin).filter::<Ask>().listener("protocols: [http1, h2c]").also_upstream("auth", keys);
     setup.filters(&format!("ask: {{ upstream: auth, path: /check{settings} }}"))
@@ -96,7 +97,7 @@ fn ended(gateway: &Gateway, outcome: &str, count: f64) {
     gateway.wait_metric(&counted, |value| value == count);
 }
 
-/// The status and what the filter says of a request.
+/// The status, and the filter's text, for a request.
 fn told(gateway: &Gateway) -> (u16, String) {
     let answer = gateway.client().get("/");
     (answer.status, answer.value("x-why").unwrap_or_default().to_owned())
@@ -127,7 +128,7 @@ fn a_call_goes_over_http_2_where_its_upstream_speaks_it() {
     let (origin, auth) = (Origin::named("app"), H2Origin::start());
     let keys = format!("{}, protocol: h2c", endpoint(auth.address()));
     let gateway = asking(&origin, &keys, "").start();
-    // The origin tells more than the filter takes.
+    // The response exceeds the filter's limit.
     assert_eq!(told(&gateway), (503, CallError::TooLarge.to_string()));
     assert_eq!(auth.paths(), ["/check"]);
     ended(&gateway, "too_large", 1.0);

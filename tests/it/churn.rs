@@ -1,4 +1,4 @@
-//! Endpoints that come and go while requests are under way: none is dropped, nothing is forgotten that is busy, nothing
+//! Endpoints that change while requests are active: no request is dropped, no busy endpoint is forgotten, nothing
 //! leaks.
 
 use std::fs;
@@ -25,7 +25,7 @@ fn list(path: &Path, text: &str) {
     fs::write(&beside, text).and_then(|()| fs::rename(&beside, path)).expect("a file of endpoints");
 }
 
-/// A gateway whose endpoints this file lists.
+/// A gateway whose endpoints come from this file.
 fn listed_in(text: &str, keys: &str) -> (Setup, std::path::PathBuf) {
     let setup = Setup::found("");
     let path = setup.path("endpoints.yaml");
@@ -37,7 +37,7 @@ fn upstream(admin: SocketAddr) -> UpstreamDetail {
     serde_json::from_slice(&get(admin, "/upstreams/app").body).expect("an upstream")
 }
 
-/// What `/upstreams` says of each endpoint: its port, its state and what it has.
+/// Port, state and active exchanges of each endpoint in `/upstreams`.
 fn states(admin: SocketAddr) -> Vec<(String, String, u32)> {
     let of =
         |one: forebay::admin::upstreams::EndpointDetail| (one.status.address, one.status.state, one.status.inflight);
@@ -78,7 +78,7 @@ fn everywhere() -> Origin {
     Origin::named_on(TcpListener::from(socket), "origin")
 }
 
-/// A list of ten thousand addresses of it, of which each change replaces a tenth.
+/// Ten thousand addresses with this port, a tenth of which each change replaces.
 fn addresses(port: u16, change: usize) -> String {
     let numbers = (0..ENDPOINTS).map(|number| number + change * ENDPOINTS / 10);
     numbers.map(|number| format!("- address: 127.1.{}.{}:{port}\n", number / 250, 1 + number % 250)).collect()
@@ -124,7 +124,7 @@ fn ten_thousand_endpoints_change_every_second_under_load_and_nobody_notices() {
     assert_eq!(Scrape::of(process.admin()).sum("forebay_upstream_endpoints"), ENDPOINTS as f64);
 }
 
-/// Ends the load when it is dropped, whatever comes.
+/// Stops the load on drop, even after a panic.
 struct Over<'o>(&'o AtomicBool);
 
 impl Drop for Over<'_> {

@@ -1,4 +1,4 @@
-//! The commands that ask a running gateway for something: `reload`, `diff`, `status`, `stop`; and `dump`.
+//! The commands that talk to a running gateway: `reload`, `diff`, `status`, `stop`; and `dump`.
 
 use std::fs;
 use std::process::Command;
@@ -41,7 +41,7 @@ fn a_reload_is_tried_told_and_refused_from_the_command_line() {
         assert_eq!(code, Some(78), "{told}");
         assert!(told.contains("did you mean `routes`?") && told.contains("generation 2 runs on unchanged"), "{told}");
     }
-    // What is to be asked is found in a file that is wrong elsewhere.
+    // The admin address is found even if the file has other errors.
     let broken = setup.path("broken.yaml");
     let admin = format!("admin: {{ address: \"{}\" }}\nlisteners: 7\n", process.admin());
     fs::write(&broken, admin).expect("a file");

@@ -1,6 +1,6 @@
-//! Configuration files: 40 and more wrong ones with all that is said of them, and the two right ones of `conf/`.
+//! Configuration files: more than 40 invalid ones with their reports, and the two valid ones in `conf/`.
 //!
-//! A wrong file is `config/wrong/<what is wrong>.yaml`; what is said of it stands beside it, as `.snap`.
+//! An invalid file is `config/wrong/<what is wrong>.yaml`; its report is in the `.snap` file beside it.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -55,7 +55,7 @@ fn parse(text: &str) -> Config {
     Config::parse("forebay.yaml", text, &kinds()).unwrap()
 }
 
-/// What is said of a wrong file is what it was when someone read it and found it good.
+/// Compares the report of an invalid file with the reviewed one.
 fn assert_said_of(case: &str) {
     let text = fs::read_to_string(format!("tests/it/config/wrong/{case}.yaml")).unwrap();
     let said = match Config::parse("forebay.yaml", &text, &kinds()) {
@@ -191,7 +191,7 @@ fn every_wrong_file_is_looked_at() {
     assert!(WRONG.len() >= 40);
 }
 
-/// What is said of a file with these bytes.
+/// The report of a file with these bytes.
 fn said_of_bytes(bytes: &[u8]) -> String {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("forebay.yaml");
@@ -369,7 +369,7 @@ fn nothing_that_is_printed_for_debugging_holds_a_secret() {
 proptest::proptest! {
     #![proptest_config(proptest::prelude::ProptestConfig { cases: 200, failure_persistence: None, ..Default::default() })]
 
-    /// Whatever someone's cat types into a file, there is an answer, and it can be shown.
+    /// Arbitrary input gives a report that can be printed.
     #[test]
     fn no_file_brings_the_reader_down(from in 0usize..5000, length in 0usize..40, typed in "[ -~\n\tä\u{feff}]{0,6}|[{}\\[\\]:,&*!|>'\"%@`#<-]{0,4}") {
         let mut chars: Vec<char> = fs::read_to_string("conf/full.yaml").unwrap().chars().collect();
@@ -390,8 +390,7 @@ fn hosts_are_lower_cased() {
 
 // The files of `conf/`.
 
-/// A filter of any name and with any settings, for files that name the filters of Forebay.
-/// Upstreams that filters may name, and that nobody answers for.
+/// Upstreams that filters may refer to; they have no servers.
 struct Upstreams<'n>(Vec<&'n str>);
 
 struct Nobody;
@@ -543,7 +542,7 @@ fn every_key_of_the_schema_has_a_description() {
     assert!(missing.is_empty(), "an editor has nothing to say of {missing:#?}");
 }
 
-/// Collects the keys of which neither the entry nor the type says what they are.
+/// Collects the keys without a description, neither of the key nor of its type.
 fn undescribed(root: &Json, schema: &Json, path: &str, missing: &mut Vec<String>) {
     let described = |entry: &Json| {
         let of_type = entry["$ref"].as_str().and_then(|name| root.pointer(name.trim_start_matches('#')));
@@ -577,7 +576,7 @@ fn full_yaml_shows_every_key_of_the_schema() {
     assert!(missing.is_empty(), "full.yaml does not show {missing:?}");
 }
 
-/// Walks the schema and all values that stand where it applies; a key is shown if one of them has it.
+/// Walks the schema together with all values it applies to; a key counts as shown if one of them has it.
 fn every_key_is_shown(root: &Json, schemas: &[&Json], values: &[&Json], path: &str, missing: &mut Vec<String>) {
     let mut keys: Vec<(&String, &Json)> = Vec::new();
     let mut open = schemas.to_vec();
@@ -620,7 +619,7 @@ fn full_yaml_shows_the_defaults_of_the_code() {
         config["upstreams"].as_object_mut().unwrap().retain(|name, _| name == "app");
         // These have no default.
         config["server"].as_object_mut().unwrap().retain(|key, _| !["user", "pid_file"].contains(&&**key));
-        // Nobody is asked for certificates.
+        // No ACME issuer is contacted.
         config.as_object_mut().unwrap().remove("acme");
         config["admin"].as_object_mut().unwrap().retain(|key, _| !["token", "tls"].contains(&&**key));
         config

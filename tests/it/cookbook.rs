@@ -1,6 +1,6 @@
-//! The cookbook, `conf/examples`: every file is loaded, run, and keeps what it promises.
+//! The cookbook, `conf/examples`: every file is loaded, run, and does what it promises.
 //!
-//! A file is run as it is, but for what belongs to a machine: addresses, certificates and directories.
+//! Files are run unchanged, except for addresses, certificates and directories of the machine.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -37,7 +37,7 @@ impl Recipe {
         Recipe { name, text }
     }
 
-    /// Puts what there is here in place of what is written.
+    /// Replaces a text in the file by a local value.
     fn at(mut self, written: &str, here: impl ToString) -> Recipe {
         assert!(self.text.contains(written), "{} has no {written}", self.name);
         self.text = self.text.replace(written, &here.to_string());
@@ -81,7 +81,7 @@ fn get_from(own: [u8; 4], gateway: &Gateway, path: &str, fields: &str) -> Respon
     Client::from(own, gateway.web()).ask("GET", path, fields, "")
 }
 
-/// The files of the cookbook with their titles and the sentences that say when to use them.
+/// The files of the cookbook with their titles and descriptions.
 fn files() -> Vec<(String, String, String)> {
     let names = fs::read_dir(EXAMPLES).expect("the cookbook").map(|entry| entry.expect("a file").path());
     let mut names: Vec<_> =
@@ -626,7 +626,7 @@ fn the_log_has_fields_of_its_own_and_no_queries() {
     let app = Origin::named("app");
     let dir = tempfile::tempdir().expect("a directory");
     let log = dir.path().join("log");
-    // What the file says of the log is what counts here.
+    // This story is about the access log that the file itself configures.
     let recipe = Recipe::of("access-log").before(&[&app]).at("/var/log/forebay/access.log", log.display());
     let gateway = Setup::whole(&recipe.text.replace("0.0.0.0:8080", "127.0.0.1:0")).start();
     assert_eq!(ask(&gateway, "a", "/a?token=secret", "X-Tenant: acme\r\n").status, 200);

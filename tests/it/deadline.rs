@@ -1,4 +1,4 @@
-//! How long an exchange may take as a whole, and one attempt of it.
+//! Time limits for an exchange as a whole, and for one attempt.
 
 use std::time::Instant;
 
@@ -17,8 +17,8 @@ fn hurried(addresses: &[impl ToString]) -> Setup {
     Setup::before_all(addresses).route(DEADLINE).listener("protocols: [http1, h2c]")
 }
 
-/// It was over for this reason. That it was in time needs no clock: whatever else ends an exchange takes longer than
-/// any story waits.
+/// Asserts that it ended for this reason. That proves that it ended in time: all other limits are longer than a
+/// story.
 fn over(gateway: &Gateway, reason: &str) {
     assert_eq!(gateway.log_line().reason(), reason);
     gateway.refused_once(reason);
@@ -49,7 +49,7 @@ fn a_deadline_spans_all_attempts_and_the_pauses_between_them() {
     assert_eq!(gateway.client().get("/").status, 504);
     let line = gateway.log_line();
     assert!((2.0..=5.0).contains(&line.number("attempts")), "{} attempts", line.number("attempts"));
-    // Where no further attempt could begin before the deadline, the last one's reason stands.
+    // If no further attempt fits before the deadline, the last failure is reported.
     assert!(line.reason().ends_with(".deadline") || line.reason() == "wait.timeout", "{}", line.reason());
     gateway.wait_metric("forebay_retries_refused_total{reason=\"deadline\"}", |count| count == 1.0);
 }

@@ -1,4 +1,5 @@
-//! Where endpoints are: names and services in a real DNS, and files, which change, fail and come back under load.
+//! Endpoint discovery: names and services in a real DNS server, and files, which change, fail and recover under
+//! load.
 
 use std::fs;
 use std::net::{Ipv6Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
@@ -25,13 +26,12 @@ fn pair() -> (Origin, Origin, u16) {
     })
 }
 
-/// A gateway whose upstream is found by the name `app.test` of this server.
+/// A gateway whose upstream is the name `app.test` on this DNS server.
 fn named(server: SocketAddr, port: u16, keys: &str) -> Setup {
     Setup::found(&format!("dns: {{ name: app.test, port: {port}, refresh: 200ms, servers: [\"{server}\"]{keys} }}"))
 }
 
-/// Asks one thing after the other while the story goes on, and until the answers are as it wants them in the end; none
-/// may fail on the way.
+/// Sends requests in a loop while the story runs, and until the responses are as wanted; none may fail.
 fn under_load(gateway: &Gateway, story: impl FnOnce(), wanted: &str) {
     let over = AtomicBool::new(false);
     std::thread::scope(|scope| {
@@ -56,7 +56,7 @@ fn under_load(gateway: &Gateway, story: impl FnOnce(), wanted: &str) {
     });
 }
 
-/// Ends the load when it is dropped, whatever comes.
+/// Stops the load on drop, even after a panic.
 struct Over<'o>(&'o AtomicBool);
 
 impl Drop for Over<'_> {
@@ -204,7 +204,7 @@ fn rename_to(path: &Path, text: &str) {
     fs::write(&beside, text).and_then(|()| fs::rename(&beside, path)).expect("a file of endpoints");
 }
 
-/// A gateway whose endpoints a file lists, which lists this one at first.
+/// A gateway whose endpoints come from a file, which lists this one at first.
 fn listed(first: &Origin) -> (Gateway, std::path::PathBuf) {
     let setup = Setup::found("");
     let path = setup.path("endpoints.yaml");

@@ -1,5 +1,5 @@
-//! The two drivers: which exchanges go by our own, that a client cannot tell them apart, and the connections that ours
-//! keeps.
+//! The two drivers: which exchanges use our own, that clients cannot tell the difference, and our own connection
+//! pool.
 
 use std::path::Path;
 
@@ -13,7 +13,7 @@ fn driven(driver: &str, reason: &str) -> String {
     format!("forebay_driver_exchanges_total{{driver=\"{driver}\",reason=\"{reason}\"}}")
 }
 
-/// One exchange went by Pingora's driver, and the metric and the log say why.
+/// Asserts that one exchange used Pingora's driver, with this reason in the metric and the log.
 fn is_handed_over(gateway: &impl Watched, reason: &str) {
     gateway.wait_metric(&driven("pingora", reason), |count| count == 1.0);
     assert_eq!(gateway.metric("forebay_driver_exchanges_total"), 1.0);
@@ -77,8 +77,8 @@ fn workers_that_share_their_tasks_keep_no_connections_of_their_own() {
     is_handed_over(&gateway, "work_stealing");
 }
 
-/// What an endpoint may answer: to be passed on, to be framed anew, or to be refused. Answers that end too early are
-/// not among them: whether their beginning has left by then, or a 502 takes its place, is a race with either driver.
+/// Responses of endpoints: to be passed on, reframed, or refused. Truncated responses are excluded: whether the
+/// client gets their beginning or a 502 is a race in either driver.
 const ANSWERS: &[&str] = &[
     "HTTP/1.1 200 OK\r\nContent-Length: 3\r\n\r\nabc",
     "HTTP/1.1 200 Fine\r\nX-Mixed-Case: 1\r\nx-mixed-case: 2\r\nContent-Length: 0\r\n\r\n",
@@ -105,7 +105,7 @@ const ANSWERS: &[&str] = &[
     "",
 ];
 
-/// A client asks for each of the answers by number; what it gets, but for the date.
+/// Requests each of the responses by number; returns what the client gets, without the date.
 fn asked(gateway: &Process, method: &str, version: &str) -> Vec<String> {
     let ask = |number: usize| {
         let mut client = Client::connect(gateway.web());
@@ -192,7 +192,7 @@ fn bytes_that_come_while_a_connection_is_kept_are_nobodys_answer() {
     first.answer("first");
     assert_eq!(client.response().text(), "first");
     first.send(ok("evil"));
-    // Whether they have arrived shows when the connection goes.
+    // The connection's end shows whether they have arrived.
     gateway.wait_metric("forebay_upstream_connections{upstream=\"app\"}", |open| open == 0.0);
     client.send(request("GET", "/", "", ""));
     let mut second = origin.accept();

@@ -1,4 +1,4 @@
-//! Pages in the place of errors: of Forebay, of filters and of endpoints, in the form that the client asks for.
+//! Custom error pages for errors of Forebay, filters and endpoints, in the format that the client accepts.
 
 use std::fs;
 

@@ -1,4 +1,4 @@
-//! How the workers' loops are seen: what they do, how late they are, and who stalls them.
+//! Monitoring of the event loops: what workers do, how late they are, and what stalls them.
 
 use std::io;
 use std::sync::{Arc, Condvar, Mutex};
@@ -13,8 +13,8 @@ use crate::harness::gateway::Watched;
 use crate::harness::metrics::Scrape;
 use crate::harness::{Client, DEADLINE, Origin, Setup, eventually, may_open_files};
 
-/// A filter that does what must not be done: it sleeps on the worker, for as many milliseconds as a header says, and
-/// then until the story wakes it by the name in another.
+/// A filter that blocks the worker: for as many milliseconds as a header field says, then until the story wakes it
+/// by name.
 struct Sleepy;
 
 /// The names that were called.
@@ -59,13 +59,12 @@ fn sleepy(origin: &Origin) -> Setup {
     Setup::before(origin).filter::<Sleepy>().filters("{ sleepy: {} }")
 }
 
-/// A machine that is short of processors may hold any worker up for a while, and that is not what these stories are
-/// about.
+/// A busy machine may delay any worker, which is not the subject of these stories.
 fn patient(setup: Setup) -> Setup {
     setup.observability("event_loop: { stall_threshold: 3s }")
 }
 
-/// What this process says of itself.
+/// The log of this process.
 #[derive(Clone, Default)]
 struct Log(Arc<Mutex<Vec<u8>>>);
 

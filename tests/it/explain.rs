@@ -1,4 +1,4 @@
-//! `forebay match` says what the running gateway does.
+//! `forebay match` agrees with the running gateway.
 
 use std::path::PathBuf;
 use std::process::Command;
@@ -12,7 +12,7 @@ use regex::Regex;
 
 use crate::harness::{Origin, Setup};
 
-/// Requests that are made up.
+/// Number of random requests.
 const REQUESTS: usize = 10_000;
 
 const HOSTS: [&str; 6] = ["a.test", "b.test", "x.a.test", "y.x.a.test", "A.Test.", "c.test"];
@@ -20,7 +20,7 @@ const PATHS: [&str; 9] =
     ["/", "/shop", "/shop/", "/shop/cart", "/shopping", "/item/12", "/item/x", "/a//b/../shop", "/%73hop"];
 const METHODS: [&str; 4] = ["GET", "POST", "PUT", "HEAD"];
 
-/// A route of made-up conditions that answers with its own name.
+/// A route with random conditions that responds with its own name.
 fn route(random: &mut StdRng, number: usize) -> String {
     let mut conditions = Vec::new();
     if random.gen_bool(0.6) {
@@ -32,7 +32,7 @@ fn route(random: &mut StdRng, number: usize) -> String {
         conditions.push(format!("path: {{ {} }}", path.choose(random).expect("one")));
     }
     if conditions.is_empty() || conditions == ["path: { prefix: / }"] {
-        // One that takes everything would leave nothing to be refused.
+        // A route for all requests would leave none to be refused.
         conditions = vec!["path: { prefix: /shop }".to_owned()];
     }
     if random.gen_bool(0.3) {
@@ -64,7 +64,7 @@ fn it_agrees_with_the_running_gateway_on_ten_thousand_requests() {
         let setup = Setup::before(&origin).routes(&routes.join("\n")).listener(listener);
         match builder.parse("test.yaml", &setup.yaml()) {
             Ok(config) => break (setup, config),
-            // Two that were made up alike.
+            // Two random routes are equal.
             Err(report) => {
                 let told = report.to_string();
                 let twins: Vec<&str> = unreachable
@@ -109,7 +109,7 @@ fn it_agrees_with_the_running_gateway_on_ten_thousand_requests() {
         let said = explainer.route(&question).expect("an answer");
         let did = (answer.status == 200).then(|| answer.text().to_owned());
         match method.as_str() {
-            // There is no body that would name the route.
+            // A HEAD response has no body with the route's name.
             "HEAD" => assert_eq!(said.is_some(), did.is_some(), "{method} {target} {fields:?}"),
             _ => assert_eq!(said, did, "{method} {target} {fields:?}: {}", answer.status),
         }

@@ -1,5 +1,5 @@
-//! Expressions end to end: conditions on routes and filters, values wherever a configuration may make one, and
-//! what `check` says of wrong ones.
+//! Expressions end to end: conditions on routes and filters, computed values, and the reports of `check` on invalid
+//! ones.
 
 use std::process::Command;
 
@@ -10,7 +10,7 @@ use crate::harness::secure::Authority;
 use crate::harness::tls::{Tls, pair};
 use crate::harness::{Gateway, Origin, Setup, ok};
 
-/// An origin that says what path it was asked for, and a gateway with these filters before it.
+/// An origin that returns the path it received, and a gateway with these filters in front of it.
 fn filtered(filters: &str) -> (Origin, Gateway) {
     let origin = Origin::answering(|request| ok(request.target()));
     let gateway = Setup::before(&origin).filters(filters).start();
@@ -278,7 +278,7 @@ fn a_client_that_takes_its_time_with_its_header_is_known_as_slow() {
     let whole = request("GET", "/", "", "");
     let (first, rest) = whole.split_at(10);
     slow.send(first);
-    // The pause is what this client is about.
+    // This client must pause.
     std::thread::sleep(std::time::Duration::from_millis(300));
     slow.send(rest);
     assert_eq!(slow.response().status, 408);
@@ -305,7 +305,7 @@ observability:
   access_log: { fields: { a: { cel: 'request.path.matches("(")' } } }
 "#;
 
-/// What `check` prints of this file.
+/// The output of `check` for this file.
 fn checked(text: &str) -> String {
     let folder = tempfile::tempdir().expect("a folder");
     std::fs::write(folder.path().join("f.yaml"), text).expect("a file");
@@ -335,7 +335,7 @@ fn check_tells_every_wrong_expression_with_its_line_and_column() {
     assert!(said.contains("error: 5 errors in f.yaml"), "{said}");
 }
 
-/// The blocks of YAML in a page of the manual.
+/// The YAML blocks in a page of the manual.
 fn examples(page: &str) -> Vec<String> {
     let path = format!("{}/conf/manual/{page}", env!("CARGO_MANIFEST_DIR"));
     let page = std::fs::read_to_string(path).expect("a page");

@@ -1,7 +1,7 @@
-//! Filters end to end: our seven, and one of a stranger.
+//! Filters end to end: the built-in ones, and a custom one.
 //!
-//! The stranger's [`Toll`] is all here and in no file of `src/`: it registers in one line, has a key of its own in YAML
-//! that `check` and `schema` know, may wait, sees every stage and may refuse at each.
+//! The custom filter [`Toll`] is defined only here: it registers in one line, has its own YAML key with validation
+//! and schema, can wait, sees every stage and can refuse at each.
 
 use std::collections::BTreeMap;
 use std::sync::Mutex;
@@ -19,7 +19,7 @@ use crate::harness::client::request;
 use crate::harness::gateway::Watched;
 use crate::harness::{Client, End, Gateway, H2Origin, Origin, Setup, eventually, ok};
 
-/// An origin that says what path it was asked for, and a gateway with these filters before it.
+/// An origin that returns the path it received, and a gateway with these filters in front of it.
 fn filtered(filters: &str) -> (Origin, Gateway) {
     let origin = Origin::answering(|request| ok(request.target()));
     let gateway = Setup::before(&origin).filters(filters).start();
@@ -95,7 +95,7 @@ fn redirect_sends_the_client_elsewhere_and_asks_no_origin() {
     assert_eq!((answer.status, answer.value("location")), (301, Some("https://test/a?b=c")));
     let answer = client.ask("POST", "/", "", "a body that nobody reads");
     assert_eq!(answer.status, 301);
-    // It is read and thrown away, or the connection ends; it is never taken for a request.
+    // The body is discarded, or the connection is closed; it is never parsed as a request.
     match answer.value("connection") {
         Some("close") => client.closed(),
         _ => assert_eq!(client.get("/").status, 301),
@@ -164,27 +164,27 @@ fn filters_run_in_order_on_the_way_in_and_in_reverse_on_the_way_out() {
     assert_eq!(origin.request().value("x-last"), Some("2"));
 }
 
-/// What each toll saw, by its name: tests that share a process must not share a list.
+/// The stages that each toll saw, by name, because tests in one process must not share a list.
 static SEEN: Mutex<BTreeMap<String, Vec<String>>> = Mutex::new(BTreeMap::new());
 
 static UNPAID: Refusal = Refusal::new("route.toll", 402, "Pay first.");
 
-/// A stranger's filter: notes every stage, waits at each, shouts at the client, and refuses where it is told to.
+/// A custom filter: records every stage, waits at each, adds a response field, and refuses at a given stage.
 struct Toll(TollSettings);
 
 /// Its settings.
 #[derive(Clone, Debug, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 struct TollSettings {
-    /// The name it takes notes under.
+    /// The name for its records.
     name: String,
     /// The stage at which it refuses.
     #[serde(default)]
     refuse_at: Option<String>,
-    /// The stage at which it waits for ever.
+    /// The stage at which it waits forever.
     #[serde(default)]
     hang_at: Option<String>,
-    /// How many pieces it holds back before it lets them pass.
+    /// How many body chunks it holds back.
     #[serde(default)]
     hold: usize,
 }
@@ -256,12 +256,12 @@ fn shown(piece: Option<&Bytes>, end: bool) -> String {
     if end { format!("{text}, the end") } else { text }
 }
 
-/// A gateway with the toll on its route, before an origin.
+/// A gateway with the toll on its route, in front of an origin.
 fn tolled(origin: &Origin, settings: &str) -> Gateway {
     Setup::before(origin).filter::<Toll>().filters(&format!("toll: {{ {settings} }}")).start()
 }
 
-/// What the toll of this name saw, once its exchange is over.
+/// The stages that this toll saw, once its exchange has ended.
 fn notes(name: &str) -> Vec<String> {
     eventually("the end of the exchange at the filter", || {
         let notes = SEEN.lock().unwrap().get(name).cloned().unwrap_or_default();
@@ -310,7 +310,7 @@ fn a_filter_that_waits_for_too_long_is_given_up_at_every_stage() {
             let mut client = gateway.client();
             client.send(request("POST", "/", "", "body"));
             let answer = client.try_response_to("POST");
-            // The header of an answer may have left before the body is here.
+            // The response header may have been sent before the body arrives.
             let cut = stage == "response_body" && answer.as_ref().is_none_or(|answer| answer.end == End::Cut);
             let refused = answer
                 .as_ref()

@@ -1,4 +1,4 @@
-//! The end of an exchange: its phases add up to its total, in the log and in the metrics, and nothing of it is left.
+//! The end of an exchange: phases add up to the total in log and metrics, and all resources are released.
 
 use forebay::phase::Phase;
 
@@ -7,14 +7,14 @@ use crate::harness::gateway::Watched;
 use crate::harness::metrics::Scrape;
 use crate::harness::{Gateway, H2Client, LogLine, Origin, Setup, ok};
 
-/// The phases of a line add up to its total, as far as the digits of the log go.
+/// Asserts that the phases of a log line add up to its total, within rounding.
 fn adds_up(line: &LogLine) {
     let sum: f64 = Phase::ALL.into_iter().filter_map(|phase| line.phase(phase)).sum();
     let total = line.number("total_ms");
     assert!((sum - total).abs() <= 0.02, "the phases add up to {sum} ms of {total} ms: {line:?}");
 }
 
-/// The same in the metrics, exactly but for the arithmetic.
+/// The same for the metrics, within floating-point error.
 fn metrics_add_up(gateway: &Gateway, route: &str, count: f64) {
     gateway.wait_metric(&format!("forebay_exchange_seconds_count{{route=\"{route}\"}}"), |n| n == count);
     let scrape = Scrape::of(gateway.admin());

@@ -1,4 +1,4 @@
-//! `forebay init` and `forebay proxy`: from nothing to a gateway that answers.
+//! `forebay init` and `forebay proxy`: from nothing to a working gateway.
 
 use std::fs;
 use std::io::{BufRead, BufReader, Read};
@@ -10,7 +10,7 @@ use crate::harness::secure::Authority;
 use crate::harness::tls::Tls;
 use crate::harness::{Client, Origin, end, eventually, origin};
 
-/// A running `forebay`, ended when dropped; its first lines are read up to `Ctrl-C`.
+/// A running `forebay`, killed on drop; its first lines are read up to `Ctrl-C`.
 struct Running {
     child: Child,
     said: String,
@@ -33,7 +33,7 @@ impl Running {
         panic!("{arguments:?} ended: {said}{error}");
     }
 
-    /// The address in the first URL that it told.
+    /// The address in the first printed URL.
     fn address(&self) -> SocketAddr {
         let url = self.said.split("://").nth(1).expect("a URL").split([' ', '/', '\n']).next().expect("an address");
         url.parse().unwrap_or_else(|_| panic!("{}", self.said))
@@ -65,7 +65,7 @@ fn init_writes_a_file_that_checks_and_never_writes_over_one() {
     let (code, said, error) = run(dir.path(), &["init"]);
     assert_eq!((code, &*error), (0, ""), "{said}");
     assert!(said.contains("forebay run -c forebay.yaml"), "{said}");
-    // The commands that it tells work as they are.
+    // The printed commands work as they are.
     assert_eq!(run(dir.path(), &["check", "-c", "forebay.yaml"]).0, 0);
     let written = fs::read_to_string(dir.path().join("forebay.yaml")).expect("the file");
     assert!(written.lines().count() < 40, "a small file");

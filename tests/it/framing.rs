@@ -1,5 +1,5 @@
-//! How messages are marked off, byte by byte and over real sockets: what passes, how it leaves, and what is refused.
-//! The tables of the decisions themselves are beside them, in `src/framing`.
+//! Message framing, byte by byte over real sockets: what passes, in which form, and what is refused. Tests of the
+//! decisions themselves are in `src/framing`.
 
 mod answers;
 mod halves;

@@ -1,4 +1,5 @@
-//! gRPC by its C core at both ends (`python3-grpcio`), which shares no code with us and is strict where tonic is not.
+//! gRPC with its C core on both ends (`python3-grpcio`), which shares no code with Forebay and is stricter than
+//! tonic.
 
 use std::net::SocketAddr;
 
@@ -12,7 +13,7 @@ use crate::harness::secure::Authority;
 use crate::harness::{Ask, Gateway, H2Client, H2Origin, Protocol, Setup, free_port};
 use crate::stop::refuses;
 
-/// A server, a gateway before it and a client.
+/// A server, a gateway in front of it and a client.
 struct Trio {
     server: GrpcServer,
     gateway: Gateway,
@@ -20,7 +21,7 @@ struct Trio {
 }
 
 impl Trio {
-    /// With h2c between all of them, and a gateway that differs so.
+    /// With h2c on all connections, and these gateway settings.
     fn with(differs: impl FnOnce(Setup) -> Setup) -> Trio {
         let server = GrpcServer::start();
         let gateway = differs(clear(server.address())).start();
@@ -55,7 +56,7 @@ fn with(mut ask: Value, more: Value) -> Value {
     ask
 }
 
-/// That a call went well, and what was replied.
+/// Asserts that a call succeeded with this reply.
 #[track_caller]
 fn replied(outcome: &Value, replies: Value) {
     assert_eq!((&outcome["code"], &outcome["replies"]), (&json!(0), &replies), "{outcome}");
@@ -231,13 +232,13 @@ fn calls_under_way_come_to_their_end_when_the_gateway_stops() {
     assert_eq!(client.say("too late")["code"], 14);
 }
 
-/// A message of gRPC as it goes over the wire.
+/// A gRPC message in wire format.
 fn message(flags: u8, content: &[u8]) -> Vec<u8> {
     let length = u32::try_from(content.len()).expect("a short message").to_be_bytes();
     [&[flags][..], &length, content].concat()
 }
 
-/// The messages of an answer of gRPC-Web: their flags, and what is in them.
+/// The messages in a gRPC-Web response: flags and content.
 fn messages(mut body: &[u8]) -> Vec<(u8, String)> {
     let mut messages = Vec::new();
     while let [flags, a, b, c, d, rest @ ..] = body {
@@ -248,13 +249,13 @@ fn messages(mut body: &[u8]) -> Vec<(u8, String)> {
     messages
 }
 
-/// A gateway that bridges gRPC-Web, for clients of HTTP/1 and HTTP/2.
+/// A gateway that bridges gRPC-Web, for HTTP/1 and HTTP/2 clients.
 fn bridge(server: SocketAddr) -> Setup {
     let setup = Setup::before_all(&[server]).upstream("protocol: h2c").route("grpc_web: bridge");
     setup.listener("protocols: [http1, h2c]")
 }
 
-/// The same, before a server of the C core.
+/// The same, in front of a C core server.
 fn bridging() -> (GrpcServer, Gateway) {
     let server = GrpcServer::start();
     let gateway = bridge(server.address()).start();
@@ -304,7 +305,7 @@ fn messages_of_a_server_reach_a_browser_one_by_one_with_their_status_behind() {
         "{got:?}"
     );
 
-    // A stream that goes on shows its first message at once.
+    // An open stream delivers its first message immediately.
     let mut client = gateway.client();
     client.send(request("POST", "/test.Peer/Repeat", WEB, message(0, b"forever")));
     let mut wire = client.into_wire();
@@ -323,7 +324,7 @@ fn a_browser_learns_why_its_call_is_refused() {
         messages(&answer.body).iter().any(|(flags, text)| *flags == 0x80 && text.contains("grpc-status: 7\r\n"));
     assert!(in_header || in_body, "{:?}", answer.text());
 
-    // What the gateway refuses itself has its status in the header.
+    // The gateway's own refusals have their gRPC status in the header.
     let lost = bridge(SocketAddr::from(([127, 0, 0, 1], 1))).start();
     let denying = bridge(server.address()).filters("access: { deny: [127.0.0.0/8] }").start();
     let mut client = denying.client();

@@ -1,5 +1,5 @@
-//! Clients that close their sending side: behind a whole request they wait for its answer (RFC 9112 §9.6), behind half
-//! of one they are gone; and a reset means that they are gone, wherever it is met.
+//! Clients that shut down their sending side: after a complete request they wait for the response (RFC 9112 §9.6),
+//! in the middle of one they are gone. A reset always means that they are gone.
 
 use std::time::Instant;
 
@@ -14,7 +14,7 @@ use crate::harness::{Gateway, Origin, Setup, eventually, ms, ok};
 const MODES: [&str; 3] = ["auto", "full", "stream"];
 const QUEUE: &str = "forebay_upstream_queue{upstream=\"app\"}";
 
-/// Holds both directions back in this mode.
+/// Buffers both directions in this mode.
 fn buffering(mode: &str) -> String {
     format!("buffering: {{ request: {{ mode: {mode} }}, response: {{ mode: {mode} }} }}")
 }
@@ -23,7 +23,7 @@ fn start(origin: &Origin, mode: &str) -> Gateway {
     Setup::before(origin).route(&buffering(mode)).start()
 }
 
-/// A gateway, a client that has sent this and then closed its sending side, and the backend that has its request.
+/// A gateway, a client that has sent this and shut down its sending side, and the backend with its request.
 fn ended(origin: &Origin, mode: &str, sent: impl AsRef<[u8]>) -> (Gateway, Client, Connection) {
     let gateway = start(origin, mode);
     let mut client = gateway.client();
@@ -35,7 +35,7 @@ fn ended(origin: &Origin, mode: &str, sent: impl AsRef<[u8]>) -> (Gateway, Clien
     (gateway, client, connection)
 }
 
-/// The answer is whole, says that it is the last, and is followed by the end of the connection.
+/// Asserts that the response is complete, closes the connection, and is followed by its end.
 fn is_answered(client: &mut Client, body: &str) {
     let answer = client.response();
     assert_eq!((answer.status, answer.text(), answer.end), (200, body, End::Complete));
@@ -64,7 +64,7 @@ fn a_client_that_closes_its_sending_side_behind_its_request_gets_its_answer() {
 fn a_request_and_its_end_in_one_packet_are_a_request() {
     let origin = Origin::named("origin");
     let gateway = Setup::before(&origin).start();
-    // The end is there before the gateway looks for the first time.
+    // The end arrives before the gateway first reads.
     let clients: Vec<Client> = (0..20)
         .map(|_| {
             let mut client = gateway.client();
@@ -162,7 +162,7 @@ fn a_client_of_a_unix_socket_that_has_only_stopped_sending_gets_its_answer() {
     gateway.wait_phase(Phase::Wait);
     connection.answer("yours");
     is_answered(&mut client, "yours");
-    // One that has closed altogether is gone, which a unix socket tells.
+    // A full close means that the client is gone, which a unix socket reports.
     let mut gone = Client::unix(&path);
     gone.send(request("GET", "/gone", "", ""));
     connection.request();
@@ -309,7 +309,7 @@ fn the_end_of_half_a_body_leaves_the_queue_to_others_and_that_of_a_whole_one_kee
         let mut whole = gateway.client();
         whole.send(post("/whole", fields));
         queue(1);
-        // Nothing is read of the body before there is an endpoint.
+        // The body is not read before there is an endpoint.
         whole.send(&body);
         whole.end();
         let mut left = 0;

@@ -1,4 +1,4 @@
-//! Phase `handshake`: TLS with clients of three libraries, and with those that are none.
+//! Phase `handshake`: TLS with clients from three libraries, and with invalid clients.
 
 use std::io::{self, Write as _};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
@@ -17,7 +17,7 @@ use crate::harness::{Client, DEADLINE, Gateway, Origin, Setup, eventually, ms};
 
 const VERSIONS: [SslVersion; 2] = [SslVersion::TLS1_2, SslVersion::TLS1_3];
 
-/// A gateway that answers 200 over TLS with these certificates and these further keys of `tls`.
+/// A gateway that responds with 200 over TLS, with these certificates and these `tls` keys.
 fn answering(certificates: &[String], keys: &str) -> Setup {
     let listed = certificates.iter().map(|one| format!("{{ {one} }}")).collect::<Vec<_>>().join(", ");
     Setup::found("endpoints: [ { address: \"127.0.0.1:1\" } ]")
@@ -38,7 +38,7 @@ fn refusals(gateway: &Gateway, reason: &str) -> impl Fn() -> f64 {
     move || crate::harness::metrics::Scrape::of(address).sum(&selector)
 }
 
-/// Does what is said, and waits until one more refusal of this reason was counted.
+/// Calls `does`, and waits until one more refusal with this reason is counted.
 fn refused_as<T>(gateway: &Gateway, reason: &str, does: impl FnOnce() -> T) -> T {
     let count = refusals(gateway, reason);
     let before = count();
@@ -85,7 +85,7 @@ fn a_name_may_have_two_certificates_and_a_client_gets_one_that_it_can_verify() {
         assert!(!is_rsa(client.clone()));
         assert!(is_rsa(client.clone().rsa_only()));
     }
-    // With one thread for RSA and with none.
+    // With one thread for RSA keys, and with none.
     let gateway = answering(&[pair(&rsa)], ", handshake_threads: 0").start();
     assert!(Tls::to(gateway.web(), &authority, "a.test").get("/").unwrap().1.is_rsa());
 }
@@ -109,14 +109,14 @@ fn http_2_is_spoken_where_alpn_agrees_on_it() {
     let client = Tls::to(gateway.web(), &authority, "a.test");
     let mut h2 = client.clone().alpn(b"\x02h2\x08http/1.1").connect().unwrap();
     assert_eq!(h2.alpn().as_deref(), Some(&b"h2"[..]));
-    // The preface and an empty SETTINGS; those of the server come back.
+    // The preface and an empty SETTINGS; the server responds with its own.
     h2.send(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0");
     assert_eq!(h2.bytes(9)[3], 4);
     assert_eq!(client.clone().alpn(b"\x08http/1.1").connect().unwrap().alpn().as_deref(), Some(&b"http/1.1"[..]));
     let other = refused_as(&gateway, "handshake.protocol", || client.clone().alpn(b"\x02h3").connect().err());
     assert!(other.unwrap().contains("NO_APPLICATION_PROTOCOL"));
 
-    // What ALPN did not agree on is not spoken.
+    // Only the negotiated protocol is accepted.
     let mut http1 = client.connect().unwrap();
     http1.send(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0");
     assert!(String::from_utf8_lossy(&http1.rest().0).starts_with("HTTP/1.1 400 "));
@@ -149,7 +149,7 @@ fn what_is_no_tls_is_closed_and_counted() {
         refused_as(&gateway, reason, || client.send(bytes));
         client.rest();
     }
-    // One that closes in the middle.
+    // A client that closes during the handshake.
     refused_as(&gateway, "handshake.aborted", || Client::connect(gateway.web()).send(b"\x16\x03\x01"));
     gateway.wait_at_rest();
     gateway.wait_metric("forebay_client_connections", |open| open == 0.0);
@@ -158,13 +158,13 @@ fn what_is_no_tls_is_closed_and_counted() {
 #[test]
 fn a_client_that_ends_the_handshake_with_an_alert_is_counted() {
     let (_, _, gateway) = simple("");
-    // It trusts another authority.
+    // It trusts a different authority.
     let stranger = Authority::new();
     for version in VERSIONS {
         let client = Tls::to(gateway.web(), &stranger, "a.test").version(version);
         refused_as(&gateway, "handshake.alert", || assert!(client.get("/").is_err()));
     }
-    // OpenSSL does not encrypt this alert with TLS 1.3; it is one all the same.
+    // OpenSSL sends this alert unencrypted with TLS 1.3; it still counts.
     for version in ["-tls1_2", "-tls1_3"] {
         let said = refused_as(&gateway, "handshake.alert", || s_client(&gateway, &stranger, &[version]));
         assert!(said.contains("certificate verify failed"), "{said}");
@@ -173,7 +173,7 @@ fn a_client_that_ends_the_handshake_with_an_alert_is_counted() {
     gateway.wait_metric("forebay_client_connections", |open| open == 0.0);
 }
 
-/// Passes a connection on to `to`, and changes the first byte of the second record of its client.
+/// Forwards a connection to `to`, and changes the first byte of the client's second record.
 fn tampering(to: SocketAddr) -> SocketAddr {
     let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
     let address = listener.local_addr().expect("an address");
@@ -212,7 +212,7 @@ fn a_handshake_that_does_not_end_is_given_up_in_time() {
     let mut begun = Client::connect(gateway.web());
     refused_as(&gateway, "handshake.timeout", || begun.send(b"\x16\x03\x01"));
     begun.closed();
-    // Who says nothing has no more time.
+    // A silent client has the same time limit.
     Client::connect(gateway.web()).closed();
     gateway.wait_metric("forebay_client_connections", |open| open == 0.0);
 }
@@ -231,7 +231,7 @@ fn sessions_are_resumed_with_a_new_certificate_too() {
         eventually("the new certificate", || (client.get("/").unwrap().1.serial() != before).then_some(()));
         let (got, second) = client.clone().resuming(session).get("/").unwrap();
         assert!(second.resumed() && got.body == "served", "{version:?}");
-        // A ticket that was used is replaced.
+        // A used ticket is replaced.
         assert!(client.resuming(second.session()).get("/").unwrap().1.resumed());
     }
     assert!(gateway.metric("forebay_tls_handshakes_total{resumed=\"yes\"}") >= 4.0);
@@ -250,7 +250,7 @@ fn tickets_may_be_shared_by_a_file_or_not_be_had_at_all() {
     let at_two = Tls::to(two.web(), &authority, "a.test");
     assert!(at_two.clone().resuming(first.session()).get("/").unwrap().1.resumed());
 
-    // Another key: what the old one made is worth nothing any more.
+    // With another key, old tickets are invalid.
     std::fs::write(setup.path("other.keys"), [9; 80]).unwrap();
     swap_file(&setup.path("other.keys"), &keys);
     eventually("the old key to be forgotten", || {
@@ -346,7 +346,7 @@ fn client_certificates_are_asked_for_by_name_and_told_to_the_upstream() {
         refused_as(&gateway, "handshake.certificate", || status(to("must.test").showing(&bad)).unwrap_err());
         refused_as(&gateway, "handshake.certificate", || status(to("may.test").showing(&bad)).unwrap_err());
 
-        // A session that was opened without a certificate opens no door that asks for one.
+        // A session without a client certificate does not give access where one is required.
         let (_, open) = to("open.test").version(version).get("/").unwrap();
         assert!(status(to("must.test").resuming(open.session())).is_err());
     }
@@ -532,7 +532,7 @@ fn a_staple_is_shown_to_who_asks_for_it() {
     assert!(s_client(&gateway, &authority, &["-status"]).contains("OCSP Response Status: successful"));
 }
 
-/// What `openssl s_client` says that is told to shake hands again on a connection of TLS 1.2.
+/// The output of `openssl s_client` that requests a renegotiation on a TLS 1.2 connection.
 pub fn renegotiate(address: SocketAddr, authority: &Authority) -> String {
     let mut child = Command::new("timeout")
         .args(["15", "openssl", "s_client", "-tls1_2", "-servername", "a.test", "-connect", &address.to_string()])
@@ -544,7 +544,7 @@ pub fn renegotiate(address: SocketAddr, authority: &Authority) -> String {
         .spawn()
         .expect("openssl s_client");
     let mut input = child.stdin.take().expect("its standard input");
-    // The line is read once the handshake is done. Its input stays open: it would leave by itself at the end of that.
+    // The line is read after the handshake. The input stays open, because `s_client` exits at its end.
     let _ = input.write_all(b"R\n");
     let output = child.wait_with_output().expect("its end");
     drop(input);
@@ -557,7 +557,7 @@ fn openssl(arguments: &[&str]) -> String {
     String::from_utf8_lossy(&output.stdout).into_owned()
 }
 
-/// What `openssl s_client` says, which asks for `/` and closes.
+/// The output of `openssl s_client`, which requests `/` and closes.
 fn s_client(gateway: &Gateway, authority: &Authority, arguments: &[&str]) -> String {
     let (address, ca) = (gateway.web().to_string(), authority.file().display().to_string());
     let mut child = Command::new("timeout")
@@ -570,7 +570,7 @@ fn s_client(gateway: &Gateway, authority: &Authority, arguments: &[&str]) -> Str
         .spawn()
         .expect("openssl s_client");
     let request = b"GET / HTTP/1.1\r\nHost: a.test\r\nConnection: close\r\n\r\n";
-    // It may have given up before.
+    // It may already have exited.
     let _ = child.stdin.take().expect("its standard input").write_all(request);
     let output = child.wait_with_output().expect("its end");
     String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned()
@@ -601,8 +601,8 @@ fn a_client_of_tls_1_2_that_wants_to_shake_hands_again_is_cut_off_and_counted() 
     gateway.wait_metric("forebay_client_connections", |open| open == 0.0);
 }
 
-/// ClientHellos as programs in other languages have sent them, with OpenSSL's and BoringSSL's beside them: the file,
-/// and whether a share of X25519MLKEM768 is in it.
+/// ClientHellos recorded from programs in other languages, and those of OpenSSL and BoringSSL: the file, and
+/// whether it contains a share of X25519MLKEM768.
 const HELLOS: [(&str, &str, bool); 4] = [
     ("Go 1.19", include_str!("hellos/go-1.19.hex"), false),
     ("Java 17", include_str!("hellos/java-17.hex"), false),
@@ -636,11 +636,11 @@ fn hellos_of_go_java_node_and_a_browser_are_answered_in_their_terms() {
     }
 }
 
-/// The suite and the group of a ServerHello (RFC 8446 §4.1.3); `None` if it is another version's.
+/// The cipher suite and group of a ServerHello (RFC 8446 §4.1.3); `None` for another version.
 fn server_hello(message: &[u8]) -> Option<(u16, u16)> {
     let number = |at: usize| Some(u16::from_be_bytes([*message.get(at)?, *message.get(at + 1)?]));
     (message.first() == Some(&2)).then_some(())?;
-    // Type, length, version and random; then the identifier of a session.
+    // Type, length, version and random; then the session id.
     let session = 4 + 2 + 32;
     let suite = session + 1 + usize::from(*message.get(session)?);
     let mut extension = suite + 2 + 1 + 2;
@@ -676,11 +676,11 @@ fn a_certificate_that_was_revoked_opens_no_door_from_then_on() {
         let told = refused_as(&gateway, "handshake.certificate", || as_she(&eve).get("/").map(|_| ()).unwrap_err());
         assert!(told.contains("REVOKED"), "{told}");
         assert!(as_she(&ada).get("/").is_ok(), "others are let in");
-        // Nor does a session from before.
+        // Resuming an older session also fails.
         assert!(as_she(&eve).resuming(session).get("/").is_err());
     }
 
-    // What is no list is not taken, and the one before stays.
+    // An invalid list is refused, and the old one stays in use.
     std::fs::write(&list, "nobody is revoked").unwrap();
     gateway.wait_metric("forebay_tls_reloads_total{outcome=\"refused\"}", |count| count >= 1.0);
     assert!(to.clone().showing(&eve).get("/").is_err());
@@ -698,7 +698,7 @@ fn a_client_that_speaks_another_protocol_than_it_has_agreed_on_is_refused_with_a
         assert_eq!(answer.status, 400, "{said}");
         assert_eq!(client.rest().0, b"", "the connection closes");
     }
-    // Without ALPN, HTTP/1 is spoken (RFC 9113 §3.2).
+    // Without ALPN, HTTP/1 is used (RFC 9113 §3.2).
     let mut client = Tls::to(gateway.web(), &authority, "a.test").alpn(b"").connect().expect("TLS");
     assert_eq!(refused_as(&gateway, "header.alpn", || client.ask(preface).expect("an answer")).status, 400);
 }
@@ -814,7 +814,7 @@ fn clients_are_sent_to_https_and_told_to_stay_there() {
     assert_eq!((answer.status, answer.head.value("location")), (301, Some("https://shop.test:8443/")));
 }
 
-/// Versions and suites that a scanner would try, old ones first.
+/// Versions and suites that a scanner would try, oldest first.
 const OFFERS: [(&str, &str); 16] = [
     ("-tls1", "ALL"),
     ("-tls1_1", "ALL"),
@@ -834,7 +834,7 @@ const OFFERS: [(&str, &str); 16] = [
     ("-tls1_3", "TLS_CHACHA20_POLY1305_SHA256"),
 ];
 
-/// Before and behind the table in the manual.
+/// The markers around the table in the manual.
 const MARKS: [&str; 2] = ["<!-- the table of a scan: made by a test -->\n", "<!-- its end -->\n"];
 
 #[test]

@@ -1,8 +1,8 @@
-//! The three actors of every story, and how a story waits.
+//! The three actors of every story (client, gateway, origin), and how a story waits.
 //!
-//! A client and an origin are sockets that do exactly what they are told; the gateway between them is the real one,
-//! in this process or as the program. Nobody sleeps and hopes: a story waits for a byte, a log line or a metric, and
-//! each wait ends at [`DEADLINE`] with a sentence that says what did not come.
+//! Client and origin are plain sockets controlled by the story; the gateway between them is the real one, in this
+//! process or as a program. Stories never sleep: they wait for a byte, a log line or a metric, and each wait fails
+//! at [`DEADLINE`] with a message that says what is missing.
 
 pub mod browser;
 pub mod client;
@@ -37,14 +37,12 @@ pub use nginx::Nginx;
 pub use origin::{Origin, ok};
 pub use wire::End;
 
-/// How long any wait may take: long beside what is waited for, also where others have the CPU; short beside a hung test
-/// run.
+/// Limit of any wait: long enough on a busy machine, short enough for a hung test run.
 pub const DEADLINE: Duration = Duration::from_secs(45);
 
-/// Asks `probe` again and again until it has an answer.
+/// Calls `probe` until it returns a value.
 ///
-/// # Panics
-/// At [`DEADLINE`], naming what was waited for.
+/// # Panics At [`DEADLINE`], naming what was missing.
 pub fn eventually<T>(what: &str, mut probe: impl FnMut() -> Option<T>) -> T {
     let started = Instant::now();
     loop {
@@ -61,7 +59,7 @@ pub const fn ms(milliseconds: u64) -> Duration {
     Duration::from_millis(milliseconds)
 }
 
-/// Lets this process open so many files, as far as its hard limit goes.
+/// Raises the limit on open files, up to the hard limit.
 pub fn may_open_files(count: usize) {
     use nix::sys::resource::{Resource, getrlimit, setrlimit};
     let (soft, hard) = getrlimit(Resource::RLIMIT_NOFILE).expect("the limit of open files");
@@ -70,17 +68,17 @@ pub fn may_open_files(count: usize) {
     setrlimit(Resource::RLIMIT_NOFILE, soft.max(wanted), hard).expect("a higher limit of open files");
 }
 
-/// A loopback port that nobody has just now. For programs that cannot be handed a socket; who starts one retries.
+/// A free loopback port, for programs that cannot inherit a socket. Another process may take it, so callers must
+/// retry.
 pub fn free_port() -> u16 {
     let listener = TcpListener::bind("127.0.0.1:0").expect("a loopback port");
     listener.local_addr().expect("its address").port()
 }
 
-/// Starts a program that listens on a port chosen for it, and waits until it does; with another port if this one was
-/// taken in between.
+/// Starts a program that listens on a chosen port, and waits until it does; retries if another process took the
+/// port.
 ///
-/// # Panics
-/// If it never listens: with what it said on standard error, which `spawn` must pipe or send to a file.
+/// # Panics If it never listens: with its standard error, which `spawn` must pipe or send to a file.
 pub fn listening(program: &str, mut spawn: impl FnMut(u16) -> Child) -> (Child, SocketAddr) {
     for _ in 0..5 {
         let address = SocketAddr::from(([127, 0, 0, 1], free_port()));
@@ -98,7 +96,7 @@ pub fn listening(program: &str, mut spawn: impl FnMut(u16) -> Child) -> (Child, 
     panic!("{program} ended five times over before it listened");
 }
 
-/// Ends a child and waits for it, so that no test leaves a process behind.
+/// Kills a child and waits for it, so that no process is left behind.
 pub fn end(child: &mut Child) {
     let _ = child.kill();
     let _ = child.wait();

@@ -1,7 +1,7 @@
-//! A request header: how long it may take, how large it may be, and what is not one.
+//! Request headers: time limits, size limits, and invalid headers.
 //!
-//! A proxy and its backend that read one header differently are how requests are smuggled, so what is odd is refused
-//! before any backend hears of it: with a status, a reason in metric and log, and a closed connection.
+//! Request smuggling relies on a proxy and its backend parsing a header differently. So unusual headers are refused
+//! before a backend sees them: with a status, a reason in metric and log, and a closed connection.
 
 use std::time::Instant;
 
@@ -10,15 +10,15 @@ use crate::harness::gateway::Watched;
 use crate::harness::metrics::Scrape;
 use crate::harness::{End, Gateway, H2Client, Origin, Setup, eventually, ms, ok};
 
-/// An origin and a gateway before it.
+/// An origin and a gateway in front of it.
 fn strict() -> (Origin, Gateway) {
     let origin = Origin::answering(|request| ok(request.target()));
     let gateway = Setup::before(&origin).start();
     (origin, gateway)
 }
 
-/// Sends `bytes` on a connection of their own and returns the one answer's status and its reason in the log; the
-/// metric and the closed connection are checked on the way.
+/// Sends `bytes` on a new connection and returns the status and the logged reason; also checks the metric and the
+/// closed connection.
 fn refusal(gateway: &Gateway, bytes: impl AsRef<[u8]>) -> (u16, String) {
     let lines = gateway.log_lines(0).len();
     let before = Scrape::of(gateway.admin());
@@ -31,7 +31,7 @@ fn refusal(gateway: &Gateway, bytes: impl AsRef<[u8]>) -> (u16, String) {
     assert_eq!(answer.value("connection"), Some("close"), "{:?}", shown());
     client.closed();
 
-    // The line of an exchange before this one may be late.
+    // The log line of the previous exchange may be late.
     let line = eventually(&format!("the log line of {:?}", shown()), || {
         gateway.log_lines(0).into_iter().skip(lines).find(|line| line.status() == u64::from(answer.status))
     });
@@ -40,7 +40,7 @@ fn refusal(gateway: &Gateway, bytes: impl AsRef<[u8]>) -> (u16, String) {
     (answer.status, line.reason().to_owned())
 }
 
-/// Every one of these is refused for this reason, and the origin never hears of it.
+/// Asserts that all requests are refused with this reason and never reach the origin.
 fn all_refused(status: u16, reason: &str, requests: &[&str]) {
     let (origin, gateway) = strict();
     for bytes in requests {
@@ -303,8 +303,7 @@ fn an_absolute_target_decides_the_host_and_reaches_the_origin_as_a_path() {
     client.send("GET http://a.example/path?q HTTP/1.1\r\nHost: a.example\r\n\r\n");
     assert_eq!(client.response().text(), "/path?q");
 
-    // RFC 9112 §3.2.2: a proxy ignores a Host that disagrees. Refusing it is the careful way, passing it on the wrong
-    // one.
+    // RFC 9112 §3.2.2 lets a proxy ignore a conflicting Host. Refusing it is safer; forwarding it would be wrong.
     let mut client = gateway.client();
     client.send("GET http://a.example/other HTTP/1.1\r\nHost: b.example\r\n\r\n");
     let status = client.response().status;

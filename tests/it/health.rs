@@ -1,4 +1,4 @@
-//! Whether endpoints are well: who says so, what follows, and that clients notice nothing.
+//! Health of endpoints: how it is determined, what follows, and that clients do not notice.
 
 use forebay::admin::upstreams::UpstreamDetail;
 
@@ -8,14 +8,14 @@ use crate::harness::moody::under_load;
 use crate::harness::origin::{Closed, response};
 use crate::harness::{Gateway, H2Origin, LogLine, Mood, Moody, Nginx, Origin, Setup, eventually, ms};
 
-/// So many backends that are well, and a gateway before them with these further keys of its upstream.
+/// This many healthy backends, and a gateway in front of them with these upstream keys.
 fn before<const N: usize>(keys: &str) -> ([Moody; N], Setup) {
     let backends = [(); N].map(|()| Moody::well());
     let setup = Setup::before_all(&backends.each_ref().map(Moody::address)).upstream(keys);
     (backends, setup)
 }
 
-/// Waits for so many ejections for this reason.
+/// Waits for this many ejections with this reason.
 fn wait_ejected(gateway: &impl Watched, reason: &str, count: f64) {
     let ejections = format!("forebay_upstream_ejections_total{{upstream=\"app\",reason=\"{reason}\"}}");
     gateway.wait_metric(&ejections, |ejections| ejections >= count);
@@ -28,24 +28,24 @@ mod checks {
     use std::sync::Arc;
     use std::sync::atomic::{AtomicBool, Ordering};
 
-    /// A quick check by this probe, and nobody is asked whose checks fail.
+    /// A fast health check of this kind, without panic mode.
     fn check(probe: &str) -> String {
         let check = format!("{{ {probe}, interval: 20ms, timeout: 5s, unhealthy_after: 2, healthy_after: 2 }}");
         format!("health_check: {check}, load_balancing: {{ panic: 0% }}")
     }
 
-    /// Waits for so many checks of this outcome.
+    /// Waits for this many checks with this outcome.
     fn wait_checks(gateway: &impl Watched, outcome: &str, count: f64) {
         let checks = format!("forebay_upstream_health_checks_total{{upstream=\"app\",outcome=\"{outcome}\"}}");
         gateway.wait_metric(&checks, |checks| checks >= count);
     }
 
-    /// Waits until somebody is chosen again, or nobody any more.
+    /// Waits until requests get this status: some endpoint is available, or none.
     fn wait_status(gateway: &Gateway, status: u16) {
         eventually(&format!("an answer {status}"), || (gateway.client().get("/").status == status).then_some(()));
     }
 
-    /// An origin that answers its checks like this while it is not well, and everything else in any case.
+    /// An origin with this response to health checks while it is sick, and normal responses otherwise.
     fn moody(well: &Arc<AtomicBool>, sick: &'static str) -> Origin {
         let well = Arc::clone(well);
         Origin::answering(move |request| match (request.target(), well.load(Ordering::Relaxed)) {
@@ -117,7 +117,7 @@ mod checks {
     fn who_was_never_checked_takes_requests_or_not_as_it_is_written() {
         for (initial, status) in [("healthy", 200), ("unhealthy", 503)] {
             let origin = Origin::answering(|request| match request.target() {
-                // Its answer to a check never ends.
+                // Its response to a check never ends.
                 "/healthz" => b"HTTP/1.1 200 OK\r\nContent-Le".to_vec(),
                 _ => response("200 OK", "", "served"),
             });
@@ -140,7 +140,7 @@ mod checks {
             assert_eq!(trusting.metric("forebay_upstream_health_checks_total{outcome=\"failed\"}"), 0.0, "{probe}");
             let strict = setup.spawn();
             strict.says("the endpoint is unhealthy");
-            // It is said before the endpoints are looked through anew.
+            // The error is logged before the roster is rebuilt.
             let refused = || (strict.client().get("/protocol").status == 503).then_some(());
             eventually(&format!("no endpoint, by {probe}"), refused);
         }
@@ -193,7 +193,7 @@ mod checks {
 mod outliers {
     use super::*;
 
-    /// These rules, by which one is judged soon and stays out for long.
+    /// Rules with which an endpoint is ejected soon and stays out for long.
     fn rules(rules: &str) -> String {
         format!("outlier_detection: {{ {rules}, interval: 1s, base_ejection: 1m, max_ejection: 1m }}")
     }
@@ -316,7 +316,7 @@ mod outliers {
 mod tiers {
     use super::*;
 
-    /// Backends of which the last is a backup; who is dead is found out soon.
+    /// Backends of which the last is a backup; failures are detected soon.
     fn with_backup<const N: usize>(more: &str) -> ([Moody; N], Setup) {
         let backends = [(); N].map(|()| Moody::well());
         let setup =
@@ -352,7 +352,7 @@ mod tiers {
 
     #[test]
     fn what_a_degraded_tier_cannot_carry_spills_over() {
-        // Of four, two are left: with 1.4 times their share they carry 70 of 100.
+        // Two of four are left: with overprovisioning 1.4 they carry 70 of 100.
         let ([mut a, mut b, _c, _d, backup], setup) = with_backup("policy: random");
         let gateway = setup.start();
         wait_checks(&gateway, "passed", 5.0);
@@ -412,7 +412,7 @@ mod tiers {
 mod mishaps {
     use super::*;
 
-    /// What an operator writes who wants mishaps to be noticed by requests and checks alike.
+    /// Settings that detect failures by requests and by checks.
     const WATCHFUL: &str = "health_check: { http: {}, interval: 100ms, timeout: 400ms, unhealthy_after: 2, healthy_after: 1 }, \
          timeouts: { connect: 500ms, wait: 1s }, \
          outlier_detection: { connect_failures: 2, consecutive_gateway_errors: 3, base_ejection: 200ms, max_ejection: 1s }";

@@ -1,21 +1,21 @@
-//! HTTP/2 from clients that ask for more than they may: each is cut off with a reason, and what the library refuses by
-//! itself is counted and logged, too.
+//! HTTP/2 clients that exceed limits: each is cut off with a reason, and refusals of the library itself are counted
+//! and logged, too.
 
 use crate::harness::frames::{ACK, END_HEADERS, END_STREAM, Frame, Frames, code, kind};
 use crate::harness::gateway::Watched;
 use crate::harness::{Gateway, H2Client, Origin, Setup};
 
-/// A gateway for HTTP/2 in clear text, with these further keys of its listener.
+/// A gateway for clear-text HTTP/2, with these listener keys.
 fn h2c(origin: &Origin, keys: &str) -> Gateway {
     Setup::before(origin).listener("protocols: [h2c]").listener(keys).start()
 }
 
-/// So many of a frame.
+/// This many copies of a frame.
 fn many(count: usize, frame: &Frame) -> Vec<Frame> {
     vec![frame.clone(); count]
 }
 
-/// A client that asks for something, and then gives all of these at once.
+/// A client that sends a request and then all of these frames at once.
 fn flood(gateway: &Gateway, frames: &[Frame]) -> Frames {
     let mut client = Frames::connect(gateway.web());
     client.send(&Frame::post(1));
@@ -78,7 +78,7 @@ fn a_client_that_provokes_resets_is_cut_off() {
     let origin = Origin::scripted();
     let gateway = h2c(&origin, "http2: { provoked_resets: 20 }");
     let mut client = Frames::connect(gateway.web());
-    // A window that overflows is an error of the stream that the gateway has to reset (RFC 9113 §6.9.1).
+    // A window overflow is a stream error that makes the gateway reset the stream (RFC 9113 §6.9.1).
     let provoked = |n: u32| [Frame::get(2 * n + 1), Frame::credit(2 * n + 1, (1 << 31) - 1)];
     client.try_send_all(&(0..21).flat_map(provoked).collect::<Vec<_>>());
     assert_eq!(client.goodbye(), code::ENHANCE_YOUR_CALM);
@@ -131,9 +131,9 @@ fn what_the_library_refuses_leaves_a_metric_and_a_line() {
             let without_path = [0x82, 0x86, 0x41, 4, b't', b'e', b's', b't'];
             vec![Frame::new(kind::HEADERS, END_HEADERS | END_STREAM, 1, without_path)]
         }),
-        // DATA on a stream that was never opened.
+        // DATA on an idle stream.
         ("", "header.h2_protocol", 400, vec![Frame::new(kind::DATA, 0, 5, [1])]),
-        // A header list that is far beyond what may be.
+        // A header list far above the limit.
         ("limits: { header_bytes: 1KiB }", "header.too_large", 431, {
             let large = [&Frame::get(1).payload[..], &[0, 1, b'x', 0x7f, 0x91, 0x4d], &[b'a'; 10_000]].concat();
             vec![Frame::new(kind::HEADERS, END_HEADERS | END_STREAM, 1, large)]

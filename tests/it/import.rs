@@ -1,4 +1,4 @@
-//! `forebay import`: configurations of nginx that are like those of real life, and one of them beside the real nginx.
+//! `forebay import`: realistic nginx configurations, and one of them compared with the real nginx.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -20,7 +20,7 @@ fn imported(text: &str) -> Imported {
         .unwrap_or_else(|e| panic!("{e:?}"))
 }
 
-/// Every file of the folder, by its name.
+/// The files in the folder, by name.
 fn files() -> Vec<(String, PathBuf)> {
     let entries = fs::read_dir(FILES).expect("files").map(|entry| entry.expect("a file").path());
     let mut files: Vec<_> = entries
@@ -58,7 +58,7 @@ fn every_directive_is_accounted_for_once() {
     for (name, path) in files() {
         let text = fs::read_to_string(&path).expect("a file");
         let imported = imported(&text);
-        // One that ends with a semicolon, or begins a block that has directives.
+        // A directive that ends with a semicolon, or a block with directives.
         for row in imported.rows.iter().filter(|row| row.fate == Fate::Lost) {
             assert!(!row.why.is_empty(), "{name}: {}", row.line);
         }
@@ -176,11 +176,11 @@ fn checks_pages_compression_and_substitutions_become_filters() {
     assert!(config["upstreams"].get("auth").is_some(), "{yaml}");
 }
 
-/// nginx with a file of ours.
+/// nginx with one of our files.
 struct Nginx {
     child: Child,
     address: SocketAddr,
-    /// The file, as nginx reads it.
+    /// The file as nginx reads it.
     text: String,
     _dir: TempDir,
 }
@@ -223,7 +223,7 @@ impl Drop for Nginx {
     }
 }
 
-/// One request, sent to both.
+/// One request, sent to both proxies.
 struct Case {
     from: [u8; 4],
     method: &'static str,
@@ -265,13 +265,13 @@ impl Case {
         let length = if body.is_empty() { String::new() } else { format!("Content-Length: {}\r\n", body.len()) };
         let mut client = Client::from(self.from, address);
         client.send(format!("{method} {path} HTTP/1.1\r\n{fields}{length}Connection: close\r\n\r\n"));
-        // One that is too long is refused before it is read.
+        // A body that is too long is refused before it is read.
         client.try_send(body);
         client.response_to(method)
     }
 }
 
-/// What an origin was asked, as it tells it: without what each proxy says of itself.
+/// A request as seen by the origin, without proxy-specific fields.
 fn seen(request: &Request, name: &str) -> Vec<u8> {
     let fields =
         ["host", "cookie", "authorization", "x-real-ip", "x-tier", "x-inside", "x-custom", "x-empty", "content-length"];
@@ -288,26 +288,26 @@ fn seen(request: &Request, name: &str) -> Vec<u8> {
     }
 }
 
-/// What must be the same of two answers; see the list of differences in the manual.
+/// The parts of two responses that must be equal; the manual lists the differences.
 fn compared(answer: &Response, host: &str) -> String {
     let mut told = format!("{}\n", answer.status);
     for name in
         ["content-type", "x-served-by", "x-api", "x-public", "x-secret", "set-cookie", "cache-control", "location"]
     {
         for value in answer.head.values(name) {
-            // nginx names the host and the port of a place on the same host, and Forebay does not.
+            // nginx adds host and port to a redirect on the same host; Forebay does not.
             let value = match value.strip_prefix(&format!("http://{host}")) {
                 Some(rest) if name == "location" => rest.trim_start_matches(|c: char| c == ':' || c.is_ascii_digit()),
                 _ => value,
             };
-            // Pages of nginx's own have types of their own.
+            // nginx's own pages have their own types.
             if name != "content-type" || value == "text/x-seen" || value == "text/plain" {
                 told += &format!("{name}: {value}\n");
             }
         }
     }
     let body = answer.text();
-    // So do their bodies; Forebay's are a sentence, or nothing.
+    // Their bodies differ, too; Forebay's are a sentence, or empty.
     let own = answer.head.value("content-type").is_none_or(|kind| !["text/x-seen", "text/plain"].contains(&kind));
     if own { told } else { told + body }
 }

@@ -1,4 +1,4 @@
-//! Who may import whom: the top-level modules point down, without cycles, and few know Pingora's `Session`.
+//! Module dependencies: top-level modules import only downwards, without cycles, and few use Pingora's `Session`.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use regex::Regex;
 
-/// The levels, from the ground up. A module imports from its own level and from below it.
+/// The levels, from the bottom. A module may import from its own level and from lower ones.
 const LEVELS: [&[&str]; 8] = [
     &["phase", "party", "error", "framing", "net", "printable", "upkeep", "files"],
     &["expression"],
@@ -18,7 +18,7 @@ const LEVELS: [&[&str]; 8] = [
     &["main"],
 ];
 
-/// The code of each top-level module: its file and its folder, without comments and tests.
+/// The code of each top-level module, file and folder, without comments and tests.
 fn modules() -> BTreeMap<String, String> {
     let src = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
     let mut modules: BTreeMap<String, String> = BTreeMap::new();
@@ -39,7 +39,7 @@ fn files(folder: &Path) -> Vec<PathBuf> {
     entries.flat_map(|path| if path.is_dir() { files(&path) } else { vec![path] }).collect()
 }
 
-/// The top-level modules that this code names, by `crate::x` or, in `main`, by `forebay::x`; in braces, too.
+/// The top-level modules used by this code, as `crate::x` or, in `main`, as `forebay::x`, including braces.
 fn imports(code: &str) -> BTreeSet<String> {
     let path = Regex::new(r"\b(?:crate|forebay)::(?:(\w+)|\{([^;]*)\})").expect("a pattern");
     let word = Regex::new(r"(?:^|,)\s*(\w+)").expect("a pattern");
@@ -74,7 +74,7 @@ fn imports_point_down_and_never_round_in_a_circle() {
         }
         edges.insert(module, imported);
     }
-    // What imports nothing that is left can be taken away; a circle cannot.
+    // Repeatedly removes modules without remaining imports; a cycle stays.
     while let Some(free) = edges.iter().find(|(_, to)| to.iter().all(|t| !edges.contains_key(t.as_str()))) {
         let free = *free.0;
         edges.remove(free);
@@ -85,7 +85,7 @@ fn imports_point_down_and_never_round_in_a_circle() {
 #[test]
 fn only_proxy_and_client_know_the_session_of_pingora() {
     let session = Regex::new(r"\bSession\b").expect("a pattern");
-    // What goes over connections to endpoints has that name, too.
+    // Connections to endpoints also use this name.
     let to_endpoints = Regex::new(r"(?:client::|Connected::|type )Session\b").expect("a pattern");
     for (module, code) in modules() {
         if !["proxy", "client"].contains(&module.as_str()) {

@@ -1,4 +1,4 @@
-//! A configuration of several files: what they say together, and what becomes of it when one of them changes or breaks.
+//! Configurations of several files: their merged content, and changes and errors in one of them.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -10,7 +10,7 @@ use crate::harness::client::Client;
 use crate::harness::gateway::Watched;
 use crate::harness::{Origin, Process, Setup, eventually};
 
-/// A file with a route for paths below `/name`, which answers by itself.
+/// A file with a route for paths below `/name` that responds with a text.
 fn answering(name: &str, text: &str) -> String {
     format!(
         "routes:\n  - name: {name}\n    match: {{ path: {{ prefix: /{name} }} }}\n    filters: [ {{ respond: {{ status: 200, body: \"{text}\" }} }} ]\n"
@@ -79,7 +79,7 @@ fn files_come_change_and_go_and_a_broken_one_changes_nothing() {
 #[test]
 fn a_gateway_that_watches_sees_every_file_and_directory() {
     let origin = Origin::named("origin");
-    // The directory is not there yet.
+    // The directory does not exist yet.
     let setup = Setup::before(&origin).more("include: conf.d/*.yaml");
     let conf_d = setup.path("conf.d");
     setup.write();

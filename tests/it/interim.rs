@@ -1,4 +1,5 @@
-//! Interim answers (1xx): any number of them passes, in order and as it comes, to clients that know them.
+//! Interim responses (1xx): any number of them is forwarded, in order and immediately, to clients that support
+//! them.
 
 use bytes::Bytes;
 use http::Request;

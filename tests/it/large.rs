@@ -1,4 +1,4 @@
-//! Configurations with thousands of routes and endpoints: what they cost grows with their number, and no faster.
+//! Configurations with thousands of routes and endpoints: the cost grows linearly.
 
 use std::fmt::Write;
 use std::fs;
@@ -9,8 +9,8 @@ use forebay::gateway::changes::between;
 use crate::harness::client::Client;
 use crate::harness::{Origin, Setup};
 
-/// This number of routes, each with a host, a path and a filter, and as many endpoints: half of them in one upstream, the others
-/// in upstreams of ten. `word` is what the routes tell their upstreams.
+/// This many routes, each with a host, a path and a filter, and as many endpoints: half of them in one upstream,
+/// the others in upstreams of ten. `word` is what the routes send to their upstreams.
 fn parts(count: usize, word: &str) -> (String, String) {
     let (mut upstreams, mut routes) = (String::from("one: { endpoints: ["), String::new());
     let address = |number: usize| {
@@ -44,7 +44,7 @@ fn saying(count: usize, word: &str) -> String {
     format!("listeners: [ {{ name: web, address: 127.0.0.1:0 }} ]\nupstreams:\n  {upstreams}routes:\n{routes}")
 }
 
-/// The processor time that this thread takes for it, in nanoseconds: what else the machine does is not in it.
+/// The CPU time of this thread for the work, in nanoseconds, so that other processes do not matter.
 fn cost(work: impl FnOnce()) -> u64 {
     let spent = || {
         let stat = fs::read_to_string("/proc/thread-self/schedstat").expect("the time of this thread");
@@ -55,7 +55,8 @@ fn cost(work: impl FnOnce()) -> u64 {
     spent() - before
 }
 
-/// Four times as much takes four times as long, and less than six, which leaves room for caches that are too small.
+/// Asserts that four times the size costs four times as much, and less than six, which leaves room for cache
+/// effects.
 fn grows_in_proportion(what: &str, mut work: impl FnMut(usize)) {
     let least = |count: usize, work: &mut dyn FnMut(usize)| (0..2).map(|_| cost(|| work(count))).min().expect("two");
     let (small, large) = (least(500, &mut work), least(2_000, &mut work));

@@ -1,6 +1,6 @@
 //! The integration tests: stories of an origin, the gateway and a client over real sockets.
 //!
-//! One module a phase, named like it, and a few for what crosses phases. [`harness`] holds the actors.
+//! There is one module per phase, with its name, and some that cross phases. [`harness`] has the actors.
 
 mod harness;
 

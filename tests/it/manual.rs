@@ -1,7 +1,7 @@
-//! The manual: what of it is made of the code is what the code says, and every configuration, command and link in it
-//! and in the README works.
+//! The manual: generated parts equal the code, and every configuration, command and link in it and in the README
+//! works.
 //!
-//! `UPDATE_MANUAL=1 cargo nextest run --locked -E 'test(manual)'` writes the made pages anew.
+//! `UPDATE_MANUAL=1 cargo nextest run --locked -E 'test(manual)'` regenerates the generated pages.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -22,7 +22,7 @@ use crate::harness::{Origin, Setup};
 const ROOT: &str = env!("CARGO_MANIFEST_DIR");
 const MADE: &str = "Made of the code by a test: change it there.";
 
-/// Compares a page of the manual with what it should be, or writes it if that is asked for.
+/// Compares a page of the manual with its expected content, or writes it on request.
 fn keep(name: &str, made: &str) {
     let path = Path::new(ROOT).join("conf/manual").join(name);
     if std::env::var_os("UPDATE_MANUAL").is_some() {
@@ -42,7 +42,7 @@ fn cell(text: &str) -> String {
     text.replace('|', "\\|").split_whitespace().collect::<Vec<_>>().join(" ")
 }
 
-// Pages that are made of the code.
+// Generated pages.
 
 #[test]
 fn the_page_of_reasons_has_every_refusal() {
@@ -144,7 +144,7 @@ fn the_page_of_keys_has_every_key() {
     keep("keys.md", &page);
 }
 
-/// The type of a schema; of several, the first that is not null.
+/// The type of a schema; of several types, the first that is not null.
 fn kind(schema: &Value) -> Option<&str> {
     let several = || schema["type"].as_array()?.iter().filter_map(Value::as_str).find(|one| *one != "null");
     schema["type"].as_str().or_else(several)
@@ -155,7 +155,7 @@ struct Keys<'s> {
 }
 
 impl<'s> Keys<'s> {
-    /// What a schema refers to, and its own alternatives but for those of `${…}` and null.
+    /// The targets of a schema's references, and its own alternatives except `${…}` and null.
     fn followed(&self, schema: &'s Value) -> Vec<&'s Value> {
         if let Some(name) = schema["$ref"].as_str() {
             let target = self.schema.pointer(name.trim_start_matches('#')).expect("a definition");
@@ -177,7 +177,7 @@ impl<'s> Keys<'s> {
             self.schema.pointer(name.trim_start_matches('#'))?["description"].as_str()
         };
         let mut text = own.or_else(target).unwrap_or_default().replace("\n\n", " ").replace('\n', " ");
-        // What each word of a choice means.
+        // The meaning of each choice.
         for one in self.choices(schema) {
             if let (Some(word), Some(means)) = (one["const"].as_str(), one["description"].as_str())
                 && !text.contains(&format!("`{word}`:"))
@@ -192,7 +192,7 @@ impl<'s> Keys<'s> {
         self.followed(schema).into_iter().filter(|one| one["const"].is_string()).collect()
     }
 
-    /// What may be written.
+    /// The accepted forms.
     fn form(&self, schema: &'s Value) -> String {
         let mut forms: Vec<String> = Vec::new();
         for one in self.followed(schema) {
@@ -231,10 +231,10 @@ impl<'s> Keys<'s> {
         forms.join(", ")
     }
 
-    /// The rows of what is inside of a key.
+    /// The rows for the keys inside a key.
     fn rows(&self, path: &str, schema: &'s Value, above: &[&'s Value], rows: &mut Vec<String>) {
         for one in self.followed(schema) {
-            // A type may hold itself.
+            // A type may contain itself.
             if above.iter().any(|other| std::ptr::eq(*other, one)) {
                 continue;
             }
@@ -270,9 +270,9 @@ impl<'s> Keys<'s> {
     }
 }
 
-// What stands in the pages.
+// Hand-written pages.
 
-/// Every page that people read: its path from the root, and its text.
+/// All pages for readers: path from the root, and text.
 fn pages() -> Vec<(String, String)> {
     fn markdown(folder: &Path, found: &mut Vec<PathBuf>) {
         for entry in fs::read_dir(folder).expect("a folder").flatten() {
@@ -303,7 +303,7 @@ fn manual() -> impl Iterator<Item = (String, String)> {
     pages().into_iter().filter(|(name, _)| name == "README.md" || name.starts_with("conf/"))
 }
 
-/// The blocks of a language, with their line and what stands before them.
+/// The blocks in a language, with their line and the text before them.
 fn blocks<'p>(page: &'p str, language: &str) -> Vec<(usize, String, &'p str)> {
     let mut found = Vec::new();
     let (mut inside, mut before) = (None::<(usize, String)>, "");
@@ -354,7 +354,7 @@ fn every_link_leads_somewhere() {
     assert!(pages.len() > 20 && broken.is_empty(), "{broken:#?}");
 }
 
-/// The anchors of the headings of a page, as GitHub and mdbook make them.
+/// The anchors of the headings of a page, as in GitHub and mdbook.
 fn anchors(page: &str) -> BTreeSet<String> {
     let headings = page.lines().filter(|line| line.starts_with('#')).map(|line| line.trim_start_matches('#').trim());
     headings
@@ -389,13 +389,13 @@ fn the_summary_has_every_page_of_the_manual_once() {
     }
 }
 
-/// The configurations that a block of YAML may be a part of.
+/// The configurations that a YAML block may be a part of.
 fn wrapped(block: &str) -> Vec<String> {
     const CERTIFICATES: &str = "[ { cert: a.pem, key: a.key } ]";
     let list = Regex::new(r"\[ ?… ?\]").expect("a pattern").replace_all(block, CERTIFICATES).into_owned();
     let map = Regex::new(r"\{ ?… ?\}").expect("a pattern");
     let block = map.replace_all(&list, format!("{{ certificates: {CERTIFICATES} }}")).into_owned();
-    // What the environment would hold.
+    // Values of environment variables.
     let outside = Regex::new(r"\$\{(file:[^}]*|[A-Z_]+)\}").expect("a pattern");
     let block = outside.replace_all(&block, "0123456789abcdef").into_owned();
     let (listeners, routes) = (
@@ -426,7 +426,7 @@ fn wrapped(block: &str) -> Vec<String> {
     .collect()
 }
 
-/// The same with what a whole file needs.
+/// The same, with the parts that a whole file needs.
 fn completed(text: &str) -> String {
     let Ok(Value::Object(mut file)) = serde_yaml::from_str::<Value>(text) else { return text.to_owned() };
     let listener = serde_json::json!([{ "name": "added", "address": "127.0.0.1:1" }]);
@@ -449,7 +449,7 @@ fn completed(text: &str) -> String {
             upstream.insert("endpoints".into(), serde_json::json!([{ "address": "127.0.0.1:2" }]));
         }
     }
-    // Upstreams that are only named.
+    // Upstreams that are only referred to.
     let mut named = BTreeSet::new();
     let whole = Value::Object(file.clone());
     name_upstreams(&whole["routes"], &mut named);
@@ -491,11 +491,11 @@ fn every_configuration_in_the_readme_and_the_manual_is_right() {
     let (mut count, mut wrong) = (0, Vec::new());
     for (name, page) in manual() {
         for (line, block, before) in blocks(&page, "yaml") {
-            // What shows a list of endpoints, or a file of another program, says so before.
+            // Lists of endpoints and files of other programs are marked.
             if before.contains("<!-- not Forebay's -->") {
                 continue;
             }
-            // Values of the chart have a configuration in them, or none.
+            // Helm values may contain a configuration.
             let block = match name.ends_with("kubernetes.md") {
                 true => match serde_yaml::from_str::<Value>(&block).expect("YAML").get("config") {
                     Some(config) => serde_yaml::to_string(config).expect("YAML"),
@@ -515,7 +515,7 @@ fn every_configuration_in_the_readme_and_the_manual_is_right() {
     assert!(count > 30 && wrong.is_empty(), "{} of {count}:\n{}", wrong.len(), wrong.join("\n"));
 }
 
-/// The commands of a page: lines that begin with `$ `, without their comment and what they are piped into.
+/// The commands of a page: lines that begin with `$ `, without comments and pipes.
 fn commands(page: &str) -> Vec<String> {
     let console = blocks(page, "console").into_iter().flat_map(|(_, block, _)| {
         block.lines().filter_map(|line| line.strip_prefix("$ ")).map(str::to_owned).collect::<Vec<_>>()
@@ -526,7 +526,7 @@ fn commands(page: &str) -> Vec<String> {
 #[test]
 fn every_command_in_the_readme_and_the_manual_is_one() {
     let dir = tempfile::tempdir().expect("a directory");
-    // Where a command names a file, this is it.
+    // The file for commands that take one.
     let good = fs::read_to_string(format!("{ROOT}/conf/forebay.yaml")).expect("the smallest file");
     fs::write(dir.path().join("forebay.yaml"), good).expect("a file");
     std::os::unix::fs::symlink(format!("{ROOT}/conf"), dir.path().join("conf")).expect("a link");
@@ -561,7 +561,7 @@ fn every_command_in_the_readme_and_the_manual_is_one() {
     assert!(count["make"] >= 2 && count["forebay"] >= 6, "{count:?}");
 }
 
-/// What is wrong with the options of a command. One that would run for long or listen is checked without that.
+/// The usage error of a command, if any. A command that would run or listen is checked without doing so.
 fn usage(dir: &Path, arguments: &[&str]) -> Option<String> {
     let arguments: Vec<String> = arguments.iter().map(|word| word.trim_matches(['\'', '"']).to_owned()).collect();
     let mut arguments: Vec<&str> = arguments.iter().map(String::as_str).take_while(|word| *word != ">").collect();
@@ -569,7 +569,7 @@ fn usage(dir: &Path, arguments: &[&str]) -> Option<String> {
         Some("run") if arguments.contains(&"--demo") => arguments.push("--help"),
         Some("run") => arguments[0] = "check",
         Some("proxy") => {
-            // A certificate of its own is for a run, and there is none here.
+            // A temporary certificate is created only for a run.
             let bare = |at: usize, words: &[&str]| words.get(at + 1).is_none_or(|next| next.starts_with("--"));
             if let Some(at) = arguments.iter().position(|word| *word == "--tls").filter(|at| bare(*at, &arguments)) {
                 arguments.remove(at);
@@ -585,7 +585,7 @@ fn usage(dir: &Path, arguments: &[&str]) -> Option<String> {
         .args(&arguments)
         .current_dir(dir)
         .env_remove("FOREBAY_CONFIG")
-        // No gateway of this machine is meant.
+        // No running gateway must be contacted.
         .env("FOREBAY_ADMIN_TOKEN", "0123456789abcdef")
         .stdin(Stdio::null())
         .output()

@@ -1,4 +1,4 @@
-//! Copies of requests: they arrive elsewhere, and the original knows nothing of them.
+//! Mirroring: copies reach the other upstream, and the original exchange is not affected.
 
 use crate::harness::client::request;
 use crate::harness::gateway::Watched;
@@ -6,13 +6,13 @@ use crate::harness::origin::Closed;
 use crate::harness::secure::{Authority, Layers, Secure};
 use crate::harness::{Ask, Gateway, H2Origin, Origin, Protocol, Setup, eventually, ok};
 
-/// A gateway whose upstream `app` is this, with copies of all requests to `copies`, and further keys of the mirror.
+/// A gateway that sends requests to `origin` and copies of all of them to `copies`, with these mirror keys.
 fn mirrored(origin: &Origin, copies: &Origin, keys: &str) -> Setup {
     let setup = Setup::before(origin).also("copies", copies).listener("protocols: [http1, h2c]");
     setup.route(&format!("mirror: {{ upstream: copies, {keys} }}"))
 }
 
-/// Waits until so many requests came to this.
+/// Waits for this many copies with this outcome.
 fn outcome(gateway: &Gateway, outcome: &str, count: f64) {
     let selector = format!("forebay_mirror_total{{upstream=\"copies\",outcome=\"{outcome}\"}}");
     gateway.wait_metric(&selector, |n| n == count);

@@ -1,4 +1,4 @@
-//! What an operator sees: the access log, `/metrics` as Prometheus reads it, health and readiness.
+//! What operators see: the access log, `/metrics` as Prometheus reads it, health and readiness.
 
 use std::fs;
 use std::time::{Duration, Instant};
@@ -95,7 +95,7 @@ fn lines_that_find_no_room_are_dropped_and_counted_and_hold_up_nobody() {
         assert_eq!(client.get(&format!("/{long}")).status, 200);
     }
     gateway.wait_metric("forebay_access_log_dropped_total{reason=\"full\"}", |count| count > 0.0);
-    // The writer waits in the full pipe; emptied, it can end with the gateway.
+    // The writer blocks on the full pipe; once it is drained, the writer can end with the gateway.
     std::thread::spawn(move || std::io::copy(&mut { reader }, &mut std::io::sink()));
 }
 
@@ -176,7 +176,7 @@ fn an_admin_endpoint_that_is_off_is_not_there() {
     assert_eq!(gateway.admin_address(), None);
 }
 
-/// Debug builds write down the same series some times slower.
+/// Time limit of a scrape; debug builds are several times slower.
 const SCRAPE: Duration = ms(if cfg!(debug_assertions) { 600 } else { 100 });
 
 #[test]
@@ -219,7 +219,7 @@ fn routes_beyond_the_limit_of_series_are_counted_together() {
     assert_eq!(gateway.log_line().text("route"), "one", "the log knows better");
 }
 
-/// Reasons that no story can bring about at will, and what stands in for one.
+/// Reasons that no story can cause deliberately, and what covers them instead.
 const WITHOUT_A_STORY: &[(&str, &str)] = &[
     ("internal", "a fault of the gateway itself: every story of the fuzz targets says that there was none"),
     ("select.deadline", "a race of two timers: `deadline::refusal` has a test"),

@@ -1,4 +1,4 @@
-//! The built-in test origin, seen from a raw socket: what tests rely on must be true of it.
+//! The built-in test origin, checked over a raw socket, since other tests rely on it.
 
 use std::io::{ErrorKind, Read, Write};
 use std::net::{Shutdown, TcpStream};
@@ -20,7 +20,7 @@ fn send(stream: &mut TcpStream, request: &str) {
     stream.write_all(request.as_bytes()).unwrap();
 }
 
-/// All that comes until the origin closes, as far as it comes.
+/// All bytes until the origin closes.
 fn rest(stream: &mut TcpStream) -> Vec<u8> {
     let mut bytes = Vec::new();
     match stream.read_to_end(&mut bytes) {
@@ -29,7 +29,7 @@ fn rest(stream: &mut TcpStream) -> Vec<u8> {
     }
 }
 
-/// One request on a connection of its own: the header and the body of the answer, as they came.
+/// Sends one request on a new connection; returns header and body of the response.
 fn ask(origin: &Running, request: &str) -> (String, Vec<u8>) {
     let mut stream = connect(origin);
     send(&mut stream, request);

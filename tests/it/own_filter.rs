@@ -1,8 +1,8 @@
-//! `conf/examples/own-filter`: a crate of its own that depends on Forebay is built, checked and run.
+//! `conf/examples/own-filter`: builds, checks and runs a separate crate that depends on Forebay.
 //!
-//! It is built with the target directory, the lock file and the features of this build, so that all but Forebay's
-//! library and the crate itself is there already; no registry is asked. Cargo names a library by its place relative to
-//! the workspace, so that it compiles Forebay's once more.
+//! It uses the target directory, the lock file and the features of this build, so that everything except Forebay's
+//! library and the crate itself is already compiled; no registry is contacted. Cargo identifies a library by its
+//! path relative to the workspace, so it compiles Forebay's library again.
 
 use std::env;
 use std::ffi::OsString;
@@ -16,10 +16,10 @@ use crate::harness::gateway::Watched;
 use crate::harness::{Origin, Setup, eventually};
 
 const ROOT: &str = env!("CARGO_MANIFEST_DIR");
-/// Some forty seconds on two cores that are free; ten times as much where others use them.
+/// About forty seconds on two idle cores; much more on busy ones.
 const BUILD_MAX: Duration = Duration::from_secs(840);
 
-/// Where this build has its target, and by which profile.
+/// The target directory of this build, and its profile.
 fn target() -> (PathBuf, Option<OsString>) {
     let test = env::current_exe().expect("the path of this program");
     let profile = test.parent().and_then(Path::parent).expect("the directory of the profile");
@@ -27,7 +27,7 @@ fn target() -> (PathBuf, Option<OsString>) {
     (profile.parent().expect("the target").to_owned(), Some(name).filter(|name| name != "debug"))
 }
 
-/// Copies the crate below the target directory, with what it needs to find everything there.
+/// Copies the crate below the target directory, with everything it needs.
 fn copied() -> PathBuf {
     let (from, copy) = (Path::new(ROOT).join("conf/examples/own-filter"), target().0.join("tmp/own-filter"));
     fs::create_dir_all(copy.join("src")).expect("a directory");
@@ -36,7 +36,7 @@ fn copied() -> PathBuf {
     let manifest = fs::read_to_string(from.join("Cargo.toml")).expect("the manifest");
     let manifest = manifest.replace("\"../../..\"", &format!("{ROOT:?}"));
     assert!(manifest.contains(ROOT), "{manifest}");
-    // The tests of Forebay have switched on features of libraries that are shared: what was compiled has them.
+    // Forebay's tests enable features of shared libraries, which are compiled with them.
     let ours = fs::read_to_string(Path::new(ROOT).join("Cargo.toml")).expect("our manifest");
     let (_, further) = ours.split_once("\n[dev-dependencies]\n").expect("our dependencies for tests");
     let further = further.split("\n[").next().unwrap_or_default();
@@ -49,13 +49,13 @@ fn copied() -> PathBuf {
     copy
 }
 
-/// Builds the program and gives its path.
+/// Builds the program and returns its path.
 fn built() -> PathBuf {
     let (target, profile) = target();
     let copy = copied();
     let mut cargo = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
     cargo.args(["build", "--offline"]).current_dir(&copy).env("CARGO_TARGET_DIR", &target);
-    // What cargo tells this program of its own package is not for that one: libraries would be built anew for it.
+    // Cargo's variables about this package must not reach that build, or libraries would be rebuilt.
     let told = ["CARGO_PKG_", "CARGO_MANIFEST_", "CARGO_BIN_EXE_", "CARGO_CRATE_NAME", "CARGO_PRIMARY_PACKAGE"];
     for (name, _) in env::vars().filter(|(name, _)| told.iter().any(|begin| name.starts_with(begin))) {
         cargo.env_remove(name);
@@ -83,7 +83,7 @@ fn built() -> PathBuf {
     };
     let says = says.join().expect("what it says");
     assert!(status.success(), "{says}");
-    // What is shared is not compiled again.
+    // Shared libraries are not compiled again.
     let compiled: Vec<&str> = says.lines().filter_map(|line| line.trim().strip_prefix("Compiling ")).collect();
     println!("built in {:?}: {compiled:?}", begun.elapsed());
     assert!(compiled.len() <= 2, "more than the two crates was compiled: {compiled:#?}");
@@ -127,7 +127,7 @@ fn a_crate_with_a_filter_of_its_own_is_built_checked_and_run() {
     assert_eq!((first.text(), first.value("x-guest")), ("app", Some("1")));
     assert_eq!(ask("/", "X-Badge: silver\r\n").value("x-guest"), Some("2"));
     assert_eq!(ask("/healthz", "").status, 200, "its condition does not hold");
-    // What it keeps outlives a reload, with other settings as well.
+    // Its kept state survives a reload, even with other settings.
     fs::write(setup.path("forebay.yaml"), setup.yaml().replace("- gold", "- tin")).expect("a file");
     gateway.signal(libc::SIGHUP);
     let guest = eventually("the new settings", || {

@@ -1,4 +1,4 @@
-//! How slow a client may be: one that trickles is told so or cut, an honest one lives however slow it is.
+//! Slow clients: one below the minimum rate is refused or cut; one above it may take as long as it needs.
 
 use std::process::Command;
 use std::thread;
@@ -11,14 +11,15 @@ use crate::harness::gateway::Watched;
 use crate::harness::origin::built_in;
 use crate::harness::{Ask, End, Gateway, Leave, Protocol, Setup, eventually, ms};
 
-/// A gateway that speaks both protocols, bears clients as `client` says and holds bodies back in this mode.
+/// A gateway with both protocols, these client limits, and buffering in this mode.
 fn before(origin: &Running, mode: &str, client: &str) -> Gateway {
     let buffering = format!("buffering: {{ request: {{ mode: {mode} }}, response: {{ mode: {mode} }} }}");
     let setup = Setup::before_all(&[origin.address()]).listener("protocols: [http1, h2c]").spooling("");
     setup.route(&buffering).route(&format!("client: {{ {client} }}")).start()
 }
 
-/// An upload that sends so many bytes, each after such a pause, and then nothing, is refused for this reason.
+/// Asserts that an upload of this many bytes, with a pause after each and then silence, is refused with this
+/// reason.
 fn upload_is_refused(mode: &str, client: &str, sent: u64, pause: Duration, reason: &str) {
     for protocol in Protocol::BOTH {
         let origin = built_in();
@@ -124,8 +125,8 @@ fn a_slow_honest_reader_lives() {
     let origin = built_in();
     let lives = |mode, protocol| {
         let gateway = before(&origin, mode, "write_idle: 1500ms, min_rate: { write: 10KiB/s, grace: 1500ms }");
-        // At most 100 KB/s, for longer than its grace, which is long enough for what a kernel acknowledges at once;
-        // then the rest, which the kernel does not hold.
+        // At most 100 KB/s, for longer than its grace, which covers what a kernel acknowledges at once; then the
+        // rest, which the kernel cannot buffer.
         let mut slow = Ask::get("/bytes/8MiB").reading(1_000, ms(10)).begin(protocol, gateway.web());
         let read = slow.read(250_000);
         let cut = ["write.timeout", "write.min_rate"]
@@ -145,7 +146,7 @@ fn a_slow_honest_reader_lives() {
     });
 }
 
-/// How long an answer of so many bytes takes.
+/// The duration of a response of this size.
 fn seconds_of(gateway: &Gateway, protocol: Protocol, length: u64) -> f64 {
     let started = Instant::now();
     Ask::get(format!("/bytes/{length}")).over(protocol, gateway.web()).is_content(length);
@@ -203,9 +204,8 @@ fn a_client_that_goes_away_while_it_is_held_to_a_rate_leaves_nothing_behind() {
     }
 }
 
-/// A thousand connections of slowhttptest in one of its modes, for five seconds. Others are served meanwhile, as
-/// newcomers like these: within milliseconds on a machine that does nothing else, and several before the attack is over
-/// on any.
+/// Runs a thousand connections of slowhttptest in one of its modes, for five seconds. Other clients are served
+/// meanwhile: within milliseconds on an idle machine, and several times before the attack ends on any machine.
 fn stands_up_to(mode: &[&str]) {
     let origin = built_in();
     let gateway = before(&origin, "auto", "body_idle: 60s");

@@ -1,6 +1,6 @@
-//! What packages, images and charts hold, as the tools that read them see it.
+//! Packages, images and charts, checked with the tools that read them.
 //!
-//! The package itself is built, installed and purged by `make package-test`, which needs root and a release build.
+//! `make package-test` builds, installs and purges the package itself; it needs root and a release build.
 
 mod kubernetes;
 
@@ -17,7 +17,7 @@ use tempfile::TempDir;
 
 const PROGRAM: &str = env!("CARGO_BIN_EXE_forebay");
 
-/// A file of this tree.
+/// A file in this repository.
 fn tree(path: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join(path)
 }
@@ -26,7 +26,7 @@ fn text(path: &str) -> String {
     fs::read_to_string(tree(path)).unwrap_or_else(|error| panic!("{path}: {error}"))
 }
 
-/// A tool of PyPI, where `make test` has put it.
+/// A tool from PyPI, installed by `make test`.
 fn pypi(name: &str) -> PathBuf {
     let asked = said(Command::new(tree("conf/packaging/install-tools.sh")).args(["--directory", "test"]));
     let path = Path::new(asked.trim()).join("bin").join(name);
@@ -34,7 +34,7 @@ fn pypi(name: &str) -> PathBuf {
     path
 }
 
-/// What a command says, on stdout and then on stderr; it must succeed.
+/// The stdout and stderr of a command, which must succeed.
 fn said(command: &mut Command) -> String {
     let Output { status, stdout, stderr } = command.output().unwrap_or_else(|error| panic!("{command:?}: {error}"));
     let said = [stdout, stderr].map(|bytes| String::from_utf8_lossy(&bytes).into_owned()).concat();
@@ -42,14 +42,14 @@ fn said(command: &mut Command) -> String {
     said
 }
 
-/// The values of a setting of the unit, in order.
+/// The values of a setting in the unit, in order.
 fn unit(setting: &str) -> Vec<String> {
     let unit = text("conf/packaging/forebay.service");
     let values = unit.lines().filter_map(|line| line.strip_prefix(setting)?.strip_prefix('='));
     values.map(str::to_owned).collect()
 }
 
-/// A copy of the unit that starts the program of this build: `verify` looks for it.
+/// A copy of the unit that starts the program of this build, because `verify` checks that it exists.
 fn unit_here(directory: &TempDir) -> PathBuf {
     let unit = text("conf/packaging/forebay.service");
     assert!(unit.contains("=/usr/bin/forebay "));
@@ -62,7 +62,7 @@ fn unit_here(directory: &TempDir) -> PathBuf {
 fn systemd_accepts_the_unit_and_finds_it_hardened() {
     let directory = tempfile::tempdir().unwrap();
     let path = unit_here(&directory);
-    // It says what it does not understand, and succeeds all the same.
+    // It reports unknown settings, but still succeeds.
     assert_eq!(said(Command::new("systemd-analyze").args(["verify", "--man=no"]).arg(&path)), "");
     let socket = directory.path().join("forebay.socket");
     fs::copy(tree("conf/packaging/forebay.socket"), &socket).unwrap();
@@ -88,7 +88,7 @@ fn the_unit_has_a_watchdog_that_outlasts_a_stall_and_its_main_process_alone_may_
     assert_eq!(unit("NotifyAccess"), ["main"]);
 }
 
-/// A configuration that ships, run by this build: on free ports, with directories of its own.
+/// A shipped configuration, run by this build on free ports and with its own directories.
 struct Shipped {
     process: Child,
     web: String,
@@ -97,7 +97,7 @@ struct Shipped {
 }
 
 impl Shipped {
-    /// Starts it by `arguments`, behind which nothing is added; $FOREBAY_CONFIG names the file.
+    /// Starts it with exactly these arguments; $FOREBAY_CONFIG names the file.
     fn start(path: &str, arguments: &[&str]) -> Shipped {
         let directory = tempfile::tempdir().unwrap();
         let config = directory.path().join("forebay.yaml");
@@ -116,7 +116,7 @@ impl Shipped {
                 break address.to_owned();
             }
         };
-        // What is not read would stop it once the pipe is full.
+        // A full pipe would block the program.
         std::thread::spawn(move || std::io::copy(&mut log, &mut std::io::sink()));
         Shipped { process, web, config, directory }
     }
@@ -131,7 +131,7 @@ impl Shipped {
     }
 
     fn stop(&mut self) {
-        // Neither fails for a child that was not waited for, or else there is nothing left to end.
+        // Neither fails for a child that was not waited for; otherwise there is nothing to kill.
         let _ = self.process.kill();
         let _ = self.process.wait();
     }
@@ -143,7 +143,7 @@ impl Drop for Shipped {
     }
 }
 
-/// A configuration with directories below `directory`, and addresses that are free.
+/// A configuration with directories below `directory` and free addresses.
 fn here(config: &str, directory: &Path) -> String {
     let directory = directory.display();
     config
@@ -190,7 +190,7 @@ fn the_directories_of_the_package_are_those_that_its_configuration_names() {
     assert!(users.starts_with(&format!("u {} ", unit("User")[0])), "{users}");
 }
 
-/// The words of an instruction of the Dockerfile that is written as a list.
+/// The words of a Dockerfile instruction in list form.
 fn instruction(name: &str) -> Vec<String> {
     let dockerfile = text("Dockerfile");
     let line = dockerfile.lines().rfind(|line| line.starts_with(name));

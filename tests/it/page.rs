@@ -1,4 +1,4 @@
-//! The status page in a real browser: it shows what happens while it happens, comes back by itself, fits a phone.
+//! The status page in a real browser: it updates live, reconnects by itself, and fits a phone.
 
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::path::Path;
@@ -44,7 +44,7 @@ fn the_page_shows_what_happens_while_it_happens() {
     assert_eq!(browser.complaints(), [""; 0]);
 }
 
-/// As `ssh -L` does: takes connections at an address of its own and passes them on, for as long as it is open.
+/// Like `ssh -L`: forwards connections from its own address while it is open.
 struct Tunnel {
     address: SocketAddr,
     open: Arc<AtomicBool>,
@@ -143,7 +143,7 @@ fn what_clients_say_is_text_on_the_page_and_the_page_may_do_nothing_else() {
     let mut browser = Browser::start();
     look(&mut browser, gateway.admin());
     browser.wait_text("#slow td:last-child", |target| target == "POST /'%22&lt;img+onerror=x");
-    // What the policy does not name by its digest does not run.
+    // Scripts that the policy does not list by digest do not run.
     browser.eval(
         "document.body.append(Object.assign(document.createElement('script'), { textContent: 'window.ran = 1' }))",
     );
@@ -174,7 +174,7 @@ fn only_a_browser_gets_the_page() {
     assert_eq!(ask("/status?format=json", BROWSER).1, "application/json");
 }
 
-/// The least contrast of any text with what is behind it (WCAG 2.2, 1.4.3), and which text that is.
+/// The least contrast of any text with its background (WCAG 2.2, 1.4.3), and that text.
 const CONTRAST: &str = r#"(() => {
   const part = (colour, i) => { const c = colour.match(/[\d.]+/g).map(Number); return c[3] === 0 ? null : c[i] / 255; };
   const light = colour => [.2126, .7152, .0722].reduce((sum, weight, i) => {
@@ -213,7 +213,7 @@ fn every_word_is_readable_in_the_dark_and_in_the_light() {
     assert_ne!(grounds[0], grounds[1]);
 }
 
-/// `UPDATE_PICTURES=1` draws them anew, of a gateway that has all kinds of trouble.
+/// `UPDATE_PICTURES=1` takes the pictures again, from a gateway with all kinds of trouble.
 #[test]
 fn the_manual_shows_the_page() {
     const PICTURES: [(&str, &str, (u32, u32, bool)); 3] = [
@@ -239,8 +239,8 @@ fn the_manual_shows_the_page() {
     }
 }
 
-/// Shows a browser the page of a gateway with fast clients and slow ones, failures and refusals, once its lines have a
-/// shape.
+/// Shows a browser the page of a gateway with fast and slow clients, failures and refusals, once its charts have
+/// data.
 fn of_a_busy_gateway(picture: impl FnOnce(&mut Browser)) {
     let (origin, closed, over) = (built_in(), Closed::refusing(), AtomicBool::new(false));
     let routes = "{ name: shop, match: { path: { prefix: /delay } }, upstream: app }\n\

@@ -1,4 +1,4 @@
-//! What Forebay gives up: root, once its ports are bound, and its memory to core dumps.
+//! Privileges: Forebay gives up root once its ports are bound, and keeps its memory out of core dumps.
 
 use crate::harness::secure::Authority;
 use crate::harness::tls::{Tls, pair};

@@ -1,4 +1,4 @@
-//! The PROXY protocol on the way in: the true client behind a proxy, on plain and on TLS ports.
+//! The PROXY protocol from clients: the true client behind a proxy, on plain and TLS ports.
 
 use ppp::v2::{Builder, Command, IPv4, Protocol, Version};
 
@@ -22,12 +22,12 @@ fn gateway(origin: &Origin, keys: &str) -> Gateway {
     Setup::before(origin).listener(keys).start()
 }
 
-/// The last request that the origin got.
+/// The last request that the origin received.
 fn last(origin: &Origin) -> Request {
     origin.requests().pop().expect("a request")
 }
 
-/// A client that begins with these bytes.
+/// A client that has sent these bytes.
 fn begun(gateway: &Gateway, bytes: impl AsRef<[u8]>) -> Client {
     let mut client = gateway.client();
     client.send(bytes);

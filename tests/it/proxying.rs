@@ -1,6 +1,6 @@
-//! What passes through must come out as it went in, and what belongs to one connection must stay there.
+//! Messages pass unchanged, and connection-specific parts stay on their connection.
 //!
-//! The origin is the real nginx where bytes are the point, and a raw one where headers are.
+//! The origin is the real nginx where bodies matter, and a raw one where headers matter.
 
 use std::io::Write;
 use std::net::TcpStream;
@@ -17,7 +17,7 @@ use crate::harness::nginx::noise;
 use crate::harness::origin::response;
 use crate::harness::{Client, End, Gateway, H2Client, Nginx, Origin, Setup, ms, ok};
 
-/// What `curl` prints; it must succeed.
+/// The output of `curl`, which must succeed.
 fn curl(arguments: &[&str]) -> Vec<u8> {
     let output = Command::new("curl").args(["-sS", "--max-time", "20"]).args(arguments).output().expect("curl");
     assert!(output.status.success(), "curl {arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
@@ -266,7 +266,7 @@ fn what_a_client_says_of_its_connection_stays_on_it() {
 fn a_client_cannot_nominate_what_the_gateway_itself_says() {
     let origin = Origin::named("origin");
     let gateway = Setup::before(&origin).start();
-    // Whoever nominates what a request cannot do without is refused, or not listened to.
+    // Nominating fields that a request needs is refused or ignored.
     for names in ["X-Forwarded-For", "Host", "Content-Length"] {
         let status = gateway.client().ask("POST", "/", &format!("Connection: {names}\r\n"), "body").status;
         assert!(status == 200 || status == 400, "{status}");
@@ -300,7 +300,7 @@ fn server_of_the_origin_is_left_alone_and_date_is_when_the_gateway_answered() {
     let gateway = Setup::before(&origin).start();
     let answer = gateway.client().get("/");
     assert_eq!(answer.status, 299);
-    // As with nginx; Pingora leaves no choice.
+    // As in nginx; Pingora leaves no choice.
     assert!(answer.value("date").is_some_and(|date| date.ends_with(" GMT") && !date.contains("2001")));
     assert_eq!(answer.value("server"), Some("oddity/1"));
 }
@@ -549,6 +549,6 @@ fn a_body_sent_over_http_2_may_come_without_a_length() {
     let post = http::Request::post("http://test/").body(()).expect("a request");
     let answer = H2Client::connect(gateway.web()).ask(post, b"no length").expect("an answer");
     assert_eq!(Bytes::from(answer.body), "no length");
-    // It is whole before the origin is asked, so its length is known.
+    // It is complete before the origin is chosen, so its length is known.
     assert_eq!(origin.request().value("content-length"), Some("9"));
 }

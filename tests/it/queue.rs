@@ -1,4 +1,5 @@
-//! Everybody who could serve is full: who waits, in which order, for how long, and what becomes of those who do not.
+//! Queueing while all endpoints are at their limits: who waits, in which order, for how long, and what happens to
+//! others.
 
 use std::sync::mpsc::channel;
 use std::sync::{Arc, Mutex};
@@ -12,19 +13,19 @@ use crate::harness::{Client, Gateway, Origin, Setup, eventually, may_open_files,
 
 const QUEUE: &str = "forebay_upstream_queue{upstream=\"app\"}";
 
-/// A gateway that asks its one origin one thing at a time.
+/// A gateway that sends one request at a time to its only origin.
 fn one_at_a_time(origin: &Origin, queue: &str) -> Setup {
     Setup::before(origin).upstream(&format!("limits: {{ endpoint: {{ requests: 1 }} }}, queue: {{ {queue} }}"))
 }
 
-/// A client that has asked for a path.
+/// A client that has requested a path.
 fn asking(gateway: &Gateway, path: &str) -> Client {
     let mut client = gateway.client();
     client.send(request("GET", path, "", ""));
     client
 }
 
-/// So many clients that wait, one after the other, for `/1` and on.
+/// This many clients that wait in order, for `/1` and on.
 fn queued(gateway: &Gateway, count: usize) -> Vec<Client> {
     let one = |number| {
         let client = asking(gateway, &format!("/{number}"));
@@ -34,7 +35,7 @@ fn queued(gateway: &Gateway, count: usize) -> Vec<Client> {
     (1..=count).map(one).collect()
 }
 
-/// Answers the next request on this connection with its own target.
+/// Responds to the next request on this connection with its own target.
 fn answer_next(connection: &mut Connection) -> String {
     let target = connection.request().target().to_owned();
     connection.answer(&target);
@@ -205,7 +206,7 @@ fn a_websocket_that_waits_leaves_when_its_client_does_and_is_let_through_when_it
     let (gone, stays) = (ask(1.0), ask(2.0));
     gone.reset();
     gateway.wait_metric(QUEUE, |waiting| waiting == 1.0);
-    // Else it might go over the same connection or not: the two drivers share none.
+    // Otherwise the connection might be reused or not, since the two drivers share none.
     connection.send(response("200 OK", "Connection: close\r\n", "first"));
     let mut connection = origin.accept();
     assert_eq!(connection.request().value("upgrade"), Some("websocket"));
@@ -297,7 +298,7 @@ fn a_thousand_who_wait_for_one_endpoint_are_all_served_in_order() {
     for (number, client) in clients.iter_mut().enumerate() {
         assert_eq!(client.response().text(), format!("/{number}"));
     }
-    // Who came first within a batch, only the gateway knows.
+    // The order within a batch is known only to the gateway.
     let batches: Vec<usize> = seen.lock().unwrap().iter().map(|number| number / BATCH).collect();
     assert!(batches.len() == BATCH * BATCHES && batches.is_sorted(), "{batches:?}");
     gateway.wait_metric(QUEUE, |waiting| waiting == 0.0);

@@ -1,5 +1,5 @@
-//! How fast clients may come, and how much of what is dear may be under way: connections, TLS handshakes, requests.
-//! Rates are by the hour here, so that a story need not hurry.
+//! Rate limits and limits on expensive things: connections, TLS handshakes, requests. Rates are per hour here, so
+//! that stories need not hurry.
 
 use std::io::{Read, Write};
 use std::net::Ipv4Addr;
@@ -10,7 +10,7 @@ use crate::harness::secure::Authority;
 use crate::harness::tls::{Tls, pair};
 use crate::harness::{Client, Gateway, H2Client, Origin, Setup};
 
-/// The address of a client of this number.
+/// The address of the client with this number.
 fn stranger(number: u8) -> Ipv4Addr {
     Ipv4Addr::new(127, 2, 0, number)
 }
@@ -30,7 +30,7 @@ fn connections_of_one_address_that_come_too_fast_are_answered_429_and_others_are
     assert_eq!((late.status, late.value("connection")), (429, Some("close")));
     assert_eq!(gateway.log_line_of_status(429).reason(), "accept.rate_per_ip");
     refused(&gateway, "accept.rate_per_ip", 3.0);
-    // Who speaks for many has no rate of its own.
+    // A trusted proxy has no rate of its own.
     let gateway = setup.more("trusted_proxies: [127.2.0.1]").start();
     let statuses: Vec<u16> = (0..5).map(|_| Client::from(stranger(1), gateway.web()).get("/").status).collect();
     assert_eq!(statuses, [200; 5]);
@@ -42,13 +42,13 @@ fn connections_of_all_together_that_come_too_fast_are_answered_503() {
     let limits = "limits: { connection_rate: 4/h, connection_rate_per_ip: 2/h }";
     let gateway = Setup::before(&origin).listener(limits).start();
     let get = |number| Client::from(stranger(number), gateway.web()).get("/").status;
-    // What is beyond the rate of an address uses up nothing of the rate of all.
+    // Requests above the rate of an address do not count against the common rate.
     assert_eq!([1, 1, 1, 1, 2, 3, 4].map(get), [200, 200, 429, 429, 200, 200, 503]);
     refused(&gateway, "accept.rate", 1.0);
     gateway.wait_metric("forebay_client_connections", |open| open == 0.0);
 }
 
-/// A gateway for TLS with these limits, and who its clients trust.
+/// A gateway with TLS and these limits, and the authority that its clients trust.
 fn secure(limits: &str) -> (Authority, Gateway) {
     let authority = Authority::new();
     let identity = authority.issue(&["a.test"]);

@@ -1,7 +1,7 @@
-//! The answer comes: backends that break off, stall or break their own framing in the middle of it.
+//! Receiving responses: backends that disconnect, stall or break their framing in the middle of a response.
 //!
-//! The client has had the status by then. All that is left is to end its connection so that nobody can take the half
-//! for the whole.
+//! The client already has the status. So its connection must end in a way that shows that the response is
+//! incomplete.
 
 use std::io::{ErrorKind, Read, Write};
 use std::net::TcpStream;
@@ -16,7 +16,7 @@ use crate::harness::{Client, End, Gateway, H2Client, Origin, Setup, ok};
 const HALF_A_LENGTH: &str = "HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\nhalf";
 const HALF_OF_CHUNKS: &str = "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n4\r\nhalf\r\n";
 
-/// A client, the gateway and the origin's side of the exchange, once the client has read the first bytes.
+/// A client, the gateway and the origin's side of the exchange, after the client has read the first bytes.
 fn half_way(setup: &Setup, origin: &Origin, half: &str) -> (Gateway, Client, Connection) {
     let gateway = setup.start();
     let mut client = gateway.client();
@@ -28,7 +28,7 @@ fn half_way(setup: &Setup, origin: &Origin, half: &str) -> (Gateway, Client, Con
     (gateway, client, connection)
 }
 
-/// The client saw 200, half a body and a cut; the log and the metric say why.
+/// Asserts that the client got 200, half a body and a cut, and that log and metric have the reason.
 fn cut(gateway: &Gateway, mut client: Client, reason: &str) {
     let answer = client.response();
     assert_eq!((answer.status, answer.text(), answer.end), (200, "half", End::Cut));

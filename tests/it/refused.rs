@@ -1,5 +1,5 @@
-//! Reloads that are refused: whatever is wrong with the new configuration or with a file that it names, the old one
-//! serves on, and the operator gets the messages of `forebay check`.
+//! Refused reloads: whatever is wrong with the new configuration or its files, the old one stays active, and the
+//! operator gets the report of `forebay check`.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -19,7 +19,7 @@ fn saying(text: &str) -> String {
     format!("{{ name: all, filters: [ {{ respond: {{ status: 200, body: \"{text}\" }} }} ] }}")
 }
 
-/// What `forebay check` says of this file.
+/// The report of `forebay check` for this file.
 fn checked(file: &Path) -> String {
     let mut command = Command::new(env!("CARGO_BIN_EXE_forebay"));
     let output = command.args(["check", "-c"]).arg(file).output().expect("the program");
@@ -27,7 +27,8 @@ fn checked(file: &Path) -> String {
     String::from_utf8(output.stderr).expect("text")
 }
 
-/// Each of these is refused, told as `check` tells it with these words, counted, and changes nothing.
+/// Asserts that each of these is refused with this text and with the report of `check`, counted, and changes
+/// nothing.
 fn are_refused(process: &Process, file: &Path, wrong: &[(Setup, &str)]) {
     let mut kept = process.client();
     let counted = "forebay_config_reloads_total{result=\"refused\"}";
@@ -138,13 +139,13 @@ fn a_name_that_leads_nowhere_and_a_file_that_cannot_be_read() {
     );
 }
 
-/// A filter that a program brings along, and that cannot be built with some settings.
+/// A filter that a program adds, and that rejects some settings.
 struct Fussy;
 
 #[derive(Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 struct FussySettings {
-    /// What it is to be content with.
+    /// The only value it accepts.
     word: String,
 }
 

@@ -1,4 +1,4 @@
-//! Connections that are passed on as they are: by the name that a client of TLS asks for, or all of a listener.
+//! Forwarded connections: by the server name of a TLS client, or all connections of a listener.
 
 use forebay::phase::Phase;
 
@@ -60,9 +60,9 @@ fn every_connection_of_a_tcp_listener_is_passed_on_and_one_that_is_refused_goes_
     gateway.wait_at_rest();
 }
 
-/// A listener whose clients queue for one endpoint, and one that passes `db.test` on to it by its name.
+/// A listener whose clients queue for one endpoint, and one that forwards `db.test` to it.
 fn relaying(upstream: &str) -> Setup {
-    // Longer than any test waits.
+    // Longer than any test.
     let long = "timeouts: { connect: 60s }, queue: { size: 4, timeout: 60s }";
     let (tcp, sni) = ("tcp: { upstream: db }", "passthrough: [ { sni: [db.test], upstream: db } ]");
     Setup::before(&Origin::scripted())
@@ -71,7 +71,7 @@ fn relaying(upstream: &str) -> Setup {
         .also_listener(&format!("{{ name: sni, address: \"127.0.0.1:0\", {sni} }}"))
 }
 
-/// The ClientHello of a client that asks for this name (RFC 8446 §4.1.2).
+/// The ClientHello of a client that sends this name (RFC 8446 §4.1.2).
 fn client_hello(name: &str) -> Vec<u8> {
     fn counted(width: usize, parts: &[&[u8]]) -> Vec<u8> {
         let bytes = parts.concat();
@@ -87,7 +87,7 @@ fn client_hello(name: &str) -> Vec<u8> {
 
 type Leaves = fn(Client) -> Option<Client>;
 
-/// A FIN, after which the client is kept until the gateway has noticed, and a RST.
+/// A FIN, after which the client stays until the gateway has noticed, and a RST.
 const LEAVES: [Leaves; 2] = [
     |mut client| {
         client.end();
@@ -99,7 +99,7 @@ const LEAVES: [Leaves; 2] = [
     },
 ];
 
-/// By which listener clients come, what they send, and how they leave.
+/// The listener, the client's data, and how the client leaves.
 fn visits() -> impl Iterator<Item = (&'static str, Vec<u8>, Leaves)> {
     let said = [("db", Vec::new()), ("sni", client_hello("db.test"))];
     said.into_iter().flat_map(|(listener, said)| LEAVES.map(|leave| (listener, said.clone(), leave)))
@@ -124,7 +124,7 @@ fn a_client_that_leaves_the_queue_of_a_relay_gives_its_place_up() {
     let lines = gateway.log_lines(4);
     assert!(lines.iter().all(|line| line.reason() == "queue.aborted" && line.number("attempts") == 0.0));
     gateway.wait_metric("forebay_refusals_total{reason=\"queue.aborted\"}", |count| count == 4.0);
-    // One that has said something and then closed its sending side waits for what there is to be said to that.
+    // A client that shuts down its sending side after sending data still waits for the response.
     let mut patient = Client::connect(gateway.address("db"));
     patient.send("all that I have to say");
     patient.end();

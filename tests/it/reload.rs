@@ -1,5 +1,5 @@
-//! Reload: another configuration holds from the next request on, nothing of what is under way notices, and a wrong one
-//! changes nothing.
+//! Reload: a new configuration applies from the next request on, active exchanges are not affected, and an invalid
+//! one changes nothing.
 
 use std::fs;
 use std::os::unix::fs::symlink;
@@ -14,19 +14,19 @@ use crate::harness::gateway::Watched;
 use crate::harness::{Ask, Origin, Process, Protocol, Setup, eventually, ms};
 use crate::stop::refuses;
 
-/// A route that answers by itself.
+/// A route that responds with a text.
 fn saying(text: &str) -> String {
     format!("{{ name: all, filters: [ {{ respond: {{ status: 200, body: \"{text}\" }} }} ] }}")
 }
 
-/// Has the program load what is written now.
+/// Makes the program reload the current file.
 fn reloaded(process: &Process) -> Value {
     let answer = Client::connect(process.admin()).ask("POST", "/reload", "", "");
     assert_eq!(answer.status, 200, "{}", answer.text());
     answer.json()
 }
 
-/// Has it try what is written now, which it refuses.
+/// Makes it reload the current file, which it refuses.
 fn refused(process: &Process) -> String {
     let answer = Client::connect(process.admin()).ask("POST", "/reload", "", "");
     assert_eq!(answer.status, 422, "{}", answer.text());
@@ -190,7 +190,7 @@ fn a_listener_that_changes_holds_for_new_connections_and_keeps_the_old_ones() {
     let open =
         |generation: u32| process.metric(&format!("forebay_generation_connections{{generation=\"{generation}\"}}"));
     assert_eq!(open(1), 1.0);
-    // The one that was open before counts among those that there may be.
+    // The connection that was already open counts against the limit.
     let _second = process.client();
     process.wait_metric("forebay_client_connections{state=\"idle\"}", |idle| idle == 2.0);
     let mut third = process.client();
@@ -276,7 +276,7 @@ fn what_did_not_change_lives_on() {
         connection.send("HTTP/1.1 200 OK\r\nContent-Length: 0\r\nConnection: close\r\n\r\n");
         client.response().status
     };
-    // A tunnel, and an endpoint that an operator has taken out, and a limit that is half used.
+    // A tunnel, a drained endpoint, and a limit that is half used.
     let mut tunnel = process.client();
     tunnel.send("GET / HTTP/1.1\r\nHost: a\r\nConnection: Upgrade\r\nUpgrade: echo\r\n\r\n");
     let mut endpoint = origin.accept();
@@ -368,7 +368,7 @@ fn routes_and_upstreams_that_are_gone_leave_no_series() {
 
 #[test]
 fn a_directory_that_is_watched_is_enough_of_a_reload() {
-    // As Kubernetes mounts a ConfigMap: the file is a link through a link to a directory, which is turned.
+    // Like a ConfigMap in Kubernetes: the file is a link through a link to a directory, which is switched.
     let origin = Origin::named("origin");
     let setup = Setup::before(&origin);
     let mount = setup.path("mount");
@@ -442,7 +442,7 @@ fn clients_of_every_kind_do_not_notice_reloads_under_load() {
     let scrape = process.scrape();
     let ended = ["forebay_exchanges_total", "forebay_exchanges_total{code=\"200\"}"].map(|series| scrape.sum(series));
     assert!(ended[0] > 100.0 && ended[0] == ended[1], "{ended:?}");
-    // Nothing of the generations before is kept.
+    // No earlier generation is kept.
     process.wait_metric("forebay_generation_exchanges", |count| count == 0.0);
     eventually("the generations before to be gone", || {
         (process.scrape().samples("forebay_generation_exchanges").len() == 1).then_some(())
@@ -474,7 +474,7 @@ fn a_process_that_is_killed_while_it_reloads_leaves_a_file_that_serves() {
     }
 }
 
-/// Says that a story is over, however it ends.
+/// Signals the end of a story, even after a panic.
 struct Over<'a>(&'a AtomicBool);
 
 impl Drop for Over<'_> {

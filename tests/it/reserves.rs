@@ -1,7 +1,6 @@
-//! What strangers cannot use up: open files, memory and disk have a reserve, and each client address has a share of
-//! them.
+//! Reserves: clients cannot use up open files, memory and disk, and each client address has a limited share.
 //!
-//! All of 127.0.0.0/8 is this machine, so clients here come from as many addresses as a story needs.
+//! All of 127.0.0.0/8 is local, so clients can use as many addresses as a story needs.
 
 use std::net::Ipv4Addr;
 use std::thread;
@@ -13,16 +12,15 @@ use crate::harness::gateway::Watched;
 use crate::harness::origin::built_in;
 use crate::harness::{Ask, Client, Gateway, H2Client, Origin, Process, Protocol, Setup, eventually, may_open_files};
 
-/// What the kernel lets the program open in these stories. Some 50 of them it needs itself, so there are about 230
-/// connections of clients.
+/// The limit on open files of the program. It needs about 50 itself, which leaves about 230 for client connections.
 const OPEN_FILES: usize = 512;
 
-/// The address of a client of this number.
+/// The address of the client with this number.
 fn stranger(number: usize) -> Ipv4Addr {
     Ipv4Addr::from(u32::from(Ipv4Addr::new(127, 1, 0, 0)) + u32::try_from(number).expect("few of them"))
 }
 
-/// Connects so many clients from one address, whether or not the gateway keeps them, and has them say nothing.
+/// Opens this many silent connections from one address, even if the gateway closes them.
 fn crowd(process: &Process, from: Ipv4Addr, size: usize) -> Vec<Client> {
     (0..size).map(|_| Client::from(from, process.web())).collect()
 }
@@ -79,7 +77,7 @@ fn clients_of_many_addresses_leave_open_files_for_backends_and_the_admin_endpoin
     assert_eq!((late.status, late.value("connection")), (503, Some("close")));
     process.wait_metric("forebay_refusals_total{reason=\"accept.connections\"}", |refused| refused >= 1.0);
 
-    // Those who are in are served, all at the same time, each by a connection to the backend.
+    // Connected clients are served, all at the same time, each with a connection to the backend.
     let served = 100;
     kept.truncate(served);
     thread::scope(|scope| {
@@ -150,7 +148,7 @@ fn connections_wait_in_the_kernel_while_open_files_run_short_and_are_served_then
     let origin = Origin::scripted();
     let shares = "threads: 1, open_files: { clients: 80%, spools: 1% }";
     let process = Setup::before(&origin).server(shares).open_files(256).spawn();
-    // Each needs two: a connection of its own and one to the backend.
+    // Each needs two: its own connection and one to the backend.
     let mut busy = Vec::new();
     while process.metric("forebay_accept_paused") == 0.0 {
         assert!(busy.len() < 128, "256 files are open and more are accepted");
@@ -189,7 +187,7 @@ fn connections_wait_in_the_kernel_while_open_files_run_short_and_are_served_then
 
 const MIB: u64 = 1 << 20;
 
-/// A gateway whose spools share 20 MiB of disk and little memory, of which answers may have four fifths.
+/// A gateway with 20 MiB of disk and little memory for bodies, of which responses may use four fifths.
 fn sharing_20_mib(origin: &Running, per_client: &str) -> Setup {
     let request = "mode: full, memory: 16KiB, disk: 20MiB";
     let buffering = format!("buffering: {{ request: {{ {request} }}, response: {{ memory: 16KiB, disk: 20MiB }} }}");
@@ -216,14 +214,14 @@ fn sixteen_slow_readers_leave_room_on_the_disk_for_uploads_and_for_shorter_answe
             assert_eq!(reader.read(1_000), 1_000);
             reader
         };
-        // None of them fits, even if it comes while there are no others.
+        // None of them fits, even without the others.
         let readers: Vec<_> = (0..16).map(|number| read(number, "/bytes/32MiB")).collect();
         let held = || denied(&gateway, "response", "spool") + denied(&gateway, "response", "responses");
         eventually("all of them to be held", || (held() >= 16.0).then_some(()));
         assert_eq!(origin.busy(), 16, "their backends wait for them");
         assert!(on_disk(&gateway, "response") <= 16 * MIB);
 
-        // One of another client, and one of a client that reads slowly as well.
+        // One from another client, and one from a slow client.
         for from in [stranger(99), stranger(3)] {
             Ask::put(3 * MIB).from(from).over(protocol, gateway.web()).arrived(3 * MIB, "content-length: 3145728");
         }

@@ -1,4 +1,4 @@
-//! A request that failed is sent again, or is not: what the rules of a route come to over real sockets.
+//! Retries over real sockets: which failed requests are sent again, by the rules of a route.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -10,7 +10,7 @@ use crate::harness::gateway::Watched;
 use crate::harness::origin::{Closed, first_fails, response};
 use crate::harness::{Ask, Gateway, H2Origin, Origin, Protocol, Setup, ok};
 
-/// Two built-in origins, the first of which to be asked answers as at `path`, once, behind a route with these rules.
+/// Two built-in origins behind a route with these rules; whichever is asked first responds once as for `path`.
 fn behind(path: &str, rules: &str) -> ([Running; 2], Gateway) {
     let origins = first_fails(path);
     let setup = Setup::before_all(&origins.each_ref().map(Running::address));
@@ -18,7 +18,7 @@ fn behind(path: &str, rules: &str) -> ([Running; 2], Gateway) {
     (origins, gateway)
 }
 
-/// An origin that answers its first request so, and all others with `ok`.
+/// An origin with this response to its first request, and `ok` to all others.
 fn at_first(answer: Vec<u8>) -> Origin {
     let first = AtomicBool::new(true);
     Origin::answering(move |_| if first.swap(false, Ordering::Relaxed) { answer.clone() } else { ok("ok") })
@@ -130,7 +130,7 @@ fn an_answer_that_breaks_off_before_any_of_it_has_left_is_asked_for_again() {
     }
 }
 
-/// It is so large that its end is not here before its beginning has left: else it is asked for again.
+/// So large that its beginning is sent before its end arrives; otherwise it would be retried.
 #[test]
 fn an_answer_of_which_a_part_has_left_is_not_asked_for_again() {
     let (origins, gateway) = behind("/fault/half/2MiB", "attempts: 3");
@@ -293,9 +293,9 @@ fn a_client_that_goes_away_during_a_pause_is_not_served_any_more() {
 fn each_attempt_that_came_to_nothing_is_in_the_log() {
     let (closed, busy) = (Closed::refusing(), Origin::answering(|_| response("503 Busy", "", "")));
     let setup = Setup::before_all(&[closed.address(), busy.address()]).route("retry: { on: [connect_error, 503] }");
-    // The one that refuses would be ejected, were it chosen first five times in a row.
+    // The refusing one would be ejected if it were chosen first five times in a row.
     let gateway = setup.upstream("outlier_detection: { connect_failures: unlimited }").start();
-    // Whichever is chosen first: once both have had their turn, it was once the one and once the other.
+    // After both were chosen first, each result has occurred.
     let logged = crate::harness::eventually("a request to both", || {
         gateway.client().get("/");
         gateway.log_lines(1).into_iter().find(|line| line.number("attempts") == 2.0 && line.status() == 502)
@@ -324,7 +324,7 @@ fn a_sick_upstream_is_not_finished_off_by_retries() {
     for _ in 0..20 {
         assert_eq!(gateway.client().get("/").status, 503);
     }
-    // One at a time, a fifth of one request is none.
+    // With one request at a time, a fifth of it rounds down to zero.
     assert_eq!(origins.iter().map(|origin| origin.requests().len()).sum::<usize>(), 20);
     refused(&gateway, "budget", 20.0);
 }

@@ -1,8 +1,8 @@
-//! What RFC 9113 demands of a server whose client breaks the rules, one row each, frame by frame.
+//! What RFC 9113 requires of a server when a client violates it, one row each, frame by frame.
 //!
-//! A row says which section demands it, what the client sends and what must follow. Where the HTTP/2 library does
-//! something else, the row says what it does and why that is borne. Each row has a connection of its own, over clear
-//! text; every eighth one is tried over TLS, too.
+//! A row has the section, the client's frames, and the required reaction. If the HTTP/2 library reacts differently,
+//! the row states its reaction and why that is acceptable. Each row uses its own clear-text connection; every
+//! eighth one is also tried over TLS.
 
 use crate::harness::client::Client;
 use crate::harness::frames::code::{
@@ -16,45 +16,45 @@ use crate::harness::secure::Authority;
 use crate::harness::tls::{Tls, pair};
 use crate::harness::{DEADLINE, Gateway, Origin, Setup, ok};
 
-/// The flag of DATA and HEADERS that announces padding.
+/// The PADDED flag of DATA and HEADERS.
 const PADDED: u8 = 0x8;
-/// The flag of HEADERS that announces five bytes on priority.
+/// The PRIORITY flag of HEADERS.
 const PRIORITY: u8 = 0x20;
-/// A header block that ends with its frame, and the request with it.
+/// The flags of a single-frame header block without a body.
 const WHOLE: u8 = END_HEADERS | END_STREAM;
-/// The largest frame that a client may send unless it was allowed more.
+/// The default maximum frame size.
 const FRAME_BYTES: usize = 16_384;
 
-/// What follows what a client has sent.
+/// The reaction to a client's frames.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Then {
     /// GOAWAY with this code, and the end of the connection.
     Goaway(u32),
-    /// RST_STREAM on this stream with this code; the connection goes on.
+    /// RST_STREAM on this stream with this code; the connection continues.
     Reset(u32, u32),
-    /// An answer on this stream with this status; the connection goes on.
+    /// A response on this stream with this status; the connection continues.
     Status(u32, u16),
-    /// Nothing; the connection goes on.
+    /// No reaction; the connection continues.
     Ignored,
-    /// The connection ends, for it is none of HTTP/2.
+    /// The connection is closed, because it is not HTTP/2.
     Closed,
 }
 
 use Then::{Closed as Ends, Goaway, Ignored, Reset, Status};
 
-/// A demand.
+/// A requirement.
 struct Row {
     section: &'static str,
     about: &'static str,
     sent: Vec<u8>,
-    /// What RFC 9113 demands.
+    /// The reaction that RFC 9113 requires.
     demanded: Then,
-    /// What is done instead, and why that is borne.
+    /// The actual reaction, if different, and why that is acceptable.
     instead: Option<(Then, &'static str)>,
 }
 
 impl Row {
-    /// Done differently.
+    /// With a different reaction.
     fn but(mut self, seen: Then, why: &'static str) -> Row {
         self.instead = Some((seen, why));
         self
@@ -71,14 +71,14 @@ const OTHER_CODE: &str = "the library ends the connection as it must, with a mor
 
 const ANSWERED: &str = "it is answered, as §8.1.1 allows";
 
-/// A row of a client that has said preface and settings.
+/// A row for a client that has sent preface and settings.
 fn row(section: &'static str, about: &'static str, frames: &[Frame], demanded: Then) -> Row {
     let opening = [PREFACE.to_vec(), Frame::new(kind::SETTINGS, 0, 0, []).bytes()];
     let sent = opening.into_iter().chain(frames.iter().map(Frame::bytes)).collect::<Vec<_>>().concat();
     Row { section, about, sent, demanded, instead: None }
 }
 
-/// A row of a client that says what it likes from the first byte on.
+/// A row for a client that sends raw bytes from the start.
 fn raw(section: &'static str, about: &'static str, sent: &[&[u8]], demanded: Then) -> Row {
     Row { section, about, sent: sent.concat(), demanded, instead: None }
 }
@@ -95,7 +95,7 @@ fn settings(id: u16, value: u32) -> Frame {
     frame(kind::SETTINGS, 0, 0, &[&id.to_be_bytes()[..], &value.to_be_bytes()].concat())
 }
 
-/// A header block of these fields, none of which is put into a table.
+/// A header block with these fields as literals.
 fn block(fields: &[(&str, &str)]) -> Vec<u8> {
     let mut block = Vec::new();
     for (name, value) in fields {
@@ -108,7 +108,7 @@ fn block(fields: &[(&str, &str)]) -> Vec<u8> {
     block
 }
 
-/// The same from bytes that are no text.
+/// The same from bytes that are not text.
 fn odd_field(name: &[u8], value: &[u8]) -> Vec<u8> {
     let mut block = block(&GET);
     block.push(0);
@@ -122,7 +122,7 @@ fn odd_field(name: &[u8], value: &[u8]) -> Vec<u8> {
 const GET: [(&str, &str); 4] = [(":method", "GET"), (":scheme", "http"), (":path", "/"), (":authority", "test")];
 const POST: [(&str, &str); 4] = [(":method", "POST"), (":scheme", "http"), (":path", "/"), (":authority", "test")];
 
-/// A request of these fields on stream 1, which is all of it.
+/// A request with these fields on stream 1, without a body.
 fn asks(fields: &[(&str, &str)]) -> Frame {
     frame(kind::HEADERS, WHOLE, 1, &block(fields))
 }
@@ -132,7 +132,7 @@ fn get_with(fields: &[(&str, &str)]) -> Frame {
     asks(&[&GET, fields].concat())
 }
 
-/// A POST with further fields, whose body follows.
+/// The header of a POST with further fields.
 fn post_with(fields: &[(&str, &str)]) -> Frame {
     frame(kind::HEADERS, END_HEADERS, 1, &block(&[&POST, fields].concat()))
 }
@@ -664,7 +664,7 @@ fn rows() -> Vec<Row> {
     [preface_and_frames(), field_blocks(), stream_states(), frames(), messages()].into_iter().flatten().collect()
 }
 
-/// What follows a row, on a connection that has said nothing yet.
+/// The reaction to a row, on a new connection.
 fn follows(row: &Row, client: &mut Frames) -> Then {
     const MARK: [u8; 8] = *b"and then";
     const LAST: u32 = 101;
@@ -682,7 +682,7 @@ fn follows(row: &Row, client: &mut Frames) -> Then {
                 return Goaway(code);
             }
             kind::RST_STREAM => {
-                // The connection goes on: a mark that comes behind is answered.
+                // The connection continues if a ping is answered.
                 client.send(&Frame::ping(*b"goes on!"));
                 while client.until(kind::PING).payload != b"goes on!" {}
                 return Reset(frame.stream, frame.code());
@@ -696,7 +696,7 @@ fn follows(row: &Row, client: &mut Frames) -> Then {
     Ends
 }
 
-/// Tries rows, and tells of those that went differently.
+/// Runs rows and returns those with a different reaction.
 fn differing(rows: &[Row], connect: impl Fn() -> Frames) -> Vec<String> {
     let differs = |row: &Row| {
         let tried = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| follows(row, &mut connect())));
@@ -710,7 +710,7 @@ fn differing(rows: &[Row], connect: impl Fn() -> Frames) -> Vec<String> {
     rows.iter().filter_map(differs).collect()
 }
 
-/// A gateway that answers everything but `/silent`, whose backend never does.
+/// A gateway that responds to everything except `/silent`, whose backend never responds.
 fn answering(origin: &Origin, silent: &Closed) -> Setup {
     Setup::before(origin)
         .also_at("silent", silent.address())
@@ -753,14 +753,14 @@ fn over_tls_the_same_follows() {
     assert!(differing.is_empty(), "{} of {} rows:\n{}", differing.len(), some.len(), differing.join("\n"));
 }
 
-/// A gateway for HTTP/2 before an origin that answers every request with this body.
+/// A gateway for HTTP/2 in front of an origin with this response body.
 fn saying(body: &'static str) -> (Origin, Gateway) {
     let origin = Origin::answering(move |_| ok(body));
     let gateway = Setup::before(&origin).listener("protocols: [h2c]").start();
     (origin, gateway)
 }
 
-/// The bytes of DATA on a stream until these many are there, and that nothing follows them.
+/// Reads exactly this many bytes of DATA on a stream, and checks that nothing follows.
 fn exactly(client: &mut Frames, stream: u32, count: usize) -> Vec<u8> {
     let mut body = Vec::new();
     while body.len() < count {
@@ -836,7 +836,7 @@ fn a_client_that_says_goodbye_gets_the_answers_that_it_has_asked_for() {
 
 #[test]
 fn a_client_that_sends_more_than_it_has_credit_for_loses_its_request() {
-    // §6.9.1: nothing of the body is wanted, for the backend cannot be reached.
+    // §6.9.1: the body is not needed because the backend cannot be reached.
     let silent = Closed::silent();
     let gateway = Setup::before_all(&[silent.address()])
         .listener("protocols: [h2c]")

@@ -1,17 +1,17 @@
-//! Which request goes where: by host, path, method, header and query, in the order of the Kubernetes Gateway API.
+//! Routing: by host, path, method, header and query, with the precedence of the Kubernetes Gateway API.
 
 use crate::harness::client::get;
 use crate::harness::gateway::Watched;
 use crate::harness::{Client, Gateway, Origin, Setup, ok};
 
-/// A gateway with these routes, one a line, to upstreams `a`, `b`, `c` and `d`, each of which says its name.
+/// A gateway with these routes, one per line, to upstreams `a`, `b`, `c` and `d`, which return their names.
 fn routed(routes: &str) -> Gateway {
     let [a, b, c, d] = ["a", "b", "c", "d"].map(Origin::named);
     let fallback = Origin::named("app");
     Setup::before(&fallback).also("a", &a).also("b", &b).also("c", &c).also("d", &d).routes(routes).start()
 }
 
-/// Who answers a GET to this host and path.
+/// The upstream that responds to a GET for this host and path.
 fn who(client: &mut Client, host: &str, path: &str) -> String {
     client.send(format!("GET {path} HTTP/1.1\r\nHost: {host}\r\n\r\n"));
     let answer = client.response();

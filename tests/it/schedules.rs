@@ -1,9 +1,9 @@
-//! Random schedules of clients, endpoints, the disk and the gateway's own load, over real sockets: an endpoint that
-//! answers in time is never accused, whatever the others do.
+//! Random schedules of clients, endpoints, the disk and the gateway's load, over real sockets: an endpoint that
+//! responds in time is never blamed, whatever the others do.
 //!
-//! Each endpoint of HTTP/1 measures itself from the moment at which it has what it waits for, and a thread beside them
-//! all how late it is woken. So a machine that is too busy to run an endpoint in time is told from a gateway that
-//! accuses one wrongly.
+//! Each HTTP/1 endpoint measures its own delay from the moment it has what it waits for, and a thread measures how
+//! late it is woken. So a machine that is too busy to run an endpoint in time is distinguished from a gateway with
+//! wrong blame.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -23,13 +23,13 @@ use crate::harness::wire::Left;
 use crate::harness::{Client, H2Origin, Origin, Setup, ms};
 
 const SCHEDULES: usize = 36;
-/// At the same time.
+/// Simultaneous clients.
 const CLIENTS: usize = 12;
-/// For how long an endpoint may do nothing; what a client does may take longer than this.
+/// The gateway's time limit for endpoints; clients may be slower.
 const PATIENCE: Duration = ms(2_500);
-/// The longest that an endpoint makes anybody wait.
+/// Longest pause of an endpoint.
 const PAUSE_OF_ENDPOINT: u64 = 200;
-/// An endpoint that was later than this, for want of a CPU, has not answered in time.
+/// An endpoint that was later than this, for lack of CPU, did not respond in time.
 const IN_TIME: Duration = ms(1_500);
 const BODY_MOST: usize = 1 << 20;
 
@@ -37,7 +37,7 @@ const BODY_MOST: usize = 1 << 20;
 const STRICT: &str = "circuit_breaker: { consecutive: 1, min_requests: unlimited, open: 90s, max_open: 90s }, \
     outlier_detection: { consecutive_gateway_errors: 1, consecutive_5xx: 1, connect_failures: 1, max_ejected: 100% }";
 
-/// What nothing but an endpoint can be the reason of.
+/// Reasons that only an endpoint can cause.
 const ACCUSING: [&str; 12] = [
     "connect.refused",
     "connect.timeout",
@@ -53,7 +53,7 @@ const ACCUSING: [&str; 12] = [
     "select.breaker_open",
 ];
 
-/// Chance, the same for the same seed, whoever asks when.
+/// Random numbers that depend only on the seed.
 struct Dice(StdRng);
 
 impl Dice {
@@ -69,30 +69,30 @@ impl Dice {
         of[self.0.gen_range(0..of.len())]
     }
 
-    /// Mostly short, sometimes up to `most`.
+    /// Usually short, sometimes up to `most`.
     fn pause(&mut self, most: u64) {
         let most = if self.chance(80) { most / 20 } else { most };
         thread::sleep(ms(self.0.gen_range(0..=most)));
     }
 
-    /// Mostly small, sometimes up to `most`.
+    /// Usually small, sometimes up to `most`.
     fn size(&mut self, most: usize) -> usize {
         let most = if self.chance(50) { most / 64 } else { most };
         self.0.gen_range(0..=most)
     }
 }
 
-/// How late an endpoint was at worst, beyond the pauses that it makes on purpose.
+/// The worst delay of an endpoint, beyond its intended pauses.
 #[derive(Default)]
 struct Lateness(AtomicU64);
 
 impl Lateness {
-    /// Notes what was done since `began`, all of it the endpoint's own.
+    /// Records the time since `began`, all of which is the endpoint's own.
     fn note(&self, began: Instant) {
         self.0.fetch_max(began.elapsed().as_millis() as u64, Ordering::Relaxed);
     }
 
-    /// Notes how late this thread is woken, until it is `over`.
+    /// Records how late this thread is woken, until `over`.
     fn watch(&self, over: &AtomicBool) {
         while !over.load(Ordering::Relaxed) {
             let due = Instant::now() + ms(50);
@@ -102,12 +102,12 @@ impl Lateness {
     }
 }
 
-/// An endpoint of HTTP/1 that takes and gives at a pace of its own, and is never idle for long while it is waited for.
+/// An HTTP/1 endpoint that reads and writes at its own pace, and never idles for long while it is waited for.
 fn paced(seed: u64, lateness: Arc<Lateness>) -> Origin {
     let connections = AtomicU64::new(0);
     Origin::playing(move |connection| {
         let dice = Dice::of(seed, 1_000 + connections.fetch_add(1, Ordering::Relaxed));
-        // A gateway that gives an exchange up ends its connection.
+        // The connection ends when the gateway abandons the exchange.
         let _ = converse(connection, dice, &lateness);
     })
 }
@@ -137,7 +137,7 @@ fn converse(connection: Connection, mut dice: Dice, lateness: &Lateness) -> std:
         }
         lateness.note(began);
         for piece in whole.chunks(dice.one(&[1 << 10, 64 << 10, 1 << 20])) {
-            // As long as the gateway takes nothing, it is not the endpoint that is waited for.
+            // While the gateway does not read, it is not waiting for the endpoint.
             wire.send(piece)?;
             let began = Instant::now();
             if dice.chance(2) {
@@ -149,25 +149,24 @@ fn converse(connection: Connection, mut dice: Dice, lateness: &Lateness) -> std:
     Ok(())
 }
 
-/// What a client asks of an endpoint of HTTP/2, which answers each of these at once. An answer of 16 MiB is much for a
-/// machine that has other things to do.
+/// Requests to an HTTP/2 endpoint, which responds at once. 16 MiB is a lot for a busy machine.
 const OF_HTTP2: [&str; 10] =
     ["/echo", "/echo", "/echo", "/ticks", "/ticks", "/trailers", "/other", "/other", "/other", "/large"];
 
-/// How a client does what it does.
+/// The behaviour of a client.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Habit {
-    /// To the end.
+    /// Completes the exchange.
     Patient,
-    /// It leaves before it has sent all.
+    /// Leaves before it has sent everything.
     GivesUp,
-    /// It leaves before it has taken all.
+    /// Leaves before it has read everything.
     Stops,
-    /// It closes its sending side behind its request.
+    /// Shuts down its sending side after its request.
     HalfCloses,
 }
 
-/// One client of HTTP/1: sends and reads with pauses that may be longer than an endpoint has.
+/// An HTTP/1 client whose pauses may exceed the endpoints' time limit.
 fn ask(address: SocketAddr, target: &str, dice: &mut Dice) -> Option<()> {
     let longest = PATIENCE.as_millis() as u64 * 13 / 10;
     let habit = dice.one(&[Habit::Patient, Habit::Patient, Habit::GivesUp, Habit::Stops, Habit::HalfCloses]);
@@ -175,7 +174,7 @@ fn ask(address: SocketAddr, target: &str, dice: &mut Dice) -> Option<()> {
     let uploads = dice.chance(60);
     let body = vec![b'y'; if uploads { dice.size(BODY_MOST) } else { 0 }];
     let whole = request(if uploads { "POST" } else { "GET" }, target, "", &body);
-    // One pause that may be long, and others that are not.
+    // At most one pause is long.
     let long = dice.0.gen_range(0..4);
     let leaves = if habit == Habit::GivesUp { dice.0.gen_range(0..whole.len()) } else { whole.len() };
     for (n, piece) in whole[..leaves].chunks((leaves / 4).max(16 << 10)).enumerate() {
@@ -221,7 +220,7 @@ fn ask(address: SocketAddr, target: &str, dice: &mut Dice) -> Option<()> {
     Some(())
 }
 
-/// One client of HTTP/2, with a stream of which it gives up or reads slowly.
+/// An HTTP/2 client that cancels a stream or reads it slowly.
 fn ask_by_stream(address: SocketAddr, target: &str, dice: &mut Dice) -> Option<()> {
     let longest = PATIENCE.as_millis() as u64 * 13 / 10;
     let client = H2Client::with(address, None, dice.chance(50).then_some(16 << 10));
@@ -284,7 +283,7 @@ fn gateway(endpoint: SocketAddr, protocol: &str) -> Process {
         .spawn()
 }
 
-/// Stops the disk of a gateway now and then, and sometimes the whole gateway for longer than its endpoints have.
+/// Stops the disk now and then, and sometimes the whole gateway for longer than the endpoints' time limit.
 fn disturb(process: &Process, mut dice: Dice, over: &AtomicBool) {
     let longest = PATIENCE.as_millis() as u64 * 12 / 10;
     while !over.load(Ordering::Relaxed) {

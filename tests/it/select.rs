@@ -1,21 +1,21 @@
-//! Which endpoint of an upstream is chosen.
+//! Endpoint selection.
 
 use crate::harness::gateway::Watched;
 use crate::harness::origin::Closed;
 use crate::harness::{Gateway, Origin, Setup};
 
-/// Origins with weights that take turns.
+/// Weighted origins with round robin.
 fn in_turn(origins: &[(&Origin, u32)]) -> Setup {
     Setup::weighted(origins).upstream("load_balancing: { policy: round_robin }")
 }
 
-/// Who answers each of so many requests.
+/// The origins that respond to this many requests.
 fn answers(gateway: &Gateway, count: usize) -> String {
     let mut client = gateway.client();
     (0..count).map(|_| client.get("/").text().to_owned()).collect()
 }
 
-/// Every so many answers in a row, wherever one begins to count, are these in some order.
+/// Asserts that each group of consecutive responses, wherever counting starts, contains these in some order.
 fn each_round_is(order: &str, round: &str) {
     let sorted = |letters: &[u8]| {
         let mut letters = letters.to_vec();

@@ -1,4 +1,4 @@
-//! The request on its way to the endpoint: what a client that stalls and a backend that will not take it come to.
+//! Sending requests to endpoints: clients that stall, and backends that do not read.
 
 use forebay::phase::Phase;
 
@@ -6,7 +6,7 @@ use crate::harness::client::request;
 use crate::harness::gateway::Watched;
 use crate::harness::{Client, Gateway, H2Client, H2Origin, Origin, Setup, eventually, ms};
 
-/// Held back, an upload that stalls never gets as far as this phase.
+/// With buffering, a stalled upload would never reach this phase.
 const STREAM: &str = "buffering: { request: { mode: stream } }";
 const UPLOAD: &str = "POST /upload HTTP/1.1\r\nHost: test\r\nContent-Length: 1000\r\n\r\nthe first half";
 
@@ -32,7 +32,7 @@ fn the_time_in_which_a_refused_client_may_close_its_side_is_none_of_the_exchange
     let mut connection = origin.accept();
     connection.header();
     assert_eq!(client.response().status, 408);
-    // The gateway reads on for two seconds, since the client does not close.
+    // The gateway keeps reading for two seconds because the client does not close.
     client.closed();
     let written = gateway.log_line().phase(Phase::Write).expect("a phase");
     assert!(written < 2_000.0, "{written} ms of it in `write`");
@@ -108,8 +108,8 @@ fn a_streamed_body_that_is_not_framed_as_its_header_says_is_refused() {
 #[test]
 fn a_backend_that_does_not_take_the_request_is_given_up() {
     let origin = Origin::scripted();
-    // After a send that failed, Pingora still listens for an early answer, for as long as the longer of `wait` and
-    // `receive`; only then is the exchange over.
+    // After a failed send, Pingora waits for an early response for as long as the longer of `wait` and `receive`;
+    // only then does the exchange end.
     let gateway = Setup::before(&origin).upstream("timeouts: { send: 300ms, wait: 300ms, receive: 300ms }").start();
     let mut client = gateway.client();
     client.try_send(request("POST", "/", "", vec![b'x'; 64 << 20]));

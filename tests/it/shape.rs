@@ -1,8 +1,8 @@
-//! What the code may grow to: types of few fields, functions that fit on a screen. A reader should be able to hold in
-//! mind what a byte goes through.
+//! Limits on the code: types with few fields, functions that fit on a screen. A reader should be able to keep the
+//! path of a byte in mind.
 //!
-//! A type or a function that exceeds the limit is listed with what it has now, so that it can shrink and not grow.
-//! Where one of a list has shrunk, its row is to be made smaller, or to go.
+//! A type or function above the limit is listed with its current size, so that it can shrink but not grow. When one
+//! of them has shrunk, its row must be updated or removed.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 
 use regex::Regex;
 
-/// The most fields of a type in these folders: what an exchange and its bytes go through.
+/// Limit on the fields of a type in these folders, which an exchange and its bytes pass.
 const FIELDS_MAX: usize = 16;
 const ON_THE_WAY: &[&str] = &[
     "access_log",
@@ -26,7 +26,7 @@ const ON_THE_WAY: &[&str] = &[
     "upstream",
 ];
 
-/// Types with more, by file and name.
+/// Types above the limit, by file and name.
 const WIDE: &[(&str, usize)] = &[
     ("client/connection.rs Connection", 19),
     ("client/connection.rs Listener", 30),
@@ -38,10 +38,10 @@ const WIDE: &[(&str, usize)] = &[
     ("upstream/endpoint.rs Endpoint", 21),
 ];
 
-/// The most lines of a function, its signature and its braces included.
+/// Limit on the lines of a function, including its signature and braces.
 const LINES_MAX: usize = 75;
 
-/// Functions with more, by file and name.
+/// Functions above the limit, by file and name.
 const LONG: &[(&str, usize)] = &[
     ("client/http2.rs serve", 79),
     ("expression/planner.rs named", 90),
@@ -51,7 +51,7 @@ const LONG: &[(&str, usize)] = &[
     ("import/translate/upstream.rs endpoints", 90),
 ];
 
-/// The files with unsafe code, with what it is for. What is asked of a socket is in `net.rs` alone.
+/// The files with unsafe code, and its purpose. Only `net.rs` calls socket functions.
 const UNSAFE: &[(&str, &str)] = &[
     ("client/stream.rs", "bytes are read into memory that was not cleared first"),
     ("client/tls/context.rs", "calls of BoringSSL that the crate lacks"),
@@ -69,7 +69,7 @@ const UNSAFE: &[(&str, &str)] = &[
     ("net.rs", "sockets"),
 ];
 
-/// The source files, by their path below `src`, with their lines. Unit tests are left out.
+/// The source files: path below `src`, and lines without unit tests.
 fn sources() -> BTreeMap<String, Vec<String>> {
     let src = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
     let tests = Regex::new(r"#\[cfg\(test\)\]\n(?:pub(?:\([^)]*\))? )?mod tests \{").expect("a pattern");
@@ -86,8 +86,8 @@ fn files(folder: &Path) -> Vec<PathBuf> {
     entries.flat_map(|path| if path.is_dir() { files(&path) } else { vec![path] }).collect()
 }
 
-/// What begins in these lines as `begins` says, by its name, with the lines up to its closing brace. rustfmt sets that
-/// below the first letter of what it closes.
+/// The items whose first line matches `begins`: name, and lines up to the closing brace. rustfmt aligns that brace
+/// with the item's first letter.
 fn blocks(lines: &[String], begins: &Regex) -> Vec<(String, usize)> {
     let mut found = Vec::new();
     for (at, line) in lines.iter().enumerate() {
@@ -100,7 +100,7 @@ fn blocks(lines: &[String], begins: &Regex) -> Vec<(String, usize)> {
     found
 }
 
-/// The types in these lines with the number of their fields.
+/// The types in these lines and the number of their fields.
 fn fields(lines: &[String]) -> Vec<(String, usize)> {
     let head = Regex::new(r"^(?P<indent>\s*)(?:pub(?:\([^)]*\))? )?struct (?P<name>\w+).*\{$").expect("a pattern");
     let field = Regex::new(r"^\s+(?:pub(?:\([^)]*\))? )?[a-z_]\w*:").expect("a pattern");
@@ -115,7 +115,7 @@ fn functions(lines: &[String]) -> Vec<(String, usize)> {
     blocks(lines, &Regex::new(head).expect("a pattern"))
 }
 
-/// What of `found` exceeds `max` otherwise than `known` says.
+/// The items in `found` that exceed `max` and differ from `known`.
 fn wrong(found: Vec<(String, usize)>, max: usize, known: &[(&str, usize)]) -> Vec<String> {
     let large: BTreeMap<_, _> = found.into_iter().filter(|(_, size)| *size > max).collect();
     let known: BTreeMap<_, _> = known.iter().map(|(name, size)| (name.to_string(), *size)).collect();

@@ -1,5 +1,4 @@
-//! The answer is held back for a client that does not take it: the backend is let go, and what the client gets is
-//! whole.
+//! Response buffering for slow clients: the backend is released, and the client gets the complete response.
 
 use std::net::SocketAddr;
 use std::thread;
@@ -17,7 +16,7 @@ const SIZES: [u64; 6] = [0, 1, 63 << 10, 64 << 10, 65 << 10, 1 << 20];
 
 const MIB: u64 = 1 << 20;
 
-/// A gateway that speaks both protocols and holds answers back as `response` says.
+/// A gateway with both protocols and these response buffering settings.
 fn before_all(addresses: &[SocketAddr], response: &str) -> Setup {
     let route = format!("buffering: {{ response: {{ {response} }} }}");
     Setup::before_all(addresses).listener("protocols: [http1, h2c]").spooling("").route(&route)
@@ -115,11 +114,11 @@ fn the_log_says_what_was_held_back_and_what_the_backend_was_spared() {
         let [buffered, spilled, held, saved] =
             ["buffered", "spilled", "held_ms", "saved_ms"].map(|field| line.number(field));
         assert_eq!(buffered, 4.0 * 1_048_576.0, "{protocol:?}");
-        // All but the first 64 KiB, and less than a write's worth and a piece at the end.
+        // All except the first 64 KiB, less at most one write and one chunk at the end.
         assert!(spilled <= buffered && spilled >= buffered - 196_608.0, "{spilled} bytes were spilled");
         let [connect, write] = [Phase::Connect, Phase::Write].map(|phase| line.phase(phase).expect("a phase"));
         assert!(held > 0.0 && held <= line.number("total_ms") - saved - connect, "{held} ms held");
-        // At least as long as it took to read 100 KB at its pace.
+        // At least the time to read 100 KB at the client's pace.
         assert!(saved >= 100.0 && saved <= write, "{saved} ms saved");
     }
 }
@@ -137,7 +136,7 @@ fn forty_slow_readers_hold_no_backend_and_a_fast_client_is_served_beside_them() 
     gateway.wait_at_rest();
 }
 
-/// What is never held back, as the route and the origin say it.
+/// Responses that are never buffered, because of the route or the origin.
 const STREAMED: [(&str, &str); 5] = [
     ("stream", ""),
     ("auto", "X-Accel-Buffering: no\r\n"),
@@ -241,7 +240,8 @@ fn half_an_answer_never_ends_as_a_whole_one_however_slowly_it_is_read() {
         let gateway = before(&origin, "mode: auto").start();
         let mut slow = Ask::get(fault).narrow().begin(protocol, gateway.web());
         if slow.status() == 502 {
-            // It failed before any of it had left, which a short answer may: so the client is told.
+            // It failed before any of it was sent, which is possible for a short response: so the client gets an
+            // error.
             assert_eq!(fault, "/fault/half-chunked");
             slow.answer().refused(502, "receive.reset");
             assert_eq!((gateway.log_line().status(), gateway.log_line().reason()), (502, "receive.reset"));
@@ -297,7 +297,7 @@ fn a_client_that_goes_away_after_the_backend_is_done_leaves_nothing_behind() {
 #[test]
 fn a_client_that_goes_away_in_any_phase_leaves_nothing_behind() {
     let origin = built_in();
-    // One that closes its connection has gone, and does not only stop sending.
+    // A client that closes its connection is gone; it has not only stopped sending.
     let route = "buffering: { request: { mode: full }, response: { mode: auto } }, client: { half_close: abort }";
     let setup = Setup::before_all(&[origin.address()]).listener("protocols: [http1, h2c]").spooling("").route(route);
     let process = setup.spawn();
@@ -357,7 +357,7 @@ fn a_backend_that_breaks_off_in_any_phase_leaves_nothing_behind() {
         let both = format!("buffering: {{ request: {{ mode: {mode} }}, response: {{ mode: {mode} }} }}");
         let setup = Setup::before_all(&[origin.address()]).listener("protocols: [http1, h2c]").spooling("");
         let process = setup.route(&both).spawn();
-        // Every worker has begun once it has served somebody, and its own files are open.
+        // A worker has started, and opened its files, once it has served a request.
         assert_eq!(process.client().get("/bytes/1").status, 200);
         process.wait_at_rest();
         let idle = process.open_files().len() - origin.connections() as usize;
@@ -503,7 +503,7 @@ fn one_stream_that_is_not_read_holds_up_no_other_of_its_connection() {
     let gateway = before(&origin, "mode: auto").start();
     let client = crate::harness::H2Client::narrow(gateway.web(), 65_535);
     let get = |path| http::Request::get(format!("http://test{path}")).body(()).expect("a request");
-    // A window of the connection for one stream alone would be used up by it; so this one reads a little less.
+    // A single stream would use up a connection window of its size, so this one reads a little less.
     let mut answer = client.step(client.begin(get("/bytes/60000"), true).0).expect("an answer").into_body();
     let stuck: Bytes = client.step(answer.data()).expect("a piece").expect("no reset");
     assert!(!stuck.is_empty());

@@ -13,23 +13,23 @@ use crate::harness::{Gateway, H2Client, Origin, Setup};
 const TRACE: &str = "4bf92f3577b34da6a3ce929d0e0e4736";
 const SPAN: &str = "00f067aa0ba902b7";
 
-/// The keys of tracing to this collector, which is told soon.
+/// The tracing settings for this collector, with a short interval.
 fn tracing(collector: SocketAddr, keys: &str) -> String {
     format!("tracing: {{ endpoint: \"http://{collector}\", interval: 20ms, {keys} }}")
 }
 
-/// A gateway that records everything.
+/// A gateway that records all traces.
 fn recording(origin: &Origin, collector: &Collector) -> Setup {
     Setup::before(origin).observability(&tracing(collector.address(), "sample: 100%"))
 }
 
-/// A client that is part of a trace asks for `/`.
+/// A client that is part of a trace requests `/`.
 fn ask(gateway: &Gateway, traceparent: &str) {
     let fields = format!("traceparent: {traceparent}\r\ntracestate: vendor=value\r\n");
     assert_eq!(gateway.client().ask("GET", "/", &fields, "").status, 200);
 }
 
-/// The `traceparent` of the last request that came to the origin, in its parts.
+/// The parts of `traceparent` in the last request that reached the origin.
 fn told(origin: &Origin) -> Vec<String> {
     let requests = origin.requests();
     let parent = requests.last().expect("a request").head.value("traceparent").expect("a traceparent").to_owned();

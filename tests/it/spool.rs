@@ -1,5 +1,5 @@
-//! What is held back is bounded: too much of it goes to disk, then waits, then is refused; and a disk may be full or
-//! absent.
+//! Limits on buffered bodies: above them, bodies go to disk, then wait, then are refused; and disks that are full
+//! or missing.
 
 use std::path::Path;
 use std::process::Command;
@@ -16,17 +16,17 @@ use crate::harness::{Ask, Client, End, Gateway, Leave, Protocol, Setup, eventual
 
 const MIB: u64 = 1 << 20;
 
-/// A gateway that speaks both protocols, holds all bodies back in full and shares 1 MiB of memory, and more as said.
+/// A gateway with both protocols and full buffering, which shares 1 MiB of memory, and these further settings.
 fn sharing(origin: &Running, resources: &str, request: &str, response: &str) -> Setup {
     let buffering = format!("buffering: {{ request: {{ mode: full, {request} }}, response: {{ {response} }} }}");
     let setup = Setup::before_all(&[origin.address()]).listener("protocols: [http1, h2c]").spooling("");
-    // All clients have one address here.
+    // All clients have the same address here.
     let shares = "responses: 100%, per_client: 100%";
     setup.route(&buffering).more(&format!("resources: {{ memory: 1MiB, {shares}, {resources} }}"))
 }
 
-/// A client that reads nothing of an answer that takes all memory there is to share, or all but a sixteenth of it
-/// where the rung pause keeps it from more.
+/// A client that reads nothing of a response that fills all shared memory, or all but a sixteenth if the measure
+/// `pause` prevents more.
 fn hoarder(gateway: &Gateway) -> Exchange {
     let mut hoarder = Ask::get("/bytes/32MiB").narrow().begin(Protocol::Http1, gateway.web());
     assert_eq!(hoarder.status(), 200);
@@ -38,7 +38,7 @@ fn times(gateway: &Gateway, rung: &str) -> f64 {
     gateway.metric(&format!("forebay_pressure_total{{rung=\"{rung}\"}}"))
 }
 
-/// Whole, or refused for now.
+/// Complete, or refused temporarily.
 fn arrived_or_will_later(answer: &Answer, length: u64) -> bool {
     if answer.status == 503 {
         answer.refused(503, ".pressure");
@@ -66,7 +66,7 @@ fn under_pressure_bodies_go_to_disk_before_their_own_memory_is_used_up() {
     gateway.wait_metric("forebay_spool_bytes{direction=\"request\"}", |bytes| bytes >= 16.0 * 300_000.0);
     assert!(gateway.metric("forebay_spool_spills_total{direction=\"request\",reason=\"pressure\"}") > 0.0);
     assert!(times(&gateway, "spill") > 0.0);
-    // Who asked while there was room may bring one more piece.
+    // A request that was admitted while there was room may add one more chunk.
     gateway.wait_metric("forebay_spool_bytes{store=\"memory\"}", |bytes| bytes <= 1_048_576.0 + 65_536.0);
     for mut upload in uploads {
         assert!(upload.finish_body());
@@ -171,7 +171,7 @@ fn the_disk_that_all_share_is_bounded() {
         let mut second = Ask::put(2 * MIB).begin(protocol, gateway.web());
         second.finish_body();
         second.answer().refused(503, "buffer.disk_full");
-        // Its file is closed by the disk threads, in their time.
+        // Its file is closed by the disk threads, later.
         gateway.wait_metric("forebay_spool_bytes{store=\"disk\"}", |bytes| bytes < 1.6e6);
         assert!(first.finish_body());
         first.answer().arrived(2 * MIB, "content-length: 2097152");
@@ -196,7 +196,7 @@ fn a_body_that_could_never_be_held_is_refused_before_a_byte_of_it_is_read() {
     assert_eq!(origin.requests(), 0);
 }
 
-/// A program whose spool directory is a disk of 4 MiB.
+/// A program whose spool directory is a 4 MiB disk.
 fn on_a_small_disk(origin: &Running, request: &str) -> Setup {
     let buffering = format!("buffering: {{ request: {{ mode: full, {request} }} }}");
     let setup = Setup::before_all(&[origin.address()]).listener("protocols: [http1, h2c]").spooling("").tmpfs("4m");
@@ -248,7 +248,7 @@ fn an_answer_that_a_full_disk_has_no_room_for_waits_for_its_reader() {
     assert!(!process.stderr().contains("panicked"), "{}", process.stderr());
 }
 
-/// A program that spools all but the first 64 KiB of what it holds, and gives the disk so long.
+/// A program that writes all but the first 64 KiB of a body to disk, with this time limit for the disk.
 fn that_spools(origin: &Running, patience: &str) -> Setup {
     let limits = "memory: 64KiB, disk: 64MiB";
     let buffering = format!("buffering: {{ request: {{ mode: full, {limits} }}, response: {{ {limits} }} }}");
@@ -271,7 +271,7 @@ fn while_the_disk_stands_still_who_needs_it_waits_and_the_worker_goes_on() {
             Ask::get("/bytes/1000").over(protocol, web).is_content(1_000);
         }
         assert_eq!(origin.body_bytes(), earlier, "of an upload that waits for the disk");
-        // What is in memory meanwhile: for each its 64 KiB, what is to be written and what gathers for the next write.
+        // In memory meanwhile: 64 KiB each, pending writes, and the data for the next write.
         assert!(process.metric("forebay_spool_bytes{store=\"memory\"}") <= 2.0 * 1_048_576.0);
         drop(still);
         upload.join().expect("the upload").arrived(4 * MIB, "content-length: 4194304");
@@ -283,8 +283,7 @@ fn while_the_disk_stands_still_who_needs_it_waits_and_the_worker_goes_on() {
 #[test]
 fn who_waits_for_the_disk_for_too_long_is_refused() {
     let origin = built_in();
-    // Long enough for the threads of a disk that works, which are as nice as can be, on a machine that has other things
-    // to do.
+    // Long enough for the disk threads, which have the lowest priority, on a busy machine.
     let process = that_spools(&origin, "3s").spawn();
     for protocol in Protocol::BOTH {
         let still = process.still_disk();
@@ -308,7 +307,7 @@ fn a_crowd_that_waits_for_the_disk_for_too_long_is_refused_and_holds_up_nobody_w
         upload.send(MIB);
         upload
     };
-    // More than may move much without turns, and more than keep the disk threads busy.
+    // More than may move data without turns, and more than the disk threads can handle at once.
     let uploads: Vec<_> = (0..60).map(|_| begin()).collect();
     process.wait_metric("forebay_lane_waiting{class=\"pass\"}", |waiting| waiting > 0.0);
     for _ in 0..20 {
@@ -338,7 +337,7 @@ fn an_answer_that_the_disk_does_not_give_back_is_cut() {
     }
 }
 
-/// A program that holds answers until they are whole, and gives the disk so long to take them.
+/// A program with full response buffering, and this time limit for the disk.
 fn that_holds_answers(origin: &Running, patience: &str) -> Setup {
     let setup = Setup::before_all(&[origin.address()]).listener("protocols: [http1, h2c]").spooling("");
     let setup = setup.route("buffering: { response: { mode: full, memory: 64KiB, disk: 64MiB } }");
@@ -372,7 +371,7 @@ fn a_full_answer_that_waits_for_the_disk_ends_with_its_client() {
         process.wait_metric("forebay_endpoint_inflight", |inflight| inflight == 0.0);
         process.wait_metric("forebay_phase_active", |active| active == 0.0);
         drop(still);
-        // What is left of it in the queue is not to be taken for work of the next one.
+        // Left-over queue entries must not be counted as work of the next one.
         process.wait_metric("forebay_disk_queue", |queued| queued == 0.0);
     }
     for line in process.log_lines(3) {
@@ -380,7 +379,7 @@ fn a_full_answer_that_waits_for_the_disk_ends_with_its_client() {
     }
 }
 
-/// What `forebay` says to this configuration, and its exit code.
+/// The output of `forebay` for this configuration, and its exit code.
 fn forebay(command: &str, setup: &Setup) -> (Option<i32>, String) {
     let file = setup.path("forebay.yaml");
     std::fs::write(&file, setup.yaml()).expect("a configuration file");
@@ -407,20 +406,20 @@ fn a_spool_directory_that_cannot_be_used_is_found_before_anything_listens() {
     }
 }
 
-/// What a client whose body or answer is held back costs beside the bytes that `resources.memory` counts. With a debug
-/// build, 113 KB were measured for an upload and 211 KB for a reader.
+/// Memory per buffering client, besides the bytes that `resources.memory` counts. A debug build needed 113 KB for
+/// an upload and 211 KB for a reader.
 const CLIENT_BYTES: u64 = 240 * 1024;
 
 const CLIENTS: usize = 2_000;
 
-/// A program that shares 64 MiB, warmed up, and what it holds then.
+/// A program with 64 MiB for bodies, after a warm-up, and its memory then.
 fn sharing_64_mib(origin: &Running) -> (crate::harness::Process, u64) {
     may_open_files(3 * CLIENTS);
     let limits = "protocols: [http1, h2c], limits: { connections: 100k }";
     let setup = Setup::before_all(&[origin.address()])
         .listener(limits)
         .spooling("")
-        // All clients have one address here. And none is given up because a busy machine has little time for the disk
+        // All clients have the same address here, and no exchange must fail because a busy machine delays the disk
         // threads.
         .more(
             "resources: { memory: 64MiB, responses: 100%, per_client: 100%, on_pressure: [spill, pause], pause: 10m }",
@@ -435,7 +434,7 @@ fn sharing_64_mib(origin: &Running) -> (crate::harness::Process, u64) {
 
 fn stays_within_its_memory(process: &crate::harness::Process, idle: u64) {
     let held = process.metric("forebay_spool_bytes{store=\"memory\"}");
-    // Who asked while there was room may bring what is read at once, some pieces of 64 KiB.
+    // Requests admitted while there was room may add what one read returns: some chunks of 64 KiB.
     assert!(held <= 68.0 * 1_048_576.0, "{held} bytes in memory");
     let grown = process.resident_bytes().saturating_sub(idle);
     let each = grown.saturating_sub(64 * MIB) / CLIENTS as u64;

@@ -1,5 +1,5 @@
-//! What a filter may do beyond the headers of a request: answer in place of the endpoint, see the bodies of Forebay's
-//! own answers, change trailers, and have a name of its own in metrics.
+//! Filters beyond request headers: they replace the endpoint's response, see the bodies of Forebay's own responses,
+//! change trailers, and have their own names in metrics.
 
 use async_trait::async_trait;
 use bytes::Bytes;
@@ -14,7 +14,7 @@ use crate::harness::gateway::Watched;
 use crate::harness::origin::response;
 use crate::harness::{Ask, End, H2Client, H2Origin, Origin, Protocol, Setup, ok};
 
-/// `extra: { answers: 500 }`: a stranger's filter that does one thing at a late stage.
+/// `extra: { answers: 500 }`: a custom filter that acts at a late stage.
 struct Extra(ExtraSettings);
 
 /// Its settings.
@@ -22,11 +22,11 @@ struct Extra(ExtraSettings);
 #[serde(deny_unknown_fields, default)]
 #[derive(Default)]
 struct ExtraSettings {
-    /// It answers in place of endpoints that answer with this status.
+    /// Replaces responses of endpoints that have this status.
     answers: Option<u16>,
-    /// It appends this, and the status of the answer, to each piece of a body.
+    /// Appends this and the response status to each body chunk.
     appends: Option<String>,
-    /// It appends this to the first trailer, and adds one.
+    /// Appends this to the first trailer, and adds one.
     trails: Option<String>,
     /// Its own name.
     name: Option<String>,

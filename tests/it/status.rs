@@ -1,4 +1,4 @@
-//! `/status`: what an operator, `forebay top` and the status page are told of the gateway at a moment.
+//! `/status`: the gateway's current state for operators, `forebay top` and the status page.
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
@@ -20,7 +20,7 @@ fn route(document: &Document, name: &str) -> RouteStatus {
     document.routes.iter().find(|route| route.route == name).cloned().unwrap_or_else(|| panic!("no {name}"))
 }
 
-/// Waits for a client that is waited for.
+/// Waits for a slow client that satisfies `is_it`.
 fn slow_client(admin: SocketAddr, is_it: impl Fn(&SlowClientStatus) -> bool) -> SlowClientStatus {
     eventually("a slow client", || status(admin).slow_clients.longest.into_iter().find(|slow| is_it(slow)))
 }
@@ -153,13 +153,13 @@ fn an_upstream_says_who_waits_in_line_and_what_its_breaker_does() {
     eventually("an open breaker", || (upstream().breaker.as_deref() == Some("open")).then_some(()));
 }
 
-/// Every field that a document can have, wherever it stands.
+/// All fields that a document can have, at any depth.
 fn fields(value: &serde_json::Value, found: &mut std::collections::BTreeSet<String>) {
     match value {
         serde_json::Value::Object(map) => {
             for (name, value) in map {
                 found.insert(name.clone());
-                // What these hold is named by the configuration and by closed sets.
+                // The keys of these maps come from the configuration or closed sets.
                 if !["codes", "connections", "requests", "connects", "refusals", "states"].contains(&&**name) {
                     fields(value, found);
                 }

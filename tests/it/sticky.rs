@@ -1,5 +1,4 @@
-//! A client stays at its endpoint by a signed cookie: after restarts, at other nodes, for as long as the endpoint
-//! serves.
+//! Session affinity with a signed cookie: after restarts, on other nodes, as long as the endpoint is available.
 
 use std::collections::BTreeSet;
 
@@ -8,7 +7,7 @@ use crate::harness::origin::response;
 use crate::harness::wire::Response;
 use crate::harness::{Gateway, Origin, Setup, eventually};
 
-/// A gateway whose clients stay at one of these, by a cookie with further keys.
+/// A gateway with session affinity to these origins, and these cookie settings.
 fn sticky(origins: &[Origin], keys: &str) -> Setup {
     let addresses: Vec<_> = origins.iter().map(Origin::address).collect();
     let cookie = format!("{{ name: stay, {keys} }}");
@@ -22,7 +21,7 @@ fn origins() -> [Origin; 3] {
     ["a", "b", "c"].map(Origin::named)
 }
 
-/// The cookie that an answer sets: `stay=…`, and its attributes.
+/// The cookie set by a response: `stay=…`, and its attributes.
 fn set(answer: &Response) -> Option<(String, String)> {
     let field = answer.value("set-cookie")?;
     let (pair, attributes) = field.split_once("; ").expect("attributes");
@@ -39,7 +38,7 @@ fn ask(gateway: &Gateway, cookie: &str) -> Response {
     gateway.client().ask("GET", "/", &format!("Cookie: theme=dark; {cookie}\r\n"), "")
 }
 
-/// The client stays there: so many times it is answered by the same one, and told nothing.
+/// Asserts that the client stays: the same origin responds this often and sets no cookie.
 fn stays(gateway: &Gateway, cookie: &str, home: &str) {
     for _ in 0..7 {
         let answer = ask(gateway, cookie);

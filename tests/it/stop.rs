@@ -1,4 +1,4 @@
-//! The end of the process: what is in flight ends well, what is not in flight does not hold it up.
+//! Shutdown: active exchanges finish properly, idle connections do not delay it.
 
 use std::net::{SocketAddr, TcpStream};
 use std::os::unix::process::ExitStatusExt;
@@ -12,7 +12,7 @@ use crate::harness::gateway::Watched;
 use crate::harness::origin::Connection;
 use crate::harness::{Origin, Process, Setup, eventually, ms};
 
-/// A running program with one exchange in flight: the client and the origin's side of it.
+/// A running program with one active exchange: the client and the origin's side of it.
 fn in_flight(origin: &Origin, shutdown: &str) -> (Process, Client, Connection) {
     let process = Setup::before(origin).server(&format!("threads: 1, shutdown: {{ {shutdown} }}")).spawn();
     let mut client = process.client();
@@ -23,7 +23,7 @@ fn in_flight(origin: &Origin, shutdown: &str) -> (Process, Client, Connection) {
     (process, client, connection)
 }
 
-/// Whether this is the process that a story runs in alone; if not, runs it there: see [`crate::harness::Gateway`].
+/// Whether the story runs alone in this process; if not, runs it in a new one: see [`crate::harness::Gateway`].
 fn in_a_process_of_its_own(story: &str) -> bool {
     const ALONE: &str = "FOREBAY_STORY_ALONE";
     if std::env::var_os(ALONE).is_some() {
@@ -90,16 +90,16 @@ fn once_it_is_not_ready_every_answer_says_that_its_connection_ends() {
     let answer = kept.get("/");
     assert_eq!((answer.status, answer.value("connection")), (200, Some("close")));
     kept.closed();
-    // A refusal says so, too, and whatever the client wishes.
+    // Refusals also close the connection, whatever the client asks for.
     for (fields, status) in [("Connection: keep-alive\r\n", 200), ("Connection: keep-alive, host\r\n", 400)] {
         let answer = process.client().ask("GET", "/", fields, "");
         assert_eq!((answer.status, answer.value("connection")), (status, Some("close")));
     }
-    // Whoever comes only now is served once, and told then.
+    // A client that connects only now is served once, and then told to leave.
     let late = H2Client::connect(process.web());
     assert_eq!(late.get("/").status, 200);
     late.closed();
-    // An idle connection is not closed while a request may be on its way.
+    // An idle connection stays open while a request may be on its way.
     let answer = other.get("/");
     assert_eq!((answer.status, answer.value("connection")), (200, Some("close")));
     assert!(process.runs());
@@ -135,7 +135,7 @@ fn on_term_half_a_header_is_refused_at_once() {
     let answer = halves[0].response();
     assert_eq!((answer.status, answer.value("connection")), (503, Some("close")));
     assert!(answer.text().contains("finish.shutdown"), "{}", answer.text());
-    // Both clients are still there, and do not close.
+    // Both clients are still connected.
     assert_eq!(process.ended().code(), Some(0));
     assert!(begun.elapsed() < ms(20_000), "{:?}", begun.elapsed());
     for line in process.log_lines(2) {

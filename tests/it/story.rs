@@ -1,7 +1,7 @@
-//! The seed story: one worker, and nobody waits for a slow one.
+//! The seed story: one worker, and no client waits for a slow one.
 //!
-//! Client 1 reads slowly, client 2 sends half a body and later the rest, backend A answers late. A third client comes
-//! last and is done first.
+//! Client 1 reads slowly, client 2 sends half a body and the rest later, backend A responds late. A third client
+//! comes last and is finished first.
 
 use forebay::phase::Phase;
 
@@ -22,32 +22,32 @@ fn one_worker_never_waits_for_a_slow_one() {
         .routes("{ name: late, match: { path: { exact: /late } }, upstream: a }\n{ name: all, upstream: app }")
         .start();
 
-    // H1_READ: client 1 asks for more than it reads. The gateway is left with a write that does not end; the backend is
-    // let go as soon as it has answered.
+    // H1_READ: client 1 requests more than it reads. The gateway has an unfinished write; the backend is released
+    // as soon as it has responded.
     let mut client_1 = Client::slow(gateway.web());
     client_1.send(request("GET", "/large", "", ""));
     gateway.wait_phase(Phase::Write);
 
-    // H2_READ: client 2 sends a part, of which no backend hears.
+    // H2_READ: client 2 sends a part; no backend is involved.
     let mut client_2 = gateway.client();
     client_2.send("POST /parts HTTP/1.1\r\nHost: test\r\nContent-Length: 8\r\n\r\nhalf");
     gateway.wait_phase(Phase::Buffer);
 
-    // P1_PROXY: backend A has its request and keeps it.
+    // P1_PROXY: backend A has its request and does not respond yet.
     let mut client_a = gateway.client();
     client_a.send(request("GET", "/late", "", ""));
     let mut connection_a = backend_a.accept();
     connection_a.request();
     gateway.wait_phase(Phase::Wait);
 
-    // The fast client comes last and is done meanwhile.
+    // The fast client comes last and is finished meanwhile.
     let mut fast = gateway.client();
     assert_eq!(fast.ask("POST", "/fast", "", "fast").text(), "fast");
     let done: Vec<String> = gateway.log_lines(1).iter().map(|line| line.text("target").to_owned()).collect();
     assert_eq!(done, ["/fast"], "nobody else is done");
     assert!(backend_b.requests().iter().all(|request| request.target() != "/parts"), "half a request was passed on");
 
-    // H3_READ: backend A answers. H4_READ: the rest of client 2 comes. P3_WRITE: client 1 reads on.
+    // H3_READ: backend A responds. H4_READ: client 2 sends the rest. P3_WRITE: client 1 reads on.
     client_2.dawdle(ms(100));
     connection_a.answer("late");
     assert_eq!(client_a.response().text(), "late");

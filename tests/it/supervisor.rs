@@ -1,4 +1,4 @@
-//! What a service manager is told: `Type=notify-reload`, and the watchdog.
+//! Notifications to the service manager: `Type=notify-reload`, and the watchdog.
 
 use std::os::unix::net::UnixDatagram;
 use std::path::Path;
@@ -6,7 +6,7 @@ use std::path::Path;
 use crate::harness::{DEADLINE, Origin, Setup};
 use crate::takeover::ends;
 
-/// A manager, and where it listens.
+/// A service manager and its socket.
 fn listening(setup: &Setup) -> (UnixDatagram, std::path::PathBuf) {
     let path = setup.path("notify.sock");
     let socket = UnixDatagram::bind(&path).expect("a socket");
@@ -14,7 +14,7 @@ fn listening(setup: &Setup) -> (UnixDatagram, std::path::PathBuf) {
     (socket, path)
 }
 
-/// The next word that is none of the watchdog's.
+/// The next notification that is not from the watchdog.
 fn told(manager: &UnixDatagram) -> String {
     loop {
         let mut word = [0; 1024];
@@ -38,7 +38,7 @@ fn the_manager_hears_of_the_start_of_reloads_and_of_the_stop() {
     let reloading = told(&manager);
     assert!(reloading.starts_with("RELOADING=1\nMONOTONIC_USEC="), "{reloading}");
     assert!(told(&manager).contains("generation 2 "));
-    // One that is refused is over as well.
+    // A refused reload also ends with READY.
     std::fs::write(setup.path("forebay.yaml"), "listeners: [").expect("a file");
     process.signal(libc::SIGHUP);
     assert!(told(&manager).starts_with("RELOADING=1"));
@@ -64,7 +64,7 @@ fn the_manager_hears_from_the_old_process_that_a_new_one_is_the_main_one_and_the
     let ready = told(&manager);
     assert!(ready.starts_with(&format!("READY=1\nMAINPID={new}\n")), "{ready}");
     assert_eq!(process.ended().code(), Some(0));
-    // The old one says nothing of its end, and the new one feeds the watchdog in its place.
+    // The old process sends nothing at its end, and the new one feeds the watchdog instead.
     let mut word = [0; 1024];
     let length = manager.recv(&mut word).expect("a word in time");
     assert_eq!(&word[..length], b"WATCHDOG=1");

@@ -1,4 +1,4 @@
-//! Upgrade: a new process takes over the sockets of a running one, and what goes wrong changes nothing.
+//! Upgrade: a new process takes over the sockets of a running one, and failures change nothing.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -20,7 +20,7 @@ use crate::stop::refuses;
 
 const PROGRAM: &str = env!("CARGO_BIN_EXE_forebay");
 
-/// Processes that came after the one that a story has started; they end with it.
+/// Processes started after the story's own; they are killed with it.
 #[derive(Default)]
 struct Heirs(Vec<u64>);
 
@@ -29,7 +29,7 @@ impl Drop for Heirs {
         for &pid in &self.0 {
             kill(pid, libc::SIGKILL);
         }
-        // What they have of this process, such as its standard error, goes with them.
+        // This also closes what they inherited, such as standard error.
         for &pid in &self.0 {
             let killed = Instant::now();
             while runs(pid) && killed.elapsed() < DEADLINE {
@@ -40,7 +40,7 @@ impl Drop for Heirs {
 }
 
 impl Heirs {
-    /// Has the process that serves start one that takes over: its number.
+    /// Makes the serving process start one that takes over; returns its PID.
     fn upgraded(&mut self, process: &Process) -> u64 {
         let (status, outcome) = upgrade(process, "/upgrade");
         assert_eq!((status, &outcome["result"]), (200, &"done".into()), "{outcome}");
@@ -51,7 +51,7 @@ impl Heirs {
 }
 
 impl Heirs {
-    /// Remembers the process that the log says has taken over.
+    /// Records the process that has taken over, from the log.
     fn noted(&mut self, process: &Process) {
         let said = eventually("the number of the process that has taken over", || {
             let stderr = process.stderr();
@@ -64,18 +64,18 @@ impl Heirs {
 
 fn kill(pid: u64, signal: i32) {
     let pid = i32::try_from(pid).expect("the number of a process");
-    // SAFETY: kill has no memory effects. The process may have ended, and then nothing happens: its number is not given
-    // to another one so soon.
+    // SAFETY: kill has no memory effects. The process may have ended, and then nothing happens: its number is not
+    // reused so soon.
     unsafe { libc::kill(pid, signal) };
 }
 
-/// Asks for an upgrade: the status, and what came of it.
+/// Requests an upgrade; returns the status and the result.
 fn upgrade(process: &Process, target: &str) -> (u16, Value) {
     let answer = Client::connect(process.admin()).ask("POST", target, "", "");
     (answer.status, answer.json())
 }
 
-/// A program that does what these lines of a shell say.
+/// A program that runs these shell lines.
 fn script(setup: &Setup, lines: &str) -> PathBuf {
     let path = setup.path("script");
     fs::write(&path, format!("#!/bin/sh\n{lines}\n")).expect("a file");
@@ -87,7 +87,7 @@ fn with_binary(path: &Path) -> String {
     format!("/upgrade?binary={}", path.display())
 }
 
-/// Whether a process runs still; one that has ended may wait for its parent to notice.
+/// Whether a process is still running; a zombie is not.
 fn runs(pid: u64) -> bool {
     let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
     status.lines().any(|line| line.starts_with("State:") && !line.contains('Z'))
@@ -98,7 +98,7 @@ pub fn ends(pid: u64) {
     eventually(&format!("process {pid} to end"), || (!runs(pid)).then_some(()));
 }
 
-/// The processes that this one has started, and those that they have.
+/// The child processes of this one, and their children.
 fn descendants(pid: u64) -> BTreeSet<u64> {
     let mut found = BTreeSet::from([pid]);
     loop {
@@ -119,7 +119,7 @@ fn descendants(pid: u64) -> BTreeSet<u64> {
     }
 }
 
-/// Nothing has changed: the process serves, counts this failure, and is ready.
+/// Asserts that nothing has changed: the process serves, counts this failure, and is ready.
 fn serves_on(process: &Process, result: &str, count: f64) {
     assert_eq!(process.client().get("/").status, 200);
     assert_eq!(get(process.admin(), "/readyz").status, 200);
@@ -157,7 +157,7 @@ fn a_kept_connection_is_served_once_more_and_a_new_one_goes_to_the_new_process()
     let mut heirs = Heirs::default();
     let pid = heirs.upgraded(&process);
     process.says("leaving what is new to the other process");
-    // A balancer that has kept its connection must not take the address for lost.
+    // A load balancer with an open connection must not consider the address down.
     let ready = admin.get("/readyz");
     assert_eq!((ready.status, ready.text()), (200, "ready\n"));
     admin.closed();
@@ -318,7 +318,7 @@ fn a_second_upgrade_is_refused_while_one_is_under_way_and_so_is_one_of_a_process
     client.send(request("GET", "/", "", ""));
     let mut connection = origin.accept();
     connection.request();
-    // A stop ends the new process, whatever it is at.
+    // A stop kills the new process in any state.
     fs::remove_file(&pid).expect("a file");
     let admin = process.admin();
     thread::scope(|scope| {
@@ -347,7 +347,7 @@ fn a_new_process_that_is_killed_before_it_is_ready_changes_nothing() {
     let silent = Closed::silent();
     let setup = Setup::before(&origin);
     let process = setup.spawn();
-    // The new process waits a while for the first word of an endpoint that never says any.
+    // The new process waits a while for the first check of an endpoint that never responds.
     let health = "health_check: { http: { path: / }, interval: 60s, timeout: 30s }";
     let keys = format!("{health}, endpoints: [ {{ address: \"{}\" }} ]", silent.address());
     setup
@@ -515,7 +515,7 @@ fn another_program_is_started_for_its_own_user_only() {
     let process = Setup::before(&origin).spawn();
     // SAFETY: it has no arguments and cannot fail.
     if unsafe { libc::geteuid() } != 0 {
-        // Only root can ask as somebody else.
+        // Only root can send requests as another user.
         return;
     }
     let ask = format!(

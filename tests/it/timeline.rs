@@ -1,8 +1,8 @@
-//! `forebay timeline`, which `make demo` runs: the classic picture of an event loop, out of the records of a gateway.
+//! `forebay timeline`, which `make demo` runs: the classic picture of an event loop, from the records of a gateway.
 
 use std::process::Command;
 
-/// A line of the timeline: whose step it is and its name in the classic picture, and the cycle that it stands under.
+/// A line of the timeline: its client, its name in the classic picture, and its cycle.
 #[derive(Clone, Debug, PartialEq)]
 struct Step {
     whose: String,
@@ -36,7 +36,7 @@ fn step(line: &str, cycle: u64) -> Option<Step> {
     Some(Step { whose: whose.to_owned(), classic, cycle })
 }
 
-/// Where a step is in the order of all.
+/// The position of a step among all steps.
 fn place(steps: &[Step], whose: &str, classic: &str) -> usize {
     let found = steps.iter().position(|step| step.whose == whose && step.classic.starts_with(classic));
     found.unwrap_or_else(|| panic!("no {classic} of {whose} in {steps:#?}"))
@@ -44,7 +44,7 @@ fn place(steps: &[Step], whose: &str, classic: &str) -> usize {
 
 #[test]
 fn the_classic_picture_is_seen_live() {
-    // Long beside what a busy machine takes for a step.
+    // Long compared to a step on a busy machine.
     let pauses = ["--fast-after", "500ms", "--backend-after", "1s", "--rest-after", "2s", "--reader-after", "3s"];
     let (steps, text) = timeline(&pauses);
     let order = [

@@ -1,5 +1,5 @@
-//! Services that are asked who comes: the keys of `jwt`, which change, and the answers of `forward_auth`; and what
-//! happens while such a service is slow, down, or says nonsense.
+//! External authentication: the changing keys of `jwt`, the responses of `forward_auth`, and services that are
+//! slow, down, or send invalid data.
 
 use std::sync::{Arc, Mutex};
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -14,20 +14,20 @@ use crate::harness::gateway::Watched;
 use crate::harness::origin::{Closed, response};
 use crate::harness::{Gateway, Origin, Setup, eventually, ok};
 
-/// A secret for this id, and the key of a set that it is.
+/// The secret of this key id.
 fn secret(id: &str) -> [u8; 32] {
     let mut secret = [b'.'; 32];
     secret[..id.len()].copy_from_slice(id.as_bytes());
     secret
 }
 
-/// The key set of these ids.
+/// The key set with these ids.
 pub fn set(ids: &[&str]) -> String {
     let key = |id: &&str| json!({ "kty": "oct", "kid": id, "alg": "HS256", "k": URL_SAFE_NO_PAD.encode(secret(id)) });
     json!({ "keys": ids.iter().map(key).collect::<Vec<_>>() }).to_string()
 }
 
-/// A token with these claims that ends in ten minutes, signed with the secret of this id.
+/// A token with these claims that expires in ten minutes, signed with the secret of this id.
 pub fn token(id: &str, mut claims: Value) -> String {
     let now = SystemTime::now().duration_since(UNIX_EPOCH).expect("a time after 1970").as_secs();
     claims["exp"] = (now + 600).into();
@@ -46,7 +46,7 @@ fn bearer(id: &str) -> String {
     format!("Authorization: Bearer {}\r\n", token(id, json!({ "sub": "ada", "roles": ["admin"] })))
 }
 
-/// A gateway whose `jwt` asks the service at this address for its keys.
+/// A gateway whose `jwt` fetches keys from the service at this address.
 fn asking(origin: &Origin, service: impl ToString, keys: &str) -> Gateway {
     let idp = format!("endpoints: [ {{ address: \"{}\" }} ]", service.to_string());
     let jwt = format!(
@@ -60,7 +60,7 @@ fn status(gateway: &Gateway, fields: &str) -> u16 {
     gateway.client().ask("GET", "/", fields, "").status
 }
 
-/// The reason of a refusal.
+/// The reason for a refusal.
 fn reason(gateway: &Gateway, fields: &str) -> String {
     let text = gateway.client().ask("GET", "/", fields, "").text().to_owned();
     text.split(' ').nth(1).unwrap_or_default().trim_end_matches(':').to_owned()
@@ -77,7 +77,7 @@ fn keys_of_a_service_are_asked_for_once_and_again_when_they_are_rotated() {
     assert_eq!((answer.status, answer.text()), (200, "Some(\"ada\")"));
     assert_eq!((status(&gateway, &bearer("one")), service.requests().len()), (200, 1), "keys are kept");
     assert_eq!(service.requests()[0].target(), "/keys");
-    // A role that is missing is a matter of an expression.
+    // A missing role is checked by an expression.
     let other = token("one", json!({ "sub": "eve", "roles": ["dev"] }));
     assert_eq!(reason(&gateway, &format!("Authorization: Bearer {other}\r\n")), "route.access");
 
@@ -88,7 +88,7 @@ fn keys_of_a_service_are_asked_for_once_and_again_when_they_are_rotated() {
     for _ in 0..50 {
         assert_eq!(reason(&gateway, &bearer("three")), "route.jwt_invalid");
     }
-    // Nobody makes the gateway ask all the time; how long the fifty take is the machine's.
+    // Unknown keys do not cause unlimited fetches; how long the fifty take depends on the machine.
     assert!(service.requests().len() < asked + 25, "{} more", service.requests().len() - asked);
     assert_eq!(reason(&gateway, ""), "route.jwt_missing");
 }
@@ -140,7 +140,7 @@ fn a_service_that_is_slow_or_says_nonsense_closes_the_route() {
     let silent = Origin::scripted();
     let gateway = asking(&origin, silent.address(), ", timeout: 200ms");
     assert_eq!(reason(&gateway, &bearer("one")), "route.jwt_unavailable");
-    // While nobody can say whether it is right, not even junk is told so.
+    // While the keys are unknown, even junk is not reported as invalid.
     assert_eq!(reason(&gateway, "Authorization: Bearer junk\r\n"), "route.jwt_invalid");
     let large = "x".repeat(300 << 10);
     for junk in ["", "<html>", "{}", "{\"keys\":{}}", "{\"keys\":[]}", "\u{fffd}", &large] {
@@ -169,7 +169,7 @@ fn many_who_come_at_once_ask_for_the_keys_once() {
     gateway.wait_metric("forebay_filter_calls_total{filter=\"jwt\"}", |count| count == 1.0);
 }
 
-/// A gateway that asks the service at this address whether requests may pass.
+/// A gateway whose `forward_auth` uses the service at this address.
 fn forwarding(origin: &Origin, service: impl ToString, keys: &str) -> Gateway {
     let auth = format!("endpoints: [ {{ address: \"{}\" }} ]", service.to_string());
     let copy = "copy: [X-User, X-Groups], copy_back: [X-Session], user: X-User";
@@ -280,7 +280,7 @@ fn what_a_service_has_granted_is_remembered_by_its_key() {
     gateway.wait_metric("forebay_access_total{filter=\"forward_auth\",outcome=\"remembered\"}", |count| count == 4.0);
 }
 
-/// The filters of the example of a page of the manual, whose files are in the directory of the setup.
+/// The filters in the example of a manual page, with files in the setup's directory.
 fn example(setup: &Setup, page: &str) -> String {
     let path = format!("{}/conf/manual/{page}.md", env!("CARGO_MANIFEST_DIR"));
     let text = std::fs::read_to_string(path).expect("a page");
@@ -300,7 +300,7 @@ fn example(setup: &Setup, page: &str) -> String {
     filters
 }
 
-/// An RSA key, and a token of the identity provider of the manual that is signed with it.
+/// An RSA key, and a function for tokens of the manual's identity provider.
 fn of_provider() -> (String, impl Fn(&str) -> String) {
     use boring::hash::MessageDigest;
     use boring::pkey::PKey;

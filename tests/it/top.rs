@@ -1,4 +1,4 @@
-//! `forebay top` in a real terminal: tmux runs it, types for it, and tells what is on its screen.
+//! `forebay top` in a real terminal: tmux runs it, sends keys, and returns the screen.
 
 use std::net::SocketAddr;
 use std::process::{Command, Output};
@@ -19,7 +19,7 @@ impl Screen {
     fn running(width: u16, height: u16, command: &str) -> Screen {
         let screen = Screen { dir: tempfile::tempdir().expect("a directory") };
         let (width, height) = (width.to_string(), height.to_string());
-        // The shell stays when the program ends, with what it said and its exit code.
+        // The shell stays open after the program ends, with its output and exit code.
         let shell = format!("{command}; echo exit code $?; exec sleep 60");
         let started = screen.tmux(&["-f", "/dev/null", "new-session", "-d", "-x", &width, "-y", &height, &shell]);
         assert!(started.status.success(), "tmux: {}", String::from_utf8_lossy(&started.stderr));
@@ -42,7 +42,7 @@ impl Screen {
         assert!(self.tmux(&arguments).status.success());
     }
 
-    /// Waits until this is on the screen.
+    /// Waits until this text is on the screen.
     fn shows(&self, what: &str) -> String {
         eventually(&format!("`{what}` on the screen"), || {
             let text = self.text();

@@ -1,5 +1,4 @@
-//! `POST /trace` and `forebay trace`: the phases of the next exchanges that match, in order, with the cycles of the
-//! loop.
+//! `POST /trace` and `forebay trace`: the phases of the next matching exchanges, in order, with event loop cycles.
 
 use std::io::{BufRead, BufReader, Read};
 use std::net::SocketAddr;
@@ -15,7 +14,7 @@ use crate::harness::origin::response;
 use crate::harness::wire::Wire;
 use crate::harness::{Client, Gateway, Origin, Setup, end, ok};
 
-/// A recording that has begun: what it tells, line by line.
+/// An active recording, line by line.
 struct Recording {
     wire: Wire,
     text: String,
@@ -24,7 +23,7 @@ struct Recording {
 impl Recording {
     fn begin(admin: SocketAddr, query: &str) -> Recording {
         let mut client = Client::connect(admin);
-        // Of HTTP/1.0, which has no chunks.
+        // HTTP/1.0 has no chunked encoding.
         client.send(format!("POST /trace?{query} HTTP/1.0\r\nHost: test\r\nContent-Length: 0\r\n\r\n"));
         let mut wire = client.into_wire();
         let head = wire.head().expect("an answer");
@@ -46,7 +45,7 @@ impl Recording {
     }
 }
 
-/// An upload that comes in halves, the second once the first is waited for.
+/// An upload in two halves, the second once the gateway waits for it.
 fn upload_in_halves(gateway: &Gateway, path: &str) {
     let mut client = gateway.client();
     client.send(format!("POST {path}?secret=1 HTTP/1.1\r\nHost: test\r\nContent-Length: 8\r\n\r\nhalf"));
@@ -133,7 +132,7 @@ fn an_exchange_that_is_tried_again_shows_every_attempt() {
     assert_eq!((names.iter().filter(|name| **name == "select").count(), recorded.attempts), (2, 2), "{names:?}");
 }
 
-/// `forebay trace` at this gateway, once it records.
+/// `forebay trace` with this gateway, once it records.
 fn traced(admin: SocketAddr, arguments: &[&str]) -> (Child, BufReader<std::process::ChildStdout>) {
     let mut command = Command::new(env!("CARGO_BIN_EXE_forebay"));
     command.args(["trace", "--admin", &admin.to_string()]).args(arguments).env("COLUMNS", "110");

@@ -1,5 +1,4 @@
-//! Trailers: between the versions that can carry them, without the fields that must not be there, and announced as they
-//! come.
+//! Trailers: between all versions that support them, without forbidden fields, and announced as received.
 
 use crate::harness::gateway::Watched;
 use crate::harness::wire::Request;
@@ -44,22 +43,22 @@ fn over_http_1_they_need_a_chunked_body() {
     assert_eq!(client.get("/announced").status, 200, "and the connection is where it should be");
 }
 
-/// A request of HTTP/1 whose body is `body`, with these trailers.
+/// An HTTP/1 request with the body `body` and these trailers.
 fn post(trailers: &str) -> String {
     let fields = "Host: test\r\nTransfer-Encoding: chunked\r\nTrailer: X-Sum, Host\r\n";
     format!("POST /request-trailers HTTP/1.1\r\n{fields}\r\n4\r\nbody\r\n0\r\n{trailers}\r\n")
 }
 
-/// Fields that may be in trailers, and some that must not.
+/// Fields that are allowed in trailers, and some that are not.
 const FIELDS: [(&str, &str); 4] = [("x-sum", "1"), ("authorization", "no"), ("x-time", "2"), ("content-length", "3")];
 
-/// What the endpoint says of the trailers that a client of HTTP/1 or HTTP/2 has sent.
+/// The endpoint's report on the trailers from an HTTP/1 or HTTP/2 client.
 fn told(gateway: &Gateway, protocol: Protocol) -> String {
     if protocol == Protocol::Http1 {
         let mut client = gateway.client();
         client.send(post(&FIELDS.map(|(name, value)| format!("{name}: {value}\r\n")).concat()));
         let told = client.response().text().to_owned();
-        // Not a byte is left of the first request.
+        // No byte of the first request is left.
         assert_eq!(client.ask("POST", "/request-trailers", "", "").text(), "announced none; ");
         return told;
     }
@@ -87,7 +86,7 @@ fn those_of_a_request_reach_an_endpoint_of_http_2() {
     }
 }
 
-/// What an endpoint of HTTP/1 says of a request.
+/// The report of an HTTP/1 endpoint on a request.
 fn tells(request: &Request) -> Vec<u8> {
     let mut trailers = request.trailers.clone();
     trailers.sort();
@@ -103,7 +102,7 @@ fn those_of_a_request_reach_an_endpoint_of_http_1() {
         for protocol in Protocol::BOTH {
             assert_eq!(told(&gateway, protocol), "announced X-Sum; x-sum: 1, x-time: 2", "{mode} {protocol:?}");
         }
-        // A body that is held and has none is sent with its length.
+        // A buffered body without trailers is sent with its length.
         let mut client = gateway.client();
         client.send(post(""));
         let announced = if mode == "stream" { "X-Sum" } else { "none" };
@@ -188,7 +187,7 @@ fn they_pass_over_a_connection_that_is_kept_and_do_not_stay_on_it() {
         let mut client = gateway.client();
         client.send(post(&format!("X-Sum: {sum}\r\n")));
         assert_eq!(client.response().text(), format!("announced X-Sum; x-sum: {sum}"));
-        // One without any follows on the same connection.
+        // A request without trailers follows on the same connection.
         assert_eq!(client.get("/").text(), "announced none; ");
     }
     assert_eq!(origin.connections(), 1);

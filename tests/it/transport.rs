@@ -1,5 +1,4 @@
-//! How endpoints are connected to: TLS and who is trusted, unix sockets, the PROXY protocol, how long connections are
-//! kept.
+//! Connections to endpoints: TLS and trust, unix sockets, the PROXY protocol, and how long connections are kept.
 
 use serde_json::Value;
 
@@ -9,20 +8,20 @@ use crate::harness::metrics::Scrape;
 use crate::harness::secure::{Authority, Layers, Secure};
 use crate::harness::{Client, Gateway, H2Origin, Origin, Setup, eventually, ok};
 
-/// What the origin knows of the connection of one more request.
+/// The origin's facts about the connection of one more request.
 fn told(client: &mut Client) -> Value {
     let answer = client.get("/");
     assert_eq!(answer.status, 200, "{}", answer.text());
     serde_json::from_str(answer.text()).expect("the facts of a connection")
 }
 
-/// A gateway before an origin behind TLS, with these keys of `tls` besides the authority that it trusts.
+/// A gateway in front of a TLS origin, with its authority and these further `tls` keys.
 fn trusting(authority: &Authority, address: &str, keys: &str) -> Setup {
     let ca = authority.file();
     Setup::before_all(&[address]).upstream(&format!("tls: {{ ca: \"{}\"{keys} }}", ca.display()))
 }
 
-/// The gateway answers 502, because of TLS.
+/// Asserts that the gateway responds with 502 because of TLS.
 fn refuses(gateway: &Gateway) {
     assert_eq!(gateway.client().get("/").status, 502);
     assert_eq!(gateway.log_line().reason(), "connect.tls");
@@ -36,7 +35,7 @@ fn http_1_over_tls_asks_for_the_host_of_the_address_and_verifies_it() {
     let mut client = gateway.client();
     let tls = told(&mut client)["tls"].clone();
     assert_eq!((tls["name"].as_str(), tls["alpn"].as_str()), (Some("localhost"), Some("http/1.1")));
-    // That of `localhost` may have two addresses, the other of which is tried first.
+    // `localhost` may have two addresses, and the other one is tried first.
     let kept = told(&mut client)["connection"].clone();
     assert_eq!(told(&mut client)["connection"], kept, "it is kept, as one without TLS is");
 }

@@ -1,4 +1,4 @@
-//! What a client may say in its header, and that nothing of it switches a protection off.
+//! Request headers of clients never turn off a protection.
 
 use std::collections::BTreeSet;
 use std::io::Write;
@@ -18,8 +18,8 @@ use crate::harness::{
     Ask, Client, End, Gateway, H2Client, H2Origin, Origin, Protocol, Setup, eventually, may_open_files, ms, ok,
 };
 
-/// What clients write into a header to be treated otherwise: lines, each with its CRLF. A body in chunks follows where
-/// no framing is said.
+/// Header lines with CRLF that clients might use to be treated differently. If they have no framing, a chunked body
+/// follows.
 const TRIES: &[(&str, &[&str])] = &[
     ("Accept", &["Accept: application/json\r\n"]),
     ("Connection", &["Connection: close\r\n", "Connection: X-Own\r\nX-Own: 1\r\n", "Connection: upgrade\r\n"]),
@@ -69,7 +69,7 @@ const TRIES: &[(&str, &[&str])] = &[
             "x.accel.buffering: no\r\n",
         ],
     ),
-    // What means something in an answer means nothing in a request.
+    // Fields with a meaning only in responses are ignored in requests.
     (
         "",
         &[
@@ -82,7 +82,7 @@ const TRIES: &[(&str, &[&str])] = &[
 
 const CLIENTS: usize = 1_000;
 
-/// How often an endpoint was chosen.
+/// The counter of endpoint selections.
 const SELECTIONS: &str = "forebay_upstream_selections_total";
 
 fn tries() -> impl Iterator<Item = &'static str> + Clone {
@@ -102,7 +102,7 @@ fn the_manual_has_the_table_and_the_walk_has_each_row_of_it() {
     }
 }
 
-/// An address of this machine's loopback, another one for each ten clients.
+/// A loopback address, shared by ten clients each.
 fn from(number: usize) -> SocketAddr {
     let number = u8::try_from(1 + number / 10).expect("few enough");
     SocketAddr::new(IpAddr::V4(Ipv4Addr::new(127, 0, 1, number)), 0)
@@ -116,8 +116,8 @@ fn connected(number: usize, address: SocketAddr) -> TcpStream {
     socket.into()
 }
 
-/// Every client is waited for in the phase `buffer`, no endpoint was chosen for any of them, and somebody else is
-/// served.
+/// Asserts that the gateway waits for every client in the phase `buffer`, no endpoint was chosen for them, and
+/// another client is served.
 fn none_holds_an_endpoint(gateway: &Gateway, origin: &Origin) {
     gateway.wait_metric("forebay_phase_active{phase=\"buffer\"}", |count| count == CLIENTS as f64);
     assert_eq!((gateway.metric(SELECTIONS), origin.connections()), (0.0, 0));
@@ -140,7 +140,7 @@ fn a_thousand_clients_that_send_a_byte_a_second_hold_no_endpoint_over_http_1_wha
         client
     };
     let mut clients: Vec<_> = tries().cycle().take(CLIENTS).enumerate().map(|(n, lines)| begin(n, lines)).collect();
-    // The size of a chunk, and then the chunk, if it is one.
+    // A chunk size, then the chunk.
     for byte in "ff\r\n".bytes().chain([b'x'; 2]) {
         clients.iter_mut().for_each(|client| client.write_all(&[byte]).expect("the gateway to listen"));
         std::thread::sleep(ms(if byte == b'x' { 1_000 } else { 0 }));
@@ -168,7 +168,7 @@ fn a_thousand_clients_that_send_a_byte_a_second_hold_no_endpoint_over_http_2_wha
                 let mut request = http::Request::post("http://test/");
                 for line in lines.split("\r\n").filter(|line| !line.is_empty()) {
                     let (name, value) = line.split_once(": ").expect("a field");
-                    // RFC 9113 §8.2.2: these make a request of HTTP/2 malformed.
+                    // RFC 9113 §8.2.2: these fields make an HTTP/2 request malformed.
                     let of_http1 = ["connection", "keep-alive", "proxy-connection", "upgrade", "transfer-encoding"];
                     let te = name == "TE" && value != "trailers";
                     if !te && !of_http1.contains(&&*name.to_ascii_lowercase()) {
@@ -200,7 +200,7 @@ fn a_websocket_that_the_backend_does_not_speak_is_an_exchange_like_any_other() {
     let gateway = Setup::before_all(&[origin.address()]).route("buffering: { response: { memory: 4MiB } }").start();
     let mut slow = Client::slow(gateway.web());
     slow.send(request("GET", "/bytes/2000000", UPGRADE, ""));
-    // The endpoint is released with the last byte of its answer, of which the client has taken next to nothing.
+    // The endpoint is released with the last byte of its response, of which the client has read almost nothing.
     gateway.wait_phase(Phase::Write);
     eventually("the backend to be free", || (origin.busy() == 0).then_some(()));
     assert_eq!((slow.response().body.len(), slow.get("/headers").status), (2_000_000, 200));
@@ -367,7 +367,7 @@ fn a_chain_of_proxies_goes_on_in_the_format_that_is_written() {
     assert_eq!(gateway.log_line().text("client"), "2001:db8::1");
 }
 
-/// The routes `admin`, which is closed, `files`, which is rewritten, and `all`.
+/// The routes `admin`, which refuses all requests, `files`, which rewrites, and `all`.
 fn guarded(origin: &Origin) -> Setup {
     Setup::before(origin).listener("protocols: [http1, h2c]").routes(
         "{ name: admin, match: { path: { prefix: /admin } }, filters: [ { respond: { status: 403 } } ] }\n\

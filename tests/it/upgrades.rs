@@ -1,5 +1,5 @@
-//! Other protocols than HTTP on a client's connection: which pass, and what a tunnel is once an endpoint has agreed to
-//! one.
+//! Upgrades from HTTP to other protocols: which are allowed, and how the tunnel behaves once an endpoint has
+//! accepted one.
 
 use std::thread;
 
@@ -15,7 +15,7 @@ fn agreeing(protocol: &str) -> String {
     format!("HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: {protocol}\r\n\r\n")
 }
 
-/// What an endpoint hears of an upgrade.
+/// An origin that returns the upgrade it received.
 fn echo() -> Origin {
     Origin::answering(|request| {
         let field = |name| request.value(name).unwrap_or("none").to_owned();
@@ -86,7 +86,7 @@ fn a_426_names_the_protocols_that_it_requires() {
         Content-Length: 3\r\n\r\nno.";
     let origin = Origin::answering(move |_| required.into());
     let gateway = Setup::before(&origin).listener("protocols: [http1, h2c]").route("upgrades: [tcp]").start();
-    // The one goes by the gateway's own sessions, the other by one that might have become a tunnel.
+    // One uses the gateway's own session, the other a session that might have become a tunnel.
     for asked in [request("GET", "/", "", ""), asking("GET", "tcp", "").into_bytes()] {
         let mut client = gateway.client();
         for _ in 0..2 {
@@ -163,7 +163,7 @@ fn behind_a_101_there_is_nothing_but_the_tunnel() {
             assert_eq!(client.bytes(5), b"first");
             (client, connection)
         };
-        // The endpoint breaks off, closes, or is silent for too long.
+        // The endpoint resets, closes, or is silent for too long.
         let (mut client, connection) = begin();
         connection.reset();
         assert_eq!(client.rest(), b"", "{protocol}, reset");
@@ -173,7 +173,7 @@ fn behind_a_101_there_is_nothing_but_the_tunnel() {
         let (mut client, mut connection) = begin();
         assert_eq!(client.rest(), b"", "{protocol}, silent");
         connection.closed();
-        // So does the client.
+        // The client does the same.
         let (client, mut connection) = begin();
         client.reset();
         connection.closed();
@@ -181,7 +181,7 @@ fn behind_a_101_there_is_nothing_but_the_tunnel() {
     gateway.wait_at_rest();
 }
 
-/// Wholly there and back, whoever ends first.
+/// Both directions are complete, whichever side ends first.
 #[test]
 fn each_direction_of_a_tunnel_ends_by_itself() {
     const MUCH: usize = 3 << 20;
@@ -203,7 +203,7 @@ fn each_direction_of_a_tunnel_ends_by_itself() {
     };
     let body: Vec<u8> = (0..MUCH).map(|n| (n / 7) as u8).collect();
 
-    // The input of a program is over before it says anything.
+    // A program's input ends before it writes anything.
     for greeting in ["", "ready"] {
         let (mut client, mut connection) = begin(greeting);
         client.send("input");
@@ -219,7 +219,7 @@ fn each_direction_of_a_tunnel_ends_by_itself() {
         assert_eq!(client.rest(), b"");
     }
 
-    // The endpoint has said all, and takes what comes.
+    // The endpoint ends its direction and keeps reading.
     for greeting in ["", "bye"] {
         let (mut client, mut connection) = begin(greeting);
         connection.send("last words").expect("the gateway takes it");

@@ -1,4 +1,4 @@
-//! `/upstreams` and the metrics of endpoints: what an operator sees of them, and what he may order.
+//! `/upstreams` and endpoint metrics: what operators see, and the operations on endpoints.
 
 use std::net::SocketAddr;
 
@@ -23,13 +23,13 @@ fn endpoint(admin: SocketAddr, address: impl ToString) -> EndpointDetail {
     found.unwrap_or_else(|| panic!("no {address}"))
 }
 
-/// Orders something of an endpoint.
+/// Runs an operation on an endpoint.
 fn order(admin: SocketAddr, endpoint: impl ToString, what: &str) -> Response {
     let path = format!("/upstreams/app/endpoints/{}/{what}", endpoint.to_string());
     Client::connect(admin).ask("POST", &path, "", "")
 }
 
-/// Who answers each of so many requests.
+/// The origins that respond to this many requests.
 fn answers(gateway: &Gateway, count: usize) -> String {
     let mut client = gateway.client();
     (0..count).map(|_| client.get("/").text().to_owned()).collect()

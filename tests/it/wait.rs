@@ -1,4 +1,4 @@
-//! The request is out, the answer is awaited: backends that hang, drip, lie or die, and clients that do not wait.
+//! Waiting for responses: backends that hang, drip, misbehave or close, and clients that leave.
 
 use forebay::phase::Phase;
 
@@ -7,7 +7,7 @@ use crate::harness::gateway::Watched;
 use crate::harness::origin::Connection;
 use crate::harness::{Gateway, Origin, Setup, ms, ok};
 
-/// What the client gets when the backend does this with a request, and the reason in the log.
+/// The client's response and the logged reason if the backend handles a request like this.
 fn answered(play: impl FnOnce(Connection)) -> (u16, String) {
     let origin = Origin::scripted();
     let (gateway, mut client, connection) = Setup::before(&origin).asked(&origin);
@@ -145,7 +145,7 @@ fn an_endpoint_that_breaks_the_rules_of_http_2_has_not_closed_its_connection() {
         [&[0, 0, length, kind, flags, 0, 0, 0, stream][..], payload].concat()
     }
     let settings = frame(4, 0, 0, b"");
-    // `:status: 200` by its place in the table of RFC 7541, and `content-length: 10`.
+    // `:status: 200` by its index in RFC 7541's table, and `content-length: 10`.
     let header = b"\x88\x0f\x0d\x0210";
     let short = [settings.clone(), frame(1, 4, 1, header), frame(0, 1, 1, b"four")].concat();
     let without_status = [settings, frame(1, 5, 1, &header[1..])].concat();
@@ -154,7 +154,7 @@ fn an_endpoint_that_breaks_the_rules_of_http_2_has_not_closed_its_connection() {
     {
         let origin = Origin::playing(move |mut connection| {
             connection.bytes(24);
-            // Settings, and whatever else there is before the header of the request.
+            // Skips settings and other frames before the request header.
             while {
                 let frame = connection.bytes(9);
                 connection.bytes(usize::from(frame[1]) << 8 | usize::from(frame[2]));

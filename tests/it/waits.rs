@@ -1,9 +1,9 @@
-//! Whatever an exchange waits for, it notices that its client has left, that the other side takes too long, and that
-//! the gateway's time is over.
+//! Wherever an exchange waits, it notices that its client has left, that the other side takes too long, and that
+//! the gateway stops.
 //!
-//! [`Place`] is every place in which an exchange waits. Each test brings an exchange there, with all deadlines far away
-//! but the one that it is about. What passes by `party/wait.rs` has a deadline and an eye on its client by its type;
-//! the last test looks for what goes round it.
+//! [`Place`] lists all places where an exchange waits. Each test brings an exchange there, with only the tested
+//! deadline nearby. Waits through `party/wait.rs` have a deadline and observe the client by their type; the last
+//! test finds waits that bypass it.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -29,31 +29,31 @@ const MIB: usize = 1 << 20;
 enum Place {
     /// For the rest of its header.
     Header,
-    /// For the rest of its body, which is held back.
+    /// For the rest of its body, which is buffered.
     Body,
     /// For memory, to hold more of its body.
     Memory,
     /// For the disk, to hold more of its body.
     UploadToDisk,
-    /// For an endpoint that has room.
+    /// For an endpoint below its limits.
     Queue,
-    /// Until it is tried again.
+    /// For the next attempt.
     Backoff,
     /// For a connection.
     Connect,
-    /// For an endpoint that takes no more of its body.
+    /// For an endpoint that reads no more of its body.
     Send,
-    /// For the answer.
+    /// For the response.
     Wait,
-    /// For the rest of the answer.
+    /// For the rest of the response.
     Receive,
-    /// For the disk, to hold an answer until it is whole.
+    /// For the disk, with full response buffering.
     AnswerToDisk,
-    /// For leave to send more, by a maximum rate.
+    /// For the maximum rate to allow more.
     Throttle,
-    /// For its client to take more.
+    /// For its client to read more.
     Write,
-    /// For the disk, to give back what is held of the answer.
+    /// For the disk, to read back the buffered response.
     AnswerFromDisk,
 }
 
@@ -91,7 +91,7 @@ impl Place {
         }
     }
 
-    /// What is asked for.
+    /// The path to request.
     fn path(self) -> &'static str {
         match self {
             AnswerToDisk | Write | AnswerFromDisk => "/bytes/8MiB",
@@ -105,25 +105,25 @@ impl Place {
     }
 }
 
-/// Who waits there.
+/// A client at such a place.
 enum Someone {
     One(Client),
     Two { client: H2Client, response: Option<ResponseFuture>, body: SendStream<Bytes> },
 }
 
-/// How a client goes away.
+/// How a client leaves.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Leaving {
-    /// It closes its connection in good order.
+    /// Closes its connection.
     Fin,
     Reset,
-    /// It resets, and has sent a byte of its next request before.
+    /// Sends a byte of its next request, then resets.
     ResetBehindAByte,
-    /// It resets its stream alone.
+    /// Resets only its stream.
     Stream,
 }
 
-/// Deadlines that are not far away: of the listener, of the upstream, of the route, of the resources, of a stop.
+/// Deadlines that are nearby: of the listener, the upstream, the route, the resources, the stop.
 #[derive(Clone, Copy, Default)]
 struct Near {
     header: Option<&'static str>,
@@ -132,14 +132,14 @@ struct Near {
     queue: Option<&'static str>,
     pause: Option<&'static str>,
     stop: Option<&'static str>,
-    /// A client that closes its sending side behind its request is gone.
+    /// A client that shuts down its sending side after its request is gone.
     aborts: bool,
 }
 
-/// A program, what stands behind it, and what keeps an exchange waiting.
+/// A program, its backends, and whatever blocks an exchange.
 struct Scene {
     place: Place,
-    /// Goes on before the program ends, which else waits for its threads.
+    /// Continues before the program ends, which otherwise waits for its threads.
     disk: Option<StillDisk>,
     process: Process,
     origin: Origin,
@@ -149,11 +149,11 @@ struct Scene {
     _silent: Option<Closed>,
 }
 
-/// What keeps others waiting.
+/// The exchanges that block others.
 const OTHERS: [&str; 2] = ["/first", "/bytes/32MiB"];
 
 impl Scene {
-    /// One with all deadlines far away but those that are `near`.
+    /// A scene where only the deadlines in `near` are nearby.
     fn set(place: Place, near: Near) -> Scene {
         let (origin, built_in) = (Origin::scripted(), built_in());
         let silent = (place == Connect).then(Closed::silent);
@@ -195,8 +195,8 @@ impl Scene {
         Scene { place, process, origin, kept, others, disk, _built_in: built_in, _silent: silent }
     }
 
-    /// Nothing is held any more but what keeps others waiting, and the connection of a client that has given up its
-    /// stream alone.
+    /// Asserts that everything is released, except what blocks others and the connection of a client that has reset
+    /// only its stream.
     fn is_left(&mut self, connection: bool) {
         let others = self.others.len() as f64;
         if !connection {
@@ -210,15 +210,15 @@ impl Scene {
             self.process.wait_metric("forebay_spool_bytes", |bytes| bytes == 0.0);
         }
         if matches!(self.place, Wait | Receive | Send) {
-            // Nobody waits for what its endpoint would say.
+            // No client waits for this endpoint's response.
             self.kept.pop().expect("its connection").into_wire().rest();
         }
     }
 
-    /// Brings somebody there, and waits until the exchange is there.
+    /// Brings a client there, and waits until its exchange is there.
     fn enter(&mut self, protocol: Protocol) -> Someone {
         let someone = self.approach(protocol);
-        // A pause that was seen may be over already.
+        // A pause that was seen may already be over.
         if !matches!(self.place, AnswerFromDisk | Backoff) {
             self.process.wait_phase(self.place.phase());
         }
@@ -230,7 +230,7 @@ impl Scene {
         someone
     }
 
-    /// Has somebody do what leads there.
+    /// Lets a client do what leads there.
     fn approach(&mut self, protocol: Protocol) -> Someone {
         if self.place == Queue && self.kept.is_empty() {
             let mut first = self.process.client();
@@ -247,7 +247,7 @@ impl Scene {
         let mut someone = self.ask(protocol);
         match self.place {
             Wait | Receive | Send => self.kept.push(self.origin.accept()),
-            // The pause may be short, and then there is another attempt.
+            // The pause may be short, and is followed by another attempt.
             Backoff => eventually("a pause", || {
                 self.origin.try_accept().into_iter().for_each(Connection::reset);
                 (self.process.metric("forebay_phase_active{phase=\"select\"}") >= 1.0).then_some(())
@@ -272,7 +272,7 @@ impl Scene {
         someone
     }
 
-    /// Somebody who takes nothing of an answer takes all memory there is.
+    /// A client that reads nothing of its response uses all memory.
     fn hoard(&mut self) {
         let mut client = Client::slow(self.process.web());
         client.send(request("GET", OTHERS[1], "", ""));
@@ -299,7 +299,7 @@ impl Scene {
                     client.send(format!("POST {path} HTTP/1.1\r\nHost: test\r\n{chunked}\r\n\r\n3000000\r\n"));
                     match self.place {
                         Body => client.send("some"),
-                        // So little that the kernel takes it, and an end behind it.
+                        // Little enough for the kernel to buffer it with the end behind it.
                         Memory => client.send(vec![b'x'; 48 << 10]),
                         _ => client.fill(&vec![b'x'; 256 << 10]),
                     }
@@ -324,7 +324,7 @@ impl Scene {
 }
 
 impl Someone {
-    /// Reads up to so many bytes, until the gateway has to ask the disk for more.
+    /// Reads up to this many bytes, until the gateway needs the disk for more.
     fn take(&mut self, most: usize, process: &Process) {
         let asks = || process.metric("forebay_disk_queue") >= 1.0;
         match self {
@@ -354,7 +354,7 @@ impl Someone {
 }
 
 impl Someone {
-    /// Goes away; its connection, if that stays.
+    /// Leaves; returns the connection if it stays open.
     fn leave(self, how: Leaving) -> Option<Someone> {
         match (self, how) {
             (someone, Leaving::Fin) => drop(someone),
@@ -373,8 +373,8 @@ impl Someone {
     }
 }
 
-/// How a client of a place can leave so that it must be noticed. The end of a connection behind more bytes than the
-/// kernel takes in does not come before there is room for them.
+/// How a client at this place can leave noticeably. The end of a connection behind more bytes than the kernel
+/// buffers arrives only when there is room for them.
 fn leavings(place: Place) -> Vec<(Protocol, Leaving)> {
     let mut all = vec![(Protocol::Http1, Leaving::Reset), (Protocol::Http2, Leaving::Reset)];
     all.push((Protocol::Http2, Leaving::Fin));
@@ -399,13 +399,13 @@ fn notices_that_its_client_leaves(place: Place) {
         let stays = someone.leave(how);
         scene.is_left(stays.is_some());
         println!("{place:?}, {protocol:?}, {how:?}: nothing is held after {:?}", begun.elapsed());
-        // The deadlines are a minute. A reset is looked for four times a second; the rest is for a busy machine.
+        // The deadlines are a minute. A reset is checked four times a second; the rest is for a busy machine.
         assert!(begun.elapsed() < ms(10_000), "{place:?}, {protocol:?}, {how:?}: {:?}", begun.elapsed());
         if place == AnswerFromDisk {
             scene.disk = None;
         }
     }
-    // Nobody has asked for anything with half a header, or half a preface.
+    // With an incomplete header or preface there is no request to log.
     let logged = if place == Header { 0 } else { leavings.len() };
     for line in scene.process.log_lines(logged) {
         assert!(line.reason().ends_with(".aborted"), "{place:?}: {}", line.reason());
@@ -464,7 +464,7 @@ fn ends_and_is_logged_when_the_time_of_a_stop_is_over(place: Place) {
         let _someone = scene.enter(protocol);
         let begun = Instant::now();
         scene.process.signal(libc::SIGTERM);
-        // A disk that stands still holds up the end of the process as well.
+        // A blocked disk also delays the end of the process.
         let lines = scene.process.log_lines(1 + scene.others.len());
         println!("{place:?}, {protocol:?}: logged after {:?}", begun.elapsed());
         assert!(begun.elapsed() < ms(10_000), "{place:?}, {protocol:?}: {:?}", begun.elapsed());
@@ -542,7 +542,7 @@ fn a_client_that_leaves_half_a_body_is_noticed_while_nobody_reads_from_it() {
     assert!(process.log_lines(7).iter().all(|line| line.reason() == "send.aborted"));
 }
 
-/// What waits in the source without the type for it, by file: how often, and why that is right.
+/// Waits in the source without that type, by file: their number, and why they are right.
 const WAITS: &[(&str, usize, &str)] = &[
     ("acme.rs", 2, "the pauses of a background task"),
     ("acme/order.rs", 4, "`Issuers` bounds an order as a whole; a list of an answer that is here"),
@@ -609,7 +609,7 @@ fn nothing_waits_without_a_deadline_and_an_eye_on_its_client() {
     let waits = Regex::new(&waits.join("|")).expect("a pattern");
     let mut found: BTreeMap<String, Vec<String>> = BTreeMap::new();
     let tests = Regex::new(r"#\[cfg\(test\)\][^;{]*\{").expect("a pattern");
-    // The other programs of the binary have no clients.
+    // The other programs in the binary have no clients.
     for file in sources(&source)
         .into_iter()
         .filter(|file| !["cli", "origin", "origin.rs"].iter().any(|other| file.starts_with(source.join(other))))

@@ -1,4 +1,4 @@
-//! WebSockets over HTTP/2 (RFC 8441): frame by frame, and as a browser opens them.
+//! WebSockets over HTTP/2 (RFC 8441): frame by frame, and with a browser.
 
 use crate::harness::browser::Browser;
 use crate::harness::frames::{END_HEADERS, END_STREAM, Frame, Frames, code, kind};
@@ -8,9 +8,9 @@ use crate::harness::secure::Authority;
 use crate::harness::tls::pair;
 use crate::harness::{Gateway, Origin, Setup, eventually, ok};
 
-/// The setting that says that an extended CONNECT may come (RFC 8441 §3).
+/// SETTINGS_ENABLE_CONNECT_PROTOCOL (RFC 8441 §3).
 const ENABLE_CONNECT_PROTOCOL: [u8; 6] = [0, 8, 0, 0, 0, 1];
-/// Frames of a WebSocket (RFC 6455 §5.2): a text, bytes and the farewell, all of them final.
+/// WebSocket frames (RFC 6455 §5.2): text, binary and close, all final.
 const TEXT: u8 = 0x81;
 const BINARY: u8 = 0x82;
 const CLOSE: u8 = 0x88;
@@ -29,7 +29,7 @@ fn connect(stream: u32, protocol: &str, path: &str, more: &[(&str, &str)]) -> Fr
     Frame::new(kind::HEADERS, END_HEADERS, stream, block)
 }
 
-/// A frame of a client, which is masked.
+/// A masked client frame.
 fn masked(opcode: u8, payload: &[u8]) -> Vec<u8> {
     const MASK: [u8; 4] = [1, 2, 3, 4];
     let length = match payload.len() {
@@ -40,7 +40,7 @@ fn masked(opcode: u8, payload: &[u8]) -> Vec<u8> {
     [vec![opcode], length, MASK.to_vec(), hidden].concat()
 }
 
-/// A client that has credit for all that may come, on a connection whose gateway offers WebSockets.
+/// A client with enough credit, on a connection whose gateway offers WebSockets.
 fn client(gateway: &Gateway) -> Frames {
     let mut client = Frames::connect(gateway.web());
     let settings = client.until(kind::SETTINGS).payload;
@@ -49,14 +49,14 @@ fn client(gateway: &Gateway) -> Frames {
     client
 }
 
-/// The status on a stream, and whether that is all.
+/// The status on a stream, and whether the stream has ended.
 fn status(client: &mut Frames, stream: u32) -> (Option<u16>, bool) {
     let answer = client.until(kind::HEADERS);
     assert_eq!(answer.stream, stream);
     (answer.status(), answer.ends_stream())
 }
 
-/// So many bytes of DATA on this stream.
+/// This many bytes of DATA on this stream.
 fn data(client: &mut Frames, stream: u32, count: usize) -> Vec<u8> {
     let mut data = Vec::new();
     while data.len() < count {
@@ -79,7 +79,7 @@ fn a_websocket_comes_over_a_stream_beside_other_requests() {
     client.send(&Frame::new(kind::DATA, 0, 1, masked(TEXT, b"hello")));
     assert_eq!(data(&mut client, 1, 7), [&[TEXT, 5][..], b"hello"].concat());
 
-    // One that is larger than a window, in pieces.
+    // A message larger than a window, in several frames.
     let large: Vec<u8> = (0..60_000_u32).map(|n| (n % 251) as u8).collect();
     for piece in masked(BINARY, &large).chunks(10_000) {
         client.send(&Frame::new(kind::DATA, 0, 1, piece));
@@ -88,7 +88,7 @@ fn a_websocket_comes_over_a_stream_beside_other_requests() {
     assert_eq!(&came[..4], [&[BINARY, 126][..], &(large.len() as u16).to_be_bytes()].concat());
     assert!(came[4..] == large);
 
-    // Another request of the connection is served meanwhile.
+    // Another request on the connection is served meanwhile.
     client.send(&Frame::get(3));
     assert_eq!(status(&mut client, 3).0, Some(200));
     while !client.next().expect("the rest of its answer").ends_stream() {}
@@ -132,7 +132,7 @@ fn what_does_not_become_a_websocket_is_never_taken_for_one() {
     assert_eq!(status(&mut client, 5), (Some(404), false));
     assert_eq!(data(&mut client, 5, 8), b"not here");
 
-    // A 200 would say that the WebSocket stands.
+    // A 200 would mean that the WebSocket is open.
     client.send(&connect(7, "websocket", "/here", &[]));
     assert_eq!(status(&mut client, 7).0, Some(502));
     assert_eq!(gateway.log_line_of_status(502).reason(), "wait.malformed");
@@ -152,7 +152,7 @@ fn a_filter_and_a_route_decide_on_websockets_over_http_2_too() {
     let mut client = client(&gateway);
     client.send(&connect(1, "websocket", "/closed", &[]));
     assert_eq!(status(&mut client, 1).0, Some(403));
-    // Without `Upgrade` the endpoint asks for one.
+    // Without `Upgrade`, the endpoint requires one.
     client.send(&connect(3, "websocket", "/websocket", &[]));
     assert_eq!(status(&mut client, 3).0, Some(426));
     gateway.wait_at_rest();

@@ -1,4 +1,4 @@
-//! The answer goes to the client: slow ones get all of it, those that stop reading are cut.
+//! Writing responses: slow clients get all of it, clients that stop reading are cut off.
 
 use crate::harness::client::request;
 use crate::harness::gateway::Watched;

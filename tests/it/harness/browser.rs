@@ -1,4 +1,4 @@
-//! A real browser: headless Chromium, which is told what to do by the DevTools protocol.
+//! A real browser: headless Chromium, controlled through the DevTools protocol.
 
 use std::io::{BufRead, BufReader};
 use std::net::TcpStream;
@@ -20,18 +20,18 @@ pub struct Browser {
     socket: WebSocket<TcpStream>,
     calls: u64,
     page: String,
-    /// What the page complained of: errors on the console, exceptions, what was blocked or could not be had.
+    /// Errors of the page: console errors, exceptions, blocked or missing resources.
     complaints: Vec<String>,
     _profile: TempDir,
 }
 
 impl Browser {
-    /// Starts one, with an empty page.
+    /// Starts a browser with an empty page.
     pub fn start() -> Browser {
         let profile = tempfile::tempdir().expect("a directory");
         let mut command = Command::new("chromium");
         command.args(["--headless", "--disable-gpu", "--no-first-run", "--disable-extensions", "--hide-scrollbars"]);
-        // In a container it has neither a large /dev/shm nor namespaces of its own; all that it shows is ours.
+        // Containers lack a large /dev/shm and user namespaces; all pages are our own.
         command.args(["--disable-dev-shm-usage", "--no-sandbox", "--remote-debugging-port=0"]);
         command.arg(format!("--user-data-dir={}", profile.path().display())).arg("about:blank");
         let spawned = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped()).spawn();
@@ -53,7 +53,7 @@ impl Browser {
         browser
     }
 
-    /// Takes any certificate.
+    /// Accepts any certificate.
     pub fn trust_anybody(&mut self) {
         self.call("Security.setIgnoreCertificateErrors", json!({ "ignore": true }));
     }
@@ -64,33 +64,33 @@ impl Browser {
         assert!(gone["errorText"].is_null(), "{address}: {gone}");
     }
 
-    /// A window of this size; `phone`: with the pixels and the manners of one.
+    /// Sets the window size; `phone`: emulates a phone.
     pub fn window(&mut self, width: u32, height: u32, phone: bool) {
         let scale = if phone { 2 } else { 1 };
         let metrics = json!({ "width": width, "height": height, "deviceScaleFactor": scale, "mobile": phone });
         self.call("Emulation.setDeviceMetricsOverride", metrics);
     }
 
-    /// What the user prefers: `dark` or `light`.
+    /// Sets the preferred colour scheme: `dark` or `light`.
     pub fn scheme(&mut self, scheme: &str) {
         let features = json!([{ "name": "prefers-color-scheme", "value": scheme }]);
         self.call("Emulation.setEmulatedMedia", json!({ "features": features }));
     }
 
-    /// What this JavaScript comes to on the page; `null` if it fails.
+    /// The result of this JavaScript on the page; `null` if it fails.
     pub fn eval(&mut self, script: &str) -> Value {
         let arguments = json!({ "expression": script, "returnByValue": true });
         let mut answer = self.call("Runtime.evaluate", arguments);
         answer["result"]["value"].take()
     }
 
-    /// The text of the first element that this selects; empty if there is none.
+    /// The text of the first matching element; empty if there is none.
     pub fn text(&mut self, selector: &str) -> String {
         let script = format!("(document.querySelector({selector:?}) || {{}}).textContent");
         self.eval(&script).as_str().unwrap_or_default().to_owned()
     }
 
-    /// Waits until the text of an element is as wanted, and gives it.
+    /// Waits until the text of an element satisfies `wanted`, and returns it.
     pub fn wait_text(&mut self, selector: &str, wanted: impl Fn(&str) -> bool) -> String {
         let mut last = String::new();
         let started = Instant::now();
@@ -107,13 +107,13 @@ impl Browser {
         )
     }
 
-    /// The page as PNG: the whole of it, or what is in the window.
+    /// A PNG of the page: all of it, or the visible part.
     pub fn picture(&mut self, whole: bool) -> Vec<u8> {
         let picture = self.call("Page.captureScreenshot", json!({ "format": "png", "captureBeyondViewport": whole }));
         STANDARD.decode(picture["data"].as_str().expect("a picture")).expect("base64")
     }
 
-    /// What the page complained of so far.
+    /// The errors of the page so far.
     pub fn complaints(&mut self) -> Vec<String> {
         self.eval("1");
         std::mem::take(&mut self.complaints)
@@ -142,7 +142,7 @@ impl Browser {
     }
 }
 
-/// What this event has to complain of.
+/// The error in this event.
 fn complaint(event: &Value) -> Option<String> {
     let of = &event["params"];
     match event["method"].as_str()? {
@@ -155,7 +155,7 @@ fn complaint(event: &Value) -> Option<String> {
     }
 }
 
-/// Where it can be told what to do: `DevTools listening on ws://…`, on standard error.
+/// The DevTools address from standard error: `DevTools listening on ws://…`.
 fn devtools(child: &mut Child) -> String {
     let stderr = BufReader::new(child.stderr.take().expect("its standard error"));
     let (said, heard) = mpsc::channel();
@@ -167,13 +167,13 @@ fn devtools(child: &mut Child) -> String {
             }
         }
     });
-    // It is a large program, and starts several processes.
+    // It is a large program and starts several processes.
     heard.recv_timeout(4 * DEADLINE).expect("the browser to start")
 }
 
 impl Drop for Browser {
     fn drop(&mut self) {
-        // Its own processes go with it if it is asked, and at the latest when it is gone.
+        // Its child processes end when it is asked to close, or when it is gone.
         let close = json!({ "id": 0, "method": "Browser.close" });
         if self.socket.send(Message::text(close.to_string())).is_ok() {
             let asked = Instant::now();

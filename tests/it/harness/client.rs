@@ -1,4 +1,4 @@
-//! The client of a story: one that sends what it is told, as slowly as it is told, and reads as little as it likes.
+//! The client of a story: it sends and reads exactly what the story says, at the story's pace.
 
 use std::future::poll_fn;
 use std::net::{IpAddr, SocketAddr};
@@ -16,10 +16,10 @@ use tokio::runtime::{Builder, Runtime};
 use super::wire::{End, Response, Wire};
 use super::{DEADLINE, eventually};
 
-/// The largest segment that a slow client takes.
+/// The maximum segment size of a slow client.
 const SEGMENT_BYTES: u32 = 1400;
 
-/// A client on one connection of HTTP/1.
+/// A client on one HTTP/1 connection.
 pub struct Client {
     wire: Wire,
 }
@@ -30,17 +30,17 @@ impl Client {
         Client::with(address, None, None)
     }
 
-    /// Connects from an address of this machine: all of 127.0.0.0/8 is.
+    /// Connects from this local address: all of 127.0.0.0/8 is local.
     pub fn from(own: impl Into<IpAddr>, address: SocketAddr) -> Client {
         Client::with(address, Some(own.into()), None)
     }
 
-    /// Connects with the smallest receive buffer that the kernel grants: what it does not read stays with the gateway.
+    /// Connects with the smallest receive buffer of the kernel, so that unread data stays in the gateway.
     pub fn slow(address: SocketAddr) -> Client {
         Client::with(address, None, Some(1))
     }
 
-    /// The same with a receive buffer of so many bytes, which the kernel doubles.
+    /// The same with a receive buffer of this size, which the kernel doubles.
     pub fn with_receive_buffer(address: SocketAddr, bytes: usize) -> Client {
         Client::with(address, None, Some(bytes))
     }
@@ -50,7 +50,7 @@ impl Client {
         Client { wire: Wire::new(UnixStream::connect(path).expect("the unix socket to accept")) }
     }
 
-    /// Connects, from this address and with this receive buffer if one is named.
+    /// Connects with this local address and receive buffer, if given.
     pub fn with(address: SocketAddr, own: Option<IpAddr>, receive_buffer: Option<usize>) -> Client {
         Client { wire: Wire::new(connected(address, own, receive_buffer)) }
     }
@@ -73,56 +73,55 @@ impl Client {
         self.wire.send(bytes).expect("the gateway to take bytes");
     }
 
-    /// Sends it, whether or not the gateway is still there.
+    /// Sends, even if the gateway has gone.
     pub fn try_send(&mut self, bytes: impl AsRef<[u8]>) -> bool {
         self.wire.send(bytes).is_ok()
     }
 
-    /// Sends one byte at a time with a pause between, until the gateway says something; whether all was sent.
+    /// Sends byte by byte with pauses until the gateway responds; returns whether all was sent.
     pub fn drip(&mut self, bytes: impl AsRef<[u8]>, pause: Duration) -> bool {
         self.wire.drip(bytes, pause)
     }
 
-    /// Sends this again and again, until the gateway takes nothing for a while.
+    /// Sends this repeatedly until the gateway accepts nothing for a while.
     pub fn fill(&mut self, piece: &[u8]) {
         self.wire.fill_up(piece);
     }
 
-    /// What there is to read now, once there is something.
+    /// The available bytes, once there are any.
     pub fn what_is_there(&mut self) -> Vec<u8> {
         self.wire.what_is_there()
     }
 
-    /// Whether the gateway has said nothing by now that was not read.
+    /// Whether there are no unread bytes from the gateway.
     pub fn is_silent(&mut self) -> bool {
         self.wire.is_silent()
     }
 
-    /// Does nothing for a while. This is what the gateway has to bear, never a wait for it.
+    /// Pauses. Use it to simulate a slow client, never to wait for the gateway.
     pub fn dawdle(&mut self, pause: Duration) {
         std::thread::sleep(pause);
     }
 
-    /// Asks for a path and reads the answer.
+    /// Requests a path and reads the response.
     pub fn get(&mut self, path: &str) -> Response {
         self.ask("GET", path, "", "")
     }
 
-    /// Sends a request, its body with its length, and reads the answer. `fields` are header lines with their CRLF.
+    /// Sends a request with a Content-Length body and reads the response. `fields` are header lines with CRLF.
     pub fn ask(&mut self, method: &str, path: &str, fields: &str, body: impl AsRef<[u8]>) -> Response {
         self.send(request(method, path, fields, body));
         self.response_to(method)
     }
 
-    /// Reads the answer to a request with a method other than HEAD.
+    /// Reads the response to a request with a method other than HEAD.
     pub fn response(&mut self) -> Response {
         self.response_to("GET")
     }
 
-    /// Reads the answer to a request with this method; an interim one (1xx) is one of its own.
+    /// Reads the response to a request with this method; each interim response (1xx) counts as one.
     ///
-    /// # Panics
-    /// If the connection ends before its header is there.
+    /// # Panics If the connection ends before the header.
     pub fn response_to(&mut self, method: &str) -> Response {
         self.try_response_to(method).expect("an answer before the connection closes")
     }
@@ -134,38 +133,38 @@ impl Client {
         Some(Response { status: head.status(), head, body, end })
     }
 
-    /// Reads so many bytes, framing and all.
+    /// Reads this many raw bytes.
     pub fn bytes(&mut self, count: usize) -> Vec<u8> {
         self.wire.exactly(count).0
     }
 
-    /// Waits until the gateway closes the connection; what came before that.
+    /// Waits until the gateway closes the connection; returns the bytes before that.
     pub fn rest(&mut self) -> Vec<u8> {
         self.wire.rest()
     }
 
-    /// Waits until the gateway closes the connection, which must be silent.
+    /// Waits until the gateway closes the connection without sending anything.
     pub fn closed(&mut self) {
         assert_eq!(String::from_utf8_lossy(&self.rest()), "", "something came before the connection closed");
     }
 
-    /// Closes its sending side: it asks for nothing more, and still reads.
+    /// Shuts down the sending side; it can still read.
     pub fn end(&mut self) {
         self.wire.end();
     }
 
-    /// The same, whether or not the gateway is still there.
+    /// The same, even if the gateway has gone.
     pub fn try_end(&mut self) -> bool {
         self.wire.try_end()
     }
 
-    /// Goes away without a word.
+    /// Closes with a reset.
     pub fn reset(self) {
         self.wire.reset();
     }
 }
 
-/// A socket that is connected, from this address and with this receive buffer if one is named.
+/// A connected socket with this local address and receive buffer, if given.
 fn connected(address: SocketAddr, own: Option<IpAddr>, receive_buffer: Option<usize>) -> Socket {
     let socket = Socket::new(Domain::for_address(address), Type::STREAM, None).expect("a socket");
     if let Some(own) = own {
@@ -173,7 +172,7 @@ fn connected(address: SocketAddr, own: Option<IpAddr>, receive_buffer: Option<us
     }
     if let Some(size) = receive_buffer {
         socket.set_recv_buffer_size(size).expect("a small buffer");
-        // As over Ethernet. With the 64 KiB of loopback, the gateway's kernel would take megabytes before it says no.
+        // As on Ethernet. With 64 KiB segments on loopback, the kernel would buffer megabytes.
         socket.set_tcp_mss(SEGMENT_BYTES).expect("a segment size");
     }
     socket.connect_timeout(&address.into(), DEADLINE).expect("the gateway to accept");
@@ -181,12 +180,12 @@ fn connected(address: SocketAddr, own: Option<IpAddr>, receive_buffer: Option<us
     socket
 }
 
-/// Asks once, on a connection of its own.
+/// Sends a GET on a new connection.
 pub fn get(address: SocketAddr, path: &str) -> Response {
     Client::connect(address).get(path)
 }
 
-/// A request of HTTP/1.1 to `Host: test`. A body has its length said; without one, nothing is said.
+/// An HTTP/1.1 request with `Host: test`. A body gets a Content-Length; an empty one gets none.
 pub fn request(method: &str, path: &str, fields: &str, body: impl AsRef<[u8]>) -> Vec<u8> {
     let body = body.as_ref();
     let length = if body.is_empty() { String::new() } else { format!("Content-Length: {}\r\n", body.len()) };
@@ -195,7 +194,7 @@ pub fn request(method: &str, path: &str, fields: &str, body: impl AsRef<[u8]>) -
     bytes
 }
 
-/// Bytes as chunks of `size`, the last chunk included.
+/// Chunked encoding with chunks of `size`, last chunk included.
 pub fn chunked(body: &[u8], size: usize) -> Vec<u8> {
     let mut bytes = Vec::new();
     for piece in body.chunks(size) {
@@ -207,7 +206,7 @@ pub fn chunked(body: &[u8], size: usize) -> Vec<u8> {
     bytes
 }
 
-/// A client on one connection of HTTP/2 in clear text, by prior knowledge.
+/// A client on one clear-text HTTP/2 connection, with prior knowledge.
 pub struct H2Client {
     runtime: Runtime,
     send: SendRequest<Bytes>,
@@ -233,17 +232,17 @@ impl H2Client {
         H2Client::with(address, None, None)
     }
 
-    /// Connects from an address of this machine: all of 127.0.0.0/8 is.
+    /// Connects from this local address: all of 127.0.0.0/8 is local.
     pub fn from(own: impl Into<IpAddr>, address: SocketAddr) -> H2Client {
         H2Client::with(address, Some(own.into()), None)
     }
 
-    /// Connects and lets the gateway send no more than so many bytes of an answer ahead of what is read.
+    /// Connects with a flow control window of this size.
     pub fn narrow(address: SocketAddr, window: u32) -> H2Client {
         H2Client::with(address, None, Some(window))
     }
 
-    /// Connects, from this address if it is to be a certain one, and with such a window if it is to be narrow.
+    /// Connects with this local address and window, if given.
     pub fn with(address: SocketAddr, own: Option<IpAddr>, window: Option<u32>) -> H2Client {
         let socket = connected(address, own, None);
         let mut settings = h2::client::Builder::new();
@@ -252,7 +251,7 @@ impl H2Client {
         }
         let stream = std::net::TcpStream::from(socket.try_clone().expect("a second handle"));
         stream.set_nonblocking(true).expect("a socket that never blocks");
-        // One thread besides the story's own, so that the connection lives on while the story does something else.
+        // A separate thread keeps the connection alive while the story does something else.
         let runtime = Builder::new_multi_thread().worker_threads(1).enable_all().build().expect("a runtime");
         let send = runtime.block_on(async {
             let stream = tokio::net::TcpStream::from_std(stream).expect("a stream");
@@ -272,12 +271,12 @@ impl H2Client {
         self.runtime.block_on(limited).expect("an end of the step before the deadline")
     }
 
-    /// Runs one step of an exchange for a moment; `None` if that is not enough.
+    /// Runs one step of an exchange briefly; `None` if it does not complete.
     pub fn soon<T>(&self, step: impl Future<Output = T>) -> Option<T> {
         self.runtime.block_on(async { tokio::time::timeout(Duration::from_millis(20), step).await }).ok()
     }
 
-    /// Begins a request; `end` if its header is all of it.
+    /// Begins a request; `end`: it has no body.
     pub fn begin(&self, request: http::Request<()>, end: bool) -> (ResponseFuture, SendStream<Bytes>) {
         self.step(async {
             let mut send = self.send.clone().ready().await.expect("a ready connection");
@@ -285,7 +284,7 @@ impl H2Client {
         })
     }
 
-    /// The next interim answer (1xx); `None` if the answer itself comes next.
+    /// The next interim response (1xx); `None` if the final response comes next.
     pub fn interim(&self, response: &mut ResponseFuture) -> Option<http::Response<()>> {
         self.step(poll_fn(|cx| response.poll_informational(cx))).map(|interim| interim.expect("an interim answer"))
     }
@@ -296,17 +295,17 @@ impl H2Client {
         eventually("the end of the connection", ended);
     }
 
-    /// Goes away without a word.
+    /// Closes with a reset.
     pub fn reset(self) {
         self.socket.set_linger(Some(Duration::ZERO)).expect("linger");
     }
 
-    /// Asks for a path and reads the answer.
+    /// Requests a path and reads the response.
     pub fn get(&self, path: &str) -> H2Response {
         self.ask(http::Request::get(format!("http://test{path}")).body(()).expect("a request"), b"").expect("an answer")
     }
 
-    /// Sends a request and reads the answer; an error if there is none.
+    /// Sends a request and reads the response, or returns the error.
     pub fn ask(&self, request: http::Request<()>, body: &[u8]) -> Result<H2Response, h2::Error> {
         let exchange = async {
             let mut send = self.send.clone().ready().await?;
@@ -329,14 +328,14 @@ impl H2Client {
         self.step(exchange)
     }
 
-    /// How many streams the gateway lets this connection have at once, once it has said so.
+    /// The gateway's limit on concurrent streams, once it was received.
     pub fn streams_max(&self) -> usize {
         eventually("the settings of the gateway", || {
             Some(self.send.current_max_send_streams()).filter(|streams| *streams < 1_000_000)
         })
     }
 
-    /// Begins a request and gives its stream up again as soon as `reached` holds.
+    /// Begins a request and resets its stream as soon as `reached` is true.
     pub fn abandon(&self, path: &str, what: &str, reached: impl Fn() -> bool) {
         let request = http::Request::get(format!("http://test{path}")).body(()).expect("a request");
         self.runtime.block_on(async {

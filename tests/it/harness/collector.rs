@@ -1,4 +1,4 @@
-//! A collector of traces: it takes OTLP over HTTP, in the few messages of the protocol that a story asks about.
+//! A trace collector: it accepts OTLP over HTTP and decodes the messages that stories need.
 
 use std::net::SocketAddr;
 
@@ -7,7 +7,7 @@ use prost::Message;
 use super::wire::Request;
 use super::{Origin, eventually};
 
-/// A collector that answers at once that all is well.
+/// A collector that accepts every export.
 pub struct Collector {
     origin: Origin,
 }
@@ -23,23 +23,23 @@ impl Collector {
         self.origin.address()
     }
 
-    /// The exports that came.
+    /// The received exports.
     pub fn exports(&self) -> Vec<Request> {
         self.origin.requests()
     }
 
-    /// What all exports say of their resources, as `key=value`.
+    /// The resource attributes of all exports, as `key=value`.
     pub fn resources(&self) -> Vec<String> {
         let resources = self.decoded().into_iter().filter_map(|spans| spans.resource);
         resources.flat_map(|resource| resource.attributes).map(|pair| format!("{}={}", pair.key, pair.text())).collect()
     }
 
-    /// All spans that came so far.
+    /// All received spans.
     pub fn spans(&self) -> Vec<Span> {
         self.decoded().into_iter().flat_map(|spans| spans.scopes).flat_map(|scope| scope.spans).collect()
     }
 
-    /// Waits for the spans of an exchange with this target, its own first.
+    /// Waits for the spans of the exchange with this target; its own span comes first.
     pub fn exchange(&self, path: &str) -> Vec<Span> {
         eventually(&format!("the spans of {path}"), || {
             let spans = self.spans();
@@ -88,7 +88,7 @@ impl Span {
     /// The kind of an attempt.
     pub const CLIENT: i32 = 3;
 
-    /// An attribute as text; empty if it is not there.
+    /// An attribute as text; empty if it is missing.
     pub fn text(&self, key: &str) -> String {
         self.attributes.iter().find(|pair| pair.key == key).map(KeyValue::text).unwrap_or_default()
     }
@@ -103,7 +103,7 @@ impl Span {
         hex(&self.id)
     }
 
-    /// Why it is an error; `None` if it is none.
+    /// The error status; `None` if there is none.
     pub fn error(&self) -> Option<&str> {
         self.status.as_ref().filter(|status| status.code == 2).map(|status| &*status.message)
     }

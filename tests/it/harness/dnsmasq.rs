@@ -1,4 +1,4 @@
-//! A real DNS server, dnsmasq, that knows what the story tells it and nobody else.
+//! A real DNS server, dnsmasq, with the records that a story sets.
 
 use std::fs;
 use std::net::SocketAddr;
@@ -10,7 +10,7 @@ use tempfile::TempDir;
 
 use super::{end, eventually, listening};
 
-/// A server for the names below `test`, which is ended when dropped.
+/// A server for names below `test`; it is killed on drop.
 pub struct Dnsmasq {
     child: Child,
     dir: TempDir,
@@ -19,12 +19,12 @@ pub struct Dnsmasq {
 }
 
 impl Dnsmasq {
-    /// One that knows these lines of `/etc/hosts`.
+    /// A server with these lines in `/etc/hosts` format.
     pub fn knowing(hosts: &str) -> Dnsmasq {
         Dnsmasq::serving(hosts, &[])
     }
 
-    /// The same with services: `name,host,port,priority,weight`. Of `empty.test` it knows something, and no address.
+    /// The same with services: `name,host,port,priority,weight`. `empty.test` exists, but has no address.
     pub fn serving(hosts: &str, services: &[&str]) -> Dnsmasq {
         let (dir, services) =
             (tempfile::tempdir().expect("a directory"), services.iter().map(|it| format!("--srv-host={it}")));
@@ -39,7 +39,7 @@ impl Dnsmasq {
         self.address
     }
 
-    /// It knows these lines from now on.
+    /// Replaces the records.
     pub fn tell(&self, hosts: &str) {
         put(self.dir.path(), hosts);
         kill_process(Pid::from_child(&self.child), Signal::HUP).expect("to tell it to read them");
@@ -50,7 +50,7 @@ impl Dnsmasq {
         end(&mut self.child);
     }
 
-    /// Starts it again where it was, knowing these lines.
+    /// Starts it again at the same address, with these lines.
     pub fn start_again(&mut self, hosts: &str) {
         put(self.dir.path(), hosts);
         eventually("dnsmasq to listen again", || {

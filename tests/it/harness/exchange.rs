@@ -1,7 +1,8 @@
-//! One request and its answer on either protocol: of any size, at any pace, in steps or as a whole, broken off
+//! A request and its response in either protocol: any size, any pace, step by step or as a whole, abortable
 //! anywhere.
 //!
-//! Neither body is kept: what is sent is the content of the built-in test origin, and what comes is counted and hashed.
+//! Bodies are not stored: requests send the content of the built-in test origin, and responses are counted and
+//! hashed.
 
 use std::future::poll_fn;
 use std::net::{IpAddr, SocketAddr};
@@ -20,27 +21,27 @@ use serde_json::Value;
 use super::client::{Client, H2Client};
 use super::wire::{End, Left, Wire};
 
-/// What a client with a tiny HTTP/2 window lets the gateway send ahead.
+/// The flow control window of a narrow HTTP/2 client.
 const NARROW_BYTES: u32 = 1024;
 
-/// How much of an answer is kept, for stories that read it.
+/// How much of a response is kept for stories.
 const KEPT_BYTES: usize = 64 * 1024;
 
-/// What an exchange is spoken in.
+/// The protocol of an exchange.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Protocol {
     /// HTTP/1.1 on a connection of its own.
     Http1,
-    /// HTTP/2 in clear text, one stream on a connection of its own.
+    /// Clear-text HTTP/2, one stream on its own connection.
     Http2,
 }
 
 impl Protocol {
-    /// Both of them. A gateway that is asked in both wants `protocols: [http1, h2c]`.
+    /// Both protocols. The gateway needs `protocols: [http1, h2c]`.
     pub const BOTH: [Protocol; 2] = [Protocol::Http1, Protocol::Http2];
 }
 
-/// So many bytes, then a pause, and again.
+/// This many bytes, then a pause, repeatedly.
 #[derive(Clone, Copy, Debug)]
 struct Pace {
     bytes: usize,
@@ -49,7 +50,7 @@ struct Pace {
 
 const AT_ONCE: Pace = Pace { bytes: 64 * 1024, pause: Duration::ZERO };
 
-/// A request in the making.
+/// A request under construction.
 #[derive(Clone, Debug)]
 pub struct Ask {
     method: &'static str,
@@ -63,18 +64,18 @@ pub struct Ask {
     from: Option<IpAddr>,
 }
 
-/// How a client goes away.
+/// How a client disconnects.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Leave {
     /// It closes its connection.
     Close,
     /// It resets its connection.
     Reset,
-    /// It gives up the stream and keeps the connection; on HTTP/1, where there is none, it closes.
+    /// Resets the stream and keeps the connection; on HTTP/1, closes the connection.
     Stream,
 }
 
-/// An exchange under way: its request header was sent.
+/// An active exchange: its request header was sent.
 pub struct Exchange {
     ask: Ask,
     side: Side,
@@ -90,13 +91,13 @@ enum Side {
 
 enum Coming {
     Header(Option<ResponseFuture>),
-    /// It came while the body was still being sent.
+    /// The response came while the body was still being sent.
     Early(Option<Box<Result<Response<RecvStream>, h2::Error>>>),
     Body(RecvStream),
 }
 
 impl Coming {
-    /// Whether the gateway has refused, so that there is no use in sending more.
+    /// Whether the gateway has refused, so that sending more is useless.
     fn poll_refusal(&mut self, cx: &mut Context<'_>) -> Poll<()> {
         if let Coming::Header(Some(response)) = self
             && let Poll::Ready(response) = Pin::new(response).poll(cx)
@@ -112,12 +113,12 @@ impl Coming {
     }
 }
 
-/// An answer, of which the first bytes were kept.
+/// A response with the beginning of its body.
 #[derive(Clone, Debug)]
 pub struct Answer {
     /// Its status.
     pub status: u16,
-    /// The interim ones (1xx) that came before it.
+    /// The interim responses (1xx) before it.
     pub interim: Vec<u16>,
     /// Its header fields, names in lower case.
     pub fields: Vec<(String, String)>,
@@ -127,14 +128,14 @@ pub struct Answer {
     pub length: u64,
     /// The SHA-256 of the body.
     pub sha256: String,
-    /// Whether the body was all there.
+    /// Whether the body was complete.
     pub end: End,
     /// Its trailer fields, each as `name: value`.
     pub trailers: Vec<String>,
 }
 
 impl Ask {
-    /// Asks for a path.
+    /// A GET request.
     pub fn get(path: impl Into<String>) -> Ask {
         Ask {
             method: "GET",
@@ -149,7 +150,7 @@ impl Ask {
         }
     }
 
-    /// Uploads so many bytes to `/headers`, where the test origin says what it got.
+    /// An upload of this size to `/headers`, where the test origin reports what it received.
     pub fn put(length: u64) -> Ask {
         Ask { method: "PUT", body: Some(length), ..Ask::get("/headers") }
     }
@@ -159,49 +160,49 @@ impl Ask {
         Ask { method: "POST", ..Ask::put(length) }
     }
 
-    /// Another method, with what body there is.
+    /// Sets the method.
     pub fn method(self, method: &'static str) -> Ask {
         Ask { method, ..self }
     }
 
-    /// Another path.
+    /// Sets the path.
     pub fn to(self, path: impl Into<String>) -> Ask {
         Ask { path: path.into(), ..self }
     }
 
-    /// A further field of the header; its name in lower case.
+    /// Adds a header field; its name in lower case.
     pub fn field(mut self, name: &str, value: &str) -> Ask {
         self.fields.push((name.to_owned(), value.to_owned()));
         self
     }
 
-    /// It says that it is a gRPC call.
+    /// Marks it as a gRPC call.
     pub fn grpc(self) -> Ask {
         self.field("content-type", "application/grpc").field("te", "trailers")
     }
 
-    /// The length of the body is not said: chunks on HTTP/1, nothing at all on HTTP/2.
+    /// Sends the body without a length: chunked on HTTP/1, no Content-Length on HTTP/2.
     pub fn chunked(self) -> Ask {
         Ask { length_is_said: false, ..self }
     }
 
-    /// Sends so many bytes of the body, then pauses, and again.
+    /// Sends this many bytes of the body, then pauses, repeatedly.
     pub fn sending(self, bytes: usize, pause: Duration) -> Ask {
         Ask { sending: Pace { bytes, pause }, ..self }
     }
 
-    /// Reads so many bytes of the answer, then pauses, and again; and takes nothing ahead of that, as far as the
-    /// protocol allows: with the smallest receive buffer there is, or a window of 1 KiB.
+    /// Reads this many bytes of the response, then pauses, repeatedly, and buffers as little as possible: with the
+    /// smallest receive buffer, or a window of 1 KiB.
     pub fn reading(self, bytes: usize, pause: Duration) -> Ask {
         Ask { reading: Pace { bytes, pause }, narrow: true, ..self }
     }
 
-    /// Reads as fast as it can through the smallest receive buffer there is, or a window of 1 KiB.
+    /// Reads fast through the smallest receive buffer, or a window of 1 KiB.
     pub fn narrow(self) -> Ask {
         Ask { narrow: true, ..self }
     }
 
-    /// Comes from an address of this machine: all of 127.0.0.0/8 is.
+    /// Uses this local address: all of 127.0.0.0/8 is local.
     pub fn from(self, own: impl Into<IpAddr>) -> Ask {
         Ask { from: Some(own.into()), ..self }
     }
@@ -225,7 +226,7 @@ impl Ask {
         Exchange { ask: self.clone(), side, sent: 0, answer, digest: Digest::default() }
     }
 
-    /// All of it: the answer. Sending ends early where the gateway takes no more.
+    /// Runs the whole exchange and returns the response. Sending stops when the gateway accepts no more.
     pub fn over(&self, protocol: Protocol, address: SocketAddr) -> Answer {
         let mut exchange = self.begin(protocol, address);
         exchange.finish_body();
@@ -263,7 +264,7 @@ impl Ask {
 }
 
 impl Exchange {
-    /// Sends so many bytes of the body at its pace; `false` if the gateway takes no more.
+    /// Sends this many bytes of the body at its pace; `false` if the gateway accepts no more.
     pub fn send(&mut self, bytes: u64) -> bool {
         let end = self.sent + bytes;
         while self.sent < end {
@@ -283,7 +284,7 @@ impl Exchange {
         true
     }
 
-    /// Sends what is left of the body, and that this was all; `false` if the gateway takes no more.
+    /// Sends the rest of the body and ends it; `false` if the gateway accepts no more.
     pub fn finish_body(&mut self) -> bool {
         let Some(length) = self.ask.body else { return true };
         self.send(length - self.sent)
@@ -293,15 +294,14 @@ impl Exchange {
             }
     }
 
-    /// The status, once the header of the answer is here.
+    /// Waits for the response header and returns the status.
     ///
-    /// # Panics
-    /// If there is none.
+    /// # Panics If there is none.
     pub fn status(&mut self) -> u16 {
         self.try_status().expect("an answer before the end of the connection or the stream")
     }
 
-    /// The same; `None` if the connection or the stream ends before it.
+    /// The same; `None` if the connection or the stream ends first.
     pub fn try_status(&mut self) -> Option<u16> {
         if self.answer.status == 0 {
             let (status, interim, fields) = self.side.header(self.ask.method)?;
@@ -310,7 +310,7 @@ impl Exchange {
         Some(self.answer.status)
     }
 
-    /// Reads so many bytes of the answer, or those that there are.
+    /// Reads up to this many bytes of the response.
     pub fn read(&mut self, bytes: u64) -> u64 {
         self.status();
         let mut read = 0;
@@ -333,23 +333,23 @@ impl Exchange {
         read
     }
 
-    /// From now on, sends and reads as fast as it can.
+    /// From now on, sends and reads without pauses.
     pub fn hurry(&mut self) {
         (self.ask.sending, self.ask.reading) = (AT_ONCE, AT_ONCE);
     }
 
-    /// How many bytes of the answer were read.
+    /// Number of response bytes read.
     pub fn has_read(&self) -> u64 {
         self.digest.length()
     }
 
-    /// Sends the rest of the body, as far as the gateway takes it, and reads the answer to its end.
+    /// Sends the rest of the body, as far as the gateway accepts it, and reads the whole response.
     pub fn answer_to_all(mut self) -> Answer {
         self.finish_body();
         self.answer()
     }
 
-    /// Reads the answer to its end.
+    /// Reads the whole response.
     pub fn answer(mut self) -> Answer {
         self.read(u64::MAX);
         self.answer.trailers = self.side.trailers();
@@ -358,7 +358,7 @@ impl Exchange {
         self.answer
     }
 
-    /// Goes away. What it returns keeps the connection, where that stays.
+    /// Disconnects. Returns the connection if it stays open.
     pub fn leave(mut self, how: Leave) -> Option<Exchange> {
         match (how, &mut self.side) {
             (Leave::Stream, Side::Http2 { send, .. }) => {
@@ -399,7 +399,7 @@ impl Side {
         }
     }
 
-    /// The status, the interim ones before it, and the fields.
+    /// The status, the interim statuses, and the fields.
     #[allow(clippy::type_complexity, reason = "three things that are put into an answer at once")]
     fn header(&mut self, method: &str) -> Option<(u16, Vec<u16>, Vec<(String, String)>)> {
         match self {
@@ -431,7 +431,7 @@ impl Side {
         }
     }
 
-    /// At least one byte of the answer and at most `max`, or how it ended.
+    /// Between 1 and `max` bytes of the response, or how it ended.
     fn piece(&mut self, max: usize) -> Result<Vec<u8>, End> {
         match self {
             Side::Http1 { wire, left } => {
@@ -451,7 +451,7 @@ impl Side {
                     }
                 }
                 let piece = unread.split_to(max.min(unread.len()));
-                // An error means that the stream is over; the next reading says how.
+                // An error means that the stream has ended; the next read reports it.
                 let _ = body.flow_control().release_capacity(piece.len());
                 Ok(piece.to_vec())
             }
@@ -471,7 +471,7 @@ impl Side {
     }
 }
 
-/// The statuses of the interim answers, and the answer.
+/// The statuses of interim responses, and the response.
 async fn answered(mut response: ResponseFuture) -> (Vec<u16>, Result<http::Response<RecvStream>, h2::Error>) {
     let mut interim = Vec::new();
     while let Some(Ok(early)) = poll_fn(|cx| response.poll_informational(cx)).await {
@@ -496,22 +496,20 @@ impl Answer {
         std::str::from_utf8(&self.body).expect("a body of text")
     }
 
-    /// The gateway refused it with this status, and said why: `buffer.too_large` and so on.
+    /// Asserts that the gateway refused with this status and reason, such as `buffer.too_large`.
     ///
-    /// # Panics
-    /// If not.
+    /// # Panics If it did not.
     pub fn refused(&self, status: u16, reason: &str) {
         assert_eq!((self.status, self.end), (status, End::Complete), "{}", self.text());
         assert!(self.text().contains(reason), "{reason} was expected: {}", self.text());
-        // A refusal that will pass says when to come again.
+        // Temporary refusals carry Retry-After.
         assert_eq!(self.value("retry-after").is_some(), matches!(status, 429 | 503), "{:?}", self.fields);
     }
 
-    /// The test origin got the first `length` bytes of its content and nothing else, framed like this: `chunked`,
-    /// `none`, or `content-length: 5`.
+    /// Asserts that the test origin received exactly the first `length` bytes of its content, with this framing:
+    /// `chunked`, `none`, or `content-length: 5`.
     ///
-    /// # Panics
-    /// If not.
+    /// # Panics If it did not.
     pub fn arrived(&self, length: u64, framing: &str) {
         assert_eq!((self.status, self.end), (200, End::Complete), "{}", String::from_utf8_lossy(&self.body));
         let got: Value = serde_json::from_slice(&self.body).expect("what the origin saw");
@@ -520,10 +518,9 @@ impl Answer {
         assert_eq!(got["body_framing"], framing, "how {length} bytes arrived");
     }
 
-    /// The client got the first `length` bytes of the content of the test origin and nothing else.
+    /// Asserts that the client received exactly the first `length` bytes of the test origin's content.
     ///
-    /// # Panics
-    /// If not.
+    /// # Panics If it did not.
     pub fn is_content(&self, length: u64) {
         assert_eq!((self.status, self.end, self.length), (200, End::Complete, length));
         assert_eq!(self.sha256, Digest::of_content(length).sha256(), "what came of {length} bytes");

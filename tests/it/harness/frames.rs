@@ -1,14 +1,14 @@
-//! HTTP/2 on a socket, frame by frame (RFC 9113 §4.1): a client without a library, which does what one would not do.
+//! A client that speaks raw HTTP/2 frames (RFC 9113 §4.1), to send what a library would not.
 
 use std::io::{Read, Write};
 use std::net::{IpAddr, SocketAddr};
 
 use super::{Client, DEADLINE};
 
-/// What a client says first.
+/// The client connection preface.
 pub const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 
-/// Kinds of frames.
+/// Frame types.
 pub mod kind {
     pub const DATA: u8 = 0x0;
     pub const HEADERS: u8 = 0x1;
@@ -22,7 +22,7 @@ pub mod kind {
     pub const CONTINUATION: u8 = 0x9;
 }
 
-/// Codes of errors (RFC 9113 §7).
+/// Error codes (RFC 9113 §7).
 pub mod code {
     pub const NO_ERROR: u32 = 0x0;
     pub const PROTOCOL_ERROR: u32 = 0x1;
@@ -39,13 +39,13 @@ pub mod code {
 pub const END_STREAM: u8 = 0x1;
 /// The flag of HEADERS that ends its block.
 pub const END_HEADERS: u8 = 0x4;
-/// The flag of SETTINGS and PING that answers one.
+/// The acknowledgement flag of SETTINGS and PING.
 pub const ACK: u8 = 0x1;
 
 /// A frame.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Frame {
-    /// What it is.
+    /// Its type.
     pub kind: u8,
     /// Its flags.
     pub flags: u8,
@@ -61,28 +61,27 @@ impl Frame {
         Frame { kind, flags, stream, payload: payload.into() }
     }
 
-    /// A GET of `/` on `http://test`, which is all of its stream. The fields are in the static table of HPACK, but for
-    /// the name.
+    /// A GET of `/` on `http://test` without a body. All fields are in HPACK's static table, except the host.
     pub fn get(stream: u32) -> Frame {
         Frame::new(kind::HEADERS, END_STREAM | END_HEADERS, stream, [0x82, 0x86, 0x84, 0x41, 4, b't', b'e', b's', b't'])
     }
 
-    /// The beginning of a POST to `/` on `http://test`, whose body follows.
+    /// The header of a POST to `/` on `http://test`; its body follows.
     pub fn post(stream: u32) -> Frame {
         Frame::new(kind::HEADERS, END_HEADERS, stream, [0x83, 0x86, 0x84, 0x41, 4, b't', b'e', b's', b't'])
     }
 
-    /// A stream is given up.
+    /// A RST_STREAM.
     pub fn reset(stream: u32, code: u32) -> Frame {
         Frame::new(kind::RST_STREAM, 0, stream, code.to_be_bytes())
     }
 
-    /// A ping.
+    /// A PING.
     pub fn ping(payload: [u8; 8]) -> Frame {
         Frame::new(kind::PING, 0, 0, payload)
     }
 
-    /// Credit for so many bytes.
+    /// A WINDOW_UPDATE.
     pub fn credit(stream: u32, bytes: u32) -> Frame {
         Frame::new(kind::WINDOW_UPDATE, 0, stream, bytes.to_be_bytes())
     }
@@ -92,10 +91,9 @@ impl Frame {
         matches!(self.kind, kind::DATA | kind::HEADERS) && self.flags & END_STREAM != 0
     }
 
-    /// The code of a RST_STREAM or a GOAWAY.
+    /// The error code of a RST_STREAM or a GOAWAY.
     ///
-    /// # Panics
-    /// If it is neither.
+    /// # Panics If it is neither.
     pub fn code(&self) -> u32 {
         let at = match self.kind {
             kind::RST_STREAM => 0,
@@ -105,8 +103,7 @@ impl Frame {
         u32::from_be_bytes(self.payload[at..at + 4].try_into().expect("four bytes"))
     }
 
-    /// The status of the answer that these HEADERS begin: it comes first, as a number of HPACK's table or in Huffman
-    /// codes.
+    /// The status in these HEADERS: it comes first, as an index of HPACK's table or Huffman-coded.
     pub fn status(&self) -> Option<u16> {
         let status = match self.payload[..] {
             [number @ 0x88..=0x8e, ..] => [200, 204, 206, 304, 400, 404, 500][usize::from(number) - 0x88],
@@ -118,14 +115,14 @@ impl Frame {
         Some(status)
     }
 
-    /// As it goes over the wire.
+    /// The frame's wire format.
     pub fn bytes(&self) -> Vec<u8> {
         let length = u32::try_from(self.payload.len()).expect("a small frame").to_be_bytes();
         [&length[1..], &[self.kind, self.flags], &self.stream.to_be_bytes(), &self.payload].concat()
     }
 }
 
-/// Three digits in the Huffman code of HPACK: 0 to 2 have five bits, 3 to 9 have six.
+/// Three Huffman-coded digits: 0 to 2 have five bits, 3 to 9 have six.
 fn digits(mut bits: u32) -> Option<u16> {
     let mut number = 0;
     for _ in 0..3 {
@@ -140,7 +137,7 @@ fn digits(mut bits: u32) -> Option<u16> {
     Some(number)
 }
 
-/// What frames go through: a socket, or TLS over one.
+/// The transport of frames: a socket, or TLS.
 pub trait Pipe: Read + Write + Send {}
 
 impl<P: Read + Write + Send> Pipe for P {}
@@ -161,7 +158,7 @@ impl Frames {
         Frames::with(Client::from(own, address))
     }
 
-    /// The same with a small receive buffer: most of what it does not read stays with the gateway.
+    /// The same with a small receive buffer: most unread data stays in the gateway.
     pub fn slow(address: SocketAddr) -> Frames {
         Frames::with(Client::with_receive_buffer(address, 8 << 10))
     }
@@ -172,7 +169,7 @@ impl Frames {
         Frames::over(socket)
     }
 
-    /// Sends preface and settings through this.
+    /// Sends preface and settings over this transport.
     pub fn over(pipe: impl Pipe + 'static) -> Frames {
         let mut frames = Frames::silent(pipe);
         frames.send_bytes(PREFACE);
@@ -180,20 +177,19 @@ impl Frames {
         frames
     }
 
-    /// Says nothing yet.
+    /// Sends nothing yet.
     pub fn silent(pipe: impl Pipe + 'static) -> Frames {
         Frames { pipe: Box::new(pipe) }
     }
 
-    /// Sends bytes as they are.
+    /// Sends raw bytes.
     ///
-    /// # Panics
-    /// If the gateway has gone.
+    /// # Panics If the gateway has gone.
     pub fn send_bytes(&mut self, bytes: &[u8]) {
         self.pipe.write_all(bytes).expect("the gateway to take bytes");
     }
 
-    /// Sends many frames at once, whether or not the gateway is still there.
+    /// Sends many frames at once, even if the gateway has gone.
     pub fn try_send_all<'f>(&mut self, frames: impl IntoIterator<Item = &'f Frame>) -> bool {
         let bytes: Vec<u8> = frames.into_iter().flat_map(Frame::bytes).collect();
         self.pipe.write_all(&bytes).is_ok()
@@ -207,15 +203,14 @@ impl Frames {
         self.pipe.write_all(&frame.bytes()).expect("the gateway to take a frame");
     }
 
-    /// Sends a frame, whether or not the gateway is still there.
+    /// Sends a frame, even if the gateway has gone.
     pub fn try_send(&mut self, frame: &Frame) -> bool {
         self.pipe.write_all(&frame.bytes()).is_ok()
     }
 
-    /// The next frame, settings and pings being answered; `None` if the connection has ended, in good order or not.
+    /// The next frame; settings and pings are answered. `None` if the connection has ended in any way.
     ///
-    /// # Panics
-    /// If nothing comes.
+    /// # Panics On timeout.
     pub fn next(&mut self) -> Option<Frame> {
         let mut header = [0; 9];
         self.exactly(&mut header)?;
@@ -230,10 +225,9 @@ impl Frames {
         Some(frame)
     }
 
-    /// Waits for a frame of this kind.
+    /// Waits for a frame of this type.
     ///
-    /// # Panics
-    /// If the connection ends before.
+    /// # Panics If the connection ends first.
     pub fn until(&mut self, kind: u8) -> Frame {
         loop {
             let frame = self.next().expect("a frame before the end of the connection");
@@ -243,10 +237,9 @@ impl Frames {
         }
     }
 
-    /// Waits until the gateway ends the connection, and tells with which code.
+    /// Waits until the gateway ends the connection, and returns the error code.
     ///
-    /// # Panics
-    /// If it does so without GOAWAY.
+    /// # Panics If there was no GOAWAY.
     pub fn goodbye(&mut self) -> u32 {
         let mut code = None;
         while let Some(frame) = self.next() {
@@ -257,8 +250,8 @@ impl Frames {
         code.expect("a GOAWAY before the end of the connection")
     }
 
-    /// Reads the answer on a stream and returns credit for it in small pieces: how much of a body came, and whether all
-    /// of it.
+    /// Reads the response on a stream and returns credit in small steps. Returns the body's length, and whether it
+    /// was complete.
     pub fn answer(&mut self, stream: u32, piece: usize) -> (usize, bool) {
         let (mut body, mut owed) = (0, 0);
         while let Some(frame) = self.next() {

@@ -1,4 +1,4 @@
-//! The gateway of a story: in this process, or as the program where a signal or an exit code is the point.
+//! The gateway of a story: in this process, or as a program if signals or exit codes matter.
 
 use std::collections::HashMap;
 use std::fmt::Write as _;
@@ -23,8 +23,8 @@ use super::metrics::Scrape;
 use super::origin::Connection;
 use super::{DEADLINE, Origin, end, eventually};
 
-/// A configuration in the making: one listener `web`, one upstream `app`, one route `all`, one worker; a story says
-/// what differs.
+/// A configuration under construction: one listener `web`, one upstream `app`, one route `all`, one worker; a story
+/// changes what it needs.
 #[derive(Clone)]
 pub struct Setup {
     upstreams: String,
@@ -49,11 +49,11 @@ pub struct Setup {
     dir: Arc<TempDir>,
 }
 
-/// A running gateway in this process. It runs to the end of the process, unless a story stops it.
+/// A running gateway in this process. It runs until the process ends, unless a story stops it.
 ///
-/// Pingora finds the runtime of a thread by a number of the thread that a later thread may get again
-/// (`pingora_runtime::current_handle`). A gateway that starts where another one has stopped may so be given the dead
-/// one's runtime, and two stories in one process must not do that to each other.
+/// Pingora identifies a thread's runtime by a thread number that may be reused (`pingora_runtime::current_handle`).
+/// A gateway that starts after another one has stopped may get the dead runtime, so two stories must not share a
+/// process.
 pub struct Gateway {
     handle: Handle,
     thread: Option<JoinHandle<()>>,
@@ -62,7 +62,7 @@ pub struct Gateway {
     dir: Arc<TempDir>,
 }
 
-/// A running `forebay`.
+/// A running `forebay` program.
 pub struct Process {
     child: Child,
     web: SocketAddr,
@@ -95,12 +95,12 @@ impl Setup {
         Setup::new(&written.collect::<Vec<_>>().join(", "))
     }
 
-    /// A gateway whose endpoints are found as these keys of the upstream say.
+    /// A gateway whose upstream has these discovery keys.
     pub fn found(keys: &str) -> Setup {
         Setup { upstream: keys.to_owned(), ..Setup::new("") }
     }
 
-    /// A gateway in front of endpoints that are written in full.
+    /// A gateway with endpoints written in full.
     pub fn endpoints(written: impl IntoIterator<Item = String>) -> Setup {
         Setup::new(&written.into_iter().collect::<Vec<_>>().join(", "))
     }
@@ -131,89 +131,89 @@ impl Setup {
         }
     }
 
-    /// Further keys of the listener `web`, such as `limits: { headers: 5 }`.
+    /// Adds keys to the listener `web`, such as `limits: { headers: 5 }`.
     pub fn listener(mut self, keys: &str) -> Setup {
         add(&mut self.listener, keys);
         self
     }
 
-    /// A further listener.
+    /// Adds a listener.
     pub fn also_listener(mut self, written: &str) -> Setup {
         add(&mut self.listeners, written);
         self
     }
 
-    /// Further keys of the upstream `app`.
+    /// Adds keys to the upstream `app`.
     pub fn upstream(mut self, keys: &str) -> Setup {
         add(&mut self.upstream, keys);
         self
     }
 
-    /// A further upstream.
+    /// Adds an upstream.
     pub fn also(self, name: &str, origin: &Origin) -> Setup {
         self.also_at(name, origin.address())
     }
 
-    /// A further upstream with an endpoint at this address.
+    /// Adds an upstream with an endpoint at this address.
     pub fn also_at(mut self, name: &str, address: SocketAddr) -> Setup {
         add(&mut self.upstreams, &format!("{name}: {{ endpoints: [ {} ] }}", endpoints(&[address])));
         self
     }
 
-    /// A further upstream with these keys.
+    /// Adds an upstream with these keys.
     pub fn also_upstream(mut self, name: &str, keys: &str) -> Setup {
         add(&mut self.upstreams, &format!("{name}: {{ {keys} }}"));
         self
     }
 
-    /// Further keys of the route `all`.
+    /// Adds keys to the route `all`.
     pub fn route(mut self, keys: &str) -> Setup {
         add(&mut self.route, keys);
         self
     }
 
-    /// Filters of the route `all`.
+    /// Sets the filters of the route `all`.
     pub fn filters(self, written: &str) -> Setup {
         self.route(&format!("filters: [ {written} ]"))
     }
 
-    /// A further route beside `all`.
+    /// Adds a route.
     pub fn also_route(mut self, written: &str) -> Setup {
         add(&mut self.more_routes, written);
         self
     }
 
-    /// Routes instead of `all`, one a line.
+    /// Replaces the route `all` by these, one per line.
     pub fn routes(mut self, written: &str) -> Setup {
         self.routes = Some(written.trim().replace('\n', ",\n "));
         self
     }
 
-    /// Keys of `server` instead of `threads: 1`.
+    /// Replaces `threads: 1` in `server` by these keys.
     pub fn server(mut self, keys: &str) -> Setup {
         self.server = keys.to_owned();
         self
     }
 
-    /// Further keys of the access log.
+    /// Adds keys to the access log.
     pub fn access_log(mut self, keys: &str) -> Setup {
         add(&mut self.access_log, keys);
         self
     }
 
-    /// Keys of an access log that goes elsewhere.
+    /// Sets the path and adds keys of the access log.
     pub fn access_log_to(mut self, path: &Path, keys: &str) -> Setup {
         self.log = path.to_owned();
         self.access_log(keys)
     }
 
-    /// Further keys of `observability`.
+    /// Adds keys to `observability`.
     pub fn observability(mut self, keys: &str) -> Setup {
         add(&mut self.observability, keys);
         self
     }
 
-    /// Further lines at the top level.
+    /// Adds lines at the top level.
     pub fn more(mut self, lines: &str) -> Setup {
         self.more.push_str(lines);
         self.more.push('\n');
@@ -226,37 +226,37 @@ impl Setup {
         self
     }
 
-    /// Further keys of `admin`.
+    /// Adds keys to `admin`.
     pub fn admin(mut self, keys: &str) -> Setup {
         add(&mut self.admin, keys);
         self
     }
 
-    /// Keys of `server` beside one worker and a directory of its own for spooled bodies, `spool`.
+    /// Sets keys of `server` in addition to one worker and a separate `spool` directory.
     pub fn spooling(self, keys: &str) -> Setup {
         let spool = self.spool_dir();
         let keys = joined(&["threads: 1", &format!("spool_dir: \"{}\"", spool.display()), keys]);
         self.server(&keys)
     }
 
-    /// Puts the directory `spool` on a disk of its own, which has so many bytes (`4m`) and is memory. The program alone
-    /// sees that disk, so it must be spawned.
+    /// Mounts a tmpfs of this size (`4m`) on the `spool` directory. Only the program sees it, so the gateway must
+    /// be spawned.
     pub fn tmpfs(self, size: &'static str) -> Setup {
         self.spool_dir();
         Setup { tmpfs: Some(size), ..self }
     }
 
-    /// Lets the program open so many files and no more, so it must be spawned.
+    /// Limits the open files of the program, which must be spawned.
     pub fn open_files(self, count: usize) -> Setup {
         Setup { open_files: Some(count), ..self }
     }
 
-    /// Has another program start the program, whose command line is appended to this one.
+    /// Starts the program through this launcher; its command line is appended.
     pub fn launched_by(self, command: &[&str]) -> Setup {
         Setup { launcher: command.iter().map(|word| (*word).to_owned()).collect(), ..self }
     }
 
-    /// Starts the program by another path.
+    /// Starts the program from this path.
     pub fn started_from(self, program: &Path) -> Setup {
         Setup { program: program.to_owned(), ..self }
     }
@@ -268,15 +268,14 @@ impl Setup {
         spool
     }
 
-    /// A path in the directory of this gateway.
+    /// A path in this gateway's directory.
     pub fn path(&self, name: &str) -> PathBuf {
         self.dir.path().join(name)
     }
 
-    /// A gateway with this file and nothing else of it: one worker, an admin endpoint and the access log are put in.
+    /// A gateway with this file; only one worker, an admin endpoint and the access log are added.
     ///
-    /// # Panics
-    /// If it is no YAML.
+    /// # Panics If it is not YAML.
     pub fn whole(written: &str) -> Setup {
         let setup = Setup::new("");
         let mut file: serde_yaml::Value = serde_yaml::from_str(written).unwrap_or_else(|e| panic!("{written}\n{e}"));
@@ -288,7 +287,7 @@ impl Setup {
         Setup { whole: Some(serde_yaml::to_string(&file).expect("YAML")), ..setup }
     }
 
-    /// The file that this makes.
+    /// The resulting file.
     pub fn yaml(&self) -> String {
         if let Some(whole) = &self.whole {
             return whole.clone();
@@ -312,7 +311,7 @@ impl Setup {
         yaml + &self.more
     }
 
-    /// The keys of `server`. Where a story says nothing of it, nobody is given time to notice that a gateway stops.
+    /// The keys of `server`. By default, the shutdown has no pause.
     fn server_keys(&self) -> String {
         if self.server.contains("pause:") {
             self.server.clone()
@@ -323,12 +322,12 @@ impl Setup {
         }
     }
 
-    /// The builder with the filters of this setup.
+    /// The builder with this setup's filters.
     pub fn builder(&self) -> Builder {
         self.filters.iter().fold(forebay::gateway::Gateway::builder(), |builder, register| register(builder))
     }
 
-    /// Starts it, and lets a client ask `origin`, which has the request and has said nothing yet.
+    /// Starts it and sends a request that has reached `origin` and has no response yet.
     pub fn asked(&self, origin: &Origin) -> (Gateway, Client, Connection) {
         let gateway = self.start();
         let mut client = gateway.client();
@@ -340,15 +339,14 @@ impl Setup {
 
     /// Starts it in this process.
     ///
-    /// # Panics
-    /// If it does not start; with its report.
+    /// # Panics If it does not start; with its report.
     pub fn start(&self) -> Gateway {
         let builder = self.builder();
         let config = builder.parse("test.yaml", &self.yaml()).unwrap_or_else(|e| panic!("{}\n{e}", self.yaml()));
         self.run(builder, config)
     }
 
-    /// The same of a file, `forebay.yaml`, which it loads again when it is asked to.
+    /// The same from a file, `forebay.yaml`, which it reloads on request.
     pub fn start_reloading(&self) -> Gateway {
         let file = self.path("forebay.yaml");
         self.write();
@@ -366,41 +364,41 @@ impl Setup {
         Gateway { handle, thread, listeners, admin, dir: self.dir.clone() }
     }
 
-    /// Starts the program with it.
+    /// Starts the program.
     pub fn spawn(&self) -> Process {
         self.spawn_with(&[])
     }
 
-    /// Writes the file that a program reads that was started with it.
+    /// Writes the configuration file of a spawned program.
     pub fn write(&self) {
         fs::write(self.path("forebay.yaml"), self.yaml()).expect("a configuration file");
     }
 
-    /// The same configuration as the next one of this program.
+    /// Makes this the next configuration of a running program.
     pub fn in_place_of(mut self, process: &Process) -> Setup {
         self.dir = process.dir.clone();
         self.log = log_path(&self.dir);
         self
     }
 
-    /// Starts the program with it and with these environment variables.
+    /// Starts the program with these environment variables.
     pub fn spawn_with(&self, environment: &[(&str, &Path)]) -> Process {
         self.write();
         self.spawned(&self.path("forebay.yaml"), &[], environment)
     }
 
-    /// Starts the program with a file that is there already, and with these arguments.
+    /// Starts the program with an existing file and these arguments.
     pub fn spawn_at(&self, file: &Path, arguments: &[&str]) -> Process {
         self.spawned(file, arguments, &[])
     }
 
-    /// Runs a command of the program with its file to the end.
+    /// Runs a command of the program with its file, and waits for its end.
     pub fn output(&self, arguments: &[&str]) -> Output {
         self.write();
         self.program().args(arguments).arg("-c").arg(self.path("forebay.yaml")).output().expect("the program")
     }
 
-    /// Starts another program that has our command line.
+    /// Starts another program with our command line.
     pub fn spawn_program(&self, program: &Path) -> Process {
         self.write();
         self.started(Command::new(program), &self.path("forebay.yaml"), &[], &[])
@@ -428,7 +426,7 @@ impl Setup {
 }
 
 impl Setup {
-    /// The program, on a disk of its own if it is to have one.
+    /// The program, with its own tmpfs if configured.
     fn program(&self) -> Command {
         const MOUNT: &str = r#"mount -t tmpfs -o "size=$1" tmpfs "$2" && shift 2 && exec "$@""#;
         if let [launcher, arguments @ ..] = &self.launcher[..] {
@@ -443,14 +441,14 @@ impl Setup {
         }
         let Some(size) = self.tmpfs else { return Command::new(&self.program) };
         let mut command = Command::new("unshare");
-        // Who is not root becomes it in a namespace of users; where there are none of these either, the story fails.
+        // Without root, it needs a user namespace; where there are none, the story fails.
         command.args([if may_mount() { "-m" } else { "-Urm" }, "sh", "-c", MOUNT, "sh", size]);
         command.arg(self.path("spool")).arg(&self.program);
         command
     }
 }
 
-/// Whether this process may mount in a namespace of its own as it is.
+/// Whether this process can mount in its own namespace without a user namespace.
 fn may_mount() -> bool {
     Command::new("unshare").args(["-m", "true"]).output().expect("unshare, of util-linux").status.success()
 }
@@ -476,7 +474,7 @@ impl Gateway {
         Client::connect(self.web())
     }
 
-    /// Begins a graceful stop.
+    /// Starts a graceful stop.
     pub fn stop(&self) {
         self.handle.stop();
     }
@@ -505,12 +503,12 @@ impl Process {
         self.admin
     }
 
-    /// The number of the process.
+    /// The PID.
     pub fn pid(&self) -> u64 {
         self.child.id().into()
     }
 
-    /// Where a listener is bound that was opened since.
+    /// The address of a listener that was opened later.
     pub fn listens(&self, listener: &str) -> SocketAddr {
         eventually(&format!("the program to listen at `{listener}`"), || address_told(&self.stderr(), listener))
     }
@@ -520,12 +518,12 @@ impl Process {
         Scrape::of(self.admin)
     }
 
-    /// What it said on standard error so far.
+    /// Its standard error so far.
     pub fn stderr(&self) -> String {
         self.stderr.lock().unwrap().clone()
     }
 
-    /// Waits until it says something on standard error.
+    /// Waits for a text on standard error.
     pub fn says(&self, what: &str) {
         eventually(&format!("`{what}` on standard error"), || self.stderr().contains(what).then_some(()));
     }
@@ -537,7 +535,7 @@ impl Process {
         assert_eq!(unsafe { libc::kill(pid, signal) }, 0, "to signal the program");
     }
 
-    /// Stops its disk threads, as a disk would that does not answer, until what it returns is dropped.
+    /// Stops its disk threads, like an unresponsive disk, until the result is dropped.
     pub fn still_disk(&self) -> StillDisk {
         let tasks = PathBuf::from(format!("/proc/{}/task", self.child.id()));
         let named_disk = |task: &PathBuf| fs::read(task.join("comm")).is_ok_and(|name| name.starts_with(b"disk-"));
@@ -547,14 +545,14 @@ impl Process {
         for &thread in &threads {
             trace(libc::PTRACE_SEIZE, thread);
             trace(libc::PTRACE_INTERRUPT, thread);
-            // SAFETY: no pointer is passed; the thread is one that this thread traces.
+            // SAFETY: no pointer is passed; this thread traces that thread.
             let stopped = unsafe { libc::waitpid(thread, std::ptr::null_mut(), libc::__WALL) };
             assert_eq!(stopped, thread, "a thread that is interrupted stops");
         }
         StillDisk { threads, tracer: PhantomData }
     }
 
-    /// The memory it holds now.
+    /// Its resident memory.
     pub fn resident_bytes(&self) -> u64 {
         let status = fs::read_to_string(format!("/proc/{}/status", self.child.id())).expect("its status");
         let resident = status.lines().find_map(|line| line.strip_prefix("VmRSS:")?.trim().strip_suffix("kB"));
@@ -568,14 +566,14 @@ impl Process {
         found.expect("a line of its status").split_whitespace().map(str::to_owned).collect()
     }
 
-    /// What its file descriptors are open on: a path, or a kind and a number.
+    /// The targets of its file descriptors: a path, or a type and a number.
     pub fn open_files(&self) -> Vec<String> {
         let open = fs::read_dir(format!("/proc/{}/fd", self.child.id())).expect("its open files");
-        // One that was closed since is not open.
+        // Descriptors closed meanwhile are skipped.
         open.flatten().flat_map(|file| fs::read_link(file.path())).map(|to| to.display().to_string()).collect()
     }
 
-    /// The files of its spool directory that it has open.
+    /// Its open files in the spool directory.
     pub fn spool_files(&self) -> Vec<fs::Metadata> {
         let spool = self.dir.path().join("spool");
         let open = fs::read_dir(format!("/proc/{}/fd", self.child.id())).expect("its open files");
@@ -583,7 +581,7 @@ impl Process {
         spooled.flat_map(|file| fs::metadata(file.path())).collect()
     }
 
-    /// The disks that it alone sees mounted for spooled bodies, each as a line of `/proc/PID/mounts`.
+    /// The tmpfs mounts for spooled bodies that only it sees, as lines of `/proc/PID/mounts`.
     pub fn spool_disks(&self) -> Vec<String> {
         let spool = self.dir.path().join("spool").display().to_string();
         let mounts = fs::read_to_string(format!("/proc/{}/mounts", self.child.id())).expect("what it sees mounted");
@@ -601,7 +599,7 @@ impl Process {
     }
 }
 
-/// A disk that does not answer, as long as this lives. It stays with the thread that stopped it.
+/// An unresponsive disk, while this lives. It must stay on the thread that created it.
 pub struct StillDisk {
     threads: Vec<i32>,
     tracer: PhantomData<*const ()>,
@@ -633,7 +631,7 @@ impl Drop for Process {
     }
 }
 
-/// What is zero when nothing is under way.
+/// Metrics that are zero when the gateway is idle.
 const AT_REST: [&str; 6] = [
     "forebay_phase_active",
     "forebay_spool_bytes",
@@ -643,19 +641,19 @@ const AT_REST: [&str; 6] = [
     "forebay_disk_queue",
 ];
 
-/// What can be watched of a gateway, in this process or in its own.
+/// The observable state of a gateway, in this process or as a program.
 pub trait Watched {
-    /// Where its admin endpoint is.
+    /// The address of its admin endpoint.
     fn admin_address(&self) -> SocketAddr;
     /// Its access log.
     fn log_file(&self) -> PathBuf;
 
-    /// The sum of the samples that a selector takes.
+    /// The sum of the samples that match a selector.
     fn metric(&self, selector: &str) -> f64 {
         Scrape::of(self.admin_address()).sum(selector)
     }
 
-    /// Waits until the sum of the samples that a selector takes is as wanted.
+    /// Waits until the sum of the samples that match a selector satisfies `wanted`.
     fn wait_metric(&self, selector: &str, wanted: impl Fn(f64) -> bool) -> f64 {
         let mut last = f64::NAN;
         let found = || {
@@ -665,7 +663,7 @@ pub trait Watched {
         eventually(&format!("{selector} to be as wanted"), found)
     }
 
-    /// Waits until this gateway has counted one refusal: this one.
+    /// Waits until this gateway has counted exactly one refusal, with this reason.
     fn refused_once(&self, reason: &str) {
         let selector = format!("forebay_refusals_total{{reason=\"{reason}\"}}");
         self.wait_metric(&selector, |count| count >= 1.0);
@@ -678,14 +676,14 @@ pub trait Watched {
         self.wait_metric(&format!("forebay_phase_active{{phase=\"{phase}\"}}"), |count| count >= 1.0);
     }
 
-    /// Waits until nothing is under way and nothing is held: no exchange, no spooled byte, no slow client.
+    /// Waits until the gateway is idle: no exchange, no spooled byte, no slow client.
     fn wait_at_rest(&self) {
         for gauge in AT_REST {
             self.wait_metric(gauge, |count| count == 0.0);
         }
     }
 
-    /// Waits for so many lines of the access log, and returns all that are there.
+    /// Waits for this many lines in the access log, and returns all lines.
     fn log_lines(&self, count: usize) -> Vec<LogLine> {
         read_lines(&self.log_file(), count).iter().map(|line| LogLine::parse(line)).collect()
     }
@@ -736,20 +734,19 @@ impl LogLine {
         LogLine { text: line.to_owned(), value }
     }
 
-    /// A field of text; empty if it is not there.
+    /// A text field; empty if it is missing.
     pub fn text(&self, field: &str) -> &str {
         self.value[field].as_str().unwrap_or_default()
     }
 
-    /// A field of numbers.
+    /// A numeric field.
     ///
-    /// # Panics
-    /// If it is not there.
+    /// # Panics If it is missing.
     pub fn number(&self, field: &str) -> f64 {
         self.value[field].as_f64().unwrap_or_else(|| panic!("no number `{field}` in {}", self.text))
     }
 
-    /// A field of several values; none if it is not there.
+    /// A field with several values; empty if it is missing.
     pub fn list(&self, field: &str) -> &[Value] {
         self.value[field].as_array().map_or(&[], Vec::as_slice)
     }
@@ -759,12 +756,12 @@ impl LogLine {
         self.value.get(field).is_some()
     }
 
-    /// The status that the client got.
+    /// The status sent to the client.
     pub fn status(&self) -> u64 {
         self.value["status"].as_u64().unwrap_or_else(|| panic!("no status in {}", self.text))
     }
 
-    /// Why Forebay ended the exchange; empty if it did not.
+    /// Why Forebay refused or cut the exchange; empty if it did not.
     pub fn reason(&self) -> &str {
         self.text("reason")
     }
@@ -786,7 +783,7 @@ impl LogLine {
     }
 }
 
-/// Waits for so many whole lines of a file, and returns all that are there.
+/// Waits for this many complete lines of a file, and returns all lines.
 pub fn read_lines(file: &Path, count: usize) -> Vec<String> {
     eventually(&format!("{count} lines in the access log"), || {
         let text = fs::read_to_string(file).unwrap_or_default();
@@ -796,7 +793,7 @@ pub fn read_lines(file: &Path, count: usize) -> Vec<String> {
     })
 }
 
-/// Puts a value at a path of keys; maps that are missing are made.
+/// Sets a value at a path of keys; creates missing maps.
 fn put(at: &mut serde_yaml::Value, path: &[&str], value: serde_yaml::Value) {
     let Some((key, rest)) = path.split_first() else {
         *at = value;
@@ -837,7 +834,7 @@ fn collect(stderr: impl std::io::Read + Send + 'static, into: Arc<Mutex<String>>
     });
 }
 
-/// The address that the program says it listens on: `listening listener=web address=127.0.0.1:43210`.
+/// The address that the program announces: `listening listener=web address=127.0.0.1:43210`.
 fn announced(child: &mut Child, stderr: &Mutex<String>, listener: &str) -> SocketAddr {
     eventually(&format!("the program to listen at `{listener}` within {DEADLINE:?}"), || {
         let said = stderr.lock().unwrap().clone();
@@ -848,7 +845,7 @@ fn announced(child: &mut Child, stderr: &Mutex<String>, listener: &str) -> Socke
     })
 }
 
-/// The address in the line of a listener.
+/// The address in the announcement of a listener.
 fn address_told(said: &str, listener: &str) -> Option<SocketAddr> {
     said.lines().find_map(|line| {
         let word = |key: &str| line.split_whitespace().find_map(|word| word.strip_prefix(key));

@@ -1,5 +1,4 @@
-//! gRPC by its C core, as Python, C++, Ruby, PHP and C# have it: a server and a client, each a program of
-//! `tests/peers`.
+//! gRPC with its C core, which Python, C++, Ruby, PHP and C# use: a server and a client program in `tests/peers`.
 
 use std::io::{BufRead, BufReader, Write};
 use std::net::SocketAddr;
@@ -13,10 +12,10 @@ use serde_json::{Value, json};
 use super::secure::Identity;
 use super::{DEADLINE, end};
 
-/// Debian's, whose modules `make test` installs, and not another one that may be first in `PATH`.
+/// Debian's Python, for which `make test` installs modules; another one may come first in `PATH`.
 const PYTHON: &str = "/usr/bin/python3";
 
-/// A program that is spoken to in lines.
+/// A program with a line-based protocol.
 struct Peer {
     child: Child,
     stdin: ChildStdin,
@@ -29,7 +28,7 @@ impl Peer {
         let mut child = Command::new(PYTHON)
             .arg(program)
             .args(arguments)
-            // Whatever proxy there is here, it is not for loopback; and no thread is left behind by a fork.
+            // Proxy settings do not apply to loopback; fork support is off so that no thread is left behind.
             .envs([("no_proxy", "127.0.0.1"), ("GRPC_ENABLE_FORK_SUPPORT", "0"), ("PYTHONDONTWRITEBYTECODE", "1")])
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
@@ -83,7 +82,7 @@ impl GrpcServer {
         self.address
     }
 
-    /// Waits until it says that a call of this method was given up.
+    /// Waits until it reports that a call of this method was cancelled.
     pub fn hears_of(&self, method: &str) {
         assert_eq!(self.peer.line(), format!("given up {method}"));
     }
@@ -93,23 +92,23 @@ impl GrpcServer {
 pub struct GrpcClient(Peer);
 
 impl GrpcClient {
-    /// Of the gateway at this address; it connects with its first call.
+    /// For the gateway at this address; it connects with its first call.
     pub fn to(gateway: SocketAddr) -> GrpcClient {
         GrpcClient(Peer::start("grpc_client.py", &[Path::new(&gateway.to_string())]))
     }
 
-    /// Has a call made as `tests/peers/grpc_client.py` says, and tells how it went.
+    /// Makes a call as described in `tests/peers/grpc_client.py`, and returns its result.
     pub fn ask(&mut self, ask: &Value) -> Value {
         self.begin(ask);
         self.outcome()
     }
 
-    /// Has a call made, and does not wait for it.
+    /// Starts a call without waiting for it.
     pub fn begin(&mut self, ask: &Value) {
         writeln!(self.0.stdin, "{ask}").expect("the client to listen");
     }
 
-    /// How the call went that was begun.
+    /// The result of the started call.
     pub fn outcome(&mut self) -> Value {
         serde_json::from_str(&self.0.line()).expect("JSON")
     }

@@ -1,4 +1,4 @@
-//! A backend that speaks HTTP/2 in clear text: trailers, and streams that go both ways at once.
+//! A clear-text HTTP/2 backend with trailers and bidirectional streams.
 
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex};
@@ -31,7 +31,7 @@ pub struct H2Origin {
 }
 
 impl H2Origin {
-    /// Listens on a loopback port and answers.
+    /// Listens on a loopback port and serves requests.
     pub fn start() -> H2Origin {
         let runtime = Builder::new_multi_thread().worker_threads(1).enable_all().build().expect("a runtime");
         let listener = runtime.block_on(TcpListener::bind("127.0.0.1:0")).expect("a port for the origin");
@@ -45,7 +45,7 @@ impl H2Origin {
         self.address
     }
 
-    /// The paths that it was asked for, in order.
+    /// The requested paths, in order.
     pub fn paths(&self) -> Vec<String> {
         self.seen.lock().unwrap().clone()
     }
@@ -63,7 +63,7 @@ async fn converse(stream: TcpStream, seen: Arc<Mutex<Vec<String>>>) {
         let path = request.uri().path().to_owned();
         let first = !seen.lock().unwrap().contains(&path);
         seen.lock().unwrap().push(path);
-        // A stream that fails is the gateway's business, and what it makes of it the story's.
+        // A failed stream is up to the gateway; the story checks the effect.
         tokio::spawn(async move { answer(request, respond, first).await.ok() });
     }
 }

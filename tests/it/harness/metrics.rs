@@ -1,4 +1,4 @@
-//! What `/metrics` says, as a story asks for it, and the real Prometheus that reads it.
+//! Reads `/metrics` for stories, and runs a real Prometheus.
 
 use std::fs::File;
 use std::io::Write;
@@ -27,13 +27,13 @@ impl Scrape {
         &self.0
     }
 
-    /// The sum of all samples that a selector such as `forebay_exchanges_total{route="all"}` takes; labels that it
-    /// does not name may have any value. Zero if there is none.
+    /// The sum of all samples that match a selector such as `forebay_exchanges_total{route="all"}`; labels that it
+    /// does not mention may have any value. Zero without samples.
     pub fn sum(&self, selector: &str) -> f64 {
         self.samples(selector).iter().sum()
     }
 
-    /// The samples that a selector takes.
+    /// The samples that match a selector.
     pub fn samples(&self, selector: &str) -> Vec<f64> {
         let (name, wanted) = series(selector);
         let lines = self.0.lines().filter(|line| !line.starts_with('#'));
@@ -48,7 +48,7 @@ impl Scrape {
     }
 }
 
-/// A name and its labels, each as `name="value"`. No value in these stories holds a comma.
+/// A name and its labels, each as `name="value"`. No value in these stories contains a comma.
 fn series(written: &str) -> (&str, Vec<&str>) {
     match written.split_once('{') {
         Some((name, labels)) => (name, labels.trim_end_matches('}').split(',').filter(|l| !l.is_empty()).collect()),
@@ -56,7 +56,7 @@ fn series(written: &str) -> (&str, Vec<&str>) {
     }
 }
 
-/// What `promtool check metrics` has against a text: nothing, if all is well.
+/// The complaints of `promtool check metrics` about a text; empty if there are none.
 pub fn promtool(text: &str) -> String {
     let mut child = Command::new("promtool")
         .args(["check", "metrics"])
@@ -106,18 +106,18 @@ impl Prometheus {
         eventually(&format!("Prometheus to know {query}"), || self.answer(query).filter(|values| !values.is_empty()))
     }
 
-    /// The values of the results of an instant query; `None` if it is not understood.
+    /// The values of an instant query; `None` if the query is invalid.
     pub fn answer(&self, query: &str) -> Option<Vec<f64>> {
         let results = self.results("query", query, "")?;
         results.as_array()?.iter().map(|r| r["value"][1].as_str()?.parse().ok()).collect()
     }
 
-    /// The results of a query over some time, one for each second of it.
+    /// The results of a range query with a step of one second.
     pub fn course(&self, query: &str, from: u64, to: u64) -> Option<Value> {
         self.results("query_range", query, &format!("&start={from}&end={to}&step=1"))
     }
 
-    /// The results of a query as Prometheus writes them; `None` if it is not understood.
+    /// The results of a query in Prometheus's format; `None` if the query is invalid.
     pub fn results(&self, kind: &str, query: &str, more: &str) -> Option<Value> {
         let escaped: String = query.bytes().map(|byte| format!("%{byte:02X}")).collect();
         let response = get(self.address, &format!("/api/v1/{kind}?query={escaped}{more}"));

@@ -1,4 +1,4 @@
-//! A backend whose state a story changes while clients ask it, and these clients.
+//! A backend whose behaviour changes during a story while clients send requests, and these clients.
 
 use std::io::{ErrorKind, Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
@@ -12,23 +12,23 @@ use socket2::{Domain, Socket, Type};
 use super::client::{Client, request};
 use super::{Gateway, eventually, ms};
 
-/// How a backend answers.
+/// The behaviour of a backend.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Mood {
-    /// With 200, after this time.
+    /// Responds with 200 after this time.
     Well(Duration),
-    /// With 500 every so many times, else with 200.
+    /// Responds with 500 every n-th time, else with 200.
     Failing(usize),
-    /// It takes requests and says nothing.
+    /// Accepts requests and never responds.
     Hung,
 }
 
-/// A backend with a mood.
+/// A backend with changeable behaviour.
 pub struct Moody {
     address: SocketAddr,
     state: Arc<State>,
     accepting: Option<JoinHandle<()>>,
-    /// What fills the queue of a listener that accepts nothing.
+    /// Connections that fill the accept queue while it accepts nothing.
     deaf: Vec<Socket>,
 }
 
@@ -40,7 +40,7 @@ struct State {
 }
 
 impl Moody {
-    /// A backend that is well, on a loopback port of its own.
+    /// A healthy backend on its own loopback port.
     pub fn well() -> Moody {
         let state = State {
             mood: Mutex::new(Mood::Well(Duration::ZERO)),
@@ -58,29 +58,29 @@ impl Moody {
         moody
     }
 
-    /// Where it listens, or would.
+    /// Its address, even while it is stopped.
     pub fn address(&self) -> SocketAddr {
         self.address
     }
 
-    /// Requests that came.
+    /// Number of received requests.
     pub fn requests(&self) -> usize {
         self.state.requests.load(Ordering::Relaxed)
     }
 
-    /// Waits for so many more requests.
+    /// Waits for this many more requests.
     pub fn wait_requests(&self, more: usize) {
         let wanted = self.requests() + more;
         let what = format!("{more} more requests at {}", self.address);
         eventually(&what, || (self.requests() >= wanted).then_some(()));
     }
 
-    /// It answers like this from now on.
+    /// Sets its behaviour.
     pub fn set(&self, mood: Mood) {
         *self.state.mood.lock().unwrap() = mood;
     }
 
-    /// It is no more: its connections are closed, and new ones are refused.
+    /// Stops it: closes its connections and refuses new ones.
     pub fn kill(&mut self) {
         self.close_listener();
         for stream in self.state.open.lock().unwrap().drain(..) {
@@ -89,7 +89,7 @@ impl Moody {
         }
     }
 
-    /// It is there again, at the same address, and well.
+    /// Starts it again at the same address, healthy.
     pub fn restart(&mut self) {
         self.kill();
         self.deaf.clear();
@@ -97,7 +97,7 @@ impl Moody {
         self.listen();
     }
 
-    /// Nothing that is sent to it is answered any more, not even the beginning of a connection.
+    /// It no longer responds to anything, not even to connection attempts.
     pub fn vanish(&mut self) {
         self.set(Mood::Hung);
         self.close_listener();
@@ -150,7 +150,7 @@ impl Drop for Moody {
     }
 }
 
-/// Answers the requests of one connection, none of which has a body.
+/// Serves the requests of one connection; they have no bodies.
 fn serve(mut stream: TcpStream, state: &State) {
     let (mut bytes, mut piece) = (Vec::new(), [0; 4096]);
     loop {
@@ -170,7 +170,7 @@ fn serve(mut stream: TcpStream, state: &State) {
             }
             Mood::Failing(every) if number.is_multiple_of(every) => "500 Internal Server Error",
             Mood::Failing(_) => "200 OK",
-            // The other handle keeps it open.
+            // Another handle keeps it open.
             Mood::Hung => return,
         };
         if write!(stream, "HTTP/1.1 {status}\r\nContent-Length: 0\r\n\r\n").is_err() {
@@ -179,17 +179,17 @@ fn serve(mut stream: TcpStream, state: &State) {
     }
 }
 
-/// What came of the requests of some clients.
+/// The results of some clients' requests.
 #[derive(Debug, Default)]
 pub struct Figures {
-    /// How long the good ones took.
+    /// The durations of successful requests.
     pub times: Vec<Duration>,
-    /// What the others were answered; 0: nothing.
+    /// The statuses of failed requests; 0: no response.
     pub failed: Vec<u16>,
 }
 
 impl Figures {
-    /// So many of a hundred took less.
+    /// The duration below which this percentage of requests took.
     pub fn percentile(&self, percent: usize) -> Duration {
         let mut times = self.times.clone();
         times.sort_unstable();
@@ -197,9 +197,9 @@ impl Figures {
     }
 }
 
-/// Lets so many clients ask a gateway, one request after the other, for as long as the story takes.
+/// Runs this many clients that send requests in a loop during the story.
 pub fn under_load(gateway: &Gateway, clients: usize, story: impl FnOnce()) -> Figures {
-    /// Ends the load even if the story panics.
+    /// Stops the load even if the story panics.
     struct Over<'o>(&'o AtomicBool);
     impl Drop for Over<'_> {
         fn drop(&mut self) {

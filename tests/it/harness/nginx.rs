@@ -1,4 +1,5 @@
-//! The real nginx as an origin: files of every size, answers of every framing, uploads to disk, HTTP/2 both ways.
+//! A real nginx as the origin: files of every size, all kinds of framing, uploads to disk, HTTP/2 in both
+//! directions.
 
 use std::fs;
 use std::net::SocketAddr;
@@ -9,7 +10,7 @@ use tempfile::TempDir;
 
 use super::{end, free_port, listening};
 
-/// An nginx with one worker and three ports, ended when dropped.
+/// An nginx with one worker and three ports; it is killed on drop.
 pub struct Nginx {
     child: Child,
     dir: TempDir,
@@ -43,22 +44,22 @@ impl Nginx {
         Nginx { child, dir, address, h2c, h2 }
     }
 
-    /// Where it speaks HTTP/1.
+    /// Its HTTP/1 address.
     pub fn address(&self) -> SocketAddr {
         self.address
     }
 
-    /// Where it speaks HTTP/2 in clear text.
+    /// Its clear-text HTTP/2 address.
     pub fn h2c(&self) -> SocketAddr {
         SocketAddr::from(([127, 0, 0, 1], self.h2c))
     }
 
-    /// Where it speaks HTTP/2 over TLS, by the name in its certificate.
+    /// Its address for HTTP/2 over TLS, by the name in its certificate.
     pub fn h2(&self) -> String {
         format!("localhost:{}", self.h2)
     }
 
-    /// The certificate that it shows there.
+    /// Its certificate.
     pub fn certificate(&self) -> PathBuf {
         self.dir.path().join("cert.pem")
     }
@@ -79,7 +80,7 @@ impl Drop for Nginx {
     }
 }
 
-/// Bytes that repeat nowhere near: an error in order or length shows.
+/// Bytes without short-range repetition, so that errors in order or length are detected.
 pub fn noise(length: usize) -> Vec<u8> {
     let mut state = 0x2545_f491_4f6c_dd1d_u64;
     let mut bytes = Vec::with_capacity(length + 8);
@@ -107,12 +108,13 @@ fn lay_files(dir: &Path) {
     }
 }
 
-/// A text for server-side includes, which nginx sends without a length because it may change on the way.
+/// A text for server-side includes, which nginx sends without a length because it may change in transit.
 fn text() -> Vec<u8> {
     (0..20_000).flat_map(|n| format!("line {n}\n").into_bytes()).collect()
 }
 
-/// One process without a master: what is killed is all there is. The temporary paths keep it in its directory.
+/// A single process without a master, so that killing it leaves nothing behind. Temporary paths are in its
+/// directory.
 fn config(dir: &Path, [http, h2c, h2]: [u16; 3]) -> String {
     let dir = dir.display();
     format!(

@@ -1,4 +1,4 @@
-//! The backend of a story: raw sockets that answer, stall, lie or die as the story says.
+//! The backend of a story: raw sockets that respond, stall, misbehave or close as the story says.
 
 use std::io;
 use std::net::{SocketAddr, TcpListener, TcpStream};
@@ -20,7 +20,7 @@ pub struct Origin {
     seen: Arc<Seen>,
 }
 
-/// What came to an origin.
+/// What an origin received.
 #[derive(Default)]
 struct Seen {
     connections: Mutex<usize>,
@@ -28,38 +28,38 @@ struct Seen {
     answered: Mutex<usize>,
 }
 
-/// One connection to an origin, played by the story.
+/// One connection to an origin, controlled by the story.
 pub struct Connection {
     wire: Wire,
     seen: Arc<Seen>,
 }
 
-/// An address where connections come to nothing.
+/// An address where connections fail.
 pub struct Closed {
     address: SocketAddr,
     _held: Vec<Socket>,
 }
 
 impl Origin {
-    /// An origin whose connections the story plays itself: see [`Origin::accept`].
+    /// An origin whose connections the story handles itself: see [`Origin::accept`].
     pub fn scripted() -> Origin {
         Origin::start(|connection, accepted| {
             let _ = accepted.send(connection);
         })
     }
 
-    /// An origin that answers each request at once with the bytes that `answer` makes of it, and keeps connections. To
-    /// a HEAD it says the header only.
+    /// An origin that responds to each request at once with the bytes from `answer`, and keeps connections. For
+    /// HEAD it sends the header only.
     pub fn answering(answer: impl Fn(&Request) -> Vec<u8> + Send + Sync + 'static) -> Origin {
         Origin::start(answer_all(answer))
     }
 
-    /// An origin that says `200` and its own `name`.
+    /// An origin that responds with 200 and its `name`.
     pub fn named(name: &'static str) -> Origin {
         Origin::answering(move |_| ok(name))
     }
 
-    /// An origin that answers so many requests of a connection, reads one more, and closes.
+    /// An origin that responds to this many requests of a connection, reads one more, and closes.
     pub fn closing_after(answers: usize) -> Origin {
         Origin::start(move |mut connection, _| {
             thread::spawn(move || {
@@ -73,7 +73,7 @@ impl Origin {
         })
     }
 
-    /// An origin that plays every connection in this way, each on a thread of its own.
+    /// An origin that handles every connection with this function, each on its own thread.
     pub fn playing(play: impl Fn(Connection) + Send + Sync + 'static) -> Origin {
         let play = Arc::new(play);
         Origin::start(move |connection, _| {
@@ -82,15 +82,15 @@ impl Origin {
         })
     }
 
-    /// An origin that answers one request of a connection with the bytes that `answer` makes of it, and closes. To a
-    /// HEAD it says the header only.
+    /// An origin that responds to one request per connection with the bytes from `answer`, and closes. For HEAD it
+    /// sends the header only.
     pub fn answering_once(answer: impl Fn(&Request) -> Vec<u8> + Send + Sync + 'static) -> Origin {
         let answer = Arc::new(answer);
         Origin::start(move |mut connection, _| {
             let answer = answer.clone();
             thread::spawn(move || {
                 if let Some(request) = connection.next_request() {
-                    // Whether the gateway takes all of it is the story's business.
+                    // The story checks whether the gateway accepts all of it.
                     let _ = connection.wire.send(without_body(&request, answer(&request)));
                 }
             });
@@ -128,10 +128,9 @@ impl Origin {
         self.address
     }
 
-    /// The next connection.
+    /// Waits for the next connection.
     ///
-    /// # Panics
-    /// If none comes.
+    /// # Panics On timeout.
     pub fn accept(&self) -> Connection {
         self.accepted.recv_timeout(DEADLINE).expect("a connection to the origin")
     }
@@ -141,25 +140,24 @@ impl Origin {
         self.accepted.try_recv().ok()
     }
 
-    /// How many connections were made to it.
+    /// Number of connections made to it.
     pub fn connections(&self) -> usize {
         *self.seen.connections.lock().unwrap()
     }
 
-    /// How many answers of an answering origin the kernel has taken whole.
+    /// Number of responses that the kernel has accepted completely.
     pub fn answered(&self) -> usize {
         *self.seen.answered.lock().unwrap()
     }
 
-    /// Every request it got, in order.
+    /// All received requests, in order.
     pub fn requests(&self) -> Vec<Request> {
         self.seen.requests.lock().unwrap().clone()
     }
 
-    /// The one request it got.
+    /// The only request it received.
     ///
-    /// # Panics
-    /// If it got none, or more.
+    /// # Panics If it received none, or several.
     pub fn request(&self) -> Request {
         let mut requests = self.requests();
         assert_eq!(requests.len(), 1, "requests that came to the origin");
@@ -167,7 +165,7 @@ impl Origin {
     }
 }
 
-/// Has each connection answered on a thread of its own.
+/// Serves each connection on its own thread.
 fn answer_all(
     answer: impl Fn(&Request) -> Vec<u8> + Send + Sync + 'static,
 ) -> impl Fn(Connection, &Sender<Connection>) + Send + 'static {
@@ -185,7 +183,7 @@ fn answer_all(
     }
 }
 
-/// An answer as it is sent: to a HEAD, its header alone.
+/// A response as sent: for HEAD, only its header.
 fn without_body(request: &Request, mut answer: Vec<u8>) -> Vec<u8> {
     if let Some(end) = find(&answer, b"\r\n\r\n").filter(|_| request.method() == "HEAD") {
         answer.truncate(end + 4);
@@ -194,7 +192,7 @@ fn without_body(request: &Request, mut answer: Vec<u8>) -> Vec<u8> {
 }
 
 impl Connection {
-    /// Reads the next request whole; `None` if the peer closed instead.
+    /// Reads a whole request; `None` if the peer closed instead.
     pub fn next_request(&mut self) -> Option<Request> {
         let head = self.wire.head()?;
         let framing = head.request_framing();
@@ -205,35 +203,34 @@ impl Connection {
         Some(request)
     }
 
-    /// Reads a request whole.
+    /// Reads a whole request.
     pub fn request(&mut self) -> Request {
         self.next_request().expect("a request at the origin")
     }
 
-    /// Reads the header of a request and leaves its body where it is.
+    /// Reads the header of a request and leaves its body unread.
     pub fn header(&mut self) -> Head {
         self.wire.head().expect("a request header at the origin")
     }
 
-    /// Reads so many bytes of a body, framing and all.
+    /// Reads this many raw bytes of a body.
     pub fn bytes(&mut self, count: usize) -> Vec<u8> {
         self.wire.exactly(count).0
     }
 
-    /// Sends all of it.
+    /// Sends all bytes.
     ///
-    /// # Panics
-    /// If the gateway does not take it.
+    /// # Panics If the gateway does not accept them.
     pub fn send(&mut self, bytes: impl AsRef<[u8]>) {
         self.wire.send(bytes).expect("the gateway to take bytes");
     }
 
-    /// Sends it for as long as the gateway takes it; says whether it took all.
+    /// Sends as long as the gateway accepts data; returns whether it accepted all.
     pub fn try_send(&mut self, bytes: impl AsRef<[u8]>) -> bool {
         self.wire.send(bytes).is_ok()
     }
 
-    /// Sends one byte at a time with a pause between, until the gateway says something; whether all was sent.
+    /// Sends byte by byte with pauses until the gateway sends something; returns whether all was sent.
     pub fn drip(&mut self, bytes: impl AsRef<[u8]>, pause: Duration) -> bool {
         self.wire.drip(bytes, pause)
     }
@@ -243,7 +240,7 @@ impl Connection {
         self.send(ok(body));
     }
 
-    /// The socket, for a protocol that takes over.
+    /// The socket, for another protocol.
     pub fn into_socket(self) -> Socket {
         self.wire.into_socket()
     }
@@ -268,13 +265,13 @@ impl Connection {
 }
 
 impl Closed {
-    /// An address that refuses connections, and stays reserved while this lives.
+    /// An address that refuses connections; the port stays reserved while this lives.
     pub fn refusing() -> Closed {
         let socket = bound();
         Closed { address: address_of(&socket), _held: vec![socket] }
     }
 
-    /// An address that never answers a connection attempt: it listens, but its queue is full.
+    /// An address that never accepts: it listens, but its accept queue is full.
     pub fn silent() -> Closed {
         let listener = bound();
         listener.listen(0).expect("to listen");
@@ -311,7 +308,7 @@ pub fn built_in() -> Running {
     running(&Arc::default())
 }
 
-/// Two of them, the first of which to be asked answers as at `path`, once: which that is, the gateway chooses.
+/// Two test origins: whichever is asked first responds once as for `path`.
 pub fn first_fails(path: &str) -> [Running; 2] {
     let detour = Detour::of_first(1, path.parse().expect("a path"));
     [(); 2].map(|()| running(&detour))
@@ -327,7 +324,7 @@ pub fn ok(body: impl AsRef<[u8]>) -> Vec<u8> {
     response("200 OK", "", body)
 }
 
-/// A whole response with its length; `fields` are further header lines, each with its CRLF.
+/// A whole response with its length; `fields` are further header lines with CRLF.
 pub fn response(status: &str, fields: &str, body: impl AsRef<[u8]>) -> Vec<u8> {
     let body = body.as_ref();
     let mut bytes = format!("HTTP/1.1 {status}\r\n{fields}Content-Length: {}\r\n\r\n", body.len()).into_bytes();

@@ -1,8 +1,7 @@
-//! A real authority that speaks ACME: Debian's `pebble`, with a DNS server and with gates through which it comes to
-//! look at names.
+//! A real ACME server: Debian's `pebble`, with a DNS server and gates for its validation connections.
 //!
-//! It validates at two ports that are fixed when it starts. A gate is such a port. It leads to a listener of a gateway
-//! once the story says to which, and holds connections back until then.
+//! Pebble validates at two ports that are fixed at its start. A gate is such a port. It forwards connections to a
+//! gateway's listener once the story sets one, and holds them until then.
 
 use std::fs;
 use std::io::{self, BufRead, BufReader, Write};
@@ -20,12 +19,12 @@ use super::dnsmasq::Dnsmasq;
 use super::secure::Authority;
 use super::{DEADLINE, end, eventually, free_port, listening};
 
-/// An authority, ended when dropped.
+/// An ACME server; it is killed on drop.
 pub struct Pebble {
     child: Option<Child>,
     address: SocketAddr,
     dir: TempDir,
-    /// Signs the certificate of the directory itself.
+    /// Signs the certificate of the directory.
     authority: Authority,
     dns: Dnsmasq,
     http: Gate,
@@ -33,34 +32,34 @@ pub struct Pebble {
     advisor: Option<Advisor>,
 }
 
-/// A directory in front of pebble's, which tells when certificates are to be renewed (RFC 9773), as pebble does not.
+/// A proxy in front of pebble's directory that adds renewal information (RFC 9773), which pebble lacks.
 struct Advisor {
     address: SocketAddr,
     asked: Arc<Mutex<Vec<String>>>,
 }
 
-/// What differs from one authority to another.
+/// Settings of an ACME server.
 #[derive(Default)]
 pub struct Rules {
-    /// Names that it never issues for.
+    /// Names that it refuses.
     pub blocked: &'static [&'static str],
-    /// An account with it is bound to this identifier by this key, in base64url.
+    /// External account binding: the identifier, and the key in base64url.
     pub binding: Option<(&'static str, &'static str)>,
 }
 
-/// A port that leads to a listener.
+/// A port that forwards to a listener.
 struct Gate {
     address: SocketAddr,
     target: Arc<(Mutex<Option<SocketAddr>>, Condvar)>,
 }
 
 impl Pebble {
-    /// One that finds these names at the gates.
+    /// A server that resolves these names to the gates.
     pub fn knowing(names: &[&str]) -> Pebble {
         Pebble::with(names, &Rules::default())
     }
 
-    /// The same with rules of its own.
+    /// The same with these settings.
     pub fn with(names: &[&str], rules: &Rules) -> Pebble {
         let hosts: String = names.iter().map(|name| format!("127.0.0.1 {name}\n")).collect();
         let (dir, authority, dns) =
@@ -92,7 +91,7 @@ impl Pebble {
         pebble
     }
 
-    /// It says of the first certificate that it is to be renewed at once, and of all others in a hundred days.
+    /// Says that the first certificate must be renewed at once, and all others in a hundred days.
     pub fn advising(mut self) -> Pebble {
         let curl = Command::new("curl").arg("-sf").arg("--cacert").arg(self.ca()).arg(self.directory()).output();
         let directory = String::from_utf8(curl.expect("curl, which `make test` installs").stdout).expect("a text");
@@ -100,7 +99,7 @@ impl Pebble {
         self
     }
 
-    /// The certificates that it was asked about, by what tells them apart.
+    /// The identifiers of certificates whose renewal information was requested.
     pub fn asked_about(&self) -> Vec<String> {
         let asked = self.advisor.iter().flat_map(|advisor| advisor.asked.lock().unwrap().clone());
         asked.collect()
@@ -112,28 +111,28 @@ impl Pebble {
         format!("https://localhost:{}/dir", address.port())
     }
 
-    /// The file of the authority that signs the directory's certificate.
+    /// The file of the CA for the directory's certificate.
     pub fn ca(&self) -> PathBuf {
         self.authority.file()
     }
 
-    /// The file of the certificate that all it issues goes back to.
+    /// The file of the root certificate of all issued certificates.
     pub fn root(&self) -> PathBuf {
         self.dir.path().join("root.pem")
     }
 
-    /// Lets it through to these listeners.
+    /// Connects the gates to these listeners.
     pub fn validates(&self, http: SocketAddr, tls: SocketAddr) {
         self.http.leads_to(http);
         self.tls.leads_to(tls);
     }
 
-    /// How many requests it has had.
+    /// Number of requests received.
     pub fn requests(&self) -> usize {
         self.log().matches("calling handler()").count()
     }
 
-    /// What it says that it does.
+    /// Its log.
     fn log(&self) -> String {
         fs::read_to_string(self.dir.path().join("log")).expect("its log")
     }
@@ -145,7 +144,7 @@ impl Pebble {
         }
     }
 
-    /// Starts it again where it was. It has forgotten everything, its root as well.
+    /// Starts it again at the same address. It has lost all state, including its root.
     pub fn start_again(&mut self) {
         let mut child = spawn(self.dir.path(), &self.dns);
         eventually("pebble to listen again", || {
@@ -181,7 +180,7 @@ fn spawn(dir: &Path, dns: &Dnsmasq) -> Child {
         .arg("-config")
         .arg(dir.join("pebble.json"))
         .args(["-strict", "-dnsserver", &dns.address().to_string()])
-        // It looks at once, and never takes a name for proved that was so before.
+        // Validates at once, and never reuses an earlier validation.
         .env("PEBBLE_VA_NOSLEEP", "1")
         .env("PEBBLE_AUTHZREUSE", "0")
         .stdout(log.try_clone().expect("its log"))
@@ -223,7 +222,7 @@ impl Advisor {
     }
 }
 
-/// When this certificate is to be renewed: on one day or another.
+/// The renewal window of this certificate.
 fn window(certificate: &str, asked: &mut Vec<String>) -> String {
     const DAY: Duration = Duration::from_secs(86_400);
     let start = if asked.is_empty() { SystemTime::UNIX_EPOCH } else { SystemTime::now() + 100 * DAY };

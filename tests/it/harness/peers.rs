@@ -1,4 +1,4 @@
-//! Other proxies in front of the same origin: nginx and HAProxy, to be compared with.
+//! Other proxies in front of the same origin, for comparison: nginx and HAProxy.
 
 use std::fs;
 use std::net::SocketAddr;
@@ -8,7 +8,7 @@ use tempfile::TempDir;
 
 use super::{end, listening};
 
-/// A proxy that hands everything to one origin by HTTP/1.1, ended when dropped.
+/// A proxy that forwards everything to one origin over HTTP/1.1; it is killed on drop.
 pub struct Peer {
     child: Child,
     address: SocketAddr,
@@ -16,7 +16,7 @@ pub struct Peer {
 }
 
 impl Peer {
-    /// nginx with nothing set that concerns answers.
+    /// nginx with default response settings.
     pub fn nginx(origin: SocketAddr) -> Peer {
         Peer::start("/usr/sbin/nginx", &["-e", "stderr", "-c"], |dir, port| {
             let temporary: String = ["client_body", "proxy", "fastcgi", "uwsgi", "scgi"]
@@ -31,7 +31,7 @@ impl Peer {
         })
     }
 
-    /// HAProxy with nothing set that concerns answers.
+    /// HAProxy with default response settings.
     pub fn haproxy(origin: SocketAddr) -> Peer {
         Peer::start("/usr/sbin/haproxy", &["-q", "-db", "-f"], |_, port| {
             format!(

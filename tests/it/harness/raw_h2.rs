@@ -1,5 +1,5 @@
-//! HTTP/2 on a socket, frame by frame, for what no library would send. Fields go as literals (RFC 7541 §6.2.2), so that
-//! any name and any value can be said; of what comes, a stream's status, body and end are read.
+//! Raw HTTP/2 frames, to send what no library would. Fields are sent as literals (RFC 7541 §6.2.2), so any name and
+//! value is possible; of a response, status, body and end are decoded.
 
 use std::net::SocketAddr;
 
@@ -13,10 +13,10 @@ pub struct RawH2 {
     wire: Wire,
 }
 
-/// What came on a stream.
+/// What was received on a stream.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Outcome {
-    /// The status; 0 if no header came.
+    /// The status; 0 without a header.
     pub status: u16,
     /// The data.
     pub body: Vec<u8>,
@@ -27,11 +27,11 @@ pub struct Outcome {
 /// How a stream ended.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Ended {
-    /// In good order.
+    /// Complete.
     Whole,
-    /// By a reset of the stream, with this code.
+    /// Reset with this code.
     Reset(u32),
-    /// With the whole connection.
+    /// The connection ended.
     #[default]
     Closed,
 }
@@ -45,10 +45,9 @@ impl RawH2 {
         raw
     }
 
-    /// Takes a connection as a server.
+    /// Accepts a connection as a server.
     ///
-    /// # Panics
-    /// If it does not begin with the preface.
+    /// # Panics If it does not begin with the preface.
     pub fn server(connection: Connection) -> RawH2 {
         let mut raw = RawH2 { wire: connection.into_wire() };
         assert_eq!(raw.wire.exactly(PREFACE.len()).0, PREFACE, "the preface");
@@ -56,7 +55,7 @@ impl RawH2 {
         raw
     }
 
-    /// Sends a header block, its fields in this order.
+    /// Sends a header block with these fields in order.
     pub fn headers(&mut self, stream: u32, fields: &[(&str, &str)], end: bool) {
         let block: Vec<u8> = fields.iter().flat_map(|(name, value)| literal(name, value)).collect();
         let flags = END_HEADERS | if end { END_STREAM } else { 0 };
@@ -73,12 +72,12 @@ impl RawH2 {
         self.send(kind::RST_STREAM, 0, stream, &code.to_be_bytes());
     }
 
-    /// Says that the connection ends with this stream.
+    /// Sends GOAWAY.
     pub fn goaway(&mut self, last: u32, code: u32) {
         self.send(kind::GOAWAY, 0, 0, &[last.to_be_bytes(), code.to_be_bytes()].concat());
     }
 
-    /// Waits for a request and reads it to its end; says which stream it is on. `None`: the peer has closed.
+    /// Waits for a request, reads it to its end, and returns its stream. `None`: the peer has closed.
     pub fn request(&mut self) -> Option<u32> {
         let mut begun = 0;
         loop {
@@ -92,7 +91,7 @@ impl RawH2 {
         }
     }
 
-    /// Reads what comes on a stream to its end.
+    /// Reads a stream to its end.
     pub fn outcome(&mut self, stream: u32) -> Outcome {
         let mut outcome = Outcome::default();
         while let Some(frame) = self.next() {
@@ -116,7 +115,7 @@ impl RawH2 {
         outcome
     }
 
-    /// The next frame; settings are acknowledged in passing.
+    /// The next frame; settings are acknowledged.
     fn next(&mut self) -> Option<Frame> {
         loop {
             let (header, end) = self.wire.exactly(9);
@@ -143,13 +142,13 @@ impl RawH2 {
         self.raw(&[&length[1..], &[kind, flags], &stream.to_be_bytes(), payload].concat());
     }
 
-    /// Sends it if the peer still takes anything: it may have seen enough.
+    /// Sends if the peer still accepts data: it may have closed already.
     fn raw(&mut self, bytes: &[u8]) {
         let _ = self.wire.send(bytes);
     }
 }
 
-/// A field that is in no table, without Huffman codes.
+/// A literal field without Huffman coding.
 fn literal(name: &str, value: &str) -> Vec<u8> {
     let text = |text: &str| {
         let length = u8::try_from(text.len()).expect("a short text");
@@ -159,16 +158,16 @@ fn literal(name: &str, value: &str) -> Vec<u8> {
     [vec![0], text(name), text(value)].concat()
 }
 
-/// The status that a header block begins with, the first of its connection.
+/// The status at the beginning of a header block, the first of its connection.
 fn status(block: &[u8]) -> u16 {
     let block: &[u8] = match block {
-        // A new size of the dynamic table.
+        // A dynamic table size update.
         [0x20..=0x3e, rest @ ..] => rest,
         block => block,
     };
     match block {
         [indexed @ 0x88..=0x8e, ..] => [200, 204, 206, 304, 400, 404, 500][usize::from(indexed - 0x88)],
-        // A literal under the name `:status`, in Huffman codes or not.
+        // A literal with the name `:status`, Huffman-coded or not.
         [0x08 | 0x18 | 0x48, length, rest @ ..] if length & 0x80 > 0 => digits(&rest[..usize::from(length & 0x7f)]),
         [0x08 | 0x18 | 0x48, 3, a, b, c, ..] => {
             [a, b, c].iter().fold(0, |number, digit| number * 10 + u16::from(**digit - b'0'))
@@ -177,7 +176,7 @@ fn status(block: &[u8]) -> u16 {
     }
 }
 
-/// Three digits in Huffman codes (RFC 7541 appendix B): five bits for 0 to 2, six for the others.
+/// Three Huffman-coded digits (RFC 7541 appendix B): five bits for 0 to 2, six for the others.
 fn digits(codes: &[u8]) -> u16 {
     let bits = codes.iter().fold(0_u32, |bits, byte| bits << 8 | u32::from(*byte)) << (32 - 8 * codes.len());
     let (mut number, mut at) = (0, 0);

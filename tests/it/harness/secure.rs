@@ -1,7 +1,7 @@
-//! A backend behind TLS, a unix socket or the PROXY protocol, and authorities that sign certificates.
+//! A backend behind TLS, a unix socket or the PROXY protocol, and certificate authorities.
 //!
-//! It answers each request with what it knows of its connection, as JSON: which name it was asked for, who the peer has
-//! proved to be, what was agreed on, and what the PROXY protocol said.
+//! It responds to each request with facts about its connection, as JSON: the SNI, the client certificate, the
+//! negotiated protocol, and the PROXY protocol header.
 
 use std::fs;
 use std::io::{self, Read, Write};
@@ -24,14 +24,14 @@ use rcgen::{
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
-/// Signs certificates, and keeps all its files in a directory.
+/// A certificate authority with a directory for its files.
 pub struct Authority {
     issuer: Issuer<'static, KeyPair>,
     issued: AtomicUsize,
     dir: TempDir,
 }
 
-/// A certificate and its key, as files.
+/// Files of a certificate and its key.
 #[derive(Clone)]
 pub struct Identity {
     /// The certificate.
@@ -41,7 +41,7 @@ pub struct Identity {
 }
 
 impl Authority {
-    /// A new one, which nobody trusts yet.
+    /// A new authority.
     pub fn new() -> Authority {
         let (dir, key) = (tempfile::tempdir().expect("a directory"), KeyPair::generate().expect("a key"));
         let mut params = CertificateParams::new(Vec::new()).expect("parameters");
@@ -53,22 +53,22 @@ impl Authority {
         Authority { issuer: Issuer::new(params, key), issued: AtomicUsize::new(0), dir }
     }
 
-    /// The file of its own certificate.
+    /// The file of its CA certificate.
     pub fn file(&self) -> PathBuf {
         self.dir.path().join("ca.pem")
     }
 
-    /// Its own certificate and key.
+    /// Its CA certificate and key.
     pub fn identity(&self) -> Identity {
         Identity { certificate: self.file(), key: self.dir.path().join("ca.key") }
     }
 
-    /// A certificate for a server or a client with these names; the first is its common name, too.
+    /// Issues a certificate for a server or a client with these names; the first is also the common name.
     pub fn issue(&self, names: &[&str]) -> Identity {
         self.issue_with(names, KeyPair::generate().expect("a key"))
     }
 
-    /// The same with a key of RSA.
+    /// The same with an RSA key.
     pub fn issue_rsa(&self, names: &[&str]) -> Identity {
         let made = process::Command::new("openssl")
             .args(["genpkey", "-quiet", "-algorithm", "RSA", "-pkeyopt", "rsa_keygen_bits:2048"])
@@ -78,7 +78,7 @@ impl Authority {
         self.issue_with(names, KeyPair::from_pem_and_sign_algo(&pem, &rcgen::PKCS_RSA_SHA256).expect("a key of RSA"))
     }
 
-    /// A certificate that is valid from the first day of one year to that of another, and its key, in PEM.
+    /// A certificate that is valid from January 1 of one year to January 1 of another, with its key, in PEM.
     pub fn issue_for_years(&self, name: &str, [from, to]: [i32; 2]) -> String {
         let key = KeyPair::generate().expect("a key");
         let mut params = CertificateParams::new(vec![name.to_owned()]).expect("parameters");
@@ -86,7 +86,7 @@ impl Authority {
         params.signed_by(&key, &self.issuer).expect("a certificate").pem() + &key.serialize_pem()
     }
 
-    /// A list of what it has revoked, in PEM, as a file of this name.
+    /// A revocation list in PEM, in a file with this name.
     pub fn revoking(&self, name: &str, revoked: &[&Identity]) -> PathBuf {
         let entry = |identity: &&Identity| {
             let pem = fs::read(&identity.certificate).expect("a certificate");
@@ -115,7 +115,7 @@ impl Authority {
     fn issue_with(&self, names: &[&str], key: KeyPair) -> Identity {
         let names: Vec<String> = names.iter().map(ToString::to_string).collect();
         let number = self.issued.fetch_add(1, Ordering::Relaxed);
-        // Each has files of its own, though it may have the names of another.
+        // Each certificate has its own files, even if names are repeated.
         let file = self.dir.path().join(format!("{}-{number}", names[0].replace([':', '*'], "_")));
         let mut params = CertificateParams::new(names.clone()).expect("parameters");
         params.distinguished_name.push(DnType::CommonName, &*names[0]);
@@ -128,7 +128,7 @@ impl Authority {
     }
 }
 
-/// What stands between a socket of the origin and HTTP.
+/// The layers between the origin's socket and HTTP.
 #[derive(Clone)]
 pub struct Layers {
     tls: Option<Arc<SslAcceptor>>,
@@ -136,22 +136,22 @@ pub struct Layers {
 }
 
 impl Layers {
-    /// Nothing.
+    /// No layers.
     pub fn none() -> Layers {
         Layers { tls: None, proxy: false }
     }
 
-    /// TLS with this identity; HTTP/1.1 is agreed on.
+    /// TLS with this identity; negotiates HTTP/1.1.
     pub fn tls(identity: &Identity) -> Layers {
         Layers::with_tls(identity, None)
     }
 
-    /// TLS with this identity, which demands a certificate that this authority has signed.
+    /// TLS with this identity, which requires a client certificate from this authority.
     pub fn mutual_tls(identity: &Identity, authority: &Authority) -> Layers {
         Layers::with_tls(identity, Some(authority))
     }
 
-    /// The PROXY protocol before all else.
+    /// Expects the PROXY protocol first.
     pub fn introduced(mut self) -> Layers {
         self.proxy = true;
         self
@@ -179,14 +179,14 @@ pub struct Secure {
 }
 
 impl Secure {
-    /// One that listens on a loopback port.
+    /// Listens on a loopback port.
     pub fn start(layers: Layers) -> Secure {
         let listener = TcpListener::bind("127.0.0.1:0").expect("a port for the origin");
         let address = listener.local_addr().expect("its address").to_string();
         Secure::serve(address, layers, move || listener.accept().map(|(stream, _)| stream))
     }
 
-    /// One that listens on a unix socket of this path.
+    /// Listens on a unix socket at this path.
     pub fn on_unix(path: &Path, layers: Layers) -> Secure {
         let listener = UnixListener::bind(path).expect("a unix socket for the origin");
         let address = format!("unix:{}", path.display());
@@ -204,7 +204,7 @@ impl Secure {
             while let Ok(stream) = accept() {
                 let number = counted.fetch_add(1, Ordering::Relaxed) + 1;
                 let layers = layers.clone();
-                // What becomes of a connection is the gateway's business, and what it makes of it the story's.
+                // A failed connection is up to the gateway; the story checks the effect.
                 thread::spawn(move || converse(stream, &layers, number));
             }
         });
@@ -221,7 +221,7 @@ impl Secure {
         self.address.parse::<SocketAddr>().expect("no unix socket").port()
     }
 
-    /// How many connections were made to it.
+    /// Number of connections made to it.
     pub fn connections(&self) -> usize {
         self.connections.load(Ordering::Relaxed)
     }
@@ -240,7 +240,7 @@ fn converse<S: Read + Write>(mut stream: S, layers: &Layers, number: usize) -> O
     }
 }
 
-/// What the PROXY protocol says.
+/// The content of the PROXY protocol header.
 fn introduced(stream: &mut impl Read) -> Option<Value> {
     let mut bytes = vec![0; 16];
     stream.read_exact(&mut bytes).ok()?;
@@ -271,7 +271,7 @@ fn agreed(ssl: &SslRef) -> Value {
     })
 }
 
-/// Answers requests without a body until the peer ends the connection.
+/// Responds to requests without bodies until the peer closes.
 fn answer(mut stream: impl Read + Write, facts: &Value) -> Option<()> {
     let body = facts.to_string();
     let answer = format!("HTTP/1.1 200 OK\r\nContent-Length: {}\r\n\r\n{body}", body.len());

@@ -1,4 +1,4 @@
-//! Clients of TLS: one that says what it wants and tells what it got, and what it is given to trust and to show.
+//! TLS clients: each states what it offers and reports the result, with the certificates it trusts and presents.
 
 use std::io::{self, Read, Write};
 use std::net::{Ipv4Addr, SocketAddr, TcpStream};
@@ -15,7 +15,7 @@ use socket2::{Domain, Socket, Type};
 use super::DEADLINE;
 use super::secure::{Authority, Identity};
 
-/// What a client wants.
+/// The settings of a client.
 #[derive(Clone)]
 pub struct Tls {
     address: SocketAddr,
@@ -32,24 +32,24 @@ pub struct Tls {
     drip: bool,
 }
 
-/// A connection that stands.
+/// An established connection.
 pub struct Secured {
     stream: SslStream<Tap>,
     session: Arc<Mutex<Option<SslSession>>>,
 }
 
-/// An answer, taken apart.
+/// A parsed response.
 #[derive(Debug)]
 pub struct Got {
     /// Its status.
     pub status: u16,
-    /// All of its header, in one text.
+    /// The whole header as text.
     pub head: String,
     /// Its body.
     pub body: String,
 }
 
-/// A socket that counts the records that come, and sends its first bytes one by one if it is to.
+/// A socket that counts received records, and optionally sends its ClientHello byte by byte.
 struct Tap {
     socket: TcpStream,
     crumbs: usize,
@@ -80,12 +80,12 @@ impl Write for Tap {
 }
 
 impl Tls {
-    /// A client that trusts this authority and asks for this name.
+    /// A client that trusts this authority and sends this name.
     pub fn to(address: SocketAddr, authority: &Authority, name: &str) -> Tls {
         Tls::trusting(address, &authority.file(), name)
     }
 
-    /// A client that trusts what goes back to the certificate in this file, and asks for this name.
+    /// A client that trusts certificates below the root in this file, and sends this name.
     pub fn trusting(address: SocketAddr, root: &Path, name: &str) -> Tls {
         Tls {
             address,
@@ -103,71 +103,71 @@ impl Tls {
         }
     }
 
-    /// It connects from this address of this machine.
+    /// Uses this local address.
     pub fn from(mut self, own: Ipv4Addr) -> Tls {
         self.own = Some(own);
         self
     }
 
-    /// It asks for no name, and takes any certificate.
+    /// Sends no name, and accepts any certificate.
     pub fn nameless(mut self) -> Tls {
         self.name = None;
         self.unverified()
     }
 
-    /// It takes any certificate.
+    /// Accepts any certificate.
     pub fn unverified(mut self) -> Tls {
         self.verifies = false;
         self
     }
 
-    /// It speaks this version alone.
+    /// Offers only this version.
     pub fn version(mut self, version: SslVersion) -> Tls {
         self.version = Some(version);
         self
     }
 
-    /// It can verify RSA alone.
+    /// Can verify only RSA signatures.
     pub fn rsa_only(mut self) -> Tls {
         self.rsa_only = true;
         self
     }
 
-    /// It offers these protocols, as they go over the wire.
+    /// Offers these protocols, in wire format.
     pub fn alpn(mut self, offered: &'static [u8]) -> Tls {
         self.alpn = offered;
         self
     }
 
-    /// It shows this certificate if it is asked for one.
+    /// Presents this certificate on request.
     pub fn showing(mut self, identity: &Identity) -> Tls {
         self.identity = Some(identity.clone());
         self
     }
 
-    /// It resumes this session.
+    /// Resumes this session.
     pub fn resuming(mut self, session: SslSession) -> Tls {
         self.session = Some(session);
         self
     }
 
-    /// These bytes go before all TLS.
+    /// Sends these bytes before TLS.
     pub fn after(mut self, bytes: impl Into<Vec<u8>>) -> Tls {
         self.before = bytes.into();
         self
     }
 
-    /// It sends its ClientHello byte by byte.
+    /// Sends its ClientHello byte by byte.
     pub fn dripping(mut self) -> Tls {
         self.drip = true;
         self
     }
 
-    /// Shakes hands.
+    /// Performs the handshake.
     ///
     /// # Errors
     ///
-    /// What the library says, which names the alert of the server.
+    /// The library's error, which names the server's alert.
     pub fn connect(&self) -> Result<Secured, String> {
         let mut connector = SslConnector::builder(SslMethod::tls()).expect("TLS");
         connector.set_ca_file(&self.authority).expect("an authority");
@@ -181,7 +181,7 @@ impl Tls {
             connector.set_certificate_chain_file(&identity.certificate).expect("a certificate");
             connector.set_private_key_file(&identity.key, SslFiletype::PEM).expect("a key");
         }
-        // Kept in the context's own cache a session would die with its context.
+        // In the context's own cache, a session would be dropped with its context.
         connector.set_session_cache_mode(SslSessionCacheMode::CLIENT | SslSessionCacheMode::NO_INTERNAL);
         let session = Arc::new(Mutex::new(None));
         let kept = session.clone();
@@ -213,11 +213,11 @@ impl Tls {
         Ok(Secured { stream, session })
     }
 
-    /// Asks for a path over a connection that is closed afterwards.
+    /// Requests a path over a connection that is closed afterwards.
     ///
     /// # Errors
     ///
-    /// As [`Tls::connect`]; or what came of the request.
+    /// As [`Tls::connect`], or an error of the request.
     pub fn get(&self, path: &str) -> Result<(Got, Secured), String> {
         let mut connection = self.connect()?;
         let name = self.name.as_deref().unwrap_or("nobody.test");
@@ -243,12 +243,12 @@ impl Write for Secured {
 }
 
 impl Secured {
-    /// The version that was agreed on.
+    /// The negotiated version.
     pub fn version(&self) -> &'static str {
         self.stream.ssl().version_str()
     }
 
-    /// The protocol that was agreed on.
+    /// The negotiated protocol.
     pub fn alpn(&self) -> Option<Vec<u8>> {
         self.stream.ssl().selected_alpn_protocol().map(<[u8]>::to_vec)
     }
@@ -258,17 +258,17 @@ impl Secured {
         self.stream.ssl().session_reused()
     }
 
-    /// The proof that the certificate is not revoked.
+    /// The stapled OCSP response.
     pub fn staple(&self) -> Option<Vec<u8>> {
         self.stream.ssl().ocsp_status().map(<[u8]>::to_vec)
     }
 
-    /// The group of the key exchange.
+    /// The key exchange group.
     pub fn group(&self) -> Option<&'static str> {
         self.stream.ssl().curve_name()
     }
 
-    /// The number of the server's certificate, in hexadecimal.
+    /// The serial number of the server's certificate, in hexadecimal.
     pub fn serial(&self) -> String {
         let shown = self.stream.ssl().peer_certificate().expect("a certificate of the server");
         shown.serial_number().to_bn().and_then(|number| number.to_hex_str()).expect("a number").to_string()
@@ -280,19 +280,18 @@ impl Secured {
         shown.to_der().expect("DER")
     }
 
-    /// Whether the key of the server's certificate is RSA's.
+    /// Whether the server's certificate has an RSA key.
     pub fn is_rsa(&self) -> bool {
         let shown = self.stream.ssl().peer_certificate().expect("a certificate of the server");
         shown.public_key().expect("a key").rsa().is_ok()
     }
 
-    /// The session, to be resumed later.
+    /// The session, for resumption.
     ///
-    /// # Panics
-    /// If the server gave no ticket.
+    /// # Panics If the server sent no ticket.
     pub fn session(&self) -> SslSession {
         if self.version() == "TLSv1.2" {
-            // The callback does not hear of a ticket that is renewed in TLS 1.2.
+            // The callback is not called for a renewed TLS 1.2 ticket.
             return self.stream.ssl().session().expect("a session").to_owned();
         }
         self.session.lock().unwrap().take().expect("a ticket")
@@ -303,14 +302,14 @@ impl Secured {
         self.stream.write_all(bytes.as_ref()).expect("the gateway to take bytes");
     }
 
-    /// Reads so many bytes.
+    /// Reads this many bytes.
     pub fn bytes(&mut self, count: usize) -> Vec<u8> {
         let mut bytes = vec![0; count];
         self.stream.read_exact(&mut bytes).expect("bytes");
         bytes
     }
 
-    /// Reads to the end. Whether the server said that it was the end (`close_notify`), stands beside it.
+    /// Reads to the end; `true`: the server sent `close_notify`.
     pub fn rest(&mut self) -> (Vec<u8>, bool) {
         let (mut all, mut space) = (Vec::new(), [0; 16384]);
         while let Ok(length @ 1..) = self.stream.read(&mut space) {
@@ -320,12 +319,12 @@ impl Secured {
         (all, said)
     }
 
-    /// Forgets the records that have come so far.
+    /// Resets the list of received records.
     pub fn forget_records(&mut self) {
         self.stream.get_mut().seen.clear();
     }
 
-    /// The lengths of the records that have come.
+    /// The lengths of the received records.
     pub fn records(&self) -> Vec<usize> {
         let (mut rest, mut lengths) = (&self.stream.get_ref().seen[..], Vec::new());
         while let [_, _, _, high, low, after @ ..] = rest {
@@ -336,11 +335,11 @@ impl Secured {
         lengths
     }
 
-    /// Sends a request whose answer has a length, and reads that.
+    /// Sends a request and reads a response with a length.
     ///
     /// # Errors
     ///
-    /// What came instead.
+    /// What was received instead.
     pub fn ask(&mut self, request: &str) -> Result<Got, String> {
         self.stream.write_all(request.as_bytes()).map_err(|error| error.to_string())?;
         let mut read = Vec::new();
@@ -368,19 +367,19 @@ impl Secured {
     }
 }
 
-/// What a configuration says of this certificate: `cert: …, key: …`.
+/// The keys of this certificate for a configuration: `cert: …, key: …`.
 pub fn pair(identity: &Identity) -> String {
     format!("cert: \"{}\", key: \"{}\"", identity.certificate.display(), identity.key.display())
 }
 
-/// Puts a certificate and its key in place of another, as a program for certificates does: beside it, and renamed.
+/// Replaces a certificate and its key like an ACME client: new files beside the old ones, then renamed.
 pub fn replace(old: &Identity, new: &Identity) {
     for (from, to) in [(&new.certificate, &old.certificate), (&new.key, &old.key)] {
         swap_file(from, to);
     }
 }
 
-/// Puts the contents of one file in place of another's, at once.
+/// Atomically replaces a file by the content of another one.
 pub fn swap_file(from: &Path, to: &Path) {
     let beside = to.with_extension("new");
     std::fs::copy(from, &beside).expect("a copy");

@@ -1,6 +1,6 @@
-//! HTTP/1 on a socket, byte for byte and strictly: what the client and the origin of a story have in common.
+//! A strict, byte-exact HTTP/1 implementation on a socket, shared by clients and origins of stories.
 //!
-//! The parser accepts nothing that a careful peer would not, so a story that reads a message has also checked its form.
+//! The parser rejects everything that a careful peer would reject, so reading a message also checks its form.
 
 use std::io::{self, Read, Write};
 use std::net::{Shutdown, SocketAddr};
@@ -22,74 +22,74 @@ pub struct Wire {
 /// How a message ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum End {
-    /// All that its framing promised was there.
+    /// Complete according to its framing.
     Complete,
-    /// The connection ended before that: nobody can take it for a whole message.
+    /// The connection ended early.
     Cut,
 }
 
 /// The first line and the header fields of a message.
 #[derive(Clone, Debug)]
 pub struct Head {
-    /// The bytes, with the empty line.
+    /// The bytes, including the empty line.
     pub raw: Vec<u8>,
     /// The request line or the status line.
     pub first_line: String,
-    /// The fields in order, names as they were sent.
+    /// The fields in order, with names as sent.
     pub fields: Vec<(String, String)>,
 }
 
-/// A request, as an origin got it.
+/// A request as received by an origin.
 #[derive(Clone, Debug)]
 pub struct Request {
     /// Its header.
     pub head: Head,
-    /// Its body, freed from its framing.
+    /// Its body without framing.
     pub body: Vec<u8>,
-    /// Whether the body was all there.
+    /// Whether the body was complete.
     pub end: End,
     /// Its trailer fields, each as a line.
     pub trailers: Vec<String>,
 }
 
-/// A response, as a client got it.
+/// A response as received by a client.
 #[derive(Clone, Debug)]
 pub struct Response {
     /// Its status.
     pub status: u16,
     /// Its header.
     pub head: Head,
-    /// Its body, freed from its framing.
+    /// Its body without framing.
     pub body: Vec<u8>,
-    /// Whether the body was all there.
+    /// Whether the body was complete.
     pub end: End,
 }
 
-/// What is left to read of a body.
+/// The unread rest of a body.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Left {
-    /// So many bytes.
+    /// This many bytes.
     Bytes(usize),
-    /// The size of a chunk and what follows it.
+    /// A chunk size and everything after it.
     Chunks,
-    /// So many bytes of a chunk, and what follows it.
+    /// This many bytes of a chunk, and everything after it.
     Chunk(usize),
-    /// All that comes until the connection ends.
+    /// Everything until the connection ends.
     Close,
-    /// Nothing: it ended like this.
+    /// Nothing: the body ended like this.
     Nothing(End),
 }
 
-/// Where the body of a message ends.
+/// The framing of a body.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Framing {
-    /// There is none.
+    /// No body.
     Empty,
-    /// After so many bytes.
+    /// A length.
     Length(usize),
     /// After the last chunk.
     Chunked,
-    /// With the connection: responses only.
+    /// Until the connection ends: responses only.
     Close,
 }
 
@@ -110,12 +110,12 @@ impl Wire {
         self.socket.local_addr().ok().and_then(|address| address.as_socket()).expect("a TCP socket")
     }
 
-    /// Sends all of it, if the peer takes it.
+    /// Sends all bytes, if the peer accepts them.
     pub fn send(&mut self, bytes: impl AsRef<[u8]>) -> io::Result<()> {
         self.socket.write_all(bytes.as_ref())
     }
 
-    /// Sends one byte at a time with a pause between, for as long as the peer is silent; says whether all was sent.
+    /// Sends byte by byte with pauses as long as the peer is silent; returns whether all was sent.
     pub fn drip(&mut self, bytes: impl AsRef<[u8]>, pause: Duration) -> bool {
         self.socket.set_read_timeout(Some(pause)).expect("a read timeout");
         let mut bytes = bytes.as_ref().iter().enumerate();
@@ -124,7 +124,7 @@ impl Wire {
         all
     }
 
-    /// Whether the peer says nothing, not even goodbye, for as long as the read timeout is.
+    /// Whether the peer sends nothing, and does not close, during the read timeout.
     fn silent(&mut self) -> bool {
         let mut piece = [0; 4096];
         match self.socket.read(&mut piece) {
@@ -136,28 +136,28 @@ impl Wire {
         }
     }
 
-    /// The socket, for a protocol that takes over. Nothing that was read may be left.
+    /// The socket, for another protocol. There must be no unread data.
     pub fn into_socket(self) -> Socket {
         assert!(self.read.is_empty(), "bytes were read already");
         self.socket
     }
 
-    /// Closes the sending side: nothing more is sent, and what comes is still read.
+    /// Shuts down the sending side; reading still works.
     pub fn end(&mut self) {
         assert!(self.try_end(), "a connection");
     }
 
-    /// The same; says whether there was a connection.
+    /// The same; returns whether there was a connection.
     pub fn try_end(&mut self) -> bool {
         self.socket.shutdown(Shutdown::Write).is_ok()
     }
 
-    /// Closes with a reset instead of an end.
+    /// Closes with a reset.
     pub fn reset(self) {
         self.socket.set_linger(Some(Duration::ZERO)).expect("linger");
     }
 
-    /// Whether nothing has come by now that was not read, not even an end.
+    /// Whether nothing unread has arrived, not even an end.
     pub fn is_silent(&mut self) -> bool {
         self.socket.set_nonblocking(true).expect("a socket that does not block");
         let silent = self.read.is_empty() && self.silent();
@@ -165,14 +165,14 @@ impl Wire {
         silent
     }
 
-    /// Sends this again and again, until the peer takes nothing for a while, or is gone.
+    /// Sends this repeatedly until the peer accepts nothing for a while, or has gone.
     pub fn fill_up(&mut self, piece: &[u8]) {
         self.socket.set_write_timeout(Some(Duration::from_millis(300))).expect("a write timeout");
         while self.socket.write(piece).is_ok() {}
         self.socket.set_write_timeout(None).expect("no write timeout");
     }
 
-    /// What there is to read now, once there is something; nothing if the peer has gone.
+    /// The available bytes, once there are any; empty if the peer has gone.
     pub fn what_is_there(&mut self) -> Vec<u8> {
         if self.read.is_empty() {
             self.fill();
@@ -180,7 +180,7 @@ impl Wire {
         std::mem::take(&mut self.read)
     }
 
-    /// Waits until the peer has closed or reset, and says what came before that.
+    /// Waits until the peer has closed or reset; returns the bytes before that.
     pub fn rest(&mut self) -> Vec<u8> {
         while self.fill() {}
         std::mem::take(&mut self.read)
@@ -188,8 +188,7 @@ impl Wire {
 
     /// Reads a header; `None` if the peer closed before its first byte.
     ///
-    /// # Panics
-    /// If it is cut, not a header, or does not come.
+    /// # Panics If it is incomplete, malformed, or does not arrive.
     pub fn head(&mut self) -> Option<Head> {
         loop {
             if let Some(end) = find(&self.read, b"\r\n\r\n") {
@@ -204,8 +203,7 @@ impl Wire {
 
     /// Reads a body.
     ///
-    /// # Panics
-    /// If its chunks are malformed, or nothing comes.
+    /// # Panics If its chunks are malformed, or on timeout.
     pub fn body(&mut self, framing: Framing) -> (Vec<u8>, End) {
         let (mut body, mut left) = (Vec::new(), framing.begin());
         loop {
@@ -216,11 +214,10 @@ impl Wire {
         }
     }
 
-    /// Reads a piece of a body, at most `max` bytes at once from the socket. It is empty only at the end of the body,
-    /// which `left` tells with the last piece or after it.
+    /// Reads a part of a body, at most `max` bytes at once from the socket. It is empty only at the end of the
+    /// body; `left` shows the end with the last part or after it.
     ///
-    /// # Panics
-    /// If its chunks are malformed, or nothing comes.
+    /// # Panics If its chunks are malformed, or on timeout.
     pub fn piece(&mut self, left: &mut Left, max: usize) -> Vec<u8> {
         loop {
             *left = match *left {
@@ -253,7 +250,7 @@ impl Wire {
         }
     }
 
-    /// At least one byte and at most `max`; none at the end of the connection.
+    /// Between 1 and `max` bytes; none at the end of the connection.
     fn some(&mut self, max: usize) -> Vec<u8> {
         if self.read.is_empty() {
             self.fill_at_most(max);
@@ -261,12 +258,12 @@ impl Wire {
         self.take(max.min(self.read.len()))
     }
 
-    /// The trailer fields of the body that was read last, each as a line.
+    /// The trailer fields of the last body, each as a line.
     pub fn trailers(&self) -> &[String] {
         &self.trailers
     }
 
-    /// Reads so many bytes, or those that came before the connection ended.
+    /// Reads this many bytes, or fewer if the connection ends.
     pub fn exactly(&mut self, length: usize) -> (Vec<u8>, End) {
         while self.read.len() < length {
             if !self.fill() {
@@ -276,14 +273,14 @@ impl Wire {
         (self.take(length), End::Complete)
     }
 
-    /// So many of the bytes that were read. A copy, because collecting a drain goes byte by byte in a debug build.
+    /// Takes this many of the read bytes. Copies, because collecting a drain is slow in debug builds.
     fn take(&mut self, length: usize) -> Vec<u8> {
         let taken = self.read[..length].to_vec();
         self.read.drain(..length);
         taken
     }
 
-    /// Reads the size of a chunk, or the trailer fields behind the last one.
+    /// Reads a chunk size, or the trailer fields after the last chunk.
     fn chunk(&mut self) -> Left {
         let Some(line) = self.line() else { return Left::Nothing(End::Cut) };
         let size = line.split(';').next().unwrap_or_default();
@@ -301,7 +298,7 @@ impl Wire {
         Left::Nothing(End::Cut)
     }
 
-    /// A line. A field value may hold bytes that are no UTF-8 (obs-text, RFC 9110 §5.5); `U+FFFD` stands for them.
+    /// A line. Bytes of a field value that are not UTF-8 (obs-text, RFC 9110 §5.5) become `U+FFFD`.
     fn line(&mut self) -> Option<String> {
         loop {
             if let Some(end) = find(&self.read, b"\r\n") {
@@ -314,7 +311,7 @@ impl Wire {
         }
     }
 
-    /// Reads what is there; `false` at the end of the connection, be it an orderly one or a reset.
+    /// Reads available bytes; `false` at the end of the connection, orderly or reset.
     fn fill(&mut self) -> bool {
         self.fill_at_most(usize::MAX)
     }
@@ -337,7 +334,7 @@ impl Wire {
 }
 
 impl Framing {
-    /// What is left of a body that is framed so and of which nothing was read.
+    /// The rest of an unread body with this framing.
     pub fn begin(self) -> Left {
         match self {
             Framing::Empty => Left::Nothing(End::Complete),
@@ -350,7 +347,7 @@ impl Framing {
 
 impl Head {
     fn parse(raw: Vec<u8>) -> Head {
-        // `U+FFFD` stands for bytes of a value that are no UTF-8 (obs-text, RFC 9110 §5.5); `raw` has them.
+        // `U+FFFD` replaces bytes that are not UTF-8 (obs-text, RFC 9110 §5.5); `raw` has them.
         let text = String::from_utf8_lossy(&raw).into_owned();
         let mut lines = text.strip_suffix("\r\n\r\n").expect("an empty line").split("\r\n");
         let first_line = lines.next().unwrap_or_default().to_owned();
@@ -365,22 +362,21 @@ impl Head {
         Head { raw, first_line, fields }
     }
 
-    /// The value of a field that is there once at most.
+    /// The value of a field that occurs at most once.
     ///
-    /// # Panics
-    /// If it is there more than once.
+    /// # Panics If it occurs more than once.
     pub fn value(&self, name: &str) -> Option<&str> {
         let values = self.values(name);
         assert!(values.len() < 2, "{name} is there more than once: {values:?}");
         values.first().copied()
     }
 
-    /// Every value of a field, in order.
+    /// All values of a field, in order.
     pub fn values(&self, name: &str) -> Vec<&str> {
         self.fields.iter().filter(|(n, _)| n.eq_ignore_ascii_case(name)).map(|(_, value)| value.as_str()).collect()
     }
 
-    /// How the body that follows is framed, unless status or method say that there is none.
+    /// The framing of the body, unless status or method exclude one.
     fn framing(&self) -> Option<Framing> {
         match (self.value("transfer-encoding"), self.value("content-length")) {
             (Some(coding), None) => {
@@ -393,12 +389,12 @@ impl Head {
         }
     }
 
-    /// How the body of a request with this header is framed (RFC 9112 §6.3).
+    /// The framing of a request with this header (RFC 9112 §6.3).
     pub fn request_framing(&self) -> Framing {
         self.framing().unwrap_or(Framing::Empty)
     }
 
-    /// How the body of a response with this header, to a request with this method, is framed (RFC 9112 §6.3).
+    /// The framing of a response with this header to a request with this method (RFC 9112 §6.3).
     pub fn response_framing(&self, method: &str) -> Framing {
         let status = self.status();
         if method == "HEAD" || status < 200 || status == 204 || status == 304 {
@@ -409,8 +405,7 @@ impl Head {
 
     /// The status of a response.
     ///
-    /// # Panics
-    /// If the first line is no status line of HTTP/1.
+    /// # Panics If the first line is not an HTTP/1 status line.
     pub fn status(&self) -> u16 {
         let mut words = self.first_line.splitn(3, ' ');
         let version = words.next().unwrap_or_default();
@@ -457,7 +452,7 @@ impl Deref for Response {
     }
 }
 
-/// Where `wanted` begins.
+/// The position of `wanted`.
 pub(super) fn find(bytes: &[u8], wanted: &[u8]) -> Option<usize> {
     bytes.windows(wanted.len()).position(|window| window == wanted)
 }
