@@ -1,8 +1,8 @@
-//! The access log: one line an exchange, with what every phase of it took.
+//! The access log: one line per exchange, with the time of every phase.
 //!
-//! A worker writes the line into a buffer of its own thread and appends it to a queue; `access_log/writer.rs` takes the
-//! lines out in batches and is the only one that waits for the disk. `access_log/line.rs` is how a line looks.
-//! `proxy` reports each exchange that is over ([`Finished`]); `client` reports a header that it refused.
+//! A worker formats the line in a buffer of its thread and appends it to a queue. `access_log/writer.rs` takes
+//! lines from the queue in batches; only its thread waits for the disk. `access_log/line.rs` formats lines. `proxy`
+//! reports each finished exchange ([`Finished`]); `client` reports refused headers.
 
 pub mod line;
 mod writer;
@@ -19,21 +19,21 @@ use crate::finished::Finished;
 use crate::metrics::AccessLogMetrics;
 use writer::{Queue, Shared, Sink};
 
-/// What a line says about one exchange.
+/// The content of a line about one exchange.
 ///
-/// In JSON the fields have names of their own, durations end in `_ms`, and what is `None` is absent; so is what
-/// buffering adds where it did nothing. In the combined format what is `None` is `-`.
+/// In JSON, durations end in `_ms`, and fields that are `None` are omitted, as are buffering fields if nothing was
+/// buffered. In the combined format, `None` is `-`.
 #[derive(Clone, Copy, Debug)]
 pub struct Line<'a> {
-    /// What is known of the exchange.
+    /// The exchange.
     pub finished: &'a Finished<'a>,
-    /// Further fields that the configuration names.
+    /// Additional fields from the configuration.
     pub fields: &'a [Said<'a>],
 }
 
 /// The access log. Dropping it closes it.
 pub struct AccessLog {
-    /// Further fields of each line.
+    /// Additional fields of each line.
     pub fields: Named,
     format: LogFormat,
     query: Query,
@@ -42,11 +42,11 @@ pub struct AccessLog {
 }
 
 thread_local! {
-    /// The line that this thread is writing; kept, so that a line costs no allocation.
+    /// The buffer for this thread's line; reused, so that a line costs no allocation.
     static LINE: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
 }
 
-/// A buffer that had to hold a longer line than this is given back.
+/// A larger buffer is freed after use.
 const LINE_KEPT_BYTES: usize = 16 * 1024;
 
 impl AccessLog {
@@ -72,8 +72,8 @@ impl AccessLog {
         Ok(Some(AccessLog { fields, format: settings.format, query: settings.query, shared, dropped }))
     }
 
-    /// Adds a line, with these further fields. Never waits for the disk: a line that finds the queue full is dropped
-    /// and counted.
+    /// Adds a line with these additional fields. Never blocks on the disk: if the queue is full, the line is
+    /// dropped and counted.
     pub fn record(&self, finished: &Finished<'_>, fields: &[Said<'_>]) {
         let bare;
         let finished = match self.query {
@@ -97,14 +97,14 @@ impl AccessLog {
         });
     }
 
-    /// Opens the file of this name anew, after the lines recorded so far were written to the old one (SIGUSR1).
+    /// Reopens the file by name (SIGUSR1), after the lines recorded so far were written to the old one.
     ///
-    /// Returns at once. If the file cannot be opened, the old one is kept and an error is logged.
+    /// Returns at once. If the file cannot be opened, the old one stays in use and an error is logged.
     pub fn reopen(&self) {
         self.shared.reopen();
     }
 
-    /// Writes what is queued, for five seconds at most. Lines recorded later are dropped and counted.
+    /// Writes the queue, for at most five seconds. Later lines are dropped and counted.
     pub fn close(&self) {
         if !self.shared.close() {
             tracing::error!("the access log was not written to its end: its output takes nothing");

@@ -1,8 +1,9 @@
-//! How a line of the access log looks, in both formats.
+//! The format of access log lines.
 //!
-//! Most of a line was chosen by a stranger, so it is escaped until it can neither end the line nor steer a terminal:
-//! whatever the bytes, a line is one line, and in JSON it is one object. Times are in milliseconds with three decimals,
-//! cut and not rounded, and the total is the sum of the phases as they stand, so that a line adds up.
+//! Most of a line comes from untrusted clients, so it is escaped: it can neither end the line nor control a
+//! terminal. Any bytes give exactly one line, and in JSON one object. Times are in milliseconds with three
+//! decimals, truncated instead of rounded, and the total is the sum of the phases as printed, so that a line adds
+//! up.
 
 use std::cell::Cell;
 use std::io::Write;
@@ -12,9 +13,9 @@ use super::Line;
 use crate::phase::{Clock, Phase};
 use crate::printable::{address, digits, escape, steers};
 
-/// One JSON object. What is not UTF-8 is written `\xNN`, as text.
+/// One JSON object. Bytes that are not UTF-8 are written as the text `\xNN`.
 ///
-/// The phases stand in one object, in the order of the life of an exchange.
+/// The phases are one object, in the order of an exchange.
 pub(super) fn json(line: &mut Vec<u8>, &Line { finished, fields }: &Line<'_>) {
     line.extend_from_slice(b"{\"time\":\"");
     line.extend_from_slice(&rfc3339(finished.time));
@@ -85,9 +86,9 @@ pub(super) fn json(line: &mut Vec<u8>, &Line { finished, fields }: &Line<'_>) {
     line.extend_from_slice(b"}\n");
 }
 
-/// The combined format of Apache and nginx, and behind it `key=value` for what it does not have.
+/// The combined format of Apache and nginx, followed by `key=value` for additional data.
 ///
-/// Bytes other than printable ASCII, and `"` and `\`, are written `\xNN`, as nginx does.
+/// Bytes other than printable ASCII, and `"` and `\`, are written `\xNN`, as in nginx.
 pub(super) fn combined(line: &mut Vec<u8>, &Line { finished, fields }: &Line<'_>) {
     match finished.client.address {
         Some(client) => address(line, client),
@@ -186,12 +187,13 @@ fn combined_text(line: &mut Vec<u8>, key: &str, value: Option<&[u8]>) {
     line.push(b'"');
 }
 
-/// Whether all bytes stand for themselves in both formats. Looks at eight at a time: most of a line is text that does.
+/// Whether no byte needs escaping in either format. Checks eight bytes at a time, since most of a line is plain
+/// text.
 fn are_plain(bytes: &[u8]) -> bool {
     const ONES: u64 = 0x0101_0101_0101_0101;
     const HIGH: u64 = ONES << 7;
-    // The highest bit of a byte is set where one is less than `n`, or it or a higher one may be: only whether there is
-    // any is asked.
+    // Sets the highest bit of each byte less than `n`, and possibly of higher bytes: only whether any bit is set
+    // matters.
     let less = |word: u64, n: u8| word.wrapping_sub(ONES * u64::from(n)) & !word & HIGH;
     let is = |word: u64, byte: u8| less(word ^ (ONES * u64::from(byte)), 1);
     let (words, rest) = bytes.as_chunks::<8>();
@@ -202,12 +204,12 @@ fn are_plain(bytes: &[u8]) -> bool {
     odd == 0 && rest.iter().copied().all(is_plain)
 }
 
-/// Whether a byte stands for itself in both formats.
+/// Whether a byte needs no escaping in either format.
 fn is_plain(byte: u8) -> bool {
     matches!(byte, b' '..=b'~') && byte != b'"' && byte != b'\\'
 }
 
-/// Escapes what stands in a text of JSON; bytes that are not UTF-8 become `\xNN`, as text.
+/// Escapes a JSON string; bytes that are not UTF-8 become the text `\xNN`.
 pub fn escape_json(line: &mut Vec<u8>, bytes: &[u8]) {
     if are_plain(bytes) {
         return line.extend_from_slice(bytes);
@@ -226,7 +228,7 @@ pub fn escape_json(line: &mut Vec<u8>, bytes: &[u8]) {
     }
 }
 
-/// Escapes what stands in the combined format: all but printable ASCII, and `"` and `\`, become `\xNN`.
+/// Escapes a field of the combined format: all except printable ASCII, and `"` and `\`, become `\xNN`.
 pub fn escape_combined(line: &mut Vec<u8>, bytes: &[u8]) {
     if are_plain(bytes) {
         return line.extend_from_slice(bytes);
@@ -240,8 +242,8 @@ pub fn escape_combined(line: &mut Vec<u8>, bytes: &[u8]) {
     }
 }
 
-/// Writes `key` and a number. By hand: a line has a score of numbers; it costs 760 ns so, and 1,270 ns with
-/// `format_args!`.
+/// Writes `key` and a number. Hand-written, since a line has about twenty numbers: it takes 760 ns, and 1,270 ns
+/// with `format_args!`.
 fn number(line: &mut Vec<u8>, key: &str, number: u64) {
     line.extend_from_slice(key.as_bytes());
     digits(line, number, 1);
@@ -254,12 +256,12 @@ fn millis(line: &mut Vec<u8>, key: &str, micros: u64) {
     digits(line, micros % 1_000, 3);
 }
 
-/// Whole microseconds. Not `as_micros`, whose division has 128 bits; half a million years fit into 64.
+/// Whole microseconds. Not `as_micros`, which divides 128 bits; 64 bits hold half a million years.
 fn micros(time: Duration) -> u64 {
     time.as_secs().saturating_mul(1_000_000).saturating_add(time.subsec_micros().into())
 }
 
-/// The phases that the exchange was in, in their order, with their microseconds.
+/// The phases that the exchange entered, in order, with their microseconds.
 fn visited(clock: &Clock) -> impl Iterator<Item = (Phase, u64)> {
     Phase::ALL.into_iter().filter_map(|phase| Some((phase, micros(clock.spent(phase)?))))
 }
@@ -269,11 +271,11 @@ fn total(clock: &Clock) -> u64 {
 }
 
 thread_local! {
-    /// The second that this thread wrote last, and how.
+    /// The second that this thread formatted last, and its text.
     static SECOND: Cell<(u64, [u8; 24])> = const { Cell::new((u64::MAX, [b'0'; 24])) };
 }
 
-/// `2000-10-10T13:55:36.123Z`. Of a second that was written before only the milliseconds are made anew.
+/// `2000-10-10T13:55:36.123Z`. Within the same second, only the milliseconds are formatted again.
 fn rfc3339(time: SystemTime) -> [u8; 24] {
     let Ok(since) = time.duration_since(UNIX_EPOCH) else { return whole_rfc3339(time) };
     let (second, mut text) = SECOND.get();
@@ -290,7 +292,7 @@ fn rfc3339(time: SystemTime) -> [u8; 24] {
 }
 
 fn whole_rfc3339(time: SystemTime) -> [u8; 24] {
-    // Outside these, a clock that is set absurdly, there is no such text: humantime panics before and fails after.
+    // Outside this range, which only a wrong clock can reach, humantime would panic or fail.
     let last = UNIX_EPOCH + Duration::from_secs(253_402_300_799);
     let mut text = [b'0'; 24];
     // It has exactly 24 bytes.
@@ -298,7 +300,7 @@ fn whole_rfc3339(time: SystemTime) -> [u8; 24] {
     text
 }
 
-/// `10/Oct/2000:13:55:36 +0000`, put together from the pieces of [`rfc3339`].
+/// `10/Oct/2000:13:55:36 +0000`, built from the parts of [`rfc3339`].
 fn common_log_time(time: SystemTime) -> [u8; 26] {
     const MONTHS: &[u8; 36] = b"JanFebMarAprMayJunJulAugSepOctNovDec";
     let text = rfc3339(time);

@@ -1,9 +1,9 @@
-//! From the workers' lines to a file: the queue between them, and the thread that empties it.
+//! The queue between workers and the log file, and the thread that empties it.
 //!
-//! The queue is one buffer of bytes under a lock and not a channel of lines: a worker appends with a copy, nothing is
-//! allocated in one thread and freed in another, and the writer takes everything at once by swapping in its empty
-//! buffer. After the first line it lets some gather, so that a busy log wakes it a hundred times a second and not
-//! once a line; a wake-up from a worker costs that worker a system call.
+//! The queue is one byte buffer under a lock, not a channel of lines: a worker appends with a copy, no memory is
+//! allocated in one thread and freed in another, and the writer takes everything by swapping in its empty buffer.
+//! After the first line it waits for more, so that a busy log wakes it a hundred times a second instead of once per
+//! line; each wake-up costs the worker a system call.
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
@@ -18,19 +18,19 @@ use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
 
 use crate::metrics::AccessLogMetrics;
 
-/// How long lines may gather before they are written.
+/// How long lines are collected before they are written.
 const GATHER: Duration = Duration::from_millis(10);
 
-/// How long the end of the log may take.
+/// Time limit for closing the log.
 const CLOSE: Duration = Duration::from_secs(5);
 
-/// What a line is reckoned to take, in bytes: the limit of lines times this may wait, for lines can be long.
+/// Assumed bytes per line: the limit on lines times this limits the buffer, because lines can be long.
 const LINE_BYTES: usize = 1024;
 
-/// What the writer keeps of a buffer that a burst has blown up.
+/// A buffer that grew larger in a burst is freed.
 const BATCH_KEPT_BYTES: usize = 1024 * 1024;
 
-/// Lines that wait for the writer.
+/// The lines that wait for the writer.
 pub(super) struct Queue {
     batch: Batch,
     lines_max: usize,
@@ -39,20 +39,20 @@ pub(super) struct Queue {
     closed: bool,
 }
 
-/// Whole lines, as they will be written.
+/// Complete lines, ready to write.
 #[derive(Default)]
 struct Batch {
     bytes: Vec<u8>,
     lines: usize,
-    /// After how many of the bytes the file is to be reopened.
+    /// The file is reopened after this many bytes.
     reopen_at: Option<usize>,
 }
 
-/// What became of a line.
+/// The result of queueing a line.
 #[derive(Debug, PartialEq)]
 enum Push {
     Queued,
-    /// Queued, and the writer may not know.
+    /// Queued, and the writer must be woken.
     Wake,
     Dropped,
 }
@@ -67,7 +67,7 @@ impl Queue {
 
     fn push(&mut self, line: &[u8]) -> Push {
         let first = self.batch.lines == 0;
-        // A line that is too long for the whole queue passes when it is alone.
+        // A line longer than the whole queue is accepted if it is alone.
         let fits = first || self.batch.bytes.len().saturating_add(line.len()) <= self.bytes_max;
         if self.closing || self.batch.lines >= self.lines_max || !fits {
             return Push::Dropped;
@@ -78,12 +78,12 @@ impl Queue {
         if first || (self.is_urgent() && !hurried) { Push::Wake } else { Push::Queued }
     }
 
-    /// Whether the writer has nothing to do.
+    /// Whether there is nothing to write.
     fn is_idle(&self) -> bool {
         self.batch.lines == 0 && self.batch.reopen_at.is_none() && !self.closing
     }
 
-    /// Whether the writer should not wait for more.
+    /// Whether the writer should write immediately.
     fn is_urgent(&self) -> bool {
         self.closing
             || self.batch.reopen_at.is_some()
@@ -92,7 +92,7 @@ impl Queue {
     }
 }
 
-/// The queue and who waits for it.
+/// The queue and its waiters.
 pub(super) struct Shared {
     queue: Mutex<Queue>,
     /// There is something to write.
@@ -106,7 +106,7 @@ impl Shared {
         Shared { queue: Mutex::new(queue), work: Condvar::new(), end: Condvar::new() }
     }
 
-    /// Queues a line; `false` if it was dropped.
+    /// Queues a line; `false`: it was dropped.
     pub(super) fn push(&self, line: &[u8]) -> bool {
         let pushed = self.lock().push(line);
         if pushed == Push::Wake {
@@ -115,17 +115,17 @@ impl Shared {
         pushed != Push::Dropped
     }
 
-    /// Has the file reopened between the lines pushed before and those pushed after.
+    /// Reopens the file between the lines pushed before and after this call.
     pub(super) fn reopen(&self) {
         let mut queue = self.lock();
         let here = queue.batch.bytes.len();
-        // Of two in one batch the first counts: by then the path means the newest file for both.
+        // The first of several in a batch is enough: the path then means the newest file for all.
         queue.batch.reopen_at.get_or_insert(here);
         drop(queue);
         self.work.notify_one();
     }
 
-    /// Takes no more lines and waits until all are written; `false` if that takes too long. Only the first call waits.
+    /// Accepts no more lines and waits until all are written; `false` on timeout. Only the first call waits.
     pub(super) fn close(&self) -> bool {
         let mut queue = self.lock();
         if mem::replace(&mut queue.closing, true) {
@@ -136,7 +136,7 @@ impl Shared {
         waited.unwrap_or_else(PoisonError::into_inner).0.closed
     }
 
-    /// Waits for lines and puts them in `batch`, which is empty; `false` if these are the last.
+    /// Waits for lines and moves them to `batch`, which is empty; `false`: these are the last.
     fn take(&self, batch: &mut Batch) -> bool {
         let queue = self.lock();
         let queue = self.work.wait_while(queue, |queue| queue.is_idle()).unwrap_or_else(PoisonError::into_inner);
@@ -151,7 +151,7 @@ impl Shared {
         self.end.notify_all();
     }
 
-    /// The queue is whole after every step, so a panic elsewhere does not spoil it.
+    /// The queue is consistent after every step, so a panic elsewhere does not corrupt it.
     fn lock(&self) -> MutexGuard<'_, Queue> {
         self.queue.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -181,7 +181,7 @@ impl Batch {
     }
 }
 
-/// What the thread owns.
+/// The state of the thread.
 struct Writer {
     sink: Sink,
     metrics: AccessLogMetrics,
@@ -207,7 +207,7 @@ impl Writer {
         }
         let (written, result) = self.sink.write(lines);
         self.metrics.lines.inc_by(count(&lines[..written]));
-        // A line that was cut is among these.
+        // Includes a partially written line.
         self.metrics.dropped_failed.inc_by(count(&lines[written..]));
         match &result {
             Err(error) if !self.failing => tracing::error!("the access log cannot be written, lines are lost: {error}"),
@@ -222,12 +222,12 @@ fn count(lines: &[u8]) -> u64 {
     lines.iter().filter(|&&byte| byte == b'\n').count() as u64
 }
 
-/// Where the lines go.
+/// The output.
 pub(super) struct Sink {
     file: File,
-    /// The file's name; `None` for the standard streams, which cannot be reopened.
+    /// The file's name; `None` for standard streams, which cannot be reopened.
     path: Option<PathBuf>,
-    /// Whether the last line is only there in part.
+    /// Whether the last line was written only in part.
     torn: bool,
 }
 
@@ -235,7 +235,7 @@ impl Sink {
     /// Opens `stdout`, `stderr` or a file.
     pub(super) fn open(path: &str) -> io::Result<Self> {
         let (file, path) = match path {
-            // A descriptor of our own: the standard library's streams have locks and buffers that we do not need.
+            // Uses its own descriptor, without the locks and buffers of the standard library.
             "stdout" => (io::stdout().as_fd().try_clone_to_owned()?.into(), None),
             "stderr" => (io::stderr().as_fd().try_clone_to_owned()?.into(), None),
             path => (append(Path::new(path))?, Some(path.into())),
@@ -243,7 +243,7 @@ impl Sink {
         Ok(Sink { file, path, torn: false })
     }
 
-    /// Opens the file of the same name anew; on an error the old one stays.
+    /// Reopens the file by name; on an error, keeps the old one.
     fn reopen(&mut self) -> io::Result<()> {
         if let Some(path) = &self.path {
             self.file = append(path)?;
@@ -252,10 +252,10 @@ impl Sink {
         Ok(())
     }
 
-    /// Writes whole lines; says how many bytes of them were written.
+    /// Writes complete lines; returns how many bytes were written.
     fn write(&mut self, lines: &[u8]) -> (usize, io::Result<()>) {
         if self.torn {
-            // The rest of the torn line is lost; the next one must not be joined to its beginning.
+            // The rest of the partial line is lost; the next line must not be appended to it.
             if let Err(error) = self.file.write_all(b"\n") {
                 return (0, Err(error));
             }
@@ -275,7 +275,7 @@ impl Sink {
     }
 }
 
-/// Opens a file for appending. A named pipe that no process reads is an error: to open it would wait for one.
+/// Opens a file for appending. A named pipe without a reader is an error, because opening it would block.
 fn append(path: &Path) -> io::Result<File> {
     let nonblocking = libc::O_NONBLOCK;
     let file = OpenOptions::new().append(true).create(true).mode(0o640).custom_flags(nonblocking).open(path)?;

@@ -1,7 +1,7 @@
-//! W3C Trace Context, level 1: which trace a request belongs to, as `traceparent` says it, and who may say so.
+//! W3C Trace Context, level 1: the trace that a request belongs to (`traceparent`), and which peers may set it.
 //!
-//! `tracestate` is the business of those who write into it. It passes as it came, but never without a `traceparent`
-//! that is well-formed and believed (§3.3.1.3 and §4.3 of the recommendation).
+//! `tracestate` is forwarded unchanged, but never without a well-formed and trusted `traceparent` (§3.3.1.3 and
+//! §4.3 of the recommendation).
 
 use std::fmt;
 
@@ -15,28 +15,28 @@ pub const TRACEPARENT: HeaderName = HeaderName::from_static("traceparent");
 /// `tracestate`.
 pub const TRACESTATE: HeaderName = HeaderName::from_static("tracestate");
 
-/// The bytes of `traceparent` in version 00: `00-<trace>-<span>-<flags>`.
+/// The length of `traceparent` in version 00: `00-<trace>-<span>-<flags>`.
 const LENGTH: usize = 55;
-/// The flag that says: whoever was there before records this trace.
+/// The sampled flag: the sender records this trace.
 const SAMPLED: u8 = 1;
 
-/// The name of a trace; not zero.
+/// A trace id; not zero.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct TraceId(pub u128);
 
-/// The name of a span; not zero.
+/// A span id; not zero.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct SpanId(pub u64);
 
 impl TraceId {
-    /// A new one.
+    /// A random id.
     pub fn random() -> Self {
         TraceId(rand::random::<u128>().max(1))
     }
 }
 
 impl SpanId {
-    /// A new one.
+    /// A random id.
     pub fn random() -> Self {
         SpanId(rand::random::<u64>().max(1))
     }
@@ -54,26 +54,26 @@ impl fmt::Display for SpanId {
     }
 }
 
-/// What a `traceparent` says.
+/// A parsed `traceparent`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct TraceParent {
-    /// The trace.
+    /// The trace id.
     pub trace: TraceId,
-    /// The span that the request comes from.
+    /// The sender's span.
     pub span: SpanId,
-    /// Whether the trace is recorded there.
+    /// Whether the sender records the trace.
     pub sampled: bool,
 }
 
 impl TraceParent {
-    /// The one of this request. `None` if there is none, more than one, or one that is malformed.
+    /// The `traceparent` of these headers. `None` if it is missing, repeated or malformed.
     pub fn of(headers: &HeaderMap) -> Option<TraceParent> {
         let value = headers.get(TRACEPARENT)?;
         let alone = headers.get_all(TRACEPARENT).iter().nth(1).is_none();
         TraceParent::parse(value.as_bytes()).filter(|_| alone)
     }
 
-    /// Reads the value of the header. What a later version adds behind a further dash is left alone, as §4.3 wants it.
+    /// Parses the header value. Additional parts of later versions are ignored, as §4.3 requires.
     pub fn parse(value: &[u8]) -> Option<TraceParent> {
         let (version, rest) = (hex(value.get(..2)?)?, value.get(2..LENGTH)?);
         let longer = value.get(LENGTH).is_some_and(|&next| version == 0 || next != b'-');
@@ -86,14 +86,14 @@ impl TraceParent {
         (trace != 0 && span != 0).then_some(TraceParent { trace: TraceId(trace), span: SpanId(span), sampled })
     }
 
-    /// The value of the header, in version 00.
+    /// The header value in version 00.
     pub fn header(&self) -> HeaderValue {
         let text = format!("00-{}-{}-{:02x}", self.trace, self.span, u8::from(self.sampled));
         HeaderValue::try_from(text).expect("hexadecimal digits and dashes may stand in a header")
     }
 }
 
-/// A number of at most 32 lower-case hexadecimal digits.
+/// Parses at most 32 lower-case hexadecimal digits.
 fn hex(digits: &[u8]) -> Option<u128> {
     digits.iter().try_fold(0, |number, &digit| match digit {
         b'0'..=b'9' => Some(number << 4 | u128::from(digit - b'0')),
@@ -102,35 +102,35 @@ fn hex(digits: &[u8]) -> Option<u128> {
     })
 }
 
-/// The place of an exchange in its trace.
+/// The trace context of an exchange.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Context {
-    /// The trace.
+    /// The trace id.
     pub trace: TraceId,
     /// The span of the exchange.
     pub span: SpanId,
-    /// The span of the client that the exchange is a part of; `None` if the trace begins here.
+    /// The client's span; `None` if the trace starts here.
     pub parent: Option<SpanId>,
     /// Whether it is recorded.
     pub sampled: bool,
 }
 
-/// Decides which trace an exchange belongs to, and whether it is recorded.
+/// Decides the trace of an exchange, and whether it is recorded.
 #[derive(Clone, Copy, Debug)]
 pub struct Sampler {
     believed: Believed,
-    /// Of 2^63 traces that begin here, how many are recorded.
+    /// The number of sampled traces per 2^63 that start here.
     share: u64,
 }
 
 impl Sampler {
-    /// One that does as it is written.
+    /// The configured sampler.
     pub fn new(written: &config::server::Tracing) -> Sampler {
         const ALL: f64 = (1u64 << 63) as f64;
         Sampler { believed: written.parent, share: (written.sample.ratio() * ALL) as u64 }
     }
 
-    /// The place of a new exchange, whose peer may be a trusted proxy.
+    /// The trace context of a new exchange; `peer_is_trusted`: the peer is a trusted proxy.
     pub fn place(&self, headers: &HeaderMap, peer_is_trusted: bool) -> Context {
         let believed = match self.believed {
             Believed::Always => true,
@@ -147,7 +147,7 @@ impl Sampler {
         }
     }
 
-    /// By the id, so that whoever samples by it at the same rate takes the same traces.
+    /// Based on the id, so that other samplers with the same rate select the same traces.
     fn takes(&self, TraceId(trace): TraceId) -> bool {
         (trace as u64 >> 1) < self.share
     }

@@ -1,10 +1,9 @@
-//! From stories to spans, and to a collector: OTLP over HTTP, on a thread of its own.
+//! Converts stories to spans and exports them with OTLP over HTTP, on its own thread.
 //!
-//! An exchange is a span of kind SERVER; each attempt is one of kind CLIENT below it. Phases are spans of kind
-//! INTERNAL, below the attempt that they are of, and else below the exchange; what filters did in a phase is below it,
-//! and a request that one has sent is of kind CLIENT. Names and attributes are those of the
-//! semantic conventions of OpenTelemetry for HTTP where there are any, and else begin with `forebay.`. What a
-//! connection did before its first exchange is no part of it.
+//! An exchange is a span of kind SERVER; its attempts are child spans of kind CLIENT. Phases are INTERNAL spans
+//! below their attempt, or else below the exchange; filter steps are below their phase, and requests sent by
+//! filters are of kind CLIENT. Names and attributes follow the OpenTelemetry semantic conventions for HTTP where
+//! they exist, and otherwise begin with `forebay.`. Work of a connection before its first exchange is not included.
 
 use std::borrow::Cow;
 use std::io;
@@ -26,7 +25,7 @@ use crate::metrics::{Metrics, SpanMetrics};
 use crate::party::wait::{NoClient, within};
 use crate::phase::Phase;
 
-/// As many spans leave in one export, unless one exchange has more.
+/// Spans per export, unless a single exchange has more.
 const BATCH_SPANS: usize = 512;
 
 /// Starts the thread `spans`, which ends when the queue is closed.
@@ -67,12 +66,12 @@ fn exporter(settings: &Tracing) -> Result<SpanExporter, String> {
     built.map_err(|error| error.to_string())
 }
 
-/// The thread drives its connections itself.
+/// The runtime of the thread's connections.
 fn runtime() -> io::Result<Runtime> {
     Builder::new_current_thread().enable_all().build()
 }
 
-/// What the thread owns.
+/// The state of the thread.
 struct Sender {
     exporter: SpanExporter,
     runtime: Runtime,
@@ -107,7 +106,7 @@ impl Sender {
     }
 }
 
-/// Makes the spans of one exchange.
+/// Converts one exchange to spans.
 fn spans(story: Story, scope: &InstrumentationScope, into: &mut Vec<SpanData>) {
     let state = story.state.as_ref().and_then(|state| state.to_str().ok()?.parse().ok()).unwrap_or_default();
     let (ended, when) = story.ended;
@@ -164,7 +163,7 @@ fn spans(story: Story, scope: &InstrumentationScope, into: &mut Vec<SpanData>) {
     }
 }
 
-/// What all spans of an exchange have in common.
+/// Common data of all spans of an exchange.
 struct Form<'s> {
     story: &'s Story,
     state: TraceState,
@@ -201,7 +200,7 @@ impl Form<'_> {
         }
     }
 
-    /// The clock on the wall when the other one was at `at`.
+    /// The wall-clock time at the instant `at`.
     fn time(&self, at: Instant) -> SystemTime {
         self.when - self.ended.saturating_duration_since(at)
     }
@@ -250,7 +249,7 @@ impl Story {
         attributes
     }
 
-    /// A 4xx is the client's failure; an answer that was cut is none, whatever its status says.
+    /// A 4xx is the client's error. A response that was cut is a failure whatever its status.
     fn failed(&self) -> bool {
         !(100..500).contains(&self.status) || self.refusal.is_some() && self.status < 400
     }
@@ -288,7 +287,7 @@ impl Attempt {
     }
 }
 
-/// The method as a name: a stranger's own would make a name of each.
+/// The method for the span's name: unknown methods share one name.
 fn method(method: &Method) -> &'static str {
     match *method {
         Method::GET => "GET",
@@ -341,7 +340,7 @@ pub(super) mod tests {
         Duration::from_millis(n)
     }
 
-    /// A request that was answered at the second attempt, after 10 ms.
+    /// A request that succeeded at the second attempt, after 10 ms.
     pub fn story() -> Story {
         let begin = Instant::now();
         let note = |at| Note::early(Tick { at: begin + ms(at), cycle: None });
