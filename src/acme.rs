@@ -152,7 +152,7 @@ impl Issuer {
             let found = store.lock();
             match &found {
                 _ if told => {}
-                Ok(None) => tracing::info!(%issuer, "another process orders the certificates that are kept here"),
+                Ok(None) => tracing::info!(%issuer, "another process orders the certificates of this store"),
                 Err(error) => tracing::warn!(%issuer, "the store cannot be locked, and nothing is ordered: {error}"),
                 Ok(Some(_)) => {}
             }
@@ -273,8 +273,8 @@ impl Issuer {
         let proof = Proof { challenge: written.challenge, challenges: &self.challenges, store: &self.asked.store };
         let pem = order::order(&account, &wanted.names, proof, replaces, written.timeouts.order.0).await?;
         let kept = store::replace(&wanted.path, &pem);
-        kept.map_err(|error| Failure::new(format!("what was issued cannot be kept: {error}")))?;
-        held(wanted).ok_or_else(|| Failure::new("what was issued cannot be read again".to_owned()))
+        kept.map_err(|error| Failure::new(format!("the issued certificate cannot be saved: {error}")))?;
+        held(wanted).ok_or_else(|| Failure::new("the issued certificate cannot be read back".to_owned()))
     }
 
     /// The account: from memory, from the store, or a new one.
@@ -286,7 +286,7 @@ impl Issuer {
         let contact = self.asked.written.email.as_ref().map(|email| format!("mailto:{email}"));
         let contacts: Vec<&str> = contact.as_deref().into_iter().collect();
         let kept: Option<Kept> = store::read_json(&file).unwrap_or_else(|error| {
-            tracing::warn!(issuer = %self.asked.name, "the account that is kept is of no use, a new one is made: {error}");
+            tracing::warn!(issuer = %self.asked.name, "the stored account is unusable, a new one is created: {error}");
             None
         });
         let builder = Account::builder_with_http(Box::new(self.http.clone()));
@@ -312,7 +312,7 @@ impl Issuer {
             let created = builder.create(&wanted, self.asked.directory.clone(), binding.as_ref()).await;
             let (account, credentials) = created?;
             self.keep_account(&file, &Kept { contact, credentials })?;
-            tracing::info!(issuer = %self.asked.name, "an account was made: {}", printable(account.id()));
+            tracing::info!(issuer = %self.asked.name, "an account was created: {}", printable(account.id()));
             account
         };
         *at_hand = Some(account.clone());
@@ -320,7 +320,7 @@ impl Issuer {
     }
 
     fn keep_account(&self, path: &Path, kept: &Kept) -> Result<(), Failure> {
-        let failed = |error| Failure::new(format!("the account cannot be kept: {error}"));
+        let failed = |error| Failure::new(format!("the account cannot be saved: {error}"));
         store::replace_json(path, kept).map_err(failed)
     }
 

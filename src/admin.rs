@@ -134,7 +134,7 @@ impl Admin {
         admin
             .get("/metrics", "what it counts, for Prometheus", scrape)
             .get("/healthz", "200 while the process lives", |_| Answer::text("ok\n"))
-            .get("/readyz", "200 while exchanges are taken, else 503 and why not", readyz)
+            .get("/readyz", "200 while exchanges are accepted, else 503 with the reason", readyz)
     }
 
     /// Requires this token.
@@ -207,7 +207,7 @@ impl Admin {
         // The state for load balancers and supervisors is not secret.
         let open = matches!(uri.path(), "/healthz" | "/readyz");
         if self.token.is_some() && !caller.known && caller.peer != Peer::Unix && !open {
-            let answer = Answer::error(StatusCode::UNAUTHORIZED, "the token is asked for: admin.token");
+            let answer = Answer::error(StatusCode::UNAUTHORIZED, "a token is required: admin.token");
             let ways = HeaderValue::from_static("Bearer, Basic realm=\"forebay\"");
             return ("_other", answer.with_header(header::WWW_AUTHENTICATE, ways));
         }
@@ -240,7 +240,7 @@ impl Admin {
         let voucher = voucher(http, caller);
         let ask = Ask::new(parts, &uri, html, voucher, body);
         let answer = within(entry.patience, NoClient::Operator, (entry.answer)(ask)).await;
-        let late = || Answer::error(StatusCode::GATEWAY_TIMEOUT, "this takes too long; it may still be done");
+        let late = || Answer::error(StatusCode::GATEWAY_TIMEOUT, "this takes too long; it may still complete");
         (entry.path, answer.unwrap_or_else(late))
     }
 
@@ -529,7 +529,10 @@ mod tests {
         let admin = admin().0.post("/change", "changes it", |_| async { unreachable!("it was made") });
         let request = "POST /change HTTP/1.1\r\nHost: localhost\r\nContent-Length: 0\r\n\r\n";
         let (answer, _) = exchange_with(admin, request.as_bytes()).await;
-        assert!(answer.starts_with("HTTP/1.1 403 ") && answer.contains("\"error\": \"changes are taken"), "{answer}");
+        assert!(
+            answer.starts_with("HTTP/1.1 403 ") && answer.contains("\"error\": \"changes are accepted"),
+            "{answer}"
+        );
     }
 
     #[tokio::test]

@@ -47,9 +47,9 @@ const EXIT_CONFIG: u8 = 78;
 
 const AFTER_HELP: &str = "\
 Environment:
-  FOREBAY_CONFIG      the configuration file, where no -c is given
-  FOREBAY_ADMIN_TOKEN the token of an admin endpoint that is named by --admin
-  FOREBAY_LOG         what is logged on stderr, such as `debug` or `warn,forebay=debug`
+  FOREBAY_CONFIG      the configuration file, if there is no -c
+  FOREBAY_ADMIN_TOKEN the token for an admin endpoint given by --admin
+  FOREBAY_LOG         the log filter for stderr, such as `debug` or `warn,forebay=debug`
   FOREBAY_LOG_FORMAT  `compact` (the default) or `json`
   NO_COLOR            no colours, whatever its value
 

@@ -82,11 +82,7 @@ impl Loops {
         }
         let shared = handles.first().is_some_and(|handle| handle.runtime_flavor() != RuntimeFlavor::CurrentThread);
         if !shared && handles.len() < workers {
-            tracing::warn!(
-                workers,
-                found = handles.len(),
-                "not all workers were found; the others are not looked after"
-            );
+            tracing::warn!(workers, found = handles.len(), "not all workers were found; the others are not monitored");
         }
         let epoch = Instant::now();
         let (mut all, mut pulses) = (Vec::new(), Vec::new());

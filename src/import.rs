@@ -160,7 +160,7 @@ impl Imported {
     pub fn report(&self) -> String {
         let mut report = String::new();
         for (fate, title) in [
-            (Fate::Lost, "Without an equal:"),
+            (Fate::Lost, "Without an equivalent:"),
             (Fate::Differs, "Translated, with a difference:"),
             (Fate::BuiltIn, "Not needed:"),
         ] {
@@ -182,7 +182,7 @@ impl Imported {
         }
         let _ = writeln!(
             report,
-            "{} directives: {} translated, {} of them with a difference; {} not needed; {} without an equal",
+            "{} directives: {} translated, {} of them with a difference; {} not needed; {} without an equivalent",
             self.rows.len(),
             self.count(Fate::Translated) + self.count(Fate::Differs),
             self.count(Fate::Differs),

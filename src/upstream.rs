@@ -578,7 +578,7 @@ impl Upstream {
         let roster = Roster::new(&self.load_balancing, &members, &before);
         if roster.panics() != before.panics() {
             match roster.panics() {
-                true => warn!(upstream = %self.name, "too few endpoints are available: all of them are asked"),
+                true => warn!(upstream = %self.name, "too few endpoints are available: requests go to all of them"),
                 false => info!(upstream = %self.name, "enough endpoints are available again"),
             }
         }

@@ -46,8 +46,8 @@ impl From<ErrorStack> for Failure {
 pub(super) fn told(error: &Error) -> String {
     match error {
         Error::Api(problem) => words(problem),
-        Error::Json(error) => format!("its answer is not what the protocol asks for: {error}"),
-        Error::Timeout(_) => "it did not come to an end in time".to_owned(),
+        Error::Json(error) => format!("its response violates the protocol: {error}"),
+        Error::Timeout(_) => "it timed out".to_owned(),
         other => other.to_string(),
     }
 }

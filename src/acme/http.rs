@@ -105,7 +105,7 @@ impl Inner {
                 }
             };
             if let Some(flaw) = Flaw::of(session.digest()) {
-                return Err(other(format!("`{host}` is not believed: {flaw}")));
+                return Err(other(format!("`{host}` is not trusted: {flaw}")));
             }
             let broke = |error: Box<pingora::Error>| other(format!("the connection to `{host}` broke: {error}"));
             let header = header(&parts, host, port, body.len()).map_err(broke)?;
@@ -204,7 +204,7 @@ fn unreachable(host: &str, address: SocketAddr, error: &pingora::Error) -> Strin
             format!("`{host}` at {address} did not accept the connection in time")
         }
         ErrorType::InvalidCert | ErrorType::TLSHandshakeFailure => {
-            format!("`{host}` at {address} is not believed; name its authority with `ca` if it is private: {error}")
+            format!("`{host}` at {address} is not trusted; name its authority with `ca` if it is private: {error}")
         }
         _ => format!("`{host}` at {address} cannot be reached: {error}"),
     }

@@ -101,7 +101,7 @@ async fn begin(
         match account.new_order(&NewOrder::new(identifiers).replaces(replaces)).await {
             Ok(order) => return Ok(order),
             Err(error) if is_about_replacing(&error) => {
-                tracing::debug!("an order that names the certificate before was not taken: {}", told(&error));
+                tracing::debug!("an order that names the replaced certificate was rejected: {}", told(&error));
             }
             Err(error) => return Err(error.into()),
         }

@@ -97,7 +97,7 @@ impl Hosts {
     /// Checks that a request names a known host; the error says why not. With TLS, the browser has already verified
     /// the name; and a page with a rebound name does not know the token.
     pub fn check(&self, caller: Caller, headers: &HeaderMap) -> Result<(), &'static str> {
-        const WHY: &str = "this endpoint is not known by that host: admin.hosts lists the names that it answers to";
+        const WHY: &str = "unknown host: admin.hosts lists the names of this endpoint";
         let mut hosts = headers.get_all(HOST).iter();
         let host = match (hosts.next(), hosts.next()) {
             // Browsers always send it, and cannot use a unix socket.
@@ -129,11 +129,11 @@ pub fn check(caller: Caller, headers: &HeaderMap) -> Result<(), &'static str> {
         _ if caller.known => {}
         Peer::Unix => {}
         Peer::Tcp(address) if address.to_canonical().is_loopback() => {}
-        _ => return Err("changes are taken over the loopback or the unix socket only"),
+        _ => return Err("changes are accepted over loopback or the unix socket only"),
     }
     let said = |name| headers.get_all(name).iter();
     if said(SEC_FETCH_SITE).any(|site| site != "same-origin" && site != "none") {
-        return Err("changes are not taken from other sites");
+        return Err("changes are not accepted from other sites");
     }
     if said(ORIGIN).next().is_none() {
         return Ok(());
@@ -142,7 +142,7 @@ pub fn check(caller: Caller, headers: &HeaderMap) -> Result<(), &'static str> {
     let ours = format!("{}://{host}", if caller.secure { "https" } else { "http" });
     // With a rebound name, a browser would not send the credentials of another name.
     if (!caller.known && !is_address(host)) || said(ORIGIN).any(|origin| *origin != *ours) {
-        return Err("changes are not taken from other sites");
+        return Err("changes are not accepted from other sites");
     }
     Ok(())
 }

@@ -1,10 +1,10 @@
-//! How many connections to the admin endpoint are open at once, and which of them gives way to a new one.
+//! Limits the open connections to the admin endpoint, and chooses which one is closed for a new one.
 //!
-//! Each is an open file, of those that are neither for clients nor for spools ([`crate::client::descriptors`]). Without
-//! a limit, a stranger who opens connections and says nothing takes the last open files from backends and listeners.
-//! A limit alone lets the same stranger keep Prometheus and the operator out. So a new connection takes the place of
-//! the one that has waited longest for a request. A connection waits until the whole header is there; a TLS handshake
-//! is part of that. Where all have a request under way, which takes a bounded time, the new one is closed.
+//! Each uses an open file outside the shares of clients and spools ([`crate::client::descriptors`]). Without a
+//! limit, silent connections could use up the open files of backends and listeners. With a plain limit, they could
+//! lock out Prometheus and the operator. So a new connection replaces the one that has waited longest for a
+//! request. A connection counts as waiting until its header is complete, TLS handshake included. If all have an
+//! active request, which takes a limited time, the new connection is closed.
 
 use std::collections::BTreeMap;
 use std::future::Future;
@@ -14,7 +14,7 @@ use tokio::sync::Notify;
 
 use crate::metrics::AdminMetrics;
 
-/// The connections that may be open.
+/// The limit and the open connections.
 pub struct Seats {
     most: usize,
     metrics: AdminMetrics,
@@ -23,9 +23,9 @@ pub struct Seats {
 
 #[derive(Default)]
 struct Taken {
-    /// Connections that are open, those included that were told to go.
+    /// Number of open connections, including those that are closing.
     open: usize,
-    /// Those that wait for a request, in the order in which they began to.
+    /// The connections that wait for a request, longest wait first.
     waiting: BTreeMap<u64, Arc<Notify>>,
     turn: u64,
 }
@@ -34,12 +34,12 @@ struct Taken {
 pub struct Seat(Arc<Seats>);
 
 impl Seats {
-    /// At most this number of seats, and at least one.
+    /// A limit of this number, and at least one.
     pub fn new(most: usize, metrics: AdminMetrics) -> Arc<Seats> {
         Arc::new(Seats { most: most.max(1), metrics, taken: Mutex::default() })
     }
 
-    /// A seat for a new connection. `None`: it is to be closed, since all others have a request under way.
+    /// A seat for a new connection. `None`: close it, because all others have an active request.
     pub fn take(self: &Arc<Self>) -> Option<Seat> {
         let mut taken = self.taken();
         if taken.open >= self.most {
@@ -53,13 +53,13 @@ impl Seats {
     }
 
     fn taken(&self) -> MutexGuard<'_, Taken> {
-        // Nothing between lock and unlock can panic half-way.
+        // The state is consistent at every point where a panic is possible.
         self.taken.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 impl Seat {
-    /// Waits for what leads to a request. `None`: another connection needs the place.
+    /// Waits for the next request. `None`: another connection needs the seat.
     pub async fn wait<T>(&self, coming: impl Future<Output = T>) -> Option<T> {
         let waiting = Waiting::begin(&self.0);
         tokio::select! {
@@ -127,7 +127,7 @@ mod tests {
         let (first, second) = (seats.take().expect("free"), seats.take().expect("free"));
         let mut later = Box::pin(second.wait(pending::<()>()));
         assert_eq!(later.as_mut().now_or_never(), None);
-        // The first one has had a request meanwhile, and waits since.
+        // The first one has had a request since, so its wait is shorter.
         assert_eq!(first.wait(ready(1)).await, Some(1));
         let mut longest = later;
         let mut shorter = Box::pin(first.wait(pending::<()>()));

@@ -96,9 +96,11 @@ pub fn add(admin: Admin, shown: &Shown) -> Admin {
         .get("/upstreams/{upstream}", "the same of one upstream", move |ask| {
             asked(&one.load().upstreams, ask).map_or_else(|unknown| unknown, |upstream| Answer::json(&detail(upstream)))
         })
-        .post("/upstreams/{upstream}/endpoints/{endpoint}/drain", "give an endpoint nothing new", move |ask| {
-            ready(ordered(&drain.load().upstreams, &ask, |_| Ok(Order::Drain)))
-        })
+        .post(
+            "/upstreams/{upstream}/endpoints/{endpoint}/drain",
+            "drain an endpoint: it gets no new requests",
+            move |ask| ready(ordered(&drain.load().upstreams, &ask, |_| Ok(Order::Drain))),
+        )
         .post("/upstreams/{upstream}/endpoints/{endpoint}/enable", "undo that", move |ask| {
             ready(ordered(&enable.load().upstreams, &ask, |_| Ok(Order::Enable)))
         })
@@ -209,7 +211,7 @@ fn why(endpoint: &Endpoint) -> String {
     let availability = endpoint.availability();
     let mut reasons = Vec::new();
     if availability.is_removed() {
-        reasons.push("its source names it no longer; it ends what it has".to_owned());
+        reasons.push("its source has removed it; it finishes its active requests".to_owned());
     }
     if availability.is_drained() {
         reasons.push("the operator has drained it".to_owned());
@@ -217,7 +219,7 @@ fn why(endpoint: &Endpoint) -> String {
     if availability.is_ejected() {
         let of =
             endpoint.ejections().current().map_or(String::new(), |current| format!(" ({})", current.reason.name()));
-        reasons.push(format!("requests that went there speak against it{of}"));
+        reasons.push(format!("outlier detection has ejected it{of}"));
     }
     let failure = || endpoint.checks().last_failure().map_or(String::new(), |failure| format!(": {}", failure.message));
     if availability.is_unhealthy() {
@@ -226,7 +228,7 @@ fn why(endpoint: &Endpoint) -> String {
     if reasons.is_empty() {
         reasons.push(match availability.state() {
             State::Healthy => "its last health checks passed".to_owned(),
-            _ if availability.admits() => "nothing speaks against it".to_owned(),
+            _ if availability.admits() => "nothing excludes it".to_owned(),
             _ => format!("no health check has passed yet{}", failure()),
         });
     }

@@ -47,7 +47,7 @@ pub fn import(builder: &Builder, asked: &Import) -> Result<(), Failure> {
     builder.parse(&name, &imported.yaml).map_err(Failure::Report)?;
     match imported.count(Fate::Lost) {
         0 => Ok(()),
-        lost if asked.strict => Err(Failure::Runtime(format!("{lost} directives have no equal"))),
+        lost if asked.strict => Err(Failure::Runtime(format!("{lost} directives have no equivalent"))),
         _ => Ok(()),
     }
 }

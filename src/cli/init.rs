@@ -34,9 +34,9 @@ pub fn init(builder: &Builder, asked: &Init) -> Result<(), Failure> {
     let file = asked.file.display();
     print(&format!(
         "\
-{file} is written: what comes to {} goes to {}.
+{file} is written: requests to {} go to {}.
 
-  forebay check -c {file}   tells every mistake in it, with its line
+  forebay check -c {file}   reports all errors in it, with their lines
   forebay run -c {file}     runs it until Ctrl-C
 
   forebay schema > forebay.schema.json   beside it lets editors complete and explain its keys",

@@ -136,7 +136,7 @@ impl Proxy {
     fn text(&self, made: Option<&Throwaway>) -> Result<String, String> {
         let speaks = self.to.first().map_or(Speaks::Http, |first| first.speaks);
         if self.to.iter().any(|backend| backend.speaks != speaks) {
-            return Err("backends of one gateway are spoken to in one way: give all of them the same scheme".into());
+            return Err("all backends need the same scheme".into());
         }
         let mut listener = Map::default().with("name", Node::text("web")).with("address", Node::text(&self.from.0));
         if let Some(certificate) = &self.tls {
@@ -212,11 +212,11 @@ impl Proxy {
         let scheme = if self.tls.is_some() { "https" } else { "http" };
         let from = web.map_or_else(|| self.from.0.clone(), |address| format!("{scheme}://{address}"));
         let to: Vec<String> = self.to.iter().map(|backend| backend.to_string()).collect();
-        let mut told = format!("Forebay passes what comes to {from} on to {}.", to.join(", "));
+        let mut told = format!("Forebay forwards requests from {from} to {}.", to.join(", "));
         if let Some(admin) = admin {
             told += &format!("\nMetrics and the status page are at http://{admin}/.");
         }
-        told + "\nCtrl-C stops it; the same command with --print shows the file that would do the same."
+        told + "\nCtrl-C stops it; the same command with --print shows the equivalent file."
     }
 }
 
@@ -249,7 +249,7 @@ impl Speaks {
     pub fn keys(self) -> Option<&'static str> {
         match self {
             Speaks::Http => None,
-            Speaks::Https => Some("tls: {}                               # it is spoken to by HTTPS"),
+            Speaks::Https => Some("tls: {}                               # over HTTPS"),
             Speaks::H2c => Some("protocol: h2c"),
             Speaks::H2 => Some("protocol: h2"),
         }

@@ -35,7 +35,10 @@ pub fn reload(builder: &Builder, place: Where) -> Result<(), Failure> {
     let outcome = ask(builder, place, "/reload")?;
     print(&format!("generation {} runs; {}", outcome.generation, differences(&outcome)))?;
     if !outcome.needs_new_process.is_empty() {
-        complain(&format!("forebay: needs a new process, and is as it was: {}", outcome.needs_new_process.join(", ")));
+        complain(&format!(
+            "forebay: needs a new process, unchanged until then: {}",
+            outcome.needs_new_process.join(", ")
+        ));
     }
     Ok(())
 }
@@ -63,7 +66,7 @@ fn ask(builder: &Builder, place: Where, target: &str) -> Result<Outcome, Failure
     match outcome {
         Ok(outcome) if outcome.result == Done::Refused => {
             complain(outcome.report.trim_end());
-            let message = format!("refused: generation {} runs on unchanged", outcome.generation);
+            let message = format!("refused: generation {} stays active", outcome.generation);
             Err(Failure::Config(message))
         }
         Ok(outcome) => {

@@ -79,7 +79,7 @@ impl Telling {
     /// The next line, parsed. A response without an end line was cut off.
     pub fn next(&mut self) -> Result<Told, Failure> {
         let at = &self.0.address;
-        let broken = || Failure::Runtime(format!("the admin endpoint at {at} broke off: does the gateway stop?"));
+        let broken = || Failure::Runtime(format!("the admin endpoint at {at} broke off: is the gateway stopping?"));
         let line =
             self.1.next().transpose().map_err(|error| Failure::Runtime(self.0.failed(&error)))?.ok_or_else(broken)?;
         serde_json::from_str(&line)
@@ -117,7 +117,7 @@ pub fn trace(builder: &Builder, asked: Trace) -> Result<(), Failure> {
             }
             Told::End { why, recorded } => {
                 if recorded == 0 && why == "time" {
-                    return Err(Failure::Runtime("no exchange that matches has ended in that time".to_owned()));
+                    return Err(Failure::Runtime("no matching exchange has ended in that time".to_owned()));
                 }
                 return Ok(());
             }

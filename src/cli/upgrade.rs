@@ -42,7 +42,7 @@ pub fn upgrade(builder: &Builder, asked: Upgrade) -> Result<(), Failure> {
     let why = error.unwrap_or_default();
     match result {
         Done::Done => print(&format!("process {pid} (forebay {version}) has taken over")),
-        Done::Refused => Err(Failure::Config(format!("{why}; process {pid} serves on"))),
-        _ => Err(Failure::Runtime(format!("{why}; process {pid} serves on"))),
+        Done::Refused => Err(Failure::Config(format!("{why}; process {pid} continues"))),
+        _ => Err(Failure::Runtime(format!("{why}; process {pid} continues"))),
     }
 }

@@ -173,9 +173,9 @@ impl Pacemaker {
                 let route = route.as_deref().unwrap_or("-");
                 let (lasted, untold) = (stall.lasted, (untold > 0).then_some(untold));
                 let why = if stall.is_crowd() {
-                    "many short tasks, or one that is not an exchange, hold it up"
+                    "many short tasks, or one that is not an exchange, block it"
                 } else {
-                    "everyone else on it waits meanwhile: what blocks belongs on another thread"
+                    "all others on it wait meanwhile: blocking work belongs on another thread"
                 };
                 tracing::warn!(worker, "where" = spot, route, ?lasted, untold, "a worker is stalled: {why}");
             }

@@ -63,8 +63,8 @@ impl Effect {
             Effect::ListenerOpens => "the listener opens",
             Effect::ListenerCloses => "the listener closes; its connections end with their next answer",
             Effect::EndpointAdded => "from the next request on",
-            Effect::EndpointDrained => "the endpoint ends what it has",
-            Effect::UpstreamRebuilt => "from the next request on; the upstream is made anew",
+            Effect::EndpointDrained => "the endpoint finishes its active requests",
+            Effect::UpstreamRebuilt => "from the next request on; the upstream is rebuilt",
             Effect::NewProcess => "needs a new process",
         }
     }

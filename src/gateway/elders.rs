@@ -39,7 +39,7 @@ impl Elders {
                 metrics.draining.set(i64::try_from(watched.len()).unwrap_or(i64::MAX));
                 if watched.len() < before {
                     let seconds = began.elapsed().as_secs_f64();
-                    tracing::info!(seconds, draining = watched.len(), "a process before this one has ended");
+                    tracing::info!(seconds, draining = watched.len(), "an older process has ended");
                 }
             }
         };

@@ -155,7 +155,7 @@ impl Watch {
                 Ok(()) => tracing::info!(directory = %directory.display(), "the configuration is watched"),
                 Err(error) => tracing::warn!(
                     directory = %directory.display(),
-                    "the configuration is looked at every {} s only: {error}",
+                    "the configuration is checked every {} s only: {error}",
                     REFRESH.as_secs()
                 ),
             }

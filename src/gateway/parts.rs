@@ -358,7 +358,7 @@ pub fn expired(tls: Option<&Tls>, owner: &str) -> Vec<BuildError> {
     let certificates = tls.map(Tls::certificates).unwrap_or_default();
     let problems = certificates.into_iter().enumerate().filter_map(|(index, facts)| {
         let (facts, path) = (facts.filter(|facts| !facts.issued)?, format!("{owner}.tls.certificates[{index}].cert"));
-        facts.problem.map(|problem| BuildError::new(path, format!("`{}` is of no use: {problem}", facts.file)))
+        facts.problem.map(|problem| BuildError::new(path, format!("`{}` is unusable: {problem}", facts.file)))
     });
     problems.collect()
 }

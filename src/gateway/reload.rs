@@ -441,7 +441,7 @@ impl Engine {
                 }
                 if !needs_new_process.is_empty() {
                     let paths = needs_new_process.join(", ");
-                    tracing::warn!(paths, "only a new process changes these; all else of the configuration is applied");
+                    tracing::warn!(paths, "these need a new process; everything else is applied");
                 }
             }
         }

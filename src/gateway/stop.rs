@@ -167,7 +167,7 @@ impl Stop {
         }
         self.supervisor.ready(1);
         if let Err(error) = self.supervisor.watch(self.metrics.clone()) {
-            tracing::error!(%error, "the service manager does not hear that the workers live: no thread can be started");
+            tracing::error!(%error, "the watchdog of the service manager is not fed: no thread can be started");
         }
         let mut handed_over = false;
         loop {
@@ -221,7 +221,7 @@ impl Stop {
         if let Some(file) = &self.pid_file
             && let Err(error) = file.put()
         {
-            tracing::error!(%error, "server.pid_file: the number of this process is not there");
+            tracing::error!(%error, "server.pid_file: the file cannot be put in its place");
         }
         self.endings.begin.send_replace(true);
         self.endings.readiness.set(Ready::Ready);
@@ -235,7 +235,7 @@ impl Stop {
         let waited = tokio::task::spawn_blocking(move || asked.take_over()).await;
         let taken = waited.map_err(|error| error.to_string())??;
         if taken == Taken::Alone {
-            tracing::warn!("the process before has ended; this one serves in its place");
+            tracing::warn!("the previous process has ended; this one serves in its place");
         }
         for Station { place, .. } in lock(&self.stations).iter() {
             if let Some((file, mode)) = &place.file
@@ -282,7 +282,7 @@ impl Stop {
             ?deadline,
             connections,
             inflight = self.endings.inflight.count(),
-            "leaving what is new to the other process"
+            "leaving new connections to the other process"
         );
         tokio::time::sleep(SETTLE).await;
         while self.ledger.open() > 0 && began.elapsed() < idle.min(deadline) {

@@ -68,7 +68,7 @@ impl Predecessor {
         let nothing = std::fs::File::open("/dev/null").map_err(|error| format!("/dev/null: {error}"))?;
         // Only this one copy may signal the exit of the process.
         replace_stdin(&nothing).map_err(said)?;
-        let first_half = fork(&channel).map_err(|error| format!("this process cannot be made its own: {error}"))?;
+        let first_half = fork(&channel).map_err(|error| format!("this process cannot be detached: {error}"))?;
         let here = FromNew::Here { pid: std::process::id(), version: env!("CARGO_PKG_VERSION").to_owned() };
         channel.say(&here, &[], PATIENCE).map_err(said)?;
         let inner = Inner { channel, first_half: Mutex::new(Some(first_half)), legacy: Mutex::default() };
@@ -94,8 +94,8 @@ impl Predecessor {
                     return Ok(());
                 }
                 Ok(Heard::Message(other, _)) => return Err(format!("the previous process sent {other:?}")),
-                Ok(Heard::Closed) => return Err("the process before has ended".to_owned()),
-                Ok(Heard::Nothing) => return Err("the process before passes no sockets".to_owned()),
+                Ok(Heard::Closed) => return Err("the previous process has ended".to_owned()),
+                Ok(Heard::Nothing) => return Err("the previous process passes no sockets".to_owned()),
                 Err(error) => return Err(format!("the sockets could not be received: {error}")),
             }
         }
@@ -128,8 +128,8 @@ impl Predecessor {
             Ok(Heard::Message(FromOld::Go, _)) => Ok(Taken::Over),
             Ok(Heard::Closed) => Ok(Taken::Alone),
             Ok(Heard::Message(other, _)) => Err(format!("the previous process sent {other:?}")),
-            Ok(Heard::Nothing) => Err("the process before does not answer".to_owned()),
-            Err(error) => Err(format!("the process before cannot be heard: {error}")),
+            Ok(Heard::Nothing) => Err("the previous process does not answer".to_owned()),
+            Err(error) => Err(format!("the previous process cannot be heard: {error}")),
         }
     }
 

@@ -130,7 +130,7 @@ const TABLE: &[(&str, Fate, &str)] = &[
     (
         "auth_basic* auth_request* auth_jwt* auth_delay satisfy",
         Lost,
-        "a check that has no equal closes its place until you put one in, such as `jwt`, `basic_auth` or `forward_auth`",
+        "a check that has no equivalent closes its place until you put one in, such as `jwt`, `basic_auth` or `forward_auth`",
     ),
     (
         "secure_link* referer_* valid_referers userid* perl* js_* lua_* *_by_lua*",
@@ -185,6 +185,6 @@ const TABLE: &[(&str, Fate, &str)] = &[
          expires limit_req \
       client_* send_timeout limit_rate* ssl_* access_log large_client_header_buffers",
         Lost,
-        "no request reaches it here, or it has no equal",
+        "no request reaches it here, or it has no equivalent",
     ),
 ];

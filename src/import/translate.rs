@@ -151,7 +151,7 @@ impl<'d> Work<'d> {
 
     fn file(self, name: &str) -> String {
         let mut file = Map::default().with("version", Node::word(1));
-        file.comment("version", format!("Made of {name} by `forebay import`; its report says what has no equal."));
+        file.comment("version", format!("Made of {name} by `forebay import`; its report says what has no equivalent."));
         for (key, value) in self.top.into_entries() {
             file.put(key, value);
         }
@@ -315,7 +315,7 @@ fn map(variables: &Variables, directive: &Directive) -> Result<(String, Made), S
     for line in directive.inside() {
         match &*line.name {
             "default" => fallback = variables.made(line.word(0))?,
-            "hostnames" => return Err("names of hosts with wildcards have no equal in a map".to_owned()),
+            "hostnames" => return Err("names of hosts with wildcards have no equivalent in a map".to_owned()),
             "volatile" => {}
             name => match name.strip_prefix('~') {
                 Some(pattern) => {
@@ -346,7 +346,7 @@ fn geo(directive: &Directive) -> Result<(String, Made), String> {
         match &*line.name {
             "default" => fallback = Made::Fixed(line.word(0).to_owned()),
             "proxy" | "proxy_recursive" | "ranges" | "delete" | "include" => {
-                return Err(format!("`{}` has no equal in a choice by networks", line.name));
+                return Err(format!("`{}` has no equivalent in a choice by networks", line.name));
             }
             written => {
                 let network: ipnet::IpNet = match written.parse() {

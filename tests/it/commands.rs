@@ -33,13 +33,13 @@ fn a_reload_is_tried_told_and_refused_from_the_command_line() {
     let (code, told, warned) = asked(&process, &["reload"]);
     assert_eq!(code, Some(0));
     assert!(told.starts_with("generation 2 runs; 2 differ:"), "{told}");
-    assert!(warned.contains("needs a new process, and is as it was: server.threads"), "{warned}");
+    assert!(warned.contains("needs a new process, unchanged until then: server.threads"), "{warned}");
 
     fs::write(setup.path("forebay.yaml"), setup.yaml().replace("routes:", "ruotes:")).expect("a file");
     for command in ["diff", "reload"] {
         let (code, _, told) = asked(&process, &[command]);
         assert_eq!(code, Some(78), "{told}");
-        assert!(told.contains("did you mean `routes`?") && told.contains("generation 2 runs on unchanged"), "{told}");
+        assert!(told.contains("did you mean `routes`?") && told.contains("generation 2 stays active"), "{told}");
     }
     // The admin address is found even if the file has other errors.
     let broken = setup.path("broken.yaml");

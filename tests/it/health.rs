@@ -383,7 +383,7 @@ mod tiers {
             gateway.wait_metric("forebay_upstream_panic{upstream=\"app\"}", |panic| {
                 panic == f64::from(u8::from(status == 200))
             });
-            assert_eq!(gateway.stderr().contains("all of them are asked"), status == 200);
+            assert_eq!(gateway.stderr().contains("requests go to all of them"), status == 200);
         }
     }
 

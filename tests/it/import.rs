@@ -106,12 +106,15 @@ fn the_command_writes_a_file_that_checks_and_a_report() {
     fs::write(dir.path().join("nginx.conf"), "events {}\nhttp {\n include conf.d/*.conf;\n}\n").expect("a file");
     let (code, out, report) = run(&["import", "nginx.conf", "--output", "forebay.yaml"]);
     assert_eq!((code, &*out), (Some(0), ""), "{report}");
-    assert!(report.contains("conf.d/site.conf:4: ssi on") && report.contains("1 without an equal"), "{report}");
+    assert!(report.contains("conf.d/site.conf:4: ssi on") && report.contains("1 without an equivalent"), "{report}");
     assert_eq!(run(&["check", "-c", "forebay.yaml"]).0, Some(0));
     let (code, _, error) = run(&["import", "nginx.conf", "--output", "forebay.yaml"]);
     assert!(code == Some(1) && error.contains("forebay.yaml exists already"), "{error}");
     let (code, out, error) = run(&["import", "nginx.conf", "--strict"]);
-    assert!(code == Some(1) && out.contains("listeners:") && error.contains("1 directives have no equal"), "{error}");
+    assert!(
+        code == Some(1) && out.contains("listeners:") && error.contains("1 directives have no equivalent"),
+        "{error}"
+    );
     fs::write(dir.path().join("broken.conf"), "http {\n server {\n").expect("a file");
     let (code, _, error) = run(&["import", "broken.conf"]);
     assert_eq!((code, &*error), (Some(78), "forebay: broken.conf:3: the file ends in the block of line 2\n"));

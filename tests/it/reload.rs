@@ -326,7 +326,7 @@ fn what_only_a_new_process_can_change_is_named_and_the_rest_is_applied() {
     let outcome = reloaded(&process);
     assert_eq!(outcome["needs_new_process"], serde_json::json!(["resources.memory", "server.threads"]));
     assert_eq!(process.client().get("/").text(), "two");
-    process.says("only a new process changes these");
+    process.says("these need a new process");
 }
 
 #[test]

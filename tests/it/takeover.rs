@@ -125,7 +125,7 @@ fn serves_on(process: &Process, result: &str, count: f64) {
     assert_eq!(get(process.admin(), "/readyz").status, 200);
     let selector = format!("forebay_upgrades_total{{result=\"{result}\"}}");
     assert_eq!((process.metric(&selector), process.metric("forebay_upgrade_failed")), (count, 1.0));
-    process.says("the upgrade failed, and this process serves on");
+    process.says("the upgrade failed, and this process continues");
 }
 
 /// A WebSocket to the test origin.
@@ -156,7 +156,7 @@ fn a_kept_connection_is_served_once_more_and_a_new_one_goes_to_the_new_process()
     assert_eq!(admin.get("/readyz").status, 200);
     let mut heirs = Heirs::default();
     let pid = heirs.upgraded(&process);
-    process.says("leaving what is new to the other process");
+    process.says("leaving new connections to the other process");
     // A load balancer with an open connection must not consider the address down.
     let ready = admin.get("/readyz");
     assert_eq!((ready.status, ready.text()), (200, "ready\n"));
@@ -390,7 +390,7 @@ fn the_new_process_serves_on_if_the_old_one_is_killed_while_it_drains() {
     process.signal(libc::SIGKILL);
     process.ended();
     process.wait_metric("forebay_upgrade_draining_processes", |count| count == 0.0);
-    process.says("a process before this one has ended");
+    process.says("an older process has ended");
     let mut next = process.client();
     next.send(request("GET", "/", "", ""));
     let mut connection = origin.accept();

@@ -84,10 +84,10 @@ fn top_shows_loop_routes_upstreams_and_slow_clients_and_leaves_the_terminal_as_i
     client.dawdle(ms(500));
     assert!(screen.text().contains("POST /slow"), "it stands still:\n{}", screen.text());
     screen.keys(&["p"]);
-    screen.shows("Nobody is waited for.");
+    screen.shows("There are no slow clients.");
     screen.keys(&["q"]);
     let end = screen.shows("exit code 0");
-    assert!(!end.contains("Nobody is waited for."), "the screen is given back:\n{end}");
+    assert!(!end.contains("There are no slow clients."), "the screen is given back:\n{end}");
 }
 
 #[test]

@@ -170,7 +170,7 @@ fn the_program_says_when_there_was_nothing_and_when_nobody_answers() {
     assert_eq!(child.wait().expect("its end").code(), Some(1));
     let mut said = String::new();
     child.stderr.take().expect("its errors").read_to_string(&mut said).expect("text");
-    assert!(said.contains("no exchange that matches"), "{said}");
+    assert!(said.contains("no matching exchange"), "{said}");
     let (mut child, stdout) = traced(gateway.admin(), &["--json", "-n", "1"]);
     get(gateway.web(), "/json");
     let lines: Vec<String> = stdout.lines().map_while(Result::ok).collect();

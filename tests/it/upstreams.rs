@@ -41,7 +41,7 @@ fn every_endpoint_is_shown_with_its_state_and_what_it_has() {
     let setup = Setup::weighted(&[(&origin, 3)]).upstream("load_balancing: { policy: peak_ewma }");
     let (gateway, mut client, mut connection) = setup.asked(&origin);
     let busy = endpoint(gateway.admin(), origin.address());
-    assert_eq!((&*busy.why, busy.available, busy.returned_seconds), ("nothing speaks against it", true, None));
+    assert_eq!((&*busy.why, busy.available, busy.returned_seconds), ("nothing excludes it", true, None));
     let status = busy.status;
     assert_eq!((&*status.state, status.weight, status.inflight, status.selections), ("unknown", 3, 1, 1));
     assert_eq!((status.address, status.priority, status.latency_seconds), (origin.address().to_string(), 0, 0.0));

@@ -84,7 +84,10 @@ fn told(phase: &RecordedPhase, before: Option<&RecordedPhase>, recorded: &Record
         "select" if came_from == "buffer" => vec![
             (
                 "H4_READ",
-                format!("the rest is here, {} in all: only now a backend is asked", bytes(phase.received as f64)),
+                format!(
+                    "the rest is here, {} in all: only now a backend gets the request",
+                    bytes(phase.received as f64)
+                ),
             ),
             ("P1_PROXY", "a backend is chosen".to_owned()),
         ],

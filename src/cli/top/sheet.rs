@@ -155,7 +155,7 @@ pub fn of(topic: Topic, history: &History) -> Sheet {
         Topic::Loop => (WORKERS, "No worker was found."),
         Topic::Routes => (ROUTES, "There are no routes."),
         Topic::Upstreams => (ENDPOINTS, "There are no upstreams."),
-        Topic::Slow => (SLOW, "Nobody is waited for."),
+        Topic::Slow => (SLOW, "There are no slow clients."),
     };
     let rows = history.last().map(|last| match topic {
         Topic::Loop => last.workers.iter().map(|one| worker(one, last, history)).collect(),

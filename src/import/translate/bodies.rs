@@ -62,14 +62,18 @@ pub fn pages<'d>(work: &mut Work<'d>, levels: &Levels<'d>) -> Option<Map> {
 fn page<'d>(work: &mut Work<'d>, levels: &Levels<'d>, directive: &'d Directive) -> Result<Map, &'static str> {
     let Some((uri, before)) = directive.words.split_last() else { return Err("it names no page") };
     if !uri.starts_with('/') || uri.contains('$') {
-        return Err("a redirect, or another location, has no equal: write `error_page` with a page, or `redirect`");
+        return Err(
+            "a redirect, or another location, has no equivalent: write `error_page` with a page, or `redirect`",
+        );
     }
     let mut status = None;
     let mut on = Vec::new();
     for word in before {
         match word.strip_prefix('=') {
             None => on.push(Node::word(word.parse::<u16>().map_err(|_| "it names something that is not a status")?)),
-            Some(other) => status = Some(other.parse::<u16>().map_err(|_| "a page that says its status has no equal")?),
+            Some(other) => {
+                status = Some(other.parse::<u16>().map_err(|_| "a page that says its status has no equivalent")?)
+            }
         }
     }
     let mut page = Map::default().with("on", Node::List(on));

@@ -163,7 +163,7 @@ fn listen<'d>(work: &mut Work<'d>, directive: &'d Directive) -> Listen<'d> {
             "quic" => work.differs(directive, "there is no HTTP/3"),
             "reuseport" | "deferred" | "backlog" | "rcvbuf" | "sndbuf" | "so_keepalive" | "ipv6only" | "fastopen"
             | "bind" | "setfib" => {}
-            other => work.differs(directive, format!("`{other}` has no equal")),
+            other => work.differs(directive, format!("`{other}` has no equivalent")),
         }
     }
     listen

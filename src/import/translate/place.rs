@@ -435,7 +435,7 @@ fn content<'d>(
     }
     let Some(passed) = passed else {
         content.filters.push(filter("respond", Map::default().with("status", Node::word(404))));
-        content.comments.push("Nothing of this location has an equal: it is answered 404.".to_owned());
+        content.comments.push("Nothing of this location has an equivalent: it is answered 404.".to_owned());
         return content;
     };
     let target = match Target::read(passed, &variables) {
@@ -520,7 +520,7 @@ fn condition<'d>(
         Ok(when) => when,
         Err(why) => {
             work.lost(block, why);
-            block.inside().iter().for_each(|inner| work.lost(inner, "its condition has no equal"));
+            block.inside().iter().for_each(|inner| work.lost(inner, "its condition has no equivalent"));
             return;
         }
     };
@@ -747,7 +747,7 @@ fn limits<'d>(work: &mut Work<'d>, levels: &Levels<'d>, content: &mut Content) {
         let rate =
             rate.strip_suffix("r/s").map(|n| format!("{n}/s")).or(rate.strip_suffix("r/m").map(|n| format!("{n}/m")));
         let (Some(rate), Some(key)) = (rate, upstream::key(zone.word(0))) else {
-            work.lost(directive, "its rate or its key has no equal");
+            work.lost(directive, "its rate or its key has no equivalent");
             continue;
         };
         work.done(zone);

@@ -174,7 +174,7 @@ pub fn endpoints<'d>(work: &mut Work<'d>, block: &'d Directive, map: &mut Map, p
                                 map.at("load_balancing").put("slow_start", Node::text(time));
                             }
                         }
-                        (other, _) => work.differs(directive, format!("`{other}` has no equal")),
+                        (other, _) => work.differs(directive, format!("`{other}` has no equivalent")),
                     }
                 }
                 if down {
@@ -273,7 +273,7 @@ pub fn retry<'d>(work: &mut Work<'d>, levels: &Levels<'d>, prefix: &str) -> Opti
                     Some(code) if code.starts_with('5') || code == "429" || code == "403" || code == "404" => {
                         on.push(code.to_owned());
                     }
-                    _ => work.differs(directive, format!("`{status}` has no equal")),
+                    _ => work.differs(directive, format!("`{status}` has no equivalent")),
                 },
             }
         }

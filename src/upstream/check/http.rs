@@ -78,7 +78,7 @@ impl HealthCheck for Http {
         }
         match wanted.find(&body) {
             Some(_) => Ok(()),
-            None => wrong("the body of its answer has not the text that is expected"),
+            None => wrong("the body of its response lacks the expected text"),
         }
     }
 

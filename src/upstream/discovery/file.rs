@@ -83,7 +83,7 @@ impl Listed {
         let watcher = self.watcher(told.clone());
         if let Err(error) = &watcher {
             warn!(
-                "`{}` is looked at every {:?} only, for its directory cannot be watched: {error}",
+                "`{}` is checked every {:?} only because its directory cannot be watched: {error}",
                 self.written, self.refresh
             );
         }

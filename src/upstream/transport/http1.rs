@@ -143,7 +143,7 @@ impl Followed {
     ///
     /// # Errors
     ///
-    /// Only in theory.
+    /// Creating the placeholder response header failed, which cannot happen.
     pub fn new(io: Stream) -> Result<Followed> {
         let tail = Arc::<Tail>::default();
         // The type is meant for the response of a CONNECT proxy; none is involved here.

@@ -15,15 +15,23 @@ use tokio::runtime::{Builder, Runtime};
 
 use super::ms;
 
-/// It answers by path. `/trailers`: a body, then the trailer field `x-trailer`. `/announced`: the same, announced with
-/// others that must not come, one of which does; `/announced-with-length`: and a length. `/hints`: two interim answers
-/// (103) at once, and the answer when the request is whole. `/request-trailers`: what was announced of them, and they
-/// themselves. A request with `expect` is told to go on. `/echo`: every piece of the request as soon as it comes, then
-/// `grpc-status: 0`. `/refused-once`: the first request is refused unseen. `/unavailable-once`: to the first, a header
-/// with `grpc-status: 14` and no more; then as `/echo`. `/ticks`: a byte every 50 ms, twenty of them, whether the
-/// request has ended or not, then `grpc-status: 0`. `/fields`: the names of the fields that came. `/hung`: never.
-/// `/large`: 16 MiB. The health protocol of gRPC: it serves the service `well` and not `sick`, and knows no others.
-/// Anything else: what it got, as the built-in origin tells it at `/headers`, with its `content_type` and `authority`.
+/// A backend whose response depends on the path:
+/// - `/trailers`: a body, then the trailer field `x-trailer`.
+/// - `/announced`: the same with an announcement that includes forbidden fields, one of which is sent.
+/// - `/announced-with-length`: the same with a Content-Length.
+/// - `/hints`: two 103 responses at once, and the final one when the request is complete.
+/// - `/request-trailers`: the announced and the received request trailers.
+/// - `/echo`: every chunk of the request immediately, then `grpc-status: 0`.
+/// - `/refused-once`: the first request is refused as unprocessed.
+/// - `/unavailable-once`: the first request gets a header with `grpc-status: 14` only; then as `/echo`.
+/// - `/ticks`: a byte every 50 ms, twenty of them, whether or not the request has ended, then `grpc-status: 0`.
+/// - `/fields`: the names of the received fields.
+/// - `/hung`: no response.
+/// - `/large`: 16 MiB.
+/// - The gRPC health protocol: the service `well` is serving, `sick` is not, others are unknown.
+/// - Others: a report on the request as for `/headers` of the built-in origin, with `content_type` and `authority`.
+///
+/// A request with `expect` gets a 100 response.
 pub struct H2Origin {
     address: SocketAddr,
     seen: Arc<Mutex<Vec<String>>>,
