@@ -53,6 +53,7 @@ mod interim;
 mod large;
 mod manual;
 mod mirror;
+mod mix;
 mod observe;
 mod origin;
 mod own_filter;

@@ -3,15 +3,16 @@
 
 use std::fs;
 use std::os::unix::fs::symlink;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread;
+use std::time::Instant;
 
 use forebay::phase::Phase;
 use serde_json::Value;
 
 use crate::harness::client::{Client, H2Client, get, request};
 use crate::harness::gateway::Watched;
-use crate::harness::{Ask, Origin, Process, Protocol, Setup, eventually, ms};
+use crate::harness::{Origin, Process, Setup, eventually, ms};
+use crate::mix::Mix;
 use crate::stop::refuses;
 
 /// A route that responds with a text.
@@ -395,35 +396,14 @@ fn a_directory_that_is_watched_is_enough_of_a_reload() {
 }
 
 #[test]
-fn clients_of_every_kind_do_not_notice_reloads_under_load() {
-    let origin = crate::harness::origin::built_in();
-    let setup = Setup::before_all(&[origin.address().to_string()])
-        .listener("protocols: [http1, h2c], limits: { requests_per_connection: unlimited }")
-        .server("threads: 2");
+fn clients_of_every_kind_do_not_notice_a_reload_each_second() {
+    let mix = Mix::new();
+    let setup = mix.setup();
     let process = setup.spawn();
-    let (over, asked) = (AtomicBool::new(false), AtomicUsize::new(0));
-    let (over, asked, web) = (&over, &asked, process.web());
-    thread::scope(|scope| {
-        let _over = Over(over);
-        scope.spawn(|| {
-            let mut kept = Client::connect(web);
-            repeat(over, asked, || assert_eq!(kept.get("/bytes/10000").body.len(), 10_000));
-        });
-        scope.spawn(|| repeat(over, asked, || assert_eq!(get(web, "/bytes/100").body.len(), 100)));
-        scope.spawn(|| {
-            let h2 = H2Client::connect(web);
-            repeat(over, asked, || assert_eq!(h2.get("/bytes/10000").body.len(), 10_000));
-        });
-        for protocol in Protocol::BOTH {
-            scope.spawn(move || {
-                repeat(over, asked, || {
-                    let slowly = Ask::put(40_000).sending(8_000, ms(40)).over(protocol, web);
-                    slowly.arrived(40_000, "content-length: 40000");
-                    Ask::get("/bytes/200000").reading(40_000, ms(40)).over(protocol, web).is_content(200_000);
-                });
-            });
-        }
-        let reloads = if cfg!(debug_assertions) { 12 } else { 60 };
+    let reloads = std::env::var("FOREBAY_STORY_SECONDS").ok().and_then(|seconds| seconds.parse().ok()).unwrap_or(20);
+    let (mut early, mut early_files) = (0, 0);
+    mix.ask_while(&setup, process.web(), process.listens("secure"), |progress| {
+        let begun = Instant::now();
         for number in 0..reloads {
             // Each reload changes the listener, the upstream and the route.
             setup
@@ -433,15 +413,27 @@ fn clients_of_every_kind_do_not_notice_reloads_under_load() {
                 .route(&format!("deadline: {}s", 300 + number))
                 .write();
             reloaded(&process);
-            let before = asked.load(Ordering::Relaxed);
-            eventually("clients to go on", || (asked.load(Ordering::Relaxed) > before + 20).then_some(()));
+            progress.wait_for_more(20);
+            while begun.elapsed() < ms(1_000 * (number + 1)) {
+                thread::park_timeout(ms(20));
+            }
+            if number == reloads / 4 {
+                (early, early_files) = (process.resident_bytes(), process.open_files().len());
+            }
         }
+        progress.wait_for_each(2);
+        let (late, late_files) = (process.resident_bytes(), process.open_files().len());
+        // What grows with each reload would show: the clients are as many as before.
+        assert!(late < early + early / 4 + (16 << 20), "{early} bytes, then {late}");
+        assert!(late_files < early_files + 16, "{early_files} open files, then {late_files}");
     });
     assert_eq!(process.metric("forebay_refusals_total"), 0.0);
     assert_eq!(process.metric("forebay_upstream_connects_total{outcome=\"failed\"}"), 0.0);
-    let scrape = process.scrape();
-    let ended = ["forebay_exchanges_total", "forebay_exchanges_total{code=\"200\"}"].map(|series| scrape.sum(series));
-    assert!(ended[0] > 100.0 && ended[0] == ended[1], "{ended:?}");
+    let lines = process.log_lines(0);
+    assert!(lines.len() > 100, "{} lines", lines.len());
+    for line in lines {
+        assert!(line.reason().is_empty() && [101, 200].contains(&line.status()), "{line:?}");
+    }
     // No earlier generation is kept.
     process.wait_metric("forebay_generation_exchanges", |count| count == 0.0);
     eventually("the generations before to be gone", || {
@@ -471,21 +463,5 @@ fn a_process_that_is_killed_while_it_reloads_leaves_a_file_that_serves() {
         assert_eq!(fs::read(&file).expect("the file"), before, "a reload writes nothing");
         process = written.spawn();
         assert_eq!(process.client().get("/").text(), "origin");
-    }
-}
-
-/// Signals the end of a story, even after a panic.
-struct Over<'a>(&'a AtomicBool);
-
-impl Drop for Over<'_> {
-    fn drop(&mut self) {
-        self.0.store(true, Ordering::Relaxed);
-    }
-}
-
-fn repeat(over: &AtomicBool, asked: &AtomicUsize, mut ask: impl FnMut()) {
-    while !over.load(Ordering::Relaxed) {
-        ask();
-        asked.fetch_add(1, Ordering::Relaxed);
     }
 }

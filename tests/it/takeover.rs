@@ -16,6 +16,7 @@ use crate::harness::client::{Client, get, request};
 use crate::harness::gateway::Watched;
 use crate::harness::origin::{Closed, built_in};
 use crate::harness::{DEADLINE, Origin, Process, Setup, eventually, free_port, ms};
+use crate::mix::{Mix, echoed, websocket};
 use crate::stop::refuses;
 
 const PROGRAM: &str = env!("CARGO_BIN_EXE_forebay");
@@ -128,21 +129,34 @@ fn serves_on(process: &Process, result: &str, count: f64) {
     process.says("the upgrade failed, and this process continues");
 }
 
-/// A WebSocket to the test origin.
-fn websocket(web: SocketAddr) -> Client {
-    let mut client = Client::connect(web);
-    client.send(
-        "GET /websocket HTTP/1.1\r\nHost: test\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\
-         Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n",
-    );
-    assert_eq!(client.response().status, 101);
-    client
-}
-
-/// Sends a text of five letters and reads it back (RFC 6455 §5).
-fn echoed(socket: &mut Client) {
-    socket.send([0x81, 0x85, 0, 0, 0, 0, b's', b't', b'i', b'l', b'l']);
-    assert_eq!(socket.bytes(7), [0x81, 5, b's', b't', b'i', b'l', b'l']);
+#[test]
+fn twenty_upgrades_in_a_row_are_noticed_by_no_client() {
+    let mix = Mix::new();
+    let setup = mix.setup();
+    let process = setup.spawn();
+    let secure = process.listens("secure");
+    let mut heirs = Heirs::default();
+    mix.ask_while(&setup, process.web(), secure, |progress| {
+        for _ in 0..20 {
+            heirs.upgraded(&process);
+            progress.wait_for_more(20);
+        }
+        progress.wait_for_each(2);
+    });
+    assert_eq!(process.metric("forebay_upgrades_total{result=\"done\"}"), 20.0, "it goes on from process to process");
+    let done: BTreeSet<u64> = heirs.0.iter().copied().collect();
+    assert_eq!(done.len(), 20);
+    let last = heirs.0[19];
+    for &pid in &heirs.0[..19] {
+        ends(pid);
+    }
+    process.wait_metric("forebay_upgrade_draining_processes", |count| count == 0.0);
+    assert!(runs(last));
+    let lines = process.log_lines(0);
+    assert!(lines.len() > 200, "{} lines", lines.len());
+    for line in lines {
+        assert!(line.reason().is_empty() && [101, 200].contains(&line.status()), "{line:?}");
+    }
 }
 
 #[test]

@@ -295,6 +295,11 @@ impl H2Client {
         eventually("the end of the connection", ended);
     }
 
+    /// Whether the gateway has said that it takes no more requests on this connection.
+    pub fn is_leaving(&self) -> bool {
+        self.step(async { self.send.clone().ready().await.is_err() })
+    }
+
     /// Closes with a reset.
     pub fn reset(self) {
         self.socket.set_linger(Some(Duration::ZERO)).expect("linger");
