@@ -30,7 +30,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use arc_swap::ArcSwap;
 use pingora::server::{RunArgs, Server};
-use tokio::sync::Notify;
+use tokio::sync::{Notify, watch};
 
 use crate::access_log::AccessLog;
 use crate::acme;
@@ -215,6 +215,8 @@ pub struct Gateway {
     log: Option<Arc<AccessLog>>,
     tracer: Option<Arc<Tracer>>,
     loops: Loops,
+    /// Whether connections are accepted, or were.
+    begun: watch::Receiver<bool>,
 }
 
 impl Gateway {
@@ -250,13 +252,16 @@ impl Gateway {
     /// Call it once per process: without work stealing, Pingora keeps its runtimes per thread, and a gateway that
     /// starts after another one has stopped may get a runtime that has ended.
     pub fn run(self) {
-        let Gateway { server, stop, upgrades, log, tracer, stations, loops, .. } = self;
+        let Gateway { server, stop, upgrades, log, tracer, stations, loops, begun, .. } = self;
         server.run(RunArgs { shutdown_signal: Box::new(stop) });
         loops.stop();
-        let gone = lock(&stations).iter().filter_map(|station| station.place.file.clone()).collect::<Vec<_>>();
-        for (file, _) in gone.iter().filter(|_| !upgrades.is_handed_over()) {
-            // The file may already be gone.
-            let _ = std::fs::remove_file(file);
+        // A process that never accepted leaves the sockets that were passed to it to the other process.
+        let goes = |place: &Place| !upgrades.is_handed_over() && (*begun.borrow() || place.is_own);
+        for Station { place, .. } in lock(&stations).iter().filter(|station| goes(&station.place)) {
+            if let Some((file, _)) = &place.file {
+                // The file may already be gone.
+                let _ = std::fs::remove_file(file);
+            }
         }
         if let Some(tracer) = tracer {
             tracer.close();
@@ -291,7 +296,7 @@ impl Gateway {
         let (stations, times, upgrade) = (stage.stations.clone(), stage.shutdown.clone(), stage.upgrade.clone());
         let (ledger, upstreams, acme) = (stage.ledger.clone(), stage.upstreams.clone(), stage.acme.clone());
         let admin_tls = running.admin_tls.clone();
-        let pid_file = config.server.pid_file.as_deref().map(PidFile::prepare).transpose().map_err(one)?;
+        let pid_file = config.server.pid_file.as_deref().map(PidFile::prepare).transpose().map_err(one)?.map(Arc::new);
         let asked = Arc::new(Notify::new());
         let no_thread = |error| one(BuildError::new("", format!("no thread can be started: {error}")));
         let supervisor = Supervisor::of_environment();
@@ -305,6 +310,7 @@ impl Gateway {
             supervisor: supervisor.clone(),
             elders: elders.clone(),
             changing: changing.clone(),
+            pid_file: pid_file.as_ref().map(Arc::downgrade).unwrap_or_default(),
         });
         let load: Load = Box::new(move |path| Config::load(path, catalog.kinds()));
         let reloads = file.map(|file| reloads(file, watches, load, stage, running, supervisor.clone(), changing));
@@ -318,6 +324,7 @@ impl Gateway {
         });
         let reception = reception.transpose().map_err(|error: io::Error| one(no_open_files(&error)))?;
         let Outputs { log, tracer, .. } = outputs;
+        let begun = endings.begin.subscribe();
         let stop = Stop {
             asked,
             endings,
@@ -339,7 +346,7 @@ impl Gateway {
             reloads,
             supervisor,
         };
-        Ok(Gateway { server, stop, upgrades, stations, admin, log, tracer, loops })
+        Ok(Gateway { server, stop, upgrades, stations, admin, log, tracer, loops, begun })
     }
 }
 

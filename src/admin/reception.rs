@@ -31,8 +31,8 @@ pub struct Reception {
     tls: Option<Arc<Tls>>,
     /// `None` once connections are accepted on it.
     socket: Mutex<Option<OwnedFd>>,
-    /// A duplicate for a process that takes over.
-    duplicate: OwnedFd,
+    /// A duplicate for a process that takes over. It closes with the socket: an open one would keep clients waiting.
+    duplicate: Mutex<Option<OwnedFd>>,
     is_unix: bool,
     close: watch::Sender<bool>,
 }
@@ -45,7 +45,7 @@ impl Reception {
     /// The system has no descriptor left.
     pub fn new(admin: Admin, socket: OwnedFd, is_unix: bool, tls: Option<Arc<Tls>>) -> io::Result<Arc<Reception>> {
         let (close, _) = watch::channel(false);
-        let duplicate = socket.try_clone()?;
+        let duplicate = Mutex::new(Some(socket.try_clone()?));
         let socket = Mutex::new(Some(socket));
         Ok(Arc::new(Reception { admin: Arc::new(admin), tls, socket, duplicate, is_unix, close }))
     }
@@ -58,16 +58,18 @@ impl Reception {
     /// Stops accepting. Active responses finish, streaming ones end, and connections close after the response to
     /// their next request.
     pub fn close(&self) {
+        self.duplicate.lock().unwrap_or_else(PoisonError::into_inner).take();
         self.close.send_replace(true);
     }
 
-    /// A duplicate of the socket, for another process.
+    /// A duplicate of the socket, for another process; `None` once it is closed.
     ///
     /// # Errors
     ///
     /// The system has no descriptor left.
-    pub fn duplicate(&self) -> io::Result<OwnedFd> {
-        self.duplicate.try_clone()
+    pub fn duplicate(&self) -> io::Result<Option<OwnedFd>> {
+        let duplicate = self.duplicate.lock().unwrap_or_else(PoisonError::into_inner);
+        duplicate.as_ref().map(OwnedFd::try_clone).transpose()
     }
 
     /// The requests that are being answered.

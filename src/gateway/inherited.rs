@@ -23,6 +23,9 @@ use super::sockets::Socket;
 /// The first descriptor that a service manager passes (sd_listen_fds(3)).
 const FIRST: RawFd = 3;
 
+/// The default limit of descriptors per process on Linux (`fs.nr_open`, proc(5)).
+const PASSED_MAX: usize = 1 << 20;
+
 /// Open sockets that wait for a listener. Clones share them.
 #[derive(Clone, Default)]
 pub struct Inherited(Arc<Mutex<Vec<Heirloom>>>);
@@ -191,6 +194,9 @@ fn passed(variable: impl Fn(&str) -> Option<String>, own: u32) -> Result<Vec<Str
     let written = variable("LISTEN_FDS").unwrap_or_default();
     let count: usize =
         written.trim().parse().map_err(|_| format!("LISTEN_FDS is `{written}`, which is not a number"))?;
+    if count > PASSED_MAX {
+        return Err(format!("LISTEN_FDS is {count}: a process has no more than {PASSED_MAX} descriptors"));
+    }
     let mut names: Vec<String> = match variable("LISTEN_FDNAMES") {
         Some(names) if !names.is_empty() => names.split(':').map(str::to_owned).collect(),
         _ => Vec::new(),
@@ -300,6 +306,7 @@ mod tests {
         let named = passed_by(&[for_us, ("LISTEN_FDS", "2"), ("LISTEN_FDNAMES", "web:admin")]);
         assert_eq!(named, Ok(vec!["web".to_owned(), "admin".to_owned()]));
         assert!(passed_by(&[for_us, ("LISTEN_FDS", "many")]).is_err());
+        assert!(passed_by(&[for_us, ("LISTEN_FDS", "9999999999999999")]).is_err());
         assert!(passed_by(&[for_us, ("LISTEN_FDS", "1"), ("LISTEN_FDNAMES", "a:b")]).is_err());
     }
 

@@ -22,11 +22,14 @@ impl PidFile {
     ///
     /// The directory is not writable.
     pub fn prepare(path: &str) -> Result<PidFile, BuildError> {
-        let own = std::process::id();
-        let file = PidFile { path: path.into(), beside: format!("{path}.{own}").into() };
+        let file = PidFile { path: path.into(), beside: format!("{path}.{}", std::process::id()).into() };
         let wrong = |error| BuildError::new("server.pid_file", format!("this file cannot be written: {error}"));
-        fs::write(&file.beside, format!("{own}\n")).map_err(wrong)?;
+        file.write().map_err(wrong)?;
         Ok(file)
+    }
+
+    fn write(&self) -> io::Result<()> {
+        fs::write(&self.beside, format!("{}\n", std::process::id()))
     }
 
     /// Renames it to the target: this process serves now.
@@ -37,6 +40,23 @@ impl PidFile {
     pub fn put(&self) -> io::Result<()> {
         fs::rename(&self.beside, &self.path)
     }
+
+    /// Restores the number of this process, which still serves, after a process that failed to take over replaced it.
+    ///
+    /// # Errors
+    ///
+    /// The file cannot be written.
+    pub fn keep(&self) -> io::Result<()> {
+        if self.is_in_place() {
+            return Ok(());
+        }
+        self.write()?;
+        self.put()
+    }
+
+    fn is_in_place(&self) -> bool {
+        fs::read_to_string(&self.path).is_ok_and(|text| text.trim() == std::process::id().to_string())
+    }
 }
 
 impl Drop for PidFile {
@@ -44,7 +64,7 @@ impl Drop for PidFile {
     fn drop(&mut self) {
         // It was already renamed.
         let _ = fs::remove_file(&self.beside);
-        if fs::read_to_string(&self.path).is_ok_and(|text| text.trim() == std::process::id().to_string()) {
+        if self.is_in_place() {
             // Another process may have removed it.
             let _ = fs::remove_file(&self.path);
         }
@@ -64,6 +84,10 @@ mod tests {
         assert_eq!(fs::read_to_string(&path).expect("a file"), "1\n", "this process does not serve yet");
         file.put().expect("a place");
         assert_eq!(fs::read_to_string(&path).expect("a file"), format!("{}\n", std::process::id()));
+        fs::write(&path, "1\n").expect("a file");
+        file.keep().expect("a place");
+        assert_eq!(fs::read_to_string(&path).expect("a file"), format!("{}\n", std::process::id()));
+        file.keep().expect("it is in its place");
         drop(file);
         assert_eq!(fs::read_dir(folder.path()).expect("a folder").count(), 0);
         let file = PidFile::prepare(&path).expect("a file");

@@ -127,6 +127,8 @@ pub struct Place {
     pub file: Option<(PathBuf, FileMode)>,
     /// The service manager opened it.
     pub is_managers: bool,
+    /// This process opened it.
+    pub is_own: bool,
 }
 
 impl Place {
@@ -140,6 +142,7 @@ impl Place {
             tcp: socket.tcp,
             file: socket.unix.filter(|_| !is_managers).map(|mode| (PathBuf::from(&socket.address), mode)),
             is_managers,
+            is_own: socket.is_own(),
         }
     }
 }
@@ -171,7 +174,7 @@ impl Clerk {
     pub fn duplicate(&self) -> io::Result<Option<OwnedFd>> {
         match self {
             Clerk::Listener(acceptor) => acceptor.duplicate(),
-            Clerk::Admin(reception) => reception.duplicate().map(Some),
+            Clerk::Admin(reception) => reception.duplicate(),
         }
     }
 

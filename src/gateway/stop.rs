@@ -92,7 +92,7 @@ pub struct Stop {
     /// Older processes, and counters of upgrades.
     pub(super) elders: Elders,
     pub(super) upgrade_metrics: UpgradeMetrics,
-    pub(super) pid_file: Option<PidFile>,
+    pub(super) pid_file: Option<Arc<PidFile>>,
     /// Counts client connections.
     pub(super) ledger: Arc<Ledger>,
     /// The active upstreams.
@@ -153,18 +153,27 @@ impl Stop {
             }
         };
         if let Some(predecessor) = self.predecessor.clone() {
-            let begun = tokio::select! {
-                taken = self.take_over(predecessor) => taken,
+            let allowed = tokio::select! {
+                allowed = self.may_take_over(&predecessor) => allowed,
                 _ = signals.terminate.recv() => return,
                 _ = signals.interrupt.recv() => return,
             };
-            if let Err(why) = begun {
-                tracing::error!("this process does not take over: {why}");
-                return;
+            match allowed {
+                Ok(taken) => tokio::select! {
+                    biased;
+                    () = self.take_over(predecessor, taken) => {}
+                    // The process serves already, so the loop below drains it.
+                    _ = signals.terminate.recv() => self.asked.notify_one(),
+                },
+                Err(why) => {
+                    tracing::error!("this process does not take over: {why}");
+                    return;
+                }
             }
         } else {
             self.serve();
         }
+        self.settle();
         self.supervisor.ready(1);
         if let Err(error) = self.supervisor.watch(self.metrics.clone()) {
             tracing::error!(%error, "the watchdog of the service manager is not fed: no thread can be started");
@@ -214,10 +223,6 @@ impl Stop {
         for Station { place, .. } in lock(&self.stations).iter() {
             tracing::info!(listener = place.listener, address = place.address, "listening");
         }
-        for file in self.inherited.settle() {
-            // The receiver may already be gone.
-            let _ = fs::remove_file(file);
-        }
         if let Some(file) = &self.pid_file
             && let Err(error) = file.put()
         {
@@ -227,13 +232,28 @@ impl Stop {
         self.endings.readiness.set(Ready::Ready);
     }
 
-    /// Takes over from the previous process, once everything that requests need is ready.
-    async fn take_over(&self, predecessor: Predecessor) -> Result<(), String> {
+    /// Closes the sockets of the previous process that no listener uses. This waits until that process has handed over:
+    /// it would continue to serve on them if this process failed.
+    fn settle(&self) {
+        for file in self.inherited.settle() {
+            // The receiver may already be gone.
+            let _ = fs::remove_file(file);
+        }
+    }
+
+    /// Waits for the permission of the previous process to accept connections. Asks for it once everything that requests
+    /// need is ready.
+    async fn may_take_over(&self, predecessor: &Predecessor) -> Result<Taken, String> {
         // What is unknown by then is found out while serving.
         let _ = tokio::time::timeout(CHECKED, self.checked()).await;
         let asked = predecessor.clone();
         let waited = tokio::task::spawn_blocking(move || asked.take_over()).await;
-        let taken = waited.map_err(|error| error.to_string())??;
+        waited.map_err(|error| error.to_string())?
+    }
+
+    /// Takes over from the previous process, and waits until the service manager knows this one. The first poll begins
+    /// to accept connections.
+    async fn take_over(&self, predecessor: Predecessor, taken: Taken) {
         if taken == Taken::Alone {
             tracing::warn!("the previous process has ended; this one serves in its place");
         }
@@ -257,8 +277,8 @@ impl Stop {
         if let Err(error) = watched {
             tracing::warn!(%error, "cannot watch for the end of the previous processes");
         }
-        let told = tokio::task::spawn_blocking(move || predecessor.begun()).await;
-        told.map_err(|error| error.to_string())
+        // This process serves whether or not the previous one answers.
+        let _ = tokio::task::spawn_blocking(move || predecessor.begun()).await;
     }
 
     /// Waits for the first check of every endpoint with health checks.

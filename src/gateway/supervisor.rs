@@ -19,6 +19,9 @@ use crate::metrics::Metrics;
 /// Checks of the workers per watchdog interval: a short stall does not end the process.
 const LOOKS: u32 = 4;
 
+/// How long a message may wait for a manager that does not read. Signals, reloads and upgrades wait with it.
+const PATIENCE: Duration = Duration::from_secs(1);
+
 /// The service manager. Clones share its socket.
 #[derive(Clone, Default)]
 pub struct Supervisor(Option<Arc<Channel>>);
@@ -36,7 +39,9 @@ impl Supervisor {
     pub fn of_environment() -> Supervisor {
         let Some(name) = env::var_os("NOTIFY_SOCKET").filter(|name| !name.is_empty()) else { return Supervisor(None) };
         let channel = address(name.as_bytes()).and_then(|address| {
-            Ok(Channel { socket: UnixDatagram::unbound()?, address, over: AtomicBool::new(false) })
+            let socket = UnixDatagram::unbound()?;
+            socket.set_write_timeout(Some(PATIENCE))?;
+            Ok(Channel { socket, address, over: AtomicBool::new(false) })
         });
         match channel {
             Ok(channel) => Supervisor(Some(Arc::new(channel))),

@@ -8,18 +8,20 @@
 //! A thread runs each upgrade, so that no worker blocks. Reloads wait meanwhile: the new process has the sockets of
 //! this configuration.
 
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::io;
 use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::{Arc, Mutex, MutexGuard, Weak};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use http::StatusCode;
+use rustix::process::{Pid, WaitId, WaitIdOptions, waitid};
 use serde::{Deserialize, Serialize};
 use tokio::sync::{oneshot, watch};
 
@@ -32,6 +34,7 @@ use super::elders::Elders;
 use super::handover::{AT_ONCE, Channel, FromNew, FromOld, Heard, Passed, VARIABLE, VERSION};
 use super::inherited::{Inherited, Label, Opener};
 use super::lock;
+use super::pid_file::PidFile;
 use super::sockets::Station;
 use super::supervisor::Supervisor;
 
@@ -130,6 +133,7 @@ struct Inner {
     supervisor: Supervisor,
     elders: Elders,
     changing: Changing,
+    pid_file: Weak<PidFile>,
     state: Mutex<State>,
     handed_over: watch::Sender<bool>,
     /// The end that shows the new process when this one exits.
@@ -167,7 +171,7 @@ impl Program {
     /// each time. `None`: the path is unknown.
     pub fn of_this_process(arguments: &[OsString]) -> Option<Program> {
         let (name, arguments) = arguments.split_first()?;
-        let own = std::env::current_exe().ok();
+        let own = std::env::current_exe().ok().map(in_place);
         let typed = Path::new(name);
         let path = if typed.components().count() > 1 {
             std::path::absolute(typed).ok()
@@ -180,8 +184,18 @@ impl Program {
     }
 }
 
+/// The path that the kernel reports for a running program (proc(5), /proc/pid/exe). The kernel marks a file that was
+/// replaced or removed since; the result is the path without the mark.
+fn in_place(path: PathBuf) -> PathBuf {
+    if path.exists() {
+        return path;
+    }
+    let stripped = path.as_os_str().as_bytes().strip_suffix(b" (deleted)").map(OsStr::from_bytes);
+    stripped.map_or(path.clone(), PathBuf::from)
+}
+
 /// The first file of this name in the search path.
-fn looked_up(name: &Path, path: Option<&std::ffi::OsStr>) -> Option<PathBuf> {
+fn looked_up(name: &Path, path: Option<&OsStr>) -> Option<PathBuf> {
     std::env::split_paths(path?).map(|directory| directory.join(name)).find(|file| file.is_file())
 }
 
@@ -203,12 +217,14 @@ pub struct Needs {
     pub elders: Elders,
     /// Excludes reloads.
     pub changing: Changing,
+    /// `server.pid_file`, which the stop of the process owns and removes.
+    pub pid_file: Weak<PidFile>,
 }
 
 impl Upgrades {
     /// The upgrades of this process.
     pub fn new(needs: Needs) -> Upgrades {
-        let Needs { program, stations, inherited, times, metrics, supervisor, elders, changing } = needs;
+        let Needs { program, stations, inherited, times, metrics, supervisor, elders, changing, pid_file } = needs;
         let (handed_over, _) = watch::channel(false);
         let state = Mutex::new(State::Alone);
         let inner = Inner {
@@ -220,6 +236,7 @@ impl Upgrades {
             supervisor,
             elders,
             changing,
+            pid_file,
             state,
             handed_over,
             successor: Mutex::default(),
@@ -256,9 +273,9 @@ impl Upgrades {
         })
     }
 
-    /// Whether another process has taken over.
+    /// Whether another process has taken over, and with it the files of sockets.
     pub fn is_handed_over(&self) -> bool {
-        *self.0.handed_over.borrow()
+        *lock(&self.0.state) == State::HandedOver
     }
 
     /// Waits until another process has taken over.
@@ -319,7 +336,7 @@ impl Upgrades {
             report: String::new(),
         });
         tracing::info!(by, program = %file, "a new process is started to take over");
-        match allowed.and_then(|()| self.attempt(program, began)) {
+        match allowed.and_then(|()| self.attempt(program)) {
             Ok((pid, version)) => {
                 *changing = true;
                 let seconds = began.elapsed().as_secs_f64();
@@ -331,6 +348,10 @@ impl Upgrades {
                 inner.handed_over.send_replace(true);
             }
             Err(Failed { result, error, report }) => {
+                // The new process may already have replaced it.
+                if let Some(Err(error)) = inner.pid_file.upgrade().map(|file| file.keep()) {
+                    tracing::error!(%error, "server.pid_file: the number of this process is not there");
+                }
                 drop(changing);
                 self.leave();
                 if result != Done::Denied {
@@ -354,23 +375,21 @@ impl Upgrades {
     }
 
     /// Starts a new process and lets it take over. On failure, it has been ended.
-    fn attempt(&self, program: &Program, began: Instant) -> Result<(u32, String), Failed> {
+    fn attempt(&self, program: &Program) -> Result<(u32, String), Failed> {
         let deadline = lock(&self.0.times).deadline.0;
+        let until = Instant::now() + deadline;
         let said = |doing: &str, error: io::Error| Failed::because(format!("{doing}: {error}"));
         let (channel, other_end) = Channel::pair().map_err(|error| said("no descriptor for a new process", error))?;
         let started = start(program, other_end.into_fd());
         let mut child =
             started.map_err(|error| said(&format!("`{}` cannot be started", program.path.display()), error))?;
         let group = i32::try_from(child.id()).unwrap_or(i32::MAX);
-        let done = self.register(group).and_then(|()| self.converse(&channel, began + deadline, deadline));
+        let done = self.register(group).and_then(|()| self.converse(&channel, until, deadline));
         let result = done.map_err(|silence| {
-            let status = match silence {
-                Silence::Closed(_) => ended(&mut child),
-                _ => None,
-            };
-            self.unregister();
+            let by_itself = matches!(silence, Silence::Closed(_)) && ends(&child);
             end(group);
-            silence.told(status)
+            self.unregister();
+            silence.told(child.wait().ok().filter(|_| by_itself))
         });
         // Its parent half has exited or was just killed.
         let _ = child.wait();
@@ -402,13 +421,19 @@ impl Upgrades {
         let FromNew::Here { pid, version } = heard(channel, until, "started", late("say that it is a Forebay"))? else {
             return Err(Silence::Strange);
         };
-        self.pass(channel, until).map_err(Silence::Failed)?;
+        let unheard = |before| {
+            move |error: io::Error| match error.kind() {
+                io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset => Silence::Closed(before),
+                _ => Silence::Failed(error),
+            }
+        };
+        self.pass(channel, until).map_err(unheard("ready"))?;
         match heard(channel, until, "ready", late("be ready"))? {
             FromNew::Ready => {}
             FromNew::Refuses { configuration, report } => return Err(Silence::Refused { configuration, report }),
             _ => return Err(Silence::Strange),
         }
-        channel.say(&FromOld::Go, &[], PROMPT).map_err(Silence::Failed)?;
+        channel.say(&FromOld::Go, &[], PROMPT).map_err(unheard("accepting connections"))?;
         let slow = late("accept connections");
         let FromNew::Begun = heard(channel, Instant::now() + PROMPT, "accepting connections", slow)? else {
             return Err(Silence::Strange);
@@ -511,14 +536,16 @@ fn start(program: &Program, end: OwnedFd) -> io::Result<Child> {
     command.spawn()
 }
 
-/// Waits briefly for the exit of a process that has closed its end.
-fn ended(child: &mut Child) -> Option<ExitStatus> {
+/// Waits briefly for the exit of a process that has closed its end; tells whether it has exited. The process stays a
+/// zombie, so that the kernel cannot give its number to another one.
+fn ends(child: &Child) -> bool {
+    let Some(pid) = i32::try_from(child.id()).ok().and_then(Pid::from_raw) else { return false };
     let began = Instant::now();
+    let look = WaitIdOptions::EXITED | WaitIdOptions::NOHANG | WaitIdOptions::NOWAIT;
     loop {
-        match child.try_wait() {
+        match waitid(WaitId::Pid(pid), look) {
             Ok(None) if began.elapsed() < END => thread::sleep(LOOK),
-            Ok(status) => return status,
-            Err(_) => return None,
+            told => return matches!(told, Ok(Some(_))),
         }
     }
 }
@@ -629,8 +656,13 @@ mod tests {
         assert_eq!(started(&link), Program { path: link.clone(), arguments: vec!["run".into()] });
         assert_eq!(started(Path::new("/bin/true")).path, own);
         assert_eq!(started(Path::new("no-program-of-this-name")).path, own);
-        assert_eq!(looked_up(Path::new("forebay"), Some(folder.path().as_os_str())), Some(link));
+        assert_eq!(looked_up(Path::new("forebay"), Some(folder.path().as_os_str())), Some(link.clone()));
         assert_eq!(Program::of_this_process(&[]), None);
+        // The kernel's mark is removed, unless a file has this very name.
+        let marked = folder.path().join("forebay (deleted)");
+        assert_eq!(in_place(marked.clone()), link);
+        std::fs::write(&marked, "").expect("a file");
+        assert_eq!(in_place(marked.clone()), marked);
     }
 
     #[test]

@@ -67,9 +67,11 @@ where
         let mut accepting = FuturesUnordered::new();
         let mut stop = self.stop.clone();
         tokio::select! {
+            biased;
             // An error means that the gateway stops.
             begun = self.begin.wait_for(|begun| *begun) => if begun.is_err() { return },
-            _ = stop.wait_for(|stop| *stop) => {}
+            // Waiting connections belong to the process that passed these sockets.
+            _ = stop.wait_for(|stop| *stop) => return,
         }
         loop {
             tokio::select! {

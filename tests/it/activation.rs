@@ -54,7 +54,7 @@ fn at(port: u16) -> SocketAddr {
 }
 
 /// A configuration whose listener `web` is at this address.
-fn listening_at(origin: &Origin, address: &str) -> Setup {
+pub fn listening_at(origin: &Origin, address: &str) -> Setup {
     Setup::whole(&format!(
         "listeners: [ {{ name: web, address: '{address}' }} ]\n\
          upstreams: {{ app: {{ endpoints: [ {{ address: '{}' }} ] }} }}\n\

@@ -6,12 +6,15 @@ use std::io::Read;
 use std::net::{SocketAddr, TcpListener};
 use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
 use std::thread;
 use std::time::Instant;
 
+use forebay::gateway::handover::{Channel, FromNew, FromOld, Heard, VARIABLE, VERSION};
 use forebay::phase::Phase;
 use serde_json::Value;
 
+use crate::activation::listening_at;
 use crate::harness::client::{Client, get, request};
 use crate::harness::gateway::Watched;
 use crate::harness::origin::{Closed, built_in};
@@ -390,6 +393,177 @@ fn a_new_process_that_is_killed_before_it_is_ready_changes_nothing() {
 }
 
 #[test]
+fn a_new_process_that_is_stopped_before_it_is_ready_leaves_the_sockets_to_the_old_one() {
+    let origin = Origin::named("origin");
+    let silent = Closed::silent();
+    let setup = Setup::before(&origin);
+    let (unix, pids) = (setup.path("web.sock"), setup.path("forebay.pid"));
+    let setup = setup
+        .also_listener(&format!("{{ name: local, address: \"unix:{}\" }}", unix.display()))
+        .server(&format!("threads: 1, pid_file: \"{}\"", pids.display()));
+    let process = setup.spawn();
+    let health = "health_check: { http: { path: / }, interval: 60s, timeout: 30s }";
+    let keys = format!("{health}, endpoints: [ {{ address: \"{}\" }} ]", silent.address());
+    setup
+        .clone()
+        .also_upstream("silent", &keys)
+        .also_route("{ name: silent, match: { path: { exact: /silent } }, upstream: silent }")
+        .write();
+    thread::scope(|scope| {
+        let asked = scope.spawn(|| upgrade(&process, "/upgrade"));
+        eventually("the new process to have all sockets", || {
+            (process.stderr().matches("forebay starts").count() == 2).then_some(())
+        });
+        let heir = descendants(process.pid()).into_iter().max().expect("the new process");
+        kill(heir, libc::SIGTERM);
+        let (status, outcome) = asked.join().expect("an answer");
+        assert_eq!((status, &outcome["result"]), (502, &"failed".into()), "{outcome}");
+    });
+    serves_on(&process, "failed", 1.0);
+    assert_eq!(Client::unix(&unix).get("/").text(), "origin");
+    assert_eq!(fs::read_to_string(&pids).expect("a number").trim(), process.pid().to_string());
+}
+
+#[test]
+fn a_new_process_that_ends_at_any_step_changes_nothing() {
+    let origin = Origin::named("origin");
+    let setup = Setup::before(&origin);
+    let pids = setup.path("forebay.pid");
+    let setup = setup.server(&format!("threads: 1, pid_file: \"{}\"", pids.display()));
+    let process = setup.spawn();
+    // A program that follows the protocol and exits after the step in its name.
+    let speaks = |last: &str| {
+        let path = setup.path(last);
+        let program = format!(
+            "#!/usr/bin/python3\n\
+             import json, os, socket\n\
+             old = socket.socket(fileno=0)\n\
+             def say(**what):\n    old.send(json.dumps(what).encode())\n    what['says'] == '{last}' and os._exit(3)\n\
+             def hear(what):\n    \
+                 while json.loads(socket.recv_fds(old, 1 << 18, 64)[0])['says'] != what: pass\n    \
+                 what == '{last}' and os._exit(3)\n\
+             say(says='here', pid=os.getpid(), version='0')\n\
+             hear('all')\n\
+             say(says='ready')\n\
+             hear('go')\n\
+             open('{}', 'w').write(str(os.getpid()))\n\
+             say(says='nonsense')\n",
+            pids.display()
+        );
+        fs::write(&path, program).expect("a file");
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).expect("a mode");
+        path
+    };
+    for (number, (last, told)) in
+        [("here", "ended with exit status: 3"), ("all", "before it was ready"), ("go", "accepting"), ("none", "spoken")]
+            .into_iter()
+            .enumerate()
+    {
+        let (status, outcome) = upgrade(&process, &with_binary(&speaks(last)));
+        assert_eq!((status, &outcome["result"]), (502, &"failed".into()), "{last}: {outcome}");
+        assert!(outcome["error"].as_str().is_some_and(|why| why.contains(told)), "{last}: {outcome}");
+        serves_on(&process, "failed", number as f64 + 1.0);
+        assert_eq!(fs::read_to_string(&pids).expect("a number").trim(), process.pid().to_string(), "{last}");
+        assert_eq!(descendants(process.pid()).len(), 0, "{last}");
+    }
+    Heirs::default().upgraded(&process);
+}
+
+#[test]
+fn a_new_process_that_is_stopped_as_soon_as_it_serves_drains() {
+    let origin = Origin::scripted();
+    let web = SocketAddr::from(([127, 0, 0, 1], free_port()));
+    let setup = listening_at(&origin, &web.to_string());
+    setup.write();
+    let (old, end) = Channel::pair().expect("a pair");
+    let mut first_half = Command::new(PROGRAM)
+        .arg("run")
+        .arg("-c")
+        .arg(setup.path("forebay.yaml"))
+        .stdin(Stdio::from(end.into_fd()))
+        .stderr(Stdio::null())
+        .stdout(Stdio::null())
+        .env(VARIABLE, VERSION)
+        .spawn()
+        .expect("the program");
+    let heard = || match old.hear::<FromNew>(Instant::now() + DEADLINE) {
+        Ok(Heard::Message(message, _)) => message,
+        other => panic!("{other:?}"),
+    };
+    let FromNew::Here { pid, .. } = heard() else { panic!("another word") };
+    let _heirs = Heirs(vec![pid.into()]);
+    let all = FromOld::All { version: "0".to_owned(), counted: Vec::new() };
+    old.say(&all, &[], DEADLINE).expect("room");
+    assert_eq!(heard(), FromNew::Ready);
+    old.say(&FromOld::Go, &[], DEADLINE).expect("room");
+    assert_eq!(heard(), FromNew::Begun);
+    first_half.wait().expect("its end");
+    let mut client = Client::connect(web);
+    client.send(request("GET", "/", "", ""));
+    let mut connection = origin.accept();
+    connection.request();
+    // SIGTERM comes before the last message of the old process.
+    kill(pid.into(), libc::SIGTERM);
+    refuses(web);
+    connection.answer("served");
+    assert_eq!(client.response().text(), "served");
+    drop(old);
+    ends(pid.into());
+}
+
+#[test]
+fn the_addresses_are_free_once_the_new_process_has_ended() {
+    let origin = built_in();
+    let setup = Setup::before_all(&[origin.address().to_string()]);
+    let process = setup.server("threads: 1, shutdown: { deadline: 10m }, upgrade: { idle: 0s }").spawn();
+    let mut socket = websocket(process.web());
+    let mut heirs = Heirs::default();
+    let heir = heirs.upgraded(&process);
+    kill(heir, libc::SIGKILL);
+    ends(heir);
+    refuses(process.web());
+    refuses(process.admin());
+    echoed(&mut socket);
+}
+
+#[test]
+fn a_new_program_inherits_the_standard_streams_and_nothing_more() {
+    let origin = Origin::named("origin");
+    let setup = Setup::before(&origin);
+    let process = setup.spawn();
+    let _kept = process.client().get("/");
+    let open = setup.path("open");
+    let lists = format!("exec > {}\nfor one in /proc/$$/fd/*; do echo ${{one##*/}}; done\nexit 1", open.display());
+    let program = script(&setup, &lists);
+    let further = || -> Vec<String> {
+        let listed = fs::read_to_string(&open).expect("a list");
+        listed.lines().filter(|number| !["0", "1", "2"].contains(number)).map(str::to_owned).collect()
+    };
+    // The descriptors that every child of this process inherits.
+    assert_eq!(Command::new(&program).status().expect("a program").code(), Some(1));
+    let before = further();
+    assert_eq!(upgrade(&process, &with_binary(&program)).0, 502);
+    assert_eq!(further(), before);
+}
+
+#[test]
+fn no_upgrade_is_begun_while_as_many_older_processes_drain_as_there_may_be() {
+    let origin = built_in();
+    let setup = Setup::before_all(&[origin.address().to_string()]);
+    let setup = setup.server("threads: 1, shutdown: { deadline: 10m }, upgrade: { idle: 0s, processes: 1 }");
+    let process = setup.spawn();
+    let socket = websocket(process.web());
+    let mut heirs = Heirs::default();
+    heirs.upgraded(&process);
+    let (status, outcome) = upgrade(&process, "/upgrade");
+    assert_eq!((status, &outcome["result"]), (409, &"denied".into()), "{outcome}");
+    assert!(outcome["error"].as_str().is_some_and(|why| why.contains("server.upgrade.processes is 1")), "{outcome}");
+    drop(socket);
+    process.wait_metric("forebay_upgrade_draining_processes", |count| count == 0.0);
+    heirs.upgraded(&process);
+}
+
+#[test]
 fn the_new_process_serves_on_if_the_old_one_is_killed_while_it_drains() {
     let origin = Origin::scripted();
     let setup = Setup::before(&origin).server("threads: 1, shutdown: { deadline: 10m }");
@@ -437,7 +611,7 @@ fn the_file_of_a_unix_socket_outlives_the_old_process_and_goes_with_its_listener
     setup.also_listener(&unix("stays", &stays, "0666")).write();
     let second = heirs.upgraded(&process);
     ends(first);
-    assert!(!goes.exists(), "no listener has it any more");
+    eventually("the file that no listener has any more to go", || (!goes.exists()).then_some(()));
     refuses(more);
     assert_eq!(Client::unix(&stays).get("/").text(), "origin");
     assert_eq!(fs::metadata(&stays).expect("its file").permissions().mode() & 0o777, 0o666);
