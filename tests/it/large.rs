@@ -2,12 +2,15 @@
 
 use std::fmt::Write;
 use std::fs;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+use std::time::Instant;
 
 use forebay::gateway::Gateway;
 use forebay::gateway::changes::between;
 
 use crate::harness::client::Client;
-use crate::harness::{Origin, Setup};
+use crate::harness::{Origin, Setup, eventually, ms};
 
 /// This many routes, each with a host, a path and a filter, and as many endpoints: half of them in one upstream,
 /// the others in upstreams of ten. `word` is what the routes send to their upstreams.
@@ -139,4 +142,77 @@ fn a_large_configuration_is_put_on_while_clients_are_served() {
     assert_eq!(kept.get("/").text(), "origin");
     let series = process.scrape().text().lines().filter(|line| line.starts_with("forebay_endpoint_available{")).count();
     assert_eq!(series, COUNT + 1, "every endpoint is there once");
+}
+
+#[test]
+fn ten_thousand_routes_and_endpoints_are_started_reloaded_and_checked_beside_a_client() {
+    const COUNT: usize = 10_000;
+    const AT_ONCE: usize = 32;
+    let origin = Origin::named("origin");
+    let setup = Setup::before(&origin)
+        .more("include: large.yaml")
+        .server("threads: 2")
+        .observability("event_loop: { stall_threshold: 2s }");
+    // No endpoint listens, so every check is refused at once.
+    let checks = format!("health_check: {{ tcp: {{}}, interval: 5s, timeout: 5s, at_once: {AT_ONCE} }}, endpoints:");
+    let write = |word: &str| {
+        let (upstreams, routes) = parts(COUNT, word);
+        let upstreams = upstreams.replace("endpoints:", &checks);
+        fs::write(setup.path("large.yaml"), format!("upstreams:\n  {upstreams}routes:\n{routes}")).expect("a file");
+    };
+    write("w");
+    let began = Instant::now();
+    let process = setup.spawn();
+    let started = began.elapsed();
+    let idle = process.open_files().len();
+    let over = AtomicBool::new(false);
+    thread::scope(|scope| {
+        let served = scope.spawn(|| {
+            let mut kept = process.client();
+            let mut served = 0;
+            while !over.load(Ordering::Relaxed) {
+                assert_eq!(kept.get("/").text(), "origin");
+                served += 1;
+                thread::park_timeout(ms(5));
+            }
+            served
+        });
+        let _over = Over(&over);
+        let mut swaps = Vec::new();
+        for word in ["v", "u", "w"] {
+            write(word);
+            let answer = Client::connect(process.admin()).ask("POST", "/reload", "", "");
+            assert_eq!(answer.status, 200, "{}", answer.text());
+            let outcome = answer.json();
+            assert_eq!(outcome["changes"].as_array().map(Vec::len), Some(COUNT));
+            let figure = |name: &str| outcome[name].as_f64().expect("seconds");
+            println!("reload {:.3} s, swap {:.4} s, start {started:.3?}", figure("seconds"), figure("swap_seconds"));
+            assert!(figure("seconds") < 40.0, "{outcome:#}");
+            swaps.push(figure("swap_seconds"));
+        }
+        let quickest = swaps.iter().copied().fold(f64::INFINITY, f64::min);
+        assert!(quickest < 0.1, "other work can only make it longer: {swaps:?}");
+        let checked = || process.scrape().sum("forebay_upstream_health_checks_total");
+        let before = checked();
+        let mut most = 0;
+        eventually("every endpoint to be checked once more", || {
+            most = most.max(process.open_files().len());
+            (checked() >= before + COUNT as f64).then_some(())
+        });
+        // Each of the upstreams has its own bound.
+        println!("{idle} open files at first, {most} at most");
+        assert!(most < idle + AT_ONCE * 8, "{most} open files");
+        over.store(true, Ordering::Relaxed);
+        assert!(served.join().expect("every response") > 100);
+    });
+    assert_eq!(process.scrape().sum("forebay_stalls_total"), 0.0, "no worker was held up");
+}
+
+/// Ends the client of a story, even after a panic.
+struct Over<'o>(&'o AtomicBool);
+
+impl Drop for Over<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
 }
