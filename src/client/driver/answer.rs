@@ -41,7 +41,7 @@ pub struct Answer {
 
 #[derive(Debug)]
 enum At {
-    Header,
+    Header(Scanner),
     Length(u64),
     Chunks(Chunks),
     UntilEnd,
@@ -51,7 +51,7 @@ enum At {
 impl Answer {
     /// An answer comes next. `head_only`: the request has the method HEAD.
     pub fn new(head_only: bool) -> Self {
-        Answer { head_only, at: At::Header, keeps: false, gulp: GULP_LEAST }
+        Answer { head_only, at: At::Header(Scanner::default()), keeps: false, gulp: GULP_LEAST }
     }
 
     /// Whether all of it has come.
@@ -59,7 +59,7 @@ impl Answer {
         match &self.at {
             At::Ended => true,
             At::Chunks(chunks) => chunks.ended(),
-            At::Header | At::Length(_) | At::UntilEnd => false,
+            At::Header(_) | At::Length(_) | At::UntilEnd => false,
         }
     }
 
@@ -70,7 +70,7 @@ impl Answer {
 
     /// Whether its header is still to come.
     pub fn is_in_header(&self) -> bool {
-        matches!(self.at, At::Header)
+        matches!(self.at, At::Header(_))
     }
 
     /// How much is to be read at once of what follows; `got` of what was asked for came the last time.
@@ -102,7 +102,10 @@ impl Answer {
             return Ok(None);
         }
         match &mut self.at {
-            At::Header => self.header(inbox),
+            At::Header(scanner) => match scanner.cut(inbox)? {
+                Some(written) => self.header(&written).map(Some),
+                None => Ok(None),
+            },
             At::Length(left) => {
                 let piece = inbox.split_to(inbox.len().min(usize::try_from(*left).unwrap_or(usize::MAX)));
                 *left -= piece.len() as u64;
@@ -131,17 +134,13 @@ impl Answer {
         self.ended()
     }
 
-    fn header(&mut self, inbox: &mut BytesMut) -> Result<Option<Part>> {
-        let Some(bytes) = cut_header(inbox)? else { return Ok(None) };
+    fn header(&mut self, written: &Bytes) -> Result<Part> {
+        self.at = At::Header(Scanner::default());
         let mut fields = [const { std::mem::MaybeUninit::uninit() }; FIELDS_MAX];
         let mut parsed = httparse::Response::new(&mut []);
-        let outcome = parser().parse_response_with_uninit_headers(&mut parsed, &bytes, &mut fields);
-        let Ok(httparse::Status::Complete(end)) = outcome else { return Err(malformed("its header")) };
-        if end < bytes.len() {
-            // It ended before, with a line feed alone.
-            let mut rest = BytesMut::from(&bytes[end..]);
-            rest.extend_from_slice(inbox);
-            *inbox = rest;
+        match parser().parse_response_with_uninit_headers(&mut parsed, written, &mut fields) {
+            Ok(httparse::Status::Complete(end)) if end == written.len() => {}
+            _ => return Err(malformed("its header")),
         }
 
         let status = parsed.code.unwrap_or_default();
@@ -168,12 +167,12 @@ impl Answer {
                 }
                 _ => {}
             }
-            let name = bytes.slice_ref(field.name.as_bytes()).into_case_header_name();
-            let value = header_value_from_raw(unfolded(&bytes, field.value));
+            let name = written.slice_ref(field.name.as_bytes()).into_case_header_name();
+            let value = header_value_from_raw(unfolded(written, field.value));
             header.append_header(name, value).map_err(|_| malformed("its header"))?;
         }
         if matches!(status, 100..=199) && status != 101 {
-            return Ok(Some(Part::Header(header, false)));
+            return Ok(Part::Header(header, false));
         }
         let framed = answer::frame(self.head_only, status, version, &said, Version::HTTP_11)
             .map_err(|fault| malformed(fault.words()))?;
@@ -194,7 +193,7 @@ impl Answer {
             Body::Chunked => At::Chunks(Chunks::default()),
             Body::UntilEnd => At::UntilEnd,
         };
-        Ok(Some(Part::Header(header, framed.is_whole())))
+        Ok(Part::Header(header, framed.is_whole()))
     }
 }
 
@@ -206,19 +205,42 @@ fn parser() -> httparse::ParserConfig {
     parser
 }
 
-/// Cuts a header off at its end, or behind it, if that is here.
-fn cut_header(inbox: &mut BytesMut) -> Result<Option<Bytes>> {
-    if let Some(end @ 1..) = memchr::memmem::find(inbox, b"\r\n\r\n") {
-        return Ok(Some(inbox.split_to(end + 4).freeze()));
-    }
-    // Lines may end without a CR, the last one, too: only the parser knows.
-    let mut fields = [const { std::mem::MaybeUninit::uninit() }; FIELDS_MAX];
-    let mut parsed = httparse::Response::new(&mut []);
-    match parser().parse_response_with_uninit_headers(&mut parsed, inbox, &mut fields) {
-        Ok(httparse::Status::Complete(end)) => Ok(Some(inbox.split_to(end).freeze())),
-        Ok(httparse::Status::Partial) if inbox.len() > HEADER_BYTES_MAX => Err(malformed("its header is too large")),
-        Ok(httparse::Status::Partial) => Ok(None),
-        Err(_) => Err(malformed("its header")),
+/// Finds the end of a header in bytes that arrive piece by piece, looking at each byte once. Lines may end without a CR.
+#[derive(Debug, Default)]
+struct Scanner {
+    /// How much was looked at.
+    seen: usize,
+    /// Where the line begins whose end was not found.
+    line: usize,
+    /// There was a line with something in it. Empty lines before it are passed over.
+    begun: bool,
+    /// How much was parsed and found to be the beginning of a header.
+    sound: usize,
+}
+
+impl Scanner {
+    /// Cuts a header off behind its end if that is here.
+    fn cut(&mut self, inbox: &mut BytesMut) -> Result<Option<Bytes>> {
+        while let Some(offset) = memchr::memchr(b'\n', &inbox[self.seen..]) {
+            let end = self.seen + offset;
+            let is_empty = matches!(&inbox[self.line..end], b"" | b"\r");
+            (self.seen, self.line) = (end + 1, end + 1);
+            if is_empty && self.begun {
+                return Ok(Some(inbox.split_to(self.seen).freeze()));
+            }
+            self.begun |= !is_empty;
+        }
+        self.seen = inbox.len();
+        // What is no header is found out before its end, which may never come: each time that there is twice as much.
+        if inbox.len() > 2 * self.sound {
+            let mut fields = [const { std::mem::MaybeUninit::uninit() }; FIELDS_MAX];
+            let mut parsed = httparse::Response::new(&mut []);
+            if parser().parse_response_with_uninit_headers(&mut parsed, inbox, &mut fields).is_err() {
+                return Err(malformed("its header"));
+            }
+            self.sound = inbox.len();
+        }
+        if inbox.len() > HEADER_BYTES_MAX { Err(malformed("its header is too large")) } else { Ok(None) }
     }
 }
 
@@ -372,6 +394,42 @@ mod tests {
         assert!(read(many.as_bytes(), many.len(), false).is_err());
         let large = format!("HTTP/1.1 200 OK\r\na: {}", "x".repeat(HEADER_BYTES_MAX));
         assert!(read(large.as_bytes(), large.len(), false).is_err_and(|error| error.contains("too large")));
+    }
+
+    #[test]
+    fn a_header_that_drips_is_looked_at_once_and_parsed_a_few_times() {
+        let bytes = format!("HTTP/1.1 200 OK\r\n{}a: {}", "a: b\n".repeat(20), "x".repeat(20_000));
+        let (mut scanner, mut inbox, mut parses) = (Scanner::default(), BytesMut::new(), Vec::new());
+        for byte in bytes.bytes() {
+            inbox.extend_from_slice(&[byte]);
+            assert!(scanner.cut(&mut inbox).expect("a beginning").is_none());
+            assert_eq!(scanner.seen, inbox.len());
+            if parses.last() != Some(&scanner.sound) {
+                parses.push(scanner.sound);
+            }
+        }
+        assert!(parses.len() <= 16 && parses.last().is_some_and(|last| 2 * last >= bytes.len()), "{parses:?}");
+        for end in ["\r", "\n", "\r"] {
+            inbox.extend_from_slice(end.as_bytes());
+            assert!(scanner.cut(&mut inbox).expect("a beginning").is_none());
+        }
+        inbox.extend_from_slice(b"\nbody");
+        assert_eq!(scanner.cut(&mut inbox).expect("a header").expect("all of it"), (bytes + "\r\n\r\n").as_bytes());
+        assert_eq!(&inbox[..], b"body");
+    }
+
+    #[test]
+    fn what_is_no_header_is_found_out_before_its_end() {
+        for bytes in
+            ["220 mail.example ESMTP ready", "HTTP/1.1 200 OK\r\nno field at all, and so on, and so on, and on"]
+        {
+            let (mut scanner, mut inbox) = (Scanner::default(), BytesMut::new());
+            let refused = bytes.bytes().any(|byte| {
+                inbox.extend_from_slice(&[byte]);
+                scanner.cut(&mut inbox).is_err()
+            });
+            assert!(refused, "{bytes:?}");
+        }
     }
 
     #[test]
