@@ -629,7 +629,7 @@ impl Turn {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use std::sync::atomic::{AtomicUsize, Ordering};
     use std::task::{Wake, Waker};
     use std::time::Duration;
@@ -673,6 +673,11 @@ mod tests {
         let slow = SlowClients::default();
         let depot = Arc::new(Depot { disk, budget, slow, accounts, chunk, small_chunk: chunk / 8 });
         Stage { depot, faults, metrics, route: all.route("all") }
+    }
+
+    /// What spools share that have room for all.
+    pub fn depot() -> Arc<Depot> {
+        stage(RESOURCES, CHUNK).depot
     }
 
     impl Stage {

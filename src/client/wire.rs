@@ -148,6 +148,8 @@ pub struct Past {
     framing: Body,
     /// What is being sent.
     pieces: VecDeque<Bytes>,
+    /// It was in the spool, which has counted it.
+    was_spooled: bool,
     /// Something is, if only what the session has written.
     sends: bool,
     /// The header that is being written is not to leave by itself.
@@ -157,7 +159,9 @@ pub struct Past {
 impl Past {
     /// Nothing is sent yet.
     pub fn new(bypass: Bypass, reads: bool, head_only: bool) -> Self {
-        Past { bypass, reads, head_only, framing: Body::None, pieces: VecDeque::new(), sends: false, corked: false }
+        let pieces = VecDeque::new();
+        let (was_spooled, sends, corked) = (false, false, false);
+        Past { bypass, reads, head_only, framing: Body::None, pieces, was_spooled, sends, corked }
     }
 
     /// Takes a piece to be sent.
@@ -720,10 +724,11 @@ impl Wire {
         Poll::Ready(())
     }
 
-    /// The client does not take what is being sent: most of it goes back to where it can be spooled from.
+    /// The client does not take what is being sent: most of it goes back to where it can be spooled from. What comes
+    /// from the spool stays in memory: it would be spooled, and counted, once more.
     fn spare(&mut self) {
-        let spooled = self.spool.as_ref().is_some_and(|spool| spool.unread() > 0);
-        let Some(past) = self.past.as_mut().filter(|_| !spooled) else { return };
+        let spools = self.spool.as_ref().is_some_and(|spool| spool.unread() > 0);
+        let Some(past) = self.past.as_mut().filter(|past| !spools && !past.was_spooled) else { return };
         let spared = past.spare();
         if spared.is_empty() {
             return;
@@ -743,7 +748,9 @@ impl Wire {
             let interim = self.ready.front().is_some_and(interim).then(|| self.ready.pop_front()).flatten();
             return Poll::Ready(interim.map(|task| vec![task]));
         }
-        if !self.ready.is_empty() {
+        let from_spool = self.ready.is_empty();
+        self.past.iter_mut().for_each(|past| past.was_spooled = from_spool);
+        if !from_spool {
             return self.poll_ready_batch(cx).map(Some);
         }
         let unread = self.spool.as_ref().map_or(0, Spool::unread);
@@ -1188,5 +1195,72 @@ fn body_len(task: &HttpTask) -> usize {
     match task {
         HttpTask::Body(Some(piece), _) => piece.len(),
         _ => 0,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::io::{AsyncRead, AsyncWriteExt, ReadBuf};
+    use tokio::sync::Semaphore;
+
+    use super::*;
+    use crate::client::connection::tests::connection;
+    use crate::client::http1;
+    use crate::client::spool::disk::Backlog;
+    use crate::client::spool::tests::depot;
+    use crate::client::stream::{ClientStream, Opening};
+    use crate::metrics::Metrics;
+
+    const LIMITS: Limits = Limits { memory: 1 << 20, disk: 1 << 20 };
+
+    #[tokio::test]
+    async fn what_was_spooled_and_is_not_taken_is_not_spooled_again() {
+        let (mut client, io) = tokio::io::duplex(4 << 10);
+        client.write_all(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n").await.expect("room");
+        let mut stream = ClientStream::new(Box::new(io), connection(""));
+        let Ok(Opening::Http1 { bytes, head }) = stream.open().await else { panic!("no request was opened") };
+        let session = http1::Session::new(&stream, bytes, head.persists).expect("a session");
+        let session = Box::new(ServerSession::new_custom(Box::new(session)));
+
+        let metrics = Metrics::new(u64::MAX, Vec::new());
+        let manner = Manner {
+            leave: Leave::Full,
+            limits: LIMITS,
+            pace: Pace::unlimited(),
+            write_idle: Duration::from_secs(60),
+            disk_max: Duration::from_secs(60),
+            throttle: None,
+            route: metrics.route("all"),
+        };
+        let lanes = Lanes::new(metrics.clone(), Backlog::new(&Arc::new(Semaphore::new(1)), 1), Duration::from_secs(60));
+        let past = Past::new(stream.bypass(), false, false);
+        let mut wire = Wire::new(session, Some(past), None, manner, Who::default(), depot(), lanes);
+
+        let body = Bytes::from(vec![b'x'; PIECE_MOST]);
+        let mut header = ResponseHeader::build(200, None).expect("an answer");
+        header.insert_header("content-length", body.len()).expect("a field");
+        wire.take(vec![HttpTask::Header(Box::new(header), false), HttpTask::Body(Some(body.clone()), false)])
+            .expect("sound");
+        wire.end();
+        let drained = std::future::poll_fn(|cx| Poll::Ready(wire.poll_drain(cx).is_ready())).await;
+        assert!(!drained, "the client has room for a part of it");
+        let unsent: usize = wire.past.iter().flat_map(|past| &past.pieces).map(Bytes::len).sum();
+        assert!(unsent > SEND_LEFT, "{unsent} bytes came from the spool at once");
+        assert_eq!(wire.spooled(), (body.len() as u64, 0));
+
+        let mut got = Vec::new();
+        let mut space = vec![0; 1 << 10];
+        std::future::poll_fn(|cx| {
+            let drained = wire.poll_drain(cx);
+            let mut read = ReadBuf::new(&mut space);
+            while AsyncRead::poll_read(Pin::new(&mut client), cx, &mut read).is_ready() {
+                got.extend_from_slice(read.filled());
+                read.clear();
+            }
+            drained.map(|drained| drained.expect("the client takes it"))
+        })
+        .await;
+        assert!(got.ends_with(&body) && !got.ends_with(b"\nx"), "{} bytes", got.len());
+        assert_eq!((wire.spooled(), wire.sent()), ((body.len() as u64, 0), body.len() as u64));
     }
 }
