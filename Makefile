@@ -9,7 +9,7 @@ export PATH := $(PATH):/usr/sbin:/sbin
 BOTH := proxying|header|filters|retry|slow|buffer|pace|framing
 
 .DEFAULT_GOAL := help
-.PHONY: help run demo test fuzz check build quick release package package-test fmt lint doc bench gate clean
+.PHONY: help run demo test fuzz check build quick release package package-test fmt lint doc manual bench gate clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -69,6 +69,10 @@ lint: ## is the code formatted, and is clippy content
 doc: ## build the documentation; a broken link is an error
 	@$(TOOLS) build
 	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --locked --no-deps
+
+manual: ## make the manual as HTML, in target/manual
+	@$(TOOLS) manual
+	conf/packaging/manual.py target/manual
 
 bench: build ## compare with nginx and haproxy, one worker each; ARGS picks cells and rounds, see tests/bench/README.md
 	@$(TOOLS) bench

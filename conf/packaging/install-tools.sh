@@ -2,9 +2,9 @@
 # Installs what a make target needs and what is missing: Debian packages, and a few tools of PyPI and crates.io. It does
 # nothing if all are there.
 #
-#   install-tools.sh build|test|bench|gate|release|package|package-test...
+#   install-tools.sh build|test|manual|bench|gate|release|package|package-test...
 #   install-tools.sh --missing build...             prints the Debian packages that are missing, and installs none
-#   install-tools.sh --directory test|release       prints where the tools of PyPI are
+#   install-tools.sh --directory test|manual|release  prints where the tools of PyPI are
 #
 # Tools of PyPI are in a virtual environment of their own, in $FOREBAY_TOOLS, else in ~/.cache/forebay/tools.
 #
@@ -61,14 +61,15 @@ for purpose in "$@"; do
         test)
             commands+=(chromium curl dnsmasq-base haproxy nginx openssl pebble prometheus python3 python3-grpcio slowhttptest tmux wrk)
             commands+=(groff-base python3-venv shellcheck systemd)
-            environments+=(test)
+            environments+=(test manual)
             ;;
+        manual) commands+=(python3 python3-venv); environments+=(manual) ;;
         bench) commands+=(haproxy nginx nghttp2-client openssl slowhttptest wrk) ;;
         gate) commands+=(valgrind) ;;
         release) commands+=(binutils nghttp2-client openssl python3-venv wrk); environments+=(release) ;;
         package) commands+=(binutils dpkg-dev lintian xz-utils); crates+=(cargo-deb@3.8.0) ;;
         package-test) commands+=(mmdebstrap systemd-container) ;;
-        *) echo "install-tools.sh: unknown purpose '$purpose': build, test, bench, gate, release, package or package-test" >&2; exit 2 ;;
+        *) echo "install-tools.sh: unknown purpose '$purpose': build, test, manual, bench, gate, release, package or package-test" >&2; exit 2 ;;
     esac
 done
 

@@ -16,6 +16,7 @@ use forebay::phase::Phase;
 use regex::Regex;
 use serde_json::Value;
 
+use crate::harness::browser::Browser;
 use crate::harness::client::get;
 use crate::harness::{Origin, Setup};
 
@@ -387,6 +388,66 @@ fn the_summary_has_every_page_of_the_manual_once() {
     for (name, text) in pages.iter().filter(|(name, _)| name.starts_with("conf/manual/")) {
         assert!(text.starts_with("# "), "{name} begins with its title");
     }
+}
+
+/// The files below a directory whose names end so.
+fn below(directory: &Path, end: &str) -> Vec<PathBuf> {
+    let mut found = Vec::new();
+    for entry in fs::read_dir(directory).expect("a directory").map(|entry| entry.expect("an entry").path()) {
+        if entry.is_dir() {
+            found.extend(below(&entry, end));
+        } else if entry.to_string_lossy().ends_with(end) {
+            found.push(entry);
+        }
+    }
+    found
+}
+
+#[test]
+fn the_manual_as_html_has_every_page_and_its_links_lead_somewhere() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let made = Command::new(format!("{ROOT}/conf/packaging/manual.py")).arg(dir.path()).output().expect("the script");
+    let said = [made.stdout, made.stderr].map(|bytes| String::from_utf8_lossy(&bytes).into_owned()).concat();
+    assert!(made.status.success() && !said.contains("WARN") && !said.contains("ERROR"), "{said}");
+    for page in below(&Path::new(ROOT).join("conf/manual"), ".md") {
+        let name = page.file_name().expect("a name").to_string_lossy().replace(".md", ".html");
+        assert!(name == "SUMMARY.html" || dir.path().join(&name).exists(), "{name}");
+    }
+    assert!(dir.path().join("conf/examples/canary.yaml.html").exists());
+
+    let link = Regex::new(r#"(?:href|src)="([^"]+)""#).expect("a pattern");
+    let id = Regex::new(r#"\bid="([^"]+)""#).expect("a pattern");
+    let mut ids: BTreeMap<PathBuf, BTreeSet<String>> = BTreeMap::new();
+    let mut links = BTreeSet::new();
+    for page in below(dir.path(), ".html") {
+        let text = fs::read_to_string(&page).expect("a page");
+        // The page for addresses that do not exist links to the place where the manual is published.
+        if !page.ends_with("404.html") {
+            links.extend(link.captures_iter(&text).map(|found| (page.clone(), found[1].to_owned())));
+        }
+        ids.insert(page, id.captures_iter(&text).map(|found| found[1].to_owned()).collect());
+    }
+    assert!(links.len() > 2000, "{}", links.len());
+    let leads = |page: &Path, target: &str| {
+        let (path, anchor) = target.split_once('#').unwrap_or((target, ""));
+        let file = match path {
+            "" => page.to_owned(),
+            path => page.parent().expect("a directory").join(path).canonicalize().unwrap_or_default(),
+        };
+        file.exists() && (anchor.is_empty() || ids.get(&file).is_some_and(|ids| ids.contains(anchor)))
+    };
+    let elsewhere = |target: &str| target.contains("://") || target.starts_with("mailto:");
+    let broken: Vec<_> = links.iter().filter(|(page, target)| !elsewhere(target) && !leads(page, target)).collect();
+    assert!(broken.is_empty(), "{broken:#?}");
+
+    let mut browser = Browser::start();
+    browser.open(&format!("file://{}", dir.path().join("cookbook.html").display()));
+    browser.wait_text("main h1", |title| title == "Cookbook");
+    browser.wait_text("#mdbook-sidebar", |pages| pages.contains("First steps") && pages.contains("Canary"));
+    browser.eval("document.querySelector('main a[href$=\"canary.yaml.html\"]').click()");
+    browser.wait_text("main code.language-yaml", |file| file.contains("one request of ten"));
+    browser.wait_text("main code .hljs-attr", |key| key.starts_with("listeners"));
+    assert_eq!(browser.complaints(), Vec::<String>::new());
 }
 
 /// The configurations that a YAML block may be a part of.
