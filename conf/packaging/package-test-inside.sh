@@ -24,7 +24,9 @@ answers() { curl --silent --show-error --fail --max-time 120 "$@"; }
 main() { systemctl show --value --property MainPID forebay; }
 
 step "installed: it is enabled and runs"
-dpkg -i forebay.deb
+dpkg -i forebay.deb 2>&1 | tee said
+if grep -i -e 'could not' -e error said; then fail "the installation complains"; fi
+expect "enabled sockets" "" "$(find /etc/systemd/system -name 'forebay*.socket')"
 forebay version
 expect "enabled" enabled "$(systemctl is-enabled forebay)"
 within systemctl is-active forebay
@@ -38,6 +40,8 @@ expect "the logs" "forebay:adm 2750" "$(owner /var/log/forebay)"
 forebay check
 dpkg --verify forebay
 man -w forebay forebay-run forebay.yaml
+forebay check -c /usr/share/doc/forebay/examples/canary.yaml
+[ -e /usr/share/doc/forebay/manual/first-steps.md ] || fail "the manual is not there"
 expect "missing libraries" "" "$(ldd /usr/bin/forebay | grep 'not found' || true)"
 
 step "the sandbox, as it is"
@@ -112,14 +116,68 @@ kill -KILL "$before"
 within forebay healthcheck
 [ "$(main)" != "$before" ] || fail "it is the same process"
 
-step "upgraded: it runs on, with the configuration as it was changed"
+step "hung: the watchdog ends it, and it is started again"
+mkdir -p /run/systemd/system/forebay.service.d
+printf '[Service]\nWatchdogSec=4\n' >/run/systemd/system/forebay.service.d/test.conf
+systemctl daemon-reload
+systemctl restart forebay
+within forebay healthcheck
 before=$(main)
-dpkg -i --force-confold next.deb
+sleep 6
+expect "the process that feeds the watchdog" "$before" "$(main)"
+kill -STOP "$before"
+has_another() { [ "$(main)" != "$before" ] && forebay healthcheck; }
+within has_another
+journalctl --no-pager --unit forebay | grep -c 'Watchdog timeout'
+
+step "another process of the same program takes over: forebay upgrade"
+before=$(main)
+forebay upgrade
+[ "$(main)" != "$before" ] || fail "systemd still has the old process as the main one"
+answers http://127.0.0.1/ >/dev/null
+# The new process feeds the watchdog.
+before=$(main)
+sleep 6
+expect "the process that took over" "$before" "$(main)"
+rm -r /run/systemd/system/forebay.service.d
+systemctl daemon-reload
+
+step "upgraded: the new program takes over without a refused connection, and keeps the changed configuration"
+before=$(main)
+restarts=$(systemctl show --value --property NRestarts forebay)
+touch asking
+(while [ -e asking ]; do answers http://127.0.0.1/ >/dev/null 2>>failed || echo failed >>failed; echo >>asked; done) &
+asker=$!
+dpkg -i --force-confold next.deb 2>&1 | tee said
+rm asking
+wait "$asker"
+wc -l <asked
+if grep -i 'could not' said; then fail "the upgrade complains"; fi
+expect "what failed" "" "$(cat failed)"
 dpkg --status forebay | grep '^Version: .*+next$'
 within forebay healthcheck
 [ "$(main)" != "$before" ] || fail "the old program still runs"
-answers http://127.0.0.1/ >/dev/null
+expect "the program" /usr/bin/forebay "$(readlink "/proc/$(main)/exe")"
+expect "restarts" "$restarts" "$(systemctl show --value --property NRestarts forebay)"
 [ -e /etc/forebay/forebay.yaml.dpkg-dist ] || fail "the new configuration is not beside the changed one"
+
+step "upgraded with a configuration that the new program refuses: the old one serves on"
+before=$(main)
+cp /etc/forebay/forebay.yaml right.yaml
+echo "listenerz: []" >>/etc/forebay/forebay.yaml
+dpkg -i --force-confold next.deb 2>&1 | tee said
+grep 'the old one serves on' said
+expect "the process" "$before" "$(main)"
+answers http://127.0.0.1/ >/dev/null
+cp right.yaml /etc/forebay/forebay.yaml
+
+step "upgraded without an admin endpoint: it is restarted"
+before=$(main)
+sed -i '$a admin: { enabled: false }' /etc/forebay/forebay.yaml
+systemctl restart forebay
+dpkg -i --force-confold next.deb
+[ "$(main)" != "$before" ] || fail "the old program still runs"
+within answers http://127.0.0.1/
 
 step "removed: it is stopped, and the configuration stays"
 dpkg --remove forebay

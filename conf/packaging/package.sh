@@ -25,13 +25,17 @@ for library in $needed; do
 done
 glibc=$(readelf --version-info $program | grep -o 'GLIBC_[0-9.]*' | sort --version-sort | tail -n 1)
 
-rm -rf $dist/man $dist/completions $dist/debian
+rm -rf $dist/man $dist/completions $dist/manual $dist/debian
 $program man $dist/man
 mkdir -p $dist/completions
 $program completions bash >$dist/completions/forebay.bash
 $program completions zsh >$dist/completions/_forebay
 $program completions fish >$dist/completions/forebay.fish
 gzip --best --no-name --stdout CHANGELOG.md >$dist/changelog.gz
+mkdir -p $dist/manual
+for page in conf/manual/*.md; do
+    sed -f conf/packaging/manual.sed "$page" >"$dist/manual/$(basename "$page")"
+done
 
 # It takes the program from target/dist/release, where release.sh has put it.
 CARGO_TARGET_DIR=$dist cargo deb --quiet --no-build --dbgsym --compress-debug-symbols
@@ -48,7 +52,7 @@ install -D -m 644 -t "$dist/$tree/share/fish/vendor_completions.d" $dist/complet
 install -D -m 644 -t "$dist/$tree/etc" conf/packaging/forebay.yaml conf/full.yaml \
   conf/forebay.schema.json
 sed -i '1s#/usr/share/forebay/##' "$dist/$tree/etc/forebay.yaml"
-install -D -m 644 -t "$dist/$tree/system" conf/packaging/forebay.{service,socket,sysusers,tmpfile,logrotate}
+install -D -m 644 -t "$dist/$tree/system" conf/packaging/forebay.{service,sysusers,tmpfile,logrotate} conf/examples/forebay.socket
 install -m 644 -t "$dist/$tree" LICENSE
 sed -e "s/@LIBRARIES@/$(echo "$needed" | paste -sd ' ')/" -e "s/@GLIBC@/$glibc/" conf/packaging/tarball.md >"$dist/$tree/INSTALL.md"
 # The same tree makes the same bytes.

@@ -5,13 +5,15 @@
 mod kubernetes;
 
 use std::collections::BTreeSet;
+use std::ffi::OsStr;
 use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::TcpStream;
-use std::path::{Path, PathBuf};
+use std::path::{Component, Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::time::Duration;
 
+use regex::Regex;
 use serde_json::Value as Json;
 use tempfile::TempDir;
 
@@ -65,7 +67,7 @@ fn systemd_accepts_the_unit_and_finds_it_hardened() {
     // It reports unknown settings, but still succeeds.
     assert_eq!(said(Command::new("systemd-analyze").args(["verify", "--man=no"]).arg(&path)), "");
     let socket = directory.path().join("forebay.socket");
-    fs::copy(tree("conf/packaging/forebay.socket"), &socket).unwrap();
+    fs::copy(tree("conf/examples/forebay.socket"), &socket).unwrap();
     assert_eq!(said(Command::new("systemd-analyze").args(["verify", "--man=no"]).arg(&socket)), "");
     let mut judge = Command::new("systemd-analyze");
     // In tenths: 2.5 of 10.
@@ -299,26 +301,102 @@ fn a_build_without_its_tools_names_the_packages_that_bring_them() {
     assert!(told.contains("apt-get install"), "{told}");
 }
 
-#[test]
-fn every_file_that_the_package_brings_is_there() {
+/// What Cargo.toml says of the package.
+fn package() -> Json {
     let mut cargo = Command::new(std::env::var("CARGO").unwrap_or_else(|_| "cargo".to_owned()));
     let asked = cargo.args(["metadata", "--no-deps", "--offline", "--format-version=1"]).current_dir(tree("."));
     let output = asked.stderr(Stdio::inherit()).output().unwrap();
     let described: Json = serde_json::from_slice(&output.stdout).unwrap();
-    let deb = &described["packages"][0]["metadata"]["deb"];
-    let sources = deb["assets"].as_array().unwrap().iter().map(|asset| asset[0].as_str().unwrap());
-    for source in sources.filter(|source| !source.starts_with("target/")) {
-        let (directory, name) = source.rsplit_once('/').unwrap_or((".", source));
-        let there = match name.strip_prefix('*') {
-            Some(end) => fs::read_dir(tree(directory))
-                .unwrap()
-                .any(|file| file.unwrap().file_name().to_string_lossy().ends_with(end)),
-            None => tree(source).is_file(),
+    described["packages"][0]["metadata"]["deb"].clone()
+}
+
+/// The files of the package: where each comes from, and where it is installed. What package.sh makes comes from
+/// `target/dist`; the pages of the manual among it come from `conf/manual` here.
+fn installed(deb: &Json) -> Vec<(PathBuf, PathBuf)> {
+    let mut files = Vec::new();
+    for asset in deb["assets"].as_array().unwrap() {
+        let [source, place] = [&asset[0], &asset[1]].map(|path| path.as_str().unwrap());
+        let source = source.replace("target/dist/manual/", "conf/manual/");
+        let (directory, name) = source.rsplit_once('/').unwrap_or((".", &source));
+        let sources = match name.strip_prefix('*') {
+            Some(_) if source.starts_with("target/") => Vec::new(),
+            Some(end) => {
+                let there = fs::read_dir(tree(directory)).unwrap().map(|file| file.unwrap().path());
+                there.filter(|file| file.is_file() && file.to_string_lossy().ends_with(end)).collect()
+            }
+            None => vec![tree(&source)],
         };
-        assert!(there, "{source}");
+        assert!(source.starts_with("target/") || !sources.is_empty(), "{source}");
+        for source in sources {
+            let place = match place.strip_suffix('/') {
+                Some(directory) => Path::new(directory).join(source.file_name().unwrap()),
+                None => PathBuf::from(place),
+            };
+            files.push((source, place));
+        }
+    }
+    files
+}
+
+/// A path without `..` and `.`.
+fn plain(path: &Path) -> PathBuf {
+    let mut plain = PathBuf::new();
+    for part in path.components() {
+        match part {
+            Component::ParentDir => drop(plain.pop()),
+            Component::CurDir => {}
+            part => plain.push(part),
+        }
+    }
+    plain
+}
+
+#[test]
+fn every_file_that_the_package_brings_is_there() {
+    let deb = package();
+    for (source, _) in installed(&deb) {
+        assert!(source.starts_with(tree("target")) || source.is_file(), "{}", source.display());
     }
     let changelog = text(deb["changelog"].as_str().unwrap());
     assert!(changelog.starts_with(&format!("forebay ({}-1) ", env!("CARGO_PKG_VERSION"))), "{changelog}");
+}
+
+/// cargo-deb installs and enables each unit that it finds there.
+#[test]
+fn the_package_enables_the_service_and_nothing_else() {
+    let units = fs::read_dir(tree(package()["systemd-units"]["unit-scripts"].as_str().unwrap())).unwrap();
+    let units = units.map(|file| file.unwrap().file_name().into_string().unwrap());
+    let kinds = [".service", ".socket", ".timer", ".path", ".target", ".mount"];
+    let units: Vec<_> = units.filter(|name| kinds.iter().any(|kind| name.ends_with(kind))).collect();
+    assert_eq!(units, ["forebay.service"]);
+}
+
+#[test]
+fn what_an_installed_page_or_example_links_to_is_installed() {
+    let files = installed(&package());
+    let places: BTreeSet<_> = files.iter().map(|(_, place)| place.clone()).collect();
+    let link = Regex::new(r"\]\(([^)\s#]+)[^)\s]*\)|\$schema=(\S+)").unwrap();
+    let code = Regex::new(r"(?s)```.*?```|`[^`\n]*`").unwrap();
+    let mut links = 0;
+    for (source, place) in &files {
+        let text = match source.extension().and_then(OsStr::to_str) {
+            Some("md") => said(Command::new("sed").arg("-f").arg(tree("conf/packaging/manual.sed")).arg(source)),
+            Some("yaml") => fs::read_to_string(source).unwrap(),
+            _ => continue,
+        };
+        let directory = Path::new("/").join(place.parent().unwrap());
+        for found in link.captures_iter(&code.replace_all(&text, "")) {
+            let target = found.get(1).or(found.get(2)).unwrap().as_str();
+            if target.contains("://") || target.starts_with("mailto:") {
+                continue;
+            }
+            let leads = plain(&directory.join(target));
+            let leads = leads.strip_prefix("/").unwrap();
+            assert!(places.contains(leads), "{}: {target} would be {}", place.display(), leads.display());
+            links += 1;
+        }
+    }
+    assert!(links > 150, "{links}");
 }
 
 #[test]
