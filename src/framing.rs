@@ -52,7 +52,7 @@ enum Length {
     One(u64),
     /// The same number several times, in a list or in several fields.
     Repeated(u64),
-    /// Different numbers, or something that is no number.
+    /// Different numbers, or something that is not a number.
     Faulty,
 }
 

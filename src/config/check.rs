@@ -445,7 +445,7 @@ impl<'a> Check<'a> {
             self.wrong(finding.label("it belongs to a listener in clear text"));
         }
         if ![301, 302, 307, 308].contains(&redirect.status) {
-            let finding = Finding::error(value(format!("{path}.status")), "this status is no redirect that fits");
+            let finding = Finding::error(value(format!("{path}.status")), "this status is not a redirect that fits");
             self.wrong(finding.label("expected 301, 302, 307 or 308"));
         }
         if redirect.port == 0 {
@@ -890,7 +890,7 @@ impl<'a> Check<'a> {
         }
         if policy.hashes() && hash_key.is_empty() && !self.parts.broken.within(&at) {
             let spot = if self.is_written(&at) { value(at.clone()) } else { value(format!("{path}.policy")) };
-            let finding = Finding::error(spot, "this policy needs a `hash_key`").label("what shall be hashed?");
+            let finding = Finding::error(spot, "this policy needs a `hash_key`").label("what is hashed?");
             self.wrong(finding.help("write `hash_key: client_ip`, `hash_key: { header: x-user }`, or a list of keys"));
         }
         for (index, key) in hash_key.0.iter().enumerate() {
@@ -1397,7 +1397,7 @@ impl<'a> Check<'a> {
                 let label = format!("its requests go to `{}`", first_name.map_or("an earlier one", String::as_str));
                 let finding = Finding::error(value(format!("{path}.name")), title)
                     .label(label)
-                    .also(value(format!("routes[{first}].name")), "this one matches the same and stands before it");
+                    .also(value(format!("routes[{first}].name")), "this one matches the same and comes first");
                 self.wrong(finding.help("take one of them out, or make what the later one matches more specific"));
             }
             for claim in claims {

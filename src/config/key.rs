@@ -42,7 +42,7 @@ impl Key {
             Key::Header(name) => header_name(name).map_err(|message| BuildError::new("header", message)),
             // RFC 6265 §4.1.1: the name of a cookie is a token, like that of a header field.
             Key::Cookie(name) => {
-                header_name(name).map_err(|_| BuildError::new("cookie", format!("`{name}` is no name of a cookie")))
+                header_name(name).map_err(|_| BuildError::new("cookie", format!("`{name}` is not a valid cookie name")))
             }
             Key::Query(name) if name.is_empty() => Err(BuildError::new("query", "a query argument needs a name")),
             Key::Query(_) => Ok(()),
@@ -54,7 +54,7 @@ impl Key {
 }
 
 fn header_name(written: &str) -> Result<(), String> {
-    HeaderName::try_from(written).map(drop).map_err(|_| format!("`{written}` is no header name"))
+    HeaderName::try_from(written).map(drop).map_err(|_| format!("`{written}` is not a valid header name"))
 }
 
 #[cfg(test)]
@@ -64,8 +64,8 @@ mod tests {
     #[test]
     fn a_key_that_cannot_exist_is_told() {
         let told = |key: Key| key.check().map_err(|error| error.to_string()).unwrap_err();
-        assert_eq!(told(Key::Header("a b".into())), "header: `a b` is no header name");
-        assert_eq!(told(Key::Cookie("a;b".into())), "cookie: `a;b` is no name of a cookie");
+        assert_eq!(told(Key::Header("a b".into())), "header: `a b` is not a valid header name");
+        assert_eq!(told(Key::Cookie("a;b".into())), "cookie: `a;b` is not a valid cookie name");
         assert_eq!(told(Key::Query(String::new())), "query: a query argument needs a name");
     }
 }

@@ -222,7 +222,7 @@ impl<'de> Visitor<'de> for ValueCondition {
     type Value = ValueMatch;
 
     fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("a value as text (a number stands in quotes), or `{ regex: … }`, or `{ present: true | false }`")
+        f.write_str("a value as text (put a number into quotes), or `{ regex: … }`, or `{ present: true | false }`")
     }
 
     fn visit_str<E: de::Error>(self, value: &str) -> Result<ValueMatch, E> {

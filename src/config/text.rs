@@ -78,7 +78,7 @@ impl<'de> Visitor<'de> for FixedOrMade {
     type Value = Text;
 
     fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("text (a number stands in quotes), or `{ cel: … }`")
+        f.write_str("text (put a number into quotes), or `{ cel: … }`")
     }
 
     fn visit_str<E: de::Error>(self, text: &str) -> Result<Text, E> {

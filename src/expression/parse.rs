@@ -74,9 +74,9 @@ fn mistake(written: &str, error: &ParseError) -> Mistake {
             Some('"' | '\'') => "this text has no closing quote, or a `\\` in it that means nothing: \
                                  write `\\\\` for a backslash, or `r\"…\"` around a pattern"
                 .to_owned(),
-            Some('=') => "`=` is no operator: write `==`".to_owned(),
-            Some('&') => "`&` is no operator: write `&&`".to_owned(),
-            Some('|') => "`|` is no operator: write `||`".to_owned(),
+            Some('=') => "`=` is not an operator: write `==`".to_owned(),
+            Some('&') => "`&` is not an operator: write `&&`".to_owned(),
+            Some('|') => "`|` is not an operator: write `||`".to_owned(),
             Some(other) => format!("`{other}` has no meaning in an expression"),
             None => "this has no meaning in an expression".to_owned(),
         }
@@ -88,9 +88,9 @@ fn mistake(written: &str, error: &ParseError) -> Mistake {
     } else if message.starts_with("unsupported syntax") {
         "this way of writing is not offered: what is missing reads as an empty text anyway".to_owned()
     } else if message.starts_with("invalid int literal") || message.starts_with("invalid uint literal") {
-        format!("`{found}` is no whole number that fits into 64 bits")
+        format!("`{found}` is not an integer of 64 bits")
     } else if message.starts_with("invalid double literal") {
-        format!("`{found}` is no number")
+        format!("`{found}` is not a number")
     } else if message.contains("argument must be a simple name") || message.contains("cannot be") {
         LOOPS.to_owned()
     } else if let Some(token) = missing(message) {

@@ -309,14 +309,14 @@ impl<'t> Planner<'t> {
 
     fn field(&self, at: &IdedExpr, map: Map, name: &str, quoted: bool) -> Planned<Field> {
         let header =
-            || HeaderName::try_from(name).or_else(|_| self.wrong(at, format!("`{name}` is no name of a header")));
+            || HeaderName::try_from(name).or_else(|_| self.wrong(at, format!("`{name}` is not a valid header name")));
         Ok(match map {
             Map::Headers => Field::Header(header()?),
             Map::ResponseHeaders => Field::ResponseHeader(header()?),
             Map::Cookies => {
                 // RFC 6265 §4.1.1: the name of a cookie is a token, as that of a header.
                 if HeaderName::try_from(name).is_err() {
-                    return self.wrong(at, format!("`{name}` is no name of a cookie"));
+                    return self.wrong(at, format!("`{name}` is not a valid cookie name"));
                 }
                 Field::Cookie(name.as_bytes().into())
             }
@@ -680,7 +680,7 @@ impl<'t> Planner<'t> {
             (Plan::Address(address), _) => Ok(address),
             (_, Some((_, Some(address)))) => Ok(Address::Literal(address)),
             (_, Some((text, None))) => {
-                self.wrong(at, format!("`{text}` is no address: write one such as `192.0.2.1` or `2001:db8::1`"))
+                self.wrong(at, format!("`{text}` is not an address: write one such as `192.0.2.1` or `2001:db8::1`"))
             }
             (Plan::Text(text), None) => Ok(Address::Parse(text)),
             (other, None) => self.mistyped(at, other.kind(), "an address"),
@@ -823,15 +823,14 @@ impl<'t> Planner<'t> {
     fn pattern(&mut self, at: &IdedExpr) -> Planned<Regex> {
         let written = self.key(at, "a pattern is a literal, so that it is compiled once")?;
         pattern::compile(&written)
-            .or_else(|cause| self.wrong(at, format!("`{written}` is no pattern that can be used: {cause}")))
+            .or_else(|cause| self.wrong(at, format!("`{written}` is not a usable pattern: {cause}")))
     }
 
     fn network(&self, at: &IdedExpr, written: &str) -> Planned<IpNet> {
         match written.parse::<IpNet>() {
             Ok(network) => Ok(unmapped(network)),
-            Err(_) => {
-                self.wrong(at, format!("`{written}` is no network: write one such as `10.0.0.0/8` or `2001:db8::/32`"))
-            }
+            Err(_) => self
+                .wrong(at, format!("`{written}` is not a network: write one such as `10.0.0.0/8` or `2001:db8::/32`")),
         }
     }
 }

@@ -463,7 +463,7 @@ fn wrong_types_are_told_with_their_place() {
         ),
         (
             "source.address == \"10.0.0.300\"",
-            "1:19 `\"10.0.0.300\"`: `10.0.0.300` is no address: write one such as `192.0.2.1` or `2001:db8::1`",
+            "1:19 `\"10.0.0.300\"`: `10.0.0.300` is not an address: write one such as `192.0.2.1` or `2001:db8::1`",
         ),
         (
             "\"a\" + 1 == \"a1\"",
@@ -504,19 +504,19 @@ fn what_cannot_be_is_told_with_its_place() {
             "has(response.headers.age)",
             "1:5 `response.headers`: `response.headers` comes too early: there is no response yet where this is asked",
         ),
-        ("request.path.matches(\"a(b\")", "1:22 `\"a(b\"`: `a(b` is no pattern that can be used: unclosed group"),
+        ("request.path.matches(\"a(b\")", "1:22 `\"a(b\"`: `a(b` is not a usable pattern: unclosed group"),
         (
             "request.path.matches(request.host)",
             "1:22 `request.host`: a pattern is a literal, so that it is compiled once: write it in quotes",
         ),
-        ("request.headers[\"x y\"] == \"\"", "1:17 `\"x y\"`: `x y` is no name of a header"),
+        ("request.headers[\"x y\"] == \"\"", "1:17 `\"x y\"`: `x y` is not a valid header name"),
         (
             "request.headers[request.path] == \"\"",
             "1:17 `request.path`: this is named by a literal, so that it is looked up once: write it in quotes",
         ),
         (
             "cidr(\"10.0.0.0/33\").containsIP(source.address)",
-            "1:6 `\"10.0.0.0/33\"`: `10.0.0.0/33` is no network: write one such as `10.0.0.0/8` or `2001:db8::/32`",
+            "1:6 `\"10.0.0.0/33\"`: `10.0.0.0/33` is not a network: write one such as `10.0.0.0/8` or `2001:db8::/32`",
         ),
         (
             "has(request.headers.x-user)",
@@ -561,8 +561,8 @@ fn what_is_no_expression_is_told_in_words_and_not_in_tokens() {
     for (written, told) in [
         ("request.path == ", "1:15 `=`: the expression ends too early: something is missing behind this"),
         ("(request.path == \"a\"", "1:20 `\"`: the expression ends too early: `)` is missing"),
-        ("request.path = \"a\"", "1:14 `=`: `=` is no operator: write `==`"),
-        ("true & false", "1:6 `&`: `&` is no operator: write `&&`"),
+        ("request.path = \"a\"", "1:14 `=`: `=` is not an operator: write `==`"),
+        ("true & false", "1:6 `&`: `&` is not an operator: write `&&`"),
         ("true and false", "1:6 `and`: `and` is not expected here"),
         ("true)", "1:5 `)`: `)` is not expected here"),
         (
@@ -582,7 +582,7 @@ fn what_is_no_expression_is_told_in_words_and_not_in_tokens() {
         ),
         (
             "1 == 99999999999999999999",
-            "1:6 `99999999999999999999`: `99999999999999999999` is no whole number that fits into 64 bits",
+            "1:6 `99999999999999999999`: `99999999999999999999` is not an integer of 64 bits",
         ),
         ("", "1:1 ``: this expression is empty: write one such as `request.method == \"GET\"`"),
         (" \n ", "1:1 ``: this expression is empty: write one such as `request.method == \"GET\"`"),

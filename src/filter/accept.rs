@@ -54,7 +54,7 @@ fn fit(headers: &HeaderMap, kind: &str) -> Fit {
     found
 }
 
-/// The weight among the parameters of a range, in thousandths; what is no number counts as 0.
+/// The weight among the parameters of a range, in thousandths; what is not a number counts as 0.
 fn weight<'p>(mut parameters: impl Iterator<Item = &'p str>) -> u16 {
     let written = parameters.find_map(|part| part.strip_prefix("q=").or_else(|| part.strip_prefix("Q=")));
     let weight = written.map_or(1.0, |weight| weight.parse::<f32>().unwrap_or_default());

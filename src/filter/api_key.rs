@@ -181,9 +181,9 @@ impl Keys {
             let (name, digest) = line
                 .rsplit_once(':')
                 .filter(|(name, _)| !name.is_empty())
-                .ok_or_else(|| format!("line {number} is no `name:sha256`"))?;
+                .ok_or_else(|| format!("line {number} is not `name:sha256`"))?;
             let digest = hex(digest.trim()).ok_or_else(|| {
-                format!("line {number}: behind `{name}:` stand 64 hexadecimal digits, the SHA-256 of the key")
+                format!("line {number}: expected 64 hexadecimal digits behind `{name}:`, the SHA-256 of the key")
             })?;
             if keys.insert(digest, name.into()).is_some() {
                 return Err(format!("line {number}: the key of `{name}` is there twice"));
@@ -301,8 +301,8 @@ mod tests {
     fn what_is_wrong_in_the_file_is_told_with_its_line() {
         let told = |text: &str| Keys::parse(text).map(drop).unwrap_err();
         assert_eq!(told(" \n"), "there is no key in it");
-        assert_eq!(told("# a\nsecret"), "line 2 is no `name:sha256`");
-        assert!(told("shop:secret").starts_with("line 1: behind `shop:` stand 64 hexadecimal digits"));
+        assert_eq!(told("# a\nsecret"), "line 2 is not `name:sha256`");
+        assert!(told("shop:secret").starts_with("line 1: expected 64 hexadecimal digits behind `shop:`"));
         assert!(told(&format!("{FILE}{FILE}")).ends_with("the key of `shop` is there twice"));
         assert!(error("- api_key: { keys: { path: x }, header: Host }").starts_with("[0].api_key.header: "));
         assert!(error("- api_key: { keys: { path: x }, query: '' }").starts_with("[0].api_key.query: "));

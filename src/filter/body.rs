@@ -718,7 +718,7 @@ mod tests {
             ("request: { json: [ { at: /a, set: 1, remove: true } ] }", ".request.json[0]: write one of"),
             ("request: { json: [ { remove: true } ] }", ".request.json[0].at: the whole cannot be"),
             ("request: { json: [ { at: /a, set: { cel: x } } ] }", ".request.json[0].set.cel (at 1:1"),
-            ("request: { json: [ { at: /a, set: 1 } ], types: [x] }", ".request.types[0]: `x` is no media type"),
+            ("request: { json: [ { at: /a, set: 1 } ], types: [x] }", ".request.types[0]: `x` is not a media type"),
             ("request: { json: [ { at: /a, set: 1 } ], max_size: 0B }", ".request.max_size: "),
             ("request: { json: [ { at: /a, set: 1 } ] }, concurrent: 0", ".concurrent: "),
         ] {

@@ -131,7 +131,7 @@ impl FilterType for Cors {
             let known =
                 Method::from_bytes(method.as_bytes()).is_ok_and(|known| known.as_str() == method.to_uppercase());
             if !known {
-                return Err(BuildError::new(format!("methods[{index}]"), format!("`{method}` is no method")));
+                return Err(BuildError::new(format!("methods[{index}]"), format!("`{method}` is not a method")));
             }
         }
         if settings.max_age.0 > Duration::from_secs(86_400) {
@@ -212,7 +212,7 @@ impl Origins {
             });
             if sound.is_none() {
                 let help = "write `https://app.example.com`, with a port if need be and without a path";
-                return Err(wrong(format!("`{origin}` is no origin: {help}")));
+                return Err(wrong(format!("`{origin}` is not an origin: {help}")));
             }
             let origin = origin.to_ascii_lowercase();
             match origin.split_once("*.") {
@@ -352,7 +352,7 @@ mod tests {
         for origin in ["app.example.com", "https://a.test/", "https://*", "https://a.*.test", "https://u@a.test", "*.a"]
         {
             let told = error(&format!("- cors: {{ origins: ['{origin}'] }}"));
-            assert!(told.starts_with(&format!("[0].cors.origins[0]: `{origin}` is no origin")), "{told}");
+            assert!(told.starts_with(&format!("[0].cors.origins[0]: `{origin}` is not an origin")), "{told}");
         }
         assert!(error("- cors: { origins: [] }").starts_with("[0].cors.origins: "));
         assert!(error("- cors: { origins: ['*'], credentials: true }").starts_with("[0].cors.credentials: "));

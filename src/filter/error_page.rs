@@ -313,7 +313,10 @@ impl Which {
             if Phase::ALL.iter().any(|known| known.name() == phase) {
                 return Ok(Which::Phase(format!("{phase}.")));
             }
-            return Err(format!("`{phase}` is no phase{}", hint(phase, Phase::ALL.iter().map(|phase| phase.name()))));
+            return Err(format!(
+                "`{phase}` is not a phase{}",
+                hint(phase, Phase::ALL.iter().map(|phase| phase.name()))
+            ));
         }
         let reasons = || refusal::ALL.iter().chain(filters).map(|refusal| refusal.reason);
         if reasons().any(|reason| reason == written) {
@@ -569,7 +572,7 @@ mod tests {
                 "pages: [ { on: [wait.timout], text: x } ]",
                 "pages[0].on[0]: `wait.timout` is neither a status, a class such as `5xx` nor a reason: did you mean `wait.timeout`?",
             ),
-            ("pages: [ { on: [wiat.*], text: x } ]", "pages[0].on[0]: `wiat` is no phase: did you mean `wait`?"),
+            ("pages: [ { on: [wiat.*], text: x } ]", "pages[0].on[0]: `wiat` is not a phase: did you mean `wait`?"),
             (
                 "pages: [ { status: 304, text: x } ]",
                 "pages[0].status: `304` cannot be the status of an answer with a body",

@@ -52,7 +52,7 @@ impl Words {
 
 /// The name of a header.
 pub(super) fn name(written: &str) -> Result<HeaderName, String> {
-    HeaderName::try_from(written).map_err(|_| format!("`{written}` is no header name"))
+    HeaderName::try_from(written).map_err(|_| format!("`{written}` is not a valid header name"))
 }
 
 /// The value of a header.
@@ -129,8 +129,8 @@ mod tests {
     #[test]
     fn names_and_values_are_checked() {
         assert!(name("X-Id").is_ok());
-        assert_eq!(name("X Id").unwrap_err(), "`X Id` is no header name");
-        assert_eq!(name("").unwrap_err(), "`` is no header name");
+        assert_eq!(name("X Id").unwrap_err(), "`X Id` is not a valid header name");
+        assert_eq!(name("").unwrap_err(), "`` is not a valid header name");
         assert!(value("grüße, world").is_ok());
         assert_eq!(value("a\r\nb: c").unwrap_err(), "a header value is one line of text, without control characters");
     }

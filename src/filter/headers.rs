@@ -212,7 +212,7 @@ fn take_host(set: &mut BTreeMap<String, Text>) -> Result<Option<Host>, BuildErro
             Some(host) => Ok(Some(Host::Fixed(host))),
             None => {
                 let help = "write a name or an address, with a port if need be: `app.internal:8080`";
-                Err(BuildError::new(at, format!("`{written}` is no host: {help}")))
+                Err(BuildError::new(at, format!("`{written}` is not a host: {help}")))
             }
         },
     }
@@ -294,7 +294,7 @@ mod tests {
         let told = "[0].headers: nothing to do: write `request` or `response` with `remove`, `set` or `add`";
         assert_eq!(error("- headers: {}"), told);
         assert_eq!(error("- headers: { request: { set: {} } }"), told);
-        let told = "[0].headers.request.set.\"X Y\": `X Y` is no header name";
+        let told = "[0].headers.request.set.\"X Y\": `X Y` is not a valid header name";
         assert_eq!(error("- headers: { request: { set: { X Y: z } } }"), told);
         let told = "[0].headers.response.add.X-Y: a header value is one line of text, without control characters";
         assert_eq!(error(r#"- headers: { response: { add: { X-Y: "a\r\nb: c" } } }"#), told);
@@ -304,7 +304,7 @@ mod tests {
                     `Content-Length` belongs to the connection, and Forebay sets it itself";
         assert_eq!(error("- headers: { response: { set: { Content-Length: '3' } } }"), told);
         let told = "[0].headers.request.set.X-Count: \
-                    invalid type: integer `3`, expected text (a number stands in quotes), or `{ cel: … }`";
+                    invalid type: integer `3`, expected text (put a number into quotes), or `{ cel: … }`";
         assert_eq!(error("- headers: { request: { set: { X-Count: 3 } } }"), told);
         let told = "[0].headers.requests: unknown field `requests`, expected `request` or `response`";
         assert_eq!(error("- headers: { requests: {} }"), told);
@@ -359,7 +359,7 @@ mod tests {
 
     #[test]
     fn host_is_set_on_requests_only_and_must_be_one() {
-        let told = "[0].headers.request.set.Host: `a b` is no host: \
+        let told = "[0].headers.request.set.Host: `a b` is not a host: \
                     write a name or an address, with a port if need be: `app.internal:8080`";
         assert_eq!(error("- headers: { request: { set: { Host: a b } } }"), told);
         let told = "[0].headers.request.remove[0]: `Host` can only be set, and only on the request";

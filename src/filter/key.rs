@@ -341,7 +341,7 @@ mod tests {
     #[test]
     fn what_cannot_be_a_key_is_told_with_its_number() {
         let error = Keys::build(&[config::Key::Path, config::Key::Header("a b".into())]).unwrap_err();
-        assert_eq!(error.to_string(), "[1].header: `a b` is no header name");
+        assert_eq!(error.to_string(), "[1].header: `a b` is not a valid header name");
     }
 
     proptest! {

@@ -110,7 +110,7 @@ impl<T: Send + Sync + 'static> Keeper for Listed<T> {
 /// The text of a file, and a number that tells it from others.
 fn look(path: &std::path::Path, written: &str, most: Size) -> (u64, Result<String, String>) {
     let text = match file::read(path, most) {
-        Ok(bytes) => String::from_utf8(bytes).map_err(|_| format!("`{written}` is no text in UTF-8")),
+        Ok(bytes) => String::from_utf8(bytes).map_err(|_| format!("`{written}` is not text in UTF-8")),
         Err(error) => Err(format!("`{written}` cannot be read: {error}")),
     };
     let hash = match &text {

@@ -341,8 +341,8 @@ mod tests {
     #[test]
     fn wrong_keys_are_told_with_their_place() {
         let told = |key| error(&format!("- rate_limit: {{ rate: 1/s, key: {key} }}"));
-        assert_eq!(told("{ header: a b }"), "[0].rate_limit.key.header: `a b` is no header name");
-        assert_eq!(told("{ cookie: '' }"), "[0].rate_limit.key.cookie: `` is no name of a cookie");
+        assert_eq!(told("{ header: a b }"), "[0].rate_limit.key.header: `a b` is not a valid header name");
+        assert_eq!(told("{ cookie: '' }"), "[0].rate_limit.key.cookie: `` is not a valid cookie name");
         assert_eq!(told("{ query: '' }"), "[0].rate_limit.key.query: a query argument needs a name");
         let unknown =
             "unknown variant `ip`, expected one of `client_ip`, `path`, `route`, `header`, `cookie`, `query`, `cel`";

@@ -124,7 +124,10 @@ impl FilterType for Redirect {
             _ => None,
         };
         let status = status.ok_or_else(|| {
-            BuildError::new("status", format!("`{}` is no redirect: write 301, 302, 303, 307 or 308", settings.status))
+            BuildError::new(
+                "status",
+                format!("`{}` is not a redirect status: write 301, 302, 303, 307 or 308", settings.status),
+            )
         })?;
         let at = |message| BuildError::new("to", message);
         let to = match &settings.to {
@@ -145,7 +148,8 @@ impl FilterType for Redirect {
                 let host = |(index, written): (usize, &String)| match field::host(written) {
                     Some(host) if host.port().is_none() => Ok(host.host().to_ascii_lowercase()),
                     _ => {
-                        let told = format!("`{written}` is no host: write one such as `example.com`, without a port");
+                        let told =
+                            format!("`{written}` is not a host: write one such as `example.com`, without a port");
                         Err(BuildError::new(format!("hosts[{index}]"), told))
                     }
                 };
@@ -242,7 +246,7 @@ fn template(to: &str) -> Result<Vec<Piece>, String> {
         let known = PLACEHOLDERS.iter().find(|(known, _)| *known == name);
         let (_, piece) = known.ok_or_else(|| {
             let names: Vec<String> = PLACEHOLDERS.iter().map(|(name, _)| format!("`{{{name}}}`")).collect();
-            format!("`{{{name}}}` is no placeholder; there are {}", names.join(", "))
+            format!("`{{{name}}}` is not a placeholder; the placeholders are {}", names.join(", "))
         })?;
         pieces.push(piece.clone());
         rest = after;
@@ -263,7 +267,7 @@ fn check(to: &str, pieces: &[Piece]) -> Result<bool, String> {
     }
     let sample: String = pieces.iter().map(Piece::sample).collect();
     let fit = sample.parse::<Uri>().is_ok() && HeaderValue::from_str(&sample).is_ok();
-    if fit { Ok(local) } else { Err(format!("`{to}` is no URL: spaces and the like must be percent-encoded")) }
+    if fit { Ok(local) } else { Err(format!("`{to}` is not a URL: spaces and the like must be percent-encoded")) }
 }
 
 /// Checks that an absolute `to` has a host, in which nothing but `{host}` is the client's choice.
@@ -383,7 +387,7 @@ mod tests {
         assert!(told.starts_with("[0].redirect.to.cel (at 1:1 of the expression): nothing is called"), "{told}");
         let told = "[0].redirect.hosts: only an expression needs leave: take it out, or write `to: { cel: … }`";
         assert_eq!(error("- redirect: { to: /x, hosts: [a] }"), told);
-        let told = "[0].redirect.hosts[0]: `a:80` is no host: write one such as `example.com`, without a port";
+        let told = "[0].redirect.hosts[0]: `a:80` is not a host: write one such as `example.com`, without a port";
         assert_eq!(error("- redirect: { to: { cel: request.path }, hosts: ['a:80'] }"), told);
     }
 
@@ -426,8 +430,8 @@ mod tests {
     #[test]
     fn wrong_settings_are_told_with_their_place() {
         let told = |to| error(&format!("- redirect: {{ to: '{to}' }}"));
-        let known = "there are `{scheme}`, `{host}`, `{path}`, `{query}`, `{path_and_query}`";
-        assert_eq!(told("/{uri}"), format!("[0].redirect.to: `{{uri}}` is no placeholder; {known}"));
+        let known = "the placeholders are `{scheme}`, `{host}`, `{path}`, `{query}`, `{path_and_query}`";
+        assert_eq!(told("/{uri}"), format!("[0].redirect.to: `{{uri}}` is not a placeholder; {known}"));
         assert_eq!(told("/{path"), "[0].redirect.to: `/{path` has a `{` without `}`");
         assert_eq!(
             told("//a/{path}"),
@@ -445,15 +449,15 @@ mod tests {
             let choose = "the client could choose the host: put a `/` or a `?` behind the host";
             assert_eq!(told(to), format!("[0].redirect.to: in `{to}` {choose}"));
         }
-        let space = "[0].redirect.to: `/a b` is no URL: spaces and the like must be percent-encoded";
+        let space = "[0].redirect.to: `/a b` is not a URL: spaces and the like must be percent-encoded";
         assert_eq!(told("/a b"), space);
         let split = error(r#"- redirect: { to: "/a\r\nSet-Cookie: b" }"#);
-        assert!(split.ends_with("is no URL: spaces and the like must be percent-encoded"), "{split}");
+        assert!(split.ends_with("is not a URL: spaces and the like must be percent-encoded"), "{split}");
     }
 
     #[test]
     fn wrong_statuses_are_told_with_their_place() {
-        let told = "[0].redirect.status: `304` is no redirect: write 301, 302, 303, 307 or 308";
+        let told = "[0].redirect.status: `304` is not a redirect status: write 301, 302, 303, 307 or 308";
         assert_eq!(error("- redirect: { to: /x, status: 304 }"), told);
         assert_eq!(error("- redirect: {}"), "[0].redirect: missing field `to`");
         let told = "[0].redirect.code: unknown field `code`, expected one of `to`, `status`, `hosts`";

@@ -117,7 +117,7 @@ impl Type {
             let told = || {
                 BuildError::new(
                     format!("types[{index}]"),
-                    format!("`{written}` is no media type: write `text/html`, `text/*` or `application/*+json`"),
+                    format!("`{written}` is not a media type: write `text/html`, `text/*` or `application/*+json`"),
                 )
             };
             Type::build(written).ok_or_else(told)

@@ -185,7 +185,7 @@ mod tests {
 
     #[test]
     fn wrong_settings_are_told_with_their_place() {
-        let told = "[0].request_id.header: `X Id` is no header name";
+        let told = "[0].request_id.header: `X Id` is not a valid header name";
         assert_eq!(error("- request_id: { header: X Id }"), told);
         let told = "[0].request_id.header: `Connection` belongs to the connection, and Forebay sets it itself";
         assert_eq!(error("- request_id: { header: Connection }"), told);

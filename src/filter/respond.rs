@@ -81,7 +81,7 @@ impl FilterType for Respond {
     fn build(settings: &Settings, _: &Surroundings<'_>) -> Result<Self, BuildError> {
         let status = StatusCode::from_u16(settings.status).ok().filter(|_| (200..=599).contains(&settings.status));
         let status = status.ok_or_else(|| {
-            BuildError::new("status", format!("`{}` is no status of an answer: write 200 to 599", settings.status))
+            BuildError::new("status", format!("`{}` is not a response status: write 200 to 599", settings.status))
         })?;
         // RFC 9110 §15.3.5, §15.3.6, §15.4.5.
         if matches!(settings.status, 204 | 205 | 304) && !settings.body.is_empty() {
@@ -170,7 +170,7 @@ mod tests {
     #[test]
     fn wrong_settings_are_told_with_their_place() {
         for status in ["101", "199", "600", "0"] {
-            let told = format!("[0].respond.status: `{status}` is no status of an answer: write 200 to 599");
+            let told = format!("[0].respond.status: `{status}` is not a response status: write 200 to 599");
             assert_eq!(error(&format!("- respond: {{ status: {status} }}")), told);
         }
         let told = "[0].respond.headers.Content-Length: \

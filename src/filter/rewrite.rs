@@ -153,7 +153,7 @@ fn check_path(path: &str, written: &str) -> Result<(), String> {
         return Err(told);
     }
     let fit = PathAndQuery::try_from(path).is_ok();
-    if fit { Ok(()) } else { Err(format!("`{written}` is no path: spaces and the like must be percent-encoded")) }
+    if fit { Ok(()) } else { Err(format!("`{written}` is not a path: spaces and the like must be percent-encoded")) }
 }
 
 /// Whether a path of a request could be this one: what is not ASCII is encoded in those.
@@ -270,7 +270,7 @@ mod tests {
         assert_eq!(told("{ from: /a, to: '' }"), "[0].rewrite.path.prefix.to: `` must begin with `/`");
         let query = format!("[0].rewrite.path.prefix.to: `/b?c` is more than a path: {QUERY}");
         assert_eq!(told("{ from: /a, to: /b?c }"), query);
-        let space = "[0].rewrite.path.prefix.to: `/b c` is no path: spaces and the like must be percent-encoded";
+        let space = "[0].rewrite.path.prefix.to: `/b c` is not a path: spaces and the like must be percent-encoded";
         assert_eq!(told("{ from: /a, to: /b c }"), space);
         assert_eq!(told("{ from: /a }"), "[0].rewrite.path.prefix: missing field `to`");
         let encoded = "[0].rewrite.path.prefix.from: `/ä` is met by no request: write it percent-encoded";

@@ -38,7 +38,7 @@ impl Fault {
     /// What is wrong, for a log.
     pub fn words(self) -> &'static str {
         match self {
-            Fault::Length => "its Content-Length is no number, or more than one",
+            Fault::Length => "its Content-Length is not a number, or more than one",
             Fault::Coding => "its Transfer-Encoding is not `chunked`, or unclear",
             Fault::Switch => "it switches protocols, which only HTTP/1.1 can",
         }

@@ -326,7 +326,7 @@ fn check_tells_every_wrong_expression_with_its_line_and_column() {
         ("f.yaml:13:24", "there is no function `startWith`"),
         ("f.yaml:14:76", "`+` does not take text (string) and a whole number (int)"),
         ("f.yaml:16:15", "`response.code` comes too early"),
-        ("f.yaml:19:59", "`(` is no pattern that can be used"),
+        ("f.yaml:19:59", "`(` is not a usable pattern"),
     ] {
         assert!(said.contains(&format!("--> {place}")), "{place} is not in\n{said}");
         assert!(said.contains(told), "{told} is not in\n{said}");

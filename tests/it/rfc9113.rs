@@ -574,7 +574,7 @@ fn messages() -> Vec<Row> {
             "a body that trailers cut short",
             &[post_with(&[("content-length", "5")]), data(0, 1, b"abc"), trailers(WHOLE, &[("t", "1")])],
         ),
-        malformed("8.1.1", "a length that is no number", &[get_with(&[("content-length", "0x0")])]),
+        malformed("8.1.1", "a length that is not a number", &[get_with(&[("content-length", "0x0")])]),
         malformed(
             "8.1.1",
             "two lengths that differ",

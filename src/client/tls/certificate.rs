@@ -401,7 +401,7 @@ pub(super) fn host(written: &str) -> Result<Box<str>, String> {
     if rest.parse::<IpAddr>().is_ok() || (name.len() <= 253 && rest.split('.').all(is_label)) {
         return Ok(name.into());
     }
-    Err(format!("`{written}` is no name of a host: write one such as `shop.example.com` or `*.example.com`"))
+    Err(format!("`{written}` is not a valid host name: write one such as `shop.example.com` or `*.example.com`"))
 }
 
 fn count(text: &[u8], what: &[u8]) -> usize {
@@ -493,8 +493,8 @@ pub(super) mod tests {
         assert_eq!(
             load(&written).err().expect("an error"),
             [
-                "names[1]: `a b` is no name of a host: write one such as `shop.example.com` or `*.example.com`",
-                "names[2]: `a.*.test` is no name of a host: write one such as `shop.example.com` or `*.example.com`"
+                "names[1]: `a b` is not a valid host name: write one such as `shop.example.com` or `*.example.com`",
+                "names[2]: `a.*.test` is not a valid host name: write one such as `shop.example.com` or `*.example.com`"
             ]
         );
         let nameless = issue(dir.path(), "nameless", &[]);

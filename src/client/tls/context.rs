@@ -46,7 +46,7 @@ impl Terms {
         let mut errors = Vec::new();
         for (index, cipher) in written.ciphers.iter().enumerate() {
             if !is_cipher(cipher) {
-                let message = format!("`{cipher}` is no cipher suite of TLS 1.2 that Forebay has");
+                let message = format!("`{cipher}` is not a TLS 1.2 cipher suite of Forebay");
                 errors.push(BuildError::new(format!("ciphers[{index}]"), message));
             }
         }
@@ -233,7 +233,7 @@ mod tests {
         assert!(terms("ciphers: [ECDHE-RSA-AES128-GCM-SHA256, ECDHE-ECDSA-AES128-SHA]").is_ok());
         for wrong in ["HIGH", "ALL", "DHE-RSA-AES128-GCM-SHA256", "TLS_AES_128_GCM_SHA256", "a:b", ""] {
             let told = terms(&format!("ciphers: [\"{wrong}\"]")).err().expect("an error");
-            assert_eq!(told, [format!("ciphers[0]: `{wrong}` is no cipher suite of TLS 1.2 that Forebay has")]);
+            assert_eq!(told, [format!("ciphers[0]: `{wrong}` is not a TLS 1.2 cipher suite of Forebay")]);
         }
     }
 

@@ -65,7 +65,7 @@ impl<'a> Der<'a> {
 ///
 /// What is wrong with it, as the end of a sentence that begins with the name of the file.
 pub fn parse(der: &[u8], serial: &str) -> Result<Staple, &'static str> {
-    let Some((status, basic)) = outer(der) else { return Err("is no answer of OCSP in DER") };
+    let Some((status, basic)) = outer(der) else { return Err("is not an OCSP response in DER") };
     let Some(basic) = basic.filter(|_| status == [0]) else {
         return Err("is an answer of OCSP that says that its responder failed");
     };
@@ -182,8 +182,8 @@ pub(in crate::client) mod tests {
             parse(b"\x30\x03\x0a\x01\x06", "01"),
             Err("is an answer of OCSP that says that its responder failed")
         );
-        assert_eq!(parse(b"-----BEGIN", "01"), Err("is no answer of OCSP in DER"));
-        assert_eq!(parse(&[&good[..], b"\n"].concat(), "ABCD"), Err("is no answer of OCSP in DER"));
+        assert_eq!(parse(b"-----BEGIN", "01"), Err("is not an OCSP response in DER"));
+        assert_eq!(parse(&[&good[..], b"\n"].concat(), "ABCD"), Err("is not an OCSP response in DER"));
     }
 
     proptest! {

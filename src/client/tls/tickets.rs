@@ -97,7 +97,7 @@ impl Tickets {
         }
         let keys: Vec<Key> = bytes.chunks_exact(KEY_BYTES).filter_map(Key::of).collect();
         if keys.iter().any(|key| key.mac == [0; 32] || key.aes == [0; 32]) {
-            return Err(wrong("holds a key of zeros, which is no secret".to_owned()));
+            return Err(wrong("holds a key of zeros, which is not a secret".to_owned()));
         }
         self.0.store(Arc::new(keys));
         Ok(())
@@ -179,7 +179,7 @@ mod tests {
             Err(format!("`{wrong}` has 48 bytes, and keys have 80 each: make one with `openssl rand 80`"))
         );
         assert!(told(b"").is_err());
-        assert_eq!(told(&key(0)), Err(format!("`{wrong}` holds a key of zeros, which is no secret")));
+        assert_eq!(told(&key(0)), Err(format!("`{wrong}` holds a key of zeros, which is not a secret")));
         assert_eq!(names(&tickets), [[1; 16], [2; 16]], "what cannot be read changes nothing");
     }
 }

@@ -28,7 +28,7 @@ impl Stored {
     pub fn parse(hash: &str) -> Result<Stored, String> {
         let help = "make it anew by `htpasswd -B`";
         if ["$2a$", "$2b$", "$2y$", "$2x$"].iter().any(|kind| hash.starts_with(kind)) {
-            let parts: bcrypt::HashParts = hash.parse().map_err(|_| "is no whole bcrypt hash".to_owned())?;
+            let parts: bcrypt::HashParts = hash.parse().map_err(|_| "is not a complete bcrypt hash".to_owned())?;
             let cost = parts.get_cost();
             if !(4..=BCRYPT_COST_MAX).contains(&cost) {
                 return Err(format!("is a bcrypt hash of cost {cost}, and it must be 4 to {BCRYPT_COST_MAX}"));
@@ -36,8 +36,8 @@ impl Stored {
             return Ok(Stored::Bcrypt(hash.into()));
         }
         if hash.starts_with("$argon2") {
-            let whole = PasswordHash::new(hash).map_err(|_| "is no whole argon2 hash".to_owned())?;
-            let (params, _) = argon2_of(&whole).ok_or("is no whole argon2 hash")?;
+            let whole = PasswordHash::new(hash).map_err(|_| "is not a complete argon2 hash".to_owned())?;
+            let (params, _) = argon2_of(&whole).ok_or("is not a complete argon2 hash")?;
             if params.m_cost() > ARGON2_MEMORY_MAX || params.t_cost() > ARGON2_PASSES_MAX {
                 return Err(format!(
                     "is an argon2 hash of more than {} MiB or {ARGON2_PASSES_MAX} passes",
@@ -47,9 +47,9 @@ impl Stored {
             return Ok(Stored::Argon2(hash.into()));
         }
         Err(if hash.starts_with("$apr1$") || hash.starts_with("$1$") {
-            format!("is hashed with MD5, which anybody can undo: {help}")
+            format!("is hashed with MD5, which is easy to crack: {help}")
         } else if hash.starts_with("{SHA}") {
-            format!("is hashed with SHA-1, which anybody can undo: {help}")
+            format!("is hashed with SHA-1, which is easy to crack: {help}")
         } else {
             format!("is neither a bcrypt nor an argon2 hash: {help}")
         })
@@ -105,7 +105,7 @@ impl Users {
             let (user, hash) = line
                 .split_once(':')
                 .filter(|(user, _)| !user.is_empty())
-                .ok_or_else(|| format!("line {number} is no `user:hash`"))?;
+                .ok_or_else(|| format!("line {number} is not `user:hash`"))?;
             let hash =
                 Stored::parse(hash.trim()).map_err(|told| format!("line {number}: the password of `{user}` {told}"))?;
             decoy.get_or_insert_with(|| hash.clone());
@@ -158,14 +158,14 @@ mod tests {
     fn what_is_wrong_is_told_with_its_line() {
         let told = |text: &str| Users::parse(text).map(drop).unwrap_err();
         assert_eq!(told(""), "there is no user in it");
-        assert_eq!(told("# a\nada"), "line 2 is no `user:hash`");
-        assert_eq!(told(":x"), "line 1 is no `user:hash`");
+        assert_eq!(told("# a\nada"), "line 2 is not `user:hash`");
+        assert_eq!(told(":x"), "line 1 is not `user:hash`");
         assert!(told("ada:$apr1$x$y").starts_with("line 1: the password of `ada` is hashed with MD5"));
         assert!(told("ada:{SHA}x").contains("SHA-1"));
         assert!(told("ada:secret").contains("is neither a bcrypt nor an argon2 hash"));
-        assert!(told("ada:$2y$05$short").contains("is no whole bcrypt hash"));
+        assert!(told("ada:$2y$05$short").contains("is not a complete bcrypt hash"));
         assert!(told(&format!("ada:{}", APACHE.replace("$05$", "$31$"))).contains("of cost 31"));
-        assert!(told("ada:$argon2id$v=19$m=65536").contains("is no whole argon2 hash"));
+        assert!(told("ada:$argon2id$v=19$m=65536").contains("is not a complete argon2 hash"));
         let large = REFERENCE.replace("m=512", "m=1048576");
         assert!(told(&format!("ada:{large}")).contains("more than 256 MiB"));
         assert!(told(&format!("ada:{APACHE}\nada:{APACHE}")).contains("line 2: `ada` is there twice"));

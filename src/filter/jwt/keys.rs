@@ -39,7 +39,7 @@ impl KeySet {
         struct Set {
             keys: Vec<serde_json::Value>,
         }
-        let set: Set = serde_json::from_str(text).map_err(|error| format!("this is no JWK set: {error}"))?;
+        let set: Set = serde_json::from_str(text).map_err(|error| format!("this is not a JWK set: {error}"))?;
         if set.keys.len() > KEYS_MAX {
             return Err(format!("the JWK set has {} keys, and at most {KEYS_MAX} are taken", set.keys.len()));
         }
@@ -253,7 +253,7 @@ impl Service {
         if answered.header.status != 200 {
             return Err(format!("the service answered {}", answered.header.status));
         }
-        let text = std::str::from_utf8(&answered.body).map_err(|_| "the answer is no text".to_owned())?;
+        let text = std::str::from_utf8(&answered.body).map_err(|_| "the answer is not text".to_owned())?;
         KeySet::parse(text)
     }
 }
@@ -298,8 +298,8 @@ mod tests {
     #[test]
     fn a_set_that_is_none_is_told() {
         let told = |text: &str| KeySet::parse(text).map(drop).unwrap_err();
-        assert!(told("<html>").starts_with("this is no JWK set: "));
-        assert!(told("[]").starts_with("this is no JWK set: "));
+        assert!(told("<html>").starts_with("this is not a JWK set: "));
+        assert!(told("[]").starts_with("this is not a JWK set: "));
         assert!(told(r#"{"keys":[]}"#).starts_with("no key of the JWK set"));
         assert!(told(r#"{"keys":[{"kty":"EC","crv":"P-256","x":"AA","y":"AA"},7,{}]}"#).starts_with("no key"));
         let many = vec!["{}"; KEYS_MAX + 1].join(",");

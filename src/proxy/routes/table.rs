@@ -214,7 +214,7 @@ impl Host {
         let plain = |&byte: &u8| byte.is_ascii_alphanumeric() || b"-_.".contains(&byte);
         if normal.is_empty() || !(v6 && !below || normal.iter().all(plain)) {
             return Err(format!(
-                "`{written}` is no host: write a name such as `shop.example.com`, or `*.example.com`, without a port"
+                "`{written}` is not a host: write a name such as `shop.example.com`, or `*.example.com`, without a port"
             ));
         }
         Ok(if below { Host::Below(normal.into()) } else { Host::Exact(normal.into()) })
@@ -241,7 +241,7 @@ impl Path {
 }
 
 fn no_path(written: &str) -> String {
-    format!("`{written}` is no path: it must begin with `/`")
+    format!("`{written}` is not a path: it must begin with `/`")
 }
 
 /// Compiles a pattern so that it matches a text as a whole.
@@ -267,7 +267,7 @@ fn folder(pattern: &str) -> Box<str> {
 fn regex_message(pattern: &str, error: &regex::Error) -> String {
     let told = error.to_string();
     let cause = told.lines().last().unwrap_or_default().trim_start_matches("error: ");
-    format!("`{pattern}` is no regular expression that can be used: {cause}")
+    format!("`{pattern}` is not a usable regular expression: {cause}")
 }
 
 /// What a rule asks of a request beside host and path.
@@ -342,7 +342,7 @@ fn method(written: &str) -> Result<Method, String> {
             "`{written}` would match nothing, since methods have case (RFC 9110 §9.1): write `{upper}`"
         ));
     }
-    written.parse().map_err(|_| format!("`{written}` is no method: write one such as `GET`"))
+    written.parse().map_err(|_| format!("`{written}` is not a method: write one such as `GET`"))
 }
 
 /// A condition on the value of a header or a query argument.
@@ -987,8 +987,8 @@ mod tests {
                 "[3].match.path.exact",
             ]
         );
-        assert_eq!(errors[4].message, "`/a(` is no regular expression that can be used: unclosed group");
-        assert_eq!(errors[11].message, "`api` is no path: it must begin with `/`");
+        assert_eq!(errors[4].message, "`/a(` is not a usable regular expression: unclosed group");
+        assert_eq!(errors[11].message, "`api` is not a path: it must begin with `/`");
     }
 
     #[test]

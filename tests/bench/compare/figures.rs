@@ -144,7 +144,7 @@ impl Comparison {
     fn line(&self, row: usize) -> Vec<String> {
         let mut words = vec![self.rows[row].name.clone()];
         for (index, column) in self.columns.iter().enumerate() {
-            // What does not apply to a row is no number.
+            // What does not apply to a row is not a number.
             let value = self.median(row, index).filter(|value| value.is_finite());
             words.push(value.map_or("-".to_owned(), |value| format!("{value:.*}", column.decimals)));
             if !column.compared {
