@@ -145,7 +145,7 @@ refusals! {
     HEADER_H2_PRIORITY: "header.h2_priority", 429, "The client changes priorities too often.";
     HEADER_H2_CONTINUATION: "header.h2_continuation", 431, "The request header came in too many pieces.";
     HEADER_H2_EMPTY_DATA: "header.h2_empty_data", 429, "The client sends too many frames without content.";
-    HEADER_H2_UNKNOWN: "header.h2_unknown_frames", 429, "The client sends too many frames that say nothing.";
+    HEADER_H2_UNKNOWN: "header.h2_unknown_frames", 429, "The client sends too many unknown or useless frames.";
     ROUTE_NO_MATCH: "route.no_match", 404, "No route matches this request.";
     ROUTE_PRESSURE: "route.pressure", 503, "The gateway has no room for further requests; try again later.";
     ROUTE_REQUESTS: "route.requests", 503, "Too many requests are under way; try again later.";

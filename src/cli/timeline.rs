@@ -226,8 +226,8 @@ fn connect(address: SocketAddr, narrow: bool) -> io::Result<TcpStream> {
 
 const INTRODUCTION: &str = "\
 One worker and four clients, as the gateway recorded them: its event loop, cycle by cycle. A cycle is what the worker does
-between two waits in the kernel (epoll_wait); in none of them does it wait for anybody. Nothing here is scripted but the
-clients, so other pauses give another order: forebay timeline --help.
+between two waits in the kernel (epoll_wait); within a cycle it never waits. Only the clients are scripted, so other
+pauses give another order: forebay timeline --help.
 ";
 
 fn show(recorded: &[Recorded]) -> Result<(), Failure> {

@@ -137,7 +137,7 @@ impl Cache {
 }
 
 static UNAVAILABLE: Refusal =
-    Refusal::new("route.forward_auth", 503, "Who asks cannot be found out just now; try again later.");
+    Refusal::new("route.forward_auth", 503, "The authorization service is not available; try again later.");
 
 /// What a granted header may take in memory together.
 const GRANT_BYTES_MAX: usize = 16 << 10;

@@ -240,10 +240,11 @@ impl Asked {
 
 static MISSING: Refusal = Refusal::new("route.jwt_missing", 401, "Show a token.");
 static INVALID: Refusal = Refusal::new("route.jwt_invalid", 401, "This token is not accepted.");
-static EXPIRED: Refusal = Refusal::new("route.jwt_expired", 401, "This token is not in force now.");
-static MEANT: Refusal = Refusal::new("route.jwt_audience", 401, "This token is meant for others, or by others.");
+static EXPIRED: Refusal = Refusal::new("route.jwt_expired", 401, "This token has expired, or is not valid yet.");
+static MEANT: Refusal =
+    Refusal::new("route.jwt_audience", 401, "The issuer or the audience of this token is not accepted here.");
 static UNAVAILABLE: Refusal =
-    Refusal::new("route.jwt_unavailable", 503, "The keys for tokens are not to be had just now; try again later.");
+    Refusal::new("route.jwt_unavailable", 503, "The keys for tokens are not available; try again later.");
 
 /// What claims may have together, in bytes and in number; what exceeds it is left out.
 const CLAIMS_BYTES_MAX: usize = 16 << 10;
