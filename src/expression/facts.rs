@@ -92,13 +92,11 @@ impl<'a> Facts<'a> {
             attempt: 0,
         }
     }
-}
 
-impl Facts<'_> {
     /// What expressions are asked of, with this request.
-    pub fn asked<'h>(&'h self, request: &'h RequestHeader) -> Asked<'h> {
+    pub fn asked(self, request: &'a RequestHeader) -> Asked<'a> {
         Asked {
-            facts: *self,
+            facts: self,
             method: &request.method,
             target: &request.uri,
             version: request.version,
@@ -106,7 +104,9 @@ impl Facts<'_> {
             response: (self.status > 0).then_some(Response { code: self.status, headers: None }),
         }
     }
+}
 
+impl Facts<'_> {
     /// The same, if this is who asks.
     pub(crate) fn of_whom<'i>(&self, identity: Option<&'i Identity>) -> Facts<'i>
     where
@@ -193,11 +193,11 @@ pub struct Response<'a> {
     pub headers: Option<&'a HeaderMap>,
 }
 
-impl Asked<'_> {
+impl<'a> Asked<'a> {
     /// The same, with this response.
-    pub fn answered<'h>(&'h self, response: &'h ResponseHeader) -> Asked<'h> {
+    pub fn answered(self, response: &'a ResponseHeader) -> Asked<'a> {
         let response = Response { code: response.status.as_u16(), headers: Some(&response.headers) };
-        Asked { response: Some(response), ..*self }
+        Asked { response: Some(response), ..self }
     }
 }
 

@@ -60,8 +60,32 @@ pub(super) enum Condition {
     NumberOneOf(Number, Box<[Number]>),
     SameAddress(Box<[Address; 2]>),
     AddressOneOf(Address, Box<[Address]>),
-    Within(Box<IpNet>, Address),
+    Within(Network, Address),
     IsAddress(Text),
+}
+
+/// A network, as addresses are compared with it.
+#[derive(Debug)]
+pub(super) enum Network {
+    V4 { bits: u32, mask: u32 },
+    V6(Box<(u128, u128)>),
+}
+
+impl Network {
+    pub fn new(network: IpNet) -> Network {
+        match network {
+            IpNet::V4(v4) => Network::V4 { bits: v4.network().to_bits(), mask: v4.netmask().to_bits() },
+            IpNet::V6(v6) => Network::V6(Box::new((v6.network().to_bits(), v6.netmask().to_bits()))),
+        }
+    }
+
+    fn contains(&self, address: IpAddr) -> bool {
+        match (self, address) {
+            (Network::V4 { bits, mask }, IpAddr::V4(address)) => address.to_bits() & mask == *bits,
+            (Network::V6(network), IpAddr::V6(address)) => address.to_bits() & network.1 == network.0,
+            (Network::V4 { .. }, IpAddr::V6(_)) | (Network::V6(_), IpAddr::V4(_)) => false,
+        }
+    }
 }
 
 /// `==`, `<` and the like.
@@ -219,25 +243,18 @@ impl Condition {
             Condition::Same(both) => both[0].holds(asked) == both[1].holds(asked),
             Condition::Has(field) => field.is_there(asked),
             Condition::IsSlow => asked.is_slow(),
-            Condition::Equal(both) => both[0].of(asked) == both[1].of(asked),
-            Condition::Is(text, literal) => *text.of(asked) == **literal,
+            Condition::Equal(both) => compared(both, asked, |text, other| text == other),
+            Condition::Is(text, literal) => text.read(asked, |text| *text == **literal),
             Condition::Compare(comparison, both) => {
-                comparison.holds(Some(both[0].of(asked).as_ref().cmp(both[1].of(asked).as_ref())))
+                compared(both, asked, |text, other| comparison.holds(Some(text.cmp(other))))
             }
-            Condition::StartsWith(both) => both[0].of(asked).starts_with(&both[1].of(asked)),
-            Condition::EndsWith(both) => both[0].of(asked).ends_with(&both[1].of(asked)),
-            Condition::Contains(both) => find(&both[0].of(asked), &both[1].of(asked)).is_some(),
-            Condition::ContainsLiteral(text, finder) => finder.find(&text.of(asked)).is_some(),
-            Condition::Matches(text, pattern) => {
-                let text = text.of(asked);
-                match std::str::from_utf8(&text) {
-                    Ok(text) => pattern.is_match(text),
-                    Err(_) => pattern.is_match(&String::from_utf8_lossy(&text)),
-                }
-            }
+            Condition::StartsWith(both) => compared(both, asked, |text, with| text.starts_with(with)),
+            Condition::EndsWith(both) => compared(both, asked, |text, with| text.ends_with(with)),
+            Condition::Contains(both) => compared(both, asked, |text, part| find(text, part).is_some()),
+            Condition::ContainsLiteral(text, finder) => text.read(asked, |text| finder.find(text).is_some()),
+            Condition::Matches(text, pattern) => text.read(asked, |text| matches(text, pattern)),
             Condition::OneOf(text, all) => {
-                let text = text.of(asked);
-                all.iter().any(|one| one.of(asked) == text)
+                text.read(asked, |text| all.iter().any(|one| one.read(asked, |one| one == text)))
             }
             Condition::Listed(text, split) => {
                 let text = text.of(asked);
@@ -257,13 +274,46 @@ impl Condition {
                 let address = address.of(asked);
                 all.iter().any(|one| one.of(asked) == address)
             }
-            Condition::Within(network, address) => address.of(asked).is_some_and(|address| network.contains(&address)),
+            Condition::Within(network, address) => address.of(asked).is_some_and(|address| network.contains(address)),
             Condition::IsAddress(text) => parsed_address(&text.of(asked)).is_some(),
         }
     }
 }
 
+/// Whether this holds for two texts.
+fn compared(both: &[Text; 2], asked: &Asked<'_>, holds: impl FnOnce(&[u8], &[u8]) -> bool) -> bool {
+    both[0].read(asked, |text| both[1].read(asked, |other| holds(text, other)))
+}
+
+fn matches(text: &[u8], pattern: &Regex) -> bool {
+    match std::str::from_utf8(text) {
+        Ok(text) => pattern.is_match(text),
+        Err(_) => pattern.is_match(&String::from_utf8_lossy(text)),
+    }
+}
+
 impl Field {
+    /// All that is there under the name, if it stands in the request as it is.
+    fn plain<'a>(&self, asked: &Asked<'a>) -> Option<&'a [u8]> {
+        let one = |headers: &'a HeaderMap, name: &HeaderName| {
+            let mut values = headers.get_all(name).iter();
+            match (values.next(), values.next()) {
+                (None, _) => Some([].as_slice()),
+                (Some(value), None) => Some(value.as_bytes()),
+                (Some(_), Some(_)) => None,
+            }
+        };
+        match self {
+            Field::Header(name) => one(asked.headers, name),
+            Field::ResponseHeader(name) => {
+                asked.response.and_then(|response| response.headers).map_or(Some(&[]), |headers| one(headers, name))
+            }
+            Field::Cookie(_) => (!asked.headers.contains_key(header::COOKIE)).then_some(&[]),
+            Field::Argument(_) => asked.target.query().is_none_or(str::is_empty).then_some(&[]),
+            Field::PeerNames | Field::Claim(_) => None,
+        }
+    }
+
     /// One of the values under the name, counted from 0; empty if there is none.
     fn nth<'a>(&'a self, asked: &Asked<'a>, number: i64) -> Bytes<'a> {
         let Ok(mut left) = usize::try_from(number) else { return EMPTY };
@@ -372,22 +422,54 @@ const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 impl Text {
     /// The text that it makes.
     pub fn of<'a>(&'a self, asked: &Asked<'a>) -> Bytes<'a> {
+        self.plain(asked).map_or_else(|| self.made(asked), Cow::Borrowed)
+    }
+
+    /// Reads the text that it makes. Most of them stand in the request as they are, and are read there at next to no
+    /// cost.
+    #[inline]
+    fn read<R>(&self, asked: &Asked<'_>, read: impl FnOnce(&[u8]) -> R) -> R {
+        match self.plain(asked) {
+            Some(text) => read(text),
+            None => read(&self.made(asked)),
+        }
+    }
+
+    /// The text, if it stands in the request or in the expression as it is.
+    #[inline]
+    fn plain<'a>(&'a self, asked: &Asked<'a>) -> Option<&'a [u8]> {
+        Some(match self {
+            Text::Literal(text) => text,
+            Text::Method => asked.method.as_str().as_bytes(),
+            Text::Path => asked.facts.path.as_bytes(),
+            Text::Query => asked.target.query().unwrap_or_default().as_bytes(),
+            Text::Scheme => asked.facts.scheme.as_bytes(),
+            Text::Route => asked.facts.route.as_bytes(),
+            Text::Listener => asked.facts.listener.as_bytes(),
+            Text::Field(field) => return field.plain(asked),
+            _ => return None,
+        })
+    }
+
+    #[inline(never)]
+    fn made<'a>(&'a self, asked: &Asked<'a>) -> Bytes<'a> {
         match self {
-            Text::Literal(text) => Cow::Borrowed(text),
-            Text::Method => Cow::Borrowed(asked.method.as_str().as_bytes()),
-            Text::Path => Cow::Borrowed(asked.facts.path.as_bytes()),
+            // These are read as they are.
+            Text::Literal(_)
+            | Text::Method
+            | Text::Path
+            | Text::Query
+            | Text::Scheme
+            | Text::Route
+            | Text::Listener => self.plain(asked).map_or(EMPTY, Cow::Borrowed),
             Text::Target => {
                 let target = asked.target.path_and_query().map_or(asked.target.path(), |target| target.as_str());
                 Cow::Borrowed(target.as_bytes())
             }
-            Text::Query => Cow::Borrowed(asked.target.query().unwrap_or_default().as_bytes()),
             Text::Host => host(asked.headers.get(header::HOST).map_or(&[], |host| host.as_bytes())),
-            Text::Scheme => Cow::Borrowed(asked.facts.scheme.as_bytes()),
             Text::Version => Cow::Borrowed(version(asked.version).as_bytes()),
             Text::Id => header_of(asked.headers, &REQUEST_ID),
-            Text::Route => Cow::Borrowed(asked.facts.route.as_bytes()),
             Text::TlsVersion => Cow::Borrowed(asked.facts.secured.version.as_bytes()),
-            Text::Listener => Cow::Borrowed(asked.facts.listener.as_bytes()),
             Text::Sni => Cow::Borrowed(asked.facts.secured.sni.as_bytes()),
             Text::PeerSubject => Cow::Borrowed(asked.facts.secured.subject.as_bytes()),
             Text::PeerFingerprint => Cow::Borrowed(asked.facts.secured.fingerprint.as_bytes()),
@@ -708,7 +790,10 @@ impl Address {
     /// The address; one of IPv4 that came in by way of IPv6 is one of IPv4.
     fn of(&self, asked: &Asked<'_>) -> Option<IpAddr> {
         match self {
-            Address::Client => asked.facts.client.map(|client| client.to_canonical()),
+            Address::Client => match asked.facts.client {
+                Some(IpAddr::V6(client)) => Some(client.to_canonical()),
+                client => client,
+            },
             Address::Literal(address) => Some(*address),
             Address::Parse(text) => parsed_address(&text.of(asked)),
         }

@@ -10,7 +10,7 @@ use regex::Regex;
 
 use super::names::{FUNCTIONS, VARIABLES};
 use super::parse::{LOOPS, Tree};
-use super::plan::{Address, Comparison, Condition, Double, Field, Int, Number, Split, Text, parsed_address};
+use super::plan::{Address, Comparison, Condition, Double, Field, Int, Network, Number, Split, Text, parsed_address};
 use super::{Mistake, Moment, pattern};
 use crate::error::nearest;
 
@@ -788,7 +788,7 @@ impl<'t> Planner<'t> {
                     );
                 };
                 let plan = self.plan(address)?;
-                Plan::Condition(Condition::Within(Box::new(within), self.address_of(address, plan)?))
+                Plan::Condition(Condition::Within(Network::new(within), self.address_of(address, plan)?))
             }
             ("base64.encode", [of]) => Plan::Text(Text::Encode(Box::new(self.text(of)?))),
             ("base64.decode", [of]) => Plan::Text(Text::Decode(Box::new(self.text(of)?))),

@@ -5,7 +5,9 @@
 
 use std::any::Any;
 use std::borrow::Cow;
+use std::cell::OnceCell;
 use std::future::Future;
+use std::slice;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -45,6 +47,8 @@ pub struct Chain {
 pub(super) struct Link {
     watched: Watched,
     filter: Box<dyn Filter>,
+    /// The stages that it wants.
+    wants: Stages,
     when: Option<When>,
     /// What no client may say in trailers.
     own: Box<[HeaderName]>,
@@ -148,20 +152,49 @@ impl Chain {
         States { slots: self.links.iter().map(|_| Slot::default()).collect(), ..States::default() }
     }
 
+    /// The next of these filters that acts and wants this stage. Conditions on the way to it are asked of the same facts,
+    /// for nothing changes before a filter runs.
+    fn next<'a>(
+        &self,
+        order: &mut slice::Iter<'_, usize>,
+        stage: Stages,
+        states: &mut States,
+        asked: impl Fn() -> Asked<'a>,
+    ) -> Option<(usize, &Link)> {
+        let once = OnceCell::new();
+        order.find_map(|&index| {
+            let link = &self.links[index];
+            let acts = states.acts(index, link, |when| when.holds(once.get_or_init(&asked)));
+            (acts && link.wants.contains(stage)).then_some((index, link))
+        })
+    }
+
+    /// Asks the conditions up to the first filter that acts on the request; whether there is one. If there is none,
+    /// [`Chain::request`] has nothing to do.
+    pub fn acts_on_request<'a>(&self, states: &mut States, asked: impl Fn() -> Asked<'a>) -> bool {
+        self.next(&mut self.request.iter(), Stages::REQUEST, states, asked).is_some()
+    }
+
+    /// Whether a filter may act that has not yet, now that conditions on the request were asked.
+    pub fn may_act(&self, states: &States) -> bool {
+        (0..self.links.len()).any(|index| states.may_act(index))
+    }
+
     /// Runs [`Filter::request`].
     pub async fn request(&self, states: &mut States, mut view: View<'_>) -> Verdict {
-        for &index in &self.request {
-            let (link, identity) = (&self.links[index], states.identity.clone());
+        let mut order = self.request.iter();
+        loop {
+            let identity = states.identity.clone();
             let facts = view.facts.of_whom(identity.as_deref());
-            if !states.acts(index, link, || facts.asked(view.request)) || !link.wants(Stages::REQUEST) {
-                continue;
-            }
+            let asked = || facts.asked(view.request);
+            let Some((index, link)) = self.next(&mut order, Stages::REQUEST, states, asked) else {
+                return Verdict::Continue;
+            };
             let notebook = states.notebook.clone();
             let mut scope = view.scope(states, index, facts);
             let verdict = link.run("request", link.filter.request(&mut scope), self.patience, notebook).await;
             let Verdict::Continue = verdict else { return verdict };
         }
-        Verdict::Continue
     }
 
     /// Runs [`Filter::request_body`].
@@ -175,7 +208,9 @@ impl Chain {
         let facts = view.facts;
         for &index in &self.request_body {
             let link = &self.links[index];
-            if states.slot(index).leaves_request_body || !states.acts(index, link, || facts.asked(view.request)) {
+            if states.slot(index).leaves_request_body
+                || !states.acts(index, link, |when| when.holds(&facts.asked(view.request)))
+            {
                 continue;
             }
             let notebook = states.notebook.clone();
@@ -187,23 +222,24 @@ impl Chain {
         Verdict::Continue
     }
 
+    /// Asks the conditions up to the first filter that acts on this response; whether there is one. If there is none,
+    /// [`Chain::response`] has nothing to do.
+    pub fn acts_on_response<'a>(&self, states: &mut States, asked: impl Fn() -> Asked<'a>) -> bool {
+        states.begin_response();
+        self.next(&mut self.response.iter(), Stages::RESPONSE, states, asked).is_some()
+    }
+
     /// Runs [`Filter::response`], the last filter first. An answer of a filter takes the place of the response: the
     /// filters outside of it see that one, and what they have left of it is the verdict.
     pub async fn response(&self, states: &mut States, mut view: View<'_>, response: &mut ResponseHeader) -> Verdict {
-        states.answered = None;
-        states.slots.iter_mut().for_each(|slot| (slot.leaves_body, slot.holds_body) = (false, false));
+        states.begin_response();
         let mut body = None;
-        for &index in &self.response {
-            let link = &self.links[index];
+        let mut order = self.response.iter();
+        loop {
             let author = if states.answered.is_some() { Some(Author::Filter) } else { view.facts.author };
             let facts = Facts { status: response.status.as_u16(), author, ..view.facts };
-            let acts = {
-                let asked = facts.asked(view.request);
-                states.acts(index, link, || asked.answered(response))
-            };
-            if !acts || !link.wants(Stages::RESPONSE) {
-                continue;
-            }
+            let asked = || facts.asked(view.request).answered(response);
+            let Some((index, link)) = self.next(&mut order, Stages::RESPONSE, states, asked) else { break };
             let notebook = states.notebook.clone();
             let mut scope = view.scope(states, index, facts);
             let call = link.filter.response(&mut scope, response);
@@ -240,7 +276,7 @@ impl Chain {
             if states.has_nothing_to_do(index) {
                 continue;
             }
-            if !states.acts(index, link, || facts.asked(view.request)) {
+            if !states.acts(index, link, |when| when.holds(&facts.asked(view.request))) {
                 continue;
             }
             let notebook = states.notebook.clone();
@@ -298,7 +334,7 @@ impl Chain {
         let facts = view.facts;
         for &index in order {
             let link = &self.links[index];
-            if states.acts(index, link, || facts.asked(view.request)) {
+            if states.acts(index, link, |when| when.holds(&facts.asked(view.request))) {
                 link.watched.call(|| call(&*link.filter, &mut view.scope(states, index, facts)));
             }
         }
@@ -310,7 +346,8 @@ impl Chain {
         for &index in &self.end {
             let link = &self.links[index];
             let response = Some(Response { code: outcome.status, headers: None });
-            if !states.acts(index, link, || Asked { response, ..facts.asked(view.request) }) {
+            let asked = || Asked { response, ..facts.asked(view.request) };
+            if !states.acts(index, link, |when| when.holds(&asked())) {
                 continue;
             }
             link.watched.call(|| link.filter.end(&mut view.scope(states, index, facts), outcome));
@@ -346,8 +383,8 @@ impl Link {
     /// A filter that was written under `key`, and the condition under which it acts.
     pub(super) fn new(key: &str, filter: Box<dyn Filter>, when: Option<Condition>) -> Link {
         let when = when.map(|condition| When { condition, skipped: None });
-        let own = filter.own_headers().into();
-        Link { watched: Watched::untimed(filter.label().unwrap_or(key)), filter, when, own }
+        let (wants, own) = (filter.stages(), filter.own_headers().into());
+        Link { watched: Watched::untimed(filter.label().unwrap_or(key)), filter, wants, when, own }
     }
 
     /// What it is called in metrics and logs.
@@ -363,23 +400,7 @@ impl Link {
             Some(_) => Stages::REQUEST,
         };
         let own = if self.own.is_empty() { Stages::NONE } else { Stages::REQUEST_TRAILERS };
-        self.filter.stages() | asked | own
-    }
-
-    fn wants(&self, stage: Stages) -> bool {
-        self.filter.stages().contains(stage)
-    }
-
-    /// Whether it acts in this exchange. Its condition is asked once, for it may read what filters change.
-    fn acts<'a>(&self, slot: &mut Slot, asked: impl FnOnce() -> Asked<'a>) -> bool {
-        let Some(when) = &self.when else { return true };
-        *slot.acts.get_or_insert_with(|| {
-            let holds = when.condition.holds(&asked());
-            if !holds && let Some(skipped) = &when.skipped {
-                skipped.inc();
-            }
-            holds
-        })
+        self.wants | asked | own
     }
 
     /// The verdict of a stage that comes too late for an answer.
@@ -409,14 +430,26 @@ impl States {
         self.notebook = Some(notebook);
     }
 
-    /// Whether this filter acts, which is noted once if it does not.
-    fn acts<'a>(&mut self, index: usize, link: &Link, asked: impl FnOnce() -> Asked<'a>) -> bool {
-        let first = self.slot(index).acts.is_none();
-        let acts = link.acts(self.slot(index), asked);
-        if let (true, false, Some(notebook)) = (first, acts, &self.notebook) {
-            notebook.skipped(link.label());
+    /// Whether this filter acts. Its condition is asked once, for it may read what filters change; and it is counted
+    /// and noted once if it does not hold.
+    fn acts(&mut self, index: usize, link: &Link, holds: impl FnOnce(&Condition) -> bool) -> bool {
+        let Some(when) = &link.when else { return true };
+        let slot = self.slot(index);
+        if let Some(acts) = slot.acts {
+            return acts;
+        }
+        let acts = *slot.acts.insert(holds(&when.condition));
+        if !acts {
+            when.skipped.iter().for_each(|skipped| skipped.inc());
+            self.notebook.iter().for_each(|notebook| notebook.skipped(link.label()));
         }
         acts
+    }
+
+    /// A response is here, in place of the one before if there was one.
+    fn begin_response(&mut self) {
+        self.answered = None;
+        self.slots.iter_mut().for_each(|slot| (slot.leaves_body, slot.holds_body) = (false, false));
     }
 
     /// Who asks, as far as the filters have found out.

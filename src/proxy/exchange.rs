@@ -315,8 +315,12 @@ impl Exchange {
             && let Some(mut states) = filters.take()
         {
             let facts = Facts { author: Some(author), ..self.facts(&route.name) };
-            let call = route.chain.response(&mut states, View { facts, request }, response);
-            let verdict = self.watch(route).during(route.chain.patience(), call, &refusal::RECEIVE_ABORTED).await;
+            let asked = || Facts { status: response.status.as_u16(), ..facts }.asked(request).answered(response);
+            let mut verdict = Verdict::Continue;
+            if route.chain.acts_on_response(&mut states, asked) {
+                let call = route.chain.response(&mut states, View { facts, request }, response);
+                verdict = self.watch(route).during(route.chain.patience(), call, &refusal::RECEIVE_ABORTED).await;
+            }
             filters.put(states);
             filters.answered(response.status);
             return verdict;

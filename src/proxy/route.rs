@@ -19,7 +19,7 @@ use super::routes::table::{Query, Table};
 use crate::client::challenges::Challenges;
 use crate::error::{Refusal, refusal};
 use crate::eventloop::worker::take_route;
-use crate::expression::{Condition, Facts};
+use crate::expression::{Asked, Condition, Facts};
 use crate::filter::{Stages, Verdict, View};
 
 /// Finds the route of a request.
@@ -28,8 +28,19 @@ pub fn find<'t>(
     routes: &'t Table<Arc<Route>>,
     request: &RequestHeader,
 ) -> Result<&'t Arc<Route>, &'static Refusal> {
-    let found = routes.find(&query(request), |route, when| holds(exchange, &route.name, request, when));
+    let mut asked = None;
+    let found = routes.find(&query(request), |route, when| {
+        // What is known of the exchange is the same for each condition, but for the name of its route.
+        let asked = asked.get_or_insert_with(|| asked_of(exchange, &route.name, request));
+        asked.facts.route = &route.name;
+        when.holds(asked)
+    });
     found.ok_or(&refusal::ROUTE_NO_MATCH)
+}
+
+/// What conditions are asked of before filters change anything.
+fn asked_of<'a>(exchange: &'a Exchange, route: &'a str, request: &'a RequestHeader) -> Asked<'a> {
+    Facts { path: request.uri.path(), ..exchange.facts(route) }.asked(request)
 }
 
 /// What the table is asked for a request.
@@ -46,8 +57,7 @@ pub fn query(request: &RequestHeader) -> Query<'_> {
 
 /// Whether a condition of the route of this name holds for a request.
 pub fn holds(exchange: &Exchange, route: &str, request: &RequestHeader, when: &Condition) -> bool {
-    let facts = Facts { path: request.uri.path(), ..exchange.facts(route) };
-    when.holds(&facts.asked(request))
+    when.holds(&asked_of(exchange, route, request))
 }
 
 /// Everything about a request before filters see it: whether it may pass, whether Forebay answers it itself, and the
@@ -89,11 +99,20 @@ pub async fn take(exchange: &mut Exchange, route: Arc<Route>, request: &mut Requ
         exchange.routing.route = Some(route);
         return Verdict::Continue;
     }
-    exchange.request.target = Some(request.uri.clone());
     let mut states = route.chain.states();
     if let Some(notebook) = exchange.progress.notebook() {
         states.note_in(notebook);
     }
+    let acts = route.chain.acts_on_request(&mut states, || asked_of(exchange, &route.name, request));
+    if !acts {
+        if route.chain.may_act(&states) {
+            exchange.request.target = Some(request.uri.clone());
+            exchange.filters.states = Some(FilterStates::new(states));
+        }
+        exchange.routing.route = Some(route);
+        return Verdict::Continue;
+    }
+    exchange.request.target = Some(request.uri.clone());
     let mut client = exchange.watch(&route);
     let view = View { facts: exchange.facts(&route.name), request };
     let call = route.chain.request(&mut states, view);
