@@ -6,7 +6,7 @@
 //!     realm: Restricted          # what a browser shows
 //!     user_header: X-Remote-User # tells the upstream who it is; what a client sends under this name is removed
 //!     forward: false             # true: the upstream gets the password as well
-//!     threads: 1                 # that hash, besides the workers
+//!     threads: 1                 # that hash, in CPU time that is left over
 //!     queue: 64                  # how many passwords may wait for them; then 503
 //!     remember: 10m              # how long a right password is not hashed again
 //!     remembered: 10k            # how many of them
@@ -57,7 +57,7 @@ pub struct Settings {
     /// Whether the upstream gets `Authorization`, and so the password.
     #[serde(default)]
     pub forward: bool,
-    /// How many threads hash passwords, at a lower priority than that of the workers.
+    /// How many threads hash passwords, in CPU time that is left over.
     #[serde(default = "Settings::threads")]
     pub threads: Count,
     /// How many passwords may wait for them; further requests are answered 503.

@@ -104,7 +104,7 @@ fn a_changed_file_of_users_is_in_force_and_a_wrong_one_is_not() {
 /// The durations of requests without a password, sent in a loop for this time.
 fn beside(gateway: &Gateway, time: Duration) -> Vec<Duration> {
     let (begun, mut took, mut client) = (Instant::now(), Vec::new(), gateway.client());
-    while begun.elapsed() < time || took.len() < 200 {
+    while begun.elapsed() < time || took.len() < 100 {
         let asked = Instant::now();
         let answer = client.get("/open");
         took.push(asked.elapsed());
@@ -118,11 +118,26 @@ fn beside(gateway: &Gateway, time: Duration) -> Vec<Duration> {
     took
 }
 
+/// The scheduling policy (sched(7)) and the nice value of each thread of this name. Gateways run in this process.
+fn ranks(name: &str) -> Vec<(i64, i64)> {
+    let tasks = std::fs::read_dir("/proc/self/task").expect("the threads");
+    let rank = |task: std::fs::DirEntry| {
+        let stat = std::fs::read_to_string(task.path().join("stat")).ok()?;
+        let (before, after) = stat.rsplit_once(") ")?;
+        // proc_pid_stat(5): what follows the name begins with field 3.
+        let field = |number: usize| after.split_whitespace().nth(number - 3)?.parse().ok();
+        before.ends_with(&format!("({name}")).then_some((field(41)?, field(19)?))
+    };
+    tasks.flatten().filter_map(rank).collect()
+}
+
 #[test]
 fn two_hundred_wrong_passwords_a_second_leave_others_as_they_are() {
     const ATTACKERS: u32 = 8;
     const EACH_SECOND: u32 = 200;
-    const TIME: Duration = Duration::from_secs(3);
+    const TIME: Duration = Duration::from_secs(1);
+    const ROUNDS: u32 = 4;
+    const SCHED_IDLE: i64 = 5;
     let origin = Origin::named("app");
     let setup = Setup::before(&origin);
     let users = file(&setup, "users", &format!("ada:{DEAR}\n"));
@@ -134,46 +149,53 @@ fn two_hundred_wrong_passwords_a_second_leave_others_as_they_are() {
     let right = basic("ada", "secret");
     assert_eq!(gateway.client().ask("GET", "/", &right, "").status, 200);
 
-    let before = beside(&gateway, TIME);
     let web = gateway.web();
-    // Each attacker sends at fixed times, regardless of earlier requests. All passwords differ, so that each is
-    // hashed or refused.
-    let attack = move |attacker: u32| {
+    // Each attacker sends by the clock, whatever becomes of those before: a wrong one that waits holds up no other. Each
+    // password is another one, so that each is hashed or turned away.
+    let attack = move |round: u32, attacker: u32| {
         let (begun, pause) = (Instant::now(), Duration::from_secs(1) * ATTACKERS / EACH_SECOND);
         let mut asked = Vec::new();
         for number in 0..TIME.as_secs() as u32 * EACH_SECOND / ATTACKERS {
             thread::park_timeout((begun + pause * number).saturating_duration_since(Instant::now()));
             let mut client = Client::connect(web);
-            let wrong = basic("ada", &format!("{attacker}.{number}"));
+            let wrong = basic("ada", &format!("{round}.{attacker}.{number}"));
             client.send(format!("GET / HTTP/1.1\r\nHost: test\r\nConnection: close\r\n{wrong}\r\n"));
             asked.push(client);
         }
-        (begun.elapsed(), asked.into_iter().map(|mut client| client.response().status).collect::<Vec<_>>())
+        asked.into_iter().map(|mut client| client.response().status).collect::<Vec<_>>()
     };
-    let attackers: Vec<_> = (0..ATTACKERS).map(|attacker| thread::spawn(move || attack(attacker))).collect();
-    let during = beside(&gateway, TIME);
+    // In turn, so that whatever else runs on this machine has its part in both.
+    let (mut alone, mut during, mut statuses, mut hashers) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+    for round in 0..ROUNDS {
+        alone.push(beside(&gateway, TIME));
+        let attackers: Vec<_> = (0..ATTACKERS).map(|attacker| thread::spawn(move || attack(round, attacker))).collect();
+        during.push(beside(&gateway, TIME));
+        // Why others are as they are: who hashes takes the CPU time that nothing else wants; where there is none, another
+        // one stands in, with a smaller share than a worker.
+        hashers.extend(eventually("threads that give way", || {
+            let ranks = ranks("password");
+            ranks.iter().all(|(policy, nice)| *policy == SCHED_IDLE || *nice > 0).then_some(ranks)
+        }));
+        statuses.extend(attackers.into_iter().flat_map(|attacker| attacker.join().expect("an attacker")));
+    }
     assert_eq!(gateway.client().ask("GET", "/", &right, "").status, 200, "who was let in before is remembered");
-    let ended: Vec<_> = attackers.into_iter().map(|attacker| attacker.join().expect("an attacker")).collect();
-    let statuses: Vec<u16> = ended.iter().flat_map(|(_, statuses)| statuses).copied().collect();
-    assert_eq!(statuses.len(), 600);
+    assert_eq!(statuses.len(), 800);
     assert!(statuses.iter().all(|status| [401, 503].contains(status)), "{statuses:?}");
     assert!(statuses.contains(&503) && statuses.contains(&401), "some are hashed, and the rest is turned away");
-    let (median, p99) =
-        (|times: &[Duration]| times[times.len() / 2], |times: &[Duration]| times[times.len() * 99 / 100]);
-    println!(
-        "alone: {} requests, median {:?}, p99 {:?}; beside {:?}: {} requests, median {:?}, p99 {:?}",
-        before.len(),
-        median(&before),
-        p99(&before),
-        ended[0].0,
-        during.len(),
-        median(&during),
-        p99(&during)
-    );
-    // Client, attackers and other processes share the cores, so the bound is generous. A worker that hashed would
-    // be blocked for five milliseconds at a time, half of the time, which the median would show.
-    assert!(median(&during) < median(&before) * 5 + Duration::from_millis(20), "{:?}", median(&during));
-    assert!(p99(&during) < p99(&before) * 5 + Duration::from_millis(200), "{:?} to {:?}", p99(&before), p99(&during));
+    let middle = |rounds: &[Vec<Duration>], part: usize| {
+        let mut each: Vec<_> = rounds.iter().map(|took| took[took.len() * part / 100]).collect();
+        each.sort_unstable();
+        each[each.len() / 2]
+    };
+    for part in [50, 99] {
+        let (alone, during) = (middle(&alone, part), middle(&during, part));
+        println!("p{part}: alone {alone:?}, beside the attack {during:?}");
+        // Both ends, the attackers and whatever else runs share the cores, so that this is generous. A worker that
+        // hashed would be away for five milliseconds at a time, half of the time, and is seen in the median and below.
+        let most = alone * 5 + Duration::from_millis(if part == 50 { 20 } else { 200 });
+        assert!(during < most, "p{part}: {alone:?} to {during:?}");
+    }
+    assert!(hashers.iter().any(|(policy, _)| *policy == SCHED_IDLE), "{hashers:?}");
     let polls = |part: &str| gateway.metric(&format!("forebay_filter_poll_seconds_{part}{{filter=\"basic_auth\"}}"));
     assert!(polls("sum") < polls("count") * 0.01, "a worker hashes: {} s in {} polls", polls("sum"), polls("count"));
 }

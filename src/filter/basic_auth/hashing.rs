@@ -1,12 +1,21 @@
 //! Threads that hash passwords: a password that is right costs a tenth of a second of CPU, and so does a wrong one.
 //!
-//! They give way to the workers (`nice`), begin when there is something to do and end when there is nothing for a
-//! while. The queue of passwords is bounded. What was right is remembered for a while, and the same credentials are
-//! hashed once for all who show them at the same time, as browsers do.
+//! They take only CPU time that is left over (`SCHED_IDLE`), so that requests that need no password are as fast as
+//! without them. A *clerk* gives them the passwords and passes on what they find. It has the priority of a worker, and
+//! it alone shares a lock with workers, for some microseconds: a worker that waited for a lock of a thread that gets no
+//! CPU time would wait for as long as that one. Where other work takes all CPU time, a password whose thread gets none is
+//! hashed a second time, by an *escort* that takes its share of it.
+//!
+//! Threads begin when there is something to do and end when there is nothing for a while. The queue of passwords is
+//! bounded. What was right is remembered for a while, and the same credentials are hashed once for all who show them at
+//! the same time, as browsers do. What was wrong is not remembered: there is no end of what is wrong.
+
+mod desk;
 
 use std::collections::{HashMap, VecDeque};
 use std::num::NonZeroUsize;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::{self, Thread};
 use std::time::{Duration, Instant};
 
 use lru::LruCache;
@@ -16,12 +25,13 @@ use zeroize::Zeroizing;
 use super::users::Stored;
 use crate::filter::auth::Seal;
 use crate::metrics::filters::PasswordMetrics;
+use desk::{Desk, Rank};
 
-/// A thread without work ends after this time.
+/// Threads without work end after this time.
 const IDLE: Duration = Duration::from_secs(10);
 
-/// How far a thread gives way to others that want the CPU: it gets a third of what a worker gets.
-const NICE: libc::c_int = 5;
+/// How often the clerk looks whether those at work get CPU time.
+const LOOK: Duration = Duration::from_millis(250);
 
 /// How much there is to be at a time, and for how long.
 #[derive(Clone, Copy, Debug)]
@@ -44,23 +54,29 @@ struct Inner {
     terms: Terms,
     metrics: Option<PasswordMetrics>,
     state: Mutex<State>,
-    work: Condvar,
 }
 
 struct State {
-    jobs: VecDeque<Job>,
+    jobs: VecDeque<Arc<Job>>,
     /// Those who wait for the same credentials, from when they are in the queue until they are hashed.
     waiting: HashMap<Seal, Vec<oneshot::Sender<bool>>>,
     right: LruCache<Seal, Instant>,
-    threads: usize,
-    idle: usize,
+    /// The clerk, while it runs.
+    clerk: Option<Thread>,
 }
 
+/// A password that is to be checked.
 struct Job {
     seal: Seal,
     password: Zeroizing<Vec<u8>>,
     stored: Stored,
     begun: Instant,
+}
+
+impl Job {
+    fn is_right(&self) -> bool {
+        std::panic::catch_unwind(|| self.stored.is_of(&self.password)).unwrap_or(false)
+    }
 }
 
 /// What is known of credentials at once.
@@ -80,10 +96,9 @@ impl Hashing {
             jobs: VecDeque::new(),
             waiting: HashMap::new(),
             right: LruCache::new(terms.remembered),
-            threads: 0,
-            idle: 0,
+            clerk: None,
         };
-        Hashing(Arc::new(Inner { terms, metrics, state: Mutex::new(state), work: Condvar::new() }))
+        Hashing(Arc::new(Inner { terms, metrics, state: Mutex::new(state) }))
     }
 
     /// Whether `password` is the one that is `stored`. The seal stands for both of them.
@@ -104,23 +119,14 @@ impl Hashing {
         if state.jobs.len() >= self.0.terms.queue {
             return Known::Busy;
         }
-        if state.idle < state.jobs.len() + 1 && state.threads < self.0.terms.threads {
-            let inner = self.0.clone();
-            match std::thread::Builder::new().name("password".to_owned()).spawn(move || inner.work()) {
-                Ok(_) => state.threads += 1,
-                Err(error) if state.threads == 0 => {
-                    tracing::error!("no thread for hashing passwords: {error}");
-                    return Known::Busy;
-                }
-                Err(_) => {}
-            }
-        }
+        let Some(clerk) = state.clerk.clone().or_else(|| self.0.begin()) else { return Known::Busy };
         state.waiting.insert(seal, vec![sender]);
         let password = Zeroizing::new(password.to_vec());
-        state.jobs.push_back(Job { seal, password, stored: stored.clone(), begun: now });
+        state.jobs.push_back(Arc::new(Job { seal, password, stored: stored.clone(), begun: now }));
+        state.clerk = Some(clerk.clone());
         self.0.metrics.iter().for_each(|metrics| metrics.wait(1));
         drop(state);
-        self.0.work.notify_one();
+        clerk.unpark();
         Known::Soon(receiver)
     }
 }
@@ -130,42 +136,121 @@ impl Inner {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn work(&self) {
-        // SAFETY: a call without pointers; of the thread that calls it, which has no other use. On Linux `0` is the
-        // thread, and not the process.
-        let _ = unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, NICE) };
-        while let Some(job) = self.next() {
-            let right = std::panic::catch_unwind(|| job.stored.is_of(&job.password)).unwrap_or(false);
-            self.metrics.iter().for_each(|metrics| metrics.hashed(job.begun.elapsed()));
-            let mut state = self.state();
-            if right && !self.terms.remember.is_zero() {
-                state.right.put(job.seal, Instant::now());
+    /// Begins the clerk. It waits for the lock that the caller holds.
+    fn begin(self: &Arc<Self>) -> Option<Thread> {
+        let inner = self.clone();
+        let begun = thread::Builder::new().name("passwords".to_owned()).spawn(move || Clerk::new(inner).work());
+        begun
+            .map_err(|error| tracing::error!("no thread for hashing passwords: {error}"))
+            .ok()
+            .map(|it| it.thread().clone())
+    }
+}
+
+/// Gives passwords to those who hash them, and passes on what they find.
+struct Clerk {
+    inner: Arc<Inner>,
+    /// Those who take only the CPU time that is left over.
+    patient: Vec<Desk>,
+    /// As many at most, each of which stands in for one of those that gets none.
+    escorts: Vec<Desk>,
+}
+
+impl Clerk {
+    fn new(inner: Arc<Inner>) -> Clerk {
+        Clerk { inner, patient: Vec::new(), escorts: Vec::new() }
+    }
+
+    fn work(mut self) {
+        loop {
+            self.give();
+            // Behind that, for a new desk takes the sign that an old one gives.
+            let mut some = false;
+            for number in 0..self.patient.len() + self.escorts.len() {
+                if let Some((job, right)) = self.desk(number).and_then(Desk::found) {
+                    self.pass_on(&job, right);
+                    some = true;
+                }
             }
-            let waiting = state.waiting.remove(&job.seal).unwrap_or_default();
-            drop(state);
-            for one in waiting {
-                // Its client may have left.
-                let _ = one.send(right);
+            if some {
+                continue;
+            }
+            if self.patient.iter().chain(&self.escorts).any(Desk::is_busy) {
+                thread::park_timeout(LOOK);
+                continue;
+            }
+            thread::park_timeout(IDLE);
+            let mut state = self.inner.state();
+            if state.jobs.is_empty() {
+                state.clerk = None;
+                return;
             }
         }
     }
 
-    /// The next password, once there is one. `None`: there was nothing to do for a while.
-    fn next(&self) -> Option<Job> {
-        let mut state = self.state();
-        state.idle += 1;
-        let (mut state, _) = self
-            .work
-            .wait_timeout_while(state, IDLE, |state| state.jobs.is_empty())
-            .unwrap_or_else(PoisonError::into_inner);
-        state.idle -= 1;
-        let job = state.jobs.pop_front();
-        match &job {
-            Some(_) => self.metrics.iter().for_each(|metrics| metrics.wait(-1)),
-            None => state.threads -= 1,
-        }
-        job
+    fn desk(&mut self, number: usize) -> Option<&mut Desk> {
+        self.patient.iter_mut().chain(&mut self.escorts).nth(number)
     }
+
+    /// Passes on what was found of a password, unless that was done already.
+    fn pass_on(&self, job: &Job, right: bool) {
+        let mut state = self.inner.state();
+        let Some(waiting) = state.waiting.remove(&job.seal) else { return };
+        if right && !self.inner.terms.remember.is_zero() {
+            state.right.put(job.seal, Instant::now());
+        }
+        drop(state);
+        self.inner.metrics.iter().for_each(|metrics| metrics.hashed(job.begun.elapsed()));
+        for one in waiting {
+            // Its client may have left.
+            let _ = one.send(right);
+        }
+    }
+
+    /// Gives each who is free a password.
+    fn give(&mut self) {
+        while let Some(desk) = free(&mut self.patient, self.inner.terms.threads, Rank::Patient) {
+            let Some(job) = self.inner.next() else { break };
+            desk.take(job);
+        }
+        // One that is starved keeps its password, which somebody else hashes as well; and so do the next in its place.
+        let starved = self.patient.iter_mut().filter_map(|desk| desk.is_starved().then_some(desk));
+        let mut starved: Vec<&mut Desk> = starved.collect();
+        let escorts = starved.len();
+        while let Some(escort) = free(&mut self.escorts, escorts, Rank::Escort) {
+            let handed_on = starved.iter_mut().find_map(|desk| desk.hand_on());
+            let Some(job) = handed_on.or_else(|| self.inner.next()) else { break };
+            escort.take(job);
+        }
+    }
+}
+
+impl Inner {
+    /// The next password of the queue.
+    fn next(&self) -> Option<Arc<Job>> {
+        let job = self.state().jobs.pop_front()?;
+        self.metrics.iter().for_each(|metrics| metrics.wait(-1));
+        Some(job)
+    }
+}
+
+/// One of these desks that is free; a new one, if there are not `most` of them yet.
+fn free(desks: &mut Vec<Desk>, most: usize, rank: Rank) -> Option<&mut Desk> {
+    if let Some(place) = desks.iter().position(|desk| !desk.is_busy()) {
+        // One more than there may be is left over from when more were starved.
+        return (place < most).then(|| &mut desks[place]);
+    }
+    if desks.len() >= most {
+        return None;
+    }
+    match Desk::open(rank) {
+        Ok(desk) => desks.push(desk),
+        Err(error) => {
+            tracing::error!("no thread for hashing passwords: {error}");
+            return None;
+        }
+    }
+    desks.last_mut()
 }
 
 #[cfg(test)]
