@@ -109,7 +109,7 @@ const TABLE: &[(&str, Fate, &str)] = &[
     (
         "root alias index autoindex* try_files disable_symlinks random_index dav_* create_full_put_path \
          min_delete_depth mp4* flv \
-      image_filter* xslt_* empty_gif gunzip gunzip_buffers ssi* addition_types add_before_body add_after_body slice",
+      image_filter* xslt_* empty_gif ssi* addition_types add_before_body add_after_body slice",
         Lost,
         "Forebay serves no files: put a server for files behind it, and name it as an upstream",
     ),
@@ -121,11 +121,17 @@ const TABLE: &[(&str, Fate, &str)] = &[
     ("uwsgi_*", Lost, "Forebay speaks HTTP to backends: start uWSGI with `--http-socket`"),
     ("scgi_* memcached_*", Lost, "Forebay speaks HTTP to backends"),
     (
-        "gzip gzip_types gzip_min_length gzip_comp_level gzip_vary gzip_buffers gzip_http_version gzip_disable",
+        "gzip gzip_types gzip_min_length gzip_comp_level gzip_vary gzip_buffers gzip_http_version gzip_disable \
+         brotli brotli_types brotli_min_length brotli_comp_level brotli_buffers brotli_window \
+         zstd zstd_types zstd_min_length zstd_comp_level zstd_buffers gunzip gunzip_buffers",
         BuiltIn,
         "answers that are compressed say so in `Vary`; `compress` has its own limits",
     ),
-    ("gzip* brotli* zstd*", Lost, "the import does not translate it: see the filter `compress`"),
+    (
+        "gzip* brotli* zstd*",
+        Lost,
+        "Forebay compresses by itself, and serves no files that were compressed before: see the filter `compress`",
+    ),
     ("proxy_cache* proxy_no_cache proxy_store* proxy_force_ranges fastcgi_cache*", Lost, "there is no cache"),
     (
         "auth_basic* auth_request* auth_jwt* auth_delay satisfy",

@@ -125,6 +125,37 @@ fn the_command_writes_a_file_that_checks_and_a_report() {
 }
 
 #[test]
+fn brotli_and_zstd_are_codings_of_one_filter_and_gunzip_undoes_gzip() {
+    let filters = |directives: &str| {
+        let text = format!(
+            "http {{ server {{ listen 80; {directives} location / {{ proxy_pass http://127.0.0.1:3000; }} }} }}"
+        );
+        let Imported { yaml, rows } = imported(&text);
+        let config: serde_yaml::Value = serde_yaml::from_str(&yaml).expect("YAML");
+        let lost = rows.iter().filter(|row| row.fate == Fate::Lost).map(|row| row.line.clone()).collect::<Vec<_>>();
+        (serde_json::to_value(&config["routes"][0]["filters"]).expect("JSON"), lost, yaml)
+    };
+    let (all, lost, yaml) = filters(
+        "brotli on; brotli_types text/css; brotli_comp_level 11; brotli_min_length 1k; brotli_window 512k;
+         gzip on; gzip_types text/css application/json; zstd on; gzip_static on; gunzip on; gunzip_buffers 32 4k;",
+    );
+    let compress = serde_json::json!({ "codings": ["zstd", "br", "gzip"],
+        "types": ["text/html", "text/css", "application/json"], "min_size": "20B",
+        "zstd_level": 1, "br_level": 9, "gzip_level": 1 });
+    assert_eq!(all[0]["compress"], compress, "{yaml}");
+    let last = all.as_array().and_then(|all| all.last()).expect("a filter");
+    let decompress = serde_json::json!({ "request": false, "codings": ["gzip"], "unknown": "pass" });
+    assert_eq!(last["decompress"], decompress, "{yaml}");
+    assert_eq!(last["when"], r#"!request.headers["accept-encoding"].contains("gzip")"#);
+    assert!(lost.len() == 1 && lost[0].contains("gzip_static"), "{lost:?}");
+
+    let (all, lost, yaml) = filters("brotli on; brotli_min_length 2k; gzip off; gunzip off;");
+    let brotli = serde_json::json!({ "codings": ["br"], "types": ["text/html"], "min_size": "2KiB", "br_level": 6 });
+    assert_eq!(all[0]["compress"], brotli, "{yaml}");
+    assert!(lost.is_empty() && !yaml.contains("decompress"), "{lost:?}\n{yaml}");
+}
+
+#[test]
 fn checks_pages_compression_and_substitutions_become_filters() {
     let text = r#"http {
         upstream auth { server 127.0.0.1:9; }

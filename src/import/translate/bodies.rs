@@ -1,27 +1,93 @@
-//! Filters of response bodies: `gzip`, `error_page` and `sub_filter`.
+//! What is done to answers: `gzip`, `brotli`, `zstd`, `gunzip`, `error_page` and `sub_filter`.
+
+use std::ops::RangeInclusive;
 
 use super::super::grammar::Directive;
 use super::super::text::{Made, Variables};
-use super::{Levels, Work, every, last, size};
+use super::{Levels, Work, bytes, every, last, size};
 use crate::config::write::{Map, Node};
 
-/// Translates `gzip` to `compress`.
+/// A coding of nginx or of one of its modules.
+struct Coding {
+    /// What its directives begin with.
+    name: &'static str,
+    /// How it is called in headers.
+    coding: &'static str,
+    /// The key of its level here, which levels that has, and what nginx takes without one.
+    level: (&'static str, RangeInclusive<u32>, u32),
+}
+
+/// In the order in which a client that likes several gets them.
+const CODINGS: [Coding; 3] = [
+    Coding { name: "zstd", coding: "zstd", level: ("zstd_level", 1..=12, 1) },
+    Coding { name: "brotli", coding: "br", level: ("br_level", 0..=9, 6) },
+    Coding { name: "gzip", coding: "gzip", level: ("gzip_level", 1..=9, 1) },
+];
+
+/// What nginx sends as it is, unless a directive says otherwise.
+const MIN_BYTES: u64 = 20;
+
+/// `gzip`, `brotli` and `zstd` as `compress`.
 pub fn compress<'d>(work: &mut Work<'d>, levels: &Levels<'d>) -> Option<Map> {
-    let directive = last(levels, "gzip")?;
+    let (mut codings, mut named, mut least, mut efforts) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+    for Coding { name, coding, level: (key, range, usual) } in CODINGS {
+        let Some(directive) = last(levels, name) else { continue };
+        work.done(directive);
+        if directive.word(0) != "on" {
+            continue;
+        }
+        codings.push(coding);
+        work.differs(directive, "answers of every status are compressed; the client's `Accept-Encoding` alone decides");
+        let types = last(levels, &format!("{name}_types"));
+        if named.iter().any(|other: &Option<&Directive>| other.map(|one| &one.words) != types.map(|one| &one.words)) {
+            work.differs(directive, "each type that one of the codings names is compressed with all of them");
+        }
+        types.iter().for_each(|types| work.done(types));
+        named.push(types);
+        let min = last(levels, &format!("{name}_min_length"));
+        min.iter().for_each(|min| work.done(min));
+        least.push(min.and_then(|min| Some((bytes(min.word(0))?, size(min.word(0))?))));
+        let written = last(levels, &format!("{name}_comp_level"));
+        let level = written.and_then(|level| level.word(0).parse().ok()).unwrap_or(usual);
+        let taken = level.clamp(*range.start(), *range.end());
+        if let Some(written) = written {
+            work.done(written);
+            if taken != level {
+                work.differs(written, format!("`{key}` is a number from {} to {}", range.start(), range.end()));
+            }
+        }
+        efforts.push((key, taken));
+    }
+    if codings.is_empty() {
+        return None;
+    }
+    let mut types = vec!["text/html".to_owned()];
+    for words in named.into_iter().flatten() {
+        for kind in kinds(words) {
+            if !types.contains(&kind) {
+                types.push(kind);
+            }
+        }
+    }
+    let least = least.into_iter().map(|min| min.unwrap_or_else(|| (MIN_BYTES, format!("{MIN_BYTES}B"))));
+    let (_, least) = least.min().unwrap_or_default();
+    let mut map = Map::default().with("codings", Node::texts(codings)).with("types", Node::texts(types));
+    map.put("min_size", Node::text(least));
+    efforts.into_iter().for_each(|(key, level)| map.put(key, Node::word(level)));
+    Some(map)
+}
+
+/// `gunzip` as `decompress`, and when it acts.
+pub fn decompress<'d>(work: &mut Work<'d>, levels: &Levels<'d>) -> Option<(Map, &'static str)> {
+    let directive = last(levels, "gunzip")?;
     work.done(directive);
     if directive.word(0) != "on" {
         return None;
     }
-    work.differs(directive, "answers of every status are compressed; the client's `Accept-Encoding` alone decides");
-    let mut map = Map::default().with("codings", Node::texts(["gzip"]));
-    map.put("types", types(work, levels, "gzip_types"));
-    let least = last(levels, "gzip_min_length");
-    least.iter().for_each(|least| work.done(least));
-    map.put("min_size", Node::text(least.and_then(|least| size(least.word(0))).unwrap_or("20B".to_owned())));
-    let level = last(levels, "gzip_comp_level");
-    level.iter().for_each(|level| work.done(level));
-    map.put("gzip_level", Node::word(level.map_or("1", |level| level.word(0))));
-    Some(map)
+    work.differs(directive, "an answer of more than 8MiB when it is decoded is refused: see `max_size`");
+    let map = Map::default().with("request", Node::word(false)).with("codings", Node::texts(["gzip"]));
+    let map = map.with("unknown", Node::text("pass"));
+    Some((map, r#"!request.headers["accept-encoding"].contains("gzip")"#))
 }
 
 /// HTML, and the types that a directive adds.
@@ -29,13 +95,17 @@ fn types<'d>(work: &mut Work<'d>, levels: &Levels<'d>, name: &str) -> Node {
     let mut types = vec!["text/html".to_owned()];
     if let Some(directive) = last(levels, name) {
         work.done(directive);
-        let named = directive.words.iter().map(|kind| if kind == "*" { "*/*".to_owned() } else { kind.clone() });
-        types.extend(named.filter(|kind| kind != "text/html"));
+        types.extend(kinds(directive).filter(|kind| kind != "text/html"));
     }
     Node::texts(types)
 }
 
-/// Translates `error_page`, if it names a file.
+/// The types that a directive names.
+fn kinds(directive: &Directive) -> impl Iterator<Item = String> {
+    directive.words.iter().map(|kind| if kind == "*" { "*/*".to_owned() } else { kind.clone() })
+}
+
+/// `error_page`, where it names a file that nginx would read.
 pub fn pages<'d>(work: &mut Work<'d>, levels: &Levels<'d>) -> Option<Map> {
     let mut pages = Vec::new();
     for directive in every(levels, "error_page") {

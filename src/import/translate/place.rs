@@ -453,6 +453,8 @@ fn content<'d>(
     response_fields(work, &variables, levels, &target, location, &mut content);
     path(work, &target, location, &own.rewritten, passed, &mut content);
     content.filters.extend(bodies::substitutions(work, &variables, levels).map(|map| filter("body", map)));
+    let decoded = bodies::decompress(work, levels);
+    content.filters.extend(decoded.map(|(map, when)| filter_when("decompress", map, Some(when))));
     content.upstream = Some(upstream::upstream(work, &target, levels, blocks));
     let buffering = upstream::buffering(work, levels);
     content.keys.put("buffering", Node::Map(buffering));
