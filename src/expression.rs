@@ -29,7 +29,7 @@ use std::thread;
 
 pub(crate) use pattern::in_bytes;
 
-pub use facts::{Asked, Author, Facts, Identity, Pace, Secured};
+pub use facts::{Asked, Author, Facts, Identity, Pace, Prefix, Secured};
 
 use crate::error::{BuildError, Inside};
 use plan::{Condition as Plan, Text};

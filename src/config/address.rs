@@ -199,6 +199,11 @@ impl ClientPrefix {
             }
         }
     }
+
+    /// The bits of an IPv4 address and of an IPv6 address that tell clients apart.
+    pub fn bits(self) -> [u8; 2] {
+        [self.v4.0, self.v6.0]
+    }
 }
 
 macro_rules! prefix {

@@ -4,6 +4,7 @@ use std::net::IpAddr;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use http::{HeaderMap, Method, Uri, Version};
+use ipnet::IpNet;
 use pingora::http::{RequestHeader, ResponseHeader};
 
 use crate::error::Refusal;
@@ -14,6 +15,8 @@ use crate::phase::Phase;
 pub struct Facts<'a> {
     /// The client's address: the peer's, or what a trusted proxy said. `None` on a unix socket.
     pub client: Option<IpAddr>,
+    /// How much of that address is one client, where limits are per client.
+    pub prefix: Prefix,
     /// The client's port; 0 if a proxy stands between, or on a unix socket.
     pub port: u16,
     /// `http` or `https`, as the client spoke it.
@@ -77,6 +80,7 @@ impl<'a> Facts<'a> {
     pub fn of(route: &'a str, path: &'a str) -> Self {
         Facts {
             client: None,
+            prefix: Prefix::default(),
             port: 0,
             scheme: "http",
             listener: "",
@@ -126,6 +130,34 @@ impl Facts<'_> {
     /// The time of day at which the exchange began.
     pub fn began_at(&self) -> SystemTime {
         SystemTime::now().checked_sub(self.begun.elapsed()).unwrap_or(UNIX_EPOCH)
+    }
+}
+
+/// How much of an address is one client, where limits are per client.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Prefix {
+    /// The bits of an IPv4 address, from 1 to 32.
+    pub v4: u8,
+    /// The bits of an IPv6 address, from 1 to 128.
+    pub v6: u8,
+}
+
+impl Default for Prefix {
+    fn default() -> Self {
+        Prefix { v4: 32, v6: 64 }
+    }
+}
+
+impl Prefix {
+    /// The client that has this address: an address, or a network such as `2001:db8::/64`. One of IPv4 that came in by
+    /// way of IPv6 is one of IPv4.
+    pub(super) fn network(self, address: IpAddr) -> String {
+        let address = address.to_canonical();
+        let (bits, all) = if address.is_ipv4() { (self.v4, 32) } else { (self.v6, 128) };
+        match IpNet::new(address, bits) {
+            Ok(network) if bits < all => network.trunc().to_string(),
+            _ => address.to_string(),
+        }
     }
 }
 

@@ -473,7 +473,9 @@ impl Text {
             Text::Sni => Cow::Borrowed(asked.facts.secured.sni.as_bytes()),
             Text::PeerSubject => Cow::Borrowed(asked.facts.secured.subject.as_bytes()),
             Text::PeerFingerprint => Cow::Borrowed(asked.facts.secured.fingerprint.as_bytes()),
-            Text::Network => network_of(asked.facts.client).map_or(EMPTY, |text| Cow::Owned(text.into_bytes())),
+            Text::Network => {
+                asked.facts.client.map_or(EMPTY, |client| Cow::Owned(asked.facts.prefix.network(client).into_bytes()))
+            }
             Text::User => asked.facts.identity.map_or(EMPTY, |identity| Cow::Borrowed(identity.user.as_bytes())),
             Text::Reason => asked.facts.refusal().map_or(EMPTY, |refusal| Cow::Borrowed(refusal.reason.as_bytes())),
             Text::Message => asked.facts.refusal().map_or(EMPTY, |refusal| Cow::Borrowed(refusal.message.as_bytes())),
@@ -551,17 +553,6 @@ fn host(written: &[u8]) -> Bytes<'_> {
     let name = &written[..port.unwrap_or(written.len())];
     let name = name.strip_suffix(b".").unwrap_or(name);
     cased(Cow::Borrowed(name), u8::is_ascii_uppercase, <[u8]>::make_ascii_lowercase)
-}
-
-/// What counts as one client: an address of IPv4, or 64 bits of one of IPv6, whose owner has all the others of them.
-fn network_of(client: Option<IpAddr>) -> Option<String> {
-    Some(match client?.to_canonical() {
-        IpAddr::V4(address) => address.to_string(),
-        IpAddr::V6(address) => {
-            let network = u128::from(address) & !u128::from(u64::MAX);
-            format!("{}/64", std::net::Ipv6Addr::from(network))
-        }
-    })
 }
 
 /// Changes the case of a text that has letters of the other one.

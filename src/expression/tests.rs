@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use http::{HeaderMap, HeaderName, HeaderValue, Method, Uri, Version};
+use pingora::http::RequestHeader;
 use proptest::prelude::*;
 
 use super::facts::Response;
@@ -72,6 +73,7 @@ impl Story {
     fn asked(&self) -> Asked<'_> {
         let facts = Facts {
             client: self.client.map(|client| client.parse().unwrap()),
+            prefix: Prefix::default(),
             port: 4711,
             scheme: "https",
             listener: "web",
@@ -268,6 +270,23 @@ fn all_addresses_of_a_network_of_ipv6_are_one_client() {
         assert!(story.holds(&format!("source.network == \"{network}\"")), "{client}");
     }
     assert!(Story { client: None, ..Story::default() }.holds("source.network == \"\""));
+}
+
+#[test]
+fn the_network_of_a_client_is_the_one_that_limits_count_by() {
+    let (prefix, whole) = (Prefix { v4: 24, v6: 48 }, Prefix { v4: 32, v6: 128 });
+    for (prefix, client, network) in [
+        (prefix, "192.0.2.7", "192.0.2.0/24"),
+        (prefix, "::ffff:192.0.2.7", "192.0.2.0/24"),
+        (prefix, "2001:db8:1:2::5", "2001:db8:1::/48"),
+        (whole, "192.0.2.7", "192.0.2.7"),
+        (whole, "2001:db8:1:2::5", "2001:db8:1:2::5"),
+    ] {
+        let facts = Facts { client: Some(client.parse().unwrap()), prefix, ..Facts::of("all", "/") };
+        let request = RequestHeader::build("GET", b"/", None).unwrap();
+        let value = Value::build("source.network", Moment::Match).unwrap();
+        assert_eq!(String::from_utf8_lossy(&value.of(&facts.asked(&request))), network, "{client}");
+    }
 }
 
 #[test]

@@ -27,8 +27,7 @@ use crate::proxy::epoch::Epoch;
 use crate::proxy::exchange::Exchange;
 use crate::proxy::forwarded::Additions;
 use crate::proxy::generation::Generation;
-use crate::proxy::header::path::Paths;
-use crate::proxy::header::{Rules, TrustedProxies};
+use crate::proxy::header::Rules;
 use crate::proxy::route::{decide, holds, query};
 use crate::proxy::routes::table::{Query, Table};
 
@@ -195,7 +194,7 @@ impl Explainer {
         let generation = Generation {
             epoch: Arc::new(Epoch { number: 1 }),
             routes: parts.routes,
-            rules: Rules { trusted: TrustedProxies::new(&config.trusted_proxies), paths: Paths::new(&config.paths) },
+            rules: Rules::of(&config),
             additions: Additions { forwarded: config.forwarded, via: config.via },
         };
         let challenges = ground.challenges.clone();

@@ -22,8 +22,7 @@ use crate::metrics::config::Generations;
 use crate::proxy::epoch::Epoch;
 use crate::proxy::forwarded::Additions;
 use crate::proxy::generation::{Current, Generation};
-use crate::proxy::header::path::Paths;
-use crate::proxy::header::{Rules, TrustedProxies};
+use crate::proxy::header::Rules;
 use crate::upkeep::InUse;
 use crate::upstream::Upstream;
 
@@ -150,7 +149,7 @@ pub fn assemble(
     let generation = Generation {
         epoch: Arc::new(Epoch { number }),
         routes: parts.routes,
-        rules: Rules { trusted: TrustedProxies::new(&config.trusted_proxies), paths: Paths::new(&config.paths) },
+        rules: Rules::of(&config),
         additions: Additions { forwarded: config.forwarded, via: config.via },
     };
     Ok(Running {

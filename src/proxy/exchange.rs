@@ -202,6 +202,7 @@ impl Exchange {
     pub fn facts<'e>(&'e self, route: &'e str) -> Facts<'e> {
         Facts {
             client: self.client.address,
+            prefix: self.client.prefix,
             port: self.client.port(),
             scheme: self.request.scheme,
             listener: self.client.listener(),

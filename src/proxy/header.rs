@@ -20,9 +20,11 @@ use super::exchange::Exchange;
 use super::forwarded;
 use crate::client::connection::Connection;
 use crate::client::head::is_host;
+use crate::config::Config;
 use crate::config::address::Proxy;
 use crate::config::listener::OddNames;
 use crate::error::{Refusal, refusal};
+use crate::expression::Prefix;
 use crate::framing::{self, Said};
 use path::Paths;
 
@@ -59,6 +61,20 @@ pub struct Rules {
     pub trusted: TrustedProxies,
     /// How paths are read.
     pub paths: Paths,
+    /// How much of an address is one client.
+    pub prefix: Prefix,
+}
+
+impl Rules {
+    /// Those of this configuration.
+    pub fn of(config: &Config) -> Rules {
+        let [v4, v6] = config.client_prefix().bits();
+        Rules {
+            trusted: TrustedProxies::new(&config.trusted_proxies),
+            paths: Paths::new(&config.paths),
+            prefix: Prefix { v4, v6 },
+        }
+    }
 }
 
 /// Looks at a request header that has just arrived, and leaves of it what is meant for routes, filters and the
@@ -67,6 +83,7 @@ pub fn check(exchange: &mut Exchange, request: &mut RequestHeader, rules: &Rules
     let connection = exchange.client.connection.clone();
     exchange.client.peer_is_trusted =
         connection.as_ref().is_some_and(|connection| rules.trusted.is_peer_of(connection));
+    exchange.client.prefix = rules.prefix;
     // A request that is refused here has its peer in the log, not the client that it spoke for.
     exchange.client.address = connection.as_ref().and_then(|connection| Some(connection.peer?.ip()));
     if matches!(request.method, Method::CONNECT | Method::TRACE) {

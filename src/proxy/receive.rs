@@ -25,7 +25,7 @@ use crate::client::connection::Connection;
 use crate::client::session::Tap;
 use crate::client::trailers;
 use crate::error::refusal;
-use crate::expression::{Author, Facts, Identity, Pace};
+use crate::expression::{Author, Facts, Identity, Pace, Prefix};
 use crate::filter::{Refused, Stages, Verdict, View};
 use crate::framing::{Said, answer, is_media_type};
 use crate::phase::Phase;
@@ -268,6 +268,7 @@ pub struct BodyFilters {
 /// What the tap tells filters of the exchange, which is out of its reach.
 struct Told {
     client: Option<IpAddr>,
+    prefix: Prefix,
     port: u16,
     scheme: &'static str,
     path: Box<str>,
@@ -281,12 +282,13 @@ struct Told {
 impl Told {
     /// With the status of the answer.
     fn facts<'t>(&'t self, route: &'t str, status: u16) -> Facts<'t> {
-        let Told { client, port, scheme, ref path, ref connection, ended, pace, begun, ref identity } = *self;
+        let Told { client, prefix, port, scheme, ref path, ref connection, ended, pace, begun, ref identity } = *self;
         let listener = connection.as_ref().map_or("", |connection| &connection.listener.name);
         let (secured, identity) = (secured(connection.as_deref()), identity.as_deref());
         let (author, attempt) = (None, 0);
         Facts {
             client,
+            prefix,
             port,
             scheme,
             listener,
@@ -309,9 +311,9 @@ impl BodyFilters {
     pub fn of(exchange: &Exchange) -> Option<Box<dyn Tap>> {
         let route = exchange.routing.route.as_ref().filter(|route| route.chain.wants(Stages::RESPONSE_BODY))?;
         let filters = exchange.filters.states.clone()?;
-        let Facts { client, port, scheme, path, ended, pace, begun, .. } = exchange.facts(&route.name);
+        let Facts { client, prefix, port, scheme, path, ended, pace, begun, .. } = exchange.facts(&route.name);
         let (connection, identity) = (exchange.client.connection.clone(), exchange.client.identity.clone());
-        let told = Told { client, port, scheme, path: path.into(), connection, ended, pace, begun, identity };
+        let told = Told { client, prefix, port, scheme, path: path.into(), connection, ended, pace, begun, identity };
         Some(Box::new(BodyFilters { route: route.clone(), filters, told, client: exchange.watch(route) }))
     }
 }

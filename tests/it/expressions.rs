@@ -367,3 +367,12 @@ fn a_condition_that_is_no_text_is_told() {
     let said = checked(&text);
     assert!(said.contains("f.yaml:16:15") && said.contains("must be text"), "{said}");
 }
+
+#[test]
+fn the_network_of_a_client_is_as_large_as_limits_count_it() {
+    let origin = Origin::named("app");
+    let setup = Setup::before(&origin).filters("respond: { body: { cel: source.network } }");
+    let network = |setup: &Setup| setup.start().client().get("/").text().to_owned();
+    assert_eq!(network(&setup), "127.0.0.1");
+    assert_eq!(network(&setup.more("ipv4_prefix: 16")), "127.0.0.0/16");
+}

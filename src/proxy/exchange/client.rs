@@ -11,7 +11,7 @@ use crate::client::tls::handshake::Facts;
 use crate::client::waiting::Who;
 use crate::config::listener::OddNames;
 use crate::error::Refusal;
-use crate::expression::{Identity, Secured};
+use crate::expression::{Identity, Prefix, Secured};
 use crate::party::Fault;
 use crate::upstream::transport::greeting::Parties;
 
@@ -24,6 +24,8 @@ pub struct Client {
     pub control: Option<Control>,
     /// The client's address: the peer's, or what a trusted proxy said.
     pub address: Option<IpAddr>,
+    /// How much of it is one client, where limits are per client.
+    pub prefix: Prefix,
     /// Whether the peer is a trusted proxy.
     pub peer_is_trusted: bool,
     /// Who asks, once a filter has found out.
