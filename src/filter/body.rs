@@ -224,6 +224,16 @@ impl Filter for Body {
         Stages::REQUEST | request | response
     }
 
+    fn prepares(&self) -> bool {
+        self.request.is_none()
+    }
+
+    fn stand_down(&self, scope: &mut Scope<'_>) {
+        if let Some(accepts) = scope.kept::<Kept>().and_then(|kept| kept.accepts.take()) {
+            representation::put_back(scope.request, accepts);
+        }
+    }
+
     async fn request(&self, scope: &mut Scope<'_>) -> Verdict {
         let mut kept = Kept::default();
         if let Some(plan) = &self.request {

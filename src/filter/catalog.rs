@@ -180,7 +180,7 @@ impl Catalog {
 
 /// Makes ready the condition of a filter. What acts on requests must know by then whether it does.
 fn condition(written: &str, filter: &dyn Filter) -> Result<Condition, BuildError> {
-    let on_requests = filter.stages().intersects(Stages::REQUEST | Stages::REQUEST_BODY);
+    let on_requests = filter.stages().intersects(Stages::REQUEST | Stages::REQUEST_BODY) && !filter.prepares();
     Condition::build(written, if on_requests { Moment::Request } else { Moment::Response })
 }
 

@@ -164,8 +164,11 @@ impl Chain {
         let once = OnceCell::new();
         order.find_map(|&index| {
             let link = &self.links[index];
-            let acts = states.acts(index, link, |when| when.holds(once.get_or_init(&asked)));
-            (acts && link.wants.contains(stage)).then_some((index, link))
+            let acts = stage == Stages::REQUEST && link.decides_later()
+                || states.acts(index, link, |when| when.holds(once.get_or_init(&asked)));
+            // One that has made ready hears that it does not act.
+            let hears = acts || stage == Stages::RESPONSE && link.decides_later() && link.filter.prepares();
+            (hears && link.wants.contains(stage)).then_some((index, link))
         })
     }
 
@@ -240,6 +243,10 @@ impl Chain {
             let facts = Facts { status: response.status.as_u16(), author, ..view.facts };
             let asked = || facts.asked(view.request).answered(response);
             let Some((index, link)) = self.next(&mut order, Stages::RESPONSE, states, asked) else { break };
+            if !states.may_act(index) {
+                link.filter.stand_down(&mut view.scope(states, index, facts));
+                continue;
+            }
             let notebook = states.notebook.clone();
             let mut scope = view.scope(states, index, facts);
             let call = link.filter.response(&mut scope, response);
@@ -387,6 +394,11 @@ impl Link {
         Link { watched: Watched::untimed(filter.label().unwrap_or(key)), filter, wants, when, own }
     }
 
+    /// Whether its condition can be asked only when there is a response.
+    fn decides_later(&self) -> bool {
+        self.when.as_ref().is_some_and(|when| when.condition.reads_response())
+    }
+
     /// What it is called in metrics and logs.
     fn label(&self) -> &'static str {
         self.watched.label()
@@ -396,7 +408,7 @@ impl Link {
     fn stages(&self) -> Stages {
         let asked = match &self.when {
             None => Stages::NONE,
-            Some(when) if when.condition.reads_response() => Stages::RESPONSE,
+            Some(_) if self.decides_later() => Stages::RESPONSE,
             Some(_) => Stages::REQUEST,
         };
         let own = if self.own.is_empty() { Stages::NONE } else { Stages::REQUEST_TRAILERS };
@@ -652,6 +664,55 @@ mod tests {
             chain.response_body(&mut states, view(&mut request), &mut piece, true).now_or_never().unwrap();
             chain.end(&mut states, view(&mut request), OVER);
             (response.headers.contains_key("seen"), piece.is_some(), request.headers.contains_key("ended"))
+        };
+        assert_eq!(on(502), (true, true, true));
+        assert_eq!(on(200), (false, false, false));
+    }
+
+    #[test]
+    fn a_filter_that_only_prepares_hears_at_the_response_that_it_does_not_act() {
+        struct Prepared;
+
+        #[async_trait]
+        impl Filter for Prepared {
+            fn stages(&self) -> Stages {
+                Stages::REQUEST | Stages::RESPONSE | Stages::RESPONSE_BODY
+            }
+
+            fn prepares(&self) -> bool {
+                true
+            }
+
+            fn stand_down(&self, scope: &mut Scope<'_>) {
+                scope.request.remove_header("ready");
+            }
+
+            async fn request(&self, scope: &mut Scope<'_>) -> Verdict {
+                let _ = scope.request.insert_header("ready", "yes");
+                Verdict::Continue
+            }
+
+            async fn response(&self, _: &mut Scope<'_>, response: &mut ResponseHeader) -> Verdict {
+                let _ = response.insert_header("seen", "yes");
+                Verdict::Continue
+            }
+        }
+
+        let on = |code: u16| {
+            let when = Condition::build("response.code >= 500", Moment::Response).unwrap();
+            let chain = Chain::new(vec![Link::new("prepared", Box::new(Prepared), Some(when))]);
+            let (mut request, mut states) = (request(), chain.states());
+            let mut response = ResponseHeader::build(code, None).unwrap();
+            chain.request(&mut states, view(&mut request)).now_or_never().unwrap();
+            assert!(request.headers.contains_key("ready"), "the condition is not asked yet");
+            let facts = Facts { status: code, ..Facts::of("all", "/") };
+            assert!(
+                chain.acts_on_response(&mut states, || facts.asked(&request).answered(&response)),
+                "it hears of it"
+            );
+            chain.response(&mut states, view(&mut request), &mut response).now_or_never().unwrap();
+            let sees = chain.sees_body(&states);
+            (request.headers.contains_key("ready"), response.headers.contains_key("seen"), sees)
         };
         assert_eq!(on(502), (true, true, true));
         assert_eq!(on(200), (false, false, false));

@@ -143,6 +143,16 @@ impl Filter for Decompress {
         self.stages
     }
 
+    fn prepares(&self) -> bool {
+        !self.stages.contains(Stages::REQUEST_BODY)
+    }
+
+    fn stand_down(&self, scope: &mut Scope<'_>) {
+        if let Some(accepts) = scope.kept::<Kept>().and_then(|kept| kept.accepts.take()) {
+            representation::put_back(scope.request, accepts);
+        }
+    }
+
     async fn request(&self, scope: &mut Scope<'_>) -> Verdict {
         let mut kept = Kept::default();
         if self.stages.contains(Stages::REQUEST_BODY) {

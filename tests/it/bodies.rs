@@ -394,3 +394,36 @@ fn a_body_that_takes_too_long_to_be_changed_is_refused_in_both_directions() {
         gateway.wait_at_rest();
     }
 }
+
+#[test]
+fn changes_of_answers_may_depend_on_the_answer() {
+    let origin = Origin::answering(|request| {
+        let fields = "Content-Type: text/html\r\n";
+        match request.target() {
+            "/fails" => response("500 Internal Server Error", fields, "at app.internal"),
+            "/coded" => response(
+                "500 Internal Server Error",
+                &format!("{fields}Content-Encoding: gzip\r\n"),
+                gzip("at app.internal"),
+            ),
+            _ => response("200 OK", fields, "at app.internal"),
+        }
+    });
+    let failed = "when: response.code >= 500";
+    let change = "body: { response: { replace: [ { text: app.internal, with: a backend } ] } }";
+    let filters = format!(
+        "compress: {{ codings: [gzip], min_size: 1B }}, {{ {change}, {failed} }}, {{ decompress: {{ request: false }}, {failed} }}"
+    );
+    let gateway = Setup::before(&origin).filters(&filters).start();
+    let mut client = gateway.client();
+    for (path, expected) in [("/", "at app.internal"), ("/fails", "at a backend"), ("/coded", "at a backend")] {
+        let plain = client.ask("GET", path, "", "");
+        assert_eq!(plain.text(), expected, "{path}");
+        // What these filters hide from the endpoint is there again for the one outside of them.
+        let coded = client.ask("GET", path, "Accept-Encoding: gzip\r\n", "");
+        assert_eq!(coded.value("content-encoding"), Some("gzip"), "{path}");
+        let mut text = String::new();
+        MultiGzDecoder::new(&coded.body[..]).read_to_string(&mut text).expect("gzip");
+        assert_eq!(text, expected, "{path}");
+    }
+}
