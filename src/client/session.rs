@@ -42,7 +42,7 @@ use super::waiting::Who;
 use super::wire::{Manner, Past, Wire};
 use crate::eventloop::{Gate, LAST_WORDS, adopt, worker};
 use crate::party::limits::Seen;
-use crate::party::wait::Alarm;
+use crate::party::wait::Timer;
 use crate::party::{Bounds, Deadline, Fault, KeepsWaiting, Look, Party, Patience, Stage, Waits, What};
 use crate::phase::Phase;
 use crate::phase::journal::Passed;
@@ -118,7 +118,7 @@ pub struct Link {
 /// The limits of the present attempt, and the timer that rings when one of them may be exceeded.
 struct Clock {
     bounds: Bounds,
-    alarm: Alarm,
+    alarm: Timer,
     look: Look,
 }
 
@@ -598,7 +598,7 @@ impl BufferedSession {
             whole: AtomicBool::new(false),
             clock: Mutex::new(Clock {
                 bounds: Bounds { patience, attempt: None, deadline: None },
-                alarm: Alarm::default(),
+                alarm: Timer::default(),
                 look: Look::default(),
             }),
             holding: AtomicBool::new(false),

@@ -4,12 +4,14 @@
 //! of a health check, says so by the name of its [`NoClient`]. Which of the three comes first is one pure decision
 //! ([`Ended::of`]); the rest is a timer. A test (`tests/it/waits.rs`) looks for waits in the source that go round this.
 
+use std::cell::RefCell;
 use std::convert::Infallible;
 use std::future::{Future, poll_fn};
 use std::pin::{Pin, pin};
-use std::task::{Context, Poll};
+use std::task::{Context, Poll, ready};
 use std::time::{Duration, Instant};
 
+use tokio::runtime::{Handle, Id};
 use tokio::time::Sleep;
 
 /// Longer than anything is waited for that has no limit in the configuration.
@@ -160,46 +162,83 @@ pub async fn within<F: Future>(time: Duration, reason: NoClient, future: F) -> O
 }
 
 /// A deadline that may move. Costs nothing until it is first polled.
+///
+/// Most deadlines are far off and never met, and each exchange has several. To set a timer of the runtime for each would
+/// cost more than the rest of a wait. So a timer that is set is kept when its deadline is no longer of interest, and the
+/// next deadline on this thread takes it over. It is set anew only if it would ring too late, or once it rings. So it
+/// may wake its task early; then it is to be polled again, as after each wake.
 #[derive(Default)]
-pub struct Timer(Option<Pin<Box<Sleep>>>);
+pub struct Timer(Option<Set>);
+
+/// A timer of a runtime.
+struct Set {
+    runtime: Id,
+    sleep: Pin<Box<Sleep>>,
+}
+
+/// How many timers a thread keeps to be taken over. Each keeps the memory of the task that has polled it last, and may
+/// wake that once in vain.
+const SPARE_MAX: usize = 16;
+
+thread_local! {
+    /// Timers whose deadline is no longer of interest.
+    static SPARE: RefCell<Vec<Set>> = const { RefCell::new(Vec::new()) };
+}
 
 impl Timer {
     /// Ready once it is `due`.
     pub fn poll(&mut self, cx: &mut Context<'_>, due: Instant) -> Poll<()> {
         let due = tokio::time::Instant::from_std(due);
-        let timer = self.0.get_or_insert_with(|| Box::pin(tokio::time::sleep_until(due)));
-        if timer.deadline() != due {
-            timer.as_mut().reset(due);
+        let sleep = &mut self.0.get_or_insert_with(|| Set::take_over(due)).sleep;
+        if sleep.deadline() > due {
+            sleep.as_mut().reset(due);
         }
-        timer.as_mut().poll(cx)
+        ready!(sleep.as_mut().poll(cx));
+        if sleep.deadline() == due {
+            return Poll::Ready(());
+        }
+        // It has rung for an earlier deadline.
+        sleep.as_mut().reset(due);
+        sleep.as_mut().poll(cx)
     }
 }
 
-/// A deadline that mostly moves away before it is met, and often: the timer beneath is only set anew when it fires.
-#[derive(Default)]
-pub struct Alarm {
-    timer: Timer,
-    set: Option<Instant>,
+impl Drop for Timer {
+    fn drop(&mut self) {
+        let Some(set) = self.0.take() else { return };
+        // A timer that is not kept is dropped after the borrow: it may hold the last reference to a task that has
+        // timers of its own.
+        let _surplus = SPARE.try_with(|spare| {
+            let mut spare = spare.borrow_mut();
+            if spare.len() < SPARE_MAX {
+                spare.push(set);
+                None
+            } else {
+                Some(set)
+            }
+        });
+    }
 }
 
-impl Alarm {
-    /// Ready once it is `due`.
-    pub fn poll(&mut self, cx: &mut Context<'_>, due: Instant) -> Poll<()> {
-        let set = self.set.filter(|&set| set <= due);
-        let early = *self.set.insert(set.unwrap_or(due));
-        if self.timer.poll(cx, early).is_pending() {
-            return Poll::Pending;
-        }
-        self.set = Some(due);
-        self.timer.poll(cx, due)
+impl Set {
+    /// A timer that another deadline has left, or a new one.
+    fn take_over(due: tokio::time::Instant) -> Set {
+        let runtime = Handle::current().id();
+        let spare = SPARE.try_with(|spare| spare.borrow_mut().pop()).ok().flatten();
+        let new = || Set { runtime, sleep: Box::pin(tokio::time::sleep_until(due)) };
+        spare.filter(|spare| spare.runtime == runtime).unwrap_or_else(new)
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use std::sync::Arc;
+    use std::sync::atomic::{AtomicUsize, Ordering};
+    use std::task::{Wake, Waker};
 
     use futures::channel::oneshot;
+
+    use super::*;
 
     /// Sees the client leave when it is notified.
     struct Told(oneshot::Receiver<()>);
@@ -258,5 +297,68 @@ mod tests {
         assert_eq!(wait.on(tokio::time::sleep(LONG)).await, Ended::Late);
         let lasted = began.elapsed();
         assert!(lasted >= LONG && lasted < LONG + Duration::from_millis(10), "{lasted:?}");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_timer_that_is_taken_over_rings_when_it_is_due_and_not_before() {
+        for (left, due) in [(LONG, LONG / 2), (LONG / 2, LONG), (LONG, LONG), (Duration::ZERO, LONG)] {
+            let mut before = Timer::default();
+            let at = tokio::time::Instant::now().into_std() + left;
+            let rang = poll_fn(|cx| Poll::Ready(before.poll(cx, at).is_ready())).await;
+            assert_eq!(rang, left.is_zero());
+            drop(before);
+            assert_eq!(SPARE.with_borrow(Vec::len), 1);
+            let began = tokio::time::Instant::now();
+            assert_eq!(Wait::at_most(due, NoClient::Within).out().await, None);
+            let lasted = began.elapsed();
+            assert!(lasted >= due && lasted < due + Duration::from_millis(10), "{left:?} {due:?}: {lasted:?}");
+        }
+    }
+
+    #[derive(Default)]
+    struct Wakes(AtomicUsize);
+
+    impl Wake for Wakes {
+        fn wake(self: Arc<Self>) {
+            self.0.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_timer_that_is_taken_over_wakes_the_task_that_has_it_now() {
+        let step = LONG / 20;
+        for (left, due) in [(LONG, LONG / 2), (LONG / 2, LONG), (LONG, LONG)] {
+            let [before, now] = [(); 2].map(|()| Arc::new(Wakes::default()));
+            let [old, new] = [&before, &now].map(|wakes| Waker::from(wakes.clone()));
+            let began = tokio::time::Instant::now();
+            let at = |time| began.into_std() + time;
+            let mut timer = Timer::default();
+            assert!(timer.poll(&mut Context::from_waker(&old), at(left)).is_pending());
+            drop(timer);
+            let mut timer = Timer::default();
+            // As often as it is woken, and never in between.
+            let mut polls = 0;
+            while timer.poll(&mut Context::from_waker(&new), at(due)).is_pending() {
+                polls += 1;
+                assert!(polls <= 2 && began.elapsed() < due + step, "{left:?} {due:?}");
+                while now.0.swap(0, Ordering::Relaxed) == 0 {
+                    assert!(began.elapsed() < 2 * LONG, "{left:?} {due:?}: nothing wakes it");
+                    tokio::time::advance(step).await;
+                }
+            }
+            assert!(began.elapsed() >= due && began.elapsed() < due + 2 * step, "{left:?} {due:?}");
+            assert_eq!(before.0.load(Ordering::Relaxed), 0, "{left:?} {due:?}: the task before");
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_deadline_that_moves_is_met_where_it_is_last() {
+        let (mut timer, began) = (Timer::default(), tokio::time::Instant::now());
+        let at = |time| began.into_std() + time;
+        for due in [LONG, LONG / 2, 2 * LONG] {
+            assert!(poll_fn(|cx| Poll::Ready(timer.poll(cx, at(due)))).await.is_pending());
+        }
+        poll_fn(|cx| timer.poll(cx, at(2 * LONG))).await;
+        assert!(began.elapsed() >= 2 * LONG && began.elapsed() < 2 * LONG + Duration::from_millis(10));
     }
 }
