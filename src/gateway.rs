@@ -298,9 +298,7 @@ impl Gateway {
         let admin_tls = running.admin_tls.clone();
         let pid_file = config.server.pid_file.as_deref().map(PidFile::prepare).transpose().map_err(one)?.map(Arc::new);
         let asked = Arc::new(Notify::new());
-        let no_thread = |error| one(BuildError::new("", format!("no thread can be started: {error}")));
-        let supervisor = Supervisor::of_environment();
-        let (elders, changing) = (Elders::default(), Changing::default());
+        let (supervisor, elders, changing) = (Supervisor::of_environment(), Elders::default(), Changing::default());
         let upgrades = Upgrades::new(Needs {
             program,
             stations: stations.clone(),
@@ -314,7 +312,7 @@ impl Gateway {
         });
         let load: Load = Box::new(move |path| Config::load(path, catalog.kinds()));
         let reloads = file.map(|file| reloads(file, watches, load, stage, running, supervisor.clone(), changing));
-        let reloads = reloads.transpose().map_err(no_thread)?;
+        let reloads = reloads.transpose().map_err(|error| one(no_thread(&error)))?;
         let Process { mut server, loops, endings, .. } = process;
         let reception = reception.map(|(app, socket)| {
             let app = reload::add(stop::add(app, Handle(asked.clone())), reloads.clone());
@@ -396,6 +394,11 @@ fn stage(
     };
     stage.ground.metrics.count_generations(stage.ledger.clone());
     stage
+}
+
+/// A thread that the gateway needs cannot be started.
+fn no_thread(error: &io::Error) -> BuildError {
+    BuildError::new("", format!("no thread can be started: {error}"))
 }
 
 /// Enables reloads of this file, and automatic ones if it is watched.

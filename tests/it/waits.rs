@@ -578,7 +578,7 @@ const WAITS: &[(&str, usize, &str)] = &[
     ("eventloop.rs", 1, "it is the deadline of an exchange that is given up"),
     ("files.rs", 5, "the pauses of a background task"),
     ("filter/aside.rs", 1, "a turn of another thread: the chain bounds the filter, and sees its client"),
-    ("gateway/stop.rs", 13, "the times of a stop and of a takeover"),
+    ("gateway/stop.rs", 14, "the times of a stop and of a takeover"),
     ("gateway/supervisor.rs", 1, "the pauses of a wait that has a deadline"),
     ("gateway/upgrade.rs", 3, "the pauses of a thread in the background, in waits that have a deadline"),
     ("gateway/web.rs", 6, "it takes connections until it is stopped"),
