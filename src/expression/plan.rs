@@ -500,14 +500,9 @@ impl Text {
                 let to = to.as_ref().map(|to| to.of(asked));
                 substring(text, from, to)
             }
-            Text::Item(item) => {
-                let (split, number) = &**item;
-                let (of, by) = (split.of.of(asked), split.by.of(asked));
-                let Ok(number) = usize::try_from(number.of(asked)) else { return EMPTY };
-                match &of {
-                    Cow::Borrowed(of) => Cow::Borrowed(pieces(of, &by).nth(number).unwrap_or_default()),
-                    Cow::Owned(of) => Cow::Owned(pieces(of, &by).nth(number).unwrap_or_default().to_vec()),
-                }
+            Text::Item(both) => {
+                let (split, number) = &**both;
+                item(split.of.of(asked), &split.by.of(asked), number.of(asked))
             }
             Text::OrValue(both) => {
                 let text = both[0].of(asked);
@@ -529,6 +524,15 @@ impl Text {
                 if condition.holds(asked) { yes.of(asked) } else { no.of(asked) }
             }
         }
+    }
+}
+
+/// One of the pieces of a text, by its number from 0; empty where there are not as many.
+fn item<'a>(of: Bytes<'a>, by: &[u8], number: i64) -> Bytes<'a> {
+    let Ok(number) = usize::try_from(number) else { return EMPTY };
+    match of {
+        Cow::Borrowed(of) => Cow::Borrowed(pieces(of, by).nth(number).unwrap_or_default()),
+        Cow::Owned(of) => Cow::Owned(pieces(&of, by).nth(number).unwrap_or_default().to_vec()),
     }
 }
 

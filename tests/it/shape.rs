@@ -56,7 +56,7 @@ const UNSAFE: &[(&str, &str)] = &[
     ("client/stream.rs", "bytes are read into memory that was not cleared first"),
     ("client/tls/context.rs", "calls of BoringSSL that the crate lacks"),
     ("client/tls/handshake.rs", "a call of BoringSSL that the crate lacks"),
-    ("filter/basic_auth/hashing.rs", "the priority of a thread"),
+    ("filter/basic_auth/hashing/desk.rs", "the priority of a thread, and the CPU time that it got"),
     ("gateway/elders.rs", "processes are waited for"),
     ("gateway/handover.rs", "descriptors come from another process"),
     ("gateway/inherited.rs", "descriptors come from the environment"),

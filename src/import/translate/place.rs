@@ -40,6 +40,15 @@ struct Content {
     comments: Vec<String>,
 }
 
+impl Content {
+    /// The same with a response of this status in place of a backend, and the reason as a comment.
+    fn answered(mut self, status: u16, comment: &str) -> Content {
+        self.filters.push(filter("respond", Map::default().with("status", Node::word(status))));
+        self.comments.push(comment.to_owned());
+        self
+    }
+}
+
 /// The result of the rewrite module's directives.
 #[derive(Default)]
 struct Rewrites {
@@ -434,17 +443,13 @@ fn content<'d>(
         return Content { filters: content.filters, comments: content.comments, adds_slash: false, ..other };
     }
     let Some(passed) = passed else {
-        content.filters.push(filter("respond", Map::default().with("status", Node::word(404))));
-        content.comments.push("Nothing of this location has an equivalent: it is answered 404.".to_owned());
-        return content;
+        return content.answered(404, "Nothing of this location has an equivalent: it is answered 404.");
     };
     let target = match Target::read(passed, &variables) {
         Ok(target) => target,
         Err(why) => {
             work.lost(passed, why);
-            content.filters.push(filter("respond", Map::default().with("status", Node::word(502))));
-            content.comments.push("Its backend is not known: it is answered 502.".to_owned());
-            return content;
+            return content.answered(502, "Its backend is not known: it is answered 502.");
         }
     };
     work.done(passed);
