@@ -302,7 +302,8 @@ pub struct Outcome {
 ///
 /// A filter with a `when:` is called at no stage of an exchange for which that does not hold. It is asked once:
 /// before the request stage of the filter, or before the response stages if it reads the response. Where it reads the
-/// response, [`Filter::request`] is called before it is asked, of a filter that only [prepares](Filter::prepares) there.
+/// response, [`Filter::request`] is called before it is asked, of a filter that only [prepares](Filter::prepares)
+/// there.
 #[async_trait]
 pub trait Filter: Send + Sync + 'static {
     /// The stages this filter wants.
@@ -314,8 +315,8 @@ pub trait Filter: Send + Sync + 'static {
         false
     }
 
-    /// Its `when:` reads the response, which is here, and does not hold: undoes what [`Filter::request`] has made ready.
-    /// Called once a response of a filter that [prepares](Filter::prepares). Must not wait.
+    /// Its `when:` reads the response, which is here, and does not hold: undoes what [`Filter::request`] has made
+    /// ready. Called once a response of a filter that [prepares](Filter::prepares). Must not wait.
     fn stand_down(&self, _scope: &mut Scope<'_>) {}
 
     /// What it is called in metrics and logs, where filters of one key are different things, such as plugins. `None`:

@@ -17,7 +17,7 @@ const SO_BUF_LOCK: libc::c_int = 72;
 const SOCK_RCVBUF_LOCK: libc::c_int = 2;
 
 /// Bytes of a connection that were sent and that the peer's host has not acknowledged; a FIN counts as one. 0 for what
-/// is no socket.
+/// is not a socket.
 pub fn unacknowledged(socket: RawFd) -> usize {
     let mut bytes: libc::c_int = 0;
     // SAFETY: the pointer is to an integer, which is what this request fills; a wrong descriptor is an error.
@@ -25,7 +25,7 @@ pub fn unacknowledged(socket: RawFd) -> usize {
     if asked == 0 { usize::try_from(bytes).unwrap_or_default() } else { 0 }
 }
 
-/// Bytes that have come over a connection and were not read; its end counts for none. 0 for what is no socket.
+/// Bytes that have come over a connection and were not read; its end counts for none. 0 for what is not a socket.
 pub fn unread(socket: RawFd) -> u64 {
     let mut bytes: libc::c_int = 0;
     // SAFETY: as above.
@@ -34,15 +34,15 @@ pub fn unread(socket: RawFd) -> u64 {
 }
 
 /// Which of these events of `poll` there are now. An error and the end of both directions are found without being asked
-/// for. The call does not wait. No event for what is no socket.
+/// for. The call does not wait. No event for what is not a socket.
 pub fn events(socket: RawFd, asked: libc::c_short) -> libc::c_short {
     let mut asked = libc::pollfd { fd: socket, events: asked, revents: 0 };
     // SAFETY: the pointer is to one `pollfd`, as the count says; with a timeout of 0 the call does not wait.
     if unsafe { libc::poll(&raw mut asked, 1, 0) } == 1 { asked.revents } else { 0 }
 }
 
-/// A copy of the next `length` bytes that are to be read, which stay unread. The call does not wait. `None` if there are
-/// fewer, or for what is no socket.
+/// A copy of the next `length` bytes that are to be read, which stay unread. The call does not wait. `None` if there
+/// are fewer, or for what is not a socket.
 pub fn peek(socket: RawFd, length: usize) -> Option<Vec<u8>> {
     let mut bytes = vec![0u8; length];
     let flags = libc::MSG_PEEK | libc::MSG_DONTWAIT;
@@ -56,18 +56,18 @@ pub fn peer(socket: RawFd) -> Option<SockAddr> {
     with(socket, |socket| socket.peer_addr()).ok()
 }
 
-/// The bytes of the receive buffer, which are twice what was set. `None` for what is no socket.
+/// The bytes of the receive buffer, which are twice what was set. `None` for what is not a socket.
 pub fn receive_buffer(socket: RawFd) -> Option<usize> {
     with(socket, |socket| socket.recv_buffer_size()).ok()
 }
 
-/// Sets the receive buffer to this many bytes, and exempts it from the kernel's tuning. No effect on what is no socket.
+/// Sets the receive buffer to this many bytes, which the kernel does not tune then. No effect on what is not a socket.
 pub fn set_receive_buffer(socket: RawFd, bytes: usize) {
     let _ = with(socket, |socket| socket.set_recv_buffer_size(bytes));
 }
 
 /// Whether the receive buffer keeps its size instead of being tuned by the kernel. No effect before Linux 5.14, and on
-/// what is no socket.
+/// what is not a socket.
 pub fn lock_receive_buffer(socket: RawFd, locked: bool) {
     let value = if locked { SOCK_RCVBUF_LOCK } else { 0 };
     let length = size_of::<libc::c_int>() as libc::socklen_t;

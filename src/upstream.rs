@@ -875,7 +875,8 @@ mod tests {
         assert_eq!(
             told,
             [
-                "upstreams.shop.endpoints[1].address: `api.test` is not an address: write `host:port`, `[v6]:port` or `unix:/path`",
+                "upstreams.shop.endpoints[1].address: `api.test` is not an address: write `host:port`, `[v6]:port` \
+                 or `unix:/path`",
                 "upstreams.shop.endpoints[2].address: `unix:` needs a path, such as `unix:/run/app.sock`",
             ]
         );

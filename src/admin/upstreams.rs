@@ -160,7 +160,8 @@ fn weighed(ask: &Ask) -> Result<Order, String> {
     let weight = written.parse().ok().and_then(NonZeroU32::new);
     weight.map(|weight| Order::Weigh(Some(weight))).ok_or_else(|| {
         format!(
-            "`{written}` is not a weight: write a whole number from 1 to {}, or `configured`; to give it nothing, drain it",
+            "`{written}` is not a weight: write a whole number from 1 to {}, or `configured`; to give it nothing, \
+             drain it",
             u32::MAX
         )
     })

@@ -1,8 +1,8 @@
 //! What each client address has of what all clients share: connections, requests under way, and what is held for it.
 //!
-//! An address of IPv4 is one client, and so is a network of IPv6 ([`ClientPrefix`]): a client that has one address of it has all. A
-//! connection looks its account up once and keeps it; an account ends with the last that keeps it. Addresses that speak
-//! for many clients have none: trusted proxies, and unix sockets, which have no address at all.
+//! An address of IPv4 is one client, and so is a network of IPv6 ([`ClientPrefix`]): a client that has one address of
+//! it has all. A connection looks its account up once and keeps it; an account ends with the last that keeps it.
+//! Addresses that speak for many clients have none: trusted proxies, and unix sockets, which have no address at all.
 
 use std::collections::HashMap;
 use std::fmt;

@@ -59,7 +59,8 @@ variables! {
     "request.args": "map", "Arguments of the query by name, decoded. Several values are joined by `, `.";
     "source.address": "ip", "The client's address, as seen through `trusted_proxies`; none on a unix socket.";
     "source.network": "string",
-        "What counts as one client, as `ipv4_prefix` and `ipv6_prefix` say: by default its address, of IPv6 the network of \
+        "What counts as one client, as `ipv4_prefix` and `ipv6_prefix` say: by default its address, of IPv6 the \
+         network of \
          64 bits that it is in, such as `2001:db8::/64`. `\"\"` on a unix socket.";
     "source.port": "int", "The client's port; 0 behind a trusted proxy and on a unix socket.";
     "connection.listener": "string", "The name of the listener that the client came to.";

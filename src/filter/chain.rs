@@ -152,8 +152,8 @@ impl Chain {
         States { slots: self.links.iter().map(|_| Slot::default()).collect(), ..States::default() }
     }
 
-    /// The next of these filters that acts and wants this stage. Conditions on the way to it are asked of the same facts,
-    /// for nothing changes before a filter runs.
+    /// The next of these filters that acts and wants this stage. Conditions on the way to it are asked of the same
+    /// facts, for nothing changes before a filter runs.
     fn next<'a>(
         &self,
         order: &mut slice::Iter<'_, usize>,

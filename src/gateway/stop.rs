@@ -241,8 +241,8 @@ impl Stop {
         }
     }
 
-    /// Waits for the permission of the previous process to accept connections. Asks for it once everything that requests
-    /// need is ready.
+    /// Waits for the permission of the previous process to accept connections. Asks for it once everything that
+    /// requests need is ready.
     async fn may_take_over(&self, predecessor: &Predecessor) -> Result<Taken, String> {
         // What is unknown by then is found out while serving.
         let _ = tokio::time::timeout(CHECKED, self.checked()).await;

@@ -136,7 +136,8 @@ const TABLE: &[(&str, Fate, &str)] = &[
     (
         "auth_basic* auth_request* auth_jwt* auth_delay satisfy",
         Lost,
-        "a check that has no equivalent closes its place until you put one in, such as `jwt`, `basic_auth` or `forward_auth`",
+        "a check that has no equivalent closes its place until you put one in, such as `jwt`, `basic_auth` or \
+         `forward_auth`",
     ),
     (
         "secure_link* referer_* valid_referers userid* perl* js_* lua_* *_by_lua*",

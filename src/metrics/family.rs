@@ -172,7 +172,8 @@ families! {
     GENERATION_CONNECTIONS: "forebay_generation_connections", Gauge, ["generation"],
         "Open client connections by the number of the configuration that their listener uses.";
     UPGRADES: "forebay_upgrades_total", Counter, ["result"],
-        "Upgrades to a new process, by result: done, refused, failed or timed_out; the new process continues the count.";
+        "Upgrades to a new process, by result: done, refused, failed or timed_out; the new process continues the \
+         count.";
     UPGRADE_FAILED: "forebay_upgrade_failed", Gauge, [],
         "1 if the last upgrade failed and the old process continues to serve; else 0.";
     UPGRADE_DRAINING: "forebay_upgrade_draining_processes", Gauge, [],
@@ -236,7 +237,8 @@ families! {
     UPSTREAM_DISCOVERIES: "forebay_upstream_discoveries_total", Counter, ["upstream", "outcome"],
         "Endpoint look-ups in DNS and files; after a failure the last good result stays in use.";
     UPSTREAM_HEALTH_CHECKS: "forebay_upstream_health_checks_total", Counter, ["upstream", "outcome"],
-        "Health checks by outcome; unable: the gateway lacked a descriptor or port; late, counted in addition: the check started late because too many were active.";
+        "Health checks by outcome; unable: the gateway lacked a descriptor or port; late, counted in addition: the \
+         check started late because too many were active.";
     UPSTREAM_CONNECTIONS: "forebay_upstream_connections", Gauge, ["upstream"],
         "Connections to endpoints that are in use, idle, or being made.";
     UPSTREAM_EJECTIONS: "forebay_upstream_ejections_total", Counter, ["upstream", "reason"],
@@ -250,7 +252,8 @@ families! {
     UPSTREAM_QUEUE: "forebay_upstream_queue", Gauge, ["upstream"],
         "Exchanges that now wait because all endpoints are at their limits.";
     UPSTREAM_QUEUE_SECONDS: "forebay_upstream_queue_seconds", Histogram(QUEUE), ["upstream"],
-        "Time that exchanges waited because all endpoints were at their limits, with any outcome; exchanges that did not wait are not counted.";
+        "Time that exchanges waited because all endpoints were at their limits, with any outcome; exchanges that \
+         did not wait are not counted.";
     UPSTREAM_REJECTED: "forebay_upstream_rejected_total", Counter, ["upstream", "reason"],
         "Exchanges refused by the limits of an upstream, by reason.";
     UPSTREAM_BREAKER_OPEN: "forebay_upstream_breaker_open", Gauge, ["upstream"],

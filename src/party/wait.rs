@@ -163,10 +163,10 @@ pub async fn within<F: Future>(time: Duration, reason: NoClient, future: F) -> O
 
 /// A deadline that may move. Costs nothing until it is first polled.
 ///
-/// Most deadlines are far off and never met, and each exchange has several. To set a timer of the runtime for each would
-/// cost more than the rest of a wait. So a timer that is set is kept when its deadline is no longer of interest, and the
-/// next deadline on this thread takes it over. It is set anew only if it would ring too late, or once it rings. So it
-/// may wake its task early; then it is to be polled again, as after each wake.
+/// Most deadlines are far off and never met, and each exchange has several. To set a timer of the runtime for each
+/// would cost more than the rest of a wait. So a timer that is set is kept when its deadline is no longer of interest,
+/// and the next deadline on this thread takes it over. It is set anew only if it would ring too late, or once it rings.
+/// So it may wake its task early; then it is to be polled again, as after each wake.
 #[derive(Default)]
 pub struct Timer(Option<Set>);
 

@@ -30,8 +30,8 @@ const MORE: usize = 3_000;
 const CLIENTS: usize = 16;
 /// For any single wait: callgrind makes a program some fifty times slower.
 const PATIENCE: Duration = Duration::from_secs(120);
-/// Where a processor is quick at `rep movs`, glibc copies with it, and callgrind counts it once for each byte. Without it
-/// the counts are the same on every machine.
+/// Where a processor is quick at `rep movs`, glibc copies with it, and callgrind counts it once for each byte. Without
+/// it the counts are the same on every machine.
 const TUNABLES: &str = "glibc.cpu.x86_rep_movsb_threshold=1073741824:glibc.cpu.x86_rep_stosb_threshold=1073741824";
 
 /// What is measured, and how many thousand instructions it may take.
@@ -52,9 +52,9 @@ enum Work {
 }
 
 /// What a request may take that passes ten rules, over one that passes none: of routes, and of filters. Measured were
-/// 3.2 and 3.9 thousand instructions more, 1.035 and 1.043 times as many; system calls, which are some 0.4 of the CPU of
-/// a small request, are not in it. Where the same work takes fewer instructions (copies by whole strings count for each
-/// byte on some processors), the part of the rules is larger.
+/// 3.2 and 3.9 thousand instructions more, 1.035 and 1.043 times as many; system calls, which are some 0.4 of the CPU
+/// of a small request, are not in it. Where the same work takes fewer instructions (copies by whole strings count for
+/// each byte on some processors), the part of the rules is larger.
 const RULES_MOST: [(&str, f64); 2] = [("rules", 1.05), ("skipped", 1.06)];
 
 /// Rules as operators write them. None holds for the requests here, so that each is asked.

@@ -170,8 +170,8 @@ fn two_hundred_wrong_passwords_a_second_leave_others_as_they_are() {
         alone.push(beside(&gateway, TIME));
         let attackers: Vec<_> = (0..ATTACKERS).map(|attacker| thread::spawn(move || attack(round, attacker))).collect();
         during.push(beside(&gateway, TIME));
-        // Why others are as they are: who hashes takes the CPU time that nothing else wants; where there is none, another
-        // one stands in, with a smaller share than a worker.
+        // Why others are as they are: who hashes takes the CPU time that nothing else wants; where there is none,
+        // another one stands in, with a smaller share than a worker.
         hashers.extend(eventually("threads that give way", || {
             let ranks = ranks("password");
             ranks.iter().all(|(policy, nice)| *policy == SCHED_IDLE || *nice > 0).then_some(ranks)

@@ -412,7 +412,8 @@ fn changes_of_answers_may_depend_on_the_answer() {
     let failed = "when: response.code >= 500";
     let change = "body: { response: { replace: [ { text: app.internal, with: a backend } ] } }";
     let filters = format!(
-        "compress: {{ codings: [gzip], min_size: 1B }}, {{ {change}, {failed} }}, {{ decompress: {{ request: false }}, {failed} }}"
+        "compress: {{ codings: [gzip], min_size: 1B }}, {{ {change}, {failed} }}, {{ decompress: {{ request: false \
+         }}, {failed} }}"
     );
     let gateway = Setup::before(&origin).filters(&filters).start();
     let mut client = gateway.client();

@@ -358,13 +358,8 @@ fn a_second_upgrade_is_refused_while_one_is_under_way_and_so_is_one_of_a_process
     assert_eq!(process.ended().code(), Some(0));
 }
 
-#[test]
-fn a_new_process_that_is_killed_before_it_is_ready_changes_nothing() {
-    let origin = Origin::named("origin");
-    let silent = Closed::silent();
-    let setup = Setup::before(&origin);
-    let process = setup.spawn();
-    // The new process waits a while for the first check of an endpoint that never responds.
+/// Writes a configuration with an endpoint that never responds: a new process waits a while for its first check.
+fn keep_from_being_ready(setup: &Setup, silent: &Closed) {
     let health = "health_check: { http: { path: / }, interval: 60s, timeout: 30s }";
     let keys = format!("{health}, endpoints: [ {{ address: \"{}\" }} ]", silent.address());
     setup
@@ -372,6 +367,15 @@ fn a_new_process_that_is_killed_before_it_is_ready_changes_nothing() {
         .also_upstream("silent", &keys)
         .also_route("{ name: silent, match: { path: { exact: /silent } }, upstream: silent }")
         .write();
+}
+
+#[test]
+fn a_new_process_that_is_killed_before_it_is_ready_changes_nothing() {
+    let origin = Origin::named("origin");
+    let silent = Closed::silent();
+    let setup = Setup::before(&origin);
+    let process = setup.spawn();
+    keep_from_being_ready(&setup, &silent);
     thread::scope(|scope| {
         let asked = scope.spawn(|| upgrade(&process, "/upgrade"));
         let heir = eventually("the new process to fork", || {
@@ -402,13 +406,7 @@ fn a_new_process_that_is_stopped_before_it_is_ready_leaves_the_sockets_to_the_ol
         .also_listener(&format!("{{ name: local, address: \"unix:{}\" }}", unix.display()))
         .server(&format!("threads: 1, pid_file: \"{}\"", pids.display()));
     let process = setup.spawn();
-    let health = "health_check: { http: { path: / }, interval: 60s, timeout: 30s }";
-    let keys = format!("{health}, endpoints: [ {{ address: \"{}\" }} ]", silent.address());
-    setup
-        .clone()
-        .also_upstream("silent", &keys)
-        .also_route("{ name: silent, match: { path: { exact: /silent } }, upstream: silent }")
-        .write();
+    keep_from_being_ready(&setup, &silent);
     thread::scope(|scope| {
         let asked = scope.spawn(|| upgrade(&process, "/upgrade"));
         eventually("the new process to have all sockets", || {

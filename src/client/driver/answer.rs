@@ -205,7 +205,8 @@ fn parser() -> httparse::ParserConfig {
     parser
 }
 
-/// Finds the end of a header in bytes that arrive piece by piece, looking at each byte once. Lines may end without a CR.
+/// Finds the end of a header in bytes that arrive piece by piece, looking at each byte once. Lines may end without a
+/// CR.
 #[derive(Debug, Default)]
 struct Scanner {
     /// How much was looked at.

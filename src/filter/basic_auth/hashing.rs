@@ -3,8 +3,8 @@
 //! They take only CPU time that is left over (`SCHED_IDLE`), so that requests that need no password are as fast as
 //! without them. A *clerk* gives them the passwords and passes on what they find. It has the priority of a worker, and
 //! it alone shares a lock with workers, for some microseconds: a worker that waited for a lock of a thread that gets no
-//! CPU time would wait for as long as that one. Where other work takes all CPU time, a password whose thread gets none is
-//! hashed a second time, by an *escort* that takes its share of it.
+//! CPU time would wait for as long as that one. Where other work takes all CPU time, a password whose thread gets none
+//! is hashed a second time, by an *escort* that takes its share of it.
 //!
 //! Threads begin when there is something to do and end when there is nothing for a while. The queue of passwords is
 //! bounded. What was right is remembered for a while, and the same credentials are hashed once for all who show them at

@@ -61,7 +61,8 @@ pub fn service<'d>(
     }
     work.differs(
         directive,
-        "the service learns of the request from `X-Forwarded-Uri` and the like; the client gets its answer of 3xx or 4xx",
+        "the service learns of the request from `X-Forwarded-Uri` and the like; the client gets its answer of 3xx \
+         or 4xx",
     );
     Some(Ok(map))
 }

@@ -104,7 +104,8 @@ impl Notebook {
     }
 }
 
-/// A filter sends a request to this upstream; `None`, if the exchange is not recorded. To be called where the filter is polled.
+/// A filter sends a request to this upstream; `None`, if the exchange is not recorded. To be called where the filter is
+/// polled.
 pub fn call(upstream: &str) -> Option<Noting> {
     let (notebook, filter) = PRESENT.with_borrow(Clone::clone)?;
     Some(Noting::begin(notebook, filter, "call", Some(upstream.into())))

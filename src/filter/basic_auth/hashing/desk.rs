@@ -142,8 +142,8 @@ impl Rank {
 /// Has the thread that calls this get only CPU time that is left over; whether the system allows that.
 fn is_left_over() -> bool {
     let parameters = libc::sched_param { sched_priority: 0 };
-    // SAFETY: the structure lives until the call returns. On Linux `0` is the thread. Not by `sched_setscheduler`, which
-    // some libraries do not have.
+    // SAFETY: the structure lives until the call returns. On Linux `0` is the thread. Not by `sched_setscheduler`,
+    // which some libraries do not have.
     unsafe { libc::syscall(libc::SYS_sched_setscheduler, 0, libc::SCHED_IDLE, &raw const parameters) == 0 }
 }
 
