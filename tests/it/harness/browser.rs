@@ -79,25 +79,29 @@ impl Browser {
 
     /// The result of this JavaScript on the page; `null` if it fails.
     pub fn eval(&mut self, script: &str) -> Value {
-        let arguments = json!({ "expression": script, "returnByValue": true });
-        let mut answer = self.call("Runtime.evaluate", arguments);
+        let mut answer = self.call("Runtime.evaluate", evaluation(script));
         answer["result"]["value"].take()
     }
 
     /// The text of the first matching element; empty if there is none.
     pub fn text(&mut self, selector: &str) -> String {
-        let script = format!("(document.querySelector({selector:?}) || {{}}).textContent");
-        self.eval(&script).as_str().unwrap_or_default().to_owned()
+        self.eval(&text_of(selector)).as_str().unwrap_or_default().to_owned()
     }
 
     /// Waits until the text of an element satisfies `wanted`, and returns it.
+    ///
+    /// A page that is being left answers no script, so a failed script counts as an empty text.
     pub fn wait_text(&mut self, selector: &str, wanted: impl Fn(&str) -> bool) -> String {
-        let mut last = String::new();
+        let script = text_of(selector);
+        let mut last = json!(null);
         let started = Instant::now();
         while started.elapsed() < DEADLINE {
-            last = self.text(selector);
-            if wanted(&last) {
-                return last;
+            last = match self.ask("Runtime.evaluate", evaluation(&script)) {
+                Ok(mut answer) => answer["result"]["value"].take(),
+                Err(error) => error,
+            };
+            if let Some(text) = last.as_str().filter(|text| wanted(text)) {
+                return text.to_owned();
             }
             std::thread::park_timeout(ms(20));
         }
@@ -119,7 +123,13 @@ impl Browser {
         std::mem::take(&mut self.complaints)
     }
 
+    /// The result of this method, which has to succeed.
     fn call(&mut self, method: &str, arguments: Value) -> Value {
+        self.ask(method, arguments).unwrap_or_else(|error| panic!("{method}: {error}"))
+    }
+
+    /// The result of this method, or the error that the browser reports.
+    fn ask(&mut self, method: &str, arguments: Value) -> Result<Value, Value> {
         self.calls += 1;
         let id = self.calls;
         let mut call = json!({ "id": id, "method": method, "params": arguments });
@@ -128,18 +138,30 @@ impl Browser {
         }
         self.socket.send(Message::text(call.to_string())).expect("the browser to listen");
         loop {
-            let message = match self.socket.read() {
+            let mut message = match self.socket.read() {
                 Ok(Message::Text(text)) => serde_json::from_str::<Value>(&text).expect("JSON"),
                 Ok(_) => continue,
                 Err(error) => panic!("{method}: the browser does not answer: {error}"),
             };
             if message["id"] == json!(id) {
-                assert!(message["error"].is_null(), "{method}: {message}");
-                return message["result"].clone();
+                return match message["error"].take() {
+                    Value::Null => Ok(message["result"].take()),
+                    error => Err(error),
+                };
             }
             self.complaints.extend(complaint(&message));
         }
     }
+}
+
+/// A script that returns the text of the first element that matches; empty if there is none.
+fn text_of(selector: &str) -> String {
+    format!("(document.querySelector({selector:?}) || {{ textContent: '' }}).textContent")
+}
+
+/// The arguments of `Runtime.evaluate`.
+fn evaluation(script: &str) -> Value {
+    json!({ "expression": script, "returnByValue": true })
 }
 
 /// The error in this event.
