@@ -64,6 +64,7 @@ pub mod descriptors;
 pub mod driver;
 pub mod entrance;
 pub mod farewell;
+pub mod fields;
 pub mod frames;
 pub mod head;
 pub mod hello;
@@ -112,9 +113,8 @@ use crate::phase::journal::Cycle;
 use crate::phase::{Clock, Phase};
 use connection::{Begin, Connection, Counted, Inflight, InflightGuard, Introduced, Listener, StateGauge};
 use cut::Cut;
-use driver::{Driven, Driver};
+use driver::{Driven, Driver, sessions};
 use entrance::{Ends, Entered};
-use head::Head;
 use lane::{Lanes, Newcomer};
 use relay::{Passed, Relay};
 use remains::Undertaker;
@@ -454,7 +454,7 @@ where
         let opening = self.read_header(&mut stream, header_since).await;
         self.enter(ConnectionState::Active);
         match opening {
-            Ok(Opening::Http1 { bytes, head }) => self.proxy(stream, bytes, head, arrival).await,
+            Ok(Opening::Http1(request)) => self.proxy(stream, request, arrival).await,
             Ok(Opening::Http2) => {
                 // Its exchanges count for themselves.
                 drop(inflight);
@@ -480,8 +480,8 @@ where
         let arrival = Arrival { accept: None, handshake: None, header_since, header_in };
         let inflight = self.front.desk.ending.inflight.enter();
         match self.read_header(&mut stream, header_since).await {
-            Ok(Opening::Http1 { bytes, head }) => {
-                if let Some(mut kept) = self.proxy(stream, bytes, head, arrival).await {
+            Ok(Opening::Http1(request)) => {
+                if let Some(mut kept) = self.proxy(stream, request, arrival).await {
                     kept.close().await;
                 }
             }
@@ -536,8 +536,7 @@ where
     async fn proxy(
         &self,
         mut stream: Box<ClientStream>,
-        header: BytesMut,
-        head: Head,
+        request: head::Request,
         arrival: Arrival,
     ) -> Option<Box<ClientStream>> {
         let listener = &self.connection.listener;
@@ -549,11 +548,13 @@ where
         }
         // While the gateway is about to stop, every answer is the last.
         let last = self.served >= listener.requests_max || self.front.desk.ending.is_near() || listener.is_leaving();
-        if head.upgrades {
-            return self.proxy_upgrade(stream, header, head.closes || last, arrival).await;
+        if request.head.upgrades {
+            return self.proxy_upgrade(stream, &request, request.head.closes || last, arrival).await;
         }
-        let session = http1::Session::new(&stream, header, head.persists && !last).ok()?;
-        let session = ServerSession::new_custom(Box::new(session));
+        if last {
+            self.connection.end_after_answer();
+        }
+        let session = sessions::take(Box::new(http1::Session::new(&stream, request)));
         let exchange = Box::pin(self.front.driver.run(session, &self.shutdown));
         self.front.desk.run(Metered::new(Introduced::new(self.begin(arrival), exchange))).await;
         match stream.outcome() {
@@ -580,16 +581,17 @@ where
     async fn proxy_upgrade(
         &self,
         stream: Box<ClientStream>,
-        header: BytesMut,
+        request: &head::Request,
         last: bool,
         arrival: Arrival,
     ) -> Option<Box<ClientStream>> {
         let mut session = ServerSession::new_http1(stream);
-        session.set_pipelined_prefix(header);
+        session.set_pipelined_prefix(BytesMut::from(&request.written[..]));
         session.set_keepalive(Some(0));
         // Of several fields `Connection` Pingora sees the first.
         session.set_keepalive_reuses_remaining(last.then_some(0));
 
+        let session = sessions::of_pingora(session);
         let exchange = Introduced::new(self.begin(arrival), Box::pin(self.front.driver.run(session, &self.shutdown)));
         let stream = self.front.desk.run(Metered::new(exchange)).await?;
         stream.into_any().downcast::<ClientStream>().ok()
@@ -781,7 +783,7 @@ where
         let handshake = connection.handshake().map(|(_, took)| took).filter(|_| self.number == 1);
         let (accept, control) = (None, Some(stream.control()));
         let begin = Begin { connection, accept, handshake, header_since: now, header_in, header_done: now, control };
-        let session = ServerSession::new_custom(Box::new(stream));
+        let session = sessions::take(Box::new(stream));
         desk.run(Metered::new(Introduced::new(begin, Box::pin(driver.run(session, &ending))))).await;
     }
 

@@ -52,7 +52,7 @@ use crate::client::driver::{Driven, handover};
 use crate::client::lane::Lanes;
 use crate::client::spool::Depot;
 use crate::error::{Refusal, refusal};
-use crate::filter::{Answer, Refused, Verdict};
+use crate::filter::{Answer, Refused, Stages, Verdict};
 use crate::metrics::Metrics;
 use crate::metrics::driver::DriverMetrics;
 use crate::phase::Phase;
@@ -124,7 +124,8 @@ impl ProxyHttp for Proxy {
             return Ok(false);
         }
         exchange.request.ended_with_header = exchange.client.control.is_some() && session.is_body_empty();
-        let verdict = self.route(session.req_header_mut(), exchange).await;
+        let written = session.as_downstream().to_h1_raw();
+        let verdict = self.route(session.req_header_mut(), &written, exchange).await;
         if self.is_ending(exchange) {
             write::end_connection(exchange, session.as_downstream_mut());
         }
@@ -204,7 +205,10 @@ impl ProxyHttp for Proxy {
         if exchange.link.as_ref().is_some_and(|link| link.length().is_some()) {
             send::note_trailers(exchange, session.req_header_mut());
         }
-        send::header(exchange, exchange.routing.additions, session.req_header(), request)?;
+        send::header(exchange, session.req_header(), request)?;
+        if tells_hops_in_fields(exchange) {
+            send::hops(exchange, session.req_header(), request, None)?;
+        }
         if let Some(copy) = &mut exchange.copy {
             copy.note_header(request, session.req_header().headers.contains_key(HOST));
         }
@@ -363,6 +367,30 @@ impl Driven for Proxy {
     fn keeps_connection(exchange: &Carried) -> bool {
         exchange.attempts.present.as_ref().is_some_and(|attempt| !attempt.has_closed())
     }
+
+    fn tell_hops(
+        exchange: &Carried,
+        client: &RequestHeader,
+        request: &mut RequestHeader,
+        lines: &mut Vec<u8>,
+    ) -> Result<()> {
+        if tells_hops_in_fields(exchange) { Ok(()) } else { send::hops(exchange, client, request, Some(lines)) }
+    }
+
+    fn spells_answer(exchange: &Carried) -> bool {
+        exchange.routing.route.as_ref().is_some_and(|route| route.chain.wants(Stages::RESPONSE))
+    }
+
+    fn answer_came_in(exchange: &Carried, header: Bytes) {
+        exchange.link.iter().for_each(|link| link.answer_came_in(header.clone()));
+    }
+}
+
+/// Whether the fields of the request are to tell of the hops before it: Pingora's driver writes nothing else, and the
+/// copy for a mirror is made of them.
+fn tells_hops_in_fields(exchange: &Carried) -> bool {
+    let is_copied = exchange.routing.route.as_ref().is_some_and(|route| route.mirror.is_some());
+    is_copied || Proxy::course(exchange) != Course::Own
 }
 
 impl Proxy {
@@ -397,7 +425,7 @@ impl Proxy {
         FailToProxy { error_code: status, can_reuse_downstream: false }
     }
 
-    async fn route(&self, request: &mut RequestHeader, exchange: &mut Exchange) -> Verdict {
+    async fn route(&self, request: &mut RequestHeader, written: &[u8], exchange: &mut Exchange) -> Verdict {
         let generation = self.current.load();
         exchange.routing.follow(&generation.epoch, generation.additions);
         let trace = |exchange: &mut Exchange, request: &RequestHeader| {
@@ -409,7 +437,7 @@ impl Proxy {
         // Filters may wait for long.
         drop(generation);
         match decided {
-            Ok(route) => route::take(exchange, route, request).await,
+            Ok(route) => route::take(exchange, route, request, written).await,
             Err(verdict) => verdict,
         }
     }

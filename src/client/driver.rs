@@ -17,7 +17,9 @@ pub mod sessions;
 
 use std::sync::Arc;
 
+use bytes::Bytes;
 use pingora::apps::HttpServerApp;
+use pingora::http::RequestHeader;
 use pingora::protocols::Stream;
 use pingora::protocols::http::ServerSession;
 use pingora::server::ShutdownWatch;
@@ -28,6 +30,7 @@ use pingora_proxy::{HttpProxy, ProxyHttp, ProxyWarnLogContext, Session};
 use self::connection::Connection;
 use self::course::Course;
 use self::handover::HandedOver;
+use super::fields;
 use crate::upstream::transport::connector::Endpoints;
 use crate::upstream::transport::dial::Dialer;
 
@@ -41,6 +44,26 @@ pub trait Driven: ProxyHttp {
 
     /// Whether the connection of an exchange that went well may be kept.
     fn keeps_connection(exchange: &Self::CTX) -> bool;
+
+    /// The last change to the request of a `client`: what it tells its endpoint of the hops before it, in fields of its
+    /// own or as `lines` of a header that follow them. A line costs a tenth of a field.
+    ///
+    /// # Errors
+    ///
+    /// If there is something that cannot be told.
+    fn tell_hops(
+        exchange: &Self::CTX,
+        client: &RequestHeader,
+        request: &mut RequestHeader,
+        lines: &mut Vec<u8>,
+    ) -> Result<()>;
+
+    /// Whether something changes the fields of an answer that cares how their names are spelled. The header of the
+    /// answer then knows that itself ([`ResponseHeader::has_case`](pingora::http::ResponseHeader::has_case)).
+    fn spells_answer(exchange: &Self::CTX) -> bool;
+
+    /// The answer comes in this header, as it was written.
+    fn answer_came_in(exchange: &Self::CTX, header: Bytes);
 }
 
 /// How the driver works.
@@ -82,24 +105,11 @@ where
         Driver { proxy, pingora, terms }
     }
 
-    /// Runs the exchange of a session. Gives the client's stream back if it may be kept.
-    pub async fn run(&self, mut client: ServerSession, shutdown: &ShutdownWatch) -> Option<Stream> {
-        match client.read_request().await {
-            Ok(true) => {}
-            Ok(false) => return None,
-            Err(error) => {
-                if *error.etype() == ErrorType::InvalidHTTPHeader {
-                    // If that fails, too, the client has gone.
-                    let _ = client.respond_error(400).await;
-                }
-                client.shutdown().await;
-                return None;
-            }
+    /// Runs the exchange of a session. Gives the client's stream back if it may be kept; a session of ours gives none.
+    pub async fn run(&self, mut session: Box<Session>, shutdown: &ShutdownWatch) -> Option<Stream> {
+        if !session.as_downstream().is_custom() && !read_request(session.as_downstream_mut(), shutdown).await {
+            return None;
         }
-        if *shutdown.borrow() {
-            client.set_keepalive(None);
-        }
-        let mut session = sessions::take(client);
         let mut exchange = self.proxy.new_ctx();
         match self.admit(&mut session, &mut exchange).await {
             Ok(true) => {}
@@ -110,7 +120,11 @@ where
             Err(error) => return self.fail(session, &mut exchange, error).await,
         }
         if let Course::Pingora(_) = P::course(&exchange) {
-            let client = sessions::give_back(session);
+            let written = session.as_downstream().to_h1_raw();
+            if fields::spell_out(session.req_header_mut(), &written).is_err() {
+                return None;
+            }
+            let client = sessions::take_client(session);
             let further = self.pingora.process_new_http(client, shutdown);
             let (stream, _) = HandedOver::new(exchange, further).await?.consume();
             return Some(stream);
@@ -143,7 +157,7 @@ where
     }
 
     /// It failed before any attempt.
-    async fn fail(&self, mut session: Session, exchange: &mut P::CTX, error: Box<Error>) -> Option<Stream> {
+    async fn fail(&self, mut session: Box<Session>, exchange: &mut P::CTX, error: Box<Error>) -> Option<Stream> {
         let told = self.proxy.fail_to_proxy(&mut session, &error, exchange).await;
         if !self.proxy.suppress_error_log(&session, exchange, &error) {
             tracing::error!(%error, status = told.error_code, "a request failed");
@@ -201,8 +215,34 @@ where
     }
 }
 
+/// Has Pingora's own session read its request. `false`: there is none.
+async fn read_request(client: &mut ServerSession, shutdown: &ShutdownWatch) -> bool {
+    match client.read_request().await {
+        Ok(true) => {}
+        Ok(false) => return false,
+        Err(error) => {
+            if *error.etype() == ErrorType::InvalidHTTPHeader {
+                // If that fails, too, the client has gone.
+                let _ = client.respond_error(400).await;
+            }
+            client.shutdown().await;
+            return false;
+        }
+    }
+    if *shutdown.borrow() {
+        client.set_keepalive(None);
+    }
+    true
+}
+
 /// The stream of a client whose exchange is over, if it may be kept.
-async fn finish(session: Session) -> Option<Stream> {
-    let reusable = sessions::give_back(session).finish().await.ok()??;
+async fn finish(mut session: Box<Session>) -> Option<Stream> {
+    if let ServerSession::Custom(client) = session.as_downstream_mut() {
+        // If that fails, its connection ends.
+        let _ = client.finish().await;
+        sessions::give_back(session);
+        return None;
+    }
+    let reusable = sessions::take_client(session).finish().await.ok()??;
     Some(reusable.into_parts().0)
 }

@@ -7,9 +7,12 @@
 use std::mem::MaybeUninit;
 use std::net::Ipv6Addr;
 
-use bytes::BytesMut;
-use http::Version;
+use bytes::{Bytes, BytesMut};
+use http::uri::PathAndQuery;
+use http::{Method, Version};
+use pingora::http::RequestHeader;
 
+use super::fields;
 use crate::error::{Refusal, refusal};
 use crate::framing::{self, Body, Said, decimal, is_token};
 
@@ -104,22 +107,78 @@ pub enum Target {
 /// # Errors
 ///
 /// What the client is told.
-pub fn inspect(bytes: &[u8]) -> Result<Head, &'static Refusal> {
+pub fn inspect(header: &[u8]) -> Result<Head, &'static Refusal> {
+    parsed(header, check)
+}
+
+/// A request of HTTP/1.
+#[derive(Debug)]
+pub struct Request {
+    /// Its header as it was written, the target in its origin form.
+    pub written: Bytes,
+    /// What that says of what follows it.
+    pub head: Head,
+    /// The same for all who come after. Its values are parts of `written`; how its names were spelled, [`fields`] finds
+    /// there.
+    pub header: RequestHeader,
+}
+
+/// Reads a complete header and checks it.
+///
+/// # Errors
+///
+/// What the client is told.
+pub fn read(mut written: Bytes) -> Result<Request, &'static Refusal> {
+    let checked = parsed(&written, |request| {
+        let head = check(request)?;
+        let header = if head.target == Target::Origin { Some(header(request, &written)?) } else { None };
+        Ok((head, header))
+    })?;
+    let head = match checked {
+        (head, Some(header)) => return Ok(Request { written, head, header }),
+        (head, None) => head,
+    };
+    written = in_origin_form(&written, head.target == Target::Absolute { names_host: true }).freeze();
+    let header = parsed(&written, |request| header(request, &written))?;
+    Ok(Request { written, head, header })
+}
+
+/// Parses a header; what `read` makes of it.
+fn parsed<T>(
+    header: &[u8],
+    read: impl FnOnce(&httparse::Request<'_, '_>) -> Result<T, &'static Refusal>,
+) -> Result<T, &'static Refusal> {
     let mut fields = [const { MaybeUninit::uninit() }; FIELDS_MAX];
     let mut request = httparse::Request::new(&mut []);
-    match request.parse_with_uninit_headers(bytes, &mut fields) {
-        Ok(httparse::Status::Complete(_)) => {}
-        Ok(httparse::Status::Partial) => return Err(&refusal::HEADER_MALFORMED),
-        Err(httparse::Error::TooManyHeaders) => return Err(&refusal::HEADER_TOO_MANY),
-        Err(_) => return Err(malformed_or_version(bytes)),
+    match request.parse_with_uninit_headers(header, &mut fields) {
+        Ok(httparse::Status::Complete(_)) => read(&request),
+        Ok(httparse::Status::Partial) => Err(&refusal::HEADER_MALFORMED),
+        Err(httparse::Error::TooManyHeaders) => Err(&refusal::HEADER_TOO_MANY),
+        Err(_) => Err(malformed_or_version(header)),
     }
+}
+
+/// The header of a request that was checked, in its origin form.
+fn header(request: &httparse::Request<'_, '_>, written: &Bytes) -> Result<RequestHeader, &'static Refusal> {
+    let (method, target) = (request.method.unwrap_or_default(), request.path.unwrap_or_default());
+    let (mut parts, ()) = http::Request::new(()).into_parts();
+    let target = PathAndQuery::from_maybe_shared(written.slice_ref(target.as_bytes()));
+    parts.uri = target.map_err(|_| &refusal::HEADER_MALFORMED)?.into();
+    parts.method = Method::from_bytes(method.as_bytes()).map_err(|_| &refusal::HEADER_MALFORMED)?;
+    parts.version = if request.version == Some(0) { Version::HTTP_10 } else { Version::HTTP_11 };
+    parts.headers = fields::map(written, request.headers).ok_or(&refusal::HEADER_MALFORMED)?;
+    Ok(parts.into())
+}
+
+fn check(request: &httparse::Request<'_, '_>) -> Result<Head, &'static Refusal> {
     let (Some(method), Some(target), Some(minor)) = (request.method, request.path, request.version) else {
         return Err(&refusal::HEADER_MALFORMED);
     };
     if matches!(method, "CONNECT" | "TRACE") {
         return Err(&refusal::HEADER_METHOD);
     }
-    if !(target.starts_with('/') || absolute(target).is_some() || (target == "*" && method == "OPTIONS")) {
+    let behind_scheme = absolute(target);
+    if !(target.starts_with('/') || behind_scheme.is_some() || (target == "*" && method == "OPTIONS")) {
         return Err(&refusal::HEADER_MALFORMED);
     }
     if target.len() > TARGET_BYTES_MAX {
@@ -145,9 +204,9 @@ pub fn inspect(bytes: &[u8]) -> Result<Head, &'static Refusal> {
             _ => {}
         }
     }
-    check_host(&hosts, target, minor)?;
+    check_host(&hosts, behind_scheme, minor)?;
     let version = if minor == 0 { Version::HTTP_10 } else { Version::HTTP_11 };
-    let target = absolute(target).map_or(Target::Origin, |_| Target::Absolute { names_host: hosts.first.is_some() });
+    let target = behind_scheme.map_or(Target::Origin, |_| Target::Absolute { names_host: hosts.first.is_some() });
     let persists = !closes && (version == Version::HTTP_11 || stays);
     Ok(Head { body: framing::request::read(version, &said)?, closes, persists, upgrades, target })
 }
@@ -226,13 +285,16 @@ impl<'h> Values<'h> {
 
 /// What follows the scheme of an absolute target (RFC 9112 §3.2.2), if this is one.
 fn absolute(target: &str) -> Option<&str> {
-    let (scheme, rest) = target.split_once("://")?;
+    // Nearly all are paths.
+    let (scheme, rest) = Some(target).filter(|target| !target.starts_with('/'))?.split_once("://")?;
     (scheme.eq_ignore_ascii_case("http") || scheme.eq_ignore_ascii_case("https")).then_some(rest)
 }
 
 /// RFC 9112 §3.2: HTTP/1.1 needs exactly one well-formed `Host`; an absolute target must not contradict it.
-fn check_host(hosts: &Values<'_>, target: &str, minor: u8) -> Result<(), &'static Refusal> {
-    let authority = absolute(target).map(|rest| rest.split(['/', '?', '#']).next().unwrap_or_default().as_bytes());
+///
+/// `behind_scheme` is what follows the scheme of an absolute target.
+fn check_host(hosts: &Values<'_>, behind_scheme: Option<&str>, minor: u8) -> Result<(), &'static Refusal> {
+    let authority = behind_scheme.map(|rest| rest.split(['/', '?', '#']).next().unwrap_or_default().as_bytes());
     let is_one = match (hosts.first, authority) {
         (None, None) => minor == 0,
         (None, Some(authority)) => minor == 0 && is_host(authority),

@@ -11,9 +11,9 @@ use std::io;
 use std::time::Duration;
 
 use async_trait::async_trait;
-use bytes::{BufMut, Bytes, BytesMut};
+use bytes::{BufMut, Bytes};
 use http::{HeaderMap, Method, Version, header};
-use pingora::http::{IntoCaseHeaderName, RequestHeader, ResponseHeader, header_value_from_raw};
+use pingora::http::{RequestHeader, ResponseHeader};
 use pingora::protocols::Digest;
 use pingora::protocols::http::HttpTask;
 use pingora::protocols::http::custom::CustomMessageWrite;
@@ -22,7 +22,8 @@ use pingora::protocols::http::date::get_cached_date;
 use pingora::protocols::l4::socket::SocketAddr;
 use pingora::{Error, ErrorType, Result};
 
-use super::head::FIELDS_MAX;
+use super::fields;
+use super::head;
 use super::kept::Kept;
 use super::remains;
 use super::stream::{Bypass, ClientStream};
@@ -33,10 +34,10 @@ use crate::framing::{Body, Said, answer};
 pub struct Session {
     connection: Bypass,
     request: RequestHeader,
+    /// The header as it was written.
+    written: Bytes,
     /// There is no body.
     empty: bool,
-    /// Nothing says that this is the last request of its connection.
-    keeps: bool,
     answered: Option<Box<ResponseHeader>>,
     /// How the body of the answer leaves, if it leaves by this session.
     framing: Body,
@@ -47,63 +48,28 @@ pub struct Session {
 
 impl Drop for Session {
     fn drop(&mut self) {
-        if remains::are_wanted()
-            && let Ok(stub) = RequestHeader::build(Method::GET, b"/", Some(0))
-        {
-            remains::leave_request(std::mem::replace(&mut self.request, stub));
-        }
+        remains::leave_request(&mut self.request);
     }
 }
 
 impl Session {
-    /// The session of the request with this header, which was checked and is the next one of this connection. `keeps`:
-    /// another request may follow it.
-    ///
-    /// # Errors
-    ///
-    /// If the header is not HTTP, which `head` has ruled out before.
-    pub fn new(connection: &ClientStream, header: BytesMut, keeps: bool) -> Result<Session> {
-        let (connection, request) = (connection.bypass(), read(header.freeze())?);
+    /// The session of this request, which is the next one of this connection.
+    pub fn new(connection: &ClientStream, request: head::Request) -> Session {
+        let head::Request { written, header: request, .. } = request;
+        let connection = connection.bypass();
         let empty = connection.is_read();
         let (answered, framing, kept) = (None, Body::None, Kept::default());
-        Ok(Session { connection, request, empty, keeps, answered, framing, kept, read: 0, sent: 0 })
+        Session { connection, request, written, empty, answered, framing, kept, read: 0, sent: 0 }
     }
 
-    /// Writes a header. A final one says whether another request may follow, and so it is done.
     fn write_header(&mut self, mut answer: Box<ResponseHeader>) -> Result<()> {
         if self.has_answered() {
             return Ok(());
         }
-        let is_final = !answer.status.is_informational();
-        let mut bytes = BytesMut::with_capacity(512);
-        let version: &[u8] = if answer.version == Version::HTTP_10 { b"HTTP/1.0 " } else { b"HTTP/1.1 " };
-        bytes.put_slice(version);
-        bytes.put_slice(answer.status.as_str().as_bytes());
-        bytes.put_u8(b' ');
-        bytes.put_slice(answer.get_reason_phrase().unwrap_or_default().as_bytes());
-        bytes.put_slice(b"\r\n");
-        if is_final {
-            // Its date is when it leaves, and what it says of a connection was said of another one.
-            answer.remove_header(&header::DATE);
-            answer.remove_header(&header::CONNECTION);
-        }
-        answer.header_to_h1_wire(&mut bytes);
-        if is_final {
-            self.keeps &= self.connection.may_go_on();
-            bytes.put_slice(b"Date: ");
-            bytes.put_slice(get_cached_date().as_bytes());
-            let connection: &[u8] = if self.keeps { b"keep-alive" } else { b"close" };
-            bytes.put_slice(b"\r\nConnection: ");
-            bytes.put_slice(connection);
-            if answer.headers.contains_key(header::UPGRADE) {
-                // RFC 9110 §7.8.
-                bytes.put_slice(b", upgrade");
-            }
-            bytes.put_slice(b"\r\n");
+        gather_header(&self.connection, &mut answer, b"");
+        if !answer.status.is_informational() {
             self.framing = self.framing_of(&answer)?;
         }
-        bytes.put_slice(b"\r\n");
-        self.connection.gather(&bytes);
         self.answered = Some(answer);
         Ok(())
     }
@@ -149,10 +115,10 @@ impl Session {
     /// Ends the answer, if it was written by this session, and sends what is gathered.
     async fn end(&mut self, trailers: Option<HeaderMap>) -> Result<()> {
         match std::mem::replace(&mut self.framing, Body::None) {
-            Body::Chunked => self.connection.gather(&last_chunk(trailers.as_ref())),
+            Body::Chunked => self.connection.gather(|out| out.put(last_chunk(trailers.as_ref()))),
             // The client must not take what came for the whole.
-            Body::Length(1..) => self.keeps = false,
-            Body::UntilEnd => self.keeps = false,
+            Body::Length(1..) => self.connection.end_after_answer(),
+            Body::UntilEnd => self.connection.end_after_answer(),
             Body::None | Body::Length(0) => {}
         }
         self.flush().await
@@ -163,22 +129,40 @@ impl Session {
     }
 }
 
-/// Reads a header that was checked.
-fn read(bytes: Bytes) -> Result<RequestHeader> {
-    let wrong = || Error::explain(ErrorType::InvalidHTTPHeader, "a header that was checked");
-    let mut fields = [const { std::mem::MaybeUninit::uninit() }; FIELDS_MAX];
-    let mut parsed = httparse::Request::new(&mut []);
-    let outcome = parsed.parse_with_uninit_headers(&bytes, &mut fields);
-    let (Ok(httparse::Status::Complete(_)), Some(method), Some(target)) = (outcome, parsed.method, parsed.path) else {
-        return Err(wrong());
-    };
-    let mut request = RequestHeader::build(method, target.as_bytes(), Some(parsed.headers.len()))?;
-    request.set_version(if parsed.version == Some(0) { Version::HTTP_10 } else { Version::HTTP_11 });
-    for field in parsed.headers.iter() {
-        let name = bytes.slice_ref(field.name.as_bytes()).into_case_header_name();
-        request.append_header(name, header_value_from_raw(bytes.slice_ref(field.value)))?;
+/// Writes the header of an answer, whose fields came in the header `written`, to leave with what is sent next. A final
+/// one says whether another request may follow.
+pub(super) fn gather_header(connection: &Bypass, answer: &mut ResponseHeader, written: &[u8]) {
+    let is_final = !answer.status.is_informational();
+    if is_final {
+        // Its date is when it leaves, and what it says of a connection was said of another one.
+        answer.remove_header(&header::DATE);
+        answer.remove_header(&header::CONNECTION);
     }
-    Ok(request)
+    let goes_on = connection.may_go_on();
+    if is_final && !goes_on {
+        // So the client is told, whatever comes.
+        connection.end_after_answer();
+    }
+    let requires_upgrade = is_final && answer.headers.contains_key(header::UPGRADE);
+    connection.gather(|out| {
+        out.reserve(512);
+        out.put_slice(if answer.version == Version::HTTP_10 { b"HTTP/1.0 " } else { b"HTTP/1.1 " });
+        out.put_slice(answer.status.as_str().as_bytes());
+        out.put_u8(b' ');
+        out.put_slice(answer.get_reason_phrase().unwrap_or_default().as_bytes());
+        out.put_slice(b"\r\n");
+        fields::write_answer(answer, written, out);
+        if is_final {
+            out.put_slice(b"Date: ");
+            out.put_slice(get_cached_date().as_bytes());
+            let connection: &[u8] = if goes_on { b"\r\nConnection: keep-alive" } else { b"\r\nConnection: close" };
+            out.put_slice(connection);
+            // RFC 9110 §7.8.
+            let upgrade: &[u8] = if requires_upgrade { b", upgrade\r\n" } else { b"\r\n" };
+            out.put_slice(upgrade);
+        }
+        out.put_slice(b"\r\n");
+    });
 }
 
 /// A request body could not be read.
@@ -188,6 +172,12 @@ pub(super) fn unread(error: io::Error) -> Box<Error> {
         _ => ErrorType::ReadError,
     };
     Error::because(kind, "reading the request body", error).into_down()
+}
+
+/// The client has gone: in good order, or by an error.
+pub(super) fn gone(gone: io::Result<()>) -> Box<Error> {
+    let error = gone.err().unwrap_or(io::ErrorKind::UnexpectedEof.into());
+    Error::because(ErrorType::ConnectionClosed, "the client has gone", error).into_down()
 }
 
 fn unwritten(error: io::Error) -> Box<Error> {
@@ -221,9 +211,7 @@ impl CustomSession for Session {
         if !no_body_expected && !self.is_body_done() {
             return self.read_body_bytes().await;
         }
-        let gone = poll_fn(|cx| self.connection.poll_gone(cx)).await;
-        let error = gone.err().unwrap_or(io::ErrorKind::UnexpectedEof.into());
-        Err(Error::because(ErrorType::ConnectionClosed, "the client has gone", error).into_down())
+        Err(gone(poll_fn(|cx| self.connection.poll_gone(cx)).await))
     }
 
     async fn drain_request_body(&mut self) -> Result<()> {
@@ -274,11 +262,17 @@ impl CustomSession for Session {
         Ok(ended)
     }
 
+    /// An answer was written past this session, and this is its header.
+    fn send_proxy_task(&mut self, task: HttpTask) {
+        if let HttpTask::Header(answer, _) = task {
+            self.answered = Some(answer);
+        }
+    }
+
     /// Sends what is gathered, and says what becomes of the connection.
     async fn finish(&mut self) -> Result<()> {
         self.end(None).await?;
-        self.keeps &= self.has_answered() && self.connection.may_go_on();
-        self.connection.settle(Some(self.keeps));
+        self.connection.settle(Some(self.has_answered() && self.connection.may_go_on()));
         Ok(())
     }
 
@@ -287,7 +281,7 @@ impl CustomSession for Session {
     }
 
     async fn shutdown(&mut self, _code: u32, _context: &str) {
-        self.keeps = false;
+        self.connection.end_after_answer();
         let _ = poll_fn(|cx| self.connection.poll_close(cx)).await;
         // It has ended in good order and need not be ended again.
         self.connection.settle(None);
@@ -302,7 +296,7 @@ impl CustomSession for Session {
     }
 
     fn pseudo_raw_h1_request_header(&self) -> Bytes {
-        Bytes::new()
+        self.written.clone()
     }
 
     fn is_body_done(&mut self) -> bool {
@@ -373,8 +367,8 @@ mod tests {
         client.write_all(request.as_bytes()).await.expect("room");
         let mut stream = ClientStream::new(Box::new(io), connection(""));
         assert!(stream.park().await);
-        let Ok(Opening::Http1 { bytes, head }) = stream.open().await else { panic!("no request was opened") };
-        let session = Session::new(&stream, bytes, head.persists).expect("a session");
+        let Ok(Opening::Http1(request)) = stream.open().await else { panic!("no request was opened") };
+        let session = Session::new(&stream, request);
         (client, stream, session)
     }
 
@@ -455,7 +449,7 @@ mod tests {
         let (_client, _stream, session) =
             asked("PUT /a%20b?c HTTP/1.1\r\nHoSt: a\r\nX-Two: 1\r\nx-two: 2\r\n\r\n").await;
         let mut wire = Vec::new();
-        session.request.header_to_h1_wire(&mut wire);
+        fields::write_request(&session.request, &session.written, &mut wire);
         assert_eq!(wire, b"HoSt: a\r\nX-Two: 1\r\nx-two: 2\r\n");
         assert_eq!((session.request.raw_path(), session.request.method.as_str()), (&b"/a%20b?c"[..], "PUT"));
     }

@@ -18,7 +18,7 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use h2::server::SendResponse;
 use h2::{Reason, RecvStream, SendStream};
-use http::{HeaderMap, HeaderName, Method, Request, Response, header};
+use http::{HeaderMap, HeaderName, Request, Response, header};
 use pingora::http::{RequestHeader, ResponseHeader};
 use pingora::protocols::http::HttpTask;
 use pingora::protocols::http::custom::CustomMessageWrite;
@@ -39,7 +39,7 @@ use conduct::Offence;
 use guard::{Guard, Watch};
 
 /// Fields that are about a connection of HTTP/1 and must not be on HTTP/2 (RFC 9113 §8.2.2).
-const OF_HTTP1: [HeaderName; 5] = [
+static OF_HTTP1: [HeaderName; 5] = [
     header::TRANSFER_ENCODING,
     header::CONNECTION,
     header::UPGRADE,
@@ -335,11 +335,7 @@ impl Stream {
 
 impl Drop for Stream {
     fn drop(&mut self) {
-        if remains::are_wanted()
-            && let Ok(stub) = RequestHeader::build(Method::GET, b"/", Some(0))
-        {
-            remains::leave_request(std::mem::replace(&mut self.request, stub));
-        }
+        remains::leave_request(&mut self.request);
     }
 }
 

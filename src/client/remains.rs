@@ -48,11 +48,21 @@ pub fn leave(exchange: Box<dyn Any>) {
     LEFT.with_borrow_mut(|left| left.exchange = Some(exchange));
 }
 
-/// Its session leaves the request. The first one counts: a session within has only a stub of it.
-pub fn leave_request(request: RequestHeader) {
+/// A session is dropped: if what is dropped is to leave something, it leaves its request. The first one counts, for a
+/// session within has only a stub of it. `true`: it was left.
+pub fn leave_request(request: &mut RequestHeader) -> bool {
+    if !are_wanted() {
+        return false;
+    }
     LEFT.with_borrow_mut(|left| {
-        left.request.get_or_insert(request);
+        left.request.get_or_insert_with(|| std::mem::replace(request, stub()));
     });
+    true
+}
+
+/// What is left in the place of a request that somebody else has. Takes no memory.
+pub fn stub() -> RequestHeader {
+    http::Request::new(()).into_parts().0.into()
 }
 
 #[cfg(test)]

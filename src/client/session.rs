@@ -23,7 +23,7 @@ use std::time::{Duration, Instant};
 use async_trait::async_trait;
 use bytes::Bytes;
 use futures::{Stream, stream};
-use http::{HeaderMap, Method};
+use http::HeaderMap;
 use pingora::http::{RequestHeader, ResponseHeader};
 use pingora::protocols::Digest;
 use pingora::protocols::http::custom::CustomMessageWrite;
@@ -32,12 +32,13 @@ use pingora::protocols::http::{HttpTask, ServerSession};
 use pingora::protocols::l4::socket::SocketAddr;
 use pingora::{Error, ErrorType, Result};
 
+use super::driver::sessions;
 use super::http2::Control;
 use super::intake::{Intake, IntakeTerms, Unread};
 use super::lane::{Class, Lanes, OPERATIONS_PER_POLL, exhaust_budget, spend_budget};
 use super::remains;
 use super::spool::{Depot, Held};
-use super::stream::{Bypass, ClientStream};
+use super::stream::Bypass;
 use super::waiting::Who;
 use super::wire::{Manner, Past, Wire};
 use crate::eventloop::{Gate, LAST_WORDS, adopt, worker};
@@ -227,6 +228,11 @@ impl Link {
         self.wire().end_with(trailers);
     }
 
+    /// The answer comes in this header; see [`Wire::came_in`].
+    pub fn answer_came_in(&self, header: Bytes) {
+        self.wire().came_in(header);
+    }
+
     /// Through which connection the answer to the present attempt comes.
     pub fn comes_through(&self, window: Option<Window>) {
         self.wire().comes_through(window);
@@ -328,7 +334,7 @@ impl Link {
             return false;
         }
         // Dropping ours puts the request header back.
-        **session = nobody();
+        sessions::put(session, Box::new(()));
         self.give(session);
         self.stands_in.store(false, Ordering::Relaxed);
         true
@@ -352,7 +358,7 @@ impl Link {
                 own.set_keepalive(None);
                 wire.end_after_answer();
             }
-            *session = own;
+            sessions::put_away(std::mem::replace(session, own));
         }
     }
 
@@ -530,22 +536,13 @@ fn told(fault: Fault, kind: ErrorType) -> Box<Error> {
 /// would else read as much of an answer as its channel holds, some 300 KiB, before it looks at the client.
 const OPERATIONS: usize = 2;
 
-/// The way past this session, if it is Pingora's own on HTTP/1.
-fn bypass(session: &ServerSession) -> Option<Bypass> {
-    let ServerSession::H1(session) = session else { return None };
-    Some((**session.stream()).as_any().downcast_ref::<ClientStream>()?.bypass())
-}
-
-/// A session that nobody uses.
-fn nobody() -> ServerSession {
-    ServerSession::new_custom(Box::new(()))
-}
-
 /// See the module.
 pub struct BufferedSession {
     link: Arc<Link>,
     /// The client's own session has a stand-in meanwhile, with all that it needs to frame the answer.
     request: RequestHeader,
+    /// Its header as it was written, on HTTP/1.
+    written: Bytes,
     intake: Intake,
     tap: Option<Box<dyn Tap>>,
     /// The upstream is one that Pingora calls custom.
@@ -555,10 +552,8 @@ pub struct BufferedSession {
 impl Drop for BufferedSession {
     fn drop(&mut self) {
         self.note_spooled();
-        if remains::are_wanted()
-            && let Ok(stub) = RequestHeader::build(Method::GET, b"/", Some(0))
-        {
-            return remains::leave_request(std::mem::replace(&mut self.request, stub));
+        if remains::leave_request(&mut self.request) {
+            return;
         }
         if let Some(session) = self.link.wire().session() {
             std::mem::swap(session.req_header_mut(), &mut self.request);
@@ -568,32 +563,26 @@ impl Drop for BufferedSession {
 
 impl BufferedSession {
     /// Takes the client's session. Until [`BufferedSession::stand_in`] there is nobody in its place.
-    pub fn take(session: &mut Box<ServerSession>, terms: Terms) -> Result<(Arc<Link>, Self)> {
-        let Terms { patience, intake, holds_body, manner, who, control, bypass: way, custom, tap, depot, lanes } =
-            terms;
-        let bypass = bypass(session).or(way);
-        let method = session.req_header().method.clone();
-        let head_only = method == Method::HEAD;
-        // An answer to HEAD has no body: so the session writes the header and leaves the rest to us.
-        let stub = if bypass.is_some() { Method::HEAD } else { method };
-        let mut stub = RequestHeader::build(stub, b"/", Some(0))?;
-        stub.set_version(session.req_header().version);
-        let mut own = std::mem::replace(session, Box::new(nobody()));
+    pub fn take(session: &mut Box<ServerSession>, terms: Terms, now: Instant) -> (Arc<Link>, Self) {
+        let Terms { patience, intake, holds_body, manner, who, control, bypass, custom, tap, depot, lanes } = terms;
+        let mut own = std::mem::replace(session, sessions::nobody());
         // The deadline for the client's body is ours, for Pingora has none on HTTP/2.
         own.set_read_timeout(None);
         let write_timeout = own.get_write_timeout();
         own.set_write_timeout(None);
         let reads_past = holds_body && bypass.as_ref().is_some_and(|bypass| !bypass.is_read());
+        // Pingora's own settles with the first such question how the body is framed.
         let empty = !reads_past && own.is_body_empty();
         let intake = Intake::new(intake, empty, who.clone(), &depot, &lanes);
+        let written = if bypass.is_some() { own.to_h1_raw() } else { Bytes::new() };
+        let mut stub = remains::stub();
+        stub.set_method(own.req_header().method.clone());
+        stub.set_version(own.req_header().version);
         let request = std::mem::replace(own.req_header_mut(), stub);
-        // Pingora's own settles with the first such question how the body is framed, and the stand-in says that there
-        // is none.
-        let settled = !reads_past || own.is_custom() || own.is_body_done();
-        debug_assert!(settled);
-        let past = bypass.map(|bypass| Past::new(bypass, reads_past, head_only));
+        let past = bypass.map(|bypass| Past::new(bypass, reads_past));
+        let wire = Wire::new((own, past, control), &request, manner, who, depot, lanes.clone());
         let link = Arc::new(Link {
-            waits: Waits::new(Instant::now()),
+            waits: Waits::new(now),
             stage: AtomicU8::new(Stage::Unconnected as u8),
             whole: AtomicBool::new(false),
             clock: Mutex::new(Clock {
@@ -606,7 +595,7 @@ impl BufferedSession {
             untaken: AtomicBool::new(false),
             fault: Mutex::new(None),
             over: Mutex::new(None),
-            wire: Mutex::new(Wire::new(own, past, control, manner, who, depot, lanes.clone())),
+            wire: Mutex::new(wire),
             stands_in: AtomicBool::new(false),
             received: AtomicU64::new(0),
             length: AtomicU64::new(u64::MAX),
@@ -614,16 +603,16 @@ impl BufferedSession {
             spilled: AtomicU64::new(0),
             write_timeout,
             turn: AtomicUsize::new(NO_TURN),
-            lanes: lanes.clone(),
+            lanes,
         });
         adopt(link.clone());
-        Ok((link.clone(), BufferedSession { link, request, intake, tap, custom }))
+        (link.clone(), BufferedSession { link, request, written, intake, tap, custom })
     }
 
     /// Takes the client's place towards Pingora.
     pub fn stand_in(self, session: &mut Box<ServerSession>) {
         self.link.stands_in.store(true, Ordering::Relaxed);
-        **session = ServerSession::new_custom(Box::new(self));
+        sessions::put(session, Box::new(self));
     }
 
     /// The request has a body to be read.
@@ -898,7 +887,7 @@ impl CustomSession for BufferedSession {
     }
 
     fn pseudo_raw_h1_request_header(&self) -> Bytes {
-        Bytes::new()
+        self.written.clone()
     }
 
     fn is_body_done(&mut self) -> bool {

@@ -25,7 +25,7 @@ use tokio::time::Sleep;
 use super::broken::{Leaving, Look, unread_before_end};
 use super::connection::Connection;
 use super::farewell::Farewell;
-use super::head::{self, Head, Scanner, Target};
+use super::head::{self, Scanner};
 use crate::error::{Refusal, refusal};
 use crate::framing::Body;
 use crate::framing::chunked::Chunks;
@@ -70,14 +70,10 @@ const TLS_KEPT_BYTES_MAX: u64 = 40 << 10;
 const PEEK_BYTES_MAX: usize = 256 << 10;
 
 /// What a client wants first.
+#[expect(clippy::large_enum_variant, reason = "there is one at a time, and nearly all are requests")]
 pub enum Opening {
-    /// An HTTP/1 request: its header, checked. The stream is set to hand on its body next.
-    Http1 {
-        /// The header.
-        bytes: BytesMut,
-        /// What it says.
-        head: Head,
-    },
+    /// An HTTP/1 request, checked. The stream is set to hand on its body next.
+    Http1(head::Request),
     /// HTTP/2; the preface is still in the stream.
     Http2,
     /// Nothing: it closed.
@@ -134,8 +130,6 @@ struct Core {
     inbox: BytesMut,
     /// Written by the session and not yet sent.
     outbox: BytesMut,
-    /// More is about to follow: what is gathered need not leave by itself.
-    corked: bool,
     /// The session has written the header of the final answer.
     answered: bool,
     rest: Rest,
@@ -153,6 +147,8 @@ struct Core {
     look: Look,
     /// The client has closed its sending side behind all of a body in chunks, some of which is unread.
     ends_whole: bool,
+    /// The header of the present request lets another one follow.
+    goes_on: bool,
     /// Whether it is kept for another request after the present one; nothing before the answer has left.
     outcome: Option<bool>,
     /// What the socket had taken when the client was last waited for; only TLS tells.
@@ -183,7 +179,6 @@ impl ClientStream {
             connection,
             inbox,
             outbox,
-            corked: false,
             answered: false,
             rest: Rest::Length(0),
             gulp: usize::MAX,
@@ -193,6 +188,7 @@ impl ClientStream {
             half_closed: false,
             look: Look::default(),
             ends_whole: false,
+            goes_on: true,
             outcome: None,
             taken: 0,
         };
@@ -313,10 +309,10 @@ impl Bypass {
         lock(&self.core).outbox.is_empty()
     }
 
-    /// Whether another request can follow the present one, as far as the connection knows.
+    /// Whether another request can follow the present one, as far as its header and the connection say.
     pub fn may_go_on(&self) -> bool {
         let core = lock(&self.core);
-        core.body_is_read() && !(core.half_closed && core.inbox.is_empty()) && !core.connection.ends()
+        core.goes_on && core.body_is_read() && !(core.half_closed && core.inbox.is_empty()) && !core.connection.ends()
     }
 
     /// No request is to follow the present one.
@@ -329,12 +325,12 @@ impl Bypass {
         lock(&self.core).outcome = outcome;
     }
 
-    /// Takes bytes that leave with what is sent next.
-    pub fn gather(&self, bytes: &[u8]) {
-        lock(&self.core).outbox.extend_from_slice(bytes);
+    /// Has bytes written that leave with what is sent next.
+    pub fn gather(&self, write: impl FnOnce(&mut BytesMut)) {
+        write(&mut lock(&self.core).outbox);
     }
 
-    /// Sends what was gathered, unless more is about to follow.
+    /// Sends what was gathered.
     pub fn poll_flush(&self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         lock(&self.core).poll_flush(cx)
     }
@@ -354,18 +350,6 @@ impl Bypass {
         let mut core = lock(&self.core);
         let unread = !core.body_is_read();
         core.poll_close(cx, unread)
-    }
-
-    /// Whether no request can follow this one: the client has closed its sending side, and nothing is left of what it
-    /// sent.
-    pub fn is_last(&self) -> bool {
-        let core = lock(&self.core);
-        core.half_closed && core.inbox.is_empty()
-    }
-
-    /// Whether what the session writes waits for what [`Bypass::poll_send`] will send.
-    pub fn cork(&self, corked: bool) {
-        lock(&self.core).corked = corked;
     }
 
     /// Sends what the session has written and then these pieces, many at once and without copying them. What is sent is
@@ -426,27 +410,31 @@ impl Core {
     }
 
     fn close_header(&mut self, end: usize) -> Result<Opening, &'static Refusal> {
-        let head = head::inspect(&self.inbox[..end])?;
         if !self.connection.listener.http1 && !self.connection.is_carried() {
+            head::inspect(&self.inbox[..end])?;
             return Err(&refusal::HEADER_VERSION);
         }
+        // Taking the whole buffer keeps it unshared, which is the common case of a request without a body.
+        let whole = end == self.inbox.len();
+        let header = if whole { std::mem::take(&mut self.inbox) } else { self.inbox.split_to(end) }.freeze();
+        let request = head::read(header.clone()).inspect_err(|_| {
+            // What is written of a refusal is read there.
+            let mut inbox = BytesMut::from(&header[..]);
+            inbox.extend_from_slice(&self.inbox);
+            self.inbox = inbox;
+        })?;
         (self.gulp, self.ends_whole) = (FIRST_GULP_BYTES, false);
-        self.rest = match head.body {
+        self.rest = match request.head.body {
             Body::Length(length) => Rest::Length(length),
             Body::Chunked => Rest::Chunked(Chunks::default()),
             // No request of HTTP/1 ends with its connection.
             Body::None | Body::UntilEnd => Rest::Length(0),
         };
-        // Taking the whole buffer keeps it unshared, which is the common case of a request without a body.
-        let whole = end == self.inbox.len();
-        let mut bytes = if whole { std::mem::take(&mut self.inbox) } else { self.inbox.split_to(end) };
-        if let Target::Absolute { names_host } = head.target {
-            bytes = head::in_origin_form(&bytes, names_host);
-        }
+        self.goes_on = request.head.persists;
         (self.outcome, self.answered) = (None, false);
         // Until its route is known.
         self.connection.set_half_close_aborts(false);
-        Ok(Opening::Http1 { bytes, head })
+        Ok(Opening::Http1(request))
     }
 
     /// Reads what is there into the inbox. `false`: the client closed.
@@ -834,9 +822,6 @@ impl Core {
     }
 
     fn poll_flush(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        if self.corked {
-            return Poll::Ready(Ok(()));
-        }
         let sent = self.poll_send_outbox(cx);
         self.poll_patience(cx, sent)
     }
@@ -987,10 +972,9 @@ mod tests {
                 });
                 for (header, body) in requests {
                     prop_assert!(stream.park().await);
-                    let Ok(Opening::Http1 { bytes, head: Head { closes: false, .. } }) = stream.open().await else {
-                        panic!("no request was opened")
-                    };
-                    prop_assert_eq!(&bytes[..], &header[..]);
+                    let Ok(Opening::Http1(request)) = stream.open().await else { panic!("no request was opened") };
+                    prop_assert!(request.head.persists);
+                    prop_assert_eq!(&request.written[..], &header[..]);
                     let mut got = Vec::new();
                     let mut piece = vec![0; space];
                     while got.len() < body.len() {

@@ -1,11 +1,11 @@
 //! The wire to the client: its own session, and the part of the response that it has not taken yet.
 //!
-//! A write is a stored future that *owns* the client's session, so it is never cancelled half-way and works the same on
-//! HTTP/1 and HTTP/2. On HTTP/1 that is so for the header alone: the body is sent past the session ([`Past`]), many
-//! pieces with one system call, and what the client did not take of it can be set aside. It is driven by whoever polls:
-//! Pingora through `client::session` while the upstream answers, the gate of the exchange while the upstream is held
-//! back, `logging` once the upstream is released. What the client does not take goes to a spool; in a `Stream` response
-//! nothing does, and whoever has more waits.
+//! On HTTP/1 the answer is sent past the session ([`Past`]): header and pieces with one system call, and what the client
+//! did not take of them can be set aside. On HTTP/2, and for Pingora's own session, a write is a stored future that
+//! *owns* the client's session, so it is never cancelled half-way. Either is driven by whoever polls: the driver through
+//! `client::session` while the upstream answers, the gate of the exchange while the upstream is held back, `logging`
+//! once the upstream is released. What the client does not take goes to a spool; in a `Stream` response nothing does,
+//! and whoever has more waits.
 
 use std::collections::VecDeque;
 use std::future::Future;
@@ -20,7 +20,7 @@ use pingora::http::{RequestHeader, ResponseHeader};
 use pingora::protocols::http::{HttpTask, ServerSession};
 use pingora::{Error, ErrorType, Result};
 
-use super::http1::unread;
+use super::http1::{self, unread};
 use super::http2::Control;
 use super::lane::{Bulk, Class, Lanes, Turn, ends_for_lack_of_budget};
 use super::pace::Pace;
@@ -137,31 +137,31 @@ enum State {
     Gone,
 }
 
-/// The way past a session of HTTP/1, which writes headers and believes that nothing follows them.
+/// The way past a session of ours on HTTP/1.
 pub struct Past {
     bypass: Bypass,
     /// The request body is read past the session as well.
     reads: bool,
-    /// The request has the method HEAD; the session believes so in any case.
-    head_only: bool,
     /// How the body leaves; of a length, what is still to come.
     framing: Body,
     /// What is being sent.
     pieces: VecDeque<Bytes>,
     /// It was in the spool, which has counted it.
     was_spooled: bool,
-    /// Something is, if only what the session has written.
+    /// Something is, if only a header.
     sends: bool,
-    /// The header that is being written is not to leave by itself.
-    corked: bool,
+    /// The headers that those of the answer came in, as far as they have not left.
+    written: VecDeque<Bytes>,
+    /// The header that has left, for the session.
+    answered: Option<Box<ResponseHeader>>,
 }
 
 impl Past {
     /// Nothing is sent yet.
-    pub fn new(bypass: Bypass, reads: bool, head_only: bool) -> Self {
-        let pieces = VecDeque::new();
-        let (was_spooled, sends, corked) = (false, false, false);
-        Past { bypass, reads, head_only, framing: Body::None, pieces, was_spooled, sends, corked }
+    pub fn new(bypass: Bypass, reads: bool) -> Self {
+        let (pieces, written) = (VecDeque::new(), VecDeque::new());
+        let (was_spooled, sends) = (false, false);
+        Past { bypass, reads, framing: Body::None, pieces, was_spooled, sends, written, answered: None }
     }
 
     /// Takes a piece to be sent.
@@ -301,20 +301,17 @@ struct Head {
 impl Wire {
     /// The wire of a session that has written nothing yet, and the way past it, if there is one.
     pub fn new(
-        session: Box<ServerSession>,
-        past: Option<Past>,
-        control: Option<Control>,
+        (session, past, control): (Box<ServerSession>, Option<Past>, Option<Control>),
+        request: &RequestHeader,
         manner: Manner,
         who: Who,
         depot: Arc<Depot>,
         lanes: Arc<Lanes>,
     ) -> Self {
-        let asked = session.req_header();
-        let (version, is_head) = (asked.version, asked.method == Method::HEAD);
-        let head_only = past.as_ref().map_or(is_head, |past| past.head_only);
+        let (version, head_only) = (request.version, request.method == Method::HEAD);
         Wire {
             state: State::Idle(session),
-            piece: if past.is_some() { PIECE_MOST } else { PIECE_LEAST },
+            piece: if past.is_some() { 2 * PIECE_MOST } else { PIECE_LEAST },
             past,
             control,
             version,
@@ -393,8 +390,8 @@ impl Wire {
     /// Whether all of the request body was read; `None` if only the session knows, and a write has it.
     pub fn body_is_read(&mut self) -> Option<bool> {
         match &self.past {
-            Some(past) if past.reads => Some(past.bypass.is_read()),
-            _ => self.session().map(|session| session.is_body_done()),
+            Some(past) => Some(past.bypass.is_read()),
+            None => self.session().map(|session| session.is_body_done()),
         }
     }
 
@@ -436,7 +433,12 @@ impl Wire {
             return None;
         }
         match std::mem::replace(&mut self.state, State::Gone) {
-            State::Idle(session) => Some(session),
+            State::Idle(mut session) => {
+                if let Some(answered) = self.past.as_mut().and_then(|past| past.answered.take()) {
+                    session.send_downstream_proxy_task(HttpTask::Header(answered, false));
+                }
+                Some(session)
+            }
             other => {
                 self.state = other;
                 None
@@ -469,6 +471,7 @@ impl Wire {
     fn forget(&mut self) {
         self.spooled = self.spooled();
         self.ready.clear();
+        self.past.iter_mut().for_each(|past| past.written.clear());
         self.spool = None;
         self.last = None;
         self.turn = None;
@@ -597,6 +600,11 @@ impl Wire {
         self.broken || matches!(self.state, State::Gone)
     }
 
+    /// The header of an answer that comes next, interim or final, came in this: so the names of its fields were spelled.
+    pub fn came_in(&mut self, header: Bytes) {
+        self.past.iter_mut().for_each(|past| past.written.push_back(header.clone()));
+    }
+
     /// Takes what came from the upstream. An error is the upstream's, passed on.
     pub fn take(&mut self, tasks: Vec<HttpTask>) -> Result<()> {
         self.admitted = false;
@@ -604,7 +612,9 @@ impl Wire {
         for task in tasks {
             match task {
                 // RFC 9110 §15.2: such a client knows none of them.
-                HttpTask::Header(head, _) if self.version == Version::HTTP_10 && head.status.is_informational() => {}
+                HttpTask::Header(head, _) if self.version == Version::HTTP_10 && head.status.is_informational() => {
+                    self.past.iter_mut().for_each(|past| drop(past.written.pop_front()));
+                }
                 HttpTask::Header(mut head, end) => {
                     if !head.status.is_informational() {
                         self.frame(&mut head, end)?;
@@ -680,11 +690,6 @@ impl Wire {
                 State::Writing(write) => match write.as_mut().poll(cx) {
                     Poll::Ready((session, outcome)) => {
                         self.state = State::Idle(session);
-                        if let Some(past) = &mut self.past
-                            && std::mem::take(&mut past.corked)
-                        {
-                            past.bypass.cork(false);
-                        }
                         self.written(outcome);
                     }
                     // It is the poll that ends, and not the client that takes nothing.
@@ -697,12 +702,99 @@ impl Wire {
                 },
                 State::Idle(_) if self.broken => return Poll::Ready(()),
                 State::Idle(_) if sends => ready!(self.poll_send(cx)),
+                State::Idle(_) if self.past.is_some() => {
+                    if !ready!(self.poll_fill(cx)) {
+                        return Poll::Ready(());
+                    }
+                }
                 State::Idle(_) => match ready!(self.poll_batch(cx)) {
                     Some(batch) => self.begin(batch),
                     None => return Poll::Ready(()),
                 },
             }
         }
+    }
+
+    /// Takes what may leave next, to be sent past the session. Ready, with `false`, if nothing may.
+    fn poll_fill(&mut self, cx: &mut Context<'_>) -> Poll<bool> {
+        let gathered = self.gather_headers();
+        let filled = if self.held { Poll::Ready(false) } else { self.poll_fill_body(cx) };
+        let Some(past) = self.past.as_mut().filter(|_| !self.broken) else { return filled };
+        past.sends = gathered || filled == Poll::Ready(true);
+        // A header leaves whatever its body waits for.
+        if gathered { Poll::Ready(true) } else { filled }
+    }
+
+    /// Writes the headers that are next, as far as they may leave. Interim answers are never held: a client may wait
+    /// for one before it sends its body.
+    fn gather_headers(&mut self) -> bool {
+        let held = self.held;
+        let may_leave =
+            |task: &HttpTask| matches!(task, HttpTask::Header(head, _) if !held || head.status.is_informational());
+        let mut gathered = false;
+        while self.ready.front().is_some_and(may_leave)
+            && let Some(HttpTask::Header(mut answer, _)) = self.ready.pop_front()
+        {
+            gathered = true;
+            if !answer.status.is_informational() {
+                self.begun = true;
+                if self.last_on_connection {
+                    self.end_after_answer();
+                }
+            }
+            let Some(past) = &mut self.past else { continue };
+            let written = past.written.pop_front().unwrap_or_default();
+            http1::gather_header(&past.bypass, &mut answer, &written);
+            past.answered = Some(answer);
+        }
+        gathered
+    }
+
+    /// Takes what may leave next of the body, and its end.
+    fn poll_fill_body(&mut self, cx: &mut Context<'_>) -> Poll<bool> {
+        let ready: usize = self.ready.iter().map(body_len).sum();
+        let unread = self.spool.as_ref().map_or(0, Spool::unread);
+        self.writing = 0;
+        self.past.iter_mut().for_each(|past| past.was_spooled = ready == 0);
+        if ready > 0 {
+            let all = ready <= TOGETHER_BYTES && self.manner.throttle.is_none();
+            let mut left = if all { ready } else { self.limit().min(ready) };
+            ready!(self.poll_throttle(cx, left));
+            let Wire { past: Some(past), ready, writing, .. } = self else { return Poll::Ready(false) };
+            while left > 0
+                && let Some(HttpTask::Body(Some(piece), _)) = ready.front_mut()
+            {
+                let part = piece.split_to(piece.len().min(left));
+                left -= part.len();
+                *writing += part.len() as u64;
+                if piece.is_empty() {
+                    ready.pop_front();
+                }
+                past.push(part);
+            }
+        } else if unread > 0 {
+            let Some(piece) = ready!(self.poll_spooled(cx)) else { return Poll::Ready(false) };
+            self.writing = piece.len() as u64;
+            if let Some(past) = &mut self.past {
+                past.push(piece);
+            }
+        }
+        let is_end = self.ended
+            && !self.end_written
+            && self.ready.is_empty()
+            && self.spool.as_ref().is_none_or(|spool| spool.unread() == 0);
+        if is_end {
+            self.end_written = true;
+            let trailers = if let Some(HttpTask::Trailer(fields)) = self.last.take() { fields } else { None };
+            if self.past.as_mut().is_some_and(|past| !past.end(trailers.as_deref())) {
+                self.fault.get_or_insert(Fault::new(Party::Endpoint, Phase::Receive, What::Malformed));
+                self.written(Err(shorter_or_longer()));
+                return Poll::Ready(false);
+            }
+        }
+        let some = self.writing > 0 || is_end;
+        self.begun |= some;
+        Poll::Ready(some)
     }
 
     /// Sends past the session. Ready when all of it has left, or cannot.
@@ -748,9 +840,7 @@ impl Wire {
             let interim = self.ready.front().is_some_and(interim).then(|| self.ready.pop_front()).flatten();
             return Poll::Ready(interim.map(|task| vec![task]));
         }
-        let from_spool = self.ready.is_empty();
-        self.past.iter_mut().for_each(|past| past.was_spooled = from_spool);
-        if !from_spool {
+        if !self.ready.is_empty() {
             return self.poll_ready_batch(cx).map(Some);
         }
         let unread = self.spool.as_ref().map_or(0, Spool::unread);
@@ -768,9 +858,6 @@ impl Wire {
     }
 
     fn poll_ready_batch(&mut self, cx: &mut Context<'_>) -> Poll<Vec<HttpTask>> {
-        if self.past.is_some() && matches!(self.ready.front(), Some(HttpTask::Header(..))) {
-            return Poll::Ready(self.ready.pop_front().into_iter().collect());
-        }
         let bytes: usize = self.ready.iter().map(body_len).sum();
         let whole = self.spool.as_ref().is_none_or(|spool| spool.unread() == 0);
         if bytes <= TOGETHER_BYTES && self.manner.throttle.is_none() {
@@ -787,23 +874,15 @@ impl Wire {
             return Poll::Ready(self.ready.pop_front().into_iter().collect());
         };
         // The session would write pieces one by one, or copy them together.
-        let mut left = if self.past.is_some() { self.limit().min(bytes) } else { self.limit().min(piece.len()) };
+        let left = self.limit().min(piece.len());
         ready!(self.poll_throttle(cx, left));
-        let mut batch = Vec::new();
-        while left > 0
-            && let Some(HttpTask::Body(Some(piece), _)) = self.ready.front_mut()
-        {
-            let part = piece.split_to(piece.len().min(left));
-            left -= part.len();
-            if piece.is_empty() {
-                self.ready.pop_front();
-            }
-            batch.push(HttpTask::Body(Some(part), false));
+        let Some(HttpTask::Body(Some(piece), _)) = self.ready.front_mut() else { return Poll::Ready(Vec::new()) };
+        let part = piece.split_to(left);
+        if piece.is_empty() {
+            self.ready.pop_front();
         }
-        if let Some(HttpTask::Body(_, end)) = batch.last_mut() {
-            *end = whole && self.ended && self.last.is_none() && self.ready.is_empty();
-        }
-        Poll::Ready(batch)
+        let end = whole && self.ended && self.last.is_none() && self.ready.is_empty();
+        Poll::Ready(vec![HttpTask::Body(Some(part), end)])
     }
 
     fn poll_spooled(&mut self, cx: &mut Context<'_>) -> Poll<Option<Bytes>> {
@@ -847,33 +926,15 @@ impl Wire {
         self.timer.poll(cx, due)
     }
 
-    fn begin(&mut self, mut batch: Vec<HttpTask>) {
-        if self.past.is_some() {
-            match batch.first_mut() {
-                // Its end is ours to mark, like its body.
-                Some(HttpTask::Header(_, end)) => *end = false,
-                _ => return self.send(batch),
-            }
-        }
+    fn begin(&mut self, batch: Vec<HttpTask>) {
         let State::Idle(mut session) = std::mem::replace(&mut self.state, State::Gone) else { return };
         self.begun |= batch.iter().any(is_of_answer);
         self.end_written |= batch.last().is_some_and(HttpTask::is_end);
-        let answers = batch.iter().any(|task| matches!(task, HttpTask::Header(..)) && is_of_answer(task));
-        if self.last_on_connection || (answers && self.leaves_body()) {
+        if self.last_on_connection {
             session.set_keepalive(None);
-            self.end_after_answer();
-        }
-        if answers && let Some(past) = &mut self.past {
-            if past.bypass.is_last() {
-                session.set_keepalive(None);
-            }
-            past.corked = self.ended || !self.ready.is_empty();
-            if past.corked {
-                past.bypass.cork(true);
-            }
         }
         self.writing = batch.iter().map(|task| body_len(task) as u64).sum();
-        if self.past.is_none() && self.is_misframed() {
+        if self.is_misframed() {
             self.state = State::Idle(session);
             return self.written(Err(shorter_or_longer()));
         }
@@ -881,28 +942,6 @@ impl Wire {
             let outcome = session.response_duplex_vec(batch).await;
             (session, outcome)
         }));
-    }
-
-    /// Begins to send parts of a body past the session.
-    fn send(&mut self, batch: Vec<HttpTask>) {
-        self.begun = true;
-        self.end_written |= batch.last().is_some_and(HttpTask::is_end);
-        self.writing = batch.iter().map(|task| body_len(task) as u64).sum();
-        let Some(past) = &mut self.past else { return };
-        past.sends = true;
-        let mut trailers = None;
-        for task in batch {
-            match task {
-                HttpTask::Body(Some(piece), _) => past.push(piece),
-                HttpTask::Trailer(fields) => trailers = fields,
-                _ => {}
-            }
-        }
-        if self.end_written && !past.end(trailers.as_deref()) {
-            past.sends = false;
-            self.fault.get_or_insert(Fault::new(Party::Endpoint, Phase::Receive, What::Malformed));
-            self.written(Err(shorter_or_longer()));
-        }
     }
 
     /// Whether what is being written would belie the length that was announced (RFC 9113 §8.1.1).
@@ -1128,6 +1167,9 @@ impl Wire {
             // Reading the body finds out.
             return Poll::Pending;
         }
+        if let Some(past) = &self.past {
+            return past.bypass.poll_gone(cx).map(http1::gone);
+        }
         let Some(session) = self.session() else { return Poll::Pending };
         let mut idle = std::pin::pin!(session.read_body_or_idle(true));
         match ready!(idle.as_mut().poll(cx)) {
@@ -1218,8 +1260,8 @@ mod tests {
         let (mut client, io) = tokio::io::duplex(4 << 10);
         client.write_all(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n").await.expect("room");
         let mut stream = ClientStream::new(Box::new(io), connection(""));
-        let Ok(Opening::Http1 { bytes, head }) = stream.open().await else { panic!("no request was opened") };
-        let session = http1::Session::new(&stream, bytes, head.persists).expect("a session");
+        let Ok(Opening::Http1(request)) = stream.open().await else { panic!("no request was opened") };
+        let session = http1::Session::new(&stream, request);
         let session = Box::new(ServerSession::new_custom(Box::new(session)));
 
         let metrics = Metrics::new(u64::MAX, Vec::new());
@@ -1233,8 +1275,9 @@ mod tests {
             route: metrics.route("all"),
         };
         let lanes = Lanes::new(metrics.clone(), Backlog::new(&Arc::new(Semaphore::new(1)), 1), Duration::from_secs(60));
-        let past = Past::new(stream.bypass(), false, false);
-        let mut wire = Wire::new(session, Some(past), None, manner, Who::default(), depot(), lanes);
+        let past = Past::new(stream.bypass(), false);
+        let request = RequestHeader::build(Method::GET, b"/", None).expect("a request");
+        let mut wire = Wire::new((session, Some(past), None), &request, manner, Who::default(), depot(), lanes);
 
         let body = Bytes::from(vec![b'x'; PIECE_MOST]);
         let mut header = ResponseHeader::build(200, None).expect("an answer");

@@ -52,7 +52,7 @@ pub async fn request(
     depot: &Arc<Depot>,
     lanes: &Arc<Lanes>,
 ) -> Result<()> {
-    let announced = announced(client.req_header());
+    let announced = if client.is_custom() && client.is_body_empty() { None } else { announced(client.req_header()) };
     let grpc = exchange.is_treated_as_grpc();
     let mut intake = route.intake.clone();
     intake.announced = announced;
@@ -85,7 +85,7 @@ pub async fn request(
         depot: depot.clone(),
         lanes: lanes.clone(),
     };
-    let (link, mut session) = BufferedSession::take(client, terms)?;
+    let (link, mut session) = BufferedSession::take(client, terms, exchange.progress.clock.since());
     exchange.link = Some(link);
     if plan == Plan::Hold && session.has_body() {
         let held = hold(exchange, &mut session).await;
@@ -106,7 +106,7 @@ pub async fn request(
     Ok(())
 }
 
-/// The way past a session of ours, on HTTP/1.
+/// The way past a session of ours on HTTP/1; Pingora's own, of a client that asks for another protocol, writes itself.
 fn bypass(exchange: &Exchange, client: &ServerSession) -> Option<Bypass> {
     let connection =
         exchange.client.connection.as_ref().filter(|_| exchange.client.control.is_none() && client.is_custom());

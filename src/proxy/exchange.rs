@@ -95,13 +95,13 @@ pub struct Traced {
 }
 
 /// An exchange as Pingora carries it from hook to hook. One that is dropped before it was settled is kept
-/// for the code that dropped it (`client::remains`).
-pub struct Carried(Option<Exchange>);
+/// for the code that dropped it (`client::remains`). Boxed: it is large, and handed from one future to the next.
+pub struct Carried(Option<Box<Exchange>>);
 
 impl Carried {
     /// Has it carried.
     pub fn new(exchange: Exchange) -> Self {
-        Carried(Some(exchange))
+        Carried(Some(Box::new(exchange)))
     }
 }
 
@@ -133,7 +133,7 @@ impl Drop for Carried {
             // The client must not take the part that came for the whole.
             connection.close_with_reset();
         }
-        remains::leave(Box::new(exchange));
+        remains::leave(exchange);
     }
 }
 

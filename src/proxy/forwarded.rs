@@ -101,17 +101,17 @@ pub fn tell(request: &mut RequestHeader, format: Forwarded, own: Own<'_>) -> Res
     }
 }
 
-/// What [`tell`] tells, as lines of a header of HTTP/1. `None`: there is something of the kind in the request already,
-/// or another format is written.
-pub fn lines(headers: &HeaderMap, format: Forwarded, own: Own<'_>) -> Option<Vec<u8>> {
+/// Writes what [`tell`] tells as lines of a header of HTTP/1. `false`: nothing was written, for there is something of the
+/// kind in the request already, or another format is written.
+pub fn lines(headers: &HeaderMap, format: Forwarded, own: Own<'_>, lines: &mut Vec<u8>) -> bool {
     let tells = |name: &HeaderName| name == header::FORWARDED || name.as_str().starts_with("x-forwarded-");
     if format != Forwarded::XForwarded || headers.keys().any(tells) {
-        return None;
+        return false;
     }
-    let mut lines = Vec::with_capacity(192);
+    lines.reserve(192);
     if let Some(peer) = own.peer {
         lines.extend_from_slice(b"X-Forwarded-For: ");
-        address(&mut lines, peer);
+        address(lines, peer);
         lines.extend_from_slice(b"\r\n");
     }
     lines.extend_from_slice(b"X-Forwarded-Proto: ");
@@ -122,10 +122,10 @@ pub fn lines(headers: &HeaderMap, format: Forwarded, own: Own<'_>) -> Option<Vec
     }
     if let Some(port) = own.port {
         lines.extend_from_slice(b"\r\nX-Forwarded-Port: ");
-        digits(&mut lines, port.into(), 1);
+        digits(lines, port.into(), 1);
     }
     lines.extend_from_slice(b"\r\n");
-    Some(lines)
+    true
 }
 
 /// `X-Forwarded-For` and the fields beside it. Of those, what a trusted proxy has said stays.
@@ -346,18 +346,22 @@ mod tests {
             told.remove_header("x-own");
             let fields =
                 told.headers.iter().map(|(name, value)| format!("{name}: {}\r\n", value.to_str().expect("text")));
-            let lines = lines(&request(&[("x-own", "1")]).headers, Forwarded::XForwarded, own).expect("lines");
+            let mut written = Vec::new();
+            assert!(lines(&request(&[("x-own", "1")]).headers, Forwarded::XForwarded, own, &mut written));
             let mut lines: Vec<_> =
-                String::from_utf8(lines).expect("text").split_inclusive('\n').map(str::to_lowercase).collect();
+                String::from_utf8(written).expect("text").split_inclusive('\n').map(str::to_lowercase).collect();
             let mut fields: Vec<_> = fields.collect();
             lines.sort();
             fields.sort();
             assert_eq!(lines, fields);
         }
+        let mut written = Vec::new();
         for said in ["forwarded", "x-forwarded-for", "x-forwarded-proto"] {
-            assert_eq!(lines(&request(&[(said, "for=1.2.3.4")]).headers, Forwarded::XForwarded, known), None);
+            let said = request(&[(said, "for=1.2.3.4")]);
+            assert!(!lines(&said.headers, Forwarded::XForwarded, known, &mut written), "{said:?}");
         }
-        assert_eq!(lines(&request(&[]).headers, Forwarded::Both, known), None);
+        assert!(!lines(&request(&[]).headers, Forwarded::Both, known, &mut written));
+        assert!(written.is_empty());
     }
 
     #[test]

@@ -32,10 +32,10 @@ use crate::phase::Phase;
 use crate::upstream::transport::tunnel::Tunnel;
 
 /// How an endpoint asks nginx, and us, not to hold its answer back. It is not for the client.
-const X_ACCEL_BUFFERING: &str = "x-accel-buffering";
+const X_ACCEL_BUFFERING: HeaderName = HeaderName::from_static("x-accel-buffering");
 /// An endpoint that says more before its answer will not come to it.
 const INTERIM_MAX: u32 = 1_000;
-const HOP_BY_HOP: [HeaderName; 4] =
+static HOP_BY_HOP: [HeaderName; 4] =
     [HeaderName::from_static("keep-alive"), HeaderName::from_static("proxy-connection"), header::TE, header::UPGRADE];
 
 /// If this is the answer that the client's wish for another protocol waits for, and no other, the client's own session
@@ -101,7 +101,7 @@ pub async fn header(
         response.append_header(header::UPGRADE, protocol)?;
     }
     let asked_to_stream = response
-        .remove_header(X_ACCEL_BUFFERING)
+        .remove_header(&X_ACCEL_BUFFERING)
         .is_some_and(|buffering| buffering.as_bytes().eq_ignore_ascii_case(b"no"));
     if let Some(link) = &exchange.link
         && (asked_to_stream || is_event_stream(response))
@@ -346,6 +346,10 @@ fn protocols_required(request: &RequestHeader, response: &ResponseHeader) -> Vec
 
 /// RFC 9110 §7.6.1: what `Connection` names, and what concerned the endpoint's connection only.
 fn strip_hop_by_hop(response: &mut ResponseHeader) {
+    // Mostly there is none, and one look at all costs less than to look for each.
+    if !response.headers.keys().any(|name| *name == header::CONNECTION || HOP_BY_HOP.contains(name)) {
+        return;
+    }
     while let Some(connection) = response.remove_header(&header::CONNECTION) {
         for name in connection.as_bytes().split(|&byte| byte == b',') {
             if let Ok(name) = HeaderName::from_bytes(name.trim_ascii())

@@ -17,10 +17,11 @@ use super::https;
 use super::routes::Route;
 use super::routes::table::{Query, Table};
 use crate::client::challenges::Challenges;
+use crate::client::fields;
 use crate::error::{Refusal, refusal};
 use crate::eventloop::worker::take_route;
 use crate::expression::{Asked, Condition, Facts};
-use crate::filter::{Stages, Verdict, View};
+use crate::filter::{Refused, Stages, Verdict, View};
 
 /// Finds the route of a request.
 pub fn find<'t>(
@@ -93,8 +94,13 @@ pub fn decide(
 }
 
 /// Takes the route and runs its request filters.
-pub async fn take(exchange: &mut Exchange, route: Arc<Route>, request: &mut RequestHeader) -> Verdict {
+///
+/// Filters, and the copy for a mirror, see the names of its fields as they were `written`.
+pub async fn take(exchange: &mut Exchange, route: Arc<Route>, request: &mut RequestHeader, written: &[u8]) -> Verdict {
     take_route(&route.tag);
+    if (route.mirror.is_some() || route.chain.wants(Stages::ALL)) && fields::spell_out(request, written).is_err() {
+        return Verdict::Refuse(Refused::from(&refusal::HEADER_MALFORMED));
+    }
     if !route.chain.wants(Stages::ALL) {
         exchange.routing.route = Some(route);
         return Verdict::Continue;

@@ -17,11 +17,9 @@ use super::attempt::Attempt;
 use super::blame;
 use super::exchange::Exchange;
 use super::fault;
-use super::forwarded::{self, Additions, Own};
+use super::forwarded::{self, Own};
 use super::grpc::{is_grpc_type, web};
 use super::header::names;
-use crate::client::driver::course::Course;
-use crate::client::driver::request::Lines;
 use crate::client::trailers;
 use crate::config::listener::OddNames;
 use crate::error::refusal;
@@ -32,14 +30,9 @@ use crate::phase::Phase;
 use crate::spans::pass_on;
 use crate::upstream::transport::http2::{RequestTrailers, StreamHandle};
 
-/// Prepares the header that the upstream gets. Pingora has removed from it what is hop-by-hop (RFC 9110 §7.6.1);
-/// `client` is the header as the client sent it and the filters have left it.
-pub fn header(
-    exchange: &Exchange,
-    additions: Additions,
-    client: &RequestHeader,
-    request: &mut RequestHeader,
-) -> Result<()> {
+/// Prepares the header that the upstream gets, but for [`hops`]. The driver has removed from it what is hop-by-hop
+/// (RFC 9110 §7.6.1); `client` is the header as the client sent it and the filters have left it.
+pub fn header(exchange: &Exchange, client: &RequestHeader, request: &mut RequestHeader) -> Result<()> {
     let http1 = exchange.routing.upstream.as_ref().is_none_or(|upstream| upstream.is_http1());
     if !http1 {
         if !request.raw_path_is_utf8() {
@@ -55,21 +48,7 @@ pub fn header(
         request.insert_header(header::UPGRADE, protocol.clone())?;
         request.insert_header(header::CONNECTION, HeaderValue::from_static("Upgrade"))?;
     }
-    let connection = exchange.client.connection.as_ref();
-    let host = request.headers.get(header::HOST).cloned();
-    let own = Own {
-        peer: connection.and_then(|connection| connection.peer).map(|peer| peer.ip()),
-        scheme: exchange.request.scheme,
-        host: host.as_ref(),
-        port: connection.and_then(|connection| connection.local).map(|local| local.port()),
-    };
-    let is_own = exchange.routing.course == Some(Course::Own) && exchange.copy.is_none();
-    let lines = if is_own { forwarded::lines(&request.headers, additions.forwarded, own) } else { None };
-    match lines {
-        Some(lines) => drop(request.extensions_mut().insert(Lines(lines.into()))),
-        None => forwarded::tell(request, additions.forwarded, own)?,
-    }
-    if additions.via {
+    if exchange.routing.additions.via {
         request.append_header(header::VIA, HeaderValue::from_static("1.1 forebay"))?;
     }
     if let Some(traced) = &exchange.traced {
@@ -86,13 +65,33 @@ pub fn header(
         request.remove_header(&header::CONTENT_LENGTH);
     }
     exchange.filters.states.iter().for_each(|filters| filters.begin_attempt());
-    if host.is_none()
+    if !request.headers.contains_key(header::HOST)
         && let Some(endpoint) = exchange.attempts.endpoint()
     {
         // HTTP/1.0 may name none; its endpoint is asked in a version that must (RFC 9112 §3.2, RFC 9113 §8.3.1).
         request.insert_header(header::HOST, endpoint.authority().as_str())?;
     }
     Ok(())
+}
+
+/// Tells the endpoint of the hops before it: as `lines` that follow the fields of the request, or, if that would not be
+/// the same, in its fields.
+pub fn hops(
+    exchange: &Exchange,
+    client: &RequestHeader,
+    request: &mut RequestHeader,
+    lines: Option<&mut Vec<u8>>,
+) -> Result<()> {
+    let connection = exchange.client.connection.as_ref();
+    let own = Own {
+        peer: connection.and_then(|connection| connection.peer).map(|peer| peer.ip()),
+        scheme: exchange.request.scheme,
+        host: client.headers.get(header::HOST),
+        port: connection.and_then(|connection| connection.local).map(|local| local.port()),
+    };
+    let format = exchange.routing.additions.forwarded;
+    let told = lines.is_some_and(|lines| forwarded::lines(&request.headers, format, own, lines));
+    if told { Ok(()) } else { forwarded::tell(request, format, own) }
 }
 
 fn into_down(error: Box<Error>) -> Box<Error> {

@@ -74,13 +74,13 @@ const RULES: [&str; 10] = [
 ];
 
 const CELLS: &[Cell] = &[
-    Cell { name: "small", work: Work::Kept, bound: 84.0 },
+    Cell { name: "small", work: Work::Kept, bound: 81.0 },
     Cell { name: "rules", work: Work::Kept, bound: 88.0 },
     Cell { name: "skipped", work: Work::Kept, bound: 89.0 },
     Cell { name: "connect", work: Work::Connecting, bound: 128.0 },
-    Cell { name: "1m", work: Work::Kept, bound: 180.0 },
+    Cell { name: "1m", work: Work::Kept, bound: 166.0 },
     Cell { name: "h2c", work: Work::Http2, bound: 96.0 },
-    Cell { name: "upload", work: Work::Kept, bound: 110.0 },
+    Cell { name: "upload", work: Work::Kept, bound: 105.0 },
 ];
 
 #[derive(Parser)]

@@ -38,6 +38,30 @@ fn a_copy_of_a_request_arrives_elsewhere_and_its_answer_nowhere() {
 }
 
 #[test]
+fn original_and_copy_tell_of_each_hop_once_and_name_fields_as_they_were_written() {
+    for (protocol, method) in Protocol::BOTH.into_iter().flat_map(|protocol| [(protocol, "GET"), (protocol, "POST")]) {
+        let (origin, copies) = (Origin::named("origin"), Origin::named("copy"));
+        let gateway = mirrored(&origin, &copies, "percent: 100%").start();
+        let ask = if method == "GET" { Ask::get("/") } else { Ask::post(1_000).to("/") };
+        let answer = ask.field("x-oWn", "1").over(protocol, gateway.web());
+        assert_eq!(answer.text(), "origin");
+        outcome(&gateway, "answered", 1.0);
+        for request in [origin.request(), copies.request()] {
+            for name in ["X-Forwarded-For", "X-Forwarded-Proto", "X-Forwarded-Host", "X-Forwarded-Port"] {
+                assert_eq!(request.values(name).len(), 1, "{protocol:?} {method} {name}");
+            }
+            assert_eq!(request.value("x-forwarded-for"), Some("127.0.0.1"));
+            let spelled = if protocol == Protocol::Http1 { "x-oWn" } else { "x-own" };
+            assert!(
+                request.head.fields.iter().any(|(name, _)| name == spelled),
+                "{protocol:?}: {:?}",
+                request.head.fields
+            );
+        }
+    }
+}
+
+#[test]
 fn a_copy_goes_over_http_2_and_by_kept_connections_as_its_upstream_says() {
     let (origin, copies) = (Origin::named("origin"), H2Origin::start());
     let other = format!("protocol: h2c, endpoints: [ {{ address: \"{}\" }} ]", copies.address());

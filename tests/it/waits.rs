@@ -557,7 +557,7 @@ const WAITS: &[(&str, usize, &str)] = &[
     ("client/connection.rs", 2, "the time of a stop bounds it"),
     ("client/cut.rs", 1, "ends with the exchange that it is beside"),
     ("client/descriptors.rs", 1, "the pause of a listener: connections wait in the kernel"),
-    ("client/driver/attempt.rs", 1, "client and endpoint at once; the gate of the exchange has the clocks and the eye"),
+    ("client/driver/attempt.rs", 2, "client and endpoint at once; the gate of the exchange has the clocks and the eye"),
     ("client/driver/connection.rs", 1, "the deadline of a write to an endpoint; `Link::watch` has the eye"),
     ("client/driver/pool.rs", 1, "the pauses of a background task"),
     ("client/farewell.rs", 1, "a tick of what is itself a deadline"),

@@ -5,9 +5,10 @@
 
 use bytes::{Buf, Bytes, BytesMut};
 use http::{HeaderMap, Version, header};
-use pingora::http::{IntoCaseHeaderName, ResponseHeader, header_value_from_raw};
+use pingora::http::ResponseHeader;
 use pingora::{Error, ErrorType, Result};
 
+use crate::client::fields;
 use crate::framing::chunked::Chunks;
 use crate::framing::{self, Body, Said, answer};
 
@@ -23,8 +24,15 @@ const GULP_MOST: usize = 64 << 10;
 /// What comes of an answer.
 #[derive(Debug)]
 pub enum Part {
-    /// A header, an interim one or the final one; whether the answer ends with it.
-    Header(Box<ResponseHeader>, bool),
+    /// A header, an interim one or the final one.
+    Header {
+        /// What it says.
+        header: Box<ResponseHeader>,
+        /// The same as it was written.
+        written: Bytes,
+        /// Whether the answer ends with it.
+        end: bool,
+    },
     /// A piece of the body, perhaps an empty one; whether it is the last.
     Body(Bytes, bool),
 }
@@ -33,6 +41,7 @@ pub enum Part {
 #[derive(Debug)]
 pub struct Answer {
     head_only: bool,
+    spells: bool,
     at: At,
     /// Its header leaves the connection to further exchanges.
     keeps: bool,
@@ -49,9 +58,10 @@ enum At {
 }
 
 impl Answer {
-    /// An answer comes next. `head_only`: the request has the method HEAD.
-    pub fn new(head_only: bool) -> Self {
-        Answer { head_only, at: At::Header(Scanner::default()), keeps: false, gulp: GULP_LEAST }
+    /// An answer comes next. `head_only`: the request has the method HEAD. `spells`: its header is to know how the names
+    /// of its fields were spelled.
+    pub fn new(head_only: bool, spells: bool) -> Self {
+        Answer { head_only, spells, at: At::Header(Scanner::default()), keeps: false, gulp: GULP_LEAST }
     }
 
     /// Whether all of it has come.
@@ -103,7 +113,7 @@ impl Answer {
         }
         match &mut self.at {
             At::Header(scanner) => match scanner.cut(inbox)? {
-                Some(written) => self.header(&written).map(Some),
+                Some(written) => self.header(written).map(Some),
                 None => Ok(None),
             },
             At::Length(left) => {
@@ -134,21 +144,14 @@ impl Answer {
         self.ended()
     }
 
-    fn header(&mut self, written: &Bytes) -> Result<Part> {
+    fn header(&mut self, written: Bytes) -> Result<Part> {
         self.at = At::Header(Scanner::default());
         let mut fields = [const { std::mem::MaybeUninit::uninit() }; FIELDS_MAX];
         let mut parsed = httparse::Response::new(&mut []);
-        match parser().parse_response_with_uninit_headers(&mut parsed, written, &mut fields) {
+        match parser().parse_response_with_uninit_headers(&mut parsed, &written, &mut fields) {
             Ok(httparse::Status::Complete(end)) if end == written.len() => {}
             _ => return Err(malformed("its header")),
         }
-
-        let status = parsed.code.unwrap_or_default();
-        let no_status = |_| malformed("its status");
-        let mut header = Box::new(ResponseHeader::build(status, Some(parsed.headers.len())).map_err(no_status)?);
-        let version = if parsed.version == Some(1) { Version::HTTP_11 } else { Version::HTTP_10 };
-        header.set_version(version);
-        header.set_reason_phrase(parsed.reason).map_err(|_| malformed("its status"))?;
         let mut said = Said::default();
         let (mut closes, mut stays, mut lengths, mut codings) = (false, false, false, false);
         for field in parsed.headers.iter() {
@@ -167,12 +170,11 @@ impl Answer {
                 }
                 _ => {}
             }
-            let name = written.slice_ref(field.name.as_bytes()).into_case_header_name();
-            let value = header_value_from_raw(unfolded(written, field.value));
-            header.append_header(name, value).map_err(|_| malformed("its header"))?;
         }
+        let mut header = Box::new(self.made_of(&parsed, &written)?);
+        let (status, version) = (header.status.as_u16(), header.version);
         if matches!(status, 100..=199) && status != 101 {
-            return Ok(Part::Header(header, false));
+            return Ok(Part::Header { header, written, end: false });
         }
         let framed = answer::frame(self.head_only, status, version, &said, Version::HTTP_11)
             .map_err(|fault| malformed(fault.words()))?;
@@ -193,7 +195,31 @@ impl Answer {
             Body::Chunked => At::Chunks(Chunks::default()),
             Body::UntilEnd => At::UntilEnd,
         };
-        Ok(Part::Header(header, framed.is_whole()))
+        Ok(Part::Header { header, written, end: framed.is_whole() })
+    }
+
+    /// A header that was parsed, for all who come after.
+    fn made_of(&self, parsed: &httparse::Response<'_, '_>, written: &Bytes) -> Result<ResponseHeader> {
+        let status = http::StatusCode::from_u16(parsed.code.unwrap_or_default());
+        let status = status.map_err(|_| malformed("its status"))?;
+        let version = if parsed.version == Some(1) { Version::HTTP_11 } else { Version::HTTP_10 };
+        let mut header = if self.spells {
+            let mut header = ResponseHeader::build(status, Some(parsed.headers.len()))?;
+            for field in parsed.headers.iter() {
+                let name = written.slice_ref(field.name.as_bytes());
+                let value = fields::value(written, field.value).ok_or_else(|| malformed("its header"))?;
+                header.append_header(name, value).map_err(|_| malformed("its header"))?;
+            }
+            header
+        } else {
+            let (mut parts, ()) = http::Response::new(()).into_parts();
+            parts.status = status;
+            parts.headers = fields::map(written, parsed.headers).ok_or_else(|| malformed("its header"))?;
+            parts.into()
+        };
+        header.set_version(version);
+        header.set_reason_phrase(parsed.reason).map_err(|_| malformed("its status"))?;
+        Ok(header)
     }
 }
 
@@ -245,15 +271,6 @@ impl Scanner {
     }
 }
 
-/// A value without the line ends of a field that goes over several lines (RFC 9112 §5.2): a proxy writes spaces.
-fn unfolded(header: &Bytes, value: &[u8]) -> Bytes {
-    if memchr::memchr2(b'\r', b'\n', value).is_none() {
-        return header.slice_ref(value);
-    }
-    let blank = |&byte: &u8| if matches!(byte, b'\r' | b'\n') { b' ' } else { byte };
-    value.iter().map(blank).collect()
-}
-
 fn malformed(what: &'static str) -> Box<Error> {
     Error::explain(ErrorType::InvalidHTTPHeader, what).into_up()
 }
@@ -281,17 +298,17 @@ mod tests {
     }
 
     fn read(bytes: &[u8], size: usize, head_only: bool) -> Result<Read, String> {
-        let (mut answer, mut inbox) = (Answer::new(head_only), BytesMut::new());
+        let (mut answer, mut inbox) = (Answer::new(head_only, false), BytesMut::new());
         let (mut interim, mut found, mut body) = (Vec::new(), None, Vec::new());
         for piece in bytes.chunks(size) {
             inbox.extend_from_slice(piece);
             while let Some(part) = answer.take(&mut inbox).map_err(|error| error.to_string())? {
                 match part {
-                    Part::Header(header, false) if header.status.is_informational() => {
+                    Part::Header { header, end: false, .. } if header.status.is_informational() => {
                         interim.push(header.status.as_u16())
                     }
-                    Part::Header(header, whole) => {
-                        assert_eq!(whole, answer.ended());
+                    Part::Header { header, end, .. } => {
+                        assert_eq!(end, answer.ended());
                         found = Some(header);
                     }
                     Part::Body(piece, end) => {
@@ -366,7 +383,7 @@ mod tests {
     fn a_header_that_is_none_is_the_fault_of_the_endpoint_whatever_is_wrong_with_it() {
         for line in ["099 Early", "000 None", "20 Short", "2000 Long", "abc Odd"] {
             let mut inbox = BytesMut::from(&*format!("HTTP/1.1 {line}\r\nContent-Length: 0\r\n\r\n"));
-            let error = Answer::new(false).take(&mut inbox).expect_err(line);
+            let error = Answer::new(false, false).take(&mut inbox).expect_err(line);
             assert_eq!(*error.esource(), pingora::ErrorSource::Upstream, "{line}");
             assert_eq!(*error.etype(), ErrorType::InvalidHTTPHeader, "{line}");
         }

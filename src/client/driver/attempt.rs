@@ -14,8 +14,9 @@ use pingora::http::ResponseHeader;
 use pingora::protocols::http::HttpTask;
 use pingora::upstreams::peer::HttpPeer;
 use pingora::{Error, ErrorType, Result};
-use pingora_proxy::{ProxyHttp, Session};
+use pingora_proxy::Session;
 
+use super::Driven;
 use super::answer::{Answer, Part};
 use super::connection::{Connection, Event, Messages};
 use super::request::{self, Outgoing};
@@ -58,7 +59,7 @@ pub async fn run<P>(
     over: Over<'_>,
 ) -> Outcome
 where
-    P: ProxyHttp + Send + Sync,
+    P: Driven + Send + Sync,
     P::CTX: Send + Sync,
 {
     let Over { reused, peer } = over;
@@ -72,7 +73,7 @@ where
         // Nothing was sent.
         Err(error) => return Outcome { keeps_connection: true, ..Outcome::failed(error) },
     };
-    let answer = Answer::new(session.req_header().method == Method::HEAD);
+    let answer = Answer::new(session.req_header().method == Method::HEAD, P::spells_answer(exchange));
     let messages = Messages::new(connection, outgoing, answer, peer.options.write_timeout);
     let mut passing = Passing { proxy, session, exchange, messages };
     match passing.run().await {
@@ -86,17 +87,20 @@ where
 /// The request as its endpoint gets it.
 async fn prepare<P>(proxy: &P, session: &mut Session, exchange: &mut P::CTX) -> Result<Outgoing>
 where
-    P: ProxyHttp + Send + Sync,
+    P: Driven + Send + Sync,
     P::CTX: Send + Sync,
 {
     let mut request = request::towards_endpoint(session.req_header())?;
     proxy.upstream_request_filter(session, &mut request, exchange).await?;
+    let mut lines = Vec::new();
+    P::tell_hops(exchange, session.req_header(), &mut request, &mut lines)?;
     let body = request::frame(&mut request, !session.is_body_empty())?;
-    Outgoing::new(&request, body)
+    let written = session.as_downstream().to_h1_raw();
+    Outgoing::new(&request, request::Written { by_client: &written, lines: &lines }, body)
 }
 
 /// Messages that pass between client and endpoint.
-struct Passing<'a, P: ProxyHttp> {
+struct Passing<'a, P: Driven> {
     proxy: &'a P,
     session: &'a mut Session,
     exchange: &'a mut P::CTX,
@@ -112,7 +116,7 @@ enum Happened {
 
 impl<P> Passing<'_, P>
 where
-    P: ProxyHttp + Send + Sync,
+    P: Driven + Send + Sync,
     P::CTX: Send + Sync,
 {
     /// Passes both messages. Gives whether the client's connection may be kept.
@@ -144,6 +148,14 @@ where
     async fn wait(&mut self, is_read: bool) -> Happened {
         let reads = is_read || self.messages.wants_more();
         let Passing { session, messages, .. } = self;
+        if is_read && messages.awaits_answer() {
+            // The client has nothing more to say but that it leaves, which need not be asked once the answer is here.
+            return tokio::select! {
+                biased;
+                event = poll_fn(|cx| messages.poll(cx)) => Happened::Endpoint(event),
+                piece = session.downstream_session.read_body_or_idle(true) => Happened::Client(piece),
+            };
+        }
         tokio::select! {
             biased;
             piece = session.downstream_session.read_body_or_idle(is_read), if reads => Happened::Client(piece),
@@ -164,7 +176,7 @@ where
     /// ones: an answer that breaks off at its beginning has not begun for the client. `true`: the answer is complete.
     async fn take_parts(&mut self, first: Part) -> Result<bool> {
         let mut tasks = Vec::with_capacity(TOGETHER);
-        let begins = matches!(first, Part::Header(..));
+        let begins = matches!(first, Part::Header { .. });
         let mut next = Some(first);
         while let Some(part) = next {
             self.filter(part, &mut tasks).await?;
@@ -187,7 +199,8 @@ where
 
     async fn filter(&mut self, part: Part, tasks: &mut Vec<HttpTask>) -> Result<()> {
         match part {
-            Part::Header(mut header, end) => {
+            Part::Header { mut header, written, end } => {
+                P::answer_came_in(self.exchange, written);
                 self.header(&mut header, end).await?;
                 tasks.push(HttpTask::Header(header, end));
             }

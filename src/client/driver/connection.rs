@@ -196,6 +196,11 @@ impl<'c> Messages<'c> {
         !self.outgoing.is_empty()
     }
 
+    /// Whether nothing but interim answers has come.
+    pub fn awaits_answer(&self) -> bool {
+        self.answer.is_in_header()
+    }
+
     /// Whether all of the answer has come.
     pub fn is_answered(&self) -> bool {
         self.answer.ended()

@@ -8,12 +8,13 @@ use http::{HeaderName, HeaderValue, Version, header};
 use pingora::http::RequestHeader;
 use pingora::{Error, ErrorType, Result};
 
+use crate::client::fields;
 use crate::client::trailers::last_chunk;
 use crate::framing::{self, Body, Said};
 use crate::upstream::transport::http2::RequestTrailers;
 
 /// What concerns one connection and is not passed on (RFC 9110 §7.6.1), as Pingora's driver removes it.
-const HOP_BY_HOP: [HeaderName; 10] = [
+static HOP_BY_HOP: [HeaderName; 10] = [
     HeaderName::from_static("keep-alive"),
     HeaderName::from_static("proxy-connection"),
     HeaderName::from_static("http2-settings"),
@@ -26,10 +27,14 @@ const HOP_BY_HOP: [HeaderName; 10] = [
     header::UPGRADE,
 ];
 
-/// Lines of the header that a hook adds to those of the map, as they are to be written; among the extensions of a
-/// request. A line costs a tenth of a field in the map.
-#[derive(Clone, Debug)]
-pub struct Lines(pub Bytes);
+/// What is written of a header besides what the map has.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Written<'w> {
+    /// The header that the client sent, on HTTP/1: so the names of its fields were spelled.
+    pub by_client: &'w [u8],
+    /// Lines that follow the fields of the map.
+    pub lines: &'w [u8],
+}
 
 /// The request as its endpoint is to get it, but for what hooks change.
 ///
@@ -37,7 +42,7 @@ pub struct Lines(pub Bytes);
 ///
 /// None that can be met: a host that was accepted is a valid value.
 pub fn towards_endpoint(client: &RequestHeader) -> Result<RequestHeader> {
-    let mut request = client.clone();
+    let mut request = copy(client);
     request.set_version(Version::HTTP_11);
     if request.headers.keys().any(|name| HOP_BY_HOP.contains(name)) {
         let named: Vec<_> = named_by_connection(&request).collect();
@@ -50,6 +55,19 @@ pub fn towards_endpoint(client: &RequestHeader) -> Result<RequestHeader> {
         request.insert_header(header::HOST, host)?;
     }
     Ok(request)
+}
+
+/// A clone, made with less ado where all of the request is in its parts.
+fn copy(client: &RequestHeader) -> RequestHeader {
+    let in_uri = || client.uri.path_and_query().is_some_and(|target| target.as_str().as_bytes() == client.raw_path());
+    if client.has_case() || !client.extensions.is_empty() || !in_uri() {
+        return client.clone();
+    }
+    let (mut parts, ()) = http::Request::new(()).into_parts();
+    parts.method = client.method.clone();
+    parts.uri = client.uri.clone();
+    parts.headers = client.headers.clone();
+    parts.into()
 }
 
 fn named_by_connection(request: &RequestHeader) -> impl Iterator<Item = HeaderName> {
@@ -86,12 +104,12 @@ pub struct Outgoing {
 }
 
 impl Outgoing {
-    /// The header of a request, whose body leaves like this.
+    /// The header of a request and what is `written` with it, whose body leaves like this.
     ///
     /// # Errors
     ///
     /// Its target cannot be written.
-    pub fn new(request: &RequestHeader, body: Body) -> Result<Self> {
+    pub fn new(request: &RequestHeader, written: Written<'_>, body: Body) -> Result<Self> {
         let mut bytes = Vec::with_capacity(512);
         let target = request.raw_path();
         if target.iter().any(|byte| matches!(byte, 0 | b'\r' | b'\n' | b' ')) {
@@ -100,10 +118,8 @@ impl Outgoing {
         for part in [request.method.as_str().as_bytes(), b" ", target, b" HTTP/1.1\r\n"] {
             bytes.extend_from_slice(part);
         }
-        request.header_to_h1_wire(&mut bytes);
-        if let Some(Lines(lines)) = request.extensions.get() {
-            bytes.extend_from_slice(lines);
-        }
+        fields::write_request(request, written.by_client, &mut bytes);
+        bytes.extend_from_slice(written.lines);
         bytes.extend_from_slice(b"\r\n");
         let trailers = request.extensions.get::<RequestTrailers>().cloned();
         let queued = bytes.len();
@@ -211,7 +227,7 @@ mod tests {
     fn sent(fields: &[(&'static str, &str)], body: &[&'static str]) -> Result<String> {
         let mut request = towards_endpoint(&request(fields))?;
         let framing = frame(&mut request, !body.is_empty())?;
-        let mut outgoing = Outgoing::new(&request, framing)?;
+        let mut outgoing = Outgoing::new(&request, Written::default(), framing)?;
         for piece in body {
             outgoing.push(Some(Bytes::from_static(piece.as_bytes())), false)?;
         }
@@ -235,7 +251,7 @@ mod tests {
         for body in [&["ab"][..], &["abcd"], &["ab", "cd"]] {
             assert!(sent(&[("content-length", "3")], body).is_err(), "{body:?}");
         }
-        let mut none = Outgoing::new(&request(&[]), Body::None).expect("a request");
+        let mut none = Outgoing::new(&request(&[]), Written::default(), Body::None).expect("a request");
         assert!(none.push(Some(Bytes::from_static(b"a")), false).is_err());
     }
 
@@ -247,7 +263,7 @@ mod tests {
 
     #[test]
     fn what_has_left_is_gone_from_the_front() {
-        let mut outgoing = Outgoing::new(&request(&[]), Body::Length(4)).expect("a request");
+        let mut outgoing = Outgoing::new(&request(&[]), Written::default(), Body::Length(4)).expect("a request");
         outgoing.push(Some(Bytes::from_static(b"abcd")), true).expect("as announced");
         let whole = bytes(&outgoing);
         outgoing.advance(whole.len() - 2);
@@ -261,7 +277,7 @@ mod tests {
         let mut request = request(&[]);
         let slot = RequestTrailers::default();
         request.extensions_mut().insert(slot.clone());
-        let mut outgoing = Outgoing::new(&request, Body::Chunked).expect("a request");
+        let mut outgoing = Outgoing::new(&request, Written::default(), Body::Chunked).expect("a request");
         let fields = [(HeaderName::from_static("x"), HeaderValue::from_static("y"))].into_iter().collect();
         *slot.lock().expect("not poisoned") = Some(fields);
         outgoing.push(None, true).expect("an end");

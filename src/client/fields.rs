@@ -1,0 +1,160 @@
+//! The fields of a header of HTTP/1, with their names as they were written.
+//!
+//! Names mean the same in whatever case, yet a peer that is passed on to should get them as they were sent. Pingora
+//! keeps a second map for that, which costs more than the first. Here the value of a field that nobody has changed is a
+//! part of the header that it came in, and the name stands before it: so it is found when the field is written.
+
+use bytes::{BufMut, Bytes};
+use http::{HeaderMap, HeaderName, HeaderValue};
+use pingora::Result;
+use pingora::http::{IntoCaseHeaderName, RequestHeader, ResponseHeader};
+
+/// The fields of a header, whose values are parts of it. `None`: it is no header of HTTP.
+pub fn map(header: &Bytes, fields: &[httparse::Header<'_>]) -> Option<HeaderMap> {
+    // Hooks mostly add one.
+    let mut map = HeaderMap::with_capacity(fields.len() + 1);
+    for field in fields {
+        let name = HeaderName::from_bytes(field.name.as_bytes()).ok()?;
+        map.try_append(name, value(header, field.value)?).ok()?;
+    }
+    Some(map)
+}
+
+/// A value without the line ends of a field that goes over several lines (RFC 9112 §5.2): a proxy writes spaces.
+pub fn value(header: &Bytes, value: &[u8]) -> Option<HeaderValue> {
+    let is_end = |byte: &u8| matches!(byte, b'\r' | b'\n');
+    let Some(end) = value.iter().position(is_end) else {
+        return HeaderValue::from_maybe_shared(header.slice_ref(value)).ok();
+    };
+    let mut unfolded = value.to_vec();
+    unfolded[end..].iter_mut().filter(|byte| is_end(byte)).for_each(|byte| *byte = b' ');
+    HeaderValue::from_maybe_shared(Bytes::from(unfolded)).ok()
+}
+
+/// Writes the fields of a request that came in the header `written`.
+pub fn write_request(request: &RequestHeader, written: &[u8], out: &mut impl BufMut) {
+    if request.has_case() { request.header_to_h1_wire(out) } else { write(&request.headers, written, out) }
+}
+
+/// Writes the fields of an answer that came in the header `written`.
+pub fn write_answer(answer: &ResponseHeader, written: &[u8], out: &mut impl BufMut) {
+    if answer.has_case() { answer.header_to_h1_wire(out) } else { write(&answer.headers, written, out) }
+}
+
+fn write(fields: &HeaderMap, written: &[u8], out: &mut impl BufMut) {
+    for (name, value) in fields {
+        match spelling(name, value, written) {
+            Some(spelled) => out.put_slice(spelled),
+            None => out.put_slice(name.into_case_header_name().as_slice()),
+        }
+        out.put_slice(b": ");
+        out.put_slice(value.as_bytes());
+        out.put_slice(b"\r\n");
+    }
+}
+
+/// Has a request keep the names of its fields as `written` itself, for filters that change them and for Pingora, which
+/// knows of no other way.
+///
+/// # Errors
+///
+/// None that can be met: it was a header before.
+pub fn spell_out(request: &mut RequestHeader, written: &[u8]) -> Result<()> {
+    if request.has_case() || written.is_empty() {
+        return Ok(());
+    }
+    let fields = request.headers.len();
+    let mut spelled = RequestHeader::build(request.method.clone(), request.raw_path(), Some(fields))?;
+    spelled.set_version(request.version);
+    for (name, value) in &request.headers {
+        match spelling(name, value, written) {
+            Some(name) => spelled.append_header(Bytes::copy_from_slice(name), value.clone())?,
+            None => spelled.append_header(name, value.clone())?,
+        };
+    }
+    *spelled.extensions_mut() = std::mem::take(request.extensions_mut());
+    *request = spelled;
+    Ok(())
+}
+
+/// The name of a field as it was written. `None`: it did not come in this header, or was changed.
+fn spelling<'w>(name: &HeaderName, value: &HeaderValue, written: &'w [u8]) -> Option<&'w [u8]> {
+    let (name, value) = (name.as_str().as_bytes(), value.as_bytes());
+    if value.is_empty() {
+        return spelling_of_empty(name, written);
+    }
+    let begin = value.as_ptr().addr().checked_sub(written.as_ptr().addr())?;
+    let before = written.get(..begin)?.trim_ascii_end().strip_suffix(b":")?.trim_ascii_end();
+    let spelled = &before[before.len().checked_sub(name.len())?..];
+    spelled.eq_ignore_ascii_case(name).then_some(spelled)
+}
+
+/// An empty value has no place in the header.
+fn spelling_of_empty<'w>(name: &[u8], written: &'w [u8]) -> Option<&'w [u8]> {
+    let lines = written.split(|&byte| byte == b'\n');
+    lines.filter_map(|line| line.split_at_checked(name.len())).find_map(|(spelled, rest)| {
+        (rest.trim_ascii_start().starts_with(b":") && spelled.eq_ignore_ascii_case(name)).then_some(spelled)
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    use httparse::EMPTY_HEADER;
+
+    const HEADER: &str = "HoSt: a\r\nX-Two:1\r\nx-two:   2\r\nX-eMpTy:\r\nDNT: 1\r\n\r\n";
+
+    fn read(header: &Bytes) -> HeaderMap {
+        let mut fields = [EMPTY_HEADER; 16];
+        let parsed = httparse::parse_headers(header, &mut fields).expect("a header");
+        map(header, parsed.unwrap().1).expect("fields")
+    }
+
+    fn request(fields: HeaderMap) -> RequestHeader {
+        let (mut parts, ()) = http::Request::new(()).into_parts();
+        parts.headers = fields;
+        parts.into()
+    }
+
+    fn written(request: &RequestHeader, header: &[u8]) -> String {
+        let mut out = Vec::new();
+        write_request(request, header, &mut out);
+        String::from_utf8(out).expect("text")
+    }
+
+    #[test]
+    fn names_are_written_as_they_came() {
+        let header = Bytes::from(HEADER);
+        let mut request = request(read(&header));
+        let expected = "HoSt: a\r\nX-Two: 1\r\nx-two: 2\r\nX-eMpTy: \r\nDNT: 1\r\n";
+        assert_eq!(written(&request, &header), expected);
+        assert_eq!(written(&request.clone(), &header), expected, "a copy is of the same header");
+        spell_out(&mut request, &header).expect("a request");
+        assert_eq!(written(&request, b""), expected, "it knows itself");
+        request.insert_header("x-NEW", "3").expect("a field");
+        assert!(written(&request, b"").ends_with("x-NEW: 3\r\n"));
+    }
+
+    #[test]
+    fn a_field_that_was_changed_has_the_name_that_it_was_given() {
+        let header = Bytes::from(HEADER);
+        let mut request = request(read(&header));
+        request.insert_header(http::header::HOST, "b").expect("a field");
+        let moved = request.headers["dnt"].clone();
+        request.insert_header(HeaderName::from_static("x-moved"), moved).expect("a field");
+        request.remove_header("x-two");
+        request.remove_header("dnt");
+        let mut lines: Vec<_> = written(&request, &header).lines().map(str::to_owned).collect();
+        lines.sort();
+        assert_eq!(lines, ["Host: b", "X-eMpTy: ", "x-moved: 1"]);
+        assert!(written(&request, &Bytes::from(HEADER)).contains("x-moved: 1"), "of another header nothing is known");
+    }
+
+    #[test]
+    fn a_value_over_several_lines_becomes_one() {
+        let header = Bytes::from("a: b\r\n\tc\r\n\r\n");
+        let value = value(&header, &header[3..8]).expect("a value");
+        assert_eq!(value, "b  \tc");
+    }
+}
