@@ -627,7 +627,7 @@ fn a_spooled_body_lies_in_a_file_without_a_name_that_only_its_owner_may_read() {
 fn nothing_is_left_open_after_uploads_that_came_and_uploads_that_did_not() {
     let origin = built_in();
     let process = before(&origin, "mode: full").spawn();
-    let idle = process.open_files().len();
+    let idle = process.open_besides_loops().len();
     for protocol in Protocol::BOTH {
         Ask::put(MIB).over(protocol, process.web()).arrived(MIB, &with_length(MIB));
         let mut upload = Ask::put(MIB).begin(protocol, process.web());
@@ -637,7 +637,7 @@ fn nothing_is_left_open_after_uploads_that_came_and_uploads_that_did_not() {
     }
     process.wait_at_rest();
     eventually("every file to be closed", || {
-        (process.open_files().len() <= idle + origin.connections() as usize && process.spool_files().is_empty())
+        (process.open_besides_loops().len() <= idle + origin.connections() as usize && process.spool_files().is_empty())
             .then_some(())
     });
 }

@@ -301,7 +301,7 @@ fn a_client_that_goes_away_in_any_phase_leaves_nothing_behind() {
     let route = "buffering: { request: { mode: full }, response: { mode: auto } }, client: { half_close: abort }";
     let setup = Setup::before_all(&[origin.address()]).listener("protocols: [http1, h2c]").spooling("").route(route);
     let process = setup.spawn();
-    let idle = process.open_files().len();
+    let idle = process.open_besides_loops().len();
     let get = |path: &str| Ask::get(path).narrow();
     for (phase, ask, sent) in [
         (Phase::Buffer, Ask::put(1_000), 500),
@@ -324,7 +324,7 @@ fn a_client_that_goes_away_in_any_phase_leaves_nothing_behind() {
         }
     }
     eventually("every file to be closed", || {
-        let open = process.open_files();
+        let open = process.open_besides_loops();
         (open.len() <= idle + origin.connections() as usize && process.spool_files().is_empty()).then_some(())
     });
     assert!(!process.stderr().contains("panicked"), "{}", process.stderr());
@@ -360,7 +360,7 @@ fn a_backend_that_breaks_off_in_any_phase_leaves_nothing_behind() {
         // A worker has started, and opened its files, once it has served a request.
         assert_eq!(process.client().get("/bytes/1").status, 200);
         process.wait_at_rest();
-        let idle = process.open_files().len() - origin.connections() as usize;
+        let idle = process.open_besides_loops().len() - origin.connections() as usize;
         for fault in ["close", "reset", "reset/100000", "early", "garbage", "half", "half/1MiB", "half-chunked"] {
             for protocol in Protocol::BOTH {
                 let mut exchange = Ask::put(MIB).to(format!("/fault/{fault}")).begin(protocol, process.web());
@@ -373,7 +373,7 @@ fn a_backend_that_breaks_off_in_any_phase_leaves_nothing_behind() {
         }
         process.wait_at_rest();
         eventually("every file to be closed", || {
-            (process.open_files().len() <= idle + origin.connections() as usize).then_some(())
+            (process.open_besides_loops().len() <= idle + origin.connections() as usize).then_some(())
         });
         assert!(!process.stderr().contains("panicked"), "{}", process.stderr());
     }

@@ -1,6 +1,6 @@
 //! The gateway of a story: in this process, or as a program if signals or exit codes matter.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::fmt::Write as _;
 use std::fs;
 use std::io::{BufRead, BufReader};
@@ -571,6 +571,14 @@ impl Process {
         let open = fs::read_dir(format!("/proc/{}/fd", self.child.id())).expect("its open files");
         // Descriptors closed meanwhile are skipped.
         open.flatten().flat_map(|file| fs::read_link(file.path())).map(|to| to.display().to_string()).collect()
+    }
+
+    /// Its open files and sockets, each once, without those of event loops.
+    ///
+    /// Each loop has descriptors of its own and a copy of the socket for signals. The last loops begin after the
+    /// process is ready, so a count of all descriptors is not yet final then.
+    pub fn open_besides_loops(&self) -> BTreeSet<String> {
+        self.open_files().into_iter().filter(|target| !target.starts_with("anon_inode:")).collect()
     }
 
     /// Its open files in the spool directory.
