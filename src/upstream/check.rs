@@ -6,6 +6,7 @@
 //! settings as exchanges, but a new connection: a kept one would hide that new connections fail.
 
 mod agenda;
+mod connector;
 mod grpc;
 mod http;
 mod probe;

@@ -13,6 +13,7 @@ use pingora::protocols::http::client::HttpSession;
 use pingora_load_balancing::Backend;
 use pingora_load_balancing::health_check::HealthCheck;
 
+use super::connector::connector;
 use super::http::{alone, host, request};
 use super::target::{endpoint, sound, wrong};
 use crate::config::upstream::health::GrpcCheck;
@@ -27,7 +28,7 @@ const RESPONSE_BYTES_MAX: usize = 4096;
 
 /// A gRPC health check.
 pub struct Grpc {
-    connector: Connector,
+    connector: &'static Connector,
     host: Option<Authority>,
     question: Bytes,
 }
@@ -36,7 +37,7 @@ impl Grpc {
     /// The configured check, already validated.
     pub fn new(written: &GrpcCheck) -> Grpc {
         Grpc {
-            connector: Connector::new(None),
+            connector: connector(),
             host: written.host.as_deref().and_then(|host| host.parse().ok()),
             question: question(&written.service).into(),
         }

@@ -11,6 +11,7 @@ use pingora::{OrErr, Result};
 use pingora_load_balancing::Backend;
 use pingora_load_balancing::health_check::HealthCheck;
 
+use super::connector::connector;
 use super::target::{endpoint, sound, wrong};
 use crate::config::upstream::health::{HttpCheck, Statuses};
 use crate::upstream::endpoint::Endpoint;
@@ -25,7 +26,7 @@ pub(super) const USER_AGENT: HeaderValue = HeaderValue::from_static("Forebay hea
 
 /// A GET health check.
 pub struct Http {
-    connector: Connector,
+    connector: &'static Connector,
     path: String,
     host: Option<Authority>,
     statuses: Vec<Statuses>,
@@ -36,7 +37,7 @@ impl Http {
     /// The configured check, already validated.
     pub fn new(written: &HttpCheck) -> Http {
         Http {
-            connector: Connector::new(None),
+            connector: connector(),
             path: written.path.clone(),
             host: written.host.as_deref().and_then(|host| host.parse().ok()),
             statuses: written.statuses.clone(),

@@ -12,6 +12,7 @@ use pingora::connectors::TransportConnector;
 use pingora_load_balancing::Backend;
 use pingora_load_balancing::health_check::HealthCheck;
 
+use super::connector::transport;
 use super::grpc::Grpc;
 use super::http::Http;
 use super::target::{endpoint, sound};
@@ -32,7 +33,7 @@ impl Probe {
             return Probe(Box::new(Grpc::new(grpc)));
         }
         // The configuration was checked: it is one of the three.
-        Probe(Box::new(Connects(TransportConnector::new(None))))
+        Probe(Box::new(Connects(transport())))
     }
 
     /// Runs the check. The caller limits its time.
@@ -48,7 +49,7 @@ impl Probe {
 }
 
 /// A check that only connects, TLS handshake included.
-struct Connects(TransportConnector);
+struct Connects(&'static TransportConnector);
 
 #[async_trait]
 impl HealthCheck for Connects {
