@@ -67,7 +67,7 @@ pub use relay::RelayMetrics;
 pub use route::{Direction, Distribution, RouteFigures, RouteMetrics, Spills, Summary};
 pub use spool::{OperationMetrics, RungMetrics, SPOOL_LIMITS, SpoolMetrics};
 pub use tls::TlsMetrics;
-pub use upstream::{DiscoveryMetrics, EjectionMetrics, HealthCheckMetrics, UpstreamMetrics};
+pub use upstream::{CheckPlaces, DiscoveryMetrics, EjectionMetrics, HealthCheckMetrics, UpstreamMetrics};
 
 use upgrade::UpgradeMetrics;
 
@@ -249,6 +249,11 @@ impl Metrics {
     pub fn upstream(&self, name: &str) -> UpstreamMetrics {
         let families = self.families();
         families.upstreams.upstream(name, families.limits.upstream(name), self.clone())
+    }
+
+    /// Those of the places that all health checks share.
+    pub fn check_places(&self) -> CheckPlaces {
+        self.families().upstreams.check_places()
     }
 
     /// Counts the endpoints of this upstream on each scrape, for as long as there is one.
@@ -509,6 +514,7 @@ mod tests {
         let upstream = metrics.upstream("app");
         let endpoint = upstream.endpoint("127.0.0.1:3000");
         upstream.health_checks();
+        upstream.check_places();
         upstream.ejections(["latency"]);
         metrics.mirror("copy");
         metrics.calls("ask", "auth");

@@ -72,6 +72,7 @@ use transport::Transport;
 
 pub use admission::Engaged;
 pub use balance::Split;
+pub use check::Places;
 pub use ended::{Ended, Outcome};
 pub use endpoint::{Endpoint, Found};
 pub use roster::Choice;
@@ -145,7 +146,8 @@ pub struct Spoken {
 }
 
 impl Upstream {
-    /// Builds the upstream `name`. Reads the files named in it; names are resolved later ([`look_up`]).
+    /// Builds the upstream `name`, which shares nothing with others. Reads the files named in it; names are resolved
+    /// later ([`look_up`]).
     ///
     /// # Errors
     ///
@@ -155,11 +157,13 @@ impl Upstream {
         written: &config::Upstream,
         metrics: UpstreamMetrics,
     ) -> Result<Upstream, Vec<BuildError>> {
-        Self::build_with(name, written, metrics, None, None)
+        let places = Places::new(config::server::Server::default().checks_at_once(), metrics.check_places());
+        Self::build_with(name, written, metrics, &places, None, None)
     }
 
-    /// The same with a predecessor: returns `before` if the settings and files are unchanged. Otherwise returns a
-    /// new upstream that shares the unchanged parts and replaces it in [`Upstream::succeed`].
+    /// The same with the common places for health checks, and a predecessor: returns `before` if the settings and
+    /// files are unchanged. Otherwise returns a new upstream that shares the unchanged parts and replaces it in
+    /// [`Upstream::succeed`].
     ///
     /// # Errors
     ///
@@ -168,6 +172,7 @@ impl Upstream {
         name: &str,
         written: &config::Upstream,
         metrics: UpstreamMetrics,
+        places: &Arc<Places>,
         before: Option<&Arc<Upstream>>,
     ) -> Result<Arc<Upstream>, Vec<BuildError>> {
         if let Some(before) = before.filter(|before| before.written == *written) {
@@ -177,13 +182,14 @@ impl Upstream {
                 return Ok(before.clone());
             }
         }
-        Self::build_with(name, written, metrics, None, before.map(|before| &**before)).map(Arc::new)
+        Self::build_with(name, written, metrics, places, None, before.map(|before| &**before)).map(Arc::new)
     }
 
     fn build_with(
         name: &str,
         written: &config::Upstream,
         metrics: UpstreamMetrics,
+        places: &Arc<Places>,
         resolver: Option<Box<dyn Resolve>>,
         before: Option<&Upstream>,
     ) -> Result<Upstream, Vec<BuildError>> {
@@ -204,7 +210,7 @@ impl Upstream {
         let sticky = sticky.transpose();
         let sticky = sticky.map_err(|error| at(&place, vec![error.under("load_balancing.sticky.cookie")]))?;
         let checks = written.health_check.as_ref();
-        let checks = checks.map(|written| Checks::build(written, metrics.health_checks()));
+        let checks = checks.map(|written| Checks::build(written, metrics.health_checks(), places));
         let limits = metrics.limits.clone();
         let ejector = Ejector::build(
             &written.outlier_detection,
@@ -779,9 +785,15 @@ mod tests {
         crate::metrics::Metrics::new(100, Vec::new()).upstream("shop")
     }
 
+    fn build_with(written: &config::Upstream, resolver: Box<dyn Resolve>) -> Result<Upstream, Vec<BuildError>> {
+        let (metrics, resolver) = (metrics(), Some(resolver));
+        let places = Places::new(1, metrics.check_places());
+        Upstream::build_with("shop", written, metrics, &places, resolver, None)
+    }
+
     fn build(endpoints: &[(&str, u32)], resolver: &Arc<Script>) -> Result<Upstream, Vec<BuildError>> {
         let resolver: Box<dyn Resolve> = Box::new(Arc::clone(resolver));
-        let upstream = Upstream::build_with("shop", &written(endpoints), metrics(), Some(resolver), None)?;
+        let upstream = build_with(&written(endpoints), resolver)?;
         let errors = block_on(upstream.look_up()).unwrap();
         if errors.is_empty() { Ok(upstream) } else { Err(errors) }
     }
@@ -891,7 +903,7 @@ mod tests {
         let script = Arc::<Script>::default().set("api.test", &["10.0.0.1"]);
         let addresses = [("10.0.0.1:443", 1), ("api.test:443", 1), ("[::1]:443", 1), ("unix:/run/a.sock", 1)];
         let written = config::Upstream { protocol: config::upstream::Protocol::H2, ..written(&addresses) };
-        let errors = Upstream::build_with("shop", &written, metrics(), Some(Box::new(script)), None).unwrap_err();
+        let errors = build_with(&written, Box::new(script)).unwrap_err();
         let places: Vec<&str> = errors.iter().map(|error| error.path.trim_start_matches("upstreams.shop.")).collect();
         assert_eq!(places, ["endpoints[3].address"]);
     }
@@ -960,7 +972,7 @@ mod tests {
         let yaml = "{ dns: { name: a.test, port: 80, refresh: 1ms } }";
         let written: config::Upstream = config::filter::decode(&serde_yaml::from_str(yaml).unwrap()).unwrap();
         let resolver: Box<dyn Resolve> = Box::new(Arc::clone(&script));
-        let upstream = Arc::new(Upstream::build_with("shop", &written, metrics(), Some(resolver), None).unwrap());
+        let upstream = Arc::new(build_with(&written, resolver).unwrap());
         assert!(look_up([&upstream]).is_empty() && upstream.members().len() == 1);
         let running = tokio::spawn(Arc::clone(&upstream).keep());
 

@@ -138,6 +138,7 @@ impl<'a> Check<'a> {
         self.count("server.disk_threads", rest.server.disk_threads, 1, DISK_THREADS_MAX);
         self.count("server.disk_queue", rest.server.disk_queue, 1, DISK_QUEUE_MAX);
         self.count("server.disk_nice", rest.server.disk_nice, 0, DISK_NICE_MAX);
+        self.count("server.health_checks", rest.server.health_checks, 1, CHECKS_AT_ONCE_MAX);
         self.open_files(&rest.server.open_files);
         self.time("server.shutdown.deadline", rest.server.shutdown.deadline);
         self.time("server.upgrade.deadline", rest.server.upgrade.deadline);

@@ -39,6 +39,8 @@ pub struct Server {
     /// The nice(2) value of the disk threads: from 0, like the workers, to 19. Next to one busy program, a thread
     /// with 10 gets a tenth of its core; with 19, a seventieth, and responses wait for the disk.
     pub disk_nice: Count,
+    /// Limit on simultaneous health checks, all upstreams together; further ones wait. From 1 to 10,000.
+    pub health_checks: Count,
     /// How the open files of the process are shared out.
     pub open_files: OpenFiles,
     /// What happens on SIGTERM.
@@ -62,11 +64,19 @@ impl Default for Server {
             disk_threads: Count(2),
             disk_queue: Count(1_024),
             disk_nice: Count(10),
+            health_checks: Count(256),
             open_files: OpenFiles::default(),
             shutdown: Shutdown::default(),
             upgrade: Upgrade::default(),
             pid_file: None,
         }
+    }
+}
+
+impl Server {
+    /// Limit on simultaneous health checks.
+    pub fn checks_at_once(&self) -> usize {
+        usize::try_from(self.health_checks.0).unwrap_or(usize::MAX)
     }
 }
 

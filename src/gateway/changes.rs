@@ -304,7 +304,7 @@ fn differ(steps: &mut Vec<String>, before: Option<Sides<'_>>, after: Option<Side
 fn effect(steps: &[String], was: bool, is: bool) -> Effect {
     let step = |number: usize| steps.get(number).map(String::as_str);
     match (step(0), step(2)) {
-        (Some("server"), _) if matches!(step(1), Some("shutdown" | "upgrade")) => Effect::NextRequest,
+        (Some("server"), _) if matches!(step(1), Some("shutdown" | "upgrade" | "health_checks")) => Effect::NextRequest,
         (Some("server"), _) => Effect::NewProcess,
         (Some(section), _) if PROCESS.contains(&section) => Effect::NewProcess,
         (Some("listeners"), None) if !was => Effect::ListenerOpens,
@@ -406,6 +406,10 @@ routes: [ { name: all, upstream: app } ]
         assert_eq!(
             after(&[("\nroutes:", "\nserver: { threads: 3 }\nroutes:")]),
             only("server.threads", Effect::NewProcess)
+        );
+        assert_eq!(
+            after(&[("\nroutes:", "\nserver: { health_checks: 3 }\nroutes:")]),
+            only("server.health_checks", Effect::NextRequest)
         );
         assert_eq!(
             after(&[("\nroutes:", "\nresources: { memory: 256MiB }\nroutes:")]),

@@ -21,6 +21,7 @@ use crate::client::tls::certificate::Source;
 use crate::config::listener::Protocol;
 use crate::config::listener::tls::ClientMode;
 use crate::config::route::Match;
+use crate::config::server::Server;
 use crate::config::text;
 use crate::config::units::Time;
 use crate::config::{self, Config};
@@ -35,7 +36,7 @@ use crate::proxy::header::path::Paths;
 use crate::proxy::mirror::Mirror;
 use crate::proxy::routes::Route;
 use crate::proxy::routes::table::Table;
-use crate::upstream::{self, Upstream};
+use crate::upstream::{self, Places, Upstream};
 
 use super::inherited::Inherited;
 use super::running::Running;
@@ -57,6 +58,8 @@ pub struct Ground {
     pub files: Files,
     /// Sockets that were open before this process started.
     pub inherited: Inherited,
+    /// The places for health checks.
+    pub checks: Arc<Places>,
     /// State that filters keep across configurations.
     kept: Kept,
     /// Connections for requests that filters send.
@@ -71,9 +74,11 @@ impl Ground {
     /// For a new process.
     pub fn new(catalog: Catalog, metrics: Metrics) -> Ground {
         let challenges = Challenges::new(metrics.challenges());
+        let checks = Places::new(Server::default().checks_at_once(), metrics.check_places());
         Ground {
             catalog,
             metrics,
+            checks,
             challenges,
             served: Served::default(),
             files: Files::default(),
@@ -216,7 +221,7 @@ fn upstreams(
     let mut upstreams = BTreeMap::new();
     let running = |name: &String| before.and_then(|before| before.upstreams.get(name));
     for (name, written) in &config.upstreams {
-        match Upstream::build_after(name, written, ground.metrics.upstream(name), running(name)) {
+        match Upstream::build_after(name, written, ground.metrics.upstream(name), &ground.checks, running(name)) {
             Ok(upstream) => drop(upstreams.insert(name.clone(), upstream)),
             Err(found) => errors.extend(found),
         }

@@ -302,7 +302,12 @@ impl Engine {
         let as_written = config.clone();
         let runs = &self.running.config;
         let server = config.server;
-        config.server = Server { shutdown: server.shutdown, upgrade: server.upgrade, ..runs.server.clone() };
+        config.server = Server {
+            shutdown: server.shutdown,
+            upgrade: server.upgrade,
+            health_checks: server.health_checks,
+            ..runs.server.clone()
+        };
         config.resources = runs.resources.clone();
         config.admin = runs.admin.clone();
         config.observability = runs.observability.clone();

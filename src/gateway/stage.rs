@@ -240,6 +240,7 @@ impl Stage {
         self.ground.served.store(Arc::new(secured.clone()));
         self.tls.set(secured);
         self.acme.set(running.acme.iter().cloned().collect());
+        self.ground.checks.set_limit(running.config.server.checks_at_once());
         *lock(&self.shutdown) = running.config.server.shutdown.clone();
         *lock(&self.upgrade) = running.config.server.upgrade.clone();
     }

@@ -239,6 +239,10 @@ families! {
     UPSTREAM_HEALTH_CHECKS: "forebay_upstream_health_checks_total", Counter, ["upstream", "outcome"],
         "Health checks by outcome; unable: the gateway lacked a descriptor or port; late, counted in addition: the \
          check started late because too many were active.";
+    HEALTH_CHECKS_ACTIVE: "forebay_health_checks_active", Gauge, [],
+        "Health checks that are under way, all upstreams together; at most server.health_checks.";
+    HEALTH_CHECKS_WAITING: "forebay_health_checks_waiting", Gauge, [],
+        "Upstreams whose next health check is due and waits because as many are under way as there may be.";
     UPSTREAM_CONNECTIONS: "forebay_upstream_connections", Gauge, ["upstream"],
         "Connections to endpoints that are in use, idle, or being made.";
     UPSTREAM_EJECTIONS: "forebay_upstream_ejections_total", Counter, ["upstream", "reason"],

@@ -4,11 +4,11 @@ use std::sync::{Arc, Weak};
 
 use prometheus::{Histogram, IntCounter, IntCounterVec, IntGauge};
 
-use super::Metrics;
 use super::endpoints::{EndpointMetrics, Group};
 use super::family::vectors;
 use super::limits::LimitMetrics;
 use super::retry::RetryMetrics;
+use super::{Metrics, single};
 use crate::error::{Refusal, refusal};
 
 vectors! {
@@ -21,6 +21,8 @@ vectors! {
         wait_seconds: histogram UPSTREAM_WAIT_SECONDS,
         discoveries: counter UPSTREAM_DISCOVERIES,
         health_checks: counter UPSTREAM_HEALTH_CHECKS,
+        checks_active: gauge HEALTH_CHECKS_ACTIVE,
+        checks_waiting: gauge HEALTH_CHECKS_WAITING,
         connections: gauge UPSTREAM_CONNECTIONS,
         ejections: counter UPSTREAM_EJECTIONS,
         panic: gauge UPSTREAM_PANIC,
@@ -30,6 +32,11 @@ vectors! {
 }
 
 impl Families {
+    /// The metrics of the places that all health checks share.
+    pub(super) fn check_places(&self) -> CheckPlaces {
+        CheckPlaces { active: single(&self.checks_active), waiting: single(&self.checks_waiting) }
+    }
+
     /// The metrics of the upstream with this name, including those of its limits.
     pub(super) fn upstream(&self, name: &str, limits: LimitMetrics, metrics: Metrics) -> UpstreamMetrics {
         let connects = |outcome| self.connects.with_label_values(&[name, outcome]);
@@ -133,6 +140,11 @@ impl UpstreamMetrics {
         EjectionMetrics(reasons.into_iter().map(counter).collect())
     }
 
+    /// The metrics of the places that all health checks share.
+    pub fn check_places(&self) -> CheckPlaces {
+        self.metrics.check_places()
+    }
+
     /// The metrics of its health checks. Call once, if it has any.
     pub fn health_checks(&self) -> HealthCheckMetrics {
         let outcome = |outcome| self.health_checks.with_label_values(&[&*self.name, outcome]);
@@ -144,6 +156,15 @@ impl UpstreamMetrics {
             unable: outcome("unable"),
         }
     }
+}
+
+/// The metrics of the places that all health checks share.
+#[derive(Clone)]
+pub struct CheckPlaces {
+    /// Checks that are under way.
+    pub active: IntGauge,
+    /// Upstreams that wait for a place.
+    pub waiting: IntGauge,
 }
 
 /// Counts ejections of one upstream.

@@ -1,7 +1,7 @@
 //! Active health checks, in the background and never on a worker.
 //!
 //! One loop per upstream with a `health_check`: due endpoints are taken from the [`Agenda`] and checked by the
-//! [`Probe`], a limited number at once. Results go to the endpoint's `Record` (`upstream/health.rs`), changes to
+//! [`Probe`], a limited number at once, per upstream and over all upstreams ([`Places`]). Results go to the endpoint's `Record` (`upstream/health.rs`), changes to
 //! the roster. Drained endpoints are still checked; removed ones are not. A check uses the same protocol and TLS
 //! settings as exchanges, but a new connection: a kept one would hide that new connections fail.
 
@@ -9,12 +9,15 @@ mod agenda;
 mod connector;
 mod grpc;
 mod http;
+mod places;
 mod probe;
 mod target;
 
+use std::pin::pin;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use futures::future::{Fuse, FusedFuture, FutureExt};
 use futures::stream::{FuturesUnordered, StreamExt};
 use pingora::Error;
 use pingora::ErrorType::{
@@ -34,13 +37,17 @@ use crate::config::upstream::health::Initial;
 use crate::metrics::HealthCheckMetrics;
 use crate::party::wait::{NoClient, within};
 use agenda::{Agenda, Turn};
+use places::Place;
 use probe::Probe;
+
+pub use places::Places;
 
 /// The health checks of an upstream.
 pub(super) struct Checks {
     terms: Terms,
     probe: Probe,
     metrics: HealthCheckMetrics,
+    places: Arc<Places>,
     members_changed: Notify,
 }
 
@@ -67,8 +74,8 @@ enum Verdict {
 }
 
 impl Checks {
-    /// The configured checks.
-    pub fn build(written: &config::upstream::HealthCheck, metrics: HealthCheckMetrics) -> Checks {
+    /// The configured checks, on these places.
+    pub fn build(written: &config::upstream::HealthCheck, metrics: HealthCheckMetrics, places: &Arc<Places>) -> Checks {
         let count = |count: config::units::Count| u32::try_from(count.0).unwrap_or(u32::MAX);
         let terms = Terms {
             interval: written.interval.0,
@@ -81,7 +88,8 @@ impl Checks {
             unknown_is_healthy: written.initial == Initial::Healthy,
             at_once: count(written.at_once) as usize,
         };
-        Checks { terms, probe: Probe::build(written), metrics, members_changed: Notify::new() }
+        let (probe, places) = (Probe::build(written), places.clone());
+        Checks { terms, probe, metrics, places, members_changed: Notify::new() }
     }
 
     /// Sets the initial state of a new endpoint.
@@ -103,20 +111,12 @@ impl Checks {
     /// Checks the endpoints of `upstream` in an endless loop.
     pub async fn run(&self, upstream: &Upstream) {
         let mut agenda = Agenda::default();
-        agenda.keep(&present(upstream), Instant::now());
+        self.take_in(&mut agenda, upstream);
         let mut under_way = FuturesUnordered::new();
+        let mut place = pin!(Fuse::terminated());
         loop {
-            let now = Instant::now();
-            while under_way.len() < self.terms.at_once
-                && let Some(turn) = agenda.take(now)
-            {
-                if now > turn.due + self.terms.interval {
-                    self.metrics.late.inc();
-                }
-                under_way.push(self.check(turn, now));
-            }
-            // Further due checks wait until one ends.
-            let next = agenda.next().filter(|_| under_way.len() < self.terms.at_once);
+            // Further due checks wait until one ends, or until there is a place.
+            let next = agenda.next().filter(|_| under_way.len() < self.terms.at_once && place.is_terminated());
             let next_due = async {
                 match next {
                     Some(next) => sleep_until(next.into()).await,
@@ -124,18 +124,40 @@ impl Checks {
                 }
             };
             tokio::select! {
+                place = &mut place, if !place.is_terminated() => {
+                    let now = Instant::now();
+                    // The endpoint that was due may have been removed.
+                    if let Some(turn) = agenda.take(now) {
+                        under_way.push(self.check(turn, now, place));
+                    }
+                }
                 Some((turn, began, verdict)) = under_way.next(), if !under_way.is_empty() => {
                     let now = Instant::now();
                     self.note(upstream, &turn.who, verdict, now);
                     agenda.again(turn, (began + self.pause()).max(now));
                 }
-                () = next_due => {}
-                () = self.members_changed.notified() => agenda.keep(&present(upstream), Instant::now()),
+                () = next_due => place.set(self.places.take().fuse()),
+                () = self.members_changed.notified() => self.take_in(&mut agenda, upstream),
             }
         }
     }
 
-    async fn check(&self, turn: Turn<Arc<Endpoint>>, began: Instant) -> (Turn<Arc<Endpoint>>, Instant, Verdict) {
+    /// Updates the agenda. The first checks of many new endpoints are spread.
+    fn take_in(&self, agenda: &mut Agenda<Arc<Endpoint>>, upstream: &Upstream) {
+        let now = Instant::now();
+        let first = || now + self.places.first_check(now, self.terms.interval);
+        agenda.keep(&present(upstream), first);
+    }
+
+    async fn check(
+        &self,
+        turn: Turn<Arc<Endpoint>>,
+        began: Instant,
+        _place: Place,
+    ) -> (Turn<Arc<Endpoint>>, Instant, Verdict) {
+        if began > turn.due + self.terms.interval {
+            self.metrics.late.inc();
+        }
         let verdict = match within(self.terms.timeout, NoClient::HealthCheck, self.probe.ask(&turn.who)).await {
             Some(Ok(())) => Verdict::Passed,
             Some(Err(error)) if error.etype == EXHAUSTED => Verdict::Unable,

@@ -2,7 +2,7 @@
 
 use forebay::admin::upstreams::UpstreamDetail;
 
-use crate::harness::client::get;
+use crate::harness::client::{Client, get};
 use crate::harness::gateway::Watched;
 use crate::harness::moody::under_load;
 use crate::harness::origin::{Closed, response};
@@ -111,6 +111,64 @@ mod checks {
         let gateway = setup.upstream(written).start();
         wait_checks(&gateway, "timeout", 2.0);
         assert_eq!((0..9).map(|_| gateway.client().get("/").text().to_owned()).collect::<String>(), "well".repeat(9));
+    }
+
+    #[test]
+    fn all_upstreams_share_a_number_of_checks_and_take_turns() {
+        let (silent, well) = ([(); 6].map(|()| Origin::scripted()), Origin::named("well"));
+        let endpoints: Vec<String> = silent.iter().map(|one| format!("{{ address: \"{}\" }}", one.address())).collect();
+        let silence = "health_check: { http: {}, interval: 1h, timeout: 1h, at_once: 10 }";
+        let setup = Setup::before(&well)
+            .upstream("health_check: { http: {}, interval: 20ms, timeout: 5s }")
+            .also_upstream("silent", &format!("{silence}, endpoints: [ {} ]", endpoints.join(", ")))
+            .server("threads: 1, health_checks: 3");
+        let process = setup.spawn();
+        let checks = |upstream: &str, outcome: &str| {
+            let labels = format!("{{upstream=\"{upstream}\",outcome=\"{outcome}\"}}");
+            process.metric(&format!("forebay_upstream_health_checks_total{labels}"))
+        };
+        // When both upstreams wait, silent endpoints have all places.
+        let asked = |count: usize| {
+            let mut asked = Vec::new();
+            eventually(&format!("checks of {count} silent endpoints"), || {
+                asked.extend(silent.iter().filter_map(Origin::try_accept));
+                (asked.len() >= count).then_some(())
+            });
+            process.wait_metric("forebay_health_checks_waiting", |waiting| waiting == 2.0);
+            assert_eq!(process.metric("forebay_health_checks_active"), 3.0);
+            asked.extend(silent.iter().filter_map(Origin::try_accept));
+            assert_eq!(asked.len(), count, "no more than there may be");
+            asked
+        };
+        let mut held = asked(3);
+        let before = checks("app", "passed");
+        for mut ends in held.drain(..2) {
+            ends.request();
+            ends.answer("");
+        }
+        held.extend(asked(2));
+        assert!(checks("app", "passed") > before, "its turn is between those of the other upstream");
+        assert_eq!(checks("silent", "passed"), 2.0);
+        assert_eq!([checks("silent", "failed"), checks("silent", "timeout"), checks("app", "timeout")], [0.0; 3]);
+
+        setup.server("threads: 1, health_checks: 5").in_place_of(&process).write();
+        let answer = Client::connect(process.admin()).ask("POST", "/reload", "", "");
+        assert_eq!(answer.status, 200, "{}", answer.text());
+        assert_eq!(answer.json()["needs_new_process"].as_array().map(Vec::len), Some(0));
+        wait_checks(&process, "passed", checks("app", "passed") + 3.0);
+        process.wait_metric("forebay_health_checks_active", |active| active >= 4.0);
+    }
+
+    #[test]
+    fn a_check_that_waits_for_others_does_not_fail_by_its_time_limit() {
+        let (silent, well) = (Origin::scripted(), Origin::named("well"));
+        let written = "health_check: { http: {}, interval: 20ms, timeout: 2s }";
+        let silence = format!("{written}, endpoints: [ {{ address: \"{}\" }} ]", silent.address());
+        let setup = Setup::before(&well).upstream(written).also_upstream("silent", &silence);
+        let gateway = setup.server("threads: 1, health_checks: 1").start();
+        gateway.wait_metric("forebay_upstream_health_checks_total{outcome=\"timeout\"}", |late| late >= 3.0);
+        wait_checks(&gateway, "passed", 3.0);
+        assert_eq!(gateway.metric("forebay_upstream_health_checks_total{upstream=\"app\",outcome=\"timeout\"}"), 0.0);
     }
 
     #[test]

@@ -587,6 +587,7 @@ const WAITS: &[(&str, usize, &str)] = &[
     ("upkeep.rs", 4, "tasks in the background, until they are stopped"),
     ("upstream.rs", 3, "the pauses of a background task"),
     ("upstream/check.rs", 3, "the pauses of a background task"),
+    ("upstream/check/places.rs", 1, "a turn of a background task: each check that has a place has a deadline"),
     ("upstream/discovery.rs", 3, "the pauses of a background task"),
     ("upstream/discovery/file.rs", 3, "the pauses of a background task"),
     ("upstream/ejector.rs", 3, "the pauses of a background task"),

@@ -31,14 +31,14 @@ impl<T> Default for Agenda<T> {
 }
 
 impl<T: Clone> Agenda<T> {
-    /// Sets the list of endpoints. A new one is due at once.
-    pub fn keep(&mut self, present: &[(usize, T)], now: Instant) {
+    /// Sets the list of endpoints. `first` says when a new one is due.
+    pub fn keep(&mut self, present: &[(usize, T)], first: impl Fn() -> Instant) {
         let mut members = HashMap::with_capacity(present.len());
         for (key, who) in present {
             let ticket = self.members.remove(key).unwrap_or_else(|| {
                 self.issued += 1;
                 self.who.insert(self.issued, who.clone());
-                self.waiting.push(Reverse((now, self.issued)));
+                self.waiting.push(Reverse((first(), self.issued)));
                 self.issued
             });
             members.insert(*key, ticket);
@@ -91,9 +91,9 @@ mod tests {
     }
 
     #[test]
-    fn whoever_is_new_is_due_at_once_and_then_when_it_is_said() {
+    fn whoever_is_new_is_due_when_it_is_said_and_so_is_each_further_turn() {
         let (mut agenda, now) = (Agenda::default(), Instant::now());
-        agenda.keep(&[(1, 'a'), (2, 'b')], now);
+        agenda.keep(&[(1, 'a'), (2, 'b')], || now);
         let turns = all_due(&mut agenda, now);
         assert_eq!((names(&turns).as_str(), agenda.next()), ("ab", None), "both have their turns");
         for (turn, seconds) in turns.into_iter().zip([2, 1]) {
@@ -101,16 +101,16 @@ mod tests {
         }
         assert_eq!((agenda.next(), names(&all_due(&mut agenda, now))), (Some(now + SECOND), String::new()));
         assert_eq!(names(&all_due(&mut agenda, now + SECOND)), "b");
-        agenda.keep(&[(1, 'a'), (2, 'b'), (3, 'c')], now);
+        agenda.keep(&[(1, 'a'), (2, 'b'), (3, 'c')], || now);
         assert_eq!(names(&all_due(&mut agenda, now)), "c", "the others go on as they were");
     }
 
     #[test]
     fn whoever_is_gone_has_no_turn_any_more_not_even_after_the_present_one() {
         let (mut agenda, now) = (Agenda::default(), Instant::now());
-        agenda.keep(&[(1, 'a'), (2, 'b')], now);
+        agenda.keep(&[(1, 'a'), (2, 'b')], || now);
         let turn = agenda.take(now).expect("both are due");
-        agenda.keep(&[], now);
+        agenda.keep(&[], || now);
         agenda.again(turn, now);
         assert_eq!(names(&all_due(&mut agenda, now + SECOND)), "");
         assert_eq!(agenda.next(), None);
@@ -119,10 +119,10 @@ mod tests {
     #[test]
     fn somebody_at_the_place_of_one_who_is_gone_is_somebody_else() {
         let (mut agenda, now) = (Agenda::default(), Instant::now());
-        agenda.keep(&[(1, 'a')], now);
+        agenda.keep(&[(1, 'a')], || now);
         let turn = agenda.take(now).expect("it is due");
-        agenda.keep(&[], now);
-        agenda.keep(&[(1, 'b')], now + SECOND);
+        agenda.keep(&[], || now);
+        agenda.keep(&[(1, 'b')], || now + SECOND);
         agenda.again(turn, now);
         assert_eq!(names(&all_due(&mut agenda, now + SECOND)), "b", "once, and when it came");
     }

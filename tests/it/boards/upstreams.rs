@@ -184,6 +184,13 @@ pub fn board() -> Board {
                 .percentiles("forebay_upstream_queue_seconds_bucket"),
             Panel::stack("Health checks", "Checks per second, by what came of them.", "ops")
                 .query("sum by (outcome) (rate(forebay_upstream_health_checks_total[R]))", "{{outcome}}"),
+            Panel::lines(
+                "Health checks under way",
+                "Checks of all upstreams together, and upstreams that wait because server.health_checks is reached.",
+                "short",
+            )
+            .query("sum by (instance) (forebay_health_checks_active)", "{{instance}} under way")
+            .query("sum by (instance) (forebay_health_checks_waiting)", "{{instance}} upstreams that wait"),
             Panel::stack(
                 "Ejections",
                 "Endpoints that were taken out for what they did to real traffic, per second, by \
