@@ -44,7 +44,8 @@
 //!
 //!     fn build(settings: &Settings, _: &Surroundings<'_>) -> Result<Self, BuildError> {
 //!         let name = settings.header.parse();
-//!         name.map(Badge).map_err(|_| BuildError::new("header", format!("`{}` is not a valid header name", settings.header)))
+//!         let invalid = || BuildError::new("header", format!("`{}` is not a valid header name", settings.header));
+//!         name.map(Badge).map_err(|_| invalid())
 //!     }
 //! }
 //!

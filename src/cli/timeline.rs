@@ -2,7 +2,7 @@
 //!
 //! A gateway with one worker runs in this process, in front of its own origin. One client reads slowly, one sends
 //! half a body and the rest later, one requests a response that the backend delays, and one is fast. Their
-//! exchanges are recorded like those of `forebay trace`, and [`steps`] turns the records into the output: the order
+//! exchanges are recorded like those of `forebay trace`, and [`steps()`] turns the records into the output: the order
 //! of events is not hard-coded.
 
 mod steps;

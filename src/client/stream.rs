@@ -791,7 +791,7 @@ impl Core {
         }
     }
 
-    /// Reads in a tunnel, each of whose directions ends by itself; see [`Tunnel`].
+    /// Reads in a tunnel. Each direction of a tunnel ends by itself; see [`Connection::tunnel`].
     fn poll_tunnel(&mut self, cx: &mut Context<'_>, out: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         let connection = self.connection.clone();
         let Some(tunnel) = connection.tunnel() else { return self.poll_pass(cx, out, usize::MAX).map_ok(drop) };

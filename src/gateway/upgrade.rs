@@ -357,7 +357,10 @@ impl Upgrades {
                 if result != Done::Denied {
                     inner.metrics.count(result.name());
                 }
-                tracing::error!(by, program = %file, result = result.name(), "the upgrade failed, and this process continues: {error}");
+                tracing::error!(
+                    by, program = %file, result = result.name(),
+                    "the upgrade failed, and this process continues: {error}"
+                );
                 // The caller may be gone.
                 let _ = reply.send(outcome(result, Some(error), report, began));
             }
