@@ -105,7 +105,8 @@ impl Loops {
         let metrics = self.0.metrics.loops(all.len());
         let period = self.0.terms.heartbeat;
         let lags = vec![Duration::ZERO; all.len()];
-        let pacemaker = Pacemaker { epoch, period, pulses, workers: all.clone(), shared, metrics, watches, lags };
+        let due = Instant::now() + period;
+        let pacemaker = Pacemaker { epoch, period, pulses, workers: all.clone(), shared, metrics, watches, lags, due };
         let (stop, stopped) = sync_channel(0);
         match std::thread::Builder::new().name("heartbeat".to_owned()).spawn(move || pacemaker.run(&stopped)) {
             Ok(thread) => *self.watching() = Some(Watching { stop, thread, workers: all }),

@@ -181,7 +181,7 @@ impl Link {
         self.whole.store(false, Ordering::Relaxed);
         self.untaken.store(false, Ordering::Relaxed);
         self.enter(Stage::Connecting);
-        self.waits.begin_attempt(worker::lag(), now);
+        self.waits.begin_attempt(worker::lag(now), now);
     }
 
     /// For how long the endpoint of the present attempt may be waited for until its response header is here, and when
@@ -467,7 +467,7 @@ impl Gate for Link {
     /// upstream.
     fn poll_open(&self, cx: &mut Context<'_>, now: Instant) -> Poll<()> {
         let mut wire = self.wire();
-        self.waits.note_lag(worker::lag(), now);
+        self.waits.note_lag(worker::lag(now), now);
         self.keep_time(&mut wire, now);
         if self.holding.load(Ordering::Relaxed) {
             let more = wire.poll_more(cx);

@@ -1,9 +1,9 @@
 //! The heartbeat: a thread outside the runtimes probes every worker and finds the late ones.
 //!
 //! Each worker runs a task that only answers probes. The time to answer is the lag: how late a ready task ran. The
-//! probing thread uses no runtime, so it continues when all workers are blocked; and if the whole process was
-//! suspended, no worker counts as late. Tokio's timers are too coarse for this: they count whole milliseconds and
-//! are late by one or two.
+//! probing thread uses no runtime, so it continues when all workers are blocked. If the whole process was suspended,
+//! no worker counts as stalled, but the delay of the next round is part of the lag of each. Tokio's timers are too
+//! coarse for this: they count whole milliseconds and are late by one or two.
 //!
 //! `client::lane` measures the rounds of the loop itself while it hands out turns: it needs each of them, many per
 //! millisecond, and a probe every ten is too slow for that.
@@ -18,7 +18,7 @@ use std::time::{Duration, Instant};
 use futures::task::AtomicWaker;
 
 use super::stall::{Look, News, Watch};
-use super::worker::{Worker, here, nanos};
+use super::worker::{STALL_LEAST, Worker, here, nanos};
 use crate::metrics::LoopMetrics;
 
 /// A probe and its answer. Times are nanoseconds since the epoch.
@@ -90,10 +90,15 @@ pub(super) struct Pacemaker {
     pub(super) watches: Vec<Watch>,
     /// Total lag of each worker in stalls that have ended.
     pub(super) lags: Vec<Duration>,
+    /// When the next round is due.
+    pub(super) due: Instant,
 }
 
-/// A worker with less lag than this counts as busy, not stalled.
-const STALL_LEAST: Duration = Duration::from_millis(20);
+impl Drop for Pacemaker {
+    fn drop(&mut self) {
+        self.workers.iter().for_each(|worker| worker.expect_round(None));
+    }
+}
 
 impl Pacemaker {
     /// Probes until `stop` is dropped.
@@ -106,6 +111,7 @@ impl Pacemaker {
 
     fn round(&mut self) {
         let instant = Instant::now();
+        self.count_delay(instant);
         let now = instant - self.epoch;
         // For each pulse, how long its answer is overdue.
         let mut late = vec![Duration::ZERO; self.pulses.len()];
@@ -134,6 +140,19 @@ impl Pacemaker {
         }
         let stalled = self.watches.iter().filter(|watch| watch.is_stalled()).count();
         self.metrics.stalled.set(stalled as i64);
+    }
+
+    /// Adds the delay of this round to the lag of each worker: for this time the process was suspended or had no CPU.
+    fn count_delay(&mut self, now: Instant) {
+        let delay = now.saturating_duration_since(self.due);
+        self.due = now + self.period;
+        for (lag, worker) in self.lags.iter_mut().zip(&self.workers) {
+            if delay >= STALL_LEAST {
+                *lag += delay;
+                worker.set_lag(*lag);
+            }
+            worker.expect_round(Some(self.due));
+        }
     }
 
     /// Publishes the total lag of a worker, including the current stall.

@@ -120,11 +120,18 @@ pub struct Worker {
     since: AtomicU64,
     /// Total lag of its loop in nanoseconds, as far as the heartbeat has seen it.
     lag: AtomicU64,
+    /// When the next round of the heartbeat is due, in nanoseconds since the epoch.
+    round: AtomicU64,
 }
+
+/// A worker or a heartbeat with less lag than this is busy, not stalled.
+pub(super) const STALL_LEAST: Duration = Duration::from_millis(20);
 
 impl Worker {
     pub(super) fn new(index: usize, place: usize, epoch: Instant) -> Self {
-        Worker { index, place, epoch, doing: AtomicU64::new(0), since: AtomicU64::new(0), lag: AtomicU64::new(0) }
+        let zero = || AtomicU64::new(0);
+        let (doing, since, lag, round) = (zero(), zero(), zero(), AtomicU64::new(u64::MAX));
+        Worker { index, place, epoch, doing, since, lag, round }
     }
 
     /// A poll begins. Returns the previous word, which is zero unless futures are nested.
@@ -152,6 +159,22 @@ impl Worker {
     /// Sets the total lag.
     pub(super) fn set_lag(&self, lag: Duration) {
         self.lag.store(nanos(lag), Ordering::Relaxed);
+    }
+
+    /// Sets when the next round of the heartbeat is due; `None`: there is none. Call it after [`Worker::set_lag`], which
+    /// counts the delay of this round.
+    pub(super) fn expect_round(&self, due: Option<Instant>) {
+        let due = due.map_or(u64::MAX, |due| nanos(due.saturating_duration_since(self.epoch)));
+        self.round.store(due, Ordering::Release);
+    }
+
+    /// The total lag by `now`. If the heartbeat itself is overdue, the process was suspended or has no CPU, and what
+    /// the heartbeat has not counted yet is part of it.
+    fn lag(&self, now: Instant) -> Duration {
+        let due = self.round.load(Ordering::Acquire);
+        let overdue = nanos(now.saturating_duration_since(self.epoch)).saturating_sub(due);
+        let counted = Duration::from_nanos(self.lag.load(Ordering::Relaxed));
+        counted + Some(Duration::from_nanos(overdue)).filter(|&overdue| overdue >= STALL_LEAST).unwrap_or_default()
     }
 
     fn word(&self) -> Word {
@@ -232,9 +255,10 @@ fn thread_number(crew: &Crew) -> Option<usize> {
     Some(crew.joined.fetch_add(1, Ordering::Relaxed))
 }
 
-/// Total lag of this thread's loop. Zero on other threads, and if workers share their tasks.
-pub fn lag() -> Duration {
-    here().map_or(Duration::ZERO, |worker| Duration::from_nanos(worker.lag.load(Ordering::Relaxed)))
+/// The total lag of this thread's loop by `now`: its own stalls, and the time for which the process was suspended. If
+/// workers share their tasks, only the latter. Zero on other threads.
+pub fn lag(now: Instant) -> Duration {
+    here().map_or(Duration::ZERO, |worker| worker.lag(now))
 }
 
 /// The current cycle of this thread's loop. `None` on threads that are not workers.
@@ -312,6 +336,23 @@ mod tests {
         assert_eq!(worker.doing(begin + ms(15)), Some((word, ms(5))));
         assert_eq!(worker.end(outer), word);
         assert_eq!(worker.doing(begin + ms(20)), None);
+    }
+
+    #[test]
+    fn a_process_that_was_suspended_knows_it_before_the_next_round() {
+        let begin = Instant::now();
+        let worker = Worker::new(0, 0, begin);
+        let ms = Duration::from_millis;
+        assert_eq!(worker.lag(begin + ms(60_000)), ms(0), "there is no heartbeat");
+        worker.set_lag(ms(30));
+        worker.expect_round(Some(begin + ms(100)));
+        assert_eq!(worker.lag(begin + ms(119)), ms(30));
+        assert_eq!(worker.lag(begin + ms(3_100)), ms(3_030));
+        worker.set_lag(ms(3_031));
+        worker.expect_round(Some(begin + ms(3_111)));
+        assert_eq!(worker.lag(begin + ms(3_102)), ms(3_031), "the heartbeat has counted it");
+        worker.expect_round(None);
+        assert_eq!(worker.lag(begin + ms(60_000)), ms(3_031), "there is none any more");
     }
 
     #[test]

@@ -1,7 +1,8 @@
 //! When an endpoint has been waited for for too long: the clocks of an attempt, as a pure function.
 //!
 //! A clock of the endpoint runs only while the endpoint is what is waited for. So neither a client that sends or reads
-//! slowly, nor a disk that hangs, nor a turn that the gateway grants late, can use up an endpoint's time.
+//! slowly, nor a disk that hangs, nor a turn that the gateway grants late, can use up an endpoint's time. Nor can the
+//! time for which the gateway's worker was stalled or its process suspended ([`Waits::note_lag`]).
 
 use std::time::{Duration, Instant};
 
@@ -229,6 +230,18 @@ mod tests {
             let after = due(&BOUNDS, Stage::Sending, false, &waits, began).map(|(due, _)| due);
             assert_eq!(after, Some(60_300), "{party:?}");
         }
+    }
+
+    #[test]
+    fn while_the_gateway_is_suspended_no_time_of_the_endpoint_passes() {
+        let (waits, began) = attempt();
+        waits.note_lag(ms(5_000), began + ms(5_100));
+        for (stage, expected) in [(Stage::Sending, 5_300), (Stage::Waiting, 5_600), (Stage::Receiving, 5_900)] {
+            let due = due(&BOUNDS, stage, true, &waits, began).map(|(due, _)| due);
+            assert_eq!(due, Some(expected), "{stage:?}");
+        }
+        let bounds = Bounds { attempt: Some(ms(250)), ..BOUNDS };
+        assert_eq!(due(&bounds, Stage::Waiting, true, &waits, began).map(|(due, _)| due), Some(5_250));
     }
 
     #[test]

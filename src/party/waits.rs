@@ -13,7 +13,7 @@ pub struct Waits {
     /// Nanoseconds from `began` to the beginning of the present wait, times four, plus the number of the party. One
     /// word, so that a reader sees a party and its own beginning.
     now: AtomicU64,
-    /// Nanoseconds by party of the waits that are over, less what of the present wait is not its party's.
+    /// Nanoseconds by party of the waits that are over.
     spent: [AtomicU64; 4],
     /// Nanoseconds by which the worker had been late in all, when that was looked at last.
     lag: AtomicU64,
@@ -55,16 +55,17 @@ impl Waits {
         self.now.store(self.word(party, now), Ordering::Relaxed);
     }
 
-    /// The worker has been late by `lag` by now, all stalls together: what of it is new was not the time of the party
-    /// that was waited for meanwhile. That party may have done what it had to do while it was not watched.
+    /// The worker has been late by `lag` by now, all stalls together. The present wait was interrupted for the new part
+    /// of it, and its clock did not run: its party may have waited for bytes that the gateway had still to send, or may
+    /// have done its part unseen.
     pub fn note_lag(&self, lag: Duration, now: Instant) {
         let lag = nanos(lag);
-        let late = lag.saturating_sub(self.lag.swap(lag, Ordering::Relaxed));
+        let late = lag.saturating_sub(self.lag.fetch_max(lag, Ordering::Relaxed));
         if late > 0 {
             let (party, since) = self.present();
-            let late = late.min(nanos(now.saturating_duration_since(since)));
-            self.spent[party as usize].fetch_sub(late, Ordering::Relaxed);
-            self.spent[Party::Gateway as usize].fetch_add(late, Ordering::Relaxed);
+            let late = Duration::from_nanos(late).min(now.saturating_duration_since(since));
+            self.spent[Party::Gateway as usize].fetch_add(nanos(late), Ordering::Relaxed);
+            self.now.store(self.word(party, since + late), Ordering::Relaxed);
         }
     }
 
@@ -83,9 +84,7 @@ impl Waits {
     pub fn spent(&self, party: Party, now: Instant) -> Duration {
         let (present, since) = self.present();
         let lasts = if present == party { nanos(now.saturating_duration_since(since)) } else { 0 };
-        // Below zero as long as the present wait does not count as a whole; a reader on another thread may see it so.
-        let spent = self.spent[party as usize].load(Ordering::Relaxed).wrapping_add(lasts);
-        Duration::from_nanos(if spent > i64::MAX as u64 { 0 } else { spent })
+        Duration::from_nanos(self.spent[party as usize].load(Ordering::Relaxed).saturating_add(lasts))
     }
 
     fn word(&self, party: Party, now: Instant) -> u64 {
@@ -140,16 +139,19 @@ mod tests {
     }
 
     #[test]
-    fn time_in_which_the_worker_stood_still_is_the_gateways() {
+    fn time_in_which_the_worker_was_stalled_is_the_gateways() {
         let began = Instant::now();
         let waits = Waits::new(began);
         waits.begin_attempt(ms(900), began);
         waits.note_lag(ms(900), began + ms(10));
         assert_eq!(waits.kept_waiting(began + ms(10)), ms(0), "it was late before");
         waits.note_lag(ms(960), began + ms(100));
-        assert_eq!(waits.present(), (Party::Endpoint, began), "its clock runs on");
+        assert_eq!(waits.present(), (Party::Endpoint, began + ms(60)), "its clock did not run");
         assert_eq!(waits.spent(Party::Endpoint, began + ms(100)), ms(40));
         assert_eq!(waits.spent(Party::Gateway, began + ms(100)), ms(60));
+        waits.note_lag(ms(940), began + ms(100));
+        waits.note_lag(ms(960), began + ms(100));
+        assert_eq!(waits.spent(Party::Gateway, began + ms(100)), ms(60), "a lag that was counted before");
         waits.turn_to(Party::Client, began + ms(110));
         waits.note_lag(ms(9_000), began + ms(120));
         assert_eq!(Party::ALL.map(|party| waits.spent(party, began + ms(120))), [0, 50, 0, 70].map(ms));

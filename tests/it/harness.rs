@@ -13,6 +13,7 @@ pub mod frames;
 pub mod gateway;
 pub mod grpcio;
 pub mod h2_origin;
+pub mod lateness;
 pub mod metrics;
 pub mod moody;
 pub mod nginx;

@@ -1,7 +1,7 @@
 //! The gateway of a story: in this process, or as a program if signals or exit codes matter.
 
 use std::collections::{BTreeSet, HashMap};
-use std::fmt::Write as _;
+use std::fmt::{self, Write as _};
 use std::fs;
 use std::io::{BufRead, BufReader};
 use std::marker::PhantomData;
@@ -733,6 +733,12 @@ impl Watched for Process {
 
     fn log_file(&self) -> PathBuf {
         log_path(&self.dir)
+    }
+}
+
+impl fmt::Display for LogLine {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.text)
     }
 }
 

@@ -2,6 +2,7 @@
 
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use forebay::origin::Digest;
@@ -13,6 +14,7 @@ use serde_json::json;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::runtime::{Builder, Runtime};
 
+use super::lateness::Lateness;
 use super::ms;
 
 /// A backend whose response depends on the path:
@@ -35,22 +37,68 @@ use super::ms;
 pub struct H2Origin {
     address: SocketAddr,
     seen: Arc<Mutex<Vec<String>>>,
+    own: Arc<OwnTime>,
     _runtime: Runtime,
+}
+
+/// The time that the backend itself takes: its only thread has something to do, and has not done it.
+///
+/// The thread parks when all that it has read is processed, and all that the peer's windows and sockets take is
+/// written. So no step of an exchange takes longer than the thread takes to wake and then to park again.
+#[derive(Default)]
+struct OwnTime {
+    /// How late the thread wakes.
+    waking: Lateness,
+    /// How long it is awake.
+    working: Lateness,
+    /// Since when it is awake.
+    awake: Mutex<Option<Instant>>,
+}
+
+impl OwnTime {
+    fn begin(&self) {
+        *self.awake.lock().unwrap() = Some(Instant::now());
+    }
+
+    fn end(&self) {
+        if let Some(began) = self.awake.lock().unwrap().take() {
+            self.working.note(began);
+        }
+    }
+
+    /// Records how late the thread wakes for a timer, and so for a socket.
+    async fn watch(&self) {
+        loop {
+            let due = Instant::now() + ms(50);
+            tokio::time::sleep_until(due.into()).await;
+            self.waking.note(due);
+        }
+    }
 }
 
 impl H2Origin {
     /// Listens on a loopback port and serves requests.
     pub fn start() -> H2Origin {
-        let runtime = Builder::new_multi_thread().worker_threads(1).enable_all().build().expect("a runtime");
+        let own = Arc::<OwnTime>::default();
+        let (begins, ends, watches) = (own.clone(), own.clone(), own.clone());
+        let mut runtime = Builder::new_multi_thread();
+        let runtime = runtime.on_thread_unpark(move || begins.begin()).on_thread_park(move || ends.end());
+        let runtime = runtime.worker_threads(1).enable_all().build().expect("a runtime");
         let listener = runtime.block_on(TcpListener::bind("127.0.0.1:0")).expect("a port for the origin");
         let (address, seen) = (listener.local_addr().expect("its address"), Arc::default());
         runtime.spawn(accept(listener, Arc::clone(&seen)));
-        H2Origin { address, seen, _runtime: runtime }
+        runtime.spawn(async move { watches.watch().await });
+        H2Origin { address, seen, own, _runtime: runtime }
     }
 
     /// Where it listens.
     pub fn address(&self) -> SocketAddr {
         self.address
+    }
+
+    /// The longest time between the arrival of what it waits for and its response to that.
+    pub fn late(&self) -> Duration {
+        self.own.waking.worst() + self.own.working.worst()
     }
 
     /// The requested paths, in order.
