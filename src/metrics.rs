@@ -6,6 +6,7 @@
 
 mod acme;
 mod admin;
+pub mod bodies;
 pub mod call;
 pub mod config;
 pub mod driver;
@@ -39,11 +40,12 @@ use prometheus::{Encoder, Histogram, IntCounter, IntGauge, IntGaugeVec, TextEnco
 
 use crate::error::Refusal;
 use crate::phase::Phase;
+use bodies::{BodyMetrics, DecompressMetrics};
 use call::CallMetrics;
 use config::{ConfigMetrics, GenerationCollector, Generations};
 use driver::DriverMetrics;
 use endpoints::{EndpointCollector, Group, Groups};
-use filters::{Access, Admission, CompressMetrics, Loads, PasswordMetrics};
+use filters::{Access, Admission, CompressMetrics, ErrorPageMetrics, Loads, PasswordMetrics};
 use mirror::MirrorMetrics;
 use phases::{PhaseCollector, Roll};
 use refusals::RefusalCollector;
@@ -289,6 +291,26 @@ impl Metrics {
         CompressMetrics::of(route, &families.filters.compressed_bytes, &families.filters.compress_busy)
     }
 
+    /// Those of bodies that are decoded on this route in this direction.
+    pub fn decompress(&self, route: &str, direction: Direction) -> DecompressMetrics {
+        let route = if self.reserve_series(DecompressMetrics::SERIES) { route } else { "_other" };
+        let families = &self.families().filters;
+        DecompressMetrics::of(route, direction, &families.decompress, &families.decompressed_bytes)
+    }
+
+    /// Those of bodies that are changed on this route in this direction.
+    pub fn body(&self, route: &str, direction: Direction) -> BodyMetrics {
+        let route = if self.reserve_series(BodyMetrics::SERIES) { route } else { "_other" };
+        let families = &self.families().filters;
+        BodyMetrics::of(route, direction, &families.body_changes, &families.body_replacements)
+    }
+
+    /// Those of error pages on this route.
+    pub fn error_pages(&self, route: &str) -> ErrorPageMetrics {
+        let route = if self.reserve_series(ErrorPageMetrics::SERIES) { route } else { "_other" };
+        ErrorPageMetrics::of(route, &self.families().filters.error_pages)
+    }
+
     /// Those of hashing passwords.
     pub fn passwords(&self) -> PasswordMetrics {
         let families = self.families();
@@ -522,6 +544,9 @@ mod tests {
         metrics.loads("all", "jwt");
         metrics.passwords();
         metrics.compress("all");
+        metrics.decompress("all", Direction::Request);
+        metrics.body("all", Direction::Response);
+        metrics.error_pages("all");
         let group: Arc<dyn Group> = Arc::new(endpoints::tests::Two);
         metrics.count_endpoints(Arc::downgrade(&group));
         metrics.spools();

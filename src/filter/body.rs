@@ -42,6 +42,8 @@ use crate::config::Text;
 use crate::config::units::{Count, Size};
 use crate::error::{BuildError, Refusal, refusal};
 use crate::expression::{self, Asked, Moment};
+use crate::metrics::Direction;
+use crate::metrics::bodies::{BodyChange, BodyMetrics};
 use json::{Change, Pointer, checked};
 use replace::{Rule, Time};
 
@@ -126,6 +128,15 @@ struct Plan {
     bytes_max: usize,
     rules: Vec<Rule>,
     edits: Vec<(Pointer, Deed)>,
+    metrics: Option<BodyMetrics>,
+}
+
+/// A body after its changes.
+#[derive(Debug, PartialEq, Eq)]
+struct Changed {
+    bytes: Vec<u8>,
+    /// How many places were replaced, set or removed.
+    places: u64,
 }
 
 /// What is done at a place.
@@ -160,6 +171,16 @@ enum Flaw {
     Json,
     /// Its changes take too much time.
     Costly,
+}
+
+impl Flaw {
+    fn outcome(self) -> BodyChange {
+        match self {
+            Flaw::Size => BodyChange::TooLarge,
+            Flaw::Json => BodyChange::NotJson,
+            Flaw::Costly => BodyChange::Costly,
+        }
+    }
 }
 
 static CODED: Refusal = Refusal::new("route.body_coded", 415, "A request body that is coded is not supported here.");
@@ -241,11 +262,13 @@ impl Filter for Body {
             match plan.is_for(headers) {
                 None => scope.leave_request_body(),
                 Some(_) if is_coded(headers) => {
+                    plan.count(BodyChange::Coded);
                     // RFC 9110 §12.5.3: what would be accepted.
                     let headers = vec![(ACCEPT_ENCODING, HeaderValue::from_static("identity"))];
                     return Verdict::Refuse(Refused { refusal: &CODED, headers });
                 }
                 Some(_) if representation::length(headers).is_some_and(|length| length > plan.bytes_max as u64) => {
+                    plan.count(BodyChange::TooLarge);
                     return Verdict::from(&TOO_LARGE);
                 }
                 Some(is_json) => {
@@ -303,12 +326,14 @@ impl Filter for Body {
             return Verdict::Continue;
         };
         if is_coded(&response.headers) {
+            plan.count(BodyChange::Coded);
             return Verdict::from(&ANSWER_CODED);
         }
         if scope.request.method == Method::HEAD {
             scope.leave_body();
         } else {
             if representation::length(&response.headers).is_some_and(|length| length > plan.bytes_max as u64) {
+                plan.count(BodyChange::TooLarge);
                 return Verdict::from(&ANSWER_TOO_LARGE);
             }
             let asked = scope.asked();
@@ -378,13 +403,15 @@ impl FilterType for Body {
     ];
     type Settings = Settings;
 
-    fn build(settings: &Settings, _: &Surroundings<'_>) -> Result<Self, BuildError> {
-        let plan = |written: &Option<Changes>, key: &str, moment| {
-            let plan = written.as_ref().map(|written| Plan::build(written, moment)).transpose();
-            plan.map(|plan| plan.map(Arc::new)).map_err(|error| error.under(key))
+    fn build(settings: &Settings, around: &Surroundings<'_>) -> Result<Self, BuildError> {
+        let plan = |written: &Option<Changes>, direction: Direction, moment| {
+            let Some(written) = written else { return Ok(None) };
+            let plan = Plan::build(written, moment).map_err(|error| error.under(direction.name()))?;
+            let metrics = around.metrics.map(|metrics| metrics.body(around.route, direction));
+            Ok(Some(Arc::new(Plan { metrics, ..plan })))
         };
-        let request = plan(&settings.request, "request", Moment::Request)?;
-        let response = plan(&settings.response, "response", Moment::Response)?;
+        let request = plan(&settings.request, Direction::Request, Moment::Request)?;
+        let response = plan(&settings.response, Direction::Response, Moment::Response)?;
         if request.is_none() && response.is_none() {
             let told = "nothing to do: write `request` or `response` with `replace` or `json`";
             return Err(BuildError::new("", told));
@@ -396,7 +423,10 @@ impl FilterType for Body {
 impl Body {
     /// Begins to gather a body; `None`, if too many are under way.
     fn gather(&self, work: Work) -> Option<Gathered> {
-        let place = self.places.clone().try_acquire_owned().ok()?;
+        let Ok(place) = self.places.clone().try_acquire_owned() else {
+            work.plan.count(BodyChange::Busy);
+            return None;
+        };
         Some(Gathered { work, bytes: Vec::new(), _place: place })
     }
 }
@@ -443,7 +473,12 @@ impl Plan {
             bytes_max,
             rules: written.replace.iter().enumerate().map(rule).collect::<Result<_, _>>()?,
             edits: written.json.iter().enumerate().map(edit).collect::<Result<_, _>>()?,
+            metrics: None,
         })
+    }
+
+    fn count(&self, outcome: BodyChange) {
+        self.metrics.iter().for_each(|metrics| metrics.count(outcome));
     }
 
     /// Whether a body of this header is changed, and if it is one of JSON.
@@ -519,21 +554,22 @@ fn edit(written: &Edit, moment: Moment) -> Result<(Pointer, Deed), BuildError> {
 
 impl Work {
     /// The body with all changes made.
-    fn apply(&self, body: Vec<u8>) -> Result<Vec<u8>, Flaw> {
+    fn apply(&self, body: Vec<u8>) -> Result<Changed, Flaw> {
         // A message without a body has nothing in it.
         if body.is_empty() {
-            return Ok(body);
+            return Ok(Changed { bytes: body, places: 0 });
         }
         let Plan { bytes_max, rules, edits, .. } = &*self.plan;
-        let (time, mut body) = (Time::begin(), body);
+        let (time, mut body, mut places) = (Time::begin(), body, 0);
         let made = |index: usize| self.made.get(index).and_then(Option::as_deref).unwrap_or_default();
         for (index, rule) in rules.iter().enumerate() {
             if let Some(changed) = rule.apply(&body, made(index), *bytes_max, &time)? {
-                body = changed;
+                body = changed.bytes;
+                places += changed.places;
             }
         }
         if !self.is_json || edits.is_empty() {
-            return Ok(body);
+            return Ok(Changed { bytes: body, places });
         }
         if !checked(&body) {
             return Err(Flaw::Json);
@@ -546,13 +582,14 @@ impl Work {
                 Deed::Remove => Change::Remove,
             };
             if let Some(changed) = at.apply(&body, change) {
-                body = changed;
+                body = changed.bytes;
+                places += changed.places;
             }
             if body.len() > *bytes_max {
                 return Err(Flaw::Size);
             }
         }
-        Ok(body)
+        Ok(Changed { bytes: body, places })
     }
 }
 
@@ -562,13 +599,25 @@ impl Gathered {
     /// # Errors
     /// What is wrong with the body; `None`, if that is this gateway.
     async fn piece(&mut self, piece: &mut Option<Bytes>, end: bool) -> Result<(), Option<Flaw>> {
+        let outcome = self.gathered(piece, end).await;
+        let metrics = self.work.plan.metrics.as_ref();
+        metrics.iter().for_each(|metrics| match outcome {
+            Ok(Some(places)) => metrics.changed(places),
+            Err(Some(flaw)) => metrics.count(flaw.outcome()),
+            Ok(None) | Err(None) => {}
+        });
+        outcome.map(drop)
+    }
+
+    /// The same without counting. With the last piece come the places that were changed.
+    async fn gathered(&mut self, piece: &mut Option<Bytes>, end: bool) -> Result<Option<u64>, Option<Flaw>> {
         let taken = piece.replace(Bytes::new()).unwrap_or_default();
         if taken.len() > self.work.plan.bytes_max - self.bytes.len().min(self.work.plan.bytes_max) {
             return Err(Some(Flaw::Size));
         }
         self.bytes.extend_from_slice(&taken);
         if !end {
-            return Ok(());
+            return Ok(None);
         }
         let (work, body) = (self.work.clone(), std::mem::take(&mut self.bytes));
         let changed = if body.len() <= ASIDE_BYTES {
@@ -579,8 +628,9 @@ impl Gathered {
                 None
             })?
         };
-        *piece = Some(changed.map_err(Some)?.into());
-        Ok(())
+        let changed = changed.map_err(Some)?;
+        *piece = Some(changed.bytes.into());
+        Ok(Some(changed.places))
     }
 }
 

@@ -32,6 +32,8 @@ use super::representation::{self, is_coded, items};
 use super::{Filter, FilterType, Refused, Scope, Stages, Surroundings, Verdict};
 use crate::config::units::{Count, Size};
 use crate::error::{BuildError, Refusal, refusal};
+use crate::metrics::Direction;
+use crate::metrics::bodies::{BodyCoding, Decoding, DecompressMetrics};
 use decoder::{Bounds, Coding, Decoder, Flaw};
 
 /// Undoes the coding of bodies, for filters that must read them.
@@ -105,6 +107,13 @@ pub struct Decompress {
     bounds: Bounds,
     unknown: Unknown,
     places: Arc<Semaphore>,
+    metrics: Both,
+}
+
+/// The metrics of each direction that is decoded.
+struct Both {
+    request: Option<Arc<DecompressMetrics>>,
+    response: Option<Arc<DecompressMetrics>>,
 }
 
 /// What is kept for one exchange.
@@ -125,6 +134,8 @@ struct Body {
     /// `None` while another thread has it, and behind its end. There is one task, so that the lock never waits: it is
     /// there since a decoder is for one thread at a time.
     decoder: Mutex<Option<Decoder>>,
+    coding: BodyCoding,
+    metrics: Option<Arc<DecompressMetrics>>,
     _place: OwnedSemaphorePermit,
 }
 
@@ -159,6 +170,7 @@ impl Filter for Decompress {
             match self.plan(&scope.request.headers) {
                 Plan::Decode(codings) => {
                     if self.places.available_permits() == 0 {
+                        count(&self.metrics.request, Decoding::Busy);
                         return Verdict::busy(&BUSY);
                     }
                     scope.request.remove_header(&CONTENT_ENCODING);
@@ -167,12 +179,17 @@ impl Filter for Decompress {
                     kept.request = codings;
                 }
                 Plan::Unknown if self.unknown == Unknown::Refuse => {
+                    count(&self.metrics.request, Decoding::Unknown);
                     let known = self.codings.iter().map(|coding| coding.name()).collect::<Vec<_>>().join(", ");
                     // RFC 9110 §12.5.3: what would be accepted.
                     let headers = HeaderValue::from_str(&known).map(|known| (ACCEPT_ENCODING, known));
                     return Verdict::Refuse(Refused { refusal: &UNKNOWN, headers: headers.into_iter().collect() });
                 }
-                Plan::Plain | Plan::Unknown => scope.leave_request_body(),
+                Plan::Unknown => {
+                    count(&self.metrics.request, Decoding::Passed);
+                    scope.leave_request_body();
+                }
+                Plan::Plain => scope.leave_request_body(),
             }
         }
         if self.stages.contains(Stages::RESPONSE_BODY)
@@ -194,7 +211,7 @@ impl Filter for Decompress {
         if kept.incoming.is_none() || kept.attempt != attempt {
             // The pieces come again from the first.
             kept.attempt = attempt;
-            kept.incoming = match self.begin(&kept.request) {
+            kept.incoming = match self.begin(&kept.request, &self.metrics.request) {
                 Ok(body) => body,
                 Err(()) => return Verdict::from(&refusal::INTERNAL),
             };
@@ -231,13 +248,17 @@ impl Filter for Decompress {
         }
         let codings = match self.plan(&response.headers) {
             Plan::Decode(codings) => codings,
-            Plan::Unknown if self.unknown == Unknown::Refuse => return Verdict::from(&ANSWER_UNKNOWN),
+            Plan::Unknown if self.unknown == Unknown::Refuse => {
+                count(&self.metrics.response, Decoding::Unknown);
+                return Verdict::from(&ANSWER_UNKNOWN);
+            }
             Plan::Plain => {
                 representation::unvary(response, "accept-encoding");
                 scope.leave_body();
                 return Verdict::Continue;
             }
             Plan::Unknown => {
+                count(&self.metrics.response, Decoding::Passed);
                 scope.leave_body();
                 return Verdict::Continue;
             }
@@ -245,7 +266,7 @@ impl Filter for Decompress {
         if scope.request.method == Method::HEAD {
             scope.leave_body();
         } else {
-            match self.begin(&codings) {
+            match self.begin(&codings, &self.metrics.response) {
                 Ok(Some(body)) => match scope.kept::<Kept>() {
                     Some(kept) => kept.outgoing = Some(body),
                     None => scope.keep(Kept { outgoing: Some(body), ..Kept::default() }),
@@ -293,7 +314,7 @@ impl FilterType for Decompress {
     ];
     type Settings = Settings;
 
-    fn build(settings: &Settings, _: &Surroundings<'_>) -> Result<Self, BuildError> {
+    fn build(settings: &Settings, around: &Surroundings<'_>) -> Result<Self, BuildError> {
         let wrong = |key: &str, told: &str| Err(BuildError::new(key, told));
         if !settings.request && !settings.response {
             return wrong("", "nothing to do: both `request` and `response` are false");
@@ -309,12 +330,20 @@ impl FilterType for Decompress {
         }
         let of_request = if settings.request { Stages::REQUEST | Stages::REQUEST_BODY } else { Stages::REQUEST };
         let of_response = if settings.response { Stages::RESPONSE | Stages::RESPONSE_BODY } else { Stages::NONE };
+        let metrics = |asked: bool, direction| {
+            let metrics = around.metrics.filter(|_| asked);
+            metrics.map(|metrics| Arc::new(metrics.decompress(around.route, direction)))
+        };
         Ok(Decompress {
             stages: of_request | of_response,
             codings: settings.codings.clone(),
             bounds: Bounds { size: settings.max_size.0, ratio: settings.max_ratio.into() },
             unknown: settings.unknown,
             places: places(settings.concurrent)?,
+            metrics: Both {
+                request: metrics(settings.request, Direction::Request),
+                response: metrics(settings.response, Direction::Response),
+            },
         })
     }
 }
@@ -339,10 +368,16 @@ impl Decompress {
     }
 
     /// Begins with a body. `None`: too many are under way.
-    fn begin(&self, codings: &[Coding]) -> Result<Option<Body>, ()> {
-        let Ok(place) = self.places.clone().try_acquire_owned() else { return Ok(None) };
+    fn begin(&self, codings: &[Coding], metrics: &Option<Arc<DecompressMetrics>>) -> Result<Option<Body>, ()> {
+        let Ok(place) = self.places.clone().try_acquire_owned() else {
+            count(metrics, Decoding::Busy);
+            return Ok(None);
+        };
         match Decoder::new(codings, self.bounds) {
-            Ok(decoder) => Ok(Some(Body { decoder: Mutex::new(Some(decoder)), _place: place })),
+            Ok(decoder) => {
+                let (decoder, coding) = (Mutex::new(Some(decoder)), label(codings));
+                Ok(Some(Body { decoder, coding, metrics: metrics.clone(), _place: place }))
+            }
             Err(error) => {
                 tracing::error!("a body could not be decoded: {error}");
                 Err(())
@@ -377,6 +412,31 @@ impl Decompress {
     }
 }
 
+fn count(metrics: &Option<Arc<DecompressMetrics>>, outcome: Decoding) {
+    metrics.iter().for_each(|metrics| metrics.count(outcome));
+}
+
+/// The label of a body with these codings.
+fn label(codings: &[Coding]) -> BodyCoding {
+    match codings {
+        [Coding::Gzip] => BodyCoding::Gzip,
+        [Coding::Deflate] => BodyCoding::Deflate,
+        [Coding::Br] => BodyCoding::Br,
+        [Coding::Zstd] => BodyCoding::Zstd,
+        _ => BodyCoding::Several,
+    }
+}
+
+impl Flaw {
+    fn outcome(self) -> Decoding {
+        match self {
+            Flaw::Malformed => Decoding::Malformed,
+            Flaw::Size => Decoding::TooLarge,
+            Flaw::Ratio => Decoding::TooDense,
+        }
+    }
+}
+
 /// The most codings that one body may have on top of each other. More have no use.
 const LAYERS_MAX: usize = 3;
 
@@ -389,6 +449,25 @@ impl Body {
     /// # Errors
     /// What is wrong with it; `None`, if that is this gateway.
     async fn piece(&mut self, piece: &mut Option<Bytes>, end: bool) -> Result<(), Option<Flaw>> {
+        let read = piece.as_ref().map_or(0, Bytes::len);
+        let outcome = self.decoded(piece, end).await;
+        let Some(metrics) = &self.metrics else { return outcome };
+        metrics.read(self.coding, read);
+        match outcome {
+            Ok(()) => {
+                metrics.decoded(self.coding, piece.as_ref().map_or(0, Bytes::len));
+                if end {
+                    metrics.count(Decoding::Decoded);
+                }
+            }
+            Err(Some(flaw)) => metrics.count(flaw.outcome()),
+            Err(None) => {}
+        }
+        outcome
+    }
+
+    /// The same without counting.
+    async fn decoded(&mut self, piece: &mut Option<Bytes>, end: bool) -> Result<(), Option<Flaw>> {
         let place = self.decoder.get_mut().unwrap_or_else(PoisonError::into_inner);
         let mut decoder = place.take().ok_or(None)?;
         let taken = piece.take().unwrap_or_default();

@@ -40,6 +40,7 @@ use super::template::{Form, Template};
 use super::{Answer, Filter, FilterType, Scope, Stages, Surroundings, Verdict, accept};
 use crate::error::{BuildError, Refusal, nearest, path, refusal};
 use crate::expression::{Asked, Author, Moment};
+use crate::metrics::filters::{ErrorPageMetrics, PageForm};
 use crate::phase::Phase;
 
 /// Gives clients pages in the place of errors.
@@ -120,13 +121,14 @@ impl Default for Problem {
 pub struct ErrorPage {
     pages: Vec<Ready>,
     endpoints: bool,
+    metrics: Option<ErrorPageMetrics>,
 }
 
 /// A page as it is used.
 struct Ready {
     on: Vec<Which>,
     status: Option<StatusCode>,
-    forms: Vec<(Media, Content)>,
+    forms: Vec<(PageForm, Content)>,
 }
 
 /// Which errors a page is for.
@@ -137,15 +139,6 @@ enum Which {
     Reason(String),
     /// With the dot behind it.
     Phase(String),
-}
-
-/// The form of a page, in the order in which forms are preferred.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Media {
-    Html,
-    Problem,
-    Json,
-    Text,
 }
 
 enum Content {
@@ -175,7 +168,10 @@ impl Filter for ErrorPage {
         let (status, reason) = (response.status.as_u16(), scope.facts.refusal().map(|refusal| refusal.reason));
         let Some(page) = self.pages.iter().find(|page| page.is_for(status, reason)) else { return Verdict::Continue };
         let asked = scope.asked();
-        Verdict::Answer(page.answer(&scope.request.headers, &asked.answered(response), response))
+        let (media, answer) = page.answer(&scope.request.headers, &asked.answered(response), response);
+        let server_error = response.status.is_server_error();
+        self.metrics.iter().for_each(|metrics| metrics.sent(server_error, media));
+        Verdict::Answer(answer)
     }
 }
 
@@ -191,7 +187,8 @@ impl FilterType for ErrorPage {
             Ready::build(page, around).map_err(|error| error.under(&format!("pages[{index}]")))
         };
         let pages = settings.pages.iter().enumerate().map(ready).collect::<Result<_, _>>()?;
-        Ok(ErrorPage { pages, endpoints: settings.endpoints })
+        let metrics = around.metrics.map(|metrics| metrics.error_pages(around.route));
+        Ok(ErrorPage { pages, endpoints: settings.endpoints, metrics })
     }
 }
 
@@ -227,17 +224,17 @@ impl Ready {
             known.filter(|_| !matches!(status, 204 | 205 | 304)).ok_or_else(|| BuildError::new("status", told()))
         });
         let mut forms = Vec::new();
-        let texts = [(Media::Html, &page.html), (Media::Json, &page.json), (Media::Text, &page.text)];
+        let texts = [(PageForm::Html, &page.html), (PageForm::Json, &page.json), (PageForm::Text, &page.text)];
         for (media, written) in texts {
             if let Some(written) = written {
-                let content = Content::build(media, written, around).map_err(|error| error.under(media.key()))?;
+                let content = Content::build(media, written, around).map_err(|error| error.under(media.name()))?;
                 forms.push((media, content));
             }
         }
         if let Some(problem) = &page.problem {
             let members = Members::build(problem).map_err(|error| error.under("problem"))?;
-            let place = forms.iter().position(|(media, _)| *media != Media::Html).unwrap_or(forms.len());
-            forms.insert(place, (Media::Problem, Content::Problem(members)));
+            let place = forms.iter().position(|(media, _)| *media != PageForm::Html).unwrap_or(forms.len());
+            forms.insert(place, (PageForm::Problem, Content::Problem(members)));
         }
         if forms.is_empty() {
             return Err(BuildError::new("", "this page says nothing: write `html`, `problem`, `json` or `text`"));
@@ -255,7 +252,7 @@ impl Ready {
 
     /// The answer in the form that the client likes best. One that accepts none of them gets the first: an error in a
     /// form that it did not ask for is better than none (RFC 9110 §12.4.1).
-    fn answer(&self, accepts: &HeaderMap, asked: &Asked<'_>, response: &ResponseHeader) -> Answer {
+    fn answer(&self, accepts: &HeaderMap, asked: &Asked<'_>, response: &ResponseHeader) -> (PageForm, Answer) {
         let forms: Vec<&[&str]> = self.forms.iter().map(|(media, _)| media.types()).collect();
         let (media, content) = &self.forms[accept::best(accepts, &forms).unwrap_or_default()];
         let status = self.status.unwrap_or(response.status);
@@ -271,7 +268,7 @@ impl Ready {
         if self.forms.len() > 1 {
             headers.push((VARY, HeaderValue::from_static("Accept")));
         }
-        Answer { status, headers, body: Bytes::from(body) }
+        (*media, Answer { status, headers, body: Bytes::from(body) })
     }
 }
 
@@ -346,40 +343,31 @@ fn hint<'k>(wrong: &str, known: impl IntoIterator<Item = &'k str>) -> String {
     nearest(wrong, known).map(|near| format!(": did you mean `{near}`?")).unwrap_or_default()
 }
 
-impl Media {
-    fn key(self) -> &'static str {
-        match self {
-            Media::Html => "html",
-            Media::Problem => "problem",
-            Media::Json => "json",
-            Media::Text => "text",
-        }
-    }
-
+impl PageForm {
     fn content_type(self) -> &'static str {
         match self {
-            Media::Html => "text/html; charset=utf-8",
-            Media::Problem => "application/problem+json",
-            Media::Json => "application/json",
-            Media::Text => "text/plain; charset=utf-8",
+            PageForm::Html => "text/html; charset=utf-8",
+            PageForm::Problem => "application/problem+json",
+            PageForm::Json => "application/json",
+            PageForm::Text => "text/plain; charset=utf-8",
         }
     }
 
     /// What a client may ask for to get it, the closest first.
     fn types(self) -> &'static [&'static str] {
         match self {
-            Media::Html => &["text/html", "application/xhtml+xml"],
-            Media::Problem => &["application/problem+json", "application/json"],
-            Media::Json => &["application/json", "application/problem+json"],
-            Media::Text => &["text/plain"],
+            PageForm::Html => &["text/html", "application/xhtml+xml"],
+            PageForm::Problem => &["application/problem+json", "application/json"],
+            PageForm::Json => &["application/json", "application/problem+json"],
+            PageForm::Text => &["text/plain"],
         }
     }
 
     fn form(self) -> Form {
         match self {
-            Media::Html => Form::Html,
-            Media::Problem | Media::Json => Form::Json,
-            Media::Text => Form::Text,
+            PageForm::Html => Form::Html,
+            PageForm::Problem | PageForm::Json => Form::Json,
+            PageForm::Text => Form::Text,
         }
     }
 
@@ -394,7 +382,7 @@ impl Media {
 }
 
 impl Content {
-    fn build(media: Media, written: &Written, around: &Surroundings<'_>) -> Result<Content, BuildError> {
+    fn build(media: PageForm, written: &Written, around: &Surroundings<'_>) -> Result<Content, BuildError> {
         match written {
             Written::Here(text) => Template::build(text, media.form(), Moment::Response).map(Content::Fixed),
             Written::File(source) => Listed::build(source, around, media.parse()).map(Content::File),

@@ -346,6 +346,16 @@ families! {
         "Response bytes before (`in`) and after (`out`) compression.";
     COMPRESS_BUSY: "forebay_compress_busy_total", Counter, ["route"],
         "Responses that were not compressed because `concurrent` was reached.";
+    DECOMPRESS: "forebay_decompress_total", Counter, ["route", "direction", "outcome"],
+        "Coded bodies at `decompress` filters, by outcome.";
+    DECOMPRESSED_BYTES: "forebay_decompressed_bytes_total", Counter, ["route", "direction", "coding", "side"],
+        "Bytes of bodies before (`in`) and after (`out`) decoding.";
+    BODY_CHANGES: "forebay_body_changes_total", Counter, ["route", "direction", "outcome"],
+        "Bodies that `body` filters were to change, by outcome.";
+    BODY_REPLACEMENTS: "forebay_body_replacements_total", Counter, ["route", "direction"],
+        "Places in bodies that `body` filters replaced, set or removed.";
+    ERROR_PAGES: "forebay_error_pages_total", Counter, ["route", "code_class", "form"],
+        "Error pages sent in the place of a response, by the class of its status and the form of the page.";
     PASSWORD_SECONDS: "forebay_password_seconds", Histogram(PASSWORD), [],
         "Time of a password check, waiting for a hashing thread included.";
     PASSWORD_WAITING: "forebay_passwords_waiting", Gauge, [],

@@ -1,5 +1,5 @@
 //! Metrics of filters: access control (`forebay_access_total`), loaded files (`forebay_filter_loads_total`),
-//! password hashing and compression.
+//! password hashing, compression and error pages.
 
 use std::time::Duration;
 
@@ -14,6 +14,11 @@ vectors! {
         loads: counter FILTER_LOADS,
         compressed_bytes: counter COMPRESSED_BYTES,
         compress_busy: counter COMPRESS_BUSY,
+        decompress: counter DECOMPRESS,
+        decompressed_bytes: counter DECOMPRESSED_BYTES,
+        body_changes: counter BODY_CHANGES,
+        body_replacements: counter BODY_REPLACEMENTS,
+        error_pages: counter ERROR_PAGES,
         password_seconds: histogram PASSWORD_SECONDS,
         password_waiting: gauge PASSWORD_WAITING,
         poll: histogram FILTER_POLL_SECONDS,
@@ -127,5 +132,43 @@ impl CompressMetrics {
     /// Counts a response that was not compressed because of the limit.
     pub fn busy(&self) {
         self.busy.inc();
+    }
+}
+
+super::retry::labels! {
+    /// The form of an error page, in the order in which a client that likes several the same gets them.
+    PageForm {
+        /// HTML.
+        Html: "html",
+        /// A problem in JSON (RFC 9457).
+        Problem: "problem",
+        /// JSON.
+        Json: "json",
+        /// Plain text.
+        Text: "text",
+    }
+}
+
+/// The metrics of error pages on a route.
+pub struct ErrorPageMetrics {
+    /// For errors of the client (4xx) and of the server (5xx), in the order of [`PageForm`].
+    pages: [Box<[IntCounter]>; 2],
+}
+
+impl ErrorPageMetrics {
+    /// How many series it has.
+    pub(super) const SERIES: u64 = 2 * PageForm::ALL.len() as u64;
+
+    pub(super) fn of(route: &str, pages: &IntCounterVec) -> Self {
+        let of_class = |class| {
+            let count = |form: &PageForm| pages.with_label_values(&[route, class, form.name()]);
+            PageForm::ALL.iter().map(count).collect()
+        };
+        ErrorPageMetrics { pages: ["4xx", "5xx"].map(of_class) }
+    }
+
+    /// Counts a page in this form; `server_error`: it replaces a response with a status of class 5xx, not 4xx.
+    pub fn sent(&self, server_error: bool, form: PageForm) {
+        self.pages[usize::from(server_error)][form as usize].inc();
     }
 }

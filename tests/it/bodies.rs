@@ -352,9 +352,19 @@ fn more_bodies_than_may_be_under_way_are_refused_for_now() {
     let coded = "Content-Type: text/plain\r\nContent-Encoding: gzip\r\n";
     let changes = "{ replace: [ { text: a, with: b } ] }";
     let body = format!("body: {{ concurrent: 1, request: {changes}, response: {changes} }}");
-    for (filter, fields, body, of_request, of_answer) in [
-        ("decompress: { concurrent: 1 }", coded, zipped, "route.decoders", "receive.decoders"),
-        (&*body, "Content-Type: text/plain\r\n", b"a text".to_vec(), "send.bodies", "receive.bodies"),
+    for (filter, fields, body, [of_request, of_answer, family]) in [
+        (
+            "decompress: { concurrent: 1 }",
+            coded,
+            zipped,
+            ["route.decoders", "receive.decoders", "forebay_decompress_total"],
+        ),
+        (
+            &*body,
+            "Content-Type: text/plain\r\n",
+            b"a text".to_vec(),
+            ["send.bodies", "receive.bodies", "forebay_body_changes_total"],
+        ),
     ] {
         let origin = halting(fields, body.clone());
         let setup = Setup::before(&origin).route("buffering: { request: { mode: stream } }");
@@ -376,6 +386,9 @@ fn more_bodies_than_may_be_under_way_are_refused_for_now() {
         slow.send("GET /slow HTTP/1.1\r\nHost: a\r\n\r\n");
         refuses(&|| get(&gateway, ""));
         refused(&gateway, of_answer);
+        counted(&gateway, family, &[("direction=\"request\",outcome=\"busy\"", 1.0)]);
+        // The message of the first refusal is a body as well, and may have found no place.
+        gateway.wait_metric(&format!("{family}{{direction=\"response\",outcome=\"busy\"}}"), |count| count >= 1.0);
     }
 }
 
@@ -391,6 +404,8 @@ fn a_body_that_takes_too_long_to_be_changed_is_refused_in_both_directions() {
         let answer = gateway.client().ask("POST", "/", "Content-Type: text/plain\r\n", &body);
         assert_eq!(answer.status, status);
         refused(&gateway, reason);
+        let labels = format!("direction=\"{direction}\",outcome=\"costly\"");
+        counted(&gateway, "forebay_body_changes_total", &[(&labels, 1.0)]);
         gateway.wait_at_rest();
     }
 }
@@ -427,4 +442,97 @@ fn changes_of_answers_may_depend_on_the_answer() {
         MultiGzDecoder::new(&coded.body[..]).read_to_string(&mut text).expect("gzip");
         assert_eq!(text, expected, "{path}");
     }
+}
+
+/// Waits until samples of a family have these values.
+fn counted(gateway: &Gateway, family: &str, samples: &[(&str, f64)]) {
+    for (labels, value) in samples {
+        gateway.wait_metric(&format!("{family}{{{labels}}}"), |count| count == *value);
+    }
+}
+
+#[test]
+fn decoded_bodies_and_their_bytes_are_counted() {
+    let body = text(50_000);
+    let (plain, zipped, both) = (body.len() as f64, gzip(&body), coded("zstd", &gzip(&body)));
+    let [zipped_len, both_len] = [&zipped, &both].map(|coded| coded.len() as f64);
+    let of_gzip = response("200 OK", "Content-Encoding: gzip\r\n", &zipped);
+    let of_both = response("200 OK", "Content-Encoding: gzip, zstd\r\n", &both);
+    let origin = Origin::answering(move |request| match request.target() {
+        "/gzip" => of_gzip.clone(),
+        "/both" => of_both.clone(),
+        "/odd" => response("200 OK", "Content-Encoding: compress\r\n", "x"),
+        _ => response("200 OK", "", "plain"),
+    });
+    let gateway = Setup::before(&origin).filters("decompress: { max_size: 1MiB, unknown: pass }").start();
+    let mut client = gateway.client();
+    for path in ["/gzip", "/gzip", "/both", "/odd", "/"] {
+        assert_eq!(client.get(path).status, 200, "{path}");
+    }
+    let post = |coding: &str, body: &[u8]| {
+        gateway.client().ask("POST", "/", &format!("Content-Encoding: {coding}\r\n"), body).status
+    };
+    assert_eq!(post("gzip", &zipped), 200);
+    assert_eq!(post("compress", b"x"), 200);
+    assert_eq!(post("gzip", b"no gzip at all"), 400);
+    assert_eq!(post("br", &coded("br", &vec![0; 2 << 20])), 413);
+    let outcomes = [
+        ("route=\"all\",direction=\"response\",outcome=\"decoded\"", 3.0),
+        ("direction=\"response\",outcome=\"passed\"", 1.0),
+        ("direction=\"request\",outcome=\"decoded\"", 1.0),
+        ("direction=\"request\",outcome=\"passed\"", 1.0),
+        ("direction=\"request\",outcome=\"malformed\"", 1.0),
+        ("outcome=\"too_large\"", 0.0),
+        ("direction=\"request\",outcome=\"too_dense\"", 1.0),
+    ];
+    counted(&gateway, "forebay_decompress_total", &outcomes);
+    counted(&gateway, "forebay_decompress_total", &[("route=\"all\"", 8.0)]);
+    let bytes = [
+        ("direction=\"response\",coding=\"gzip\",side=\"in\"", 2.0 * zipped_len),
+        ("direction=\"response\",coding=\"gzip\",side=\"out\"", 2.0 * plain),
+        ("direction=\"response\",coding=\"several\",side=\"in\"", both_len),
+        ("direction=\"response\",coding=\"several\",side=\"out\"", plain),
+        ("direction=\"request\",coding=\"gzip\",side=\"in\"", zipped_len + 14.0),
+        ("direction=\"request\",coding=\"gzip\",side=\"out\"", plain),
+    ];
+    counted(&gateway, "forebay_decompressed_bytes_total", &bytes);
+
+    let gateway = Setup::before(&origin).filters("decompress: { request: false }").start();
+    assert_eq!(gateway.client().get("/odd").status, 502);
+    counted(&gateway, "forebay_decompress_total", &[("direction=\"response\",outcome=\"unknown_coding\"", 1.0)]);
+}
+
+#[test]
+fn changed_bodies_and_the_places_in_them_are_counted() {
+    let (html, json) = ("Content-Type: text/html\r\n", "Content-Type: application/json\r\n");
+    let origin = Origin::answering(move |request| match request.target() {
+        "/three" => response("200 OK", html, "app, app and app"),
+        "/none" => response("200 OK", html, "nothing here"),
+        "/coded" => response("200 OK", &format!("{html}Content-Encoding: gzip\r\n"), "x"),
+        "/large" => response("200 OK", html, "app ".repeat(1_000)),
+        _ => response("200 OK", "Content-Type: image/png\r\n", "app"),
+    });
+    let of_answers = "response: { max_size: 1KiB, replace: [ { text: app, with: api } ] }";
+    let of_requests = "request: { json: [ { at: '/l/*/mail', remove: true }, { at: /by, set: edge } ] }";
+    let gateway = Setup::before(&origin).filters(&format!("body: {{ {of_answers}, {of_requests} }}")).start();
+    for (path, status) in [("/three", 200), ("/none", 200), ("/coded", 502), ("/large", 502), ("/", 200)] {
+        assert_eq!(gateway.client().get(path).status, status, "{path}");
+    }
+    let post = |body: &str| gateway.client().ask("POST", "/", json, body).status;
+    assert_eq!(post(r#"{"l":[{"mail":"a"},{},{"mail":"b"}]}"#), 200);
+    assert_eq!((post("[]"), post("{ no json"), post("")), (200, 400, 200));
+    let outcomes = [
+        ("route=\"all\",direction=\"response\",outcome=\"changed\"", 1.0),
+        // Among them the messages of the three refusals.
+        ("direction=\"response\",outcome=\"unchanged\"", 4.0),
+        ("direction=\"response\",outcome=\"coded\"", 1.0),
+        ("direction=\"response\",outcome=\"too_large\"", 1.0),
+        ("direction=\"request\",outcome=\"changed\"", 1.0),
+        ("direction=\"request\",outcome=\"unchanged\"", 2.0),
+        ("direction=\"request\",outcome=\"not_json\"", 1.0),
+    ];
+    counted(&gateway, "forebay_body_changes_total", &outcomes);
+    counted(&gateway, "forebay_body_changes_total", &[("direction=\"response\"", 7.0)]);
+    let places = [("route=\"all\",direction=\"response\"", 3.0), ("route=\"all\",direction=\"request\"", 3.0)];
+    counted(&gateway, "forebay_body_replacements_total", &places);
 }

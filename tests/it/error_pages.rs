@@ -124,3 +124,34 @@ fn a_page_in_a_file_is_read_again_when_it_changes() {
     replace("<p>Two {{ response.code }}");
     eventually("the new page", || (gateway.client().get("/").text() == "<p>Two 500").then_some(()));
 }
+
+#[test]
+fn pages_are_counted_by_the_class_of_the_error_and_their_form() {
+    let origin = Origin::answering(|request| match request.target() {
+        "/missing" => response("404 Not Found", "", "none"),
+        "/broken" => response("500 Internal Server Error", "", "trace"),
+        "/pot" => response("418 I'm a teapot", "", "tea"),
+        _ => response("200 OK", "", "fine"),
+    });
+    let gateway = Setup::before(&origin).filters(PAGES).start();
+    let get = |path: &str, accept: &str| gateway.client().ask("GET", path, &format!("Accept: {accept}\r\n"), "").status;
+    let asked = [
+        ("/missing", "text/html", 404),
+        ("/missing", "*/*", 404),
+        ("/missing", "application/json", 404),
+        ("/broken", "text/html", 500),
+        ("/pot", "*/*", 418),
+        ("/", "*/*", 200),
+    ];
+    for (path, accept, status) in asked {
+        assert_eq!(get(path, accept), status, "{path} {accept}");
+    }
+    for (labels, pages) in [
+        ("route=\"all\",code_class=\"4xx\",form=\"html\"", 2.0),
+        ("route=\"all\",code_class=\"4xx\",form=\"problem\"", 1.0),
+        ("route=\"all\",code_class=\"5xx\",form=\"text\"", 1.0),
+        ("route=\"all\"", 4.0),
+    ] {
+        gateway.wait_metric(&format!("forebay_error_pages_total{{{labels}}}"), |count| count == pages);
+    }
+}

@@ -7,6 +7,8 @@ use std::ops::Range;
 
 use serde::de::IgnoredAny;
 
+use super::Changed;
+
 /// A place in a JSON text, or several: `*` is each item of a list, or each member of an object.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Pointer(Vec<Token>);
@@ -57,13 +59,15 @@ impl Pointer {
 
     /// The text with the change made at all places of this pointer; `None`, if there is nothing to change. The text
     /// must have been [`checked`].
-    pub fn apply(&self, text: &[u8], change: Change<'_>) -> Option<Vec<u8>> {
+    pub fn apply(&self, text: &[u8], change: Change<'_>) -> Option<Changed> {
         let mut reader = Reader { text, at: 0, edits: Vec::new() };
         reader.blanks();
         reader.value(Some(&self.0), change);
         if reader.edits.is_empty() {
             return None;
         }
+        // Each edit is a place: a value, a part that goes, or one that comes.
+        let places = reader.edits.len() as u64;
         let (mut changed, mut rest) = (Vec::with_capacity(text.len()), 0);
         for (place, pieces) in reader.edits {
             changed.extend_from_slice(&text[rest..place.start]);
@@ -71,7 +75,7 @@ impl Pointer {
             rest = place.end;
         }
         changed.extend_from_slice(&text[rest..]);
-        Some(changed)
+        Some(Changed { bytes: changed, places })
     }
 }
 
@@ -304,9 +308,9 @@ mod tests {
     fn changed(body: &str, pointer: &str, change: Change<'_>) -> Option<String> {
         assert!(checked(body.as_bytes()), "{body}");
         let changed = Pointer::read(pointer).unwrap().apply(body.as_bytes(), change);
-        changed.map(|changed| {
-            assert!(checked(&changed), "{pointer} {change:?}: {}", String::from_utf8_lossy(&changed));
-            String::from_utf8(changed).unwrap()
+        changed.map(|Changed { bytes, .. }| {
+            assert!(checked(&bytes), "{pointer} {change:?}: {}", String::from_utf8_lossy(&bytes));
+            String::from_utf8(bytes).unwrap()
         })
     }
 
@@ -323,6 +327,20 @@ mod tests {
         assert_eq!(changed(" 1 ", "", Change::Replace(b"[]")).as_deref(), Some(" [] "));
         for nowhere in ["/b", "/a/c", "/l/3", "/l/01", "/l/-", "/l/x", "/a/b/c", "/e/*", "/a/b/b"] {
             assert_eq!(changed(BODY, nowhere, Change::Replace(b"0")), None, "{nowhere}");
+        }
+    }
+
+    #[test]
+    fn each_place_that_is_changed_counts() {
+        for (pointer, change, places) in [
+            ("", Change::Replace(b"1"), 1),
+            ("/l/*/q", Change::Replace(b"1"), 2),
+            ("/l/*/z", Change::Set(b"1"), 2),
+            ("/l/*", Change::Remove, 3),
+            ("/*", Change::Remove, 4),
+        ] {
+            let changed = Pointer::read(pointer).unwrap().apply(BODY.as_bytes(), change);
+            assert_eq!(changed.map(|changed| changed.places), Some(places), "{pointer}");
         }
     }
 

@@ -6,7 +6,7 @@ use nix::sys::resource::{UsageWho, getrusage};
 use nix::sys::time::TimeValLike;
 use regex::bytes::Regex;
 
-use super::Flaw;
+use super::{Changed, Flaw};
 use crate::expression;
 use crate::filter::groups::{self, Piece};
 
@@ -66,14 +66,14 @@ impl Rule {
     ///
     /// # Errors
     /// What comes of it has more than `bytes_max` bytes, or it takes too much time.
-    pub fn apply(&self, body: &[u8], made: &[u8], bytes_max: usize, time: &Time) -> Result<Option<Vec<u8>>, Flaw> {
-        let (mut changed, mut rest, mut matches) = (Vec::new(), 0, false);
+    pub fn apply(&self, body: &[u8], made: &[u8], bytes_max: usize, time: &Time) -> Result<Option<Changed>, Flaw> {
+        let (mut changed, mut rest, mut places) = (Vec::new(), 0, 0);
         let mut locations = self.pattern.capture_locations();
         let grouped =
             matches!(&self.with, With::Pieces(pieces) if pieces.iter().any(|it| matches!(it, Piece::Group(_))));
         for found in self.pattern.find_iter(body) {
             changed.extend_from_slice(&body[rest..found.start()]);
-            (rest, matches) = (found.end(), true);
+            (rest, places) = (found.end(), places + 1);
             match &self.with {
                 With::Made(_) => changed.extend_from_slice(made),
                 With::Pieces(pieces) => {
@@ -103,11 +103,11 @@ impl Rule {
                 break;
             }
         }
-        if !matches {
+        if places == 0 {
             return Ok(None);
         }
         changed.extend_from_slice(&body[rest..]);
-        if changed.len() > bytes_max { Err(Flaw::Size) } else { Ok(Some(changed)) }
+        if changed.len() > bytes_max { Err(Flaw::Size) } else { Ok(Some(Changed { bytes: changed, places })) }
     }
 }
 
@@ -147,7 +147,7 @@ mod tests {
 
     fn replaced(rule: &Rule, body: &str) -> Option<String> {
         let changed = rule.apply(body.as_bytes(), b"made", 1 << 20, &Time::begin()).unwrap();
-        changed.map(|changed| String::from_utf8_lossy(&changed).into_owned())
+        changed.map(|changed| String::from_utf8_lossy(&changed.bytes).into_owned())
     }
 
     fn pattern(written: &str, with: &str) -> Rule {
@@ -179,14 +179,14 @@ mod tests {
     #[test]
     fn bytes_that_are_no_text_stay() {
         let changed = pattern("é+", "e").apply(b"\xff\xc3\xa9\xc3\xa9\xfe", b"", 100, &Time::begin()).unwrap();
-        assert_eq!(changed.as_deref(), Some(&b"\xffe\xfe"[..]));
+        assert_eq!(changed, Some(Changed { bytes: b"\xffe\xfe".to_vec(), places: 1 }));
     }
 
     #[test]
     fn what_grows_too_much_is_no_body() {
         let rule = pattern("(a)", "$1$1$1");
         let apply = |most| rule.apply(&[b'a'; 100], b"", most, &Time::begin());
-        assert_eq!(apply(300).unwrap().map(|changed| changed.len()), Some(300));
+        assert_eq!(apply(300).unwrap().map(|changed| (changed.bytes.len(), changed.places)), Some((300, 100)));
         assert_eq!((apply(299), apply(10)), (Err(Flaw::Size), Err(Flaw::Size)));
     }
 
@@ -196,7 +196,8 @@ mod tests {
         let rule = pattern("a[ab]*c|a", "x");
         let body = "ab".repeat(2 << 20);
         let time = Time::begin();
-        let outcome = rule.apply(body.as_bytes(), b"", 1 << 30, &time).map(|changed| changed.map(|text| text.len()));
+        let outcome =
+            rule.apply(body.as_bytes(), b"", 1 << 30, &time).map(|changed| changed.map(|changed| changed.places));
         assert_eq!(outcome, Err(Flaw::Costly));
         // It is over with the first search that ends behind its time.
         assert!(used() - time.used < 10 * TIME_MAX, "{:?}", used() - time.used);

@@ -73,9 +73,13 @@ fn troubled() -> (Gateway, impl Drop) {
     (setup.start(), Both(origin, closed))
 }
 
-/// A route whose clients show a password, and whose answers are compressed.
+/// A route whose clients show a password, and which changes bodies in every way.
 fn guarded(users: &Path) -> String {
-    let filters = format!("basic_auth: {{ users: {{ path: \"{}\" }} }}, compress: {{ min_size: 0B }}", users.display());
+    let users = users.display();
+    let filters = format!(
+        "error_page: {{ pages: [ {{ text: wrong }} ] }}, basic_auth: {{ users: {{ path: \"{users}\" }} }}, \
+         compress: {{ min_size: 0B }}, body: {{ response: {{ replace: [ {{ text: a, with: b }} ] }} }}, decompress: {{}}"
+    );
     format!("{{ name: guarded, match: {{ path: {{ prefix: /guarded }} }}, filters: [ {filters} ], upstream: app }}")
 }
 

@@ -229,4 +229,49 @@ pub fn board() -> Board {
                 .query("sum(forebay_passwords_waiting)", "waiting"),
         ],
     )
+    .row(
+        8,
+        [
+            Panel::lines(
+                "Decoded bodies",
+                "Coded bodies per second at `decompress` filters, by outcome: all but `decoded` and `passed` are refused.",
+                "reqps",
+            )
+            .query(
+                "sum by (route, direction, outcome) (rate(forebay_decompress_total[R]))",
+                "{{route}} {{direction}} {{outcome}}",
+            ),
+            Panel::lines("Decoded bytes", "Bytes before and after decoding.", "Bps").query(
+                "sum by (direction, coding, side) (rate(forebay_decompressed_bytes_total[R]))",
+                "{{direction}} {{coding}} {{side}}",
+            ),
+            Panel::lines(
+                "Error pages",
+                "Pages per second in the place of responses, by the class of the response's status and the page's form.",
+                "reqps",
+            )
+            .query(
+                "sum by (route, code_class, form) (rate(forebay_error_pages_total[R]))",
+                "{{route}} {{code_class}} {{form}}",
+            ),
+        ],
+    )
+    .row(
+        8,
+        [
+            Panel::lines(
+                "Changed bodies",
+                "Bodies per second at `body` filters, by outcome: all but `changed` and `unchanged` are refused.",
+                "reqps",
+            )
+            .query(
+                "sum by (route, direction, outcome) (rate(forebay_body_changes_total[R]))",
+                "{{route}} {{direction}} {{outcome}}",
+            ),
+            Panel::lines("Replacements in bodies", "Places per second that are replaced, set or removed.", "ops").query(
+                "sum by (route, direction) (rate(forebay_body_replacements_total[R]))",
+                "{{route}} {{direction}}",
+            ),
+        ],
+    )
 }
