@@ -1,7 +1,8 @@
 //! What expressions mean, what is said of wrong ones, and that none can do harm.
 
+mod interpreter;
+
 use std::borrow::Cow;
-use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -909,23 +910,8 @@ fn condition() -> impl Strategy<Value = String> {
 
 /// What the interpreter of the `cel` crate makes of an expression.
 fn interpreted(written: &str, story: &Story) -> Result<cel::Value, String> {
-    let mut env = cel::Env::stdlib();
-    env.add_extension(cel::extensions::strings).map_err(|error| error.to_string())?;
-    let program = env.compile(written).map_err(|error| error.to_string())?;
     let asked = story.asked();
-    let headers: HashMap<String, cel::Value> = asked
-        .headers
-        .iter()
-        .map(|(name, value)| (name.to_string(), cel::Value::from(value.to_str().unwrap())))
-        .collect();
-    let request: HashMap<String, cel::Value> = HashMap::from([
-        ("method".to_owned(), asked.method.as_str().into()),
-        ("path".to_owned(), asked.facts.path.into()),
-        ("headers".to_owned(), headers.into()),
-    ]);
-    let mut context = cel::Context::with_env(Arc::new(env));
-    context.add_variable_from_value("request", request);
-    program.execute(&context).map_err(|error| error.to_string())
+    interpreter::interpreted(written, asked.method.as_str(), asked.facts.path, asked.headers)
 }
 
 proptest! {

@@ -13,6 +13,7 @@ mod lines;
 mod mix;
 pub mod mutate;
 mod paths;
+mod rules;
 
 use std::fs;
 use std::path::PathBuf;
@@ -32,7 +33,7 @@ fn corpus(target: &str) -> Vec<Vec<u8>> {
 
 #[test]
 fn every_corpus_belongs_to_a_target() {
-    let sources: String = ["answers", "bodies", "config", "entrance", "frames", "head", "lines", "paths"]
+    let sources: String = ["answers", "bodies", "config", "entrance", "frames", "head", "lines", "paths", "rules"]
         .iter()
         .map(|name| fs::read_to_string(format!("tests/fuzz/{name}.rs")).expect("a target"))
         .collect();

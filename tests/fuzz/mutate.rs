@@ -39,20 +39,26 @@ pub fn explore(target: &str, words: &[&str], check: impl Fn(&[u8])) {
 /// The same with another corpus, whose inputs the target sees first.
 pub fn explore_from(target: &str, corpus: Vec<Vec<u8>>, words: &[&str], check: impl Fn(&[u8])) {
     corpus.iter().for_each(|input| check(input));
-    let mut mutator = Mutator::new(corpus, words, seed());
+    let seed = seed();
+    let mut mutator = Mutator::new(corpus, words, seed);
+    explore_made(target, seed, || mutator.input(), check);
+}
+
+/// The same with inputs that `make` makes from this seed.
+pub fn explore_made(target: &str, seed: u64, mut make: impl FnMut() -> Vec<u8>, check: impl Fn(&[u8])) {
     let (began, budget) = (Instant::now(), budget());
     let mut inputs = 0_u64;
     while began.elapsed() < budget {
-        let input = mutator.input();
+        let input = make();
         inputs += 1;
         if let Err(panic) = panic::catch_unwind(AssertUnwindSafe(|| check(&input))) {
-            let file = env::temp_dir().join(format!("forebay-fuzz-{target}-{}-{inputs}", mutator.seed));
+            let file = env::temp_dir().join(format!("forebay-fuzz-{target}-{seed}-{inputs}"));
             let kept = fs::write(&file, &input);
             eprintln!("{target}: {} fails ({kept:?}); add it to {}", file.display(), folder(target).display());
             panic::resume_unwind(panic);
         }
     }
-    println!("{target}: {inputs} inputs with FOREBAY_FUZZ_SEED={}", mutator.seed);
+    println!("{target}: {inputs} inputs with FOREBAY_FUZZ_SEED={seed}");
 }
 
 /// Makes one input after the other.
