@@ -1,10 +1,9 @@
-//! The driver of plain exchanges: from a client's session to an endpoint of HTTP/1, over sockets of our own.
+//! The driver of plain exchanges: it connects a client's session with an HTTP/1 endpoint, over Forebay's own sockets.
 //!
-//! It calls the hooks of any [`ProxyHttp`] in the order in which Pingora's driver calls them, so that one description
-//! of the phases serves both. Two things differ: connections to endpoints belong to the worker ([`pool`]), and a
-//! message is passed on in the task that reads it, without channels between two halves. What is not plain goes on with
-//! Pingora's driver, as it stands ([`course`], [`handover`]). Caches, modules and subrequests of Pingora are not
-//! called.
+//! It calls the hooks of any [`ProxyHttp`] in the order of Pingora's driver, so that both drivers share one description
+//! of the phases. It differs in two points: each worker owns its connections to endpoints ([`pool`]), and the task that
+//! reads a message also forwards it, without channels. Pingora's driver runs every exchange that is not plain
+//! ([`course`], [`handover`]). The driver does not call Pingora's caches, modules and subrequests.
 
 pub mod answer;
 pub mod attempt;
@@ -34,23 +33,24 @@ use super::fields;
 use crate::upstream::transport::connector::Endpoints;
 use crate::upstream::transport::dial::Dialer;
 
-/// What the driver asks of a proxy besides its hooks.
+/// The interface between the driver and a proxy, in addition to Pingora's hooks.
 pub trait Driven: ProxyHttp {
-    /// Which driver an exchange goes by whose request filters have let it pass.
+    /// The driver for an exchange that passed its request filters.
     fn course(exchange: &Self::CTX) -> Course;
 
-    /// Who connects to the endpoint that was chosen.
+    /// The dialer that connects to the selected endpoint.
     fn dialer(exchange: &Self::CTX) -> Option<Arc<Dialer>>;
 
-    /// Whether the connection of an exchange that went well may be kept.
+    /// Whether the endpoint's connection may be reused after a successful exchange.
     fn keeps_connection(exchange: &Self::CTX) -> bool;
 
-    /// The last change to the request of a `client`: what it tells its endpoint of the hops before it, in fields of its
-    /// own or as `lines` of a header that follow them. A line costs a tenth of a field.
+    /// Last change to the request of a `client`: adds the fields about earlier hops (forwarding fields). They are
+    /// either set in `request` or appended to `lines`, which are written after the header's fields. A line costs a
+    /// tenth of a field.
     ///
     /// # Errors
     ///
-    /// If there is something that cannot be told.
+    /// If a value cannot be written as a field.
     fn tell_hops(
         exchange: &Self::CTX,
         client: &RequestHeader,
@@ -58,33 +58,33 @@ pub trait Driven: ProxyHttp {
         lines: &mut Vec<u8>,
     ) -> Result<()>;
 
-    /// Whether something changes the fields of an answer that cares how their names are spelled. The header of the
-    /// answer then knows that itself ([`ResponseHeader::has_case`](pingora::http::ResponseHeader::has_case)).
+    /// Whether a hook that preserves the spelling of field names changes the response's fields. If so, the response
+    /// header records the spelling ([`ResponseHeader::has_case`](pingora::http::ResponseHeader::has_case)).
     fn spells_answer(exchange: &Self::CTX) -> bool;
 
-    /// The answer comes in this header, as it was written.
+    /// Reports the response header as received, in bytes.
     fn answer_came_in(exchange: &Self::CTX, header: Bytes);
 }
 
-/// How the driver works.
+/// Limits of the driver.
 #[derive(Clone, Copy, Debug)]
 pub struct Terms {
-    /// How many idle connections a worker keeps.
+    /// Maximum number of idle connections that a worker keeps.
     pub pool: usize,
-    /// How many attempts an exchange has at most.
+    /// Maximum number of attempts per exchange.
     pub attempts: usize,
 }
 
-/// See the module.
+/// The driver; see the module.
 pub struct Driver<P> {
     proxy: P,
     pingora: Arc<HttpProxy<P, Endpoints>>,
     terms: Terms,
 }
 
-/// What became of an exchange, or of an attempt of it.
+/// The outcome of an exchange or of one attempt.
 struct Ended {
-    /// Whether the client's connection may be kept.
+    /// Whether the client's connection may be reused.
     keeps_client: bool,
     error: Option<Box<Error>>,
 }
@@ -100,12 +100,13 @@ where
     P: Driven + Send + Sync + 'static,
     P::CTX: Send + Sync + 'static,
 {
-    /// A driver of this proxy. What is not plain goes by `pingora`, of the same proxy.
+    /// Creates a driver for this proxy. `pingora` runs the exchanges that are not plain; it serves the same proxy.
     pub fn new(proxy: P, pingora: Arc<HttpProxy<P, Endpoints>>, terms: Terms) -> Self {
         Driver { proxy, pingora, terms }
     }
 
-    /// Runs the exchange of a session. Gives the client's stream back if it may be kept; a session of ours gives none.
+    /// Runs the exchange of a session. Returns the client's stream if it may be reused. For one of Forebay's own
+    /// sessions it returns `None`, since the session keeps its stream.
     pub async fn run(&self, mut session: Box<Session>, shutdown: &ShutdownWatch) -> Option<Stream> {
         if !session.as_downstream().is_custom() && !read_request(session.as_downstream_mut(), shutdown).await {
             return None;
@@ -143,7 +144,7 @@ where
         if keeps_client { finish(session).await } else { None }
     }
 
-    /// Runs the filters of the request. `false`: it was answered.
+    /// Runs the request filters. `false`: a filter has responded to the request.
     async fn admit(&self, session: &mut Session, exchange: &mut P::CTX) -> Result<bool> {
         self.proxy.early_request_filter(session, exchange).await?;
         if self.proxy.request_filter(session, exchange).await? {
@@ -156,7 +157,7 @@ where
         Ok(passes)
     }
 
-    /// It failed before any attempt.
+    /// Ends an exchange that failed before its first attempt.
     async fn fail(&self, mut session: Box<Session>, exchange: &mut P::CTX, error: Box<Error>) -> Option<Stream> {
         let told = self.proxy.fail_to_proxy(&mut session, &error, exchange).await;
         if !self.proxy.suppress_error_log(&session, exchange, &error) {
@@ -167,7 +168,7 @@ where
         if told.can_reuse_downstream { finish(session).await } else { None }
     }
 
-    /// Asks endpoints until one has answered, or no further one is to be asked.
+    /// Makes attempts until one succeeds, the error does not permit a retry, or the limit is reached.
     async fn attempts(&self, session: &mut Session, exchange: &mut P::CTX) -> Ended {
         let mut ended = Ended { keeps_client: false, error: None };
         for _ in 0..self.terms.attempts {
@@ -215,14 +216,14 @@ where
     }
 }
 
-/// Has Pingora's own session read its request. `false`: there is none.
+/// Reads the request of a Pingora session. `false`: there is no request.
 async fn read_request(client: &mut ServerSession, shutdown: &ShutdownWatch) -> bool {
     match client.read_request().await {
         Ok(true) => {}
         Ok(false) => return false,
         Err(error) => {
             if *error.etype() == ErrorType::InvalidHTTPHeader {
-                // If that fails, too, the client has gone.
+                // An error here means that the client has closed its connection.
                 let _ = client.respond_error(400).await;
             }
             client.shutdown().await;
@@ -235,10 +236,10 @@ async fn read_request(client: &mut ServerSession, shutdown: &ShutdownWatch) -> b
     true
 }
 
-/// The stream of a client whose exchange is over, if it may be kept.
+/// Finishes an exchange. Returns the client's stream if it may be reused.
 async fn finish(mut session: Box<Session>) -> Option<Stream> {
     if let ServerSession::Custom(client) = session.as_downstream_mut() {
-        // If that fails, its connection ends.
+        // If this fails, the connection closes.
         let _ = client.finish().await;
         sessions::give_back(session);
         return None;

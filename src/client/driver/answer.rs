@@ -1,7 +1,7 @@
-//! Reads an answer of HTTP/1 out of the bytes of a connection to an endpoint: a pure function of what has come.
+//! Parses an HTTP/1 response from the bytes of an endpoint's connection. It performs no IO.
 //!
-//! The rules are those of Pingora's client and stricter where RFC 9112 is: how a body is marked off says
-//! [`framing::answer`], and chunks follow the grammar.
+//! The rules are those of Pingora's client, and stricter where RFC 9112 is: [`framing::answer`] determines the body's
+//! framing, and chunks must follow the grammar.
 
 use bytes::{Buf, Bytes, BytesMut};
 use http::{HeaderMap, Version, header};
@@ -12,38 +12,38 @@ use crate::client::fields;
 use crate::framing::chunked::Chunks;
 use crate::framing::{self, Body, Said, answer};
 
-/// Pingora's limits for a header.
+/// Limits of a header, as in Pingora: number of fields, and bytes.
 const FIELDS_MAX: usize = 256;
 const HEADER_BYTES_MAX: usize = 1 << 20;
 
-/// Up to this, an answer is read at once to begin with.
+/// Initial read size for a body, in bytes.
 const GULP_LEAST: usize = 16 << 10;
-/// The most that is read of a body at once.
+/// Maximum read size for a body, in bytes.
 const GULP_MOST: usize = 64 << 10;
 
-/// What comes of an answer.
+/// A part of a response.
 #[derive(Debug)]
 pub enum Part {
-    /// A header, an interim one or the final one.
+    /// An interim or final header.
     Header {
-        /// What it says.
+        /// The parsed header.
         header: Box<ResponseHeader>,
-        /// The same as it was written.
+        /// The header as received.
         written: Bytes,
-        /// Whether the answer ends with it.
+        /// Whether the response ends with this header.
         end: bool,
     },
-    /// A piece of the body, perhaps an empty one; whether it is the last.
+    /// A piece of the body, which can be empty, and whether it is the last.
     Body(Bytes, bool),
 }
 
-/// An answer on its way in.
+/// The parser of one response.
 #[derive(Debug)]
 pub struct Answer {
     head_only: bool,
     spells: bool,
     at: At,
-    /// Its header leaves the connection to further exchanges.
+    /// Whether the header permits further exchanges on the connection.
     keeps: bool,
     gulp: usize,
 }
@@ -58,13 +58,13 @@ enum At {
 }
 
 impl Answer {
-    /// An answer comes next. `head_only`: the request has the method HEAD. `spells`: its header is to know how the names
-    /// of its fields were spelled.
+    /// Creates a parser for the next response. `head_only`: the request method is HEAD. `spells`: the header records
+    /// the spelling of its field names.
     pub fn new(head_only: bool, spells: bool) -> Self {
         Answer { head_only, spells, at: At::Header(Scanner::default()), keeps: false, gulp: GULP_LEAST }
     }
 
-    /// Whether all of it has come.
+    /// Whether the response is complete.
     pub fn ended(&self) -> bool {
         match &self.at {
             At::Ended => true,
@@ -73,17 +73,17 @@ impl Answer {
         }
     }
 
-    /// Whether another answer can follow it on its connection.
+    /// Whether the connection can be reused: the response is complete and its header permits it.
     pub fn keeps_connection(&self) -> bool {
         self.keeps && self.ended()
     }
 
-    /// Whether its header is still to come.
+    /// Whether the final header has not been received yet.
     pub fn is_in_header(&self) -> bool {
         matches!(self.at, At::Header(_))
     }
 
-    /// How much is to be read at once of what follows; `got` of what was asked for came the last time.
+    /// Size of the next read, in bytes. `got` is the size of the last read; a full read doubles the next one.
     pub fn room(&mut self, got: usize) -> usize {
         if got >= self.gulp {
             self.gulp = (2 * self.gulp).min(GULP_MOST);
@@ -94,7 +94,7 @@ impl Answer {
         }
     }
 
-    /// What followed a body in chunks that has ended, once.
+    /// Takes the trailers of a chunked body that has ended. A second call returns `None`.
     pub fn take_trailers(&mut self) -> Option<HeaderMap> {
         match &mut self.at {
             At::Chunks(chunks) if chunks.ended() => Some(chunks.take_trailers()).filter(|fields| !fields.is_empty()),
@@ -102,11 +102,11 @@ impl Answer {
         }
     }
 
-    /// The next part of it, out of what has come. `None`: more is needed, or it has ended.
+    /// Takes the next part from `inbox`. `None`: more bytes are needed, or the response is complete.
     ///
     /// # Errors
     ///
-    /// What has come is no answer, or not what its header says.
+    /// If the bytes are not a valid response, or its body contradicts its header.
     pub fn take(&mut self, inbox: &mut BytesMut) -> Result<Option<Part>> {
         if inbox.is_empty() || self.ended() {
             return Ok(None);
@@ -136,7 +136,7 @@ impl Answer {
         }
     }
 
-    /// The endpoint has closed its connection. `true`: that is the end of the answer.
+    /// Reports that the endpoint closed its connection. `true`: the response is complete.
     pub fn close(&mut self) -> bool {
         if matches!(self.at, At::UntilEnd) {
             self.at = At::Ended;
@@ -178,16 +178,16 @@ impl Answer {
         }
         let framed = answer::frame(self.head_only, status, version, &said, Version::HTTP_11)
             .map_err(|fault| malformed(fault.words()))?;
-        // A coding overrides a length (RFC 9112 §6.3).
+        // Transfer-Encoding overrides Content-Length (RFC 9112 §6.3).
         if lengths && codings {
             header.remove_header(&header::CONTENT_LENGTH);
         }
         if framed.read != Body::Chunked {
-            // None can come, whatever is announced.
+            // Only a chunked body can have trailers.
             header.remove_header(&header::TRAILER);
         }
         let persistent = if version == Version::HTTP_11 { !closes } else { stays && !closes && !codings };
-        // Who says both may have written something else than was read (RFC 9112 §6.3).
+        // A message with both fields may be an attempt at response splitting: close the connection (RFC 9112 §6.3).
         self.keeps = persistent && framed.read != Body::UntilEnd && status != 101 && !(lengths && codings);
         self.at = match framed.read {
             Body::None | Body::Length(0) => At::Ended,
@@ -198,7 +198,7 @@ impl Answer {
         Ok(Part::Header { header, written, end: framed.is_whole() })
     }
 
-    /// A header that was parsed, for all who come after.
+    /// Builds the header from its parsed form.
     fn made_of(&self, parsed: &httparse::Response<'_, '_>, written: &Bytes) -> Result<ResponseHeader> {
         let status = http::StatusCode::from_u16(parsed.code.unwrap_or_default());
         let status = status.map_err(|_| malformed("its status"))?;
@@ -223,7 +223,7 @@ impl Answer {
     }
 }
 
-/// Pingora's settings, so that no endpoint is refused that it would understand.
+/// The parser, with Pingora's settings: it accepts every endpoint that Pingora accepts.
 fn parser() -> httparse::ParserConfig {
     let mut parser = httparse::ParserConfig::default();
     parser.allow_spaces_after_header_name_in_responses(true);
@@ -231,22 +231,22 @@ fn parser() -> httparse::ParserConfig {
     parser
 }
 
-/// Finds the end of a header in bytes that arrive piece by piece, looking at each byte once. Lines may end without a
-/// CR.
+/// Finds the end of a header in bytes that arrive piece by piece. It examines each byte once. Lines may end in LF
+/// without CR.
 #[derive(Debug, Default)]
 struct Scanner {
-    /// How much was looked at.
+    /// Number of bytes examined.
     seen: usize,
-    /// Where the line begins whose end was not found.
+    /// Start of the current line.
     line: usize,
-    /// There was a line with something in it. Empty lines before it are passed over.
+    /// Whether a non-empty line was found. Empty lines before it are skipped.
     begun: bool,
-    /// How much was parsed and found to be the beginning of a header.
+    /// Number of bytes that were parsed and found to be a valid start of a header.
     sound: usize,
 }
 
 impl Scanner {
-    /// Cuts a header off behind its end if that is here.
+    /// Splits the header off `inbox` if its end has arrived.
     fn cut(&mut self, inbox: &mut BytesMut) -> Result<Option<Bytes>> {
         while let Some(offset) = memchr::memchr(b'\n', &inbox[self.seen..]) {
             let end = self.seen + offset;
@@ -258,7 +258,8 @@ impl Scanner {
             self.begun |= !is_empty;
         }
         self.seen = inbox.len();
-        // What is no header is found out before its end, which may never come: each time that there is twice as much.
+        // An invalid header is rejected before its end, which may never arrive. The check repeats each time the number
+        // of bytes has doubled.
         if inbox.len() > 2 * self.sound {
             let mut fields = [const { std::mem::MaybeUninit::uninit() }; FIELDS_MAX];
             let mut parsed = httparse::Response::new(&mut []);
@@ -280,8 +281,8 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    /// What is read of these bytes when they come in pieces of this size, the connection being closed afterwards:
-    /// status, body, trailers, whether the connection is kept, and what is left in it.
+    /// The result of parsing bytes that arrive in pieces of this size on a connection that then closes: status, body,
+    /// trailers, whether the connection can be reused, and the bytes left over.
     #[derive(Debug, PartialEq)]
     struct Read {
         interim: Vec<u16>,
@@ -334,7 +335,7 @@ mod tests {
         })
     }
 
-    /// The same, however the bytes come.
+    /// Parses the bytes in pieces of several sizes; every size must give the same result.
     fn read_anyhow(bytes: &str, head_only: bool) -> Result<Read, String> {
         let whole = read(bytes.as_bytes(), bytes.len(), head_only);
         for size in [1, 2, 3, 7, 64] {
@@ -366,7 +367,7 @@ mod tests {
             ("HTTP/1.0 200 OK\r\nContent-Length: 3\r\n\r\nabc", false, "abc", false),
             ("HTTP/1.0 200 OK\r\nConnection: keep-alive\r\nContent-Length: 3\r\n\r\nabc", false, "abc", true),
             ("HTTP/1.1 200 OK\nContent-Length: 3\n\nabc", false, "abc", true),
-            // A coding overrides a length, and what follows is unclear.
+            // Transfer-Encoding overrides Content-Length, and the connection cannot be reused.
             (
                 "HTTP/1.1 200 OK\r\nContent-Length: 9\r\nTransfer-Encoding: chunked\r\n\r\n1\r\na\r\n0\r\n\r\n",
                 false,

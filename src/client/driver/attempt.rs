@@ -1,7 +1,7 @@
-//! One attempt: a request goes to an endpoint over a connection, and its answer comes back to the client.
+//! One attempt: it sends the request to an endpoint and forwards the response to the client.
 //!
-//! The order of the hooks is that of Pingora's driver for HTTP/1. Client and endpoint are looked after at once; while
-//! the client takes what came, only what is to be sent to the endpoint goes on.
+//! The hooks run in the order of Pingora's HTTP/1 driver. The attempt polls client and endpoint in one task. While it
+//! writes to the client, it only continues to send bytes that are queued for the endpoint.
 
 use std::future::{Future, poll_fn};
 use std::os::fd::RawFd;
@@ -23,24 +23,24 @@ use super::request::{self, Outgoing};
 use crate::framing::answer::is_bodiless;
 use crate::party::wait::{NoClient, Wait};
 
-/// The most parts of an answer that are passed on together.
+/// Maximum number of parts of a response that are forwarded together.
 const TOGETHER: usize = 4;
 
-/// What an attempt goes over.
+/// The connection of an attempt.
 pub struct Over<'p> {
-    /// The connection was kept from an earlier exchange.
+    /// Whether the connection was used by an earlier exchange.
     pub reused: bool,
-    /// Where it leads.
+    /// The endpoint of the connection.
     pub peer: &'p HttpPeer,
 }
 
-/// What became of an attempt.
+/// The outcome of an attempt.
 pub struct Outcome {
-    /// Whether the client's connection may be kept.
+    /// Whether the client's connection may be reused.
     pub keeps_client: bool,
-    /// Whether the endpoint's may be.
+    /// Whether the endpoint's connection may be reused.
     pub keeps_connection: bool,
-    /// Why it failed.
+    /// The error, if the attempt failed.
     pub error: Option<Box<Error>>,
 }
 
@@ -50,7 +50,7 @@ impl Outcome {
     }
 }
 
-/// Makes an attempt over this connection.
+/// Runs an attempt over this connection.
 pub async fn run<P>(
     proxy: &P,
     session: &mut Session,
@@ -70,7 +70,7 @@ where
     }
     let outgoing = match prepare(proxy, session, exchange).await {
         Ok(outgoing) => outgoing,
-        // Nothing was sent.
+        // No byte was sent, so the connection can be reused.
         Err(error) => return Outcome { keeps_connection: true, ..Outcome::failed(error) },
     };
     let answer = Answer::new(session.req_header().method == Method::HEAD, P::spells_answer(exchange));
@@ -84,7 +84,7 @@ where
     }
 }
 
-/// The request as its endpoint gets it.
+/// Builds the request for the endpoint.
 async fn prepare<P>(proxy: &P, session: &mut Session, exchange: &mut P::CTX) -> Result<Outgoing>
 where
     P: Driven + Send + Sync,
@@ -99,7 +99,7 @@ where
     Outgoing::new(&request, request::Written { by_client: &written, lines: &lines }, body)
 }
 
-/// Messages that pass between client and endpoint.
+/// The forwarding of request and response between client and endpoint.
 struct Passing<'a, P: Driven> {
     proxy: &'a P,
     session: &'a mut Session,
@@ -107,9 +107,9 @@ struct Passing<'a, P: Driven> {
     messages: Messages<'a>,
 }
 
-/// What was waited for has happened.
+/// The event that ended a wait.
 enum Happened {
-    /// A piece of the request body, or its end.
+    /// A piece of the request body, or `None` at its end.
     Client(Result<Option<Bytes>>),
     Endpoint(Result<Event>),
 }
@@ -119,7 +119,7 @@ where
     P: Driven + Send + Sync,
     P::CTX: Send + Sync,
 {
-    /// Passes both messages. Gives whether the client's connection may be kept.
+    /// Forwards both messages. Returns whether the client's connection may be reused.
     async fn run(&mut self) -> Result<bool> {
         self.messages.begin().await?;
         self.session.as_downstream_mut().enable_retry_buffering();
@@ -144,12 +144,13 @@ where
         Ok(self.session.as_downstream_mut().finish_body().await.is_ok())
     }
 
-    /// Waits for whatever comes first. The client is watched in any case.
+    /// Waits for the first event on either side. It watches the client in every state.
     async fn wait(&mut self, is_read: bool) -> Happened {
         let reads = is_read || self.messages.wants_more();
         let Passing { session, messages, .. } = self;
         if is_read && messages.awaits_answer() {
-            // The client has nothing more to say but that it leaves, which need not be asked once the answer is here.
+            // The request is complete: the only remaining event of the client is its close, which does not matter once
+            // the response is complete.
             return tokio::select! {
                 biased;
                 event = poll_fn(|cx| messages.poll(cx)) => Happened::Endpoint(event),
@@ -163,7 +164,7 @@ where
         }
     }
 
-    /// A piece of the request goes through its filters and on to the endpoint. `true`: it was the last one.
+    /// Filters a piece of the request body and queues it for the endpoint. `true`: it was the last piece.
     async fn take_piece(&mut self, mut piece: Option<Bytes>, end: bool) -> Result<bool> {
         let end = end || piece.is_none();
         self.proxy.request_body_filter(self.session, &mut piece, end, self.exchange).await?;
@@ -172,8 +173,9 @@ where
         Ok(end)
     }
 
-    /// A part of the answer goes through its filters and on to the client, with what can be had at once of the next
-    /// ones: an answer that breaks off at its beginning has not begun for the client. `true`: the answer is complete.
+    /// Filters a part of the response and writes it to the client, together with further parts that are available
+    /// without waiting. As a result, the client receives nothing of a response that breaks off in its first bytes.
+    /// `true`: the response is complete.
     async fn take_parts(&mut self, first: Part) -> Result<bool> {
         let mut tasks = Vec::with_capacity(TOGETHER);
         let begins = matches!(first, Part::Header { .. });
@@ -238,20 +240,21 @@ where
             && !response.headers.contains_key(header::CONTENT_LENGTH)
             && !response.headers.contains_key(header::TRANSFER_ENCODING)
         {
-            // The end of its connection, or of its chunks, is not to be that of the client's connection.
+            // The close of the endpoint's connection, or its chunks, ended the body there. Chunks end it for the
+            // client, whose connection can then stay open.
             response.set_version(Version::HTTP_11);
             response.insert_header(header::TRANSFER_ENCODING, HeaderValue::from_static("chunked"))?;
         }
         self.proxy.response_filter(self.session, response, self.exchange).await?;
         if response.status == StatusCode::SWITCHING_PROTOCOLS {
-            // It was not asked for.
+            // The client did not request another protocol.
             return Error::e_explain(ErrorType::InvalidHTTPHeader, "an answer of another protocol")
                 .map_err(|error: Box<Error>| error.into_up());
         }
         Ok(())
     }
 
-    /// Tells the client's session that no more comes of the answer; what it makes of that is the error.
+    /// Reports a failed response to the client's session. Returns the session's error if it has one.
     async fn tell(&mut self, error: Box<Error>) -> Box<Error> {
         let failed = vec![HttpTask::Failed(error)];
         match self.session.downstream_session.response_duplex_vec(failed).await {
@@ -261,7 +264,7 @@ where
     }
 }
 
-/// A filter may have what follows wait.
+/// Waits for the delay that a filter requested.
 async fn pause(time: Option<Duration>) {
     if let Some(time) = time {
         let _ = Wait::at_most(time, NoClient::Within).out().await;

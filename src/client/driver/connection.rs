@@ -1,4 +1,4 @@
-//! A connection of ours to an endpoint of HTTP/1, and the messages of one exchange on it.
+//! A connection to an HTTP/1 endpoint, and the messages of one exchange on it.
 
 use std::future::Future;
 use std::io::{self, IoSlice};
@@ -20,42 +20,43 @@ use super::request::Outgoing;
 use crate::party::wait::{NoClient, Timer, within};
 use crate::upstream::transport::dial::{Dialer, Opened, Socket};
 
-/// Read at once of a header, on the stack: what waits for an answer has no buffer.
+/// Read size for a header, in bytes. The buffer is on the stack, so that an exchange that waits for a response holds no
+/// buffer.
 const FIRST_READ_BYTES: usize = 4096;
-/// A further piece of a request body is taken while less than this is to be sent: the disk that it may come from need
-/// not wait for the endpoint, nor the endpoint for the disk.
+/// The driver takes another piece of the request body while fewer bytes than this are queued. Disk and endpoint then
+/// need not wait for each other.
 const AHEAD_BYTES: usize = 128 << 10;
-/// The pieces that are sent with one system call.
+/// Maximum number of pieces per system call.
 const SLICES_MAX: usize = 16;
 
 /// A connection to an endpoint.
 pub struct Connection {
     opened: Opened,
-    /// Who has made it.
+    /// The dialer that opened it.
     dialer: Weak<Dialer>,
-    /// What hooks are told of it.
+    /// The description of the connection for hooks.
     digest: Box<Digest>,
-    /// Received and not yet taken.
+    /// Bytes that were received and not parsed yet.
     inbox: BytesMut,
 }
 
 impl Connection {
-    /// Makes one to where `peer` leads.
+    /// Opens a connection to `peer`.
     ///
     /// # Errors
     ///
-    /// Of the kinds that Pingora's own connector gives.
+    /// The error types of Pingora's connector.
     pub async fn open(dialer: &Arc<Dialer>, peer: &HttpPeer) -> Result<Connection> {
         let open = dialer.open(peer.address());
         let opened = match peer.options.total_connection_timeout.or(peer.options.connection_timeout) {
-            // The gate of the exchange has its eye on the client.
+            // The gate of the exchange watches the client meanwhile.
             Some(time) => within(time, NoClient::Within, open)
                 .await
                 .ok_or_else(|| Error::explain(ErrorType::ConnectTimedout, format!("{time:?} are over")))??,
             None => open.await?,
         };
         if let Socket::Tcp(stream) = &opened.socket {
-            // Without it a small request waits, and nothing else.
+            // A failure only delays small requests.
             let _ = stream.set_nodelay(true);
         }
         let timing = TimingDigest { established_ts: SystemTime::now(), ..TimingDigest::default() };
@@ -63,7 +64,7 @@ impl Connection {
         Ok(Connection { opened, dialer: Arc::downgrade(dialer), digest, inbox: BytesMut::new() })
     }
 
-    /// The number of its socket.
+    /// The file descriptor of the socket.
     pub fn socket(&self) -> RawFd {
         match &self.opened.socket {
             Socket::Tcp(stream) => stream.as_raw_fd(),
@@ -71,24 +72,24 @@ impl Connection {
         }
     }
 
-    /// What hooks are told of it.
+    /// The description of the connection for hooks.
     pub fn digest(&self) -> &Digest {
         &self.digest
     }
 
-    /// Whether its endpoint has closed it, or sent bytes unasked. Nothing is asked of the kernel unless it has
-    /// told of something.
+    /// Whether the endpoint closed the connection or sent unexpected bytes. It makes a system call only if tokio
+    /// reports readiness.
     pub fn is_dead(&self) -> bool {
         let cx = &mut Context::from_waker(Waker::noop());
         let (ready, read) = match &self.opened.socket {
             Socket::Tcp(stream) => (stream.poll_read_ready(cx).is_ready(), TryRead::Tcp(stream)),
             Socket::Unix(stream) => (stream.poll_read_ready(cx).is_ready(), TryRead::Unix(stream)),
         };
-        // What was told may have been read since; asking finds out.
+        // The readiness can be stale; a read decides.
         ready && !matches!(read.one_byte(), Err(error) if error.kind() == io::ErrorKind::WouldBlock)
     }
 
-    /// Whether no exchange will use it again, for its endpoint was removed.
+    /// Whether the connection will not be reused because its endpoint was removed.
     pub fn is_abandoned(&self) -> bool {
         self.dialer.upgrade().is_none_or(|dialer| dialer.is_retired())
     }
@@ -129,32 +130,33 @@ impl TryRead<'_> {
     }
 }
 
-/// Something that happened on a connection.
+/// An event on a connection.
 #[derive(Debug)]
 pub enum Event {
-    /// All that was to be sent has left, or never will: then the error is kept until the answer fails, too.
+    /// All queued bytes were sent, or sending failed. The error of a failure is kept until receiving the response
+    /// fails, too.
     Sent,
-    /// A part of the answer has come.
+    /// A part of the response was received.
     Came(Part),
 }
 
-/// The request and the answer of one exchange.
+/// The request and the response of one exchange.
 pub struct Messages<'c> {
     connection: &'c mut Connection,
     outgoing: Outgoing,
     answer: Answer,
-    /// Bytes of the last read.
+    /// Size of the last read, in bytes.
     got: usize,
-    /// The endpoint takes nothing more of the request, for this reason.
+    /// The error that ended sending.
     unsent: Option<Box<Error>>,
-    /// How long it may take nothing.
+    /// Maximum time without progress in sending.
     patience: Option<Duration>,
     stalled: Option<Instant>,
     timer: Timer,
 }
 
 impl<'c> Messages<'c> {
-    /// The messages of an exchange whose request leaves like this.
+    /// Creates the messages of an exchange; `patience` is the maximum time without progress in sending.
     pub fn new(connection: &'c mut Connection, outgoing: Outgoing, answer: Answer, patience: Option<Duration>) -> Self {
         let (timer, stalled) = (Timer::default(), None);
         Messages { connection, outgoing, answer, got: 0, unsent: None, patience, stalled, timer }
@@ -164,16 +166,16 @@ impl<'c> Messages<'c> {
     ///
     /// # Errors
     ///
-    /// The endpoint does not take it.
+    /// If the header cannot be sent.
     pub async fn begin(&mut self) -> Result<()> {
         std::future::poll_fn(|cx| self.poll_send(cx)).await
     }
 
-    /// Takes a piece of the request body; see [`Outgoing::push`].
+    /// Queues a piece of the request body; see [`Outgoing::push`].
     ///
     /// # Errors
     ///
-    /// It is longer or shorter than was announced.
+    /// If the body contradicts its announced length.
     pub fn push(&mut self, piece: Option<Bytes>, end: bool) -> Result<()> {
         if self.unsent.is_some() {
             return Ok(());
@@ -181,27 +183,27 @@ impl<'c> Messages<'c> {
         self.outgoing.push(piece, end)
     }
 
-    /// Whether a further piece of the request is wanted now.
+    /// Whether another piece of the request body should be queued.
     pub fn wants_more(&self) -> bool {
         self.outgoing.queued() < AHEAD_BYTES && self.unsent.is_none()
     }
 
-    /// Whether the endpoint takes nothing more of the request.
+    /// Whether sending the request has failed.
     pub fn is_refused(&self) -> bool {
         self.unsent.is_some()
     }
 
-    /// Whether something of the request is to be sent yet.
+    /// Whether bytes of the request are queued.
     pub fn is_sending(&self) -> bool {
         !self.outgoing.is_empty()
     }
 
-    /// Whether nothing but interim answers has come.
+    /// Whether the final response header has not been received yet.
     pub fn awaits_answer(&self) -> bool {
         self.answer.is_in_header()
     }
 
-    /// Whether all of the answer has come.
+    /// Whether the response is complete.
     pub fn is_answered(&self) -> bool {
         self.answer.ended()
     }
@@ -214,17 +216,16 @@ impl<'c> Messages<'c> {
             && self.connection.inbox.is_empty()
     }
 
-    /// What followed the body of the answer, once.
+    /// Takes the trailers of the response. A second call returns `None`.
     pub fn take_trailers(&mut self) -> Option<HeaderMap> {
         self.answer.take_trailers()
     }
 
-    /// A further part of the answer that can be had at once: one that is here or, if the socket is asked, too, one that
-    /// can be read.
+    /// Takes a further part of the response without waiting. `asks`: reads from the socket if no part is buffered.
     ///
     /// # Errors
     ///
-    /// There is no more of it, or it is not what its header says.
+    /// If the connection failed, or the response contradicts its header.
     pub async fn next_at_once(&mut self, asks: bool) -> Result<Option<Part>> {
         let here = self.answer.take(&mut self.connection.inbox)?;
         if here.is_some() || !asks {
@@ -238,11 +239,11 @@ impl<'c> Messages<'c> {
         .map_err(|error| self.unsent.take().unwrap_or(error))
     }
 
-    /// Sends and receives, whatever can be done first. Pending for ever once both are done.
+    /// Sends and receives; returns the first event. Stays pending once both messages are complete.
     ///
     /// # Errors
     ///
-    /// There will be no answer, or no more of it: the endpoint's fault, as far as is known here.
+    /// If the response cannot be received. The error is attributed to the endpoint.
     pub fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Result<Event>> {
         if self.is_sending()
             && let Poll::Ready(sent) = self.poll_send(cx)
@@ -256,7 +257,7 @@ impl<'c> Messages<'c> {
         }
     }
 
-    /// Goes on sending while something else is waited for.
+    /// Continues to send while the caller waits for another event.
     pub fn poll_sending(&mut self, cx: &mut Context<'_>) {
         if self.is_sending()
             && let Poll::Ready(sent) = self.poll_send(cx)
@@ -328,7 +329,7 @@ impl<'c> Messages<'c> {
             self.connection.inbox.extend_from_slice(read.filled());
             return Poll::Ready(Ok(read.filled().len()));
         }
-        // Without anything to read the buffer goes again.
+        // The buffer is freed if the read returns no bytes.
         let room = self.answer.room(self.got);
         let mut buffer = if self.connection.inbox.is_empty() {
             BytesMut::with_capacity(room)

@@ -1,52 +1,52 @@
-//! Which driver an exchange goes by: a pure decision, made once its request filters have let it pass.
+//! The choice of the driver for an exchange: a pure decision, made after the request filters.
 
 use crate::upstream::Spoken;
 
-/// What the decision is made of.
+/// The input of the decision.
 #[derive(Clone, Copy, Debug)]
 pub struct Facts {
-    /// Our driver is in use at all.
+    /// Whether Forebay's driver is enabled.
     pub on: bool,
-    /// Workers share their tasks. Kept connections belong to a worker.
+    /// Whether workers share their tasks (work stealing). Idle connections belong to one worker.
     pub shares_tasks: bool,
-    /// The client asks for another protocol.
+    /// Whether the client requests an upgrade to another protocol.
     pub upgrade: bool,
-    /// What the upstream speaks.
+    /// The protocols of the upstream.
     pub spoken: Spoken,
 }
 
-/// Which driver an exchange goes by.
+/// The driver of an exchange.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Course {
-    /// By ours: the exchange is plain.
+    /// Forebay's driver, for plain exchanges.
     Own,
-    /// By Pingora's, for this reason.
+    /// Pingora's driver, for this reason.
     Pingora(Reason),
 }
 
-/// Why an exchange goes by Pingora's driver.
+/// The reason for Pingora's driver.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Reason {
-    /// Our driver is not in use.
+    /// Forebay's driver is disabled.
     Off,
     /// Workers share their tasks.
     WorkStealing,
-    /// The client asks for another protocol.
+    /// The client requests an upgrade to another protocol.
     Upgrade,
     /// The endpoint speaks HTTP/2.
     Http2,
     /// The endpoint speaks TLS.
     Tls,
-    /// The endpoint first gets the client's address by the PROXY protocol.
+    /// The connection to the endpoint begins with a PROXY protocol header.
     ProxyProtocol,
 }
 
 impl Reason {
-    /// All of them.
+    /// All reasons, in the order of precedence.
     pub const ALL: [Reason; 6] =
         [Reason::Off, Reason::WorkStealing, Reason::Upgrade, Reason::Http2, Reason::Tls, Reason::ProxyProtocol];
 
-    /// The word for it in the log and in a label.
+    /// The name in the log and in labels.
     pub fn name(self) -> &'static str {
         match self {
             Reason::Off => "off",
@@ -60,7 +60,7 @@ impl Reason {
 }
 
 impl Course {
-    /// Decides. Of several reasons, the first in the order of [`Reason::ALL`] is given.
+    /// Chooses the driver. If several reasons apply, the first in [`Reason::ALL`] is given.
     pub fn choose(facts: Facts) -> Course {
         let Facts { on, shares_tasks, upgrade, spoken } = facts;
         match spoken {
@@ -74,7 +74,7 @@ impl Course {
         }
     }
 
-    /// Why it does not go by ours.
+    /// The reason for Pingora's driver; `None` for Forebay's.
     pub fn reason(self) -> Option<Reason> {
         match self {
             Course::Own => None,

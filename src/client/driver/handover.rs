@@ -1,7 +1,7 @@
-//! Gives an exchange that has begun to Pingora's driver, which goes on with it as it stands.
+//! Hands a started exchange over to Pingora's driver, together with its context.
 //!
-//! Pingora's driver makes a context for each session that it is given, by `ProxyHttp::new_ctx`, which has no argument.
-//! So the context waits on the thread for as long as the future that will ask for it is polled.
+//! Pingora's driver creates the context of a session with `ProxyHttp::new_ctx`, which has no argument. A thread-local
+//! variable therefore holds the existing context while the driver's future is polled.
 
 use std::any::Any;
 use std::cell::RefCell;
@@ -15,19 +15,19 @@ thread_local! {
     static BEGUN: RefCell<Option<Exchange>> = const { RefCell::new(None) };
 }
 
-/// The context of an exchange that has begun, if the future that is being polled goes on with one. Once.
+/// Takes the context of the exchange whose future is being polled. `None` if it was taken, or if there is none.
 pub fn begun<T: Any>() -> Option<T> {
     BEGUN.take()?.downcast().ok().map(|exchange| *exchange)
 }
 
-/// A future of Pingora's driver that goes on with an exchange.
+/// A future of Pingora's driver that continues an exchange.
 pub struct HandedOver<F> {
     future: F,
     exchange: Option<Exchange>,
 }
 
 impl<F> HandedOver<F> {
-    /// Has `future` go on with `exchange`.
+    /// Wraps `future`, which continues `exchange`.
     pub fn new(exchange: impl Any + Send, future: F) -> Self {
         HandedOver { future, exchange: Some(Box::new(exchange)) }
     }

@@ -1,9 +1,9 @@
-//! The idle connections to endpoints that a worker keeps.
+//! The pool of idle connections to endpoints; each worker has one.
 //!
-//! They belong to the thread: to take one or to give one back takes neither a lock nor a task nor a turn of the event
-//! loop. One that its endpoint has closed shows by the readiness that tokio knows of anyway. While there are any, one
-//! task of the worker looks after all of them in intervals, and closes those that are dead, have been idle for too long
-//! or lead to an endpoint that was removed.
+//! The pool belongs to the worker's thread, so that taking and returning a connection needs no lock, no task and no
+//! turn of the event loop. A connection that its endpoint closed is recognised by tokio's readiness. While the pool is
+//! not empty, one task per worker checks it periodically. It closes connections that are dead, were idle for too long
+//! or lead to a removed endpoint.
 
 use std::cell::RefCell;
 use std::collections::BTreeMap;
@@ -11,24 +11,24 @@ use std::time::{Duration, Instant};
 
 use super::connection::Connection;
 
-/// How often idle connections are checked.
+/// Interval of the check.
 const INTERVAL: Duration = Duration::from_millis(250);
-/// One that may be idle for less is not kept.
+/// Minimum idle time: a connection with a shorter limit is closed at once.
 const LEAST_IDLE: Duration = Duration::from_millis(10);
-/// For how long one is kept where nothing is said of it.
+/// Maximum idle time; also the default.
 const MOST_IDLE: Duration = Duration::from_secs(24 * 3600);
 
 thread_local! {
     static POOL: RefCell<Pool<Connection>> = RefCell::default();
 }
 
-/// A connection that was kept for this key and is alive, if there is one.
+/// Takes a live idle connection for this key.
 pub fn take(key: u64) -> Option<Connection> {
     POOL.with_borrow_mut(|pool| pool.take(key, Instant::now(), Connection::is_dead))
 }
 
-/// Keeps a connection for this key, for as long as it may be idle. A worker keeps `most` of them; the one that nobody
-/// has used for longest makes room.
+/// Keeps a connection for this key, for at most the time `idle`. A worker keeps at most `most` connections; if the pool
+/// is full, the one that was idle for longest is closed.
 pub fn put(key: u64, connection: Connection, idle: Option<Duration>, most: usize) {
     let idle = idle.unwrap_or(MOST_IDLE).min(MOST_IDLE);
     if idle < LEAST_IDLE || most == 0 {
@@ -43,9 +43,9 @@ pub fn put(key: u64, connection: Connection, idle: Option<Duration>, most: usize
     }
 }
 
-/// Ends once nothing is kept.
+/// Checks the pool until it is empty.
 async fn look_after() {
-    /// Whoever comes later begins anew, also where the runtime ends before this does.
+    /// Resets the flag on every exit, also when the runtime ends first. The next connection then starts a new task.
     struct Looking;
     impl Drop for Looking {
         fn drop(&mut self) {
@@ -62,11 +62,11 @@ async fn look_after() {
     }
 }
 
-/// What is kept: connections by who may use them, in the order in which they were given back.
+/// The idle connections by key, in the order in which they were returned.
 struct Pool<C> {
     kept: BTreeMap<u64, Vec<Kept<C>>>,
     count: usize,
-    /// How often something was kept.
+    /// Number of connections returned so far.
     turn: u64,
     is_looked_after: bool,
 }
@@ -84,7 +84,7 @@ impl<C> Default for Pool<C> {
 }
 
 impl<C> Pool<C> {
-    /// The one that was given back last, if it is alive: it is the least likely to be closed meanwhile.
+    /// Takes the connection that was returned last, if it is alive: it is the least likely to have been closed.
     fn take(&mut self, key: u64, now: Instant, is_dead: impl Fn(&C) -> bool) -> Option<C> {
         let kept = self.kept.get_mut(&key)?;
         while let Some(last) = kept.pop() {
@@ -113,7 +113,7 @@ impl<C> Pool<C> {
         self.count = self.count.saturating_sub(1);
     }
 
-    /// Drops what is dead or too old; says how many are left.
+    /// Drops dead and expired connections; returns how many remain.
     fn clear_out(&mut self, now: Instant, is_dead: impl Fn(&C) -> bool) -> usize {
         self.kept.retain(|_, kept| {
             kept.retain(|kept| kept.until > now && !is_dead(&kept.connection));

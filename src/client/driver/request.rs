@@ -1,4 +1,5 @@
-//! Writes a request of HTTP/1.1 for an endpoint: its header, and its body as the header says. Pure: it makes bytes.
+//! Serialises an HTTP/1.1 request for an endpoint: its header, and its body with the framing of the header. It performs
+//! no IO.
 
 use std::collections::VecDeque;
 use std::sync::PoisonError;
@@ -13,7 +14,7 @@ use crate::client::trailers::last_chunk;
 use crate::framing::{self, Body, Said};
 use crate::upstream::transport::http2::RequestTrailers;
 
-/// What concerns one connection and is not passed on (RFC 9110 §7.6.1), as Pingora's driver removes it.
+/// Fields that apply to one connection and are not forwarded (RFC 9110 §7.6.1), as in Pingora's driver.
 static HOP_BY_HOP: [HeaderName; 10] = [
     HeaderName::from_static("keep-alive"),
     HeaderName::from_static("proxy-connection"),
@@ -27,20 +28,20 @@ static HOP_BY_HOP: [HeaderName; 10] = [
     header::UPGRADE,
 ];
 
-/// What is written of a header besides what the map has.
+/// Parts of the header that the field map does not hold.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Written<'w> {
-    /// The header that the client sent, on HTTP/1: so the names of its fields were spelled.
+    /// The client's HTTP/1 header as received; it has the spelling of the field names.
     pub by_client: &'w [u8],
-    /// Lines that follow the fields of the map.
+    /// Lines that are written after the fields of the map.
     pub lines: &'w [u8],
 }
 
-/// The request as its endpoint is to get it, but for what hooks change.
+/// Builds the request for an endpoint, before hooks change it.
 ///
 /// # Errors
 ///
-/// None that can be met: a host that was accepted is a valid value.
+/// None in practice: an accepted host is a valid field value.
 pub fn towards_endpoint(client: &RequestHeader) -> Result<RequestHeader> {
     let mut request = copy(client);
     request.set_version(Version::HTTP_11);
@@ -57,7 +58,7 @@ pub fn towards_endpoint(client: &RequestHeader) -> Result<RequestHeader> {
     Ok(request)
 }
 
-/// A clone, made with less ado where all of the request is in its parts.
+/// Clones a header; cheaper than `clone` if the header has only standard parts.
 fn copy(client: &RequestHeader) -> RequestHeader {
     let in_uri = || client.uri.path_and_query().is_some_and(|target| target.as_str().as_bytes() == client.raw_path());
     if client.has_case() || !client.extensions.is_empty() || !in_uri() {
@@ -75,11 +76,11 @@ fn named_by_connection(request: &RequestHeader) -> impl Iterator<Item = HeaderNa
     options.flat_map(framing::items).filter_map(|name| HeaderName::from_bytes(name).ok())
 }
 
-/// How its body leaves. `has_body`: the client has one, or has not said that it has none.
+/// Determines the framing of the body. `has_body`: the client sends a body, or may send one.
 ///
 /// # Errors
 ///
-/// Hooks have made a header of it that says something else of its length than there is to say.
+/// If hooks left contradictory framing fields in the header.
 pub fn frame(request: &mut RequestHeader, has_body: bool) -> Result<Body> {
     let said = Said::of(&request.headers);
     if has_body && !said.is_anything() {
@@ -90,25 +91,25 @@ pub fn frame(request: &mut RequestHeader, has_body: bool) -> Result<Body> {
         .map_err(|refusal| Error::explain(ErrorType::InternalError, refusal.reason).into_in())
 }
 
-/// A request on its way out.
+/// A request that is being sent.
 #[derive(Debug)]
 pub struct Outgoing {
-    /// What is to be sent, in order.
+    /// The bytes to send, in order.
     pieces: VecDeque<Bytes>,
-    /// How many bytes that are.
+    /// Number of bytes to send.
     queued: usize,
     body: Body,
-    /// Nothing more is to come.
+    /// Whether the body is complete.
     ended: bool,
     trailers: Option<RequestTrailers>,
 }
 
 impl Outgoing {
-    /// The header of a request and what is `written` with it, whose body leaves like this.
+    /// Serialises the header of a request, with the fields in `written`; `body` is the framing of its body.
     ///
     /// # Errors
     ///
-    /// Its target cannot be written.
+    /// If HTTP/1 cannot represent the target.
     pub fn new(request: &RequestHeader, written: Written<'_>, body: Body) -> Result<Self> {
         let mut bytes = Vec::with_capacity(512);
         let target = request.raw_path();
@@ -126,11 +127,11 @@ impl Outgoing {
         Ok(Outgoing { pieces: VecDeque::from([bytes.into()]), queued, body, ended: false, trailers })
     }
 
-    /// Takes a piece of the body; `end` with the last one.
+    /// Queues a piece of the body; `end` with the last one.
     ///
     /// # Errors
     ///
-    /// The body is longer or shorter than its header says: what follows would be taken for the next request.
+    /// If the body is longer or shorter than announced: the endpoint would take the difference for the next request.
     pub fn push(&mut self, piece: Option<Bytes>, end: bool) -> Result<()> {
         if let Some(piece) = piece.filter(|piece| !piece.is_empty()) {
             match &mut self.body {
@@ -163,27 +164,27 @@ impl Outgoing {
         last_chunk(fields.as_ref())
     }
 
-    /// What is to be sent, in order.
+    /// The bytes to send, in order.
     pub fn pieces(&self) -> impl Iterator<Item = &Bytes> {
         self.pieces.iter()
     }
 
-    /// How many bytes are to be sent.
+    /// Number of bytes to send.
     pub fn queued(&self) -> usize {
         self.queued
     }
 
-    /// Nothing is to be sent for now.
+    /// Whether no bytes are queued.
     pub fn is_empty(&self) -> bool {
         self.pieces.is_empty()
     }
 
-    /// All of the request has been sent.
+    /// Whether the complete request was sent.
     pub fn is_sent(&self) -> bool {
         self.ended && self.pieces.is_empty()
     }
 
-    /// The bytes that have left.
+    /// Removes the first `sent` bytes.
     pub fn advance(&mut self, mut sent: usize) {
         self.queued -= sent;
         while let Some(piece) = self.pieces.front_mut() {
@@ -195,7 +196,7 @@ impl Outgoing {
         }
     }
 
-    /// The endpoint takes nothing more.
+    /// Discards the queue, since the endpoint accepts no more bytes.
     pub fn give_up(&mut self) {
         self.pieces.clear();
         self.queued = 0;
@@ -223,7 +224,7 @@ mod tests {
         String::from_utf8(bytes).expect("text")
     }
 
-    /// What leaves of a request with these fields and pieces of a body.
+    /// The serialised request with these fields and these pieces of a body.
     fn sent(fields: &[(&'static str, &str)], body: &[&'static str]) -> Result<String> {
         let mut request = towards_endpoint(&request(fields))?;
         let framing = frame(&mut request, !body.is_empty())?;
@@ -240,7 +241,7 @@ mod tests {
         assert_eq!(sent(&[("host", "a")], &[]).expect("sent"), "POST /a?b HTTP/1.1\r\nhost: a\r\n\r\n");
         let length = sent(&[("content-length", "3")], &["ab", "c"]).expect("sent");
         assert_eq!(length, "POST /a?b HTTP/1.1\r\ncontent-length: 3\r\n\r\nabc");
-        // Its own coding ended with the client's connection.
+        // The client's transfer coding applies to its own connection only.
         let chunked = sent(&[("transfer-encoding", "chunked")], &["ab", "c"]).expect("sent");
         assert!(chunked.ends_with("\r\n\r\n2\r\nab\r\n1\r\nc\r\n0\r\n\r\n"), "{chunked}");
         assert_eq!(chunked.to_ascii_lowercase().matches("transfer-encoding: chunked\r\n").count(), 1);
