@@ -1,8 +1,8 @@
-//! The request body on its way in: held back until it is whole and replayed as often as it takes, or passed on as it
-//! comes.
+//! Receives the request body: holds it back until it is complete and replays it for each attempt, or passes it on as it
+//! is received.
 //!
-//! Either way the client is bounded: in bytes (`max_body`), in all its time (`body_total`), in its pauses (`body_idle`)
-//! and in its pace (`min_rate.read`). What is held back takes turns with other bulk in the lane of its worker.
+//! In both cases limits apply to the client: size (`max_body`), total time (`body_total`), pauses (`body_idle`) and
+//! rate (`min_rate.read`). A body that is held takes turns with other bulk transfers in the lane of its worker.
 
 use std::sync::Arc;
 use std::task::{Context, Poll, ready};
@@ -26,40 +26,40 @@ use crate::party::wait::Timer;
 use crate::party::{Fault, Party, What};
 use crate::phase::Phase;
 
-/// How much is read without a pause before the next exchange has its turn.
+/// Bytes read without a pause before the next exchange has its turn.
 const TURN_BYTES: u64 = 256 << 10;
-/// How much is replayed at once.
+/// Bytes replayed at once.
 const PIECE_BYTES: usize = 128 << 10;
 
-/// How a request body is taken.
+/// How a request body is received.
 #[derive(Clone)]
 pub struct IntakeTerms {
-    /// What its spool may hold.
+    /// Limits of its spool.
     pub limits: Limits,
-    /// A body that its spool cannot hold is streamed on rather than refused.
+    /// A body that exceeds its spool is streamed instead of refused.
     pub stream_large: bool,
-    /// A body for which there is no disk left is streamed on rather than refused.
+    /// A body is streamed instead of refused when no disk space is left.
     pub stream_without_disk: bool,
-    /// The most bytes it may have.
+    /// Maximum size of the body, in bytes.
     pub max_body: u64,
-    /// Its length as announced.
+    /// The announced length, in bytes.
     pub announced: Option<u64>,
-    /// Between two pieces.
+    /// Maximum time between two pieces.
     pub idle: Duration,
-    /// Both sides may speak at once: a piece of the answer is a sign of life, too, and `idle` begins anew.
+    /// Both sides may send at once: a piece of the response also restarts `idle`.
     pub duplex: bool,
-    /// From its first byte to its last.
+    /// Maximum time from the first byte to the last.
     pub total: Duration,
     /// The minimum rate.
     pub pace: Pace,
-    /// How long it may wait for the disk.
+    /// Maximum time to wait for the disk.
     pub disk_max: Duration,
-    /// The counters of its route.
+    /// The metrics of the route.
     pub route: Arc<RouteMetrics>,
 }
 
 impl IntakeTerms {
-    /// How the request bodies of a route are taken.
+    /// Builds the settings from a route's configuration.
     pub fn build(written: &config::Route, resources: &Resources, metrics: &Arc<RouteMetrics>) -> IntakeTerms {
         let (client, request) = (&written.client, &written.buffering.request);
         let stream_without_disk = request.on_disk_full == OnDiskFull::Stream;
@@ -82,7 +82,7 @@ impl IntakeTerms {
 /// Why a body could not be read.
 #[derive(Debug)]
 pub enum Unread {
-    /// For this reason, which the client is told.
+    /// A fault that the client receives as a response.
     Fault(Fault),
     /// Reading failed.
     Failed(Box<Error>),
@@ -94,24 +94,24 @@ impl From<Fault> for Unread {
     }
 }
 
-/// The client did this with its body.
+/// A fault of the client.
 fn client(phase: Phase, what: What) -> Fault {
     Fault::new(Party::Client, phase, what)
 }
 
-/// See the module.
+/// The receiver of one request body; see the module.
 pub struct Intake {
     terms: IntakeTerms,
     empty: bool,
     spool: Option<Spool>,
-    /// The spool has it from the first byte to the last.
+    /// The spool holds the whole body.
     whole: bool,
-    /// What was held is not kept any more.
+    /// The spool was released.
     forgotten: bool,
-    /// Nothing more comes from the client.
+    /// The client has sent the whole body.
     source_done: bool,
     received: u64,
-    /// Bytes that were passed on without being held.
+    /// Bytes passed on without being held.
     beyond: u64,
     spooled: (u64, u64),
     since: Option<Instant>,
@@ -120,13 +120,13 @@ pub struct Intake {
     slow: Option<Entry>,
     paused: Option<Instant>,
     timer: Timer,
-    /// It holds as much as it may, and one more read is to tell whether that was all.
+    /// The spool is full, and one more read determines whether the body ends here.
     asked_at_limit: bool,
     run: u64,
     turn: Option<Turn>,
-    /// It moves much.
+    /// Registration as a bulk transfer.
     bulk: Option<Bulk>,
-    /// It has read much in one poll, and lets others have theirs.
+    /// The last poll read many bytes; the next one yields to other tasks.
     rest: bool,
     in_turn: bool,
     depot: Arc<Depot>,
@@ -134,7 +134,7 @@ pub struct Intake {
 }
 
 impl Intake {
-    /// The intake of a request of which nothing was read.
+    /// Creates the receiver for a body of which nothing was read.
     pub fn new(terms: IntakeTerms, empty: bool, who: Who, depot: &Arc<Depot>, lanes: &Arc<Lanes>) -> Self {
         Intake {
             terms,
@@ -163,32 +163,32 @@ impl Intake {
         }
     }
 
-    /// There is no body.
+    /// Whether the body is empty.
     pub fn is_empty(&self) -> bool {
         self.empty || (self.whole && self.received == 0)
     }
 
-    /// The length of a body that is held whole.
+    /// The length of a body that is held completely.
     pub fn whole(&self) -> Option<u64> {
         self.whole.then_some(self.received)
     }
 
-    /// A body that is here whole, for somebody who needs it besides; `None` if it is not all in memory.
+    /// Shares a complete body with a second reader. `None` if part of it is on disk.
     pub fn share_memory(&mut self) -> Option<Held> {
         self.spool.as_mut().filter(|_| self.whole)?.share_memory()
     }
 
-    /// Bytes that came from the client.
+    /// Bytes received from the client.
     pub fn received(&self) -> u64 {
         self.received
     }
 
-    /// Bytes that were held back, and those of them that were on disk.
+    /// Bytes that were held, and those of them that were on disk.
     pub fn spooled(&self) -> (u64, u64) {
         self.spool.as_ref().map_or(self.spooled, |spool| (spool.pushed(), spool.spilled()))
     }
 
-    /// Every byte was passed on.
+    /// Whether every byte was passed on.
     pub fn is_done(&mut self, wire: &mut Wire) -> bool {
         if !self.source_done {
             self.source_done = wire.body_is_read().unwrap_or(false);
@@ -196,18 +196,18 @@ impl Intake {
         self.source_done && self.spool.as_ref().is_none_or(|spool| spool.unread() == 0)
     }
 
-    /// Whether another attempt could have the body from its first byte.
+    /// Whether another attempt can read the body from its first byte.
     pub fn is_replayable(&self, wire: &mut Wire) -> bool {
         match &self.spool {
             Some(_) => self.beyond == 0,
             None if self.is_empty() => true,
-            // It was held and is given up.
+            // The body was held and then released.
             None if self.forgotten => false,
             None => wire.session().is_some_and(|session| !session.retry_buffer_truncated()),
         }
     }
 
-    /// Begins again at the first byte.
+    /// Restarts reading at the first byte.
     pub fn rewind(&mut self, wire: &mut Wire) {
         if let Some(spool) = &mut self.spool {
             spool.rewind();
@@ -215,12 +215,12 @@ impl Intake {
             && !self.forgotten
             && let Some(session) = wire.session()
         {
-            // What is streamed, Pingora's own session keeps in part.
+            // Pingora's own session keeps part of a streamed body.
             session.enable_retry_buffering();
         }
     }
 
-    /// What Pingora's own session kept of a body that is streamed.
+    /// The part of a streamed body that Pingora's own session kept.
     pub fn retry_buffer(&self, wire: &mut Wire) -> Option<Bytes> {
         match &self.spool {
             None if !self.is_empty() && !self.forgotten => wire.session()?.get_retry_buffer(),
@@ -228,14 +228,14 @@ impl Intake {
         }
     }
 
-    /// A piece of the answer has passed.
+    /// Reports that a piece of the response was forwarded.
     pub fn answer_moved(&mut self) {
         if self.terms.duplex {
             self.stop_waiting(0);
         }
     }
 
-    /// Nobody will ask for the body again: it need not be kept.
+    /// Releases the spool if all of it was read: the body is not needed again.
     pub fn forget(&mut self) {
         if self.spool.as_ref().is_some_and(|spool| spool.unread() == 0) {
             self.spooled = self.spooled();
@@ -244,8 +244,8 @@ impl Intake {
         }
     }
 
-    /// Ready when the body is whole, or when the rest of it is to be streamed on. Calls `waiting` when the client, or
-    /// room for more, is waited for, with what has come of it.
+    /// Ready when the body is complete, or when the rest of it is to be streamed. Before it returns pending, it calls
+    /// `waiting` with the number of bytes received.
     pub fn poll_fill(
         &mut self,
         cx: &mut Context<'_>,
@@ -263,7 +263,7 @@ impl Intake {
                 self.in_turn = true;
             }
             let Poll::Ready(room) = self.poll_room(cx) else {
-                // It is not the client that is waited for.
+                // The wait is for room, not for the client.
                 self.stop_waiting(0);
                 waiting(self.received);
                 return Poll::Pending;
@@ -298,7 +298,7 @@ impl Intake {
         Poll::Ready(Ok(()))
     }
 
-    /// The next piece of the body: what was held, then what comes. `None` at its end.
+    /// Returns the next piece of the body: first the held bytes, then new ones. `None` at its end.
     pub fn poll_piece(&mut self, cx: &mut Context<'_>, wire: &mut Wire) -> Poll<Result<Option<Bytes>, Unread>> {
         if let Some(spool) = self.spool.as_mut().filter(|spool| spool.unread() > 0) {
             return Poll::Ready(match ready!(spool.poll_next(cx, PIECE_BYTES)) {
@@ -316,7 +316,7 @@ impl Intake {
             Poll::Ready(Ok(Some(piece))) => {
                 self.arrived(&piece, Phase::Send)?;
                 self.beyond += piece.len() as u64;
-                // What was held of it could not be replayed any more.
+                // The body can no longer be replayed, so the held part is not needed.
                 self.forget();
                 Poll::Ready(Ok(Some(piece)))
             }
@@ -326,23 +326,23 @@ impl Intake {
                 Poll::Ready(Ok(None))
             }
             Poll::Ready(Err(error)) => Poll::Ready(Err(Unread::Failed(error))),
-            // A write has the session: it is not the client's body that is waited for.
+            // A write owns the session: the wait is not for the client's body.
             Poll::Pending if wire.session().is_none() => Poll::Pending,
             Poll::Pending => self.poll_late(cx, Phase::Send).map(|late| Err(late.into())),
         }
     }
 
-    /// Whether the last poll found nothing to read from the client, and will find out if it leaves.
+    /// Whether the last poll found nothing to read from the client; the read then detects a close by the client.
     pub fn is_reading(&self) -> bool {
         self.waiting.is_some()
     }
 
-    /// The party that the next piece is waited for from.
+    /// The party that provides the next piece.
     pub fn waits_for(&self) -> Party {
         if self.spool.as_ref().is_some_and(|spool| spool.unread() > 0) { Party::Disk } else { Party::Client }
     }
 
-    /// If the client was waited for: says what it had asked for.
+    /// If the client is listed as slow: adds its request to the list entry.
     pub fn name_client(&self, request: &RequestHeader) {
         if let Some(entry) = &self.slow {
             entry.name(|| self.who.asked(request));
@@ -396,7 +396,7 @@ impl Intake {
         }
     }
 
-    /// Ready when another piece may be held (`true`), or when the rest is to be streamed on.
+    /// Ready with `true` when another piece may be held, with `false` when the rest is to be streamed.
     fn poll_room(&mut self, cx: &mut Context<'_>) -> Poll<Result<bool, Unread>> {
         let Some(spool) = &mut self.spool else { return Poll::Ready(Ok(true)) };
         let room = spool.room(cx);
@@ -419,7 +419,7 @@ impl Intake {
                 ready!(self.timer.poll(cx, since + self.depot.budget.pause_max()));
                 full(Party::Gateway)
             }
-            // The body may be over: only a further byte is too much.
+            // The body may end here; only a further byte exceeds the limit.
             Ok(Room::Full) if spool.pushed() == limit && self.received == limit && !self.asked_at_limit => {
                 self.asked_at_limit = true;
                 Ok(true)
@@ -438,7 +438,7 @@ impl Intake {
         })
     }
 
-    /// Ready when the client takes too long in this phase: with what it did not keep.
+    /// Ready when the client takes too long in this phase, with the limit that it exceeded.
     fn poll_late(&mut self, cx: &mut Context<'_>, phase: Phase) -> Poll<Fault> {
         let Intake { waiting, depot, slow, who, terms, received, .. } = self;
         let waiting = waiting.get_or_insert_with(|| {

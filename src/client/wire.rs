@@ -1,11 +1,11 @@
-//! The wire to the client: its own session, and the part of the response that it has not taken yet.
+//! Writes the response to the client: owns the client's session and the part of the response that was not sent yet.
 //!
-//! On HTTP/1 the answer is sent past the session ([`Past`]): header and pieces with one system call, and what the client
-//! did not take of them can be set aside. On HTTP/2, and for Pingora's own session, a write is a stored future that
-//! *owns* the client's session, so it is never cancelled half-way. Either is driven by whoever polls: the driver through
-//! `client::session` while the upstream answers, the gate of the exchange while the upstream is held back, `logging`
-//! once the upstream is released. What the client does not take goes to a spool; in a `Stream` response nothing does,
-//! and whoever has more waits.
+//! On HTTP/1, bytes are sent past the session ([`Past`]): header and pieces share one system call, and unsent bytes can
+//! be moved to the spool. On HTTP/2, and for Pingora's own session, a write is a stored future that *owns* the client's
+//! session, so that it is never cancelled half-way. Each kind of write progresses whenever it is polled: by the driver
+//! through `client::session` while the upstream responds, by the gate of the exchange while the upstream is held back,
+//! and by `logging` once the upstream is released. Bytes that the client does not accept go to a spool. In a `Stream`
+//! response there is no spool, and the sender waits for the client.
 
 use std::collections::VecDeque;
 use std::future::Future;
@@ -40,55 +40,57 @@ use crate::phase::Phase;
 use crate::upstream::transport::http2::StreamHandle;
 use crate::upstream::window::Window;
 
-/// Up to this, tasks are written at once, which copies them together; above it one by one, which does not.
+/// Up to this many bytes, tasks are written in one batch, which copies them together. Larger amounts are written one
+/// task at a time, without a copy.
 const TOGETHER_BYTES: usize = 16 << 10;
-/// What an answer of unknown length may pass before it is bulk, and takes turns with others; what it may announce.
+/// Size from which a response is bulk and takes turns with others, in bytes: of the announced length, or of the bytes
+/// received if none is announced.
 const BULK_BYTES: u64 = 32 << 10;
-/// The least and the most that is given to the session at once. Small pieces for slow clients: less memory each, and
-/// the minimum rate is looked at more often.
+/// Minimum and maximum number of bytes given to the session at once. Slow clients get small pieces: these use less
+/// memory, and the minimum rate is checked more often.
 const PIECE_LEAST: usize = 4 << 10;
 const PIECE_MOST: usize = 64 << 10;
-/// What is sent at once past the session, to a client that takes it; and what is kept for one that does not.
+/// Past the session: maximum number of bytes sent at once, and the number kept when the client does not accept them.
 const SEND_MOST: usize = 256 << 10;
 const SEND_LEFT: usize = 16 << 10;
-/// The most that is taken from the spool at once; for a client that has been waited for, and for one that has not.
+/// Maximum number of bytes read from the spool at once, for a client that was slow and for one that was not.
 const SPOOLED_MOST_SLOW: usize = 32 << 10;
 const SPOOLED_MOST: usize = 128 << 10;
-/// On HTTP/2 a piece is a frame, and only a whole one is known to have been taken.
+/// On HTTP/2 a piece is one frame, and progress is known only in whole pieces.
 const PIECE_MOST_H2: usize = 16 << 10;
 
-/// When an answer leaves.
+/// When a response is sent.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Leave {
-    /// As it comes; the upstream waits for the client.
+    /// At once; the upstream waits for the client.
     Stream,
-    /// As it comes; what the client does not take is spooled.
+    /// At once; bytes that the client does not accept are spooled.
     Auto,
-    /// When it is complete.
+    /// After the response is complete.
     Full,
 }
 
-/// How an answer goes to the client.
+/// How a response is sent.
 #[derive(Clone)]
 pub struct Manner {
-    /// When it leaves.
+    /// When it is sent.
     pub leave: Leave,
-    /// What its spool may hold.
+    /// Limits of its spool.
     pub limits: Limits,
     /// The minimum rate.
     pub pace: Pace,
-    /// Between two pieces that the client takes.
+    /// Maximum time between two pieces that the client accepts.
     pub write_idle: Duration,
-    /// How long it may wait for the disk.
+    /// Maximum time to wait for the disk.
     pub disk_max: Duration,
     /// The maximum rate.
     pub throttle: Option<Throttle>,
-    /// The counters of its route.
+    /// The metrics of the route.
     pub route: Arc<RouteMetrics>,
 }
 
 impl Manner {
-    /// How the answers of a route leave.
+    /// Builds the settings from a route's configuration.
     pub fn build(written: &config::Route, resources: &Resources, metrics: &Arc<RouteMetrics>) -> Manner {
         let (client, response) = (&written.client, &written.buffering.response);
         Manner {
@@ -107,22 +109,22 @@ impl Manner {
     }
 }
 
-/// A maximum rate after a first burst.
+/// A maximum rate that applies after an initial burst.
 #[derive(Clone, Copy, Debug)]
 pub struct Throttle {
-    /// Bytes a second.
+    /// Bytes per second.
     pub rate: u64,
-    /// Bytes that are free of it.
+    /// Number of initial bytes without a limit.
     pub after: u64,
 }
 
 impl Throttle {
-    /// When so many bytes may have been sent, counted from the first.
+    /// The earliest time at which `sent` bytes may have been sent, relative to the first byte.
     fn due(&self, sent: u64) -> Duration {
         Duration::from_secs_f64(sent.saturating_sub(self.after) as f64 / self.rate as f64)
     }
 
-    /// Pieces that make an even flow: about a tenth of a second's worth.
+    /// Size of a piece, in bytes: about a tenth of a second's worth, for an even flow.
     fn piece(&self) -> usize {
         usize::try_from(self.rate / 10).unwrap_or(usize::MAX).clamp(1 << 10, PIECE_MOST)
     }
@@ -133,43 +135,43 @@ type Write = Pin<Box<dyn Future<Output = (Box<ServerSession>, Result<bool>)> + S
 enum State {
     Idle(Box<ServerSession>),
     Writing(Write),
-    /// The session was given back, or is lost with a write that was given up.
+    /// The session was released, or it was lost with an abandoned write.
     Gone,
 }
 
-/// The way past a session of ours on HTTP/1.
+/// The direct path to the socket of one of Forebay's own HTTP/1 sessions.
 pub struct Past {
     bypass: Bypass,
-    /// The request body is read past the session as well.
+    /// The request body is read past the session, too.
     reads: bool,
-    /// How the body leaves; of a length, what is still to come.
+    /// The framing of the body; with a length, the bytes that remain.
     framing: Body,
-    /// What is being sent.
+    /// The bytes being sent.
     pieces: VecDeque<Bytes>,
-    /// It was in the spool, which has counted it.
+    /// These bytes came from the spool, which has counted them.
     was_spooled: bool,
-    /// Something is, if only a header.
+    /// Whether a send is in progress, even of a header only.
     sends: bool,
-    /// The headers that those of the answer came in, as far as they have not left.
+    /// The received bytes of response headers that were not sent yet.
     written: VecDeque<Bytes>,
-    /// The header that has left, for the session.
+    /// The last header that was sent, for the session.
     answered: Option<Box<ResponseHeader>>,
 }
 
 impl Past {
-    /// Nothing is sent yet.
+    /// Creates a path with nothing to send.
     pub fn new(bypass: Bypass, reads: bool) -> Self {
         let (pieces, written) = (VecDeque::new(), VecDeque::new());
         let (was_spooled, sends) = (false, false);
         Past { bypass, reads, framing: Body::None, pieces, was_spooled, sends, written, answered: None }
     }
 
-    /// Takes a piece to be sent.
+    /// Queues a piece of the body in its framing.
     fn push(&mut self, mut piece: Bytes) {
         match &mut self.framing {
             Body::None => return,
             Body::Length(left) => {
-                // More than was announced would be taken for the next answer.
+                // The client would take additional bytes for the next response.
                 piece.truncate(usize::try_from(*left).unwrap_or(usize::MAX));
                 *left -= piece.len() as u64;
             }
@@ -185,7 +187,7 @@ impl Past {
         }
     }
 
-    /// Marks the end of the body, with what follows it. `false`: it is shorter than was announced.
+    /// Queues the end of the body, with the trailers. `false`: the body is shorter than announced.
     fn end(&mut self, trailers: Option<&HeaderMap>) -> bool {
         if self.framing == Body::Chunked {
             self.pieces.push_back(last_chunk(trailers));
@@ -193,7 +195,8 @@ impl Past {
         !matches!(self.framing, Body::Length(1..))
     }
 
-    /// Gives back what need not be kept of that which is being sent, in order; nothing where its framing is on its way.
+    /// Removes the bytes beyond [`SEND_LEFT`] from the queue and returns them in order. Returns nothing for a chunked
+    /// body, whose framing is already queued.
     fn spare(&mut self) -> Vec<Bytes> {
         let bytes: usize = self.pieces.iter().map(Bytes::len).sum();
         if self.framing == Body::Chunked || bytes <= SEND_LEFT {
@@ -205,7 +208,7 @@ impl Past {
             let part = piece.split_to(piece.len().min(room));
             room -= part.len();
             if !part.is_empty() {
-                // Of its own: it would keep the whole piece in memory.
+                // A copy, since a slice would keep the whole piece in memory.
                 kept.push_back(if piece.is_empty() { part } else { Bytes::copy_from_slice(&part) });
             }
             if !piece.is_empty() {
@@ -220,86 +223,86 @@ impl Past {
     }
 }
 
-/// See the module.
+/// The sender of one response; see the module.
 pub struct Wire {
     state: State,
-    /// On HTTP/1.
+    /// On HTTP/1: the path past the session.
     past: Option<Past>,
-    /// On HTTP/2.
+    /// On HTTP/2: the control of the client's stream.
     control: Option<Control>,
-    /// The client's.
+    /// The client's HTTP version.
     version: Version,
-    /// The request has the method HEAD.
+    /// The request method is HEAD.
     head_only: bool,
     manner: Manner,
-    /// What precedes the spool: headers, and body that has just come.
+    /// Sent before the spool: headers, and body pieces that have just been received.
     ready: VecDeque<HttpTask>,
     spool: Option<Spool>,
-    /// What follows the spool: trailers or the end.
+    /// Sent after the spool: trailers or the end.
     last: Option<HttpTask>,
-    /// Whether no more comes.
+    /// Whether the response was received completely.
     ended: bool,
-    /// Whether that end was given to the session.
+    /// Whether the end was given to the session.
     end_written: bool,
     leave: Leave,
-    /// Nothing may leave yet (`Leave::Full`).
+    /// The response may not be sent before it is complete (`Leave::Full`).
     held: bool,
-    /// The connection is to close after this answer, and the answer is to say so.
+    /// The connection closes after this response, and the response says so.
     last_on_connection: bool,
-    /// Something of the final answer was given to the session.
+    /// Part of the final response was given to the session.
     begun: bool,
     head: Option<Head>,
-    /// The write under way takes too long: it goes, and the session with it, when the answer is abandoned.
+    /// The write in progress timed out. It is dropped together with the session when the response is abandoned.
     given_up: bool,
-    /// Writing has failed: the answer will never be whole.
+    /// Writing failed: the client will not receive the whole response.
     broken: bool,
     error: Option<Box<Error>>,
     fault: Option<Fault>,
-    /// The party that the last write waits for.
+    /// The party that the last poll waits for.
     waits_for: Party,
-    /// Body bytes that came from the upstream, and those that the session has taken.
+    /// Body bytes received from the upstream, and body bytes accepted by the session.
     came: u64,
     gone: u64,
-    /// What was held by spools that are gone.
+    /// Bytes held by earlier spools, and those of them that were on disk.
     spooled: (u64, u64),
-    /// Bytes of the write under way.
+    /// Body bytes of the write in progress.
     writing: u64,
     piece: usize,
     first_byte: Option<Instant>,
-    /// The client does not take what there is.
+    /// The current wait for a client that accepts no bytes.
     blocked: Option<Waiting>,
     who: Who,
     slow: Option<Entry>,
-    /// Since when the disk is waited for, to give back what it has or to take more of an answer that is held.
+    /// Start of the wait for the disk: for a read from the spool, or for space in it while the response is held.
     fetching: Option<Instant>,
     blocked_before: Duration,
     timer: Timer,
     turn: Option<Turn>,
-    /// It moves much.
+    /// Registration as a bulk transfer.
     bulk: Option<Bulk>,
-    /// More may come: nothing has come since that was found.
+    /// [`Wire::poll_more`] returned ready, and nothing was received since.
     admitted: bool,
-    /// The class of a turn that the last poll was for.
+    /// The class of the lane's turn that the last poll used.
     in_turn: Option<Class>,
-    /// That of the endpoint's connection, if it is the exchange's alone.
+    /// The receive window of the endpoint's connection, if only this exchange uses the connection.
     window: Option<Window>,
-    /// Else, its stream of one that others share.
+    /// Otherwise: the exchange's stream of the shared connection.
     stream: Option<StreamHandle>,
     depot: Arc<Depot>,
     lanes: Arc<Lanes>,
 }
 
-/// What the log and a cut need to know of the header once it has left.
+/// The facts about a sent header that the log and the handling of a cut response need.
 #[derive(Clone, Copy)]
 struct Head {
     status: u16,
-    /// How the body leaves.
+    /// The framing of the body.
     body: Body,
     length: Option<u64>,
 }
 
 impl Wire {
-    /// The wire of a session that has written nothing yet, and the way past it, if there is one.
+    /// Creates the sender for a session that has written nothing yet, and the path past it, if there is one.
     pub fn new(
         (session, past, control): (Box<ServerSession>, Option<Past>, Option<Control>),
         request: &RequestHeader,
@@ -354,7 +357,7 @@ impl Wire {
         }
     }
 
-    /// The session, while no write is under way.
+    /// The session; `None` while a write is in progress.
     pub fn session(&mut self) -> Option<&mut ServerSession> {
         let sends = self.sends();
         match &mut self.state {
@@ -367,27 +370,27 @@ impl Wire {
         self.past.as_ref().is_some_and(|past| past.sends)
     }
 
-    /// Takes back what [`Wire::release`] gave.
+    /// Puts back the session that [`Wire::release`] returned.
     pub fn put_back(&mut self, session: Box<ServerSession>) {
         self.state = State::Idle(session);
     }
 
-    /// The class of the turn of the lane that the last poll was for.
+    /// Takes the class of the lane's turn that the last poll used.
     pub fn used_turn(&mut self) -> Option<Class> {
         self.in_turn.take()
     }
 
-    /// Whether the client speaks HTTP/2.
+    /// Whether the client uses HTTP/2.
     pub fn is_http2(&self) -> bool {
         self.control.is_some()
     }
 
-    /// Whether all of the answer is here.
+    /// Whether the response was received completely.
     pub fn ended(&self) -> bool {
         self.ended
     }
 
-    /// Whether all of the request body was read; `None` if only the session knows, and a write has it.
+    /// Whether the request body was read completely. `None`: only the session knows, and a write in progress owns it.
     pub fn body_is_read(&mut self) -> Option<bool> {
         match &self.past {
             Some(past) => Some(past.bypass.is_read()),
@@ -395,39 +398,40 @@ impl Wire {
         }
     }
 
-    /// The trailers of a request whose body is here whole, once; on HTTP/2 its stream has them.
+    /// Takes the trailers of a complete HTTP/1 request. A second call returns `None`. On HTTP/2 the stream has them.
     pub fn take_request_trailers(&self) -> Option<HeaderMap> {
         self.past.as_ref()?.bypass.take_trailers()
     }
 
-    /// The answer ends with these trailers.
+    /// Ends the response with these trailers.
     pub fn end_with(&mut self, trailers: HeaderMap) {
         self.last = Some(HttpTask::Trailer(Some(Box::new(trailers))));
     }
 
-    /// Whether the session cannot be kept for another request, and does not know: bytes of this one are still to come.
+    /// Whether bytes of the request body are unread that the session does not know of, so that the connection cannot be
+    /// reused.
     fn leaves_body(&self) -> bool {
         self.past.as_ref().is_some_and(|past| past.reads && !past.bypass.is_read())
     }
 
-    /// The same, or an answer has begun of which bytes are missing.
+    /// As [`Wire::leaves_body`], or part of a response that has begun was not sent.
     pub fn leaves_rest(&self) -> bool {
         let unfinished = self.begun && (!self.end_written || self.broken || self.sends());
         self.leaves_body() || (self.past.is_some() && unfinished)
     }
 
-    /// No request is to follow this one on its connection.
+    /// Prevents further requests on the client's connection.
     pub fn end_after_answer(&self) {
         self.past.iter().for_each(|past| past.bypass.end_after_answer());
     }
 
-    /// Whether all of the answer has left.
+    /// Whether the whole response was sent.
     pub fn has_left_whole(&self) -> bool {
         let sent = self.past.as_ref().is_none_or(|past| past.bypass.has_sent_all());
         self.end_written && !self.broken && !self.sends() && sent && matches!(self.state, State::Idle(_))
     }
 
-    /// Gives the session back for good; `None` if a write has it.
+    /// Returns the session for good. `None`: a write in progress owns it.
     pub fn release(&mut self) -> Option<Box<ServerSession>> {
         if self.sends() {
             return None;
@@ -446,7 +450,7 @@ impl Wire {
         }
     }
 
-    /// The answer is given up: what waits is dropped, and a write under way with its session.
+    /// Abandons the response: drops unsent bytes, and a write in progress together with its session.
     pub fn abandon(&mut self) {
         self.forget();
         if matches!(self.state, State::Writing(_)) || self.sends() {
@@ -455,7 +459,7 @@ impl Wire {
         self.end_blocked();
     }
 
-    /// A new attempt begins: what the one before left unsent is dropped.
+    /// Resets the state for a new attempt: drops unsent bytes of the previous one.
     pub fn restart(&mut self) {
         if !self.begun {
             self.forget();
@@ -479,85 +483,86 @@ impl Wire {
         self.admitted = false;
     }
 
-    /// Breaks off where the answer comes from.
+    /// Aborts receiving from the endpoint: its connection or its stream.
     pub fn abort(&mut self) {
         self.window.iter_mut().for_each(Window::abort);
         self.stream.iter().for_each(StreamHandle::hang_up);
     }
 
-    /// Lets a write under way go on.
+    /// Continues a write in progress.
     pub fn poll_writing(&mut self, cx: &mut Context<'_>) {
         if matches!(self.state, State::Writing(_)) || self.sends() {
-            // Ready or not, and whatever fails, whoever polls for it hears of it.
+            // The result is kept for the next caller of `poll_write`.
             let _ = self.poll_write(cx);
         }
     }
 
-    /// Whether bytes of the final answer have left, or may have.
+    /// Whether bytes of the final response may have been sent.
     pub fn begun(&self) -> bool {
         self.begun
     }
 
-    /// The status of the answer that has begun to leave; 0 if none has.
+    /// The status of the response that has begun; 0 if none has.
     pub fn status(&self) -> u16 {
         self.head.filter(|_| self.begun).map_or(0, |head| head.status)
     }
 
-    /// Whether the client can tell a cut answer from a whole one by its framing.
+    /// Whether the framing lets the client recognise a response that was cut off.
     pub fn framed(&self) -> bool {
         self.head.is_none_or(|head| self.is_http2() || head.body != Body::UntilEnd)
     }
 
-    /// Body bytes that the client's session has taken.
+    /// Body bytes that the client's session accepted.
     pub fn sent(&self) -> u64 {
         self.gone
     }
 
-    /// Body bytes that came from the upstream.
+    /// Body bytes received from the upstream.
     pub fn came(&self) -> u64 {
         self.came
     }
 
-    /// Bytes that were held back, and those of them that were on disk.
+    /// Bytes that were spooled, and those of them that were on disk.
     pub fn spooled(&self) -> (u64, u64) {
         let now = self.spool.as_ref().map_or((0, 0), |spool| (spool.pushed(), spool.spilled()));
         (self.spooled.0 + now.0, self.spooled.1 + now.1)
     }
 
-    /// If the client was waited for: says what it had asked for.
+    /// If the client is listed as slow: adds its request to the list entry.
     pub fn name_client(&self, request: &RequestHeader) {
         if let Some(entry) = &self.slow {
             entry.name(|| self.who.asked(request));
         }
     }
 
-    /// For how long the client did not take what there was.
+    /// Total time for which the client accepted no bytes.
     pub fn blocked(&self) -> Duration {
         self.blocked_before + self.blocked.as_ref().map_or(Duration::ZERO, |blocked| blocked.lasted())
     }
 
-    /// Why the wire gave up, if it did.
+    /// The fault that ended writing, if any.
     pub fn fault(&self) -> Option<Fault> {
         self.fault
     }
 
-    /// The party that is waited for before more may be written, or may come.
+    /// The party that must act before more can be written or received.
     pub fn waits_for(&self) -> Party {
         self.waits_for
     }
 
-    /// Where the answer comes from, for this attempt; `None` once its connection is no longer the exchange's.
+    /// Sets the receive window of the endpoint's connection for this attempt. `None`: the connection no longer belongs
+    /// to the exchange.
     pub fn comes_through(&mut self, window: Option<Window>) {
         self.window = window;
     }
 
-    /// Through which stream the answer to this attempt comes, of a connection that is not the exchange's alone.
+    /// Sets the stream of this attempt, on a connection that exchanges share.
     pub fn comes_by(&mut self, stream: StreamHandle) {
         self.stream = Some(stream);
     }
 
-    /// Ready when the endpoint has taken what it was given of the request, as far as can be seen; also if it need not,
-    /// since it has `answered`.
+    /// Ready when the endpoint has accepted the request body given so far, as far as this is visible. If the endpoint
+    /// has `answered`, the request ends and need not be accepted.
     pub fn poll_taken(&self, cx: &mut Context<'_>, answered: bool) -> Poll<()> {
         let Some(stream) = &self.stream else { return Poll::Ready(()) };
         if answered {
@@ -566,52 +571,57 @@ impl Wire {
         stream.poll_taken(cx)
     }
 
-    /// What comes from the endpoint from here on is not taken here: nothing is to hold it up.
+    /// Opens the receive window, since the rest is not received through this sender.
     pub fn open_window(&mut self) {
         if let Some(mut window) = self.window.take() {
             window.open();
         }
     }
 
-    /// Leaves the answer to itself from here on: server-sent events, or an upstream that says so.
+    /// Disables buffering from here on: for server-sent events, or if the upstream requests it.
     pub fn stream(&mut self) {
         self.leave = Leave::Stream;
         self.held = false;
     }
 
-    /// Has nothing of this answer leave before it is whole.
+    /// Holds the response back until it is complete.
     pub fn hold(&mut self) {
         self.leave = Leave::Full;
         self.held = !self.ended;
     }
 
-    /// The connection is to close after this answer, and the answer is to say so.
+    /// Closes the connection after this response; the response says so.
     pub fn close_after_answer(&mut self) {
         self.last_on_connection = true;
     }
 
-    /// Why nothing more can be written, if so; told once.
+    /// Takes the error that ended writing. A second call returns `None`.
     pub fn take_error(&mut self) -> Option<Box<Error>> {
         self.error.take()
     }
 
-    /// Whether it cannot be written any more.
+    /// Whether writing is no longer possible.
     pub fn failed(&self) -> bool {
         self.broken || matches!(self.state, State::Gone)
     }
 
-    /// The header of an answer that comes next, interim or final, came in this: so the names of its fields were spelled.
+    /// Stores the received bytes of the next response header, interim or final; they have the spelling of the field
+    /// names.
     pub fn came_in(&mut self, header: Bytes) {
         self.past.iter_mut().for_each(|past| past.written.push_back(header.clone()));
     }
 
-    /// Takes what came from the upstream. An error is the upstream's, passed on.
+    /// Takes parts of the response from the upstream.
+    ///
+    /// # Errors
+    ///
+    /// The upstream's error, if a task carries one, or a filter's contradictory framing fields.
     pub fn take(&mut self, tasks: Vec<HttpTask>) -> Result<()> {
         self.admitted = false;
         let spooling = self.held || self.spool.as_ref().is_some_and(|spool| spool.unread() > 0);
         for task in tasks {
             match task {
-                // RFC 9110 §15.2: such a client knows none of them.
+                // A client of HTTP/1.0 does not know interim responses (RFC 9110 §15.2).
                 HttpTask::Header(head, _) if self.version == Version::HTTP_10 && head.status.is_informational() => {
                     self.past.iter_mut().for_each(|past| drop(past.written.pop_front()));
                 }
@@ -622,7 +632,7 @@ impl Wire {
                     self.ended |= end;
                     self.ready.push_back(HttpTask::Header(head, end));
                 }
-                // After an upgrade nothing comes this way.
+                // Bytes after an upgrade do not pass through here.
                 HttpTask::Body(piece, end) | HttpTask::UpgradedBody(piece, end) => {
                     self.ended |= end;
                     let Some(piece) = piece.filter(|piece| !piece.is_empty()) else { continue };
@@ -646,15 +656,16 @@ impl Wire {
         Ok(())
     }
 
-    /// Marks the end, if the upstream did not.
+    /// Marks the response as complete.
     pub fn end(&mut self) {
         self.ended = true;
         self.held = false;
     }
 
-    /// Has the header of the final answer say how its body leaves. `end`: it has none, whatever it says.
+    /// Sets the framing fields of the final header for the client. `end`: the body is empty, whatever the header says.
     ///
-    /// It was found sound when it came, and has been as on HTTP/1.1 since; an error is of a filter.
+    /// The endpoint's framing was checked on receipt, and the header has been treated as HTTP/1.1 since. A filter
+    /// causes any error here.
     fn frame(&mut self, header: &mut ResponseHeader, end: bool) -> Result<()> {
         let (status, said) = (header.status.as_u16(), Said::of(&header.headers));
         let framed = answer::frame(self.head_only, status, Version::HTTP_11, &said, self.version)
@@ -663,7 +674,7 @@ impl Wire {
         framed.apply(&said, header)?;
         if let Some(past) = &mut self.past {
             past.framing = framed.write;
-            // The end of the connection is that of the body.
+            // Closing the connection ends the body.
             self.last_on_connection |= framed.write == Body::UntilEnd;
         }
         self.head = Some(Head { status, body: framed.write, length: framed.length });
@@ -680,7 +691,7 @@ impl Wire {
         spool.get_or_insert_with(begin).push(piece);
     }
 
-    /// Writes what may leave. Ready when nothing is left that may, or when it cannot be written any more.
+    /// Writes everything that may be sent. Ready when no more may be sent, or when writing has failed.
     pub fn poll_write(&mut self, cx: &mut Context<'_>) -> Poll<()> {
         loop {
             let sends = self.sends();
@@ -692,7 +703,7 @@ impl Wire {
                         self.state = State::Idle(session);
                         self.written(outcome);
                     }
-                    // It is the poll that ends, and not the client that takes nothing.
+                    // The task's poll budget is used up; the client is not the cause.
                     Poll::Pending if ends_for_lack_of_budget(cx) => return Poll::Pending,
                     Poll::Pending => {
                         let fault = ready!(self.poll_patience(cx));
@@ -715,18 +726,18 @@ impl Wire {
         }
     }
 
-    /// Takes what may leave next, to be sent past the session. Ready, with `false`, if nothing may.
+    /// Takes the next bytes to send past the session. Ready with `false` if none may be sent.
     fn poll_fill(&mut self, cx: &mut Context<'_>) -> Poll<bool> {
         let gathered = self.gather_headers();
         let filled = if self.held { Poll::Ready(false) } else { self.poll_fill_body(cx) };
         let Some(past) = self.past.as_mut().filter(|_| !self.broken) else { return filled };
         past.sends = gathered || filled == Poll::Ready(true);
-        // A header leaves whatever its body waits for.
+        // A header is sent even if its body must wait.
         if gathered { Poll::Ready(true) } else { filled }
     }
 
-    /// Writes the headers that are next, as far as they may leave. Interim answers are never held: a client may wait
-    /// for one before it sends its body.
+    /// Serialises the next headers that may be sent. Interim responses are never held, since a client may wait for one
+    /// before it sends its body.
     fn gather_headers(&mut self) -> bool {
         let held = self.held;
         let may_leave =
@@ -750,7 +761,7 @@ impl Wire {
         gathered
     }
 
-    /// Takes what may leave next of the body, and its end.
+    /// Takes the next body bytes that may be sent, and the end of the body.
     fn poll_fill_body(&mut self, cx: &mut Context<'_>) -> Poll<bool> {
         let ready: usize = self.ready.iter().map(body_len).sum();
         let unread = self.spool.as_ref().map_or(0, Spool::unread);
@@ -797,7 +808,7 @@ impl Wire {
         Poll::Ready(some)
     }
 
-    /// Sends past the session. Ready when all of it has left, or cannot.
+    /// Sends past the session. Ready when all bytes were sent, or when sending failed.
     fn poll_send(&mut self, cx: &mut Context<'_>) -> Poll<()> {
         let Some(past) = &mut self.past else { return Poll::Ready(()) };
         match past.bypass.poll_send(cx, &mut past.pieces) {
@@ -816,8 +827,8 @@ impl Wire {
         Poll::Ready(())
     }
 
-    /// The client does not take what is being sent: most of it goes back to where it can be spooled from. What comes
-    /// from the spool stays in memory: it would be spooled, and counted, once more.
+    /// Moves bytes that the client does not accept back to `ready`, from where they can be spooled. Bytes from the
+    /// spool stay in memory: they would be spooled and counted twice.
     fn spare(&mut self) {
         let spools = self.spool.as_ref().is_some_and(|spool| spool.unread() > 0);
         let Some(past) = self.past.as_mut().filter(|past| !spools && !past.was_spooled) else { return };
@@ -832,10 +843,10 @@ impl Wire {
         }
     }
 
-    /// What is written next.
+    /// Takes the next batch for the session.
     fn poll_batch(&mut self, cx: &mut Context<'_>) -> Poll<Option<Vec<HttpTask>>> {
         if self.held {
-            // Interim answers are never held: a client may wait for one before it sends its body.
+            // Interim responses are never held, since a client may wait for one before it sends its body.
             let interim = |task: &HttpTask| matches!(task, HttpTask::Header(head, _) if head.status.is_informational());
             let interim = self.ready.front().is_some_and(interim).then(|| self.ready.pop_front()).flatten();
             return Poll::Ready(interim.map(|task| vec![task]));
@@ -873,7 +884,7 @@ impl Wire {
         let Some(HttpTask::Body(Some(piece), _)) = self.ready.front() else {
             return Poll::Ready(self.ready.pop_front().into_iter().collect());
         };
-        // The session would write pieces one by one, or copy them together.
+        // One piece per batch: the session would write several one by one, or copy them together.
         let left = self.limit().min(piece.len());
         ready!(self.poll_throttle(cx, left));
         let Some(HttpTask::Body(Some(piece), _)) = self.ready.front_mut() else { return Poll::Ready(Vec::new()) };
@@ -886,7 +897,7 @@ impl Wire {
     }
 
     fn poll_spooled(&mut self, cx: &mut Context<'_>) -> Poll<Option<Bytes>> {
-        // What a slow client has not taken of it stays in memory.
+        // Unaccepted bytes stay in memory, so a slow client gets smaller reads.
         let slow = self.blocked_before > Duration::ZERO;
         let limit = self.limit().min(if slow { SPOOLED_MOST_SLOW } else { SPOOLED_MOST });
         ready!(self.poll_throttle(cx, limit));
@@ -914,7 +925,7 @@ impl Wire {
         self.manner.throttle.map_or(self.piece, |throttle| throttle.piece())
     }
 
-    /// Ready when so many bytes may leave.
+    /// Ready when the maximum rate permits sending these bytes.
     fn poll_throttle(&mut self, cx: &mut Context<'_>, bytes: usize) -> Poll<()> {
         let Some(throttle) = self.manner.throttle else { return Poll::Ready(()) };
         let first = *self.first_byte.get_or_insert_with(Instant::now);
@@ -944,7 +955,7 @@ impl Wire {
         }));
     }
 
-    /// Whether what is being written would belie the length that was announced (RFC 9113 §8.1.1).
+    /// Whether the body would contradict the announced length (RFC 9113 §8.1.1).
     fn is_misframed(&self) -> bool {
         let Some(Head { body: Body::Length(length), .. }) = self.head else { return false };
         let sent = self.gone + self.writing;
@@ -961,7 +972,7 @@ impl Wire {
                 self.piece = PIECE_LEAST;
             }
             None => {
-                // What it takes at once counts for it, too.
+                // Bytes accepted without waiting count for the rate, too.
                 self.manner.pace.moved(self.writing, Duration::ZERO);
                 let most = match (&self.past, self.control.is_some()) {
                     (Some(past), _) if past.framing != Body::Chunked => SEND_MOST,
@@ -980,7 +991,7 @@ impl Wire {
         }
     }
 
-    /// Ready when the write under way takes too long: with what the client did not keep.
+    /// Ready when the write in progress takes too long, with the limit that the client exceeded.
     fn poll_patience(&mut self, cx: &mut Context<'_>) -> Poll<Fault> {
         let phase = self.phase();
         self.waits_for = Party::Client;
@@ -991,19 +1002,19 @@ impl Wire {
         let begin = || Waiting::begin(Some(depot.budget.slow(Direction::Response)), entry);
         let since = blocked.get_or_insert_with(begin).since;
         let slow = self.manner.pace.patience(self.writing).map(|patience| (patience, What::Slow));
-        // On HTTP/1 the stream sees every byte that leaves, and keeps this more exactly.
+        // On HTTP/1 the stream enforces this limit more precisely, since it observes every byte.
         let still = self.control.is_some().then_some((self.manner.write_idle, What::Silent));
         let first = slow.into_iter().chain(still).min_by_key(|(patience, _)| *patience);
         let Some((patience, what)) = first else { return Poll::Pending };
         self.timer.poll(cx, since + patience).map(|()| Fault::new(Party::Client, phase, what))
     }
 
-    /// The phase in which a client is waited for.
+    /// The phase of a wait for the client.
     fn phase(&self) -> Phase {
         if self.ended { Phase::Write } else { Phase::Receive }
     }
 
-    /// Body bytes that are here and that the client has not taken.
+    /// Body bytes that were received and that the client has not accepted.
     fn left(&self) -> u64 {
         let ready: u64 = self.ready.iter().map(|task| body_len(task) as u64).sum();
         ready + self.writing + self.spool.as_ref().map_or(0, Spool::unread)
@@ -1015,7 +1026,7 @@ impl Wire {
         Some(waited)
     }
 
-    /// The answer will never be whole, for this reason.
+    /// Ends writing because of this fault.
     pub fn fail(&mut self, fault: Fault) {
         self.fault.get_or_insert(fault);
         self.broken = true;
@@ -1024,8 +1035,8 @@ impl Wire {
         self.error = Some(Error::explain(ErrorType::WriteError, format!("{fault:?}")).into_down());
     }
 
-    /// Ready when more may come from the upstream: the client has taken all there is, or there is room in the spool and
-    /// it is this exchange's turn. Ready, too, when nothing can be written any more.
+    /// Ready when more may be received from the upstream: the client has accepted everything, or the spool has room and
+    /// the exchange has its turn. Also ready when writing has failed.
     pub fn poll_more(&mut self, cx: &mut Context<'_>) -> Poll<()> {
         let written = self.poll_write(cx);
         if self.failed() {
@@ -1051,7 +1062,7 @@ impl Wire {
                 }
             }
         } else {
-            // Without the final header there is nothing to spool: interim answers wait for their client.
+            // Interim responses wait for the client; only a final response can be spooled.
             let interim = self.head.is_none() && !self.held;
             if self.leave == Leave::Stream || interim {
                 return Poll::Pending;
@@ -1071,14 +1082,14 @@ impl Wire {
         Poll::Ready(())
     }
 
-    /// Whether it moves much. One that says so takes turns from its first piece on: in a crowd its window stays narrow
-    /// until then, and it holds little.
+    /// Whether the response is bulk. One with a large announced length takes turns from its first piece on. Under load
+    /// its receive window stays small until then, and it holds little memory.
     fn is_bulk(&self) -> bool {
         let announced = self.head.and_then(|head| head.length).unwrap_or_default();
         self.came > BULK_BYTES || (self.came > 0 && announced > BULK_BYTES)
     }
 
-    /// What the client did not take of what just came goes to the spool.
+    /// Moves received bytes that the client has not accepted to the spool.
     fn set_aside(&mut self) {
         let first = self.ready.iter().position(|task| matches!(task, HttpTask::Body(..)));
         let Some(first) = first.filter(|_| self.leave != Leave::Stream) else { return };
@@ -1099,30 +1110,30 @@ impl Wire {
                 return Poll::Pending;
             }
             Ok(Room::Pressure | Room::Full) => {}
-            // It is in memory still; there is just no further room.
+            // The bytes are still in memory; only further room is missing.
             Err(SpoolError::Full(_)) => {}
             Err(SpoolError::Failed(error)) => {
                 tracing::error!(%error, "an answer could not be spooled to disk");
             }
         }
-        // Only the client makes room, and if the answer is held back until it is whole, nobody: so it leaves.
+        // Only the client can make room. A held response would wait for ever, so it is sent now.
         if std::mem::take(&mut self.held) {
             cx.waker().wake_by_ref();
         }
         Poll::Pending
     }
 
-    /// Ready when there is room for more that does not leave now, and it is this exchange's turn.
+    /// Ready when the spool has room and the exchange has its turn.
     fn poll_admitted(&mut self, cx: &mut Context<'_>) -> Poll<()> {
         ready!(self.poll_room(cx));
-        // For one that is held until it is whole, its client waits.
+        // The client of a held response waits for it.
         let class = if self.held { Class::Pass } else { Class::Spool };
         let disk = self.spool.as_ref().is_some_and(Spool::needs_disk);
         self.poll_turn(cx, class, disk)
     }
 
-    /// An answer that is held until it is whole waits for the disk, or for its turn, and for nothing else: no longer
-    /// than that may take, and only while its client is there. Ready when the answer has failed.
+    /// Limits the waits of a held response for the disk or a turn: by `disk_max`, and by the client's connection. Ready
+    /// when the response has failed.
     fn poll_held(&mut self, cx: &mut Context<'_>) -> Poll<()> {
         let since = *self.fetching.get_or_insert_with(Instant::now);
         let fault = if self.poll_gone(cx).is_ready() {
@@ -1155,7 +1166,8 @@ impl Wire {
         Poll::Ready(())
     }
 
-    /// Ready when the client has gone; only looked at while no write is under way, which would find out by itself.
+    /// Ready when the client has closed its connection or stream. Pending while a write is in progress, which detects
+    /// the close itself.
     pub fn poll_gone(&mut self, cx: &mut Context<'_>) -> Poll<Box<Error>> {
         if self.session().is_none() {
             return Poll::Pending;
@@ -1164,7 +1176,7 @@ impl Wire {
             return control.poll_closed(cx);
         }
         if self.body_is_read() != Some(true) {
-            // Reading the body finds out.
+            // The read of the body detects the close.
             return Poll::Pending;
         }
         if let Some(past) = &self.past {
@@ -1174,12 +1186,12 @@ impl Wire {
         let mut idle = std::pin::pin!(session.read_body_or_idle(true));
         match ready!(idle.as_mut().poll(cx)) {
             Err(error) => Poll::Ready(error),
-            // HTTP/1 hands on nothing after the body.
+            // HTTP/1 delivers nothing after the body.
             Ok(_) => Poll::Pending,
         }
     }
 
-    /// As [`Wire::poll_gone`], also while a body is not being read. `reads`: it is being read.
+    /// As [`Wire::poll_gone`], and also while the body is not being read. `reads`: the body is being read.
     pub fn poll_left(&mut self, cx: &mut Context<'_>, reads: bool) -> Poll<()> {
         if self.control.is_none() && self.body_is_read() == Some(false) {
             return match &self.past {
@@ -1190,8 +1202,8 @@ impl Wire {
         self.poll_gone(cx).map(drop)
     }
 
-    /// Reads a piece of the request body. Unless that is read past the session, it waits for a write that is under way,
-    /// which has the session.
+    /// Reads a piece of the request body. Unless the body is read past the session, it waits for a write in progress,
+    /// which owns the session.
     pub fn poll_read(&mut self, cx: &mut Context<'_>) -> Poll<Result<Option<Bytes>>> {
         if let Some(past) = self.past.as_ref().filter(|past| past.reads) {
             return past.bypass.poll_piece(cx).map_err(unread);
@@ -1204,7 +1216,7 @@ impl Wire {
         read.as_mut().poll(cx)
     }
 
-    /// Writes to the end of the answer. Ready when it has left, or cannot.
+    /// Writes the rest of the response. Ready when all of it was sent, or when writing failed.
     pub fn poll_drain(&mut self, cx: &mut Context<'_>) -> Poll<Result<()>> {
         let written = self.poll_write(cx);
         if self.failed() {
@@ -1228,7 +1240,7 @@ fn shorter_or_longer() -> Box<Error> {
     Error::explain(ErrorType::WriteError, "the answer is shorter or longer than announced").into_down()
 }
 
-/// Whether it belongs to the final answer.
+/// Whether a task belongs to the final response.
 fn is_of_answer(task: &HttpTask) -> bool {
     !matches!(task, HttpTask::Header(head, _) if head.status.is_informational())
 }
