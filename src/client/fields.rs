@@ -1,17 +1,17 @@
-//! The fields of a header of HTTP/1, with their names as they were written.
+//! The fields of an HTTP/1 header, with the spelling of their names.
 //!
-//! Names mean the same in whatever case, yet a peer that is passed on to should get them as they were sent. Pingora
-//! keeps a second map for that, which costs more than the first. Here the value of a field that nobody has changed is a
-//! part of the header that it came in, and the name stands before it: so it is found when the field is written.
+//! Field names are case-insensitive, but a peer should receive them as they were sent. Pingora keeps a second map for
+//! the spelling, which costs more than the first. Here, the value of an unchanged field is a slice of the received
+//! header, and its name precedes it there. The spelling is therefore found when the field is written.
 
 use bytes::{BufMut, Bytes};
 use http::{HeaderMap, HeaderName, HeaderValue};
 use pingora::Result;
 use pingora::http::{IntoCaseHeaderName, RequestHeader, ResponseHeader};
 
-/// The fields of a header, whose values are parts of it. `None`: it is no header of HTTP.
+/// Builds the map of a header's fields; values are slices of the header. `None`: a field is invalid.
 pub fn map(header: &Bytes, fields: &[httparse::Header<'_>]) -> Option<HeaderMap> {
-    // Hooks mostly add one.
+    // Room for the one field that hooks usually add.
     let mut map = HeaderMap::with_capacity(fields.len() + 1);
     for field in fields {
         let name = HeaderName::from_bytes(field.name.as_bytes()).ok()?;
@@ -20,7 +20,7 @@ pub fn map(header: &Bytes, fields: &[httparse::Header<'_>]) -> Option<HeaderMap>
     Some(map)
 }
 
-/// A value without the line ends of a field that goes over several lines (RFC 9112 §5.2): a proxy writes spaces.
+/// A value in which spaces replace the line ends of a folded field (RFC 9112 §5.2).
 pub fn value(header: &Bytes, value: &[u8]) -> Option<HeaderValue> {
     let is_end = |byte: &u8| matches!(byte, b'\r' | b'\n');
     let Some(end) = value.iter().position(is_end) else {
@@ -31,12 +31,12 @@ pub fn value(header: &Bytes, value: &[u8]) -> Option<HeaderValue> {
     HeaderValue::from_maybe_shared(Bytes::from(unfolded)).ok()
 }
 
-/// Writes the fields of a request that came in the header `written`.
+/// Writes the fields of a request whose received header is `written`.
 pub fn write_request(request: &RequestHeader, written: &[u8], out: &mut impl BufMut) {
     if request.has_case() { request.header_to_h1_wire(out) } else { write(&request.headers, written, out) }
 }
 
-/// Writes the fields of an answer that came in the header `written`.
+/// Writes the fields of a response whose received header is `written`.
 pub fn write_answer(answer: &ResponseHeader, written: &[u8], out: &mut impl BufMut) {
     if answer.has_case() { answer.header_to_h1_wire(out) } else { write(&answer.headers, written, out) }
 }
@@ -53,12 +53,11 @@ fn write(fields: &HeaderMap, written: &[u8], out: &mut impl BufMut) {
     }
 }
 
-/// Has a request keep the names of its fields as `written` itself, for filters that change them and for Pingora, which
-/// knows of no other way.
+/// Stores the spelling of the names in the request itself, for filters that change fields and for Pingora.
 ///
 /// # Errors
 ///
-/// None that can be met: it was a header before.
+/// None in practice: the fields were parsed from a valid header.
 pub fn spell_out(request: &mut RequestHeader, written: &[u8]) -> Result<()> {
     if request.has_case() || written.is_empty() {
         return Ok(());
@@ -77,7 +76,7 @@ pub fn spell_out(request: &mut RequestHeader, written: &[u8]) -> Result<()> {
     Ok(())
 }
 
-/// The name of a field as it was written. `None`: it did not come in this header, or was changed.
+/// The received spelling of a field's name. `None`: the field is not from this header, or was changed.
 fn spelling<'w>(name: &HeaderName, value: &HeaderValue, written: &'w [u8]) -> Option<&'w [u8]> {
     let (name, value) = (name.as_str().as_bytes(), value.as_bytes());
     if value.is_empty() {
@@ -89,7 +88,7 @@ fn spelling<'w>(name: &HeaderName, value: &HeaderValue, written: &'w [u8]) -> Op
     spelled.eq_ignore_ascii_case(name).then_some(spelled)
 }
 
-/// An empty value has no place in the header.
+/// An empty value has no position in the header, so its name is searched for.
 fn spelling_of_empty<'w>(name: &[u8], written: &'w [u8]) -> Option<&'w [u8]> {
     let lines = written.split(|&byte| byte == b'\n');
     lines.filter_map(|line| line.split_at_checked(name.len())).find_map(|(spelled, rest)| {

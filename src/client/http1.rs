@@ -1,9 +1,8 @@
-//! The session of one request of HTTP/1: its header, read once, and its answer, written straight to the connection.
+//! The session of one HTTP/1 request: it parses the header once and writes the response directly to the connection.
 //!
-//! Pingora's own session would read the header again, keep a buffer for a body that goes past it, and write an answer
-//! in a form that must be undone for it. It is used for requests that ask for another protocol alone, since only it can
-//! become a tunnel. This one never has the connection: whoever has, [`ClientStream`], asks it afterwards what is to
-//! become of it.
+//! Pingora's own session would parse the header again, keep a buffer for a body that is read past it, and change the
+//! form of a response. Only requests for another protocol use it, since only it can become a tunnel. This session never
+//! owns the connection: the owner, [`ClientStream`], asks for the outcome afterwards.
 
 use std::collections::VecDeque;
 use std::future::poll_fn;
@@ -30,16 +29,16 @@ use super::stream::{Bypass, ClientStream};
 use super::trailers::last_chunk;
 use crate::framing::{Body, Said, answer};
 
-/// See the module.
+/// The session; see the module.
 pub struct Session {
     connection: Bypass,
     request: RequestHeader,
-    /// The header as it was written.
+    /// The header as received.
     written: Bytes,
-    /// There is no body.
+    /// Whether the request has no body.
     empty: bool,
     answered: Option<Box<ResponseHeader>>,
-    /// How the body of the answer leaves, if it leaves by this session.
+    /// The framing of the response body, if this session writes it.
     framing: Body,
     kept: Kept,
     read: usize,
@@ -53,7 +52,7 @@ impl Drop for Session {
 }
 
 impl Session {
-    /// The session of this request, which is the next one of this connection.
+    /// Creates the session of the connection's next request.
     pub fn new(connection: &ClientStream, request: head::Request) -> Session {
         let head::Request { written, header: request, .. } = request;
         let connection = connection.bypass();
@@ -74,7 +73,7 @@ impl Session {
         Ok(())
     }
 
-    /// A stand-in of a session has its request, and writes bodies itself.
+    /// The framing of a response body that this session writes. A buffered session frames bodies itself.
     fn framing_of(&self, answer: &ResponseHeader) -> Result<Body> {
         if self.request.method == Method::HEAD {
             return Ok(Body::None);
@@ -112,11 +111,11 @@ impl Session {
         poll_fn(|cx| self.connection.poll_send(cx, &mut pieces)).await.map_err(unwritten)
     }
 
-    /// Ends the answer, if it was written by this session, and sends what is gathered.
+    /// Ends a response that this session has written, and sends the gathered bytes.
     async fn end(&mut self, trailers: Option<HeaderMap>) -> Result<()> {
         match std::mem::replace(&mut self.framing, Body::None) {
             Body::Chunked => self.connection.gather(|out| out.put(last_chunk(trailers.as_ref()))),
-            // The client must not take what came for the whole.
+            // The close shows the client that the body is incomplete.
             Body::Length(1..) => self.connection.end_after_answer(),
             Body::UntilEnd => self.connection.end_after_answer(),
             Body::None | Body::Length(0) => {}
@@ -129,18 +128,18 @@ impl Session {
     }
 }
 
-/// Writes the header of an answer, whose fields came in the header `written`, to leave with what is sent next. A final
-/// one says whether another request may follow.
+/// Serialises the header of a response, to be sent with the next bytes. `written` is the header as received, for the
+/// spelling of names. A final header says whether another request may follow.
 pub(super) fn gather_header(connection: &Bypass, answer: &mut ResponseHeader, written: &[u8]) {
     let is_final = !answer.status.is_informational();
     if is_final {
-        // Its date is when it leaves, and what it says of a connection was said of another one.
+        // Date is the time of sending, and Connection applied to the endpoint's connection.
         answer.remove_header(&header::DATE);
         answer.remove_header(&header::CONNECTION);
     }
     let goes_on = connection.may_go_on();
     if is_final && !goes_on {
-        // So the client is told, whatever comes.
+        // The connection closes in any case, since the response announces it.
         connection.end_after_answer();
     }
     let requires_upgrade = is_final && answer.headers.contains_key(header::UPGRADE);
@@ -157,7 +156,7 @@ pub(super) fn gather_header(connection: &Bypass, answer: &mut ResponseHeader, wr
             out.put_slice(get_cached_date().as_bytes());
             let connection: &[u8] = if goes_on { b"\r\nConnection: keep-alive" } else { b"\r\nConnection: close" };
             out.put_slice(connection);
-            // RFC 9110 §7.8.
+            // A server that sends Upgrade lists it in Connection (RFC 9110 §7.8).
             let upgrade: &[u8] = if requires_upgrade { b", upgrade\r\n" } else { b"\r\n" };
             out.put_slice(upgrade);
         }
@@ -165,7 +164,7 @@ pub(super) fn gather_header(connection: &Bypass, answer: &mut ResponseHeader, wr
     });
 }
 
-/// A request body could not be read.
+/// The error for a request body that could not be read.
 pub(super) fn unread(error: io::Error) -> Box<Error> {
     let kind = match error.kind() {
         io::ErrorKind::UnexpectedEof => ErrorType::ConnectionClosed,
@@ -174,7 +173,7 @@ pub(super) fn unread(error: io::Error) -> Box<Error> {
     Error::because(kind, "reading the request body", error).into_down()
 }
 
-/// The client has gone: in good order, or by an error.
+/// The error for a client that closed its connection, regularly or not.
 pub(super) fn gone(gone: io::Result<()>) -> Box<Error> {
     let error = gone.err().unwrap_or(io::ErrorKind::UnexpectedEof.into());
     Error::because(ErrorType::ConnectionClosed, "the client has gone", error).into_down()
@@ -262,14 +261,14 @@ impl CustomSession for Session {
         Ok(ended)
     }
 
-    /// An answer was written past this session, and this is its header.
+    /// Stores the header of a response that was written past this session.
     fn send_proxy_task(&mut self, task: HttpTask) {
         if let HttpTask::Header(answer, _) = task {
             self.answered = Some(answer);
         }
     }
 
-    /// Sends what is gathered, and says what becomes of the connection.
+    /// Sends the gathered bytes and reports whether the connection can be reused.
     async fn finish(&mut self) -> Result<()> {
         self.end(None).await?;
         self.connection.settle(Some(self.has_answered() && self.connection.may_go_on()));
@@ -283,7 +282,7 @@ impl CustomSession for Session {
     async fn shutdown(&mut self, _code: u32, _context: &str) {
         self.connection.end_after_answer();
         let _ = poll_fn(|cx| self.connection.poll_close(cx)).await;
-        // It has ended in good order and need not be ended again.
+        // The connection was shut down regularly; a second shutdown is not needed.
         self.connection.settle(None);
     }
 
@@ -317,7 +316,7 @@ impl CustomSession for Session {
 
     no_connection!();
 
-    // The deadline for a request body is the intake's, and that for writing the connection's.
+    // The intake enforces the deadline for the request body, and the connection the one for writing.
 
     fn set_read_timeout(&mut self, _timeout: Option<Duration>) {}
 
@@ -361,7 +360,7 @@ mod tests {
     use super::super::stream::Opening;
     use super::*;
 
-    /// A client that has sent this, and the session of its first request.
+    /// A client that has sent this request, and the request's session.
     async fn asked(request: &str) -> (DuplexStream, ClientStream, Session) {
         let (mut client, io) = tokio::io::duplex(1 << 16);
         client.write_all(request.as_bytes()).await.expect("room");
@@ -380,7 +379,7 @@ mod tests {
         Box::new(answer)
     }
 
-    /// What the client has got, but for the date.
+    /// The bytes that the client received, without the date.
     async fn got(client: &mut DuplexStream) -> String {
         let mut bytes = vec![0; 4096];
         let read = client.read(&mut bytes).await.expect("an answer");

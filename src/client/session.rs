@@ -1,19 +1,20 @@
-//! The buffered session: it stands between Pingora and the client, for both directions and both protocols.
+//! The buffered session: it sits between Pingora and the client, in both directions and for both protocols.
 //!
-//! Pingora streams through `ServerSession`; its `Custom` variant lets one of ours stand in between. This one holds the
-//! request body back until it is whole and replays it for every attempt ([`BufferedSession::fill`]), takes the response
-//! as fast as the upstream gives it and lets the client have it at its own pace ([`Wire`]), and keeps the clocks that
-//! Pingora lacks: a deadline for the upstream's whole response header, for gaps in its body, and for the client's body.
+//! Pingora streams through `ServerSession`, whose `Custom` variant accepts a session of ours. This session has three
+//! tasks. It holds the request body back until it is complete and replays it for each attempt
+//! ([`BufferedSession::fill`]). It accepts the response as fast as the upstream sends it, and sends it to the client at
+//! the client's rate ([`Wire`]). And it enforces the deadlines that Pingora lacks: for the upstream's whole response
+//! header, for gaps in the response body, and for the client's body.
 //!
-//! It stands from the end of the request filters to the end of the exchange; [`Link::reclaim`] puts the client's own
-//! session back, so that keep-alive works as ever. It steps aside
-//! where the client and the endpoint agree on another protocol.
+//! It is in place from the end of the request filters to the end of the exchange. [`Link::reclaim`] then restores the
+//! client's own session, so that keep-alive works unchanged. It is removed earlier if client and endpoint switch to
+//! another protocol.
 //!
-//! While a response waits for its client, Pingora would read on into its channel. So the exchange is not polled then:
-//! its gate serves the client alone until there is room and a turn. Within one poll, too, Pingora would read some 300
-//! KiB before it looks at the client. So the session leaves each poll only a few operations of tokio's cooperative
-//! budget, and none once the exchange is to wait; without that, 128 KiB of each of a thousand waiting exchanges were in
-//! Pingora's channels.
+//! While a response waits for its client, Pingora would continue to read into its channel. The gate therefore does not
+//! poll the exchange then, and serves only the client until there is room and a turn. Within one poll, too, Pingora
+//! would read about 300 KiB before it polls the client. The session therefore limits each poll to a few operations of
+//! tokio's cooperative budget, and to none once the exchange must wait. Without this limit, each of a thousand waiting
+//! exchanges held 128 KiB in Pingora's channels.
 
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -50,73 +51,74 @@ use crate::phase::journal::Passed;
 use crate::upstream::transport::http2::StreamHandle;
 use crate::upstream::window::Window;
 
-/// Sees the pieces of a response body on their way to the client, and may wait.
+/// Observes the pieces of a response body on their way to the client, and may delay them.
 #[async_trait]
 pub trait Tap: Send + Sync {
-    /// A piece passes; `end` with the last one. An error cuts the response.
+    /// Called for each piece; `end` with the last one. An error cuts the response off.
     async fn piece(&mut self, request: &mut RequestHeader, piece: &mut Option<Bytes>, end: bool) -> Result<()>;
 }
 
-/// What an exchange's session is made of, besides the client's own.
+/// The parts of an exchange's session, in addition to the client's own session.
 pub struct Terms {
-    /// How long the upstream may take.
+    /// The time limits of the upstream.
     pub patience: Patience,
-    /// How the request body is taken.
+    /// How the request body is received.
     pub intake: IntakeTerms,
-    /// It is to be held back, not to be streamed.
+    /// Whether the request body is held back instead of streamed.
     pub holds_body: bool,
-    /// How the answer leaves.
+    /// How the response is sent.
     pub manner: Manner,
-    /// Whose exchange it is.
+    /// The client of the exchange.
     pub who: Who,
-    /// What can be done with its stream, on HTTP/2.
+    /// The control of the stream, on HTTP/2.
     pub control: Option<Control>,
-    /// The way past the client's session, if it is one of ours on HTTP/1.
+    /// The path past the client's session, for one of Forebay's own HTTP/1 sessions.
     pub bypass: Option<Bypass>,
-    /// The upstream is one that Pingora calls custom.
+    /// Whether Pingora reaches the upstream by a custom connector.
     pub custom: bool,
-    /// Sees the pieces of the answer.
+    /// The observer of the response body.
     pub tap: Option<Box<dyn Tap>>,
-    /// What spools share.
+    /// The resources that spools share.
     pub depot: Arc<Depot>,
-    /// Where turns for spooling are had.
+    /// The lanes that give turns for spooling.
     pub lanes: Arc<Lanes>,
 }
 
-/// What the exchange and its session share: the clocks, the wire, and the way back to the client's own session.
+/// The state that an exchange and its session share: the clocks, the sender of the response, and the client's own
+/// session.
 pub struct Link {
-    /// The party that is waited for, and for how long each was in this attempt.
+    /// The party that is waited for, and the wait of each party in this attempt.
     waits: Waits,
     /// A [`Stage`].
     stage: AtomicU8,
-    /// All of the request was passed on.
+    /// Whether the whole request was passed on.
     whole: AtomicBool,
     clock: Mutex<Clock>,
-    /// The session waits for its client, or for a turn, with an answer in hand: the upstream is not to be read.
+    /// The session holds a response and waits for its client or for a turn: the upstream must not be read.
     holding: AtomicBool,
-    /// The body of the request is being read: that finds out if its client leaves.
+    /// The request body is being read; the read detects a close by the client.
     reads: AtomicBool,
-    /// The endpoint has not taken what it was given of the request, as far as that can be seen.
+    /// The endpoint has not accepted all of the request body given so far, as far as this is visible.
     untaken: AtomicBool,
     fault: Mutex<Option<Fault>>,
-    /// Why the exchange is to end, whatever it is at.
+    /// The fault that ends the exchange in every state.
     over: Mutex<Option<Fault>>,
     wire: Mutex<Wire>,
-    /// The buffered session is in the place of the client's own.
+    /// Whether the buffered session replaces the client's own.
     stands_in: AtomicBool,
     received: AtomicU64,
-    /// The length of a body that was buffered whole; `u64::MAX` if there is none.
+    /// The length of a body that was buffered completely; `u64::MAX` if there is none.
     length: AtomicU64,
     buffered: AtomicU64,
     spilled: AtomicU64,
-    /// That of the client's own session, for what it writes by itself.
+    /// The write timeout of the client's own session, for what it writes itself.
     write_timeout: Option<Duration>,
-    /// The class of the turn of the lane that is being used, as its place in `Class::ALL`; `NO_TURN`.
+    /// The class of the lane's turn in use, as its index in `Class::ALL`; `NO_TURN` if there is none.
     turn: AtomicUsize,
     lanes: Arc<Lanes>,
 }
 
-/// The limits of the present attempt, and the timer that rings when one of them may be exceeded.
+/// The limits of the current attempt, and the timer that fires when one of them may be exceeded.
 struct Clock {
     bounds: Bounds,
     alarm: Timer,
@@ -126,7 +128,7 @@ struct Clock {
 const NO_TURN: usize = usize::MAX;
 
 impl Link {
-    /// The exchange goes on to this phase: another party may be waited for from now on, within other limits.
+    /// Moves the exchange to this phase, with its own party to wait for and its own limits.
     pub fn enter_phase(&self, phase: Phase, now: Instant) {
         match phase {
             Phase::Queue => self.enter(Stage::Unconnected),
@@ -135,11 +137,11 @@ impl Link {
             Phase::Wait => self.enter(Stage::Waiting),
             Phase::Receive => {
                 self.enter(Stage::Receiving);
-                // Its body may not pause for too long.
+                // The client's body must not pause for too long.
                 self.waits.restart(self.answering_party(), now);
             }
             Phase::Write => self.done(now),
-            // There is no session yet, the present wait goes on, or nothing is waited for any more.
+            // Either there is no session yet, or the current wait continues, or nothing is waited for any more.
             Phase::Accept
             | Phase::Handshake
             | Phase::Header
@@ -150,8 +152,8 @@ impl Link {
         }
     }
 
-    /// Ready when there is no sense in waiting on in this phase: the client has gone, while its body is not read or
-    /// writes its answer, or the exchange is to end.
+    /// Ready when waiting in this phase is pointless: the client closed its connection while its body is not read and
+    /// its response not written, or the exchange must end.
     pub fn poll_over(&self, cx: &mut Context<'_>, phase: Phase) -> Poll<Fault> {
         if let Some(over) = self.over() {
             return Poll::Ready(Fault { phase, ..over });
@@ -159,12 +161,12 @@ impl Link {
         self.wire().poll_gone(cx).map(|_| Fault::new(Party::Client, phase, What::Left))
     }
 
-    /// Why the exchange is to end, whatever it is at.
+    /// The fault that ends the exchange, if any.
     fn over(&self) -> Option<Fault> {
         *self.over.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Ends the exchange, whatever it is at: whoever it waits for is waited for no longer.
+    /// Ends the exchange in every state, and aborts the endpoint.
     fn end(&self, fault: Fault, wire: &mut Wire) {
         self.over.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(fault);
         self.fail(fault, ErrorType::ConnectionClosed);
@@ -174,8 +176,8 @@ impl Link {
         wire.abort();
     }
 
-    /// A new attempt begins, with a connection: the request is sent again once that is there, and what the attempt
-    /// before was given up for is over.
+    /// Starts a new attempt with a new connection. The request is sent once the connection is open. The fault of the
+    /// previous attempt is cleared.
     fn begin_attempt(&self, now: Instant) {
         *self.fault.lock().unwrap_or_else(PoisonError::into_inner) = self.over();
         self.whole.store(false, Ordering::Relaxed);
@@ -184,112 +186,112 @@ impl Link {
         self.waits.begin_attempt(worker::lag(now), now);
     }
 
-    /// For how long the endpoint of the present attempt may be waited for until its response header is here, and when
-    /// the exchange is to have all of its answer.
+    /// Sets the time limit for the response header of the current attempt, and the deadline for the whole response.
     pub fn bound(&self, attempt: Option<Duration>, deadline: Option<Deadline>) {
         let mut clock = self.clock();
         (clock.bounds.attempt, clock.bounds.deadline) = (attempt, deadline);
     }
 
-    /// The request is out: the response header is due. If it came before the request's end, the rest of the answer is.
+    /// Reports that the request was sent: the response header is due. If the header arrived earlier, the rest of the
+    /// response is due.
     pub fn request_sent(&self, now: Instant) {
         self.whole.store(true, Ordering::Relaxed);
         self.waits.restart(Party::Endpoint, now);
     }
 
-    /// The response is whole, or is Forebay's own: the upstream is waited for no longer.
+    /// The response is complete, or Forebay generated it: the wait for the upstream ends.
     fn done(&self, now: Instant) {
         self.enter(Stage::Done);
         self.waits.turn_to(Party::Client, now);
     }
 
-    /// `party` is waited for, by somebody who works for this exchange.
+    /// Reports that a part of this exchange waits for `party`.
     pub fn waits_for(&self, party: Party) {
         self.waits.turn_to(party, Instant::now());
     }
 
-    /// The party that is waited for, and for how long each was in this attempt.
+    /// The party that is waited for, and the wait of each party in this attempt.
     pub fn waits(&self) -> &Waits {
         &self.waits
     }
 
-    /// The connection is to close after this answer, and the answer is to say so.
+    /// Closes the connection after this response; the response says so.
     pub fn close_after_answer(&self) {
         self.wire().close_after_answer();
     }
 
-    /// The trailers of a request of HTTP/1 whose body is here whole, once.
+    /// Takes the trailers of a complete HTTP/1 request. A second call returns `None`.
     pub fn take_request_trailers(&self) -> Option<HeaderMap> {
         self.wire().take_request_trailers()
     }
 
-    /// The answer ends with these trailers, of which Pingora does not know.
+    /// Ends the response with these trailers, which Pingora does not know.
     pub fn end_with(&self, trailers: HeaderMap) {
         self.wire().end_with(trailers);
     }
 
-    /// The answer comes in this header; see [`Wire::came_in`].
+    /// Stores the received bytes of the response header; see [`Wire::came_in`].
     pub fn answer_came_in(&self, header: Bytes) {
         self.wire().came_in(header);
     }
 
-    /// Through which connection the answer to the present attempt comes.
+    /// Sets the receive window of the endpoint's connection for the current attempt.
     pub fn comes_through(&self, window: Option<Window>) {
         self.wire().comes_through(window);
     }
 
-    /// Through which stream it comes, of a connection that others share.
+    /// Sets the stream of the current attempt, on a connection that exchanges share.
     pub fn comes_by(&self, stream: StreamHandle) {
         self.wire().comes_by(stream);
     }
 
-    /// The answer is never to be held back: its kind or its upstream says so.
+    /// Disables buffering of the response, because of its kind or at the upstream's request.
     pub fn stream_answer(&self) {
         self.wire().stream();
     }
 
-    /// Nothing of the answer is to leave before all of it is here.
+    /// Holds the response back until it is complete.
     pub fn hold_answer(&self) {
         self.wire().hold();
     }
 
-    /// Why the session gave up, if it did.
+    /// The fault that ended the session's work, if any.
     pub fn fault(&self) -> Option<Fault> {
         self.given_up().or_else(|| self.wire().fault())
     }
 
-    /// For how long writing to the client was blocked.
+    /// Total time for which writing to the client was blocked.
     pub fn blocked(&self) -> Duration {
         self.wire().blocked()
     }
 
-    /// The length of the request body if it was buffered whole.
+    /// The length of the request body if it was buffered completely.
     pub fn length(&self) -> Option<u64> {
         Some(self.length.load(Ordering::Relaxed)).filter(|&length| length != u64::MAX)
     }
 
-    /// Whether bytes of the answer have left, or may have: it cannot be another one any more.
+    /// Whether bytes of the response may have been sent, so that it can no longer be replaced.
     pub fn begun(&self) -> bool {
         self.wire().begun()
     }
 
-    /// Whether all of the answer has left.
+    /// Whether the whole response was sent.
     pub fn has_left_whole(&self) -> bool {
         self.wire().has_left_whole()
     }
 
-    /// Whether the client can tell a cut answer from a whole one by its framing.
+    /// Whether the framing lets the client recognise a response that was cut off.
     pub fn framed(&self) -> bool {
         self.wire().framed()
     }
 
-    /// The status that left (0: none), and the body bytes that came from the client and went to it.
+    /// The status that was sent (0: none), and the body bytes received from the client and sent to it.
     pub fn outcome(&self) -> (u16, u64, u64) {
         let wire = self.wire();
         (wire.status(), self.received.load(Ordering::Relaxed), wire.sent())
     }
 
-    /// Bytes of bodies that have passed, for a journal. While a request body comes, the wire is at work, and has sent
+    /// Body bytes transferred so far, for a journal. While a request body is received, the wire is in use and has sent
     /// nothing.
     pub fn passed(&self) -> Passed {
         let received = self.received.load(Ordering::Relaxed);
@@ -299,33 +301,37 @@ impl Link {
         }
     }
 
-    /// Bytes that were held back in either direction, and those of them that were on disk.
+    /// Bytes that were buffered in either direction, and those of them that were on disk.
     pub fn spooled(&self) -> (u64, u64) {
         let (buffered, spilled) = self.wire().spooled();
         (buffered + self.buffered.load(Ordering::Relaxed), spilled + self.spilled.load(Ordering::Relaxed))
     }
 
-    /// Whether the client speaks HTTP/2.
+    /// Whether the client uses HTTP/2.
     pub fn is_http2(&self) -> bool {
         self.wire().is_http2()
     }
 
-    /// Lets the client take the rest of the answer, the upstream being released. An error: it will not have it whole.
+    /// Sends the rest of the response to the client after the upstream was released.
+    ///
+    /// # Errors
+    ///
+    /// If the client will not receive the whole response.
     pub async fn drain(&self) -> Result<()> {
         std::future::poll_fn(|cx| self.wire().poll_drain(cx)).await
     }
 
-    /// Whether the buffered session is in the place of the client's own.
+    /// Whether the buffered session replaces the client's own.
     pub fn stands_in(&self) -> bool {
         self.stands_in.load(Ordering::Relaxed)
     }
 
-    /// Drops what the client has not taken, and a write under way with the client's session.
+    /// Drops unsent bytes, and a write in progress together with the client's session.
     pub fn abandon(&self) {
         self.wire().abandon();
     }
 
-    /// Puts the client's own session back. `false`: it was lost with a write that was given up.
+    /// Restores the client's own session. `false`: the session was lost with an abandoned write.
     pub fn reclaim(&self, session: &mut Box<ServerSession>) -> bool {
         if !self.stands_in() {
             return true;
@@ -333,15 +339,15 @@ impl Link {
         if self.wire().session().is_none() {
             return false;
         }
-        // Dropping ours puts the request header back.
+        // Dropping the buffered session puts the request header back.
         sessions::put(session, Box::new(()));
         self.give(session);
         self.stands_in.store(false, Ordering::Relaxed);
         true
     }
 
-    /// The client and the endpoint have agreed on another protocol: the client's own session takes its place again, and
-    /// all clocks stop. `false`: it was lost with a write that was given up.
+    /// Client and endpoint switch to another protocol: restores the client's own session and stops all clocks. `false`:
+    /// the session was lost with an abandoned write.
     pub fn step_aside(&self, session: &mut Box<ServerSession>) -> bool {
         self.done(Instant::now());
         self.holding.store(false, Ordering::Relaxed);
@@ -349,7 +355,7 @@ impl Link {
         self.reclaim(session)
     }
 
-    /// Gives the client's own session back, if no write has it.
+    /// Restores the client's own session, unless a write owns it.
     fn give(&self, session: &mut Box<ServerSession>) {
         let mut wire = self.wire();
         if let Some(mut own) = wire.release() {
@@ -362,15 +368,14 @@ impl Link {
         }
     }
 
-    /// Has the exchange end once its client has left, while nothing reads from that or writes to it: both would find
-    /// out. Everything that an exchange waits for with a session of ours comes by here, so none of it is waited for in
-    /// vain.
+    /// Ends the exchange once its client has closed the connection, in states in which no read or write would detect
+    /// the close. Every wait of an exchange with a buffered session polls this.
     fn watch(&self, wire: &mut Wire, cx: &mut Context<'_>) {
         let stage = self.stage();
         let has_body = || self.received.load(Ordering::Relaxed) > 0 || self.length().is_some();
         let unwatched = match stage {
             Stage::Unconnected | Stage::Connecting | Stage::Sending => true,
-            // Pingora asks the session, unless it has still to get rid of the last pieces of a body.
+            // Pingora polls the session, unless it is still delivering the last pieces of a body.
             Stage::Waiting => has_body(),
             Stage::Receiving => self.holding.load(Ordering::Relaxed) || self.untaken.load(Ordering::Relaxed),
             Stage::Done => false,
@@ -386,7 +391,7 @@ impl Link {
     }
 
     fn wire(&self) -> MutexGuard<'_, Wire> {
-        // One task uses it, in turns; the lock is never waited for.
+        // One task uses the lock, one part at a time, so it never blocks.
         self.wire.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -402,24 +407,25 @@ impl Link {
         self.stage.store(stage as u8, Ordering::Relaxed);
     }
 
-    /// The party that is waited for while an answer comes and nothing holds it up: as long as the client sends on, the
-    /// endpoint may be waiting for what comes next.
+    /// The party to wait for during an unblocked response. While the client still sends its body, the endpoint may be
+    /// waiting for more of it.
     fn answering_party(&self) -> Party {
         if self.whole.load(Ordering::Relaxed) { Party::Endpoint } else { Party::Client }
     }
 
-    /// When the present wait will have lasted too long, and which fault that is.
+    /// The time at which the current wait becomes too long, and the resulting fault.
     fn due(&self, clock: &Clock) -> Option<(Instant, Fault)> {
         let (stage, whole) = (self.stage(), self.whole.load(Ordering::Relaxed));
         if stage == Stage::Receiving && self.untaken.load(Ordering::Relaxed) {
-            // Its answer has begun, and yet it is to take the rest, or go on.
+            // The response has begun, but the endpoint must still accept the rest of the request, or continue the
+            // response.
             let bounds = Bounds { attempt: None, ..clock.bounds };
             return bounds.due(Stage::Sending, whole, &self.waits);
         }
         clock.bounds.due(stage, whole, &self.waits)
     }
 
-    /// Gives up the attempt, or the exchange, if the present wait has lasted too long by `now`.
+    /// Ends the attempt or the exchange if the current wait has exceeded its limit at `now`.
     fn keep_time(&self, wire: &mut Wire, now: Instant) {
         let clock = &mut *self.clock();
         let Some((due, fault)) = self.due(clock).filter(|&(due, _)| clock.look.next(due) <= now) else { return };
@@ -428,13 +434,13 @@ impl Link {
         }
         self.fail(fault, ErrorType::ReadTimedout);
         if fault.what == What::Overdue && fault.phase == Phase::Receive {
-            // The answer may be held up by its client, of which Pingora asks nothing then.
+            // The response may be waiting for its client, and Pingora does not poll the session then.
             wire.fail(fault);
         }
         wire.abort();
     }
 
-    /// Has this task woken when the present wait may have lasted too long.
+    /// Wakes this task when the current wait may have exceeded its limit.
     fn set_alarm(&self, cx: &mut Context<'_>) {
         let clock = &mut *self.clock();
         let Some((due, _)) = self.due(clock).filter(|_| self.given_up().is_none()) else { return };
@@ -444,12 +450,12 @@ impl Link {
         }
     }
 
-    /// Why the present attempt is given up, if it is, by a clock or because the client has gone.
+    /// The fault that ended the current attempt, if any: a time limit, or the client's close.
     fn given_up(&self) -> Option<Fault> {
         *self.fault.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The client has gone, as this error says.
+    /// Records that the client has closed its connection, with this error.
     fn gone(&self, error: Box<Error>, wire: &mut Wire) -> Box<Error> {
         self.fail(left(self.stage()), error.etype().clone());
         wire.abort();
@@ -463,8 +469,7 @@ impl Link {
 }
 
 impl Gate for Link {
-    /// While the answer waits for its client, only the client's side is looked after: nothing is read from the
-    /// upstream.
+    /// Polls only the client's side while the response waits for it: the upstream is not read.
     fn poll_open(&self, cx: &mut Context<'_>, now: Instant) -> Poll<()> {
         let mut wire = self.wire();
         self.waits.note_lag(worker::lag(now), now);
@@ -478,12 +483,12 @@ impl Gate for Link {
             }
             return more;
         }
-        // While a body is sent, and after it as long as its last pieces are in its channel, Pingora asks neither after
-        // the answer nor after the client.
+        // While Pingora sends a body, and while its channel holds the last pieces, it polls neither the response nor
+        // the client.
         wire.poll_writing(cx);
         if matches!(self.stage(), Stage::Sending | Stage::Waiting) && self.length().is_some() {
-            // Before Pingora hears of it: it would let the endpoint's connection go as it is, with what that has not
-            // taken.
+            // This must precede Pingora, which would release the endpoint's connection with unsent bytes of the
+            // request.
             self.watch(&mut wire, cx);
         }
         Poll::Ready(())
@@ -492,7 +497,8 @@ impl Gate for Link {
     fn polled(&self, time: Duration) {
         if let Some(&class) = Class::ALL.get(self.turn.load(Ordering::Relaxed)) {
             self.lanes.here().took(class, time);
-            // What it lets in of an answer is taken in a later poll, and only then held up again.
+            // Pingora processes the part of a response that it reads now in a later poll; the response can be held only
+            // then.
             if self.holding.load(Ordering::Relaxed) || self.stage() != Stage::Receiving {
                 self.turn.store(NO_TURN, Ordering::Relaxed);
             }
@@ -510,7 +516,7 @@ impl Gate for Link {
 
     fn last_words(&self) -> Option<Duration> {
         let over = self.over()?;
-        // Nothing but dropping it breaks off a connection that is being made, and a client that has left hears nothing.
+        // Only dropping the exchange aborts a connect, and a client that has left receives nothing.
         let in_vain = over.party == Party::Client && self.stage() == Stage::Connecting;
         Some(if in_vain { Duration::ZERO } else { LAST_WORDS })
     }
@@ -522,30 +528,31 @@ impl KeepsWaiting for Link {
     }
 }
 
-/// The client went away in this stage.
+/// The fault of a client that left in this stage.
 fn left(stage: Stage) -> Fault {
     Fault::new(Party::Client, stage.phase(), What::Left)
 }
 
-/// A fault as an error of Pingora, which hands it on to the proxy and does not know more of it.
+/// Wraps a fault in an error of Pingora, which passes it to the proxy unread.
 fn told(fault: Fault, kind: ErrorType) -> Box<Error> {
     Error::explain(kind, format!("{fault:?}"))
 }
 
-/// How many operations a poll may go on with once an answer is on its way and others are, too: in one poll Pingora
-/// would else read as much of an answer as its channel holds, some 300 KiB, before it looks at the client.
+/// Operations per poll while a response is in progress and other exchanges are, too. In one poll, Pingora would
+/// otherwise fill its channel, about 300 KiB, before it polls the client.
 const OPERATIONS: usize = 2;
 
-/// See the module.
+/// The buffered session; see the module.
 pub struct BufferedSession {
     link: Arc<Link>,
-    /// The client's own session has a stand-in meanwhile, with all that it needs to frame the answer.
+    /// The request header. The client's own session has a substitute meanwhile, with everything that it needs to frame
+    /// the response.
     request: RequestHeader,
-    /// Its header as it was written, on HTTP/1.
+    /// The request header as received, on HTTP/1.
     written: Bytes,
     intake: Intake,
     tap: Option<Box<dyn Tap>>,
-    /// The upstream is one that Pingora calls custom.
+    /// Whether Pingora reaches the upstream by a custom connector.
     custom: bool,
 }
 
@@ -562,16 +569,16 @@ impl Drop for BufferedSession {
 }
 
 impl BufferedSession {
-    /// Takes the client's session. Until [`BufferedSession::stand_in`] there is nobody in its place.
+    /// Takes the client's session. A placeholder replaces it until [`BufferedSession::stand_in`].
     pub fn take(session: &mut Box<ServerSession>, terms: Terms, now: Instant) -> (Arc<Link>, Self) {
         let Terms { patience, intake, holds_body, manner, who, control, bypass, custom, tap, depot, lanes } = terms;
         let mut own = std::mem::replace(session, sessions::nobody());
-        // The deadline for the client's body is ours, for Pingora has none on HTTP/2.
+        // The intake enforces the deadline for the client's body, since Pingora has none on HTTP/2.
         own.set_read_timeout(None);
         let write_timeout = own.get_write_timeout();
         own.set_write_timeout(None);
         let reads_past = holds_body && bypass.as_ref().is_some_and(|bypass| !bypass.is_read());
-        // Pingora's own settles with the first such question how the body is framed.
+        // The first such call makes Pingora's own session settle the framing of the body.
         let empty = !reads_past && own.is_body_empty();
         let intake = Intake::new(intake, empty, who.clone(), &depot, &lanes);
         let written = if bypass.is_some() { own.to_h1_raw() } else { Bytes::new() };
@@ -609,40 +616,41 @@ impl BufferedSession {
         (link.clone(), BufferedSession { link, request, written, intake, tap, custom })
     }
 
-    /// Takes the client's place towards Pingora.
+    /// Replaces the client's session towards Pingora.
     pub fn stand_in(self, session: &mut Box<ServerSession>) {
         self.link.stands_in.store(true, Ordering::Relaxed);
         sessions::put(session, Box::new(self));
     }
 
-    /// The request has a body to be read.
+    /// Whether the request has a body to read.
     pub fn has_body(&self) -> bool {
         !self.intake.is_empty()
     }
 
-    /// The body for somebody who needs it besides, if it is here whole and all of it in memory.
+    /// Shares the body with a second reader. `None` unless all of it is in memory.
     pub fn share_memory(&mut self) -> Option<Held> {
         self.intake.share_memory()
     }
 
-    /// The request.
+    /// The request header.
     pub fn request_mut(&mut self) -> &mut RequestHeader {
         &mut self.request
     }
 
-    /// Leaves the client's place to its own session again, of which nothing was answered yet.
+    /// Restores the client's own session before any response.
     pub fn give_back(self, session: &mut Box<ServerSession>) {
         let link = self.link.clone();
         drop(self);
         link.give(session);
     }
 
-    /// Tells the client that its body is wanted (RFC 9110 §10.1.1).
+    /// Asks the client to send its body: 100 Continue (RFC 9110 §10.1.1).
     pub async fn invite(&mut self) -> Result<()> {
         let mut own = self.link.wire().release();
         let outcome = match &mut own {
             Some(own) => {
-                // Pingora would close the connection after any answer that precedes the end of the body, this one too.
+                // Pingora would close the connection after any response that precedes the end of the body, even after
+                // this one.
                 own.set_close_on_response_before_downstream_finish(false);
                 let outcome = own.write_continue_response().await;
                 own.set_close_on_response_before_downstream_finish(true);
@@ -656,8 +664,8 @@ impl BufferedSession {
         outcome
     }
 
-    /// Reads the body until it is whole, or until it cannot be held and is to be streamed on. Calls `waiting` when it
-    /// has to wait for the client for the first time.
+    /// Reads the body until it is complete, or until the rest must be streamed. Calls `waiting` at the first wait for
+    /// the client.
     pub async fn fill(&mut self, waiting: &mut (dyn FnMut() + Send)) -> Result<(), Unread> {
         let BufferedSession { link, intake, request, .. } = self;
         let filled = std::future::poll_fn(|cx| {
@@ -712,7 +720,8 @@ impl BufferedSession {
         match &piece {
             Poll::Pending if taken.is_ready() => self.link.waits_for(self.intake.waits_for()),
             Poll::Pending => self.link.waits_for(Party::Endpoint),
-            // It is asked for, so that what was given before is taken: from here on it is the next one that is to be.
+            // The request for another piece shows that the earlier ones were accepted: the time limit now applies to
+            // the next one.
             Poll::Ready(_) => self.link.waits.restart(Party::Endpoint, Instant::now()),
         }
         self.link.untaken.store(taken.is_pending(), Ordering::Relaxed);
@@ -722,7 +731,7 @@ impl BufferedSession {
         if let Some(error) = wire.take_error() {
             return Poll::Ready(Err(error));
         }
-        // While what was held is replayed, nothing is read that would tell.
+        // While a held body is replayed, no read detects a close by the client.
         if self.intake.whole().is_some()
             && let Poll::Ready(gone) = wire.poll_gone(cx)
         {
@@ -737,15 +746,14 @@ impl BufferedSession {
         }))
     }
 
-    /// Hands over what came from the upstream, and waits until more may come.
+    /// Passes parts of the response on, and waits until more may be received.
     async fn pass(&mut self, tasks: Vec<HttpTask>) -> Result<bool> {
         let link = &self.link;
         self.intake.answer_moved();
         let taken = link.wire().take(tasks);
         if let Err(error) = taken {
             if link.begun() {
-                // What came before the failure leaves if it can. If nothing had left, the client may yet get a better
-                // answer.
+                // Earlier bytes are sent if possible. If nothing was sent, another response can still replace this one.
                 std::future::poll_fn(|cx| Poll::Ready(link.wire().poll_write(cx).is_ready())).await;
             }
             return Err(error);
@@ -767,7 +775,7 @@ impl BufferedSession {
                 link.waits_for(wire.waits_for());
             }
             if holds {
-                // Else Pingora would read on in this poll, and what it reads would wait in its channel.
+                // Otherwise Pingora would read on within this poll, into its channel.
                 exhaust_budget(cx);
             }
             ready!(more);
@@ -778,7 +786,7 @@ impl BufferedSession {
         })
         .await;
         if link.stage() == Stage::Receiving {
-            // The upstream could not go on while we held it: its clock starts anew.
+            // The hold has blocked the upstream, so its time limit starts again.
             link.waits.restart(link.answering_party(), Instant::now());
         }
         ended
@@ -841,7 +849,7 @@ impl CustomSession for BufferedSession {
         self.pass(vec![HttpTask::Trailer(Some(Box::new(trailers)))]).await.map(|_| ())
     }
 
-    /// Marks the end and lets the upstream go; what the client has not taken is waited for in [`Link::drain`].
+    /// Marks the end and releases the upstream. [`Link::drain`] sends the remaining bytes.
     async fn finish(&mut self) -> Result<()> {
         let link = &self.link;
         link.wire().end();
@@ -853,7 +861,7 @@ impl CustomSession for BufferedSession {
             Poll::Ready(())
         })
         .await;
-        // If that failed, the draining hears of it.
+        // The drain reports a failure.
         Ok(())
     }
 
@@ -877,7 +885,7 @@ impl CustomSession for BufferedSession {
         &mut self.request
     }
 
-    /// The client's own session knows; it is asked once it is back.
+    /// The client's own session has the header; callers read it after its return.
     fn response_written(&self) -> Option<&ResponseHeader> {
         None
     }
@@ -908,7 +916,7 @@ impl CustomSession for BufferedSession {
 
     no_connection!();
 
-    // The timeouts of the client's own session were set before; those of Pingora do not reach it.
+    // The timeouts of the client's own session are already set; Pingora's do not apply to it.
 
     fn set_read_timeout(&mut self, _timeout: Option<Duration>) {}
 
@@ -928,8 +936,8 @@ impl CustomSession for BufferedSession {
         None
     }
 
-    /// Pingora calls it at the start of every attempt: the body is replayed from its beginning, and what an attempt
-    /// before left unsent is forgotten.
+    /// Pingora calls this at the start of each attempt: the body is replayed from its first byte, and unsent bytes of
+    /// the previous attempt are dropped.
     fn enable_retry_buffering(&mut self) {
         self.link.holding.store(false, Ordering::Relaxed);
         self.intake.rewind(&mut self.link.wire());
@@ -944,8 +952,8 @@ impl CustomSession for BufferedSession {
         self.intake.retry_buffer(&mut self.link.wire())
     }
 
-    // Custom messages belong to protocols that are not HTTP; there are none here. Where an upstream is of a protocol
-    // that Pingora does not know itself, it asks for both ends all the same.
+    // Custom messages belong to protocols other than HTTP and do not occur here. Pingora asks for both ends anyway if
+    // the upstream is custom.
 
     fn take_custom_message_reader(
         &mut self,

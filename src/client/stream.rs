@@ -1,9 +1,9 @@
-//! One connection as a stream of bytes: parked without buffers between requests, its header read and checked whole,
-//! and then exactly the bytes of this request handed to Pingora, never one of the next.
+//! A client's connection as a stream of bytes. It holds no buffer between requests. It reads and checks each request
+//! header, and then gives Pingora exactly the bytes of this request, never a byte of the next.
 //!
-//! Before it stands Pingora's socket, unbuffered; after it a `ServerSession` of Pingora, which lives for one exchange.
-//! Bodies can be read and written past that session ([`Bypass`]): Pingora would keep 64 KiB of room for each request
-//! body that is slow and copy every byte once more, and write each piece of an answer by itself.
+//! Below is Pingora's socket, unbuffered; above is a `ServerSession`, which lives for one exchange. Bodies can bypass
+//! the session ([`Bypass`]). Pingora's session would allocate 64 KiB for each slow request body, copy every byte once
+//! more, and write each piece of a response separately.
 
 use std::collections::VecDeque;
 use std::io::{self, IoSlice};
@@ -37,60 +37,59 @@ use crate::upstream::transport::tunnel::Way;
 /// The first bytes of an HTTP/2 connection (RFC 9113 §3.4).
 pub const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 
-/// As much of it as could be taken for the first line of a request of HTTP/1.
+/// The part of the preface that resembles the first line of an HTTP/1 request.
 const FIRST_LINE: &[u8] = b"PRI * HTTP/2.0\r\n";
 
-/// Read at once while no session exists, on the stack: an idle connection owns no buffer.
+/// Read size while no session exists, in bytes. The buffer is on the stack, so that an idle connection owns none.
 const FIRST_READ_BYTES: usize = 4096;
 
-/// How much of a body is read at once to begin with: the session has room for 64 KiB, and what was never read to is
-/// never made present. A slow upload comes in small pieces anyway.
+/// Initial read size for a body, in bytes. The session's buffer has 64 KiB, but untouched pages of it use no memory. A
+/// slow upload arrives in small pieces anyway.
 const FIRST_GULP_BYTES: usize = 4096;
 
-/// The least and the most that is read at once of a body that is held back, into a buffer that goes again if nothing is
-/// there.
+/// Minimum and maximum read size for a held body, in bytes. The buffer is freed if the read returns nothing.
 const GULP_BYTES_LEAST: usize = 16 << 10;
 const GULP_BYTES_MAX: usize = 128 << 10;
 
-/// Small writes are gathered up to this, so that header and body leave in one system call.
+/// Small writes are gathered up to this size in bytes, so that header and body share one system call.
 const OUTBOX_BYTES: usize = 4096;
 
-/// So many pieces are sent with one system call.
+/// Maximum number of pieces per system call.
 const SLICES_MAX: usize = 16;
 
-/// How much is thrown away of a header that was refused, or of a client that was cut off. Of a body there is no such
-/// limit: its client is no less honest for being told in the middle of it, and the time is short.
+/// Maximum number of bytes discarded from a client whose header was refused or that was cut off. A refused body has no
+/// such limit: an honest client may be in the middle of sending it, and the time is limited.
 const LINGER_HEADER_BYTES: u64 = 1 << 20;
 
-/// What TLS may keep of a connection besides what is in the socket: a record that has not come whole, one that was
-/// decrypted and not yet read, and what was read together with the head of a record.
+/// Maximum number of bytes that TLS holds in addition to the socket: an incomplete record, a decrypted record that was
+/// not read, and the bytes read together with a record's header.
 const TLS_KEPT_BYTES_MAX: u64 = 40 << 10;
 
-/// How much of a body in chunks is looked at before it is read, to find out whether its end is there.
+/// Maximum number of unread bytes of a chunked body that are examined for its end.
 const PEEK_BYTES_MAX: usize = 256 << 10;
 
-/// What a client wants first.
+/// The first thing that a client sent.
 #[expect(clippy::large_enum_variant, reason = "there is one at a time, and nearly all are requests")]
 pub enum Opening {
-    /// An HTTP/1 request, checked. The stream is set to hand on its body next.
+    /// A checked HTTP/1 request. The stream returns its body next.
     Http1(head::Request),
-    /// HTTP/2; the preface is still in the stream.
+    /// HTTP/2; the preface is still unread.
     Http2,
-    /// Nothing: it closed.
+    /// The client closed the connection.
     Closed,
 }
 
-/// The connection of one client. See the module.
+/// The connection of one client; see the module.
 pub struct ClientStream {
     core: Arc<Mutex<Core>>,
 }
 
-/// The bodies of the request that a stream is at and of its answer, past the session that has the stream.
+/// Access to the bodies of the current request and response, past the session that owns the stream.
 pub struct Bypass {
     core: Arc<Mutex<Core>>,
 }
 
-/// Leads to a [`Bypass`] for as long as there is the stream.
+/// A weak reference to a [`Bypass`].
 pub struct WeakBypass(Weak<Mutex<Core>>);
 
 impl WeakBypass {
@@ -99,18 +98,18 @@ impl WeakBypass {
     }
 }
 
-/// What a connection has sent and its client has not taken yet; see [`ClientStream::progress`].
+/// Observes the bytes that the client has not accepted yet; see [`ClientStream::progress`].
 pub struct Progress {
     core: Arc<Mutex<Core>>,
 }
 
 impl Progress {
-    /// The client is cut off: little of what it still sends is taken in.
+    /// Cuts the client off: only a few of the bytes that it still sends are read.
     pub fn condemn(&self) {
         lock(&self.core).waste_left = LINGER_HEADER_BYTES;
     }
 
-    /// Waits while `busy` says so and for as long as the client takes what was sent; see [`Farewell`].
+    /// Waits while `busy` returns true and the client accepts the bytes sent; see [`Farewell`].
     pub async fn ended(&self, busy: impl Fn() -> bool) {
         let mut farewell = None;
         std::future::poll_fn(|cx| {
@@ -122,36 +121,36 @@ impl Progress {
     }
 }
 
-/// What the session and whoever reads past it use in turns: one task, so that the lock is never waited for.
+/// The state that session and bypass share. One task uses them, so the lock never blocks.
 struct Core {
     io: Stream,
     connection: Arc<Connection>,
-    /// Received and not yet handed on; at most what one read and one header can hold.
+    /// Received bytes that were not passed on yet; at most one read and one header.
     inbox: BytesMut,
-    /// Written by the session and not yet sent.
+    /// Bytes that the session wrote and that were not sent yet.
     outbox: BytesMut,
-    /// The session has written the header of the final answer.
+    /// The session has written the header of the final response.
     answered: bool,
     rest: Rest,
-    /// The most that is read of a body at once; more each time that there was as much.
+    /// Maximum read size for a body; it grows after each full read.
     gulp: usize,
-    /// Runs while the client takes nothing of what is written.
+    /// Timer that runs while the client accepts no bytes.
     stalled: Option<Pin<Box<Sleep>>>,
-    /// Runs from the end of what is written to the close.
+    /// Timer that runs from the end of writing to the close.
     farewell: Option<Farewell>,
-    /// What may still be thrown away.
+    /// Number of bytes that may still be discarded.
     waste_left: u64,
     /// The client has closed its sending side.
     half_closed: bool,
-    /// Sees a reset where reading does not.
+    /// Detects a reset where no read does.
     look: Look,
-    /// The client has closed its sending side behind all of a body in chunks, some of which is unread.
+    /// The client closed its sending side after a complete chunked body, part of which is unread.
     ends_whole: bool,
-    /// The header of the present request lets another one follow.
+    /// The header of the current request permits another request.
     goes_on: bool,
-    /// Whether it is kept for another request after the present one; nothing before the answer has left.
+    /// Whether the connection is kept after the current exchange. `None` until the response was sent.
     outcome: Option<bool>,
-    /// What the socket had taken when the client was last waited for; only TLS tells.
+    /// Bytes that the socket had accepted at the last wait for the client; only TLS reports them.
     taken: u64,
 }
 
@@ -170,7 +169,7 @@ impl ClientStream {
         ClientStream::begun(io, BytesMut::new(), connection)
     }
 
-    /// Takes over a socket of which these bytes were read already.
+    /// Takes over a socket from which these bytes were already read.
     pub fn begun(io: Stream, inbox: BytesMut, connection: Arc<Connection>) -> Self {
         connection.goes_over(io.id());
         let outbox = BytesMut::new();
@@ -198,17 +197,17 @@ impl ClientStream {
         ClientStream { core }
     }
 
-    /// Looks at the bytes received and not yet handed on; a refusal looks at them for the request line.
+    /// Calls `look` with the received bytes that were not passed on; a refusal finds the request line there.
     pub fn inbox<T>(&self, look: impl FnOnce(&[u8]) -> T) -> T {
         look(&self.core().inbox)
     }
 
-    /// Waits for the first bytes of a request, holding no buffer meanwhile. `false`: the client closed.
+    /// Waits for the first bytes of a request without holding a buffer. `false`: the client closed the connection.
     pub async fn park(&mut self) -> bool {
         {
             let mut core = self.core();
             if !core.body_is_read() {
-                // Whoever gave it back with bytes of a body unread would have them taken for the next request.
+                // Unread bytes of a body would be taken for the next request.
                 debug_assert!(false, "a body was left unread");
                 return false;
             }
@@ -224,44 +223,45 @@ impl ClientStream {
         std::future::poll_fn(|cx| self.core().poll_begin(cx)).await
     }
 
-    /// Reads a request header to its end and checks it.
+    /// Reads a complete request header and checks it.
     pub async fn open(&mut self) -> Result<Opening, &'static Refusal> {
         let mut scanner = Scanner::default();
         std::future::poll_fn(|cx| self.core().poll_open(cx, &mut scanner)).await
     }
 
-    /// Sends a refusal before any session exists. `false`: it could not be sent.
+    /// Sends a refusal before a session exists. `false`: it could not be sent.
     pub async fn refuse(&mut self, answer: &[u8]) -> bool {
         self.write_all(answer).await.is_ok() && self.flush().await.is_ok()
     }
 
-    /// Lets the client read a refusal before the connection goes.
+    /// Gives the client time to read a refusal before the connection closes.
     pub async fn farewell(&mut self) {
         self.core().waste_left = LINGER_HEADER_BYTES;
         let _ = std::future::poll_fn(|cx| self.core().poll_close(cx, true)).await;
     }
 
-    /// Ends a connection that waits for its next request: what was sent last still reaches the client.
+    /// Closes a connection that waits for its next request; bytes already sent still reach the client.
     pub async fn close(&mut self) {
         let _ = std::future::poll_fn(|cx| self.core().poll_close(cx, false)).await;
     }
 
-    /// Whether the connection is kept after the present exchange, as its session said; `None`: it broke off.
+    /// Whether the connection is kept after the current exchange, as its session decided. `None`: the exchange broke
+    /// off.
     pub fn outcome(&self) -> Option<bool> {
         self.core().outcome
     }
 
-    /// Ends a connection behind its last answer, which still reaches the client.
+    /// Closes a connection after its last response, which still reaches the client.
     pub async fn end(&mut self) {
         Shutdown::shutdown(self).await;
     }
 
-    /// Watches whether the client still takes what was sent, while the stream itself is elsewhere.
+    /// Observes whether the client still accepts bytes, while another owner has the stream.
     pub fn progress(&self) -> Progress {
         Progress { core: self.core.clone() }
     }
 
-    /// The way past the session. The session must be made to believe that there are no bodies.
+    /// The path past the session. The session must be configured as if there were no bodies.
     pub fn bypass(&self) -> Bypass {
         Bypass { core: self.core.clone() }
     }
@@ -271,7 +271,7 @@ impl ClientStream {
     }
 }
 
-/// A piece of a body, which may stay for long and should not keep twice the room that it needs.
+/// Copies a piece that fills less than half of its buffer: it may be kept for long.
 fn fitting(piece: BytesMut) -> Bytes {
     if piece.len() < piece.capacity() / 2 { Bytes::copy_from_slice(&piece) } else { piece.freeze() }
 }
@@ -281,12 +281,12 @@ fn lock(core: &Mutex<Core>) -> MutexGuard<'_, Core> {
 }
 
 impl Bypass {
-    /// Whether all of the request body was read.
+    /// Whether the whole request body was read.
     pub fn is_read(&self) -> bool {
         lock(&self.core).body_is_read()
     }
 
-    /// What followed a request body in chunks that was read to its end, once.
+    /// Takes the trailers of a chunked request body that was read completely. A second call returns `None`.
     pub fn take_trailers(&self) -> Option<HeaderMap> {
         match &mut lock(&self.core).rest {
             Rest::Chunked(chunks) if chunks.ended() => Some(chunks.take_trailers()).filter(|fields| !fields.is_empty()),
@@ -294,66 +294,66 @@ impl Bypass {
         }
     }
 
-    /// The next piece of the request body, in a buffer no larger than it needs. `None` at its end.
+    /// Returns the next piece of the request body, in a buffer of about its size. `None` at the end.
     pub fn poll_piece(&self, cx: &mut Context<'_>) -> Poll<io::Result<Option<Bytes>>> {
         lock(&self.core).poll_piece(cx)
     }
 
-    /// Ready once the client has left in the middle of a body that is not being read.
+    /// Ready once the client has left before the end of a body that is not being read.
     pub fn poll_left(&self, cx: &mut Context<'_>) -> Poll<io::Error> {
         lock(&self.core).poll_left(cx)
     }
 
-    /// Whether all that was written has gone to the socket.
+    /// Whether all written bytes were given to the socket.
     pub fn has_sent_all(&self) -> bool {
         lock(&self.core).outbox.is_empty()
     }
 
-    /// Whether another request can follow the present one, as far as its header and the connection say.
+    /// Whether header and connection permit another request after the current one.
     pub fn may_go_on(&self) -> bool {
         let core = lock(&self.core);
         core.goes_on && core.body_is_read() && !(core.half_closed && core.inbox.is_empty()) && !core.connection.ends()
     }
 
-    /// No request is to follow the present one.
+    /// Prevents further requests on this connection.
     pub fn end_after_answer(&self) {
         lock(&self.core).connection.end_after_answer();
     }
 
-    /// What becomes of the connection after the present exchange; see [`ClientStream::outcome`].
+    /// Sets the outcome of the current exchange; see [`ClientStream::outcome`].
     pub fn settle(&self, outcome: Option<bool>) {
         lock(&self.core).outcome = outcome;
     }
 
-    /// Has bytes written that leave with what is sent next.
+    /// Appends bytes that are sent together with the next ones.
     pub fn gather(&self, write: impl FnOnce(&mut BytesMut)) {
         write(&mut lock(&self.core).outbox);
     }
 
-    /// Sends what was gathered.
+    /// Sends the gathered bytes.
     pub fn poll_flush(&self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         lock(&self.core).poll_flush(cx)
     }
 
-    /// Ready once the client has gone; only to be asked when the body is read.
+    /// Ready once the client has left. Call it only after the body was read.
     pub fn poll_gone(&self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         let mut core = lock(&self.core);
-        // Whoever waits has nothing to write for now.
+        // The caller has nothing more to write for now.
         if let Poll::Ready(Err(error)) = core.poll_flush(cx) {
             return Poll::Ready(Err(error));
         }
         core.poll_gone(cx)
     }
 
-    /// Ends the connection; see [`ClientStream::end`].
+    /// Closes the connection; see [`ClientStream::end`].
     pub fn poll_close(&self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         let mut core = lock(&self.core);
         let unread = !core.body_is_read();
         core.poll_close(cx, unread)
     }
 
-    /// Sends what the session has written and then these pieces, many at once and without copying them. What is sent is
-    /// gone from the front.
+    /// Sends the gathered bytes and then these pieces, many per system call and without a copy. Removes the sent bytes
+    /// from the front of `pieces`.
     pub fn poll_send(&self, cx: &mut Context<'_>, pieces: &mut VecDeque<Bytes>) -> Poll<io::Result<()>> {
         lock(&self.core).poll_send(cx, pieces)
     }
@@ -361,7 +361,7 @@ impl Bypass {
 
 impl Core {
     fn poll_open(&mut self, cx: &mut Context<'_>, scanner: &mut Scanner) -> Poll<Result<Opening, &'static Refusal>> {
-        // Over TLS, what ALPN agreed on is spoken and nothing else.
+        // Over TLS, ALPN alone determines the protocol.
         let agreed = self.connection.agreed_on_h2();
         let h2c = agreed.unwrap_or(self.connection.listener.h2c);
         loop {
@@ -387,8 +387,8 @@ impl Core {
         }
     }
 
-    /// Ready when a request has begun, or a preface (`true`), or when none will. Empty lines are no beginning: some
-    /// clients send one behind a body.
+    /// Ready when a request or a preface has begun (`true`), or when none will (`false`). Empty lines do not count:
+    /// some clients send one after a body.
     fn poll_begin(&mut self, cx: &mut Context<'_>) -> Poll<bool> {
         loop {
             if !matches!(ready!(self.poll_fill(cx)), Ok(true)) {
@@ -400,8 +400,8 @@ impl Core {
         }
     }
 
-    /// Whether nothing is here but empty lines before a request line, which are passed over (RFC 9112 §2.2), or half of
-    /// one. The deadline for the header bounds them, or that of an idle connection.
+    /// Whether the inbox holds only empty lines before a request line, which are skipped (RFC 9112 §2.2), or half of
+    /// one. The header's deadline or the idle limit bounds them.
     fn is_quiet(&mut self) -> bool {
         while self.inbox.starts_with(b"\r\n") {
             self.inbox.advance(2);
@@ -414,11 +414,11 @@ impl Core {
             head::inspect(&self.inbox[..end])?;
             return Err(&refusal::HEADER_VERSION);
         }
-        // Taking the whole buffer keeps it unshared, which is the common case of a request without a body.
+        // Taking the whole buffer avoids sharing it, in the common case of a request without a body.
         let whole = end == self.inbox.len();
         let header = if whole { std::mem::take(&mut self.inbox) } else { self.inbox.split_to(end) }.freeze();
         let request = head::read(header.clone()).inspect_err(|_| {
-            // What is written of a refusal is read there.
+            // The log line of a refusal is made from the inbox.
             let mut inbox = BytesMut::from(&header[..]);
             inbox.extend_from_slice(&self.inbox);
             self.inbox = inbox;
@@ -427,17 +427,17 @@ impl Core {
         self.rest = match request.head.body {
             Body::Length(length) => Rest::Length(length),
             Body::Chunked => Rest::Chunked(Chunks::default()),
-            // No request of HTTP/1 ends with its connection.
+            // No HTTP/1 request body ends with its connection.
             Body::None | Body::UntilEnd => Rest::Length(0),
         };
         self.goes_on = request.head.persists;
         (self.outcome, self.answered) = (None, false);
-        // Until its route is known.
+        // This applies until the route is known.
         self.connection.set_half_close_aborts(false);
         Ok(Opening::Http1(request))
     }
 
-    /// Reads what is there into the inbox. `false`: the client closed.
+    /// Reads available bytes into the inbox. `false`: the client closed the connection.
     fn poll_fill(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<bool>> {
         let mut space = [std::mem::MaybeUninit::<u8>::uninit(); FIRST_READ_BYTES];
         let mut read = ReadBuf::uninit(&mut space);
@@ -446,15 +446,15 @@ impl Core {
         Poll::Ready(Ok(!read.filled().is_empty()))
     }
 
-    /// Ready once the client has left, by a reset or by the end of its sending side before the end of the body, of which
-    /// what came may be here or in the socket. A route may take that end for leaving wherever it is.
+    /// Ready once the client has left: by a reset, or by closing its sending side before the end of the body. The
+    /// received part of the body may be in the inbox or in the socket. A route may treat every such close as leaving.
     fn poll_left(&mut self, cx: &mut Context<'_>) -> Poll<io::Error> {
         let Core { look, io, rest, inbox, connection, ends_whole, .. } = self;
         let (socket, over_tls) = (io.id(), connection.tls().is_some());
         match rest {
             _ if connection.half_close_aborts() => look.poll(cx, socket, Leaving::Ended),
             Rest::Length(left) => {
-                // Encrypted, it takes more bytes.
+                // Encryption makes the unread part longer.
                 let here = inbox.len() as u64 + if over_tls { TLS_KEPT_BYTES_MAX } else { 0 };
                 look.poll(cx, socket, Leaving::Short(left.saturating_sub(here)))
             }
@@ -462,7 +462,7 @@ impl Core {
                 let Some(unread) = unread_before_end(socket, PEEK_BYTES_MAX) else { return false };
                 let mut chunks = chunks.clone();
                 let whole = chunks.take(inbox).and_then(|_| chunks.take(&unread)).is_err() || chunks.ended();
-                // Nothing more can come that would change it.
+                // Later bytes cannot change this result.
                 *ends_whole = whole;
                 !whole
             }),
@@ -470,15 +470,15 @@ impl Core {
         }
     }
 
-    /// The request is read; tells the session only if the client goes away, and keeps what it sends for later.
+    /// The request was read: ready only if the client leaves. Bytes of the next request are kept.
     ///
-    /// A client that closes its sending side behind a whole request waits for its answer (RFC 9112 §9.6), unless its
-    /// route takes it for gone. What tells for certain is a reset, or a write that fails.
+    /// A client that closes its sending side after a complete request waits for its response (RFC 9112 §9.6), unless
+    /// its route treats this as leaving. Only a reset or a failed write is certain.
     fn poll_gone(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         while self.inbox.is_empty() && !self.half_closed {
             self.half_closed = !ready!(self.poll_fill(cx))?;
         }
-        // What is kept of the next request hides the end from reading.
+        // Bytes of the next request prevent a read from detecting the end.
         let leaving = if self.connection.half_close_aborts() { Leaving::Ended } else { Leaving::Broken };
         if self.half_closed && leaving == Leaving::Ended {
             return Poll::Ready(Ok(()));
@@ -486,7 +486,7 @@ impl Core {
         self.look.poll(cx, self.io.id(), leaving).map(Err)
     }
 
-    /// Hands on up to `limit` bytes, from the inbox first.
+    /// Passes up to `limit` bytes on, first from the inbox.
     fn poll_pass(&mut self, cx: &mut Context<'_>, out: &mut ReadBuf<'_>, limit: usize) -> Poll<io::Result<usize>> {
         let limit = limit.min(out.remaining()).min(self.gulp);
         if !self.inbox.is_empty() {
@@ -520,7 +520,7 @@ impl Core {
         };
         let next = &out.filled()[before + taken..];
         if !next.is_empty() {
-            // What was read beyond the end begins the next request; it goes before anything that follows it.
+            // Bytes after the end begin the next request; they precede those in the inbox.
             let mut inbox = BytesMut::from(next);
             inbox.extend_from_slice(&self.inbox);
             self.inbox = inbox;
@@ -529,9 +529,9 @@ impl Core {
         Poll::Ready(Ok(()))
     }
 
-    /// The next piece of a body in a buffer of its own, as large as the piece.
+    /// Returns the next piece of a body in a buffer of its own, of about its size.
     fn poll_piece(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<Option<Bytes>>> {
-        // As for a session that reads: what was gathered leaves.
+        // Gathered bytes are sent first, as for a session that reads.
         if let Poll::Ready(Err(error)) = self.poll_flush(cx) {
             return Poll::Ready(Err(error));
         }
@@ -554,7 +554,7 @@ impl Core {
                 self.connection.set_fault(Phase::Send, What::Malformed);
                 return Poll::Ready(Err(io::Error::new(io::ErrorKind::InvalidData, "malformed chunked body")));
             };
-            // What follows the body begins the next request.
+            // Bytes after the body begin the next request.
             self.inbox = if taken < piece.len() { piece.split_off(taken) } else { BytesMut::new() };
             piece.truncate(body);
             if !piece.is_empty() {
@@ -564,7 +564,8 @@ impl Core {
         Poll::Ready(Ok(None))
     }
 
-    /// Reads what is there of a body, as much as there was the last time and a little more; nothing at its end.
+    /// Reads available bytes of a body; the buffer doubles after each read that fills it. Empty when the client has
+    /// closed the connection.
     fn poll_gulp(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<BytesMut>> {
         let left = match self.rest {
             Rest::Length(left) => usize::try_from(left).unwrap_or(usize::MAX),
@@ -573,10 +574,10 @@ impl Core {
         let room = self.gulp.clamp(GULP_BYTES_LEAST, GULP_BYTES_MAX).min(left);
         let mut buffer = BytesMut::with_capacity(room);
         let mut read = ReadBuf::uninit(&mut buffer.spare_capacity_mut()[..room]);
-        // Without anything to read the buffer goes again: a client that is waited for holds none.
+        // The buffer is freed if there is nothing to read: an exchange that waits for its client holds none.
         ready!(Pin::new(&mut self.io).poll_read(cx, &mut read))?;
         let filled = read.filled().len();
-        // SAFETY: so many bytes from the beginning of the spare capacity were just filled.
+        // SAFETY: the first `filled` bytes of the spare capacity were just filled.
         unsafe { buffer.set_len(filled) };
         if filled == room {
             self.gulp = (2 * room).min(GULP_BYTES_MAX);
@@ -592,13 +593,13 @@ impl Core {
         }
     }
 
-    /// Looks at the outcome of a write: a client that takes nothing for too long is given up.
+    /// Checks the outcome of a write: times out a client that accepts no bytes for too long.
     fn poll_patience<T>(&mut self, cx: &mut Context<'_>, written: Poll<io::Result<T>>) -> Poll<io::Result<T>> {
         if written.is_ready() {
             self.stalled = None;
             return written;
         }
-        // The kernel tells a writer of a reset and not of the end of the other direction.
+        // The kernel reports a reset to a writer, but not the close of the other direction.
         let is_exchange = matches!(self.rest, Rest::Length(_) | Rest::Chunked(_)) && !self.connection.is_raw();
         if is_exchange
             && self.connection.half_close_aborts()
@@ -617,14 +618,15 @@ impl Core {
         Poll::Ready(Err(io::Error::new(io::ErrorKind::TimedOut, "the client takes nothing")))
     }
 
-    /// Pingora's session says by `Connection` whether the connection is kept, and nothing else. So what a 426 requires
-    /// is named in another one (RFC 9110 §7.8), behind the first line, which this takes: its length.
+    /// Pingora's session writes only whether the connection is kept into `Connection`. A 426 also requires the option
+    /// `upgrade` (RFC 9110 §7.8), which this method adds as a second field after the status line. Returns the length of
+    /// the status line, which it has taken.
     fn announce_upgrade(&mut self, bytes: &[u8]) -> Option<usize> {
         let is_exchange = matches!(self.rest, Rest::Length(_) | Rest::Chunked(_)) && !self.connection.is_raw();
         if self.answered || !is_exchange || !bytes.starts_with(b"HTTP/1.1 ") {
             return None;
         }
-        // Behind an interim answer, which a 101 is not, there is another header.
+        // After an interim response, which a 101 is not, another header follows.
         self.answered = bytes.get(9) != Some(&b'1') || bytes[9..].starts_with(b"101 ");
         const FIELD: &[u8] = b"\r\nupgrade:";
         let is_required = bytes[9..].starts_with(b"426 ")
@@ -656,7 +658,7 @@ impl Core {
         Pin::new(&mut self.io).poll_write(cx, bytes)
     }
 
-    /// Sends what is gathered.
+    /// Sends the gathered bytes.
     fn poll_send_outbox(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         while !self.outbox.is_empty() {
             let sent = ready!(Pin::new(&mut self.io).poll_write(cx, &self.outbox))?;
@@ -666,7 +668,7 @@ impl Core {
             self.stalled = None;
             self.outbox.advance(sent);
         }
-        // TLS may hold what it has encrypted and the socket did not take.
+        // TLS may hold encrypted bytes that the socket did not accept.
         Pin::new(&mut self.io).poll_flush(cx)
     }
 
@@ -703,18 +705,19 @@ impl Core {
         self.poll_patience(cx, flushed)
     }
 
-    /// Closes the writing side and lets the client take what was sent ([`Farewell`]), reading on meanwhile: a socket
-    /// that is closed with bytes unread is reset, and the reset destroys what the client has not taken (RFC 9112 §9.6).
-    /// It need not wait if nothing was left `unread`, nothing more comes and all is taken.
+    /// Closes the writing side and waits until the client has accepted the bytes sent ([`Farewell`]). It reads
+    /// meanwhile: closing a socket with unread bytes resets the connection, and the reset destroys bytes that the
+    /// client has not read (RFC 9112 §9.6). The wait is skipped if nothing was left `unread`, no more bytes arrive and
+    /// everything was acknowledged.
     fn poll_close(&mut self, cx: &mut Context<'_>, unread: bool) -> Poll<io::Result<()>> {
         ready!(self.poll_flush(cx))?;
         if self.connection.resets() {
-            // No end is to be seen before the reset, which comes with the drop.
+            // The client must not see a FIN before the reset, which the drop sends.
             return Poll::Ready(Ok(()));
         }
         if self.farewell.is_none() {
             ready!(Pin::new(&mut self.io).poll_shutdown(cx))?;
-            // The FIN counts as one.
+            // The FIN counts as one byte.
             if !unread
                 && self.inbox.is_empty()
                 && self.unsent() <= 1
@@ -728,7 +731,7 @@ impl Core {
         Poll::Ready(Ok(()))
     }
 
-    /// Throws away what comes until the client closes or the farewell is over.
+    /// Discards received bytes until the client closes or the farewell ends.
     fn poll_linger(&mut self, cx: &mut Context<'_>) -> Poll<()> {
         loop {
             let (unsent, patience) = (self.unsent(), self.connection.write_idle());
@@ -742,7 +745,7 @@ impl Core {
         }
     }
 
-    /// Reads something and throws it away. `false`: the client has closed, or has sent more than is taken in.
+    /// Reads bytes and discards them. `false`: the client has closed, or the limit of discarded bytes is reached.
     fn poll_waste(&mut self, cx: &mut Context<'_>) -> Poll<bool> {
         let mut space = [std::mem::MaybeUninit::<u8>::uninit(); FIRST_READ_BYTES];
         let mut waste = ReadBuf::uninit(&mut space);
@@ -751,7 +754,7 @@ impl Core {
         Poll::Ready(read.is_ok() && !waste.filled().is_empty() && self.waste_left > 0)
     }
 
-    /// Bytes that were written to the connection and that the client's host has not acknowledged.
+    /// Number of bytes written that the client's host has not acknowledged.
     fn unsent(&self) -> usize {
         self.outbox.len() + net::unacknowledged(self.io.id())
     }
@@ -759,7 +762,7 @@ impl Core {
 
 impl Drop for Core {
     fn drop(&mut self) {
-        // A stream that carries it is reset because its answer has no end.
+        // A stream that carries this connection is reset because its response has no end.
         if self.connection.resets() && !self.connection.is_carried() {
             net::reset_on_close(self.io.id());
         }
@@ -768,8 +771,8 @@ impl Drop for Core {
 
 impl Core {
     fn poll_read(&mut self, cx: &mut Context<'_>, out: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
-        // Whoever reads has nothing to write for now: what was gathered leaves, so that an answer is passed on as it
-        // comes.
+        // The reader has nothing to write for now: send the gathered bytes, so that a response is forwarded without
+        // delay.
         if let Poll::Ready(Err(error)) = self.poll_flush(cx) {
             return Poll::Ready(Err(error));
         }
@@ -791,15 +794,15 @@ impl Core {
         }
     }
 
-    /// Reads in a tunnel. Each direction of a tunnel ends by itself; see [`Connection::tunnel`].
+    /// Reads in a tunnel, whose directions end separately; see [`Connection::tunnel`].
     fn poll_tunnel(&mut self, cx: &mut Context<'_>, out: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         let connection = self.connection.clone();
         let Some(tunnel) = connection.tunnel() else { return self.poll_pass(cx, out, usize::MAX).map_ok(drop) };
-        // A client that does not take the end has gone, and reading says so.
+        // If the client does not accept the end, it has left, and the read detects this.
         if tunnel.is_to_tell(Way::Down) && self.outbox.is_empty() && Pin::new(&mut self.io).poll_shutdown(cx).is_ready()
         {
             tunnel.told(Way::Down);
-            // The endpoint's side may wait for that.
+            // The endpoint's side may be waiting for this.
             cx.waker().wake_by_ref();
         }
         if !tunnel.has_ended(Way::Up) {
@@ -815,7 +818,7 @@ impl Core {
             return Poll::Ready(Ok(()));
         }
         if tunnel.is_told(Way::Down) {
-            // Both sides have said all. That the socket is closed is no news, and the endpoint's side goes next.
+            // Both sides have ended. The endpoint's side detects this and ends the tunnel.
             return Poll::Pending;
         }
         self.look.poll(cx, self.io.id(), Leaving::Broken).map(Err)
@@ -850,7 +853,7 @@ impl AsyncWrite for ClientStream {
         self.core().poll_flush(cx)
     }
 
-    /// The way in which Pingora ends a session: it calls this one and not [`Shutdown`].
+    /// Pingora ends a session by this method, not by [`Shutdown`].
     fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         let mut core = self.core();
         let unread = !core.body_is_read();
@@ -868,7 +871,7 @@ impl Shutdown for ClientStream {
 
 #[async_trait]
 impl Peek for ClientStream {
-    /// Shows the preface that [`ClientStream::open`] found, and nothing else: HTTP/1 never gets this far.
+    /// Shows only the preface that [`ClientStream::open`] found: HTTP/1 never calls this.
     async fn try_peek(&mut self, seen: &mut [u8]) -> io::Result<bool> {
         let core = self.core();
         let there = core.inbox.len() >= seen.len();
@@ -925,7 +928,7 @@ mod tests {
         ClientStream::new(Box::new(io), connection(listener))
     }
 
-    /// A request as it goes over the wire: its header, and its body with its framing.
+    /// A serialised request: its header, and its body with its framing.
     fn request(body: Option<(bool, Vec<Vec<u8>>)>) -> (Vec<u8>, Vec<u8>) {
         let (framing, wire) = match body {
             None => (String::new(), Vec::new()),
