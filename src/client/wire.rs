@@ -414,7 +414,8 @@ impl Wire {
         self.past.as_ref().is_some_and(|past| past.reads && !past.bypass.is_read())
     }
 
-    /// As [`Wire::leaves_body`], or part of a response that has begun was not sent.
+    /// Whether bytes of the request body are unread, as the session does not know, or part of a response that has begun
+    /// was not sent: the connection cannot be reused.
     pub fn leaves_rest(&self) -> bool {
         let unfinished = self.begun && (!self.end_written || self.broken || self.sends());
         self.leaves_body() || (self.past.is_some() && unfinished)
