@@ -1,10 +1,11 @@
-//! What can be done to an exchange: the [`Filter`] trait, what a filter sees, and the list of all filters.
+//! The [`Filter`] trait, the view that a filter has of an exchange, and the list of filters.
 //!
-//! A filter is one file: its settings, a YAML example, its code and its tests. Copy `filter/request_id.rs` and
-//! change it. [`Catalog::builtin`] is the list of ours; a [`Chain`] is what the `filters:` of one route become.
+//! A filter is one file: its settings, a YAML example, its code and its tests. To write one, copy
+//! `filter/request_id.rs`. [`Catalog::builtin`] lists the filters of Forebay; a [`Chain`] holds the filters of one
+//! route.
 //!
-//! One from outside the crate registers in one line, `Gateway::builder().filter::<T>()`, and is then checked, listed
-//! in the schema and run like ours. A whole one:
+//! Another crate registers a filter with `Gateway::builder().filter::<T>()`. Forebay then checks it, lists it in the
+//! schema and runs it like its own. A complete example:
 //!
 //! ```
 //! use async_trait::async_trait;
@@ -14,7 +15,7 @@
 //! use forebay::filter::{Catalog, Filter, FilterType, Scope, Stages, Surroundings, Verdict, View};
 //! use pingora::http::RequestHeader;
 //!
-//! /// `badge: { header: X-Badge }`: refuses who shows none.
+//! /// `badge: { header: X-Badge }`: refuses requests without a badge.
 //! struct Badge(http::HeaderName);
 //!
 //! static NO_BADGE: Refusal = Refusal::new("route.badge", 401, "Show your badge.");
@@ -22,7 +23,7 @@
 //! #[derive(serde::Deserialize, schemars::JsonSchema)]
 //! #[serde(deny_unknown_fields)]
 //! struct Settings {
-//!     /// Where the badge is shown.
+//!     /// The header with the badge.
 //!     header: String,
 //! }
 //!
@@ -51,7 +52,7 @@
 //!
 //! # #[tokio::main(flavor = "current_thread")]
 //! # async fn main() -> Result<(), Box<dyn std::error::Error>> {
-//! // In a gateway its configuration does this; in a test of the filter, four lines do:
+//! // A gateway builds this from its configuration; a test of the filter needs four lines:
 //! let filters: Vec<FilterEntry> = serde_yaml::from_str("[ { badge: { header: X-Badge } } ]")?;
 //! let chain = Catalog::builtin().with::<Badge>().chain(&filters).map_err(|errors| errors[0].clone())?;
 //! let mut request = RequestHeader::build("GET", b"/", None)?;
@@ -116,16 +117,16 @@ pub use catalog::Catalog;
 pub use chain::{Chain, States, View};
 pub use key::Key;
 
-/// What a filter decided at one stage.
+/// The decision of a filter at one stage.
 #[derive(Debug)]
 pub enum Verdict {
-    /// The exchange goes on.
+    /// The exchange continues.
     Continue,
-    /// Forebay refuses it, for this reason. After the response has begun, the connection is cut instead.
+    /// Forebay refuses the exchange for this reason. Once the response has begun, it cuts the connection instead.
     Refuse(Refused),
-    /// The filter answers itself. In [`Filter::request`], no upstream is asked; in [`Filter::response`], the client
-    /// gets this in place of the endpoint's answer, of which the rest is not waited for. While a body passes it is an
-    /// error of the filter, and the exchange is refused as `internal`.
+    /// The filter answers. In [`Filter::request`], Forebay does not contact the upstream. In [`Filter::response`],
+    /// the client gets this answer instead of the endpoint's, and Forebay does not wait for the rest of the latter.
+    /// In a body stage it is a fault of the filter, and the exchange is refused as `internal`.
     Answer(Answer),
 }
 
@@ -135,12 +136,12 @@ impl From<&'static Refusal> for Verdict {
     }
 }
 
-/// A refusal, with headers of its own such as `Retry-After`.
+/// A refusal, with additional headers such as `Retry-After`.
 #[derive(Debug)]
 pub struct Refused {
-    /// Why, and with which status.
+    /// The reason and the status.
     pub refusal: &'static Refusal,
-    /// Further response headers.
+    /// Additional response headers.
     pub headers: Vec<(HeaderName, HeaderValue)>,
 }
 
@@ -151,7 +152,7 @@ impl From<&'static Refusal> for Refused {
 }
 
 impl Verdict {
-    /// A refusal of what there is no room for now: the client may try again after some seconds.
+    /// A refusal for lack of capacity: the client may retry after some seconds.
     fn busy(refusal: &'static Refusal) -> Verdict {
         Verdict::Refuse(Refused { refusal, headers: vec![(RETRY_AFTER, HeaderValue::from_static("5"))] })
     }
@@ -169,10 +170,10 @@ pub struct Answer {
 }
 
 impl Answer {
-    /// Its header as it leaves, but for `Content-Length`.
+    /// The header to send, without `Content-Length`.
     ///
     /// # Errors
-    /// It has too many fields.
+    /// The header has too many fields.
     pub(crate) fn header(&self) -> pingora::Result<ResponseHeader> {
         let mut header = ResponseHeader::build(self.status, Some(self.headers.len() + 3))?;
         for (name, value) in &self.headers {
@@ -182,72 +183,73 @@ impl Answer {
     }
 }
 
-/// What every filter of an exchange sees, whatever the stage.
+/// The exchange as a filter sees it at any stage.
 pub struct Scope<'a> {
-    /// What is known of the exchange: the client's address, the route and so on.
+    /// The facts of the exchange, such as the client's address and the route.
     pub facts: Facts<'a>,
-    /// The request header. Changes made in [`Filter::request`] are what the upstream sees.
+    /// The request header. The upstream gets the changes made in [`Filter::request`].
     pub request: &'a mut RequestHeader,
-    /// What this filter keeps for this exchange, from stage to stage; see [`Scope::keep`].
+    /// The state of this filter for this exchange, kept from stage to stage; see [`Scope::keep`].
     pub state: &'a mut Option<Box<dyn Any + Send + Sync>>,
-    /// Who asks, as far as filters have found out; see [`Scope::identify`].
+    /// The identity of the client, once a filter has determined it; see [`Scope::identify`].
     pub identity: &'a mut Option<Arc<Identity>>,
-    /// This filter has nothing to do with the body of the request; see [`Scope::leave_request_body`].
+    /// This filter does not process the request body; see [`Scope::leave_request_body`].
     pub(crate) leaves_request_body: &'a mut bool,
-    /// This filter has nothing to do with the body of the response; see [`Scope::leave_body`].
+    /// This filter does not process the response body; see [`Scope::leave_body`].
     pub(crate) leaves_body: &'a mut bool,
-    /// Nothing of the response is to leave yet; see [`Scope::hold_body`].
+    /// The response must not be sent yet; see [`Scope::hold_body`].
     pub(crate) holds_body: &'a mut bool,
 }
 
 impl Scope<'_> {
-    /// What keys and expressions are asked of: the request is what filters before this one have made of it.
+    /// The input of keys and expressions: the request as previous filters have changed it.
     pub fn asked(&self) -> Asked<'_> {
         let facts = Facts { identity: self.identity.as_deref().or(self.facts.identity), ..self.facts };
         Asked { facts, ..self.facts.asked(self.request) }
     }
 
-    /// Tells the filters behind this one, keys, logs and spans who asks. In [`Filter::request`]; later nobody hears it.
+    /// Sets the identity of the client for the following filters, keys, logs and spans. Takes effect only in
+    /// [`Filter::request`].
     pub fn identify(&mut self, identity: Identity) {
         *self.identity = Some(Arc::new(identity));
     }
 
-    /// In [`Filter::request`]: this filter is not to see the body of this request. If no other one wants to, the body
-    /// keeps its length, which the endpoint can then be told.
+    /// In [`Filter::request`]: excludes this filter from the body of this request. If no other filter reads the body,
+    /// its length stays known and can be sent to the endpoint.
     pub fn leave_request_body(&mut self) {
         *self.leaves_request_body = true;
     }
 
-    /// In [`Filter::response`]: nothing of the response is to leave before all of its body has passed the filters. A
-    /// filter that refuses it then has the client see that refusal, and not a part of a response that is cut. Under
-    /// pressure the response leaves earlier all the same, as far as the filter lets it.
+    /// In [`Filter::response`]: no part of the response is sent before its whole body has passed the filters. If this
+    /// filter then refuses the response, the client gets the refusal instead of a truncated response. When memory is
+    /// short, the response is sent earlier, as far as the filter passes it on.
     pub fn hold_body(&mut self) {
         *self.holds_body = true;
     }
 
-    /// In [`Filter::response`]: this filter is not to see the body of this response. If no other one wants to, the body
-    /// keeps its length, which the client can then be told.
+    /// In [`Filter::response`]: excludes this filter from the body of this response. If no other filter reads the
+    /// body, its length stays known and can be sent to the client.
     pub fn leave_body(&mut self) {
         *self.leaves_body = true;
     }
 
-    /// Keeps `value` until the exchange is over, in place of what this filter kept before.
+    /// Keeps `value` until the end of the exchange, and replaces what this filter kept before.
     pub fn keep<T: Any + Send + Sync>(&mut self, value: T) {
         *self.state = Some(Box::new(value));
     }
 
-    /// What this filter kept at an earlier stage, if it kept a `T`.
+    /// The value that this filter kept at an earlier stage, if it is a `T`.
     pub fn kept<T: Any>(&mut self) -> Option<&mut T> {
         self.state.as_mut()?.downcast_mut()
     }
 }
 
-/// The stages at which a filter wants to be called; others cost nothing.
+/// The stages at which a filter is called. Other stages cost nothing.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Stages(u8);
 
 impl Stages {
-    /// None of them.
+    /// No stage.
     pub const NONE: Stages = Stages(0);
     /// [`Filter::request`].
     pub const REQUEST: Stages = Stages(1);
@@ -263,15 +265,15 @@ impl Stages {
     pub const REQUEST_TRAILERS: Stages = Stages(32);
     /// [`Filter::response_trailers`].
     pub const RESPONSE_TRAILERS: Stages = Stages(64);
-    /// Each of them.
+    /// All stages.
     pub const ALL: Stages = Stages(127);
 
-    /// Whether every stage of `other` is among these.
+    /// Whether this contains every stage of `other`.
     pub const fn contains(self, other: Stages) -> bool {
         self.0 & other.0 == other.0
     }
 
-    /// Whether at least one stage of `other` is among these.
+    /// Whether this contains at least one stage of `other`.
     pub const fn intersects(self, other: Stages) -> bool {
         self.0 & other.0 != 0
     }
@@ -285,102 +287,103 @@ impl BitOr for Stages {
     }
 }
 
-/// How an exchange ended, as [`Filter::end`] sees it.
+/// The end of an exchange, for [`Filter::end`].
 #[derive(Clone, Copy, Debug)]
 pub struct Outcome {
-    /// The status the client got; 0 if none was sent.
+    /// The status sent to the client; 0 if none was sent.
     pub status: u16,
-    /// Why Forebay ended it, if it did.
+    /// The reason, if Forebay ended the exchange.
     pub refusal: Option<&'static Refusal>,
 }
 
-/// Something done to the exchanges of a route, at one or more stages of their life.
+/// Processes the exchanges of a route at one or more stages.
 ///
-/// Every stage but the end and those of trailers may wait for something and may refuse; waiting holds up this exchange
-/// only. A call that waits for longer than the `filter_timeout` of the route is dropped. The filters of a route are
-/// layers round its upstream, the first one outermost: requests pass them in the order of the list, responses and the
-/// end in the reverse. The first verdict other than [`Verdict::Continue`] ends a stage.
+/// Every stage except the end and the trailers may wait and may refuse. Waiting delays only this exchange. A call
+/// that waits longer than the `filter_timeout` of the route is dropped. The filters of a route are layers around its
+/// upstream, with the first filter outermost: requests pass them in the order of the list, responses and the end in
+/// reverse order. The first verdict other than [`Verdict::Continue`] ends a stage.
 ///
-/// A filter with a `when:` is called at no stage of an exchange for which that does not hold. It is asked once:
-/// before the request stage of the filter, or before the response stages if it reads the response. Where it reads the
-/// response, [`Filter::request`] is called before it is asked, of a filter that only [prepares](Filter::prepares)
-/// there.
+/// If a filter has a `when:` that does not hold for an exchange, it is called at no stage. The condition is evaluated
+/// once: before the request stage of the filter, or before the response stages if it reads the response. In the
+/// latter case, [`Filter::request`] is called before the evaluation, but only for a filter that
+/// [prepares](Filter::prepares).
 #[async_trait]
 pub trait Filter: Send + Sync + 'static {
-    /// The stages this filter wants.
+    /// The stages at which this filter is called.
     fn stages(&self) -> Stages;
 
-    /// Whether [`Filter::request`] does no more than to make ready for the response, such as to ask for one without a
-    /// coding. It is then called even where a `when:` reads the response, which is asked once that is here.
+    /// Whether [`Filter::request`] only prepares for the response, for example by removing `Accept-Encoding`. It is
+    /// then called even if the `when:` reads the response and so cannot be evaluated yet.
     fn prepares(&self) -> bool {
         false
     }
 
-    /// Its `when:` reads the response, which is here, and does not hold: undoes what [`Filter::request`] has made
-    /// ready. Called once a response of a filter that [prepares](Filter::prepares). Must not wait.
+    /// Undoes what [`Filter::request`] has prepared, because the `when:` reads the response and does not hold. Called
+    /// once per response, for a filter that [prepares](Filter::prepares). Must not wait.
     fn stand_down(&self, _scope: &mut Scope<'_>) {}
 
-    /// What it is called in metrics and logs, where filters of one key are different things, such as plugins. `None`:
-    /// by its key. Asked once, when it was built; each new one is kept for ever.
+    /// The name of this filter in metrics and logs, for filters that share a key, such as plugins. `None`: its key.
+    /// Called once, after the filter was built. Each new name is stored for the life of the process.
     fn label(&self) -> Option<&str> {
         None
     }
 
-    /// The headers of the request that this filter alone says something in, such as the name of a user. It removes in
-    /// [`Filter::request`] what a client has sent under these names; where it acts, they are removed from the trailers of
-    /// the request as well. Asked once, when it was built.
+    /// The request headers that only this filter may set, such as the name of a user. In [`Filter::request`] it
+    /// removes these headers of the client; Forebay also removes them from the request trailers. Called once, after
+    /// the filter was built.
     fn own_headers(&self) -> Vec<HeaderName> {
         Vec::new()
     }
 
-    /// The request header is here, nothing has been sent to an upstream.
+    /// The request header was received, and nothing was sent to an upstream.
     async fn request(&self, _scope: &mut Scope<'_>) -> Verdict {
         Verdict::Continue
     }
 
-    /// A piece of the request body passes; `end` with the last one, which may be `None`.
-    /// To hold a piece back, leave `Some` empty piece in its place: `None` means the end. If the request is sent to
-    /// another endpoint, its pieces pass again from the first: [`Facts::attempt`] tells one attempt from another.
+    /// A piece of the request body; `end` is set with the last one, which may be `None`. To hold a piece back, leave
+    /// an empty `Some` in its place: `None` means the end. If the request is sent to another endpoint, its pieces
+    /// pass again from the first; [`Facts::attempt`] is then another number.
     async fn request_body(&self, _scope: &mut Scope<'_>, _piece: &mut Option<Bytes>, _end: bool) -> Verdict {
         Verdict::Continue
     }
 
-    /// The response header is here, nothing of it has been sent to the client. It is an endpoint's, another filter's,
-    /// or a refusal of Forebay itself, on which a refusal has no effect. An exchange may have several, each in place of
-    /// the one before: each begins anew.
+    /// The response header was received, and nothing of it was sent to the client. It comes from an endpoint, another
+    /// filter or a refusal of Forebay; a refusal cannot be refused again. If an exchange has several responses, each
+    /// replaces the previous one, and the stage runs again.
     async fn response(&self, _scope: &mut Scope<'_>, _response: &mut ResponseHeader) -> Verdict {
         Verdict::Continue
     }
 
-    /// A piece of the response body passes; `end` with the last one, which may be `None`.
+    /// A piece of the response body; `end` is set with the last one, which may be `None`.
     async fn response_body(&self, _scope: &mut Scope<'_>, _piece: &mut Option<Bytes>, _end: bool) -> Verdict {
         Verdict::Continue
     }
 
-    /// The fields behind the body of the request are here (RFC 9110 §6.5), if there are any. They may come before the
-    /// last pieces of the body have been seen. Must not wait.
+    /// The trailer fields of the request (RFC 9110 §6.5), if there are any. The last pieces of the body may come
+    /// later. Must not wait.
     fn request_trailers(&self, _scope: &mut Scope<'_>, _trailers: &mut HeaderMap) {}
 
-    /// The fields behind the body of the response are here, if there are any. They may come before the last pieces of
-    /// the body have been seen. Must not wait.
+    /// The trailer fields of the response, if there are any. The last pieces of the body may come later. Must not
+    /// wait.
     fn response_trailers(&self, _scope: &mut Scope<'_>, _trailers: &mut HeaderMap) {}
 
-    /// The exchange is over, whatever way it ended, and even if an earlier filter ended it before this one was asked.
+    /// The exchange has ended, in any way. Called even if an earlier filter ended the exchange before this one was
+    /// called.
     fn end(&self, _scope: &mut Scope<'_>, _outcome: Outcome) {}
 }
 
-/// A filter that can be named in YAML.
+/// A filter with a key in YAML.
 pub trait FilterType: Filter + Sized {
     /// Its key under `filters:`.
     const KEY: &'static str;
-    /// Whether it always answers itself, so that its route needs no upstream.
+    /// Whether it always answers, so that its route needs no upstream.
     const ANSWERS: bool = false;
-    /// The refusals it may utter, so that they are counted from the start. No two may share a reason.
+    /// Its refusals, so that they are counted from the start. Each needs a reason of its own.
     const REFUSALS: &'static [&'static Refusal] = &[];
-    /// What is written below its key. Use `deny_unknown_fields`, so that a typing error is found.
+    /// Its settings. Use `deny_unknown_fields`, so that misspelt keys are errors.
     type Settings: DeserializeOwned + JsonSchema + Send + Sync + 'static;
 
-    /// Builds the filter of one route; errors carry the path inside the settings. `around` has what it may need
-    /// besides: the upstreams that it calls, the directory of the configuration, and a place for metrics of its own.
+    /// Builds the filter of one route. The path of an error is relative to the settings. `around` has the upstreams
+    /// that the filter may call, the directory of the configuration, and a registry for its metrics.
     fn build(settings: &Self::Settings, around: &Surroundings<'_>) -> Result<Self, BuildError>;
 }

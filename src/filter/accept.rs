@@ -1,18 +1,17 @@
-//! Which of several forms of an answer a client likes best, by its `Accept` (RFC 9110 §12.5.1).
+//! Content negotiation: the response format that a client prefers by its `Accept` (RFC 9110 §12.5.1).
 
 use http::HeaderMap;
 use http::header::ACCEPT;
 
-/// How a form fits what a client accepts: how much it wants it, in thousandths, and how closely it has named it.
+/// How well a format fits `Accept`: its weight in thousandths, and how specific the matching range is.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
 struct Fit {
     weight: u16,
     closeness: u8,
 }
 
-/// The place of the form that the client likes best; the first of those that it likes the same. Each form is a list of
-/// media types: the first is its own, and it does for a client that asks for one of the others. `None`: the client
-/// accepts none of them.
+/// The index of the format that the client prefers; the first of several equals. Each format is a list of media types:
+/// the first is its own, and it also serves clients that accept one of the others. `None`: the client accepts none.
 pub(super) fn best(headers: &HeaderMap, forms: &[&[&str]]) -> Option<usize> {
     if !headers.contains_key(ACCEPT) {
         return (!forms.is_empty()).then_some(0);
@@ -21,7 +20,7 @@ pub(super) fn best(headers: &HeaderMap, forms: &[&[&str]]) -> Option<usize> {
     for (place, kinds) in forms.iter().enumerate() {
         let own = |(index, kind): (usize, &&str)| {
             let fit = fit(headers, kind);
-            // A type that the client has named counts for more if it is the form's own.
+            // A type in `Accept` counts more if it is the format's own.
             Fit { closeness: if index == 0 { fit.closeness } else { fit.closeness.saturating_sub(1) }, ..fit }
         };
         let fit = kinds.iter().enumerate().map(own).max().unwrap_or_default();
@@ -32,7 +31,7 @@ pub(super) fn best(headers: &HeaderMap, forms: &[&[&str]]) -> Option<usize> {
     best.map(|(place, _)| place)
 }
 
-/// The closest range that covers a type says how much the client wants it.
+/// The most specific matching range determines the weight.
 fn fit(headers: &HeaderMap, kind: &str) -> Fit {
     let family = kind.split('/').next().unwrap_or_default();
     let mut found = Fit::default();
@@ -54,7 +53,7 @@ fn fit(headers: &HeaderMap, kind: &str) -> Fit {
     found
 }
 
-/// The weight among the parameters of a range, in thousandths; what is not a number counts as 0.
+/// The weight in the parameters of a range, in thousandths. An invalid number counts as 0.
 fn weight<'p>(mut parameters: impl Iterator<Item = &'p str>) -> u16 {
     let written = parameters.find_map(|part| part.strip_prefix("q=").or_else(|| part.strip_prefix("Q=")));
     let weight = written.map_or(1.0, |weight| weight.parse::<f32>().unwrap_or_default());

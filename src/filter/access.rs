@@ -1,13 +1,13 @@
-//! `access`: lets clients in, or keeps them out, by their address.
+//! `access`: admits or refuses clients by their address.
 //!
 //! ```yaml
 //! - access:
-//!     allow: [10.0.0.0/8, "2001:db8::/32"]   # everyone, if empty
-//!     deny: [10.0.13.37]                     # goes before `allow`
+//!     allow: [10.0.0.0/8, "2001:db8::/32"]   # all, if empty
+//!     deny: [10.0.13.37]                     # takes precedence over `allow`
 //! ```
 //!
-//! The address is the client's own, as seen through `trusted_proxies`. Over a unix socket there is none: such a client
-//! is in no list, so `deny` lets it pass and `allow` keeps it out.
+//! The address is that of the client behind `trusted_proxies`. A client of a unix socket has none and is in no list, so
+//! `deny` admits it and `allow` refuses it.
 
 use std::net::IpAddr;
 
@@ -19,14 +19,14 @@ use serde::{Deserialize, Serialize};
 use super::{Filter, FilterType, Scope, Stages, Surroundings, Verdict};
 use crate::error::{BuildError, Refusal};
 
-/// Lets clients in or keeps them out by their address: `deny` goes before `allow`, and if `allow` names anyone,
-/// everyone else is kept out with 403.
+/// Admits or refuses clients by their address. `deny` takes precedence over `allow`. If `allow` is not empty, clients
+/// outside of it are refused with 403.
 #[derive(Clone, Debug, Default, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Settings {
-    /// Who comes in; everyone, if empty.
+    /// The admitted clients; all, if empty.
     pub allow: Vec<Network>,
-    /// Who does not, even if `allow` names it.
+    /// The refused clients, even if they are in `allow`.
     pub deny: Vec<Network>,
 }
 
@@ -50,7 +50,7 @@ static DENIED: Refusal = Refusal::new("route.access", 403, "Access from this add
 
 /// Refuses clients by their address.
 pub struct Access {
-    /// `None` lets everyone in.
+    /// `None` admits all clients.
     allow: Option<Networks>,
     deny: Networks,
 }
@@ -88,7 +88,7 @@ impl Access {
     }
 }
 
-/// A set of addresses as sorted networks that do not overlap: one binary search tells, even in lists of thousands.
+/// A set of addresses as sorted networks that do not overlap, for binary search even in lists of thousands.
 #[derive(Debug, Default)]
 pub(super) struct Networks {
     v4: Vec<Ipv4Net>,
@@ -113,7 +113,7 @@ impl Networks {
         Networks { v4, v6 }
     }
 
-    /// An address of IPv4 that came in by way of IPv6 is looked up as what it is.
+    /// An IPv4 address in IPv6 form is looked up as IPv4.
     pub fn contain(&self, client: IpAddr) -> bool {
         match client.to_canonical() {
             IpAddr::V4(client) => {
@@ -128,7 +128,7 @@ impl Networks {
     }
 }
 
-/// The network of IPv4 that a network within `::ffff:0:0/96` stands for.
+/// The IPv4 network of an IPv6 network within `::ffff:0:0/96`.
 fn mapped(network: &Ipv6Net) -> Option<Ipv4Net> {
     let length = network.prefix_len().checked_sub(96)?;
     Ipv4Net::new(network.addr().to_ipv4_mapped()?, length).ok().map(|network| network.trunc())
@@ -139,7 +139,7 @@ mod tests {
     use super::super::rehearsal::{Rehearsal, chain, error, example};
     use super::*;
 
-    /// Whether a client comes in.
+    /// Whether a client is admitted.
     fn admits(settings: &str, client: &str) -> bool {
         let mut rehearsal = Rehearsal::of(&format!("- access: {settings}")).from(client);
         matches!(rehearsal.verdict(), Verdict::Continue)

@@ -1,17 +1,17 @@
-//! `api_key`: lets those in who show a key of a file, in which keys stand hashed.
+//! `api_key`: admits requests with a key from a file of hashed keys.
 //!
 //! ```yaml
 //! - api_key:
 //!     keys: { path: /etc/forebay/keys.txt, refresh: 60s, max_size: 16MiB }
-//!     header: X-Api-Key          # where it is shown; of `Authorization`, what follows `Bearer`
+//!     header: X-Api-Key          # where it is; in `Authorization`, after `Bearer`
 //!     query: api_key             # or here, if there is no such header
-//!     user_header: X-Api-Client  # tells the upstream whose key it is; what a client sends under this name is removed
+//!     user_header: X-Api-Client  # for the upstream: the key's name; the client's own is removed
 //!     forward: false             # true: the upstream gets the key as well
 //! ```
 //!
-//! A line of the file is a name, a colon and the SHA-256 of the key in hexadecimal; a name may have several keys, so
-//! that one can be replaced by another. `printf %s "$KEY" | sha256sum` makes one. A key is long and random, unlike a
-//! password, so that a fast hash is enough: use at least 128 random bits.
+//! A line of the file is a name, a colon and the SHA-256 of the key in hexadecimal. A name may have several keys, so
+//! that a key can be rotated. `printf %s "$KEY" | sha256sum` prints the hash. Unlike a password, a key is long and
+//! random, so that a fast hash suffices: use at least 128 random bits.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -34,22 +34,22 @@ use crate::expression::Identity;
 use crate::expression::fields::{argument, decoded};
 use crate::metrics::filters::Access;
 
-/// Lets those in who show a key of a file, in which keys stand hashed; others are answered 401.
+/// Admits requests with a key from a file of hashed keys, and answers others with 401.
 #[derive(Clone, Debug, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Settings {
-    /// The file: a name, a colon and the SHA-256 of a key in hexadecimal, a line each.
+    /// The file. Each line is a name, a colon and the SHA-256 of a key in hexadecimal.
     pub keys: Source,
-    /// The header in which the key is shown; of `Authorization`, what follows `Bearer`.
+    /// The header with the key. In `Authorization`, the key follows `Bearer`.
     #[serde(default = "Settings::header")]
     pub header: String,
-    /// The argument of the query in which it may be shown besides. It stands in logs then.
+    /// The query argument that may contain the key instead. Logs then contain the key.
     #[serde(default)]
     pub query: Option<String>,
-    /// The header that tells the upstream the name of the key. What a client sends under this name is removed.
+    /// The header with the name of the key for the upstream. The client's own header of this name is removed.
     #[serde(default)]
     pub user_header: Option<String>,
-    /// Whether the upstream gets the key as well.
+    /// Whether the key is also sent to the upstream.
     #[serde(default)]
     pub forward: bool,
 }
@@ -63,7 +63,7 @@ impl Settings {
 static MISSING: Refusal = Refusal::new("route.api_key_missing", 401, "Show a key.");
 static UNKNOWN: Refusal = Refusal::new("route.api_key_unknown", 401, "This key is not known here.");
 
-/// Lets those in who have a key.
+/// Admits requests with a key.
 pub struct ApiKey {
     keys: Arc<Listed<Keys>>,
     header: HeaderName,
@@ -117,7 +117,7 @@ impl FilterType for ApiKey {
         if settings.query.as_ref().is_some_and(String::is_empty) {
             return Err(BuildError::new("query", "a query argument needs a name"));
         }
-        // RFC 9110 §11.6.1 wants a challenge with each 401, and no scheme is registered for keys.
+        // RFC 9110 §11.6.1 requires a challenge with each 401, but no scheme is registered for keys.
         let scheme = if header == AUTHORIZATION { "Bearer" } else { "ApiKey" };
         let written = HeaderValue::try_from(format!("{scheme} realm=\"keys\""));
         Ok(ApiKey {
@@ -132,10 +132,10 @@ impl FilterType for ApiKey {
     }
 }
 
-/// What a request shows.
+/// The key of a request.
 enum Shown {
     Nothing,
-    /// More than one: the backend could take another one for the key.
+    /// There are several, and the backend could use another one.
     Several,
     Digest([u8; 32]),
 }
@@ -170,7 +170,7 @@ impl ApiKey {
     }
 }
 
-/// The names of keys by the digests of these.
+/// The names of keys by their digests.
 #[derive(Debug)]
 struct Keys(HashMap<[u8; 32], Box<str>>);
 
@@ -190,15 +190,15 @@ impl Keys {
             }
         }
         if keys.is_empty() {
-            // A file that is being written may be empty for a moment.
+            // While a file is being written, it may be empty for a moment.
             return Err("there is no key in it".to_owned());
         }
         Ok(Keys(keys))
     }
 
-    /// The name of the key with this digest. What is looked up is a hash, under a seed of this process, of a hash of
-    /// what was shown: the time that this takes says nothing of the keys that there are. The last comparison takes the
-    /// same time for all.
+    /// The name of the key with this digest. The map is indexed by a hash, with a seed of this process, of the digest
+    /// of the received key, so that the time of a lookup reveals nothing about other keys. The final comparison takes
+    /// constant time.
     fn name(&self, digest: &[u8; 32]) -> Option<&str> {
         let (known, name) = self.0.get_key_value(digest)?;
         memcmp::eq(known, digest).then_some(&**name)
@@ -218,7 +218,7 @@ fn hex(text: &str) -> Option<[u8; 32]> {
     Some(bytes)
 }
 
-/// Takes an argument out of the query of a request.
+/// Removes an argument from the query of a request.
 fn without_argument(request: &mut RequestHeader, name: &str) {
     let Some(query) = request.uri.query() else { return };
     let is_other = |pair: &&str| {
@@ -243,7 +243,7 @@ mod tests {
     use super::super::rehearsal::{Rehearsal, error, values};
     use super::*;
 
-    /// `secret` and `other`, as `sha256sum` has them.
+    /// `secret` and `other`, hashed by `sha256sum`.
     const FILE: &str = "shop:2bb80d537b1da3e38bd30361aa855686bde0eacd7162fef6a25fe97bf527a25b\n\
                         # the next one of the same\n\
                         shop:d9298a10d1b0735837dc4bd85dac641b0f3cef27a47e5d53a54f2f3f5b2fcffa\n";

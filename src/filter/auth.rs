@@ -1,4 +1,4 @@
-//! What filters that find out who asks have in common: headers that only they may set, challenges, and figures.
+//! Shared by the authentication filters: headers that only they may set, challenges and metrics.
 
 use hmac::{Hmac, Mac};
 use http::header::{AUTHORIZATION, WWW_AUTHENTICATE};
@@ -10,21 +10,21 @@ use super::{Refused, Surroundings, Verdict, field};
 use crate::error::{BuildError, Refusal};
 use crate::metrics::filters::{Access, Admission};
 
-/// What a filter counts of those who come to it.
+/// The metrics of one kind of authentication filter.
 pub(super) struct Gate(Option<Admission>);
 
 impl Gate {
-    /// That of the filter that is built.
+    /// The metrics of the filter that is built.
     pub fn of(around: &Surroundings<'_>) -> Gate {
         Gate(around.metrics.map(|metrics| metrics.admission(around.route, around.filter)))
     }
 
-    /// One has come, and this became of it.
+    /// Counts a request with this result.
     pub fn count(&self, access: Access) {
         self.0.iter().for_each(|admission| admission.count(access));
     }
 
-    /// Counts it, and refuses it with these further headers.
+    /// Counts the result, and refuses the request with these additional headers.
     pub fn refuse(
         &self,
         access: Access,
@@ -36,18 +36,18 @@ impl Gate {
     }
 }
 
-/// The name of a header of the request that a filter sets, if it sets one.
+/// Checks the name of the request header that a filter sets, if it sets one.
 pub(super) fn own_header(written: Option<&String>, key: &str) -> Result<Option<HeaderName>, BuildError> {
     let name = written.map(|written| field::free_name(written).map_err(|message| BuildError::new(key, message)));
     name.transpose()
 }
 
-/// Puts `value` in place of what a client has sent under this name; without a value that can stand there, nothing.
+/// Replaces the client's header of this name by `value`. If the value is missing or invalid, only removes the header.
 pub(super) fn set_own(request: &mut RequestHeader, name: Option<&HeaderName>, value: Option<&str>) {
     let Some(name) = name else { return };
     request.remove_header(name);
     if let Some(value) = value.filter(|value| !value.is_empty()).and_then(|value| HeaderValue::from_str(value).ok()) {
-        // A header that was taken away has left room for one.
+        // The removed header has left room for this one.
         let _ = request.insert_header(name.clone(), value);
     }
 }
@@ -57,7 +57,7 @@ pub(super) fn challenge(value: &HeaderValue) -> Vec<(HeaderName, HeaderValue)> {
     vec![(WWW_AUTHENTICATE, value.clone())]
 }
 
-/// A realm, as it stands in a challenge between quotes.
+/// A realm as a quoted string of a challenge.
 pub(super) fn realm(written: &str) -> Result<String, BuildError> {
     let plain = written.bytes().all(|byte| byte == b'\t' || (b' '..=b'~').contains(&byte));
     if !plain || written.is_empty() {
@@ -66,8 +66,8 @@ pub(super) fn realm(written: &str) -> Result<String, BuildError> {
     Ok(written.replace('\\', "\\\\").replace('"', "\\\""))
 }
 
-/// What follows the scheme in `Authorization`, if it is this scheme (RFC 9110 §11.4). `Err`: there is more than one
-/// field, and the backend could take another one for the right one.
+/// The credentials in `Authorization` if it has this scheme (RFC 9110 §11.4). `Err`: there are several such fields,
+/// and the backend could use another one.
 pub(super) fn credentials<'h>(headers: &'h HeaderMap, scheme: &str) -> Result<Option<&'h str>, ()> {
     let mut fields = headers.get_all(AUTHORIZATION).iter();
     let Some(field) = fields.next() else { return Ok(None) };
@@ -78,11 +78,11 @@ pub(super) fn credentials<'h>(headers: &'h HeaderMap, scheme: &str) -> Result<Op
     Ok(found.eq_ignore_ascii_case(scheme).then(|| rest.trim_matches(' ')))
 }
 
-/// Hashes what is kept of credentials, under a random key of this filter: what is remembered cannot be tried
-/// out against a list of passwords, nor can anybody bring about that two are the same.
+/// Hashes credentials for a cache, with a random key of this filter. So the cache cannot be tested against a list of
+/// passwords, and an attacker cannot cause a collision.
 pub(super) struct Sealer([u8; 32]);
 
-/// What stands for credentials.
+/// The hash of credentials.
 pub(super) type Seal = [u8; 32];
 
 impl Sealer {
@@ -90,7 +90,7 @@ impl Sealer {
         Sealer(rand::random())
     }
 
-    /// The seal of these parts, which differs if they are split in another way.
+    /// The seal of these parts. It depends on where the parts are split.
     pub fn seal(&self, parts: &[&[u8]]) -> Seal {
         let mut mac = <Hmac<Sha256> as Mac>::new_from_slice(&self.0).expect("a key of any length");
         for part in parts {

@@ -1,20 +1,20 @@
-//! `basic_auth`: lets those in who show the name and the password of a user (RFC 7617).
+//! `basic_auth`: admits requests with the name and password of a user (RFC 7617).
 //!
 //! ```yaml
 //! - basic_auth:
 //!     users: { path: /etc/forebay/users.htpasswd, refresh: 60s, max_size: 16MiB }
-//!     realm: Restricted          # what a browser shows
-//!     user_header: X-Remote-User # tells the upstream who it is; what a client sends under this name is removed
+//!     realm: Restricted          # shown by browsers
+//!     user_header: X-Remote-User # for the upstream: the name; the client's own is removed
 //!     forward: false             # true: the upstream gets the password as well
-//!     threads: 1                 # that hash, in CPU time that is left over
-//!     queue: 64                  # how many passwords may wait for them; then 503
-//!     remember: 10m              # how long a right password is not hashed again
+//!     threads: 1                 # that hash, with idle CPU time
+//!     queue: 64                  # passwords that may wait for them; then 503
+//!     remember: 10m              # how long a correct password is cached
 //!     remembered: 10k            # how many of them
 //! ```
 //!
-//! The file is what `htpasswd -B` writes, or has argon2 hashes; MD5 and SHA-1 are refused. It is read again when it
-//! changes. A client without credentials, or with wrong ones, gets 401 with a challenge. A wrong name takes as long as
-//! a wrong password.
+//! The file has the format of `htpasswd -B`, and may contain argon2 hashes; MD5 and SHA-1 are refused. It is read
+//! again when it changes. A client with missing or wrong credentials gets 401 with a challenge. A wrong name takes as
+//! long as a wrong password.
 
 mod hashing;
 mod users;
@@ -42,31 +42,31 @@ use crate::metrics::filters::Access;
 use hashing::{Hashing, Known, Terms};
 use users::Users;
 
-/// Lets those in who show the name and the password of a user (RFC 7617); others are answered 401.
+/// Admits requests with the name and password of a user (RFC 7617), and answers others with 401.
 #[derive(Clone, Debug, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Settings {
-    /// The file with the users, as `htpasswd -B` writes it; argon2 hashes may stand in it as well.
+    /// The file of users, in the format of `htpasswd -B`. It may also contain argon2 hashes.
     pub users: Source,
-    /// What a browser shows when it asks for the password.
+    /// The text that a browser shows when it asks for the password.
     #[serde(default = "Settings::realm")]
     pub realm: String,
-    /// The header that tells the upstream the name of the user. What a client sends under this name is removed.
+    /// The header with the name of the user for the upstream. The client's own header of this name is removed.
     #[serde(default)]
     pub user_header: Option<String>,
-    /// Whether the upstream gets `Authorization`, and so the password.
+    /// Whether `Authorization`, and so the password, is also sent to the upstream.
     #[serde(default)]
     pub forward: bool,
-    /// How many threads hash passwords, in CPU time that is left over.
+    /// The number of threads that hash passwords. They use only idle CPU time.
     #[serde(default = "Settings::threads")]
     pub threads: Count,
-    /// How many passwords may wait for them; further requests are answered 503.
+    /// The number of passwords that may wait for these threads. Further requests are answered with 503.
     #[serde(default = "Settings::queue")]
     pub queue: Count,
-    /// How long a right password is not hashed again; `0s`: it is each time.
+    /// How long a correct password is cached; `0s` disables the cache.
     #[serde(default = "Settings::remember")]
     pub remember: Time,
-    /// How many of them are remembered, at about 100 bytes each.
+    /// The number of cached passwords, at about 100 bytes each.
     #[serde(default = "Settings::remembered")]
     pub remembered: Count,
 }
@@ -97,13 +97,13 @@ static MISSING: Refusal = Refusal::new("route.basic_auth_missing", 401, "Show a 
 static WRONG: Refusal = Refusal::new("route.basic_auth_wrong", 401, "This name and password are not known here.");
 static BUSY: Refusal = Refusal::new("route.basic_auth_busy", 503, "Too many passwords are being checked; try again.");
 
-/// Lets users in.
+/// Admits users.
 pub struct BasicAuth {
     users: Arc<Listed<Users>>,
     challenge: HeaderValue,
     user_header: Option<HeaderName>,
     forward: bool,
-    /// What was right is remembered from one configuration to the next.
+    /// The cache of correct passwords; it outlives a reload.
     checked: Arc<(Sealer, Hashing)>,
     gate: Gate,
 }
@@ -197,8 +197,8 @@ impl BasicAuth {
     }
 }
 
-/// The name and the password that stand in base64 (RFC 7617 §2): the name has no colon, and neither has control
-/// characters.
+/// Decodes the name and the password from base64 (RFC 7617 §2). The name contains no colon, and neither contains
+/// control characters.
 fn decoded(shown: &str) -> Option<(String, Zeroizing<Vec<u8>>)> {
     let both = Zeroizing::new(STANDARD.decode(shown).ok()?);
     let colon = both.iter().position(|&byte| byte == b':')?;

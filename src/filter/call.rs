@@ -1,11 +1,10 @@
-//! What a filter can ask of others while its exchange waits: a request of its own to an upstream, and the whole answer
-//! to it.
+//! Calls of filters: requests that a filter sends to an upstream while its exchange waits for the whole answer.
 //!
-//! A filter gets a [`Caller`] for each upstream that its settings name when it is built ([`Surroundings::caller`]). So
-//! an unknown name is an error of `check`, and nothing is looked up on the way of a request. A call goes through the
-//! connections, limits, queue and circuit breaker of its upstream as an exchange does, and its endpoints are judged by
-//! what becomes of it (`proxy/call.rs`). It holds up the exchange whose filter waits for it, and no worker; if the
-//! client goes away meanwhile, it is dropped.
+//! A filter gets a [`Caller`] for each upstream in its settings when it is built ([`Surroundings::caller`]). So an
+//! unknown name is an error of `check`, and no name is looked up during a request. A call uses the connections,
+//! limits, queue and circuit breaker of its upstream like an exchange, and its result counts for the endpoints'
+//! health (`proxy/call.rs`). It delays the exchange of its filter, but blocks no worker. If the client leaves, the
+//! call is dropped.
 
 use std::any::Any;
 use std::fmt;
@@ -27,54 +26,54 @@ use crate::metrics::Metrics;
 /// A request that a filter sends to an upstream.
 #[derive(Debug)]
 pub struct Call {
-    /// Its header. `Content-Length` is that of the body, and fields that concern a connection are left out. Without a
-    /// `Host`, it gets that of the endpoint.
+    /// The header. `Content-Length` is set to the length of the body, and fields about the connection are removed.
+    /// Without a `Host`, the endpoint's address is used.
     pub request: RequestHeader,
-    /// Its body.
+    /// The body.
     pub body: Bytes,
-    /// All of it has to be done in this time: waiting for an endpoint with room, connecting, and the whole answer. The
-    /// timeouts of the upstream hold besides.
+    /// The time limit for the whole call: waiting for an endpoint with room, connecting, and the complete answer. The
+    /// timeouts of the upstream also apply.
     pub deadline: Duration,
-    /// The length limit of an answer's body, in bytes; one that has more is [`CallError::TooLarge`].
+    /// The size limit of the answer's body, in bytes. A larger body is [`CallError::TooLarge`].
     pub answer_bytes_max: usize,
 }
 
 impl Call {
-    /// A call takes no longer than this, unless it says otherwise.
+    /// The default time limit of a call.
     pub const DEADLINE: Duration = Duration::from_secs(5);
-    /// The body of an answer has no more bytes than this, unless its call says otherwise.
+    /// The default size limit of an answer's body.
     pub const ANSWER_BYTES_MAX: usize = 1 << 20;
 
-    /// A request for this path, and query if there is one, without a body.
+    /// A request without a body for this path, with a query if there is one.
     ///
     /// # Errors
-    /// There is no such method.
+    /// The method is invalid.
     pub fn new(method: &Method, target: PathAndQuery) -> pingora::Result<Call> {
         let mut request = RequestHeader::build(method.clone(), target.as_str().as_bytes(), None)?;
         request.set_uri(Uri::from(target));
         Ok(Call { request, body: Bytes::new(), deadline: Call::DEADLINE, answer_bytes_max: Call::ANSWER_BYTES_MAX })
     }
 
-    /// The same with this field in its header, in place of others of that name.
+    /// Sets this field of the header; it replaces other fields of that name.
     ///
     /// # Errors
-    /// There are too many.
+    /// There are too many fields.
     pub fn with(mut self, name: HeaderName, value: HeaderValue) -> pingora::Result<Call> {
         self.request.insert_header(name, value)?;
         Ok(self)
     }
 }
 
-/// The whole answer to a call.
+/// The complete answer to a call.
 #[derive(Debug)]
 pub struct Answered {
-    /// Its header.
+    /// The header.
     pub header: ResponseHeader,
-    /// Its body.
+    /// The body.
     pub body: Bytes,
 }
 
-/// Why there is no answer to a call.
+/// Why a call has no answer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum CallError {
     /// Every endpoint was busy, and none had room in time.
@@ -85,9 +84,9 @@ pub enum CallError {
     NoEndpoint,
     /// It took too long.
     Late,
-    /// No endpoint could be reached, or one broke off.
+    /// No endpoint could be reached, or the connection broke.
     Failed,
-    /// The answer has more bytes than the call allows.
+    /// The answer's body is larger than the call allows.
     TooLarge,
 }
 
@@ -106,7 +105,7 @@ impl fmt::Display for CallError {
 
 impl std::error::Error for CallError {}
 
-/// What sends calls to one upstream.
+/// Sends calls to one upstream.
 #[async_trait]
 pub trait Calls: Send + Sync {
     /// Sends a call.
@@ -118,15 +117,15 @@ pub trait Calls: Send + Sync {
 pub struct Caller(Arc<dyn Calls>);
 
 impl Caller {
-    /// One that hands its calls to `calls`: an upstream, or whatever stands for one in a test of a filter.
+    /// A caller that passes its calls to `calls`: an upstream, or a stand-in in tests of filters.
     pub fn new(calls: Arc<dyn Calls>) -> Caller {
         Caller(calls)
     }
 
-    /// Sends a call and waits for the whole answer, whatever its status.
+    /// Sends a call and waits for the complete answer, whatever its status.
     ///
     /// # Errors
-    /// Why there is none.
+    /// The reason for having no answer.
     pub async fn send(&self, call: Call) -> Result<Answered, CallError> {
         self.0.send(call).await
     }
@@ -134,14 +133,14 @@ impl Caller {
 
 /// The upstreams that filters can call.
 pub trait Callees {
-    /// What sends the calls of this filter to the upstream of this name; `None` if there is none.
+    /// The sender of this filter's calls to the upstream of this name; `None` if there is no such upstream.
     fn caller(&self, upstream: &str, filter: &str) -> Option<Caller>;
 
-    /// The names of all of them.
+    /// The names of all upstreams.
     fn names(&self) -> Vec<&str>;
 }
 
-/// No upstream at all.
+/// No upstream.
 impl Callees for () {
     fn caller(&self, _: &str, _: &str) -> Option<Caller> {
         None
@@ -152,18 +151,18 @@ impl Callees for () {
     }
 }
 
-/// What is around a filter when it is built.
+/// The surroundings of a filter when it is built.
 #[derive(Clone, Copy)]
 pub struct Surroundings<'a> {
-    /// The directory of the configuration file; relative paths of other files begin here.
+    /// The directory of the configuration file, to which relative paths of other files refer.
     pub directory: &'a Path,
-    /// The name of the route that the filter is built for.
+    /// The name of the filter's route.
     pub route: &'a str,
-    /// The key of the filter: its label in the metrics of its calls. Another one may be put in its place.
+    /// The key of the filter: the label of its calls in metrics. It can be replaced.
     pub filter: &'a str,
-    /// Where a filter registers metrics of its own ([`Metrics::collect_too`]); `None` in a test of it.
+    /// Where a filter registers its own metrics ([`Metrics::collect_too`]); `None` in tests of filters.
     pub metrics: Option<&'a Metrics>,
-    /// The refusals of all filters that there are, without those of Forebay itself.
+    /// The refusals of all filters, without those of Forebay itself.
     pub refusals: &'a [&'static Refusal],
     callees: &'a dyn Callees,
     keeping: Option<&'a Keeping<'a>>,
@@ -171,24 +170,25 @@ pub struct Surroundings<'a> {
 }
 
 impl<'a> Surroundings<'a> {
-    /// Those of the filters of a route.
+    /// For the filters of a route.
     pub fn new(directory: &'a Path, route: &'a str, metrics: &'a Metrics, callees: &'a dyn Callees) -> Self {
         let (metrics, refusals) = (Some(metrics), &[] as &[_]);
         Surroundings { directory, route, filter: "", metrics, refusals, callees, keeping: None, files: None }
     }
 
-    /// The same for filters that keep something from one configuration to the next.
+    /// Adds what filters keep across reloads.
     pub fn keeping(self, keeping: &'a Keeping<'a>) -> Self {
         Surroundings { keeping: Some(keeping), ..self }
     }
 
-    /// The same for filters that go by files.
+    /// Adds the keeper of files.
     pub fn watching(self, files: &'a Files) -> Self {
         Surroundings { files: Some(files), ..self }
     }
 
-    /// What outlives a reload: the thing that this filter of this route had in the configuration before, if it had one
-    /// of this name, else what `make` makes. `name` tells apart what must not be mixed up, such as two kinds of keys.
+    /// The value that outlives a reload: the one that this filter of this route had in the previous configuration
+    /// under this name, or the result of `make`. `name` distinguishes values that must not be mixed up, such as two
+    /// kinds of keys.
     pub fn keep<T: Any + Send + Sync>(&self, name: &str, make: impl FnOnce() -> T) -> Arc<T> {
         match self.keeping {
             Some(keeping) => keeping.keep(&format!("{}/{}/{name}", self.route, self.filter), make),
@@ -196,7 +196,7 @@ impl<'a> Surroundings<'a> {
         }
     }
 
-    /// Those of a test of a filter: the working directory, and these to call, such as `&()`.
+    /// For tests of filters: the working directory, and these upstreams, such as `&()`.
     pub fn rehearsal(callees: &'a dyn Callees) -> Self {
         Surroundings {
             directory: Path::new("."),
@@ -210,24 +210,24 @@ impl<'a> Surroundings<'a> {
         }
     }
 
-    /// The same for the filter of this key, beside others that have these refusals.
+    /// The same for the filter with this key, together with other filters' refusals.
     pub(super) fn of(self, filter: &'a str, refusals: &'a [&'static Refusal]) -> Self {
         Surroundings { filter, refusals, ..self }
     }
 
-    /// Has `keeper` look at a file whenever it may have changed, and every `refresh` besides, for as long as there is
-    /// one. The caller has read it once, so that what is wrong with it is an error of `check`. In a test of a filter,
-    /// no thread looks.
+    /// Registers `keeper` to read a file when it may have changed, and at least every `refresh`, as long as the
+    /// keeper lives. The caller has already read the file once, so that mistakes in it are errors of `check`. In
+    /// tests of filters, no thread reads files.
     pub fn look_after<K: Keeper>(&self, file: &Path, refresh: Duration, keeper: &Arc<K>) {
         if let Some(files) = self.files {
             files.keep(&format!("`{}` of the route {}", self.filter, self.route), &[file], refresh, keeper);
         }
     }
 
-    /// What sends calls to the upstream of this name.
+    /// The sender of calls to the upstream of this name.
     ///
     /// # Errors
-    /// There is none of this name; the path is empty, put that of the setting before it.
+    /// There is no such upstream. The path is empty: put the path of the setting before it.
     pub fn caller(&self, upstream: &str) -> Result<Caller, BuildError> {
         self.callees.caller(upstream, self.filter).ok_or_else(|| {
             let help = match nearest(upstream, self.callees.names()) {

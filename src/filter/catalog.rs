@@ -1,6 +1,6 @@
-//! The registered filters: ours, listed here, and those of other crates.
+//! The registered filters: those of Forebay, listed here, and those of other crates.
 //!
-//! It hands `config` what it needs to check a file ([`Catalog::kinds`]) and builds chains from what was checked.
+//! It provides what `config` needs to check a file ([`Catalog::kinds`]), and builds chains from checked settings.
 
 use std::sync::Arc;
 
@@ -30,11 +30,11 @@ use crate::config::filter::{self, DecodeError, Decoded, FilterEntry, FilterKind,
 use crate::error::{BuildError, Refusal, path, refusal};
 use crate::expression::{Condition, Moment};
 
-/// The filters that a configuration may name.
+/// The filters that a configuration can use.
 #[derive(Clone, Default)]
 pub struct Catalog {
     kinds: Vec<FilterKind>,
-    /// How each of `kinds` is built, at the same place.
+    /// The builder of each of `kinds`, at the same index.
     builders: Vec<Build>,
     refusals: Vec<&'static Refusal>,
     conflicts: Vec<BuildError>,
@@ -65,7 +65,7 @@ impl Catalog {
             .with::<Body>()
     }
 
-    /// These filters and one more. A key or a reason that is taken is one of [`Catalog::conflicts`].
+    /// Adds a filter. A duplicate key or reason is reported by [`Catalog::conflicts`].
     pub fn with<T: FilterType>(mut self) -> Catalog {
         if self.kinds.iter().any(|kind| kind.key == T::KEY) {
             let message = "two filters are registered under this key; one of them needs another `KEY`";
@@ -83,7 +83,7 @@ impl Catalog {
         self
     }
 
-    /// What `config` must know of the filters, in the order in which they were registered.
+    /// The filters as `config` needs them, in the order of registration.
     pub fn kinds(&self) -> &[FilterKind] {
         &self.kinds
     }
@@ -93,8 +93,8 @@ impl Catalog {
         self.refusals.clone()
     }
 
-    /// Filters that cannot stand side by side; each error's path is the key of a filter. A gateway refuses to start
-    /// with any.
+    /// Conflicts between filters; the path of each error is the key of a filter. A gateway with conflicts refuses to
+    /// start.
     pub fn conflicts(&self) -> &[BuildError] {
         &self.conflicts
     }
@@ -102,7 +102,7 @@ impl Catalog {
     /// Builds one filter.
     ///
     /// # Errors
-    /// What the filter says of its settings, with the path inside them.
+    /// The filter's error in its settings, with the path inside them.
     pub fn build(&self, decoded: &Decoded, around: &Surroundings<'_>) -> Result<Box<dyn Filter>, BuildError> {
         match self.kinds.iter().position(|kind| kind.key == decoded.key) {
             Some(index) => self.builders[index](&decoded.settings, &around.of(self.kinds[index].key, &self.refusals)),
@@ -110,7 +110,7 @@ impl Catalog {
         }
     }
 
-    /// Builds a chain with nothing around it, as for a test of a filter.
+    /// Builds a chain without surroundings, for tests of filters.
     ///
     /// # Errors
     /// As [`Catalog::chain_in`].
@@ -118,10 +118,10 @@ impl Catalog {
         self.chain_in(entries, &Surroundings::rehearsal(&()))
     }
 
-    /// Builds the chain of one route. Entries that no configuration has decoded yet are decoded here.
+    /// Builds the chain of one route. Decodes entries that no configuration has decoded yet.
     ///
     /// # Errors
-    /// All of them, with paths such as `[1].rate_limit.rate`.
+    /// All errors, with paths such as `[1].rate_limit.rate`.
     pub fn chain_in(&self, entries: &[FilterEntry], around: &Surroundings<'_>) -> Result<Chain, Vec<BuildError>> {
         let (mut filters, mut errors) = (Vec::with_capacity(entries.len()), Vec::new());
         for (index, entry) in entries.iter().enumerate() {
@@ -163,7 +163,7 @@ impl Catalog {
         Ok(Decoded { key: kind.key, settings, when })
     }
 
-    /// Two rows with one reason would be two time series with the same labels, which no Prometheus takes.
+    /// Two rows with one reason would be two time series with the same labels, which Prometheus rejects.
     fn declare(&mut self, key: &'static str, refusals: &[&'static Refusal]) {
         for &new in refusals {
             match refusal::ALL.iter().chain(&self.refusals).find(|known| known.reason == new.reason) {
@@ -178,7 +178,7 @@ impl Catalog {
     }
 }
 
-/// Makes ready the condition of a filter. What acts on requests must know by then whether it does.
+/// Builds the condition of a filter. A filter that acts on requests needs the result before the response.
 fn condition(written: &str, filter: &dyn Filter) -> Result<Condition, BuildError> {
     let on_requests = filter.stages().intersects(Stages::REQUEST | Stages::REQUEST_BODY) && !filter.prepares();
     Condition::build(written, if on_requests { Moment::Request } else { Moment::Response })

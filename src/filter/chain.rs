@@ -1,7 +1,7 @@
-//! The filters of one route, in order: who is called at which stage is decided when the chain is built.
+//! The filters of one route, in order. The filters of each stage are determined when the chain is built.
 //!
-//! `proxy` calls a chain and never a filter; [`Catalog`](super::Catalog) builds it. On the way of a request nothing is
-//! looked up by name, and nothing is allocated but the futures of the filters that run and one list of states.
+//! `proxy` calls chains, never filters; [`Catalog`](super::Catalog) builds chains. During an exchange a chain looks
+//! nothing up by name, and allocates only one list of states and the futures of the filters that run.
 
 use std::any::Any;
 use std::borrow::Cow;
@@ -29,11 +29,11 @@ use crate::phase::journal::steps::Notebook;
 #[derive(Default)]
 pub struct Chain {
     links: Vec<Link>,
-    /// For how long one call of a filter may wait. `None`: for as long as it likes.
+    /// The time limit of one call of a filter. `None`: unlimited.
     patience: Option<Duration>,
-    /// What at least one of the links wants.
+    /// The stages of all links together.
     stages: Stages,
-    /// Places in `links`, in the order in which they are called at each stage.
+    /// Indices into `links`, in the order of the calls at each stage.
     request: Vec<usize>,
     request_body: Vec<usize>,
     response: Vec<usize>,
@@ -43,61 +43,61 @@ pub struct Chain {
     end: Vec<usize>,
 }
 
-/// A filter, and how the event loop sees it: by the key under which it was written, or by its own label.
+/// A filter, with its name in the metrics of the event loop: its key or its label.
 pub(super) struct Link {
     watched: Watched,
     filter: Box<dyn Filter>,
-    /// The stages that it wants.
+    /// The stages at which it is called.
     wants: Stages,
     when: Option<When>,
-    /// What no client may say in trailers.
+    /// The fields that clients may not send in trailers.
     own: Box<[HeaderName]>,
 }
 
 /// The condition under which a filter acts.
 struct When {
     condition: Condition,
-    /// Exchanges for which it did not hold; counted once there are metrics.
+    /// The number of exchanges for which it did not hold; set once there are metrics.
     skipped: Option<IntCounter>,
 }
 
 type State = Option<Box<dyn Any + Send + Sync>>;
 
-/// What the filters of a chain keep for one exchange: a slot each. The default suits every chain.
+/// The states of the filters of a chain for one exchange: one slot per filter. The default fits every chain.
 #[derive(Default)]
 pub struct States {
     slots: Vec<Slot>,
-    /// Who asks, as a filter has found out.
+    /// The identity of the client, determined by a filter.
     identity: Option<Arc<Identity>>,
-    /// The place of the filter whose answer stands for that of the endpoint.
+    /// The index of the filter whose answer replaces that of the endpoint.
     answered: Option<usize>,
-    /// Where it is noted what filters do, if somebody wants to know.
+    /// The record of the filters' calls, if one is kept.
     notebook: Option<Notebook>,
 }
 
 #[derive(Default)]
 struct Slot {
     state: State,
-    /// Whether the filter acts, once its condition was asked.
+    /// Whether the filter acts; set once its condition was evaluated.
     acts: Option<bool>,
-    /// It has nothing to do with the body of the request.
+    /// The filter does not process the request body.
     leaves_request_body: bool,
-    /// It has nothing to do with the body of the response.
+    /// The filter does not process the response body.
     leaves_body: bool,
-    /// Nothing of the response is to leave before its body was seen.
+    /// No part of the response may be sent before the filter has seen its body.
     holds_body: bool,
 }
 
-/// What all filters of an exchange see: a [`Scope`] without the state, which is each filter's own.
+/// The exchange as all its filters see it: a [`Scope`] without the state of each filter.
 pub struct View<'a> {
-    /// What is known of the exchange.
+    /// The facts of the exchange.
     pub facts: Facts<'a>,
     /// The request header.
     pub request: &'a mut RequestHeader,
 }
 
 impl Chain {
-    /// A chain of filters, in the order in which they were written.
+    /// A chain of filters in the configured order.
     pub(super) fn new(links: Vec<Link>) -> Chain {
         let inwards =
             |stage| -> Vec<usize> { (0..links.len()).filter(|&index| links[index].stages().contains(stage)).collect() };
@@ -116,7 +116,8 @@ impl Chain {
         }
     }
 
-    /// Times the polls of its filters, and counts the exchanges of this route in which they do nothing.
+    /// Measures the polls of its filters, and counts the exchanges of this route in which their conditions do not
+    /// hold.
     pub fn timed(mut self, route: &str, metrics: &Metrics) -> Chain {
         for link in &mut self.links {
             let label = link.label();
@@ -128,18 +129,18 @@ impl Chain {
         self
     }
 
-    /// Refuses the exchange (`route.filter_timeout`) once one call of a filter has waited for longer than `patience`.
+    /// Refuses the exchange (`route.filter_timeout`) if one call of a filter waits longer than `patience`.
     pub fn bounded(self, patience: Duration) -> Chain {
         Chain { patience: Some(patience), ..self }
     }
 
-    /// Whether a filter wants one of these stages; if not, there is no need to call them.
+    /// Whether a filter is called at one of these stages.
     pub fn wants(&self, stages: Stages) -> bool {
         self.stages.intersects(stages)
     }
 
-    /// The filters that act only under a condition: what they are called, the condition, and in how many exchanges of
-    /// this route it did not hold. A filter that has no metrics yet is left out.
+    /// The filters with a condition: their names, their conditions, and the number of exchanges of this route in
+    /// which the condition did not hold. Filters without metrics are omitted.
     pub fn conditional(&self) -> impl Iterator<Item = (&'static str, &Condition, &IntCounter)> {
         self.links.iter().filter_map(|link| {
             let when = link.when.as_ref()?;
@@ -147,13 +148,13 @@ impl Chain {
         })
     }
 
-    /// Fresh states for one exchange; an empty chain allocates nothing.
+    /// New states for one exchange. An empty chain allocates nothing.
     pub fn states(&self) -> States {
         States { slots: self.links.iter().map(|_| Slot::default()).collect(), ..States::default() }
     }
 
-    /// The next of these filters that acts and wants this stage. Conditions on the way to it are asked of the same
-    /// facts, for nothing changes before a filter runs.
+    /// The next of these filters that acts at this stage. The conditions of the filters before it are evaluated on
+    /// the same facts, since nothing changes until a filter runs.
     fn next<'a>(
         &self,
         order: &mut slice::Iter<'_, usize>,
@@ -166,19 +167,19 @@ impl Chain {
             let link = &self.links[index];
             let acts = stage == Stages::REQUEST && link.decides_later()
                 || states.acts(index, link, |when| when.holds(once.get_or_init(&asked)));
-            // One that has made ready hears that it does not act.
+            // The filter has prepared for a response, and does not act on it.
             let hears = acts || stage == Stages::RESPONSE && link.decides_later() && link.filter.prepares();
             (hears && link.wants.contains(stage)).then_some((index, link))
         })
     }
 
-    /// Asks the conditions up to the first filter that acts on the request; whether there is one. If there is none,
-    /// [`Chain::request`] has nothing to do.
+    /// Evaluates the conditions up to the first filter that acts on the request, and returns whether there is one. If
+    /// not, [`Chain::request`] need not be called.
     pub fn acts_on_request<'a>(&self, states: &mut States, asked: impl Fn() -> Asked<'a>) -> bool {
         self.next(&mut self.request.iter(), Stages::REQUEST, states, asked).is_some()
     }
 
-    /// Whether a filter may act that has not yet, now that conditions on the request were asked.
+    /// Whether another filter may act, now that the conditions on the request were evaluated.
     pub fn may_act(&self, states: &States) -> bool {
         (0..self.links.len()).any(|index| states.may_act(index))
     }
@@ -225,15 +226,15 @@ impl Chain {
         Verdict::Continue
     }
 
-    /// Asks the conditions up to the first filter that acts on this response; whether there is one. If there is none,
-    /// [`Chain::response`] has nothing to do.
+    /// Evaluates the conditions up to the first filter that acts on this response, and returns whether there is one.
+    /// If not, [`Chain::response`] need not be called.
     pub fn acts_on_response<'a>(&self, states: &mut States, asked: impl Fn() -> Asked<'a>) -> bool {
         states.begin_response();
         self.next(&mut self.response.iter(), Stages::RESPONSE, states, asked).is_some()
     }
 
-    /// Runs [`Filter::response`], the last filter first. An answer of a filter takes the place of the response: the
-    /// filters outside of it see that one, and what they have left of it is the verdict.
+    /// Runs [`Filter::response`], the last filter first. The answer of a filter replaces the response: the filters
+    /// outside of it process that answer, and the verdict is the result.
     pub async fn response(&self, states: &mut States, mut view: View<'_>, response: &mut ResponseHeader) -> Verdict {
         states.begin_response();
         let mut body = None;
@@ -268,8 +269,8 @@ impl Chain {
         Verdict::Answer(Answer { status: response.status, headers, body })
     }
 
-    /// Runs [`Filter::response_body`], the last filter first. Those inside of a filter that has answered in place of
-    /// the endpoint have nothing to do with its body.
+    /// Runs [`Filter::response_body`], the last filter first. If a filter has answered in place of the endpoint, the
+    /// filters inside of it do not process the body.
     pub async fn response_body(
         &self,
         states: &mut States,
@@ -295,30 +296,30 @@ impl Chain {
         Verdict::Continue
     }
 
-    /// How long its filters may take in one stage, all of them together.
+    /// The time limit of all its filters together in one stage.
     pub fn patience(&self) -> Duration {
         let filters = u32::try_from(self.links.len()).unwrap_or(u32::MAX);
         self.patience.map_or(FAR, |patience| patience.saturating_mul(filters))
     }
 
-    /// Whether a filter wants to see the body of the request, whose header all of them have seen.
+    /// Whether a filter processes the request body. Call it after the request stage.
     pub fn sees_request_body(&self, states: &States) -> bool {
         let leaves = |index: &usize| states.slots.get(*index).is_some_and(|slot| slot.leaves_request_body);
         self.request_body.iter().any(|index| states.may_act(*index) && !leaves(index))
     }
 
-    /// Whether a filter wants to see the body of the response, whose header all of them have seen.
+    /// Whether a filter processes the response body. Call it after the response stage.
     pub fn sees_body(&self, states: &States) -> bool {
         self.response_body.iter().any(|index| states.may_act(*index) && !states.has_nothing_to_do(*index))
     }
 
-    /// Whether one of those wants nothing of the response to leave before it has seen all of it.
+    /// Whether a filter holds the response until it has seen all of its body.
     pub fn holds_answer(&self, states: &States) -> bool {
         let holds = |index: &usize| states.slots.get(*index).is_some_and(|slot| slot.holds_body);
         self.response_body.iter().any(|index| holds(index) && !states.has_nothing_to_do(*index))
     }
 
-    /// Takes from the trailers of a request what filters alone may say, and runs [`Filter::request_trailers`].
+    /// Removes from request trailers the fields that only filters may set, and runs [`Filter::request_trailers`].
     pub fn request_trailers(&self, states: &mut States, view: View<'_>, trailers: &mut HeaderMap) {
         for &index in self.request_trailers.iter().filter(|index| states.may_act(**index)) {
             self.links[index].own.iter().for_each(|name| drop(trailers.remove(name)));
@@ -347,7 +348,7 @@ impl Chain {
         }
     }
 
-    /// Runs [`Filter::end`], the last filter first: each one that wants it, whatever happened before.
+    /// Runs [`Filter::end`] of each filter with that stage, the last filter first, whatever happened before.
     pub fn end(&self, states: &mut States, mut view: View<'_>, outcome: Outcome) {
         let facts = Facts { status: outcome.status, ..view.facts };
         for &index in &self.end {
@@ -363,7 +364,7 @@ impl Chain {
 }
 
 impl Link {
-    /// Runs a stage of the filter, and notes it if there is where to.
+    /// Runs one stage of the filter, and records it if a record is kept.
     async fn run(
         &self,
         stage: &'static str,
@@ -377,9 +378,9 @@ impl Link {
         }
     }
 
-    /// Runs a call of the filter, and gives it up once it has waited for longer than it may.
+    /// Runs one call of the filter, and drops it at the time limit.
     async fn bounded(&self, call: impl Future<Output = Verdict> + Unpin, patience: Option<Duration>) -> Verdict {
-        // The caller of the chain sees the client leave.
+        // The caller of the chain detects a client that leaves.
         let decided = within(patience.unwrap_or(FAR), NoClient::Within, self.watched.run(call)).await;
         decided.unwrap_or_else(|| {
             tracing::debug!(filter = self.label(), "a filter has not decided in time");
@@ -387,24 +388,24 @@ impl Link {
         })
     }
 
-    /// A filter that was written under `key`, and the condition under which it acts.
+    /// A filter with its `key` and its condition.
     pub(super) fn new(key: &str, filter: Box<dyn Filter>, when: Option<Condition>) -> Link {
         let when = when.map(|condition| When { condition, skipped: None });
         let (wants, own) = (filter.stages(), filter.own_headers().into());
         Link { watched: Watched::untimed(filter.label().unwrap_or(key)), filter, wants, when, own }
     }
 
-    /// Whether its condition can be asked only when there is a response.
+    /// Whether its condition reads the response.
     fn decides_later(&self) -> bool {
         self.when.as_ref().is_some_and(|when| when.condition.reads_response())
     }
 
-    /// What it is called in metrics and logs.
+    /// Its name in metrics and logs.
     fn label(&self) -> &'static str {
         self.watched.label()
     }
 
-    /// The stages at which it is called, or at which its condition is asked.
+    /// The stages at which the filter is called or its condition is evaluated.
     fn stages(&self) -> Stages {
         let asked = match &self.when {
             None => Stages::NONE,
@@ -415,7 +416,7 @@ impl Link {
         self.wants | asked | own
     }
 
-    /// The verdict of a stage that comes too late for an answer.
+    /// The verdict of a stage that is too late for an answer.
     fn late(&self, stage: &str, verdict: Verdict) -> Verdict {
         match verdict {
             Verdict::Answer(_) => {
@@ -427,7 +428,7 @@ impl Link {
     }
 }
 
-/// What a stage came to, in a word.
+/// The result of a stage as a word.
 fn told(verdict: &Verdict) -> Cow<'static, str> {
     match verdict {
         Verdict::Continue => "continue".into(),
@@ -437,13 +438,13 @@ fn told(verdict: &Verdict) -> Cow<'static, str> {
 }
 
 impl States {
-    /// Has it noted what filters do.
+    /// Sets the record of the filters' calls.
     pub fn note_in(&mut self, notebook: Notebook) {
         self.notebook = Some(notebook);
     }
 
-    /// Whether this filter acts. Its condition is asked once, for it may read what filters change; and it is counted
-    /// and noted once if it does not hold.
+    /// Whether this filter acts. Its condition is evaluated once, since filters may change what it reads. If the
+    /// condition does not hold, that is counted and recorded once.
     fn acts(&mut self, index: usize, link: &Link, holds: impl FnOnce(&Condition) -> bool) -> bool {
         let Some(when) = &link.when else { return true };
         let slot = self.slot(index);
@@ -458,29 +459,29 @@ impl States {
         acts
     }
 
-    /// A response is here, in place of the one before if there was one.
+    /// Starts a response, which replaces the previous one if there was one.
     fn begin_response(&mut self) {
         self.answered = None;
         self.slots.iter_mut().for_each(|slot| (slot.leaves_body, slot.holds_body) = (false, false));
     }
 
-    /// Who asks, as far as the filters have found out.
+    /// The identity of the client, as determined by the filters.
     pub fn identity(&self) -> Option<&Arc<Identity>> {
         self.identity.as_ref()
     }
 
-    /// Whether this filter is not to see the body of the response: it has said so, or one outside of it has answered.
+    /// Whether this filter does not process the response body: it declined, or a filter outside of it has answered.
     fn has_nothing_to_do(&self, index: usize) -> bool {
         let answered = self.answered.is_some_and(|answered| index >= answered);
         answered || self.slots.get(index).is_some_and(|slot| slot.leaves_body)
     }
 
-    /// Whether the condition of this filter holds, or was not asked.
+    /// Whether the condition of this filter holds or was not evaluated.
     fn may_act(&self, index: usize) -> bool {
         self.slots.get(index).is_none_or(|slot| slot.acts != Some(false))
     }
 
-    /// Slots are added as they are asked for, so that states of another chain can never panic.
+    /// Slots are added on demand, so that states of another chain cannot panic.
     fn slot(&mut self, index: usize) -> &mut Slot {
         if index >= self.slots.len() {
             self.slots.resize_with(index + 1, Slot::default);
@@ -508,7 +509,7 @@ mod tests {
     use super::*;
     use crate::expression::Moment;
 
-    /// Writes its name into the header or the body at each stage, and stops where it is told to.
+    /// Writes its name into the header or the body at each stage, and stops where the test requires it.
     struct Witness {
         name: &'static str,
         stages: Stages,
@@ -556,7 +557,7 @@ mod tests {
         Chain::new(witnesses.into_iter().map(|witness| Link::new(witness.name, Box::new(witness), None)).collect())
     }
 
-    /// The same, each of which acts only where its condition holds.
+    /// The same filters; each acts only if its condition holds.
     fn chain_where<const N: usize>(witnesses: [(Witness, &str); N]) -> Chain {
         let link = |(witness, when): (Witness, &str)| {
             let when = Condition::build(when, Moment::Response).unwrap();

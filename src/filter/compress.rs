@@ -1,18 +1,19 @@
-//! `compress`: makes answers smaller for clients that can undo it (RFC 9110 §8.4).
+//! `compress`: compresses responses for clients that can decode them (RFC 9110 §8.4).
 //!
 //! ```yaml
 //! - compress:
-//!     codings: [zstd, br, gzip]  # what is offered; of those that a client likes the same, the first
-//!     types: ["text/*", application/json]   # media types; without it, those of text
-//!     min_size: 1KiB             # an answer that is known to be smaller leaves as it is
+//!     codings: [zstd, br, gzip]  # offered; the first, if a client prefers several equally
+//!     types: ["text/*", application/json]   # media types; by default those of text
+//!     min_size: 1KiB             # responses that are known to be smaller stay as they are
 //!     gzip_level: 5              # 1 to 9
 //!     br_level: 4                # 0 to 9
 //!     zstd_level: 3              # 1 to 12
-//!     concurrent: 1k             # how many answers are compressed at a time; more leave as they are
+//!     concurrent: 1k             # responses at a time; more are sent uncompressed
 //! ```
 //!
-//! An answer that is coded already, is a part of another, must not be changed (`Cache-Control: no-transform`) or is a
-//! stream of events leaves as it is. Large pieces are compressed on threads of their own, so that no worker is held up.
+//! A response is not compressed if it is already encoded, is a partial response, must not be transformed
+//! (`Cache-Control: no-transform`) or is an event stream. Large pieces are compressed on separate threads, so that no
+//! worker is blocked.
 
 mod coding;
 
@@ -35,26 +36,26 @@ use crate::error::{BuildError, refusal};
 use crate::metrics::filters::CompressMetrics;
 use coding::{Coding, Encoder, Levels};
 
-/// Makes answers smaller for clients that can undo it.
+/// Compresses responses for clients that can decode them.
 #[derive(Clone, Debug, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Settings {
-    /// The codings that are offered; of those that a client likes the same, it gets the first.
+    /// The offered codings. If a client prefers several equally, the first of them is used.
     pub codings: Vec<Coding>,
-    /// The media types of answers that are compressed, such as `text/*`.
+    /// The media types of responses that are compressed, such as `text/*`.
     pub types: Vec<String>,
-    /// An answer that is known to be smaller leaves as it is.
+    /// A response that is known to be smaller is not compressed.
     pub min_size: Size,
-    /// How much work goes into gzip, 1 to 9.
+    /// The compression level of gzip, 1 to 9.
     #[schemars(range(min = 1, max = 9))]
     pub gzip_level: u32,
-    /// How much work goes into Brotli, 0 to 9.
+    /// The compression level of Brotli, 0 to 9.
     #[schemars(range(max = 9))]
     pub br_level: u32,
-    /// How much work goes into Zstandard, 1 to 12.
+    /// The compression level of Zstandard, 1 to 12.
     #[schemars(range(min = 1, max = 12))]
     pub zstd_level: i32,
-    /// How many answers are compressed at a time, at up to 2 MiB each; more leave as they are.
+    /// The number of responses that are compressed at a time, with up to 2 MiB each; more are sent uncompressed.
     pub concurrent: Count,
 }
 
@@ -83,7 +84,7 @@ impl Default for Settings {
     }
 }
 
-/// Compresses answers.
+/// Compresses responses.
 pub struct Compress {
     codings: Vec<Coding>,
     types: Vec<Type>,
@@ -93,13 +94,13 @@ pub struct Compress {
     metrics: Option<CompressMetrics>,
 }
 
-/// The body that is under way.
+/// The present body.
 struct Body {
-    /// `None` while another thread has it. There is one task, so that the lock never waits: it is there since an
-    /// encoder is for one thread at a time.
+    /// `None` while another thread has it. Only one task uses it, so the lock is never contended; it is needed
+    /// because an encoder is not `Sync`.
     encoder: Mutex<Option<Encoder>>,
     coding: Coding,
-    /// It may come slowly, so that nothing of it is held back.
+    /// The body may arrive slowly, so no part of it is held back.
     flush: bool,
     _place: OwnedSemaphorePermit,
 }
@@ -111,7 +112,7 @@ impl Filter for Compress {
     }
 
     async fn response(&self, scope: &mut Scope<'_>, response: &mut ResponseHeader) -> Verdict {
-        // A response before, of the same exchange, may have been begun.
+        // A previous response of the same exchange may have been started.
         *scope.state = None;
         let body = self.begin(&scope.request.method, &scope.request.headers, response);
         match body {
@@ -143,7 +144,7 @@ impl Filter for Compress {
     }
 }
 
-/// Codes a piece, here or on another thread. The encoder comes back unless this was the end.
+/// Encodes a piece, here or on another thread. Returns the encoder, unless this was the end.
 async fn coded(encoder: Encoder, piece: Bytes, flush: bool, end: bool) -> std::io::Result<(Option<Encoder>, Bytes)> {
     let work = move |mut encoder: Encoder, piece: &[u8]| {
         let mut coded = encoder.piece(piece, flush && !end && !piece.is_empty())?;
@@ -192,16 +193,16 @@ impl FilterType for Compress {
 }
 
 impl Compress {
-    /// Marks an answer that is to be compressed, and begins with it.
+    /// Changes the header of a response that is compressed, and starts its encoder.
     fn begin(&self, method: &Method, asked: &HeaderMap, response: &mut ResponseHeader) -> Option<Body> {
         if !self.fits(response) {
             return None;
         }
-        // A cache must not give it to a client that cannot undo it, nor the plain one for ever to one that can.
+        // A cache must not give it to a client that cannot decode it, nor the plain response to one that can.
         representation::vary(response, "Accept-Encoding");
         let coding = Coding::chosen(&self.codings, asked)?;
         if *method == Method::HEAD {
-            // There is no body to be smaller, and its length is not known.
+            // There is no body, and the length of the encoded one is unknown.
             response.remove_header(&CONTENT_LENGTH);
             mark(response, coding);
             return None;
@@ -216,7 +217,7 @@ impl Compress {
         Some(Body { encoder: Mutex::new(Some(encoder)), coding, flush, _place: place })
     }
 
-    /// Whether an answer may be compressed, whatever its client accepts.
+    /// Whether a response may be compressed, regardless of its client.
     fn fits(&self, response: &ResponseHeader) -> bool {
         let headers = &response.headers;
         if !representation::is_whole(response) || headers.contains_key(CONTENT_ENCODING) {
@@ -233,9 +234,9 @@ impl Compress {
     }
 }
 
-/// Says of an answer that it is coded, and takes away what does not hold of it any more.
+/// Sets the coding of a response, and removes the fields that are no longer true.
 fn mark(response: &mut ResponseHeader, coding: Coding) {
-    // A field of a fixed name in the place of others: there is room for it.
+    // A field with a fixed name replaces others: there is room for it.
     let _ = response.insert_header(CONTENT_ENCODING, coding.name());
     representation::recoded(response);
 }

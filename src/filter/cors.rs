@@ -1,18 +1,19 @@
-//! `cors`: tells browsers which pages of other origins may read what the route answers (Fetch standard, CORS protocol).
+//! `cors`: tells browsers which pages of other origins may read the responses of a route (Fetch standard, CORS
+//! protocol).
 //!
 //! ```yaml
 //! - cors:
 //!     origins: ["https://app.example.com", "https://*.example.org"]   # or "*"
-//!     methods: [GET, HEAD, POST] # besides these, none are told in a preflight
-//!     headers: [Content-Type]    # which a page may send; "*": whatever it asks for
-//!     expose: [X-Request-Id]     # which a page may read, besides the usual ones
+//!     methods: [GET, HEAD, POST] # that a page may use
+//!     headers: [Content-Type]    # that a page may send; "*": all that it asks for
+//!     expose: [X-Request-Id]     # that a page may read, besides the usual ones
 //!     credentials: false         # true: with cookies; not together with `origins: ["*"]`
-//!     max_age: 10m               # how long a browser need not ask again
+//!     max_age: 10m               # how long browsers may cache the answer to a preflight
 //! ```
 //!
-//! A preflight (`OPTIONS` with `Origin` and `Access-Control-Request-Method`) is answered 204 and asks no upstream, so
-//! put this before filters that find out who asks: a preflight never shows anything. What the upstream itself says on
-//! the matter is replaced. No request is refused: the browser keeps a page from reading the response.
+//! A preflight (`OPTIONS` with `Origin` and `Access-Control-Request-Method`) is answered with 204 and not sent to an
+//! upstream. A preflight never has credentials, so place this filter before those that authenticate. CORS headers of
+//! the upstream are replaced. The filter refuses no request: the browser prevents a page from reading the response.
 
 use std::time::Duration;
 
@@ -32,7 +33,7 @@ use super::{Answer, Filter, FilterType, Scope, Stages, Surroundings, Verdict, fi
 use crate::config::units::Time;
 use crate::error::BuildError;
 
-/// Tells browsers which pages of other origins may read what the route answers. Preflights are answered here.
+/// Tells browsers which pages of other origins may read the responses of a route. Forebay answers preflights itself.
 #[derive(Clone, Debug, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Settings {
@@ -41,16 +42,16 @@ pub struct Settings {
     /// The methods that a page may use.
     #[serde(default = "Settings::methods")]
     pub methods: Vec<String>,
-    /// The headers that a page may send, besides those that it always may; `*`: whatever it asks for.
+    /// The headers that a page may send, in addition to those that are always allowed; `*`: all that it asks for.
     #[serde(default)]
     pub headers: Vec<String>,
-    /// The headers of an answer that a page may read, besides those that it always may.
+    /// The response headers that a page may read, in addition to those that are always allowed.
     #[serde(default)]
     pub expose: Vec<String>,
-    /// Whether a page may send cookies and the like. Not together with the origin `*`.
+    /// Whether a page may send credentials such as cookies. Not allowed together with the origin `*`.
     #[serde(default)]
     pub credentials: bool,
-    /// How long a browser need not ask again.
+    /// How long a browser may cache the answer to a preflight.
     #[serde(default = "Settings::max_age")]
     pub max_age: Time,
 }
@@ -65,11 +66,11 @@ impl Settings {
     }
 }
 
-/// Answers preflights, and marks answers.
+/// Answers preflights, and adds CORS headers to responses.
 pub struct Cors {
     origins: Origins,
     methods: HeaderValue,
-    /// `None`: whatever is asked for.
+    /// `None`: the headers that the preflight asks for.
     headers: Option<HeaderValue>,
     expose: Option<HeaderValue>,
     credentials: bool,
@@ -109,7 +110,7 @@ impl Filter for Cors {
         ];
         for (name, value) in fields {
             if let Some(value) = value {
-                // Three fields of fixed names: there is room for them.
+                // Three fields with fixed names: the header has room for them.
                 let _ = response.insert_header(name, value);
             }
         }
@@ -152,7 +153,7 @@ impl FilterType for Cors {
 }
 
 impl Cors {
-    /// The header of the answer to a preflight, without what [`Filter::response`] adds to each answer.
+    /// The header of the answer to a preflight, without the fields that [`Filter::response`] adds to each response.
     fn preflight(&self, asked: &HeaderMap) -> Vec<(HeaderName, HeaderValue)> {
         let vary = "Access-Control-Request-Method, Access-Control-Request-Headers";
         let mut fields = vec![(VARY, HeaderValue::from_static(vary))];
@@ -172,22 +173,22 @@ impl Cors {
     }
 }
 
-/// A cache must not give the answer for one origin to another.
+/// A cache must not use the response for one origin for another.
 fn vary_by_origin(response: &mut ResponseHeader) {
     let mut names = response.headers.get_all(VARY).iter().flat_map(|line| line.as_bytes().split(|&byte| byte == b','));
     let named = |name: &[u8]| name.trim_ascii().eq_ignore_ascii_case(b"origin") || name.trim_ascii() == b"*";
     if !names.any(named) {
-        // One more field: there is room for it, or the answer has too many already.
+        // One more field. If the header has no room for it, the response already has too many.
         let _ = response.append_header(VARY, HeaderValue::from_static("Origin"));
     }
 }
 
-/// Which origins are let in.
+/// The allowed origins.
 #[derive(Debug, Default)]
 struct Origins {
     all: bool,
     exact: Vec<Box<str>>,
-    /// What stands before the `*.` and what stands behind it, with the dot.
+    /// The text before `*.` and the text after it, with the dot.
     below: Vec<(Box<str>, Box<str>)>,
 }
 
@@ -226,7 +227,8 @@ impl Origins {
         Ok(origins)
     }
 
-    /// What a browser gets for the origin that it names, if that is allowed. A request that names two has none.
+    /// The `Access-Control-Allow-Origin` for the origin of the request, if it is allowed. `None` if the request has
+    /// several.
     fn allow(&self, headers: &HeaderMap) -> Option<HeaderValue> {
         let mut named = headers.get_all(ORIGIN).iter();
         let (Some(origin), None) = (named.next(), named.next()) else { return None };
@@ -249,7 +251,7 @@ fn joined(names: &[String]) -> Result<HeaderValue, http::header::InvalidHeaderVa
     HeaderValue::try_from(names.join(", "))
 }
 
-/// Names of headers, as a list.
+/// A list of header names.
 fn list(names: &[String], key: &str) -> Result<HeaderValue, BuildError> {
     for (index, name) in names.iter().enumerate() {
         field::name(name).map_err(|told| BuildError::new(format!("{key}[{index}]"), told))?;
@@ -268,7 +270,7 @@ mod tests {
         Rehearsal::of(&format!("- cors: {{ {settings} }}"))
     }
 
-    /// The origin that is allowed in an answer to this one.
+    /// The allowed origin in the response to this origin.
     fn allowed(settings: &str, origin: &str) -> Option<String> {
         let headers = cors(settings).asking("/", &[("origin", origin)]).respond(&[]);
         headers.get(ACCESS_CONTROL_ALLOW_ORIGIN).map(|origin| origin.to_str().unwrap().to_owned())

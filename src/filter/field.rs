@@ -1,6 +1,6 @@
-//! Header fields as settings write them: names, values and hosts, checked once and ready to be sent.
+//! Header fields in settings: names, values and hosts, checked once and ready to send.
 //!
-//! The checks answer with the sentence for the operator; the caller knows the place.
+//! The checks return the message for the operator; the caller adds the place.
 
 use bytes::Bytes;
 use http::HeaderValue;
@@ -12,14 +12,14 @@ use crate::config::Text;
 use crate::error::BuildError;
 use crate::expression::{self, Asked, Moment};
 
-/// A field with its name in the case in which it was written, which HTTP/1 keeps.
+/// A field. Its name keeps the configured case, which HTTP/1 sends.
 #[derive(Clone, Debug)]
 pub(super) struct Field {
     pub name: Bytes,
     pub value: HeaderValue,
 }
 
-/// The value of a field: fixed, or made for each exchange.
+/// The value of a field: fixed, or computed for each exchange.
 #[derive(Clone, Debug)]
 pub(super) enum Words {
     Fixed(HeaderValue),
@@ -27,7 +27,7 @@ pub(super) enum Words {
 }
 
 impl Words {
-    /// Makes ready what is `written`, to be asked for at this moment. The path of an error is `cel` or empty.
+    /// Builds the value that is `written`, for use at this moment. The path of an error is `cel` or empty.
     pub fn build(written: &Text, moment: Moment) -> Result<Words, BuildError> {
         match written {
             Text::Fixed(text) => value(text).map(Words::Fixed).map_err(|message| BuildError::new("", message)),
@@ -37,8 +37,8 @@ impl Words {
         }
     }
 
-    /// The value for this exchange. `None` for one that was made and is empty, or could not stand in a header: a line
-    /// break in it would be a field of the client's choice.
+    /// The value for this exchange. `None` if a computed value is empty or not valid in a header: with a line break,
+    /// a client could add fields.
     pub fn value(&self, asked: &Asked<'_>) -> Option<HeaderValue> {
         match self {
             Words::Fixed(value) => Some(value.clone()),
@@ -61,10 +61,10 @@ pub(super) fn value(written: &str) -> Result<HeaderValue, String> {
         .map_err(|_| "a header value is one line of text, without control characters".to_owned())
 }
 
-/// The name of a header that a filter may touch.
+/// The name of a header that a filter may change.
 ///
-/// Not those that frame the message or belong to the connection (RFC 9110 §7.6.1): Forebay writes these itself, and
-/// a second hand in them is request smuggling. Nor `Host`, which is more than a field.
+/// Excludes headers that frame the message or belong to the connection (RFC 9110 §7.6.1): Forebay writes these
+/// itself, and other values would allow request smuggling. Also excludes `Host`, which needs other checks.
 pub(super) fn free_name(written: &str) -> Result<HeaderName, String> {
     let name = name(written)?;
     match name {
@@ -82,7 +82,7 @@ pub(super) fn free_name(written: &str) -> Result<HeaderName, String> {
     }
 }
 
-/// A host with or without a port, as it stands in `Host` (RFC 9110 §7.2).
+/// A host with or without a port, as in `Host` (RFC 9110 §7.2).
 pub(super) fn host(written: &str) -> Option<Authority> {
     let authority = Authority::try_from(written).ok()?;
     let (host, whole) = (authority.host(), authority.as_str());
@@ -90,13 +90,13 @@ pub(super) fn host(written: &str) -> Option<Authority> {
     (named && (host.len() == whole.len() || authority.port_u16().is_some())).then_some(authority)
 }
 
-/// What the headers of requests and responses have in common; Pingora has no name for it.
+/// The common operations on headers of requests and responses; Pingora has no trait for them.
 ///
 /// Names and values were checked when the filter was built, so that none of these can fail.
 pub(super) trait Fields {
-    /// Puts the field in place of all fields of its name.
+    /// Replaces all fields of this name.
     fn set(&mut self, field: &Field);
-    /// Puts the field behind all fields of its name.
+    /// Adds a field after all others of its name.
     fn add(&mut self, field: &Field);
     /// Removes all fields of this name.
     fn remove(&mut self, name: &HeaderName);

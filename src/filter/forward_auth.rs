@@ -1,25 +1,25 @@
-//! `forward_auth`: asks a service whether a request may pass, as `auth_request` of nginx and `forward_auth` of Caddy
-//! and Traefik do.
+//! `forward_auth`: asks a service whether to admit a request, as `auth_request` of nginx and `forward_auth` of Caddy
+//! and Traefik.
 //!
 //! ```yaml
 //! - forward_auth:
 //!     upstream: auth             # an upstream of this file
-//!     path: /verify              # what is asked for there
+//!     path: /verify              # the path of the request to it
 //!     method: GET
-//!     send: [Authorization, Cookie]   # which headers of the request go along; all of them, if empty
-//!     copy: [X-Auth-User]        # which headers of its answer the upstream gets; a client's own are removed
-//!     copy_back: [Set-Cookie]    # which headers of its answer the client gets
-//!     user: X-Auth-User          # which of its headers is `auth.user` in expressions
+//!     send: [Authorization, Cookie]   # headers of the request that it gets; all, if empty
+//!     copy: [X-Auth-User]        # headers of its answer for the upstream; the client's own are removed
+//!     copy_back: [Set-Cookie]    # headers of its answer for the client
+//!     user: X-Auth-User          # the header that is `auth.user` in expressions
 //!     timeout: 5s
-//!     max_answer: 64KiB          # what it may answer at most
-//!     on_failure: refuse         # or pass: where it gives no answer, requests pass
+//!     max_answer: 64KiB          # the size limit of its answer
+//!     on_failure: refuse         # or pass: requests pass while it fails
 //!     cache: { key: { header: Authorization }, time: 10s, entries: 10k }
 //! ```
 //!
-//! The service gets the target of the request in `X-Forwarded-Method`, `-Proto`, `-Host`, `-Uri` and `-For`. With a
-//! status of 2xx the request passes. Any other answer up to 499 is what the client gets, so that the service can ask
-//! for a login. One of 500 or more, and none at all, is a failure: 503, or the request passes where `on_failure` says
-//! so.
+//! The service gets the target of the request in `X-Forwarded-Method`, `-Proto`, `-Host`, `-Uri` and `-For`. If it
+//! answers with 2xx, the request passes. The client gets any other answer up to 499, so that the service can ask for
+//! a login. A status of 500 or more, or no answer, is a failure: the request is refused with 503, or passes if
+//! `on_failure` is `pass`.
 
 use std::num::NonZeroUsize;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -44,66 +44,67 @@ use crate::error::{BuildError, Refusal};
 use crate::expression::Identity;
 use crate::metrics::filters::Access;
 
-/// Asks a service of an upstream whether a request may pass, and what the upstream is to know of who asks.
+/// Asks a service of an upstream whether to admit a request, and for headers about the client.
 #[derive(Clone, Debug, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Settings {
-    /// The upstream that is asked.
+    /// The upstream with the service.
     pub upstream: String,
-    /// The path, and query if there is one, that it is asked for.
+    /// The path of the request to the service, with the query if there is one.
     #[serde(default = "Settings::path")]
     pub path: String,
-    /// The method of the question, `GET`, `HEAD` or `POST`. It never has a body.
+    /// The method of the request to the service: `GET`, `HEAD` or `POST`. That request never has a body.
     #[serde(default = "Settings::method")]
     pub method: String,
-    /// The headers of the request that go along; all of them, if empty.
+    /// The headers of the client's request that the service gets; all of them, if empty.
     #[serde(default)]
     pub send: Vec<String>,
-    /// The headers of its answer that the request gets. What a client sends under these names is removed.
+    /// The headers of the service's answer that the upstream gets. The client's own headers of these names are
+    /// removed.
     #[serde(default)]
     pub copy: Vec<String>,
-    /// The headers of its answer that the client gets with the answer of the upstream.
+    /// The headers of the service's answer that the client gets with the response.
     #[serde(default)]
     pub copy_back: Vec<String>,
-    /// The header of its answer that is `auth.user` in expressions.
+    /// The header of the service's answer that is `auth.user` in expressions.
     #[serde(default)]
     pub user: Option<String>,
-    /// How long it may take.
+    /// The time limit of the service.
     #[serde(default = "Settings::timeout")]
     pub timeout: Time,
-    /// What the body of its answer may have at most.
+    /// The size limit of the body of the service's answer.
     #[serde(default = "Settings::max_answer")]
     pub max_answer: Size,
-    /// What becomes of requests while it gives no answer.
+    /// Whether requests pass while the service fails.
     #[serde(default)]
     pub on_failure: OnFailure,
-    /// Answers that are remembered; without it, none.
+    /// The cache of answers; without it, nothing is cached.
     #[serde(default)]
     pub cache: Option<Cache>,
 }
 
-/// What becomes of requests while the service gives no answer.
+/// The treatment of requests while the service fails.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum OnFailure {
-    /// They are answered 503.
+    /// They are refused with 503.
     #[default]
     Refuse,
     /// They pass without an identity.
     Pass,
 }
 
-/// Which answers of the service are remembered: those that let a request pass.
+/// The cache of answers that let a request pass.
 #[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Cache {
-    /// What the answer depends on. All requests of one key get the same answer, whatever else they are; those without
-    /// it are asked about each time.
+    /// The key of the cache. All requests with the same key get the same answer, so it must contain all that the
+    /// answer depends on. Requests without the key are not cached.
     pub key: config::Key,
-    /// For how long.
+    /// How long an answer is cached.
     #[serde(default = "Cache::time")]
     pub time: Time,
-    /// How many.
+    /// The number of cached answers.
     #[serde(default = "Cache::entries")]
     pub entries: Count,
 }
@@ -139,7 +140,7 @@ impl Cache {
 static UNAVAILABLE: Refusal =
     Refusal::new("route.forward_auth", 503, "The authorization service is not available; try again later.");
 
-/// What a granted header may take in memory together.
+/// The memory limit of the headers of a cached answer.
 const GRANT_BYTES_MAX: usize = 16 << 10;
 
 /// Asks a service.
@@ -154,12 +155,12 @@ pub struct ForwardAuth {
     timeout: Duration,
     answer_bytes_max: usize,
     on_failure: OnFailure,
-    /// Outlives a reload, if the settings stay as they are.
+    /// Outlives a reload, if the settings stay the same.
     memory: Option<Arc<Memory>>,
     gate: Gate,
 }
 
-/// What the service has granted.
+/// An answer that lets a request pass.
 #[derive(Clone, Debug, Default)]
 struct Grant {
     request: Fields,
@@ -216,7 +217,7 @@ impl Filter for ForwardAuth {
 
     async fn response(&self, scope: &mut Scope<'_>, response: &mut ResponseHeader) -> Verdict {
         for (name, value) in scope.kept::<Fields>().into_iter().flatten() {
-            // What exceeds the number of fields is left out.
+            // Fields beyond the limit are omitted.
             let _ = response.append_header(name.clone(), value.clone());
         }
         Verdict::Continue
@@ -265,12 +266,12 @@ fn names(written: &[String], key: &str) -> Result<Vec<HeaderName>, BuildError> {
     written.iter().enumerate().map(name).collect()
 }
 
-/// Fields that the service gets from Forebay only.
+/// Fields that the service gets only from Forebay.
 const TOLD: [&str; 5] =
     ["x-forwarded-method", "x-forwarded-proto", "x-forwarded-host", "x-forwarded-uri", "x-forwarded-for"];
 
 impl ForwardAuth {
-    /// The question.
+    /// The request to the service.
     fn call(&self, scope: &Scope<'_>) -> pingora::Result<Call> {
         let mut call = Call::new(&self.method, self.target.clone())?;
         (call.deadline, call.answer_bytes_max) = (self.timeout, self.answer_bytes_max);
@@ -294,7 +295,7 @@ impl ForwardAuth {
         Ok(call)
     }
 
-    /// What is copied of an answer; `None` if that is too much.
+    /// The headers to copy from an answer; `None` if they are too large.
     fn granted(&self, answer: &HeaderMap) -> Option<Grant> {
         let fields = |names: &[HeaderName]| -> Fields {
             let of = |name: &HeaderName| {
@@ -310,7 +311,7 @@ impl ForwardAuth {
         (bytes <= GRANT_BYTES_MAX).then_some(grant)
     }
 
-    /// Lets a request pass, with what the service says of it.
+    /// Lets a request pass, with the headers and the identity from the service.
     fn grant(&self, scope: &mut Scope<'_>, grant: Grant, access: Access) -> Verdict {
         self.strip(scope);
         for (name, value) in grant.request {
@@ -324,7 +325,7 @@ impl ForwardAuth {
         Verdict::Continue
     }
 
-    /// Removes what a client has sent under names that only the service may set.
+    /// Removes the client's headers of the names that only the service may set.
     fn strip(&self, scope: &mut Scope<'_>) {
         for name in &self.copy {
             scope.request.remove_header(name);
@@ -346,8 +347,8 @@ impl ForwardAuth {
     }
 }
 
-/// Whether a field of a request may go to the service if all do: those of its body, which does not, and of the
-/// connection stay.
+/// Whether the service gets a field of a request if it gets all. It does not get fields about the body, which is not
+/// sent, and about the connection.
 fn may_go(name: &HeaderName) -> bool {
     field::free_name(name.as_str()).is_ok()
         && ![header::EXPECT, header::CONTENT_TYPE, header::CONTENT_ENCODING, header::RANGE, header::IF_RANGE]
@@ -355,12 +356,12 @@ fn may_go(name: &HeaderName) -> bool {
         && !name.as_str().starts_with("if-")
 }
 
-/// What a client gets that the service does not let pass.
+/// The answer for a client that the service refuses.
 fn denied(Answered { header, body }: Answered) -> Answer {
     let free = |name: &HeaderName| field::free_name(name.as_str()).is_ok() && *name != header::DATE;
     let headers = header.headers.iter().filter(|(name, _)| free(name));
     let headers = headers.map(|(name, value)| (name.clone(), value.clone())).collect();
-    // RFC 9110 §15.4.5: it is about a copy that the client has of something else, and has no body.
+    // RFC 9110 §15.4.5: a 304 is about the client's copy of another resource, and has no body.
     let body = if header.status == 304 { Bytes::new() } else { body };
     Answer { status: header.status, headers, body }
 }
@@ -381,7 +382,7 @@ impl Memory {
         })
     }
 
-    /// What stands for the key of a request; `None` if it has none.
+    /// The cache key of a request; `None` if it has none.
     fn seal(&self, scope: &Scope<'_>) -> Option<Seal> {
         let asked = scope.asked();
         Some(self.sealer.seal(&[&self.key.of(&asked)?.bytes()]))

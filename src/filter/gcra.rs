@@ -1,6 +1,6 @@
-//! How often something may come: the generic cell rate algorithm, for one or for many keys.
+//! Rate limits: the generic cell rate algorithm, for one key or many.
 //!
-//! It is the token bucket without a bucket: one number per key, no timers.
+//! It is equivalent to a token bucket, but needs only one number per key and no timers.
 
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
@@ -10,8 +10,8 @@ use lru::LruCache;
 use crate::config::units::Rate;
 
 /// The generic cell rate algorithm (ITU-T I.371), as a virtual schedule in nanoseconds: each request is due one
-/// interval after the one before, and may come early by a tolerance. It decides as a token bucket would that holds
-/// `burst` and is filled evenly.
+/// interval after the previous one, and may come early by a tolerance. Its decisions are those of a token bucket of
+/// size `burst` that is filled evenly.
 #[derive(Clone, Copy, Debug)]
 pub struct Gcra {
     interval: u64,
@@ -19,15 +19,15 @@ pub struct Gcra {
 }
 
 impl Gcra {
-    /// `burst` is what an idle key may do at once, at least 1. `None` if the rate is above one a microsecond: below
-    /// that, what rounding to nanoseconds takes from the rate is less than 0.1 %.
+    /// `burst` is the number of requests that an idle key may send at once, at least 1. `None` if the rate is above
+    /// one per microsecond: below that, rounding to nanoseconds changes the rate by less than 0.1 %.
     pub fn new(rate: Rate, burst: u64) -> Option<Gcra> {
         let interval = nanoseconds(rate.per).div_ceil(rate.events);
         (interval >= 1_000).then(|| Gcra { interval, tolerance: interval.saturating_mul(burst - 1) })
     }
 
-    /// Admits a request `now` and moves `due`, when the next one is expected; 0 for a key that is new. Else it leaves
-    /// `due` alone and tells how long to wait.
+    /// Admits a request at `now` and advances `due`, the time of the next one; 0 for a new key. Otherwise leaves
+    /// `due` unchanged and returns how long to wait.
     ///
     /// # Errors
     ///
@@ -42,38 +42,38 @@ impl Gcra {
     }
 }
 
-/// Nanoseconds as GCRA counts them; 584 years fit.
+/// The time in nanoseconds; 584 years fit.
 pub fn nanoseconds(time: Duration) -> u64 {
     u64::try_from(time.as_nanos()).unwrap_or(u64::MAX)
 }
 
-/// When each key is due, for the keys seen last.
+/// The due times of the most recently used keys.
 ///
-/// Every lock is held for one look-up in memory and never across an `await`, and there are several, so that
-/// workers rarely meet at one; that is why these are plain mutexes.
+/// Every lock is held for one lookup in memory and never across an `await`. There are several shards, so that workers
+/// rarely contend; therefore plain mutexes suffice.
 pub struct Keys {
     shards: Vec<Mutex<LruCache<u64, u64>>>,
-    /// How many keys a shard may hold.
+    /// The number of keys that a shard may hold.
     room: usize,
 }
 
 impl Keys {
     const SHARDS_MAX: usize = 16;
-    /// Below this, a shard would forget keys noticeably before all others are full.
+    /// With fewer keys, some shards would be full and forget keys noticeably before the others.
     const ROOM_MIN: usize = 1_024;
 
-    /// So many are remembered, about.
+    /// The approximate number of keys.
     pub fn new(max: usize) -> Keys {
         let shards = (max / Keys::ROOM_MIN).clamp(1, Keys::SHARDS_MAX);
-        // Unbounded, and held to `room` in `with`: a bounded one allocates its whole table at once.
+        // Unbounded, and limited to `room` in `with`: a bounded map allocates its whole table at once.
         let shard = |_| Mutex::new(LruCache::unbounded());
         Keys { shards: (0..shards).map(shard).collect(), room: max / shards }
     }
 
-    /// Applies `decide` to the time at which `key` is due. `true` if another key had to be forgotten.
+    /// Applies `decide` to the due time of `key`. `true` if another key had to be forgotten.
     pub fn with<T>(&self, key: u64, decide: impl FnOnce(&mut u64) -> T) -> (T, bool) {
         let shard = &self.shards[(key % self.shards.len() as u64) as usize];
-        // Nothing that runs under the lock can panic half-way; a poisoned one is as good as new.
+        // No code under the lock can panic half-way, so a poisoned lock is still consistent.
         let mut shard = shard.lock().unwrap_or_else(PoisonError::into_inner);
         let decided = decide(shard.get_or_insert_mut(key, || 0));
         let full = shard.len() > self.room;
@@ -83,7 +83,7 @@ impl Keys {
         (decided, full)
     }
 
-    /// How many are remembered.
+    /// The number of keys.
     pub fn max(&self) -> usize {
         self.room * self.shards.len()
     }
@@ -114,7 +114,7 @@ mod tests {
         assert_eq!(due, u64::MAX);
     }
 
-    /// What GCRA must agree with: a bucket of `burst` tokens, one more each interval, counted in nanoseconds.
+    /// The reference for GCRA: a bucket of `burst` tokens, with one more per interval, counted in nanoseconds.
     struct Bucket {
         level: u64,
         filled: u64,

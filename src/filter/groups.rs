@@ -1,18 +1,18 @@
-//! What is put in the place of a match: text and groups of the pattern (`$1`, `${name}`, `$$`).
+//! The replacement for a match: text and groups of the pattern (`$1`, `${name}`, `$$`).
 
-/// A part of it.
+/// A part of a replacement.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Piece {
     Text(String),
-    /// What this group of the pattern matched; nothing, if it took no part in the match.
+    /// The text that this group of the pattern matched; empty if it did not take part in the match.
     Group(usize),
 }
 
-/// Cuts `to` into text and groups, by the grammar of `Regex::replace`, except that a group must exist. `names` are
-/// those of the groups of the pattern, with the whole match as the first.
+/// Splits `to` into text and groups, with the grammar of `Regex::replace`, except that groups must exist. `names` are
+/// the names of the pattern's groups, where the first is the whole match.
 ///
 /// # Errors
-/// What is wrong with it.
+/// The mistake.
 pub(super) fn pieces(to: &str, names: &[Option<&str>]) -> Result<Vec<Piece>, String> {
     let mut pieces = Vec::new();
     let mut rest = to;
@@ -35,7 +35,7 @@ pub(super) fn pieces(to: &str, names: &[Option<&str>]) -> Result<Vec<Piece>, Str
     Ok(pieces)
 }
 
-/// The number of the group `name`, which may be a number itself.
+/// The index of the group `name`, which may be a number.
 fn group(name: &str, names: &[Option<&str>]) -> Result<usize, String> {
     let found = match name.parse() {
         Ok(number) => Some(number).filter(|&number| number < names.len()),

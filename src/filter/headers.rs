@@ -1,19 +1,18 @@
-//! `headers`: removes, sets and adds header fields, on the way to the upstream and on the way back.
+//! `headers`: removes, sets and adds header fields of requests and responses.
 //!
 //! ```yaml
 //! - headers:
 //!     request:
 //!       remove: [Cookie]
-//!       set: { Host: app.internal, X-Edge: forebay }     # in place of what is there
+//!       set: { Host: app.internal, X-Edge: forebay }     # replaces
 //!     response:
 //!       remove: [Server, X-Powered-By]
 //!       set: { Strict-Transport-Security: max-age=31536000 }
-//!       add: { Link: "</style.css>; rel=preload" }       # besides what is there
+//!       add: { Link: "</style.css>; rel=preload" }       # adds
 //! ```
 //!
-//! A value may be `{ cel: "…" }`, which makes one for each exchange. Where it makes an empty one, or one that
-//! cannot stand in a header, there is no such field afterwards; so a field that a client sends by the same name
-//! never stays in its place.
+//! A value may be `{ cel: "…" }`, which computes it for each exchange. If the result is empty or not valid in a
+//! header, the field is removed. So a client's field of the same name never takes its place.
 
 use std::collections::BTreeMap;
 
@@ -33,25 +32,25 @@ use crate::error::path::{self, join};
 use crate::error::{BuildError, Refusal};
 use crate::expression::{self, Moment};
 
-/// Removes, sets and adds header fields. Fields that frame a message or belong to a connection cannot be touched.
+/// Removes, sets and adds header fields. Fields that frame a message or belong to a connection cannot be changed.
 #[derive(Clone, Debug, Default, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Settings {
-    /// What the upstream sees. `Host` can be set here.
+    /// Changes to the request for the upstream. They may include `Host`.
     pub request: HeaderChanges,
-    /// What the client sees.
+    /// Changes to the response for the client.
     pub response: HeaderChanges,
 }
 
-/// Changes to the fields of one header, in this order: `remove`, `set`, `add`.
+/// Changes to the fields of one header, in the order `remove`, `set`, `add`.
 #[derive(Clone, Debug, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct HeaderChanges {
-    /// Fields that are taken away.
+    /// The fields to remove.
     pub remove: Vec<String>,
-    /// Fields that stand in place of all of the same name; a value is text or `{ cel: … }`.
+    /// The fields that replace all of the same name; a value is text or `{ cel: … }`.
     pub set: BTreeMap<String, Text>,
-    /// Fields that are added to those of the same name; a value is text or `{ cel: … }`.
+    /// The fields to add to those of the same name; a value is text or `{ cel: … }`.
     pub add: BTreeMap<String, Text>,
 }
 
@@ -61,7 +60,7 @@ static UNFIT: Refusal = Refusal::new("route.headers", 400, "The request cannot b
 pub struct Headers {
     request: Changes,
     response: Changes,
-    /// The `Host` that `request` sets.
+    /// The `Host` of the request, if it is set.
     host: Option<Host>,
 }
 
@@ -72,15 +71,15 @@ struct Changes {
     add: Vec<Change>,
 }
 
-/// A field and where its value comes from.
+/// A field and its value.
 struct Change {
     name: HeaderName,
-    /// The same name in the case in which it goes out.
+    /// The same name in the case in which it is sent.
     written: Bytes,
     value: Words,
 }
 
-/// A host that is fixed, or made for each exchange.
+/// A host, fixed or computed for each exchange.
 enum Host {
     Fixed(Authority),
     Made(expression::Value),
@@ -161,7 +160,7 @@ impl Changes {
         self.remove.is_empty() && self.set.is_empty() && self.add.is_empty()
     }
 
-    /// Each value sees what the changes before it have made.
+    /// Each value sees the changes before it.
     fn apply<H: Fields>(&self, header: &mut H, value: impl Fn(&H, &Words) -> Option<HeaderValue>) {
         self.remove.iter().for_each(|name| header.remove(name));
         for change in &self.set {
@@ -178,7 +177,7 @@ impl Changes {
     }
 }
 
-/// Fields from names and values; errors stand at the name.
+/// Parses fields with their values. The path of an error is the name.
 fn changes(written: &BTreeMap<String, Text>, moment: Moment) -> Result<Vec<Change>, BuildError> {
     let change = |(written, value): (&String, &Text)| {
         let name = field::free_name(written).map_err(|message| BuildError::at_key(written, message))?;
@@ -188,7 +187,7 @@ fn changes(written: &BTreeMap<String, Text>, moment: Moment) -> Result<Vec<Chang
     written.iter().map(change).collect()
 }
 
-/// YAML tells `X-A` and `x-a` apart and HTTP does not: one of two such values would be lost.
+/// YAML distinguishes `X-A` and `x-a`, but HTTP does not: one of two such values would be lost.
 fn check_once(set: &BTreeMap<String, Text>) -> Result<(), BuildError> {
     let twin = |name: &&String| set.range::<String, _>(..*name).any(|(other, _)| other.eq_ignore_ascii_case(name));
     match set.keys().find(twin) {
@@ -197,7 +196,7 @@ fn check_once(set: &BTreeMap<String, Text>) -> Result<(), BuildError> {
     }
 }
 
-/// Takes `Host`, in any case, from what is to be set on the request: it is checked as a host, not as any value.
+/// Removes `Host`, in any case, from the fields to set on the request: it is checked as a host.
 fn take_host(set: &mut BTreeMap<String, Text>) -> Result<Option<Host>, BuildError> {
     let Some(name) = set.keys().find(|name| name.eq_ignore_ascii_case(HOST.as_str())).cloned() else {
         return Ok(None);
@@ -218,8 +217,8 @@ fn take_host(set: &mut BTreeMap<String, Text>) -> Result<Option<Host>, BuildErro
     }
 }
 
-/// Makes the request target say the same as `Host`, if it names a host at all: on HTTP/2 Pingora would put the
-/// target's `:authority` back in its place.
+/// Updates the host of the request target, if it has one, to that in `Host`: for HTTP/2, Pingora would restore the
+/// target's `:authority`.
 fn agree(request: &mut RequestHeader, host: &Authority) {
     if request.uri.authority().is_none() {
         return;

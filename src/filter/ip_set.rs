@@ -1,13 +1,14 @@
-//! `ip_set`: lets clients in, or keeps them out, by a file of addresses and networks that changes.
+//! `ip_set`: admits or refuses clients by a file of addresses and networks that changes.
 //!
 //! ```yaml
 //! - ip_set:
 //!     source: { path: /etc/forebay/blocked.txt, refresh: 60s, max_size: 16MiB }
-//!     action: deny               # or allow: who is not in the file is kept out
+//!     action: deny               # or allow: clients outside of the file are refused
 //! ```
 //!
-//! One address or network a line, `#` begins a comment. The file is read again when it changes; one that is wrong then
-//! changes nothing, and is logged. For a few networks that do not change there is `access`.
+//! Each line has one address or network; `#` begins a comment. The file is read again when it changes. If it is then
+//! invalid, the previous content stays in use and the error is logged. For a few networks that do not change, use
+//! `access`.
 
 use std::sync::Arc;
 
@@ -22,25 +23,25 @@ use super::{Filter, FilterType, Scope, Stages, Surroundings, Verdict};
 use crate::error::{BuildError, Refusal};
 use crate::metrics::filters::Access;
 
-/// Lets clients in or keeps them out by a file of addresses and networks; it is read again when it changes.
+/// Admits or refuses clients by a file of addresses and networks. The file is read again when it changes.
 #[derive(Clone, Debug, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Settings {
-    /// The file: one address or network a line, `#` begins a comment.
+    /// The file. Each line has one address or network; `#` begins a comment.
     pub source: Source,
-    /// What becomes of who is in it.
+    /// The treatment of clients in the file.
     #[serde(default)]
     pub action: Action,
 }
 
-/// What becomes of a client whose address is in the file.
+/// The treatment of clients whose address is in the file.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Action {
-    /// It is kept out, and everybody else comes in.
+    /// They are refused, and all others are admitted.
     #[default]
     Deny,
-    /// It comes in, and everybody else is kept out.
+    /// They are admitted, and all others are refused.
     Allow,
 }
 
@@ -81,7 +82,7 @@ impl FilterType for IpSet {
     }
 }
 
-/// The networks in the text of a file. It may be empty; then it matches no client.
+/// The networks in the text of a file. The text may be empty; then it matches no client.
 fn networks(text: &str) -> Result<Networks, String> {
     let network = |(number, line): (usize, &str)| {
         let written = line.split('#').next().unwrap_or_default().trim();
@@ -95,7 +96,7 @@ mod tests {
     use super::super::rehearsal::{Rehearsal, error};
     use super::*;
 
-    /// Whether a client comes in.
+    /// Whether a client is admitted.
     fn admits(action: &str, text: &str, client: &str) -> bool {
         let file = tempfile::NamedTempFile::new().unwrap();
         std::fs::write(file.path(), text).unwrap();

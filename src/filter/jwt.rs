@@ -1,27 +1,27 @@
-//! `jwt`: lets those in who show a token that somebody known has signed (RFC 7519, RFC 7515).
+//! `jwt`: admits requests with a token that is signed with a known key (RFC 7519, RFC 7515).
 //!
 //! ```yaml
 //! - jwt:
 //!     keys: { file: { path: /etc/forebay/jwks.json, refresh: 60s, max_size: 16MiB } }
 //!     # or: { service: { upstream: idp, path: /.well-known/jwks.json, refresh: 10m, retry: 10s, keep: 1d, timeout: 5s, max_size: 256KiB } }
-//!     algorithms: [RS256, ES256] # with which tokens may be signed
+//!     algorithms: [RS256, ES256] # accepted ones
 //!     issuer: ["https://idp.example.com/"]   # one of these is in `iss`
 //!     audience: [shop]           # one of these is in `aud`
-//!     leeway: 60s                # how far clocks may be apart
-//!     require: [exp]             # claims that must be there
+//!     leeway: 60s                # tolerated difference between clocks
+//!     require: [exp]             # required claims
 //!     from: { header: Authorization }   # or { cookie: session }, { query: token }
-//!     claims: { X-User: sub, X-Roles: realm_access.roles }   # claims to headers; a client's own are removed
+//!     claims: { X-User: sub, X-Roles: realm_access.roles }   # claims as headers; the client's own are removed
 //!     user: sub                  # the claim that is `auth.user` in expressions
 //!     optional: false            # true: requests without a token pass
 //!     forward: false             # true: the upstream gets the token as well
-//!     max_token: 8KiB            # a longer one is refused unread
+//!     max_token: 8KiB            # longer ones are refused unread
 //!     realm: Restricted
 //! ```
 //!
-//! A token is refused if it is signed with another algorithm than those written here, or with one that is not that of
-//! the key; `none` is no algorithm. What a token says of keys itself (`jku`, `jwk`, `x5u`, `x5c`) is not looked at, and
-//! one with `crit` is refused (RFC 7515 §4.1.11). A token with `aud` is refused where no audience is written (RFC 7519
-//! §4.1.3). Expressions behind this read `jwt.claims`.
+//! A token is refused if its algorithm is not in `algorithms` or does not fit the key; `none` is never accepted. The
+//! filter ignores keys in the token (`jku`, `jwk`, `x5u`, `x5c`), and refuses tokens with `crit` (RFC 7515 §4.1.11).
+//! It refuses a token with `aud` if no audience is configured (RFC 7519 §4.1.3). Expressions of later filters can
+//! read `jwt.claims`.
 
 mod crypto;
 mod keys;
@@ -52,96 +52,97 @@ use crate::expression::fields::cookies;
 use crate::metrics::filters::Access;
 use keys::{KeySet, Keys, Known, Service, Terms};
 
-/// Lets those in who show a token that is signed with a known key, in force, and meant for us; others are answered 401.
+/// Admits requests with a valid token: signed with a known key, not expired, and meant for this audience. Answers
+/// others with 401.
 #[derive(Clone, Debug, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Settings {
-    /// Where the keys come from.
+    /// The source of the keys.
     pub keys: KeysFrom,
-    /// The algorithms with which tokens may be signed. `HS256` and the like need keys that are secret.
+    /// The accepted algorithms. `HS256` and the like need secret keys.
     #[serde(default = "Settings::algorithms")]
     pub algorithms: Vec<Signing>,
-    /// Who may have made a token: one of these is its `iss`. Anybody who has a key, if empty.
+    /// The accepted issuers (`iss`). If empty, any issuer with a known key.
     #[serde(default)]
     pub issuer: Vec<String>,
-    /// Whom a token may be meant for: one of these is in its `aud`. If empty, one that has an `aud` is refused.
+    /// The accepted audiences (`aud`). If empty, tokens with an `aud` are refused.
     #[serde(default)]
     pub audience: Vec<String>,
-    /// How far the clocks of who makes tokens and of this machine may be apart, at most 10 minutes.
+    /// The tolerated difference between the clocks of the issuer and this machine, at most 10 minutes.
     #[serde(default = "Settings::leeway")]
     pub leeway: Time,
-    /// Claims that a token must have. Without `exp` among them, one without an end is accepted.
+    /// The claims that a token must have. Without `exp` in this list, tokens without an expiry are accepted.
     #[serde(default = "Settings::require")]
     pub require: Vec<String>,
-    /// Where the token is shown; in `Authorization`, behind `Bearer`.
+    /// Where requests contain the token. In `Authorization`, it follows `Bearer`.
     #[serde(default = "Settings::from")]
     pub from: Carrier,
-    /// Headers that the upstream gets, with the claims that are their values. What a client sends under these names is
-    /// removed. A claim inside of others is written with dots; the items of a list are joined by `, `.
+    /// Headers for the upstream, with the claims that are their values. The client's own headers of these names are
+    /// removed. Dots separate the names of nested claims; the items of a list are joined by `, `.
     #[serde(default)]
     pub claims: BTreeMap<String, String>,
     /// The claim that is `auth.user` in expressions.
     #[serde(default = "Settings::user")]
     pub user: String,
-    /// Whether requests without a token pass. One that is shown must be right all the same.
+    /// Whether requests without a token pass. If a request has a token, it must be valid even then.
     #[serde(default)]
     pub optional: bool,
-    /// Whether the upstream gets the token as well.
+    /// Whether the token is also sent to the upstream.
     #[serde(default)]
     pub forward: bool,
-    /// A longer token is refused unread.
+    /// The length limit of a token. Longer tokens are refused unread.
     #[serde(default = "Settings::max_token")]
     pub max_token: Size,
-    /// What the challenge of a 401 calls this place.
+    /// The realm in the challenge of a 401.
     #[serde(default = "Settings::realm")]
     pub realm: String,
 }
 
-/// Where the keys come from.
+/// The source of the keys.
 #[derive(Clone, Debug, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum KeysFrom {
-    /// A file with a JWK set; it is read again when it changes.
+    /// A file with a JWK set. It is read again when it changes.
     File(Source),
-    /// A service that has a JWK set.
+    /// A service with a JWK set.
     Service(Asked),
 }
 
-/// A service that has a JWK set.
+/// A service with a JWK set.
 #[derive(Clone, Debug, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Asked {
-    /// The upstream that is asked.
+    /// The upstream with the service.
     pub upstream: String,
-    /// For which path.
+    /// The path of the JWK set.
     #[serde(default = "Asked::path")]
     pub path: String,
-    /// Keys that are older are asked for anew; so they are when a token names one that is not there.
+    /// Keys older than this are fetched again. They are also fetched when a token names an unknown key.
     #[serde(default = "Asked::refresh")]
     pub refresh: Time,
-    /// The service is not asked more often than this, whatever clients show.
+    /// The least time between two requests to the service, whatever tokens clients send.
     #[serde(default = "Asked::retry")]
     pub retry: Time,
-    /// How long keys are of use while the service does not answer; then requests are answered 503.
+    /// How long keys are used while the service does not answer. Afterwards requests are refused with 503.
     #[serde(default = "Asked::keep")]
     pub keep: Time,
-    /// How long its answer may take.
+    /// The time limit of the service's answer.
     #[serde(default = "Asked::timeout")]
     pub timeout: Time,
-    /// How much it may have.
+    /// The size limit of the service's answer.
     #[serde(default = "Asked::max_size")]
     pub max_size: Size,
 }
 
-/// Where a token is shown.
+/// Where requests contain the token.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Carrier {
-    /// In a header; in `Authorization`, behind `Bearer`.
+    /// In a header. In `Authorization`, the token follows `Bearer`.
     Header(String),
     /// In a cookie.
     Cookie(String),
-    /// In an argument of the query, which stands in logs.
+    /// In a query argument. Logs then contain the token.
     Query(String),
 }
 
@@ -246,16 +247,16 @@ static MEANT: Refusal =
 static UNAVAILABLE: Refusal =
     Refusal::new("route.jwt_unavailable", 503, "The keys for tokens are not available; try again later.");
 
-/// What claims may have together, in bytes and in number; what exceeds it is left out.
+/// The limits on all claims together, in bytes and in number. Claims beyond them are omitted.
 const CLAIMS_BYTES_MAX: usize = 16 << 10;
 const CLAIMS_MAX: usize = 256;
-/// Claims inside of claims, so deep.
+/// The depth limit of nested claims.
 const DEPTH_MAX: usize = 4;
 
-/// Lets those in who have a token.
+/// Admits requests with a token.
 pub struct Jwt {
     keys: Keys,
-    /// What is asked of a token that is signed with an algorithm.
+    /// The requirements for a token of one algorithm.
     validations: Vec<Validation>,
     from: Place,
     claims: Vec<(HeaderName, Box<str>)>,
@@ -268,32 +269,32 @@ pub struct Jwt {
     gate: Gate,
 }
 
-/// Where a token is shown.
+/// Where requests contain the token.
 enum Place {
     Header(HeaderName),
     Cookie(Box<[u8]>),
     Query(Key),
 }
 
-/// What a request shows.
+/// The token of a request.
 #[derive(Debug, PartialEq, Eq)]
 enum Shown {
     Nothing,
-    /// More than one: the backend could take another one for the token.
+    /// There are several, and the backend could use another one.
     Several,
     Token(String),
 }
 
-/// Why a token is not accepted.
+/// Why a token is refused.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Flaw {
-    /// It is none, is signed in a way that is not accepted, or not at all.
+    /// It is malformed, not signed, or its signature or algorithm is not accepted.
     Invalid,
-    /// The key that it names is not known.
+    /// It names an unknown key.
     UnknownKey,
-    /// It is not in force any more, or not yet.
+    /// It has expired, or is not valid yet.
     Expired,
-    /// It is meant for others, or made by others.
+    /// Its audience or issuer is another one.
     Meant,
 }
 
@@ -383,10 +384,10 @@ impl FilterType for Jwt {
     }
 }
 
-/// The claims whose presence the library looks at.
+/// The claims whose presence the library checks.
 const REQUIRABLE: [&str; 5] = ["exp", "nbf", "iss", "aud", "sub"];
 
-/// What is asked of a token that is signed with this algorithm.
+/// The requirements for a token of this algorithm.
 fn validation(settings: &Settings, algorithm: Algorithm) -> Validation {
     let mut validation = Validation::new(algorithm);
     let mut required = settings.require.clone();
@@ -479,24 +480,24 @@ impl Place {
         }
     }
 
-    /// Takes the token out of a request.
+    /// Removes the token from a request.
     fn remove(&self, request: &mut RequestHeader) {
         match self {
             Place::Header(name) => drop(request.remove_header(name)),
             Place::Cookie(name) => without_cookie(request, name),
-            // What stands in the target is what the client asks for; it stays.
+            // The target is what the client asks for, and stays unchanged.
             Place::Query(_) => {}
         }
     }
 }
 
-/// The only one of some values; `None` if there are several.
+/// The single value; `None` if there are several.
 fn one<'h>(mut values: impl Iterator<Item = &'h [u8]>) -> Option<Option<&'h [u8]>> {
     let first = values.next();
     values.next().is_none().then_some(first)
 }
 
-/// Takes a cookie out of a request, and leaves the others.
+/// Removes a cookie from a request, and keeps the others.
 fn without_cookie(request: &mut RequestHeader, name: &[u8]) {
     let is_other = |pair: &&[u8]| pair.trim_ascii().strip_prefix(name).is_none_or(|rest| !rest.starts_with(b"="));
     let lines = request.headers.get_all(COOKIE).iter();
@@ -504,13 +505,13 @@ fn without_cookie(request: &mut RequestHeader, name: &[u8]) {
     let left = pairs.map(<[u8]>::trim_ascii).filter(|pair| !pair.is_empty()).collect::<Vec<_>>().join(&b"; "[..]);
     request.remove_header(&COOKIE);
     if let Some(left) = HeaderValue::from_bytes(&left).ok().filter(|left| !left.is_empty()) {
-        // What was taken away has left room for it.
+        // The removed field has left room for it.
         let _ = request.insert_header(COOKIE, left);
     }
 }
 
 impl Jwt {
-    /// The header of a token, and what is asked of one with its algorithm.
+    /// The header of a token, and the requirements for its algorithm.
     fn header(&self, token: &str) -> Result<(Header, &Validation), Flaw> {
         if token.len() > self.token_bytes_max {
             return Err(Flaw::Invalid);
@@ -547,14 +548,14 @@ impl Jwt {
     }
 }
 
-/// The claims of a token that is signed with one of these keys, in force, and meant for us.
+/// The claims of a token, if it is valid for one of these keys.
 fn checked(token: &str, header: &Header, validation: &Validation, keys: &KeySet) -> Result<Map<String, Value>, Flaw> {
     let mut flaw = Flaw::UnknownKey;
     for key in keys.of(header.kid.as_deref(), header.alg) {
         match decode::<Map<String, Value>>(token, key, validation) {
             Ok(decoded) => return Ok(decoded.claims),
             Err(error) => match error.kind() {
-                // Perhaps it is another key's, if it names none.
+                // If it names no key, it may belong to another one.
                 ErrorKind::InvalidSignature => flaw = Flaw::Invalid,
                 ErrorKind::ExpiredSignature | ErrorKind::ImmatureSignature => return Err(Flaw::Expired),
                 ErrorKind::InvalidAudience | ErrorKind::InvalidIssuer => return Err(Flaw::Meant),
@@ -565,7 +566,7 @@ fn checked(token: &str, header: &Header, validation: &Validation, keys: &KeySet)
     Err(flaw)
 }
 
-/// The claims of a token by their names, those inside of others with dots; as texts, in the order of their names.
+/// The claims of a token as texts, sorted by name. Dots separate the names of nested claims.
 fn flat(claims: &Map<String, Value>) -> Vec<(Box<str>, Vec<Box<str>>)> {
     let (mut found, mut left) = (BTreeMap::new(), CLAIMS_BYTES_MAX);
     flatten(claims, "", DEPTH_MAX, &mut left, &mut found);
@@ -596,12 +597,12 @@ fn flatten(
             continue;
         }
         *left -= bytes;
-        // A name with a dot of its own gives way to none: the first one stays.
+        // If a name itself contains a dot, two claims may have the same name: the first one is kept.
         found.entry(name.into()).or_insert(values);
     }
 }
 
-/// A claim as text; none for what has parts.
+/// A claim as text; `None` for objects and lists.
 fn text(value: &Value) -> Option<Box<str>> {
     match value {
         Value::String(text) => Some(text.as_str().into()),

@@ -1,29 +1,30 @@
-//! What filters keep from one configuration to the next: how often each client has come, say.
+//! State of filters that outlives a reload, such as the request rates of clients.
 //!
-//! A filter is built anew with every configuration. What it must not forget it asks for by a name of its own; it gets
-//! the thing that the same filter of the same route had before. What no filter asks for any more is forgotten.
+//! Every configuration builds its filters anew. A filter requests its lasting state by a name, and gets the state of
+//! the same filter of the same route in the previous configuration. State that no filter requests any more is
+//! dropped.
 
 use std::any::Any;
 use std::cell::RefCell;
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
-/// Anything that a filter keeps.
+/// Any state of a filter.
 type Thing = dyn Any + Send + Sync;
 
-/// What the filters of all routes keep.
+/// The state of the filters of all routes.
 #[derive(Default)]
 pub struct Kept(Mutex<HashMap<String, Weak<Thing>>>);
 
 /// The same while the filters of one configuration are built.
 pub struct Keeping<'k> {
     kept: &'k Kept,
-    /// How many have asked for the same already: each place where a filter is written keeps something of its own.
+    /// How often each name was requested before: each occurrence of a filter has its own state.
     asked: RefCell<HashMap<String, usize>>,
 }
 
 impl Kept {
-    /// Begins to build filters.
+    /// Starts to build filters.
     pub fn begin(&self) -> Keeping<'_> {
         let mut kept = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         kept.retain(|_, thing| thing.strong_count() > 0);
@@ -33,7 +34,7 @@ impl Kept {
 }
 
 impl Keeping<'_> {
-    /// What was kept under this name, if there is such a thing of this type; else a new one.
+    /// The state with this name and type, or a new one.
     pub(super) fn keep<T: Any + Send + Sync>(&self, name: &str, make: impl FnOnce() -> T) -> Arc<T> {
         let mut asked = self.asked.borrow_mut();
         let number = asked.entry(name.to_owned()).and_modify(|number| *number += 1).or_insert(1);

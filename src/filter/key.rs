@@ -1,6 +1,6 @@
-//! What the key of an exchange is: by what a filter or a balancer tells requests apart.
+//! Keys of exchanges, by which filters and balancers distinguish requests.
 //!
-//! `config::Key` says which; here it is made ready once, and found in each request without a copy of it.
+//! `config::Key` is the configured form. It is prepared here once, and read from each request without a copy.
 
 use std::borrow::Cow;
 use std::net::IpAddr;
@@ -14,45 +14,45 @@ use crate::error::BuildError;
 use crate::expression::fields::{self, cookie, decoded};
 use crate::expression::{self, Asked, Moment};
 
-/// A key as it is looked for in a request.
+/// A key that is ready to be read from requests.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Key {
     /// The client's address.
     ClientIp,
-    /// As much of the client's address as tells clients apart.
+    /// The leading bits of the client's address that identify a client.
     Client(ClientPrefix),
-    /// The path of the request, in its one form.
+    /// The path of the request in its normal form.
     Path,
     /// The name of the route.
     Route,
-    /// The value of a header; of several fields of this name, all of them.
+    /// The value of a header; all values, if there are several fields of this name.
     Header(HeaderName),
     /// The value of a cookie.
     Cookie(Box<[u8]>),
     /// The value of a query argument, percent-decoded; the first one, if there are several.
     Query(Box<[u8]>),
-    /// What an expression makes.
+    /// The result of an expression.
     Made(expression::Value),
 }
 
 /// The value of a key in one request.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Value<'s> {
-    /// Bytes of the request, as they are.
+    /// Bytes of the request.
     Plain(&'s [u8]),
-    /// A query argument in which something is encoded.
+    /// A query argument with encoded characters.
     Encoded(&'s str),
-    /// The octets of an address, and how many there are.
+    /// The octets of an address, and their number.
     Octets([u8; 16], usize),
-    /// A text that was put together.
+    /// A computed text.
     Made(Vec<u8>),
 }
 
 impl Key {
-    /// Makes ready the key that is `written`.
+    /// Prepares the key that is `written`.
     ///
     /// # Errors
-    /// A name that no header or cookie can have, or an expression that is none; the path is that of the choice.
+    /// The name of a header or cookie, or the expression, is invalid. The path is that of the choice.
     pub fn build(written: &config::Key) -> Result<Key, BuildError> {
         if !matches!(written, config::Key::Cel(_)) {
             written.check()?;
@@ -74,14 +74,14 @@ impl Key {
         })
     }
 
-    /// The same key where it limits something for each client: a client may have more than one address.
+    /// The same key for a limit per client: a client may have several addresses.
     pub fn for_limits(self, prefix: ClientPrefix) -> Key {
         if self == Key::ClientIp { Key::Client(prefix) } else { self }
     }
 
-    /// The value of this key; `None` if the request has none, or an empty one. Several fields of one name are one list
-    /// (RFC 9110 §5.3); of cookies and arguments of one name, the first counts. For who limits something that is not
-    /// enough, see [`Key::each`].
+    /// The value of this key; `None` if the request has none, or an empty one. Several fields of one name are one
+    /// list (RFC 9110 §5.3); of several cookies or arguments of one name, the first counts. This is not enough for
+    /// limits; see [`Key::each`].
     pub fn of<'s>(&'s self, asked: &Asked<'s>) -> Option<Value<'s>> {
         let value = match self {
             Key::ClientIp => Value::from(asked.facts.client?),
@@ -99,9 +99,9 @@ impl Key {
         (!value.is_empty()).then_some(value)
     }
 
-    /// Every value that this key has in a request: of a header, a cookie or an argument there may be several, and which
-    /// of them an endpoint goes by is not known here. A limit by a key has to count them all, for
-    /// else a client hides the value that counts behind another one.
+    /// All values of this key in a request: there may be several headers, cookies or arguments of the name, and
+    /// Forebay does not know which of them an endpoint uses. A limit must count all of them, since otherwise a client
+    /// could hide the relevant value behind another one.
     pub fn each<'s>(&'s self, asked: &Asked<'s>) -> impl Iterator<Item = Value<'s>> {
         let Asked { headers, target, .. } = *asked;
         let (mut header, mut cookie, mut query, mut other) = (None, None, None, None);
@@ -118,7 +118,7 @@ impl Key {
     }
 }
 
-/// The value of all fields of this name.
+/// The values of all fields of this name.
 fn combined<'s>(headers: &'s HeaderMap, name: &HeaderName) -> Option<Value<'s>> {
     let mut values = headers.get_all(name).iter();
     let first = values.next()?.as_bytes();
@@ -132,7 +132,7 @@ fn combined<'s>(headers: &'s HeaderMap, name: &HeaderName) -> Option<Value<'s>> 
 }
 
 impl Value<'_> {
-    /// Its bytes; copied only if they are encoded.
+    /// The bytes; copied only if they are encoded.
     pub fn bytes(&self) -> Cow<'_, [u8]> {
         match self {
             Value::Plain(bytes) => Cow::Borrowed(bytes),
@@ -142,7 +142,7 @@ impl Value<'_> {
         }
     }
 
-    /// XXH3 of its bytes: the same on every node and after every start.
+    /// The XXH3 of the bytes: the same on every node and after every start.
     pub fn hash(&self) -> u64 {
         let Value::Encoded(text) = self else { return xxh3_64(&self.bytes()) };
         let (mut state, mut bytes, mut buffer) = (Xxh3::new(), decoded(text), [0; 64]);
@@ -165,7 +165,7 @@ impl Value<'_> {
     }
 }
 
-/// An address of IPv4 that came in by way of IPv6 (`::ffff:192.0.2.1`) is the same client.
+/// An IPv4 address in IPv6 form (`::ffff:192.0.2.1`) is the same client.
 impl From<IpAddr> for Value<'_> {
     fn from(client: IpAddr) -> Self {
         let mut octets = [0; 16];
@@ -183,32 +183,32 @@ impl From<IpAddr> for Value<'_> {
     }
 }
 
-/// Keys, of which the first that a request has counts.
+/// Keys, of which the first that a request has is used.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Keys(Box<[Key]>);
 
 impl Keys {
-    /// Makes ready the keys that are `written`.
+    /// Prepares the keys that are `written`.
     ///
     /// # Errors
-    /// The first key that cannot exist; the path begins with its number.
+    /// The first invalid key; the path begins with its index.
     pub fn build(written: &[config::Key]) -> Result<Keys, BuildError> {
         let key = |(index, key)| Key::build(key).map_err(|error| error.under(&format!("[{index}]")));
         written.iter().enumerate().map(key).collect::<Result<_, _>>().map(Keys)
     }
 
-    /// There is none.
+    /// Whether there are none.
     pub fn is_empty(&self) -> bool {
         self.0.is_empty()
     }
 
-    /// The hash of the first of them that a request has; `None` if it has none of them.
+    /// The hash of the first of these keys that a request has; `None` if it has none of them.
     pub fn hash(&self, asked: &Asked<'_>) -> Option<u64> {
         self.0.iter().find_map(|key| key.of(asked)).map(|value| value.hash())
     }
 }
 
-/// The value of an argument, as it was sent.
+/// The value of an argument as it was sent.
 fn argument(value: &str) -> Value<'_> {
     let encoded = value.bytes().any(|byte| matches!(byte, b'%' | b'+'));
     if encoded { Value::Encoded(value) } else { Value::Plain(value.as_bytes()) }
@@ -222,7 +222,7 @@ mod tests {
     use super::*;
     use crate::expression::Facts;
 
-    /// The key that `written` takes from a request.
+    /// The key that `written` reads from a request.
     fn key(written: &str, client: Option<&str>, target: &str, headers: &[(&'static str, &str)]) -> String {
         let value = serde_yaml::from_str(written).unwrap();
         let key = serde_yaml::with::singleton_map_recursive::deserialize::<_, serde_yaml::Value>(value).unwrap();

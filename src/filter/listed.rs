@@ -1,5 +1,5 @@
-//! What a filter reads from a file of its own: users, keys, networks. Read when the filter is built, so that what is
-//! wrong with it is an error of `check`; and again when it changes. One that is missing or wrong then changes nothing.
+//! Files of filters: users, keys and networks. A file is read when the filter is built, so that mistakes in it are
+//! errors of `check`, and again when it changes. If it is then missing or invalid, the previous content stays in use.
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -18,16 +18,16 @@ use crate::error::BuildError;
 use crate::files::Keeper;
 use crate::metrics::filters::Loads;
 
-/// Which file it is, and how it is looked after.
+/// A file and how it is watched.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Source {
-    /// The file; a path that is not absolute begins at the directory of the configuration.
+    /// The file. A relative path refers to the directory of the configuration.
     pub path: String,
-    /// How often it is looked at, besides when the system tells that it has changed.
+    /// How often it is checked, in addition to the notifications of the system.
     #[serde(default = "Source::refresh")]
     pub refresh: Time,
-    /// What is larger is not read.
+    /// The size limit; a larger file is not read.
     #[serde(default = "Source::max_size")]
     pub max_size: Size,
 }
@@ -42,23 +42,24 @@ impl Source {
     }
 }
 
-/// What a file holds, as it was when it was right last.
+/// The content of a file, as it was last valid.
 pub(super) struct Listed<T> {
     path: PathBuf,
     written: String,
     max_size: Size,
     parse: fn(&str) -> Result<T, String>,
     now: ArcSwap<T>,
-    /// Of the last look, so that the same is not read into a list again, nor the same mistake told twice.
+    /// The digest of the last reading, so that the same content is not parsed again, and the same mistake not
+    /// reported twice.
     hash: AtomicU64,
     loads: Option<Loads>,
 }
 
 impl<T: Send + Sync + 'static> Listed<T> {
-    /// Reads the file, and has it looked after.
+    /// Reads the file, and watches it.
     ///
     /// # Errors
-    /// Why it cannot be read, or what is wrong in it; the path is that inside of the source.
+    /// The file is unreadable or invalid. The path is relative to the source.
     pub fn build(
         source: &Source,
         around: &Surroundings<'_>,
@@ -83,7 +84,7 @@ impl<T: Send + Sync + 'static> Listed<T> {
         Ok(listed)
     }
 
-    /// What it holds now.
+    /// The present content.
     pub fn now(&self) -> Guard<Arc<T>> {
         self.now.load()
     }
@@ -107,7 +108,7 @@ impl<T: Send + Sync + 'static> Keeper for Listed<T> {
     }
 }
 
-/// The text of a file, and a number that tells it from others.
+/// The text of a file, and a number that identifies it.
 fn look(path: &std::path::Path, written: &str, most: Size) -> (u64, Result<String, String>) {
     let text = match file::read(path, most) {
         Ok(bytes) => String::from_utf8(bytes).map_err(|_| format!("`{written}` is not text in UTF-8")),
@@ -120,7 +121,7 @@ fn look(path: &std::path::Path, written: &str, most: Size) -> (u64, Result<Strin
     (hash, text)
 }
 
-/// The lines of a file that say something, with their numbers from 1.
+/// The lines of a file that are neither empty nor comments, with their numbers from 1.
 pub(super) fn lines(text: &str) -> impl Iterator<Item = (usize, &str)> {
     let lines = text.lines().enumerate().map(|(index, line)| (index + 1, line.trim()));
     lines.filter(|(_, line)| !line.is_empty() && !line.starts_with('#'))

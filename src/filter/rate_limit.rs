@@ -1,24 +1,24 @@
-//! `rate_limit`: lets each client, session or whatever the key tells apart do so much in a time, and no more.
+//! `rate_limit`: limits the request rate of each client, session or other key.
 //!
 //! ```yaml
 //! - rate_limit:
 //!     key: client_ip             # or { header: X-Api-Key }, { cookie: sid }, { query: token }, path, route, { cel: "…" }
-//!     rate: 10/s                 # what may come in the long run
-//!     burst: 20                  # what may come at once
-//!     ipv4_prefix: 32            # how much of an IPv4 address is one client
-//!     ipv6_prefix: 64            # how much of an IPv6 address is one client
-//!     max_keys: 100k             # how many keys are remembered
+//!     rate: 10/s                 # the long-term rate
+//!     burst: 20                  # requests at once, after a pause
+//!     ipv4_prefix: 32            # leading bits of an IPv4 address that are one client
+//!     ipv6_prefix: 64            # leading bits of an IPv6 address that are one client
+//!     max_keys: 100k             # remembered keys
 //! ```
 //!
-//! Of several headers, cookies or arguments of the name, each counts: a request passes if none of its keys is over its
-//! limit. A client cannot hide the one that its backend goes by behind another. One with more than 16 of them is
-//! refused.
+//! If a request has several headers, cookies or arguments of the configured name, each value counts. The request
+//! passes if none of them is over its limit. So a client cannot hide the value that its backend uses behind another
+//! one. A request with more than 16 values is refused.
 //!
-//! The rule is GCRA (`gcra.rs`). Keys are remembered by a 64-bit SipHash under a seed of this process, never as sent:
-//! clients choose them, and 100,000 cookies of 8 KiB would be 800 MB, where the hashes take about 8 MB. That two of
-//! 100,000 keys share a limit has a chance of one in four thousand million, and without the seed no client can bring it
-//! about. When `max_keys` is reached, the key unseen for longest is forgotten and begins anew: too many keys can make
-//! the limit lenient, never the memory large.
+//! The algorithm is GCRA (`gcra.rs`). Keys are stored as 64-bit SipHash values with a seed of this process, never as
+//! sent: clients choose them, and 100,000 cookies of 8 KiB would be 800 MB, while the hashes take about 8 MB. The
+//! probability that any two of 100,000 keys share a limit is one in four thousand million, and without the seed no
+//! client can cause it. When `max_keys` is reached, the least recently used key is forgotten, and its limit starts
+//! again: too many keys can make the limit lenient, but never the memory large.
 
 use std::hash::{BuildHasher, RandomState};
 use std::sync::{Arc, Once};
@@ -37,28 +37,28 @@ use crate::config::address::{ClientPrefix, Ipv4Prefix, Ipv6Prefix};
 use crate::config::units::{Count, Rate};
 use crate::error::{BuildError, Refusal};
 
-/// So many requests in a time for each key; what comes above that is answered 429 with `Retry-After`. Each place where
-/// it is written counts for itself.
+/// Limits the requests per time for each key. Requests above the limit are answered with 429 and `Retry-After`. Each
+/// occurrence of the filter counts separately.
 #[derive(Clone, Debug, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Settings {
-    /// What is counted apart. Requests without the key (no such header, a client on a unix socket) share one limit. One
-    /// with several headers, cookies or arguments of the name counts for each of them.
+    /// The key. Requests without the key (no such header, or a client on a unix socket) share one limit. A request
+    /// with several headers, cookies or arguments of this name counts for each value.
     #[serde(default = "Settings::key")]
     pub key: config::Key,
-    /// What may come in the long run, such as `10/s`; at most one a microsecond.
+    /// The long-term rate, such as `10/s`; at most one per microsecond.
     pub rate: Rate,
-    /// What may come at once, after a pause. As many as `rate` names, if absent.
+    /// The number of requests that may come at once after a pause. Default: the number in `rate`.
     #[serde(default)]
     pub burst: Option<Count>,
-    /// How many keys are remembered, at about 80 bytes each.
+    /// The number of remembered keys, at about 80 bytes each.
     #[serde(default = "Settings::max_keys")]
     pub max_keys: Count,
-    /// How many leading bits of an IPv4 address `client_ip` counts as one client.
+    /// The number of leading bits of an IPv4 address that identify one client of `client_ip`.
     #[serde(default)]
     pub ipv4_prefix: Ipv4Prefix,
-    /// How many leading bits of an IPv6 address `client_ip` counts as one client: who has one address of a network has
-    /// many.
+    /// The number of leading bits of an IPv6 address that identify one client of `client_ip`. A host usually has a
+    /// whole network of addresses.
     #[serde(default)]
     pub ipv6_prefix: Ipv6Prefix,
 }
@@ -75,17 +75,17 @@ impl Settings {
 
 static LIMITED: Refusal = Refusal::new("route.rate_limit", 429, "Too many requests; try again later.");
 
-/// The most values of a key that a request may have. More have no good reason, and each takes memory.
+/// The limit on the values of a key in one request. More have no good reason, and each takes memory.
 const VALUES_MAX: usize = 16;
 
-/// Refuses what comes too fast.
+/// Refuses requests above a rate.
 pub struct RateLimit {
     key: Key,
     limit: Gcra,
     seen: Arc<Seen>,
 }
 
-/// Who has come, and when each may come again. It outlives a reload, also one that changes the rate.
+/// The time at which each key may come again. It outlives a reload, even one that changes the rate.
 struct Seen {
     started: Instant,
     seed: RandomState,
@@ -115,7 +115,7 @@ impl Filter for RateLimit {
             (hashes[0], count) = (self.hash(b""), 1);
         }
         let now = self.seen.started.elapsed();
-        // It counts against each of them, whichever it is that stops it.
+        // The request counts for each key, whichever key refuses it.
         let waits = hashes[..count].iter().filter_map(|&hash| self.admit(hash, now).err());
         waits.max().map_or(Verdict::Continue, limited)
     }
@@ -148,7 +148,7 @@ impl FilterType for RateLimit {
     }
 }
 
-/// What comes too fast, and may come again after this time.
+/// The key is over its limit, and may come again after this time.
 fn limited(wait: Duration) -> Verdict {
     let seconds = wait.as_secs() + u64::from(wait.subsec_nanos() > 0);
     let headers = vec![(RETRY_AFTER, HeaderValue::from(seconds.max(1)))];
@@ -160,7 +160,7 @@ impl RateLimit {
         self.seen.seed.hash_one(key)
     }
 
-    /// Admits a request whose key has this hash and that comes `now`, or tells how long it must wait.
+    /// Admits a request at `now` whose key has this hash, or returns how long it must wait.
     fn admit(&self, key: u64, now: Duration) -> Result<(), Duration> {
         let Seen { keys, full, .. } = &*self.seen;
         let (admitted, forgotten) = keys.with(key, |due| self.limit.admit(due, nanoseconds(now)));
@@ -178,12 +178,12 @@ mod tests {
     use super::super::rehearsal::{Rehearsal, chain, error, example, request};
     use super::*;
 
-    /// A filter with these settings beside `rate: 1/s`.
+    /// A filter with these settings and `rate: 1/s`.
     fn limit(settings: &str) -> Rehearsal {
         Rehearsal::of(&format!("- rate_limit: {{ rate: 1/s, {settings} }}"))
     }
 
-    /// How many of ten requests pass.
+    /// The number of requests out of ten that pass.
     fn passed(rehearsal: &mut Rehearsal) -> usize {
         (0..10).filter(|_| matches!(rehearsal.verdict(), Verdict::Continue)).count()
     }

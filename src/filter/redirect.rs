@@ -1,4 +1,4 @@
-//! `redirect`: sends the client elsewhere; no upstream is asked.
+//! `redirect`: redirects the client, without an upstream.
 //!
 //! ```yaml
 //! - redirect:
@@ -6,10 +6,9 @@
 //!     status: 308                # 301, 302, 303, 307, 308
 //! ```
 //!
-//! A redirect is how phishers borrow a good name, so that neither the path nor the query can ever decide to which host
-//! the client is sent: they cannot stand in the host of `to`, and a `to` without a host stays on this one, whatever
-//! slashes the path begins with. With `to: { cel: "…" }` the host must be the one that was asked for, or one of
-//! `hosts`.
+//! Phishers use redirects of well-known sites, so neither the path nor the query can decide the host of a redirect:
+//! they cannot be part of the host in `to`, and a `to` without a host stays on the same host, even if the path begins
+//! with several slashes. With `to: { cel: "…" }` the host must be that of the request, or one of `hosts`.
 
 use async_trait::async_trait;
 use bytes::Bytes;
@@ -25,18 +24,19 @@ use crate::config::Text;
 use crate::error::{BuildError, Refusal};
 use crate::expression::{self, Moment};
 
-/// Sends the client elsewhere; no upstream is asked.
+/// Redirects the client, without an upstream.
 #[derive(Clone, Debug, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Settings {
-    /// Where to: a URL, or a path on the same host. Placeholders: `{scheme}`, `{host}` (without port), `{path}`,
-    /// `{query}` (without `?`) and `{path_and_query}`. Or `{ cel: … }`, which makes one; what is none is answered 400.
+    /// The target: a URL, or a path on the same host. Placeholders: `{scheme}`, `{host}` (without port), `{path}`,
+    /// `{query}` (without `?`) and `{path_and_query}`. Or `{ cel: … }`, which computes it; an invalid result is
+    /// answered with 400.
     pub to: Text,
     /// 301, 302, 303, 307 or 308. With 307 and 308 the client keeps method and body.
     #[serde(default = "Settings::status")]
     #[schemars(extend("enum" = [301, 302, 303, 307, 308]))]
     pub status: u16,
-    /// Hosts to which `to: { cel: … }` may lead, beside the one that was asked for.
+    /// The allowed hosts of `to: { cel: … }`, in addition to that of the request.
     #[serde(default)]
     pub hosts: Vec<String>,
 }
@@ -56,11 +56,11 @@ pub struct Redirect {
     to: Target,
 }
 
-/// Where to.
+/// The target.
 enum Target {
     Pieces {
         pieces: Vec<Piece>,
-        /// Whether it names no host, so that the client must stay on this one.
+        /// Whether the target has no host, so that the client must stay on the same one.
         local: bool,
     },
     Made {
@@ -70,7 +70,7 @@ enum Target {
     },
 }
 
-/// A part of the new place.
+/// A part of the target.
 #[derive(Clone, Debug, PartialEq)]
 enum Piece {
     Text(String),
@@ -160,7 +160,7 @@ impl FilterType for Redirect {
     }
 }
 
-/// The new place; `None` if this request lacks what it takes.
+/// The target; `None` if the request lacks a part of it.
 fn location(scope: &Scope<'_>, pieces: &[Piece], local: bool) -> Option<HeaderValue> {
     if !scope.request.raw_path_is_utf8() {
         return None;
@@ -191,21 +191,21 @@ fn location(scope: &Scope<'_>, pieces: &[Piece], local: bool) -> Option<HeaderVa
     HeaderValue::try_from(location).ok()
 }
 
-/// Browsers take `//evil.example` and `/\evil.example` for another host.
+/// Browsers treat `//evil.example` and `/\evil.example` as another host.
 fn stay(location: &mut String) {
     let slashes = location.find(|c| !matches!(c, '/' | '\\')).unwrap_or(location.len());
     location.replace_range(..slashes, "/");
 }
 
-/// The place that an expression has made: a path on this host, or a URL on it or on one of `hosts`. `None` for anything
-/// else.
+/// Checks the target that an expression returned: a path on this host, or a URL on it or on one of `hosts`. `None`
+/// for anything else.
 fn made(place: &[u8], hosts: &[String], asked: Option<Authority>) -> Option<HeaderValue> {
     let mut location = String::with_capacity(place.len());
     push_encoded(&mut location, std::str::from_utf8(place).ok()?);
     if location.starts_with('/') {
         stay(&mut location);
     } else {
-        // The parser's notion of a host and a browser's differ on `\`, which is in neither's grammar.
+        // The URL parser and browsers treat `\` differently; it is valid in neither's grammar.
         let uri = location.parse::<Uri>().ok().filter(|_| !location.contains('\\'))?;
         let known = matches!(uri.scheme_str(), Some("http" | "https"));
         let host = uri.authority().and_then(|host| field::host(host.as_str())).filter(|_| known)?;
@@ -217,7 +217,7 @@ fn made(place: &[u8], hosts: &[String], asked: Option<Authority>) -> Option<Head
     HeaderValue::try_from(location).ok()
 }
 
-/// The host that the client asked for, if it is one.
+/// The host of the request, if it is valid.
 fn host(request: &RequestHeader) -> Option<Authority> {
     match request.uri.authority() {
         Some(authority) => field::host(authority.as_str()),
@@ -225,7 +225,7 @@ fn host(request: &RequestHeader) -> Option<Authority> {
     }
 }
 
-/// Puts a part of the request target behind `location`; what is not ASCII in it is no part of a URL (RFC 3986 §2).
+/// Appends a part of the request target to `location`. Characters outside ASCII are not valid in a URL (RFC 3986 §2).
 fn push_encoded(location: &mut String, part: &str) {
     for byte in part.bytes() {
         if byte.is_ascii_graphic() {
@@ -236,7 +236,7 @@ fn push_encoded(location: &mut String, part: &str) {
     }
 }
 
-/// Cuts `to` into text and placeholders.
+/// Splits `to` into text and placeholders.
 fn template(to: &str) -> Result<Vec<Piece>, String> {
     let mut pieces = Vec::new();
     let mut rest = to;
@@ -256,7 +256,7 @@ fn template(to: &str) -> Result<Vec<Piece>, String> {
     Ok(pieces)
 }
 
-/// Checks where `to` can lead. `true` if it names no host.
+/// Checks the possible targets of `to`. `true` if it has no host.
 fn check(to: &str, pieces: &[Piece]) -> Result<bool, String> {
     if to.starts_with("//") {
         return Err(format!("`{to}` leaves the scheme out; write `{{scheme}}:{to}`"));
@@ -270,7 +270,7 @@ fn check(to: &str, pieces: &[Piece]) -> Result<bool, String> {
     if fit { Ok(local) } else { Err(format!("`{to}` is not a URL: spaces and the like must be percent-encoded")) }
 }
 
-/// Checks that an absolute `to` has a host, in which nothing but `{host}` is the client's choice.
+/// Checks that an absolute `to` has a host, and that only `{host}` in it comes from the client.
 fn check_host(to: &str) -> Result<(), String> {
     let (scheme, rest) = to.split_once("://").unwrap_or_default();
     if !["https", "http", "{scheme}"].contains(&scheme) {
@@ -288,7 +288,7 @@ fn check_host(to: &str) -> Result<(), String> {
 }
 
 impl Piece {
-    /// What could stand here, to see whether the whole can be a URL.
+    /// An example value, to check that the whole can be a URL.
     fn sample(&self) -> &str {
         match self {
             Piece::Text(text) => text,
@@ -317,7 +317,7 @@ mod tests {
         answer.headers[0].1.to_str().unwrap()
     }
 
-    /// Where `to` leads who asks shop.example.com:8080 for `target`.
+    /// The target of `to` for a client that requests `target` from shop.example.com:8080.
     fn led(to: &str, target: &str) -> String {
         location(&rehearsal(to, target).answer()).to_owned()
     }

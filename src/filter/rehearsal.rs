@@ -1,4 +1,4 @@
-//! Drives filters through a chain with headers made by hand; for the tests beside them.
+//! Runs filters through a chain with handmade headers, for the tests of filters.
 
 use std::net::IpAddr;
 
@@ -11,18 +11,18 @@ use crate::config::filter::FilterEntry;
 use crate::error::BuildError;
 use crate::expression::Facts;
 
-/// One exchange after another with the same filters.
+/// A sequence of exchanges with the same filters.
 pub struct Rehearsal {
     chain: Chain,
     states: States,
-    /// Who asks: 192.0.2.1, unless told otherwise.
+    /// The client's address; 192.0.2.1 by default.
     pub client: Option<IpAddr>,
-    /// What is asked: `GET /`, unless told otherwise.
+    /// The request; `GET /` by default.
     pub request: RequestHeader,
 }
 
 impl Rehearsal {
-    /// The filters of a route as they are written in YAML.
+    /// The filters of a route in YAML.
     pub fn of(filters: &str) -> Rehearsal {
         let chain = chain(filters).unwrap_or_else(|errors| panic!("{errors:?}"));
         let states = chain.states();
@@ -30,13 +30,13 @@ impl Rehearsal {
         Rehearsal { chain, states, client, request: request("/", &[]) }
     }
 
-    /// Asks for `target`, with these headers.
+    /// Sets the target and the headers of the request.
     pub fn asking(mut self, target: &str, headers: &[(&'static str, &str)]) -> Rehearsal {
         self.request = request(target, headers);
         self
     }
 
-    /// Comes from this client.
+    /// Sets the client.
     pub fn from(mut self, client: &str) -> Rehearsal {
         self.client = Some(client.parse().unwrap());
         self
@@ -50,7 +50,7 @@ impl Rehearsal {
         self.chain.request(&mut self.states, view).now_or_never().expect("none of our filters waits")
     }
 
-    /// Goes through the request stage, which must let it pass.
+    /// Runs the request stage, which must let the request pass.
     pub fn pass(&mut self) -> &RequestHeader {
         match self.verdict() {
             Verdict::Continue => &self.request,
@@ -58,7 +58,7 @@ impl Rehearsal {
         }
     }
 
-    /// Goes through the request stage, which must refuse it.
+    /// Runs the request stage, which must refuse the request.
     pub fn refused(&mut self) -> Refused {
         match self.verdict() {
             Verdict::Refuse(refused) => refused,
@@ -66,7 +66,7 @@ impl Rehearsal {
         }
     }
 
-    /// Goes through the request stage, which must answer it.
+    /// Runs the request stage, which must answer the request.
     pub fn answer(&mut self) -> Answer {
         match self.verdict() {
             Verdict::Answer(answer) => answer,
@@ -74,7 +74,7 @@ impl Rehearsal {
         }
     }
 
-    /// What becomes of the headers of a response with status 200.
+    /// Runs the response stage on a response with status 200, and returns its headers.
     pub fn respond(&mut self, headers: &[(&'static str, &str)]) -> HeaderMap {
         let mut response = ResponseHeader::build(200, None).unwrap();
         for &(name, value) in headers {
@@ -104,14 +104,14 @@ pub fn chain(filters: &str) -> Result<Chain, Vec<BuildError>> {
     Catalog::builtin().chain(&entries)
 }
 
-/// The one error of a `filters:` list, with its path, as the operator reads it.
+/// The single error of a `filters:` list, with its path, as shown to the operator.
 pub fn error(filters: &str) -> String {
     let errors = chain(filters).err().unwrap_or_default();
     assert_eq!(errors.len(), 1, "{errors:?}");
     errors[0].to_string()
 }
 
-/// The first example in the module doc of a source file.
+/// The first example in the module documentation of a source file.
 pub fn example(source: &str) -> String {
     let doc = source.lines().map_while(|line| line.strip_prefix("//!"));
     let block = doc.skip_while(|line| line.trim() != "```yaml").skip(1).take_while(|line| line.trim() != "```");

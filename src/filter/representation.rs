@@ -1,4 +1,4 @@
-//! What header fields say of a body (RFC 9110 §8), for filters that change it.
+//! Header fields about a body (RFC 9110 §8), for filters that change the body.
 
 use http::header::{
     ACCEPT_ENCODING, ACCEPT_RANGES, CONTENT_ENCODING, CONTENT_LENGTH, CONTENT_RANGE, CONTENT_TYPE, ETAG, VARY,
@@ -8,17 +8,17 @@ use pingora::http::{RequestHeader, ResponseHeader};
 
 use crate::error::BuildError;
 
-/// Digests of the body as it was (RFC 9530, and those before it).
+/// Digests of the original body (RFC 9530, and its predecessors).
 pub(super) const DIGESTS: [&str; 4] = ["content-digest", "repr-digest", "content-md5", "digest"];
 
-/// The items of a header that is a list.
+/// The items of a list header.
 pub(super) fn items<'h>(headers: &'h HeaderMap, name: &HeaderName) -> impl Iterator<Item = &'h [u8]> {
     let lines = headers.get_all(name).iter();
     lines.flat_map(|line| line.as_bytes().split(|&byte| byte == b',')).map(<[u8]>::trim_ascii)
 }
 
-/// Whether a response has a body that is a whole one: not that of a part (206), and not none at all (1xx, 204, 205,
-/// 304). The response to HEAD counts as that to GET.
+/// Whether a response has a complete body: not a part (206), and not none (1xx, 204, 205, 304). The response to HEAD
+/// is treated as that to GET.
 pub(super) fn is_whole(response: &ResponseHeader) -> bool {
     let status = response.status;
     let bodiless = [StatusCode::NO_CONTENT, StatusCode::RESET_CONTENT, StatusCode::NOT_MODIFIED].contains(&status);
@@ -26,12 +26,12 @@ pub(super) fn is_whole(response: &ResponseHeader) -> bool {
     !(status.is_informational() || bodiless || partial)
 }
 
-/// Whether a body may be coded: what says that it is not coded is as if nothing was said.
+/// Whether a body has a content coding. `identity` counts as none.
 pub(super) fn is_coded(headers: &HeaderMap) -> bool {
     items(headers, &CONTENT_ENCODING).any(|coding| !coding.is_empty() && !coding.eq_ignore_ascii_case(b"identity"))
 }
 
-/// What a body is announced to have.
+/// The announced length of a body.
 pub(super) fn length(headers: &HeaderMap) -> Option<u64> {
     headers.get(CONTENT_LENGTH)?.to_str().ok()?.parse().ok()
 }
@@ -42,12 +42,12 @@ pub(super) fn media_type(headers: &HeaderMap) -> Vec<u8> {
     kind.split(|&byte| byte == b';').next().unwrap_or_default().trim_ascii().to_ascii_lowercase()
 }
 
-/// The body is coded in another way than before: takes away what does not hold of it any more, and says by the
-/// validator that it means the same (RFC 9110 §8.8.3).
+/// The coding of the body has changed: removes the fields that are no longer true, and weakens the validator, since
+/// the content is equivalent (RFC 9110 §8.8.3).
 pub(super) fn recoded(response: &mut ResponseHeader) {
     if let Some(tag) = response.headers.get(ETAG).filter(|tag| !tag.as_bytes().starts_with(b"W/")) {
         match HeaderValue::from_bytes(&[b"W/", tag.as_bytes()].concat()) {
-            // In the place of another field: there is room for it.
+            // It replaces another field: there is room for it.
             Ok(weak) => _ = response.insert_header(ETAG, weak),
             Err(_) => drop(response.remove_header(&ETAG)),
         }
@@ -56,37 +56,37 @@ pub(super) fn recoded(response: &mut ResponseHeader) {
     DIGESTS.iter().for_each(|name| drop(response.remove_header(*name)));
 }
 
-/// The body of a request is another one, so that no digest of it holds.
+/// The request body has changed: removes its digests.
 pub(super) fn drop_digests(request: &mut RequestHeader) {
     DIGESTS.iter().for_each(|name| drop(request.remove_header(*name)));
 }
 
-/// Takes `Accept-Encoding` away, so that the endpoint is asked for something else.
+/// Removes `Accept-Encoding`, so that the endpoint sends a response without a coding.
 pub(super) fn set_aside(request: &mut RequestHeader) -> Vec<HeaderValue> {
     let accepts = request.headers.get_all(ACCEPT_ENCODING).iter().cloned().collect();
     request.remove_header(&ACCEPT_ENCODING);
     accepts
 }
 
-/// Puts it back as the client has sent it: filters that see the response go by it.
+/// Restores it as the client has sent it, for filters that process the response.
 pub(super) fn put_back(request: &mut RequestHeader, accepts: Vec<HeaderValue>) {
     request.remove_header(&ACCEPT_ENCODING);
     for value in accepts {
-        // As many as there were.
+        // As many as before.
         let _ = request.append_header(ACCEPT_ENCODING, value);
     }
 }
 
-/// Adds a name to those that the response depends on.
+/// Adds a name to the fields that the response depends on.
 pub(super) fn vary(response: &mut ResponseHeader, name: &'static str) {
     let known = |item: &[u8]| item.eq_ignore_ascii_case(name.as_bytes()) || item == b"*";
     if !items(&response.headers, &VARY).any(known) {
-        // One more field: there is room for it, or the answer has too many already.
+        // One more field. If the header has no room for it, the response already has too many.
         let _ = response.append_header(VARY, HeaderValue::from_static(name));
     }
 }
 
-/// The response does not depend on this any more.
+/// The response no longer depends on this field.
 pub(super) fn unvary(response: &mut ResponseHeader, name: &str) {
     let is_it = |item: &[u8]| item.eq_ignore_ascii_case(name.as_bytes());
     if !items(&response.headers, &VARY).any(is_it) {
@@ -103,12 +103,12 @@ pub(super) fn unvary(response: &mut ResponseHeader, name: &str) {
 #[derive(Debug)]
 pub(super) struct Type {
     before: Box<[u8]>,
-    /// What stands behind a `*`, if there is one.
+    /// The text after a `*`, if there is one.
     behind: Option<Box<[u8]>>,
 }
 
 impl Type {
-    /// All of a list; the path of an error is `types[…]`.
+    /// Parses a list of types; the path of an error is `types[…]`.
     pub fn all(written: &[String]) -> Result<Vec<Type>, BuildError> {
         if written.is_empty() {
             return Err(BuildError::new("types", "no media type is named, so that this would do nothing"));
@@ -145,7 +145,7 @@ impl Type {
         }
     }
 
-    /// Whether a type, as [`media_type`] gives it, is one of these.
+    /// Whether a type, in the form of [`media_type`], is in the list.
     pub fn covers(&self, kind: &[u8]) -> bool {
         match &self.behind {
             None => *self.before == *kind,

@@ -1,12 +1,12 @@
-//! `request_id`: gives every request a name, by which the logs of all who saw it can be joined.
+//! `request_id`: gives every request an id, so that the log lines of all systems about it can be correlated.
 //!
-//! It is the filter to copy: settings, an example, the code, the tests.
+//! This is the filter to copy: settings, an example, code and tests.
 //!
 //! ```yaml
 //! - request_id:
 //!     header: X-Request-Id
-//!     trust: never               # or always: keep what the client sent
-//!     response: true             # tell the client, too
+//!     trust: never               # or always: keep the client's id
+//!     response: true             # the client gets it, too
 //! ```
 
 use std::fmt::Write;
@@ -22,25 +22,25 @@ use super::field::{self, Field, Fields};
 use super::{Filter, FilterType, Scope, Stages, Surroundings, Verdict};
 use crate::error::BuildError;
 
-/// Gives every request an id of 32 hex digits (128 random bits), in a header that the upstream sees.
+/// Gives every request an id of 32 hex digits (128 random bits), in a header for the upstream.
 #[derive(Clone, Debug, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Settings {
-    /// The header that carries the id.
+    /// The header with the id.
     pub header: String,
-    /// Whether an id that the client sent is kept.
+    /// Whether the client's id is kept.
     pub trust: Trust,
-    /// Whether the response carries the id as well.
+    /// Whether the response also has the id.
     pub response: bool,
 }
 
-/// Whose ids are believed.
+/// Whose ids are trusted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Trust {
-    /// Every request gets a fresh id.
+    /// Every request gets a new id.
     Never,
-    /// An id that the client sent is kept if it is well-formed: 1 to 128 of `A-Z a-z 0-9 . _ -`.
+    /// The client's id is kept if it is well-formed: 1 to 128 characters of `A-Z a-z 0-9 . _ -`.
     Always,
 }
 
@@ -50,10 +50,10 @@ impl Default for Settings {
     }
 }
 
-/// Gives requests their id.
+/// Gives requests their ids.
 pub struct RequestId {
     name: HeaderName,
-    /// The same name, in the case in which it goes out.
+    /// The same name, in the case in which it is sent.
     written: Bytes,
     trust: Trust,
     response: bool,
@@ -74,7 +74,7 @@ impl Filter for RequestId {
         let field = Field { name: self.written.clone(), value: sent.unwrap_or_else(fresh) };
         scope.request.set(&field);
         if self.response {
-            // Kept, rather than read from the request later: a filter behind this one may remove it there.
+            // Stored here instead of reading the request later, where a following filter may have removed it.
             scope.keep(field);
         }
         Verdict::Continue
@@ -100,7 +100,7 @@ impl FilterType for RequestId {
 }
 
 impl RequestId {
-    /// The id that the client sent: one, and a well-formed one, for it ends up in logs.
+    /// The client's id, if there is exactly one and it is well-formed, since it is logged.
     fn sent(&self, request: &RequestHeader) -> Option<HeaderValue> {
         let mut values = request.headers.get_all(&self.name).iter();
         let (Some(value), None) = (values.next(), values.next()) else { return None };
@@ -109,7 +109,7 @@ impl RequestId {
     }
 }
 
-/// A new id. The generator is the thread's own and cryptographic, so that nobody can guess the ids of others.
+/// A new id. The generator is cryptographic, so that ids cannot be guessed; each thread has its own.
 fn fresh() -> HeaderValue {
     let mut digits = String::with_capacity(32);
     let _ = write!(digits, "{:032x}", rand::random::<u128>());

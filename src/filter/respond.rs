@@ -1,4 +1,4 @@
-//! `respond`: a fixed answer; no upstream is asked.
+//! `respond`: a fixed response, without an upstream.
 //!
 //! ```yaml
 //! - respond:
@@ -7,7 +7,7 @@
 //!     body: "Back in two minutes."
 //! ```
 //!
-//! The body and the values of the headers may be `{ cel: "…" }`, which makes them for each request.
+//! The body and the header values may be `{ cel: "…" }`, which computes them for each request.
 
 use std::collections::BTreeMap;
 
@@ -24,15 +24,15 @@ use crate::config::Text;
 use crate::error::{BuildError, path};
 use crate::expression::{self, Moment};
 
-/// A fixed answer; no upstream is asked.
+/// Sends a fixed response, without an upstream.
 #[derive(Clone, Debug, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Settings {
     /// The status, 200 to 599.
     #[schemars(range(min = 200, max = 599))]
     pub status: u16,
-    /// Header fields. `Content-Length` is added, and `Content-Type: text/plain; charset=utf-8` if there is a body and
-    /// none is given.
+    /// Header fields. Forebay adds `Content-Length`, and `Content-Type: text/plain; charset=utf-8` if there is a body
+    /// and no such field.
     pub headers: BTreeMap<String, Text>,
     /// The body: text or `{ cel: … }`.
     pub body: Text,
@@ -44,7 +44,7 @@ impl Default for Settings {
     }
 }
 
-/// Answers every request in the same way.
+/// Sends the same response to every request.
 pub struct Respond {
     status: StatusCode,
     headers: Vec<(HeaderName, Words)>,

@@ -1,6 +1,5 @@
-//! `rewrite`: changes the path that the upstream sees. The query stays, and percent-encoding is neither added nor
-//! removed: the path is in its one form (`paths` of the configuration), in which a regular expression sees `%C3%A4` and
-//! never `ä`.
+//! `rewrite`: changes the path for the upstream. The query stays. Percent-encoding is neither added nor removed: the
+//! path is in its normal form (`paths` of the configuration), so a regular expression matches `%C3%A4`, never `ä`.
 //!
 //! ```yaml
 //! - rewrite: { path: { prefix: { from: /api, to: /v1 } } }
@@ -20,7 +19,7 @@ use super::groups::{self, Piece};
 use super::{Filter, FilterType, Scope, Stages, Surroundings, Verdict};
 use crate::error::{BuildError, Refusal};
 
-/// Changes the path that the upstream sees; the query stays. Paths that do not match go on as they are.
+/// Changes the path for the upstream; the query stays. Paths that do not match are not changed.
 #[derive(Clone, Debug, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Settings {
@@ -32,18 +31,18 @@ pub struct Settings {
 #[derive(Clone, Debug, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case", deny_unknown_fields)]
 pub enum PathRewrite {
-    /// Another beginning, by whole segments: `/api` is the beginning of `/api` and of `/api/x`, not of `/apis`.
+    /// Replaces a prefix of whole segments: `/api` is a prefix of `/api` and `/api/x`, but not of `/apis`.
     Prefix {
-        /// The beginning that is replaced.
+        /// The prefix to replace.
         from: String,
-        /// What stands in its place; `/` takes it away.
+        /// The new prefix; `/` removes the old one.
         to: String,
     },
-    /// Another path for those that a regular expression matches as a whole.
+    /// Replaces a path that a regular expression matches as a whole.
     Regex {
         /// The regular expression.
         pattern: String,
-        /// The new path; `$1`, `${1}` or `$name` stand for a group of the pattern, `$$` for `$`.
+        /// The new path; `$1`, `${1}` or `$name` insert a group of the pattern, `$$` inserts `$`.
         to: String,
     },
 }
@@ -54,7 +53,7 @@ static UNFIT: Refusal = Refusal::new("route.rewrite", 400, "The path of the requ
 pub struct Rewrite(Rule);
 
 enum Rule {
-    /// Both without a slash at the end, so that `/` is empty.
+    /// Both without a final slash, so that `/` is empty.
     Prefix {
         from: String,
         to: String,
@@ -72,7 +71,7 @@ impl Filter for Rewrite {
     }
 
     async fn request(&self, scope: &mut Scope<'_>) -> Verdict {
-        // `*` of `OPTIONS *` is no path (RFC 9112 §3.2.4).
+        // `*` of `OPTIONS *` is not a path (RFC 9112 §3.2.4).
         let path = scope.request.uri.path();
         let Some(path) = path.starts_with('/').then(|| self.0.apply(path)).flatten() else {
             return Verdict::Continue;
@@ -112,7 +111,8 @@ impl Rule {
         let pattern = alone(&format!(r"\A(?:{pattern})\z"))?;
         let names: Vec<_> = pattern.capture_names().collect();
         let pieces = groups::pieces(to, &names).map_err(|message| BuildError::new("to", message))?;
-        // A group may match nothing, so the text must be fit for a path by itself; a leading group brings its own
+        // A group may match nothing, so the text alone must be a valid path; a group at the beginning has its own
+        // slash.
         // slash.
         let mut text = if let Some(Piece::Group(_)) = pieces.first() { "/".to_owned() } else { String::new() };
         text.extend(pieces.iter().map(|piece| if let Piece::Text(text) = piece { text } else { "" }));
@@ -120,7 +120,7 @@ impl Rule {
         Ok(Rule::Regex { pattern, to: pieces })
     }
 
-    /// The new path; `None` if this one stays.
+    /// The new path; `None` if the path stays.
     fn apply(&self, path: &str) -> Option<String> {
         match self {
             Rule::Prefix { from, to } => {
@@ -142,7 +142,7 @@ impl Rule {
     }
 }
 
-/// Whether `path` can be a path as it stands; `written` is how the operator knows it.
+/// Checks that `path` can be a path; `written` is its form in the configuration.
 fn check_path(path: &str, written: &str) -> Result<(), String> {
     if !path.starts_with('/') {
         return Err(format!("`{written}` must begin with `/`"));
@@ -156,12 +156,13 @@ fn check_path(path: &str, written: &str) -> Result<(), String> {
     if fit { Ok(()) } else { Err(format!("`{written}` is not a path: spaces and the like must be percent-encoded")) }
 }
 
-/// Whether a path of a request could be this one: what is not ASCII is encoded in those.
+/// Whether a request can have this path: there, characters outside ASCII are encoded.
 fn check_form(path: &str) -> Result<(), String> {
     if path.is_ascii() { Ok(()) } else { Err(format!("`{path}` is met by no request: write it percent-encoded")) }
 }
 
-/// Puts `path` before the query. `None` if that gives no request target, or if the old one is not UTF-8, so that
+/// Replaces the path before the query by `path`. `None` if the result is not a valid request target, or if the old
+/// target is not UTF-8, so that `path` was made from a lossy copy.
 /// `path` was made from a lossy copy.
 fn set_path(request: &mut RequestHeader, path: String) -> Option<()> {
     if !path.starts_with('/') || !request.raw_path_is_utf8() {
@@ -171,7 +172,7 @@ fn set_path(request: &mut RequestHeader, path: String) -> Option<()> {
         Some(query) => format!("{path}?{query}"),
         None => path,
     };
-    // The rest of the target stays: on HTTP/2 it holds the `:authority`.
+    // The rest of the target stays: in HTTP/2 it contains the `:authority`.
     let mut parts = request.uri.clone().into_parts();
     parts.path_and_query = Some(PathAndQuery::from_maybe_shared(Bytes::from(target)).ok()?);
     request.set_uri(Uri::from_parts(parts).ok()?);
@@ -185,7 +186,7 @@ mod tests {
 
     const QUERY: &str = "the query stays as it is, so `?` and `#` have no place here";
 
-    /// What the upstream is asked for when the client asks for `target`.
+    /// The upstream's target if the client requests `target`.
     fn rewritten(rewrite: &str, target: &str) -> String {
         let mut rehearsal = Rehearsal::of(&format!("- rewrite: {{ path: {rewrite} }}")).asking(target, &[]);
         String::from_utf8_lossy(rehearsal.pass().raw_path()).into_owned()

@@ -1,7 +1,7 @@
-//! Text with expressions in it: `<h1>{{ response.code }}</h1>`.
+//! Text with embedded expressions: `<h1>{{ response.code }}</h1>`.
 //!
-//! Each `{{ … }}` is an expression in CEL, and what it makes is escaped for the form of the whole, so that nothing that
-//! a client sends can become a part of the page's own language.
+//! Each `{{ … }}` is an expression in CEL. Its result is escaped for the format of the template, so that no input of
+//! a client can become markup of the page.
 
 use std::borrow::Cow;
 use std::fmt::Write;
@@ -9,25 +9,25 @@ use std::fmt::Write;
 use crate::error::{BuildError, Inside};
 use crate::expression::{Asked, Moment, Value};
 
-/// A template is at most this long.
+/// The length limit of a template.
 const BYTES_MAX: usize = 256 << 10;
-/// The most expressions that it may have.
+/// The limit on its expressions.
 const VALUES_MAX: usize = 100;
-/// What one expression makes is cut off behind this.
+/// The result of an expression is truncated at this length.
 const VALUE_BYTES_MAX: usize = 4 << 10;
 
-/// The language that a template is written in.
+/// The format of a template.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Form {
     /// HTML: `<`, `>`, `&` and both quotes are escaped.
     Html,
-    /// JSON, in which values stand between quotes, or are numbers.
+    /// JSON: values are inside quotes, or are numbers.
     Json,
-    /// Plain text, in which nothing is escaped.
+    /// Plain text: nothing is escaped.
     Text,
 }
 
-/// A text, ready to be filled in.
+/// A parsed template.
 #[derive(Debug)]
 pub(super) struct Template {
     form: Form,
@@ -41,10 +41,10 @@ enum Part {
 }
 
 impl Template {
-    /// Makes ready what is `written`. Its expressions may ask for the response if `moment` says so.
+    /// Parses the template `written`. Its expressions can read the response if `moment` allows it.
     ///
     /// # Errors
-    /// What is wrong with it, and where inside; the path is empty.
+    /// The mistake and its place; the path is empty.
     pub fn build(written: &str, form: Form, moment: Moment) -> Result<Template, BuildError> {
         let wrong = |at: usize, told: String| BuildError::new("", told).inside(Inside::of(written, at..at + 2));
         if written.len() > BYTES_MAX {
@@ -79,10 +79,10 @@ impl Template {
         Ok(template)
     }
 
-    /// The same for the text of a file, of which an error tells the place in words.
+    /// Parses the text of a file. The message of an error contains the place.
     ///
     /// # Errors
-    /// What is wrong with it.
+    /// The mistake.
     pub fn of_file(written: &str, form: Form, moment: Moment) -> Result<Template, String> {
         Template::build(written, form, moment).map_err(|error| match error.inside {
             Some(inside) => format!("line {}, column {}: {}", inside.line, inside.column, error.message),
@@ -112,7 +112,7 @@ impl Template {
     }
 }
 
-/// Where the expression that begins at `begin` ends: at the first `}}` that is in no text between quotes.
+/// The end of the expression that begins at `begin`: the first `}}` outside of quotes.
 fn end_of(written: &str, begin: usize) -> Option<usize> {
     let bytes = written.as_bytes();
     let (mut at, mut quote) = (begin, None);
@@ -129,7 +129,7 @@ fn end_of(written: &str, begin: usize) -> Option<usize> {
     None
 }
 
-/// An error of an expression that begins at `begin` of a template, with its place in that.
+/// An error of the expression at `begin` of a template, with its place in the template.
 fn moved(error: BuildError, written: &str, begin: usize) -> BuildError {
     let bytes = error.inside.as_ref().map_or(0..0, |inside| inside.bytes.clone());
     error.inside(Inside::of(written, begin + bytes.start..begin + bytes.end))

@@ -1,14 +1,14 @@
-//! Threads that hash passwords: a password that is right costs a tenth of a second of CPU, and so does a wrong one.
+//! Threads that hash passwords. Each check of a password, right or wrong, takes a tenth of a second of CPU time.
 //!
-//! They take only CPU time that is left over (`SCHED_IDLE`), so that requests that need no password are as fast as
-//! without them. A *clerk* gives them the passwords and passes on what they find. It has the priority of a worker, and
-//! it alone shares a lock with workers, for some microseconds: a worker that waited for a lock of a thread that gets no
-//! CPU time would wait for as long as that one. Where other work takes all CPU time, a password whose thread gets none
-//! is hashed a second time, by an *escort* that takes its share of it.
+//! The threads use only idle CPU time (`SCHED_IDLE`), so that requests without a password are not slowed down. A
+//! *clerk* thread hands passwords to them and reports their results. It has the priority of a worker, and only it
+//! shares a lock with workers, for some microseconds: if a worker waited for a lock of an idle-priority thread, it
+//! could wait as long as that thread gets no CPU time. If other work uses all CPU time, an *escort* thread of low
+//! priority hashes the password of such a thread a second time.
 //!
-//! Threads begin when there is something to do and end when there is nothing for a while. The queue of passwords is
-//! bounded. What was right is remembered for a while, and the same credentials are hashed once for all who show them at
-//! the same time, as browsers do. What was wrong is not remembered: there is no end of what is wrong.
+//! Threads start on demand and end after being idle for a while. The queue of passwords is bounded. Correct
+//! credentials are cached for a while. Credentials that several requests send at the same time, as browsers do, are
+//! hashed once. Wrong credentials are not cached, since there is no limit on their number.
 
 mod desk;
 
@@ -27,26 +27,26 @@ use crate::filter::auth::Seal;
 use crate::metrics::filters::PasswordMetrics;
 use desk::{Desk, Rank};
 
-/// Threads without work end after this time.
+/// An idle thread ends after this time.
 const IDLE: Duration = Duration::from_secs(10);
 
-/// How often the clerk looks whether those at work get CPU time.
+/// How often the clerk checks whether the busy threads get CPU time.
 const LOOK: Duration = Duration::from_millis(250);
 
-/// How much there is to be at a time, and for how long.
+/// The limits.
 #[derive(Clone, Copy, Debug)]
 pub struct Terms {
-    /// Threads.
+    /// The number of threads.
     pub threads: usize,
-    /// Passwords that wait.
+    /// The number of waiting passwords.
     pub queue: usize,
-    /// For how long a right one is remembered.
+    /// How long correct credentials are cached.
     pub remember: Duration,
-    /// How many are remembered.
+    /// The number of cached credentials.
     pub remembered: NonZeroUsize,
 }
 
-/// Finds out whether passwords are right. Clones share everything.
+/// Checks passwords. Clones share everything.
 #[derive(Clone)]
 pub struct Hashing(Arc<Inner>);
 
@@ -58,14 +58,14 @@ struct Inner {
 
 struct State {
     jobs: VecDeque<Arc<Job>>,
-    /// Those who wait for the same credentials, from when they are in the queue until they are hashed.
+    /// The waiters for the same credentials, from queueing until the result.
     waiting: HashMap<Seal, Vec<oneshot::Sender<bool>>>,
     right: LruCache<Seal, Instant>,
     /// The clerk, while it runs.
     clerk: Option<Thread>,
 }
 
-/// A password that is to be checked.
+/// A password to check.
 struct Job {
     seal: Seal,
     password: Zeroizing<Vec<u8>>,
@@ -79,18 +79,18 @@ impl Job {
     }
 }
 
-/// What is known of credentials at once.
+/// The immediate answer for credentials.
 pub enum Known {
-    /// They were right a while ago.
+    /// They are in the cache.
     Right,
-    /// This will say whether they are.
+    /// The receiver of the result.
     Soon(oneshot::Receiver<bool>),
-    /// Too many wait already.
+    /// The queue is full.
     Busy,
 }
 
 impl Hashing {
-    /// Nothing is hashed yet.
+    /// No password has been hashed yet.
     pub fn new(terms: Terms, metrics: Option<PasswordMetrics>) -> Hashing {
         let state = State {
             jobs: VecDeque::new(),
@@ -101,7 +101,7 @@ impl Hashing {
         Hashing(Arc::new(Inner { terms, metrics, state: Mutex::new(state) }))
     }
 
-    /// Whether `password` is the one that is `stored`. The seal stands for both of them.
+    /// Whether `password` matches the `stored` hash. The seal identifies both.
     pub fn ask(&self, seal: Seal, password: &[u8], stored: &Stored) -> Known {
         let now = Instant::now();
         let mut state = self.0.state();
@@ -136,7 +136,7 @@ impl Inner {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Begins the clerk. It waits for the lock that the caller holds.
+    /// Starts the clerk, which waits for the lock that the caller holds.
     fn begin(self: &Arc<Self>) -> Option<Thread> {
         let inner = self.clone();
         let begun = thread::Builder::new().name("passwords".to_owned()).spawn(move || Clerk::new(inner).work());
@@ -147,12 +147,12 @@ impl Inner {
     }
 }
 
-/// Gives passwords to those who hash them, and passes on what they find.
+/// Hands passwords to the hashing threads, and reports their results.
 struct Clerk {
     inner: Arc<Inner>,
-    /// Those who take only the CPU time that is left over.
+    /// The threads that use only idle CPU time.
     patient: Vec<Desk>,
-    /// As many at most, each of which stands in for one of those that gets none.
+    /// The threads of low priority, at most as many. Each takes the place of a thread that gets no CPU time.
     escorts: Vec<Desk>,
 }
 
@@ -164,7 +164,7 @@ impl Clerk {
     fn work(mut self) {
         loop {
             self.give();
-            // Behind that, for a new desk takes the sign that an old one gives.
+            // Only afterwards, since a new desk removes the signal of an old one.
             let mut some = false;
             for number in 0..self.patient.len() + self.escorts.len() {
                 if let Some((job, right)) = self.desk(number).and_then(Desk::found) {
@@ -192,7 +192,7 @@ impl Clerk {
         self.patient.iter_mut().chain(&mut self.escorts).nth(number)
     }
 
-    /// Passes on what was found of a password, unless that was done already.
+    /// Reports the result for a password, unless that was done before.
     fn pass_on(&self, job: &Job, right: bool) {
         let mut state = self.inner.state();
         let Some(waiting) = state.waiting.remove(&job.seal) else { return };
@@ -202,18 +202,18 @@ impl Clerk {
         drop(state);
         self.inner.metrics.iter().for_each(|metrics| metrics.hashed(job.begun.elapsed()));
         for one in waiting {
-            // Its client may have left.
+            // The client may have left.
             let _ = one.send(right);
         }
     }
 
-    /// Gives each who is free a password.
+    /// Gives each free thread a password.
     fn give(&mut self) {
         while let Some(desk) = free(&mut self.patient, self.inner.terms.threads, Rank::Patient) {
             let Some(job) = self.inner.next() else { break };
             desk.take(job);
         }
-        // One that is starved keeps its password, which somebody else hashes as well; and so do the next in its place.
+        // A thread without CPU time keeps its password. An escort also hashes that one, and then takes further ones.
         let starved = self.patient.iter_mut().filter_map(|desk| desk.is_starved().then_some(desk));
         let mut starved: Vec<&mut Desk> = starved.collect();
         let escorts = starved.len();
@@ -234,10 +234,10 @@ impl Inner {
     }
 }
 
-/// One of these desks that is free; a new one, if there are not `most` of them yet.
+/// A free desk. If all are busy, a new one, unless there are `most` already.
 fn free(desks: &mut Vec<Desk>, most: usize, rank: Rank) -> Option<&mut Desk> {
     if let Some(place) = desks.iter().position(|desk| !desk.is_busy()) {
-        // One more than there may be is left over from when more were starved.
+        // There may be more, left over from when more threads had no CPU time.
         return (place < most).then(|| &mut desks[place]);
     }
     if desks.len() >= most {
@@ -266,7 +266,7 @@ mod tests {
         [number; 32]
     }
 
-    /// `bcrypt` of `secret` at its least cost.
+    /// `bcrypt` of `secret` at the lowest cost.
     fn stored() -> Stored {
         Stored::parse(&bcrypt::hash("secret", 4).unwrap()).unwrap()
     }

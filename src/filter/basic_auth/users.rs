@@ -1,4 +1,4 @@
-//! A file of users, as `htpasswd -B` writes it: a name, a colon, and the hash of the password, bcrypt or argon2.
+//! A file of users in the format of `htpasswd -B`: a name, a colon, and the hash of the password, bcrypt or argon2.
 
 use std::collections::HashMap;
 
@@ -7,11 +7,11 @@ use argon2::{Algorithm, Argon2, Params, Version};
 
 use crate::filter::listed::lines;
 
-/// What takes longer than this (about two seconds) would let anybody keep the threads busy.
+/// A higher cost (about two seconds) would let any client keep the threads busy.
 const BCRYPT_COST_MAX: u32 = 15;
-/// What one argon2 hash may use, in KiB.
+/// The memory limit of an argon2 hash, in KiB.
 const ARGON2_MEMORY_MAX: u32 = 256 * 1024;
-/// And how many passes over it.
+/// The limit on its passes over the memory.
 const ARGON2_PASSES_MAX: u32 = 32;
 
 /// The hash of a password.
@@ -24,7 +24,7 @@ pub enum Stored {
 }
 
 impl Stored {
-    /// One as it stands in the file.
+    /// Parses a hash of the file.
     pub fn parse(hash: &str) -> Result<Stored, String> {
         let help = "make it anew by `htpasswd -B`";
         if ["$2a$", "$2b$", "$2y$", "$2x$"].iter().any(|kind| hash.starts_with(kind)) {
@@ -55,17 +55,17 @@ impl Stored {
         })
     }
 
-    /// It as it stands in the file.
+    /// The hash as in the file.
     pub fn text(&self) -> &str {
         match self {
             Stored::Bcrypt(hash) | Stored::Argon2(hash) => hash,
         }
     }
 
-    /// Whether it is that of this password. Takes its time, whatever the answer; compares in constant time.
+    /// Whether the password matches. Takes the same time for each result, and compares in constant time.
     pub fn is_of(&self, password: &[u8]) -> bool {
         match self {
-            // The functions behind all four kinds are the same but for old mistakes with bytes above 127.
+            // All four variants differ only in old bugs with bytes above 127.
             Stored::Bcrypt(hash) => bcrypt::verify(password, hash).unwrap_or(false),
             Stored::Argon2(hash) => {
                 let Ok(whole) = PasswordHash::new(hash) else { return false };
@@ -90,15 +90,15 @@ fn argon2_of(hash: &PasswordHash<'_>) -> Option<(Params, (Algorithm, Version))> 
 #[derive(Debug)]
 pub struct Users {
     stored: HashMap<Box<str>, Stored>,
-    /// What a user is asked against that there is not: an answer that comes at once would tell.
+    /// The hash for unknown users: an immediate answer would reveal that the user does not exist.
     decoy: Stored,
 }
 
 impl Users {
-    /// Reads the text of a file.
+    /// Parses a file.
     ///
     /// # Errors
-    /// What is wrong, and in which line.
+    /// The mistake and its line.
     pub fn parse(text: &str) -> Result<Users, String> {
         let (mut stored, mut decoy) = (HashMap::new(), None);
         for (number, line) in lines(text) {
@@ -113,12 +113,12 @@ impl Users {
                 return Err(format!("line {number}: `{user}` is there twice"));
             }
         }
-        // A file that is being written may be empty for a moment.
+        // While a file is being written, it may be empty for a moment.
         let decoy = decoy.ok_or("there is no user in it")?;
         Ok(Users { stored, decoy })
     }
 
-    /// The hash of a user, or that which stands for the one of a user that there is not; and whether there is one.
+    /// The hash of a user, or the hash for unknown users; and whether the user exists.
     pub fn of(&self, user: &str) -> (&Stored, bool) {
         match self.stored.get(user) {
             Some(stored) => (stored, true),

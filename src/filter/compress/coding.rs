@@ -1,4 +1,4 @@
-//! Content codings: which one a client takes (RFC 9110 §12.5.3), and what makes bytes of it.
+//! Content codings: negotiation with the client (RFC 9110 §12.5.3), and encoders.
 
 use std::io::{self, Write};
 
@@ -10,7 +10,7 @@ use http::header::ACCEPT_ENCODING;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-/// How an answer is made smaller.
+/// A content coding.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Coding {
@@ -32,7 +32,8 @@ impl Coding {
         }
     }
 
-    /// The one of these, in their order, that the client likes best; `None` if it wants none of them.
+    /// The coding of this list that the client prefers, the first of several equals; `None` if it accepts none of
+    /// them.
     pub fn chosen(offered: &[Coding], headers: &HeaderMap) -> Option<Coding> {
         let mut best: Option<(Coding, u16)> = None;
         for &coding in offered {
@@ -42,16 +43,16 @@ impl Coding {
             }
         }
         let (coding, weight) = best?;
-        // Who likes the plain answer better gets that.
+        // If the client prefers the plain response, it gets that.
         (weight >= identity_weight(headers)).then_some(coding)
     }
 }
 
-/// How much the client wants a coding, in thousandths; 0: not at all.
+/// The weight of a coding for the client, in thousandths; 0: not accepted.
 fn weight_of(headers: &HeaderMap, coding: Coding) -> u16 {
     let mut any = 0;
     for (name, weight) in accepted(headers) {
-        // RFC 9110 §8.4.1.3: `x-gzip` is the same.
+        // RFC 9110 §8.4.1.3: `x-gzip` is the same coding.
         if name.eq_ignore_ascii_case(coding.name()) || (coding == Coding::Gzip && name.eq_ignore_ascii_case("x-gzip")) {
             return weight;
         }
@@ -62,12 +63,12 @@ fn weight_of(headers: &HeaderMap, coding: Coding) -> u16 {
     any
 }
 
-/// How much it wants the answer as it is, if it says so.
+/// The weight of the plain response, if the client gives one.
 fn identity_weight(headers: &HeaderMap) -> u16 {
     accepted(headers).find(|(name, _)| name.eq_ignore_ascii_case("identity")).map_or(0, |(_, weight)| weight)
 }
 
-/// The codings that the client names, with their weights.
+/// The codings that the client lists, with their weights.
 fn accepted(headers: &HeaderMap) -> impl Iterator<Item = (&str, u16)> {
     let lines = headers.get_all(ACCEPT_ENCODING).iter().filter_map(|line| line.to_str().ok());
     lines.flat_map(|line| line.split(',')).filter_map(|item| {
@@ -75,13 +76,13 @@ fn accepted(headers: &HeaderMap) -> impl Iterator<Item = (&str, u16)> {
         let name = parts.next().filter(|name| !name.is_empty())?;
         let weight = parts.find_map(|part| part.strip_prefix("q=").or_else(|| part.strip_prefix("Q=")));
         let weight = weight.map_or(Some(1.0), |weight| weight.parse::<f32>().ok())?;
-        // Between 0 and 1 by the RFC; three digits behind the point.
+        // The RFC allows 0 to 1 with three decimals.
         let thousandths = (weight.clamp(0.0, 1.0) * 1000.0).round();
         Some((name, thousandths as u16))
     })
 }
 
-/// How much work goes into each coding.
+/// The compression level of each coding.
 #[derive(Clone, Copy, Debug)]
 pub struct Levels {
     pub gzip: u32,
@@ -89,10 +90,10 @@ pub struct Levels {
     pub zstd: i32,
 }
 
-/// A window of 512 KiB: what a larger one saves is little, and each answer under way has one of its own.
+/// A window of 512 KiB: a larger one saves little, and each response in progress has its own.
 const BROTLI_WINDOW: u32 = 19;
 
-/// Makes one body smaller, piece by piece.
+/// Compresses one body, piece by piece.
 pub enum Encoder {
     Gzip(GzEncoder<Vec<u8>>),
     Br(Box<CompressorWriter<Vec<u8>>>),
@@ -100,10 +101,10 @@ pub enum Encoder {
 }
 
 impl Encoder {
-    /// One that has seen nothing.
+    /// A new encoder.
     ///
     /// # Errors
-    /// There is no memory for it.
+    /// There is not enough memory.
     pub fn new(coding: Coding, levels: Levels) -> io::Result<Encoder> {
         Ok(match coding {
             Coding::Gzip => Encoder::Gzip(GzEncoder::new(Vec::new(), Compression::new(levels.gzip))),
@@ -112,10 +113,10 @@ impl Encoder {
         })
     }
 
-    /// What leaves after this piece; `flush`: all that has come in, so that a client can read on.
+    /// The output for this piece. `flush`: includes all input so far, so that a client can decode it.
     ///
     /// # Errors
-    /// The library has failed.
+    /// The library failed.
     pub fn piece(&mut self, piece: &[u8], flush: bool) -> io::Result<Vec<u8>> {
         let writer: &mut dyn Write = match self {
             Encoder::Gzip(encoder) => encoder,
@@ -133,10 +134,10 @@ impl Encoder {
         }))
     }
 
-    /// What is left, and the end.
+    /// The rest of the output, with the end.
     ///
     /// # Errors
-    /// The library has failed.
+    /// The library failed.
     pub fn end(self) -> io::Result<Vec<u8>> {
         match self {
             Encoder::Gzip(encoder) => encoder.finish(),

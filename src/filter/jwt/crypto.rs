@@ -1,8 +1,7 @@
-//! The signatures of tokens, checked by BoringSSL: what the `jsonwebtoken` crate is given in place of a library of its
-//! own.
+//! Verifies the signatures of tokens with BoringSSL, as the crypto provider of the `jsonwebtoken` crate.
 //!
-//! A key is for the algorithms of its kind and no other, so that a public key can never be taken for the secret of an
-//! HMAC (RFC 8725 §2.1). `none` is no algorithm at all.
+//! A key is only valid for the algorithms of its kind, so that a public key is never used as the secret of an HMAC
+//! (RFC 8725 §2.1). `none` is not an algorithm.
 
 use std::sync::Once;
 
@@ -41,13 +40,13 @@ fn unsupported<T>() -> Result<T, Error> {
     Err(new_error(ErrorKind::UnsupportedAlgorithm))
 }
 
-/// Has the crate use this. A program that has chosen another library for it before keeps that.
+/// Installs this provider. If the program has installed another one before, that one stays.
 pub fn install() {
     static INSTALLED: Once = Once::new();
     INSTALLED.call_once(|| _ = PROVIDER.install_default());
 }
 
-/// A key, ready to check signatures of one algorithm.
+/// A key for verifying signatures of one algorithm.
 pub struct Verifying {
     algorithm: Algorithm,
     key: Key,
@@ -56,26 +55,26 @@ pub struct Verifying {
 enum Key {
     Secret(Vec<u8>),
     Rsa(PKey<Public>),
-    /// And the length of one of the two numbers of a signature.
+    /// And the length of each of the two numbers of a signature.
     Ec(EcKey<Public>, usize),
     Ed(PKey<Public>),
 }
 
-/// The bits that RFC 7518 §3.3 requires; a much longer key would only cost time.
+/// The least size that RFC 7518 §3.3 requires; a much longer key would only take time.
 const RSA_BITS: std::ops::RangeInclusive<u32> = 2048..=8192;
 
-/// A key of Ed25519 in DER is this and its 32 bytes (RFC 8410 §4).
+/// The DER form of an Ed25519 key is this prefix and its 32 bytes (RFC 8410 §4).
 const ED25519: [u8; 12] = [0x30, 0x2a, 0x30, 0x05, 0x06, 0x03, 0x2b, 0x65, 0x70, 0x03, 0x21, 0x00];
 
 impl Verifying {
-    /// `None`: the key is none for this algorithm, too short, or no key at all.
+    /// `None`: the key is invalid, too short, or does not fit the algorithm.
     pub fn new(algorithm: Algorithm, key: &DecodingKey) -> Option<Verifying> {
         if key.family() != algorithm.family() {
             return None;
         }
         let key = match (algorithm.family(), key.kind()) {
             (AlgorithmFamily::Hmac, DecodingKeyKind::SecretOrDer(secret)) => {
-                // RFC 7518 §3.2: a secret is as long as the hash at least.
+                // RFC 7518 §3.2: a secret is at least as long as the hash.
                 let least = match algorithm {
                     Algorithm::HS256 => 32,
                     Algorithm::HS384 => 48,
@@ -112,8 +111,8 @@ impl Verifying {
                 verifier.verify_oneshot(signature, message)
             }
             Key::Ec(key, length) => {
-                // RFC 7518 §3.4: two numbers of a fixed length. Zeros, which once passed for anything, BoringSSL
-                // refuses.
+                // RFC 7518 §3.4: two numbers of fixed length. BoringSSL refuses zeros, which some libraries once
+                // accepted.
                 let Some((r, s)) = signature.split_at_checked(*length).filter(|(_, s)| s.len() == *length) else {
                     return Ok(false);
                 };
@@ -143,7 +142,7 @@ fn rsa(n: &[u8], e: &[u8]) -> Option<Key> {
     PKey::from_rsa(key).ok().map(Key::Rsa)
 }
 
-/// A point that is not on its curve is no key: BoringSSL looks.
+/// BoringSSL checks that the point is on its curve.
 fn ec(algorithm: Algorithm, point: &[u8]) -> Option<Key> {
     let (curve, length) = match algorithm {
         Algorithm::ES256 => (Nid::X9_62_PRIME256V1, 32),

@@ -1,4 +1,4 @@
-//! The keys that tokens are signed with (RFC 7517): from a file, or from a service that changes them now and then.
+//! The keys of tokens (RFC 7517): from a file, or from a service that rotates them.
 
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -14,7 +14,7 @@ use crate::filter::call::{Call, Caller};
 use crate::filter::listed::Listed;
 use crate::metrics::filters::Loads;
 
-/// A set has no more keys than this: a token that names none is tried with each.
+/// The limit on the keys of a set: a token without a key id is tried with each.
 const KEYS_MAX: usize = 100;
 
 /// Keys by their ids.
@@ -24,16 +24,16 @@ pub struct KeySet(Vec<One>);
 #[derive(Debug)]
 struct One {
     id: Option<Box<str>>,
-    /// The algorithms that it is for: those of its kind, or the one that it names.
+    /// The algorithms of the key: all of its kind, or the one that it names.
     algorithms: Vec<Algorithm>,
     key: DecodingKey,
 }
 
 impl KeySet {
-    /// Reads a JWK set. What is in it and no key for signatures, or of an unknown kind, is left out (RFC 7517 §5).
+    /// Parses a JWK set. Keys of unknown kinds and keys that are not for signatures are ignored (RFC 7517 §5).
     ///
     /// # Errors
-    /// What is wrong with the set, or that nothing in it is of use.
+    /// The mistake, or that the set has no usable key.
     pub fn parse(text: &str) -> Result<KeySet, String> {
         #[derive(Deserialize)]
         struct Set {
@@ -51,7 +51,7 @@ impl KeySet {
         Ok(KeySet(keys))
     }
 
-    /// The keys that a token of this algorithm may be signed with: the one that it names, or if it names none, all.
+    /// The candidate keys for a token of this algorithm: the one with its key id; without an id, all.
     pub fn of(&self, id: Option<&str>, algorithm: Algorithm) -> impl Iterator<Item = &DecodingKey> {
         let fits = move |one: &&One| {
             one.algorithms.contains(&algorithm) && id.is_none_or(|id| one.id.as_deref().is_some_and(|own| own == id))
@@ -86,7 +86,7 @@ impl One {
     }
 }
 
-/// Where keys come from.
+/// The source of keys.
 pub enum Keys {
     /// A file.
     File(Arc<Listed<KeySet>>),
@@ -95,7 +95,7 @@ pub enum Keys {
 }
 
 impl Keys {
-    /// The keys as they are known; waits only if none are. `None`: there are none.
+    /// The current keys. Waits only if there are none yet. `None`: there are none.
     pub async fn now(&self) -> Option<Arc<KeySet>> {
         match self {
             Keys::File(listed) => Some(listed.now().clone()),
@@ -103,56 +103,56 @@ impl Keys {
         }
     }
 
-    /// The keys, if there are others by now: these have not the one that is looked for.
+    /// The keys, if they have changed: the given ones lack the key of a token.
     pub async fn newer(&self, than: &Arc<KeySet>) -> Option<Arc<KeySet>> {
         let Keys::Service(service) = self else { return None };
         service.ask_again(than).await.filter(|keys| !Arc::ptr_eq(keys, than))
     }
 }
 
-/// How a service is asked for its keys.
+/// How keys are fetched from a service.
 #[derive(Clone, Copy, Debug)]
 pub struct Terms {
-    /// They are asked for anew when they are this old.
+    /// Keys of this age are fetched again.
     pub refresh: Duration,
-    /// The service is not asked more often than this.
+    /// The least time between two fetches.
     pub retry: Duration,
-    /// They are of no use any more when they are this old, since the service has not answered.
+    /// Keys of this age are no longer used: the service has not answered.
     pub keep: Duration,
-    /// How long an answer may take.
+    /// The time limit of an answer.
     pub timeout: Duration,
-    /// And how many bytes it may have.
+    /// The size limit of an answer.
     pub bytes_max: usize,
 }
 
-/// A service that has keys.
+/// A service with keys.
 pub struct Service {
     pub caller: Caller,
     pub target: PathAndQuery,
     pub terms: Terms,
     pub loads: Option<Loads>,
-    /// One asks at a time; the others wait for what that one gets.
+    /// One task fetches at a time; the others wait for its result.
     pub asking: tokio::sync::Mutex<()>,
     pub known: Arc<Mutex<Known>>,
 }
 
-/// What is known of the keys of a service.
+/// The state of a service's keys.
 #[derive(Clone, Default)]
 pub struct Known {
     keys: Option<(Arc<KeySet>, Instant)>,
-    /// When it was asked last.
+    /// The time of the last fetch.
     asked: Option<Instant>,
 }
 
-/// What to do about the keys.
+/// The decision about the keys.
 #[derive(Debug, PartialEq, Eq)]
 enum Step {
     Use,
-    /// Use them, and ask for newer ones meanwhile.
+    /// Use them, and fetch new ones in the background.
     Renew,
-    /// There are none: ask, and wait.
+    /// There are none: fetch and wait.
     Ask,
-    /// There are none, and it is too early to ask again.
+    /// There are none, and it is too early for another fetch.
     Fail,
 }
 
@@ -210,7 +210,7 @@ impl Service {
         self.usable()
     }
 
-    /// What somebody else gets who asks just now.
+    /// The result for a task that waited while another one fetched.
     async fn joined(&self) -> Option<Arc<KeySet>> {
         drop(self.asking.lock().await);
         self.usable()
@@ -222,7 +222,8 @@ impl Service {
         keys.map(|(keys, _)| keys)
     }
 
-    /// Asks, unless somebody has asked since `asked`. In a task of its own: who waits for it may leave.
+    /// Fetches the keys, unless another task has done so since `asked`. Runs in its own task, since a waiting client
+    /// may leave.
     fn ask(self: &Arc<Self>, asked: Option<Instant>) -> tokio::task::JoinHandle<()> {
         let service = self.clone();
         tokio::spawn(async move {
@@ -306,7 +307,7 @@ mod tests {
         assert!(told(&format!(r#"{{"keys":[{many}]}}"#)).starts_with("the JWK set has 101 keys"));
     }
 
-    /// The key of RFC 7515 §A.3, the curve of another one, and others that are of no use.
+    /// The key of RFC 7515 §A.3, a key of another curve, and unusable keys.
     #[test]
     fn a_key_is_for_its_own_algorithms() {
         let ec = r#""kty":"EC","x":"f83OJ3D2xF1Bg8vub9tLe1gHMzV76e8Tus9uPHvRVEU","y":"x_FEzRu9m36HLN_tue659LNpXW6pCyStikYjKIWI5a0""#;

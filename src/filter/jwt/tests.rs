@@ -1,4 +1,4 @@
-//! Tokens of the RFCs, tokens of our own, and the attacks that are known.
+//! Tokens of the RFCs, tokens of our own, and known attacks.
 
 use base64::Engine;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
@@ -18,7 +18,7 @@ use super::super::rehearsal::{Rehearsal, error, values};
 use super::crypto::Verifying;
 use super::*;
 
-/// RFC 7515 §A.1 to §A.3: the keys, and one payload signed with each. It was in force until 2011.
+/// RFC 7515 §A.1 to §A.3: the keys, and the same payload signed with each. It expired in 2011.
 const HS_KEY: &str = "AyM1SysPpbyDfgZld3umj1qzKObwVMkoqQ-EstJQLr_T-1qS0gZH75aKtMN3Yj0iPS4hcgUuTwjAzZr1Z9CAow";
 const RS_N: &str = "ofgWCuLjybRlzo0tZWJjNiuSfb4p4fAkd_wWJcyQoTbji9k0l8W26mPddxHmfHQp-Vaw-4qPCJrcS2mJPMEzP1Pt0Bm4d4QlL-yRT-SFd2lZS-pCgNMsD1W_YpRPEwOWvG6b32690r2jZ47soMZo9wGzjb_7OMg0LOL-bSf63kpaSHSXndS5z5rexMdbBYUsLA9e-KXBdQOS-UTo7WTBEMa2R2CapHg665xsmtdVMTBQY4uDZlxvb3qCo5ZwKh9kG4LT6_I5IhlJH7aGhyxXFvUK-DWNmoudF8NAco9_h9iaGNj8q2ethFkMLs91kzk2PAcDTW9gb54h4FRWyuXpoQ";
 const ES_X: &str = "f83OJ3D2xF1Bg8vub9tLe1gHMzV76e8Tus9uPHvRVEU";
@@ -33,7 +33,7 @@ const RS_SIGNED: (&str, &str) = (
 const ES_SIGNED: (&str, &str) =
     ("eyJhbGciOiJFUzI1NiJ9", "DtEhU3ljbEg8L38VWAfUAqOyKAM6-Xx-F4GawxaepmXFCgfTjDxw5djxLa8ISlSApmWQxfKTUJqPP3-Kg6NU1Q");
 
-/// The keys of the RFC, as a set.
+/// The keys of the RFC as a set.
 fn rfc_keys() -> Value {
     json!({ "keys": [
         { "kty": "oct", "k": HS_KEY, "kid": "hs" },
@@ -49,7 +49,7 @@ fn jwt(keys: &Value, settings: &str) -> Rehearsal {
     Rehearsal::of(&format!("- jwt: {{ keys: {{ file: {{ path: {} }} }}, {settings} }}", file.path().display()))
 }
 
-/// The reason for which a token is refused; `ok` if it is not.
+/// The reason for which a token is refused; `ok` if it is accepted.
 fn told(rehearsal: Rehearsal, token: &str) -> &'static str {
     match rehearsal.asking("/", &[("authorization", &format!("Bearer {token}"))]).verdict() {
         Verdict::Continue => "ok",
@@ -78,7 +78,7 @@ fn the_tokens_of_the_rfc_are_signed_and_long_expired() {
     }
 }
 
-/// RFC 8037 §A.4: what is signed is no token, but text.
+/// RFC 8037 §A.4: the signed content is text, not a token.
 #[test]
 fn the_signature_of_rfc_8037_is_right() {
     use jsonwebtoken::signature::Verifier;
@@ -92,7 +92,7 @@ fn the_signature_of_rfc_8037_is_right() {
     assert!(verifying.verify(message, &signature[1..].to_vec()).is_err());
 }
 
-/// A secret of our own, and tokens that are signed with it.
+/// A secret, and tokens that are signed with it.
 const SECRET: [u8; 32] = [7; 32];
 
 fn own_keys() -> Value {
@@ -110,7 +110,7 @@ fn signed(claims: &Value) -> String {
     signed_with(&SECRET, &json!({ "alg": "HS256", "kid": "own" }), claims)
 }
 
-/// These claims and an end in ten minutes.
+/// These claims, which expire in ten minutes.
 fn lasting(mut claims: Value) -> Value {
     claims["exp"] = (get_current_timestamp() + 600).into();
     claims
@@ -211,7 +211,7 @@ fn no_algorithm_is_none_and_a_public_key_is_no_secret() {
             assert_eq!(told(jwt(&keys, "algorithms: [RS256]"), &token), "route.jwt_invalid");
         }
     }
-    // With the right secret, but not with an algorithm that is written.
+    // With the right secret, but with an algorithm that is not configured.
     let token = signed(&lasting(json!({})));
     assert_eq!(told(jwt(&own_keys(), "algorithms: [RS256, ES256]"), &token), "route.jwt_invalid");
     assert_eq!(told(jwt(&own_keys(), "algorithms: [HS512]"), &token), "route.jwt_invalid");
@@ -242,7 +242,7 @@ fn what_a_token_says_of_keys_is_not_believed() {
             );
         }
     }
-    // RFC 7515 §4.1.11, though it is signed with the right key.
+    // RFC 7515 §4.1.11; the signature is valid.
     for crit in [json!(["exp"]), json!(["b64"]), json!([])] {
         let header = json!({ "alg": "HS256", "kid": "own", "crit": crit, "b64": false });
         assert_eq!(told(jwt(&own_keys(), HS), &signed_with(&SECRET, &header, &claims)), "route.jwt_invalid");
@@ -260,7 +260,7 @@ fn what_is_no_token_is_refused() {
         assert_eq!(told(jwt(&own_keys(), HS), token), "route.jwt_invalid", "{token}");
     }
     assert_eq!(told(jwt(&own_keys(), &format!("{HS}, max_token: 64KiB")), &large), "ok");
-    // Payloads that are no claims, though they are signed.
+    // Payloads that are not claims; the signature is valid.
     for payload in [json!([]), json!("x"), json!(1)] {
         assert_eq!(told(jwt(&own_keys(), HS), &signed(&payload)), "route.jwt_invalid");
     }
