@@ -10,6 +10,9 @@
 //!
 //! `-- small upload` measures these cells only; `-- --keep DIR` keeps what callgrind wrote, for `callgrind_annotate`.
 
+#[path = "rules.rs"]
+mod rules;
+
 use std::collections::BTreeMap;
 use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};
@@ -22,6 +25,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 use bytes::Bytes;
 use clap::Parser;
+use rules::RULES;
 
 /// The requests of the two runs.
 const FEWER: usize = 1_000;
@@ -58,20 +62,6 @@ enum Work {
 /// of a small request, are not in it. Where the same work takes fewer instructions (copies by whole strings count for
 /// each byte on some processors), the part of the rules is larger.
 const RULES_MOST: [(&str, f64); 2] = [("rules", 1.05), ("skipped", 1.06)];
-
-/// Rules as operators write them. None holds for the requests here, so that each is asked.
-const RULES: [&str; 10] = [
-    r#"request.headers["user-agent"].matches("(?i)scrapy|python-requests|headless")"#,
-    r#"request.path.startsWith("/api/") && request.headers["x-user"] != """#,
-    r#"!cidr("127.0.0.0/8").containsIP(source.address)"#,
-    r#"request.cookies["beta"] == "1" || request.args["debug"] == "1""#,
-    r#"request.method in ["PUT", "DELETE"] || "x-admin" in request.headers"#,
-    r#"request.headers["accept-language"].startsWith("de") && request.path == "/""#,
-    r#"cidr("10.0.0.0/8").containsIP(source.address)"#,
-    r#"request.host.endsWith(".example.com") && request.scheme == "https""#,
-    r#"request.headers["x-api-key"].orValue(request.args["key"]) == "secret""#,
-    r#"request.path.matches("^/shop/[0-9]+/(cart|order)$")"#,
-];
 
 const CELLS: &[Cell] = &[
     Cell { name: "small", work: Work::Kept, bound: 81.0 },

@@ -33,6 +33,23 @@ impl Pace {
     pub const USUAL: Pace = Pace { interval: Duration::from_millis(1), connections: 64 };
 }
 
+/// What it asks for.
+#[derive(Clone, Copy)]
+pub struct Question {
+    /// The header of the request that is due then, for this address.
+    pub header: fn(SocketAddr, Duration) -> String,
+    /// How the answer must begin.
+    pub answer: &'static [u8],
+}
+
+impl Question {
+    /// A small GET, which is to be answered with 200.
+    pub const SMALL: Question = Question {
+        header: |address, _| format!("GET /small HTTP/1.1\r\nHost: {address}\r\n\r\n"),
+        answer: b"HTTP/1.1 200",
+    };
+}
+
 /// How long answers are still awaited after the last request was due.
 const PATIENCE: Duration = Duration::from_secs(15);
 
@@ -51,14 +68,26 @@ pub struct FastClient {
 pub struct Log {
     /// Every request that was due.
     pub samples: Vec<Sample>,
-    /// Those that were answered with something else than 200, or not.
+    /// Those that were answered with another status than the one that is expected, or not.
     pub failed: usize,
 }
 
 impl FastClient {
-    /// Opens its connections and begins.
+    /// Opens its connections and begins with small GETs.
     pub fn start(place: Place, address: SocketAddr, manner: &Manner, pace: Pace) -> Result<FastClient> {
-        let lanes = (0..pace.connections).map(|_| Lane::open(address, manner)).collect::<Result<Vec<_>>>()?;
+        FastClient::asking(place, address, manner, pace, Question::SMALL)
+    }
+
+    /// The same with other requests.
+    pub fn asking(
+        place: Place,
+        address: SocketAddr,
+        manner: &Manner,
+        pace: Pace,
+        question: Question,
+    ) -> Result<FastClient> {
+        let open = |_| Lane::open(address, manner, question);
+        let lanes = (0..pace.connections).map(open).collect::<Result<Vec<_>>>()?;
         let (start, stop) = (Instant::now(), Arc::new(AtomicBool::new(false)));
         let stopped = stop.clone();
         let thread = thread::Builder::new().name("fast client".to_owned()).spawn(move || {
@@ -92,6 +121,7 @@ impl FastClient {
 struct Lane {
     address: SocketAddr,
     manner: Manner,
+    question: Question,
     stream: Link,
     due: VecDeque<Duration>,
     answer: Vec<u8>,
@@ -155,16 +185,16 @@ fn readable(lanes: &[Lane], wait: Duration) -> io::Result<Vec<usize>> {
 }
 
 impl Lane {
-    fn open(address: SocketAddr, manner: &Manner) -> Result<Lane> {
+    fn open(address: SocketAddr, manner: &Manner, question: Question) -> Result<Lane> {
         let stream = manner.open(address)?;
         stream.socket().set_nonblocking(true)?;
-        Ok(Lane { address, manner: manner.clone(), stream, due: VecDeque::new(), answer: Vec::new() })
+        Ok(Lane { address, manner: manner.clone(), question, stream, due: VecDeque::new(), answer: Vec::new() })
     }
 
     /// Sends the request for the first that is due. A request this small always fits what the kernel takes.
     fn ask(&mut self, start: Instant, log: &mut Log) {
-        while !self.due.is_empty() {
-            let request = format!("GET /small HTTP/1.1\r\nHost: {}\r\n\r\n", self.address);
+        while let Some(&due) = self.due.front() {
+            let request = (self.question.header)(self.address, due);
             if self.stream.write_all(request.as_bytes()).is_ok() {
                 return;
             }
@@ -185,7 +215,7 @@ impl Lane {
         if answer_is_short(&self.answer).unwrap_or(false) {
             return;
         }
-        if !self.answer.starts_with(b"HTTP/1.1 200") {
+        if !self.answer.starts_with(self.question.answer) {
             log.failed += 1;
         }
         self.record(start, log);

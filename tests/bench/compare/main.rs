@@ -8,7 +8,7 @@
 //! and reads its figures, `machine` knows the CPUs and the noise. Where clients are slow, `beside` tells the story,
 //! `slow` and `fast` are its clients and `bulk` its origin. Where an endpoint gets into trouble, `failover` tells the
 //! story, `several` holds the configurations and `moody` is the endpoint. Over TLS, `secure` connects and `shaking`
-//! asks for handshakes. `reload` has them load their configurations anew. Where a proxy is attacked, `attacks` tells the story and `hostile` is who attacks. `wrk`,
+//! asks for handshakes. `reload` has them load their configurations anew. `passwords` shows a Forebay wrong passwords. Where a proxy is attacked, `attacks` tells the story and `hostile` is who attacks. `wrk`,
 //! `h2load`, `counts`, `procfs`, `latency` and `figures` are pure; they, `bulk` and `moody` are tested.
 
 mod attacks;
@@ -24,10 +24,13 @@ mod latency;
 mod machine;
 mod measure;
 mod moody;
+mod passwords;
 mod process;
 mod procfs;
 mod proxies;
 mod reload;
+#[path = "../rules.rs"]
+mod rules;
 mod secure;
 mod several;
 mod shaking;
@@ -47,7 +50,7 @@ use attacks::Attack;
 use figures::Comparison;
 use machine::Machine;
 use measure::{Bench, Cell, Chosen, Effort};
-use proxies::{BULK_ORIGIN, CROWD_ORIGIN, Choice, Keys, MOODY_ORIGIN, Proxy, Running, Variant};
+use proxies::{BULK_ORIGIN, CROWD_ORIGIN, Choice, Keys, MOODY_ORIGIN, Proxy, Rules, Running, Variant};
 use secure::Identity;
 
 /// Compares Forebay, nginx and HAProxy, one worker each, and prints CPU, throughput, latency and memory.
@@ -121,7 +124,9 @@ impl Options {
 
     fn cells(&self) -> Vec<Cell> {
         let wanted = |cell: &Cell| match cell {
-            Cell::Routes | Cell::Buffering if self.cells.is_empty() => self.proxies.contains(&Choice::Forebay),
+            Cell::Routes | Cell::Buffering | Cell::Rules | Cell::Passwords if self.cells.is_empty() => {
+                self.proxies.contains(&Choice::Forebay)
+            }
             Cell::Attacks if self.cells.is_empty() => false,
             cell => self.cells.is_empty() || self.cells.iter().any(|Chosen(cells)| cells.contains(cell)),
         };
@@ -157,6 +162,21 @@ impl Options {
                     .with_keys(self.buffering_keys(Some(BUFFERING_OFF))),
                 Proxy::forebay(&self.forebay).named("buffering on").with_keys(self.buffering_keys(None)),
             ],
+            Cell::Rules => {
+                let with = |name: &str, rules| {
+                    Proxy::forebay(&self.forebay).named(name).with_keys(Keys { rules, ..Keys::default() })
+                };
+                vec![
+                    with("no rules", None),
+                    with("on filters", Some(Rules::OnFilters)),
+                    with("on routes", Some(Rules::OnRoutes)),
+                ]
+            }
+            Cell::Passwords => {
+                let builds =
+                    [Proxy::forebay(&self.forebay)].into_iter().chain(self.variants.iter().map(Proxy::variant));
+                builds.map(|proxy| proxy.with_keys(Keys { guarded: true, ..Keys::default() })).collect()
+            }
             Cell::Uploaders | Cell::Readers => {
                 proxies.map(|proxy| proxy.with_keys(self.buffering_keys(None))).collect()
             }

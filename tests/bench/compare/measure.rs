@@ -14,6 +14,7 @@ use crate::beside::{READER_COLUMNS, READER_GOALS, Stage, UPLOADER_COLUMNS, UPLOA
 use crate::failover::{self, FAILOVER_COLUMNS, FAILOVER_GOALS};
 use crate::figures::{Column, Comparison, Goal, Row};
 use crate::machine::{Machine, Noise, load_averages};
+use crate::passwords::{self, PASSWORD_COLUMNS, PASSWORD_GOALS};
 use crate::process::{open_and_ask, open_and_get, output_within};
 use crate::proxies::{BULK_ORIGIN, CROWD_ORIGIN, Origins, Proxy, Running};
 use crate::reload::{self, RELOAD_COLUMNS, RELOAD_GOALS};
@@ -48,6 +49,10 @@ pub enum Cell {
     Spill,
     /// A small GET through Forebay with its buffering on and off.
     Buffering,
+    /// A small GET through Forebay without rules and with ten.
+    Rules,
+    /// A fast client beside 200 wrong passwords a second.
+    Passwords,
     /// A fast client beside slow ones that have sent 16 KiB of 1 MiB and pause.
     Uploaders,
     /// A fast client beside slow ones that read 4 MiB at 20 KiB/s.
@@ -104,6 +109,7 @@ enum Work {
     Crowd,
     Trouble,
     Reload,
+    Guess,
     Attack,
 }
 
@@ -130,6 +136,8 @@ struct Load {
     body_bytes: usize,
     /// More than 1 where a difference of a few percent is asked for.
     times_the_rounds: usize,
+    /// Samples are no longer than this, where many short rounds say more than a few long ones.
+    seconds_max: u64,
 }
 
 /// Where it is done, and how much of it.
@@ -180,6 +188,7 @@ const MEMORY_COLUMNS: &[Column] =
 const UPLOAD_GOALS: &[Goal] = &[cpu_goal("CPU per upload, x nginx's default", "nginx", 0.65, Some(0.5))];
 const SPILL_GOALS: &[Goal] = &[cpu_goal("CPU per upload spilled to disk, x nginx's default", "nginx", 1.0, Some(0.8))];
 const BUFFERING_GOALS: &[Goal] = &[cpu_goal("CPU per small GET, x buffering off", "buffering off", 1.05, None)];
+const RULES_GOALS: &[Goal] = &[cpu_goal("CPU per small GET, x no rules", "no rules", 1.03, None)];
 const ECDSA_GOALS: &[Goal] = &[cpu_goal("CPU per handshake and small GET, x nginx", "nginx", 0.75, None)];
 const RSA_GOALS: &[Goal] = &[cpu_goal("CPU per handshake and small GET, x nginx", "nginx", 1.35, None)];
 const TLS_SMALL_GOALS: &[Goal] = &[cpu_goal("CPU per small GET over TLS, x nginx", "nginx", 1.3, None)];
@@ -199,7 +208,7 @@ const fn cpu_goal(what: &'static str, over: &'static str, must: f64, aim: Option
 impl Cell {
     fn work(self) -> Work {
         let (path, connections) = match self {
-            Cell::Small | Cell::Connect | Cell::Routes | Cell::Buffering => ("/small", 64),
+            Cell::Small | Cell::Connect | Cell::Routes | Cell::Buffering | Cell::Rules => ("/small", 64),
             Cell::Many => ("/small", 512),
             Cell::Medium => ("/64k", 64),
             Cell::Large => ("/1m", 16),
@@ -208,6 +217,7 @@ impl Cell {
             Cell::Uploaders | Cell::Readers => return Work::Crowd,
             Cell::Failover => return Work::Trouble,
             Cell::Reload => return Work::Reload,
+            Cell::Passwords => return Work::Guess,
             Cell::Attacks => return Work::Attack,
             Cell::TlsIdle => return Work::Hold,
             Cell::TlsEcdsa | Cell::TlsRsa | Cell::TlsResumed => ("/small", 8),
@@ -228,7 +238,12 @@ impl Cell {
             connections,
             new_connections: self == Cell::Connect,
             body_bytes,
-            times_the_rounds: if self == Cell::Buffering { 2 } else { 1 },
+            times_the_rounds: match self {
+                Cell::Buffering => 2,
+                Cell::Rules => 6,
+                _ => 1,
+            },
+            seconds_max: if self == Cell::Rules { 2 } else { u64::MAX },
         })
     }
 
@@ -247,6 +262,7 @@ impl Cell {
             (Cell::Readers, _) => READER_COLUMNS,
             (Cell::Failover, _) => FAILOVER_COLUMNS,
             (Cell::Reload, _) => RELOAD_COLUMNS,
+            (Cell::Passwords, _) => PASSWORD_COLUMNS,
             (Cell::Attacks, _) => ATTACK_COLUMNS,
             (_, Work::Load(_)) => LOAD_COLUMNS,
             _ => MEMORY_COLUMNS,
@@ -258,6 +274,8 @@ impl Cell {
             Cell::Upload => UPLOAD_GOALS,
             Cell::Spill => SPILL_GOALS,
             Cell::Buffering => BUFFERING_GOALS,
+            Cell::Rules => RULES_GOALS,
+            Cell::Passwords => PASSWORD_GOALS,
             Cell::Uploaders => UPLOADER_GOALS,
             Cell::Readers => READER_GOALS,
             Cell::Failover => FAILOVER_GOALS,
@@ -285,6 +303,8 @@ impl Cell {
             Cell::Upload => "uploads of 1 MiB in memory, 16 connections".to_owned(),
             Cell::Spill => "uploads of 1 MiB on disk, 16 connections".to_owned(),
             Cell::Buffering => "small GET, buffering on and off".to_owned(),
+            Cell::Rules => "small GET, without rules and with ten".to_owned(),
+            Cell::Passwords => "1,000 small GETs a second beside 200 wrong passwords a second".to_owned(),
             Cell::Uploaders => format!("{} uploaders that pause after 16 KiB of 1 MiB", effort.slow),
             Cell::Readers => format!("{} readers of 4 MiB at 20 KiB/s", effort.slow),
             Cell::Failover => "2,000 small GETs a second, one of three endpoints in trouble".to_owned(),
@@ -322,13 +342,14 @@ impl Bench {
         let row = |proxy: &Proxy| Row { name: proxy.name.clone(), samples: Vec::new(), judged: proxy.is_forebay() };
         let mut rows: Vec<Row> = proxies.iter().map(row).collect();
         // What the others are compared to sets the goal and has none.
-        rows[base].judged &= cell != Cell::Buffering;
+        rows[base].judged &= !matches!(cell, Cell::Buffering | Cell::Rules);
         match cell.work() {
             Work::Load(load) => self.under_load(&load, proxies, &mut rows),
             Work::Hold => self.while_held(cell, proxies, &mut rows),
             Work::Crowd => self.beside_a_crowd(cell, proxies, &mut rows),
             Work::Trouble => self.in_trouble(proxies, &mut rows),
-            Work::Reload => self.reloading(proxies, &mut rows),
+            Work::Reload => self.in_rounds(proxies, &mut rows, reload::sample),
+            Work::Guess => self.in_rounds(proxies, &mut rows, passwords::sample),
             Work::Attack => Ok(()),
         }
         .with_context(|| title.clone())?;
@@ -398,7 +419,7 @@ impl Bench {
     fn load_sample(&self, load: &Load, proxy: &Running) -> Result<Vec<f64>> {
         proxy.empty_logs()?;
         let before = proxy.server.cpu_seconds()?;
-        let run = self.work(load, proxy, self.effort.seconds)?;
+        let run = self.work(load, proxy, self.effort.seconds.min(load.seconds_max))?;
         let cpu_seconds = proxy.server.cpu_seconds()? - before;
         if run.failed > 0 {
             eprintln!("  {} of {} requests failed: these figures say little", run.failed, run.requests);
@@ -508,13 +529,18 @@ impl Bench {
     }
 
     /// Every sample has a fresh process: older workers of nginx and HAProxy may still end what they have.
-    fn reloading(&self, proxies: &[Proxy], rows: &mut [Row]) -> Result<()> {
+    fn in_rounds(
+        &self,
+        proxies: &[Proxy],
+        rows: &mut [Row],
+        sample: fn(&Machine, &Proxy, Origins) -> Result<Vec<f64>>,
+    ) -> Result<()> {
         let origins = Origins { rest: self.origin.server.address(), bulk: None };
         for round in 1..=self.effort.slow_rounds {
             let before = load_averages()?;
             let noise = Noise::listen(self.origin.server.cpu_seconds()?)?;
             for (proxy, row) in proxies.iter().zip(rows.iter_mut()) {
-                row.samples.push(reload::sample(&self.machine, proxy, origins).with_context(|| row.name.clone())?);
+                row.samples.push(sample(&self.machine, proxy, origins).with_context(|| row.name.clone())?);
             }
             let others = noise.cores(self.origin.server.cpu_seconds()?)?;
             eprintln!("  round {round}: load average before it {before}; others kept {others:.2} cores busy");

@@ -21,6 +21,7 @@ use tempfile::TempDir;
 
 use crate::machine::Machine;
 use crate::process::Server;
+use crate::rules::RULES;
 use crate::secure::{Identity, NAME};
 use crate::several;
 
@@ -62,6 +63,19 @@ pub struct Keys {
     pub route: Option<&'static str>,
     /// Of the upstream, where there are several endpoints.
     pub upstream: Option<&'static str>,
+    /// Ten rules that each request is asked, none of which holds.
+    pub rules: Option<Rules>,
+    /// Whether there is a route that asks for a password, before the one that all requests take.
+    pub guarded: bool,
+}
+
+/// Where rules are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Rules {
+    /// On filters of the route that all requests take.
+    OnFilters,
+    /// On routes before it, one each.
+    OnRoutes,
 }
 
 /// Where a proxy sends its requests.
@@ -177,6 +191,12 @@ impl Proxy {
         Running::start(&self.name, free_address, tls.is_some(), |address, dir| {
             let (program, config, arguments) = match &self.kind {
                 Kind::Forebay { binary, routes, keys } => {
+                    if keys.guarded {
+                        fs::write(
+                            dir.join(USERS),
+                            "ada:$2b$10$NSVZohxgRPqCbGvPPBsZ2e0EQ1alFm/lUQUbDXYeVwo2R5HXDPuly\n",
+                        )?;
+                    }
                     let config = forebay_config(address, tls, origins, dir, *routes, keys);
                     (binary.clone(), config, ["run", "-c"].as_slice())
                 }
@@ -358,6 +378,10 @@ const HAPROXY_MASTER_ARGUMENTS: &[&str] = &["-W", "-db", "-f"];
 /// Where a Forebay tells what it counts, in its directory.
 const ADMIN_SOCKET: &str = "admin.sock";
 
+/// The users of the guarded route, in its directory, and the path of that route.
+const USERS: &str = "users";
+pub const GUARDED: &str = "/guarded";
+
 /// What slow clients ask for.
 const BULK_PATHS: [&str; 2] = ["/4m", "/upload"];
 
@@ -512,6 +536,26 @@ fn forebay_config(
         let host = if n % 2 == 0 { format!("hosts: [shop-{n}.example.com], ") } else { String::new() };
         format!("  - {{ name: service-{n}, match: {{ {host}path: {{ prefix: /service-{n} }} }}, upstream: app }}\n")
     });
+    let (mut before, mut filters) = (String::new(), String::new());
+    for (number, when) in RULES.iter().enumerate() {
+        match keys.rules {
+            Some(Rules::OnRoutes) => {
+                before += &format!("  - {{ name: rule-{number}, match: {{ when: '{when}' }}, upstream: app }}\n");
+            }
+            Some(Rules::OnFilters) => {
+                filters += &format!("{{ headers: {{ request: {{ set: {{ X-A: b }} }} }}, when: '{when}' }}, ");
+            }
+            None => {}
+        }
+    }
+    if keys.guarded {
+        let users = dir.join(USERS);
+        before += &format!(
+            "  - {{ name: guarded, match: {{ path: {{ prefix: {GUARDED} }} }}, upstream: app, \
+             filters: [ basic_auth: {{ users: {{ path: \"{}\" }} }} ] }}\n",
+            users.display()
+        );
+    }
     let server =
         keys.server.map_or(String::new(), |keys| format!(", {}", keys.replace("{dir}", &dir.to_string_lossy())));
     let route = keys.route.map_or(String::new(), |keys| format!(", {keys}"));
@@ -532,7 +576,7 @@ admin: {{ address: \"unix:{admin}\" }}
 observability: {{ access_log: {{ path: \"{log}\" }} }}
 resources: {{ per_client: 100% }}
 routes:
-{others}{bulk_routes}  - {{ name: all, upstream: app{route} }}
+{others}{bulk_routes}{before}  - {{ name: all, upstream: app, filters: [ {filters} ]{route} }}
 ",
         origin = origins.rest,
         admin = dir.join(ADMIN_SOCKET).display(),
