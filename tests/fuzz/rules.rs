@@ -330,12 +330,21 @@ fn checked(text: &str) {
 /// index out of bounds, a number too large), ours has an answer by design.
 fn compared(text: &str, request: &Request) {
     static DIFFERENT: LazyLock<Regex> = LazyLock::new(|| {
-        // What our language defines in another way: numbers with a fraction, conversions, and parts of an empty text.
-        // A header's name is asked for in any case.
-        Regex::new(r#"(?i)\d\.|\d[e]|\b(int|double|string|orValue|has|values|hash|ip|isIP|cidr|substring|dyn|type|uint|bytes|duration|timestamp)\b|\b(split|replace|trim|matches)\b|in request"#)
-            .expect("a pattern")
+        let ours = [
+            // Numbers with a fraction are compared and written in another way.
+            r"\d\.|\.\d|\d[eE]",
+            // A conversion gives 0 or nothing where the interpreter fails, or is a function of ours alone.
+            r"\b(int|double|string|orValue|values|hash|ip|isIP|cidr|substring)\b",
+            // An empty text is nowhere, and nothing is split at it.
+            r#"\b(split|replace)\s*\(\s*([^"'\s]|""|'')"#,
+            // In a pattern, `.` is a line break, too.
+            r"(?s)matches.*[\\\n\r]|[\\\n\r].*matches",
+            // The name of a header is asked for in any case.
+            r"headers.*[A-Z]|[A-Z].*headers",
+        ];
+        Regex::new(&ours.join("|")).expect("a pattern")
     });
-    if DIFFERENT.is_match(text) || text.chars().any(|c| c.is_ascii_uppercase()) && text.contains("headers") {
+    if DIFFERENT.is_match(text) {
         return;
     }
     let Ok(condition) = Condition::build(text, Moment::Request) else { return };
