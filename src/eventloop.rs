@@ -5,6 +5,7 @@
 //! it is measured at that future ([`Metered`]), not derived from phases. [`worker`] records what is polled,
 //! [`runtime`] reads tokio's figures, `heartbeat` finds late workers, [`stall`] decides. [`Loops`] combines them.
 
+pub mod cpu;
 mod heartbeat;
 pub mod runtime;
 pub mod stall;

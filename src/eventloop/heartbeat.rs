@@ -5,18 +5,22 @@
 //! no worker counts as stalled, but the delay of the next round is part of the lag of each. Tokio's timers are too
 //! coarse for this: they count whole milliseconds and are late by one or two.
 //!
+//! A worker is late because of its own work, or because it waits for a core. The CPU time that it used before the answer
+//! tells them apart ([`Busy`]).
+//!
 //! `client::lane` measures the rounds of the loop itself while it hands out turns: it needs each of them, many per
 //! millisecond, and a probe every ten is too slow for that.
 
 use std::future::poll_fn;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError};
+use std::sync::{Arc, OnceLock};
 use std::task::Poll;
 use std::time::{Duration, Instant};
 
 use futures::task::AtomicWaker;
 
+use super::cpu::CpuClock;
 use super::stall::{Look, News, Watch};
 use super::worker::{STALL_LEAST, Worker, here, nanos};
 use crate::metrics::LoopMetrics;
@@ -31,14 +35,46 @@ pub(super) struct Pulse {
     at: AtomicU64,
     /// The worker that answered.
     by: AtomicUsize,
+    busy: Busy,
     waker: AtomicWaker,
+}
+
+/// The CPU time of the thread that answers. Only for a runtime with one thread.
+#[derive(Default)]
+struct Busy {
+    clock: OnceLock<Option<CpuClock>>,
+    /// At the time of the probe, and of the answer, in nanoseconds.
+    asked: AtomicU64,
+    answered: AtomicU64,
+}
+
+impl Busy {
+    /// Called by the thread that probes.
+    fn ask(&self) {
+        if let Some(Some(clock)) = self.clock.get() {
+            self.asked.store(nanos(clock.time()), Ordering::Relaxed);
+        }
+    }
+
+    /// Called by the thread that answers.
+    fn answer(&self) {
+        if let Some(clock) = self.clock.get_or_init(|| CpuClock::own().ok()) {
+            self.answered.store(nanos(clock.time()), Ordering::Relaxed);
+        }
+    }
+
+    /// The CPU time between the two. `None`: the clock was not known yet.
+    fn time(&self) -> Option<Duration> {
+        let [asked, answered] = [&self.asked, &self.answered].map(|time| time.load(Ordering::Relaxed));
+        (asked > 0).then(|| Duration::from_nanos(answered.saturating_sub(asked)))
+    }
 }
 
 impl Pulse {
     pub(super) fn new(epoch: Instant) -> Arc<Self> {
         let zero = || AtomicU64::new(0);
         let (asked, answered, at, by) = (zero(), zero(), zero(), AtomicUsize::new(0));
-        Arc::new(Pulse { epoch, asked, answered, at, by, waker: AtomicWaker::new() })
+        Arc::new(Pulse { epoch, asked, answered, at, by, busy: Busy::default(), waker: AtomicWaker::new() })
     }
 
     /// Answers probes as long as its runtime lives.
@@ -49,6 +85,7 @@ impl Pulse {
             if asked != self.answered.load(Ordering::Relaxed) {
                 self.by.store(here().map_or(0, |worker| worker.index), Ordering::Relaxed);
                 self.at.store(nanos(self.epoch.elapsed()), Ordering::Relaxed);
+                self.busy.answer();
                 self.answered.store(asked, Ordering::Release);
             }
             Poll::<()>::Pending
@@ -57,6 +94,7 @@ impl Pulse {
     }
 
     fn ask(&self, now: Duration) {
+        self.busy.ask();
         self.asked.store(nanos(now).max(1), Ordering::Release);
         self.waker.wake();
     }
@@ -126,6 +164,9 @@ impl Pacemaker {
                         self.metrics.lag[by.min(self.metrics.lag.len() - 1)].observe(lag.as_secs_f64());
                     }
                     if !self.shared {
+                        if let Some(busy) = pulse.busy.time().filter(|_| !first) {
+                            self.metrics.lag_busy[place].observe(busy.as_secs_f64());
+                        }
                         self.watches[place].came(lag);
                         self.lags[place] = self.lags(place, lag);
                     }
@@ -203,5 +244,29 @@ impl Pacemaker {
             }
             News::Ends(_) => {}
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_work_of_a_worker_is_told_from_its_wait_for_a_core() {
+        const WORK: Duration = Duration::from_millis(20);
+        let (busy, clock) = (Busy::default(), CpuClock::own().unwrap());
+        busy.ask();
+        busy.answer();
+        assert_eq!(busy.time(), None, "the clock was not known when it was asked");
+        busy.ask();
+        let begun = clock.time();
+        while clock.time() < begun + WORK {
+            std::hint::spin_loop();
+        }
+        busy.answer();
+        assert!(busy.time() >= Some(WORK), "{:?}", busy.time());
+        busy.ask();
+        busy.answer();
+        assert!(busy.time() < Some(WORK), "{:?}", busy.time());
     }
 }

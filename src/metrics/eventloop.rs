@@ -14,6 +14,7 @@ vectors! {
         lane_overdue: counter LANE_OVERDUE,
         lane_bytes: counter LANE_BYTES,
         lag: histogram LOOP_LAG,
+        lag_busy: histogram LOOP_LAG_BUSY,
         stalled: gauge STALLED_WORKERS,
         stalls: counter STALLS,
     }
@@ -38,6 +39,8 @@ pub struct LaneMetrics {
 pub struct LoopMetrics {
     /// The lag of each worker.
     pub lag: Vec<Histogram>,
+    /// The part of it that is the worker's own work.
+    pub lag_busy: Vec<Histogram>,
     /// Number of stalled workers.
     pub stalled: IntGauge,
     stalls: IntCounterVec,
@@ -67,6 +70,7 @@ impl Families {
         }
         LoopMetrics {
             lag: (0..workers).map(|worker| self.lag_of(worker)).collect(),
+            lag_busy: (0..workers).map(|worker| self.lag_busy.with_label_values(&[&worker.to_string()])).collect(),
             stalled: single(&self.stalled),
             stalls: self.stalls.clone(),
         }

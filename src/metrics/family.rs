@@ -326,6 +326,9 @@ families! {
         "Sockets and other descriptors registered by a worker.";
     LOOP_LAG: "forebay_loop_lag_seconds", Histogram(LAG), ["worker"],
         "How late a ready task runs, measured by heartbeat probes.";
+    LOOP_LAG_BUSY: "forebay_loop_lag_busy_seconds", Histogram(LAG), ["worker"],
+        "CPU time that a worker used before it answered a heartbeat probe: the part of the lag that is its own work; the \
+         rest is the wait for a core. Not measured with work_stealing.";
     STALLED_WORKERS: "forebay_stalled_workers", Gauge, [],
         "Workers that are now late by more than stall_threshold.";
     STALLS: "forebay_stalls_total", Counter, ["where"],

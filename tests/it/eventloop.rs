@@ -116,6 +116,8 @@ fn a_filter_that_sleeps_on_the_worker_is_named_while_it_sleeps() {
     let short = scrape.sum("forebay_filter_poll_seconds_bucket{filter=\"sleepy\",le=\"0.25\"}");
     assert_eq!((scrape.sum("forebay_filter_poll_seconds_count{filter=\"sleepy\"}"), short), (2.0, 1.0));
     assert!(scrape.sum("forebay_loop_lag_seconds_sum") > 0.9, "{}", scrape.text());
+    let busy = scrape.sum("forebay_loop_lag_busy_seconds_sum");
+    assert!(busy > 0.0 && busy < 0.5, "it sleeps, which takes no CPU time: {busy} s");
     log.line_with(&["the worker goes on", "where=\"sleepy\""]).expect("the end to be told as well");
 }
 

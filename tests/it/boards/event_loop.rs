@@ -74,6 +74,11 @@ pub fn board() -> Board {
                 "sum by (le) (rate(forebay_loop_lag_seconds_bucket[R]))",
             ),
             Panel::heat(
+                "Lag, own work",
+                "The CPU time that a worker used while that task waited; the rest of the lag is the wait for a core.",
+                "sum by (le) (rate(forebay_loop_lag_busy_seconds_bucket[R]))",
+            ),
+            Panel::heat(
                 "Polls, all of them",
                 "How long the pieces of work between two awaits take.",
                 "sum by (le) (rate(forebay_loop_poll_seconds_bucket[R]))",

@@ -1,7 +1,6 @@
 //! A thread that hashes one password after the other, as its clerk sees it.
 
 use std::io;
-use std::mem::MaybeUninit;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
@@ -9,6 +8,7 @@ use std::thread::{self, Thread};
 use std::time::{Duration, Instant};
 
 use super::Job;
+use crate::eventloop::cpu::CpuClock;
 
 /// How far an escort gives way to others that want the CPU: it gets a third of what a worker gets.
 const NICE: libc::c_int = 5;
@@ -39,7 +39,7 @@ const RIGHT: u8 = 2;
 pub(super) struct Desk {
     jobs: Sender<Arc<Job>>,
     found: Arc<Found>,
-    clock: libc::clockid_t,
+    clock: CpuClock,
     at: Option<At>,
 }
 
@@ -64,7 +64,7 @@ impl Desk {
         let found = Arc::new(Found::default());
         let (shared, clerk) = (found.clone(), thread::current());
         thread::Builder::new().name("password".to_owned()).spawn(move || {
-            let _ = clock.send(own_clock());
+            let _ = clock.send(CpuClock::own());
             rank.take_on();
             hash(&given, &shared, &clerk);
         })?;
@@ -77,7 +77,7 @@ impl Desk {
         self.at = Some(At {
             job: job.clone(),
             since: Instant::now(),
-            cpu: cpu_time(self.clock),
+            cpu: self.clock.time(),
             starved: false,
             handed_on: false,
         });
@@ -102,7 +102,7 @@ impl Desk {
     /// Whether it gets too little CPU time for what it is at; it is so until that is done.
     pub fn is_starved(&mut self) -> bool {
         let Some(at) = &mut self.at else { return false };
-        at.starved = at.starved || starved(at.since.elapsed(), cpu_time(self.clock).saturating_sub(at.cpu));
+        at.starved = at.starved || starved(at.since.elapsed(), self.clock.time().saturating_sub(at.cpu));
         at.starved
     }
 
@@ -147,26 +147,6 @@ fn is_left_over() -> bool {
     unsafe { libc::syscall(libc::SYS_sched_setscheduler, 0, libc::SCHED_IDLE, &raw const parameters) == 0 }
 }
 
-/// The clock of the CPU time of the thread that calls this.
-fn own_clock() -> io::Result<libc::clockid_t> {
-    let mut clock = MaybeUninit::uninit();
-    // SAFETY: the call fills in the clock if it succeeds.
-    match unsafe { libc::pthread_getcpuclockid(libc::pthread_self(), clock.as_mut_ptr()) } {
-        // SAFETY: it has.
-        0 => Ok(unsafe { clock.assume_init() }),
-        error => Err(io::Error::from_raw_os_error(error)),
-    }
-}
-
-/// How much CPU time the thread of this clock has had.
-fn cpu_time(clock: libc::clockid_t) -> Duration {
-    let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
-    // SAFETY: the structure lives until the call returns. The clock of a thread that has ended is an error, and leaves
-    // the time at zero.
-    unsafe { libc::clock_gettime(clock, &raw mut time) };
-    Duration::new(time.tv_sec.try_into().unwrap_or(0), time.tv_nsec.try_into().unwrap_or(0))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -178,16 +158,5 @@ mod tests {
         assert!(starved(ms(500), ms(124)));
         assert!(!starved(ms(500), ms(125)));
         assert!(!starved(ms(4_000), ms(3_900)), "its hash is dear");
-    }
-
-    #[test]
-    fn the_clock_of_a_thread_counts_its_own_time() {
-        let clock = own_clock().unwrap();
-        let before = cpu_time(clock);
-        let begun = Instant::now();
-        while cpu_time(clock) == before && begun.elapsed() < Duration::from_secs(60) {
-            std::hint::spin_loop();
-        }
-        assert!(cpu_time(clock) > before);
     }
 }
