@@ -1,8 +1,9 @@
-//! Reads a request header on its raw bytes, more strictly than Pingora would, so that what is odd is refused with
-//! a reason before anything is built for it.
+//! Parses and checks a request header as raw bytes. The checks are stricter than Pingora's, so that an irregular
+//! request is refused with a reason before anything is allocated for it.
 //!
-//! Two pure steps: [`Scanner`] finds the end as bytes arrive, [`inspect`] checks the whole. Framing (RFC 9112 §6) and
-//! `Host` (§3.2) are checked here because two readings of one request are how requests are smuggled.
+//! There are two pure steps: [`Scanner`] finds the end as bytes arrive, and [`inspect`] checks the complete header.
+//! Framing (RFC 9112 §6) and `Host` (§3.2) are checked here, since request smuggling depends on two readings of one
+//! request.
 
 use std::mem::MaybeUninit;
 use std::net::Ipv6Addr;
@@ -16,22 +17,24 @@ use super::fields;
 use crate::error::{Refusal, refusal};
 use crate::framing::{self, Body, Said, decimal, is_token};
 
-/// Header fields that can be parsed at all; `limits.headers` lies at or below it. Pingora has the same limit.
+/// Maximum number of header fields that the parser accepts; `limits.headers` is at most this. Pingora has the same
+/// limit.
 pub const FIELDS_MAX: usize = 256;
 
-/// The longest target that `http::Uri` can hold; with a longer one Pingora would answer without a word of ours.
+/// Length of the longest target that `http::Uri` can hold, in bytes. Pingora would respond to a longer one without
+/// Forebay's refusal.
 const TARGET_BYTES_MAX: usize = u16::MAX as usize - 1;
 
-/// What a listener allows a request header to be.
+/// Limits of a listener for request headers.
 #[derive(Clone, Copy, Debug)]
 pub struct HeadLimits {
-    /// Fields.
+    /// Maximum number of fields.
     pub fields: usize,
-    /// Bytes, request line and empty line included.
+    /// Maximum size in bytes, including request line and empty line.
     pub bytes: usize,
 }
 
-/// Finds the end of a header in bytes that arrive piece by piece, looking at each byte once.
+/// Finds the end of a header in bytes that arrive piece by piece. It examines each byte once.
 #[derive(Debug, Default)]
 pub struct Scanner {
     line: usize,
@@ -40,7 +43,8 @@ pub struct Scanner {
 }
 
 impl Scanner {
-    /// Looks at what has come since the last call. `Some` is the length of the complete header, empty line included.
+    /// Examines the bytes added since the last call. `Some`: the length of the complete header, including its empty
+    /// line.
     ///
     /// Lines must end in CRLF and must not be folded (RFC 9112 §2.2, §5.2).
     pub fn scan(&mut self, bytes: &[u8], limits: HeadLimits) -> Result<Option<usize>, &'static Refusal> {
@@ -75,18 +79,18 @@ impl Scanner {
     }
 }
 
-/// What a checked header says of what follows it.
+/// The result of checking a header.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Head {
-    /// How the body behind it is framed.
+    /// The framing of the body.
     pub body: Body,
-    /// It is the last request of its connection: a field `Connection` says so, whichever it is.
+    /// Whether a `Connection` field requests the close of the connection after this request.
     pub closes: bool,
-    /// Another request may follow on its connection, as far as its version and its fields say (RFC 9112 §9.3).
+    /// Whether version and fields permit another request on the connection (RFC 9112 §9.3).
     pub persists: bool,
-    /// It asks for another protocol.
+    /// Whether the request asks for another protocol.
     pub upgrades: bool,
-    /// The form of its target.
+    /// The form of the target.
     pub target: Target,
 }
 
@@ -95,9 +99,9 @@ pub struct Head {
 pub enum Target {
     /// A path, or `*`.
     Origin,
-    /// A URL; whether there is a field `Host` besides.
+    /// A URL, with or without a `Host` field.
     Absolute {
-        /// There is.
+        /// Whether a `Host` field is present.
         names_host: bool,
     },
 }
@@ -106,7 +110,7 @@ pub enum Target {
 ///
 /// # Errors
 ///
-/// What the client is told.
+/// The refusal for the client.
 pub fn inspect(header: &[u8]) -> Result<Head, &'static Refusal> {
     parsed(header, check)
 }
@@ -114,20 +118,20 @@ pub fn inspect(header: &[u8]) -> Result<Head, &'static Refusal> {
 /// A request of HTTP/1.
 #[derive(Debug)]
 pub struct Request {
-    /// Its header as it was written, the target in its origin form.
+    /// The header as received, with the target in origin form.
     pub written: Bytes,
-    /// What that says of what follows it.
+    /// The result of checking the header.
     pub head: Head,
-    /// The same for all who come after. Its values are parts of `written`; how its names were spelled, [`fields`] finds
+    /// The header for later phases. Its values are slices of `written`; [`fields`] finds the spelling of the names
     /// there.
     pub header: RequestHeader,
 }
 
-/// Reads a complete header and checks it.
+/// Parses a complete header and checks it.
 ///
 /// # Errors
 ///
-/// What the client is told.
+/// The refusal for the client.
 pub fn read(mut written: Bytes) -> Result<Request, &'static Refusal> {
     let checked = parsed(&written, |request| {
         let head = check(request)?;
@@ -143,7 +147,7 @@ pub fn read(mut written: Bytes) -> Result<Request, &'static Refusal> {
     Ok(Request { written, head, header })
 }
 
-/// Parses a header; what `read` makes of it.
+/// Parses a header and returns the result of `read`.
 fn parsed<T>(
     header: &[u8],
     read: impl FnOnce(&httparse::Request<'_, '_>) -> Result<T, &'static Refusal>,
@@ -158,7 +162,7 @@ fn parsed<T>(
     }
 }
 
-/// The header of a request that was checked, in its origin form.
+/// Builds the header of a checked request in origin form.
 fn header(request: &httparse::Request<'_, '_>, written: &Bytes) -> Result<RequestHeader, &'static Refusal> {
     let (method, target) = (request.method.unwrap_or_default(), request.path.unwrap_or_default());
     let (mut parts, ()) = http::Request::new(()).into_parts();
@@ -211,12 +215,12 @@ fn check(request: &httparse::Request<'_, '_>) -> Result<Head, &'static Refusal> 
     Ok(Head { body: framing::request::read(version, &said)?, closes, persists, upgrades, target })
 }
 
-/// A checked header with an absolute target, as it would be without: an origin gets the path alone (RFC 9112 §3.2.1).
-/// The authority of the target is that of `Host`, which was checked against it, or becomes it where none is named, as
-/// HTTP/1.0 may.
+/// Converts a checked header with an absolute target to origin form, since an origin receives only the path (RFC 9112
+/// §3.2.1). The target's authority equals `Host`, as checked, or becomes `Host` if the field is absent, as HTTP/1.0
+/// permits.
 ///
-/// Nothing behind this knows more than one form: Pingora would compare the two letter for letter, and answer without a
-/// word of ours.
+/// Later phases know only this form. Pingora would compare target and `Host` byte for byte, and respond without
+/// Forebay's refusal.
 pub fn in_origin_form(header: &[u8], names_host: bool) -> BytesMut {
     let mut words = header.splitn(3, |&byte| byte == b' ');
     let mut word = || words.next().unwrap_or_default();
@@ -230,7 +234,7 @@ pub fn in_origin_form(header: &[u8], names_host: bool) -> BytesMut {
     let path: &[&[u8]] = match path.first() {
         Some(b'/') => &[path],
         Some(_) => &[b"/", path],
-        // RFC 9112 §3.2.4: it is the server as a whole that is asked.
+        // The request concerns the server as a whole (RFC 9112 §3.2.4).
         None if method == b"OPTIONS" => &[b"*"],
         None => &[b"/"],
     };
@@ -243,7 +247,7 @@ pub fn in_origin_form(header: &[u8], names_host: bool) -> BytesMut {
     formed
 }
 
-/// Method and target of a request line that may be anything, for the log line of a refusal.
+/// Method and target of an unchecked request line, for the log line of a refusal.
 pub fn request_line(bytes: &[u8]) -> (&str, &[u8]) {
     let line = bytes.split(|&byte| byte == b'\r' || byte == b'\n').next().unwrap_or_default();
     let mut words = line.splitn(3, |&byte| byte == b' ');
@@ -256,7 +260,7 @@ pub fn request_line(bytes: &[u8]) -> (&str, &[u8]) {
     }
 }
 
-/// Whether a header that was refused asks for JSON in its `Accept`.
+/// Whether a refused header accepts JSON in `Accept`.
 pub fn wants_json(bytes: &[u8]) -> bool {
     bytes
         .split(|&byte| byte == b'\n')
@@ -264,12 +268,12 @@ pub fn wants_json(bytes: &[u8]) -> bool {
         .any(|line| accepts_json(line[7..].trim_ascii()))
 }
 
-/// Whether this value of `Accept` asks for JSON by its name (RFC 9110 §12.5.1).
+/// Whether an `Accept` value lists JSON explicitly (RFC 9110 §12.5.1).
 pub fn accepts_json(accept: &[u8]) -> bool {
     framing::items(accept).any(|range| framing::is_media_type(range, "application/json"))
 }
 
-/// The value of a field that may stand once, and whether it stood more often.
+/// The value of a field that may occur once, and whether it occurred more often.
 #[derive(Default)]
 struct Values<'h> {
     first: Option<&'h [u8]>,
@@ -283,16 +287,16 @@ impl<'h> Values<'h> {
     }
 }
 
-/// What follows the scheme of an absolute target (RFC 9112 §3.2.2), if this is one.
+/// The part after the scheme of an absolute target (RFC 9112 §3.2.2). `None` for other forms.
 fn absolute(target: &str) -> Option<&str> {
-    // Nearly all are paths.
+    // Fast path: almost all targets are paths.
     let (scheme, rest) = Some(target).filter(|target| !target.starts_with('/'))?.split_once("://")?;
     (scheme.eq_ignore_ascii_case("http") || scheme.eq_ignore_ascii_case("https")).then_some(rest)
 }
 
-/// RFC 9112 §3.2: HTTP/1.1 needs exactly one well-formed `Host`; an absolute target must not contradict it.
+/// HTTP/1.1 requires exactly one well-formed `Host`, and an absolute target must not contradict it (RFC 9112 §3.2).
 ///
-/// `behind_scheme` is what follows the scheme of an absolute target.
+/// `behind_scheme` is the part after the scheme of an absolute target.
 fn check_host(hosts: &Values<'_>, behind_scheme: Option<&str>, minor: u8) -> Result<(), &'static Refusal> {
     let authority = behind_scheme.map(|rest| rest.split(['/', '?', '#']).next().unwrap_or_default().as_bytes());
     let is_one = match (hosts.first, authority) {
@@ -305,15 +309,15 @@ fn check_host(hosts: &Values<'_>, behind_scheme: Option<&str>, minor: u8) -> Res
     if is_one { Ok(()) } else { Err(&refusal::HEADER_HOST) }
 }
 
-/// Whether this is `host` or `host:port` (RFC 3986 §3.2.2), not empty. A name has no codes: `a%2eb` would be another
-/// host to routes than to an endpoint that decodes it, and HTTP/2 cannot carry it.
+/// Whether the bytes are a non-empty `host` or `host:port` (RFC 3986 §3.2.2). Percent-encoding is refused: `a%2eb`
+/// would differ for routes and for an endpoint that decodes it, and HTTP/2 cannot carry it.
 pub fn is_host(bytes: &[u8]) -> bool {
     let (name, port) = match bytes.iter().rposition(|&byte| byte == b':') {
         Some(colon) if !bytes.ends_with(b"]") => (&bytes[..colon], Some(&bytes[colon + 1..])),
         _ => (bytes, None),
     };
     let name_is_valid = match name.strip_prefix(b"[").and_then(|rest| rest.strip_suffix(b"]")) {
-        // RFC 3986 §3.2.2; a zone concerns one machine alone (RFC 6874 §4).
+        // IPv6 (RFC 3986 §3.2.2) without a zone, which is valid only on one host (RFC 6874 §4).
         Some(literal) => std::str::from_utf8(literal).is_ok_and(|literal| literal.parse::<Ipv6Addr>().is_ok()),
         None => {
             !name.is_empty()
@@ -323,15 +327,15 @@ pub fn is_host(bytes: &[u8]) -> bool {
     name_is_valid && port.is_none_or(|port| decimal(port).is_some_and(|port| port <= 65_535))
 }
 
-/// Whether `http::Uri` can hold this target, and as a whole. `httparse` lets more pass, and Pingora would answer it
-/// without a word of ours; of a fragment (RFC 9112 §3.2 knows none) routes would see nothing, and the endpoint would.
-/// RFC 3986 §2 allows none of what is refused here.
+/// Whether `http::Uri` can hold the whole target. `httparse` accepts more, and Pingora would respond to it without
+/// Forebay's refusal. A fragment is refused, too (RFC 9112 §3.2 has none): the endpoint would see it, and routes would
+/// not. RFC 3986 §2 permits none of the refused characters.
 fn is_uri(target: &str) -> bool {
     let (path, query) = target.split_once('?').unwrap_or((target, ""));
     !target.contains('#') && !path.contains(['<', '>', '`']) && !query.contains(['<', '>', '"'])
 }
 
-/// Tells a well-formed request of another HTTP version from garbage.
+/// Distinguishes a well-formed request of another HTTP version from invalid bytes.
 fn malformed_or_version(bytes: &[u8]) -> &'static Refusal {
     let line = bytes.split(|&byte| byte == b'\r').next().unwrap_or_default();
     let version = line.rsplit(|&byte| byte == b' ').next().unwrap_or_default();
@@ -483,7 +487,7 @@ mod tests {
         for target in bytes.chain([long(TARGET_BYTES_MAX), long(TARGET_BYTES_MAX + 1), "//".into(), "/%".into()]) {
             let accepted = reason(&format!("GET {target} HTTP/1.1\r\nHost: a\r\n\r\n")) == "accepted";
             let made = pingora::http::RequestHeader::build("GET", target.as_bytes(), None).is_ok();
-            // One with a fragment it would cut.
+            // `http::Uri` would cut off a fragment.
             assert_eq!(accepted, made && !target.contains('#'), "{}", &target[..target.len().min(9)]);
         }
         assert_eq!(reason(&format!("GET {} HTTP/1.1\r\nHost: a\r\n\r\n", long(65_535))), "header.too_large");

@@ -1,9 +1,9 @@
-//! HTTP/2 from clients: a connection and its streams, by the library that Pingora uses, too.
+//! HTTP/2 connections of clients and their streams, with the `h2` library that Pingora also uses.
 //!
-//! Pingora's session of HTTP/2 keeps the library's handles to itself. With it, nothing can send interim answers (RFC
-//! 9110 §15.2), read the trailers of a request, or reset a stream for a reason while a write has the session. So the
-//! connection is accepted here: a [`Stream`] is the session that Pingora and `client::wire` use, and [`Control`] is
-//! what else can be done with it. [`guard`] looks on, and [`conduct`] says what a client may do.
+//! Pingora's HTTP/2 session hides the library's handles. It offers no way to send interim responses (RFC 9110 §15.2),
+//! to read the trailers of a request, or to reset a stream with a reason while a write owns the session. Connections
+//! are therefore accepted here: a [`Stream`] is the session for Pingora and `client::wire`, and [`Control`] gives
+//! access to the other operations. [`guard`] observes the frames, and [`conduct`] limits what a client may do.
 
 pub mod conduct;
 pub mod guard;
@@ -38,7 +38,7 @@ use crate::error::{Refusal, refusal};
 use conduct::Offence;
 use guard::{Guard, Watch};
 
-/// Fields that are about a connection of HTTP/1 and must not be on HTTP/2 (RFC 9113 §8.2.2).
+/// Fields of an HTTP/1 connection, which are forbidden in HTTP/2 (RFC 9113 §8.2.2).
 static OF_HTTP1: [HeaderName; 5] = [
     header::TRANSFER_ENCODING,
     header::CONNECTION,
@@ -47,31 +47,31 @@ static OF_HTTP1: [HeaderName; 5] = [
     HeaderName::from_static("proxy-connection"),
 ];
 
-/// What happens on a connection.
+/// An event on a connection.
 #[expect(clippy::large_enum_variant, reason = "there is one at a time, and nearly all are requests")]
 enum Event {
     /// A request.
     Request(Request<RecvStream>, SendResponse<Bytes>),
-    /// The library has refused a request by itself.
+    /// The library refused a request itself.
     Refused(&'static Refusal),
-    /// The client is to be cut off.
+    /// The client must be cut off.
     Offence(Offence),
-    /// It has ended, by an error or in good order.
+    /// The connection ended, regularly or by an error.
     End(Option<h2::Error>),
 }
 
-/// What a stream is.
+/// The kind of a stream.
 #[expect(clippy::large_enum_variant, reason = "there is one at a time, and nearly all are exchanges")]
 pub enum Opened {
     /// An exchange.
     Exchange(Stream),
-    /// A connection of HTTP/1.1 that is to speak another protocol.
+    /// A tunnelled HTTP/1.1 connection that will switch to another protocol.
     Carried(Box<websocket::Carried>),
 }
 
-/// Runs a connection to its end, hands every stream to `begin`, and tells `refuse` of what comes to nothing before
-/// there is a stream: a request that the library refuses, and a client that is cut off. Once `ending` says so, the
-/// client is told to open no more (GOAWAY), and the connection ends with its last stream.
+/// Serves a connection until it ends. Passes each stream to `begin`. Reports to `refuse` what never becomes a stream:
+/// requests that the library refuses, and clients that are cut off. When `ending` becomes true, a GOAWAY asks the
+/// client to open no more streams, and the connection ends with its last stream.
 pub async fn serve(
     io: Box<ClientStream>,
     listener: &Listener,
@@ -89,7 +89,7 @@ pub async fn serve(
     let (mut ends, mut cut) = (false, false);
     loop {
         let next = poll_fn(|cx| {
-            // The library works for all streams of the connection while it is asked for the next.
+            // The call for the next request also makes the library progress on all streams.
             Poll::Ready(match connection.poll_accept(cx) {
                 Poll::Ready(Some(Ok((request, respond)))) => Event::Request(request, respond),
                 Poll::Ready(Some(Err(error))) => Event::End(Some(error)),
@@ -113,7 +113,7 @@ pub async fn serve(
         match event {
             Event::Request(request, mut respond) => {
                 watch.claim(respond.stream_id().as_u32());
-                // What was given up before anybody could begin with it costs no endpoint anything.
+                // A request that was reset before any work on it costs no endpoint anything.
                 let mut context = Context::from_waker(Waker::noop());
                 if respond.poll_reset(&mut context).is_ready() {
                     refuse(&refusal::HEADER_ABORTED);
@@ -156,13 +156,13 @@ pub async fn serve(
 struct Core {
     body: RecvStream,
     respond: SendResponse<Bytes>,
-    /// Once the header of the answer is out, unless a write has it.
+    /// Present once the response header was sent, unless a write owns it.
     send: Option<SendStream<Bytes>>,
-    /// The header of the answer is out: from then on, who answers is not told whether the client is there.
+    /// The response header was sent. From then on, the `respond` handle does not report a reset.
     answered: bool,
-    /// The end of the answer was given to the library.
+    /// The end of the response was given to the library.
     ended: bool,
-    /// What followed the body of the request.
+    /// The trailers of the request.
     trailers: Option<HeaderMap>,
 }
 
@@ -171,7 +171,7 @@ impl Core {
         const READING: &str = "reading the request body";
         match ready!(self.body.poll_data(cx)) {
             Some(Ok(data)) => {
-                // An error would mean that the stream is over, and the next read says so.
+                // An error means that the stream has ended; the next read reports it.
                 let _ = self.body.flow_control().release_capacity(data.len());
                 Poll::Ready(Ok(Some(data)))
             }
@@ -186,11 +186,11 @@ impl Core {
         }
     }
 
-    /// Ready when the client has given the stream up; only looked at while no write is under way.
+    /// Ready when the client has reset the stream. Pending while a write is in progress.
     fn poll_closed(&mut self, cx: &mut Context<'_>) -> Poll<Box<Error>> {
         let reset = match &mut self.send {
             Some(send) => send.poll_reset(cx),
-            // A write that has it finds out by itself.
+            // The write that owns the handle detects the reset.
             None if self.ended || self.answered => return Poll::Pending,
             None => self.respond.poll_reset(cx),
         };
@@ -202,28 +202,28 @@ impl Core {
     }
 }
 
-/// What can be done with a stream whoever has its session.
+/// Access to a stream that is independent of the owner of its session.
 #[derive(Clone)]
 pub struct Control(Arc<Mutex<Core>>);
 
 impl Control {
     fn core(&self) -> MutexGuard<'_, Core> {
-        // One task uses it, in turns; the lock is never waited for.
+        // One task uses the lock, one part at a time, so it never blocks.
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Ready when the client has given the stream up, or its connection has failed. Not told while a write is under
-    /// way, which finds out by itself.
+    /// Ready when the client has reset the stream, or its connection has failed. Pending while a write is in progress,
+    /// which detects this itself.
     pub fn poll_closed(&self, cx: &mut Context<'_>) -> Poll<Box<Error>> {
         self.core().poll_closed(cx)
     }
 
-    /// What followed the body of the request, once that was read to its end.
+    /// Takes the trailers of the request, after its body was read completely.
     pub fn take_trailers(&self) -> Option<HeaderMap> {
         self.core().trailers.take()
     }
 
-    /// Gives the stream up, unless its answer is whole already.
+    /// Resets the stream, unless its response is complete.
     pub fn reset(&self, reason: Reason) {
         let mut core = self.core();
         if !core.ended {
@@ -233,7 +233,7 @@ impl Control {
     }
 }
 
-/// One exchange of HTTP/2, as a session of Pingora.
+/// One HTTP/2 exchange, as a session for Pingora.
 pub struct Stream {
     request: RequestHeader,
     control: Control,
@@ -249,7 +249,7 @@ impl Stream {
     fn new(request: Request<RecvStream>, respond: SendResponse<Bytes>) -> Stream {
         let (head, body) = request.into_parts();
         let request = RequestHeader::from(head);
-        // A length of 0 is a promise until the stream ends (RFC 9113 §8.1.1).
+        // A length of 0 is only an announcement until the stream ends (RFC 9113 §8.1.1).
         let empty = body.is_end_stream();
         let core = Core { body, respond, send: None, answered: false, ended: false, trailers: None };
         Stream {
@@ -264,7 +264,7 @@ impl Stream {
         }
     }
 
-    /// What else can be done with it.
+    /// The control of this stream.
     pub fn control(&self) -> Control {
         self.control.clone()
     }
@@ -293,7 +293,7 @@ impl Stream {
         Ok(())
     }
 
-    /// The sending side, to be put back by [`Stream::sent`].
+    /// Takes the sending handle; [`Stream::sent`] puts it back.
     fn sending(&self) -> Result<Option<SendStream<Bytes>>> {
         let mut core = self.control.core();
         if core.ended {
@@ -319,7 +319,7 @@ impl Stream {
     }
 
     fn end(&mut self, trailers: Option<HeaderMap>) -> Result<()> {
-        // Without an answer there is nothing to end: the stream is reset when it is dropped.
+        // Without a response there is nothing to end: dropping the stream resets it.
         if self.answered.is_none() {
             return Ok(());
         }
@@ -448,7 +448,7 @@ impl CustomSession for Stream {
 
     no_connection!();
 
-    // The deadline for a request body is the intake's; nothing drains one that nobody wants.
+    // The intake enforces the deadline for the request body. An unwanted body is not drained.
 
     fn set_read_timeout(&mut self, _timeout: Option<Duration>) {}
 

@@ -1,10 +1,8 @@
-//! How a client of HTTP/2 behaves: what it does often that costs the gateway work and a client that wants answers need
-//! not do.
+//! Limits the behaviour of HTTP/2 clients: frames that cost the gateway work and that a regular client seldom sends.
 //!
-//! [`Conduct`] counts frames by their kind and says when the connection is to end. It knows no socket and keeps no
-//! payload. A `Bucket` bounds each kind: a rate in the long run, and ten seconds' worth of it at once. Where honest
-//! clients send a kind of frame because of what they are sent, as credit and pings are, what was sent fills the bucket,
-//! too.
+//! [`Conduct`] counts frames by kind and decides when the connection ends. It knows no socket and stores no payload. A
+//! `Bucket` limits each kind: a long-term rate, and a burst of ten seconds' worth. Clients send some kinds, such as
+//! credit and pings, in response to received frames; for these kinds, frames sent to the client refill the bucket, too.
 
 use std::time::{Duration, Instant};
 
@@ -15,48 +13,48 @@ use crate::config::listener as config;
 use crate::config::units::Rate;
 use crate::error::{Refusal, refusal};
 
-/// A bucket holds what its rate lets through in this time.
+/// A bucket holds the frames that its rate permits in this time.
 const BURST: Duration = Duration::from_secs(10);
-/// A stream that is reset within this time is reset early; one that is reset within three times as long may count so.
+/// A stream that is reset within this time counts as reset early. One that is reset within three times this time may
+/// count so, too.
 const EARLY: Duration = Duration::from_secs(1);
-/// The share of streams that are reset early says something of a client once it has opened so many.
+/// Minimum number of opened streams before the share of early resets is checked.
 const STREAMS_MIN: u32 = 200;
-/// The share is that of about so many streams: beyond them, older ones count half.
+/// The share covers about this many recent streams: older ones count half.
 const STREAMS_MAX: u32 = 1_000;
-/// A stream is reset once. So many more may be, as it can be reset by both ends at the same time.
+/// A stream is reset once. This many more resets are tolerated, since both ends can reset a stream at the same time.
 const STRAY_RESETS: u64 = 100;
-/// So many bytes of bodies that the client gets pay for one WINDOW_UPDATE.
+/// Bytes of response bodies that pay for one WINDOW_UPDATE.
 const BYTES_OF_CREDIT: u32 = 32;
-/// So many frames of priority may come with a stream: clients say it when they begin and once more when they know
-/// better.
+/// Priority frames that each stream pays for: clients send one at the start and often one update.
 const PRIORITIES_OF_STREAM: f64 = 2.0;
 
-/// Why a connection of HTTP/2 ends.
+/// The reason for which an HTTP/2 connection is ended.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Offence {
     /// The reason in metrics and in the log.
     pub refusal: &'static Refusal,
-    /// What the client is told (RFC 9113 §7).
+    /// The error code for the client (RFC 9113 §7).
     pub code: Reason,
 }
 
 impl Offence {
-    /// It asks for too much.
+    /// The offence of a client that exceeds a limit.
     pub const fn excess(refusal: &'static Refusal) -> Offence {
         Offence { refusal, code: Reason::ENHANCE_YOUR_CALM }
     }
 
-    /// It breaks the protocol.
+    /// The offence of a client that violates the protocol.
     pub const fn of_protocol(code: Reason) -> Offence {
         Offence { refusal: &refusal::HEADER_H2_PROTOCOL, code }
     }
 }
 
-/// What a client may do, as the configuration says.
+/// The limits for a client, from the configuration.
 #[derive(Clone, Debug)]
 pub struct Rules {
     resets: Allowance,
-    /// From 0 to 1; at 1 it does not matter.
+    /// From 0 to 1; 1 disables the check.
     reset_share: f64,
     pings: Allowance,
     settings: Allowance,
@@ -68,7 +66,7 @@ pub struct Rules {
 }
 
 impl Rules {
-    /// Those of a listener.
+    /// Builds the limits of a listener.
     pub fn build(written: &config::Http2) -> Rules {
         Rules {
             resets: Allowance::new(written.resets),
@@ -83,18 +81,18 @@ impl Rules {
         }
     }
 
-    /// So many resets may come at once.
+    /// Maximum number of resets in a burst.
     pub fn resets_at_once(&self) -> usize {
         self.resets.most as usize
     }
 }
 
-/// What a bucket lets through.
+/// The limits of a bucket.
 #[derive(Clone, Copy, Debug)]
 struct Allowance {
-    /// At once.
+    /// Maximum burst.
     most: f64,
-    /// In a second.
+    /// Rate per second.
     rate: f64,
 }
 
@@ -105,45 +103,44 @@ impl Allowance {
     }
 }
 
-/// What is left of an allowance.
+/// The state of an allowance.
 #[derive(Clone, Copy, Debug, Default)]
 struct Bucket {
-    /// What was taken and has not come back.
+    /// Number of units taken that have not been refilled.
     spent: f64,
-    /// When it was last looked at; `None`: never.
+    /// The time of the last update; `None` before the first.
     at: Option<Instant>,
 }
 
 impl Bucket {
-    /// Takes one. `false`: there is none.
+    /// Takes one unit. `false`: the bucket is empty.
     fn take(&mut self, allowance: Allowance, now: Instant) -> bool {
         let passed = self.at.replace(now).map_or(0.0, |at| now.saturating_duration_since(at).as_secs_f64());
         self.spent = (self.spent - passed * allowance.rate).max(0.0) + 1.0;
         self.spent <= allowance.most
     }
 
-    /// Pays in. A client cannot save up more than its allowance.
+    /// Refills the bucket, up to its allowance at most.
     fn pay(&mut self, amount: f64) {
         self.spent = (self.spent - amount).max(0.0);
     }
 }
 
-/// Streams, and how many of them were reset early. An approximation in a few words: once in `EARLY` it is noted which
-/// stream was the last.
+/// Counts streams and early resets. An approximation with little state: it records the highest stream once per `EARLY`.
 #[derive(Debug, Default)]
 struct Streams {
-    /// How many have been opened.
+    /// Number of streams opened in total.
     ever: u64,
-    /// How many resets there were, of whatever.
+    /// Number of resets in total, of any stream.
     resets: u64,
-    /// How many of late were opened, and reset early.
+    /// Numbers of recent streams: opened, and reset early.
     opened: u32,
     reset_early: u32,
     /// The highest stream that the client has opened.
     last: u32,
-    /// The highest stream at a time that is at least `EARLY` ago, once there is one.
+    /// The highest stream at a time at least `EARLY` ago, if known.
     older: Option<u32>,
-    /// The highest stream at a later time, and that time.
+    /// A later time, and the highest stream at that time.
     newer: Option<(Instant, u32)>,
 }
 
@@ -159,7 +156,7 @@ impl Streams {
         self.ever += 1;
     }
 
-    /// Whether the stream is young.
+    /// Counts a reset. Returns whether it was early.
     fn reset(&mut self, stream: u32, now: Instant) -> bool {
         self.tick(now);
         self.resets += 1;
@@ -168,7 +165,7 @@ impl Streams {
         early
     }
 
-    /// Whether there are no more resets than streams, and no more early ones than this share.
+    /// Whether resets do not exceed streams, and early resets do not exceed this share.
     fn are_credible(&self, share: f64) -> bool {
         let seldom = self.opened < STREAMS_MIN || f64::from(self.reset_early) <= share * f64::from(self.opened);
         seldom && self.resets <= self.ever + STRAY_RESETS
@@ -180,19 +177,19 @@ impl Streams {
             if passed < EARLY {
                 return;
             }
-            // After a pause, all that there was is older.
+            // After a pause, all earlier streams are old.
             self.older = Some(if passed < 2 * EARLY { last } else { self.last });
         }
         self.newer = Some((now, self.last));
     }
 }
 
-/// What a client has done on its connection.
+/// The behaviour of a client on its connection.
 #[derive(Debug, Default)]
 pub struct Conduct {
-    /// Its settings have come, which are the first frame of all.
+    /// The client's SETTINGS frame, the first of all, was received.
     introduced: bool,
-    /// CONTINUATION frames of the header block that is under way.
+    /// Number of CONTINUATION frames in the current header block.
     continuations: u64,
     empty_data: u64,
     streams: Streams,
@@ -205,11 +202,11 @@ pub struct Conduct {
 }
 
 impl Conduct {
-    /// The client has sent this.
+    /// Counts a received frame.
     ///
     /// # Errors
     ///
-    /// Its connection is to end.
+    /// The offence for which the connection must end.
     pub fn received(&mut self, passed: Passed, rules: &Rules, now: Instant) -> Result<(), Offence> {
         let head = match passed {
             Passed::Head(head) => head,
@@ -230,12 +227,12 @@ impl Conduct {
                 return Ok(());
             }
             kind::CONTINUATION => {
-                // The last one ends the block, and is none too many.
+                // The last one ends the block and does not count.
                 self.continuations += u64::from(!head.has(END_HEADERS));
                 (self.continuations <= rules.continuations, &refusal::HEADER_H2_CONTINUATION)
             }
             kind::RST_STREAM => {
-                // What is given up late has been one of those that may be open at once, which bounds it.
+                // Late resets are limited by the number of concurrent streams.
                 let early = self.streams.reset(head.stream, now);
                 let within = !early || self.resets.take(rules.resets, now);
                 (within && self.streams.are_credible(rules.reset_share), &refusal::HEADER_H2_RESETS)
@@ -249,7 +246,7 @@ impl Conduct {
             kind::PRIORITY | kind::PRIORITY_UPDATE => {
                 (self.priorities.take(rules.priorities, now), &refusal::HEADER_H2_PRIORITY)
             }
-            // The library ends the connection.
+            // The library ends the connection itself.
             kind::PUSH_PROMISE => return Ok(()),
             _ => return self.ignored(rules, now),
         };
@@ -259,12 +256,12 @@ impl Conduct {
         }
     }
 
-    /// The gateway has sent this.
+    /// Counts a frame that the gateway sent.
     pub fn sent(&mut self, head: &Head) {
         match head.kind {
             kind::DATA => {
                 self.window_updates.pay(f64::from(head.length) / f64::from(BYTES_OF_CREDIT));
-                // Clients measure with pings how much is on its way, once for each round of data.
+                // Clients send one ping per round of data to measure the bandwidth-delay product.
                 self.pings.pay(1.0);
             }
             kind::HEADERS => self.pings.pay(1.0),
@@ -272,13 +269,13 @@ impl Conduct {
         }
     }
 
-    /// A frame that says nothing to the gateway.
+    /// Counts a frame that the gateway ignores.
     fn ignored(&mut self, rules: &Rules, now: Instant) -> Result<(), Offence> {
         let within = self.unknown.take(rules.unknown, now);
         if within { Ok(()) } else { Err(Offence::excess(&refusal::HEADER_H2_UNKNOWN)) }
     }
 
-    /// What the library is lenient about, or answers with another code than RFC 9113 asks for.
+    /// Checks what the library tolerates, or reports with another code than RFC 9113 requires.
     fn check(&mut self, head: &Head) -> Result<(), Offence> {
         let is_settings = head.kind == kind::SETTINGS && !head.has(ACK);
         if !std::mem::replace(&mut self.introduced, true) && !is_settings {
@@ -286,7 +283,7 @@ impl Conduct {
             return Err(Offence::of_protocol(Reason::PROTOCOL_ERROR));
         }
         let fits = match head.kind {
-            // §6.3 asks for an error of the stream, and allows one of the connection (§5.4).
+            // §6.3 requires a stream error; §5.4 permits a connection error instead.
             kind::PRIORITY => head.length == 5,
             kind::RST_STREAM | kind::WINDOW_UPDATE => head.length == 4,
             kind::SETTINGS if head.has(ACK) => head.length == 0,
@@ -313,14 +310,14 @@ mod tests {
         Passed::Head(Head { length, kind, flags, stream })
     }
 
-    /// A client that has said its settings.
+    /// A client whose settings were received.
     fn introduced(now: Instant) -> Conduct {
         let mut conduct = Conduct::default();
         conduct.received(head(kind::SETTINGS, 0, 0, 6), &rules(), now).expect("the first of all");
         conduct
     }
 
-    /// How many times a client may do this, each so long after the one before, of at most 5,000; and why no more.
+    /// Repeats an action at this interval, at most 5,000 times. Returns how often it was permitted, and the refusal.
     fn times(
         every: Duration,
         mut act: impl FnMut(&mut Conduct, u32, Instant) -> Result<(), Offence>,
@@ -403,7 +400,7 @@ mod tests {
 
     #[test]
     fn streams_that_are_reset_late_are_not_held_against_a_client() {
-        // Each stream is given up when the 300 that follow it have come, three seconds later.
+        // Each stream is reset after the 300 streams that follow it, three seconds later.
         let late = times(Duration::from_millis(10), |conduct, time, now| {
             conduct.received(head(kind::HEADERS, END_HEADERS, 2 * time + 1, 10), &rules(), now)?;
             match time.checked_sub(300) {

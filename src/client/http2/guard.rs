@@ -1,8 +1,9 @@
-//! Looks on while the HTTP/2 library reads and writes: a stream of bytes that counts the frames that pass.
+//! Observes the HTTP/2 library's reads and writes: a stream of bytes that counts the frames that pass.
 //!
-//! The library refuses some requests by itself and tells nobody. It shows in what it writes: a RST_STREAM, or a whole
-//! answer, on a stream that it has never handed out. And a client that the library would bear with is noticed before
-//! the library sees what it sends: then no further byte is read, and whoever runs the connection ends it.
+//! The library refuses some requests without reporting it. A refusal is visible only in the bytes written: a
+//! RST_STREAM, or a complete response, on a stream that was never handed out. The guard also detects offending clients
+//! that the library would tolerate, before the library reads the frames. It then reads no further bytes, and the owner
+//! of the connection ends it.
 
 use std::collections::VecDeque;
 use std::future::Future;
@@ -20,11 +21,11 @@ use super::conduct::{Conduct, Offence, Rules};
 use crate::client::frames::{END_STREAM, Frames, Passed, kind};
 use crate::error::{Refusal, refusal};
 
-/// The most streams that were opened and not handed out that are remembered. The library refuses a stream at once, so
-/// there are no more than came with one read, unless the client takes nothing of what is written.
+/// Maximum number of opened streams remembered that were not handed out. The library refuses a stream at once, so their
+/// number is limited by one read, unless the client accepts no bytes.
 const UNCLAIMED_MAX: usize = 1_024;
 
-/// What is known of a connection; shared by the stream of bytes and whoever runs the connection.
+/// The observations about a connection, shared by the stream of bytes and the owner of the connection.
 #[derive(Clone)]
 pub struct Watch(Arc<Mutex<Seen>>);
 
@@ -34,17 +35,17 @@ struct Seen {
     received: Frames,
     sent: Frames,
     offence: Option<Offence>,
-    /// Streams that the client has opened and that the library has not handed out, in order.
+    /// Streams that the client opened and the library has not handed out, in order.
     unclaimed: VecDeque<u32>,
     last_opened: u32,
-    /// What the library itself has answered, and on which stream, since it was last asked for.
+    /// The refusals that the library wrote since the last query, with their streams.
     verdicts: VecDeque<(u32, &'static Refusal)>,
-    /// Which of its limits the library says goodbye for.
+    /// The library's limit that its GOAWAY reports.
     excess: Option<&'static Refusal>,
 }
 
 impl Watch {
-    /// Nothing has passed yet.
+    /// Creates a watch without observations.
     pub fn new(rules: &Rules) -> Watch {
         Watch(Arc::new(Mutex::new(Seen {
             rules: rules.clone(),
@@ -59,7 +60,7 @@ impl Watch {
         })))
     }
 
-    /// The library has handed this stream out.
+    /// Reports that the library handed this stream out.
     pub fn claim(&self, stream: u32) {
         let mut seen = self.seen();
         if let Ok(place) = seen.unclaimed.binary_search(&stream) {
@@ -67,7 +68,7 @@ impl Watch {
         }
     }
 
-    /// A request that the library has refused by itself. To be asked for once it has nothing more to hand out.
+    /// Takes a refusal that the library wrote itself. Call it when the library has no more requests to hand out.
     pub fn refused(&self) -> Option<&'static Refusal> {
         let mut seen = self.seen();
         while let Some((stream, refusal)) = seen.verdicts.pop_front() {
@@ -79,19 +80,20 @@ impl Watch {
         None
     }
 
-    /// Why the connection is to end, if it is.
+    /// The offence for which the connection must end, if any.
     pub fn offence(&self) -> Option<Offence> {
         self.seen().offence
     }
 
-    /// Why the library has ended the connection, if this error says that it did and not the client or the network.
+    /// The reason for which the library ended the connection. `None` if this error comes from the client or the
+    /// network.
     pub fn verdict(&self, error: &h2::Error) -> Option<&'static Refusal> {
         let by_library = error.is_library() && error.is_go_away();
         by_library.then(|| self.seen().excess.unwrap_or(&refusal::HEADER_H2_PROTOCOL))
     }
 
     fn seen(&self) -> MutexGuard<'_, Seen> {
-        // One task uses it, so that the lock is never waited for.
+        // One task uses the lock, so it never blocks.
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -119,7 +121,7 @@ impl Seen {
     fn written(&mut self, bytes: &[u8]) {
         let Seen { conduct, sent, verdicts, unclaimed, excess, .. } = self;
         let mut judge = |stream: u32, refusal| {
-            // Only the library itself writes on a stream that nobody was handed.
+            // Only the library itself writes on a stream that was not handed out.
             if unclaimed.binary_search(&stream).is_ok() {
                 verdicts.push_back((stream, refusal));
             }
@@ -143,8 +145,8 @@ impl Seen {
     }
 }
 
-/// The limit of the library that a GOAWAY is for, whose debug data ends so. There are words for it and no code; h2
-/// 0.4.20 has these.
+/// The library's limit that a GOAWAY reports, by the last bytes of its debug data. h2 0.4.20 reports limits only in
+/// this text, without a code.
 fn excess_of_library(end: [u8; 8]) -> Option<&'static Refusal> {
     Some(match &end {
         // too_many_internal_resets
@@ -161,17 +163,17 @@ fn excess_of_library(end: [u8; 8]) -> Option<&'static Refusal> {
     })
 }
 
-/// The bytes of a connection, looked at as they pass.
+/// The bytes of a connection, observed as they pass.
 pub struct Guard<I> {
     io: I,
     watch: Watch,
-    /// For a frame or a header block that was begun.
+    /// Time limit for a frame or header block that has begun.
     patience: Duration,
     deadline: Option<Pin<Box<Sleep>>>,
 }
 
 impl<I> Guard<I> {
-    /// Looks at what passes through `io`. What the client begins it has to finish within `patience`.
+    /// Observes the bytes of `io`. The client must complete each frame and header block within `patience`.
     pub fn new(io: I, watch: Watch, patience: Duration) -> Self {
         Guard { io, watch, patience, deadline: None }
     }
@@ -182,7 +184,7 @@ impl<I: AsyncRead + Unpin> AsyncRead for Guard<I> {
         let Guard { io, watch, patience, deadline } = &mut *self;
         let mut seen = watch.seen();
         if seen.offence.is_some() {
-            // Whoever runs the connection looks for it as soon as nothing more is read.
+            // The owner of the connection checks for the offence when no more bytes are read.
             return Poll::Pending;
         }
         let before = out.filled().len();

@@ -1,10 +1,9 @@
-//! WebSocket over HTTP/2 (RFC 8441): a stream of HTTP/2 as a connection of HTTP/1.1.
+//! WebSocket over HTTP/2 (RFC 8441): presents an HTTP/2 stream as an HTTP/1.1 connection.
 //!
-//! Endpoints speak WebSocket by HTTP/1.1. So an extended CONNECT is written out as the request with `Upgrade` that it
-//! stands for, and goes the way of all such requests: the same checks, routes, filters, limits, deadlines and log.
-//! [`Carrier`] is the socket of that connection. What is read of it is the content of the client's DATA frames; what is
-//! written to it is an answer of HTTP/1.1, which becomes one of HTTP/2: a 101 is a 200 here, and behind it both sides
-//! speak as they like.
+//! Endpoints speak WebSocket over HTTP/1.1. An extended CONNECT is therefore rewritten as the equivalent request with
+//! `Upgrade`, and handled like all such requests: with the same checks, routes, filters, limits, deadlines and log.
+//! [`Carrier`] is the socket of this connection. Reads return the content of the client's DATA frames. Writes take an
+//! HTTP/1.1 response and send it as HTTP/2: a 101 becomes a 200, after which both sides exchange raw bytes.
 
 use std::fmt;
 use std::io;
@@ -31,68 +30,69 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use super::OF_HTTP1;
 use crate::framing::chunked::Chunks;
 
-/// The only protocol that is carried.
+/// The only supported protocol, and the field of its key.
 const WEBSOCKET: &str = "websocket";
 const KEY: HeaderName = HeaderName::from_static("sec-websocket-key");
 const ACCEPT: HeaderName = HeaderName::from_static("sec-websocket-accept");
-/// What is hashed behind the key (RFC 6455 §1.3).
+/// The suffix that is hashed after the key (RFC 6455 §1.3).
 const KEY_SUFFIX: &[u8] = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11";
-/// The longest header of an answer. It was written by this program, and fits what it takes from an endpoint.
+/// Maximum size of a response header, in bytes. Forebay writes the header, from at most what it accepts from an
+/// endpoint.
 const HEAD_BYTES_MAX: usize = 1 << 20;
-/// The most that is handed to the library at once.
+/// Maximum number of bytes given to the library at once.
 const PIECE_BYTES: usize = 16 << 10;
 
-/// An extended CONNECT and the way to answer it.
+/// An extended CONNECT as an HTTP/1.1 connection.
 pub struct Carried {
-    /// The request of HTTP/1.1 that it stands for.
+    /// The equivalent HTTP/1.1 request.
     pub head: BytesMut,
     /// The stream as a socket.
     pub io: Carrier,
 }
 
-/// The socket of a connection that is carried by a stream.
+/// The socket of a connection that a stream carries.
 pub struct Carrier {
-    /// That of the connection of HTTP/2.
+    /// The socket of the HTTP/2 connection.
     socket: UniqueIDType,
     digest: Option<Arc<SocketDigest>>,
     body: RecvStream,
-    /// Received and not yet read.
+    /// Received bytes that were not read yet.
     front: Bytes,
     respond: SendResponse<Bytes>,
     answer: Answer,
-    /// What an endpoint that speaks WebSocket answers to our key.
+    /// The value of `Sec-WebSocket-Accept` that a WebSocket endpoint returns for our key.
     accept: String,
 }
 
-/// How far the answer has come.
+/// The state of the response.
 enum Answer {
-    /// Its header, as far as it is here.
+    /// The part of the header written so far.
     Head(Vec<u8>),
-    /// It was a 101: bytes pass as they are.
+    /// After a 101: bytes pass unchanged.
     Open(SendStream<Bytes>),
-    /// It is an ordinary one, whose body ends as its header says. What of it is not sent yet stands beside.
+    /// After any other header: a body with its framing, and the bytes that were not sent yet.
     Body(SendStream<Bytes>, End, BytesMut),
-    /// It is whole; what follows is of no use.
+    /// The response is complete; further bytes are discarded.
     Whole,
 }
 
-/// Where the body of an ordinary answer ends.
+/// The end of an ordinary response's body.
 enum End {
     Length(u64),
     Chunked(Chunks),
     Closed,
 }
 
-/// Whether this request wants its stream to carry another protocol.
+/// Whether the request is an extended CONNECT.
 pub fn asks<T>(request: &Request<T>) -> bool {
     request.extensions().get::<Protocol>().is_some()
 }
 
-/// Makes a connection of the stream.
+/// Presents the stream as a connection.
 ///
 /// # Errors
 ///
-/// The status with which the request is answered: its protocol is not known, or it has a body.
+/// The status of the response: the protocol is unknown, or the request has a body.
 pub fn carry(
     request: Request<RecvStream>,
     respond: SendResponse<Bytes>,
@@ -111,15 +111,15 @@ pub fn carry(
     }
 }
 
-/// Answers a request that cannot be carried.
+/// Responds to a request that cannot be carried.
 pub fn refuse(status: StatusCode, mut respond: SendResponse<Bytes>) {
     let mut answer = Response::new(());
     *answer.status_mut() = status;
-    // An error would mean that the client has gone.
+    // An error means that the client has left.
     let _ = respond.send_response(answer, true);
 }
 
-/// The request of HTTP/1.1 (RFC 8441 §5, RFC 6455 §4.1).
+/// Builds the HTTP/1.1 request (RFC 8441 §5, RFC 6455 §4.1).
 fn head(parts: &request::Parts, key: &str) -> Result<BytesMut, StatusCode> {
     let protocol = parts.extensions.get::<Protocol>().map(Protocol::as_str);
     if protocol != Some(WEBSOCKET) {
@@ -127,7 +127,7 @@ fn head(parts: &request::Parts, key: &str) -> Result<BytesMut, StatusCode> {
     }
     let (target, host) = parts.uri.path_and_query().zip(parts.uri.authority()).ok_or(StatusCode::BAD_REQUEST)?;
     if parts.headers.contains_key(CONTENT_LENGTH) {
-        // What follows is the other protocol, and no body.
+        // Bytes of the other protocol follow, so a body is impossible.
         return Err(StatusCode::BAD_REQUEST);
     }
     let mut head = format!(
@@ -151,7 +151,7 @@ fn accept(key: &str) -> String {
     BASE64.encode(boring::sha::sha1(&[key.as_bytes(), KEY_SUFFIX].concat()))
 }
 
-/// The status and the fields of a header that this program has written, up to its empty line.
+/// Parses the status and the fields of a header that Forebay wrote, up to its empty line.
 fn parse(head: &[u8]) -> Option<(StatusCode, HeaderMap)> {
     let mut lines = head.split(|byte| *byte == b'\n').map(|line| line.strip_suffix(b"\r").unwrap_or(line));
     let status = StatusCode::from_bytes(lines.next()?.split(|byte| *byte == b' ').nth(1)?).ok()?;
@@ -181,7 +181,7 @@ fn broken(why: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> io::Error
     io::Error::new(io::ErrorKind::ConnectionReset, why)
 }
 
-/// Waits until the client gives credit; how many bytes it takes, at most as many as are wanted.
+/// Waits for flow-control credit. Returns the number of bytes that may be sent, at most `wanted`.
 fn poll_credit(send: &mut SendStream<Bytes>, wanted: usize, cx: &mut Context<'_>) -> Poll<io::Result<usize>> {
     send.reserve_capacity(wanted.min(PIECE_BYTES));
     loop {
@@ -197,11 +197,11 @@ fn poll_credit(send: &mut SendStream<Bytes>, wanted: usize, cx: &mut Context<'_>
 }
 
 impl Carrier {
-    /// Takes what is written of an answer. The bytes that were of use come back.
+    /// Takes written bytes of a response. Returns how many were used.
     fn poll_take(&mut self, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
         match &mut self.answer {
             Answer::Head(head) => {
-                // Byte by byte as to its end, for what follows is something else.
+                // The end is searched byte by byte, since other content follows it.
                 let before = head.len();
                 head.extend_from_slice(bytes);
                 let from = before.saturating_sub(3);
@@ -251,12 +251,12 @@ impl Carrier {
         }
     }
 
-    /// Gives the stream up.
+    /// Resets the stream.
     pub fn give_up(&mut self, reason: Reason) {
         self.respond.send_reset(reason);
     }
 
-    /// Answers the client with this header.
+    /// Sends this header to the client.
     fn begin(&mut self, head: &[u8]) -> io::Result<()> {
         let (mut status, mut fields) = parse(head).ok_or_else(|| broken("a header that is none"))?;
         let agreed = status == StatusCode::SWITCHING_PROTOCOLS;
@@ -269,7 +269,7 @@ impl Carrier {
         if agreed {
             status = StatusCode::OK;
         } else if status.is_success() {
-            // It would be taken for the beginning of a WebSocket (RFC 8441 §4, RFC 9110 §9.3.6).
+            // The client would take it for the start of a WebSocket (RFC 8441 §4, RFC 9110 §9.3.6).
             status = StatusCode::BAD_GATEWAY;
         }
         let mut answer = Response::new(());
@@ -293,7 +293,7 @@ impl Carrier {
         Ok(())
     }
 
-    /// Sends what waits for credit, and the end where it is reached.
+    /// Sends the bytes that wait for credit, and the end when it is reached.
     fn poll_pending(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         let Answer::Body(send, end, pending) = &mut self.answer else { return Poll::Ready(Ok(())) };
         while !pending.is_empty() {
@@ -318,7 +318,7 @@ impl AsyncRead for Carrier {
         while self.front.is_empty() {
             match ready!(self.body.poll_data(cx)) {
                 Some(Ok(data)) => {
-                    // An error would mean that the stream is over, and the next read says so.
+                    // An error means that the stream has ended; the next read reports it.
                     let _ = self.body.flow_control().release_capacity(data.len());
                     self.front = data;
                 }
@@ -342,12 +342,12 @@ impl AsyncWrite for Carrier {
         self.poll_pending(cx)
     }
 
-    /// The end of what is written is the end of the stream; an answer that is not whole is given up with it.
+    /// Ends the stream; an incomplete response is reset.
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         ready!(self.poll_pending(cx))?;
         match std::mem::replace(&mut self.answer, Answer::Whole) {
             Answer::Open(mut send) | Answer::Body(mut send, End::Closed, _) => {
-                // An error would mean that the client has given it up.
+                // An error means that the client has reset the stream.
                 let _ = send.send_data(Bytes::new(), true);
             }
             Answer::Body(mut send, ..) => send.send_reset(Reason::INTERNAL_ERROR),
@@ -360,7 +360,7 @@ impl AsyncWrite for Carrier {
 #[async_trait]
 impl Shutdown for Carrier {
     async fn shutdown(&mut self) {
-        // The client may be gone, to whom nothing need be said.
+        // The client may have left, in which case no end is needed.
         let _ = std::future::poll_fn(|cx| Pin::new(&mut *self).poll_shutdown(cx)).await;
     }
 }
