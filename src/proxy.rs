@@ -1,7 +1,7 @@
-//! An exchange from its route to its end: `impl ProxyHttp`, which is the order of the phases and nothing else.
+//! An exchange from its route to its end: `impl ProxyHttp`, which defines only the order of the phases.
 //!
-//! Pingora calls these hooks in the order in which they stand here. Each hands over to the file of its phase; what a
-//! phase decides is kept in [`exchange::Exchange`]. A phase never calls another.
+//! Pingora calls these hooks in the order of this file. Each hook calls the module of its phase; the decisions of a
+//! phase are kept in [`exchange::Exchange`]. A phase never calls another.
 
 pub mod again;
 pub mod attempt;
@@ -63,40 +63,40 @@ use exchange::{Carried, Exchange};
 use finish::Settler;
 use generation::Current;
 
-/// The gateway as Pingora and our own driver see it. Clones share what they are made of.
+/// The gateway, as Pingora's driver and Forebay's own driver see it. Clones share their parts.
 #[derive(Clone)]
 pub struct Proxy {
-    /// What requests go by, as it is now.
+    /// The current generation of the configuration.
     pub current: Current,
     /// Gauges of the phases.
     pub metrics: Metrics,
-    /// Says when the gateway stops: answers then announce the end of their connection.
+    /// Signals that the gateway stops: responses then announce the close of their connection.
     pub stopping: ShutdownWatch,
-    /// Reports each exchange.
+    /// Reports finished exchanges.
     pub settler: Arc<Settler>,
-    /// What bodies and answers are held in.
+    /// The resources that spools for bodies share.
     pub depot: Arc<Depot>,
-    /// Where turns for holding them are had.
+    /// The lanes that give turns for spooling.
     pub lanes: Arc<Lanes>,
-    /// What issuers of certificates are waited for to ask.
+    /// Pending challenges of certificate issuers.
     pub challenges: Arc<Challenges>,
-    /// Which exchanges go by our own driver.
+    /// The rules for the choice of the driver.
     pub steering: Steering,
 }
 
-/// What holds for all exchanges as to which driver they go by.
+/// The facts about the choice of the driver that hold for all exchanges.
 #[derive(Clone)]
 pub struct Steering {
-    /// Our own driver is in use.
+    /// Whether Forebay's own driver is enabled.
     pub on: bool,
-    /// Workers share their tasks.
+    /// Whether workers share their tasks (work stealing).
     pub shares_tasks: bool,
-    /// Counts exchanges by their driver.
+    /// Counts exchanges by driver.
     pub metrics: Arc<DriverMetrics>,
 }
 
 impl Steering {
-    /// Which driver this exchange goes by, which is counted.
+    /// Chooses the driver of this exchange, and counts the choice.
     fn steer(&self, exchange: &Exchange, upstream: &Upstream) -> Course {
         let (upgrade, spoken) = (exchange.request.upgrade.is_some(), upstream.spoken());
         let course = Course::choose(Facts { on: self.on, shares_tasks: self.shares_tasks, upgrade, spoken });
@@ -110,17 +110,17 @@ impl ProxyHttp for Proxy {
     type CTX = Carried;
 
     fn new_ctx(&self) -> Carried {
-        // Pingora's driver may go on with one that ours has begun.
+        // Pingora's driver continues an exchange that Forebay's driver started.
         if let Some(exchange) = handover::begun() {
             return exchange;
         }
         Carried::new(Exchange::begin(&self.metrics))
     }
 
-    /// `header`, `route`, `buffer`.
+    /// Phases `header`, `route` and `buffer`.
     async fn request_filter(&self, session: &mut Session, exchange: &mut Carried) -> Result<bool> {
         if exchange.routing.course.is_some() {
-            // It has passed them.
+            // The exchange has passed the request filters already.
             return Ok(false);
         }
         exchange.request.ended_with_header = exchange.client.control.is_some() && session.is_body_empty();
@@ -163,7 +163,7 @@ impl ProxyHttp for Proxy {
         Ok(false)
     }
 
-    /// `select`, with `queue` in it.
+    /// Phase `select`, including `queue`.
     async fn upstream_peer(&self, session: &mut Session, exchange: &mut Carried) -> Result<Box<HttpPeer>> {
         select::next(exchange, session.as_downstream_mut()).await.map_err(|refused| {
             exchange.filters.refuse(refused);
@@ -171,7 +171,7 @@ impl ProxyHttp for Proxy {
         })
     }
 
-    /// `connect` failed.
+    /// Phase `connect` failed.
     fn fail_to_connect(
         &self,
         session: &mut Session,
@@ -182,7 +182,7 @@ impl ProxyHttp for Proxy {
         connect::failed(exchange, session.as_downstream(), error)
     }
 
-    /// `connect` is done; `send` begins.
+    /// Phase `connect` ends; `send` begins.
     async fn connected_to_upstream(
         &self,
         _session: &mut Session,
@@ -195,7 +195,7 @@ impl ProxyHttp for Proxy {
         connect::made(exchange, reused, peer, socket, digest)
     }
 
-    /// `send`: the header.
+    /// Phase `send`: the header.
     async fn upstream_request_filter(
         &self,
         session: &mut Session,
@@ -216,13 +216,13 @@ impl ProxyHttp for Proxy {
         send::prepare_trailers(exchange, session.req_header(), request, !empty)?;
         send::hold_stream(exchange, request);
         if empty {
-            // Over HTTP/2, Pingora has no further word on a request without a body.
+            // Over HTTP/2, Pingora calls no further hook for a request without a body.
             send::ended(exchange);
         }
         Ok(())
     }
 
-    /// `send`: the body, piece by piece; with the last, `wait` begins.
+    /// Phase `send`: the body, piece by piece. The last piece begins `wait`.
     async fn request_body_filter(
         &self,
         session: &mut Session,
@@ -233,8 +233,8 @@ impl ProxyHttp for Proxy {
         send::piece(exchange, session.req_header_mut(), piece, end).await
     }
 
-    /// A response header has come, an interim one (1xx) or the final one, and nothing else has seen it; `wait` may be
-    /// done, perhaps with leave to speak another protocol.
+    /// An interim (1xx) or final response header was received, before any other processing. It may end `wait` or switch
+    /// to another protocol.
     async fn upstream_response_filter(
         &self,
         session: &mut Session,
@@ -245,7 +245,7 @@ impl ProxyHttp for Proxy {
         receive::switch(exchange, &mut session.downstream_session, response)
     }
 
-    /// `wait` is done; `receive` begins, unless there is to be another attempt.
+    /// Phase `wait` ends and `receive` begins, unless another attempt follows.
     async fn response_filter(
         &self,
         session: &mut Session,
@@ -262,7 +262,7 @@ impl ProxyHttp for Proxy {
         receive::header(exchange, session.req_header_mut(), response, via).await
     }
 
-    /// What follows the body of an answer.
+    /// The trailers of a response.
     async fn response_trailer_filter(
         &self,
         session: &mut Session,
@@ -272,7 +272,7 @@ impl ProxyHttp for Proxy {
         Ok(receive::trailers(exchange, session.req_header_mut(), trailers))
     }
 
-    /// `receive` ends with the last piece; `write` begins.
+    /// The last piece ends `receive`; `write` begins.
     fn response_body_filter(
         &self,
         session: &mut Session,
@@ -289,7 +289,7 @@ impl ProxyHttp for Proxy {
         Ok(None)
     }
 
-    /// An attempt failed after its connection stood.
+    /// An attempt failed after its connection was established.
     fn error_while_proxy(
         &self,
         _peer: &HttpPeer,
@@ -299,13 +299,13 @@ impl ProxyHttp for Proxy {
         reused: bool,
     ) -> Box<Error> {
         if exchange.phase() == Phase::Connect {
-            // It stood and was not to be used.
+            // The connection was established but must not be used.
             return connect::failed(exchange, session.as_downstream(), error);
         }
         send::failed(exchange, session.as_downstream_mut(), error, reused)
     }
 
-    /// The exchange failed: the client is refused, or cut off if its answer had begun.
+    /// The exchange failed: the client gets a refusal, or a cut response if one had begun.
     async fn fail_to_proxy(&self, session: &mut Session, error: &Error, exchange: &mut Carried) -> FailToProxy {
         if let Some(answer) = exchange.filters.answer.take() {
             return self.answer_instead(session, exchange, error, answer).await;
@@ -333,18 +333,18 @@ impl ProxyHttp for Proxy {
         FailToProxy { error_code: refused.refusal.status, can_reuse_downstream: false }
     }
 
-    /// The rest of `write`, the upstream being released; `finish`.
+    /// The rest of `write`, with the upstream released, and `finish`.
     async fn logging(&self, session: &mut Session, _error: Option<&Error>, exchange: &mut Carried) {
         exchange.release(Attempt::outcome, Instant::now());
         write::drain(exchange, &mut session.downstream_session).await;
         self.settler.settle(exchange, session.as_downstream_mut());
         if exchange.client.closes {
-            // The client may take its time to close its side, which is none of the exchange's.
+            // The exchange does not wait for the client to close its side.
             session.as_downstream_mut().shutdown().await;
         }
     }
 
-    /// The access log and the metrics say it all, once.
+    /// The access log and the metrics already report the error.
     fn suppress_error_log(&self, _session: &Session, _exchange: &Carried, _error: &Error) -> bool {
         true
     }
@@ -356,7 +356,7 @@ impl ProxyHttp for Proxy {
 
 impl Driven for Proxy {
     fn course(exchange: &Carried) -> Course {
-        // Without an upstream there is no endpoint to ask; Pingora's driver learns it from `select`, as for any other.
+        // Without an upstream there is no endpoint; `select` then reports this to Pingora's driver.
         exchange.routing.course.unwrap_or(Course::Own)
     }
 
@@ -386,22 +386,22 @@ impl Driven for Proxy {
     }
 }
 
-/// Whether the fields of the request are to tell of the hops before it: Pingora's driver writes nothing else, and the
-/// copy for a mirror is made of them.
+/// Whether the forwarding fields are set in the request itself: Pingora's driver writes no other lines, and a mirrored
+/// copy is made of the fields.
 fn tells_hops_in_fields(exchange: &Carried) -> bool {
     let is_copied = exchange.routing.route.as_ref().is_some_and(|route| route.mirror.is_some());
     is_copied || Proxy::course(exchange) != Course::Own
 }
 
 impl Proxy {
-    /// Whether answers say that they are the last of their connection.
+    /// Whether responses announce the close of the connection.
     fn is_ending(&self, exchange: &Exchange) -> bool {
         let leaves = || exchange.client.connection.as_ref().is_some_and(|connection| connection.listener.is_leaving());
         *self.stopping.borrow() || leaves()
     }
 
-    /// A filter has answered in place of the endpoint. The client's connection of HTTP/1 ends with it, as with a
-    /// refusal.
+    /// Sends a filter's response in place of the endpoint's. An HTTP/1 connection of the client closes afterwards, as
+    /// after a refusal.
     async fn answer_instead(
         &self,
         session: &mut Session,
@@ -434,7 +434,7 @@ impl Proxy {
             }
         };
         let decided = route::decide(exchange, &generation, &self.challenges, request, trace);
-        // Filters may wait for long.
+        // Filters may wait for long, so the generation is released first.
         drop(generation);
         match decided {
             Ok(route) => route::take(exchange, route, request, written).await,
@@ -443,8 +443,8 @@ impl Proxy {
     }
 }
 
-/// HTTP/1 has one exchange at a time, so its stream can watch every write; HTTP/2 watches each stream, and the
-/// connection.
+/// HTTP/1 has one exchange at a time, so the stream enforces the limit for every write. HTTP/2 has a limit per stream,
+/// and one for the connection.
 fn patience_for_writing(session: &mut Session, exchange: &Exchange, idle: Duration) {
     let connection = exchange.client.connection.as_ref();
     if exchange.client.control.is_some() {
@@ -455,7 +455,7 @@ fn patience_for_writing(session: &mut Session, exchange: &Exchange, idle: Durati
     }
 }
 
-/// Refuses in the ordinary course of things: the connection may be kept.
+/// Sends a refusal in regular operation: the connection may be reused.
 async fn refuse(session: &mut Session, exchange: &mut Exchange, refused: Refused) -> Result<bool> {
     exchange.refusal = Some(refused.refusal);
     exchange.enter(Phase::Write);

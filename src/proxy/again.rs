@@ -1,6 +1,6 @@
-//! Whether an exchange has another attempt after one that failed: what its rules (`retry`) are asked.
+//! Decides whether an exchange makes another attempt after a failed one, by its `retry` rules.
 //!
-//! Asked by whichever phase an attempt failed in; `select` follows, after a pause.
+//! Called by the phase in which an attempt failed; `select` follows after a pause.
 
 use std::time::{Duration, Instant};
 
@@ -14,8 +14,8 @@ use super::exchange::Exchange;
 use super::retry::{Failure, Situation};
 use crate::phase::Phase;
 
-/// Whether the exchange is to have another attempt after one that failed for this; if so, it is ready for `select`.
-/// What was told to the client or to the upstream of the last attempt is not undone here.
+/// Whether the exchange makes another attempt after this failure. If so, it is prepared for `select`. Reports to the
+/// client and to the previous upstream are not reverted here.
 pub fn after(exchange: &mut Exchange, client: &ServerSession, failure: Failure, after: Option<Duration>) -> bool {
     let (Some(route), Some(upstream)) = (&exchange.routing.route, &exchange.routing.upstream) else { return false };
     let situation = Situation {
@@ -31,8 +31,12 @@ pub fn after(exchange: &mut Exchange, client: &ServerSession, failure: Failure, 
     exchange.attempts.again(&route.retry, upstream, &situation)
 }
 
-/// The answer to an attempt is here. An error: it is a failure, and there is to be another attempt in its place;
-/// nothing of it goes to the client. With HTTP/1, Pingora gives up its connection.
+/// Handles the response to an attempt.
+///
+/// # Errors
+///
+/// If the response counts as a failure and another attempt follows: no part of it is sent to the client. Over HTTP/1,
+/// Pingora then closes the connection.
 pub fn answered(exchange: &mut Exchange, client: &ServerSession, response: &ResponseHeader) -> Result<(), Box<Error>> {
     if response.status.is_informational() {
         return Ok(());
@@ -55,7 +59,7 @@ pub fn answered(exchange: &mut Exchange, client: &ServerSession, response: &Resp
     Ok(())
 }
 
-/// Whether bytes of an answer have left, so that there cannot be another one.
+/// Whether bytes of a response were sent, so that no other one is possible.
 fn begun(exchange: &Exchange, client: &ServerSession) -> bool {
     match &exchange.link {
         Some(link) => link.begun(),
@@ -63,7 +67,7 @@ fn begun(exchange: &Exchange, client: &ServerSession) -> bool {
     }
 }
 
-/// How long the endpoint is not to be asked, in seconds (RFC 9110 §10.2.3); a date is no pause that we would keep.
+/// The endpoint's `Retry-After` in seconds (RFC 9110 §10.2.3). A date is ignored.
 fn retry_after(headers: &HeaderMap) -> Option<Duration> {
     headers.get(header::RETRY_AFTER)?.to_str().ok()?.trim().parse().ok().map(Duration::from_secs)
 }

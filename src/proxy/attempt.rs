@@ -1,6 +1,6 @@
-//! The attempts of an exchange: the present one with its endpoint, and what is known of those before.
+//! The attempts of an exchange: the current one with its endpoint, and facts about earlier ones.
 //!
-//! Whether there is to be another one, `retry` decides; what follows from that for the next one is kept here.
+//! `retry` decides on another attempt; this module keeps the consequences for it.
 
 use std::os::fd::RawFd;
 use std::sync::Arc;
@@ -23,63 +23,63 @@ use crate::upstream::{Ended, Endpoint, Engaged, Outcome, Upstream};
 /// All attempts of one exchange.
 #[derive(Default)]
 pub struct Attempts {
-    /// How often an endpoint was chosen.
+    /// Number of endpoints chosen, with repetitions.
     pub count: u32,
-    /// The endpoints that were tried; the last is the present one.
+    /// The endpoints tried; the last is the current one.
     pub tried: Vec<Arc<Endpoint>>,
-    /// The present attempt, for as long as its endpoint is busy with it.
+    /// The current attempt, while it occupies its endpoint.
     pub present: Option<Attempt>,
-    /// The connection or the stream of the present attempt.
+    /// The connection or stream of the current attempt.
     pub channel: Channel,
-    /// Those that came to nothing, for the log. Nothing is allocated where there are none.
+    /// The failed attempts, for the log. An empty list allocates nothing.
     pub failed: Vec<Failed>,
-    /// Why the last one failed, as long as there is no answer.
+    /// The fault of the last attempt, while there is no response.
     pub failure: Option<Fault>,
-    /// How many interim answers have come.
+    /// Number of interim responses received.
     pub interim: u32,
-    /// What endpoints have spent on them.
+    /// The time that endpoints spent on the attempts.
     pub busy: Busy,
     next: Next,
-    /// There was the one attempt that counts as none, for a connection that was of no use. A second one of this kind
-    /// says something against its endpoint.
+    /// Whether the one attempt that does not count, since only its connection failed, was made. A second one of this
+    /// kind counts against the endpoint.
     had_free: bool,
-    /// Leave to send the request again, until its answer is here.
+    /// The permit to repeat the request, until the response is received.
     permit: Option<Permit>,
 }
 
-/// What is known of the connection that the present attempt goes over.
+/// The facts about the connection of the current attempt.
 #[derive(Default)]
 pub struct Channel {
-    /// What it knows of the ends of messages, over HTTP/1.
+    /// Over HTTP/1: detects the ends of messages.
     pub tail: Option<Arc<Tail>>,
-    /// The stream, over HTTP/2.
+    /// Over HTTP/2: the stream.
     pub stream: Option<StreamHandle>,
-    /// Where the endpoint looks for the trailers of the request, over HTTP/2.
+    /// Over HTTP/2: the slot for the request's trailers.
     pub trailers: Option<RequestTrailers>,
 }
 
-/// The time of endpoints.
+/// The time that endpoints spent.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Busy {
-    /// For how long they were busy. `None` if none was connected.
+    /// Total time for which endpoints were occupied. `None` if none was connected.
     pub held: Option<Duration>,
-    /// For how much longer the last one would have been busy, had it waited for the client.
+    /// Additional time for which the last endpoint would have been occupied if it had waited for the client.
     pub saved: Duration,
 }
 
-/// How the next attempt begins.
+/// The conditions of the next attempt.
 #[derive(Default)]
 struct Next {
-    /// It is certain: what came of the present one is not taken.
+    /// Whether it is certain: the response of the current attempt is discarded.
     decided: bool,
-    /// How long it waits.
+    /// The pause before it.
     pause: Duration,
-    /// It has a connection of its own, and none that was kept.
+    /// Whether it needs a new connection instead of an idle one.
     fresh: bool,
 }
 
 impl Attempts {
-    /// An endpoint was chosen.
+    /// Begins an attempt with a chosen endpoint.
     pub fn begin(&mut self, attempt: Attempt) {
         if let Some(permit) = &mut self.permit {
             permit.begun();
@@ -94,17 +94,17 @@ impl Attempts {
         self.tried.last()
     }
 
-    /// How many there were of those that count.
+    /// Number of attempts that count.
     pub fn counted(&self) -> u32 {
         self.count - u32::from(self.had_free)
     }
 
-    /// Whether one that fails for its connection alone counts as none.
+    /// Whether the next failure of a connection alone does not count.
     pub fn has_free(&self) -> bool {
         !self.had_free
     }
 
-    /// Whether there is to be another one after one that failed. If so, all is ready for it, and it is counted.
+    /// Whether another attempt follows a failed one. If so, prepares it and counts it.
     pub fn again(&mut self, rules: &Rules, upstream: &Upstream, situation: &Situation) -> bool {
         let failure = situation.failure;
         let mut verdict = rules.judge(situation, rand::random());
@@ -131,7 +131,7 @@ impl Attempts {
         }
     }
 
-    /// The next attempt follows one that failed for this; `elsewhere`: there is an endpoint that was not tried.
+    /// Prepares the attempt after one that failed for this reason; `elsewhere`: an untried endpoint exists.
     fn prepare(&mut self, failure: Failure, elsewhere: bool, pause: Duration) {
         if failure.is_of_connection() {
             self.had_free = true;
@@ -143,33 +143,33 @@ impl Attempts {
         self.next.pause = pause;
     }
 
-    /// How long the attempt that begins now is to wait, once.
+    /// Takes the pause before the attempt that begins now.
     pub fn take_pause(&mut self) -> Duration {
         std::mem::take(&mut self.next.pause)
     }
 
-    /// Whether it is to have a connection of its own, once.
+    /// Takes the flag for a new connection.
     pub fn takes_fresh_connection(&mut self) -> bool {
         std::mem::take(&mut self.next.fresh)
     }
 
-    /// The answer to the present one is not taken: another attempt follows.
+    /// Discards the response to the current attempt: another attempt follows.
     pub fn discard_answer(&mut self) {
         self.failure = None;
         self.next.decided = true;
     }
 
-    /// Whether another attempt follows in any case, once.
+    /// Takes the flag that another attempt is certain.
     pub fn take_decision(&mut self) -> bool {
         std::mem::take(&mut self.next.decided)
     }
 
-    /// Whatever comes now is the answer.
+    /// Accepts the response, which ends the attempts.
     pub fn accept_answer(&mut self) {
         (self.permit, self.failure) = (None, None);
     }
 
-    /// The present one came to nothing in this phase: this is for the log.
+    /// Notes for the log that the current attempt failed in this phase.
     pub fn note_failure(&mut self, phase: Phase, why: Why, now: Instant) {
         if let Some(attempt) = &self.present {
             let endpoint = Arc::clone(&attempt.endpoint.label);
@@ -177,9 +177,9 @@ impl Attempts {
         }
     }
 
-    /// Lets the present one go, if there is one; what its endpoint has spent on it is counted.
+    /// Ends the current attempt, if any, and adds the time that its endpoint spent.
     pub fn release(&mut self, now: Instant) -> Option<Attempt> {
-        // The connection may be another exchange's by now.
+        // Another exchange may already use the connection.
         self.channel = Channel::default();
         let attempt = self.present.take()?;
         if let Some(connected) = attempt.connected {
@@ -189,33 +189,33 @@ impl Attempts {
     }
 }
 
-/// One endpoint that was chosen for an exchange, until it is busy with it no longer. The upstream hears once what
-/// became of it, whatever happens: an attempt that is dropped was cancelled.
+/// An attempt with one endpoint, until it no longer occupies the endpoint. The upstream receives its outcome exactly
+/// once: a dropped attempt counts as cancelled.
 pub struct Attempt {
     upstream: Arc<Upstream>,
     endpoint: Engaged,
     link: Option<Arc<Link>>,
     chosen: Instant,
-    /// When its connection stood.
+    /// Time at which the connection was established.
     connected: Option<Instant>,
-    /// Whether that connection was kept from an earlier exchange.
+    /// Whether the connection was used by an earlier exchange.
     reused: bool,
-    /// When a piece of the request was passed on last, before the answer.
+    /// Time at which a piece of the request was last passed on before the response.
     given: Option<Instant>,
-    /// The request is out.
+    /// Whether the request was sent.
     sent: bool,
-    /// For how long the endpoint was waited for until its response header was here, and its status.
+    /// The endpoint's own time until its response header, and the status.
     answered: Option<(Duration, StatusCode)>,
-    /// A connection that it has for itself, and whether it is to be the last to have it.
+    /// The socket of a connection without other exchanges, and whether it must not be reused.
     own: Option<(RawFd, bool)>,
-    /// That connection was closed, so no other exchange gets it.
+    /// Whether this connection was closed, so that no other exchange gets it.
     closed: bool,
     ended: bool,
 }
 
 impl Attempt {
-    /// An attempt with an endpoint of this upstream, chosen just now. `link` knows how long each party is waited for;
-    /// without it, the endpoint is all the time.
+    /// An attempt with an endpoint of this upstream, chosen just now. `link` has the waits of each party; without it,
+    /// all time counts as the endpoint's.
     pub fn new(upstream: Arc<Upstream>, endpoint: Engaged, link: Option<Arc<Link>>, chosen: Instant) -> Self {
         if let Some(link) = link.as_ref().filter(|_| endpoint.is_probe()) {
             endpoint.watch(link.clone());
@@ -236,19 +236,19 @@ impl Attempt {
         }
     }
 
-    /// Its connection stands.
+    /// Records that the connection was established.
     pub fn connected(&mut self, reused: bool, now: Instant) {
         self.connected = Some(now);
         self.reused = reused;
     }
 
-    /// The connection is this socket, which no other exchange has meanwhile; `last` if none is to have it afterwards.
+    /// Sets the attempt's socket, which no other exchange uses meanwhile; `last` if it must not be reused.
     pub fn owns(&mut self, socket: RawFd, last: bool) {
         self.own = Some((socket, last));
     }
 
-    /// The answer is here whole. A connection that is not to be kept is closed now: Pingora then finds it so, and would
-    /// otherwise keep it.
+    /// Records that the response was received completely. Closes a connection that must not be reused; otherwise
+    /// Pingora would keep it.
     pub fn answered_whole(&mut self) {
         if let Some((socket, last)) = self.own.take_if(|_| self.sent)
             && (last || self.upstream.has_surplus_connections())
@@ -258,25 +258,25 @@ impl Attempt {
         }
     }
 
-    /// Whether its connection was closed because it is not to be kept.
+    /// Whether the connection was closed because it must not be reused.
     pub fn has_closed(&self) -> bool {
         self.closed
     }
 
-    /// A piece of the request is passed on.
+    /// Records that a piece of the request was passed on.
     pub fn gave(&mut self, now: Instant) {
         if self.answered.is_none() {
             self.given = Some(now);
         }
     }
 
-    /// The request is out, as far as can be seen.
+    /// Records that the request was sent, as far as this is visible.
     pub fn sent(&mut self, now: Instant) {
         self.gave(now);
         self.sent = true;
     }
 
-    /// The response header is here.
+    /// Records the response header.
     pub fn answered(&mut self, status: StatusCode, now: Instant) {
         if self.answered.is_none() {
             let connect = self.connected.map_or(Duration::ZERO, |connected| connected - self.chosen);
@@ -291,17 +291,17 @@ impl Attempt {
         &self.endpoint
     }
 
-    /// The status of its answer, once the header is here.
+    /// The status of the response, once its header was received.
     pub fn status(&self) -> Option<StatusCode> {
         self.answered.map(|(_, status)| status)
     }
 
-    /// What came of it if nothing went wrong.
+    /// The outcome if there was no fault.
     pub fn outcome(&self) -> Outcome {
         self.status().map_or(Outcome::Cancelled, Outcome::Answered)
     }
 
-    /// For how long the endpoint has been waited for, and no other party, since it was chosen.
+    /// The time since the choice for which only the endpoint was waited for.
     fn own_time(&self, now: Instant) -> Duration {
         match &self.link {
             Some(link) => link.waits().spent(Party::Endpoint, now),
@@ -309,22 +309,22 @@ impl Attempt {
         }
     }
 
-    /// Since when the endpoint has been given nothing more.
+    /// Time at which the endpoint last received a part of the request.
     pub fn waits_since(&self) -> Instant {
         self.given.or(self.connected).unwrap_or(self.chosen)
     }
 
-    /// Whether its connection was kept from an earlier exchange.
+    /// Whether the connection was used by an earlier exchange.
     pub fn is_reused(&self) -> bool {
         self.reused
     }
 
-    /// Whether its connection stands.
+    /// Whether the connection was established.
     pub fn is_connected(&self) -> bool {
         self.connected.is_some()
     }
 
-    /// It is over, and this came of it.
+    /// Ends the attempt with this outcome.
     pub fn end(&mut self, outcome: Outcome, now: Instant) {
         if std::mem::replace(&mut self.ended, true) {
             return;
@@ -367,7 +367,7 @@ mod tests {
         upstream("{ endpoints: [ { address: '127.0.0.1:1' }, { address: '127.0.0.1:2' } ] }")
     }
 
-    /// Begins the next attempt of these.
+    /// Begins the next attempt.
     fn begin(attempts: &mut Attempts, upstream: &Arc<Upstream>) {
         let now = Instant::now();
         let Choice::Engaged(engaged) = upstream.select(0, &attempts.tried, now) else { panic!("there is no endpoint") };

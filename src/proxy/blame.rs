@@ -1,9 +1,9 @@
-//! What follows from a fault: one table from party, phase and what happened to the answer of the client, to a further
-//! attempt, and to what is held against the endpoint.
+//! The consequences of a fault: one table maps party, phase and event to the client's response, to a further attempt,
+//! and to the charge against the endpoint.
 //!
-//! Faults are noted where they happen ([`Fault`]); what a library reports by itself, such as a connection that breaks
-//! off, becomes one here. An endpoint is accused only of what it did or failed to do while it was waited for. What
-//! circuit breakers, outlier detection, latency and probes make of an accusation, `upstream/ended.rs` says.
+//! Faults are recorded where they occur ([`Fault`]); errors of libraries, such as a broken connection, are converted
+//! here. An endpoint is charged only for its acts and omissions while it was waited for. `upstream/ended.rs` defines
+//! the effect of a charge on circuit breakers, outlier detection, latency and probes.
 
 #[cfg(test)]
 mod model;
@@ -17,14 +17,14 @@ use crate::phase::Phase;
 use crate::upstream::Outcome;
 use crate::upstream::transport::dial;
 
-/// What an endpoint is accused of.
+/// A charge against an endpoint.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Charge {
-    /// Nothing.
+    /// No charge.
     Nothing,
-    /// No connection to it could be made.
+    /// A connection to the endpoint could not be opened.
     Unconnected,
-    /// It had a connection and did not answer as it should.
+    /// The endpoint was connected and did not respond correctly.
     Failed,
 }
 
@@ -35,14 +35,14 @@ pub struct Row {
     what: What,
     /// Reason, status and message.
     pub refusal: &'static Refusal,
-    /// What the rules for a further attempt know it as. `None`: there is none.
+    /// The failure for the retry rules. `None`: no further attempt.
     pub failure: Option<Failure>,
-    /// What the endpoint is accused of.
+    /// The charge against the endpoint.
     pub charge: Charge,
 }
 
 impl Row {
-    /// What the attempt came to, for the upstream.
+    /// The outcome of the attempt, for the upstream.
     pub fn outcome(&self) -> Outcome {
         match self.charge {
             Charge::Nothing => Outcome::Cancelled,
@@ -54,7 +54,7 @@ impl Row {
 
 macro_rules! table {
     ($($party:ident $what:ident in $($phase:ident)*: $refusal:ident $failure:tt $charge:ident;)*) => {
-        /// Every fault that can end an exchange, or an attempt of it, once its route is known.
+        /// Every fault that can end an exchange or an attempt, once the route is known.
         static TABLE: &[Row] = &[$(Row {
             party: Party::$party,
             phases: &[$(Phase::$phase),*],
@@ -69,7 +69,7 @@ macro_rules! table {
 }
 
 table! {
-    // While the request body is held back, its client is waited for, or room is.
+    // While the request body is held back, the exchange waits for its client or for room.
     Client Silent in Buffer: BUFFER_TIMEOUT - Nothing;
     Client Late in Buffer: BUFFER_TIMEOUT - Nothing;
     Client Slow in Buffer: BUFFER_MIN_RATE - Nothing;
@@ -81,7 +81,7 @@ table! {
     Gateway Full in Buffer: BUFFER_PRESSURE - Nothing;
     Client Full in Buffer: BUFFER_PER_CLIENT - Nothing;
 
-    // Until an endpoint is connected to.
+    // Before an endpoint is connected.
     Gateway Full in Queue: QUEUE_FULL - Nothing;
     Gateway Silent in Queue: QUEUE_TIMEOUT - Nothing;
     Client Left in Queue: QUEUE_ABORTED - Nothing;
@@ -92,7 +92,7 @@ table! {
     Endpoint Unreachable in Connect: CONNECT_FAILED Connect Unconnected;
     Gateway Exhausted in Connect: CONNECT_EXHAUSTED Exhausted Nothing;
 
-    // While the request is passed on, either end may be waited for.
+    // While the request is passed on, either side may be waited for.
     Client Silent in Send: SEND_BODY_TIMEOUT - Nothing;
     Client Late in Send: SEND_BODY_TOTAL - Nothing;
     Client Slow in Send: SEND_MIN_RATE - Nothing;
@@ -105,7 +105,7 @@ table! {
     Endpoint Stale in Send: SEND_RESET Stale Nothing;
     Endpoint Unprocessed in Send: SEND_RESET Unprocessed Nothing;
 
-    // The request is out: the endpoint is waited for.
+    // The request was sent: the endpoint is waited for.
     Endpoint Silent in Wait: WAIT_TIMEOUT Timeout Failed;
     Endpoint Broke in Wait: WAIT_RESET Reset Failed;
     Endpoint GaveUp in Wait: WAIT_RESET Reset Nothing;
@@ -114,7 +114,7 @@ table! {
     Endpoint Malformed in Send Wait: WAIT_MALFORMED Reset Failed;
     Client Left in Wait: WAIT_ABORTED - Nothing;
 
-    // The answer comes, and goes to the client.
+    // The response is received and sent to the client.
     Endpoint Silent in Receive: RECEIVE_TIMEOUT Timeout Failed;
     Endpoint Broke in Receive: RECEIVE_RESET Reset Failed;
     Endpoint GaveUp in Receive: RECEIVE_RESET Reset Nothing;
@@ -129,7 +129,7 @@ table! {
     Disk Silent in Receive Write: WRITE_DISK_FAILED - Nothing;
     Disk Failed in Receive Write: WRITE_DISK_FAILED - Nothing;
 
-    // The deadline of the exchange is over. An endpoint that was waited for for nearly all of that time is at fault.
+    // The deadline of the exchange has passed. An endpoint that used nearly all of this time is at fault.
     Gateway Overdue in Select: SELECT_DEADLINE - Nothing;
     Gateway Overdue in Queue: QUEUE_DEADLINE - Nothing;
     Client Overdue in Select: SELECT_DEADLINE - Nothing;
@@ -150,19 +150,19 @@ table! {
     Gateway Overdue in Wait: WAIT_DEADLINE Timeout Nothing;
     Gateway Overdue in Receive: RECEIVE_DEADLINE Timeout Nothing;
 
-    // The net beneath all clocks: nothing has come for long, and no clock of the endpoint has run for so long.
+    // The last resort of all clocks: nothing was received for long, and no clock of the endpoint ran for so long.
     Gateway Silent in Send Wait: WAIT_TIMEOUT Timeout Nothing;
     Gateway Silent in Receive: RECEIVE_TIMEOUT Timeout Nothing;
 
-    // The time is over that a stop leaves.
+    // The grace period of a shutdown has passed.
     Gateway Stopped in Route Buffer Queue Select Connect Send Wait Receive Write Finish: FINISH_SHUTDOWN - Nothing;
 
-    // A client whose header or framing is found wrong only by the library that passes it on.
+    // Errors in a client's header or framing that only the library finds when it forwards the request.
     Client Malformed in Header Route Connect: HEADER_MALFORMED - Nothing;
     Client Silent in Header: HEADER_TIMEOUT - Nothing;
 }
 
-/// What there is for a fault that no row expects: it is the gateway's own.
+/// The row for faults that the table does not contain: an internal error.
 static INTERNAL: Row = Row {
     party: Party::Gateway,
     phases: &Phase::ALL,
@@ -172,13 +172,13 @@ static INTERNAL: Row = Row {
     charge: Charge::Nothing,
 };
 
-/// What follows from this fault.
+/// The consequences of this fault.
 pub fn row(fault: Fault) -> &'static Row {
     let fits = |row: &&Row| row.party == fault.party && row.what == fault.what && row.phases.contains(&fault.phase);
     TABLE.iter().find(fits).unwrap_or(&INTERNAL)
 }
 
-/// Why no connection came about, as far as the error says: that there was no time left, it does not.
+/// The fault for a failed connect, as far as the error determines it. It does not contain an expired deadline.
 pub fn connecting(error: &Error) -> Fault {
     let (party, what) = match error.etype() {
         kind if *kind == dial::EXHAUSTED => (Party::Gateway, What::Exhausted),
@@ -197,7 +197,7 @@ pub fn connecting(error: &Error) -> Fault {
 mod tests {
     use super::*;
 
-    /// Every row for every phase that it is for.
+    /// Each row with each of its phases.
     fn rows() -> impl Iterator<Item = (Fault, &'static Row)> {
         let faults =
             |row: &'static Row| row.phases.iter().map(move |&phase| (Fault::new(row.party, phase, row.what), row));
@@ -243,11 +243,11 @@ mod tests {
             let named = row.refusal.reason.split('.').next().unwrap_or_default();
             let here = fault.phase.name() == named;
             let elsewhere = match (fault.phase, named) {
-                // Streamed, a request has no phase of its own before; read back, a body comes from where it was held.
+                // A streamed request has no phase of its own before; a held body is read back from its spool.
                 (Phase::Route | Phase::Connect, "send" | "header") | (Phase::Send, "buffer" | "wait") => true,
-                // An answer is written while it comes, and is settled once it is written.
+                // A response is written while it is received, and is settled after it was written.
                 (Phase::Wait | Phase::Receive | Phase::Finish, "write") | (Phase::Write, "receive") => true,
-                // Wherever it is when the gateway stops, that is its end.
+                // A shutdown ends an exchange in any phase.
                 (_, "finish") => true,
                 _ => false,
             };
@@ -257,7 +257,7 @@ mod tests {
 
     #[test]
     fn every_refusal_of_an_exchange_with_a_route_has_a_row_or_is_no_fault() {
-        /// What the gateway decides without having waited.
+        /// Refusals that Forebay decides without a wait.
         const DECISIONS: [&Refusal; 3] =
             [&refusal::SELECT_BREAKER_OPEN, &refusal::SELECT_NO_ENDPOINT, &refusal::INTERNAL];
         for refusal in refusal::ALL {

@@ -1,7 +1,7 @@
-//! One exchange: a request, its response, and all that is known of them. Pingora carries it as the context from hook
-//! to hook; the phases read and fill it.
+//! One exchange: a request, its response, and their state. Pingora passes it as the context to each hook; the phases
+//! read and fill it.
 //!
-//! What belongs together has a type of its own, which keeps what it decides to itself. [`Exchange::enter`] is the one
+//! Each group of related facts has its own type, which encapsulates its decisions. [`Exchange::enter`] is the only
 //! place where a phase begins.
 
 pub mod client;
@@ -43,44 +43,44 @@ use routing::Routing;
 
 /// The state of one exchange.
 pub struct Exchange {
-    /// Where it is in its life.
+    /// Its phase, and the times of earlier phases.
     pub progress: Progress,
-    /// Who asks.
+    /// The client.
     pub client: Client,
-    /// What is asked.
+    /// The request.
     pub request: Request,
-    /// Where it goes, and by what rules.
+    /// The route, the upstream and their rules.
     pub routing: Routing,
-    /// What the filters of its route keep for it and say of it.
+    /// The filters' state and results.
     pub filters: Filters,
-    /// The endpoints that were asked.
+    /// The attempts and their endpoints.
     pub attempts: Attempts,
-    /// When it, and its present attempt, are to be over.
+    /// The deadlines of the exchange and of its current attempt.
     pub deadlines: Deadlines,
-    /// The session that stands between Pingora and the client. `None` once they have switched to another protocol.
+    /// The session between Pingora and the client. `None` after a switch to another protocol.
     pub link: Option<Arc<Link>>,
-    /// What is known of it since then.
+    /// The state after a switch to another protocol.
     pub switched: Option<Box<Switched>>,
-    /// What another upstream is to get of it.
+    /// The copy for a mirror.
     pub copy: Option<Box<Copy>>,
-    /// Its place in a trace, if there are any.
+    /// The place in a trace, if tracing is on.
     pub traced: Option<Traced>,
-    /// Why Forebay ended it, if it did.
+    /// The reason for which Forebay ended the exchange, if it did.
     pub refusal: Option<&'static Refusal>,
 }
 
-/// An exchange whose client and endpoint have switched to another protocol: only Pingora's own session has it then.
+/// An exchange whose client and endpoint have switched to another protocol. Only Pingora's own session serves it.
 pub struct Switched {
     /// The request.
     pub request: RequestHeader,
-    /// Bytes that have come from the client since.
+    /// Bytes received from the client since the switch.
     pub received: u64,
-    /// Bytes that have gone to it.
+    /// Bytes sent to the client since the switch.
     pub sent: u64,
 }
 
 impl Switched {
-    /// The two have agreed to, upon this request.
+    /// The state at the switch that this request asked for.
     pub fn new(request: RequestHeader) -> Switched {
         Switched { request, received: 0, sent: 0 }
     }
@@ -90,16 +90,16 @@ impl Switched {
 pub struct Traced {
     /// The trace and its span.
     pub place: Context,
-    /// What is noted of its attempts for its spans, if it is recorded.
+    /// Notes about the attempts for their spans, if the trace is recorded.
     pub notes: Option<Box<Notes>>,
 }
 
-/// An exchange as Pingora carries it from hook to hook. One that is dropped before it was settled is kept
-/// for the code that dropped it (`client::remains`). Boxed: it is large, and handed from one future to the next.
+/// An exchange as Pingora passes it from hook to hook. If it is dropped before it is settled, `client::remains` keeps
+/// it for the code that dropped it. Boxed, since it is large and moves between futures.
 pub struct Carried(Option<Box<Exchange>>);
 
 impl Carried {
-    /// Has it carried.
+    /// Boxes an exchange.
     pub fn new(exchange: Exchange) -> Self {
         Carried(Some(Box::new(exchange)))
     }
@@ -130,7 +130,7 @@ impl Drop for Carried {
             && !link.framed()
             && !link.is_http2()
         {
-            // The client must not take the part that came for the whole.
+            // The reset shows the client that the response is incomplete.
             connection.close_with_reset();
         }
         remains::leave(exchange);
@@ -138,7 +138,7 @@ impl Drop for Carried {
 }
 
 impl Exchange {
-    /// Begins an exchange with what its connection knows of it, in phase `route`.
+    /// Creates an exchange in phase `route`, with the facts that its connection recorded.
     pub fn begin(metrics: &Metrics) -> Self {
         let begin = introduction();
         let progress = Progress::begin(begin.as_ref(), metrics);
@@ -159,12 +159,12 @@ impl Exchange {
         }
     }
 
-    /// The phase that it is in.
+    /// The current phase.
     pub fn phase(&self) -> Phase {
         self.progress.phase()
     }
 
-    /// Goes on to `phase`; tells when that was.
+    /// Enters `phase`; returns the time.
     pub fn enter(&mut self, phase: Phase) -> Instant {
         let now = Instant::now();
         if phase != self.phase() {
@@ -175,7 +175,8 @@ impl Exchange {
         now
     }
 
-    /// Gives it its place in a trace; from here on it is noted what it does, if it is recorded. It is in `route`.
+    /// Sets the place in a trace. If the trace is recorded, the exchange notes its steps from here on. The phase is
+    /// `route`.
     pub fn trace(&mut self, place: Context) {
         let notes = place.sampled.then(Box::default);
         if place.sampled {
@@ -184,7 +185,7 @@ impl Exchange {
         self.traced = Some(Traced { place, notes });
     }
 
-    /// What keys and expressions are asked of: the target before the filters, and the header as they have left it.
+    /// The input of keys and expressions: the target before the filters, and the header after them.
     pub fn asked<'e>(&'e self, request: &'e RequestHeader) -> Asked<'e> {
         let target = self.request.target.as_ref().unwrap_or(&request.uri);
         let facts = Facts { path: target.path(), ..self.facts(self.routing.route_name()) };
@@ -198,7 +199,7 @@ impl Exchange {
         }
     }
 
-    /// What is known of it beside its headers, on its way through this route.
+    /// The facts besides the headers, on this route.
     pub fn facts<'e>(&'e self, route: &'e str) -> Facts<'e> {
         Facts {
             client: self.client.address,
@@ -219,7 +220,7 @@ impl Exchange {
         }
     }
 
-    /// How the client did in the last phase in which it was waited for.
+    /// The client's pace in the last phase that waited for it.
     fn pace(&self) -> Pace {
         let clock = &self.progress.clock;
         let passed = || self.link.as_ref().map(|link| link.passed()).unwrap_or_default();
@@ -233,12 +234,12 @@ impl Exchange {
         }
     }
 
-    /// Whether it is a gRPC call, and its route and its upstream take it for one.
+    /// Whether the request is a gRPC call, and route and upstream treat it as one.
     pub fn is_treated_as_grpc(&self) -> bool {
         self.request.grpc.is_some() && self.routing.is_of_grpc()
     }
 
-    /// An endpoint of this upstream was chosen.
+    /// Records that an endpoint of this upstream was chosen.
     pub fn engage(&mut self, upstream: Arc<Upstream>, engaged: Engaged, now: Instant) {
         if let Some(notes) = self.notes() {
             notes.attempt(&upstream.name, &engaged.endpoint().label, now);
@@ -246,7 +247,7 @@ impl Exchange {
         self.attempts.begin(Attempt::new(upstream, engaged, self.link.clone(), now));
     }
 
-    /// The connection of the present attempt stands.
+    /// Records that the connection of the current attempt was established.
     pub fn connected(&mut self, reused: bool, now: Instant) {
         if let Some(attempt) = &mut self.attempts.present {
             attempt.connected(reused, now);
@@ -256,12 +257,12 @@ impl Exchange {
         }
     }
 
-    /// The present attempt came to nothing, in the present phase: this is for the log.
+    /// Notes for the log that the current attempt failed in the current phase.
     pub fn note_failure(&mut self, why: Why, now: Instant) {
         self.attempts.note_failure(self.progress.phase(), why, now);
     }
 
-    /// The present attempt is over, if there is one: its endpoint is busy with it no longer.
+    /// Ends the current attempt, if any: its endpoint is no longer in use.
     pub fn release(&mut self, end: impl FnOnce(&Attempt) -> Outcome, now: Instant) {
         let Some(mut attempt) = self.attempts.release(now) else { return };
         if let Some(link) = self.link.as_ref().filter(|_| attempt.is_connected()) {
@@ -280,7 +281,8 @@ impl Exchange {
         self.traced.as_mut()?.notes.as_deref_mut()
     }
 
-    /// All of the request has come, so that the time that its route leaves it begins. Only the first call counts.
+    /// Records that the request was received completely, which starts the route's deadline. Only the first call has an
+    /// effect.
     pub fn request_is_whole(&mut self, now: Instant) {
         let length = self.routing.route.as_ref().and_then(|route| route.deadline);
         if self.deadlines.begin(length, now) && self.attempts.present.is_some() {
@@ -288,23 +290,23 @@ impl Exchange {
         }
     }
 
-    /// The session keeps the deadlines from here on, as they are now.
+    /// Passes the deadlines to the session, which enforces them from here on.
     pub fn keep_deadlines(&self) {
         if let Some(link) = &self.link {
             self.deadlines.keep(link);
         }
     }
 
-    /// Watches the client while filters of this route wait.
+    /// Creates a watch of the client for the time in which filters of this route wait.
     pub fn watch(&self, route: &Route) -> Watch {
         let connection = self.client.connection.as_ref();
         let (socket, way) = (connection.and_then(|one| one.socket()), connection.and_then(|one| one.bypass()));
-        // In a tunnel each direction ends by itself.
+        // In a tunnel, the directions end separately.
         let aborts = route.half_close_aborts && self.switched.is_none();
         Watch::new(self.client.control.clone(), socket, aborts, way)
     }
 
-    /// Runs the response filters of the route on a response header, whoever has made it.
+    /// Runs the route's response filters on a response header, from the endpoint or from Forebay.
     pub async fn filter_response(
         &self,
         request: &mut RequestHeader,
@@ -330,25 +332,25 @@ impl Exchange {
         Verdict::Continue
     }
 
-    /// Whether a filter of the route wants to see the body of the answer, whose header all of them have seen.
+    /// Whether a filter of the route processes the response body. Call it after the response header's filters.
     pub fn sees_body(&self) -> bool {
         let (Some(route), Some(filters)) = (&self.routing.route, &self.filters.states) else { return false };
         route.chain.wants(Stages::RESPONSE_BODY) && filters.with(|states| route.chain.sees_body(states))
     }
 
-    /// Whether a filter of the route wants to see the body of the request, whose header all of them have seen.
+    /// Whether a filter of the route processes the request body. Call it after the request header's filters.
     pub fn sees_request_body(&self) -> bool {
         let (Some(route), Some(filters)) = (&self.routing.route, &self.filters.states) else { return false };
         route.chain.wants(Stages::REQUEST_BODY) && filters.with(|states| route.chain.sees_request_body(states))
     }
 
-    /// Whether a filter wants all of the answer to be here before any of it leaves.
+    /// Whether a filter requires the complete response before any of it is sent.
     pub fn holds_answer(&self) -> bool {
         let (Some(route), Some(filters)) = (&self.routing.route, &self.filters.states) else { return false };
         route.chain.wants(Stages::RESPONSE_BODY) && filters.with(|states| route.chain.holds_answer(states))
     }
 
-    /// Runs the body filters of the route on the whole body of an answer that is our own.
+    /// Runs the route's body filters on the complete body of a response that Forebay generated.
     pub async fn filter_whole(&self, request: &mut RequestHeader, body: &mut Bytes) -> Verdict {
         if let (Some(route), Some(filters)) = (&self.routing.route, &self.filters.states)
             && route.chain.wants(Stages::RESPONSE_BODY)
@@ -366,7 +368,7 @@ impl Exchange {
         Verdict::Continue
     }
 
-    /// Runs the trailer filters of the route on what has followed the body of the answer.
+    /// Runs the route's trailer filters on the trailers of the response.
     pub fn filter_trailers(&self, request: &mut RequestHeader, trailers: &mut HeaderMap) {
         if let (Some(route), Some(filters)) = (&self.routing.route, &self.filters.states)
             && route.chain.wants(Stages::RESPONSE_TRAILERS)

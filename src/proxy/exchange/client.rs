@@ -1,4 +1,4 @@
-//! Who asks: the connection that an exchange came over, and the client behind it.
+//! The client of an exchange, and its connection.
 
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
@@ -18,36 +18,36 @@ use crate::upstream::transport::greeting::Parties;
 /// The client of an exchange.
 #[derive(Default)]
 pub struct Client {
-    /// The connection it came over. `None` only for sessions that were not made by `client::Front`.
+    /// The connection. `None` only for sessions that `client::Front` did not create.
     pub connection: Option<Arc<Connection>>,
-    /// What can be done with its stream, on HTTP/2.
+    /// The control of the stream, on HTTP/2.
     pub control: Option<Control>,
-    /// The client's address: the peer's, or what a trusted proxy said.
+    /// The client's address: the peer's, or the one that a trusted proxy names.
     pub address: Option<IpAddr>,
-    /// How much of it is one client, where limits are per client.
+    /// The part of the address that identifies one client, for limits per client.
     pub prefix: Prefix,
     /// Whether the peer is a trusted proxy.
     pub peer_is_trusted: bool,
-    /// Who asks, once a filter has found out.
+    /// The client's identity, once a filter has determined it.
     pub identity: Option<Arc<Identity>>,
-    /// Its connection, of HTTP/1, is to end once the exchange is settled.
+    /// Whether its HTTP/1 connection closes once the exchange is settled.
     pub closes: bool,
-    /// The place of the exchange among the requests of its client that are under way.
+    /// The entry among the active requests of the client.
     place: Option<UnderWay>,
 }
 
 impl Client {
-    /// The client of an exchange that begins so. Its address is not known before the header was looked at.
+    /// The client of a new exchange. Its address is determined from the header later.
     pub fn new(begin: Option<Begin>) -> Client {
         let Some(Begin { connection, control, .. }) = begin else { return Client::default() };
         Client { connection: Some(connection), control, ..Client::default() }
     }
 
-    /// Counts the exchange among the requests of its client, unless too many are under way.
+    /// Counts the exchange among the active requests of its client.
     ///
     /// # Errors
     ///
-    /// The refusal for the client.
+    /// The refusal for the client, if it has too many active requests.
     pub fn take_place(&mut self) -> Result<(), &'static Refusal> {
         if let Some(connection) = &self.connection {
             self.place = Some(connection.begin_request()?);
@@ -55,57 +55,57 @@ impl Client {
         Ok(())
     }
 
-    /// The name of the listener; empty if the connection is not known.
+    /// The name of the listener; empty if the connection is unknown.
     pub fn listener(&self) -> &str {
         self.connection.as_ref().map_or("", |connection| &connection.listener.name)
     }
 
-    /// Who connected: the client, or a proxy before it.
+    /// The address of the peer: the client, or a proxy in front of Forebay.
     pub fn peer(&self) -> Option<SocketAddr> {
         self.connection.as_ref()?.peer
     }
 
-    /// The port of the client; 0 where a proxy speaks for it.
+    /// The client's port; 0 if a proxy names the client.
     pub fn port(&self) -> u16 {
         self.peer().filter(|peer| Some(peer.ip()) == self.address).map_or(0, |peer| peer.port())
     }
 
-    /// What is known of its TLS. `None`: it is in clear text.
+    /// The facts about TLS. `None`: the connection is in clear text.
     pub fn tls(&self) -> Option<&Facts> {
         self.connection.as_ref()?.tls()
     }
 
-    /// The same, as expressions ask for it.
+    /// The facts about TLS, for expressions.
     pub fn secured(&self) -> Secured<'_> {
         secured(self.connection.as_deref())
     }
 
-    /// What its stream found wrong with its bytes, if anything.
+    /// The fault that the stream found in the client's bytes, if any.
     pub fn fault(&self) -> Option<Fault> {
         self.connection.as_ref()?.fault()
     }
 
-    /// What becomes of fields with odd names.
+    /// How fields with unusual names are treated.
     pub fn odd_names(&self) -> OddNames {
         self.connection.as_ref().map_or(OddNames::Drop, |connection| connection.listener.odd_names)
     }
 
-    /// Whom is waited for, and on whose account bodies are held: the peer's, unless that speaks for another client.
-    /// `target` is what was asked for, where a filter may have changed that.
+    /// The client for waits, and for the account of held bodies: the peer, unless it acts for another client. `target`
+    /// is the original target, if a filter may have changed it.
     pub fn who(&self, target: Option<Uri>) -> Who {
         let peer = self.peer().map(|peer| peer.ip());
         let account = self.connection.as_ref().and_then(|connection| connection.account());
         Who { client: self.address, account: account.filter(|_| self.address == peer).cloned(), target }
     }
 
-    /// The two ends of the client's connection, as an endpoint may be told of them.
+    /// The two ends of the client's connection, as the endpoint may learn them.
     pub fn parties(&self) -> Option<Parties> {
         let (connection, client) = (self.connection.as_ref()?, self.address?);
         Some(Parties { client: SocketAddr::new(client, self.port()), gateway: connection.local? })
     }
 }
 
-/// The TLS of a connection, as expressions ask for it.
+/// The facts about a connection's TLS, for expressions.
 pub fn secured(connection: Option<&Connection>) -> Secured<'_> {
     let Some(tls) = connection.and_then(Connection::tls) else { return Secured::default() };
     let (version, sni) = (tls.version, tls.name.as_deref().unwrap_or_default());

@@ -1,4 +1,4 @@
-//! What the filters of a route keep for an exchange, and what they have said of it.
+//! The state that a route's filters keep for an exchange, and their results.
 
 use std::sync::atomic::{AtomicU16, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -10,44 +10,44 @@ use crate::filter::{Answer, Refused, States};
 /// The filters of an exchange.
 #[derive(Default)]
 pub struct Filters {
-    /// What they keep for it. `None`: its route has none, or no route is taken yet.
+    /// The filters' state. `None`: the route has no filters, or is not chosen yet.
     pub states: Option<Arc<FilterStates>>,
-    /// What one has answered in place of the endpoint, until it is sent.
+    /// The response of a filter in place of the endpoint's, until it is sent.
     pub answer: Option<Answer>,
-    /// What one refused and was not yet acted on.
+    /// The refusal of a filter, until it takes effect.
     refused: Option<Refused>,
 }
 
 impl Filters {
-    /// The status of the answer; 0 until they have seen its header.
+    /// The status of the response; 0 until the response filters have seen its header.
     pub fn status(&self) -> u16 {
         self.states.as_ref().map_or(0, |states| states.status())
     }
 
-    /// How often the request was begun to be sent.
+    /// Number of attempts that began to send the request.
     pub fn attempt(&self) -> u32 {
         self.states.as_ref().map_or(0, |states| states.attempt.load(Ordering::Relaxed))
     }
 
-    /// Notes a refusal; the first one counts.
+    /// Records a refusal; only the first one counts.
     pub fn refuse(&mut self, refused: Refused) {
         self.refused.get_or_insert(refused);
     }
 
-    /// What was refused, here or where the exchange is out of reach.
+    /// Takes the refusal that was recorded here or in the shared state.
     pub fn take_refused(&mut self) -> Option<Refused> {
         self.refused.take().or_else(|| self.states.as_ref()?.take_refused())
     }
 }
 
-/// Filter states that the exchange and its response tap take turns with. There is one task, so a lock never waits;
-/// it is not held while a filter runs.
+/// Filter states that the exchange and its response tap use alternately. Both belong to one task, so a lock never
+/// blocks; it is not held while a filter runs.
 pub struct FilterStates {
     states: Mutex<Option<States>>,
     refused: Mutex<Option<Refused>>,
-    /// The status of the answer, from when the response filters see its header; 0 before.
+    /// The status of the response; 0 until the response filters see its header.
     status: AtomicU16,
-    /// How often the request was begun to be sent.
+    /// Number of attempts that began to send the request.
     attempt: AtomicU32,
 }
 
@@ -62,37 +62,37 @@ impl FilterStates {
         })
     }
 
-    /// Takes the states for one stage. `None` while another stage has them, which one task cannot bring about.
+    /// Takes the states for one stage. `None` while another stage has them, which cannot occur within one task.
     pub fn take(&self) -> Option<States> {
         self.states.lock().unwrap_or_else(PoisonError::into_inner).take()
     }
 
-    /// Looks at the states.
+    /// Calls `look` with the states.
     pub(super) fn with(&self, look: impl FnOnce(&States) -> bool) -> bool {
         self.states.lock().unwrap_or_else(PoisonError::into_inner).as_ref().is_some_and(look)
     }
 
-    /// Puts them back.
+    /// Puts the states back.
     pub fn put(&self, states: States) {
         *self.states.lock().unwrap_or_else(PoisonError::into_inner) = Some(states);
     }
 
-    /// Notes that a filter refused where the exchange is out of reach.
+    /// Records a refusal by a filter that has no access to the exchange.
     pub fn refuse(&self, refused: Refused) {
         self.refused.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(refused);
     }
 
-    /// The status of the answer; 0 until the response filters have seen its header.
+    /// The status of the response; 0 until the response filters have seen its header.
     pub fn status(&self) -> u16 {
         self.status.load(Ordering::Relaxed)
     }
 
-    /// The request is sent from its beginning, perhaps once more.
+    /// Counts the start of an attempt.
     pub fn begin_attempt(&self) {
         self.attempt.fetch_add(1, Ordering::Relaxed);
     }
 
-    /// The header of an answer is here, with this status.
+    /// Records the status of a received response header.
     pub(super) fn answered(&self, status: StatusCode) {
         self.status.store(status.as_u16(), Ordering::Relaxed);
     }

@@ -1,4 +1,4 @@
-//! Where an exchange is in its life: its phase, the times of the phases before, and those who watch it go on.
+//! The progress of an exchange: its phase, the times of earlier phases, and its observers.
 
 use std::time::Instant;
 
@@ -9,22 +9,22 @@ use crate::phase::journal::steps::Notebook;
 use crate::phase::journal::{self, Journal, Note, Passed, Tick};
 use crate::phase::{Clock, Phase};
 
-/// See the module.
+/// The progress of an exchange; see the module.
 pub struct Progress {
-    /// Which phase it is in, and what it spent where.
+    /// The current phase, and the time spent in each.
     pub clock: Clock,
-    /// When the first byte of its request came.
+    /// Time at which the first byte of the request arrived.
     pub begun: Instant,
-    /// Counts it among the exchanges of its phase.
+    /// Counts the exchange in the gauge of its phase.
     seat: Seat,
-    /// What it does when, while a recording runs or its trace is sampled.
+    /// Records its steps with their times, during a recording or for a sampled trace.
     journal: Option<Box<Journal>>,
-    /// What its filters do, if it keeps a journal.
+    /// Records the steps of its filters, if there is a journal.
     steps: Option<Notebook>,
 }
 
 impl Progress {
-    /// Begins in phase `route`, with what the connection knows of the phases before.
+    /// Begins in phase `route`, with the connection's record of earlier phases.
     pub fn begin(begin: Option<&Begin>, metrics: &Metrics) -> Progress {
         let now = Instant::now();
         let begun = begin.map_or(now, |begin| begin.header_since);
@@ -43,12 +43,12 @@ impl Progress {
         Progress { clock, begun, seat, journal, steps: None }
     }
 
-    /// The phase that it is in.
+    /// The current phase.
     pub fn phase(&self) -> Phase {
         self.clock.phase()
     }
 
-    /// Goes on to another phase. `passed` is asked for the bytes of bodies so far if a journal is kept.
+    /// Enters another phase. If there is a journal, `passed` provides the body bytes transferred so far.
     pub(super) fn enter(&mut self, phase: Phase, now: Instant, passed: impl FnOnce() -> Passed) {
         self.clock.enter(phase, now);
         self.seat.enter(phase, now);
@@ -58,7 +58,7 @@ impl Progress {
         }
     }
 
-    /// Keeps a journal from here on, if none is kept yet. The exchange is in `route`.
+    /// Starts a journal unless there is one. The phase is `route`.
     pub(super) fn keep_journal(&mut self) {
         if self.journal.is_none() {
             let routed = self.clock.since();
@@ -70,12 +70,12 @@ impl Progress {
         }
     }
 
-    /// Where it is noted what its filters do, if it keeps a journal.
+    /// The notebook for the steps of filters, if there is a journal.
     pub(in crate::proxy) fn notebook(&mut self) -> Option<Notebook> {
         self.journal.is_some().then(|| self.steps.get_or_insert_default().clone())
     }
 
-    /// The journal, if one was kept, ended now with these bytes of bodies.
+    /// Closes the journal, if any, with these body bytes.
     pub fn close_journal(&mut self, now: Instant, passed: Passed) -> Option<Box<Journal>> {
         let mut journal = self.journal.take()?;
         self.steps.take().iter().for_each(|steps| journal.note_steps(steps));
@@ -89,7 +89,7 @@ fn note(now: Instant, passed: Passed) -> Note {
     Note { tick: Tick { at: now, cycle: worker::cycle() }, passed, own: own_time(now) }
 }
 
-/// A journal with what came before the exchange had a context; `routed` is when it got one.
+/// Creates a journal with the events before the exchange had a context; `routed` is the time at which it got one.
 fn opened(begin: Option<&Begin>, routed: Instant) -> Journal {
     let route = Note::early(Tick { at: routed, cycle: worker::cycle() });
     let Some(begin) = begin else { return Journal::begin(Phase::Route, route) };

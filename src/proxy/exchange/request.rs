@@ -1,4 +1,4 @@
-//! What is asked, beside the header that Pingora keeps.
+//! The facts about a request besides the header, which Pingora keeps.
 
 use http::{HeaderMap, HeaderValue, Uri};
 
@@ -7,27 +7,27 @@ use crate::proxy::grpc::Call;
 /// The request of an exchange.
 #[derive(Default)]
 pub struct Request {
-    /// `http` or `https`, as the client spoke it.
+    /// `http` or `https`, by the client's connection.
     pub scheme: &'static str,
-    /// It ended with its header, whatever that announces: HTTP/2 says so.
+    /// Whether the request ended with its header, as HTTP/2 signals, whatever length the header announces.
     pub ended_with_header: bool,
-    /// The target before filters, if one might change it. Its path is in the one form of paths.
+    /// The target before filters, if a filter may change it. Its path is canonical.
     pub target: Option<Uri>,
-    /// What followed the body, once that is whole.
+    /// The trailers, once the body is complete.
     pub trailers: Option<HeaderMap>,
-    /// It is a gRPC call, and this is known of it.
+    /// The facts about a gRPC call; `None` for other requests.
     pub grpc: Option<Call>,
-    /// The protocol besides HTTP that the client asks for, as its route allows.
+    /// The protocol other than HTTP that the client requests and the route allows.
     pub upgrade: Option<HeaderValue>,
 }
 
 impl Request {
-    /// A request over TLS, or in clear text.
+    /// A request over TLS (`secure`) or in clear text.
     pub fn new(secure: bool) -> Request {
         Request { scheme: if secure { "https" } else { "http" }, ..Request::default() }
     }
 
-    /// Whether it is a call of gRPC-Web that is bridged.
+    /// Whether the request is a gRPC-Web call that Forebay bridges.
     pub fn is_grpc_web(&self) -> bool {
         self.grpc.is_some_and(|call| call.web)
     }

@@ -1,4 +1,4 @@
-//! Where an exchange goes, and by what rules.
+//! The destination of an exchange and its rules.
 
 use std::sync::Arc;
 
@@ -9,37 +9,37 @@ use crate::proxy::routes::Route;
 use crate::upstream::Upstream;
 use crate::upstream::sticky::Stuck;
 
-/// The way of an exchange. Each part is known from its phase on, and does not change afterwards.
+/// The destination of an exchange. Each part is set in its phase and does not change afterwards.
 #[derive(Default)]
 pub struct Routing {
-    /// The generation of the configuration that it goes by, once its header is here.
+    /// The generation of the configuration, from phase `header` on.
     pub epoch: Option<Arc<Epoch>>,
-    /// What that adds to every request.
+    /// The fields that this generation adds to every request.
     pub additions: Additions,
-    /// The route it took.
+    /// The route.
     pub route: Option<Arc<Route>>,
-    /// The upstream it goes to.
+    /// The upstream.
     pub upstream: Option<Arc<Upstream>>,
-    /// The hash of its key, for upstreams that go by one.
+    /// The hash of the exchange's key, for upstreams that balance by hash.
     pub hash: u64,
-    /// Where its client stays, by a cookie of ours.
+    /// The endpoint named by Forebay's sticky cookie.
     pub stuck: Option<Stuck>,
-    /// By which driver, once its filters have let it pass.
+    /// The driver, once the filters have passed the exchange.
     pub course: Option<Course>,
 }
 
 impl Routing {
-    /// It goes by this generation, which adds this to every request.
+    /// Sets the generation of the configuration, and the fields that it adds.
     pub fn follow(&mut self, epoch: &Arc<Epoch>, additions: Additions) {
         (self.epoch, self.additions) = (Some(epoch.clone()), additions);
     }
 
-    /// The name of the route; empty before one is taken.
+    /// The name of the route; empty until it is chosen.
     pub fn route_name(&self) -> &str {
         self.route.as_ref().map_or("", |route| &route.name)
     }
 
-    /// Whether its route and its upstream take gRPC calls for what they are.
+    /// Whether route and upstream treat gRPC calls as such.
     pub fn is_of_grpc(&self) -> bool {
         let route = self.route.as_ref().is_some_and(|route| route.grpc.on);
         route && self.upstream.as_ref().is_some_and(|upstream| upstream.speaks_grpc())
