@@ -1,6 +1,6 @@
-//! Phase `buffer`: the request body is held back until it is whole, so that a slow upload costs no upstream anything.
+//! Phase `buffer`: holds the request body back until it is complete, so that a slow upload costs no upstream anything.
 //!
-//! After `route`; before `select`. The clock enters the phase only when the client has to be waited for.
+//! After `route`; before `select`. The clock enters the phase only if the exchange must wait for the client.
 
 use std::sync::Arc;
 use std::time::Instant;
@@ -30,20 +30,22 @@ use crate::party::{Fault, Party, What};
 use crate::phase::Phase;
 use crate::upstream::Upstream;
 
-/// What becomes of a request body.
+/// How a request body is handled.
 #[derive(Clone, Copy, Debug, PartialEq)]
 enum Plan {
-    /// There is none, or it goes on as it comes.
+    /// There is no body, or it is streamed.
     Stream,
-    /// It is held back.
+    /// The body is held back.
     Hold,
     Refuse(&'static Refusal),
 }
 
-/// Puts the buffered session between Pingora and the client and has it hold the request body back, if the route says
-/// so.
+/// Puts the buffered session between Pingora and the client. Lets it hold the request body back if the route requires
+/// this.
 ///
-/// An error is the client's, and the reason is in the exchange.
+/// # Errors
+///
+/// The client's error; the exchange has the reason.
 pub async fn request(
     exchange: &mut Exchange,
     client: &mut Box<ServerSession>,
@@ -61,10 +63,10 @@ pub async fn request(
         manner.leave = Leave::Stream;
         exchange.deadlines.begin_grpc(&client.req_header().headers, route.deadline, Instant::now());
     }
-    // A call of gRPC-Web is all there before its answer begins.
+    // The body of a gRPC-Web call is complete before its response begins.
     let duplex = grpc && !exchange.request.is_grpc_web();
     if duplex {
-        // Either side may speak when it likes, so that no rate can be asked of it; but neither may be silent for ever.
+        // Either side may send at any time, so no minimum rate applies. The idle limit still applies.
         intake.pace = Pace::unlimited();
         intake.duplex = true;
     }
@@ -106,14 +108,15 @@ pub async fn request(
     Ok(())
 }
 
-/// The way past a session of ours on HTTP/1; Pingora's own, of a client that asks for another protocol, writes itself.
+/// The path past one of Forebay's own HTTP/1 sessions. Pingora's own session, for a client that asks for another
+/// protocol, writes itself.
 fn bypass(exchange: &Exchange, client: &ServerSession) -> Option<Bypass> {
     let connection =
         exchange.client.connection.as_ref().filter(|_| exchange.client.control.is_none() && client.is_custom());
     connection.and_then(|connection| connection.bypass())
 }
 
-/// What becomes of the request for a mirror.
+/// Prepares the request's copy for a mirror.
 fn copy(mirror: &Arc<Mirror>, session: &mut BufferedSession, grpc: bool, plan: Plan) -> Option<Box<Copy>> {
     if grpc {
         mirror.leaves(Fate::Grpc);
@@ -135,7 +138,7 @@ async fn hold(exchange: &mut Exchange, session: &mut BufferedSession) -> Result<
     session.fill(&mut waits).await
 }
 
-/// Answers `Expect: 100-continue` if the client said so; it is not the upstream's to answer any more.
+/// Responds to `Expect: 100-continue`, and removes the field from the request for the upstream.
 async fn invite(session: &mut BufferedSession) -> Result<(), Unread> {
     let request = session.request_mut();
     let expects = request.headers.get_all(header::EXPECT).iter().map(|expect| expect.as_bytes());
@@ -156,7 +159,7 @@ fn plan(holds: bool, intake: &IntakeTerms) -> Plan {
     let room = intake.limits.memory.saturating_add(intake.limits.disk);
     match intake.announced {
         Some(length) if length > room && !intake.stream_large => Plan::Refuse(&refusal::BUFFER_TOO_LARGE),
-        // What is announced is not here yet, and may never come: only what has come and does not fit is streamed on.
+        // The announced body may never arrive, so only a received body that does not fit is streamed.
         _ => Plan::Hold,
     }
 }
@@ -176,7 +179,7 @@ fn reason(exchange: &Exchange, unread: Unread) -> &'static Refusal {
         (Some(fault), _) | (None, Unread::Fault(fault)) => fault,
         (None, Unread::Failed(error)) => match error.etype() {
             ErrorType::ConnectionClosed | ErrorType::ReadError | ErrorType::H2Error => client(What::Left),
-            // Pingora's own reading of chunks and trailers.
+            // Pingora's own parser of chunks and trailers reports these.
             _ => client(What::Malformed),
         },
     };

@@ -1,8 +1,7 @@
-//! One request of our own to an upstream: the calls of filters, and the copies for mirrors.
+//! Requests that Forebay itself sends to an upstream: the calls of filters, and the copies for mirrors.
 //!
-//! `Line::converse` has one endpoint and sends it a request whose body is here whole. A call is such a request with an
-//! endpoint found as for an exchange: by the policy of its upstream, within its limits, and after waiting in its queue
-//! if need be.
+//! `Line::converse` sends a request with a complete body to one endpoint. A call is such a request whose endpoint is
+//! chosen as for an exchange: by the upstream's policy, within its limits, and after a wait in its queue if needed.
 
 use std::collections::BTreeMap;
 use std::future::poll_fn;
@@ -36,28 +35,28 @@ use crate::upstream::transport::tls::Flaw;
 use crate::upstream::transport::{connector, final_status};
 use crate::upstream::{Choice, Engaged, Outcome, Timeouts, Upstream};
 
-/// Connections that are kept for calls, of all upstreams together.
+/// Maximum number of idle connections for calls, over all upstreams.
 const POOL: usize = 128;
 
-/// What took longer than all the times of its upstream together.
+/// The error type for a request that exceeded the sum of its upstream's timeouts.
 const OVERDUE: ErrorType = ErrorType::Custom("overdue");
 
-/// The way to one endpoint.
+/// The connection parameters of one endpoint.
 pub(super) struct Line<'a> {
     pub connector: &'a Connector,
     pub upstream: &'a Upstream,
     pub peer: &'a HttpPeer,
 }
 
-/// The body of a request of our own, let go when it has been sent.
+/// The body of a request that Forebay sends; freed once it was sent.
 pub(super) enum Load {
-    /// What an exchange holds.
+    /// A body that an exchange holds.
     Held(Held),
-    /// What filters have made of it.
+    /// A body that filters have changed.
     Made(Vec<Bytes>),
-    /// One piece.
+    /// A body in one piece.
     Whole(Bytes),
-    /// There is none.
+    /// No body.
     Nothing,
 }
 
@@ -80,8 +79,8 @@ impl Load {
 }
 
 impl Line<'_> {
-    /// Sends a request and reads the answer, within the timeouts of the upstream. Each piece of its body is given to
-    /// `take`, until that says that no more is wanted.
+    /// Sends a request and reads the response, within the upstream's timeouts. Passes each piece of the response body
+    /// to `take` until it returns that no more is wanted.
     pub async fn converse(
         &self,
         mut request: RequestHeader,
@@ -93,7 +92,7 @@ impl Line<'_> {
         let Timeouts { connect, send, wait, receive } = upstream.timeouts;
         let (mut session, reused) = connector.get_http_session(peer).await?;
         if let Some(flaw) = Flaw::of(session.digest()) {
-            // Dropped with the session: it is not to be given to anybody else, either.
+            // Dropping the session closes the connection, so that no other request gets it.
             return Error::e_explain(ErrorType::InvalidCert, flaw.to_string());
         }
         let metrics = &upstream.metrics;
@@ -117,7 +116,7 @@ impl Line<'_> {
                 session.write_request_body(piece.clone(), false).await?;
             }
             session.finish_request_body().await?;
-            // It is sent: what it held in memory is not needed any more.
+            // The body was sent, so its memory is freed.
             drop(load);
             attempt.sent(Instant::now());
             let status = within(wait, NoClient::Within, final_status(&mut session, head)).await.ok_or_else(late)??;
@@ -133,13 +132,13 @@ impl Line<'_> {
             }
             Ok::<_, Box<Error>>(header)
         };
-        // Each step has its limit; so have all of them together, however it trickles.
+        // Each step has a limit, and so has their sum, which also bounds a slow trickle.
         let Some(whole) = within(connect + send + wait + receive, NoClient::Within, whole).await else {
             return Err(Error::new_up(OVERDUE));
         };
         let header = whole?;
         let is_last = match outdated {
-            // Further requests go over another connection, and this one ends with those that it has.
+            // Further requests use another connection, and this one closes after its current ones.
             Some(age) if http2 => {
                 attempt.endpoint().renew(age, now);
                 false
@@ -153,7 +152,7 @@ impl Line<'_> {
     }
 }
 
-/// Whether something took longer than all the times of its upstream together.
+/// Whether a request exceeded the sum of its upstream's timeouts.
 pub(super) fn is_overdue(error: &Error) -> bool {
     *error.etype() == OVERDUE
 }
@@ -162,8 +161,7 @@ fn late() -> Box<Error> {
     Error::new_up(ErrorType::ReadTimedout)
 }
 
-/// Why a request of our own came to nothing. Its body was here from the start, so that the endpoint alone was waited
-/// for.
+/// The fault of a failed request. Its body was complete from the start, so the exchange waited only for the endpoint.
 pub(super) fn fault(attempt: &Attempt, error: &Error) -> Fault {
     use ErrorType::{ConnectionClosed, H2Error, ReadError, ReadTimedout, WriteError, WriteTimedout};
     let phase = match (attempt.is_connected(), attempt.status()) {
@@ -172,7 +170,7 @@ pub(super) fn fault(attempt: &Attempt, error: &Error) -> Fault {
         (true, Some(_)) => Phase::Receive,
     };
     match error.etype() {
-        // A header that this side would not write.
+        // A header that Forebay itself could not write.
         _ if *error.esource() == ErrorSource::Internal => Fault::new(Party::Gateway, phase, What::Failed),
         _ if is_overdue(error) => Fault::new(Party::Endpoint, phase, What::Silent),
         ReadTimedout | WriteTimedout => Fault::new(Party::Endpoint, phase, What::Silent),
@@ -181,9 +179,9 @@ pub(super) fn fault(attempt: &Attempt, error: &Error) -> Fault {
     }
 }
 
-/// Makes of a header, which may be meant for another protocol, one for this.
+/// Converts a header, which may be meant for another protocol version, for this connection.
 ///
-/// `own` is the host if it names none; `h2` says whether it goes over TLS, if it goes by HTTP/2.
+/// `own` is the host for a header without one; `h2` says whether an HTTP/2 connection uses TLS.
 fn prepare(request: &mut RequestHeader, own: &Authority, h2: Option<bool>, length: Option<u64>) -> Result<()> {
     for name in [header::CONNECTION, header::UPGRADE, header::EXPECT, header::TE, header::TRAILER] {
         request.remove_header(&name);
@@ -203,8 +201,7 @@ fn prepare(request: &mut RequestHeader, own: &Authority, h2: Option<bool>, lengt
     Ok(())
 }
 
-/// The connections of all calls, kept from one configuration to the next. They are made for the first filter that calls
-/// anybody.
+/// The connections of all calls, kept across configurations. They are created for the first filter that makes calls.
 #[derive(Default)]
 pub struct Lines(OnceLock<Arc<Connector>>);
 
@@ -222,7 +219,7 @@ pub struct Directory<'a> {
 }
 
 impl<'a> Directory<'a> {
-    /// These upstreams, called over these connections.
+    /// A directory of these upstreams; calls use the connections of `lines`.
     pub fn new(upstreams: &'a BTreeMap<String, Arc<Upstream>>, metrics: &'a Metrics, lines: &'a Lines) -> Self {
         Directory { upstreams, metrics, lines }
     }
@@ -298,7 +295,7 @@ impl Callee {
                 connector::separate(&mut peer);
             }
             let mut attempt = Attempt::new(self.upstream.clone(), engaged, None, Instant::now());
-            // RFC 9110 §8.6: a method that means something with a body says so if there is none.
+            // A method that defines a meaning for a body announces an empty one (RFC 9110 §8.6).
             let bodiless = body.is_empty() && !matches!(request.method, Method::POST | Method::PUT | Method::PATCH);
             let load = if bodiless { Load::Nothing } else { Load::Whole(body.clone()) };
             let line = Line { connector: &self.connector, upstream: &self.upstream, peer: &peer };
@@ -331,7 +328,7 @@ impl Callee {
             let stale = attempt.is_reused() && attempt.status().is_none() && fault.what == What::Broke;
             attempt.end(blame::row(fault).outcome(), now);
             if stale && !fresh && request.method.is_idempotent() {
-                // A kept connection had died unnoticed: no endpoint has begun with this.
+                // An idle connection was dead: the endpoint has not processed the request.
                 fresh = true;
                 continue;
             }
@@ -339,7 +336,7 @@ impl Callee {
         }
     }
 
-    /// An endpoint that has room, once there is one.
+    /// Chooses an endpoint; waits for one with room if needed.
     async fn engage(&self) -> Result<Engaged, CallError> {
         let (upstream, now) = (&self.upstream, Instant::now());
         let choice = match upstream.select(rand::random(), &[], now) {
@@ -368,14 +365,14 @@ impl Callee {
     }
 }
 
-/// Waits for a turn that leads to something.
+/// Waits in the queue until a turn yields an endpoint.
 async fn in_line(upstream: &Upstream, mut place: crate::upstream::queue::Place) -> Choice {
     loop {
         poll_fn(|cx| place.poll_turn(cx)).await;
         match upstream.select_in_turn(None, rand::random(), &[], Instant::now()) {
             Choice::Full => {
                 place.missed();
-                // There may be many turns to spare, and each is a look at all endpoints: others go first.
+                // Many turns may be free, and each examines all endpoints: let other tasks run first.
                 tokio::task::yield_now().await;
             }
             Choice::Engaged(engaged) => {
@@ -420,7 +417,7 @@ mod tests {
             assert!(
                 ["host", "content-length", "transfer-encoding"].iter().all(|name| !request.headers.contains_key(*name))
             );
-            // An original of HTTP/1.0 that named no host.
+            // An HTTP/1.0 request without a host.
             let mut request = original(version);
             request.remove_header("host");
             prepare(&mut request, &own, Some(false), None).expect("a request");

@@ -1,6 +1,6 @@
-//! Phase `connect`: a connection to the endpoint is made or taken from the pool.
+//! Phase `connect`: opens a connection to the endpoint or takes one from the pool.
 //!
-//! Pingora does the work; here is what follows from its outcome. After `select`; before `send`, or `select` again.
+//! The driver does the work; this module handles its outcome. After `select`; before `send`, or `select` again.
 
 use std::os::fd::RawFd;
 use std::time::Instant;
@@ -21,7 +21,7 @@ use crate::upstream::transport::http1::Tail;
 use crate::upstream::transport::tls::Flaw;
 use crate::upstream::window::Window;
 
-/// A connection stands, new or kept; the request is sent next, unless it must not be sent on this one.
+/// Handles an established connection, new or reused. The request is sent next, unless the connection must not be used.
 pub fn made(
     exchange: &mut Exchange,
     reused: bool,
@@ -30,7 +30,7 @@ pub fn made(
     digest: Option<&Digest>,
 ) -> Result<()> {
     if let Some(flaw) = Flaw::of(digest) {
-        // It is not to be given to anybody else, either.
+        // No other exchange may use it, either.
         net::shut_down(socket);
         return Error::e_explain(ErrorType::InvalidCert, flaw.to_string()).map_err(|error: Box<Error>| error.into_up());
     }
@@ -49,7 +49,7 @@ pub fn made(
     if let (Some(attempt), Some(upstream)) = (&mut exchange.attempts.present, &exchange.routing.upstream) {
         let outdated = upstream.transport.age(digest).filter(|&age| upstream.transport.is_outdated(age, socket));
         if http1 {
-            // One to the other address of its endpoint would not be found again.
+            // A later look-up in the pool would not find a connection to the endpoint's other address.
             let elsewhere = !reused && !leads_to(socket, peer);
             attempt.owns(socket, outdated.is_some() || elsewhere);
         } else if let Some(age) = outdated {
@@ -59,13 +59,13 @@ pub fn made(
     Ok(())
 }
 
-/// Whether this socket is connected to the address that was asked for, and not to another one of the same server.
+/// Whether the socket is connected to the requested address, and not to another address of the same server.
 fn leads_to(socket: RawFd, peer: &HttpPeer) -> bool {
     let Some(asked) = peer._address.as_inet() else { return true };
     net::peer(socket).and_then(|address| address.as_socket()).is_none_or(|there| there == *asked)
 }
 
-/// No connection could be made. No byte of the request has left, so any method may be tried elsewhere.
+/// Handles a failed connect. No byte of the request was sent, so any method may be retried elsewhere.
 pub fn failed(exchange: &mut Exchange, client: &ServerSession, mut error: Box<Error>) -> Box<Error> {
     let now = Instant::now();
     let fault = match blame::connecting(&error) {

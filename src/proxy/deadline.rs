@@ -1,10 +1,10 @@
-//! How long an exchange may take as a whole, and an attempt of it: `deadline` and `retry.per_try_timeout` of a route.
+//! The time limits of a whole exchange and of one attempt: `deadline` and `retry.per_try_timeout` of a route.
 //!
-//! As with Envoy's timeouts, the deadline runs from the last byte of the request to the last byte that comes from the
-//! endpoint, all attempts and the pauses between them included: neither a slow upload nor a client that takes its
-//! answer slowly counts, unless the endpoint has to wait for it. An attempt's time runs from the choice of its endpoint
-//! to the header of the answer, and while that endpoint is what is waited for. The clocks are kept by
-//! `client/session.rs` once the connection is there, and by Pingora while it is made.
+//! As with Envoy's timeouts, the deadline runs from the last byte of the request to the last byte received from the
+//! endpoint, including all attempts and their pauses. A slow upload does not count, and a slow download counts only if
+//! the endpoint must wait for it. An attempt's time runs from the choice of its endpoint to the response header, while
+//! the endpoint is waited for. `client/session.rs` enforces both once the connection is established; until then
+//! Pingora's connect timeout does.
 
 use std::time::{Duration, Instant};
 
@@ -15,41 +15,41 @@ use crate::client::session::Link;
 use crate::party::{Deadline, Fault, Party, What};
 use crate::phase::Phase;
 
-/// How much later than the session's clocks Pingora's may come, where it is left to it.
+/// Extra time of Pingora's read timeout, where it remains in use, over the session's clocks.
 const NET: Duration = Duration::from_secs(1);
 
-/// The limits of an exchange and of its present attempt.
+/// The limits of an exchange and of its current attempt.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Deadlines {
-    /// When the exchange is to be over, once the request is here.
+    /// Deadline of the exchange, once the request was received.
     exchange: Option<Deadline>,
-    /// What the client says of the exchange (`grpc-timeout`).
+    /// Deadline from the client (`grpc-timeout`).
     client: Option<Deadline>,
-    /// For how long the endpoint of an attempt may be waited for until its answer is here.
+    /// Maximum time to wait for the endpoint of an attempt until its response header.
     attempt: Option<Duration>,
-    /// The connection of the present attempt has no more time than the exchange has left.
+    /// Whether the exchange's remaining time limits the connect of the current attempt.
     is_hurried: bool,
-    /// All of the request has come.
+    /// Whether the request was received completely.
     is_whole: bool,
 }
 
 impl Deadlines {
-    /// All of the request has come: the clock begins to run if the route has one, of this length. Only the first call
-    /// counts. `true`: there is a new limit.
+    /// Records that the request was received completely. Starts the route's deadline of this length, if any. Only the
+    /// first call has an effect. `true`: there is a new limit.
     pub fn begin(&mut self, length: Option<Duration>, now: Instant) -> bool {
         if std::mem::replace(&mut self.is_whole, true) {
             return false;
         }
         let Some(length) = length else { return false };
-        // In place of what held while the request came.
+        // This replaces the limit that applied while the request was received.
         self.exchange = self.client;
         self.bound(Deadline { due: now + length, length, is_clients: false });
         true
     }
 
-    /// A gRPC client says for how long it waits at most: from now on, as far as we can know. The end of its request may
-    /// be far off, so until then the deadline of the route, of this length, runs from here. If that is over, the
-    /// endpoint may have waited for its client.
+    /// Starts the deadline of a gRPC client, as far as known: its timeout from now. The end of its request may be far
+    /// off, so the route's deadline of this length also runs from now until then. If that one expires, the endpoint may
+    /// have waited for its client.
     pub fn begin_grpc(&mut self, headers: &HeaderMap, length: Option<Duration>, now: Instant) {
         let after = |length| Deadline { due: now + length, length, is_clients: true };
         let timeout = headers.get("grpc-timeout").and_then(|value| grpc_timeout(value.to_str().ok()?));
@@ -65,50 +65,50 @@ impl Deadlines {
         }
     }
 
-    /// An endpoint was chosen: its attempt has this time, and the connection to `peer` no more than that.
+    /// Sets the limits of an attempt with a chosen endpoint: its own time, and the time for the connection to `peer`.
     pub fn begin_attempt(&mut self, per_try: Option<Duration>, peer: &mut HttpPeer, now: Instant) {
         self.attempt = per_try;
         let left = self.left(now);
         let own = peer.options.total_connection_timeout.into_iter().chain(per_try).min();
         self.is_hurried = left.is_some_and(|left| own.is_none_or(|own| left < own));
         if let Some(time) = left.into_iter().chain(own).min() {
-            // Pingora takes none at all for no limit.
+            // Pingora takes zero for no limit.
             let time = Some(time.max(Duration::from_millis(1)));
             (peer.options.connection_timeout, peer.options.total_connection_timeout) = (time, time);
         }
     }
 
-    /// Takes Pingora's own clock for reading away, which runs whichever party is waited for: the session has better
-    /// ones, and breaks off the connection when they say so. A connection of HTTP/2, which other exchanges share,
-    /// cannot be broken off; for the few states in which Pingora does not ask the session, its clock stays, with the
-    /// longest time for which a client may be waited for, `client`, on top.
+    /// Disables Pingora's read timeout, which runs whichever party is waited for: the session has better clocks, and
+    /// aborts the connection when they expire. An HTTP/2 connection is shared and cannot be aborted. For the few states
+    /// in which Pingora does not poll the session, its timeout remains there, extended by `client`, the maximum wait
+    /// for a client.
     pub fn leave_clocks_to_session(&self, client: Duration, http1: bool, peer: &mut HttpPeer) {
         let of_client = if self.is_whole { Duration::ZERO } else { client };
         let of_endpoint = peer.options.read_timeout;
         peer.options.read_timeout = of_endpoint.filter(|_| !http1).map(|time| time + of_client + NET);
     }
 
-    /// The connection is there: from here on the session keeps the clocks.
+    /// Passes the limits to the session, which enforces them once the connection is established.
     pub fn keep(&self, link: &Link) {
         link.bound(self.attempt, self.exchange);
     }
 
-    /// No limit holds any longer.
+    /// Removes all limits.
     pub fn lift(&mut self) {
         *self = Deadlines { is_whole: self.is_whole, ..Deadlines::default() };
     }
 
-    /// When the exchange is to be over. `None`: it may take as long as it likes.
+    /// Deadline of the exchange. `None`: it has no time limit.
     pub fn due(&self) -> Option<Instant> {
         self.exchange.map(|deadline| deadline.due)
     }
 
-    /// What is left of the time of the exchange.
+    /// Remaining time of the exchange.
     pub fn left(&self, now: Instant) -> Option<Duration> {
         self.due().map(|due| due.saturating_duration_since(now))
     }
 
-    /// The fault if the connection of the present attempt took too long.
+    /// The fault for a connect of the current attempt that took too long.
     pub fn of_connection(&self, link: Option<&Link>) -> Fault {
         match self.exchange.filter(|_| self.is_hurried).zip(link) {
             Some((deadline, link)) => deadline.fault(Phase::Connect, link.waits()),
@@ -117,7 +117,7 @@ impl Deadlines {
     }
 }
 
-/// `grpc-timeout`: up to eight digits and a unit.
+/// Parses `grpc-timeout`: up to eight digits and a unit.
 fn grpc_timeout(value: &str) -> Option<Duration> {
     let (digits, unit) = value.split_at_checked(value.len().checked_sub(1)?)?;
     if digits.is_empty() || digits.len() > 8 || !digits.bytes().all(|byte| byte.is_ascii_digit()) {

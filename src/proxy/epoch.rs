@@ -1,8 +1,8 @@
-//! What tells which generation of the configuration an exchange goes by.
+//! Identifies the generation of the configuration that an exchange uses.
 
-/// Which generation something belongs to. What holds it is counted.
+/// Identifies one generation. The number of its holders is counted.
 #[derive(Debug)]
 pub struct Epoch {
-    /// How many configurations there have been in this process, with this one.
+    /// The generation's number: 1 for the first configuration of this process.
     pub number: u64,
 }

@@ -1,6 +1,7 @@
-//! Why an exchange failed: what our own stream or session found wrong, or else what the error of a library says.
+//! Determines why an exchange failed: from the faults that Forebay's own stream and session recorded, or else from a
+//! library's error.
 //!
-//! What follows from a fault, the table in `blame` says.
+//! The table in `blame` defines the consequences of a fault.
 
 use std::time::{Duration, Instant};
 
@@ -12,19 +13,19 @@ use crate::party::{Fault, KeepsWaiting, Party, What};
 use crate::phase::Phase;
 use crate::upstream::transport::http2::HUNG_UP;
 
-/// Why this exchange failed, its last attempt having ended with this error.
+/// The fault of an exchange whose last attempt ended with this error.
 pub fn of(exchange: &Exchange, error: &Error, reused: bool) -> Fault {
     found(exchange).unwrap_or_else(|| reported(exchange, error, reused))
 }
 
-/// Whether it is no failure that the client has left: it has all of the answer, which came before the end of its
-/// request.
+/// Whether the client's leaving is no failure: it received the whole response before the end of its request.
 pub fn is_served(exchange: &Exchange, fault: Fault) -> bool {
     let left = fault.party == Party::Client && fault.what == What::Left;
     left && exchange.link.as_ref().is_some_and(|link| link.stands_in() && link.has_left_whole())
 }
 
-/// What our own stream or session found wrong, if anything: they know more than the error that Pingora made of it.
+/// The fault recorded by Forebay's own stream or session, if any. It is more precise than the error that Pingora
+/// derived from it.
 pub fn found(exchange: &Exchange) -> Option<Fault> {
     let stream = exchange.client.fault();
     let endpoint = || {
@@ -37,7 +38,7 @@ pub fn found(exchange: &Exchange) -> Option<Fault> {
     Some(Fault { phase, ..found })
 }
 
-/// What an error of Pingora says: on which side something broke, and how. It says nothing of who was slow.
+/// The fault according to Pingora's error, which gives the side and the kind of the failure, but not the slow party.
 fn reported(exchange: &Exchange, error: &Error, reused: bool) -> Fault {
     let phase = exchange.phase();
     if *error.etype() == HUNG_UP {
@@ -54,14 +55,14 @@ fn of_endpoint(exchange: &Exchange, phase: Phase, error: &Error, reused: bool) -
     use ErrorType::{ConnectionClosed, H2Error, ReadError, ReadTimedout, WriteError, WriteTimedout};
     let endpoint = |what| Fault::new(Party::Endpoint, phase, what);
     let is_free = exchange.attempts.has_free();
-    // So Pingora marks what an HTTP/2 endpoint has refused or announced not to answer.
+    // Pingora marks requests that way that an HTTP/2 endpoint refused or announced not to process.
     if matches!(error.retry, RetryType::Decided(true)) && is_free {
         return endpoint(What::Unprocessed);
     }
     match error.etype() {
-        // It runs only while there is something to be written.
+        // This timeout runs only while there are bytes to write.
         WriteTimedout => Fault::new(Party::Endpoint, Phase::Send, What::Silent),
-        // Our own clocks are finer. Before an upgrade there are none.
+        // Forebay's own clocks are more precise, but an upgraded exchange has none.
         ReadTimedout if phase == Phase::Wait && has_had_its_time(exchange) => endpoint(What::Silent),
         ReadTimedout => Fault::new(Party::Gateway, phase, What::Silent),
         ConnectionClosed | ReadError | WriteError | H2Error => {
@@ -70,7 +71,7 @@ fn of_endpoint(exchange: &Exchange, phase: Phase, error: &Error, reused: bool) -
                 true => endpoint(What::Stale),
                 false => endpoint(match &exchange.link {
                     Some(link) => breakage(link.kept_waiting(Instant::now())),
-                    // Another protocol has ends of its own.
+                    // The other protocol has its own ends.
                     None if phase == Phase::Receive => What::GaveUp,
                     None => What::Broke,
                 }),
@@ -80,7 +81,7 @@ fn of_endpoint(exchange: &Exchange, phase: Phase, error: &Error, reused: bool) -
     }
 }
 
-/// Whether an endpoint that might have switched protocols was waited for for long enough, and not its client.
+/// Whether the exchange waited long enough for an endpoint that could have switched protocols, and not for its client.
 fn has_had_its_time(exchange: &Exchange) -> bool {
     let (None, Some(attempt), Some(upstream)) =
         (&exchange.link, &exchange.attempts.present, &exchange.routing.upstream)
@@ -90,8 +91,7 @@ fn has_had_its_time(exchange: &Exchange) -> bool {
     attempt.waits_since().elapsed() >= upstream.timeouts.wait
 }
 
-/// What it means that a connection breaks off while, or after, other parties have kept its endpoint waiting for so
-/// long.
+/// The meaning of a connection that breaks off after other parties kept its endpoint waiting for this time.
 pub(super) fn breakage(kept_waiting: Duration) -> What {
     if kept_waiting > DAWDLING { What::GaveUp } else { What::Broke }
 }
@@ -103,7 +103,7 @@ fn of_client(phase: Phase, kind: &ErrorType) -> Fault {
         (Phase::Send, ErrorType::InvalidHTTPHeader) => {
             return Fault::new(Party::Client, Phase::Header, What::Malformed);
         }
-        // Pingora's own reading of chunks and trailers.
+        // Pingora's own parser of chunks and trailers reports these.
         (Phase::Send, ErrorType::Custom(_)) => What::Malformed,
         _ => What::Left,
     };

@@ -1,6 +1,6 @@
-//! Phase `finish`: the exchange is settled. Filters hear of its end, metrics and the access log are written.
+//! Phase `finish`: settles the exchange. Filters are notified of its end; metrics and the access log are written.
 //!
-//! The last phase. It adds nothing that a client waits for: its answer has left.
+//! The last phase. No client waits for it: the response was sent.
 
 use std::sync::Arc;
 use std::time::Instant;
@@ -33,23 +33,23 @@ const REQUEST_ID: http::HeaderName = http::HeaderName::from_static("x-request-id
 
 /// Settles exchanges, and reports each to the log, the tracer and recordings.
 pub struct Settler {
-    /// The counters of requests that no route takes.
+    /// The metrics of requests without a route.
     pub unrouted: Arc<RouteMetrics>,
     /// The access log.
     pub log: Option<Arc<AccessLog>>,
-    /// Traces, if there are any.
+    /// The tracer, if tracing is on.
     pub tracer: Option<Arc<Tracer>>,
     /// Recordings of exchanges with their phases.
     pub recorder: Recorder,
 }
 
-/// What has left, and what has come.
+/// The final status and byte counts.
 struct Totals {
-    /// As the log has it.
+    /// The status for the log.
     status: u16,
     /// Bytes of the request body.
     received: u64,
-    /// Bytes of the answer's body.
+    /// Bytes of the response body.
     sent: u64,
 }
 
@@ -57,11 +57,11 @@ impl Settler {
     /// Settles an exchange that has ended.
     pub fn settle(&self, exchange: &mut Exchange, session: &mut ServerSession) {
         exchange.enter(Phase::Finish);
-        // If the client's session was lost with a write that was given up, its stand-in knows.
+        // If the client's session was lost with an abandoned write, the buffered session has the counts.
         let (answered, received, sent) = match &exchange.link {
             Some(link) if link.stands_in() => link.outcome(),
             link => {
-                // What was read and sent past the session is known to its stand-in alone.
+                // Only the buffered session counts bytes that were read or sent past the client's session.
                 let (_, received, sent) = link.as_ref().map(|link| link.outcome()).unwrap_or_default();
                 (
                     session.response_written().map_or(0, |response| response.status.as_u16()),
@@ -82,7 +82,7 @@ impl Settler {
         self.tell(exchange, messages, Totals { status, received, sent }, now);
     }
 
-    /// Tells of an exchange with as much of its header and of that of its answer as is known.
+    /// Reports an exchange, with as much of the two headers as is known.
     fn tell(
         &self,
         exchange: &mut Exchange,
@@ -126,7 +126,7 @@ impl Settler {
 }
 
 impl Undertaker for Settler {
-    /// Settles an exchange that was dropped: it had to end, and waited for something that nothing else breaks off.
+    /// Settles an exchange that was dropped because it had to end during a wait that nothing else aborts.
     fn settle(&self, remains: Remains) {
         let Some(mut exchange) = remains.exchange.and_then(|left| left.downcast::<Exchange>().ok()) else { return };
         let found = || fault::found(&exchange).unwrap_or(Fault::new(Party::Gateway, Phase::Finish, What::Stopped));
@@ -137,7 +137,7 @@ impl Undertaker for Settler {
         let switched = exchange.switched.take().map(|switched| *switched);
         let (answered, received, sent) = match &exchange.link {
             Some(link) => link.outcome(),
-            // The session that has counted is gone.
+            // The session with the counts is gone.
             None => switched.as_ref().map_or((0, 0, 0), |switched| (0, switched.received, switched.sent)),
         };
         let mut request = remains.request.or_else(|| switched.map(|switched| switched.request));
@@ -158,7 +158,7 @@ impl Undertaker for Settler {
     }
 }
 
-/// What is known of an exchange with these figures, which was over `at` this time.
+/// Builds the report of an exchange that ended `at` this time, with these figures.
 fn finished<'e>(
     exchange: &'e Exchange,
     request: Option<&'e RequestHeader>,
@@ -201,13 +201,13 @@ fn finished<'e>(
     }
 }
 
-/// The trace that it belongs to: where Forebay keeps none itself, the one that the client names.
+/// The trace of the exchange: Forebay's own, or else the one that the client names.
 fn trace(exchange: &Exchange, request: Option<&RequestHeader>) -> Option<TraceId> {
     let place = exchange.traced.as_ref().map(|traced| traced.place.trace);
     place.or_else(|| TraceParent::of(&request?.headers).map(|parent| parent.trace))
 }
 
-/// What further fields of the log, and attributes of spans, are made of.
+/// The input for additional log fields and span attributes.
 fn asked<'e>(
     exchange: &'e Exchange,
     request: &'e RequestHeader,
@@ -218,7 +218,7 @@ fn asked<'e>(
     Asked { response: Some(Response { code: status, headers }), ..exchange.asked(request) }
 }
 
-/// All that spans are made of: what is known of the exchange, which it outlives.
+/// The facts for spans, copied, since they outlive the exchange.
 fn story(
     exchange: &Exchange,
     (notes, journal): (Box<Notes>, Box<Journal>),
@@ -261,7 +261,7 @@ fn end_filters(exchange: &Exchange, request: &mut RequestHeader, status: u16) {
     }
 }
 
-/// The target before filters, its path in its one form.
+/// The target before filters, with its canonical path.
 fn target<'e>(exchange: &'e Exchange, request: Option<&'e RequestHeader>) -> &'e [u8] {
     match (exchange.request.target.as_ref().and_then(|target| target.path_and_query()), request) {
         (Some(target), _) => target.as_str().as_bytes(),
@@ -272,7 +272,7 @@ fn target<'e>(exchange: &'e Exchange, request: Option<&'e RequestHeader>) -> &'e
     }
 }
 
-/// As the conventions for traces write it.
+/// The protocol version in the notation of the tracing conventions.
 fn version(protocol: &str) -> &'static str {
     match protocol {
         "HTTP/1.0" => "1.0",

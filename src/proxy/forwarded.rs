@@ -1,10 +1,10 @@
-//! The hops before us: read from `X-Forwarded-For` or `Forwarded` (RFC 7239), and told to the endpoint in either or in
-//! both.
+//! The hops before Forebay: read from `X-Forwarded-For` or `Forwarded` (RFC 7239), and reported to the endpoint in one
+//! or both.
 //!
-//! Only a trusted proxy is believed; what others say of the kind was dropped (`header::names`). Proxies mostly write
-//! one of the two and pass the other as it came, so that a client can forge it. So there is one chain, and one field
-//! that it is read from: `X-Forwarded-For` where there is one, else `Forwarded`. Whatever the endpoint receives, it is
-//! told of that chain.
+//! Only trusted proxies are believed; such fields of other peers were removed (`header::names`). Most proxies write one
+//! of the two fields and pass the other on unchanged, so that a client can forge it. The chain is therefore read from
+//! exactly one field: `X-Forwarded-For` if present, else `Forwarded`. Every field that the endpoint receives is made of
+//! this chain.
 
 use std::borrow::Cow;
 use std::fmt::Write;
@@ -26,39 +26,39 @@ pub const X_FORWARDED_HOST: HeaderName = HeaderName::from_static("x-forwarded-ho
 /// `X-Forwarded-Port`.
 pub const X_FORWARDED_PORT: HeaderName = HeaderName::from_static("x-forwarded-port");
 
-/// What Forebay adds to every request.
+/// The fields that Forebay adds to every request.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Additions {
-    /// Which headers tell the upstream who the client is.
+    /// The format of the fields that name the client.
     pub forwarded: Forwarded,
     /// Whether `Via` is added.
     pub via: bool,
 }
 
-/// Who a hop is.
+/// The identity of a hop.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Node {
-    /// An address, and the port if there is one.
+    /// An address with an optional port.
     Address(IpAddr, Option<u16>),
-    /// No field says so in a form that can be understood.
+    /// No field names the hop in a valid form.
     Unknown,
 }
 
-/// What is known of our own hop.
+/// The facts about Forebay's own hop.
 #[derive(Clone, Copy, Debug)]
 pub struct Own<'o> {
-    /// Who is connected to us; `None` over a unix socket.
+    /// The peer's address; `None` over a Unix socket.
     pub peer: Option<IpAddr>,
-    /// `http` or `https`, as the client spoke it.
+    /// `http` or `https`, by the client's connection.
     pub scheme: &'static str,
-    /// The host that was asked for.
+    /// The requested host.
     pub host: Option<&'o HeaderValue>,
-    /// The port that it came in on.
+    /// The local port of the connection.
     pub port: Option<u16>,
 }
 
-/// Finds the client: from the nearest hop outwards, the first that is not a trusted proxy. What cannot be understood
-/// ends the chain: then it is the last that was. `None` if no client is named.
+/// Finds the client: the first hop that is not a trusted proxy, starting with the nearest. An invalid element ends the
+/// chain; the client is then the last hop before it. `None` if no client is named.
 pub fn client(headers: &HeaderMap, is_trusted: impl Fn(IpAddr) -> bool) -> Option<IpAddr> {
     let mut client = None;
     for node in chain(headers).into_iter().rev() {
@@ -71,7 +71,7 @@ pub fn client(headers: &HeaderMap, is_trusted: impl Fn(IpAddr) -> bool) -> Optio
     client
 }
 
-/// Whether the nearest proxy says that its client came by TLS; `None` if it does not say.
+/// Whether the nearest proxy reports that its client used TLS; `None` if it does not report it.
 pub fn is_https(headers: &HeaderMap) -> Option<bool> {
     let said = match last_item(headers, &X_FORWARDED_PROTO) {
         Some(proto) => Some(Cow::Borrowed(proto)),
@@ -80,8 +80,8 @@ pub fn is_https(headers: &HeaderMap) -> Option<bool> {
     said.map(|proto| proto.eq_ignore_ascii_case("https"))
 }
 
-/// Tells the endpoint of the hops and of us. A chain in a format that is not written is removed: it would end before
-/// us.
+/// Writes the fields about the hops and Forebay for the endpoint. Removes a chain in a format that is not written,
+/// since it would lack Forebay.
 pub fn tell(request: &mut RequestHeader, format: Forwarded, own: Own<'_>) -> Result<()> {
     let standard = match format {
         Forwarded::XForwarded => None,
@@ -101,8 +101,8 @@ pub fn tell(request: &mut RequestHeader, format: Forwarded, own: Own<'_>) -> Res
     }
 }
 
-/// Writes what [`tell`] tells as lines of a header of HTTP/1. `false`: nothing was written, for there is something of the
-/// kind in the request already, or another format is written.
+/// Writes the fields of [`tell`] as lines of an HTTP/1 header. `false`: nothing was written, because the request
+/// already has such a field or another format is configured.
 pub fn lines(headers: &HeaderMap, format: Forwarded, own: Own<'_>, lines: &mut Vec<u8>) -> bool {
     let tells = |name: &HeaderName| name == header::FORWARDED || name.as_str().starts_with("x-forwarded-");
     if format != Forwarded::XForwarded || headers.keys().any(tells) {
@@ -128,7 +128,7 @@ pub fn lines(headers: &HeaderMap, format: Forwarded, own: Own<'_>, lines: &mut V
     true
 }
 
-/// `X-Forwarded-For` and the fields beside it. Of those, what a trusted proxy has said stays.
+/// Writes `X-Forwarded-For` and its companion fields. Companion fields of a trusted proxy remain.
 fn x_forwarded(request: &mut RequestHeader, own: Own<'_>) -> Result<()> {
     let nearest = nearest(&request.headers).filter(|_| !request.headers.contains_key(X_FORWARDED_FOR));
     let host =
@@ -161,14 +161,14 @@ fn x_forwarded(request: &mut RequestHeader, own: Own<'_>) -> Result<()> {
     Ok(())
 }
 
-/// The value of `Forwarded`: one element for each hop (RFC 7239 §4).
+/// The value of `Forwarded`: one element per hop (RFC 7239 §4).
 fn standard(headers: &HeaderMap, own: Own<'_>) -> String {
     let mut hops = String::with_capacity(80);
     if headers.contains_key(X_FORWARDED_FOR) {
         for node in chain(headers) {
             append_node(&mut hops, node);
         }
-        // They are of the request as the nearest proxy got it.
+        // These fields describe the request as the nearest proxy received it.
         if let Some(host) = last_item(headers, &X_FORWARDED_HOST).filter(|host| is_quotable(host)) {
             let _ = write!(hops, ";host=\"{host}\"");
         }
@@ -186,7 +186,7 @@ fn standard(headers: &HeaderMap, own: Own<'_>) -> String {
     hops
 }
 
-/// IPv6 stands in brackets, and what has a colon in quotes (RFC 7239 §4, §6).
+/// IPv6 addresses are in brackets, and values with a colon are quoted (RFC 7239 §4, §6).
 fn append_node(hops: &mut String, node: Node) {
     match node {
         Node::Address(IpAddr::V4(address), None) => append(hops, format_args!("for={address}")),
@@ -222,13 +222,13 @@ fn nearest(headers: &HeaderMap) -> Option<&str> {
     split(line, ',')?.pop()
 }
 
-/// The last member of a list, over all fields of this name: what the nearest proxy has added.
+/// The last member of a list, over all fields of this name: the one that the nearest proxy has added.
 fn last_item<'h>(headers: &'h HeaderMap, name: &HeaderName) -> Option<&'h str> {
     let line = headers.get_all(name).iter().next_back()?.to_str().ok()?;
     line.rsplit(',').next().map(str::trim)
 }
 
-/// A hop as it is written: bare, or with a port as some proxies write it; IPv6 in brackets or without.
+/// Parses a hop: an address with or without a port; IPv6 with or without brackets.
 fn node(written: &[u8]) -> Node {
     let Ok(written) = std::str::from_utf8(written.trim_ascii()) else { return Node::Unknown };
     if let Ok(address) = written.parse::<IpAddr>() {
@@ -262,7 +262,7 @@ fn parameter<'e>(element: &'e str, name: &str) -> Option<Cow<'e, str>> {
     Some(Cow::Owned(plain.collect()))
 }
 
-/// The parts between separators that do not stand in quotes, trimmed; `None` if a quote is not closed.
+/// The trimmed parts between separators outside quotes; `None` if a quote is not closed.
 fn split(text: &str, separator: char) -> Option<Vec<&str>> {
     let (mut parts, mut begin, mut quoted, mut escaped) = (Vec::new(), 0, false, false);
     for (at, character) in text.char_indices() {
@@ -281,7 +281,7 @@ fn split(text: &str, separator: char) -> Option<Vec<&str>> {
     (!quoted).then_some(parts)
 }
 
-/// Whether it can stand between quotes as it is.
+/// Whether the text can be quoted without escapes.
 fn is_quotable(text: &str) -> bool {
     !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_graphic() && byte != b'"' && byte != b'\\')
 }
@@ -290,7 +290,7 @@ fn is_token(text: &str) -> bool {
     !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"+-.".contains(&byte))
 }
 
-/// The values of a list header in one.
+/// Joins the values of a list field.
 fn joined(headers: &HeaderMap, name: &HeaderName) -> String {
     let mut list = String::with_capacity(40);
     for value in headers.get_all(name) {
@@ -395,7 +395,7 @@ mod tests {
                 Some("2001:db8::1"),
             ),
             (&["for=1.2.3.4", "proto=http; FOR = 10.0.0.1 ;by=x"], Some("1.2.3.4")),
-            // What a proxy has put into quotes, for a client has chosen it, is no further hop.
+            // A value in quotes, which a client may have chosen, is not a hop.
             (&["for=1.2.3.4;host=\"a, for=6.6.6.6\""], Some("1.2.3.4")),
             (&["for=1.2.3.4;host=\"a\\\", for=6.6.6.6, \\\"b\""], Some("1.2.3.4")),
             (&["for=1.2.3.4;host=\"a;for=6.6.6.6\""], Some("1.2.3.4")),
@@ -463,7 +463,7 @@ mod tests {
     #[test]
     fn both_formats_tell_of_one_chain() {
         let own = "for=10.0.0.9;host=\"shop:8080\";proto=http";
-        // Who wrote the one has passed the other as it came from the client.
+        // The proxy that wrote one field has passed the client's other field on.
         let said = [(FOR, "1.2.3.4"), (FORWARDED, "for=6.6.6.6;proto=https;host=bank")];
         let both = (Some("1.2.3.4, 10.0.0.9".to_owned()), Some(format!("for=1.2.3.4, {own}")));
         assert_eq!(told(Forwarded::Both, &said), both);

@@ -1,8 +1,8 @@
-//! A generation of the configuration: what requests go by, made whole each time the file is loaded.
+//! A generation of the configuration: the routes and rules for requests, built anew each time the file is loaded.
 //!
-//! An exchange looks its route up in the generation that is current when its header is here, and keeps what it found to
-//! its end. So a change of the configuration never meets an exchange half-way, and a table that was replaced is free as
-//! soon as no look-up is under way in it, however long an exchange goes on. Everything here is read only.
+//! An exchange looks its route up in the generation that is current when its header arrives, and keeps the result until
+//! its end. A change of the configuration therefore never affects an active exchange. A replaced table is freed as soon
+//! as no look-up uses it, however long exchanges last. A generation is immutable.
 
 use std::sync::Arc;
 
@@ -14,17 +14,17 @@ use super::header::Rules;
 use super::routes::Route;
 use super::routes::table::Table;
 
-/// What requests go by.
+/// The routes and rules for requests.
 pub struct Generation {
-    /// Tells it from others; every exchange that goes by it keeps this.
+    /// Identifies the generation; every exchange that uses the generation holds this.
     pub epoch: Arc<Epoch>,
-    /// Which request goes where.
+    /// The table of routes.
     pub routes: Table<Arc<Route>>,
-    /// What holds for the headers of all requests.
+    /// The rules for all request headers.
     pub rules: Rules,
-    /// What is added to every request.
+    /// The fields that are added to every request.
     pub additions: Additions,
 }
 
-/// The generation that the next exchange takes; changed in one step, and read without a lock.
+/// The generation for new exchanges; replaced atomically and read without a lock.
 pub type Current = Arc<ArcSwap<Generation>>;

@@ -1,8 +1,7 @@
-//! What is different about a gRPC call, once it is known to be one: how it is refused, how it is cut, what the log says
-//! of it.
+//! The differences between a gRPC call and other requests: its refusals, cut responses and log fields.
 //!
-//! The route and the filters treat it as any other request. Its refusals are answers of gRPC (`write`), and how it went
-//! is in `grpc-status`: in the header of the answer, or in its trailers.
+//! Routes and filters treat a call as any other request. Its refusals are gRPC responses (`write`). Its result is in
+//! `grpc-status`, in the header or the trailers of the response.
 
 pub mod web;
 
@@ -16,64 +15,65 @@ use crate::error::grpc::{Code, encode};
 use crate::filter::{Answer, Refused};
 use crate::framing::takes_trailers;
 
-/// How a call went.
+/// Fields with the status and the message of a call.
 pub const GRPC_STATUS: HeaderName = HeaderName::from_static("grpc-status");
 const GRPC_MESSAGE: HeaderName = HeaderName::from_static("grpc-message");
 
-/// What a filter answers is a message if it is no longer than this; else it is a page, which no gRPC client shows.
+/// Maximum length of a filter's body that is used as the message, in bytes. A longer one is a page, which gRPC clients
+/// do not show.
 const MESSAGE_BYTES: usize = 1 << 10;
 
-/// What is known of an exchange as a gRPC call.
+/// The facts about an exchange that is a gRPC call.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Call {
-    /// Its `grpc-status`, the endpoint's or our own.
+    /// The `grpc-status`, of the endpoint or of Forebay.
     pub status: Option<u16>,
-    /// The HTTP status that our own answer stands for.
+    /// The HTTP status that Forebay's response replaces.
     pub stands_for: Option<u16>,
-    /// It is one of gRPC-Web, which is bridged.
+    /// Whether the call is a bridged gRPC-Web call.
     pub web: bool,
-    /// So is its answer: the trailers are to come in the body.
+    /// Whether the response is gRPC-Web, too: the trailers are in the body.
     pub answers_web: bool,
 }
 
 impl Call {
-    /// The call that this request is, if it is one.
+    /// The call, if the request is one.
     pub fn of(request: &RequestHeader) -> Option<Call> {
         is_grpc(request).then(Call::default)
     }
 
-    /// The call of gRPC-Web that this request is, if it is one.
+    /// The gRPC-Web call, if the request is one.
     pub fn of_web(request: &RequestHeader) -> Option<Call> {
         web::is_call(request).then(|| Call { web: true, ..Call::default() })
     }
 
-    /// Notes how it went, if these are the fields that say so.
+    /// Records the status of the call, if these fields contain it.
     pub fn note(&mut self, fields: &HeaderMap) {
         let status = fields.get(&GRPC_STATUS).and_then(|status| status.to_str().ok()?.parse().ok());
         self.status = status.or(self.status);
     }
 
-    /// Notes our own answer in place of one with an HTTP status.
+    /// Records Forebay's own response in place of one with an HTTP status.
     pub fn refused(&mut self, code: Code, status: u16) {
         *self = Call { status: Some(code as u16), stands_for: Some(status), ..*self };
     }
 }
 
-/// A whole answer that is a header and nothing else ("Trailers-Only").
+/// A complete response that consists of a header only ("Trailers-Only").
 pub struct TrailersOnly {
-    /// The code in it.
+    /// Its gRPC status code.
     pub code: Code,
-    /// The HTTP status that it stands for.
+    /// The HTTP status that it replaces.
     pub stands_for: u16,
     /// The header.
     pub header: ResponseHeader,
 }
 
-/// The answer to a call that is refused.
+/// The response to a refused call.
 ///
 /// # Errors
 ///
-/// None that could come about: all fields are well-formed.
+/// None in practice: all fields are well-formed.
 pub fn refusal(refused: &Refused) -> pingora::Result<TrailersOnly> {
     let Refused { refusal, headers } = refused;
     let mut answer = trailers_only(refusal.grpc_code(), refusal.status, &refusal.grpc_message(), headers)?;
@@ -83,11 +83,11 @@ pub fn refusal(refused: &Refused) -> pingora::Result<TrailersOnly> {
     Ok(answer)
 }
 
-/// The answer in place of that of a filter, if that is an error and not gRPC itself.
+/// The gRPC response that replaces a filter's response, if that is an error and not gRPC.
 ///
 /// # Errors
 ///
-/// None that could come about, as above.
+/// None in practice, as above.
 pub fn answer(answer: &Answer) -> pingora::Result<Option<TrailersOnly>> {
     let is_grpc = answer.headers.iter().any(|(name, _)| *name == GRPC_STATUS);
     if is_grpc || answer.status.as_u16() < 400 {
@@ -111,7 +111,7 @@ fn trailers_only(
     header.insert_header(GRPC_STATUS, HeaderValue::from(code as u16))?;
     header.insert_header(GRPC_MESSAGE, message)?;
     for (name, value) in headers {
-        // There is no body for them to be about.
+        // These fields describe a body, and there is none.
         if ![header::CONTENT_TYPE, header::CONTENT_ENCODING, header::CONTENT_LENGTH].contains(name) {
             header.append_header(name.clone(), value.clone())?;
         }
@@ -119,12 +119,11 @@ fn trailers_only(
     Ok(TrailersOnly { code, stands_for, header })
 }
 
-/// With which code a stream is reset whose answer had begun (RFC 9113 §7), so that a gRPC client gets the right status
-/// of it.
+/// The code for the reset of a stream whose response had begun (RFC 9113 §7), so that a gRPC client derives the right
+/// status.
 ///
-/// `CANCEL` says that the rest is not wanted any more: clients take it for DEADLINE_EXCEEDED once their deadline is
-/// over, and for CANCELLED else. What the endpoint said of the stream itself is passed on; what concerns its connection
-/// is not.
+/// `CANCEL` means that the rest is no longer wanted: clients report DEADLINE_EXCEEDED if their deadline has passed, and
+/// CANCELLED otherwise. The endpoint's code for the stream is passed on; a code for its connection is not.
 pub fn reset_code(refusal: &Refusal, error: Option<&Error>) -> Reason {
     let told =
         error.and_then(endpoint_reset).filter(|&code| matches!(code, Reason::CANCEL | Reason::ENHANCE_YOUR_CALM));
@@ -132,7 +131,7 @@ pub fn reset_code(refusal: &Refusal, error: Option<&Error>) -> Reason {
     told.unwrap_or(if time_is_over { Reason::CANCEL } else { Reason::INTERNAL_ERROR })
 }
 
-/// The code with which the endpoint has reset its stream, if that is what went wrong.
+/// The code of the endpoint's stream reset, if that is the cause.
 fn endpoint_reset(error: &Error) -> Option<Reason> {
     let mut cause: &(dyn std::error::Error + 'static) = error.cause.as_deref()?;
     loop {
@@ -143,9 +142,9 @@ fn endpoint_reset(error: &Error) -> Option<Reason> {
     }
 }
 
-/// Whether this is a gRPC call, by its form: a POST over HTTP/2 that takes trailers, of the media type
-/// `application/grpc`, alone or with a suffix (`+proto`) or parameters. Whether it is treated as one, the route and its
-/// upstream say.
+/// Whether a request has the form of a gRPC call: an HTTP/2 POST that accepts trailers, with the media type
+/// `application/grpc`, alone, with a suffix (`+proto`) or with parameters. Route and upstream decide whether it is
+/// treated as one.
 fn is_grpc(request: &RequestHeader) -> bool {
     request.version == Version::HTTP_2
         && request.method == Method::POST
@@ -157,7 +156,7 @@ fn is_grpc(request: &RequestHeader) -> bool {
 pub fn is_grpc_type(headers: &HeaderMap) -> bool {
     const GRPC: &[u8] = b"application/grpc";
     let mut kinds = headers.get_all(header::CONTENT_TYPE).iter();
-    // Two media types are none: an endpoint may read either.
+    // Two Content-Type fields are invalid: an endpoint could use either.
     let (Some(kind), None) = (kinds.next(), kinds.next()) else { return false };
     let Some((kind, rest)) = kind.as_bytes().split_at_checked(GRPC.len()) else { return false };
     kind.eq_ignore_ascii_case(GRPC) && matches!(rest.trim_ascii_start().first(), None | Some(b'+' | b';'))

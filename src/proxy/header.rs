@@ -1,8 +1,8 @@
-//! Phase `header`, the part that holds for every protocol: what may not pass, and who the client is.
+//! Phase `header`, the part for all protocols: removes or refuses what must not pass, and identifies the client.
 //!
-//! Before it, `client` has read the header and, on HTTP/1, checked its framing. After it comes `route`, which sees of
-//! the header what is meant for it: what ends here ([`hop`]) and what only others may say ([`names`]) is gone, and the
-//! path has its one form.
+//! Before this phase, `client` has parsed the header and, on HTTP/1, checked its framing. The next phase, `route`, sees
+//! only what is meant for it: hop-by-hop fields ([`hop`]) and fields reserved for others ([`names`]) are removed, and
+//! the path is canonical.
 
 pub mod hop;
 pub mod names;
@@ -28,14 +28,14 @@ use crate::expression::Prefix;
 use crate::framing::{self, Said};
 use path::Paths;
 
-/// Proxies whose word on the client is believed.
+/// Proxies whose information about the client is trusted.
 pub struct TrustedProxies {
     networks: Vec<IpNet>,
     unix: bool,
 }
 
 impl TrustedProxies {
-    /// These.
+    /// Builds the list from the configuration.
     pub fn new(written: &[Proxy]) -> Self {
         let network = |proxy: &Proxy| if let Proxy::Network(network) = proxy { Some(*network) } else { None };
         TrustedProxies { networks: written.iter().filter_map(network).collect(), unix: written.contains(&Proxy::Unix) }
@@ -46,7 +46,7 @@ impl TrustedProxies {
         self.networks.iter().any(|network| network.contains(&address))
     }
 
-    /// Whether the peer of this connection is one. One over TCP whose address is not known, for it has gone, is none.
+    /// Whether the peer of this connection is trusted. A TCP peer with an unknown address, because it has left, is not.
     fn is_peer_of(&self, connection: &Connection) -> bool {
         match connection.peer {
             Some(peer) => self.contains(peer.ip()),
@@ -55,18 +55,18 @@ impl TrustedProxies {
     }
 }
 
-/// What holds for the headers of all requests.
+/// The rules for all request headers.
 pub struct Rules {
-    /// Proxies in front of us that are believed.
+    /// Trusted proxies in front of Forebay.
     pub trusted: TrustedProxies,
-    /// How paths are read.
+    /// The rules for canonical paths.
     pub paths: Paths,
-    /// How much of an address is one client.
+    /// The part of an address that identifies one client.
     pub prefix: Prefix,
 }
 
 impl Rules {
-    /// Those of this configuration.
+    /// The rules of this configuration.
     pub fn of(config: &Config) -> Rules {
         let [v4, v6] = config.client_prefix().bits();
         Rules {
@@ -77,14 +77,13 @@ impl Rules {
     }
 }
 
-/// Looks at a request header that has just arrived, and leaves of it what is meant for routes, filters and the
-/// endpoint.
+/// Checks a new request header, and removes what is not meant for routes, filters and the endpoint.
 pub fn check(exchange: &mut Exchange, request: &mut RequestHeader, rules: &Rules) -> Result<(), &'static Refusal> {
     let connection = exchange.client.connection.clone();
     exchange.client.peer_is_trusted =
         connection.as_ref().is_some_and(|connection| rules.trusted.is_peer_of(connection));
     exchange.client.prefix = rules.prefix;
-    // A request that is refused here has its peer in the log, not the client that it spoke for.
+    // The log line of a refusal here has the peer's address, not that of the client behind it.
     exchange.client.address = connection.as_ref().and_then(|connection| Some(connection.peer?.ip()));
     if matches!(request.method, Method::CONNECT | Method::TRACE) {
         return Err(&refusal::HEADER_METHOD);
@@ -99,12 +98,12 @@ pub fn check(exchange: &mut Exchange, request: &mut RequestHeader, rules: &Rules
         check_values(&request.headers)?;
         join_cookies(request);
     } else if request.version == Version::HTTP_10 {
-        // RFC 9110 §10.1.1: it knows no expectations, and its endpoint, which gets HTTP/1.1, does.
+        // HTTP/1.0 has no expectations, but the endpoint receives HTTP/1.1 (RFC 9110 §10.1.1).
         request.remove_header(&header::EXPECT);
     }
     hop::end(request)?;
     let odd = match exchange.client.odd_names() {
-        // Metadata may have such names. Whether they may pass, the route says once it is found.
+        // gRPC metadata may have such names. The route decides later whether they pass.
         OddNames::Drop if exchange.request.grpc.is_some() => OddNames::Keep,
         odd => odd,
     };
@@ -113,15 +112,15 @@ pub fn check(exchange: &mut Exchange, request: &mut RequestHeader, rules: &Rules
     identify(exchange, &request.headers, &rules.trusted);
     introduce(exchange, request)?;
     let host = request.headers.get(header::HOST).and_then(|host| host.to_str().ok()).unwrap_or_default();
-    // RFC 9110 §15.5.20. A connection on which nothing was asked of the client opens no door of a host that asks.
+    // A connection without a client certificate may not be used for a host that requires one (RFC 9110 §15.5.20).
     match exchange.client.connection.as_ref() {
         Some(connection) if !connection.may_serve(without_port(host)) => Err(&refusal::HEADER_MISDIRECTED),
         _ => Ok(()),
     }
 }
 
-/// RFC 9113 §8.3.1: `:authority` decides; a `Host` that disagrees with it is refused. One of the two must be there.
-/// Afterwards `Host` is what everything else looks at.
+/// `:authority` takes precedence; a different `Host` is refused, and one of the two is required (RFC 9113 §8.3.1).
+/// Afterwards, all code uses `Host`.
 fn check_authority(request: &mut RequestHeader) -> Result<(), &'static Refusal> {
     let mut hosts = request.headers.get_all(header::HOST).iter();
     let host = hosts.next();
@@ -142,15 +141,15 @@ fn check_authority(request: &mut RequestHeader) -> Result<(), &'static Refusal> 
     }
 }
 
-/// What the HTTP/2 library lets pass and is no request all the same (RFC 9113 §8.3.1, §8.1.1), or one that HTTP/1
-/// cannot say (RFC 9112 §3.2): another scheme than those of HTTP, no target at all, a target that is neither a path nor
-/// `*` for OPTIONS, spaces and line ends in it, a length that stands twice.
+/// Refuses malformed requests that the HTTP/2 library accepts (RFC 9113 §8.3.1, §8.1.1), and requests that HTTP/1
+/// cannot express (RFC 9112 §3.2): a scheme other than those of HTTP, no target, a target other than a path or `*` for
+/// OPTIONS, spaces or line ends in the target, and a repeated length.
 fn check_http2_form(request: &RequestHeader) -> Result<(), &'static Refusal> {
     let is_http = request
         .uri
         .scheme_str()
         .is_none_or(|scheme| scheme.eq_ignore_ascii_case("http") || scheme.eq_ignore_ascii_case("https"));
-    // An absent one is shown as `/`, and is not equal to it.
+    // A missing path is displayed as `/`, but does not compare equal to it.
     let is_absent = |path: &PathAndQuery| path.as_str() == "/" && *path != PathAndQuery::from_static("/");
     if request.uri.path_and_query().is_none_or(is_absent) {
         return Err(&refusal::HEADER_MALFORMED);
@@ -163,7 +162,8 @@ fn check_http2_form(request: &RequestHeader) -> Result<(), &'static Refusal> {
     framing::request::read(request.version, &Said::of(&request.headers)).map(drop)
 }
 
-/// RFC 9113 §8.2.1: no value begins or ends with white space. The HTTP/2 library lets it pass; HTTP/1 cannot say it.
+/// A value must not begin or end with white space (RFC 9113 §8.2.1). The HTTP/2 library accepts it; HTTP/1 cannot
+/// express it.
 fn check_values(headers: &HeaderMap) -> Result<(), &'static Refusal> {
     let is_white = |byte: Option<&u8>| matches!(byte, Some(b' ' | b'\t'));
     let mut values = headers.values().map(HeaderValue::as_bytes);
@@ -171,18 +171,18 @@ fn check_values(headers: &HeaderMap) -> Result<(), &'static Refusal> {
     if is_wrong { Err(&refusal::HEADER_MALFORMED) } else { Ok(()) }
 }
 
-/// RFC 9113 §8.2.3: HTTP/2 may cut a cookie into crumbs; HTTP/1 knows one field.
+/// HTTP/2 may split a cookie into several fields (RFC 9113 §8.2.3); HTTP/1 permits only one.
 fn join_cookies(request: &mut RequestHeader) {
     let crumbs: Vec<_> = request.headers.get_all(header::COOKIE).iter().map(|crumb| crumb.as_bytes()).collect();
     if crumbs.len() > 1
         && let Ok(cookie) = HeaderValue::from_bytes(&crumbs.join(&b"; "[..]))
     {
-        // A header of this name and value was there before; it cannot be refused now.
+        // The name and the value were valid before, so this cannot fail.
         let _ = request.insert_header(header::COOKIE, cookie);
     }
 }
 
-/// Brings the path into the one form in which everything here, and the endpoint, sees it.
+/// Makes the path canonical, for Forebay and for the endpoint.
 fn give_one_path(request: &mut RequestHeader, paths: Paths) -> Result<(), &'static Refusal> {
     let target = request.raw_path();
     let (path, query) = target.split_at(target.iter().position(|&byte| byte == b'?').unwrap_or(target.len()));
@@ -192,14 +192,14 @@ fn give_one_path(request: &mut RequestHeader, paths: Paths) -> Result<(), &'stat
     if request.uri.authority().is_none() {
         return request.set_raw_path(&target).map_err(|_| &refusal::HEADER_PATH);
     }
-    // On HTTP/2 the URI has the `:authority`, which stays.
+    // On HTTP/2 the URI contains `:authority`, which remains.
     let mut parts = request.uri.clone().into_parts();
     parts.path_and_query = Some(PathAndQuery::try_from(target).map_err(|_| &refusal::HEADER_PATH)?);
     request.set_uri(Uri::from_parts(parts).map_err(|_| &refusal::HEADER_PATH)?);
     Ok(())
 }
 
-/// Finds the client where a trusted peer names it; else it stays the peer.
+/// Sets the client's address if a trusted peer names it; otherwise the peer is the client.
 fn identify(exchange: &mut Exchange, headers: &HeaderMap, trusted: &TrustedProxies) {
     if !exchange.client.peer_is_trusted {
         return;
@@ -212,8 +212,8 @@ fn identify(exchange: &mut Exchange, headers: &HeaderMap, trusted: &TrustedProxi
     }
 }
 
-/// Who a client has proved to be by its certificate: its subject, its further names, its SHA-256 and its number. Set by
-/// Forebay alone, or by a proxy that is trusted: routes, filters, logs and upstreams may rely on them.
+/// The client's identity from its certificate: subject, alternative names, SHA-256 fingerprint and serial number. Only
+/// Forebay or a trusted proxy sets them, so that routes, filters, logs and upstreams may rely on them.
 static CLIENT_CERTIFICATE: [HeaderName; 4] = [
     HeaderName::from_static("x-client-cert-subject"),
     HeaderName::from_static("x-client-cert-names"),
@@ -221,10 +221,10 @@ static CLIENT_CERTIFICATE: [HeaderName; 4] = [
     HeaderName::from_static("x-client-cert-serial"),
 ];
 
-/// Longer, and no origin would take it.
+/// Maximum length of such a field, in bytes; servers refuse longer ones.
 const CERTIFICATE_FIELD_BYTES_MAX: usize = 8 << 10;
 
-/// Says who the client has proved to be. What it says of the kind itself has been removed ([`names`]), unless it is a
+/// Sets the fields about the client's certificate. Fields that the client sent were removed ([`names`]), unless it is a
 /// trusted proxy.
 fn introduce(exchange: &Exchange, request: &mut RequestHeader) -> Result<(), &'static Refusal> {
     let proved = exchange.client.connection.as_ref().and_then(|connection| connection.tls()?.client.as_ref());
@@ -234,7 +234,7 @@ fn introduce(exchange: &Exchange, request: &mut RequestHeader) -> Result<(), &'s
     }
     let said = [&client.subject, &client.names, &client.fingerprint, &client.serial];
     for (name, text) in CLIENT_CERTIFICATE.iter().zip(said).filter(|(_, text)| !text.is_empty()) {
-        // Cut or changed, it might be another client's.
+        // A truncated or changed value could identify another client.
         let whole = text.len() <= CERTIFICATE_FIELD_BYTES_MAX;
         let value =
             HeaderValue::from_bytes(text.as_bytes()).ok().filter(|_| whole).ok_or(&refusal::HEADER_MALFORMED)?;

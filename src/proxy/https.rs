@@ -1,6 +1,5 @@
-//! From HTTP to HTTPS: how an issuer of certificates is shown that a name is served here, a listener in clear text that
-//! sends its clients to the secure one, and `Strict-Transport-Security`, by which browsers come there by themselves
-//! (RFC 6797).
+//! From HTTP to HTTPS: responses to the challenges of certificate issuers, redirects from a listener in clear text, and
+//! `Strict-Transport-Security`, which makes browsers use HTTPS (RFC 6797).
 
 use bytes::Bytes;
 use http::uri::Authority;
@@ -13,8 +12,8 @@ use crate::client::connection::Redirect;
 use crate::error::refusal;
 use crate::filter::{Answer, Verdict};
 
-/// Answers an issuer of certificates that checks that a name is served here (RFC 8555 §8.3). `None`: this request asks
-/// for something else, or for a token that no order waits for.
+/// Responds to an issuer's HTTP challenge (RFC 8555 §8.3). `None`: the request is for something else, or for a token
+/// that no order waits for.
 pub fn prove(challenges: &Challenges, request: &RequestHeader) -> Option<Verdict> {
     let answer = challenges.http(request.uri.path())?;
     if ![Method::GET, Method::HEAD].contains(&request.method) {
@@ -25,7 +24,7 @@ pub fn prove(challenges: &Challenges, request: &RequestHeader) -> Option<Verdict
     Some(Verdict::Answer(Answer { status: StatusCode::OK, headers, body: Bytes::copy_from_slice(answer.as_bytes()) }))
 }
 
-/// Answers a request on a listener that does nothing but send its clients to HTTPS. `None`: this one serves requests.
+/// Responds on a listener that only redirects to HTTPS. `None`: the listener serves requests.
 pub fn redirect(exchange: &Exchange, request: &RequestHeader) -> Option<Verdict> {
     let redirect = exchange.client.connection.as_ref()?.listener.redirect?;
     let host = request.headers.get(header::HOST).and_then(|host| host.to_str().ok()).unwrap_or_default();
@@ -37,21 +36,21 @@ pub fn redirect(exchange: &Exchange, request: &RequestHeader) -> Option<Verdict>
     Some(Verdict::Answer(Answer { status, headers: vec![(header::LOCATION, location)], body: Bytes::new() }))
 }
 
-/// The secure place of what was asked for. `None`: no host was named, or none that could be one.
+/// The HTTPS URL of the requested resource. `None`: the request names no valid host.
 fn location(redirect: Redirect, host: &str, target: &str) -> Option<HeaderValue> {
     let authority = Authority::try_from(host).ok()?;
     let name = authority.host();
     if name.is_empty() || host.contains('@') {
         return None;
     }
-    // `OPTIONS *` has no path.
+    // The target of `OPTIONS *` has no path.
     let target = if target.starts_with('/') { target } else { "/" };
     let mut place = format!("https://{name}");
     if redirect.port != 443 {
         place += &format!(":{}", redirect.port);
     }
     for byte in target.bytes() {
-        // What is not ASCII is no part of a URL (RFC 3986 §2).
+        // URLs contain ASCII only (RFC 3986 §2).
         match byte {
             byte if byte.is_ascii_graphic() => place.push(char::from(byte)),
             byte => place += &format!("%{byte:02X}"),
@@ -60,12 +59,11 @@ fn location(redirect: Redirect, host: &str, target: &str) -> Option<HeaderValue>
     HeaderValue::try_from(place).ok()
 }
 
-/// Has browsers come by HTTPS from now on, where the listener says so. Over clear text it would mean nothing (RFC 6797
-/// §7.2).
+/// Sets `Strict-Transport-Security` if the listener requires it. It must not be sent in clear text (RFC 6797 §7.2).
 pub fn insist(exchange: &Exchange, response: &mut ResponseHeader) {
     let connection = exchange.client.connection.as_ref().filter(|connection| connection.tls().is_some());
     if let Some(hsts) = connection.and_then(|connection| connection.listener.hsts.clone()) {
-        // In place of an upstream's own: a browser goes by the first of two.
+        // This replaces the upstream's own field: a browser uses only the first.
         let name: HeaderName = header::STRICT_TRANSPORT_SECURITY;
         let _ = response.insert_header(name, hsts);
     }

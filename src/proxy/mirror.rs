@@ -1,9 +1,9 @@
-//! Mirrors: a copy of a request goes to another upstream, whose answer is discarded.
+//! Mirrors: a copy of a request is sent to another upstream, and its response is discarded.
 //!
-//! What is copied is decided in `buffer`, once the body is whole; the copy leaves when the original has been sent, in a
-//! task of its own, so that it never slows the original or fails it. The body is shared with the spool of the original,
-//! and counted by the budget for as long as the copy needs it. The number of copies at a time is bounded; what cannot
-//! be copied is counted.
+//! `buffer` decides on the copy once the body is complete. The copy is sent after the original, in its own task, so
+//! that it neither delays nor fails the original. It shares the body with the original's spool; the budget counts the
+//! body while the copy needs it. The number of concurrent copies is limited, and requests that cannot be copied are
+//! counted.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -25,56 +25,56 @@ use crate::metrics::mirror::{Fate, MirrorMetrics};
 use crate::upstream::transport::greeting::Parties;
 use crate::upstream::{Choice, Outcome, Upstream};
 
-/// Says that a request is a copy, and of which route.
+/// Marks a request as a copy, and names its route.
 const MARK: HeaderName = HeaderName::from_static("x-forebay-mirror");
 
-/// At most this much of a discarded answer is read, so that its connection can be kept.
+/// Maximum number of bytes of a discarded response that are read to keep the connection reusable.
 const DISCARDED_BYTES: usize = 1 << 20;
 
-/// Of a body that filters have changed, no more than this is kept for a copy.
+/// Maximum size of a body changed by filters that is kept for a copy, in bytes.
 const FILTERED_BYTES_MAX: usize = 1 << 20;
 
-/// Where the copies of a route go.
+/// The mirror of a route.
 pub struct Mirror {
-    /// The upstream that gets them.
+    /// The upstream that receives the copies.
     pub upstream: Arc<Upstream>,
-    /// Of all requests, from 0 to 1.
+    /// Share of requests that are copied, from 0 to 1.
     pub share: f64,
-    /// How many there may be at a time.
+    /// Maximum number of concurrent copies.
     pub most: u32,
     /// The name of the route.
     pub route: HeaderValue,
-    /// What becomes of them.
+    /// Counts the outcomes of copies.
     pub metrics: MirrorMetrics,
-    /// Connects to upstreams of mirrors.
+    /// Connects to the upstreams of mirrors.
     pub connector: Arc<Connector>,
-    /// Those that are under way.
+    /// Number of active copies.
     pub inflight: AtomicU32,
 }
 
-/// A request that is to be copied.
+/// A request to be copied.
 pub struct Copy {
     mirror: Arc<Mirror>,
     body: Option<Held>,
-    /// What filters have made of the body in the present attempt, if there are any for it.
+    /// The body of the current attempt as changed by filters, if they process it.
     filtered: Option<Vec<Bytes>>,
     request: Option<Box<RequestHeader>>,
 }
 
-/// What there is of a request's body when it is to be copied.
+/// The state of a request body when its copy is decided.
 pub enum Body {
-    /// There is none.
+    /// There is no body.
     Empty,
-    /// It is here whole, in memory.
+    /// The body is completely in memory.
     Whole(Held),
-    /// A part of it is on disk, or there is no memory to keep it for longer.
+    /// Part of the body is on disk, or there is not enough memory to keep it longer.
     Large,
-    /// It is passed on as it comes.
+    /// The body is streamed.
     Streamed,
 }
 
 impl Mirror {
-    /// Who gets copies of the requests of a route, if it says so. `connector` is asked for what connects to it.
+    /// Builds the mirror of a route, if it has one. `connector` provides the connector.
     pub fn build(
         written: &config::Route,
         upstreams: &BTreeMap<String, Arc<Upstream>>,
@@ -86,7 +86,7 @@ impl Mirror {
             upstream: upstreams.get(&mirror.upstream)?.clone(),
             share: mirror.percent.ratio(),
             most: u32::try_from(mirror.in_flight.0).unwrap_or(u32::MAX),
-            // Names have been checked: they are all letters that a header may have.
+            // Route names were checked: all their characters are valid in a header.
             route: HeaderValue::from_str(name).unwrap_or(HeaderValue::from_static("unnamed")),
             metrics: metrics.mirror(&mirror.upstream),
             connector: connector(),
@@ -94,17 +94,17 @@ impl Mirror {
         }))
     }
 
-    /// Whether the next request is to be copied.
+    /// Draws whether the next request is copied.
     pub fn draws(&self) -> bool {
         self.share >= 1.0 || rand::random::<f64>() < self.share
     }
 
-    /// Notes that a request was not copied.
+    /// Counts a request that was not copied.
     pub fn leaves(&self, fate: Fate) {
         self.metrics.count(fate);
     }
 
-    /// A copy of a request with this body, if there can be one.
+    /// Creates the copy of a request with this body, if possible.
     pub fn copy(self: &Arc<Self>, body: Body) -> Option<Box<Copy>> {
         let body = match body {
             Body::Empty => None,
@@ -121,17 +121,17 @@ impl Mirror {
         Some(Box::new(Copy { mirror: Arc::clone(self), body, filtered: None, request: None }))
     }
 
-    /// A place among those that are under way.
+    /// Takes a slot for an active copy.
     fn enter(self: &Arc<Self>) -> Option<Place> {
         let place = Place(Arc::clone(self));
-        // If it is one too many, dropping it takes it back.
+        // Above the limit, dropping the slot returns it.
         (self.inflight.fetch_add(1, Ordering::Relaxed) < self.most).then_some(place)
     }
 }
 
 impl Copy {
-    /// Remembers the header that the original is sent with. If its client named no host, what it names is its endpoint
-    /// and none of the mirror's.
+    /// Stores the header of the original as sent. If the client named no host, the header's host is the original's
+    /// endpoint, and is removed from the copy.
     pub fn note_header(&mut self, request: &RequestHeader, names_host: bool) {
         self.filtered = None;
         if self.request.is_none() {
@@ -142,8 +142,8 @@ impl Copy {
         }
     }
 
-    /// A piece of the body has passed filters that may have changed it: the copy gets what they have made of it. `false`:
-    /// that is too much, so that there is to be no copy.
+    /// Stores a piece of the body after filters that may have changed it. `false`: the body is too large, so there is
+    /// no copy.
     pub fn filtered(&mut self, piece: Option<&Bytes>) -> bool {
         let pieces = self.filtered.get_or_insert_default();
         pieces.extend(piece.filter(|piece| !piece.is_empty()).cloned());
@@ -154,8 +154,7 @@ impl Copy {
         fits
     }
 
-    /// The original has been sent: its copy follows, to an endpoint that may be told of these ends of its client's
-    /// connection.
+    /// Sends the copy after its original. `parties` are the two ends of the client's connection, for the endpoint.
     pub fn send(self, parties: Option<Parties>) {
         let Copy { mirror, body, filtered, request: Some(request) } = self else { return };
         let load = filtered.map(Load::Made).or(body.map(Load::Held)).unwrap_or(Load::Nothing);
@@ -168,7 +167,7 @@ impl Copy {
     }
 }
 
-/// One copy under way.
+/// A slot for one active copy.
 struct Place(Arc<Mirror>);
 
 impl Drop for Place {
@@ -177,17 +176,17 @@ impl Drop for Place {
     }
 }
 
-/// Sends the copy to some endpoint and reads the answer away, within the timeouts of that upstream.
+/// Sends the copy to an endpoint and discards the response, within the upstream's timeouts.
 async fn attempt(mirror: &Mirror, mut request: RequestHeader, load: Load, parties: Option<Parties>) -> Fate {
     let upstream = &mirror.upstream;
-    // It goes anywhere: what endpoints are told apart by, requests of the other upstream need not have.
+    // Any endpoint is eligible: the request need not have the key of the mirror's upstream.
     let Choice::Engaged(engaged) = upstream.select(rand::random(), &[], Instant::now()) else {
         return Fate::NoEndpoint;
     };
     let peer = engaged.peer_for(|| parties);
     let mut attempt = Attempt::new(Arc::clone(upstream), engaged, None, Instant::now());
     if request.insert_header(MARK, mirror.route.clone()).is_err() {
-        // It has as many fields as it may have.
+        // The header already has the maximum number of fields.
         return Fate::Failed;
     }
     let line = Line { connector: &mirror.connector, upstream, peer: &peer };
@@ -201,7 +200,7 @@ async fn attempt(mirror: &Mirror, mut request: RequestHeader, load: Load, partie
     };
     let answered = match line.converse(request, load, &mut attempt, take).await {
         Ok(header) => Ok(header.status),
-        // An answer that has begun is one; its end is not waited for.
+        // A response that has begun counts, even without its end.
         Err(error) if call::is_overdue(&error) => attempt.status().ok_or(error),
         Err(error) => Err(error),
     };

@@ -1,7 +1,7 @@
-//! Phase `queue`: every endpoint that could serve the exchange is full, so it waits its turn.
+//! Phase `queue`: all eligible endpoints are at their limit, so the exchange waits for its turn.
 //!
-//! `select` comes here when it has found no endpoint with room. It ends with an endpoint, at the end of all patience,
-//! or with the client: one that goes away leaves the line at once. `upstream/queue.rs` says whose turn it is.
+//! `select` calls this if no endpoint has room. The phase ends with an endpoint, with a timeout, or when the client
+//! leaves, which frees its place at once. `upstream/queue.rs` defines the order.
 
 use std::future::{Future, poll_fn};
 use std::pin::pin;
@@ -17,7 +17,7 @@ use crate::party::{Fault, Party, What};
 use crate::phase::Phase;
 use crate::upstream::{Choice, Upstream};
 
-/// An exchange that waits for an endpoint, and its client: an eye for that wait.
+/// An exchange that waits for an endpoint, and its client: watches the client during the wait.
 pub(super) struct Line<'e> {
     pub exchange: &'e Exchange,
     pub client: &'e mut ServerSession,
@@ -26,7 +26,7 @@ pub(super) struct Line<'e> {
 impl Eye for Line<'_> {
     type Left = Fault;
 
-    /// Ready when the client has gone, or the exchange is to end.
+    /// Ready when the client has left, or the exchange must end.
     fn poll_left(&mut self, cx: &mut Context<'_>) -> Poll<Fault> {
         let phase = self.exchange.phase();
         match &self.exchange.link {
@@ -59,7 +59,7 @@ pub async fn wait(
             Ended::Done(()) => match turn(exchange, upstream) {
                 Choice::Full => {
                     place.missed();
-                    // There may be many turns to spare, and each is a look at all endpoints: others go first.
+                    // Many turns may be free, and each examines all endpoints: let other tasks run first.
                     tokio::task::yield_now().await;
                 }
                 Choice::Engaged(engaged) => {

@@ -1,6 +1,7 @@
-//! Phases `wait` and `receive`: the response comes from the endpoint.
+//! Phases `wait` and `receive`: the response is received from the endpoint.
 //!
-//! `wait` ends with the whole response header; `receive` with the last byte from the endpoint, and `write` begins.
+//! `wait` ends with the complete response header; `receive` ends with the last byte from the endpoint, and `write`
+//! begins.
 
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -31,16 +32,15 @@ use crate::framing::{Said, answer, is_media_type};
 use crate::phase::Phase;
 use crate::upstream::transport::tunnel::Tunnel;
 
-/// How an endpoint asks nginx, and us, not to hold its answer back. It is not for the client.
+/// The field by which an endpoint disables buffering, as in nginx. It is not forwarded to the client.
 const X_ACCEL_BUFFERING: HeaderName = HeaderName::from_static("x-accel-buffering");
-/// An endpoint that says more before its answer will not come to it.
+/// Maximum number of interim responses before a final one.
 const INTERIM_MAX: u32 = 1_000;
 static HOP_BY_HOP: [HeaderName; 4] =
     [HeaderName::from_static("keep-alive"), HeaderName::from_static("proxy-connection"), header::TE, header::UPGRADE];
 
-/// If this is the answer that the client's wish for another protocol waits for, and no other, the client's own session
-/// takes its place again and both sides speak as they like. Until then the exchange was bounded as any other is, and
-/// with any other answer it stays so.
+/// If this response accepts the client's request for another protocol, restores the client's own session, and both
+/// sides exchange raw bytes. Before that, and with any other response, the limits of an exchange apply.
 pub fn switch(exchange: &mut Exchange, client: &mut Box<ServerSession>, response: &ResponseHeader) -> Result<()> {
     let agreed = exchange.request.upgrade.as_ref().is_some_and(|protocol| upgrade::agrees(response, protocol));
     if response.status != StatusCode::SWITCHING_PROTOCOLS || !agreed {
@@ -56,11 +56,12 @@ pub fn switch(exchange: &mut Exchange, client: &mut Box<ServerSession>, response
     Ok(())
 }
 
-/// The header of an answer, an interim one or the final one, has come: from here on it says only how its body is marked
-/// off, as on HTTP/1.1, whatever it was sent over. Pingora goes by that, and for the client the wire frames it once
-/// more.
+/// Normalises the framing fields of an interim or final response header to those of HTTP/1.1, for any protocol of the
+/// endpoint. Pingora relies on them; the wire sets them again for the client.
 ///
-/// An error is the endpoint's.
+/// # Errors
+///
+/// The endpoint's error.
 pub fn frame(request: &RequestHeader, response: &mut ResponseHeader) -> Result<()> {
     let said = Said::of(&response.headers);
     let (head, status) = (request.method == Method::HEAD, response.status.as_u16());
@@ -68,13 +69,14 @@ pub fn frame(request: &RequestHeader, response: &mut ResponseHeader) -> Result<(
         .map_err(|fault| Error::explain(ErrorType::InvalidHTTPHeader, fault.words()).into_up())?;
     framed.apply(&said, response)?;
     if response.version != Version::HTTP_2 {
-        // RFC 9110 §6.2: the client gets our version, and what HTTP/1.0 cannot say may have been added.
+        // The client receives Forebay's version (RFC 9110 §6.2), and fields may have been added that HTTP/1.0 does not
+        // define.
         response.set_version(Version::HTTP_11);
     }
     Ok(())
 }
 
-/// The response header is here.
+/// Handles the response header.
 pub async fn header(
     exchange: &mut Exchange,
     request: &mut RequestHeader,
@@ -97,7 +99,7 @@ pub async fn header(
     let protocols = protocols_required(request, response);
     strip_hop_by_hop(response);
     for protocol in protocols {
-        // What is written for the client names it in `Connection`.
+        // The client's `Connection` field names it when the header is written.
         response.append_header(header::UPGRADE, protocol)?;
     }
     let asked_to_stream = response
@@ -138,31 +140,31 @@ pub async fn header(
     announce_trailers(exchange, request, response)
 }
 
-/// Whether no client could take an answer with this status, or would take it for something else.
+/// Whether a client could not process a response with this status, or would misinterpret it.
 fn is_out_of_place(exchange: &Exchange, status: StatusCode) -> bool {
     if status == StatusCode::SWITCHING_PROTOCOLS {
-        // RFC 9110 §15.2.2: without a request for it. What the client sends next is its next request, and is not to
-        // pass unread.
+        // A 101 without a request for it is invalid (RFC 9110 §15.2.2). The client's next bytes are its next request,
+        // which must be checked.
         return exchange.link.is_some();
     }
-    // Over a stream of HTTP/2 it would be taken for the beginning of the other protocol (RFC 9110 §9.3.6).
+    // Over HTTP/2 it would start the other protocol (RFC 9110 §9.3.6).
     let carried = exchange.client.connection.as_ref().is_some_and(|connection| connection.is_carried());
     carried && status.is_success()
 }
 
-/// The endpoint has answered what cannot be passed on.
+/// Refuses a response that cannot be forwarded.
 fn malformed(exchange: &mut Exchange) -> Box<Error> {
     exchange.filters.refuse(Refused::from(&refusal::WAIT_MALFORMED));
     Error::new_up(ErrorType::InvalidHTTPHeader)
 }
 
-/// The final answer begins: those who wait for it hear so.
+/// Begins the final response, and notifies those that wait for it.
 fn begin(exchange: &mut Exchange, request: &RequestHeader, response: &ResponseHeader) {
     let now = exchange.enter(Phase::Receive);
     exchange.client.connection.iter().for_each(|connection| connection.settle());
     if let Some(attempt) = &mut exchange.attempts.present {
         attempt.answered(response.status, now);
-        // Pingora has no further word on one that is here whole with its header.
+        // Pingora calls no further hook for a response that ends with its header.
         if is_bodiless(request, response) || says_zero(response) {
             attempt.answered_whole();
         }
@@ -172,7 +174,7 @@ fn begin(exchange: &mut Exchange, request: &RequestHeader, response: &ResponseHe
     }
 }
 
-/// From here on both sides speak another protocol.
+/// From here on both sides use another protocol.
 fn switched(exchange: &Exchange) {
     let tunnel = Arc::<Tunnel>::default();
     if let Some(tail) = &exchange.attempts.channel.tail {
@@ -194,8 +196,7 @@ fn announce_trailers(exchange: &Exchange, request: &RequestHeader, response: &mu
     Ok(())
 }
 
-/// An interim answer is here (RFC 9110 §15.2). It has no body, and it is passed on as it is: the final answer is still
-/// to come.
+/// Handles an interim response (RFC 9110 §15.2). It has no body and is forwarded unchanged, before the final response.
 fn interim(exchange: &mut Exchange, response: &mut ResponseHeader) -> Result<()> {
     exchange.attempts.interim += 1;
     if exchange.attempts.interim > INTERIM_MAX {
@@ -208,7 +209,7 @@ fn interim(exchange: &mut Exchange, response: &mut ResponseHeader) -> Result<()>
     Ok(())
 }
 
-/// The trailers are here, with which the answer ends. Where they are to be bytes of its body, these.
+/// Handles the trailers, which end the response. Returns them as bytes if they belong into the body.
 pub fn trailers(exchange: &mut Exchange, request: &mut RequestHeader, trailers: &mut HeaderMap) -> Option<Bytes> {
     trailers::strip(trailers, exchange.request.grpc.is_some());
     exchange.filter_trailers(request, trailers);
@@ -217,7 +218,7 @@ pub fn trailers(exchange: &mut Exchange, request: &mut RequestHeader, trailers: 
     call.answers_web.then(|| web::last_message(trailers))
 }
 
-/// Whether trailers of this answer can come, and reach the client. Over HTTP/1 they can only follow a body in chunks.
+/// Whether the response can have trailers that reach the client. Over HTTP/1, trailers require a chunked body.
 fn trailers_pass(exchange: &Exchange, request: &RequestHeader, response: &ResponseHeader) -> bool {
     let come = exchange.link.is_some() && exchange.attempts.channel.tail.as_ref().is_none_or(|tail| tail.is_chunked());
     let go = match request.version {
@@ -228,8 +229,7 @@ fn trailers_pass(exchange: &Exchange, request: &RequestHeader, response: &Respon
     come && go && !is_bodiless(request, response)
 }
 
-/// Tells a client, if it does not know yet, by which cookie it stays at the endpoint that has answered. One that fails
-/// is not to be stayed at.
+/// Sets the sticky cookie for the endpoint that responded, unless the client has it. A failed response sets none.
 fn have_client_stay(exchange: &Exchange, response: &mut ResponseHeader) -> Result<()> {
     if let (Some(upstream), Some(endpoint)) = (&exchange.routing.upstream, exchange.attempts.endpoint())
         && !response.status.is_server_error()
@@ -241,13 +241,13 @@ fn have_client_stay(exchange: &Exchange, response: &mut ResponseHeader) -> Resul
     Ok(())
 }
 
-/// The last byte has come from the endpoint; what is left goes to the client.
+/// Handles the last byte from the endpoint; the rest is sent to the client.
 pub fn ended(exchange: &mut Exchange, request: &mut RequestHeader) {
     exchange.enter(Phase::Write);
     if let Some(attempt) = &mut exchange.attempts.present {
         attempt.answered_whole();
     }
-    // Pingora has passed over those of an endpoint of HTTP/1.
+    // Pingora ignores the trailers of an HTTP/1 endpoint.
     let trailers = exchange.attempts.channel.tail.as_ref().and_then(|tail| tail.take_trailers()).map(|mut fields| {
         self::trailers(exchange, request, &mut fields);
         fields
@@ -265,7 +265,7 @@ pub struct BodyFilters {
     client: Watch,
 }
 
-/// What the tap tells filters of the exchange, which is out of its reach.
+/// The facts about the exchange for filters, since the tap has no access to the exchange.
 struct Told {
     client: Option<IpAddr>,
     prefix: Prefix,
@@ -280,7 +280,7 @@ struct Told {
 }
 
 impl Told {
-    /// With the status of the answer.
+    /// The facts, with the status of the response.
     fn facts<'t>(&'t self, route: &'t str, status: u16) -> Facts<'t> {
         let Told { client, prefix, port, scheme, ref path, ref connection, ended, pace, begun, ref identity } = *self;
         let listener = connection.as_ref().map_or("", |connection| &connection.listener.name);
@@ -307,7 +307,7 @@ impl Told {
 }
 
 impl BodyFilters {
-    /// The tap for this exchange, if its route wants one.
+    /// The tap for this exchange, if a filter of its route requires one.
     pub fn of(exchange: &Exchange) -> Option<Box<dyn Tap>> {
         let route = exchange.routing.route.as_ref().filter(|route| route.chain.wants(Stages::RESPONSE_BODY))?;
         let filters = exchange.filters.states.clone()?;
@@ -335,8 +335,8 @@ impl Tap for BodyFilters {
     }
 }
 
-/// RFC 9110 §15.5.22: without the protocols that it names, the client does not know what a 426 asks for. HTTP/1.0 and
-/// HTTP/2 cannot say it (RFC 9110 §7.8, RFC 9113 §8.2.2).
+/// A 426 must name the required protocols (RFC 9110 §15.5.22). HTTP/1.0 and HTTP/2 cannot express them (RFC 9110 §7.8,
+/// RFC 9113 §8.2.2).
 fn protocols_required(request: &RequestHeader, response: &ResponseHeader) -> Vec<HeaderValue> {
     if response.status != StatusCode::UPGRADE_REQUIRED || request.version != Version::HTTP_11 {
         return Vec::new();
@@ -344,9 +344,9 @@ fn protocols_required(request: &RequestHeader, response: &ResponseHeader) -> Vec
     response.headers.get_all(header::UPGRADE).iter().cloned().collect()
 }
 
-/// RFC 9110 §7.6.1: what `Connection` names, and what concerned the endpoint's connection only.
+/// Removes the fields that `Connection` names, and those that concern only the endpoint's connection (RFC 9110 §7.6.1).
 fn strip_hop_by_hop(response: &mut ResponseHeader) {
-    // Mostly there is none, and one look at all costs less than to look for each.
+    // Most responses have none, and one scan costs less than a look-up of each name.
     if !response.headers.keys().any(|name| *name == header::CONNECTION || HOP_BY_HOP.contains(name)) {
         return;
     }
@@ -364,12 +364,12 @@ fn strip_hop_by_hop(response: &mut ResponseHeader) {
     }
 }
 
-/// Server-sent events: a client waits for each one, and old ones are of no use.
+/// Whether the response is a stream of server-sent events: a client waits for each event, and late events are useless.
 fn is_event_stream(response: &ResponseHeader) -> bool {
     response.headers.get(header::CONTENT_TYPE).is_some_and(|kind| is_media_type(kind.as_bytes(), "text/event-stream"))
 }
 
-/// Whether there can be no body, whatever the header says of its length.
+/// Whether the response has no body, whatever length its header gives.
 fn is_bodiless(request: &RequestHeader, response: &ResponseHeader) -> bool {
     answer::is_bodiless(request.method == Method::HEAD, response.status.as_u16())
 }
@@ -378,7 +378,7 @@ fn says_zero(response: &ResponseHeader) -> bool {
     response.headers.get(header::CONTENT_LENGTH).is_some_and(|length| length.as_bytes() == b"0")
 }
 
-/// A filter that sees the body may change its length: chunks delimit it instead.
+/// Removes the length, since a filter may change the body: chunks delimit it instead.
 fn unfix_length(request: &RequestHeader, response: &mut ResponseHeader) -> Result<()> {
     if is_bodiless(request, response) {
         return Ok(());

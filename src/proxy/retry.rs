@@ -1,7 +1,7 @@
-//! Whether a request that failed is sent again: the rules of a route.
+//! Decides whether a failed request is sent again: the rules of a route.
 //!
-//! What is decided here is only whether a further attempt would be safe and of use: whether the upstream can bear it,
-//! its budget says (`upstream/retries.rs`). `again` asks for an exchange, and `attempt` keeps what follows.
+//! This module decides only whether another attempt is safe and useful. The upstream's retry budget limits the load
+//! (`upstream/retries.rs`). `again` asks for an exchange, and `attempt` keeps the consequences.
 
 use std::time::Duration;
 
@@ -21,7 +21,7 @@ pub struct Rules {
     reset: bool,
     timeout: bool,
     statuses: Box<[u16]>,
-    /// One bit a code.
+    /// The retried gRPC codes, one bit per code.
     grpc: u32,
     backoff: Backoff,
     allowance: Allowance,
@@ -29,68 +29,68 @@ pub struct Rules {
     same_endpoint: bool,
 }
 
-/// How long the next attempt waits.
+/// The pauses before attempts.
 #[derive(Clone, Copy, Debug)]
 struct Backoff {
     base: Duration,
     max: Duration,
 }
 
-/// What an attempt failed for, if it was not for the client.
+/// The reason of a failed attempt that is not the client's.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Failure {
-    /// No connection came about.
+    /// No connection could be opened.
     Connect,
-    /// A kept connection had died unnoticed.
+    /// An idle connection was dead.
     Stale,
-    /// The endpoint said that it had not begun.
+    /// The endpoint reported that it had not processed the request.
     Unprocessed,
-    /// The connection broke off, or what came was no HTTP.
+    /// The connection broke off, or the response was not HTTP.
     Reset,
     /// Sending or waiting took too long.
     Timeout,
-    /// The gateway could not make a further connection.
+    /// The gateway could not open another connection.
     Exhausted,
-    /// This was the status of the answer.
+    /// The response had this status.
     Status(StatusCode),
-    /// This was the gRPC status of the answer, of which there was nothing else.
+    /// The response consisted only of this gRPC status.
     Grpc(u8),
 }
 
-/// All that matters for whether there is to be another attempt.
+/// The facts for the decision.
 #[derive(Clone, Copy, Debug)]
 pub struct Situation {
-    /// What the last one failed for.
+    /// The reason of the last failure.
     pub failure: Failure,
-    /// How many were made.
+    /// Number of attempts made.
     pub attempts: u32,
-    /// The method promises that twice is the same as once.
+    /// Whether the method is idempotent.
     pub idempotent: bool,
-    /// The body can be had from its first byte.
+    /// Whether the body can be read again from its first byte.
     pub replayable: bool,
-    /// Bytes of an answer have left.
+    /// Whether bytes of a response were sent.
     pub begun: bool,
-    /// There is an endpoint that was not tried.
+    /// Whether an untried endpoint exists.
     pub elsewhere: bool,
     /// The pause that the endpoint asks for.
     pub retry_after: Option<Duration>,
-    /// What is left of the time of the exchange.
+    /// The remaining time of the exchange.
     pub left: Option<Duration>,
 }
 
-/// What the rules come to.
+/// The decision.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Verdict {
-    /// The rules want no further attempt for that.
+    /// The rules do not retry this failure.
     Unwanted,
-    /// It is wanted, and must not be.
+    /// The rules would retry, but a condition forbids it.
     Refused(Objection),
-    /// After this pause.
+    /// Another attempt after this pause.
     Again(Duration),
 }
 
 impl Failure {
-    /// The label for it.
+    /// The label for metrics.
     pub fn cause(self) -> Cause {
         match self {
             Failure::Connect => Cause::Connect,
@@ -104,7 +104,7 @@ impl Failure {
         }
     }
 
-    /// What the log says of an answer that is not taken.
+    /// The log's reason for a discarded response.
     pub fn why(self) -> Why {
         match self {
             Failure::Status(status) => Why::Status(status.as_u16()),
@@ -113,25 +113,25 @@ impl Failure {
         }
     }
 
-    /// Whether no endpoint can have begun with the request.
+    /// Whether no endpoint can have processed the request.
     fn is_unbegun(self) -> bool {
         matches!(self, Failure::Connect | Failure::Unprocessed | Failure::Exhausted)
     }
 
-    /// Whether an endpoint may have worked on it, so that sending it again is additional load.
+    /// Whether an endpoint may have worked on the request, so that a repetition is additional load.
     pub fn is_load(self) -> bool {
         !matches!(self, Failure::Connect | Failure::Exhausted | Failure::Stale | Failure::Unprocessed)
     }
 
-    /// Whether it tells of a connection alone and nothing of the endpoint: it costs no attempt, and any endpoint will
-    /// do.
+    /// Whether the failure concerns only a connection, not the endpoint: it does not count as an attempt, and any
+    /// endpoint may be chosen.
     pub fn is_of_connection(self) -> bool {
         matches!(self, Failure::Stale | Failure::Unprocessed)
     }
 }
 
 impl Rules {
-    /// The rules as they are written.
+    /// Builds the rules from the configuration.
     pub fn new(written: &Retry) -> Rules {
         let statuses =
             written.on.iter().filter_map(|on| if let On::Status(status) = on { Some(*status) } else { None });
@@ -152,7 +152,7 @@ impl Rules {
         }
     }
 
-    /// Whether this answer is a failure; most routes have no such answers.
+    /// Whether a response is a failure; most routes define no such responses.
     pub fn failure(&self, status: StatusCode, headers: &HeaderMap) -> Option<Failure> {
         if self.statuses.contains(&status.as_u16()) {
             return Some(Failure::Status(status));
@@ -164,17 +164,17 @@ impl Rules {
         (code < 32 && self.grpc & (1 << code) != 0).then_some(Failure::Grpc(code))
     }
 
-    /// How long an attempt may take until its answer is here.
+    /// Maximum time of an attempt until its response header.
     pub fn per_try_timeout(&self) -> Option<Duration> {
         self.per_try_timeout
     }
 
-    /// How many further attempts the upstream bears.
+    /// The upstream's limit for repetitions.
     pub fn allowance(&self) -> Allowance {
         self.allowance
     }
 
-    /// Whether there is to be another attempt. `dice` is from 0 to 1.
+    /// Decides on another attempt. `dice` is a random number from 0 to 1.
     pub fn judge(&self, situation: &Situation, dice: f64) -> Verdict {
         match self.without_deadline(situation, dice) {
             Verdict::Again(pause) if situation.left.is_some_and(|left| left <= pause) => {
@@ -192,13 +192,13 @@ impl Rules {
         if let Some(objection) = self.objection(situation) {
             return Verdict::Refused(objection);
         }
-        // What the gateway lacks, it lacks elsewhere as well, at least for a moment.
+        // A resource that the gateway lacks is missing for other endpoints, too, at least briefly.
         let at_once = situation.elsewhere && !failure.is_load() && failure != Failure::Exhausted;
         if at_once || failure.is_of_connection() {
             return Verdict::Again(Duration::ZERO);
         }
         let pause = self.backoff.pause(situation.attempts, dice);
-        // What one endpoint asks for says nothing of another one.
+        // The pause that one endpoint asks for does not apply to another.
         let asked = situation.retry_after.filter(|_| !situation.elsewhere).unwrap_or_default();
         if asked > self.backoff.max {
             return Verdict::Refused(Objection::RetryAfter);
@@ -213,7 +213,7 @@ impl Rules {
             Failure::Connect | Failure::Exhausted => self.connect_error,
             Failure::Reset => self.reset,
             Failure::Timeout => self.timeout,
-            // It was found to be one by these rules.
+            // These rules have already classified the response as a failure.
             Failure::Status(_) | Failure::Grpc(_) => true,
         }
     }
@@ -238,7 +238,7 @@ impl Rules {
 }
 
 impl Backoff {
-    /// Full jitter: any time up to the longest, so that those that failed together do not come back together.
+    /// Full jitter: a random time up to the maximum, so that simultaneous failures are not retried simultaneously.
     fn pause(&self, attempts: u32, dice: f64) -> Duration {
         let doubled = self.base.saturating_mul(1 << attempts.saturating_sub(1).min(16));
         doubled.min(self.max).mul_f64(dice)
@@ -290,7 +290,7 @@ mod tests {
         for failure in [Failure::Connect, Failure::Unprocessed] {
             assert_eq!(refused(Situation { failure, idempotent: false, ..FINE }), None);
         }
-        // Whether the other end of a dead connection had it cannot be known.
+        // It is unknown whether the endpoint received the request on a dead connection.
         assert_eq!(refused(Situation { failure: Failure::Stale, idempotent: false, ..FINE }), Some(Objection::Method));
     }
 
