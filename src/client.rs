@@ -1,12 +1,12 @@
-//! The slow side of the gateway: clients' connections, from the accepted socket to the exchange and back to being
-//! parked.
+//! The client side of the gateway: connections from accept to exchange, and back to the idle state.
 //!
-//! [`Front`] is what accepted sockets are handed to. On HTTP/1 it owns the keep-alive loop: park, read the header,
-//! check it, let the [`driver`] run one exchange, take the stream back, park again. On HTTP/2 [`http2`] owns the
-//! connection and every stream is an exchange of its own. What is refused before Pingora could see it is answered,
-//! counted and logged here.
+//! [`Front`] receives accepted sockets. On HTTP/1 it runs the keep-alive loop: wait idle, read the header, check it,
+//! let the [`driver`] run one exchange, take the stream back, and wait again. On HTTP/2, [`http2`] owns the connection,
+//! and every stream is an exchange of its own. Requests that are refused before a session exists are answered, counted
+//! and logged here.
 
-/// What a session of ours has to say of custom messages, which belong to protocols that are not HTTP: there are none.
+/// The methods of one of Forebay's own sessions for custom messages, which only protocols other than HTTP have: all are
+/// empty.
 macro_rules! no_custom_messages {
     () => {
         fn take_custom_message_reader(
@@ -32,7 +32,8 @@ macro_rules! no_custom_messages {
     };
 }
 
-/// What a session of ours has to say of its connection: nothing, since the exchange knows that.
+/// The methods of one of Forebay's own sessions for its connection: all are empty, since the exchange knows the
+/// connection.
 macro_rules! no_connection {
     () => {
         fn digest(&self) -> Option<&Digest> {
@@ -122,18 +123,19 @@ use slow::SlowClients;
 use stream::{ClientStream, Opening};
 use waiting::Waiting;
 
-/// What a connection that is one too many is given to hear so.
+/// Maximum time to tell a client that the connection limit is reached.
 const TURN_AWAY: Duration = Duration::from_millis(200);
-/// So many hear so at a time. They are open meanwhile and hold nothing else; further ones are closed without a word.
+/// Maximum number of connections that are told so at a time. They hold no other resources; further ones are closed
+/// without a response.
 const TURN_AWAY_AT_ONCE: usize = 64;
 
-/// Where accepted sockets are handed to.
+/// Receives accepted sockets.
 pub struct Front<P> {
     driver: Driver<P>,
     desk: Arc<Desk>,
 }
 
-/// What connections share.
+/// The state that connections share.
 pub struct Desk {
     turned_away: AtomicUsize,
     metrics: Metrics,
@@ -144,15 +146,15 @@ pub struct Desk {
     lanes: Arc<Lanes>,
 }
 
-/// What there is of a stop, and who sees to exchanges that do not end by themselves.
+/// The state of a shutdown, and the part that settles exchanges that must be dropped.
 pub struct Ending {
-    /// Whether answers are to say that they are the last of their connection.
+    /// Whether responses announce the close of their connection.
     pub stopping: ShutdownWatch,
-    /// Says when the time of exchanges is over.
+    /// Signals that the grace period of exchanges has passed.
     pub cut: Arc<Cut>,
-    /// What is under way, and waited for.
+    /// The active exchanges that a shutdown waits for.
     pub inflight: Arc<Inflight>,
-    /// Settles those that were dropped.
+    /// Settles dropped exchanges.
     pub undertaker: Arc<dyn Undertaker>,
 }
 
@@ -163,7 +165,7 @@ impl Ending {
 }
 
 impl Desk {
-    /// Sets up what connections share.
+    /// Creates the shared state.
     pub fn new(
         metrics: Metrics,
         log: Option<Arc<AccessLog>>,
@@ -175,7 +177,7 @@ impl Desk {
         Desk { turned_away: AtomicUsize::new(0), metrics, unrouted, log, ending, slow, lanes }
     }
 
-    /// Counts and logs a refusal that no exchange was made for.
+    /// Counts and logs a refusal without an exchange.
     fn record(
         &self,
         whose: (&Listener, Option<SocketAddr>),
@@ -199,7 +201,7 @@ impl Desk {
 }
 
 impl<P> Front<P> {
-    /// Puts the reception before the proxy.
+    /// Creates a front for this driver.
     pub fn new(driver: Driver<P>, desk: Arc<Desk>) -> Self {
         Front { driver, desk }
     }
@@ -210,12 +212,12 @@ where
     P: Driven + Send + Sync + 'static,
     P::CTX: Send + Sync + 'static,
 {
-    /// Takes a socket that was accepted for this listener, and gives the connection a task of its own.
+    /// Receives a socket that this listener accepted, and spawns a task for the connection.
     pub async fn receive(self: &Arc<Self>, io: Stream, listener: &Arc<Listener>, shutdown: &ShutdownWatch) {
         let digest = io.get_socket_digest();
         let local = digest.as_ref().and_then(|digest| digest.local_addr());
         let peer = digest.as_ref().and_then(|digest| digest.peer_addr()).and_then(|peer| peer.as_inet());
-        // An IPv4 client of a listener on [::] is an IPv4 client.
+        // An IPv4 client of a listener on [::] counts as IPv4.
         let canonical = |end: &SocketAddr| SocketAddr::new(end.ip().to_canonical(), end.port());
         let (peer, local) = (peer.map(canonical), local.and_then(|local| local.as_inet()).map(canonical));
         let ends = Ends { peer, local };
@@ -231,7 +233,7 @@ where
                 }
                 Err(refusal) => self.desk.turn_away(io, listener, ends, refusal).await,
             },
-            // There is nothing that a client of another protocol would understand.
+            // Clients of other protocols would not understand a response.
             Err(refusal) if entrance::speaks_tls(listener) || listener.tcp.is_some() => {
                 listener.metrics.refusals.count(refusal)
             }
@@ -239,11 +241,11 @@ where
         }
     }
 
-    /// Takes a connection through what stands before HTTP, and serves it.
+    /// Handles the steps of a connection before HTTP, and serves it.
     async fn enter(self: Arc<Self>, io: Stream, counted: Counted, ends: Ends, mut shutdown: ShutdownWatch) {
         let listener = counted.listener().clone();
         let entered = tokio::select! {
-            // Boxed, so that a parked connection does not hold the room that this needs.
+            // Boxed, so that a waiting connection does not hold the memory of this future.
             entered = Box::pin(entrance::enter(io, counted, ends, &self.desk.metrics)) => entered,
             _ = shutdown.wait_for(|stopping| *stopping) => return,
         };
@@ -255,8 +257,8 @@ where
             Ok(Some(Entered::Relay { raw, relay, name, connection })) => {
                 let _state = StateGauge::new(listener.clone(), ConnectionState::Active);
                 let _inflight = self.desk.ending.inflight.enter();
-                // Boxed, as what is refused: this task is that of a parked connection, too, and has room for whatever
-                // it may wait for.
+                // Boxed, as for refusals: this is the task of waiting connections, too, and its size is that of its
+                // largest future.
                 let passed = Box::pin(relay.pass(*raw, name.is_some(), &connection, &self.desk.ending.cut)).await;
                 self.desk.record_passed(&connection, &relay, name.as_deref(), &passed);
             }
@@ -265,7 +267,7 @@ where
                 let ends = Ends { peer, ..ends };
                 match answerable {
                     Some(io) => Box::pin(self.desk.turn_away(io, &listener, ends, refusal)).await,
-                    // It is no exchange: nobody was answered, and whoever scans ports would fill the log.
+                    // Not logged: no request was received, and port scans would fill the log.
                     None => listener.metrics.refusals.count(refusal),
                 }
                 tracing::debug!(listener = %listener.name, peer = ?ends.peer, reason = refusal.reason, "a connection was given up");
@@ -275,7 +277,7 @@ where
 }
 
 impl Desk {
-    /// Runs an exchange to its end, or until the time of all of them is over.
+    /// Runs an exchange to its end, or until the grace period of a shutdown has passed.
     async fn run<F, T>(&self, mut exchange: Metered<F>) -> Option<T>
     where
         F: Future<Output = Option<T>> + Unpin,
@@ -294,7 +296,7 @@ impl Desk {
         })
     }
 
-    /// Logs a connection that was passed on.
+    /// Logs a connection that was passed through.
     fn record_passed(&self, connection: &Connection, relay: &Relay, name: Option<&str>, passed: &Passed) {
         let Some(log) = &self.log else { return };
         let mut clock = Clock::start(Phase::Accept, connection.accepted);
@@ -320,7 +322,7 @@ impl Desk {
         log.record(&finished, &[]);
     }
 
-    /// Answers a connection that is not let in.
+    /// Responds to a connection that is not admitted.
     async fn turn_away(&self, io: Stream, listener: &Listener, ends: Ends, refusal: &'static Refusal) {
         let mut clock = Clock::start(Phase::Accept, Instant::now());
         self.record((listener, ends.peer), b"", refusal, &mut clock);
@@ -329,12 +331,13 @@ impl Desk {
     }
 }
 
-/// Who came to this listener, as the access log has it.
+/// The client of this listener, for the access log.
 fn client_of(listener: &Listener, peer: Option<SocketAddr>) -> Client<'_> {
     Client { listener: &listener.name, address: peer.map(|peer| peer.ip()), peer, ..Client::default() }
 }
 
-/// Answers in clear text, in little time: it reads what was sent, lest a reset overtakes the answer.
+/// Responds in clear text within a short time. Reads the received bytes, since a reset could otherwise overtake the
+/// response.
 async fn turn_away(mut io: Stream, refusal: &'static Refusal) {
     let answer = answer_http1(refusal, b"");
     let told = async {
@@ -347,7 +350,7 @@ async fn turn_away(mut io: Stream, refusal: &'static Refusal) {
     let _ = within(TURN_AWAY, NoClient::ItsIo, told).await;
 }
 
-/// One that is turned away and hears so.
+/// Counts a connection that is being told of the limit.
 struct Hearing<'d>(&'d AtomicUsize);
 
 impl<'d> Hearing<'d> {
@@ -363,17 +366,18 @@ impl Drop for Hearing<'_> {
     }
 }
 
-/// One connection from its first byte to its end, or until it turns out to be HTTP/2.
+/// One connection from its first byte to its end, or until it proves to be HTTP/2.
 struct Visit<P> {
     front: Arc<Front<P>>,
     connection: Arc<Connection>,
-    /// Where it is counted; one that a stream carries is counted with that of the stream.
+    /// The gauge of its state. A connection that a stream carries has none; its HTTP/2 connection is counted.
     state: Option<StateGauge>,
     shutdown: ShutdownWatch,
     served: u64,
 }
 
-/// When the header of an exchange began to come, and how long its connection had waited for it if it is the first.
+/// The time at which an exchange's header began to arrive, and, for the first exchange, the connection's wait before
+/// it.
 #[derive(Clone, Copy)]
 struct Arrival {
     accept: Option<Duration>,
@@ -415,7 +419,7 @@ where
         while self.park(&mut stream).await {
             self.served += 1;
             let (connection, lanes) = (self.connection.clone(), self.front.desk.lanes.clone());
-            // Boxed, so that a parked connection does not hold the room that an exchange needs.
+            // Boxed, so that a waiting connection does not hold the memory of an exchange.
             let exchange = Newcomer::new(Box::pin(self.exchange(stream)), connection, lanes).await;
             self.connection.settle();
             match exchange {
@@ -423,7 +427,7 @@ where
                 None => return,
             }
         }
-        // A stop waits until the client has the end of the last answer, or its time is over.
+        // A shutdown waits until the client has received the end of the last response, or its time has passed.
         let _inflight = self.front.desk.ending.inflight.enter();
         tokio::select! {
             () = stream.close() => {}
@@ -431,7 +435,7 @@ where
         }
     }
 
-    /// Waits for a request. `false`: there will be none.
+    /// Waits for a request. `false`: none will come.
     async fn park(&mut self, stream: &mut ClientStream) -> bool {
         self.enter(ConnectionState::Idle);
         let metrics = &self.front.desk.metrics;
@@ -443,7 +447,7 @@ where
         }
     }
 
-    /// Reads one header and runs its exchange. Gives the stream back if the connection is kept.
+    /// Reads one header and runs its exchange. Returns the stream if the connection is kept.
     async fn exchange(&mut self, mut stream: Box<ClientStream>) -> Option<Box<ClientStream>> {
         let header_since = Instant::now();
         let handshake = self.connection.handshake().map(|(_, took)| took).filter(|_| self.served == 1);
@@ -456,7 +460,7 @@ where
         match opening {
             Ok(Opening::Http1(request)) => self.proxy(stream, request, arrival).await,
             Ok(Opening::Http2) => {
-                // Its exchanges count for themselves.
+                // The exchanges on its streams are counted separately.
                 drop(inflight);
                 self.serve_http2(stream).await;
                 None
@@ -474,7 +478,7 @@ where
         }
     }
 
-    /// Runs the one exchange of a connection that a stream carries.
+    /// Runs the single exchange of a connection that a stream carries.
     async fn carried(&mut self, mut stream: Box<ClientStream>) {
         let (header_since, header_in) = (Instant::now(), worker::cycle_if_wanted());
         let arrival = Arrival { accept: None, handshake: None, header_since, header_in };
@@ -485,13 +489,13 @@ where
                     kept.close().await;
                 }
             }
-            // It speaks HTTP/1.1, and its header is here whole.
+            // It uses HTTP/1.1, and its header is complete.
             Ok(Opening::Http2 | Opening::Closed) => {}
             Err(refusal) => self.refuse(stream, refusal, arrival, inflight).await,
         }
     }
 
-    /// Answers a request that no session is made for.
+    /// Responds to a request without a session.
     async fn refuse(
         &self,
         mut stream: Box<ClientStream>,
@@ -502,7 +506,7 @@ where
         self.record(&stream, refusal, arrival);
         let answer = stream.inbox(|inbox| answer_http1(refusal, inbox));
         if stream.refuse(&answer).await {
-            // A stop does not wait until a client of half a header has taken it.
+            // A shutdown does not wait for a client that sent half a header.
             let _inflight = Some(inflight).filter(|_| refusal != &refusal::FINISH_SHUTDOWN);
             stream.farewell().await;
         }
@@ -532,7 +536,7 @@ where
         }
     }
 
-    /// Runs the exchange whose header is at hand.
+    /// Runs the exchange of the received header.
     async fn proxy(
         &self,
         mut stream: Box<ClientStream>,
@@ -546,7 +550,7 @@ where
         } else {
             metrics.http1_requests.inc()
         }
-        // While the gateway is about to stop, every answer is the last.
+        // Near a shutdown, every response is the last of its connection.
         let last = self.served >= listener.requests_max || self.front.desk.ending.is_near() || listener.is_leaving();
         if request.head.upgrades {
             return self.proxy_upgrade(stream, &request, request.head.closes || last, arrival).await;
@@ -560,7 +564,7 @@ where
         match stream.outcome() {
             Some(true) => Some(stream),
             Some(false) => {
-                // As between exchanges: what was sent last still reaches the client.
+                // As between exchanges, bytes already sent still reach the client.
                 tokio::select! {
                     () = stream.end() => {}
                     () = self.front.desk.ending.cut.told() => {}
@@ -577,7 +581,7 @@ where
         Begin { connection, accept, handshake, header_since, header_in, header_done, control }
     }
 
-    /// The same for a request that asks for another protocol: Pingora's own session can become a tunnel.
+    /// As [`Visit::proxy`], for a request that asks for another protocol: Pingora's own session can become a tunnel.
     async fn proxy_upgrade(
         &self,
         stream: Box<ClientStream>,
@@ -588,7 +592,7 @@ where
         let mut session = ServerSession::new_http1(stream);
         session.set_pipelined_prefix(BytesMut::from(&request.written[..]));
         session.set_keepalive(Some(0));
-        // Of several fields `Connection` Pingora sees the first.
+        // Pingora reads only the first of several `Connection` fields.
         session.set_keepalive_reuses_remaining(last.then_some(0));
 
         let session = sessions::of_pingora(session);
@@ -597,7 +601,7 @@ where
         stream.into_any().downcast::<ClientStream>().ok()
     }
 
-    /// Runs a connection of HTTP/2 to its end: the client's, ours at a stop, or that of its last request.
+    /// Serves an HTTP/2 connection until its end: by the client, by a shutdown, or by the limit of requests.
     async fn serve_http2(&mut self, stream: Box<ClientStream>) {
         let (last, ending) = watch::channel(false);
         self.connection.settle();
@@ -613,7 +617,7 @@ where
             desk.record((&connection.listener, connection.peer), b"", refusal, &mut clock);
         };
         let begin = |opened: http2::Opened| {
-            // The library counts a request no more once its client has given it up, though it is still wound up here.
+            // The library stops counting a request once the client has reset it, although it is still being ended here.
             let Some(active) = ActiveStream::enter(&http2) else {
                 match opened {
                     http2::Opened::Exchange(stream) => stream.control().reset(h2::Reason::REFUSED_STREAM),
@@ -621,7 +625,7 @@ where
                 }
                 return refuse(&refusal::HEADER_H2_STREAMS);
             };
-            // On whichever worker Pingora draws, so that one connection does not keep one of them busy.
+            // On a worker that Pingora draws, so that one connection does not occupy one worker.
             let worker = pingora_runtime::current_handle();
             match opened {
                 http2::Opened::Exchange(stream) => worker.spawn(active.exchange(stream, ending.clone())),
@@ -636,7 +640,7 @@ where
             _ = ended.wait_for(|ended| *ended) => {}
             () = http2.streams.idle(self.connection.listener.idle_timeout) => {}
         }
-        // GOAWAY. A stop waits until the client has the end of the last answer.
+        // Sends GOAWAY. A shutdown waits until the client has received the end of the last response.
         http2.end();
         let inflight = self.front.desk.ending.inflight.enter();
         let mut told = std::pin::pin!(progress.ended(|| http2.streams.active() > 0));
@@ -645,7 +649,7 @@ where
             () = &mut told => return,
             () = self.front.desk.ending.cut.told() => {}
         }
-        // Its time is over, but for the last words of exchanges, which count for themselves.
+        // The grace period has passed, except for the last bytes of exchanges, which are counted separately.
         drop(inflight);
         tokio::select! {
             _ = &mut serve => {}
@@ -659,11 +663,11 @@ where
     }
 }
 
-/// The whole answer of a refusal to the header that is at hand, for a connection that has no session yet.
+/// The complete response of a refusal to the received header, for a connection without a session.
 fn answer_http1(refusal: &'static Refusal, header: &[u8]) -> Vec<u8> {
     let (kind, body) = refusal.body(head::wants_json(header));
     let length = body.len();
-    // RFC 9110 §9.3.2: a client that asks for a header alone may take a body for its next answer.
+    // After a HEAD request, the client may take a body for its next response (RFC 9110 §9.3.2).
     let body = if head::request_line(header).0 == "HEAD" { "" } else { &body };
     let status = http::StatusCode::from_u16(refusal.status).unwrap_or(http::StatusCode::INTERNAL_SERVER_ERROR);
     let date = httpdate::fmt_http_date(SystemTime::now());
@@ -674,12 +678,12 @@ fn answer_http1(refusal: &'static Refusal, header: &[u8]) -> Vec<u8> {
     .into_bytes()
 }
 
-/// One HTTP/2 connection: every stream passes here on its way to the proxy.
+/// One HTTP/2 connection: each of its streams passes here on its way to the proxy.
 struct Http2<P> {
     front: Arc<Front<P>>,
     connection: Arc<Connection>,
     streams: Streams,
-    /// Says that no further stream is to be taken (GOAWAY), and that the connection closes once all have ended.
+    /// Signals that no further stream is accepted (GOAWAY), and that the connection closes once all have ended.
     last: watch::Sender<bool>,
 }
 
@@ -688,7 +692,7 @@ struct Streams {
     begin: Instant,
     opened: AtomicU64,
     active: AtomicUsize,
-    /// When the last one ended, in milliseconds after `begin`.
+    /// Time at which the last stream ended, in milliseconds after `begin`.
     quiet_since_ms: AtomicU64,
 }
 
@@ -715,15 +719,15 @@ impl Streams {
     }
 }
 
-/// One stream of HTTP/2 that has not ended.
+/// One HTTP/2 stream that has not ended.
 struct ActiveStream<P> {
     http2: Arc<Http2<P>>,
-    /// How many there have been on its connection, with it.
+    /// The number of the stream on its connection, from 1.
     number: u64,
 }
 
 impl<P> ActiveStream<P> {
-    /// Counts one in, unless there are as many as there may be.
+    /// Counts a stream, unless the limit is reached.
     fn enter(http2: &Arc<Http2<P>>) -> Option<Self> {
         let (streams, most) = (&http2.streams, http2.connection.listener.streams_max);
         let more = |active: usize| (active < most).then_some(active + 1);
@@ -744,13 +748,12 @@ impl<P> Drop for ActiveStream<P> {
 
 impl<P> Http2<P> {
     fn end(&self) {
-        // An error would mean that the connection has ended already.
+        // An error means that the connection has already ended.
         let _ = self.last.send(true);
     }
 
-    /// Ends when the client is to go on elsewhere because the gateway is about to stop, or the listener is gone. A
-    /// connection that is used for the first time only now is told so with its first stream: told earlier, it would be
-    /// of no use.
+    /// Ends when the client must open another connection, because of a shutdown or because the listener was removed. An
+    /// unused connection is told only after its first stream: told earlier, it would be useless.
     async fn is_to_move(&self) {
         let mut stopping = self.front.desk.ending.stopping.clone();
         tokio::select! {
@@ -787,7 +790,7 @@ where
         desk.run(Metered::new(Introduced::new(begin, Box::pin(driver.run(session, &ending))))).await;
     }
 
-    /// Lets Pingora run the exchange of a connection that one stream carries.
+    /// Runs the exchange of a connection that one stream carries.
     async fn carry(self, carried: http2::websocket::Carried, ending: ShutdownWatch) {
         let http2 = &self.http2;
         let listener = &http2.connection.listener;
@@ -797,7 +800,7 @@ where
         let connection = Connection::carried(&http2.connection);
         let http2::websocket::Carried { head, io } = carried;
         let stream = Box::new(ClientStream::begun(Box::new(io), head, connection.clone()));
-        // Its answer, or what follows a 101, is the last of it.
+        // Its response, or the bytes after a 101, are its last.
         let (front, served) = (http2.front.clone(), u64::MAX);
         let mut visit = Visit { front, connection, state: None, shutdown: ending, served };
         visit.carried(stream).await;

@@ -1,7 +1,7 @@
-//! Takes connections from the kernel: one task for each listening socket, on a worker.
+//! Accepts connections from the kernel: one task per listening socket, on a worker.
 //!
-//! A socket outlives the listener that is written for it: when the configuration changes, connections that come in from
-//! then on are those of the listener as it is written now.
+//! A socket outlives the configuration of its listener: after a change, new connections belong to the listener as
+//! currently configured.
 
 use std::io;
 use std::net::SocketAddr;
@@ -23,47 +23,47 @@ use super::connection::Listener;
 use super::driver::Driven;
 use super::lane::Door;
 
-/// How long accepting rests when the system cannot give a connection: it would say so again at once.
+/// Pause after the system could not provide a connection: the next attempt would fail at once.
 const REST: Duration = Duration::from_millis(100);
 
-/// A listening socket, and whose its connections are.
+/// A listening socket and its current listener.
 pub struct Acceptor {
     listener: ArcSwap<Listener>,
-    /// `None` once its task has it.
+    /// `None` once the task has the socket.
     socket: Mutex<Option<OwnedFd>>,
-    /// The same socket, for a process that takes over. It is closed with the other one, or clients would wait in vain.
+    /// A duplicate for a process that takes over. It is closed together with the socket, or clients would wait in vain.
     duplicate: Mutex<Option<OwnedFd>>,
     close: watch::Sender<Closing>,
-    /// The file of a unix socket.
+    /// The file of a Unix socket.
     file: Option<PathBuf>,
 }
 
-/// What becomes of a socket.
+/// The state of a socket.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Closing {
     /// Connections are accepted.
     Open,
-    /// It is closed once those are served who have connected.
+    /// The socket closes after the clients that have connected are accepted.
     Ends,
-    /// Another process accepts them, also those that wait now.
+    /// Another process accepts the connections, including waiting ones.
     HandedOver,
 }
 
 /// A listening socket that a runtime watches.
 pub enum Open {
-    /// Of TCP.
+    /// A TCP socket.
     Tcp(tokio::net::TcpListener),
-    /// A unix socket.
+    /// A Unix socket.
     Unix(tokio::net::UnixListener),
 }
 
 impl Acceptor {
-    /// One for this socket, which is bound, listens and does not block. Its connections are those of this listener. The
-    /// file of a unix socket is removed if nothing is ever accepted on it.
+    /// Creates an acceptor for a bound, listening and non-blocking socket, whose connections belong to this listener.
+    /// The file of a Unix socket is removed if the socket is never used.
     ///
     /// # Errors
     ///
-    /// The system has no further descriptor.
+    /// If no file descriptor is left.
     pub fn new(socket: OwnedFd, listener: Arc<Listener>, file: Option<PathBuf>) -> io::Result<Arc<Acceptor>> {
         let (close, _) = watch::channel(Closing::Open);
         let duplicate = Mutex::new(Some(socket.try_clone()?));
@@ -71,37 +71,37 @@ impl Acceptor {
         Ok(Arc::new(Acceptor { listener: ArcSwap::new(listener), socket, duplicate, close, file }))
     }
 
-    /// Whose connections come in now.
+    /// The listener of new connections.
     pub fn listener(&self) -> Arc<Listener> {
         self.listener.load_full()
     }
 
-    /// Connections that come in from now on are those of this listener.
+    /// Sets the listener of new connections.
     pub fn set_listener(&self, listener: Arc<Listener>) {
         self.listener.store(listener);
     }
 
-    /// Has the socket closed, once those are served who had connected before.
+    /// Closes the socket after the clients that have connected are accepted.
     pub fn close(&self) {
         self.close.send_replace(Closing::Ends);
     }
 
-    /// Another process accepts the connections from now on, those that wait among them.
+    /// Leaves all further connections, including waiting ones, to another process.
     pub fn give_up(&self) {
         self.close.send_replace(Closing::HandedOver);
     }
 
-    /// The socket once more, for another process; `None` if it is closed.
+    /// A duplicate of the socket for another process; `None` if it is closed.
     ///
     /// # Errors
     ///
-    /// The system has no further descriptor.
+    /// If no file descriptor is left.
     pub fn duplicate(&self) -> io::Result<Option<OwnedFd>> {
         let duplicate = self.duplicate.lock().unwrap_or_else(PoisonError::into_inner);
         duplicate.as_ref().map(OwnedFd::try_clone).transpose()
     }
 
-    /// Accepts connections and hands them to `front` until the socket is to be closed, or `stop` says so.
+    /// Accepts connections and passes them to `front` until the socket is closed or `stop` signals a shutdown.
     pub async fn run<P>(self: Arc<Self>, front: Arc<Front<P>>, door: Arc<Door>, mut stop: ShutdownWatch)
     where
         P: Driven + Send + Sync + 'static,
@@ -141,7 +141,7 @@ impl Acceptor {
         if *closed.borrow() == Closing::HandedOver {
             return;
         }
-        // Clients that have connected already must not be reset.
+        // Clients that have already connected must not be reset.
         while let Ok(Some(stream)) = open.accept_waiting() {
             self.hand_over(stream, &front, &stop);
         }
@@ -162,29 +162,29 @@ impl Acceptor {
             tracing::debug!(%error, "a connection that was accepted is gone");
             return;
         }
-        // It has no buffers: `client::stream` gathers writes itself, and gives its own back between requests.
+        // Without buffers: `client::stream` gathers writes itself, and frees its buffers between requests.
         let (front, listener, stop) = (front.clone(), self.listener(), stop.clone());
         pingora_runtime::current_handle().spawn(async move { front.receive(Box::new(stream), &listener, &stop).await });
     }
 }
 
 impl Drop for Acceptor {
-    /// A configuration that was tried and not put on leaves nothing behind.
+    /// A configuration that was checked but not applied leaves no file behind.
     fn drop(&mut self) {
         let unused = self.socket.get_mut().unwrap_or_else(PoisonError::into_inner).take();
         if let (Some(_), Some(file)) = (unused, &self.file) {
-            // The receiver may be gone already.
+            // The file may already be removed.
             let _ = std::fs::remove_file(file);
         }
     }
 }
 
 impl Open {
-    /// Has the runtime of this thread watch a socket that listens and does not block.
+    /// Registers a listening, non-blocking socket with this thread's runtime.
     ///
     /// # Errors
     ///
-    /// The runtime cannot watch it.
+    /// If the runtime cannot watch it.
     pub fn new(socket: OwnedFd, unix: bool) -> io::Result<Open> {
         Ok(match unix {
             true => Open::Unix(tokio::net::UnixListener::from_std(socket.into())?),
@@ -192,11 +192,11 @@ impl Open {
         })
     }
 
-    /// The next connection.
+    /// Waits for the next connection.
     ///
     /// # Errors
     ///
-    /// What accept(2) says.
+    /// The error of accept(2).
     pub async fn accept(&self) -> io::Result<Stream> {
         Ok(match self {
             Open::Tcp(socket) => {
@@ -207,7 +207,7 @@ impl Open {
         })
     }
 
-    /// One that waits already, if any does. It asks the kernel: the runtime may not have heard of it yet.
+    /// A connection that is already waiting, if any. It asks the kernel, since the runtime may not know of it yet.
     fn accept_waiting(&self) -> io::Result<Option<Stream>> {
         let accepted = match self {
             Open::Tcp(socket) => SockRef::from(socket).accept(),
@@ -226,18 +226,18 @@ impl Open {
     }
 }
 
-/// Notes who connected, which cannot be asked of a connection that is gone again.
+/// Stores the peer's address, which is not available after the connection has closed.
 fn with_digest(mut stream: Stream, peer: Option<SocketAddr>) -> Stream {
     let digest = SocketDigest::from_raw_fd(stream.as_raw_fd());
     if let Some(peer) = peer {
-        // It was made just now and holds none.
+        // The new digest has no address yet.
         let _ = digest.peer_addr.set(Some(peer.into()));
     }
     stream.set_socket_digest(digest);
     stream
 }
 
-/// Whether what the system lacks for one connection it lacks for the next as well (accept(2)).
+/// Whether the error is a shortage that also affects the next connection (accept(2)).
 fn is_shortage(error: &io::Error) -> bool {
     matches!(error.raw_os_error(), Some(libc::EMFILE | libc::ENFILE | libc::ENOBUFS | libc::ENOMEM))
 }

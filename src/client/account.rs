@@ -1,8 +1,9 @@
-//! What each client address has of what all clients share: connections, requests under way, and what is held for it.
+//! The share of each client address in shared resources: connections, active requests, and held bytes.
 //!
-//! An address of IPv4 is one client, and so is a network of IPv6 ([`ClientPrefix`]): a client that has one address of
-//! it has all. A connection looks its account up once and keeps it; an account ends with the last that keeps it.
-//! Addresses that speak for many clients have none: trusted proxies, and unix sockets, which have no address at all.
+//! One IPv4 address is one client, and so is one IPv6 network ([`ClientPrefix`]): a client with one of its addresses
+//! usually has all of them. A connection looks its account up once and keeps it; an account is freed with its last
+//! holder. Addresses that act for many clients have no account: trusted proxies, and Unix sockets, which have no
+//! address.
 
 use std::collections::HashMap;
 use std::fmt;
@@ -18,22 +19,22 @@ use super::budget::Held;
 use crate::config::address::{ClientPrefix, Proxy};
 use crate::metrics::Direction;
 
-/// Locks among which accounts are spread, so that workers rarely meet at one.
+/// Number of locks that share the accounts, so that workers rarely contend.
 const SHARDS: usize = 16;
 
-/// The accounts of all clients that are here.
+/// The accounts of all connected clients.
 pub struct Accounts {
     terms: ArcSwap<Terms>,
-    /// How many listeners there have been at most, by their numbers.
+    /// Highest number of listeners so far.
     listeners: AtomicUsize,
     shards: [Mutex<HashMap<IpAddr, Weak<Account>>>; SHARDS],
     seed: RandomState,
 }
 
-/// Who is one client, and who is none.
+/// The rules for which addresses are one client, and which have no account.
 struct Terms {
     prefix: ClientPrefix,
-    /// Those who speak for many clients.
+    /// Addresses that act for many clients.
     exempt: Vec<IpNet>,
 }
 
@@ -48,25 +49,24 @@ impl Terms {
 }
 
 impl Accounts {
-    /// None yet. `listeners` is their number; each has limits of its own; addresses of `exempt` proxies have
-    /// no account.
+    /// Creates an empty set. Each of the `listeners` has its own limits; addresses of `exempt` proxies have no account.
     pub fn new(prefix: ClientPrefix, exempt: &[Proxy], listeners: usize) -> Arc<Self> {
         let terms = ArcSwap::from_pointee(Terms::new(prefix, exempt));
         let shards = std::array::from_fn(|_| Mutex::default());
         Arc::new(Accounts { terms, listeners: AtomicUsize::new(listeners), shards, seed: RandomState::new() })
     }
 
-    /// Who is one client, and who is none, from now on; connections that are there keep their accounts.
+    /// Changes the rules; existing connections keep their accounts.
     pub fn set_terms(&self, prefix: ClientPrefix, exempt: &[Proxy]) {
         self.terms.store(Arc::new(Terms::new(prefix, exempt)));
     }
 
-    /// There is a listener of this number.
+    /// Announces a listener with this number.
     pub fn has_listener(&self, number: usize) {
         self.listeners.fetch_max(number + 1, Ordering::Relaxed);
     }
 
-    /// The account of the client at this address; `None` if that speaks for many.
+    /// The account of the client at this address; `None` if the address acts for many clients.
     pub fn of(self: &Arc<Self>, address: IpAddr) -> Option<Arc<Account>> {
         let address = address.to_canonical();
         let terms = self.terms.load();
@@ -85,7 +85,7 @@ impl Accounts {
         Some(account)
     }
 
-    /// How many there are.
+    /// Number of accounts.
     pub fn count(&self) -> usize {
         self.shards.iter().map(|shard| lock(shard).len()).sum()
     }
@@ -95,19 +95,19 @@ impl Accounts {
     }
 }
 
-/// Taken once by each connection at either end, and held for one look-up.
+/// Each connection locks at its start and at its end, for one look-up.
 fn lock<T>(shard: &Mutex<T>) -> MutexGuard<'_, T> {
     shard.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// What one client has.
+/// The resources that one client uses.
 pub struct Account {
     client: IpAddr,
-    /// At each listener that there was when it was opened.
+    /// Counts for each listener that existed when the account was opened.
     tallies: Box<[Tally]>,
-    /// At those that were added since, by their numbers; held for a look-up.
+    /// Counts for listeners added since, by number; locked for a look-up.
     more: Mutex<Vec<(usize, Arc<Tally>)>>,
-    /// Of its bodies, by their direction.
+    /// Held body bytes, by direction.
     held: [Held; 2],
     accounts: Arc<Accounts>,
 }
@@ -119,24 +119,24 @@ struct Tally {
     requests: AtomicU64,
 }
 
-/// What is limited for each client at a listener.
+/// A resource that is limited per client and listener.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Quota {
-    /// Connections that are open.
+    /// Open connections.
     Connections,
-    /// TLS handshakes under way.
+    /// TLS handshakes in progress.
     Handshakes,
-    /// Requests under way.
+    /// Active requests.
     Requests,
 }
 
 impl Account {
-    /// Whose it is: the first address of the network that is one client.
+    /// The client: the first address of its network.
     pub fn client(&self) -> IpAddr {
         self.client
     }
 
-    /// Counts one more at the listener of this number; `None` if there are `most` already.
+    /// Counts one more use at the listener of this number; `None` if the limit `most` is reached.
     pub fn enter(self: &Arc<Self>, what: Quota, listener: usize, most: u64) -> Option<Counting> {
         let more = |count: u64| (count < most).then_some(count + 1);
         let entered =
@@ -144,12 +144,12 @@ impl Account {
         entered.then(|| Counting { account: self.clone(), what, listener })
     }
 
-    /// What spools hold of its bodies.
+    /// Bytes of the client's bodies that spools hold.
     pub(super) fn held(&self, direction: Direction) -> &Held {
         &self.held[direction as usize]
     }
 
-    /// How many are counted at all listeners.
+    /// Number of uses at all listeners.
     pub fn count(&self, what: Quota) -> u64 {
         let count = |tally: &Tally| tally.of(what).load(Ordering::Relaxed);
         let more: u64 = lock(&self.more).iter().map(|(_, tally)| count(tally)).sum();
@@ -191,14 +191,14 @@ impl fmt::Debug for Account {
 impl Drop for Account {
     fn drop(&mut self) {
         let mut accounts = self.accounts.shard(self.client);
-        // Another one may have been opened since the last that kept this one was dropped.
+        // Another account may have been opened after the last holder of this one was dropped.
         if accounts.get(&self.client).is_some_and(|known| known.strong_count() == 0) {
             accounts.remove(&self.client);
         }
     }
 }
 
-/// One that is counted until this is dropped.
+/// One counted use; released on drop.
 pub struct Counting {
     account: Arc<Account>,
     what: Quota,
@@ -206,7 +206,7 @@ pub struct Counting {
 }
 
 impl Counting {
-    /// The account in which it is counted.
+    /// The account of this use.
     pub fn account(&self) -> &Arc<Account> {
         &self.account
     }

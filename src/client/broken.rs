@@ -1,8 +1,8 @@
-//! Finds out that a connection is broken while nobody reads from it.
+//! Detects a broken connection that is not being read.
 //!
-//! A client that has closed its sending side, or has sent the beginning of its next request, is not read any more, and
-//! the kernel tells of a reset only those who read or write. So the state of the socket is looked at in intervals. That
-//! costs neither a descriptor nor a thread, and only those connections that cannot be watched by reading.
+//! Forebay stops reading from a client that has closed its sending side or has sent bytes of its next request. The
+//! kernel reports a reset only to readers and writers, so the state of the socket is checked periodically. This needs
+//! no descriptor and no thread, and applies only to connections that a read cannot watch.
 
 use std::io;
 use std::os::fd::RawFd;
@@ -12,24 +12,24 @@ use std::time::{Duration, Instant};
 use crate::net;
 use crate::party::wait::Timer;
 
-/// How often is looked. An endpoint works for a client that is gone for no longer than this.
+/// Interval of the check: the maximum time for which an endpoint works for a client that has left.
 const INTERVAL: Duration = Duration::from_millis(250);
 
-/// What shows that a client has left, besides a connection that is broken.
+/// The events that count as the client's leaving, in addition to a broken connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Leaving {
-    /// Nothing, not even that both directions have ended: what the client has sent before is still to be passed on.
+    /// None, not even the end of both directions: earlier bytes of the client must still be passed on.
     Reset,
-    /// Nothing: a client that has only closed its sending side waits for an answer.
+    /// None: a client that has only closed its sending side waits for a response.
     Broken,
-    /// The end of its sending side, if fewer unread bytes than this come before it: some of its request will never
-    /// come. 0: not even then.
+    /// The end of its sending side, if fewer unread bytes than this precede it: part of its request is missing. 0:
+    /// never.
     Short(u64),
-    /// The end of its sending side, whatever is unread before it.
+    /// The end of its sending side in every case.
     Ended,
 }
 
-/// A look at a socket that is repeated. Costs nothing until it is first polled.
+/// A periodic check of a socket. It costs nothing before its first poll.
 #[derive(Default)]
 pub struct Look {
     timer: Timer,
@@ -37,13 +37,13 @@ pub struct Look {
 }
 
 impl Look {
-    /// Ready, with an error, once the client has left: its connection was reset, or nothing can be received and nothing
-    /// be sent, or it has ended its sending side and that counts as `leaving`.
+    /// Ready with an error once the client has left: its connection was reset, or both directions have ended, or it has
+    /// ended its sending side and `leaving` counts this.
     pub fn poll(&mut self, cx: &mut Context<'_>, socket: RawFd, leaving: Leaving) -> Poll<io::Error> {
         self.poll_or(cx, socket, leaving, || false)
     }
 
-    /// The same, also once this finds out that it has, which is asked with each look.
+    /// As [`Look::poll`], and also ready once the additional check returns true, which runs with each look.
     pub fn poll_or(
         &mut self,
         cx: &mut Context<'_>,
@@ -65,7 +65,7 @@ impl Look {
 
 /// Whether the client of a connection has left.
 fn has_left(socket: RawFd, leaving: Leaving) -> bool {
-    // An error and the end of both directions are told whatever is asked for.
+    // The kernel always reports errors and the end of both directions.
     let ends = matches!(leaving, Leaving::Short(1..) | Leaving::Ended);
     let found = net::events(socket, if ends { libc::POLLRDHUP } else { 0 });
     let broken = if leaving == Leaving::Reset { libc::POLLERR } else { libc::POLLERR | libc::POLLHUP };
@@ -76,8 +76,8 @@ fn has_left(socket: RawFd, leaving: Leaving) -> bool {
     found & broken != 0 || found & libc::POLLRDHUP != 0 && ended()
 }
 
-/// All that can be read before the end of a connection. `None`: the client has not ended its sending side, or there are
-/// more bytes than `most`.
+/// All bytes that can be read before the end of a connection. `None`: the client has not ended its sending side, or
+/// there are more bytes than `most`.
 pub(super) fn unread_before_end(socket: RawFd, most: usize) -> Option<Vec<u8>> {
     if net::events(socket, libc::POLLRDHUP) & libc::POLLRDHUP == 0 {
         return None;
@@ -104,7 +104,7 @@ mod tests {
         (client, server)
     }
 
-    /// Waits for something of the other side to arrive.
+    /// Waits until bytes of the other side arrive.
     fn arrives(server: &TcpStream) {
         let mut asked = libc::pollfd { fd: server.as_raw_fd(), events: libc::POLLIN | libc::POLLRDHUP, revents: 0 };
         // SAFETY: as above.

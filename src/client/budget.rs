@@ -1,16 +1,15 @@
-//! What all spools together may hold in memory and on disk, and what is done when memory runs short.
+//! The limits of all spools together in memory and on disk, and the reactions when memory runs short.
 //!
-//! A spool owns a [`Share`] and tells it of every byte that it takes or lets go; the sums stand in the [`Budget`]. As
-//! memory fills, three rungs are climbed. *Spill*, from three quarters: spools keep nothing new in memory that they
-//! could write to disk. *Pause*, from fifteen sixteenths: no spool takes more until something was released. *Shed*,
-//! from the limit, which first pieces can still fill: new exchanges are turned away, which is the proxy's to do.
+//! A spool owns a [`Share`] and reports every byte that it takes or releases; the [`Budget`] has the sums. There are
+//! three steps as memory fills. *Spill*, from three quarters: spools keep no new bytes in memory that they could write
+//! to disk. *Pause*, from fifteen sixteenths: spools take no more bytes until some are released. *Shed*, from the
+//! limit, which first pieces can still reach: new exchanges are refused by the proxy.
 //!
-//! Of all this, answers may have a share, so that something is left for uploads, and each client may have a share in
-//! each direction. The first two rungs hold within these shares as well; of the disk, [`shares`](super::shares) says
-//! who gets more.
+//! Responses may be limited to a part of all this, so that some is left for uploads, and each client to a part in each
+//! direction. The first two steps apply within these parts, too; [`shares`](super::shares) divides the disk.
 //!
-//! Every piece that passes a spool comes by here twice, so this is a few atomics: no lock and no clock. A lock is taken
-//! only when somebody pauses.
+//! Every piece in a spool passes here twice, so an update is a few atomic operations, without lock or clock. Only a
+//! pause takes a lock.
 
 use std::pin::Pin;
 use std::sync::Arc;
@@ -24,33 +23,33 @@ use super::account::Account;
 use super::shares::{Denial, InUse, Store};
 use crate::metrics::{Direction, SpoolMetrics};
 
-/// A future to be kept in what Pingora wants to be `Sync`.
+/// A future for structures that must be `Sync` for Pingora.
 pub type Wait<T> = Pin<Box<dyn Future<Output = T> + Send + Sync>>;
 
-/// What there is to share, and what is done when it runs short.
+/// The shared resources, and the steps in use.
 #[derive(Clone, Debug)]
 pub struct Resources {
-    /// Bytes that spools may hold in memory.
+    /// Maximum number of bytes that spools hold in memory.
     pub memory: u64,
-    /// Bytes that their files may have.
+    /// Maximum number of bytes in spool files.
     pub disk: u64,
-    /// How many files they may have.
+    /// Maximum number of spool files.
     pub files: u64,
-    /// Of memory and disk, as a ratio, what answers may have together.
+    /// Part of memory and disk that all responses together may use, as a ratio.
     pub answers: f64,
-    /// Of what all in one direction may have, as a ratio, what those of one client may have.
+    /// Part of a direction's limit that one client may use, as a ratio.
     pub client: f64,
-    /// Whether the rung spill is used.
+    /// Whether step spill is used.
     pub spill: bool,
-    /// Whether the rung pause is used.
+    /// Whether step pause is used.
     pub pause: bool,
-    /// Whether the rung shed is used.
+    /// Whether step shed is used.
     pub shed: bool,
-    /// How long a spool may be made to wait for memory.
+    /// Maximum time for which a spool waits for memory.
     pub pause_max: Duration,
 }
 
-/// From how many bytes on the first two rungs hold; never reached if one is not used.
+/// Number of bytes from which the first two steps apply; unreachable if a step is not used.
 #[derive(Clone, Copy, Debug)]
 struct Rungs {
     spill_at: u64,
@@ -58,7 +57,7 @@ struct Rungs {
 }
 
 impl Rungs {
-    /// Those of something that is full at `limit`. With nothing in use no rung holds, however small the limit.
+    /// The steps of a pool with this limit. No step applies to an empty pool, however small the limit.
     fn of(limit: u64, resources: &Resources) -> Self {
         let full_at = if resources.pause { limit - limit / 16 } else { limit };
         let spill_at = if resources.spill { (limit - limit / 4).max(1) } else { u64::MAX };
@@ -66,13 +65,13 @@ impl Rungs {
     }
 }
 
-/// Bytes in memory, and those who wait that there are fewer.
+/// Bytes in memory, and the spools that wait for a release.
 #[derive(Default)]
 pub struct Pool {
     used: AtomicU64,
-    /// Spools that wait for memory.
+    /// Number of spools that wait for memory.
     paused: AtomicUsize,
-    /// Wakes one that waits; it wakes the next.
+    /// Wakes one waiter, which wakes the next.
     turn: Notify,
 }
 
@@ -81,23 +80,24 @@ impl Pool {
         self.used.load(Ordering::Relaxed)
     }
 
-    /// As `used`, in one order with what those do who free memory: either they see us wait, or we see what they freed.
+    /// As `used`, but sequentially consistent with those that release memory: either they see the waiter, or the waiter
+    /// sees the release.
     fn is_full_for_certain(&self, rungs: Rungs) -> bool {
         self.used.load(Ordering::SeqCst) >= rungs.full_at
     }
 
-    /// Gives the turn to one of those who wait if there is room for it.
+    /// Wakes one waiter if there is room.
     fn wake(&self, rungs: Rungs) {
         if self.paused.load(Ordering::SeqCst) > 0 && self.used() < rungs.full_at {
             self.turn.notify_one();
         }
     }
 
-    /// Ends when there is room; then the next has its turn.
+    /// Ends when there is room; then wakes the next waiter.
     async fn room(&self, rungs: Rungs) {
         let waiting = Waiting::enter(&self.paused);
         while self.is_full_for_certain(rungs) {
-            // A turn that is given to a future which is dropped passes to the next.
+            // If a woken future is dropped, its turn passes to the next.
             self.turn.notified().await;
         }
         drop(waiting);
@@ -105,7 +105,7 @@ impl Pool {
     }
 }
 
-/// Counts one that waits at a pool.
+/// Counts a waiter of a pool.
 struct Waiting<'p>(&'p AtomicUsize);
 
 impl<'p> Waiting<'p> {
@@ -121,7 +121,7 @@ impl Drop for Waiting<'_> {
     }
 }
 
-/// What the spools of one client hold in one direction.
+/// The bytes that one client's spools hold in one direction.
 #[derive(Default)]
 pub struct Held {
     memory: Pool,
@@ -129,12 +129,12 @@ pub struct Held {
     files: AtomicU64,
 }
 
-/// What all spools together hold.
+/// The limits and the sums of all spools.
 pub struct Budget {
     resources: Resources,
     all: Rungs,
     answers: Rungs,
-    /// Of each direction.
+    /// Per direction.
     client: [Rungs; 2],
     shed_at: u64,
     memory: Pool,
@@ -149,7 +149,7 @@ pub struct Budget {
 }
 
 impl Budget {
-    /// A budget of which nothing is used yet.
+    /// Creates an unused budget.
     pub fn new(resources: Resources, metrics: SpoolMetrics) -> Arc<Self> {
         let limit = resources.memory;
         metrics.memory_limit.set(signed(limit));
@@ -161,7 +161,7 @@ impl Budget {
             all: Rungs::of(limit, &resources),
             answers: Rungs::of(answers, &resources),
             client,
-            // As for the other rungs: an empty budget turns nobody away.
+            // As for the other steps: an empty budget refuses no exchange.
             shed_at: if resources.shed { limit.max(1) } else { u64::MAX },
             memory: Pool::default(),
             answers_memory: Pool::default(),
@@ -181,32 +181,32 @@ impl Budget {
         self.memory.used()
     }
 
-    /// Bytes that files have grown to.
+    /// Total size of the spool files, in bytes.
     pub fn disk(&self) -> u64 {
         self.disk.load(Ordering::Relaxed)
     }
 
-    /// Whether new exchanges should be turned away. Say so with [`Budget::count_shed`].
+    /// Whether new exchanges should be refused. Report each with [`Budget::count_shed`].
     pub fn sheds(&self) -> bool {
         self.memory() >= self.shed_at
     }
 
-    /// How many clients are waited for in this direction.
+    /// The gauge of clients that are waited for in this direction.
     pub fn slow(&self, direction: Direction) -> &IntGauge {
         &self.metrics.slow[direction as usize]
     }
 
-    /// How long one may be made to wait for memory; not at all without the rung pause.
+    /// Maximum wait for memory; zero if step pause is not used.
     pub fn pause_max(&self) -> Duration {
         if self.resources.pause { self.resources.pause_max } else { Duration::ZERO }
     }
 
-    /// Counts an exchange that was turned away.
+    /// Counts a refused exchange.
     pub fn count_shed(&self) {
         self.metrics.shed.times.inc();
     }
 
-    /// Counts a write to disk that only pressure caused.
+    /// Counts a write to disk that only memory pressure caused.
     pub fn count_spill(&self) {
         self.metrics.spill.times.inc();
     }
@@ -241,7 +241,7 @@ impl Budget {
     }
 }
 
-/// Counts one that waits for memory.
+/// Counts a spool that waits for memory.
 struct Pausing<'a>(&'a SpoolMetrics);
 
 impl<'a> Pausing<'a> {
@@ -258,7 +258,7 @@ impl Drop for Pausing<'_> {
     }
 }
 
-/// On whose account something is held.
+/// The owner of held bytes.
 #[derive(Clone)]
 struct Owner {
     budget: Arc<Budget>,
@@ -267,12 +267,12 @@ struct Owner {
 }
 
 impl Owner {
-    /// What the client holds in this direction; `None` if it has no account.
+    /// The client's held bytes in this direction; `None` if it has no account.
     fn held(&self) -> Option<&Held> {
         self.account.as_ref().map(|account| account.held(self.direction))
     }
 
-    /// All pools that the memory of this owner is in besides that of all.
+    /// The owner's pools, except the pool of all spools.
     fn narrower(&self) -> impl Iterator<Item = (&Pool, Rungs)> {
         let Owner { budget, direction, .. } = self;
         let answers = (*direction == Direction::Response).then_some((&budget.answers_memory, budget.answers));
@@ -297,7 +297,7 @@ impl Owner {
         }
     }
 
-    /// Takes so many bytes of disk for one that has `spool` already, and a file if it has none.
+    /// Takes bytes of disk for a spool that already has `spool` bytes, and a file if it has none.
     fn grow_disk(&self, bytes: u64, spool: u64) -> Result<(), Denial> {
         let Owner { budget, direction, .. } = self;
         let load = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
@@ -325,7 +325,7 @@ impl Owner {
         Ok(())
     }
 
-    /// Lets go of the disk of one file.
+    /// Releases the disk of one file.
     fn shrink_disk(&self, bytes: u64) {
         self.budget.disk.fetch_sub(bytes, Ordering::Relaxed);
         self.budget.files.fetch_sub(1, Ordering::Relaxed);
@@ -335,7 +335,7 @@ impl Owner {
         }
     }
 
-    /// What counts the disk and the files of this owner besides those of all.
+    /// The owner's counters for disk and files, except those of all spools.
     fn narrower_disk(&self) -> impl Iterator<Item = (&AtomicU64, &AtomicU64)> {
         let Owner { budget, direction, .. } = self;
         let answers = (*direction == Direction::Response).then_some((&budget.answers_disk, &budget.answers_files));
@@ -343,7 +343,7 @@ impl Owner {
     }
 }
 
-/// Adds so much to what is counted, if that is admitted.
+/// Adds `more` to a counter if `admits` permits it.
 fn take(counter: &AtomicU64, more: u64, admits: impl Fn(u64) -> Result<(), Denial>) -> Result<(), Denial> {
     let mut count = counter.load(Ordering::Relaxed);
     loop {
@@ -355,7 +355,7 @@ fn take(counter: &AtomicU64, more: u64, admits: impl Fn(u64) -> Result<(), Denia
     }
 }
 
-/// What one spool holds of the budget; dropping it lets go of everything.
+/// The part of the budget that one spool holds; released on drop.
 pub struct Share {
     owner: Owner,
     memory: u64,
@@ -363,13 +363,13 @@ pub struct Share {
 }
 
 impl Share {
-    /// A share of nothing yet, on the account of a client if it has one.
+    /// Creates an empty share, on the account of a client if it has one.
     pub fn new(budget: &Arc<Budget>, direction: Direction, account: Option<&Arc<Account>>) -> Self {
         let owner = Owner { budget: budget.clone(), direction, account: account.cloned() };
         Share { owner, memory: 0, disk: 0 }
     }
 
-    /// Another share of the same owner, of nothing yet.
+    /// Creates another empty share of the same owner.
     pub fn another(&self) -> Self {
         self.part(0, 0)
     }
@@ -388,28 +388,28 @@ impl Share {
         self.disk
     }
 
-    /// Whether nothing new should be kept in memory that could be written to disk.
+    /// Whether bytes that could be written to disk should not be kept in memory.
     pub fn spills(&self) -> bool {
         self.owner.pools().any(|(pool, rungs)| pool.used() >= rungs.spill_at)
     }
 
-    /// Whether as much memory is used that its owner may take no more. Without the rung pause that is all of it, and
-    /// one does not wait, see [`Budget::pause_max`].
+    /// Whether the owner may take no more memory. Without step pause this is the full limit, and there is no wait, see
+    /// [`Budget::pause_max`].
     pub fn is_full(&self) -> bool {
         self.owner.is_full()
     }
 
-    /// Whether its client has all the memory that one may have.
+    /// Whether the client has reached its own limit of memory.
     pub fn is_client_full(&self) -> bool {
         let rungs = self.owner.budget.client[self.owner.direction as usize];
         self.owner.held().is_some_and(|held| held.memory.used() >= rungs.full_at)
     }
 
-    /// Ends when there is memory: at once if there is. Counts as a pause from its first poll until it is over or
-    /// dropped.
+    /// Ends when memory is available, at once if it already is. Counts as a pause from its first poll until it ends or
+    /// is dropped.
     ///
-    /// Those who wait are woken one after the other, for as long as there is room: take what you came for before you
-    /// wait for anything else, or ask [`Share::is_full`] again.
+    /// Waiters are woken one after the other while there is room: take the memory before the next wait, or check
+    /// [`Share::is_full`] again.
     pub fn room(&self) -> Wait<()> {
         let owner = self.owner.clone();
         Box::pin(async move {
@@ -423,7 +423,8 @@ impl Share {
         })
     }
 
-    /// Takes so many bytes of memory: always, for they are here already. Ask [`Share::is_full`] before they come.
+    /// Takes bytes of memory. It always succeeds, since the bytes already exist: check [`Share::is_full`] before
+    /// receiving them.
     pub fn grow_memory(&mut self, bytes: u64) {
         self.memory += bytes;
         let Owner { budget, .. } = &self.owner;
@@ -446,10 +447,11 @@ impl Share {
         self.owner.shrink_memory(bytes);
     }
 
-    /// Takes so many bytes of disk, or none.
+    /// Takes this many bytes of disk, or none.
     ///
     /// # Errors
-    /// The limit that stands against it.
+    ///
+    /// The limit that prevents it.
     pub fn grow_disk(&mut self, bytes: u64) -> Result<(), Denial> {
         if bytes == 0 {
             return Ok(());
@@ -460,7 +462,7 @@ impl Share {
         Ok(())
     }
 
-    /// Moves so many bytes of memory into a share of their own, for those who hold them from now on.
+    /// Moves bytes of memory into a share of their own, for their new holder.
     pub fn split_memory(&mut self, bytes: u64) -> Share {
         debug_assert!(self.memory >= bytes, "a spool gave away more than it had");
         let bytes = bytes.min(self.memory);
@@ -474,7 +476,7 @@ impl Share {
         self.part(0, disk)
     }
 
-    /// Takes in the memory of another share of the same owner.
+    /// Adds the memory of another share of the same owner.
     pub fn join(&mut self, mut other: Share) {
         debug_assert!(self.owner.direction == other.owner.direction && other.disk == 0);
         self.memory += std::mem::take(&mut other.memory);
@@ -496,7 +498,7 @@ impl Drop for Share {
     }
 }
 
-/// As gauges want it.
+/// The value for a gauge.
 fn signed(bytes: u64) -> i64 {
     i64::try_from(bytes).unwrap_or(i64::MAX)
 }
@@ -740,7 +742,7 @@ mod tests {
         assert!(file(Direction::Response, Some(&one)).is_ok());
     }
 
-    /// Each takes what would fill the memory, lets others run, and lets go of it.
+    /// Each waiter takes what fills the memory, yields, and releases it.
     async fn everybody_gets_a_turn(budget: Arc<Budget>, waiters: usize, peak_max: u64) {
         let mut share = Share::new(&budget, Direction::Request, None);
         share.grow_memory(RESOURCES.memory);

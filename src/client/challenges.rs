@@ -1,8 +1,8 @@
-//! What issuers of certificates ask to make sure that a name is served here, while an order is under way (`acme.rs`).
+//! Responses to the challenges of certificate issuers while an order is in progress (`acme.rs`).
 //!
-//! A request for a token is answered before any route (HTTP-01), a handshake with the protocol `acme-tls/1` before any
-//! other certificate (TLS-ALPN-01). Tokens and names that no order waits for are not answered here: routes and
-//! certificates decide.
+//! A request for a token is answered before any route (HTTP-01). A handshake with the protocol `acme-tls/1` gets a
+//! challenge certificate before any other (TLS-ALPN-01). Tokens and names without an order are not answered here:
+//! routes and certificates decide.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -13,18 +13,18 @@ use boring::ssl::SslContext;
 use super::hello::Hello;
 use crate::metrics::ChallengeMetrics;
 
-/// Where tokens are asked for (RFC 8555 §8.3).
+/// Path prefix of tokens (RFC 8555 §8.3).
 const WELL_KNOWN: &str = "/.well-known/acme-challenge/";
 
-/// Everything that is waited for. It is read by workers without a lock, and changed a few times an order.
+/// All pending challenges. Workers read them without a lock; each order changes them a few times.
 pub struct Challenges {
     tokens: ArcSwap<HashMap<Box<str>, Arc<str>>>,
     names: ArcSwap<HashMap<Box<str>, SslContext>>,
-    /// What was answered.
+    /// Counts the responses.
     pub metrics: ChallengeMetrics,
 }
 
-/// Has challenges answered until it is dropped.
+/// Challenges that are answered until this is dropped.
 pub struct Awaited {
     challenges: Arc<Challenges>,
     tokens: Vec<Box<str>>,
@@ -32,37 +32,37 @@ pub struct Awaited {
 }
 
 impl Challenges {
-    /// Nothing is waited for.
+    /// Creates an empty set.
     pub fn new(metrics: ChallengeMetrics) -> Arc<Challenges> {
         Arc::new(Challenges { tokens: ArcSwap::default(), names: ArcSwap::default(), metrics })
     }
 
-    /// The answer to a request for this path, if it is for a token that is waited for.
+    /// The response to a request for this path, if it names a pending token.
     pub fn http(&self, path: &str) -> Option<Arc<str>> {
         let token = path.strip_prefix(WELL_KNOWN)?;
         self.tokens.load().get(token).cloned()
     }
 
-    /// What shakes hands with an issuer that asks for a name that is waited for.
+    /// The TLS context for an issuer's handshake, if it names a pending name.
     pub fn tls(&self, hello: &Hello) -> Option<SslContext> {
         let name = hello.name.as_deref().filter(|_| hello.acme)?;
         self.names.load().get(name).cloned()
     }
 
-    /// Begins to wait for what is added to it.
+    /// Creates a set of challenges to add to.
     pub fn wait(self: &Arc<Self>) -> Awaited {
         Awaited { challenges: self.clone(), tokens: Vec::new(), names: Vec::new() }
     }
 }
 
 impl Awaited {
-    /// Has requests for this token answered.
+    /// Adds a token and its response.
     pub fn token(&mut self, token: &str, answer: &str) {
         change(&self.challenges.tokens, |tokens| drop(tokens.insert(token.into(), answer.into())));
         self.tokens.push(token.into());
     }
 
-    /// Has handshakes for this name done in this context.
+    /// Adds a name and its TLS context.
     pub fn name(&mut self, name: &str, context: &SslContext) {
         change(&self.challenges.names, |names| drop(names.insert(name.into(), context.clone())));
         self.names.push(name.into());

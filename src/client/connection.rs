@@ -1,4 +1,4 @@
-//! A client's connection: the listener it came through, what it is allowed, and the facts that outlive one exchange.
+//! A client's connection: its listener, its limits, and the facts that outlive one exchange.
 
 use std::cell::RefCell;
 use std::collections::BTreeSet;
@@ -39,51 +39,51 @@ use crate::phase::Phase;
 use crate::phase::journal::Cycle;
 use crate::upstream::transport::tunnel::Tunnel;
 
-/// A listener as it runs.
+/// A listener at run time.
 pub struct Listener {
     /// Its name in metrics and logs.
     pub name: String,
-    /// Whether it is a unix socket: its clients have no address.
+    /// Whether it is a Unix socket, whose clients have no address.
     pub unix: bool,
-    /// Whether HTTP/1 is spoken.
+    /// Whether HTTP/1 is enabled.
     pub http1: bool,
-    /// Whether HTTP/2 in clear text is spoken.
+    /// Whether HTTP/2 in clear text is enabled.
     pub h2c: bool,
-    /// Whether HTTP/2 is spoken over TLS.
+    /// Whether HTTP/2 over TLS is enabled.
     pub h2: bool,
-    /// Who is to speak the PROXY protocol, if anybody is.
+    /// The peers that must send the PROXY protocol, if any.
     pub proxy_protocol: Option<Expected>,
-    /// TLS, if it is spoken.
+    /// TLS, if enabled.
     pub tls: Option<Arc<Tls>>,
-    /// Names of TLS whose connections are passed on as they are, and whereto.
+    /// Server names whose TLS connections are passed through, and their destinations.
     pub passthrough: Names<Arc<Relay>>,
-    /// Whereto every connection is passed on as it is, if they are.
+    /// The destination of all connections, if they are passed through.
     pub tcp: Option<Arc<Relay>>,
-    /// Whereto all clients are sent, if they are.
+    /// The redirect to HTTPS, if all requests get one.
     pub redirect: Option<Redirect>,
-    /// `Strict-Transport-Security`, if it is sent.
+    /// The value of `Strict-Transport-Security`, if it is sent.
     pub hsts: Option<HeaderValue>,
-    /// What a request header may be.
+    /// The limits of request headers.
     pub head: HeadLimits,
-    /// What becomes of fields with odd names.
+    /// How fields with unusual names are treated.
     pub odd_names: OddNames,
-    /// For a whole request header.
+    /// Maximum time for a complete request header.
     pub header_timeout: Duration,
-    /// Between requests.
+    /// Maximum time between requests.
     pub idle_timeout: Duration,
-    /// Requests on one connection.
+    /// Maximum number of requests per connection.
     pub requests_max: u64,
-    /// Requests that are under way on one connection of HTTP/2.
+    /// Maximum number of concurrent requests per HTTP/2 connection.
     pub streams_max: usize,
-    /// What HTTP/2 clients are told of the limits.
+    /// The limits that HTTP/2 clients receive in SETTINGS.
     pub h2_options: H2Options,
-    /// How HTTP/2 clients may behave.
+    /// The limits for the behaviour of HTTP/2 clients.
     pub http2_rules: Rules,
-    /// Its counters.
+    /// Its metrics.
     pub metrics: ListenerMetrics,
-    /// The number of the configuration in which it was written so first.
+    /// The number of the first configuration with these settings.
     pub generation: u64,
-    /// What it has under way; it is the same for all that were written under its name, one after the other.
+    /// Its active connections, handshakes and requests; shared by all versions of the listener with the same name.
     under_way: Arc<Busy>,
     common: Arc<Common>,
     connections_per_ip: u64,
@@ -92,11 +92,11 @@ pub struct Listener {
     handshake_rates: Arc<Rates>,
     requests_per_ip: u64,
     limits: config::listener::Limits,
-    /// Connections that came in while it was written so.
+    /// Number of open connections that were accepted with these settings.
     open: AtomicU64,
 }
 
-/// What a listener has under way, whatever becomes of its settings.
+/// The active connections, handshakes and requests of a listener, across changes of its settings.
 struct Busy {
     number: Number,
     connections: Places,
@@ -106,7 +106,7 @@ struct Busy {
     left: Notify,
 }
 
-/// The place of a listener among all, given back when nothing of it is left.
+/// The listener's number, freed when no part of the listener is left.
 struct Number {
     number: usize,
     common: Arc<Common>,
@@ -129,35 +129,35 @@ impl Drop for Number {
     }
 }
 
-/// What all listeners share.
+/// The state that all listeners share.
 pub struct Common {
     shares: Shares,
     /// The connections of all listeners.
     crowd: Crowd,
-    /// What each client has of them.
+    /// The share of each client.
     accounts: Arc<Accounts>,
-    /// The numbers of the listeners that there are.
+    /// The numbers of existing listeners.
     numbers: Mutex<BTreeSet<usize>>,
 }
 
 impl Common {
-    /// Together they have so many connections as these shares of the open files allow.
+    /// Creates the state. The shares of the open files limit the number of all connections.
     pub fn new(shares: Shares, accounts: Arc<Accounts>) -> Arc<Self> {
         Arc::new(Common { shares, crowd: Crowd::new(shares.clients()), accounts, numbers: Mutex::default() })
     }
 
-    /// Goes by what is written for all listeners.
+    /// Applies the settings for all listeners.
     pub fn set_terms(&self, config: &config::Config) {
         self.accounts.set_terms(config.client_prefix(), &config.trusted_proxies);
     }
 
-    /// Held while a listener is built, or is gone.
+    /// Locked while a listener is built or removed.
     fn numbers(&self) -> MutexGuard<'_, BTreeSet<usize>> {
         self.numbers.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-/// Connections that are open, and how many may be.
+/// Number of open connections, and its limit.
 struct Crowd {
     places: Places,
     one_client: Store,
@@ -168,12 +168,12 @@ impl Crowd {
         Crowd { places: Places::new(most), one_client: Store::new(most, 0.0, CONNECTIONS_OF_ONE_CLIENT) }
     }
 
-    /// Counts one in, unless there are as many as may be.
+    /// Counts a connection, unless the limit is reached.
     fn enter(&self) -> Result<(), &'static Refusal> {
         if self.places.enter() { Ok(()) } else { Err(&refusal::ACCEPT_CONNECTIONS) }
     }
 
-    /// Whether a client that has so many already may have one that was counted in.
+    /// Whether a client with this many connections may keep one that was just counted.
     fn admits(&self, client: u64) -> bool {
         let others = self.places.taken().saturating_sub(1);
         self.one_client.admits(others, client, 1) != Err(Denial::Client)
@@ -184,20 +184,20 @@ impl Crowd {
     }
 }
 
-/// What a listener has that others have as well, or that has to be started.
+/// Parts of a listener that are shared with others or must be started.
 #[derive(Default)]
 pub struct Fittings {
     /// TLS.
     pub tls: Option<Arc<Tls>>,
-    /// Names of TLS that are passed on.
+    /// Server names that are passed through.
     pub passthrough: Names<Arc<Relay>>,
-    /// Where everything is passed on to.
+    /// The destination, if all connections are passed through.
     pub tcp: Option<Arc<Relay>>,
 }
 
 impl Listener {
-    /// Builds the listener that is written so in the configuration of this number, in place of `before`. What the open
-    /// files allow is the most that its limits can be. They hold once it is [begun](Listener::begin).
+    /// Builds a listener from the configuration of this number; it replaces `before`. The open files cap its limits.
+    /// The limits apply from [`Listener::begin`] on.
     pub fn build(
         written: &config::Listener,
         generation: u64,
@@ -211,7 +211,7 @@ impl Listener {
         let http2_rules = Rules::build(&written.http2);
         let metrics = metrics.listener(&written.name);
         let under_way = before.map_or_else(|| Arc::new(Busy::new(common)), |before| before.under_way.clone());
-        // A rate that stays as it is written remembers who has come.
+        // A rate with unchanged settings keeps its state.
         let connection_rates = before.filter(|before| {
             let old = &before.limits;
             (old.connection_rate, old.connection_rate_per_ip) == (limits.connection_rate, limits.connection_rate_per_ip)
@@ -260,7 +260,7 @@ impl Listener {
         }
     }
 
-    /// Has its limits hold for all that its name has under way.
+    /// Applies its limits to everything active under its name.
     pub fn begin(&self) {
         let connections = self.limits.connections.0.min(self.common.shares.clients());
         self.metrics.connections_max.set(i64::try_from(connections).unwrap_or(i64::MAX));
@@ -271,18 +271,18 @@ impl Listener {
         leaving.store(false, Ordering::Release);
     }
 
-    /// No listener of its name is left: its connections end with the answer to their next request.
+    /// Reports that the listener was removed: its connections close with the response to their next request.
     pub fn leave(&self) {
         self.under_way.leaving.store(true, Ordering::Release);
         self.under_way.left.notify_waiters();
     }
 
-    /// Whether its connections are to end.
+    /// Whether its connections must close.
     pub fn is_leaving(&self) -> bool {
         self.under_way.leaving.load(Ordering::Acquire)
     }
 
-    /// Ends when its connections are to.
+    /// Ends when its connections must close.
     pub async fn left(&self) {
         loop {
             let left = self.under_way.left.notified();
@@ -293,18 +293,18 @@ impl Listener {
         }
     }
 
-    /// Connections that came in while it was written so, and are open.
+    /// Number of open connections that were accepted with these settings.
     pub fn open(&self) -> u64 {
         self.open.load(Ordering::Relaxed)
     }
 
-    /// Connections of its name that are open, however it was written when they came in.
+    /// Number of open connections under its name, with any settings.
     pub fn connections_open(&self) -> u64 {
         self.under_way.connections.taken()
     }
 
-    /// Counts a connection in for its client, unless that has as many as it may, or connections come too fast. `None`:
-    /// its peer speaks for many clients.
+    /// Counts a connection for its client, unless a limit of the client or the rate of connections is exceeded. `None`:
+    /// the peer acts for many clients.
     fn admit(&self, client: Option<IpAddr>) -> Result<Option<Counting>, &'static Refusal> {
         let account = client.and_then(|client| self.common.accounts.of(client));
         let owner = account.as_ref().map(|account| account.client());
@@ -324,23 +324,23 @@ impl Listener {
 
 impl Busy {
     fn new(common: &Arc<Common>) -> Busy {
-        // How many there may be, `Listener::begin` says.
+        // `Listener::begin` sets the limits.
         let [connections, handshakes, requests] = [(); 3].map(|()| Places::new(u64::MAX));
         let (number, leaving, left) = (Number::take(common), AtomicBool::new(false), Notify::new());
         Busy { number, connections, handshakes, requests, leaving, left }
     }
 }
 
-/// What is under way at a listener, as one of those that there may be; given back when this is dropped.
+/// One use of a listener's limited places; released on drop.
 pub struct UnderWay {
     listener: Arc<Listener>,
     places: fn(&Listener) -> &Places,
-    /// Its place among those of its client, unless its peer speaks for many.
+    /// The place of its client, unless the peer acts for many clients.
     _client: Option<Counting>,
 }
 
 impl UnderWay {
-    /// Takes a place, unless there are as many as may be: `None`.
+    /// Takes a place; `None` if the limit is reached.
     fn enter(listener: &Arc<Listener>, places: fn(&Listener) -> &Places, client: Option<Counting>) -> Option<UnderWay> {
         places(listener).enter().then(|| UnderWay { listener: listener.clone(), places, _client: client })
     }
@@ -352,18 +352,18 @@ impl Drop for UnderWay {
     }
 }
 
-/// How clients are sent to HTTPS.
+/// The redirect of clients to HTTPS.
 #[derive(Clone, Copy, Debug)]
 pub struct Redirect {
-    /// The port there.
+    /// The HTTPS port.
     pub port: u16,
-    /// The status of the answer.
+    /// The status of the response.
     pub status: u16,
 }
 
 fn hsts(written: &config::Listener) -> Option<HeaderValue> {
     let hsts = written.tls.as_ref()?.hsts.as_ref()?;
-    // It is made of digits and words.
+    // The value consists of digits and words, so it is valid.
     HeaderValue::try_from(hsts.value()).ok()
 }
 
@@ -377,26 +377,27 @@ fn h2_options(written: &config::Listener, rules: &Rules) -> H2Options {
     options.max_header_list_size(capped(written.limits.header_bytes.0));
     options.max_concurrent_streams(capped(written.limits.streams.0));
     options.max_local_error_reset_streams(Some(many(written.http2.provoked_resets.0)));
-    // How many may come at once is ours to say.
+    // Forebay's own limit for bursts replaces the library's.
     options.max_pending_accept_reset_streams(rules.resets_at_once());
     options
 }
 
-/// One of the connections that a listener may have; given back when this is dropped.
+/// One of a listener's connections; released on drop.
 pub struct Counted {
     listener: Arc<Listener>,
-    /// Its place among the connections of its client, once that is known; `None` if its peer speaks for many clients.
+    /// The place among the connections of its client, once the client is known; `None` if the peer acts for many
+    /// clients.
     client: Option<Counting>,
     accepted: Instant,
     accepted_in: Option<Box<Cycle>>,
 }
 
 impl Counted {
-    /// Counts a connection in that was taken from the kernel just now, unless there are as many as there may be.
+    /// Counts a connection that was just accepted, unless the limit is reached.
     ///
     /// # Errors
     ///
-    /// There is no place.
+    /// If the limit is reached.
     pub fn take(listener: &Arc<Listener>) -> Result<Counted, &'static Refusal> {
         let places = &listener.under_way.connections;
         if !places.enter() {
@@ -408,28 +409,28 @@ impl Counted {
         Ok(Counted { listener: listener.clone(), client: None, accepted: Instant::now(), accepted_in })
     }
 
-    /// Counts it for this client, unless that has as many as it may.
+    /// Counts the connection for this client.
     ///
     /// # Errors
     ///
-    /// It has no further place.
+    /// If a limit of the client is reached.
     pub fn admit(mut self, client: Option<IpAddr>) -> Result<Counted, &'static Refusal> {
         self.client = self.listener.admit(client)?;
         self.listener.metrics.accepted.inc();
         Ok(self)
     }
 
-    /// Where it came in.
+    /// The listener.
     pub fn listener(&self) -> &Arc<Listener> {
         &self.listener
     }
 
-    /// When it was taken from the kernel.
+    /// Time of accept.
     pub fn accepted(&self) -> Instant {
         self.accepted
     }
 
-    /// Counts it among those that do this.
+    /// Counts the connection in the gauge of this state.
     pub fn state(&self, state: ConnectionState) -> StateGauge {
         StateGauge::new(self.listener.clone(), state)
     }
@@ -445,19 +446,19 @@ impl Drop for Counted {
 
 /// One client connection; shared by its stream and its exchanges.
 pub struct Connection {
-    /// Where it came in.
+    /// The listener.
     pub listener: Arc<Listener>,
-    /// The peer's address; `None` on a unix socket.
+    /// The peer's address; `None` on a Unix socket.
     pub peer: Option<SocketAddr>,
-    /// The address it came in on; `None` on a unix socket.
+    /// The local address; `None` on a Unix socket.
     pub local: Option<SocketAddr>,
-    /// When it was taken from the kernel.
+    /// Time of accept.
     pub accepted: Instant,
-    /// In which cycle of its worker; `None` unless somebody wanted to know. Boxed, for most connections have none.
+    /// The worker's cycle of the accept; `None` if no recording needs it. Boxed, since most connections have none.
     pub accepted_in: Option<Box<Cycle>>,
     write_idle_ms: AtomicU64,
     half_close_aborts: AtomicBool,
-    /// Bytes that the socket has taken of what TLS made of the answers.
+    /// Encrypted bytes that the socket has accepted.
     taken: AtomicU64,
     settled: AtomicBool,
     tunnel: OnceLock<Arc<Tunnel>>,
@@ -465,17 +466,17 @@ pub struct Connection {
     cut: AtomicBool,
     ends: AtomicBool,
     socket: OnceLock<RawFd>,
-    /// The way past the session of an exchange, on HTTP/1.
+    /// The path past the session of an exchange, on HTTP/1.
     way: OnceLock<WeakBypass>,
     fault: OnceLock<Fault>,
     secured: OnceLock<Box<Secured>>,
-    /// The connection of HTTP/2 whose stream carries this one.
+    /// The HTTP/2 connection whose stream carries this connection.
     carrier: Option<Arc<Connection>>,
-    /// Given back with the connection. One that is carried has none of its own.
+    /// Released with the connection. A carried connection has none of its own.
     counted: Option<Counted>,
 }
 
-/// What a handshake came to, and when it began and how long it took.
+/// The result of a handshake, its start and its duration.
 struct Secured {
     facts: Facts,
     begun: Instant,
@@ -483,15 +484,15 @@ struct Secured {
 }
 
 impl Connection {
-    /// A connection that has a place.
+    /// Creates a connection that was counted.
     pub fn new(mut counted: Counted, peer: Option<SocketAddr>, local: Option<SocketAddr>) -> Arc<Self> {
         let (listener, accepted) = (counted.listener.clone(), counted.accepted);
         let accepted_in = counted.accepted_in.take();
         Connection::begun(listener, (peer, local), accepted, accepted_in, Ok(counted))
     }
 
-    /// A connection that a stream of this one carries. What is said of its bytes holds for it alone, and it has the
-    /// client and the TLS of that one.
+    /// Creates a connection that a stream of `carrier` carries. It has its own state for its bytes, and the client and
+    /// the TLS of the carrier.
     pub fn carried(carrier: &Arc<Connection>) -> Arc<Self> {
         let ends = (carrier.peer, carrier.local);
         Connection::begun(carrier.listener.clone(), ends, Instant::now(), None, Err(carrier.clone()))
@@ -528,29 +529,29 @@ impl Connection {
         })
     }
 
-    /// It goes over this socket, which stays open while an exchange is under way.
+    /// Sets the socket, which stays open while an exchange is active.
     pub(super) fn goes_over(&self, socket: RawFd) {
-        // It is the same for all of its life.
+        // The socket never changes.
         let _ = self.socket.set(socket);
     }
 
-    /// It can be read and written in this way.
+    /// Sets the path past the session.
     pub(super) fn is_gone_past_by(&self, way: WeakBypass) {
-        // It is the same for all of its life.
+        // The path never changes.
         let _ = self.way.set(way);
     }
 
-    /// The way past the session of an exchange, on HTTP/1.
+    /// The path past the session of an exchange, on HTTP/1.
     pub fn bypass(&self) -> Option<Bypass> {
         self.way.get()?.bypass()
     }
 
-    /// The number of its socket.
+    /// The file descriptor of the socket.
     pub fn socket(&self) -> Option<RawFd> {
         self.socket.get().copied()
     }
 
-    /// The account of its client; `None` if its peer speaks for many clients.
+    /// The account of the client; `None` if the peer acts for many clients.
     pub fn account(&self) -> Option<&Arc<Account>> {
         match (&self.counted, &self.carrier) {
             (Some(counted), _) => counted.client.as_ref().map(Counting::account),
@@ -558,30 +559,32 @@ impl Connection {
         }
     }
 
-    /// Whether a stream of HTTP/2 carries it.
+    /// Whether an HTTP/2 stream carries the connection.
     pub fn is_carried(&self) -> bool {
         self.carrier.is_some()
     }
 
-    /// Whether ALPN has agreed on HTTP/2; `None` without TLS.
+    /// Whether ALPN selected HTTP/2; `None` without TLS.
     pub(super) fn agreed_on_h2(&self) -> Option<bool> {
         if self.is_carried() { Some(false) } else { self.tls().map(|tls| tls.h2) }
     }
 
-    /// Counts one more request in, unless too many of its client or of all are under way.
+    /// Counts a request.
     ///
     /// # Errors
-    /// What the client is told.
+    ///
+    /// The refusal for the client, if a limit of the client or of the listener is reached.
     pub fn begin_request(&self) -> Result<UnderWay, &'static Refusal> {
         let client = self.place_of_client(Quota::Requests, self.listener.requests_per_ip);
         let client = client.ok_or(&refusal::ROUTE_REQUESTS_PER_IP)?;
         UnderWay::enter(&self.listener, |listener| &listener.under_way.requests, client).ok_or(&refusal::ROUTE_REQUESTS)
     }
 
-    /// Counts a handshake in that begins now, unless too many do, or are under way.
+    /// Counts a handshake that begins now.
     ///
     /// # Errors
-    /// Why it does not take place.
+    ///
+    /// The reason against it, if a rate or a limit is exceeded.
     pub fn begin_handshake(&self) -> Result<UnderWay, &'static Refusal> {
         let owner = self.account().map(|account| account.client());
         self.listener.handshake_rates.admit(owner, Instant::now()).map_err(|excess| match excess {
@@ -594,7 +597,7 @@ impl Connection {
             .ok_or(&refusal::HANDSHAKE_LIMIT)
     }
 
-    /// `None`: its client has as many as it may. A peer that speaks for many clients has no place and needs none.
+    /// `None`: the client's limit is reached. A peer that acts for many clients needs no place.
     fn place_of_client(&self, what: Quota, most: u64) -> Option<Option<Counting>> {
         match self.account() {
             None => Some(None),
@@ -602,13 +605,13 @@ impl Connection {
         }
     }
 
-    /// The handshake is done, which began at this time.
+    /// Records a completed handshake and its start.
     pub(super) fn secure(&self, facts: Facts, begun: Instant, took: Duration) {
-        // There is one handshake on a connection.
+        // A connection has only one handshake.
         let _ = self.secured.set(Box::new(Secured { facts, begun, took }));
     }
 
-    /// What is known of its TLS. `None`: it is in clear text.
+    /// The facts about TLS. `None`: the connection is in clear text.
     pub fn tls(&self) -> Option<&Facts> {
         match &self.carrier {
             Some(carrier) => carrier.tls(),
@@ -616,12 +619,12 @@ impl Connection {
         }
     }
 
-    /// When its handshake began and how long it took, if there was one.
+    /// Start and duration of the handshake, if there was one.
     pub fn handshake(&self) -> Option<(Instant, Duration)> {
         self.secured.get().map(|secured| (secured.begun, secured.took))
     }
 
-    /// Whether a request for `host` may come over it, which may ask for other terms than those of its TLS.
+    /// Whether the connection may be used for `host`, whose TLS terms may differ from those of the handshake.
     pub fn may_serve(&self, host: &str) -> bool {
         match (&self.listener.tls, self.tls()) {
             (Some(tls), Some(facts)) => tls.table.load().may_serve(host, facts.policy),
@@ -629,23 +632,24 @@ impl Connection {
         }
     }
 
-    /// The socket has taken so many bytes of what is encrypted.
+    /// Counts encrypted bytes that the socket has accepted.
     pub(super) fn took(&self, bytes: usize) {
         self.taken.fetch_add(bytes as u64, Ordering::Relaxed);
     }
 
-    /// How many bytes that were in all.
+    /// Total number of encrypted bytes that the socket has accepted.
     pub(super) fn taken(&self) -> u64 {
         self.taken.load(Ordering::Relaxed)
     }
 
-    /// How long the client may take nothing of what is written to it. Until a route says, it is the header's time.
+    /// Sets the maximum time for which the client accepts no bytes. Until the route is known, the header timeout
+    /// applies.
     pub fn set_write_idle(&self, time: Duration) {
         self.write_idle_ms.store(time.as_millis() as u64, Ordering::Relaxed);
     }
 
-    /// The same on HTTP/2, where it holds for the connection as a whole, beside the time of each stream: the longest
-    /// that any of its routes allows.
+    /// As [`Connection::set_write_idle`], on HTTP/2: the limit of the whole connection, besides that of each stream, is
+    /// the longest of its routes.
     pub fn extend_write_idle(&self, time: Duration) {
         self.write_idle_ms.fetch_max(time.as_millis() as u64, Ordering::Relaxed);
     }
@@ -654,7 +658,7 @@ impl Connection {
         Duration::from_millis(self.write_idle_ms.load(Ordering::Relaxed))
     }
 
-    /// What it means that the client closes its sending side behind a whole request: whether it is gone.
+    /// Sets whether a client that closes its sending side after a complete request counts as gone.
     pub fn set_half_close_aborts(&self, aborts: bool) {
         self.half_close_aborts.store(aborts, Ordering::Relaxed);
     }
@@ -663,7 +667,7 @@ impl Connection {
         self.half_close_aborts.load(Ordering::Relaxed)
     }
 
-    /// It has been served, if only with the beginning of an answer: from now on it is no newcomer.
+    /// Records that a response has begun: the connection is no longer a newcomer.
     pub fn settle(&self) {
         self.settled.store(true, Ordering::Relaxed);
     }
@@ -672,23 +676,23 @@ impl Connection {
         self.settled.load(Ordering::Relaxed)
     }
 
-    /// The client agreed on another protocol (101): all further bytes pass as they are.
+    /// Switches to another protocol after a 101: all further bytes pass unchanged.
     pub fn switch_to_raw(&self, tunnel: Arc<Tunnel>) {
-        // It happens once: nothing else is spoken on this connection afterwards.
+        // A connection switches only once.
         let _ = self.tunnel.set(tunnel);
     }
 
-    /// Whether it did.
+    /// Whether the connection has switched to another protocol.
     pub fn is_raw(&self) -> bool {
         self.tunnel.get().is_some()
     }
 
-    /// Where those bytes go.
+    /// The tunnel for the other protocol's bytes.
     pub(super) fn tunnel(&self) -> Option<&Arc<Tunnel>> {
         self.tunnel.get()
     }
 
-    /// No request is to follow the present one, on HTTP/1.
+    /// Prevents further requests, on HTTP/1.
     pub fn end_after_answer(&self) {
         self.ends.store(true, Ordering::Relaxed);
     }
@@ -697,7 +701,7 @@ impl Connection {
         self.ends.load(Ordering::Relaxed)
     }
 
-    /// The answer was cut short: its end is not to be said as one (`close_notify`, RFC 9112 §9.8).
+    /// Records that the response was cut: its end must not be marked as regular (`close_notify`, RFC 9112 §9.8).
     pub fn break_off(&self) {
         self.cut.store(true, Ordering::Relaxed);
     }
@@ -706,7 +710,8 @@ impl Connection {
         self.cut.load(Ordering::Relaxed)
     }
 
-    /// The answer was cut short and its end could be taken for a real one: close with a reset (RFC 9112 §8).
+    /// Records that the response was cut and its end could be taken for a regular one: the connection closes with a
+    /// reset (RFC 9112 §8).
     pub fn close_with_reset(&self) {
         self.reset.store(true, Ordering::Relaxed);
     }
@@ -715,31 +720,31 @@ impl Connection {
         self.reset.load(Ordering::Relaxed)
     }
 
-    /// What the stream found wrong with the bytes of the client, if anything.
+    /// The fault that the stream found in the client's bytes, if any.
     pub fn fault(&self) -> Option<Fault> {
         self.fault.get().copied()
     }
 
     pub(super) fn set_fault(&self, phase: Phase, what: What) {
-        // A second fault of a connection that is already condemned adds nothing.
+        // Only the first fault of a connection counts.
         let _ = self.fault.set(Fault::new(Party::Client, phase, what));
     }
 }
 
-/// Counts a connection among those of its state until it is dropped.
+/// Counts a connection in the gauge of its state until it is dropped.
 pub struct StateGauge {
     listener: Arc<Listener>,
     state: ConnectionState,
 }
 
 impl StateGauge {
-    /// A connection of this listener that is in this state.
+    /// Counts a connection of this listener in this state.
     pub fn new(listener: Arc<Listener>, state: ConnectionState) -> Self {
         listener.metrics.enter(None, Some(state));
         StateGauge { listener, state }
     }
 
-    /// Goes on to `state`.
+    /// Changes to `state`.
     pub fn enter(&mut self, state: ConnectionState) {
         self.listener.metrics.enter(Some(self.state), Some(state));
         self.state = state;
@@ -752,21 +757,21 @@ impl Drop for StateGauge {
     }
 }
 
-/// How an exchange began: what is known before Pingora makes a context for it.
+/// The facts about the start of an exchange, from before Pingora creates its context.
 pub struct Begin {
-    /// Its connection.
+    /// The connection.
     pub connection: Arc<Connection>,
-    /// From the connection to its first byte, without the handshake; for the first exchange only.
+    /// Time from accept to the first byte, without the handshake; for the first exchange only.
     pub accept: Option<Duration>,
-    /// What its handshake took; for the first exchange only.
+    /// Duration of the handshake; for the first exchange only.
     pub handshake: Option<Duration>,
-    /// The first byte of its header.
+    /// Time of the first byte of the header.
     pub header_since: Instant,
-    /// The cycle of its worker in which that came; `None` unless somebody wanted to know.
+    /// The worker's cycle of that byte; `None` if no recording needs it.
     pub header_in: Option<Cycle>,
-    /// When the header was complete.
+    /// Time at which the header was complete.
     pub header_done: Instant,
-    /// What can be done with its stream, on HTTP/2.
+    /// The control of the stream, on HTTP/2.
     pub control: Option<Control>,
 }
 
@@ -774,7 +779,7 @@ thread_local! {
     static BEGIN: RefCell<Option<Begin>> = const { RefCell::new(None) };
 }
 
-/// Hands [`Begin`] to the context that Pingora makes somewhere inside `future`: `ProxyHttp::new_ctx` has no argument.
+/// Passes [`Begin`] to the context that Pingora creates inside `future`: `ProxyHttp::new_ctx` has no argument.
 pub struct Introduced<F> {
     future: F,
     begin: Option<Begin>,
@@ -801,12 +806,12 @@ impl<F: Future + Unpin> Future for Introduced<F> {
     }
 }
 
-/// Takes what is known of the exchange whose future is being polled. `None` if it was taken before.
+/// Takes the facts about the exchange whose future is being polled. `None` if they were already taken.
 pub fn introduction() -> Option<Begin> {
     BEGIN.take()
 }
 
-/// Exchanges under way, so that a stop can wait for the last one.
+/// The active exchanges, so that a shutdown can wait for the last one.
 #[derive(Default)]
 pub struct Inflight {
     count: AtomicUsize,
@@ -814,18 +819,18 @@ pub struct Inflight {
 }
 
 impl Inflight {
-    /// Counts one in until the guard is dropped.
+    /// Counts an exchange until the guard is dropped.
     pub fn enter(self: &Arc<Self>) -> InflightGuard {
         self.count.fetch_add(1, Ordering::Relaxed);
         InflightGuard(self.clone())
     }
 
-    /// How many there are.
+    /// Number of active exchanges.
     pub fn count(&self) -> usize {
         self.count.load(Ordering::Relaxed)
     }
 
-    /// Waits until there is none.
+    /// Waits until no exchange is active.
     pub async fn drained(&self) {
         loop {
             let notified = self.none.notified();
@@ -837,7 +842,7 @@ impl Inflight {
     }
 }
 
-/// One exchange under way.
+/// One active exchange.
 pub struct InflightGuard(Arc<Inflight>);
 
 impl Drop for InflightGuard {
@@ -852,7 +857,7 @@ impl Drop for InflightGuard {
 pub(super) mod tests {
     use super::*;
 
-    /// One that came through a listener with these further keys.
+    /// A connection through a listener with these additional keys.
     pub fn connection(listener: &str) -> Arc<Connection> {
         let text = format!("{{ name: web, address: 127.0.0.1:80, {listener} }}");
         let written = serde_yaml::from_str(&text).expect("a listener");

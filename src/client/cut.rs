@@ -1,7 +1,6 @@
-//! Tells all exchanges that are under way to end, when the time that a stop leaves them is over.
+//! Signals all active exchanges to end when the grace period of a shutdown has passed.
 //!
-//! Every exchange waits for it, so the waiters of each worker have a list of their own, whose lock they share with
-//! nobody.
+//! Every exchange waits for this signal, so each worker has its own list of waiters, whose lock it does not share.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -11,7 +10,7 @@ use crate::eventloop::worker;
 
 const LISTS: usize = 16;
 
-/// See the module.
+/// The signal; see the module.
 #[derive(Default)]
 pub struct Cut {
     over: AtomicBool,
@@ -19,17 +18,17 @@ pub struct Cut {
 }
 
 impl Cut {
-    /// Tells them, and all that come later.
+    /// Signals all current and later waiters.
     pub fn now(&self) {
         self.over.store(true, Ordering::SeqCst);
         self.lists.iter().for_each(Notify::notify_waiters);
     }
 
-    /// Ends when they are told.
+    /// Ends when the signal is given.
     pub async fn told(&self) {
         let list = worker::here().map_or(0, |worker| worker.index);
         let mut told = std::pin::pin!(self.lists[list % LISTS].notified());
-        // On the list before the look: who is told in between would miss it.
+        // The waiter registers before it checks the flag: it would miss a signal in between.
         told.as_mut().enable();
         if !self.over.load(Ordering::SeqCst) {
             told.await;

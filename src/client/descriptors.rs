@@ -1,11 +1,11 @@
-//! How the open files that the process may have are shared out, so that no crowd of clients uses up what others need.
+//! Divides the process's open files, so that many clients cannot exhaust what other parts need.
 //!
-//! Each client connection is an open file, and so are each connection to a backend and each spool file. A process that
-//! has as many as it may can neither accept nor connect, and says so to everybody. [`Shares`] therefore gives clients
-//! and spools a share each and leaves the rest to backends and to Forebay itself; [`Doorway`] stops accepting before
-//! that rest is used up. The kernel gives a new descriptor the lowest number that is free: as long as one below a line
-//! is free, what is above the line is free as well. So nothing has to be counted, and what others in the process open
-//! counts, too.
+//! Each client connection, each connection to a backend and each spool file is an open file. A process at its limit can
+//! neither accept nor connect, which affects all clients. [`Shares`] therefore assigns shares to clients and spools,
+//! and leaves the rest to backends and to Forebay itself; [`Doorway`] stops accepting before the rest is exhausted. The
+//! kernel gives a new descriptor the lowest free number: while a number below a line is free, all numbers above the
+//! line remain available as reserve. Nothing has to be counted, and files opened by other parts of the process are
+//! included.
 
 use std::fmt;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
@@ -14,19 +14,19 @@ use std::time::{Duration, Instant};
 
 use crate::metrics::DoorwayMetrics;
 
-/// What a runtime of a worker, and of each service beside them, opens for itself.
+/// Number of files that the runtime of a worker or of another service opens.
 const FILES_PER_RUNTIME: u64 = 4;
 
-/// Runtimes beside those of the workers.
+/// Number of runtimes besides those of the workers.
 const OTHER_RUNTIMES: u64 = 6;
 
-/// How often is looked whether there are descriptors again.
+/// Interval of the check for free descriptors.
 const LOOK: Duration = Duration::from_millis(20);
 
-/// The log says no more than once in this time that there are none.
+/// Minimum interval between log lines about missing descriptors.
 const COMPLAINT_INTERVAL: Duration = Duration::from_secs(60);
 
-/// What of the open files is for whom.
+/// The division of the open files.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Shares {
     limit: u64,
@@ -36,61 +36,61 @@ pub struct Shares {
 }
 
 impl Shares {
-    /// Of `limit` open files Forebay itself needs `own`; `clients` and `spools`, as ratios, are what connections of
-    /// clients and spool files may have of the others.
+    /// Forebay itself needs `own` of `limit` open files. `clients` and `spools` are the shares of the others for client
+    /// connections and spool files, as ratios.
     pub fn new(limit: u64, own: u64, clients: f64, spools: f64) -> Shares {
         let others = limit.saturating_sub(own);
         let share = |ratio: f64| (others as f64 * ratio) as u64;
-        // With none at all nobody would be served.
+        // At least one, since zero would refuse every client.
         let (clients, spools) = (share(clients).max(1), share(spools));
         Shares { limit, clients, spools, rest: others.saturating_sub(clients + spools) }
     }
 
-    /// What Forebay itself will have opened with so many workers, where `opened` are open now.
+    /// The number of files that Forebay itself will have open with this many workers; `opened` is the current number.
     pub fn own(opened: u64, workers: usize) -> u64 {
         opened + FILES_PER_RUNTIME * (workers as u64 + OTHER_RUNTIMES)
     }
 
-    /// All open files that the process may have.
+    /// The process's limit of open files.
     pub fn limit(&self) -> u64 {
         self.limit
     }
 
-    /// Connections of clients, over all listeners.
+    /// Maximum number of client connections, over all listeners.
     pub fn clients(&self) -> u64 {
         self.clients
     }
 
-    /// Spool files.
+    /// Maximum number of spool files.
     pub fn spools(&self) -> u64 {
         self.spools
     }
 
-    /// Connections to backends that may be kept while nobody uses them.
+    /// Maximum number of idle connections to backends.
     pub fn pool(&self) -> u64 {
         self.rest / 2
     }
 
-    /// Connections to the admin endpoint, where `written` are allowed: no more than a quarter of what is neither for
-    /// clients nor for spools, and at least two, one for Prometheus and one for its operator.
+    /// Maximum number of connections to the admin endpoint, where `written` are configured: a quarter of what is
+    /// neither for clients nor for spools, and at least two, one for Prometheus and one for an operator.
     pub fn admin(&self, written: u64) -> u64 {
         written.min((self.rest / 4).max(2))
     }
 
-    /// How many requests one client may have under way where `written` are allowed: no more than a quarter as many as
-    /// there may be connections, unless it is not limited at all. Each can take a connection to a backend.
+    /// Maximum number of active requests per client where `written` are configured: a quarter of the client
+    /// connections, unless it is unlimited. Each request can need a connection to a backend.
     pub fn requests_of_client(&self, written: u64) -> u64 {
         if written == u64::MAX { written } else { written.min((self.clients / 4).max(1)) }
     }
 
     /// Connections are accepted while a descriptor below this one is free. Half of what is neither for clients nor for
-    /// spools is then left to those who were accepted.
+    /// spools is then left for the accepted connections.
     pub fn accepts_below(&self) -> RawFd {
         line(self.limit - (self.rest / 2).min(self.limit))
     }
 
-    /// A connection to a backend is made while a descriptor below this one is free. What is above is for the admin
-    /// endpoint, name look-ups and files of Forebay itself.
+    /// Connections to backends are opened while a descriptor below this one is free. The rest is for the admin
+    /// endpoint, name look-ups and Forebay's own files.
     pub fn backends_below(&self) -> RawFd {
         line(self.limit - (self.rest / 8).min(self.limit))
     }
@@ -100,26 +100,27 @@ fn line(descriptor: u64) -> RawFd {
     RawFd::try_from(descriptor).unwrap_or(RawFd::MAX)
 }
 
-/// Lets connections in while there are descriptors.
+/// Admits connections while descriptors are free.
 pub struct Doorway {
     below: RawFd,
-    /// One that is open for as long as this is there.
+    /// A descriptor that stays open as long as this does.
     known: OwnedFd,
     metrics: DoorwayMetrics,
     complained: Mutex<Option<Instant>>,
 }
 
 impl Doorway {
-    /// One that accepts while a descriptor below this one is free.
+    /// Creates a doorway that admits connections while a descriptor below this one is free.
     ///
     /// # Errors
-    /// That no file can be opened at all.
+    ///
+    /// If no file can be opened.
     pub fn new(below: RawFd, metrics: DoorwayMetrics) -> std::io::Result<Doorway> {
         let known = std::fs::File::open("/dev/null")?.into();
         Ok(Doorway { below, known, metrics, complained: Mutex::new(None) })
     }
 
-    /// Ends when a further connection may be accepted: at once, mostly.
+    /// Ends when another connection may be accepted, usually at once.
     pub async fn pass(&self) {
         if !self.is_short() {
             return;
@@ -131,7 +132,7 @@ impl Doorway {
         }
     }
 
-    /// Whether descriptors are so few that none is to be taken for a client.
+    /// Whether free descriptors are too few to accept a client.
     fn is_short(&self) -> bool {
         lowest_free(&self.known).is_none_or(|free| free >= self.below)
     }
@@ -171,7 +172,7 @@ impl Drop for Pause<'_> {
     }
 }
 
-/// The number that the next descriptor gets; `None` if there is none left.
+/// The number of the next descriptor; `None` if none is left.
 pub fn lowest_free(known: &OwnedFd) -> Option<RawFd> {
     rustix::io::fcntl_dupfd_cloexec(known.as_fd(), 0).ok().map(|next| next.as_raw_fd())
 }
@@ -185,7 +186,7 @@ pub(super) mod tests {
     use super::*;
     use crate::metrics::Metrics;
 
-    /// One that accepts while a descriptor below this one is free.
+    /// A doorway that admits connections while a descriptor below this one is free.
     pub fn doorway(below: RawFd) -> Doorway {
         Doorway::new(below, Metrics::new(0, Vec::new()).doorway()).unwrap()
     }

@@ -1,7 +1,7 @@
-//! What stands between an accepted socket and HTTP: the PROXY protocol, the ClientHello, the handshake.
+//! The steps between an accepted socket and HTTP: the PROXY protocol, the ClientHello, the handshake.
 //!
-//! All of it runs in the connection's own task, each wait under a deadline of its own. What comes out is a connection
-//! with its true client and its bytes in the clear, or the reason why there is none.
+//! All steps run in the connection's own task, each with its own deadline. The result is a connection with the true
+//! client and decrypted bytes, or a refusal.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -24,53 +24,53 @@ use crate::metrics::{ConnectionState, Metrics};
 use crate::party::wait::{NoClient, within};
 use crate::phase::Phase;
 
-/// For a ClientHello, where there is no `tls` that says otherwise.
+/// Time limit for a ClientHello if there is no `tls` block with its own.
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// The two ends of a connection, as far as they have addresses.
 #[derive(Clone, Copy, Debug)]
 pub struct Ends {
-    /// The client's.
+    /// The client's address.
     pub peer: Option<SocketAddr>,
-    /// Ours.
+    /// The local address.
     pub local: Option<SocketAddr>,
 }
 
-/// What becomes of a connection.
+/// The result for an accepted connection.
 pub enum Entered {
-    /// HTTP begins on it.
+    /// The connection uses HTTP.
     Http {
-        /// Its bytes, in the clear.
+        /// Its bytes, decrypted.
         io: Stream,
-        /// What was read of them already.
+        /// The bytes that were already read.
         inbox: BytesMut,
-        /// What is known of it.
+        /// The connection.
         connection: Arc<Connection>,
     },
-    /// It is passed on as it is.
+    /// The connection is passed through.
     Relay {
-        /// The socket, and what was read of it already.
+        /// The socket, and the bytes that were already read.
         raw: Box<Raw>,
-        /// Whereto.
+        /// The destination.
         relay: Arc<Relay>,
-        /// The name that was asked for, if it is TLS.
+        /// The requested server name, if it is TLS.
         name: Option<Box<str>>,
-        /// What is known of it.
+        /// The connection.
         connection: Arc<Connection>,
     },
 }
 
-/// A connection that was given up.
+/// A refused connection.
 pub struct Refused {
-    /// Why.
+    /// The reason.
     pub refusal: &'static Refusal,
-    /// The socket, if the client can be answered in clear text.
+    /// The socket, if the client can receive a response in clear text.
     pub answerable: Option<Stream>,
-    /// Who it was, as far as that is known.
+    /// The client's address, as far as known.
     pub peer: Option<SocketAddr>,
 }
 
-/// Whether anything stands between the sockets of a listener and HTTP.
+/// Whether any step is needed between the listener's sockets and HTTP.
 pub fn is_needed(listener: &Listener) -> bool {
     listener.proxy_protocol.is_some() || speaks_tls(listener) || listener.tcp.is_some()
 }
@@ -80,11 +80,11 @@ pub fn speaks_tls(listener: &Listener) -> bool {
     listener.tls.is_some() || !listener.passthrough.is_empty()
 }
 
-/// Takes a socket as far as HTTP. `None`: the client closed before it said anything.
+/// Runs the steps of a socket. `None`: the client closed the connection before it sent a byte.
 ///
 /// # Errors
 ///
-/// Why it was given up.
+/// The refusal.
 pub async fn enter(io: Stream, counted: Counted, ends: Ends, metrics: &Metrics) -> Result<Option<Entered>, Refused> {
     let listener = counted.listener().clone();
     let mut state = counted.state(ConnectionState::Idle);
@@ -121,7 +121,7 @@ pub async fn enter(io: Stream, counted: Counted, ends: Ends, metrics: &Metrics) 
     {
         state.enter(ConnectionState::Idle);
         let _seat = metrics.enter_phase(Phase::Accept, connection.accepted);
-        // Who says nothing at all is no better than who says it slowly.
+        // A client that sends nothing is treated like one that sends slowly.
         let patience = patience.min(listener.idle_timeout);
         if raw.front().is_empty()
             && !within(patience, NoClient::ItsIo, raw.fill()).await.is_some_and(|read| read.unwrap_or(false))
@@ -135,7 +135,7 @@ pub async fn enter(io: Stream, counted: Counted, ends: Ends, metrics: &Metrics) 
     let begun = Instant::now();
     let _seat = metrics.enter_phase(Phase::Handshake, begun);
     raw.tell(connection.clone());
-    // Boxed, so that a parked connection does not hold the room that a handshake needs.
+    // Boxed, so that a waiting connection does not hold the memory of a handshake.
     let secured = Box::pin(secure(raw, listener.tls.as_deref(), &listener.passthrough));
     let secured = within(patience, NoClient::ItsIo, secured).await;
     match secured.unwrap_or(Err((&refusal::HANDSHAKE_TIMEOUT, None))) {
@@ -147,7 +147,7 @@ pub async fn enter(io: Stream, counted: Counted, ends: Ends, metrics: &Metrics) 
             connection.secure(*facts, begun, took);
             Ok(Some(Entered::Http { io: stream, inbox: BytesMut::new(), connection }))
         }
-        // RFC 8737 §3: nothing follows.
+        // The challenge ends with the handshake (RFC 8737 §3).
         Ok(Secured::Proved) => Ok(None),
         Ok(Secured::Elsewhere(raw, relay, name)) => {
             Ok(Some(Entered::Relay { raw, relay, name: Some(name), connection }))
@@ -156,7 +156,7 @@ pub async fn enter(io: Stream, counted: Counted, ends: Ends, metrics: &Metrics) 
     }
 }
 
-/// Reads who the client is, if this peer is to say so; else makes sure that it does not.
+/// Reads the client's address if this peer must send the PROXY protocol; otherwise makes sure that it does not.
 async fn introduced(
     raw: &mut Raw,
     expected: &Expected,
@@ -186,7 +186,7 @@ async fn introduced(
                 })));
             }
             if !raw.fill().await.unwrap_or(false) {
-                // A check of its health that only connects is no fault of a proxy.
+                // A health check that only connects is not an error of the proxy.
                 return if raw.front().is_empty() { Ok(None) } else { Err(&refusal::ACCEPT_PROXY_PROTOCOL) };
             }
         }
@@ -202,14 +202,14 @@ fn fault(fault: proxy_protocol::Fault) -> &'static Refusal {
     }
 }
 
-/// Why there is no connection, and its socket if the client can be answered in clear text.
+/// The reason, and the socket if the client can receive a response in clear text.
 type Failure = (&'static Refusal, Option<Stream>);
 
-/// Shakes hands on a socket that is no listener's.
+/// Runs a handshake on a socket that belongs to no listener.
 ///
 /// # Errors
 ///
-/// Why it came to nothing.
+/// The reason of its failure.
 pub async fn secure_with(io: Stream, tls: &Tls) -> Result<Stream, &'static Refusal> {
     let begun = Instant::now();
     let nowhere = Names::default();
@@ -230,13 +230,13 @@ pub async fn secure_with(io: Stream, tls: &Tls) -> Result<Stream, &'static Refus
     }
 }
 
-/// What a ClientHello leads to.
+/// The result of a ClientHello.
 enum Secured {
-    /// A connection of TLS.
+    /// A TLS connection.
     Here(Box<TlsStream>, Box<Facts>),
-    /// Somebody else's, who is asked for by this name.
+    /// A connection to pass through, with the requested name.
     Elsewhere(Box<Raw>, Arc<Relay>, Box<str>),
-    /// The end: an issuer of certificates has seen that the name is served here.
+    /// A completed challenge of a certificate issuer.
     Proved,
 }
 
@@ -262,7 +262,8 @@ async fn secure(mut raw: Raw, tls: Option<&Tls>, passthrough: &Names<Arc<Relay>>
         handshake::close(stream).await;
         return Ok(Secured::Proved);
     }
-    // The table is held for a look-up, and the context for the handshake: a swap in between does not disturb it.
+    // The table is borrowed for a look-up, and the context for the handshake: replacing the table meanwhile has no
+    // effect on it.
     let found = match tls {
         Some(tls) => tls.table.load().find(hello.name.as_deref()).cloned(),
         None if hello.name.is_none() => Err(&refusal::HANDSHAKE_NO_NAME),
@@ -305,7 +306,7 @@ async fn read_hello(raw: &mut Raw) -> Result<Hello, &'static Refusal> {
     }
 }
 
-/// Tells a client of TLS why it is refused before the library has seen it, with a fatal alert (RFC 8446 §6.2).
+/// Sends a fatal alert to a TLS client that is refused before the library reads its bytes (RFC 8446 §6.2).
 async fn refuse(mut raw: Raw, why: &'static Refusal) {
     const DECODE_ERROR: u8 = 50;
     const INTERNAL_ERROR: u8 = 80;

@@ -1,10 +1,9 @@
-//! The time between the last byte that is written to a client and the close of its connection.
+//! The time between the last byte written to a client and the close of its connection.
 //!
-//! The kernel resets a connection that is closed while bytes from its peer are unread, or when such bytes come later,
-//! and a reset destroys what the peer has not taken yet. Credit for flow control of HTTP/2 and pipelined requests are
-//! such bytes. So a connection is first shut in one direction, then read on until the client closes it, too. This type
-//! bounds that time: a client that has everything is waited for briefly, one that still takes bytes for as long as it
-//! does.
+//! The kernel resets a connection that is closed with unread bytes, or when further bytes arrive later, and a reset
+//! destroys bytes that the peer has not read. HTTP/2 flow-control frames and pipelined requests are such bytes. The
+//! writing side is therefore closed first, and bytes are read until the client closes its side, too. This type limits
+//! the wait: it is short for a client that has received everything, and lasts for a client that still accepts bytes.
 
 use std::future::Future;
 use std::pin::Pin;
@@ -13,31 +12,30 @@ use std::time::Duration;
 
 use tokio::time::{Instant, Sleep};
 
-/// How long a client that has everything is waited for.
+/// Maximum wait for a client that has received everything.
 pub const LINGER: Duration = Duration::from_secs(2);
 
-/// How often the client's progress is looked at.
+/// Interval of the check of the client's progress.
 const TICK: Duration = Duration::from_millis(100);
 
-/// Bounds the wait for a client's end. Its methods take what the client has not taken yet, in bytes.
+/// Limits the wait for a client's close. Its methods take the number of bytes that the client has not accepted.
 #[derive(Debug)]
 pub struct Farewell {
     tick: Pin<Box<Sleep>>,
     unsent: usize,
-    /// When `unsent` shrank last.
+    /// Time at which `unsent` last decreased.
     since: Instant,
 }
 
 impl Farewell {
-    /// Begins now.
+    /// Starts the wait now.
     pub fn begin(unsent: usize) -> Self {
         let now = Instant::now();
         Farewell { tick: Box::pin(tokio::time::sleep_until(now + TICK)), unsent, since: now }
     }
 
-    /// Ready when the wait is over. `state` tells how much the client has not taken, and whether the connection is
-    /// still busy, which starts the wait anew. `patience` bounds the time in which the client takes nothing of what
-    /// there is.
+    /// Ready when the wait is over. `state` returns the bytes that the client has not accepted, and whether the
+    /// connection is still busy, which restarts the wait. `patience` is the maximum time without progress.
     pub fn poll(
         &mut self,
         cx: &mut Context<'_>,
@@ -66,7 +64,7 @@ impl Farewell {
 mod tests {
     use super::*;
 
-    /// How long a farewell takes to a client that takes bytes as `unsent` says, by the seconds that have passed.
+    /// Duration of a farewell for a client that accepts bytes as `unsent` defines, by elapsed seconds.
     async fn lasts(patience: Duration, unsent: impl Fn(f64) -> (usize, bool)) -> f64 {
         let begin = Instant::now();
         let mut farewell = Farewell::begin(unsent(0.0).0);

@@ -1,83 +1,83 @@
-//! Follows the frames of an HTTP/2 connection (RFC 9113 §4.1): the nine bytes before each, and the end of RST_STREAM
-//! and GOAWAY.
+//! Parses the frame sequence of an HTTP/2 connection (RFC 9113 §4.1): the nine bytes of each frame header, and the end
+//! of RST_STREAM and GOAWAY frames.
 //!
-//! It keeps no other payload and allocates nothing. `client::http2` hands it the bytes of both directions, and learns
-//! from it which frames pass, and whether the client has begun something and not finished it: a frame, or a header
-//! block that waits for CONTINUATION. That is what `timeouts.header` bounds on HTTP/2. A connection that is merely
-//! quiet is the idle timeout's, and a slow DATA frame is the body's.
+//! It stores no other payload and allocates nothing. `client::http2` passes it the bytes of both directions. It reports
+//! the frames, and whether the client has begun something without finishing it: a frame, or a header block that waits
+//! for CONTINUATION. `timeouts.header` limits these on HTTP/2. The idle timeout applies to a quiet connection, and the
+//! body's limits to a slow DATA frame.
 
 const FRAME_HEADER_BYTES: usize = 9;
 const PREFACE_BYTES: usize = 24;
 
-/// The kinds of frames (RFC 9113 §6).
+/// The frame types (RFC 9113 §6).
 pub mod kind {
     /// Bytes of a body.
     pub const DATA: u8 = 0x0;
-    /// A header block, or the beginning of one.
+    /// A header block, or its beginning.
     pub const HEADERS: u8 = 0x1;
-    /// Advice that RFC 9113 has done away with.
+    /// Priority signal, deprecated by RFC 9113.
     pub const PRIORITY: u8 = 0x2;
-    /// A stream is given up.
+    /// Reset of a stream.
     pub const RST_STREAM: u8 = 0x3;
-    /// What an end asks of the other.
+    /// Settings of one end for the other.
     pub const SETTINGS: u8 = 0x4;
-    /// A request that a server announces.
+    /// A server's announcement of a request.
     pub const PUSH_PROMISE: u8 = 0x5;
-    /// A sign of life.
+    /// A ping.
     pub const PING: u8 = 0x6;
-    /// No further streams.
+    /// Announces that no further streams are accepted.
     pub const GOAWAY: u8 = 0x7;
-    /// Credit for bytes of bodies.
+    /// Flow-control credit.
     pub const WINDOW_UPDATE: u8 = 0x8;
-    /// More of a header block.
+    /// The continuation of a header block.
     pub const CONTINUATION: u8 = 0x9;
-    /// Advice in the words of RFC 9218.
+    /// Priority signal of RFC 9218.
     pub const PRIORITY_UPDATE: u8 = 0x10;
 }
 
-/// The flag of DATA and HEADERS that ends a stream.
+/// Flag of DATA and HEADERS: the stream ends.
 pub const END_STREAM: u8 = 0x1;
-/// The flag of SETTINGS and PING that answers one.
+/// Flag of SETTINGS and PING: acknowledgement.
 pub const ACK: u8 = 0x1;
-/// The flag of HEADERS and CONTINUATION that ends a block.
+/// Flag of HEADERS and CONTINUATION: the header block ends.
 pub const END_HEADERS: u8 = 0x4;
-/// The flag of DATA and HEADERS that says that the first byte is the length of a padding.
+/// Flag of DATA and HEADERS: the first byte is the length of a padding.
 pub const PADDED: u8 = 0x8;
-/// The flag of HEADERS that says that five bytes are about priority.
+/// Flag of HEADERS: five bytes of priority are present.
 pub const PRIORITY: u8 = 0x20;
 
-/// What stands before the payload of a frame.
+/// A frame header.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Head {
-    /// Bytes of payload.
+    /// Length of the payload in bytes.
     pub length: u32,
-    /// What it is.
+    /// The frame type.
     pub kind: u8,
-    /// Its flags.
+    /// The flags.
     pub flags: u8,
-    /// Its stream; 0 is the connection.
+    /// The stream; 0 is the connection.
     pub stream: u32,
 }
 
 impl Head {
-    /// Whether it has this flag.
+    /// Whether this flag is set.
     pub fn has(&self, flag: u8) -> bool {
         self.flags & flag != 0
     }
 }
 
-/// What passes.
+/// An event in the sequence.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Passed {
-    /// A frame begins; its payload may still be on its way.
+    /// A frame header; the payload may still follow.
     Head(Head),
-    /// A whole RST_STREAM: its stream and its code (RFC 9113 §6.4).
+    /// A complete RST_STREAM: its stream and its code (RFC 9113 §6.4).
     Reset(u32, u32),
-    /// A whole GOAWAY: its last eight bytes, which are the end of what it says beside its code (RFC 9113 §6.8).
+    /// A complete GOAWAY: its last eight bytes, the end of its debug data (RFC 9113 §6.8).
     Goodbye([u8; 8]),
 }
 
-/// Where in the sequence of frames the next byte stands.
+/// The position of the next byte in the frame sequence.
 #[derive(Debug)]
 pub struct Frames {
     preface: usize,
@@ -90,21 +90,21 @@ pub struct Frames {
 }
 
 impl Frames {
-    /// Those that a client sends, which begin with its preface.
+    /// The frames of a client, which begin with its preface.
     pub fn of_client() -> Self {
         Frames { preface: PREFACE_BYTES, ..Frames::of_server() }
     }
 
-    /// Those that a server sends.
+    /// The frames of a server.
     pub fn of_server() -> Self {
         Frames { preface: 0, header: [0; FRAME_HEADER_BYTES], filled: 0, payload: 0, tail: 0, block: false }
     }
 
-    /// Takes bytes as they come, and shows what passes. What comes after an error is not taken.
+    /// Parses bytes as they arrive, and calls `show` for each event. After an error, further bytes are not parsed.
     ///
     /// # Errors
     ///
-    /// Whatever `show` fails with.
+    /// The error of `show`.
     pub fn take<E>(&mut self, mut bytes: &[u8], mut show: impl FnMut(Passed) -> Result<(), E>) -> Result<(), E> {
         let preface = self.preface.min(bytes.len());
         self.preface -= preface;
@@ -146,7 +146,7 @@ impl Frames {
         Ok(())
     }
 
-    /// Whether something was begun and not finished: a frame or a header block. DATA may take its time.
+    /// Whether a frame or a header block is incomplete. A DATA frame does not count.
     pub fn unfinished(&self) -> bool {
         let in_header = self.filled > 0 && self.filled < FRAME_HEADER_BYTES;
         let in_payload = self.payload > 0 && self.header[3] != kind::DATA;
@@ -179,7 +179,7 @@ mod tests {
         bytes
     }
 
-    /// What passes of these bytes, in pieces of this size.
+    /// The events of these bytes, in pieces of this size.
     fn passed(frames: &mut Frames, bytes: &[u8], piece: usize) -> Vec<Passed> {
         let mut seen = Vec::new();
         for piece in bytes.chunks(piece) {

@@ -1,6 +1,6 @@
-//! Phase `route`: which route a request takes, and what its filters say.
+//! Phase `route`: finds the route of a request and runs its filters.
 //!
-//! After `header`; before `buffer` and `select`, unless a filter answered or refused.
+//! After `header`; before `buffer` and `select`, unless a filter responds or refuses.
 
 use std::sync::Arc;
 use std::time::Instant;
@@ -31,7 +31,7 @@ pub fn find<'t>(
 ) -> Result<&'t Arc<Route>, &'static Refusal> {
     let mut asked = None;
     let found = routes.find(&query(request), |route, when| {
-        // What is known of the exchange is the same for each condition, but for the name of its route.
+        // The facts are the same for all conditions, except the route's name.
         let asked = asked.get_or_insert_with(|| asked_of(exchange, &route.name, request));
         asked.facts.route = &route.name;
         when.holds(asked)
@@ -39,12 +39,12 @@ pub fn find<'t>(
     found.ok_or(&refusal::ROUTE_NO_MATCH)
 }
 
-/// What conditions are asked of before filters change anything.
+/// The input of conditions before filters change anything.
 fn asked_of<'a>(exchange: &'a Exchange, route: &'a str, request: &'a RequestHeader) -> Asked<'a> {
     Facts { path: request.uri.path(), ..exchange.facts(route) }.asked(request)
 }
 
-/// What the table is asked for a request.
+/// The query of a request for the route table.
 pub fn query(request: &RequestHeader) -> Query<'_> {
     let host = request.headers.get(header::HOST).and_then(|host| host.to_str().ok()).unwrap_or_default();
     Query {
@@ -56,17 +56,17 @@ pub fn query(request: &RequestHeader) -> Query<'_> {
     }
 }
 
-/// Whether a condition of the route of this name holds for a request.
+/// Whether a condition of the route with this name holds for a request.
 pub fn holds(exchange: &Exchange, route: &str, request: &RequestHeader, when: &Condition) -> bool {
     when.holds(&asked_of(exchange, route, request))
 }
 
-/// Everything about a request before filters see it: whether it may pass, whether Forebay answers it itself, and the
-/// route that takes it. `checked` hears of it between the two.
+/// Decides everything about a request before filters see it: whether it may pass, whether Forebay responds itself, and
+/// which route it takes. Calls `checked` after the checks and before the look-up.
 ///
 /// # Errors
 ///
-/// What is done with a request that comes to no route.
+/// The response or refusal for a request that does not reach a route.
 pub fn decide(
     exchange: &mut Exchange,
     generation: &Generation,
@@ -86,16 +86,16 @@ pub fn decide(
         exchange.request.grpc = grpc::Call::of_web(request);
     }
     if exchange.request.grpc.is_some() && !route.grpc.only {
-        // Metadata of gRPC may have odd names; but not all who could get these speak it.
+        // gRPC metadata may have unusual names, but not every possible recipient speaks gRPC.
         names::drop_odd(request, exchange.client.odd_names());
     }
     settle_upgrade(&route, request);
     Ok(route)
 }
 
-/// Takes the route and runs its request filters.
+/// Sets the route and runs its request filters.
 ///
-/// Filters, and the copy for a mirror, see the names of its fields as they were `written`.
+/// Filters and the copy for a mirror see the field names as spelled in `written`.
 pub async fn take(exchange: &mut Exchange, route: Arc<Route>, request: &mut RequestHeader, written: &[u8]) -> Verdict {
     take_route(&route.tag);
     if (route.mirror.is_some() || route.chain.wants(Stages::ALL)) && fields::spell_out(request, written).is_err() {
@@ -129,7 +129,7 @@ pub async fn take(exchange: &mut Exchange, route: Arc<Route>, request: &mut Requ
     verdict
 }
 
-/// Leaves of an `Upgrade` what the route allows; else it is an ordinary request.
+/// Removes an `Upgrade` that the route does not allow: the request is then an ordinary one.
 pub fn settle_upgrade(route: &Route, request: &mut RequestHeader) {
     let Some(protocol) = request.headers.get(header::UPGRADE).filter(|protocol| !route.upgrades.allow(protocol)) else {
         return;

@@ -1,4 +1,4 @@
-//! A route as it runs: how its requests are treated.
+//! A route at run time: the treatment of its requests.
 
 pub mod table;
 
@@ -19,58 +19,58 @@ use crate::metrics::{Metrics, RouteMetrics};
 use crate::party::Patience;
 use crate::upstream::{Split, Timeouts, Upstream};
 
-/// A route as it runs.
+/// A route at run time.
 pub struct Route {
     /// Its name in metrics and logs.
     pub name: String,
     /// Its filters.
     pub chain: Chain,
-    /// Where its requests go.
+    /// The destination of its requests.
     pub destination: Destination,
-    /// How it treats gRPC.
+    /// The treatment of gRPC.
     pub grpc: GrpcTerms,
-    /// Whether its request bodies are held back until they are whole.
+    /// Whether its request bodies are held back until they are complete.
     pub holds_bodies: bool,
-    /// How its request bodies are taken.
+    /// How its request bodies are received.
     pub intake: IntakeTerms,
-    /// How its answers leave.
+    /// How its responses are sent.
     pub manner: Manner,
-    /// Who gets copies of its requests.
+    /// The mirror that receives copies of its requests.
     pub mirror: Option<Arc<Mirror>>,
-    /// How long an exchange may take as a whole.
+    /// Maximum time of a whole exchange.
     pub deadline: Option<std::time::Duration>,
-    /// When a request that failed is sent again.
+    /// When failed requests are sent again.
     pub retry: Rules,
     /// Protocols that its clients may switch to.
     pub upgrades: Upgrades,
-    /// How long its clients may take between two pieces of a response.
+    /// Maximum time between two pieces of a response that the client accepts.
     pub write_idle: std::time::Duration,
-    /// Whether a client that closes its sending side behind its request is gone.
+    /// Whether a client that closes its sending side after its request counts as gone.
     pub half_close_aborts: bool,
-    /// Names it where a worker is found stalled.
+    /// Names the route in reports about a stalled worker.
     pub tag: RouteTag,
-    /// Its counters.
+    /// Its metrics.
     pub metrics: Arc<RouteMetrics>,
 }
 
-/// How a route treats gRPC.
+/// A route's treatment of gRPC.
 #[derive(Clone, Copy, Debug)]
 pub struct GrpcTerms {
-    /// Calls are treated as such.
+    /// Whether gRPC calls are treated as such.
     pub on: bool,
-    /// They are, and each of its upstreams speaks gRPC.
+    /// Whether, in addition, all its upstreams speak gRPC.
     pub only: bool,
-    /// Calls of gRPC-Web become calls of gRPC.
+    /// Whether gRPC-Web calls are bridged to gRPC.
     pub web: bool,
 }
 
-/// Where the requests of a route go.
+/// The destination of a route's requests.
 pub enum Destination {
-    /// Nowhere: a filter answers all of them.
+    /// None: a filter responds to all of them.
     Nowhere,
-    /// To one upstream.
+    /// One upstream.
     One(Arc<Upstream>),
-    /// To several, by weight.
+    /// Several upstreams, by weight.
     Split(Split<Arc<Upstream>>),
 }
 
@@ -86,7 +86,7 @@ impl Destination {
 }
 
 impl Route {
-    /// The route that is written, with its filters. Its mirror is added where it has one.
+    /// Builds the route from its configuration, with its filters. Its mirror is added later, if it has one.
     pub fn build(
         written: &config::Route,
         chain: Chain,
@@ -95,7 +95,7 @@ impl Route {
         metrics: &Metrics,
     ) -> Route {
         let metrics = metrics.route(&written.name);
-        // The configuration was checked: a name that is not there belongs to an upstream whose own error is reported.
+        // The configuration was checked: a missing upstream has an error of its own that is reported.
         let named = |name: &String| upstreams.get(name).cloned();
         let destination = if let Some(name) = &written.upstream {
             named(name).map_or(Destination::Nowhere, Destination::One)
@@ -125,7 +125,7 @@ impl Route {
         }
     }
 
-    /// How long the upstream may take.
+    /// The time limits of the upstream.
     pub fn patience(&self, timeouts: Timeouts) -> Patience {
         Patience { send: timeouts.send, wait: timeouts.wait, receive: timeouts.receive }
     }

@@ -1,6 +1,6 @@
-//! Phase `select`: an endpoint is chosen, anew for every attempt; after one that failed, there may be a pause before.
+//! Phase `select`: chooses an endpoint for each attempt; after a failed attempt there may be a pause first.
 //!
-//! After `route` and `buffer`, with `queue` in it where every endpoint is full; before `connect`.
+//! After `route` and `buffer`; includes `queue` if all endpoints are at their limit; before `connect`.
 
 use std::time::{Duration, Instant};
 
@@ -19,11 +19,11 @@ use crate::phase::Phase;
 use crate::upstream::transport::connector;
 use crate::upstream::{Choice, Upstream};
 
-/// Chooses the endpoint of the next attempt: one that was not tried yet. Waits for one that has room, if need be, and
-/// while the exchange has time. What it gives is all that Pingora needs to connect.
+/// Chooses the endpoint of the next attempt, preferably an untried one. Waits for an endpoint with room if needed,
+/// within the exchange's deadline. Returns Pingora's description of the endpoint.
 pub async fn next(exchange: &mut Exchange, client: &mut ServerSession) -> Result<Box<HttpPeer>, Refused> {
     let Some(due) = exchange.deadlines.due() else { return choose(exchange, client).await };
-    // The pause and the queue in it see the client leave.
+    // The pause and the queue inside watch the client.
     let chosen = Wait::until(due, NoClient::Within).on(choose(exchange, client)).await.in_time();
     chosen.unwrap_or_else(|| Err(refused(Fault::new(Party::Gateway, exchange.phase(), What::Overdue))))
 }
@@ -63,8 +63,8 @@ async fn choose(exchange: &mut Exchange, client: &mut ServerSession) -> Result<B
     let http1 = exchange.routing.upstream.as_ref().is_some_and(|upstream| upstream.is_http1());
     if let Some(route) = &exchange.routing.route {
         exchange.deadlines.begin_attempt(route.retry.per_try_timeout(), &mut peer, now);
-        // A request that asks for an upgrade has no body, and the session steps aside with a 101: there Pingora's clock
-        // is right, and the only one.
+        // A request for an upgrade has no body, and a 101 removes the session: Pingora's read timeout is correct there,
+        // and the only one.
         if exchange.link.is_some() && exchange.request.upgrade.is_none() {
             exchange.deadlines.leave_clocks_to_session(route.intake.total, http1, &mut peer);
         }
@@ -76,7 +76,7 @@ async fn choose(exchange: &mut Exchange, client: &mut ServerSession) -> Result<B
     Ok(peer)
 }
 
-/// If all were tried, what went wrong with the last one is the better answer.
+/// If all endpoints were tried, the fault of the last attempt is the better reason.
 fn none_left(exchange: &Exchange, upstream: &Upstream) -> Refused {
     match exchange.attempts.failure {
         Some(fault) => refused(fault),
@@ -84,8 +84,8 @@ fn none_left(exchange: &Exchange, upstream: &Upstream) -> Refused {
     }
 }
 
-/// The breaker is open; `Retry-After` says when it lets requests through again. An attempt of this exchange that failed
-/// a moment ago, and may be what has opened it, is the better answer.
+/// The circuit breaker is open; `Retry-After` gives the time until it admits requests. If an attempt of this exchange
+/// has just failed, and possibly opened the breaker, its fault is the better reason.
 fn away(exchange: &Exchange, upstream: &Upstream, time: Duration) -> Refused {
     if let Some(fault) = exchange.attempts.failure {
         return refused(fault);

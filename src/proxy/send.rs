@@ -1,7 +1,7 @@
-//! Phase `send`: the request goes to the endpoint.
+//! Phase `send`: sends the request to the endpoint.
 //!
-//! After `connect`; `wait` begins when Pingora has taken the last piece of the body. Up to four pieces may still be in
-//! Pingora's channel then.
+//! After `connect`; `wait` begins when the driver has taken the last piece of the body. Pingora's channel may still
+//! hold up to four pieces then.
 
 use std::sync::PoisonError;
 use std::time::Instant;
@@ -30,8 +30,8 @@ use crate::phase::Phase;
 use crate::spans::pass_on;
 use crate::upstream::transport::http2::{RequestTrailers, StreamHandle};
 
-/// Prepares the header that the upstream gets, but for [`hops`]. The driver has removed from it what is hop-by-hop
-/// (RFC 9110 §7.6.1); `client` is the header as the client sent it and the filters have left it.
+/// Prepares the header for the upstream, except for [`hops`]. The driver has removed hop-by-hop fields (RFC 9110
+/// §7.6.1). `client` is the client's header after the filters.
 pub fn header(exchange: &Exchange, client: &RequestHeader, request: &mut RequestHeader) -> Result<()> {
     let http1 = exchange.routing.upstream.as_ref().is_none_or(|upstream| upstream.is_http1());
     if !http1 {
@@ -44,7 +44,7 @@ pub fn header(exchange: &Exchange, client: &RequestHeader, request: &mut Request
         web::to_endpoint(request)?;
     }
     if let Some(protocol) = exchange.request.upgrade.as_ref().filter(|_| http1) {
-        // Pingora lets none but WebSocket pass.
+        // Pingora removes every upgrade except WebSocket.
         request.insert_header(header::UPGRADE, protocol.clone())?;
         request.insert_header(header::CONNECTION, HeaderValue::from_static("Upgrade"))?;
     }
@@ -55,8 +55,7 @@ pub fn header(exchange: &Exchange, client: &RequestHeader, request: &mut Request
         pass_on(traced.place, traced.notes.as_ref().and_then(|notes| notes.span()), request)?;
     }
     if let Some(length) = exchange.link.as_ref().and_then(|link| link.length()) {
-        // The body is here whole: its length is known, whatever the client said of it. Over HTTP/1 trailers need
-        // chunks.
+        // A complete body has a known length, whatever the client announced. Over HTTP/1, trailers require chunks.
         let body = if http1 && exchange.request.trailers.is_some() { Body::Chunked } else { Body::Length(length) };
         framing::request::apply(body, request)?;
     }
@@ -68,14 +67,15 @@ pub fn header(exchange: &Exchange, client: &RequestHeader, request: &mut Request
     if !request.headers.contains_key(header::HOST)
         && let Some(endpoint) = exchange.attempts.endpoint()
     {
-        // HTTP/1.0 may name none; its endpoint is asked in a version that must (RFC 9112 §3.2, RFC 9113 §8.3.1).
+        // An HTTP/1.0 client may send no host, but the endpoint's protocol version requires one (RFC 9112 §3.2, RFC
+        // 9113 §8.3.1).
         request.insert_header(header::HOST, endpoint.authority().as_str())?;
     }
     Ok(())
 }
 
-/// Tells the endpoint of the hops before it: as `lines` that follow the fields of the request, or, if that would not be
-/// the same, in its fields.
+/// Reports the earlier hops to the endpoint: as `lines` after the request's fields, or in the fields if lines would
+/// differ.
 pub fn hops(
     exchange: &Exchange,
     client: &RequestHeader,
@@ -98,7 +98,7 @@ fn into_down(error: Box<Error>) -> Box<Error> {
     error.into_down()
 }
 
-/// Keeps what followed the body of the request, once that is here whole.
+/// Stores the trailers of a request whose body is complete.
 pub fn note_trailers(exchange: &mut Exchange, request: &mut RequestHeader) {
     let noted = match &exchange.client.control {
         Some(control) => control.take_trailers(),
@@ -113,7 +113,7 @@ pub fn note_trailers(exchange: &mut Exchange, request: &mut RequestHeader) {
     }
 }
 
-/// Runs the trailer filters of the route on what has followed the body of the request.
+/// Runs the route's trailer filters on the trailers of the request.
 fn filter_trailers(exchange: &Exchange, request: &mut RequestHeader, trailers: &mut HeaderMap) {
     if let (Some(route), Some(filters)) = (&exchange.routing.route, &exchange.filters.states)
         && route.chain.wants(Stages::REQUEST_TRAILERS)
@@ -125,8 +125,8 @@ fn filter_trailers(exchange: &Exchange, request: &mut RequestHeader, trailers: &
     }
 }
 
-/// Gives trailers of the request a place, if the endpoint can have them; else none are announced. `has_body`: the
-/// request has one, as far as is known.
+/// Prepares a slot for the request's trailers if the endpoint can receive them; otherwise announces none. `has_body`:
+/// the request has a body, as far as known.
 pub fn prepare_trailers(
     exchange: &mut Exchange,
     client: &RequestHeader,
@@ -135,11 +135,11 @@ pub fn prepare_trailers(
 ) -> Result<()> {
     let to_http1 = exchange.routing.upstream.as_ref().is_some_and(|upstream| upstream.is_http1());
     let may_come = match exchange.link.as_ref().and_then(|link| link.length()) {
-        // It is here whole, and so are they.
+        // The body is complete, and so are its trailers.
         Some(_) => exchange.request.trailers.is_some(),
         None => exchange.client.control.is_some() || client.headers.contains_key(header::TRANSFER_ENCODING),
     };
-    // Pingora writes a body in chunks that has no length.
+    // Pingora sends a body without a length in chunks.
     let in_chunks = request.headers.contains_key(header::TRANSFER_ENCODING)
         || (has_body && !request.headers.contains_key(header::CONTENT_LENGTH));
     let may_pass = may_come && (!to_http1 || in_chunks);
@@ -157,9 +157,9 @@ pub fn prepare_trailers(
     Ok(())
 }
 
-/// Keeps a hold on the stream of this attempt. The body goes there at the pace of its endpoint, and it is waited for no
-/// longer once a filter refuses the body, a clock of the exchange says so, or its client leaves. Over HTTP/1 that ends
-/// with the connection; a stream of HTTP/2 has none of its own.
+/// Keeps a handle on the stream of this attempt. It paces the body by the endpoint, and stops waiting when a filter
+/// refuses the body, a clock expires or the client leaves. Over HTTP/1 closing the connection does this; an HTTP/2
+/// stream has no connection of its own.
 pub fn hold_stream(exchange: &mut Exchange, request: &mut RequestHeader) {
     if exchange.routing.upstream.as_ref().is_some_and(|upstream| !upstream.is_http1()) {
         let stream = StreamHandle::default();
@@ -169,7 +169,7 @@ pub fn hold_stream(exchange: &mut Exchange, request: &mut RequestHeader) {
     }
 }
 
-/// The request is here whole: what followed its body goes the same way.
+/// The request is complete: passes its trailers on.
 fn pass_trailers(exchange: &mut Exchange, request: &mut RequestHeader) {
     note_trailers(exchange, request);
     let Some(fields) = &exchange.request.trailers else { return };
@@ -180,8 +180,8 @@ fn pass_trailers(exchange: &mut Exchange, request: &mut RequestHeader) {
     }
 }
 
-/// `TE` is about one connection, yet `trailers` in it is a promise that a gateway can repeat towards HTTP/2, where it
-/// is the one value that may be sent (RFC 9113 §8.2.2). Servers on the gRPC C core reset each stream without it.
+/// Sets `TE: trailers`. The field is hop-by-hop, but a gateway can make this promise towards HTTP/2, where it is the
+/// only permitted value (RFC 9113 §8.2.2). Servers on the gRPC C core reset each stream without it.
 fn accept_trailers(client: &RequestHeader, request: &mut RequestHeader) -> Result<()> {
     if takes_trailers(&client.headers) || is_grpc_type(&client.headers) {
         request.insert_header(header::TE, HeaderValue::from_static("trailers"))?;
@@ -189,7 +189,7 @@ fn accept_trailers(client: &RequestHeader, request: &mut RequestHeader) -> Resul
     Ok(())
 }
 
-/// A piece of the request body passes on its way to the endpoint; `end` with the last.
+/// Handles a piece of the request body on its way to the endpoint; `end` with the last one.
 pub async fn piece(
     exchange: &mut Exchange,
     request: &mut RequestHeader,
@@ -216,8 +216,8 @@ pub async fn piece(
         }
     }
     if end {
-        // Pingora would write an empty piece as a last chunk, and then the last chunk: the endpoint would take that for
-        // its next request.
+        // Pingora would send an empty piece as a last chunk, followed by the real last chunk: the endpoint would take
+        // this for its next request.
         *piece = piece.take().filter(|piece| !piece.is_empty());
         pass_trailers(exchange, request);
         ended(exchange);
@@ -227,7 +227,7 @@ pub async fn piece(
     Ok(())
 }
 
-/// The request is out, as far as can be seen.
+/// Records that the request was sent, as far as this is visible.
 pub fn ended(exchange: &mut Exchange) {
     if exchange.phase() == Phase::Send {
         let now = exchange.enter(Phase::Wait);
@@ -238,7 +238,7 @@ pub fn ended(exchange: &mut Exchange) {
     if let Some(link) = &exchange.link {
         let now = Instant::now();
         link.request_sent(now);
-        // What was streamed is whole now.
+        // A streamed request is complete now.
         exchange.request_is_whole(now);
     }
     if let Some(copy) = exchange.copy.take() {
@@ -246,15 +246,15 @@ pub fn ended(exchange: &mut Exchange) {
     }
 }
 
-/// An attempt failed after its connection stood, or its answer is not taken. Whether there is another one, the rules of
-/// the route say; that the body is buffered alone makes nothing safe.
+/// Handles an attempt that failed after its connection was established, or whose response is discarded. The route's
+/// rules decide on another attempt: a buffered body alone does not make it safe.
 pub fn failed(exchange: &mut Exchange, client: &ServerSession, mut error: Box<Error>, reused: bool) -> Box<Error> {
     if exchange.attempts.take_decision() {
         error.set_retry(true);
         return error;
     }
     if exchange.filters.answer.is_some() {
-        // The endpoint has answered; that a filter answers in its place does not make it a better or a worse one.
+        // The endpoint has responded; the filter's response in its place does not change the endpoint's outcome.
         exchange.release(Attempt::outcome, Instant::now());
         error.set_retry(false);
         return error;

@@ -1,24 +1,23 @@
-//! The header fields of a request by which a client changes how it is treated: all of them, with what each does.
+//! The table of request header fields by which a client influences the treatment of its request, with the effect of
+//! each.
 //!
-//! Whatever a client writes into a header, it has written alone: a field must not switch a protection off, unless what
-//! a route or an upstream says allows that. So there is one list of what there is, which `conf/manual/security.md`
-//! shows and a test walks.
+//! A client can write any field. A field must therefore not disable a protection unless the configuration of a route or
+//! an upstream allows it. `conf/manual/security.md` shows this table, and a test checks each row.
 
-/// One field, or several that do the same.
+/// One field, or several with the same effect.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Row {
-    /// The fields, by name.
+    /// The names of the fields.
     pub fields: &'static str,
-    /// What a client changes by them.
+    /// The effect that a client can have.
     pub effect: &'static str,
-    /// Of whom they are taken, and where, unless that is written otherwise.
+    /// From which clients the fields are accepted, and where, by default.
     pub default: &'static str,
-    /// The keys of the configuration that say otherwise; empty if there is none.
+    /// The configuration keys that change the default; empty if there is none.
     pub keys: &'static [&'static str],
 }
 
-/// Every field that has an effect of its own. What a route matches by, and what filters, keys and cookies are set to
-/// look at, is the configuration's choice.
+/// All fields with a fixed effect. Fields that routes, filters, keys and cookies use are chosen in the configuration.
 pub static TABLE: &[Row] = &[
     Row {
         fields: "Accept",
@@ -136,7 +135,7 @@ pub static TABLE: &[Row] = &[
     },
 ];
 
-/// The table as the manual has it.
+/// The table in Markdown, for the manual.
 pub fn markdown() -> String {
     let mut text = "| field | what it changes | of whom it is taken | keys |\n|---|---|---|---|\n".to_owned();
     for Row { fields, effect, default, keys } in TABLE {

@@ -1,8 +1,8 @@
-//! Other protocols that a client asks for with `Upgrade` (RFC 9110 §7.8), and which of them pass.
+//! Other protocols that clients request with `Upgrade` (RFC 9110 §7.8), and which of them are allowed.
 //!
-//! Behind a 101 nothing of an exchange can be checked, held back or refused. So a protocol passes where its route
-//! allows it, and only those can be allowed that leave HTTP. `h2c` never passes: requests that follow in it would go
-//! round all routes and filters.
+//! After a 101, Forebay cannot check, buffer or refuse anything. A protocol therefore passes only if its route allows
+//! it, and only protocols other than HTTP can be allowed. `h2c` never passes: its requests would bypass all routes and
+//! filters.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -14,12 +14,11 @@ use pingora::http::{RequestHeader, ResponseHeader};
 use crate::config::route::Protocol;
 use crate::framing::members;
 
-/// How often the log says that clients of a route ask for a protocol that it does not allow.
+/// Minimum interval between log lines about a route's disallowed protocols.
 const TOLD_EVERY: Duration = Duration::from_secs(60);
 
-/// The one protocol that a request asks for besides HTTP: over HTTP/1.1, by an `Upgrade` that `Connection` names, and
-/// without a body, which would be read as the beginning of the other protocol. A WebSocket is asked for by a GET (RFC
-/// 6455 §4.1).
+/// The single protocol other than HTTP that a request asks for: over HTTP/1.1, by an `Upgrade` that `Connection` lists,
+/// without a body, which would be read as the other protocol. A WebSocket requires a GET (RFC 6455 §4.1).
 pub fn wish(request: &RequestHeader) -> Option<HeaderValue> {
     let headers = &request.headers;
     let named = || members(headers, &CONNECTION).any(|option| option.eq_ignore_ascii_case(b"upgrade"));
@@ -36,12 +35,12 @@ pub fn wish(request: &RequestHeader) -> Option<HeaderValue> {
     HeaderValue::from_bytes(protocol).ok().filter(|_| is_empty)
 }
 
-/// Whether this answer switches to that protocol and to no other.
+/// Whether the response switches to exactly this protocol.
 pub fn agrees(response: &ResponseHeader, protocol: &HeaderValue) -> bool {
     one(&response.headers).is_some_and(|named| named.eq_ignore_ascii_case(protocol.as_bytes()))
 }
 
-/// What `Upgrade` names, if it is one protocol.
+/// The protocol in `Upgrade`, if there is exactly one.
 fn one(headers: &HeaderMap) -> Option<&[u8]> {
     let mut named = members(headers, &UPGRADE);
     named.next().filter(|_| named.next().is_none())
@@ -52,22 +51,22 @@ fn one(headers: &HeaderMap) -> Option<&[u8]> {
 pub struct Upgrades {
     allowed: Vec<Protocol>,
     began: Instant,
-    /// When the log said so last, in milliseconds from `began`; 0: never.
+    /// Time of the last log line, in milliseconds after `began`; 0: never.
     told: AtomicU64,
 }
 
 impl Upgrades {
-    /// These.
+    /// Creates the list of allowed protocols.
     pub fn new(allowed: &[Protocol]) -> Upgrades {
         Upgrades { allowed: allowed.to_vec(), began: Instant::now(), told: AtomicU64::new(0) }
     }
 
-    /// Whether this one is among them.
+    /// Whether this protocol is allowed.
     pub fn allow(&self, protocol: &HeaderValue) -> bool {
         self.allowed.iter().any(|allowed| allowed.is(protocol.as_bytes()))
     }
 
-    /// Whether it is time to log one that is not.
+    /// Whether a disallowed protocol may be logged now.
     pub fn may_tell(&self, now: Instant) -> bool {
         let since = now.saturating_duration_since(self.began).as_millis();
         let now = u64::try_from(since).unwrap_or(u64::MAX).saturating_add(1);

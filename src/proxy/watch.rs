@@ -1,4 +1,5 @@
-//! Sees the client leave while filters wait. Its session, which they change the header of, is out of reach meanwhile.
+//! Detects that the client leaves while filters wait. The filters borrow the session's header, so the session cannot be
+//! polled meanwhile.
 
 use std::future::Future;
 use std::os::fd::RawFd;
@@ -12,25 +13,25 @@ use crate::error::{Refusal, refusal};
 use crate::filter::Verdict;
 use crate::party::wait::{Ended, Eye, Wait};
 
-/// See the module.
+/// A watch of the client; see the module.
 pub struct Watch {
     control: Option<Control>,
     socket: Option<RawFd>,
     aborts: bool,
-    /// The way past its session, which knows how much of the body is still to come.
+    /// The path past the session, which knows how much of the body is unread.
     way: Option<Bypass>,
     look: Look,
 }
 
 impl Watch {
-    /// Looks at a stream of HTTP/2, or at the socket of a connection. `aborts`: a client that closes its sending side
-    /// has left. `way` knows how much of the body is still to come.
+    /// Watches an HTTP/2 stream, or the socket of a connection. `aborts`: a client that closes its sending side has
+    /// left. `way` knows how much of the body is unread.
     pub fn new(control: Option<Control>, socket: Option<RawFd>, aborts: bool, way: Option<Bypass>) -> Watch {
         Watch { control, socket, aborts, way, look: Look::default() }
     }
 
-    /// The verdict of filters; the refusal `left` once the client has left. Looks only while they wait. Each filter has
-    /// a deadline of its own; `patience` is that of all of them together.
+    /// Returns the verdict of filters, or the refusal `left` once the client has left. Watches only while the filters
+    /// wait. Each filter has its own deadline; `patience` limits all of them together.
     pub async fn during(
         &mut self,
         patience: Duration,
@@ -48,7 +49,7 @@ impl Watch {
 impl Eye for Watch {
     type Left = ();
 
-    /// Ready once the client has given its stream up, or has left.
+    /// Ready once the client has reset its stream, or has left.
     fn poll_left(&mut self, cx: &mut Context<'_>) -> Poll<()> {
         if let Some(control) = &self.control {
             return control.poll_closed(cx).map(drop);

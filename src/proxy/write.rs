@@ -1,7 +1,7 @@
-//! Phase `write`: what Forebay itself tells the client, and what the client is not to take for a whole answer.
+//! Phase `write`: sends Forebay's own responses, and cuts responses so that the client cannot take them for complete.
 //!
-//! The upstream's answer is written by `client::wire`, and what the client has not taken when the upstream is released
-//! is waited for here. Refusals and the answers of filters are written here.
+//! `client::wire` writes the upstream's response. This module waits for the client to accept the rest after the
+//! upstream was released, and writes refusals and the responses of filters.
 
 use std::time::Instant;
 
@@ -23,7 +23,7 @@ use crate::filter::{Answer, Refused, Verdict};
 use crate::framing::{Body, Said, answer};
 use crate::phase::Phase;
 
-/// Refuses an exchange of which nothing was sent yet.
+/// Refuses an exchange whose response has not begun.
 pub async fn refuse(exchange: &mut Exchange, session: &mut ServerSession, refused: &Refused) -> Result<()> {
     if exchange.request.grpc.is_some() {
         return trailers_only(exchange, session, grpc::refusal(refused)?).await;
@@ -32,7 +32,7 @@ pub async fn refuse(exchange: &mut Exchange, session: &mut ServerSession, refuse
     write(exchange, session, response, body, Ours::Refusal(refused)).await
 }
 
-/// The header and the body of a refusal, in the form that the client asks for.
+/// The header and the body of a refusal, in the format that the client accepts.
 fn refusal_page(request: &RequestHeader, refused: &Refused) -> Result<(ResponseHeader, Bytes)> {
     let mut accept = request.headers.get_all(header::ACCEPT).iter();
     let json = accept.any(|accept| accepts_json(accept.as_bytes()));
@@ -52,7 +52,7 @@ fn refusal_page(request: &RequestHeader, refused: &Refused) -> Result<(ResponseH
     Ok((response, body.into()))
 }
 
-/// Sends the answer of a filter.
+/// Sends the response of a filter.
 pub async fn answer(exchange: &mut Exchange, session: &mut ServerSession, answer: Answer) -> Result<()> {
     if exchange.request.grpc.is_some()
         && let Some(error) = grpc::answer(&answer)?
@@ -62,8 +62,7 @@ pub async fn answer(exchange: &mut Exchange, session: &mut ServerSession, answer
     write(exchange, session, answer.header()?, answer.body, Ours::Answer).await
 }
 
-/// Sends the answer that a filter has given in place of that of the endpoint. The filters outside of it have seen its
-/// header.
+/// Sends a filter's response in place of the endpoint's. The outer filters have already seen its header.
 pub async fn answer_instead(exchange: &mut Exchange, session: &mut ServerSession, answer: Answer) -> Result<()> {
     if exchange.request.grpc.is_some()
         && let Some(error) = grpc::answer(&answer)?
@@ -73,7 +72,7 @@ pub async fn answer_instead(exchange: &mut Exchange, session: &mut ServerSession
     write(exchange, session, answer.header()?, answer.body, Ours::Instead).await
 }
 
-/// Answers a gRPC call with one frame: a header that ends the stream.
+/// Responds to a gRPC call with one frame: a header that ends the stream.
 async fn trailers_only(exchange: &mut Exchange, session: &mut ServerSession, answer: TrailersOnly) -> Result<()> {
     let TrailersOnly { code, stands_for, header: mut fields } = answer;
     if let Some(call) = &mut exchange.request.grpc {
@@ -88,17 +87,17 @@ async fn trailers_only(exchange: &mut Exchange, session: &mut ServerSession, ans
     session.response_duplex_vec(vec![HttpTask::Header(Box::new(fields), true)]).await.map(|_| ())
 }
 
-/// What an answer of our own is.
+/// The kind of Forebay's own response.
 enum Ours<'r> {
     Refusal(&'r Refused),
-    /// The answer of a filter, which no upstream was asked for.
+    /// The response of a filter, without a request to an upstream.
     Answer,
-    /// The answer of a filter in place of another one: those outside of it have seen its header.
+    /// The response of a filter in place of another one; the outer filters have seen its header.
     Instead,
 }
 
-/// Sends an answer of our own. The filters of the route see it as they see an endpoint's. A refusal of theirs changes
-/// neither a header nor another refusal, but an answer of one takes the place of this.
+/// Sends Forebay's own response. The route's filters process it like an endpoint's. If one of them refuses it, neither
+/// a header nor another refusal changes; a filter's response replaces it.
 async fn write(
     exchange: &mut Exchange,
     session: &mut ServerSession,
@@ -120,12 +119,12 @@ async fn write(
     let head = session.req_header().method == Method::HEAD;
     if exchange.sees_body() {
         if head {
-            // Its length is not known.
+            // The length after the filters is unknown.
             response.remove_header(&header::CONTENT_LENGTH);
         } else if answer::is_bodiless(head, response.status.as_u16()) {
             body = Bytes::new();
         } else if let Verdict::Refuse(refused) = exchange.filter_whole(session.req_header_mut(), &mut body).await {
-            // Without the filters: one of them has had enough of it.
+            // The replacement is sent without filters, since one of them has refused.
             if let Ours::Refusal(before) = ours {
                 (response, body) = refusal_page(session.req_header(), before)?;
             } else {
@@ -155,7 +154,8 @@ fn set_length(response: &mut ResponseHeader, body: &Bytes) -> Result<()> {
     Ok(())
 }
 
-/// Lets the client take what it has not taken yet. Its endpoint is released; this is the time that buffering saved it.
+/// Waits until the client has accepted the rest of the response. The endpoint is already released; the duration is the
+/// time that buffering saved it.
 pub async fn drain(exchange: &mut Exchange, client: &mut Box<ServerSession>) {
     let Some(link) = exchange.link.clone().filter(|link| link.stands_in() && exchange.refusal.is_none()) else {
         return;
@@ -175,14 +175,14 @@ pub async fn drain(exchange: &mut Exchange, client: &mut Box<ServerSession>) {
     cut_if_begun(exchange, client, Some(&error)).await;
 }
 
-/// Cuts an answer of which bytes have left, so that its client cannot take it for whole. `false`: none had, and the
-/// client's own session is back, so that it can still be told anything.
+/// Cuts a response whose bytes were sent, so that the client cannot take it for complete. `false`: no bytes were sent,
+/// and the client's own session is restored, so that another response can be sent.
 pub async fn cut_if_begun(exchange: &mut Exchange, client: &mut Box<ServerSession>, error: Option<&Error>) -> bool {
     if let Some(link) = &exchange.link
         && link.stands_in()
     {
         if link.begun() && !link.framed() && !link.is_http2() {
-            // Before the write under way is dropped, and its connection with it.
+            // This must precede dropping the write in progress together with its connection.
             exchange.client.connection.iter().for_each(|connection| connection.close_with_reset());
         }
         link.abandon();
@@ -198,8 +198,8 @@ pub async fn cut_if_begun(exchange: &mut Exchange, client: &mut Box<ServerSessio
     begun
 }
 
-/// Bytes of an answer have left and the rest will not come. Where the connection's end alone marks its end, the
-/// connection is reset, so that no client takes what came for the whole.
+/// Ends a response that will remain incomplete. If only the close of the connection delimits it, the connection is
+/// reset, so that the client does not take it for complete.
 fn cut(exchange: &mut Exchange, session: &mut ServerSession, error: Option<&Error>) {
     let framed = session.response_written().is_none_or(|response| {
         response.headers.contains_key(header::CONTENT_LENGTH)
@@ -211,13 +211,13 @@ fn cut(exchange: &mut Exchange, session: &mut ServerSession, error: Option<&Erro
     if let Some(connection) = exchange.client.connection.as_ref().filter(|_| !framed) {
         connection.close_with_reset();
     }
-    // What came of the answer is sent before the connection goes.
+    // The received part of the response is sent before the connection closes.
     end_connection(exchange, session);
     exchange.client.connection.iter().for_each(|connection| connection.break_off());
     exchange.client.closes = true;
 }
 
-/// No request is to follow on the client's connection, if it is of HTTP/1.
+/// Prevents further requests on the client's HTTP/1 connection.
 pub fn end_connection(exchange: &Exchange, session: &mut ServerSession) {
     session.set_keepalive(None);
     exchange
@@ -228,23 +228,23 @@ pub fn end_connection(exchange: &Exchange, session: &mut ServerSession) {
         .for_each(|connection| connection.end_after_answer());
 }
 
-/// Resets the stream of an exchange of HTTP/2: Pingora would else end it in good order if it does not know of the
-/// failure. `false`: it is one of HTTP/1.
+/// Resets the stream of an HTTP/2 exchange: without knowledge of the failure, Pingora would end it regularly. `false`:
+/// the exchange uses HTTP/1.
 fn reset(exchange: &Exchange, error: Option<&Error>) -> bool {
     let Some(control) = &exchange.client.control else { return false };
     control.reset(grpc::reset_code(exchange.refusal.unwrap_or(&refusal::INTERNAL), error));
     true
 }
 
-/// Whether a refusal can still be told: nothing but interim responses has left. Behind a 101 (RFC 9110 §15.2.2) it
-/// would be taken for words of the other protocol.
+/// Whether a refusal can still be sent: at most interim responses were. After a 101 (RFC 9110 §15.2.2), the client
+/// would take it for bytes of the other protocol.
 fn is_unanswered(session: &ServerSession) -> bool {
     session
         .response_written()
         .is_none_or(|response| response.status.is_informational() && response.status != StatusCode::SWITCHING_PROTOCOLS)
 }
 
-/// Whether there is a client left to tell this to.
+/// Whether the client of a refusal is still connected.
 pub fn is_heard(refusal: &Refusal) -> bool {
     refusal.status != 499
 }

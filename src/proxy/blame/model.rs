@@ -1,8 +1,8 @@
-//! A model of an attempt: client, endpoint, disk and gateway take the time that a random schedule gives them. It shows
-//! that an endpoint that keeps its limits is never accused, whatever the others do, and that one that does not is.
+//! A model of an attempt in which client, endpoint, disk and gateway take the times of a random schedule. It shows that
+//! an endpoint within its limits is never charged, whatever the others do, and that an endpoint beyond them is.
 //!
-//! The clocks, the table, the breaker, the score and the average are the real ones; the model is what stands between
-//! them: the session, the event loop and its heartbeat.
+//! The clocks, the table, the breaker, the score and the average are the real ones. The model replaces the parts
+//! between them: the session, the event loop and its heartbeat.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -25,7 +25,7 @@ const WAIT: u64 = 600;
 const RECEIVE: u64 = 450;
 const PATIENCE: Patience = Patience { send: ms(SEND), wait: ms(WAIT), receive: ms(RECEIVE) };
 
-/// What the heartbeat does not see of a stall: it looks every so often.
+/// The part of a stall that the heartbeat cannot see, by its interval.
 const UNSEEN: u64 = 10;
 /// Shorter stalls are ignored.
 const STALL_LEAST: u64 = 20;
@@ -34,18 +34,18 @@ const fn ms(millis: u64) -> Duration {
     Duration::from_millis(millis)
 }
 
-/// Something that happens in an attempt, in the order of the schedule.
+/// An event of an attempt, in the order of the schedule.
 #[derive(Clone, Copy, Debug)]
 enum Step {
     /// This party is waited for, and acts after this many milliseconds.
     Wait(Party, u64),
     /// The last piece of the request is passed on.
     Whole,
-    /// The response header comes after this many milliseconds.
+    /// The response header arrives after this many milliseconds.
     Header(u64),
-    /// The client goes away.
+    /// The client leaves.
     Leave,
-    /// The client does not keep a limit of its own.
+    /// The client exceeds one of its own limits.
     Breach(What),
     /// The endpoint closes the connection.
     Break,
@@ -54,16 +54,16 @@ enum Step {
 #[derive(Clone, Debug)]
 struct Schedule {
     steps: Vec<Step>,
-    /// When the loop stands still, in milliseconds from the end of the stall before, and for how long.
+    /// The stalls of the loop: start in milliseconds after the previous stall, and duration.
     stalls: Vec<(u64, u64)>,
-    /// What comes from the endpoint comes by way of another task, as over HTTP/2.
+    /// The endpoint's bytes pass through another task, as over HTTP/2.
     by_another_task: bool,
-    /// The deadline of the exchange, and whether the client asked for it.
+    /// The deadline of the exchange, and whether the client set it.
     deadline: Option<(u64, bool)>,
     attempt: Option<u64>,
 }
 
-/// What became of an attempt.
+/// The result of an attempt.
 struct Played {
     outcome: Outcome,
     fault: Option<Fault>,
@@ -71,7 +71,7 @@ struct Played {
     kept_waiting: Duration,
 }
 
-/// An attempt under way.
+/// An attempt in progress.
 struct Attempt<'s> {
     schedule: &'s Schedule,
     began: Instant,
@@ -113,8 +113,7 @@ impl<'s> Attempt<'s> {
         self.began + ms(millis)
     }
 
-    /// When the loop gets round to what is ready at `time`, and by how much it has been late by then, as far as is
-    /// known.
+    /// The time at which the loop handles an event of time `time`, and the delay of the loop measured by then.
     fn round(&self, time: u64) -> (u64, u64) {
         let (mut end, mut lag, mut time) = (0, 0, time);
         for &(after, length) in &self.schedule.stalls {
@@ -129,7 +128,7 @@ impl<'s> Attempt<'s> {
         (time, lag)
     }
 
-    /// Lets time pass until something happens at `event` and the exchange sees it. An error: a clock was faster.
+    /// Advances until `event` occurs and the exchange handles it. An error: a clock expired first.
     fn pass(&mut self, event: u64, by_endpoint: bool) -> Result<(), Fault> {
         let mut handed_over = !(by_endpoint && self.schedule.by_another_task);
         let mut next = event;
@@ -140,7 +139,7 @@ impl<'s> Attempt<'s> {
             let (now, lag) = self.round(alarm.map_or(next, |alarm| alarm.min(next)).max(self.now));
             self.now = now;
             self.waits.note_lag(ms(lag), self.at(now));
-            // The gate comes first, the exchange after it.
+            // The gate runs before the exchange.
             if let Some((due, fault)) = self.bounds.due(self.stage, self.whole, &self.waits)
                 && self.look.next(due) <= self.at(now)
                 && self.look.at(due, self.at(now)) == Seen::Over
@@ -151,7 +150,7 @@ impl<'s> Attempt<'s> {
                 if handed_over {
                     return Ok(());
                 }
-                // The other task has its turn before this one comes again.
+                // The other task runs before this one is polled again.
                 handed_over = true;
                 next = now + 1;
             }
@@ -165,7 +164,7 @@ impl<'s> Attempt<'s> {
                 self.waits.turn_to(party, self.at(self.now));
                 self.pass(self.now + time, party == Party::Endpoint)?;
                 match self.stage {
-                    // It was handed the piece that was waited for, or has taken one.
+                    // The endpoint received the expected piece, or accepted one.
                     Stage::Sending => {
                         self.given = self.now;
                         self.waits.restart(Party::Endpoint, self.at(self.now));
@@ -220,13 +219,13 @@ impl<'s> Attempt<'s> {
     }
 }
 
-/// Makes a schedule of raw numbers, in which the endpoint keeps its limits: `share` of each at most, in thousandths.
+/// Builds a schedule from random numbers in which the endpoint uses at most `share` of each limit, in thousandths.
 fn keeping(raw: &[(u8, u64)], share: u64) -> Vec<Step> {
     let (mut steps, mut whole, mut answered) = (Vec::new(), false, false);
     for &(kind, time) in raw {
         let limit = match (answered, whole) {
             (true, true) => RECEIVE,
-            // As long as the client may send on, an endpoint need not answer.
+            // While the client may still send, the endpoint need not respond.
             (true, false) => u64::MAX,
             (false, true) => WAIT,
             (false, false) => SEND,
@@ -248,7 +247,7 @@ fn keeping(raw: &[(u8, u64)], share: u64) -> Vec<Step> {
             10 => return [steps, vec![Step::Leave]].concat(),
             11 => {
                 let what = [What::Silent, What::Slow, What::Left][time as usize % 3];
-                // In between, a client that owes nothing can only leave.
+                // In between, a client with nothing to send can only leave.
                 let owes = !whole || answered;
                 return [steps, vec![Step::Breach(if owes { what } else { What::Left })]].concat();
             }
@@ -264,7 +263,7 @@ fn keeping(raw: &[(u8, u64)], share: u64) -> Vec<Step> {
     steps
 }
 
-/// What the endpoint is waited for in a schedule, from its beginning to its header, and in all.
+/// The time for which a schedule waits for the endpoint: until its header, and in total.
 fn own_millis(steps: &[Step]) -> (u64, u64) {
     let (mut to_header, mut all, mut answered) = (0, 0, false);
     for step in steps {
@@ -280,7 +279,7 @@ fn own_millis(steps: &[Step]) -> (u64, u64) {
 }
 
 prop_compose! {
-    /// A schedule in which an endpoint keeps its limits and the others do as they like.
+    /// A schedule in which the endpoint keeps its limits and the others act freely.
     fn schedules()(
         raw in prop::collection::vec((0u8..12, prop_oneof![0u64..50, 0u64..1_000, 0u64..20_000]), 0..40),
         stalls in prop::collection::vec((1u64..5_000, prop_oneof![0u64..30, 0u64..8_000]), 0..6),
@@ -290,7 +289,7 @@ prop_compose! {
     ) -> Schedule {
         let steps = keeping(&raw, 999);
         let (to_header, all) = own_millis(&steps);
-        // Of each stall, a little goes unseen; and each look is a millisecond.
+        // A small part of each stall is unseen, and each look takes a millisecond.
         let unseen = stalls.len() as u64 * (UNSEEN + STALL_LEAST) + 3 * steps.len() as u64 + 5;
         let deadline = deadline.map(|(more, is_clients)| ((all + unseen) * 10 / 9 + 1 + more, is_clients));
         let attempt = attempt.map(|more| to_header + unseen + more);
@@ -302,7 +301,7 @@ fn play(schedule: &Schedule, began: Instant) -> Played {
     Attempt::new(schedule, began).play()
 }
 
-/// A breaker that a single failure opens, for a millisecond, with one probe.
+/// A breaker that one failure opens for a millisecond, with one probe.
 fn breaker(now: Instant) -> Breaker {
     let terms = breaker::Terms {
         failures: 1.0,
@@ -318,7 +317,7 @@ fn breaker(now: Instant) -> Breaker {
     Breaker::new(terms, gauge.expect("a gauge"), replaced.expect("a counter"), now)
 }
 
-/// A single failure ejects an endpoint.
+/// One failure ejects an endpoint.
 const STRICT: outlier::Rules = outlier::Rules {
     consecutive_5xx: 1,
     consecutive_gateway_errors: 1,
@@ -363,7 +362,7 @@ proptest! {
         mut schedule in schedules(),
         late in 0usize..3,
     ) {
-        // What ends before the endpoint has its chance says nothing here.
+        // Schedules that end before the endpoint can act prove nothing here.
         schedule.steps.retain(|step| !matches!(step, Step::Leave | Step::Breach(_) | Step::Whole | Step::Header(_)));
         (schedule.deadline, schedule.attempt) = (None, None);
         let waits = |steps: &mut Vec<Step>| steps.retain(|step| !matches!(step, Step::Wait(Party::Endpoint, SEND..)));
@@ -405,7 +404,7 @@ proptest! {
             }
             let now = attempt.at(attempt.now);
             match breaker.admit(now) {
-                // Another one has its place; it goes on to its end, and the probe is not alone any more.
+                // Another probe has taken its place; this attempt continues to its end, so that there are two.
                 Ok(_) => {
                     prop_assert!(attempt.waits.kept_waiting(now) > DAWDLING);
                     break;

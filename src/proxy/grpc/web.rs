@@ -1,8 +1,8 @@
 //! gRPC-Web: calls of browsers, which cannot read trailers (`routes[].grpc_web`).
 //!
-//! A call has the media type of gRPC-Web and is otherwise a call of gRPC. Its answer has the trailers at the end of its
-//! body: a message whose flags have the highest bit set, with a line for each field (gRPC, PROTOCOL-WEB). Only the
-//! binary form is bridged. The other one (`application/grpc-web-text`), whose body is base64, passes as it came.
+//! A call has the media type of gRPC-Web and otherwise equals a gRPC call. Its response has the trailers at the end of
+//! its body: a message whose flags have the highest bit set, with one line per field (gRPC, PROTOCOL-WEB). Only the
+//! binary form is bridged. The base64 form (`application/grpc-web-text`) passes unchanged.
 
 use bytes::{BufMut, Bytes, BytesMut};
 use http::{HeaderMap, HeaderName, HeaderValue, Method, header};
@@ -11,14 +11,14 @@ use pingora::http::{RequestHeader, ResponseHeader};
 
 const GRPC: &str = "application/grpc";
 const GRPC_WEB: &str = "application/grpc-web";
-/// Clients of gRPC-Web mark their calls with it. It means nothing to a server of gRPC.
+/// gRPC-Web clients mark their calls with it. gRPC servers do not use it.
 const X_GRPC_WEB: HeaderName = HeaderName::from_static("x-grpc-web");
-/// The flags of the message that has the trailers.
+/// The flags of the message with the trailers.
 const TRAILERS: u8 = 0x80;
-/// Flags and length.
+/// Size of flags and length, in bytes.
 const PREFIX_BYTES: usize = 5;
 
-/// Whether this is a call of gRPC-Web in its binary form.
+/// Whether the request is a gRPC-Web call in the binary form.
 pub fn is_call(request: &RequestHeader) -> bool {
     let mut kinds = request.headers.get_all(header::CONTENT_TYPE).iter();
     match (kinds.next(), kinds.next()) {
@@ -27,11 +27,11 @@ pub fn is_call(request: &RequestHeader) -> bool {
     }
 }
 
-/// Makes of its header that of a call of gRPC.
+/// Converts the header of a call to gRPC.
 ///
 /// # Errors
 ///
-/// None that could come about: all fields are well-formed.
+/// None in practice: all fields are well-formed.
 pub fn to_endpoint(request: &mut RequestHeader) -> Result<()> {
     if let Some(kind) = request.headers.get(header::CONTENT_TYPE).and_then(|kind| exchanged(kind, GRPC_WEB, GRPC)) {
         request.insert_header(header::CONTENT_TYPE, kind)?;
@@ -40,12 +40,12 @@ pub fn to_endpoint(request: &mut RequestHeader) -> Result<()> {
     request.insert_header(header::TE, HeaderValue::from_static("trailers"))
 }
 
-/// Makes of the header of an answer of gRPC that of one of gRPC-Web, which has no trailers of HTTP to announce.
-/// `false`: the answer is not one of gRPC, and it stays as it is.
+/// Converts the header of a gRPC response to gRPC-Web, which announces no HTTP trailers. `false`: the response is not
+/// gRPC, and remains unchanged.
 ///
 /// # Errors
 ///
-/// None that could come about, as above.
+/// None in practice, as above.
 pub fn to_client(response: &mut ResponseHeader) -> Result<bool> {
     let kind = response.headers.get(header::CONTENT_TYPE).and_then(|kind| exchanged(kind, GRPC, GRPC_WEB));
     let Some(kind) = kind else { return Ok(false) };
@@ -54,12 +54,12 @@ pub fn to_client(response: &mut ResponseHeader) -> Result<bool> {
     Ok(true)
 }
 
-/// The last message of an answer.
+/// The last message of a response.
 pub fn last_message(trailers: &HeaderMap) -> Bytes {
     let lines: usize = trailers.iter().map(|(name, value)| name.as_str().len() + value.len() + 4).sum();
     let mut message = BytesMut::with_capacity(PREFIX_BYTES + lines);
     message.put_u8(TRAILERS);
-    // Trailers are bounded like header lists, far below this.
+    // Trailers have a limit like header lists, far below this.
     message.put_u32(u32::try_from(lines).unwrap_or(u32::MAX));
     for (name, value) in trailers {
         message.put_slice(name.as_str().as_bytes());
@@ -70,7 +70,7 @@ pub fn last_message(trailers: &HeaderMap) -> Bytes {
     message.freeze()
 }
 
-/// A media type with another beginning, if it has this one, alone or with a suffix or parameters behind it.
+/// The media type with its beginning `from` replaced by `to`, if it is `from` alone or with a suffix or parameters.
 fn exchanged(kind: &HeaderValue, from: &str, to: &str) -> Option<HeaderValue> {
     let (beginning, rest) = kind.to_str().ok()?.split_at_checked(from.len())?;
     let ends = matches!(rest.trim_start().as_bytes().first(), None | Some(b'+' | b';'));

@@ -1,9 +1,8 @@
-//! What concerns the client's connection alone, and ends here (RFC 9110 §7.6.1).
+//! Removes fields that concern only the client's connection (RFC 9110 §7.6.1).
 //!
-//! It is removed before routes and filters see the request: else a client could have what a filter sets for the
-//! endpoint removed, by naming it in `Connection`. Three of these fields say something that is needed later, and stay
-//! in one form each: `TE: trailers`, an `Upgrade` that may pass ([`crate::proxy::upgrade`]), and `Transfer-Encoding`,
-//! which is framing.
+//! This happens before routes and filters see the request. Otherwise a client could name a field in `Connection` and
+//! thereby remove what a filter sets for the endpoint. Three of these fields are needed later and remain in one form
+//! each: `TE: trailers`, an allowed `Upgrade` ([`crate::proxy::upgrade`]), and `Transfer-Encoding`, which is framing.
 
 use http::header::{
     CONNECTION, CONTENT_LENGTH, HOST, PROXY_AUTHENTICATE, PROXY_AUTHORIZATION, TE, TRANSFER_ENCODING, UPGRADE,
@@ -16,22 +15,22 @@ use crate::error::{Refusal, refusal};
 use crate::framing::{is_token, members, takes_trailers};
 use crate::proxy::upgrade;
 
-/// More options than these are none: each costs a look-up.
+/// Maximum number of connection options: each costs a look-up.
 const OPTIONS_MAX: usize = 16;
 
 const KEEP_ALIVE: HeaderName = HeaderName::from_static("keep-alive");
 const PROXY_CONNECTION: HeaderName = HeaderName::from_static("proxy-connection");
 const HTTP2_SETTINGS: HeaderName = HeaderName::from_static("http2-settings");
 
-/// Fields that go whether `Connection` names them or not.
+/// Fields that are removed even if `Connection` does not name them.
 static ENDS_HERE: [HeaderName; 6] =
     [CONNECTION, KEEP_ALIVE, PROXY_CONNECTION, HTTP2_SETTINGS, PROXY_AUTHENTICATE, PROXY_AUTHORIZATION];
 
-/// Removes what ends here.
+/// Removes the hop-by-hop fields.
 ///
 /// # Errors
 ///
-/// `Connection` names what concerns more than the connection, what is no token, or too much.
+/// If `Connection` names a field that concerns more than the connection, an invalid token, or too many options.
 pub fn end(request: &mut RequestHeader) -> Result<(), &'static Refusal> {
     let known = |name: &HeaderName| ENDS_HERE.contains(name) || *name == TE || *name == UPGRADE;
     if !request.headers.keys().any(known) {
@@ -42,7 +41,7 @@ pub fn end(request: &mut RequestHeader) -> Result<(), &'static Refusal> {
     for name in ENDS_HERE.iter().chain(&named).chain([&TE, &UPGRADE]) {
         request.remove_header(name);
     }
-    // A field of this name was there before; it cannot be refused now.
+    // The name and the value were valid before, so this cannot fail.
     if trailers {
         let _ = request.insert_header(TE, HeaderValue::from_static("trailers"));
     }
@@ -52,7 +51,7 @@ pub fn end(request: &mut RequestHeader) -> Result<(), &'static Refusal> {
     Ok(())
 }
 
-/// The further fields that `Connection` names. Most requests name none.
+/// The additional fields that `Connection` names. Most requests name none.
 fn named(headers: &HeaderMap) -> Result<Vec<HeaderName>, &'static Refusal> {
     let mut named = Vec::new();
     for (count, option) in members(headers, &CONNECTION).enumerate() {
@@ -71,8 +70,9 @@ fn named(headers: &HeaderMap) -> Result<Vec<HeaderName>, &'static Refusal> {
     Ok(named)
 }
 
-/// What no client can mean for this connection alone: how the request is framed, where it goes, and what a proxy in
-/// front of us says of the client. A proxy that passes `Connection` on as it came would have its own word removed.
+/// Whether a field concerns more than one connection: framing, destination, and information about the client from a
+/// proxy in front of Forebay. Removing them would let a client delete what a proxy that passes `Connection` on has
+/// added.
 fn is_protected(name: &HeaderName) -> bool {
     [HOST, CONTENT_LENGTH, TRANSFER_ENCODING].contains(name) || is_hearsay(name.as_str())
 }
@@ -82,7 +82,7 @@ mod tests {
     use super::super::tests::request;
     use super::*;
 
-    /// What is left of these fields, in the order of their names.
+    /// The remaining fields, sorted by name.
     fn left(fields: &[(&'static str, &str)]) -> Vec<String> {
         let mut request = request(fields);
         end(&mut request).expect("nothing that is protected is named");

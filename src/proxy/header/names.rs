@@ -1,8 +1,8 @@
-//! Fields that do not pass because of their names: those that one backend reads as another field than we do, and those
-//! that only a proxy in front of us, or Forebay itself, may say.
+//! Removes fields because of their names: names that backends may read as another field, and fields that only a proxy
+//! in front of Forebay or Forebay itself may set.
 //!
-//! They go before routes and filters see the request, so that no condition on a header can be met by a forged one, and
-//! what a filter sets under such a name stays.
+//! This happens before routes and filters see the request, so that a forged field cannot satisfy a condition, and a
+//! field that a filter sets under such a name remains.
 
 use http::{HeaderMap, HeaderName};
 use pingora::http::RequestHeader;
@@ -10,10 +10,9 @@ use pingora::http::RequestHeader;
 use crate::config::listener::OddNames;
 use crate::error::{Refusal, refusal};
 
-/// What is said of a client by a proxy in front of us, and believed by many applications; so are all names that begin
-/// like this.
+/// Prefixes of fields by which a proxy describes the client; many applications trust them.
 const HEARSAY_BEGINS: [&str; 3] = ["x-forwarded-", "x-forebay-", "x-client-cert-"];
-/// The same, by their whole names.
+/// Complete names of such fields.
 const HEARSAY: [&str; 13] = [
     "forwarded",
     "x-original-forwarded-for",
@@ -30,7 +29,7 @@ const HEARSAY: [&str; 13] = [
     "x-rewrite-url",
 ];
 
-/// Fields by which a message is framed or sent, and those that a client must not say at all.
+/// Fields for framing and routing, and fields that a client must not send.
 const GUARDED: [&str; 12] = [
     "connection",
     "content-length",
@@ -46,11 +45,11 @@ const GUARDED: [&str; 12] = [
     "via",
 ];
 
-/// Removes the fields that do not pass; `trusted`: from a proxy whose word is believed.
+/// Removes the fields that must not pass; `trusted`: the peer is a trusted proxy.
 ///
 /// # Errors
 ///
-/// There is one with an odd name, where such requests are refused.
+/// If a field has an unusual name and the listener refuses such requests.
 pub fn check(request: &mut RequestHeader, odd: OddNames, trusted: bool) -> Result<(), &'static Refusal> {
     if odd == OddNames::Refuse && request.headers.keys().any(|name| is_odd(name.as_str())) {
         return Err(&refusal::HEADER_NAME);
@@ -61,44 +60,44 @@ pub fn check(request: &mut RequestHeader, odd: OddNames, trusted: bool) -> Resul
     Ok(())
 }
 
-/// Removes the fields with odd names, which were left for a route that might want them.
+/// Removes the fields with unusual names that were kept for a route that allows them.
 pub fn drop_odd(request: &mut RequestHeader, odd: OddNames) {
     for name in &dropped(&request.headers, odd, true) {
         request.remove_header(name);
     }
 }
 
-/// The same for trailers, which some backends put with the header. The request is on its way, so that none is refused
-/// any more.
+/// Removes such fields from trailers, which some backends merge into the header. The request was already forwarded, so
+/// it is not refused.
 pub fn strip(trailers: &mut HeaderMap, odd: OddNames, trusted: bool) {
     for name in &dropped(trailers, odd, trusted) {
         trailers.remove(name);
     }
 }
 
-/// The names of those that do not pass.
+/// The names of the fields to remove.
 fn dropped(headers: &HeaderMap, odd: OddNames, trusted: bool) -> Vec<HeaderName> {
     let goes = |name: &str| match (is_odd(name), odd) {
         (true, OddNames::Drop | OddNames::Refuse) => true,
         (true, OddNames::Keep) => stands_for_more(name),
-        // CGI makes the variable HTTP_PROXY of it, from which many libraries take their proxy (CVE-2016-5385).
+        // CGI turns it into the variable HTTP_PROXY, which many libraries use as their proxy (CVE-2016-5385).
         (false, _) => name == "proxy" || (!trusted && is_hearsay(name)),
     };
     headers.keys().filter(|name| goes(name.as_str())).cloned().collect()
 }
 
-/// Whether only a trusted proxy may say this. The name is in lower case.
+/// Whether only a trusted proxy may send this field. The name is in lower case.
 pub fn is_hearsay(name: &str) -> bool {
     HEARSAY_BEGINS.iter().any(|begin| name.starts_with(begin)) || HEARSAY.contains(&name)
 }
 
-/// Whether there is anything in it but letters, digits and hyphens. CGI, WSGI, Rack and PHP make one name of `X_Edge`
-/// and `X-Edge`.
+/// Whether the name has characters other than letters, digits and hyphens. CGI, WSGI, Rack and PHP treat `X_Edge` and
+/// `X-Edge` as one name.
 fn is_odd(name: &str) -> bool {
     !name.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'-')
 }
 
-/// Whether a backend could take it for a field that we look at or set.
+/// Whether a backend could take the name for a field that Forebay reads or sets.
 fn stands_for_more(name: &str) -> bool {
     let plain: String = name.chars().map(|char| if char.is_ascii_alphanumeric() { char } else { '-' }).collect();
     is_hearsay(&plain) || GUARDED.contains(&&*plain)

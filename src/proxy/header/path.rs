@@ -1,9 +1,9 @@
-//! The one path of a request: the client's, in the form in which everything here and the endpoint sees it.
+//! The canonical path of a request, which Forebay and the endpoint both use.
 //!
-//! A path can be written in many ways that a backend takes for one. If the route is looked up by one way and the
-//! endpoint gets another, then `//admin` goes round a route for `/admin`, and `/x/../files/a` takes the route of `/x`.
-//! So the path is brought into one form when the request comes, and that form is all there is: for the look-up, for
-//! filters and keys, in the log, and at the endpoint. What has two readings even so is refused.
+//! Backends treat many spellings of a path as equal. If the route were found by one spelling and the endpoint received
+//! another, `//admin` would bypass a route for `/admin`, and `/x/../files/a` would take the route of `/x`. The path is
+//! therefore made canonical when the request arrives, and only this form is used: for the route look-up, for filters
+//! and keys, in the log and at the endpoint. A path that remains ambiguous is refused.
 
 use std::borrow::Cow;
 
@@ -12,7 +12,7 @@ use crate::config::paths::{DotSegments, EncodedSlash};
 use crate::config::route::{Match, PathMatch};
 use crate::error::BuildError;
 
-/// How paths are brought into their one form.
+/// The rules for canonical paths.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Paths {
     merge_slashes: bool,
@@ -20,32 +20,35 @@ pub struct Paths {
     dot_segments: DotSegments,
 }
 
-/// A path that has no such form.
+/// The error for a path without a canonical form.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Unfit;
 
 impl Paths {
-    /// As it is written.
+    /// Builds the rules from the configuration.
     pub fn new(written: &config::Paths) -> Paths {
         let config::Paths { merge_slashes, encoded_slash, dot_segments } = *written;
         Paths { merge_slashes, encoded_slash, dot_segments }
     }
 
-    /// The one form of a path, without its query. Allocates only if it is not in that form already, or might not be.
+    /// The canonical form of a path, without its query. Allocates only if the path is, or may be, in another form.
     ///
-    /// - Codes of letters, digits, `-`, `.`, `_` and `~` are decoded (RFC 3986 §6.2.2.2), other codes have upper-case digits, and
-    ///   what may not stand in a path as it is (RFC 3986 §3.3) is encoded, a `%` that begins no code among it.
-    /// - `.` and `..` segments are removed, the latter with the segment before (RFC 3986 §5.2.4). Nothing is above the root.
-    /// - Empty segments are removed, but for the last.
-    /// - `%2F` stays, becomes a `/`, or the path is refused; so do `%5C` and a backslash, which some backends take for one.
+    /// - Codes of letters, digits, `-`, `.`, `_` and `~` are decoded (RFC 3986 §6.2.2.2), other codes have upper-case
+    ///   digits, and characters that a path must not contain (RFC 3986 §3.3) are encoded, including a `%` that begins
+    ///   no code.
+    /// - `.` and `..` segments are removed, the latter with the segment before (RFC 3986 §5.2.4). The root has no
+    ///   parent.
+    /// - Empty segments are removed, except the last.
+    /// - `%2F` remains, becomes a `/`, or the path is refused; this also applies to `%5C` and the backslash, which some
+    ///   backends treat as a slash.
     ///
-    /// A path is refused in any case that has a NUL, encoded or not, or in which a backend would find `..` or `.` once
-    /// it has decoded `%2F` or `%5C`, or has cut off parameters (`/..;x/`). A target that does not begin with `/`, such
-    /// as `*`, is no path and stays as it is.
+    /// A path is always refused if it contains a NUL, encoded or not, or if a backend would find `..` or `.` after
+    /// decoding `%2F` or `%5C`, or after removing parameters (`/..;x/`). A target that does not begin with `/`, such as
+    /// `*`, is not a path and remains unchanged.
     ///
     /// # Errors
     ///
-    /// It is to be refused.
+    /// If the path must be refused.
     pub fn canonical<'p>(&self, path: &'p [u8]) -> Result<Cow<'p, [u8]>, Unfit> {
         if !path.starts_with(b"/") || self.is_plain(path) {
             return Ok(Cow::Borrowed(path));
@@ -53,11 +56,11 @@ impl Paths {
         self.normal(&self.decoded(path)?).map(Cow::Owned)
     }
 
-    /// The same for a path that an operator has written, which is to be met by requests.
+    /// The canonical form of a path in the configuration, for comparison with those of requests.
     ///
     /// # Errors
     ///
-    /// No request can have it.
+    /// If no request can have this path.
     pub fn written(&self, path: &str) -> Result<String, BuildError> {
         let canonical = self.canonical(path.as_bytes()).ok().and_then(|path| String::from_utf8(path.into_owned()).ok());
         canonical.ok_or_else(|| {
@@ -65,11 +68,11 @@ impl Paths {
         })
     }
 
-    /// What a route matches, with its path in the form in which those of requests are looked up.
+    /// A route's match with its path in the canonical form of requests.
     ///
     /// # Errors
     ///
-    /// No request can have it.
+    /// If no request can have this path.
     pub fn in_matches(&self, matches: &Match) -> Result<Match, BuildError> {
         let path = match &matches.path {
             Some(PathMatch::Exact(path)) => {
@@ -83,7 +86,7 @@ impl Paths {
         Ok(Match { path: Some(path), ..matches.clone() })
     }
 
-    /// Whether it is in its one form for sure.
+    /// Whether the path is certainly canonical.
     fn is_plain(&self, path: &[u8]) -> bool {
         let mut after_slash = false;
         path.iter().all(|&byte| {
@@ -93,7 +96,7 @@ impl Paths {
         })
     }
 
-    /// The path with its codes in order.
+    /// The path with canonical codes.
     fn decoded(&self, path: &[u8]) -> Result<Vec<u8>, Unfit> {
         let mut decoded = Vec::with_capacity(path.len() + 8);
         let mut rest = path;
@@ -131,7 +134,7 @@ impl Paths {
         Ok(decoded)
     }
 
-    /// A slash that was encoded, or a backslash.
+    /// Handles an encoded slash or a backslash.
     fn slash(&self, byte: u8, decoded: &mut Vec<u8>) -> Result<(), Unfit> {
         match self.encoded_slash {
             EncodedSlash::Refuse => return Err(Unfit),
@@ -141,7 +144,7 @@ impl Paths {
         Ok(())
     }
 
-    /// The decoded path without the segments that go.
+    /// The decoded path without the segments to be removed.
     fn normal(&self, path: &[u8]) -> Result<Vec<u8>, Unfit> {
         let mut kept: Vec<&[u8]> = Vec::new();
         let mut segments = path.split(|&byte| byte == b'/').skip(1).peekable();
@@ -167,7 +170,7 @@ impl Paths {
     }
 }
 
-/// Whether a backend that decodes `%2F` and `%5C`, or cuts parameters off, would find a dot segment in this one.
+/// Whether a backend that decodes `%2F` and `%5C`, or removes parameters, would find a dot segment here.
 fn hides_dots(segment: &[u8]) -> bool {
     let mut begin = 0;
     let is_dots = |part: &[u8]| matches!(part.split(|&byte| byte == b';').next(), Some(b"." | b".."));
@@ -182,7 +185,7 @@ fn hides_dots(segment: &[u8]) -> bool {
     is_dots(&segment[begin..])
 }
 
-/// The byte of a code whose `%` is gone, and what follows it.
+/// The byte of a code after its `%`, and the rest of the path.
 fn code(after: &[u8]) -> Option<(u8, &[u8])> {
     let digit = |digit: u8| char::from(digit).to_digit(16).map(|digit| digit as u8);
     let (&[high, low], after) = after.split_first_chunk()?;
@@ -199,7 +202,7 @@ fn is_unreserved(byte: u8) -> bool {
     byte.is_ascii_alphanumeric() || b"-._~".contains(&byte)
 }
 
-/// What may stand in a segment as it is, but for codes (RFC 3986 §3.3).
+/// Whether a segment may contain this byte unencoded (RFC 3986 §3.3); excludes `%`.
 fn is_pchar(byte: u8) -> bool {
     is_unreserved(byte) || b"!$&'()*+,;=:@".contains(&byte)
 }
@@ -276,7 +279,7 @@ mod tests {
                 ("/%25%36%31", "/%2561"),
                 ("/%%361dmin", "/%2561dmin"),
                 ("/%\u{e9}", "/%25%C3%A9"),
-                // What is decoded is not part of another code.
+                // A decoded byte does not become part of another code.
                 ("/%5%61", "/%255a"),
                 ("/%%35%61", "/%255a"),
                 ("/%2%35%36%31", "/%252561"),
@@ -375,8 +378,8 @@ mod tests {
         })
     }
 
-    /// What a lenient backend makes of a path: it decodes all codes, takes backslashes for slashes, cuts parameters off
-    /// and follows dots.
+    /// The path as a lenient backend reads it: decodes all codes, treats backslashes as slashes, removes parameters and
+    /// resolves dots.
     fn resolved(path: &[u8]) -> Vec<Vec<u8>> {
         let (mut bytes, mut rest) = (Vec::new(), path);
         while let Some((&byte, after)) = rest.split_first() {
@@ -415,7 +418,7 @@ mod tests {
                 prop_assert!(path.starts_with(b"/") && path.is_ascii());
                 let again = paths.canonical(&path).map(Cow::into_owned);
                 prop_assert_eq!(again.as_ref(), Ok(&path), "it is its own form");
-                // An endpoint that resolves the path again stays where the look-up was.
+                // An endpoint that resolves the path again reaches the path that was looked up.
                 let plain: Vec<_> = path.split(|&byte| byte == b'/').filter(|segment| !segment.is_empty()).collect();
                 let depth = |path: &[u8]| resolved(path).len();
                 let encoded = plain.iter().any(|segment| {

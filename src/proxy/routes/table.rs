@@ -1,7 +1,7 @@
-//! Finds the one route for a request among many, at a cost that does not grow with their number.
+//! Finds the route of a request among many, at a cost that does not grow with their number.
 //!
-//! A pure type: it is built once from what `match:` says and knows no socket. Which of several matching rules wins is
-//! what the Kubernetes Gateway API says of `HTTPRoute`, continuing on ties:
+//! A pure type: it is built once from the `match:` blocks and performs no IO. If several rules match, the precedence is
+//! that of `HTTPRoute` in the Kubernetes Gateway API, continuing on ties:
 //!
 //! 1. the host: exact, before the longest wildcard, before none;
 //! 2. the path: exact, before the longest prefix, before a regular expression, before any path;
@@ -11,15 +11,15 @@
 //! 6. a rule with a condition of its own (`when:`), before one without;
 //! 7. the order in the file.
 //!
-//! The Gateway API leaves the rank of regular expressions open. Here the prefix `/`, which takes everything as no
-//! path does, stands behind them; else no expression could stand beside a catch-all.
+//! The Gateway API does not define the rank of regular expressions. Here the prefix `/`, which matches every path,
+//! ranks after them; otherwise an expression could not be used together with a catch-all.
 //!
-//! A more specific place does not settle it: if none of its rules takes the request (a header is missing, say), the
-//! next less specific place is asked, down to rules without a host.
+//! If no rule at a more specific place matches the request (because a header is missing, say), the next less specific
+//! place is searched, down to rules without a host.
 //!
 //! Paths are compared byte for byte as the caller gives them: `/public/../admin` and `/%61dmin` are not below `/admin`
-//! here, although a backend may think so. Ask for [the one form of a
-//! path](super::super::header::path::Paths::canonical), and build of that form.
+//! here, although a backend may treat them so. Build and search the table with paths made canonical by
+//! [`Paths::canonical`](super::super::header::path::Paths::canonical).
 
 use std::borrow::Cow;
 use std::cmp::Reverse;
@@ -35,20 +35,20 @@ use crate::error::BuildError;
 use crate::error::path::{self, join};
 use crate::expression::{Condition, Moment};
 
-/// Rules, each of which stands for a `T`.
+/// A table of rules, each with its `T`.
 #[derive(Debug)]
 pub struct Table<T> {
-    /// Every rule, best first by points 3 to 7 above. Its index is its [`Rank`].
+    /// All rules, sorted by points 3 to 7 above, best first. The index is the [`Rank`].
     rules: Vec<Rule<T>>,
     hosts: HashMap<Box<[u8]>, Paths>,
-    /// By what follows the `*.` of a wildcard.
+    /// By the part after the `*.` of a wildcard.
     wildcards: HashMap<Box<[u8]>, Paths>,
-    /// The labels of the wildcard that has most: no longer suffix of a host need be looked up.
+    /// Number of labels of the longest wildcard: longer suffixes of a host need no look-up.
     wildcard_labels_max: usize,
     any_host: Paths,
 }
 
-/// What a request is matched by.
+/// The properties of a request that rules match.
 #[derive(Clone, Copy, Debug)]
 pub struct Query<'a> {
     /// The method.
@@ -57,13 +57,13 @@ pub struct Query<'a> {
     pub host: &'a str,
     /// The path, without the query.
     pub path: &'a str,
-    /// What follows the `?`.
+    /// The part after the `?`.
     pub query: Option<&'a str>,
     /// The header fields.
     pub headers: &'a HeaderMap,
 }
 
-/// The place of a rule in the order of all rules: a smaller one wins where host and path are the same.
+/// The rank of a rule among all rules: the smaller one wins if host and path are the same.
 type Rank = u32;
 
 impl<T> Table<T> {
@@ -71,7 +71,7 @@ impl<T> Table<T> {
     ///
     /// # Errors
     ///
-    /// Every host, path, method, header name and regular expression that is none, at a path such as
+    /// All invalid hosts, paths, methods, header names and regular expressions, each at a path such as
     /// `[3].match.path.regex`, where 3 is the number of the rule.
     pub fn build(rules: Vec<(&Match, T)>) -> Result<Table<T>, Vec<BuildError>> {
         let mut errors = Vec::new();
@@ -88,12 +88,12 @@ impl<T> Table<T> {
         Ok(Self::place(drafts))
     }
 
-    /// The best rule that takes this request.
+    /// The best rule that matches the request.
     ///
-    /// Time does not depend on the number of rules, with one exception: rules of one host whose regular
-    /// expressions begin alike (`.*\.php`, `.*\.html`) are all tried, in 0.1 ms for 10,000 of them.
+    /// The time does not depend on the number of rules, with one exception: rules of one host whose regular expressions
+    /// begin alike (`.*\.php`, `.*\.html`) are all tried, in 0.1 ms for 10,000 of them.
     ///
-    /// Conditions in CEL are asked last, by `holds`, and only those of rules that take the request otherwise.
+    /// CEL conditions are evaluated last, by `holds`, and only for rules that otherwise match.
     pub fn find<'t>(&'t self, query: &Query<'_>, mut holds: impl FnMut(&'t T, &'t Condition) -> bool) -> Option<&'t T> {
         let rank = self.search(query, |rank| {
             let rule = &self.rules[rank as usize];
@@ -131,7 +131,7 @@ impl<T> Table<T> {
         table
     }
 
-    /// The first rule, in the order of precedence, that is at a place of this request and that `takes` it.
+    /// The first rule in the order of precedence that is at a place of this request and accepted by `takes`.
     fn search(&self, query: &Query<'_>, mut takes: impl FnMut(Rank) -> bool) -> Option<Rank> {
         let mut buffer = [0; HOST_BYTES_MAX];
         let host = normalise_host(query.host, &mut buffer).unwrap_or_default();
@@ -147,13 +147,13 @@ impl<T> Table<T> {
     }
 }
 
-/// A rule on its way into the table.
+/// A rule before it is added to the table.
 struct Draft<T> {
     place: Place,
     rule: Rule<T>,
 }
 
-/// Where in the table a rule stands: by host and path.
+/// The place of a rule in the table: its host and path.
 #[derive(Debug)]
 struct Place {
     hosts: Vec<Host>,
@@ -172,10 +172,10 @@ enum Host {
 enum Path {
     Any,
     Exact(Box<str>),
-    /// Without the slash at its end; not empty.
+    /// Without the final slash; not empty.
     Prefix(Box<str>),
     Regex {
-        /// All that it matches begins with this and a slash; may be empty.
+        /// All matches begin with this and a slash; may be empty.
         folder: Box<str>,
         /// Anchored at both ends.
         pattern: String,
@@ -244,15 +244,15 @@ fn no_path(written: &str) -> String {
     format!("`{written}` is not a path: it must begin with `/`")
 }
 
-/// Compiles a pattern so that it matches a text as a whole.
+/// Compiles a pattern so that it matches a complete text.
 fn whole<R>(pattern: &str, compile: impl Fn(&str) -> Result<R, regex::Error>) -> Result<R, BuildError> {
-    // As it is written first: `a)(b` would be fine once it is wrapped.
+    // The unwrapped pattern is compiled first: `a)(b` would be valid once it is wrapped.
     let whole = compile(pattern).and_then(|_| compile(&format!(r"\A(?:{pattern})\z")));
     whole.map_err(|error| BuildError::new("regex", regex_message(pattern, &error)))
 }
 
-/// The folder in which everything is that this expression matches as a whole: `/shop` for `/shop/[0-9]+`, and nothing
-/// for one without a common beginning. Told apart by it, thousands of expressions need not all be tried.
+/// The folder that contains all complete matches of this expression: `/shop` for `/shop/[0-9]+`, and the empty text
+/// without a common beginning. It separates expressions, so that not all of thousands must be tried.
 fn folder(pattern: &str) -> Box<str> {
     let beginning = || {
         let literals = Extractor::new().extract(&regex_syntax::parse(pattern).ok()?);
@@ -263,18 +263,19 @@ fn folder(pattern: &str) -> Box<str> {
     beginning().unwrap_or_default().into()
 }
 
-/// The error in one line; by itself it draws the pattern over several, which a report of the file does already.
+/// The error in one line. The library's text spans several lines with the pattern, which a report of the file shows
+/// anyway.
 fn regex_message(pattern: &str, error: &regex::Error) -> String {
     let told = error.to_string();
     let cause = told.lines().last().unwrap_or_default().trim_start_matches("error: ");
     format!("`{pattern}` is not a usable regular expression: {cause}")
 }
 
-/// What a rule asks of a request beside host and path.
+/// The conditions of a rule besides host and path.
 #[derive(Debug)]
 struct Rule<T> {
     target: T,
-    /// Any, if empty.
+    /// Any method, if empty.
     methods: Vec<Method>,
     headers: Vec<(HeaderName, ValueCondition)>,
     queries: Vec<(Box<str>, ValueCondition)>,
@@ -313,12 +314,12 @@ impl<T> Rule<T> {
         rule
     }
 
-    /// The smaller wins.
+    /// The smaller value wins.
     fn precedence(&self) -> impl Ord + use<T> {
         (self.methods.is_empty(), Reverse(self.headers.len()), Reverse(self.queries.len()), self.when.is_none())
     }
 
-    /// Whether it takes this request, which is at its place.
+    /// Whether the rule matches this request at its place.
     #[inline]
     fn takes(&self, query: &Query<'_>) -> bool {
         let asks_nothing = self.methods.is_empty() && self.headers.is_empty() && self.queries.is_empty();
@@ -331,7 +332,7 @@ impl<T> Rule<T> {
             && self.queries.iter().all(|(name, condition)| condition.holds(query_value(query.query, name)))
     }
 
-    /// A value that a request must have for this rule to take it; the rule can then be found by it.
+    /// A value that a request must have to match this rule; used as the rule's index key.
     fn key(&self) -> Option<(Key, &str)> {
         let header =
             self.headers.iter().find_map(|(name, condition)| Some((Key::Header(name.clone()), condition.exact()?)));
@@ -389,9 +390,10 @@ impl ValueCondition {
 struct Paths {
     exact: HashMap<Box<str>, Bucket>,
     prefixes: HashMap<Box<str>, Bucket>,
-    /// Regular expressions by the folder in which all they match must be.
+    /// Regular expressions by the folder of all their matches.
     regexes: HashMap<Box<str>, Regexes>,
-    /// The bytes of the longest prefix or folder: no more of a path need be looked up, however many slashes it has.
+    /// Length of the longest prefix or folder in bytes: only this much of a path is looked up, however many slashes it
+    /// has.
     bytes_max: usize,
     any: Bucket,
 }
@@ -431,26 +433,26 @@ impl Paths {
 struct Regexes {
     /// Best first.
     ranked: Vec<(Rank, String)>,
-    /// The same, by [`Regexes::SET_MAX`], to be tried in one pass over the path each.
+    /// The same in sets of [`Regexes::SET_MAX`], each of which is tried in one pass over the path.
     sets: Vec<RegexSet>,
 }
 
 impl Regexes {
-    /// How many expressions are tried in one pass. The automaton of a set is built as it is used and has a limited
-    /// memory; sets of thousands outgrow it and are then slower than each expression alone.
+    /// Maximum number of expressions per set. The automaton of a set is built lazily in limited memory; sets of
+    /// thousands exceed it and are then slower than the single expressions.
     const SET_MAX: usize = 64;
 
     fn seal(&mut self) {
         let set = |ranked: &[(Rank, String)]| {
             let patterns = ranked.iter().map(|(_, pattern)| pattern);
-            // Each was compiled alone and held to the usual limit of size; without one for all there is nothing to
+            // Each expression was compiled alone within the usual size limit; without a limit, compiling the set cannot
             // fail.
             RegexSetBuilder::new(patterns).size_limit(usize::MAX).build().expect("sound expressions make a sound set")
         };
         self.sets = self.ranked.chunks(Self::SET_MAX).map(set).collect();
     }
 
-    /// The first that matches, if it is better than `best`; else `best`.
+    /// The first match, if it is better than `best`; else `best`.
     fn search(&self, path: &str, best: Option<Rank>, takes: &mut impl FnMut(Rank) -> bool) -> Option<Rank> {
         let matching = self
             .sets
@@ -461,23 +463,23 @@ impl Regexes {
     }
 }
 
-/// The first of `ranks` that is taken, if it is better than `best`; else `best`.
+/// The first of `ranks` that is accepted, if it is better than `best`; else `best`.
 fn better(ranks: impl Iterator<Item = Rank>, best: Option<Rank>, takes: &mut impl FnMut(Rank) -> bool) -> Option<Rank> {
     ranks.take_while(|&rank| best.is_none_or(|best| rank < best)).find(|&rank| takes(rank)).or(best)
 }
 
 /// The rules that share host and path, best first.
 ///
-/// There may be thousands, told apart by a tenant's header. So a rule that asks for an exact value of a header or an
-/// argument is found by that value, the first that it names.
+/// There may be thousands that differ in a tenant's header. A rule that requires an exact value of a header or an
+/// argument is therefore indexed by that value, the first that it names.
 #[derive(Debug, Default)]
 struct Bucket {
     keyed: Vec<Keyed>,
-    /// Rules that ask for no exact value.
+    /// Rules without an exact value.
     others: Vec<Rank>,
 }
 
-/// Rules that ask for an exact value of the same header or argument.
+/// Rules that require an exact value of the same header or argument.
 #[derive(Debug)]
 struct Keyed {
     key: Key,
@@ -524,11 +526,11 @@ impl Bucket {
     }
 }
 
-/// The longest name that DNS allows (RFC 1035 §2.3.4).
+/// The length of the longest name in DNS (RFC 1035 §2.3.4).
 const HOST_BYTES_MAX: usize = 253;
 
-/// The host in lower case and without the dot of the root at its end. `None` if it is too long, or begins with a dot:
-/// no rule can mean it.
+/// The host in lower case and without the final dot of the root. `None` if it is too long or begins with a dot: no rule
+/// can match it.
 fn normalise_host<'b>(host: &str, buffer: &'b mut [u8; HOST_BYTES_MAX]) -> Option<&'b [u8]> {
     let host = host.strip_suffix('.').unwrap_or(host);
     let normal = buffer.get_mut(..host.len()).filter(|_| !host.starts_with('.'))?;
@@ -541,13 +543,13 @@ fn labels(host: &[u8]) -> usize {
     host.split(|&byte| byte == b'.').count()
 }
 
-/// What follows the first dot, the second and so on: `a.b.c` gives `b.c`, `c`.
+/// The parts after the first dot, the second and so on: `a.b.c` gives `b.c`, `c`.
 fn suffixes(host: &[u8]) -> impl Iterator<Item = &[u8]> {
     host.iter().enumerate().filter(|(_, byte)| **byte == b'.').map(|(dot, _)| &host[dot + 1..])
 }
 
-/// The path and what is above it by whole segments, longest first, none longer than `bytes_max`: `/a/b` gives `/a/b`,
-/// `/a` and the empty one.
+/// The path and its ancestors by whole segments, longest first, none longer than `bytes_max`: `/a/b` gives `/a/b`, `/a`
+/// and the empty one.
 fn prefixes(path: &str, bytes_max: usize) -> impl Iterator<Item = &str> + Clone {
     let longest = match path.as_bytes().get(..=bytes_max) {
         Some(start) => start.iter().rposition(|&byte| byte == b'/').unwrap_or(0),
@@ -556,7 +558,7 @@ fn prefixes(path: &str, bytes_max: usize) -> impl Iterator<Item = &str> + Clone 
     iter::successors(Some(&path[..longest]), |path| (!path.is_empty()).then(|| &path[..path.rfind('/').unwrap_or(0)]))
 }
 
-/// The value of a header; a field that is repeated is one value, joined by commas (RFC 9110 §5.2).
+/// The value of a header; the values of a repeated field are joined by commas (RFC 9110 §5.2).
 fn header_value<'a>(headers: &'a HeaderMap, name: &HeaderName) -> Option<Cow<'a, [u8]>> {
     let mut values = headers.get_all(name).iter();
     let first = values.next()?.as_bytes();
@@ -581,7 +583,7 @@ fn query_value<'a>(query: Option<&'a str>, name: &str) -> Option<Cow<'a, [u8]>> 
     })
 }
 
-/// Undoes what a form does to a text: `%41` is `A`, `+` is a space. A `%` that begins no code stands for itself.
+/// Decodes form encoding: `%41` is `A`, `+` is a space. A `%` that begins no code remains.
 fn decode(text: &str) -> impl Iterator<Item = u8> {
     let mut rest = text.as_bytes();
     iter::from_fn(move || {
@@ -614,7 +616,7 @@ mod tests {
 
     use proptest::prelude::*;
 
-    /// A request as it is told in a test: `GET shop.test /cart?v=2`, and header fields.
+    /// A request in the notation of these tests: `GET shop.test /cart?v=2`, and header fields.
     struct Request {
         method: Method,
         host: String,
@@ -691,7 +693,7 @@ mod tests {
         Table::build(rules.iter().zip(0..).collect()).unwrap_or_else(|errors| panic!("{errors:?}"))
     }
 
-    /// Asserts which of `rules` each request gets; a request is `METHOD HOST TARGET`.
+    /// Asserts the rule among `rules` that each request gets; a request is `METHOD HOST TARGET`.
     #[track_caller]
     fn assert_found(rules: &[Match], cases: &[(&str, Option<usize>)]) {
         let table = table(rules);
@@ -1002,7 +1004,7 @@ mod tests {
         assert_found(&[], &[("GET a.test /", None)]);
     }
 
-    /// The promise that ten thousand routes are as fast as ten, told in work done and not in time.
+    /// Ten thousand routes are as fast as ten, measured in work instead of time.
     #[test]
     fn few_rules_are_looked_at_however_many_there_are() {
         let hosted = |number: usize| hosts(&[&format!("h{number}.test")]);
@@ -1025,7 +1027,7 @@ mod tests {
         }
     }
 
-    /// What [`Table`] must agree with: every rule is looked at and the best by the list of the Gateway API is taken.
+    /// The reference for [`Table`]: examines every rule and takes the best by the list of the Gateway API.
     fn by_looking_at_all(rules: &[Match], request: &Request) -> Option<usize> {
         let holds = |condition: &ValueMatch, value: Option<&str>| match condition {
             ValueMatch::Exact(expected) => value == Some(expected),
@@ -1114,7 +1116,7 @@ mod tests {
         let query = prop::collection::vec(prop::sample::select(vec!["v=1", "v=2", "w=1", "w", "x=1"]), 0..3);
         let field = prop::sample::select(vec![("x-a", "1"), ("x-a", "2"), ("x-b", "1"), ("x-b", "")]);
         let headers = prop::collection::btree_set(field, 0..3).prop_map(|fields| {
-            // Of a repeated field the last stays: the yardstick knows no joining.
+            // The last of repeated fields is used: the reference does not join values.
             fields.into_iter().map(|(name, value)| (HeaderName::from_static(name), value.parse().unwrap())).fold(
                 HeaderMap::new(),
                 |mut headers, (name, value)| {
