@@ -1,43 +1,42 @@
-//! The ClientHello: what a client of TLS asks for, read before any TLS library sees a byte (RFC 8446 §4.1.2, RFC 5246
+//! The ClientHello: a TLS client's first message, parsed before any TLS library reads a byte (RFC 8446 §4.1.2, RFC 5246
 //! §7.4.1.2).
 //!
-//! The name decides whether a connection is passed through, refused, or served, and with what; what the client can
-//! verify decides which of several certificates it gets. [`Reader`] gathers the message from its records and knows no
-//! socket. It is the first to read bytes that anybody may send, so it takes no more than [`HELLO_BYTES_MAX`].
+//! The server name decides whether a connection is passed through, refused or served, and with which certificates; the
+//! client's algorithms decide between several certificates. [`Reader`] collects the message from its records and knows
+//! no socket. Any peer can send these bytes, so it reads no more than [`HELLO_BYTES_MAX`].
 
-/// The longest ClientHello that is read. With a post-quantum key share one has some 1,800 bytes.
+/// Maximum length of a ClientHello, in bytes. One with a post-quantum key share has about 1,800.
 pub const HELLO_BYTES_MAX: usize = 16 << 10;
-/// The most bytes of records that one may come in: room for records of a few bytes each, and no more.
+/// Maximum length of the records of one ClientHello, in bytes: enough for records of a few bytes each.
 pub const RECORDS_BYTES_MAX: usize = 32 << 10;
 
 const RECORD_HEADER_BYTES: usize = 5;
 const MESSAGE_HEADER_BYTES: usize = 4;
-/// A record of the type handshake.
+/// The record type and the message type.
 const HANDSHAKE: u8 = 22;
 const CLIENT_HELLO: u8 = 1;
 
-/// What a client asks for.
+/// The content of a ClientHello.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Hello {
-    /// The name that it wants to reach (SNI, RFC 6066 §3), in lower case and as it was sent otherwise.
+    /// The requested server name (SNI, RFC 6066 §3), in lower case and otherwise unchanged.
     pub name: Option<Box<str>>,
-    /// It speaks TLS 1.3.
+    /// Whether the client supports TLS 1.3.
     pub tls13: bool,
-    /// It speaks TLS 1.2.
+    /// Whether the client supports TLS 1.2.
     pub tls12: bool,
-    /// It wants to verify that Forebay controls the name, for an authority (RFC 8737): `acme-tls/1` is all that it
-    /// offers.
+    /// Whether an issuer verifies the control of the name (RFC 8737): `acme-tls/1` is its only protocol.
     pub acme: bool,
-    /// A suite of TLS 1.2 for certificates of ECDSA or EdDSA.
+    /// Whether a TLS 1.2 suite for ECDSA or EdDSA certificates is offered.
     ecdsa_suite: bool,
-    /// The extension of the signature schemes was there.
+    /// Whether the extension for signature schemes is present.
     lists_schemes: bool,
     rsa: bool,
     p256: bool,
     p384: bool,
     p521: bool,
     ed25519: bool,
-    /// The curves that it knows. Without the extension it takes any (RFC 8422 §4).
+    /// The supported curves. A client without the extension accepts any (RFC 8422 §4).
     curves: Option<Curves>,
 }
 
@@ -48,7 +47,7 @@ struct Curves {
     p521: bool,
 }
 
-/// What the key of a certificate signs with.
+/// The signature algorithm of a certificate's key.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum KeyKind {
     /// ECDSA with P-256.
@@ -64,7 +63,7 @@ pub enum KeyKind {
 }
 
 impl KeyKind {
-    /// As people write it.
+    /// The usual name.
     pub fn name(self) -> &'static str {
         match self {
             KeyKind::P256 => "ECDSA P-256",
@@ -76,16 +75,16 @@ impl KeyKind {
     }
 }
 
-/// Why the first bytes of a connection are no ClientHello.
+/// The reason why the first bytes of a connection are not a ClientHello.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Fault {
-    /// They are a request of HTTP, in clear text.
+    /// An HTTP request in clear text.
     Http,
-    /// They are no TLS.
+    /// Not TLS.
     NotTls,
-    /// They are a ClientHello with something wrong in it.
+    /// A malformed ClientHello.
     Malformed,
-    /// It is longer than is read.
+    /// A ClientHello that exceeds the limit.
     TooLarge,
 }
 
@@ -95,8 +94,8 @@ impl Hello {
         let curves = self.curves;
         let curve = |knows: fn(Curves) -> bool| curves.is_none_or(knows);
         let any_ecdsa = self.p256 || self.p384 || self.p521;
-        // TLS 1.3 binds a scheme to its curve; before, the scheme names the hash, and the curve is of another
-        // extension.
+        // In TLS 1.3, a scheme includes its curve; before, the scheme names only the hash, and another extension the
+        // curves.
         let ecdsa = |scheme: bool, curve: bool| {
             (self.tls13 && scheme) || (self.tls12 && any_ecdsa && self.ecdsa_suite && curve)
         };
@@ -105,26 +104,26 @@ impl Hello {
             KeyKind::P384 => ecdsa(self.p384, curve(|curves| curves.p384)),
             KeyKind::P521 => ecdsa(self.p521, curve(|curves| curves.p521)),
             KeyKind::Ed25519 => self.ed25519 && (self.tls13 || self.ecdsa_suite),
-            // Before TLS 1.2 there was no such list, and RSA was what everybody could.
+            // Before TLS 1.2 there was no such list, and all clients supported RSA.
             KeyKind::Rsa => self.rsa || !self.lists_schemes,
         }
     }
 }
 
-/// Gathers a ClientHello from the records that it comes in.
+/// Collects a ClientHello from its records.
 #[derive(Debug, Default)]
 pub struct Reader {
-    /// Where the next record begins.
+    /// Start of the next record.
     at: usize,
     message: Vec<u8>,
 }
 
 impl Reader {
-    /// Looks at all `bytes` of a connection so far, which only ever grow. `None`: more are needed.
+    /// Examines all `bytes` of a connection so far; later calls must extend them. `None`: more bytes are needed.
     ///
     /// # Errors
     ///
-    /// A [`Fault`], as soon as it is clear; bytes that may yet come cannot mend it.
+    /// A [`Fault`] as soon as it is certain, whatever bytes may follow.
     pub fn read(&mut self, bytes: &[u8]) -> Result<Option<Hello>, Fault> {
         while let Some(record) = bytes.get(self.at..) {
             let [kind, major, _, high, low, rest @ ..] = record else {
@@ -145,7 +144,7 @@ impl Reader {
         self.unfinished(bytes, &[])
     }
 
-    /// The body of the message, if it is whole.
+    /// The body of the message, if it is complete.
     fn body(&self) -> Result<Option<&[u8]>, Fault> {
         let [kind, length @ ..] = &self.message[..] else { return Ok(None) };
         if *kind != CLIENT_HELLO {
@@ -159,7 +158,7 @@ impl Reader {
         Ok(body.get(..length))
     }
 
-    /// A record is not whole yet: what is there of it must be what it should be, and it may not be too long.
+    /// Checks an incomplete record: the bytes so far must be valid, and must not exceed the limit.
     fn unfinished(&self, bytes: &[u8], record: &[u8]) -> Result<Option<Hello>, Fault> {
         match record {
             [] => {}
@@ -172,16 +171,16 @@ impl Reader {
     fn check_start(&self, kind: u8, major: u8, bytes: &[u8]) -> Result<(), Fault> {
         match (kind, major) {
             (HANDSHAKE, 3) => Ok(()),
-            // Something else in the middle of a ClientHello.
+            // Another record type within a ClientHello.
             _ if self.at > 0 => Err(Fault::Malformed),
-            // All methods of HTTP begin with a letter, and nothing of TLS does.
+            // All HTTP methods begin with a letter, and no TLS record does.
             _ if bytes.first().is_some_and(u8::is_ascii_alphabetic) => Err(Fault::Http),
             _ => Err(Fault::NotTls),
         }
     }
 }
 
-/// Takes vectors of TLS off the front of bytes.
+/// Parses TLS vectors from the front of bytes.
 struct Input<'a>(&'a [u8]);
 
 impl<'a> Input<'a> {
@@ -195,13 +194,13 @@ impl<'a> Input<'a> {
         self.take(2).map(|bytes| u16::from_be_bytes([bytes[0], bytes[1]]))
     }
 
-    /// What follows a length of so many bytes.
+    /// Takes a vector whose length has `width` bytes.
     fn vector(&mut self, width: usize) -> Option<Input<'a>> {
         let length = self.take(width)?.iter().fold(0, |length, byte| length << 8 | usize::from(*byte));
         self.take(length).map(Input)
     }
 
-    /// Numbers of two bytes each, to the end. `None`: there are none, or half of one is left.
+    /// The rest as numbers of two bytes each. `None`: there are none, or a byte is left over.
     fn numbers(self) -> Option<impl Iterator<Item = u16>> {
         let whole = !self.0.is_empty() && self.0.len().is_multiple_of(2);
         whole.then(|| self.0.chunks_exact(2).map(|bytes| u16::from_be_bytes([bytes[0], bytes[1]])))
@@ -212,7 +211,7 @@ impl<'a> Input<'a> {
     }
 }
 
-/// The body of a ClientHello. `None`: something is wrong with it.
+/// Parses the body of a ClientHello. `None`: it is malformed.
 fn parse(body: &[u8]) -> Option<Hello> {
     const VERSION_AND_RANDOM_BYTES: usize = 34;
     let mut input = Input(body);
@@ -236,7 +235,7 @@ fn parse(body: &[u8]) -> Option<Hello> {
     let mut seen = Vec::new();
     while !extensions.is_empty() {
         let kind = extensions.number()?;
-        // RFC 8446 §4.2. Two parsers might choose differently between two names.
+        // Extensions must not repeat (RFC 8446 §4.2). Two parsers could choose different names.
         if seen.contains(&kind) {
             return None;
         }
@@ -250,7 +249,7 @@ fn extension(hello: &mut Hello, kind: u16, mut data: Input<'_>) -> Option<()> {
     match kind {
         0 => {
             let mut list = data.vector(2)?;
-            // A list with one name of the kind that is a host name: nothing else was ever defined.
+            // A list with exactly one name of type host name: no other type was ever defined.
             let is_host = list.take(1)? == [0];
             let name = list.vector(2)?;
             if !is_host || !list.is_empty() || !data.is_empty() {
@@ -294,7 +293,7 @@ fn extension(hello: &mut Hello, kind: u16, mut data: Input<'_>) -> Option<()> {
             hello.acme = acme && count == 1;
         }
         43 => {
-            // From TLS 1.3 on, this alone says which versions there are.
+            // If present, this extension alone defines the versions.
             hello.tls12 = false;
             for version in data.vector(1)?.numbers()? {
                 hello.tls13 |= version == 0x0304;
@@ -306,7 +305,7 @@ fn extension(hello: &mut Hello, kind: u16, mut data: Input<'_>) -> Option<()> {
     Some(())
 }
 
-/// RFC 6066 §3: a name of DNS in ASCII, in lower case. Addresses are no names, and are looked for like one in vain.
+/// A DNS name in ASCII, in lower case (RFC 6066 §3). An IP address is not a valid name; its look-up finds nothing.
 fn host_name(bytes: &[u8]) -> Option<Box<str>> {
     let is_letter = |byte: &u8| byte.is_ascii_alphanumeric() || b"-._".contains(byte);
     if bytes.is_empty() || bytes.len() > 255 || !bytes.iter().all(is_letter) {
@@ -315,7 +314,7 @@ fn host_name(bytes: &[u8]) -> Option<Box<str>> {
     std::str::from_utf8(bytes).ok().map(|name| name.to_ascii_lowercase().into())
 }
 
-/// The suites of TLS 1.2 that BoringSSL has for such certificates: ECDHE-ECDSA with AES-GCM, ChaCha20 and AES-CBC.
+/// BoringSSL's TLS 1.2 suites for such certificates: ECDHE-ECDSA with AES-GCM, ChaCha20 and AES-CBC.
 fn is_ecdsa(suite: u16) -> bool {
     matches!(suite, 0xc02b | 0xc02c | 0xcca9 | 0xc009 | 0xc00a | 0xc023)
 }
@@ -325,7 +324,7 @@ pub(super) mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    /// A vector with a length of so many bytes.
+    /// A vector whose length has `width` bytes.
     fn vector(width: usize, bytes: &[u8]) -> Vec<u8> {
         [&(bytes.len() as u32).to_be_bytes()[4 - width..], bytes].concat()
     }
@@ -342,14 +341,14 @@ pub(super) mod tests {
         extension(0, &vector(2, &[&[0][..], &vector(2, name)].concat()))
     }
 
-    /// A message of these suites and extensions, as it stands in a record.
+    /// A message with these suites and extensions, as in a record.
     fn message(suites: &[u16], extensions: &[Vec<u8>]) -> Vec<u8> {
         let suites = vector(2, &numbers(suites));
         let body = [&[3, 3][..], &[7; 32], &[0], &suites, &[1, 0], &vector(2, &extensions.concat())].concat();
         [&[CLIENT_HELLO][..], &vector(3, &body)].concat()
     }
 
-    /// The message in records of so many bytes.
+    /// The message in records of this size, in bytes.
     pub fn records(message: &[u8], size: usize) -> Vec<u8> {
         message.chunks(size).flat_map(|part| [&[HANDSHAKE, 3, 1][..], &vector(2, part)].concat()).collect()
     }
@@ -376,7 +375,7 @@ pub(super) mod tests {
     fn the_name_is_what_stands_in_the_message_in_lower_case() {
         assert_eq!(hello(GCM, &[sni(b"Shop.Example.com")]).expect("a hello").name.as_deref(), Some("shop.example.com"));
         assert_eq!(hello(GCM, &[]).expect("a hello").name, None);
-        // Without any extension, as a client of long ago.
+        // Without extensions, as a very old client.
         let bare = [&[3, 1][..], &[7; 32], &[0], &vector(2, &numbers(&[0xc014])), &[1, 0]].concat();
         let bare = [&[CLIENT_HELLO][..], &vector(3, &bare)].concat();
         assert_eq!(read(&records(&bare, 100)), Ok(Some(Hello::default())));
@@ -411,12 +410,12 @@ pub(super) mod tests {
         };
         use KeyKind::*;
         let tls13 = versions(&[0x0a0a, 0x0304, 0x0303]);
-        // As today's browsers.
+        // As current browsers.
         let browser = [tls13.clone(), schemes(&[0x0403, 0x0804, 0x0401, 0x0503])];
         assert_eq!(can(GCM, &browser), [P256, P384, P521, Rsa], "by TLS 1.2, a scheme is not bound to a curve");
         assert_eq!(can(&[0x1301], &[versions(&[0x0304]), schemes(&[0x0403, 0x0804])]), [P256, Rsa]);
         assert_eq!(can(&[0x1301], &[versions(&[0x0304]), schemes(&[0x0807])]), [Ed25519]);
-        // TLS 1.2: the suite, the scheme and the curve must all be there.
+        // TLS 1.2 requires the suite, the scheme and the curve.
         assert_eq!(can(&[0xc02f], &[schemes(&[0x0403, 0x0401])]), [Rsa], "no suite");
         assert_eq!(can(GCM, &[schemes(&[0x0401])]), [Rsa], "no scheme");
         let p256 = extension(10, &vector(2, &numbers(&[29, 23])));
@@ -497,8 +496,7 @@ pub(super) mod tests {
 
         #[test]
         fn one_with_a_share_of_a_post_quantum_group_comes_in_several_segments(cuts in prop::collection::vec(1usize..1800, 0..5)) {
-            // A share of X25519MLKEM768 has 1,216 bytes (group 0x11ec), so that no segment of Ethernet holds the
-            // message.
+            // A share of X25519MLKEM768 has 1,216 bytes (group 0x11ec), so that the message exceeds an Ethernet frame.
             let share = [&numbers(&[0x11ec])[..], &vector(2, &[7; 1_216])].concat();
             let shares = extension(51, &vector(2, &share));
             let message = message(GCM, &[sni(b"a.test"), versions(&[0x0304]), schemes(&[0x0403]), shares]);

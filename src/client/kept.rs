@@ -1,17 +1,17 @@
-//! The beginning of a request body that is streamed, kept so that it can be sent to another endpoint.
+//! The beginning of a streamed request body, kept so that it can be sent to another endpoint.
 
 use bytes::Bytes;
 use pingora::protocols::http::body_buffer::FixedBuffer;
 
-/// What is kept at most: as much as Pingora keeps on HTTP/1.
+/// Maximum number of bytes kept, as in Pingora on HTTP/1.
 const BYTES_MOST: usize = 64 << 10;
 
-/// The body from its first byte, once keeping has begun; nothing if it is longer than what may be kept.
+/// The body from its first byte, once keeping has begun; empty if the body exceeds the limit.
 #[derive(Default)]
 pub struct Kept(Option<FixedBuffer>);
 
 impl Kept {
-    /// Begins to keep what comes from here on. Further calls change nothing.
+    /// Starts keeping. Further calls have no effect.
     pub fn begin(&mut self) {
         self.0.get_or_insert_with(|| FixedBuffer::new(BYTES_MOST));
     }
@@ -23,12 +23,12 @@ impl Kept {
         }
     }
 
-    /// Whether the body is longer than what may be kept.
+    /// Whether the body exceeds the limit.
     pub fn is_truncated(&self) -> bool {
         self.0.as_ref().is_some_and(FixedBuffer::is_truncated)
     }
 
-    /// The whole of it. `None` if nothing was kept or not all.
+    /// The complete body. `None` if nothing was kept, or not all of it.
     pub fn bytes(&self) -> Option<Bytes> {
         self.0.as_ref().filter(|buffer| !buffer.is_truncated())?.get_buffer()
     }

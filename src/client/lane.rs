@@ -1,31 +1,31 @@
-//! The paced lane: bulk takes turns, so that it never hurts the latency of what is small.
+//! The paced lane: bulk transfers take turns, so that they do not increase the latency of small exchanges.
 //!
-//! Without it, a thousand large answers that arrive at once are a thousand times some milliseconds of copying before
-//! the next small request has its turn. So once a crowd of exchanges moves much, each asks its worker's lane for a
-//! turn, in two classes: what *passes*, straight to a client that takes it or from one that sends, and what is
-//! *spooled*, answers for which nobody waits. Turns are paid for in the time that they take, and each class has a share
-//! of the worker's time that grows while the rounds of the event loop are short and is cut back when one is long: so
-//! what passes has all the time that nobody else wants, what is spooled at most a part of it, and a round is short.
+//! Without turns, a thousand large responses that arrive at once would cause seconds of copying before the next small
+//! request is handled. Once many exchanges transfer bulk, each therefore asks its worker's lane for a turn. There are
+//! two classes: bytes that *pass* directly to or from a client that is ready, and bytes that are *spooled* for a client
+//! that is not waiting for them. A turn costs the time that it takes. Each class has a share of the worker's time,
+//! which grows while rounds of the event loop are short and shrinks after a long one. As a result, passing bytes get
+//! all time that is not needed otherwise, spooled bytes get a limited part, and rounds remain short.
 //!
-//! In both classes whoever is nearest to the end comes first, so that most backends are released soonest; every eighth
-//! turn goes to whoever has waited longest, so that nobody starves. While the disk threads have enough to do, whoever
-//! needs them has no turn: what they have not written yet would wait in memory.
+//! In both classes the exchange with the fewest missing bytes comes first, so that most backends are released soonest.
+//! Every eighth turn goes to the exchange that has waited longest, so that none starves. While the disk threads have a
+//! backlog, exchanges that need them get no turn: their unwritten bytes would wait in memory.
 //!
-//! A crowd that arrives at once is no bulk yet, but a thousand connections that each begin an exchange are in one round
-//! what bulk may never be: everybody else waits until the last of them has parsed its header and called its endpoint.
-//! So a round takes few connections from the kernel ([`Door`]), and what is done for newcomers ([`Newcomer`]), up to
-//! the first byte of their first answer, is a class of its own: who has been served before waits for few of them.
+//! Many connections that arrive at once are not bulk yet, but if a thousand of them begin an exchange in one round, all
+//! others wait until the last header was parsed and its endpoint contacted. Each round therefore accepts few
+//! connections ([`Door`]), and work for newcomers ([`Newcomer`]), up to the first byte of their first response, is a
+//! class of its own: other connections wait for few of them.
 //!
-//! # What was tried
+//! # Rejected alternatives
 //!
-//! - A rate in bytes instead of time: the cost of a byte varies tenfold with the memory that it lands in.
-//! - Charging the first poll of a turn alone: rounds took 2 ms where half a millisecond was meant. All polls of an
-//!   exchange count until it waits again.
-//! - One queue for both classes: slow clients held up the fast ones.
-//! - More than 0.3 of a worker for what is spooled: small requests felt the disk threads and the endpoints that it
+//! - A rate in bytes instead of time: the cost of a byte varies by a factor of ten with its place in memory.
+//! - Charging only the first poll of a turn: rounds took 2 ms instead of the intended half a millisecond. All polls of
+//!   an exchange count until it waits again.
+//! - One queue for both classes: slow clients delayed fast ones.
+//! - More than 0.3 of a worker for spooling: small requests were slowed by the disk threads and the endpoints that it
 //!   keeps busy.
-//! - As much time for new connections as for all others together, or a fixed time in every round: they cause more than
-//!   they cost, and a fast client's p99 was three times as high.
+//! - As much time for new connections as for all others together, or a fixed time in every round: they cause more work
+//!   than they cost themselves, and a fast client's p99 was three times as high.
 
 use std::cell::RefCell;
 use std::collections::BTreeMap;
@@ -49,84 +49,84 @@ use super::spool::disk::Backlog;
 use crate::eventloop::worker;
 use crate::metrics::{LaneMetrics, Metrics};
 
-/// A round of the event loop should not take longer while the lane works.
+/// Target for the length of a round of the event loop while the lane is in use.
 const LAG_AIM: Duration = Duration::from_millis(1);
-/// Of so many turns one goes to whoever has waited longest.
+/// One of this many turns goes to the exchange that has waited longest.
 const FAIR_EVERY: u64 = 8;
-/// So many exchanges may pass at a time without turns: a round of the event loop is short enough with them.
+/// Maximum number of exchanges that pass bytes without turns: rounds are short enough with them.
 const FREE_PASSES: usize = 24;
-/// The same shortly after newcomers had to wait: they are about to pass much, too.
+/// The same limit shortly after newcomers had to wait: they will soon transfer bulk, too.
 const FREE_PASSES_IN_ARRIVAL: usize = 4;
 const ARRIVAL: Duration = Duration::from_millis(100);
 
-/// What a class may have of the worker's time.
+/// The limits of a class for the worker's time, as shares.
 struct Terms {
-    /// It shall not starve where others keep the worker busy.
+    /// Minimum, so that the class does not starve on a busy worker.
     least: f64,
     most: f64,
-    /// What it did not use is not saved beyond this, so that what it pays for makes no long round.
+    /// Maximum unused time that is saved, so that spending it causes no long round.
     saved: Duration,
 }
 const NEWCOMERS: Terms = Terms { least: 0.5, most: 1.0, saved: Duration::from_micros(250) };
 const PASS: Terms = Terms { least: 0.1, most: 1.0, saved: Duration::from_micros(500) };
-/// Nobody waits for it, and the disk threads and the endpoints are busy with it, too.
+/// No client waits for spooled bytes, and disk threads and endpoints use CPU for them, too.
 const SPOOL: Terms = Terms { least: 0.1, most: 0.3, saved: Duration::from_micros(250) };
 
-/// The shortest pause between two turns in which the worker sleeps, and the longest while somebody waits.
+/// Shortest pause between two turns for which the worker sleeps, and the longest while an exchange waits.
 const PAUSE_LEAST: Duration = Duration::from_micros(200);
 const PAUSE_MOST: Duration = Duration::from_millis(20);
-/// The pause while all that there is to do needs the disk threads, and they are busy; and for how long they are waited
-/// for here: then each exchange waits for itself, and has a deadline.
+/// Pause while all waiting exchanges need the busy disk threads, and the maximum total of such pauses: afterwards each
+/// exchange waits by itself, with its own deadline.
 const DISK_PAUSE: Duration = Duration::from_millis(1);
 const DISK_PAUSES_MOST: Duration = Duration::from_secs(1);
-/// Overdue turns are looked for at intervals, since each look visits all that wait.
+/// Interval of the search for overdue turns, since each search visits all waiting exchanges.
 const TURN_LOOK: Duration = Duration::from_millis(250);
 
-/// So many connections are taken in one round.
+/// Connections accepted per round of the event loop.
 const ACCEPTS_MOST: usize = 4;
-/// With so many operations a task may go on in one poll (tokio's cooperative scheduling).
+/// Operations per poll of a task (tokio's cooperative budget).
 pub const OPERATIONS_PER_POLL: usize = 128;
 
-/// What a turn is for.
+/// The purpose of a turn.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Class {
-    /// To be polled at all: the first exchange of a connection, until its answer comes.
+    /// To be polled at all: the first exchange of a connection, until its response begins.
     Newcomer,
-    /// To move what a client waits for: an answer that it takes, one that is held until it is whole, an upload.
+    /// To transfer bytes that a client waits for: a response that it accepts, a held response, or an upload.
     Pass,
-    /// To hold an answer for a client that does not take it.
+    /// To hold a response for a client that does not accept it.
     Spool,
 }
 
 impl Class {
-    /// All of them, each at its place, in the order of `LANE_CLASSES`.
+    /// All classes, in the order of `LANE_CLASSES`.
     pub const ALL: [Class; 3] = [Class::Newcomer, Class::Pass, Class::Spool];
 }
 
-/// The lanes of one gateway: one for each worker, made when the worker first needs it.
+/// The lanes of one gateway: one per worker, created on first use.
 pub struct Lanes {
     metrics: Metrics,
     backlog: Backlog,
-    /// A turn that has not come by then is given whatever it costs: turns decide who is first, and no exchange may fail
-    /// for one.
+    /// Maximum wait for a turn: then it is given at any cost, since turns only define the order, and no exchange may
+    /// fail because of them.
     turn_max: Duration,
-    /// Counts those of threads that are no workers, as in tests.
+    /// Counts lanes of threads that are not workers, as in tests.
     made: AtomicUsize,
 }
 
 thread_local! {
-    /// The lane of this worker, and whose lane it is: a test may run several gateways in one process.
+    /// This worker's lane, and the gateway that it belongs to: a test may run several gateways in one process.
     static HERE: RefCell<Option<(Arc<Lanes>, Arc<Lane>)>> = const { RefCell::new(None) };
 }
 
 impl Lanes {
-    /// No lane yet. Whoever needs the disk threads waits while their backlog is deep. A turn that has not come after
-    /// `turn_max` is given.
+    /// Creates an empty set. Exchanges that need the disk threads wait while `backlog` is deep. A turn is given after
+    /// `turn_max` at the latest.
     pub fn new(metrics: Metrics, backlog: Backlog, turn_max: Duration) -> Arc<Self> {
         Arc::new(Lanes { metrics, backlog, turn_max, made: AtomicUsize::new(0) })
     }
 
-    /// The lane of the worker that asks.
+    /// The lane of the calling worker.
     pub fn here(self: &Arc<Self>) -> Arc<Lane> {
         HERE.with_borrow_mut(|here| match here {
             Some((whose, lane)) if Arc::ptr_eq(whose, self) => lane.clone(),
@@ -141,11 +141,11 @@ impl Lanes {
     }
 }
 
-/// Takes few connections in one round of the event loop, and none while open files are short: the kernel keeps the
-/// others meanwhile.
+/// Accepts few connections per round of the event loop, and none while file descriptors are short; the kernel queues
+/// the others.
 ///
-/// Pingora would take 128, for that is how many operations tokio lets a task go on with in one poll. So each is made to
-/// count for more than one.
+/// Pingora would accept 128, the number of operations that tokio permits in one poll. Each accept therefore consumes
+/// more than one operation.
 #[derive(Debug)]
 pub struct Door(pub Doorway);
 
@@ -161,7 +161,7 @@ impl ConnectionFilter for Door {
     }
 }
 
-/// Takes so many units of the task's budget; less if there are no more.
+/// Consumes this many units of the task's budget, or the rest of it.
 pub fn spend_budget(cx: &mut Context<'_>, units: usize) {
     for _ in 0..units {
         match poll_proceed(cx) {
@@ -171,7 +171,7 @@ pub fn spend_budget(cx: &mut Context<'_>, units: usize) {
     }
 }
 
-/// Takes all that is left of the task's budget, if it has one: nothing else goes on in this poll.
+/// Consumes the rest of the task's budget, if it has one: this poll makes no further progress.
 pub fn exhaust_budget(cx: &mut Context<'_>) {
     for _ in 0..OPERATIONS_PER_POLL {
         if !has_budget_remaining() {
@@ -181,7 +181,7 @@ pub fn exhaust_budget(cx: &mut Context<'_>) {
     }
 }
 
-/// Whether the task is to go on in another poll, which it is woken for: it has no budget left.
+/// Whether the task's budget is used up, so that the task continues in another poll. Wakes the task if so.
 pub fn ends_for_lack_of_budget(cx: &Context<'_>) -> bool {
     let ends = !has_budget_remaining();
     if ends {
@@ -193,7 +193,7 @@ pub fn ends_for_lack_of_budget(cx: &Context<'_>) -> bool {
 /// The queues of one worker.
 pub struct Lane {
     queues: Mutex<Queues>,
-    /// Exchanges that move much.
+    /// Number of bulk transfers.
     bulk: AtomicUsize,
     backlog: Backlog,
     turn_max: Duration,
@@ -203,13 +203,13 @@ pub struct Lane {
 struct Queues {
     /// By class.
     tracks: [Track; 3],
-    /// When newcomers last had to wait.
+    /// Time at which newcomers last had to wait.
     arrival: Option<Instant>,
-    /// Since when the disk threads have had enough to do.
+    /// Start of the current backlog of the disk threads.
     deep: Option<Instant>,
-    /// When it was last looked who is overdue.
+    /// Time of the last search for overdue turns.
     looked: Option<Instant>,
-    /// Whether a task hands out turns; it ends when nobody waits.
+    /// Whether a task hands out turns; it ends when no exchange waits.
     driven: bool,
 }
 
@@ -226,18 +226,18 @@ impl Default for Queues {
 }
 
 impl Queues {
-    /// Whether a crowd has just come, or still does.
+    /// Whether many connections are arriving, or have just arrived.
     fn sees_arrival(&self, now: Instant) -> bool {
         self.arrival.is_some_and(|last| now.saturating_duration_since(last) < ARRIVAL)
     }
 
-    /// Whether nobody who needs the disk threads is to have a turn.
+    /// Whether exchanges that need the disk threads get no turn.
     fn waits_for_disk(&mut self, deep: bool, now: Instant) -> bool {
         self.deep = self.deep.filter(|_| deep).or(deep.then_some(now));
         self.deep.is_some_and(|since| now.saturating_duration_since(since) < DISK_PAUSES_MOST)
     }
 
-    /// Whether it is time to look who is overdue.
+    /// Whether a search for overdue turns is due.
     fn is_to_look(&mut self, now: Instant) -> bool {
         let looks = now.saturating_duration_since(*self.looked.get_or_insert(now)) >= TURN_LOOK;
         if looks {
@@ -251,16 +251,16 @@ impl Queues {
     }
 }
 
-/// Those who wait in one class, and what it may use.
+/// The waiting exchanges of one class, and the class's time.
 struct Track {
-    /// Those who can do without the disk threads, and those who cannot.
+    /// Exchanges that do not need the disk threads, and exchanges that do.
     queues: [Queue; 2],
     tickets: u64,
     granted: u64,
     time: Allowance,
 }
 
-/// By the bytes that are missing, then by age.
+/// By missing bytes, then by age.
 type Queue = BTreeMap<(u64, u64), Arc<Slot>>;
 
 impl Track {
@@ -276,7 +276,7 @@ impl Track {
         self.queues.iter_mut().find_map(|queue| queue.remove(&key))
     }
 
-    /// Whose turn it is.
+    /// Takes the next exchange.
     fn next(&mut self, no_disk: bool) -> Option<Arc<Slot>> {
         let open = if no_disk { &self.queues[..1] } else { &self.queues[..] };
         let first = open.iter().filter_map(|queue| queue.first_key_value()).map(|(key, _)| *key).min()?;
@@ -286,14 +286,14 @@ impl Track {
         self.remove(key)
     }
 
-    /// Those who have waited for so long, wherever they stand.
+    /// Takes all exchanges that have waited for this time, at any place in the queues.
     fn overdue(&mut self, turn_max: Duration, now: Instant) -> Vec<Arc<Slot>> {
         let late = |slot: &Slot| now.saturating_duration_since(slot.since) >= turn_max;
         let queues = self.queues.iter_mut();
         queues.flat_map(|queue| queue.extract_if(.., |_, slot| late(slot)).map(|(_, slot)| slot)).collect()
     }
 
-    /// How long there will be no turn; `None` if nobody waits for one.
+    /// Time until the next turn; `None` if no exchange waits.
     fn pause(&self, no_disk: bool) -> Option<Duration> {
         if self.is_empty() {
             return None;
@@ -316,7 +316,7 @@ impl Slot {
     }
 }
 
-/// A place in a queue. Dropping it gives the place up.
+/// A place in a queue, given up on drop.
 pub struct Turn {
     lane: Arc<Lane>,
     class: Class,
@@ -329,19 +329,19 @@ impl Lane {
         Lane { queues: Mutex::default(), bulk: AtomicUsize::new(0), backlog, turn_max, metrics }
     }
 
-    /// Counts an exchange among those that move much.
+    /// Registers a bulk transfer.
     pub fn enter(self: &Arc<Self>) -> Bulk {
         self.bulk.fetch_add(1, Ordering::Relaxed);
         Bulk(self.clone())
     }
 
-    /// Whether so many move much that they are to take turns.
+    /// Whether there are so many bulk transfers that they must take turns.
     pub fn is_crowded(&self) -> bool {
         let bulk = self.bulk.load(Ordering::Relaxed);
         bulk > FREE_PASSES || (bulk > FREE_PASSES_IN_ARRIVAL && self.lock().sees_arrival(Instant::now()))
     }
 
-    /// A place in the queue of newcomers, if they are to take turns just now.
+    /// Takes a place in the queue of newcomers, if they must take turns now.
     fn queue_newcomer(self: &Arc<Self>, now: Instant) -> Option<Turn> {
         {
             let mut queues = self.lock();
@@ -354,8 +354,8 @@ impl Lane {
         Some(self.queue(Class::Newcomer, 0, false))
     }
 
-    /// Queues for a turn. `missing` is how many bytes are still to come, `u64::MAX` if nobody knows; `disk` whether
-    /// they need the disk threads.
+    /// Queues for a turn. `missing` is the number of missing bytes, `u64::MAX` if unknown; `disk`: the bytes need the
+    /// disk threads.
     pub fn queue(self: &Arc<Self>, class: Class, missing: u64, disk: bool) -> Turn {
         let mut queues = self.lock();
         let track = queues.of(class);
@@ -370,18 +370,18 @@ impl Lane {
         Turn { lane: self.clone(), class, key, slot }
     }
 
-    /// Says that so many bytes were spooled.
+    /// Counts spooled bytes.
     pub fn spooled(&self, bytes: u64) {
         self.metrics.bytes.inc_by(bytes);
     }
 
-    /// Says how long a poll took that a turn was for.
+    /// Charges a poll that used a turn with its time.
     pub fn took(&self, class: Class, time: Duration) {
         self.lock().of(class).time.took(time);
     }
 
-    /// A round of the event loop is over: hands out the turns that are due. Says for how long there is nothing to do,
-    /// or `None` if nobody waits, and then nobody drives the lane any more.
+    /// Ends a round of the event loop and hands out the turns that are due. Returns the time until the next, or `None`
+    /// if no exchange waits; the driving task then ends.
     fn round(&self, since: Instant) -> Option<Duration> {
         let now = Instant::now();
         let lag = now - since;
@@ -407,7 +407,7 @@ impl Lane {
         let pause = queues.tracks.iter().filter_map(|track| track.pause(no_disk)).min();
         queues.driven = pause.is_some();
         if !queues.driven {
-            // Nobody sees whether the disk threads go on.
+            // No task observes the disk threads any more.
             queues.deep = None;
             queues.looked = None;
         }
@@ -415,16 +415,16 @@ impl Lane {
     }
 
     fn lock(&self) -> MutexGuard<'_, Queues> {
-        // One worker uses it; the lock is there because a task could move to another one, and is never waited for.
+        // One worker uses the lock, so it never blocks; it exists because a task could move to another worker.
         self.queues.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-/// An exchange that moves much, until this is dropped.
+/// A registered bulk transfer; released on drop.
 pub struct Bulk(Arc<Lane>);
 
 impl Bulk {
-    /// Whether there are so many that they are to take turns.
+    /// Whether there are so many that they must take turns.
     pub fn is_crowded(&self) -> bool {
         self.0.is_crowded()
     }
@@ -437,12 +437,12 @@ impl Drop for Bulk {
 }
 
 impl Turn {
-    /// What it is for.
+    /// The purpose of the turn.
     pub fn class(&self) -> Class {
         self.class
     }
 
-    /// Ready when it is one's turn.
+    /// Ready when the turn is given.
     pub fn poll(&mut self, cx: &Context<'_>) -> Poll<()> {
         self.slot.waker.register(cx.waker());
         if self.slot.granted.load(Ordering::Acquire) { Poll::Ready(()) } else { Poll::Pending }
@@ -463,12 +463,12 @@ pub struct Newcomer<F> {
     connection: Arc<Connection>,
     lanes: Arc<Lanes>,
     turn: Option<Turn>,
-    /// Sees its client leave while it waits for its turn.
+    /// Detects that the client leaves while its exchange waits for a turn.
     look: Look,
 }
 
 impl<F> Newcomer<F> {
-    /// That which `future` runs. It is none any more once its connection is settled.
+    /// Wraps the exchange of `future`. It stops being a newcomer once its connection is settled.
     pub fn new(future: F, connection: Arc<Connection>, lanes: Arc<Lanes>) -> Self {
         Newcomer { future, connection, lanes, turn: None, look: Look::default() }
     }
@@ -490,7 +490,7 @@ impl<F: Future + Unpin> Future for Newcomer<F> {
         let Newcomer { turn: place, connection, look, .. } = &mut *self;
         if let Some(turn) = place {
             if turn.poll(cx).is_pending() {
-                // For one whose client has left there is nothing to do but to find that out.
+                // If the client has left, the poll detects this, and needs no turn.
                 let Some(socket) = connection.socket() else { return Poll::Pending };
                 ready!(look.poll(cx, socket, Leaving::Broken));
             }
@@ -502,15 +502,15 @@ impl<F: Future + Unpin> Future for Newcomer<F> {
     }
 }
 
-/// Hands out turns while somebody waits. One round of the event loop passes between two of them, in which whatever is
-/// ready runs: how long it takes is the lag.
+/// Hands out turns while exchanges wait. One round of the event loop passes between two calls, in which all ready tasks
+/// run; its length is the lag.
 async fn drive(lane: Arc<Lane>) {
     loop {
         let since = Instant::now();
         tokio::task::yield_now().await;
         match lane.round(since) {
-            // Timers count whole milliseconds. What is much shorter is a few rounds of the loop; longer ones would keep
-            // the disk threads from a CPU that this worker has no use for.
+            // Timers have a resolution of one millisecond. Much shorter pauses become a few rounds of the loop; longer
+            // ones would keep the disk threads from the CPU although this worker does not need it.
             Some(pause) if pause < PAUSE_LEAST => {}
             Some(pause) => tokio::time::sleep(pause).await,
             None => return,
@@ -518,7 +518,7 @@ async fn drive(lane: Arc<Lane>) {
     }
 }
 
-/// What a class may have of the worker's time, and for how many turns that is enough.
+/// A class's share of the worker's time, and the number of turns for which it suffices.
 struct Allowance {
     share: Share,
     each: Average,
@@ -532,24 +532,24 @@ impl Allowance {
         Allowance { share: Share::new(terms), each: Average::default(), turns: 0, time: Duration::ZERO }
     }
 
-    /// Whether there is anything to spend, where nobody waits and nobody counts rounds.
+    /// Whether the class may spend time; used when no exchange waits and no rounds are counted.
     fn has_credit(&mut self, now: Instant) -> bool {
         self.share.accrue(now);
         self.share.credit >= 0.0
     }
 
-    /// A turn was handed out.
+    /// Counts a turn that was handed out.
     fn granted(&mut self) {
         self.turns += 1;
     }
 
-    /// Says how long a poll took that a turn was for; there may be several for one.
+    /// Adds the time of a poll that used a turn; one turn can have several polls.
     fn took(&mut self, time: Duration) {
         self.time += time;
         self.share.spend(time);
     }
 
-    /// A round took `lag`: how many turns there are in the next.
+    /// Ends a round with this `lag`. Returns the number of turns in the next round.
     fn after_round(&mut self, lag: Duration, now: Instant) -> u32 {
         self.each.add(std::mem::take(&mut self.turns), std::mem::take(&mut self.time));
         self.share.after_round(lag, now);
@@ -557,7 +557,7 @@ impl Allowance {
     }
 }
 
-/// Seconds that a turn takes, on average over the last rounds in which there were any.
+/// Average duration of a turn in seconds, over recent rounds with turns.
 struct Average {
     seconds: f64,
     turns: f64,
@@ -577,26 +577,26 @@ impl Average {
         }
     }
 
-    /// How many turns fit into so many seconds; one always does, if nothing is owed.
+    /// Number of turns that fit into this time; at least one, unless there is a debt.
     fn fit_into(&self, seconds: f64) -> u32 {
         if seconds < 0.0 { 0 } else { (seconds * self.turns / self.seconds.max(1e-6)) as u32 + 1 }
     }
 }
 
-/// The share of the worker's time that a class may use: more by a little while rounds are short, less by much when one
-/// is long.
+/// The share of the worker's time that a class may use: it grows slowly while rounds are short, and shrinks after a
+/// long one.
 struct Share {
     terms: Terms,
     now: f64,
-    /// Seconds that may be spent; below zero after a turn that took longer.
+    /// Seconds that may be spent; negative after a turn that took longer.
     credit: f64,
     since: Option<Instant>,
 }
 
 impl Share {
-    /// A debt beyond this is forgiven.
+    /// Maximum debt.
     const OWED_SECONDS: f64 = 0.005;
-    /// The share doubles in about a tenth of a second of short rounds, and is halved by fourteen long ones.
+    /// The share doubles in about a tenth of a second of short rounds, and halves after fourteen long ones.
     const GROWTH_PER_SECOND: f64 = 7.0;
     const CUT: f64 = 0.95;
 
@@ -609,14 +609,14 @@ impl Share {
         self.credit = (self.credit - time.as_secs_f64()).max(-Self::OWED_SECONDS);
     }
 
-    /// Gives credit for the time since it was last asked. Says how many seconds that are.
+    /// Adds credit for the time since the last call. Returns this time in seconds.
     fn accrue(&mut self, now: Instant) -> f64 {
         let passed = self.since.replace(now).map_or(0.0, |since| (now - since).as_secs_f64());
         self.credit = (self.credit + self.now * passed).min(self.terms.saved.as_secs_f64());
         passed
     }
 
-    /// A round took `lag`.
+    /// Ends a round with this `lag`.
     fn after_round(&mut self, lag: Duration, now: Instant) {
         let passed = self.accrue(now);
         if lag > LAG_AIM {
@@ -627,7 +627,7 @@ impl Share {
         }
     }
 
-    /// How long to pause before the next turn.
+    /// Pause before the next turn.
     fn pause(&self) -> Duration {
         if self.credit >= 0.0 {
             return Duration::ZERO;
@@ -659,7 +659,7 @@ mod tests {
         std::future::poll_fn(|cx| turn.poll(cx)).await;
     }
 
-    /// In which order those who wait to spool have their turns.
+    /// The order in which exchanges that wait to spool get their turns.
     fn order(lane: &Lane, waiting: &[(char, Turn)], no_disk: bool) -> String {
         let whose =
             |slot: Arc<Slot>| waiting.iter().find(|(_, turn)| Arc::ptr_eq(&turn.slot, &slot)).map(|(who, _)| who);
@@ -719,7 +719,7 @@ mod tests {
         assert!(!a.slot.granted.load(Ordering::Relaxed));
         drop(jobs);
         turn(a).await;
-        // A disk that does not come back is not waited for here.
+        // A disk that never responds is not waited for here.
         let _jobs = slots.try_acquire_many(50).expect("permits");
         let (_, c) = wait(('c', 300, true));
         assert_eq!(lane.round(Instant::now()), Some(DISK_PAUSE));
@@ -846,7 +846,7 @@ mod tests {
         let taken = AtomicUsize::new(0);
         let accept = async {
             loop {
-                // As a listener's socket counts each.
+                // A listener's socket consumes budget for each connection in this way.
                 tokio::task::coop::consume_budget().await;
                 door.should_accept(None).await;
                 taken.fetch_add(1, Ordering::Relaxed);
@@ -920,7 +920,7 @@ mod tests {
     fn the_shorter_the_turns_the_more_there_are_in_a_round() {
         let mut each = Average { seconds: 100e-6, turns: 1.0 };
         assert_eq!([-1.0, 0.0, 50e-6, 450e-6].map(|seconds| each.fit_into(seconds)), [0, 1, 1, 5]);
-        // Of several polls for one turn.
+        // Several polls per turn.
         (0..100).for_each(|round| each.add(u32::from(round % 2 == 0), Duration::from_micros(100)));
         assert_eq!(each.fit_into(450e-6), 3);
         (0..100).for_each(|_| each.add(0, Duration::ZERO));

@@ -1,17 +1,17 @@
-//! Names of hosts and what belongs to each: exact ones, and wildcards that stand for one label.
+//! A map from host names to values: exact names, and wildcards for one label.
 
 use std::collections::HashMap;
 
-/// What belongs to names; names are in lower case, a wildcard begins with `*.`.
+/// Values by name. Names are in lower case; a wildcard begins with `*.`.
 #[derive(Clone)]
 pub struct Names<T> {
     exact: HashMap<Box<str>, T>,
-    /// By what follows the `*.`.
+    /// By the part after the `*.`.
     wildcards: HashMap<Box<str>, T>,
 }
 
 impl<T> Names<T> {
-    /// Puts `value` under a name, in place of what was there.
+    /// Sets the value of a name; returns the previous one.
     pub fn insert(&mut self, name: &str, value: T) -> Option<T> {
         match name.strip_prefix("*.") {
             Some(rest) => self.wildcards.insert(rest.into(), value),
@@ -19,15 +19,15 @@ impl<T> Names<T> {
         }
     }
 
-    /// What belongs to this name, which is in lower case: an exact name goes before a wildcard.
+    /// The value for this name, which is in lower case: an exact name takes precedence over a wildcard.
     pub fn find(&self, name: &str) -> Option<&T> {
         let name = name.strip_suffix('.').unwrap_or(name);
-        // RFC 6125 §6.4.3.
+        // A wildcard covers exactly one label (RFC 6125 §6.4.3).
         let wildcard = || name.split_once('.').and_then(|(_, rest)| self.wildcards.get(rest));
         self.exact.get(name).or_else(wildcard)
     }
 
-    /// Whether there are none.
+    /// Whether there are no names.
     pub fn is_empty(&self) -> bool {
         self.exact.is_empty() && self.wildcards.is_empty()
     }

@@ -1,39 +1,40 @@
-//! A minimum rate, and the patience that is left with a client below it.
+//! A minimum rate, and the remaining patience with a client below it.
 //!
-//! An idle timeout alone lets a client send or take one byte just before each deadline, for ever. Here a client has a
-//! grace; waiting for it uses the grace up, and every byte that it moves gives back the time that the byte takes at the
-//! minimum rate. Whoever keeps the rate never runs out, however long it takes; whoever does not is given up once the
-//! grace is gone. Time in which the client was not waited for costs nothing. Knows no socket and no clock.
+//! With an idle timeout alone, a client could send or accept one byte just before each deadline, for ever. Here a
+//! client has a grace period. Waiting for the client uses it up, and every byte transferred restores the time that the
+//! byte takes at the minimum rate. A client at the minimum rate is never timed out, however long its transfer; a slower
+//! one is, once the grace period is used up. Time without waiting for the client does not count. The type knows no
+//! socket and no clock.
 
 use std::time::Duration;
 
-/// What is left of the patience with one client in one direction.
+/// The remaining patience with one client in one direction.
 #[derive(Clone, Debug)]
 pub struct Pace {
-    /// Bytes a second; 0 is no minimum.
+    /// Bytes per second; 0: no minimum.
     rate: u64,
     grace: Duration,
     left: Duration,
 }
 
 impl Pace {
-    /// A minimum of `rate` bytes a second, none if it is 0, with a `grace` that cannot be saved beyond its first
-    /// amount.
+    /// A minimum of `rate` bytes per second, none if it is 0, with a `grace` period that never exceeds its initial
+    /// value.
     pub fn new(rate: u64, grace: Duration) -> Self {
         Pace { rate, grace, left: grace }
     }
 
-    /// However slow.
+    /// Without a minimum rate.
     pub fn unlimited() -> Self {
         Pace::new(0, Duration::ZERO)
     }
 
-    /// How long may be waited for the client to move so many bytes. `None`: there is no minimum.
+    /// Maximum wait for the client to transfer these bytes. `None`: there is no minimum rate.
     pub fn patience(&self, bytes: u64) -> Option<Duration> {
         (self.rate > 0).then(|| self.left + self.worth(bytes))
     }
 
-    /// The client was waited for, and moved so many bytes.
+    /// Records that the client transferred these bytes after this wait.
     pub fn moved(&mut self, bytes: u64, waited: Duration) {
         if self.rate > 0 {
             self.left = (self.left + self.worth(bytes)).saturating_sub(waited).min(self.grace);

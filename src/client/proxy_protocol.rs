@@ -1,8 +1,7 @@
-//! The PROXY protocol on the way in: which client a proxy in front of Forebay speaks for (haproxy.org,
-//! proxy-protocol.txt).
+//! The incoming PROXY protocol: the client that a proxy in front of Forebay names (haproxy.org, proxy-protocol.txt).
 //!
-//! It comes before everything else of a connection, TLS included. [`Expected`] says from whom it is believed, [`read`]
-//! takes it apart; neither knows a socket. `client/entrance.rs` reads the bytes and bounds the time.
+//! Its header precedes all other bytes of a connection, TLS included. [`Expected`] defines the trusted peers, [`read`]
+//! parses the header; both know no socket. `client/entrance.rs` reads the bytes within a time limit.
 
 use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
@@ -12,49 +11,49 @@ use ppp::{PartialResult, v1, v2};
 
 use crate::config::listener::ProxyProtocol;
 
-/// The longest header of version 1, with its line end.
+/// Maximum length of a version 1 header, with its line end.
 const V1_BYTES_MAX: usize = 107;
-/// The longest header of version 2 that is taken: addresses and some fields of the proxy's own (TLVs), which are
-/// skipped.
+/// Maximum length of a version 2 header: addresses, and additional fields (TLVs), which are ignored.
 const V2_BYTES_MAX: usize = 4096;
 const V1_START: &[u8] = b"PROXY ";
 const V2_START: &[u8] = v2::PROTOCOL_PREFIX;
 const V2_FIXED_BYTES: usize = V2_START.len() + 4;
 
-/// Who is to speak the PROXY protocol on a listener.
+/// The peers that must send the PROXY protocol on a listener.
 #[derive(Clone, Debug)]
 pub struct Expected {
     from: Vec<IpNet>,
-    /// How long a header may take from the acceptance of its connection on.
+    /// Maximum time for a header, from accept on.
     pub timeout: Duration,
 }
 
-/// What a header says.
+/// The content of a header.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Introduction {
-    /// The bytes that it takes; what follows is the client's.
+    /// Length of the header in bytes; the client's bytes follow.
     pub length: usize,
-    /// The client, and the address that it connected to. `None`: the proxy speaks for itself, as in a health check.
+    /// The client, and the address that it connected to. `None`: the connection is the proxy's own, as in a health
+    /// check.
     pub parties: Option<(SocketAddr, SocketAddr)>,
 }
 
-/// Why a connection is given up before its first byte of TLS or HTTP.
+/// The reason for closing a connection before its first byte of TLS or HTTP.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Fault {
-    /// It should begin with a header and does not, or the header cannot be understood.
+    /// A required header is missing or malformed.
     Malformed,
-    /// It begins with one, and its peer may not say who its client is.
+    /// The peer sent a header without permission.
     Untrusted,
 }
 
 impl Expected {
-    /// What is written of a listener.
+    /// Builds the rules of a listener.
     pub fn build(written: &ProxyProtocol) -> Self {
         Expected { from: written.from.clone(), timeout: written.timeout.0 }
     }
 
-    /// Whether a connection from here must begin with a header. On a unix socket every one must: whoever can reach it
-    /// is on this host and was let in by its permissions.
+    /// Whether a connection from this peer must begin with a header. On a Unix socket every connection must: the
+    /// socket's permissions control which local processes can connect.
     pub fn is_required_from(&self, peer: Option<IpAddr>) -> bool {
         peer.is_none_or(|peer| {
             let peer = peer.to_canonical();
@@ -63,11 +62,11 @@ impl Expected {
     }
 }
 
-/// Reads the header at the beginning of `bytes`. `None`: more bytes are needed.
+/// Parses the header at the beginning of `bytes`. `None`: more bytes are needed.
 ///
 /// # Errors
 ///
-/// [`Fault::Malformed`], if there is none or it is none of version 1 or 2.
+/// [`Fault::Malformed`], if there is no valid header of version 1 or 2.
 pub fn read(bytes: &[u8]) -> Result<Option<Introduction>, Fault> {
     if bytes.starts_with(V2_START) {
         return read_v2(bytes);
@@ -78,7 +77,7 @@ pub fn read(bytes: &[u8]) -> Result<Option<Introduction>, Fault> {
     if may_become_header(bytes) { Ok(None) } else { Err(Fault::Malformed) }
 }
 
-/// Looks at the first bytes of somebody who may not speak the PROXY protocol. `false`: more bytes are needed.
+/// Checks the first bytes of a peer that must not send the PROXY protocol. `false`: more bytes are needed.
 ///
 /// # Errors
 ///
@@ -96,12 +95,12 @@ fn may_become_header(bytes: &[u8]) -> bool {
 
 fn read_v1(bytes: &[u8]) -> Result<Option<Introduction>, Fault> {
     let line = &bytes[..bytes.len().min(V1_BYTES_MAX)];
-    // The whole line first: the library takes the first half of an address for a wrong one.
+    // The parser needs the complete line: it takes the first half of an address for an invalid one.
     let Some(end) = line.iter().position(|&byte| byte == b'\n') else {
         return if line.len() < V1_BYTES_MAX { Ok(None) } else { Err(Fault::Malformed) };
     };
     let length = end + 1;
-    // The library takes a bare line feed behind `UNKNOWN`.
+    // The library accepts a bare line feed after `UNKNOWN`.
     if !bytes[..length].ends_with(b"\r\n") {
         return Err(Fault::Malformed);
     }
@@ -110,7 +109,7 @@ fn read_v1(bytes: &[u8]) -> Result<Option<Introduction>, Fault> {
         return Err(Fault::Malformed);
     }
     let parties = match header.addresses {
-        // The library takes a port with a sign.
+        // The library accepts a port with a sign.
         v1::Addresses::Tcp4(_) | v1::Addresses::Tcp6(_) if line[..length].contains(&b'+') => {
             return Err(Fault::Malformed);
         }
@@ -126,7 +125,7 @@ fn read_v1(bytes: &[u8]) -> Result<Option<Introduction>, Fault> {
 }
 
 fn read_v2(bytes: &[u8]) -> Result<Option<Introduction>, Fault> {
-    // Version 2, and a command that there is: known as soon as it is here.
+    // Version 2 with a known command; checked as soon as the byte arrives.
     if bytes.get(V2_START.len()).is_some_and(|version| !matches!(version, 0x20 | 0x21)) {
         return Err(Fault::Malformed);
     }
@@ -151,7 +150,7 @@ fn read_v2(bytes: &[u8]) -> Result<Option<Introduction>, Fault> {
         (_, v2::Addresses::IPv6(it)) => {
             Some(((it.source_address, it.source_port).into(), (it.destination_address, it.destination_port).into()))
         }
-        // A client on a unix socket of the proxy's host, or one of a kind that the proxy cannot name.
+        // A client on a Unix socket of the proxy's host, or of a kind that the proxy cannot name.
         (_, v2::Addresses::Unix(_) | v2::Addresses::Unspecified) => None,
     };
     Ok(Some(Introduction { length, parties }))
@@ -167,7 +166,7 @@ mod tests {
         read(bytes).map(|read| read.map(|it| (it.length, it.parties.map(shown))))
     }
 
-    /// A header of version 2 with this command and kind, and what follows the fixed part.
+    /// A version 2 header with this command and kind, and the bytes after the fixed part.
     fn binary(command: u8, kind: u8, rest: &[u8]) -> Vec<u8> {
         let length = u16::try_from(rest.len()).expect("a length").to_be_bytes();
         [V2_START, &[command, kind], &length, rest].concat()
@@ -181,7 +180,7 @@ mod tests {
         let told = Some("203.0.113.7:4711 10.0.0.1:443".to_owned());
         assert_eq!(said(line), Ok(Some((42, told.clone()))));
         assert_eq!(said(&binary(0x21, 0x11, &FOUR)), Ok(Some((28, told.clone()))));
-        // With fields of the proxy's own behind the addresses.
+        // With additional fields of the proxy after the addresses.
         assert_eq!(said(&binary(0x21, 0x11, &[&FOUR[..], &[4, 0, 1, 9]].concat())), Ok(Some((32, told))));
 
         let six = Some("[2001:db8::1]:4711 [::1]:443".to_owned());

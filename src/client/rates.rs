@@ -1,9 +1,8 @@
-//! How often clients may begin something that costs much: connections and TLS handshakes, in all and each client for
-//! itself.
+//! Rate limits for expensive operations of clients: connections and TLS handshakes, in total and per client.
 //!
-//! The limit of each client is asked first: who is over its own uses up nothing of what all share. Of a rate, as much
-//! may come at once as it names. Clients are remembered by a hash of their address under a seed of this process, so
-//! that memory is bounded and nobody can choose whom to share a limit with.
+//! The client's own limit is checked first: a client above it does not use up the shared limit. The burst equals the
+//! number of events that the rate names. Clients are stored by a hash of their address with a seed of this process, so
+//! that memory is bounded and an attacker cannot choose a client to share a limit with.
 
 use std::hash::{BuildHasher, RandomState};
 use std::net::IpAddr;
@@ -13,19 +12,19 @@ use std::time::Instant;
 use crate::config::units::Rate;
 use crate::filter::gcra::{Gcra, Keys, nanoseconds};
 
-/// So many clients are remembered, at about 80 bytes each. When more come, those unseen for longest begin anew.
+/// Maximum number of clients stored, at about 80 bytes each. Beyond it, the clients unseen for longest start anew.
 const CLIENTS: usize = 100_000;
 
-/// Whose limit was met.
+/// The limit that was exceeded.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Excess {
-    /// That of the client.
+    /// The limit of the client.
     Client,
-    /// That of all together.
+    /// The limit of all clients together.
     All,
 }
 
-/// How often something may begin.
+/// The rate limits of one kind of operation.
 pub struct Rates {
     started: Instant,
     all: Option<(Gcra, AtomicU64)>,
@@ -33,9 +32,9 @@ pub struct Rates {
 }
 
 impl Rates {
-    /// So often in all, and so often for each client; `None` is no limit.
+    /// Creates limits for all clients together and for each client; `None`: no limit.
     pub fn new(all: Option<Rate>, each: Option<Rate>) -> Rates {
-        // A rate beyond what can be counted is refused with the configuration.
+        // The configuration check refuses rates that exceed the counter's range.
         let limit = |rate: Rate| Gcra::new(rate, rate.events);
         Rates {
             started: Instant::now(),
@@ -44,11 +43,11 @@ impl Rates {
         }
     }
 
-    /// Counts one that begins now; `None` is a client that has no limit of its own.
+    /// Counts an operation that begins now; `None`: a client without a limit of its own.
     ///
     /// # Errors
     ///
-    /// It comes too soon.
+    /// The limit that it exceeds.
     pub fn admit(&self, client: Option<IpAddr>, now: Instant) -> Result<(), Excess> {
         let now = nanoseconds(now.saturating_duration_since(self.started));
         if let (Some((limit, keys, seed)), Some(client)) = (&self.each, client) {
@@ -61,41 +60,41 @@ impl Rates {
     }
 }
 
-/// A bounded number of places for what is under way.
+/// A limited number of places for concurrent operations.
 pub struct Places {
     most: AtomicU64,
     taken: AtomicU64,
 }
 
 impl Places {
-    /// So many, all free.
+    /// Creates this number of free places.
     pub fn new(most: u64) -> Places {
         Places { most: AtomicU64::new(most), taken: AtomicU64::new(0) }
     }
 
-    /// Takes one, unless all are taken. Whoever has one gives it back by [`Places::leave`].
+    /// Takes a place, unless all are taken. The caller returns it with [`Places::leave`].
     pub fn enter(&self) -> bool {
         let most = self.most();
         let more = |taken: u64| (taken < most).then_some(taken + 1);
         self.taken.fetch_update(Ordering::Relaxed, Ordering::Relaxed, more).is_ok()
     }
 
-    /// Gives one back.
+    /// Returns a place.
     pub fn leave(&self) {
         self.taken.fetch_sub(1, Ordering::Relaxed);
     }
 
-    /// How many there are.
+    /// The number of places.
     pub fn most(&self) -> u64 {
         self.most.load(Ordering::Relaxed)
     }
 
-    /// Sets how many there are. Where more are taken, none is given until enough have come back.
+    /// Sets the number of places. If more are taken, none is given until enough were returned.
     pub fn set_most(&self, most: u64) {
         self.most.store(most, Ordering::Relaxed);
     }
 
-    /// How many are taken.
+    /// Number of places taken.
     pub fn taken(&self) -> u64 {
         self.taken.load(Ordering::Relaxed)
     }
@@ -115,7 +114,7 @@ mod tests {
         Some(IpAddr::from(number.to_be_bytes()))
     }
 
-    /// How many of a hundred are admitted at once.
+    /// Number of operations admitted at once, out of a hundred.
     fn admitted(rates: &Rates, at: Instant, client: impl Fn(u32) -> Option<IpAddr>) -> usize {
         (0..100).filter(|&number| rates.admit(client(number), at).is_ok()).count()
     }

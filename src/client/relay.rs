@@ -1,8 +1,9 @@
-//! Bytes that pass as they are, both ways, between a client and an endpoint: a listener for TCP, or a name of TLS that
-//! is passed through (`listeners[].tcp`, `listeners[].passthrough`).
+//! Passes bytes unchanged between a client and an endpoint: for a TCP listener, or for a TLS server name that is passed
+//! through (`listeners[].tcp`, `listeners[].passthrough`).
 //!
-//! The endpoint is chosen as for a request: by policy and health, within its limits, with the same counters. Nothing is
-//! retried once a byte has passed. `Passage` moves the bytes and owns a buffer only while one side does not take them.
+//! The endpoint is chosen as for a request: by policy and health, within its limits, with the same metrics. There is no
+//! retry once a byte has passed. `Passage` transfers the bytes and owns a buffer only while one side does not accept
+//! them.
 
 use std::future::poll_fn;
 use std::io;
@@ -35,38 +36,38 @@ use crate::upstream::transport::greeting::Parties;
 use crate::upstream::window::Window;
 use crate::upstream::{Choice, Ended, Endpoint, Engaged, Outcome, Upstream};
 
-/// Read at once, on the stack.
+/// Read size in bytes; the buffer is on the stack.
 const PIECE_BYTES: usize = 16 << 10;
-/// How many endpoints are tried for one connection.
+/// Maximum number of endpoints tried for one connection.
 const ATTEMPTS_MAX: usize = 3;
 
-/// Where connections of one kind are passed on to.
+/// The destination of connections of one kind.
 pub struct Relay {
-    /// Whose endpoints.
+    /// The upstream of the endpoints.
     pub upstream: Arc<Upstream>,
-    /// How long neither side may say anything.
+    /// Maximum time without bytes from either side.
     pub idle: Duration,
-    /// Its counters.
+    /// Its metrics.
     pub metrics: RelayMetrics,
 }
 
-/// What became of a connection that was passed on.
+/// The outcome of a connection that was passed through.
 pub struct Passed {
     /// Bytes from the client.
     pub received: u64,
     /// Bytes to the client.
     pub sent: u64,
-    /// The endpoint that it went to.
+    /// The endpoint.
     pub endpoint: Option<Arc<str>>,
-    /// How many were asked.
+    /// Number of endpoints tried.
     pub attempts: u32,
-    /// Why it ended, unless both sides had said all that they had to say.
+    /// The reason of its end, unless both sides ended regularly.
     pub refusal: Option<&'static Refusal>,
-    /// When it was passed on.
+    /// Time at which it began.
     pub began: Instant,
 }
 
-/// An endpoint that is connected. What became of it is told to its upstream, whatever happens.
+/// An endpoint and its connection. The upstream receives the outcome exactly once.
 struct Attempt<'u> {
     upstream: &'u Upstream,
     engaged: Engaged,
@@ -78,14 +79,14 @@ struct Attempt<'u> {
 impl Drop for Attempt<'_> {
     fn drop(&mut self) {
         let now = Instant::now();
-        // What either side does with the connection is no time of the endpoint's.
+        // Only the connect counts as the endpoint's time; the use of the connection does not.
         let own = self.connect.unwrap_or(now - self.chosen);
         let ended = Ended { outcome: self.outcome, connect: self.connect, wait: None, own };
         self.upstream.ended(&mut self.engaged, &ended, now);
     }
 }
 
-/// The client while it is not read: an endpoint, or room at one, is waited for.
+/// Watches a client that is not being read, during the wait for an endpoint or for room at one.
 struct Watched {
     socket: RawFd,
     leaving: Leaving,
@@ -93,15 +94,15 @@ struct Watched {
 }
 
 impl Watched {
-    /// `named`: the client speaks TLS and has sent its ClientHello.
+    /// `named`: the client uses TLS and has sent its ClientHello.
     fn new(client: &Raw, named: bool) -> Self {
         let leaving = if named {
-            // It cannot end its handshake any more.
+            // The client can no longer complete its handshake.
             Leaving::Ended
         } else if client.front().is_empty() {
             Leaving::Short(1)
         } else {
-            // It has sent something, which may be all that it has to say.
+            // The client has sent bytes, which may be all that it sends.
             Leaving::Broken
         };
         Watched { socket: client.id(), leaving, look: Look::default() }
@@ -117,8 +118,8 @@ impl Eye for Watched {
 }
 
 impl Relay {
-    /// Passes a connection on until it ends, or its time is over. `named`: it is one of TLS, whose client has asked for
-    /// a name.
+    /// Passes a connection through until it ends or its time is over. `named`: the client uses TLS and has requested a
+    /// server name.
     pub async fn pass(&self, client: Raw, named: bool, connection: &Connection, cut: &Cut) -> Passed {
         let _open = self.metrics.enter();
         let mut passed =
@@ -150,7 +151,7 @@ impl Relay {
             Err(refusal) => {
                 connection.listener.metrics.refusals.count(refusal);
                 passed.refusal = Some(refusal);
-                // An endpoint that has said nothing at all is no good one, unless its client kept it waiting.
+                // An endpoint that sent nothing counts as failed, unless its client kept it waiting.
                 let prompt = passed.began.elapsed() <= DAWDLING;
                 let silent = prompt && passed.sent == 0 && refusal == &refusal::RECEIVE_RESET;
                 if silent { Outcome::Failed(refusal) } else { Outcome::Cancelled }
@@ -159,7 +160,7 @@ impl Relay {
         passed
     }
 
-    /// Connects to the endpoint whose turn it is, or to another one.
+    /// Connects to the chosen endpoint, or to another one if that fails.
     async fn connect(
         &self,
         connection: &Connection,
@@ -204,7 +205,7 @@ impl Relay {
                 wait::Ended::Left(()) => return Err(&refusal::SEND_ABORTED),
             }
             upstream.metrics.connects_failed.inc();
-            // What the gateway itself lacks says nothing of an endpoint.
+            // A shortage of the gateway is not the endpoint's fault.
             if last != &refusal::CONNECT_EXHAUSTED {
                 attempt.outcome = Outcome::Connect(last);
             }
@@ -212,7 +213,7 @@ impl Relay {
         Err(last)
     }
 
-    /// An endpoint with room, waited for if need be. `None`: there is no other one.
+    /// Chooses an endpoint; waits for one with room if needed. `None`: no untried endpoint exists.
     async fn choose(
         &self,
         hash: u64,
@@ -254,7 +255,7 @@ impl Relay {
     }
 }
 
-/// Makes a connection to an endpoint, and says for whom it is if the upstream is to hear that.
+/// Connects to an endpoint. Names the client's connection if the upstream requires it.
 async fn dial(endpoint: &Endpoint, parties: Option<Parties>) -> Result<Socket, &'static Refusal> {
     let peer = endpoint.peer_for(|| parties);
     let connect: &Arc<dyn L4Connect + Send + Sync> = peer.options.custom_l4.as_ref().ok_or(&refusal::CONNECT_FAILED)?;
@@ -264,7 +265,7 @@ async fn dial(endpoint: &Endpoint, parties: Option<Parties>) -> Result<Socket, &
         kind if *kind == EXHAUSTED => &refusal::CONNECT_EXHAUSTED,
         _ => &refusal::CONNECT_FAILED,
     })?;
-    // Nothing is held back here, so nothing need be kept in the kernel's way.
+    // Nothing is buffered here, so the receive window need not be limited.
     Window::new(socket.as_raw_fd()).open();
     Ok(socket)
 }
@@ -272,24 +273,24 @@ async fn dial(endpoint: &Endpoint, parties: Option<Parties>) -> Result<Socket, &
 /// One direction.
 #[derive(Default)]
 struct Way {
-    /// Read and not yet taken by the other side.
+    /// Bytes read and not yet accepted by the other side.
     held: BytesMut,
-    /// Bytes that the other side has taken.
+    /// Number of bytes accepted by the other side.
     bytes: u64,
-    /// This side says nothing more.
+    /// This side has ended.
     ended: bool,
-    /// The other side was told so.
+    /// The end was passed on to the other side.
     closed: bool,
 }
 
-/// Who does not go on.
+/// The side that failed.
 enum Fault {
     Read,
     Write,
 }
 
 impl Way {
-    /// Moves what there is. Ready when this side has said all and the other has taken it.
+    /// Transfers available bytes. Ready when this side has ended and the other has accepted everything.
     fn poll<R, W>(
         &mut self,
         cx: &mut Context<'_>,
@@ -315,7 +316,7 @@ impl Way {
             }
             if self.ended {
                 if !self.closed {
-                    // A side that has gone already need not be told.
+                    // A side that has already closed needs no end.
                     let _: Result<(), io::Error> = ready!(Pin::new(&mut *to).poll_shutdown(cx));
                     self.closed = true;
                 }
@@ -333,7 +334,7 @@ impl Way {
                 continue;
             }
             *moved = true;
-            // Most of the time it is taken at once, and nothing is kept.
+            // Usually the other side accepts everything at once, and no bytes are kept.
             while !rest.is_empty() {
                 match Pin::new(&mut *to).poll_write(cx, rest) {
                     Poll::Ready(Ok(taken)) if taken > 0 => {
@@ -356,7 +357,7 @@ impl Way {
     }
 }
 
-/// A client and an endpoint, and what is on its way between them.
+/// A client and an endpoint, and the bytes between them.
 struct Passage<C, E> {
     client: C,
     endpoint: E,
@@ -364,7 +365,7 @@ struct Passage<C, E> {
     down: Way,
     idle: Duration,
     timer: Pin<Box<Sleep>>,
-    /// That of the client, and what sees it broken while nothing is read from it.
+    /// The client's socket, and the check that detects a broken connection while it is not read.
     socket: Option<RawFd>,
     look: Look,
 }
@@ -380,21 +381,21 @@ where
         Passage { client, endpoint, up: Way::default(), down: Way::default(), idle, timer, socket, look }
     }
 
-    /// Has the socket of the client looked at while its endpoint takes nothing, or the client has said all.
+    /// Watches the client's socket while the endpoint accepts no bytes, or the client has ended its side.
     fn watch(&mut self, socket: RawFd) {
         self.socket = Some(socket);
     }
 
-    /// Ready once the client has broken off, though nothing is read from it.
+    /// Ready once the client's connection is broken while it is not read.
     fn poll_broken(&mut self, cx: &mut Context<'_>) -> Poll<()> {
         let is_read = self.up.held.is_empty() && !self.up.ended;
         let Some(socket) = self.socket.filter(|_| !is_read) else { return Poll::Pending };
-        // Once it was told that nothing more comes, both directions may have ended in good order.
+        // After the end was passed on, both directions may have ended regularly.
         let leaving = if self.down.closed { Leaving::Reset } else { Leaving::Broken };
         self.look.poll(cx, socket, leaving).map(drop)
     }
 
-    /// Ready when both sides have said all, when one has broken off, or when neither has said anything for too long.
+    /// Ready when both sides have ended, one has failed, or neither has sent a byte for too long.
     fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), &'static Refusal>> {
         let mut moved = false;
         let up = self.up.poll(cx, &mut self.client, &mut self.endpoint, &mut moved);

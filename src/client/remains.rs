@@ -1,36 +1,36 @@
-//! What is left of an exchange that was dropped before it had ended, so that it is settled all the same.
+//! Collects the parts of an exchange that was dropped before its end, so that it can still be settled.
 //!
-//! An exchange that is given up ends by itself where it can. Where Pingora waits for something that nothing breaks off,
-//! such as a connection that is being made, only dropping the whole ends the wait. Its parts are dropped one after the
-//! other; each leaves here what it knows, and [`collect`] gives that to whoever dropped them.
+//! A cancelled exchange ends by itself if possible. If Pingora waits for something that nothing aborts, such as a
+//! connect, only dropping the exchange ends the wait. Its parts are dropped one after the other. Each leaves its facts
+//! here, and [`collect`] returns them to the code that dropped the exchange.
 
 use std::any::Any;
 use std::cell::{Cell, RefCell};
 
 use pingora::http::RequestHeader;
 
-/// What is left of an exchange.
+/// The remains of an exchange.
 #[derive(Default)]
 pub struct Remains {
-    /// The exchange itself, of a type that only the proxy knows. `None` if it had settled.
+    /// The exchange, of a type that only the proxy knows. `None` if it was settled.
     pub exchange: Option<Box<dyn Any>>,
-    /// Its request. `None` if Pingora's own session had it.
+    /// The request header. `None` if Pingora's own session had it.
     pub request: Option<RequestHeader>,
 }
 
-/// Settles exchanges that were dropped: counts and logs them.
+/// Settles dropped exchanges: counts and logs them.
 pub trait Undertaker: Send + Sync {
-    /// Settles one.
+    /// Settles one exchange.
     fn settle(&self, remains: Remains);
 }
 
 thread_local! {
-    /// Whether what is dropped is to leave something.
+    /// Whether dropped parts must leave their facts, and the facts left so far.
     static COLLECTS: Cell<bool> = const { Cell::new(false) };
     static LEFT: RefCell<Remains> = const { RefCell::new(Remains { exchange: None, request: None }) };
 }
 
-/// Drops an exchange; what it leaves.
+/// Drops an exchange and returns its remains.
 pub fn collect(drop: impl FnOnce()) -> Remains {
     COLLECTS.set(true);
     drop();
@@ -38,18 +38,18 @@ pub fn collect(drop: impl FnOnce()) -> Remains {
     LEFT.take()
 }
 
-/// Whether what is dropped now is to leave something. Also asked when a thread ends.
+/// Whether dropped parts must leave their facts. It can also be called while a thread ends.
 pub fn are_wanted() -> bool {
     COLLECTS.try_with(Cell::get).unwrap_or(false)
 }
 
-/// The exchange is left.
+/// Leaves the exchange.
 pub fn leave(exchange: Box<dyn Any>) {
     LEFT.with_borrow_mut(|left| left.exchange = Some(exchange));
 }
 
-/// A session is dropped: if what is dropped is to leave something, it leaves its request. The first one counts, for a
-/// session within has only a stub of it. `true`: it was left.
+/// Leaves the request of a session that is being dropped, if remains are wanted. Only the first one counts, since an
+/// inner session has a stub. `true`: the request was left.
 pub fn leave_request(request: &mut RequestHeader) -> bool {
     if !are_wanted() {
         return false;
@@ -60,7 +60,7 @@ pub fn leave_request(request: &mut RequestHeader) -> bool {
     true
 }
 
-/// What is left in the place of a request that somebody else has. Takes no memory.
+/// A stub that replaces a request moved elsewhere. It allocates no memory.
 pub fn stub() -> RequestHeader {
     http::Request::new(()).into_parts().0.into()
 }

@@ -1,80 +1,77 @@
-//! What one client, and one answer, may have of that which all share, the fuller it is: pure arithmetic.
+//! Limits one client and one response to a part of a shared store, which shrinks as the store fills. Pure arithmetic.
 //!
-//! Answers together have no more than their share of the disk: the endpoint of one that finds no room waits for its
-//! client, which costs a backend, but an upload that finds none is refused; so what is beyond the share of answers is
-//! for uploads alone. One client has no more than its share either, in each direction.
+//! All responses together have a share of the disk. A response without room makes its endpoint wait for the client,
+//! which costs a backend; an upload without room is refused. The rest beyond the responses' share is therefore for
+//! uploads only. One client has a share, too, in each direction.
 //!
-//! Within these, the fuller it is the less each may have: so much in proportion to what is free. That is how switches
-//! share a buffer between ports ("dynamic thresholds"), and it has two effects. However many take as much as they can,
-//! something is left for the next to come. And who holds most is the first to get no more: of the answers, those whose
-//! clients are slowest.
+//! Within these shares, each limit is proportional to the free space. Switches divide their buffers between ports in
+//! this way ("dynamic thresholds"). It has two effects: however many take as much as they can, some space is left for
+//! newcomers; and the largest holder reaches its limit first, which among responses is the one with the slowest client.
 
-/// Which limit stands against more; in the order of [`SPOOL_LIMITS`](crate::metrics::SPOOL_LIMITS).
+/// The limit that denies more; in the order of [`SPOOL_LIMITS`](crate::metrics::SPOOL_LIMITS).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Denial {
-    /// That of all together.
+    /// The limit of all spools together.
     All,
-    /// That of answers.
+    /// The limit of responses.
     Answers,
-    /// That of one client.
+    /// The limit of one client.
     Client,
-    /// That of one answer, where others need room as well.
+    /// The limit of one response while others need room, too.
     Spool,
-    /// That of files, of all or of answers.
+    /// The limit of files, of all spools or of responses.
     Files,
 }
 
-/// What one client alone may have of the connections that the open files allow. Others, who have come by then, leave it
-/// less.
+/// The share of the client connections that one client alone may have. With connections of other clients, it is less.
 pub const CONNECTIONS_OF_ONE_CLIENT: f64 = 0.75;
 
-/// A store that all share.
+/// A shared store.
 #[derive(Clone, Copy, Debug)]
 pub struct Store {
-    /// What all may have.
+    /// Total limit.
     pub limit: u64,
-    /// What answers may have of it.
+    /// Limit of responses.
     pub answers: u64,
-    /// How much one client may have for each that is left free.
+    /// Units that one client may have per free unit.
     pub client_factor: f64,
 }
 
-/// What is in use.
+/// The units in use.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct InUse {
-    /// By all.
+    /// By all spools.
     pub all: u64,
-    /// By answers; only looked at for one of these.
+    /// By responses; used only for a response.
     pub answers: u64,
     /// By the client, in this direction.
     pub client: u64,
-    /// By the answer.
+    /// By the response.
     pub spool: u64,
 }
 
 impl Store {
-    /// A store of so much, of which answers may have a share, and one client alone a share of what its direction may
-    /// have. Shares are ratios.
+    /// A store with this limit. `answers` is the share of responses, `client` the share of its direction that one
+    /// client alone may have; both are ratios.
     pub fn new(limit: u64, answers: f64, client: f64) -> Store {
         let client = client.clamp(0.0, 1.0);
-        // With nobody else, `client = factor × (all - client)`.
+        // For a single client, `client = factor × (all - client)`.
         let client_factor = if client < 1.0 { client / (1.0 - client) } else { f64::INFINITY };
         Store { limit, answers: (limit as f64 * answers.clamp(0.0, 1.0)) as u64, client_factor }
     }
 
-    /// Whether so much more may be taken, by a client that has this much already. Who has nothing yet is not limited as
-    /// one of many.
+    /// Whether a client that has `client` units may take `more`. A client without any is not limited by its own share.
     pub fn admits(&self, all: u64, client: u64, more: u64) -> Result<(), Denial> {
         self.admits_upload(InUse { all, client, ..InUse::default() }, more)
     }
 
-    /// Whether so much more may be taken for an upload.
+    /// Whether an upload may take `more` units.
     pub fn admits_upload(&self, used: InUse, more: u64) -> Result<(), Denial> {
         let free = left(self.limit, used.all, more).ok_or(Denial::All)?;
         self.admits_client(used, more, free)
     }
 
-    /// Whether so much more may be taken for an answer.
+    /// Whether a response may take `more` units.
     pub fn admits_answer(&self, used: InUse, more: u64) -> Result<(), Denial> {
         let free = left(self.limit, used.all, more).ok_or(Denial::All)?;
         let free = free.min(left(self.answers, used.answers, more).ok_or(Denial::Answers)?);
@@ -85,13 +82,13 @@ impl Store {
 
     fn admits_client(&self, used: InUse, more: u64, free: u64) -> Result<(), Denial> {
         let most = self.client_factor * free as f64;
-        // Infinity times nothing is not a number, and limits nothing either.
+        // Infinity times zero is NaN, which sets no limit here, either.
         let too_much = used.client > 0 && used.client.saturating_add(more) as f64 > most;
         if too_much { Err(Denial::Client) } else { Ok(()) }
     }
 }
 
-/// What is left of a limit when so much more is taken; `None`: it does not go that far.
+/// The rest of a limit after taking `more`; `None`: the limit would be exceeded.
 fn left(limit: u64, used: u64, more: u64) -> Option<u64> {
     limit.checked_sub(used)?.checked_sub(more)
 }
@@ -105,7 +102,7 @@ mod tests {
     const MIB: u64 = 1 << 20;
     const STORE: Store = Store { limit: 1_000, answers: 800, client_factor: 4.0 };
 
-    /// Clients that take in turns, in pieces, as much as they get; what each has then.
+    /// The units of each client after all took pieces in turn until the limits.
     fn greedy(store: &Store, clients: usize, spools: usize, piece: u64, answers: bool) -> Vec<u64> {
         let mut has = vec![vec![0_u64; spools]; clients];
         loop {
@@ -157,7 +154,7 @@ mod tests {
 
     #[test]
     fn who_holds_most_is_the_first_to_be_held() {
-        // Sixteen readers that take nothing, of different clients, leave room for one that has only begun.
+        // Sixteen stalled readers of different clients leave room for one that has just begun.
         let store = Store::new(8 << 30, 0.8, 1.0);
         let slow = greedy(&store, 16, 1, 256 << 10, true);
         let all: u64 = slow.iter().sum();

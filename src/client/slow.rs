@@ -1,8 +1,8 @@
-//! Who is waited for: the clients that are slow now, for whoever asks.
+//! The list of slow clients: those that exchanges currently wait for.
 //!
-//! A client comes on the list when it is waited for the first time in an exchange, and leaves it with the exchange;
-//! most never do. Beginning and ending to wait are stores into its own entry. Each worker has a list of its own, whose
-//! lock it shares with nobody but those who ask; they take one list after the other, and copy what they need.
+//! A client is listed at the first wait for it in an exchange, and removed with the exchange; most clients never are.
+//! The start and the end of a wait are stores into its own entry. Each worker has its own list, whose lock only queries
+//! share. A query visits the lists one after the other and copies what it needs.
 
 use std::cell::RefCell;
 use std::net::IpAddr;
@@ -13,12 +13,12 @@ use std::time::{Duration, Instant};
 use crate::metrics::{Direction, RouteMetrics};
 use crate::phase::Phase;
 
-/// The longest target that is kept.
+/// Maximum length of a stored target, in bytes.
 const TARGET_BYTES_MAX: usize = 120;
-/// A client that is waited for again and again shows in between, too, for so long.
+/// A client stays visible for this time after a wait, so that repeated short waits show.
 const LINGERS: Duration = Duration::from_secs(1);
 
-/// All clients that are waited for. Clones share the list.
+/// All slow clients. Clones share the list.
 #[derive(Clone, Default)]
 pub struct SlowClients(Arc<Lists>);
 
@@ -36,11 +36,11 @@ struct Places {
 }
 
 thread_local! {
-    /// The list of this worker, and whose it is: a test may run several gateways in one process.
+    /// This worker's list, and the gateway that it belongs to: a test may run several gateways in one process.
     static HERE: RefCell<Option<(Arc<Lists>, Arc<List>)>> = const { RefCell::new(None) };
 }
 
-/// A client on the list. Times are microseconds from `epoch`, plus 1, so that 0 is none.
+/// A listed client. Times are microseconds from `epoch`, plus 1, so that 0 means none.
 struct Record {
     direction: Direction,
     route: Option<Arc<RouteMetrics>>,
@@ -49,15 +49,15 @@ struct Record {
     epoch: Instant,
     phase: AtomicU8,
     bytes: AtomicU64,
-    /// Since when it is waited for.
+    /// Start of the current wait.
     since: AtomicU64,
-    /// When it was last waited for.
+    /// End of the last wait.
     until: AtomicU64,
-    /// For how long it was, in all, up to then.
+    /// Total time of all finished waits.
     waited: AtomicU64,
 }
 
-/// Keeps a client on the list for as long as one of its clones lives.
+/// Keeps a client on the list while one of its clones exists.
 #[derive(Clone)]
 pub struct Entry(Arc<Kept>);
 
@@ -67,29 +67,29 @@ struct Kept {
     place: usize,
 }
 
-/// A client that is waited for.
+/// A slow client.
 #[derive(Clone, Debug, PartialEq)]
 pub struct SlowClient {
-    /// Its address; `None` over a unix socket.
+    /// Its address; `None` over a Unix socket.
     pub client: Option<IpAddr>,
-    /// The route; `None` while the header comes.
+    /// The route; `None` while the header is received.
     pub route: Option<String>,
-    /// Method and path of its request, cut where they are long.
+    /// Method and path of its request, truncated to a maximum length.
     pub target: Option<String>,
-    /// The phase in which it is waited for.
+    /// The phase of the wait.
     pub phase: Phase,
-    /// A request that it is to send, or a response that it is to take.
+    /// The direction: a request that it sends, or a response that it accepts.
     pub direction: Direction,
-    /// Bytes of the response that are there for it; of the request, those that it has announced and not sent.
+    /// Of the response, the bytes that wait for it; of the request, the announced bytes that are missing.
     pub bytes: Option<u64>,
-    /// For how long it has been silent; zero if it just did something.
+    /// Duration of the current wait; zero if it has just moved.
     pub silent: Duration,
-    /// For how long this exchange has waited for it in this direction, all pauses together.
+    /// Total wait of this exchange for it in this direction.
     pub waited: Duration,
 }
 
 impl SlowClients {
-    /// Puts a client on the list of the worker that asks.
+    /// Adds a client to the calling worker's list.
     pub fn enter(&self, direction: Direction, route: Option<&Arc<RouteMetrics>>, client: Option<IpAddr>) -> Entry {
         let list = self.here();
         let record = Arc::new(Record {
@@ -114,7 +114,7 @@ impl SlowClients {
         Entry(Arc::new(Kept { record, list, place }))
     }
 
-    /// The `most` that have been waited for longest, and how many there are. Not for workers.
+    /// The `most` clients with the longest waits, and the number of all. Not for workers.
     pub fn longest(&self, most: usize, now: Instant) -> (Vec<SlowClient>, usize) {
         let lists = self.0.0.lock().unwrap_or_else(PoisonError::into_inner).clone();
         let mut found: Vec<(u64, Arc<Record>)> = Vec::new();
@@ -161,13 +161,13 @@ impl Drop for Kept {
 }
 
 impl Entry {
-    /// It is waited for, from now on.
+    /// Starts a wait.
     pub(super) fn begin(&self, now: Instant) {
         let record = &self.0.record;
         record.since.store(record.stamp(now), Ordering::Relaxed);
     }
 
-    /// It did something.
+    /// Ends a wait.
     pub(super) fn end(&self, now: Instant) {
         let record = &self.0.record;
         let since = record.since.swap(0, Ordering::Relaxed);
@@ -175,13 +175,13 @@ impl Entry {
         record.waited.fetch_add(record.stamp(now).saturating_sub(since), Ordering::Relaxed);
     }
 
-    /// In which phase it is waited for, and how many bytes there are to come; `u64::MAX` if nobody knows.
+    /// Sets the phase of the wait and the number of missing bytes, `u64::MAX` if unknown.
     pub fn set(&self, phase: Phase, bytes: u64) {
         self.0.record.phase.store(phase as u8, Ordering::Relaxed);
         self.0.record.bytes.store(bytes, Ordering::Relaxed);
     }
 
-    /// Says what it asked for, unless that is known: a method and a path.
+    /// Sets the request, a method and a path, unless it is set.
     pub fn name(&self, request: impl FnOnce() -> String) {
         self.0.record.target.get_or_init(|| {
             let mut target = request();
@@ -199,7 +199,7 @@ impl Record {
         now.saturating_duration_since(self.epoch).as_micros() as u64 + 1
     }
 
-    /// Microseconds for which it was waited for in all; `None` if it is not, and was not just now.
+    /// Total wait in microseconds; `None` unless the client is, or just was, waited for.
     fn waited(&self, now: Instant) -> Option<u64> {
         let now = self.stamp(now);
         let before = self.waited.load(Ordering::Relaxed);
@@ -233,7 +233,7 @@ mod tests {
     use super::*;
     use crate::client::waiting::Waiting;
 
-    /// To the millisecond: entries count in microseconds.
+    /// Rounded to milliseconds: entries count in microseconds.
     fn rounded(time: Duration) -> u128 {
         (time + Duration::from_micros(500)).as_millis()
     }
@@ -269,7 +269,7 @@ mod tests {
     fn pauses_add_up_and_a_client_that_goes_on_is_forgotten_after_a_while() {
         let slow = SlowClients::default();
         let entry = slow.enter(Direction::Request, None, None);
-        // Times are counted from the first entry of a thread on.
+        // Times count from the first entry of a thread.
         let begin = Instant::now();
         assert_eq!(slow.longest(1, begin).1, 0, "nobody waits for it yet");
         for at in [0, 200] {

@@ -1,10 +1,9 @@
-//! What waits for a slow side: one queue of bytes, in memory as far as it may and in a file beyond that.
+//! Buffers bytes for a slow side: one queue, in memory up to a limit and in a file beyond it.
 //!
-//! The session pushes what one side of an exchange sends and pops what the other takes; requests and responses alike.
-//! In order, the bytes stand in the head (memory), the file, and the tail (memory, until as much has gathered that a
-//! write is worth it). Nothing here waits: what the disk threads ([`disk`]) are asked to do is polled for, and what
-//! there is for all is asked of the [`Budget`]. A spool that never exceeds its memory is a queue of pieces that are not
-//! copied.
+//! The session pushes what one side of an exchange sends and pops what the other accepts, for requests and responses.
+//! In order, the bytes are in the head (memory), the file, and the tail (memory, until there is enough for an efficient
+//! write). No call blocks: the results of the disk threads ([`disk`]) are polled, and the [`Budget`] grants shared
+//! resources. A spool within its memory limit is a queue of pieces without copies.
 
 pub mod disk;
 #[cfg(test)]
@@ -31,68 +30,67 @@ use crate::metrics::{Direction, RouteMetrics};
 use disk::{Disk, Permit, Read, Unwritten, Written};
 use pieces::Pieces;
 
-/// How much is written at once.
+/// Write size, in bytes.
 const CHUNK_BYTES: u64 = 256 * 1024;
 
-/// How little is worth a write when nothing more comes for now.
+/// Minimum write size when no more bytes arrive for now.
 const SMALL_CHUNK_BYTES: u64 = 32 * 1024;
 
-/// What spools share.
+/// The resources that spools share.
 pub struct Depot {
-    /// Where they write and read.
+    /// The disk threads.
     pub disk: Disk,
-    /// What they may hold.
+    /// The limits of all spools.
     pub budget: Arc<Budget>,
-    /// Who is waited for meanwhile.
+    /// The list of slow clients.
     pub slow: SlowClients,
-    /// What each client has of it.
+    /// The accounts of clients.
     pub accounts: Arc<Accounts>,
     chunk: u64,
     small_chunk: u64,
 }
 
 impl Depot {
-    /// Puts together what spools share.
+    /// Creates the shared resources.
     pub fn new(disk: Disk, budget: Arc<Budget>, accounts: Arc<Accounts>) -> Self {
         let (chunk, small_chunk) = (CHUNK_BYTES, SMALL_CHUNK_BYTES);
         Depot { disk, budget, slow: SlowClients::default(), accounts, chunk, small_chunk }
     }
 }
 
-/// What one spool may hold, in bytes.
+/// The limits of one spool, in bytes.
 #[derive(Clone, Copy, Debug)]
 pub struct Limits {
-    /// In memory. A chunk that gathers, one that is being written and what was just read back come on top.
+    /// In memory. A gathering chunk, a chunk being written and bytes just read back are additional.
     pub memory: u64,
-    /// In its file; 0: it has none.
+    /// In its file; 0: no file.
     pub disk: u64,
 }
 
 impl Limits {
-    /// What a spool may hold by what is written. The default may be more than all spools together may have.
+    /// Builds the limits from the configuration. The default may exceed the limit of all spools.
     pub fn build(memory: Size, disk: Size, resources: &Resources) -> Limits {
         Limits { memory: memory.0.min(resources.memory.0), disk: disk.0.min(resources.disk.0) }
     }
 }
 
-/// Whether one more piece (of 64 KiB or less) may come.
+/// Whether another piece of at most 64 KiB may be pushed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Room {
     /// It may.
     Free,
-    /// Not before the disk is done; the task is woken then.
+    /// Not before the disk threads have finished; the task is woken then.
     Disk,
-    /// Not before somebody lets go of memory; the task is woken then. Without the rung pause it is not, and should not
-    /// wait.
+    /// Not before memory is released; the task is woken then. Without step pause it is not woken, and should not wait.
     Pressure,
-    /// Not before something is popped: memory and disk of this spool are used up, or the disk of all.
+    /// Not before bytes are popped: the spool's memory and disk are used up, or the disk of all spools.
     Full,
 }
 
-/// Why a spool cannot go on as it was told.
+/// The reason why a spool cannot use its file.
 #[derive(Debug, thiserror::Error)]
 pub enum SpoolError {
-    /// No space is left where the files are, or no more may be used.
+    /// The file system is full, or a limit is reached.
     #[error("no space is left for spooled bodies: {0}")]
     Full(#[source] io::Error),
     /// The file could not be written or read.
@@ -104,98 +102,97 @@ impl From<io::Error> for SpoolError {
     fn from(error: io::Error) -> Self {
         match error.kind() {
             io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => SpoolError::Full(error),
-            // What is lacking is a descriptor for the file.
+            // No file descriptor is left.
             _ if matches!(error.raw_os_error(), Some(libc::EMFILE | libc::ENFILE)) => SpoolError::Full(error),
             _ => SpoolError::Failed(error),
         }
     }
 }
 
-/// The bytes of one direction of one exchange that one side has sent and the other has not yet taken.
+/// The bytes of one direction of one exchange that one side has sent and the other has not accepted yet.
 ///
-/// Dropping it at any moment lets go of everything: what the disk threads still hold for it follows as soon as they
-/// come to it.
+/// Dropping it at any time releases everything; resources in use by the disk threads follow when they have finished.
 pub struct Spool {
     depot: Arc<Depot>,
     limits: Limits,
     direction: Direction,
-    /// Whose spool it is; taken when its first write is counted.
+    /// The route of the spool; taken when its first write is counted.
     route: Option<Arc<RouteMetrics>>,
-    /// Whether what is popped is kept, for it to be popped again.
+    /// Whether popped bytes are kept, to be popped again.
     keeps: bool,
-    /// What it holds itself, without what is with the disk threads.
+    /// Its part of the budget, without the part of the disk threads.
     share: Share,
-    /// Position of the byte that is popped next. Positions count from the first byte that was ever pushed.
+    /// Position of the next byte to pop. Positions count from the first byte ever pushed.
     next: u64,
 
-    /// What stands before the file.
+    /// The bytes before the file.
     head: Pieces,
-    /// What stands in the file.
+    /// The positions of the bytes in the file.
     stored: Range<u64>,
     file: Option<Arc<File>>,
-    /// Position of what stands at the beginning of the file.
+    /// Position of the byte at the beginning of the file.
     base: u64,
     write: Option<Write>,
     write_turn: Turn,
-    /// What comes after the file and after what is being written.
+    /// The bytes after the file and after a write in progress.
     tail: Pieces,
 
     read: Option<Reading>,
     read_turn: Turn,
-    /// What was read back and is popped next.
+    /// Bytes that were read back and are popped next.
     fetched: Bytes,
 
-    /// Why it gets no more disk, if so.
+    /// The limit that denied more disk, if any.
     denied: Option<Denial>,
-    /// What `room` has yet to say.
+    /// The error that `room` has yet to return.
     failure: Option<SpoolError>,
-    /// Whether nothing is written any more, since that has failed.
+    /// Whether writing has stopped because of an error.
     broken: bool,
     pause: Option<Wait<()>>,
     spilled: u64,
 }
 
-/// Bytes of a spool that somebody has besides it; counted until this is dropped.
+/// A spool's bytes shared with another holder; counted until this is dropped.
 pub struct Held {
-    /// In order.
+    /// The bytes, in order.
     pub pieces: Vec<Bytes>,
     _share: Share,
 }
 
-/// A write that is queued or under way, of what stands up to the beginning of the tail.
+/// A queued or active write of the bytes before the tail.
 struct Write {
     bytes: u64,
     written: oneshot::Receiver<Written>,
 }
 
-/// A read of what is popped next, queued or under way.
+/// A queued or active read of the bytes to pop next.
 struct Reading {
     bytes: u64,
     read: oneshot::Receiver<Read>,
 }
 
-/// What has become of the wish to write.
+/// The result of an attempt to write.
 #[derive(Clone, Copy, PartialEq)]
 enum Flush {
-    /// There is nothing to write, or it is being written.
+    /// There is nothing to write, or a write is in progress.
     Done,
     /// The queue of the disk threads is full.
     Queues,
-    /// The disk of all spools is used up.
+    /// The disk limit of all spools is reached.
     Denied,
 }
 
-/// Why something is written.
+/// The cause of a write.
 #[derive(Clone, Copy, PartialEq)]
 enum Cause {
-    /// The spool holds more in memory than it may.
+    /// The spool exceeds its memory limit.
     Memory,
-    /// The rung spill holds.
+    /// Step spill applies.
     Pressure,
 }
 
 impl Spool {
-    /// A spool that lets go of what is popped.
+    /// Creates a spool that releases popped bytes.
     pub fn consuming(
         depot: &Arc<Depot>,
         direction: Direction,
@@ -206,7 +203,7 @@ impl Spool {
         Spool::new(depot, direction, limits, account, route, false)
     }
 
-    /// A spool that keeps what is popped, so that [`Spool::rewind`] can begin again.
+    /// Creates a spool that keeps popped bytes, so that [`Spool::rewind`] can restart.
     pub fn keeping(
         depot: &Arc<Depot>,
         direction: Direction,
@@ -251,50 +248,50 @@ impl Spool {
         }
     }
 
-    /// Bytes that were ever pushed.
+    /// Number of bytes ever pushed.
     pub fn pushed(&self) -> u64 {
         self.tail.end()
     }
 
-    /// Bytes that are yet to be popped; after a rewind, again.
+    /// Number of bytes that are not popped yet; after a rewind, not popped again.
     pub fn unread(&self) -> u64 {
         self.pushed() - self.next
     }
 
-    /// Bytes that it holds, in memory and on disk.
+    /// Number of bytes in memory and on disk.
     pub fn len(&self) -> u64 {
         if self.keeps { self.pushed() } else { self.unread() }
     }
 
-    /// Whether it holds nothing.
+    /// Whether the spool is empty.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
 
-    /// Bytes that it holds in memory, those that the disk threads have of it included.
+    /// Number of bytes in memory, including those of the disk threads.
     pub fn memory(&self) -> u64 {
         let writing = self.write.as_ref().map_or(0, |write| write.bytes);
         let reading = self.read.as_ref().map_or(0, |read| read.bytes);
         self.share.memory() + writing + reading
     }
 
-    /// Bytes that were ever written to disk.
+    /// Number of bytes ever written to disk.
     pub fn spilled(&self) -> u64 {
         self.spilled
     }
 
-    /// Whether what comes now is for the file.
+    /// Whether bytes that arrive now are for the file.
     pub fn needs_disk(&self) -> bool {
         self.disk_left() > 0 && (self.held() >= self.limits.memory || self.share.spills())
     }
 
-    /// Whether what its client may have is what stands against more.
+    /// Whether the client's limit is what denies more.
     pub fn exceeds_client(&self) -> bool {
         self.denied == Some(Denial::Client) || self.share.is_client_full()
     }
 
-    /// Appends a piece. It always fits; ask [`Spool::room`] before it comes, and again after it, or say
-    /// [`Spool::idle`]: what is to be written is written there.
+    /// Appends a piece. It always fits: call [`Spool::room`] before receiving it, and [`Spool::room`] or
+    /// [`Spool::idle`] afterwards, which start the writes.
     pub fn push(&mut self, piece: Bytes) {
         if !piece.is_empty() {
             self.share.grow_memory(piece.len() as u64);
@@ -302,11 +299,11 @@ impl Spool {
         }
     }
 
-    /// Whether one more piece may come; and writes what is to be written.
+    /// Whether another piece may be pushed; starts a write if one is due.
     ///
     /// # Errors
-    /// Says once that a write has failed. Nothing is lost by that: what was to be written stays in memory, and from now
-    /// on this spool makes do without disk.
+    ///
+    /// Reports a failed write once. No bytes are lost: they stay in memory, and this spool no longer uses the disk.
     pub fn room(&mut self, cx: &mut Context<'_>) -> Result<Room, SpoolError> {
         self.settle(cx);
         let flush = self.flush(cx, false);
@@ -327,17 +324,18 @@ impl Spool {
         Ok(if writes && gathered >= self.depot.chunk { Room::Disk } else { Room::Free })
     }
 
-    /// Says that nothing more comes for now: what exceeds the memory that it may have is written, even if it is little.
+    /// Reports that no more bytes arrive for now: bytes beyond the memory limit are written, even a small number.
     pub fn idle(&mut self, cx: &mut Context<'_>) {
         self.settle(cx);
         self.flush(cx, true);
     }
 
-    /// The next bytes in order, at most `max` of them, which are read back at once if they are in the file; `None` if
-    /// there are none now, which is no promise to wake anybody when some come.
+    /// Returns the next bytes in order, at most `max`, and reads them back if they are in the file. `None` if there are
+    /// none now; the task is not woken when some arrive.
     ///
     /// # Errors
-    /// The file could not be read. The next call tries again.
+    ///
+    /// If the file could not be read. The next call tries again.
     pub fn poll_next(&mut self, cx: &mut Context<'_>, max: usize) -> Poll<Result<Option<Bytes>, SpoolError>> {
         self.settle(cx);
         let max = max.max(1);
@@ -358,15 +356,15 @@ impl Spool {
         } else if self.tail.contains(self.next) {
             pop(&mut self.tail, &mut self.share, self.next, max, self.keeps)
         } else {
-            // It is being written: `settle` has left word to be woken.
+            // They are being written: `settle` has registered the task.
             return Poll::Pending;
         };
         self.next += popped.len() as u64;
         Poll::Ready(Ok(Some(popped)))
     }
 
-    /// All that it holds, to be kept beyond it and without a copy, if all of that is in memory. It counts on its own
-    /// then, though it is the same memory for as long as both are there.
+    /// Shares all bytes with another holder, without a copy, if they are completely in memory. The budget counts them
+    /// separately, although they are the same memory while both exist.
     pub fn share_memory(&mut self) -> Option<Held> {
         if !self.stored.is_empty() || self.write.is_some() || self.share.spills() {
             return None;
@@ -385,7 +383,7 @@ impl Spool {
         Some(Held { pieces, _share: share })
     }
 
-    /// Begins again with the first byte.
+    /// Restarts at the first byte.
     pub fn rewind(&mut self) {
         debug_assert!(self.keeps, "what was popped of a consuming spool is gone");
         if !self.keeps {
@@ -398,28 +396,28 @@ impl Spool {
         self.fetched = Bytes::new();
     }
 
-    /// Bytes in memory that count for its limit.
+    /// Number of bytes in memory that count for the spool's limit.
     fn held(&self) -> u64 {
         self.head.len() + self.tail.len()
     }
 
-    /// Bytes of the tail that exceed its limit.
+    /// Number of bytes in the tail beyond the limit.
     fn excess(&self) -> u64 {
         self.held().saturating_sub(self.limits.memory).min(self.tail.len())
     }
 
-    /// Where in the file the next write goes.
+    /// Offset of the next write in the file.
     fn offset(&self) -> u64 {
         let empty = self.stored.is_empty() && self.write.is_none();
         if empty { 0 } else { self.tail.start() - self.base }
     }
 
-    /// Bytes that it may yet write.
+    /// Number of bytes that it may still write.
     fn disk_left(&self) -> u64 {
         if self.broken { 0 } else { self.limits.disk.saturating_sub(self.offset()) }
     }
 
-    /// How much of the tail should be written now, and why.
+    /// Number of bytes in the tail that should be written now, and the cause.
     fn due(&self, idle: bool) -> Option<(u64, Cause)> {
         let Depot { chunk, small_chunk, .. } = &*self.depot;
         let most = self.disk_left().min(*chunk);
@@ -428,7 +426,7 @@ impl Spool {
         }
         let (full, spills) = (self.share.is_full(), self.share.spills());
         let worthwhile = match (full, spills, idle) {
-            // What goes to disk anyway goes now.
+            // Bytes that go to disk in any case are written at once.
             (true, false, _) => 1,
             (false, _, true) => *small_chunk,
             _ => *chunk,
@@ -444,7 +442,7 @@ impl Spool {
         }
     }
 
-    /// Writes what is due, until something is being written.
+    /// Writes what is due, until a write is in progress.
     fn flush(&mut self, cx: &mut Context<'_>, idle: bool) -> Flush {
         while self.write.is_none() {
             let Some((bytes, cause)) = self.due(idle) else {
@@ -462,7 +460,7 @@ impl Spool {
             self.denied = None;
             self.write(permit, bytes, cause);
             self.count(cause);
-            // It may be done already; else the task is woken when it is.
+            // The write may already be finished; otherwise the task is woken then.
             self.settle(cx);
         }
         Flush::Done
@@ -479,16 +477,16 @@ impl Spool {
         self.write = Some(Write { bytes, written });
     }
 
-    /// Prepares for the first write to a file that nothing stands in: what may stay in memory becomes the head.
+    /// Prepares the first write to an empty file: bytes that may stay in memory become the head.
     fn found(&mut self, cause: Cause) {
         let stay = match cause {
             Cause::Memory => self.limits.memory.min(self.tail.len()),
             Cause::Pressure => 0,
         };
-        // Whatever stood before has been popped, or the file would not be empty.
+        // Earlier bytes were popped, or the file would not be empty.
         debug_assert!(self.head.is_empty());
         self.head = self.tail.split_front(stay);
-        // It may stay for long, and the rest of its pieces is about to be let go of.
+        // The head may stay for long, and the rest of its pieces is about to be released.
         self.head.compact();
         self.base = self.tail.start();
         self.stored = self.base..self.base;
@@ -507,7 +505,7 @@ impl Spool {
         }
     }
 
-    /// Takes note of a write that is done; else the task is woken when it is.
+    /// Handles a finished write; otherwise registers the task.
     fn settle(&mut self, cx: &mut Context<'_>) {
         let Some(write) = &mut self.write else { return };
         let Poll::Ready(written) = Pin::new(&mut write.written).poll(cx) else { return };
@@ -526,7 +524,8 @@ impl Spool {
                 self.failure = Some(error.into());
             }
             Err(_) => {
-                // What was to be written is gone with the thread: without a file nobody takes it for what stands there.
+                // The unwritten bytes were lost with the thread. Without a file, no stale bytes are read in their
+                // place.
                 self.file = None;
                 self.stored.end += bytes;
                 self.broken = true;
@@ -535,7 +534,7 @@ impl Spool {
         }
     }
 
-    /// Reads back what comes next.
+    /// Reads back the next bytes.
     fn fetch(&mut self, cx: &mut Context<'_>, max: usize) -> Poll<Result<(), SpoolError>> {
         if self.read.is_none() {
             let Some(file) = self.file.clone() else { return Poll::Ready(Err(SpoolError::Failed(gone()))) };
@@ -553,7 +552,7 @@ impl Spool {
         let (bytes, held) = read.unwrap_or_else(|_| Err(gone()))?;
         self.share.join(held);
         if !self.keeps {
-            // Once nothing stands in the file any more its room is used again, from the beginning.
+            // An empty file is overwritten from its beginning.
             self.stored.start += bytes.len() as u64;
         }
         self.fetched = bytes;
@@ -589,7 +588,7 @@ impl Drop for Spool {
                 self.file = Some(file);
             }
         }
-        // Closing a large file takes its time.
+        // Closing a large file takes time.
         if let Some(file) = self.file.take() {
             self.depot.disk.close(file, self.share.split_disk());
         }
@@ -610,7 +609,7 @@ fn gone() -> io::Error {
     io::Error::other("the disk threads have ended")
 }
 
-/// The right to queue something for the disk, or the wait for it.
+/// The permit to queue work for the disk, or the wait for it.
 #[derive(Default)]
 struct Turn(Option<Wait<Permit>>);
 
@@ -675,7 +674,7 @@ pub(super) mod tests {
         Stage { depot, faults, metrics, route: all.route("all") }
     }
 
-    /// What spools share that have room for all.
+    /// Shared resources with room for everything.
     pub fn depot() -> Arc<Depot> {
         stage(RESOURCES, CHUNK).depot
     }
@@ -694,7 +693,7 @@ pub(super) mod tests {
             (spills.memory.get(), spills.pressure.get())
         }
 
-        /// After the last spool was dropped: waits for the disk threads to end, and then nothing is left anywhere.
+        /// After the last spool was dropped: waits for the disk threads to end, and checks that nothing is left.
         fn leaves_nothing_behind(self) {
             let budget = self.depot.budget.clone();
             self.faults.release();
@@ -715,17 +714,17 @@ pub(super) mod tests {
         }
     }
 
-    /// Asks once.
+    /// Polls once.
     fn now<T>(ask: impl FnOnce(&mut Context<'_>) -> T) -> T {
         ask(&mut Context::from_waker(Waker::noop()))
     }
 
-    /// Asks again whenever woken, until there is an answer.
+    /// Polls again after each wake-up, until it is ready.
     async fn soon<T>(mut ask: impl FnMut(&mut Context<'_>) -> Poll<T>) -> T {
         tokio::time::timeout(PATIENCE, std::future::poll_fn(|cx| ask(cx))).await.expect("nobody was woken")
     }
 
-    /// Waits for anything but `Disk`.
+    /// Waits for any result except `Disk`.
     async fn room(spool: &mut Spool) -> Result<Room, SpoolError> {
         soon(|cx| match spool.room(cx) {
             Ok(Room::Disk) => Poll::Pending,
@@ -742,7 +741,7 @@ pub(super) mod tests {
         .await;
     }
 
-    /// The next so many bytes of a stream in which every place can be told from its neighbours.
+    /// The next bytes of a stream in which each position differs from its neighbours.
     fn piece(at: u64, bytes: usize) -> Bytes {
         (at..at + bytes as u64).map(byte).collect()
     }
@@ -755,7 +754,7 @@ pub(super) mod tests {
         spool.push(piece(spool.pushed(), bytes));
     }
 
-    /// Pushes pieces of 100 bytes for as long as they may come.
+    /// Pushes pieces of 100 bytes while permitted.
     async fn fill(spool: &mut Spool) -> Room {
         loop {
             match room(spool).await.unwrap() {
@@ -1036,7 +1035,7 @@ pub(super) mod tests {
         assert!(now(|cx| spool.poll_next(cx, 500)).is_pending());
         stage.faults.wait_for_held(2);
         drop(spool);
-        // What the disk threads have is still counted.
+        // Bytes of the disk threads are still counted.
         assert_eq!(stage.depot.budget.memory(), CHUNK + 500);
         stage.leaves_nothing_behind();
     }
@@ -1065,7 +1064,7 @@ pub(super) mod tests {
         }
         stage.faults.wait_for_held(2);
         drop((noticed, unnoticed));
-        // Both threads are busy, so nobody has closed anything.
+        // Both threads are busy, so no file was closed.
         assert_eq!(stage.faults.open(), 4);
         drop(others);
         stage.leaves_nothing_behind();
@@ -1092,13 +1091,13 @@ pub(super) mod tests {
     enum Step {
         Push(usize),
         Pop(usize),
-        /// Asks for bytes and does not wait for them.
+        /// Asks for bytes without waiting for them.
         Ask(usize),
         Idle,
         Rewind,
         Hold,
         Release,
-        /// What others have of the memory.
+        /// Memory used by others.
         Others(u64),
         FailWrite(bool),
         FailRead,
@@ -1125,17 +1124,17 @@ pub(super) mod tests {
         (0..=204_800_u64, disk).prop_map(|(memory, disk)| Limits { memory, disk })
     }
 
-    /// One spool beside the plainest model of it.
+    /// A spool together with a simple model of it.
     struct Trial {
         stage: Stage,
         spool: Spool,
         limits: Limits,
         sent: Vec<u8>,
         others: Share,
-        /// Failures that were ordered.
+        /// Failures that were scheduled.
         faulty: bool,
         largest_pop: u64,
-        /// Bytes of reads that a rewind left to themselves.
+        /// Bytes of reads that a rewind abandoned.
         forgotten: u64,
     }
 
@@ -1191,7 +1190,7 @@ pub(super) mod tests {
                         self.stage.faults.release();
                         let _ = room(&mut self.spool).await.map_err(|_| assert!(self.faulty));
                     }
-                    // Who waits for memory is woken when there is some.
+                    // A waiter for memory is woken when some is released.
                     Ok(Room::Pressure) => {
                         let (spool, others) = (&mut self.spool, &mut self.others);
                         self.stage.faults.release();
@@ -1263,8 +1262,8 @@ pub(super) mod tests {
             assert_eq!((spool.pushed(), spool.unread()), (sent, sent - spool.next));
             assert_eq!(spool.len(), if spool.keeps { sent } else { sent - spool.next });
             assert!(self.stage.depot.budget.disk() <= self.limits.disk.min(900_000));
-            // What the disk threads are done with is let go of before the spool knows; what it forgot, when they come
-            // to it.
+            // The disk threads release memory before the spool handles the result, and abandoned memory when they reach
+            // it.
             let most = spool.memory() + self.others.memory() + self.forgotten;
             assert!(self.stage.depot.budget.memory() <= most);
             assert!(spool.memory() + spool.spilled() >= spool.unread());
@@ -1284,7 +1283,7 @@ pub(super) mod tests {
     proptest! {
         #![proptest_config(ProptestConfig { cases: 96, ..ProptestConfig::default() })]
 
-        /// Random pieces, limits, failures, pressure and a disk that gets stuck, against a vector.
+        /// Random pieces, limits, failures, pressure and a stalled disk, compared with a vector.
         #[test]
         fn every_byte_comes_out_once_and_in_order_within_the_limits(
             keeps: bool,

@@ -1,8 +1,8 @@
-//! TLS towards clients: which certificate a client gets, kept up to date with the files, and the handshake.
+//! TLS towards clients: the choice of certificates, their updates from files, and the handshake.
 //!
-//! [`Tls`] is what a listener has of it. Its table is made off the workers, of the files that are named, and swapped
-//! whole when one of them changes; what is wrong changes nothing. `client/entrance.rs` reads the ClientHello and asks
-//! the table.
+//! [`Tls`] is the TLS of one listener. Its table is built outside the workers from the configured files, and replaced
+//! atomically when one of them changes; an invalid file changes nothing. `client/entrance.rs` reads the ClientHello and
+//! searches the table.
 
 pub mod certificate;
 pub mod challenge;
@@ -31,77 +31,77 @@ use handshake::Threads;
 use table::{Served, Table};
 use tickets::Tickets;
 
-/// How long a client that is refused may take to read why.
+/// Maximum time for a refused client to read the reason.
 const FAREWELL: Duration = Duration::from_millis(200);
 
 /// The TLS of one listener.
 pub struct Tls {
-    /// Which name is served with what.
+    /// The certificates by server name.
     pub table: ArcSwap<Table>,
-    /// For a handshake, from its first byte on; and for that byte.
+    /// Maximum time for the whole handshake, and for its first byte.
     pub timeout: Duration,
-    /// Where handshakes with RSA keys run.
+    /// The threads for handshakes with RSA keys.
     pub threads: Option<Threads>,
-    /// Its counters.
+    /// Its metrics.
     pub metrics: TlsMetrics,
-    /// What issuers of certificates are waited for to ask.
+    /// Pending challenges of certificate issuers.
     pub challenges: Arc<Challenges>,
     listener: Box<str>,
     protocols: Box<[Protocol]>,
     terms: Terms,
     tickets: Option<Tickets>,
     written: config::listener::Tls,
-    /// Where its certificates come from, in the order of the file.
+    /// The sources of its certificates, in the order of the file.
     sources: Vec<Source>,
-    /// What is served now of each certificate; taken only when files are looked at.
+    /// The certificates in use; locked only while files are checked.
     current: Mutex<Vec<Current>>,
 }
 
-/// One certificate of the configuration as it is served.
+/// A configured certificate in use.
 #[derive(Clone)]
 struct Current {
     digest: [u8; 32],
     served: Served,
-    /// `None`: an issuer has given none yet.
+    /// `None`: the issuer has not issued it yet.
     facts: Option<CertificateFacts>,
-    /// Contents that were refused, so that this is told once.
+    /// Digest of refused contents, so that they are reported once.
     refused: Option<[u8; 32]>,
 }
 
-/// What is told of a certificate.
+/// The facts about a certificate, for reports.
 #[derive(Clone, Debug)]
 pub struct CertificateFacts {
-    /// The file that it is in.
+    /// Its file.
     pub file: String,
-    /// Its names.
+    /// The names that it is used for.
     pub names: Vec<Box<str>>,
-    /// Names that it was wanted for and that it is not made out to.
+    /// Names that it should be valid for and is not.
     pub missing: Vec<Box<str>>,
-    /// Names that it is used for though it is not made out to them.
+    /// Names that it is used for although it is not valid for them.
     pub foreign: Vec<Box<str>>,
-    /// What its key signs with.
+    /// The kind of its key.
     pub kind: KeyKind,
-    /// When it begins to be valid, in seconds since 1970.
+    /// Start of its validity, in seconds since 1970.
     pub not_before: i64,
-    /// When it ceases to be valid, in seconds since 1970.
+    /// End of its validity, in seconds since 1970.
     pub not_after: i64,
-    /// Its number, in hexadecimal.
+    /// Its serial number, in hexadecimal.
     pub serial: String,
-    /// Who issued it.
+    /// Its issuer.
     pub issuer: String,
-    /// Why clients do not accept it, if so.
+    /// The reason why clients do not accept it, if any.
     pub problem: Option<String>,
-    /// Whether Forebay has it from an issuer, and renews it.
+    /// Whether Forebay obtains it from an issuer and renews it.
     pub issued: bool,
 }
 
 impl Tls {
-    /// Reads all files, and makes ready what is written. Tickets of clients are those of `before`, if they are written
-    /// so there.
+    /// Reads all files and prepares the configured TLS. Reuses the ticket keys of `before` if their configuration is
+    /// the same.
     ///
     /// # Errors
     ///
-    /// Everything that is wrong with it, but for certificates that have expired: see [`Tls::certificates`].
+    /// All errors, except expired certificates: see [`Tls::certificates`].
     pub fn build(
         written: &config::listener::Tls,
         sources: Vec<Source>,
@@ -151,11 +151,11 @@ impl Tls {
         Ok(tls)
     }
 
-    /// Starts the threads for handshakes, which nobody needs who only checks.
+    /// Starts the threads for handshakes, which a mere check of the configuration does not need.
     ///
     /// # Errors
     ///
-    /// The system has none to give.
+    /// If the system cannot start them.
     pub fn start(&mut self) -> Result<(), BuildError> {
         let threads = usize::try_from(self.written.handshake_threads.0).unwrap_or(usize::MAX);
         if threads > 0 && self.current().iter().any(|one| one.served.kind == KeyKind::Rsa) {
@@ -165,14 +165,14 @@ impl Tls {
         Ok(())
     }
 
-    /// What is served now, in the order of the file. `None`: an issuer has given none yet.
+    /// The certificates in use, in the order of the file. `None`: the issuer has not issued it yet.
     pub fn certificates(&self) -> Vec<Option<CertificateFacts>> {
         let now = now();
         let current = self.current();
         current.iter().map(|one| one.facts.clone().map(|facts| facts.at(now))).collect()
     }
 
-    /// Whether it is what these make.
+    /// Whether it was built from exactly this.
     pub fn is(&self, written: &config::listener::Tls, sources: &[Source], protocols: &[Protocol]) -> bool {
         self.written == *written && self.sources == sources && *self.protocols == *protocols
     }
@@ -182,8 +182,8 @@ impl Tls {
         self.sources.iter().any(|source| source.cert == file)
     }
 
-    /// Looks at the files again. What changed and is right is served from now on; what is wrong is logged once, and
-    /// what was served before goes on to be served.
+    /// Checks the files again. Valid changes are used from now on; invalid ones are logged once, and the previous
+    /// contents stay in use.
     pub fn reload(&self) {
         let mut current = self.current();
         let mut taken = Vec::new();
@@ -224,7 +224,7 @@ impl Tls {
         self.metrics.show(current.iter().filter_map(Current::series));
     }
 
-    /// Tells what is wrong with what has changed, once.
+    /// Logs errors in changed files, once.
     fn refuse(&self, errors: &[BuildError]) {
         self.metrics.refused.inc();
         for error in errors {
@@ -237,7 +237,7 @@ impl Tls {
         Table::build(&served, self.written.default.as_deref())
     }
 
-    /// Makes a new key for tickets, or reads those of the file.
+    /// Creates a new ticket key, or reads those of the file.
     fn renew_tickets(&self) {
         let Some(tickets) = &self.tickets else { return };
         let renewed = match &self.written.tickets.keys_file {
@@ -249,17 +249,17 @@ impl Tls {
         }
     }
 
-    /// Held while files are looked at, off the workers.
+    /// Locked while files are checked, outside the workers.
     fn current(&self) -> std::sync::MutexGuard<'_, Vec<Current>> {
         self.current.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-/// Looks at the files of one certificate. `None`: an issuer has given none yet.
+/// Checks the files of one certificate. `None`: the issuer has not issued it yet.
 ///
 /// # Errors
 ///
-/// Everything that is wrong with them.
+/// All errors in the files.
 pub fn inspect(source: &Source) -> Result<Option<CertificateFacts>, Vec<BuildError>> {
     let files = Files::read(source)?;
     if files.awaited {
@@ -268,8 +268,8 @@ pub fn inspect(source: &Source) -> Result<Option<CertificateFacts>, Vec<BuildErr
     Ok(Some(CertificateFacts::of(source, &Loaded::parse(source, &files)?)))
 }
 
-/// Reads what is to be served when the gateway starts. One from an issuer that is of no use is as good as none: a new
-/// one is asked for.
+/// Reads a certificate at the start of the gateway. An unusable one from an issuer counts as missing: a new one is
+/// ordered.
 fn read(source: &Source) -> Result<(Option<Loaded>, Files), Vec<BuildError>> {
     let files = Files::read(source)?;
     if files.awaited {
@@ -303,19 +303,19 @@ impl CertificateFacts {
         }
     }
 
-    /// What clients that look at it will not accept, if any.
+    /// The warning about names for which clients will not accept it, if any.
     pub fn mismatch(&self) -> Option<String> {
         let names: Vec<String> = self.foreign.iter().map(|name| format!("`{name}`")).collect();
         let names = (!names.is_empty()).then(|| names.join(", "))?;
         Some(format!("it is not made out to {names}: clients that check names will not accept it"))
     }
 
-    /// When two thirds of its time are over: from then on it is to be renewed, in seconds since 1970.
+    /// Time of renewal, after two thirds of its validity, in seconds since 1970.
     pub fn renewal(&self) -> i64 {
         self.not_before + (self.not_after - self.not_before) / 3 * 2
     }
 
-    /// The same, at this time.
+    /// The facts at this time.
     fn at(mut self, now: i64) -> Self {
         if self.problem.is_none() && now > self.not_after {
             self.problem = Some(format!("it expired on {}", certificate::date(self.not_after)));
@@ -329,15 +329,15 @@ impl CertificateFacts {
     }
 }
 
-/// What a look at the files of one certificate showed.
+/// The result of a check of one certificate's files.
 enum Look {
-    /// What is served.
+    /// The contents in use.
     Same,
-    /// What was refused before.
+    /// Contents that were refused before.
     Refused,
-    /// Something new that is wrong, and what tells it from other things.
+    /// New invalid contents: their digest and the errors.
     Wrong([u8; 32], Vec<BuildError>),
-    /// Something new.
+    /// New valid contents.
     Taken(Box<Current>),
 }
 
@@ -356,7 +356,7 @@ impl Current {
         };
         let (digest, errors) = match Files::read(source) {
             Err(errors) => unreadable(errors),
-            // What is served stays, should anybody have taken the file away.
+            // The certificate in use stays if its file was removed.
             Ok(files) if files.awaited => return Look::Same,
             Ok(files) => {
                 let digest = files.digest();
@@ -367,7 +367,7 @@ impl Current {
                     return Look::Refused;
                 }
                 let taken = Loaded::parse(source, &files).and_then(|loaded| {
-                    // One that clients do not accept is no better than the one before.
+                    // A certificate that clients do not accept does not replace the previous one.
                     let problem =
                         loaded.problem(now()).map(|what| BuildError::new("cert", format!("`{}`: {what}", source.cert)));
                     problem.map_or(Ok(()), |problem| Err(vec![problem]))?;
@@ -383,7 +383,7 @@ impl Current {
     }
 }
 
-/// What is served of a certificate. `None`: an issuer has given none yet, and its names have a place all the same.
+/// Prepares a certificate for use. `None`: the issuer has not issued it yet, but its names have a place in the table.
 fn serve(source: &Source, loaded: Option<&Loaded>, files: &Files, terms: &Terms) -> Result<Current, BuildError> {
     let (policy, digest) = (files.policy(source), files.digest());
     let Some(loaded) = loaded else {

@@ -1,10 +1,10 @@
-//! Trailer fields (RFC 9110 §6.5): which of them may pass, what may be announced, and how HTTP/1 writes them.
+//! Trailer fields (RFC 9110 §6.5): which may pass, which may be announced, and their HTTP/1 form.
 
 use bytes::Bytes;
 use http::{HeaderMap, HeaderName, HeaderValue, header};
 
-/// Fields that must be known before the content, or that are about the connection (RFC 9110 §6.5.1): framing, routing,
-/// what is asked for, authentication, control of answers and caches, the form of the content.
+/// Fields that must not be in trailers, because they are needed before the content or concern the connection (RFC 9110
+/// §6.5.1): framing, routing, request modifiers, authentication, response and cache control, and content format.
 static NEVER: [HeaderName; 42] = [
     header::TRANSFER_ENCODING,
     header::CONTENT_LENGTH,
@@ -50,18 +50,17 @@ static NEVER: [HeaderName; 42] = [
     HeaderName::from_static("x-forwarded-proto"),
 ];
 
-/// Those of them without which a message could not be told from the next, or that concern one connection.
+/// The first of them concern framing or one connection.
 const OF_CONNECTION: usize = 8;
 
-/// Drops the fields that must not stand in trailers. Those of a gRPC call are metadata, whatever their names.
+/// Removes the fields that must not be in trailers. In a gRPC call other fields are metadata, whatever their names.
 pub fn strip(trailers: &mut HeaderMap, is_grpc: bool) {
     for name in &NEVER[..if is_grpc { OF_CONNECTION } else { NEVER.len() }] {
         while trailers.remove(name).is_some() {}
     }
 }
 
-/// What may be left of a `Trailer` field, which announces names; `None`: nothing. `may_pass` says whether there can be
-/// trailers at all.
+/// The remaining value of `Trailer`, which announces names; `None`: nothing remains. `may_pass`: trailers are possible.
 pub fn announcement(headers: &HeaderMap, may_pass: bool) -> Option<HeaderValue> {
     if !may_pass {
         return None;
@@ -74,7 +73,7 @@ pub fn announcement(headers: &HeaderMap, may_pass: bool) -> Option<HeaderValue> 
     HeaderValue::from_bytes(&names.join(&b", "[..])).ok().filter(|names| !names.is_empty())
 }
 
-/// The end of a chunked body: the last chunk, the trailers, an empty line (RFC 9112 §7.1).
+/// The end of a chunked body: the last chunk, the trailers, and an empty line (RFC 9112 §7.1).
 pub fn last_chunk(trailers: Option<&HeaderMap>) -> Bytes {
     let Some(trailers) = trailers.filter(|trailers| !trailers.is_empty()) else {
         return Bytes::from_static(b"0\r\n\r\n");

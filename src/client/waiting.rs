@@ -1,4 +1,4 @@
-//! Who is waited for: the gauge of clients that keep their exchanges waiting, and the list of who they are.
+//! Waits for clients: the gauge of clients that keep their exchanges waiting, and their entries in the list.
 
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -10,16 +10,16 @@ use prometheus::IntGauge;
 use super::account::{Account, Accounts};
 use super::slow::Entry;
 
-/// A client is waited for, and counted among those, until this is dropped.
+/// A wait for a client, counted until this is dropped.
 pub struct Waiting {
-    /// Since when.
+    /// Start of the wait.
     pub since: Instant,
     slow: Option<IntGauge>,
     entry: Entry,
 }
 
 impl Waiting {
-    /// One more, from now on.
+    /// Starts a wait.
     pub fn begin(gauge: Option<&IntGauge>, entry: &Entry) -> Self {
         if let Some(gauge) = gauge {
             gauge.inc();
@@ -29,7 +29,7 @@ impl Waiting {
         Waiting { since, slow: gauge.cloned(), entry: entry.clone() }
     }
 
-    /// For how long.
+    /// Duration of the wait so far.
     pub fn lasted(&self) -> Duration {
         self.since.elapsed()
     }
@@ -44,24 +44,24 @@ impl Drop for Waiting {
     }
 }
 
-/// Whom one waits for, as far as it is at hand when an exchange begins.
+/// The client of an exchange, as known at its start.
 #[derive(Clone, Debug, Default)]
 pub struct Who {
     /// The client's address.
     pub client: Option<IpAddr>,
-    /// Its account, if its connection has it.
+    /// Its account, if its connection has one.
     pub account: Option<Arc<Account>>,
-    /// What it asked for, where a filter may have changed that.
+    /// The original target, if a filter may have changed it.
     pub target: Option<http::Uri>,
 }
 
 impl Who {
-    /// On whose account its bodies are held. Looked for only where a proxy speaks for the client.
+    /// The account for the client's held bodies. A look-up is needed only if a proxy names the client.
     pub fn account(&self, accounts: &Arc<Accounts>) -> Option<Arc<Account>> {
         self.account.clone().or_else(|| accounts.of(self.client?))
     }
 
-    /// Method and path, without the query: that may hold what is nobody's business.
+    /// Method and path, without the query, which may be confidential.
     pub fn asked(&self, request: &RequestHeader) -> String {
         format!("{} {}", request.method, self.target.as_ref().unwrap_or(&request.uri).path())
     }

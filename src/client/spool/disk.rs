@@ -1,12 +1,11 @@
-//! The disk threads: what spools write to files and read back, done where no worker waits for it.
+//! The disk threads: they write the files of spools and read them back, so that no worker waits for the disk.
 //!
-//! A worker with work stealing off has a blocking pool of its own, so `spawn_blocking` would give as many pools as
-//! there are workers and no say over their priority. These are a few threads of our own, nicer than the workers, with
-//! one queue before them. The queue is bounded by [`Permit`]s: who has none waits for one as a future, and no worker
-//! ever blocks.
+//! Without work stealing, each worker has its own blocking pool, so `spawn_blocking` would create one pool per worker,
+//! without control over its priority. These are a few threads of our own, with a lower priority than the workers and
+//! one shared queue. [`Permit`]s limit the queue: a task without a permit awaits one, and no worker ever blocks.
 //!
-//! Files have no name: they are gone when they are closed, after a crash too. Closing one gives its pages and blocks
-//! back to the kernel, which takes long enough to be done here as well.
+//! Files have no name: they vanish when they are closed, even after a crash. Closing one returns its pages and blocks
+//! to the kernel, which takes long enough to be done here, too.
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, IoSlice};
@@ -26,13 +25,14 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
 use crate::client::budget::Share;
 use crate::metrics::{OperationMetrics, SpoolMetrics};
 
-/// A system call writes no more. Most kernels interrupt none for the sake of a worker on the same CPU that has
-/// something to do, and to write 256 KiB takes a millisecond where memory is slow.
+/// Maximum number of bytes per system call. Most kernels do not interrupt a call for a worker on the same CPU, and
+/// writing 256 KiB takes a millisecond on slow memory.
 const CALL_BYTES: usize = 64 << 10;
-/// How many pieces one system call can take (`IOV_MAX`).
+/// Maximum number of pieces per system call (`IOV_MAX`).
 const PIECES_MAX: usize = 1024;
 
-/// The disk threads and their queue. Clones share both; the threads end when the last clone is dropped and all is done.
+/// The disk threads and their queue. Clones share both; the threads end when the last clone is dropped and the queue is
+/// empty.
 #[derive(Clone)]
 pub struct Disk {
     queue: Sender<Job>,
@@ -41,72 +41,74 @@ pub struct Disk {
     metrics: SpoolMetrics,
 }
 
-/// How the disk threads work.
+/// The settings of the disk threads.
 #[derive(Clone, Copy, Debug)]
 pub struct Terms {
-    /// How many there are; at least one.
+    /// Number of threads; at least one.
     pub threads: usize,
-    /// Pieces of work that may be queued for them.
+    /// Maximum number of queued jobs.
     pub queue: usize,
-    /// How far they give way to others that want the CPU, from 0 to 19 (setpriority(2)).
+    /// The threads' niceness, from 0 to 19 (setpriority(2)).
     pub nice: i32,
 }
 
-/// So many pieces of work for each thread keep it busy for some milliseconds.
+/// Number of jobs per thread that keep it busy for some milliseconds.
 const DEEP_PER_THREAD: usize = 8;
 
-/// How much the disk threads have to do. Clones see the same.
+/// The backlog of the disk threads. Clones share it.
 #[derive(Clone)]
 pub struct Backlog {
     slots: Arc<Semaphore>,
-    /// If fewer are left it is deep.
+    /// The backlog is deep if fewer slots are free.
     least: usize,
 }
 
 impl Backlog {
-    /// That of a queue with so many slots, all of them free, before so many threads.
+    /// The backlog of a queue with these free slots and this number of threads.
     pub fn new(slots: &Arc<Semaphore>, threads: usize) -> Self {
         let deep = threads.saturating_mul(DEEP_PER_THREAD);
         let least = (slots.available_permits() + 1).saturating_sub(deep).max(1);
         Backlog { slots: slots.clone(), least }
     }
 
-    /// Whether they have so much to do that what more there were would only wait.
+    /// Whether further jobs would only wait.
     pub fn is_deep(&self) -> bool {
         self.slots.available_permits() < self.least
     }
 }
 
-/// The right to queue one piece of work. It is given back when the work is done.
+/// The permit to queue one job; returned when the job is done.
 pub struct Permit(#[expect(dead_code, reason = "it is held")] OwnedSemaphorePermit);
 
-/// What became of a write: the file, which may have been made for it, or what was to be written and why it was not.
+/// The result of a write: the file, which may be new, or the unwritten pieces and the error.
 pub(super) type Written = Result<Arc<File>, Unwritten>;
 
-/// A write that failed. Some of it may have reached the file.
+/// A failed write. Some bytes may have reached the file.
 pub(super) struct Unwritten {
     pub pieces: Vec<Bytes>,
     pub held: Share,
     pub error: io::Error,
 }
 
-/// Whole bytes that were read, and the share that they are in.
+/// The bytes read, and their share of the budget.
 pub(super) type Read = io::Result<(Bytes, Share)>;
 
 impl Disk {
     /// Starts the threads for files in `dir`.
     ///
     /// # Errors
-    /// That no file can be made there, or written; that a thread cannot be started.
+    ///
+    /// If a file cannot be created or written there, or a thread cannot be started.
     pub fn open(dir: &Path, terms: Terms, metrics: &SpoolMetrics) -> io::Result<Disk> {
         Disk::probe(dir)?;
         Disk::start(Arc::new(Directory(dir.to_owned())), terms, metrics)
     }
 
-    /// Makes a file in `dir`, writes to it and lets it go again.
+    /// Creates a file in `dir`, writes to it and removes it.
     ///
     /// # Errors
-    /// Whatever of this cannot be done.
+    ///
+    /// If one of the steps fails.
     pub fn probe(dir: &Path) -> io::Result<()> {
         create_unlinked(dir)?.write_all_at(b"forebay", 0)
     }
@@ -127,24 +129,24 @@ impl Disk {
         Ok(Disk { queue: sender, slots, backlog, metrics: metrics.clone() })
     }
 
-    /// How much there is to do.
+    /// The backlog.
     pub fn backlog(&self) -> Backlog {
         self.backlog.clone()
     }
 
-    /// The right to queue something, if there is room for it now.
+    /// Takes a permit if one is free now.
     pub fn try_permit(&self) -> Option<Permit> {
         self.slots.clone().try_acquire_owned().ok().map(Permit)
     }
 
-    /// The right to queue something, as soon as there is room for it. Those who wait are served in order.
+    /// Waits for a permit. Waiters are served in order.
     pub fn permit(&self) -> impl Future<Output = Permit> + Send + 'static {
         let slots = self.slots.clone();
         async move { Permit(slots.acquire_owned().await.expect("nobody closes this semaphore")) }
     }
 
-    /// Writes the pieces, one after the other, at `offset` of the file, or of a new one. `held` is their share of the
-    /// budget: it is let go of when they are written, or comes back with them.
+    /// Writes the pieces in order at `offset` of the file, or of a new one. `held` is their share of the budget: it is
+    /// released after the write, or returned with an error.
     pub(super) fn write(
         &self,
         permit: Permit,
@@ -158,7 +160,7 @@ impl Disk {
         written
     }
 
-    /// Reads exactly `bytes` from `offset` on, which `held` has room for.
+    /// Reads exactly `bytes` from `offset` on; `held` is their share of the budget.
     pub(super) fn read(
         &self,
         permit: Permit,
@@ -168,14 +170,14 @@ impl Disk {
         held: Share,
     ) -> oneshot::Receiver<Read> {
         let (answer, read) = oneshot::channel();
-        // Allocated by the worker, which will free it again: allocators like it so.
+        // The worker allocates the buffer and will free it, which suits allocators.
         let buffer = Vec::with_capacity(bytes);
         self.submit(permit, Work::Read { file, offset, bytes, buffer, held, answer });
         read
     }
 
-    /// Closes a file that may have been the last to know of, and then lets go of its share. It needs no permit: there
-    /// are no more of these than files.
+    /// Closes a file, possibly the last handle, and then releases its share. It needs no permit: the number of files
+    /// limits these jobs.
     pub(super) fn close(&self, file: Arc<File>, held: Share) {
         self.queue(Job { work: Work::Close { file, held }, since: None, permit: None });
     }
@@ -186,7 +188,7 @@ impl Disk {
     }
 
     fn queue(&self, job: Job) {
-        // If the threads were gone the job is dropped here, and whoever waits for its answer hears so.
+        // If the threads have ended, the job is dropped here, and its waiter receives an error.
         let _ = self.queue.send(job);
     }
 }
@@ -203,7 +205,7 @@ enum Work {
     Close { file: Arc<File>, held: Share },
 }
 
-/// What one thread owns.
+/// The state of one thread.
 struct Worker {
     files: Arc<dyn Files>,
     metrics: SpoolMetrics,
@@ -220,7 +222,7 @@ impl Worker {
         }
     }
 
-    /// Does one job. What it held is let go of and its permit given back before the answer leaves.
+    /// Runs one job. Releases its share and its permit before it sends the result.
     fn work(&self, Job { work, since, permit }: Job) {
         let done = |operation: &OperationMetrics, failed: bool| {
             self.metrics.disk_queue.dec();
@@ -247,7 +249,7 @@ impl Worker {
                     Err(error) => Err(Unwritten { pieces, held, error }),
                 };
                 drop(permit);
-                // Nobody may wait for it any more: then the file is closed here.
+                // If the waiter is gone, the file is closed here.
                 let _ = answer.send(written);
             }
             Work::Read { file, offset, bytes, buffer, held, answer } => {
@@ -271,7 +273,7 @@ impl Worker {
         };
         let mut slices: Vec<_> = pieces.iter().flat_map(|piece| piece.chunks(CALL_BYTES)).map(IoSlice::new).collect();
         let mut left = &mut slices[..];
-        // An empty slice at the front would be taken for a file that takes nothing.
+        // An empty first slice would look like a file that accepts no bytes.
         IoSlice::advance_slices(&mut left, 0);
         while !left.is_empty() {
             let mut room = CALL_BYTES;
@@ -290,7 +292,7 @@ impl Worker {
         Ok(file)
     }
 
-    /// Fills `buffer`, which has room for as many `bytes`.
+    /// Fills `buffer`, which has the capacity for `bytes`.
     fn read(&self, file: &File, mut offset: u64, bytes: usize, mut buffer: Vec<u8>) -> io::Result<Bytes> {
         while buffer.len() < bytes {
             match self.files.read(file, &mut buffer, offset) {
@@ -300,7 +302,7 @@ impl Worker {
                 Err(error) => return Err(error),
             }
         }
-        // A vector may have more room than it was asked for.
+        // A vector's capacity may exceed the requested one.
         buffer.truncate(bytes);
         Ok(buffer.into())
     }
@@ -308,21 +310,21 @@ impl Worker {
 
 /// Waits for a job; `None` if there will be no more.
 fn take(queue: &Mutex<Receiver<Job>>) -> Option<Job> {
-    // One waits for a job and the others for the lock; a receiver is whole whatever happens to its users.
+    // One thread waits for a job and the others for the lock. A panic does not damage a receiver.
     queue.lock().unwrap_or_else(PoisonError::into_inner).recv().ok()
 }
 
-/// The system calls, one each; so that tests can be a disk that is slow, fills up or fails.
+/// The system calls, one method each, so that tests can simulate a slow, full or failing disk.
 pub(super) trait Files: Send + Sync {
-    /// Makes a file without a name.
+    /// Creates a file without a name.
     fn create(&self) -> io::Result<File>;
-    /// Writes some of it at `offset`.
+    /// Writes some of the pieces at `offset`.
     fn write(&self, file: &File, pieces: &[IoSlice<'_>], offset: u64) -> io::Result<usize>;
-    /// Appends to the buffer some of what stands from `offset` on, at most what it has room for.
+    /// Appends some bytes from `offset` on to the buffer, at most its free capacity.
     fn read(&self, file: &File, buffer: &mut Vec<u8>, offset: u64) -> io::Result<usize>;
 }
 
-/// Real files, in this folder.
+/// Real files in this folder.
 pub(super) struct Directory(pub PathBuf);
 
 impl Files for Directory {
@@ -339,19 +341,19 @@ impl Files for Directory {
     }
 }
 
-/// A file that nobody else can open and that is gone when it is closed.
+/// Creates a file that other processes cannot open and that vanishes when it is closed.
 fn create_unlinked(dir: &Path) -> io::Result<File> {
     let flags = (OFlags::TMPFILE | OFlags::EXCL).bits();
     // `tempfile_in` would leave the mode of such a file to the umask.
     let made = OpenOptions::new().read(true).write(true).mode(0o600).custom_flags(flags.cast_signed()).open(dir);
     made.or_else(|error| match Errno::from_io_error(&error) {
-        // A file system or a kernel that does not know files without a name, or a folder that is not there.
+        // The file system or the kernel does not support files without a name, or the folder is missing.
         Some(Errno::OPNOTSUPP | Errno::ISDIR | Errno::NOENT) => create_named(dir),
         _ => Err(error),
     })
 }
 
-/// The same where a file needs a name to be made: it has it for a moment, and for nobody else.
+/// Fallback that creates a file with a name and removes the name at once.
 fn create_named(dir: &Path) -> io::Result<File> {
     tempfile::Builder::new().prefix("forebay-").tempfile_in(dir).map(|file| file.into_file())
 }
@@ -448,11 +450,11 @@ mod tests {
         assert_eq!(Disk::probe(&file).unwrap_err().kind(), io::ErrorKind::NotADirectory);
     }
 
-    /// The field `nice` of the calling thread, and its name.
+    /// The niceness and the name of the calling thread.
     fn nice_and_name() -> (i32, String) {
         let stat = std::fs::read_to_string("/proc/thread-self/stat").unwrap();
         let (before, after) = stat.rsplit_once(") ").unwrap();
-        // It is the 19th field, and the first after the name is the third.
+        // It is the 19th field; the first field after the name is the third.
         let nice = after.split(' ').nth(16).unwrap().parse().unwrap();
         (nice, before.split_once('(').unwrap().1.to_owned())
     }

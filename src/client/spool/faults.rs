@@ -1,4 +1,4 @@
-//! A disk for tests: it can be held up, take little at a time, fill up and fail.
+//! A simulated disk for tests: it can be held, accept a few bytes at a time, fill up and fail.
 
 use std::collections::VecDeque;
 use std::fs::File;
@@ -9,23 +9,23 @@ use std::time::Duration;
 
 use super::disk::{Directory, Files};
 
-/// How long a test waits for what must happen.
+/// Maximum wait of a test for an expected event.
 pub const PATIENCE: Duration = Duration::from_secs(20);
 
 #[derive(Default)]
 struct Mood {
     held: bool,
-    /// Operations that are held up.
+    /// Number of held operations.
     waiting: usize,
-    /// What the next operations fail with, `None`: they do not.
+    /// The errors of the next operations; `None`: success.
     writes: VecDeque<Option<io::ErrorKind>>,
     reads: VecDeque<Option<io::ErrorKind>>,
-    /// How much one call takes at most.
+    /// Maximum number of bytes per call.
     short: Option<usize>,
     calls: usize,
 }
 
-/// The controls of it.
+/// The controls of the disk.
 pub struct Faults {
     dir: tempfile::TempDir,
     mood: Arc<(Mutex<Mood>, Condvar)>,
@@ -39,7 +39,7 @@ struct Moody {
 }
 
 impl Faults {
-    /// A disk that works well, and its controls.
+    /// A working disk, and its controls.
     pub fn new() -> (Self, Arc<dyn Files>) {
         let dir = tempfile::tempdir().unwrap();
         let mood = Arc::default();
@@ -52,52 +52,52 @@ impl Faults {
         self.mood.0.lock().unwrap()
     }
 
-    /// Holds up every operation from now on.
+    /// Holds all further operations.
     pub fn hold(&self) {
         self.mood().held = true;
     }
 
-    /// Lets them go on.
+    /// Releases them.
     pub fn release(&self) {
         self.mood().held = false;
         self.mood.1.notify_all();
     }
 
-    /// Waits until so many operations are held up.
+    /// Waits until this number of operations is held.
     pub fn wait_for_held(&self, operations: usize) {
         let (mood, changed) = &*self.mood;
         let waiting = changed.wait_timeout_while(mood.lock().unwrap(), PATIENCE, |mood| mood.waiting < operations);
         assert!(!waiting.unwrap().1.timed_out(), "no {operations} operations came");
     }
 
-    /// What becomes of the next write that has none decided yet.
+    /// Sets the result of the next write without one.
     pub fn then_write(&self, outcome: Option<io::ErrorKind>) {
         self.mood().writes.push_back(outcome);
     }
 
-    /// What becomes of the next read that has none decided yet.
+    /// Sets the result of the next read without one.
     pub fn then_read(&self, outcome: Option<io::ErrorKind>) {
         self.mood().reads.push_back(outcome);
     }
 
-    /// Takes at most so many bytes a call.
+    /// Limits each call to this number of bytes.
     pub fn take_at_most(&self, bytes: usize) {
         self.mood().short = Some(bytes);
     }
 
-    /// Reads and writes that were begun.
+    /// Number of reads and writes started.
     pub fn calls(&self) -> usize {
         self.mood().calls
     }
 
-    /// Files of it that are open in this process.
+    /// Number of its files that are open in this process.
     pub fn open(&self) -> usize {
         let links = std::fs::read_dir("/proc/self/fd").unwrap();
         let targets = links.filter_map(|link| std::fs::read_link(link.unwrap().path()).ok());
         targets.filter(|target| target.starts_with(self.dir.path())).count()
     }
 
-    /// Waits until the threads have done everything and ended, after the last handle was dropped.
+    /// Waits until the threads have ended, after the last handle was dropped.
     pub fn wait_for_end(&self) {
         self.ended.lock().unwrap().recv_timeout(PATIENCE).expect("the threads should have ended");
     }

@@ -1,32 +1,32 @@
-//! Bytes in memory, in order, as the pieces in which they came.
+//! Bytes in memory, in order, as the pieces in which they arrived.
 //!
-//! Large pieces are kept as they are. Small ones that follow each other are copied together: a trickle of them would
-//! cost an allocation each. Every byte has a position, counted from the first one that the spool ever took.
+//! Large pieces are kept unchanged. Consecutive small ones are copied together, since each would cost an allocation.
+//! Every byte has a position, counted from the first byte that the spool ever received.
 
 use std::collections::VecDeque;
 
 use bytes::{BufMut, Bytes, BytesMut};
 
-/// A piece that is shorter is copied to the one before it, if that was short as well.
+/// A smaller piece is copied to the previous one, if that was small, too.
 const SMALL_BYTES: usize = 4 * 1024;
 
-/// The first buffer for small pieces; each further one is twice as large as the last, up to the limit.
+/// Size of the first buffer for small pieces; each further buffer has twice the size, up to the maximum.
 const FIRST_BUFFER_BYTES: usize = 1024;
 const BUFFER_BYTES_MAX: usize = 16 * 1024;
 
-/// A run of bytes.
+/// A sequence of bytes.
 pub(super) struct Pieces {
     start: u64,
     end: u64,
-    /// Each with its position.
+    /// The pieces with their positions.
     queue: VecDeque<(u64, Bytes)>,
-    /// Small pieces, after all others.
+    /// The last small pieces, joined.
     open: BytesMut,
     buffer_bytes: usize,
 }
 
 impl Pieces {
-    /// Nothing, from this position on.
+    /// Creates an empty sequence at this position.
     pub fn new(at: u64) -> Self {
         let (queue, open) = (VecDeque::new(), BytesMut::new());
         Pieces { start: at, end: at, queue, open, buffer_bytes: FIRST_BUFFER_BYTES }
@@ -75,7 +75,7 @@ impl Pieces {
         !self.open.is_empty() || self.queue.back().is_some_and(|(_, last)| last.len() < SMALL_BYTES)
     }
 
-    /// Puts the open buffer with the other pieces. What room it has left stays for small ones to come.
+    /// Moves the open buffer's bytes to the other pieces. Its free capacity remains for further small pieces.
     fn close(&mut self) {
         if let Some((at, bytes)) = self.split_open() {
             self.queue.push_back((at, bytes));
@@ -84,12 +84,12 @@ impl Pieces {
 
     fn split_open(&mut self) -> Option<(u64, Bytes)> {
         let bytes = self.open.len() as u64;
-        // `end` counts a piece that is being pushed already; the queue knows better.
+        // `end` already includes a piece that is being pushed, so the position comes from the queue.
         let at = self.queue.back().map_or(self.start, |(at, last)| at + last.len() as u64);
         (bytes > 0).then(|| (at, self.open.split().freeze()))
     }
 
-    /// Some bytes from the position on, at most `max`, which stay here. Empty if they are not here.
+    /// Returns some bytes from this position on, at most `max`, without removing them. Empty if they are not here.
     pub fn copy(&mut self, at: u64, max: usize) -> Bytes {
         if self.queue.back().is_none_or(|(last_at, last)| *last_at + last.len() as u64 <= at) {
             self.close();
@@ -118,7 +118,7 @@ impl Pieces {
         taken
     }
 
-    /// Takes so many bytes off the front, or all.
+    /// Takes this many bytes off the front, or all.
     pub fn take_front(&mut self, bytes: u64) -> Vec<Bytes> {
         let until = self.end.min(self.start.saturating_add(bytes));
         let mut taken = Vec::new();
@@ -128,7 +128,7 @@ impl Pieces {
         taken
     }
 
-    /// Takes so many bytes off the front, or all, as a run of their own.
+    /// Takes this many bytes off the front, or all, as a sequence of their own.
     pub fn split_front(&mut self, bytes: u64) -> Pieces {
         let taken = self.take_front(bytes);
         let mut front = Pieces::new(self.start);
@@ -136,7 +136,7 @@ impl Pieces {
         front
     }
 
-    /// Copies what there is into one piece of its own, so that it keeps no larger one in memory of which it was a part.
+    /// Copies the bytes into one new piece, so that larger buffers are not kept in memory.
     pub fn compact(&mut self) {
         if self.start < self.end {
             let mut whole = BytesMut::with_capacity(usize::try_from(self.len()).unwrap_or_default());
@@ -147,7 +147,7 @@ impl Pieces {
         }
     }
 
-    /// Puts pieces back before the others.
+    /// Puts pieces back at the front.
     pub fn put_back(&mut self, pieces: Vec<Bytes>) {
         for piece in pieces.into_iter().rev() {
             self.start -= piece.len() as u64;

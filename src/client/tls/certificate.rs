@@ -1,6 +1,6 @@
-//! Certificates as files hold them: read, looked through, and refused with their place if something is wrong.
+//! Certificates from files: read, checked, and refused with the place of the error.
 //!
-//! A private key is read into memory that is overwritten when it is let go; so is the library's own copy of it.
+//! A private key is read into memory that is overwritten when it is freed; so is the library's own copy.
 
 use std::io::Read;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
@@ -19,34 +19,34 @@ use crate::config::file;
 use crate::config::listener::tls::{Certificate, ClientCertificates, ClientMode};
 use crate::error::BuildError;
 
-/// A file of certificates or a key may have so many bytes, a list of what was revoked more.
+/// Maximum size of a file with certificates or a key, and of a revocation list, in bytes.
 const FILE_BYTES_MAX: u64 = 1 << 20;
 const CRL_BYTES_MAX: u64 = 64 << 20;
-/// Shorter ones are refused by clients, too.
+/// Minimum length of RSA keys; clients refuse shorter ones, too.
 const RSA_BITS_MIN: u32 = 2048;
 
-/// The keys of certificates from issuers: every client verifies them, and they cost the least.
+/// The kind of keys for certificates from issuers: all clients support it, and it costs the least.
 pub const ISSUED_KIND: KeyKind = KeyKind::P256;
 
-/// Where a certificate comes from, and whom it is shown to.
+/// The source of a certificate, and its use.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Source {
-    /// A file with the certificate and those between it and its authority, in PEM.
+    /// PEM file with the certificate and its intermediates.
     pub cert: String,
-    /// A file with its private key, in PEM; perhaps the same one.
+    /// PEM file with its private key; can be the same file.
     pub key: String,
-    /// The names that it is used for; if there are none, those that are in it.
+    /// The names that it is used for; if empty, those in the certificate.
     pub names: Vec<String>,
-    /// A file with the proof that it is not revoked.
+    /// File with an OCSP response.
     pub staple: Option<String>,
-    /// What is asked of clients.
+    /// The requirements for client certificates.
     pub client: Option<ClientCertificates>,
-    /// Forebay gets it from an issuer: there may be none yet, or one that is not for all of the names.
+    /// Whether Forebay obtains it from an issuer: it may be missing, or not cover all names.
     pub issued: bool,
 }
 
 impl Source {
-    /// The files that are written.
+    /// The source with the configured files.
     pub fn written(written: &Certificate) -> Source {
         Source {
             cert: written.cert.clone().unwrap_or_default(),
@@ -58,67 +58,67 @@ impl Source {
         }
     }
 
-    /// The file that one from an issuer is kept in, with its key, for these names.
+    /// The source for a certificate from an issuer, for these names. The file also has its key.
     pub fn issued(path: &str, names: Vec<String>, written: &Certificate) -> Source {
         Source { cert: path.to_owned(), key: path.to_owned(), names, issued: true, ..Source::written(written) }
     }
 }
 
-/// What the files of one certificate hold, not yet looked at.
+/// The contents of one certificate's files, not checked yet.
 pub struct Files {
     cert: Zeroizing<Vec<u8>>,
     key: Zeroizing<Vec<u8>>,
     staple: Option<Vec<u8>>,
     ca: Option<Vec<u8>>,
     crl: Option<Vec<u8>>,
-    /// An issuer has given no certificate yet.
+    /// Whether the issuer has not issued the certificate yet.
     pub awaited: bool,
 }
 
-/// A certificate with its key, and all that is shown with it or asked of clients.
+/// A certificate with its key, and everything that is sent with it or required of clients.
 pub struct Loaded {
-    /// The certificate and those between it and its authority.
+    /// The certificate and its intermediates.
     pub chain: Vec<X509>,
     /// Its private key.
     pub key: PKey<Private>,
-    /// What that signs with.
+    /// The kind of its key.
     pub kind: KeyKind,
     /// The names that it is used for, in lower case.
     pub names: Vec<Box<str>>,
-    /// Names that it was wanted for and that it is not made out to, in lower case.
+    /// Names that it should be valid for and is not, in lower case.
     pub missing: Vec<Box<str>>,
-    /// Names that it is used for though it is not made out to them: clients that look at it will not accept it.
+    /// Names that it is used for although it is not valid for them: clients will not accept it.
     pub foreign: Vec<Box<str>>,
-    /// When it begins to be valid, in seconds since 1970.
+    /// Start of its validity, in seconds since 1970.
     pub not_before: i64,
-    /// When it ceases to be valid, in seconds since 1970.
+    /// End of its validity, in seconds since 1970.
     pub not_after: i64,
-    /// Its number, in hexadecimal.
+    /// Its serial number, in hexadecimal.
     pub serial: String,
-    /// Who issued it.
+    /// Its issuer.
     pub issuer: String,
-    /// The proof that it is not revoked.
+    /// Its OCSP response.
     pub staple: Option<Staple>,
-    /// What is asked of clients.
+    /// The requirements for clients.
     pub clients: Option<Clients>,
 }
 
-/// What is asked of clients' certificates.
+/// The requirements for client certificates.
 pub struct Clients {
-    /// Whether there must be one.
+    /// Whether a certificate is required.
     pub mode: ClientMode,
-    /// The authorities that are trusted.
+    /// The trusted authorities.
     pub authorities: Vec<X509>,
-    /// What they have revoked, in PEM.
+    /// Their revocation lists, in PEM.
     pub crl: Option<Vec<u8>>,
 }
 
 impl Clients {
-    /// Looks through what was read. `None`: nothing is asked of clients.
+    /// Parses the files. `None`: there are no requirements.
     ///
     /// # Errors
     ///
-    /// Everything that is wrong with it.
+    /// All errors in the files.
     pub fn parse(source: &Source, files: &Files) -> Result<Option<Clients>, Vec<BuildError>> {
         let (Some(client), Some(ca)) = (&source.client, &files.ca) else { return Ok(None) };
         let authorities = certificates("client.ca", &client.ca, ca).map_err(|error| vec![error])?;
@@ -133,11 +133,11 @@ impl Clients {
 }
 
 impl Files {
-    /// Reads the files that are named.
+    /// Reads the configured files.
     ///
     /// # Errors
     ///
-    /// Every file that cannot be read, with the key that names it.
+    /// Every unreadable file, with its configuration key.
     pub fn read(source: &Source) -> Result<Files, Vec<BuildError>> {
         let mut errors = Vec::new();
         let mut whole = |at: &str, path: &str, max: u64| {
@@ -148,7 +148,7 @@ impl Files {
         let (cert, key) = if awaited {
             (Zeroizing::default(), Zeroizing::default())
         } else if source.cert == source.key {
-            // Read once, so that both are of one moment.
+            // Read once, so that certificate and key match.
             let both = whole("cert", &source.cert, FILE_BYTES_MAX);
             (both.clone(), both)
         } else {
@@ -165,13 +165,13 @@ impl Files {
         if errors.is_empty() { Ok(files) } else { Err(errors) }
     }
 
-    /// What tells these contents from others.
+    /// Digest of the contents.
     pub fn digest(&self) -> [u8; 32] {
         let parts = [Some(&*self.cert), Some(&*self.key), self.staple.as_ref(), self.ca.as_ref(), self.crl.as_ref()];
         digest(parts.map(|part| part.map(Vec::as_slice)))
     }
 
-    /// What tells what is asked of clients from other terms; a session of one kind is worth nothing in another.
+    /// Digest of the requirements for clients; a session under other requirements is invalid.
     pub fn policy(&self, source: &Source) -> Option<[u8; 32]> {
         let client = source.client.as_ref()?;
         let mode: &[u8] = if client.mode == ClientMode::Required { b"required" } else { b"optional" };
@@ -179,7 +179,7 @@ impl Files {
     }
 }
 
-/// SHA-256 of parts that cannot pass for each other.
+/// SHA-256 of the parts, with unambiguous boundaries.
 fn digest<'p>(parts: impl IntoIterator<Item = Option<&'p [u8]>>) -> [u8; 32] {
     let mut hash = Sha256::new();
     for part in parts {
@@ -190,11 +190,11 @@ fn digest<'p>(parts: impl IntoIterator<Item = Option<&'p [u8]>>) -> [u8; 32] {
 }
 
 impl Loaded {
-    /// Looks through what was read.
+    /// Parses the files.
     ///
     /// # Errors
     ///
-    /// Everything that is wrong with it. That it has expired is not among that: see [`Loaded::problem`].
+    /// All errors in the files, except expiry: see [`Loaded::problem`].
     pub fn parse(written: &Source, files: &Files) -> Result<Loaded, Vec<BuildError>> {
         let mut errors = Vec::new();
         let chain = certificates("cert", &written.cert, &files.cert).map_err(|error| errors.push(error)).ok();
@@ -240,7 +240,7 @@ impl Loaded {
         }
     }
 
-    /// Why clients would not accept it at this time, in seconds since 1970, if so.
+    /// The reason why clients would not accept it at this time, in seconds since 1970, if any.
     pub fn problem(&self, now: i64) -> Option<String> {
         if now > self.not_after {
             return Some(format!("it expired on {}", date(self.not_after)));
@@ -253,7 +253,7 @@ impl Loaded {
     }
 }
 
-/// The number of a certificate, in hexadecimal.
+/// The serial number of a certificate, in hexadecimal.
 pub(super) fn serial(certificate: &X509) -> String {
     let number = certificate.serial_number().to_bn().and_then(|number| Ok(number.to_hex_str()?.to_string()));
     number.unwrap_or_default().to_ascii_lowercase()
@@ -264,7 +264,7 @@ pub(super) fn text(name: &pingora::tls::x509::X509NameRef) -> String {
     let entries = name.entries().map(|entry| {
         let key = entry.object().nid().short_name().unwrap_or("?");
         let value = String::from_utf8_lossy(entry.data().as_slice()).into_owned();
-        // RFC 4514 §2.4: what would end the value is escaped.
+        // Characters that would end the value are escaped (RFC 4514 §2.4).
         let escaped = value.replace('\\', "\\\\").replace(',', "\\,").replace('+', "\\+").replace('"', "\\\"");
         format!("{key}={escaped}")
     });
@@ -277,13 +277,13 @@ pub fn date(seconds: i64) -> String {
     humantime::format_rfc3339_seconds(std::time::SystemTime::UNIX_EPOCH + since).to_string()
 }
 
-/// Seconds since 1970; the end of all time for one that cannot be read, which the library would have refused.
+/// Seconds since 1970. The maximum for an unreadable time, which the library would have refused.
 fn seconds(time: &Asn1TimeRef) -> i64 {
     let since = Asn1Time::from_unix(0).and_then(|epoch| epoch.diff(time));
     since.map_or(i64::MAX, |since| i64::from(since.days) * 86_400 + i64::from(since.secs))
 }
 
-/// The certificates in a file, of which there is at least one.
+/// The certificates in a file; at least one.
 fn certificates(at: &str, path: &str, pem: &[u8]) -> Result<Vec<X509>, BuildError> {
     let wrong = |what: String| BuildError::new(at, format!("`{path}` {what}"));
     let begun = count(pem, b"-----BEGIN CERTIFICATE-----") + count(pem, b"-----BEGIN TRUSTED CERTIFICATE-----");
@@ -292,7 +292,7 @@ fn certificates(at: &str, path: &str, pem: &[u8]) -> Result<Vec<X509>, BuildErro
     }
     let found =
         X509::stack_from_pem(pem).map_err(|_| wrong("holds a certificate that is cut short or garbled".to_owned()))?;
-    // The library passes over what it does not recognize.
+    // The library skips what it does not recognise.
     if found.len() == begun {
         return Ok(found);
     }
@@ -323,7 +323,7 @@ fn kind(key: &PKey<Private>) -> Result<KeyKind, String> {
     }
 }
 
-/// The names that a certificate is used for, and those that it is wanted for and not made out to.
+/// The names that a certificate is used for, and the missing ones.
 type Split = (Vec<Box<str>>, Vec<Box<str>>);
 
 fn names(source: &Source, leaf: &X509) -> Result<Split, Vec<BuildError>> {
@@ -352,8 +352,7 @@ fn names(source: &Source, leaf: &X509) -> Result<Split, Vec<BuildError>> {
     Ok((names, Vec::new()))
 }
 
-/// Those of the names for which a certificate is not good (RFC 9525 §6.3): neither it nor a wildcard that stands for it
-/// is among those that the certificate is made out to.
+/// The names that the certificate does not cover, directly or by a wildcard (RFC 9525 §6.3).
 fn foreign(names: &[Box<str>], leaf: &X509) -> Vec<Box<str>> {
     let mut own = Names::default();
     for name in own_names(leaf) {
@@ -362,7 +361,7 @@ fn foreign(names: &[Box<str>], leaf: &X509) -> Vec<Box<str>> {
     names.iter().filter(|name| own.find(name).is_none()).cloned().collect()
 }
 
-/// The names that a certificate is made out to.
+/// The names in a certificate.
 fn own_names(leaf: &X509) -> Vec<Box<str>> {
     let alternatives = leaf.subject_alt_names();
     let mut names: Vec<Box<str>> = Vec::new();
@@ -389,7 +388,7 @@ fn address(octets: &[u8]) -> Option<String> {
     }
 }
 
-/// A name of a host as it is looked up: in lower case, perhaps with `*` as its first label.
+/// A host name in look-up form: in lower case, with an optional `*` as its first label.
 pub(super) fn host(written: &str) -> Result<Box<str>, String> {
     let name = written.strip_suffix('.').unwrap_or(written).to_ascii_lowercase();
     let rest = name.strip_prefix("*.").unwrap_or(&name);
@@ -408,11 +407,11 @@ fn count(text: &[u8], what: &[u8]) -> usize {
     memchr::memmem::find_iter(text, what).count()
 }
 
-/// The whole of a file, in memory that is overwritten when it is let go.
+/// A complete file, in memory that is overwritten when it is freed.
 pub(super) fn read(at: &str, path: &str, max: u64) -> Result<Zeroizing<Vec<u8>>, BuildError> {
     let wrong = |what: String| BuildError::new(at, format!("`{path}` {what}"));
     let (file, length) = file::open(Path::new(path)).map_err(|error| wrong(format!("cannot be read: {error}")))?;
-    // Room for all of it at once: a vector that grows would leave parts of a key behind.
+    // Allocates the full size at once: growing a vector would leave copies of parts of a key.
     let room = usize::try_from(length.min(max)).unwrap_or(usize::MAX).saturating_add(1);
     let mut bytes = Zeroizing::new(Vec::with_capacity(room));
     file.take(max + 1).read_to_end(&mut bytes).map_err(|error| wrong(format!("cannot be read: {error}")))?;
@@ -535,7 +534,7 @@ pub(super) mod tests {
                     .replace("holds no private key in PEM", "holds a key that is cut short or garbled"),
             ]
         );
-        // The second of a chain is cut short: the library alone would have passed over it.
+        // The second certificate of a chain is truncated: the library alone would have skipped it.
         let half = put(dir.path(), "half", &[text(&one.cert), part(&two.cert, 60)].concat());
         assert_eq!(told(&half, &one.key), [format!("cert: `{half}` holds a certificate that is cut short or garbled")]);
         let wrong_order = put(dir.path(), "order", &[text(&two.cert), text(&one.cert)].concat());

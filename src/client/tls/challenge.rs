@@ -1,5 +1,5 @@
-//! The certificate that answers TLS-ALPN-01: made out to the name, with the digest of what the issuer wants to see (RFC
-//! 8737 §3).
+//! The certificate for the TLS-ALPN-01 challenge: it has the name, and the digest that the issuer expects (RFC 8737
+//! §3).
 
 use boring::asn1::{Asn1Integer, Asn1Time};
 use boring::bn::BigNum;
@@ -12,16 +12,16 @@ use boring::ssl::{AlpnError, SslContext, SslMethod, SslOptions, SslVersion, sele
 use boring::x509::extension::SubjectAlternativeName;
 use boring::x509::{X509, X509Extension, X509NameBuilder};
 
-/// The protocol, as ALPN has it.
+/// The protocol in ALPN form.
 const ALPN: &[u8] = b"\x0aacme-tls/1";
 /// id-pe-acmeIdentifier (RFC 8737 §6.1).
 const ACME_IDENTIFIER: &str = "1.3.6.1.5.5.7.1.31";
 
-/// What shakes hands for a name while it is being proved; `digest` is that of the key authorization.
+/// The TLS context for a name's challenge; `digest` is that of the key authorization.
 ///
 /// # Errors
 ///
-/// The library has no random numbers or no memory.
+/// If the library lacks random numbers or memory.
 pub fn context(name: &str, digest: &[u8; 32]) -> Result<SslContext, ErrorStack> {
     let key = key()?;
     let certificate = certificate(name, digest, &key)?;
@@ -34,11 +34,11 @@ pub fn context(name: &str, digest: &[u8; 32]) -> Result<SslContext, ErrorStack> 
     Ok(context.build())
 }
 
-/// A new key of the kind that is asked certificates for.
+/// A new key of the kind used for certificates from issuers.
 ///
 /// # Errors
 ///
-/// The library has no random numbers.
+/// If the library lacks random numbers.
 pub fn key() -> Result<PKey<Private>, ErrorStack> {
     let group = EcGroup::from_curve_name(Nid::X9_62_PRIME256V1)?;
     PKey::from_ec_key(EcKey::generate(&group)?)
@@ -58,7 +58,7 @@ fn certificate(name: &str, digest: &[u8; 32], key: &PKey<Private>) -> Result<X50
     certificate.set_pubkey(key)?;
     let names = SubjectAlternativeName::new().dns(name).build(&certificate.x509v3_context(None, None))?;
     certificate.append_extension(&names)?;
-    // An OCTET STRING of 32 bytes, in an extension that must be understood.
+    // An OCTET STRING of 32 bytes in a critical extension.
     let hex: String = digest.iter().map(|byte| format!("{byte:02x}")).collect();
     let shown = X509Extension::new(None, None, ACME_IDENTIFIER, &format!("critical,DER:0420{hex}"))?;
     certificate.append_extension(&shown)?;
@@ -77,7 +77,7 @@ mod tests {
         let names = made.subject_alt_names().expect("names");
         assert_eq!(names.iter().map(|name| name.dnsname()).collect::<Vec<_>>(), [Some("a.test")]);
         let der = made.to_der().expect("DER");
-        // The OID, `critical`, and an OCTET STRING with another one in it (RFC 8737 §3).
+        // The OID, `critical`, and an OCTET STRING that contains another (RFC 8737 §3).
         let oid = [0x06, 0x08, 0x2b, 0x06, 0x01, 0x05, 0x05, 0x07, 0x01, 0x1f];
         let extension = [&oid[..], &[0x01, 0x01, 0xff], &[0x04, 0x22, 0x04, 0x20], &[0xab; 32]].concat();
         assert!(memchr::memmem::find(&der, &extension).is_some(), "{der:02x?}");

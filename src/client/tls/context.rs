@@ -1,6 +1,6 @@
-//! What one name is served with: a context of the library for each key that it has, made off the workers.
+//! The TLS contexts of one name: one per key, created outside the workers.
 //!
-//! Everything that differs by name is in its context, so that nothing has to be chosen in the middle of a handshake.
+//! Everything that differs by name is in its context, so that nothing has to be chosen during a handshake.
 
 use std::ffi::c_int;
 
@@ -20,24 +20,24 @@ use crate::config::listener::Protocol;
 use crate::config::listener::tls::{ClientMode, Version};
 use crate::error::BuildError;
 
-/// What all contexts of a listener have in common.
+/// The settings that all contexts of a listener share.
 pub struct Terms {
     min_version: SslVersion,
     ciphers: String,
-    /// The order of `ciphers` is the operator's, and not Mozilla's, which leaves the choice to clients.
+    /// The operator defined the order of `ciphers`. Mozilla's default leaves the choice to clients.
     ordered: bool,
     groups: String,
-    /// The protocols that are agreed on, as they go over the wire (RFC 7301 §3.1).
+    /// The ALPN protocols in wire format (RFC 7301 §3.1).
     alpn: Vec<u8>,
     tickets: Option<Tickets>,
 }
 
 impl Terms {
-    /// What is written.
+    /// Builds the settings from the configuration.
     ///
     /// # Errors
     ///
-    /// Ciphers or groups that the library does not have.
+    /// Ciphers or groups that the library does not support.
     pub fn build(
         written: &config::listener::Tls,
         protocols: &[Protocol],
@@ -60,7 +60,7 @@ impl Terms {
             }
         }
         if protocols.contains(&Protocol::H2) && protocols.contains(&Protocol::Http1) {
-            // Whatever their order in the file: who offers both is better served by HTTP/2.
+            // HTTP/2 is preferred, whatever the order in the file.
             alpn = b"\x02h2\x08http/1.1\x08http/1.0".to_vec();
         }
         if !errors.is_empty() {
@@ -79,11 +79,11 @@ impl Terms {
         })
     }
 
-    /// A context for this certificate. `policy` tells what is asked of clients from other terms.
+    /// Creates a context for this certificate. `policy` is the digest of the requirements for clients.
     ///
     /// # Errors
     ///
-    /// What the library says; what can be wrong with files was found before.
+    /// The library's error; errors in files were found earlier.
     pub fn context(&self, loaded: &Loaded, policy: Option<[u8; 32]>) -> Result<SslContext, ErrorStack> {
         let mut context = SslAcceptor::mozilla_intermediate_v5(SslMethod::tls())?;
         context.set_min_proto_version(Some(self.min_version))?;
@@ -105,12 +105,12 @@ impl Terms {
         context.check_private_key()?;
 
         let alpn = self.alpn.clone();
-        // RFC 7301 §3.2: who offers nothing that is spoken here is told so.
+        // A client without a common protocol gets an alert (RFC 7301 §3.2).
         context.set_alpn_select_callback(move |_, offered| agree(&alpn, offered).ok_or(AlpnError::ALERT_FATAL));
-        // Without it the name of a session that was resumed by TLS 1.2 would not be known.
+        // Without a callback, the server name of a session resumed in TLS 1.2 would be unknown.
         context.set_servername_callback(|_, _| Ok(()));
-        // A ticket holds this, and is worth nothing elsewhere: a session of a name that asks for no certificate of
-        // clients must not open one that does, nor one that was verified by an authority that is no longer trusted.
+        // A ticket contains this digest and is invalid elsewhere. A session of a name without client certificates must
+        // not be resumed for a name that requires them, nor one that an authority verified that is no longer trusted.
         context.set_session_id_context(&policy.unwrap_or([0; 32]))?;
         context.set_session_cache_mode(SslSessionCacheMode::OFF);
         match &self.tickets {
@@ -138,19 +138,19 @@ fn is_cipher(name: &str) -> bool {
         Err(_) => return false,
     };
     let known = is_word && context.set_strict_cipher_list(name).is_ok();
-    // A word such as `HIGH` is a list of suites, and no name of one.
+    // A keyword such as `HIGH` is a list of suites, not the name of one.
     let known = known && context.ciphers().is_some_and(|list| list.iter().filter(|it| it.name() == name).count() == 1);
-    // What the library has noted is of no interest to whoever asks it next.
+    // Removes the library's error, so that later calls do not report it.
     drop(ErrorStack::get());
     known
 }
 
-/// The first of our protocols that is offered, as it stands there.
+/// The first of our protocols that the client offers, as a slice of the offer.
 fn agree<'o>(ours: &[u8], offered: &'o [u8]) -> Option<&'o [u8]> {
     protocols(ours).find_map(|ours| protocols(offered).find(|theirs| *theirs == ours))
 }
 
-/// The names in a list of ALPN (RFC 7301 §3.1).
+/// The names in an ALPN list (RFC 7301 §3.1).
 fn protocols(mut list: &[u8]) -> impl Iterator<Item = &[u8]> {
     std::iter::from_fn(move || {
         let (&length, rest) = list.split_first()?;
@@ -169,7 +169,7 @@ fn set_tickets(context: &mut SslContextBuilder, tickets: Tickets) {
     }
 }
 
-/// Asks clients for certificates of these authorities.
+/// Requires client certificates from these authorities.
 fn ask_clients(context: &mut SslContextBuilder, clients: &Clients) -> Result<(), ErrorStack> {
     let mut store = X509StoreBuilder::new()?;
     for authority in &clients.authorities {
@@ -188,7 +188,7 @@ fn ask_clients(context: &mut SslContextBuilder, clients: &Clients) -> Result<(),
     Ok(())
 }
 
-/// Has what these lists name refused. For every authority of a chain there must be one, as with nginx.
+/// Adds revocation lists. As in nginx, each authority of a chain needs one.
 fn add_revoked(store: &mut X509StoreBuilder, pem: &[u8]) -> Result<(), ErrorStack> {
     let length = ffi::ossl_ssize_t::try_from(pem.len()).map_err(|_| ErrorStack::get())?;
     // SAFETY: `bio` reads `pem`, which outlives it; each list is freed after the store has taken its own share of it.
@@ -210,7 +210,7 @@ fn add_revoked(store: &mut X509StoreBuilder, pem: &[u8]) -> Result<(), ErrorStac
             }
         }
         ffi::BIO_free(bio);
-        // That there is no further one is noted as an error.
+        // The end of the lists is recorded as an error.
         drop(ErrorStack::get());
         let flags = ffi::X509_V_FLAG_CRL_CHECK | ffi::X509_V_FLAG_CRL_CHECK_ALL;
         ffi::X509_STORE_set_flags(store.as_ptr(), flags as _);

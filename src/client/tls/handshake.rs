@@ -1,7 +1,7 @@
-//! The handshake: a context and the first bytes of a client become a connection of TLS, or a reason why not.
+//! The handshake: turns a context and a client's first bytes into a TLS connection or a refusal.
 //!
-//! One with an ECDSA key takes a worker some 0.1 ms and runs there. One with an RSA key takes about a millisecond and
-//! runs on threads of its own ([`Threads`]), so that no other connection waits for it.
+//! A handshake with an ECDSA key takes about 0.1 ms and runs on the worker. One with an RSA key takes about a
+//! millisecond and runs on separate threads ([`Threads`]), so that it does not delay other connections.
 
 use std::pin::Pin;
 
@@ -21,48 +21,48 @@ use crate::error::{Refusal, refusal};
 use crate::net;
 use crate::party::wait::{NoClient, within};
 
-/// What a handshake came to, as far as anybody asks later.
+/// The result of a handshake, as far as it is used later.
 #[derive(Debug)]
 pub struct Facts {
-    /// The name that the client asked for.
+    /// The requested server name.
     pub name: Option<Box<str>>,
     /// The version, such as `TLSv1.3`.
     pub version: &'static str,
     /// The cipher suite, by its name in the standard.
     pub cipher: &'static str,
-    /// Whether HTTP/2 was agreed on.
+    /// Whether ALPN selected HTTP/2.
     pub h2: bool,
     /// Whether a session was resumed.
     pub resumed: bool,
-    /// What was asked of the client's certificate.
+    /// The requirements for the client's certificate.
     pub policy: Policy,
-    /// The client's certificate, which was verified.
+    /// The verified certificate of the client.
     pub client: Option<ClientCertificate>,
 }
 
-/// Who a client has proved to be.
+/// A client's identity from its certificate.
 #[derive(Debug)]
 pub struct ClientCertificate {
     /// Its subject, such as `CN=Ada,O=Example`.
     pub subject: String,
-    /// Its further names: hosts, addresses of mail and URIs, separated by commas. A comma in one of them is `%2C`, so
-    /// that it cannot pass for two.
+    /// Its alternative names: hosts, mail addresses and URIs, separated by commas. A comma within a name is written
+    /// `%2C`, so that it cannot imitate two names.
     pub names: String,
-    /// SHA-256 of it, in hexadecimal.
+    /// Its SHA-256 fingerprint, in hexadecimal.
     pub fingerprint: String,
-    /// Its number, in hexadecimal.
+    /// Its serial number, in hexadecimal.
     pub serial: String,
 }
 
-/// Threads for handshakes that would hold a worker up.
+/// Threads for handshakes that would delay a worker.
 pub struct Threads(Option<tokio::runtime::Runtime>);
 
 impl Threads {
-    /// So many threads.
+    /// Starts this number of threads.
     ///
     /// # Errors
     ///
-    /// The system has none to give.
+    /// If the system cannot start them.
     pub fn start(threads: usize) -> std::io::Result<Threads> {
         let mut runtime = tokio::runtime::Builder::new_multi_thread();
         runtime.worker_threads(threads).thread_name("handshakes").enable_all();
@@ -72,18 +72,18 @@ impl Threads {
 
 impl Drop for Threads {
     fn drop(&mut self) {
-        // Wherever it is let go, that must not wait.
+        // Dropping must not block.
         if let Some(runtime) = self.0.take() {
             runtime.shutdown_background();
         }
     }
 }
 
-/// Shakes hands, on the threads if there are any and the key is RSA's.
+/// Runs a handshake, on the threads if there are any and the key is RSA.
 ///
 /// # Errors
 ///
-/// Why it came to nothing. What there was to be said to the client has been said.
+/// The reason of its failure. Alerts for the client were already sent.
 pub async fn shake(
     context: SslContext,
     kind: KeyKind,
@@ -93,7 +93,7 @@ pub async fn shake(
     let threads = threads.filter(|_| kind == KeyKind::Rsa).and_then(|threads| threads.0.as_ref());
     match threads {
         Some(threads) => {
-            // Given up with the connection: whoever stops waiting for it drops the guard, and the task with it.
+            // Cancelled with the connection: dropping this future drops the guard, and the task with it.
             let task = Given(threads.spawn(accept(context, raw)));
             task.await.unwrap_or(Err(&refusal::HANDSHAKE_FAILED))
         }
@@ -101,7 +101,7 @@ pub async fn shake(
     }
 }
 
-/// A task that ends when nobody waits for it any more.
+/// A task that is aborted when its waiter is dropped.
 struct Given<T>(tokio::task::JoinHandle<T>);
 
 impl<T> Future for Given<T> {
@@ -120,7 +120,7 @@ impl<T> Drop for Given<T> {
 
 async fn accept(context: SslContext, raw: Raw) -> Result<SslStream<Raw>, &'static Refusal> {
     let ssl = Ssl::new(&context).map_err(|_| &refusal::HANDSHAKE_FAILED)?;
-    // What is needed for the handshake alone is let go after it: 1.2 KB of each connection.
+    // Frees data that only the handshake needs: 1.2 KB per connection.
     // SAFETY: it takes the connection's own object; nothing here asks for its configuration later.
     unsafe { ffi::SSL_set_shed_handshake_config(ssl.as_ptr(), 1) };
     let mut stream = SslStream::new(ssl, raw).map_err(|_| &refusal::HANDSHAKE_FAILED)?;
@@ -139,14 +139,14 @@ async fn accept(context: SslContext, raw: Raw) -> Result<SslStream<Raw>, &'stati
     Ok(stream)
 }
 
-/// Has the client's last flight acknowledged at once. The library has sent its tickets already, so nothing else answers
-/// it; a client with Nagle's algorithm would wait some 40 ms for that before it sends its request.
+/// Acknowledges the client's last flight at once. The library has already sent its tickets, so no other packet
+/// acknowledges it; a client with Nagle's algorithm would wait about 40 ms before it sends its request.
 fn acknowledge(raw: &Raw) {
     net::acknowledge(raw.id());
 }
 
-/// What is left to be said leaves, and is read before the connection goes: a socket that is closed with bytes unread is
-/// reset, and the reset can overtake the alert.
+/// Sends the remaining bytes, and reads before the close: a socket closed with unread bytes is reset, and the reset can
+/// overtake the alert.
 async fn farewell(raw: &mut Raw) {
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
     let leaves = async {
@@ -158,30 +158,30 @@ async fn farewell(raw: &mut Raw) {
     let _ = within(super::FAREWELL, NoClient::ItsIo, leaves).await;
 }
 
-/// Ends a connection on which nothing is to follow.
+/// Closes a connection that carries no further bytes.
 pub async fn close(mut stream: SslStream<Raw>) {
     use tokio::io::AsyncWriteExt;
-    // An error means that the client has closed already.
+    // An error means that the client has already closed.
     let _ = within(super::FAREWELL, NoClient::ItsIo, stream.shutdown()).await;
     farewell(stream.get_mut()).await;
 }
 
-/// Says with a fatal alert why there will be no handshake.
+/// Sends a fatal alert in place of a handshake.
 pub async fn alert(raw: &mut Raw, description: u8) {
     use tokio::io::AsyncWriteExt;
-    // What was written stands in `raw` until it is flushed, which does not fail before.
+    // `raw` buffers the bytes until the flush, so only the flush can fail.
     let _ = raw.write_all(&[21, 3, 3, 0, 2, 2, description]).await;
     farewell(raw).await;
 }
 
-/// The connection, and what is known of it.
+/// The connection and the facts about its handshake.
 ///
 /// # Errors
 ///
-/// The library has read another name than we have.
+/// If the library parsed another server name than Forebay.
 pub fn complete(stream: SslStream<Raw>, hello: &Hello, policy: Policy) -> Result<(TlsStream, Facts), &'static Refusal> {
     let ssl = stream.ssl();
-    // Two parsers must not disagree about who is asked for.
+    // Two parsers must not disagree about the server name.
     let named = ssl.servername(NameType::HOST_NAME).map(str::to_ascii_lowercase);
     if named.as_deref() != hello.name.as_deref() {
         return Err(&refusal::HANDSHAKE_MALFORMED);
@@ -211,13 +211,13 @@ fn client(ssl: &SslRef) -> Option<ClientCertificate> {
     })
 }
 
-/// Why a handshake came to nothing, by what the library says.
+/// The refusal for a failed handshake, by the library's error.
 fn reason(error: &pingora::tls::ssl::Error) -> &'static Refusal {
     if let Some(stack) = error.ssl_error() {
         let codes = stack.errors().iter().map(|error| error.reason_code());
         return codes.map(of_code).find(|why| *why != &refusal::HANDSHAKE_FAILED).unwrap_or(&refusal::HANDSHAKE_FAILED);
     }
-    // The client closed, reset, or went silent: without an error of the library's own.
+    // The client closed, reset, or stopped sending: the library has no error of its own.
     match error.code() {
         ErrorCode::SYSCALL | ErrorCode::ZERO_RETURN => &refusal::HANDSHAKE_ABORTED,
         _ => &refusal::HANDSHAKE_FAILED,
@@ -235,8 +235,9 @@ fn of_code(code: i32) -> &'static Refusal {
         ffi::SSL_R_NO_APPLICATION_PROTOCOL => &refusal::HANDSHAKE_PROTOCOL,
         ffi::SSL_R_PEER_DID_NOT_RETURN_A_CERTIFICATE => &refusal::HANDSHAKE_NO_CERTIFICATE,
         ffi::SSL_R_CERTIFICATE_VERIFY_FAILED => &refusal::HANDSHAKE_CERTIFICATE,
-        // The alerts of the client, 1000 and its number. OpenSSL sends an alert of TLS 1.3 in clear if it refuses the
-        // certificate; BoringSSL takes that for a record that it cannot decrypt, and `Raw` knows better.
+        // Alerts from the client have the code 1000 plus their number. OpenSSL sends a TLS 1.3 alert in clear text if
+        // it refuses the certificate; BoringSSL reports this as a record that it cannot decrypt, and `Raw` recognises
+        // it.
         1000..=1255 => &refusal::HANDSHAKE_ALERT,
         _ => &refusal::HANDSHAKE_FAILED,
     }

@@ -1,13 +1,13 @@
-//! An answer of OCSP from a file (RFC 6960): whether it is one, for which certificate, and until when it holds.
+//! An OCSP response from a file (RFC 6960): checks its form, its certificate and its validity.
 //!
-//! It is shown as it is; clients verify its signature. Fetching it is left to other programs.
+//! It is sent unchanged; clients verify its signature. Other programs fetch it.
 
-/// An answer to be shown with a certificate.
+/// An OCSP response to send with a certificate.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Staple {
-    /// The answer, in DER.
+    /// The response, in DER.
     pub der: Vec<u8>,
-    /// When a newer one is due, in seconds since 1970.
+    /// Time of the next update, in seconds since 1970.
     pub next_update: i64,
 }
 
@@ -25,17 +25,17 @@ const GOOD: u8 = 0x80;
 /// id-pkix-ocsp-basic, 1.3.6.1.5.5.7.48.1.1.
 const BASIC: &[u8] = &[0x2b, 0x06, 0x01, 0x05, 0x05, 0x07, 0x30, 0x01, 0x01];
 
-/// Takes DER apart, front to back.
+/// Parses DER from front to back.
 struct Der<'a>(&'a [u8]);
 
 impl<'a> Der<'a> {
-    /// The contents of the next element, which has this tag.
+    /// The contents of the next element, which must have this tag.
     fn take(&mut self, tag: u8) -> Option<&'a [u8]> {
         let (found, contents) = self.any()?;
         (found == tag).then_some(contents)
     }
 
-    /// The contents of the next element if it has this tag; else it stays.
+    /// The contents of the next element if it has this tag; otherwise the element remains.
     fn optional(&mut self, tag: u8) -> Option<&'a [u8]> {
         if self.0.first() == Some(&tag) { self.take(tag) } else { None }
     }
@@ -45,7 +45,7 @@ impl<'a> Der<'a> {
         let (&first, mut rest) = rest.split_first()?;
         let length = match first {
             0..=0x7f => usize::from(first),
-            // 0x80 is a length that is told by its end, which DER does not have.
+            // 0x80 is an indefinite length, which DER does not permit.
             0x81..=0x83 => {
                 let (bytes, after) = rest.split_at_checked(usize::from(first - 0x80))?;
                 rest = after;
@@ -59,11 +59,11 @@ impl<'a> Der<'a> {
     }
 }
 
-/// Looks through an answer for the certificate with this number, in hexadecimal.
+/// Parses a response and finds the certificate with this serial number, in hexadecimal.
 ///
 /// # Errors
 ///
-/// What is wrong with it, as the end of a sentence that begins with the name of the file.
+/// The error, as the end of a sentence that begins with the file name.
 pub fn parse(der: &[u8], serial: &str) -> Result<Staple, &'static str> {
     let Some((status, basic)) = outer(der) else { return Err("is not an OCSP response in DER") };
     let Some(basic) = basic.filter(|_| status == [0]) else {
@@ -76,12 +76,12 @@ pub fn parse(der: &[u8], serial: &str) -> Result<Staple, &'static str> {
         return Err("is an answer of OCSP that says that the certificate is revoked or unknown");
     }
     let next_update = single.next_update.and_then(seconds);
-    // RFC 6960 §4.2.2.1: without it there is always newer information, and nothing to be stapled.
+    // Without it, newer information is always available (RFC 6960 §4.2.2.1), so the response cannot be stapled.
     let next_update = next_update.ok_or("is an answer of OCSP that does not say until when it holds")?;
     Ok(Staple { der: der.to_vec(), next_update })
 }
 
-/// The status of an answer, and its basic response, if it has one.
+/// The status of a response, and its basic response, if present.
 fn outer(der: &[u8]) -> Option<(&[u8], Option<&[u8]>)> {
     let mut whole = Der(der);
     let mut answer = Der(whole.take(SEQUENCE)?);
@@ -100,11 +100,11 @@ struct Single<'a> {
     next_update: Option<&'a [u8]>,
 }
 
-/// What a basic response says of one certificate.
+/// The entry of a basic response for one certificate.
 fn find<'a>(basic: &'a [u8], serial: &str) -> Option<Single<'a>> {
     let mut data = Der(Der(Der(basic).take(SEQUENCE)?).take(SEQUENCE)?);
     data.optional(TAG_0);
-    // Who answers: by name or by key.
+    // The responder, by name or by key.
     data.any().filter(|(tag, _)| [TAG_1, 0xa2].contains(tag))?;
     data.take(TIME)?;
     let mut responses = Der(data.take(SEQUENCE)?);
@@ -125,14 +125,14 @@ fn find<'a>(basic: &'a [u8], serial: &str) -> Option<Single<'a>> {
     None
 }
 
-/// Whether these bytes are the number that is written in hexadecimal.
+/// Whether these bytes are the number that `written` gives in hexadecimal.
 fn is_number(bytes: &[u8], written: &str) -> bool {
     let shown: String = bytes.iter().map(|byte| format!("{byte:02x}")).collect();
     let bare = |text: &str| text.trim_start_matches('0').to_ascii_lowercase();
     bare(&shown) == bare(written)
 }
 
-/// `YYYYMMDDHHMMSSZ`, which is all that DER allows here (RFC 5280 §4.1.2.5.2).
+/// `YYYYMMDDHHMMSSZ`, the only form that DER permits here (RFC 5280 §4.1.2.5.2).
 fn seconds(time: &[u8]) -> Option<i64> {
     let text = std::str::from_utf8(time).ok().filter(|text| text.len() == 15 && text.is_ascii())?;
     let rfc3339 =
@@ -152,7 +152,7 @@ pub(in crate::client) mod tests {
         [&[tag, 0x82][..], &length, &contents].concat()
     }
 
-    /// An answer about the certificate with this number, which nobody has signed.
+    /// An unsigned response for the certificate with this serial number.
     pub fn answer(serial: &[u8], status: u8, next_update: &str) -> Vec<u8> {
         let empty = element(SEQUENCE, &[]);
         let id =

@@ -1,8 +1,8 @@
-//! A connection of TLS as a stream of bytes, and the socket beneath it with what was read from it before TLS began.
+//! A TLS connection as a stream of bytes, and the socket below it with the bytes read before TLS began.
 //!
-//! The library never waits for the socket in the middle of a record: what it has encrypted stands in [`Raw`] until the
-//! socket takes it, and nothing more is encrypted meanwhile. So a write that had to wait may be followed by any other,
-//! as on a plain socket; and several records leave in one system call.
+//! The library never waits for the socket in the middle of a record: encrypted bytes stay in [`Raw`] until the socket
+//! accepts them, and nothing more is encrypted meanwhile. A pending write may therefore be followed by any other, as on
+//! a plain socket, and several records share one system call.
 
 use std::cell::Cell;
 use std::io::{self, IoSlice};
@@ -25,67 +25,68 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use crate::client::connection::Connection;
 use crate::error::{Refusal, refusal};
 
-/// The plain bytes of one record (RFC 8446 §5.1).
+/// Maximum number of plain bytes per record (RFC 8446 §5.1).
 const RECORD_BYTES: usize = 16 << 10;
-/// How many plain bytes are encrypted before the socket is asked to take them.
+/// Number of plain bytes encrypted before they are sent.
 const BURST_BYTES: usize = 4 * RECORD_BYTES;
-/// Read at once from the socket, on the stack, so that the header of a record and the record come in one system call.
+/// Read size in bytes. The buffer is on the stack; one system call reads the header of a record together with the
+/// record.
 const READ_BYTES: usize = 4096;
 
 thread_local! {
-    /// A buffer for what is encrypted; a connection has it only while it writes.
+    /// A buffer for encrypted bytes; a connection owns it only while it writes.
     static CIPHER: Cell<Vec<u8>> = const { Cell::new(Vec::new()) };
-    /// A buffer in which small pieces become one record.
+    /// A buffer that joins small pieces into one record.
     static RECORD: Cell<Vec<u8>> = const { Cell::new(Vec::new()) };
 }
 
-/// A socket whose first bytes were read already.
+/// A socket whose first bytes may already be read.
 pub struct Raw {
     io: Stream,
-    /// Read and not yet handed on.
+    /// Bytes read and not yet passed on.
     front: BytesMut,
-    /// Encrypted and not yet taken by the socket, from `sent` on.
+    /// Encrypted bytes; those from `sent` on were not accepted by the socket yet.
     cipher: Vec<u8>,
     sent: usize,
-    /// Hears of what the socket takes.
+    /// The connection that counts accepted bytes.
     connection: Option<Arc<Connection>>,
-    /// The library has read the head of an alert in clear text.
+    /// Whether the library has read the header of an alert in clear text.
     alerted: bool,
 }
 
-/// The head of an alert in clear text: type, version, length (RFC 8446 §5.1). Behind a ServerHello of TLS 1.3 every
-/// alert should be encrypted, and have another type.
+/// The header of an alert in clear text: type, version, length (RFC 8446 §5.1). After a TLS 1.3 ServerHello, alerts
+/// should be encrypted and have another type.
 fn is_alert(record: &[u8]) -> bool {
     matches!(record, [21, 3, _, 0, 2])
 }
 
 impl Raw {
-    /// A socket of which nothing was read.
+    /// A socket of which no byte was read.
     pub fn new(io: Stream) -> Self {
         Raw { io, front: BytesMut::new(), cipher: Vec::new(), sent: 0, connection: None, alerted: false }
     }
 
-    /// What was read and not yet handed on.
+    /// Bytes read and not yet passed on.
     pub fn front(&self) -> &[u8] {
         &self.front
     }
 
-    /// Drops so many bytes from the front.
+    /// Removes this many bytes from the front.
     pub fn skip(&mut self, bytes: usize) {
         self.front.advance(bytes.min(self.front.len()));
     }
 
-    /// Reads what is there. `false`: the client closed.
+    /// Reads available bytes. `false`: the client closed the connection.
     pub async fn fill(&mut self) -> io::Result<bool> {
         std::future::poll_fn(|cx| self.poll_fill(cx)).await.map(|read| read > 0)
     }
 
-    /// The socket, and what was read of it.
+    /// The socket, and the bytes that were read.
     pub fn into_parts(self) -> (Stream, BytesMut) {
         (self.io, self.front)
     }
 
-    /// Has `connection` told of what the socket takes.
+    /// Sets the connection that counts bytes accepted by the socket.
     pub fn tell(&mut self, connection: Arc<Connection>) {
         self.connection = Some(connection);
     }
@@ -95,14 +96,14 @@ impl Raw {
         self.alerted
     }
 
-    /// Counts that the client asked for what is not done.
+    /// Counts a refused request of the client, such as renegotiation.
     fn count(&self, refusal: &'static Refusal) {
         if let Some(connection) = &self.connection {
             connection.listener.metrics.refusals.count(refusal);
         }
     }
 
-    /// The number of the socket.
+    /// The file descriptor of the socket.
     pub fn id(&self) -> UniqueIDType {
         self.io.id()
     }
@@ -115,7 +116,7 @@ impl Raw {
         Poll::Ready(Ok(read.filled().len()))
     }
 
-    /// Has the socket take what is encrypted.
+    /// Sends the encrypted bytes.
     fn poll_send(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         while self.sent < self.cipher.len() {
             let taken = ready!(Pin::new(&mut self.io).poll_write(cx, &self.cipher[self.sent..]))?;
@@ -148,7 +149,7 @@ impl AsyncRead for Raw {
             }
         }
         let length = out.remaining().min(self.front.len());
-        // The library reads the head of a record by itself.
+        // The library reads the header of a record separately.
         self.alerted |= is_alert(&self.front[..length]);
         out.put_slice(&self.front[..length]);
         self.front.advance(length);
@@ -161,7 +162,8 @@ impl AsyncRead for Raw {
 }
 
 impl AsyncWrite for Raw {
-    /// Takes what the library has encrypted. It is bounded: [`TlsStream`] encrypts nothing while some of it is left.
+    /// Takes encrypted bytes from the library. Their number is bounded: [`TlsStream`] encrypts nothing while some are
+    /// left.
     fn poll_write(mut self: Pin<&mut Self>, _: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
         if self.cipher.capacity() == 0 {
             self.cipher = CIPHER.take();
@@ -187,16 +189,16 @@ impl std::fmt::Debug for Raw {
     }
 }
 
-/// A connection whose handshake is done.
+/// A connection after its handshake.
 #[derive(Debug)]
 pub struct TlsStream {
     ssl: SslStream<Raw>,
-    /// It was said that nothing more comes.
+    /// Whether the end (`close_notify`) was sent.
     closed: bool,
 }
 
 impl TlsStream {
-    /// Takes over a connection whose handshake is done.
+    /// Takes over a connection after its handshake.
     pub fn new(ssl: SslStream<Raw>) -> Self {
         TlsStream { ssl, closed: false }
     }
@@ -205,7 +207,7 @@ impl TlsStream {
         self.ssl.get_mut()
     }
 
-    /// Encrypts one piece. [`Raw`] takes all that the library gives it, so there is nothing that this could wait for.
+    /// Encrypts one piece. [`Raw`] accepts everything from the library, so this never waits.
     fn encrypt(&mut self, cx: &mut Context<'_>, bytes: &[u8]) -> io::Result<usize> {
         let mut rest = bytes;
         while !rest.is_empty() {
@@ -217,7 +219,7 @@ impl TlsStream {
         Ok(bytes.len())
     }
 
-    /// Encrypts up to a burst of these pieces, small ones together; tells how many bytes that were.
+    /// Encrypts up to a burst of these pieces, joining small ones; returns the number of bytes.
     fn encrypt_all(&mut self, cx: &mut Context<'_>, slices: &[IoSlice<'_>]) -> io::Result<usize> {
         let mut record = RECORD.take();
         let encrypted = self.encrypt_in_records(cx, slices, &mut record);
@@ -258,8 +260,8 @@ impl TlsStream {
     }
 }
 
-/// Whether the client has begun another handshake, which TLS 1.2 knows and the library refuses with an alert: it would
-/// cost the gateway ten times what it costs the client.
+/// Whether the client has tried to renegotiate, which TLS 1.2 permits and the library refuses with an alert: it would
+/// cost the gateway ten times as much as the client.
 fn is_renegotiation(error: &io::Error) -> bool {
     let error = error.get_ref().and_then(|error| error.downcast_ref::<pingora::tls::ssl::Error>());
     let stack = error.and_then(|error| error.ssl_error());
@@ -274,7 +276,7 @@ impl AsyncRead for TlsStream {
         {
             self.raw().count(&refusal::HANDSHAKE_RENEGOTIATION);
         }
-        // What the library has to say for itself, as an answer to a change of keys, leaves at once.
+        // Messages of the library itself, such as the response to a key update, are sent at once.
         if let Poll::Ready(Err(error)) = self.raw().poll_send(cx) {
             return Poll::Ready(Err(error));
         }
@@ -287,8 +289,7 @@ impl AsyncWrite for TlsStream {
         self.poll_write_vectored(cx, &[IoSlice::new(bytes)])
     }
 
-    /// Takes what is given, as a socket with a buffer does. What could not leave yet does so with the next write or
-    /// flush.
+    /// Accepts the pieces like a buffered socket. Unsent bytes are sent with the next write or flush.
     fn poll_write_vectored(
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
@@ -310,12 +311,11 @@ impl AsyncWrite for TlsStream {
         Pin::new(self.raw()).poll_flush(cx)
     }
 
-    /// Says that nothing more comes (`close_notify`), unless an answer was cut short, and closes the writing side of the
-    /// socket.
+    /// Sends the end (`close_notify`), unless a response was cut, and closes the writing side of the socket.
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         let breaks_off = self.raw().connection.as_ref().is_some_and(|connection| connection.breaks_off());
         if !std::mem::replace(&mut self.closed, true) && !breaks_off {
-            // Asked once: a second time, the library would wait for what the client says to it.
+            // Called once: a second time, the library would wait for the client's reply.
             return Pin::new(&mut self.ssl).poll_shutdown(cx);
         }
         Pin::new(self.raw()).poll_shutdown(cx)
@@ -325,7 +325,7 @@ impl AsyncWrite for TlsStream {
 #[async_trait]
 impl Shutdown for TlsStream {
     async fn shutdown(&mut self) {
-        // The client may be gone, to whom nothing need be said.
+        // The client may have left, in which case no end is needed.
         let _ = std::future::poll_fn(|cx| Pin::new(&mut *self).poll_shutdown(cx)).await;
     }
 }
@@ -336,7 +336,7 @@ impl UniqueID for TlsStream {
     }
 }
 
-/// Nothing, so that Pingora goes by what `client` has found out and takes HTTP/2 as it takes it in clear text.
+/// Empty, so that Pingora relies on `client` and handles HTTP/2 as in clear text.
 impl Ssl for TlsStream {}
 
 impl Peek for TlsStream {}

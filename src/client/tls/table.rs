@@ -1,6 +1,6 @@
-//! Which name is served with what: exact names before wildcards, and the default for the rest.
+//! The certificates by server name: exact names before wildcards, and a default for others.
 //!
-//! A table is made off the workers and swapped whole, so that a connection sees one state of it.
+//! A table is built outside the workers and replaced atomically, so that a connection sees one consistent state.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -11,28 +11,28 @@ use crate::client::hello::{Hello, KeyKind};
 use crate::client::names::Names;
 use crate::error::{BuildError, Refusal, refusal};
 
-/// What is asked of clients' certificates, as far as two of them can differ. `None`: nothing.
+/// Digest of the requirements for client certificates. `None`: no requirements.
 pub type Policy = Option<[u8; 32]>;
 
-/// One certificate, ready to be served.
+/// A certificate that is ready for use.
 #[derive(Clone)]
 pub struct Served {
     /// Its names; a wildcard begins with `*.`.
     pub names: Vec<Box<str>>,
-    /// Names that an issuer is to make it out to, and has not yet.
+    /// Names that it should cover, and that the issuer has not issued yet.
     pub awaited: Vec<Box<str>>,
-    /// What its key signs with.
+    /// The kind of its key.
     pub kind: KeyKind,
-    /// What is asked of clients.
+    /// The requirements for clients.
     pub policy: Policy,
-    /// What the library needs. `None`: there is none yet, for any of its names.
+    /// Its TLS context. `None`: it is not issued yet, for any of its names.
     pub context: Option<SslContext>,
 }
 
-/// What one name is served with.
+/// The certificates of one name.
 pub struct Host {
-    /// In the order of preference: where a client can verify several, it gets the cheapest for both sides. There is
-    /// none while an issuer is waited for.
+    /// In order of preference: a client that can verify several gets the cheapest for both sides. Empty until an issuer
+    /// has issued one.
     contexts: Vec<(KeyKind, SslContext)>,
     policy: Policy,
 }
@@ -42,35 +42,35 @@ pub struct Host {
 pub struct Table {
     names: Names<Arc<Host>>,
     default: Option<Arc<Host>>,
-    /// Names differ in what they ask of clients.
+    /// Whether names differ in their requirements for clients.
     mixed: bool,
 }
 
 impl Host {
-    /// What a client gets that says this of itself. One that can verify nothing of it gets something all the same: the
-    /// library then finds the words to refuse it.
+    /// Chooses the context for a client. A client that cannot verify any certificate still gets one: the library then
+    /// sends the proper alert.
     ///
     /// # Errors
     ///
-    /// Its certificate is still to be issued.
+    /// If the certificate is not issued yet.
     pub fn choose(&self, hello: &Hello) -> Result<&(KeyKind, SslContext), &'static Refusal> {
         let verifiable = self.contexts.iter().find(|(kind, _)| hello.verifies(*kind));
         verifiable.or(self.contexts.last()).ok_or(&refusal::HANDSHAKE_AWAITED)
     }
 
-    /// What is asked of clients.
+    /// The requirements for clients.
     pub fn policy(&self) -> Policy {
         self.policy
     }
 }
 
 impl Table {
-    /// A table of these certificates; `default` is the name for clients that ask for none of them.
+    /// Builds the table of these certificates; `default` is the name for clients that request none of the names.
     ///
     /// # Errors
     ///
-    /// A name that has two certificates of one kind, or two that ask different things of clients; a default that has
-    /// none.
+    /// A name with two certificates of one kind or with different requirements for clients; a default without a
+    /// certificate.
     pub fn build(served: &[Served], default: Option<&str>) -> Result<Table, Vec<BuildError>> {
         let mut errors = Vec::new();
         let mut names: HashMap<&str, Vec<usize>> = HashMap::new();
@@ -105,7 +105,7 @@ impl Table {
                 table.names.insert(name, Arc::new(Host { contexts, policy }));
             }
         }
-        // Until a name has its own, it is served with what it is served with elsewhere: a wildcard.
+        // Until a name has its own certificate, a matching wildcard serves it.
         let hosts = awaited.into_iter().map(|(name, policy)| {
             let wildcard = table.names.find(name).filter(|host| host.policy == policy).cloned();
             (name, wildcard.unwrap_or_else(|| Arc::new(Host { contexts: Vec::new(), policy })))
@@ -125,25 +125,25 @@ impl Table {
         if errors.is_empty() { Ok(table) } else { Err(errors) }
     }
 
-    /// What a client gets that asks for this name, in lower case.
+    /// The certificates for this name, which is in lower case.
     ///
     /// # Errors
     ///
-    /// Nothing is served under this name, or without one.
+    /// If there are none for this name, or without a name.
     pub fn find(&self, name: Option<&str>) -> Result<&Arc<Host>, &'static Refusal> {
         let named = name.and_then(|name| self.names.find(name));
         let why = if name.is_some() { &refusal::HANDSHAKE_UNKNOWN_NAME } else { &refusal::HANDSHAKE_NO_NAME };
         named.or(self.default.as_ref()).ok_or(why)
     }
 
-    /// Whether a request for `host` may come over a connection whose client was asked `policy`: if not, the host asks
-    /// for something else, and the client is to open another connection for it (RFC 9110 §15.5.20).
+    /// Whether a connection with the requirements `policy` may be used for `host`. If not, the host has other
+    /// requirements, and the client must open another connection (RFC 9110 §15.5.20).
     pub fn may_serve(&self, host: &str, policy: Policy) -> bool {
         if !self.mixed {
             return true;
         }
         let host = host.to_ascii_lowercase();
-        // A host that nothing is served under asks for nothing: no route of another host is reached by it.
+        // A host without a certificate has no requirements: it does not lead to the routes of another host.
         self.find(Some(&host)).map_or(policy.is_none(), |found| found.policy == policy)
     }
 }

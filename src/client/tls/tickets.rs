@@ -1,9 +1,8 @@
-//! Keys of session tickets: what a client needs to resume its session without a full handshake (RFC 5077, RFC 8446
-//! §4.6.1).
+//! Keys of session tickets, with which clients resume sessions without a full handshake (RFC 5077, RFC 8446 §4.6.1).
 //!
-//! All contexts of a listener share them, so that a session outlives a new certificate. The first key makes tickets,
-//! all of them are known; a ticket that was used is replaced, for clients of TLS 1.3 use one once. Made in memory they
-//! are changed for new ones by the clock; from a file, by the program that writes it.
+//! All contexts of a listener share the keys, so that a session survives a new certificate. The first key encrypts new
+//! tickets; all keys decrypt. A used ticket is replaced, since TLS 1.3 clients use each only once. Keys in memory are
+//! rotated by time; keys in a file, by the program that writes it.
 
 use std::sync::Arc;
 
@@ -18,11 +17,11 @@ use zeroize::Zeroize;
 use super::certificate;
 use crate::error::BuildError;
 
-/// The length of a key in a file: a name, a key to sign with, a key to encrypt with, in the order of nginx.
+/// Length of a key in a file, in bytes: a name, a MAC key and an encryption key, in the order of nginx.
 const KEY_BYTES: usize = 16 + 32 + 32;
-/// How many keys of ours are known at a time.
+/// Number of generated keys that are kept.
 const KEYS_KEPT: usize = 3;
-/// How many a file may hold.
+/// Maximum number of keys in a file.
 const FILE_KEYS_MAX: usize = 64;
 
 /// One key.
@@ -40,7 +39,7 @@ impl Drop for Key {
     }
 }
 
-/// The keys that are known now. Clones share them.
+/// The current keys. Clones share them.
 #[derive(Clone)]
 pub struct Tickets(Arc<ArcSwap<Vec<Key>>>);
 
@@ -61,31 +60,31 @@ impl Key {
 }
 
 impl Tickets {
-    /// Keys of our own, one to begin with.
+    /// Generates keys, initially one.
     ///
     /// # Errors
     ///
-    /// The library has no random numbers.
+    /// If the library lacks random numbers.
     pub fn random() -> Result<Tickets, ErrorStack> {
         Ok(Tickets(Arc::new(ArcSwap::from_pointee(vec![Key::random()?]))))
     }
 
-    /// The keys of a file.
+    /// Reads the keys of a file.
     ///
     /// # Errors
     ///
-    /// It cannot be read, or holds no keys.
+    /// If it cannot be read, or contains no keys.
     pub fn from_file(path: &str) -> Result<Tickets, BuildError> {
         let tickets = Tickets(Arc::default());
         tickets.read(path)?;
         Ok(tickets)
     }
 
-    /// Takes the keys of the file in place of those before.
+    /// Replaces the keys with those of the file.
     ///
     /// # Errors
     ///
-    /// As before; the keys are then what they were.
+    /// As for [`Tickets::from_file`]; the keys then remain unchanged.
     pub fn read(&self, path: &str) -> Result<(), BuildError> {
         let wrong = |what: String| BuildError::new("tickets.keys_file", format!("`{path}` {what}"));
         let bytes = certificate::read("tickets.keys_file", path, (KEY_BYTES * FILE_KEYS_MAX) as u64)?;
@@ -103,11 +102,11 @@ impl Tickets {
         Ok(())
     }
 
-    /// Makes a new key; the oldest is forgotten.
+    /// Generates a new key and drops the oldest.
     ///
     /// # Errors
     ///
-    /// The library has no random numbers; the keys are then what they were.
+    /// If the library lacks random numbers; the keys then remain unchanged.
     pub fn rotate(&self) -> Result<(), ErrorStack> {
         let mut keys = vec![Key::random()?];
         keys.extend(self.0.load().iter().take(KEYS_KEPT - 1).cloned());
@@ -115,7 +114,7 @@ impl Tickets {
         Ok(())
     }
 
-    /// Sets up the cipher of one ticket: one that is made, or the one with this name.
+    /// Prepares the cipher of one ticket: a new one, or the one whose key has this name.
     pub(super) fn prepare(
         &self,
         name: &mut [u8; 16],

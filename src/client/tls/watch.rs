@@ -1,4 +1,4 @@
-//! Looks after the TLS of all listeners: files that change, and keys of tickets that are due.
+//! Maintains the TLS of all listeners: changed files, and the rotation of ticket keys.
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
@@ -13,7 +13,7 @@ use tokio::sync::Notify;
 use super::Tls;
 use crate::upkeep::Kept;
 
-/// Between the first word of a change and the look at the files: a certificate and its key are two of them.
+/// Delay between a change and the check of the files: a certificate and its key are two files.
 const SETTLE: Duration = Duration::from_millis(100);
 
 impl Kept for Tls {
@@ -45,7 +45,7 @@ async fn keep_files(tls: &Arc<Tls>) {
                 looked_at.renew_tickets();
             }
         };
-        // It reads files.
+        // The check reads files, so it runs on a blocking thread.
         if let Err(error) = tokio::task::spawn_blocking(look).await {
             tracing::error!("certificates could not be looked at: {error}");
         }
@@ -62,7 +62,7 @@ async fn keep_tickets(tls: &Arc<Tls>) {
     }
 }
 
-/// All files that are named.
+/// All configured files.
 fn files(tls: &Tls) -> Vec<&str> {
     let mut files = Vec::new();
     for one in &tls.sources {
@@ -74,10 +74,10 @@ fn files(tls: &Tls) -> Vec<&str> {
     files.into_iter().flatten().map(String::as_str).collect()
 }
 
-/// Watches the directories, so that a file that is renamed to another is seen, and a link that is turned.
+/// Watches the directories, so that renamed files and changed links are detected.
 fn watcher(files: &[&str], told: Arc<Notify>) -> notify::Result<RecommendedWatcher> {
     let mut watcher = notify::recommended_watcher(move |event: notify::Result<notify::Event>| {
-        // That it is read is an event as well, and ours.
+        // Reading the files also causes events, which are ignored.
         if !event.is_ok_and(|event| event.kind.is_access()) {
             told.notify_one();
         }
